@@ -1,0 +1,78 @@
+// fused_arcface._native: the compiled kernels over raw addresses. No torch here: Python owns dtypes, shapes, checks, allocation
+// and lifetimes (python/fused_arcface/backends/cpu.py is the only caller).
+#include <pybind11/pybind11.h>
+
+#include <stdexcept>
+#include <string>
+#include <tuple>
+
+#include "cpu/kernels.h"
+
+namespace py = pybind11;
+
+namespace {
+
+// (address, dtype code, rows, columns, row stride, column stride)
+using MatrixTuple = std::tuple<uintptr_t, int, int64_t, int64_t, int64_t, int64_t>;
+
+fa::Matrix to_matrix(const MatrixTuple& m) {
+  const auto& [data, dtype, rows, columns, row_stride, column_stride] = m;
+  return {reinterpret_cast<void*>(data), static_cast<fa::Dtype>(dtype), rows, columns, row_stride, column_stride};
+}
+
+template <typename T>
+T* pointer(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+const fa::Kernels& kernels(const std::string& isa) {
+  const fa::Kernels* found = fa::find_kernels(isa.c_str());
+  if (found == nullptr) throw std::invalid_argument("instruction set not available on this machine: " + isa);
+  return *found;
+}
+
+void class_stats(const std::string& isa, bool fp64, const MatrixTuple& embeddings, const MatrixTuple& weight,
+                 uintptr_t target, double scale, uintptr_t shift, uintptr_t negative_max, uintptr_t negative_sum,
+                 uintptr_t centre_sum, int threads) {
+  const fa::Kernels& chosen = kernels(isa);
+  const fa::ClassStatsArgs args{to_matrix(embeddings),      to_matrix(weight),           pointer<const int64_t>(target),
+                                scale,                      pointer<const double>(shift),  pointer<void>(negative_max),
+                                pointer<void>(negative_sum), pointer<void>(centre_sum), threads};
+  const py::gil_scoped_release release;
+  (fp64 ? chosen.class_stats_fp64 : chosen.class_stats_fp32)(args);
+}
+
+void weight_grad(const std::string& isa, bool fp64, const MatrixTuple& embeddings, const MatrixTuple& weight,
+                 uintptr_t target, double scale, uintptr_t lse, uintptr_t negative_coefficient,
+                 uintptr_t target_coefficient, const MatrixTuple& d_weight, int threads) {
+  const fa::Kernels& chosen = kernels(isa);
+  const fa::WeightGradArgs args{to_matrix(embeddings),
+                                to_matrix(weight),
+                                pointer<const int64_t>(target),
+                                scale,
+                                pointer<const double>(lse),
+                                pointer<const void>(negative_coefficient),
+                                pointer<const void>(target_coefficient),
+                                to_matrix(d_weight),
+                                threads};
+  const py::gil_scoped_release release;
+  (fp64 ? chosen.weight_grad_fp64 : chosen.weight_grad_fp32)(args);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_native, m) {
+  m.doc() = "Compiled kernels of fused_arcface over raw addresses; see fused_arcface.backends.cpu.";
+  m.attr("FLOAT32") = static_cast<int>(fa::Dtype::kFloat32);
+  m.attr("FLOAT64") = static_cast<int>(fa::Dtype::kFloat64);
+  m.attr("BFLOAT16") = static_cast<int>(fa::Dtype::kBFloat16);
+  m.attr("FLOAT16") = static_cast<int>(fa::Dtype::kFloat16);
+  m.def("isas", [] {
+    py::list names;
+    for (const char* isa : {"avx512", "avx2", "portable"})
+      if (fa::find_kernels(isa) != nullptr) names.append(isa);
+    return names;
+  });
+  m.def("class_stats", &class_stats);
+  m.def("weight_grad", &weight_grad);
+}

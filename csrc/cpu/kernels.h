@@ -1,0 +1,75 @@
+// What the bindings call and every instruction set provides: two passes over the classes, each in fp32 and fp64.
+// Plain structs of pointers and sizes; Python owns every buffer named here and has checked every size.
+#pragma once
+
+#include <cstdint>
+
+namespace fa {
+
+enum class Dtype : int { kFloat32, kFloat64, kBFloat16, kFloat16 };
+
+// A matrix in the caller's memory, any strides (in elements).
+struct Matrix {
+  void* data;
+  Dtype dtype;
+  int64_t rows, columns, row_stride, column_stride;
+};
+
+// The negatives' statistics of each embedding against all classes of this shard. With theta_ij the angle between
+// embedding i and centre j and every sum and maximum over the classes j != target_i:
+//   negative_max_i = max_j cos_ij
+//   negative_sum_i = sum_j exp(scale * cos_ij - shift_i)
+//   centre_sum_i   = sum_j exp(scale * cos_ij - shift_i) * w_j / |w_j|
+// The last is the embedding gradient before its division by the total: softmax is attention whose keys and values are both
+// the class centres, so it can be accumulated while the total is still unknown.
+struct ClassStatsArgs {
+  Matrix embeddings;      // (N, D)
+  Matrix weight;          // (C, D)
+  const int64_t* target;  // (N,) index into this weight, or -1: no column to leave out
+  double scale;
+  const double* shift;  // (N,) or null: zero
+  void* negative_max;   // (N,), like the next two of the compute type
+  void* negative_sum;   // (N,) or null: only the maximum is wanted
+  void* centre_sum;     // (N, D) contiguous, or null: not wanted
+  int threads;
+};
+
+// d_weight_j = J_j sum_i G_ij x_i / |x_i|, J_j the Jacobian of w -> w / max(|w|, eps), and
+//   G_ij = negative_coefficient_i * exp(scale * cos_ij - lse_i)   for j != target_i
+//   G_ij = target_coefficient_i                                  for j == target_i
+struct WeightGradArgs {
+  Matrix embeddings;      // (N, D)
+  Matrix weight;          // (C, D)
+  const int64_t* target;  // (N,)
+  double scale;
+  const double* lse;                 // (N,) log-sum-exp of the negatives of all shards
+  const void* negative_coefficient;  // (N,), like the next of the compute type
+  const void* target_coefficient;    // (N,)
+  Matrix d_weight;                   // (C, D), written
+  int threads;
+};
+
+struct Kernels {
+  const char* isa;
+  void (*class_stats_fp32)(const ClassStatsArgs&);
+  void (*class_stats_fp64)(const ClassStatsArgs&);
+  void (*weight_grad_fp32)(const WeightGradArgs&);
+  void (*weight_grad_fp64)(const WeightGradArgs&);
+};
+
+namespace portable {
+extern const Kernels kKernels;
+}
+#if FA_X86
+namespace avx2 {
+extern const Kernels kKernels;
+}
+namespace avx512 {
+extern const Kernels kKernels;
+}
+#endif
+
+// The kernels for an instruction set by name, or null when this processor or this build lacks it; the best one for "".
+const Kernels* find_kernels(const char* isa);
+
+}  // namespace fa

@@ -1,0 +1,206 @@
+// Between the caller's memory (any dtype, any strides) and the kernels' own: rows are read, converted to the compute type,
+// normalised and laid out for the product; gradients are projected and written back.
+#pragma once
+
+#include <cmath>
+#include <cstdlib>
+#include <limits>
+#include <new>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+#include "kernels.h"
+#include "simd.h"
+
+namespace fa::FA_ISA {
+
+constexpr double kNormEpsilon = 1e-12;  // as torch.nn.functional.normalize
+
+// Cache-line aligned memory, uninitialised, for the time of one call.
+template <typename T>
+class Scratch {
+ public:
+  explicit Scratch(int64_t size)
+      : data_(static_cast<T*>(::operator new(sizeof(T) * (size > 0 ? size : 1), std::align_val_t{64}))) {}
+  ~Scratch() { ::operator delete(data_, std::align_val_t{64}); }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  T* get() const { return data_; }
+
+ private:
+  T* data_;
+};
+
+// A fresh gradient of hundreds of megabytes costs a page fault every 4 KiB as it is first written, a seventh of the backward pass;
+// with 2 MiB pages, which Linux gives to those who ask, nearly none. A hint: failure means nothing.
+inline void advise_huge_pages(const Matrix& m) {
+#if defined(MADV_HUGEPAGE)
+  constexpr uintptr_t kPage = 4096;
+  const int64_t element = m.dtype == Dtype::kFloat64 ? 8 : m.dtype == Dtype::kFloat32 ? 4 : 2;
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(m.data) + kPage - 1) & ~(kPage - 1);
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(m.data) + m.rows * m.row_stride * element) & ~(kPage - 1);
+  if (end > begin + (4 << 20)) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#else
+  (void)m;
+#endif
+}
+
+constexpr int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+
+// A row stride of an odd number of cache lines: successive rows then fall into different cache sets.
+template <typename T>
+constexpr int64_t padded_stride(int64_t columns) {
+  constexpr int64_t line = 64 / sizeof(T);
+  const int64_t lines = (columns + line - 1) / line;
+  return (lines | 1) * line;
+}
+
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
+
+inline float bit_cast_float(uint32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+inline uint32_t bit_cast_bits(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  return bits;
+}
+
+inline float to_float(float x) { return x; }
+inline double to_float(double x) { return x; }
+inline float to_float(BFloat16 x) { return bit_cast_float(static_cast<uint32_t>(x.bits) << 16); }
+inline float to_float(Float16 x) {
+  // Rebias the exponent; infinities and NaN need it twice, subnormals are normalised by a subtraction. Selects, not branches.
+  const uint32_t magnitude = (x.bits & 0x7fffu) << 13, exponent = magnitude & 0x0f800000u;
+  const uint32_t normal = magnitude + (112u << 23) + (exponent == 0x0f800000u ? 112u << 23 : 0u);
+  const float subnormal = bit_cast_float(magnitude + (113u << 23)) - bit_cast_float(113u << 23);
+  const uint32_t bits = exponent == 0 ? bit_cast_bits(subnormal) : normal;
+  return bit_cast_float(bits | (x.bits & 0x8000u) << 16);
+}
+
+template <typename Storage>
+inline Storage from_float(double x) {
+  return static_cast<Storage>(x);
+}
+template <>
+inline BFloat16 from_float<BFloat16>(double x) {
+  const uint32_t bits = bit_cast_bits(static_cast<float>(x));
+  if ((bits & 0x7fffffffu) > 0x7f800000u) return {static_cast<uint16_t>(bits >> 16 | 0x40u)};
+  return {static_cast<uint16_t>((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16)};
+}
+template <>
+inline Float16 from_float<Float16>(double x) {
+  // Finite numbers past fp16's range saturate: the gradient of a zero row, 1 / epsilon large, has to stay finite.
+  const float value = static_cast<float>(x);
+  const uint32_t bits = bit_cast_bits(value), sign = bits >> 16 & 0x8000u, magnitude = bits & 0x7fffffffu;
+  if (magnitude > 0x7f800000u) return {static_cast<uint16_t>(sign | 0x7e00u)};
+  if (magnitude == 0x7f800000u) return {static_cast<uint16_t>(sign | 0x7c00u)};
+  if (magnitude >= 0x477ff000u) return {static_cast<uint16_t>(sign | 0x7bffu)};
+  if (magnitude < 0x38800000u) {  // subnormal in fp16: adding 0.5 leaves its bits, rounded, in the lowest ones
+    const uint32_t shifted = bit_cast_bits(bit_cast_float(magnitude) + 0.5f);
+    return {static_cast<uint16_t>(sign | (shifted - 0x3f000000u))};
+  }
+  return {static_cast<uint16_t>(sign | (magnitude - (112u << 23) + 0xfffu + (magnitude >> 13 & 1u)) >> 13)};
+}
+
+template <typename Fn>
+inline void visit_dtype(const Matrix& m, const Fn& fn) {
+  switch (m.dtype) {
+    case Dtype::kFloat32: return fn(static_cast<float*>(m.data));
+    case Dtype::kFloat64: return fn(static_cast<double*>(m.data));
+    case Dtype::kBFloat16: return fn(static_cast<BFloat16*>(m.data));
+    case Dtype::kFloat16: return fn(static_cast<Float16*>(m.data));
+  }
+}
+
+// Row `row` of m, converted, into out[0, columns).
+template <typename T>
+inline void read_row(const Matrix& m, int64_t row, T* out) {
+  visit_dtype(m, [&](const auto* data) {
+    const auto* from = data + row * m.row_stride;
+    if (m.column_stride == 1)
+      for (int64_t d = 0; d < m.columns; ++d) out[d] = static_cast<T>(to_float(from[d]));
+    else
+      for (int64_t d = 0; d < m.columns; ++d) out[d] = static_cast<T>(to_float(from[d * m.column_stride]));
+  });
+}
+
+template <typename T>
+inline void write_row(const Matrix& m, int64_t row, const T* values) {
+  visit_dtype(m, [&](auto* data) {
+    using Storage = std::remove_pointer_t<decltype(data)>;
+    auto* to = data + row * m.row_stride;
+    if (m.column_stride == 1)
+      for (int64_t d = 0; d < m.columns; ++d) to[d] = from_float<Storage>(values[d]);
+    else
+      for (int64_t d = 0; d < m.columns; ++d) to[d * m.column_stride] = from_float<Storage>(values[d]);
+  });
+}
+
+// <a, b> over `size` elements, a multiple of the lane count.
+template <typename T>
+inline T dot(const T* a, const T* b, int64_t size) {
+  Vec<T> sum[2] = {};
+  int64_t d = 0;
+  for (; d + 2 * kLanes<T> <= size; d += 2 * kLanes<T>) {
+    sum[0] += load(a + d) * load(b + d);
+    sum[1] += load(a + d + kLanes<T>) * load(b + d + kLanes<T>);
+  }
+  for (; d < size; d += kLanes<T>) sum[0] += load(a + d) * load(b + d);
+  return sum_lanes<T>(sum[0] + sum[1]);
+}
+
+// row / max(|row|, epsilon) in place (`padded` elements, those past the row's end zero). Returns 1 / max(|row|, epsilon), with
+// a minus sign when epsilon was the greater: the row then takes no part in the projection of its gradient.
+template <typename T>
+inline T normalise(T* row, int64_t padded) {
+  const T squares = dot(row, row, padded);
+  const bool ordinary = squares > T(1e-20) && squares < T(1e36);
+  double norm = std::sqrt(static_cast<double>(squares));
+  if (!ordinary) {  // the squares underflow or overflow in T, or are NaN
+    double sum = 0;
+    for (int64_t d = 0; d < padded; ++d) sum += static_cast<double>(row[d]) * row[d];
+    norm = std::sqrt(sum);
+  }
+  const double inverse = 1.0 / (norm < kNormEpsilon ? kNormEpsilon : norm);
+  if (ordinary) {
+    const T factor = static_cast<T>(inverse);
+    for (int64_t d = 0; d < padded; d += kLanes<T>) store<T>(row + d, load(row + d) * factor);
+  } else {
+    for (int64_t d = 0; d < padded; ++d) row[d] = static_cast<T>(row[d] * inverse);
+  }
+  return static_cast<T>(norm < kNormEpsilon ? -inverse : inverse);
+}
+
+// Rows [first, first + count) of m, normalised, to `out` with the given stride; `inverse_norm` (count,) may be null.
+template <typename T>
+inline void pack_rows(const Matrix& m, int64_t first, int64_t count, T* out, int64_t stride, int64_t padded,
+                      T* inverse_norm) {
+  for (int64_t r = 0; r < count; ++r) {
+    T* row = out + r * stride;
+    read_row(m, first + r, row);
+    for (int64_t d = m.columns; d < padded; ++d) row[d] = 0;
+    const T inverse = normalise(row, padded);
+    if (inverse_norm != nullptr) inverse_norm[r] = inverse;
+  }
+}
+
+// d_row = J d_unit with J the Jacobian of w -> unit = w / max(|w|, epsilon): in place in d_unit.
+template <typename T>
+inline void project(T* d_unit, const T* unit, T inverse_norm, int64_t padded) {
+  const T along = inverse_norm < 0 ? T(0) : dot(d_unit, unit, padded);
+  const T factor = inverse_norm < 0 ? -inverse_norm : inverse_norm;
+  for (int64_t d = 0; d < padded; d += kLanes<T>)
+    store<T>(d_unit + d, (load(d_unit + d) - load(unit + d) * along) * factor);
+}
+
+}  // namespace fa::FA_ISA

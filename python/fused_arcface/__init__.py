@@ -1,0 +1,21 @@
+"""The fused margin-softmax head for face recognition and metric learning: ArcFace and its family without N×C logits."""
+
+from . import backends, reference
+from .functional import margin_softmax_loss
+from .head import MarginHead
+from .loss import MarginSoftmaxStats
+from .margins import ArcFace, CombinedMargin, CosFace, NormSoftmax, SphereFace
+
+__version__ = "0.1.0"
+__all__ = [
+    "ArcFace",
+    "CombinedMargin",
+    "CosFace",
+    "MarginHead",
+    "MarginSoftmaxStats",
+    "NormSoftmax",
+    "SphereFace",
+    "backends",
+    "margin_softmax_loss",
+    "reference",
+]

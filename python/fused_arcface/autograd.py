@@ -1,0 +1,111 @@
+"""The one autograd function: from embeddings and class centres to each row's negative log-sum-exp and target cosine.
+
+Everything after it is O(N) and plain PyTorch (:mod:`fused_arcface.loss`), so its two incoming gradients carry any margin:
+``d_lse_i = sigmoid(L_i - z_i)`` spreads over the negatives by their softmax, ``d_target_cosine_i`` holds the margin's derivative.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .backends.reference import unit_gradient
+from .ops import compute_dtype
+
+_ops = torch.ops.fused_arcface
+
+
+def needs_shift(scale: float, num_classes: int, dtype: torch.dtype) -> bool:
+    """Whether ``Σ exp(scale·cos)`` over ``num_classes`` classes can leave the range of ``dtype`` at either end.
+
+    Inside it (s = 64 up to 2.6e10 classes in fp32) sums need no running maximum: logits are bounded by the scale.
+    """
+    return scale + math.log(num_classes) >= (709 if dtype == torch.float64 else 88)
+
+
+class NegativesAndTarget(torch.autograd.Function):
+    """See :func:`negatives_and_target`."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        embeddings: Tensor,
+        weight: Tensor,
+        target: Tensor,
+        scale: float,
+        with_centre_sum: bool,
+        backend: str,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        shift = None
+        if needs_shift(scale, weight.shape[0], compute_dtype(embeddings, weight)):
+            maximum = _ops.class_max(embeddings, weight, target, backend)
+            shift = (scale * maximum.double()).masked_fill(maximum == -torch.inf, 0)
+        total, maximum, centre_sum = _ops.class_stats(
+            embeddings, weight, target, scale, shift, with_centre_sum, backend
+        )
+        # fp64: at s = 1000 an fp32 rounding of it would cost 3e-5 of every probability in the backward pass.
+        lse = total.double().log() if shift is None else total.double().log() + shift
+        unit_x, unit_w, present = _unit_target_pairs(embeddings, weight, target)
+        target_cosine = (unit_x * unit_w).sum(1).clamp(-1, 1).masked_fill(~present, 0)
+        if with_centre_sum:  # the softmax-weighted mean of the centres; a row without negatives has none
+            centre_sum = centre_sum / total.masked_fill(total == 0, 1)[:, None]
+        ctx.save_for_backward(embeddings, weight, target, lse, centre_sum)
+        ctx.scale, ctx.backend = scale, backend
+        ctx.mark_non_differentiable(maximum)
+        return lse.to(target_cosine.dtype), target_cosine, maximum
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_lse: Tensor, d_target_cosine: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        embeddings, weight, target, lse, mean_centre = ctx.saved_tensors
+        negative_coefficient = ctx.scale * d_lse
+        d_embeddings = d_weight = None
+        if ctx.needs_input_grad[0]:
+            _, unit_w, present = _unit_target_pairs(embeddings, weight, target)
+            d_unit = negative_coefficient[:, None] * mean_centre
+            d_unit += d_target_cosine.masked_fill(~present, 0)[:, None] * unit_w
+            d_embeddings = _to_dtype(unit_gradient(d_unit, embeddings.to(d_unit.dtype)), embeddings.dtype)
+        if ctx.needs_input_grad[1]:
+            d_weight = _ops.weight_grad(
+                embeddings, weight, target, ctx.scale, lse, negative_coefficient, d_target_cosine, ctx.backend
+            )
+        return d_embeddings, d_weight, None, None, None, None
+
+
+def negatives_and_target(
+    embeddings: Tensor, weight: Tensor, target: Tensor, scale: float, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Negative log-sum-exp, target cosine and greatest negative cosine of each row, all ``(N,)``; the first two differentiable.
+
+    Args:
+        embeddings: (N, D).
+        weight: (C, D).
+        target: (N,) int64 index into weight, or -1: a row without a target here (its cosine is 0, all classes are negatives).
+        scale: of the logits.
+        backend: a name that :func:`fused_arcface.backends.select` returned.
+    """
+    with_centre_sum = torch.is_grad_enabled() and embeddings.requires_grad
+    result: tuple[Tensor, Tensor, Tensor] = NegativesAndTarget.apply(
+        embeddings, weight, target, scale, with_centre_sum, backend
+    )
+    return result
+
+
+def _unit_target_pairs(embeddings: Tensor, weight: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Unit embeddings (N, D), the unit centres of their targets (N, D), and whether the target is here (N,) bool."""
+    dtype, present = compute_dtype(embeddings, weight), target >= 0
+    centres = weight.index_select(0, target.clamp(min=0))
+    return F.normalize(embeddings.to(dtype)), F.normalize(centres.to(dtype)), present
+
+
+def _to_dtype(gradient: Tensor, dtype: torch.dtype) -> Tensor:
+    """Gradient in its input's dtype; in fp16 finite numbers saturate, as a zero row's would overflow."""
+    if dtype != torch.float16:
+        return gradient.to(dtype)
+    limit = torch.finfo(dtype).max
+    return torch.where(gradient.isfinite(), gradient.clamp(-limit, limit), gradient).to(dtype)

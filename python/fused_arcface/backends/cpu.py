@@ -1,0 +1,120 @@
+"""The stages on the CPU: the compiled kernels of csrc/cpu, given raw addresses. Shapes as in backends/reference.py."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from torch import Tensor
+
+from ..ops import compute_dtype
+
+try:
+    from .. import _native
+except ImportError as error:  # reported by unavailable(): the package is of use without it
+    _native, _import_error = None, str(error)
+
+
+def unavailable() -> str | None:
+    if _native is None:
+        return f"the compiled module fused_arcface._native cannot be imported: {_import_error}"
+    asked = os.environ.get("FUSED_ARCFACE_ISA", "")
+    if asked and asked not in _native.isas():
+        return f"FUSED_ARCFACE_ISA={asked} names none of this machine's instruction sets: {', '.join(_native.isas())}"
+    return None
+
+
+def isa() -> str:
+    """The instruction set in use: the best of this machine, or the one that the environment's FUSED_ARCFACE_ISA names."""
+    return os.environ.get("FUSED_ARCFACE_ISA") or _native.isas()[0]
+
+
+def _matrix(tensor: Tensor) -> tuple[int, int, int, int, int, int]:
+    code = {
+        torch.float32: _native.FLOAT32,
+        torch.float64: _native.FLOAT64,
+        torch.bfloat16: _native.BFLOAT16,
+        torch.float16: _native.FLOAT16,
+    }[tensor.dtype]
+    return (tensor.data_ptr(), code, *tensor.shape, *tensor.stride())
+
+
+def _run_class_stats(
+    embeddings: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    scale: float,
+    shift: Tensor | None,
+    maximum: Tensor,
+    total: Tensor | None,
+    centre_sum: Tensor | None,
+) -> None:
+    def address(tensor: Tensor | None) -> int:
+        return 0 if tensor is None else tensor.data_ptr()
+
+    # Bound to names: a temporary's memory would be gone before the kernel reads it.
+    target = target.contiguous()
+    shift = None if shift is None else shift.contiguous()
+    _native.class_stats(
+        isa(),
+        maximum.dtype == torch.float64,
+        _matrix(embeddings),
+        _matrix(weight),
+        target.data_ptr(),
+        scale,
+        address(shift),
+        maximum.data_ptr(),
+        address(total),
+        address(centre_sum),
+        torch.get_num_threads(),
+    )
+
+
+def class_max(embeddings: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+    maximum = torch.empty(embeddings.shape[0], dtype=compute_dtype(embeddings, weight))
+    if embeddings.shape[0] > 0:
+        _run_class_stats(embeddings, weight, target, 1.0, None, maximum, None, None)
+    return maximum
+
+
+def class_stats(
+    embeddings: Tensor, weight: Tensor, target: Tensor, scale: float, shift: Tensor | None, with_centre_sum: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = compute_dtype(embeddings, weight)
+    total, maximum = torch.empty(2, embeddings.shape[0], dtype=dtype).unbind()
+    centre_sum = torch.empty(embeddings.shape if with_centre_sum else 0, dtype=dtype)
+    if embeddings.shape[0] > 0:
+        _run_class_stats(
+            embeddings, weight, target, scale, shift, maximum, total, centre_sum if with_centre_sum else None
+        )
+    return total, maximum, centre_sum
+
+
+def weight_grad(
+    embeddings: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    scale: float,
+    lse: Tensor,
+    negative_coefficient: Tensor,
+    target_coefficient: Tensor,
+) -> Tensor:
+    if embeddings.shape[0] == 0:
+        return torch.zeros_like(weight)
+    target, lse = target.contiguous(), lse.contiguous()
+    negative_coefficient, target_coefficient = negative_coefficient.contiguous(), target_coefficient.contiguous()
+    d_weight = torch.empty_like(weight)
+    _native.weight_grad(
+        isa(),
+        negative_coefficient.dtype == torch.float64,
+        _matrix(embeddings),
+        _matrix(weight),
+        target.data_ptr(),
+        scale,
+        lse.data_ptr(),
+        negative_coefficient.data_ptr(),
+        target_coefficient.data_ptr(),
+        _matrix(d_weight),
+        torch.get_num_threads(),
+    )
+    return d_weight

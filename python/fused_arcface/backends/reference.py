@@ -1,0 +1,73 @@
+"""The stages in plain PyTorch, logits materialised: any device, and the definition of what a backend computes.
+
+Shapes, in every backend: embeddings (N, D), weight (C, D), target (N,) int64, an index into this weight or -1 where the row's
+target is not here. Results have the compute dtype: the promoted one of both, at least fp32.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..ops import compute_dtype
+
+
+def unavailable() -> str | None:
+    return None
+
+
+def _cosines(embeddings: Tensor, weight: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Unit embeddings (N, D), unit centres (C, D), their cosines (N, C) and where those are a row's target (N, C)."""
+    dtype = compute_dtype(embeddings, weight)
+    unit_x, unit_w = F.normalize(embeddings.to(dtype)), F.normalize(weight.to(dtype))
+    is_target = target[:, None] == torch.arange(weight.shape[0], device=target.device)
+    return unit_x, unit_w, unit_x @ unit_w.T, is_target
+
+
+def class_max(embeddings: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+    """(N,) greatest cosine of each row with a class that is not its target; -inf where there is none."""
+    _, _, cosine, is_target = _cosines(embeddings, weight, target)
+    return cosine.masked_fill(is_target, -torch.inf).amax(1)
+
+
+def class_stats(
+    embeddings: Tensor, weight: Tensor, target: Tensor, scale: float, shift: Tensor | None, with_centre_sum: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Statistics of each row's negatives: sum and maximum, and the sum of the class centres weighted alike.
+
+    With ``e_ij = exp(scale·cos_ij - shift_i)`` for ``j != target_i`` (shift ``(N,)`` fp64, none is zero), else 0:
+    ``Σ_j e_ij`` (N,), ``max_j cos_ij`` (N,), ``Σ_j e_ij ŵ_j`` (N, D), the last empty unless asked for.
+    """
+    _, unit_w, cosine, is_target = _cosines(embeddings, weight, target)
+    logits = scale * cosine.double() - (0 if shift is None else shift[:, None])
+    exponentials = logits.exp().to(cosine.dtype).masked_fill(is_target, 0)
+    centre_sum = exponentials @ unit_w if with_centre_sum else exponentials.new_empty(0)
+    return exponentials.sum(1), cosine.masked_fill(is_target, -torch.inf).amax(1), centre_sum
+
+
+def weight_grad(
+    embeddings: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    scale: float,
+    lse: Tensor,
+    negative_coefficient: Tensor,
+    target_coefficient: Tensor,
+) -> Tensor:
+    """(C, D) gradient by the class centres, in weight's dtype, from each row's coefficients (N,) and lse (N,) fp64.
+
+    The derivative by ``cos_ij`` is ``negative_coefficient_i·exp(scale·cos_ij - lse_i)``, the target's ``target_coefficient_i``.
+    """
+    unit_x, _, cosine, is_target = _cosines(embeddings, weight, target)
+    probability = (scale * cosine.double() - lse[:, None]).exp().to(cosine.dtype)
+    d_cosine = torch.where(is_target, target_coefficient[:, None], negative_coefficient[:, None] * probability)
+    return unit_gradient(d_cosine.T @ unit_x, weight.to(unit_x.dtype)).to(weight.dtype)
+
+
+def unit_gradient(d_unit: Tensor, row: Tensor) -> Tensor:
+    """Gradient by ``row`` (R, D) from that by ``row / max(|row|, 1e-12)``, same shape."""
+    norm = torch.linalg.vector_norm(row, dim=1, keepdim=True)
+    unit = row / norm.clamp(min=1e-12)
+    along = (unit * d_unit).sum(1, keepdim=True).masked_fill(norm < 1e-12, 0)
+    return (d_unit - unit * along) / norm.clamp(min=1e-12)

@@ -1,0 +1,105 @@
+"""Checks of what users pass in. Each error names the argument, the rule and what was received, before anything is computed."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+FLOAT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+INTEGER_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+REDUCTIONS = ("mean", "sum", "none")
+
+
+def _names(dtypes: tuple[torch.dtype, ...]) -> str:
+    return ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+
+
+def _check_tensor(name: str, tensor: object, dtypes: tuple[torch.dtype, ...]) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor; got {type(tensor).__name__}")
+    if tensor.dtype not in dtypes:
+        raise TypeError(f"{name} must have one of the dtypes {_names(dtypes)}; got {_names((tensor.dtype,))}")
+    if tensor.layout is not torch.strided:
+        raise ValueError(f"{name} must be a dense tensor; got layout {tensor.layout}")
+
+
+def check_embeddings(embeddings: object, weight: Tensor) -> None:
+    """Embeddings ``(N, D)`` against class centres ``(C, D)``; the message calls the centres by the rule they set."""
+    _check_tensor("embeddings", embeddings, FLOAT_DTYPES)
+    assert isinstance(embeddings, Tensor)
+    if embeddings.dim() != 2 or embeddings.shape[1] != weight.shape[1]:
+        raise ValueError(f"embeddings must be (N, D={weight.shape[1]}); got {tuple(embeddings.shape)}")
+    if embeddings.device != weight.device:
+        raise ValueError(f"embeddings must be on weight's device {weight.device}; got {embeddings.device}")
+
+
+def check_scale(scale: object) -> None:
+    if isinstance(scale, bool) or not isinstance(scale, (int, float)):
+        raise TypeError(f"scale must be a number; got {type(scale).__name__}")
+    if not (math.isfinite(scale) and scale > 0):
+        raise ValueError(f"scale must be finite and > 0; got {scale}")
+
+
+def check_margin(margin: object) -> None:
+    if not callable(margin):
+        raise TypeError(f"margin must be a margin of fused_arcface or a callable; got {type(margin).__name__}")
+
+
+def check_size(name: str, value: object, least: int = 1) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int; got {type(value).__name__}")
+    if value < least:
+        raise ValueError(f"{name} must be >= {least}; got {value}")
+
+
+def check_inputs(
+    embeddings: object,
+    weight: object,
+    target: object,
+    margin: object,
+    scale: object,
+    reduction: object,
+    ignore_index: object,
+) -> None:
+    """Everything about the arguments of ``margin_softmax_loss`` that can be told without reading a tensor's values."""
+    _check_tensor("embeddings", embeddings, FLOAT_DTYPES)
+    _check_tensor("weight", weight, FLOAT_DTYPES)
+    _check_tensor("target", target, INTEGER_DTYPES)
+    assert isinstance(embeddings, Tensor) and isinstance(weight, Tensor) and isinstance(target, Tensor)
+    if embeddings.dim() != 2 or embeddings.shape[1] == 0:
+        raise ValueError(f"embeddings must be (N, D) with D >= 1; got {tuple(embeddings.shape)}")
+    if weight.dim() != 2 or weight.shape[1] != embeddings.shape[1]:
+        raise ValueError(f"weight must be (C, D={embeddings.shape[1]}); got {tuple(weight.shape)}")
+    if weight.shape[0] == 0:
+        raise ValueError(f"weight must hold at least one class; got {tuple(weight.shape)}")
+    if target.shape != embeddings.shape[:1]:
+        raise ValueError(f"target must be (N={embeddings.shape[0]},); got {tuple(target.shape)}")
+    for name, tensor in (("weight", weight), ("target", target)):
+        if tensor.device != embeddings.device:
+            raise ValueError(f"{name} must be on embeddings' device {embeddings.device}; got {tensor.device}")
+    check_margin(margin)
+    check_scale(scale)
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction must be one of {', '.join(map(repr, REDUCTIONS))}; got {reduction!r}")
+    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
+        raise TypeError(f"ignore_index must be an int; got {type(ignore_index).__name__}")
+
+
+def check_target_range(target: Tensor, num_classes: int, ignore_index: int) -> None:
+    """Labels ``(N,)`` int64: each a class or ``ignore_index``. Reads the values: on a GPU this waits for it."""
+    wrong = ((target < 0) | (target >= num_classes)) & (target != ignore_index)
+    if wrong.any():
+        row = int(wrong.nonzero()[0])
+        raise ValueError(
+            f"target must be in [0, C={num_classes}) or ignore_index={ignore_index}; got {int(target[row])} at row {row}"
+        )
+
+
+def check_margin_output(modified: object, target_cosine: Tensor) -> None:
+    """A margin's result: ``(N,)``, of the cosines' dtype and device."""
+    if not isinstance(modified, Tensor):
+        raise TypeError(f"margin must return a torch.Tensor; got {type(modified).__name__}")
+    if modified.shape != target_cosine.shape:
+        raise ValueError(f"margin must return (N={target_cosine.shape[0]},); got {tuple(modified.shape)}")

@@ -1,0 +1,121 @@
+"""The head as a module: class centres and the loss over them, on one device."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import backends
+from .checks import FLOAT_DTYPES, check_embeddings, check_margin, check_scale, check_size
+from .functional import margin_softmax_loss
+from .loss import MarginSoftmaxStats
+from .margins import ArcFace, Margin
+
+# Classes whose cosines topk holds at once: (N, 16384) floats, 16 MiB at N = 256.
+_TOPK_CLASSES = 16384
+
+
+class MarginHead(nn.Module):
+    """Classification head with a margin: ``loss = head(embeddings, target)`` for any backbone.
+
+    Args:
+        embedding_dim: D.
+        num_classes: C.
+        margin: see :func:`fused_arcface.margin_softmax_loss`; likewise scale and backend.
+        scale: ``s`` of the logits, finite and > 0.
+        backend: ``"auto"`` or a backend's name.
+        device: of the class centres.
+        dtype: of the class centres; the default dtype if None.
+
+    Attributes:
+        weight: (C, D) parameter, the class centres, drawn from N(0, 0.01²).
+
+    Raises:
+        TypeError, ValueError: an argument of a wrong type or out of its range.
+
+    >>> import torch
+    >>> head = MarginHead(embedding_dim=8, num_classes=5)
+    >>> loss = head(torch.randn(4, 8), torch.tensor([0, 1, 2, 4]))
+    >>> loss.backward(); head.weight.grad.shape
+    torch.Size([5, 8])
+    """
+
+    weight: nn.Parameter
+
+    def __init__(
+        self,
+        embedding_dim: int,
+        num_classes: int,
+        *,
+        margin: Margin = ArcFace(),
+        scale: float = 64.0,
+        backend: str = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        check_size("embedding_dim", embedding_dim)
+        check_size("num_classes", num_classes)
+        check_margin(margin)
+        check_scale(scale)
+        backends.check_name(backend)
+        if (dtype or torch.get_default_dtype()) not in FLOAT_DTYPES:
+            raise TypeError(f"dtype must be a floating-point one; got {dtype}")
+        self.margin, self.scale, self.backend = margin, float(scale), backend
+        self.weight = nn.Parameter(torch.empty(num_classes, embedding_dim, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the class centres anew from N(0, 0.01²)."""
+        nn.init.normal_(self.weight, std=0.01)
+
+    def forward(
+        self, embeddings: Tensor, target: Tensor, *, ignore_index: int = -100, return_stats: bool = False
+    ) -> Tensor | tuple[Tensor, MarginSoftmaxStats]:
+        """Mean loss of embeddings (N, D) with labels (N,); with ``return_stats`` the rows' statistics beside it."""
+        return margin_softmax_loss(
+            embeddings,
+            self.weight,
+            target,
+            margin=self.margin,
+            scale=self.scale,
+            ignore_index=ignore_index,
+            backend=self.backend,
+            return_stats=return_stats,
+        )
+
+    def logits(self, embeddings: Tensor) -> Tensor:
+        """``s·cos θ`` of embeddings (N, D) with every class, (N, C), without a margin; differentiable."""
+        check_embeddings(embeddings, self.weight)
+        dtype = torch.promote_types(embeddings.dtype, self.weight.dtype)
+        return self.scale * F.linear(F.normalize(embeddings.to(dtype)), F.normalize(self.weight.to(dtype)))
+
+    @torch.no_grad()
+    def topk(self, embeddings: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """The k nearest class centres of embeddings (N, D): cosines (N, k), descending, and class ids (N, k) int64.
+
+        Raises:
+            ValueError: k outside [1, C], or embeddings of a wrong shape or device.
+        """
+        check_embeddings(embeddings, self.weight)
+        check_size("k", k)
+        num_classes = self.weight.shape[0]
+        if k > num_classes:
+            raise ValueError(f"k must be <= C={num_classes}; got {k}")
+        dtype = torch.promote_types(embeddings.dtype, self.weight.dtype)
+        unit = F.normalize(embeddings.to(dtype))
+        cosines = unit.new_empty(unit.shape[0], 0)
+        classes = torch.empty(unit.shape[0], 0, dtype=torch.int64, device=unit.device)
+        for start in range(0, num_classes, max(_TOPK_CLASSES, k)):
+            centres = self.weight[start : start + max(_TOPK_CLASSES, k)].to(dtype)
+            chunk = unit @ F.normalize(centres).T
+            ids = torch.arange(start, start + chunk.shape[1], device=unit.device).expand_as(chunk)
+            cosines, classes = torch.cat([cosines, chunk], 1), torch.cat([classes, ids], 1)
+            cosines, best = cosines.topk(min(k, cosines.shape[1]))
+            classes = classes.gather(1, best)
+        return cosines, classes
+
+    def extra_repr(self) -> str:
+        num_classes, embedding_dim = self.weight.shape
+        return f"{embedding_dim}, {num_classes}, margin={self.margin}, scale={self.scale}, backend={self.backend!r}"

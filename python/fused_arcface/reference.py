@@ -1,0 +1,62 @@
+"""The oracle of record: the margin-softmax head in plain PyTorch, straight from the formulas, logits materialised.
+
+Any float dtype, every margin, twice differentiable, ``O(N·C)`` memory. Everything else in this package is compared with it.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .checks import check_inputs, check_margin_output, check_target_range
+from .loss import MarginSoftmaxStats, reduce_loss
+from .margins import ArcFace, Margin
+
+
+def margin_softmax_loss(
+    embeddings: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    *,
+    margin: Margin = ArcFace(),
+    scale: float = 64.0,
+    reduction: str = "mean",
+    ignore_index: int = -100,
+    return_stats: bool = False,
+) -> Tensor | tuple[Tensor, MarginSoftmaxStats]:
+    """Softmax cross-entropy over normalised logits with a margin on the target, as :func:`fused_arcface.margin_softmax_loss`.
+
+    Args, result and errors are that function's; this one has no ``backend`` and stores the ``(N, C)`` logits.
+
+    >>> import torch
+    >>> x, w = torch.eye(2), torch.eye(2)
+    >>> margin_softmax_loss(x, w, torch.tensor([0, 0]), scale=1.0, margin=lambda c: c, reduction="none")
+    tensor([0.3133, 1.3133])
+    """
+    check_inputs(embeddings, weight, target, margin, scale, reduction, ignore_index)
+    target = target.long()
+    check_target_range(target, weight.shape[0], ignore_index)
+    dtype = torch.promote_types(torch.promote_types(embeddings.dtype, weight.dtype), torch.float32)
+    cosine = F.normalize(embeddings.to(dtype)) @ F.normalize(weight.to(dtype)).T  # (N, C)
+
+    ignored = target == ignore_index
+    index = target.masked_fill(ignored, 0)
+    is_target = F.one_hot(index, weight.shape[0]).bool()  # (N, C)
+    negatives = cosine.masked_fill(is_target, -torch.inf)
+    target_cosine = cosine.gather(1, index[:, None]).squeeze(1)
+    modified = margin(target_cosine)
+    check_margin_output(modified, target_cosine)
+
+    negative_lse = (scale * negatives).logsumexp(1)
+    loss = F.softplus(negative_lse - scale * modified, threshold=40)
+    result = reduce_loss(loss, ignored, reduction)
+    if not return_stats:
+        return result
+    stats = MarginSoftmaxStats(
+        loss=loss.detach().masked_fill(ignored, 0),
+        lse=torch.logaddexp(negative_lse, scale * modified).detach(),
+        target_cosine=target_cosine.detach(),
+        correct=(target_cosine > negatives.amax(1)).detach() & ~ignored,
+    )
+    return result, stats
