@@ -1,7 +1,8 @@
 """The one autograd function: from embeddings and class centres to each row's negative log-sum-exp and target cosine.
 
-Everything after it is O(N) and plain PyTorch (:mod:`fused_arcface.loss`), so its two incoming gradients carry any margin:
-``d_lse_i = sigmoid(L_i - z_i)`` spreads over the negatives by their softmax, ``d_target_cosine_i`` holds the margin's derivative.
+Everything after it is O(N) and plain PyTorch (:mod:`fused_arcface.loss`), so its two incoming gradients carry any
+margin: ``d_lse_i = sigmoid(L_i - z_i)`` spreads over the negatives by their softmax, ``d_target_cosine_i`` holds the
+margin's derivative.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ class NegativesAndTarget(torch.autograd.Function):
     """See :func:`negatives_and_target`."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         embeddings: Tensor,
         weight: Tensor,
@@ -61,7 +62,7 @@ class NegativesAndTarget(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, d_lse: Tensor, d_target_cosine: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, d_lse: Tensor, d_target_cosine: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         embeddings, weight, target, lse, mean_centre = ctx.saved_tensors
         negative_coefficient = ctx.scale * d_lse
         d_embeddings = d_weight = None
@@ -80,12 +81,12 @@ class NegativesAndTarget(torch.autograd.Function):
 def negatives_and_target(
     embeddings: Tensor, weight: Tensor, target: Tensor, scale: float, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Negative log-sum-exp, target cosine and greatest negative cosine of each row, all ``(N,)``; the first two differentiable.
+    """Each row's negative log-sum-exp, target cosine (both differentiable) and greatest negative cosine, all ``(N,)``.
 
     Args:
         embeddings: (N, D).
         weight: (C, D).
-        target: (N,) int64 index into weight, or -1: a row without a target here (its cosine is 0, all classes are negatives).
+        target: (N,) int64 index into weight, or -1: no target here, its cosine is 0 and all classes are negatives.
         scale: of the logits.
         backend: a name that :func:`fused_arcface.backends.select` returned.
     """
