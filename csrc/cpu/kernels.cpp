@@ -21,8 +21,7 @@ namespace {
 // in a 512 KiB one: packed classes 96 * 2 KiB, logits 96 * 0.5 KiB, row block 128 * 2 KiB. bench/NOTES.md has the scan.
 constexpr int64_t kClassBlock = 96;
 constexpr int64_t kRowBlock = 128;
-// Depth of one accumulation: a panel of embeddings of this depth (16 KiB) stays in L1 while all classes of a block pass
-// it.
+// Depth of one accumulation: a panel of embeddings so deep (16 KiB) stays in L1 while all classes of a block pass it.
 constexpr int64_t kDepthBlock = 128;
 // Below this many multiply-adds a second thread costs more than it brings.
 constexpr double kWorkPerThread = 2e6;
@@ -35,8 +34,7 @@ int useful_threads(int threads, double multiply_adds) {
   return static_cast<int>(std::clamp(multiply_adds / kWorkPerThread, 1.0, static_cast<double>(std::max(threads, 1))));
 }
 
-// The batch, normalised once per call and laid out twice: by rows, and transposed in panels of kColumns rows, (D,
-// kColumns).
+// The batch, normalised once per call and laid out twice: by rows, and in transposed panels (D, kColumns) of its rows.
 template <typename T>
 struct Batch {
   int64_t rows, padded_rows, depth, padded_depth, stride;
@@ -131,8 +129,7 @@ struct RowStats {
   double sum = 0, max = -std::numeric_limits<double>::infinity();
 };
 
-// The cosines of one tile become exp(scale * cos - shift), 0 in the target's place, and are added to the rows'
-// statistics.
+// The cosines of one tile become exp(scale * cos - shift), 0 in the target's place, and count in the rows' statistics.
 template <typename T>
 void exponentiate(T* tile, int64_t stride, int64_t count, int64_t lanes, int64_t first_class, const Index<T>* target,
                   const T* log2_shift, T log2_scale, bool want_sum, RowStats* stats) {
