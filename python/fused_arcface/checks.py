@@ -38,7 +38,7 @@ def check_embeddings(embeddings: object, weight: Tensor) -> None:
 def check_scale(scale: object) -> None:
     if isinstance(scale, bool) or not isinstance(scale, (int, float)):
         raise TypeError(f"scale must be a number; got {type(scale).__name__}")
-    if not (math.isfinite(scale) and scale > 0):
+    if not 0 < scale < math.inf:  # not math.isfinite: under torch.compile a scale may be symbolic
         raise ValueError(f"scale must be finite and > 0; got {scale}")
 
 
