@@ -102,3 +102,8 @@ def check_margin_output(modified: object, target_cosine: Tensor) -> None:
         raise TypeError(f"margin must return a torch.Tensor; got {type(modified).__name__}")
     if modified.shape != target_cosine.shape:
         raise ValueError(f"margin must return (N={target_cosine.shape[0]},); got {tuple(modified.shape)}")
+    if modified.dtype != target_cosine.dtype:
+        rule = f"margin must return the target cosines' dtype {_names((target_cosine.dtype,))}"
+        raise TypeError(f"{rule}; got {_names((modified.dtype,))}")
+    if modified.device != target_cosine.device:
+        raise ValueError(f"margin must return a tensor on {target_cosine.device}; got {modified.device}")
