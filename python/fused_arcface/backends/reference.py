@@ -63,7 +63,8 @@ def weight_grad(
     unit_x, _, cosine, is_target = _cosines(embeddings, weight, target)
     probability = (scale * cosine.double() - lse[:, None]).exp().to(cosine.dtype)
     d_cosine = torch.where(is_target, target_coefficient[:, None], negative_coefficient[:, None] * probability)
-    return unit_gradient(d_cosine.T @ unit_x, weight.to(unit_x.dtype)).to(weight.dtype)
+    # Into memory laid out like weight's, as the operator's fake has it.
+    return torch.empty_like(weight).copy_(unit_gradient(d_cosine.T @ unit_x, weight.to(unit_x.dtype)))
 
 
 def unit_gradient(d_unit: Tensor, row: Tensor) -> Tensor:
