@@ -108,14 +108,16 @@ def test_tiny_losses(wanted: float) -> None:
     assert loss.item() == pytest.approx(wanted, rel=1e-3)
 
 
-@pytest.mark.parametrize("scale", [128.0, 500.3, 999.7])
+@pytest.mark.parametrize("scale", [128.0, 500.3, 611.1, 777.7, 888.8, 999.7])
 def test_probabilities_at_a_large_scale(scale: float) -> None:
-    """Cosines of exactly 1/2: each negative has a probability of 1/4, unless rounding of s·cos spoils it."""
-    x, w = torch.ones(1, 4), torch.cat([-torch.ones(1, 4), torch.eye(4)]).requires_grad_()
+    """Cosines of exactly 1/2: each negative has a probability of 1/2, unless rounding s·cos (3e-5) spoils it."""
+    x, w = torch.ones(1, 4).requires_grad_(), torch.cat([-torch.ones(1, 4), torch.eye(4)[:2]]).requires_grad_()
     fa.margin_softmax_loss(x, w, torch.tensor([0]), margin=fa.NormSoftmax(), scale=scale, backend="cpu").backward()
-    # d cos/dw of a unit centre is x̂ - w cos.
-    right = scale / 4 * (0.5 - torch.eye(4, dtype=torch.float64) / 2)
-    torch.testing.assert_close(w.grad[1:].double(), right, rtol=2e-6, atol=1e-6 * scale)
+    # s (w̄ - x̂ cos) / |x| with w̄ the mean of the two centres, and s/2 (x̂ - ŵ cos) for each of them.
+    right_x = scale / 8 * torch.tensor([[1.0, 1.0, -1.0, -1.0]])
+    right_w = scale / 4 * (1 - torch.eye(4)[:2])
+    torch.testing.assert_close(x.grad, right_x, rtol=2e-6, atol=2e-7 * scale)
+    torch.testing.assert_close(w.grad[1:], right_w, rtol=2e-6, atol=2e-7 * scale)
 
 
 def test_all_negatives_opposite_at_128() -> None:
