@@ -11,22 +11,23 @@ import math
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .backends.reference import unit_gradient
+from .backends.reference import unit_gradient, unit_rows
 from .ops import compute_dtype
 
 _ops = torch.ops.fused_arcface
 
 
 def needs_shift(scale: float, num_classes: int, dtype: torch.dtype) -> bool:
-    """Whether ``Σ exp(scale·cos)`` over ``num_classes`` classes can leave the range of ``dtype`` at either end.
+    """Whether ``Σ exp(scale·cos)·ŵ`` over ``num_classes`` classes can leave the range of ``dtype`` at either end.
 
-    Inside it (s = 64 up to 2.6e10 classes in fp32) sums need no running maximum: logits are bounded by the scale.
+    Inside it (s = 64 up to 2.6e10 classes in fp32) sums need no running maximum: logits are bounded by the scale. At
+    the lower end ``exp(-scale)`` times a small component must still be a normal number: 24 (53) bits above the least.
     """
-    return scale + math.log(num_classes) >= (709 if dtype == torch.float64 else 88)
+    lowest, highest = (670, 709) if dtype == torch.float64 else (70, 88)
+    return scale > lowest or scale + math.log(num_classes) >= highest
 
 
 class NegativesAndTarget(torch.autograd.Function):
@@ -101,7 +102,7 @@ def _unit_target_pairs(embeddings: Tensor, weight: Tensor, target: Tensor) -> tu
     """Unit embeddings (N, D), the unit centres of their targets (N, D), and whether the target is here (N,) bool."""
     dtype, present = compute_dtype(embeddings, weight), target >= 0
     centres = weight.index_select(0, target.clamp(min=0))
-    return F.normalize(embeddings.to(dtype)), F.normalize(centres.to(dtype)), present
+    return unit_rows(embeddings.to(dtype)), unit_rows(centres.to(dtype)), present
 
 
 def _to_dtype(gradient: Tensor, dtype: torch.dtype) -> Tensor:
