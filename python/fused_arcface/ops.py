@@ -45,6 +45,8 @@ def _local_target_fake(target: Tensor, num_classes: int, ignore_index: int) -> T
 
 @torch.library.impl("fused_arcface::class_max", "default")
 def _class_max(embeddings: Tensor, weight: Tensor, target: Tensor, backend: str) -> Tensor:
+    if weight.shape[0] == 0:
+        return embeddings.new_full(embeddings.shape[:1], -torch.inf, dtype=compute_dtype(embeddings, weight))
     result: Tensor = backends.load(backend).class_max(embeddings, weight, target)
     return result
 
@@ -64,6 +66,10 @@ def _class_stats(
     with_centre_sum: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    if weight.shape[0] == 0:  # a shard whose step samples none of its classes; no backend need know of it
+        rows = embeddings.new_zeros(embeddings.shape[0], dtype=compute_dtype(embeddings, weight))
+        centre_sum = rows.new_zeros(embeddings.shape if with_centre_sum else (0,))
+        return rows, torch.full_like(rows, -torch.inf), centre_sum
     result: tuple[Tensor, Tensor, Tensor] = backends.load(backend).class_stats(
         embeddings, weight, target, scale, shift, with_centre_sum
     )
@@ -97,6 +103,8 @@ def _weight_grad(
     target_coefficient: Tensor,
     backend: str,
 ) -> Tensor:
+    if weight.shape[0] == 0:
+        return torch.empty_like(weight)
     result: Tensor = backends.load(backend).weight_grad(
         embeddings, weight, target, scale, lse, negative_coefficient, target_coefficient
     )
