@@ -82,12 +82,12 @@ struct Workspace {
   // multiplied: a core that waited for memory at each block would lose 8 % (bench/NOTES.md).
   void pack(const Matrix& weight, int64_t first, int64_t count, int64_t last, int64_t rows) {
     pack_rows<T>(weight, first, count, classes.get(), stride, padded_depth, inverse_norm.get());
-    const int64_t element = weight.dtype == Dtype::kFloat64 ? 8 : weight.dtype == Dtype::kFloat32 ? 4 : 2;
+    const int64_t row_bytes = weight.row_stride * element_size(weight.dtype);
     const int64_t next = first + count, next_count = std::min(kClassBlock, last - next);
     if (weight.column_stride != 1 || weight.row_stride != weight.columns || next_count <= 0) return;
     const int64_t panels = (rows + kColumns<T> - 1) / kColumns<T> * ((weight.columns + kDepthBlock - 1) / kDepthBlock);
-    next_classes = Prefetch(static_cast<const char*>(weight.data) + next * weight.row_stride * element,
-                            next_count * weight.row_stride * element, panels * std::max<int64_t>(1, count / kRows));
+    next_classes = Prefetch(static_cast<const char*>(weight.data) + next * row_bytes, next_count * row_bytes,
+                            panels * std::max<int64_t>(1, count / kRows));
   }
 
   // tile = cosines of the packed classes [0, count) with the batch's rows [first_row, first_row + lanes)

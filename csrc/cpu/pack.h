@@ -33,20 +33,6 @@ class Scratch {
   T* data_;
 };
 
-// A fresh gradient of hundreds of megabytes costs a page fault every 4 KiB as it is first written, a seventh of the backward pass;
-// with 2 MiB pages, which Linux gives to those who ask, nearly none. A hint: failure means nothing.
-inline void advise_huge_pages(const Matrix& m) {
-#if defined(MADV_HUGEPAGE)
-  constexpr uintptr_t kPage = 4096;
-  const int64_t element = m.dtype == Dtype::kFloat64 ? 8 : m.dtype == Dtype::kFloat32 ? 4 : 2;
-  const uintptr_t begin = (reinterpret_cast<uintptr_t>(m.data) + kPage - 1) & ~(kPage - 1);
-  const uintptr_t end = (reinterpret_cast<uintptr_t>(m.data) + m.rows * m.row_stride * element) & ~(kPage - 1);
-  if (end > begin + (4 << 20)) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#else
-  (void)m;
-#endif
-}
-
 constexpr int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
 // A row stride of an odd number of cache lines: successive rows then fall into different cache sets.
@@ -57,6 +43,10 @@ constexpr int64_t padded_stride(int64_t columns) {
   return (lines | 1) * line;
 }
 
+inline int64_t element_size(Dtype dtype) {
+  return dtype == Dtype::kFloat64 ? 8 : dtype == Dtype::kFloat32 ? 4 : 2;
+}
+
 struct BFloat16 {
   uint16_t bits;
 };
@@ -64,12 +54,12 @@ struct Float16 {
   uint16_t bits;
 };
 
-inline float bit_cast_float(uint32_t bits) {
+inline float float_of(uint32_t bits) {
   float value;
   std::memcpy(&value, &bits, sizeof value);
   return value;
 }
-inline uint32_t bit_cast_bits(float value) {
+inline uint32_t float_bits(float value) {
   uint32_t bits;
   std::memcpy(&bits, &value, sizeof bits);
   return bits;
@@ -77,39 +67,55 @@ inline uint32_t bit_cast_bits(float value) {
 
 inline float to_float(float x) { return x; }
 inline double to_float(double x) { return x; }
-inline float to_float(BFloat16 x) { return bit_cast_float(static_cast<uint32_t>(x.bits) << 16); }
+inline float to_float(BFloat16 x) { return float_of(static_cast<uint32_t>(x.bits) << 16); }
 inline float to_float(Float16 x) {
   // Rebias the exponent; infinities and NaN need it twice, subnormals are normalised by a subtraction. Selects, not branches.
   const uint32_t magnitude = (x.bits & 0x7fffu) << 13, exponent = magnitude & 0x0f800000u;
   const uint32_t normal = magnitude + (112u << 23) + (exponent == 0x0f800000u ? 112u << 23 : 0u);
-  const float subnormal = bit_cast_float(magnitude + (113u << 23)) - bit_cast_float(113u << 23);
-  const uint32_t bits = exponent == 0 ? bit_cast_bits(subnormal) : normal;
-  return bit_cast_float(bits | (x.bits & 0x8000u) << 16);
+  const float subnormal = float_of(magnitude + (113u << 23)) - float_of(113u << 23);
+  const uint32_t bits = exponent == 0 ? float_bits(subnormal) : normal;
+  return float_of(bits | (x.bits & 0x8000u) << 16);
 }
 
-template <typename Storage>
-inline Storage from_float(double x) {
-  return static_cast<Storage>(x);
+inline void convert(float x, float* to) { *to = x; }
+inline void convert(double x, float* to) { *to = static_cast<float>(x); }
+inline void convert(double x, double* to) { *to = x; }
+inline void convert(float x, BFloat16* to) {
+  const uint32_t bits = float_bits(x);
+  const bool nan = (bits & 0x7fffffffu) > 0x7f800000u;
+  to->bits = static_cast<uint16_t>(nan ? bits >> 16 | 0x40u : (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
 }
-template <>
-inline BFloat16 from_float<BFloat16>(double x) {
-  const uint32_t bits = bit_cast_bits(static_cast<float>(x));
-  if ((bits & 0x7fffffffu) > 0x7f800000u) return {static_cast<uint16_t>(bits >> 16 | 0x40u)};
-  return {static_cast<uint16_t>((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16)};
-}
-template <>
-inline Float16 from_float<Float16>(double x) {
+inline void convert(float x, Float16* to) {
   // Finite numbers past fp16's range saturate: the gradient of a zero row, 1 / epsilon large, has to stay finite.
-  const float value = static_cast<float>(x);
-  const uint32_t bits = bit_cast_bits(value), sign = bits >> 16 & 0x8000u, magnitude = bits & 0x7fffffffu;
-  if (magnitude > 0x7f800000u) return {static_cast<uint16_t>(sign | 0x7e00u)};
-  if (magnitude == 0x7f800000u) return {static_cast<uint16_t>(sign | 0x7c00u)};
-  if (magnitude >= 0x477ff000u) return {static_cast<uint16_t>(sign | 0x7bffu)};
-  if (magnitude < 0x38800000u) {  // subnormal in fp16: adding 0.5 leaves its bits, rounded, in the lowest ones
-    const uint32_t shifted = bit_cast_bits(bit_cast_float(magnitude) + 0.5f);
-    return {static_cast<uint16_t>(sign | (shifted - 0x3f000000u))};
-  }
-  return {static_cast<uint16_t>(sign | (magnitude - (112u << 23) + 0xfffu + (magnitude >> 13 & 1u)) >> 13)};
+  const uint32_t bits = float_bits(x), sign = bits >> 16 & 0x8000u, magnitude = bits & 0x7fffffffu;
+  uint32_t half;
+  if (magnitude > 0x7f800000u)
+    half = 0x7e00u;  // NaN
+  else if (magnitude == 0x7f800000u)
+    half = 0x7c00u;  // infinity
+  else if (magnitude >= 0x477ff000u)
+    half = 0x7bffu;
+  else if (magnitude < 0x38800000u)  // subnormal in fp16: adding 0.5 leaves it, rounded, in the lowest bits
+    half = float_bits(float_of(magnitude) + 0.5f) - 0x3f000000u;
+  else
+    half = (magnitude - (112u << 23) + 0xfffu + (magnitude >> 13 & 1u)) >> 13;
+  to->bits = static_cast<uint16_t>(sign | half);
+}
+// fp64 sums into a 16-bit gradient: only where the other input is fp64.
+inline void convert(double x, BFloat16* to) { convert(static_cast<float>(x), to); }
+inline void convert(double x, Float16* to) { convert(static_cast<float>(x), to); }
+
+// A fresh gradient of hundreds of megabytes costs a page fault every 4 KiB as it is first written, a seventh of the backward pass;
+// with 2 MiB pages, which Linux gives to those who ask, nearly none. A hint: failure means nothing.
+inline void advise_huge_pages(const Matrix& m) {
+#if defined(MADV_HUGEPAGE)
+  constexpr uintptr_t kPage = 4096;
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(m.data) + kPage - 1) & ~(kPage - 1);
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(m.data) + m.rows * m.row_stride * element_size(m.dtype)) & ~(kPage - 1);
+  if (end > begin + (4 << 20)) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#else
+  (void)m;
+#endif
 }
 
 template <typename Fn>
@@ -137,12 +143,11 @@ inline void read_row(const Matrix& m, int64_t row, T* out) {
 template <typename T>
 inline void write_row(const Matrix& m, int64_t row, const T* values) {
   visit_dtype(m, [&](auto* data) {
-    using Storage = std::remove_pointer_t<decltype(data)>;
     auto* to = data + row * m.row_stride;
     if (m.column_stride == 1)
-      for (int64_t d = 0; d < m.columns; ++d) to[d] = from_float<Storage>(values[d]);
+      for (int64_t d = 0; d < m.columns; ++d) convert(values[d], to + d);
     else
-      for (int64_t d = 0; d < m.columns; ++d) to[d * m.column_stride] = from_float<Storage>(values[d]);
+      for (int64_t d = 0; d < m.columns; ++d) convert(values[d], to + d * m.column_stride);
   });
 }
 

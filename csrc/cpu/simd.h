@@ -117,7 +117,7 @@ inline Vec<T> exp2(Vec<T> t) {
 }
 
 // Subnormal operands cost hundreds of cycles on some processors and carry nothing here: flush them while a kernel runs.
-class FlushSubnormals {
+class [[maybe_unused]] FlushSubnormals {
  public:
 #if defined(__SSE__)
   FlushSubnormals() : saved_(_mm_getcsr()) { _mm_setcsr(saved_ | 0x8040); }

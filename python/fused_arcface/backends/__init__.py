@@ -24,6 +24,7 @@ def load(name: str) -> ModuleType:
     return importlib.import_module(f".{name}", __name__)
 
 
+@torch.compiler.assume_constant_result  # torch.compile need not trace an import
 def _unavailable(name: str) -> str | None:
     reason: str | None = _NOT_BUILT[name] if name in _NOT_BUILT else load(name).unavailable()
     return reason

@@ -81,7 +81,7 @@ def class_stats(
     embeddings: Tensor, weight: Tensor, target: Tensor, scale: float, shift: Tensor | None, with_centre_sum: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     dtype = compute_dtype(embeddings, weight)
-    total, maximum = torch.empty(2, embeddings.shape[0], dtype=dtype).unbind()
+    total, maximum = torch.empty(embeddings.shape[0], dtype=dtype), torch.empty(embeddings.shape[0], dtype=dtype)
     centre_sum = torch.empty(embeddings.shape if with_centre_sum else 0, dtype=dtype)
     if embeddings.shape[0] > 0:
         _run_class_stats(
