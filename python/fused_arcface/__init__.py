@@ -5,6 +5,7 @@ from .functional import margin_softmax_loss
 from .head import MarginHead
 from .loss import MarginSoftmaxStats
 from .margins import ArcFace, CombinedMargin, CosFace, NormSoftmax, SphereFace
+from .partial_fc import PartialFC
 
 __version__ = "0.1.0"
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "MarginHead",
     "MarginSoftmaxStats",
     "NormSoftmax",
+    "PartialFC",
     "SphereFace",
     "backends",
     "margin_softmax_loss",

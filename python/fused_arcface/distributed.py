@@ -16,6 +16,7 @@ _all_gather = getattr(dist, "all_gather_single", None) or getattr(dist, "all_gat
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or getattr(dist, "reduce_scatter_tensor", None)
 
 _HEADER = 2  # int64 numbers before a rank's rows in the gathered buffer: how many rows, and whether they need a gradient
+_REFUSED = -1  # as the number of rows
 _ALIGNMENT = 16  # bytes: each part of the buffer is viewed as its own dtype
 
 
@@ -62,6 +63,7 @@ class Ranks:
         # Rows that a rank's part of the gathered buffer has room for: the largest local batch so far. All ranks learn it from
         # the same headers, so a step costs one all-gather, and a second one only when some batch has outgrown all before.
         self._room = 0
+        self._rows_like = torch.empty(0, 0)
 
     def __deepcopy__(self, memo: object) -> Ranks:
         return self  # a group is a connection: there is nothing to copy
@@ -69,12 +71,16 @@ class Ranks:
     def gather_batch(self, embeddings: Tensor, target: Tensor, requires_grad: bool) -> JointBatch:
         """All ranks' embeddings (n, D) and labels (n,); n may differ between ranks and be 0. One all-gather."""
         target = target.long()
+        self._rows_like = embeddings.detach()[:0]
         if self.world_size == 1:
             count = embeddings.shape[0]
             return JointBatch(embeddings, target, [count], 0, count, requires_grad)
         while True:
             headers, labels, rows = self._gather_padded(embeddings, target, requires_grad)
             counts = headers[:, 0].tolist()
+            refused = [rank for rank, count in enumerate(counts) if count == _REFUSED]
+            if refused:
+                raise RuntimeError(f"rank(s) {', '.join(map(str, refused))} refused the arguments of this step: see the error there")
             if max(counts) <= self._room:
                 break
             self._room = max(counts)
@@ -90,9 +96,16 @@ class Ranks:
             bool(headers[:, 1].any()),
         )
 
-    def _gather_padded(self, embeddings: Tensor, target: Tensor, requires_grad: bool) -> tuple[Tensor, Tensor, Tensor]:
+    def refuse_batch(self) -> None:
+        """In place of :meth:`gather_batch` on a rank whose arguments are wrong, so that the others raise too and do not wait."""
+        if self.world_size > 1:
+            self._gather_padded(self._rows_like, torch.empty(0, dtype=torch.int64), False, _REFUSED)
+
+    def _gather_padded(
+        self, embeddings: Tensor, target: Tensor, requires_grad: bool, count: int | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Headers (W, 2), labels (W, room) and embeddings (W, room, D) of all ranks in one collective; the header is always whole."""
-        count, dim = embeddings.shape
+        count, dim = embeddings.shape[0] if count is None else count, embeddings.shape[1]
         sizes = [8 * _HEADER, 8 * self._room, embeddings.element_size() * self._room * dim]
         ends = [0]
         for size in sizes:
@@ -108,7 +121,7 @@ class Ranks:
         send = torch.zeros(1, ends[-1], dtype=torch.uint8, device=embeddings.device)
         header, labels, rows = parts(send)
         header.copy_(torch.tensor([[count, int(requires_grad)]]))
-        if count <= self._room:
+        if 0 <= count <= self._room:
             labels[0, :count] = target
             rows.view(self._room, dim)[:count] = embeddings
         received = send.new_empty(self.world_size, ends[-1])
@@ -185,5 +198,5 @@ class Ranks:
 
 
 ALONE = Ranks.__new__(Ranks)
-ALONE.group, ALONE.rank, ALONE.world_size, ALONE._room = None, 0, 1, 0
+ALONE.group, ALONE.rank, ALONE.world_size = None, 0, 1
 """This process by itself, whatever torch.distributed has initialised."""
