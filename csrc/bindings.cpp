@@ -1,5 +1,5 @@
-// fused_arcface._native: the compiled kernels over raw addresses. No torch here: Python owns dtypes, shapes, checks, allocation
-// and lifetimes (python/fused_arcface/backends/cpu.py is the only caller).
+// fused_arcface._native: the compiled kernels over raw addresses. No torch here: Python owns dtypes, shapes, checks,
+// allocation and lifetimes (python/fused_arcface/backends/cpu.py is the only caller).
 #include <pybind11/pybind11.h>
 
 #include <stdexcept>
@@ -35,9 +35,15 @@ void class_stats(const std::string& isa, bool fp64, const MatrixTuple& embedding
                  uintptr_t target, double scale, uintptr_t shift, uintptr_t negative_max, uintptr_t negative_sum,
                  uintptr_t centre_sum, int threads) {
   const fa::Kernels& chosen = kernels(isa);
-  const fa::ClassStatsArgs args{to_matrix(embeddings),      to_matrix(weight),           pointer<const int64_t>(target),
-                                scale,                      pointer<const double>(shift),  pointer<void>(negative_max),
-                                pointer<void>(negative_sum), pointer<void>(centre_sum), threads};
+  const fa::ClassStatsArgs args{to_matrix(embeddings),
+                                to_matrix(weight),
+                                pointer<const int64_t>(target),
+                                scale,
+                                pointer<const double>(shift),
+                                pointer<void>(negative_max),
+                                pointer<void>(negative_sum),
+                                pointer<void>(centre_sum),
+                                threads};
   const py::gil_scoped_release release;
   (fp64 ? chosen.class_stats_fp64 : chosen.class_stats_fp32)(args);
 }

@@ -49,8 +49,8 @@ inline void multiply_tile(int64_t depth, const T* a, int64_t a_stride, const T* 
     for (int v = 0; v < kVectors; ++v) store(c + r * c_stride + v * kLanes<T>, acc[r][v]);
 }
 
-// Memory that will be read soon, brought into L2 a little at a time, so that the processor's few line-fill buffers never stall
-// the arithmetic between. An empty one does nothing.
+// Memory that will be read soon, brought into L2 a little at a time, so that the processor's few line-fill buffers
+// never stall the arithmetic between. An empty one does nothing.
 class Prefetch {
  public:
   Prefetch() = default;

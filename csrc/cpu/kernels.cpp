@@ -1,8 +1,8 @@
 // The two passes over the classes. Compiled once per instruction set (FA_ISA names it), in fp32 and fp64.
 //
-// A block of classes is packed (converted, normalised) into this core's cache and multiplied with a block of rows; the logits
-// of that tile live in scratch memory, become exponentials there and are consumed by the second product at once. The
-// target's column is left out, or replaced by its own coefficient, in the tile. Nothing of size N x C exists.
+// A block of classes is packed (converted, normalised) into this core's cache and multiplied with a block of rows; the
+// logits of that tile live in scratch memory, become exponentials there and are consumed by the second product at once.
+// The target's column is left out, or replaced by its own coefficient, in the tile. Nothing of size N x C exists.
 #include "kernels.h"
 
 #include <algorithm>
@@ -17,11 +17,11 @@ namespace fa::FA_ISA {
 
 namespace {
 
-// Block sizes, in rows of the operands at D = 512, chosen so that one core's working set stays in a 1 MiB L2 and mostly in a
-// 512 KiB one: packed classes 96 * 2 KiB, logits 96 * 0.5 KiB, row block 128 * 2 KiB. bench/NOTES.md has the scan.
+// Block sizes, in rows of the operands at D = 512, chosen so that one core's working set stays in a 1 MiB L2 and mostly
+// in a 512 KiB one: packed classes 96 * 2 KiB, logits 96 * 0.5 KiB, row block 128 * 2 KiB. bench/NOTES.md has the scan.
 constexpr int64_t kClassBlock = 96;
 constexpr int64_t kRowBlock = 128;
-// Depth of one accumulation: a panel of embeddings of this depth (16 KiB) stays in L1 while all classes of a block pass it.
+// Depth of one accumulation: a panel of embeddings so deep (16 KiB) stays in L1 while all classes of a block pass it.
 constexpr int64_t kDepthBlock = 128;
 // Below this many multiply-adds a second thread costs more than it brings.
 constexpr double kWorkPerThread = 2e6;
@@ -34,7 +34,7 @@ int useful_threads(int threads, double multiply_adds) {
   return static_cast<int>(std::clamp(multiply_adds / kWorkPerThread, 1.0, static_cast<double>(std::max(threads, 1))));
 }
 
-// The batch, normalised once per call and laid out twice: by rows, and transposed in panels of kColumns rows, (D, kColumns).
+// The batch, normalised once per call and laid out twice: by rows, and in transposed panels (D, kColumns) of its rows.
 template <typename T>
 struct Batch {
   int64_t rows, padded_rows, depth, padded_depth, stride;
@@ -78,8 +78,8 @@ struct Workspace {
         inverse_norm(kClassBlock),
         tile(kClassBlock * kTileStride) {}
 
-  // Packs classes [first, first + count), and has those after them, up to `last`, fetched while the next `rows` rows are
-  // multiplied: a core that waited for memory at each block would lose 8 % (bench/NOTES.md).
+  // Packs classes [first, first + count), and has those after them, up to `last`, fetched while the next `rows` rows
+  // are multiplied: a core that waited for memory at each block would lose 8 % (bench/NOTES.md).
   void pack(const Matrix& weight, int64_t first, int64_t count, int64_t last, int64_t rows) {
     pack_rows<T>(weight, first, count, classes.get(), stride, padded_depth, inverse_norm.get());
     const int64_t row_bytes = weight.row_stride * element_size(weight.dtype);
@@ -113,8 +113,8 @@ std::vector<std::unique_ptr<Workspace<T>>> make_workspaces(int threads, const Ba
 // exponential; `correction` is what the rounding took, 2^(rounded - exact).
 template <typename T>
 struct Offsets {
-  Scratch<T> log2;                    // (padded_rows,)
-  std::vector<double> correction;     // (padded_rows,)
+  Scratch<T> log2;                 // (padded_rows,)
+  std::vector<double> correction;  // (padded_rows,)
   Offsets(const double* offset, int64_t rows, int64_t padded_rows) : log2(padded_rows), correction(padded_rows, 1.0) {
     for (int64_t i = 0; i < padded_rows; ++i) {
       const double exact = offset != nullptr && i < rows ? offset[i] * kLog2e : 0;
@@ -129,7 +129,7 @@ struct RowStats {
   double sum = 0, max = -std::numeric_limits<double>::infinity();
 };
 
-// The cosines of one tile become exp(scale * cos - shift), 0 in the target's place, and are added to the rows' statistics.
+// The cosines of one tile become exp(scale * cos - shift), 0 in the target's place, and count in the rows' statistics.
 template <typename T>
 void exponentiate(T* tile, int64_t stride, int64_t count, int64_t lanes, int64_t first_class, const Index<T>* target,
                   const T* log2_shift, T log2_scale, bool want_sum, RowStats* stats) {
@@ -166,9 +166,9 @@ void class_stats(const ClassStatsArgs& args) {
   const Offsets<T> shift(args.shift, N, batch.padded_rows);
   const T log2_scale = static_cast<T>(args.scale * kLog2e);
 
-  // A task is a group of rows against a slice of the classes. Slices come first, since each class is then read and packed by
-  // one core; their number is bounded by the memory of their centre sums, rows are split for the cores left over. Each
-  // slice has statistics of its own, added up in order: the same result whoever computed them.
+  // A task is a group of rows against a slice of the classes. Slices come first, since each class is then read and
+  // packed by one core; their number is bounded by the memory of their centre sums, rows are split for the cores left
+  // over. Each slice has statistics of its own, added up in order: the same result whoever computed them.
   const int64_t sum_size = args.centre_sum != nullptr ? batch.padded_rows * batch.stride : 0;
   const int64_t class_blocks = (C + kClassBlock - 1) / kClassBlock;
   const int64_t affordable = std::max<int64_t>(1, kCentreSumBytes / static_cast<int64_t>(sizeof(T)) / (sum_size + 1));
@@ -256,7 +256,8 @@ void weight_grad(const WeightGradArgs& args) {
   const T log2_scale = static_cast<T>(args.scale * kLog2e);
   const Scratch<T> negative(batch.padded_rows), positive(batch.padded_rows);
   for (int64_t i = 0; i < batch.padded_rows; ++i) {
-    negative.get()[i] = i < N ? static_cast<T>(static_cast<const T*>(args.negative_coefficient)[i] * lse.correction[i]) : 0;
+    negative.get()[i] =
+        i < N ? static_cast<T>(static_cast<const T*>(args.negative_coefficient)[i] * lse.correction[i]) : 0;
     positive.get()[i] = i < N ? static_cast<const T*>(args.target_coefficient)[i] : 0;
   }
 

@@ -20,8 +20,8 @@ struct Matrix {
 //   negative_max_i = max_j cos_ij
 //   negative_sum_i = sum_j exp(scale * cos_ij - shift_i)
 //   centre_sum_i   = sum_j exp(scale * cos_ij - shift_i) * w_j / |w_j|
-// The last is the embedding gradient before its division by the total: softmax is attention whose keys and values are both
-// the class centres, so it can be accumulated while the total is still unknown.
+// The last is the embedding gradient before its division by the total: softmax is attention whose keys and values are
+// both the class centres, so it can be accumulated while the total is still unknown.
 struct ClassStatsArgs {
   Matrix embeddings;      // (N, D)
   Matrix weight;          // (C, D)

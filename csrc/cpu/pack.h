@@ -1,5 +1,5 @@
-// Between the caller's memory (any dtype, any strides) and the kernels' own: rows are read, converted to the compute type,
-// normalised and laid out for the product; gradients are projected and written back.
+// Between the caller's memory (any dtype, any strides) and the kernels' own: rows are read, converted to the compute
+// type, normalised and laid out for the product; gradients are projected and written back.
 #pragma once
 
 #include <cmath>
@@ -43,9 +43,7 @@ constexpr int64_t padded_stride(int64_t columns) {
   return (lines | 1) * line;
 }
 
-inline int64_t element_size(Dtype dtype) {
-  return dtype == Dtype::kFloat64 ? 8 : dtype == Dtype::kFloat32 ? 4 : 2;
-}
+inline int64_t element_size(Dtype dtype) { return dtype == Dtype::kFloat64 ? 8 : dtype == Dtype::kFloat32 ? 4 : 2; }
 
 struct BFloat16 {
   uint16_t bits;
@@ -69,7 +67,8 @@ inline float to_float(float x) { return x; }
 inline double to_float(double x) { return x; }
 inline float to_float(BFloat16 x) { return float_of(static_cast<uint32_t>(x.bits) << 16); }
 inline float to_float(Float16 x) {
-  // Rebias the exponent; infinities and NaN need it twice, subnormals are normalised by a subtraction. Selects, not branches.
+  // Rebias the exponent; infinities and NaN need it twice, subnormals are normalised by a subtraction. Selects, not
+  // branches.
   const uint32_t magnitude = (x.bits & 0x7fffu) << 13, exponent = magnitude & 0x0f800000u;
   const uint32_t normal = magnitude + (112u << 23) + (exponent == 0x0f800000u ? 112u << 23 : 0u);
   const float subnormal = float_of(magnitude + (113u << 23)) - float_of(113u << 23);
@@ -105,13 +104,14 @@ inline void convert(float x, Float16* to) {
 inline void convert(double x, BFloat16* to) { convert(static_cast<float>(x), to); }
 inline void convert(double x, Float16* to) { convert(static_cast<float>(x), to); }
 
-// A fresh gradient of hundreds of megabytes costs a page fault every 4 KiB as it is first written, a seventh of the backward pass;
-// with 2 MiB pages, which Linux gives to those who ask, nearly none. A hint: failure means nothing.
+// A fresh gradient of hundreds of megabytes costs a page fault every 4 KiB as it is first written, a seventh of the
+// backward pass; with 2 MiB pages, which Linux gives to those who ask, nearly none. A hint: failure means nothing.
 inline void advise_huge_pages(const Matrix& m) {
 #if defined(MADV_HUGEPAGE)
   constexpr uintptr_t kPage = 4096;
   const uintptr_t begin = (reinterpret_cast<uintptr_t>(m.data) + kPage - 1) & ~(kPage - 1);
-  const uintptr_t end = (reinterpret_cast<uintptr_t>(m.data) + m.rows * m.row_stride * element_size(m.dtype)) & ~(kPage - 1);
+  const uintptr_t end =
+      (reinterpret_cast<uintptr_t>(m.data) + m.rows * m.row_stride * element_size(m.dtype)) & ~(kPage - 1);
   if (end > begin + (4 << 20)) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
 #else
   (void)m;
@@ -121,10 +121,14 @@ inline void advise_huge_pages(const Matrix& m) {
 template <typename Fn>
 inline void visit_dtype(const Matrix& m, const Fn& fn) {
   switch (m.dtype) {
-    case Dtype::kFloat32: return fn(static_cast<float*>(m.data));
-    case Dtype::kFloat64: return fn(static_cast<double*>(m.data));
-    case Dtype::kBFloat16: return fn(static_cast<BFloat16*>(m.data));
-    case Dtype::kFloat16: return fn(static_cast<Float16*>(m.data));
+    case Dtype::kFloat32:
+      return fn(static_cast<float*>(m.data));
+    case Dtype::kFloat64:
+      return fn(static_cast<double*>(m.data));
+    case Dtype::kBFloat16:
+      return fn(static_cast<BFloat16*>(m.data));
+    case Dtype::kFloat16:
+      return fn(static_cast<Float16*>(m.data));
   }
 }
 
@@ -164,8 +168,9 @@ inline T dot(const T* a, const T* b, int64_t size) {
   return sum_lanes<T>(sum[0] + sum[1]);
 }
 
-// row / max(|row|, epsilon) in place (`padded` elements, those past the row's end zero). Returns 1 / max(|row|, epsilon), with
-// a minus sign when epsilon was the greater: the row then takes no part in the projection of its gradient.
+// row / max(|row|, epsilon) in place (`padded` elements, those past the row's end zero). Returns 1 / max(|row|,
+// epsilon), with a minus sign when epsilon was the greater: the row then takes no part in the projection of its
+// gradient.
 template <typename T>
 inline T normalise(T* row, int64_t padded) {
   const T squares = dot(row, row, padded);

@@ -1,5 +1,5 @@
-// Threads for one call. They are started and joined inside it: no pool survives into a forked worker, and none idles beside
-// torch's own. Starting one costs about 20 microseconds, so small calls stay on the caller's thread.
+// Threads for one call. They are started and joined inside it: no pool survives into a forked worker, and none idles
+// beside torch's own. Starting one costs about 20 microseconds, so small calls stay on the caller's thread.
 #pragma once
 
 #include <atomic>
@@ -10,8 +10,8 @@
 
 namespace fa {
 
-// fn(task, worker) for every task in [0, tasks), worker in [0, threads). Tasks are handed out as workers become free, so a
-// result must depend on its task alone. fn must not throw: scratch memory is taken before.
+// fn(task, worker) for every task in [0, tasks), worker in [0, threads). Tasks are handed out as workers become free,
+// so a result must depend on its task alone. fn must not throw: scratch memory is taken before.
 template <typename Fn>
 void for_each_task(int threads, int64_t tasks, const Fn& fn) {
   std::atomic<int64_t> next{0};

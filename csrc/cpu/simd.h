@@ -74,8 +74,9 @@ inline T sum_lanes(Vec<T> v) {
   return lanes[0];
 }
 
-// 2^t: t = n + f with |f| <= 1/2, a minimax polynomial of 2^f (relative error 2e-9 in fp32, 3e-18 in fp64) times 2^n through
-// the exponent bits. For t <= kLow the result is exactly 0, never subnormal; NaN stays NaN; t must be below kHigh.
+// 2^t: t = n + f with |f| <= 1/2, a minimax polynomial of 2^f (relative error 2e-9 in fp32, 3e-18 in fp64) times 2^n
+// through the exponent bits. For t <= kLow the result is exactly 0, never subnormal; NaN stays NaN; t must be below
+// kHigh.
 template <typename T>
 struct Exp2;
 template <>
@@ -84,18 +85,19 @@ struct Exp2<float> {
   // Adding it rounds to an integer, which then stands in the low bits with the exponent's bias already added.
   static constexpr float kRound = 12582912.0f + 127;  // 1.5 * 2^23
   static constexpr int kMantissaBits = 23, kDegree = 6;
-  static constexpr float kPolynomial[] = {1.0000000005541648f,  0.69314720573719575f,  0.24022646890645521f,  0.055503287771053248f,
-                                          0.009618488956331182f, 0.001339993117723974f, 0.000153458121613116f};
+  static constexpr float kPolynomial[] = {1.0000000005541648f,   0.69314720573719575f,  0.24022646890645521f,
+                                          0.055503287771053248f, 0.009618488956331182f, 0.001339993117723974f,
+                                          0.000153458121613116f};
 };
 template <>
 struct Exp2<double> {
   static constexpr double kLow = -1022, kHigh = 1023.5;
   static constexpr double kRound = 6755399441055744.0 + 1023;  // 1.5 * 2^52
   static constexpr int kMantissaBits = 52, kDegree = 11;
-  static constexpr double kPolynomial[] = {0.9999999999999999971,      0.69314718055994533046,    0.24022650695910156204,
-                                           0.055504108664819921605,    0.0096181291075883352443,  0.0013333558146789921722,
-                                           0.00015403530462514432062,  0.000015252733489988525649, 1.321543308967639918e-6,
-                                           1.0178198021671930844e-7,   7.0741056135081427963e-9,  4.4352827069572771511e-10};
+  static constexpr double kPolynomial[] = {
+      0.9999999999999999971,    0.69314718055994533046,   0.24022650695910156204,    0.055504108664819921605,
+      0.0096181291075883352443, 0.0013333558146789921722, 0.00015403530462514432062, 0.000015252733489988525649,
+      1.321543308967639918e-6,  1.0178198021671930844e-7, 7.0741056135081427963e-9,  4.4352827069572771511e-10};
 };
 
 template <typename T>

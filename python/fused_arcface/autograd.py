@@ -1,10 +1,11 @@
 """The one autograd function: from embeddings and class centres to each row's negative log-sum-exp and target cosine.
 
-Everything after it is O(N) and plain PyTorch (:mod:`fused_arcface.loss`), so its two incoming gradients carry any margin:
-``d_lse_i = sigmoid(L_i - z_i)`` spreads over the negatives by their softmax, ``d_target_cosine_i`` holds the margin's derivative.
+Everything after it is O(N) and plain PyTorch (:mod:`fused_arcface.loss`), so its two incoming gradients carry any
+margin: ``d_lse_i = sigmoid(L_i - z_i)`` spreads over the negatives by their softmax, ``d_target_cosine_i`` holds the
+margin's derivative.
 
-Collectives stand between the stages here and nowhere else. A :class:`Shard` says what this process holds; the one-shard case is a
-shard whose collectives hand back what they were given.
+Collectives stand between the stages here and nowhere else. A :class:`Shard` says what this process holds; the one-shard
+case is a shard whose collectives hand back what they were given.
 """
 
 from __future__ import annotations
@@ -114,7 +115,7 @@ class NegativesAndTarget(torch.autograd.Function):
     """See :func:`negatives_and_target`."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         embeddings: Tensor,
         weight: Tensor,
@@ -146,7 +147,7 @@ class NegativesAndTarget(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, d_lse: Tensor, d_target_cosine: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, d_lse: Tensor, d_target_cosine: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         shard = ctx.shard
         if shard.update is not None:
             shard.update.start_backward()
@@ -176,13 +177,13 @@ class NegativesAndTarget(torch.autograd.Function):
 def negatives_and_target(
     embeddings: Tensor, weight: Tensor, target: Tensor, scale: float, backend: str, shard: Shard = ONE_DEVICE
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Negative log-sum-exp, target cosine and greatest negative cosine of each row, all ``(N,)``; the first two differentiable.
+    """Each row's negative log-sum-exp, target cosine (both differentiable) and greatest negative cosine, all ``(N,)``.
 
     Args:
         embeddings: (n, D), this rank's rows. Their gradient is W times the derivative, W the number of ranks.
         weight: (C, D), this rank's classes.
-        target: (N,) int64, all ranks' rows: index into the centres that take part, or -1 for a row without a target here (its
-            classes are all negatives here; without a target anywhere its cosine is 0).
+        target: (N,) int64, all ranks' rows: index into the centres that take part, or -1: no target here, all classes
+            are negatives; without a target on any rank its cosine is 0.
         scale: of the logits.
         backend: a name that :func:`fused_arcface.backends.select` returned.
         shard: what is held here of the classes, and how to reach the rest.

@@ -1,4 +1,4 @@
-"""Checks of what users pass in. Each error names the argument, the rule and what was received, before anything is computed."""
+"""Checks of what users pass in, before anything is computed. An error names the argument, the rule and what came."""
 
 from __future__ import annotations
 
@@ -107,9 +107,8 @@ def check_target_range(target: Tensor, num_classes: int, ignore_index: int) -> N
     wrong = ((target < 0) | (target >= num_classes)) & (target != ignore_index)
     if wrong.any():
         row = int(wrong.nonzero()[0])
-        raise ValueError(
-            f"target must be in [0, C={num_classes}) or ignore_index={ignore_index}; got {int(target[row])} at row {row}"
-        )
+        rule = f"target must be in [0, C={num_classes}) or ignore_index={ignore_index}"
+        raise ValueError(f"{rule}; got {int(target[row])} at row {row}")
 
 
 def check_margin_output(modified: object, target_cosine: Tensor) -> None:

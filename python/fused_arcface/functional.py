@@ -24,9 +24,10 @@ def margin_softmax_loss(
     backend: str = "auto",
     return_stats: bool = False,
 ) -> Tensor | tuple[Tensor, MarginSoftmaxStats]:
-    """Softmax cross-entropy over ``scale·cos θ`` with a margin on the target, without ever storing the ``(N, C)`` logits.
+    """Softmax cross-entropy over ``scale·cos θ`` with a margin on the target, never storing the ``(N, C)`` logits.
 
-    ``loss_i = -log(e^z / (e^z + Σ_{j≠y} e^{s·cos θ_ij}))`` with ``z = s·margin(cos θ_iy)`` (ArcFace, eq. 3, arXiv:1801.07698).
+    ``loss_i = -log(e^z / (e^z + Σ_{j≠y} e^{s·cos θ_ij}))`` with ``z = s·margin(cos θ_iy)`` (ArcFace, eq. 3,
+    arXiv:1801.07698).
 
     Args:
         embeddings: (N, D) fp32, fp64, bf16 or fp16, of any norm; rows are normalised by ``max(|x|, 1e-12)``.
@@ -40,13 +41,13 @@ def margin_softmax_loss(
         return_stats: also return :class:`~fused_arcface.MarginSoftmaxStats`, at no cost over the classes.
 
     Returns:
-        The loss, a scalar or (N,), fp32 (fp64 if an input is), or ``(loss, stats)``. Gradients have their input's dtype. A NaN
-        row of embeddings makes its own loss and gradient NaN, and the whole weight gradient.
+        The loss, a scalar or (N,), fp32 (fp64 if an input is), or ``(loss, stats)``. Gradients have their input's
+        dtype. A NaN row of embeddings makes its own loss and gradient NaN, and the whole weight gradient.
 
     Raises:
         TypeError: an argument of a wrong type or dtype.
-        ValueError: a wrong shape, device, range or option. Out-of-range labels: on a GPU the row's loss is NaN instead, unless
-            the environment has ``FUSED_ARCFACE_DEBUG=1``.
+        ValueError: a wrong shape, device, range or option. Out-of-range labels: on a GPU the row's loss is NaN instead,
+            unless the environment has ``FUSED_ARCFACE_DEBUG=1``.
         RuntimeError: a named backend that is not available; a second backward through the same loss, or a double one.
 
     >>> import torch

@@ -1,5 +1,7 @@
-"""The O(N) end of the head: from each row's negative log-sum-exp and target cosine to the reduced loss. Plain PyTorch, so autograd
-carries any margin through it; every backend, and one shard or many, end here."""
+"""The O(N) end of the head: from each row's negative log-sum-exp and target cosine to the reduced loss.
+
+Plain PyTorch, so autograd carries any margin through it; every backend, and one shard or many, end here.
+"""
 
 from __future__ import annotations
 

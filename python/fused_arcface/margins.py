@@ -1,7 +1,7 @@
 """The margin family: what becomes of the target's cosine before the softmax. Called on ``(N,)`` vectors only.
 
 With ``θ`` the angle between an embedding and its own class centre and ``φ = m1·θ + m2``, a margin replaces ``cos θ`` by
-``ψ(θ) - m3``. ``cos φ`` stops falling at ``φ = π``, so each angular margin names a ``boundary``, its continuation from there:
+``ψ(θ) - m3``. ``cos φ`` stops falling at ``φ = π``, so an angular margin names a ``boundary``, how it goes on there:
 
 ========  =============================================  ======================================================
 ``none``  ``cos φ``                                      not monotone past π
@@ -11,9 +11,9 @@ With ``θ`` the angle between an embedding and its own class centre and ``φ = m
 ``easy``  ``cos φ`` where ``cos θ > 0``, else ``cos θ``  ArcFace's "easy margin"; it jumps at θ = π/2
 ========  =============================================  ======================================================
 
-``gradient="exact"`` is the derivative ``m1·sin φ / sin θ``, with ``sin θ`` replaced by :data:`SIN_FLOOR` within 0.6° of 0 and π, where
-the true one is unbounded: ``|ψ'| <= m1 / SIN_FLOOR`` everywhere. ``gradient="straight_through"`` takes 1 for it, as insightface
-has trained since December 2022.
+``gradient="exact"`` is the derivative ``m1·sin φ / sin θ``, with ``sin θ`` replaced by :data:`SIN_FLOOR` within 0.6° of
+0 and π, where the true one is unbounded: ``|ψ'| <= m1 / SIN_FLOOR`` everywhere. ``gradient="straight_through"`` takes 1
+for it, as insightface has trained since December 2022.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ class _Angle(torch.autograd.Function):
     """``θ = arccos(cosine)``, accurate near ±1, defined (clamped) outside [-1, 1], with the bounded derivative."""
 
     @staticmethod
-    def forward(ctx: Any, cosine: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, cosine: Tensor) -> Tensor:
         ctx.save_for_backward(cosine)
         cosine = cosine.clamp(-1, 1)
         return torch.atan2(((1 - cosine) * (1 + cosine)).sqrt(), cosine)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
         (cosine,) = ctx.saved_tensors
         # Differentiable operations only: the reference is twice differentiable through here.
         return -grad / ((1 - cosine) * (1 + cosine)).clamp(min=SIN_FLOOR**2).sqrt()
@@ -145,8 +145,8 @@ class ArcFace:
 
     Args:
         margin: in radians; in [0, π).
-        boundary: what happens past ``θ + margin = π``, see :mod:`fused_arcface.margins`. The default ``"hard"`` jumps there, as
-            most published heads do; ``"fold"`` is monotone and continuous.
+        boundary: what happens past ``θ + margin = π``, see :mod:`fused_arcface.margins`. The default ``"hard"`` jumps
+            there, as most published heads do; ``"fold"`` is monotone and continuous.
         gradient: ``"exact"`` or ``"straight_through"``.
 
     Raises:

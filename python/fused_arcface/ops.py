@@ -1,7 +1,7 @@
 """The leaf stages as ``torch.library`` operators: schemas and fakes once, implementations by backend name.
 
-``torch.ops.fused_arcface.*`` is what :mod:`fused_arcface.autograd` calls; the operators have no derivative of their own. Shapes and
-meanings are those of :mod:`fused_arcface.backends.reference`.
+``torch.ops.fused_arcface.*`` is what :mod:`fused_arcface.autograd` calls; the operators have no derivative of their
+own. Shapes and meanings are those of :mod:`fused_arcface.backends.reference`.
 """
 
 from __future__ import annotations
@@ -13,12 +13,13 @@ from . import backends
 from .checks import check_target_range
 
 _ROWS = "Tensor embeddings, Tensor weight, Tensor target"
+_COEFFICIENTS = "Tensor lse, Tensor negative_coefficient, Tensor target_coefficient"
 _SCHEMAS = {
     "local_target": "(Tensor target, int num_classes, int ignore_index) -> Tensor",
     "class_max": f"({_ROWS}, str backend) -> Tensor",
-    "class_stats": f"({_ROWS}, float scale, Tensor? shift, bool with_centre_sum, str backend) -> (Tensor, Tensor, Tensor)",
-    "weight_grad": f"({_ROWS}, float scale, Tensor lse, Tensor negative_coefficient, Tensor target_coefficient, str backend)"
-    " -> Tensor",
+    "class_stats": f"({_ROWS}, float scale, Tensor? shift, bool with_centre_sum, str backend)"
+    " -> (Tensor, Tensor, Tensor)",
+    "weight_grad": f"({_ROWS}, float scale, {_COEFFICIENTS}, str backend) -> Tensor",
 }
 for _name, _schema in _SCHEMAS.items():
     torch.library.define(f"fused_arcface::{_name}", _schema)
@@ -31,7 +32,7 @@ def compute_dtype(embeddings: Tensor, weight: Tensor) -> torch.dtype:
 
 @torch.library.impl("fused_arcface::local_target", "default")
 def _local_target(target: Tensor, num_classes: int, ignore_index: int) -> Tensor:
-    """Labels (N,) of any integer dtype as int64 with -1 for ignored rows. An operator because it reads values, to check them."""
+    """Labels (N,) of any integer dtype as int64, -1 for ignored rows. An operator, since its check reads the values."""
     target = target.long()
     if target.device.type == "cpu":
         check_target_range(target, num_classes, ignore_index)

@@ -1,6 +1,6 @@
 """The oracle of record: the margin-softmax head in plain PyTorch, straight from the formulas, logits materialised.
 
-Any float dtype, every margin, twice differentiable, ``O(N·C)`` memory. Everything else in this package is compared with it.
+Any float dtype, every margin, twice differentiable, ``O(N·C)`` memory. All else in this package is compared with it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def margin_softmax_loss(
     ignore_index: int = -100,
     return_stats: bool = False,
 ) -> Tensor | tuple[Tensor, MarginSoftmaxStats]:
-    """Softmax cross-entropy over normalised logits with a margin on the target, as :func:`fused_arcface.margin_softmax_loss`.
+    """What :func:`fused_arcface.margin_softmax_loss` computes, from the formulas as they stand.
 
     Args, result and errors are that function's; this one has no ``backend`` and stores the ``(N, C)`` logits.
 

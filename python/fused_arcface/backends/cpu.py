@@ -9,14 +9,15 @@ from torch import Tensor
 
 from ..ops import compute_dtype
 
+_import_error = None
 try:
     from .. import _native
-except ImportError as error:  # reported by unavailable(): the package is of use without it
-    _native, _import_error = None, str(error)
+except ImportError as error:  # unavailable() reports it: the package is of use without its compiled part
+    _import_error = str(error)
 
 
 def unavailable() -> str | None:
-    if _native is None:
+    if _import_error is not None:
         return f"the compiled module fused_arcface._native cannot be imported: {_import_error}"
     asked = os.environ.get("FUSED_ARCFACE_ISA", "")
     if asked and asked not in _native.isas():
@@ -25,7 +26,7 @@ def unavailable() -> str | None:
 
 
 def isa() -> str:
-    """The instruction set in use: the best of this machine, or the one that the environment's FUSED_ARCFACE_ISA names."""
+    """The instruction set in use: the best of this machine, or the one named in the environment's FUSED_ARCFACE_ISA."""
     return os.environ.get("FUSED_ARCFACE_ISA") or _native.isas()[0]
 
 

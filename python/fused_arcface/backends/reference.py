@@ -1,7 +1,7 @@
 """The stages in plain PyTorch, logits materialised: any device, and the definition of what a backend computes.
 
-Shapes, in every backend: embeddings (N, D), weight (C, D), target (N,) int64, an index into this weight or -1 where the row's
-target is not here. Results have the compute dtype: the promoted one of both, at least fp32.
+Shapes, in every backend: embeddings (N, D), weight (C, D), target (N,) int64, an index into this weight or -1 where the
+row's target is not here. Results have the compute dtype: the promoted one of both, at least fp32.
 """
 
 from __future__ import annotations
@@ -57,7 +57,8 @@ def weight_grad(
 ) -> Tensor:
     """(C, D) gradient by the class centres, in weight's dtype, from each row's coefficients (N,) and lse (N,) fp64.
 
-    The derivative by ``cos_ij`` is ``negative_coefficient_i·exp(scale·cos_ij - lse_i)``, the target's ``target_coefficient_i``.
+    The derivative by ``cos_ij`` is ``negative_coefficient_i·exp(scale·cos_ij - lse_i)``, the target's
+    ``target_coefficient_i``.
     """
     unit_x, _, cosine, is_target = _cosines(embeddings, weight, target)
     probability = (scale * cosine.double() - lse[:, None]).exp().to(cosine.dtype)

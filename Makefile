@@ -1,0 +1,66 @@
+# Everything runs in .venv, which is made on first use and refreshed when what the build reads has changed. The package is
+# installed in editable mode: a change of Python counts at once, a change of C++ rebuilds.
+#   make test ARGS="-k margins"      more arguments for the command behind a target
+#   make PYTHON=python3.12 test      another interpreter, for a new .venv
+#   make TORCH="torch==2.9.1" test   another torch, for a new .venv
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-all lint format bench clean distclean
+
+PYTHON ?= python3
+ARGS ?=
+# Without a GPU a CPU build of torch is enough, and the newest torch may come with gigabytes of CUDA libraries.
+TORCH ?= $(if $(shell nvidia-smi -L 2>/dev/null | grep '^GPU'),torch,torch==2.13.0)
+
+run := .venv/bin/python -m
+csrc := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+
+help:  ## Show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: .venv/.installed  ## Train on images with the fused and the reference head, compare and verify
+	$(run) fused_arcface demo $(ARGS)
+
+test: .venv/.installed  ## Run the tests, without the full grids
+	$(run) pytest -m "not full" $(ARGS)
+
+test-all: .venv/.installed  ## Run all the tests
+	$(run) pytest $(ARGS)
+
+bench: .venv/.installed  ## Run the benchmark
+	$(run) fused_arcface bench $(ARGS)
+
+lint: .venv/.linters  ## Check style and types
+	$(run) ruff check
+	$(run) ruff format --check
+	.venv/bin/clang-format --dry-run -Werror $(csrc)
+	$(run) mypy
+
+format: .venv/.linters  ## Put the sources into the style that lint checks
+	$(run) ruff check --fix
+	$(run) ruff format
+	.venv/bin/clang-format -i $(csrc)
+
+clean:  ## Remove build outputs and caches
+	rm -rf build dist .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find . -path ./.venv -prune -o -name __pycache__ -prune -exec rm -rf {} +
+
+distclean: clean  ## Remove .venv and the demo's results as well
+	rm -rf .venv runs
+
+.venv/.created:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo 'fused_arcface needs Python 3.10 or later;' \
+	  '$(PYTHON) is '"$$($(PYTHON) --version 2>&1)"'. Name another: make PYTHON=python3.12 ...' >&2; exit 1; }
+	@echo "==> Creating .venv with $$($(PYTHON) --version)"
+	@$(PYTHON) -m venv .venv
+	@touch $@
+
+.venv/.installed: .venv/.created pyproject.toml CMakeLists.txt $(csrc)
+	@echo "==> Building fused_arcface and installing it with its dependencies into .venv (the first time takes minutes)"
+	@$(run) pip install --quiet --disable-pip-version-check "$(TORCH)" -e ".[test,demo,bench]"
+	@touch $@
+
+# The package is there already, so this fetches what its extra names and nothing else.
+.venv/.linters: .venv/.installed
+	@echo "==> Installing the linters into .venv"
+	@$(run) pip install --quiet --disable-pip-version-check "fused-arcface[dev]"
+	@touch $@

@@ -1,0 +1,35 @@
+# csrc/bindings.cpp: the compiled kernels over raw addresses. fused_arcface.backends.cpu is the only caller.
+_Matrix = tuple[int, int, int, int, int, int]  # address, dtype code, rows, columns, row stride, column stride
+
+FLOAT32: int
+FLOAT64: int
+BFLOAT16: int
+FLOAT16: int
+
+def isas() -> list[str]: ...
+def class_stats(
+    isa: str,
+    fp64: bool,
+    embeddings: _Matrix,
+    weight: _Matrix,
+    target: int,
+    scale: float,
+    shift: int,
+    negative_max: int,
+    negative_sum: int,
+    centre_sum: int,
+    threads: int,
+) -> None: ...
+def weight_grad(
+    isa: str,
+    fp64: bool,
+    embeddings: _Matrix,
+    weight: _Matrix,
+    target: int,
+    scale: float,
+    lse: int,
+    negative_coefficient: int,
+    target_coefficient: int,
+    d_weight: _Matrix,
+    threads: int,
+) -> None: ...
