@@ -33,7 +33,8 @@ def _run_rank(rank: int, world_size: int, directory: str, function: Callable[...
 
 
 def run_ranks(world_size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
-    """``function(*args)`` on each of ``world_size`` ranks with an initialised default group; their results, in rank order.
+    """``function(*args)`` on each of ``world_size`` ranks with an initialised default group; their results, in rank
+    order.
 
     ``function`` must be importable (a test module's top level). An exception on one rank is raised here.
     """
@@ -43,9 +44,7 @@ def run_ranks(world_size: int, function: Callable[..., Any], *args: Any) -> list
         mp.start_processes(
             _run_rank, (world_size, directory, function, args), nprocs=world_size, start_method="forkserver"
         )
-        results = [
-            torch.load(Path(directory) / f"{rank}.pt", weights_only=False) for rank in range(world_size)
-        ]
+        results = [torch.load(Path(directory) / f"{rank}.pt", weights_only=False) for rank in range(world_size)]
     for result in results:
         if isinstance(result, Exception):
             raise result

@@ -154,7 +154,7 @@ class NegativesAndTarget(torch.autograd.Function):
         rows, weight, target, lse, mean_centre = ctx.saved_tensors
         negative_coefficient = ctx.scale * d_lse
         coefficients = ctx.scale, lse, negative_coefficient, d_target_cosine
-        centres = None if shard.update is not None and not ctx.with_centre_sum else shard.centres(weight)
+        centres = shard.centres(weight)
         d_embeddings = d_weight = None
         if ctx.with_centre_sum:
             _, unit_w, present = _unit_target_pairs(rows, centres, target)
@@ -165,7 +165,9 @@ class NegativesAndTarget(torch.autograd.Function):
         if shard.update is not None:
             shard.update.apply(rows, weight, shard.classes, target, *coefficients, ctx.backend)
         elif ctx.needs_input_grad[1]:
-            d_weight = shard.weight_gradient(_ops.weight_grad(rows, centres, target, *coefficients, ctx.backend), weight)
+            d_weight = shard.weight_gradient(
+                _ops.weight_grad(rows, centres, target, *coefficients, ctx.backend), weight
+            )
         if ctx.with_centre_sum:
             d_unit = finish()
             if ctx.needs_input_grad[0]:

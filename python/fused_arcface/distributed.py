@@ -1,5 +1,6 @@
-"""The collectives of the head, all in this file: :mod:`fused_arcface.autograd` and :mod:`fused_arcface.partial_fc` call them between
-the stages. One process without a group is the group of one: each collective then hands back what it was given."""
+"""The collectives of the head, all in this file: :mod:`fused_arcface.autograd` and :mod:`fused_arcface.partial_fc` call
+them between the stages. One process without a group is the group of one: each collective then hands back what it was
+given."""
 
 from __future__ import annotations
 
@@ -12,10 +13,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 # torch 2.13 gave these two new names and warns about the old ones.
-_all_gather = getattr(dist, "all_gather_single", None) or getattr(dist, "all_gather_into_tensor", None)
-_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or getattr(dist, "reduce_scatter_tensor", None)
+_all_gather: Any = getattr(dist, "all_gather_single", None) or getattr(dist, "all_gather_into_tensor", None)
+_reduce_scatter: Any = getattr(dist, "reduce_scatter_single", None) or getattr(dist, "reduce_scatter_tensor", None)
 
-_HEADER = 2  # int64 numbers before a rank's rows in the gathered buffer: how many rows, and whether they need a gradient
+# int64 numbers before a rank's rows in the gathered buffer: how many rows, and whether they need a gradient.
+_HEADER = 2
 _REFUSED = -1  # as the number of rows
 _ALIGNMENT = 16  # bytes: each part of the buffer is viewed as its own dtype
 
@@ -44,8 +46,8 @@ class Ranks:
     """The ranks that hold the classes between them.
 
     Args:
-        group: a process group, a one-dimensional ``DeviceMesh``, or None: the default group where torch.distributed is initialised,
-            else this process alone.
+        group: a process group, a one-dimensional ``DeviceMesh``, or None: the default group where torch.distributed is
+            initialised, else this process alone.
     """
 
     def __init__(self, group: Any = None) -> None:
@@ -53,15 +55,18 @@ class Ranks:
             group = dist.group.WORLD
         if hasattr(group, "get_group"):  # a DeviceMesh
             if group.ndim != 1:
-                raise ValueError(f"group must be a one-dimensional DeviceMesh; got {group.ndim} dimensions: pass mesh['name']")
+                raise ValueError(
+                    f"group must be a one-dimensional DeviceMesh; got {group.ndim} dimensions: pass mesh['name']"
+                )
             group = group.get_group()
         if group is not None and not isinstance(group, dist.ProcessGroup):
             raise TypeError(f"group must be a ProcessGroup, a DeviceMesh or None; got {type(group).__name__}")
         self.group = group
         self.rank = 0 if group is None else dist.get_rank(group)
         self.world_size = 1 if group is None else dist.get_world_size(group)
-        # Rows that a rank's part of the gathered buffer has room for: the largest local batch so far. All ranks learn it from
-        # the same headers, so a step costs one all-gather, and a second one only when some batch has outgrown all before.
+        # Rows that a rank's part of the gathered buffer has room for: the largest local batch so far. All ranks learn
+        # it from the same headers, so a step costs one all-gather, and a second one only when some batch has outgrown
+        # all before.
         self._room = 0
         self._rows_like = torch.empty(0, 0)
 
@@ -80,13 +85,15 @@ class Ranks:
             counts = headers[:, 0].tolist()
             refused = [rank for rank, count in enumerate(counts) if count == _REFUSED]
             if refused:
-                raise RuntimeError(f"rank(s) {', '.join(map(str, refused))} refused the arguments of this step: see the error there")
+                raise RuntimeError(
+                    f"rank(s) {', '.join(map(str, refused))} refused the arguments of this step: see the error there"
+                )
             if max(counts) <= self._room:
                 break
             self._room = max(counts)
         if min(counts) < self._room:
-            labels = torch.cat([part[:count] for part, count in zip(labels, counts)])
-            rows = torch.cat([part[:count] for part, count in zip(rows, counts)])
+            labels = torch.cat([part[:count] for part, count in zip(labels, counts, strict=True)])
+            rows = torch.cat([part[:count] for part, count in zip(rows, counts, strict=True)])
         return JointBatch(
             rows.reshape(-1, embeddings.shape[1]),
             labels.reshape(-1),
@@ -97,14 +104,16 @@ class Ranks:
         )
 
     def refuse_batch(self) -> None:
-        """In place of :meth:`gather_batch` on a rank whose arguments are wrong, so that the others raise too and do not wait."""
+        """In place of :meth:`gather_batch` on a rank whose arguments are wrong, so that the others raise too and do not
+        wait."""
         if self.world_size > 1:
             self._gather_padded(self._rows_like, torch.empty(0, dtype=torch.int64), False, _REFUSED)
 
     def _gather_padded(
         self, embeddings: Tensor, target: Tensor, requires_grad: bool, count: int | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Headers (W, 2), labels (W, room) and embeddings (W, room, D) of all ranks in one collective; the header is always whole."""
+        """Headers (W, 2), labels (W, room) and embeddings (W, room, D) of all ranks in one collective; the header is
+        always whole."""
         count, dim = embeddings.shape[0] if count is None else count, embeddings.shape[1]
         sizes = [8 * _HEADER, 8 * self._room, embeddings.element_size() * self._room * dim]
         ends = [0]
@@ -115,7 +124,7 @@ class Ranks:
             dtypes = (torch.int64, torch.int64, embeddings.dtype)
             return [
                 buffer[:, start : start + size].view(dtype)
-                for start, size, dtype in zip(ends, sizes, dtypes)
+                for start, size, dtype in zip(ends[:-1], sizes, dtypes, strict=True)
             ]
 
         send = torch.zeros(1, ends[-1], dtype=torch.uint8, device=embeddings.device)
@@ -142,13 +151,14 @@ class Ranks:
         return tensor
 
     def start_scatter(self, rows: Tensor, batch: JointBatch) -> Callable[[], Tensor]:
-        """Starts summing (N, D) over the ranks; the function returned waits for this rank's rows of the sum, (count, D)."""
+        """Starts summing (N, D) over the ranks; the function returned waits for this rank's rows of the sum, (count,
+        D)."""
         if self.world_size == 1:
             return lambda: rows
         room = max(batch.counts)
         if min(batch.counts) < room:
             padded = rows.new_zeros(self.world_size, room, rows.shape[1])
-            for part, own in zip(padded, rows.split(batch.counts)):
+            for part, own in zip(padded, rows.split(batch.counts), strict=True):
                 part[: len(own)] = own
             rows = padded
         rows = rows.reshape(self.world_size * room, -1).contiguous()
@@ -171,13 +181,7 @@ class Ranks:
         send = rows if len(rows) == room else torch.cat([rows, rows.new_zeros(room - len(rows), *rows.shape[1:])])
         received = rows.new_empty(self.world_size * room, *rows.shape[1:])
         _all_gather(received, send.contiguous(), group=self.group)
-        return [part[:count] for part, count in zip(received.split(room), counts)]
-
-    def broadcast(self, tensor: Tensor, source: int) -> Tensor:
-        """``tensor`` of rank ``source`` (in the group), in place."""
-        if self.world_size > 1:
-            dist.broadcast(tensor, dist.get_global_rank(self.group, source), group=self.group)
-        return tensor
+        return [part[:count] for part, count in zip(received.split(room), counts, strict=True)]
 
     def gather_objects(self, value: Any) -> list[Any]:
         """Every rank's picklable ``value``, in rank order."""

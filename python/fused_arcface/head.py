@@ -111,7 +111,8 @@ class MarginHead(nn.Module):
 
 
 def nearest_classes(embeddings: Tensor, weight: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Cosines (N, min(k, C)), descending, and rows of weight (N, min(k, C)) int64, for embeddings (N, D) and weight (C, D)."""
+    """Cosines (N, min(k, C)), descending, and rows of weight (N, min(k, C)) int64, for embeddings (N, D) and weight (C,
+    D)."""
     dtype = torch.promote_types(embeddings.dtype, weight.dtype)
     unit = F.normalize(embeddings.to(dtype))
     cosines = unit.new_empty(unit.shape[0], 0)

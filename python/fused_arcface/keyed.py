@@ -1,8 +1,9 @@
-"""Random numbers that are functions of a key, not of a generator's state: the same for any number of ranks, in any order.
+"""Random numbers that are functions of a key, not of a generator's state: the same for any number of ranks, in any
+order.
 
-The generator is SplitMix64 (Steele, Lea, Flood: Fast splittable pseudorandom number generators, OOPSLA 2014): number ``n`` under ``key``
-is ``mix(key + (n + 1)·golden)``. csrc/cpu/center_sgd.h has the same functions; a test compares them. 64-bit words are int64 tensors,
-whose arithmetic wraps, or Python ints in [0, 2^64).
+The generator is SplitMix64 (Steele, Lea, Flood: Fast splittable pseudorandom number generators, OOPSLA 2014): number
+``n`` under ``key`` is ``mix(key + (n + 1)·golden)``. csrc/cpu/center_sgd.h has the same functions; a test compares
+them. 64-bit words are int64 tensors, whose arithmetic wraps, or Python ints in [0, 2^64).
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ _MASK = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15
 _MIX1, _MIX2 = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 
-# Numbers drawn at once. On the CPU 2^14: the temporaries stay in L2, and each small operation on the caller's thread, for which torch's
-# threads are no gain (measured: a tenth of the time of 2^20 on a busy machine, half on an idle one).
+# Numbers drawn at once. On the CPU 2^14: the temporaries stay in L2, and each small operation on the caller's thread,
+# for which torch's threads are no gain (measured: a tenth of the time of 2^20 on a busy machine, half on an idle one).
 _CPU_CHUNK, _GPU_CHUNK = 1 << 14, 1 << 24
 
 # First number folded into a seed: what the numbers are for.
@@ -54,8 +55,9 @@ def fold_each(key: int | Tensor, numbers: Tensor) -> Tensor:
 
 @functools.cache
 def _quantiles(device: torch.device) -> Tensor:
-    """(65536,) fp32: the standard normal distribution's quantiles at ``(i + 1/2) / 65536``, out to ±4.3. A table, so that the numbers
-    are the same bits on every device: logarithms and cosines differ in the last place between libraries."""
+    """(65536,) fp32: the standard normal distribution's quantiles at ``(i + 1/2) / 65536``, out to ±4.3. A table, so
+    that the numbers are the same bits on every device: logarithms and cosines differ in the last place between
+    libraries."""
     levels = (torch.arange(65536, dtype=torch.float64) + 0.5) / 65536
     return (math.sqrt(2) * torch.erfinv(2 * levels - 1)).float().to(device)
 
@@ -69,7 +71,8 @@ def _normal_rows(key: int, ids: Tensor, dim: int) -> Tensor:
 
 @torch.no_grad()
 def fill_normal(rows: Tensor, seed: int, first_id: int, std: float) -> None:
-    """Fills rows (R, D) of any float dtype with N(0, std²), row r a function of ``(seed, first_id + r)`` and D alone."""
+    """Fills rows (R, D) of any float dtype with N(0, std²), row r a function of ``(seed, first_id + r)`` and D
+    alone."""
     key = fold(seed, CENTRES)
     for start, part in chunks(rows):
         ids = torch.arange(first_id + start, first_id + start + len(part), device=rows.device)
@@ -87,7 +90,8 @@ def chunks(tensor: Tensor) -> Iterator[tuple[int, Tensor]]:
 def rounding_bits(seed: int, step: int, ids: Tensor, dim: int) -> Tensor:
     """(R, dim) int64 in [0, 2^32): random bits for stochastic rounding, keyed by seed, step, class id and column.
 
-    32-bit arithmetic from a 64-bit key per row, so that a vector unit makes them: the finaliser is lowbias32 (C. Wellons).
+    32-bit arithmetic from a 64-bit key per row, so that a vector unit makes them: the finaliser is lowbias32 (C.
+    Wellons).
     """
     keys = fold_each(fold(seed, ROUNDING, step), ids)[:, None]
     x = ((keys & 0xFFFFFFFF) + torch.arange(dim, device=ids.device) * (_GOLDEN >> 32)) & 0xFFFFFFFF

@@ -11,7 +11,15 @@ from torch import Tensor, nn
 
 from . import backends
 from .autograd import Shard, negatives_and_target
-from .checks import FLOAT_DTYPES, check_embeddings, check_margin, check_sample_rate, check_scale, check_size, check_target
+from .checks import (
+    FLOAT_DTYPES,
+    check_embeddings,
+    check_margin,
+    check_sample_rate,
+    check_scale,
+    check_size,
+    check_target,
+)
 from .distributed import JointBatch, Ranks
 from .functional import as_autocast
 from .head import nearest_classes
@@ -25,17 +33,18 @@ from .sharding import Sharding
 class PartialFC(nn.Module):
     """Margin-softmax head whose class centres are split over the ranks of a group: ``loss = head(embeddings, target)``.
 
-    Every rank passes its own batch, of any size, and gets the mean loss over all ranks' rows. Without torch.distributed it is one
-    shard, the same as :class:`~fused_arcface.MarginHead` with sampling and a fused optimizer.
+    Every rank passes its own batch, of any size, and gets the mean loss over all ranks' rows. Without torch.distributed
+    it is one shard, the same as :class:`~fused_arcface.MarginHead` with sampling and a fused optimizer.
 
-    **Gradients.** The embeddings' gradient is W times the loss's derivative, W the number of ranks: ``DistributedDataParallel``
-    and FSDP average over the ranks, so the backbone then trains as a single process would on all ranks' rows. Do not
-    wrap the head itself: its shards differ. The class centres' gradient is the derivative, unscaled. Every rank must run the
-    backward pass, from the same multiple of the loss.
+    **Gradients.** The embeddings' gradient is W times the loss's derivative, W the number of ranks:
+    ``DistributedDataParallel`` and FSDP average over the ranks, so the backbone then trains as a single process would
+    on all ranks' rows. Do not wrap the head itself: its shards differ. The class centres' gradient is the derivative,
+    unscaled. Every rank must run the backward pass, from the same multiple of the loss.
 
-    **Sampling.** With ``sample_rate`` below 1 a step uses all classes of the joint batch and others drawn anew each step,
-    ``round(sample_rate·C_total)`` over all shards (An et al., Partial FC, arXiv:2203.15565). The draw is a function of seed, step and global
-    class id, not of the number of ranks. The rows of other classes are neither read nor written. In ``eval()`` all classes are used.
+    **Sampling.** With ``sample_rate`` below 1 a step uses all classes of the joint batch and others drawn anew each
+    step, ``round(sample_rate·C_total)`` over all shards (An et al., Partial FC, arXiv:2203.15565). The draw is a
+    function of seed, step and global class id, not of the number of ranks. The rows of other classes are neither read
+    nor written. In ``eval()`` all classes are used.
 
     Args:
         embedding_dim: D.
@@ -43,17 +52,20 @@ class PartialFC(nn.Module):
         margin: see :func:`fused_arcface.margin_softmax_loss`; likewise scale and backend.
         scale: ``s`` of the logits, finite and > 0.
         sample_rate: fraction of the classes used in a training step, in (0, 1].
-        group: a process group, a one-dimensional ``DeviceMesh``, or None: the default group if torch.distributed is initialised.
+        group: a process group, a one-dimensional ``DeviceMesh``, or None: the default group if torch.distributed is
+            initialised.
         seed: of the initial centres, the samples and the rounding; in [0, 2^63).
-        center_optimizer: a :class:`fused_arcface.CenterSGD` recipe, or None for an ordinary optimizer over ``weight.grad``: dense at
-            ``sample_rate=1``, else sparse COO (``torch.optim.SGD``, ``SparseAdam``, ``Adagrad`` take it).
+        center_optimizer: a :class:`fused_arcface.CenterSGD` recipe, or None for an ordinary optimizer over
+            ``weight.grad``: dense at ``sample_rate=1``, else sparse COO (``torch.optim.SGD``, ``SparseAdam``,
+            ``Adagrad`` take it).
         backend: ``"auto"`` or a backend's name.
         device: of the class centres.
         dtype: of the class centres; the default dtype if None.
         dense_grad: give the sampled mode's gradient densely, (num_local, D), for optimizers that take no other.
 
     Attributes:
-        weight: (num_local, D) parameter, this rank's class centres, initially N(0, 0.01²) keyed by seed and global class id.
+        weight: (num_local, D) parameter, this rank's class centres, initially N(0, 0.01²) keyed by seed and global
+            class id.
         class_start: global id of the first of them.
         num_local: how many they are: ``C_total // W``, one more on the first ``C_total % W`` ranks.
         sampled: (K,) int64, ascending global ids of the classes that this shard used in the last step.
@@ -148,8 +160,8 @@ class PartialFC(nn.Module):
     ) -> Tensor | tuple[Tensor, MarginSoftmaxStats]:
         """Mean loss over all ranks' rows, equal on every rank, of this rank's embeddings (n, D) and global labels (n,).
 
-        With ``return_stats`` also this rank's rows' :class:`~fused_arcface.MarginSoftmaxStats`. A collective: every rank calls it,
-        with n = 0 if it has no rows.
+        With ``return_stats`` also this rank's rows' :class:`~fused_arcface.MarginSoftmaxStats`. A collective: every
+        rank calls it, with n = 0 if it has no rows.
 
         Raises:
             TypeError, ValueError: as :func:`fused_arcface.margin_softmax_loss`; a wrong label raises on every rank.
@@ -176,12 +188,15 @@ class PartialFC(nn.Module):
         )
         lse, cosine, maximum = negatives_and_target(embeddings, self.weight, local, self.scale, backend, shard)
         if target.device.type != "cpu":  # there nobody has looked at the labels' values
-            cosine = cosine.masked_fill((target >= self.num_classes) | ((target < 0) & (batch.target != ignore_index)), torch.nan)
+            cosine = cosine.masked_fill(
+                (target >= self.num_classes) | ((target < 0) & (batch.target != ignore_index)), torch.nan
+            )
         loss, stats = loss_of_rows(lse, cosine, maximum, target < 0, self.margin, self.scale, "mean")
         return (loss, MarginSoftmaxStats(*map(batch.own, stats))) if return_stats else loss
 
     def _choose_classes(self, target: Tensor) -> tuple[Tensor | None, Tensor]:
-        """This step's rows of weight (K,), None for all, and each row's target as an index into them, -1 where it is not here."""
+        """This step's rows of weight (K,), None for all, and each row's target as an index into them, -1 where it is
+        not here."""
         local = self.sharding.localise(target)
         self._sampled = None
         if not self.training:
@@ -212,16 +227,19 @@ class PartialFC(nn.Module):
 
     @torch.no_grad()
     def logits(self, embeddings: Tensor) -> Tensor:
-        """``s·cos θ`` of this rank's embeddings (n, D) with every class, (n, C_total), without a margin or a gradient. A collective."""
+        """``s·cos θ`` of this rank's embeddings (n, D) with every class, (n, C_total), without a margin or a gradient.
+        A collective."""
         rows = self._gather_embeddings(embeddings)
         dtype = torch.promote_types(embeddings.dtype, self.weight.dtype)
-        local = self.scale * F.linear(F.normalize(self.weight.to(dtype)), F.normalize(rows.embeddings.to(dtype)))  # (C, N)
+        local = self.scale * F.linear(
+            F.normalize(self.weight.to(dtype)), F.normalize(rows.embeddings.to(dtype))
+        )  # (C, N)
         return torch.cat([rows.own(part.T) for part in self.ranks.gather_rows(local, self.sharding.counts())], 1)
 
     @torch.no_grad()
     def topk(self, embeddings: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """The k nearest class centres over all shards of this rank's embeddings (n, D): cosines (n, k), descending, and global class
-        ids (n, k) int64. A collective.
+        """The k nearest class centres over all shards of this rank's embeddings (n, D): cosines (n, k), descending, and
+        global class ids (n, k) int64. A collective.
 
         Raises:
             ValueError: k outside [1, C_total], or embeddings of a wrong shape or device.
@@ -243,11 +261,13 @@ class PartialFC(nn.Module):
 
     def extra_repr(self) -> str:
         return (
-            f"{self.weight.shape[1]}, {self.num_classes}, margin={self.margin}, scale={self.scale}, sample_rate={self.sample_rate}, "
-            f"rank {self.ranks.rank} of {self.ranks.world_size}, backend={self.backend!r}"
+            f"{self.weight.shape[1]}, {self.num_classes}, margin={self.margin}, scale={self.scale}, "
+            f"sample_rate={self.sample_rate}, rank {self.ranks.rank} of {self.ranks.world_size}"
         )
 
 
 def _describe(margin: Margin) -> str:
     """A margin's text for comparison between ranks: a dataclass's values, of any other callable the name alone."""
-    return repr(margin) if dataclasses.is_dataclass(margin) else getattr(margin, "__qualname__", type(margin).__qualname__)
+    return (
+        repr(margin) if dataclasses.is_dataclass(margin) else getattr(margin, "__qualname__", type(margin).__qualname__)
+    )

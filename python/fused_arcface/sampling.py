@@ -1,9 +1,10 @@
-"""Which classes a step uses when it does not use all: every class of the batch, and others drawn by a keyed permutation.
+"""Which classes a step uses when it does not use all: every class of the batch, and others drawn by a keyed
+permutation.
 
-``rank(j)`` is a pseudorandom permutation of the *global* class ids, another one each step. Class j is used if it is some row's
-target, or if ``rank(j) < cut``, with the cut such that ``round(sample_rate·C_total)`` classes are used over all shards together
-(more only if the batch has more). Each shard asks this of its own ids alone: no sort, no exchange, and
-the same classes whatever the number of shards.
+``rank(j)`` is a pseudorandom permutation of the *global* class ids, another one each step. Class j is used if it is
+some row's target, or if ``rank(j) < cut``, with the cut such that ``round(sample_rate·C_total)`` classes are used over
+all shards together (more only if the batch has more). Each shard asks this of its own ids alone: no sort, no exchange,
+and the same classes whatever the number of shards.
 """
 
 from __future__ import annotations
@@ -21,10 +22,11 @@ _ROUNDS = 6  # three full Feistel rounds; with two, neighbouring ids are drawn t
 
 
 class Permutation:
-    """A keyed permutation of ``0..size-1``: an unbalanced Feistel network over the cells of an ``a × b`` grid just larger.
+    """A keyed permutation of ``0..size-1``: an unbalanced Feistel network over the cells of an ``a × b`` grid just
+    larger.
 
-    Its round functions are tables of the key's own random numbers, a or b entries (about √size). The fewer than a cells that lie past
-    ``size`` are walked through: such a cell is mapped again until the result is an id.
+    Its round functions are tables of the key's own random numbers, a or b entries (about √size). The fewer than a cells
+    that lie past ``size`` are walked through: such a cell is mapped again until the result is an id.
     """
 
     def __init__(self, size: int, key: int, device: torch.device) -> None:
@@ -72,7 +74,8 @@ class Sampler:
         return max(1, round(self.sample_rate * self.sharding.num_classes))
 
     def __call__(self, step: int, target: Tensor) -> Tensor:
-        """(K,) int64 ascending rows of this shard to use, for all ranks' labels (N,), where negative ones are of no class."""
+        """(K,) int64 ascending rows of this shard to use, for all ranks' labels (N,), where negative ones are of no
+        class."""
         order = Permutation(self.sharding.num_classes, fold(self.seed, SAMPLE, step), target.device)
         cut = self._cut(order, target)
         used = torch.empty(self.sharding.num_local, dtype=torch.bool, device=target.device)
@@ -86,7 +89,8 @@ class Sampler:
     def _cut(self, order: Permutation, target: Tensor) -> Tensor:
         """0-dim: classes of a lower rank are used, so many that with the batch's own there are ``count``.
 
-        With m others wanted, the m-th rank that no class of the batch has is ``m - 1`` plus those of the batch below it.
+        With m others wanted, the m-th rank that no class of the batch has is ``m - 1`` plus those of the batch below
+        it.
         """
         positives = target[target >= 0].unique()
         ranks = order(positives).sort().values

@@ -1,4 +1,5 @@
-"""Which rank holds which classes: contiguous ranges of global class ids, the first ``C_total % W`` ranks hold one class more."""
+"""Which rank holds which classes: contiguous ranges of global class ids, the first ``C_total % W`` ranks hold one class
+more."""
 
 from __future__ import annotations
 
