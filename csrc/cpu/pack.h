@@ -191,13 +191,14 @@ inline T normalise(T* row, int64_t padded) {
   return static_cast<T>(norm < kNormEpsilon ? -inverse : inverse);
 }
 
-// Rows [first, first + count) of m, normalised, to `out` with the given stride; `inverse_norm` (count,) may be null.
+// Rows [first, first + count) of m, or those that `index` has there, normalised, to `out` with the given stride;
+// `inverse_norm` (count,) may be null.
 template <typename T>
 inline void pack_rows(const Matrix& m, int64_t first, int64_t count, T* out, int64_t stride, int64_t padded,
-                      T* inverse_norm) {
+                      T* inverse_norm, const int64_t* index = nullptr) {
   for (int64_t r = 0; r < count; ++r) {
     T* row = out + r * stride;
-    read_row(m, first + r, row);
+    read_row(m, index != nullptr ? index[first + r] : first + r, row);
     for (int64_t d = m.columns; d < padded; ++d) row[d] = 0;
     const T inverse = normalise(row, padded);
     if (inverse_norm != nullptr) inverse_norm[r] = inverse;

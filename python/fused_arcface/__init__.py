@@ -1,6 +1,7 @@
 """The fused margin-softmax head for face recognition and metric learning: ArcFace and its family without N×C logits."""
 
 from . import backends, reference
+from .center_sgd import CenterSGD, CenterUpdateError
 from .functional import margin_softmax_loss
 from .head import MarginHead
 from .loss import MarginSoftmaxStats
@@ -10,6 +11,8 @@ from .partial_fc import PartialFC
 __version__ = "0.1.0"
 __all__ = [
     "ArcFace",
+    "CenterSGD",
+    "CenterUpdateError",
     "CombinedMargin",
     "CosFace",
     "MarginHead",

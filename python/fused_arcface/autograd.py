@@ -41,10 +41,6 @@ class CentreUpdate:
     :mod:`fused_arcface.center_sgd` has the only one.
     """
 
-    def start_backward(self) -> None:
-        """Called before anything is computed or changed; raises where the update would not be the user's meaning."""
-        raise NotImplementedError
-
     def apply(
         self,
         embeddings: Tensor,
@@ -90,6 +86,12 @@ class Shard:
         """(K, D) centres that take part in this step."""
         return weight if self.classes is None else weight.index_select(0, self.classes)
 
+    def target_rows(self, target: Tensor) -> Tensor:
+        """Indices into the centres that take part (N,) as rows of weight; -1 stays."""
+        if self.classes is None or self.classes.shape[0] == 0:
+            return target
+        return torch.where(target < 0, -1, self.classes.index_select(0, target.clamp(min=0)))
+
     def start_scatter(self, rows: Tensor) -> Callable[[], Tensor]:
         """See :meth:`Ranks.start_scatter`; times W, as data-parallel wrappers of the backbone divide by it."""
         if self.batch is None:
@@ -131,7 +133,7 @@ class NegativesAndTarget(torch.autograd.Function):
             maximum = shard.ranks.max(_ops.class_max(rows, centres, target, backend))
             shift = (scale * maximum.double()).masked_fill(maximum == -torch.inf, 0)
         total, maximum, centre_sum = _ops.class_stats(rows, centres, target, scale, shift, with_centre_sum, backend)
-        unit_x, unit_w, present = _unit_target_pairs(rows, centres, target)
+        unit_x, unit_w, present = _unit_target_pairs(rows, weight, shard.target_rows(target))
         target_cosine = (unit_x * unit_w).sum(1).clamp(-1, 1).masked_fill(~present, 0)
         total, target_cosine = shard.ranks.sum(torch.stack([total, target_cosine])).unbind()
         if shard.with_max:
@@ -149,15 +151,12 @@ class NegativesAndTarget(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, d_lse: Tensor, d_target_cosine: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         shard = ctx.shard
-        if shard.update is not None:
-            shard.update.start_backward()
         rows, weight, target, lse, mean_centre = ctx.saved_tensors
         negative_coefficient = ctx.scale * d_lse
         coefficients = ctx.scale, lse, negative_coefficient, d_target_cosine
-        centres = shard.centres(weight)
         d_embeddings = d_weight = None
         if ctx.with_centre_sum:
-            _, unit_w, present = _unit_target_pairs(rows, centres, target)
+            _, unit_w, present = _unit_target_pairs(rows, weight, shard.target_rows(target))
             d_unit = negative_coefficient[:, None] * mean_centre
             d_unit += d_target_cosine.masked_fill(~present, 0)[:, None] * unit_w
             finish = shard.start_scatter(d_unit)
@@ -166,7 +165,7 @@ class NegativesAndTarget(torch.autograd.Function):
             shard.update.apply(rows, weight, shard.classes, target, *coefficients, ctx.backend)
         elif ctx.needs_input_grad[1]:
             d_weight = shard.weight_gradient(
-                _ops.weight_grad(rows, centres, target, *coefficients, ctx.backend), weight
+                _ops.weight_grad(rows, shard.centres(weight), target, *coefficients, ctx.backend), weight
             )
         if ctx.with_centre_sum:
             d_unit = finish()

@@ -28,7 +28,7 @@ CENTRES, SAMPLE, ROUNDING = 1, 2, 3
 
 
 def _signed(word: int) -> int:
-    return word - (1 << 64) if word >> 63 else word
+    return word - (1 << 64) if word >> 63 > 0 else word
 
 
 def _shift_right(x: Tensor, bits: int) -> Tensor:
@@ -87,13 +87,18 @@ def chunks(tensor: Tensor) -> Iterator[tuple[int, Tensor]]:
         yield start, tensor[start : start + step]
 
 
-def rounding_bits(seed: int, step: int, ids: Tensor, dim: int) -> Tensor:
-    """(R, dim) int64 in [0, 2^32): random bits for stochastic rounding, keyed by seed, step, class id and column.
+def rounding_key(seed: int, step: int) -> int:
+    """The key of a step's stochastic rounding, as a signed 64-bit number."""
+    return _signed(fold(seed, ROUNDING, step))
+
+
+def rounding_bits(key: int, ids: Tensor, dim: int) -> Tensor:
+    """(R, dim) int64 in [0, 2^32): random bits for stochastic rounding, a function of key, class id (R,) and column.
 
     32-bit arithmetic from a 64-bit key per row, so that a vector unit makes them: the finaliser is lowbias32 (C.
     Wellons).
     """
-    keys = fold_each(fold(seed, ROUNDING, step), ids)[:, None]
+    keys = fold_each(key, ids)[:, None]
     x = ((keys & 0xFFFFFFFF) + torch.arange(dim, device=ids.device) * (_GOLDEN >> 32)) & 0xFFFFFFFF
     x = ((x ^ (x >> 16)) * 0x7FEB352D) & 0xFFFFFFFF
     x = ((x ^ (x >> 15)) * 0x846CA68B) & 0xFFFFFFFF

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from . import backends
 from .autograd import Shard, negatives_and_target
+from .center_sgd import CenterOptimizer, CenterSGD, CentresUpdatedInBackward
 from .checks import (
     FLOAT_DTYPES,
     check_embeddings,
@@ -68,6 +69,8 @@ class PartialFC(nn.Module):
             class id.
         class_start: global id of the first of them.
         num_local: how many they are: ``C_total // W``, one more on the first ``C_total % W`` ranks.
+        center_optimizer: the :class:`~fused_arcface.center_sgd.CenterOptimizer` made of the recipe, for schedulers; or
+            None.
         sampled: (K,) int64, ascending global ids of the classes that this shard used in the last step.
         step: training steps so far, as the samples and the rounding count them.
 
@@ -93,7 +96,7 @@ class PartialFC(nn.Module):
         sample_rate: float = 1.0,
         group: Any = None,
         seed: int = 0,
-        center_optimizer: None = None,
+        center_optimizer: CenterSGD | None = None,
         backend: str = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -106,6 +109,8 @@ class PartialFC(nn.Module):
         check_scale(scale)
         check_sample_rate(sample_rate)
         check_size("seed", seed, least=0)
+        if center_optimizer is not None and not isinstance(center_optimizer, CenterSGD):
+            raise TypeError(f"center_optimizer must be a CenterSGD or None; got {type(center_optimizer).__name__}")
         backends.check_name(backend)
         dtype = dtype or torch.get_default_dtype()
         if dtype not in FLOAT_DTYPES:
@@ -130,8 +135,12 @@ class PartialFC(nn.Module):
         )
         self.sharding = Sharding(num_classes, self.ranks.world_size, self.ranks.rank)
         self._sampled: Tensor | None = None
-        self.weight = nn.Parameter(torch.empty(self.num_local, embedding_dim, device=device, dtype=dtype))
+        parameter = nn.Parameter if center_optimizer is None else CentresUpdatedInBackward
+        self.weight = parameter(torch.empty(self.num_local, embedding_dim, device=device, dtype=dtype))
         self.reset_parameters()
+        self.center_optimizer = (
+            None if center_optimizer is None else CenterOptimizer(center_optimizer, self.weight, seed, self.class_start)
+        )
 
     @property
     def num_classes(self) -> int:
@@ -178,6 +187,7 @@ class PartialFC(nn.Module):
         batch = self.ranks.gather_batch(embeddings.detach(), target, embeddings.requires_grad)
         target = torch.ops.fused_arcface.local_target(batch.target, self.num_classes, ignore_index)
         classes, local = self._choose_classes(target)
+        update = None if self.center_optimizer is None else self.center_optimizer.prepare(self.step)
         shard = Shard(
             ranks=self.ranks,
             batch=batch,
@@ -185,6 +195,7 @@ class PartialFC(nn.Module):
             classes=classes,
             dense_grad=self.dense_grad,
             with_max=return_stats,
+            update=update,
         )
         lse, cosine, maximum = negatives_and_target(embeddings, self.weight, local, self.scale, backend, shard)
         if target.device.type != "cpu":  # there nobody has looked at the labels' values
@@ -192,6 +203,8 @@ class PartialFC(nn.Module):
                 (target >= self.num_classes) | ((target < 0) & (batch.target != ignore_index)), torch.nan
             )
         loss, stats = loss_of_rows(lse, cosine, maximum, target < 0, self.margin, self.scale, "mean")
+        if update is not None:
+            loss = update.watch(loss)
         return (loss, MarginSoftmaxStats(*map(batch.own, stats))) if return_stats else loss
 
     def _choose_classes(self, target: Tensor) -> tuple[Tensor | None, Tensor]:
