@@ -55,7 +55,8 @@ struct Batch {
     for_each_task(threads, padded_rows / kColumns<T>, [&](int64_t panel, int) {
       const int64_t first = panel * kColumns<T>, count = std::min<int64_t>(kColumns<T>, rows - first);
       T* packed = by_rows.get() + first * stride;
-      pack_rows<T>(embeddings, first, count, packed, stride, padded_depth, nullptr);
+      T inverse_norm[kColumns<T>];
+      pack_rows<T>(embeddings, first, count, packed, stride, padded_depth, inverse_norm);
       std::fill(packed + count * stride, packed + kColumns<T> * stride, T(0));
       T* to = transposed.get() + first * depth;
       for (int64_t d = 0; d < depth; ++d)

@@ -38,7 +38,7 @@ def check_embeddings(embeddings: object, weight: Tensor) -> None:
 def check_scale(scale: object) -> None:
     if isinstance(scale, bool) or not isinstance(scale, (int, float)):
         raise TypeError(f"scale must be a number; got {type(scale).__name__}")
-    if not (math.isfinite(scale) and scale > 0):
+    if not 0 < scale < math.inf:  # not math.isfinite: under torch.compile a scale may be symbolic
         raise ValueError(f"scale must be finite and > 0; got {scale}")
 
 
@@ -117,3 +117,8 @@ def check_margin_output(modified: object, target_cosine: Tensor) -> None:
         raise TypeError(f"margin must return a torch.Tensor; got {type(modified).__name__}")
     if modified.shape != target_cosine.shape:
         raise ValueError(f"margin must return (N={target_cosine.shape[0]},); got {tuple(modified.shape)}")
+    if modified.dtype != target_cosine.dtype:
+        rule = f"margin must return the target cosines' dtype {_names((target_cosine.dtype,))}"
+        raise TypeError(f"{rule}; got {_names((modified.dtype,))}")
+    if modified.device != target_cosine.device:
+        raise ValueError(f"margin must return a tensor on {target_cosine.device}; got {modified.device}")

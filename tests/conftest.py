@@ -1,0 +1,67 @@
+"""Fixtures for all tests."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from fused_arcface import _native
+from fused_arcface.backends import cpu
+from hypothesis import settings
+
+# The same examples at each run: a red test stays red until it is mended.
+settings.register_profile("reproducible", deadline=None, derandomize=True, max_examples=25)
+settings.load_profile("reproducible")
+
+
+@pytest.fixture(autouse=True)
+def _reproducible() -> Iterator[None]:
+    torch.manual_seed(0)
+    threads = torch.get_num_threads()
+    # Most tests are too small for a second thread to help, and on a busy machine torch's threads wait for one another.
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(params=_native.isas())
+def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Each instruction set that this machine has, in use."""
+    monkeypatch.setenv("FUSED_ARCFACE_ISA", request.param)
+    return request.param
+
+
+class _PoisoningTorch:
+    """``torch`` as backends/cpu.py sees it: fresh memory is NaN, and lies between guards that must stay NaN."""
+
+    GUARD = 64
+
+    def __init__(self) -> None:
+        self.buffers: list[torch.Tensor] = []
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(torch, name)
+
+    def empty(self, *size: object, dtype: torch.dtype) -> torch.Tensor:
+        return self.empty_like(torch.empty(*size, dtype=dtype))
+
+    def empty_like(self, tensor: torch.Tensor) -> torch.Tensor:
+        plain = torch.empty_like(tensor)
+        buffer = plain.new_full((plain.numel() + 2 * self.GUARD,), torch.nan)
+        self.buffers.append(buffer)
+        return buffer.as_strided(plain.shape, plain.stride(), self.GUARD)
+
+    def check(self) -> None:
+        for buffer in self.buffers:
+            assert buffer[: self.GUARD].isnan().all() and buffer[-self.GUARD :].isnan().all(), "written out of bounds"
+
+
+@pytest.fixture
+def poison(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The CPU backend's outputs are NaN before it writes them, and it writes nothing beside them."""
+    poisoning = _PoisoningTorch()
+    monkeypatch.setattr(cpu, "torch", poisoning)
+    yield
+    assert poisoning.buffers, "backends/cpu.py no longer allocates its outputs with torch.empty or torch.empty_like"
+    poisoning.check()

@@ -1,0 +1,130 @@
+"""The compiled kernels, on each instruction set that this machine has, against the fp64 reference."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from cases import ARCFACES, GEOMETRIES, LAYOUTS, MARGINS, Case, check, make_inputs, named, run
+
+import fused_arcface as fa
+
+pytestmark = pytest.mark.usefixtures("isa", "poison")
+
+DTYPES = (
+    ("float32", "float32"),
+    ("bfloat16", "bfloat16"),
+    ("float16", "float16"),
+    ("float64", "float64"),
+    ("bfloat16", "float32"),
+    ("float32", "float16"),
+    ("float16", "float64"),
+)
+SCALES = (1.0, 16.0, 85.0, 87.0, 128.0, 1000.0)
+# Class blocks are 96 wide, row blocks 128, tiles 6 or 8 by up to 32, depth blocks 128.
+SHAPES = (
+    (0, 7, 16),
+    (1, 1, 1),
+    (1, 2, 7),
+    (3, 8, 512),
+    (7, 9, 513),
+    (33, 95, 7),
+    (64, 96, 33),
+    (129, 97, 64),
+    (17, 193, 512),
+    (2, 1000, 1),
+)
+CORE = (
+    *(Case(*shape, *dtypes) for shape in SHAPES for dtypes in DTYPES),
+    *(Case(geometry=geometry, x_dtype=d, w_dtype=d) for geometry in GEOMETRIES for d in ("float32", "float64")),
+    *(Case(geometry=geometry, x_dtype="bfloat16") for geometry in GEOMETRIES if geometry != "random"),
+    *(Case(geometry=g, x_dtype="float16", w_dtype="float16") for g in GEOMETRIES if g not in ("tiny", "huge")),
+    *(Case(geometry=g, margin=m) for g in ("aligned", "opposed") for m in (fa.NormSoftmax(), fa.CosFace(), ARCFACES[2])),
+    *(
+        Case(scale=scale, geometry=geometry, x_dtype=dtype, w_dtype=dtype)
+        for scale in SCALES
+        for geometry in ("random", "late", "collapsed")
+        for dtype in ("float32", "float64")
+    ),
+    # Few classes: here sums still need no shift, and exp(-scale) is close to the least fp32 number.
+    *(
+        Case(C=c, scale=scale, geometry="collapsed", margin=fa.NormSoftmax())
+        for c, scale in ((7, 64.0), (7, 80.0), (7, 85.0), (2, 87.0))
+    ),
+    *(Case(layout=layout, w_dtype=dtype) for layout in LAYOUTS for dtype in ("float32", "float64", "bfloat16")),
+)
+FULL = tuple(
+    Case(*shape, *dtypes, scale, margin, geometry, layout)
+    for shape, dtypes, scale, geometry in itertools.product(
+        (*SHAPES, (150, 500, 40), (300, 96, 16)), DTYPES, (*SCALES, 64.0), GEOMETRIES
+    )
+    for margin, layout in ((fa.ArcFace(), "contiguous"), (fa.CombinedMargin(1.2, 0.3, 0.1, "fold"), "transposed"))
+    # fp16 cannot hold such numbers.
+    if not (geometry in ("tiny", "huge") and "float16" in dtypes)
+)
+
+
+@pytest.mark.parametrize("case", CORE, ids=str)
+def test_against_fp64(case: Case) -> None:
+    check(case, "cpu")
+
+
+@pytest.mark.parametrize("margin", MARGINS, ids=named)
+def test_every_margin(margin: object) -> None:
+    check(Case(margin=margin, geometry="late"), "cpu")
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("dtypes", DTYPES, ids="-".join)
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+def test_against_fp64_everywhere(dtypes: tuple[str, str], geometry: str) -> None:
+    cases = [case for case in FULL if (case.x_dtype, case.w_dtype) == dtypes and case.geometry == geometry]
+    for case in cases:
+        check(case, "cpu", seed=1)
+    if not cases:
+        pytest.skip("fp16 cannot hold numbers of this size")
+
+
+def test_stride_zero_gradient_and_embeddings() -> None:
+    inputs = make_inputs(Case())
+    same = inputs._replace(embeddings=inputs.embeddings[:1].expand(9, -1), upstream=torch.tensor(0.5).expand(9))
+    plain = inputs._replace(embeddings=same.embeddings.contiguous(), upstream=same.upstream.contiguous())
+    got, right = (run(fa.margin_softmax_loss, each, backend="cpu") for each in (same, plain))
+    for name in ("loss", "d_embeddings", "d_weight"):
+        assert torch.equal(getattr(got, name), getattr(right, name)), name
+
+
+@pytest.mark.parametrize("exponent", range(-6, -30, -4))
+def test_tiny_losses(exponent: int) -> None:
+    """Losses from 1e-6 down: log(exp z + Z) - z would be off by 11 % at first and then 0."""
+    wanted = 10.0**exponent
+    x = torch.tensor([[1.0, 0.0], [0.6, 0.8]])
+    # One negative at right angles to the first row: loss = softplus(-s) for a target at cosine 1.
+    scale = -torch.tensor(wanted, dtype=torch.float64).expm1().log().item() if exponent > -6 else -exponent * 2.302585092994046
+    w = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+    loss = fa.margin_softmax_loss(
+        x[:1], w, torch.tensor([0]), margin=fa.NormSoftmax(), scale=scale, reduction="none", backend="cpu"
+    )
+    assert loss.item() == pytest.approx(wanted, rel=1e-3)
+
+
+def test_all_negatives_opposite_at_128() -> None:
+    """exp(-128) is no fp32 number; the loss is ln(C - 1) for a target that is opposite too."""
+    x, w = torch.tensor([[1.0, 0.0]] * 3), torch.tensor([[-1.0, 0.0]] * 101)
+    loss = fa.margin_softmax_loss(
+        x, w, torch.tensor([0, 1, 100]), margin=fa.NormSoftmax(), scale=128.0, reduction="none", backend="cpu"
+    )
+    torch.testing.assert_close(loss, torch.full((3,), 101.0).log(), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_zero_rows_get_finite_gradients(dtype: torch.dtype) -> None:
+    x, w = torch.ones(2, 8, dtype=dtype), torch.eye(8, dtype=dtype)
+    x[0] = 0
+    w[3] = 0
+    x.requires_grad_()
+    w.requires_grad_()
+    fa.margin_softmax_loss(x, w, torch.tensor([1, 3]), backend="cpu").backward()
+    for gradient, zero_row in ((x.grad, 0), (w.grad, 3)):
+        assert gradient.isfinite().all() and gradient[zero_row].abs().max() > 1e4
