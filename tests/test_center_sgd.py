@@ -1,5 +1,7 @@
 import copy
 import gc
+import subprocess
+import sys
 
 import distributed_helpers
 import pytest
@@ -293,3 +295,36 @@ def test_bad_heads():
         fa.PartialFC(4, 10, center_optimizer=torch.optim.SGD([torch.nn.Parameter(torch.ones(1))]))
     with pytest.raises(TypeError, match=r"CenterSGD needs class centres of dtype .*; got torch.float16"):
         fa.PartialFC(4, 10, center_optimizer=fa.CenterSGD(0.1), dtype=torch.float16)
+
+
+_PEAK = """
+import resource, sys, torch, fused_arcface as fa
+num_classes, dtype, momentum_dtype = int(sys.argv[1]), getattr(torch, sys.argv[2]), getattr(torch, sys.argv[3])
+def step(num_classes):
+    recipe = fa.CenterSGD(lr=0.1, momentum_dtype=momentum_dtype)
+    head = fa.PartialFC(512, num_classes, dtype=dtype, center_optimizer=recipe)
+    x = torch.randn(64, 512, requires_grad=True)
+    for _ in range(2):
+        head(x, torch.randint(0, num_classes, (64,))).backward()
+step(1000)  # loads what is loaded at the first use
+before = int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
+step(num_classes)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before) / (num_classes * 512))
+"""
+
+
+@pytest.mark.parametrize(
+    ("dtype", "momentum_dtype", "most"),
+    [("float32", "float32", 8.5), ("bfloat16", "int8", 3.5), ("float32", "int8", 5.5)],
+)
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the memory in use from /proc")
+@pytest.mark.parametrize("num_classes", [100_000, pytest.param(1_000_000, marks=pytest.mark.full)])
+def test_peak_memory_per_element(num_classes, dtype, momentum_dtype, most):
+    """Bytes of each weight element at the process's peak, construction and two steps at N = 64 included."""
+    arguments = [sys.executable, "-c", _PEAK, str(num_classes), dtype, momentum_dtype]
+    done = subprocess.run(arguments, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    print(
+        f"{num_classes} classes, {dtype} centres, {momentum_dtype} momentum: {float(done.stdout):.2f} bytes an element"
+    )
+    assert float(done.stdout) <= most
