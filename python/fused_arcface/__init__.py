@@ -1,6 +1,6 @@
 """The fused margin-softmax head for face recognition and metric learning: ArcFace and its family without N×C logits."""
 
-from . import backends, reference
+from . import backends, checkpoint, reference
 from .center_sgd import CenterSGD, CenterUpdateError
 from .functional import margin_softmax_loss
 from .head import MarginHead
@@ -21,6 +21,7 @@ __all__ = [
     "PartialFC",
     "SphereFace",
     "backends",
+    "checkpoint",
     "margin_softmax_loss",
     "reference",
 ]
