@@ -37,6 +37,7 @@ from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, Wri
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
+from .distributed import ALONE, Ranks
 from .partial_fc import PartialFC
 
 FORMAT = "fused_arcface.checkpoint"
@@ -55,39 +56,54 @@ class RowShard(Tensor):
     # An ordinary tensor to every operation.
     __torch_function__: Any = torch._C._disabled_torch_function_impl
 
+    pieces: list[tuple[int, Tensor]]
+    """(first row, rows): one, unless the shard has been put together."""
+    total: int
+
     def __new__(cls, rows: Tensor, start: int, total: int) -> RowShard:
         shard: RowShard = Tensor._make_subclass(cls, rows.detach())
-        shard.rows, shard.start, shard.total = rows.detach(), start, total
+        shard.pieces, shard.total = [(start, rows.detach())], total
         return shard
 
-    rows: Tensor
-    start: int
-    total: int
+    @classmethod
+    def of_pieces(cls, pieces: list[Tensor]) -> RowShard:
+        """A whole tensor that lies in pieces of some rows each."""
+        shard = cls(pieces[0], 0, sum(len(piece) for piece in pieces))
+        shard.pieces, start = [], 0
+        for piece in pieces:
+            shard.pieces.append((start, piece))
+            start += len(piece)
+        return shard
+
+    @property
+    def rows(self) -> Tensor:
+        return self.pieces[0][1]
 
     def size(self) -> torch.Size:  # type: ignore[override]
         """Of the whole tensor: torch.distributed.checkpoint compares it with what is stored."""
         return torch.Size([self.total, *self.rows.shape[1:]])
 
-    def _chunk(self) -> ChunkStorageMetadata:
-        offsets = torch.Size([self.start] + [0] * (self.rows.dim() - 1))
-        return ChunkStorageMetadata(offsets=offsets, sizes=self.rows.shape)
+    def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
+        return [
+            ChunkStorageMetadata(offsets=torch.Size([start] + [0] * (rows.dim() - 1)), sizes=rows.shape)
+            for start, rows in self.pieces
+        ]
 
     def __create_write_items__(self, fqn: str, _: object) -> list[WriteItem]:
-        if self.rows.numel() == 0:
-            return []
-        chunk = self._chunk()
-        data = TensorWriteData(
-            chunk=chunk,
-            properties=TensorProperties.create_from_tensor(self.rows),
-            size=self.size(),
-        )
-        return [WriteItem(index=MetadataIndex(fqn, chunk.offsets), type=WriteItemType.SHARD, tensor_data=data)]
+        properties = TensorProperties.create_from_tensor(self.rows)
+        return [
+            WriteItem(
+                index=MetadataIndex(fqn, chunk.offsets),
+                type=WriteItemType.SHARD,
+                tensor_data=TensorWriteData(chunk=chunk, properties=properties, size=self.size()),
+            )
+            for chunk in self.__create_chunk_list__()
+            if chunk.sizes.numel() > 0
+        ]
 
-    def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
-        return [self._chunk()]
-
-    def __get_tensor_shard__(self, _: MetadataIndex) -> Tensor:
-        return self.rows
+    def __get_tensor_shard__(self, index: MetadataIndex) -> Tensor:
+        first = index.offset[0] if index.offset else 0
+        return next(rows for start, rows in self.pieces if start == first)
 
 
 def head_state(head: PartialFC) -> dict[str, Any]:
@@ -130,33 +146,44 @@ def save(root: str | os.PathLike[str], head: PartialFC, *, keep: int = 2, **othe
         The checkpoint's directory. When this returns it is complete and on disk; until then the previous one stays
         the newest.
     """
-    root = Path(root)
-    name = f"step_{head.step:010d}"
+    state: dict[str, Any] = {}
+    for name, value in {_HEAD: head_state(head), **others}.items():
+        state[name] = _split(_state_of(value, head), name, state)
+    return _save(Path(root), state, _options(head), head.step, head.ranks, keep)
+
+
+def save_centres(
+    root: str | os.PathLike[str], tensors: dict[str, RowShard], values: dict[str, Any], options: dict[str, Any]
+) -> Path:
+    """A checkpoint of a head that is not there, written by this process alone; see :mod:`fused_arcface.convert`."""
+    state: dict[str, Any] = {}
+    state[_HEAD] = _split({**tensors, **values}, _HEAD, state)
+    return _save(Path(root), state, options, values["step"], ALONE, keep=2)
+
+
+def _save(root: Path, state: dict[str, Any], options: dict[str, Any], step: int, ranks: Ranks, keep: int) -> Path:
+    name = f"step_{step:010d}"
     final, number = root / name, 1
     while final.exists():
         final, number = root / f"{name}.{number}", number + 1
     # Rank 0 alone looks: others might see its directory already.
-    final = root / head.ranks.gather_objects(final.name)[0]
+    final = root / ranks.gather_objects(final.name)[0]
     partial = root / (_PARTIAL + final.name)
-    coordinator = head.ranks.rank == 0
-    if coordinator:
+    if ranks.rank == 0:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-    head.ranks.gather_objects(None)  # a barrier: nobody writes before the directory is there
-    state: dict[str, Any] = {}
-    for name, value in {_HEAD: head_state(head), **others}.items():
-        state[name] = _split(_state_of(value, head), name, state)
+    ranks.gather_objects(None)  # a barrier: nobody writes before the directory is there
     with _quiet():
         dcp_save(
             state,
             storage_writer=FileSystemWriter(partial),
             planner=DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
-            process_group=head.ranks.group,
-            no_dist=head.ranks.world_size == 1,
+            process_group=ranks.group,
+            no_dist=ranks.world_size == 1,
         )
-    if coordinator:
-        _publish(partial, final, _options(head), keep)
-    head.ranks.gather_objects(None)
+    if ranks.rank == 0:
+        _publish(partial, final, options, keep)
+    ranks.gather_objects(None)
     return final
 
 
@@ -249,29 +276,41 @@ def load(path: str | os.PathLike[str], head: PartialFC, **others: Any) -> dict[s
         saved = manifest["head"].get(name)
         if saved != own:
             raise CheckpointError(f"{directory}: {name} was {saved} when saved; this head's is {own}")
-    saved = FileSystemReader(directory).read_metadata().state_dict_metadata
+    saved = metadata(directory)
     plain = [key for key, value in saved.items() if not isinstance(value, TensorStorageMetadata)]
     missing = others.keys() - set(plain)
     if missing:
         raise CheckpointError(f"{directory} has no {', '.join(sorted(missing))}")
     own = {f"{_HEAD}.{name}": shard for name, shard in head_state(head).items() if isinstance(shard, Tensor)}
-    _check_tensors(directory, saved, own)
     structures: dict[str, Any] = dict.fromkeys(plain)
-    _read(directory, structures, head)
+    read(directory, structures, head.ranks)
+    imported = "optimizer" not in structures[_HEAD] and structures[_HEAD]["step"] == 0
+    if imported:  # centres alone: a fused optimizer starts as a new one
+        own = {key: shard for key, shard in own.items() if key == f"{_HEAD}.weight"}
+    _check_tensors(directory, saved, own)
     tensors: dict[str, Any] = dict(own)
     for name, value in others.items():
         tensors |= _receivers(name, value, saved, head)
-    _read(directory, tensors, head)
+    read(directory, tensors, head.ranks)
     torch.autograd.graph.increment_version(head.weight)
     head.step = structures[_HEAD]["step"]
-    if head.center_optimizer is not None:
+    if imported:
+        for tensor in _momentum(head).values():
+            tensor.zero_()
+    elif head.center_optimizer is not None:
         head.center_optimizer.param_groups[0].update(structures[_HEAD]["optimizer"])
     for name, value in others.items():
         value.load_state_dict(_join(structures[name], tensors))
     return {name: value for name, value in structures.items() if name != _HEAD and name not in others}
 
 
-def _read(directory: Path, state: dict[str, Any], head: PartialFC) -> None:
+def metadata(directory: Path) -> dict[str, Any]:
+    """What torch.distributed.checkpoint has stored in a checkpoint's directory, by key."""
+    stored: dict[str, Any] = FileSystemReader(directory).read_metadata().state_dict_metadata
+    return stored
+
+
+def read(directory: Path, state: dict[str, Any], ranks: Ranks = ALONE) -> None:
     """Fills ``state`` in place: tensors are written into, other values replaced."""
     try:
         with _quiet(), torch.no_grad():
@@ -279,8 +318,8 @@ def _read(directory: Path, state: dict[str, Any], head: PartialFC) -> None:
                 state,
                 storage_reader=FileSystemReader(directory),
                 planner=DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
-                process_group=head.ranks.group,
-                no_dist=head.ranks.world_size == 1,
+                process_group=ranks.group,
+                no_dist=ranks.world_size == 1,
             )
     except CheckpointException as error:  # a BaseException of torch's
         raise CheckpointError(f"{directory} cannot be read: {error}") from error
