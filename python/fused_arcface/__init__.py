@@ -1,6 +1,6 @@
 """The fused margin-softmax head for face recognition and metric learning: ArcFace and its family without N×C logits."""
 
-from . import backends, checkpoint, reference
+from . import backends, checkpoint, compat, reference
 from .center_sgd import CenterSGD, CenterUpdateError
 from .functional import margin_softmax_loss
 from .head import MarginHead
@@ -22,6 +22,7 @@ __all__ = [
     "SphereFace",
     "backends",
     "checkpoint",
+    "compat",
     "margin_softmax_loss",
     "reference",
 ]
