@@ -4,7 +4,7 @@
 #   make PYTHON=python3.12 test      another interpreter, for a new .venv
 #   make TORCH="torch==2.9.1" test   another torch, for a new .venv
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all lint format bench clean distclean
+.PHONY: help demo test test-all lint format bench bench-check clean distclean
 
 PYTHON ?= python3
 ARGS ?=
@@ -26,8 +26,11 @@ test: .venv/.installed  ## Run the tests, without the full grids
 test-all: .venv/.installed  ## Run all the tests
 	$(run) pytest $(ARGS)
 
-bench: .venv/.installed  ## Run the benchmark
-	$(run) fused_arcface bench $(ARGS)
+bench: .venv/.installed  ## Run the benchmark: every CPU backend and peer at the shapes of the README
+	$(run) fused_arcface bench --cases full $(ARGS)
+
+bench-check: .venv/.installed  ## Compare the benchmark's ratios with bench/baseline.json
+	.venv/bin/python bench/check.py $(ARGS)
 
 lint: .venv/.linters  ## Check style and types
 	$(run) ruff check

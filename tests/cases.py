@@ -7,11 +7,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import fused_arcface as fa
 import torch
 import torch.nn.functional as F
-from fused_arcface.margins import Margin
 from torch import Tensor
+
+import fused_arcface as fa
+from fused_arcface.margins import Margin
 
 BOUNDARIES = ("none", "hard", "fold", "clip", "easy")
 ARCFACES = tuple(fa.ArcFace(0.5, boundary) for boundary in BOUNDARIES)
@@ -58,7 +59,7 @@ class Case:
     x_dtype: str = "float32"
     w_dtype: str = "float32"
     scale: float = 64.0
-    margin: Margin = fa.ArcFace()
+    margin: Margin = ARCFACES[1]
     geometry: str = "random"
     layout: str = "contiguous"
 
@@ -233,8 +234,8 @@ def tolerance(case: Case, truth: Outcome) -> float:
 def term_sizes(inputs: Inputs, case: Case) -> tuple[Tensor, Tensor]:
     """Sum of the absolute terms that each row of the two gradients is made of, (N,) and (C,), from fp64 inputs.
 
-    The projection takes most of them away where a cosine is near ±1, and all of them in one dimension: an error is measured by
-    what was added up, not by what was left.
+    The projection takes most of them away where a cosine is near ±1, and all of them in one dimension: an error is
+    measured by what was added up, not by what was left.
     """
     x, w, target, upstream = inputs
     cosine = F.normalize(x) @ F.normalize(w).T
@@ -277,7 +278,9 @@ def check(case: Case, backend: str, seed: int = 0) -> None:
         limit = torch.finfo(getattr(torch, dtype)).max  # past it a gradient saturates
         mine, theirs, right = (getattr(outcome, name).clamp(-limit, limit) for outcome in (got, eager, truth))
         assert mine.shape == right.shape
-        measured = zip(("of the tensor", "of a row"), errors(mine, right, size), errors(theirs, right, size), strict=True)
+        measured = zip(
+            ("of the tensor", "of a row"), errors(mine, right, size), errors(theirs, right, size), strict=True
+        )
         for kind, error, eager_error in measured:
             assert error <= 2 * eager_error + allowed, (
                 f"{name}: error {kind} {error:.2e}, of eager {eager_error:.2e}, allowed {allowed:.2e}; {case}"

@@ -6,9 +6,10 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from hypothesis import settings
+
 from fused_arcface import _native
 from fused_arcface.backends import cpu
-from hypothesis import settings
 
 # The same examples at each run: a red test stays red until it is mended.
 settings.register_profile("reproducible", deadline=None, derandomize=True, max_examples=25)

@@ -1,4 +1,4 @@
-"""The head once more, in Python's own numbers and straight from the formulas: no tensor, no autograd, nothing of the package.
+"""The head once more, in Python's own numbers, straight from the formulas: no tensor, no autograd.
 
 Derivatives are complex steps, exact to the last bits: f'(c) = Im f(c + ih) / h for a tiny h.
 """
@@ -109,7 +109,11 @@ def _project(d_unit: Row, at: Row) -> list[float]:
 
 
 def gradients(
-    embeddings: Sequence[Row], weight: Sequence[Row], target: Sequence[int], margin: object, scale: float,
+    embeddings: Sequence[Row],
+    weight: Sequence[Row],
+    target: Sequence[int],
+    margin: object,
+    scale: float,
     slope: float | None = None,
 ) -> tuple[list[list[float]], list[list[float]]]:
     """Of the summed loss, by embeddings (N, D) and by weight (C, D)."""
@@ -120,7 +124,9 @@ def gradients(
         for x, d_row in zip(embeddings, d_cosine, strict=True)
     ]
     d_w = [
-        _project([math.fsum(d_row[j] * x[d] for d_row, x in zip(d_cosine, units_x, strict=True)) for d in range(len(w))], w)
+        _project(
+            [math.fsum(d_row[j] * x[d] for d_row, x in zip(d_cosine, units_x, strict=True)) for d in range(len(w))], w
+        )
         for j, w in enumerate(weight)
     ]
     return d_x, d_w

@@ -34,9 +34,7 @@ def test_gradient_by_finite_differences(margin: object, backend: str) -> None:
     assert len(cosines) >= 4
     x, w, target = rows_at(tuple(cosines))
     torch.autograd.gradcheck(
-        lambda x, w: fa.margin_softmax_loss(
-            x, w, target, margin=margin, scale=8.0, reduction="none", backend=backend
-        ),
+        lambda x, w: fa.margin_softmax_loss(x, w, target, margin=margin, scale=8.0, reduction="none", backend=backend),
         (x.requires_grad_(), w.requires_grad_()),
     )
 
@@ -44,7 +42,7 @@ def test_gradient_by_finite_differences(margin: object, backend: str) -> None:
 @every_backend
 @every_margin
 def test_straight_through_equals_its_surrogate(margin: object, backend: str) -> None:
-    """The gradient of insightface since December 2022: the loss's by the modified cosine, carried on as the cosine's."""
+    """insightface's gradient since December 2022: by the modified cosine, carried on as if by the cosine."""
     if hasattr(margin, "gradient"):
         margin = dataclasses.replace(margin, gradient="straight_through")
     x, w, target = rows_at(TARGET_COSINES[1:-1])
@@ -95,9 +93,7 @@ class Recorder:
         monkeypatch.setattr(cpu, "weight_grad", note_weight_grad)
 
 
-@pytest.mark.parametrize(
-    ("x_grad", "w_grad"), [(True, True), (True, False), (False, True), (False, False)], ids=str
-)
+@pytest.mark.parametrize(("x_grad", "w_grad"), [(True, True), (True, False), (False, True), (False, False)], ids=str)
 def test_only_the_gradients_asked_for(x_grad: bool, w_grad: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     recorder = Recorder(monkeypatch)
     x, w, target, _ = make_inputs(Case())
@@ -140,9 +136,7 @@ def test_retained_graph_gives_the_same_gradient_again(backend: str) -> None:
 def test_double_backward(by: str, backend: str) -> None:
     x, w, target, _ = make_inputs(Case())
     tensor = (x if by == "embeddings" else w).requires_grad_()
-    (gradient,) = torch.autograd.grad(
-        fa.margin_softmax_loss(x, w, target, backend=backend), tensor, create_graph=True
-    )
+    (gradient,) = torch.autograd.grad(fa.margin_softmax_loss(x, w, target, backend=backend), tensor, create_graph=True)
     with pytest.raises(RuntimeError, match="differentiate twice"):
         gradient.square().sum().backward()
 

@@ -40,7 +40,11 @@ CORE = (
     *(Case(geometry=geometry, x_dtype=d, w_dtype=d) for geometry in GEOMETRIES for d in ("float32", "float64")),
     *(Case(geometry=geometry, x_dtype="bfloat16") for geometry in GEOMETRIES if geometry != "random"),
     *(Case(geometry=g, x_dtype="float16", w_dtype="float16") for g in GEOMETRIES if g not in ("tiny", "huge")),
-    *(Case(geometry=g, margin=m) for g in ("aligned", "opposed") for m in (fa.NormSoftmax(), fa.CosFace(), ARCFACES[2])),
+    *(
+        Case(geometry=g, margin=m)
+        for g in ("aligned", "opposed")
+        for m in (fa.NormSoftmax(), fa.CosFace(), ARCFACES[2])
+    ),
     *(
         Case(scale=scale, geometry=geometry, x_dtype=dtype, w_dtype=dtype)
         for scale in SCALES
@@ -101,7 +105,11 @@ def test_tiny_losses(exponent: int) -> None:
     wanted = 10.0**exponent
     x = torch.tensor([[1.0, 0.0], [0.6, 0.8]])
     # One negative at right angles to the first row: loss = softplus(-s) for a target at cosine 1.
-    scale = -torch.tensor(wanted, dtype=torch.float64).expm1().log().item() if exponent > -6 else -exponent * 2.302585092994046
+    scale = (
+        -torch.tensor(wanted, dtype=torch.float64).expm1().log().item()
+        if exponent > -6
+        else -exponent * 2.302585092994046
+    )
     w = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
     loss = fa.margin_softmax_loss(
         x[:1], w, torch.tensor([0]), margin=fa.NormSoftmax(), scale=scale, reduction="none", backend="cpu"

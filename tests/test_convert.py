@@ -2,7 +2,7 @@ import pytest
 import torch
 
 import fused_arcface as fa
-from fused_arcface import checkpoint, convert, safetensors
+from fused_arcface import checkpoint, cli, convert, safetensors
 from fused_arcface.sharding import Sharding
 
 D, CLASSES = 6, 37
@@ -138,6 +138,14 @@ def test_truncated_safetensors(tmp_path):
     with pytest.raises(ValueError, match="3 elements are missing"), short as writer:
         writer.write("weight", [torch.ones(3, 3)])
     assert not list(tmp_path.glob("y*"))
+
+
+def test_command_line(tmp_path, capsys):
+    checkpoint.save(tmp_path / "saved", trained_head())
+    assert cli.run(["convert", str(tmp_path / "saved"), str(tmp_path / "full.safetensors"), "--classes", "40"]) == 0
+    assert f"weight (40, {D}) bfloat16" in capsys.readouterr().out
+    assert cli.run(["convert", str(tmp_path / "none"), str(tmp_path / "x.safetensors")]) == 1
+    assert "there is no" in capsys.readouterr().err
 
 
 def test_python_package_reads_what_is_written(tmp_path):

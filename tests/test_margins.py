@@ -146,7 +146,11 @@ def test_documented_relations() -> None:
         (lambda: fa.CosFace(None), TypeError, "CosFace: margin must be a number; got NoneType"),
         (lambda: fa.SphereFace(0.99), ValueError, "SphereFace: margin must be in [1, 4]; got 0.99"),
         (lambda: fa.SphereFace(4.01), ValueError, "SphereFace: margin must be in [1, 4]; got 4.01"),
-        (lambda: fa.SphereFace(gradient=1), ValueError, "SphereFace: gradient must be one of 'exact', 'straight_through'; got 1"),
+        (
+            lambda: fa.SphereFace(gradient=1),
+            ValueError,
+            "SphereFace: gradient must be one of 'exact', 'straight_through'; got 1",
+        ),
         (lambda: fa.CombinedMargin(m1=5), ValueError, "CombinedMargin: m1 must be in [1, 4]; got 5"),
         (lambda: fa.CombinedMargin(m2=4), ValueError, "CombinedMargin: m2 must be in [0, π) radians; got 4"),
         (lambda: fa.CombinedMargin(m3=2), ValueError, "CombinedMargin: m3 must be in [0, 2); got 2"),

@@ -16,6 +16,7 @@ import fused_arcface as fa
 reference = fa.reference.margin_softmax_loss
 every_margin = pytest.mark.parametrize("margin", MARGINS, ids=named)
 
+
 @every_margin
 @pytest.mark.parametrize("scale", [1.0, 16.0, 64.0])
 def test_loss_by_hand(margin: object, scale: float) -> None:
@@ -63,9 +64,7 @@ def test_norm_softmax_is_cross_entropy(function: object, labels: str, reduction:
         x, target = x[:0], target[:0]
     x.requires_grad_()
     w.requires_grad_()
-    loss = function(
-        x, w, target, margin=fa.NormSoftmax(), scale=20.0, reduction=reduction, ignore_index=ignore_index
-    )
+    loss = function(x, w, target, margin=fa.NormSoftmax(), scale=20.0, reduction=reduction, ignore_index=ignore_index)
     logits = 20 * F.linear(F.normalize(x), F.normalize(w))
     right = F.cross_entropy(logits, target, reduction=reduction, ignore_index=ignore_index)
     assert loss.shape == right.shape and loss.dtype == right.dtype

@@ -61,9 +61,8 @@ def weight_grad(
     The derivative by ``cos_ij`` is ``negative_coefficient_i·exp(scale·cos_ij - lse_i)``, the target's
     ``target_coefficient_i``.
     """
-    return _exact_weight_grad(embeddings, weight, target, scale, lse, negative_coefficient, target_coefficient).to(
-        weight.dtype
-    )
+    gradient = _exact_weight_grad(embeddings, weight, target, scale, lse, negative_coefficient, target_coefficient)
+    return torch.empty_like(weight).copy_(gradient)  # laid out like weight, as the operator's fake has it
 
 
 def _exact_weight_grad(

@@ -1,0 +1,47 @@
+"""Fixtures of the developers' suites: shapes, and a check of each result before it is timed.
+
+pytest bench --benchmark-autosave
+pytest bench --benchmark-compare
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from fused_arcface.benchmark.cases import Case, Inputs, make_inputs
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+SHAPES = (
+    (Case(1024, 100_000, 512, "bfloat16", "bfloat16"), Case(1024, 100_000))
+    if DEVICE.type == "cuda"
+    else (Case(128, 10_000), Case(128, 10_000, 512, "float32", "bfloat16"), Case(16, 50_000))
+)
+
+
+@pytest.fixture
+def device() -> torch.device:
+    return DEVICE
+
+
+@pytest.fixture(params=SHAPES, ids=str)
+def case(request: pytest.FixtureRequest) -> Iterator[Case]:
+    yield request.param
+    if DEVICE.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+@pytest.fixture
+def inputs(case: Case, device: torch.device) -> Inputs:
+    return make_inputs(case, device)
+
+
+@pytest.fixture(autouse=True)
+def group_by_shape(request: pytest.FixtureRequest) -> None:
+    """One table of pytest-benchmark for each shape and test, so that what stands together can be compared."""
+    if {"benchmark", "case"} <= set(request.fixturenames):
+        passes = request.getfixturevalue("pass_name") if "pass_name" in request.fixturenames else ""
+        group = f"{request.node.originalname}: {request.getfixturevalue('case')} {passes}".strip()
+        request.getfixturevalue("benchmark").group = group

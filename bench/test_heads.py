@@ -1,0 +1,34 @@
+"""Whole passes of the head, ours and the peers', each checked against fp64 first."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fused_arcface.benchmark.cases import Case, Inputs
+from fused_arcface.benchmark.providers import Provider, all_providers
+from fused_arcface.benchmark.runner import PASSES, tolerance
+from fused_arcface.benchmark.truth import error_of, truth
+
+
+@pytest.fixture(params=all_providers(), ids=str)
+def provider(request: pytest.FixtureRequest, case: Case, device: torch.device) -> Provider:
+    reason = request.param.reason_against(case, device)
+    if reason is not None:
+        pytest.skip(reason)
+    return request.param
+
+
+@pytest.mark.parametrize("pass_name", PASSES)
+def test_head(benchmark, provider: Provider, case: Case, inputs: Inputs, pass_name: str, device: torch.device) -> None:
+    backward = pass_name == "fwd+bwd"
+    with provider.settings():
+        run = provider.open(inputs)
+        assert error_of(run(backward), truth(inputs, provider.formula)) <= tolerance(provider, case)
+
+        def timed() -> None:
+            run(backward)
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+
+        benchmark(timed)

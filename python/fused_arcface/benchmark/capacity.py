@@ -1,0 +1,283 @@
+"""Most identities that fit: the largest C whose full training step (forward, backward, SGD with momentum) stays within
+a budget.
+
+Each trial runs in a process of its own, which cannot allocate beyond the budget: on a CPU by a limit on its data, on a
+GPU by torch's limit on its allocator. What counts is the measured peak, class centres, gradient and momentum included.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import machine, memory
+from .cases import Case, Inputs, make_inputs
+from .child import Child, ChildFailed
+from .providers import HeadRun, Provider, all_providers
+from .report import Skip, write_csv, write_json
+
+Step = Callable[[], None]
+"""One training step over the inputs that it was made for."""
+
+# The share of the answer by which the search may be short of the largest C.
+_PRECISION = 0.02
+_MOST_TRIALS = 12
+# A trial may take this much more than the budget: its measured peak, which is what counts, then tells how many classes
+# to leave out. The bytes are for threads' stacks.
+_OVERSHOOT, _SLACK_BYTES = 1.2, 2**28
+
+FIELDS = (
+    "recipe",
+    "backend",
+    "dtype",
+    "weight_dtype",
+    "momentum_dtype",
+    "N",
+    "D",
+    "budget_bytes",
+    "max_C",
+    "bytes_per_class",
+    "step_ms",
+    "how",
+    "device",
+    "torch",
+    "commit",
+    "date",
+)
+"""Of a capacity row. ``how``: "measured", or "extrapolated" from the bytes per class where the budget is more than the
+machine has."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A way to take training steps: a head, the dtype of its class centres and its optimizer."""
+
+    name: str
+    backend: str
+    weight_dtype: str
+    momentum_dtype: str
+    make: Callable[[Inputs], Step]
+    """Takes over the inputs' class centres; what stays between steps is allocated here or in the first step."""
+    reason_against: Callable[[Case, torch.device], str | None]
+
+    def case(self, N: int, C: int, D: int) -> Case:
+        return Case(N, C, D, self.weight_dtype, self.weight_dtype)
+
+
+def recipes() -> tuple[Recipe, ...]:
+    """Every recipe: so far a head followed by torch.optim.SGD, ours and each peer's.
+
+    A head that updates its class centres inside the backward joins by one more entry here, whose step is its backward
+    alone.
+    """
+    plain = ("fused_arcface", "eager", "compiled", "insightface", "insightface-fp16", "pytorch-metric-learning")
+    return tuple(
+        Recipe(provider.name, provider.backend, dtype, dtype, _with_sgd(provider), provider.reason_against)
+        for provider in all_providers()
+        if provider.name in plain and provider.backend != "reference"
+        for dtype in (("float32", "bfloat16") if provider.is_ours else ("float32",))
+    )
+
+
+def _with_sgd(provider: Provider) -> Callable[[Inputs], Step]:
+    """A provider's pass, then torch.optim.SGD over its class centres, with momentum and weight decay as arcface_torch
+    trains."""
+
+    def make(inputs: Inputs) -> Step:
+        run = provider.open(inputs)
+        assert isinstance(run, HeadRun)
+        optimizer = torch.optim.SGD([run.weight], lr=0.1, momentum=0.9, weight_decay=5e-4)
+
+        def step() -> None:
+            with provider.settings():
+                run.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+        return step
+
+    return make
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A training step that was taken: its peak, class centres and all, and the time of its second one."""
+
+    peak_bytes: int
+    step_ms: float
+
+
+def try_in_this_process(
+    recipe: str,
+    backend: str,
+    weight_dtype: str,
+    shape: tuple[int, int, int],
+    device: str,
+    budget_bytes: int,
+    threads: int,
+) -> tuple[int, float]:
+    """What :func:`try_step` asks its child process for: peak bytes and milliseconds of the second step."""
+    torch.set_num_threads(threads)
+    wanted = (recipe, backend, weight_dtype)
+    (chosen,) = (each for each in recipes() if (each.name, each.backend, each.weight_dtype) == wanted)
+    N, C, D = shape
+    on = torch.device(device)
+    chosen.make(make_inputs(chosen.case(8, 128, D), on))()  # libraries' code and threads are no part of the step
+    with memory.limited(on, min(int(_OVERSHOOT * budget_bytes) + _SLACK_BYTES, memory.available_bytes(on))):
+        before = memory.reset_peak(on)
+        step = chosen.make(make_inputs(chosen.case(N, C, D), on, distinct=False))
+        step()  # allocates the momentum
+        memory.synchronize(on)
+        start = time.perf_counter()
+        step()
+        memory.synchronize(on)
+        milliseconds = (time.perf_counter() - start) * 1e3
+        peak = memory.peak_since_reset(on) - before
+    return peak, milliseconds
+
+
+def try_step(
+    recipe: Recipe, shape: tuple[int, int, int], device: torch.device, budget_bytes: int, child: Child
+) -> Trial | None:
+    """Two training steps of (N, C, D) in a child process; None if they need far more than the budget.
+
+    Raises:
+        ChildFailed: it failed for another reason than its memory.
+    """
+    try:
+        result = child.call(
+            "capacity:try_in_this_process",
+            recipe=recipe.name,
+            backend=recipe.backend,
+            weight_dtype=recipe.weight_dtype,
+            shape=shape,
+            device=str(device),
+            budget_bytes=budget_bytes,
+            threads=torch.get_num_threads(),
+        )
+    except MemoryError:
+        return None
+    return Trial(*result)
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """The answer: the largest C found to fit, its bytes a class, and the step there (None where it was
+    extrapolated)."""
+
+    max_C: int
+    bytes_per_class: float
+    trial: Trial | None
+
+
+def search(attempt: Callable[[int], Trial | None], budget_bytes: int, start: int, limit_bytes: int) -> Capacity:
+    """The largest C that fits, to 2 %: from two small trials' bytes per class, then by trials around where these lead.
+
+    Args:
+        attempt: a trial of C classes, None if it took far too much.
+        budget_bytes: what C may take.
+        start: a C that surely fits, and twice as many too.
+        limit_bytes: what the machine has; beyond it the answer is extrapolated, and nothing of that size is tried.
+
+    Raises:
+        MemoryError: the small ones do not fit.
+    """
+    small, large = attempt(start), attempt(2 * start)
+    if small is None or large is None or large.peak_bytes > budget_bytes:
+        raise MemoryError(f"{2 * start} classes do not fit into {budget_bytes} bytes")
+    slope = max(1.0, (large.peak_bytes - small.peak_bytes) / start)
+    fits, best, fails = 2 * start, large, math.inf
+    guess = int(fits + (budget_bytes - large.peak_bytes) / slope)
+    if budget_bytes > limit_bytes:
+        return Capacity(guess, slope, None)
+    for _ in range(_MOST_TRIALS):
+        tried = attempt(guess)
+        if tried is not None and tried.peak_bytes <= budget_bytes:
+            fits, best = guess, tried
+        else:
+            fails = guess
+        if fails <= fits * (1 + _PRECISION) or best.peak_bytes * (1 + _PRECISION) >= budget_bytes:
+            break
+        # By the bytes per class of the trial itself; a trial without a result took too much by more than can be told.
+        guess = int(guess * (0.85 if tried is None else 0.995 * budget_bytes / tried.peak_bytes))
+        if not fits < guess < fails:
+            guess = int((fits + fails) / 2) if fails < math.inf else int(fits * (1 + _PRECISION))
+    return Capacity(fits, best.peak_bytes / fits, best)
+
+
+def run_capacity(
+    device: torch.device,
+    budget_bytes: int,
+    *,
+    N: int = 64,
+    D: int = 512,
+    names: Sequence[str] | None = None,
+    backend: str | None = None,
+    progress: Callable[[str], None] = lambda text: None,
+) -> tuple[list[dict[str, Any]], list[Skip]]:
+    """A row (see :data:`FIELDS`) for each recipe that can run here, and why the others cannot.
+
+    Args:
+        device: where to train.
+        budget_bytes: for class centres, gradient, momentum and all that a step takes.
+        N: rows of a batch.
+        D: dimensions.
+        names: of recipes; all if None, ``"ours"`` for all of ours.
+        backend: of ours; all if None.
+        progress: told each trial.
+    """
+    context = {"device": machine.device_name(device), "torch": torch.__version__}
+    context |= {"commit": machine.commit(), "date": machine.now()}
+    rows, skips = [], []
+    for recipe in recipes():
+        ours = recipe.name.startswith("fused_arcface")
+        if names is not None and recipe.name not in names and not (ours and "ours" in names):
+            continue
+        if backend is not None and ours and recipe.backend != backend:
+            continue
+        case = recipe.case(N, 1, D)
+        reason = recipe.reason_against(case, device)
+        if reason is None:
+            start = max(1024, budget_bytes // (64 * D * case.torch_weight_dtype.itemsize))
+            with Child() as child:
+
+                def attempt(C: int, recipe: Recipe = recipe, child: Child = child) -> Trial | None:
+                    progress(f"{recipe.name} ({recipe.backend}), {recipe.weight_dtype}: {C:,} classes")
+                    return try_step(recipe, (N, C, D), device, budget_bytes, child)
+
+                try:
+                    found = search(attempt, budget_bytes, start, memory.available_bytes(device))
+                except (MemoryError, ChildFailed) as error:
+                    reason = str(error)
+        if reason is not None:
+            skips.append(Skip(recipe.name, recipe.backend, case, reason))
+            continue
+        values = {
+            "recipe": recipe.name,
+            "backend": recipe.backend,
+            "dtype": recipe.weight_dtype,
+            "weight_dtype": recipe.weight_dtype,
+            "momentum_dtype": recipe.momentum_dtype,
+            "N": N,
+            "D": D,
+            "budget_bytes": budget_bytes,
+            "max_C": found.max_C,
+            "bytes_per_class": round(found.bytes_per_class, 1),
+            "step_ms": None if found.trial is None else round(found.trial.step_ms, 1),
+            "how": "extrapolated" if found.trial is None else "measured",
+            **context,
+        }
+        rows.append({name: values[name] for name in FIELDS})
+    return rows, skips
+
+
+def write(folder: Path, rows: list[dict[str, Any]]) -> list[Path]:
+    """Write capacity.csv and capacity.json into ``folder``; their paths."""
+    folder.mkdir(parents=True, exist_ok=True)
+    return [write_csv(folder / "capacity.csv", rows, FIELDS), write_json(folder / "capacity.json", rows)]

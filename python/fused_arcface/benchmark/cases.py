@@ -1,0 +1,145 @@
+"""The shapes that are measured, and inputs for them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Case:
+    """One shape: N rows, C classes, D dimensions, dtypes by name (``"float32"``) of embeddings and of class centres."""
+
+    N: int
+    C: int
+    D: int = 512
+    dtype: str = "float32"
+    weight_dtype: str = "float32"
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return _dtype(self.dtype)
+
+    @property
+    def torch_weight_dtype(self) -> torch.dtype:
+        return _dtype(self.weight_dtype)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Of the class centres, and of their gradient."""
+        return self.C * self.D * self.torch_weight_dtype.itemsize
+
+    def __str__(self) -> str:
+        dtypes = self.dtype if self.dtype == self.weight_dtype else f"{self.dtype} × {self.weight_dtype}"
+        return f"N={self.N} C={self.C:_} D={self.D} {dtypes}".replace("_", " ")
+
+
+def _dtype(name: str) -> torch.dtype:
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
+
+
+HEADLINE = Case(256, 100_000)
+
+# Two processors' minutes are short: shapes at which the slowest provider takes about a second.
+_CPU_QUICK = (Case(128, 10_000), Case(64, 20_000))
+_CPU: dict[str, tuple[Case, ...]] = {
+    "quick": _CPU_QUICK,
+    "full": (
+        *_CPU_QUICK,
+        HEADLINE,
+        *(Case(64, C) for C in (10_000, 100_000, 200_000)),
+        *(Case(N, 20_000) for N in (16, 256)),
+    ),
+    "scaling": (
+        *(Case(64, C) for C in (10_000, 30_000, 100_000, 300_000, 1_000_000, 3_000_000, 10_000_000)),
+        *(Case(N, 30_000) for N in (16, 256, 1024)),
+    ),
+}
+
+# A GPU's sizes: training batches gathered over ranks, and the dtypes that training uses there.
+_GPU_DTYPES = (("bfloat16", "bfloat16"), ("bfloat16", "float32"), ("float32", "float32"))
+_CUDA_QUICK = tuple(Case(1024, 100_000, 512, *dtypes) for dtypes in _GPU_DTYPES)
+_CUDA: dict[str, tuple[Case, ...]] = {
+    "quick": _CUDA_QUICK,
+    "full": (
+        *_CUDA_QUICK,
+        *(Case(N, 1_000_000, 512, *dtypes) for dtypes in _GPU_DTYPES for N in (1024, 4096)),
+    ),
+    "scaling": (
+        *(
+            Case(1024, C, 512, *dtypes)
+            for dtypes in _GPU_DTYPES
+            for C in (10_000, 30_000, 100_000, 300_000, 1_000_000, 3_000_000, 10_000_000)
+        ),
+        *(Case(N, 300_000, 512, "bfloat16", "bfloat16") for N in (128, 512, 4096)),
+    ),
+}
+
+NAMES = ("quick", "full", "scaling")
+
+
+def cases_named(name: str, device_type: str) -> tuple[Case, ...]:
+    """The cases of a name in :data:`NAMES`, chosen for a kind of device.
+
+    Fewest classes come first: what runs out of memory in a series need not be tried at more.
+
+    Raises:
+        ValueError: an unknown name.
+
+    >>> [str(case) for case in cases_named("quick", "cpu")]
+    ['N=128 C=10 000 D=512 float32', 'N=64 C=20 000 D=512 float32']
+    """
+    if name not in NAMES:
+        raise ValueError(f"cases must be one of {', '.join(NAMES)}; got {name!r}")
+    cases = (_CUDA if device_type == "cuda" else _CPU)[name]
+    return tuple(sorted(cases, key=lambda case: (case.C, case.N)))
+
+
+class Inputs(NamedTuple):
+    """What every provider is given: the same tensors, of which it makes the leaves that it differentiates by."""
+
+    embeddings: Tensor
+    """(N, D)"""
+    weight: Tensor
+    """(C, D)"""
+    target: Tensor
+    """(N,) int64"""
+
+
+# Beyond this many elements on a CPU, centres are drawn once and repeated: drawing 10⁷ × 512 takes a minute.
+_DRAWN_ELEMENTS = 2**28
+
+
+def make_inputs(case: Case, device: torch.device | str, seed: int = 0, distinct: bool = True) -> Inputs:
+    """Inputs as in mid-training: embeddings at about 53° from their class centre, norms between 5 and 25.
+
+    Random embeddings alone would all be at 90°, where no margin reaches past π and every provider agrees.
+
+    Args:
+        case: the shape.
+        device: where.
+        seed: of the draw; the same seed gives the same inputs on one kind of device.
+        distinct: draw every class centre. Without it 64 Ki of them are repeated, which is enough to measure memory.
+    """
+    device = torch.device(device)
+    generator = torch.Generator(device).manual_seed(seed)
+    weight = torch.empty(case.C, case.D, dtype=case.torch_weight_dtype, device=device)
+    rows = case.C
+    if not distinct:
+        rows = min(rows, 65536)
+    elif device.type == "cpu":
+        rows = min(rows, max(1, _DRAWN_ELEMENTS // case.D))
+    weight[:rows].normal_(std=0.01, generator=generator)
+    for start in range(rows, case.C, rows):
+        stop = min(start + rows, case.C)
+        weight[start:stop] = weight[: stop - start]
+    target = torch.randint(case.C, (case.N,), device=device, generator=generator)
+    noise = torch.randn(case.N, case.D, device=device, generator=generator)
+    direction = 0.6 * F.normalize(weight[target].float()) + 0.8 * F.normalize(noise)
+    norm = torch.empty(case.N, 1, device=device).uniform_(5, 25, generator=generator)
+    return Inputs((direction * norm).to(case.torch_dtype), weight, target)

@@ -1,0 +1,208 @@
+"""A model of the head's training step on many devices: what a step takes, what a device holds, and what sets the limit.
+
+Model-parallel layout: W devices hold C / W class centres each; every device's N / W embeddings are gathered by all,
+each device computes all N rows against its own classes, and the embeddings' gradient is summed back to its owner. The
+batch per device is fixed, so N grows with W, and a device's arithmetic (N·C/W logits) does not change with W; its
+memory shrinks, and the collectives grow.
+
+The rate of one device comes from rows of this benchmark; the network's figures are nominal. A device that has not been
+measured is a model as well, and says so.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+_GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Device:
+    """One device, running this package's head."""
+
+    name: str
+    seconds_per_mac: float
+    """Of forward and backward, for one logit and one dimension: time / (N·C·D)."""
+    bytes_per_second: float
+    """Of its memory, read or written."""
+    memory_bytes: float
+    measured: bool
+
+    @classmethod
+    def from_report(cls, folder: Path) -> Device:
+        """From a run's files: the fastest of our own passes with gradients over the run's largest problem.
+
+        Raises:
+            FileNotFoundError: no run is there.
+            ValueError: the run has no such row.
+        """
+        rows = json.loads((folder / "rows.json").read_text())
+        run = json.loads((folder / "run.json").read_text())
+        ours = [row for row in rows if row["provider"].startswith("fused_arcface") and row["pass"] == "fwd+bwd"]
+        if not ours:
+            raise ValueError(f"{folder} must hold a fwd+bwd row of fused_arcface; it has none")
+        work = max(row["N"] * row["C"] * row["D"] for row in ours)
+        fastest = min(row["ms"] for row in ours if row["N"] * row["C"] * row["D"] == work)
+        machine = run["machine"]
+        return cls(
+            run["device"], fastest * 1e-3 / work, machine["copy_bytes_per_second"], machine["memory_bytes"], True
+        )
+
+
+# 8·N·C·D flops at four fifths of the device's own bf16 product, 790 TFLOP/s; a copy runs at 4.3 TB/s there.
+H200 = Device("NVIDIA H200", 8 / (0.8 * 790e12), 4.3e12, 141e9, measured=False)
+
+
+@dataclass(frozen=True)
+class Network:
+    """Collectives' figures, one direction of one device. Nominal for eight GPUs a node with a 400 Gb/s port each."""
+
+    devices_per_node: int = 8
+    node_bytes_per_second: float = 450e9
+    bytes_per_second: float = 50e9
+    latency_seconds: float = 10e-6
+    """Of one collective for each doubling of the devices, launch included."""
+
+    def seconds(self, total_bytes: float, devices: int) -> tuple[float, float]:
+        """Latency and transfer of a gather or a scatter of ``total_bytes`` over all devices; every device moves its (W
+        - 1) / W."""
+        if devices == 1:
+            return 0.0, 0.0
+        rate = self.node_bytes_per_second if devices <= self.devices_per_node else self.bytes_per_second
+        return self.latency_seconds * math.ceil(math.log2(devices)), total_bytes * (devices - 1) / devices / rate
+
+
+@dataclass(frozen=True)
+class Storage:
+    """Bytes of one element of the class centres: at rest, and moved by the optimizer in a step."""
+
+    name: str
+    weight_bytes: float
+    held_bytes: float
+    """Class centre, momentum and gradient where one exists."""
+    optimizer_bytes: float
+    """Read and written once a step beyond the two reads of the passes themselves."""
+
+
+# torch.optim.SGD with weight decay: the gradient is written, then read; decay makes a copy; momentum and centre are
+# read and written.
+SGD_FP32 = Storage("fp32, torch.optim.SGD", 4, held_bytes=16, optimizer_bytes=36)
+# The update in the backward's class tile: no gradient; bf16 centre written, int8 momentum read and written.
+FUSED_BF16_INT8 = Storage(
+    "bf16 centres, int8 momentum, updated in the backward (modelled)", 2, held_bytes=3.1, optimizer_bytes=4.2
+)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One modelled training step of the head, in seconds and bytes of each device."""
+
+    identities: int
+    devices: int
+    seconds: float
+    arithmetic_seconds: float
+    memory_bytes: float
+    limit: str
+    """What takes most of it: ``arithmetic``, ``memory traffic``, ``network`` or ``latency``; ``does not fit`` if it
+    cannot be held."""
+
+    @property
+    def efficiency(self) -> float:
+        """Share of the step that is the head's arithmetic."""
+        return self.arithmetic_seconds / self.seconds
+
+
+def predict(
+    device: Device,
+    identities: int,
+    devices: int,
+    *,
+    batch: int = 128,
+    D: int = 512,
+    storage: Storage = FUSED_BF16_INT8,
+    embedding_bytes: int = 2,
+    network: Network = Network(),
+) -> Step:
+    """The step of ``identities`` classes over ``devices``, each with ``batch`` embeddings of ``D`` dimensions.
+
+    The forward is half of the arithmetic (4NDC of 8NDC) and streams the centres once, as the backward does, where the
+    optimizer's traffic adds. Arithmetic and traffic of a pass overlap; so does the scatter of the embeddings' gradient
+    with the backward. The gather, and the sum of two numbers a row, do not.
+
+    >>> step = predict(H200, 10**6, 1)
+    >>> f"{step.seconds * 1e3:.1f} ms, {step.limit}"
+    '1.2 ms, memory traffic'
+    """
+    rows, classes = batch * devices, math.ceil(identities / devices)
+    elements = classes * D
+    arithmetic = device.seconds_per_mac * rows * elements / 2  # of either pass
+    stream = elements * storage.weight_bytes / device.bytes_per_second
+    update = elements * storage.optimizer_bytes / device.bytes_per_second
+    gather_latency, gather = network.seconds(rows * (D * embedding_bytes + 8), devices)
+    sum_latency, sum_ = network.seconds(2 * rows * 8, devices)  # an all-reduce is a scatter and a gather
+    scatter_latency, scatter = network.seconds(rows * D * 4, devices)
+
+    forward = max(arithmetic, stream)
+    backward = max(arithmetic, stream + update, scatter)
+    latency = gather_latency + 2 * sum_latency + scatter_latency
+    seconds = forward + backward + gather + sum_ + latency
+    shares = {
+        "arithmetic": (forward if arithmetic >= stream else 0) + (backward if arithmetic >= backward else 0),
+        "memory traffic": (forward if stream > arithmetic else 0) + (backward if stream + update >= backward else 0),
+        "network": gather + sum_ + (backward if scatter >= backward else 0),
+        "latency": latency,
+    }
+    # Centres and optimizer; gathered embeddings, the sums of centres in fp32 and the gradient that is scattered.
+    held = elements * storage.held_bytes + rows * D * (embedding_bytes + 8)
+    limit = "does not fit" if held > device.memory_bytes else max(shares, key=lambda name: shares[name])
+    return Step(identities, devices, seconds, 2 * arithmetic, held, limit)
+
+
+IDENTITIES = (10**6, 10**7, 10**8, 10**9)
+DEVICES = (1, 8, 64, 256, 1024)
+
+
+def grid(device: Device, devices: Sequence[int] = DEVICES, **options: Any) -> list[Step]:
+    """Steps of each number of identities on each number of devices."""
+    return [predict(device, identities, count, **options) for identities in IDENTITIES for count in devices]
+
+
+def table(steps: Iterable[Step], device: Device, storage: Storage = FUSED_BF16_INT8) -> str:
+    """A Markdown table of modelled steps, with a line before it that says what is measured."""
+    source = "measured by this benchmark" if device.measured else "a model, not yet measured"
+    lines = [
+        f"Rate of one {device.name}: {source}. 128 embeddings of 512 dimensions a device; {storage.name}.",
+        "",
+        "| identities | devices | step | memory a device | efficiency | limited by |",
+        "|---:|---:|---:|---:|---:|---|",
+    ]
+    for step in steps:
+        name = f"10{str(round(math.log10(step.identities))).translate(str.maketrans('0123456789', '⁰¹²³⁴⁵⁶⁷⁸⁹'))}"
+        held = (
+            f"{step.memory_bytes / _GIB:.2f} GiB"
+            if step.memory_bytes < 100 * _GIB
+            else f"{step.memory_bytes / _GIB:.0f} GiB"
+        )
+        figures = (
+            ("—", "—") if step.limit == "does not fit" else (f"{step.seconds * 1e3:.2f} ms", f"{step.efficiency:.0%}")
+        )
+        lines.append(f"| {name} | {step.devices} | {figures[0]} | {held} | {figures[1]} | {step.limit} |")
+    return "\n".join(lines)
+
+
+def predicted_beside_measured(device: Device, rows: Iterable[dict[str, Any]]) -> list[tuple[dict[str, Any], float]]:
+    """Our own rows with gradients, each with the milliseconds that the model gives a single device for it (without an
+    optimizer)."""
+    compared = []
+    for row in rows:
+        if row["provider"] == "fused_arcface" and row["backend"] != "reference" and row["pass"] == "fwd+bwd":
+            element_bytes = 2 if "16" in row["weight_dtype"] else 4
+            storage = Storage("no optimizer", element_bytes, 2 * element_bytes, optimizer_bytes=element_bytes)
+            step = predict(device, row["C"], 1, batch=row["N"], D=row["D"], storage=storage)
+            compared.append((row, step.seconds * 1e3))
+    return compared

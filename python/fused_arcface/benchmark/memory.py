@@ -1,0 +1,158 @@
+"""Peak extra memory of a pass: beyond its inputs, the class centres and the two gradients, which every head must
+hold."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from .cases import Case, make_inputs
+from .child import Child
+from .providers import Provider, all_providers
+
+_STATUS = Path("/proc/self/status")
+
+
+def peak_bytes(provider: Provider, case: Case, device: torch.device, backward: bool, child: Child) -> int:
+    """Peak extra bytes of one pass: by CUDA's allocator, or on a CPU by the resident memory of ``child``.
+
+    Raises:
+        MemoryError, torch.OutOfMemoryError: it did not fit.
+    """
+    if device.type == "cuda":
+        return _measure(provider, case, device, backward)
+    if not can_reset():  # the peak of a process only grows there: each measurement needs a fresh one
+        child.close()
+    threads = torch.get_num_threads()
+    peak: int = child.call(
+        "memory:peak_in_this_process",
+        provider=provider.name,
+        backend=provider.backend,
+        case=asdict(case),
+        backward=backward,
+        threads=threads,
+    )
+    return peak
+
+
+def _held_by_all(provider: Provider, case: Case, backward: bool) -> int:
+    """Bytes that a pass allocates and that do not count: the gradients, and its own layout of the class centres."""
+    gradients = case.weight_bytes + case.N * case.D * case.torch_dtype.itemsize if backward else 0
+    return gradients + (case.weight_bytes if provider.own_weight else 0)
+
+
+def peak_in_this_process(provider: str, backend: str, case: dict[str, int | str], backward: bool, threads: int) -> int:
+    """What :func:`peak_bytes` asks its child process for."""
+    torch.set_num_threads(threads)
+    (chosen,) = (each for each in all_providers() if (each.name, each.backend) == (provider, backend))
+    return _measure(chosen, Case(**case), torch.device("cpu"), backward)  # type: ignore[arg-type]
+
+
+def _measure(provider: Provider, case: Case, device: torch.device, backward: bool) -> int:
+    with provider.settings():
+        # First a tiny pass: libraries' code and threads are no part of the measured one. Full-size buffers that a
+        # library keeps after its first call are, and the tiny pass makes none. What torch.compile needs to compile is
+        # no part of it either.
+        tiny = Case(min(case.N, 8), min(case.C, 128), case.D, case.dtype, case.weight_dtype)
+        provider.open(make_inputs(case if provider.name == "compiled" else tiny, device))(backward)
+        inputs = make_inputs(case, device, distinct=False)
+        gc.collect()
+        before = reset_peak(device)
+        provider.open(inputs)(backward)
+        return max(0, peak_since_reset(device) - before - _held_by_all(provider, case, backward))
+
+
+def can_reset() -> bool:
+    """Whether this system lets a process reset its peak of resident memory (Linux does)."""
+    return _STATUS.exists() and Path("/proc/self/clear_refs").exists()
+
+
+def reset_peak(device: torch.device) -> int:
+    """Start a new peak of this process's memory on a device where the system can; the bytes held now (or the peak so
+    far)."""
+    if device.type == "cuda":
+        synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+    elif can_reset():
+        with contextlib.suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")
+    return peak_since_reset(device)
+
+
+def peak_since_reset(device: torch.device) -> int:
+    """Greatest bytes of this process since :func:`reset_peak`: of CUDA's allocator, or resident on a CPU."""
+    if device.type == "cuda":
+        synchronize(device)
+        return torch.cuda.max_memory_allocated(device)
+    if _STATUS.exists():
+        return status_bytes("VmHWM")
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+@contextlib.contextmanager
+def limited(device: torch.device, more_bytes: int) -> Iterator[None]:
+    """Let this process allocate at most ``more_bytes`` beyond what it has: what asks for more fails, and the machine
+    stays up."""
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        held = torch.cuda.memory_reserved(device)
+        torch.cuda.set_per_process_memory_fraction(min(1.0, (held + min(more_bytes, free)) / total), device)
+        try:
+            yield
+        finally:
+            torch.cuda.set_per_process_memory_fraction(1.0, device)
+        return
+    if (
+        not _STATUS.exists()
+    ):  # the limit counts what is reserved: where that cannot be read, only the measured peak decides
+        yield
+        return
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    resource.setrlimit(resource.RLIMIT_DATA, (status_bytes("VmData") + more_bytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
+
+
+def status_bytes(name: str) -> int:
+    """A size in /proc/self/status (Linux), in bytes."""
+    for line in _STATUS.read_text().splitlines():
+        if line.startswith(f"{name}:"):
+            return int(line.split()[1]) * 1024
+    raise KeyError(name)
+
+
+def available_bytes(device: torch.device) -> int:
+    """Memory that a measurement may take: what is free on the device now, or on a CPU four fifths of what the system
+    has left."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    meminfo = Path("/proc/meminfo")
+    if not meminfo.exists():
+        return sys.maxsize
+    fields = dict(line.split(":") for line in meminfo.read_text().splitlines())
+    return int(fields["MemAvailable"].split()[0]) * 1024 * 4 // 5
+
+
+def release(device: torch.device) -> None:
+    """Give back what is cached between cases, so that the next one finds the device's memory free."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()

@@ -1,0 +1,216 @@
+"""One run: for each case, check every provider against the truth, time them in turn, and measure their memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import torch
+
+from . import machine, memory
+from .cases import Case, Inputs, make_inputs
+from .child import Child, ChildFailed, out_of_memory
+from .providers import Provider
+from .report import Measurement, Report, Skip
+from .timing import time_interleaved
+from .truth import TOLERANCE, Formula, Outcome, error_of, truth
+
+PASSES = ("fwd", "fwd+bwd")
+_COARSEST_FIRST = ("float16", "bfloat16", "float32", "float64")
+
+Progress = Callable[[str, str], None]
+"""Called with (case, what is being done); the case alone begins a new one."""
+
+
+def tolerance(provider: Provider, case: Case) -> float:
+    """Largest relative error at which a provider's result counts as right."""
+    if provider.tf32:
+        return TOLERANCE["tf32"]
+    dtypes = {case.dtype, case.weight_dtype} | ({"float16"} if provider.name.endswith("fp16") else set())
+    return TOLERANCE[next(dtype for dtype in _COARSEST_FIRST if dtype in dtypes)]
+
+
+def run_benchmark(
+    cases: Sequence[Case],
+    providers: Sequence[Provider],
+    device: torch.device,
+    *,
+    seconds: float = 3.0,
+    with_memory: bool = True,
+    progress: Progress = lambda case, step: None,
+    on_case: Callable[[Report, Case], None] = lambda report, case: None,
+) -> Report:
+    """Measure each provider on each case, both passes.
+
+    Args:
+        cases: shapes; within a series that differs in C alone, ascending.
+        providers: whom to measure.
+        device: on which.
+        seconds: that the samples of one case and pass should take together.
+        with_memory: measure peak memory as well.
+        progress: told what is being done.
+        on_case: called after each case with what has been found so far.
+    """
+    context = {
+        "device": machine.device_name(device),
+        "torch": torch.__version__,
+        "commit": machine.commit(),
+        "date": machine.now(),
+    }
+    report = Report(context, [], [], {"flops_per_second": {}, "memory_bytes": memory.available_bytes(device)})
+    usable = _usable(cases, providers, device, report)
+    for dtype in dict.fromkeys(case.dtype for case in cases):
+        progress("ceiling", f"square product in {dtype}")
+        _add_ceiling(report, machine.measure_ceiling(device, dtype), dtype)
+    with Child() as child:
+        for case in cases:
+            progress(str(case), "")
+            _measure_case(case, usable[case], device, seconds, child if with_memory else None, report, progress)
+            memory.release(device)
+            on_case(report, case)
+    return report
+
+
+def _usable(
+    cases: Sequence[Case], providers: Sequence[Provider], device: torch.device, report: Report
+) -> dict[Case, list[Provider]]:
+    usable: dict[Case, list[Provider]] = {case: [] for case in cases}
+    for provider in providers:
+        reasons = {case: provider.reason_against(case, device) for case in cases}
+        for case, reason in reasons.items():
+            if reason is None:
+                usable[case].append(provider)
+        if len(set(reasons.values())) == 1 and None not in reasons.values():
+            report.skips.append(Skip(provider.name, provider.backend, None, str(reasons[cases[0]])))
+        else:
+            skips = (Skip(provider.name, provider.backend, case, why) for case, why in reasons.items() if why)
+            report.skips.extend(skips)
+    return usable
+
+
+def _add_ceiling(report: Report, ceiling: machine.Ceiling, dtype: str) -> None:
+    case = Case(ceiling.size, ceiling.size, ceiling.size, dtype, dtype)
+    report.machine["flops_per_second"][dtype] = ceiling.flops_per_second
+    report.machine["copy_bytes_per_second"] = ceiling.copy_bytes_per_second
+    report.measurements.append(
+        Measurement("ceiling", ceiling.library, "fwd", case, ceiling.timing, ceiling.error, products=2)
+    )
+
+
+def _measure_case(
+    case: Case,
+    providers: Sequence[Provider],
+    device: torch.device,
+    seconds: float,
+    child: Child | None,
+    report: Report,
+    progress: Progress,
+) -> None:
+    def skip(provider: Provider, reason: str) -> None:
+        report.skips.append(Skip(provider.name, provider.backend, case, reason))
+
+    fitting = []
+    for provider in providers:
+        lacking = _lacks_memory(provider, case, report)
+        if lacking:
+            skip(provider, lacking)
+        else:
+            fitting.append(provider)
+    if not fitting:
+        return
+    fitting.sort(key=lambda provider: provider.formula)  # one truth after the other: each holds a (C, D) gradient
+    inputs = make_inputs(case, device)
+    errors: dict[int, dict[str, float]] = {}
+    rights: dict[Formula, Outcome] = {}
+    for index, provider in enumerate(fitting):
+        progress(str(case), f"checking {provider}")
+        try:
+            if provider.formula not in rights:
+                rights = {provider.formula: truth(inputs, provider.formula)}
+            errors[index] = _errors(provider, inputs, rights[provider.formula])
+        except Exception as error:  # a provider that fails must not end the run; why is in the report
+            skip(provider, _reason(error))
+            memory.release(device)
+            continue
+        worst, allowed = max(errors[index].values()), tolerance(provider, case)
+        if not worst <= allowed:
+            skip(provider, f"wrong: relative error {worst:.1e}, {allowed:.0e} allowed")
+            del errors[index]
+    rights.clear()
+    memory.release(device)
+
+    peaks: dict[tuple[int, str], int | None] = {}
+    for index in errors:
+        for pass_name in PASSES:
+            progress(str(case), f"memory of {fitting[index]}, {pass_name}")
+            peaks[index, pass_name] = None
+            if child is None:
+                continue
+            try:
+                peak = memory.peak_bytes(fitting[index], case, device, pass_name == "fwd+bwd", child)
+                peaks[index, pass_name] = peak
+            except (MemoryError, ChildFailed, torch.OutOfMemoryError) as error:
+                skip(fitting[index], f"memory of {pass_name} not measured: {_reason(error)}")
+            memory.release(device)
+
+    for pass_name in PASSES:
+        timings = time_interleaved(
+            {str(index): _timed(fitting[index], inputs, pass_name == "fwd+bwd") for index in errors},
+            device,
+            seconds,
+            lambda index, name=pass_name: progress(str(case), f"{name} {fitting[int(index)]}"),  # type: ignore[misc]
+        )
+        for index in errors:
+            provider = fitting[index]
+            measured = Measurement(
+                provider.name,
+                provider.backend,
+                pass_name,
+                case,
+                timings[str(index)],
+                errors[index][pass_name],
+                provider.products[pass_name == "fwd+bwd"],
+                peaks[index, pass_name],
+            )
+            report.measurements.append(measured)
+
+
+def _errors(provider: Provider, inputs: Inputs, right: Outcome) -> dict[str, float]:
+    with provider.settings():
+        run = provider.open(inputs)
+        return {name: error_of(run(name == "fwd+bwd"), right) for name in PASSES}
+
+
+def _timed(provider: Provider, inputs: Inputs, backward: bool) -> Callable[[], object]:
+    run = provider.open(inputs)
+
+    def timed() -> object:
+        with provider.settings():
+            return run(backward)
+
+    return timed
+
+
+def _lacks_memory(provider: Provider, case: Case, report: Report) -> str | None:
+    """Why a case will not fit, from the same provider's measured peak at fewer classes (it is linear in them), or
+    None."""
+    smaller = [
+        each
+        for each in report.measurements
+        if (each.provider, each.backend, each.pass_name) == (provider.name, provider.backend, "fwd+bwd")
+        and each.peak_bytes is not None
+        and replace(each.case, C=case.C) == case
+        and each.case.C < case.C
+    ]
+    peak = max((each.peak_bytes or 0) * case.C / each.case.C for each in smaller) if smaller else 0
+    # Beside its own run: the inputs, the gradient, and either the truth's gradient or another layout of the centres.
+    needed, limit = peak + 3 * case.weight_bytes, report.machine["memory_bytes"]
+    if needed > limit:
+        return f"out of memory: {needed / 2**30:.1f} GiB needed, {limit / 2**30:.1f} GiB there"
+    return None
+
+
+def _reason(error: BaseException) -> str:
+    text = str(error).strip().splitlines()
+    first = text[0] if text else ""
+    return f"out of memory: {first}" if out_of_memory(error) else f"{type(error).__name__}: {first}"

@@ -1,0 +1,110 @@
+"""Times of several runs taken in turn, so that a slow minute of the machine falls on all of them alike."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+# Short passes are repeated until a sample takes this long: a clock and a scheduler are no finer.
+_SAMPLE_SECONDS = 5e-3
+_LEAST_SAMPLES, _MOST_SAMPLES = 3, 50
+# Bytes that are overwritten between samples on a GPU: more than any last-level cache, so that none starts with its
+# inputs there.
+_FLUSH_BYTES = 256 * 2**20
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Milliseconds of one pass."""
+
+    samples: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.samples)
+
+    @property
+    def least(self) -> float:
+        return min(self.samples)
+
+    def quantile(self, q: float) -> float:
+        """Linear between the samples; q in [0, 1].
+
+        >>> Timing((1.0, 2.0, 4.0)).quantile(0.25)
+        1.5
+        """
+        ordered = sorted(self.samples)
+        at = q * (len(ordered) - 1)
+        low = int(at)
+        high = min(low + 1, len(ordered) - 1)
+        return ordered[low] + (at - low) * (ordered[high] - ordered[low])
+
+
+Timed = Callable[[], object]
+
+
+def time_interleaved(
+    runs: Mapping[str, Timed],
+    device: torch.device,
+    seconds: float,
+    on_sample: Callable[[str], None] | None = None,
+) -> dict[str, Timing]:
+    """Time each run, one sample of each in turn, after a pass of each that is not counted.
+
+    Args:
+        runs: what to call, by name.
+        device: on which they run; a GPU is timed by its own events.
+        seconds: what all samples together should take. A run that has had its share stops, but not before its third
+            sample, unless
+            it alone has taken twice the whole.
+        on_sample: called with the run's name after each sample.
+    """
+    if not runs:
+        return {}
+    sample = _cuda_sampler(device) if device.type == "cuda" else _cpu_sample
+    repeats, spent = {}, dict.fromkeys(runs, 0.0)
+    for name, run in runs.items():
+        once = sample(run, 1)  # milliseconds
+        repeats[name] = max(1, int(_SAMPLE_SECONDS * 1e3 / max(once, 1e-6)))
+    samples: dict[str, list[float]] = {name: [] for name in runs}
+    for round_ in range(_MOST_SAMPLES):
+        share = 2 * seconds if round_ < _LEAST_SAMPLES else seconds / len(runs)
+        going = [name for name in runs if round_ == 0 or spent[name] < share]
+        if not going:
+            break
+        for name in going:
+            start = time.perf_counter()
+            samples[name].append(sample(runs[name], repeats[name]))
+            spent[name] += time.perf_counter() - start
+            if on_sample:
+                on_sample(name)
+    return {name: Timing(tuple(taken)) for name, taken in samples.items()}
+
+
+def _cpu_sample(run: Timed, repeats: int) -> float:
+    start = time.perf_counter()
+    for _ in range(repeats):
+        run()
+    return (time.perf_counter() - start) / repeats * 1e3
+
+
+def _cuda_sampler(device: torch.device) -> Callable[[Timed, int], float]:
+    cache = torch.empty(_FLUSH_BYTES, dtype=torch.int8, device=device)
+    start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+
+    def sample(run: Timed, repeats: int) -> float:
+        cache.zero_()
+        torch.cuda.synchronize(device)
+        start.record()
+        for _ in range(repeats):
+            run()
+        stop.record()
+        torch.cuda.synchronize(device)
+        elapsed: float = start.elapsed_time(stop)
+        return elapsed / repeats
+
+    return sample

@@ -1,0 +1,56 @@
+"""The command line: one module for each command, and a line here that names it. Heavy imports stand inside the
+commands."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+import typer
+from rich.console import Console
+
+from ..extras import MissingExtra
+from .bench import bench
+from .convert import convert
+from .demo import demo
+from .doctor import doctor
+from .gradcheck import gradcheck
+
+_INTERRUPTED = 130
+
+app = typer.Typer(
+    name="fused-arcface",
+    help="The fused margin-softmax head: look it over, check it, see it train, measure it.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.command()(doctor)
+app.command()(gradcheck)
+app.command()(demo)
+app.command()(bench)
+app.command()(convert)
+
+
+def run(arguments: Sequence[str] | None = None) -> int:
+    """Run a command line, the process's own by default; what a user can put right ends in one line, not in a traceback.
+
+    Returns:
+        The exit status: 0, 1 for a failed check or a missing library, 2 for wrong usage, 130 after Ctrl-C.
+    """
+    error = Console(stderr=True, soft_wrap=True)
+    try:
+        app(args=None if arguments is None else list(arguments), prog_name="fused-arcface")
+    except SystemExit as exit_:
+        if exit_.code == _INTERRUPTED:  # typer ends a command after Ctrl-C with this status and without a word
+            error.print("Interrupted.", style="bold red")
+        return exit_.code if isinstance(exit_.code, int) else int(exit_.code is not None)
+    except MissingExtra as missing:
+        error.print(str(missing), style="bold red", markup=False)
+        return 1
+    except KeyboardInterrupt:
+        error.print("Interrupted.", style="bold red")
+        return _INTERRUPTED
+    finally:
+        sys.stdout.flush()
+    return 0

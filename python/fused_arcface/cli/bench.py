@@ -1,0 +1,205 @@
+"""The command ``bench``: throughput and memory of every backend and every peer on this machine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich import box
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..benchmark.cases import Case
+    from ..benchmark.report import Measurement, Report, Skip
+
+
+def bench(
+    cases: Annotated[str, typer.Option(help="Shapes: quick, full or scaling.")] = "quick",
+    providers: Annotated[
+        str | None, typer.Option(help='Comma-separated names; "ours" stands for all of this package. All if not given.')
+    ] = None,
+    backend: Annotated[str | None, typer.Option(help="Of this package's providers, only this backend's.")] = None,
+    output: Annotated[Path, typer.Option(help="Folder for the rows (CSV, JSON) and the pictures.")] = Path(
+        "runs/bench"
+    ),
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; a GPU if there is one.")] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="Threads on a CPU; torch's own number if not given.")
+    ] = None,
+    seconds: Annotated[float, typer.Option(min=0.0, help="Spent on the samples of one case and pass.")] = 3.0,
+    with_memory: Annotated[bool, typer.Option("--memory/--no-memory", help="Measure peak memory.")] = True,
+    budget: Annotated[
+        float | None,
+        typer.Option(min=0.0, help="GiB: search the most identities whose training step fits, in place of the cases."),
+    ] = None,
+) -> None:
+    """Measure throughput and memory of the head beside its peers; each result is checked against fp64 first.
+
+    quick takes about a minute on two cores, full about six, scaling an hour. Exit status 1 if a result of this package
+    is wrong.
+    """
+    import torch
+
+    from ..benchmark import plots
+    from ..benchmark.cases import cases_named
+    from ..benchmark.providers import select
+    from ..benchmark.runner import run_benchmark
+    from ..extras import MissingExtra
+
+    on = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if on.type == "cuda" and not torch.cuda.is_available():
+        raise typer.BadParameter("cuda was asked for; torch sees no GPU here", param_hint="--device")
+    if threads is not None:
+        torch.set_num_threads(threads)
+    names = None if providers is None else [name.strip() for name in providers.split(",") if name.strip()]
+    # Piped output is not wrapped to a terminal's width that nobody looks at.
+    console = Console() if Console().is_terminal else Console(width=140)
+    try:
+        chosen, shapes = select(names, backend), cases_named(cases, on.type)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+    if budget is not None:
+        _run_capacity(console, on, int(budget * 2**30), names, backend, output)
+        return
+    with _progress(console) as progress:
+        task = progress.add_task("starting", total=None)
+
+        def tell(case: str, step: str) -> None:
+            progress.update(task, description=f"{case}  {step}")
+
+        report = run_benchmark(
+            shapes,
+            chosen,
+            on,
+            seconds=seconds,
+            with_memory=with_memory,
+            progress=tell,
+            on_case=lambda found, case: console.print(*_tables(found, case)),
+        )
+    console.print(*_skips(report.skips))
+    written = report.write(output)
+    try:
+        written += plots.write_plots(report, output)
+    except MissingExtra as missing:
+        console.print(f"No pictures: {missing}", markup=False)
+    console.print(f"{report.context['device']}, torch {report.context['torch']}", highlight=False)
+    _say_written(console, written)
+    if any(skip.reason.startswith("wrong") and skip.provider.startswith("fused_arcface") for skip in report.skips):
+        raise typer.Exit(1)
+
+
+def _progress(console: Console) -> Progress:
+    return Progress(
+        SpinnerColumn(), TimeElapsedColumn(), TextColumn("{task.description}"), console=console, transient=True
+    )
+
+
+def _tables(report: Report, case: Case) -> list[Table]:
+    """A table for each pass of one case, fastest first."""
+    from ..benchmark.runner import PASSES
+
+    tables = []
+    for pass_name in PASSES:
+        found = [each for each in report.measurements if (each.case, each.pass_name) == (case, pass_name)]
+        if not found:
+            continue
+        products = report.products_ms(case, pass_name)
+        peak = report.machine["flops_per_second"].get(case.dtype)
+        table = _table(f"{case}, {pass_name}")
+        table.add_column("provider", no_wrap=True)
+        for column in ("ms", "p20–p80", "ps/logit", "÷ products", "of ceiling", "peak MiB", "error"):
+            table.add_column(column, justify="right")
+        for each in sorted(found, key=lambda each: each.ms):
+            table.add_row(*_cells(each, products, peak), style="bold" if each.is_ours else "")
+        tables.append(table)
+    return tables
+
+
+def _cells(each: Measurement, products: float | None, peak: float | None) -> list[str]:
+    return [
+        f"{each.provider} ({each.backend})" if each.is_ours else each.provider,
+        _digits(each.ms),
+        f"{_digits(each.timing.quantile(0.2))}–{_digits(each.timing.quantile(0.8))}",
+        _digits(each.ps_per_logit),
+        "" if products is None else f"{each.ms / products:.2f}",
+        "" if peak is None else f"{each.flops_per_second / peak:.0%}",
+        "" if each.peak_bytes is None else f"{each.peak_bytes / 2**20:,.1f}",
+        f"{each.error:.0e}",
+    ]
+
+
+def _digits(value: float) -> str:
+    """Three digits of a positive number, or its whole part.
+
+    >>> _digits(1.2345), _digits(12345.6)
+    ('1.23', '12346')
+    """
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def _table(title: str) -> Table:
+    return Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE, pad_edge=False)
+
+
+def _skips(skips: list[Skip]) -> list[Table]:
+    if not skips:
+        return []
+    table = _table("Not measured")
+    for column in ("provider", "case", "reason"):
+        table.add_column(column)
+    for skip in skips:
+        table.add_row(f"{skip.provider} ({skip.backend})", "all" if skip.case is None else str(skip.case), skip.reason)
+    return [table]
+
+
+def _run_capacity(
+    console: Console,
+    device: torch.device,
+    budget_bytes: int,
+    names: list[str] | None,
+    backend: str | None,
+    output: Path,
+) -> None:
+    from ..benchmark import capacity, memory, plots
+    from ..extras import MissingExtra
+
+    memory.release(device)
+    with _progress(console) as progress:
+        task = progress.add_task("starting", total=None)
+        rows, skips = capacity.run_capacity(
+            device,
+            budget_bytes,
+            names=names,
+            backend=backend,
+            progress=lambda text: progress.update(task, description=text),
+        )
+    console.print(_capacity_table(rows, budget_bytes), *_skips(skips))
+    written = capacity.write(output, rows)
+    try:
+        written.append(plots.write_capacity_plot(rows, output / "capacity.png"))
+    except MissingExtra as missing:
+        console.print(f"No picture: {missing}", markup=False)
+    _say_written(console, written)
+
+
+def _say_written(console: Console, paths: list[Path]) -> None:
+    console.print("written:", ", ".join(map(str, paths)), highlight=False, soft_wrap=True)
+
+
+def _capacity_table(rows: list[dict[str, Any]], budget_bytes: int) -> Table:
+    title = f"Most identities whose training step fits into {budget_bytes / 2**30:.3g} GiB"
+    table = _table(title)
+    for column in ("recipe", "centres", "momentum"):
+        table.add_column(column)
+    for column in ("identities", "bytes each", "step ms", ""):
+        table.add_column(column, justify="right", no_wrap=True)
+    for row in sorted(rows, key=lambda row: -row["max_C"]):
+        step = "" if row["step_ms"] is None else f"{row['step_ms']:.0f}"
+        figures = (f"{row['max_C']:,}", f"{row['bytes_per_class']:,.0f}", step, row["how"])
+        table.add_row(f"{row['recipe']} ({row['backend']})", row["weight_dtype"], row["momentum_dtype"], *figures)
+    return table

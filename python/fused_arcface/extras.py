@@ -1,0 +1,41 @@
+"""Libraries that only some commands need, asked for where they are used: a missing one names the extra that brings
+it."""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+from typing import Any
+
+_DISTRIBUTIONS = {"sklearn": "scikit-learn", "matplotlib": "matplotlib"}
+
+
+class MissingExtra(ImportError):
+    """A library of an optional extra is not installed; the message says how to install it."""
+
+
+def require(module: str, extra: str = "demo") -> Any:
+    """Import a module of an optional library.
+
+    Args:
+        module: dotted name, for example ``"sklearn.metrics"``.
+        extra: of this package, which brings it.
+
+    Raises:
+        MissingExtra: it is not installed.
+    """
+    library = module.partition(".")[0]
+    try:
+        imported: ModuleType = importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] != library:
+            raise  # installed, but broken: that error says more
+        name = _DISTRIBUTIONS.get(library, library)
+        raise MissingExtra(f'{name} is not installed; it comes with: pip install "fused_arcface[{extra}]"') from None
+    return imported
+
+
+def pyplot() -> Any:
+    """matplotlib's pyplot, drawing to files: no display is needed."""
+    require("matplotlib").use("Agg")
+    return require("matplotlib.pyplot")

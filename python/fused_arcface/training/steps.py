@@ -1,0 +1,102 @@
+"""The training step, its batches and its learning rate. Who calls it consumes the steps one by one: progress, checks
+and an
+interruption are the caller's."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler, OneCycleLR
+
+from ..data.images import LabelledImages
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a net is trained: AdamW, its learning rate rising and falling once."""
+
+    steps: int
+    batch_size: int
+    learning_rate: float
+    """The greatest."""
+    warm_up: float = 0.25
+    """Share of the steps in which the learning rate rises."""
+    weight_decay: float = 5e-4
+
+
+class Step(NamedTuple):
+    """What one step tells."""
+
+    loss: float
+    head_seconds: float
+    """Of the head alone, forward and backward to the gradients by embeddings and class centres."""
+
+
+def shuffled_batches(data: LabelledImages, batch_size: int, steps: int, seed: int) -> Iterator[LabelledImages]:
+    """Batches of exactly ``batch_size``, drawn without replacement until too few are left, then anew; the same for a
+    seed.
+
+    Raises:
+        ValueError: fewer images than a batch holds.
+    """
+    total = len(data.labels)
+    if total < batch_size:
+        raise ValueError(f"batch_size must be <= the number of images {total}; got {batch_size}")
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.empty(0, dtype=torch.int64)
+    for _ in range(steps):
+        if len(order) < batch_size:
+            order = torch.randperm(total, generator=generator)
+        rows, order = order[:batch_size], order[batch_size:]
+        yield LabelledImages(data.images[rows], data.labels[rows])
+
+
+def one_cycle(parameters: Iterable[nn.Parameter], recipe: Recipe) -> tuple[Optimizer, LRScheduler]:
+    """The recipe's optimizer and schedule."""
+    optimizer = torch.optim.AdamW(parameters, recipe.learning_rate, weight_decay=recipe.weight_decay)
+    return optimizer, OneCycleLR(
+        optimizer, recipe.learning_rate, total_steps=max(2, recipe.steps), pct_start=recipe.warm_up
+    )
+
+
+def training_steps(
+    net: nn.Module,
+    head: nn.Module,
+    optimizer: Optimizer,
+    scheduler: LRScheduler,
+    batches: Iterable[LabelledImages],
+    before_update: Callable[[Tensor, Tensor], None] | None = None,
+) -> Iterator[Step]:
+    """One step for each batch, made when it is asked for.
+
+    Args:
+        net: images to embeddings.
+        head: ``head(embeddings, target)`` gives the loss.
+        optimizer: of both.
+        scheduler: stepped after each batch.
+        batches: what to train on.
+        before_update: called with the embeddings (N, D), detached, and the labels (N,) while the parameters are still
+            those that the loss was computed with.
+    """
+    net.train()
+    for images, target in batches:
+        embeddings = net(images)
+        optimizer.zero_grad()
+        # The head's backward pass stops at the embeddings, so that its time can be told from the net's.
+        cut = embeddings.detach().requires_grad_()
+        start = time.perf_counter()
+        loss = head(cut, target)
+        loss.backward()
+        head_seconds = time.perf_counter() - start
+        if before_update is not None:
+            before_update(embeddings.detach(), target)
+        embeddings.backward(cut.grad)
+        optimizer.step()
+        scheduler.step()
+        yield Step(loss.item(), head_seconds)

@@ -1,0 +1,317 @@
+"""The benchmark: what it calls right, how it times, what it writes, and that it never runs a machine out of memory."""
+
+from __future__ import annotations
+
+import csv
+import itertools
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from fused_arcface import ArcFace, NormSoftmax, reference
+from fused_arcface.benchmark import capacity, cost_model, memory, plots, runner
+from fused_arcface.benchmark import providers as providers_module
+from fused_arcface.benchmark.cases import NAMES, Case, cases_named, make_inputs
+from fused_arcface.benchmark.child import Child, ChildFailed
+from fused_arcface.benchmark.providers import Provider, all_providers, select
+from fused_arcface.benchmark.report import FIELDS, Measurement, Report, read_report
+from fused_arcface.benchmark.timing import Timing, time_interleaved
+from fused_arcface.benchmark.truth import Outcome, error_of, truth
+from fused_arcface.cli.bench import bench
+
+CPU = torch.device("cpu")
+TINY = Case(6, 300, 16)
+# torch.compile takes as long as all these tests together; the benchmark itself checks it at each run.
+QUICK = [each for each in all_providers() if each.name != "compiled" and each.reason_against(TINY, CPU) is None]
+
+
+@pytest.fixture(scope="module")
+def child() -> Iterator[Child]:
+    with Child() as shared:
+        yield shared
+
+
+@pytest.fixture
+def no_ceiling(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A ceiling without the seconds that measuring one takes."""
+    ceiling = runner.machine.Ceiling("torch", 64, Timing((1.0,)), 0.0, 1e9)
+    monkeypatch.setattr(runner.machine, "measure_ceiling", lambda device, dtype: ceiling)
+
+
+def provider_named(name: str) -> Provider:
+    return next(each for each in all_providers() if each.name == name and each.backend != "reference")
+
+
+@pytest.mark.parametrize("chunk", [2**23, 1000])
+@pytest.mark.parametrize("formula", ["margin", "straight_through", "linear"])
+def test_truth_is_the_reference(formula: str, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fused_arcface.benchmark.truth._CHUNK_ELEMENTS", chunk)
+    inputs = make_inputs(replace(TINY, dtype="float64", weight_dtype="float64"), CPU)
+    x, w = (tensor.clone().requires_grad_() for tensor in inputs[:2])
+    if formula == "linear":
+        loss = torch.nn.functional.cross_entropy(x @ w.T, inputs.target)
+    else:
+        margin = ArcFace(0.5) if formula == "margin" else ArcFace(0.5, boundary="none", gradient="straight_through")
+        loss = reference.margin_softmax_loss(x, w, inputs.target, margin=margin, scale=64.0)
+    loss.backward()
+    assert error_of(Outcome(loss, x.grad, w.grad), truth(inputs, formula)) < 1e-12
+
+
+@pytest.mark.parametrize("provider", QUICK, ids=str)
+def test_provider_is_right(provider: Provider) -> None:
+    inputs = make_inputs(TINY, CPU)
+    with provider.settings():
+        run = provider.open(inputs)
+        for backward in (True, False, True):
+            outcome = run(backward)
+            assert error_of(outcome, truth(inputs, provider.formula)) < 1e-5
+            assert (outcome.d_weight is not None) == (outcome.d_embeddings is not None) == backward
+
+
+def test_truth_tells_the_formulas_apart() -> None:
+    inputs = make_inputs(TINY, CPU)
+    right = truth(inputs, "margin")
+    for other in ("straight_through", "linear"):
+        assert error_of(truth(inputs, other), right) > 0.1
+    without = reference.margin_softmax_loss(*inputs, margin=NormSoftmax())
+    assert error_of(Outcome(without), right) > 0.1
+
+
+def test_error_of_sees_a_nan_and_a_wrong_shape() -> None:
+    right = Outcome(torch.tensor(1.0), torch.ones(2, 3))
+    assert math.isnan(error_of(Outcome(torch.tensor(1.0), torch.tensor([[1.0, math.nan, 1.0]] * 2)), right))
+    with pytest.raises(ValueError, match="d_embeddings"):
+        error_of(Outcome(torch.tensor(1.0), torch.ones(3, 2)), right)
+
+
+def test_cases_are_distinct_and_ascend_in_classes() -> None:
+    for device_type in ("cpu", "cuda"):
+        for name in NAMES:
+            cases = cases_named(name, device_type)
+            assert len(set(cases)) == len(cases)
+            series: dict[Case, int] = {}
+            for case in cases:
+                assert series.setdefault(replace(case, C=0), 0) < case.C
+                series[replace(case, C=0)] = case.C
+    with pytest.raises(ValueError, match="quick"):
+        cases_named("huge", "cpu")
+
+
+def test_unknown_provider_is_named() -> None:
+    with pytest.raises(ValueError, match="no_such"):
+        select(["ours", "no_such"])
+    with pytest.raises(ValueError, match="no_such"):
+        select(None, "no_such")
+    assert {each.backend for each in select(["ours"], "cpu")} == {"cpu"}
+
+
+def test_settings_are_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("FUSED_ARCFACE_ISA", raising=False)
+    provider = replace(provider_named("fused_arcface"), environment={"FUSED_ARCFACE_ISA": "portable"}, tf32=True)
+    before = torch.get_float32_matmul_precision()
+    with provider.settings():
+        assert providers_module.backends.load("cpu").isa() == "portable"
+        assert torch.get_float32_matmul_precision() == "high"
+    assert torch.get_float32_matmul_precision() == before
+    assert "FUSED_ARCFACE_ISA" not in providers_module.os.environ
+
+
+@pytest.mark.usefixtures("no_ceiling")
+def test_wrong_failing_and_missing_providers_do_not_stop_the_rest() -> None:
+    ours = provider_named("fused_arcface")
+
+    def wrong(inputs):
+        return lambda backward: Outcome(torch.tensor(0.0))
+
+    def failing(inputs):
+        raise RuntimeError("no such luck")
+
+    missing = replace(ours, name="missing", reason_against=lambda case, device: "not installed")
+    chosen = [replace(ours, name="wrong", open=wrong), replace(ours, name="failing", open=failing), missing, ours]
+    report = runner.run_benchmark([TINY], chosen, CPU, seconds=0.01, with_memory=False)
+    assert {each.provider for each in report.measurements} == {"ceiling", "fused_arcface"}
+    reasons = {skip.provider: skip.reason for skip in report.skips}
+    assert reasons["wrong"].startswith("wrong: relative error 1.0e+00")
+    assert reasons["failing"] == "RuntimeError: no such luck"
+    assert reasons["missing"] == "not installed"
+
+
+@pytest.mark.usefixtures("no_ceiling")
+def test_what_cannot_fit_is_not_tried(child: Child, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "peak_bytes", lambda provider, case, device, backward, child: 100 * case.C)
+    monkeypatch.setattr(memory, "available_bytes", lambda device: 200_000)
+    report = runner.run_benchmark([TINY, replace(TINY, C=3000)], select(["eager"]), CPU, seconds=0.01)
+    assert {each.case for each in report.measurements if each.provider == "eager"} == {TINY}
+    (skip,) = report.skips
+    assert skip.case == replace(TINY, C=3000) and skip.reason.startswith("out of memory")
+
+
+def test_samples_are_taken_in_turn() -> None:
+    calls: list[str] = []
+    timings = time_interleaved({name: lambda name=name: calls.append(name) for name in "ab"}, CPU, seconds=0.05)
+    switches = sum(one != other for one, other in itertools.pairwise(calls))
+    assert switches >= 2 * 3 - 1
+    for timing in timings.values():
+        assert len(timing.samples) >= 3
+        assert 0 < timing.least <= timing.quantile(0.2) <= timing.median <= timing.quantile(0.8)
+
+
+def test_rows_have_the_fields_and_survive_a_round_trip(tmp_path: Path) -> None:
+    report = synthetic_report()
+    report.write(tmp_path)
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    fields = "provider,backend,pass,dtype,weight_dtype,N,C,D,ms,ps_per_logit,peak_bytes,error,device,torch,commit,date"
+    assert [tuple(row) for row in rows] == [FIELDS] * len(rows)
+    assert ",".join(FIELDS) == fields
+    with (tmp_path / "rows.csv").open() as file:
+        assert [row["ms"] for row in csv.DictReader(file)] == [str(row["ms"]) for row in rows]
+    assert {row["pass"] for row in rows} == {"fwd", "fwd+bwd"}
+    row = next(row for row in rows if row["pass"] == "fwd+bwd")
+    assert row["ps_per_logit"] == pytest.approx(row["ms"] * 1e9 / (row["N"] * row["C"]))
+    again = read_report(tmp_path)
+    assert again.rows() == rows and [vars(skip) for skip in again.skips] == [vars(skip) for skip in report.skips]
+    assert [each.products for each in again.measurements] == [each.products for each in report.measurements]
+
+
+def synthetic_report() -> Report:
+    """Three providers over a series of C and one of N, the time and the memory in proportion to the logits."""
+    context = {"device": "a device", "torch": "2.0", "commit": "abc", "date": "2026-01-01T00:00:00+00:00"}
+    machine = {"flops_per_second": {"float32": 1e11}, "copy_bytes_per_second": 1e12, "memory_bytes": 2**34}
+    report = Report(context, [], [runner.Skip("liger", "triton", TINY, "not installed")], machine)
+    cases = [Case(64, c) for c in (1000, 10_000, 100_000)] + [Case(n, 10_000) for n in (16, 256)]
+    for case in cases:
+        for name, factor in (("fused_arcface", 1), ("eager", 4), ("products", 2)):
+            for index, pass_name in enumerate(runner.PASSES):
+                ms = factor * (1 + index) * case.N * case.C * 1e-6
+                timing, peak = Timing((ms, 1.1 * ms)), None if case.N == 16 else (factor - 1) * case.N * case.C * 4
+                backend = "cpu" if factor == 1 else "torch"
+                measurement = Measurement(name, backend, pass_name, case, timing, 1e-6, 2 + 4 * index, peak)
+                report.measurements.append(measurement)
+    return report
+
+
+def test_pictures_are_drawn(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    paths = plots.write_plots(synthetic_report(), tmp_path)
+    expected = {"time_by_classes.png", "memory_by_classes.png", "time_by_rows.png", "roofline.png"}
+    assert {path.name for path in paths} == expected
+    steps = cost_model.grid(cost_model.H200)
+    paths.append(plots.write_cost_plot(steps, cost_model.H200, tmp_path / "model.png"))
+    assert all(path.stat().st_size > 10_000 for path in paths)
+
+
+def test_memory_of_a_pass_is_seen_from_outside(child: Child) -> None:
+    if not memory.can_reset():
+        pytest.skip("this system does not let a process reset its peak of resident memory")
+    case = Case(64, 60_000, 32)
+    logits = case.N * case.C * 4  # 15 MB
+    eager = memory.peak_bytes(provider_named("eager"), case, CPU, True, child)
+    fused = memory.peak_bytes(provider_named("fused_arcface"), case, CPU, True, child)
+    assert 3 * logits < eager < 8 * logits
+    assert fused < logits / 4
+
+
+def test_child_reports_errors_and_comes_back(child: Child) -> None:
+    with pytest.raises(ChildFailed, match="ValueError"):
+        child.call("cases:cases_named", name="huge", device_type="cpu")
+    assert child._process is not None
+    child._process.kill()
+    with pytest.raises(MemoryError):
+        child.call("memory:can_reset")
+    assert child.call("memory:can_reset") in (True, False)
+
+
+def test_a_trial_cannot_take_more_than_its_budget(child: Child) -> None:
+    if not memory.can_reset():
+        pytest.skip("this system does not limit a process's data")
+    (recipe,) = (r for r in capacity.recipes() if (r.backend, r.weight_dtype) == ("cpu", "float32"))
+    shape = (8, 200_000, 64)  # 51 MB of class centres; with gradient, momentum and decay 205 MB
+    trial = capacity.try_step(recipe, shape, CPU, 2**28, child)
+    assert trial is not None and 3 * 51.2e6 < trial.peak_bytes < 2**28
+    # The allowance for threads' stacks is 2**28 itself, so the refused one needs more than twice that.
+    assert capacity.try_step(recipe, (8, 1_000_000, 64), CPU, 2**28, child) is None
+
+
+@pytest.mark.parametrize("kink", [0.0, 0.3])
+@pytest.mark.parametrize("hard", [False, True], ids=["measures", "fails"])
+def test_search_finds_the_largest(kink: float, hard: bool) -> None:
+    """Peaks that grow faster from 30 000 classes on, as when another allocation becomes the largest one."""
+    budget, tried = 10**9, []
+
+    def peak(C: int) -> int:
+        return int(5e6 + 6000 * C + kink * 6000 * max(0, C - 30_000))
+
+    def attempt(C: int) -> capacity.Trial | None:
+        tried.append(C)
+        return None if hard and peak(C) > budget else capacity.Trial(peak(C), 1.0)
+
+    found = capacity.search(attempt, budget, 4000, 10**10)
+    assert found.trial is not None and found.trial.peak_bytes == peak(found.max_C) <= budget
+    assert peak(int(found.max_C * 1.025)) > budget
+    assert len(tried) <= 12
+
+
+def test_search_extrapolates_beyond_the_machine() -> None:
+    tried = []
+
+    def attempt(C: int) -> capacity.Trial:
+        tried.append(C)
+        return capacity.Trial(6000 * C, 1.0)
+
+    found = capacity.search(attempt, 10**9, 1000, limit_bytes=10**8)
+    assert found.trial is None and found.max_C == 10**9 // 6000 and max(tried) == 2000
+
+
+def test_cost_model_keeps_its_own_laws() -> None:
+    steps = {(step.identities, step.devices): step for step in cost_model.grid(cost_model.H200)}
+    for (identities, devices), step in steps.items():
+        assert 0 < step.efficiency <= 1
+        one = steps[identities, 1]
+        # The batch a device has is fixed: its arithmetic is the same on any number of devices, its centres are fewer.
+        assert step.arithmetic_seconds == pytest.approx(one.arithmetic_seconds, rel=1e-3)
+        if devices == 8:
+            assert step.memory_bytes < one.memory_bytes
+    assert steps[10**9, 1].limit == "does not fit"
+    assert steps[10**6, 1024].limit == "network"
+    free = cost_model.Network(node_bytes_per_second=math.inf, bytes_per_second=math.inf, latency_seconds=0.0)
+    for step in cost_model.grid(cost_model.H200, network=free):
+        assert step.seconds <= steps[step.identities, step.devices].seconds
+        assert step.limit not in ("network", "latency")
+
+
+def test_cost_model_gives_back_the_rate_that_it_was_given(tmp_path: Path) -> None:
+    report = synthetic_report()
+    report.write(tmp_path)
+    device = cost_model.Device.from_report(tmp_path)
+    assert device.measured
+    compared = cost_model.predicted_beside_measured(device, report.rows())
+    assert len(compared) == 5
+    row, predicted = max(compared, key=lambda pair: pair[0]["N"] * pair[0]["C"])
+    assert predicted == pytest.approx(row["ms"])
+
+
+@pytest.mark.usefixtures("no_ceiling")
+def test_command_measures_and_writes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("fused_arcface.benchmark.cases._CPU", {"quick": (TINY,)})
+    bench(providers="ours,eager,liger", device="cpu", seconds=0.01, with_memory=False, output=tmp_path / "new")
+    said = capsys.readouterr().out
+    assert "eager" in said and "liger_kernel is not installed" in said
+    rows = json.loads((tmp_path / "new" / "rows.json").read_text())
+    assert {(row["provider"], row["backend"]) for row in rows} >= {("fused_arcface", "cpu"), ("eager", "torch")}
+    assert all(row["error"] < 1e-3 for row in rows)
+
+
+def test_command_refuses_what_it_does_not_know() -> None:
+    import typer
+
+    with pytest.raises(typer.BadParameter, match="no_such"):
+        bench(providers="no_such", device="cpu")
+    with pytest.raises(typer.BadParameter, match="quick"):
+        bench(cases="huge", device="cpu")

@@ -1,0 +1,195 @@
+"""MarginHead as a module: its loss, its logits and nearest classes, and that it lives as other modules do."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import Case, make_inputs
+
+import fused_arcface as fa
+from fused_arcface import head as head_module
+
+PLAIN = Case()
+
+
+def make_head(case: Case = PLAIN, **options: object) -> tuple[fa.MarginHead, torch.Tensor, torch.Tensor]:
+    """A head with the case's class centres, embeddings and target."""
+    x, w, target, _ = make_inputs(case)
+    head = fa.MarginHead(case.D, case.C, dtype=w.dtype, **options)
+    with torch.no_grad():
+        head.weight.copy_(w)
+    return head, x, target
+
+
+def test_loss_is_the_functions() -> None:
+    options = {"margin": fa.CosFace(0.2), "scale": 30}
+    head, x, target = make_head(**options)
+    assert torch.equal(head(x, target), fa.margin_softmax_loss(x, head.weight, target, **options))
+    loss, stats = head(x, target, ignore_index=int(target[0]), return_stats=True)
+    right = fa.margin_softmax_loss(x, head.weight, target, ignore_index=int(target[0]), return_stats=True, **options)
+    assert torch.equal(loss, right[0])
+    assert all(torch.equal(a, b) for a, b in zip(stats, right[1], strict=True))
+
+
+def test_backend_is_used() -> None:
+    head, x, target = make_head(backend="triton")
+    with pytest.raises(RuntimeError, match="backend 'triton' is not available"):
+        head(x, target)
+
+
+def test_centres_at_first() -> None:
+    head = fa.MarginHead(64, 1000)
+    assert isinstance(head.weight, torch.nn.Parameter) and head.weight.shape == (1000, 64)
+    assert head.weight.mean().abs() < 2e-4 and head.weight.std().item() == pytest.approx(0.01, rel=0.02)
+    torch.manual_seed(7)
+    head.reset_parameters()
+    first = head.weight.detach().clone()
+    torch.manual_seed(7)
+    assert torch.equal(fa.MarginHead(64, 1000).weight, first)
+
+
+def test_training_lowers_the_loss() -> None:
+    head, x, target = make_head()
+    optimizer = torch.optim.SGD(head.parameters(), lr=1.0)
+    losses = []
+    for _ in range(20):
+        optimizer.zero_grad()
+        loss = head(x, target)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.2 * losses[0]
+
+
+@pytest.mark.parametrize("dtypes", [("float32", "float32"), ("bfloat16", "float32"), ("float64", "float64")])
+def test_logits(dtypes: tuple[str, str]) -> None:
+    head, x, _ = make_head(Case(x_dtype=dtypes[0], w_dtype=dtypes[1]), scale=20.0)
+    logits = head.logits(x)
+    right = 20 * F.cosine_similarity(x.double()[:, None], head.weight.double()[None], dim=2)
+    assert logits.shape == (9, 97)
+    torch.testing.assert_close(logits.double(), right, rtol=0, atol=2e-5)
+    (gradient,) = torch.autograd.grad(logits.sum(), head.weight)
+    assert gradient.abs().max() > 0
+
+
+@pytest.mark.parametrize("k", [1, 5, 40, 97])
+@pytest.mark.parametrize("classes_at_once", [10, 97, 1000])
+def test_topk_by_brute_force(k: int, classes_at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(head_module, "_TOPK_CLASSES", classes_at_once)
+    head, x, _ = make_head(Case(x_dtype="float64", w_dtype="float64"))
+    cosines, classes = head.topk(x, k)
+    right = F.cosine_similarity(x[:, None], head.weight[None], dim=2).sort(descending=True)
+    assert classes.dtype == torch.int64 and not cosines.requires_grad
+    assert torch.equal(classes, right.indices[:, :k])
+    torch.testing.assert_close(cosines, right.values[:, :k], rtol=1e-12, atol=1e-14)
+
+
+def test_topk_of_no_rows() -> None:
+    head, x, _ = make_head()
+    cosines, classes = head.topk(x[:0], 3)
+    assert cosines.shape == classes.shape == (0, 3)
+
+
+def test_state_dict() -> None:
+    head, x, target = make_head()
+    assert list(head.state_dict()) == ["weight"]
+    other = fa.MarginHead(33, 97)
+    assert not torch.equal(other(x, target), head(x, target))
+    buffer = io.BytesIO()
+    torch.save(head.state_dict(), buffer)
+    buffer.seek(0)
+    other.load_state_dict(torch.load(buffer, weights_only=True))
+    assert torch.equal(other(x, target), head(x, target))
+
+
+def test_takes_the_weight_of_a_linear_layer() -> None:
+    linear = torch.nn.Linear(33, 97, bias=False)
+    head, x, target = make_head()
+    head.load_state_dict(linear.state_dict())
+    assert torch.equal(head(x, target), fa.margin_softmax_loss(x, linear.weight, target))
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda head: pickle.loads(pickle.dumps(head))])
+def test_copies_are_independent(duplicate: object) -> None:
+    head, x, target = make_head(margin=fa.SphereFace(1.5), scale=30.0, backend="cpu")
+    before = head(x, target)
+    other = duplicate(head)
+    assert torch.equal(other(x, target), before) and repr(other) == repr(head)
+    with torch.no_grad():
+        other.weight.neg_()
+    assert torch.equal(head(x, target), before) and not torch.equal(other(x, target), before)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_to(dtype: torch.dtype) -> None:
+    head, x, target = make_head()
+    right = head(x, target).double()
+    head.to(dtype)
+    assert head.weight.dtype == dtype
+    loss = head(x, target)
+    loss.backward()
+    assert head.weight.grad.dtype == dtype
+    torch.testing.assert_close(loss.double(), right, rtol=1e-2, atol=0)
+
+
+def test_device_and_dtype() -> None:
+    head = fa.MarginHead(4, 5, device="meta", dtype=torch.bfloat16)
+    assert head.weight.device.type == "meta" and head.weight.dtype == torch.bfloat16
+    head.to_empty(device="cpu").reset_parameters()
+    assert head(torch.ones(2, 4), torch.tensor([0, 4])).isfinite()
+
+
+def test_repr() -> None:
+    assert repr(fa.MarginHead(4, 5, margin=fa.CosFace(0.2), scale=30)) == (
+        "MarginHead(4, 5, margin=CosFace(margin=0.2), scale=30.0, backend='auto')"
+    )
+
+
+HEAD = fa.MarginHead(8, 5)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: fa.MarginHead(0, 5), ValueError, "embedding_dim must be >= 1; got 0"),
+        (lambda: fa.MarginHead(8, -1), ValueError, "num_classes must be >= 1; got -1"),
+        (lambda: fa.MarginHead(8.0, 5), TypeError, "embedding_dim must be an int; got float"),
+        (lambda: fa.MarginHead(8, True), TypeError, "num_classes must be an int; got bool"),
+        (lambda: fa.MarginHead(8, 5, scale=0), ValueError, "scale must be finite and > 0; got 0"),
+        (
+            lambda: fa.MarginHead(8, 5, margin="arcface"),
+            TypeError,
+            "margin must be a margin of fused_arcface or a callable; got str",
+        ),
+        (
+            lambda: fa.MarginHead(8, 5, backend="gpu"),
+            ValueError,
+            "backend must be one of 'auto', 'reference', 'cpu', 'triton', 'cuda'; got 'gpu'",
+        ),
+        (
+            lambda: fa.MarginHead(8, 5, dtype=torch.int64),
+            TypeError,
+            "dtype must be a floating-point one; got torch.int64",
+        ),
+        (lambda: HEAD.topk(torch.ones(2, 8), 6), ValueError, "k must be <= C=5; got 6"),
+        (lambda: HEAD.topk(torch.ones(2, 8), 0), ValueError, "k must be >= 1; got 0"),
+        (lambda: HEAD.topk(torch.ones(2, 8), 1.0), TypeError, "k must be an int; got float"),
+        (lambda: HEAD.topk(torch.ones(2, 7), 1), ValueError, "embeddings must be (N, D=8); got (2, 7)"),
+        (lambda: HEAD.logits(torch.ones(8)), ValueError, "embeddings must be (N, D=8); got (8,)"),
+        (
+            lambda: HEAD.logits(torch.ones(2, 8, device="meta")),
+            ValueError,
+            "embeddings must be on weight's device cpu; got meta",
+        ),
+        (lambda: HEAD(torch.ones(2, 7), torch.tensor([0, 1])), ValueError, "weight must be (C, D=7); got (5, 8)"),
+    ],
+)
+def test_refused(call: object, error: type[Exception], message: str) -> None:
+    with pytest.raises(error) as raised:
+        call()
+    assert str(raised.value) == message

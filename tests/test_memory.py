@@ -1,0 +1,104 @@
+"""Peak memory beyond inputs and gradients, and scratch memory read before it is written: each in a fresh process."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+LIMIT = 32 * 2**20
+
+
+def run_child(program: str, *arguments: object, **environment: str) -> object:
+    """What ``program`` prints last, as JSON."""
+    child = subprocess.run(
+        [sys.executable, "-c", program, *map(str, arguments)],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert child.returncode == 0, child.stderr
+    return json.loads(child.stdout.splitlines()[-1])
+
+
+PEAK = """
+import json, sys, torch, fused_arcface as fa
+torch.set_num_threads(2)
+
+def kilobytes(name):
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(name))
+
+def step(x, w, target, backward):
+    x.requires_grad_(backward)
+    w.requires_grad_(backward)
+    loss = fa.margin_softmax_loss(x, w, target, backend="cpu")
+    if backward:
+        loss.backward()
+    assert loss.isfinite()
+
+def peak(n, c, d, dtype, backward):
+    dtype = getattr(torch, dtype)
+    # Code and threads of the libraries first: they are no part of the peak.
+    step(torch.ones(8, d, dtype=dtype), torch.randn(300, d).to(dtype), torch.arange(8), backward)
+    x, target = torch.randn(n, d).to(dtype), torch.arange(n) % c
+    w = torch.randn(8192, d).to(dtype).repeat(c // 8192 + 1, 1)[:c]
+    open("/proc/self/clear_refs", "w").write("5")
+    before = kilobytes("VmRSS")
+    step(x, w, target, backward)
+    gradients = sum(t.grad.nbytes for t in (x, w) if t.grad is not None)
+    return (kilobytes("VmHWM") - before) * 1024 - gradients
+
+print(json.dumps([peak(*case) for case in json.loads(sys.argv[1])]))
+"""
+
+linux = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="only Linux can reset a process's peak")
+
+
+@linux
+def test_peak_does_not_grow_with_the_classes() -> None:
+    """Logits alone would be 100 and 400 MB here. 8 MB of slack: what the C library keeps or gives back."""
+    cases = [(256, classes, 64, "float32", backward) for backward in (False, True) for classes in (100_000, 400_000)]
+    peaks = run_child(PEAK, json.dumps(cases))
+    assert max(peaks) <= LIMIT
+    for small, large in (peaks[:2], peaks[2:]):
+        assert large - small <= 8 * 2**20
+
+
+@linux
+@pytest.mark.full
+@pytest.mark.parametrize("shape", [(256, 100_000, 512), (256, 1_000_000, 512), (4096, 20_000, 128)], ids=str)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_peak_at_full_size(shape: tuple[int, int, int], dtype: str) -> None:
+    """Scratch for the batch comes on top where it is large: its two layouts, its sums and their slices."""
+    n, _, d = shape
+    (peak,) = run_child(PEAK, json.dumps([(*shape, dtype, True)]))
+    assert peak <= LIMIT + 8 * max(0, n - 256) * d * 4
+
+
+SUM = """
+import json, torch, fused_arcface as fa
+torch.set_num_threads(2)
+torch.manual_seed(0)
+out = []
+for n, c, d, scale in ((1, 1, 1, 64.0), (33, 97, 7, 64.0), (130, 200, 513, 1000.0), (70, 1500, 64, 64.0)):
+    x, w = torch.randn(n, d, requires_grad=True), torch.randn(c, d, requires_grad=True)
+    loss = fa.margin_softmax_loss(x, w, torch.arange(n) % c, scale=scale, reduction="none", backend="cpu")
+    loss.sum().backward()
+    out += [tensor.double().sum().item() for tensor in (loss, x.grad, w.grad)]
+    out += [tensor.double().abs().max().item() for tensor in (loss, x.grad, w.grad)]
+print(json.dumps(out))
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc alone can fill fresh memory")
+def test_scratch_is_written_before_it_is_read() -> None:
+    """The same bits when the C library fills all memory that it hands out, in two ways."""
+    one, other = (run_child(SUM, MALLOC_PERTURB_=fill) for fill in ("1", "128"))  # filled with 0xfe and with 0x7f
+    assert one == other
+    assert all(value == value for value in one)

@@ -1,0 +1,154 @@
+"""The torch.library operators: schemas, fakes, and torch.compile through the whole head."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from cases import Case, make_inputs
+from torch import Tensor
+
+import fused_arcface as fa
+
+ops = torch.ops.fused_arcface
+
+
+def arguments(case: Case) -> dict[str, tuple]:
+    """Each operator's arguments but the backend's name, with labels that are absent."""
+    x, w, target, upstream = make_inputs(case)
+    dtype = torch.promote_types(torch.promote_types(x.dtype, w.dtype), torch.float32)
+    target[1] = -1
+    shift = torch.full((case.N,), 3.0, dtype=torch.float64)
+    coefficients = (shift, upstream.to(dtype), upstream.to(dtype))
+    return {
+        "class_max": (x, w, target),
+        "class_stats": (x, w, target, case.scale, shift, True),
+        "class_stats without": (x, w, target, case.scale, None, False),
+        "weight_grad": (x, w, target, case.scale, *coefficients),
+    }
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("name", list(arguments(Case())))
+@pytest.mark.parametrize(
+    "case",
+    [Case(N=5, C=11, D=6), Case(N=3, C=4, D=5, x_dtype="bfloat16", w_dtype="float64", layout="transposed")],
+    ids=["plain", "mixed"],
+)
+def test_opcheck(case: Case, name: str, backend: str) -> None:
+    torch.library.opcheck(getattr(ops, name.split()[0]).default, (*arguments(case)[name], backend))
+
+
+def test_opcheck_local_target() -> None:
+    for dtype in (torch.int64, torch.uint8):
+        torch.library.opcheck(ops.local_target.default, (torch.tensor([0, 3, 1], dtype=dtype), 3, 3))
+
+
+@pytest.mark.parametrize("name", list(arguments(Case())))
+def test_operators_of_the_backends_agree(name: str) -> None:
+    operator, given = getattr(ops, name.split()[0]), arguments(Case(scale=8.0))[name]
+    got, right = operator(*given, "cpu"), operator(*given, "reference")
+    pairs = [(got, right)] if isinstance(got, Tensor) else zip(got, right, strict=True)
+    for mine, theirs in pairs:
+        torch.testing.assert_close(mine, theirs, rtol=2e-5, atol=2e-6)
+
+
+@pytest.fixture
+def _fresh_compiler() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+compiles = pytest.mark.usefixtures("_fresh_compiler")
+
+
+def assert_compiles(compiled: object, plain: object, x: Tensor, w: Tensor) -> None:
+    """The same loss and gradients, whichever way."""
+    loss, right = compiled(), plain()
+    torch.testing.assert_close(loss, right, rtol=1e-6, atol=0)
+    upstream = torch.rand_like(right)
+    for a, b in zip(
+        torch.autograd.grad(loss, (x, w), upstream), torch.autograd.grad(right, (x, w), upstream), strict=True
+    ):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
+
+
+OPTIONS = {
+    "default": {},
+    "none": {"reduction": "none", "margin": fa.CosFace(0.2)},
+    "shift": {"scale": 128.0, "margin": fa.CombinedMargin(1.1, 0.3, 0.1, "fold", "straight_through")},
+    "own margin": {"margin": lambda cosine: cosine - 0.2 * cosine**2, "ignore_index": 2},
+}
+
+
+@compiles
+@pytest.mark.parametrize("name", OPTIONS)
+def test_compile_function(name: str) -> None:
+    x, w, target, _ = make_inputs(Case())
+    x.requires_grad_()
+    w.requires_grad_()
+    compiled = torch.compile(fa.margin_softmax_loss, fullgraph=True, backend="aot_eager")
+    assert_compiles(
+        lambda: compiled(x, w, target, **OPTIONS[name]),
+        lambda: fa.margin_softmax_loss(x, w, target, **OPTIONS[name]),
+        x,
+        w,
+    )
+
+
+@compiles
+def test_compile_head_after_a_backbone() -> None:
+    backbone, head = torch.nn.Linear(33, 16), fa.MarginHead(16, 97)
+    x, _, target, _ = make_inputs(Case())
+    x.requires_grad_()
+    compiled = torch.compile(lambda x: head(backbone(x), target), fullgraph=True, backend="aot_eager")
+    assert_compiles(lambda: compiled(x), lambda: head(backbone(x), target), x, head.weight)
+
+
+@compiles
+def test_compile_with_statistics() -> None:
+    x, w, target, _ = make_inputs(Case())
+    compiled = torch.compile(fa.margin_softmax_loss, fullgraph=True, backend="aot_eager")
+    loss, stats = compiled(x, w, target, return_stats=True)
+    right = fa.margin_softmax_loss(x, w, target, return_stats=True)
+    torch.testing.assert_close(loss, right[0])
+    for name in fa.MarginSoftmaxStats._fields:
+        torch.testing.assert_close(getattr(stats, name), getattr(right[1], name))
+
+
+@compiles
+def test_compile_once_for_other_sizes_and_scales() -> None:
+    """Batches and scales that change are traced as symbols at their second value: no break in the graph there."""
+    compiled = torch.compile(fa.margin_softmax_loss, fullgraph=True, backend="aot_eager")
+    for n, c, scale in ((9, 97, 64.0), (5, 50, 32.0), (7, 40, 16.0)):
+        x, w, target, _ = make_inputs(Case(N=n, C=c))
+        torch.testing.assert_close(
+            compiled(x, w, target, scale=scale), fa.margin_softmax_loss(x, w, target, scale=scale), rtol=1e-6, atol=0
+        )
+
+
+@compiles
+def test_compiled_function_still_checks_labels() -> None:
+    x, w, target, _ = make_inputs(Case())
+    compiled = torch.compile(fa.margin_softmax_loss, fullgraph=True, backend="aot_eager")
+    target[3] = 97
+    with pytest.raises(ValueError, match="got 97 at row 3"):
+        compiled(x, w, target)
+
+
+@pytest.mark.full
+@compiles
+@pytest.mark.parametrize("name", OPTIONS)
+def test_compile_with_inductor(name: str) -> None:
+    x, w, target, _ = make_inputs(Case())
+    x.requires_grad_()
+    w.requires_grad_()
+    compiled = torch.compile(fa.margin_softmax_loss, fullgraph=True)
+    assert_compiles(
+        lambda: compiled(x, w, target, **OPTIONS[name]),
+        lambda: fa.margin_softmax_loss(x, w, target, **OPTIONS[name]),
+        x,
+        w,
+    )
