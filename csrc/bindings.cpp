@@ -65,6 +65,39 @@ void weight_grad(const std::string& isa, bool fp64, const MatrixTuple& embedding
   (fp64 ? chosen.weight_grad_fp64 : chosen.weight_grad_fp32)(args);
 }
 
+// (rows or 0, classes, MomentumType code, momentum or 0, its scale or 0, lr, momentum factor, weight decay, rounding
+// key, class start)
+using CentreStepTuple =
+    std::tuple<uintptr_t, int64_t, int, uintptr_t, uintptr_t, double, double, double, uint64_t, int64_t>;
+
+void update_centres(const std::string& isa, bool fp64, const MatrixTuple& embeddings, const MatrixTuple& weight,
+                    uintptr_t target, double scale, uintptr_t lse, uintptr_t negative_coefficient,
+                    uintptr_t target_coefficient, const CentreStepTuple& centre_step, int threads) {
+  const fa::Kernels& chosen = kernels(isa);
+  const fa::WeightGradArgs args{to_matrix(embeddings),
+                                to_matrix(weight),
+                                pointer<const int64_t>(target),
+                                scale,
+                                pointer<const double>(lse),
+                                pointer<const void>(negative_coefficient),
+                                pointer<const void>(target_coefficient),
+                                {},
+                                threads};
+  const auto& [rows, classes, type, momentum, momentum_scale, lr, factor, weight_decay, key, class_start] = centre_step;
+  const fa::CentreStep step{pointer<const int64_t>(rows),
+                            classes,
+                            static_cast<fa::MomentumType>(type),
+                            pointer<void>(momentum),
+                            pointer<float>(momentum_scale),
+                            lr,
+                            factor,
+                            weight_decay,
+                            key,
+                            class_start};
+  const py::gil_scoped_release release;
+  (fp64 ? chosen.update_centres_fp64 : chosen.update_centres_fp32)(args, step);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_native, m) {
@@ -81,4 +114,10 @@ PYBIND11_MODULE(_native, m) {
   });
   m.def("class_stats", &class_stats);
   m.def("weight_grad", &weight_grad);
+  m.attr("NO_MOMENTUM") = static_cast<int>(fa::MomentumType::kNone);
+  m.attr("MOMENTUM_FLOAT64") = static_cast<int>(fa::MomentumType::kFloat64);
+  m.attr("MOMENTUM_FLOAT32") = static_cast<int>(fa::MomentumType::kFloat32);
+  m.attr("MOMENTUM_BFLOAT16") = static_cast<int>(fa::MomentumType::kBFloat16);
+  m.attr("MOMENTUM_INT8") = static_cast<int>(fa::MomentumType::kInt8);
+  m.def("update_centres", &update_centres);
 }

@@ -1,4 +1,4 @@
-// The two passes over the classes. Compiled once per instruction set (FA_ISA names it), in fp32 and fp64.
+// The passes over the classes. Compiled once per instruction set (FA_ISA names it), in fp32 and fp64.
 //
 // A block of classes is packed (converted, normalised) into this core's cache and multiplied with a block of rows; the
 // logits of that tile live in scratch memory, become exponentials there and are consumed by the second product at once.
@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <memory>
 
+#include "center_sgd.h"
 #include "gemm.h"
 #include "pack.h"
 #include "parallel.h"
@@ -81,11 +82,13 @@ struct Workspace {
 
   // Packs classes [first, first + count), and has those after them, up to `last`, fetched while the next `rows` rows
   // are multiplied: a core that waited for memory at each block would lose 8 % (bench/NOTES.md).
-  void pack(const Matrix& weight, int64_t first, int64_t count, int64_t last, int64_t rows) {
-    pack_rows<T>(weight, first, count, classes.get(), stride, padded_depth, inverse_norm.get());
+  // With an index, class j is row index[j]; those are not fetched ahead.
+  void pack(const Matrix& weight, int64_t first, int64_t count, int64_t last, int64_t rows,
+            const int64_t* index = nullptr) {
+    pack_rows<T>(weight, first, count, classes.get(), stride, padded_depth, inverse_norm.get(), index);
     const int64_t row_bytes = weight.row_stride * element_size(weight.dtype);
     const int64_t next = first + count, next_count = std::min(kClassBlock, last - next);
-    if (weight.column_stride != 1 || weight.row_stride != weight.columns || next_count <= 0) return;
+    if (weight.column_stride != 1 || weight.row_stride != weight.columns || next_count <= 0 || index != nullptr) return;
     const int64_t panels = (rows + kColumns<T> - 1) / kColumns<T> * ((weight.columns + kDepthBlock - 1) / kDepthBlock);
     next_classes = Prefetch(static_cast<const char*>(weight.data) + next * row_bytes, next_count * row_bytes,
                             panels * std::max<int64_t>(1, count / kRows));
@@ -247,10 +250,12 @@ void differentiate(T* tile, int64_t stride, int64_t count, int64_t lanes, int64_
   }
 }
 
-template <typename T>
-void weight_grad(const WeightGradArgs& args) {
+// finish(j, gradient) for each of the C classes that args.weight or, through an index, some of its rows stand for: the
+// gradient (D,) by that row, which is no one else's then.
+template <typename T, typename Finish>
+void weight_pass(const WeightGradArgs& args, const int64_t* index, int64_t C, const Finish& finish) {
   const FlushSubnormals flush;
-  const int64_t N = args.embeddings.rows, D = args.embeddings.columns, C = args.weight.rows;
+  const int64_t N = args.embeddings.rows, D = args.embeddings.columns;
   const int threads = useful_threads(args.threads, static_cast<double>(N) * C * D);
   const Batch<T> batch(args.embeddings, args.target, threads);
   const Offsets<T> lse(args.lse, N, batch.padded_rows);
@@ -265,14 +270,13 @@ void weight_grad(const WeightGradArgs& args) {
   const auto workspaces = make_workspaces(threads, batch);
   const Scratch<T> gradients(threads * kClassBlock * batch.stride);
 
-  advise_huge_pages(args.d_weight);
   for_each_task(threads, (C + kClassBlock - 1) / kClassBlock, [&](int64_t block, int worker) {
     const FlushSubnormals flush_here;
     const int64_t first_class = block * kClassBlock, count = std::min(kClassBlock, C - first_class);
     Workspace<T>& work = *workspaces[worker];
     Prefetch none;
     T* gradient = gradients.get() + worker * kClassBlock * batch.stride;
-    work.pack(args.weight, first_class, count, C, N);
+    work.pack(args.weight, first_class, count, C, N, index);
     for (int64_t row = 0; row < N; row += kRowBlock) {
       const int64_t rows = std::min(kRowBlock, N - row), lanes = round_up(rows, kColumns<T>);
       work.cosines(batch, count, row, lanes);
@@ -286,8 +290,22 @@ void weight_grad(const WeightGradArgs& args) {
     for (int64_t j = 0; j < count; ++j) {
       T* row = gradient + j * batch.stride;
       project(row, work.classes.get() + j * batch.stride, work.inverse_norm.get()[j], batch.padded_depth);
-      write_row(args.d_weight, first_class + j, row);
+      finish(first_class + j, row);
     }
+  });
+}
+
+template <typename T>
+void weight_grad(const WeightGradArgs& args) {
+  advise_huge_pages(args.d_weight);
+  weight_pass<T>(args, nullptr, args.weight.rows, [&](int64_t j, const T* row) { write_row(args.d_weight, j, row); });
+}
+
+template <typename T>
+void update_centres(const WeightGradArgs& args, const CentreStep& step) {
+  const int64_t* const rows = step.rows;
+  weight_pass<T>(args, rows, step.classes, [&](int64_t j, const T* gradient) {
+    step_row(args.weight, step, rows != nullptr ? rows[j] : j, gradient);
   });
 }
 
@@ -295,7 +313,7 @@ void weight_grad(const WeightGradArgs& args) {
 
 #define FA_STRING(x) #x
 #define FA_NAME(x) FA_STRING(x)
-extern const Kernels kKernels = {FA_NAME(FA_ISA), class_stats<float>, class_stats<double>, weight_grad<float>,
-                                 weight_grad<double>};
+extern const Kernels kKernels = {FA_NAME(FA_ISA),     class_stats<float>,    class_stats<double>,   weight_grad<float>,
+                                 weight_grad<double>, update_centres<float>, update_centres<double>};
 
 }  // namespace fa::FA_ISA

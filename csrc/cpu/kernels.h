@@ -49,12 +49,30 @@ struct WeightGradArgs {
   int threads;
 };
 
+enum class MomentumType : int { kNone, kFloat64, kFloat32, kBFloat16, kInt8 };
+constexpr int64_t kMomentumBlock = 64;  // columns that share an int8 momentum's unit: 1/16 byte an element for it
+
+// In place of a gradient, one step of SGD with momentum on the class centres. With class j of weight_grad's standing
+// for row r = rows[j], and its gradient g_j:  m_r = momentum * m_r + (g_j + weight_decay * w_r);  w_r -= lr * m_r.
+struct CentreStep {
+  const int64_t* rows;  // (classes,) ascending, or null: all rows of weight, in order
+  int64_t classes;
+  MomentumType momentum_type;
+  void* momentum;         // (rows of weight, D) contiguous, or null
+  float* momentum_scale;  // (rows of weight, ceil(D / kMomentumBlock)): the units of an int8 momentum
+  double lr, momentum_factor, weight_decay;
+  uint64_t rounding_key;  // of seed and step
+  int64_t class_start;    // global id of weight's first row
+};
+
 struct Kernels {
   const char* isa;
   void (*class_stats_fp32)(const ClassStatsArgs&);
   void (*class_stats_fp64)(const ClassStatsArgs&);
   void (*weight_grad_fp32)(const WeightGradArgs&);
   void (*weight_grad_fp64)(const WeightGradArgs&);
+  void (*update_centres_fp32)(const WeightGradArgs&, const CentreStep&);  // weight is written, d_weight not used
+  void (*update_centres_fp64)(const WeightGradArgs&, const CentreStep&);
 };
 
 namespace portable {

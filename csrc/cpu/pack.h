@@ -178,16 +178,17 @@ inline double norm(const T* row, int64_t padded, T squares) {
   return std::sqrt(sum);
 }
 
-// Rows [first, first + count) of m divided by max(|row|, epsilon), zero-padded to `padded` elements, to `out` with the
-// given stride. `inverse_norm` (count,) becomes 1 / max(|row|, epsilon), with a minus sign where epsilon was the greater:
-// such a row takes no part in the projection of its gradient. One step after the other over all rows, not all steps
-// row by row: the latency of one row's norm is hidden behind the next row's (bench/NOTES.md).
+// Rows [first, first + count) of m, or with an index rows index[first] and on, divided by max(|row|, epsilon),
+// zero-padded to `padded` elements, to `out` with the given stride. `inverse_norm` (count,) becomes 1 / max(|row|,
+// epsilon), with a minus sign where epsilon was the greater: such a row takes no part in the projection of its
+// gradient. One step after the other over all rows, not all steps row by row: the latency of one row's norm is hidden
+// behind the next row's (bench/NOTES.md).
 template <typename T>
 inline void pack_rows(const Matrix& m, int64_t first, int64_t count, T* out, int64_t stride, int64_t padded,
-                      T* inverse_norm) {
+                      T* inverse_norm, const int64_t* index = nullptr) {
   for (int64_t r = 0; r < count; ++r) {
     T* row = out + r * stride;
-    read_row(m, first + r, row);
+    read_row(m, index != nullptr ? index[first + r] : first + r, row);
     for (int64_t d = m.columns; d < padded; ++d) row[d] = 0;
     inverse_norm[r] = dot(row, row, padded);
   }

@@ -1,21 +1,28 @@
 """The fused margin-softmax head for face recognition and metric learning: ArcFace and its family without N×C logits."""
 
-from . import backends, reference
+from . import backends, checkpoint, compat, reference
+from .center_sgd import CenterSGD, CenterUpdateError
 from .functional import margin_softmax_loss
 from .head import MarginHead
 from .loss import MarginSoftmaxStats
 from .margins import ArcFace, CombinedMargin, CosFace, NormSoftmax, SphereFace
+from .partial_fc import PartialFC
 
 __version__ = "0.1.0"
 __all__ = [
     "ArcFace",
+    "CenterSGD",
+    "CenterUpdateError",
     "CombinedMargin",
     "CosFace",
     "MarginHead",
     "MarginSoftmaxStats",
     "NormSoftmax",
+    "PartialFC",
     "SphereFace",
     "backends",
+    "checkpoint",
+    "compat",
     "margin_softmax_loss",
     "reference",
 ]

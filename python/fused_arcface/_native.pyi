@@ -33,3 +33,23 @@ def weight_grad(
     d_weight: _Matrix,
     threads: int,
 ) -> None: ...
+
+NO_MOMENTUM: int
+MOMENTUM_FLOAT64: int
+MOMENTUM_FLOAT32: int
+MOMENTUM_BFLOAT16: int
+MOMENTUM_INT8: int
+
+def update_centres(
+    isa: str,
+    fp64: bool,
+    embeddings: _Matrix,
+    weight: _Matrix,
+    target: int,
+    scale: float,
+    lse: int,
+    negative_coefficient: int,
+    target_coefficient: int,
+    centre_step: tuple[int, int, int, int, int, float, float, float, int, int],
+    threads: int,
+) -> None: ...

@@ -3,11 +3,16 @@
 Everything after it is O(N) and plain PyTorch (:mod:`fused_arcface.loss`), so its two incoming gradients carry any
 margin: ``d_lse_i = sigmoid(L_i - z_i)`` spreads over the negatives by their softmax, ``d_target_cosine_i`` holds the
 margin's derivative.
+
+Collectives stand between the stages here and nowhere else. A :class:`Shard` says what this process holds; the one-shard
+case is a shard whose collectives hand back what they were given.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,6 +20,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .backends.reference import unit_gradient, unit_rows
+from .distributed import ALONE, JointBatch, Ranks
 from .ops import compute_dtype
 
 _ops = torch.ops.fused_arcface
@@ -30,6 +36,84 @@ def needs_shift(scale: float, num_classes: int, dtype: torch.dtype) -> bool:
     return scale > lowest or scale + math.log(num_classes) >= highest
 
 
+class CentreUpdate:
+    """What :class:`Shard` asks of a fused optimizer: one update of the class centres, made in the backward pass.
+
+    :mod:`fused_arcface.center_sgd` has the only one.
+    """
+
+    def apply(
+        self,
+        embeddings: Tensor,
+        weight: Tensor,
+        classes: Tensor | None,
+        target: Tensor,
+        scale: float,
+        lse: Tensor,
+        negative_coefficient: Tensor,
+        target_coefficient: Tensor,
+        backend: str,
+    ) -> None:
+        """Updates rows ``classes`` (K,) of weight, all if None, in place. Arguments as of ``ops.weight_grad``."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, eq=False)
+class Shard:
+    """What a step over one shard of the classes needs beside its tensors. The default is the head on one device."""
+
+    ranks: Ranks = ALONE
+    batch: JointBatch | None = None
+    """All ranks' rows; None where this process is alone and its embeddings are all there are."""
+    num_classes: int | None = None
+    """Classes over all shards, C_total; None: those of the weight."""
+    classes: Tensor | None = None
+    """(K,) int64 ascending rows of weight that take part in this step; None: all of them."""
+    dense_grad: bool = False
+    """With ``classes``: the gradient by weight as a dense (C, D) tensor, not a sparse one."""
+    with_max: bool = False
+    """Whether each row's greatest negative cosine is wanted over all shards, not over this one."""
+    update: CentreUpdate | None = None
+    """In place of a gradient by weight."""
+
+    def all_rows(self, embeddings: Tensor) -> Tensor:
+        """(N, D) of all ranks from this one's (n, D)."""
+        return embeddings if self.batch is None else self.batch.embeddings
+
+    def own_rows(self, rows: Tensor) -> Tensor:
+        return rows if self.batch is None else self.batch.own(rows)
+
+    def centres(self, weight: Tensor) -> Tensor:
+        """(K, D) centres that take part in this step."""
+        return weight if self.classes is None else weight.index_select(0, self.classes)
+
+    def target_rows(self, target: Tensor) -> Tensor:
+        """Indices into the centres that take part (N,) as rows of weight; -1 stays."""
+        if self.classes is None or self.classes.shape[0] == 0:
+            return target
+        return torch.where(target < 0, -1, self.classes.index_select(0, target.clamp(min=0)))
+
+    def start_scatter(self, rows: Tensor) -> Callable[[], Tensor]:
+        """See :meth:`Ranks.start_scatter`; times W, as data-parallel wrappers of the backbone divide by it."""
+        if self.batch is None:
+            return lambda: rows
+        wait = self.ranks.start_scatter(rows, self.batch)
+        return lambda: wait() * self.ranks.world_size
+
+    def weight_gradient(self, d_centres: Tensor, weight: Tensor) -> Tensor:
+        """The gradient by weight (C, D) from that by the centres that took part (K, D)."""
+        if self.classes is None:
+            return d_centres
+        if self.dense_grad:
+            return torch.zeros_like(weight).index_copy_(0, self.classes, d_centres)
+        return torch.sparse_coo_tensor(
+            self.classes[None], d_centres, weight.shape, is_coalesced=True, check_invariants=False
+        )
+
+
+ONE_DEVICE = Shard()
+
+
 class NegativesAndTarget(torch.autograd.Function):
     """See :func:`negatives_and_target`."""
 
@@ -42,67 +126,84 @@ class NegativesAndTarget(torch.autograd.Function):
         scale: float,
         with_centre_sum: bool,
         backend: str,
+        shard: Shard,
     ) -> tuple[Tensor, Tensor, Tensor]:
+        rows, centres = shard.all_rows(embeddings), shard.centres(weight)
         shift = None
-        if needs_shift(scale, weight.shape[0], compute_dtype(embeddings, weight)):
-            maximum = _ops.class_max(embeddings, weight, target, backend)
+        if needs_shift(scale, shard.num_classes or weight.shape[0], compute_dtype(rows, centres)):
+            maximum = shard.ranks.max(_ops.class_max(rows, centres, target, backend))
             shift = (scale * maximum.double()).masked_fill(maximum == -torch.inf, 0)
-        total, maximum, centre_sum = _ops.class_stats(
-            embeddings, weight, target, scale, shift, with_centre_sum, backend
-        )
+        total, maximum, centre_sum = _ops.class_stats(rows, centres, target, scale, shift, with_centre_sum, backend)
+        unit_x, unit_w, present = _unit_target_pairs(rows, weight, shard.target_rows(target))
+        target_cosine = (unit_x * unit_w).sum(1).clamp(-1, 1).masked_fill(~present, 0)
+        total, target_cosine = shard.ranks.sum(torch.stack([total, target_cosine])).unbind()
+        if shard.with_max:
+            maximum = shard.ranks.max(maximum)
         # fp64: at s = 1000 an fp32 rounding of it would cost 3e-5 of every probability in the backward pass.
         lse = total.double().log() if shift is None else total.double().log() + shift
-        unit_x, unit_w, present = _unit_target_pairs(embeddings, weight, target)
-        target_cosine = (unit_x * unit_w).sum(1).clamp(-1, 1).masked_fill(~present, 0)
         if with_centre_sum:  # the softmax-weighted mean of the centres; a row without negatives has none
             centre_sum = centre_sum / total.masked_fill(total == 0, 1)[:, None]
-        ctx.save_for_backward(embeddings, weight, target, lse, centre_sum)
-        ctx.scale, ctx.backend = scale, backend
+        ctx.save_for_backward(rows, weight, target, lse, centre_sum)
+        ctx.scale, ctx.with_centre_sum, ctx.backend, ctx.shard = scale, with_centre_sum, backend, shard
         ctx.mark_non_differentiable(maximum)
         return lse.to(target_cosine.dtype), target_cosine, maximum
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_lse: Tensor, d_target_cosine: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        embeddings, weight, target, lse, mean_centre = ctx.saved_tensors
+        shard = ctx.shard
+        rows, weight, target, lse, mean_centre = ctx.saved_tensors
         negative_coefficient = ctx.scale * d_lse
+        coefficients = ctx.scale, lse, negative_coefficient, d_target_cosine
         d_embeddings = d_weight = None
-        if ctx.needs_input_grad[0]:
-            _, unit_w, present = _unit_target_pairs(embeddings, weight, target)
+        if ctx.with_centre_sum:
+            _, unit_w, present = _unit_target_pairs(rows, weight, shard.target_rows(target))
             d_unit = negative_coefficient[:, None] * mean_centre
             d_unit += d_target_cosine.masked_fill(~present, 0)[:, None] * unit_w
-            d_embeddings = _to_dtype(unit_gradient(d_unit, embeddings.to(d_unit.dtype)), embeddings.dtype)
-        if ctx.needs_input_grad[1]:
-            d_weight = _ops.weight_grad(
-                embeddings, weight, target, ctx.scale, lse, negative_coefficient, d_target_cosine, ctx.backend
+            finish = shard.start_scatter(d_unit)
+        # The weight pass runs while the embeddings' gradient is on its way between the ranks.
+        if shard.update is not None:
+            shard.update.apply(rows, weight, shard.classes, target, *coefficients, ctx.backend)
+        elif ctx.needs_input_grad[1]:
+            d_weight = shard.weight_gradient(
+                _ops.weight_grad(rows, shard.centres(weight), target, *coefficients, ctx.backend), weight
             )
-        return d_embeddings, d_weight, None, None, None, None
+        if ctx.with_centre_sum:
+            d_unit = finish()
+            if ctx.needs_input_grad[0]:
+                own = shard.own_rows(rows)
+                d_embeddings = _to_dtype(unit_gradient(d_unit, own.to(d_unit.dtype)), own.dtype)
+        return d_embeddings, d_weight, None, None, None, None, None
 
 
 def negatives_and_target(
-    embeddings: Tensor, weight: Tensor, target: Tensor, scale: float, backend: str
+    embeddings: Tensor, weight: Tensor, target: Tensor, scale: float, backend: str, shard: Shard = ONE_DEVICE
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Each row's negative log-sum-exp, target cosine (both differentiable) and greatest negative cosine, all ``(N,)``.
 
     Args:
-        embeddings: (N, D).
-        weight: (C, D).
-        target: (N,) int64 index into weight, or -1: no target here, its cosine is 0 and all classes are negatives.
+        embeddings: (n, D), this rank's rows. Their gradient is W times the derivative, W the number of ranks.
+        weight: (C, D), this rank's classes.
+        target: (N,) int64, all ranks' rows: index into the centres that take part, or -1: no target here, all classes
+            are negatives; without a target on any rank its cosine is 0.
         scale: of the logits.
         backend: a name that :func:`fused_arcface.backends.select` returned.
+        shard: what is held here of the classes, and how to reach the rest.
     """
-    with_centre_sum = torch.is_grad_enabled() and embeddings.requires_grad
+    requires_grad = embeddings.requires_grad if shard.batch is None else shard.batch.requires_grad
     result: tuple[Tensor, Tensor, Tensor] = NegativesAndTarget.apply(
-        embeddings, weight, target, scale, with_centre_sum, backend
+        embeddings, weight, target, scale, torch.is_grad_enabled() and requires_grad, backend, shard
     )
     return result
 
 
-def _unit_target_pairs(embeddings: Tensor, weight: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _unit_target_pairs(embeddings: Tensor, centres: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Unit embeddings (N, D), the unit centres of their targets (N, D), and whether the target is here (N,) bool."""
-    dtype, present = compute_dtype(embeddings, weight), target >= 0
-    centres = weight.index_select(0, target.clamp(min=0))
-    return unit_rows(embeddings.to(dtype)), unit_rows(centres.to(dtype)), present
+    dtype, present = compute_dtype(embeddings, centres), target >= 0
+    unit_x = unit_rows(embeddings.to(dtype))
+    if centres.shape[0] == 0:
+        return unit_x, torch.zeros_like(unit_x), present
+    return unit_x, unit_rows(centres.index_select(0, target.clamp(min=0)).to(dtype)), present
 
 
 def _to_dtype(gradient: Tensor, dtype: torch.dtype) -> Tensor:

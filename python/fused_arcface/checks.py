@@ -42,6 +42,25 @@ def check_scale(scale: object) -> None:
         raise ValueError(f"scale must be finite and > 0; got {scale}")
 
 
+def check_sample_rate(sample_rate: object) -> None:
+    if isinstance(sample_rate, bool) or not isinstance(sample_rate, (int, float)):
+        raise TypeError(f"sample_rate must be a number; got {type(sample_rate).__name__}")
+    if not 0 < sample_rate <= 1:
+        raise ValueError(f"sample_rate must be in (0, 1]; got {sample_rate}")
+
+
+def check_target(target: object, embeddings: Tensor, ignore_index: object) -> None:
+    """Labels ``(N,)`` of embeddings ``(N, D)``, without reading them."""
+    _check_tensor("target", target, INTEGER_DTYPES)
+    assert isinstance(target, Tensor)
+    if target.shape != embeddings.shape[:1]:
+        raise ValueError(f"target must be (N={embeddings.shape[0]},); got {tuple(target.shape)}")
+    if target.device != embeddings.device:
+        raise ValueError(f"target must be on embeddings' device {embeddings.device}; got {target.device}")
+    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
+        raise TypeError(f"ignore_index must be an int; got {type(ignore_index).__name__}")
+
+
 def check_margin(margin: object) -> None:
     if not callable(margin):
         raise TypeError(f"margin must be a margin of fused_arcface or a callable; got {type(margin).__name__}")
@@ -74,17 +93,13 @@ def check_inputs(
         raise ValueError(f"weight must be (C, D={embeddings.shape[1]}); got {tuple(weight.shape)}")
     if weight.shape[0] == 0:
         raise ValueError(f"weight must hold at least one class; got {tuple(weight.shape)}")
-    if target.shape != embeddings.shape[:1]:
-        raise ValueError(f"target must be (N={embeddings.shape[0]},); got {tuple(target.shape)}")
-    for name, tensor in (("weight", weight), ("target", target)):
-        if tensor.device != embeddings.device:
-            raise ValueError(f"{name} must be on embeddings' device {embeddings.device}; got {tensor.device}")
+    if weight.device != embeddings.device:
+        raise ValueError(f"weight must be on embeddings' device {embeddings.device}; got {weight.device}")
+    check_target(target, embeddings, ignore_index)
     check_margin(margin)
     check_scale(scale)
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction must be one of {', '.join(map(repr, REDUCTIONS))}; got {reduction!r}")
-    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
-        raise TypeError(f"ignore_index must be an int; got {type(ignore_index).__name__}")
 
 
 def check_target_range(target: Tensor, num_classes: int, ignore_index: int) -> None:

@@ -57,14 +57,14 @@ def margin_softmax_loss(
     """
     check_inputs(embeddings, weight, target, margin, scale, reduction, ignore_index)
     backend = backends.select(backend, embeddings.device)
-    embeddings = _as_autocast(embeddings)
+    embeddings = as_autocast(embeddings)
     local_target = torch.ops.fused_arcface.local_target(target, weight.shape[0], ignore_index)
     rows = negatives_and_target(embeddings, weight, local_target, float(scale), backend)
     loss, stats = loss_of_rows(*rows, local_target < 0, margin, scale, reduction)
     return (loss, stats) if return_stats else loss
 
 
-def _as_autocast(embeddings: Tensor) -> Tensor:
+def as_autocast(embeddings: Tensor) -> Tensor:
     """Embeddings as autocast would hand them to a matrix product. The class centres are master weights: never cast."""
     device = embeddings.device.type
     if embeddings.dtype != torch.float32 or not torch.is_autocast_enabled(device):

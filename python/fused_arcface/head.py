@@ -103,19 +103,24 @@ class MarginHead(nn.Module):
         num_classes = self.weight.shape[0]
         if k > num_classes:
             raise ValueError(f"k must be <= C={num_classes}; got {k}")
-        dtype = torch.promote_types(embeddings.dtype, self.weight.dtype)
-        unit = F.normalize(embeddings.to(dtype))
-        cosines = unit.new_empty(unit.shape[0], 0)
-        classes = torch.empty(unit.shape[0], 0, dtype=torch.int64, device=unit.device)
-        for start in range(0, num_classes, max(_TOPK_CLASSES, k)):
-            centres = self.weight[start : start + max(_TOPK_CLASSES, k)].to(dtype)
-            chunk = unit @ F.normalize(centres).T
-            ids = torch.arange(start, start + chunk.shape[1], device=unit.device).expand_as(chunk)
-            cosines, classes = torch.cat([cosines, chunk], 1), torch.cat([classes, ids], 1)
-            cosines, best = cosines.topk(min(k, cosines.shape[1]))
-            classes = classes.gather(1, best)
-        return cosines, classes
+        return nearest_classes(embeddings, self.weight, k)
 
     def extra_repr(self) -> str:
         num_classes, embedding_dim = self.weight.shape
         return f"{embedding_dim}, {num_classes}, margin={self.margin}, scale={self.scale}, backend={self.backend!r}"
+
+
+def nearest_classes(embeddings: Tensor, weight: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Cosines (N, min(k, C)), descending, and rows of weight (N, min(k, C)) int64, for embeddings (N, D) and weight (C,
+    D)."""
+    dtype = torch.promote_types(embeddings.dtype, weight.dtype)
+    unit = F.normalize(embeddings.to(dtype))
+    cosines = unit.new_empty(unit.shape[0], 0)
+    classes = torch.empty(unit.shape[0], 0, dtype=torch.int64, device=unit.device)
+    for start in range(0, weight.shape[0], max(_TOPK_CLASSES, k)):
+        chunk = unit @ F.normalize(weight[start : start + max(_TOPK_CLASSES, k)].to(dtype)).T
+        ids = torch.arange(start, start + chunk.shape[1], device=unit.device).expand_as(chunk)
+        cosines, classes = torch.cat([cosines, chunk], 1), torch.cat([classes, ids], 1)
+        cosines, best = cosines.topk(min(k, cosines.shape[1]))
+        classes = classes.gather(1, best)
+    return cosines, classes

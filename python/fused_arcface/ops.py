@@ -6,6 +6,8 @@ own. Shapes and meanings are those of :mod:`fused_arcface.backends.reference`.
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -20,6 +22,9 @@ _SCHEMAS = {
     "class_stats": f"({_ROWS}, float scale, Tensor? shift, bool with_centre_sum, str backend)"
     " -> (Tensor, Tensor, Tensor)",
     "weight_grad": f"({_ROWS}, float scale, {_COEFFICIENTS}, str backend) -> Tensor",
+    "update_centres": "(Tensor embeddings, Tensor(a!) weight, Tensor target, float scale, "
+    f"{_COEFFICIENTS}, Tensor? classes, Tensor(b!)? momentum_buffer, Tensor(c!)? momentum_scale, float lr, "
+    "float momentum, float weight_decay, int rounding_key, int class_start, Tensor active, str backend) -> ()",
 }
 for _name, _schema in _SCHEMAS.items():
     torch.library.define(f"fused_arcface::{_name}", _schema)
@@ -46,6 +51,8 @@ def _local_target_fake(target: Tensor, num_classes: int, ignore_index: int) -> T
 
 @torch.library.impl("fused_arcface::class_max", "default")
 def _class_max(embeddings: Tensor, weight: Tensor, target: Tensor, backend: str) -> Tensor:
+    if weight.shape[0] == 0:
+        return embeddings.new_full(embeddings.shape[:1], -torch.inf, dtype=compute_dtype(embeddings, weight))
     result: Tensor = backends.load(backend).class_max(embeddings, weight, target)
     return result
 
@@ -65,6 +72,10 @@ def _class_stats(
     with_centre_sum: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    if weight.shape[0] == 0:  # a shard whose step samples none of its classes; no backend need know of it
+        rows = embeddings.new_zeros(embeddings.shape[0], dtype=compute_dtype(embeddings, weight))
+        centre_sum = rows.new_zeros(embeddings.shape if with_centre_sum else (0,))
+        return rows, torch.full_like(rows, -torch.inf), centre_sum
     result: tuple[Tensor, Tensor, Tensor] = backends.load(backend).class_stats(
         embeddings, weight, target, scale, shift, with_centre_sum
     )
@@ -98,6 +109,8 @@ def _weight_grad(
     target_coefficient: Tensor,
     backend: str,
 ) -> Tensor:
+    if weight.shape[0] == 0:
+        return torch.empty_like(weight)
     result: Tensor = backends.load(backend).weight_grad(
         embeddings, weight, target, scale, lse, negative_coefficient, target_coefficient
     )
@@ -116,3 +129,52 @@ def _weight_grad_fake(
     backend: str,
 ) -> Tensor:
     return torch.empty_like(weight)
+
+
+MOMENTUM_BLOCK = 64
+"""Columns of a row that share one unit of an int8 momentum: 1/16 byte an element for it."""
+
+
+class CentreStep(NamedTuple):
+    """What a step of SGD on the class centres needs beside what their gradient is made of. Row r of weight, with
+    gradient g_r, becomes ``w_r - lr·m_r`` with the new momentum ``m_r = momentum·m_r + (g_r + weight_decay·w_r)``."""
+
+    classes: Tensor | None
+    """(K,) int64 ascending rows of weight that take part; None: all. The target indexes into them. Others are not
+    touched."""
+    momentum_buffer: Tensor | None
+    """Like weight, fp64, fp32, bf16 or int8; None without momentum."""
+    momentum_scale: Tensor | None
+    """(C, ceil(D / 64)) fp32: the units of an int8 momentum, one for 64 columns of a row."""
+    lr: float
+    momentum: float
+    weight_decay: float
+    rounding_key: int
+    """Of seed and step, as int64: storage below fp32 is rounded by :func:`fused_arcface.keyed.rounding_bits`."""
+    class_start: int
+    """Global id of weight's first row."""
+    active: Tensor
+    """0-dim bool: where false nothing is changed. A tensor, so that nobody waits for a GPU to read it."""
+
+
+@torch.library.impl("fused_arcface::update_centres", "default")
+def _update_centres(
+    embeddings: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    scale: float,
+    lse: Tensor,
+    negative_coefficient: Tensor,
+    target_coefficient: Tensor,
+    *step_and_backend: Any,
+) -> None:
+    step, backend = CentreStep(*step_and_backend[:-1]), step_and_backend[-1]
+    if (weight if step.classes is None else step.classes).shape[0] > 0:
+        backends.load(backend).update_centres(
+            embeddings, weight, target, scale, lse, negative_coefficient, target_coefficient, step
+        )
+
+
+@torch.library.register_fake("fused_arcface::update_centres")
+def _update_centres_fake(*_: object) -> None:
+    return None

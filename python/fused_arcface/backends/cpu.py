@@ -7,7 +7,7 @@ import os
 import torch
 from torch import Tensor
 
-from ..ops import compute_dtype
+from ..ops import CentreStep, compute_dtype
 
 _import_error = None
 try:
@@ -40,6 +40,10 @@ def _matrix(tensor: Tensor) -> tuple[int, int, int, int, int, int]:
     return (tensor.data_ptr(), code, *tensor.shape, *tensor.stride())
 
 
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
 def _run_class_stats(
     embeddings: Tensor,
     weight: Tensor,
@@ -50,9 +54,6 @@ def _run_class_stats(
     total: Tensor | None,
     centre_sum: Tensor | None,
 ) -> None:
-    def address(tensor: Tensor | None) -> int:
-        return 0 if tensor is None else tensor.data_ptr()
-
     # Bound to names: a temporary's memory would be gone before the kernel reads it.
     target = target.contiguous()
     shift = None if shift is None else shift.contiguous()
@@ -63,10 +64,10 @@ def _run_class_stats(
         _matrix(weight),
         target.data_ptr(),
         scale,
-        address(shift),
+        _address(shift),
         maximum.data_ptr(),
-        address(total),
-        address(centre_sum),
+        _address(total),
+        _address(centre_sum),
         torch.get_num_threads(),
     )
 
@@ -119,3 +120,51 @@ def weight_grad(
         torch.get_num_threads(),
     )
     return d_weight
+
+
+def update_centres(
+    embeddings: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    scale: float,
+    lse: Tensor,
+    negative_coefficient: Tensor,
+    target_coefficient: Tensor,
+    step: CentreStep,
+) -> None:
+    if not step.active:
+        return
+    target, lse = target.contiguous(), lse.contiguous()
+    negative_coefficient, target_coefficient = negative_coefficient.contiguous(), target_coefficient.contiguous()
+    types = {
+        torch.float64: _native.MOMENTUM_FLOAT64,
+        torch.float32: _native.MOMENTUM_FLOAT32,
+        torch.bfloat16: _native.MOMENTUM_BFLOAT16,
+        torch.int8: _native.MOMENTUM_INT8,
+    }
+    buffer, classes = step.momentum_buffer, step.classes
+    native_step = (
+        _address(classes),
+        weight.shape[0] if classes is None else classes.shape[0],
+        _native.NO_MOMENTUM if buffer is None else types[buffer.dtype],
+        _address(buffer),
+        _address(step.momentum_scale),
+        step.lr,
+        step.momentum,
+        step.weight_decay,
+        step.rounding_key % 2**64,
+        step.class_start,
+    )
+    _native.update_centres(
+        isa(),
+        negative_coefficient.dtype == torch.float64,
+        _matrix(embeddings),
+        _matrix(weight),
+        target.data_ptr(),
+        scale,
+        lse.data_ptr(),
+        negative_coefficient.data_ptr(),
+        target_coefficient.data_ptr(),
+        native_step,
+        torch.get_num_threads(),
+    )

@@ -11,9 +11,11 @@ from collections.abc import Callable
 from typing import ParamSpec, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from ..ops import compute_dtype
+from ..keyed import rounding_bits
+from ..ops import MOMENTUM_BLOCK, CentreStep, compute_dtype
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -82,11 +84,78 @@ def weight_grad(
     The derivative by ``cos_ij`` is ``negative_coefficient_i·exp(scale·cos_ij - lse_i)``, the target's
     ``target_coefficient_i``.
     """
+    gradient = _exact_weight_grad(embeddings, weight, target, scale, lse, negative_coefficient, target_coefficient)
+    return torch.empty_like(weight).copy_(gradient)  # laid out like weight, as the operator's fake has it
+
+
+def _exact_weight_grad(
+    embeddings: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    scale: float,
+    lse: Tensor,
+    negative_coefficient: Tensor,
+    target_coefficient: Tensor,
+) -> Tensor:
+    """:func:`weight_grad` in the compute dtype."""
     unit_x, _, cosine, is_target = _cosines(embeddings, weight, target)
     probability = (scale * cosine.double() - lse[:, None]).exp().to(cosine.dtype)
     d_cosine = torch.where(is_target, target_coefficient[:, None], negative_coefficient[:, None] * probability)
-    # Into memory laid out like weight's, as the operator's fake has it.
-    return torch.empty_like(weight).copy_(unit_gradient(d_cosine.T @ unit_x, weight.to(unit_x.dtype)))
+    return unit_gradient(d_cosine.T @ unit_x, weight.to(unit_x.dtype))
+
+
+@_in_full_precision
+def update_centres(
+    embeddings: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    scale: float,
+    lse: Tensor,
+    negative_coefficient: Tensor,
+    target_coefficient: Tensor,
+    step: CentreStep,
+) -> None:
+    """One step on the class centres in place of :func:`weight_grad`, whose other arguments these are."""
+    if not step.active:
+        return
+    rows = torch.arange(weight.shape[0], device=weight.device) if step.classes is None else step.classes
+    centres = weight[rows]
+    gradient = _exact_weight_grad(embeddings, centres, target, scale, lse, negative_coefficient, target_coefficient)
+    value = centres.to(gradient.dtype)
+    velocity = gradient + step.weight_decay * value
+    bits = rounding_bits(step.rounding_key, rows + step.class_start, weight.shape[1])
+    if step.momentum_buffer is not None:
+        buffer, scales = step.momentum_buffer, step.momentum_scale
+        old = buffer[rows].to(value.dtype)
+        if scales is not None:
+            old *= scales[rows].to(value.dtype).repeat_interleave(MOMENTUM_BLOCK, 1)[:, : weight.shape[1]]
+        velocity += step.momentum * old
+        if scales is None:
+            buffer[rows] = _round_stochastically(velocity, buffer.dtype, bits >> 16)
+        else:
+            buffer[rows], scales[rows] = _quantise(velocity, bits >> 16)
+    weight[rows] = _round_stochastically(value - step.lr * velocity, weight.dtype, bits & 0xFFFF)
+
+
+def _round_stochastically(values: Tensor, dtype: torch.dtype, bits: Tensor) -> Tensor:
+    """Values (R, D) in ``dtype``; in bf16 up with the probability of the distance from the value below, by 16 bits (R,
+    D)."""
+    if dtype != torch.bfloat16:
+        return values.to(dtype)
+    words = values.float().view(torch.int32)
+    return ((words + torch.where(values.isfinite(), bits.int(), 0)) & -65536).view(torch.float32).to(dtype)
+
+
+def _quantise(values: Tensor, bits: Tensor) -> tuple[Tensor, Tensor]:
+    """int8 (R, D) and the units (R, ceil(D / 64)) fp32 of each 64 columns: the largest magnitude over 127; rounded by
+    ``bits``."""
+    dim = values.shape[1]
+    blocks = F.pad(values, (0, -dim % MOMENTUM_BLOCK)).unflatten(1, (-1, MOMENTUM_BLOCK))
+    largest = blocks.abs().amax(2)
+    units = torch.where(largest > 1e-35, largest.float() / 127, 0)
+    inverse = torch.where(units > 0, 1 / units.to(values.dtype), 0).repeat_interleave(MOMENTUM_BLOCK, 1)[:, :dim]
+    rounded = (values * inverse + (bits.to(values.dtype) + 0.5) / 65536).floor()
+    return rounded.clamp(-127, 127).to(torch.int8), units
 
 
 def _norms(rows: Tensor) -> Tensor:

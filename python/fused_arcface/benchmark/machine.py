@@ -40,7 +40,7 @@ class Ceiling:
 
 
 def measure_ceiling(device: torch.device, dtype: str = "float32", seconds: float = 2.0) -> Ceiling:
-    """What a large square product in ``dtype`` (or ``"tf32"``) reaches here: torch's, or on a CPU in fp32 numpy's if faster.
+    """What a large square product in ``dtype``, or ``"tf32"``, reaches here: torch's, or numpy's (CPU, fp32) if faster.
 
     It stands somewhat below the processor's FMA peak, which only a loop in registers reaches; no head built on a
     library's products can pass it.

@@ -63,7 +63,7 @@ class Measurement:
 
     @property
     def ceiling(self) -> str:
-        """The key of its ceiling in ``Report.machine["flops_per_second"]``: the dtype that its products are computed in."""
+        """The key of its ceiling in the machine's ``flops_per_second``: the dtype that its products are computed in."""
         suffix = self.provider.rpartition("-")[2]
         return {"tf32": "tf32", "fp16": "float16"}.get(suffix, self.case.dtype)
 

@@ -63,8 +63,8 @@ def time_interleaved(
             sample, unless
             it alone has taken twice the whole.
         on_sample: called with the run's name after each sample.
-        on_failure: called with the name and the error of a run that raises; it is left out of the result. Without it the
-            error is raised.
+        on_failure: called with the name and the error of a run that raises; it is left out of the result. Without this
+            the error is raised.
     """
     sample = _cuda_sampler(device) if device.type == "cuda" else _cpu_sample
     repeats, spent = dict.fromkeys(runs, 1), dict.fromkeys(runs, 0.0)

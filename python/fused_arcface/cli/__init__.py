@@ -10,6 +10,7 @@ from rich.console import Console
 
 from ..extras import MissingExtra
 from .bench import bench
+from .convert import convert
 from .demo import demo
 from .doctor import doctor
 from .gradcheck import gradcheck
@@ -27,6 +28,7 @@ app.command()(doctor)
 app.command()(gradcheck)
 app.command()(demo)
 app.command()(bench)
+app.command()(convert)
 
 
 def run(arguments: Sequence[str] | None = None) -> int:

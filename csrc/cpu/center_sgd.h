@@ -1,0 +1,131 @@
+// One row's step of SGD with momentum, made where weight_pass leaves the row's gradient: read the centre and its
+// momentum, update, write both back. Storage below fp32 is rounded stochastically, with random bits that are functions
+// of seed, step, global class id and column; python/fused_arcface/keyed.py has the same functions. kernels.cpp alone
+// includes this file.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+
+#include "kernels.h"
+#include "pack.h"
+
+namespace fa::FA_ISA {
+
+// SplitMix64's number n under a key.
+inline uint64_t fold(uint64_t key, uint64_t n) {
+  uint64_t x = key + (n + 1) * 0x9E3779B97F4A7C15u;
+  x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9u;
+  x = (x ^ (x >> 27)) * 0x94D049BB133111EBu;
+  return x ^ (x >> 31);
+}
+
+// 32 random bits for a column under a row's key: lowbias32 of a counter, in 32-bit arithmetic so that loops over it
+// vectorise.
+inline uint32_t random_bits(uint64_t row_key, uint32_t column) {
+  uint32_t x = static_cast<uint32_t>(row_key) + column * 0x9E3779B9u;
+  x = (x ^ (x >> 16)) * 0x7FEB352Du;
+  x = (x ^ (x >> 15)) * 0x846CA68Bu;
+  return (x ^ (x >> 16)) ^ static_cast<uint32_t>(row_key >> 32);
+}
+
+// x to bf16, up with the probability of its distance from the value below; `random` has 16 bits. Infinities and NaN
+// stay.
+inline BFloat16 round_stochastically(float x, uint32_t random) {
+  const uint32_t bits = float_bits(x);
+  const bool finite = (bits & 0x7f800000u) != 0x7f800000u;
+  return {static_cast<uint16_t>((bits + (finite ? random : 0u)) >> 16)};
+}
+
+// Up to kMomentumBlock columns of a row, in the compute type, between their storage and the update.
+template <typename T>
+struct RowBlock {
+  T values[kMomentumBlock];
+  uint32_t random[kMomentumBlock];  // 16 bits each
+};
+
+template <typename Storage, typename T>
+void store_block(const RowBlock<T>& block, int64_t count, Storage* to) {
+  for (int64_t i = 0; i < count; ++i) convert(block.values[i], to + i);
+}
+template <typename T>
+void store_block(const RowBlock<T>& block, int64_t count, BFloat16* to) {
+  for (int64_t i = 0; i < count; ++i)
+    to[i] = round_stochastically(static_cast<float>(block.values[i]), block.random[i]);
+}
+// int8 in units of the block's largest magnitude over 127.
+template <typename T>
+void store_block(const RowBlock<T>& block, int64_t count, int8_t* to, float* scale) {
+  T largest = 0;
+  for (int64_t i = 0; i < count; ++i) largest = std::max(largest, std::abs(block.values[i]));
+  *scale = largest > T(1e-35) ? static_cast<float>(largest) / 127 : 0;  // below it the unit's inverse would overflow
+  const T inverse = *scale > 0 ? T(1) / *scale : 0;
+  for (int64_t i = 0; i < count; ++i) {
+    const T uniform = (static_cast<T>(block.random[i]) + T(0.5)) / 65536;
+    to[i] = static_cast<int8_t>(std::clamp(std::floor(block.values[i] * inverse + uniform), T(-127), T(127)));
+  }
+}
+
+inline float to_float(int8_t x) { return x; }
+
+template <typename Storage, typename T>
+void load_block(const Storage* from, int64_t count, T unit, RowBlock<T>* block) {
+  for (int64_t i = 0; i < count; ++i) block->values[i] = static_cast<T>(to_float(from[i])) * unit;
+}
+
+template <typename Fn>
+void visit_momentum(const CentreStep& step, const Fn& fn) {
+  switch (step.momentum_type) {
+    case MomentumType::kNone:
+      return;
+    case MomentumType::kFloat64:
+      return fn(static_cast<double*>(step.momentum));
+    case MomentumType::kFloat32:
+      return fn(static_cast<float*>(step.momentum));
+    case MomentumType::kBFloat16:
+      return fn(static_cast<BFloat16*>(step.momentum));
+    case MomentumType::kInt8:
+      return fn(static_cast<int8_t*>(step.momentum));
+  }
+}
+// Updates row `row` of weight (contiguous) and of the momentum, from the gradient by that row.
+template <typename T>
+void step_row(const Matrix& weight, const CentreStep& step, int64_t row, const T* gradient) {
+  const int64_t columns = weight.columns, blocks = (columns + kMomentumBlock - 1) / kMomentumBlock;
+  const uint64_t row_key = fold(step.rounding_key, static_cast<uint64_t>(step.class_start + row));
+  const T lr = static_cast<T>(step.lr), momentum = static_cast<T>(step.momentum_factor);
+  const T weight_decay = static_cast<T>(step.weight_decay);
+
+  RowBlock<T> centre, velocity;
+  for (int64_t first = 0; first < columns; first += kMomentumBlock) {
+    const int64_t count = std::min(kMomentumBlock, columns - first);
+    for (int64_t i = 0; i < count; ++i) {
+      const uint32_t bits = random_bits(row_key, static_cast<uint32_t>(first + i));
+      centre.random[i] = bits & 0xffffu;
+      velocity.random[i] = bits >> 16;
+    }
+    visit_dtype(weight, [&](auto* data) {
+      auto* const at = data + row * columns + first;
+      load_block(at, count, T(1), &centre);
+      for (int64_t i = 0; i < count; ++i) velocity.values[i] = gradient[first + i] + weight_decay * centre.values[i];
+      visit_momentum(step, [&](auto* all) {
+        auto* const buffer = all + row * columns + first;
+        RowBlock<T> old;
+        if constexpr (std::is_same_v<decltype(all), int8_t*>) {
+          float* const scale = step.momentum_scale + row * blocks + first / kMomentumBlock;
+          load_block(buffer, count, static_cast<T>(*scale), &old);
+          for (int64_t i = 0; i < count; ++i) velocity.values[i] += momentum * old.values[i];
+          store_block(velocity, count, buffer, scale);
+        } else {
+          load_block(buffer, count, T(1), &old);
+          for (int64_t i = 0; i < count; ++i) velocity.values[i] += momentum * old.values[i];
+          store_block(velocity, count, buffer);
+        }
+      });
+      for (int64_t i = 0; i < count; ++i) centre.values[i] -= lr * velocity.values[i];
+      store_block(centre, count, at);
+    });
+  }
+}
+
+}  // namespace fa::FA_ISA

@@ -1,0 +1,41 @@
+"""``convert``: class centres between checkpoints, one safetensors file, insightface's shards and other libraries'
+files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+
+def convert(
+    sources: Annotated[list[Path], typer.Argument(help="Where the class centres are; several are joined in order.")],
+    destination: Annotated[Path, typer.Argument(help="A .safetensors file, or a directory of checkpoints.")],
+    classes: Annotated[
+        int | None, typer.Option(help="Grow to this many classes; the new ones are initialised.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Of new class centres and of the head that resumes.")] = None,
+) -> None:
+    """Convert, join and grow sets of class centres.
+
+    A source is a checkpoint or a directory of some, a directory of
+    insightface's checkpoint_gpu_{rank}.pt of any number of ranks, a
+    safetensors file with weight (C, D), or a .pt file with weight (C, D) or
+    pytorch-metric-learning's W (D, C).
+    """
+    from .. import convert as conversion
+    from ..checkpoint import CheckpointError
+
+    error = Console(stderr=True, soft_wrap=True)
+    try:
+        written = conversion.convert(sources, destination, num_classes=classes, seed=seed)
+        found = conversion.read(written)
+    except (CheckpointError, conversion.ConvertError, OSError) as wrong:
+        error.print(str(wrong), style="bold red", markup=False)
+        raise typer.Exit(1) from wrong
+    for name, rows in found.tensors.items():
+        Console(soft_wrap=True).print(
+            f"{written}: {name} {rows.shape} {str(rows.dtype).removeprefix('torch.')}", markup=False
+        )

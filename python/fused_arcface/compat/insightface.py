@@ -1,0 +1,219 @@
+"""What insightface's ``recognition/arcface_torch`` has in ``partial_fc_v2.py`` and ``losses.py``: change the import,
+keep the script::
+
+    from fused_arcface.compat.insightface import PartialFC_V2, CombinedMarginLoss
+
+Its conventions hold: ArcFace's gradient is straight-through and has no boundary at ``θ + m = π``; the embeddings'
+gradient is W times the derivative, which data parallelism divides by W; the centres' gradient is dense and unscaled;
+``state_dict`` is ``{"weight": (num_local, D)}``, as its ``checkpoint_gpu_{rank}.pt`` hold it. Its limits do not:
+batches may differ between ranks, a group and CUDA are not needed, a row's loss is not cut at 69.08, samples and initial
+centres do not depend on the number of ranks.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..distributed import JointBatch, Ranks
+from ..functional import as_autocast
+from ..margins import CombinedMargin
+from ..margins import CosFace as _CosFaceMargin
+from ..partial_fc import PartialFC
+
+
+class CombinedMarginLoss(nn.Module):
+    """Margins of insightface's ``CombinedMarginLoss``: ArcFace for ``m1 == 1, m3 == 0``, CosFace for ``m3 > 0``, which
+    ignores m1 and m2 as insightface does.
+
+    Args:
+        s: scale of the logits.
+        m1: 1, unless ``m3 > 0``.
+        m2: added to the angle, in radians.
+        m3: taken from the cosine.
+        interclass_filtering_threshold: negatives with a greater cosine count as cosine 0; 0 for none. Takes the slow
+            path.
+
+    Raises:
+        ValueError: ``m1 != 1`` without m3.
+    """
+
+    def __init__(self, s: float, m1: float, m2: float, m3: float, interclass_filtering_threshold: float = 0) -> None:
+        super().__init__()
+        if m3 <= 0 and m1 != 1.0:
+            raise ValueError(f"m1 must be 1.0 unless m3 > 0, as in insightface; got m1={m1}, m3={m3}")
+        self.s, self.m1, self.m2, self.m3 = s, m1, m2, m3
+        self.interclass_filtering_threshold = interclass_filtering_threshold
+
+    def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Scaled logits (N, C) with the margin from cosines (N, C) and labels (N, 1), -1 where the class is
+        elsewhere."""
+        if self.interclass_filtering_threshold > 0:
+            dirty = logits.detach() > self.interclass_filtering_threshold
+            is_target = labels == torch.arange(logits.shape[1], device=logits.device)
+            logits = logits.masked_fill(dirty & ~is_target, 0)
+        return _with_margin(logits, labels, _combined(self.m2, self.m3)) * self.s
+
+
+class ArcFace(nn.Module):
+    """``s·cos(θ + margin)`` with insightface's gradient, straight-through and without a boundary."""
+
+    def __init__(self, s: float = 64.0, margin: float = 0.5) -> None:
+        super().__init__()
+        self.s, self.margin = s, margin
+
+    def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """See :meth:`CombinedMarginLoss.forward`."""
+        return _with_margin(logits, labels, _combined(self.margin, 0.0)) * self.s
+
+
+class CosFace(nn.Module):
+    """``s·(cos θ - m)``."""
+
+    def __init__(self, s: float = 64.0, m: float = 0.40) -> None:
+        super().__init__()
+        self.s, self.m = s, m
+
+    def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """See :meth:`CombinedMarginLoss.forward`."""
+        return _with_margin(logits, labels, _combined(0.0, self.m)) * self.s
+
+
+def _combined(m2: float, m3: float) -> Callable[[Tensor], Tensor]:
+    return _CosFaceMargin(m3) if m3 > 0 else CombinedMargin(1.0, m2, 0.0, boundary="none", gradient="straight_through")
+
+
+def _with_margin(logits: Tensor, labels: Tensor, margin: Callable[[Tensor], Tensor]) -> Tensor:
+    rows = (labels.flatten() != -1).nonzero().squeeze(1)
+    columns = labels.flatten()[rows]
+    return logits.index_put((rows, columns), margin(logits[rows, columns]))
+
+
+def _fused_margin(margin_loss: Callable[..., Tensor]) -> tuple[Callable[[Tensor], Tensor], float] | None:
+    """Margin and scale of this module's classes and of insightface's own, known by name; None for any other
+    callable."""
+    name = type(margin_loss).__name__
+    if name == "CombinedMarginLoss" and getattr(margin_loss, "interclass_filtering_threshold", 1) == 0:
+        m2, m3 = float(getattr(margin_loss, "m2", 0)), float(getattr(margin_loss, "m3", 0))
+        if m3 > 0 or getattr(margin_loss, "m1", 1.0) == 1.0:
+            return _combined(m2, m3), float(getattr(margin_loss, "s", 64.0))
+    if name == "ArcFace" and hasattr(margin_loss, "margin") and hasattr(margin_loss, "s"):
+        return _combined(float(margin_loss.margin), 0.0), float(margin_loss.s)
+    if name == "CosFace" and hasattr(margin_loss, "m") and hasattr(margin_loss, "s"):
+        return _combined(0.0, float(margin_loss.m)), float(margin_loss.s)
+    return None
+
+
+class PartialFC_V2(PartialFC):
+    """insightface's ``PartialFC_V2`` over the fused head; over any number of ranks, or none.
+
+    Args:
+        margin_loss: one of this module's or of insightface's margins; or any callable from cosines (N, C) and labels
+            (N, 1), -1 where the class is in another shard, to logits (N, C): that takes the slow path, which stores
+            them.
+        embedding_size: D.
+        num_classes: over all ranks.
+        sample_rate: fraction of the classes used in a step.
+        fp16: accepted; the products follow the embeddings' dtype and autocast, and are summed in fp32.
+
+    Attributes:
+        weight, num_local, class_start: as of :class:`fused_arcface.PartialFC`.
+        weight_index: (K,) rows of weight that the last step used; only with ``sample_rate < 1``, as in insightface.
+        num_sample, rank, world_size, embedding_size, sample_rate, fp16, margin_softmax: insightface's.
+    """
+
+    def __init__(
+        self,
+        margin_loss: Callable[..., Tensor],
+        embedding_size: int,
+        num_classes: int,
+        sample_rate: float = 1.0,
+        fp16: bool = False,
+    ) -> None:
+        if not callable(margin_loss):
+            raise TypeError(f"margin_loss must be callable; got {type(margin_loss).__name__}")
+        fused = _fused_margin(margin_loss)
+        options: dict[str, Any] = {} if fused is None else {"margin": fused[0], "scale": fused[1]}
+        super().__init__(embedding_size, num_classes, sample_rate=sample_rate, dense_grad=True, **options)
+        self.margin_softmax = margin_loss
+        self.embedding_size, self.fp16 = embedding_size, fp16
+        self.rank, self.world_size = self.ranks.rank, self.ranks.world_size
+        self.num_sample = int(self.sample_rate * self.num_local)
+        self._slow, self._warned = fused is None, False
+
+    @property
+    def weight_index(self) -> Tensor:
+        if self._sampled is None:
+            raise AttributeError("weight_index is there after a step with sample_rate < 1")
+        return self._sampled
+
+    def forward(self, local_embeddings: Tensor, local_labels: Tensor) -> Tensor:  # type: ignore[override]
+        """Mean loss over all ranks' rows, of this rank's embeddings (b, D) and labels (b,) or (b, 1)."""
+        labels = local_labels.reshape(-1)
+        if not self._slow:
+            loss = super().forward(local_embeddings, labels)
+            assert isinstance(loss, Tensor)
+            return loss
+        if not self._warned:
+            self._warned = True
+            name = type(self.margin_softmax).__name__
+            warnings.warn(
+                f"PartialFC_V2: {name} is no margin that the fused kernels know: its (N, C) logits are stored. For a "
+                "function of the target's cosine alone, fused_arcface.PartialFC(margin=...) needs no logits",
+                stacklevel=2,
+            )
+        embeddings = as_autocast(local_embeddings)
+        batch = self.ranks.gather_batch(embeddings.detach(), labels, embeddings.requires_grad)
+        rows = _AllRows.apply(embeddings, batch, self.ranks) if batch.requires_grad else batch.embeddings
+        target = torch.ops.fused_arcface.local_target(batch.target, self.num_classes, -100)
+        classes, local = self._choose_classes(target)
+        weight = self.weight if classes is None else self.weight.index_select(0, classes)
+        dtype = torch.promote_types(torch.promote_types(rows.dtype, weight.dtype), torch.float32)
+        cosines = F.linear(F.normalize(rows.to(dtype)), F.normalize(weight.to(dtype))).clamp(-1, 1)
+        logits = self.margin_softmax(cosines, local[:, None])
+        loss = _DistributedCrossEntropy.apply(logits, local, self.ranks)
+        counted = target >= 0
+        return loss.masked_fill(~counted, 0).sum() / counted.sum()
+
+
+class _AllRows(torch.autograd.Function):
+    """All ranks' embeddings (N, D) from this rank's (n, D); the gradient is summed over the ranks, times W."""
+
+    @staticmethod
+    def forward(ctx: Any, embeddings: Tensor, batch: JointBatch, ranks: Ranks) -> Tensor:
+        ctx.batch, ctx.ranks = batch, ranks
+        return batch.embeddings.clone()
+
+    @staticmethod
+    def backward(ctx: Any, d_rows: Tensor) -> tuple[Tensor, None, None]:
+        own = ctx.ranks.start_scatter(d_rows.contiguous(), ctx.batch)()
+        return own * ctx.ranks.world_size, None, None
+
+
+class _DistributedCrossEntropy(torch.autograd.Function):
+    """Each row's cross-entropy (N,) over all shards' logits, of which this rank has (N, C) and the target's column (N,)
+    or -1."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, target: Tensor, ranks: Ranks) -> Tensor:
+        rows = (target >= 0).nonzero().squeeze(1)
+        local = logits.new_full((logits.shape[0],), -torch.inf) if logits.shape[1] == 0 else logits.amax(1)
+        maximum = ranks.max(local)
+        exponentials = (logits - maximum[:, None]).exp()
+        target_logit = torch.zeros_like(maximum)
+        target_logit[rows] = logits[rows, target[rows]]
+        total, target_logit = ranks.sum(torch.stack([exponentials.sum(1), target_logit])).unbind()
+        ctx.save_for_backward(exponentials / total[:, None], rows, target)
+        return total.log() + maximum - target_logit
+
+    @staticmethod
+    def backward(ctx: Any, d_loss: Tensor) -> tuple[Tensor, None, None]:
+        probabilities, rows, target = ctx.saved_tensors
+        d_logits = probabilities * d_loss[:, None]
+        d_logits[rows, target[rows]] -= d_loss[rows]
+        return d_logits, None, None

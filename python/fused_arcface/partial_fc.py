@@ -1,0 +1,286 @@
+"""The head over many ranks: class centres split between them, all of them or a sample used each step."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import backends
+from .autograd import Shard, negatives_and_target
+from .center_sgd import CenterOptimizer, CenterSGD, CentresUpdatedInBackward
+from .checks import (
+    FLOAT_DTYPES,
+    check_embeddings,
+    check_margin,
+    check_sample_rate,
+    check_scale,
+    check_size,
+    check_target,
+)
+from .distributed import JointBatch, Ranks
+from .functional import as_autocast
+from .head import nearest_classes
+from .keyed import fill_normal
+from .loss import MarginSoftmaxStats, loss_of_rows
+from .margins import ArcFace, Margin
+from .sampling import Sampler
+from .sharding import Sharding
+
+
+class PartialFC(nn.Module):
+    """Margin-softmax head whose class centres are split over the ranks of a group: ``loss = head(embeddings, target)``.
+
+    Every rank passes its own batch, of any size, and gets the mean loss over all ranks' rows. Without torch.distributed
+    it is one shard, the same as :class:`~fused_arcface.MarginHead` with sampling and a fused optimizer.
+
+    **Gradients.** The embeddings' gradient is W times the loss's derivative, W the number of ranks:
+    ``DistributedDataParallel`` and FSDP average over the ranks, so the backbone then trains as a single process would
+    on all ranks' rows. Do not wrap the head itself: its shards differ. The class centres' gradient is the derivative,
+    unscaled. Every rank must run the backward pass, from the same multiple of the loss.
+
+    **Sampling.** With ``sample_rate`` below 1 a step uses all classes of the joint batch and others drawn anew each
+    step, ``round(sample_rate·C_total)`` over all shards (An et al., Partial FC, arXiv:2203.15565). The draw is a
+    function of seed, step and global class id, not of the number of ranks. The rows of other classes are neither read
+    nor written. In ``eval()`` all classes are used.
+
+    Args:
+        embedding_dim: D.
+        num_classes: C_total, over all ranks.
+        margin: see :func:`fused_arcface.margin_softmax_loss`; likewise scale and backend.
+        scale: ``s`` of the logits, finite and > 0.
+        sample_rate: fraction of the classes used in a training step, in (0, 1].
+        group: a process group, a one-dimensional ``DeviceMesh``, or None: the default group if torch.distributed is
+            initialised.
+        seed: of the initial centres, the samples and the rounding; in [0, 2^63).
+        center_optimizer: a :class:`fused_arcface.CenterSGD` recipe, or None for an ordinary optimizer over
+            ``weight.grad``: dense at ``sample_rate=1``, else sparse COO (``torch.optim.SGD``, ``SparseAdam``,
+            ``Adagrad`` take it).
+        backend: ``"auto"`` or a backend's name.
+        device: of the class centres.
+        dtype: of the class centres; the default dtype if None.
+        dense_grad: give the sampled mode's gradient densely, (num_local, D), for optimizers that take no other.
+
+    Attributes:
+        weight: (num_local, D) parameter, this rank's class centres, initially N(0, 0.01²) keyed by seed and global
+            class id.
+        class_start: global id of the first of them.
+        num_local: how many they are: ``C_total // W``, one more on the first ``C_total % W`` ranks.
+        center_optimizer: the :class:`~fused_arcface.center_sgd.CenterOptimizer` made of the recipe, for schedulers; or
+            None.
+        sampled: (K,) int64, ascending global ids of the classes that this shard used in the last step.
+        step: training steps so far, as the samples and the rounding count them.
+
+    Raises:
+        TypeError, ValueError: an argument of a wrong type or out of its range; an option that differs between ranks.
+
+    >>> import torch
+    >>> head = PartialFC(embedding_dim=8, num_classes=1000, sample_rate=0.1)
+    >>> loss = head(torch.randn(4, 8), torch.tensor([0, 1, 2, 999]))
+    >>> loss.backward(); head.weight.grad.coalesce().indices().shape
+    torch.Size([1, 100])
+    """
+
+    weight: nn.Parameter
+
+    def __init__(
+        self,
+        embedding_dim: int,
+        num_classes: int,
+        *,
+        margin: Margin = ArcFace(),
+        scale: float = 64.0,
+        sample_rate: float = 1.0,
+        group: Any = None,
+        seed: int = 0,
+        center_optimizer: CenterSGD | None = None,
+        backend: str = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        dense_grad: bool = False,
+    ) -> None:
+        super().__init__()
+        check_size("embedding_dim", embedding_dim)
+        check_size("num_classes", num_classes)
+        check_margin(margin)
+        check_scale(scale)
+        check_sample_rate(sample_rate)
+        check_size("seed", seed, least=0)
+        if center_optimizer is not None and not isinstance(center_optimizer, CenterSGD):
+            raise TypeError(f"center_optimizer must be a CenterSGD or None; got {type(center_optimizer).__name__}")
+        backends.check_name(backend)
+        dtype = dtype or torch.get_default_dtype()
+        if dtype not in FLOAT_DTYPES:
+            raise TypeError(f"dtype must be a floating-point one; got {dtype}")
+        self.margin, self.scale, self.backend = margin, float(scale), backend
+        self.sample_rate, self.seed, self.dense_grad, self.step = float(sample_rate), seed, dense_grad, 0
+        self.ranks = Ranks(group)
+        self.ranks.check_agreement(
+            "PartialFC",
+            {
+                "embedding_dim": str(embedding_dim),
+                "num_classes": str(num_classes),
+                "margin": _describe(margin),
+                "scale": str(self.scale),
+                "sample_rate": str(self.sample_rate),
+                "seed": str(seed),
+                "center_optimizer": repr(center_optimizer),
+                "backend": backend,
+                "dtype": str(dtype),
+                "dense_grad": str(dense_grad),
+            },
+        )
+        self.sharding = Sharding(num_classes, self.ranks.world_size, self.ranks.rank)
+        self._sampled: Tensor | None = None
+        parameter = nn.Parameter if center_optimizer is None else CentresUpdatedInBackward
+        self.weight = parameter(torch.empty(self.num_local, embedding_dim, device=device, dtype=dtype))
+        self.reset_parameters()
+        self.center_optimizer = (
+            None if center_optimizer is None else CenterOptimizer(center_optimizer, self.weight, seed, self.class_start)
+        )
+
+    @property
+    def num_classes(self) -> int:
+        return self.sharding.num_classes
+
+    @property
+    def class_start(self) -> int:
+        return self.sharding.class_start
+
+    @property
+    def num_local(self) -> int:
+        return self.sharding.num_local
+
+    @property
+    def sampled(self) -> Tensor:
+        if self._sampled is None:
+            return torch.arange(self.class_start, self.class_start + self.num_local, device=self.weight.device)
+        return self._sampled + self.class_start
+
+    def reset_parameters(self) -> None:
+        """Draw the class centres anew: the same ones, for the same seed."""
+        fill_normal(self.weight, self.seed, self.class_start, std=0.01)
+
+    def forward(
+        self, embeddings: Tensor, target: Tensor, *, ignore_index: int = -100, return_stats: bool = False
+    ) -> Tensor | tuple[Tensor, MarginSoftmaxStats]:
+        """Mean loss over all ranks' rows, equal on every rank, of this rank's embeddings (n, D) and global labels (n,).
+
+        With ``return_stats`` also this rank's rows' :class:`~fused_arcface.MarginSoftmaxStats`. A collective: every
+        rank calls it, with n = 0 if it has no rows.
+
+        Raises:
+            TypeError, ValueError: as :func:`fused_arcface.margin_softmax_loss`; a wrong label raises on every rank.
+            RuntimeError: another rank refused its arguments.
+        """
+        try:
+            check_embeddings(embeddings, self.weight)
+            check_target(target, embeddings, ignore_index)
+            backend = backends.select(self.backend, embeddings.device)
+        except (TypeError, ValueError, RuntimeError):
+            self.ranks.refuse_batch()
+            raise
+        embeddings = as_autocast(embeddings)
+        batch = self.ranks.gather_batch(embeddings.detach(), target, embeddings.requires_grad)
+        target = torch.ops.fused_arcface.local_target(batch.target, self.num_classes, ignore_index)
+        classes, local = self._choose_classes(target)
+        update = None if self.center_optimizer is None else self.center_optimizer.prepare(self.step)
+        shard = Shard(
+            ranks=self.ranks,
+            batch=batch,
+            num_classes=self.num_classes,
+            classes=classes,
+            dense_grad=self.dense_grad,
+            with_max=return_stats,
+            update=update,
+        )
+        lse, cosine, maximum = negatives_and_target(embeddings, self.weight, local, self.scale, backend, shard)
+        if target.device.type != "cpu":  # there nobody has looked at the labels' values
+            cosine = cosine.masked_fill(
+                (target >= self.num_classes) | ((target < 0) & (batch.target != ignore_index)), torch.nan
+            )
+        loss, stats = loss_of_rows(lse, cosine, maximum, target < 0, self.margin, self.scale, "mean")
+        if update is not None:
+            loss = update.watch(loss)
+        return (loss, MarginSoftmaxStats(*map(batch.own, stats))) if return_stats else loss
+
+    def _choose_classes(self, target: Tensor) -> tuple[Tensor | None, Tensor]:
+        """This step's rows of weight (K,), None for all, and each row's target as an index into them, -1 where it is
+        not here."""
+        local = self.sharding.localise(target)
+        self._sampled = None
+        if not self.training:
+            return None, local
+        self.step += 1
+        if self.sample_rate == 1:
+            return None, local
+        self._sampled = Sampler(self.sharding, self.sample_rate, self.seed)(self.step, target)
+        return self._sampled, torch.where(local < 0, -1, torch.searchsorted(self._sampled, local))
+
+    @torch.no_grad()
+    def full_weight(self) -> Tensor:
+        """All class centres, (C_total, D), on every rank. A collective."""
+        return torch.cat(self.ranks.gather_rows(self.weight, self.sharding.counts()))
+
+    @torch.no_grad()
+    def load_full_weight(self, tensor: Tensor) -> None:
+        """Sets each shard from all class centres (C_total, D), which every rank passes alike. A collective.
+
+        Raises:
+            ValueError: a wrong shape, on any rank.
+        """
+        shapes = self.ranks.gather_objects(tuple(tensor.shape))
+        wrong = [shape for shape in shapes if shape != (self.num_classes, self.weight.shape[1])]
+        if wrong:
+            raise ValueError(f"tensor must be (C_total={self.num_classes}, D={self.weight.shape[1]}); got {wrong[0]}")
+        self.weight.copy_(tensor[self.class_start : self.class_start + self.num_local])
+
+    @torch.no_grad()
+    def logits(self, embeddings: Tensor) -> Tensor:
+        """``s·cos θ`` of this rank's embeddings (n, D) with every class, (n, C_total), without a margin or a gradient.
+        A collective."""
+        rows = self._gather_embeddings(embeddings)
+        dtype = torch.promote_types(embeddings.dtype, self.weight.dtype)
+        local = self.scale * F.linear(
+            F.normalize(self.weight.to(dtype)), F.normalize(rows.embeddings.to(dtype))
+        )  # (C, N)
+        return torch.cat([rows.own(part.T) for part in self.ranks.gather_rows(local, self.sharding.counts())], 1)
+
+    @torch.no_grad()
+    def topk(self, embeddings: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """The k nearest class centres over all shards of this rank's embeddings (n, D): cosines (n, k), descending, and
+        global class ids (n, k) int64. A collective.
+
+        Raises:
+            ValueError: k outside [1, C_total], or embeddings of a wrong shape or device.
+        """
+        check_size("k", k)
+        if k > self.num_classes:
+            raise ValueError(f"k must be <= C_total={self.num_classes}; got {k}")
+        rows = self._gather_embeddings(embeddings)
+        cosines, classes = nearest_classes(rows.embeddings, self.weight, k)
+        counts = [min(k, count) for count in self.sharding.counts()]
+        cosines = torch.cat([rows.own(part.T) for part in self.ranks.gather_rows(cosines.T, counts)], 1)
+        ids = self.ranks.gather_rows((classes + self.class_start).T, counts)
+        cosines, best = cosines.topk(k)
+        return cosines, torch.cat([rows.own(part.T) for part in ids], 1).gather(1, best)
+
+    def _gather_embeddings(self, embeddings: Tensor) -> JointBatch:
+        check_embeddings(embeddings, self.weight)
+        return self.ranks.gather_batch(embeddings, embeddings.new_zeros(embeddings.shape[0], dtype=torch.int64), False)
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.weight.shape[1]}, {self.num_classes}, margin={self.margin}, scale={self.scale}, "
+            f"sample_rate={self.sample_rate}, rank {self.ranks.rank} of {self.ranks.world_size}"
+        )
+
+
+def _describe(margin: Margin) -> str:
+    """A margin's text for comparison between ranks: a dataclass's values, of any other callable the name alone."""
+    return (
+        repr(margin) if dataclasses.is_dataclass(margin) else getattr(margin, "__qualname__", type(margin).__qualname__)
+    )

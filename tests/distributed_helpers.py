@@ -1,0 +1,51 @@
+"""Runs a function on several gloo ranks of this machine and hands back what each returned. One place for all tests."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+_TIMEOUT = timedelta(seconds=60)
+
+
+def _run_rank(rank: int, world_size: int, directory: str, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    torch.set_num_threads(1)
+    # The loopback interface: gloo would otherwise look the machine's name up, which a sandbox may not answer.
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    store = f"file://{directory}/store"
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world_size, timeout=_TIMEOUT)
+    try:
+        result = function(*args)
+    except Exception as error:  # handed to the test, with where it happened
+        error.add_note(f"on rank {rank}:\n{traceback.format_exc()}")
+        result = error
+    torch.save(result, f"{directory}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def run_ranks(world_size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
+    """``function(*args)`` on each of ``world_size`` ranks with an initialised default group; their results, in rank
+    order.
+
+    ``function`` must be importable (a test module's top level). An exception on one rank is raised here.
+    """
+    with tempfile.TemporaryDirectory() as directory:
+        # A server forked once per test session: each rank then starts with torch imported.
+        mp.set_forkserver_preload(["torch", "torch.distributed", "fused_arcface"])
+        mp.start_processes(
+            _run_rank, (world_size, directory, function, args), nprocs=world_size, start_method="forkserver"
+        )
+        results = [torch.load(Path(directory) / f"{rank}.pt", weights_only=False) for rank in range(world_size)]
+    for result in results:
+        if isinstance(result, Exception):
+            raise result
+    return results

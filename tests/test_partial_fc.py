@@ -1,0 +1,310 @@
+import copy
+
+import distributed_helpers
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+
+import fused_arcface as fa
+
+D = 7
+STEPS = 4
+
+
+def batches(
+    num_classes: int, rows: int, dtype: torch.dtype, steps: int = STEPS
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(3)
+    return [
+        (
+            torch.randn(rows, D, generator=generator, dtype=torch.float64).to(dtype),
+            torch.randint(0, num_classes, (rows,), generator=generator),
+        )
+        for _ in range(steps)
+    ]
+
+
+def own_rows(world_size: int, rank: int, rows: int, step: int) -> slice:
+    """Uneven local batches: the shares change every step and one rank's is empty every other."""
+    weights = [(rank + step) % world_size + (1 if step % 2 else 0) for rank in range(world_size)]
+    if sum(weights) == 0:
+        weights = [1] * world_size
+    ends = [rows * sum(weights[: rank + 1]) // sum(weights) for rank in range(world_size)]
+    return slice(ends[rank - 1] if rank else 0, ends[rank])
+
+
+def train_head(
+    num_classes: int, rows: int, dtype: torch.dtype, options: dict, backend: str, steps: int = STEPS
+) -> dict:
+    """A few SGD steps of the head alone: losses, gradients by all ranks' embeddings, centres before and after,
+    samples."""
+    head = fa.PartialFC(D, num_classes, dtype=dtype, backend=backend, seed=5, **options)
+    world_size, rank = head.ranks.world_size, head.ranks.rank
+    result = {"initial": head.full_weight(), "losses": [], "gradients": [], "sampled": []}
+    for step, (x, y) in enumerate(batches(num_classes, rows, dtype, steps)):
+        part = own_rows(world_size, rank, rows, step)
+        x = x[part].requires_grad_()
+        loss = head(x, y[part])
+        loss.backward()
+        with torch.no_grad():
+            head.weight -= 0.1 * head.weight.grad.to_dense()
+        head.weight.grad = None
+        result["losses"].append(loss.item())
+        result["gradients"].append(x.grad / world_size)
+        result["sampled"].append(head.sampled)
+    result["final"] = head.full_weight()
+    return result
+
+
+def joined(results: list[dict]) -> dict:
+    """All ranks' results as one process would have them; what must be equal on every rank is checked to be."""
+    for other in results[1:]:
+        assert other["losses"] == results[0]["losses"]
+        assert torch.equal(other["final"], results[0]["final"])
+    return results[0] | {
+        name: [torch.cat(parts) for parts in zip(*(result[name] for result in results), strict=True)]
+        for name in ("gradients", "sampled")
+    }
+
+
+def assert_near(actual: torch.Tensor, expected: torch.Tensor, tolerance: float) -> None:
+    """Equal to ``tolerance`` of the largest element, or of one."""
+    largest = max([1.0, *expected.abs().flatten().tolist()])
+    torch.testing.assert_close(actual, expected, rtol=0, atol=tolerance * largest)
+
+
+def assert_same_training(actual: dict, expected: dict, tolerance: float) -> None:
+    assert torch.equal(actual["initial"], expected["initial"])
+    assert_near(torch.tensor(actual["losses"]), torch.tensor(expected["losses"]), tolerance)
+    for one, other in zip(actual["gradients"], expected["gradients"], strict=True):
+        assert_near(one, other, tolerance)
+    for one, other in zip(actual["sampled"], expected["sampled"], strict=True):
+        assert torch.equal(one, other)
+    assert_near(actual["final"], expected["final"], tolerance)
+
+
+@pytest.mark.parametrize("backend", ["reference", "auto"])
+@pytest.mark.parametrize("sample_rate", [1.0, 0.3])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-5)])
+def test_any_number_of_ranks_trains_alike(backend, sample_rate, dtype, tolerance):
+    arguments = (23, 12, dtype, {"sample_rate": sample_rate}, backend)
+    expected = train_head(*arguments)
+    for world_size in (2, 4):
+        actual = joined(distributed_helpers.run_ranks(world_size, train_head, *arguments))
+        assert_same_training(actual, expected, tolerance)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("backend", ["reference", "auto"])
+@pytest.mark.parametrize("scale", [64.0, 128.0, 1000.0])
+@pytest.mark.parametrize("sample_rate", [1.0, 0.1])
+def test_any_number_of_ranks_trains_alike_over_the_full_grid(backend, scale, sample_rate):
+    arguments = (101, 17, torch.float64, {"sample_rate": sample_rate, "scale": scale}, backend, 10)
+    expected = train_head(*arguments)
+    for world_size in (1, 2, 3, 4):
+        assert_same_training(joined(distributed_helpers.run_ranks(world_size, train_head, *arguments)), expected, 1e-10)
+
+
+def test_one_shard_equals_the_reference():
+    result = train_head(23, 12, torch.float64, {}, "auto")
+    weight = result["initial"]
+    for step, (x, y) in enumerate(batches(23, 12, torch.float64)):
+        x, weight = x.requires_grad_(), weight.requires_grad_()
+        loss = fa.reference.margin_softmax_loss(x, weight, y)
+        loss.backward()
+        assert result["losses"][step] == pytest.approx(loss.item(), abs=1e-10)
+        torch.testing.assert_close(result["gradients"][step], x.grad, rtol=1e-10, atol=1e-10)
+        weight = (weight - 0.1 * weight.grad).detach()
+    torch.testing.assert_close(result["final"], weight, rtol=1e-10, atol=1e-10)
+
+
+def backbone() -> nn.Module:
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Linear(5, 16), nn.Tanh(), nn.Linear(16, D)).double()
+
+
+def train_backbone(rows: int, options: dict) -> dict[str, torch.Tensor]:
+    """A backbone under DistributedDataParallel, where there is a group, and the head beside it."""
+    model, head = backbone(), fa.PartialFC(D, 11, dtype=torch.float64, **options)
+    wrapped = nn.parallel.DistributedDataParallel(model) if dist.is_initialized() else model
+    optimizer = torch.optim.SGD([*wrapped.parameters(), head.weight], lr=0.05)
+    for step in range(STEPS):
+        generator = torch.Generator().manual_seed(step)
+        x = torch.randn(rows, 5, generator=generator, dtype=torch.float64)
+        y = torch.randint(0, 11, (rows,), generator=generator)
+        part = own_rows(head.ranks.world_size, head.ranks.rank, rows, 1)
+        optimizer.zero_grad()
+        head(wrapped(x[part]), y[part]).backward()
+        optimizer.step()
+    return {**model.state_dict(), "head": head.full_weight()}
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_with_data_parallel_backbone_equals_one_process_on_the_joint_batch(world_size):
+    expected = train_backbone(20, {})
+    for actual in distributed_helpers.run_ranks(world_size, train_backbone, 20, {}):
+        torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
+
+
+def inspect_head(num_classes: int, rows: int) -> dict:
+    head = fa.PartialFC(D, num_classes, dtype=torch.float64, seed=2)
+    ((x, y),) = batches(num_classes, rows, torch.float64, 1)
+    y[0], y[-1] = -100, num_classes - 1
+    part = own_rows(head.ranks.world_size, head.ranks.rank, rows, 1)
+    loss, stats = head(x[part], y[part], return_stats=True)
+    rows = [*stats, head.logits(x[part]), *head.topk(x[part], 3)]
+    before = head.full_weight()
+    head.load_full_weight(before.flip(0))
+    return {
+        "loss": loss.detach(),
+        "rows": rows,
+        "restored": torch.equal(head.full_weight(), before.flip(0)),
+        "place": (head.class_start, head.num_local, len(head.weight), head.sampled.tolist()),
+    }
+
+
+def test_statistics_logits_and_topk_over_all_shards():
+    (expected,) = [inspect_head(10, 9)]
+    ((x, y),) = batches(10, 9, torch.float64, 1)
+    y[0], y[-1] = -100, 9
+    head = fa.PartialFC(D, 10, dtype=torch.float64, seed=2)
+    loss, stats = fa.reference.margin_softmax_loss(x, head.weight, y, return_stats=True)
+    logits = 64 * F.normalize(x) @ F.normalize(head.weight).T
+    counted = y != -100
+    torch.testing.assert_close(expected["loss"], loss.detach())
+    for actual, wanted in zip(
+        expected["rows"], [*stats, logits.detach(), *(logits / 64).detach().topk(3)], strict=True
+    ):
+        keep = counted if actual.shape == y.shape else slice(None)
+        torch.testing.assert_close(actual[keep], wanted[keep])
+    results = distributed_helpers.run_ranks(4, inspect_head, 10, 9)
+    for index, wanted in enumerate(expected["rows"]):
+        torch.testing.assert_close(torch.cat([result["rows"][index] for result in results]), wanted)
+    for result in results:
+        torch.testing.assert_close(result["loss"], expected["loss"])
+        assert result["restored"]
+    assert [result["place"][:3] for result in results] == [(0, 3, 3), (3, 3, 3), (6, 2, 2), (8, 2, 2)]
+    assert [c for result in results for c in result["place"][3]] == list(range(10))
+
+
+def fewer_classes_than_ranks() -> list:
+    head = fa.PartialFC(D, 2, dtype=torch.float64)
+    x = torch.arange(1.0, D + 1, dtype=torch.float64).expand(2, D).clone().requires_grad_()
+    loss = head(x, torch.tensor([0, 1]))
+    loss.backward()
+    return [loss.detach(), x.grad, head.num_local]
+
+
+def test_more_ranks_than_classes():
+    results = distributed_helpers.run_ranks(3, fewer_classes_than_ranks)
+    expected, expected_gradient, _ = fewer_classes_than_ranks()
+    assert [result[2] for result in results] == [1, 1, 0]
+    for loss, gradient, _ in results:
+        torch.testing.assert_close(loss, expected)
+        torch.testing.assert_close(gradient, expected_gradient)  # each rank's rows are the joint batch's W-th part
+
+
+def disagree(option: str, values: list) -> str:
+    try:
+        fa.PartialFC(**{"embedding_dim": 4, "num_classes": 10, option: values[dist.get_rank()]})
+    except ValueError as error:
+        return str(error)
+    return "no error"
+
+
+@pytest.mark.parametrize(
+    ("option", "values"),
+    [
+        ("num_classes", [10, 11]),
+        ("margin", [fa.ArcFace(), fa.ArcFace(0.4)]),
+        ("seed", [0, 1]),
+        ("dtype", [torch.float32, torch.float64]),
+        ("sample_rate", [1.0, 0.5]),
+    ],
+)
+def test_options_that_differ_between_ranks_are_refused_everywhere(option, values):
+    for message in distributed_helpers.run_ranks(2, disagree, option, values):
+        assert message.startswith(f"PartialFC: {option} must be the same on every rank; got rank 0: ")
+
+
+def bad_arguments(kind: str) -> str:
+    head = fa.PartialFC(4, 10)
+    head(torch.randn(3, 4), torch.tensor([1, 2, 3]))
+    wrong = dist.get_rank() == 1
+    try:
+        if kind == "label":
+            head(torch.randn(2, 4), torch.tensor([0, 10 if wrong else 1]))
+        else:
+            head(torch.randn(2, 5 if wrong else 4), torch.tensor([0, 1]))
+    except (ValueError, RuntimeError) as error:
+        return str(error)
+    return "no error"
+
+
+def test_bad_arguments_on_one_rank_raise_on_all():
+    for message in distributed_helpers.run_ranks(2, bad_arguments, "label"):
+        assert "target must be in [0, C=10)" in message
+    other, own = distributed_helpers.run_ranks(2, bad_arguments, "shape")
+    assert "embeddings must be (N, D=4); got (2, 5)" in own
+    assert "rank(s) 1 refused" in other
+
+
+def mesh_head() -> torch.Tensor:
+    mesh = dist.init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+    head = fa.PartialFC(4, 9, group=mesh["shard"])
+    with pytest.raises(ValueError, match="one-dimensional DeviceMesh"):
+        fa.PartialFC(4, 9, group=mesh)
+    return head.full_weight()
+
+
+def test_device_mesh():
+    full = fa.PartialFC(4, 9).full_weight()
+    for weight in distributed_helpers.run_ranks(4, mesh_head):
+        assert torch.equal(weight, full)
+
+
+def frozen_backbone_on_one_rank() -> list:
+    head = fa.PartialFC(4, 9, dtype=torch.float64)
+    x = torch.ones(2, 4, dtype=torch.float64, requires_grad=dist.get_rank() == 0)
+    head(x, torch.tensor([0, 5])).backward()
+    return [x.grad, head.weight.grad]
+
+
+def test_embeddings_without_gradient_on_one_rank():
+    first, second = distributed_helpers.run_ranks(2, frozen_backbone_on_one_rank)
+    assert first[0] is not None and second[0] is None
+    assert first[1].isfinite().all() and second[1].isfinite().all()
+
+
+def test_evaluation_uses_all_classes_and_counts_no_step():
+    head = fa.PartialFC(D, 50, sample_rate=0.2)
+    ((x, y),) = batches(50, 6, torch.float32, 1)
+    head.eval()
+    loss = head(x, y)
+    assert head.step == 0 and len(head.sampled) == 50
+    torch.testing.assert_close(loss, fa.reference.margin_softmax_loss(x, head.weight, y))
+
+
+def test_copies_and_state():
+    head = fa.PartialFC(D, 10, sample_rate=0.5)
+    assert list(head.state_dict()) == ["weight"]
+    assert torch.equal(copy.deepcopy(head).weight, head.weight)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"sample_rate": 0}, ValueError, r"sample_rate must be in \(0, 1\]; got 0"),
+        ({"sample_rate": "1"}, TypeError, "sample_rate must be a number"),
+        ({"num_classes": 0}, ValueError, "num_classes must be >= 1"),
+        ({"seed": -1}, ValueError, "seed must be >= 0"),
+        ({"dtype": torch.int32}, TypeError, "dtype must be a floating-point one"),
+        ({"group": "world"}, TypeError, "group must be a ProcessGroup, a DeviceMesh or None; got str"),
+        ({"backend": "tpu"}, ValueError, "backend must be one of"),
+    ],
+)
+def test_bad_options(options, error, message):
+    with pytest.raises(error, match=message):
+        fa.PartialFC(**{"embedding_dim": 4, "num_classes": 10, **options})
