@@ -6,12 +6,14 @@ import csv
 import itertools
 import json
 import math
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+import typer
 
 from fused_arcface import ArcFace, NormSoftmax, reference
 from fused_arcface.benchmark import capacity, cost_model, memory, plots, runner
@@ -161,6 +163,21 @@ def test_samples_are_taken_in_turn() -> None:
         assert 0 < timing.least <= timing.quantile(0.2) <= timing.median <= timing.quantile(0.8)
 
 
+def test_a_run_that_fails_later_leaves_the_others() -> None:
+    calls = itertools.count()
+
+    def fails_at_last() -> None:
+        if next(calls) >= 2:
+            raise RuntimeError("no memory is left")
+
+    told: list[str] = []
+    runs = {"a": lambda: time.sleep(0.006), "b": fails_at_last}
+    timings = time_interleaved(runs, CPU, 0.05, on_failure=lambda name, error: told.append(f"{name}: {error}"))
+    assert set(timings) == {"a"} and told == ["b: no memory is left"]
+    with pytest.raises(RuntimeError, match="no memory"):
+        time_interleaved({"b": fails_at_last}, CPU, 0.05)
+
+
 def test_rows_have_the_fields_and_survive_a_round_trip(tmp_path: Path) -> None:
     report = synthetic_report()
     report.write(tmp_path)
@@ -308,10 +325,20 @@ def test_command_measures_and_writes(
     assert all(row["error"] < 1e-3 for row in rows)
 
 
-def test_command_refuses_what_it_does_not_know() -> None:
-    import typer
-
+def test_command_refuses_what_it_does_not_know(tmp_path: Path) -> None:
     with pytest.raises(typer.BadParameter, match="no_such"):
         bench(providers="no_such", device="cpu")
     with pytest.raises(typer.BadParameter, match="quick"):
         bench(cases="huge", device="cpu")
+    file = tmp_path / "file"
+    file.write_text("")
+    with pytest.raises(typer.BadParameter, match="file"):
+        bench(device="cpu", output=file / "folder")
+
+
+@pytest.mark.usefixtures("no_ceiling")
+def test_command_fails_when_it_measures_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(typer.Exit) as exit_:
+        bench(providers="ours", backend="triton", device="cpu", output=tmp_path)
+    assert exit_.value.exit_code == 1
+    assert "fused_arcface (triton)" in capsys.readouterr().out

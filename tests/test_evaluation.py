@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -69,7 +71,7 @@ def test_k_fold_accuracy_takes_its_threshold_from_the_other_folds(folds: int) ->
     same = generator.random(203) < 0.5
     scores = np.round(generator.normal(size=203) + same, 1)  # ties
     expected, bounds = [], np.cumsum([0] + [203 // folds + (fold < 203 % folds) for fold in range(folds)])
-    for start, stop in zip(bounds[:-1], bounds[1:], strict=True):
+    for start, stop in itertools.pairwise(bounds):
         test = np.zeros(203, dtype=bool)
         test[start:stop] = True
         candidates = [np.inf, *sorted(set(scores[~test]), reverse=True)]

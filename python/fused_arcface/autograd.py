@@ -16,11 +16,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .backends.reference import unit_gradient
+from .backends.reference import unit_gradient, unit_rows
 from .distributed import ALONE, JointBatch, Ranks
 from .ops import compute_dtype
 
@@ -28,11 +27,13 @@ _ops = torch.ops.fused_arcface
 
 
 def needs_shift(scale: float, num_classes: int, dtype: torch.dtype) -> bool:
-    """Whether ``Σ exp(scale·cos)`` over ``num_classes`` classes can leave the range of ``dtype`` at either end.
+    """Whether ``Σ exp(scale·cos)·ŵ`` over ``num_classes`` classes can leave the range of ``dtype`` at either end.
 
-    Inside it (s = 64 up to 2.6e10 classes in fp32) sums need no running maximum: logits are bounded by the scale.
+    Inside it (s = 64 up to 2.6e10 classes in fp32) sums need no running maximum: logits are bounded by the scale. At
+    the lower end ``exp(-scale)`` times a small component must still be a normal number: 24 (53) bits above the least.
     """
-    return scale + math.log(num_classes) >= (709 if dtype == torch.float64 else 88)
+    lowest, highest = (670, 709) if dtype == torch.float64 else (70, 88)
+    return scale > lowest or scale + math.log(num_classes) >= highest
 
 
 class CentreUpdate:
@@ -199,10 +200,10 @@ def negatives_and_target(
 def _unit_target_pairs(embeddings: Tensor, centres: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Unit embeddings (N, D), the unit centres of their targets (N, D), and whether the target is here (N,) bool."""
     dtype, present = compute_dtype(embeddings, centres), target >= 0
-    unit_x = F.normalize(embeddings.to(dtype))
+    unit_x = unit_rows(embeddings.to(dtype))
     if centres.shape[0] == 0:
         return unit_x, torch.zeros_like(unit_x), present
-    return unit_x, F.normalize(centres.index_select(0, target.clamp(min=0)).to(dtype)), present
+    return unit_x, unit_rows(centres.index_select(0, target.clamp(min=0)).to(dtype)), present
 
 
 def _to_dtype(gradient: Tensor, dtype: torch.dtype) -> Tensor:

@@ -38,7 +38,8 @@ def margin_softmax_loss(
     target = target.long()
     check_target_range(target, weight.shape[0], ignore_index)
     dtype = torch.promote_types(torch.promote_types(embeddings.dtype, weight.dtype), torch.float32)
-    cosine = F.normalize(embeddings.to(dtype)) @ F.normalize(weight.to(dtype)).T  # (N, C)
+    with torch.autocast(embeddings.device.type, enabled=False):
+        cosine = F.normalize(embeddings.to(dtype)) @ F.normalize(weight.to(dtype)).T  # (N, C)
 
     ignored = target == ignore_index
     index = target.masked_fill(ignored, 0)

@@ -6,32 +6,53 @@ row's target is not here. Results have the compute dtype: the promoted one of bo
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..keyed import rounding_bits
 from ..ops import MOMENTUM_BLOCK, CentreStep, compute_dtype
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
 
 
 def unavailable() -> str | None:
     return None
 
 
+def _in_full_precision(stage: Callable[_P, _R]) -> Callable[_P, _R]:
+    """The stage with autocast off: bf16 cosines would cost a quarter of a logit."""
+
+    @functools.wraps(stage)
+    def run(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        embeddings = args[0]
+        assert isinstance(embeddings, Tensor)
+        with torch.autocast(embeddings.device.type, enabled=False):
+            return stage(*args, **kwargs)
+
+    return run
+
+
 def _cosines(embeddings: Tensor, weight: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Unit embeddings (N, D), unit centres (C, D), their cosines (N, C) and where those are a row's target (N, C)."""
     dtype = compute_dtype(embeddings, weight)
-    unit_x, unit_w = F.normalize(embeddings.to(dtype)), F.normalize(weight.to(dtype))
+    unit_x, unit_w = unit_rows(embeddings.to(dtype)), unit_rows(weight.to(dtype))
     is_target = target[:, None] == torch.arange(weight.shape[0], device=target.device)
     return unit_x, unit_w, unit_x @ unit_w.T, is_target
 
 
+@_in_full_precision
 def class_max(embeddings: Tensor, weight: Tensor, target: Tensor) -> Tensor:
     """(N,) greatest cosine of each row with a class that is not its target; -inf where there is none."""
     _, _, cosine, is_target = _cosines(embeddings, weight, target)
     return cosine.masked_fill(is_target, -torch.inf).amax(1)
 
 
+@_in_full_precision
 def class_stats(
     embeddings: Tensor, weight: Tensor, target: Tensor, scale: float, shift: Tensor | None, with_centre_sum: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -47,6 +68,7 @@ def class_stats(
     return exponentials.sum(1), cosine.masked_fill(is_target, -torch.inf).amax(1), centre_sum
 
 
+@_in_full_precision
 def weight_grad(
     embeddings: Tensor,
     weight: Tensor,
@@ -134,9 +156,19 @@ def _quantise(values: Tensor, bits: Tensor) -> tuple[Tensor, Tensor]:
     return rounded.clamp(-127, 127).to(torch.int8), units
 
 
+def _norms(rows: Tensor) -> Tensor:
+    """(R, 1) norms of rows (R, D), squared and summed in fp64: fp32's would overflow from 2e19 on."""
+    return torch.linalg.vector_norm(rows, dim=1, keepdim=True, dtype=torch.float64).to(rows.dtype)
+
+
+def unit_rows(rows: Tensor) -> Tensor:
+    """Rows (R, D) divided by ``max(norm, 1e-12)``."""
+    return rows / _norms(rows).clamp(min=1e-12)
+
+
 def unit_gradient(d_unit: Tensor, row: Tensor) -> Tensor:
     """Gradient by ``row`` (R, D) from that by ``row / max(|row|, 1e-12)``, same shape."""
-    norm = torch.linalg.vector_norm(row, dim=1, keepdim=True)
+    norm = _norms(row)
     unit = row / norm.clamp(min=1e-12)
     along = (unit * d_unit).sum(1, keepdim=True).masked_fill(norm < 1e-12, 0)
     return (d_unit - unit * along) / norm.clamp(min=1e-12)

@@ -40,18 +40,22 @@ class Ceiling:
 
 
 def measure_ceiling(device: torch.device, dtype: str = "float32", seconds: float = 2.0) -> Ceiling:
-    """What a large square product reaches here: torch's, or on a CPU in fp32 numpy's where that is faster.
+    """What a large square product in ``dtype`` (or ``"tf32"``) reaches here: torch's, or on a CPU in fp32 numpy's if faster.
 
     It stands somewhat below the processor's FMA peak, which only a loop in registers reaches; no head built on a
     library's products can pass it.
     """
     size = _CUDA_SIZE if device.type == "cuda" else _CPU_SIZE
     generator = torch.Generator(device).manual_seed(0)
-    a = torch.randn(size, size, device=device, generator=generator).to(getattr(torch, dtype))
+    a = torch.randn(size, size, device=device, generator=generator)
+    a = a if dtype == "tf32" else a.to(getattr(torch, dtype))
     result = torch.empty_like(a)
 
     def with_torch() -> None:
+        precision = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("high" if dtype == "tf32" else "highest")
         torch.mm(a, a, out=result)
+        torch.set_float32_matmul_precision(precision)
 
     runs: dict[str, Callable[[], None]] = {"torch": with_torch}
     # numpy takes every processor it may run on, whatever torch was told: comparable only when torch takes them all.

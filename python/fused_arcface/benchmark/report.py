@@ -62,6 +62,12 @@ class Measurement:
         return self.products * self.case.N * self.case.C * self.case.D / (self.ms * 1e-3)
 
     @property
+    def ceiling(self) -> str:
+        """The key of its ceiling in ``Report.machine["flops_per_second"]``: the dtype that its products are computed in."""
+        suffix = self.provider.rpartition("-")[2]
+        return {"tf32": "tf32", "fp16": "float16"}.get(suffix, self.case.dtype)
+
+    @property
     def is_ours(self) -> bool:
         return self.provider.startswith("fused_arcface")
 

@@ -59,9 +59,12 @@ def run_benchmark(
     }
     report = Report(context, [], [], {"flops_per_second": {}, "memory_bytes": memory.available_bytes(device)})
     usable = _usable(cases, providers, device, report)
-    for dtype in dict.fromkeys(case.dtype for case in cases):
-        progress("ceiling", f"square product in {dtype}")
-        _add_ceiling(report, machine.measure_ceiling(device, dtype), dtype)
+    ceilings = list(dict.fromkeys(case.dtype for case in cases))
+    if device.type == "cuda" and "float32" in ceilings:  # in which some providers compute fp32
+        ceilings += ["tf32", *({"float16"} - {*ceilings})]
+    for name in ceilings:
+        progress("ceiling", f"square product in {name}")
+        _add_ceiling(report, machine.measure_ceiling(device, name), name)
     with Child() as child:
         for case in cases:
             progress(str(case), "")
@@ -88,12 +91,13 @@ def _usable(
     return usable
 
 
-def _add_ceiling(report: Report, ceiling: machine.Ceiling, dtype: str) -> None:
+def _add_ceiling(report: Report, ceiling: machine.Ceiling, name: str) -> None:
+    dtype, provider = ("float32", "ceiling-tf32") if name == "tf32" else (name, "ceiling")
     case = Case(ceiling.size, ceiling.size, ceiling.size, dtype, dtype)
-    report.machine["flops_per_second"][dtype] = ceiling.flops_per_second
+    report.machine["flops_per_second"][name] = ceiling.flops_per_second
     report.machine["copy_bytes_per_second"] = ceiling.copy_bytes_per_second
     report.measurements.append(
-        Measurement("ceiling", ceiling.library, "fwd", case, ceiling.timing, ceiling.error, products=2)
+        Measurement(provider, ceiling.library, "fwd", case, ceiling.timing, ceiling.error, products=2)
     )
 
 
@@ -159,8 +163,11 @@ def _measure_case(
             device,
             seconds,
             lambda index, name=pass_name: progress(str(case), f"{name} {fitting[int(index)]}"),  # type: ignore[misc]
+            lambda index, error: skip(fitting[int(index)], _reason(error)),
         )
         for index in errors:
+            if str(index) not in timings:
+                continue
             provider = fitting[index]
             measured = Measurement(
                 provider.name,

@@ -51,7 +51,8 @@ def time_interleaved(
     runs: Mapping[str, Timed],
     device: torch.device,
     seconds: float,
-    on_sample: Callable[[str], None] | None = None,
+    on_sample: Callable[[str], None] = lambda name: None,
+    on_failure: Callable[[str, Exception], None] | None = None,
 ) -> dict[str, Timing]:
     """Time each run, one sample of each in turn, after a pass of each that is not counted.
 
@@ -62,27 +63,41 @@ def time_interleaved(
             sample, unless
             it alone has taken twice the whole.
         on_sample: called with the run's name after each sample.
+        on_failure: called with the name and the error of a run that raises; it is left out of the result. Without it the
+            error is raised.
     """
-    if not runs:
-        return {}
     sample = _cuda_sampler(device) if device.type == "cuda" else _cpu_sample
-    repeats, spent = {}, dict.fromkeys(runs, 0.0)
-    for name, run in runs.items():
-        once = sample(run, 1)  # milliseconds
-        repeats[name] = max(1, int(_SAMPLE_SECONDS * 1e3 / max(once, 1e-6)))
+    repeats, spent = dict.fromkeys(runs, 1), dict.fromkeys(runs, 0.0)
     samples: dict[str, list[float]] = {name: [] for name in runs}
+
+    def take(name: str) -> float | None:
+        """Milliseconds of one sample; None if it failed, and this was told."""
+        try:
+            return sample(runs[name], repeats[name])
+        except Exception as error:
+            if on_failure is None:
+                raise
+            on_failure(name, error)
+            del samples[name]
+            return None
+
+    for name in runs:
+        once = take(name)
+        if once is not None:
+            repeats[name] = max(1, int(_SAMPLE_SECONDS * 1e3 / max(once, 1e-6)))
     for round_ in range(_MOST_SAMPLES):
         share = 2 * seconds if round_ < _LEAST_SAMPLES else seconds / len(runs)
-        going = [name for name in runs if round_ == 0 or spent[name] < share]
+        going = [name for name in samples if round_ == 0 or spent[name] < share]
         if not going:
             break
         for name in going:
             start = time.perf_counter()
-            samples[name].append(sample(runs[name], repeats[name]))
+            taken = take(name)
             spent[name] += time.perf_counter() - start
-            if on_sample:
+            if taken is not None:
+                samples[name].append(taken)
                 on_sample(name)
-    return {name: Timing(tuple(taken)) for name, taken in samples.items()}
+    return {name: Timing(tuple(each)) for name, each in samples.items()}
 
 
 def _cpu_sample(run: Timed, repeats: int) -> float:

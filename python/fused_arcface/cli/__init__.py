@@ -3,7 +3,6 @@ commands."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 
 import typer
@@ -51,6 +50,4 @@ def run(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         error.print("Interrupted.", style="bold red")
         return _INTERRUPTED
-    finally:
-        sys.stdout.flush()
     return 0

@@ -63,6 +63,10 @@ def bench(
         chosen, shapes = select(names, backend), cases_named(cases, on.type)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
+    try:  # said before the minutes are spent, not after
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise typer.BadParameter(f"--output {output} cannot be made: {error.strerror}") from None
     if budget is not None:
         _run_capacity(console, on, int(budget * 2**30), names, backend, output)
         return
@@ -79,9 +83,9 @@ def bench(
             seconds=seconds,
             with_memory=with_memory,
             progress=tell,
-            on_case=lambda found, case: console.print(*_tables(found, case)),
+            on_case=lambda found, case: _print(console, _tables(found, case)),
         )
-    console.print(*_skips(report.skips))
+    _print(console, _skips(report.skips))
     written = report.write(output)
     try:
         written += plots.write_plots(report, output)
@@ -89,7 +93,8 @@ def bench(
         console.print(f"No pictures: {missing}", markup=False)
     console.print(f"{report.context['device']}, torch {report.context['torch']}", highlight=False)
     _say_written(console, written)
-    if any(skip.reason.startswith("wrong") and skip.provider.startswith("fused_arcface") for skip in report.skips):
+    wrong = any(skip.reason.startswith("wrong") and skip.provider.startswith("fused_arcface") for skip in report.skips)
+    if wrong or all(measurement.provider.startswith("ceiling") for measurement in report.measurements):
         raise typer.Exit(1)
 
 
@@ -97,6 +102,11 @@ def _progress(console: Console) -> Progress:
     return Progress(
         SpinnerColumn(), TimeElapsedColumn(), TextColumn("{task.description}"), console=console, transient=True
     )
+
+
+def _print(console: Console, tables: list[Table]) -> None:
+    for table in tables:
+        console.print(table)
 
 
 def _tables(report: Report, case: Case) -> list[Table]:
@@ -109,12 +119,12 @@ def _tables(report: Report, case: Case) -> list[Table]:
         if not found:
             continue
         products = report.products_ms(case, pass_name)
-        peak = report.machine["flops_per_second"].get(case.dtype)
         table = _table(f"{case}, {pass_name}")
         table.add_column("provider", no_wrap=True)
         for column in ("ms", "p20–p80", "ps/logit", "÷ products", "of ceiling", "peak MiB", "error"):
             table.add_column(column, justify="right")
         for each in sorted(found, key=lambda each: each.ms):
+            peak = report.machine["flops_per_second"].get(each.ceiling)
             table.add_row(*_cells(each, products, peak), style="bold" if each.is_ours else "")
         tables.append(table)
     return tables
@@ -178,7 +188,7 @@ def _run_capacity(
             backend=backend,
             progress=lambda text: progress.update(task, description=text),
         )
-    console.print(_capacity_table(rows, budget_bytes), *_skips(skips))
+    _print(console, [_capacity_table(rows, budget_bytes), *_skips(skips)])
     written = capacity.write(output, rows)
     try:
         written.append(plots.write_capacity_plot(rows, output / "capacity.png"))

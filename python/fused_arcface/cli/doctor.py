@@ -32,7 +32,7 @@ def doctor() -> None:
     for library in ("triton", "numpy"):
         facts.add_row(library, _version(library))
     facts.add_row("system", f"{platform.system()} {platform.machine()}")
-    facts.add_row("CPU", _processor(console_threads=torch.get_num_threads()))
+    facts.add_row("CPU", _processor(torch.get_num_threads()))
     facts.add_row("CPU kernels", _instruction_set())
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
@@ -72,9 +72,9 @@ def _version(library: str) -> str:
         return "not installed"
 
 
-def _processor(console_threads: int) -> str:
+def _processor(threads: int) -> str:
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return f"{usable} processors usable, torch uses {console_threads} threads"
+    return f"{usable} processors usable, torch uses {threads} threads"
 
 
 def _instruction_set() -> str:

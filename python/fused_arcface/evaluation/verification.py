@@ -62,7 +62,9 @@ def balanced_pairs(labels: Tensor, most: int = 20_000, seed: int = 0) -> Pairs:
 def pair_cosines(embeddings: Tensor, pairs: Pairs) -> Floats:
     """Cosine of each pair ``(P,)``, from embeddings ``(M, D)`` of any norm."""
     unit = F.normalize(embeddings.float())
-    cosines: Floats = (unit[pairs.first] * unit[pairs.second]).sum(1).double().cpu().numpy()
+    # In parts: all pairs' rows at once would be many times the embeddings.
+    parts = zip(pairs.first.split(4096), pairs.second.split(4096), strict=True)
+    cosines: Floats = torch.cat([(unit[i] * unit[j]).sum(1) for i, j in parts]).double().cpu().numpy()
     return cosines
 
 
