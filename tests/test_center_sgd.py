@@ -111,7 +111,7 @@ def train(steps: int, options: dict) -> tuple[list[float], torch.Tensor]:
     return losses, head.full_weight()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", [pytest.param("reference", marks=pytest.mark.full), "auto"])
 @pytest.mark.parametrize("sample_rate", [1.0, 0.1])
 def test_any_number_of_ranks_trains_alike(backend, sample_rate):
     options = {"dtype": torch.float64, "backend": backend, "sample_rate": sample_rate}
@@ -315,7 +315,11 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before) / (nu
 
 @pytest.mark.parametrize(
     ("dtype", "momentum_dtype", "most"),
-    [("float32", "float32", 8.5), ("bfloat16", "int8", 3.5), ("float32", "int8", 5.5)],
+    [
+        ("float32", "float32", 8.5),
+        ("bfloat16", "int8", 3.5),
+        pytest.param("float32", "int8", 5.5, marks=pytest.mark.full),
+    ],
 )
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the memory in use from /proc")
 @pytest.mark.parametrize("num_classes", [100_000, pytest.param(1_000_000, marks=pytest.mark.full)])

@@ -150,7 +150,7 @@ def _quantise(values: Tensor, bits: Tensor) -> tuple[Tensor, Tensor]:
     """int8 (R, D) and the units (R, ceil(D / 64)) fp32 of each 64 columns: the largest magnitude over 127; rounded by
     ``bits``."""
     dim = values.shape[1]
-    blocks = F.pad(values, (0, -dim % MOMENTUM_BLOCK)).unflatten(1, (-1, MOMENTUM_BLOCK))
+    blocks = torch.nn.functional.pad(values, (0, -dim % MOMENTUM_BLOCK)).unflatten(1, (-1, MOMENTUM_BLOCK))
     largest = blocks.abs().amax(2)
     units = torch.where(largest > 1e-35, largest.float() / 127, 0)
     inverse = torch.where(units > 0, 1 / units.to(values.dtype), 0).repeat_interleave(MOMENTUM_BLOCK, 1)[:, :dim]
