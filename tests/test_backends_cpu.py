@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from cases import ARCFACES, GEOMETRIES, LAYOUTS, MARGINS, Case, check, make_inputs, named, run
+from cases import ARCFACES, GEOMETRIES, LAYOUTS, MARGINS, Case, Inputs, check, make_inputs, named, run
 
 import fused_arcface as fa
 
@@ -110,14 +110,16 @@ def test_tiny_losses(wanted: float) -> None:
 
 @pytest.mark.parametrize("scale", [128.0, 500.3, 611.1, 777.7, 888.8, 999.7])
 def test_probabilities_at_a_large_scale(scale: float) -> None:
-    """Cosines of exactly 1/2: each negative has a probability of 1/2, unless rounding s·cos (3e-5) spoils it."""
-    x, w = torch.ones(1, 4).requires_grad_(), torch.cat([-torch.ones(1, 4), torch.eye(4)[:2]]).requires_grad_()
-    fa.margin_softmax_loss(x, w, torch.tensor([0]), margin=fa.NormSoftmax(), scale=scale, backend="cpu").backward()
-    # s (w̄ - x̂ cos) / |x| with w̄ the mean of the two centres, and s/2 (x̂ - ŵ cos) for each of them.
-    right_x = scale / 8 * torch.tensor([[1.0, 1.0, -1.0, -1.0]])
-    right_w = scale / 4 * (1 - torch.eye(4)[:2])
-    torch.testing.assert_close(x.grad, right_x, rtol=2e-6, atol=2e-7 * scale)
-    torch.testing.assert_close(w.grad[1:], right_w, rtol=2e-6, atol=2e-7 * scale)
+    """Cosines that fp32 holds exactly: what rounding offsets near s·cos would cost, 3e-5, must not be lost."""
+    x, flipped = torch.ones(1, 16), 1 - 2 * torch.eye(16)
+    w = torch.cat([-x, flipped[:2], flipped[2:3] * flipped[3:4]])  # cosines -1, 7/8, 7/8 and, of no weight, 3/4
+    inputs = Inputs(x, w, torch.tensor([0]), torch.ones(1))
+    options = {"margin": fa.NormSoftmax(), "scale": scale}
+    got = run(fa.margin_softmax_loss, inputs, backend="cpu", **options)
+    right = run(fa.reference.margin_softmax_loss, inputs._replace(embeddings=x.double(), weight=w.double()), **options)
+    for name in ("d_embeddings", "d_weight"):
+        mine, theirs = getattr(got, name), getattr(right, name)
+        assert (mine - theirs).abs().max() <= 2e-6 * theirs.abs().max(), name
 
 
 def test_all_negatives_opposite_at_128() -> None:

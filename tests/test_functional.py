@@ -170,6 +170,19 @@ def test_backends_agree(margin: object) -> None:
     torch.testing.assert_close(one.stats, other.stats, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("geometry", ["aligned", "opposed"])
+def test_target_cosines_are_cosines(geometry: str, dtype: str, backend: str) -> None:
+    """Dots of rounded unit vectors come out beyond 1; a user's own margin may take the arccos of what it is given."""
+    x, w, target, _ = make_inputs(Case(N=500, geometry=geometry, x_dtype=dtype, w_dtype=dtype))
+    loss, stats = fa.margin_softmax_loss(
+        x, w, target, margin=lambda c: (c.acos() + 0.3).cos(), backend=backend, return_stats=True
+    )
+    assert loss.isfinite()
+    assert stats.target_cosine.abs().max() <= 1 and stats.target_cosine.abs().min() > 0.9999
+
+
 @every_function
 def test_inputs_stay_as_they_are(function: object) -> None:
     inputs = make_inputs(Case())

@@ -40,14 +40,15 @@ def slope(margin: Callable[[Tensor], Tensor], cosine: Tensor) -> Tensor:
 
 
 @every_margin
-@pytest.mark.parametrize(("dtype", "allowed"), [(torch.float64, 1e-12), (torch.float32, 4e-6)], ids=["fp64", "fp32"])
+@pytest.mark.parametrize(("dtype", "allowed"), [(torch.float64, 5e-15), (torch.float32, 6e-7)], ids=["fp64", "fp32"])
 def test_value(margin: Callable[[Tensor], Tensor], dtype: torch.dtype, allowed: float) -> None:
     # In fp32 the two sides of a jump may be told apart up to rounding only.
     cosine = away_from(scalar.kinks(margin) if dtype == torch.float32 else [], grid(dtype), 1e-5)
     right = torch.tensor([scalar.value(margin, c) for c in cosine.tolist()], dtype=torch.float64)
     got = margin(cosine)
     assert got.dtype == dtype and got.shape == cosine.shape
-    assert (got.double() - right).abs().max() <= allowed
+    # √(1 - c²) in place of √((1-c)(1+c)) would be a hundred times worse in fp64.
+    assert (got.double() - right).abs().max() <= allowed * scalar.parameters(margin).m1
 
 
 @every_margin
