@@ -246,12 +246,22 @@ def test_child_reports_errors_and_comes_back(child: Child) -> None:
 def test_a_trial_cannot_take_more_than_its_budget(child: Child) -> None:
     if not memory.can_reset():
         pytest.skip("this system does not limit a process's data")
-    (recipe,) = (r for r in capacity.recipes() if (r.backend, r.weight_dtype) == ("cpu", "float32"))
+    (recipe,) = (r for r in capacity.recipes() if r.key == ("fused_arcface", "cpu", "float32", "float32"))
     shape = (8, 200_000, 64)  # 51 MB of class centres; with gradient, momentum and decay 205 MB
     trial = capacity.try_step(recipe, shape, CPU, 2**28, child)
     assert trial is not None and 3 * 51.2e6 < trial.peak_bytes < 2**28
     # The allowance for threads' stacks is 2**28 itself, so the refused one needs more than twice that.
     assert capacity.try_step(recipe, (8, 1_000_000, 64), CPU, 2**28, child) is None
+
+
+def test_an_update_in_the_backward_needs_no_gradient(child: Child) -> None:
+    if not memory.can_reset():
+        pytest.skip("this system does not let a process reset its peak of resident memory")
+    (recipe,) = (r for r in capacity.recipes() if r.key == ("fused_arcface + CenterSGD", "cpu", "bfloat16", "int8"))
+    trial = capacity.try_step(recipe, (8, 200_000, 64), CPU, 2**28, child)
+    assert trial is not None
+    # Two bytes of a class centre, one and a sixteenth of its momentum.
+    assert 3.0 < trial.peak_bytes / (200_000 * 64) < 3.5
 
 
 @pytest.mark.parametrize("kink", [0.0, 0.3])

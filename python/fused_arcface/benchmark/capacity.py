@@ -16,8 +16,10 @@ from typing import Any
 
 import torch
 
+from ..center_sgd import CenterSGD
+from ..partial_fc import PartialFC
 from . import machine, memory
-from .cases import Case, Inputs, make_inputs
+from .cases import Case, make_inputs
 from .child import Child, ChildFailed
 from .providers import HeadRun, Provider, all_providers
 from .report import Skip, write_csv, write_json
@@ -62,43 +64,78 @@ class Recipe:
     backend: str
     weight_dtype: str
     momentum_dtype: str
-    make: Callable[[Inputs], Step]
-    """Takes over the inputs' class centres; what stays between steps is allocated here or in the first step."""
+    make: Callable[[Case, torch.device], Step]
+    """Allocates inputs, class centres and what else stays between steps, the last of it in the first step."""
     reason_against: Callable[[Case, torch.device], str | None]
+
+    @property
+    def key(self) -> tuple[str, str, str, str]:
+        return self.name, self.backend, self.weight_dtype, self.momentum_dtype
+
+    def __str__(self) -> str:
+        return f"{self.name} ({self.backend}), {self.weight_dtype} + {self.momentum_dtype}"
 
     def case(self, N: int, C: int, D: int) -> Case:
         return Case(N, C, D, self.weight_dtype, self.weight_dtype)
 
 
+# Of the class centres and their momentum, where the update happens in the backward.
+_FUSED_DTYPES = (("float32", "float32"), ("bfloat16", "bfloat16"), ("bfloat16", "int8"))
+# As arcface_torch trains.
+_LR, _MOMENTUM, _WEIGHT_DECAY = 0.1, 0.9, 5e-4
+
+
 def recipes() -> tuple[Recipe, ...]:
-    """Every recipe: so far a head followed by torch.optim.SGD, ours and each peer's.
-
-    A head that updates its class centres inside the backward joins by one more entry here, whose step is its backward
-    alone.
-    """
+    """Every recipe: a head followed by torch.optim.SGD, ours and each peer's; ours with the update in its backward."""
     plain = ("fused_arcface", "eager", "compiled", "insightface", "insightface-fp16", "pytorch-metric-learning")
-    return tuple(
-        Recipe(provider.name, provider.backend, dtype, dtype, _with_sgd(provider), provider.reason_against)
-        for provider in all_providers()
-        if provider.name in plain and provider.backend != "reference"
-        for dtype in (("float32", "bfloat16") if provider.is_ours else ("float32",))
-    )
+    found = []
+    for provider in all_providers():
+        if provider.name not in plain or provider.backend == "reference":
+            continue
+        name, backend, reason = provider.name, provider.backend, provider.reason_against
+        for dtype in ("float32", "bfloat16") if provider.is_ours else ("float32",):
+            found.append(Recipe(name, backend, dtype, dtype, _with_sgd(provider), reason))
+        for dtype, momentum in _FUSED_DTYPES if provider.is_ours else ():
+            fused = _with_center_sgd(provider.backend, momentum)
+            found.append(Recipe(f"{name} + CenterSGD", backend, dtype, momentum, fused, reason))
+    return tuple(found)
 
 
-def _with_sgd(provider: Provider) -> Callable[[Inputs], Step]:
-    """A provider's pass, then torch.optim.SGD over its class centres, with momentum and weight decay as arcface_torch
-    trains."""
+def _with_sgd(provider: Provider) -> Callable[[Case, torch.device], Step]:
+    """A provider's pass, then torch.optim.SGD over its class centres."""
 
-    def make(inputs: Inputs) -> Step:
-        run = provider.open(inputs)
+    def make(case: Case, device: torch.device) -> Step:
+        run = provider.open(make_inputs(case, device, distinct=False))
         assert isinstance(run, HeadRun)
-        optimizer = torch.optim.SGD([run.weight], lr=0.1, momentum=0.9, weight_decay=5e-4)
+        optimizer = torch.optim.SGD([run.weight], _LR, _MOMENTUM, weight_decay=_WEIGHT_DECAY)
 
         def step() -> None:
             with provider.settings():
                 run.backward()
             optimizer.step()
             optimizer.zero_grad()
+
+        return step
+
+    return make
+
+
+def _with_center_sgd(backend: str, momentum_dtype: str) -> Callable[[Case, torch.device], Step]:
+    """PartialFC of one shard, whose backward updates the class centres: their gradient is never stored."""
+
+    def make(case: Case, device: torch.device) -> Step:
+        recipe = CenterSGD(_LR, _MOMENTUM, _WEIGHT_DECAY, momentum_dtype=getattr(torch, momentum_dtype))
+        dtype = case.torch_weight_dtype
+        head = PartialFC(case.D, case.C, center_optimizer=recipe, backend=backend, device=device, dtype=dtype)
+        embeddings = torch.randn(case.N, case.D, device=device).to(dtype).requires_grad_()
+        target = torch.randint(case.C, (case.N,), device=device)
+
+        def step() -> None:
+            loss = head(embeddings, target)
+            assert isinstance(loss, torch.Tensor) and head.center_optimizer is not None
+            loss.backward()
+            embeddings.grad = None
+            head.center_optimizer.step()
 
         return step
 
@@ -114,9 +151,7 @@ class Trial:
 
 
 def try_in_this_process(
-    recipe: str,
-    backend: str,
-    weight_dtype: str,
+    key: list[str],
     shape: tuple[int, int, int],
     device: str,
     budget_bytes: int,
@@ -124,14 +159,13 @@ def try_in_this_process(
 ) -> tuple[int, float]:
     """What :func:`try_step` asks its child process for: peak bytes and milliseconds of the second step."""
     torch.set_num_threads(threads)
-    wanted = (recipe, backend, weight_dtype)
-    (chosen,) = (each for each in recipes() if (each.name, each.backend, each.weight_dtype) == wanted)
+    (chosen,) = (each for each in recipes() if each.key == tuple(key))
     N, C, D = shape
     on = torch.device(device)
-    chosen.make(make_inputs(chosen.case(8, 128, D), on))()  # libraries' code and threads are no part of the step
+    chosen.make(chosen.case(8, 128, D), on)()  # libraries' code and threads are no part of the step
     with memory.limited(on, min(int(_OVERSHOOT * budget_bytes) + _SLACK_BYTES, memory.available_bytes(on))):
         before = memory.reset_peak(on)
-        step = chosen.make(make_inputs(chosen.case(N, C, D), on, distinct=False))
+        step = chosen.make(chosen.case(N, C, D), on)
         step()  # allocates the momentum
         memory.synchronize(on)
         start = time.perf_counter()
@@ -153,9 +187,7 @@ def try_step(
     try:
         result = child.call(
             "capacity:try_in_this_process",
-            recipe=recipe.name,
-            backend=recipe.backend,
-            weight_dtype=recipe.weight_dtype,
+            key=recipe.key,
             shape=shape,
             device=str(device),
             budget_bytes=budget_bytes,
@@ -248,7 +280,7 @@ def run_capacity(
             with Child() as child:
 
                 def attempt(C: int, recipe: Recipe = recipe, child: Child = child) -> Trial | None:
-                    progress(f"{recipe.name} ({recipe.backend}), {recipe.weight_dtype}: {C:,} classes")
+                    progress(f"{recipe}: {C:,} classes")
                     return try_step(recipe, (N, C, D), device, budget_bytes, child)
 
                 try:
