@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .backends.reference import unit_gradient, unit_rows
 from .ops import compute_dtype
 
 _ops = torch.ops.fused_arcface
@@ -52,8 +51,7 @@ class NegativesAndTarget(torch.autograd.Function):
         )
         # fp64: at s = 1000 an fp32 rounding of it would cost 3e-5 of every probability in the backward pass.
         lse = total.double().log() if shift is None else total.double().log() + shift
-        unit_x, unit_w, present = _unit_target_pairs(embeddings, weight, target)
-        target_cosine = (unit_x * unit_w).sum(1).clamp(-1, 1).masked_fill(~present, 0)
+        target_cosine = _ops.target_cosine(embeddings, weight, target, backend)
         if with_centre_sum:  # the softmax-weighted mean of the centres; a row without negatives has none
             centre_sum = centre_sum / total.masked_fill(total == 0, 1)[:, None]
         ctx.save_for_backward(embeddings, weight, target, lse, centre_sum)
@@ -68,10 +66,10 @@ class NegativesAndTarget(torch.autograd.Function):
         negative_coefficient = ctx.scale * d_lse
         d_embeddings = d_weight = None
         if ctx.needs_input_grad[0]:
-            _, unit_w, present = _unit_target_pairs(embeddings, weight, target)
-            d_unit = negative_coefficient[:, None] * mean_centre
-            d_unit += d_target_cosine.masked_fill(~present, 0)[:, None] * unit_w
-            d_embeddings = _to_dtype(unit_gradient(d_unit, embeddings.to(d_unit.dtype)), embeddings.dtype)
+            d_unit = _ops.unit_embedding_grad(
+                weight, target, mean_centre, negative_coefficient, d_target_cosine, ctx.backend
+            )
+            d_embeddings = _ops.embedding_grad(d_unit, embeddings, ctx.backend)
         if ctx.needs_input_grad[1]:
             d_weight = _ops.weight_grad(
                 embeddings, weight, target, ctx.scale, lse, negative_coefficient, d_target_cosine, ctx.backend
@@ -87,7 +85,8 @@ def negatives_and_target(
     Args:
         embeddings: (N, D).
         weight: (C, D).
-        target: (N,) int64 index into weight, or -1: no target here, its cosine is 0 and all classes are negatives.
+        target: (N,) int64 index into weight, or -1: no target here, its cosine is 0 and all classes are negatives; or
+            -2: an invalid label, its cosine is NaN.
         scale: of the logits.
         backend: a name that :func:`fused_arcface.backends.select` returned.
     """
@@ -96,18 +95,3 @@ def negatives_and_target(
         embeddings, weight, target, scale, with_centre_sum, backend
     )
     return result
-
-
-def _unit_target_pairs(embeddings: Tensor, weight: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Unit embeddings (N, D), the unit centres of their targets (N, D), and whether the target is here (N,) bool."""
-    dtype, present = compute_dtype(embeddings, weight), target >= 0
-    centres = weight.index_select(0, target.clamp(min=0))
-    return unit_rows(embeddings.to(dtype)), unit_rows(centres.to(dtype)), present
-
-
-def _to_dtype(gradient: Tensor, dtype: torch.dtype) -> Tensor:
-    """Gradient in its input's dtype; in fp16 finite numbers saturate, as a zero row's would overflow."""
-    if dtype != torch.float16:
-        return gradient.to(dtype)
-    limit = torch.finfo(dtype).max
-    return torch.where(gradient.isfinite(), gradient.clamp(-limit, limit), gradient).to(dtype)
