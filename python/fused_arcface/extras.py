@@ -7,7 +7,8 @@ import importlib
 from types import ModuleType
 from typing import Any
 
-_DISTRIBUTIONS = {"sklearn": "scikit-learn", "matplotlib": "matplotlib"}
+# Where a module's distribution has another name.
+_DISTRIBUTIONS = {"faiss": "faiss-cpu", "pytorch_metric_learning": "pytorch-metric-learning", "sklearn": "scikit-learn"}
 
 
 class MissingExtra(ImportError):
