@@ -304,6 +304,31 @@ def load(path: str | os.PathLike[str], head: PartialFC, **others: Any) -> dict[s
     return {name: value for name, value in structures.items() if name != _HEAD and name not in others}
 
 
+def load_state(path: str | os.PathLike[str], name: str) -> Any:
+    """What one object was saved as, its ``state_dict()`` with tensors on the CPU; no head is needed.
+
+    Args:
+        path: a root (its newest checkpoint is taken) or one checkpoint's directory.
+        name: under which it was saved, for example ``"backbone"``.
+
+    Raises:
+        FileNotFoundError: there is no checkpoint.
+        CheckpointError: it is truncated or foreign, or holds nothing of that name.
+    """
+    directory, _ = find(path)
+    saved = metadata(directory)
+    if name not in saved:
+        raise CheckpointError(f"{directory} has no {name}")
+    tensors = {
+        key: torch.empty(value.size, dtype=value.properties.dtype)
+        for key, value in saved.items()
+        if key.startswith(name + ".") and isinstance(value, TensorStorageMetadata)
+    }
+    state: dict[str, Any] = {name: None, **tensors}
+    read(directory, state)
+    return _join(state[name], tensors)
+
+
 def metadata(directory: Path) -> dict[str, Any]:
     """What torch.distributed.checkpoint has stored in a checkpoint's directory, by key."""
     stored: dict[str, Any] = FileSystemReader(directory).read_metadata().state_dict_metadata

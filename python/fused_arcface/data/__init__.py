@@ -1,7 +1,29 @@
-"""Images that come with the package or are made by it: what the demo, and training without files, run on."""
+"""Images to train on and to verify with: folders and RecordIO files, and those that come with the package or are made
+by it."""
 
 from .digits import digit_images
+from .folders import DataError, LabelledFolder, read_folder
 from .identities import Style, draw, identity_images
-from .images import LabelledImages
+from .images import ImageError, ImageSpec, LabelledImages, read_image
+from .recordio import RecordFile, RecordWriter, pack_image, unpack_image
+from .sources import ImageSource, open_source
 
-__all__ = ["LabelledImages", "Style", "digit_images", "draw", "identity_images"]
+__all__ = [
+    "DataError",
+    "ImageError",
+    "ImageSource",
+    "ImageSpec",
+    "LabelledFolder",
+    "LabelledImages",
+    "RecordFile",
+    "RecordWriter",
+    "Style",
+    "digit_images",
+    "draw",
+    "identity_images",
+    "open_source",
+    "pack_image",
+    "read_folder",
+    "read_image",
+    "unpack_image",
+]

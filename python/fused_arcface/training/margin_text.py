@@ -1,0 +1,58 @@
+"""A margin as text: what command lines and configuration files hold. ``ArcFace(0.5, boundary='fold')`` is a margin's
+own repr."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+
+from ..margins import Margin
+
+
+def parse_margin(text: str) -> Margin:
+    """The margin that a text names: one of this package's with its arguments, its name in any case, or ``MODULE:NAME``
+    for a callable of one's own.
+
+    Raises:
+        ValueError: no such margin, or arguments that it does not take.
+
+    >>> parse_margin("cosface(0.4)")
+    CosFace(margin=0.4)
+    >>> parse_margin("ArcFace")
+    ArcFace(margin=0.5, boundary='hard', gradient='exact')
+    """
+    margin = _own(text) if ":" in text and "(" not in text else _named(text)
+    if not callable(margin):
+        raise ValueError(f"margin must be a margin or MODULE:NAME of a callable; got {text!r}")
+    return margin
+
+
+def _named(text: str) -> object:
+    import fused_arcface as package
+
+    margins = {
+        name.lower(): each
+        for name in package.__all__
+        if isinstance(each := getattr(package, name), type) and "__call__" in vars(each)
+    }
+    try:
+        call = ast.parse(text.strip(), mode="eval").body
+        name, arguments, keywords = (call.func, call.args, call.keywords) if isinstance(call, ast.Call) else (call, [], [])
+        if not isinstance(name, ast.Name) or name.id.lower() not in margins:
+            listed = ", ".join(each.__name__ for each in margins.values())
+            raise ValueError(f"margin must be one of {listed}, or MODULE:NAME; got {text!r}")
+        values = [ast.literal_eval(argument) for argument in arguments]
+        named = {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in keywords}
+        made: object = margins[name.id.lower()](*values, **named)
+        return made
+    except (SyntaxError, TypeError) as error:
+        raise ValueError(f"margin {text!r}: {error}") from None
+
+
+def _own(text: str) -> object:
+    module, _, name = text.partition(":")
+    try:
+        found: object = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"margin {text!r} cannot be imported: {error}") from None
+    return found() if isinstance(found, type) else found

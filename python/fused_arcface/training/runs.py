@@ -1,0 +1,97 @@
+"""The folder of a training run: what lies in it under which name, and a trained net out of it.
+
+::
+
+    RUN/config.toml     every option as it was resolved
+    RUN/classes.txt     the name of each class, a line each
+    RUN/log.jsonl       figures of each step and verification
+    RUN/checkpoints/    see :mod:`fused_arcface.checkpoint`
+    RUN/model.pt        the finished backbone's state_dict
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from .. import checkpoint
+from ..data.images import ImageSpec
+from .backbones import build_backbone
+from .config import TrainConfig
+
+
+class RunError(ValueError):
+    """A folder that is no training run, or none that can be used so; the message says what is wrong and what to do."""
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Paths of a run."""
+
+    root: Path
+
+    @property
+    def config(self) -> Path:
+        return self.root / "config.toml"
+
+    @property
+    def classes(self) -> Path:
+        return self.root / "classes.txt"
+
+    @property
+    def log(self) -> Path:
+        return self.root / "log.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.root / "checkpoints"
+
+    @property
+    def model(self) -> Path:
+        return self.root / "model.pt"
+
+    def read_config(self) -> TrainConfig:
+        """The run's options.
+
+        Raises:
+            RunError: it has none, or they cannot be read.
+        """
+        if not self.config.is_file():
+            why = "is not a folder" if not self.root.is_dir() else f"is no training run: it has no {self.config.name}"
+            raise RunError(f"{self.root} {why}; make one with: fused-arcface train --output {self.root}")
+        try:
+            return TrainConfig().replace(TrainConfig.load(self.config))
+        except (TypeError, ValueError) as error:
+            raise RunError(f"{self.config}: {error}") from None
+
+
+def load_backbone(run: Path, device: torch.device | str = "cpu") -> tuple[nn.Module, ImageSpec]:
+    """The net of a training run, from its newest complete checkpoint, in evaluation mode, and the images it takes.
+
+    Args:
+        run: the run's folder, ``--output`` of ``fused-arcface train``. It may still be under way.
+        device: where the net goes.
+
+    Raises:
+        RunError: the folder is no run, has no checkpoint yet, or one that does not fit its configuration.
+        fused_arcface.checkpoint.CheckpointError: the checkpoint is truncated.
+        MissingExtra: the net is timm's, and timm is not installed.
+    """
+    folder = RunFolder(Path(run))
+    config = folder.read_config()
+    if config.image_size is None or config.channels is None or config.embedding_dim is None:
+        raise RunError(f"{folder.config} must have image_size, channels and embedding_dim, as a run writes it")
+    spec = ImageSpec(config.image_size, config.channels)
+    backbone = build_backbone(config.backbone, config.embedding_dim, spec)
+    try:
+        backbone.load_state_dict(checkpoint.load_state(folder.checkpoints, "backbone"))
+    except FileNotFoundError:
+        raise RunError(f"{run} has no complete checkpoint yet") from None
+    except RuntimeError as error:
+        if isinstance(error, checkpoint.CheckpointError):
+            raise
+        raise RunError(f"{run}: the checkpoint does not fit {folder.config.name}: {error}") from None
+    return backbone.to(device).eval(), spec
