@@ -10,6 +10,7 @@ from rich.console import Console
 
 from ..extras import MissingExtra
 from .bench import bench
+from .compare import compare
 from .convert import convert
 from .demo import demo
 from .doctor import doctor
@@ -29,6 +30,7 @@ app.command()(gradcheck)
 app.command()(demo)
 app.command()(bench)
 app.command()(convert)
+app.command()(compare)
 
 
 def run(arguments: Sequence[str] | None = None) -> int:

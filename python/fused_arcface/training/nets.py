@@ -47,11 +47,13 @@ def _block(channels_in: int, channels_out: int) -> nn.Sequential:
 
 
 @torch.no_grad()
-def embed(net: nn.Module, images: Tensor, batch_size: int = 512) -> Tensor:
-    """Unit embeddings ``(M, D)`` of images ``(M, channels, height, width)``, the net in evaluation mode meanwhile."""
+def embed(net: nn.Module, images: Tensor, batch_size: int = 512, normalize: bool = True) -> Tensor:
+    """Embeddings ``(M, D)`` of images ``(M, channels, height, width)``, of norm 1 unless ``normalize`` is false; the
+    net is in evaluation mode meanwhile."""
     was_training = net.training
     net.eval()
     try:
-        return torch.cat([F.normalize(net(part)) for part in images.split(batch_size)])
+        embeddings = torch.cat([net(part) for part in images.split(batch_size)])
+        return F.normalize(embeddings) if normalize else embeddings
     finally:
         net.train(was_training)
