@@ -15,6 +15,8 @@ from .convert import convert
 from .demo import demo
 from .doctor import doctor
 from .gradcheck import gradcheck
+from .identify import identify
+from .verify import verify
 
 _INTERRUPTED = 130
 
@@ -30,6 +32,8 @@ app.command()(gradcheck)
 app.command()(demo)
 app.command()(bench)
 app.command()(convert)
+app.command()(verify)
+app.command()(identify)
 app.command()(compare)
 
 
