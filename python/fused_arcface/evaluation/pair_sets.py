@@ -6,7 +6,7 @@ A set of pairs is insightface's ``.bin``, a text file of pairs (LFW's, or paths)
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -81,7 +81,7 @@ def read_pair_set(data: str, images: str | Path | None = None, *, most: int = 20
         pairs = balanced_pairs(labelled.labels, most, seed)
     except ValueError as error:
         raise DataError(f"{data}: no pairs can be made: {error}") from None
-    return ImageSet(labelled.paths, labelled.read, labelled.labels, pairs)
+    return replace(labelled, pairs=pairs)
 
 
 def _of_pickle(path: Path) -> ImageSet:
