@@ -14,6 +14,7 @@ from .convert import convert
 from .demo import demo
 from .doctor import doctor
 from .gradcheck import gradcheck
+from .train import train
 
 _INTERRUPTED = 130
 
@@ -29,6 +30,7 @@ app.command()(gradcheck)
 app.command()(demo)
 app.command()(bench)
 app.command()(convert)
+app.command()(train)
 
 
 def run(arguments: Sequence[str] | None = None) -> int:
