@@ -48,6 +48,7 @@ class RecordImages:
         except OSError as error:
             raise DataError(f"{self.path} cannot be opened: {error.strerror}") from None
         self.problems: list[str] = []
+        self.notes: list[str] = []
         numbers, offsets = self._find_records()
         numbers, offsets = self._without_header(numbers, offsets)
         numbers, offsets, found = self._read_labels(numbers, offsets)
@@ -94,7 +95,7 @@ class RecordImages:
             offsets = dict(sorted(read_index(index).items()))
             return _ints(offsets), _ints(offsets.values())
         found = list(self._file.scan())
-        self.problems.append(f"{index} is missing: {self.path.name} was scanned, {len(found)} records are numbered from 0")
+        self.notes.append(f"{index} is missing: {self.path.name} was scanned, its records are numbered from 0")
         self.problems += [str(each) for each in found if isinstance(each, RecordError)]
         records = [(number, each) for number, each in enumerate(found) if not isinstance(each, RecordError)]
         return _ints(number for number, _ in records), _ints(offset for _, offset in records)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -30,6 +29,8 @@ class ImageSource(Protocol):
     """Of the identities."""
     problems: list[str]
     """What was found wrong when the source was opened, with its place."""
+    notes: list[str]
+    """What else there is to know of it."""
 
     def __len__(self) -> int: ...
 
@@ -55,6 +56,7 @@ class FolderImages:
         self._files = [path for path, _ in folder.files]
         self.labels = torch.tensor([identity for _, identity in folder.files])
         self.names, self.problems = folder.names, folder.problems
+        self.notes: list[str] = []
 
     def __len__(self) -> int:
         return len(self._files)
@@ -66,35 +68,26 @@ class FolderImages:
         return image_spec(self._files[index])
 
 
-@dataclass(frozen=True)
 class MemoryImages:
     """Images in memory, square and grey, as an :class:`ImageSource`."""
 
-    data: LabelledImages
-
-    @property
-    def labels(self) -> Tensor:
-        return self.data.labels
-
-    @property
-    def names(self) -> list[str]:
-        return [str(identity) for identity in range(self.data.num_identities)]
-
-    @property
-    def problems(self) -> list[str]:
-        return []
+    def __init__(self, data: LabelledImages) -> None:
+        self._images, self.labels = data
+        self.names = [str(identity) for identity in range(data.num_identities)]
+        self.problems: list[str] = []
+        self.notes: list[str] = []
 
     def __len__(self) -> int:
-        return len(self.data.labels)
+        return len(self.labels)
 
     def read(self, index: int, spec: ImageSpec) -> Tensor:
-        image = 2 * self.data.images[index] - 1
+        image = 2 * self._images[index] - 1
         if image.shape[-1] != spec.size:
             image = F.interpolate(image[None], spec.shape[1:], mode="bilinear", antialias=True)[0]
         return image.expand(spec.shape)
 
     def spec_of(self, index: int) -> ImageSpec:
-        return ImageSpec(self.data.images.shape[-1], self.data.images.shape[1])
+        return ImageSpec(self._images.shape[-1], self._images.shape[1])
 
 
 def open_source(data: str) -> ImageSource:

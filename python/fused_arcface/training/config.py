@@ -11,9 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
+from .. import backends
 from ..extras import require
 from .backbones import NAMES, check_backbone
 from .margin_text import parse_margin
+
+
+class OptionError(ValueError):
+    """Options that do not fit each other, the data or the machine; found when a run starts."""
 
 
 @dataclass(frozen=True)
@@ -25,6 +30,8 @@ class Rule:
     most: float = math.inf
     above: bool = False
     """``least`` itself is not allowed."""
+    below: bool = False
+    """``most`` itself is not allowed."""
     choices: tuple[str, ...] = ()
     fixed: bool = False
     """A run that is resumed keeps it: another value would make another net, or other batches."""
@@ -44,12 +51,13 @@ class Rule:
             raise ValueError(f"{name} must be one of {', '.join(self.choices)}; got {value!r}")
         if isinstance(value, (int, float)):
             low = value > self.least if self.above else value >= self.least
-            if not (low and value <= self.most):
+            high = value < self.most if self.below else value <= self.most
+            if not (low and high and value < math.inf):
                 raise ValueError(f"{name} must be {self._range()}; got {value}")
 
     def _range(self) -> str:
         low = f"{'>' if self.above else '>='} {self.least:g}"
-        return low if self.most == math.inf else f"{low} and <= {self.most:g}"
+        return low if self.most == math.inf else f"{low} and {'<' if self.below else '<='} {self.most:g}"
 
 
 def _option(default: Any, help: str, **rule: Any) -> Any:
@@ -106,7 +114,7 @@ class TrainConfig:
     )
     lr: float | None = _option(None, "Greatest learning rate; 0.1 with sgd, 0.001 with adamw.", least=0)
     center_lr: float = _option(0.1, "Greatest learning rate of CenterSGD.", least=0)
-    momentum: float = _option(0.9, "Of SGD and CenterSGD.", least=0, most=1)
+    momentum: float = _option(0.9, "Of SGD and CenterSGD.", least=0, most=1, below=True)
     weight_decay: float = _option(5e-4, "Of all optimizers.", least=0)
     clip_norm: float = _option(5.0, "Greatest norm of the backbone's gradient; 0 for any.", least=0)
     schedule: str = _option(
@@ -132,6 +140,7 @@ class TrainConfig:
             rule.check(name, value, types)
         if self.channels == 2:
             raise ValueError("channels must be 1 or 3; got 2")
+        backends.check_name(self.backend)
         check_backbone(self.backbone)
         parse_margin(self.margin)
 

@@ -6,6 +6,7 @@
     RUN/classes.txt     the name of each class, a line each
     RUN/log.jsonl       figures of each step and verification
     RUN/checkpoints/    see :mod:`fused_arcface.checkpoint`
+    RUN/tensorboard/    the same for TensorBoard, where it is installed
     RUN/model.pt        the finished backbone's state_dict
 """
 
@@ -20,7 +21,7 @@ from torch import nn
 from .. import checkpoint
 from ..data.images import ImageSpec
 from .backbones import build_backbone
-from .config import TrainConfig
+from .config import TrainConfig, rules
 
 
 class RunError(ValueError):
@@ -50,6 +51,14 @@ class RunFolder:
         return self.root / "checkpoints"
 
     @property
+    def has_checkpoint(self) -> bool:
+        return checkpoint.latest(self.checkpoints) is not None
+
+    @property
+    def tensorboard(self) -> Path:
+        return self.root / "tensorboard"
+
+    @property
     def model(self) -> Path:
         return self.root / "model.pt"
 
@@ -66,6 +75,36 @@ class RunFolder:
             return TrainConfig().replace(TrainConfig.load(self.config))
         except (TypeError, ValueError) as error:
             raise RunError(f"{self.config}: {error}") from None
+
+
+def check_run(folder: RunFolder, config: TrainConfig, classes: list[str], resume: bool) -> None:
+    """Raises unless a training with these options and classes may begin in the folder, or go on there.
+
+    Raises:
+        RunError: see above.
+    """
+    if not resume:
+        if folder.has_checkpoint:
+            raise RunError(f"{folder.root} holds a run already: --resume goes on with it; or name another --output")
+        return
+    before = folder.read_config()
+    for name, (rule, _) in rules().items():
+        own, saved = getattr(config, name), getattr(before, name)
+        if rule.fixed and folder.has_checkpoint and own != saved:
+            raise RunError(f"{folder.root}: a resumed run keeps its {name}, {saved!r}; got {own!r}")
+    saved_classes = folder.classes.read_text().splitlines() if folder.classes.exists() else classes
+    if folder.has_checkpoint and saved_classes != classes:
+        raise RunError(
+            f"{folder.root}: a resumed run keeps its {len(saved_classes)} identities; {config.data} has {len(classes)}, "
+            "or others"
+        )
+
+
+def write_run(folder: RunFolder, config: TrainConfig, classes: list[str]) -> None:
+    """Makes the folder and writes down what is trained in it."""
+    folder.root.mkdir(parents=True, exist_ok=True)
+    config.save(folder.config)
+    folder.classes.write_text("".join(f"{name}\n" for name in classes))
 
 
 def load_backbone(run: Path, device: torch.device | str = "cpu") -> tuple[nn.Module, ImageSpec]:

@@ -1,0 +1,45 @@
+"""Ctrl-C and SIGTERM as a wish to stop at the next step, so that what was trained is saved."""
+
+from __future__ import annotations
+
+import signal
+from types import FrameType, TracebackType
+from typing import Any
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Interrupt:
+    """While it is entered, the first SIGINT or SIGTERM is noted in ``received``; the second acts at once as usual.
+
+    Entered outside the main thread it notes nothing: Python handles signals in that one alone.
+    """
+
+    def __init__(self) -> None:
+        self.received: signal.Signals | None = None
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> Interrupt:
+        try:
+            self._before = {each: signal.signal(each, self._note) for each in _SIGNALS}
+        except ValueError:  # not the main thread
+            self._before = {}
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._restore()
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.received = signal.Signals(number)
+        self._restore()
+
+    def _restore(self) -> None:
+        for each, handler in self._before.items():
+            signal.signal(each, handler)
+        self._before = {}
+
+
+def ignore_interrupts(_: int) -> None:
+    """For data-loader workers: a terminal's Ctrl-C reaches them too, and the training still needs their batches."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)

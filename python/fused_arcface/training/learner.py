@@ -1,0 +1,118 @@
+"""What learns: net, head, their optimizers and learning rates, made of a run's options, saved and restored together."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from .. import checkpoint
+from ..center_sgd import CenterSGD
+from ..data.images import ImageSpec
+from ..keyed import NET, fold
+from ..partial_fc import PartialFC
+from .backbones import build_backbone
+from .batches import share_bounds
+from .config import TrainConfig
+from .joint_step import JointStep, StepResult
+from .margin_text import parse_margin
+from .schedule import Schedule
+from .world import World
+
+
+class Learner:
+    """One process's net and part of the head, and the step that changes them.
+
+    Args:
+        config: without None: see :func:`fused_arcface.training.setup.resolve`.
+        num_classes: C_total.
+        steps: of the whole training.
+        world: the processes that train together.
+    """
+
+    def __init__(self, config: TrainConfig, num_classes: int, steps: int, world: World) -> None:
+        assert config.image_size and config.channels and config.embedding_dim and config.scale and config.lr is not None
+        self.config, self.world = config, world
+        self.spec = ImageSpec(config.image_size, config.channels)
+        fused = config.center_optimizer == "fused"
+        self.head = PartialFC(
+            config.embedding_dim,
+            num_classes,
+            margin=parse_margin(config.margin),
+            scale=config.scale,
+            sample_rate=config.sample_rate,
+            seed=config.seed,
+            center_optimizer=CenterSGD(config.center_lr, config.momentum, config.weight_decay) if fused else None,
+            backend=config.backend,
+            device=world.device,
+            dtype=torch.float32,
+            dense_grad=True,
+        )
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(fold(config.seed, NET) >> 1)
+            self.backbone = build_backbone(config.backbone, config.embedding_dim, self.spec).to(world.device)
+        self._trained = [each for each in self.backbone.parameters() if each.requires_grad]
+        net: nn.Module = self.backbone
+        if world.world_size > 1:
+            # Each rank's running statistics are its own; the first rank's are saved.
+            net = DistributedDataParallel(net, broadcast_buffers=False)
+        driven = self._trained if fused else [*self._trained, self.head.weight]
+        if config.optimizer == "sgd":
+            self.optimizer: torch.optim.Optimizer = torch.optim.SGD(driven, config.lr, config.momentum)
+        else:
+            self.optimizer = torch.optim.AdamW(driven, config.lr)
+        self._schedule = Schedule(steps, config.schedule, config.power, config.warm_up)
+        self._scaler = torch.amp.GradScaler(world.device.type, enabled=config.precision == "fp16")
+        self._step = JointStep(net, self.head, config.precision, self._scaler, config.seed)
+
+    @property
+    def lr(self) -> float:
+        """The backbone's, of the last step."""
+        rate: float = self.optimizer.param_groups[0]["lr"]
+        return rate
+
+    def learn(self, images: Tensor, labels: Tensor, number: int) -> StepResult:
+        """One step, counted from 0, on this rank's images (n, channels, size, size) and labels (n,)."""
+        self.backbone.train()
+        self._set_options(number)
+        device = self.world.device
+        images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+        bounds = share_bounds(len(labels), self.config.accumulation)
+        parts = [images[start:end] for start, end in zip(bounds, bounds[1:], strict=False)]
+        self.optimizer.zero_grad()
+        result = self._step(parts, labels, number)
+        self._scaler.unscale_(self.optimizer)
+        norm = nn.utils.clip_grad_norm_(self._trained, self.config.clip_norm or float("inf"))
+        # The same on every rank: gradients are. A scaler looks for itself, and halves its factor.
+        if self._scaler.is_enabled() or norm.isfinite():
+            self._scaler.step(self.optimizer)
+        self._scaler.update()
+        return result
+
+    def _set_options(self, number: int) -> None:
+        """Every step anew, from the options: what a checkpoint has brought back counts for nothing."""
+        config, factor = self.config, self._schedule.factor(number)
+        assert config.lr is not None
+        own = {"lr": config.lr, "weight_decay": config.weight_decay}
+        momentum = {"momentum": config.momentum} if config.optimizer == "sgd" else {}
+        for group in self.optimizer.param_groups:
+            group.update(own | momentum | {"lr": config.lr * factor})
+        if self.head.center_optimizer is not None:
+            centres = {"lr": config.center_lr * factor, "momentum": config.momentum}
+            self.head.center_optimizer.param_groups[0].update(own | centres)
+
+    def save(self, root: Path, step: int) -> Path:
+        """A checkpoint after ``step`` steps; a collective."""
+        return checkpoint.save(root, self.head, keep=self.config.keep, step=step, **self._objects())
+
+    def load(self, root: Path) -> int:
+        """Goes back to the newest checkpoint; returns how many steps had been made. A collective."""
+        saved: int = checkpoint.load(root, self.head, **self._objects())["step"]
+        return saved
+
+    def _objects(self) -> dict[str, Any]:
+        scaler = {"scaler": self._scaler} if self._scaler.is_enabled() else {}
+        return {"backbone": self.backbone, "optimizer": self.optimizer, **scaler}

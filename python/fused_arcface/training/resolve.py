@@ -1,0 +1,82 @@
+"""The options that a run chooses for itself, by its data, its net and its machine; and those that do not go
+together."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from .. import backends
+from ..data.folders import DataError
+from ..data.images import ImageSpec
+from ..data.sources import ImageSource, common_spec, open_source, unseen_source
+from .backbones import own_embedding_dim, own_spec
+from .config import OptionError, TrainConfig
+from .world import World
+
+_LR = {"sgd": 0.1, "adamw": 0.001}
+
+
+def open_data(config: TrainConfig) -> ImageSource:
+    """The images to train on.
+
+    Raises:
+        DataError: there are none; or something is wrong with them and ``bad_data`` is ``"stop"``.
+    """
+    if not config.data:
+        raise DataError("data must be a folder, a .rec file, identities or digits; got nothing")
+    source = open_source(config.data)
+    if config.bad_data == "stop" and source.problems:
+        raise DataError(source.problems[0])
+    if len(source.names) < 2:
+        raise DataError(f"{config.data} must hold two identities or more; got {len(source.names)}")
+    return source
+
+
+def open_verification(config: TrainConfig) -> ImageSource | None:
+    """The images to verify on: those named, for data that the package makes unseen ones of its kind, else none."""
+    return open_source(config.verify_data) if config.verify_data else unseen_source(config.data)
+
+
+def resolve(config: TrainConfig, source: ImageSource, world: World) -> TrainConfig:
+    """The options with a value for each.
+
+    Raises:
+        OptionError: options that do not fit each other, the data or the number of ranks.
+    """
+    changes: dict[str, Any] = {
+        "data": _absolute(config.data),
+        "verify_data": _absolute(config.verify_data),
+        "embedding_dim": config.embedding_dim or own_embedding_dim(config.backbone),
+        "lr": _LR[config.optimizer] if config.lr is None else config.lr,
+        "scale": config.scale or _scale(len(source.names)),
+    }
+    if config.image_size is None or config.channels is None:
+        spec: ImageSpec = own_spec(config.backbone) or common_spec(source)
+        changes |= {"image_size": config.image_size or spec.size, "channels": config.channels or spec.channels}
+    rows, parts = min(config.batch_size, len(source)), world.world_size * config.accumulation
+    if rows < 2 * parts:
+        raise OptionError(
+            f"batch_size must be >= {2 * parts}, two images for each of {world.world_size} rank(s) × "
+            f"{config.accumulation} micro-batch(es), and so many images be there; got {rows}"
+        )
+    if config.precision == "fp16" and config.center_optimizer == "joint" and world.world_size > 1:
+        raise OptionError(
+            "precision fp16 on several ranks needs center_optimizer fused: a gradient that overflows in one rank's "
+            "class centres would make that rank alone leave the step out"
+        )
+    try:
+        backends.select(config.backend, world.device)
+    except (RuntimeError, ValueError) as error:
+        raise OptionError(str(error)) from None
+    return config.replace(changes)
+
+
+def _absolute(data: str) -> str:
+    """A path as it is found from everywhere: a run may be resumed in another folder."""
+    return str(Path(data).resolve()) if data and Path(data).exists() else data
+
+
+def _scale(identities: int) -> float:
+    """The papers' 64 suits 10⁵ identities; with some hundred a softmax is sharp enough at 16, and learns faster."""
+    return 16.0 if identities < 1000 else 32.0 if identities < 10_000 else 64.0

@@ -1,0 +1,91 @@
+"""The processes that train together: one, or those that torchrun started."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shlex
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .config import OptionError
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among those that train together."""
+
+    device: torch.device
+    rank: int = 0
+    world_size: int = 1
+    control: Any = None
+    """A gloo group beside the default one: for numbers on the CPU, and for waiting."""
+
+    def sum(self, numbers: list[float]) -> list[float]:
+        """Sums over the ranks."""
+        if self.world_size == 1:
+            return numbers
+        tensor: Tensor = torch.tensor(numbers, dtype=torch.float64)
+        dist.all_reduce(tensor, group=self.control)
+        return tensor.tolist()
+
+    def wait(self) -> None:
+        """Until all ranks are here."""
+        if self.world_size > 1:
+            dist.barrier(group=self.control)
+
+
+@contextlib.contextmanager
+def join_world(device: str) -> Iterator[World]:
+    """Joins the processes that torchrun started, if it did, and leaves them in the end.
+
+    Args:
+        device: ``"auto"`` (CUDA where there is one), or a device's name; under torchrun each rank takes the GPU of its
+            local number.
+
+    Raises:
+        OptionError: no such device.
+    """
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    chosen = _device(device, int(os.environ.get("LOCAL_RANK", 0)) if world_size > 1 else None)
+    if world_size == 1:
+        yield World(chosen)
+        return
+    dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+    try:
+        yield World(chosen, dist.get_rank(), world_size, dist.new_group(backend="gloo"))
+    finally:
+        dist.destroy_process_group()
+
+
+def _device(name: str, local_rank: int | None) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise OptionError(f"device must be auto, cpu, cuda or cuda:N; got {name!r}") from None
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise OptionError(f"device {name} is not available: this PyTorch sees no GPU")
+        index = local_rank if local_rank is not None else device.index or 0
+        device = torch.device("cuda", index)
+        torch.cuda.set_device(device)
+    return device
+
+
+def resume_command(output: Path) -> str:
+    """The command that goes on with a run as it was started: under torchrun, or not."""
+    command = f"fused-arcface train --output {shlex.quote(str(output))} --resume"
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return command
+    nodes = int(os.environ["WORLD_SIZE"]) // int(os.environ["LOCAL_WORLD_SIZE"])
+    several = f" --nnodes {nodes} --rdzv-backend c10d --rdzv-endpoint HOST:PORT" if nodes > 1 else ""
+    processes = f"--nproc-per-node {os.environ['LOCAL_WORLD_SIZE']}"
+    return f"torchrun{several} {processes} -m fused_arcface {command.removeprefix('fused-arcface ')}"
