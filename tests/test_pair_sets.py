@@ -14,7 +14,9 @@ import numpy as np
 import pytest
 import torch
 
-Image = pytest.importorskip("PIL.Image")
+pytest.importorskip("PIL")
+
+from PIL import Image
 
 from fused_arcface.data import DataError, ImageError, ImageSpec
 from fused_arcface.data.pickled_pairs import read_pickled_pairs

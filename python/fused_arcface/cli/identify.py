@@ -161,11 +161,13 @@ def _figures(found: Identification) -> dict[str, Any]:
 
 
 def _print(console: Console, found: Identification, title: str) -> None:
-    gallery = f"{found.num_gallery} images of {found.num_identities} people in the gallery"
-    probes = f"{found.num_mated} probes of them, {found.num_unmated} of others"
-    table = plain_table(f"{title}: {gallery}, {probes}", "")
+    table = plain_table(title, "")
+    table.add_row("people in the gallery", str(found.num_identities))
+    table.add_row("images of them there", str(found.num_gallery))
+    table.add_row("probes of them", str(found.num_mated))
+    table.add_row("probes of others", str(found.num_unmated))
     for r in (1, 5, 10):
-        table.add_row(f"rank {r}", f"{found.rank(r):.4f}" if r <= len(found.cmc) else "more than people or --ranks")
+        table.add_row(f"rank {r}", f"{found.rank(r):.4f}" if r <= len(found.cmc) else "beyond the curve")
     for fpir, rate in found.tpir.items():
         table.add_row(f"TPIR at FPIR {fpir:g}", f"{rate:.4f}")
     console.print(table)

@@ -137,7 +137,9 @@ def _figures(found: Verification) -> dict[str, Any]:
 
 def _print(console: Console, found: Verification, title: str) -> None:
     same, different = found.num_pairs
-    table = plain_table(f"{title}: {same} pairs of one person, {different} of two", "")
+    table = plain_table(title, "")
+    table.add_row("pairs of one person", str(same))
+    table.add_row("pairs of two people", str(different))
     table.add_row("accuracy, 10 folds", f"{found.accuracy:.4f} ± {found.accuracy_deviation:.4f}")
     table.add_row("equal error rate", f"{found.eer:.4f}")
     for far, tar in found.tar.items():

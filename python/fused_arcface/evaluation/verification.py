@@ -168,15 +168,15 @@ def verify_scores(
     >>> found.accuracy, found.eer, found.tar[1e-6]
     (1.0, 0.0, 1.0)
     """
+    same = np.asarray(same, dtype=bool)
     false_accepts, true_accepts, _ = roc(same, scores)
-    positives = int(np.count_nonzero(same))
     return Verification(
         fold_accuracy=k_fold_accuracy(same, scores, folds),
         tar={far: _greatest_rate(false_accepts, true_accepts, far) for far in fars},
         eer=equal_error_rate(false_accepts, true_accepts),
         false_accepts=false_accepts,
         true_accepts=true_accepts,
-        num_pairs=(positives, np.size(same) - positives),
+        num_pairs=(int(same.sum()), int((~same).sum())),
     )
 
 
