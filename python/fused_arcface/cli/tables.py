@@ -11,7 +11,7 @@ from rich.table import Table
 def plain_table(title: str, *columns: str) -> Table:
     """A table without lines, its first column for names, the others for numbers."""
     table = Table(title=title, title_justify="left", title_style="bold", box=None, padding=(0, 2, 0, 0))
-    table.add_column("")
+    table.add_column("", no_wrap=True)
     for column in columns:
         table.add_column(column, justify="right")
     return table

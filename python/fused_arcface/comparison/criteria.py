@@ -50,8 +50,8 @@ def criteria() -> dict[str, Criterion]:
             "contrastive", "2005", lambda dim, classes: contrastive(1.0), identity_batches, colour="#999999", line="--"
         ),
         Criterion(
-            "contrastive, self-supervised",
-            "two views of an image are the pair",
+            "contrastive, two views",
+            "self-supervised: two views of an image are the similar pair",
             lambda dim, classes: contrastive(1.0),
             two_view_batches,
             colour="#999999",
