@@ -7,9 +7,11 @@ from .head import MarginHead
 from .loss import MarginSoftmaxStats
 from .margins import ArcFace, CombinedMargin, CosFace, NormSoftmax, SphereFace
 from .partial_fc import PartialFC
+from .row_margins import AdaFace
 
 __version__ = "0.1.0"
 __all__ = [
+    "AdaFace",
     "ArcFace",
     "CenterSGD",
     "CenterUpdateError",

@@ -82,6 +82,17 @@ class Shard:
     def own_rows(self, rows: Tensor) -> Tensor:
         return rows if self.batch is None else self.batch.own(rows)
 
+    def norms(self, embeddings: Tensor) -> Tensor:
+        """(N,) norms of all ranks' rows, in the compute dtype; own rows' gradient is times W, see
+        :meth:`start_scatter`."""
+        own = torch.linalg.vector_norm(embeddings, dim=1, dtype=torch.float64)
+        own = own.to(torch.promote_types(embeddings.dtype, torch.float32))
+        if self.batch is None or self.ranks.world_size == 1:
+            return own
+        own = own + (self.ranks.world_size - 1) * (own - own.detach())
+        every = torch.linalg.vector_norm(self.batch.embeddings, dim=1, dtype=torch.float64).to(own.dtype)
+        return torch.cat([every[: self.batch.first], own, every[self.batch.first + self.batch.count :]])
+
     def centres(self, weight: Tensor) -> Tensor:
         """(K, D) centres that take part in this step."""
         return weight if self.classes is None else weight.index_select(0, self.classes)

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from . import backends
-from .autograd import negatives_and_target
+from .autograd import ONE_DEVICE, Shard, negatives_and_target
 from .checks import check_inputs
 from .loss import MarginSoftmaxStats, loss_of_rows
-from .margins import ArcFace, Margin
+from .margins import ArcFace, Margin, for_rows
 from .ops import IGNORED
 
 
@@ -60,9 +60,29 @@ def margin_softmax_loss(
     backend = backends.select(backend, embeddings.device)
     embeddings = as_autocast(embeddings)
     local_target = torch.ops.fused_arcface.local_target(target, weight.shape[0], ignore_index)
-    rows = negatives_and_target(embeddings, weight, local_target, float(scale), backend)
-    loss, stats = loss_of_rows(*rows, local_target == IGNORED, margin, scale, reduction, backend)
+    ignored = local_target == IGNORED
+    loss, stats = loss_over_classes(embeddings, weight, local_target, ignored, margin, float(scale), reduction, backend)
     return (loss, stats) if return_stats else loss
+
+
+def loss_over_classes(
+    embeddings: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    ignored: Tensor,
+    margin: Margin,
+    scale: float,
+    reduction: str,
+    backend: str,
+    shard: Shard = ONE_DEVICE,
+) -> tuple[Tensor, MarginSoftmaxStats]:
+    """Reduced loss over all ranks' rows, and their statistics: what every head ends in.
+
+    Args are those of :func:`fused_arcface.autograd.negatives_and_target`; ignored (N,) bool.
+    """
+    of_rows = for_rows(margin, lambda: shard.norms(embeddings), ~ignored)
+    rows = negatives_and_target(embeddings, weight, target, scale, backend, shard)
+    return loss_of_rows(*rows, ignored, of_rows.modify, scale, reduction, backend, of_rows.penalty)
 
 
 def as_autocast(embeddings: Tensor) -> Tensor:

@@ -64,6 +64,7 @@ class MarginHead(nn.Module):
             raise TypeError(f"dtype must be a floating-point one; got {dtype}")
         self.margin, self.scale, self.backend = margin, float(scale), backend
         self.weight = nn.Parameter(torch.empty(num_classes, embedding_dim, device=device, dtype=dtype))
+        place_margin(margin, self.weight.device)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -108,6 +109,12 @@ class MarginHead(nn.Module):
     def extra_repr(self) -> str:
         num_classes, embedding_dim = self.weight.shape
         return f"{embedding_dim}, {num_classes}, margin={self.margin}, scale={self.scale}, backend={self.backend!r}"
+
+
+def place_margin(margin: Margin, device: torch.device) -> None:
+    """A head's margin with a state lives where its class centres do."""
+    if isinstance(margin, nn.Module):
+        margin.to(device)
 
 
 def nearest_classes(embeddings: Tensor, weight: Tensor, k: int) -> tuple[Tensor, Tensor]:

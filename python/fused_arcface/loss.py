@@ -79,6 +79,7 @@ def loss_of_rows(
     scale: float,
     reduction: str,
     backend: str = "reference",
+    penalty: Tensor | None = None,
 ) -> tuple[Tensor, MarginSoftmaxStats]:
     """Reduced loss, differentiable, and the rows' statistics.
 
@@ -88,6 +89,7 @@ def loss_of_rows(
         negative_max: (N,) greatest cosine among the row's negatives.
         ignored: (N,) bool.
         backend: that of the other stages; one that fuses this tail does so for the margins of this package.
+        penalty: (N,) added to the rows' losses.
     """
     numbers = parameters(margin) if backends.fuses_margin(backend) and negative_lse.dtype == torch.float32 else None
     if numbers is not None:
@@ -100,6 +102,8 @@ def loss_of_rows(
         # last bit.
         loss = F.softplus(negative_lse - target_logit, threshold=40)
         lse = torch.logaddexp(negative_lse.detach(), target_logit.detach())
+    if penalty is not None:
+        loss = loss + penalty
     with torch.no_grad():
         stats = MarginSoftmaxStats(
             loss=loss.masked_fill(ignored, 0),

@@ -21,7 +21,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -73,7 +73,7 @@ def _past_boundary(phi: Tensor, cosine: Tensor, m2: float, boundary: str) -> Ten
     return torch.where(cosine > 0, phi.cos(), cosine)
 
 
-def _check_number(owner: object, name: str, value: object, rule: str, low: float, high: float, closed: bool) -> None:
+def check_number(owner: object, name: str, value: object, rule: str, low: float, high: float, closed: bool) -> None:
     label = f"{type(owner).__name__}: {name}"
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{label} must be a number; got {type(value).__name__}")
@@ -82,15 +82,15 @@ def _check_number(owner: object, name: str, value: object, rule: str, low: float
 
 
 def _check_angle(owner: object, name: str, value: object) -> None:
-    _check_number(owner, name, value, "[0, π) radians", 0, math.pi, closed=False)
+    check_number(owner, name, value, "[0, π) radians", 0, math.pi, closed=False)
 
 
 def _check_m1(owner: object, name: str, value: object) -> None:
-    _check_number(owner, name, value, "[1, 4]", 1, 4, closed=True)
+    check_number(owner, name, value, "[1, 4]", 1, 4, closed=True)
 
 
 def _check_m3(owner: object, name: str, value: object) -> None:
-    _check_number(owner, name, value, "[0, 2)", 0, 2, closed=False)
+    check_number(owner, name, value, "[0, 2)", 0, 2, closed=False)
 
 
 def _check_choice(owner: object, name: str, value: object, choices: Any) -> None:
@@ -264,3 +264,23 @@ def parameters(margin: object) -> tuple[float, float, float, str, str] | None:
 
 Margin = Callable[[Tensor], Tensor]
 """Any map of target cosines ``(N,)`` to modified cosines ``(N,)`` that autograd can differentiate."""
+
+
+class RowMargin(NamedTuple):
+    """A margin for the rows of one batch: what the ``for_rows`` of a margin gives that depends on more than a cosine.
+
+    A margin may have a method ``for_rows(norms, counted)``, called once in each forward pass, with all ranks' rows on
+    every rank: the embeddings' norms (N,), differentiable, fp32 (fp64 if an input is), and which rows take part (N,)
+    bool. What it returns is used in its place. :class:`fused_arcface.AdaFace` and its like are made so.
+    """
+
+    modify: Margin
+    """Target cosines (N,) to modified cosines (N,)."""
+    penalty: Tensor | None = None
+    """(N,) added to the rows' losses."""
+
+
+def for_rows(margin: Margin, norms: Callable[[], Tensor], counted: Tensor) -> RowMargin:
+    """The margin of a batch's rows, of their norms (N,), asked for only where they matter, and which take part (N,)."""
+    own: Callable[[Tensor, Tensor], RowMargin] | None = getattr(margin, "for_rows", None)
+    return RowMargin(margin) if own is None else own(norms(), counted)

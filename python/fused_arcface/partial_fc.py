@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import backends
-from .autograd import Shard, negatives_and_target
+from .autograd import Shard
 from .center_sgd import CenterOptimizer, CenterSGD, CentresUpdatedInBackward
 from .checks import (
     FLOAT_DTYPES,
@@ -22,10 +22,10 @@ from .checks import (
     check_target,
 )
 from .distributed import JointBatch, Ranks
-from .functional import as_autocast
-from .head import nearest_classes
+from .functional import as_autocast, loss_over_classes
+from .head import nearest_classes, place_margin
 from .keyed import fill_normal
-from .loss import MarginSoftmaxStats, loss_of_rows
+from .loss import MarginSoftmaxStats
 from .margins import ArcFace, Margin
 from .ops import IGNORED
 from .sampling import Sampler
@@ -138,6 +138,7 @@ class PartialFC(nn.Module):
         self._sampled: Tensor | None = None
         parameter = nn.Parameter if center_optimizer is None else CentresUpdatedInBackward
         self.weight = parameter(torch.empty(self.num_local, embedding_dim, device=device, dtype=dtype))
+        place_margin(margin, self.weight.device)
         self.reset_parameters()
         self.center_optimizer = (
             None if center_optimizer is None else CenterOptimizer(center_optimizer, self.weight, seed, self.class_start)
@@ -198,8 +199,9 @@ class PartialFC(nn.Module):
             with_max=return_stats,
             update=update,
         )
-        lse, cosine, maximum = negatives_and_target(embeddings, self.weight, local, self.scale, backend, shard)
-        loss, stats = loss_of_rows(lse, cosine, maximum, target == IGNORED, self.margin, self.scale, "mean", backend)
+        loss, stats = loss_over_classes(
+            embeddings, self.weight, local, target == IGNORED, self.margin, self.scale, "mean", backend, shard
+        )
         if update is not None:
             loss = update.watch(loss)
         return (loss, MarginSoftmaxStats(*map(batch.own, stats))) if return_stats else loss
@@ -277,7 +279,8 @@ class PartialFC(nn.Module):
 
 
 def _describe(margin: Margin) -> str:
-    """A margin's text for comparison between ranks: a dataclass's values, of any other callable the name alone."""
-    return (
-        repr(margin) if dataclasses.is_dataclass(margin) else getattr(margin, "__qualname__", type(margin).__qualname__)
-    )
+    """A margin's text for comparison between ranks: a dataclass's or module's values, of any other callable the name
+    alone."""
+    if dataclasses.is_dataclass(margin) or isinstance(margin, nn.Module):
+        return repr(margin)
+    return getattr(margin, "__qualname__", type(margin).__qualname__)

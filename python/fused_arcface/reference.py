@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .checks import check_inputs, check_margin_output, check_target_range
 from .loss import MarginSoftmaxStats, reduce_loss
-from .margins import ArcFace, Margin
+from .margins import ArcFace, Margin, for_rows
 
 
 def margin_softmax_loss(
@@ -46,11 +46,14 @@ def margin_softmax_loss(
     is_target = F.one_hot(index, weight.shape[0]).bool()  # (N, C)
     negatives = cosine.masked_fill(is_target, -torch.inf)
     target_cosine = cosine.gather(1, index[:, None]).squeeze(1)
-    modified = margin(target_cosine)
+    of_rows = for_rows(margin, lambda: torch.linalg.vector_norm(embeddings.to(dtype), dim=1), ~ignored)
+    modified = of_rows.modify(target_cosine)
     check_margin_output(modified, target_cosine)
 
     negative_lse = (scale * negatives).logsumexp(1)
     loss = F.softplus(negative_lse - scale * modified, threshold=40)
+    if of_rows.penalty is not None:
+        loss = loss + of_rows.penalty
     result = reduce_loss(loss, ignored, reduction)
     if not return_stats:
         return result
