@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 from . import backends
 from .checks import check_margin_output
 from .margins import Margin, parameters
+from .smoothing import Smoothing
 
 
 class MarginSoftmaxStats(NamedTuple):
@@ -80,6 +81,7 @@ def loss_of_rows(
     reduction: str,
     backend: str = "reference",
     penalty: Tensor | None = None,
+    smoothed: Smoothing | None = None,
 ) -> tuple[Tensor, MarginSoftmaxStats]:
     """Reduced loss, differentiable, and the rows' statistics.
 
@@ -90,8 +92,10 @@ def loss_of_rows(
         ignored: (N,) bool.
         backend: that of the other stages; one that fuses this tail does so for the margins of this package.
         penalty: (N,) added to the rows' losses.
+        smoothed: label smoothing.
     """
-    numbers = parameters(margin) if backends.fuses_margin(backend) and negative_lse.dtype == torch.float32 else None
+    fuses = backends.fuses_margin(backend) and negative_lse.dtype == torch.float32 and smoothed is None
+    numbers = parameters(margin) if fuses else None
     if numbers is not None:
         loss, lse = _FusedMarginLoss.apply(negative_lse, target_cosine, float(scale), *numbers, backend)
     else:
@@ -102,6 +106,8 @@ def loss_of_rows(
         # last bit.
         loss = F.softplus(negative_lse - target_logit, threshold=40)
         lse = torch.logaddexp(negative_lse.detach(), target_logit.detach())
+        if smoothed is not None:
+            loss = smoothed.loss(loss, target_cosine, target_logit, scale)
     if penalty is not None:
         loss = loss + penalty
     with torch.no_grad():

@@ -59,12 +59,12 @@ def _straight_through(value: Tensor, cosine: Tensor) -> Tensor:
     return value.detach() + (cosine - cosine.detach())
 
 
-def _past_boundary(phi: Tensor, cosine: Tensor, m2: float, boundary: str) -> Tensor:
-    """``ψ`` of ``φ``, ``(N,)``: the table at the head of this module."""
+def past_boundary(phi: Tensor, cosine: Tensor, drop: Tensor | float, boundary: str) -> Tensor:
+    """``ψ`` of ``φ``, ``(N,)``: the table at the head of this module; ``drop`` is ``m2·sin m2``."""
     if boundary == "none":
         return phi.cos()
     if boundary == "hard":
-        return torch.where(phi <= math.pi, phi.cos(), cosine - m2 * math.sin(m2))
+        return torch.where(phi <= math.pi, phi.cos(), cosine - drop)
     if boundary == "fold":
         k = (phi.detach() / math.pi).floor()
         return (1 - 2 * (k % 2)) * phi.cos() - 2 * k
@@ -81,7 +81,7 @@ def check_number(owner: object, name: str, value: object, rule: str, low: float,
         raise ValueError(f"{label} must be in {rule}; got {value}")
 
 
-def _check_angle(owner: object, name: str, value: object) -> None:
+def check_angle(owner: object, name: str, value: object) -> None:
     check_number(owner, name, value, "[0, π) radians", 0, math.pi, closed=False)
 
 
@@ -93,7 +93,7 @@ def _check_m3(owner: object, name: str, value: object) -> None:
     check_number(owner, name, value, "[0, 2)", 0, 2, closed=False)
 
 
-def _check_choice(owner: object, name: str, value: object, choices: Any) -> None:
+def check_choice(owner: object, name: str, value: object, choices: Any) -> None:
     if value not in get_args(choices):
         listed = ", ".join(repr(choice) for choice in get_args(choices))
         raise ValueError(f"{type(owner).__name__}: {name} must be one of {listed}; got {value!r}")
@@ -127,15 +127,15 @@ class CombinedMargin:
 
     def __post_init__(self) -> None:
         _check_m1(self, "m1", self.m1)
-        _check_angle(self, "m2", self.m2)
+        check_angle(self, "m2", self.m2)
         _check_m3(self, "m3", self.m3)
-        _check_choice(self, "boundary", self.boundary, Boundary)
-        _check_choice(self, "gradient", self.gradient, GradientMode)
+        check_choice(self, "boundary", self.boundary, Boundary)
+        check_choice(self, "gradient", self.gradient, GradientMode)
 
     def __call__(self, target_cosine: Tensor) -> Tensor:
         """Modified cosines, ``(N,)``, of the target cosines, ``(N,)``."""
         phi = self.m1 * angle(target_cosine) + self.m2
-        value = _past_boundary(phi, target_cosine, self.m2, self.boundary) - self.m3
+        value = past_boundary(phi, target_cosine, self.m2 * math.sin(self.m2), self.boundary) - self.m3
         return _straight_through(value, target_cosine) if self.gradient == "straight_through" else value
 
 
@@ -163,9 +163,9 @@ class ArcFace:
     gradient: GradientMode = "exact"
 
     def __post_init__(self) -> None:
-        _check_angle(self, "margin", self.margin)
-        _check_choice(self, "boundary", self.boundary, Boundary)
-        _check_choice(self, "gradient", self.gradient, GradientMode)
+        check_angle(self, "margin", self.margin)
+        check_choice(self, "boundary", self.boundary, Boundary)
+        check_choice(self, "gradient", self.gradient, GradientMode)
 
     def __call__(self, target_cosine: Tensor) -> Tensor:
         """Modified cosines, ``(N,)``, of the target cosines, ``(N,)``."""
@@ -194,7 +194,7 @@ class SphereFace:
 
     def __post_init__(self) -> None:
         _check_m1(self, "margin", self.margin)
-        _check_choice(self, "gradient", self.gradient, GradientMode)
+        check_choice(self, "gradient", self.gradient, GradientMode)
 
     def __call__(self, target_cosine: Tensor) -> Tensor:
         """Modified cosines, ``(N,)``, of the target cosines, ``(N,)``."""
@@ -278,6 +278,25 @@ class RowMargin(NamedTuple):
     """Target cosines (N,) to modified cosines (N,)."""
     penalty: Tensor | None = None
     """(N,) added to the rows' losses."""
+
+
+class Modulation(NamedTuple):
+    """What becomes of a batch's negatives: a cosine above its row's threshold becomes ``a·c² + b·c + d``.
+
+    A margin may have a method ``modulate(target_cosine, counted)``, called once in each forward pass, with all ranks'
+    rows on every rank: their target cosines (N,), known before anything else is computed, without a gradient, and which
+    rows take part (N,) bool. Which negatives lie above the threshold is taken as given: no gradient flows through that.
+    :class:`fused_arcface.CurricularFace` and its like are made so.
+    """
+
+    threshold: Tensor
+    """(N,)"""
+    coefficients: Tensor
+    """(3,) fp64: a, b, d."""
+    greatest: float
+    """No modulated cosine is above it, nor below -1."""
+    steepest: float
+    """Nor is a derivative's magnitude."""
 
 
 def for_rows(margin: Margin, norms: Callable[[], Tensor], counted: Tensor) -> RowMargin:

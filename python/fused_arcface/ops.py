@@ -21,16 +21,17 @@ IGNORED, INVALID = -1, -2
 
 _ROWS = "Tensor embeddings, Tensor weight, Tensor target"
 _COEFFICIENTS = "Tensor lse, Tensor negative_coefficient, Tensor target_coefficient"
+_BACKEND = "str backend, int sub_centers=1, Tensor? threshold=None, Tensor? coefficients=None"
 _SCHEMAS = {
     "local_target": "(Tensor target, int num_classes, int ignore_index) -> Tensor",
     # O(N·C·D), over the classes
-    "class_max": f"({_ROWS}, str backend) -> Tensor",
-    "class_stats": f"({_ROWS}, float scale, Tensor? shift, bool with_centre_sum, str backend)"
+    "class_max": f"({_ROWS}, {_BACKEND}) -> Tensor",
+    "class_stats": f"({_ROWS}, float scale, Tensor? shift, bool with_centre_sum, {_BACKEND})"
     " -> (Tensor, Tensor, Tensor)",
-    "weight_grad": f"({_ROWS}, float scale, {_COEFFICIENTS}, str backend) -> Tensor",
+    "weight_grad": f"({_ROWS}, float scale, {_COEFFICIENTS}, {_BACKEND}) -> Tensor",
     "update_centres": "(Tensor embeddings, Tensor(a!) weight, Tensor target, float scale, "
     f"{_COEFFICIENTS}, Tensor? classes, Tensor(b!)? momentum_buffer, Tensor(c!)? momentum_scale, float lr, "
-    "float momentum, float weight_decay, int rounding_key, int class_start, Tensor active, str backend) -> ()",
+    f"float momentum, float weight_decay, int rounding_key, int class_start, Tensor active, {_BACKEND}) -> ()",
     # O(N·D) and O(N), over the rows
     "target_cosine": f"({_ROWS}, str backend) -> Tensor",
     "margin_loss": "(Tensor negative_lse, Tensor target_cosine, float scale, float m1, float m2, float m3,"
@@ -41,6 +42,26 @@ _SCHEMAS = {
 }
 for _name, _schema in _SCHEMAS.items():
     torch.library.define(f"fused_arcface::{_name}", _schema)
+
+
+class Negatives(NamedTuple):
+    """How a row's negatives enter its sum, where it is not by their cosines as they are: the last arguments of the
+    stages over the classes. Only backends for which :func:`fused_arcface.backends.has_negatives` take them."""
+
+    sub_centers: int = 1
+    """K rows of weight for each class, adjacent; a class's cosine is the greatest of theirs, and its gradient that
+    row's. A target is the row of its class that is the greatest."""
+    threshold: Tensor | None = None
+    """(N,) or None: a cosine c above its row's threshold becomes ``a·c² + b·c + d``."""
+    coefficients: Tensor | None = None
+    """(3,) fp64: a, b, d."""
+
+    @property
+    def plain(self) -> bool:
+        return self.sub_centers == 1 and self.threshold is None
+
+
+PLAIN = Negatives()
 
 
 def compute_dtype(embeddings: Tensor, weight: Tensor) -> torch.dtype:
@@ -67,10 +88,11 @@ def _local_target_fake(target: Tensor, num_classes: int, ignore_index: int) -> T
     return torch.empty_like(target, dtype=torch.int64)
 
 
-def _run(name: str, *arguments: Any) -> Any:
+def _run(name: str, *arguments: Any, negatives: Negatives = PLAIN) -> Any:
     """The stage of that name by the backend that the last argument names."""
     *inputs, backend = arguments
-    return getattr(backends.load(backend), name)(*inputs)
+    # A backend without them need not know of them.
+    return getattr(backends.load(backend), name)(*inputs, *(() if negatives.plain else (negatives,)))
 
 
 # The stages over the rows are the backend's own functions; those over the classes below know of a shard without any.
@@ -102,14 +124,16 @@ def _embedding_grad_fake(d_unit: Tensor, embeddings: Tensor, backend: str) -> Te
 
 
 @torch.library.impl("fused_arcface::class_max", "default")
-def _class_max(embeddings: Tensor, weight: Tensor, target: Tensor, backend: str) -> Tensor:
+def _class_max(embeddings: Tensor, weight: Tensor, target: Tensor, backend: str, *negatives: Any) -> Tensor:
     if weight.shape[0] == 0:
         return embeddings.new_full(embeddings.shape[:1], -torch.inf, dtype=compute_dtype(embeddings, weight))
-    result: Tensor = _run("class_max", embeddings, weight, target, backend)
+    result: Tensor = _run("class_max", embeddings, weight, target, backend, negatives=Negatives(*negatives))
     return result
 
 
-torch.library.register_fake("fused_arcface::class_max", _target_cosine_fake)
+@torch.library.register_fake("fused_arcface::class_max")
+def _class_max_fake(embeddings: Tensor, weight: Tensor, target: Tensor, backend: str, *_: object) -> Tensor:
+    return _target_cosine_fake(embeddings, weight, target, backend)
 
 
 @torch.library.impl("fused_arcface::class_stats", "default")
@@ -121,14 +145,14 @@ def _class_stats(
     shift: Tensor | None,
     with_centre_sum: bool,
     backend: str,
+    *negatives: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     if weight.shape[0] == 0:  # a shard whose step samples none of its classes; no backend need know of it
         rows = embeddings.new_zeros(embeddings.shape[0], dtype=compute_dtype(embeddings, weight))
         centre_sum = rows.new_zeros(embeddings.shape if with_centre_sum else (0,))
         return rows, torch.full_like(rows, -torch.inf), centre_sum
-    result: tuple[Tensor, Tensor, Tensor] = _run(
-        "class_stats", embeddings, weight, target, scale, shift, with_centre_sum, backend
-    )
+    arguments = embeddings, weight, target, scale, shift, with_centre_sum, backend
+    result: tuple[Tensor, Tensor, Tensor] = _run("class_stats", *arguments, negatives=Negatives(*negatives))
     return result
 
 
@@ -141,6 +165,7 @@ def _class_stats_fake(
     shift: Tensor | None,
     with_centre_sum: bool,
     backend: str,
+    *_: object,
 ) -> tuple[Tensor, Tensor, Tensor]:
     dtype = compute_dtype(embeddings, weight)
     rows = embeddings.new_empty(embeddings.shape[0], dtype=dtype)
@@ -149,10 +174,21 @@ def _class_stats_fake(
 
 
 @torch.library.impl("fused_arcface::weight_grad", "default")
-def _weight_grad(embeddings: Tensor, weight: Tensor, *rest: Any) -> Tensor:
-    result: Tensor = (
-        torch.empty_like(weight) if weight.shape[0] == 0 else _run("weight_grad", embeddings, weight, *rest)
-    )
+def _weight_grad(
+    embeddings: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    scale: float,
+    lse: Tensor,
+    negative_coefficient: Tensor,
+    target_coefficient: Tensor,
+    backend: str,
+    *negatives: Any,
+) -> Tensor:
+    if weight.shape[0] == 0:
+        return torch.empty_like(weight)
+    arguments = embeddings, weight, target, scale, lse, negative_coefficient, target_coefficient, backend
+    result: Tensor = _run("weight_grad", *arguments, negatives=Negatives(*negatives))
     return result
 
 
@@ -196,22 +232,13 @@ def _update_centres(
     lse: Tensor,
     negative_coefficient: Tensor,
     target_coefficient: Tensor,
-    *step_and_backend: Any,
+    *rest: Any,
 ) -> None:
-    step, backend = CentreStep(*step_and_backend[:-1]), step_and_backend[-1]
+    fields = len(CentreStep._fields)
+    step, backend, negatives = CentreStep(*rest[:fields]), rest[fields], Negatives(*rest[fields + 1 :])
     if (weight if step.classes is None else step.classes).shape[0] > 0:
-        _run(
-            "update_centres",
-            embeddings,
-            weight,
-            target,
-            scale,
-            lse,
-            negative_coefficient,
-            target_coefficient,
-            step,
-            backend,
-        )
+        arguments = embeddings, weight, target, scale, lse, negative_coefficient, target_coefficient, step, backend
+        _run("update_centres", *arguments, negatives=negatives)
 
 
 @torch.library.register_fake("fused_arcface::update_centres")

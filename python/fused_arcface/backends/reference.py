@@ -1,7 +1,8 @@
 """The stages in plain PyTorch, logits materialised: any device, and the definition of what a backend computes.
 
 Shapes, in every backend: embeddings (N, D), weight (C, D), target (N,) int64, an index into this weight, or negative
-where the row's target is not here (``ops.IGNORED``, ``ops.INVALID``). Results have the compute dtype: the promoted one of both, at least fp32.
+where the row's target is not here (``ops.IGNORED``, ``ops.INVALID``). Results have the compute dtype: the promoted one
+of both, at least fp32.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from torch import Tensor
 
 from ..keyed import rounding_bits
 from ..margins import CombinedMargin
-from ..ops import IGNORED, INVALID, MOMENTUM_BLOCK, CentreStep, compute_dtype
+from ..normalise import unit_gradient, unit_rows
+from ..ops import IGNORED, INVALID, MOMENTUM_BLOCK, PLAIN, CentreStep, Negatives, compute_dtype
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -47,27 +49,55 @@ def _cosines(embeddings: Tensor, weight: Tensor, target: Tensor) -> tuple[Tensor
     return unit_x, unit_w, unit_x @ unit_w.T, is_target
 
 
+def _values(cosine: Tensor, target: Tensor, negatives: Negatives) -> tuple[Tensor, Tensor | float]:
+    """What each row of weight counts for among the negatives, (N, C), and its derivative by the cosine.
+
+    The value is -inf for the target's class and for sub-centres that are not their class's nearest.
+    """
+    sub_centers, threshold, coefficients = negatives
+    own = torch.where(target < 0, target, target // sub_centers)
+    left_out = own[:, None] == torch.arange(cosine.shape[1], device=target.device) // sub_centers
+    if sub_centers > 1:
+        nearest = cosine.unflatten(1, (-1, sub_centers)).argmax(2)
+        left_out |= ~F.one_hot(nearest, sub_centers).bool().flatten(1)
+    if threshold is None or coefficients is None:
+        return cosine.masked_fill(left_out, -torch.inf), 1.0
+    a, b, d = coefficients.to(cosine.dtype)
+    hard = cosine > threshold[:, None]
+    value = torch.where(hard, (a * cosine + b) * cosine + d, cosine)
+    return value.masked_fill(left_out, -torch.inf), torch.where(hard, 2 * a * cosine + b, 1)
+
+
 @_in_full_precision
-def class_max(embeddings: Tensor, weight: Tensor, target: Tensor) -> Tensor:
-    """(N,) greatest cosine of each row with a class that is not its target; -inf where there is none."""
-    _, _, cosine, is_target = _cosines(embeddings, weight, target)
-    return cosine.masked_fill(is_target, -torch.inf).amax(1)
+def class_max(embeddings: Tensor, weight: Tensor, target: Tensor, negatives: Negatives = PLAIN) -> Tensor:
+    """(N,) greatest cosine, as ``negatives`` has it, of each row with a class that is not its target; -inf where there
+    is none."""
+    _, _, cosine, _ = _cosines(embeddings, weight, target)
+    return _values(cosine, target, negatives)[0].amax(1)
 
 
 @_in_full_precision
 def class_stats(
-    embeddings: Tensor, weight: Tensor, target: Tensor, scale: float, shift: Tensor | None, with_centre_sum: bool
+    embeddings: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    scale: float,
+    shift: Tensor | None,
+    with_centre_sum: bool,
+    negatives: Negatives = PLAIN,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Statistics of each row's negatives: sum and maximum, and the sum of the class centres weighted alike.
 
     With ``e_ij = exp(scale·cos_ij - shift_i)`` for ``j != target_i`` (shift ``(N,)`` fp64, none is zero), else 0:
-    ``Σ_j e_ij`` (N,), ``max_j cos_ij`` (N,), ``Σ_j e_ij ŵ_j`` (N, D), the last empty unless asked for.
+    ``Σ_j e_ij`` (N,), ``max_j cos_ij`` (N,), ``Σ_j e_ij ŵ_j`` (N, D), the last empty unless asked for. With
+    ``negatives`` that turn a cosine c into f(c), the exponent is ``scale·f``, and the last sum has the factor f'(c).
     """
-    _, unit_w, cosine, is_target = _cosines(embeddings, weight, target)
-    logits = scale * cosine.double() - (0 if shift is None else shift[:, None])
-    exponentials = logits.exp().to(cosine.dtype).masked_fill(is_target, 0)
-    centre_sum = exponentials @ unit_w if with_centre_sum else exponentials.new_empty(0)
-    return exponentials.sum(1), cosine.masked_fill(is_target, -torch.inf).amax(1), centre_sum
+    _, unit_w, cosine, _ = _cosines(embeddings, weight, target)
+    value, slope = _values(cosine, target, negatives)
+    logits = scale * value.double() - (0 if shift is None else shift[:, None])
+    exponentials = logits.exp().to(cosine.dtype)
+    centre_sum = (exponentials * slope) @ unit_w if with_centre_sum else exponentials.new_empty(0)
+    return exponentials.sum(1), cosine.masked_fill(value == -torch.inf, -torch.inf).amax(1), centre_sum
 
 
 @_in_full_precision
@@ -79,13 +109,16 @@ def weight_grad(
     lse: Tensor,
     negative_coefficient: Tensor,
     target_coefficient: Tensor,
+    negatives: Negatives = PLAIN,
 ) -> Tensor:
     """(C, D) gradient by the class centres, in weight's dtype, from each row's coefficients (N,) and lse (N,) fp64.
 
     The derivative by ``cos_ij`` is ``negative_coefficient_i·exp(scale·cos_ij - lse_i)``, the target's
-    ``target_coefficient_i``.
+    ``target_coefficient_i``; for f and its derivative see :func:`class_stats`.
     """
-    gradient = _exact_weight_grad(embeddings, weight, target, scale, lse, negative_coefficient, target_coefficient)
+    gradient = _exact_weight_grad(
+        embeddings, weight, target, scale, lse, negative_coefficient, target_coefficient, negatives
+    )
     return torch.empty_like(weight).copy_(gradient)  # laid out like weight, as the operator's fake has it
 
 
@@ -97,11 +130,13 @@ def _exact_weight_grad(
     lse: Tensor,
     negative_coefficient: Tensor,
     target_coefficient: Tensor,
+    negatives: Negatives = PLAIN,
 ) -> Tensor:
     """:func:`weight_grad` in the compute dtype."""
     unit_x, _, cosine, is_target = _cosines(embeddings, weight, target)
-    probability = (scale * cosine.double() - lse[:, None]).exp().to(cosine.dtype)
-    d_cosine = torch.where(is_target, target_coefficient[:, None], negative_coefficient[:, None] * probability)
+    value, slope = _values(cosine, target, negatives)
+    probability = (scale * value.double() - lse[:, None]).exp().to(cosine.dtype).masked_fill(value == -torch.inf, 0)
+    d_cosine = torch.where(is_target, target_coefficient[:, None], negative_coefficient[:, None] * probability * slope)
     return unit_gradient(d_cosine.T @ unit_x, weight.to(unit_x.dtype))
 
 
@@ -115,13 +150,16 @@ def update_centres(
     negative_coefficient: Tensor,
     target_coefficient: Tensor,
     step: CentreStep,
+    negatives: Negatives = PLAIN,
 ) -> None:
     """One step on the class centres in place of :func:`weight_grad`, whose other arguments these are."""
     if not step.active:
         return
     rows = torch.arange(weight.shape[0], device=weight.device) if step.classes is None else step.classes
     centres = weight[rows]
-    gradient = _exact_weight_grad(embeddings, centres, target, scale, lse, negative_coefficient, target_coefficient)
+    gradient = _exact_weight_grad(
+        embeddings, centres, target, scale, lse, negative_coefficient, target_coefficient, negatives
+    )
     value = centres.to(gradient.dtype)
     velocity = gradient + step.weight_decay * value
     bits = rounding_bits(step.rounding_key, rows + step.class_start, weight.shape[1])
@@ -157,16 +195,6 @@ def _quantise(values: Tensor, bits: Tensor) -> tuple[Tensor, Tensor]:
     inverse = torch.where(units > 0, 1 / units.to(values.dtype), 0).repeat_interleave(MOMENTUM_BLOCK, 1)[:, :dim]
     rounded = (values * inverse + (bits.to(values.dtype) + 0.5) / 65536).floor()
     return rounded.clamp(-127, 127).to(torch.int8), units
-
-
-def _norms(rows: Tensor) -> Tensor:
-    """(R, 1) norms of rows (R, D), squared and summed in fp64: fp32's would overflow from 2e19 on."""
-    return torch.linalg.vector_norm(rows, dim=1, keepdim=True, dtype=torch.float64).to(rows.dtype)
-
-
-def unit_rows(rows: Tensor) -> Tensor:
-    """Rows (R, D) divided by ``max(norm, 1e-12)``."""
-    return rows / _norms(rows).clamp(min=1e-12)
 
 
 def _unit_targets(weight: Tensor, target: Tensor, dtype: torch.dtype) -> Tensor:
@@ -230,11 +258,3 @@ def margin_loss(
         loss = F.softplus(lse - scale * modified, threshold=40)
         d_lse, d_cosine = torch.autograd.grad(loss.sum(), (lse, cosine))
     return loss.detach(), torch.logaddexp(lse, scale * modified).detach(), d_lse, d_cosine
-
-
-def unit_gradient(d_unit: Tensor, row: Tensor) -> Tensor:
-    """Gradient by ``row`` (R, D) from that by ``row / max(|row|, 1e-12)``, same shape."""
-    norm = _norms(row)
-    unit = row / norm.clamp(min=1e-12)
-    along = (unit * d_unit).sum(1, keepdim=True).masked_fill(norm < 1e-12, 0)
-    return (d_unit - unit * along) / norm.clamp(min=1e-12)
