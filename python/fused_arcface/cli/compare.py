@@ -36,8 +36,8 @@ def compare(
     """Train one net with every loss of the field and evaluate each on identities never seen in training.
 
     Softmax, contrastive (supervised and self-supervised), triplet, center
-    loss, NormSoftmax, SphereFace, CosFace, ArcFace. Takes some minutes on
-    two cores.
+    loss, NormSoftmax, SphereFace, CosFace, ArcFace, AdaFace. Takes some
+    minutes on two cores.
     """
     from dataclasses import replace
 

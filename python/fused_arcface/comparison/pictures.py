@@ -9,9 +9,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from .. import margins
 from ..extras import pyplot
+from ..row_margins import AdaFace, MagFace
 from .criteria import SCALE, Criterion, criteria
 from .experiment import Comparison
 from .record import ANGLE_BINS, ROC_FARS, spread
@@ -138,28 +140,47 @@ def _embeddings(plt: Any, found: Comparison) -> Any:
 
 
 def _target_logits(plt: Any, found: Comparison) -> Any:
-    """``s·ψ(θ)`` of every margin, beside ``s·cos θ``; and what ArcFace's boundaries do past π."""
-    figure, (families, boundaries) = plt.subplots(1, 2, figsize=(11, 4.6), sharey=True, layout="constrained")
+    """``s·ψ(θ)`` of every margin, beside ``s·cos θ``: those of the angle alone, those that differ from row to row, and
+    what ArcFace's boundaries do past π."""
+    figure, axes = plt.subplots(1, 3, figsize=(14, 4.8), sharey=True, layout="constrained")
     degrees = torch.linspace(0, 180, 721)
     cosine = degrees.deg2rad().cos()
 
-    def plot(axis: Any, margin: margins.Margin, label: str, **style: Any) -> None:
-        axis.plot(degrees, SCALE * margin(cosine).detach(), label=label, **style)
+    def plot(axis: Any, margin: margins.Margin, label: str, colour: str, line: str = "-") -> None:
+        axis.plot(degrees, SCALE * margin(cosine), label=label, color=colour, linestyle=line)
 
-    plot(families, margins.NormSoftmax(), "NormSoftmax: cos θ", color="#000000")
-    plot(families, margins.SphereFace(1.7), "SphereFace, 1.7: cos 1.7θ, folded", color="#56B4E9")
-    plot(families, margins.CosFace(0.35), "CosFace, 0.35: cos θ − 0.35", color="#009E73")
-    plot(families, margins.ArcFace(0.5, "clip"), "ArcFace, 0.5: cos(θ + 0.5)", color="#0072B2")
-    combined = margins.CombinedMargin(1.0, 0.3, 0.2, "clip")
-    plot(families, combined, "combined: cos(θ + 0.3) − 0.2", color="#CC79A7", linestyle="--")
+    for axis in axes[:2]:
+        plot(axis, margins.NormSoftmax(), "NormSoftmax: cos θ", "#000000")
+    plot(axes[0], margins.SphereFace(1.7), "SphereFace: cos 1.7θ, folded", "#56B4E9")
+    plot(axes[0], margins.CosFace(0.35), "CosFace: cos θ − 0.35", "#009E73")
+    plot(axes[0], margins.ArcFace(0.5, "clip"), "ArcFace: cos(θ + 0.5)", "#0072B2")
+    plot(axes[0], margins.CombinedMargin(1.0, 0.3, 0.2, "clip"), "combined: cos(θ + 0.3) − 0.2", "#CC79A7", "--")
+
+    for what, norm, line in (("poor", 0.0, ":"), ("mean", 20.0, "-"), ("good", 100.0, "--")):
+        plot(axes[1], _of_norm(AdaFace(0.4, h=10.0).eval(), norm), f"AdaFace, 0.4: {what} image", "#8C6D00", line)
+    for norm, line in ((10.0, ":"), (110.0, "--")):
+        plot(axes[1], _of_norm(MagFace(boundary="clip"), norm), f"MagFace: norm {norm:g}", "#D55E00", line)
+    few, many = (SCALE * margins.ArcFace(0.5 + 2 * side * 0.05, "clip")(cosine) for side in (-1, 1))
+    axes[1].fill_between(degrees, many, few, color="#0072B2", alpha=0.3, label="ElasticFace: 0.5 ± 2·0.05", lw=0)
+
     for boundary, line in (("none", ":"), ("hard", "-"), ("fold", "--"), ("clip", "-."), ("easy", "-")):
-        colour = "#D55E00" if boundary == "easy" else "#0072B2"
-        plot(boundaries, margins.ArcFace(0.5, boundary), boundary, color=colour, linestyle=line)  # type: ignore[arg-type]
-    families.set_title("the target's logit by margin")
-    boundaries.set_title("ArcFace's boundaries past θ + 0.5 = π")
-    for axis in (families, boundaries):
+        margin = margins.ArcFace(0.5, boundary)  # type: ignore[arg-type]
+        plot(axes[2], margin, boundary, "#D55E00" if boundary == "easy" else "#0072B2", line)
+    titles = ("margins of the angle", "margins of the row", "ArcFace past θ + 0.5 = π, by boundary")
+    for axis, title in zip(axes, titles, strict=True):
         axis.set(xlabel="θ, degrees", xlim=(0, 180), xticks=range(0, 181, 30), ylim=(-2.6 * SCALE, 1.05 * SCALE))
+        axis.set_title(title)
         axis.grid(alpha=0.3)
-        axis.legend(frameon=False, loc="lower left")
-    families.set_ylabel(f"target logit at scale {SCALE:g}")
+        axis.legend(frameon=False, loc="lower left", fontsize=9)
+    axes[0].set_ylabel(f"target logit at scale {SCALE:g}")
     return figure
+
+
+def _of_norm(margin: AdaFace | MagFace, norm: float) -> margins.Margin:
+    """The margin of rows whose embeddings have one norm."""
+
+    def modify(cosine: Tensor) -> Tensor:
+        norms = torch.full_like(cosine, norm)
+        return margin.for_rows(norms, torch.ones_like(norms, dtype=torch.bool)).modify(cosine)
+
+    return modify
