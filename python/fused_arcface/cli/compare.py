@@ -29,6 +29,8 @@ def compare(
         str, typer.Option(help="Names from the table, with semicolons between; all of them by default.")
     ] = "",
     seeds: Annotated[int, typer.Option(min=1, help="How many.")] = 3,
+    steps: Annotated[int | None, typer.Option(min=2, help="Of each training; 300 by default.")] = None,
+    batch_size: Annotated[int | None, typer.Option(min=8, help="Images of a step; 128 by default.")] = None,
     quick: Annotated[
         bool, typer.Option("--quick", help="A few steps on tiny sets: shows that it works, no more.")
     ] = False,
@@ -41,11 +43,10 @@ def compare(
     """
     from dataclasses import replace
 
-    from ..comparison import FULL, QUICK, ComparisonError, run_comparison
+    from ..comparison import FULL, QUICK, run_comparison
     from ..comparison.criteria import criteria as every
     from ..comparison.pictures import draw_pictures
     from ..comparison.record import Folder
-    from ..data import DataError, ImageError
     from ..extras import pyplot, require
 
     # What is missing is said before the minutes are spent, not after.
@@ -56,14 +57,15 @@ def compare(
     unknown = [name for name in names if name not in every()]
     if unknown:
         raise typer.BadParameter(f"--criteria must be among {'; '.join(every())}; got {'; '.join(unknown)}")
-    plan = replace(QUICK if quick else FULL, seeds=tuple(range(seeds if not quick else 1)))
-    plan = plan if data is None else plan.with_data(data)
+    plan = QUICK if quick else replace(FULL, seeds=tuple(range(seeds)))
+    recipe = replace(plan.recipe, steps=steps or plan.recipe.steps, batch_size=batch_size or plan.recipe.batch_size)
+    plan = replace(plan, recipe=recipe, data=None if data is None else str(data))
     console = Console()
     try:
         with _Progress(console, plan.recipe.steps) as progress:
             found = run_comparison(plan, output, progress, names or None)
         written = [*draw_pictures(found, output), *Folder(output, plan).write_summary(found.rows, found.seconds)]
-    except (ComparisonError, DataError, ImageError, OSError) as wrong:
+    except (ValueError, OSError) as wrong:
         Console(stderr=True, soft_wrap=True).print(str(wrong), style="bold red", markup=False)
         raise typer.Exit(1) from wrong
     _print_criteria(console, found)

@@ -14,22 +14,23 @@ from ..training import shuffled_batches
 
 
 def identity_batches(
-    data: LabelledImages, batch_size: int, steps: int, seed: int, images_each: int = 4
+    data: LabelledImages, batch_size: int, steps: int, seed: int, least_each: int = 4
 ) -> Iterator[LabelledImages]:
-    """Batches of ``batch_size / images_each`` identities, ``images_each`` images of each; of an identity with fewer,
-    some twice.
+    """Batches of as many identities as go with ``least_each`` images of each or more, all with as many; of an identity
+    with fewer, some twice.
 
     Raises:
-        ValueError: a batch size that is no multiple, or fewer identities than a batch shows.
+        ValueError: a batch that does not hold two identities.
 
     >>> data = LabelledImages(torch.zeros(9, 1, 2, 2), torch.arange(9) // 3)
-    >>> next(identity_batches(data, 4, steps=1, seed=0, images_each=2)).labels.bincount().sort().values
+    >>> next(identity_batches(data, 4, steps=1, seed=0, least_each=2)).labels.bincount().sort().values
     tensor([0, 2, 2])
     """
-    count, rest = divmod(batch_size, images_each)
-    if rest or not 1 <= count <= data.num_identities:
-        rule = f"batch_size must be images_each={images_each} times 1 to {data.num_identities} identities"
+    count = min(batch_size // least_each, data.num_identities)
+    if count < 2:
+        rule = f"batch_size must hold least_each={least_each} images of two identities, of {data.num_identities}"
         raise ValueError(f"{rule}; got {batch_size}")
+    images_each = batch_size // count
     rows_of = [(data.labels == identity).nonzero()[:, 0] for identity in range(data.num_identities)]
     generator = torch.Generator().manual_seed(seed)
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
 
 import torch
 
@@ -65,9 +64,6 @@ class Plan:
     def toy_images(self) -> LabelledImages:
         """The few people of the two-dimensional pictures, generated."""
         return identity_images(self.toy_identities, self.toy_samples, seed=self.seeds[0])
-
-    def with_data(self, data: Path) -> Plan:
-        return replace(self, data=str(data))
 
 
 FULL = Plan(
