@@ -89,7 +89,8 @@ def test_center_loss_is_its_formula() -> None:
     logits = EMBEDDINGS @ head.linear.weight.T + head.linear.bias
     entropy = -(logits - logits.logsumexp(1, keepdim=True))[torch.arange(12), LABELS].mean()
     difference = EMBEDDINGS - head.centers[LABELS]
-    assert float(loss) == pytest.approx(float(entropy + 0.3 / 2 * (difference**2).sum() / 12))
+    expected_loss = entropy + 0.3 / 2 * (difference**2).sum() / 12
+    assert loss.item() == pytest.approx(expected_loss.item())
     loss.backward()
     # The centres' gradient is λ/N·Σ (c − f) over the rows of each class.
     expected = torch.zeros(5, 5).double().index_add(0, LABELS, -0.3 / 12 * difference.detach())
@@ -111,15 +112,17 @@ def test_batches_of_identities() -> None:
 
 
 def test_two_views_pair_images_and_not_people() -> None:
-    data = identity_images(4, 4)
+    # Images of one brightness each, which a view keeps but for its noise.
+    data = LabelledImages(torch.arange(16.0).view(16, 1, 1, 1).expand(16, 1, 32, 32), torch.arange(16) // 4)
     ((images, labels),) = two_view_batches(data, 8, steps=1, seed=0)
     assert images.shape == (8, 1, 32, 32) and labels.tolist() == [0, 1, 2, 3] * 2
     first, second = images.chunk(2)
-    assert (first - second).flatten(1).norm(dim=1).min() > 1  # different views
-    cosine = F.normalize(first.flatten(1)) @ F.normalize(second.flatten(1)).T
-    assert cosine.argmax(1).tolist() == [0, 1, 2, 3]  # of the same image
-    view = random_view(data.images, torch.Generator().manual_seed(5))
-    assert view.equal(random_view(data.images, torch.Generator().manual_seed(5))) and view.isfinite().all()
+    assert first.mean((1, 2, 3)).round().equal(second.mean((1, 2, 3)).round())
+    assert len(first.mean((1, 2, 3)).round().unique()) == 4
+    drawn = identity_images(2, 4).images
+    view = random_view(drawn, torch.Generator().manual_seed(5))
+    assert view.equal(random_view(drawn, torch.Generator().manual_seed(5))) and view.isfinite().all()
+    assert (view - drawn).flatten(1).norm(dim=1).min() > 1
 
 
 class Quiet:
@@ -144,6 +147,13 @@ class Quiet:
 NAMES = ("softmax", "triplet, semi-hard", "ArcFace")
 
 
+@pytest.fixture
+def no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory is not measured: that takes a process that imports torch."""
+    monkeypatch.setattr(experiment, "peak_of_steps", lambda *_: 0)
+
+
+@pytest.mark.usefixtures("no_memory")
 def test_an_interrupted_run_goes_on(tmp_path: Path) -> None:
     plan = replace(QUICK, seeds=(0, 1))
     with pytest.raises(KeyboardInterrupt):
@@ -207,6 +217,7 @@ def test_every_criterion_by_the_command(tmp_path: Path, capsys: pytest.CaptureFi
         assert all(0 < row["peak_bytes"] < 2**30 for row in rows)
 
 
+@pytest.mark.usefixtures("no_memory")
 def test_files_are_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     image = pytest.importorskip("PIL.Image")
     data = identity_images(10, 6)

@@ -39,6 +39,7 @@ def faiss_installed() -> bool:
     return importlib.util.find_spec("faiss") is not None
 
 
+@torch.no_grad()
 def nearest(
     probes: Tensor, gallery: Tensor, k: int, distance: Distance, engine: Engine = "auto"
 ) -> tuple[Tensor, Tensor]:

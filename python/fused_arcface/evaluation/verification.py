@@ -27,6 +27,7 @@ FARS = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
 _PAIRS_AT_ONCE = 4096
 
 
+@torch.no_grad()
 def pair_scores(embeddings: Tensor, pairs: Pairs, distance: Distance = Cosine()) -> Floats:
     """Negated distance of each pair ``(P,)``, from embeddings ``(M, D)``.
 
