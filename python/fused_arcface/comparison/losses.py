@@ -22,7 +22,7 @@ class CenterLossHead(SoftmaxHead):
         pull: λ.
 
     >>> head = CenterLossHead(2, 3, pull=0.5)
-    >>> float(head.pull_to_centers(torch.tensor([[3.0, 4.0]]), torch.tensor([0])))  # the centres begin at 0
+    >>> head.pull_to_centers(torch.tensor([[3.0, 4.0]]), torch.tensor([0])).item()  # the centres begin at 0
     6.25
     """
 

@@ -41,6 +41,10 @@ class CombinedMarginLoss(nn.Module):
 
     Raises:
         ValueError: ``m1 != 1`` without m3.
+
+    >>> margin_loss = CombinedMarginLoss(64, 1.0, 0.5, 0.0)
+    >>> margin_loss(torch.tensor([[0.5, 0.1]]), torch.tensor([[0]]))  # 64·cos(60° + 0.5), 64·0.1
+    tensor([[1.5102, 6.4000]])
     """
 
     def __init__(self, s: float, m1: float, m2: float, m3: float, interclass_filtering_threshold: float = 0) -> None:
@@ -61,7 +65,11 @@ class CombinedMarginLoss(nn.Module):
 
 
 class ArcFace(nn.Module):
-    """``s·cos(θ + margin)`` with insightface's gradient, straight-through and without a boundary."""
+    """``s·cos(θ + margin)`` with insightface's gradient, straight-through and without a boundary.
+
+    >>> ArcFace(margin=0.5)(torch.tensor([[0.5, 0.1]]), torch.tensor([[0]]))
+    tensor([[1.5102, 6.4000]])
+    """
 
     def __init__(self, s: float = 64.0, margin: float = 0.5) -> None:
         super().__init__()
@@ -73,7 +81,11 @@ class ArcFace(nn.Module):
 
 
 class CosFace(nn.Module):
-    """``s·(cos θ - m)``."""
+    """``s·(cos θ - m)``.
+
+    >>> CosFace(m=0.4)(torch.tensor([[0.5, 0.1]]), torch.tensor([[0]]))
+    tensor([[6.4000, 6.4000]])
+    """
 
     def __init__(self, s: float = 64.0, m: float = 0.40) -> None:
         super().__init__()
@@ -125,6 +137,11 @@ class PartialFC_V2(PartialFC):
         weight, num_local, class_start: as of :class:`fused_arcface.PartialFC`.
         weight_index: (K,) rows of weight that the last step used; only with ``sample_rate < 1``, as in insightface.
         num_sample, rank, world_size, embedding_size, sample_rate, fp16, margin_softmax: insightface's.
+
+    >>> head = PartialFC_V2(CombinedMarginLoss(64, 1.0, 0.5, 0.0), embedding_size=8, num_classes=100)
+    >>> loss = head(torch.randn(4, 8), torch.tensor([0, 1, 2, 99]))
+    >>> loss.backward(); head.weight.grad.shape
+    torch.Size([100, 8])
     """
 
     def __init__(

@@ -33,6 +33,12 @@ def read_pickled_pairs(path: str | Path) -> PickledPairs:
         DataError: a truncated file, one that names anything but bytes, lists, tuples, bools and numpy arrays (nothing
             of it is executed), or one that holds something else than pairs.
         OSError: the file cannot be opened.
+
+    >>> import tempfile
+    >>> file = Path(tempfile.mkdtemp()) / "two.bin"
+    >>> _ = file.write_bytes(pickle.dumps(([b"jpeg", b"jpeg"], [True])))
+    >>> read_pickled_pairs(file).same
+    [True]
     """
     path = Path(path)
     try:

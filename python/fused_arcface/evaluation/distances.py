@@ -77,7 +77,11 @@ class Distance:
 
 @dataclass(frozen=True)
 class Euclidean(Distance):
-    """``‖x − y‖``."""
+    """``‖x − y‖``.
+
+    >>> Euclidean()(torch.tensor([[1.0, 2.0]]), torch.tensor([[4.0, 6.0]]))
+    tensor([5.])
+    """
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,14 @@ from .pairs import Pairs
 
 @dataclass(frozen=True)
 class EmbeddingSet:
-    """Embeddings as the net gives them, not normalised, and what is known of them."""
+    """Embeddings as the net gives them, not normalised, and what is known of them.
+
+    >>> import tempfile
+    >>> file = Path(tempfile.mkdtemp()) / "embeddings.safetensors"
+    >>> EmbeddingSet(torch.eye(2), ["ann.png", "bob.png"], torch.tensor([0, 1])).save(file)
+    >>> EmbeddingSet.load(file).paths
+    ['ann.png', 'bob.png']
+    """
 
     embeddings: Tensor
     """(M, D) fp32."""
@@ -138,6 +145,11 @@ def embed_set(
 
     Raises:
         ImageError, DataError: an image that cannot be read, by its name.
+
+    >>> from fused_arcface.evaluation.pair_sets import read_labelled
+    >>> spec = ImageSpec(size=8, channels=1)
+    >>> embed_set(nn.Flatten(), read_labelled("identities:3x2"), spec).embeddings.shape
+    torch.Size([6, 64])
     """
     net.eval()
     loader = torch.utils.data.DataLoader(_Reader(images, spec), batch_size, num_workers=workers)

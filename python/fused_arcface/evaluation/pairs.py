@@ -10,7 +10,11 @@ from torch import Tensor
 
 
 class Pairs(NamedTuple):
-    """Pairs of images by their numbers."""
+    """Pairs of images by their numbers.
+
+    >>> Pairs(torch.tensor([0]), torch.tensor([1]), torch.tensor([True])).same
+    tensor([True])
+    """
 
     first: Tensor
     """(P,) int64."""

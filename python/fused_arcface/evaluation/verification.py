@@ -48,6 +48,10 @@ def roc(same: npt.ArrayLike, scores: npt.ArrayLike) -> tuple[Floats, Floats, Flo
     Raises:
         ValueError: all pairs are of one kind, or a score is not finite.
         MissingExtra: scikit-learn is not installed.
+
+    >>> false_accepts, true_accepts, thresholds = roc([True, False, True], [0.9, 0.5, 0.1])
+    >>> true_accepts
+    array([0. , 0.5, 0.5, 1. ])
     """
     same, scores = np.asarray(same, dtype=bool), np.asarray(scores, dtype=np.float64)
     if same.all() or not same.any():
@@ -104,6 +108,9 @@ def k_fold_accuracy(
 
     Raises:
         ValueError: fewer pairs than folds, fewer than two folds, or pairs of one kind only.
+
+    >>> k_fold_accuracy([True, False] * 4, [0.9, 0.2, 0.8, 0.1, 0.7, 0.3, 0.2, 0.4], folds=4)
+    array([1. , 1. , 0.5, 0.5])
     """
     same, scores = np.asarray(same, dtype=bool), np.asarray(scores, dtype=np.float64)
     accuracies = []
@@ -199,6 +206,10 @@ def verify(
         fars: false accept rates to report.
         most_pairs: of each kind.
         seed: of the choice of pairs.
+
+    >>> labels = torch.arange(6).repeat_interleave(3)
+    >>> verify(torch.eye(6)[labels], labels).accuracy
+    1.0
     """
     pairs = balanced_pairs(labels, most_pairs, seed)
     return verify_scores(pairs.same.numpy(), pair_scores(embeddings, pairs, distance), fars=fars)
