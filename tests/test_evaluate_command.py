@@ -197,6 +197,11 @@ def test_identify_probes_in_a_gallery_by_names(files: Path, tmp_path: Path, caps
             1,
             "embeddings must be in",
         ),
+        (
+            ["verify", "--data", "people", "--checkpoint", "run", "--device", "abacus"],
+            2,
+            "--device abacus cannot be used",
+        ),
         (["verify", "--embeddings", "missing.npz"], 1, "missing.npz cannot be read"),
         (["identify", "--data", "people", "--checkpoint", "run", "--unknown", "1"], 1, r"unknown must be in [0, 1)"),
     ],

@@ -82,7 +82,7 @@ class _Bomb:
 
 
 @pytest.mark.parametrize("protocol", range(6))
-@pytest.mark.parametrize("what", ["os.system", "open", "eval", "numpy.fromfile", "inside", "codec"])
+@pytest.mark.parametrize("what", ["os.system", "open", "eval", "numpy.fromfile", "inside", "codec", "subclass"])
 def test_malicious_pickles_are_refused_and_execute_nothing(what: str, protocol: int, tmp_path: Path) -> None:
     import codecs
 
@@ -94,11 +94,21 @@ def test_malicious_pickles_are_refused_and_execute_nothing(what: str, protocol: 
         "numpy.fromfile": _Bomb(np.fromfile, "/etc/hostname", np.uint8),
         "inside": [IMAGES, [_Bomb(os.mkdir, str(victim)), True, False]],
         "codec": _Bomb(codecs.encode, "x", "rot13"),
+        "subclass": _Bomb(np.ndarray.__reduce__, np.zeros(3)),
     }[what]
     file.write_bytes(pickle.dumps(bomb if what == "inside" else (bomb, SAME), protocol))
     with pytest.raises(DataError, match=rf"^{file} is refused: it .*; nothing of it was executed$"):
         read_pickled_pairs(file)
     assert not victim.exists()
+
+
+def test_an_array_that_would_fill_memory_is_not_made(tmp_path: Path) -> None:
+    (tmp_path / "lfw.bin").write_bytes(pickle.dumps((_Bomb(np.ndarray, (10**13,)), SAME)))
+    with pytest.raises(DataError, match="is no pickle, or a damaged one"):
+        read_pickled_pairs(tmp_path / "lfw.bin")
+    (tmp_path / "lfw.bin").write_bytes(pickle.dumps((_Bomb(bytearray, 10**13), SAME)))
+    with pytest.raises(DataError, match="is no pickle, or a damaged one"):
+        read_pickled_pairs(tmp_path / "lfw.bin")
 
 
 def test_the_bombs_are_live(tmp_path: Path) -> None:

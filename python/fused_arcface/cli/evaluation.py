@@ -54,9 +54,19 @@ def embed_images(
     checkpoint: Path, sets: list[ImageSet], *, flip: bool, device: str, batch_size: int, workers: int
 ) -> list[EmbeddingSet]:
     """Embeddings of sets of images by a run's net, with a bar."""
-    from ..evaluation.embedding_sets import embed_set
+    import torch
+
+    from ..evaluation import embed_set
     from ..training.runs import load_backbone
 
+    try:
+        torch.empty(0, device=device)
+    except (
+        AssertionError,
+        NotImplementedError,
+        RuntimeError,
+    ) as error:  # torch's for a device that is none, or missing
+        raise typer.BadParameter(f"--device {device} cannot be used: {str(error).splitlines()[0]}") from None
     net, spec = load_backbone(checkpoint, device)
     with Progress(transient=True) as bar:
         task = bar.add_task("images", total=sum(len(images) for images in sets))

@@ -16,7 +16,7 @@ from ..extras import pyplot
 from ..row_margins import AdaFace, MagFace
 from .criteria import SCALE, Criterion, criteria
 from .experiment import Comparison
-from .record import ANGLE_BINS, ROC_FARS, spread
+from .record import ANGLE_BINS, ROC_FARS, mean_and_deviation
 
 _STYLE = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False}
 # Okabe and Ito's, which stay apart for colour-blind readers; more people than colours repeat them.
@@ -61,7 +61,7 @@ def _tar(plt: Any, found: Comparison) -> Any:
     figure, axis = plt.subplots(figsize=(8, 0.4 * len(shown) + 1.4), layout="constrained")
     for place, criterion in enumerate(shown):
         rates = [row.tar["0.01"] for row in found.of(criterion.name)]
-        over_seeds = spread(rates)
+        over_seeds = mean_and_deviation(rates)
         axis.errorbar(
             over_seeds["mean"], place, xerr=over_seeds["deviation"], color=criterion.colour, fmt="|", ms=16, capsize=4
         )

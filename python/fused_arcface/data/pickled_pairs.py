@@ -16,6 +16,18 @@ import numpy as np
 
 from .folders import DataError
 
+# What the unpickler and numpy raise for bytes that are no pickle, or one cut short or changed.
+_DAMAGED = (
+    pickle.UnpicklingError,
+    ArithmeticError,
+    AttributeError,
+    EOFError,
+    LookupError,
+    MemoryError,
+    TypeError,
+    ValueError,
+)
+
 
 class PickledPairs(NamedTuple):
     """P pairs."""
@@ -45,7 +57,7 @@ def read_pickled_pairs(path: str | Path) -> PickledPairs:
         found = _Restricted(io.BytesIO(path.read_bytes()), encoding="bytes").load()
     except _Refused as refused:
         raise DataError(f"{path} is refused: {refused}; nothing of it was executed") from None
-    except (pickle.UnpicklingError, EOFError, ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
+    except _DAMAGED as error:
         raise DataError(f"{path} is no pickle, or a damaged one: {error}") from None
     if not isinstance(found, (tuple, list)) or len(found) != 2:
         raise DataError(f"{path} must hold (images, is same); it holds {type(found).__name__}")
@@ -82,9 +94,13 @@ def _latin1(text: str, encoding: str) -> bytes:
     return text.encode("latin1")
 
 
+class _Array:
+    """Stands for ``numpy.ndarray``, which a pickle may hand to ``_reconstruct`` and not call."""
+
+
 def _empty_array(kind: type, shape: tuple[int, ...], code: bytes) -> Any:
     """numpy's ``_reconstruct``, whose array is filled by the pickle's next step."""
-    if kind is not np.ndarray or shape != (0,):
+    if kind is not _Array or shape != (0,):
         raise _Refused("it makes an array in another way than numpy does")
     return np.ndarray.__new__(np.ndarray, (0,), "b")
 
@@ -102,7 +118,7 @@ def _scalar(dtype: np.dtype[Any], data: bytes = b"") -> Any:
 _NUMPY = ("numpy.core.multiarray", "numpy._core.multiarray", "numpy.core.numeric", "numpy._core.numeric")
 _KNOWN: dict[tuple[str, str], Callable[..., Any]] = {
     ("_codecs", "encode"): _latin1,
-    ("numpy", "ndarray"): np.ndarray,
+    ("numpy", "ndarray"): _Array,
     ("numpy", "dtype"): np.dtype,
     **{(module, "_reconstruct"): _empty_array for module in _NUMPY},
     **{(module, "_frombuffer"): _from_buffer for module in _NUMPY},
