@@ -68,7 +68,7 @@ class Plan:
 
 FULL = Plan(
     seeds=(0, 1, 2),
-    # Eight passes over the images, as in the demo: the softmax classifier then fits them (its loss ends near 0.01), so
+    # Eight passes over the images: the softmax classifier then fits them (its loss ends near 0.01), so
     # that what is compared is how the criteria generalise, not how fast they learn. The learning rate is one at which
     # softmax does as well as at half and at twice that.
     recipe=Recipe(steps=300, batch_size=128, learning_rate=0.02),

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from ..benchmark.cases import Case
+from ..comparison.criteria import SCALE
 from ..data import LabelledImages
 from ..evaluation import Verification, verify
 from ..head import MarginHead
@@ -29,7 +30,7 @@ from ..training import (
 )
 from .agreement import StepAgreement, curve_broken, curve_difference
 from .cost import Cost, head_costs
-from .problems import MARGIN, SCALE, Plan, Problem
+from .problems import MARGIN, Plan, Problem
 
 SOFTMAX, ARCFACE, REFERENCE = "softmax", "ArcFace", "ArcFace, reference"
 
