@@ -70,7 +70,9 @@ def _with_options(command: Any) -> Any:
         shown = "" if default in (None, "") else f" Default: {str(default).lower() if kind is bool else default}."
         option = typer.Option(help=rule.help + shown, show_default=False)
         parameters.append(
-            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, option])
+            inspect.Parameter(
+                name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, option]
+            )
         )
     command.__signature__ = inspect.Signature(parameters)
     command.__annotations__ = {each.name: each.annotation for each in parameters}

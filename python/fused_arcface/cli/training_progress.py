@@ -52,7 +52,8 @@ class TrainingProgress:
                 self._end()
 
     def _begin(self, event: Began) -> None:
-        what = f"{event.images} images of {event.identities} identities, a net of {event.parameters / 1e6:.2f} M parameters"
+        net = f"a net of {event.parameters / 1e6:.2f} M parameters"
+        what = f"{event.images} images of {event.identities} identities, {net}"
         self._say(what + (f", resumed after step {event.step} of {event.steps}" if event.step else ""))
         self._bar.update(self._task, total=event.steps, completed=event.step)
         if self._console.is_terminal:

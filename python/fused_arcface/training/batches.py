@@ -34,7 +34,7 @@ class Batch(NamedTuple):
 class Item(NamedTuple):
     """An image to read."""
 
-    index: int
+    place: int
     mirrored: bool
 
 
@@ -94,7 +94,7 @@ class _ReadImages(Dataset[Batch]):
     def __getitem__(self, item: Item) -> Batch:
         problems: list[str] = []
         for distance in range(min(_MOST_UNREADABLE, len(self._source))):
-            index = (item.index + distance) % len(self._source)
+            index = (item.place + distance) % len(self._source)
             try:
                 image = self._source.read(index, self._spec)
             except (ValueError, OSError) as error:
@@ -115,7 +115,7 @@ def load_batches(
     """Reads batches one after another, ahead of their use in ``workers`` processes if there are any."""
     loader = DataLoader(
         _ReadImages(source, spec),
-        batch_sampler=items,  # type: ignore[arg-type]
+        batch_sampler=items,
         num_workers=workers,
         collate_fn=_collate,
         pin_memory=pin_memory,

@@ -128,7 +128,9 @@ class TrainConfig:
 
     seed: int = _option(0, "Of weights, class centres, batches and samples.", least=0, most=2**63 - 1, fixed=True)
     device: str = _option("auto", "auto, cpu, cuda or cuda:N.")
-    save_every: int = _option(0, "Steps from one checkpoint to the next, beside that of each epoch; 0 for none.", least=0)
+    save_every: int = _option(
+        0, "Steps from one checkpoint to the next, beside that of each epoch; 0 for none.", least=0
+    )
     keep: int = _option(2, "Checkpoints that are kept.", least=1)
 
     def __post_init__(self) -> None:

@@ -15,7 +15,6 @@ from ..data.images import ImageSpec
 from ..keyed import NET, fold
 from ..partial_fc import PartialFC
 from .backbones import build_backbone
-from .batches import share_bounds
 from .config import TrainConfig
 from .joint_step import JointStep, StepResult
 from .margin_text import parse_margin
@@ -74,16 +73,15 @@ class Learner:
         rate: float = self.optimizer.param_groups[0]["lr"]
         return rate
 
-    def learn(self, images: Tensor, labels: Tensor, number: int) -> StepResult:
-        """One step, counted from 0, on this rank's images (n, channels, size, size) and labels (n,)."""
+    def learn(self, images: Tensor, labels: Tensor, sizes: list[int], number: int) -> StepResult:
+        """One step, counted from 0, on this rank's images (n, channels, size, size) and labels (n,), in micro-batches
+        of these sizes."""
         self.backbone.train()
         self._set_options(number)
         device = self.world.device
         images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
-        bounds = share_bounds(len(labels), self.config.accumulation)
-        parts = [images[start:end] for start, end in zip(bounds, bounds[1:], strict=False)]
         self.optimizer.zero_grad()
-        result = self._step(parts, labels, number)
+        result = self._step(list(images.split(sizes)), labels, number)
         self._scaler.unscale_(self.optimizer)
         norm = nn.utils.clip_grad_norm_(self._trained, self.config.clip_norm or float("inf"))
         # The same on every rank: gradients are. A scaler looks for itself, and halves its factor.

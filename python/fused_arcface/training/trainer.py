@@ -6,6 +6,7 @@ import math
 import signal
 import time
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -112,16 +113,18 @@ class Trainer:
         if self._world.rank == 0:
             for note in [*self._source.notes, *self._source.problems]:
                 self.tell(Noted(note))
-        bounds = share_bounds(self._plan.rows, self._world.world_size)
-        share = slice(bounds[self._world.rank], bounds[self._world.rank + 1])
-        items = self._plan.from_step(step, self._steps, share)
+        first = self._world.rank * self._config.accumulation
+        bounds = share_bounds(self._plan.rows, self._world.world_size * self._config.accumulation)
+        bounds = bounds[first : first + self._config.accumulation + 1]
+        sizes = [end - start for start, end in pairwise(bounds)]
+        items = self._plan.from_step(step, self._steps, slice(bounds[0], bounds[-1]))
         pin_memory = self._world.device.type == "cuda"
         batches = load_batches(self._source, self._learner.spec, items, self._config.workers, pin_memory)
         start = time.perf_counter()
         while step < self._steps and self._stopped_by is None:
             batch = next(batches)
             self._report(batch)
-            result = self._learner.learn(batch.images, batch.labels, step)
+            result = self._learner.learn(batch.images, batch.labels, sizes, step)
             step += 1
             now = time.perf_counter()
             self._conclude(step, result, now - start)
@@ -170,7 +173,9 @@ class Trainer:
             )
         )
         if not math.isfinite(result.loss) and self._world.rank == 0:
-            self.tell(Noted(f"the loss of step {step} is {result.loss}: nothing was changed in it; lower lr if it stays"))
+            self.tell(
+                Noted(f"the loss of step {step} is {result.loss}: nothing was changed in it; lower lr if it stays")
+            )
 
     def _verify(self, step: int) -> None:
         """At the end of an epoch, by the first rank; the others wait."""
