@@ -96,6 +96,8 @@ class TrainConfig:
     backbone: str = _option("small", f"One of {', '.join(NAMES)}.", fixed=True)
     embedding_dim: int | None = _option(None, "D; 128 for the small net, else 512.", least=1, fixed=True)
 
+    init: str = _option("", "Weights to start from: a run's model.pt, or insightface's backbone.pth.")
+
     margin: str = _option("ArcFace(0.5)", "A margin of fused_arcface with its arguments, or MODULE:NAME.")
     scale: float | None = _option(
         None, "Of the logits; 16 below 1000 identities, 32 below 10 000, 64 from there.", least=0, above=True

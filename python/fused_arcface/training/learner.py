@@ -14,8 +14,8 @@ from ..center_sgd import CenterSGD
 from ..data.images import ImageSpec
 from ..keyed import NET, fold
 from ..partial_fc import PartialFC
-from .backbones import build_backbone
-from .config import TrainConfig
+from .backbones import build_backbone, load_weights
+from .config import OptionError, TrainConfig
 from .joint_step import JointStep, StepResult
 from .margin_text import parse_margin
 from .schedule import Schedule
@@ -105,6 +105,19 @@ class Learner:
     def save(self, root: Path, step: int) -> Path:
         """A checkpoint after ``step`` steps; a collective."""
         return checkpoint.save(root, self.head, keep=self.config.keep, step=step, **self._objects())
+
+    def start(self) -> int:
+        """At the beginning, from the weights that the options name; returns 0 steps.
+
+        Raises:
+            OptionError: they are none of this net's.
+        """
+        if self.config.init:
+            try:
+                load_weights(self.backbone, Path(self.config.init))
+            except ValueError as error:
+                raise OptionError(f"init: {error}") from None
+        return 0
 
     def load(self, root: Path) -> int:
         """Goes back to the newest checkpoint; returns how many steps had been made. A collective."""

@@ -107,15 +107,14 @@ class Trainer:
 
     def run(self) -> Outcome:
         """Trains until the last step or an interruption."""
-        step = self._saved = self._learner.load(self._folder.checkpoints) if self._folder.has_checkpoint else 0
+        resumed, learner = self._folder.has_checkpoint, self._learner
+        step = self._saved = learner.load(self._folder.checkpoints) if resumed else learner.start()
         parameters = sum(each.numel() for each in self._learner.backbone.parameters())
         self.tell(Began(step, self._steps, len(self._source), len(self._source.names), parameters))
         if self._world.rank == 0:
             for note in [*self._source.notes, *self._source.problems]:
                 self.tell(Noted(note))
-        first = self._world.rank * self._config.accumulation
-        bounds = share_bounds(self._plan.rows, self._world.world_size * self._config.accumulation)
-        bounds = bounds[first : first + self._config.accumulation + 1]
+        bounds = self._share()
         sizes = [end - start for start, end in pairwise(bounds)]
         items = self._plan.from_step(step, self._steps, slice(bounds[0], bounds[-1]))
         pin_memory = self._world.device.type == "cuda"
@@ -138,6 +137,13 @@ class Trainer:
         if step == self._steps and self._world.rank == 0:
             torch.save(self._learner.backbone.state_dict(), self._folder.model)
         return Outcome(step, self._steps, self._stopped_by)
+
+    def _share(self) -> list[int]:
+        """Where this rank's micro-batches begin and end in the joint batch. Ranks times micro-batches count: a run
+        whose ranks have become micro-batches, or the other way round, is the same."""
+        parts = self._config.accumulation
+        bounds = share_bounds(self._plan.rows, self._world.world_size * parts)
+        return bounds[self._world.rank * parts : (self._world.rank + 1) * parts + 1]
 
     def _report(self, batch: Batch) -> None:
         for problem in batch.problems:
