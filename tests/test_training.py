@@ -155,8 +155,8 @@ def test_unreadable_images_and_empty_identities(tmp_path: Path, bad: str) -> Non
         ]
     for path in root.rglob("*.[jp]*g"):
         path.write_text("")
-    with pytest.raises(DataError, match="cannot be read"):
-        run(config.replace({"image_size": 16, "channels": 1}), tmp_path / "third")
+    with pytest.raises(DataError, match=r"^16 images in a row cannot be read; the last: .*png cannot be read"):
+        run(config.replace({"bad_data": "skip", "channels": 1, "workers": 1}), tmp_path / "third")
 
 
 def test_records_are_trained_on_and_a_truncated_file_is_reported(tmp_path: Path) -> None:
@@ -319,9 +319,16 @@ def test_a_missing_library_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 def start(arguments: list[str], ranks: int = 1) -> subprocess.Popen[str]:
     """The command in processes of its own."""
-    launcher = (
-        ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--master-port", "0"] if ranks > 1 else []
-    )
+    torchrun = [
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--local-addr",
+        "127.0.0.1",
+        "--nproc-per-node",
+        str(ranks),
+    ]
+    launcher = torchrun if ranks > 1 else []
     # The loopback interface: gloo would otherwise look the machine's name up, which a sandbox may not answer.
     environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONUNBUFFERED": "1"}
     return subprocess.Popen(

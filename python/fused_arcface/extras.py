@@ -7,7 +7,7 @@ import importlib
 from types import ModuleType
 from typing import Any
 
-_DISTRIBUTIONS = {"sklearn": "scikit-learn", "matplotlib": "matplotlib"}
+_DISTRIBUTIONS = {"PIL": "pillow", "sklearn": "scikit-learn", "tomli_w": "tomli-w"}
 
 
 class MissingExtra(ImportError):

@@ -67,7 +67,7 @@ def load_weights(net: nn.Module, path: Path) -> None:
     """
     try:
         net.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-    except (OSError, RuntimeError, TypeError, pickle.UnpicklingError) as error:
+    except (EOFError, OSError, RuntimeError, TypeError, pickle.UnpicklingError) as error:
         raise ValueError(f"{path} has no weights of this net: {error}") from None
 
 

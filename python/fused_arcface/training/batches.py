@@ -19,6 +19,8 @@ from .interrupt import ignore_interrupts
 
 _MOST_UNREADABLE = 100  # in a row: then it is the source that is wrong, not an image
 
+_GIVEN_UP = -1  # as the label of an image that could not be read, nor any after it
+
 
 class Batch(NamedTuple):
     """One rank's share of a step."""
@@ -101,7 +103,8 @@ class _ReadImages(Dataset[Batch]):
                 problems.append(str(error))
                 continue
             return Batch(image.flip(-1) if item.mirrored else image, self._source.labels[index], problems)
-        raise DataError(f"{len(problems)} images in a row cannot be read; the last: {problems[-1]}")
+        problems.append(f"{len(problems)} images in a row cannot be read; the last: {problems[-1]}")
+        return Batch(torch.zeros(self._spec.shape), torch.tensor(_GIVEN_UP), problems)
 
 
 def _collate(samples: list[Batch]) -> Batch:
@@ -112,7 +115,11 @@ def _collate(samples: list[Batch]) -> Batch:
 def load_batches(
     source: ImageSource, spec: ImageSpec, items: Iterator[list[Item]], workers: int, pin_memory: bool = False
 ) -> Iterator[Batch]:
-    """Reads batches one after another, ahead of their use in ``workers`` processes if there are any."""
+    """Reads batches one after another, ahead of their use in ``workers`` processes if there are any.
+
+    Raises:
+        DataError: nothing can be read.
+    """
     loader = DataLoader(
         _ReadImages(source, spec),
         batch_sampler=items,
@@ -121,4 +128,8 @@ def load_batches(
         pin_memory=pin_memory,
         worker_init_fn=ignore_interrupts,
     )
-    return iter(loader)
+    for batch in loader:
+        # Not raised where it was found: from a worker an error comes with that process's traceback.
+        if (batch.labels == _GIVEN_UP).any():
+            raise DataError(batch.problems[-1])
+        yield batch

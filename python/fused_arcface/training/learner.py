@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,10 @@ from .joint_step import JointStep, StepResult
 from .margin_text import parse_margin
 from .schedule import Schedule
 from .world import World
+
+# Each rank's running statistics are its own. torch 2.13 gave the option a new name and warns about the old one.
+_NEW_NAME = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
+_OWN_STATISTICS: dict[str, Any] = {"forward_sync_buffers" if _NEW_NAME else "broadcast_buffers": False}
 
 
 class Learner:
@@ -56,8 +61,7 @@ class Learner:
         self._trained = [each for each in self.backbone.parameters() if each.requires_grad]
         net: nn.Module = self.backbone
         if world.world_size > 1:
-            # Each rank's running statistics are its own; the first rank's are saved.
-            net = DistributedDataParallel(net, broadcast_buffers=False)
+            net = DistributedDataParallel(net, **_OWN_STATISTICS)
         driven = self._trained if fused else [*self._trained, self.head.weight]
         if config.optimizer == "sgd":
             self.optimizer: torch.optim.Optimizer = torch.optim.SGD(driven, config.lr, config.momentum)
