@@ -8,7 +8,13 @@ from types import ModuleType
 from typing import Any
 
 # Where a module's distribution has another name.
-_DISTRIBUTIONS = {"faiss": "faiss-cpu", "pytorch_metric_learning": "pytorch-metric-learning", "sklearn": "scikit-learn"}
+_DISTRIBUTIONS = {
+    "PIL": "pillow",
+    "faiss": "faiss-cpu",
+    "pytorch_metric_learning": "pytorch-metric-learning",
+    "sklearn": "scikit-learn",
+    "tomli_w": "tomli-w",
+}
 
 
 class MissingExtra(ImportError):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-import sys
 import time
 
 from rich.console import Console
@@ -17,8 +16,8 @@ _REPEATED = 20  # notes that are shown one by one
 class TrainingProgress:
     """Listens to a training; see :mod:`fused_arcface.training.events`."""
 
-    def __init__(self, console: Console, epochs: int) -> None:
-        self._console, self._epochs = console, epochs
+    def __init__(self, console: Console, error: Console, epochs: int) -> None:
+        self._console, self._error, self._epochs = console, error, epochs
         self._bar = Progress(
             SpinnerColumn(),
             TextColumn("epoch {task.fields[epoch]}"),
@@ -52,7 +51,8 @@ class TrainingProgress:
                 self._end()
 
     def _begin(self, event: Began) -> None:
-        what = f"{event.images} images of {event.identities} identities, a net of {event.parameters / 1e6:.2f} M parameters"
+        net = f"a net of {event.parameters / 1e6:.2f} M parameters"
+        what = f"{event.images} images of {event.identities} identities, {net}"
         self._say(what + (f", resumed after step {event.step} of {event.steps}" if event.step else ""))
         self._bar.update(self._task, total=event.steps, completed=event.step)
         if self._console.is_terminal:
@@ -76,12 +76,12 @@ class TrainingProgress:
     def _note(self, text: str) -> None:
         self._notes += 1
         if self._notes <= _REPEATED:
-            Console(stderr=True, soft_wrap=True).print(text, style="yellow", markup=False, highlight=False)
+            self._error.print(text, style="yellow", markup=False, highlight=False)
 
     def _end(self) -> None:
         self._bar.stop()
         if self._notes > _REPEATED:
-            print(f"and {self._notes - _REPEATED} more such notes", file=sys.stderr)
+            self._error.print(f"and {self._notes - _REPEATED} more such notes", style="yellow")
 
     def _say(self, text: str) -> None:
         self._bar.console.print(text, markup=False, highlight=False, soft_wrap=True)

@@ -5,10 +5,12 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 
-SUFFIXES = frozenset(
-    ".bmp .dib .gif .jfif .jp2 .jpe .jpeg .jpg .pbm .pgm .png .pnm .ppm .tif .tiff .tga .webp".split()
+SUFFIXES = (
+    *(".bmp", ".dib", ".gif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm", ".ppm"),
+    *(".tga", ".tif", ".tiff", ".webp"),
 )
 """What the names of images end in, in small letters; other files are left alone."""
 
@@ -92,7 +94,7 @@ def _gaps(root: Path, folders: list[Path]) -> list[str]:
     # Numbered from anything on: the first number is no gap.
     return [
         f"{root}: no folder {missing_numbers(before, after)} between {before} and {after}; identities count on"
-        for before, after in zip(numbers, numbers[1:], strict=False)
+        for before, after in pairwise(numbers)
         if after > before + 1
     ]
 

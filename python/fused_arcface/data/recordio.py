@@ -8,18 +8,19 @@ A record lies at a multiple of 4 bytes, little-endian::
 end before each such word (1 the first, 2 those between, 3 the last): the word itself is left out, and put back between
 the parts on reading.
 
-An image's payload is ``uint32 flag, float32 label, uint64 id, uint64 id2`` and then the image's bytes; with ``flag`` > 0
-that many float32 labels stand before the image, and ``label`` counts for nothing. ``train.idx`` has a line
+An image's payload is ``uint32 flag, float32 label, uint64 id, uint64 id2`` and then the image's bytes; with ``flag``
+> 0 that many float32 labels stand before the image, and ``label`` counts for nothing. ``train.idx`` has a line
 ``key <tab> offset`` for each record.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import struct
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 from .folders import DataError
 
@@ -198,8 +199,10 @@ class RecordWriter:
     """
 
     def __init__(self, path: str | Path) -> None:
-        self._records: BinaryIO = Path(path).open("wb")
-        self._index = Path(path).with_suffix(".idx").open("w")
+        self._files = contextlib.ExitStack()
+        path = Path(path)
+        self._records = self._files.enter_context(path.open("wb"))
+        self._index = self._files.enter_context(path.with_suffix(".idx").open("w"))
 
     def write(self, key: int, payload: bytes) -> None:
         """Appends a record."""
@@ -212,8 +215,7 @@ class RecordWriter:
             self._records.write(_HEAD.pack(MAGIC, kind << 29 | len(part)) + part + bytes(padded(len(part)) - len(part)))
 
     def close(self) -> None:
-        self._records.close()
-        self._index.close()
+        self._files.close()
 
     def __enter__(self) -> RecordWriter:
         return self

@@ -55,7 +55,7 @@ class RecordImages:
         if len(found) == 0:
             first = f"; {self.problems[0]}" if self.problems else ""
             raise DataError(f"{self.path} has no record of an image{first}")
-        classes, labels, count = np.unique(found, return_inverse=True, return_counts=True)
+        classes, labels = np.unique(found, return_inverse=True)
         self._numbers, self._offsets = numbers, offsets
         self.labels: Tensor = torch.from_numpy(labels.reshape(-1).astype(np.int64))
         self.names = [str(each) for each in classes]
@@ -151,7 +151,7 @@ def _place(path: Path, number: int | np.int64, offset: int | np.int64) -> str:
 
 
 def _ints(values: object) -> Ints:
-    return np.fromiter(values, dtype=np.int64)  # type: ignore[call-overload, no-any-return]
+    return np.fromiter(values, dtype=np.int64)  # type: ignore[call-overload]
 
 
 def _plain_labels(path: Path, size: int, offsets: Ints) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.bool_]]:
@@ -167,7 +167,9 @@ def _plain_labels(path: Path, size: int, offsets: Ints) -> tuple[npt.NDArray[np.
     length, flag = words[at + 1].astype(np.int64), words[at + 2].astype(np.int64)
     needed = IMAGE_HEADER_BYTES + 4 * flag
     # Of a record in parts the kind stands in the length's upper bits, so that it is too long.
-    good = (words[at] == MAGIC) & (length >= needed) & (offsets[rows] + HEAD_BYTES + length <= size) & (length < 1 << 29)
+    good = (
+        (words[at] == MAGIC) & (length >= needed) & (offsets[rows] + HEAD_BYTES + length <= size) & (length < 1 << 29)
+    )
     plain[rows] = good
     label_at = np.where(flag > 0, at + (HEAD_BYTES + IMAGE_HEADER_BYTES) // 4, at + 3)[good]
     labels[rows[good]] = words[label_at].view("<f4")

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import pickle
 import re
+from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from ..data.images import ImageSpec
@@ -53,6 +56,19 @@ def build_backbone(name: str, embedding_dim: int, spec: ImageSpec) -> nn.Module:
     if name == "small":
         return SmallNet(embedding_dim, spec.channels)
     return IResNet(_depth(name), embedding_dim, spec.size, spec.channels)
+
+
+def load_weights(net: nn.Module, path: Path) -> None:
+    """Sets a net to the weights in a file: a run's ``model.pt``, insightface's ``backbone.pth``. Nothing but tensors is
+    read from it.
+
+    Raises:
+        ValueError: it cannot be read, or has the weights of another net.
+    """
+    try:
+        net.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+    except (EOFError, OSError, RuntimeError, TypeError, pickle.UnpicklingError) as error:
+        raise ValueError(f"{path} has no weights of this net: {error}") from None
 
 
 def own_spec(name: str) -> ImageSpec | None:

@@ -19,6 +19,8 @@ from .interrupt import ignore_interrupts
 
 _MOST_UNREADABLE = 100  # in a row: then it is the source that is wrong, not an image
 
+_GIVEN_UP = -1  # as the label of an image that could not be read, nor any after it
+
 
 class Batch(NamedTuple):
     """One rank's share of a step."""
@@ -34,7 +36,7 @@ class Batch(NamedTuple):
 class Item(NamedTuple):
     """An image to read."""
 
-    index: int
+    place: int
     mirrored: bool
 
 
@@ -94,14 +96,15 @@ class _ReadImages(Dataset[Batch]):
     def __getitem__(self, item: Item) -> Batch:
         problems: list[str] = []
         for distance in range(min(_MOST_UNREADABLE, len(self._source))):
-            index = (item.index + distance) % len(self._source)
+            index = (item.place + distance) % len(self._source)
             try:
                 image = self._source.read(index, self._spec)
             except (ValueError, OSError) as error:
                 problems.append(str(error))
                 continue
             return Batch(image.flip(-1) if item.mirrored else image, self._source.labels[index], problems)
-        raise DataError(f"{len(problems)} images in a row cannot be read; the last: {problems[-1]}")
+        problems.append(f"{len(problems)} images in a row cannot be read; the last: {problems[-1]}")
+        return Batch(torch.zeros(self._spec.shape), torch.tensor(_GIVEN_UP), problems)
 
 
 def _collate(samples: list[Batch]) -> Batch:
@@ -112,13 +115,21 @@ def _collate(samples: list[Batch]) -> Batch:
 def load_batches(
     source: ImageSource, spec: ImageSpec, items: Iterator[list[Item]], workers: int, pin_memory: bool = False
 ) -> Iterator[Batch]:
-    """Reads batches one after another, ahead of their use in ``workers`` processes if there are any."""
+    """Reads batches one after another, ahead of their use in ``workers`` processes if there are any.
+
+    Raises:
+        DataError: nothing can be read.
+    """
     loader = DataLoader(
         _ReadImages(source, spec),
-        batch_sampler=items,  # type: ignore[arg-type]
+        batch_sampler=items,
         num_workers=workers,
         collate_fn=_collate,
         pin_memory=pin_memory,
         worker_init_fn=ignore_interrupts,
     )
-    return iter(loader)
+    for batch in loader:
+        # Not raised where it was found: from a worker an error comes with that process's traceback.
+        if (batch.labels == _GIVEN_UP).any():
+            raise DataError(batch.problems[-1])
+        yield batch

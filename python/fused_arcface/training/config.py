@@ -96,6 +96,8 @@ class TrainConfig:
     backbone: str = _option("small", f"One of {', '.join(NAMES)}.", fixed=True)
     embedding_dim: int | None = _option(None, "D; 128 for the small net, else 512.", least=1, fixed=True)
 
+    init: str = _option("", "Weights to start from: a run's model.pt, or insightface's backbone.pth.")
+
     margin: str = _option("ArcFace(0.5)", "A margin of fused_arcface with its arguments, or MODULE:NAME.")
     scale: float | None = _option(
         None, "Of the logits; 16 below 1000 identities, 32 below 10 000, 64 from there.", least=0, above=True
@@ -128,7 +130,9 @@ class TrainConfig:
 
     seed: int = _option(0, "Of weights, class centres, batches and samples.", least=0, most=2**63 - 1, fixed=True)
     device: str = _option("auto", "auto, cpu, cuda or cuda:N.")
-    save_every: int = _option(0, "Steps from one checkpoint to the next, beside that of each epoch; 0 for none.", least=0)
+    save_every: int = _option(
+        0, "Steps from one checkpoint to the next, beside that of each epoch; 0 for none.", least=0
+    )
     keep: int = _option(2, "Checkpoints that are kept.", least=1)
 
     def __post_init__(self) -> None:

@@ -1,5 +1,5 @@
-"""IResNet: the residual nets that face recognition is trained with (Deng et al., ArcFace, arXiv:1801.07698; Duta et al.,
-Improved Residual Networks, arXiv:2004.04989). Parameters are named as in insightface's ``iresnet.py``, so its
+"""IResNet: the residual nets that face recognition is trained with (Deng et al., ArcFace, arXiv:1801.07698; Duta et
+al., Improved Residual Networks, arXiv:2004.04989). Parameters are named as in insightface's ``iresnet.py``, so its
 ``backbone.pth`` and ``model.pt`` load."""
 
 from __future__ import annotations
@@ -64,16 +64,15 @@ class IResNet(nn.Module):
         self.conv1 = nn.Conv2d(channels, _WIDTHS[0], 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(_WIDTHS[0], eps=_EPS)
         self.prelu = nn.PReLU(_WIDTHS[0])
-        inplanes = _WIDTHS[0]
-        for stage, (planes, blocks) in enumerate(zip(_WIDTHS, LAYERS[depth], strict=True), start=1):
-            # The first block of each stage halves the image.
-            parts = [IResNetBlock(inplanes, planes, 2), *(IResNetBlock(planes, planes, 1) for _ in range(blocks - 1))]
-            self.add_module(f"layer{stage}", nn.Sequential(*parts))
-            inplanes = planes
+        blocks = LAYERS[depth]
+        self.layer1 = _stage(_WIDTHS[0], _WIDTHS[0], blocks[0])
+        self.layer2 = _stage(_WIDTHS[0], _WIDTHS[1], blocks[1])
+        self.layer3 = _stage(_WIDTHS[1], _WIDTHS[2], blocks[2])
+        self.layer4 = _stage(_WIDTHS[2], _WIDTHS[3], blocks[3])
         side = -(-size // 16)
-        self.bn2 = nn.BatchNorm2d(inplanes, eps=_EPS)
+        self.bn2 = nn.BatchNorm2d(_WIDTHS[3], eps=_EPS)
         self.dropout = nn.Dropout(dropout)
-        self.fc = nn.Linear(inplanes * side * side, embedding_dim)
+        self.fc = nn.Linear(_WIDTHS[3] * side * side, embedding_dim)
         self.features = nn.BatchNorm1d(embedding_dim, eps=_EPS)
         # Every dimension of the embedding keeps its share of the angle.
         nn.init.ones_(self.features.weight)
@@ -90,3 +89,9 @@ class IResNet(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             embeddings: Tensor = self.features(self.fc(x.float()))
         return embeddings
+
+
+def _stage(inplanes: int, planes: int, blocks: int) -> nn.Sequential:
+    """Blocks of which the first halves the image."""
+    first = IResNetBlock(inplanes, planes, 2)
+    return nn.Sequential(first, *(IResNetBlock(planes, planes, 1) for _ in range(blocks - 1)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,16 @@ from ..center_sgd import CenterSGD
 from ..data.images import ImageSpec
 from ..keyed import NET, fold
 from ..partial_fc import PartialFC
-from .backbones import build_backbone
-from .batches import share_bounds
-from .config import TrainConfig
+from .backbones import build_backbone, load_weights
+from .config import OptionError, TrainConfig
 from .joint_step import JointStep, StepResult
 from .margin_text import parse_margin
 from .schedule import Schedule
 from .world import World
+
+# Each rank's running statistics are its own. torch 2.13 gave the option a new name and warns about the old one.
+_NEW_NAME = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
+_OWN_STATISTICS: dict[str, Any] = {"forward_sync_buffers" if _NEW_NAME else "broadcast_buffers": False}
 
 
 class Learner:
@@ -57,8 +61,7 @@ class Learner:
         self._trained = [each for each in self.backbone.parameters() if each.requires_grad]
         net: nn.Module = self.backbone
         if world.world_size > 1:
-            # Each rank's running statistics are its own; the first rank's are saved.
-            net = DistributedDataParallel(net, broadcast_buffers=False)
+            net = DistributedDataParallel(net, **_OWN_STATISTICS)
         driven = self._trained if fused else [*self._trained, self.head.weight]
         if config.optimizer == "sgd":
             self.optimizer: torch.optim.Optimizer = torch.optim.SGD(driven, config.lr, config.momentum)
@@ -74,16 +77,15 @@ class Learner:
         rate: float = self.optimizer.param_groups[0]["lr"]
         return rate
 
-    def learn(self, images: Tensor, labels: Tensor, number: int) -> StepResult:
-        """One step, counted from 0, on this rank's images (n, channels, size, size) and labels (n,)."""
+    def learn(self, images: Tensor, labels: Tensor, sizes: list[int], number: int) -> StepResult:
+        """One step, counted from 0, on this rank's images (n, channels, size, size) and labels (n,), in micro-batches
+        of these sizes."""
         self.backbone.train()
         self._set_options(number)
         device = self.world.device
         images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
-        bounds = share_bounds(len(labels), self.config.accumulation)
-        parts = [images[start:end] for start, end in zip(bounds, bounds[1:], strict=False)]
         self.optimizer.zero_grad()
-        result = self._step(parts, labels, number)
+        result = self._step(list(images.split(sizes)), labels, number)
         self._scaler.unscale_(self.optimizer)
         norm = nn.utils.clip_grad_norm_(self._trained, self.config.clip_norm or float("inf"))
         # The same on every rank: gradients are. A scaler looks for itself, and halves its factor.
@@ -107,6 +109,19 @@ class Learner:
     def save(self, root: Path, step: int) -> Path:
         """A checkpoint after ``step`` steps; a collective."""
         return checkpoint.save(root, self.head, keep=self.config.keep, step=step, **self._objects())
+
+    def start(self) -> int:
+        """At the beginning, from the weights that the options name; returns 0 steps.
+
+        Raises:
+            OptionError: they are none of this net's.
+        """
+        if self.config.init:
+            try:
+                load_weights(self.backbone, Path(self.config.init))
+            except ValueError as error:
+                raise OptionError(f"init: {error}") from None
+        return 0
 
     def load(self, root: Path) -> int:
         """Goes back to the newest checkpoint; returns how many steps had been made. A collective."""

@@ -37,7 +37,9 @@ def _named(text: str) -> object:
     }
     try:
         call = ast.parse(text.strip(), mode="eval").body
-        name, arguments, keywords = (call.func, call.args, call.keywords) if isinstance(call, ast.Call) else (call, [], [])
+        name, arguments, keywords = (
+            (call.func, call.args, call.keywords) if isinstance(call, ast.Call) else (call, [], [])
+        )
         if not isinstance(name, ast.Name) or name.id.lower() not in margins:
             listed = ", ".join(each.__name__ for each in margins.values())
             raise ValueError(f"margin must be one of {listed}, or MODULE:NAME; got {text!r}")

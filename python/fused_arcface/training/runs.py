@@ -95,8 +95,8 @@ def check_run(folder: RunFolder, config: TrainConfig, classes: list[str], resume
     saved_classes = folder.classes.read_text().splitlines() if folder.classes.exists() else classes
     if folder.has_checkpoint and saved_classes != classes:
         raise RunError(
-            f"{folder.root}: a resumed run keeps its {len(saved_classes)} identities; {config.data} has {len(classes)}, "
-            "or others"
+            f"{folder.root}: a resumed run keeps its {len(saved_classes)} identities; "
+            f"{config.data} has {len(classes)}, or others"
         )
 
 

@@ -6,6 +6,7 @@ import math
 import signal
 import time
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -106,22 +107,23 @@ class Trainer:
 
     def run(self) -> Outcome:
         """Trains until the last step or an interruption."""
-        step = self._saved = self._learner.load(self._folder.checkpoints) if self._folder.has_checkpoint else 0
+        resumed, learner = self._folder.has_checkpoint, self._learner
+        step = self._saved = learner.load(self._folder.checkpoints) if resumed else learner.start()
         parameters = sum(each.numel() for each in self._learner.backbone.parameters())
         self.tell(Began(step, self._steps, len(self._source), len(self._source.names), parameters))
         if self._world.rank == 0:
             for note in [*self._source.notes, *self._source.problems]:
                 self.tell(Noted(note))
-        bounds = share_bounds(self._plan.rows, self._world.world_size)
-        share = slice(bounds[self._world.rank], bounds[self._world.rank + 1])
-        items = self._plan.from_step(step, self._steps, share)
+        bounds = self._share()
+        sizes = [end - start for start, end in pairwise(bounds)]
+        items = self._plan.from_step(step, self._steps, slice(bounds[0], bounds[-1]))
         pin_memory = self._world.device.type == "cuda"
         batches = load_batches(self._source, self._learner.spec, items, self._config.workers, pin_memory)
         start = time.perf_counter()
         while step < self._steps and self._stopped_by is None:
             batch = next(batches)
             self._report(batch)
-            result = self._learner.learn(batch.images, batch.labels, step)
+            result = self._learner.learn(batch.images, batch.labels, sizes, step)
             step += 1
             now = time.perf_counter()
             self._conclude(step, result, now - start)
@@ -135,6 +137,13 @@ class Trainer:
         if step == self._steps and self._world.rank == 0:
             torch.save(self._learner.backbone.state_dict(), self._folder.model)
         return Outcome(step, self._steps, self._stopped_by)
+
+    def _share(self) -> list[int]:
+        """Where this rank's micro-batches begin and end in the joint batch. Ranks times micro-batches count: a run
+        whose ranks have become micro-batches, or the other way round, is the same."""
+        parts = self._config.accumulation
+        bounds = share_bounds(self._plan.rows, self._world.world_size * parts)
+        return bounds[self._world.rank * parts : (self._world.rank + 1) * parts + 1]
 
     def _report(self, batch: Batch) -> None:
         for problem in batch.problems:
@@ -170,7 +179,9 @@ class Trainer:
             )
         )
         if not math.isfinite(result.loss) and self._world.rank == 0:
-            self.tell(Noted(f"the loss of step {step} is {result.loss}: nothing was changed in it; lower lr if it stays"))
+            self.tell(
+                Noted(f"the loss of step {step} is {result.loss}: nothing was changed in it; lower lr if it stays")
+            )
 
     def _verify(self, step: int) -> None:
         """At the end of an epoch, by the first rank; the others wait."""

@@ -80,6 +80,11 @@ def _device(name: str, local_rank: int | None) -> torch.device:
     return device
 
 
+def is_first_rank() -> bool:
+    """Whether this is the process that speaks for all: the one, or the first that torchrun started."""
+    return int(os.environ.get("RANK", 0)) == 0
+
+
 def resume_command(output: Path) -> str:
     """The command that goes on with a run as it was started: under torchrun, or not."""
     command = f"fused-arcface train --output {shlex.quote(str(output))} --resume"

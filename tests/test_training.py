@@ -1,0 +1,399 @@
+"""Training runs: interrupted and resumed, on one rank and two, in micro-batches, with bad data. Those inside this
+process are told to stop by signals at steps of the test's choice."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from image_files import write_folder, write_records
+from torch import nn
+
+import fused_arcface as fa
+from fused_arcface.cli import run as run_command
+from fused_arcface.data import DataError, ImageSpec, read_folder, read_image
+from fused_arcface.evaluation import verify
+from fused_arcface.extras import MissingExtra
+from fused_arcface.training import embed, events
+from fused_arcface.training.backbones import build_backbone
+from fused_arcface.training.config import OptionError, TrainConfig
+from fused_arcface.training.events import Noted, Stepped, Verified
+from fused_arcface.training.joint_step import JointStep
+from fused_arcface.training.runs import RunError, load_backbone
+from fused_arcface.training.trainer import Outcome, train
+
+TINY = TrainConfig(
+    data="identities:6x4", epochs=3, batch_size=8, image_size=16, workers=0, device="cpu", verify_every=9
+)
+
+
+def run(
+    config: TrainConfig, output: Path, resume: bool = False, stop_at: int = 0, by: int = signal.SIGINT
+) -> tuple[Outcome, list[events.Event]]:
+    """A run's outcome and events; ``stop_at`` is the step at which this process gets a signal."""
+    heard: list[events.Event] = []
+
+    def listen(event: events.Event) -> None:
+        heard.append(event)
+        if isinstance(event, Stepped) and event.step == stop_at - 1:
+            os.kill(os.getpid(), by)
+
+    return train(config, output, resume=resume, listener=listen), heard
+
+
+def losses(output: Path) -> list[float]:
+    steps = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
+    steps = [step for step in steps if "loss" in step]
+    assert [step["step"] for step in steps] == list(range(1, len(steps) + 1))
+    return [step["loss"] for step in steps]
+
+
+def weights(output: Path) -> dict[str, torch.Tensor]:
+    return load_backbone(output)[0].state_dict()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"sample_rate": 0.5, "accumulation": 2, "optimizer": "adamw"},
+        {"center_optimizer": "joint", "precision": "bf16", "workers": 2},
+        {"precision": "fp16", "margin": "CosFace(0.2)", "schedule": "polynomial"},
+    ],
+)
+def test_an_interrupted_run_goes_on_as_if_it_had_not_been(tmp_path: Path, options: dict) -> None:
+    config = TINY.replace(options)
+    assert run(config, tmp_path / "whole")[0] == Outcome(9, 9)
+    outcome, _ = run(config, tmp_path / "parts", stop_at=4)  # within the second epoch
+    assert outcome == Outcome(4, 9, signal.SIGINT)
+    outcome, _ = run(config, tmp_path / "parts", resume=True, stop_at=7, by=signal.SIGTERM)
+    assert outcome == Outcome(7, 9, signal.SIGTERM)
+    assert run(config, tmp_path / "parts", resume=True)[0] == Outcome(9, 9)
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+    whole, parts = weights(tmp_path / "whole"), weights(tmp_path / "parts")
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+    assert losses(tmp_path / "whole")[-1] < losses(tmp_path / "whole")[0]
+
+
+def test_a_run_that_went_down_goes_back_to_its_last_checkpoint(tmp_path: Path) -> None:
+    class Power(Exception):
+        pass
+
+    def fail(event: events.Event) -> None:
+        if isinstance(event, Stepped) and event.step == 8:
+            raise Power
+
+    run(TINY, tmp_path / "whole")
+    with pytest.raises(Power):
+        train(TINY.replace({"save_every": 2}), tmp_path / "parts", listener=fail)
+    assert len(losses(tmp_path / "parts")) in (7, 8)
+    _, heard = run(TINY, tmp_path / "parts", resume=True)
+    assert heard[0].step == 6 and losses(tmp_path / "parts") == losses(tmp_path / "whole")
+
+
+def test_micro_batches_give_the_whole_batchs_gradients() -> None:
+    """With a net that neither normalises over the batch nor draws; and running statistics count each image once."""
+    images, labels = torch.randn(7, 1, 8, 8), torch.arange(7) % 5
+
+    def gradients(sizes: list[int]) -> tuple[list[torch.Tensor], float, torch.Tensor]:
+        torch.manual_seed(1)
+        net = nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.Tanh(), nn.Linear(16, 6))
+        head = fa.PartialFC(6, 5, center_optimizer=fa.CenterSGD(0.1))
+        result = JointStep(net, head, "fp32", torch.amp.GradScaler("cpu", enabled=False))(
+            list(images.split(sizes)), labels, 0
+        )
+        return [each.grad for each in net.parameters()], result.loss, head.weight.detach()
+
+    whole, parts = gradients([7]), gradients([3, 2, 2])
+    assert whole[1] == pytest.approx(parts[1], rel=1e-6)
+    for a, b in zip([*whole[0], whole[2]], [*parts[0], parts[2]], strict=True):
+        assert (a - b).norm() < 1e-5 * a.norm()
+
+    net = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(64), nn.Dropout(0.5), nn.Linear(64, 6))
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    JointStep(net, fa.PartialFC(6, 5), "fp32", scaler)(list(images.split([3, 4])), labels, 0)
+    assert net[1].num_batches_tracked == 2
+    expected = 0.9 * 0.1 * images[3:].flatten(1).mean(0) + 0.1 * images[:3].flatten(1).mean(0)
+    reverse = 0.9 * 0.1 * images[:3].flatten(1).mean(0) + 0.1 * images[3:].flatten(1).mean(0)
+    assert torch.allclose(net[1].running_mean, expected, atol=1e-6) or torch.allclose(
+        net[1].running_mean, reverse, atol=1e-6
+    )
+
+
+@pytest.mark.parametrize("bad", ["skip", "stop"])
+def test_unreadable_images_and_empty_identities(tmp_path: Path, bad: str) -> None:
+    root = write_folder(tmp_path / "faces", 4, 4)
+    config = TINY.replace({"data": str(root), "bad_data": bad, "epochs": 1})
+    broken = root / "person_001" / "01.png"
+    broken.write_text("not an image")
+    if bad == "stop":
+        with pytest.raises(DataError, match=f"{broken} cannot be read as an image"):
+            run(config, tmp_path / "run")
+    else:
+        outcome, heard = run(config, tmp_path / "run")
+        notes = [event.text for event in heard if isinstance(event, Noted)]
+        assert outcome == Outcome(2, 2) and all(event.loss < 100 for event in heard if isinstance(event, Stepped))
+        assert notes == [
+            f"{broken} cannot be read as an image: no format that Pillow knows; the next image is taken instead"
+        ]
+    (root / "person_9").mkdir()
+    if bad == "stop":
+        with pytest.raises(DataError, match="person_9: an identity without images is left out"):
+            run(config, tmp_path / "run")
+    else:
+        _, heard = run(config, tmp_path / "other")
+        assert f"{root / 'person_9'}: an identity without images is left out" in [
+            e.text for e in heard if isinstance(e, Noted)
+        ]
+    for path in root.rglob("*.[jp]*g"):
+        path.write_text("")
+    with pytest.raises(DataError, match=r"^16 images in a row cannot be read; the last: .*png cannot be read"):
+        run(config.replace({"bad_data": "skip", "channels": 1, "workers": 1}), tmp_path / "third")
+
+
+def test_records_are_trained_on_and_a_truncated_file_is_reported(tmp_path: Path) -> None:
+    root = write_records(tmp_path, identities=4, samples=4, labels_each=2)
+    (root / "train.rec").write_bytes((root / "train.rec").read_bytes()[:-2000])
+    config = TINY.replace({"data": str(root), "epochs": 1, "image_size": None, "verify_data": str(root)})
+    outcome, heard = run(config, tmp_path / "run")
+    assert outcome.step == outcome.steps == 1
+    notes = [event.text for event in heard if isinstance(event, Noted)]
+    assert notes and all(re.search(r"train\.rec: record \d+ at byte \d+ cannot be read", note) for note in notes)
+    assert next(event for event in heard if isinstance(event, Verified)).found.accuracy > 0
+    assert load_backbone(tmp_path / "run")[1] == ImageSpec(32, 1)
+    with pytest.raises(DataError, match=r"record \d+ at byte"):
+        run(config.replace({"bad_data": "stop"}), tmp_path / "other")
+
+
+def test_options_are_chosen_by_the_data_and_the_net(tmp_path: Path) -> None:
+    root = write_folder(tmp_path / "faces", 4, 5, (("RGB", 50, 70, "png"), ("L", 50, 50, "png")))
+    config = TINY.replace({"data": os.path.relpath(root), "epochs": 1, "image_size": None})
+    run(config, tmp_path / "run")
+    saved = TrainConfig().replace(TrainConfig.load(tmp_path / "run" / "config.toml"))
+    assert saved == config.replace(
+        {"data": str(root), "image_size": 50, "channels": 3, "embedding_dim": 128, "lr": 0.1, "scale": 16.0}
+    )
+    assert (tmp_path / "run" / "classes.txt").read_text().split() == [f"person_{i:03d}" for i in range(4)]
+
+
+def test_a_trained_net_is_loaded_and_its_file_too(tmp_path: Path) -> None:
+    run(TINY, tmp_path / "run")
+    net, spec = load_backbone(tmp_path / "run", "cpu")
+    assert spec == ImageSpec(16, 1) and not net.training and net(torch.zeros(1, *spec.shape)).shape == (1, 128)
+    plain = build_backbone("small", 128, spec)
+    plain.load_state_dict(torch.load(tmp_path / "run" / "model.pt"))
+    assert all(torch.equal(a, b) for a, b in zip(plain.state_dict().values(), net.state_dict().values(), strict=True))
+
+
+def test_a_run_starts_from_weights_in_a_file(tmp_path: Path) -> None:
+    run(TINY, tmp_path / "first")
+    config = TINY.replace({"init": str(tmp_path / "first" / "model.pt"), "lr": 0.0, "epochs": 1})
+    run(config, tmp_path / "second")
+    first, second = weights(tmp_path / "first"), weights(tmp_path / "second")
+    assert all(torch.equal(first[name], second[name]) for name in first if "running" not in name and "num" not in name)
+    for content in (b"no weights", b""):
+        (tmp_path / "other.pt").write_bytes(content)
+        with pytest.raises(OptionError, match=r"init: .*other\.pt has no weights of this net"):
+            run(config.replace({"init": str(tmp_path / "other.pt")}), tmp_path / "third")
+    with pytest.raises(OptionError, match=r"init: .*model\.pt has no weights of this net"):
+        run(config.replace({"embedding_dim": 7}), tmp_path / "third")
+
+
+def test_folders_that_are_no_run(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="is not a folder"):
+        load_backbone(tmp_path / "missing")
+    with pytest.raises(RunError, match=r"is no training run: it has no config\.toml"):
+        load_backbone(tmp_path)
+    TINY.save(tmp_path / "config.toml")
+    with pytest.raises(RunError, match="must have image_size, channels and embedding_dim"):
+        load_backbone(tmp_path)
+    TINY.replace({"channels": 1, "embedding_dim": 8}).save(tmp_path / "config.toml")
+    with pytest.raises(RunError, match="has no complete checkpoint yet"):
+        load_backbone(tmp_path)
+    (tmp_path / "config.toml").write_text("epoch = 3")
+    with pytest.raises(RunError, match=r"config\.toml: no option is called epoch; did you mean epochs"):
+        load_backbone(tmp_path)
+    run(TINY, tmp_path / "run")
+    text = (tmp_path / "run" / "config.toml").read_text()
+    (tmp_path / "run" / "config.toml").write_text(text.replace("embedding_dim = 128", "embedding_dim = 64"))
+    with pytest.raises(RunError, match=r"the checkpoint does not fit config\.toml"):
+        load_backbone(tmp_path / "run")
+
+
+def test_a_run_is_neither_overwritten_nor_mixed_up(tmp_path: Path) -> None:
+    run(TINY, tmp_path, stop_at=2)
+    with pytest.raises(RunError, match="holds a run already: --resume goes on with it"):
+        run(TINY, tmp_path)
+    with pytest.raises(RunError, match="a resumed run keeps its batch_size, 8; got 6"):
+        run(TINY.replace({"batch_size": 6}), tmp_path, resume=True)
+    with pytest.raises(RunError, match="a resumed run keeps its 6 identities; identities:5x4 has 5"):
+        run(TINY.replace({"data": "identities:5x4"}), tmp_path, resume=True)
+    outcome, heard = run(
+        TINY.replace({"lr": 0.01, "epochs": 4, "schedule": "constant", "warm_up": 0.0}), tmp_path, resume=True
+    )
+    assert outcome == Outcome(12, 12) and {event.lr for event in heard if isinstance(event, Stepped)} == {0.01}
+
+
+def test_options_that_do_not_go_together(tmp_path: Path) -> None:
+    for options, message in (
+        ({"accumulation": 5}, "batch_size must be >= 10, two images for each of 1 rank.s. × 5 micro-batch.es."),
+        ({"device": "cuda:0"} if not torch.cuda.is_available() else {"device": "gpu"}, "device"),
+        ({"device": "abacus"}, "device must be auto, cpu, cuda or cuda:N; got 'abacus'"),
+        ({"backend": "cuda"}, "backend 'cuda'"),
+    ):
+        with pytest.raises(OptionError, match=message):
+            run(TINY.replace(options), tmp_path)
+    with pytest.raises(DataError, match="must hold two identities or more; got 1"):
+        run(TINY.replace({"data": "identities:1x9"}), tmp_path)
+    with pytest.raises(DataError, match="data must be a folder"):
+        run(TINY.replace({"data": ""}), tmp_path)
+
+
+def test_tensorboard_is_written_where_it_is_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a stand-in that has its interface: the package is not among the tests' requirements."""
+    written: list[tuple] = []
+
+    class SummaryWriter:
+        def __init__(self, folder: str, purge_step: int) -> None:
+            written.append((folder, purge_step))
+
+        def add_scalar(self, name: str, value: float, step: int) -> None:
+            written.append((name, value, step))
+
+        def close(self) -> None:
+            written.append(("closed",))
+
+    monkeypatch.setitem(sys.modules, "tensorboard", object())
+    module = type(sys)("torch.utils.tensorboard")
+    module.SummaryWriter = SummaryWriter  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
+    run(TINY.replace({"epochs": 1}), tmp_path)
+    assert written[0] == (str(tmp_path / "tensorboard"), 1) and written[-1] == ("closed",)
+    curve = [value for name, value, *_ in written[1:-1] if name == "train/loss"]
+    assert curve == losses(tmp_path)
+    names = {each[0] for each in written}
+    assert {"train/target_angle", "train/head_share", "verification/accuracy", "verification/tar_at_far_0.01"} <= names
+
+
+def test_the_command_takes_a_file_and_the_command_line_wins(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "options.toml"
+    file.write_text(
+        'data = "identities:6x4"\nepochs = 7\nbatch_size = 8\nimage_size = 16\nworkers = 0\nmargin = "CosFace(0.2)"\n'
+    )
+    arguments = ["train", "--config", str(file), "--output", str(tmp_path / "run"), "--epochs", "2", "--no-flip"]
+    assert run_command(arguments) == 0
+    shown = capsys.readouterr().out
+    assert (
+        "24 images of 6 identities" in shown
+        and re.search(r"epoch +2/2  loss \d", shown)
+        and "verification: accuracy" in shown
+    )
+    saved = TrainConfig().replace(TrainConfig.load(tmp_path / "run" / "config.toml"))
+    assert (saved.epochs, saved.batch_size, saved.margin, saved.flip) == (2, 8, "CosFace(0.2)", False)
+    assert run_command(arguments) == 2 and "holds a run already" in capsys.readouterr().err
+    assert run_command(["train", "--output", str(tmp_path / "run"), "--resume"]) == 0  # nothing left to do
+    assert run_command(["train", "--data", "nowhere", "--output", str(tmp_path / "x")]) == 1
+    assert "data must be a folder" in capsys.readouterr().err
+    assert run_command(["train", "--data", "identities", "--output", str(tmp_path / "x"), "--lr", "-1"]) == 2
+    assert "lr must be >= 0; got -1.0" in capsys.readouterr().err
+    file.write_text("epoch = 7\n")
+    assert run_command([*arguments[:4], str(tmp_path / "x")]) == 2
+    assert "no option is called epoch; did you mean epochs?" in capsys.readouterr().err
+
+
+def test_a_missing_library_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = write_folder(tmp_path / "faces", 2, 2)
+    for module in ("PIL", "PIL.Image", "PIL.ImageOps"):
+        monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(MissingExtra, match=r'pillow is not installed.*pip install "fused_arcface\[train\]"'):
+        run(TINY.replace({"data": str(root)}), tmp_path / "run")
+
+
+def start(arguments: list[str], ranks: int = 1) -> subprocess.Popen[str]:
+    """The command in processes of its own."""
+    torchrun = [
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--local-addr",
+        "127.0.0.1",
+        "--nproc-per-node",
+        str(ranks),
+    ]
+    launcher = torchrun if ranks > 1 else []
+    # The loopback interface: gloo would otherwise look the machine's name up, which a sandbox may not answer.
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONUNBUFFERED": "1"}
+    return subprocess.Popen(
+        [sys.executable, *launcher, "-m", "fused_arcface", "train", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+    )
+
+
+def wait_for_steps(output: Path, process: subprocess.Popen[str], steps: int) -> None:
+    log, deadline = output / "log.jsonl", time.monotonic() + 120
+    while not (log.exists() and log.read_text().count('"loss"') >= steps):
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+        time.sleep(0.005)
+
+
+def test_end_to_end_on_files_with_ctrl_c_and_two_ranks(tmp_path: Path) -> None:
+    """Images of several sizes and modes; a run in two micro-batches, interrupted by SIGINT, goes on with two ranks of
+    one micro-batch each, which makes the loss curve of one that was not interrupted; what it learnt is recognised."""
+    root = write_folder(tmp_path / "faces", 12, 5)
+    write_folder(tmp_path / "unseen", 12, 5, first=100)
+    options = {"data": str(root), "epochs": 30, "batch_size": 20, "accumulation": 2, "workers": 0, "device": "cpu"}
+    config = TrainConfig().replace(options | {"verify_data": str(tmp_path / "unseen"), "verify_every": 30})
+    run(config, tmp_path / "whole")
+    whole = losses(tmp_path / "whole")
+    assert len(whole) == 90
+
+    config.replace({"workers": 2}).save(tmp_path / "options.toml")
+    output = tmp_path / "parts"
+    process = start(["--config", str(tmp_path / "options.toml"), "--output", str(output)])
+    wait_for_steps(output, process, 7)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=120)
+    assert process.returncode == 130 and f"fused-arcface train --output {output} --resume" in error
+    stopped = len(losses(output))
+    assert 7 <= stopped < 90 and f"Interrupted and saved after step {stopped} of 90" in error
+
+    process = start(["--output", str(output), "--resume", "--accumulation", "1", "--workers", "0"], ranks=2)
+    shown, error = process.communicate(timeout=240)
+    assert process.returncode == 0, error
+    assert f"resumed after step {stopped} of 90" in shown and shown.count("epoch  30/30") == 1
+    assert losses(output) == pytest.approx(whole, rel=2e-3)
+
+    net, spec = load_backbone(output)
+    assert spec == ImageSpec(40, 3)
+    unseen = read_folder(tmp_path / "unseen")
+    images = torch.stack([read_image(path, spec) for path, _ in unseen.files])
+    labels = torch.tensor([identity for _, identity in unseen.files])
+    assert verify(embed(net, images), labels).accuracy > 0.65  # chance is 0.5
+
+
+@pytest.mark.full
+def test_two_ranks_are_interrupted_together_and_resumed_on_one(tmp_path: Path) -> None:
+    config = TINY.replace({"epochs": 40, "batch_size": 12, "sample_rate": 0.7})
+    run(config.replace({"accumulation": 2}), tmp_path / "whole")
+    config.save(tmp_path / "options.toml")
+    output = tmp_path / "parts"
+    process = start(["--config", str(tmp_path / "options.toml"), "--output", str(output)], ranks=2)
+    wait_for_steps(output, process, 5)
+    process.send_signal(signal.SIGTERM)  # torchrun hands it on
+    process.communicate(timeout=120)
+    stopped = len(losses(output))
+    assert 5 <= stopped < 80
+    _, heard = run(config.replace({"accumulation": 2}), output, resume=True)
+    assert heard[0].step == stopped
+    assert losses(output) == pytest.approx(losses(tmp_path / "whole"), rel=2e-3)
