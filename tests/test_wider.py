@@ -148,11 +148,15 @@ def close(got: Tensor, right: Tensor, allowed: float, name: str) -> None:
     assert error <= allowed, f"{name}: error {error:.2e}, allowed {allowed:.2e}"
 
 
-@every_variant
-@pytest.mark.parametrize("case", CASES, ids=str)
+def is_defined(variant: Variant, case: Case) -> bool:
+    """Which of equal target cosines has the larger of ElasticFace+'s draws is any."""
+    return not (getattr(variant.make(), "plus", False) and case.geometry in ("aligned", "opposed", "duplicates"))
+
+
+@pytest.mark.parametrize(
+    ("variant", "case"), [(v, case) for case in CASES for v in VARIANTS if is_defined(v, case)], ids=str
+)
 def test_fp64_agrees_with_the_reference(variant: Variant, case: Case, poison: None) -> None:
-    if getattr(variant.make(), "plus", False) and case.geometry in ("aligned", "opposed", "duplicates"):
-        pytest.skip("which of equal target cosines has the larger draw is any")
     exact = dataclasses.replace(case, x_dtype="float64", w_dtype="float64")
     inputs = with_sub_centers(exact, variant)
     got, truth, _ = outcomes(variant, inputs, case.scale)

@@ -296,8 +296,8 @@ def load(path: str | os.PathLike[str], head: PartialFC, **others: Any) -> dict[s
     torch.autograd.graph.increment_version(head.weight)
     head.step = structures[_HEAD]["step"]
     if isinstance(head.margin, torch.nn.Module):
-        for name, value in structures[_HEAD].get("margin", {}).items():
-            head.margin.get_buffer(name).fill_(value)
+        for name, buffer in head.margin.named_buffers():
+            buffer.fill_(structures[_HEAD].get("margin", {}).get(name, buffer))
     if imported:
         for tensor in _momentum(head).values():
             tensor.zero_()
