@@ -139,6 +139,19 @@ def test_great_values_are_exact(scale: float, margin: Margin, isa: str) -> None:
         assert (a - b).abs().max() <= b.abs().max() * (1e-6 + scale * 4 * 2.0**-22)
 
 
+@pytest.mark.parametrize("sub_centers", [1, 7, 16])
+def test_any_number_of_threads(sub_centers: int) -> None:
+    """Slices of the classes, and groups of rows within them, hold whole classes."""
+    inputs = make_inputs(Case(150, 300 * sub_centers, 64))
+    inputs = inputs._replace(target=inputs.target % 300)
+    options = {"margin": started(0.4), "scale": 64.0, "backend": "cpu", "sub_centers": sub_centers}
+    one = run(fa.margin_softmax_loss, inputs, **options)
+    torch.set_num_threads(5)
+    five = run(fa.margin_softmax_loss, inputs, **options)
+    for name in ("loss", "d_embeddings", "d_weight"):
+        torch.testing.assert_close(getattr(five, name), getattr(one, name), rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", ["triton", "cuda"])
 @pytest.mark.parametrize(
     ("options", "what"),

@@ -45,7 +45,7 @@ def _started(make: Callable[[], torch.nn.Module], **state: float) -> Callable[[]
 
 SUB_CENTERS = [
     Variant(lambda: fa.ArcFace(0.5, "fold"), {"sub_centers": 3}),
-    Variant(lambda: fa.CosFace(), {"sub_centers": 16}),
+    Variant(lambda: fa.CosFace(), {"sub_centers": 5}),
     Variant(_started(fa.CurricularFace, t=0.4), {"sub_centers": 2}),
 ]
 MODULATED = [
@@ -132,7 +132,7 @@ CASES = [
     Case(0, 5, 7),
     Case(1, 1, 1),
     Case(1, 2, 513, geometry="late"),
-    Case(130, 211, 7, geometry="late"),
+    Case(130, 211, 7, geometry="late"),  # several blocks, whose size the number of sub-centres need not divide
     Case(5, 11, 512, scale=1.0),
     Case(9, 97, 33, scale=1000.0),
     Case(9, 97, 33, scale=1000.0, geometry="collapsed"),
