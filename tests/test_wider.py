@@ -286,6 +286,19 @@ def test_compiles(variant: Variant) -> None:
 
 
 @every_variant
+def test_autocast(variant: Variant) -> None:
+    """Embeddings as autocast casts them, all else in full precision: as with these embeddings and without it."""
+    inputs = with_sub_centers(Case(9, 23, 16, geometry="late"), variant)
+    rounded = inputs._replace(embeddings=inputs.embeddings.bfloat16())
+    right = run(fa.margin_softmax_loss, rounded, margin=variant.make(), **variant.options)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = run(fa.margin_softmax_loss, inputs, margin=variant.make(), **variant.options)
+    torch.testing.assert_close(got.loss, right.loss, rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(got.d_weight, right.d_weight, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(got.d_embeddings, right.d_embeddings, rtol=1e-5, atol=1e-6)
+
+
+@every_variant
 def test_margins_are_readable(variant: Variant) -> None:
     margin = variant.make()
     assert repr(eval(repr(margin), vars(fa))) == repr(margin)
