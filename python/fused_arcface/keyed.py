@@ -24,7 +24,8 @@ _MIX1, _MIX2 = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 _CPU_CHUNK, _GPU_CHUNK = 1 << 14, 1 << 24
 
 # First number folded into a seed: what the numbers are for.
-CENTRES, SAMPLE, ROUNDING, MARGINS = 1, 2, 3, 4
+CENTRES, SAMPLE, ROUNDING = 1, 2, 3
+MARGINS = 6
 
 
 def _signed(word: int) -> int:
