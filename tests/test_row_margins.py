@@ -103,7 +103,7 @@ def test_magface_penalty_is_in_the_loss() -> None:
 
 def test_elasticface_by_hand() -> None:
     """cos(θ + m) or cos θ - m of whatever was drawn; in eval() of the mean."""
-    cosine = torch.linspace(-0.9, 0.9, 7, dtype=torch.float64)
+    cosine = torch.linspace(-0.6, 0.9, 7, dtype=torch.float64)
     counted, norms = torch.ones(7, dtype=torch.bool), torch.ones(7, dtype=torch.float64)
     for kind in ("arc", "cos"):
         margin = fa.ElasticFace(0.4, 0.1, kind=kind)

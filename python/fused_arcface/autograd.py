@@ -142,15 +142,16 @@ class NegativesAndTarget(torch.autograd.Function):
         backend: str,
         shard: Shard,
         bounds: tuple[float, float],
-        *negatives: Any,
+        *numbers: Any,
     ) -> tuple[Tensor, Tensor, Tensor]:
+        negatives = dict(zip(Negatives._fields, numbers, strict=True))
         rows, centres = shard.all_rows(embeddings), shard.centres(weight)
         shift = None
         if needs_shift(scale, shard.num_classes or weight.shape[0], compute_dtype(rows, centres), *bounds):
-            maximum = shard.ranks.max(_ops.class_max(rows, centres, target, backend, *negatives))
+            maximum = shard.ranks.max(_ops.class_max(rows, centres, target, backend, **negatives))
             shift = (scale * maximum.double()).masked_fill(maximum == -torch.inf, 0)
         total, maximum, centre_sum = _ops.class_stats(
-            rows, centres, target, scale, shift, with_centre_sum, backend, *negatives
+            rows, centres, target, scale, shift, with_centre_sum, backend, **negatives
         )
         target_cosine = _ops.target_cosine(rows, weight, shard.target_rows(target), backend)
         total, target_cosine = shard.ranks.sum(torch.stack([total, target_cosine])).unbind()
@@ -182,11 +183,11 @@ class NegativesAndTarget(torch.autograd.Function):
         # The weight pass runs while the embeddings' gradient is on its way between the ranks.
         if shard.update is not None:
             shard.update.apply(
-                rows, weight, shard.classes, target, *coefficients, ctx.backend, Negatives(*ctx.negatives)
+                rows, weight, shard.classes, target, *coefficients, ctx.backend, Negatives(**ctx.negatives)
             )
         elif ctx.needs_input_grad[1]:
             d_weight = shard.weight_gradient(
-                _ops.weight_grad(rows, shard.centres(weight), target, *coefficients, ctx.backend, *ctx.negatives),
+                _ops.weight_grad(rows, shard.centres(weight), target, *coefficients, ctx.backend, **ctx.negatives),
                 weight,
             )
         if ctx.with_centre_sum:

@@ -253,7 +253,16 @@ class PendingUpdate(CentreUpdate):
             finite & ~(lse.isnan() | (lse == torch.inf)).any(),
         )
         torch.ops.fused_arcface.update_centres(
-            embeddings, weight, target, scale, lse, negative_coefficient, target_coefficient, *step, backend, *negatives
+            embeddings,
+            weight,
+            target,
+            scale,
+            lse,
+            negative_coefficient,
+            target_coefficient,
+            *step,
+            backend,
+            **negatives._asdict(),
         )
         # A graph that has saved the centres as they were now says so instead of using them as they are.
         torch.autograd.graph.increment_version(weight)

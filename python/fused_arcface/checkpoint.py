@@ -115,7 +115,7 @@ def head_state(head: PartialFC) -> dict[str, Any]:
     state: dict[str, Any] = {name: RowShard(tensor, head.row_start, head.num_rows) for name, tensor in tensors.items()}
     state["step"] = head.step
     if isinstance(head.margin, torch.nn.Module):  # a few numbers, the same on every rank
-        state["margin"] = {name: buffer.item() for name, buffer in head.margin.named_buffers()}
+        state["margin"] = {name: tensor.tolist() for name, tensor in head.margin.state_dict().items()}
     if head.center_optimizer is not None:
         groups = head.center_optimizer.state_dict()["param_groups"]
         state["optimizer"] = {name: value for name, value in groups[0].items() if name != "params"}
@@ -137,7 +137,7 @@ def save(root: str | os.PathLike[str], head: PartialFC, *, keep: int = 2, **othe
 
     Args:
         root: directory of the checkpoints; made if missing.
-        head: its class centres, fused optimizer, step and seed are saved.
+        head: its class centres, fused optimizer, step, seed and its margin's state are saved.
         keep: newest checkpoints that are kept; older ones are removed when the new one is complete.
         others: by name, objects with ``state_dict()`` (backbone, optimizer, scheduler) or plain picklable values. An
             ordinary optimizer's state of ``head.weight`` is stored by rows as the centres are; all else as rank 0 has
@@ -308,9 +308,9 @@ def load(path: str | os.PathLike[str], head: PartialFC, **others: Any) -> dict[s
     read(directory, tensors, head.ranks)
     torch.autograd.graph.increment_version(head.weight)
     head.step = structures[_HEAD]["step"]
-    if isinstance(head.margin, torch.nn.Module):
-        for name, value in structures[_HEAD].get("margin", {}).items():
-            head.margin.get_buffer(name).fill_(value)
+    if isinstance(head.margin, torch.nn.Module):  # another margin than the saved one keeps its own state
+        kept = structures[_HEAD].get("margin", {})
+        head.margin.load_state_dict({name: torch.tensor(value) for name, value in kept.items()}, strict=False)
     if imported:
         for tensor in _momentum(head).values():
             tensor.zero_()

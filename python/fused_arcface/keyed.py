@@ -24,7 +24,7 @@ _MIX1, _MIX2 = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 _CPU_CHUNK, _GPU_CHUNK = 1 << 14, 1 << 24
 
 # First number folded into a seed: what the numbers are for.
-CENTRES, SAMPLE, ROUNDING, MARGINS, BATCH, NET = 1, 2, 3, 4, 5, 6
+CENTRES, SAMPLE, ROUNDING, BATCH, NET, MARGINS = 1, 2, 3, 4, 5, 6
 
 
 def _signed(word: int) -> int:

@@ -21,17 +21,18 @@ IGNORED, INVALID = -1, -2
 
 _ROWS = "Tensor embeddings, Tensor weight, Tensor target"
 _COEFFICIENTS = "Tensor lse, Tensor negative_coefficient, Tensor target_coefficient"
-_BACKEND = "str backend, int sub_centers=1, Tensor? threshold=None, Tensor? coefficients=None"
+_NEGATIVES = "*, int sub_centers=1, Tensor? threshold=None, Tensor? coefficients=None"
 _SCHEMAS = {
     "local_target": "(Tensor target, int num_classes, int ignore_index) -> Tensor",
     # O(N·C·D), over the classes
-    "class_max": f"({_ROWS}, {_BACKEND}) -> Tensor",
-    "class_stats": f"({_ROWS}, float scale, Tensor? shift, bool with_centre_sum, {_BACKEND})"
+    "class_max": f"({_ROWS}, str backend, {_NEGATIVES}) -> Tensor",
+    "class_stats": f"({_ROWS}, float scale, Tensor? shift, bool with_centre_sum, str backend, {_NEGATIVES})"
     " -> (Tensor, Tensor, Tensor)",
-    "weight_grad": f"({_ROWS}, float scale, {_COEFFICIENTS}, {_BACKEND}) -> Tensor",
+    "weight_grad": f"({_ROWS}, float scale, {_COEFFICIENTS}, str backend, {_NEGATIVES}) -> Tensor",
     "update_centres": "(Tensor embeddings, Tensor(a!) weight, Tensor target, float scale, "
     f"{_COEFFICIENTS}, Tensor? classes, Tensor(b!)? momentum_buffer, Tensor(c!)? momentum_scale, float lr, "
-    f"float momentum, float weight_decay, int rounding_key, int class_start, Tensor active, {_BACKEND}) -> ()",
+    "float momentum, float weight_decay, int rounding_key, int class_start, Tensor active, "
+    f"str backend, {_NEGATIVES}) -> ()",
     # O(N·D) and O(N), over the rows
     "target_cosine": f"({_ROWS}, str backend) -> Tensor",
     "margin_loss": "(Tensor negative_lse, Tensor target_cosine, float scale, float m1, float m2, float m3,"
@@ -45,7 +46,7 @@ for _name, _schema in _SCHEMAS.items():
 
 
 class Negatives(NamedTuple):
-    """How a row's negatives enter its sum, where it is not by their cosines as they are: the last arguments of the
+    """How a row's negatives enter its sum, where it is not by their cosines as they are: keyword arguments of the
     stages over the classes. Only backends for which :func:`fused_arcface.backends.has_negatives` take them."""
 
     sub_centers: int = 1
@@ -124,15 +125,15 @@ def _embedding_grad_fake(d_unit: Tensor, embeddings: Tensor, backend: str) -> Te
 
 
 @torch.library.impl("fused_arcface::class_max", "default")
-def _class_max(embeddings: Tensor, weight: Tensor, target: Tensor, backend: str, *negatives: Any) -> Tensor:
+def _class_max(embeddings: Tensor, weight: Tensor, target: Tensor, backend: str, **negatives: Any) -> Tensor:
     if weight.shape[0] == 0:
         return embeddings.new_full(embeddings.shape[:1], -torch.inf, dtype=compute_dtype(embeddings, weight))
-    result: Tensor = _run("class_max", embeddings, weight, target, backend, negatives=Negatives(*negatives))
+    result: Tensor = _run("class_max", embeddings, weight, target, backend, negatives=Negatives(**negatives))
     return result
 
 
 @torch.library.register_fake("fused_arcface::class_max")
-def _class_max_fake(embeddings: Tensor, weight: Tensor, target: Tensor, backend: str, *_: object) -> Tensor:
+def _class_max_fake(embeddings: Tensor, weight: Tensor, target: Tensor, backend: str, **_: object) -> Tensor:
     return _target_cosine_fake(embeddings, weight, target, backend)
 
 
@@ -145,14 +146,14 @@ def _class_stats(
     shift: Tensor | None,
     with_centre_sum: bool,
     backend: str,
-    *negatives: Any,
+    **negatives: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     if weight.shape[0] == 0:  # a shard whose step samples none of its classes; no backend need know of it
         rows = embeddings.new_zeros(embeddings.shape[0], dtype=compute_dtype(embeddings, weight))
         centre_sum = rows.new_zeros(embeddings.shape if with_centre_sum else (0,))
         return rows, torch.full_like(rows, -torch.inf), centre_sum
     arguments = embeddings, weight, target, scale, shift, with_centre_sum, backend
-    result: tuple[Tensor, Tensor, Tensor] = _run("class_stats", *arguments, negatives=Negatives(*negatives))
+    result: tuple[Tensor, Tensor, Tensor] = _run("class_stats", *arguments, negatives=Negatives(**negatives))
     return result
 
 
@@ -165,7 +166,7 @@ def _class_stats_fake(
     shift: Tensor | None,
     with_centre_sum: bool,
     backend: str,
-    *_: object,
+    **_: object,
 ) -> tuple[Tensor, Tensor, Tensor]:
     dtype = compute_dtype(embeddings, weight)
     rows = embeddings.new_empty(embeddings.shape[0], dtype=dtype)
@@ -183,17 +184,17 @@ def _weight_grad(
     negative_coefficient: Tensor,
     target_coefficient: Tensor,
     backend: str,
-    *negatives: Any,
+    **negatives: Any,
 ) -> Tensor:
     if weight.shape[0] == 0:
         return torch.empty_like(weight)
     arguments = embeddings, weight, target, scale, lse, negative_coefficient, target_coefficient, backend
-    result: Tensor = _run("weight_grad", *arguments, negatives=Negatives(*negatives))
+    result: Tensor = _run("weight_grad", *arguments, negatives=Negatives(**negatives))
     return result
 
 
 @torch.library.register_fake("fused_arcface::weight_grad")
-def _weight_grad_fake(embeddings: Tensor, weight: Tensor, *rest: object) -> Tensor:
+def _weight_grad_fake(embeddings: Tensor, weight: Tensor, *rest: object, **_: object) -> Tensor:
     return torch.empty_like(weight)
 
 
@@ -232,15 +233,15 @@ def _update_centres(
     lse: Tensor,
     negative_coefficient: Tensor,
     target_coefficient: Tensor,
-    *rest: Any,
+    *step_and_backend: Any,
+    **negatives: Any,
 ) -> None:
-    fields = len(CentreStep._fields)
-    step, backend, negatives = CentreStep(*rest[:fields]), rest[fields], Negatives(*rest[fields + 1 :])
+    step, backend = CentreStep(*step_and_backend[:-1]), step_and_backend[-1]
     if (weight if step.classes is None else step.classes).shape[0] > 0:
         arguments = embeddings, weight, target, scale, lse, negative_coefficient, target_coefficient, step, backend
-        _run("update_centres", *arguments, negatives=negatives)
+        _run("update_centres", *arguments, negatives=Negatives(**negatives))
 
 
 @torch.library.register_fake("fused_arcface::update_centres")
-def _update_centres_fake(*_: object) -> None:
+def _update_centres_fake(*_: object, **__: object) -> None:
     return None

@@ -275,7 +275,8 @@ class PartialFC(nn.Module):
         shapes = self.ranks.gather_objects(tuple(tensor.shape))
         wrong = [shape for shape in shapes if shape != (self.num_rows, self.weight.shape[1])]
         if wrong:
-            raise ValueError(f"tensor must be (C_total={self.num_rows}, D={self.weight.shape[1]}); got {wrong[0]}")
+            rows = "C_total" if self.sub_centers == 1 else "C_total·sub_centers"
+            raise ValueError(f"tensor must be ({rows}={self.num_rows}, D={self.weight.shape[1]}); got {wrong[0]}")
         self.weight.copy_(tensor[self.row_start : self.row_start + self.weight.shape[0]])
 
     @torch.no_grad()
