@@ -34,7 +34,6 @@ def namespace() -> dict[str, Any]:
     backbone = nn.Linear(6, D)
     return {
         "torch": torch,
-        "fa": fa,
         "backbone": backbone,
         "embeddings": backbone(torch.randn(N, 6, generator=generator)),
         "labels": torch.arange(N) % C,

@@ -54,7 +54,7 @@ class EmbeddingSet:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.suffix == ".npz":
             arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
-            np.savez(path, allow_pickle=False, paths=np.array(self.paths, dtype=np.str_), **arrays)
+            np.savez(path, paths=np.array(self.paths, dtype=np.str_), **arrays)
             return
         layout = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
         with safetensors.Writer(path, layout, {"paths": json.dumps(self.paths)}) as writer:
