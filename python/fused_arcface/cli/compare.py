@@ -118,9 +118,9 @@ def _print_criteria(console: Console, found: Comparison) -> None:
         )
     console.print(table)
     console.print(
-        "Verification: accuracy over 10 folds, TAR at FAR 0.01. Identification: rank 1, one\n"
-        "image a person in the gallery. s: of a training; ms: of the loss's forward and\n"
-        "backward pass; MB: peak of training steps beyond images, parameters, optimizer.\n",
+        "Verification: accuracy over 10 folds, TAR at FAR 0.01. Identification: rank 1,\n"
+        "one image a person in the gallery. s: of a training; ms: of the loss's forward\n"
+        "and backward pass; MB: peak of training steps beyond images, weights, optimizer.\n",
         highlight=False,
     )
     softmax = found.of(SOFTMAX)

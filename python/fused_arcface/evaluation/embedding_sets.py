@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -53,8 +54,8 @@ class EmbeddingSet:
             tensors["same"] = self.pairs.same.long().cpu()
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.suffix == ".npz":
-            arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
-            np.savez(path, paths=np.array(self.paths, dtype=np.str_), **arrays)
+            arrays: dict[str, Any] = {name: tensor.numpy() for name, tensor in tensors.items()}
+            np.savez(path, **arrays, paths=np.array(self.paths, dtype=np.str_))
             return
         layout = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
         with safetensors.Writer(path, layout, {"paths": json.dumps(self.paths)}) as writer:
