@@ -113,7 +113,7 @@ def _angles(plt: Any, found: Comparison) -> Any:
         axis.set_title(criterion.name, fontsize=10)
         axis.set(xlim=(0, 150), yticks=[], xticks=range(0, 151, 30))
         axis.tick_params(labelbottom=True)  # also above an empty place of the grid
-    axes[0].legend(frameon=False, fontsize=9)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=2, frameon=False)
     figure.supxlabel("angle between two embeddings, degrees")
     return figure
 
