@@ -65,7 +65,7 @@ def train(
         raise typer.Exit(_WRONG_USAGE if isinstance(wrong, (OptionError, RunError)) else 1) from None
     if outcome.signal is not None:
         if is_first_rank():
-            error.print(f"Interrupted and saved after step {outcome.step} of {outcome.steps}. To go on:", markup=False)
+            error.print(f"Saved after step {outcome.step} of {outcome.steps}. To go on:", markup=False)
             error.print(f"  {resume_command(output)}", style="bold", markup=False, highlight=False)
         raise typer.Exit(128 + outcome.signal)
     if is_first_rank():

@@ -6,7 +6,9 @@ from __future__ import annotations
 import ast
 import importlib
 
+from ..head import MarginHead
 from ..margins import Margin
+from ..partial_fc import PartialFC
 
 
 def parse_margin(text: str) -> Margin:
@@ -30,11 +32,8 @@ def parse_margin(text: str) -> Margin:
 def _named(text: str) -> object:
     import fused_arcface as package
 
-    margins = {
-        name.lower(): each
-        for name in package.__all__
-        if isinstance(each := getattr(package, name), type) and "__call__" in vars(each)
-    }
+    public = [getattr(package, name) for name in package.__all__]
+    margins = {each.__name__.lower(): each for each in public if _makes_margins(each)}
     try:
         call = ast.parse(text.strip(), mode="eval").body
         name, arguments, keywords = (
@@ -49,6 +48,13 @@ def _named(text: str) -> object:
         return made
     except (SyntaxError, TypeError) as error:
         raise ValueError(f"margin {text!r}: {error}") from None
+
+
+def _makes_margins(public: object) -> bool:
+    """Whether a public name is a class whose instances are called with cosines: margins are, and heads with rows."""
+    if not isinstance(public, type) or issubclass(public, (MarginHead, PartialFC)):
+        return False
+    return any("__call__" in vars(base) for base in public.__mro__)
 
 
 def _own(text: str) -> object:
