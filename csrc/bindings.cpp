@@ -25,6 +25,16 @@ T* pointer(uintptr_t address) {
   return reinterpret_cast<T*>(address);
 }
 
+// (sub-centres, address of thresholds or 0, a, b, d)
+using NegativesTuple = std::tuple<int64_t, uintptr_t, double, double, double>;
+
+fa::Negatives to_negatives(const NegativesTuple& n) {
+  const auto& [sub_centres, threshold, a, b, d] = n;
+  if (sub_centres < 1 || sub_centres > fa::kMaxSubCentres)
+    throw std::invalid_argument("sub-centres out of range: " + std::to_string(sub_centres));
+  return {sub_centres, pointer<const void>(threshold), a, b, d};
+}
+
 const fa::Kernels& kernels(const std::string& isa) {
   const fa::Kernels* found = fa::find_kernels(isa.c_str());
   if (found == nullptr) throw std::invalid_argument("instruction set not available on this machine: " + isa);
@@ -33,7 +43,7 @@ const fa::Kernels& kernels(const std::string& isa) {
 
 void class_stats(const std::string& isa, bool fp64, const MatrixTuple& embeddings, const MatrixTuple& weight,
                  uintptr_t target, double scale, uintptr_t shift, uintptr_t negative_max, uintptr_t negative_sum,
-                 uintptr_t centre_sum, int threads) {
+                 uintptr_t centre_sum, int threads, const NegativesTuple& negatives) {
   const fa::Kernels& chosen = kernels(isa);
   const fa::ClassStatsArgs args{to_matrix(embeddings),
                                 to_matrix(weight),
@@ -43,14 +53,16 @@ void class_stats(const std::string& isa, bool fp64, const MatrixTuple& embedding
                                 pointer<void>(negative_max),
                                 pointer<void>(negative_sum),
                                 pointer<void>(centre_sum),
-                                threads};
+                                threads,
+                                to_negatives(negatives)};
   const py::gil_scoped_release release;
   (fp64 ? chosen.class_stats_fp64 : chosen.class_stats_fp32)(args);
 }
 
 void weight_grad(const std::string& isa, bool fp64, const MatrixTuple& embeddings, const MatrixTuple& weight,
                  uintptr_t target, double scale, uintptr_t lse, uintptr_t negative_coefficient,
-                 uintptr_t target_coefficient, const MatrixTuple& d_weight, int threads) {
+                 uintptr_t target_coefficient, const MatrixTuple& d_weight, int threads,
+                 const NegativesTuple& negatives) {
   const fa::Kernels& chosen = kernels(isa);
   const fa::WeightGradArgs args{to_matrix(embeddings),
                                 to_matrix(weight),
@@ -60,7 +72,8 @@ void weight_grad(const std::string& isa, bool fp64, const MatrixTuple& embedding
                                 pointer<const void>(negative_coefficient),
                                 pointer<const void>(target_coefficient),
                                 to_matrix(d_weight),
-                                threads};
+                                threads,
+                                to_negatives(negatives)};
   const py::gil_scoped_release release;
   (fp64 ? chosen.weight_grad_fp64 : chosen.weight_grad_fp32)(args);
 }
@@ -72,7 +85,8 @@ using CentreStepTuple =
 
 void update_centres(const std::string& isa, bool fp64, const MatrixTuple& embeddings, const MatrixTuple& weight,
                     uintptr_t target, double scale, uintptr_t lse, uintptr_t negative_coefficient,
-                    uintptr_t target_coefficient, const CentreStepTuple& centre_step, int threads) {
+                    uintptr_t target_coefficient, const CentreStepTuple& centre_step, int threads,
+                    const NegativesTuple& negatives) {
   const fa::Kernels& chosen = kernels(isa);
   const fa::WeightGradArgs args{to_matrix(embeddings),
                                 to_matrix(weight),
@@ -82,7 +96,8 @@ void update_centres(const std::string& isa, bool fp64, const MatrixTuple& embedd
                                 pointer<const void>(negative_coefficient),
                                 pointer<const void>(target_coefficient),
                                 {},
-                                threads};
+                                threads,
+                                to_negatives(negatives)};
   const auto& [rows, classes, type, momentum, momentum_scale, lr, factor, weight_decay, key, class_start] = centre_step;
   const fa::CentreStep step{pointer<const int64_t>(rows),
                             classes,

@@ -48,9 +48,13 @@ def test_doctor_fails_when_even_the_reference_does(
 def test_gradcheck_lists_every_margin(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["gradcheck", "--backend", "cpu", "--dtype", "float32"]) == 0
     shown = capsys.readouterr().out
-    count = len(list(gradcheck_module.margins()))
+    count = len(list(gradcheck_module.subjects()))
     assert f"{count} of {count} combinations pass" in shown
     for expected in ("NormSoftmax", "CosFace", "SphereFace", "ArcFace fold", "CombinedMargin clip ST", "a function"):
+        assert expected in shown
+    for expected in ("AdaFace", "MagFace hard", "ElasticFace cos", "CurricularFace", "MVSoftmax", "InterclassFilter"):
+        assert expected in shown
+    for expected in ("ArcFace hard K=3", "ArcFace hard ε=0.1"):
         assert expected in shown
 
 
@@ -69,7 +73,7 @@ def test_gradcheck_fails_on_a_wrong_gradient(
         return right(backend, *rest) | ({} if backend is None else {"d_weight": float("nan")})
 
     monkeypatch.setattr(gradcheck_module, "errors_against_fp64", wrong)
-    monkeypatch.setattr(gradcheck_module, "margins", lambda: iter([fa.ArcFace()]))
+    monkeypatch.setattr(gradcheck_module, "subjects", lambda: iter([(fa.ArcFace(), {})]))
     assert run(["gradcheck", "--backend", "reference", "--dtype", "float32"]) == 1
     shown = capsys.readouterr().out
     assert "FAIL" in shown and "0 of 1 combinations pass" in shown

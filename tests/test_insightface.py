@@ -84,7 +84,9 @@ def test_one_rank_equals_the_operations_of_insightface(name):
     torch.testing.assert_close(ours["d_weight"], weight.grad, rtol=1e-8, atol=1e-7)
 
 
-@pytest.mark.parametrize(("name", "sample_rate"), [("arcface", 1.0), ("callable", 1.0), ("callable", 0.5)])
+@pytest.mark.parametrize(
+    ("name", "sample_rate"), [("arcface", 1.0), ("filtered", 0.5), ("callable", 1.0), ("callable", 0.5)]
+)
 def test_ranks_together_equal_one(name, sample_rate):
     expected = train(name, sample_rate)
     results = distributed_helpers.run_ranks(3, train, name, sample_rate)
@@ -123,6 +125,14 @@ def test_their_own_margin_objects_take_the_fused_path():
         x.float(), head.weight, y, margin=fa.ArcFace(boundary="none", gradient="straight_through")
     )
     torch.testing.assert_close(loss, expected)
+
+
+def test_the_filter_takes_the_fused_path():
+    head = insightface.PartialFC_V2(MARGINS["filtered"], D, CLASSES)
+    assert isinstance(head.margin, fa.InterclassFilter) and head.margin.threshold == 0.3
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        head(inputs()[0].float(), inputs()[1])
 
 
 def test_other_callables_are_warned_of():

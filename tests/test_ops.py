@@ -29,6 +29,32 @@ def arguments(case: Case) -> dict[str, tuple]:
     }
 
 
+# Sub-centres, thresholds, and coefficients of what lies above them.
+NEGATIVES = {
+    "sub-centres": {"sub_centers": 2},
+    "modulated": {
+        "threshold": torch.linspace(-0.5, 0.5, 8),
+        "coefficients": torch.tensor([1.0, 0.3, 0.1], dtype=torch.float64),
+    },
+    "both": {
+        "sub_centers": 4,
+        "threshold": torch.full((8,), 0.1),
+        "coefficients": torch.tensor([0.0, 1.2, 0.2], dtype=torch.float64),
+    },
+}
+
+
+@pytest.mark.parametrize("negatives", NEGATIVES)
+@pytest.mark.parametrize("name", list(arguments(Case())))
+def test_opcheck_with_other_negatives(name: str, negatives: str) -> None:
+    operator, given = getattr(ops, name.split()[0]), arguments(Case(N=8, C=12, D=6, scale=8.0))[name]
+    for backend in ("cpu", "reference"):
+        torch.library.opcheck(operator.default, (*given, backend), NEGATIVES[negatives])
+    got, right = (operator(*given, backend, **NEGATIVES[negatives]) for backend in ("cpu", "reference"))
+    for mine, theirs in [(got, right)] if isinstance(got, Tensor) else zip(got, right, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=2e-5, atol=2e-6)
+
+
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 @pytest.mark.parametrize("name", list(arguments(Case())))
 @pytest.mark.parametrize(

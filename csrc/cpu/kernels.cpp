@@ -10,6 +10,7 @@
 
 #include "center_sgd.h"
 #include "gemm.h"
+#include "negatives.h"
 #include "pack.h"
 #include "parallel.h"
 #include "simd.h"
@@ -24,6 +25,10 @@ constexpr int64_t kClassBlock = 96;
 constexpr int64_t kRowBlock = 128;
 // Depth of one accumulation: a panel of embeddings so deep (16 KiB) stays in L1 while all classes of a block pass it.
 constexpr int64_t kDepthBlock = 128;
+// A block holds whole classes.
+int64_t class_block(const Negatives& negatives) { return kClassBlock / negatives.sub_centres * negatives.sub_centres; }
+static_assert(kMaxSubCentres <= kClassBlock);
+
 // Below this many multiply-adds a second thread costs more than it brings.
 constexpr double kWorkPerThread = 2e6;
 
@@ -169,12 +174,15 @@ void class_stats(const ClassStatsArgs& args) {
   const Batch<T> batch(args.embeddings, args.target, threads);
   const Offsets<T> shift(args.shift, N, batch.padded_rows);
   const T log2_scale = static_cast<T>(args.scale * kLog2e);
+  const int64_t block_size = class_block(args.negatives);
+  const bool plain = args.negatives.plain();
+  const GeneralNegatives<T> negatives(args.negatives, N, plain ? 0 : batch.padded_rows);
 
   // A task is a group of rows against a slice of the classes. Slices come first, since each class is then read and
   // packed by one core; their number is bounded by the memory of their centre sums, rows are split for the cores left
   // over. Each slice has statistics of its own, added up in order: the same result whoever computed them.
   const int64_t sum_size = args.centre_sum != nullptr ? batch.padded_rows * batch.stride : 0;
-  const int64_t class_blocks = (C + kClassBlock - 1) / kClassBlock;
+  const int64_t class_blocks = (C + block_size - 1) / block_size;
   const int64_t affordable = std::max<int64_t>(1, kCentreSumBytes / static_cast<int64_t>(sizeof(T)) / (sum_size + 1));
   const int64_t slices = std::min({static_cast<int64_t>(threads), class_blocks, affordable});
   const int64_t group = round_up((N * slices + threads - 1) / threads, kColumns<T>);
@@ -192,17 +200,22 @@ void class_stats(const ClassStatsArgs& args) {
     T* centre_sum = centre_sums.get() + slice * sum_size;
     if (sum_size > 0) std::fill(centre_sum + begin * batch.stride, centre_sum + end * batch.stride, T(0));
 
-    const int64_t last_class = std::min(class_blocks * (slice + 1) / slices * kClassBlock, C);
-    for (int64_t first_class = class_blocks * slice / slices * kClassBlock; first_class < last_class;
-         first_class += kClassBlock) {
-      const int64_t count = std::min(kClassBlock, last_class - first_class);
+    const int64_t last_class = std::min(class_blocks * (slice + 1) / slices * block_size, C);
+    for (int64_t first_class = class_blocks * slice / slices * block_size; first_class < last_class;
+         first_class += block_size) {
+      const int64_t count = std::min(block_size, last_class - first_class);
       work.pack(args.weight, first_class, count, last_class, end - begin);
       for (int64_t row = begin; row < end; row += kRowBlock) {
         const int64_t rows = std::min(kRowBlock, end - row), lanes = round_up(rows, kColumns<T>);
         work.cosines(batch, count, row, lanes);
-        exponentiate<T>(work.tile.get(), work.kTileStride, count, lanes, first_class, batch.target.get() + row,
-                        shift.log2.get() + row, log2_scale, args.negative_sum != nullptr,
-                        stats.data() + slice * batch.padded_rows + row);
+        RowStats* const row_stats = stats.data() + slice * batch.padded_rows + row;
+        if (plain)
+          exponentiate<T>(work.tile.get(), work.kTileStride, count, lanes, first_class, batch.target.get() + row,
+                          shift.log2.get() + row, log2_scale, args.negative_sum != nullptr, row_stats);
+        else
+          exponentiate_general<T>(negatives, work.tile.get(), work.kTileStride, count, lanes, first_class,
+                                  batch.target.get() + row, negatives.threshold.get() + row, shift.log2.get() + row,
+                                  log2_scale, args.negative_sum != nullptr, row_stats);
         if (sum_size > 0)
           for (int64_t d = 0; d < batch.padded_depth; d += kColumns<T>)
             multiply_panel<T, Layout::kTransposed>(rows, count, work.tile.get(), work.kTileStride,
@@ -267,12 +280,16 @@ void weight_pass(const WeightGradArgs& args, const int64_t* index, int64_t C, co
     positive.get()[i] = i < N ? static_cast<const T*>(args.target_coefficient)[i] : 0;
   }
 
+  const int64_t block_size = class_block(args.negatives);
+  const bool plain = args.negatives.plain();
+  const GeneralNegatives<T> negatives(args.negatives, N, plain ? 0 : batch.padded_rows);
+
   const auto workspaces = make_workspaces(threads, batch);
   const Scratch<T> gradients(threads * kClassBlock * batch.stride);
 
-  for_each_task(threads, (C + kClassBlock - 1) / kClassBlock, [&](int64_t block, int worker) {
+  for_each_task(threads, (C + block_size - 1) / block_size, [&](int64_t block, int worker) {
     const FlushSubnormals flush_here;
-    const int64_t first_class = block * kClassBlock, count = std::min(kClassBlock, C - first_class);
+    const int64_t first_class = block * block_size, count = std::min(block_size, C - first_class);
     Workspace<T>& work = *workspaces[worker];
     Prefetch none;
     T* gradient = gradients.get() + worker * kClassBlock * batch.stride;
@@ -280,8 +297,13 @@ void weight_pass(const WeightGradArgs& args, const int64_t* index, int64_t C, co
     for (int64_t row = 0; row < N; row += kRowBlock) {
       const int64_t rows = std::min(kRowBlock, N - row), lanes = round_up(rows, kColumns<T>);
       work.cosines(batch, count, row, lanes);
-      differentiate<T>(work.tile.get(), work.kTileStride, count, lanes, first_class, batch.target.get() + row,
-                       lse.log2.get() + row, negative.get() + row, positive.get() + row, log2_scale);
+      if (plain)
+        differentiate<T>(work.tile.get(), work.kTileStride, count, lanes, first_class, batch.target.get() + row,
+                         lse.log2.get() + row, negative.get() + row, positive.get() + row, log2_scale);
+      else
+        differentiate_general<T>(negatives, work.tile.get(), work.kTileStride, count, lanes, first_class,
+                                 batch.target.get() + row, negatives.threshold.get() + row, lse.log2.get() + row,
+                                 negative.get() + row, positive.get() + row, log2_scale);
       for (int64_t d = 0; d < batch.padded_depth; d += kColumns<T>)
         multiply_panel<T, Layout::kRowMajor>(count, rows, work.tile.get(), work.kTileStride,
                                              batch.by_rows.get() + row * batch.stride + d, batch.stride, gradient + d,

@@ -15,6 +15,18 @@ struct Matrix {
   int64_t rows, columns, row_stride, column_stride;
 };
 
+// How the negatives enter the sums, where it is not by the cosines of weight's rows as they are. With these, class c of
+// embedding i has the cosine c_ic = max_k cos(x_i, w_r), r = c * sub_centres + k, its derivative is that of the
+// greatest (the first of equals), and its logit is scale * f_i(c_ic), where f_i(c) = a c^2 + b c + d for c >
+// threshold_i, else c. A target is the row of its class that is the greatest; the class's other rows get no gradient.
+struct Negatives {
+  int64_t sub_centres = 1;          // rows of weight that each class has, adjacent; weight's rows are a multiple of it
+  const void* threshold = nullptr;  // (N,) of the compute type, or null: f_i(c) = c
+  double a = 0, b = 1, d = 0;
+  bool plain() const { return sub_centres == 1 && threshold == nullptr; }
+};
+constexpr int64_t kMaxSubCentres = 16;
+
 // The negatives' statistics of each embedding against all classes of this shard. With theta_ij the angle between
 // embedding i and centre j and every sum and maximum over the classes j != target_i:
 //   negative_max_i = max_j cos_ij
@@ -32,6 +44,9 @@ struct ClassStatsArgs {
   void* negative_sum;   // (N,) or null: only the maximum is wanted
   void* centre_sum;     // (N, D) contiguous, or null: not wanted
   int threads;
+  // If not plain: exp(scale * f(c)) in both sums, times f'(c) in the latter; negative_max is the greatest f(c) where
+  // only the maximum is wanted, else the greatest c.
+  Negatives negatives;
 };
 
 // d_weight_j = J_j sum_i G_ij x_i / |x_i|, J_j the Jacobian of w -> w / max(|w|, eps), and
@@ -47,6 +62,7 @@ struct WeightGradArgs {
   const void* target_coefficient;    // (N,)
   Matrix d_weight;                   // (C, D), written
   int threads;
+  Negatives negatives;  // if not plain: negative_coefficient_i * exp(scale * f(c) - lse_i) * f'(c)
 };
 
 enum class MomentumType : int { kNone, kFloat64, kFloat32, kBFloat16, kInt8 };

@@ -3,18 +3,26 @@
 from . import backends, checkpoint, compat, reference
 from .center_sgd import CenterSGD, CenterUpdateError
 from .functional import margin_softmax_loss
+from .hard_negatives import CurricularFace, InterclassFilter, MVSoftmax
 from .head import MarginHead
 from .loss import MarginSoftmaxStats
 from .margins import ArcFace, CombinedMargin, CosFace, NormSoftmax, SphereFace
 from .partial_fc import PartialFC
+from .row_margins import AdaFace, ElasticFace, MagFace
 
 __version__ = "0.1.0"
 __all__ = [
+    "AdaFace",
     "ArcFace",
     "CenterSGD",
     "CenterUpdateError",
     "CombinedMargin",
     "CosFace",
+    "CurricularFace",
+    "ElasticFace",
+    "InterclassFilter",
+    "MVSoftmax",
+    "MagFace",
     "MarginHead",
     "MarginSoftmaxStats",
     "NormSoftmax",

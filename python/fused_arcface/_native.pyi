@@ -1,5 +1,6 @@
 # csrc/bindings.cpp: the compiled kernels over raw addresses. fused_arcface.backends.cpu is the only caller.
 _Matrix = tuple[int, int, int, int, int, int]  # address, dtype code, rows, columns, row stride, column stride
+_Negatives = tuple[int, int, float, float, float]  # sub-centres, address of thresholds or 0, a, b, d
 
 FLOAT32: int
 FLOAT64: int
@@ -19,6 +20,7 @@ def class_stats(
     negative_sum: int,
     centre_sum: int,
     threads: int,
+    negatives: _Negatives,
 ) -> None: ...
 def weight_grad(
     isa: str,
@@ -32,6 +34,7 @@ def weight_grad(
     target_coefficient: int,
     d_weight: _Matrix,
     threads: int,
+    negatives: _Negatives,
 ) -> None: ...
 
 NO_MOMENTUM: int
@@ -52,4 +55,5 @@ def update_centres(
     target_coefficient: int,
     centre_step: tuple[int, int, int, int, int, float, float, float, int, int],
     threads: int,
+    negatives: _Negatives,
 ) -> None: ...

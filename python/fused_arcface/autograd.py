@@ -19,21 +19,24 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .backends.reference import unit_gradient, unit_rows
 from .distributed import ALONE, JointBatch, Ranks
-from .ops import compute_dtype
+from .margins import Modulation
+from .ops import PLAIN, Negatives, compute_dtype
 
 _ops = torch.ops.fused_arcface
 
 
-def needs_shift(scale: float, num_classes: int, dtype: torch.dtype) -> bool:
+def needs_shift(
+    scale: float, num_classes: int, dtype: torch.dtype, greatest: float = 1.0, steepest: float = 1.0
+) -> bool:
     """Whether ``Σ exp(scale·cos)·ŵ`` over ``num_classes`` classes can leave the range of ``dtype`` at either end.
 
     Inside it (s = 64 up to 2.6e10 classes in fp32) sums need no running maximum: logits are bounded by the scale. At
     the lower end ``exp(-scale)`` times a small component must still be a normal number: 24 (53) bits above the least.
+    Modulated cosines are at most ``greatest``, and each term has a factor of at most ``steepest``.
     """
     lowest, highest = (670, 709) if dtype == torch.float64 else (70, 88)
-    return scale > lowest or scale + math.log(num_classes) >= highest
+    return scale > lowest or scale * greatest + math.log(num_classes * steepest) >= highest
 
 
 class CentreUpdate:
@@ -53,6 +56,7 @@ class CentreUpdate:
         negative_coefficient: Tensor,
         target_coefficient: Tensor,
         backend: str,
+        negatives: Negatives = PLAIN,
     ) -> None:
         """Updates rows ``classes`` (K,) of weight, all if None, in place. Arguments as of ``ops.weight_grad``."""
         raise NotImplementedError
@@ -83,15 +87,25 @@ class Shard:
     def own_rows(self, rows: Tensor) -> Tensor:
         return rows if self.batch is None else self.batch.own(rows)
 
+    def joint(self, own: Tensor, every: Callable[[Tensor], Tensor]) -> Tensor:
+        """(N, ...) of all ranks' rows: ``own`` (n, ...) in this rank's places, with W times the gradient (see
+        :meth:`start_scatter`; every rank computes the whole loss), ``every`` of all embeddings (N, D) in the others."""
+        if self.batch is None or self.ranks.world_size == 1:
+            return own
+        first, last = self.batch.first, self.batch.first + self.batch.count
+        rows = every(self.batch.embeddings)
+        own = own + (self.ranks.world_size - 1) * (own - own.detach())
+        return torch.cat([rows[:first], own, rows[last:]])
+
     def centres(self, weight: Tensor) -> Tensor:
         """(K, D) centres that take part in this step."""
         return weight if self.classes is None else weight.index_select(0, self.classes)
 
     def target_rows(self, target: Tensor) -> Tensor:
-        """Indices into the centres that take part (N,) as rows of weight; -1 stays."""
+        """Indices into the centres that take part (N,) as rows of weight; negative ones stay."""
         if self.classes is None or self.classes.shape[0] == 0:
             return target
-        return torch.where(target < 0, -1, self.classes.index_select(0, target.clamp(min=0)))
+        return torch.where(target < 0, target, self.classes.index_select(0, target.clamp(min=0)))
 
     def start_scatter(self, rows: Tensor) -> Callable[[], Tensor]:
         """See :meth:`Ranks.start_scatter`; times W, as data-parallel wrappers of the backbone divide by it."""
@@ -127,15 +141,19 @@ class NegativesAndTarget(torch.autograd.Function):
         with_centre_sum: bool,
         backend: str,
         shard: Shard,
+        bounds: tuple[float, float],
+        *numbers: Any,
     ) -> tuple[Tensor, Tensor, Tensor]:
+        negatives = dict(zip(Negatives._fields, numbers, strict=True))
         rows, centres = shard.all_rows(embeddings), shard.centres(weight)
         shift = None
-        if needs_shift(scale, shard.num_classes or weight.shape[0], compute_dtype(rows, centres)):
-            maximum = shard.ranks.max(_ops.class_max(rows, centres, target, backend))
+        if needs_shift(scale, shard.num_classes or weight.shape[0], compute_dtype(rows, centres), *bounds):
+            maximum = shard.ranks.max(_ops.class_max(rows, centres, target, backend, **negatives))
             shift = (scale * maximum.double()).masked_fill(maximum == -torch.inf, 0)
-        total, maximum, centre_sum = _ops.class_stats(rows, centres, target, scale, shift, with_centre_sum, backend)
-        unit_x, unit_w, present = _unit_target_pairs(rows, weight, shard.target_rows(target))
-        target_cosine = (unit_x * unit_w).sum(1).clamp(-1, 1).masked_fill(~present, 0)
+        total, maximum, centre_sum = _ops.class_stats(
+            rows, centres, target, scale, shift, with_centre_sum, backend, **negatives
+        )
+        target_cosine = _ops.target_cosine(rows, weight, shard.target_rows(target), backend)
         total, target_cosine = shard.ranks.sum(torch.stack([total, target_cosine])).unbind()
         if shard.with_max:
             maximum = shard.ranks.max(maximum)
@@ -145,6 +163,7 @@ class NegativesAndTarget(torch.autograd.Function):
             centre_sum = centre_sum / total.masked_fill(total == 0, 1)[:, None]
         ctx.save_for_backward(rows, weight, target, lse, centre_sum)
         ctx.scale, ctx.with_centre_sum, ctx.backend, ctx.shard = scale, with_centre_sum, backend, shard
+        ctx.negatives = negatives
         ctx.mark_non_differentiable(maximum)
         return lse.to(target_cosine.dtype), target_cosine, maximum
 
@@ -157,58 +176,80 @@ class NegativesAndTarget(torch.autograd.Function):
         coefficients = ctx.scale, lse, negative_coefficient, d_target_cosine
         d_embeddings = d_weight = None
         if ctx.with_centre_sum:
-            _, unit_w, present = _unit_target_pairs(rows, weight, shard.target_rows(target))
-            d_unit = negative_coefficient[:, None] * mean_centre
-            d_unit += d_target_cosine.masked_fill(~present, 0)[:, None] * unit_w
+            d_unit = _ops.unit_embedding_grad(
+                weight, shard.target_rows(target), mean_centre, negative_coefficient, d_target_cosine, ctx.backend
+            )
             finish = shard.start_scatter(d_unit)
         # The weight pass runs while the embeddings' gradient is on its way between the ranks.
         if shard.update is not None:
-            shard.update.apply(rows, weight, shard.classes, target, *coefficients, ctx.backend)
+            shard.update.apply(
+                rows, weight, shard.classes, target, *coefficients, ctx.backend, Negatives(**ctx.negatives)
+            )
         elif ctx.needs_input_grad[1]:
             d_weight = shard.weight_gradient(
-                _ops.weight_grad(rows, shard.centres(weight), target, *coefficients, ctx.backend), weight
+                _ops.weight_grad(rows, shard.centres(weight), target, *coefficients, ctx.backend, **ctx.negatives),
+                weight,
             )
         if ctx.with_centre_sum:
             d_unit = finish()
             if ctx.needs_input_grad[0]:
-                own = shard.own_rows(rows)
-                d_embeddings = _to_dtype(unit_gradient(d_unit, own.to(d_unit.dtype)), own.dtype)
-        return d_embeddings, d_weight, None, None, None, None, None
+                d_embeddings = _ops.embedding_grad(d_unit, shard.own_rows(rows), ctx.backend)
+        return d_embeddings, d_weight, *(None for _ in range(9))
+
+
+def cosines_of_targets(
+    embeddings: Tensor, weight: Tensor, target: Tensor, backend: str, shard: Shard, sub_centers: int
+) -> tuple[Tensor, Tensor]:
+    """Ahead of :func:`negatives_and_target`, without a gradient: cosines (N,) of all ranks' rows with their targets,
+    and the targets as rows of the centres that take part (N,), from those as classes: of several centres the nearest.
+    """
+    with torch.no_grad():
+        rows = shard.all_rows(embeddings)
+        candidates = [torch.where(target < 0, target, target * sub_centers + k) for k in range(sub_centers)]
+        cosines = torch.stack(
+            [_ops.target_cosine(rows, weight, shard.target_rows(each), backend) for each in candidates]
+        )
+        cosine, nearest = cosines.max(0)
+        target = torch.stack(candidates).gather(0, nearest[None]).squeeze(0)
+        return shard.ranks.sum(cosine), target
 
 
 def negatives_and_target(
-    embeddings: Tensor, weight: Tensor, target: Tensor, scale: float, backend: str, shard: Shard = ONE_DEVICE
+    embeddings: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    scale: float,
+    backend: str,
+    shard: Shard = ONE_DEVICE,
+    sub_centers: int = 1,
+    modulation: Modulation | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Each row's negative log-sum-exp, target cosine (both differentiable) and greatest negative cosine, all ``(N,)``.
 
     Args:
         embeddings: (n, D), this rank's rows. Their gradient is W times the derivative, W the number of ranks.
         weight: (C, D), this rank's classes.
-        target: (N,) int64, all ranks' rows: index into the centres that take part, or -1: no target here, all classes
-            are negatives; without a target on any rank its cosine is 0.
+        target: (N,) int64, all ranks' rows: index into the centres that take part; ``IGNORED``: no target here, all
+            classes are negatives, and without a target on any rank the cosine is 0; or ``INVALID``: the cosine is NaN.
         scale: of the logits.
         backend: a name that :func:`fused_arcface.backends.select` returned.
         shard: what is held here of the classes, and how to reach the rest.
+        sub_centers: rows of weight for each class; the target is then a row of weight.
+        modulation: of the negatives' cosines.
     """
+    bounds = (1.0, 1.0) if modulation is None else (modulation.greatest, modulation.steepest)
+    changed = (None, None) if modulation is None else (modulation.threshold, modulation.coefficients)
     requires_grad = embeddings.requires_grad if shard.batch is None else shard.batch.requires_grad
     result: tuple[Tensor, Tensor, Tensor] = NegativesAndTarget.apply(
-        embeddings, weight, target, scale, torch.is_grad_enabled() and requires_grad, backend, shard
+        embeddings,
+        weight,
+        target,
+        scale,
+        torch.is_grad_enabled() and requires_grad,
+        backend,
+        shard,
+        bounds,
+        sub_centers,
+        *changed,
     )
     return result
-
-
-def _unit_target_pairs(embeddings: Tensor, centres: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Unit embeddings (N, D), the unit centres of their targets (N, D), and whether the target is here (N,) bool."""
-    dtype, present = compute_dtype(embeddings, centres), target >= 0
-    unit_x = unit_rows(embeddings.to(dtype))
-    if centres.shape[0] == 0:
-        return unit_x, torch.zeros_like(unit_x), present
-    return unit_x, unit_rows(centres.index_select(0, target.clamp(min=0)).to(dtype)), present
-
-
-def _to_dtype(gradient: Tensor, dtype: torch.dtype) -> Tensor:
-    """Gradient in its input's dtype; in fp16 finite numbers saturate, as a zero row's would overflow."""
-    if dtype != torch.float16:
-        return gradient.to(dtype)
-    limit = torch.finfo(dtype).max
-    return torch.where(gradient.isfinite(), gradient.clamp(-limit, limit), gradient).to(dtype)

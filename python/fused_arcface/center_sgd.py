@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from .autograd import CentreUpdate
 from .keyed import rounding_key
-from .ops import MOMENTUM_BLOCK, CentreStep, compute_dtype
+from .ops import MOMENTUM_BLOCK, PLAIN, CentreStep, Negatives, compute_dtype
 
 _WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 _MOMENTUM_DTYPES = (torch.float32, torch.bfloat16, torch.int8, torch.float64)
@@ -229,6 +229,7 @@ class PendingUpdate(CentreUpdate):
         negative_coefficient: Tensor,
         target_coefficient: Tensor,
         backend: str,
+        negatives: Negatives = PLAIN,
     ) -> None:
         optimizer = self._optimizer
         group, state = optimizer.param_groups[0], optimizer.state[optimizer._weight]
@@ -252,7 +253,16 @@ class PendingUpdate(CentreUpdate):
             finite & ~(lse.isnan() | (lse == torch.inf)).any(),
         )
         torch.ops.fused_arcface.update_centres(
-            embeddings, weight, target, scale, lse, negative_coefficient, target_coefficient, *step, backend
+            embeddings,
+            weight,
+            target,
+            scale,
+            lse,
+            negative_coefficient,
+            target_coefficient,
+            *step,
+            backend,
+            **negatives._asdict(),
         )
         # A graph that has saved the centres as they were now says so instead of using them as they are.
         torch.autograd.graph.increment_version(weight)

@@ -112,10 +112,10 @@ def head_state(head: PartialFC) -> dict[str, Any]:
     Tensors share the head's memory: loading into them loads the head, but for ``step`` and ``optimizer``.
     """
     tensors = {"weight": head.weight, **_momentum(head)}
-    state: dict[str, Any] = {
-        name: RowShard(tensor, head.class_start, head.num_classes) for name, tensor in tensors.items()
-    }
+    state: dict[str, Any] = {name: RowShard(tensor, head.row_start, head.num_rows) for name, tensor in tensors.items()}
     state["step"] = head.step
+    if isinstance(head.margin, torch.nn.Module):  # a few numbers, the same on every rank
+        state["margin"] = {name: tensor.tolist() for name, tensor in head.margin.state_dict().items()}
     if head.center_optimizer is not None:
         groups = head.center_optimizer.state_dict()["param_groups"]
         state["optimizer"] = {name: value for name, value in groups[0].items() if name != "params"}
@@ -128,7 +128,8 @@ def _momentum(head: PartialFC) -> dict[str, Tensor]:
 
 def _options(head: PartialFC) -> dict[str, Any]:
     """What must be the same for a resumed run to continue the saved one."""
-    return {"num_classes": head.num_classes, "embedding_dim": head.weight.shape[1], "seed": head.seed}
+    options = {"num_classes": head.num_classes, "embedding_dim": head.weight.shape[1], "seed": head.seed}
+    return options | ({"sub_centers": head.sub_centers} if head.sub_centers > 1 else {})
 
 
 def save(root: str | os.PathLike[str], head: PartialFC, *, keep: int = 2, **others: Any) -> Path:
@@ -136,7 +137,7 @@ def save(root: str | os.PathLike[str], head: PartialFC, *, keep: int = 2, **othe
 
     Args:
         root: directory of the checkpoints; made if missing.
-        head: its class centres, fused optimizer, step and seed are saved.
+        head: its class centres, fused optimizer, step, seed and its margin's state are saved.
         keep: newest checkpoints that are kept; older ones are removed when the new one is complete.
         others: by name, objects with ``state_dict()`` (backbone, optimizer, scheduler) or plain picklable values. An
             ordinary optimizer's state of ``head.weight`` is stored by rows as the centres are; all else as rank 0 has
@@ -272,7 +273,7 @@ def load(path: str | os.PathLike[str], head: PartialFC, **others: Any) -> dict[s
         CheckpointError: it is truncated, foreign or of another head. Nothing has been loaded then.
     """
     directory, manifest = find(path)
-    for name, own in _options(head).items():
+    for name, own in {"sub_centers": None, **_options(head)}.items():
         saved = manifest["head"].get(name)
         if saved != own:
             raise CheckpointError(f"{directory}: {name} was {saved} when saved; this head's is {own}")
@@ -294,6 +295,9 @@ def load(path: str | os.PathLike[str], head: PartialFC, **others: Any) -> dict[s
     read(directory, tensors, head.ranks)
     torch.autograd.graph.increment_version(head.weight)
     head.step = structures[_HEAD]["step"]
+    if isinstance(head.margin, torch.nn.Module):  # another margin than the saved one keeps its own state
+        kept = structures[_HEAD].get("margin", {})
+        head.margin.load_state_dict({name: torch.tensor(value) for name, value in kept.items()}, strict=False)
     if imported:
         for tensor in _momentum(head).values():
             tensor.zero_()
@@ -401,7 +405,7 @@ def _state_of(value: Any, head: PartialFC) -> Any:
         state = {"state": dict(state["state"]), "param_groups": state["param_groups"]}
         for index in state["state"].keys() & _indices_of(head, value):
             state["state"][index] = {
-                name: RowShard(tensor, head.class_start, head.num_classes)
+                name: RowShard(tensor, head.row_start, head.num_rows)
                 if isinstance(tensor, Tensor) and tensor.shape[:1] == head.weight.shape[:1]
                 else tensor
                 for name, tensor in state["state"][index].items()
@@ -425,9 +429,9 @@ def _receivers(name: str, owner: Any, saved: dict[str, Any], head: PartialFC) ->
     for key, value in saved.items():
         if key.startswith(name + ".") and isinstance(value, TensorStorageMetadata):
             size, dtype = value.size, value.properties.dtype
-            if key.startswith(tuple(sharded)) and size[:1] == (head.num_classes,):
-                rows = torch.empty(head.num_local, *size[1:], dtype=dtype, device=head.weight.device)
-                receivers[key] = RowShard(rows, head.class_start, head.num_classes)
+            if key.startswith(tuple(sharded)) and size[:1] == (head.num_rows,):
+                rows = torch.empty(head.weight.shape[0], *size[1:], dtype=dtype, device=head.weight.device)
+                receivers[key] = RowShard(rows, head.row_start, head.num_rows)
             else:
                 receivers[key] = torch.empty(size, dtype=dtype)
     return receivers

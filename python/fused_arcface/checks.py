@@ -73,6 +73,28 @@ def check_size(name: str, value: object, least: int = 1) -> None:
         raise ValueError(f"{name} must be >= {least}; got {value}")
 
 
+MAX_SUB_CENTERS = 16
+
+
+def check_sub_centers(sub_centers: object) -> None:
+    check_size("sub_centers", sub_centers)
+    if isinstance(sub_centers, int) and sub_centers > MAX_SUB_CENTERS:
+        raise ValueError(f"sub_centers must be in [1, {MAX_SUB_CENTERS}]; got {sub_centers}")
+
+
+def check_label_smoothing(label_smoothing: object, margin: object, sub_centers: int) -> None:
+    if isinstance(label_smoothing, bool) or not isinstance(label_smoothing, (int, float)):
+        raise TypeError(f"label_smoothing must be a number; got {type(label_smoothing).__name__}")
+    if not 0 <= label_smoothing <= 1:
+        raise ValueError(f"label_smoothing must be in [0, 1]; got {label_smoothing}")
+    if label_smoothing > 0 and (sub_centers > 1 or hasattr(margin, "modulate")):
+        what = f"sub_centers={sub_centers}" if sub_centers > 1 else type(margin).__name__
+        raise ValueError(
+            f"label_smoothing must be 0 with {what}: a row's logits are then no linear function of the class centres, "
+            f"whose sum it is made of; got {label_smoothing}"
+        )
+
+
 def check_inputs(
     embeddings: object,
     weight: object,
@@ -81,6 +103,8 @@ def check_inputs(
     scale: object,
     reduction: object,
     ignore_index: object,
+    sub_centers: object = 1,
+    label_smoothing: object = 0.0,
 ) -> None:
     """Everything about the arguments of ``margin_softmax_loss`` that can be told without reading a tensor's values."""
     _check_tensor("embeddings", embeddings, FLOAT_DTYPES)
@@ -98,6 +122,11 @@ def check_inputs(
     check_target(target, embeddings, ignore_index)
     check_margin(margin)
     check_scale(scale)
+    check_sub_centers(sub_centers)
+    assert isinstance(sub_centers, int)
+    if weight.shape[0] % sub_centers > 0:
+        raise ValueError(f"weight must have a multiple of sub_centers={sub_centers} rows; got {tuple(weight.shape)}")
+    check_label_smoothing(label_smoothing, margin, sub_centers)
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction must be one of {', '.join(map(repr, REDUCTIONS))}; got {reduction!r}")
 

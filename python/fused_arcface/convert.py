@@ -76,6 +76,8 @@ def read(path: str | os.PathLike[str]) -> Centres:
 
 def _read_checkpoint(path: Path) -> Centres:
     directory, manifest = checkpoint.find(path)
+    if manifest["head"].get("sub_centers", 1) > 1:
+        raise ConvertError(f"{directory} has sub_centers={manifest['head']['sub_centers']}: files have one row a class")
     saved = checkpoint.metadata(directory)
     structure: dict[str, Any] = {"head": None}
     checkpoint.read(directory, structure)

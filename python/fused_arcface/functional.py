@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from . import backends
-from .autograd import negatives_and_target
+from .autograd import ONE_DEVICE, Shard, cosines_of_targets, negatives_and_target
 from .checks import check_inputs
 from .loss import MarginSoftmaxStats, loss_of_rows
-from .margins import ArcFace, Margin
+from .margins import ArcFace, Margin, Modulation, for_rows
+from .normalise import norms_of
+from .ops import IGNORED, compute_dtype
+from .smoothing import smoothing
 
 
 def margin_softmax_loss(
@@ -23,6 +29,8 @@ def margin_softmax_loss(
     ignore_index: int = -100,
     backend: str = "auto",
     return_stats: bool = False,
+    sub_centers: int = 1,
+    label_smoothing: float = 0.0,
 ) -> Tensor | tuple[Tensor, MarginSoftmaxStats]:
     """Softmax cross-entropy over ``scale·cos θ`` with a margin on the target, never storing the ``(N, C)`` logits.
 
@@ -34,11 +42,17 @@ def margin_softmax_loss(
         weight: (C, D) class centres, likewise; its dtype may differ.
         target: (N,) labels of any integer dtype, in [0, C) or ``ignore_index``.
         margin: a margin of this package, or any differentiable map of target cosines (N,) to modified cosines (N,).
+            One that knows the rows' norms or changes the negatives has a method more, see
+            :class:`fused_arcface.margins.RowMargin` and :class:`fused_arcface.margins.Modulation`.
         scale: ``s``, finite and > 0.
         reduction: ``"mean"`` (over the rows that count; NaN if none do), ``"sum"`` or ``"none"``.
         ignore_index: label of rows that take no part: loss and gradients 0.
         backend: ``"auto"``, or a name in :func:`fused_arcface.backends.available`; a named one never falls back.
         return_stats: also return :class:`~fused_arcface.MarginSoftmaxStats`, at no cost over the classes.
+        sub_centers: K centres for each class, in [1, 16]: weight is (C·K, D) with a class's rows adjacent, and a
+            class's cosine is the greatest of theirs, which alone has a gradient (Sub-center ArcFace, ECCV 2020).
+        label_smoothing: in [0, 1], as in ``cross_entropy``: uniform over all classes, of which the target's logit has
+            the margin. Only with ``sub_centers=1`` and a margin that leaves the negatives alone.
 
     Returns:
         The loss, a scalar or (N,), fp32 (fp64 if an input is), or ``(loss, stats)``. Gradients have their input's
@@ -48,6 +62,7 @@ def margin_softmax_loss(
         TypeError: an argument of a wrong type or dtype.
         ValueError: a wrong shape, device, range or option. Out-of-range labels: on a GPU the row's loss is NaN instead,
             unless the environment has ``FUSED_ARCFACE_DEBUG=1``.
+            A named backend without sub-centres or modulated negatives, where they are asked for.
         RuntimeError: a named backend that is not available; a second backward through the same loss, or a double one.
 
     >>> import torch
@@ -55,13 +70,64 @@ def margin_softmax_loss(
     >>> margin_softmax_loss(x, w, torch.tensor([0, 0]), scale=1.0, margin=lambda c: c, reduction="none")
     tensor([0.3133, 1.3133])
     """
-    check_inputs(embeddings, weight, target, margin, scale, reduction, ignore_index)
-    backend = backends.select(backend, embeddings.device)
+    check_inputs(embeddings, weight, target, margin, scale, reduction, ignore_index, sub_centers, label_smoothing)
+    backend = backends.select(backend, embeddings.device, unusual_negatives(margin, sub_centers))
     embeddings = as_autocast(embeddings)
-    local_target = torch.ops.fused_arcface.local_target(target, weight.shape[0], ignore_index)
-    rows = negatives_and_target(embeddings, weight, local_target, float(scale), backend)
-    loss, stats = loss_of_rows(*rows, local_target < 0, margin, scale, reduction)
+    num_classes = weight.shape[0] // sub_centers
+    local_target = torch.ops.fused_arcface.local_target(target, num_classes, ignore_index)
+    ignored = local_target == IGNORED
+    options = HeadOptions(margin, float(scale), sub_centers, float(label_smoothing))
+    loss, stats = loss_over_classes(embeddings, weight, local_target, ignored, options, reduction, backend)
     return (loss, stats) if return_stats else loss
+
+
+class HeadOptions(NamedTuple):
+    """What defines a head's loss; see :func:`margin_softmax_loss`."""
+
+    margin: Margin
+    scale: float
+    sub_centers: int = 1
+    label_smoothing: float = 0.0
+
+
+def unusual_negatives(margin: Margin, sub_centers: int) -> str | None:
+    """What only some backends have of this, for an error; None where every backend will do."""
+    if hasattr(margin, "modulate"):
+        return f"the modulated negatives of {type(margin).__name__}"
+    return f"sub_centers={sub_centers}" if sub_centers > 1 else None
+
+
+def loss_over_classes(
+    embeddings: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    ignored: Tensor,
+    options: HeadOptions,
+    reduction: str,
+    backend: str,
+    shard: Shard = ONE_DEVICE,
+) -> tuple[Tensor, MarginSoftmaxStats]:
+    """Reduced loss over all ranks' rows, and their statistics: what every head ends in.
+
+    Args are those of :func:`fused_arcface.autograd.negatives_and_target`; target (N,) counts the classes that take
+    part, not their rows; ignored (N,) bool.
+    """
+    margin, scale, sub_centers, label_smoothing = options
+    dtype = compute_dtype(embeddings, weight)
+    # A margin with a state changes it once in a step, before the loss is computed.
+    own = for_rows(
+        margin,
+        lambda: shard.joint(norms_of(embeddings.to(dtype)), lambda rows: norms_of(rows.to(dtype))).squeeze(1),
+        ~ignored,
+    )
+    modulate: Callable[[Tensor, Tensor], Modulation] | None = getattr(margin, "modulate", None)
+    modulation = None
+    if modulate is not None or sub_centers > 1:
+        cosine, target = cosines_of_targets(embeddings, weight, target, backend, shard, sub_centers)
+        modulation = None if modulate is None else modulate(cosine, ~ignored)
+    rows = negatives_and_target(embeddings, weight, target, scale, backend, shard, sub_centers, modulation)
+    smoothed = smoothing(embeddings, weight, label_smoothing, shard.num_classes or weight.shape[0], shard)
+    return loss_of_rows(*rows, ignored, own.modify, scale, reduction, backend, own.penalty, smoothed)
 
 
 def as_autocast(embeddings: Tensor) -> Tensor:

@@ -7,7 +7,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import backends
-from .checks import FLOAT_DTYPES, check_embeddings, check_margin, check_scale, check_size
+from .checks import (
+    FLOAT_DTYPES,
+    check_embeddings,
+    check_label_smoothing,
+    check_margin,
+    check_scale,
+    check_size,
+    check_sub_centers,
+)
 from .functional import margin_softmax_loss
 from .loss import MarginSoftmaxStats
 from .margins import ArcFace, Margin
@@ -27,9 +35,11 @@ class MarginHead(nn.Module):
         backend: ``"auto"`` or a backend's name.
         device: of the class centres.
         dtype: of the class centres; the default dtype if None.
+        sub_centers: see :func:`fused_arcface.margin_softmax_loss`; likewise label_smoothing.
+        label_smoothing: in [0, 1].
 
     Attributes:
-        weight: (C, D) parameter, the class centres, drawn from N(0, 0.01²).
+        weight: (C·sub_centers, D) parameter, the class centres, drawn from N(0, 0.01²).
 
     Raises:
         TypeError, ValueError: an argument of a wrong type or out of its range.
@@ -53,17 +63,23 @@ class MarginHead(nn.Module):
         backend: str = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        sub_centers: int = 1,
+        label_smoothing: float = 0.0,
     ) -> None:
         super().__init__()
         check_size("embedding_dim", embedding_dim)
         check_size("num_classes", num_classes)
         check_margin(margin)
         check_scale(scale)
+        check_sub_centers(sub_centers)
+        check_label_smoothing(label_smoothing, margin, sub_centers)
         backends.check_name(backend)
         if (dtype or torch.get_default_dtype()) not in FLOAT_DTYPES:
             raise TypeError(f"dtype must be a floating-point one; got {dtype}")
         self.margin, self.scale, self.backend = margin, float(scale), backend
-        self.weight = nn.Parameter(torch.empty(num_classes, embedding_dim, device=device, dtype=dtype))
+        self.sub_centers, self.label_smoothing = sub_centers, float(label_smoothing)
+        self.weight = nn.Parameter(torch.empty(num_classes * sub_centers, embedding_dim, device=device, dtype=dtype))
+        place_margin(margin, self.weight.device)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -83,13 +99,16 @@ class MarginHead(nn.Module):
             ignore_index=ignore_index,
             backend=self.backend,
             return_stats=return_stats,
+            sub_centers=self.sub_centers,
+            label_smoothing=self.label_smoothing,
         )
 
     def logits(self, embeddings: Tensor) -> Tensor:
         """``s·cos θ`` of embeddings (N, D) with every class, (N, C), without a margin; differentiable."""
         check_embeddings(embeddings, self.weight)
         dtype = torch.promote_types(embeddings.dtype, self.weight.dtype)
-        return self.scale * F.linear(F.normalize(embeddings.to(dtype)), F.normalize(self.weight.to(dtype)))
+        cosines = F.linear(F.normalize(embeddings.to(dtype)), F.normalize(self.weight.to(dtype)))
+        return self.scale * cosines_of_classes(cosines, self.sub_centers)
 
     @torch.no_grad()
     def topk(self, embeddings: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -100,25 +119,48 @@ class MarginHead(nn.Module):
         """
         check_embeddings(embeddings, self.weight)
         check_size("k", k)
-        num_classes = self.weight.shape[0]
+        num_classes = self.weight.shape[0] // self.sub_centers
         if k > num_classes:
             raise ValueError(f"k must be <= C={num_classes}; got {k}")
-        return nearest_classes(embeddings, self.weight, k)
+        return nearest_classes(embeddings, self.weight, k, self.sub_centers)
 
     def extra_repr(self) -> str:
-        num_classes, embedding_dim = self.weight.shape
-        return f"{embedding_dim}, {num_classes}, margin={self.margin}, scale={self.scale}, backend={self.backend!r}"
+        rows, embedding_dim = self.weight.shape
+        options = describe_options(self.margin, self.scale, self.sub_centers, self.label_smoothing)
+        return f"{embedding_dim}, {rows // self.sub_centers}, {options}, backend={self.backend!r}"
 
 
-def nearest_classes(embeddings: Tensor, weight: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Cosines (N, min(k, C)), descending, and rows of weight (N, min(k, C)) int64, for embeddings (N, D) and weight (C,
-    D)."""
+def place_margin(margin: Margin, device: torch.device) -> None:
+    """A head's margin with a state lives where its class centres do."""
+    if isinstance(margin, nn.Module):
+        margin.to(device)
+
+
+def describe_options(margin: Margin, scale: float, sub_centers: int, label_smoothing: float) -> str:
+    """For a head's repr; of the rarer options those that are in use. A module among the margins is listed by itself."""
+    parts = [] if isinstance(margin, nn.Module) else [f"margin={margin}"]
+    parts.append(f"scale={scale}")
+    parts += [f"sub_centers={sub_centers}"] if sub_centers > 1 else []
+    parts += [f"label_smoothing={label_smoothing}"] if label_smoothing > 0 else []
+    return ", ".join(parts)
+
+
+def cosines_of_classes(cosines: Tensor, sub_centers: int) -> Tensor:
+    """(N, C) from those with each row of weight, (N, C·K): of a class's K the greatest."""
+    return cosines if sub_centers == 1 else cosines.unflatten(1, (-1, sub_centers)).amax(2)
+
+
+def nearest_classes(embeddings: Tensor, weight: Tensor, k: int, sub_centers: int = 1) -> tuple[Tensor, Tensor]:
+    """Cosines (N, min(k, C)), descending, and classes (N, min(k, C)) int64, for embeddings (N, D) and weight
+    (C·sub_centers, D)."""
     dtype = torch.promote_types(embeddings.dtype, weight.dtype)
     unit = F.normalize(embeddings.to(dtype))
     cosines = unit.new_empty(unit.shape[0], 0)
     classes = torch.empty(unit.shape[0], 0, dtype=torch.int64, device=unit.device)
-    for start in range(0, weight.shape[0], max(_TOPK_CLASSES, k)):
-        chunk = unit @ F.normalize(weight[start : start + max(_TOPK_CLASSES, k)].to(dtype)).T
+    step, num_classes = max(_TOPK_CLASSES, k), weight.shape[0] // sub_centers
+    for start in range(0, num_classes, step):
+        rows = weight[start * sub_centers : (start + step) * sub_centers]
+        chunk = cosines_of_classes(unit @ F.normalize(rows.to(dtype)).T, sub_centers)
         ids = torch.arange(start, start + chunk.shape[1], device=unit.device).expand_as(chunk)
         cosines, classes = torch.cat([cosines, chunk], 1), torch.cat([classes, ids], 1)
         cosines, best = cosines.topk(min(k, cosines.shape[1]))

@@ -24,7 +24,7 @@ _MIX1, _MIX2 = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 _CPU_CHUNK, _GPU_CHUNK = 1 << 14, 1 << 24
 
 # First number folded into a seed: what the numbers are for.
-CENTRES, SAMPLE, ROUNDING, BATCH, NET = 1, 2, 3, 4, 5
+CENTRES, SAMPLE, ROUNDING, BATCH, NET, MARGINS = 1, 2, 3, 4, 5, 6
 
 
 def _signed(word: int) -> int:
@@ -62,7 +62,7 @@ def _quantiles(device: torch.device) -> Tensor:
     return (math.sqrt(2) * torch.erfinv(2 * levels - 1)).float().to(device)
 
 
-def _normal_rows(key: int, ids: Tensor, dim: int) -> Tensor:
+def normal_rows(key: int | Tensor, ids: Tensor, dim: int) -> Tensor:
     """(R, dim) fp32 standard normal numbers, row by row a function of key and id: four of each 64-bit word."""
     words = fold_each(fold_each(key, ids)[:, None], torch.arange((dim + 3) // 4, device=ids.device))
     levels = words.view(torch.int16)[:, :dim].int() + 32768
@@ -76,7 +76,7 @@ def fill_normal(rows: Tensor, seed: int, first_id: int, std: float) -> None:
     key = fold(seed, CENTRES)
     for start, part in chunks(rows):
         ids = torch.arange(first_id + start, first_id + start + len(part), device=rows.device)
-        part.copy_(_normal_rows(key, ids, rows.shape[1]).mul_(std))
+        part.copy_(normal_rows(key, ids, rows.shape[1]).mul_(std))
 
 
 def chunks(tensor: Tensor) -> Iterator[tuple[int, Tensor]]:

@@ -21,7 +21,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -59,12 +59,12 @@ def _straight_through(value: Tensor, cosine: Tensor) -> Tensor:
     return value.detach() + (cosine - cosine.detach())
 
 
-def _past_boundary(phi: Tensor, cosine: Tensor, m2: float, boundary: str) -> Tensor:
-    """``ψ`` of ``φ``, ``(N,)``: the table at the head of this module."""
+def past_boundary(phi: Tensor, cosine: Tensor, drop: Tensor | float, boundary: str) -> Tensor:
+    """``ψ`` of ``φ``, ``(N,)``: the table at the head of this module; ``drop`` is ``m2·sin m2``."""
     if boundary == "none":
         return phi.cos()
     if boundary == "hard":
-        return torch.where(phi <= math.pi, phi.cos(), cosine - m2 * math.sin(m2))
+        return torch.where(phi <= math.pi, phi.cos(), cosine - drop)
     if boundary == "fold":
         k = (phi.detach() / math.pi).floor()
         return (1 - 2 * (k % 2)) * phi.cos() - 2 * k
@@ -73,7 +73,7 @@ def _past_boundary(phi: Tensor, cosine: Tensor, m2: float, boundary: str) -> Ten
     return torch.where(cosine > 0, phi.cos(), cosine)
 
 
-def _check_number(owner: object, name: str, value: object, rule: str, low: float, high: float, closed: bool) -> None:
+def check_number(owner: object, name: str, value: object, rule: str, low: float, high: float, closed: bool) -> None:
     label = f"{type(owner).__name__}: {name}"
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{label} must be a number; got {type(value).__name__}")
@@ -81,19 +81,19 @@ def _check_number(owner: object, name: str, value: object, rule: str, low: float
         raise ValueError(f"{label} must be in {rule}; got {value}")
 
 
-def _check_angle(owner: object, name: str, value: object) -> None:
-    _check_number(owner, name, value, "[0, π) radians", 0, math.pi, closed=False)
+def check_angle(owner: object, name: str, value: object) -> None:
+    check_number(owner, name, value, "[0, π) radians", 0, math.pi, closed=False)
 
 
 def _check_m1(owner: object, name: str, value: object) -> None:
-    _check_number(owner, name, value, "[1, 4]", 1, 4, closed=True)
+    check_number(owner, name, value, "[1, 4]", 1, 4, closed=True)
 
 
 def _check_m3(owner: object, name: str, value: object) -> None:
-    _check_number(owner, name, value, "[0, 2)", 0, 2, closed=False)
+    check_number(owner, name, value, "[0, 2)", 0, 2, closed=False)
 
 
-def _check_choice(owner: object, name: str, value: object, choices: Any) -> None:
+def check_choice(owner: object, name: str, value: object, choices: Any) -> None:
     if value not in get_args(choices):
         listed = ", ".join(repr(choice) for choice in get_args(choices))
         raise ValueError(f"{type(owner).__name__}: {name} must be one of {listed}; got {value!r}")
@@ -127,15 +127,15 @@ class CombinedMargin:
 
     def __post_init__(self) -> None:
         _check_m1(self, "m1", self.m1)
-        _check_angle(self, "m2", self.m2)
+        check_angle(self, "m2", self.m2)
         _check_m3(self, "m3", self.m3)
-        _check_choice(self, "boundary", self.boundary, Boundary)
-        _check_choice(self, "gradient", self.gradient, GradientMode)
+        check_choice(self, "boundary", self.boundary, Boundary)
+        check_choice(self, "gradient", self.gradient, GradientMode)
 
     def __call__(self, target_cosine: Tensor) -> Tensor:
         """Modified cosines, ``(N,)``, of the target cosines, ``(N,)``."""
         phi = self.m1 * angle(target_cosine) + self.m2
-        value = _past_boundary(phi, target_cosine, self.m2, self.boundary) - self.m3
+        value = past_boundary(phi, target_cosine, self.m2 * math.sin(self.m2), self.boundary) - self.m3
         return _straight_through(value, target_cosine) if self.gradient == "straight_through" else value
 
 
@@ -163,9 +163,9 @@ class ArcFace:
     gradient: GradientMode = "exact"
 
     def __post_init__(self) -> None:
-        _check_angle(self, "margin", self.margin)
-        _check_choice(self, "boundary", self.boundary, Boundary)
-        _check_choice(self, "gradient", self.gradient, GradientMode)
+        check_angle(self, "margin", self.margin)
+        check_choice(self, "boundary", self.boundary, Boundary)
+        check_choice(self, "gradient", self.gradient, GradientMode)
 
     def __call__(self, target_cosine: Tensor) -> Tensor:
         """Modified cosines, ``(N,)``, of the target cosines, ``(N,)``."""
@@ -194,7 +194,7 @@ class SphereFace:
 
     def __post_init__(self) -> None:
         _check_m1(self, "margin", self.margin)
-        _check_choice(self, "gradient", self.gradient, GradientMode)
+        check_choice(self, "gradient", self.gradient, GradientMode)
 
     def __call__(self, target_cosine: Tensor) -> Tensor:
         """Modified cosines, ``(N,)``, of the target cosines, ``(N,)``."""
@@ -241,5 +241,65 @@ class NormSoftmax:
         return target_cosine
 
 
+def parameters(margin: object) -> tuple[float, float, float, str, str] | None:
+    """``(m1, m2, m3, boundary, gradient)`` of a margin of this module, None for any other callable.
+
+    The boundary of a margin that leaves the angle alone is called ``"linear"``: ``cos θ - m3``, derivative 1
+    everywhere.
+
+    >>> parameters(ArcFace(0.3)), parameters(abs)
+    ((1.0, 0.3, 0.0, 'hard', 'exact'), None)
+    """
+    # By exact type: a subclass may compute something else.
+    if type(margin) is ArcFace:
+        return 1.0, margin.margin, 0.0, margin.boundary, margin.gradient
+    if type(margin) is SphereFace:
+        return margin.margin, 0.0, 0.0, "fold", margin.gradient
+    if type(margin) is CombinedMargin:
+        return margin.m1, margin.m2, margin.m3, margin.boundary, margin.gradient
+    if type(margin) is CosFace:
+        return 1.0, 0.0, margin.margin, "linear", "exact"
+    return (1.0, 0.0, 0.0, "linear", "exact") if type(margin) is NormSoftmax else None
+
+
 Margin = Callable[[Tensor], Tensor]
 """Any map of target cosines ``(N,)`` to modified cosines ``(N,)`` that autograd can differentiate."""
+
+
+class RowMargin(NamedTuple):
+    """A margin for the rows of one batch: what the ``for_rows`` of a margin gives that depends on more than a cosine.
+
+    A margin may have a method ``for_rows(norms, counted)``, called once in each forward pass, with all ranks' rows on
+    every rank: the embeddings' norms (N,), differentiable, fp32 (fp64 if an input is), and which rows take part (N,)
+    bool. What it returns is used in its place. :class:`fused_arcface.AdaFace` and its like are made so.
+    """
+
+    modify: Margin
+    """Target cosines (N,) to modified cosines (N,)."""
+    penalty: Tensor | None = None
+    """(N,) added to the rows' losses."""
+
+
+class Modulation(NamedTuple):
+    """What becomes of a batch's negatives: a cosine above its row's threshold becomes ``a·c² + b·c + d``.
+
+    A margin may have a method ``modulate(target_cosine, counted)``, called once in each forward pass, with all ranks'
+    rows on every rank: their target cosines (N,), known before anything else is computed, without a gradient, and which
+    rows take part (N,) bool. Which negatives lie above the threshold is taken as given: no gradient flows through that.
+    :class:`fused_arcface.CurricularFace` and its like are made so.
+    """
+
+    threshold: Tensor
+    """(N,)"""
+    coefficients: Tensor
+    """(3,) fp64: a, b, d."""
+    greatest: float
+    """No modulated cosine is above it, nor below -1."""
+    steepest: float
+    """Nor is a derivative's magnitude."""
+
+
+def for_rows(margin: Margin, norms: Callable[[], Tensor], counted: Tensor) -> RowMargin:
+    """The margin of a batch's rows, of their norms (N,), asked for only where they matter, and which take part (N,)."""
+    own: Callable[[Tensor, Tensor], RowMargin] | None = getattr(margin, "for_rows", None)
+    return RowMargin(margin) if own is None else own(norms(), counted)

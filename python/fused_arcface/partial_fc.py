@@ -10,23 +10,26 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import backends
-from .autograd import Shard, negatives_and_target
+from .autograd import Shard
 from .center_sgd import CenterOptimizer, CenterSGD, CentresUpdatedInBackward
 from .checks import (
     FLOAT_DTYPES,
     check_embeddings,
+    check_label_smoothing,
     check_margin,
     check_sample_rate,
     check_scale,
     check_size,
+    check_sub_centers,
     check_target,
 )
 from .distributed import JointBatch, Ranks
-from .functional import as_autocast
-from .head import nearest_classes
+from .functional import HeadOptions, as_autocast, loss_over_classes, unusual_negatives
+from .head import cosines_of_classes, describe_options, nearest_classes, place_margin
 from .keyed import fill_normal
-from .loss import MarginSoftmaxStats, loss_of_rows
+from .loss import MarginSoftmaxStats
 from .margins import ArcFace, Margin
+from .ops import IGNORED
 from .sampling import Sampler
 from .sharding import Sharding
 
@@ -63,6 +66,10 @@ class PartialFC(nn.Module):
         device: of the class centres.
         dtype: of the class centres; the default dtype if None.
         dense_grad: give the sampled mode's gradient densely, (num_local, D), for optimizers that take no other.
+        sub_centers: K rows of weight for each class, see :func:`fused_arcface.margin_softmax_loss`; those of a class
+            are on one rank. Where a shape here says C_total or num_local rows, there are K times as many.
+        label_smoothing: in [0, 1]; only with all classes in each step and an ordinary optimizer: its gradient reaches
+            every class centre.
 
     Attributes:
         weight: (num_local, D) parameter, this rank's class centres, initially N(0, 0.01²) keyed by seed and global
@@ -101,6 +108,8 @@ class PartialFC(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         dense_grad: bool = False,
+        sub_centers: int = 1,
+        label_smoothing: float = 0.0,
     ) -> None:
         super().__init__()
         check_size("embedding_dim", embedding_dim)
@@ -111,12 +120,21 @@ class PartialFC(nn.Module):
         check_size("seed", seed, least=0)
         if center_optimizer is not None and not isinstance(center_optimizer, CenterSGD):
             raise TypeError(f"center_optimizer must be a CenterSGD or None; got {type(center_optimizer).__name__}")
+        check_sub_centers(sub_centers)
+        check_label_smoothing(label_smoothing, margin, sub_centers)
+        if label_smoothing > 0 and (sample_rate < 1 or center_optimizer is not None):
+            option = f"sample_rate={sample_rate}" if sample_rate < 1 else "a center_optimizer"
+            raise ValueError(
+                f"label_smoothing must be 0 with {option}: its gradient reaches every class centre in each step; use "
+                f"sample_rate=1 and an ordinary optimizer over weight.grad; got {label_smoothing}"
+            )
         backends.check_name(backend)
         dtype = dtype or torch.get_default_dtype()
         if dtype not in FLOAT_DTYPES:
             raise TypeError(f"dtype must be a floating-point one; got {dtype}")
         self.margin, self.scale, self.backend = margin, float(scale), backend
         self.sample_rate, self.seed, self.dense_grad, self.step = float(sample_rate), seed, dense_grad, 0
+        self.sub_centers, self.label_smoothing = sub_centers, float(label_smoothing)
         self.ranks = Ranks(group)
         self.ranks.check_agreement(
             "PartialFC",
@@ -131,15 +149,18 @@ class PartialFC(nn.Module):
                 "backend": backend,
                 "dtype": str(dtype),
                 "dense_grad": str(dense_grad),
+                "sub_centers": str(sub_centers),
+                "label_smoothing": str(self.label_smoothing),
             },
         )
         self.sharding = Sharding(num_classes, self.ranks.world_size, self.ranks.rank)
         self._sampled: Tensor | None = None
         parameter = nn.Parameter if center_optimizer is None else CentresUpdatedInBackward
-        self.weight = parameter(torch.empty(self.num_local, embedding_dim, device=device, dtype=dtype))
+        self.weight = parameter(torch.empty(self.num_local * sub_centers, embedding_dim, device=device, dtype=dtype))
+        place_margin(margin, self.weight.device)
         self.reset_parameters()
         self.center_optimizer = (
-            None if center_optimizer is None else CenterOptimizer(center_optimizer, self.weight, seed, self.class_start)
+            None if center_optimizer is None else CenterOptimizer(center_optimizer, self.weight, seed, self.row_start)
         )
 
     @property
@@ -155,6 +176,20 @@ class PartialFC(nn.Module):
         return self.sharding.num_local
 
     @property
+    def row_start(self) -> int:
+        """Global number of this shard's first row of weight; class_start but for sub-centres."""
+        return self.class_start * self.sub_centers
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of weight over all ranks; num_classes but for sub-centres."""
+        return self.num_classes * self.sub_centers
+
+    def row_counts(self) -> list[int]:
+        """Rows of weight on each rank."""
+        return [count * self.sub_centers for count in self.sharding.counts()]
+
+    @property
     def sampled(self) -> Tensor:
         if self._sampled is None:
             return torch.arange(self.class_start, self.class_start + self.num_local, device=self.weight.device)
@@ -162,7 +197,7 @@ class PartialFC(nn.Module):
 
     def reset_parameters(self) -> None:
         """Draw the class centres anew: the same ones, for the same seed."""
-        fill_normal(self.weight, self.seed, self.class_start, std=0.01)
+        fill_normal(self.weight, self.seed, self.row_start, std=0.01)
 
     def forward(
         self, embeddings: Tensor, target: Tensor, *, ignore_index: int = -100, return_stats: bool = False
@@ -179,7 +214,8 @@ class PartialFC(nn.Module):
         try:
             check_embeddings(embeddings, self.weight)
             check_target(target, embeddings, ignore_index)
-            backend = backends.select(self.backend, embeddings.device)
+            needs = unusual_negatives(self.margin, self.sub_centers)
+            backend = backends.select(self.backend, embeddings.device, needs)
         except (TypeError, ValueError, RuntimeError):
             self.ranks.refuse_batch()
             raise
@@ -192,24 +228,22 @@ class PartialFC(nn.Module):
             ranks=self.ranks,
             batch=batch,
             num_classes=self.num_classes,
-            classes=classes,
+            classes=None if classes is None else self._rows_of(classes),
             dense_grad=self.dense_grad,
             with_max=return_stats,
             update=update,
         )
-        lse, cosine, maximum = negatives_and_target(embeddings, self.weight, local, self.scale, backend, shard)
-        if target.device.type != "cpu":  # there nobody has looked at the labels' values
-            cosine = cosine.masked_fill(
-                (target >= self.num_classes) | ((target < 0) & (batch.target != ignore_index)), torch.nan
-            )
-        loss, stats = loss_of_rows(lse, cosine, maximum, target < 0, self.margin, self.scale, "mean")
+        options = HeadOptions(self.margin, self.scale, self.sub_centers, self.label_smoothing)
+        loss, stats = loss_over_classes(
+            embeddings, self.weight, local, target == IGNORED, options, "mean", backend, shard
+        )
         if update is not None:
             loss = update.watch(loss)
         return (loss, MarginSoftmaxStats(*map(batch.own, stats))) if return_stats else loss
 
     def _choose_classes(self, target: Tensor) -> tuple[Tensor | None, Tensor]:
-        """This step's rows of weight (K,), None for all, and each row's target as an index into them, -1 where it is
-        not here."""
+        """This step's rows of weight (K,), None for all, and each row's target as an index into them, negative
+        where it is not here."""
         local = self.sharding.localise(target)
         self._sampled = None
         if not self.training:
@@ -218,12 +252,18 @@ class PartialFC(nn.Module):
         if self.sample_rate == 1:
             return None, local
         self._sampled = Sampler(self.sharding, self.sample_rate, self.seed)(self.step, target)
-        return self._sampled, torch.where(local < 0, -1, torch.searchsorted(self._sampled, local))
+        return self._sampled, torch.where(local < 0, local, torch.searchsorted(self._sampled, local))
+
+    def _rows_of(self, classes: Tensor) -> Tensor:
+        """Rows of weight (K·sub_centers,) of this shard's classes (K,)."""
+        if self.sub_centers == 1:
+            return classes
+        return (classes[:, None] * self.sub_centers + torch.arange(self.sub_centers, device=classes.device)).flatten()
 
     @torch.no_grad()
     def full_weight(self) -> Tensor:
         """All class centres, (C_total, D), on every rank. A collective."""
-        return torch.cat(self.ranks.gather_rows(self.weight, self.sharding.counts()))
+        return torch.cat(self.ranks.gather_rows(self.weight, self.row_counts()))
 
     @torch.no_grad()
     def load_full_weight(self, tensor: Tensor) -> None:
@@ -233,10 +273,11 @@ class PartialFC(nn.Module):
             ValueError: a wrong shape, on any rank.
         """
         shapes = self.ranks.gather_objects(tuple(tensor.shape))
-        wrong = [shape for shape in shapes if shape != (self.num_classes, self.weight.shape[1])]
+        wrong = [shape for shape in shapes if shape != (self.num_rows, self.weight.shape[1])]
         if wrong:
-            raise ValueError(f"tensor must be (C_total={self.num_classes}, D={self.weight.shape[1]}); got {wrong[0]}")
-        self.weight.copy_(tensor[self.class_start : self.class_start + self.num_local])
+            rows = "C_total" if self.sub_centers == 1 else "C_total·sub_centers"
+            raise ValueError(f"tensor must be ({rows}={self.num_rows}, D={self.weight.shape[1]}); got {wrong[0]}")
+        self.weight.copy_(tensor[self.row_start : self.row_start + self.weight.shape[0]])
 
     @torch.no_grad()
     def logits(self, embeddings: Tensor) -> Tensor:
@@ -244,9 +285,8 @@ class PartialFC(nn.Module):
         A collective."""
         rows = self._gather_embeddings(embeddings)
         dtype = torch.promote_types(embeddings.dtype, self.weight.dtype)
-        local = self.scale * F.linear(
-            F.normalize(self.weight.to(dtype)), F.normalize(rows.embeddings.to(dtype))
-        )  # (C, N)
+        cosines = F.linear(F.normalize(rows.embeddings.to(dtype)), F.normalize(self.weight.to(dtype)))
+        local = self.scale * cosines_of_classes(cosines, self.sub_centers).T  # (C, N)
         return torch.cat([rows.own(part.T) for part in self.ranks.gather_rows(local, self.sharding.counts())], 1)
 
     @torch.no_grad()
@@ -261,7 +301,7 @@ class PartialFC(nn.Module):
         if k > self.num_classes:
             raise ValueError(f"k must be <= C_total={self.num_classes}; got {k}")
         rows = self._gather_embeddings(embeddings)
-        cosines, classes = nearest_classes(rows.embeddings, self.weight, k)
+        cosines, classes = nearest_classes(rows.embeddings, self.weight, k, self.sub_centers)
         counts = [min(k, count) for count in self.sharding.counts()]
         cosines = torch.cat([rows.own(part.T) for part in self.ranks.gather_rows(cosines.T, counts)], 1)
         ids = self.ranks.gather_rows((classes + self.class_start).T, counts)
@@ -274,13 +314,15 @@ class PartialFC(nn.Module):
 
     def extra_repr(self) -> str:
         return (
-            f"{self.weight.shape[1]}, {self.num_classes}, margin={self.margin}, scale={self.scale}, "
+            f"{self.weight.shape[1]}, {self.num_classes}, "
+            f"{describe_options(self.margin, self.scale, self.sub_centers, self.label_smoothing)}, "
             f"sample_rate={self.sample_rate}, rank {self.ranks.rank} of {self.ranks.world_size}"
         )
 
 
 def _describe(margin: Margin) -> str:
-    """A margin's text for comparison between ranks: a dataclass's values, of any other callable the name alone."""
-    return (
-        repr(margin) if dataclasses.is_dataclass(margin) else getattr(margin, "__qualname__", type(margin).__qualname__)
-    )
+    """A margin's text for comparison between ranks: a dataclass's or module's values, of any other callable the name
+    alone."""
+    if dataclasses.is_dataclass(margin) or isinstance(margin, nn.Module):
+        return repr(margin)
+    return getattr(margin, "__qualname__", type(margin).__qualname__)

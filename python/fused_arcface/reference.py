@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .checks import check_inputs, check_margin_output, check_target_range
 from .loss import MarginSoftmaxStats, reduce_loss
-from .margins import ArcFace, Margin
+from .margins import ArcFace, Margin, for_rows
 
 
 def margin_softmax_loss(
@@ -24,6 +24,8 @@ def margin_softmax_loss(
     reduction: str = "mean",
     ignore_index: int = -100,
     return_stats: bool = False,
+    sub_centers: int = 1,
+    label_smoothing: float = 0.0,
 ) -> Tensor | tuple[Tensor, MarginSoftmaxStats]:
     """What :func:`fused_arcface.margin_softmax_loss` computes, from the formulas as they stand.
 
@@ -34,23 +36,37 @@ def margin_softmax_loss(
     >>> margin_softmax_loss(x, w, torch.tensor([0, 0]), scale=1.0, margin=lambda c: c, reduction="none")
     tensor([0.3133, 1.3133])
     """
-    check_inputs(embeddings, weight, target, margin, scale, reduction, ignore_index)
+    check_inputs(embeddings, weight, target, margin, scale, reduction, ignore_index, sub_centers, label_smoothing)
     target = target.long()
-    check_target_range(target, weight.shape[0], ignore_index)
+    num_classes = weight.shape[0] // sub_centers
+    check_target_range(target, num_classes, ignore_index)
     dtype = torch.promote_types(torch.promote_types(embeddings.dtype, weight.dtype), torch.float32)
     with torch.autocast(embeddings.device.type, enabled=False):
-        cosine = F.normalize(embeddings.to(dtype)) @ F.normalize(weight.to(dtype)).T  # (N, C)
+        cosine = F.normalize(embeddings.to(dtype)) @ F.normalize(weight.to(dtype)).T  # (N, C·K)
+    if sub_centers > 1:
+        cosine = cosine.unflatten(1, (num_classes, sub_centers)).max(2).values  # (N, C)
 
     ignored = target == ignore_index
     index = target.masked_fill(ignored, 0)
-    is_target = F.one_hot(index, weight.shape[0]).bool()  # (N, C)
+    is_target = F.one_hot(index, num_classes).bool()  # (N, C)
     negatives = cosine.masked_fill(is_target, -torch.inf)
     target_cosine = cosine.gather(1, index[:, None]).squeeze(1)
-    modified = margin(target_cosine)
+    of_rows = for_rows(margin, lambda: torch.linalg.vector_norm(embeddings.to(dtype), dim=1), ~ignored)
+    modified = of_rows.modify(target_cosine)
     check_margin_output(modified, target_cosine)
 
-    negative_lse = (scale * negatives).logsumexp(1)
+    changed = negatives
+    if hasattr(margin, "modulate"):
+        threshold, (a, b, d), *_ = margin.modulate(target_cosine.detach(), ~ignored)
+        changed = torch.where(negatives > threshold[:, None], (a * cosine + b) * cosine + d, negatives).to(dtype)
+    negative_lse = (scale * changed).logsumexp(1)
     loss = F.softplus(negative_lse - scale * modified, threshold=40)
+    if label_smoothing > 0:
+        logits = scale * torch.where(is_target, modified[:, None], cosine)
+        uniform = (logits.logsumexp(1, keepdim=True) - logits).mean(1)
+        loss = (1 - label_smoothing) * loss + label_smoothing * uniform
+    if of_rows.penalty is not None:
+        loss = loss + of_rows.penalty
     result = reduce_loss(loss, ignored, reduction)
     if not return_stats:
         return result

@@ -1,4 +1,4 @@
-"""Backends: implementations of the three stages over the classes, chosen by name.
+"""Backends: implementations of the head's stages, chosen by name.
 
 Each is a module with the functions of :mod:`fused_arcface.backends.reference` (same names, arguments and results) and
 ``unavailable()``, which says why it cannot run here, or None. Nothing outside this package imports one directly.
@@ -12,10 +12,7 @@ from types import ModuleType
 import torch
 
 NAMES = ("reference", "cpu", "triton", "cuda")
-_NOT_BUILT = {
-    "triton": "not part of this release",
-    "cuda": "not part of this release",
-}
+_NOT_BUILT = {"cuda": "not part of this release"}
 _DEVICE_TYPES = {"cpu": "cpu", "triton": "cuda", "cuda": "cuda"}
 
 
@@ -39,22 +36,40 @@ def available() -> dict[str, str | None]:
     return {name: _unavailable(name) for name in NAMES}
 
 
+def fuses_margin(name: str) -> bool:
+    """Whether the backend's ``margin_loss`` saves launches; otherwise plain PyTorch is as good and takes any margin."""
+    return name == "triton"
+
+
+def has_negatives(name: str) -> bool:
+    """Whether the backend takes :class:`fused_arcface.ops.Negatives`: sub-centres and modulated negatives."""
+    return name in ("reference", "cpu")
+
+
 def check_name(name: object) -> None:
     if name != "auto" and name not in NAMES:
         listed = ", ".join(map(repr, ("auto", *NAMES)))
         raise ValueError(f"backend must be one of {listed}; got {name!r}")
 
 
-def select(name: str, device: torch.device) -> str:
+def select(name: str, device: torch.device, needs: str | None = None) -> str:
     """The backend to run on ``device``: the one named, or for ``"auto"`` the fastest usable one.
 
+    Args:
+        needs: what the call has that only backends with :func:`has_negatives` do, for the message; None: nothing.
+
     Raises:
-        ValueError: an unknown name, or a backend that cannot run on this device.
+        ValueError: an unknown name, or a backend that cannot run on this device, or does not have what is needed.
         RuntimeError: a named backend that cannot run on this machine, with the reason.
     """
     check_name(name)
     if name == "auto":
-        return "cpu" if device.type == "cpu" and _unavailable("cpu") is None else "reference"
+        fastest = {"cpu": "cpu", "cuda": "triton"}.get(device.type)
+        able = fastest is not None and (needs is None or has_negatives(fastest))
+        return fastest if fastest is not None and able and _unavailable(fastest) is None else "reference"
+    if needs is not None and not has_negatives(name):
+        able_names = " and ".join(repr(each) for each in NAMES if has_negatives(each))
+        raise ValueError(f"backend {name!r} does not have {needs}: {able_names} do")
     reason = _unavailable(name)
     if reason is not None:
         raise RuntimeError(f"backend {name!r} is not available: {reason}")

@@ -7,7 +7,10 @@ import os
 import torch
 from torch import Tensor
 
-from ..ops import CentreStep, compute_dtype
+from ..ops import PLAIN, CentreStep, Negatives, compute_dtype
+
+# O(N·D) and less: PyTorch does these as well as a kernel would.
+from .reference import embedding_grad, margin_loss, target_cosine, unit_embedding_grad  # noqa: F401
 
 _import_error = None
 try:
@@ -44,6 +47,16 @@ def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
+def _native_negatives(negatives: Negatives, threshold: Tensor | None) -> tuple[int, int, float, float, float]:
+    """``threshold``: the row's thresholds in the compute dtype, which the caller keeps alive."""
+    a, b, d = (0.0, 1.0, 0.0) if negatives.coefficients is None else negatives.coefficients.tolist()
+    return negatives.sub_centers, _address(threshold), a, b, d
+
+
+def _thresholds(negatives: Negatives, dtype: torch.dtype) -> Tensor | None:
+    return None if negatives.threshold is None else negatives.threshold.to(dtype).contiguous()
+
+
 def _run_class_stats(
     embeddings: Tensor,
     weight: Tensor,
@@ -53,10 +66,12 @@ def _run_class_stats(
     maximum: Tensor,
     total: Tensor | None,
     centre_sum: Tensor | None,
+    negatives: Negatives,
 ) -> None:
     # Bound to names: a temporary's memory would be gone before the kernel reads it.
     target = target.contiguous()
     shift = None if shift is None else shift.contiguous()
+    threshold = _thresholds(negatives, maximum.dtype)
     _native.class_stats(
         isa(),
         maximum.dtype == torch.float64,
@@ -69,26 +84,32 @@ def _run_class_stats(
         _address(total),
         _address(centre_sum),
         torch.get_num_threads(),
+        _native_negatives(negatives, threshold),
     )
 
 
-def class_max(embeddings: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+def class_max(embeddings: Tensor, weight: Tensor, target: Tensor, negatives: Negatives = PLAIN) -> Tensor:
     maximum = torch.empty(embeddings.shape[0], dtype=compute_dtype(embeddings, weight))
     if embeddings.shape[0] > 0:
-        _run_class_stats(embeddings, weight, target, 1.0, None, maximum, None, None)
+        _run_class_stats(embeddings, weight, target, 1.0, None, maximum, None, None, negatives)
     return maximum
 
 
 def class_stats(
-    embeddings: Tensor, weight: Tensor, target: Tensor, scale: float, shift: Tensor | None, with_centre_sum: bool
+    embeddings: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    scale: float,
+    shift: Tensor | None,
+    with_centre_sum: bool,
+    negatives: Negatives = PLAIN,
 ) -> tuple[Tensor, Tensor, Tensor]:
     dtype = compute_dtype(embeddings, weight)
     total, maximum = torch.empty(embeddings.shape[0], dtype=dtype), torch.empty(embeddings.shape[0], dtype=dtype)
     centre_sum = torch.empty(embeddings.shape if with_centre_sum else 0, dtype=dtype)
     if embeddings.shape[0] > 0:
-        _run_class_stats(
-            embeddings, weight, target, scale, shift, maximum, total, centre_sum if with_centre_sum else None
-        )
+        wanted = centre_sum if with_centre_sum else None
+        _run_class_stats(embeddings, weight, target, scale, shift, maximum, total, wanted, negatives)
     return total, maximum, centre_sum
 
 
@@ -100,11 +121,13 @@ def weight_grad(
     lse: Tensor,
     negative_coefficient: Tensor,
     target_coefficient: Tensor,
+    negatives: Negatives = PLAIN,
 ) -> Tensor:
     if embeddings.shape[0] == 0:
         return torch.zeros_like(weight)
     target, lse = target.contiguous(), lse.contiguous()
     negative_coefficient, target_coefficient = negative_coefficient.contiguous(), target_coefficient.contiguous()
+    threshold = _thresholds(negatives, negative_coefficient.dtype)
     d_weight = torch.empty_like(weight)
     _native.weight_grad(
         isa(),
@@ -118,6 +141,7 @@ def weight_grad(
         target_coefficient.data_ptr(),
         _matrix(d_weight),
         torch.get_num_threads(),
+        _native_negatives(negatives, threshold),
     )
     return d_weight
 
@@ -131,11 +155,13 @@ def update_centres(
     negative_coefficient: Tensor,
     target_coefficient: Tensor,
     step: CentreStep,
+    negatives: Negatives = PLAIN,
 ) -> None:
     if not step.active:
         return
     target, lse = target.contiguous(), lse.contiguous()
     negative_coefficient, target_coefficient = negative_coefficient.contiguous(), target_coefficient.contiguous()
+    threshold = _thresholds(negatives, negative_coefficient.dtype)
     types = {
         torch.float64: _native.MOMENTUM_FLOAT64,
         torch.float32: _native.MOMENTUM_FLOAT32,
@@ -167,4 +193,5 @@ def update_centres(
         target_coefficient.data_ptr(),
         native_step,
         torch.get_num_threads(),
+        _native_negatives(negatives, threshold),
     )

@@ -1,7 +1,8 @@
 """The stages in plain PyTorch, logits materialised: any device, and the definition of what a backend computes.
 
-Shapes, in every backend: embeddings (N, D), weight (C, D), target (N,) int64, an index into this weight or -1 where the
-row's target is not here. Results have the compute dtype: the promoted one of both, at least fp32.
+Shapes, in every backend: embeddings (N, D), weight (C, D), target (N,) int64, an index into this weight, or negative
+where the row's target is not here (``ops.IGNORED``, ``ops.INVALID``). Results have the compute dtype: the promoted one
+of both, at least fp32.
 """
 
 from __future__ import annotations
@@ -11,10 +12,13 @@ from collections.abc import Callable
 from typing import ParamSpec, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..keyed import rounding_bits
-from ..ops import MOMENTUM_BLOCK, CentreStep, compute_dtype
+from ..margins import CombinedMargin
+from ..normalise import unit_gradient, unit_rows
+from ..ops import IGNORED, INVALID, MOMENTUM_BLOCK, PLAIN, CentreStep, Negatives, compute_dtype
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -45,27 +49,55 @@ def _cosines(embeddings: Tensor, weight: Tensor, target: Tensor) -> tuple[Tensor
     return unit_x, unit_w, unit_x @ unit_w.T, is_target
 
 
+def _values(cosine: Tensor, target: Tensor, negatives: Negatives) -> tuple[Tensor, Tensor | float]:
+    """What each row of weight counts for among the negatives, (N, C), and its derivative by the cosine.
+
+    The value is -inf for the target's class and for sub-centres that are not their class's nearest.
+    """
+    sub_centers, threshold, coefficients = negatives
+    own = torch.where(target < 0, target, target // sub_centers)
+    left_out = own[:, None] == torch.arange(cosine.shape[1], device=target.device) // sub_centers
+    if sub_centers > 1:
+        nearest = cosine.unflatten(1, (-1, sub_centers)).argmax(2)
+        left_out |= ~F.one_hot(nearest, sub_centers).bool().flatten(1)
+    if threshold is None or coefficients is None:
+        return cosine.masked_fill(left_out, -torch.inf), 1.0
+    a, b, d = coefficients.to(cosine.dtype)
+    hard = cosine > threshold[:, None]
+    value = torch.where(hard, (a * cosine + b) * cosine + d, cosine)
+    return value.masked_fill(left_out, -torch.inf), torch.where(hard, 2 * a * cosine + b, 1)
+
+
 @_in_full_precision
-def class_max(embeddings: Tensor, weight: Tensor, target: Tensor) -> Tensor:
-    """(N,) greatest cosine of each row with a class that is not its target; -inf where there is none."""
-    _, _, cosine, is_target = _cosines(embeddings, weight, target)
-    return cosine.masked_fill(is_target, -torch.inf).amax(1)
+def class_max(embeddings: Tensor, weight: Tensor, target: Tensor, negatives: Negatives = PLAIN) -> Tensor:
+    """(N,) greatest cosine, as ``negatives`` has it, of each row with a class that is not its target; -inf where there
+    is none."""
+    _, _, cosine, _ = _cosines(embeddings, weight, target)
+    return _values(cosine, target, negatives)[0].amax(1)
 
 
 @_in_full_precision
 def class_stats(
-    embeddings: Tensor, weight: Tensor, target: Tensor, scale: float, shift: Tensor | None, with_centre_sum: bool
+    embeddings: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    scale: float,
+    shift: Tensor | None,
+    with_centre_sum: bool,
+    negatives: Negatives = PLAIN,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Statistics of each row's negatives: sum and maximum, and the sum of the class centres weighted alike.
 
     With ``e_ij = exp(scale·cos_ij - shift_i)`` for ``j != target_i`` (shift ``(N,)`` fp64, none is zero), else 0:
-    ``Σ_j e_ij`` (N,), ``max_j cos_ij`` (N,), ``Σ_j e_ij ŵ_j`` (N, D), the last empty unless asked for.
+    ``Σ_j e_ij`` (N,), ``max_j cos_ij`` (N,), ``Σ_j e_ij ŵ_j`` (N, D), the last empty unless asked for. With
+    ``negatives`` that turn a cosine c into f(c), the exponent is ``scale·f``, and the last sum has the factor f'(c).
     """
-    _, unit_w, cosine, is_target = _cosines(embeddings, weight, target)
-    logits = scale * cosine.double() - (0 if shift is None else shift[:, None])
-    exponentials = logits.exp().to(cosine.dtype).masked_fill(is_target, 0)
-    centre_sum = exponentials @ unit_w if with_centre_sum else exponentials.new_empty(0)
-    return exponentials.sum(1), cosine.masked_fill(is_target, -torch.inf).amax(1), centre_sum
+    _, unit_w, cosine, _ = _cosines(embeddings, weight, target)
+    value, slope = _values(cosine, target, negatives)
+    logits = scale * value.double() - (0 if shift is None else shift[:, None])
+    exponentials = logits.exp().to(cosine.dtype)
+    centre_sum = (exponentials * slope) @ unit_w if with_centre_sum else exponentials.new_empty(0)
+    return exponentials.sum(1), cosine.masked_fill(value == -torch.inf, -torch.inf).amax(1), centre_sum
 
 
 @_in_full_precision
@@ -77,13 +109,16 @@ def weight_grad(
     lse: Tensor,
     negative_coefficient: Tensor,
     target_coefficient: Tensor,
+    negatives: Negatives = PLAIN,
 ) -> Tensor:
     """(C, D) gradient by the class centres, in weight's dtype, from each row's coefficients (N,) and lse (N,) fp64.
 
     The derivative by ``cos_ij`` is ``negative_coefficient_i·exp(scale·cos_ij - lse_i)``, the target's
-    ``target_coefficient_i``.
+    ``target_coefficient_i``; for f and its derivative see :func:`class_stats`.
     """
-    gradient = _exact_weight_grad(embeddings, weight, target, scale, lse, negative_coefficient, target_coefficient)
+    gradient = _exact_weight_grad(
+        embeddings, weight, target, scale, lse, negative_coefficient, target_coefficient, negatives
+    )
     return torch.empty_like(weight).copy_(gradient)  # laid out like weight, as the operator's fake has it
 
 
@@ -95,11 +130,13 @@ def _exact_weight_grad(
     lse: Tensor,
     negative_coefficient: Tensor,
     target_coefficient: Tensor,
+    negatives: Negatives = PLAIN,
 ) -> Tensor:
     """:func:`weight_grad` in the compute dtype."""
     unit_x, _, cosine, is_target = _cosines(embeddings, weight, target)
-    probability = (scale * cosine.double() - lse[:, None]).exp().to(cosine.dtype)
-    d_cosine = torch.where(is_target, target_coefficient[:, None], negative_coefficient[:, None] * probability)
+    value, slope = _values(cosine, target, negatives)
+    probability = (scale * value.double() - lse[:, None]).exp().to(cosine.dtype).masked_fill(value == -torch.inf, 0)
+    d_cosine = torch.where(is_target, target_coefficient[:, None], negative_coefficient[:, None] * probability * slope)
     return unit_gradient(d_cosine.T @ unit_x, weight.to(unit_x.dtype))
 
 
@@ -113,13 +150,16 @@ def update_centres(
     negative_coefficient: Tensor,
     target_coefficient: Tensor,
     step: CentreStep,
+    negatives: Negatives = PLAIN,
 ) -> None:
     """One step on the class centres in place of :func:`weight_grad`, whose other arguments these are."""
     if not step.active:
         return
     rows = torch.arange(weight.shape[0], device=weight.device) if step.classes is None else step.classes
     centres = weight[rows]
-    gradient = _exact_weight_grad(embeddings, centres, target, scale, lse, negative_coefficient, target_coefficient)
+    gradient = _exact_weight_grad(
+        embeddings, centres, target, scale, lse, negative_coefficient, target_coefficient, negatives
+    )
     value = centres.to(gradient.dtype)
     velocity = gradient + step.weight_decay * value
     bits = rounding_bits(step.rounding_key, rows + step.class_start, weight.shape[1])
@@ -157,19 +197,64 @@ def _quantise(values: Tensor, bits: Tensor) -> tuple[Tensor, Tensor]:
     return rounded.clamp(-127, 127).to(torch.int8), units
 
 
-def _norms(rows: Tensor) -> Tensor:
-    """(R, 1) norms of rows (R, D), squared and summed in fp64: fp32's would overflow from 2e19 on."""
-    return torch.linalg.vector_norm(rows, dim=1, keepdim=True, dtype=torch.float64).to(rows.dtype)
+def _unit_targets(weight: Tensor, target: Tensor, dtype: torch.dtype) -> Tensor:
+    """The unit centres of the rows' targets, (N, D); zeros where the target is not here."""
+    if weight.shape[0] == 0:
+        return weight.new_zeros(target.shape[0], weight.shape[1], dtype=dtype)
+    unit_w = unit_rows(weight.index_select(0, target.clamp(min=0)).to(dtype))
+    return unit_w.masked_fill((target < 0)[:, None], 0)
 
 
-def unit_rows(rows: Tensor) -> Tensor:
-    """Rows (R, D) divided by ``max(norm, 1e-12)``."""
-    return rows / _norms(rows).clamp(min=1e-12)
+def target_cosine(embeddings: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+    """(N,) cosine of each row with its target's centre; 0 where target is ``IGNORED``, NaN where it is ``INVALID``."""
+    dtype = compute_dtype(embeddings, weight)
+    cosine = (unit_rows(embeddings.to(dtype)) * _unit_targets(weight, target, dtype)).sum(1).clamp(-1, 1)
+    return cosine.masked_fill(target == IGNORED, 0).masked_fill(target == INVALID, torch.nan)
 
 
-def unit_gradient(d_unit: Tensor, row: Tensor) -> Tensor:
-    """Gradient by ``row`` (R, D) from that by ``row / max(|row|, 1e-12)``, same shape."""
-    norm = _norms(row)
-    unit = row / norm.clamp(min=1e-12)
-    along = (unit * d_unit).sum(1, keepdim=True).masked_fill(norm < 1e-12, 0)
-    return (d_unit - unit * along) / norm.clamp(min=1e-12)
+def unit_embedding_grad(
+    weight: Tensor, target: Tensor, mean_centre: Tensor, negative_coefficient: Tensor, target_coefficient: Tensor
+) -> Tensor:
+    """(N, D) gradient by the unit embeddings, as far as these classes make it, in mean_centre's dtype.
+
+    mean_centre (N, D) is the softmax-weighted mean of the unit centres over the row's negatives; the coefficients
+    (N,) are those of :func:`weight_grad`.
+    """
+    unit_w = _unit_targets(weight, target, mean_centre.dtype)
+    of_target = target_coefficient.masked_fill(target < 0, 0)[:, None] * unit_w
+    return negative_coefficient[:, None] * mean_centre + of_target
+
+
+def embedding_grad(d_unit: Tensor, embeddings: Tensor) -> Tensor:
+    """(N, D) gradient by the embeddings, in their dtype, from that by the unit embeddings.
+
+    In fp16 finite numbers saturate, as a zero row's would overflow.
+    """
+    gradient = unit_gradient(d_unit, embeddings.to(d_unit.dtype))
+    if embeddings.dtype == torch.float16:
+        limit = torch.finfo(torch.float16).max
+        gradient = torch.where(gradient.isfinite(), gradient.clamp(-limit, limit), gradient)
+    return torch.empty_like(embeddings).copy_(gradient)
+
+
+def margin_loss(
+    negative_lse: Tensor,
+    target_cosine: Tensor,
+    scale: float,
+    m1: float,
+    m2: float,
+    m3: float,
+    boundary: str,
+    gradient: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Each row's loss, its full log-sum-exp, and the loss's derivatives by negative_lse and by target_cosine, all (N,).
+
+    The margin by its numbers (:func:`fused_arcface.margins.parameters`).
+    """
+    with torch.enable_grad():
+        lse, cosine = negative_lse.detach().requires_grad_(), target_cosine.detach().requires_grad_()
+        angular = None if boundary == "linear" else CombinedMargin(m1, m2, m3, boundary, gradient)  # type: ignore[arg-type]
+        modified = cosine - m3 if angular is None else angular(cosine)
+        loss = F.softplus(lse - scale * modified, threshold=40)
+        d_lse, d_cosine = torch.autograd.grad(loss.sum(), (lse, cosine))
+    return loss.detach(), torch.logaddexp(lse, scale * modified).detach(), d_lse, d_cosine

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..backends.reference import unit_gradient
 from ..margins import ArcFace, Margin, NormSoftmax
+from ..normalise import unit_gradient
 from .cases import Inputs
 
 Formula = Literal["margin", "straight_through", "linear", "products"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
@@ -39,6 +40,8 @@ class Problem(NamedTuple):
     """(N,)"""
     margin: Margin
     scale: float
+    options: dict[str, Any]
+    """Further ones of the loss."""
 
 
 def gradcheck(
@@ -55,6 +58,7 @@ def gradcheck(
     (torch.autograd.gradcheck).
     """
     from .. import backends
+    from ..functional import unusual_negatives
 
     available = backends.available()
     if backend != "all" and backend not in available:
@@ -67,19 +71,26 @@ def gradcheck(
     chosen = tuple(DTYPES) if dtype == "all" else (dtype,)
 
     console = Console()
-    cases = [(name, margin, each) for name in usable for margin in margins() for each in chosen]
+    cases = [
+        (name, margin, options, each)
+        for name in usable
+        for margin, options in subjects()
+        if backends.has_negatives(name) or unusual_negatives(margin, options.get("sub_centers", 1)) is None
+        for each in chosen
+    ]
     tables = {name: _table(name) for name in usable}
     failed = 0
-    for name, margin, each in track(cases, "checking", console=console, transient=True):
-        found = check(name, margin, each)
+    for name, margin, options, each in track(cases, "checking", console=console, transient=True):
+        found = check(name, margin, each, options)
         failed += not found.passed
         if not (failures and found.passed):
-            tables[name].add_row(describe(margin), DTYPES[each], *found.cells())
+            tables[name].add_row(describe(margin, options), DTYPES[each], *found.cells())
     for table in tables.values():
         if table.row_count:
             console.print(table)
             console.print()
     console.print("ST: straight-through gradient. fd: finite differences agree as well.", highlight=False)
+    console.print("K: centres of each class. ε: label smoothing.", highlight=False)
     colour = "red" if failed else "green"
     console.print(f"[bold {colour}]{len(cases) - failed} of {len(cases)} combinations pass[/]", highlight=False)
     if failed:
@@ -118,25 +129,25 @@ class Check(NamedTuple):
         return [*errors, f"{max(self.allowed.values()):.1e}", result + numerical]
 
 
-def check(backend: str, margin: Margin, dtype: str) -> Check:
-    """Check one combination."""
+def check(backend: str, margin: Margin, dtype: str, options: dict[str, Any] | None = None) -> Check:
+    """Check one combination; ``options`` are further ones of the loss."""
     import torch
 
-    problem = sample_problem(margin, device=device_of(backend))
+    problem = sample_problem(margin, options, device=device_of(backend))
     errors = errors_against_fp64(backend, getattr(torch, dtype), problem)
     eager = errors_against_fp64(None, getattr(torch, dtype), problem)
     allowed = {
         quantity: 2 * eager[quantity] + COMPUTED[dtype] + (quantity != "loss") * STORED[dtype]
         for quantity in QUANTITIES
     }
-    return Check(errors, allowed, numerical_gradcheck(backend, margin) if dtype == "float64" else None)
+    return Check(errors, allowed, numerical_gradcheck(backend, margin, options) if dtype == "float64" else None)
 
 
 def margins() -> Iterator[Margin]:
     """Every margin, each boundary and gradient mode that it has, and a user's own function."""
     from typing import get_args
 
-    from .. import ArcFace, CombinedMargin, CosFace, NormSoftmax, SphereFace
+    from .. import ArcFace, CombinedMargin, CosFace, InterclassFilter, MagFace, MVSoftmax, NormSoftmax, SphereFace
     from ..margins import Boundary, GradientMode
 
     yield NormSoftmax()
@@ -147,6 +158,32 @@ def margins() -> Iterator[Margin]:
             yield ArcFace(0.5, boundary, gradient)
             yield CombinedMargin(1.2, 0.4, 0.1, boundary, gradient)
     yield squared
+    yield from stateful_margins()
+    yield MagFace(lower_norm=0.7, upper_norm=1.8)  # of the problem's norms, most within
+    yield MVSoftmax(CosFace(0.35))
+    yield InterclassFilter(ArcFace(), 0.2)
+
+
+def stateful_margins() -> Iterator[Margin]:
+    """Those with a state, as after some training."""
+    from .. import AdaFace, CurricularFace, ElasticFace
+
+    adaptive = AdaFace()
+    adaptive.norm_mean.fill_(1.2)
+    adaptive.norm_std.fill_(0.4)
+    curricular = CurricularFace()
+    curricular.t.fill_(0.4)
+    yield from (adaptive, ElasticFace(), ElasticFace(0.35, kind="cos"), curricular)
+
+
+def subjects() -> Iterator[tuple[Margin, dict[str, Any]]]:
+    """Every margin, and with one of them the options of the loss."""
+    from .. import ArcFace
+
+    for margin in margins():
+        yield margin, {}
+    yield ArcFace(), {"sub_centers": 3}
+    yield ArcFace(), {"label_smoothing": 0.1}
 
 
 def squared(target_cosine: Tensor) -> Tensor:
@@ -155,13 +192,16 @@ def squared(target_cosine: Tensor) -> Tensor:
 
 
 _GRADIENT = {"straight_through": "ST"}
+_OPTIONS = {"sub_centers": "K", "label_smoothing": "ε"}
 
 
-def describe(margin: Margin) -> str:
-    """A margin in a table: its name, boundary and gradient mode."""
+def describe(margin: Margin, options: dict[str, Any] | None = None) -> str:
+    """A margin in a table: its name, boundary and gradient mode; and the loss's further options."""
     if margin is squared:
         return "a function"
-    parts = (getattr(margin, "boundary", ""), _GRADIENT.get(getattr(margin, "gradient", ""), ""))
+    parts = [getattr(margin, name, "") for name in ("kind", "boundary")]
+    parts.append(_GRADIENT.get(getattr(margin, "gradient", ""), ""))
+    parts += [f"{_OPTIONS[name]}={value}" for name, value in (options or {}).items()]
     return " ".join(filter(None, (type(margin).__name__, *parts)))
 
 
@@ -172,6 +212,7 @@ def device_of(backend: str) -> str:
 
 def sample_problem(
     margin: Margin | None = None,
+    options: dict[str, Any] | None = None,
     *,
     rows: int = 16,
     classes: int = 50,
@@ -191,14 +232,16 @@ def sample_problem(
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
-    weight, target = normal(classes, dim), torch.randint(classes, (rows,), generator=generator)
-    centre = F.normalize(weight[target])
+    sub_centers = (options or {}).get("sub_centers", 1)
+    weight, target = normal(classes * sub_centers, dim), torch.randint(classes, (rows,), generator=generator)
+    centre = F.normalize(weight[target * sub_centers])
     aside = normal(rows, dim)
     aside = F.normalize(aside - (aside * centre).sum(1, keepdim=True) * centre)
     theta = torch.tensor(angles, dtype=torch.float64).repeat(rows // len(angles) + 1)[:rows, None]
     norm = 0.5 + 1.5 * torch.rand(rows, 1, generator=generator, dtype=torch.float64)
     embeddings = norm * (theta.cos() * centre + theta.sin() * aside)
-    return Problem(embeddings.to(device), weight.to(device), target.to(device), margin or ArcFace(), scale)
+    tensors = embeddings.to(device), weight.to(device), target.to(device)
+    return Problem(*tensors, margin or ArcFace(), scale, options or {})
 
 
 def errors_against_fp64(backend: str | None, dtype: torch.dtype, problem: Problem) -> dict[str, float]:
@@ -211,7 +254,9 @@ def errors_against_fp64(backend: str | None, dtype: torch.dtype, problem: Proble
     embeddings, weight = problem.embeddings.to(dtype), problem.weight.to(dtype)
 
     def loss(embeddings: Tensor, weight: Tensor, backend: str | None) -> Tensor:
-        common = {"margin": problem.margin, "scale": problem.scale, "reduction": "none"}
+        # A margin with a state starts from the same one.
+        common = {"margin": copy.deepcopy(problem.margin), "scale": problem.scale, "reduction": "none"}
+        common |= problem.options
         if backend is None:
             return reference.margin_softmax_loss(embeddings, weight, problem.target, **common)  # type: ignore
         return margin_softmax_loss(embeddings, weight, problem.target, backend=backend, **common)  # type: ignore
@@ -229,22 +274,32 @@ def errors_against_fp64(backend: str | None, dtype: torch.dtype, problem: Proble
     }
 
 
-def numerical_gradcheck(backend: str, margin: Margin) -> bool | None:
-    """torch.autograd.gradcheck of a small problem in fp64; None where a straight-through gradient is no derivative."""
-    import torch
+def numerical_gradcheck(backend: str, margin: Margin, options: dict[str, Any] | None = None) -> bool | None:
+    """torch.autograd.gradcheck of a small problem in fp64; None where a straight-through gradient is no derivative.
 
-    from .. import margin_softmax_loss
+    What a margin takes as given, with no gradient, is held: AdaFace's norms; the state of those that have one.
+    """
+    import torch
+    import torch.nn.functional as F
+
+    from .. import AdaFace, margin_softmax_loss
 
     if getattr(margin, "gradient", "exact") != "exact":
         return None
     # Moderate angles and scale: finite differences lose their digits where the loss is curved most.
     angles = (0.3, 0.8, 1.2, 1.7, 2.1, 2.9)
-    problem = sample_problem(margin, rows=6, classes=7, dim=5, scale=8.0, device=device_of(backend), angles=angles)
+    sizes = {"rows": 6, "classes": 7, "dim": 5}
+    problem = sample_problem(margin, options, **sizes, scale=8.0, device=device_of(backend), angles=angles)
+    norms = problem.embeddings.norm(dim=1, keepdim=True)
 
     def loss(embeddings: Tensor, weight: Tensor) -> Any:
-        return margin_softmax_loss(
-            embeddings, weight, problem.target, margin=margin, scale=problem.scale, reduction="none", backend=backend
-        )
+        if isinstance(margin, AdaFace):
+            embeddings = norms * F.normalize(embeddings)
+        held = copy.deepcopy(margin)
+        if isinstance(held, torch.nn.Module):
+            held.eval()
+        arguments = {"margin": held, "scale": problem.scale, "reduction": "none", "backend": backend}
+        return margin_softmax_loss(embeddings, weight, problem.target, **arguments, **problem.options)  # type: ignore
 
     leaves = (problem.embeddings.requires_grad_(), problem.weight.requires_grad_())
     return bool(torch.autograd.gradcheck(loss, leaves, raise_exception=False, fast_mode=False))

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from ..distributed import JointBatch, Ranks
 from ..functional import as_autocast
+from ..hard_negatives import InterclassFilter
 from ..margins import CombinedMargin
 from ..margins import CosFace as _CosFaceMargin
 from ..partial_fc import PartialFC
@@ -36,8 +37,8 @@ class CombinedMarginLoss(nn.Module):
         m1: 1, unless ``m3 > 0``.
         m2: added to the angle, in radians.
         m3: taken from the cosine.
-        interclass_filtering_threshold: negatives with a greater cosine count as cosine 0; 0 for none. Takes the slow
-            path.
+        interclass_filtering_threshold: negatives with a greater cosine count as cosine 0; 0 for none. See
+            :class:`fused_arcface.InterclassFilter` for the backends that have it.
 
     Raises:
         ValueError: ``m1 != 1`` without m3.
@@ -98,10 +99,13 @@ def _fused_margin(margin_loss: Callable[..., Tensor]) -> tuple[Callable[[Tensor]
     """Margin and scale of this module's classes and of insightface's own, known by name; None for any other
     callable."""
     name = type(margin_loss).__name__
-    if name == "CombinedMarginLoss" and getattr(margin_loss, "interclass_filtering_threshold", 1) == 0:
+    if name == "CombinedMarginLoss":
         m2, m3 = float(getattr(margin_loss, "m2", 0)), float(getattr(margin_loss, "m3", 0))
+        threshold = float(getattr(margin_loss, "interclass_filtering_threshold", 0))
         if m3 > 0 or getattr(margin_loss, "m1", 1.0) == 1.0:
-            return _combined(m2, m3), float(getattr(margin_loss, "s", 64.0))
+            margin = _combined(m2, m3)
+            filtered = InterclassFilter(margin, threshold) if 0 < threshold < 1 else margin
+            return filtered, float(getattr(margin_loss, "s", 64.0))
     if name == "ArcFace" and hasattr(margin_loss, "margin") and hasattr(margin_loss, "s"):
         return _combined(float(margin_loss.margin), 0.0), float(margin_loss.s)
     if name == "CosFace" and hasattr(margin_loss, "m") and hasattr(margin_loss, "s"):
