@@ -67,6 +67,7 @@ def weights(output: Path) -> dict[str, torch.Tensor]:
         {"sample_rate": 0.5, "accumulation": 2, "optimizer": "adamw"},
         {"center_optimizer": "joint", "precision": "bf16", "workers": 2},
         {"precision": "fp16", "margin": "CosFace(0.2)", "schedule": "polynomial"},
+        {"margin": "AdaFace", "sub_centers": 2, "accumulation": 2},
     ],
 )
 def test_an_interrupted_run_goes_on_as_if_it_had_not_been(tmp_path: Path, options: dict) -> None:
@@ -194,7 +195,7 @@ def test_a_net_that_is_not_finite_is_reported(tmp_path: Path) -> None:
     torch.save(state, tmp_path / "nan.pt")
     outcome, heard = run(TINY.replace({"epochs": 1, "init": str(tmp_path / "nan.pt")}), tmp_path / "second")
     notes = [event.text for event in heard if isinstance(event, Noted)]
-    assert outcome.step == 3 and notes[0].startswith("the loss of step 1 is nan: nothing was changed in it")
+    assert outcome.step == 3 and notes[0] == "step 1: loss nan, the gradient is not finite: the net was left as it was"
     assert notes[-1] == "no verification: the net's embeddings are not finite"
 
 
@@ -246,6 +247,8 @@ def test_a_run_is_neither_overwritten_nor_mixed_up(tmp_path: Path) -> None:
     run(TINY, tmp_path, stop_at=2)
     with pytest.raises(RunError, match="holds a run already: --resume goes on with it"):
         run(TINY, tmp_path)
+    with pytest.raises(RunError, match="cannot be written: "):
+        run(TINY, tmp_path / "config.toml" / "run")
     with pytest.raises(RunError, match="a resumed run keeps its batch_size, 8; got 6"):
         run(TINY.replace({"batch_size": 6}), tmp_path, resume=True)
     with pytest.raises(RunError, match="a resumed run keeps its 6 identities; identities:5x4 has 5"):
@@ -262,6 +265,8 @@ def test_options_that_do_not_go_together(tmp_path: Path) -> None:
         ({"device": "cuda:0"} if not torch.cuda.is_available() else {"device": "gpu"}, "device"),
         ({"device": "abacus"}, "device must be auto, cpu, cuda or cuda:N; got 'abacus'"),
         ({"backend": "cuda"}, "backend 'cuda'"),
+        ({"backend": "triton", "margin": "CurricularFace"}, "backend 'triton' does not have the modulated negatives"),
+        ({"label_smoothing": 0.1}, "label_smoothing must be 0 with a center_optimizer"),
     ):
         with pytest.raises(OptionError, match=message):
             run(TINY.replace(options), tmp_path)

@@ -103,6 +103,10 @@ class TrainConfig:
     scale: float | None = _option(
         None, "Of the logits; 16 below 1000 identities, 32 below 10 000, 64 from there.", least=0, above=True
     )
+    sub_centers: int = _option(1, "Centres of each class, the nearest of which counts.", least=1, fixed=True)
+    label_smoothing: float = _option(
+        0.0, "Share of the target that all classes get; needs joint class centres.", least=0, most=1
+    )
     sample_rate: float = _option(1.0, "Fraction of the classes in a step.", least=0, above=True, most=1)
     backend: str = _option("auto", "Of the head: auto, reference, cpu, triton or cuda.")
 

@@ -101,10 +101,17 @@ def check_run(folder: RunFolder, config: TrainConfig, classes: list[str], resume
 
 
 def write_run(folder: RunFolder, config: TrainConfig, classes: list[str]) -> None:
-    """Makes the folder and writes down what is trained in it."""
-    folder.root.mkdir(parents=True, exist_ok=True)
-    config.save(folder.config)
-    folder.classes.write_text("".join(f"{name}\n" for name in classes))
+    """Makes the folder and writes down what is trained in it.
+
+    Raises:
+        RunError: it cannot be written.
+    """
+    try:
+        folder.root.mkdir(parents=True, exist_ok=True)
+        config.save(folder.config)
+        folder.classes.write_text("".join(f"{name}\n" for name in classes))
+    except OSError as error:
+        raise RunError(f"{folder.root} cannot be written: {error.strerror}") from None
 
 
 def load_backbone(run: Path, device: torch.device | str = "cpu") -> tuple[nn.Module, ImageSpec]:

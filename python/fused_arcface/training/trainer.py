@@ -177,9 +177,9 @@ class Trainer:
                 head_share=result.head_seconds / seconds,
             )
         )
-        if not math.isfinite(result.loss) and self._world.rank == 0:
+        if not result.updated and self._world.rank == 0 and self._config.precision != "fp16":
             self.tell(
-                Noted(f"the loss of step {step} is {result.loss}: nothing was changed in it; lower lr if it stays")
+                Noted(f"step {step}: loss {result.loss:g}, the gradient is not finite: the net was left as it was")
             )
 
     def _verify(self, step: int) -> None:
