@@ -116,7 +116,7 @@ def test_needs_shift_knows_the_bounds() -> None:
     assert not needs_shift(64.0, 1000, torch.float32, 1.2, 2.2)
     assert needs_shift(64.0, 1000, torch.float32, 1.3, 2.3)
     assert not needs_shift(64.0, 1000, torch.float64, 2.0, 3.0)
-    # 64·1.3 + ln(5e17): what one sum may hold another, with its factor, may not
+    # What the sum of exponentials may hold, the sum with their factors may not.
     assert not needs_shift(40.0, 10**18, torch.float32) and needs_shift(40.0, 10**18, torch.float32, 1.0, 1e3)
 
 

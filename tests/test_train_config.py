@@ -10,7 +10,7 @@ import torch
 
 import fused_arcface as fa
 from fused_arcface.training.batches import BatchPlan
-from fused_arcface.training.config import TrainConfig, rules
+from fused_arcface.training.config import TrainConfig, read_options, rules
 from fused_arcface.training.margin_text import parse_margin
 from fused_arcface.training.schedule import Schedule
 
@@ -50,12 +50,12 @@ def test_every_option_has_help_and_a_default_that_passes() -> None:
 def test_toml_round_trip(tmp_path: Path) -> None:
     config = TrainConfig(data='a "b"\\c', lr=0.25, embedding_dim=7, flip=False, margin="CosFace(0.4)")
     config.save(tmp_path / "config.toml")
-    assert TrainConfig().replace(TrainConfig.load(tmp_path / "config.toml")) == config
+    assert TrainConfig().replace(read_options(tmp_path / "config.toml")) == config
     (tmp_path / "config.toml").write_text("scale = 64\n")
-    assert TrainConfig().replace(TrainConfig.load(tmp_path / "config.toml")).scale == 64.0
+    assert TrainConfig().replace(read_options(tmp_path / "config.toml")).scale == 64.0
     (tmp_path / "config.toml").write_text("scale = \n")
     with pytest.raises(ValueError, match=r"config\.toml cannot be read: .*line 1"):
-        TrainConfig.load(tmp_path / "config.toml")
+        read_options(tmp_path / "config.toml")
 
 
 def test_margins_as_text() -> None:
@@ -66,14 +66,17 @@ def test_margins_as_text() -> None:
         fa.CombinedMargin(1.0, 0.3, 0.2),
         fa.NormSoftmax(),
     )
+    every += (fa.MVSoftmax(fa.CosFace(0.2), t=1.2), fa.InterclassFilter(fa.ArcFace(0.3), 0.5), fa.ElasticFace(std=0.1))
     for margin in every:
         assert parse_margin(repr(margin)) == margin
     assert parse_margin("arcface(0.3, boundary='fold')") == every[0]
+    assert repr(parse_margin("adaface(0.3)")) == repr(fa.AdaFace(0.3))
     assert parse_margin("torch:tanh") is torch.tanh
     for text, message in (
         ("PartialFC", "margin must be one of ArcFace, "),
         ("ArcFace(m=1)", "unexpected keyword"),
-        ("ArcFace(__import__('os'))", "malformed node"),
+        ("ArcFace(__import__('os'))", "margin must be one of"),
+        ("ArcFace([].append)", "malformed node"),
         ("1 +", "margin '1 \\+'"),
         ("torch:nothing", "cannot be imported"),
         ("torch:pi", "of a callable"),

@@ -79,11 +79,12 @@ def with_sub_centers(case: Case, variant: Variant, seed: int = 0) -> Inputs:
     return inputs._replace(weight=weight.flatten(0, 1))
 
 
-@every_variant
-@pytest.mark.parametrize("backend", ["reference", "cpu", "oracle"])
-def test_gradcheck(variant: Variant, backend: str) -> None:
-    """In fp64. AdaFace's margin takes the norm as given: it is held."""
-    inputs = with_sub_centers(Case(6, 5, 4, "float64", "float64"), variant)
+def to_differentiate(
+    variant: Variant, case: Case, scale: float, function: Callable[..., Tensor], **options: str
+) -> tuple[Callable[[Tensor, Tensor], Tensor], tuple[Tensor, Tensor]]:
+    """``function`` of embeddings and weight, and these. What is taken as given is held: a margin's state, and the norms
+    where they have no gradient (AdaFace)."""
+    inputs = with_sub_centers(case, variant)
     margin = variant.make()
     if isinstance(margin, torch.nn.Module):
         margin.eval()
@@ -92,29 +93,26 @@ def test_gradcheck(variant: Variant, backend: str) -> None:
     def loss(x: Tensor, w: Tensor) -> Tensor:
         if isinstance(margin, fa.AdaFace):
             x = norms * F.normalize(x)
-        options = {"margin": margin, "scale": 8.0, "reduction": "none", **variant.options}
-        if backend == "oracle":
-            return fa.reference.margin_softmax_loss(x, w, inputs.target, **options)
-        return fa.margin_softmax_loss(x, w, inputs.target, backend=backend, **options)
+        return function(x, w, inputs.target, margin=margin, scale=scale, **variant.options, **options)
 
-    leaves = inputs.embeddings.requires_grad_(), inputs.weight.requires_grad_()
-    assert torch.autograd.gradcheck(loss, leaves)
+    return loss, (inputs.embeddings.requires_grad_(), inputs.weight.requires_grad_())
+
+
+@every_variant
+@pytest.mark.parametrize("backend", ["reference", "cpu", "oracle"])
+def test_gradcheck(variant: Variant, backend: str) -> None:
+    """In fp64."""
+    oracle = backend == "oracle"
+    function = fa.reference.margin_softmax_loss if oracle else fa.margin_softmax_loss
+    options = {"reduction": "none"} | ({} if oracle else {"backend": backend})
+    case = Case(6, 5, 4, "float64", "float64")
+    assert torch.autograd.gradcheck(*to_differentiate(variant, case, 8.0, function, **options))
 
 
 @every_variant
 def test_reference_is_twice_differentiable(variant: Variant) -> None:
-    inputs = with_sub_centers(Case(3, 4, 3, "float64", "float64"), variant)
-    margin = variant.make()
-    if isinstance(margin, torch.nn.Module):
-        margin.eval()
-    norms = inputs.embeddings.norm(dim=1, keepdim=True)
-
-    def loss(x: Tensor, w: Tensor) -> Tensor:
-        if isinstance(margin, fa.AdaFace):
-            x = norms * F.normalize(x)
-        return fa.reference.margin_softmax_loss(x, w, inputs.target, margin=margin, scale=4.0, **variant.options)
-
-    assert torch.autograd.gradgradcheck(loss, (inputs.embeddings.requires_grad_(), inputs.weight.requires_grad_()))
+    case = Case(3, 4, 3, "float64", "float64")
+    assert torch.autograd.gradgradcheck(*to_differentiate(variant, case, 4.0, fa.reference.margin_softmax_loss))
 
 
 def outcomes(variant: Variant, inputs: Inputs, scale: float, backend: str = "cpu") -> tuple[Outcome, Outcome, Outcome]:

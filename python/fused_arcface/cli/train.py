@@ -12,7 +12,7 @@ from rich.console import Console
 
 from ..checkpoint import CheckpointError
 from ..data import DataError
-from ..training.config import OptionError, TrainConfig, rules
+from ..training.config import OptionError, TrainConfig, read_options, rules
 from ..training.runs import RunError, RunFolder
 from ..training.trainer import train as train_run
 from ..training.world import is_first_rank, resume_command
@@ -65,7 +65,7 @@ def train(
         raise typer.Exit(_WRONG_USAGE if isinstance(wrong, (OptionError, RunError)) else 1) from None
     if outcome.signal is not None:
         if is_first_rank():
-            error.print(f"Interrupted and saved after step {outcome.step} of {outcome.steps}. To go on:", markup=False)
+            error.print(f"Saved after step {outcome.step} of {outcome.steps}. To go on:", markup=False)
             error.print(f"  {resume_command(output)}", style="bold", markup=False, highlight=False)
         raise typer.Exit(128 + outcome.signal)
     if is_first_rank():
@@ -76,6 +76,6 @@ def _choose(output: Path, file: Path | None, resume: bool, given: dict[str, Any]
     """The command line over the file over the resumed run's options over the defaults."""
     base = RunFolder(output).read_config() if resume else TrainConfig()
     try:
-        return base.replace(({} if file is None else TrainConfig.load(file)) | given)
+        return base.replace(({} if file is None else read_options(file)) | given)
     except (TypeError, ValueError) as wrong:
         raise OptionError(str(wrong)) from None

@@ -125,7 +125,7 @@ def unseen_source(data: str) -> ImageSource | None:
     if Path(data).exists():
         return None
     if counts := _identity_counts(data):
-        return MemoryImages(identity_images(max(2, counts[0] // 2), max(2, counts[1]), first=counts[0]))
+        return MemoryImages(identity_images(max(4, counts[0] // 2), max(4, counts[1]), first=counts[0]))
     return MemoryImages(digit_images(UNSEEN))
 
 

@@ -1,4 +1,5 @@
-"""Training of an embedding net under a head: nets, heads to compare with, and the step they share.
+"""Training of an embedding net under a head: nets, heads to compare with, and the step they share; and whole runs on
+files, from :class:`~fused_arcface.training.config.TrainConfig` to :func:`fused_arcface.training.trainer.train`.
 
 A head is any module called as ``head(embeddings, target) -> loss``: :class:`fused_arcface.MarginHead` and those in
 ``heads``.

@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -102,6 +103,10 @@ class TrainConfig:
     scale: float | None = _option(
         None, "Of the logits; 16 below 1000 identities, 32 below 10 000, 64 from there.", least=0, above=True
     )
+    sub_centers: int = _option(1, "Centres of each class, the nearest of which counts.", least=1, fixed=True)
+    label_smoothing: float = _option(
+        0.0, "Share of the target that all classes get; needs joint class centres.", least=0, most=1
+    )
     sample_rate: float = _option(1.0, "Fraction of the classes in a step.", least=0, above=True, most=1)
     backend: str = _option("auto", "Of the head: auto, reference, cpu, triton or cuda.")
 
@@ -161,20 +166,6 @@ class TrainConfig:
                 raise ValueError(f"no option is called {name}{hint}")
         return dataclasses.replace(self, **changes)
 
-    @classmethod
-    def load(cls, path: Path) -> dict[str, Any]:
-        """The options that a TOML file sets; hand them to :meth:`replace`.
-
-        Raises:
-            ValueError: it cannot be read or is no TOML.
-        """
-        try:
-            with path.open("rb") as file:
-                found: dict[str, Any] = toml_reader().load(file)
-        except (OSError, ValueError) as error:
-            raise ValueError(f"{path} cannot be read: {error}") from None
-        return found
-
     def save(self, path: Path) -> None:
         """Written as TOML, without the options that are None."""
         values = {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
@@ -190,9 +181,17 @@ def rules() -> dict[str, tuple[Rule, tuple[type, ...]]]:
     }
 
 
-def toml_reader() -> Any:
-    """The standard library's ``tomllib``, before Python 3.11 the package it came from."""
+def read_options(path: Path) -> dict[str, Any]:
+    """The options that a TOML file sets; hand them to :meth:`TrainConfig.replace`.
+
+    Raises:
+        ValueError: it cannot be read or is no TOML.
+    """
+    # Before Python 3.11 the standard library has no reader, and the package that it came from takes its place.
+    toml = require("tomllib" if sys.version_info >= (3, 11) else "tomli", "train")
     try:
-        return require("tomllib")
-    except ImportError:
-        return require("tomli", "train")
+        with path.open("rb") as file:
+            found: dict[str, Any] = toml.load(file)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from None
+    return found

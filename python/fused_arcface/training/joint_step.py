@@ -35,6 +35,8 @@ class StepResult(NamedTuple):
     """Of this rank's rows."""
     head_seconds: float
     """Of the head alone, forward and backward to the gradients by embeddings and class centres."""
+    updated: bool = True
+    """The net's gradient was finite and its weights were changed."""
 
 
 class JointStep:

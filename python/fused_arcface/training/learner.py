@@ -31,7 +31,7 @@ class Learner:
     """One process's net and part of the head, and the step that changes them.
 
     Args:
-        config: without None: see :func:`fused_arcface.training.setup.resolve`.
+        config: without None: see :func:`fused_arcface.training.resolve.resolve`.
         num_classes: C_total.
         steps: of the whole training.
         world: the processes that train together.
@@ -41,20 +41,7 @@ class Learner:
         assert config.image_size and config.channels and config.embedding_dim and config.scale and config.lr is not None
         self.config, self.world = config, world
         self.spec = ImageSpec(config.image_size, config.channels)
-        fused = config.center_optimizer == "fused"
-        self.head = PartialFC(
-            config.embedding_dim,
-            num_classes,
-            margin=parse_margin(config.margin),
-            scale=config.scale,
-            sample_rate=config.sample_rate,
-            seed=config.seed,
-            center_optimizer=CenterSGD(config.center_lr, config.momentum, config.weight_decay) if fused else None,
-            backend=config.backend,
-            device=world.device,
-            dtype=torch.float32,
-            dense_grad=True,
-        )
+        self.head = _build_head(config, num_classes, world.device)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(fold(config.seed, NET) >> 1)
             self.backbone = build_backbone(config.backbone, config.embedding_dim, self.spec).to(world.device)
@@ -62,7 +49,7 @@ class Learner:
         net: nn.Module = self.backbone
         if world.world_size > 1:
             net = DistributedDataParallel(net, **_OWN_STATISTICS)
-        driven = self._trained if fused else [*self._trained, self.head.weight]
+        driven = self._trained if self.head.center_optimizer is not None else [*self._trained, self.head.weight]
         if config.optimizer == "sgd":
             self.optimizer: torch.optim.Optimizer = torch.optim.SGD(driven, config.lr, config.momentum)
         else:
@@ -88,23 +75,24 @@ class Learner:
         result = self._step(list(images.split(sizes)), labels, number)
         self._scaler.unscale_(self.optimizer)
         norm = nn.utils.clip_grad_norm_(self._trained, self.config.clip_norm or float("inf"))
-        # The same on every rank: gradients are. A scaler looks for itself, and halves its factor.
-        if self._scaler.is_enabled() or norm.isfinite():
+        finite = bool(norm.isfinite())  # the same on every rank: gradients are
+        if finite or self._scaler.is_enabled():  # a scaler looks for itself, and lowers its factor
             self._scaler.step(self.optimizer)
         self._scaler.update()
-        return result
+        return result._replace(updated=finite)
 
     def _set_options(self, number: int) -> None:
         """Every step anew, from the options: what a checkpoint has brought back counts for nothing."""
         config, factor = self.config, self._schedule.factor(number)
         assert config.lr is not None
-        own = {"lr": config.lr, "weight_decay": config.weight_decay}
-        momentum = {"momentum": config.momentum} if config.optimizer == "sgd" else {}
+        options = {"lr": config.lr * factor, "weight_decay": config.weight_decay}
+        if config.optimizer == "sgd":
+            options["momentum"] = config.momentum
         for group in self.optimizer.param_groups:
-            group.update(own | momentum | {"lr": config.lr * factor})
+            group.update(options)
         if self.head.center_optimizer is not None:
-            centres = {"lr": config.center_lr * factor, "momentum": config.momentum}
-            self.head.center_optimizer.param_groups[0].update(own | centres)
+            centres = options | {"lr": config.center_lr * factor, "momentum": config.momentum}
+            self.head.center_optimizer.param_groups[0].update(centres)
 
     def save(self, root: Path, step: int) -> Path:
         """A checkpoint after ``step`` steps; a collective."""
@@ -131,3 +119,26 @@ class Learner:
     def _objects(self) -> dict[str, Any]:
         scaler = {"scaler": self._scaler} if self._scaler.is_enabled() else {}
         return {"backbone": self.backbone, "optimizer": self.optimizer, **scaler}
+
+
+def _build_head(config: TrainConfig, num_classes: int, device: torch.device) -> PartialFC:
+    assert config.embedding_dim and config.scale
+    recipe = CenterSGD(config.center_lr, config.momentum, config.weight_decay)
+    try:
+        return PartialFC(
+            config.embedding_dim,
+            num_classes,
+            margin=parse_margin(config.margin),
+            scale=config.scale,
+            sample_rate=config.sample_rate,
+            seed=config.seed,
+            center_optimizer=recipe if config.center_optimizer == "fused" else None,
+            backend=config.backend,
+            device=device,
+            dtype=torch.float32,
+            dense_grad=True,
+            sub_centers=config.sub_centers,
+            label_smoothing=config.label_smoothing,
+        )
+    except (TypeError, ValueError) as error:  # options that the head does not take together
+        raise OptionError(str(error)) from None

@@ -6,7 +6,9 @@ from __future__ import annotations
 import ast
 import importlib
 
+from ..head import MarginHead
 from ..margins import Margin
+from ..partial_fc import PartialFC
 
 
 def parse_margin(text: str) -> Margin:
@@ -18,6 +20,8 @@ def parse_margin(text: str) -> Margin:
 
     >>> parse_margin("cosface(0.4)")
     CosFace(margin=0.4)
+    >>> parse_margin("MVSoftmax(CosFace(0.3), t=1.2)")
+    MVSoftmax(margin=CosFace(margin=0.3), t=1.2)
     >>> parse_margin("ArcFace")
     ArcFace(margin=0.5, boundary='hard', gradient='exact')
     """
@@ -28,27 +32,47 @@ def parse_margin(text: str) -> Margin:
 
 
 def _named(text: str) -> object:
+    try:
+        return _value(ast.parse(text.strip(), mode="eval").body)
+    except _UnknownMargin:
+        listed = ", ".join(each.__name__ for each in _margins().values())
+        raise ValueError(f"margin must be one of {listed}, or MODULE:NAME; got {text!r}") from None
+    except (SyntaxError, TypeError, ValueError) as error:
+        raise ValueError(f"margin {text!r}: {error}") from None
+
+
+class _UnknownMargin(Exception):
+    """A name that is no margin's."""
+
+
+def _value(node: ast.expr) -> object:
+    """A margin, made of its name or its call, also inside another's; or a number, a text, None."""
+    if not isinstance(node, (ast.Call, ast.Name)):
+        value: object = ast.literal_eval(node)
+        return value
+    name = node.func if isinstance(node, ast.Call) else node
+    known = _margins()
+    if not isinstance(name, ast.Name) or name.id.lower() not in known:
+        raise _UnknownMargin
+    make = known[name.id.lower()]
+    if isinstance(node, ast.Name):
+        return make()
+    return make(*map(_value, node.args), **{str(each.arg): _value(each.value) for each in node.keywords})
+
+
+def _margins() -> dict[str, type]:
+    """The package's margins by their names in small letters."""
     import fused_arcface as package
 
-    margins = {
-        name.lower(): each
-        for name in package.__all__
-        if isinstance(each := getattr(package, name), type) and "__call__" in vars(each)
-    }
-    try:
-        call = ast.parse(text.strip(), mode="eval").body
-        name, arguments, keywords = (
-            (call.func, call.args, call.keywords) if isinstance(call, ast.Call) else (call, [], [])
-        )
-        if not isinstance(name, ast.Name) or name.id.lower() not in margins:
-            listed = ", ".join(each.__name__ for each in margins.values())
-            raise ValueError(f"margin must be one of {listed}, or MODULE:NAME; got {text!r}")
-        values = [ast.literal_eval(argument) for argument in arguments]
-        named = {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in keywords}
-        made: object = margins[name.id.lower()](*values, **named)
-        return made
-    except (SyntaxError, TypeError) as error:
-        raise ValueError(f"margin {text!r}: {error}") from None
+    public = [getattr(package, name) for name in package.__all__]
+    return {each.__name__.lower(): each for each in public if _makes_margins(each)}
+
+
+def _makes_margins(public: object) -> bool:
+    """Whether a public name is a class whose instances are called with cosines: margins are, and heads with rows."""
+    if not isinstance(public, type) or issubclass(public, (MarginHead, PartialFC)):
+        return False
+    return any("__call__" in vars(base) for base in public.__mro__)
 
 
 def _own(text: str) -> object:

@@ -10,8 +10,10 @@ from .. import backends
 from ..data.folders import DataError
 from ..data.images import ImageSpec
 from ..data.sources import ImageSource, common_spec, open_source, unseen_source
+from ..functional import unusual_negatives
 from .backbones import own_embedding_dim, own_spec
 from .config import OptionError, TrainConfig
+from .margin_text import parse_margin
 from .world import World
 
 _LR = {"sgd": 0.1, "adamw": 0.001}
@@ -67,7 +69,8 @@ def resolve(config: TrainConfig, source: ImageSource, world: World) -> TrainConf
             "class centres would make that rank alone leave the step out"
         )
     try:
-        backends.select(config.backend, world.device)
+        needs = unusual_negatives(parse_margin(config.margin), config.sub_centers)
+        backends.select(config.backend, world.device, needs)
     except (RuntimeError, ValueError) as error:
         raise OptionError(str(error)) from None
     return config.replace(changes)

@@ -21,7 +21,7 @@ from torch import nn
 from .. import checkpoint
 from ..data.images import ImageSpec
 from .backbones import build_backbone
-from .config import TrainConfig, rules
+from .config import TrainConfig, read_options, rules
 
 
 class RunError(ValueError):
@@ -72,7 +72,7 @@ class RunFolder:
             why = "is not a folder" if not self.root.is_dir() else f"is no training run: it has no {self.config.name}"
             raise RunError(f"{self.root} {why}; make one with: fused-arcface train --output {self.root}")
         try:
-            return TrainConfig().replace(TrainConfig.load(self.config))
+            return TrainConfig().replace(read_options(self.config))
         except (TypeError, ValueError) as error:
             raise RunError(f"{self.config}: {error}") from None
 
@@ -101,10 +101,17 @@ def check_run(folder: RunFolder, config: TrainConfig, classes: list[str], resume
 
 
 def write_run(folder: RunFolder, config: TrainConfig, classes: list[str]) -> None:
-    """Makes the folder and writes down what is trained in it."""
-    folder.root.mkdir(parents=True, exist_ok=True)
-    config.save(folder.config)
-    folder.classes.write_text("".join(f"{name}\n" for name in classes))
+    """Makes the folder and writes down what is trained in it.
+
+    Raises:
+        RunError: it cannot be written.
+    """
+    try:
+        folder.root.mkdir(parents=True, exist_ok=True)
+        config.save(folder.config)
+        folder.classes.write_text("".join(f"{name}\n" for name in classes))
+    except OSError as error:
+        raise RunError(f"{folder.root} cannot be written: {error.strerror}") from None
 
 
 def load_backbone(run: Path, device: torch.device | str = "cpu") -> tuple[nn.Module, ImageSpec]:

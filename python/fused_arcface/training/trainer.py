@@ -125,14 +125,13 @@ class Trainer:
             self._report(batch)
             result = self._learner.learn(batch.images, batch.labels, sizes, step)
             step += 1
-            now = time.perf_counter()
-            self._conclude(step, result, now - start)
-            start = now
+            self._conclude(step, result, time.perf_counter() - start)
             if step % self._plan.steps_per_epoch == 0:
                 self._verify(step)
                 self._save(step)
             elif self._config.save_every and step % self._config.save_every == 0:
                 self._save(step)
+            start = time.perf_counter()
         self._save(step)
         if step == self._steps and self._world.rank == 0:
             torch.save(self._learner.backbone.state_dict(), self._folder.model)
@@ -178,9 +177,9 @@ class Trainer:
                 head_share=result.head_seconds / seconds,
             )
         )
-        if not math.isfinite(result.loss) and self._world.rank == 0:
+        if not result.updated and self._world.rank == 0 and self._config.precision != "fp16":
             self.tell(
-                Noted(f"the loss of step {step} is {result.loss}: nothing was changed in it; lower lr if it stays")
+                Noted(f"step {step}: loss {result.loss:g}, the gradient is not finite: the net was left as it was")
             )
 
     def _verify(self, step: int) -> None:
@@ -191,7 +190,8 @@ class Trainer:
             found, problems = self._verifier(self._learner.backbone, self._learner.spec, self._world.device)
             for problem in problems:
                 self.tell(Noted(problem))
-            self.tell(Verified(step, epoch, found))
+            if found is not None:
+                self.tell(Verified(step, epoch, found))
         self._world.wait()
 
     def _save(self, step: int) -> None:

@@ -24,18 +24,21 @@ class Verifier:
         workers: processes that read images.
 
     Raises:
-        OptionError: no identity has two images, or there is only one identity.
+        OptionError: too few identities or images to verify with.
         MissingExtra: scikit-learn is not installed.
     """
 
     def __init__(self, source: ImageSource, batch_size: int, workers: int) -> None:
         self._source, self._batch_size, self._workers = source, batch_size, workers
-        counts = source.labels.bincount()
-        if len(counts) < 2 or counts.max() < 2:
-            raise OptionError("verify_data must hold two identities or more, and one of them twice")
+        try:
+            # With any embeddings: what cannot be verified is said before the hours are spent, not after.
+            verify(torch.randn(len(source), 2, generator=torch.Generator().manual_seed(0)), source.labels)
+        except ValueError as error:
+            raise OptionError(f"verify_data: {error}") from None
 
-    def __call__(self, net: nn.Module, spec: ImageSpec, device: torch.device) -> tuple[Verification, list[str]]:
-        """The figures, and the images that could not be read: the next ones stood in for them."""
+    def __call__(self, net: nn.Module, spec: ImageSpec, device: torch.device) -> tuple[Verification | None, list[str]]:
+        """The figures, None if the net's embeddings are not finite, and what went wrong: where images cannot be read,
+        the next ones stand in for them."""
         parts: list[Tensor] = []
         labels: list[Tensor] = []
         problems: list[str] = []
@@ -43,7 +46,10 @@ class Verifier:
             parts.append(embed(net, batch.images.to(device)).float().cpu())
             labels.append(batch.labels)
             problems += batch.problems
-        return verify(torch.cat(parts), torch.cat(labels)), problems
+        embeddings = torch.cat(parts)
+        if not embeddings.isfinite().all():
+            return None, [*problems, "no verification: the net's embeddings are not finite"]
+        return verify(embeddings, torch.cat(labels)), problems
 
     def _items(self) -> Iterator[list[Item]]:
         for start in range(0, len(self._source), self._batch_size):
