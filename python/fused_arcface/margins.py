@@ -318,7 +318,7 @@ def modulates(margin: Margin) -> bool:
 
 
 def modulation(margin: Margin, target_cosine: Tensor, counted: Tensor) -> Modulation | None:
-    """What becomes of a batch's negatives, of their target cosines (N,) and which rows take part (N,); None: nothing."""
+    """What becomes of a batch's negatives, by target cosines (N,) and which rows take part (N,); None: nothing."""
     own: Callable[[Tensor, Tensor], Modulation] | None = getattr(margin, "modulate", None)
     if own is None:
         return None
