@@ -140,6 +140,16 @@ def check_target_range(target: Tensor, num_classes: int, ignore_index: int) -> N
         raise ValueError(f"{rule}; got {int(target[row])} at row {row}")
 
 
+def check_margin_rows(name: str, values: object, target: Tensor) -> None:
+    """What a margin gives for each row besides: ``(N,)``, on the rows' device."""
+    if not isinstance(values, Tensor):
+        raise TypeError(f"margin's {name} must be a torch.Tensor; got {type(values).__name__}")
+    if values.shape != target.shape:
+        raise ValueError(f"margin's {name} must be (N={target.shape[0]},); got {tuple(values.shape)}")
+    if values.device != target.device:
+        raise ValueError(f"margin's {name} must be on {target.device}; got {values.device}")
+
+
 def check_margin_output(modified: object, target_cosine: Tensor) -> None:
     """A margin's result: ``(N,)``, of the cosines' dtype and device."""
     if not isinstance(modified, Tensor):
