@@ -8,9 +8,10 @@ from torch import Tensor, nn
 
 from . import backends
 from .checks import FLOAT_DTYPES, check_embeddings, check_margin, check_scale, check_size
-from .functional import margin_softmax_loss
+from .functional import as_autocast, margin_softmax_loss
 from .loss import MarginSoftmaxStats
 from .margins import ArcFace, Margin
+from .ops import compute_dtype
 
 # Classes whose cosines topk holds at once: (N, 16384) floats, 16 MiB at N = 256.
 _TOPK_CLASSES = 16384
@@ -86,10 +87,10 @@ class MarginHead(nn.Module):
         )
 
     def logits(self, embeddings: Tensor) -> Tensor:
-        """``s·cos θ`` of embeddings (N, D) with every class, (N, C), without a margin; differentiable."""
+        """``s·cos θ`` of embeddings (N, D) with every class, (N, C) in the loss's dtype, without a margin;
+        differentiable."""
         check_embeddings(embeddings, self.weight)
-        dtype = torch.promote_types(embeddings.dtype, self.weight.dtype)
-        return self.scale * F.linear(F.normalize(embeddings.to(dtype)), F.normalize(self.weight.to(dtype)))
+        return self.scale * cosines_of(as_autocast(embeddings), self.weight)
 
     @torch.no_grad()
     def topk(self, embeddings: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -110,16 +111,23 @@ class MarginHead(nn.Module):
         return f"{embedding_dim}, {num_classes}, margin={self.margin}, scale={self.scale}, backend={self.backend!r}"
 
 
+def cosines_of(rows: Tensor, others: Tensor) -> Tensor:
+    """Cosines (R, S) of rows (R, D) with others (S, D), in the dtype that the loss keeps its sums in, autocast or not:
+    rounded to bf16 they would be 0.004 off, which is more than neighbouring classes differ by."""
+    dtype = compute_dtype(rows, others)
+    with torch.autocast(rows.device.type, enabled=False):
+        return F.linear(F.normalize(rows.to(dtype)), F.normalize(others.to(dtype)))
+
+
 def nearest_classes(embeddings: Tensor, weight: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Cosines (N, min(k, C)), descending, and rows of weight (N, min(k, C)) int64, for embeddings (N, D) and weight (C,
     D)."""
-    dtype = torch.promote_types(embeddings.dtype, weight.dtype)
-    unit = F.normalize(embeddings.to(dtype))
-    cosines = unit.new_empty(unit.shape[0], 0)
-    classes = torch.empty(unit.shape[0], 0, dtype=torch.int64, device=unit.device)
+    embeddings = as_autocast(embeddings)
+    cosines = embeddings.new_empty(embeddings.shape[0], 0, dtype=compute_dtype(embeddings, weight))
+    classes = torch.empty(embeddings.shape[0], 0, dtype=torch.int64, device=embeddings.device)
     for start in range(0, weight.shape[0], max(_TOPK_CLASSES, k)):
-        chunk = unit @ F.normalize(weight[start : start + max(_TOPK_CLASSES, k)].to(dtype)).T
-        ids = torch.arange(start, start + chunk.shape[1], device=unit.device).expand_as(chunk)
+        chunk = cosines_of(embeddings, weight[start : start + max(_TOPK_CLASSES, k)])
+        ids = torch.arange(start, start + chunk.shape[1], device=chunk.device).expand_as(chunk)
         cosines, classes = torch.cat([cosines, chunk], 1), torch.cat([classes, ids], 1)
         cosines, best = cosines.topk(min(k, cosines.shape[1]))
         classes = classes.gather(1, best)

@@ -6,7 +6,6 @@ import dataclasses
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import backends
@@ -23,7 +22,7 @@ from .checks import (
 )
 from .distributed import JointBatch, Ranks
 from .functional import as_autocast
-from .head import nearest_classes
+from .head import cosines_of, nearest_classes
 from .keyed import fill_normal
 from .loss import MarginSoftmaxStats, loss_of_rows
 from .margins import ArcFace, Margin
@@ -240,10 +239,7 @@ class PartialFC(nn.Module):
         """``s·cos θ`` of this rank's embeddings (n, D) with every class, (n, C_total), without a margin or a gradient.
         A collective."""
         rows = self._gather_embeddings(embeddings)
-        dtype = torch.promote_types(embeddings.dtype, self.weight.dtype)
-        local = self.scale * F.linear(
-            F.normalize(self.weight.to(dtype)), F.normalize(rows.embeddings.to(dtype))
-        )  # (C, N)
+        local = self.scale * cosines_of(self.weight, as_autocast(rows.embeddings))  # (C, N)
         return torch.cat([rows.own(part.T) for part in self.ranks.gather_rows(local, self.sharding.counts())], 1)
 
     @torch.no_grad()
