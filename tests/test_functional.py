@@ -79,6 +79,18 @@ def test_labels_of_any_integer_dtype(function: object, dtype: torch.dtype) -> No
 
 
 @every_function
+def test_margin_that_works_in_place(function: object) -> None:
+    """It changes a copy: statistics, loss and gradients are those of the same margin written otherwise."""
+    inputs = make_inputs(Case(geometry="late"))
+    got = run(function, inputs, margin=lambda cosine: cosine.sub_(0.35))
+    right = run(function, inputs, margin=fa.CosFace(0.35))
+    for name in ("loss", "d_embeddings", "d_weight"):
+        assert torch.equal(getattr(got, name), getattr(right, name)), name
+    assert all(torch.equal(a, b) for a, b in zip(got.stats, right.stats, strict=True))
+    assert right.stats.correct.any()
+
+
+@every_function
 def test_labels_in_any_memory(function: object) -> None:
     x, w, target, _ = make_inputs(Case())
     strided = torch.full((len(target), 2), -7).index_copy_(1, torch.tensor([1]), target[:, None])[:, 1]

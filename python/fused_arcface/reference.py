@@ -46,7 +46,7 @@ def margin_softmax_loss(
     is_target = F.one_hot(index, weight.shape[0]).bool()  # (N, C)
     negatives = cosine.masked_fill(is_target, -torch.inf)
     target_cosine = cosine.gather(1, index[:, None]).squeeze(1)
-    modified = margin(target_cosine)
+    modified = margin(target_cosine.clone())  # a copy: a user's margin may work in place
     check_margin_output(modified, target_cosine)
 
     negative_lse = (scale * negatives).logsumexp(1)
