@@ -69,7 +69,11 @@ def test_stats_change_neither_loss_nor_gradient(function: object) -> None:
 
 
 @every_function
-@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8], ids=str)
+@pytest.mark.parametrize(
+    "dtype",
+    [getattr(torch, f"{sign}int{bits}") for sign in ("", "u") for bits in (8, 16, 32, 64)],
+    ids=str,
+)
 def test_labels_of_any_integer_dtype(function: object, dtype: torch.dtype) -> None:
     x, w, target, _ = make_inputs(Case())
     ignore_index = int(target[0])
