@@ -6,7 +6,6 @@ import dataclasses
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import backends
@@ -25,7 +24,7 @@ from .checks import (
 )
 from .distributed import JointBatch, Ranks
 from .functional import HeadOptions, as_autocast, loss_over_classes, unusual_negatives
-from .head import cosines_of_classes, describe_options, nearest_classes, place_margin
+from .head import cosines_of, describe_options, nearest_classes, place_margin
 from .keyed import fill_normal
 from .loss import MarginSoftmaxStats
 from .margins import ArcFace, Margin
@@ -284,9 +283,7 @@ class PartialFC(nn.Module):
         """``s·cos θ`` of this rank's embeddings (n, D) with every class, (n, C_total), without a margin or a gradient.
         A collective."""
         rows = self._gather_embeddings(embeddings)
-        dtype = torch.promote_types(embeddings.dtype, self.weight.dtype)
-        cosines = F.linear(F.normalize(rows.embeddings.to(dtype)), F.normalize(self.weight.to(dtype)))
-        local = self.scale * cosines_of_classes(cosines, self.sub_centers).T  # (C, N)
+        local = self.scale * cosines_of(as_autocast(rows.embeddings), self.weight, self.sub_centers).T  # (C, N)
         return torch.cat([rows.own(part.T) for part in self.ranks.gather_rows(local, self.sharding.counts())], 1)
 
     @torch.no_grad()

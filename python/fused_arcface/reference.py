@@ -52,7 +52,7 @@ def margin_softmax_loss(
     negatives = cosine.masked_fill(is_target, -torch.inf)
     target_cosine = cosine.gather(1, index[:, None]).squeeze(1)
     of_rows = for_rows(margin, lambda: torch.linalg.vector_norm(embeddings.to(dtype), dim=1), ~ignored)
-    modified = of_rows.modify(target_cosine)
+    modified = of_rows.modify(target_cosine.clone())  # a copy: a user's margin may work in place
     check_margin_output(modified, target_cosine)
 
     changed = negatives
