@@ -21,7 +21,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..distributed import JointBatch, Ranks
-from ..functional import as_autocast
 from ..margins import CombinedMargin
 from ..margins import CosFace as _CosFaceMargin
 from ..partial_fc import PartialFC
@@ -167,8 +166,7 @@ class PartialFC_V2(PartialFC):
                 "function of the target's cosine alone, fused_arcface.PartialFC(margin=...) needs no logits",
                 stacklevel=2,
             )
-        embeddings = as_autocast(local_embeddings)
-        batch = self.ranks.gather_batch(embeddings.detach(), labels, embeddings.requires_grad)
+        embeddings, batch, _ = self._gather(local_embeddings, labels)
         rows = _AllRows.apply(embeddings, batch, self.ranks) if batch.requires_grad else batch.embeddings
         target = torch.ops.fused_arcface.local_target(batch.target, self.num_classes, -100)
         classes, local = self._choose_classes(target)
