@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 
 import fused_arcface as fa
 from fused_arcface import distributed as fused_distributed
@@ -128,11 +129,22 @@ def backbone() -> nn.Module:
     return nn.Sequential(nn.Linear(5, 16), nn.Tanh(), nn.Linear(16, D)).double()
 
 
-def train_backbone(rows: int, options: dict) -> dict[str, torch.Tensor]:
-    """A backbone under DistributedDataParallel, where there is a group, and the head beside it."""
+def wrapped_by(kind: str, model: nn.Module) -> nn.Module:
+    if not dist.is_initialized():
+        return model
+    if kind == "ddp":
+        return nn.parallel.DistributedDataParallel(model)
+    for layer in (model[0], model[2], model):
+        fully_shard(layer, mesh=dist.init_device_mesh("cpu", (dist.get_world_size(),)))
+    return model
+
+
+def train_backbone(kind: str, rows: int, options: dict) -> dict[str, torch.Tensor]:
+    """A backbone under DistributedDataParallel or FSDP2, where there is a group, and the head beside it."""
     model, head = backbone(), fa.PartialFC(D, 11, dtype=torch.float64, **options)
-    wrapped = nn.parallel.DistributedDataParallel(model) if dist.is_initialized() else model
-    optimizer = torch.optim.SGD([*wrapped.parameters(), head.weight], lr=0.05)
+    wrapped = wrapped_by(kind, model)
+    parameters = [*wrapped.parameters(), *([] if head.center_optimizer else [head.weight])]
+    optimizer = torch.optim.SGD(parameters, lr=0.05, foreach=False)
     for step in range(STEPS):
         generator = torch.Generator().manual_seed(step)
         x = torch.randn(rows, 5, generator=generator, dtype=torch.float64)
@@ -141,13 +153,27 @@ def train_backbone(rows: int, options: dict) -> dict[str, torch.Tensor]:
         optimizer.zero_grad()
         head(wrapped(x[part]), y[part]).backward()
         optimizer.step()
-    return {**model.state_dict(), "head": head.full_weight()}
+    state = {name: value.full_tensor() if hasattr(value, "full_tensor") else value for name, value in state_of(model)}
+    return {**state, "head": head.full_weight()}
 
 
-@pytest.mark.parametrize("world_size", [2, 4])
-def test_with_data_parallel_backbone_equals_one_process_on_the_joint_batch(world_size):
-    expected = train_backbone(20, {})
-    for actual in distributed_helpers.run_ranks(world_size, train_backbone, 20, {}):
+def state_of(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
+    return [(name, value.detach()) for name, value in model.state_dict().items()]
+
+
+@pytest.mark.parametrize(
+    ("kind", "world_size", "options"),
+    [
+        ("ddp", 2, {}),
+        ("ddp", 4, {}),
+        ("ddp", 4, {"center_optimizer": fa.CenterSGD(0.05), "sample_rate": 0.6}),
+        ("fsdp2", 2, {}),
+        ("fsdp2", 3, {"center_optimizer": fa.CenterSGD(0.05)}),
+    ],
+)
+def test_with_a_data_parallel_backbone_equals_one_process_on_the_joint_batch(kind, world_size, options):
+    expected = train_backbone(kind, 20, options)
+    for actual in distributed_helpers.run_ranks(world_size, train_backbone, kind, 20, options):
         torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
 
 
