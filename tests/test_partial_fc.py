@@ -383,6 +383,29 @@ def test_pickled_heads_go_on_alike():
     assert torch.equal(head.weight, twin.weight) and torch.equal(head.sampled, twin.sampled)
 
 
+@pytest.mark.parametrize("options", [{}, {"sample_rate": 0.5}, {"sample_rate": 0.5, "center_optimizer": fa.CenterSGD(1)}])
+def test_a_compiled_step_trains_alike(options):
+    heads = [fa.PartialFC(D, 50, **options) for _ in range(2)]
+    layer = nn.Linear(D, D)
+
+    def step(head: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return head(layer(x).tanh(), y) + 1
+
+    steps = [step, torch.compile(step, backend="aot_eager", fullgraph=not options)]
+    for x, y in batches(50, 6, torch.float32):
+        results = []
+        for head, run in zip(heads, steps, strict=True):
+            loss = run(head, x, y)
+            loss.backward()
+            if head.center_optimizer is None:
+                with torch.no_grad():
+                    head.weight -= head.weight.grad.to_dense()
+                head.weight.grad = None
+            results.append([loss.detach(), layer.weight.grad, head.weight.detach(), head.sampled])
+            layer.zero_grad()
+        torch.testing.assert_close(results[1], results[0])
+
+
 def subgroup_of_the_ranks() -> torch.Tensor | str:
     group = dist.new_group([1, 2])
     if dist.get_rank() in (1, 2):

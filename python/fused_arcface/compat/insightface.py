@@ -158,13 +158,18 @@ class PartialFC_V2(PartialFC):
             loss = super().forward(local_embeddings, labels)
             assert isinstance(loss, Tensor)
             return loss
+        return self._with_logits(local_embeddings, labels)
+
+    @torch.compiler.disable
+    def _with_logits(self, local_embeddings: Tensor, labels: Tensor) -> Tensor:
+        """The slow path."""
         if not self._warned:
             self._warned = True
             name = type(self.margin_softmax).__name__
             warnings.warn(
                 f"PartialFC_V2: {name} is no margin that the fused kernels know: its (N, C) logits are stored. For a "
                 "function of the target's cosine alone, fused_arcface.PartialFC(margin=...) needs no logits",
-                stacklevel=2,
+                stacklevel=3,
             )
         embeddings, batch, _ = self._gather(local_embeddings, labels)
         rows = _AllRows.apply(embeddings, batch, self.ranks) if batch.requires_grad else batch.embeddings
