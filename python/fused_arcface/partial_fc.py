@@ -169,6 +169,8 @@ class PartialFC(nn.Module):
         """Draw the class centres anew: the same ones, for the same seed."""
         fill_normal(self.weight, self.seed, self.class_start, std=0.01)
 
+    # torch.compile calls it between its graphs: a step has a number, sizes that only the data tell, and changes centres.
+    @torch.compiler.disable
     def forward(
         self, embeddings: Tensor, target: Tensor, *, ignore_index: int = -100, return_stats: bool = False
     ) -> Tensor | tuple[Tensor, MarginSoftmaxStats]:
@@ -181,12 +183,6 @@ class PartialFC(nn.Module):
             TypeError, ValueError: as :func:`fused_arcface.margin_softmax_loss`; a wrong label raises on every rank.
             RuntimeError: another rank refused its arguments.
         """
-        plain = self.ranks.world_size == 1 and self.sample_rate == 1 and self.center_optimizer is None
-        return (self._step if plain else self._untraced_step)(embeddings, target, ignore_index, return_stats)
-
-    def _step(
-        self, embeddings: Tensor, target: Tensor, ignore_index: int, return_stats: bool
-    ) -> Tensor | tuple[Tensor, MarginSoftmaxStats]:
         embeddings, batch, backend = self._gather(embeddings, target, ignore_index)
         target = torch.ops.fused_arcface.local_target(batch.target, self.num_classes, ignore_index)
         classes, local = self._choose_classes(target)
@@ -210,9 +206,6 @@ class PartialFC(nn.Module):
         if update is not None:
             loss = update.watch(loss)
         return (loss, MarginSoftmaxStats(*map(batch.own, stats))) if return_stats else loss
-
-    # torch.compile calls it between its graphs: samples have sizes that only the data tell, updates change the centres.
-    _untraced_step = torch.compiler.disable(_step)
 
     def _gather(
         self, embeddings: Tensor, target: Tensor | None, ignore_index: int = -100

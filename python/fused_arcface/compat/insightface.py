@@ -151,6 +151,7 @@ class PartialFC_V2(PartialFC):
             raise AttributeError("weight_index is there after a step with sample_rate < 1")
         return self._sampled
 
+    @torch.compiler.disable
     def forward(self, local_embeddings: Tensor, local_labels: Tensor) -> Tensor:  # type: ignore[override]
         """Mean loss over all ranks' rows, of this rank's embeddings (b, D) and labels (b,) or (b, 1)."""
         labels = local_labels.reshape(-1)
@@ -158,11 +159,6 @@ class PartialFC_V2(PartialFC):
             loss = super().forward(local_embeddings, labels)
             assert isinstance(loss, Tensor)
             return loss
-        return self._with_logits(local_embeddings, labels)
-
-    @torch.compiler.disable
-    def _with_logits(self, local_embeddings: Tensor, labels: Tensor) -> Tensor:
-        """The slow path."""
         if not self._warned:
             self._warned = True
             name = type(self.margin_softmax).__name__
