@@ -4,8 +4,8 @@
     python bench/many_identities.py --classes 8000000 --kinds bfloat16/int8 --steps 1
     python bench/many_identities.py --output bench/results/cpu        also adds its rows to identities.csv and .json
 
-A line for each kind of centres and momentum, each in a process of its own: seconds of construction and of the last step,
-and the process's peak over what it had before the head was built. Linux only.
+A line for each kind of centres and momentum, each in a process of its own: seconds of construction and of the last
+step, and the process's peak over what it had before the head was built. Linux only.
 """
 
 from __future__ import annotations

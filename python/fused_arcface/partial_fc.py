@@ -169,7 +169,7 @@ class PartialFC(nn.Module):
         """Draw the class centres anew: the same ones, for the same seed."""
         fill_normal(self.weight, self.seed, self.class_start, std=0.01)
 
-    # torch.compile calls it between its graphs: a step has a number, sizes that only the data tell, and changes centres.
+    # torch.compile calls it between its graphs: a step has a number and sizes that only the data tell.
     @torch.compiler.disable
     def forward(
         self, embeddings: Tensor, target: Tensor, *, ignore_index: int = -100, return_stats: bool = False
@@ -186,7 +186,8 @@ class PartialFC(nn.Module):
         embeddings, batch, backend = self._gather(embeddings, target, ignore_index)
         target = torch.ops.fused_arcface.local_target(batch.target, self.num_classes, ignore_index)
         classes, local = self._choose_classes(target)
-        weight, update = self.weight, None
+        weight: Tensor = self.weight
+        update = None
         if self.center_optimizer is not None:
             if self.training and weight.requires_grad:
                 update = self.center_optimizer.prepare(self.step)
@@ -210,7 +211,7 @@ class PartialFC(nn.Module):
     def _gather(
         self, embeddings: Tensor, target: Tensor | None, ignore_index: int = -100
     ) -> tuple[Tensor, JointBatch, str]:
-        """All checks of this rank's embeddings (n, D) and labels (n,), if there are any; then the embeddings as autocast
+        """All checks of this rank's embeddings (n, D) and labels (n,), if it has any; then the embeddings as autocast
         wants them, the joint batch and the backend. Raises on every rank if one is given what it refuses."""
         try:
             check_embeddings(embeddings, self.weight)

@@ -152,7 +152,7 @@ class PartialFC_V2(PartialFC):
         return self._sampled
 
     @torch.compiler.disable
-    def forward(self, local_embeddings: Tensor, local_labels: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(self, local_embeddings: Tensor, local_labels: Tensor) -> Tensor:
         """Mean loss over all ranks' rows, of this rank's embeddings (b, D) and labels (b,) or (b, 1)."""
         labels = local_labels.reshape(-1)
         if not self._slow:
