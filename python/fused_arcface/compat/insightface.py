@@ -21,7 +21,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..distributed import JointBatch, Ranks
-from ..functional import as_autocast
 from ..hard_negatives import InterclassFilter
 from ..margins import CombinedMargin
 from ..margins import CosFace as _CosFaceMargin
@@ -173,7 +172,8 @@ class PartialFC_V2(PartialFC):
             raise AttributeError("weight_index is there after a step with sample_rate < 1")
         return self._sampled
 
-    def forward(self, local_embeddings: Tensor, local_labels: Tensor) -> Tensor:  # type: ignore[override]
+    @torch.compiler.disable
+    def forward(self, local_embeddings: Tensor, local_labels: Tensor) -> Tensor:
         """Mean loss over all ranks' rows, of this rank's embeddings (b, D) and labels (b,) or (b, 1)."""
         labels = local_labels.reshape(-1)
         if not self._slow:
@@ -186,10 +186,9 @@ class PartialFC_V2(PartialFC):
             warnings.warn(
                 f"PartialFC_V2: {name} is no margin that the fused kernels know: its (N, C) logits are stored. For a "
                 "function of the target's cosine alone, fused_arcface.PartialFC(margin=...) needs no logits",
-                stacklevel=2,
+                stacklevel=3,
             )
-        embeddings = as_autocast(local_embeddings)
-        batch = self.ranks.gather_batch(embeddings.detach(), labels, embeddings.requires_grad)
+        embeddings, batch, _ = self._gather(local_embeddings, labels)
         rows = _AllRows.apply(embeddings, batch, self.ranks) if batch.requires_grad else batch.embeddings
         target = torch.ops.fused_arcface.local_target(batch.target, self.num_classes, -100)
         classes, local = self._choose_classes(target)
