@@ -1,7 +1,8 @@
 """The stages in plain PyTorch, logits materialised: any device, and the definition of what a backend computes.
 
 Shapes, in every backend: embeddings (N, D), weight (C, D), target (N,) int64, an index into this weight, or negative
-where the row's target is not here (``ops.IGNORED``, ``ops.INVALID``). Results have the compute dtype: the promoted one of both, at least fp32.
+where the row's target is not here (``ops.IGNORED``, ``ops.INVALID``). Results have the compute dtype: the promoted one
+of both, at least fp32.
 """
 
 from __future__ import annotations
