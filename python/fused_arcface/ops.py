@@ -24,9 +24,10 @@ _COEFFICIENTS = "Tensor lse, Tensor negative_coefficient, Tensor target_coeffici
 _SCHEMAS = {
     "local_target": "(Tensor target, int num_classes, int ignore_index) -> Tensor",
     # O(N·C·D), over the classes
-    "class_max": f"({_ROWS}, str backend) -> Tensor",
-    "class_stats": f"({_ROWS}, float scale, Tensor? shift, bool with_centre_sum, str backend)"
-    " -> (Tensor, Tensor, Tensor)",
+    # class_count: 0-dim int64, the rows of weight from there on are padding; a tensor, so that nobody waits for a GPU
+    "class_max": f"({_ROWS}, str backend, Tensor? class_count=None) -> Tensor",
+    "class_stats": f"({_ROWS}, float scale, Tensor? shift, bool with_centre_sum, str backend,"
+    " Tensor? class_count=None) -> (Tensor, Tensor, Tensor)",
     "weight_grad": f"({_ROWS}, float scale, {_COEFFICIENTS}, str backend) -> Tensor",
     "update_centres": "(Tensor embeddings, Tensor(a!) weight, Tensor target, float scale, "
     f"{_COEFFICIENTS}, Tensor? classes, Tensor(b!)? momentum_buffer, Tensor(c!)? momentum_scale, float lr, "
@@ -102,14 +103,26 @@ def _embedding_grad_fake(d_unit: Tensor, embeddings: Tensor, backend: str) -> Te
 
 
 @torch.library.impl("fused_arcface::class_max", "default")
-def _class_max(embeddings: Tensor, weight: Tensor, target: Tensor, backend: str) -> Tensor:
+def _class_max(
+    embeddings: Tensor, weight: Tensor, target: Tensor, backend: str, class_count: Tensor | None = None
+) -> Tensor:
     if weight.shape[0] == 0:
         return embeddings.new_full(embeddings.shape[:1], -torch.inf, dtype=compute_dtype(embeddings, weight))
-    result: Tensor = _run("class_max", embeddings, weight, target, backend)
+    result: Tensor = _run("class_max", embeddings, weight, target, *_padding(class_count), backend)
     return result
 
 
-torch.library.register_fake("fused_arcface::class_max", _target_cosine_fake)
+def _padding(class_count: Tensor | None) -> tuple[Tensor, ...]:
+    """What a stage is told of it: nothing where there is none, so that not every backend need know of padding
+    (``backends.knows_padding``)."""
+    return () if class_count is None else (class_count,)
+
+
+@torch.library.register_fake("fused_arcface::class_max")
+def _class_max_fake(
+    embeddings: Tensor, weight: Tensor, target: Tensor, backend: str, class_count: Tensor | None = None
+) -> Tensor:
+    return _target_cosine_fake(embeddings, weight, target, backend)
 
 
 @torch.library.impl("fused_arcface::class_stats", "default")
@@ -121,13 +134,14 @@ def _class_stats(
     shift: Tensor | None,
     with_centre_sum: bool,
     backend: str,
+    class_count: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     if weight.shape[0] == 0:  # a shard whose step samples none of its classes; no backend need know of it
         rows = embeddings.new_zeros(embeddings.shape[0], dtype=compute_dtype(embeddings, weight))
         centre_sum = rows.new_zeros(embeddings.shape if with_centre_sum else (0,))
         return rows, torch.full_like(rows, -torch.inf), centre_sum
     result: tuple[Tensor, Tensor, Tensor] = _run(
-        "class_stats", embeddings, weight, target, scale, shift, with_centre_sum, backend
+        "class_stats", embeddings, weight, target, scale, shift, with_centre_sum, *_padding(class_count), backend
     )
     return result
 
@@ -141,6 +155,7 @@ def _class_stats_fake(
     shift: Tensor | None,
     with_centre_sum: bool,
     backend: str,
+    class_count: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     dtype = compute_dtype(embeddings, weight)
     rows = embeddings.new_empty(embeddings.shape[0], dtype=dtype)
@@ -171,7 +186,7 @@ class CentreStep(NamedTuple):
 
     classes: Tensor | None
     """(K,) int64 ascending rows of weight that take part; None: all. The target indexes into them. Others are not
-    touched."""
+    touched. ``C``, for backends that know padding, is no row."""
     momentum_buffer: Tensor | None
     """Like weight, fp64, fp32, bf16 or int8; None without momentum."""
     momentum_scale: Tensor | None

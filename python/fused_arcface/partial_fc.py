@@ -27,7 +27,7 @@ from .head import nearest_classes
 from .keyed import fill_normal
 from .loss import MarginSoftmaxStats, loss_of_rows
 from .margins import ArcFace, Margin
-from .ops import IGNORED
+from .ops import IGNORED, INVALID
 from .sampling import Sampler
 from .sharding import Sharding
 
@@ -159,7 +159,7 @@ class PartialFC(nn.Module):
     def sampled(self) -> Tensor:
         if self._sampled is None:
             return torch.arange(self.class_start, self.class_start + self.num_local, device=self.weight.device)
-        return self._sampled + self.class_start
+        return self._sampled[self._sampled < self.num_local] + self.class_start
 
     def reset_parameters(self) -> None:
         """Draw the class centres anew: the same ones, for the same seed."""
@@ -187,13 +187,16 @@ class PartialFC(nn.Module):
         embeddings = as_autocast(embeddings)
         batch = self.ranks.gather_batch(embeddings.detach(), target, embeddings.requires_grad)
         target = torch.ops.fused_arcface.local_target(batch.target, self.num_classes, ignore_index)
-        classes, local = self._choose_classes(target)
+        # A gradient has a size, for which one waits; CenterSGD needs none.
+        padded = self.center_optimizer is not None and _is_waited_for(target.device) and backends.knows_padding(backend)
+        classes, local = self._choose_classes(target, padded)
         update = None if self.center_optimizer is None else self.center_optimizer.prepare(self.step)
         shard = Shard(
             ranks=self.ranks,
             batch=batch,
             num_classes=self.num_classes,
             classes=classes,
+            class_count=(classes < self.num_local).sum() if padded and classes is not None else None,
             dense_grad=self.dense_grad,
             with_max=return_stats,
             update=update,
@@ -204,9 +207,9 @@ class PartialFC(nn.Module):
             loss = update.watch(loss)
         return (loss, MarginSoftmaxStats(*map(batch.own, stats))) if return_stats else loss
 
-    def _choose_classes(self, target: Tensor) -> tuple[Tensor | None, Tensor]:
-        """This step's rows of weight (K,), None for all, and each row's target as an index into them, negative
-        where it is not here."""
+    def _choose_classes(self, target: Tensor, padded: bool = False) -> tuple[Tensor | None, Tensor]:
+        """This step's rows of weight (K,), None for all, and each row's target as an index into them, negative where
+        it is not here. ``padded``: as :meth:`Sampler.padded` has them."""
         local = self.sharding.localise(target)
         self._sampled = None
         if not self.training:
@@ -214,8 +217,10 @@ class PartialFC(nn.Module):
         self.step += 1
         if self.sample_rate == 1:
             return None, local
-        self._sampled = Sampler(self.sharding, self.sample_rate, self.seed)(self.step, target)
-        return self._sampled, torch.where(local < 0, local, torch.searchsorted(self._sampled, local))
+        sampler = Sampler(self.sharding, self.sample_rate, self.seed)
+        self._sampled = sampler.padded(self.step, target) if padded else sampler(self.step, target)
+        place = torch.where(local < 0, local, torch.searchsorted(self._sampled, local))
+        return self._sampled, place.masked_fill_(place >= len(self._sampled), INVALID) if padded else place
 
     @torch.no_grad()
     def full_weight(self) -> Tensor:
@@ -274,6 +279,11 @@ class PartialFC(nn.Module):
             f"{self.weight.shape[1]}, {self.num_classes}, margin={self.margin}, scale={self.scale}, "
             f"sample_rate={self.sample_rate}, rank {self.ranks.rank} of {self.ranks.world_size}"
         )
+
+
+def _is_waited_for(device: torch.device) -> bool:
+    """Whether to read a value of a tensor there means to wait for the work that is queued before it."""
+    return device.type != "cpu"
 
 
 def _describe(margin: Margin) -> str:

@@ -48,27 +48,43 @@ def _cosines(embeddings: Tensor, weight: Tensor, target: Tensor) -> tuple[Tensor
     return unit_x, unit_w, unit_x @ unit_w.T, is_target
 
 
+def _is_padding(weight: Tensor, class_count: Tensor | None) -> Tensor | bool:
+    """(C,) bool: the class is none."""
+    return False if class_count is None else torch.arange(weight.shape[0], device=weight.device) >= class_count
+
+
 @_in_full_precision
-def class_max(embeddings: Tensor, weight: Tensor, target: Tensor) -> Tensor:
-    """(N,) greatest cosine of each row with a class that is not its target; -inf where there is none."""
+def class_max(embeddings: Tensor, weight: Tensor, target: Tensor, class_count: Tensor | None = None) -> Tensor:
+    """(N,) greatest cosine of each row with a class that is not its target; -inf where there is none.
+
+    With ``class_count``, a 0-dim int64 tensor, the rows of weight from there on are padding: no classes.
+    """
     _, _, cosine, is_target = _cosines(embeddings, weight, target)
-    return cosine.masked_fill(is_target, -torch.inf).amax(1)
+    return cosine.masked_fill(is_target | _is_padding(weight, class_count), -torch.inf).amax(1)
 
 
 @_in_full_precision
 def class_stats(
-    embeddings: Tensor, weight: Tensor, target: Tensor, scale: float, shift: Tensor | None, with_centre_sum: bool
+    embeddings: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    scale: float,
+    shift: Tensor | None,
+    with_centre_sum: bool,
+    class_count: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Statistics of each row's negatives: sum and maximum, and the sum of the class centres weighted alike.
 
     With ``e_ij = exp(scale·cos_ij - shift_i)`` for ``j != target_i`` (shift ``(N,)`` fp64, none is zero), else 0:
-    ``Σ_j e_ij`` (N,), ``max_j cos_ij`` (N,), ``Σ_j e_ij ŵ_j`` (N, D), the last empty unless asked for.
+    ``Σ_j e_ij`` (N,), ``max_j cos_ij`` (N,), ``Σ_j e_ij ŵ_j`` (N, D), the last empty unless asked for. ``class_count``
+    as in :func:`class_max`.
     """
     _, unit_w, cosine, is_target = _cosines(embeddings, weight, target)
+    is_none = is_target | _is_padding(weight, class_count)
     logits = scale * cosine.double() - (0 if shift is None else shift[:, None])
-    exponentials = logits.exp().to(cosine.dtype).masked_fill(is_target, 0)
+    exponentials = logits.exp().to(cosine.dtype).masked_fill(is_none, 0)
     centre_sum = exponentials @ unit_w if with_centre_sum else exponentials.new_empty(0)
-    return exponentials.sum(1), cosine.masked_fill(is_target, -torch.inf).amax(1), centre_sum
+    return exponentials.sum(1), cosine.masked_fill(is_none, -torch.inf).amax(1), centre_sum
 
 
 @_in_full_precision
@@ -118,25 +134,35 @@ def update_centres(
     step: CentreStep,
 ) -> None:
     """One step on the class centres in place of :func:`weight_grad`, whose other arguments these are."""
-    if not step.active:
-        return
-    rows = torch.arange(weight.shape[0], device=weight.device) if step.classes is None else step.classes
+    num_classes, dim = weight.shape
+    classes = torch.arange(num_classes, device=weight.device) if step.classes is None else step.classes
+    # Padding repeats the step of the first row: the same numbers are written once more, and no value decides a shape.
+    is_row = classes < num_classes
+    entry = torch.where(is_row, torch.arange(len(classes), device=weight.device), 0)
+    rows = classes[entry].clamp(max=num_classes - 1)
+    active = step.active & is_row[0]
+
+    def write(tensor: Tensor, values: Tensor) -> None:
+        tensor[rows] = torch.where(active, values, tensor[rows])
+
     centres = weight[rows]
     gradient = _exact_weight_grad(embeddings, centres, target, scale, lse, negative_coefficient, target_coefficient)
     value = centres.to(gradient.dtype)
-    velocity = gradient + step.weight_decay * value
-    bits = rounding_bits(step.rounding_key, rows + step.class_start, weight.shape[1])
+    velocity = gradient[entry] + step.weight_decay * value
+    bits = rounding_bits(step.rounding_key, rows + step.class_start, dim)
     if step.momentum_buffer is not None:
         buffer, scales = step.momentum_buffer, step.momentum_scale
         old = buffer[rows].to(value.dtype)
         if scales is not None:
-            old *= scales[rows].to(value.dtype).repeat_interleave(MOMENTUM_BLOCK, 1)[:, : weight.shape[1]]
+            old *= scales[rows].to(value.dtype).repeat_interleave(MOMENTUM_BLOCK, 1)[:, :dim]
         velocity += step.momentum * old
         if scales is None:
-            buffer[rows] = _round_stochastically(velocity, buffer.dtype, bits >> 16)
+            write(buffer, _round_stochastically(velocity, buffer.dtype, bits >> 16))
         else:
-            buffer[rows], scales[rows] = _quantise(velocity, bits >> 16)
-    weight[rows] = _round_stochastically(value - step.lr * velocity, weight.dtype, bits & 0xFFFF)
+            integers, units = _quantise(velocity, bits >> 16)
+            write(buffer, integers)
+            write(scales, units)
+    write(weight, _round_stochastically(value - step.lr * velocity, weight.dtype, bits & 0xFFFF))
 
 
 def _round_stochastically(values: Tensor, dtype: torch.dtype, bits: Tensor) -> Tensor:
