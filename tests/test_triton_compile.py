@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import functools
 import itertools
+import weakref
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton", reason="Triton is not installed here")
 
 from triton_aot import SHARED_LIMIT, Launch, compiled, recorded
 
-from fused_arcface.backends.triton import stages
+from fused_arcface.backends.triton import chunks, stages
 from fused_arcface.margins import CombinedMargin, CosFace, parameters
 from fused_arcface.ops import CentreStep
 
@@ -153,3 +156,42 @@ def test_all_configurations(arch: int) -> None:
         if algorithm == "chunks" or D < 513
     ]
     _check_all(steps, arch)
+
+
+class _Live(TorchDispatchMode):
+    """Bytes of all tensors alive that were made under it, at their most, and of the largest."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tensors: list[weakref.ref[torch.Tensor]] = []
+        self.most, self.largest = 0, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        made = [leaf for leaf in torch.utils._pytree.tree_leaves(result) if isinstance(leaf, torch.Tensor)]
+        self.tensors = [each for each in self.tensors if each() is not None] + [weakref.ref(leaf) for leaf in made]
+        alive = [tensor for each in self.tensors if (tensor := each()) is not None]
+        storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in alive}
+        self.most = max(self.most, sum(storages.values()))
+        self.largest = max([self.largest, *(leaf.untyped_storage().nbytes() for leaf in made)])
+        return result
+
+
+@pytest.mark.parametrize("algorithm", ["chunks", "flash"])
+@pytest.mark.parametrize("N", [1024, 4096])
+@pytest.mark.parametrize("dtype", [BF16, FP32])
+def test_memory_of_a_step_as_planned(
+    dtype: torch.dtype, N: int, algorithm: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the stages allocate at C = 1 000 000, D = 512, counted on tensors without memory: at most 120 MB beyond the
+    weight and its gradient, which leaves 8 for a product that older versions of torch cannot add in place."""
+    monkeypatch.setattr(chunks, "multiply", lambda *_, **__: None)  # the library's, into memory that is there
+    C, D = 1_000_000, 512
+    with _Live() as live:
+        launches = recorded(functools.partial(_step, algorithm, dtype, dtype, D, N=N, C=C), 90)
+    assert launches
+    weight, embeddings = C * D * dtype.itemsize, N * D * dtype.itemsize
+    extra = live.most - 2 * weight - embeddings
+    print(f"\n{algorithm}, {dtype}, N = {N}: {extra / 1e6:.0f} MB beyond the weight and its gradient")
+    assert live.largest == weight
+    assert 0 < extra <= 120e6 < N * C
