@@ -28,7 +28,7 @@ from .head import cosines_of, describe_options, nearest_classes, place_margin
 from .keyed import fill_normal
 from .loss import MarginSoftmaxStats
 from .margins import ArcFace, Margin
-from .ops import IGNORED
+from .ops import IGNORED, INVALID
 from .sampling import Sampler
 from .sharding import Sharding
 
@@ -196,7 +196,7 @@ class PartialFC(nn.Module):
     def sampled(self) -> Tensor:
         if self._sampled is None:
             return torch.arange(self.class_start, self.class_start + self.num_local, device=self.weight.device)
-        return self._sampled + self.class_start
+        return self._sampled[self._sampled < self.num_local] + self.class_start
 
     def reset_parameters(self) -> None:
         """Draw the class centres anew: the same ones, for the same seed."""
@@ -218,7 +218,9 @@ class PartialFC(nn.Module):
         """
         embeddings, batch, backend = self._gather(embeddings, target, ignore_index)
         target = torch.ops.fused_arcface.local_target(batch.target, self.num_classes, ignore_index)
-        classes, local = self._choose_classes(target)
+        # A gradient has a size, for which one waits; CenterSGD needs none.
+        padded = self.center_optimizer is not None and _is_waited_for(target.device) and backends.knows_padding(backend)
+        classes, local = self._choose_classes(target, padded)
         weight: Tensor = self.weight
         update = None
         if self.center_optimizer is not None:
@@ -231,14 +233,13 @@ class PartialFC(nn.Module):
             batch=batch,
             num_classes=self.num_classes,
             classes=None if classes is None else self._rows_of(classes),
+            class_count=self._count_rows(classes) if padded and classes is not None else None,
             dense_grad=self.dense_grad,
             with_max=return_stats,
             update=update,
         )
         options = HeadOptions(self.margin, self.scale, self.sub_centers, self.label_smoothing)
-        loss, stats = loss_over_classes(
-            embeddings, weight, local, target == IGNORED, options, "mean", backend, shard
-        )
+        loss, stats = loss_over_classes(embeddings, weight, local, target == IGNORED, options, "mean", backend, shard)
         if update is not None:
             loss = update.watch(loss)
         return (loss, MarginSoftmaxStats(*map(batch.own, stats))) if return_stats else loss
@@ -261,9 +262,9 @@ class PartialFC(nn.Module):
         embeddings = as_autocast(embeddings)
         return embeddings, self.ranks.gather_batch(embeddings.detach(), target, embeddings.requires_grad), backend
 
-    def _choose_classes(self, target: Tensor) -> tuple[Tensor | None, Tensor]:
-        """This step's rows of weight (K,), None for all, and each row's target as an index into them, negative
-        where it is not here."""
+    def _choose_classes(self, target: Tensor, padded: bool = False) -> tuple[Tensor | None, Tensor]:
+        """This step's classes of this shard (K,), None for all, and each row's target as an index into them, negative where
+        it is not here. ``padded``: as :meth:`Sampler.padded` has them."""
         local = self.sharding.localise(target)
         self._sampled = None
         if not self.training:
@@ -271,14 +272,20 @@ class PartialFC(nn.Module):
         self.step += 1
         if self.sample_rate == 1:
             return None, local
-        self._sampled = Sampler(self.sharding, self.sample_rate, self.seed)(self.step, target)
-        return self._sampled, torch.where(local < 0, local, torch.searchsorted(self._sampled, local))
+        sampler = Sampler(self.sharding, self.sample_rate, self.seed)
+        self._sampled = sampler.padded(self.step, target) if padded else sampler(self.step, target)
+        place = torch.where(local < 0, local, torch.searchsorted(self._sampled, local))
+        return self._sampled, place.masked_fill_(place >= len(self._sampled), INVALID) if padded else place
 
     def _rows_of(self, classes: Tensor) -> Tensor:
         """Rows of weight (K·sub_centers,) of this shard's classes (K,)."""
         if self.sub_centers == 1:
             return classes
         return (classes[:, None] * self.sub_centers + torch.arange(self.sub_centers, device=classes.device)).flatten()
+
+    def _count_rows(self, classes: Tensor) -> Tensor:
+        """0-dim: the rows of weight of padded classes (K,)."""
+        return (classes < self.num_local).sum() * self.sub_centers
 
     @torch.no_grad()
     def full_weight(self) -> Tensor:
@@ -337,6 +344,11 @@ class PartialFC(nn.Module):
             f"{describe_options(self.margin, self.scale, self.sub_centers, self.label_smoothing)}, "
             f"sample_rate={self.sample_rate}, rank {self.ranks.rank} of {self.ranks.world_size}"
         )
+
+
+def _is_waited_for(device: torch.device) -> bool:
+    """Whether to read a value of a tensor there means to wait for the work that is queued before it."""
+    return device.type != "cpu"
 
 
 def _describe(margin: Margin) -> str:

@@ -46,6 +46,11 @@ def has_negatives(name: str) -> bool:
     return name in ("reference", "cpu")
 
 
+def knows_padding(name: str) -> bool:
+    """Whether the backend's stages take classes that are padded, their number known to the device alone."""
+    return name in ("reference", "triton")
+
+
 def check_name(name: object) -> None:
     if name != "auto" and name not in NAMES:
         listed = ", ".join(map(repr, ("auto", *NAMES)))
