@@ -1,12 +1,11 @@
 #include "bindings.h"
 
+#include <cmath>
 #include <stdexcept>
 #include <string>
 #include <tuple>
 
 #include "kernels.h"
-#include "margin.h"
-#include "numbers.h"
 #include "tuples.h"
 
 namespace py = pybind11;

@@ -59,15 +59,13 @@ __device__ __forceinline__ void copy_rows(char* to, const char* from, int64_t st
   }
 }
 
-// The part of A in one step of 32 bytes of depth: a[m] for mma.
-__device__ __forceinline__ void load_a(uint32_t (&a)[kTilesM][4], const char* shared, int step) {
+// Fragment m of A in one step of 32 bytes of depth.
+__device__ __forceinline__ void load_a(uint32_t (&a)[4], const char* shared, int step, int m) {
   const int lane = threadIdx.x % kWarp, row = threadIdx.x / kWarp / 2 * kWarpTile + (lane & 15);
-  const char* const at = shared + swizzled<kStageRowBytes>(row, 2 * step + (lane >> 4));
-#pragma unroll
-  for (int m = 0; m < kTilesM; ++m) load_matrices(a[m], at + m * 16 * kStageRowBytes);
+  load_matrices(a, shared + swizzled<kStageRowBytes>(row, 2 * step + (lane >> 4)) + m * 16 * kStageRowBytes);
 }
 
-// The part of B in one step, from rows (columns of the product) that hold the depth.
+// All of B's fragments in one step, from rows (columns of the product) that hold the depth.
 __device__ __forceinline__ void load_b_by_column(uint32_t (&b)[kTilesN][2], const char* shared, int step) {
   const int lane = threadIdx.x % kWarp;
   const int row = threadIdx.x / kWarp % 2 * kWarpTile + (lane & 7) + (lane >> 4 << 3);
@@ -114,9 +112,11 @@ __device__ __forceinline__ void split(uint32_t bits, uint32_t* high, uint32_t* l
   *low = __float_as_uint(fabsf(rounded) <= 3.402823466e38f ? round_to_tf32(x - rounded) : 0.0f);
 }
 
+// acc += a step's part of A, in shared memory, times that of B.
 template <Precision precision>
-__device__ __forceinline__ void multiply(Accumulators& acc, const uint32_t (&a)[kTilesM][4],
+__device__ __forceinline__ void multiply(Accumulators& acc, const char* shared_a, int step,
                                          const uint32_t (&b)[kTilesN][2]) {
+  uint32_t a[4];
   if constexpr (precision == Precision::kFloat32) {
     uint32_t b_high[kTilesN][2], b_low[kTilesN][2];
 #pragma unroll
@@ -126,8 +126,9 @@ __device__ __forceinline__ void multiply(Accumulators& acc, const uint32_t (&a)[
 #pragma unroll
     for (int m = 0; m < kTilesM; ++m) {
       uint32_t a_high[4], a_low[4];
+      load_a(a, shared_a, step, m);
 #pragma unroll
-      for (int i = 0; i < 4; ++i) split(a[m][i], &a_high[i], &a_low[i]);
+      for (int i = 0; i < 4; ++i) split(a[i], &a_high[i], &a_low[i]);
 #pragma unroll
       for (int n = 0; n < kTilesN; ++n) {
         mma_tf32(acc[m][n], a_low, b_high[n]);
@@ -137,13 +138,15 @@ __device__ __forceinline__ void multiply(Accumulators& acc, const uint32_t (&a)[
     }
   } else {
 #pragma unroll
-    for (int m = 0; m < kTilesM; ++m)
+    for (int m = 0; m < kTilesM; ++m) {
+      load_a(a, shared_a, step, m);
 #pragma unroll
       for (int n = 0; n < kTilesN; ++n) {
-        if constexpr (precision == Precision::kBFloat16) mma_bf16(acc[m][n], a[m], b[n]);
-        if constexpr (precision == Precision::kFloat16) mma_fp16(acc[m][n], a[m], b[n]);
-        if constexpr (precision == Precision::kTf32) mma_tf32(acc[m][n], a[m], b[n]);
+        if constexpr (precision == Precision::kBFloat16) mma_bf16(acc[m][n], a, b[n]);
+        if constexpr (precision == Precision::kFloat16) mma_fp16(acc[m][n], a, b[n]);
+        if constexpr (precision == Precision::kTf32) mma_tf32(acc[m][n], a, b[n]);
       }
+    }
   }
 }
 
@@ -185,13 +188,12 @@ __device__ __forceinline__ void multiply_tile(Accumulators& acc, const char* a, 
     const char* const at = shared + stage % kStages * 2 * kHalf;
 #pragma unroll
     for (int step = 0; step < 2; ++step) {
-      uint32_t a_part[kTilesM][4], b_part[kTilesN][2];
-      load_a(a_part, at, step);
+      uint32_t b_part[kTilesN][2];
       if constexpr (layout == BLayout::kByColumn)
         load_b_by_column(b_part, at + kHalf, step);
       else
         load_b_by_depth<T>(b_part, at + kHalf, step);
-      multiply<precision>(acc, a_part, b_part);
+      multiply<precision>(acc, at, step, b_part);
     }
   }
 }

@@ -5,9 +5,24 @@
 
 namespace fa::cuda {
 
-enum class Precision : int;
-struct Margin;
-struct Stream;
+// How products are taken. tf32 keeps 11 bits of fp32 operands; kFloat32 makes up for the other 13 with two more
+// products.
+enum class Precision : int { kBFloat16, kFloat16, kTf32, kFloat32 };
+
+// The device and the caller's stream on it.
+struct Stream {
+  int device;
+  void* handle;
+};
+
+// fused_arcface.margins: what happens past m1 * theta + m2 = pi; kLinear leaves the angle alone, cos - m3.
+enum class Boundary : int { kNone, kHard, kFold, kClip, kEasy, kLinear };
+struct Margin {
+  float m1, m2, m3;
+  float hard_value;  // m2 * sin(m2)
+  Boundary boundary;
+  bool straight_through;  // derivative 1
+};
 
 // What Python chooses for a pass over the classes.
 struct PassOptions {

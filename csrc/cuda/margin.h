@@ -10,16 +10,6 @@ namespace fa::cuda {
 constexpr float kSinFloor = 1e-2f;  // least sine that a derivative is divided by
 constexpr float kPi = 3.14159265358979f;
 
-// What happens past m1 * theta + m2 = pi; kLinear leaves the angle alone: cos - m3.
-enum class Boundary : int { kNone, kHard, kFold, kClip, kEasy, kLinear };
-
-struct Margin {
-  float m1, m2, m3;
-  float hard_value;  // m2 * sin(m2)
-  Boundary boundary;
-  bool straight_through;  // derivative 1
-};
-
 // theta, and the sine that its derivative -1 / sin(theta) is taken with.
 __device__ __forceinline__ float angle(float cosine, float* sine) {
   cosine = cosine > 1 ? 1.0f : cosine < -1 ? -1.0f : cosine;  // NaN stays

@@ -1,14 +1,10 @@
 // Numbers between memory, in any of the dtypes, and fp32; and what each precision of a product takes for its operands.
 #pragma once
 
-#include "arguments.h"
+#include "kernels.h"
 #include "ptx.h"
 
 namespace fa::cuda {
-
-// How products are taken. tf32 keeps 11 bits of fp32 operands; kFloat32 makes up for the other 13 with two more
-// products.
-enum class Precision : int { kBFloat16, kFloat16, kTf32, kFloat32 };
 
 // First: the operand of X·Wᵀ. Second: that of the products with exponentials, which need bf16's range (fp16 ends at
 // 65504).

@@ -6,7 +6,6 @@
 #include <algorithm>
 #include <type_traits>
 
-#include "kernels.h"
 #include "products.h"
 
 namespace fa::cuda {

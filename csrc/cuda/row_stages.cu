@@ -1,5 +1,4 @@
 // The stages over the rows.
-#include "kernels.h"
 #include "margin.h"
 #include "targets.h"
 

@@ -12,15 +12,11 @@
 #include <stdexcept>
 #include <string>
 
+#include "kernels.h"
+
 namespace fa::cuda {
 
 constexpr int kWarp = 32;
-
-// The device and the caller's stream on it.
-struct Stream {
-  int device;
-  void* handle;
-};
 
 #if defined(__CUDACC__)
 inline void check(cudaError_t status, const char* what) {

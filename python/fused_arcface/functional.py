@@ -10,7 +10,7 @@ from .autograd import negatives_and_target
 from .checks import check_inputs
 from .loss import MarginSoftmaxStats, loss_of_rows
 from .margins import ArcFace, Margin
-from .ops import IGNORED
+from .ops import IGNORED, compute_dtype
 
 
 def margin_softmax_loss(
@@ -57,7 +57,7 @@ def margin_softmax_loss(
     tensor([0.3133, 1.3133])
     """
     check_inputs(embeddings, weight, target, margin, scale, reduction, ignore_index)
-    backend = backends.select(backend, embeddings.device)
+    backend = backends.select(backend, embeddings.device, compute_dtype(embeddings, weight))
     embeddings = as_autocast(embeddings)
     local_target = torch.ops.fused_arcface.local_target(target, weight.shape[0], ignore_index)
     rows = negatives_and_target(embeddings, weight, local_target, float(scale), backend)

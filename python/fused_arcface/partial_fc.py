@@ -27,7 +27,7 @@ from .head import nearest_classes
 from .keyed import fill_normal
 from .loss import MarginSoftmaxStats, loss_of_rows
 from .margins import ArcFace, Margin
-from .ops import IGNORED
+from .ops import IGNORED, compute_dtype
 from .sampling import Sampler
 from .sharding import Sharding
 
@@ -180,7 +180,8 @@ class PartialFC(nn.Module):
         try:
             check_embeddings(embeddings, self.weight)
             check_target(target, embeddings, ignore_index)
-            backend = backends.select(self.backend, embeddings.device)
+            dtype = compute_dtype(embeddings, self.weight)
+            backend = backends.select(self.backend, embeddings.device, dtype)
         except (TypeError, ValueError, RuntimeError):
             self.ranks.refuse_batch()
             raise

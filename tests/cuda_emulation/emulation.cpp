@@ -5,14 +5,13 @@
 #include "emulation.h"
 
 #include <pthread.h>
-#include <sys/mman.h>
-#include <unistd.h>
 
 #include <cstdio>
 #include <cstdlib>
 #include <memory>
 
 #include "cuda/ptx.h"
+#include "guarded.h"
 
 #if defined(EMULATION_THREADS)
 #include <atomic>
@@ -33,27 +32,7 @@ void fail(const char* why) {
 namespace {
 
 constexpr int kWarp = 32;
-
-// Memory that ends at an unmapped page and begins not far behind another.
-class GuardedMemory {
- public:
-  explicit GuardedMemory(int64_t bytes) : bytes_((bytes + 127) / 128 * 128) {
-    const int64_t page = sysconf(_SC_PAGESIZE), inner = (bytes_ + page - 1) / page * page;
-    mapped_ = inner + 2 * page;
-    base_ = static_cast<char*>(mmap(nullptr, mapped_, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
-    if (base_ == MAP_FAILED || mprotect(base_ + page, inner, PROT_READ | PROT_WRITE) != 0) fail("out of memory");
-    start_ = base_ + page + inner - bytes_;
-  }
-  ~GuardedMemory() { munmap(base_, mapped_); }
-  GuardedMemory(const GuardedMemory&) = delete;
-  GuardedMemory& operator=(const GuardedMemory&) = delete;
-  char* start() const { return start_; }
-  void poison() const { std::memset(start_, 0xff, bytes_); }
-
- private:
-  int64_t bytes_, mapped_;
-  char *base_, *start_;
-};
+int64_t conflicts = 0;
 
 float operand(Collective which, uint32_t word, int half) {
   if (which == Collective::kMmaTf32) return __uint_as_float(word & 0xffffe000u);
@@ -88,7 +67,17 @@ void multiply(Collective which, const void* const (&in)[kWarp], void* const (&ou
   }
 }
 
+// The eight rows of a matrix are read at once: each of them must lie in other banks of 16 bytes.
+void count_conflicts(const void* const (&in)[kWarp]) {
+  for (int matrix = 0; matrix < 4; ++matrix) {
+    unsigned banks = 0;
+    for (int r = 0; r < 8; ++r) banks |= 1u << (static_cast<const MatrixRow*>(in[8 * matrix + r])->address / 16 % 8);
+    if (banks != 0xff) ++conflicts;
+  }
+}
+
 void load(bool transposed, const void* const (&in)[kWarp], void* const (&out)[kWarp]) {
+  count_conflicts(in);
   for (int lane = 0; lane < kWarp; ++lane) {
     uint16_t result[4][2];
     for (int matrix = 0; matrix < 4; ++matrix)
@@ -141,6 +130,8 @@ void for_each_block(dim3 grid, const Fn& fn) {
 }
 
 }  // namespace
+
+int64_t bank_conflicts() { return conflicts; }
 
 #if defined(EMULATION_THREADS)
 

@@ -42,11 +42,15 @@ void warp_barrier();
 enum class Collective { kShuffleXor, kMatrices, kMatricesTransposed, kMmaBFloat16, kMmaFloat16, kMmaTf32 };
 void collective(Collective which, const void* in, void* out);
 
+// How many matrices of load_matrices had two rows in the same banks of shared memory so far.
+int64_t bank_conflicts();
+
 struct ShuffleIn {
   uint32_t value;
   int mask;
 };
 struct MatrixRow {
+  uintptr_t address;
   char bytes[16];
 };
 struct MmaIn {

@@ -32,7 +32,7 @@ inline void copy_wait() {
 
 inline void load_matrices_as(emulation::Collective which, uint32_t (&to)[4], const char* row) {
   if (reinterpret_cast<uintptr_t>(row) % 16 != 0) emulation::fail("load_matrices: a row that is not aligned");
-  emulation::MatrixRow in;
+  emulation::MatrixRow in{reinterpret_cast<uintptr_t>(row), {}};
   std::memcpy(in.bytes, row, 16);
   emulation::collective(which, &in, to);
 }

@@ -2,7 +2,7 @@
 
 For compute capability 8.0 and later; Triton is not needed. Products are bf16 or fp16 where both inputs are stored so,
 else fp32: three tf32 products in place of one, or one where ``torch.set_float32_matmul_precision`` is ``"high"`` or
-``"medium"``. fp64 is refused. Every step is launches on the current stream, without a wait and without an allocation
+``"medium"``. fp64 is refused (backends.select). Every step is launches on the current stream, without a wait and without an allocation
 but torch's, and its result is the same to the bit in every run.
 """
 
@@ -74,11 +74,6 @@ def _device(tensor: Tensor) -> tuple[tuple[int, int], int]:
 
 def _precision(embeddings: Tensor, weight: Tensor) -> str:
     """The precision of the products; what it keeps of the operands is what they are stored with, but for tf32."""
-    if torch.float64 in (embeddings.dtype, weight.dtype):
-        raise TypeError(
-            "backend 'cuda' has no fp64 kernels: embeddings and weight must be float32, bfloat16 or float16, or "
-            "backend must be 'reference' or 'triton'"
-        )
     if embeddings.dtype == weight.dtype != torch.float32:
         return "bfloat16" if weight.dtype == torch.bfloat16 else "float16"
     return "float32" if torch.get_float32_matmul_precision() == "highest" else "tf32"
@@ -255,7 +250,6 @@ def update_centres(
 
 
 def target_cosine(embeddings: Tensor, weight: Tensor, target: Tensor) -> Tensor:
-    _precision(embeddings, weight)
     cosine, target = _empty_rows(embeddings), target.contiguous()
     stream, _ = _device(embeddings)
     _kernels.target_cosine(_matrix(embeddings), _matrix(weight), target.data_ptr(), cosine.data_ptr(), stream)
