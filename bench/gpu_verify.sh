@@ -68,7 +68,7 @@ export PYTHONPATH=$site${PYTHONPATH:+:$PYTHONPATH}
 export TRITON_CACHE_DIR=$out/triton_cache
 
 # The GPU's tests alone in a process: the memory that they measure is the device's.
-phase tests_gpu 240 "$python" -m pytest tests/test_triton.py -m "not full" -k "not interpreter" -rs -s -p no:cacheprovider \
+phase tests_gpu 240 "$python" -m pytest tests/test_triton.py tests/test_cuda.py -m "not full" -k "not interpreter and not emulated" -rs -s -p no:cacheprovider \
   --junitxml="$out/tests_gpu.xml"
 grep -h "MB beyond" "$out/tests_gpu.log" || true
 workers=()
@@ -82,6 +82,11 @@ if command -v compute-sanitizer >/dev/null; then
       --target-processes all "$python" -m pytest tests/test_triton.py -q -p no:cacheprovider -x \
       -k "with_the_reference_on_a_gpu and bfloat16-140x600x40"
   done
+  for tool in memcheck racecheck; do
+    phase "sanitizer_cuda_$tool" 90 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" --error-exitcode 9 \
+      --target-processes all "$python" -m pytest tests/test_cuda.py -q -p no:cacheprovider -x \
+      -k "agrees_with_the_reference and gpu and 140x300x40 and not full"
+  done
 else
   skip sanitizer "compute-sanitizer is not on the PATH"
 fi
@@ -92,6 +97,8 @@ if "$python" -m fused_arcface bench --help >/dev/null 2>&1; then
     --providers ours,eager,insightface,insightface-tf32,insightface-fp16,products --output "$out/bench"
   phase bench_flash 90 env FUSED_ARCFACE_TRITON_ALGORITHM=flash "$python" -m fused_arcface bench --device cuda --cases full \
     --seconds 0.5 --providers ours --backend triton --output "$out/bench_flash"
+  phase bench_cuda 90 "$python" -m fused_arcface bench --device cuda --cases full --seconds 0.5 --providers ours --backend cuda \
+    --output "$out/bench_cuda"
 else
   skip bench "the command 'python -m fused_arcface bench' does not start: $("$python" -m fused_arcface bench --help 2>&1 | tail -n 1)"
 fi

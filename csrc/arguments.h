@@ -1,5 +1,5 @@
-// What Python hands over, whichever device computes: plain structs of pointers and sizes. Python owns every buffer named
-// here and has checked every size.
+// What Python hands over, whichever device computes: plain structs of pointers and sizes. Python owns every buffer
+// named here and has checked every size.
 #pragma once
 
 #include <cstdint>
@@ -31,7 +31,7 @@ struct ClassStatsArgs {
   void* negative_max;   // (N,), like the next two of the compute type
   void* negative_sum;   // (N,) or null: only the maximum is wanted
   void* centre_sum;     // (N, D) contiguous, or null: not wanted
-  int threads;  // of a CPU
+  int threads;          // of a CPU
 };
 
 // d_weight_j = J_j sum_i G_ij x_i / |x_i|, J_j the Jacobian of w -> w / max(|w|, eps), and
@@ -46,7 +46,7 @@ struct WeightGradArgs {
   const void* negative_coefficient;  // (N,), like the next of the compute type
   const void* target_coefficient;    // (N,)
   Matrix d_weight;                   // (C, D), written
-  int threads;  // of a CPU
+  int threads;                       // of a CPU
 };
 
 enum class MomentumType : int { kNone, kFloat64, kFloat32, kBFloat16, kInt8 };

@@ -183,7 +183,11 @@ def _update_problem(
 
 
 def _copied(step: CentreStep) -> CentreStep:
-    copies = {name: None if value is None else value.clone() for name, value in step._asdict().items() if "moment" in name and not isinstance(value, float)}
+    copies = {
+        name: None if value is None else value.clone()
+        for name, value in step._asdict().items()
+        if "moment" in name and not isinstance(value, float)
+    }
     return step._replace(**copies)
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -77,25 +76,29 @@ MUTANTS = (
     Mutant("no barrier before the tile is staged", "gemm.h", OPERANDS_BARRIER, ""),
     Mutant("no barrier before the tile is staged, as a race", "gemm.h", OPERANDS_BARRIER, "", races=True),
     Mutant(
-        "no barrier after the tile is staged", "gemm.h", "      }\n  __syncthreads();\n  const int warp", "}const int warp"
+        "no barrier after the tile is staged", "gemm.h",
+        "      }\n  __syncthreads();\n  const int warp", "}const int warp"
     ),
     Mutant("a wait for one copy less", "gemm.h", "copy_wait<kStages - 2>", "copy_wait<kStages - 1>", full=False),
     Mutant("no wait", "gemm.h", "copy_wait<kStages - 2>();", ""),
-    Mutant("a stage copied too far ahead", "gemm.h", "copy_stage(stage + kStages - 1);", "copy_stage(stage + kStages);"),
-    Mutant("no group where there is no stage", "gemm.h", "copy_commit();  // an", "if (stage < stages) copy_commit();  // an"),
+    Mutant("a stage copied too far ahead", "gemm.h", "copy_stage(stage + kStages - 1);",
+           "copy_stage(stage + kStages);"),
+    Mutant("no group where there is no stage", "gemm.h", "copy_commit();  // an",
+           "if (stage < stages) copy_commit();  // an"),
     Mutant("two fragments of B swapped", "gemm.h", SWAPPED, SWAPPED.replace("pair[1]", "pair[X]").replace(
         "pair[2]", "pair[1]").replace("pair[X]", "pair[2]"), full=False),
     Mutant("halves of A's depth swapped", "gemm.h", "2 * step + (lane >> 4))", "2 * step + 1 - (lane >> 4))"),
     Mutant("halves of B's depth swapped", "gemm.h", "step * 8 + lane % 4,", "step * 8 + (lane % 4 ^ 1),"),
     Mutant("no permutation of chunks", "gemm.h", "chunk ^ permutation", "chunk + 0 * permutation"),
     Mutant("a remainder dropped", "gemm.h", "mma_tf32(acc[m][n], a_low, b_high[n]);", ""),
-    Mutant("no mask of the target", "scores.h", "column != target && ", "", full=False),
+    Mutant("no mask of the target", "scores.h", "column != target && ", "column != target + (1 << 30) && ", full=False),
     Mutant("no coefficient of the target", "scores.h", "is_target ? of_target : ", "false && is_target ? of_target : "),
     Mutant("no mask of the last classes", "scores.h", " && first_class + column < chunk.count", ""),
     Mutant("chunks overwrite each other", "scores.h", "stats.accumulate ? stats.sums[at] + sum : sum", "sum"),
     Mutant("halves of a tile share a slot", "scores.h", "static_cast<int64_t>(blockIdx.x) + place.column / kWarpTile;",
            "static_cast<int64_t>(blockIdx.x);"),
-    Mutant("half a quad's sum", "scores.h", "for (int mask = 1; mask <= 2; mask *= 2) {", "for (int mask = 1; mask < 2; mask *= 2) {"),
+    Mutant("half a quad's sum", "scores.h", "for (int mask = 1; mask <= 2; mask *= 2) {",
+           "for (int mask = 1; mask < 2; mask *= 2) {"),
     Mutant("no mask of the last rows", "products.h", "if (j >= chunk.count) return;  // the whole warp", ""),
     Mutant("a gradient that is not projected", "products.h", "centre[i] * factor", "centre[i] * 0 * factor"),
     Mutant("a split of the classes twice", "products.h", "min(begin + share, all)", "min(begin + share + 1, all)"),
@@ -109,7 +112,7 @@ MUTANTS = (
 
 
 @pytest.fixture
-def mutated(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Path]:
+def mutated(tmp_path: Path, request: pytest.FixtureRequest) -> Path:
     mutant = request.param
     csrc = tmp_path / "csrc"
     shutil.copytree(cuda_emulated.ROOT / "csrc", csrc)
@@ -117,14 +120,12 @@ def mutated(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Path]:
     source = path.read_text()
     assert mutant.old in source, f"{mutant.name}: {mutant.file} no longer has {mutant.old!r}"
     path.write_text(source.replace(mutant.old, mutant.new))
-    yield csrc
+    return csrc
 
 
 def _cases(races: bool) -> list[object]:
     chosen = (mutant for mutant in MUTANTS if mutant.races == races)
-    return [
-        pytest.param(mutant, marks=[pytest.mark.full] if mutant.full else [], id=str(mutant)) for mutant in chosen
-    ]
+    return [pytest.param(mutant, marks=[pytest.mark.full] if mutant.full else [], id=str(mutant)) for mutant in chosen]
 
 
 @pytest.mark.parametrize("mutated", _cases(races=False), indirect=True)

@@ -114,33 +114,30 @@ void bind(py::module_ m) {
     target_cosine(to_matrix(embeddings), to_matrix(weight), pointer<const int64_t>(target), pointer<float>(cosine),
                   to_stream(stream));
   });
-  m.def("unit_embedding_grad", [](const MatrixTuple& weight, uintptr_t target, uintptr_t mean_centre,
-                                  uintptr_t negative_coefficient, uintptr_t target_coefficient, int64_t rows,
-                                  uintptr_t out, const StreamTuple& stream) {
-    unit_embedding_grad(to_matrix(weight), pointer<const int64_t>(target), pointer<const float>(mean_centre),
-                        pointer<const float>(negative_coefficient), pointer<const float>(target_coefficient), rows,
-                        pointer<float>(out), to_stream(stream));
-  });
+  m.def("unit_embedding_grad",
+        [](const MatrixTuple& weight, uintptr_t target, uintptr_t mean_centre, uintptr_t negative_coefficient,
+           uintptr_t target_coefficient, int64_t rows, uintptr_t out, const StreamTuple& stream) {
+          unit_embedding_grad(to_matrix(weight), pointer<const int64_t>(target), pointer<const float>(mean_centre),
+                              pointer<const float>(negative_coefficient), pointer<const float>(target_coefficient),
+                              rows, pointer<float>(out), to_stream(stream));
+        });
   m.def("embedding_grad", [](uintptr_t d_unit, const MatrixTuple& embeddings, const MatrixTuple& d_embeddings,
                              const StreamTuple& stream) {
     embedding_grad(pointer<const float>(d_unit), to_matrix(embeddings), to_matrix(d_embeddings), to_stream(stream));
   });
-  m.def("margin_loss", [](uintptr_t negative_lse, uintptr_t target_cosine, int64_t rows, double scale,
-                          const std::tuple<double, double, double>& factors, const std::string& boundary,
-                          bool straight_through, const std::tuple<uintptr_t, uintptr_t, uintptr_t, uintptr_t>& out,
-                          const StreamTuple& stream) {
-    const auto& [m1, m2, m3] = factors;
-    const auto& [loss, lse, d_lse, d_cosine] = out;
-    const Margin margin{static_cast<float>(m1),
-                        static_cast<float>(m2),
-                        static_cast<float>(m3),
-                        static_cast<float>(m2 * std::sin(m2)),
-                        to_boundary(boundary),
-                        straight_through};
-    margin_loss(pointer<const float>(negative_lse), pointer<const float>(target_cosine), rows, scale, margin,
-                pointer<float>(loss), pointer<float>(lse), pointer<float>(d_lse), pointer<float>(d_cosine),
-                to_stream(stream));
-  });
+  m.def("margin_loss",
+        [](uintptr_t negative_lse, uintptr_t target_cosine, int64_t rows, double scale,
+           const std::tuple<double, double, double>& factors, const std::string& boundary, bool straight_through,
+           const std::tuple<uintptr_t, uintptr_t, uintptr_t, uintptr_t>& out, const StreamTuple& stream) {
+          const auto& [m1, m2, m3] = factors;
+          const auto& [loss, lse, d_lse, d_cosine] = out;
+          const Margin margin{static_cast<float>(m1), static_cast<float>(m2),
+                              static_cast<float>(m3), static_cast<float>(m2 * std::sin(m2)),
+                              to_boundary(boundary),  straight_through};
+          margin_loss(pointer<const float>(negative_lse), pointer<const float>(target_cosine), rows, scale, margin,
+                      pointer<float>(loss), pointer<float>(lse), pointer<float>(d_lse), pointer<float>(d_cosine),
+                      to_stream(stream));
+        });
 }
 
 }  // namespace fa::cuda

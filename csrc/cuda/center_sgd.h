@@ -59,8 +59,9 @@ __device__ __forceinline__ void add_momentum(int8_t* buffer, float* unit, int co
     if (i < count) largest = fmaxf(largest, fabsf(velocity[i]));
   }
 #pragma unroll
-  for (int mask = 1; mask < kMomentumBlock / 4; mask *= 2) largest = fmaxf(largest, __shfl_xor_sync(kAll, largest, mask));
-  __syncwarp();  // all lanes have read the unit
+  for (int mask = 1; mask < kMomentumBlock / 4; mask *= 2)
+    largest = fmaxf(largest, __shfl_xor_sync(kAll, largest, mask));
+  __syncwarp();                                                 // all lanes have read the unit
   const float new_unit = largest > 1e-35f ? largest / 127 : 0;  // below it the unit's inverse would overflow
   if (threadIdx.x % (kMomentumBlock / 4) == 0 && count > 0) *unit = new_unit;
   const float inverse = new_unit > 0 ? 1 / new_unit : 0;
@@ -94,10 +95,10 @@ __device__ __forceinline__ void step_centre(const Matrix& weight, const CentreSt
     else if (step.momentum_type == MomentumType::kBFloat16)
       add_momentum(static_cast<BFloat16*>(step.momentum) + offset, count, momentum, random, velocity);
     else if (step.momentum_type == MomentumType::kInt8)
-      add_momentum(static_cast<int8_t*>(step.momentum) + offset,
-                   step.momentum_scale + row * ((weight.columns + kMomentumBlock - 1) / kMomentumBlock) +
-                       d / kMomentumBlock,
-                   count, momentum, random, velocity);
+      add_momentum(
+          static_cast<int8_t*>(step.momentum) + offset,
+          step.momentum_scale + row * ((weight.columns + kMomentumBlock - 1) / kMomentumBlock) + d / kMomentumBlock,
+          count, momentum, random, velocity);
 #pragma unroll
     for (int i = 0; i < 4; ++i) centre[i] -= lr * velocity[i];
     store_four(at, weight.column_stride, count, centre,

@@ -12,11 +12,11 @@
 
 namespace fa::cuda {
 
-constexpr int kTile = 128;                         // rows and columns of an output tile
+constexpr int kTile = 128;                            // rows and columns of an output tile
 constexpr int kWarps = 4, kThreads = kWarps * kWarp;  // two by two
-constexpr int kWarpTile = 64;                      // rows and columns of one warp's part
+constexpr int kWarpTile = 64;                         // rows and columns of one warp's part
 constexpr int kStages = 4;
-constexpr int kStageRowBytes = 64;                 // a stage's depth: 32 numbers of 16 bits, 16 of 32
+constexpr int kStageRowBytes = 64;  // a stage's depth: 32 numbers of 16 bits, 16 of 32
 constexpr int kSharedBytes = kStages * 2 * kTile * kStageRowBytes;
 constexpr int kTilesM = kWarpTile / 16, kTilesN = kWarpTile / 8;  // a warp's mma tiles
 static_assert(kSharedBytes == kTile * kTile * static_cast<int>(sizeof(float)), "an output tile fits there afterwards");
@@ -98,8 +98,8 @@ __device__ __forceinline__ void load_b_by_depth(uint32_t (&b)[kTilesN][2], const
       const int row = step * 8 + lane % 4, column = first_column + n * 8 + lane / 4;
 #pragma unroll
       for (int half = 0; half < 2; ++half)
-        b[n][half] = *reinterpret_cast<const uint32_t*>(
-            shared + swizzled<kRowBytes>(row + 4 * half, column / 4) + column % 4 * 4);
+        b[n][half] = *reinterpret_cast<const uint32_t*>(shared + swizzled<kRowBytes>(row + 4 * half, column / 4) +
+                                                        column % 4 * 4);
     }
   }
 }
@@ -164,8 +164,8 @@ __device__ __forceinline__ void multiply_tile(Accumulators& acc, const char* a, 
     if constexpr (layout == BLayout::kByColumn)
       copy_rows<kTile, kStageRowBytes>(to + kHalf, b + static_cast<int64_t>(stage) * kStageRowBytes, b_stride);
     else
-      copy_rows<kDepth<T>, kTile * static_cast<int>(sizeof(T))>(to + kHalf, b + stage * (kDepth<T> * b_stride),
-                                                                b_stride);
+      copy_rows<kDepth<T>, kTile* static_cast<int>(sizeof(T))>(to + kHalf, b + stage * (kDepth<T> * b_stride),
+                                                               b_stride);
   };
 
 #pragma unroll
@@ -186,7 +186,8 @@ __device__ __forceinline__ void multiply_tile(Accumulators& acc, const char* a, 
     if (stage + kStages - 1 < stages) copy_stage(stage + kStages - 1);
     copy_commit();
     const char* const at = shared + stage % kStages * 2 * kHalf;
-#pragma unroll
+    // Unrolled, the split operands of both steps would not fit into the registers.
+#pragma unroll precision == Precision::kFloat32 ? 1 : 2
     for (int step = 0; step < 2; ++step) {
       uint32_t b_part[kTilesN][2];
       if constexpr (layout == BLayout::kByColumn)
@@ -215,8 +216,8 @@ __device__ __forceinline__ void for_each_row(const Accumulators& acc, char* shar
         struct alignas(8) Two {
           float at[2];
         };
-        *reinterpret_cast<Two*>(shared + swizzled<kRowBytes>(row, column / 4) + column % 4 * 4) = {
-            {acc[m][n][2 * half], acc[m][n][2 * half + 1]}};
+        *reinterpret_cast<Two*>(shared + swizzled<kRowBytes>(row, column / 4) +
+                                column % 4 * 4) = {{acc[m][n][2 * half], acc[m][n][2 * half + 1]}};
       }
   __syncthreads();
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;

@@ -1,6 +1,6 @@
 // fused_arcface.margins on the device: its functions' names in its order; a test compares the two point by point. With
-// the end of the head around it, one launch makes of each row's negative log-sum-exp and target cosine its loss and both
-// derivatives.
+// the end of the head around it, one launch makes of each row's negative log-sum-exp and target cosine its loss and
+// both derivatives.
 #pragma once
 
 #include "runtime.h"

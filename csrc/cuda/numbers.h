@@ -28,7 +28,7 @@ template <Precision precision>
 constexpr Precision kSecondPrecision = precision == Precision::kFloat16 ? Precision::kBFloat16 : precision;
 
 constexpr double kNormEpsilon = 1e-12;  // as torch.nn.functional.normalize
-constexpr int kRowThreads = 256;  // of kernels that are bound by memory: eight warps hide each other's latency
+constexpr int kRowThreads = 256;        // of kernels that are bound by memory: eight warps hide each other's latency
 
 // Four neighbours, moved at once where they are aligned.
 template <typename T>
@@ -39,9 +39,7 @@ struct alignas(4 * sizeof(T)) Four {
 __device__ __forceinline__ float to_float(float x) { return x; }
 __device__ __forceinline__ float to_float(double x) { return static_cast<float>(x); }
 __device__ __forceinline__ float to_float(int8_t x) { return x; }
-__device__ __forceinline__ float to_float(BFloat16 x) {
-  return __uint_as_float(static_cast<uint32_t>(x.bits) << 16);
-}
+__device__ __forceinline__ float to_float(BFloat16 x) { return __uint_as_float(static_cast<uint32_t>(x.bits) << 16); }
 __device__ __forceinline__ float to_float(Float16 x) { return from_fp16(x); }
 
 __device__ __forceinline__ void convert(float x, float* to) { *to = x; }

@@ -1,6 +1,6 @@
-// The passes over the classes, on the host: a chunk of classes at a time is packed, multiplied with the batch and, while
-// its exponentials are still in L2, consumed by the second product. Everything is launches on one stream; every sum has
-// an order that depends on the sizes alone.
+// The passes over the classes, on the host: a chunk of classes at a time is packed, multiplied with the batch and,
+// while its exponentials are still in L2, consumed by the second product. Everything is launches on one stream; every
+// sum has an order that depends on the sizes alone.
 #pragma once
 
 #include <algorithm>
@@ -51,14 +51,14 @@ struct Pass {
     int64_t chunk = options.centre_bytes / (width * static_cast<int64_t>(sizeof(First)));
     if (stored) chunk = std::min(chunk, options.exponential_bytes / (x.rows * static_cast<int64_t>(sizeof(Second))));
     w = take_panel(std::min(round_up(classes, kTile), std::max<int64_t>(chunk / kTile, 1) * kTile), width);
-    terms = {arena.take<float>(x.rows), arena.take<float>(x.rows), arena.take<float>(x.rows),
-             arena.take<float>(x.rows), arena.take<int64_t>(x.rows)};
+    terms = {arena.take<float>(x.rows), arena.take<float>(x.rows), arena.take<float>(x.rows), arena.take<float>(x.rows),
+             arena.take<int64_t>(x.rows)};
   }
 
   Panel take_panel(int64_t rows, int64_t width) {
     char* const values = reinterpret_cast<char*>(arena.take<First>(rows * width));
-    char* const second = precision == Precision::kFloat16 ? reinterpret_cast<char*>(arena.take<Second>(rows * width))
-                                                          : values;
+    char* const second =
+        precision == Precision::kFloat16 ? reinterpret_cast<char*>(arena.take<Second>(rows * width)) : values;
     return {values, second, arena.take<float>(rows), arena.take<float>(rows), rows, width};
   }
 

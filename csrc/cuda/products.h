@@ -1,6 +1,6 @@
-// The second products, of a chunk's exponentials with its centres and of their gradient with the batch, and what becomes
-// of a tile of the latter: projected through the centres' normalisation, it is written out as a gradient, or the centres
-// are updated in place and it never exists.
+// The second products, of a chunk's exponentials with its centres and of their gradient with the batch, and what
+// becomes of a tile of the latter: projected through the centres' normalisation, it is written out as a gradient, or
+// the centres are updated in place and it never exists.
 #pragma once
 
 #include "center_sgd.h"
@@ -8,8 +8,8 @@
 
 namespace fa::cuda {
 
-// partial (splits, x.rows, width) (+)= exponentials (x.rows, chunk.panel.rows) times the chunk's centres, a split of the
-// chunk's classes each: so few rows alone would leave most multiprocessors without a tile.
+// partial (splits, x.rows, width) (+)= exponentials (x.rows, chunk.panel.rows) times the chunk's centres, a split of
+// the chunk's classes each: so few rows alone would leave most multiprocessors without a tile.
 template <Precision precision>
 __global__ void __launch_bounds__(kThreads, 2)
     centre_sum_kernel(const typename Operands<precision>::Second* exponentials, Chunk chunk, int64_t rows,
@@ -28,7 +28,7 @@ __global__ void __launch_bounds__(kThreads, 2)
       chunk.panel.rows * size, chunk.panel.second + (first_class * width + first_column) * size, width * size,
       end - begin, shared);
   float* const out = partial + (blockIdx.z * rows + first_row) * width + first_column;
-  for_each_row(acc, shared, [&](int row, int column, const float(&values)[4]) {
+  for_each_row(acc, shared, [&](int row, int column, const float (&values)[4]) {
     Four<float>* const to = reinterpret_cast<Four<float>*>(out + row * width + column);
     Four<float> sum = accumulate ? *to : Four<float>{};
 #pragma unroll
@@ -39,11 +39,11 @@ __global__ void __launch_bounds__(kThreads, 2)
 
 // What becomes of the gradient by row index[j], or j, of the weight.
 struct CentreGradient {
-  Matrix d_weight;          // written, unless data is null: then the step is made
-  const int64_t* index;     // of the rows that take part, or null
+  Matrix d_weight;       // written, unless data is null: then the step is made
+  const int64_t* index;  // of the rows that take part, or null
   Matrix weight;
   CentreStep step;
-  const bool* active;       // or null; where false nothing is changed
+  const bool* active;  // or null; where false nothing is changed
 };
 
 // gradient (chunk.panel.rows, x.rows) times the batch, projected: with d the gradient by the unit centre w^,
@@ -64,7 +64,7 @@ __global__ void __launch_bounds__(kThreads, 2)
       x.second + first_column * size, width * size, stages_of<Second>(batch_rows), shared);
 
   const int columns = static_cast<int>(out.weight.columns), lane = threadIdx.x % kWarp;
-  for_each_row(acc, shared, [&](int row, int column, const float(&d_unit)[4]) {
+  for_each_row(acc, shared, [&](int row, int column, const float (&d_unit)[4]) {
     const int j = first_class + row, d = first_column + column;
     if (j >= chunk.count) return;  // the whole warp
     float sum = 0;

@@ -62,11 +62,11 @@ __device__ __forceinline__ void load_matrices_transposed(uint32_t (&to)[4], cons
 // d (16, 8) += a (16, 16) b (16, 8), in fp32. With g = lane / 4, t = lane % 4 a lane holds
 //   a[0] = a(g, 2t..2t+1), a[1] = a(g + 8, ..), a[2] = a(g, 2t+8..2t+9), a[3] = a(g + 8, ..)
 //   b[0] = b(2t..2t+1, g), b[1] = b(2t+8..2t+9, g);  d[0] = d(g, 2t), d[1] = d(g, 2t+1), d[2], d[3] = d(g + 8, ..)
-#define FA_MMA(name, instruction)                                                                                    \
-  __device__ __forceinline__ void name(float(&d)[4], const uint32_t(&a)[4], const uint32_t(&b)[2]) {                 \
-    asm(instruction " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"                               \
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                                             \
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));                                         \
+#define FA_MMA(name, instruction)                                                                       \
+  __device__ __forceinline__ void name(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) { \
+    asm(instruction " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"                  \
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                                \
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));                            \
   }
 FA_MMA(mma_bf16, "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32")
 FA_MMA(mma_fp16, "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32")

@@ -18,8 +18,9 @@ struct Panel {
   int64_t rows, width;
 };
 
-// Per batch row, zeros in the padding: exponent = scale * (values * w^) - shift in base 2. The factors already have what
-// the shift's rounding takes (3e-5 of a probability at a scale of 1000) and, for the second product, the row's inverse.
+// Per batch row, zeros in the padding: exponent = scale * (values * w^) - shift in base 2. The factors already have
+// what the shift's rounding takes (3e-5 of a probability at a scale of 1000) and, for the second product, the row's
+// inverse.
 struct RowTerms {
   float* scale;
   float* shift;

@@ -69,7 +69,7 @@ __global__ void __launch_bounds__(kThreads, 2)
           sum += exponential;
           value = exponential * inverse[n][i];
         }
-      // The row's other columns lie in the three lanes beside this one.
+    // The row's other columns lie in the three lanes beside this one.
 #pragma unroll
       for (int mask = 1; mask <= 2; mask *= 2) {
         sum += __shfl_xor_sync(0xffffffffu, sum, mask);
@@ -84,7 +84,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     }
   if (exponentials == nullptr) return;
   Second* const out = exponentials + first_row * chunk.panel.rows + first_class;
-  for_each_row(acc, shared, [&](int row, int column, const float(&values)[4]) {
+  for_each_row(acc, shared, [&](int row, int column, const float (&values)[4]) {
     store_four(out + row * chunk.panel.rows + column, 1, 4, values, [](float value, Second* to, int) {
       convert(precision == Precision::kTf32 ? round_to_tf32(value) : value, to);
     });
@@ -150,7 +150,7 @@ __global__ void __launch_bounds__(kThreads, 2)
       }
     }
   Second* const out = gradient + static_cast<int64_t>(first_class) * x.rows + first_row;
-  for_each_row(acc, shared, [&](int row, int column, const float(&values)[4]) {
+  for_each_row(acc, shared, [&](int row, int column, const float (&values)[4]) {
     store_four(out + row * x.rows + column, 1, 4, values, [](float value, Second* to, int) { convert(value, to); });
   });
 }

@@ -1,6 +1,7 @@
-// Checks the kernels in bf16 and in fp32 against plain loops in fp64, by itself: for ThreadSanitizer, which Python would
-// stand in the way of, and for mutants of the sources, which are compiled one by one. Exit status 1 and a line for each
-// result that is off. With the argument "quick" the smallest problem alone, of two chunks of classes.
+// Checks the kernels in bf16 and in fp32 against plain loops in fp64, by itself: for ThreadSanitizer, which Python
+// would stand in the way of, and for mutants of the sources, which are compiled one by one. Exit status 1 and a line
+// for each result that is off. With the argument "quick" the first problem alone: two chunks of classes, more stages
+// than are kept in shared memory.
 #include <algorithm>
 #include <cstdio>
 #include <cstring>
@@ -78,7 +79,7 @@ T* place(const std::vector<T>& values, int rows, int64_t stride, const emulation
 
 // `stride`: of the rows of the weight and of its gradient.
 template <Precision precision, typename Stored>
-void check(const Problem& p, const std::vector<Stored>& x, const std::vector<Stored>& w, int64_t stride,
+void check(const Problem& p, const std::vector<Stored>& x, const std::vector<Stored>& w, int64_t stride, bool chunks,
            fa::Dtype dtype, double tolerance) {
   using fa::cuda::Passes;
   const int N = p.N, C = p.C, D = p.D;
@@ -104,16 +105,18 @@ void check(const Problem& p, const std::vector<Stored>& x, const std::vector<Sto
     double norm = 0, along = 0;
     for (int d = 0; d < D; ++d) norm += p.w[j * D + d] * p.w[j * D + d];
     for (int i = 0; i < N; ++i) {
-      const double g = j == p.target[i] ? static_cast<double>(positive[i])
-                                        : negative[i] * std::exp(kScale * cosine[static_cast<size_t>(i) * C + j] - lse[i]);
+      const double g = j == p.target[i]
+                           ? static_cast<double>(positive[i])
+                           : negative[i] * std::exp(kScale * cosine[static_cast<size_t>(i) * C + j] - lse[i]);
       for (int d = 0; d < D; ++d) d_unit[j * D + d] += g * unit_x[i * D + d];
     }
     for (int d = 0; d < D; ++d) along += d_unit[j * D + d] * unit_w[j * D + d];
-    for (int d = 0; d < D; ++d)
-      gradient[j * D + d] = (d_unit[j * D + d] - along * unit_w[j * D + d]) / std::sqrt(norm);
+    for (int d = 0; d < D; ++d) gradient[j * D + d] = (d_unit[j * D + d] - along * unit_w[j * D + d]) / std::sqrt(norm);
   }
 
-  const fa::cuda::PassOptions options{0, 0, 2};  // chunks of one tile of classes
+  // Chunks of one tile of classes; or all at once, their second product in several splits.
+  const fa::cuda::PassOptions options =
+      chunks ? fa::cuda::PassOptions{0, 0, 2} : fa::cuda::PassOptions{1 << 30, 1 << 30, 16};
   const fa::cuda::Stream stream{0, nullptr};
   const emulation::GuardedMemory x_memory(rows_bytes<Stored>(N, D, D)), w_memory(rows_bytes<Stored>(C, stride, D));
   const emulation::GuardedMemory gradient_memory(rows_bytes<float>(C, stride, D));
@@ -132,8 +135,10 @@ void check(const Problem& p, const std::vector<Stored>& x, const std::vector<Sto
   compare("centre_sum", got_centre_sum, centre_sum, tolerance);
 
   float* const gradient_rows = reinterpret_cast<float*>(gradient_memory.start());
-  fa::WeightGradArgs args{x_matrix, w_matrix, p.target.data(), kScale, lse.data(), negative.data(),
-                          positive.data(), {gradient_rows, fa::Dtype::kFloat32, C, D, stride, 1}, 0};
+  fa::WeightGradArgs args{
+      x_matrix,   w_matrix,        p.target.data(), kScale,
+      lse.data(), negative.data(), positive.data(), {gradient_rows, fa::Dtype::kFloat32, C, D, stride, 1},
+      0};
   workspace.assign(Passes<precision>::weight_grad(args, nullptr, nullptr, options, nullptr, stream) + 256, '\xff');
   Passes<precision>::weight_grad(args, nullptr, nullptr, options, aligned(), stream);
   std::vector<float> got_gradient(C * D);
@@ -158,21 +163,23 @@ void check(const Problem& p, const std::vector<Stored>& x, const std::vector<Sto
   compare("momentum", stored, velocity, tolerance + 1.0 / 127);
 }
 
-void check_both(int N, int C, int D, int64_t stride) {
+void check_both(int N, int C, int D, int64_t stride, bool chunks) {
   const Problem problem(N, C, D);
   std::printf("N = %d, C = %d, D = %d\n", N, C, D);
-  check<Precision::kBFloat16>(problem, to_bf16(problem.x), to_bf16(problem.w), stride, fa::Dtype::kBFloat16, 8e-3);
-  check<Precision::kFloat32>(problem, to_fp32(problem.x), to_fp32(problem.w), stride, fa::Dtype::kFloat32, 2e-5);
+  check<Precision::kBFloat16>(problem, to_bf16(problem.x), to_bf16(problem.w), stride, chunks, fa::Dtype::kBFloat16,
+                              8e-3);
+  check<Precision::kFloat32>(problem, to_fp32(problem.x), to_fp32(problem.w), stride, chunks, fa::Dtype::kFloat32,
+                             2e-5);
 }
 
 }  // namespace
 
 int main(int argc, char** argv) {
   const bool quick = argc > 1 && std::strcmp(argv[1], "quick") == 0;
-  check_both(5, 131, 200, 200);
+  check_both(5, 131, 136, 136, true);
   if (!quick) {
-    check_both(130, 140, 72, 72);
-    check_both(3, 12, 8, int64_t{1} << 28);  // offsets past 32 bits, in memory that is hardly touched
+    check_both(130, 140, 200, 200, false);
+    check_both(3, 12, 8, int64_t{1} << 28, true);  // offsets past 32 bits, in memory that is hardly touched
   }
   std::printf("bank conflicts: %lld\n", static_cast<long long>(emulation::bank_conflicts()));
   return failures > 0 || emulation::bank_conflicts() > 0;

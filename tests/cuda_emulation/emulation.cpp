@@ -17,9 +17,9 @@
 #include <atomic>
 #include <thread>
 #else
-#include <csetjmp>
-
 #include <ucontext.h>
+
+#include <csetjmp>
 #endif
 
 namespace emulation {
@@ -43,7 +43,8 @@ float operand(Collective which, uint32_t word, int half) {
 
 // The fragment layouts as the PTX ISA's figures give them ("Matrix fragments for mma.m16n8k8" and "mma.m16n8k16").
 void multiply(Collective which, const void* const (&in)[kWarp], void* const (&out)[kWarp]) {
-  const int packed = which == Collective::kMmaTf32 ? 1 : 2, depth = 8 * packed;  // numbers of a register; of the product
+  const int packed = which == Collective::kMmaTf32 ? 1 : 2,
+            depth = 8 * packed;  // numbers of a register; of the product
   float a[16][16], b[16][8];
   for (int lane = 0; lane < kWarp; ++lane) {
     const MmaIn& mine = *static_cast<const MmaIn*>(in[lane]);
@@ -211,7 +212,7 @@ struct Fibre {
   std::unique_ptr<GuardedMemory> stack;
 };
 
-std::vector<std::unique_ptr<Fibre>> fibres;
+std::vector<std::unique_ptr<Fibre> > fibres;
 std::vector<Warp> warps;
 struct {
   int arrived = 0;
@@ -271,9 +272,7 @@ void meet(Meeting& meeting, int all) {
   }
 }
 
-bool can_run(const Fibre& fibre) {
-  return !fibre.done && (fibre.awaited == nullptr || *fibre.awaited != fibre.seen);
-}
+bool can_run(const Fibre& fibre) { return !fibre.done && (fibre.awaited == nullptr || *fibre.awaited != fibre.seen); }
 
 // A warp as far as it comes, then the next; odd blocks begin with the last.
 void run_block(int threads, bool backwards) {

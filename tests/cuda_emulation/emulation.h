@@ -1,5 +1,5 @@
-// CUDA's words in C++17, so that csrc/cuda compiles for the CPU as it stands, and what the runs of its kernels need: see
-// emulation.cpp. csrc/cuda/runtime.h and ptx.h include this directory's headers where nvcc is not the compiler.
+// CUDA's words in C++17, so that csrc/cuda compiles for the CPU as it stands, and what the runs of its kernels need:
+// see emulation.cpp. csrc/cuda/runtime.h and ptx.h include this directory's headers where nvcc is not the compiler.
 #pragma once
 
 #include <cmath>

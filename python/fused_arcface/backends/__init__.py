@@ -15,8 +15,8 @@ NAMES = ("reference", "cpu", "triton", "cuda")
 _DEVICE_TYPES = {"cpu": "cpu", "triton": "cuda", "cuda": "cuda"}
 
 _FASTEST = {"cpu": ("cpu",), "cuda": ("triton", "cuda")}
-"""By type of device, the backends that ``"auto"`` tries in turn. On the CPU from bench/results; on GPUs not measured yet:
-Triton reaches Hopper's own tensor core instructions, csrc/cuda those of Ampere."""
+"""By type of device, the backends that ``"auto"`` tries in turn. On the CPU from bench/NOTES.md; on GPUs not measured
+yet: Triton reaches Hopper's own tensor core instructions, csrc/cuda those of Ampere."""
 
 _NO_FP64 = ("cuda",)
 """Backends without fp64: tensor cores of such numbers are few, and none of a graphics card's."""

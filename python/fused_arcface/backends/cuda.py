@@ -1,15 +1,16 @@
-"""The stages on NVIDIA GPUs: the compiled kernels of csrc/cuda, given raw addresses. Shapes as in backends/reference.py.
+"""The stages on NVIDIA GPUs: the compiled kernels of csrc/cuda, given raw addresses. Shapes: backends/reference.py.
 
 For compute capability 8.0 and later; Triton is not needed. Products are bf16 or fp16 where both inputs are stored so,
 else fp32: three tf32 products in place of one, or one where ``torch.set_float32_matmul_precision`` is ``"high"`` or
-``"medium"``. fp64 is refused (backends.select). Every step is launches on the current stream, without a wait and without an allocation
-but torch's, and its result is the same to the bit in every run.
+``"medium"``. fp64 is refused (backends.select). Every step is launches on the current stream, without a wait and
+without an allocation but torch's, and its result is the same to the bit in every run.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from torch import Tensor
 from ..ops import CentreStep
 
 _import_error = None
+_kernels: Any = None
 try:
     from .. import _native
 except ImportError as error:  # unavailable() reports it: the package is of use without its compiled part
