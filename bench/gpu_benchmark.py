@@ -1,4 +1,4 @@
-"""The GPU part of gpu_verify.sh: our Triton algorithms and the peers at the sizes that matter, right before fast.
+"""The GPU part of gpu_verify.sh: our Triton algorithms, our CUDA kernels and the peers at the sizes that matter, right before fast.
 
     python bench/gpu_benchmark.py FOLDER [SECONDS]
 
@@ -57,7 +57,8 @@ def main() -> None:
     device = torch.device("cuda")
     arch = 10 * torch.cuda.get_device_capability()[0] + torch.cuda.get_device_capability()[1]
     peers = select(["insightface", "insightface-tf32", "insightface-fp16", "eager", "products"])
-    providers = [*select(["fused_arcface", "fused_arcface-tf32"], "triton"), *_algorithms(), *peers]
+    ours = [each for backend in ("triton", "cuda") for each in select(["fused_arcface", "fused_arcface-tf32"], backend)]
+    providers = [*ours, *_algorithms(), *peers]
     end = time.monotonic() + budget
     whole: Report | None = None
     for case in CASES:

@@ -82,8 +82,8 @@ export TRITON_CACHE_DIR=$work/triton
 cores=$(nproc)
 processes=$((cores < 16 ? (cores + 1) / 2 : 8))
 if has pytest; then
-  phase tests_gpu 190 "$python" bench/parallel_tests.py "$work/tests_gpu" "$processes" -m "not full" -k "not interpreter" \
-    tests/test_triton.py
+  phase tests_gpu 190 "$python" bench/parallel_tests.py "$work/tests_gpu" "$processes" -m "not full" \
+    -k "not interpreter and not emulated" tests/test_triton.py tests/test_cuda.py
   grep -h "beyond the weight" "$work"/tests_gpu/*.log || true
 else
   failed=1
@@ -102,6 +102,9 @@ else
     phase "sanitizer_$tool" 60 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" --error-exitcode 9 \
       --target-processes all "$python" -m pytest -o addopts= tests/test_triton.py -q -p no:cacheprovider -x \
       -k "with_the_reference_on_a_gpu and bfloat16-bfloat16 and 140x600x40"
+    phase "sanitizer_cuda_$tool" 45 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" \
+      --error-exitcode 9 --target-processes all "$python" -m pytest -o addopts= tests/test_cuda.py -q \
+      -p no:cacheprovider -x -k "agrees_with_the_reference and gpu and 140x300x40"
   done
 fi
 

@@ -70,7 +70,8 @@ def margin_softmax_loss(
     tensor([0.3133, 1.3133])
     """
     check_inputs(embeddings, weight, target, margin, scale, reduction, ignore_index, sub_centers, label_smoothing)
-    backend = backends.select(backend, embeddings.device, unusual_negatives(margin, sub_centers))
+    needs = unusual_negatives(margin, sub_centers)
+    backend = backends.select(backend, embeddings.device, compute_dtype(embeddings, weight), needs)
     embeddings = as_autocast(embeddings)
     num_classes = weight.shape[0] // sub_centers
     local_target = torch.ops.fused_arcface.local_target(target, num_classes, ignore_index)

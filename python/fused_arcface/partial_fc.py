@@ -28,7 +28,7 @@ from .head import cosines_of, describe_options, nearest_classes, place_margin
 from .keyed import fill_normal
 from .loss import MarginSoftmaxStats
 from .margins import ArcFace, Margin
-from .ops import IGNORED, INVALID
+from .ops import IGNORED, INVALID, compute_dtype
 from .sampling import Sampler
 from .sharding import Sharding
 
@@ -255,7 +255,8 @@ class PartialFC(nn.Module):
                 target = embeddings.new_zeros(embeddings.shape[0], dtype=torch.int64)
             check_target(target, embeddings, ignore_index)
             needs = unusual_negatives(self.margin, self.sub_centers)
-            backend = backends.select(self.backend, embeddings.device, needs)
+            dtype = compute_dtype(embeddings, self.weight)
+            backend = backends.select(self.backend, embeddings.device, dtype, needs)
         except (TypeError, ValueError, RuntimeError):
             self.ranks.refuse_batch()
             raise
