@@ -1,4 +1,4 @@
-"""The GPU part of gpu_verify.sh: our Triton algorithms, our CUDA kernels and the peers at the sizes that matter, right before fast.
+"""The GPU part of gpu_verify.sh: our GPU backends and the peers at the sizes that matter, right before fast.
 
     python bench/gpu_benchmark.py FOLDER [SECONDS]
 

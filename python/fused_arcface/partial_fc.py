@@ -264,8 +264,8 @@ class PartialFC(nn.Module):
         return embeddings, self.ranks.gather_batch(embeddings.detach(), target, embeddings.requires_grad), backend
 
     def _choose_classes(self, target: Tensor, padded: bool = False) -> tuple[Tensor | None, Tensor]:
-        """This step's classes of this shard (K,), None for all, and each row's target as an index into them, negative where
-        it is not here. ``padded``: as :meth:`Sampler.padded` has them."""
+        """This step's classes of this shard (K,), None for all, and each row's target as an index into them, negative
+        where it is not here. ``padded``: as :meth:`Sampler.padded` has them."""
         local = self.sharding.localise(target)
         self._sampled = None
         if not self.training:
