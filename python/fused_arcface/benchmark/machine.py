@@ -112,6 +112,11 @@ def commit() -> str:
         return f"v{__version__}"
 
 
+def context(device: torch.device) -> dict[str, str]:
+    """What every row carries: device, torch, commit and date."""
+    return {"device": device_name(device), "torch": torch.__version__, "commit": commit(), "date": now()}
+
+
 def now() -> str:
     """The time in UTC, ISO 8601, to the second."""
     return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")

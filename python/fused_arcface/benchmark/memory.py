@@ -6,7 +6,6 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
-import sys
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -17,7 +16,7 @@ from .cases import Case, make_inputs
 from .child import Child
 from .providers import Provider, all_providers
 
-_STATUS = Path("/proc/self/status")
+_STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 def peak_bytes(provider: Provider, case: Case, device: torch.device, backward: bool, child: Child) -> int:
@@ -25,11 +24,10 @@ def peak_bytes(provider: Provider, case: Case, device: torch.device, backward: b
 
     Raises:
         MemoryError, torch.OutOfMemoryError: it did not fit.
+        ChildFailed: this system does not tell a process's peak.
     """
     if device.type == "cuda":
         return _measure(provider, case, device, backward)
-    if not can_reset():  # the peak of a process only grows there: each measurement needs a fresh one
-        child.close()
     threads = torch.get_num_threads()
     peak: int = child.call(
         "memory:peak_in_this_process",
@@ -69,34 +67,35 @@ def _measure(provider: Provider, case: Case, device: torch.device, backward: boo
         return max(0, peak_since_reset(device) - before - _held_by_all(provider, case, backward))
 
 
-def can_reset() -> bool:
-    """Whether this system lets a process reset its peak of resident memory (Linux does)."""
-    return _STATUS.exists() and Path("/proc/self/clear_refs").exists()
+def can_measure(device: torch.device) -> bool:
+    """Whether peaks can be measured: on a GPU, and where the system tells a process's peak of resident memory and lets
+    it be reset (Linux does)."""
+    return device.type == "cuda" or (_STATUS.exists() and _CLEAR.exists())
 
 
 def reset_peak(device: torch.device) -> int:
-    """Start a new peak of this process's memory on a device where the system can; the bytes held now (or the peak so
-    far)."""
+    """Start a new peak of this process's memory on a device; the bytes held now.
+
+    Raises:
+        OSError: this system has no such peak.
+    """
     if device.type == "cuda":
         synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
-    elif can_reset():
-        with contextlib.suppress(OSError):
-            Path("/proc/self/clear_refs").write_text("5")
-    return peak_since_reset(device)
+        return torch.cuda.memory_allocated(device)
+    _CLEAR.write_text("5")
+    return status_bytes("VmRSS")
 
 
 def peak_since_reset(device: torch.device) -> int:
-    """Greatest bytes of this process since :func:`reset_peak`: of CUDA's allocator, or resident on a CPU."""
+    """Greatest bytes of this process since :func:`reset_peak`: of CUDA's allocator, or resident on a CPU.
+
+    ``getrusage`` would be no substitute: its peak cannot be reset, and a child's starts from its parent's.
+    """
     if device.type == "cuda":
         synchronize(device)
         return torch.cuda.max_memory_allocated(device)
-    if _STATUS.exists():
-        return status_bytes("VmHWM")
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    return status_bytes("VmHWM")
 
 
 def synchronize(device: torch.device) -> None:
@@ -116,11 +115,6 @@ def limited(device: torch.device, more_bytes: int) -> Iterator[None]:
             yield
         finally:
             torch.cuda.set_per_process_memory_fraction(1.0, device)
-        return
-    if (
-        not _STATUS.exists()
-    ):  # the limit counts what is reserved: where that cannot be read, only the measured peak decides
-        yield
         return
     import resource
 

@@ -4,6 +4,7 @@ them."""
 from __future__ import annotations
 
 import csv
+import io
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -130,6 +131,12 @@ class Report:
     machine: dict[str, Any]
     """Measured ceilings: ``flops_per_second`` by dtype, ``copy_bytes_per_second``, ``memory_bytes``."""
 
+    def skip(self, provider: str, backend: str, case: Case | None, reason: str) -> None:
+        """Note a skip, once: a run that goes on with an interrupted one meets the same again."""
+        found = Skip(provider, backend, case, reason)
+        if found not in self.skips:
+            self.skips.append(found)
+
     def rows(self) -> list[dict[str, Any]]:
         return [measurement.row(self.context) for measurement in self.measurements]
 
@@ -158,15 +165,22 @@ class Report:
 
 
 def write_csv(path: Path, rows: Iterable[dict[str, Any]], fields: Sequence[str]) -> Path:
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, fields, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-    return path
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fields, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return _replace(path, text.getvalue())
 
 
 def write_json(path: Path, value: Any) -> Path:
-    path.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n")
+    return _replace(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
+
+
+def _replace(path: Path, text: str) -> Path:
+    """Write ``text`` in one step: a run that is killed leaves what it had written before, never half a file."""
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    unfinished.write_text(text, encoding="utf-8")
+    unfinished.replace(path)
     return path
 
 

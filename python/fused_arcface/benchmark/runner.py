@@ -11,7 +11,7 @@ from . import machine, memory
 from .cases import Case, Inputs, make_inputs
 from .child import Child, ChildFailed, out_of_memory
 from .providers import Provider
-from .report import Measurement, Report, Skip
+from .report import Measurement, Report
 from .timing import time_interleaved
 from .truth import TOLERANCE, Formula, Outcome, error_of, truth
 
@@ -37,6 +37,7 @@ def run_benchmark(
     *,
     seconds: float = 3.0,
     with_memory: bool = True,
+    earlier: Report | None = None,
     progress: Progress = lambda case, step: None,
     on_case: Callable[[Report, Case], None] = lambda report, case: None,
 ) -> Report:
@@ -47,24 +48,24 @@ def run_benchmark(
         providers: whom to measure.
         device: on which.
         seconds: that the samples of one case and pass should take together.
-        with_memory: measure peak memory as well.
+        with_memory: measure peak memory as well, where the system tells it.
+        earlier: an interrupted run to go on with, see :func:`check_same_machine`: its cases are not measured again.
         progress: told what is being done.
         on_case: called after each case with what has been found so far.
     """
-    context = {
-        "device": machine.device_name(device),
-        "torch": torch.__version__,
-        "commit": machine.commit(),
-        "date": machine.now(),
-    }
-    report = Report(context, [], [], {"flops_per_second": {}, "memory_bytes": memory.available_bytes(device)})
+    report = earlier or Report(machine.context(device), [], [], {"flops_per_second": {}})
+    report.machine["memory_bytes"] = memory.available_bytes(device)
+    measured = {each.case for each in report.measurements}
+    cases = [case for case in cases if case not in measured]
     usable = _usable(cases, providers, device, report)
     ceilings = list(dict.fromkeys(case.dtype for case in cases))
     if device.type == "cuda" and "float32" in ceilings:  # in which some providers compute fp32
         ceilings += ["tf32", *({"float16"} - {*ceilings})]
     for name in ceilings:
-        progress("ceiling", f"square product in {name}")
-        _add_ceiling(report, machine.measure_ceiling(device, name), name)
+        if name not in report.machine["flops_per_second"]:
+            progress("ceiling", f"square product in {name}")
+            _add_ceiling(report, machine.measure_ceiling(device, name), name)
+    with_memory = with_memory and memory.can_measure(device)
     with Child() as child:
         for case in cases:
             progress(str(case), "")
@@ -74,20 +75,32 @@ def run_benchmark(
     return report
 
 
+def check_same_machine(report: Report, device: torch.device) -> None:
+    """Whether rows measured here and now can stand beside an earlier report's.
+
+    Raises:
+        ValueError: it is of another device, torch or commit.
+    """
+    here = machine.context(device)
+    for name in ("device", "torch", "commit"):
+        if report.context[name] != here[name]:
+            raise ValueError(f"the earlier run's {name} must be {here[name]}; got {report.context[name]}")
+
+
 def _usable(
     cases: Sequence[Case], providers: Sequence[Provider], device: torch.device, report: Report
 ) -> dict[Case, list[Provider]]:
     usable: dict[Case, list[Provider]] = {case: [] for case in cases}
     for provider in providers:
-        reasons = {case: provider.reason_against(case, device) for case in cases}
-        for case, reason in reasons.items():
-            if reason is None:
+        reasons: dict[Case | None, str | None] = {case: provider.reason_against(case, device) for case in cases}
+        for case in cases:
+            if reasons[case] is None:
                 usable[case].append(provider)
         if len(set(reasons.values())) == 1 and None not in reasons.values():
-            report.skips.append(Skip(provider.name, provider.backend, None, str(reasons[cases[0]])))
-        else:
-            skips = (Skip(provider.name, provider.backend, case, why) for case, why in reasons.items() if why)
-            report.skips.extend(skips)
+            reasons = {None: reasons[cases[0]]}
+        for where, reason in reasons.items():
+            if reason is not None:
+                report.skip(provider.name, provider.backend, where, reason)
     return usable
 
 
@@ -111,7 +124,7 @@ def _measure_case(
     progress: Progress,
 ) -> None:
     def skip(provider: Provider, reason: str) -> None:
-        report.skips.append(Skip(provider.name, provider.backend, case, reason))
+        report.skip(provider.name, provider.backend, case, reason)
 
     fitting = []
     for provider in providers:

@@ -24,7 +24,7 @@ def bench(
         str | None, typer.Option(help='Comma-separated names; "ours" stands for all of this package. All if not given.')
     ] = None,
     backend: Annotated[str | None, typer.Option(help="Of this package's providers, only this backend's.")] = None,
-    output: Annotated[Path, typer.Option(help="Folder for the rows (CSV, JSON) and the pictures.")] = Path(
+    output: Annotated[Path, typer.Option(help="Folder for the rows (CSV, JSON), written after each case, and the pictures.")] = Path(
         "runs/bench"
     ),
     device: Annotated[str | None, typer.Option(help="cpu or cuda; a GPU if there is one.")] = None,
@@ -33,6 +33,9 @@ def bench(
     ] = None,
     seconds: Annotated[float, typer.Option(min=0.0, help="Spent on the samples of one case and pass.")] = 3.0,
     with_memory: Annotated[bool, typer.Option("--memory/--no-memory", help="Measure peak memory.")] = True,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the interrupted run in --output, at the case it was at.")
+    ] = False,
     budget: Annotated[
         float | None,
         typer.Option(min=0.0, help="GiB: search the most identities whose training step fits, in place of the cases."),
@@ -51,7 +54,10 @@ def bench(
     from ..benchmark.runner import run_benchmark
     from ..extras import MissingExtra
 
-    on = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device.partition(":")[0] not in ("cpu", "cuda"):
+        raise typer.BadParameter(f"must be cpu or cuda; got {device}", param_hint="--device")
+    on = torch.device(device)
     if on.type == "cuda" and not torch.cuda.is_available():
         raise typer.BadParameter("cuda was asked for; torch sees no GPU here", param_hint="--device")
     if threads is not None:
@@ -65,26 +71,38 @@ def bench(
         raise typer.BadParameter(str(error)) from None
     try:  # said before the minutes are spent, not after
         output.mkdir(parents=True, exist_ok=True)
+        (output / "rows.csv").open("a").close()
     except OSError as error:
-        raise typer.BadParameter(f"--output {output} cannot be made: {error.strerror}") from None
+        raise typer.BadParameter(f"{output} cannot be written to: {error.strerror}", param_hint="--output") from None
     if budget is not None:
         _run_capacity(console, on, int(budget * 2**30), names, backend, output)
         return
+    earlier = _interrupted_run(output, on) if resume else None
     with _progress(console) as progress:
         task = progress.add_task("starting", total=None)
 
         def tell(case: str, step: str) -> None:
             progress.update(task, description=f"{case}  {step}")
 
-        report = run_benchmark(
-            shapes,
-            chosen,
-            on,
-            seconds=seconds,
-            with_memory=with_memory,
-            progress=tell,
-            on_case=lambda found, case: _print(console, _tables(found, case)),
-        )
+        def on_case(found: Report, case: Case) -> None:
+            found.write(output)
+            _print(console, _tables(found, case))
+
+        try:
+            report = run_benchmark(
+                shapes,
+                chosen,
+                on,
+                seconds=seconds,
+                with_memory=with_memory,
+                earlier=earlier,
+                progress=tell,
+                on_case=on_case,
+            )
+        except KeyboardInterrupt:
+            progress.stop()
+            console.print(f"Interrupted. The cases above are in {output}; --resume goes on from there.", markup=False)
+            raise typer.Exit(130) from None
     _print(console, _skips(report.skips))
     written = report.write(output)
     try:
@@ -96,6 +114,20 @@ def bench(
     wrong = any(skip.reason.startswith("wrong") and skip.provider.startswith("fused_arcface") for skip in report.skips)
     if wrong or all(measurement.provider.startswith("ceiling") for measurement in report.measurements):
         raise typer.Exit(1)
+
+
+def _interrupted_run(folder: Path, device: torch.device) -> Report:
+    from ..benchmark.report import read_report
+    from ..benchmark.runner import check_same_machine
+
+    try:
+        report = read_report(folder)
+        check_same_machine(report, device)
+    except FileNotFoundError:
+        raise typer.BadParameter(f"{folder} holds no run to go on with", param_hint="--resume") from None
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--resume") from None
+    return report
 
 
 def _progress(console: Console) -> Progress:
