@@ -92,7 +92,9 @@ class Storage:
 # torch.optim.SGD with weight decay: the gradient is written, then read; decay makes a copy; momentum and centre are
 # read and written.
 SGD_FP32 = Storage("fp32 centres, products in bf16, torch.optim.SGD", 4, held_bytes=16, optimizer_bytes=36)
-# The update in the backward's class tile: no gradient; bf16 centre written, int8 momentum read and written.
+# The update in the backward's class tile: no gradient; centre written, momentum read and written.
+FUSED_FP32 = Storage("fp32 centres and momentum, updated in the backward", 4, held_bytes=8, optimizer_bytes=12)
+# The same with bf16 centre and int8 momentum read and written.
 FUSED_BF16_INT8 = Storage(
     "bf16 centres, int8 momentum, updated in the backward (modelled)", 2, held_bytes=3.1, optimizer_bytes=4.2
 )

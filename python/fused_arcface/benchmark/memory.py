@@ -12,59 +12,58 @@ from pathlib import Path
 
 import torch
 
-from .cases import Case, make_inputs
+from .cases import PASSES, Case, make_inputs
 from .child import Child
 from .providers import Provider, all_providers
 
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
-def peak_bytes(provider: Provider, case: Case, device: torch.device, backward: bool, child: Child) -> int:
-    """Peak extra bytes of one pass: by CUDA's allocator, or on a CPU by the resident memory of ``child``.
+def peaks_of(provider: Provider, case: Case, device: torch.device, child: Child) -> dict[str, int]:
+    """Peak extra bytes of each of :data:`PASSES`: by CUDA's allocator, or on a CPU by the resident memory of ``child``.
 
     Raises:
         MemoryError, torch.OutOfMemoryError: it did not fit.
-        ChildFailed: this system does not tell a process's peak.
+        ChildFailed: anything else went wrong there.
     """
     if device.type == "cuda":
-        return _measure(provider, case, device, backward)
-    threads = torch.get_num_threads()
-    peak: int = child.call(
-        "memory:peak_in_this_process",
-        provider=provider.name,
-        backend=provider.backend,
-        case=asdict(case),
-        backward=backward,
-        threads=threads,
-    )
-    return peak
+        return _measure(provider, case, device)
+    name, threads = (provider.name, provider.backend), torch.get_num_threads()
+    peaks: dict[str, int] = child.call("memory:peaks_in_this_process", name=name, case=asdict(case), threads=threads)
+    return peaks
+
+
+def peaks_in_this_process(name: list[str], case: dict[str, int | str], threads: int) -> dict[str, int]:
+    """What :func:`peaks_of` asks its child process for."""
+    torch.set_num_threads(threads)
+    (chosen,) = (each for each in all_providers() if [each.name, each.backend] == name)
+    return _measure(chosen, Case(**case), torch.device("cpu"))  # type: ignore[arg-type]
+
+
+def _measure(provider: Provider, case: Case, device: torch.device) -> dict[str, int]:
+    peaks = {}
+    with provider.settings():
+        # First a tiny pass: libraries' code and threads are no part of the measured one. Full-size buffers that a
+        # library keeps after its first call are, and the tiny pass makes none. What torch.compile needs to compile is
+        # no part of it either.
+        tiny = Case(min(case.N, 8), min(case.C, 128), case.D, case.dtype, case.weight_dtype)
+        warm_up = provider.open(make_inputs(case if provider.name == "compiled" else tiny, device))
+        for backward in PASSES.values():
+            warm_up(backward)
+        del warm_up
+        inputs = make_inputs(case, device, distinct=False)
+        for pass_name, backward in PASSES.items():
+            gc.collect()
+            before = reset_peak(device)
+            provider.open(inputs)(backward)
+            peaks[pass_name] = max(0, peak_since_reset(device) - before - _held_by_all(provider, case, backward))
+    return peaks
 
 
 def _held_by_all(provider: Provider, case: Case, backward: bool) -> int:
     """Bytes that a pass allocates and that do not count: the gradients, and its own layout of the class centres."""
     gradients = case.weight_bytes + case.N * case.D * case.torch_dtype.itemsize if backward else 0
     return gradients + (case.weight_bytes if provider.own_weight else 0)
-
-
-def peak_in_this_process(provider: str, backend: str, case: dict[str, int | str], backward: bool, threads: int) -> int:
-    """What :func:`peak_bytes` asks its child process for."""
-    torch.set_num_threads(threads)
-    (chosen,) = (each for each in all_providers() if (each.name, each.backend) == (provider, backend))
-    return _measure(chosen, Case(**case), torch.device("cpu"), backward)  # type: ignore[arg-type]
-
-
-def _measure(provider: Provider, case: Case, device: torch.device, backward: bool) -> int:
-    with provider.settings():
-        # First a tiny pass: libraries' code and threads are no part of the measured one. Full-size buffers that a
-        # library keeps after its first call are, and the tiny pass makes none. What torch.compile needs to compile is
-        # no part of it either.
-        tiny = Case(min(case.N, 8), min(case.C, 128), case.D, case.dtype, case.weight_dtype)
-        provider.open(make_inputs(case if provider.name == "compiled" else tiny, device))(backward)
-        inputs = make_inputs(case, device, distinct=False)
-        gc.collect()
-        before = reset_peak(device)
-        provider.open(inputs)(backward)
-        return max(0, peak_since_reset(device) - before - _held_by_all(provider, case, backward))
 
 
 def can_measure(device: torch.device) -> bool:

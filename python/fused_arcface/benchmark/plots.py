@@ -168,6 +168,10 @@ def _roofline(axes: Any, report: Report) -> None:
         axes.annotate(
             f"{dtype} product, {peak / 1e9:,.0f} GFLOP/s", (high, peak / 1e9), ha="right", va="bottom", fontsize=8
         )
+    fma = report.machine.get("fma_flops_per_second")
+    if fma is not None:
+        axes.axhline(fma / 1e9, color="#444444", lw=1.2, ls="--")
+        axes.annotate(f"fp32 multiply-adds, {fma / 1e9:,.0f} GFLOP/s", (low, fma / 1e9), va="bottom", fontsize=8)
     axes.annotate(f"copy, {copy / 1e9:,.0f} GB/s", (low, low * copy / 1e9 * 1.3), fontsize=8, rotation=0)
     styles = _styles(report.measurements)
     seen: set[tuple[str, str]] = set()

@@ -129,7 +129,8 @@ class Report:
     measurements: list[Measurement]
     skips: list[Skip]
     machine: dict[str, Any]
-    """Measured ceilings: ``flops_per_second`` by dtype, ``copy_bytes_per_second``, ``memory_bytes``."""
+    """Measured ceilings: ``flops_per_second`` of a product by dtype, ``copy_bytes_per_second``, on a CPU
+    ``fma_flops_per_second`` (fp32, in registers alone), and the ``memory_bytes`` that were free."""
 
     def skip(self, provider: str, backend: str, case: Case | None, reason: str) -> None:
         """Note a skip, once: a run that goes on with an interrupted one meets the same again."""

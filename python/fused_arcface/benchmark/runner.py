@@ -8,14 +8,13 @@ from dataclasses import replace
 import torch
 
 from . import machine, memory
-from .cases import Case, Inputs, make_inputs
+from .cases import PASSES, Case, Inputs, make_inputs
 from .child import Child, ChildFailed, out_of_memory
 from .providers import Provider
 from .report import Measurement, Report
 from .timing import time_interleaved
 from .truth import TOLERANCE, Formula, Outcome, error_of, truth
 
-PASSES = ("fwd", "fwd+bwd")
 _COARSEST_FIRST = ("float16", "bfloat16", "float32", "float64")
 
 Progress = Callable[[str, str], None]
@@ -65,6 +64,8 @@ def run_benchmark(
         if name not in report.machine["flops_per_second"]:
             progress("ceiling", f"square product in {name}")
             _add_ceiling(report, machine.measure_ceiling(device, name), name)
+    if device.type == "cpu" and "fma_flops_per_second" not in report.machine:
+        report.machine["fma_flops_per_second"] = machine.fma_flops_per_second()
     with_memory = with_memory and memory.can_measure(device)
     with Child() as child:
         for case in cases:
@@ -156,23 +157,20 @@ def _measure_case(
     rights.clear()
     memory.release(device)
 
-    peaks: dict[tuple[int, str], int | None] = {}
+    peaks: dict[int, dict[str, int]] = {}
     for index in errors:
-        for pass_name in PASSES:
-            progress(str(case), f"memory of {fitting[index]}, {pass_name}")
-            peaks[index, pass_name] = None
-            if child is None:
-                continue
-            try:
-                peak = memory.peak_bytes(fitting[index], case, device, pass_name == "fwd+bwd", child)
-                peaks[index, pass_name] = peak
-            except (MemoryError, ChildFailed, torch.OutOfMemoryError) as error:
-                skip(fitting[index], f"memory of {pass_name} not measured: {_reason(error)}")
-            memory.release(device)
+        if child is None:
+            break
+        progress(str(case), f"memory of {fitting[index]}")
+        try:
+            peaks[index] = memory.peaks_of(fitting[index], case, device, child)
+        except (MemoryError, ChildFailed, torch.OutOfMemoryError) as error:
+            skip(fitting[index], f"memory not measured: {_reason(error)}")
+        memory.release(device)
 
-    for pass_name in PASSES:
+    for pass_name, backward in PASSES.items():
         timings = time_interleaved(
-            {str(index): _timed(fitting[index], inputs, pass_name == "fwd+bwd") for index in errors},
+            {str(index): _timed(fitting[index], inputs, backward) for index in errors},
             device,
             seconds,
             lambda index, name=pass_name: progress(str(case), f"{name} {fitting[int(index)]}"),  # type: ignore[misc]
@@ -189,8 +187,8 @@ def _measure_case(
                 case,
                 timings[str(index)],
                 errors[index][pass_name],
-                provider.products[pass_name == "fwd+bwd"],
-                peaks[index, pass_name],
+                provider.products[backward],
+                peaks.get(index, {}).get(pass_name),
             )
             report.measurements.append(measured)
 
@@ -198,7 +196,7 @@ def _measure_case(
 def _errors(provider: Provider, inputs: Inputs, right: Outcome) -> dict[str, float]:
     with provider.settings():
         run = provider.open(inputs)
-        return {name: error_of(run(name == "fwd+bwd"), right) for name in PASSES}
+        return {name: error_of(run(backward), right) for name, backward in PASSES.items()}
 
 
 def _timed(provider: Provider, inputs: Inputs, backward: bool) -> Callable[[], object]:

@@ -24,9 +24,9 @@ def bench(
         str | None, typer.Option(help='Comma-separated names; "ours" stands for all of this package. All if not given.')
     ] = None,
     backend: Annotated[str | None, typer.Option(help="Of this package's providers, only this backend's.")] = None,
-    output: Annotated[Path, typer.Option(help="Folder for the rows (CSV, JSON), written after each case, and the pictures.")] = Path(
-        "runs/bench"
-    ),
+    output: Annotated[
+        Path, typer.Option(help="Folder for the rows (CSV, JSON), written after each case, and the pictures.")
+    ] = Path("runs/bench"),
     device: Annotated[str | None, typer.Option(help="cpu or cuda; a GPU if there is one.")] = None,
     threads: Annotated[
         int | None, typer.Option(min=1, help="Threads on a CPU; torch's own number if not given.")
@@ -38,13 +38,17 @@ def bench(
     ] = False,
     budget: Annotated[
         float | None,
-        typer.Option(min=0.0, help="GiB: search the most identities whose training step fits, in place of the cases."),
+        typer.Option(help="GiB: search the most identities whose training step fits, in place of the cases."),
+    ] = None,
+    ranks: Annotated[
+        str | None,
+        typer.Option(help='"1,2,4": run the step on so many processes beside the cost model, in place of the cases.'),
     ] = None,
 ) -> None:
     """Measure throughput and memory of the head beside its peers; each result is checked against fp64 first.
 
-    quick takes about a minute on two cores, full about six, scaling an hour. Exit status 1 if a result of this package
-    is wrong.
+    quick takes about a minute on two cores, full about four, scaling an hour. Exit status 1 if a result of this package
+    is wrong or nothing could be measured.
     """
     import torch
 
@@ -66,16 +70,25 @@ def bench(
     # Piped output is not wrapped to a terminal's width that nobody looks at.
     console = Console() if Console().is_terminal else Console(width=140)
     try:
-        chosen, shapes = select(names, backend), cases_named(cases, on.type)
+        shapes = cases_named(cases, on.type)
+        chosen = select(names if budget is None else None, backend)
+        world_sizes = [] if ranks is None else [int(each) for each in ranks.split(",")]
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
+    if budget is not None and not budget > 0:
+        raise typer.BadParameter(f"must be > 0; got {budget}", param_hint="--budget")
+    if any(each < 1 for each in world_sizes):
+        raise typer.BadParameter(f"must be numbers >= 1; got {ranks}", param_hint="--ranks")
     try:  # said before the minutes are spent, not after
         output.mkdir(parents=True, exist_ok=True)
         (output / "rows.csv").open("a").close()
     except OSError as error:
         raise typer.BadParameter(f"{output} cannot be written to: {error.strerror}", param_hint="--output") from None
+    if world_sizes:
+        _run_ranks(console, world_sizes, output)
+        return
     if budget is not None:
-        _run_capacity(console, on, int(budget * 2**30), names, backend, output)
+        _run_capacity(console, on, int(budget * 2**30), names, backend, output, resume)
         return
     earlier = _interrupted_run(output, on) if resume else None
     with _progress(console) as progress:
@@ -109,7 +122,7 @@ def bench(
         written += plots.write_plots(report, output)
     except MissingExtra as missing:
         console.print(f"No pictures: {missing}", markup=False)
-    console.print(f"{report.context['device']}, torch {report.context['torch']}", highlight=False)
+    console.print(f"{report.context['device']}, torch {report.context['torch']}; {_ceilings(report)}", highlight=False)
     _say_written(console, written)
     wrong = any(skip.reason.startswith("wrong") and skip.provider.startswith("fused_arcface") for skip in report.skips)
     if wrong or all(measurement.provider.startswith("ceiling") for measurement in report.measurements):
@@ -143,7 +156,7 @@ def _print(console: Console, tables: list[Table]) -> None:
 
 def _tables(report: Report, case: Case) -> list[Table]:
     """A table for each pass of one case, fastest first."""
-    from ..benchmark.runner import PASSES
+    from ..benchmark.cases import PASSES
 
     tables = []
     for pass_name in PASSES:
@@ -173,6 +186,13 @@ def _cells(each: Measurement, products: float | None, peak: float | None) -> lis
         "" if each.peak_bytes is None else f"{each.peak_bytes / 2**20:,.1f}",
         f"{each.error:.0e}",
     ]
+
+
+def _ceilings(report: Report) -> str:
+    found = [f"{dtype} product {rate / 1e9:,.0f}" for dtype, rate in report.machine["flops_per_second"].items()]
+    fma = report.machine.get("fma_flops_per_second")
+    found += [] if fma is None else [f"fp32 multiply-adds in registers {fma / 1e9:,.0f}"]
+    return f"GFLOP/s: {', '.join(found)}"
 
 
 def _digits(value: float) -> str:
@@ -206,27 +226,59 @@ def _run_capacity(
     names: list[str] | None,
     backend: str | None,
     output: Path,
+    resume: bool,
 ) -> None:
     from ..benchmark import capacity, memory, plots
     from ..extras import MissingExtra
 
     memory.release(device)
-    with _progress(console) as progress:
-        task = progress.add_task("starting", total=None)
-        rows, skips = capacity.run_capacity(
-            device,
-            budget_bytes,
-            names=names,
-            backend=backend,
-            progress=lambda text: progress.update(task, description=text),
-        )
+    try:
+        earlier = capacity.read(output, budget_bytes, device) if resume else []
+        with _progress(console) as progress:
+            task = progress.add_task("starting", total=None)
+            rows, skips = capacity.run_capacity(
+                device,
+                budget_bytes,
+                names=names,
+                backend=backend,
+                earlier=earlier,
+                progress=lambda text: progress.update(task, description=text),
+                on_row=lambda rows: capacity.write(output, rows),
+            )
+    except FileNotFoundError:
+        raise typer.BadParameter(f"{output} holds no capacities to go on with", param_hint="--resume") from None
+    except (ValueError, RuntimeError) as error:
+        raise typer.BadParameter(str(error)) from None
+    except KeyboardInterrupt:
+        console.print(f"Interrupted. What was found is in {output}; --resume goes on from there.", markup=False)
+        raise typer.Exit(130) from None
     _print(console, [_capacity_table(rows, budget_bytes), *_skips(skips)])
+    if not rows:
+        raise typer.Exit(1)
     written = capacity.write(output, rows)
     try:
         written.append(plots.write_capacity_plot(rows, output / "capacity.png"))
     except MissingExtra as missing:
         console.print(f"No picture: {missing}", markup=False)
     _say_written(console, written)
+
+
+def _run_ranks(console: Console, world_sizes: list[int], output: Path) -> None:
+    from ..benchmark import ranks
+
+    with _progress(console) as progress:
+        task = progress.add_task("starting", total=None)
+        rows = ranks.run_ranks(world_sizes, lambda text: progress.update(task, description=text))
+    table = _table("A training step on several processes: the cost model beside what was measured")
+    for column in ("ranks", "N", "identities", "predicted ms", "measured ms", "measured ÷ predicted"):
+        table.add_column(column, justify="right")
+    table.add_column("limited by")
+    for row in rows:
+        predicted, measured = row["predicted_ms"], row["measured_ms"]
+        figures = (_digits(predicted), _digits(measured), f"{measured / predicted:.2f}", row["limit"])
+        table.add_row(str(row["ranks"]), str(row["N"]), f"{row['C']:,}", *figures)
+    _print(console, [table])
+    _say_written(console, ranks.write(output, rows))
 
 
 def _say_written(console: Console, paths: list[Path]) -> None:
