@@ -8,8 +8,9 @@
 
 PYTHON ?= python3
 ARGS ?=
-# Without a GPU a CPU build of torch is enough, and the newest torch may come with gigabytes of CUDA libraries.
-TORCH ?= $(if $(shell nvidia-smi -L 2>/dev/null | grep '^GPU'),torch,torch==2.13.0)
+# Without a GPU a CPU build of torch is enough, and the newest torch may come with gigabytes of CUDA libraries. It brings no
+# Triton, whose interpreter and compiler the tests use: the one that belongs to this torch.
+TORCH ?= $(if $(shell nvidia-smi -L 2>/dev/null | grep '^GPU'),torch,torch==2.13.0 triton==3.7.1)
 
 run := .venv/bin/python -m
 csrc := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
@@ -59,7 +60,7 @@ distclean: clean  ## Remove .venv and the demo's results as well
 
 .venv/.installed: .venv/.created pyproject.toml CMakeLists.txt $(csrc)
 	@echo "==> Building fused_arcface and installing it with its dependencies into .venv (the first time takes minutes)"
-	@$(run) pip install --quiet --disable-pip-version-check "$(TORCH)" -e ".[test,demo,bench]"
+	@$(run) pip install --quiet --disable-pip-version-check $(TORCH) -e ".[test,demo,bench]"
 	@touch $@
 
 # The package is there already, so this fetches what its extra names and nothing else.

@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .backends.reference import unit_gradient, unit_rows
 from .distributed import ALONE, JointBatch, Ranks
 from .ops import compute_dtype
 
@@ -88,10 +87,10 @@ class Shard:
         return weight if self.classes is None else weight.index_select(0, self.classes)
 
     def target_rows(self, target: Tensor) -> Tensor:
-        """Indices into the centres that take part (N,) as rows of weight; -1 stays."""
+        """Indices into the centres that take part (N,) as rows of weight; negative ones stay."""
         if self.classes is None or self.classes.shape[0] == 0:
             return target
-        return torch.where(target < 0, -1, self.classes.index_select(0, target.clamp(min=0)))
+        return torch.where(target < 0, target, self.classes.index_select(0, target.clamp(min=0)))
 
     def start_scatter(self, rows: Tensor) -> Callable[[], Tensor]:
         """See :meth:`Ranks.start_scatter`; times W, as data-parallel wrappers of the backbone divide by it."""
@@ -134,8 +133,7 @@ class NegativesAndTarget(torch.autograd.Function):
             maximum = shard.ranks.max(_ops.class_max(rows, centres, target, backend))
             shift = (scale * maximum.double()).masked_fill(maximum == -torch.inf, 0)
         total, maximum, centre_sum = _ops.class_stats(rows, centres, target, scale, shift, with_centre_sum, backend)
-        unit_x, unit_w, present = _unit_target_pairs(rows, weight, shard.target_rows(target))
-        target_cosine = (unit_x * unit_w).sum(1).clamp(-1, 1).masked_fill(~present, 0)
+        target_cosine = _ops.target_cosine(rows, weight, shard.target_rows(target), backend)
         total, target_cosine = shard.ranks.sum(torch.stack([total, target_cosine])).unbind()
         if shard.with_max:
             maximum = shard.ranks.max(maximum)
@@ -157,9 +155,9 @@ class NegativesAndTarget(torch.autograd.Function):
         coefficients = ctx.scale, lse, negative_coefficient, d_target_cosine
         d_embeddings = d_weight = None
         if ctx.with_centre_sum:
-            _, unit_w, present = _unit_target_pairs(rows, weight, shard.target_rows(target))
-            d_unit = negative_coefficient[:, None] * mean_centre
-            d_unit += d_target_cosine.masked_fill(~present, 0)[:, None] * unit_w
+            d_unit = _ops.unit_embedding_grad(
+                weight, shard.target_rows(target), mean_centre, negative_coefficient, d_target_cosine, ctx.backend
+            )
             finish = shard.start_scatter(d_unit)
         # The weight pass runs while the embeddings' gradient is on its way between the ranks.
         if shard.update is not None:
@@ -171,8 +169,7 @@ class NegativesAndTarget(torch.autograd.Function):
         if ctx.with_centre_sum:
             d_unit = finish()
             if ctx.needs_input_grad[0]:
-                own = shard.own_rows(rows)
-                d_embeddings = _to_dtype(unit_gradient(d_unit, own.to(d_unit.dtype)), own.dtype)
+                d_embeddings = _ops.embedding_grad(d_unit, shard.own_rows(rows), ctx.backend)
         return d_embeddings, d_weight, None, None, None, None, None
 
 
@@ -184,8 +181,8 @@ def negatives_and_target(
     Args:
         embeddings: (n, D), this rank's rows. Their gradient is W times the derivative, W the number of ranks.
         weight: (C, D), this rank's classes.
-        target: (N,) int64, all ranks' rows: index into the centres that take part, or -1: no target here, all classes
-            are negatives; without a target on any rank its cosine is 0.
+        target: (N,) int64, all ranks' rows: index into the centres that take part; ``IGNORED``: no target here, all
+            classes are negatives, and without a target on any rank the cosine is 0; or ``INVALID``: the cosine is NaN.
         scale: of the logits.
         backend: a name that :func:`fused_arcface.backends.select` returned.
         shard: what is held here of the classes, and how to reach the rest.
@@ -195,20 +192,3 @@ def negatives_and_target(
         embeddings, weight, target, scale, torch.is_grad_enabled() and requires_grad, backend, shard
     )
     return result
-
-
-def _unit_target_pairs(embeddings: Tensor, centres: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Unit embeddings (N, D), the unit centres of their targets (N, D), and whether the target is here (N,) bool."""
-    dtype, present = compute_dtype(embeddings, centres), target >= 0
-    unit_x = unit_rows(embeddings.to(dtype))
-    if centres.shape[0] == 0:
-        return unit_x, torch.zeros_like(unit_x), present
-    return unit_x, unit_rows(centres.index_select(0, target.clamp(min=0)).to(dtype)), present
-
-
-def _to_dtype(gradient: Tensor, dtype: torch.dtype) -> Tensor:
-    """Gradient in its input's dtype; in fp16 finite numbers saturate, as a zero row's would overflow."""
-    if dtype != torch.float16:
-        return gradient.to(dtype)
-    limit = torch.finfo(dtype).max
-    return torch.where(gradient.isfinite(), gradient.clamp(-limit, limit), gradient).to(dtype)

@@ -10,6 +10,7 @@ from .autograd import negatives_and_target
 from .checks import check_inputs
 from .loss import MarginSoftmaxStats, loss_of_rows
 from .margins import ArcFace, Margin
+from .ops import IGNORED
 
 
 def margin_softmax_loss(
@@ -60,7 +61,7 @@ def margin_softmax_loss(
     embeddings = as_autocast(embeddings)
     local_target = torch.ops.fused_arcface.local_target(target, weight.shape[0], ignore_index)
     rows = negatives_and_target(embeddings, weight, local_target, float(scale), backend)
-    loss, stats = loss_of_rows(*rows, local_target < 0, margin, scale, reduction)
+    loss, stats = loss_of_rows(*rows, local_target == IGNORED, margin, scale, reduction, backend)
     return (loss, stats) if return_stats else loss
 
 

@@ -5,14 +5,16 @@ Plain PyTorch, so autograd carries any margin through it; every backend, and one
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
+from . import backends
 from .checks import check_margin_output
-from .margins import Margin
+from .margins import Margin, parameters
 
 
 class MarginSoftmaxStats(NamedTuple):
@@ -26,6 +28,37 @@ class MarginSoftmaxStats(NamedTuple):
     """(N,) cosine between the embedding and its class centre, without the margin."""
     correct: Tensor
     """(N,) bool: the target is the nearest class centre, without the margin (a tie is not correct)."""
+
+
+class _FusedMarginLoss(torch.autograd.Function):
+    """Row losses and full log-sum-exps, (N,) each, the former differentiable, by one launch of a backend's
+    margin_loss."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        negative_lse: Tensor,
+        target_cosine: Tensor,
+        scale: float,
+        m1: float,
+        m2: float,
+        m3: float,
+        boundary: str,
+        gradient: str,
+        backend: str,
+    ) -> tuple[Tensor, Tensor]:
+        loss, lse, d_lse, d_cosine = torch.ops.fused_arcface.margin_loss(
+            negative_lse, target_cosine, scale, m1, m2, m3, boundary, gradient, backend
+        )
+        ctx.save_for_backward(d_lse, d_cosine)
+        ctx.mark_non_differentiable(lse)
+        return loss, lse
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        d_lse, d_cosine = ctx.saved_tensors
+        return d_loss * d_lse, d_loss * d_cosine, None, None, None, None, None, None, None
 
 
 def reduce_loss(loss: Tensor, ignored: Tensor, reduction: str) -> Tensor:
@@ -45,6 +78,7 @@ def loss_of_rows(
     margin: Margin,
     scale: float,
     reduction: str,
+    backend: str = "reference",
 ) -> tuple[Tensor, MarginSoftmaxStats]:
     """Reduced loss, differentiable, and the rows' statistics.
 
@@ -53,16 +87,23 @@ def loss_of_rows(
         target_cosine: (N,).
         negative_max: (N,) greatest cosine among the row's negatives.
         ignored: (N,) bool.
+        backend: that of the other stages; one that fuses this tail does so for the margins of this package.
     """
-    modified = margin(target_cosine)
-    check_margin_output(modified, target_cosine)
-    target_logit = scale * modified
-    # softplus, not log(exp + exp) - z, which cancels for well-classified rows; past 40 it is linear to fp64's last bit.
-    loss = F.softplus(negative_lse - target_logit, threshold=40)
+    numbers = parameters(margin) if backends.fuses_margin(backend) and negative_lse.dtype == torch.float32 else None
+    if numbers is not None:
+        loss, lse = _FusedMarginLoss.apply(negative_lse, target_cosine, float(scale), *numbers, backend)
+    else:
+        modified = margin(target_cosine)
+        check_margin_output(modified, target_cosine)
+        target_logit = scale * modified
+        # softplus, not log(exp + exp) - z, which cancels for well-classified rows; past 40 it is linear to fp64's
+        # last bit.
+        loss = F.softplus(negative_lse - target_logit, threshold=40)
+        lse = torch.logaddexp(negative_lse.detach(), target_logit.detach())
     with torch.no_grad():
         stats = MarginSoftmaxStats(
             loss=loss.masked_fill(ignored, 0),
-            lse=torch.logaddexp(negative_lse, target_logit),
+            lse=lse,
             target_cosine=target_cosine.detach(),
             correct=(target_cosine > negative_max) & ~ignored,
         )

@@ -241,5 +241,26 @@ class NormSoftmax:
         return target_cosine
 
 
+def parameters(margin: object) -> tuple[float, float, float, str, str] | None:
+    """``(m1, m2, m3, boundary, gradient)`` of a margin of this module, None for any other callable.
+
+    The boundary of a margin that leaves the angle alone is called ``"linear"``: ``cos θ - m3``, derivative 1
+    everywhere.
+
+    >>> parameters(ArcFace(0.3)), parameters(abs)
+    ((1.0, 0.3, 0.0, 'hard', 'exact'), None)
+    """
+    # By exact type: a subclass may compute something else.
+    if type(margin) is ArcFace:
+        return 1.0, margin.margin, 0.0, margin.boundary, margin.gradient
+    if type(margin) is SphereFace:
+        return margin.margin, 0.0, 0.0, "fold", margin.gradient
+    if type(margin) is CombinedMargin:
+        return margin.m1, margin.m2, margin.m3, margin.boundary, margin.gradient
+    if type(margin) is CosFace:
+        return 1.0, 0.0, margin.margin, "linear", "exact"
+    return (1.0, 0.0, 0.0, "linear", "exact") if type(margin) is NormSoftmax else None
+
+
 Margin = Callable[[Tensor], Tensor]
 """Any map of target cosines ``(N,)`` to modified cosines ``(N,)`` that autograd can differentiate."""

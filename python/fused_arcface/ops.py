@@ -6,6 +6,8 @@ own. Shapes and meanings are those of :mod:`fused_arcface.backends.reference`.
 
 from __future__ import annotations
 
+import functools
+import os
 from typing import Any, NamedTuple
 
 import torch
@@ -14,10 +16,14 @@ from torch import Tensor
 from . import backends
 from .checks import check_target_range
 
+IGNORED, INVALID = -1, -2
+"""Targets of rows that take no part, or whose class is in another shard; and of rows whose label is no class."""
+
 _ROWS = "Tensor embeddings, Tensor weight, Tensor target"
 _COEFFICIENTS = "Tensor lse, Tensor negative_coefficient, Tensor target_coefficient"
 _SCHEMAS = {
     "local_target": "(Tensor target, int num_classes, int ignore_index) -> Tensor",
+    # O(N·C·D), over the classes
     "class_max": f"({_ROWS}, str backend) -> Tensor",
     "class_stats": f"({_ROWS}, float scale, Tensor? shift, bool with_centre_sum, str backend)"
     " -> (Tensor, Tensor, Tensor)",
@@ -25,6 +31,13 @@ _SCHEMAS = {
     "update_centres": "(Tensor embeddings, Tensor(a!) weight, Tensor target, float scale, "
     f"{_COEFFICIENTS}, Tensor? classes, Tensor(b!)? momentum_buffer, Tensor(c!)? momentum_scale, float lr, "
     "float momentum, float weight_decay, int rounding_key, int class_start, Tensor active, str backend) -> ()",
+    # O(N·D) and O(N), over the rows
+    "target_cosine": f"({_ROWS}, str backend) -> Tensor",
+    "margin_loss": "(Tensor negative_lse, Tensor target_cosine, float scale, float m1, float m2, float m3,"
+    " str boundary, str gradient, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
+    "unit_embedding_grad": "(Tensor weight, Tensor target, Tensor mean_centre, Tensor negative_coefficient,"
+    " Tensor target_coefficient, str backend) -> Tensor",
+    "embedding_grad": "(Tensor d_unit, Tensor embeddings, str backend) -> Tensor",
 }
 for _name, _schema in _SCHEMAS.items():
     torch.library.define(f"fused_arcface::{_name}", _schema)
@@ -37,11 +50,16 @@ def compute_dtype(embeddings: Tensor, weight: Tensor) -> torch.dtype:
 
 @torch.library.impl("fused_arcface::local_target", "default")
 def _local_target(target: Tensor, num_classes: int, ignore_index: int) -> Tensor:
-    """Labels (N,) of any integer dtype as int64, -1 for ignored rows. An operator, since its check reads the values."""
+    """Labels (N,) of any integer dtype as int64, -1 for ignored rows, -2 for those out of range.
+
+    An operator, since its check reads the values. On a GPU that would wait for the device: there an invalid label's
+    loss is NaN (the backends' target_cosine), unless FUSED_ARCFACE_DEBUG=1 asks for the check.
+    """
     target = target.long()
-    if target.device.type == "cpu":
+    if target.device.type == "cpu" or os.environ.get("FUSED_ARCFACE_DEBUG") == "1":
         check_target_range(target, num_classes, ignore_index)
-    return torch.where(target == ignore_index, -1, target)
+    valid = torch.where((target >= 0) & (target < num_classes), target, INVALID)
+    return torch.where(target == ignore_index, IGNORED, valid)
 
 
 @torch.library.register_fake("fused_arcface::local_target")
@@ -49,17 +67,49 @@ def _local_target_fake(target: Tensor, num_classes: int, ignore_index: int) -> T
     return torch.empty_like(target, dtype=torch.int64)
 
 
+def _run(name: str, *arguments: Any) -> Any:
+    """The stage of that name by the backend that the last argument names."""
+    *inputs, backend = arguments
+    return getattr(backends.load(backend), name)(*inputs)
+
+
+# The stages over the rows are the backend's own functions; those over the classes below know of a shard without any.
+for _name in ("target_cosine", "margin_loss", "unit_embedding_grad", "embedding_grad"):
+    torch.library.impl(f"fused_arcface::{_name}", "default", functools.partial(_run, _name))
+
+
+@torch.library.register_fake("fused_arcface::target_cosine")
+def _target_cosine_fake(embeddings: Tensor, weight: Tensor, target: Tensor, backend: str) -> Tensor:
+    return embeddings.new_empty(embeddings.shape[0], dtype=compute_dtype(embeddings, weight))
+
+
+@torch.library.register_fake("fused_arcface::margin_loss")
+def _margin_loss_fake(
+    negative_lse: Tensor, target_cosine: Tensor, *numbers: object
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    loss, lse, d_lse, d_cosine = (torch.empty_like(negative_lse) for _ in range(4))
+    return loss, lse, d_lse, d_cosine
+
+
+@torch.library.register_fake("fused_arcface::unit_embedding_grad")
+def _unit_embedding_grad_fake(weight: Tensor, target: Tensor, mean_centre: Tensor, *rest: object) -> Tensor:
+    return torch.empty_like(mean_centre)
+
+
+@torch.library.register_fake("fused_arcface::embedding_grad")
+def _embedding_grad_fake(d_unit: Tensor, embeddings: Tensor, backend: str) -> Tensor:
+    return torch.empty_like(embeddings)
+
+
 @torch.library.impl("fused_arcface::class_max", "default")
 def _class_max(embeddings: Tensor, weight: Tensor, target: Tensor, backend: str) -> Tensor:
     if weight.shape[0] == 0:
         return embeddings.new_full(embeddings.shape[:1], -torch.inf, dtype=compute_dtype(embeddings, weight))
-    result: Tensor = backends.load(backend).class_max(embeddings, weight, target)
+    result: Tensor = _run("class_max", embeddings, weight, target, backend)
     return result
 
 
-@torch.library.register_fake("fused_arcface::class_max")
-def _class_max_fake(embeddings: Tensor, weight: Tensor, target: Tensor, backend: str) -> Tensor:
-    return embeddings.new_empty(embeddings.shape[0], dtype=compute_dtype(embeddings, weight))
+torch.library.register_fake("fused_arcface::class_max", _target_cosine_fake)
 
 
 @torch.library.impl("fused_arcface::class_stats", "default")
@@ -76,8 +126,8 @@ def _class_stats(
         rows = embeddings.new_zeros(embeddings.shape[0], dtype=compute_dtype(embeddings, weight))
         centre_sum = rows.new_zeros(embeddings.shape if with_centre_sum else (0,))
         return rows, torch.full_like(rows, -torch.inf), centre_sum
-    result: tuple[Tensor, Tensor, Tensor] = backends.load(backend).class_stats(
-        embeddings, weight, target, scale, shift, with_centre_sum
+    result: tuple[Tensor, Tensor, Tensor] = _run(
+        "class_stats", embeddings, weight, target, scale, shift, with_centre_sum, backend
     )
     return result
 
@@ -99,35 +149,13 @@ def _class_stats_fake(
 
 
 @torch.library.impl("fused_arcface::weight_grad", "default")
-def _weight_grad(
-    embeddings: Tensor,
-    weight: Tensor,
-    target: Tensor,
-    scale: float,
-    lse: Tensor,
-    negative_coefficient: Tensor,
-    target_coefficient: Tensor,
-    backend: str,
-) -> Tensor:
-    if weight.shape[0] == 0:
-        return torch.empty_like(weight)
-    result: Tensor = backends.load(backend).weight_grad(
-        embeddings, weight, target, scale, lse, negative_coefficient, target_coefficient
-    )
+def _weight_grad(embeddings: Tensor, weight: Tensor, *rest: Any) -> Tensor:
+    result: Tensor = torch.empty_like(weight) if weight.shape[0] == 0 else _run("weight_grad", embeddings, weight, *rest)
     return result
 
 
 @torch.library.register_fake("fused_arcface::weight_grad")
-def _weight_grad_fake(
-    embeddings: Tensor,
-    weight: Tensor,
-    target: Tensor,
-    scale: float,
-    lse: Tensor,
-    negative_coefficient: Tensor,
-    target_coefficient: Tensor,
-    backend: str,
-) -> Tensor:
+def _weight_grad_fake(embeddings: Tensor, weight: Tensor, *rest: object) -> Tensor:
     return torch.empty_like(weight)
 
 
@@ -170,8 +198,17 @@ def _update_centres(
 ) -> None:
     step, backend = CentreStep(*step_and_backend[:-1]), step_and_backend[-1]
     if (weight if step.classes is None else step.classes).shape[0] > 0:
-        backends.load(backend).update_centres(
-            embeddings, weight, target, scale, lse, negative_coefficient, target_coefficient, step
+        _run(
+            "update_centres",
+            embeddings,
+            weight,
+            target,
+            scale,
+            lse,
+            negative_coefficient,
+            target_coefficient,
+            step,
+            backend,
         )
 
 

@@ -27,6 +27,7 @@ from .head import nearest_classes
 from .keyed import fill_normal
 from .loss import MarginSoftmaxStats, loss_of_rows
 from .margins import ArcFace, Margin
+from .ops import IGNORED
 from .sampling import Sampler
 from .sharding import Sharding
 
@@ -198,18 +199,14 @@ class PartialFC(nn.Module):
             update=update,
         )
         lse, cosine, maximum = negatives_and_target(embeddings, self.weight, local, self.scale, backend, shard)
-        if target.device.type != "cpu":  # there nobody has looked at the labels' values
-            cosine = cosine.masked_fill(
-                (target >= self.num_classes) | ((target < 0) & (batch.target != ignore_index)), torch.nan
-            )
-        loss, stats = loss_of_rows(lse, cosine, maximum, target < 0, self.margin, self.scale, "mean")
+        loss, stats = loss_of_rows(lse, cosine, maximum, target == IGNORED, self.margin, self.scale, "mean", backend)
         if update is not None:
             loss = update.watch(loss)
         return (loss, MarginSoftmaxStats(*map(batch.own, stats))) if return_stats else loss
 
     def _choose_classes(self, target: Tensor) -> tuple[Tensor | None, Tensor]:
-        """This step's rows of weight (K,), None for all, and each row's target as an index into them, -1 where it is
-        not here."""
+        """This step's rows of weight (K,), None for all, and each row's target as an index into them, negative
+        where it is not here."""
         local = self.sharding.localise(target)
         self._sampled = None
         if not self.training:
@@ -218,7 +215,7 @@ class PartialFC(nn.Module):
         if self.sample_rate == 1:
             return None, local
         self._sampled = Sampler(self.sharding, self.sample_rate, self.seed)(self.step, target)
-        return self._sampled, torch.where(local < 0, -1, torch.searchsorted(self._sampled, local))
+        return self._sampled, torch.where(local < 0, local, torch.searchsorted(self._sampled, local))
 
     @torch.no_grad()
     def full_weight(self) -> Tensor:

@@ -36,6 +36,7 @@ class Sharding:
         return [Sharding(self.num_classes, self.world_size, rank).num_local for rank in range(self.world_size)]
 
     def localise(self, target: Tensor) -> Tensor:
-        """Global labels (N,) as rows of this shard, -1 where the class is in another (or the label is negative)."""
+        """Global labels (N,) as rows of this shard, -1 where the class is in another; negative labels stay."""
         local = target - self.class_start
-        return torch.where((local >= 0) & (local < self.num_local), local, -1)
+        here = (local >= 0) & (local < self.num_local)
+        return torch.where(here, local, target.clamp(max=-1))

@@ -1,4 +1,4 @@
-"""Backends: implementations of the three stages over the classes, chosen by name.
+"""Backends: implementations of the head's stages, chosen by name.
 
 Each is a module with the functions of :mod:`fused_arcface.backends.reference` (same names, arguments and results) and
 ``unavailable()``, which says why it cannot run here, or None. Nothing outside this package imports one directly.
@@ -12,10 +12,7 @@ from types import ModuleType
 import torch
 
 NAMES = ("reference", "cpu", "triton", "cuda")
-_NOT_BUILT = {
-    "triton": "not part of this release",
-    "cuda": "not part of this release",
-}
+_NOT_BUILT = {"cuda": "not part of this release"}
 _DEVICE_TYPES = {"cpu": "cpu", "triton": "cuda", "cuda": "cuda"}
 
 
@@ -39,6 +36,11 @@ def available() -> dict[str, str | None]:
     return {name: _unavailable(name) for name in NAMES}
 
 
+def fuses_margin(name: str) -> bool:
+    """Whether the backend's ``margin_loss`` saves launches; otherwise plain PyTorch is as good and takes any margin."""
+    return name == "triton"
+
+
 def check_name(name: object) -> None:
     if name != "auto" and name not in NAMES:
         listed = ", ".join(map(repr, ("auto", *NAMES)))
@@ -54,7 +56,8 @@ def select(name: str, device: torch.device) -> str:
     """
     check_name(name)
     if name == "auto":
-        return "cpu" if device.type == "cpu" and _unavailable("cpu") is None else "reference"
+        fastest = {"cpu": "cpu", "cuda": "triton"}.get(device.type)
+        return fastest if fastest is not None and _unavailable(fastest) is None else "reference"
     reason = _unavailable(name)
     if reason is not None:
         raise RuntimeError(f"backend {name!r} is not available: {reason}")

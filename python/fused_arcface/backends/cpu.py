@@ -9,6 +9,9 @@ from torch import Tensor
 
 from ..ops import CentreStep, compute_dtype
 
+# O(N·D) and less: PyTorch does these as well as a kernel would.
+from .reference import embedding_grad, margin_loss, target_cosine, unit_embedding_grad  # noqa: F401
+
 _import_error = None
 try:
     from .. import _native

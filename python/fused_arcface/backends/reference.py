@@ -1,7 +1,7 @@
 """The stages in plain PyTorch, logits materialised: any device, and the definition of what a backend computes.
 
-Shapes, in every backend: embeddings (N, D), weight (C, D), target (N,) int64, an index into this weight or -1 where the
-row's target is not here. Results have the compute dtype: the promoted one of both, at least fp32.
+Shapes, in every backend: embeddings (N, D), weight (C, D), target (N,) int64, an index into this weight, or negative
+where the row's target is not here (``ops.IGNORED``, ``ops.INVALID``). Results have the compute dtype: the promoted one of both, at least fp32.
 """
 
 from __future__ import annotations
@@ -11,10 +11,12 @@ from collections.abc import Callable
 from typing import ParamSpec, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..keyed import rounding_bits
-from ..ops import MOMENTUM_BLOCK, CentreStep, compute_dtype
+from ..margins import CombinedMargin
+from ..ops import IGNORED, INVALID, MOMENTUM_BLOCK, CentreStep, compute_dtype
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -165,6 +167,69 @@ def _norms(rows: Tensor) -> Tensor:
 def unit_rows(rows: Tensor) -> Tensor:
     """Rows (R, D) divided by ``max(norm, 1e-12)``."""
     return rows / _norms(rows).clamp(min=1e-12)
+
+
+def _unit_targets(weight: Tensor, target: Tensor, dtype: torch.dtype) -> Tensor:
+    """The unit centres of the rows' targets, (N, D); zeros where the target is not here."""
+    if weight.shape[0] == 0:
+        return weight.new_zeros(target.shape[0], weight.shape[1], dtype=dtype)
+    unit_w = unit_rows(weight.index_select(0, target.clamp(min=0)).to(dtype))
+    return unit_w.masked_fill((target < 0)[:, None], 0)
+
+
+def target_cosine(embeddings: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+    """(N,) cosine of each row with its target's centre; 0 where target is ``IGNORED``, NaN where it is ``INVALID``."""
+    dtype = compute_dtype(embeddings, weight)
+    cosine = (unit_rows(embeddings.to(dtype)) * _unit_targets(weight, target, dtype)).sum(1).clamp(-1, 1)
+    return cosine.masked_fill(target == IGNORED, 0).masked_fill(target == INVALID, torch.nan)
+
+
+def unit_embedding_grad(
+    weight: Tensor, target: Tensor, mean_centre: Tensor, negative_coefficient: Tensor, target_coefficient: Tensor
+) -> Tensor:
+    """(N, D) gradient by the unit embeddings, as far as these classes make it, in mean_centre's dtype.
+
+    mean_centre (N, D) is the softmax-weighted mean of the unit centres over the row's negatives; the coefficients
+    (N,) are those of :func:`weight_grad`.
+    """
+    unit_w = _unit_targets(weight, target, mean_centre.dtype)
+    of_target = target_coefficient.masked_fill(target < 0, 0)[:, None] * unit_w
+    return negative_coefficient[:, None] * mean_centre + of_target
+
+
+def embedding_grad(d_unit: Tensor, embeddings: Tensor) -> Tensor:
+    """(N, D) gradient by the embeddings, in their dtype, from that by the unit embeddings.
+
+    In fp16 finite numbers saturate, as a zero row's would overflow.
+    """
+    gradient = unit_gradient(d_unit, embeddings.to(d_unit.dtype))
+    if embeddings.dtype == torch.float16:
+        limit = torch.finfo(torch.float16).max
+        gradient = torch.where(gradient.isfinite(), gradient.clamp(-limit, limit), gradient)
+    return torch.empty_like(embeddings).copy_(gradient)
+
+
+def margin_loss(
+    negative_lse: Tensor,
+    target_cosine: Tensor,
+    scale: float,
+    m1: float,
+    m2: float,
+    m3: float,
+    boundary: str,
+    gradient: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Each row's loss, its full log-sum-exp, and the loss's derivatives by negative_lse and by target_cosine, all (N,).
+
+    The margin by its numbers (:func:`fused_arcface.margins.parameters`).
+    """
+    with torch.enable_grad():
+        lse, cosine = negative_lse.detach().requires_grad_(), target_cosine.detach().requires_grad_()
+        angular = None if boundary == "linear" else CombinedMargin(m1, m2, m3, boundary, gradient)  # type: ignore[arg-type]
+        modified = cosine - m3 if angular is None else angular(cosine)
+        loss = F.softplus(lse - scale * modified, threshold=40)
+        d_lse, d_cosine = torch.autograd.grad(loss.sum(), (lse, cosine))
+    return loss.detach(), torch.logaddexp(lse, scale * modified).detach(), d_lse, d_cosine
 
 
 def unit_gradient(d_unit: Tensor, row: Tensor) -> Tensor:

@@ -1,0 +1,125 @@
+"""What every kernel file shares: launching, rounding, products, and the library products between kernels."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET", "0") == "1")
+"""Whether kernels run in Triton's interpreter, as the tests have them: it needs help with bf16, in :func:`to` and
+:func:`dot`."""
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
+    """Runs ``kernel`` on its tensors' device, on PyTorch's current stream there; a grid without blocks is no launch."""
+    if 0 in grid:
+        return
+    device = next(arg.device for arg in args if isinstance(arg, Tensor))
+    # Triton launches on the current device, which need not be the tensors'.
+    with torch.cuda.device(device if device.type == "cuda" else -1):
+        _run(kernel, grid, args, meta)
+
+
+def _run(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], meta: dict[str, Any]) -> None:
+    """Apart from :func:`launch`, so that tests can compile what would be launched."""
+    kernel[grid](*args, **meta)
+
+
+def block_width(width: int) -> int:
+    """Columns that a kernel over rows takes at once: all, up to 512 (16 bytes of fp32 in each of 128 threads)."""
+    return min(512, triton.next_power_of_2(width))
+
+
+def rows_per_block(width: int) -> int:
+    """Rows of a kernel over rows, so that a block of 4 warps holds 2048 elements, 16 a thread."""
+    return max(1, 2048 // block_width(width))
+
+
+def multiply(out: Tensor, a: Tensor, b: Tensor, accumulate: bool) -> None:
+    """``out (+)= a @ b`` by the library: out (R, K) of the compute dtype, a (R, M) and b (M, K) of one dtype."""
+    if a.device.type != "cuda":  # the interpreter's tests: the CPU has no product of 16-bit operands into fp32
+        a, b = a.to(out.dtype), b.to(out.dtype)
+    if a.dtype == out.dtype:
+        torch.addmm(out, a, b, beta=1 if accumulate else 0, out=out)
+    elif accumulate:
+        torch.ops.aten.addmm.dtype_out(out, a, b, out.dtype, out=out)
+    else:
+        torch.ops.aten.mm.dtype_out(a, b, out.dtype, out=out)
+
+
+@triton.jit
+def floored(norm):
+    """max(norm, 1e-12), what a row is divided by, as in ``torch.nn.functional.normalize``; NaN stays NaN."""
+    # Spelt out in norm's dtype: a bare constant is fp32 to Triton, and fp64 would have nine of its digits.
+    epsilon = tl.full(norm.shape, 1e-12, norm.dtype)
+    return tl.where(norm < epsilon, epsilon, norm)
+
+
+@triton.jit
+def reciprocal_power_of_two(x):
+    """2^-k for fp32 x in [2^k, 2^(k+1)), kept within the normal numbers."""
+    exponent = (x.to(tl.int32, bitcast=True) >> 23) & 255
+    exponent = tl.minimum(tl.maximum(exponent, 1), 253)
+    return ((254 - exponent) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def row_norms(
+    rows_ptr,  # (BLOCK_N, 1) addresses of rows
+    stride_d,
+    mask,  # (BLOCK_N,)
+    D,
+    compute: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """(BLOCK_N,) norms in the compute dtype. In fp32 rows are scaled first: from 2e19 on their squares overflow."""
+    factor = tl.full([BLOCK_N], 1.0, compute)
+    if compute == tl.float32:
+        largest = tl.zeros([BLOCK_N], tl.float32)
+        for start in range(0, WIDTH, BLOCK_D):
+            offs_d = start + tl.arange(0, BLOCK_D).to(tl.int64)
+            row = tl.load(rows_ptr + offs_d[None, :] * stride_d, mask[:, None] & (offs_d < D)[None, :], 0.0)
+            largest = tl.maximum(largest, tl.max(tl.abs(row.to(tl.float32)), 1))
+        factor = reciprocal_power_of_two(largest)
+    squares = tl.zeros([BLOCK_N], compute)
+    for start in range(0, WIDTH, BLOCK_D):
+        offs_d = start + tl.arange(0, BLOCK_D).to(tl.int64)
+        row = tl.load(rows_ptr + offs_d[None, :] * stride_d, mask[:, None] & (offs_d < D)[None, :], 0.0)
+        row = row.to(compute) * factor[:, None]
+        squares += tl.sum(row * row, 1)
+    return tl.sqrt(squares) / factor
+
+
+@triton.jit
+def to(x, dtype: tl.constexpr):
+    """x rounded to dtype, to nearest even."""
+    # The interpreter truncates to bf16, which would bias every sum of such numbers; it is right at everything else.
+    if INTERPRETED and dtype == tl.bfloat16:
+        bits = x.to(tl.float32).to(tl.uint32, bitcast=True)
+        bits = bits + 0x7FFF + ((bits >> 16) & 1)
+        return (bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    return x.to(dtype)
+
+
+@triton.jit
+def to_gradient(x, dtype: tl.constexpr):
+    """x rounded to a gradient's dtype; in fp16 finite numbers saturate, as a zero row's would overflow."""
+    if dtype == tl.float16:
+        x = tl.where(tl.abs(x) < float("inf"), tl.minimum(tl.maximum(x, -65504.0), 65504.0), x)
+    return to(x, dtype)
+
+
+@triton.jit
+def dot(a, b, accumulator):
+    """accumulator (M, K) fp32 + a (M, D) @ b (D, K), a and b of one 16-bit dtype."""
+    # The interpreter holds bf16 numbers as their bits in uint16 and would multiply those.
+    if INTERPRETED:
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), accumulator, input_precision="ieee")
+    return tl.dot(a, b, accumulator)

@@ -1,0 +1,276 @@
+"""The class-chunk algorithm's kernels: from scores ``S = X·Wᵀ`` of one panel of classes to exponentials, their rows'
+sums and maxima.
+
+``PRODUCT``: the kernel multiplies 16-bit operands itself and S never leaves the registers, because writing and
+reading an fp32 S would cost 8 bytes a logit of L2 traffic beside the 4 of the exponentials (1.5 ps a logit and pass,
+against 1.3 for the product itself). Otherwise S lies in the output already, put there by a library product in fp32
+(tf32, if PyTorch is told so) or fp64.
+
+The target is masked in the tile; exponentials are not shifted unless a shift is given, and so need bf16's range, not
+fp16's. Each block adds to its own row of partial sums, so that no atomics are needed and a result never depends on
+the order of blocks.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .common import dot, launch, to
+from .configs import ELEMENTS, ElementConfig, ProductConfig
+from .rows import RowTerms, UnitRows
+
+
+@triton.jit
+def _scores(
+    x_ptr,
+    w_ptr,
+    scores_ptrs,
+    mask_n,
+    WIDTH: tl.constexpr,
+    PRODUCT: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """(BLOCK_N, BLOCK_C) scores of one tile; x_ptr and w_ptr at its first rows. Panels are padded: only batch rows
+    need a mask."""
+    if PRODUCT:
+        offs_d = tl.arange(0, BLOCK_D)
+        x_ptrs = x_ptr + (tl.arange(0, BLOCK_N)[:, None] * WIDTH + offs_d[None, :])
+        w_ptrs = w_ptr + (tl.arange(0, BLOCK_C)[None, :] * WIDTH + offs_d[:, None])
+        scores = tl.zeros([BLOCK_N, BLOCK_C], tl.float32)
+        for start in range(0, WIDTH, BLOCK_D):
+            if WIDTH % BLOCK_D == 0:
+                x = tl.load(x_ptrs, mask_n[:, None], 0.0)
+                w = tl.load(w_ptrs)
+            else:
+                mask_d = start + offs_d < WIDTH
+                x = tl.load(x_ptrs, mask_n[:, None] & mask_d[None, :], 0.0)
+                w = tl.load(w_ptrs, mask_d[:, None], 0.0)
+            scores = dot(x, w, scores)
+            x_ptrs += BLOCK_D
+            w_ptrs += BLOCK_D
+    else:
+        scores = tl.load(scores_ptrs, mask_n[:, None], 0.0)
+    return scores
+
+
+@triton.jit
+def _tile(num_tiles_n, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Which tile of classes, and the tile's first row (64-bit) and class. Blocks that run together share their
+    classes' tile."""
+    pid = tl.program_id(0)
+    tile_c = pid // num_tiles_n
+    return tile_c, (pid % num_tiles_n).to(tl.int64) * BLOCK_N, tile_c * BLOCK_C
+
+
+@triton.jit
+def class_stats_kernel(
+    x_ptr,  # (N, WIDTH)
+    w_ptr,  # (P, WIDTH)
+    inverse_ptr,  # (P,)
+    target_ptr,  # (N,) int64
+    scale_ptr,  # (N,)
+    shift_ptr,  # (N,)
+    exponentials_ptr,  # (N, P), rows exponentials_stride apart
+    total_ptr,  # (tiles of P, N): added to
+    maximum_ptr,  # (tiles of P, N): raised
+    num_rows,
+    num_classes,  # of the panel, without its padding
+    first_class,  # of the panel
+    exponentials_stride,
+    num_tiles_n,
+    partial_stride,
+    WIDTH: tl.constexpr,
+    PRODUCT: tl.constexpr,
+    HAS_SHIFT: tl.constexpr,
+    MAX_ONLY: tl.constexpr,
+    STORE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    tile_c, first_n, first_c = _tile(num_tiles_n, BLOCK_N, BLOCK_C)
+    offs_n = first_n + tl.arange(0, BLOCK_N)
+    offs_c = first_c + tl.arange(0, BLOCK_C)
+    mask_n = offs_n < num_rows
+    # One 64-bit address for the tile, 32-bit offsets within it: half the registers.
+    tile_ptr = exponentials_ptr + first_n * exponentials_stride + first_c
+    tile_ptrs = tile_ptr + (tl.arange(0, BLOCK_N)[:, None] * exponentials_stride + tl.arange(0, BLOCK_C)[None, :])
+    scores = _scores(
+        x_ptr + first_n * WIDTH,
+        w_ptr + first_c.to(tl.int64) * WIDTH,
+        tile_ptrs,
+        mask_n,
+        WIDTH,
+        PRODUCT,
+        BLOCK_N,
+        BLOCK_C,
+        BLOCK_D,
+    )
+    inverse = tl.load(inverse_ptr + offs_c)
+    scores = scores * inverse[None, :]  # now the cosines, but for the embedding's factor
+    target = (tl.load(target_ptr + offs_n, mask_n, -1) - first_class).to(tl.int32)
+    negative = (offs_c < num_classes)[None, :] & (offs_c[None, :] != target[:, None])
+
+    partial = tile_c.to(tl.int64) * partial_stride + offs_n
+    maximum = tl.max(tl.where(negative, scores, float("-inf")), 1)
+    maximum = tl.maximum(maximum, tl.load(maximum_ptr + partial, mask_n, 0.0))
+    tl.store(maximum_ptr + partial, maximum, mask_n)
+    if not MAX_ONLY:
+        exponents = scores * tl.load(scale_ptr + offs_n, mask_n, 0.0)[:, None]
+        if HAS_SHIFT:
+            exponents -= tl.load(shift_ptr + offs_n, mask_n, 0.0)[:, None]
+        exponentials = tl.where(negative, tl.exp2(exponents), 0.0)
+        total = tl.load(total_ptr + partial, mask_n, 0.0) + tl.sum(exponentials, 1)
+        tl.store(total_ptr + partial, total, mask_n)
+        if STORE:
+            # The second product takes the centres as they are stored: their inverse norms go here.
+            exponentials = to(exponentials * inverse[None, :], exponentials_ptr.dtype.element_ty)
+            tl.store(tile_ptrs, exponentials, mask_n[:, None])
+
+
+@triton.jit
+def class_gradient_kernel(
+    x_ptr,  # (N, WIDTH)
+    w_ptr,  # (P, WIDTH)
+    inverse_ptr,  # (P,)
+    target_ptr,  # (N,) int64
+    scale_ptr,  # (N,)
+    shift_ptr,  # (N,)
+    factor_ptr,  # (N,)
+    coefficient_ptr,  # (N,)
+    gradient_ptr,  # (N, P), rows gradient_stride apart
+    num_rows,
+    num_classes,
+    first_class,
+    gradient_stride,
+    num_tiles_n,
+    WIDTH: tl.constexpr,
+    PRODUCT: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    _, first_n, first_c = _tile(num_tiles_n, BLOCK_N, BLOCK_C)
+    offs_n = first_n + tl.arange(0, BLOCK_N)
+    offs_c = first_c + tl.arange(0, BLOCK_C)
+    mask_n = offs_n < num_rows
+    tile_ptr = gradient_ptr + first_n * gradient_stride + first_c
+    tile_ptrs = tile_ptr + (tl.arange(0, BLOCK_N)[:, None] * gradient_stride + tl.arange(0, BLOCK_C)[None, :])
+    scores = _scores(
+        x_ptr + first_n * WIDTH,
+        w_ptr + first_c.to(tl.int64) * WIDTH,
+        tile_ptrs,
+        mask_n,
+        WIDTH,
+        PRODUCT,
+        BLOCK_N,
+        BLOCK_C,
+        BLOCK_D,
+    )
+    scores = scores * tl.load(inverse_ptr + offs_c)[None, :]
+    scale = tl.load(scale_ptr + offs_n, mask_n, 0.0)
+    shift = tl.load(shift_ptr + offs_n, mask_n, 0.0)
+    factor = tl.load(factor_ptr + offs_n, mask_n, 0.0)
+    coefficient = tl.load(coefficient_ptr + offs_n, mask_n, 0.0)
+    target = (tl.load(target_ptr + offs_n, mask_n, -1) - first_class).to(tl.int32)
+    gradient = factor[:, None] * tl.exp2(scores * scale[:, None] - shift[:, None])
+    gradient = tl.where(offs_c[None, :] == target[:, None], coefficient[:, None], gradient)
+    # A row without negatives has a shift of -inf: what is not there must not be multiplied, but masked.
+    gradient = tl.where((offs_c < num_classes)[None, :], gradient, 0.0)
+    tl.store(tile_ptrs, to(gradient, gradient_ptr.dtype.element_ty), mask_n[:, None])
+
+
+def _meta(config: ProductConfig | ElementConfig, width: int) -> dict[str, int | bool]:
+    meta: dict[str, int | bool] = {
+        "WIDTH": width,
+        "PRODUCT": isinstance(config, ProductConfig),
+        "BLOCK_N": config.BLOCK_N,
+        "BLOCK_C": config.BLOCK_C,
+        "BLOCK_D": 16,
+        "num_warps": config.num_warps,
+    }
+    if isinstance(config, ProductConfig):
+        meta |= {"BLOCK_D": min(config.BLOCK_D, triton.next_power_of_2(width)), "num_stages": config.num_stages}
+    return meta
+
+
+def launch_class_stats(
+    x: UnitRows,
+    panel: UnitRows,
+    target: Tensor,
+    terms: RowTerms | None,
+    exponentials: Tensor,
+    total: Tensor,
+    maximum: Tensor,
+    num_classes: int,
+    first_class: int,
+    store: bool,
+    config: ProductConfig | ElementConfig,
+) -> None:
+    """Adds one panel to the rows' partial ``total`` and ``maximum`` (tiles, N), and stores its exponentials if asked.
+
+    x (N, width), panel (P, width), exponentials (N, P); without ``terms`` only the maximum is taken.
+    """
+    num_rows, width = x.values.shape
+    tiles_n, tiles_c = triton.cdiv(num_rows, config.BLOCK_N), panel.values.shape[0] // config.BLOCK_C
+    launch(
+        class_stats_kernel,
+        (tiles_n * tiles_c,),
+        x.values,
+        panel.values,
+        panel.inverse,
+        target,
+        x.inverse if terms is None else terms.scale,
+        x.inverse if terms is None or terms.shift is None else terms.shift,
+        exponentials,
+        total,
+        maximum,
+        num_rows,
+        num_classes,
+        first_class,
+        exponentials.stride(0),
+        tiles_n,
+        total.stride(0),
+        HAS_SHIFT=terms is not None and terms.shift is not None,
+        MAX_ONLY=terms is None,
+        STORE=store,
+        **_meta(config, width),
+    )
+
+
+def launch_class_gradient(
+    x: UnitRows,
+    panel: UnitRows,
+    target: Tensor,
+    terms: RowTerms,
+    gradient: Tensor,
+    num_classes: int,
+    first_class: int,
+    config: ProductConfig | ElementConfig = ELEMENTS,
+) -> None:
+    """One panel's gradient by the cosines into ``gradient`` (N, P), times the embedding's inverse."""
+    num_rows, width = x.values.shape
+    tiles_n, tiles_c = triton.cdiv(num_rows, config.BLOCK_N), panel.values.shape[0] // config.BLOCK_C
+    launch(
+        class_gradient_kernel,
+        (tiles_n * tiles_c,),
+        x.values,
+        panel.values,
+        panel.inverse,
+        target,
+        terms.scale,
+        terms.shift,
+        terms.factor,
+        terms.target,
+        gradient,
+        num_rows,
+        num_classes,
+        first_class,
+        gradient.stride(0),
+        tiles_n,
+        **_meta(config, width),
+    )

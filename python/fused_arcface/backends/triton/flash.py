@@ -1,0 +1,248 @@
+"""The flash passes: the second product taken in the same kernel as the first, so that nothing of size N×C is stored
+at all.
+
+Softmax is attention with K = V = W. Forward: a block owns ``OUTER`` embeddings and their sum of centres, and streams
+the classes of its range past them. Backward: a block owns ``OUTER`` classes and their gradient, streams the batch
+past them, and projects and writes dW itself. Exponents need no running maximum (autograd.py), so an accumulator is
+never rescaled. bf16 only, and only widths that configs.flash_config has tiles for.
+
+Width is a power of two here, and the panels and the batch are padded to whole tiles with rows of zeros: no load needs
+a mask.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .common import dot, launch, to, to_gradient
+from .configs import FLASH_PANEL, FlashConfig, device_limits, flash_config, flash_width, panel_classes, row_splits
+from .rows import RowTerms, UnitRows, fill_unit_rows
+
+
+@triton.jit
+def flash_stats_kernel(
+    x_ptr,  # (N padded, WIDTH)
+    w_ptr,  # (P, WIDTH)
+    inverse_ptr,  # (P,)
+    target_ptr,  # (N,) int64
+    scale_ptr,  # (N,)
+    shift_ptr,  # (N,)
+    centre_sum_ptr,  # (splits, N padded, WIDTH): added to
+    total_ptr,  # (splits, N padded): added to
+    maximum_ptr,  # (splits, N padded): raised
+    num_rows,
+    num_padded,
+    num_classes,  # of the panel, without its padding
+    first_class,  # of the panel
+    tiles_per_split,
+    num_tiles_c,
+    WIDTH: tl.constexpr,
+    HAS_SHIFT: tl.constexpr,
+    WITH_SUM: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    first_row = tl.program_id(0).to(tl.int64) * BLOCK_N
+    split = tl.program_id(1)
+    offs_n = first_row + tl.arange(0, BLOCK_N)
+    mask_n = offs_n < num_rows
+    # Within a tile, and within a panel, offsets fit 32 bits.
+    x_offs = tl.arange(0, BLOCK_N)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
+    w_offs = tl.arange(0, BLOCK_C)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
+    x = tl.load(x_ptr + first_row * WIDTH + x_offs)
+    target = (tl.load(target_ptr + offs_n, mask_n, -1) - first_class).to(tl.int32)
+    scale = tl.load(scale_ptr + offs_n, mask_n, 0.0)
+    if HAS_SHIFT:
+        shift = tl.load(shift_ptr + offs_n, mask_n, 0.0)
+
+    total = tl.zeros([BLOCK_N], tl.float32)
+    maximum = tl.full([BLOCK_N], float("-inf"), tl.float32)
+    if WITH_SUM:
+        centre_sum = tl.zeros([BLOCK_N, WIDTH], tl.float32)
+    first_tile = split * tiles_per_split
+    last_tile = tl.minimum(first_tile + tiles_per_split, num_tiles_c)
+    for tile in range(first_tile, last_tile):
+        offs_c = tile * BLOCK_C + tl.arange(0, BLOCK_C)
+        w = tl.load(w_ptr + tile * (BLOCK_C * WIDTH) + w_offs)
+        inverse = tl.load(inverse_ptr + offs_c)
+        scores = dot(x, tl.trans(w), tl.zeros([BLOCK_N, BLOCK_C], tl.float32)) * inverse[None, :]
+        negative = (offs_c < num_classes)[None, :] & (offs_c[None, :] != target[:, None])
+        maximum = tl.maximum(maximum, tl.max(tl.where(negative, scores, float("-inf")), 1))
+        exponents = scores * scale[:, None]
+        if HAS_SHIFT:
+            exponents -= shift[:, None]
+        exponentials = tl.where(negative, tl.exp2(exponents), 0.0)
+        total += tl.sum(exponentials, 1)
+        if WITH_SUM:
+            centre_sum = dot(to(exponentials * inverse[None, :], tl.bfloat16), w, centre_sum)
+
+    first_partial = split.to(tl.int64) * num_padded + first_row
+    partial = first_partial + tl.arange(0, BLOCK_N)
+    tl.store(total_ptr + partial, total + tl.load(total_ptr + partial))
+    tl.store(maximum_ptr + partial, tl.maximum(maximum, tl.load(maximum_ptr + partial)))
+    if WITH_SUM:
+        centre_sum_ptrs = centre_sum_ptr + first_partial * WIDTH + x_offs
+        tl.store(centre_sum_ptrs, centre_sum + tl.load(centre_sum_ptrs))
+
+
+@triton.jit
+def flash_gradient_kernel(
+    x_ptr,  # (N padded, WIDTH)
+    w_ptr,  # (P, WIDTH)
+    inverse_ptr,  # (P,)
+    reciprocal_ptr,  # (P,)
+    target_ptr,  # (N,) int64
+    scale_ptr,  # (N,)
+    shift_ptr,  # (N,)
+    factor_ptr,  # (N,)
+    coefficient_ptr,  # (N,)
+    out_ptr,  # (P, D), any strides
+    stride_c,
+    stride_d,
+    num_rows,
+    num_classes,
+    first_class,
+    num_tiles_n,
+    D,
+    WIDTH: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    offs_c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    offs_d = tl.arange(0, WIDTH)
+    # Within a tile, and within a panel, offsets fit 32 bits.
+    x_offs = tl.arange(0, BLOCK_N)[:, None] * WIDTH + offs_d[None, :]
+    w_ptrs = w_ptr + offs_c[:, None] * WIDTH + offs_d[None, :]
+    w = tl.load(w_ptrs)
+    inverse = tl.load(inverse_ptr + offs_c)
+
+    d_unit = tl.zeros([BLOCK_C, WIDTH], tl.float32)
+    along = tl.zeros([BLOCK_C], tl.float32)
+    for tile in range(0, num_tiles_n):
+        offs_n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+        mask_n = offs_n < num_rows
+        x = tl.load(x_ptr + x_offs)
+        x_ptr += BLOCK_N * WIDTH
+        scores = dot(w, tl.trans(x), tl.zeros([BLOCK_C, BLOCK_N], tl.float32)) * inverse[:, None]
+        target = (tl.load(target_ptr + offs_n, mask_n, -1) - first_class).to(tl.int32)
+        scale = tl.load(scale_ptr + offs_n, mask_n, 0.0)
+        shift = tl.load(shift_ptr + offs_n, mask_n, 0.0)
+        factor = tl.load(factor_ptr + offs_n, mask_n, 0.0)
+        coefficient = tl.load(coefficient_ptr + offs_n, mask_n, 0.0)
+        gradient = factor[None, :] * tl.exp2(scores * scale[None, :] - shift[None, :])
+        gradient = tl.where(offs_c[:, None] == target[None, :], coefficient[None, :], gradient)
+        gradient = to(tl.where(mask_n[None, :], gradient, 0.0), tl.bfloat16)
+        # ⟨ŵ, Σ g·x⟩ from the rounded g that the product takes, so that what it subtracts is what the product put in.
+        along += tl.sum(gradient.to(tl.float32) * scores, 1)
+        d_unit = dot(gradient, x, d_unit)
+
+    reciprocal = tl.load(reciprocal_ptr + offs_c)
+    # A centre shorter than 1e-12 is divided by that constant: its norm has no derivative.
+    along = tl.where(reciprocal >= 1e12, 0.0, along) * inverse
+    mask = (offs_c < num_classes)[:, None] & (offs_d < D)[None, :]
+    w = tl.load(w_ptrs).to(tl.float32)
+    result = (d_unit - w * along[:, None]) * reciprocal[:, None]
+    out_ptrs = out_ptr + offs_c.to(tl.int64)[:, None] * stride_c + offs_d.to(tl.int64)[None, :] * stride_d
+    tl.store(out_ptrs, to_gradient(result, out_ptr.dtype.element_ty), mask)
+
+
+def _config(width: int, device: torch.device) -> FlashConfig:
+    config = flash_config(width, device_limits(device)[0])
+    assert config is not None, "configs.pick chose the flash passes for tiles that do not fit"
+    return config
+
+
+def padded_shape(N: int, D: int, device: torch.device) -> tuple[int, int]:
+    """Rows and columns of the embeddings' copy: whole tiles."""
+    outer = _config(flash_width(D), device).OUTER
+    return -(-N // outer) * outer, flash_width(D)
+
+
+def _panel(x: UnitRows, weight: Tensor, tile: int) -> UnitRows:
+    num_rows, width = x.values.shape
+    classes = panel_classes(FLASH_PANEL, num_rows, weight.shape[0], 2 * width, 0, tile)
+    return UnitRows.empty(classes, width, torch.bfloat16, torch.float32, weight.device)
+
+
+def class_stats(
+    x: UnitRows, weight: Tensor, target: Tensor, terms: RowTerms, with_centre_sum: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """As chunks.class_stats, its tensors of ``N`` padded rows; x of padded rows, target and terms (N,)."""
+    num_padded, width = x.values.shape
+    config = _config(width, weight.device)
+    panel = _panel(x, weight, config.OUTER)
+    num_tiles_c = panel.values.shape[0] // config.INNER
+    split_bytes = 4 * num_padded * width if with_centre_sum else 0
+    splits = row_splits(num_padded // config.OUTER, num_tiles_c, split_bytes, device_limits(weight.device)[1])
+    total = torch.zeros(splits, num_padded, dtype=torch.float32, device=weight.device)
+    maximum = torch.full_like(total, -torch.inf)
+    shape = (splits, num_padded, width) if with_centre_sum else (0,)
+    centre_sum = torch.zeros(shape, dtype=torch.float32, device=weight.device)
+    for start in range(0, weight.shape[0], panel.values.shape[0]):
+        classes = weight[start : start + panel.values.shape[0]]
+        fill_unit_rows(classes, panel)
+        launch(
+            flash_stats_kernel,
+            (num_padded // config.OUTER, splits),
+            x.values,
+            panel.values,
+            panel.inverse,
+            target,
+            terms.scale,
+            terms.scale if terms.shift is None else terms.shift,
+            centre_sum,
+            total,
+            maximum,
+            target.shape[0],
+            num_padded,
+            classes.shape[0],
+            start,
+            triton.cdiv(num_tiles_c, splits),
+            num_tiles_c,
+            WIDTH=width,
+            HAS_SHIFT=terms.shift is not None,
+            WITH_SUM=with_centre_sum,
+            BLOCK_N=config.OUTER,
+            BLOCK_C=config.INNER,
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
+        )
+    return total, maximum, centre_sum.sum(0) if with_centre_sum else None
+
+
+def weight_grad(x: UnitRows, weight: Tensor, target: Tensor, terms: RowTerms, out: Tensor) -> None:
+    """As chunks.weight_grad; x of padded rows, target and terms (N,)."""
+    num_padded, width = x.values.shape
+    config = _config(width, weight.device)
+    panel = _panel(x, weight, config.OUTER)
+    for start in range(0, weight.shape[0], panel.values.shape[0]):
+        classes = weight[start : start + panel.values.shape[0]]
+        fill_unit_rows(classes, panel)
+        launch(
+            flash_gradient_kernel,
+            (panel.values.shape[0] // config.OUTER,),
+            x.values,
+            panel.values,
+            panel.inverse,
+            panel.reciprocal,
+            target,
+            terms.scale,
+            terms.shift,
+            terms.factor,
+            terms.target,
+            out[start:],
+            *out.stride(),
+            target.shape[0],
+            classes.shape[0],
+            start,
+            num_padded // config.INNER,
+            weight.shape[1],
+            WIDTH=width,
+            BLOCK_C=config.OUTER,
+            BLOCK_N=config.INNER,
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
+        )

@@ -1,0 +1,206 @@
+"""What the products start from: rows made ready for tensor cores, and each batch row's terms of its exponentials.
+
+A row is taken more than once, ``BLOCK_D`` columns at a time, for its norm and for its result; all readings but the
+first are from L1. Offsets of rows are 64-bit: C·D passes 2³¹ at 4.2 million classes of 512.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .common import block_width, floored, launch, reciprocal_power_of_two, row_norms, rows_per_block, to
+
+
+@dataclass(frozen=True)
+class UnitRows:
+    """Rows ready for a product: ``unit row = values·inverse``."""
+
+    values: Tensor
+    """(R, width), contiguous, zeros in the columns and rows of the padding."""
+    inverse: Tensor
+    """(R,) in the compute dtype."""
+    reciprocal: Tensor
+    """(R,) 1 / max(norm, 1e-12)."""
+    second: Tensor
+    """(R, width) the same rows for the second product: bf16 where values are fp16, else values themselves."""
+
+    def row_slice(self, start: int, stop: int) -> UnitRows:
+        parts = (t[start:stop] for t in (self.values, self.inverse, self.reciprocal, self.second))
+        return UnitRows(*parts)
+
+    @staticmethod
+    def empty(rows: int, width: int, dtype: torch.dtype, compute: torch.dtype, device: torch.device) -> UnitRows:
+        values = torch.empty(rows, width, dtype=dtype, device=device)
+        inverse, reciprocal = torch.empty(2, rows, dtype=compute, device=device).unbind()
+        second = torch.empty_like(values, dtype=torch.bfloat16) if dtype == torch.float16 else values
+        return UnitRows(values, inverse, reciprocal, second)
+
+
+@triton.jit
+def unit_rows_kernel(
+    x_ptr,  # (num_rows, D), any strides
+    stride_n,
+    stride_d,
+    values_ptr,  # (num_padded, WIDTH)
+    second_ptr,  # (num_padded, WIDTH)
+    inverse_ptr,  # (num_padded,)
+    reciprocal_ptr,  # (num_padded,)
+    num_rows,
+    num_padded,
+    D,
+    WIDTH: tl.constexpr,
+    HAS_SECOND: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    COMPUTE: tl.constexpr = inverse_ptr.dtype.element_ty
+    VALUES: tl.constexpr = values_ptr.dtype.element_ty
+    offs_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_n = offs_n < num_rows
+    x_ptr += offs_n[:, None] * stride_n
+
+    norm = floored(row_norms(x_ptr, stride_d, mask_n, D, COMPUTE, WIDTH, BLOCK_N, BLOCK_D))
+
+    if VALUES == COMPUTE:
+        factor = 1 / norm
+        inverse = tl.full([BLOCK_N], 1.0, COMPUTE)
+    else:
+        # A power of two brings the norm into [1, 2): a 16-bit row stays exact, where its unit row would be rounded
+        # once more.
+        factor = reciprocal_power_of_two(norm)
+        inverse = 1 / (norm * factor)
+
+    mask_padded = offs_n < num_padded
+    for start in range(0, WIDTH, BLOCK_D):
+        offs_d = start + tl.arange(0, BLOCK_D).to(tl.int64)
+        mask = mask_n[:, None] & (offs_d < D)[None, :]
+        x = tl.load(x_ptr + offs_d[None, :] * stride_d, mask, 0.0).to(COMPUTE) * factor[:, None]
+        to_offs = offs_n[:, None] * WIDTH + offs_d[None, :]
+        mask = mask_padded[:, None] & (offs_d < WIDTH)[None, :]
+        tl.store(values_ptr + to_offs, to(x, VALUES), mask)
+        if HAS_SECOND:
+            tl.store(second_ptr + to_offs, to(x, second_ptr.dtype.element_ty), mask)
+    tl.store(inverse_ptr + offs_n, inverse, mask_padded)
+    tl.store(reciprocal_ptr + offs_n, 1 / norm, mask_padded)
+
+
+def fill_unit_rows(x: Tensor, out: UnitRows) -> None:
+    """``out`` from x (R', D); its rows past R' are padding: zeros."""
+    num_padded, width = out.values.shape
+    block_n = rows_per_block(width)
+    launch(
+        unit_rows_kernel,
+        (triton.cdiv(num_padded, block_n),),
+        x,
+        *x.stride(),
+        out.values,
+        out.second,
+        out.inverse,
+        out.reciprocal,
+        x.shape[0],
+        num_padded,
+        x.shape[1],
+        WIDTH=width,
+        HAS_SECOND=out.second is not out.values and out.second.dtype != out.values.dtype,
+        BLOCK_N=block_n,
+        BLOCK_D=block_width(width),
+    )
+
+
+@triton.jit
+def row_terms_kernel(
+    inverse_ptr,  # (N,)
+    shift_ptr,  # (N,) fp64: what is taken from scale·cos before the exponential
+    negative_ptr,  # (N,)
+    target_ptr,  # (N,)
+    scale_ptr_out,  # (N,) factor of (values·w) for a base-2 exponent
+    shift_ptr_out,  # (N,) base-2, rounded
+    negative_ptr_out,  # (N,) factor of the exponentials
+    target_ptr_out,  # (N,)
+    scale_high,
+    scale_low,
+    num_rows,
+    HAS_SHIFT: tl.constexpr,
+    HAS_COEFFICIENTS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    COMPUTE: tl.constexpr = inverse_ptr.dtype.element_ty
+    offs_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_n = offs_n < num_rows
+    inverse = tl.load(inverse_ptr + offs_n, mask_n, 0.0)
+    # A Python float reaches a kernel as fp32; two of them carry scale·log2(e) to 48 bits.
+    scale = tl.zeros([BLOCK_N], tl.float64) + scale_high + scale_low
+    tl.store(scale_ptr_out + offs_n, (inverse.to(tl.float64) * scale).to(COMPUTE), mask_n)
+    if HAS_SHIFT:
+        exact = tl.load(shift_ptr + offs_n, mask_n, 0.0) * 1.4426950408889634
+        rounded = exact.to(COMPUTE)
+        # At scale 1000 the rounding to fp32 is 3e-5 of a probability: it goes into the rows' factor instead.
+        remainder = exact - rounded.to(tl.float64)
+        remainder = tl.where(tl.abs(rounded) < float("inf"), remainder, 0.0).to(COMPUTE)
+        factor = tl.exp2(-remainder)
+        tl.store(shift_ptr_out + offs_n, rounded, mask_n)
+        if HAS_COEFFICIENTS:
+            # The second factor of the product is the scaled row: its inverse norm belongs to the coefficients.
+            negative = tl.load(negative_ptr + offs_n, mask_n, 0.0).to(COMPUTE)
+            target = tl.load(target_ptr + offs_n, mask_n, 0.0).to(COMPUTE)
+            tl.store(target_ptr_out + offs_n, target * inverse, mask_n)
+            factor = factor * negative * inverse
+        tl.store(negative_ptr_out + offs_n, factor, mask_n)
+
+
+@dataclass(frozen=True)
+class RowTerms:
+    """What the exponentials' kernels know of each batch row: ``e = factor·2^(scale·(x·ŵ) - shift)``, all (N,)."""
+
+    scale: Tensor
+    shift: Tensor | None
+    factor: Tensor | None
+    target: Tensor | None
+    """The target's own coefficient, in place of its exponential."""
+
+    def row_slice(self, start: int, stop: int) -> RowTerms:
+        def part(rows: Tensor | None) -> Tensor | None:
+            return None if rows is None else rows[start:stop]
+
+        return RowTerms(self.scale[start:stop], part(self.shift), part(self.factor), part(self.target))
+
+
+def row_terms(
+    inverse: Tensor,
+    scale: float,
+    shift: Tensor | None = None,
+    coefficients: tuple[Tensor, Tensor] | None = None,
+) -> RowTerms:
+    """See :class:`RowTerms`; shift (N,) fp64, coefficients (N,) of the negatives and of the target."""
+    num_rows = inverse.shape[0]
+    exact = scale * 1.4426950408889634
+    high = ctypes.c_float(exact).value
+    out = torch.empty(4, num_rows, dtype=inverse.dtype, device=inverse.device).unbind()
+    negative, target = coefficients if coefficients is not None else (inverse, inverse)
+    launch(
+        row_terms_kernel,
+        (triton.cdiv(num_rows, 1024),),
+        inverse,
+        inverse if shift is None else shift.contiguous(),
+        negative.contiguous(),
+        target.contiguous(),
+        *out,
+        high,
+        exact - high,
+        num_rows,
+        HAS_SHIFT=shift is not None,
+        HAS_COEFFICIENTS=coefficients is not None,
+        BLOCK_N=1024,
+    )
+    return RowTerms(
+        out[0],
+        None if shift is None else out[1],
+        None if shift is None else out[2],
+        None if coefficients is None else out[3],
+    )

@@ -1,0 +1,126 @@
+"""The stage functions of this backend, by the contract of backends/reference.py. Names, shapes and results are given
+there.
+
+Every step is launches on the current stream: no value is read back and no shape depends on one, so a CUDA graph can
+capture it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ...ops import compute_dtype
+from . import chunks, flash
+from .configs import device_limits, pick
+from .margin import margin_losses
+from .rows import UnitRows, fill_unit_rows, row_terms
+from .targets import project, target_cosines, unit_embedding_grads
+
+_DEPTH_MULTIPLE = 16
+"""Columns of operands for library products: 32 bytes of 16-bit numbers, which its fastest kernels need rows aligned
+to."""
+
+
+def _operand_dtype(embeddings: Tensor, weight: Tensor) -> torch.dtype:
+    """What products take: the embeddings' dtype, as autocast would. fp32 embeddings keep full precision beside 16-bit
+    centres."""
+    return torch.float64 if torch.float64 in (embeddings.dtype, weight.dtype) else embeddings.dtype
+
+
+def _algorithm(embeddings: Tensor, weight: Tensor) -> str:
+    arch, _ = device_limits(weight.device)
+    num_classes, D = weight.shape
+    return pick(embeddings.shape[0], num_classes, D, arch, _operand_dtype(embeddings, weight))
+
+
+def _unit_rows(embeddings: Tensor, weight: Tensor, algorithm: str) -> UnitRows:
+    padded, width = embeddings.shape
+    if algorithm == "flash":
+        padded, width = flash.padded_shape(padded, width, embeddings.device)
+    else:
+        width = -(-width // _DEPTH_MULTIPLE) * _DEPTH_MULTIPLE
+    compute = compute_dtype(embeddings, weight)
+    x = UnitRows.empty(padded, width, _operand_dtype(embeddings, weight), compute, embeddings.device)
+    fill_unit_rows(embeddings, x)
+    return x
+
+
+def class_max(embeddings: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+    x = _unit_rows(embeddings, weight, "chunks")
+    if embeddings.shape[0] == 0:
+        return torch.empty_like(x.inverse)
+    _, maximum, _ = chunks.class_stats(x, weight, target.contiguous(), None, False)
+    return maximum.amax(0) * x.inverse
+
+
+def class_stats(
+    embeddings: Tensor, weight: Tensor, target: Tensor, scale: float, shift: Tensor | None, with_centre_sum: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    num_rows, D = embeddings.shape
+    algorithm = _algorithm(embeddings, weight)
+    x = _unit_rows(embeddings, weight, algorithm)
+    centre_sum = x.inverse.new_empty(embeddings.shape if with_centre_sum else 0)
+    if num_rows == 0:
+        return torch.empty_like(x.inverse), torch.empty_like(x.inverse), centre_sum
+    inverse = x.inverse[:num_rows]
+    terms = row_terms(inverse, scale, shift)
+    module = flash if algorithm == "flash" else chunks
+    totals, maxima, sums = module.class_stats(x, weight, target.contiguous(), terms, with_centre_sum)
+    total, maximum = totals.sum(0)[:num_rows], maxima.amax(0)[:num_rows] * inverse
+    if terms.factor is not None:
+        total = total * terms.factor
+    if sums is not None:
+        sums = sums[:num_rows, :D]
+        # Its own memory in any case: an operator's outputs must not be views.
+        centre_sum = sums.contiguous() if terms.factor is None else sums * terms.factor[:, None]
+    return total.contiguous(), maximum, centre_sum
+
+
+def weight_grad(
+    embeddings: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    scale: float,
+    lse: Tensor,
+    negative_coefficient: Tensor,
+    target_coefficient: Tensor,
+) -> Tensor:
+    if embeddings.shape[0] == 0:
+        return torch.zeros_like(weight)
+    algorithm = _algorithm(embeddings, weight)
+    x = _unit_rows(embeddings, weight, algorithm)
+    terms = row_terms(x.inverse[: embeddings.shape[0]], scale, lse, (negative_coefficient, target_coefficient))
+    d_weight = torch.empty_like(weight)
+    module = flash if algorithm == "flash" else chunks
+    module.weight_grad(x, weight, target.contiguous(), terms, d_weight)
+    return d_weight
+
+
+def target_cosine(embeddings: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+    return target_cosines(embeddings, weight, target, compute_dtype(embeddings, weight))
+
+
+def unit_embedding_grad(
+    weight: Tensor, target: Tensor, mean_centre: Tensor, negative_coefficient: Tensor, target_coefficient: Tensor
+) -> Tensor:
+    return unit_embedding_grads(weight, target, mean_centre, negative_coefficient, target_coefficient)
+
+
+def embedding_grad(d_unit: Tensor, embeddings: Tensor) -> Tensor:
+    d_embeddings = torch.empty_like(embeddings)
+    project(d_unit.contiguous(), embeddings, d_embeddings)
+    return d_embeddings
+
+
+def margin_loss(
+    negative_lse: Tensor,
+    target_cosine: Tensor,
+    scale: float,
+    m1: float,
+    m2: float,
+    m3: float,
+    boundary: str,
+    gradient: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return margin_losses(negative_lse, target_cosine, scale, (m1, m2, m3), boundary, gradient)

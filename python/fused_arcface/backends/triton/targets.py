@@ -1,0 +1,197 @@
+"""Kernels of O(rows·D), bound by memory, before and after the passes over the classes: target cosines, the embedding
+gradient, and
+the projection through the rows' normalisation. Offsets of rows are 64-bit.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .common import block_width, floored, launch, row_norms, rows_per_block, to_gradient
+
+
+@triton.jit
+def target_cosine_kernel(
+    x_ptr,  # (N, D), any strides
+    x_stride_n,
+    x_stride_d,
+    w_ptr,  # (C, D), any strides
+    w_stride_c,
+    w_stride_d,
+    target_ptr,  # (N,) int64
+    cosine_ptr,  # (N,)
+    num_rows,
+    D,
+    WIDTH: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    COMPUTE: tl.constexpr = cosine_ptr.dtype.element_ty
+    offs_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_n = offs_n < num_rows
+    target = tl.load(target_ptr + offs_n, mask_n, -1)
+    present = target >= 0
+    x_ptr += offs_n[:, None] * x_stride_n
+    w_ptr += target[:, None] * w_stride_c
+    x_factor = 1 / floored(row_norms(x_ptr, x_stride_d, present, D, COMPUTE, WIDTH, BLOCK_N, BLOCK_D))
+    w_factor = 1 / floored(row_norms(w_ptr, w_stride_d, present, D, COMPUTE, WIDTH, BLOCK_N, BLOCK_D))
+    cosine = tl.zeros([BLOCK_N], COMPUTE)
+    for start in range(0, WIDTH, BLOCK_D):
+        offs_d = start + tl.arange(0, BLOCK_D).to(tl.int64)
+        mask = present[:, None] & (offs_d < D)[None, :]
+        x = tl.load(x_ptr + offs_d[None, :] * x_stride_d, mask, 0.0).to(COMPUTE)
+        w = tl.load(w_ptr + offs_d[None, :] * w_stride_d, mask, 0.0).to(COMPUTE)
+        cosine += tl.sum((x * x_factor[:, None]) * (w * w_factor[:, None]), 1)
+    # Comparisons, not minimum and maximum: those would turn a NaN into a bound.
+    cosine = tl.where(cosine > 1, 1.0, tl.where(cosine < -1, -1.0, cosine))
+    cosine = tl.where(target < -1, float("nan"), cosine)
+    tl.store(cosine_ptr + offs_n, cosine.to(COMPUTE), mask_n)
+
+
+def target_cosines(embeddings: Tensor, weight: Tensor, target: Tensor, compute: torch.dtype) -> Tensor:
+    num_rows, width = embeddings.shape
+    cosine = torch.empty(num_rows, dtype=compute, device=embeddings.device)
+    block_n = rows_per_block(width)
+    launch(
+        target_cosine_kernel,
+        (triton.cdiv(num_rows, block_n),),
+        embeddings,
+        *embeddings.stride(),
+        weight,
+        *weight.stride(),
+        target.contiguous(),
+        cosine,
+        num_rows,
+        width,
+        WIDTH=width,
+        BLOCK_N=block_n,
+        BLOCK_D=block_width(width),
+    )
+    return cosine
+
+
+@triton.jit
+def unit_embedding_grad_kernel(
+    w_ptr,  # (C, D), any strides
+    stride_c,
+    stride_d,
+    target_ptr,  # (N,) int64
+    mean_ptr,  # (N, D)
+    negative_ptr,  # (N,)
+    coefficient_ptr,  # (N,)
+    out_ptr,  # (N, D)
+    num_rows,
+    D,
+    WIDTH: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    COMPUTE: tl.constexpr = out_ptr.dtype.element_ty
+    offs_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_n = offs_n < num_rows
+    target = tl.load(target_ptr + offs_n, mask_n, -1)
+    present = target >= 0
+    w_ptr += target[:, None] * stride_c
+    norm = floored(row_norms(w_ptr, stride_d, present, D, COMPUTE, WIDTH, BLOCK_N, BLOCK_D))
+    negative = tl.load(negative_ptr + offs_n, mask_n, 0.0)
+    of_target = tl.load(coefficient_ptr + offs_n, mask_n, 0.0) / norm
+    of_target = tl.where(present, of_target, 0.0)
+    for start in range(0, WIDTH, BLOCK_D):
+        offs_d = start + tl.arange(0, BLOCK_D).to(tl.int64)
+        mask_d = (offs_d < D)[None, :]
+        w = tl.load(w_ptr + offs_d[None, :] * stride_d, present[:, None] & mask_d, 0.0).to(COMPUTE)
+        offs = offs_n[:, None] * D + offs_d[None, :]
+        mean = tl.load(mean_ptr + offs, mask_n[:, None] & mask_d, 0.0)
+        tl.store(out_ptr + offs, negative[:, None] * mean + of_target[:, None] * w, mask_n[:, None] & mask_d)
+
+
+def unit_embedding_grads(
+    weight: Tensor, target: Tensor, mean_centre: Tensor, negative_coefficient: Tensor, target_coefficient: Tensor
+) -> Tensor:
+    num_rows, width = mean_centre.shape
+    mean_centre = mean_centre.contiguous()
+    out = torch.empty_like(mean_centre)
+    block_n = rows_per_block(width)
+    launch(
+        unit_embedding_grad_kernel,
+        (triton.cdiv(num_rows, block_n),),
+        weight,
+        *weight.stride(),
+        target.contiguous(),
+        mean_centre,
+        negative_coefficient.to(out.dtype).contiguous(),
+        target_coefficient.to(out.dtype).contiguous(),
+        out,
+        num_rows,
+        width,
+        WIDTH=width,
+        BLOCK_N=block_n,
+        BLOCK_D=block_width(width),
+    )
+    return out
+
+
+@triton.jit
+def project_kernel(
+    d_unit_ptr,  # (R, >= D), rows d_unit_stride apart
+    d_unit_stride,
+    row_ptr,  # (R, D), any strides
+    stride_n,
+    stride_d,
+    out_ptr,  # (R, D), any strides
+    out_stride_n,
+    out_stride_d,
+    num_rows,
+    D,
+    WIDTH: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    COMPUTE: tl.constexpr = d_unit_ptr.dtype.element_ty
+    offs_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_n = offs_n < num_rows
+    row_ptr += offs_n[:, None] * stride_n
+    d_unit_ptr += offs_n[:, None] * d_unit_stride
+    norm = row_norms(row_ptr, stride_d, mask_n, D, COMPUTE, WIDTH, BLOCK_N, BLOCK_D)
+    factor = 1 / floored(norm)
+    along = tl.zeros([BLOCK_N], COMPUTE)
+    for start in range(0, WIDTH, BLOCK_D):
+        offs_d = start + tl.arange(0, BLOCK_D).to(tl.int64)
+        mask = mask_n[:, None] & (offs_d < D)[None, :]
+        row = tl.load(row_ptr + offs_d[None, :] * stride_d, mask, 0.0).to(COMPUTE)
+        d_unit = tl.load(d_unit_ptr + offs_d[None, :], mask, 0.0)
+        along += tl.sum((row * factor[:, None]) * d_unit, 1)
+    along = tl.where(norm < floored(norm), 0.0, along)
+    for start in range(0, WIDTH, BLOCK_D):
+        offs_d = start + tl.arange(0, BLOCK_D).to(tl.int64)
+        mask = mask_n[:, None] & (offs_d < D)[None, :]
+        row = tl.load(row_ptr + offs_d[None, :] * stride_d, mask, 0.0).to(COMPUTE)
+        d_unit = tl.load(d_unit_ptr + offs_d[None, :], mask, 0.0)
+        result = (d_unit - row * factor[:, None] * along[:, None]) * factor[:, None]
+        out_offs = offs_n[:, None] * out_stride_n + offs_d[None, :] * out_stride_d
+        tl.store(out_ptr + out_offs, to_gradient(result, out_ptr.dtype.element_ty), mask)
+
+
+def project(d_unit: Tensor, rows: Tensor, out: Tensor) -> None:
+    """Gradient by rows (R, D) into ``out`` from d_unit (R, >= D), that by their unit vectors
+    (reference.unit_gradient)."""
+    num_rows, width = rows.shape
+    block_n = rows_per_block(width)
+    launch(
+        project_kernel,
+        (triton.cdiv(num_rows, block_n),),
+        d_unit,
+        d_unit.stride(0),
+        rows,
+        *rows.stride(),
+        out,
+        *out.stride(),
+        num_rows,
+        width,
+        WIDTH=width,
+        BLOCK_N=block_n,
+        BLOCK_D=block_width(width),
+    )

@@ -1,0 +1,140 @@
+"""Ahead-of-time compilation of what the Triton backend would launch: no GPU, no driver, any architecture.
+
+The stages run on meta tensors with the launches recorded, so that kernels, signatures and alignments are those of a
+real step.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton", reason="Triton is not installed here")
+
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+from fused_arcface.backends.triton import chunks, common, flash, stages  # noqa: E402
+
+SHARED_LIMIT = {80: 166_912, 86: 101_376, 90: 232_448, 100: 232_448}
+"""Bytes of shared memory that a block may have, by architecture (CUDA C++ programming guide, technical
+specifications)."""
+
+_POINTER = {
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.float32: "*fp32",
+    torch.float64: "*fp64",
+    torch.int64: "*i64",
+}
+_OPTIONS = ("num_warps", "num_stages")
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel as Triton's launcher would specialise it."""
+
+    kernel: Any
+    signature: tuple[tuple[str, str], ...]
+    constants: tuple[tuple[str, Any], ...]
+    divisible: tuple[int, ...]
+    """Arguments that are multiples of 16: what vector loads and asynchronous copies need to know."""
+    options: tuple[tuple[str, int], ...]
+
+    @staticmethod
+    def of(kernel: Any, args: tuple[Any, ...], meta: dict[str, Any]) -> Launch:
+        names = kernel.arg_names
+        signature, constants, divisible = {}, {}, []
+        for index, (name, value) in enumerate(zip(names, args, strict=False)):
+            if isinstance(value, torch.Tensor):
+                signature[name] = _POINTER[value.dtype]
+                # An allocation is aligned to 512 bytes; a view of it begins where it begins.
+                if value.storage_offset() * value.element_size() % 16 == 0:
+                    divisible.append(index)
+            elif isinstance(value, float):
+                signature[name] = "fp32"
+            elif value == 1:
+                signature[name], constants[name] = "constexpr", 1
+            else:
+                signature[name] = "i32" if -(1 << 31) <= value < 1 << 31 else "i64"
+                if value % 16 == 0:
+                    divisible.append(index)
+        for name, value in meta.items():
+            if name not in _OPTIONS:
+                signature[name], constants[name] = "constexpr", value
+        in_order = tuple((name, signature[name]) for name in names)
+        options = tuple((name, meta[name]) for name in _OPTIONS if name in meta)
+        return Launch(kernel, in_order, tuple(constants.items()), tuple(divisible), options)
+
+    @property
+    def has_dot(self) -> bool:
+        return dict(self.constants).get("PRODUCT", self.kernel.__name__.startswith("flash_"))
+
+    @property
+    def has_loop(self) -> bool:
+        """Whether it multiplies more than one tile in turn, so that the next can be loaded meanwhile."""
+        constants = dict(self.constants)
+        return self.has_dot and constants["WIDTH"] > constants.get("BLOCK_D", 0)
+
+    @property
+    def label(self) -> str:
+        shown = {"i32", "i64", "fp32", "constexpr"}
+        dtypes = [kind[1:] for _, kind in self.signature if kind not in shown]
+        distinct = ",".join(dict.fromkeys(kind for kind in dtypes if kind != "i64"))
+        flags = " ".join(f"{name}={value}" for name, value in self.constants if name.isupper())
+        return f"{self.kernel.__name__.removesuffix('_kernel')} [{distinct}] {flags}"
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What the assembler reports of one compiled kernel."""
+
+    registers: int
+    stack: int
+    shared: int
+    ptx: str
+
+    def has_instruction(self, pattern: str) -> bool:
+        return re.search(pattern, self.ptx) is not None
+
+
+def recorded(step: Callable[[], None], arch: int) -> list[Launch]:
+    """The distinct launches of ``step`` on a GPU of ``arch`` with 132 multiprocessors."""
+    launches: dict[Launch, None] = {}
+
+    def record(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], meta: dict[str, Any]) -> None:
+        launches[Launch.of(kernel, args, meta)] = None
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(common, "_run", record)
+        for module in (chunks, flash, stages):
+            patch.setattr(module, "device_limits", lambda device: (arch, 132))
+        step()
+    return list(launches)
+
+
+def compiled(launch: Launch, arch: int) -> Resources:
+    attributes = {(index,): [["tt.divisibility", 16]] for index in launch.divisible}
+    source = ASTSource(launch.kernel, dict(launch.signature), dict(launch.constants), attributes)
+    kernel = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=dict(launch.options))
+    usage = _resource_usage(kernel.asm["cubin"])
+    return Resources(usage["REG"], usage["STACK"], kernel.metadata.shared, kernel.asm["ptx"])
+
+
+def _resource_usage(cubin: bytes) -> dict[str, int]:
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        report = subprocess.run(
+            [tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
+    return {name: int(value) for name, value in re.findall(r"(\w+):(\d+)", report.splitlines()[-1])}
