@@ -150,7 +150,9 @@ def _class_stats_fake(
 
 @torch.library.impl("fused_arcface::weight_grad", "default")
 def _weight_grad(embeddings: Tensor, weight: Tensor, *rest: Any) -> Tensor:
-    result: Tensor = torch.empty_like(weight) if weight.shape[0] == 0 else _run("weight_grad", embeddings, weight, *rest)
+    result: Tensor = (
+        torch.empty_like(weight) if weight.shape[0] == 0 else _run("weight_grad", embeddings, weight, *rest)
+    )
     return result
 
 

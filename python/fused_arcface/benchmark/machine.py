@@ -115,15 +115,20 @@ def device_name(device: torch.device, threads: int | None = None) -> str:
 
 
 def commit() -> str:
-    """The commit of the checkout that this package runs from, "-dirty" if it has changed since; the version where it is
-    none."""
-    here = Path(__file__).resolve().parent
-    command = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=10", "--exclude=*"]
-    # A wheel may lie in an environment inside some other repository: ask whether that one knows this file.
-    known = ["git", "-C", str(here), "ls-files", "--error-unmatch", Path(__file__).name]
-    try:
-        subprocess.run(known, capture_output=True, check=True, timeout=10)
+    """The commit of the checkout that this package runs from, "-dirty" if the sources have changed since; the version
+    where it is none."""
+    package = Path(__file__).resolve().parents[1]
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(package), *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+
+    try:
+        # A wheel may lie in an environment inside some other repository: ask whether that one knows this file.
+        git("ls-files", "--error-unmatch", __file__)
+        # Results and notes that have changed since are no other code.
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", str(package), ":(top)csrc")
+        return git("rev-parse", "--short=10", "HEAD") + ("-dirty" if changed else "")
     except (OSError, subprocess.SubprocessError):
         return f"v{__version__}"
 
