@@ -220,7 +220,14 @@ def write_cost_plot(steps: Sequence[Step], device: Device, path: Path) -> Path:
     """Step time and memory against the number of devices, a line for each number of identities, a marker for what
     limits."""
     plt = pyplot()
-    markers = {"arithmetic": "o", "memory traffic": "s", "network": "^", "latency": "D", "does not fit": "x"}
+    markers = {
+        "arithmetic": "o",
+        "memory traffic": "s",
+        "network": "^",
+        "latency": "D",
+        "launches": "v",
+        "does not fit": "x",
+    }
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.6), layout="constrained")
     for index, identities in enumerate(sorted({step.identities for step in steps})):
         mine = [step for step in steps if step.identities == identities]

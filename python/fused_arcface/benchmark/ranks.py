@@ -1,13 +1,15 @@
 """The cost model beside real runs: a training step on several gloo ranks of this machine, predicted and measured.
 
-What a prediction is made of is measured apart from what it predicts: the rate of one process at a shape of its own, the
-rate of its copies, and the collectives alone. Each rank is a process of one thread; where there are more ranks than
-processors they share them, and so does the model.
+What a prediction is made of is measured apart from what it predicts: the time that a row more costs one process, at a
+number of classes of its own, its copies, a step over hardly any classes, and the collectives alone. Each rank is a
+process of one thread, which does one thing after the other; where there are more ranks than processors they share them,
+and so does the model.
 """
 
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import statistics
 import sys
@@ -52,8 +54,8 @@ it."""
 WORLD_SIZES = (1, 2, 4)
 IDENTITIES = (2_000, 20_000, 200_000)
 _BATCH, _D = 64, 512
-# Whose step gives the rate of one process: more rows than any rank has alone, and other numbers of classes.
-_RATE_N, _RATE_C = 192, 12_000
+# Whose steps give the rate of one process, what a row more costs; and hardly any classes, for what a step costs at all.
+_FEW_ROWS, _MANY_ROWS, _RATE_C, _FEW_CLASSES = 32, 192, 12_000, 64
 # Of the collectives alone: one message that is all latency, and one that is all transfer.
 _SMALL_BYTES, _LARGE_BYTES = 2**10, 2**22
 _SAMPLES, _TIMEOUT = 7, timedelta(seconds=120)
@@ -73,14 +75,19 @@ def run_ranks(
     rows = []
     progress("the rate of one process")
     with Child() as child:
-        seconds_per_mac, copy = child.call("ranks:rates_of_this_process")
-    one = Device(context["device"], seconds_per_mac, copy, float("inf"), measured=True)
+        seconds_per_mac, copy, fixed = child.call("ranks:rates_of_this_process")
+    one = Device(context["device"], seconds_per_mac, copy, math.inf, True, fixed, overlap=0.0)
     for ranks in world_sizes:
         progress(f"{ranks} ranks")
         latency, rate, steps = _run_world(ranks)
         network = Network(ranks, rate, rate, latency)
         share = max(1.0, ranks / machine.processors())
-        device = replace(one, seconds_per_mac=share * seconds_per_mac, bytes_per_second=copy / share)
+        device = replace(
+            one,
+            seconds_per_mac=share * seconds_per_mac,
+            bytes_per_second=copy / share,
+            step_seconds=share * fixed,
+        )
         for identities, measured in zip(IDENTITIES, steps, strict=True):
             step = predict(
                 device,
@@ -130,12 +137,14 @@ def _run_world(ranks: int) -> tuple[float, float, list[float]]:
     return max(one[0] for one in found), min(one[1] for one in found), steps
 
 
-def rates_of_this_process() -> tuple[float, float]:
-    """Seconds for each logit and dimension of a training step, and bytes copied per second, with one thread."""
+def rates_of_this_process() -> tuple[float, float, float]:
+    """Seconds of a row more for each class and dimension, bytes copied per second, and the seconds of a step over
+    hardly any classes, with one thread."""
     torch.set_num_threads(1)
-    step = _training_step(_RATE_N, _RATE_C)
+    few, many = (_median_seconds(_training_step(rows, _RATE_C)) for rows in (_FEW_ROWS, _MANY_ROWS))
+    fixed = _median_seconds(_training_step(_BATCH, _FEW_CLASSES))
     copy = machine.copy_bytes_per_second(torch.device("cpu"), seconds=0.5)
-    return _median_seconds(step) / (_RATE_N * _RATE_C * _D), copy
+    return (many - few) / ((_MANY_ROWS - _FEW_ROWS) * _RATE_C * _D), copy, fixed
 
 
 def rank_in_this_process(rank: int, ranks: int, store: str) -> tuple[float, float, list[float]]:
