@@ -21,7 +21,7 @@ from fused_arcface.benchmark import providers as providers_module
 from fused_arcface.benchmark.cases import NAMES, PASSES, Case, cases_named, make_inputs
 from fused_arcface.benchmark.child import Child, ChildFailed
 from fused_arcface.benchmark.providers import Provider, all_providers, select
-from fused_arcface.benchmark.report import FIELDS, Measurement, Report, read_report
+from fused_arcface.benchmark.report import FIELDS, Measurement, Report, Skip, read_report
 from fused_arcface.benchmark.timing import Timing, time_interleaved
 from fused_arcface.benchmark.truth import Outcome, error_of, truth
 from fused_arcface.cli.bench import bench
@@ -145,7 +145,7 @@ def test_wrong_failing_and_missing_providers_do_not_stop_the_rest() -> None:
 
 @pytest.mark.usefixtures("no_ceiling")
 def test_what_cannot_fit_is_not_tried(child: Child, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "peak_bytes", lambda provider, case, device, backward, child: 100 * case.C)
+    monkeypatch.setattr(memory, "peaks_of", lambda provider, case, *_: dict.fromkeys(PASSES, 100 * case.C))
     monkeypatch.setattr(memory, "available_bytes", lambda device: 200_000)
     report = runner.run_benchmark([TINY, replace(TINY, C=3000)], select(["eager"]), CPU, seconds=0.01)
     assert {each.case for each in report.measurements if each.provider == "eager"} == {TINY}
@@ -237,7 +237,7 @@ def synthetic_report() -> Report:
     """Three providers over a series of C and one of N, the time and the memory in proportion to the logits."""
     context = {"device": "a device", "torch": "2.0", "commit": "abc", "date": "2026-01-01T00:00:00+00:00"}
     machine = {"flops_per_second": {"float32": 1e11}, "copy_bytes_per_second": 1e12, "memory_bytes": 2**34}
-    report = Report(context, [], [runner.Skip("liger", "triton", TINY, "not installed")], machine)
+    report = Report(context, [], [Skip("liger", "triton", TINY, "not installed")], machine)
     cases = [Case(64, c) for c in (1000, 10_000, 100_000)] + [Case(n, 10_000) for n in (16, 256)]
     for case in cases:
         for name, factor in (("fused_arcface", 1), ("eager", 4), ("products", 2)):

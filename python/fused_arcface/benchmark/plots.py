@@ -36,7 +36,7 @@ def write_plots(report: Report, folder: Path) -> list[Path]:
         ("time_by_rows.png", by_rows, "N", "ms"),
     )
     for name, series, axis, value in pictures:
-        if series:
+        if any(value == "ms" or each.peak_bytes is not None for each in series):
             figure, axes = plt.subplots(figsize=(8.5, 5.2), layout="constrained")
             _lines(axes, report, series, axis, value)
             paths.append(_save(plt, figure, folder / name))
