@@ -116,8 +116,8 @@ class Step:
     arithmetic_seconds: float
     memory_bytes: float
     limit: str
-    """What takes most of it: ``arithmetic``, ``memory traffic``, ``network``, ``latency`` or ``launches``; ``does not fit``
-    if it cannot be held."""
+    """What takes most of it: ``arithmetic``, ``memory traffic``, ``network``, ``latency`` or ``launches``; ``does not
+    fit`` if it cannot be held."""
 
     @property
     def efficiency(self) -> float:

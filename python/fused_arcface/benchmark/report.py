@@ -141,6 +141,14 @@ class Report:
     def rows(self) -> list[dict[str, Any]]:
         return [measurement.row(self.context) for measurement in self.measurements]
 
+    def share_of_ceiling(self, each: Measurement) -> float | None:
+        """A measurement's flops per second over what the machine reached at most in that dtype: in a large square
+        product, or on a CPU in registers alone, as a library's product need not use the widest instructions."""
+        product = self.machine["flops_per_second"].get(each.ceiling)
+        registers = self.machine.get("fma_flops_per_second") if each.ceiling == "float32" else None
+        reached = max((rate for rate in (product, registers) if rate is not None), default=None)
+        return None if reached is None else each.flops_per_second / reached
+
     def products_ms(self, case: Case, pass_name: str) -> float | None:
         """Milliseconds of the bare matrix products of a case, the yardstick that a library's user would take."""
         for each in self.measurements:

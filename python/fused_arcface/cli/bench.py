@@ -169,20 +169,19 @@ def _tables(report: Report, case: Case) -> list[Table]:
         for column in ("ms", "p20–p80", "ps/logit", "÷ products", "of ceiling", "peak MiB", "error"):
             table.add_column(column, justify="right")
         for each in sorted(found, key=lambda each: each.ms):
-            peak = report.machine["flops_per_second"].get(each.ceiling)
-            table.add_row(*_cells(each, products, peak), style="bold" if each.is_ours else "")
+            table.add_row(*_cells(each, products, report.share_of_ceiling(each)), style="bold" if each.is_ours else "")
         tables.append(table)
     return tables
 
 
-def _cells(each: Measurement, products: float | None, peak: float | None) -> list[str]:
+def _cells(each: Measurement, products: float | None, share: float | None) -> list[str]:
     return [
         f"{each.provider} ({each.backend})" if each.is_ours else each.provider,
         _digits(each.ms),
         f"{_digits(each.timing.quantile(0.2))}–{_digits(each.timing.quantile(0.8))}",
         _digits(each.ps_per_logit),
         "" if products is None else f"{each.ms / products:.2f}",
-        "" if peak is None else f"{each.flops_per_second / peak:.0%}",
+        "" if share is None else f"{share:.0%}",
         "" if each.peak_bytes is None else f"{each.peak_bytes / 2**20:,.1f}",
         f"{each.error:.0e}",
     ]
