@@ -326,7 +326,7 @@ def run_capacity(
                 except (MemoryError, ChildFailed) as error:
                     reason = str(error)
             if reason is not None:
-                skips.append(Skip(recipe.name, recipe.backend, case, reason))
+                skips.append(Skip(recipe.name, recipe.backend, None, reason))
         for recipe in chosen:
             row = rows.get(recipe.key)
             if row is None or row["how"] == "measured" or budget_bytes > memory.available_bytes(device):

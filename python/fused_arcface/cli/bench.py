@@ -208,13 +208,18 @@ def _table(title: str) -> Table:
 
 
 def _skips(skips: list[Skip]) -> list[Table]:
-    if not skips:
+    """A table of who was not measured: a line for each reason, however many cases it holds for."""
+    cases: dict[tuple[str, str], list[Case | None]] = {}
+    for skip in skips:
+        cases.setdefault((f"{skip.provider} ({skip.backend})", skip.reason), []).append(skip.case)
+    if not cases:
         return []
     table = _table("Not measured")
-    for column in ("provider", "case", "reason"):
+    for column in ("provider", "cases", "reason"):
         table.add_column(column)
-    for skip in skips:
-        table.add_row(f"{skip.provider} ({skip.backend})", "all" if skip.case is None else str(skip.case), skip.reason)
+    for (provider, reason), where in cases.items():
+        several = f"{len(where)} of them" if len(where) > 1 else str(where[0])
+        table.add_row(provider, "all" if where[0] is None else several, reason)
     return [table]
 
 
