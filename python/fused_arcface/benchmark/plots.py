@@ -114,7 +114,7 @@ def _lines(axes: Any, report: Report, series: Sequence[Measurement], axis: str, 
     if axis == "N":  # few and close together: each has its tick
         rows = sorted({each.case.N for each in series})
         axes.set_xticks(rows, [str(N) for N in rows])
-        axes.minorticks_off()
+        axes.set_xticks([], minor=True)
     axes.set_ylabel("peak memory beyond inputs and gradients, MiB (at least 1)" if memory else "forward + backward, ms")
     title = f"{fixed}, {case.dtype}"
     if ended:
