@@ -6,10 +6,12 @@ import csv
 import itertools
 import json
 import math
+import runpy
 import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -436,3 +438,26 @@ def test_command_fails_when_it_measures_nothing(tmp_path: Path, capsys: pytest.C
         bench(providers="ours", backend="triton", device="cpu", output=tmp_path)
     assert exit_.value.exit_code == 1
     assert "fused_arcface (triton)" in capsys.readouterr().out
+
+
+def script(name: str) -> dict[str, Any]:
+    return runpy.run_path(str(Path(__file__).parents[1] / "bench" / name))
+
+
+def test_regressions_are_found() -> None:
+    regressions = script("check.py")["regressions"]
+    before = {"time of ours": 0.5, "memory of ours": 0.1}
+    assert regressions({"time of ours": 0.6, "memory of ours": 0.15}, before) == []
+    assert regressions({"time of ours": 0.4, "memory of ours": 0.0, "time of new": 9.0}, before) == []
+    (slower,) = regressions({"time of ours": 0.65, "memory of ours": 0.1}, before)
+    assert slower.startswith("time of ours: 0.650")
+    (larger,) = regressions({"time of ours": 0.5, "memory of ours": 0.2}, before)
+    assert larger.startswith("memory of ours")
+    assert regressions({"time of ours": 0.5}, before) == ["memory of ours: no longer measured"]
+
+
+def test_the_readme_shows_what_was_recorded(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["update_readme.py", "--check"])
+    assert script("update_readme.py")["main"]() == 0, capsys.readouterr().out
