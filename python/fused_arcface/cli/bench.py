@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -47,7 +49,7 @@ def bench(
 ) -> None:
     """Measure throughput and memory of the head beside its peers; each result is checked against fp64 first.
 
-    quick takes about a minute on two cores, full about four, scaling an hour. Exit status 1 if a result of this package
+    quick takes about a minute on two cores, full about six, scaling an hour. Exit status 1 if a result of this package
     is wrong or nothing could be measured.
     """
     import torch
@@ -72,25 +74,26 @@ def bench(
     try:
         shapes = cases_named(cases, on.type)
         chosen = select(names if budget is None else None, backend)
-        world_sizes = [] if ranks is None else [int(each) for each in ranks.split(",")]
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
-    if budget is not None and not budget > 0:
-        raise typer.BadParameter(f"must be > 0; got {budget}", param_hint="--budget")
-    if any(each < 1 for each in world_sizes):
-        raise typer.BadParameter(f"must be numbers >= 1; got {ranks}", param_hint="--ranks")
+    if budget is not None and not 0 < budget < math.inf:
+        raise typer.BadParameter(f"must be > 0 and finite; got {budget}", param_hint="--budget")
+    world_sizes = [] if ranks is None else [each.strip() for each in ranks.split(",")]
+    if not all(each.isdecimal() and int(each) >= 1 for each in world_sizes):
+        raise typer.BadParameter(f"must be numbers >= 1, comma-separated; got {ranks!r}", param_hint="--ranks")
     try:  # said before the minutes are spent, not after
         output.mkdir(parents=True, exist_ok=True)
-        (output / "rows.csv").open("a").close()
+        tempfile.TemporaryFile(dir=output).close()
     except OSError as error:
         raise typer.BadParameter(f"{output} cannot be written to: {error.strerror}", param_hint="--output") from None
     if world_sizes:
-        _run_ranks(console, world_sizes, output)
+        _run_ranks(console, [*map(int, world_sizes)], output)
         return
     if budget is not None:
         _run_capacity(console, on, int(budget * 2**30), names, backend, output, resume)
         return
     earlier = _interrupted_run(output, on) if resume else None
+    kept = False
     with _progress(console) as progress:
         task = progress.add_task("starting", total=None)
 
@@ -98,7 +101,9 @@ def bench(
             progress.update(task, description=f"{case}  {step}")
 
         def on_case(found: Report, case: Case) -> None:
+            nonlocal kept
             found.write(output)
+            kept = True
             _print(console, _tables(found, case))
 
         try:
@@ -114,7 +119,10 @@ def bench(
             )
         except KeyboardInterrupt:
             progress.stop()
-            console.print(f"Interrupted. The cases above are in {output}; --resume goes on from there.", markup=False)
+            where = (
+                f"The cases above are in {output}; --resume goes on from there." if kept else "No case was complete."
+            )
+            console.print(f"Interrupted. {where}", markup=False)
             raise typer.Exit(130) from None
     _print(console, _skips(report.skips))
     written = report.write(output)
