@@ -4,7 +4,7 @@
 #   make PYTHON=python3.12 test      another interpreter, for a new .venv
 #   make TORCH="torch==2.9.1" test   another torch, for a new .venv
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all lint format bench bench-check clean distclean
+.PHONY: help demo test test-all lint format bench bench-check bench-record clean distclean
 
 PYTHON ?= python3
 ARGS ?=
@@ -16,7 +16,7 @@ run := .venv/bin/python -m
 csrc := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 help:  ## Show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: .venv/.installed  ## Train on images with the fused and the reference head, compare and verify
 	$(run) fused_arcface demo $(ARGS)
@@ -32,6 +32,12 @@ bench: .venv/.installed  ## Run the benchmark: every CPU backend and peer at the
 
 bench-check: .venv/.installed  ## Compare the benchmark's ratios with bench/baseline.json
 	.venv/bin/python bench/check.py $(ARGS)
+
+bench-record: .venv/.installed  ## Measure this machine anew and put the figures into README.md and bench/ (ten minutes alone on it)
+	$(run) fused_arcface bench --cases full --output bench/results/cpu $(ARGS)
+	$(run) fused_arcface bench --ranks 1,2,4 --output bench/results/cpu
+	.venv/bin/python bench/check.py --update
+	.venv/bin/python bench/update_readme.py
 
 lint: .venv/.linters  ## Check style and types
 	$(run) ruff check

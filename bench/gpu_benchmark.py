@@ -65,22 +65,18 @@ def main() -> None:
         if time.monotonic() > end:
             print(f"{case}: not measured, the time of {budget:.0f} s is over")
             continue
-        report = run_benchmark([case], providers, device, seconds=1.0)
-        if whole is None:
-            whole = report
-        else:
-            whole.measurements += report.measurements
-            whole.skips += report.skips
-            whole.machine["flops_per_second"] |= report.machine["flops_per_second"]
+        whole = run_benchmark([case], providers, device, seconds=1.0, earlier=whole)
         _write(whole, folder)
         print(f"\n{case}: picked {pick(case.N, case.C, case.D, arch, case.torch_dtype)}")
-        for each in sorted(report.measurements, key=lambda each: (each.pass_name, each.ms)):
+        found = [each for each in whole.measurements if each.case == case]
+        for each in sorted(found, key=lambda each: (each.pass_name, each.ms)):
             extra = "" if each.peak_bytes is None else f"  {each.peak_bytes / 1e6:9,.0f} MB beyond"
             print(
                 f"  {each.pass_name:8}{each.provider:24}{each.ms:10.3f} ms {each.ps_per_logit:8.2f} ps a logit{extra}"
             )
-        for skip in report.skips:
-            print(f"  {skip.provider} ({skip.backend}): {skip.reason}")
+        for skip in whole.skips:
+            if skip.case in (case, None):
+                print(f"  {skip.provider} ({skip.backend}): {skip.reason}")
         sys.stdout.flush()
     wrong = [] if whole is None else [skip for skip in whole.skips if skip.reason.startswith("wrong")]
     if any(skip.provider.startswith("fused_arcface") for skip in wrong):

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fused_arcface.benchmark.cases import Case, Inputs
+from fused_arcface.benchmark.cases import PASSES, Case, Inputs
 from fused_arcface.benchmark.providers import Provider, all_providers
-from fused_arcface.benchmark.runner import PASSES, tolerance
+from fused_arcface.benchmark.runner import tolerance
 from fused_arcface.benchmark.truth import error_of, truth
 
 
@@ -19,9 +19,9 @@ def provider(request: pytest.FixtureRequest, case: Case, device: torch.device) -
     return request.param
 
 
-@pytest.mark.parametrize("pass_name", PASSES)
+@pytest.mark.parametrize("pass_name", list(PASSES))
 def test_head(benchmark, provider: Provider, case: Case, inputs: Inputs, pass_name: str, device: torch.device) -> None:
-    backward = pass_name == "fwd+bwd"
+    backward = PASSES[pass_name]
     with provider.settings():
         run = provider.open(inputs)
         assert error_of(run(backward), truth(inputs, provider.formula)) <= tolerance(provider, case)

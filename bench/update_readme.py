@@ -5,10 +5,12 @@
 
 A block reads ``<!-- bench: NAME FOLDER -->`` … ``<!-- /bench -->``, FOLDER one of bench/results/; the names:
 
-    headline    forward + backward of the largest shape at which eager ran, a row for each provider
+    headline    the largest shape at which eager ran: our fastest backend and every peer
+    providers   the same shape: every provider, all backends and instruction sets of ours included
     shapes      milliseconds of every shape, forward + backward, a column for each of a few providers
     capacity    most identities within a memory budget
     pictures    the run's pictures
+    ranks       the cost model beside multi-process runs
     model       the cost model of many devices (FOLDER: of a run whose rate to use, or "H200" for the modelled rate)
 """
 
@@ -20,8 +22,10 @@ import os
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 from fused_arcface.benchmark import cost_model, plots
+from fused_arcface.benchmark.cases import PASSES
 from fused_arcface.benchmark.report import Measurement, Report, read_report
 
 BENCH = Path(__file__).resolve().parent
@@ -39,63 +43,101 @@ def _number(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
-def _provenance(report: Report) -> str:
-    context = report.context
-    return f"{context['device']}; torch {context['torch']}; commit {context['commit']}, {context['date'][:10]}."
+def _table(heads: list[str], rows: list[list[str]], left: tuple[int, ...] = (0,)) -> list[str]:
+    """Lines of Markdown; the columns ``left`` are text, the others numbers."""
+    rule = ["---" if index in left else "---:" for index in range(len(heads))]
+    return [_row(heads), _row(rule), *map(_row, rows)]
+
+
+def _provenance(measured: dict[str, Any]) -> str:
+    """Of a report's context, or of a row, which has the same."""
+    return f"{measured['device']}; torch {measured['torch']}; commit {measured['commit']}, {measured['date'][:10]}."
 
 
 def _fwd_bwd(report: Report) -> list[Measurement]:
     return [each for each in report.measurements if each.pass_name == "fwd+bwd"]
 
 
-def headline(report: Report, folder: Path) -> str:
-    ran = [each for each in _fwd_bwd(report) if each.provider == "eager"]
-    case = max((each.case for each in ran), key=lambda case: case.N * case.C * case.D)
-    found = sorted((each for each in _fwd_bwd(report) if each.case == case), key=lambda each: each.ms)
-    ours = next(each for each in found if each.provider == "fused_arcface" and each.backend != "reference")
-    heads = ["forward + backward", "ms", "ps per logit", "÷ ours", "flops ÷ ceiling", "peak extra memory, MiB", "error"]
-    lines = [f"{case}. {_provenance(report)}", "", _row(heads), _row(["---"] + ["---:"] * 6)]
-    ceilings = report.machine["flops_per_second"]
-    for each in found:
-        name = f"**{each.provider} ({each.backend})**" if each.is_ours else each.provider
+def headline(report: Report, every: bool) -> str:
+    """A row for each provider, fastest first; ours by its fastest backend alone unless ``every``."""
+    case = max(
+        (each.case for each in report.measurements if each.provider == "eager"),
+        key=lambda case: case.N * case.C * case.D,
+    )
+    found: dict[str, dict[tuple[str, str], Measurement]] = {name: {} for name in PASSES}
+    for each in report.measurements:
+        if each.case == case:
+            found[each.pass_name][each.provider, each.backend] = each
+    both = sorted(found["fwd+bwd"].values(), key=lambda each: each.ms)
+    ours = next(each for each in both if each.is_ours)
+    ours_forward = found["fwd"][ours.provider, ours.backend]
+    heads = ["", "forward, ms", "÷ ours", "forward + backward, ms", "÷ ours"]
+    heads += ["of ceiling", "peak extra memory, MiB", "error"]
+    rows = []
+    for each in both:
+        if each.is_ours and each is not ours and not every:
+            continue
+        forward = found["fwd"][each.provider, each.backend]
+        name = f"{each.provider} ({each.backend})" if each.is_ours else each.provider
+        figures = [_number(forward.ms), f"{forward.ms / ours_forward.ms:.2f}", _number(each.ms)]
+        share = report.share_of_ceiling(each)
+        figures += [f"{each.ms / ours.ms:.2f}", "—" if share is None else f"{share:.0%}"]
         peak = "" if each.peak_bytes is None else _number(each.peak_bytes / 2**20)
-        figures = [_number(each.ms), _number(each.ps_per_logit), f"{each.ms / ours.ms:.2f}"]
-        lines.append(
-            _row([name, *figures, f"{each.flops_per_second / ceilings[each.ceiling]:.0%}", peak, f"{each.error:.0e}"])
-        )
-    gflops = f"{ceilings[case.dtype] / 1e9:,.0f} GFLOP/s"
-    lines += ["", f"Ceiling: the machine's fastest square {case.dtype} product, {gflops}. Error: relative, to fp64."]
+        error = max(forward.error, each.error)
+        rows.append([f"**{name}**" if each is ours else name, *figures, peak, f"{error:.0e}"])
+    reached = f"a square {case.dtype} product {report.machine['flops_per_second'][case.dtype] / 1e9:,.0f} GFLOP/s"
+    fma = report.machine.get("fma_flops_per_second")
+    reached += "" if fma is None else f", multiply-adds in registers {fma / 1e9:,.0f}"
+    lines = [
+        f"{case}. {_provenance(report.context)}",
+        "",
+        *_table(heads, rows),
+        "",
+        "Medians, all in turn. Peak: of forward + backward, beyond inputs, class centres and their gradients. "
+        f"Error: largest relative one of loss and gradients, to fp64. The machine's ceilings: {reached}. "
+        "linear_cross_entropy and the products have no margin: yardsticks.",
+    ]
     return "\n".join(lines)
 
 
-def shapes(report: Report, folder: Path) -> str:
+def shapes(report: Report) -> str:
     columns = ("fused_arcface", "eager", "compiled", "insightface", "pytorch-metric-learning", "products")
-    lines = [_provenance(report), "", _row(["ms", *columns]), _row(["---"] + ["---:"] * len(columns))]
+    rows = []
     for case in dict.fromkeys(each.case for each in _fwd_bwd(report)):
         fastest: dict[str, float] = {}
         for each in _fwd_bwd(report):
             if each.case == case and not (each.provider == "fused_arcface" and each.backend == "reference"):
                 fastest[each.provider] = min(each.ms, fastest.get(each.provider, each.ms))
-        cells = [_number(fastest[name]) if name in fastest else "—" for name in columns]
-        lines.append(_row([str(case), *cells]))
-    return "\n".join(lines)
+        rows.append([str(case), *(_number(fastest[name]) if name in fastest else "—" for name in columns)])
+    return "\n".join(["Milliseconds, forward + backward.", "", *_table(["", *columns], rows)])
 
 
 def capacity(folder: Path) -> str:
-    rows = json.loads((folder / "capacity.json").read_text())
-    first = rows[0]
+    found = sorted(json.loads((folder / "capacity.json").read_text()), key=lambda row: -row["max_C"])
+    first = found[0]
     budget = f"{first['budget_bytes'] / 2**30:g} GiB"
     what = f"A training step (N={first['N']}, D={first['D']}, SGD with momentum) within {budget}"
-    source = f"{first['device']}; torch {first['torch']}; commit {first['commit']}, {first['date'][:10]}."
-    heads = ["head", "centres", "momentum", "most identities", "bytes for each", "step, ms", ""]
-    lines = [f"{what}. {source}", "", _row(heads), _row(["---"] * 3 + ["---:"] * 3 + ["---"])]
-    for row in sorted(rows, key=lambda row: -row["max_C"]):
+    heads = ["head", "centres", "momentum", "most identities", "÷ best peer", "bytes for each", "step, ms", ""]
+    peer = max((row["max_C"] for row in found if not row["recipe"].startswith("fused_arcface")), default=None)
+    rows = []
+    for row in found:
         step = "—" if row["step_ms"] is None else _number(row["step_ms"])
-        figures = [f"{row['max_C']:,}", _number(row["bytes_per_class"]), step, row["how"]]
-        lines.append(
-            _row([f"{row['recipe']} ({row['backend']})", row["weight_dtype"], row["momentum_dtype"], *figures])
-        )
-    return "\n".join(lines)
+        ratio = "—" if peer is None else f"{row['max_C'] / peer:.2f}"
+        name = f"{row['recipe']} ({row['backend']})" if row["recipe"].startswith("fused_arcface") else row["recipe"]
+        figures = [f"{row['max_C']:,}", ratio, _number(row["bytes_per_class"]), step, row["how"]]
+        rows.append([name, row["weight_dtype"], row["momentum_dtype"], *figures])
+    return "\n".join([f"{what}. {_provenance(first)}", "", *_table(heads, rows, left=(0, 1, 2, 7))])
+
+
+def ranks(folder: Path) -> str:
+    found = json.loads((folder / "ranks.json").read_text())
+    heads = ["ranks", "N", "identities", "predicted, ms", "measured, ms", "measured ÷ predicted", "limited by"]
+    rows = []
+    for row in found:
+        predicted, measured = row["predicted_ms"], row["measured_ms"]
+        figures = [str(row["ranks"]), str(row["N"]), f"{row['C']:,}", _number(predicted), _number(measured)]
+        rows.append([*figures, f"{measured / predicted:.2f}", row["limit"]])
+    return "\n".join([_provenance(found[0]), "", *_table(heads, rows, left=(6,))])
 
 
 def pictures(folder: Path, file: Path) -> str:
@@ -120,12 +162,14 @@ def block(kind: str, name: str, file: Path, write: bool) -> str:
     folder = RESULTS / name
     if kind == "model" and name == "H200":
         return model(name, file, write)
-    needed = folder / ("capacity.json" if kind == "capacity" else "rows.json")
+    needed = folder / {"capacity": "capacity.json", "ranks": "ranks.json"}.get(kind, "rows.json")
     if not needed.exists():
         return "Not yet measured."
-    if kind in ("headline", "shapes"):
+    if kind in ("headline", "providers", "shapes"):
         report = read_report(folder)
-        return headline(report, folder) if kind == "headline" else shapes(report, folder)
+        return shapes(report) if kind == "shapes" else headline(report, every=kind == "providers")
+    if kind == "ranks":
+        return ranks(folder)
     if kind == "capacity":
         return capacity(folder)
     if kind == "pictures":

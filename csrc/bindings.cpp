@@ -87,6 +87,12 @@ void update_centres(const std::string& isa, bool fp64, const MatrixTuple& embedd
   (fp64 ? chosen.update_centres_fp64 : chosen.update_centres_fp32)(args, step);
 }
 
+int64_t multiply_adds(const std::string& isa, int64_t rounds, int threads) {
+  const fa::Kernels& chosen = kernels(isa);
+  const py::gil_scoped_release release;
+  return chosen.multiply_adds_fp32(rounds, threads);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_native, m) {
@@ -109,6 +115,7 @@ PYBIND11_MODULE(_native, m) {
   m.attr("MOMENTUM_BFLOAT16") = static_cast<int>(fa::MomentumType::kBFloat16);
   m.attr("MOMENTUM_INT8") = static_cast<int>(fa::MomentumType::kInt8);
   m.def("update_centres", &update_centres);
+  m.def("multiply_adds", &multiply_adds);
 #if FA_CUDA
   fa::cuda::bind(m.def_submodule("cuda"));
 #endif

@@ -6,22 +6,24 @@ import csv
 import itertools
 import json
 import math
+import runpy
 import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import typer
 
 from fused_arcface import ArcFace, NormSoftmax, reference
-from fused_arcface.benchmark import capacity, cost_model, memory, plots, runner
+from fused_arcface.benchmark import capacity, cost_model, memory, plots, ranks, runner
 from fused_arcface.benchmark import providers as providers_module
-from fused_arcface.benchmark.cases import NAMES, Case, cases_named, make_inputs
+from fused_arcface.benchmark.cases import NAMES, PASSES, Case, cases_named, make_inputs
 from fused_arcface.benchmark.child import Child, ChildFailed
 from fused_arcface.benchmark.providers import Provider, all_providers, select
-from fused_arcface.benchmark.report import FIELDS, Measurement, Report, read_report
+from fused_arcface.benchmark.report import FIELDS, Measurement, Report, Skip, read_report
 from fused_arcface.benchmark.timing import Timing, time_interleaved
 from fused_arcface.benchmark.truth import Outcome, error_of, truth
 from fused_arcface.cli.bench import bench
@@ -145,7 +147,7 @@ def test_wrong_failing_and_missing_providers_do_not_stop_the_rest() -> None:
 
 @pytest.mark.usefixtures("no_ceiling")
 def test_what_cannot_fit_is_not_tried(child: Child, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "peak_bytes", lambda provider, case, device, backward, child: 100 * case.C)
+    monkeypatch.setattr(memory, "peaks_of", lambda provider, case, *_: dict.fromkeys(PASSES, 100 * case.C))
     monkeypatch.setattr(memory, "available_bytes", lambda device: 200_000)
     report = runner.run_benchmark([TINY, replace(TINY, C=3000)], select(["eager"]), CPU, seconds=0.01)
     assert {each.case for each in report.measurements if each.provider == "eager"} == {TINY}
@@ -178,6 +180,44 @@ def test_a_run_that_fails_later_leaves_the_others() -> None:
         time_interleaved({"b": fails_at_last}, CPU, 0.05)
 
 
+@pytest.mark.usefixtures("no_ceiling")
+def test_an_interrupted_run_keeps_its_cases_and_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cases = (TINY, replace(TINY, C=400))
+    monkeypatch.setattr("fused_arcface.benchmark.cases._CPU", {"quick": cases})
+    whole, measured = runner._measure_case, []
+
+    def interrupted(case: Case, *arguments: object) -> None:
+        measured.append(case)
+        if case == cases[1] and measured.count(case) == 1:
+            raise KeyboardInterrupt
+        whole(case, *arguments)
+
+    monkeypatch.setattr(runner, "_measure_case", interrupted)
+    options = {"providers": "eager,liger", "device": "cpu", "seconds": 0.01, "with_memory": False, "output": tmp_path}
+    with pytest.raises(typer.Exit) as exit_:
+        bench(**options)
+    assert exit_.value.exit_code == 130
+    said = capsys.readouterr().out
+    assert "Interrupted" in said and tmp_path.name in said and "--resume" in said
+    assert {each.case for each in read_report(tmp_path).measurements if each.provider == "eager"} == {TINY}
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+    bench(**options, resume=True)
+    assert measured == [*cases, cases[1]]
+    report = read_report(tmp_path)
+    assert [each.case for each in report.measurements if each.provider == "eager"] == [cases[0]] * 2 + [cases[1]] * 2
+    assert [skip.provider for skip in report.skips] == ["liger"]
+
+    report.context["torch"] = "1.0"
+    report.write(tmp_path)
+    with pytest.raises(typer.BadParameter, match=r"torch must be .*; got 1\.0"):
+        bench(**options, resume=True)
+    with pytest.raises(typer.BadParameter, match="no run"):
+        bench(**{**options, "output": tmp_path / "empty"}, resume=True)
+
+
 def test_rows_have_the_fields_and_survive_a_round_trip(tmp_path: Path) -> None:
     report = synthetic_report()
     report.write(tmp_path)
@@ -199,11 +239,11 @@ def synthetic_report() -> Report:
     """Three providers over a series of C and one of N, the time and the memory in proportion to the logits."""
     context = {"device": "a device", "torch": "2.0", "commit": "abc", "date": "2026-01-01T00:00:00+00:00"}
     machine = {"flops_per_second": {"float32": 1e11}, "copy_bytes_per_second": 1e12, "memory_bytes": 2**34}
-    report = Report(context, [], [runner.Skip("liger", "triton", TINY, "not installed")], machine)
+    report = Report(context, [], [Skip("liger", "triton", TINY, "not installed")], machine)
     cases = [Case(64, c) for c in (1000, 10_000, 100_000)] + [Case(n, 10_000) for n in (16, 256)]
     for case in cases:
         for name, factor in (("fused_arcface", 1), ("eager", 4), ("products", 2)):
-            for index, pass_name in enumerate(runner.PASSES):
+            for index, pass_name in enumerate(PASSES):
                 ms = factor * (1 + index) * case.N * case.C * 1e-6
                 timing, peak = Timing((ms, 1.1 * ms)), None if case.N == 16 else (factor - 1) * case.N * case.C * 4
                 backend = "cpu" if factor == 1 else "torch"
@@ -223,12 +263,12 @@ def test_pictures_are_drawn(tmp_path: Path) -> None:
 
 
 def test_memory_of_a_pass_is_seen_from_outside(child: Child) -> None:
-    if not memory.can_reset():
+    if not memory.can_measure(CPU):
         pytest.skip("this system does not let a process reset its peak of resident memory")
     case = Case(64, 60_000, 32)
     logits = case.N * case.C * 4  # 15 MB
-    eager = memory.peak_bytes(provider_named("eager"), case, CPU, True, child)
-    fused = memory.peak_bytes(provider_named("fused_arcface"), case, CPU, True, child)
+    eager = memory.peaks_of(provider_named("eager"), case, CPU, child)["fwd+bwd"]
+    fused = memory.peaks_of(provider_named("fused_arcface"), case, CPU, child)["fwd+bwd"]
     assert 3 * logits < eager < 8 * logits
     assert fused < logits / 4
 
@@ -239,12 +279,12 @@ def test_child_reports_errors_and_comes_back(child: Child) -> None:
     assert child._process is not None
     child._process.kill()
     with pytest.raises(MemoryError):
-        child.call("memory:can_reset")
-    assert child.call("memory:can_reset") in (True, False)
+        child.call("machine:commit")
+    assert isinstance(child.call("machine:commit"), str)
 
 
 def test_a_trial_cannot_take_more_than_its_budget(child: Child) -> None:
-    if not memory.can_reset():
+    if not memory.can_measure(CPU):
         pytest.skip("this system does not limit a process's data")
     (recipe,) = (r for r in capacity.recipes() if r.key == ("fused_arcface", "cpu", "float32", "float32"))
     shape = (8, 200_000, 64)  # 51 MB of class centres; with gradient, momentum and decay 205 MB
@@ -255,7 +295,7 @@ def test_a_trial_cannot_take_more_than_its_budget(child: Child) -> None:
 
 
 def test_an_update_in_the_backward_needs_no_gradient(child: Child) -> None:
-    if not memory.can_reset():
+    if not memory.can_measure(CPU):
         pytest.skip("this system does not let a process reset its peak of resident memory")
     (recipe,) = (r for r in capacity.recipes() if r.key == ("fused_arcface + CenterSGD", "cpu", "bfloat16", "int8"))
     trial = capacity.try_step(recipe, (8, 200_000, 64), CPU, 2**28, child)
@@ -266,7 +306,7 @@ def test_an_update_in_the_backward_needs_no_gradient(child: Child) -> None:
 
 @pytest.mark.parametrize("kink", [0.0, 0.3])
 @pytest.mark.parametrize("hard", [False, True], ids=["measures", "fails"])
-def test_search_finds_the_largest(kink: float, hard: bool) -> None:
+def test_capacity_is_predicted_then_verified(kink: float, hard: bool) -> None:
     """Peaks that grow faster from 30 000 classes on, as when another allocation becomes the largest one."""
     budget, tried = 10**9, []
 
@@ -277,21 +317,50 @@ def test_search_finds_the_largest(kink: float, hard: bool) -> None:
         tried.append(C)
         return None if hard and peak(C) > budget else capacity.Trial(peak(C), 1.0)
 
-    found = capacity.search(attempt, budget, 4000, 10**10)
+    predicted = capacity.extrapolate(attempt, budget, 4000)
+    assert predicted.trial is None and max(tried) == 8000
+    if kink == 0:
+        assert abs(peak(predicted.max_C) - budget) < 10_000
+    tried.clear()
+    found = capacity.verify(attempt, budget, predicted.max_C)
     assert found.trial is not None and found.trial.peak_bytes == peak(found.max_C) <= budget
     assert peak(int(found.max_C * 1.025)) > budget
-    assert len(tried) <= 12
+    assert len(tried) <= (1 if kink == 0 else 10)
 
 
-def test_search_extrapolates_beyond_the_machine() -> None:
-    tried = []
+def test_capacity_that_never_fits_is_an_error() -> None:
+    with pytest.raises(MemoryError, match="do not fit"):
+        capacity.extrapolate(lambda C: None, 10**9, 1000)
+    with pytest.raises(MemoryError, match="do not fit"):
+        capacity.verify(lambda C: None, 10**9, 1000)
 
-    def attempt(C: int) -> capacity.Trial:
-        tried.append(C)
-        return capacity.Trial(6000 * C, 1.0)
 
-    found = capacity.search(attempt, 10**9, 1000, limit_bytes=10**8)
-    assert found.trial is None and found.max_C == 10**9 // 6000 and max(tried) == 2000
+def test_capacity_goes_on_with_an_interrupted_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The first run ends after one recipe was verified; the second verifies the other and repeats nothing."""
+    tried: list[tuple[str, int]] = []
+
+    def step(recipe: capacity.Recipe, shape: tuple[int, int, int], *_: object) -> capacity.Trial:
+        if tried and recipe.key != tried[0][0] and shape[1] > 10_000:
+            raise KeyboardInterrupt
+        tried.append((recipe.key, shape[1]))
+        return capacity.Trial(6000 * shape[1], 1.0)
+
+    budget = 10**8
+    options = {"names": ["eager", "insightface"], "on_row": lambda rows: capacity.write(tmp_path, rows)}
+    monkeypatch.setattr(capacity, "try_step", step)
+    with pytest.raises(KeyboardInterrupt):
+        capacity.run_capacity(CPU, budget, **options)
+    left = capacity.read(tmp_path, budget, CPU)
+    assert [row["how"] for row in left] == ["measured", "extrapolated"]
+    assert all(tuple(row) == capacity.FIELDS for row in left)
+    before, tried = tried, []
+    rows, skips = capacity.run_capacity(CPU, budget, earlier=left, **options)
+    assert [row["how"] for row in rows] == ["measured"] * 2 and not skips
+    assert len(before) == 5 and [key for key, _ in tried] == [("insightface", "torch", "float32", "float32")]
+    with pytest.raises(ValueError, match="budget"):
+        capacity.read(tmp_path, budget + 1, CPU)
+    with pytest.raises(ValueError, match="no_such"):
+        capacity.run_capacity(CPU, budget, names=["no_such"])
 
 
 def test_cost_model_keeps_its_own_laws() -> None:
@@ -322,6 +391,20 @@ def test_cost_model_gives_back_the_rate_that_it_was_given(tmp_path: Path) -> Non
     assert predicted == pytest.approx(row["ms"])
 
 
+def test_cost_model_beside_two_processes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Whether they agree is for a quiet machine to say; here, that a group runs and that the inputs make sense."""
+    progress: list[str] = []
+    rows = ranks.run_ranks([2], progress.append)
+    assert progress == ["the rate of one process", "2 ranks"]
+    assert [row["C"] for row in rows] == list(ranks.IDENTITIES)
+    for row in rows:
+        assert tuple(row) == ranks.FIELDS
+        assert 0 < row["arithmetic_ms"] < row["predicted_ms"] and row["measured_ms"] > 0
+        assert 1e6 < row["network_bytes_per_second"] < 1e12 and 0 < row["network_latency_us"] < 1e6
+    assert rows[-1]["arithmetic_ms"] == pytest.approx(100 * rows[0]["arithmetic_ms"], rel=0.01)
+    assert [path.name for path in ranks.write(tmp_path, rows)] == ["ranks.csv", "ranks.json"]
+
+
 @pytest.mark.usefixtures("no_ceiling")
 def test_command_measures_and_writes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -344,6 +427,9 @@ def test_command_refuses_what_it_does_not_know(tmp_path: Path) -> None:
     file.write_text("")
     with pytest.raises(typer.BadParameter, match="file"):
         bench(device="cpu", output=file / "folder")
+    for wrong in ({"device": "tpu"}, {"budget": 0.0}, {"budget": math.nan}, {"ranks": "1,x"}, {"ranks": "0"}):
+        with pytest.raises(typer.BadParameter):
+            bench(**{"device": "cpu", "output": tmp_path, **wrong})
 
 
 @pytest.mark.usefixtures("no_ceiling")
@@ -352,3 +438,26 @@ def test_command_fails_when_it_measures_nothing(tmp_path: Path, capsys: pytest.C
         bench(providers="ours", backend="triton", device="cpu", output=tmp_path)
     assert exit_.value.exit_code == 1
     assert "fused_arcface (triton)" in capsys.readouterr().out
+
+
+def script(name: str) -> dict[str, Any]:
+    return runpy.run_path(str(Path(__file__).parents[1] / "bench" / name))
+
+
+def test_regressions_are_found() -> None:
+    regressions = script("check.py")["regressions"]
+    before = {"time of ours": 0.5, "memory of ours": 0.1}
+    assert regressions({"time of ours": 0.6, "memory of ours": 0.15}, before) == []
+    assert regressions({"time of ours": 0.4, "memory of ours": 0.0, "time of new": 9.0}, before) == []
+    (slower,) = regressions({"time of ours": 0.65, "memory of ours": 0.1}, before)
+    assert slower.startswith("time of ours: 0.650")
+    (larger,) = regressions({"time of ours": 0.5, "memory of ours": 0.2}, before)
+    assert larger.startswith("memory of ours")
+    assert regressions({"time of ours": 0.5}, before) == ["memory of ours: no longer measured"]
+
+
+def test_the_readme_shows_what_was_recorded(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["update_readme.py", "--check"])
+    assert script("update_readme.py")["main"]() == 0, capsys.readouterr().out

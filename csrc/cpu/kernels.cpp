@@ -13,6 +13,7 @@
 #include "negatives.h"
 #include "pack.h"
 #include "parallel.h"
+#include "peak.h"
 #include "simd.h"
 
 namespace fa::FA_ISA {
@@ -335,7 +336,8 @@ void update_centres(const WeightGradArgs& args, const CentreStep& step) {
 
 #define FA_STRING(x) #x
 #define FA_NAME(x) FA_STRING(x)
-extern const Kernels kKernels = {FA_NAME(FA_ISA),     class_stats<float>,    class_stats<double>,   weight_grad<float>,
-                                 weight_grad<double>, update_centres<float>, update_centres<double>};
+extern const Kernels kKernels = {FA_NAME(FA_ISA),        class_stats<float>,  class_stats<double>,
+                                 weight_grad<float>,     weight_grad<double>, update_centres<float>,
+                                 update_centres<double>, multiply_adds<float>};
 
 }  // namespace fa::FA_ISA

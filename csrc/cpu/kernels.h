@@ -15,6 +15,7 @@ struct Kernels {
   void (*weight_grad_fp64)(const WeightGradArgs&);
   void (*update_centres_fp32)(const WeightGradArgs&, const CentreStep&);  // weight is written, d_weight not used
   void (*update_centres_fp64)(const WeightGradArgs&, const CentreStep&);
+  int64_t (*multiply_adds_fp32)(int64_t rounds, int threads);  // see peak.h
 };
 
 namespace portable {

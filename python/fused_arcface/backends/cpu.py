@@ -33,6 +33,11 @@ def isa() -> str:
     return os.environ.get("FUSED_ARCFACE_ISA") or _native.isas()[0]
 
 
+def multiply_adds(rounds: int) -> int:
+    """Flops of ``rounds`` vector multiply-adds on all of torch's threads, in registers alone: timed, the FMA peak."""
+    return _native.multiply_adds(isa(), rounds, torch.get_num_threads())
+
+
 def _matrix(tensor: Tensor) -> tuple[int, int, int, int, int, int]:
     code = {
         torch.float32: _native.FLOAT32,

@@ -32,6 +32,11 @@ class Device:
     """Of its memory, read or written."""
     memory_bytes: float
     measured: bool
+    step_seconds: float = 0.0
+    """Of a step besides what grows with its size: launches, the host's program."""
+    overlap: float = 1.0
+    """Of what could run at once, the share that does: 1 where copies, collectives and arithmetic have hardware of their
+    own, 0 on a thread that does one after the other."""
 
     @classmethod
     def from_report(cls, folder: Path) -> Device:
@@ -54,8 +59,9 @@ class Device:
         )
 
 
-# 8·N·C·D flops at four fifths of the device's own bf16 product, 790 TFLOP/s; a copy runs at 4.3 TB/s there.
-H200 = Device("NVIDIA H200", 8 / (0.8 * 790e12), 4.3e12, 141e9, measured=False)
+# 8·N·C·D flops at four fifths of the device's own bf16 product, 790 TFLOP/s; a copy runs at 4.3 TB/s there. A step is
+# some twenty launches of 5 µs.
+H200 = Device("NVIDIA H200", 8 / (0.8 * 790e12), 4.3e12, 141e9, measured=False, step_seconds=1e-4)
 
 
 @dataclass(frozen=True)
@@ -92,7 +98,9 @@ class Storage:
 # torch.optim.SGD with weight decay: the gradient is written, then read; decay makes a copy; momentum and centre are
 # read and written.
 SGD_FP32 = Storage("fp32 centres, products in bf16, torch.optim.SGD", 4, held_bytes=16, optimizer_bytes=36)
-# The update in the backward's class tile: no gradient; bf16 centre written, int8 momentum read and written.
+# The update in the backward's class tile: no gradient; centre written, momentum read and written.
+FUSED_FP32 = Storage("fp32 centres and momentum, updated in the backward", 4, held_bytes=8, optimizer_bytes=12)
+# The same with bf16 centre and int8 momentum read and written.
 FUSED_BF16_INT8 = Storage(
     "bf16 centres, int8 momentum, updated in the backward (modelled)", 2, held_bytes=3.1, optimizer_bytes=4.2
 )
@@ -108,8 +116,8 @@ class Step:
     arithmetic_seconds: float
     memory_bytes: float
     limit: str
-    """What takes most of it: ``arithmetic``, ``memory traffic``, ``network`` or ``latency``; ``does not fit`` if it
-    cannot be held."""
+    """What takes most of it: ``arithmetic``, ``memory traffic``, ``network``, ``latency`` or ``launches``; ``does not
+    fit`` if it cannot be held."""
 
     @property
     def efficiency(self) -> float:
@@ -136,7 +144,7 @@ def predict(
 
     >>> step = predict(H200, 10**6, 1)
     >>> f"{step.seconds * 1e3:.1f} ms, {step.limit}"
-    '1.2 ms, memory traffic'
+    '1.3 ms, memory traffic'
     """
     rows, classes = batch * devices, math.ceil(identities / devices)
     elements = classes * D
@@ -147,20 +155,29 @@ def predict(
     sum_latency, sum_ = network.seconds(2 * rows * 8, devices)  # an all-reduce is a scatter and a gather
     scatter_latency, scatter = network.seconds(rows * D * 4, devices)
 
-    forward = max(arithmetic, stream)
-    backward = max(arithmetic, stream + update, scatter)
-    latency = gather_latency + 2 * sum_latency + scatter_latency
-    seconds = forward + backward + gather + sum_ + latency
-    shares = {
-        "arithmetic": (forward if arithmetic >= stream else 0) + (backward if arithmetic >= backward else 0),
-        "memory traffic": (forward if stream > arithmetic else 0) + (backward if stream + update >= backward else 0),
-        "network": gather + sum_ + (backward if scatter >= backward else 0),
-        "latency": latency,
+    parts = {
+        "arithmetic": 0.0,
+        "memory traffic": 0.0,
+        "network": gather + sum_,
+        "latency": gather_latency + 2 * sum_latency + scatter_latency,
+        "launches": device.step_seconds,
     }
+    forward = {"arithmetic": arithmetic, "memory traffic": stream}
+    backward = {"arithmetic": arithmetic, "memory traffic": stream + update, "network": scatter}
+    for at_once in (forward, backward):
+        for name, added in _overlapped(device.overlap, at_once).items():
+            parts[name] += added
     # Centres and optimizer; gathered embeddings, the sums of centres in fp32 and the gradient that is scattered.
     held = elements * storage.held_bytes + rows * D * (embedding_bytes + 8)
-    limit = "does not fit" if held > device.memory_bytes else max(shares, key=lambda name: shares[name])
-    return Step(identities, devices, seconds, 2 * arithmetic, held, limit)
+    limit = "does not fit" if held > device.memory_bytes else max(parts, key=lambda name: parts[name])
+    return Step(identities, devices, sum(parts.values()), 2 * arithmetic, held, limit)
+
+
+def _overlapped(overlap: float, parts: dict[str, float]) -> dict[str, float]:
+    """What each of some parts that could run at once adds to their time: the longest all of its own, another what is
+    not hidden behind it."""
+    longest = max(parts, key=lambda name: parts[name])
+    return {name: seconds if name == longest else (1 - overlap) * seconds for name, seconds in parts.items()}
 
 
 IDENTITIES = (10**6, 10**7, 10**8, 10**9)

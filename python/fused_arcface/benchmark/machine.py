@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from .. import __version__
+from .. import __version__, backends
 from .timing import Timing, time_interleaved
 
 # Square products large enough to be bound by arithmetic alone, small enough for a quick run.
@@ -74,10 +74,26 @@ def measure_ceiling(device: torch.device, dtype: str = "float32", seconds: float
     right = a[:1].double() @ a.double()
     error = float((result[:1].double() - right).abs().max() / right.abs().max())
 
+    copied = copy_bytes_per_second(device, seconds / 4)
+    return Ceiling(library, size, timings[library], error, copied)
+
+
+def fma_flops_per_second(seconds: float = 0.5) -> float | None:
+    """The processor's fp32 multiply-adds in registers, the fastest within ``seconds``; None without the CPU backend."""
+    if backends.available()["cpu"] is not None:
+        return None
+    multiply_adds = backends.load("cpu").multiply_adds
+    rounds = 2_000_000
+    fastest = time_interleaved({"fma": lambda: multiply_adds(rounds)}, torch.device("cpu"), seconds)["fma"].least
+    return float(multiply_adds(rounds) / (fastest * 1e-3))
+
+
+def copy_bytes_per_second(device: torch.device, seconds: float) -> float:
+    """Bytes read and written per second by a copy that no cache holds, the fastest within ``seconds``."""
     source = torch.ones(_COPY_BYTES, dtype=torch.int8, device=device)
     copy = torch.empty_like(source)
-    copied = time_interleaved({"copy": lambda: copy.copy_(source)}, device, seconds / 4)["copy"]
-    return Ceiling(library, size, timings[library], error, 2 * _COPY_BYTES / (copied.least * 1e-3))
+    copied = time_interleaved({"copy": lambda: copy.copy_(source)}, device, seconds)["copy"]
+    return 2 * _COPY_BYTES / (copied.least * 1e-3)
 
 
 def processors() -> int:
@@ -85,8 +101,8 @@ def processors() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def device_name(device: torch.device) -> str:
-    """The GPU's name, or the processor's with the number of threads that torch uses."""
+def device_name(device: torch.device, threads: int | None = None) -> str:
+    """The GPU's name, or the processor's with the number of threads, torch's own if not given."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     name = platform.processor() or platform.machine()
@@ -94,22 +110,32 @@ def device_name(device: torch.device) -> str:
     if cpuinfo.exists():
         fields = (line.split(":", 1) for line in cpuinfo.read_text().splitlines() if line.startswith("model name"))
         name = next((value.strip() for _, value in fields), name)
-    threads = torch.get_num_threads()
+    threads = threads or torch.get_num_threads()
     return f"{name}, {platform.machine()}, {threads} thread{'s' if threads != 1 else ''}"
 
 
 def commit() -> str:
-    """The commit of the checkout that this package runs from, "-dirty" if it has changed since; the version where it is
-    none."""
-    here = Path(__file__).resolve().parent
-    command = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=10", "--exclude=*"]
-    # A wheel may lie in an environment inside some other repository: ask whether that one knows this file.
-    known = ["git", "-C", str(here), "ls-files", "--error-unmatch", Path(__file__).name]
-    try:
-        subprocess.run(known, capture_output=True, check=True, timeout=10)
+    """The commit of the checkout that this package runs from, "-dirty" if the sources have changed since; the version
+    where it is none."""
+    package = Path(__file__).resolve().parents[1]
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(package), *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+
+    try:
+        # A wheel may lie in an environment inside some other repository: ask whether that one knows this file.
+        git("ls-files", "--error-unmatch", __file__)
+        # Results and notes that have changed since are no other code.
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", str(package), ":(top)csrc")
+        return git("rev-parse", "--short=10", "HEAD") + ("-dirty" if changed else "")
     except (OSError, subprocess.SubprocessError):
         return f"v{__version__}"
+
+
+def context(device: torch.device) -> dict[str, str]:
+    """What every row carries: device, torch, commit and date."""
+    return {"device": device_name(device), "torch": torch.__version__, "commit": commit(), "date": now()}
 
 
 def now() -> str:

@@ -6,40 +6,58 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
-import sys
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
-from .cases import Case, make_inputs
+from .cases import PASSES, Case, make_inputs
 from .child import Child
 from .providers import Provider, all_providers
 
-_STATUS = Path("/proc/self/status")
+_STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
-def peak_bytes(provider: Provider, case: Case, device: torch.device, backward: bool, child: Child) -> int:
-    """Peak extra bytes of one pass: by CUDA's allocator, or on a CPU by the resident memory of ``child``.
+def peaks_of(provider: Provider, case: Case, device: torch.device, child: Child) -> dict[str, int]:
+    """Peak extra bytes of each of :data:`PASSES`: by CUDA's allocator, or on a CPU by the resident memory of ``child``.
 
     Raises:
         MemoryError, torch.OutOfMemoryError: it did not fit.
+        ChildFailed: anything else went wrong there.
     """
     if device.type == "cuda":
-        return _measure(provider, case, device, backward)
-    if not can_reset():  # the peak of a process only grows there: each measurement needs a fresh one
-        child.close()
-    threads = torch.get_num_threads()
-    peak: int = child.call(
-        "memory:peak_in_this_process",
-        provider=provider.name,
-        backend=provider.backend,
-        case=asdict(case),
-        backward=backward,
-        threads=threads,
-    )
-    return peak
+        return _measure(provider, case, device)
+    name, threads = (provider.name, provider.backend), torch.get_num_threads()
+    peaks: dict[str, int] = child.call("memory:peaks_in_this_process", name=name, case=asdict(case), threads=threads)
+    return peaks
+
+
+def peaks_in_this_process(name: list[str], case: dict[str, int | str], threads: int) -> dict[str, int]:
+    """What :func:`peaks_of` asks its child process for."""
+    torch.set_num_threads(threads)
+    (chosen,) = (each for each in all_providers() if [each.name, each.backend] == name)
+    return _measure(chosen, Case(**case), torch.device("cpu"))  # type: ignore[arg-type]
+
+
+def _measure(provider: Provider, case: Case, device: torch.device) -> dict[str, int]:
+    peaks = {}
+    with provider.settings():
+        # First a tiny pass: libraries' code and threads are no part of the measured one. Full-size buffers that a
+        # library keeps after its first call are, and the tiny pass makes none. What torch.compile needs to compile is
+        # no part of it either.
+        tiny = Case(min(case.N, 8), min(case.C, 128), case.D, case.dtype, case.weight_dtype)
+        warm_up = provider.open(make_inputs(case if provider.name == "compiled" else tiny, device))
+        for backward in PASSES.values():
+            warm_up(backward)
+        del warm_up
+        inputs = make_inputs(case, device, distinct=False)
+        for pass_name, backward in PASSES.items():
+            gc.collect()
+            before = reset_peak(device)
+            provider.open(inputs)(backward)
+            peaks[pass_name] = max(0, peak_since_reset(device) - before - _held_by_all(provider, case, backward))
+    return peaks
 
 
 def _held_by_all(provider: Provider, case: Case, backward: bool) -> int:
@@ -48,55 +66,35 @@ def _held_by_all(provider: Provider, case: Case, backward: bool) -> int:
     return gradients + (case.weight_bytes if provider.own_weight else 0)
 
 
-def peak_in_this_process(provider: str, backend: str, case: dict[str, int | str], backward: bool, threads: int) -> int:
-    """What :func:`peak_bytes` asks its child process for."""
-    torch.set_num_threads(threads)
-    (chosen,) = (each for each in all_providers() if (each.name, each.backend) == (provider, backend))
-    return _measure(chosen, Case(**case), torch.device("cpu"), backward)  # type: ignore[arg-type]
-
-
-def _measure(provider: Provider, case: Case, device: torch.device, backward: bool) -> int:
-    with provider.settings():
-        # First a tiny pass: libraries' code and threads are no part of the measured one. Full-size buffers that a
-        # library keeps after its first call are, and the tiny pass makes none. What torch.compile needs to compile is
-        # no part of it either.
-        tiny = Case(min(case.N, 8), min(case.C, 128), case.D, case.dtype, case.weight_dtype)
-        provider.open(make_inputs(case if provider.name == "compiled" else tiny, device))(backward)
-        inputs = make_inputs(case, device, distinct=False)
-        gc.collect()
-        before = reset_peak(device)
-        provider.open(inputs)(backward)
-        return max(0, peak_since_reset(device) - before - _held_by_all(provider, case, backward))
-
-
-def can_reset() -> bool:
-    """Whether this system lets a process reset its peak of resident memory (Linux does)."""
-    return _STATUS.exists() and Path("/proc/self/clear_refs").exists()
+def can_measure(device: torch.device) -> bool:
+    """Whether peaks can be measured: on a GPU, and where the system tells a process's peak of resident memory and lets
+    it be reset (Linux does)."""
+    return device.type == "cuda" or (_STATUS.exists() and _CLEAR.exists())
 
 
 def reset_peak(device: torch.device) -> int:
-    """Start a new peak of this process's memory on a device where the system can; the bytes held now (or the peak so
-    far)."""
+    """Start a new peak of this process's memory on a device; the bytes held now.
+
+    Raises:
+        OSError: this system has no such peak.
+    """
     if device.type == "cuda":
         synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
-    elif can_reset():
-        with contextlib.suppress(OSError):
-            Path("/proc/self/clear_refs").write_text("5")
-    return peak_since_reset(device)
+        return torch.cuda.memory_allocated(device)
+    _CLEAR.write_text("5")
+    return status_bytes("VmRSS")
 
 
 def peak_since_reset(device: torch.device) -> int:
-    """Greatest bytes of this process since :func:`reset_peak`: of CUDA's allocator, or resident on a CPU."""
+    """Greatest bytes of this process since :func:`reset_peak`: of CUDA's allocator, or resident on a CPU.
+
+    ``getrusage`` would be no substitute: its peak cannot be reset, and a child's starts from its parent's.
+    """
     if device.type == "cuda":
         synchronize(device)
         return torch.cuda.max_memory_allocated(device)
-    if _STATUS.exists():
-        return status_bytes("VmHWM")
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    return status_bytes("VmHWM")
 
 
 def synchronize(device: torch.device) -> None:
@@ -116,11 +114,6 @@ def limited(device: torch.device, more_bytes: int) -> Iterator[None]:
             yield
         finally:
             torch.cuda.set_per_process_memory_fraction(1.0, device)
-        return
-    if (
-        not _STATUS.exists()
-    ):  # the limit counts what is reserved: where that cannot be read, only the measured peak decides
-        yield
         return
     import resource
 

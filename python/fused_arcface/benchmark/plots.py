@@ -36,7 +36,7 @@ def write_plots(report: Report, folder: Path) -> list[Path]:
         ("time_by_rows.png", by_rows, "N", "ms"),
     )
     for name, series, axis, value in pictures:
-        if series:
+        if any(value == "ms" or each.peak_bytes is not None for each in series):
             figure, axes = plt.subplots(figsize=(8.5, 5.2), layout="constrained")
             _lines(axes, report, series, axis, value)
             paths.append(_save(plt, figure, folder / name))
@@ -111,6 +111,10 @@ def _lines(axes: Any, report: Report, series: Sequence[Measurement], axis: str, 
     case = series[0].case
     fixed = ", ".join(f"{name}={getattr(case, name):,}" for name in "NCD" if name != axis)
     axes.set(xscale="log", yscale="log", xlabel={"C": "classes C", "N": "rows N"}[axis])
+    if axis == "N":  # few and close together: each has its tick
+        rows = sorted({each.case.N for each in series})
+        axes.set_xticks(rows, [str(N) for N in rows])
+        axes.set_xticks([], minor=True)
     axes.set_ylabel("peak memory beyond inputs and gradients, MiB (at least 1)" if memory else "forward + backward, ms")
     title = f"{fixed}, {case.dtype}"
     if ended:
@@ -161,14 +165,19 @@ def _roofline(axes: Any, report: Report) -> None:
         if (each.is_ours and each.backend != "reference") or each.provider == "products"
     ]
     xs_all = [each.flops_per_second * each.ms * 1e-3 / _traffic(each) for each in shown]
-    low, high = min(xs_all) / 2, max(xs_all) * 2
+    knees = [peak / copy for peak in report.machine["flops_per_second"].values()]
+    low, high = min(*xs_all, *knees) / 2, max(*xs_all, *knees) * 2
     for dtype, peak in report.machine["flops_per_second"].items():
         knee = peak / copy
-        axes.plot([low, knee, max(high, knee)], [low * copy / 1e9, peak / 1e9, peak / 1e9], color="#444444", lw=1.2)
+        axes.plot([low, knee, high], [low * copy / 1e9, peak / 1e9, peak / 1e9], color="#444444", lw=1.2)
         axes.annotate(
             f"{dtype} product, {peak / 1e9:,.0f} GFLOP/s", (high, peak / 1e9), ha="right", va="bottom", fontsize=8
         )
-    axes.annotate(f"copy, {copy / 1e9:,.0f} GB/s", (low, low * copy / 1e9 * 1.3), fontsize=8, rotation=0)
+    fma = report.machine.get("fma_flops_per_second")
+    if fma is not None:
+        axes.axhline(fma / 1e9, color="#444444", lw=1.2, ls="--")
+        axes.annotate(f"fp32 multiply-adds, {fma / 1e9:,.0f} GFLOP/s", (low, fma / 1e9), va="bottom", fontsize=8)
+    axes.annotate(f" copy, {copy / 1e9:,.0f} GB/s", (low, low * copy / 1e9), va="top", fontsize=8)
     styles = _styles(report.measurements)
     seen: set[tuple[str, str]] = set()
     for each, x in zip(shown, xs_all, strict=True):
@@ -216,7 +225,14 @@ def write_cost_plot(steps: Sequence[Step], device: Device, path: Path) -> Path:
     """Step time and memory against the number of devices, a line for each number of identities, a marker for what
     limits."""
     plt = pyplot()
-    markers = {"arithmetic": "o", "memory traffic": "s", "network": "^", "latency": "D", "does not fit": "x"}
+    markers = {
+        "arithmetic": "o",
+        "memory traffic": "s",
+        "network": "^",
+        "latency": "D",
+        "launches": "v",
+        "does not fit": "x",
+    }
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.6), layout="constrained")
     for index, identities in enumerate(sorted({step.identities for step in steps})):
         mine = [step for step in steps if step.identities == identities]

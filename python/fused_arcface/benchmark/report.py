@@ -4,6 +4,7 @@ them."""
 from __future__ import annotations
 
 import csv
+import io
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -128,10 +129,25 @@ class Report:
     measurements: list[Measurement]
     skips: list[Skip]
     machine: dict[str, Any]
-    """Measured ceilings: ``flops_per_second`` by dtype, ``copy_bytes_per_second``, ``memory_bytes``."""
+    """Measured ceilings: ``flops_per_second`` of a product by dtype, ``copy_bytes_per_second``, on a CPU
+    ``fma_flops_per_second`` (fp32, in registers alone), and the ``memory_bytes`` that were free."""
+
+    def skip(self, provider: str, backend: str, case: Case | None, reason: str) -> None:
+        """Note a skip, once: a run that goes on with an interrupted one meets the same again."""
+        found = Skip(provider, backend, case, reason)
+        if found not in self.skips:
+            self.skips.append(found)
 
     def rows(self) -> list[dict[str, Any]]:
         return [measurement.row(self.context) for measurement in self.measurements]
+
+    def share_of_ceiling(self, each: Measurement) -> float | None:
+        """A measurement's flops per second over what the machine reached at most in that dtype: in a large square
+        product, or on a CPU in registers alone, as a library's product need not use the widest instructions."""
+        product = self.machine["flops_per_second"].get(each.ceiling)
+        registers = self.machine.get("fma_flops_per_second") if each.ceiling == "float32" else None
+        reached = max((rate for rate in (product, registers) if rate is not None), default=None)
+        return None if reached is None else each.flops_per_second / reached
 
     def products_ms(self, case: Case, pass_name: str) -> float | None:
         """Milliseconds of the bare matrix products of a case, the yardstick that a library's user would take."""
@@ -158,15 +174,22 @@ class Report:
 
 
 def write_csv(path: Path, rows: Iterable[dict[str, Any]], fields: Sequence[str]) -> Path:
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, fields, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-    return path
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fields, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return _replace(path, text.getvalue())
 
 
 def write_json(path: Path, value: Any) -> Path:
-    path.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n")
+    return _replace(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
+
+
+def _replace(path: Path, text: str) -> Path:
+    """Write ``text`` in one step: a run that is killed leaves what it had written before, never half a file."""
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    unfinished.write_text(text, encoding="utf-8")
+    unfinished.replace(path)
     return path
 
 

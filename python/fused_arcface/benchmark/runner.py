@@ -8,14 +8,13 @@ from dataclasses import replace
 import torch
 
 from . import machine, memory
-from .cases import Case, Inputs, make_inputs
+from .cases import PASSES, Case, Inputs, make_inputs
 from .child import Child, ChildFailed, out_of_memory
 from .providers import Provider
-from .report import Measurement, Report, Skip
+from .report import Measurement, Report
 from .timing import time_interleaved
 from .truth import TOLERANCE, Formula, Outcome, error_of, truth
 
-PASSES = ("fwd", "fwd+bwd")
 _COARSEST_FIRST = ("float16", "bfloat16", "float32", "float64")
 
 Progress = Callable[[str, str], None]
@@ -37,6 +36,7 @@ def run_benchmark(
     *,
     seconds: float = 3.0,
     with_memory: bool = True,
+    earlier: Report | None = None,
     progress: Progress = lambda case, step: None,
     on_case: Callable[[Report, Case], None] = lambda report, case: None,
 ) -> Report:
@@ -47,24 +47,26 @@ def run_benchmark(
         providers: whom to measure.
         device: on which.
         seconds: that the samples of one case and pass should take together.
-        with_memory: measure peak memory as well.
+        with_memory: measure peak memory as well, where the system tells it.
+        earlier: an interrupted run to go on with, see :func:`check_same_machine`: its cases are not measured again.
         progress: told what is being done.
         on_case: called after each case with what has been found so far.
     """
-    context = {
-        "device": machine.device_name(device),
-        "torch": torch.__version__,
-        "commit": machine.commit(),
-        "date": machine.now(),
-    }
-    report = Report(context, [], [], {"flops_per_second": {}, "memory_bytes": memory.available_bytes(device)})
+    report = earlier or Report(machine.context(device), [], [], {"flops_per_second": {}})
+    report.machine["memory_bytes"] = memory.available_bytes(device)
+    measured = {each.case for each in report.measurements}
+    cases = [case for case in cases if case not in measured]
     usable = _usable(cases, providers, device, report)
     ceilings = list(dict.fromkeys(case.dtype for case in cases))
     if device.type == "cuda" and "float32" in ceilings:  # in which some providers compute fp32
         ceilings += ["tf32", *({"float16"} - {*ceilings})]
     for name in ceilings:
-        progress("ceiling", f"square product in {name}")
-        _add_ceiling(report, machine.measure_ceiling(device, name), name)
+        if name not in report.machine["flops_per_second"]:
+            progress("ceiling", f"square product in {name}")
+            _add_ceiling(report, machine.measure_ceiling(device, name), name)
+    if device.type == "cpu" and "fma_flops_per_second" not in report.machine:
+        report.machine["fma_flops_per_second"] = machine.fma_flops_per_second()
+    with_memory = with_memory and memory.can_measure(device)
     with Child() as child:
         for case in cases:
             progress(str(case), "")
@@ -74,20 +76,32 @@ def run_benchmark(
     return report
 
 
+def check_same_machine(report: Report, device: torch.device) -> None:
+    """Whether rows measured here and now can stand beside an earlier report's.
+
+    Raises:
+        ValueError: it is of another device, torch or commit.
+    """
+    here = machine.context(device)
+    for name in ("device", "torch", "commit"):
+        if report.context[name] != here[name]:
+            raise ValueError(f"the earlier run's {name} must be {here[name]}; got {report.context[name]}")
+
+
 def _usable(
     cases: Sequence[Case], providers: Sequence[Provider], device: torch.device, report: Report
 ) -> dict[Case, list[Provider]]:
     usable: dict[Case, list[Provider]] = {case: [] for case in cases}
     for provider in providers:
-        reasons = {case: provider.reason_against(case, device) for case in cases}
-        for case, reason in reasons.items():
-            if reason is None:
+        reasons: dict[Case | None, str | None] = {case: provider.reason_against(case, device) for case in cases}
+        for case in cases:
+            if reasons[case] is None:
                 usable[case].append(provider)
         if len(set(reasons.values())) == 1 and None not in reasons.values():
-            report.skips.append(Skip(provider.name, provider.backend, None, str(reasons[cases[0]])))
-        else:
-            skips = (Skip(provider.name, provider.backend, case, why) for case, why in reasons.items() if why)
-            report.skips.extend(skips)
+            reasons = {None: reasons[cases[0]]}
+        for where, reason in reasons.items():
+            if reason is not None:
+                report.skip(provider.name, provider.backend, where, reason)
     return usable
 
 
@@ -111,7 +125,7 @@ def _measure_case(
     progress: Progress,
 ) -> None:
     def skip(provider: Provider, reason: str) -> None:
-        report.skips.append(Skip(provider.name, provider.backend, case, reason))
+        report.skip(provider.name, provider.backend, case, reason)
 
     fitting = []
     for provider in providers:
@@ -143,23 +157,20 @@ def _measure_case(
     rights.clear()
     memory.release(device)
 
-    peaks: dict[tuple[int, str], int | None] = {}
+    peaks: dict[int, dict[str, int]] = {}
     for index in errors:
-        for pass_name in PASSES:
-            progress(str(case), f"memory of {fitting[index]}, {pass_name}")
-            peaks[index, pass_name] = None
-            if child is None:
-                continue
-            try:
-                peak = memory.peak_bytes(fitting[index], case, device, pass_name == "fwd+bwd", child)
-                peaks[index, pass_name] = peak
-            except (MemoryError, ChildFailed, torch.OutOfMemoryError) as error:
-                skip(fitting[index], f"memory of {pass_name} not measured: {_reason(error)}")
-            memory.release(device)
+        if child is None:
+            break
+        progress(str(case), f"memory of {fitting[index]}")
+        try:
+            peaks[index] = memory.peaks_of(fitting[index], case, device, child)
+        except (MemoryError, ChildFailed, torch.OutOfMemoryError) as error:
+            skip(fitting[index], f"memory not measured: {_reason(error)}")
+        memory.release(device)
 
-    for pass_name in PASSES:
+    for pass_name, backward in PASSES.items():
         timings = time_interleaved(
-            {str(index): _timed(fitting[index], inputs, pass_name == "fwd+bwd") for index in errors},
+            {str(index): _timed(fitting[index], inputs, backward) for index in errors},
             device,
             seconds,
             lambda index, name=pass_name: progress(str(case), f"{name} {fitting[int(index)]}"),  # type: ignore[misc]
@@ -176,8 +187,8 @@ def _measure_case(
                 case,
                 timings[str(index)],
                 errors[index][pass_name],
-                provider.products[pass_name == "fwd+bwd"],
-                peaks[index, pass_name],
+                provider.products[backward],
+                peaks.get(index, {}).get(pass_name),
             )
             report.measurements.append(measured)
 
@@ -185,7 +196,7 @@ def _measure_case(
 def _errors(provider: Provider, inputs: Inputs, right: Outcome) -> dict[str, float]:
     with provider.settings():
         run = provider.open(inputs)
-        return {name: error_of(run(name == "fwd+bwd"), right) for name in PASSES}
+        return {name: error_of(run(backward), right) for name, backward in PASSES.items()}
 
 
 def _timed(provider: Provider, inputs: Inputs, backward: bool) -> Callable[[], object]:

@@ -12,7 +12,7 @@ import torch
 # Short passes are repeated until a sample takes this long: a clock and a scheduler are no finer.
 _SAMPLE_SECONDS = 5e-3
 _LEAST_SAMPLES, _MOST_SAMPLES = 3, 50
-# Bytes that are overwritten between samples on a GPU: more than any last-level cache, so that none starts with its
+# Bytes that are overwritten before each pass on a GPU: more than any last-level cache, so that none starts with its
 # inputs there.
 _FLUSH_BYTES = 256 * 2**20
 
@@ -83,7 +83,7 @@ def time_interleaved(
 
     for name in runs:
         once = take(name)
-        if once is not None:
+        if once is not None and device.type != "cuda":  # a GPU's events are fine enough for one pass
             repeats[name] = max(1, int(_SAMPLE_SECONDS * 1e3 / max(once, 1e-6)))
     for round_ in range(_MOST_SAMPLES):
         share = 2 * seconds if round_ < _LEAST_SAMPLES else seconds / len(runs)
@@ -109,17 +109,16 @@ def _cpu_sample(run: Timed, repeats: int) -> float:
 
 def _cuda_sampler(device: torch.device) -> Callable[[Timed, int], float]:
     cache = torch.empty(_FLUSH_BYTES, dtype=torch.int8, device=device)
-    start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
 
-    def sample(run: Timed, repeats: int) -> float:
+    def once(run: Timed) -> float:
+        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        # Nothing waits between the flush and the pass: while the GPU overwrites its cache the launches queue up, and
+        # are no part of the time unless the pass itself waits for the GPU.
         cache.zero_()
-        torch.cuda.synchronize(device)
         start.record()
-        for _ in range(repeats):
-            run()
+        run()
         stop.record()
         torch.cuda.synchronize(device)
-        elapsed: float = start.elapsed_time(stop)
-        return elapsed / repeats
+        return float(start.elapsed_time(stop))
 
-    return sample
+    return lambda run, repeats: statistics.fmean(once(run) for _ in range(repeats))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -24,24 +26,31 @@ def bench(
         str | None, typer.Option(help='Comma-separated names; "ours" stands for all of this package. All if not given.')
     ] = None,
     backend: Annotated[str | None, typer.Option(help="Of this package's providers, only this backend's.")] = None,
-    output: Annotated[Path, typer.Option(help="Folder for the rows (CSV, JSON) and the pictures.")] = Path(
-        "runs/bench"
-    ),
+    output: Annotated[
+        Path, typer.Option(help="Folder for the rows (CSV, JSON), written after each case, and the pictures.")
+    ] = Path("runs/bench"),
     device: Annotated[str | None, typer.Option(help="cpu or cuda; a GPU if there is one.")] = None,
     threads: Annotated[
         int | None, typer.Option(min=1, help="Threads on a CPU; torch's own number if not given.")
     ] = None,
     seconds: Annotated[float, typer.Option(min=0.0, help="Spent on the samples of one case and pass.")] = 3.0,
     with_memory: Annotated[bool, typer.Option("--memory/--no-memory", help="Measure peak memory.")] = True,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the interrupted run in --output, at the case it was at.")
+    ] = False,
     budget: Annotated[
         float | None,
-        typer.Option(min=0.0, help="GiB: search the most identities whose training step fits, in place of the cases."),
+        typer.Option(help="GiB: search the most identities whose training step fits, in place of the cases."),
+    ] = None,
+    ranks: Annotated[
+        str | None,
+        typer.Option(help='"1,2,4": run the step on so many processes beside the cost model, in place of the cases.'),
     ] = None,
 ) -> None:
     """Measure throughput and memory of the head beside its peers; each result is checked against fp64 first.
 
     quick takes about a minute on two cores, full about six, scaling an hour. Exit status 1 if a result of this package
-    is wrong.
+    is wrong or nothing could be measured.
     """
     import torch
 
@@ -51,7 +60,10 @@ def bench(
     from ..benchmark.runner import run_benchmark
     from ..extras import MissingExtra
 
-    on = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device.partition(":")[0] not in ("cpu", "cuda"):
+        raise typer.BadParameter(f"must be cpu or cuda; got {device}", param_hint="--device")
+    on = torch.device(device)
     if on.type == "cuda" and not torch.cuda.is_available():
         raise typer.BadParameter("cuda was asked for; torch sees no GPU here", param_hint="--device")
     if threads is not None:
@@ -60,42 +72,83 @@ def bench(
     # Piped output is not wrapped to a terminal's width that nobody looks at.
     console = Console() if Console().is_terminal else Console(width=140)
     try:
-        chosen, shapes = select(names, backend), cases_named(cases, on.type)
+        shapes = cases_named(cases, on.type)
+        chosen = select(names if budget is None else None, backend)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
+    if budget is not None and not 0 < budget < math.inf:
+        raise typer.BadParameter(f"must be > 0 and finite; got {budget}", param_hint="--budget")
+    world_sizes = [] if ranks is None else [each.strip() for each in ranks.split(",")]
+    if not all(each.isdecimal() and int(each) >= 1 for each in world_sizes):
+        raise typer.BadParameter(f"must be numbers >= 1, comma-separated; got {ranks!r}", param_hint="--ranks")
     try:  # said before the minutes are spent, not after
         output.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=output).close()
     except OSError as error:
-        raise typer.BadParameter(f"--output {output} cannot be made: {error.strerror}") from None
-    if budget is not None:
-        _run_capacity(console, on, int(budget * 2**30), names, backend, output)
+        raise typer.BadParameter(f"{output} cannot be written to: {error.strerror}", param_hint="--output") from None
+    if world_sizes:
+        _run_ranks(console, [*map(int, world_sizes)], output)
         return
+    if budget is not None:
+        _run_capacity(console, on, int(budget * 2**30), names, backend, output, resume)
+        return
+    earlier = _interrupted_run(output, on) if resume else None
+    kept = False
     with _progress(console) as progress:
         task = progress.add_task("starting", total=None)
 
         def tell(case: str, step: str) -> None:
             progress.update(task, description=f"{case}  {step}")
 
-        report = run_benchmark(
-            shapes,
-            chosen,
-            on,
-            seconds=seconds,
-            with_memory=with_memory,
-            progress=tell,
-            on_case=lambda found, case: _print(console, _tables(found, case)),
-        )
+        def on_case(found: Report, case: Case) -> None:
+            nonlocal kept
+            found.write(output)
+            kept = True
+            _print(console, _tables(found, case))
+
+        try:
+            report = run_benchmark(
+                shapes,
+                chosen,
+                on,
+                seconds=seconds,
+                with_memory=with_memory,
+                earlier=earlier,
+                progress=tell,
+                on_case=on_case,
+            )
+        except KeyboardInterrupt:
+            progress.stop()
+            where = (
+                f"The cases above are in {output}; --resume goes on from there." if kept else "No case was complete."
+            )
+            console.print(f"Interrupted. {where}", markup=False)
+            raise typer.Exit(130) from None
     _print(console, _skips(report.skips))
     written = report.write(output)
     try:
         written += plots.write_plots(report, output)
     except MissingExtra as missing:
         console.print(f"No pictures: {missing}", markup=False)
-    console.print(f"{report.context['device']}, torch {report.context['torch']}", highlight=False)
+    console.print(f"{report.context['device']}, torch {report.context['torch']}; {_ceilings(report)}", highlight=False)
     _say_written(console, written)
     wrong = any(skip.reason.startswith("wrong") and skip.provider.startswith("fused_arcface") for skip in report.skips)
     if wrong or all(measurement.provider.startswith("ceiling") for measurement in report.measurements):
         raise typer.Exit(1)
+
+
+def _interrupted_run(folder: Path, device: torch.device) -> Report:
+    from ..benchmark.report import read_report
+    from ..benchmark.runner import check_same_machine
+
+    try:
+        report = read_report(folder)
+        check_same_machine(report, device)
+    except FileNotFoundError:
+        raise typer.BadParameter(f"{folder} holds no run to go on with", param_hint="--resume") from None
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--resume") from None
+    return report
 
 
 def _progress(console: Console) -> Progress:
@@ -111,7 +164,7 @@ def _print(console: Console, tables: list[Table]) -> None:
 
 def _tables(report: Report, case: Case) -> list[Table]:
     """A table for each pass of one case, fastest first."""
-    from ..benchmark.runner import PASSES
+    from ..benchmark.cases import PASSES
 
     tables = []
     for pass_name in PASSES:
@@ -124,23 +177,29 @@ def _tables(report: Report, case: Case) -> list[Table]:
         for column in ("ms", "p20–p80", "ps/logit", "÷ products", "of ceiling", "peak MiB", "error"):
             table.add_column(column, justify="right")
         for each in sorted(found, key=lambda each: each.ms):
-            peak = report.machine["flops_per_second"].get(each.ceiling)
-            table.add_row(*_cells(each, products, peak), style="bold" if each.is_ours else "")
+            table.add_row(*_cells(each, products, report.share_of_ceiling(each)), style="bold" if each.is_ours else "")
         tables.append(table)
     return tables
 
 
-def _cells(each: Measurement, products: float | None, peak: float | None) -> list[str]:
+def _cells(each: Measurement, products: float | None, share: float | None) -> list[str]:
     return [
         f"{each.provider} ({each.backend})" if each.is_ours else each.provider,
         _digits(each.ms),
         f"{_digits(each.timing.quantile(0.2))}–{_digits(each.timing.quantile(0.8))}",
         _digits(each.ps_per_logit),
         "" if products is None else f"{each.ms / products:.2f}",
-        "" if peak is None else f"{each.flops_per_second / peak:.0%}",
+        "" if share is None else f"{share:.0%}",
         "" if each.peak_bytes is None else f"{each.peak_bytes / 2**20:,.1f}",
         f"{each.error:.0e}",
     ]
+
+
+def _ceilings(report: Report) -> str:
+    found = [f"{dtype} product {rate / 1e9:,.0f}" for dtype, rate in report.machine["flops_per_second"].items()]
+    fma = report.machine.get("fma_flops_per_second")
+    found += [] if fma is None else [f"fp32 multiply-adds in registers {fma / 1e9:,.0f}"]
+    return f"GFLOP/s: {', '.join(found)}"
 
 
 def _digits(value: float) -> str:
@@ -157,13 +216,18 @@ def _table(title: str) -> Table:
 
 
 def _skips(skips: list[Skip]) -> list[Table]:
-    if not skips:
+    """A table of who was not measured: a line for each reason, however many cases it holds for."""
+    cases: dict[tuple[str, str], list[Case | None]] = {}
+    for skip in skips:
+        cases.setdefault((f"{skip.provider} ({skip.backend})", skip.reason), []).append(skip.case)
+    if not cases:
         return []
     table = _table("Not measured")
-    for column in ("provider", "case", "reason"):
+    for column in ("provider", "cases", "reason"):
         table.add_column(column)
-    for skip in skips:
-        table.add_row(f"{skip.provider} ({skip.backend})", "all" if skip.case is None else str(skip.case), skip.reason)
+    for (provider, reason), where in cases.items():
+        several = f"{len(where)} of them" if len(where) > 1 else str(where[0])
+        table.add_row(provider, "all" if where[0] is None else several, reason)
     return [table]
 
 
@@ -174,27 +238,59 @@ def _run_capacity(
     names: list[str] | None,
     backend: str | None,
     output: Path,
+    resume: bool,
 ) -> None:
     from ..benchmark import capacity, memory, plots
     from ..extras import MissingExtra
 
     memory.release(device)
-    with _progress(console) as progress:
-        task = progress.add_task("starting", total=None)
-        rows, skips = capacity.run_capacity(
-            device,
-            budget_bytes,
-            names=names,
-            backend=backend,
-            progress=lambda text: progress.update(task, description=text),
-        )
+    try:
+        earlier = capacity.read(output, budget_bytes, device) if resume else []
+        with _progress(console) as progress:
+            task = progress.add_task("starting", total=None)
+            rows, skips = capacity.run_capacity(
+                device,
+                budget_bytes,
+                names=names,
+                backend=backend,
+                earlier=earlier,
+                progress=lambda text: progress.update(task, description=text),
+                on_row=lambda rows: capacity.write(output, rows),
+            )
+    except FileNotFoundError:
+        raise typer.BadParameter(f"{output} holds no capacities to go on with", param_hint="--resume") from None
+    except (ValueError, RuntimeError) as error:
+        raise typer.BadParameter(str(error)) from None
+    except KeyboardInterrupt:
+        console.print(f"Interrupted. What was found is in {output}; --resume goes on from there.", markup=False)
+        raise typer.Exit(130) from None
     _print(console, [_capacity_table(rows, budget_bytes), *_skips(skips)])
+    if not rows:
+        raise typer.Exit(1)
     written = capacity.write(output, rows)
     try:
         written.append(plots.write_capacity_plot(rows, output / "capacity.png"))
     except MissingExtra as missing:
         console.print(f"No picture: {missing}", markup=False)
     _say_written(console, written)
+
+
+def _run_ranks(console: Console, world_sizes: list[int], output: Path) -> None:
+    from ..benchmark import ranks
+
+    with _progress(console) as progress:
+        task = progress.add_task("starting", total=None)
+        rows = ranks.run_ranks(world_sizes, lambda text: progress.update(task, description=text))
+    table = _table("A training step on several processes: the cost model beside what was measured")
+    for column in ("ranks", "N", "identities", "predicted ms", "measured ms", "measured ÷ predicted"):
+        table.add_column(column, justify="right")
+    table.add_column("limited by")
+    for row in rows:
+        predicted, measured = row["predicted_ms"], row["measured_ms"]
+        figures = (_digits(predicted), _digits(measured), f"{measured / predicted:.2f}", row["limit"])
+        table.add_row(str(row["ranks"]), str(row["N"]), f"{row['C']:,}", *figures)
+    _print(console, [table])
+    _say_written(console, ranks.write(output, rows))
 
 
 def _say_written(console: Console, paths: list[Path]) -> None:

@@ -10,7 +10,7 @@ import torch
 from .. import backends
 from ..benchmark.cases import Case, make_inputs
 from ..benchmark.child import Child, ChildFailed
-from ..benchmark.memory import peak_bytes
+from ..benchmark.memory import peaks_of
 from ..benchmark.providers import Provider, all_providers
 from ..benchmark.timing import time_interleaved
 
@@ -53,7 +53,7 @@ def head_costs(cases: Sequence[Case], seconds: float) -> list[Cost]:
         with Child() as child:
             for index, case in enumerate(cases):
                 try:
-                    peaks[index][name] = peak_bytes(provider, case, _DEVICE, True, child)
+                    peaks[index][name] = peaks_of(provider, case, _DEVICE, child)["fwd+bwd"]
                 except (MemoryError, ChildFailed, OSError) as error:
                     problems[index] = f"memory of the {name} head at {case} not measured: {error}"
     return [Cost(*measured) for measured in zip(cases, milliseconds, peaks, problems, strict=True)]
