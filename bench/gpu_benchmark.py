@@ -71,9 +71,8 @@ def main() -> None:
         found = [each for each in whole.measurements if each.case == case]
         for each in sorted(found, key=lambda each: (each.pass_name, each.ms)):
             extra = "" if each.peak_bytes is None else f"  {each.peak_bytes / 1e6:9,.0f} MB beyond"
-            print(
-                f"  {each.pass_name:8}{each.provider:24}{each.ms:10.3f} ms {each.ps_per_logit:8.2f} ps a logit{extra}"
-            )
+            name = f"{each.provider} ({each.backend})"
+            print(f"  {each.pass_name:8}{name:32}{each.ms:10.3f} ms {each.ps_per_logit:8.2f} ps a logit{extra}")
         for skip in whole.skips:
             if skip.case in (case, None):
                 print(f"  {skip.provider} ({skip.backend}): {skip.reason}")
