@@ -1,43 +1,67 @@
 #!/usr/bin/env bash
-# Everything that only a GPU can show, in one command and ten minutes: builds the package as it stands, runs all tests,
-# compute-sanitizer on small shapes, and the benchmark; needs no network. Results go to a folder of their own:
+# Everything that only a GPU can show, in one command and ten minutes; fetches nothing:
 #
-#   bench/gpu_verify.sh [folder, runs/gpu_verify/<date> by default]
+#   bench/gpu_verify.sh [folder, bench/results/<name of the GPU> by default]
+#
+# builds the package as it stands (with CUDA where nvcc is found), runs the tests on the GPU, the benchmark,
+# compute-sanitizer on small shapes, and the tests of the CPU, each within a time of its own and all within BUDGET
+# seconds (590). Into the folder go:
 #
 #   summary.json           GPU, driver, versions, commit, date; each phase with its outcome and seconds
-#   tests*.xml, *.log      what each phase said
-#   bench/, bench_flash/   rows.csv and rows.json of the benchmark, as picked, and with the flash passes wherever they can run
+#   rows.csv, rows.json    the benchmark, a row for each provider, shape and pass; run.json has the samples
+#   logs/                  what each phase said
 #
-# What is missing on the machine is said and skipped; a phase that fails does not stop the next. Exit status 1 if one failed.
-# PYTHON names the interpreter, which must have torch, Triton, pytest and the build's tools.
+# What is missing on the machine is said and skipped; a phase that fails does not stop the next. Exit status 1 if one
+# failed. PYTHON names the interpreter: it needs torch, Triton, scikit-build-core, pybind11, CMake and Ninja, and pytest for
+# the tests.
 set -uo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 
 python=${PYTHON:-python3}
-out=$(realpath -m "${1:-runs/gpu_verify/$(date -u +%Y-%m-%dT%H%M%S)}")
-site=$out/site
-mkdir -p "$out"
+budget=${BUDGET:-590}
+
+gpu=$("$python" - <<'END'
+import re
+import sys
+
+try:
+    import torch
+except ImportError as error:
+    sys.exit(f"gpu_verify.sh needs torch: {error}. PYTHON=... names another interpreter")
+if torch.version.cuda is None:
+    sys.exit(f"gpu_verify.sh needs a GPU: this torch ({torch.__version__}) is built without CUDA")
+if not torch.cuda.is_available():
+    sys.exit("gpu_verify.sh needs a GPU: torch sees no CUDA device")
+print(re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-"))
+END
+) || exit 1
+
+out=$(realpath -m "${1:-bench/results/$gpu}")
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+mkdir -p "$out/logs"
 phases=()
 failed=0
 
 # phase NAME SECONDS COMMAND...: runs it for at most so long, keeps its output, notes how it went.
 phase() {
-  local name=$1 limit=$2 start=$SECONDS outcome=ok
+  local name=$1 limit=$2 start=$SECONDS outcome=ok status=0
   shift 2
+  if ((budget - SECONDS < limit)); then limit=$((budget - SECONDS)); fi
+  if ((limit < 5)); then
+    failed=1
+    skip "$name" "the budget of $budget s is spent"
+    return
+  fi
   echo "==> $name (at most $limit s)"
-  timeout --kill-after=10 "$limit" "$@" >"$out/$name.log" 2>&1
-  local status=$?
+  timeout --kill-after=5 "$limit" "$@" >"$out/logs/$name.log" 2>&1 || status=$?
   if ((status == 124 || status == 137)); then
     outcome="ran out of its $limit s"
   elif ((status != 0)); then
     outcome="failed with status $status"
   fi
-  if [[ $outcome != ok ]]; then
-    failed=1
-    tail -n 40 "$out/$name.log"
-  else
-    tail -n 4 "$out/$name.log"
-  fi
+  if ((status != 0)); then failed=1; fi
+  tail -n "$((status == 0 ? 12 : 60))" "$out/logs/$name.log"
   echo "    $outcome, $((SECONDS - start)) s"
   phases+=("$name=$outcome=$((SECONDS - start))")
 }
@@ -49,54 +73,50 @@ skip() {
 
 has() { "$python" -c "import importlib.util, sys; sys.exit(importlib.util.find_spec('$1') is None)"; }
 
-"$python" - <<'END' || exit 1
-import sys
+phase build 120 "$python" -m pip install --quiet --no-build-isolation --no-deps --no-index --target "$work/site" .
+# Child processes must find the build as well.
+export PYTHONPATH=$work/site${PYTHONPATH:+:$PYTHONPATH}
+# A cache of its own: kernels are compiled by this Triton, for this GPU. All phases share it.
+export TRITON_CACHE_DIR=$work/triton
 
-try:
-    import torch
-except ImportError as error:
-    sys.exit(f"gpu_verify.sh needs torch: {error}")
-if not torch.cuda.is_available():
-    sys.exit("gpu_verify.sh needs a GPU: torch sees no CUDA device")
-print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
-END
+cores=$(nproc)
+processes=$((cores < 16 ? (cores + 1) / 2 : 8))
+if has pytest; then
+  phase tests_gpu 190 "$python" bench/parallel_tests.py "$work/tests_gpu" "$processes" -m "not full" \
+    -k "not interpreter and not emulated" tests/test_triton.py tests/test_cuda.py
+  grep -h "beyond the weight" "$work"/tests_gpu/*.log || true
+else
+  failed=1
+  skip tests_gpu "pytest is not installed"
+fi
 
-phase build 240 "$python" -m pip install --quiet --no-build-isolation --no-deps --target "$site" .
-# The tests start child processes, which must find the build as well.
-export PYTHONPATH=$site${PYTHONPATH:+:$PYTHONPATH}
-# A cache of its own: kernels are compiled by this Triton, for this GPU.
-export TRITON_CACHE_DIR=$out/triton_cache
+phase benchmark 150 "$python" bench/gpu_benchmark.py "$out" 110
 
-# The GPU's tests alone in a process: the memory that they measure is the device's.
-phase tests_gpu 240 "$python" -m pytest tests/test_triton.py -m "not full" -k "not interpreter" -rs -s -p no:cacheprovider \
-  --junitxml="$out/tests_gpu.xml"
-grep -h "MB beyond" "$out/tests_gpu.log" || true
-workers=()
-if has xdist; then workers=(-n 8); fi
-phase tests 240 "$python" -m pytest tests -m "not full" -k "not on_a_gpu" -rs -p no:cacheprovider "${workers[@]}" --junitxml="$out/tests.xml"
-
-if command -v compute-sanitizer >/dev/null; then
+if ! has pytest; then
+  skip sanitizer "pytest is not installed"
+elif ! command -v compute-sanitizer >/dev/null; then
+  skip sanitizer "compute-sanitizer is not on the PATH"
+else
   # Without PyTorch's cache each tensor is an allocation of its own, so that an access past its end is seen.
   for tool in memcheck racecheck; do
-    phase "sanitizer_$tool" 90 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" --error-exitcode 9 \
-      --target-processes all "$python" -m pytest tests/test_triton.py -q -p no:cacheprovider -x \
-      -k "with_the_reference_on_a_gpu and bfloat16-140x600x40"
+    phase "sanitizer_$tool" 60 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" --error-exitcode 9 \
+      --target-processes all "$python" -m pytest -o addopts= tests/test_triton.py -q -p no:cacheprovider -x \
+      -k "with_the_reference_on_a_gpu and bfloat16-bfloat16 and 140x600x40"
+    phase "sanitizer_cuda_$tool" 45 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" \
+      --error-exitcode 9 --target-processes all "$python" -m pytest -o addopts= tests/test_cuda.py -q \
+      -p no:cacheprovider -x -k "agrees_with_the_reference and gpu and 140x300x40"
   done
-else
-  skip sanitizer "compute-sanitizer is not on the PATH"
 fi
 
-if "$python" -m fused_arcface bench --help >/dev/null 2>&1; then
-  # Peers that need a package which is not installed are skipped by the benchmark, with the reason.
-  phase bench 200 "$python" -m fused_arcface bench --device cuda --cases full --seconds 0.5 \
-    --providers ours,eager,insightface,insightface-tf32,insightface-fp16,products --output "$out/bench"
-  phase bench_flash 90 env FUSED_ARCFACE_TRITON_ALGORITHM=flash "$python" -m fused_arcface bench --device cuda --cases full \
-    --seconds 0.5 --providers ours --backend triton --output "$out/bench_flash"
+if has pytest; then
+  phase tests_cpu 200 "$python" bench/parallel_tests.py "$work/tests_cpu" "$processes" -m "not full" -k "not on_a_gpu" tests
 else
-  skip bench "the command 'python -m fused_arcface bench' does not start: $("$python" -m fused_arcface bench --help 2>&1 | tail -n 1)"
+  skip tests_cpu "pytest is not installed"
 fi
 
-rm -rf "$site" "$TRITON_CACHE_DIR"
+for name in tests_gpu tests_cpu; do
+  if [[ -d $work/$name ]]; then cat "$work/$name"/*.log >>"$out/logs/$name.log"; fi
+done
 "$python" - "$out/summary.json" "${phases[@]}" <<'END'
 import datetime
 import importlib.metadata
@@ -143,4 +163,5 @@ with open(path, "w") as file:
     file.write("\n")
 print(json.dumps(summary, indent=2))
 END
+echo "results are in $out"
 exit "$failed"

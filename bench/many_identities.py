@@ -1,90 +1,131 @@
-"""One training step over as many identities as fit: ``python bench/many_identities.py --classes 8000000``.
+"""Memory of a training step over millions of identities, the class centres' construction included, on one CPU.
 
-Prints construction and step time and the process's peak memory per weight element, for the fused head and, at no more
-classes than ``--unfused``, for the operations of insightface's PartialFC_V2 with torch.optim.SGD. Linux only.
+    python bench/many_identities.py                                   a million classes; insightface's operations beside
+    python bench/many_identities.py --classes 8000000 --kinds bfloat16/int8 --steps 1
+    python bench/many_identities.py --output bench/results/cpu        also adds its rows to identities.csv and .json
+
+A line for each kind of centres and momentum, each in a process of its own: seconds of construction and of the last
+step, and the process's peak over what it had before the head was built. Linux only.
 """
 
 from __future__ import annotations
 
 import argparse
-import resource
+import json
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 import fused_arcface as fa
+from fused_arcface.benchmark import machine, peers
+from fused_arcface.benchmark.report import write_csv, write_json
+
+# As arcface_torch trains.
+_LR, _WEIGHT_DECAY = 0.1, 5e-4
 
 
-def fused(classes: int, dim: int, rows: int, dtype: torch.dtype, momentum: torch.dtype, rate: float) -> list[float]:
-    """Seconds of construction and of each of two steps."""
-    start = time.perf_counter()
-    recipe = fa.CenterSGD(lr=0.1, weight_decay=5e-4, momentum_dtype=momentum)
-    head = fa.PartialFC(dim, classes, dtype=dtype, sample_rate=rate, center_optimizer=recipe)
-    times = [time.perf_counter() - start]
-    x = torch.randn(rows, dim, requires_grad=True)
-    for _ in range(2):
+def resident(name: str) -> int:
+    """``VmRSS`` or its peak ``VmHWM``, bytes. Of this process: ru_maxrss would count the one that started it, too."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
+
+
+def exact_loss(x: torch.Tensor, weight: torch.Tensor, y: torch.Tensor, margin: fa.ArcFace) -> float:
+    """In fp64, over chunks of so few classes that they do not count in the peak."""
+    unit, negatives = F.normalize(x.double()), torch.full((len(y),), -torch.inf, dtype=torch.float64)
+    for start in range(0, len(weight), 1024):
+        logits = 64 * unit @ F.normalize(weight[start : start + 1024].double()).T
+        logits.masked_fill_(y[:, None] == torch.arange(start, start + logits.shape[1]), -torch.inf)
+        negatives = torch.logaddexp(negatives, logits.logsumexp(1))
+    cosine = (unit * F.normalize(weight[y].double())).sum(1)
+    return float(F.softplus(negatives - 64 * margin(cosine), threshold=40).mean())
+
+
+@torch.no_grad()
+def run(kind: str, C: int, D: int, N: int, steps: int) -> dict[str, Any]:
+    """What is measured of ``"float32/int8"`` and its like, centres and momentum, or of ``"insightface"``."""
+    torch.manual_seed(0)
+    x, y = torch.randn(N, D, requires_grad=True), torch.randint(0, C, (N,))
+    before, start = resident("VmRSS"), time.perf_counter()
+    if kind == "insightface":
+        margin = fa.ArcFace(boundary="none", gradient="straight_through")
+        weight = torch.nn.Parameter(torch.normal(0, 0.01, (C, D)))
+        optimizer = torch.optim.SGD([weight], _LR, 0.9, weight_decay=_WEIGHT_DECAY)
+        loss_of = lambda: peers.insightface(x, weight, y)  # noqa: E731
+    else:
+        margin = fa.ArcFace()
+        dtype, momentum_dtype = (getattr(torch, name) for name in kind.split("/"))
+        recipe = fa.CenterSGD(_LR, weight_decay=_WEIGHT_DECAY, momentum_dtype=momentum_dtype)
+        head = fa.PartialFC(D, C, dtype=dtype, center_optimizer=recipe)
+        weight, optimizer = head.weight, head.center_optimizer
+        loss_of = lambda: head(x, y)  # noqa: E731
+    construction = time.perf_counter() - start
+    exact, losses = exact_loss(x, weight, y, margin), []
+    for _ in range(steps):
         start = time.perf_counter()
-        head(x, torch.randint(0, classes, (rows,))).backward()
-        times.append(time.perf_counter() - start)
-    return times
-
-
-def unfused(classes: int, dim: int, rows: int) -> list[float]:
-    """The same with materialised logits, a dense gradient and torch.optim.SGD, as insightface's head does it."""
-    start = time.perf_counter()
-    weight = torch.nn.Parameter(torch.normal(0, 0.01, (classes, dim)))
-    optimizer = torch.optim.SGD([weight], lr=0.1, momentum=0.9, weight_decay=5e-4)
-    times = [time.perf_counter() - start]
-    x, y = torch.randn(rows, dim, requires_grad=True), torch.randint(0, classes, (rows,))
-    every = torch.arange(rows)
-    for _ in range(2):
-        start = time.perf_counter()
-        logits = F.linear(F.normalize(x), F.normalize(weight)).clamp(-1, 1)
-        with torch.no_grad():
-            shifted = logits.arccos()
-            shifted[every, y] += 0.5
-            shifted.cos_()
-        loss = F.cross_entropy((logits + (shifted - logits).detach()) * 64, y)
-        optimizer.zero_grad()
-        loss.backward()
+        with torch.enable_grad():
+            loss = loss_of()
+            loss.backward()
         optimizer.step()
-        times.append(time.perf_counter() - start)
-    return times
+        optimizer.zero_grad()
+        seconds = time.perf_counter() - start
+        losses.append(float(loss))
+        del loss
+    peak = resident("VmHWM") - before
+    return {
+        "recipe": "insightface + SGD" if kind == "insightface" else "fused_arcface + CenterSGD",
+        "weight_dtype": "float32" if kind == "insightface" else kind.split("/")[0],
+        "momentum_dtype": "float32" if kind == "insightface" else kind.split("/")[1],
+        "N": N,
+        "C": C,
+        "D": D,
+        "construction_s": round(construction, 2),
+        "step_s": round(seconds, 2),
+        "peak_bytes": peak,
+        "bytes_per_element": round(peak / C / D, 3),
+        "error": float(f"{abs(losses[0] - exact) / exact:.1e}"),
+        "device": machine.device_name(torch.device("cpu")),
+        "torch": torch.__version__,
+        "commit": machine.commit(),
+        "date": machine.now(),
+    }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--classes", type=int, default=1_000_000)
-    parser.add_argument("--unfused", type=int, default=200_000, help="classes of the unfused head")
     parser.add_argument("--dim", type=int, default=512)
     parser.add_argument("--rows", type=int, default=64)
-    parser.add_argument("--rate", type=float, default=1.0, help="sample_rate")
-    parser.add_argument("--kinds", default="float32/float32,bfloat16/int8", help="centres/momentum, several")
+    parser.add_argument("--steps", type=int, default=2, help="the first one also meets fresh memory")
+    parser.add_argument("--kinds", default="float32/float32,float32/int8,bfloat16/int8,insightface")
+    parser.add_argument("--output", type=Path, help="folder of identities.csv and identities.json")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
-        before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
-        if options.one == "unfused":
-            classes, times = options.unfused, unfused(options.unfused, options.dim, options.rows)
-        else:
-            dtype, momentum = (getattr(torch, name) for name in options.one.split("/"))
-            classes = options.classes
-            times = fused(classes, options.dim, options.rows, dtype, momentum, options.rate)
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
-        seconds = " ".join(f"{each:.2f}" for each in times)
-        print(
-            f"{options.one:18} {classes:>10} classes  {peak / classes / options.dim:6.2f} bytes an element  "
-            f"{peak / 2**30:6.2f} GiB  seconds: {seconds} (construction, steps)"
-        )
+        print(json.dumps(run(options.one, options.classes, options.dim, options.rows, options.steps)))
         return
-    for kind in [*options.kinds.split(","), "unfused"]:  # a process each: a peak is a process's
-        done = subprocess.run([sys.executable, *sys.argv, "--one", kind], check=False)
+    rows = []
+    for kind in options.kinds.split(","):  # a process each: a peak is a process's
+        done = subprocess.run([sys.executable, *sys.argv, "--one", kind], stdout=subprocess.PIPE, check=False)
         if done.returncode != 0:
             print(f"{kind:18} {'out of memory' if done.returncode == -9 else f'failed: {done.returncode}'}")
+            continue
+        rows.append(json.loads(done.stdout))
+        print(
+            "{recipe:25} {weight_dtype:>8} / {momentum_dtype:8} {C:>9} classes {bytes_per_element:6.2f} bytes an "
+            "element, {construction_s} s construction, {step_s} s a step, error {error}".format(**rows[-1])
+        )
+    if options.output and rows:
+        options.output.mkdir(parents=True, exist_ok=True)
+        kept = options.output / "identities.json"
+        rows = [*(json.loads(kept.read_text()) if kept.exists() else []), *rows]
+        write_json(kept, rows)
+        write_csv(options.output / "identities.csv", rows, list(rows[0]))
 
 
 if __name__ == "__main__":

@@ -4,36 +4,25 @@
 
 #include <stdexcept>
 #include <string>
-#include <tuple>
 
 #include "cpu/kernels.h"
+#include "tuples.h"
+
+#if FA_CUDA
+#include "cuda/bindings.h"
+#endif
 
 namespace py = pybind11;
 
 namespace {
 
-// (address, dtype code, rows, columns, row stride, column stride)
-using MatrixTuple = std::tuple<uintptr_t, int, int64_t, int64_t, int64_t, int64_t>;
-
-fa::Matrix to_matrix(const MatrixTuple& m) {
-  const auto& [data, dtype, rows, columns, row_stride, column_stride] = m;
-  return {reinterpret_cast<void*>(data), static_cast<fa::Dtype>(dtype), rows, columns, row_stride, column_stride};
-}
-
-template <typename T>
-T* pointer(uintptr_t address) {
-  return reinterpret_cast<T*>(address);
-}
-
-// (sub-centres, address of thresholds or 0, a, b, d)
-using NegativesTuple = std::tuple<int64_t, uintptr_t, double, double, double>;
-
-fa::Negatives to_negatives(const NegativesTuple& n) {
-  const auto& [sub_centres, threshold, a, b, d] = n;
-  if (sub_centres < 1 || sub_centres > fa::kMaxSubCentres)
-    throw std::invalid_argument("sub-centres out of range: " + std::to_string(sub_centres));
-  return {sub_centres, pointer<const void>(threshold), a, b, d};
-}
+using fa::CentreStepTuple;
+using fa::MatrixTuple;
+using fa::NegativesTuple;
+using fa::pointer;
+using fa::to_centre_step;
+using fa::to_matrix;
+using fa::to_negatives;
 
 const fa::Kernels& kernels(const std::string& isa) {
   const fa::Kernels* found = fa::find_kernels(isa.c_str());
@@ -78,11 +67,6 @@ void weight_grad(const std::string& isa, bool fp64, const MatrixTuple& embedding
   (fp64 ? chosen.weight_grad_fp64 : chosen.weight_grad_fp32)(args);
 }
 
-// (rows or 0, classes, MomentumType code, momentum or 0, its scale or 0, lr, momentum factor, weight decay, rounding
-// key, class start)
-using CentreStepTuple =
-    std::tuple<uintptr_t, int64_t, int, uintptr_t, uintptr_t, double, double, double, uint64_t, int64_t>;
-
 void update_centres(const std::string& isa, bool fp64, const MatrixTuple& embeddings, const MatrixTuple& weight,
                     uintptr_t target, double scale, uintptr_t lse, uintptr_t negative_coefficient,
                     uintptr_t target_coefficient, const CentreStepTuple& centre_step, int threads,
@@ -98,17 +82,7 @@ void update_centres(const std::string& isa, bool fp64, const MatrixTuple& embedd
                                 {},
                                 threads,
                                 to_negatives(negatives)};
-  const auto& [rows, classes, type, momentum, momentum_scale, lr, factor, weight_decay, key, class_start] = centre_step;
-  const fa::CentreStep step{pointer<const int64_t>(rows),
-                            classes,
-                            static_cast<fa::MomentumType>(type),
-                            pointer<void>(momentum),
-                            pointer<float>(momentum_scale),
-                            lr,
-                            factor,
-                            weight_decay,
-                            key,
-                            class_start};
+  const fa::CentreStep step = to_centre_step(centre_step);
   const py::gil_scoped_release release;
   (fp64 ? chosen.update_centres_fp64 : chosen.update_centres_fp32)(args, step);
 }
@@ -135,4 +109,7 @@ PYBIND11_MODULE(_native, m) {
   m.attr("MOMENTUM_BFLOAT16") = static_cast<int>(fa::MomentumType::kBFloat16);
   m.attr("MOMENTUM_INT8") = static_cast<int>(fa::MomentumType::kInt8);
   m.def("update_centres", &update_centres);
+#if FA_CUDA
+  fa::cuda::bind(m.def_submodule("cuda"));
+#endif
 }

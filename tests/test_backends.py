@@ -85,4 +85,4 @@ def test_unknown_name(name: object) -> None:
 
 def test_native_refuses_an_unknown_instruction_set() -> None:
     with pytest.raises(ValueError, match="instruction set not available on this machine: avx1024"):
-        _native.weight_grad("avx1024", False, (0,) * 6, (0,) * 6, 0, 1.0, 0, 0, 0, (0,) * 6, 1)
+        _native.weight_grad("avx1024", False, (0,) * 6, (0,) * 6, 0, 1.0, 0, 0, 0, (0,) * 6, 1, (1, 0, 0.0, 1.0, 0.0))

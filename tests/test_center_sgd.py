@@ -228,24 +228,48 @@ def test_grad_scaler_is_divided_out(backend):
     assert torch.equal(heads[1].full_weight(), before)
 
 
-def poisoned() -> tuple[bool, bool, float]:
-    head = head_of(20)
+def poisoned(kind: str, options: dict) -> tuple[list[bool], float]:
+    """Whether everything is as before, to the bit, after a step that has nothing finite to offer."""
+    head = head_of(20, recipe={"weight_decay": 0.1}, **options)
     x, y = batch(0, 20)
     head(x, y).backward()
-    before = head.full_weight()
-    momentum = head.center_optimizer.state[head.weight]["momentum_buffer"].clone()
+    kept = {"weight": head.weight, **head.center_optimizer.state[head.weight]}
+    before = {name: tensor.detach().clone() for name, tensor in kept.items()}
     with torch.no_grad():
-        if head.ranks.rank == 1:
+        if kind == "nan" and head.ranks.rank == head.ranks.world_size - 1:
             x[3, 2] = torch.nan
+    if kind == "ignored":
+        y = torch.full_like(y, -100)
+    if kind == "empty":
+        x, y = x[:0], y[:0]
     loss = head(x, y)
     loss.backward()
-    same = torch.equal(head.center_optimizer.state[head.weight]["momentum_buffer"], momentum)
-    return torch.equal(head.full_weight(), before), same, loss.item()
+    unchanged = [torch.equal(kept[name], tensor) for name, tensor in before.items()]
+    head(*batch(1, 20)).backward()  # and the next step is a step again
+    return [*unchanged, not torch.equal(head.weight, before["weight"])], loss.item()
 
 
-def test_nan_on_one_rank_skips_the_update_on_all():
-    for weight_kept, momentum_kept, loss in distributed_helpers.run_ranks(2, poisoned):
-        assert weight_kept and momentum_kept and loss != loss
+@pytest.mark.parametrize("options", [{}, {"sample_rate": 0.5}, {"dtype": torch.bfloat16}], ids=str)
+def test_nan_on_one_rank_skips_the_update_on_all(options):
+    for kept, loss in distributed_helpers.run_ranks(2, poisoned, "nan", options):
+        assert all(kept) and loss != loss
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("kind", ["nan", "ignored", "empty"])
+def test_a_loss_that_is_not_finite_skips_the_update(kind, backend):
+    kept, loss = poisoned(kind, {"backend": backend})
+    assert all(kept) and loss != loss
+
+
+def test_centres_in_half_precision_are_refused_after_construction_too():
+    head = head_of().half()
+    x, y = batch(0, 300)
+    with pytest.raises(TypeError, match=r"CenterSGD needs class centres of dtype .*; got torch.float16"):
+        head(x.half(), y)
+    before = head.double().full_weight()
+    head(x.double(), y).backward()
+    assert not torch.equal(head.weight, before)
 
 
 def test_optimizer_state_and_copies():

@@ -13,7 +13,7 @@ from fused_arcface import ops
 FUNCTIONS = {"reference": fa.reference.margin_softmax_loss, "fused": fa.margin_softmax_loss}
 X, W, Y = torch.ones(4, 8), torch.ones(5, 8), torch.tensor([0, 1, 2, 4])
 FLOATS = "one of the dtypes float32, float64, bfloat16, float16"
-INTEGERS = "one of the dtypes int64, int32, int16, int8, uint8"
+INTEGERS = "one of the dtypes int64, int32, int16, int8, uint64, uint32, uint16, uint8"
 
 BAD = {
     "list": ({"embeddings": [[1.0]]}, TypeError, "embeddings must be a torch.Tensor; got list"),

@@ -12,7 +12,19 @@ from hypothesis import strategies as st
 
 pytest.importorskip("sklearn")
 
-from fused_arcface.evaluation import balanced_pairs, k_fold_accuracy, pair_cosines, roc, tar_at_far, verify
+from fused_arcface.evaluation import (
+    Cosine,
+    Euclidean,
+    Pairs,
+    balanced_pairs,
+    equal_error_rate,
+    k_fold_accuracy,
+    pair_scores,
+    roc,
+    tar_at_far,
+    verify,
+    verify_scores,
+)
 
 # Few different values, so that scores are tied.
 scored_pairs = st.lists(st.tuples(st.booleans(), st.integers(0, 6)), min_size=2, max_size=40).filter(
@@ -105,9 +117,9 @@ def test_cosines_do_not_depend_on_norms() -> None:
     embeddings = torch.tensor([[3.0, 0], [0.1, 0.1], [0, -2.0]])
     pairs = balanced_pairs(torch.tensor([0, 0, 1]))
     cosines = dict(
-        zip(zip(pairs.first.tolist(), pairs.second.tolist(), strict=True), pair_cosines(embeddings, pairs), strict=True)
+        zip(zip(pairs.first.tolist(), pairs.second.tolist(), strict=True), pair_scores(embeddings, pairs), strict=True)
     )
-    assert cosines[0, 1] == pytest.approx(0.5**0.5)
+    assert cosines[0, 1] == pytest.approx(0.5**0.5 - 1)
 
 
 def test_verify_tells_perfect_from_random() -> None:
@@ -122,4 +134,78 @@ def test_verify_tells_perfect_from_random() -> None:
 def _scored(labels: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
     torch.manual_seed(0)
     pairs = balanced_pairs(labels)
-    return pairs.same.numpy(), pair_cosines(torch.randn(200, 16), pairs)
+    return pairs.same.numpy(), pair_scores(torch.randn(200, 16), pairs)
+
+
+def test_pairs_of_many_images_are_drawn_evenly_and_never_twice() -> None:
+    labels = torch.randint(0, 3000, (30_000,))  # 4.5e8 pairs: more than may be listed
+    pairs = balanced_pairs(labels, most=5000, seed=3)
+    assert len(pairs.same) == 10_000 and pairs.same.sum() == 5000
+    assert (labels[pairs.first] == labels[pairs.second]).equal(pairs.same)
+    assert (pairs.first < pairs.second).all()
+    assert len(set(zip(pairs.first.tolist(), pairs.second.tolist(), strict=True))) == 10_000
+    # Each image is as likely as any other in a pair of two identities: the mean number is that of the middle.
+    numbers = torch.cat([pairs.first[~pairs.same], pairs.second[~pairs.same]]).double()
+    assert abs(numbers.mean() - 14_999.5) < 4 * 30_000 / 12**0.5 / 100
+
+
+def test_all_pairs_are_found_when_all_are_asked_for() -> None:
+    labels = torch.tensor([4, 9, 4, 9])
+    pairs = balanced_pairs(labels)
+    expected = {(0, 2, True), (1, 3, True)}
+    found = set(zip(pairs.first.tolist(), pairs.second.tolist(), pairs.same.tolist(), strict=True))
+    assert expected < found and len(found) == 4
+
+
+def test_random_scores_against_a_computation_by_hand() -> None:
+    rng = np.random.default_rng(0)
+    same = rng.random(1000) < 0.4
+    scores = rng.normal(size=1000) + same
+    found = verify_scores(same, scores)
+    from sklearn.metrics import accuracy_score, roc_curve
+    from sklearn.model_selection import KFold
+
+    accuracies = []
+    for train, test in KFold(10).split(scores):
+        candidates = np.unique(scores[train])[::-1]
+        threshold = max(candidates, key=lambda t: (accuracy_score(same[train], scores[train] >= t), t))
+        accuracies.append(accuracy_score(same[test], scores[test] >= threshold))
+    assert found.fold_accuracy == pytest.approx(accuracies, abs=1e-15)
+    assert found.accuracy_deviation == pytest.approx(np.std(accuracies))
+    assert found.accuracy_standard_error == pytest.approx(np.std(accuracies, ddof=1) / 10**0.5)
+    assert found.num_pairs == (same.sum(), (~same).sum())
+    fpr, tpr, _ = roc_curve(same, scores, drop_intermediate=False)
+    for far, tar in found.tar.items():
+        assert tar == max(t for f, t in zip(fpr, tpr, strict=True) if f <= far) == greatest_rate(same, scores, far)
+    assert list(found.tar) == [1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6]
+
+
+def test_equal_error_rate_is_torchmetrics() -> None:
+    binary_eer = pytest.importorskip("torchmetrics.functional.classification").binary_eer
+    torch.manual_seed(1)
+    same = torch.rand(500) < 0.5
+    scores = torch.sigmoid(torch.randn(500) + 0.7 * same)
+    found = equal_error_rate(*roc(same.numpy(), scores.numpy())[:2])
+    assert found == pytest.approx(float(binary_eer(scores, same.int())), abs=1e-6)
+
+
+def test_insightface_grid_of_thresholds() -> None:
+    """Its own rule, written out: squared distances below one of 400 thresholds, the first of the best."""
+    torch.manual_seed(2)
+    same = np.random.default_rng(2).random(600) < 0.5
+    squared = np.abs(np.random.default_rng(3).normal(1.2, 0.4, 600)) + 0.5 * ~same
+    grid = np.arange(0, 4, 0.01)
+    expected = []
+    for fold in np.array_split(np.arange(600), 10):
+        train = np.setdiff1d(np.arange(600), fold)
+        right = [((squared[train] < t) == same[train]).mean() for t in grid]
+        expected.append(((squared[fold] < grid[int(np.argmax(right))]) == same[fold]).mean())
+    assert k_fold_accuracy(same, -squared, thresholds=-grid) == pytest.approx(expected, abs=1e-15)
+
+
+def test_the_distance_decides() -> None:
+    # By angle the first pair is the closer one, by distance the second.
+    embeddings = torch.tensor([[1.0, 0.0], [9.0, 0.0], [0.0, 1.0]])
+    pairs = Pairs(torch.tensor([0, 0]), torch.tensor([1, 2]), torch.tensor([True, False]))
+    assert tar_at_far(pairs.same, pair_scores(embeddings, pairs, Cosine()), 0) == 1
+    assert tar_at_far(pairs.same, pair_scores(embeddings, pairs, Euclidean()), 0) == 0

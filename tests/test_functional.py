@@ -69,13 +69,29 @@ def test_stats_change_neither_loss_nor_gradient(function: object) -> None:
 
 
 @every_function
-@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8], ids=str)
+@pytest.mark.parametrize(
+    "dtype",
+    [getattr(torch, f"{sign}int{bits}") for sign in ("", "u") for bits in (8, 16, 32, 64)],
+    ids=str,
+)
 def test_labels_of_any_integer_dtype(function: object, dtype: torch.dtype) -> None:
     x, w, target, _ = make_inputs(Case())
     ignore_index = int(target[0])
     loss = function(x, w, target.to(dtype), reduction="none", ignore_index=ignore_index)
     assert torch.equal(loss, function(x, w, target, reduction="none", ignore_index=ignore_index))
     assert loss[0] == 0 and (loss[target != ignore_index] > 0).all()
+
+
+@every_function
+def test_margin_that_works_in_place(function: object) -> None:
+    """It changes a copy: statistics, loss and gradients are those of the same margin written otherwise."""
+    inputs = make_inputs(Case(geometry="late"))
+    got = run(function, inputs, margin=lambda cosine: cosine.sub_(0.35))
+    right = run(function, inputs, margin=fa.CosFace(0.35))
+    for name in ("loss", "d_embeddings", "d_weight"):
+        assert torch.equal(getattr(got, name), getattr(right, name)), name
+    assert all(torch.equal(a, b) for a, b in zip(got.stats, right.stats, strict=True))
+    assert right.stats.correct.any()
 
 
 @every_function

@@ -210,6 +210,25 @@ def test_refused(make: Callable[[], object], error: type[Exception], message: st
     assert str(raised.value) == message
 
 
+def test_a_margin_of_ones_own_is_checked() -> None:
+    """A threshold or penalty of a wrong shape would be read past its end."""
+
+    class Own(fa.NormSoftmax):
+        def modulate(self, target_cosine: Tensor, counted: Tensor) -> fa.margins.Modulation:
+            return fa.margins.Modulation(target_cosine[:1], torch.zeros(3, dtype=torch.float64), 1.0, 1.0)
+
+    class OwnPenalty(fa.NormSoftmax):
+        def for_rows(self, norms: Tensor, counted: Tensor) -> fa.margins.RowMargin:
+            return fa.margins.RowMargin(self, norms[:1])
+
+    x, w, y, _ = make_inputs(Case())
+    for loss in (fa.margin_softmax_loss, fa.reference.margin_softmax_loss):
+        with pytest.raises(ValueError, match=r"margin's threshold must be \(N=9,\); got \(1,\)"):
+            loss(x, w, y, margin=Own())
+        with pytest.raises(ValueError, match=r"margin's penalty must be \(N=9,\); got \(1,\)"):
+            loss(x, w, y, margin=OwnPenalty())
+
+
 def test_frozen_and_hashable() -> None:
     for make in (fa.MVSoftmax, fa.InterclassFilter):
         assert make() == make() and hash(make()) == hash(make())

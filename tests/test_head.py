@@ -89,6 +89,28 @@ def test_topk_by_brute_force(k: int, classes_at_once: int, monkeypatch: pytest.M
     torch.testing.assert_close(cosines, right.values[:, :k], rtol=1e-12, atol=1e-14)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("autocast", [False, True])
+def test_16_bit_heads_know_their_nearest_class(autocast: bool, dtype: torch.dtype) -> None:
+    """Centres as close as late in training: cosines rounded to 16 bits would confuse them, and say otherwise than
+    ``stats.correct``; a zero row has cosines of 0, not NaN."""
+    head = fa.MarginHead(64, 3000, dtype=torch.float32 if autocast else dtype)
+    with torch.no_grad():
+        head.weight.copy_(1 + 0.3 * torch.randn(3000, 64))
+    x = (1 + 0.3 * torch.randn(40, 64)).to(dtype)
+    x[0] = 0
+    right = F.normalize(x.double()) @ F.normalize(head.weight.double()).T
+    given = x.float() if autocast else x  # which autocast rounds to the same again
+    with torch.autocast("cpu", dtype=dtype, enabled=autocast):
+        logits, (cosines, classes) = head.logits(given), head.topk(given, 2)
+        _, stats = head(given, classes[:, 0], return_stats=True)
+    assert logits.dtype == cosines.dtype == torch.float32
+    torch.testing.assert_close(logits.double(), 64 * right, rtol=0, atol=64 * 1e-6)
+    torch.testing.assert_close(cosines.double(), right.topk(2).values, rtol=0, atol=1e-6)
+    assert torch.equal(classes[1:, 0], right[1:].argmax(1))
+    assert stats.correct[1:].all()
+
+
 def test_topk_of_no_rows() -> None:
     head, x, _ = make_head()
     cosines, classes = head.topk(x[:0], 3)

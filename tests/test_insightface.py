@@ -31,6 +31,18 @@ class TheirArcFace(nn.Module):
         return (logits + (shifted - logits).detach()) * self.s
 
 
+class TheirArcFaceInPlace(TheirArcFace):
+    """The same on the logits that it is given, as losses.py writes it."""
+
+    def forward(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        rows = torch.where(labels != -1)[0]
+        with torch.no_grad():
+            logits.arccos_()
+            logits[rows, labels[rows].view(-1)] += self.m2
+            logits.cos_()
+        return logits * self.s
+
+
 def their_loss(margin, x: torch.Tensor, weight: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     """One rank of insightface's head with full logits."""
     cosines = F.linear(F.normalize(x), F.normalize(weight)).clamp(-1, 1)
@@ -50,6 +62,7 @@ MARGINS = {
     "cosface": insightface.CosFace(),
     "filtered": insightface.CombinedMarginLoss(64.0, 1.0, 0.5, 0.0, interclass_filtering_threshold=0.3),
     "callable": TheirArcFace(),
+    "in place": TheirArcFaceInPlace(),
 }
 
 
@@ -85,7 +98,7 @@ def test_one_rank_equals_the_operations_of_insightface(name):
 
 
 @pytest.mark.parametrize(
-    ("name", "sample_rate"), [("arcface", 1.0), ("filtered", 0.5), ("callable", 1.0), ("callable", 0.5)]
+    ("name", "sample_rate"), [("arcface", 1.0), ("filtered", 0.5), ("callable", 1.0), ("in place", 0.5)]
 )
 def test_ranks_together_equal_one(name, sample_rate):
     expected = train(name, sample_rate)

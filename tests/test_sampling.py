@@ -1,9 +1,14 @@
+import contextlib
+
 import pytest
 import torch
 from scipy import stats
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fused_arcface as fa
-from fused_arcface import keyed
+from fused_arcface import keyed, partial_fc
+from fused_arcface import ops as ops_module
+from fused_arcface.center_sgd import PendingUpdate
 from fused_arcface.sampling import Permutation, Sampler
 from fused_arcface.sharding import Sharding
 
@@ -59,6 +64,84 @@ def test_negatives_are_drawn_evenly_and_independently(num_classes):
         pairs = int((used & used.roll(distance, 1)).sum())
         expected = steps * num_classes * together
         assert abs(pairs - expected) < 5 * (expected * (1 - together)) ** 0.5
+
+
+@pytest.mark.parametrize(("num_classes", "rate", "rows"), [(1000, 0.1, 30), (37, 0.5, 60), (5, 0.01, 9), (9, 0.3, 0)])
+def test_padded_sample_is_the_same_one(num_classes, rate, rows):
+    for step in range(20):
+        target = torch.randint(-2, num_classes, (rows,))
+        for world_size in (1, 3, 8):
+            for rank in range(world_size):
+                sampler = Sampler(Sharding(num_classes, world_size, rank), rate, seed=2)
+                exact, padded = sampler(step, target), sampler.padded(step, target)
+                assert torch.equal(padded[: len(exact)], exact)
+                assert (padded[len(exact) :] == sampler.sharding.num_local).all()
+                assert len(padded) <= min(sampler.sharding.num_local, max(sampler.count, rows))
+
+
+def test_room_of_one_shard_is_that_of_its_share():
+    """Not that of the whole sample: 8 shards of a million classes have room for an eighth each, and for the batch."""
+    sampler = Sampler(Sharding(1_000_000, 8, 3), 0.1, seed=0)
+    batch = torch.arange(sampler.sharding.class_start, sampler.sharding.class_start + 500)
+    exact, padded = sampler(1, batch), sampler.padded(1, batch)
+    assert len(exact) < len(padded) < 12_500 + 500 + 1200 and torch.equal(padded[: len(exact)], exact)
+
+
+class NoWaiting(TorchDispatchMode):
+    """Raises where a value of a tensor is read, or decides a shape: what a GPU would be waited for."""
+
+    FORBIDDEN = (
+        "_local_scalar_dense",
+        "nonzero",
+        "unique",
+        "masked_select",
+        "is_nonzero",
+        "equal",
+        "repeat_interleave",
+    )
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.__name__.split(".")[0]
+        masks = (
+            [index for index in args[1] if index is not None] if name in ("index", "index_put", "index_put_") else []
+        )
+        assert not name.startswith(self.FORBIDDEN) or name == "nonzero_static", f"{func} waits for the device"
+        assert all(index.dtype != torch.bool for index in masks), f"{func} by a mask waits for the device"
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_mode_sees_what_waits():
+    tensor = torch.tensor([1.0, 0.0])
+    for waits in (lambda: tensor[0].item(), lambda: tensor[tensor > 0], lambda: bool(tensor[0] > 0), tensor.nonzero):
+        with pytest.raises(AssertionError, match="waits for the device"), NoWaiting():
+            waits()
+
+
+@pytest.mark.parametrize(("momentum_dtype", "scale"), [(torch.float32, 64.0), (torch.int8, 1000.0)])
+def test_a_sampled_step_waits_for_nothing_on_a_gpu(momentum_dtype, scale, monkeypatch):
+    """The line as it runs on a GPU, on the CPU with the reference's stages: the same step, to the bit, as the usual one
+    there, and no value is read."""
+    monkeypatch.setattr(ops_module, "check_target_range", lambda *_: None)  # the CPU's check alone
+    monkeypatch.setattr(PendingUpdate, "start", lambda self, gradient: setattr(self, "_loss_gradient", gradient))
+    recipe = fa.CenterSGD(lr=0.1, weight_decay=1e-3, momentum_dtype=momentum_dtype)
+    options = {"sample_rate": 0.1, "scale": scale, "center_optimizer": recipe, "backend": "reference", "seed": 4}
+    usual, padded = (fa.PartialFC(16, 300, **options) for _ in range(2))
+    for step in range(4):
+        generator = torch.Generator().manual_seed(step)
+        rows = (40, 8, 1, 0)[step]  # more classes than the sample's 30 in the first
+        x = torch.randn(rows, 16, generator=generator)
+        y = torch.randint(0, 300, (rows,), generator=generator)
+        results = []
+        for head in (usual, padded):
+            monkeypatch.setattr(partial_fc, "_is_waited_for", lambda _, head=head: head is padded)
+            mine = x.clone().requires_grad_()
+            with NoWaiting() if head is padded else contextlib.nullcontext():
+                loss, stats = head(mine, y, return_stats=True)
+                loss.backward()
+            state = head.center_optimizer.state[head.weight]
+            results.append([loss, *stats, mine.grad, head.sampled, head.weight.clone(), *state.values()])
+        for one, other in zip(*results, strict=True):
+            torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "sparse_adam", "dense"])

@@ -29,12 +29,13 @@ needs_gpu = pytest.mark.skipif(
 
 
 def _interpret(*arguments: str) -> None:
-    path = Path(__file__).with_name("triton_interpreted.py")
+    tests = Path(__file__).parent
+    files = [str(tests / name) for name in ("triton_interpreted.py", "triton_interpreted_updates.py")]
     # Without pytest's cache, which belongs to the session around this one.
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(path), *arguments]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files, *arguments]
     result = subprocess.run(
         command,
-        cwd=path.parent.parent,
+        cwd=tests.parent,
         env=os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
         capture_output=True,
         text=True,

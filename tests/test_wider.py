@@ -216,10 +216,10 @@ def train_shard(variant: Variant, inputs: Inputs, counts: list[int], head_option
     }
 
 
-def check_ranks(variant: Variant, head_options: dict[str, Any]) -> None:
+def check_ranks(variant: Variant, head_options: dict[str, Any], counts: tuple[int, int] = (6, 3)) -> None:
     inputs = with_sub_centers(Case(9, 11, 6, "float64", "float64", geometry="ignored"), variant)
     alone = train_shard(variant, inputs, [9], head_options)
-    parts = run_ranks(2, _train_shard_by_index, VARIANTS.index(variant), inputs, [6, 3], head_options)
+    parts = run_ranks(2, _train_shard_by_index, VARIANTS.index(variant), inputs, list(counts), head_options)
     for name, right in alone.items():
         whole = name == "loss" or name.startswith("state.margin")
         got = parts[0][name] if whole else torch.cat([part[name] for part in parts])
@@ -236,6 +236,11 @@ def _train_shard_by_index(index: int, *args: Any) -> dict[str, Tensor]:
 @every_variant
 def test_two_ranks_equal_one_process(variant: Variant) -> None:
     check_ranks(variant, {})
+
+
+@pytest.mark.parametrize("variant", [BY_ROWS[1], SMOOTHED[0], SUB_CENTERS[2]], ids=str)
+def test_a_rank_without_rows(variant: Variant) -> None:
+    check_ranks(variant, {}, (0, 9))
 
 
 unsmoothed = pytest.mark.parametrize("variant", [v for v in VARIANTS if "label_smoothing" not in v.options], ids=str)

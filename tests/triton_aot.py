@@ -34,8 +34,10 @@ _POINTER = {
     torch.float32: "*fp32",
     torch.float64: "*fp64",
     torch.int64: "*i64",
+    torch.int8: "*i8",
+    torch.bool: "*i1",
 }
-_OPTIONS = ("num_warps", "num_stages")
+_OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
 
 
 @dataclass(frozen=True)
@@ -61,11 +63,11 @@ class Launch:
                     divisible.append(index)
             elif isinstance(value, float):
                 signature[name] = "fp32"
-            elif value == 1:
-                signature[name], constants[name] = "constexpr", 1
+            elif value is None or (value == 1 and not kernel.params[index].do_not_specialize):
+                signature[name], constants[name] = "constexpr", value
             else:
                 signature[name] = "i32" if -(1 << 31) <= value < 1 << 31 else "i64"
-                if value % 16 == 0:
+                if value % 16 == 0 and not kernel.params[index].do_not_specialize:
                     divisible.append(index)
         for name, value in meta.items():
             if name not in _OPTIONS:

@@ -1,4 +1,5 @@
-# csrc/bindings.cpp: the compiled kernels over raw addresses. fused_arcface.backends.cpu is the only caller.
+# csrc/bindings.cpp: the compiled kernels over raw addresses, for fused_arcface.backends.cpu. A build with CUDA has a
+# submodule `cuda` besides (csrc/cuda/bindings.cpp), for fused_arcface.backends.cuda.
 _Matrix = tuple[int, int, int, int, int, int]  # address, dtype code, rows, columns, row stride, column stride
 _Negatives = tuple[int, int, float, float, float]  # sub-centres, address of thresholds or 0, a, b, d
 

@@ -73,6 +73,8 @@ class Shard:
     """Classes over all shards, C_total; None: those of the weight."""
     classes: Tensor | None = None
     """(K,) int64 ascending rows of weight that take part in this step; None: all of them."""
+    class_count: Tensor | None = None
+    """0-dim int64: those of ``classes`` from there on are padding, ``C``; None: all take part."""
     dense_grad: bool = False
     """With ``classes``: the gradient by weight as a dense (C, D) tensor, not a sparse one."""
     with_max: bool = False
@@ -99,7 +101,10 @@ class Shard:
 
     def centres(self, weight: Tensor) -> Tensor:
         """(K, D) centres that take part in this step."""
-        return weight if self.classes is None else weight.index_select(0, self.classes)
+        if self.classes is None:
+            return weight
+        rows = self.classes if self.class_count is None else self.classes.clamp(max=weight.shape[0] - 1)
+        return weight.index_select(0, rows)
 
     def target_rows(self, target: Tensor) -> Tensor:
         """Indices into the centres that take part (N,) as rows of weight; negative ones stay."""
@@ -148,10 +153,11 @@ class NegativesAndTarget(torch.autograd.Function):
         rows, centres = shard.all_rows(embeddings), shard.centres(weight)
         shift = None
         if needs_shift(scale, shard.num_classes or weight.shape[0], compute_dtype(rows, centres), *bounds):
-            maximum = shard.ranks.max(_ops.class_max(rows, centres, target, backend, **negatives))
+            maximum = _ops.class_max(rows, centres, target, backend, shard.class_count, **negatives)
+            maximum = shard.ranks.max(maximum)
             shift = (scale * maximum.double()).masked_fill(maximum == -torch.inf, 0)
         total, maximum, centre_sum = _ops.class_stats(
-            rows, centres, target, scale, shift, with_centre_sum, backend, **negatives
+            rows, centres, target, scale, shift, with_centre_sum, backend, shard.class_count, **negatives
         )
         target_cosine = _ops.target_cosine(rows, weight, shard.target_rows(target), backend)
         total, target_cosine = shard.ranks.sum(torch.stack([total, target_cosine])).unbind()

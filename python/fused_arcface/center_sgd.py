@@ -86,6 +86,9 @@ class CentresUpdatedInBackward(nn.Parameter):
     Clipping skips parameters without a gradient, so that it would silently leave the centres out.
     """
 
+    def __reduce_ex__(self, _: object) -> tuple[Any, ...]:
+        return type(self), (self.data, self.requires_grad)  # nn.Parameter's would come back as one
+
     @property
     def grad(self) -> Tensor | None:
         caller = sys._getframe(1)
@@ -109,9 +112,7 @@ class CenterOptimizer(torch.optim.Optimizer):
     """
 
     def __init__(self, recipe: CenterSGD, weight: nn.Parameter, seed: int, class_start: int) -> None:
-        if weight.dtype not in _WEIGHT_DTYPES:
-            listed = ", ".join(map(str, _WEIGHT_DTYPES))
-            raise TypeError(f"CenterSGD needs class centres of dtype {listed}; got {weight.dtype}")
+        _check_weight(weight)
         super().__init__([weight], {"lr": recipe.lr, "momentum": recipe.momentum, "weight_decay": recipe.weight_decay})
         self._seed, self._class_start = seed, class_start
         self._updates_since_step = 0
@@ -173,11 +174,22 @@ class CenterOptimizer(torch.optim.Optimizer):
             self.state[self._weight][name] = tensor.copy_(loaded[name])
 
     def prepare(self, step: int) -> PendingUpdate:
-        """The update that belongs to forward pass number ``step``."""
+        """The update that belongs to forward pass number ``step``.
+
+        Raises:
+            TypeError: the head has been converted to a dtype that centres cannot be updated in.
+        """
+        _check_weight(self._weight)
         update = PendingUpdate(self, step)
         if torch.is_grad_enabled():
             self._pending.add(update)
         return update
+
+
+def _check_weight(weight: Tensor) -> None:
+    if weight.dtype not in _WEIGHT_DTYPES:
+        listed = ", ".join(map(str, _WEIGHT_DTYPES))
+        raise TypeError(f"CenterSGD needs class centres of dtype {listed}; got {weight.dtype}")
 
 
 def _describe(tensor: Tensor | None) -> str:
@@ -189,11 +201,13 @@ class PendingUpdate(CentreUpdate):
 
     def __init__(self, optimizer: CenterOptimizer, step: int) -> None:
         self._optimizer, self._step = optimizer, step
+        self._loss: Tensor | None = None
         self._loss_gradient: Tensor | None = None
         self._done = False
 
     def watch(self, loss: Tensor) -> Tensor:
         """The loss, watched: :meth:`start` is called with its gradient first of all in the backward pass."""
+        self._loss = loss.detach()
         watched: Tensor = _Watch.apply(loss, self)
         return watched
 
@@ -239,8 +253,11 @@ class PendingUpdate(CentreUpdate):
         if self._loss_gradient is not None:
             negative_coefficient = negative_coefficient / self._loss_gradient
             target_coefficient = target_coefficient / self._loss_gradient
-        # The same numbers on every rank, so all go on or none. An lse of -inf is a row without negatives.
+        # The same numbers on every rank, so all go on or none. An lse of -inf is a row without negatives; the loss of a
+        # batch whose rows are all ignored is NaN, though its coefficients are zero.
         finite = negative_coefficient.isfinite().all() & target_coefficient.isfinite().all()
+        if self._loss is not None:
+            finite &= self._loss.isfinite()
         step = CentreStep(
             classes,
             state.get("momentum_buffer"),

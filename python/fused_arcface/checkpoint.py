@@ -146,6 +146,13 @@ def save(root: str | os.PathLike[str], head: PartialFC, *, keep: int = 2, **othe
     Returns:
         The checkpoint's directory. When this returns it is complete and on disk; until then the previous one stays
         the newest.
+
+    >>> import tempfile, torch, fused_arcface as fa
+    >>> head, backbone, root = fa.PartialFC(8, 100), torch.nn.Linear(4, 8), tempfile.mkdtemp()
+    >>> save(root, head, backbone=backbone, epoch=3).name
+    'step_0000000000'
+    >>> load(root, head, backbone=backbone)
+    {'epoch': 3}
     """
     state: dict[str, Any] = {}
     for name, value in {_HEAD: head_state(head), **others}.items():
@@ -271,6 +278,12 @@ def load(path: str | os.PathLike[str], head: PartialFC, **others: Any) -> dict[s
     Raises:
         FileNotFoundError: there is no checkpoint.
         CheckpointError: it is truncated, foreign or of another head. Nothing has been loaded then.
+
+    >>> import tempfile, fused_arcface as fa
+    >>> root = tempfile.mkdtemp()
+    >>> _ = save(root, fa.PartialFC(8, 100, sample_rate=0.1), epoch=3)
+    >>> load(root, fa.PartialFC(8, 100))  # options may differ
+    {'epoch': 3}
     """
     directory, manifest = find(path)
     for name, own in {"sub_centers": None, **_options(head)}.items():
@@ -318,6 +331,12 @@ def load_state(path: str | os.PathLike[str], name: str) -> Any:
     Raises:
         FileNotFoundError: there is no checkpoint.
         CheckpointError: it is truncated or foreign, or holds nothing of that name.
+
+    >>> import tempfile, torch, fused_arcface as fa
+    >>> root = tempfile.mkdtemp()
+    >>> _ = save(root, fa.PartialFC(8, 100), backbone=torch.nn.Linear(4, 8))
+    >>> load_state(root, "backbone")["weight"].shape
+    torch.Size([8, 4])
     """
     directory, _ = find(path)
     saved = metadata(directory)

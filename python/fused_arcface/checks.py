@@ -8,7 +8,16 @@ import torch
 from torch import Tensor
 
 FLOAT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-INTEGER_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+INTEGER_DTYPES = (
+    torch.int64,
+    torch.int32,
+    torch.int16,
+    torch.int8,
+    torch.uint64,
+    torch.uint32,
+    torch.uint16,
+    torch.uint8,
+)
 REDUCTIONS = ("mean", "sum", "none")
 
 
@@ -138,6 +147,16 @@ def check_target_range(target: Tensor, num_classes: int, ignore_index: int) -> N
         row = int(wrong.nonzero()[0])
         rule = f"target must be in [0, C={num_classes}) or ignore_index={ignore_index}"
         raise ValueError(f"{rule}; got {int(target[row])} at row {row}")
+
+
+def check_margin_rows(name: str, values: object, target: Tensor) -> None:
+    """What a margin gives for each row besides: ``(N,)``, on the rows' device."""
+    if not isinstance(values, Tensor):
+        raise TypeError(f"margin's {name} must be a torch.Tensor; got {type(values).__name__}")
+    if values.shape != target.shape:
+        raise ValueError(f"margin's {name} must be (N={target.shape[0]},); got {tuple(values.shape)}")
+    if values.device != target.device:
+        raise ValueError(f"margin's {name} must be on {target.device}; got {values.device}")
 
 
 def check_margin_output(modified: object, target_cosine: Tensor) -> None:

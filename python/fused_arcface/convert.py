@@ -250,6 +250,12 @@ def convert(
         destination: a safetensors file or a checkpoint root.
         num_classes: to grow to; None: as many as the sources have.
         seed: of the new classes' centres and of the head that will resume; None: the source's, or 0.
+
+    >>> import tempfile, torch
+    >>> folder = Path(tempfile.mkdtemp())
+    >>> torch.save({"W": torch.randn(8, 100)}, folder / "loss.pt")  # pytorch-metric-learning's, (D, C)
+    >>> read(convert([folder / "loss.pt"], folder / "centers.safetensors")).num_classes
+    100
     """
     centres = merge([read(source) for source in sources])
     if seed is not None or "seed" not in centres.values:

@@ -12,12 +12,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .checks import FLOAT_DTYPES
+
 # torch 2.13 gave these two new names and warns about the old ones.
 _all_gather: Any = getattr(dist, "all_gather_single", None) or getattr(dist, "all_gather_into_tensor", None)
 _reduce_scatter: Any = getattr(dist, "reduce_scatter_single", None) or getattr(dist, "reduce_scatter_tensor", None)
 
-# int64 numbers before a rank's rows in the gathered buffer: how many rows, and whether they need a gradient.
-_HEADER = 2
+# int64 numbers before a rank's rows in the gathered buffer: how many rows, whether they need a gradient, their dtype.
+_HEADER = 3
 _REFUSED = -1  # as the number of rows
 _ALIGNMENT = 16  # bytes: each part of the buffer is viewed as its own dtype
 
@@ -88,6 +90,9 @@ class Ranks:
                 raise RuntimeError(
                     f"rank(s) {', '.join(map(str, refused))} refused the arguments of this step: see the error there"
                 )
+            dtypes = [FLOAT_DTYPES[index] for index in headers[:, 2].tolist()]
+            if len(set(dtypes)) > 1:
+                raise TypeError(f"embeddings must have the same dtype on every rank; got {', '.join(map(str, dtypes))}")
             if max(counts) <= self._room:
                 break
             self._room = max(counts)
@@ -112,7 +117,7 @@ class Ranks:
     def _gather_padded(
         self, embeddings: Tensor, target: Tensor, requires_grad: bool, count: int | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Headers (W, 2), labels (W, room) and embeddings (W, room, D) of all ranks in one collective; the header is
+        """Headers (W, 3), labels (W, room) and embeddings (W, room, D) of all ranks in one collective; the header is
         always whole."""
         count, dim = embeddings.shape[0] if count is None else count, embeddings.shape[1]
         sizes = [8 * _HEADER, 8 * self._room, embeddings.element_size() * self._room * dim]
@@ -129,7 +134,7 @@ class Ranks:
 
         send = torch.zeros(1, ends[-1], dtype=torch.uint8, device=embeddings.device)
         header, labels, rows = parts(send)
-        header.copy_(torch.tensor([[count, int(requires_grad)]]))
+        header.copy_(torch.tensor([[count, int(requires_grad), FLOAT_DTYPES.index(embeddings.dtype)]]))
         if 0 <= count <= self._room:
             labels[0, :count] = target
             rows.view(self._room, dim)[:count] = embeddings

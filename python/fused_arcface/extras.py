@@ -7,7 +7,14 @@ import importlib
 from types import ModuleType
 from typing import Any
 
-_DISTRIBUTIONS = {"PIL": "pillow", "sklearn": "scikit-learn", "tomli_w": "tomli-w"}
+# Where a module's distribution has another name.
+_DISTRIBUTIONS = {
+    "PIL": "pillow",
+    "faiss": "faiss-cpu",
+    "pytorch_metric_learning": "pytorch-metric-learning",
+    "sklearn": "scikit-learn",
+    "tomli_w": "tomli-w",
+}
 
 
 class MissingExtra(ImportError):

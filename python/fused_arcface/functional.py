@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -12,7 +11,7 @@ from . import backends
 from .autograd import ONE_DEVICE, Shard, cosines_of_targets, negatives_and_target
 from .checks import check_inputs
 from .loss import MarginSoftmaxStats, loss_of_rows
-from .margins import ArcFace, Margin, Modulation, for_rows
+from .margins import ArcFace, Margin, for_rows, modulates, modulation
 from .normalise import norms_of
 from .ops import IGNORED, compute_dtype
 from .smoothing import smoothing
@@ -71,7 +70,8 @@ def margin_softmax_loss(
     tensor([0.3133, 1.3133])
     """
     check_inputs(embeddings, weight, target, margin, scale, reduction, ignore_index, sub_centers, label_smoothing)
-    backend = backends.select(backend, embeddings.device, unusual_negatives(margin, sub_centers))
+    needs = unusual_negatives(margin, sub_centers)
+    backend = backends.select(backend, embeddings.device, compute_dtype(embeddings, weight), needs)
     embeddings = as_autocast(embeddings)
     num_classes = weight.shape[0] // sub_centers
     local_target = torch.ops.fused_arcface.local_target(target, num_classes, ignore_index)
@@ -92,7 +92,7 @@ class HeadOptions(NamedTuple):
 
 def unusual_negatives(margin: Margin, sub_centers: int) -> str | None:
     """What only some backends have of this, for an error; None where every backend will do."""
-    if hasattr(margin, "modulate"):
+    if modulates(margin):
         return f"the modulated negatives of {type(margin).__name__}"
     return f"sub_centers={sub_centers}" if sub_centers > 1 else None
 
@@ -120,12 +120,11 @@ def loss_over_classes(
         lambda: shard.joint(norms_of(embeddings.to(dtype)), lambda rows: norms_of(rows.to(dtype))).squeeze(1),
         ~ignored,
     )
-    modulate: Callable[[Tensor, Tensor], Modulation] | None = getattr(margin, "modulate", None)
-    modulation = None
-    if modulate is not None or sub_centers > 1:
+    change = None
+    if modulates(margin) or sub_centers > 1:
         cosine, target = cosines_of_targets(embeddings, weight, target, backend, shard, sub_centers)
-        modulation = None if modulate is None else modulate(cosine, ~ignored)
-    rows = negatives_and_target(embeddings, weight, target, scale, backend, shard, sub_centers, modulation)
+        change = modulation(margin, cosine, ~ignored)
+    rows = negatives_and_target(embeddings, weight, target, scale, backend, shard, sub_centers, change)
     smoothed = smoothing(embeddings, weight, label_smoothing, shard.num_classes or weight.shape[0], shard)
     return loss_of_rows(*rows, ignored, own.modify, scale, reduction, backend, own.penalty, smoothed)
 

@@ -16,9 +16,10 @@ from .checks import (
     check_size,
     check_sub_centers,
 )
-from .functional import margin_softmax_loss
+from .functional import as_autocast, margin_softmax_loss
 from .loss import MarginSoftmaxStats
 from .margins import ArcFace, Margin
+from .ops import compute_dtype
 
 # Classes whose cosines topk holds at once: (N, 16384) floats, 16 MiB at N = 256.
 _TOPK_CLASSES = 16384
@@ -104,11 +105,10 @@ class MarginHead(nn.Module):
         )
 
     def logits(self, embeddings: Tensor) -> Tensor:
-        """``s·cos θ`` of embeddings (N, D) with every class, (N, C), without a margin; differentiable."""
+        """``s·cos θ`` of embeddings (N, D) with every class, (N, C) in the loss's dtype, without a margin;
+        differentiable."""
         check_embeddings(embeddings, self.weight)
-        dtype = torch.promote_types(embeddings.dtype, self.weight.dtype)
-        cosines = F.linear(F.normalize(embeddings.to(dtype)), F.normalize(self.weight.to(dtype)))
-        return self.scale * cosines_of_classes(cosines, self.sub_centers)
+        return self.scale * cosines_of(as_autocast(embeddings), self.weight, self.sub_centers)
 
     @torch.no_grad()
     def topk(self, embeddings: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -145,23 +145,28 @@ def describe_options(margin: Margin, scale: float, sub_centers: int, label_smoot
     return ", ".join(parts)
 
 
-def cosines_of_classes(cosines: Tensor, sub_centers: int) -> Tensor:
-    """(N, C) from those with each row of weight, (N, C·K): of a class's K the greatest."""
+def cosines_of(rows: Tensor, weight: Tensor, sub_centers: int = 1) -> Tensor:
+    """Cosines (R, C) of rows (R, D) with the classes of weight (C·sub_centers, D), of a class's several the greatest.
+
+    In the dtype that the loss keeps its sums in, autocast or not: rounded to bf16 they would be 0.004 off, which is
+    more than neighbouring classes differ by.
+    """
+    dtype = compute_dtype(rows, weight)
+    with torch.autocast(rows.device.type, enabled=False):
+        cosines = F.linear(F.normalize(rows.to(dtype)), F.normalize(weight.to(dtype)))
     return cosines if sub_centers == 1 else cosines.unflatten(1, (-1, sub_centers)).amax(2)
 
 
 def nearest_classes(embeddings: Tensor, weight: Tensor, k: int, sub_centers: int = 1) -> tuple[Tensor, Tensor]:
     """Cosines (N, min(k, C)), descending, and classes (N, min(k, C)) int64, for embeddings (N, D) and weight
     (C·sub_centers, D)."""
-    dtype = torch.promote_types(embeddings.dtype, weight.dtype)
-    unit = F.normalize(embeddings.to(dtype))
-    cosines = unit.new_empty(unit.shape[0], 0)
-    classes = torch.empty(unit.shape[0], 0, dtype=torch.int64, device=unit.device)
+    embeddings = as_autocast(embeddings)
+    cosines = embeddings.new_empty(embeddings.shape[0], 0, dtype=compute_dtype(embeddings, weight))
+    classes = torch.empty(embeddings.shape[0], 0, dtype=torch.int64, device=embeddings.device)
     step, num_classes = max(_TOPK_CLASSES, k), weight.shape[0] // sub_centers
     for start in range(0, num_classes, step):
-        rows = weight[start * sub_centers : (start + step) * sub_centers]
-        chunk = cosines_of_classes(unit @ F.normalize(rows.to(dtype)).T, sub_centers)
-        ids = torch.arange(start, start + chunk.shape[1], device=unit.device).expand_as(chunk)
+        chunk = cosines_of(embeddings, weight[start * sub_centers : (start + step) * sub_centers], sub_centers)
+        ids = torch.arange(start, start + chunk.shape[1], device=chunk.device).expand_as(chunk)
         cosines, classes = torch.cat([cosines, chunk], 1), torch.cat([classes, ids], 1)
         cosines, best = cosines.topk(min(k, cosines.shape[1]))
         classes = classes.gather(1, best)

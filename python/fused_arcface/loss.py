@@ -19,7 +19,8 @@ from .smoothing import Smoothing
 
 
 class MarginSoftmaxStats(NamedTuple):
-    """What a step knows of each row, detached. Ignored rows have loss 0 and are not correct."""
+    """What a step knows of each row, detached. Ignored rows have loss 0 and are not correct; their other two
+    numbers say nothing."""
 
     loss: Tensor
     """(N,) loss, unreduced."""
@@ -99,7 +100,7 @@ def loss_of_rows(
     if numbers is not None:
         loss, lse = _FusedMarginLoss.apply(negative_lse, target_cosine, float(scale), *numbers, backend)
     else:
-        modified = margin(target_cosine)
+        modified = margin(target_cosine.clone())  # a copy: a user's margin may work in place
         check_margin_output(modified, target_cosine)
         target_logit = scale * modified
         # softplus, not log(exp + exp) - z, which cancels for well-classified rows; past 40 it is linear to fp64's

@@ -26,6 +26,8 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
+from .checks import check_margin_rows
+
 Boundary = Literal["none", "hard", "fold", "clip", "easy"]
 GradientMode = Literal["exact", "straight_through"]
 
@@ -302,4 +304,24 @@ class Modulation(NamedTuple):
 def for_rows(margin: Margin, norms: Callable[[], Tensor], counted: Tensor) -> RowMargin:
     """The margin of a batch's rows, of their norms (N,), asked for only where they matter, and which take part (N,)."""
     own: Callable[[Tensor, Tensor], RowMargin] | None = getattr(margin, "for_rows", None)
-    return RowMargin(margin) if own is None else own(norms(), counted)
+    if own is None:
+        return RowMargin(margin)
+    of_rows = own(norms(), counted)
+    if of_rows.penalty is not None:
+        check_margin_rows("penalty", of_rows.penalty, counted)
+    return of_rows
+
+
+def modulates(margin: Margin) -> bool:
+    """Whether the margin changes the negatives."""
+    return hasattr(margin, "modulate")
+
+
+def modulation(margin: Margin, target_cosine: Tensor, counted: Tensor) -> Modulation | None:
+    """What becomes of a batch's negatives, by target cosines (N,) and which rows take part (N,); None: nothing."""
+    own: Callable[[Tensor, Tensor], Modulation] | None = getattr(margin, "modulate", None)
+    if own is None:
+        return None
+    change = own(target_cosine, counted)
+    check_margin_rows("threshold", change.threshold, counted)
+    return change

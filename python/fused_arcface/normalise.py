@@ -20,7 +20,7 @@ def unit_rows(rows: Tensor) -> Tensor:
 
 
 def unit_gradient(d_unit: Tensor, row: Tensor) -> Tensor:
-    """Gradient by ``row`` (R, D) from that by ``row / max(|row|, 1e-12)``, same shape."""
+    """Gradient by ``row`` (R, D) from that by ``row / max(|row|, 1e-12)``, same shape or (D,) for all."""
     norm = norms_of(row)
     unit = row / norm.clamp(min=EPSILON)
     along = (unit * d_unit).sum(1, keepdim=True).masked_fill(norm < EPSILON, 0)

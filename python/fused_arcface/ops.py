@@ -25,9 +25,10 @@ _NEGATIVES = "*, int sub_centers=1, Tensor? threshold=None, Tensor? coefficients
 _SCHEMAS = {
     "local_target": "(Tensor target, int num_classes, int ignore_index) -> Tensor",
     # O(N·C·D), over the classes
-    "class_max": f"({_ROWS}, str backend, {_NEGATIVES}) -> Tensor",
-    "class_stats": f"({_ROWS}, float scale, Tensor? shift, bool with_centre_sum, str backend, {_NEGATIVES})"
-    " -> (Tensor, Tensor, Tensor)",
+    # class_count: 0-dim int64, the rows of weight from there on are padding; a tensor, so that nobody waits for a GPU
+    "class_max": f"({_ROWS}, str backend, Tensor? class_count=None, {_NEGATIVES}) -> Tensor",
+    "class_stats": f"({_ROWS}, float scale, Tensor? shift, bool with_centre_sum, str backend, "
+    f"Tensor? class_count=None, {_NEGATIVES}) -> (Tensor, Tensor, Tensor)",
     "weight_grad": f"({_ROWS}, float scale, {_COEFFICIENTS}, str backend, {_NEGATIVES}) -> Tensor",
     "update_centres": "(Tensor embeddings, Tensor(a!) weight, Tensor target, float scale, "
     f"{_COEFFICIENTS}, Tensor? classes, Tensor(b!)? momentum_buffer, Tensor(c!)? momentum_scale, float lr, "
@@ -89,11 +90,14 @@ def _local_target_fake(target: Tensor, num_classes: int, ignore_index: int) -> T
     return torch.empty_like(target, dtype=torch.int64)
 
 
-def _run(name: str, *arguments: Any, negatives: Negatives = PLAIN) -> Any:
-    """The stage of that name by the backend that the last argument names."""
+def _run(name: str, *arguments: Any, class_count: Tensor | None = None, negatives: Negatives = PLAIN) -> Any:
+    """The stage of that name by the backend that the last argument names. A backend without padding or other negatives
+    (``backends.knows_padding``, ``backends.has_negatives``) need not know of them."""
     *inputs, backend = arguments
-    # A backend without them need not know of them.
-    return getattr(backends.load(backend), name)(*inputs, *(() if negatives.plain else (negatives,)))
+    rarer: dict[str, Any] = {} if class_count is None else {"class_count": class_count}
+    if not negatives.plain:
+        rarer["negatives"] = negatives
+    return getattr(backends.load(backend), name)(*inputs, **rarer)
 
 
 # The stages over the rows are the backend's own functions; those over the classes below know of a shard without any.
@@ -125,15 +129,30 @@ def _embedding_grad_fake(d_unit: Tensor, embeddings: Tensor, backend: str) -> Te
 
 
 @torch.library.impl("fused_arcface::class_max", "default")
-def _class_max(embeddings: Tensor, weight: Tensor, target: Tensor, backend: str, **negatives: Any) -> Tensor:
+def _class_max(
+    embeddings: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    backend: str,
+    class_count: Tensor | None = None,
+    **negatives: Any,
+) -> Tensor:
     if weight.shape[0] == 0:
         return embeddings.new_full(embeddings.shape[:1], -torch.inf, dtype=compute_dtype(embeddings, weight))
-    result: Tensor = _run("class_max", embeddings, weight, target, backend, negatives=Negatives(**negatives))
+    arguments = embeddings, weight, target, backend
+    result: Tensor = _run("class_max", *arguments, class_count=class_count, negatives=Negatives(**negatives))
     return result
 
 
 @torch.library.register_fake("fused_arcface::class_max")
-def _class_max_fake(embeddings: Tensor, weight: Tensor, target: Tensor, backend: str, **_: object) -> Tensor:
+def _class_max_fake(
+    embeddings: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    backend: str,
+    class_count: Tensor | None = None,
+    **_: object,
+) -> Tensor:
     return _target_cosine_fake(embeddings, weight, target, backend)
 
 
@@ -146,6 +165,7 @@ def _class_stats(
     shift: Tensor | None,
     with_centre_sum: bool,
     backend: str,
+    class_count: Tensor | None = None,
     **negatives: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     if weight.shape[0] == 0:  # a shard whose step samples none of its classes; no backend need know of it
@@ -153,7 +173,9 @@ def _class_stats(
         centre_sum = rows.new_zeros(embeddings.shape if with_centre_sum else (0,))
         return rows, torch.full_like(rows, -torch.inf), centre_sum
     arguments = embeddings, weight, target, scale, shift, with_centre_sum, backend
-    result: tuple[Tensor, Tensor, Tensor] = _run("class_stats", *arguments, negatives=Negatives(**negatives))
+    result: tuple[Tensor, Tensor, Tensor] = _run(
+        "class_stats", *arguments, class_count=class_count, negatives=Negatives(**negatives)
+    )
     return result
 
 
@@ -166,6 +188,7 @@ def _class_stats_fake(
     shift: Tensor | None,
     with_centre_sum: bool,
     backend: str,
+    class_count: Tensor | None = None,
     **_: object,
 ) -> tuple[Tensor, Tensor, Tensor]:
     dtype = compute_dtype(embeddings, weight)
@@ -208,7 +231,7 @@ class CentreStep(NamedTuple):
 
     classes: Tensor | None
     """(K,) int64 ascending rows of weight that take part; None: all. The target indexes into them. Others are not
-    touched."""
+    touched. ``C``, for backends that know padding, is no row."""
     momentum_buffer: Tensor | None
     """Like weight, fp64, fp32, bf16 or int8; None without momentum."""
     momentum_scale: Tensor | None

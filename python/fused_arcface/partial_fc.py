@@ -6,7 +6,6 @@ import dataclasses
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import backends
@@ -25,11 +24,11 @@ from .checks import (
 )
 from .distributed import JointBatch, Ranks
 from .functional import HeadOptions, as_autocast, loss_over_classes, unusual_negatives
-from .head import cosines_of_classes, describe_options, nearest_classes, place_margin
+from .head import cosines_of, describe_options, nearest_classes, place_margin
 from .keyed import fill_normal
 from .loss import MarginSoftmaxStats
 from .margins import ArcFace, Margin
-from .ops import IGNORED
+from .ops import IGNORED, INVALID, compute_dtype
 from .sampling import Sampler
 from .sharding import Sharding
 
@@ -48,7 +47,7 @@ class PartialFC(nn.Module):
     **Sampling.** With ``sample_rate`` below 1 a step uses all classes of the joint batch and others drawn anew each
     step, ``round(sample_rate·C_total)`` over all shards (An et al., Partial FC, arXiv:2203.15565). The draw is a
     function of seed, step and global class id, not of the number of ranks. The rows of other classes are neither read
-    nor written. In ``eval()`` all classes are used.
+    nor written. In ``eval()`` all classes are used, and a fused optimizer leaves them as they are.
 
     Args:
         embedding_dim: D.
@@ -118,6 +117,10 @@ class PartialFC(nn.Module):
         check_scale(scale)
         check_sample_rate(sample_rate)
         check_size("seed", seed, least=0)
+        if seed >= 1 << 63:
+            raise ValueError(f"seed must be in [0, 2^63); got {seed}")
+        if not isinstance(dense_grad, bool):
+            raise TypeError(f"dense_grad must be a bool; got {type(dense_grad).__name__}")
         if center_optimizer is not None and not isinstance(center_optimizer, CenterSGD):
             raise TypeError(f"center_optimizer must be a CenterSGD or None; got {type(center_optimizer).__name__}")
         check_sub_centers(sub_centers)
@@ -193,12 +196,14 @@ class PartialFC(nn.Module):
     def sampled(self) -> Tensor:
         if self._sampled is None:
             return torch.arange(self.class_start, self.class_start + self.num_local, device=self.weight.device)
-        return self._sampled + self.class_start
+        return self._sampled[self._sampled < self.num_local] + self.class_start
 
     def reset_parameters(self) -> None:
         """Draw the class centres anew: the same ones, for the same seed."""
         fill_normal(self.weight, self.seed, self.row_start, std=0.01)
 
+    # torch.compile calls it between its graphs: a step has a number and sizes that only the data tell.
+    @torch.compiler.disable
     def forward(
         self, embeddings: Tensor, target: Tensor, *, ignore_index: int = -100, return_stats: bool = False
     ) -> Tensor | tuple[Tensor, MarginSoftmaxStats]:
@@ -211,39 +216,56 @@ class PartialFC(nn.Module):
             TypeError, ValueError: as :func:`fused_arcface.margin_softmax_loss`; a wrong label raises on every rank.
             RuntimeError: another rank refused its arguments.
         """
-        try:
-            check_embeddings(embeddings, self.weight)
-            check_target(target, embeddings, ignore_index)
-            needs = unusual_negatives(self.margin, self.sub_centers)
-            backend = backends.select(self.backend, embeddings.device, needs)
-        except (TypeError, ValueError, RuntimeError):
-            self.ranks.refuse_batch()
-            raise
-        embeddings = as_autocast(embeddings)
-        batch = self.ranks.gather_batch(embeddings.detach(), target, embeddings.requires_grad)
+        embeddings, batch, backend = self._gather(embeddings, target, ignore_index)
         target = torch.ops.fused_arcface.local_target(batch.target, self.num_classes, ignore_index)
-        classes, local = self._choose_classes(target)
-        update = None if self.center_optimizer is None else self.center_optimizer.prepare(self.step)
+        # A gradient has a size, for which one waits; CenterSGD needs none.
+        padded = self.center_optimizer is not None and _is_waited_for(target.device) and backends.knows_padding(backend)
+        classes, local = self._choose_classes(target, padded)
+        weight: Tensor = self.weight
+        update = None
+        if self.center_optimizer is not None:
+            if self.training and weight.requires_grad:
+                update = self.center_optimizer.prepare(self.step)
+            else:  # neither an update nor a gradient
+                weight = weight.detach()
         shard = Shard(
             ranks=self.ranks,
             batch=batch,
             num_classes=self.num_classes,
             classes=None if classes is None else self._rows_of(classes),
+            class_count=self._count_rows(classes) if padded and classes is not None else None,
             dense_grad=self.dense_grad,
             with_max=return_stats,
             update=update,
         )
         options = HeadOptions(self.margin, self.scale, self.sub_centers, self.label_smoothing)
-        loss, stats = loss_over_classes(
-            embeddings, self.weight, local, target == IGNORED, options, "mean", backend, shard
-        )
+        loss, stats = loss_over_classes(embeddings, weight, local, target == IGNORED, options, "mean", backend, shard)
         if update is not None:
             loss = update.watch(loss)
         return (loss, MarginSoftmaxStats(*map(batch.own, stats))) if return_stats else loss
 
-    def _choose_classes(self, target: Tensor) -> tuple[Tensor | None, Tensor]:
-        """This step's rows of weight (K,), None for all, and each row's target as an index into them, negative
-        where it is not here."""
+    def _gather(
+        self, embeddings: Tensor, target: Tensor | None, ignore_index: int = -100
+    ) -> tuple[Tensor, JointBatch, str]:
+        """All checks of this rank's embeddings (n, D) and labels (n,), if it has any; then the embeddings as autocast
+        wants them, the joint batch and the backend. Raises on every rank if one is given what it refuses."""
+        try:
+            check_embeddings(embeddings, self.weight)
+            if target is None:
+                target = embeddings.new_zeros(embeddings.shape[0], dtype=torch.int64)
+            check_target(target, embeddings, ignore_index)
+            needs = unusual_negatives(self.margin, self.sub_centers)
+            dtype = compute_dtype(embeddings, self.weight)
+            backend = backends.select(self.backend, embeddings.device, dtype, needs)
+        except (TypeError, ValueError, RuntimeError):
+            self.ranks.refuse_batch()
+            raise
+        embeddings = as_autocast(embeddings)
+        return embeddings, self.ranks.gather_batch(embeddings.detach(), target, embeddings.requires_grad), backend
+
+    def _choose_classes(self, target: Tensor, padded: bool = False) -> tuple[Tensor | None, Tensor]:
+        """This step's classes of this shard (K,), None for all, and each row's target as an index into them, negative where
+        it is not here. ``padded``: as :meth:`Sampler.padded` has them."""
         local = self.sharding.localise(target)
         self._sampled = None
         if not self.training:
@@ -251,14 +273,20 @@ class PartialFC(nn.Module):
         self.step += 1
         if self.sample_rate == 1:
             return None, local
-        self._sampled = Sampler(self.sharding, self.sample_rate, self.seed)(self.step, target)
-        return self._sampled, torch.where(local < 0, local, torch.searchsorted(self._sampled, local))
+        sampler = Sampler(self.sharding, self.sample_rate, self.seed)
+        self._sampled = sampler.padded(self.step, target) if padded else sampler(self.step, target)
+        place = torch.where(local < 0, local, torch.searchsorted(self._sampled, local))
+        return self._sampled, place.masked_fill_(place >= len(self._sampled), INVALID) if padded else place
 
     def _rows_of(self, classes: Tensor) -> Tensor:
         """Rows of weight (K·sub_centers,) of this shard's classes (K,)."""
         if self.sub_centers == 1:
             return classes
         return (classes[:, None] * self.sub_centers + torch.arange(self.sub_centers, device=classes.device)).flatten()
+
+    def _count_rows(self, classes: Tensor) -> Tensor:
+        """0-dim: the rows of weight of padded classes (K,)."""
+        return (classes < self.num_local).sum() * self.sub_centers
 
     @torch.no_grad()
     def full_weight(self) -> Tensor:
@@ -272,8 +300,9 @@ class PartialFC(nn.Module):
         Raises:
             ValueError: a wrong shape, on any rank.
         """
-        shapes = self.ranks.gather_objects(tuple(tensor.shape))
-        wrong = [shape for shape in shapes if shape != (self.num_rows, self.weight.shape[1])]
+        shape = tuple(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
+        shapes = self.ranks.gather_objects(shape)
+        wrong = [each for each in shapes if each != (self.num_rows, self.weight.shape[1])]
         if wrong:
             rows = "C_total" if self.sub_centers == 1 else "C_total·sub_centers"
             raise ValueError(f"tensor must be ({rows}={self.num_rows}, D={self.weight.shape[1]}); got {wrong[0]}")
@@ -283,24 +312,26 @@ class PartialFC(nn.Module):
     def logits(self, embeddings: Tensor) -> Tensor:
         """``s·cos θ`` of this rank's embeddings (n, D) with every class, (n, C_total), without a margin or a gradient.
         A collective."""
-        rows = self._gather_embeddings(embeddings)
-        dtype = torch.promote_types(embeddings.dtype, self.weight.dtype)
-        cosines = F.linear(F.normalize(rows.embeddings.to(dtype)), F.normalize(self.weight.to(dtype)))
-        local = self.scale * cosines_of_classes(cosines, self.sub_centers).T  # (C, N)
+        _, rows, _ = self._gather(embeddings, None)
+        local = self.scale * cosines_of(rows.embeddings, self.weight, self.sub_centers).T  # (C, N)
         return torch.cat([rows.own(part.T) for part in self.ranks.gather_rows(local, self.sharding.counts())], 1)
 
     @torch.no_grad()
     def topk(self, embeddings: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """The k nearest class centres over all shards of this rank's embeddings (n, D): cosines (n, k), descending, and
-        global class ids (n, k) int64. A collective.
+        global class ids (n, k) int64. A collective, with the same k on every rank.
 
         Raises:
             ValueError: k outside [1, C_total], or embeddings of a wrong shape or device.
         """
-        check_size("k", k)
-        if k > self.num_classes:
-            raise ValueError(f"k must be <= C_total={self.num_classes}; got {k}")
-        rows = self._gather_embeddings(embeddings)
+        try:
+            check_size("k", k)
+            if k > self.num_classes:
+                raise ValueError(f"k must be <= C_total={self.num_classes}; got {k}")
+        except (TypeError, ValueError):
+            self.ranks.refuse_batch()
+            raise
+        _, rows, _ = self._gather(embeddings, None)
         cosines, classes = nearest_classes(rows.embeddings, self.weight, k, self.sub_centers)
         counts = [min(k, count) for count in self.sharding.counts()]
         cosines = torch.cat([rows.own(part.T) for part in self.ranks.gather_rows(cosines.T, counts)], 1)
@@ -308,16 +339,17 @@ class PartialFC(nn.Module):
         cosines, best = cosines.topk(k)
         return cosines, torch.cat([rows.own(part.T) for part in ids], 1).gather(1, best)
 
-    def _gather_embeddings(self, embeddings: Tensor) -> JointBatch:
-        check_embeddings(embeddings, self.weight)
-        return self.ranks.gather_batch(embeddings, embeddings.new_zeros(embeddings.shape[0], dtype=torch.int64), False)
-
     def extra_repr(self) -> str:
         return (
             f"{self.weight.shape[1]}, {self.num_classes}, "
             f"{describe_options(self.margin, self.scale, self.sub_centers, self.label_smoothing)}, "
             f"sample_rate={self.sample_rate}, rank {self.ranks.rank} of {self.ranks.world_size}"
         )
+
+
+def _is_waited_for(device: torch.device) -> bool:
+    """Whether to read a value of a tensor there means to wait for the work that is queued before it."""
+    return device.type != "cpu"
 
 
 def _describe(margin: Margin) -> str:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .checks import check_inputs, check_margin_output, check_target_range
 from .loss import MarginSoftmaxStats, reduce_loss
-from .margins import ArcFace, Margin, for_rows
+from .margins import ArcFace, Margin, for_rows, modulation
 
 
 def margin_softmax_loss(
@@ -52,12 +52,13 @@ def margin_softmax_loss(
     negatives = cosine.masked_fill(is_target, -torch.inf)
     target_cosine = cosine.gather(1, index[:, None]).squeeze(1)
     of_rows = for_rows(margin, lambda: torch.linalg.vector_norm(embeddings.to(dtype), dim=1), ~ignored)
-    modified = of_rows.modify(target_cosine)
+    modified = of_rows.modify(target_cosine.clone())  # a copy: a user's margin may work in place
     check_margin_output(modified, target_cosine)
 
     changed = negatives
-    if hasattr(margin, "modulate"):
-        threshold, (a, b, d), *_ = margin.modulate(target_cosine.detach(), ~ignored)
+    change = modulation(margin, target_cosine.detach(), ~ignored)
+    if change is not None:
+        threshold, (a, b, d), *_ = change
         changed = torch.where(negatives > threshold[:, None], (a * cosine + b) * cosine + d, negatives).to(dtype)
     negative_lse = (scale * changed).logsumexp(1)
     loss = F.softplus(negative_lse - scale * modified, threshold=40)

@@ -23,6 +23,7 @@ _DTYPES = {
     "BF16": torch.bfloat16,
     "F16": torch.float16,
     "I8": torch.int8,
+    "I64": torch.int64,
 }
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 

@@ -12,8 +12,14 @@ from types import ModuleType
 import torch
 
 NAMES = ("reference", "cpu", "triton", "cuda")
-_NOT_BUILT = {"cuda": "not part of this release"}
 _DEVICE_TYPES = {"cpu": "cpu", "triton": "cuda", "cuda": "cuda"}
+
+_FASTEST = {"cpu": ("cpu",), "cuda": ("triton", "cuda")}
+"""By type of device, the backends that ``"auto"`` tries in turn. On the CPU from bench/NOTES.md; on GPUs not measured
+yet: Triton reaches Hopper's own tensor core instructions, csrc/cuda those of Ampere."""
+
+_NO_FP64 = ("cuda",)
+"""Backends without fp64: tensor cores of such numbers are few, and none of a graphics card's."""
 
 
 def load(name: str) -> ModuleType:
@@ -23,7 +29,7 @@ def load(name: str) -> ModuleType:
 
 @torch.compiler.assume_constant_result  # torch.compile need not trace an import
 def _unavailable(name: str) -> str | None:
-    reason: str | None = _NOT_BUILT[name] if name in _NOT_BUILT else load(name).unavailable()
+    reason: str | None = load(name).unavailable()
     return reason
 
 
@@ -38,12 +44,17 @@ def available() -> dict[str, str | None]:
 
 def fuses_margin(name: str) -> bool:
     """Whether the backend's ``margin_loss`` saves launches; otherwise plain PyTorch is as good and takes any margin."""
-    return name == "triton"
+    return name in ("triton", "cuda")
 
 
 def has_negatives(name: str) -> bool:
     """Whether the backend takes :class:`fused_arcface.ops.Negatives`: sub-centres and modulated negatives."""
     return name in ("reference", "cpu")
+
+
+def knows_padding(name: str) -> bool:
+    """Whether the backend's stages take classes that are padded, their number known to the device alone."""
+    return name in ("reference", "triton")
 
 
 def check_name(name: object) -> None:
@@ -52,21 +63,23 @@ def check_name(name: object) -> None:
         raise ValueError(f"backend must be one of {listed}; got {name!r}")
 
 
-def select(name: str, device: torch.device, needs: str | None = None) -> str:
-    """The backend to run on ``device``: the one named, or for ``"auto"`` the fastest usable one.
+def select(name: str, device: torch.device, dtype: torch.dtype = torch.float32, needs: str | None = None) -> str:
+    """The backend to run on ``device``: the one named, or for ``"auto"`` the fastest usable one that computes in
+    ``dtype``, as ``ops.compute_dtype`` has it, and has what is needed.
 
     Args:
         needs: what the call has that only backends with :func:`has_negatives` do, for the message; None: nothing.
 
     Raises:
+        TypeError: a named backend that has no kernels for ``dtype``.
         ValueError: an unknown name, or a backend that cannot run on this device, or does not have what is needed.
         RuntimeError: a named backend that cannot run on this machine, with the reason.
     """
     check_name(name)
+    lacks_dtype = _NO_FP64 if dtype == torch.float64 else ()
     if name == "auto":
-        fastest = {"cpu": "cpu", "cuda": "triton"}.get(device.type)
-        able = fastest is not None and (needs is None or has_negatives(fastest))
-        return fastest if fastest is not None and able and _unavailable(fastest) is None else "reference"
+        able = (each for each in _FASTEST.get(device.type, ()) if needs is None or has_negatives(each))
+        return next((each for each in able if each not in lacks_dtype and _unavailable(each) is None), "reference")
     if needs is not None and not has_negatives(name):
         able_names = " and ".join(repr(each) for each in NAMES if has_negatives(each))
         raise ValueError(f"backend {name!r} does not have {needs}: {able_names} do")
@@ -75,4 +88,6 @@ def select(name: str, device: torch.device, needs: str | None = None) -> str:
         raise RuntimeError(f"backend {name!r} is not available: {reason}")
     if _DEVICE_TYPES.get(name, device.type) != device.type:
         raise ValueError(f"backend {name!r} needs tensors on {_DEVICE_TYPES[name]}; got {device}")
+    if name in lacks_dtype:
+        raise TypeError(f"backend {name!r} needs embeddings and weight of float32, bfloat16 or float16; got float64")
     return name

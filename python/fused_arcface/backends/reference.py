@@ -49,14 +49,19 @@ def _cosines(embeddings: Tensor, weight: Tensor, target: Tensor) -> tuple[Tensor
     return unit_x, unit_w, unit_x @ unit_w.T, is_target
 
 
-def _values(cosine: Tensor, target: Tensor, negatives: Negatives) -> tuple[Tensor, Tensor | float]:
+def _values(
+    cosine: Tensor, target: Tensor, negatives: Negatives, class_count: Tensor | None = None
+) -> tuple[Tensor, Tensor | float]:
     """What each row of weight counts for among the negatives, (N, C), and its derivative by the cosine.
 
-    The value is -inf for the target's class and for sub-centres that are not their class's nearest.
+    The value is -inf for the target's class, for sub-centres that are not their class's nearest, and for padding.
     """
     sub_centers, threshold, coefficients = negatives
     own = torch.where(target < 0, target, target // sub_centers)
-    left_out = own[:, None] == torch.arange(cosine.shape[1], device=target.device) // sub_centers
+    rows = torch.arange(cosine.shape[1], device=target.device)
+    left_out = own[:, None] == rows // sub_centers
+    if class_count is not None:
+        left_out |= rows >= class_count
     if sub_centers > 1:
         nearest = cosine.unflatten(1, (-1, sub_centers)).argmax(2)
         left_out |= ~F.one_hot(nearest, sub_centers).bool().flatten(1)
@@ -69,11 +74,17 @@ def _values(cosine: Tensor, target: Tensor, negatives: Negatives) -> tuple[Tenso
 
 
 @_in_full_precision
-def class_max(embeddings: Tensor, weight: Tensor, target: Tensor, negatives: Negatives = PLAIN) -> Tensor:
+def class_max(
+    embeddings: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    class_count: Tensor | None = None,
+    negatives: Negatives = PLAIN,
+) -> Tensor:
     """(N,) greatest cosine, as ``negatives`` has it, of each row with a class that is not its target; -inf where there
-    is none."""
+    is none. With ``class_count``, a 0-dim int64 tensor, the rows of weight from there on are padding: no classes."""
     _, _, cosine, _ = _cosines(embeddings, weight, target)
-    return _values(cosine, target, negatives)[0].amax(1)
+    return _values(cosine, target, negatives, class_count)[0].amax(1)
 
 
 @_in_full_precision
@@ -84,16 +95,18 @@ def class_stats(
     scale: float,
     shift: Tensor | None,
     with_centre_sum: bool,
+    class_count: Tensor | None = None,
     negatives: Negatives = PLAIN,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Statistics of each row's negatives: sum and maximum, and the sum of the class centres weighted alike.
 
     With ``e_ij = exp(scale·cos_ij - shift_i)`` for ``j != target_i`` (shift ``(N,)`` fp64, none is zero), else 0:
-    ``Σ_j e_ij`` (N,), ``max_j cos_ij`` (N,), ``Σ_j e_ij ŵ_j`` (N, D), the last empty unless asked for. With
-    ``negatives`` that turn a cosine c into f(c), the exponent is ``scale·f``, and the last sum has the factor f'(c).
+    ``Σ_j e_ij`` (N,), ``max_j cos_ij`` (N,), ``Σ_j e_ij ŵ_j`` (N, D), the last empty unless asked for. ``class_count``
+    as in :func:`class_max`. With ``negatives`` that turn a cosine c into f(c), the exponent is ``scale·f``, and the
+    last sum has the factor f'(c).
     """
     _, unit_w, cosine, _ = _cosines(embeddings, weight, target)
-    value, slope = _values(cosine, target, negatives)
+    value, slope = _values(cosine, target, negatives, class_count)
     logits = scale * value.double() - (0 if shift is None else shift[:, None])
     exponentials = logits.exp().to(cosine.dtype)
     centre_sum = (exponentials * slope) @ unit_w if with_centre_sum else exponentials.new_empty(0)
@@ -153,27 +166,37 @@ def update_centres(
     negatives: Negatives = PLAIN,
 ) -> None:
     """One step on the class centres in place of :func:`weight_grad`, whose other arguments these are."""
-    if not step.active:
-        return
-    rows = torch.arange(weight.shape[0], device=weight.device) if step.classes is None else step.classes
+    num_classes, dim = weight.shape
+    classes = torch.arange(num_classes, device=weight.device) if step.classes is None else step.classes
+    # Padding repeats the step of the first row: the same numbers are written once more, and no value decides a shape.
+    is_row = classes < num_classes
+    entry = torch.where(is_row, torch.arange(len(classes), device=weight.device), 0)
+    rows = classes[entry].clamp(max=num_classes - 1)
+    active = step.active & is_row[0]
+
+    def write(tensor: Tensor, values: Tensor) -> None:
+        tensor[rows] = torch.where(active, values, tensor[rows])
+
     centres = weight[rows]
     gradient = _exact_weight_grad(
         embeddings, centres, target, scale, lse, negative_coefficient, target_coefficient, negatives
     )
     value = centres.to(gradient.dtype)
-    velocity = gradient + step.weight_decay * value
-    bits = rounding_bits(step.rounding_key, rows + step.class_start, weight.shape[1])
+    velocity = gradient[entry] + step.weight_decay * value
+    bits = rounding_bits(step.rounding_key, rows + step.class_start, dim)
     if step.momentum_buffer is not None:
         buffer, scales = step.momentum_buffer, step.momentum_scale
         old = buffer[rows].to(value.dtype)
         if scales is not None:
-            old *= scales[rows].to(value.dtype).repeat_interleave(MOMENTUM_BLOCK, 1)[:, : weight.shape[1]]
+            old *= scales[rows].to(value.dtype).repeat_interleave(MOMENTUM_BLOCK, 1)[:, :dim]
         velocity += step.momentum * old
         if scales is None:
-            buffer[rows] = _round_stochastically(velocity, buffer.dtype, bits >> 16)
+            write(buffer, _round_stochastically(velocity, buffer.dtype, bits >> 16))
         else:
-            buffer[rows], scales[rows] = _quantise(velocity, bits >> 16)
-    weight[rows] = _round_stochastically(value - step.lr * velocity, weight.dtype, bits & 0xFFFF)
+            integers, units = _quantise(velocity, bits >> 16)
+            write(buffer, integers)
+            write(scales, units)
+    write(weight, _round_stochastically(value - step.lr * velocity, weight.dtype, bits & 0xFFFF))
 
 
 def _round_stochastically(values: Tensor, dtype: torch.dtype, bits: Tensor) -> Tensor:

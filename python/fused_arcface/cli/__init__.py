@@ -10,11 +10,14 @@ from rich.console import Console
 
 from ..extras import MissingExtra
 from .bench import bench
+from .compare import compare
 from .convert import convert
 from .demo import demo
 from .doctor import doctor
 from .gradcheck import gradcheck
+from .identify import identify
 from .train import train
+from .verify import verify
 
 _INTERRUPTED = 130
 
@@ -31,6 +34,9 @@ app.command()(demo)
 app.command()(bench)
 app.command()(convert)
 app.command()(train)
+app.command()(verify)
+app.command()(identify)
+app.command()(compare)
 
 
 def run(arguments: Sequence[str] | None = None) -> int:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import statistics
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-from rich.table import Table
+
+from .progress import TrainingBar
+from .tables import plain_table, spread
 
 if TYPE_CHECKING:
     from ..demo.cost import Cost
@@ -71,52 +70,23 @@ def demo(
         raise typer.Exit(1)
 
 
-class _Progress:
-    """The bar of the training under way, and a line for each that has ended. See ``demo.experiment.Reporter``."""
-
-    def __init__(self, console: Console) -> None:
-        self._bars = Progress(
-            SpinnerColumn(),
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TextColumn("loss {task.fields[loss]}"),
-            TimeElapsedColumn(),
-            console=console,
-            transient=True,
-        )
-        self._task = self._bars.add_task("", total=None, loss="-")
-        self._shown = 0.0
+class _Progress(TrainingBar):
+    """See ``demo.experiment.Reporter``."""
 
     def __enter__(self) -> _Progress:
-        self._bars.start()
+        super().__enter__()
         return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bars.stop()
-
-    def begin(self, what: str, steps: int = 0) -> None:
-        self._bars.reset(self._task, description=what, total=steps or None, loss="-")
-
-    def step(self, loss: float) -> None:
-        # Formatting at every step would cost as much as a small head.
-        now = time.monotonic()
-        if now - self._shown > 0.1:
-            self._shown = now
-            self._bars.update(self._task, loss=f"{loss:.3f}")
-        self._bars.advance(self._task)
 
     def trained(self, training: Training) -> None:
         name = f"{training.problem}, {training.criterion}, seed {training.seed}"
-        losses = f"loss {training.losses[0]:6.2f} → {training.losses[-1]:6.3f}"
-        line = f"  {name:<40}{losses}  in {len(training.losses)} steps, {training.seconds:.1f} s"
-        self._bars.console.print(line, highlight=False, soft_wrap=True)
+        losses = training.losses
+        self.ended(name, losses[0], losses[-1], len(losses), training.seconds)
 
 
 def _print_agreement(console: Console, result: Result) -> None:
     from ..demo.problems import CURVE_BOUND, CURVE_STEPS, STEP_BOUND
 
-    table = _table(f"{result.problem.name}: fused and reference head", "worst", "bound")
+    table = plain_table(f"{result.problem.name}: fused and reference head", "worst", "bound")
     steps = len(result.agreement.errors["loss"])
     for quantity, worst in result.agreement.worst().items():
         table.add_row(f"{quantity}, relative, same embeddings, {steps} steps", f"{worst:.1e}", f"{STEP_BOUND:.0e}")
@@ -130,13 +100,15 @@ def _print_verification(console: Console, result: Result) -> None:
 
     seeds = sorted({training.seed for training in result.trainings})
     rates = [f"seed {seed}" for seed in seeds] if len(seeds) > 1 else []
-    table = _table(f"{result.problem.name}: verification on unseen identities", "accuracy", "TAR at FAR 0.01", *rates)
+    table = plain_table(
+        f"{result.problem.name}: verification on unseen identities", "accuracy", "TAR at FAR 0.01", *rates
+    )
     found = {"pixels, no net": result.pixels}
     found |= {criterion: [training.verification for training in result.of(criterion)] for criterion in HEADS}
     for name, verifications in found.items():
         tars = [each.tar[1e-2] for each in verifications]
         per_seed = [f"{tar:.3f}" for tar in tars] if rates else []
-        table.add_row(name, _spread([each.accuracy for each in verifications]), _spread(tars), *per_seed)
+        table.add_row(name, spread([each.accuracy for each in verifications]), spread(tars), *per_seed)
     console.print(table)
     gains = [a.tar[1e-2] - b.tar[1e-2] for a, b in zip(found[ARCFACE], found[SOFTMAX], strict=True)]
     above = f"{sum(gain > 0 for gain in gains)} of {len(gains)} seeds"
@@ -144,14 +116,8 @@ def _print_verification(console: Console, result: Result) -> None:
     console.print(f"ArcFace is above softmax in {above}, by {mean:+.3f} of TAR in the mean. {result.problem.remark}\n")
 
 
-def _spread(values: list[float]) -> str:
-    """Mean and population deviation."""
-    mean = f"{statistics.fmean(values):.3f}"
-    return f"{mean} ± {statistics.pstdev(values):.3f}" if len(values) > 1 else mean
-
-
 def _print_costs(console: Console, found: Demo) -> None:
-    table = _table("the head: time and peak extra memory, forward and backward", *("fused", "reference") * 2)
+    table = plain_table("the head: time and peak extra memory, forward and backward", *("fused", "reference") * 2)
     problems = []
     for cost in found.costs:
         times = (f"{cost.milliseconds[name]:.2f} ms" for name in ("fused", "reference"))
@@ -166,11 +132,3 @@ def _print_costs(console: Console, found: Demo) -> None:
 def _megabytes(cost: Cost, name: str) -> str:
     size = cost.peak_bytes[name]
     return "not measured" if size is None else f"{size / 1e6:.1f} MB"
-
-
-def _table(title: str, *columns: str) -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold", box=None, padding=(0, 2, 0, 0))
-    table.add_column("")
-    for column in columns:
-        table.add_column(column, justify="right")
-    return table

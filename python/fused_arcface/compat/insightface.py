@@ -21,7 +21,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..distributed import JointBatch, Ranks
-from ..functional import as_autocast
 from ..hard_negatives import InterclassFilter
 from ..margins import CombinedMargin
 from ..margins import CosFace as _CosFaceMargin
@@ -42,6 +41,10 @@ class CombinedMarginLoss(nn.Module):
 
     Raises:
         ValueError: ``m1 != 1`` without m3.
+
+    >>> margin_loss = CombinedMarginLoss(64, 1.0, 0.5, 0.0)
+    >>> margin_loss(torch.tensor([[0.5, 0.1]]), torch.tensor([[0]]))  # 64·cos(60° + 0.5), 64·0.1
+    tensor([[1.5102, 6.4000]])
     """
 
     def __init__(self, s: float, m1: float, m2: float, m3: float, interclass_filtering_threshold: float = 0) -> None:
@@ -62,7 +65,11 @@ class CombinedMarginLoss(nn.Module):
 
 
 class ArcFace(nn.Module):
-    """``s·cos(θ + margin)`` with insightface's gradient, straight-through and without a boundary."""
+    """``s·cos(θ + margin)`` with insightface's gradient, straight-through and without a boundary.
+
+    >>> ArcFace(margin=0.5)(torch.tensor([[0.5, 0.1]]), torch.tensor([[0]]))
+    tensor([[1.5102, 6.4000]])
+    """
 
     def __init__(self, s: float = 64.0, margin: float = 0.5) -> None:
         super().__init__()
@@ -74,7 +81,11 @@ class ArcFace(nn.Module):
 
 
 class CosFace(nn.Module):
-    """``s·(cos θ - m)``."""
+    """``s·(cos θ - m)``.
+
+    >>> CosFace(m=0.4)(torch.tensor([[0.5, 0.1]]), torch.tensor([[0]]))
+    tensor([[6.4000, 6.4000]])
+    """
 
     def __init__(self, s: float = 64.0, m: float = 0.40) -> None:
         super().__init__()
@@ -129,6 +140,11 @@ class PartialFC_V2(PartialFC):
         weight, num_local, class_start: as of :class:`fused_arcface.PartialFC`.
         weight_index: (K,) rows of weight that the last step used; only with ``sample_rate < 1``, as in insightface.
         num_sample, rank, world_size, embedding_size, sample_rate, fp16, margin_softmax: insightface's.
+
+    >>> head = PartialFC_V2(CombinedMarginLoss(64, 1.0, 0.5, 0.0), embedding_size=8, num_classes=100)
+    >>> loss = head(torch.randn(4, 8), torch.tensor([0, 1, 2, 99]))
+    >>> loss.backward(); head.weight.grad.shape
+    torch.Size([100, 8])
     """
 
     def __init__(
@@ -156,7 +172,8 @@ class PartialFC_V2(PartialFC):
             raise AttributeError("weight_index is there after a step with sample_rate < 1")
         return self._sampled
 
-    def forward(self, local_embeddings: Tensor, local_labels: Tensor) -> Tensor:  # type: ignore[override]
+    @torch.compiler.disable
+    def forward(self, local_embeddings: Tensor, local_labels: Tensor) -> Tensor:
         """Mean loss over all ranks' rows, of this rank's embeddings (b, D) and labels (b,) or (b, 1)."""
         labels = local_labels.reshape(-1)
         if not self._slow:
@@ -169,10 +186,9 @@ class PartialFC_V2(PartialFC):
             warnings.warn(
                 f"PartialFC_V2: {name} is no margin that the fused kernels know: its (N, C) logits are stored. For a "
                 "function of the target's cosine alone, fused_arcface.PartialFC(margin=...) needs no logits",
-                stacklevel=2,
+                stacklevel=3,
             )
-        embeddings = as_autocast(local_embeddings)
-        batch = self.ranks.gather_batch(embeddings.detach(), labels, embeddings.requires_grad)
+        embeddings, batch, _ = self._gather(local_embeddings, labels)
         rows = _AllRows.apply(embeddings, batch, self.ranks) if batch.requires_grad else batch.embeddings
         target = torch.ops.fused_arcface.local_target(batch.target, self.num_classes, -100)
         classes, local = self._choose_classes(target)

@@ -25,6 +25,9 @@ def digit_images(digits: Sequence[int], size: int = 32) -> LabelledImages:
     Raises:
         MissingExtra: scikit-learn is not installed.
         ValueError: digits that are none, or named twice.
+
+    >>> digit_images([3, 8], size=16).images.shape
+    torch.Size([357, 1, 16, 16])
     """
     if not digits or len(set(digits)) != len(digits) or not set(digits) <= set(range(10)):
         raise ValueError(f"digits must be different numbers from 0 to 9; got {list(digits)}")

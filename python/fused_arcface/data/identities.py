@@ -118,6 +118,10 @@ def identity_images(
     Returns:
         Images ``(num_identities·samples, 1, size, size)`` fp32, an identity's samples together, and labels, as many,
         int64 from 0 to ``num_identities - 1``. Disjoint ranges are disjoint people: train on one, verify on another.
+
+    >>> people = identity_images(3, 2)
+    >>> people.images.shape, people.labels
+    (torch.Size([6, 1, 32, 32]), tensor([0, 0, 1, 1, 2, 2]))
     """
     labels = torch.arange(num_identities).repeat_interleave(samples)
     sample = torch.arange(samples).repeat(num_identities)

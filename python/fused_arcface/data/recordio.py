@@ -65,6 +65,9 @@ def unpack_image(payload: bytes) -> ImageRecord:
 
     Raises:
         ValueError: shorter than its header says.
+
+    >>> unpack_image(pack_image(3, 7, b"jpeg")).labels
+    (3.0,)
     """
     if len(payload) < _IMAGE.size:
         raise ValueError(f"an image's record must have >= {_IMAGE.size} bytes; got {len(payload)}")

@@ -101,6 +101,10 @@ def open_source(data: str) -> ImageSource:
     Raises:
         DataError: nothing of that name, or nothing to train on in it.
         MissingExtra: scikit-learn is not installed.
+
+    >>> source = open_source("identities:3x2")
+    >>> len(source), source.read(0, ImageSpec(size=8, channels=3)).shape
+    (6, torch.Size([3, 8, 8]))
     """
     path = Path(data)
     if path.is_dir():

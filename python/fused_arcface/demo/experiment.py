@@ -3,10 +3,9 @@ on."""
 
 from __future__ import annotations
 
-import contextlib
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -14,14 +13,24 @@ import torch
 from torch import nn
 
 from ..benchmark.cases import Case
+from ..comparison.criteria import SCALE
 from ..data import LabelledImages
 from ..evaluation import Verification, verify
 from ..head import MarginHead
 from ..margins import NormSoftmax
-from ..training import ReferenceHead, SmallNet, SoftmaxHead, embed, one_cycle, shuffled_batches, training_steps
+from ..training import (
+    ReferenceHead,
+    SmallNet,
+    SoftmaxHead,
+    embed,
+    one_cycle,
+    one_thread,
+    shuffled_batches,
+    training_steps,
+)
 from .agreement import StepAgreement, curve_broken, curve_difference
 from .cost import Cost, head_costs
-from .problems import MARGIN, SCALE, Plan, Problem
+from .problems import MARGIN, Plan, Problem
 
 SOFTMAX, ARCFACE, REFERENCE = "softmax", "ArcFace", "ArcFace, reference"
 
@@ -32,11 +41,6 @@ HEADS: dict[str, Callable[[int, int], nn.Module]] = {
     REFERENCE: lambda dim, classes: ReferenceHead(dim, classes, margin=MARGIN, scale=SCALE),
 }
 """Every criterion: from (D, C) to its head. All but the last are trained from each seed."""
-
-# A step of a net this small has too little in each operation to share: one thread takes 1.3 times as long as two on a
-# quiet machine, and a third of the time where another process wants a processor. It also makes the results
-# independent of their number.
-_THREADS = 1
 
 
 class Reporter(Protocol):
@@ -116,21 +120,11 @@ def run_demo(plan: Plan, reporter: Reporter) -> Demo:
         MissingExtra: scikit-learn is not installed.
     """
     start = time.perf_counter()
-    with _threads(_THREADS):
+    with one_thread():
         results = [_solve(problem, plan, reporter) for problem in plan.problems]
     reporter.begin("time and memory of the head")
     costs = head_costs([*(result.head_case for result in results), plan.large], plan.seconds)
     return Demo(plan, results, costs, time.perf_counter() - start)
-
-
-@contextlib.contextmanager
-def _threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _solve(problem: Problem, plan: Plan, reporter: Reporter) -> Result:

@@ -6,14 +6,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from ..benchmark.cases import Case
+from ..comparison import FULL as COMPARED
 from ..data import LabelledImages, digit_images, identity_images
 from ..data.digits import TRAINED, UNSEEN
 from ..margins import ArcFace
 from ..training import Recipe
-
-SCALE = 16.0
-"""Of the margin heads. The papers' 64 suits 10⁵ identities; with some hundred a softmax is sharp enough at 16, and
-learns faster."""
 
 MARGIN = ArcFace(0.5)
 """The ArcFace paper's."""
@@ -90,10 +87,7 @@ def _listed(digits: tuple[int, ...]) -> str:
 FULL = Plan(
     problems=(
         _digits(steps=60),
-        # Eight passes over the images: the softmax classifier then fits them (its loss ends near 0.01), so that what
-        # is compared is how the criteria generalise, not how fast they learn. The learning rate is one at which
-        # softmax does as well as at half and at twice that.
-        _identities(500, 10, 200, Recipe(steps=300, batch_size=128, learning_rate=0.02)),
+        _identities(COMPARED.identities, COMPARED.samples, COMPARED.unseen, COMPARED.recipe),
     ),
     seeds=(0, 1, 2),
     large=Case(N=128, C=100_000, D=512),

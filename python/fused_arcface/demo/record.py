@@ -10,9 +10,10 @@ import torch
 
 from .. import __version__, backends
 from ..benchmark import machine
+from ..comparison.criteria import SCALE
 from ..evaluation import Verification
 from .experiment import Demo, Result
-from .problems import CURVE_BOUND, CURVE_STEPS, MARGIN, SCALE, STEP_BOUND
+from .problems import CURVE_BOUND, CURVE_STEPS, MARGIN, STEP_BOUND
 
 
 def write_numbers(demo: Demo, path: Path) -> None:

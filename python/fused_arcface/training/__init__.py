@@ -7,7 +7,7 @@ A head is any module called as ``head(embeddings, target) -> loss``: :class:`fus
 
 from .heads import ReferenceHead, SoftmaxHead
 from .nets import SmallNet, embed
-from .steps import Recipe, Step, one_cycle, shuffled_batches, training_steps
+from .steps import Recipe, Step, one_cycle, one_thread, shuffled_batches, training_steps
 
 __all__ = [
     "Recipe",
@@ -17,6 +17,7 @@ __all__ = [
     "Step",
     "embed",
     "one_cycle",
+    "one_thread",
     "shuffled_batches",
     "training_steps",
 ]

@@ -17,6 +17,10 @@ class SoftmaxHead(nn.Module):
     Args:
         embedding_dim: D.
         num_classes: C.
+
+    >>> import torch
+    >>> SoftmaxHead(8, 5)(torch.randn(4, 8), torch.tensor([0, 1, 2, 4])).shape
+    torch.Size([])
     """
 
     def __init__(self, embedding_dim: int, num_classes: int) -> None:
@@ -29,7 +33,12 @@ class SoftmaxHead(nn.Module):
 
 
 class ReferenceHead(MarginHead):
-    """:class:`fused_arcface.MarginHead` computed by :mod:`fused_arcface.reference`, logits materialised."""
+    """:class:`fused_arcface.MarginHead` computed by :mod:`fused_arcface.reference`, logits materialised.
+
+    >>> import torch
+    >>> ReferenceHead(8, 5)(torch.randn(4, 8), torch.tensor([0, 1, 2, 4])).shape
+    torch.Size([])
+    """
 
     def forward(
         self, embeddings: Tensor, target: Tensor, *, ignore_index: int = -100, return_stats: bool = False

@@ -70,7 +70,7 @@ def resolve(config: TrainConfig, source: ImageSource, world: World) -> TrainConf
         )
     try:
         needs = unusual_negatives(parse_margin(config.margin), config.sub_centers)
-        backends.select(config.backend, world.device, needs)
+        backends.select(config.backend, world.device, needs=needs)
     except (RuntimeError, ValueError) as error:
         raise OptionError(str(error)) from None
     return config.replace(changes)

@@ -42,6 +42,7 @@ if _compiler_reason is None:
         margin_loss,
         target_cosine,
         unit_embedding_grad,
+        update_centres,
         weight_grad,
     )
 
@@ -68,5 +69,6 @@ __all__ = [
     "target_cosine",
     "unavailable",
     "unit_embedding_grad",
+    "update_centres",
     "weight_grad",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from typing import Any
 
@@ -46,10 +47,50 @@ def multiply(out: Tensor, a: Tensor, b: Tensor, accumulate: bool) -> None:
         a, b = a.to(out.dtype), b.to(out.dtype)
     if a.dtype == out.dtype:
         torch.addmm(out, a, b, beta=1 if accumulate else 0, out=out)
-    elif accumulate:
+    elif not accumulate:
+        torch.ops.aten.mm.dtype_out(a, b, out.dtype, out=out)
+    elif _library_adds_to_fp32(out.device):
         torch.ops.aten.addmm.dtype_out(out, a, b, out.dtype, out=out)
     else:
-        torch.ops.aten.mm.dtype_out(a, b, out.dtype, out=out)
+        out += torch.ops.aten.mm.dtype(a, b, out.dtype)
+
+
+@functools.lru_cache
+def _library_adds_to_fp32(device: torch.device) -> bool:
+    """Whether addmm adds a product of 16-bit operands to fp32 sums.
+
+    Some versions of torch from 2.8 on want the sums in the operands' dtype (pytorch/pytorch#154086). To try costs one
+    product of 16×16, once.
+    """
+    sums = torch.zeros(16, 16, device=device)
+    operand = sums.to(torch.bfloat16)
+    try:
+        torch.ops.aten.addmm.dtype_out(sums, operand, operand, torch.float32, out=sums)
+    except RuntimeError:
+        return False
+    return True
+
+
+@triton.jit
+def divide(a, b):
+    """a / b, rounded to nearest: Triton's own fp32 division may be two units off, which a cosine would have thrice."""
+    if b.dtype == tl.float32:
+        return tl.div_rn(a, b)
+    return a / b
+
+
+@triton.jit
+def reciprocal(x):
+    """1 / x, rounded to nearest."""
+    return divide(tl.full(x.shape, 1.0, x.dtype), x)
+
+
+@triton.jit
+def square_root(x):
+    """√x, rounded to nearest; Triton's own fp32 root is an approximation."""
+    if x.dtype == tl.float32:
+        return tl.sqrt_rn(x)
+    return tl.sqrt(x)
 
 
 @triton.jit
@@ -94,7 +135,7 @@ def row_norms(
         row = tl.load(rows_ptr + offs_d[None, :] * stride_d, mask[:, None] & (offs_d < D)[None, :], 0.0)
         row = row.to(compute) * factor[:, None]
         squares += tl.sum(row * row, 1)
-    return tl.sqrt(squares) / factor
+    return divide(square_root(squares), factor)
 
 
 @triton.jit

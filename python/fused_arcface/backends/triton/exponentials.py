@@ -77,6 +77,7 @@ def class_stats_kernel(
     exponentials_ptr,  # (N, P), rows exponentials_stride apart
     total_ptr,  # (tiles of P, N): added to
     maximum_ptr,  # (tiles of P, N): raised
+    class_count_ptr,  # () int64: classes over all panels, known to the device alone; or None
     num_rows,
     num_classes,  # of the panel, without its padding
     first_class,  # of the panel
@@ -96,6 +97,8 @@ def class_stats_kernel(
     offs_n = first_n + tl.arange(0, BLOCK_N)
     offs_c = first_c + tl.arange(0, BLOCK_C)
     mask_n = offs_n < num_rows
+    if class_count_ptr is not None:
+        num_classes = tl.minimum(num_classes, (tl.load(class_count_ptr) - first_class).to(tl.int32))
     # One 64-bit address for the tile, 32-bit offsets within it: half the registers.
     tile_ptr = exponentials_ptr + first_n * exponentials_stride + first_c
     tile_ptrs = tile_ptr + (tl.arange(0, BLOCK_N)[:, None] * exponentials_stride + tl.arange(0, BLOCK_C)[None, :])
@@ -206,6 +209,7 @@ def launch_class_stats(
     exponentials: Tensor,
     total: Tensor,
     maximum: Tensor,
+    class_count: Tensor | None,
     num_classes: int,
     first_class: int,
     store: bool,
@@ -229,6 +233,7 @@ def launch_class_stats(
         exponentials,
         total,
         maximum,
+        class_count,
         num_rows,
         num_classes,
         first_class,

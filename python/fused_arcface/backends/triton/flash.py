@@ -12,6 +12,8 @@ a mask.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import triton
 import triton.language as tl
@@ -19,7 +21,7 @@ from torch import Tensor
 
 from .common import dot, launch, to, to_gradient
 from .configs import FLASH_PANEL, FlashConfig, device_limits, flash_config, flash_width, panel_classes, row_splits
-from .rows import RowTerms, UnitRows, fill_unit_rows
+from .rows import Centres, RowTerms, UnitRows
 
 
 @triton.jit
@@ -33,6 +35,7 @@ def flash_stats_kernel(
     centre_sum_ptr,  # (splits, N padded, WIDTH): added to
     total_ptr,  # (splits, N padded): added to
     maximum_ptr,  # (splits, N padded): raised
+    class_count_ptr,  # () int64: classes over all panels, known to the device alone; or None
     num_rows,
     num_padded,
     num_classes,  # of the panel, without its padding
@@ -49,6 +52,8 @@ def flash_stats_kernel(
     split = tl.program_id(1)
     offs_n = first_row + tl.arange(0, BLOCK_N)
     mask_n = offs_n < num_rows
+    if class_count_ptr is not None:
+        num_classes = tl.minimum(num_classes, (tl.load(class_count_ptr) - first_class).to(tl.int32))
     # Within a tile, and within a panel, offsets fit 32 bits.
     x_offs = tl.arange(0, BLOCK_N)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
     w_offs = tl.arange(0, BLOCK_C)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
@@ -99,7 +104,7 @@ def flash_gradient_kernel(
     shift_ptr,  # (N,)
     factor_ptr,  # (N,)
     coefficient_ptr,  # (N,)
-    out_ptr,  # (P, D), any strides
+    out_ptr,  # (P, D), any strides: the gradient by the centres, or by the unit centres
     stride_c,
     stride_d,
     num_rows,
@@ -108,6 +113,7 @@ def flash_gradient_kernel(
     num_tiles_n,
     D,
     WIDTH: tl.constexpr,
+    PROJECT: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -136,17 +142,19 @@ def flash_gradient_kernel(
         gradient = tl.where(offs_c[:, None] == target[None, :], coefficient[None, :], gradient)
         gradient = to(tl.where(mask_n[None, :], gradient, 0.0), tl.bfloat16)
         # ⟨ŵ, Σ g·x⟩ from the rounded g that the product takes, so that what it subtracts is what the product put in.
-        along += tl.sum(gradient.to(tl.float32) * scores, 1)
+        if PROJECT:
+            along += tl.sum(gradient.to(tl.float32) * scores, 1)
         d_unit = dot(gradient, x, d_unit)
 
-    reciprocal = tl.load(reciprocal_ptr + offs_c)
-    # A centre shorter than 1e-12 is divided by that constant: its norm has no derivative.
-    along = tl.where(reciprocal >= 1e12, 0.0, along) * inverse
+    if PROJECT:
+        reciprocal = tl.load(reciprocal_ptr + offs_c)
+        # A centre shorter than 1e-12 is divided by that constant: its norm has no derivative.
+        along = tl.where(reciprocal >= 1e12, 0.0, along) * inverse
+        w = tl.load(w_ptrs).to(tl.float32)
+        d_unit = (d_unit - w * along[:, None]) * reciprocal[:, None]
     mask = (offs_c < num_classes)[:, None] & (offs_d < D)[None, :]
-    w = tl.load(w_ptrs).to(tl.float32)
-    result = (d_unit - w * along[:, None]) * reciprocal[:, None]
     out_ptrs = out_ptr + offs_c.to(tl.int64)[:, None] * stride_c + offs_d.to(tl.int64)[None, :] * stride_d
-    tl.store(out_ptrs, to_gradient(result, out_ptr.dtype.element_ty), mask)
+    tl.store(out_ptrs, to_gradient(d_unit, out_ptr.dtype.element_ty), mask)
 
 
 def _config(width: int, device: torch.device) -> FlashConfig:
@@ -161,29 +169,34 @@ def padded_shape(N: int, D: int, device: torch.device) -> tuple[int, int]:
     return -(-N // outer) * outer, flash_width(D)
 
 
-def _panel(x: UnitRows, weight: Tensor, tile: int) -> UnitRows:
+def _panel(x: UnitRows, centres: Centres, tile: int) -> UnitRows:
     num_rows, width = x.values.shape
-    classes = panel_classes(FLASH_PANEL, num_rows, weight.shape[0], 2 * width, 0, tile)
-    return UnitRows.empty(classes, width, torch.bfloat16, torch.float32, weight.device)
+    classes = panel_classes(FLASH_PANEL, num_rows, centres.count, 2 * width, 0, tile)
+    return UnitRows.empty(classes, width, torch.bfloat16, torch.float32, x.values.device)
 
 
 def class_stats(
-    x: UnitRows, weight: Tensor, target: Tensor, terms: RowTerms, with_centre_sum: bool
+    x: UnitRows,
+    centres: Centres,
+    target: Tensor,
+    terms: RowTerms,
+    with_centre_sum: bool,
+    class_count: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """As chunks.class_stats, its tensors of ``N`` padded rows; x of padded rows, target and terms (N,)."""
     num_padded, width = x.values.shape
-    config = _config(width, weight.device)
-    panel = _panel(x, weight, config.OUTER)
+    device = x.values.device
+    config = _config(width, device)
+    panel = _panel(x, centres, config.OUTER)
     num_tiles_c = panel.values.shape[0] // config.INNER
     split_bytes = 4 * num_padded * width if with_centre_sum else 0
-    splits = row_splits(num_padded // config.OUTER, num_tiles_c, split_bytes, device_limits(weight.device)[1])
-    total = torch.zeros(splits, num_padded, dtype=torch.float32, device=weight.device)
+    splits = row_splits(num_padded // config.OUTER, num_tiles_c, split_bytes, device_limits(device)[1])
+    total = torch.zeros(splits, num_padded, dtype=torch.float32, device=device)
     maximum = torch.full_like(total, -torch.inf)
     shape = (splits, num_padded, width) if with_centre_sum else (0,)
-    centre_sum = torch.zeros(shape, dtype=torch.float32, device=weight.device)
-    for start in range(0, weight.shape[0], panel.values.shape[0]):
-        classes = weight[start : start + panel.values.shape[0]]
-        fill_unit_rows(classes, panel)
+    centre_sum = torch.zeros(shape, dtype=torch.float32, device=device)
+    for start in range(0, centres.count, panel.values.shape[0]):
+        num_classes = centres.fill(start, panel)
         launch(
             flash_stats_kernel,
             (num_padded // config.OUTER, splits),
@@ -196,9 +209,10 @@ def class_stats(
             centre_sum,
             total,
             maximum,
+            class_count,
             target.shape[0],
             num_padded,
-            classes.shape[0],
+            num_classes,
             start,
             triton.cdiv(num_tiles_c, splits),
             num_tiles_c,
@@ -213,36 +227,55 @@ def class_stats(
     return total, maximum, centre_sum.sum(0) if with_centre_sum else None
 
 
-def weight_grad(x: UnitRows, weight: Tensor, target: Tensor, terms: RowTerms, out: Tensor) -> None:
-    """As chunks.weight_grad; x of padded rows, target and terms (N,)."""
+def weight_grad(x: UnitRows, centres: Centres, target: Tensor, terms: RowTerms, out: Tensor) -> None:
+    """The gradient by the centres (K, D) into ``out``; x of padded rows, target and terms (N,)."""
+    panel = _panel(x, centres, _config(x.values.shape[1], x.values.device).OUTER)
+    for start in range(0, centres.count, panel.values.shape[0]):
+        num_classes = centres.fill(start, panel)
+        _launch_gradient(x, panel, target, terms, out[start : start + num_classes], start, project=True)
+
+
+def unit_gradients(
+    x: UnitRows, centres: Centres, target: Tensor, terms: RowTerms, finish: Callable[[Tensor, int], None]
+) -> None:
+    """As chunks.unit_gradients; x of padded rows, target and terms (N,)."""
+    width = x.values.shape[1]
+    panel = _panel(x, centres, _config(width, x.values.device).OUTER)
+    d_unit = x.inverse.new_empty(panel.values.shape[0], width)
+    for start in range(0, centres.count, panel.values.shape[0]):
+        rows = d_unit[: centres.fill(start, panel)]
+        _launch_gradient(x, panel, target, terms, rows, start, project=False)
+        finish(rows, start)
+
+
+def _launch_gradient(
+    x: UnitRows, panel: UnitRows, target: Tensor, terms: RowTerms, out: Tensor, first_class: int, project: bool
+) -> None:
     num_padded, width = x.values.shape
-    config = _config(width, weight.device)
-    panel = _panel(x, weight, config.OUTER)
-    for start in range(0, weight.shape[0], panel.values.shape[0]):
-        classes = weight[start : start + panel.values.shape[0]]
-        fill_unit_rows(classes, panel)
-        launch(
-            flash_gradient_kernel,
-            (panel.values.shape[0] // config.OUTER,),
-            x.values,
-            panel.values,
-            panel.inverse,
-            panel.reciprocal,
-            target,
-            terms.scale,
-            terms.shift,
-            terms.factor,
-            terms.target,
-            out[start:],
-            *out.stride(),
-            target.shape[0],
-            classes.shape[0],
-            start,
-            num_padded // config.INNER,
-            weight.shape[1],
-            WIDTH=width,
-            BLOCK_C=config.OUTER,
-            BLOCK_N=config.INNER,
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
-        )
+    config = _config(width, x.values.device)
+    launch(
+        flash_gradient_kernel,
+        (panel.values.shape[0] // config.OUTER,),
+        x.values,
+        panel.values,
+        panel.inverse,
+        panel.reciprocal,
+        target,
+        terms.scale,
+        terms.shift,
+        terms.factor,
+        terms.target,
+        out,
+        *out.stride(),
+        target.shape[0],
+        out.shape[0],
+        first_class,
+        num_padded // config.INNER,
+        out.shape[1],
+        WIDTH=width,
+        PROJECT=project,
+        BLOCK_C=config.OUTER,
+        BLOCK_N=config.INNER,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...margins import SIN_FLOOR as _SIN_FLOOR
-from .common import launch
+from .common import launch, square_root
 
 SIN_FLOOR = tl.constexpr(_SIN_FLOOR)
 _PI = tl.constexpr(3.141592653589793)
@@ -42,7 +42,7 @@ def _arctan2(y, x):
 def angle(cosine):
     """θ and the sine that its derivative -1/sin θ is taken with."""
     cosine = tl.where(cosine > 1, 1.0, tl.where(cosine < -1, -1.0, cosine))
-    sine = tl.sqrt((1 - cosine) * (1 + cosine))
+    sine = square_root((1 - cosine) * (1 + cosine))
     return _arctan2(sine, cosine), tl.maximum(sine, SIN_FLOOR)
 
 

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import block_width, floored, launch, reciprocal_power_of_two, row_norms, rows_per_block, to
+from .common import block_width, floored, launch, reciprocal, reciprocal_power_of_two, row_norms, rows_per_block, to
 
 
 @dataclass(frozen=True)
@@ -44,14 +44,16 @@ class UnitRows:
 
 @triton.jit
 def unit_rows_kernel(
-    x_ptr,  # (num_rows, D), any strides
+    x_ptr,  # (num_source, D), any strides
     stride_n,
     stride_d,
+    index_ptr,  # (num_rows,) int64: which rows, those past num_source are none; or None: the first ones
     values_ptr,  # (num_padded, WIDTH)
     second_ptr,  # (num_padded, WIDTH)
     inverse_ptr,  # (num_padded,)
     reciprocal_ptr,  # (num_padded,)
     num_rows,
+    num_source,
     num_padded,
     D,
     WIDTH: tl.constexpr,
@@ -63,18 +65,22 @@ def unit_rows_kernel(
     VALUES: tl.constexpr = values_ptr.dtype.element_ty
     offs_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = offs_n < num_rows
-    x_ptr += offs_n[:, None] * stride_n
+    row = offs_n
+    if index_ptr is not None:
+        row = tl.load(index_ptr + offs_n, mask_n, 0)
+        mask_n = mask_n & (row < num_source)
+    x_ptr += row[:, None] * stride_n
 
     norm = floored(row_norms(x_ptr, stride_d, mask_n, D, COMPUTE, WIDTH, BLOCK_N, BLOCK_D))
 
     if VALUES == COMPUTE:
-        factor = 1 / norm
+        factor = reciprocal(norm)
         inverse = tl.full([BLOCK_N], 1.0, COMPUTE)
     else:
         # A power of two brings the norm into [1, 2): a 16-bit row stays exact, where its unit row would be rounded
         # once more.
         factor = reciprocal_power_of_two(norm)
-        inverse = 1 / (norm * factor)
+        inverse = reciprocal(norm * factor)
 
     mask_padded = offs_n < num_padded
     for start in range(0, WIDTH, BLOCK_D):
@@ -87,11 +93,11 @@ def unit_rows_kernel(
         if HAS_SECOND:
             tl.store(second_ptr + to_offs, to(x, second_ptr.dtype.element_ty), mask)
     tl.store(inverse_ptr + offs_n, inverse, mask_padded)
-    tl.store(reciprocal_ptr + offs_n, 1 / norm, mask_padded)
+    tl.store(reciprocal_ptr + offs_n, reciprocal(norm), mask_padded)
 
 
-def fill_unit_rows(x: Tensor, out: UnitRows) -> None:
-    """``out`` from x (R', D); its rows past R' are padding: zeros."""
+def fill_unit_rows(x: Tensor, out: UnitRows, index: Tensor | None = None) -> None:
+    """``out`` from x (R', D), or from its rows ``index`` (R'); what lies past R', or past x, is padding: zeros."""
     num_padded, width = out.values.shape
     block_n = rows_per_block(width)
     launch(
@@ -99,10 +105,12 @@ def fill_unit_rows(x: Tensor, out: UnitRows) -> None:
         (triton.cdiv(num_padded, block_n),),
         x,
         *x.stride(),
+        index,
         out.values,
         out.second,
         out.inverse,
         out.reciprocal,
+        x.shape[0] if index is None else index.shape[0],
         x.shape[0],
         num_padded,
         x.shape[1],
@@ -111,6 +119,29 @@ def fill_unit_rows(x: Tensor, out: UnitRows) -> None:
         BLOCK_N=block_n,
         BLOCK_D=block_width(width),
     )
+
+
+@dataclass(frozen=True)
+class Centres:
+    """The class centres that a pass takes, some of a weight's rows or all."""
+
+    weight: Tensor
+    """(C, D)."""
+    classes: Tensor | None = None
+    """(K,) int64 rows of weight, ``C`` for none; None: all of them."""
+
+    @property
+    def count(self) -> int:
+        return self.weight.shape[0] if self.classes is None else self.classes.shape[0]
+
+    def fill(self, start: int, panel: UnitRows) -> int:
+        """The panel of those from ``start`` on; how many there are."""
+        stop = min(start + panel.values.shape[0], self.count)
+        if self.classes is None:
+            fill_unit_rows(self.weight[start:stop], panel)
+        else:
+            fill_unit_rows(self.weight, panel, self.classes[start:stop])
+        return stop - start
 
 
 @triton.jit

@@ -10,11 +10,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...ops import compute_dtype
+from ...ops import CentreStep, compute_dtype
 from . import chunks, flash
+from .center_sgd import update_rows
 from .configs import device_limits, pick
 from .margin import margin_losses
-from .rows import UnitRows, fill_unit_rows, row_terms
+from .rows import Centres, RowTerms, UnitRows, fill_unit_rows, row_terms
 from .targets import project, target_cosines, unit_embedding_grads
 
 _DEPTH_MULTIPLE = 16
@@ -46,16 +47,22 @@ def _unit_rows(embeddings: Tensor, weight: Tensor, algorithm: str) -> UnitRows:
     return x
 
 
-def class_max(embeddings: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+def class_max(embeddings: Tensor, weight: Tensor, target: Tensor, class_count: Tensor | None = None) -> Tensor:
     x = _unit_rows(embeddings, weight, "chunks")
     if embeddings.shape[0] == 0:
         return torch.empty_like(x.inverse)
-    _, maximum, _ = chunks.class_stats(x, weight, target.contiguous(), None, False)
+    _, maximum, _ = chunks.class_stats(x, Centres(weight), target.contiguous(), None, False, class_count)
     return maximum.amax(0) * x.inverse
 
 
 def class_stats(
-    embeddings: Tensor, weight: Tensor, target: Tensor, scale: float, shift: Tensor | None, with_centre_sum: bool
+    embeddings: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    scale: float,
+    shift: Tensor | None,
+    with_centre_sum: bool,
+    class_count: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     num_rows, D = embeddings.shape
     algorithm = _algorithm(embeddings, weight)
@@ -66,7 +73,9 @@ def class_stats(
     inverse = x.inverse[:num_rows]
     terms = row_terms(inverse, scale, shift)
     module = flash if algorithm == "flash" else chunks
-    totals, maxima, sums = module.class_stats(x, weight, target.contiguous(), terms, with_centre_sum)
+    totals, maxima, sums = module.class_stats(
+        x, Centres(weight), target.contiguous(), terms, with_centre_sum, class_count
+    )
     total, maximum = totals.sum(0)[:num_rows], maxima.amax(0)[:num_rows] * inverse
     if terms.factor is not None:
         total = total * terms.factor
@@ -86,15 +95,58 @@ def weight_grad(
     negative_coefficient: Tensor,
     target_coefficient: Tensor,
 ) -> Tensor:
+    d_weight = torch.empty_like(weight)
     if embeddings.shape[0] == 0:
-        return torch.zeros_like(weight)
+        return d_weight.zero_()
+    algorithm, x, terms = _backward(embeddings, weight, scale, lse, negative_coefficient, target_coefficient)
+    if algorithm == "flash":
+        flash.weight_grad(x, Centres(weight), target.contiguous(), terms, d_weight)
+    else:
+
+        def finish(d_unit: Tensor, start: int) -> None:
+            rows = slice(start, start + d_unit.shape[0])
+            project(d_unit, weight[rows], d_weight[rows])
+
+        chunks.unit_gradients(x, Centres(weight), target.contiguous(), terms, finish)
+    return d_weight
+
+
+def update_centres(
+    embeddings: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    scale: float,
+    lse: Tensor,
+    negative_coefficient: Tensor,
+    target_coefficient: Tensor,
+    step: CentreStep,
+) -> None:
+    centres = Centres(weight, step.classes)
+    if embeddings.shape[0] == 0:
+        # Decay and momentum are there without a gradient; a panel's worth of it would be all zeros, however large.
+        d_unit = weight.new_zeros(1, weight.shape[1], dtype=compute_dtype(embeddings, weight))
+        update_rows(d_unit.expand(centres.count, -1), weight, step, 0)
+        return
+    algorithm, x, terms = _backward(embeddings, weight, scale, lse, negative_coefficient, target_coefficient)
+    module = flash if algorithm == "flash" else chunks
+    module.unit_gradients(
+        x, centres, target.contiguous(), terms, lambda d_unit, start: update_rows(d_unit, weight, step, start)
+    )
+
+
+def _backward(
+    embeddings: Tensor,
+    weight: Tensor,
+    scale: float,
+    lse: Tensor,
+    negative_coefficient: Tensor,
+    target_coefficient: Tensor,
+) -> tuple[str, UnitRows, RowTerms]:
+    """The algorithm of a backward pass, the embeddings ready for it, and the rows' terms."""
     algorithm = _algorithm(embeddings, weight)
     x = _unit_rows(embeddings, weight, algorithm)
-    terms = row_terms(x.inverse[: embeddings.shape[0]], scale, lse, (negative_coefficient, target_coefficient))
-    d_weight = torch.empty_like(weight)
-    module = flash if algorithm == "flash" else chunks
-    module.weight_grad(x, weight, target.contiguous(), terms, d_weight)
-    return d_weight
+    coefficients = negative_coefficient, target_coefficient
+    return algorithm, x, row_terms(x.inverse[: embeddings.shape[0]], scale, lse, coefficients)
 
 
 def target_cosine(embeddings: Tensor, weight: Tensor, target: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import block_width, floored, launch, row_norms, rows_per_block, to_gradient
+from .common import block_width, divide, floored, launch, reciprocal, row_norms, rows_per_block, to_gradient
 
 
 @triton.jit
@@ -36,8 +36,8 @@ def target_cosine_kernel(
     present = target >= 0
     x_ptr += offs_n[:, None] * x_stride_n
     w_ptr += target[:, None] * w_stride_c
-    x_factor = 1 / floored(row_norms(x_ptr, x_stride_d, present, D, COMPUTE, WIDTH, BLOCK_N, BLOCK_D))
-    w_factor = 1 / floored(row_norms(w_ptr, w_stride_d, present, D, COMPUTE, WIDTH, BLOCK_N, BLOCK_D))
+    x_factor = reciprocal(floored(row_norms(x_ptr, x_stride_d, present, D, COMPUTE, WIDTH, BLOCK_N, BLOCK_D)))
+    w_factor = reciprocal(floored(row_norms(w_ptr, w_stride_d, present, D, COMPUTE, WIDTH, BLOCK_N, BLOCK_D)))
     cosine = tl.zeros([BLOCK_N], COMPUTE)
     for start in range(0, WIDTH, BLOCK_D):
         offs_d = start + tl.arange(0, BLOCK_D).to(tl.int64)
@@ -97,7 +97,7 @@ def unit_embedding_grad_kernel(
     w_ptr += target[:, None] * stride_c
     norm = floored(row_norms(w_ptr, stride_d, present, D, COMPUTE, WIDTH, BLOCK_N, BLOCK_D))
     negative = tl.load(negative_ptr + offs_n, mask_n, 0.0)
-    of_target = tl.load(coefficient_ptr + offs_n, mask_n, 0.0) / norm
+    of_target = divide(tl.load(coefficient_ptr + offs_n, mask_n, 0.0), norm)
     of_target = tl.where(present, of_target, 0.0)
     for start in range(0, WIDTH, BLOCK_D):
         offs_d = start + tl.arange(0, BLOCK_D).to(tl.int64)
@@ -135,6 +135,32 @@ def unit_embedding_grads(
 
 
 @triton.jit
+def projection(
+    rows_ptr,  # (BLOCK_N, 1) addresses of rows
+    stride_d,
+    d_unit_ptr,  # (BLOCK_N, 1) addresses of the gradients by their unit vectors
+    mask_n,
+    D,
+    COMPUTE: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """f and a, (BLOCK_N,) each, that make ``(d_unit - row·f·a)·f`` the gradient by a row (reference.unit_gradient)."""
+    norm = row_norms(rows_ptr, stride_d, mask_n, D, COMPUTE, WIDTH, BLOCK_N, BLOCK_D)
+    factor = reciprocal(floored(norm))
+    along = tl.zeros([BLOCK_N], COMPUTE)
+    for start in range(0, WIDTH, BLOCK_D):
+        offs_d = start + tl.arange(0, BLOCK_D).to(tl.int64)
+        mask = mask_n[:, None] & (offs_d < D)[None, :]
+        row = tl.load(rows_ptr + offs_d[None, :] * stride_d, mask, 0.0).to(COMPUTE)
+        d_unit = tl.load(d_unit_ptr + offs_d[None, :], mask, 0.0)
+        along += tl.sum((row * factor[:, None]) * d_unit, 1)
+    # A row shorter than ε is divided by that constant: its norm has no derivative.
+    return factor, tl.where(norm < floored(norm), 0.0, along)
+
+
+@triton.jit
 def project_kernel(
     d_unit_ptr,  # (R, >= D), rows d_unit_stride apart
     d_unit_stride,
@@ -155,16 +181,7 @@ def project_kernel(
     mask_n = offs_n < num_rows
     row_ptr += offs_n[:, None] * stride_n
     d_unit_ptr += offs_n[:, None] * d_unit_stride
-    norm = row_norms(row_ptr, stride_d, mask_n, D, COMPUTE, WIDTH, BLOCK_N, BLOCK_D)
-    factor = 1 / floored(norm)
-    along = tl.zeros([BLOCK_N], COMPUTE)
-    for start in range(0, WIDTH, BLOCK_D):
-        offs_d = start + tl.arange(0, BLOCK_D).to(tl.int64)
-        mask = mask_n[:, None] & (offs_d < D)[None, :]
-        row = tl.load(row_ptr + offs_d[None, :] * stride_d, mask, 0.0).to(COMPUTE)
-        d_unit = tl.load(d_unit_ptr + offs_d[None, :], mask, 0.0)
-        along += tl.sum((row * factor[:, None]) * d_unit, 1)
-    along = tl.where(norm < floored(norm), 0.0, along)
+    factor, along = projection(row_ptr, stride_d, d_unit_ptr, mask_n, D, COMPUTE, WIDTH, BLOCK_N, BLOCK_D)
     for start in range(0, WIDTH, BLOCK_D):
         offs_d = start + tl.arange(0, BLOCK_D).to(tl.int64)
         mask = mask_n[:, None] & (offs_d < D)[None, :]

@@ -1,0 +1,91 @@
+"""The GPU part of gpu_verify.sh: our Triton algorithms, our CUDA kernels and the peers at the sizes that matter, right before fast.
+
+    python bench/gpu_benchmark.py FOLDER [SECONDS]
+
+writes rows.csv and rows.json (the benchmark's columns and the versions that compiled the kernels) and run.json into
+FOLDER, after each case: what was measured stays when time runs out. Needs nothing but torch, Triton and this package.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from fused_arcface.backends.triton.configs import pick
+from fused_arcface.benchmark.cases import Case
+from fused_arcface.benchmark.providers import Provider, select
+from fused_arcface.benchmark.report import FIELDS, Report, write_csv, write_json
+from fused_arcface.benchmark.runner import run_benchmark
+
+BF16 = ("bfloat16", "bfloat16")
+# The sizes of the acceptance bars first, then those at which the two algorithms compete.
+CASES = (
+    *(Case(N, 1_000_000, 512, *dtypes) for dtypes in (BF16, ("bfloat16", "float32")) for N in (4096, 1024)),
+    Case(1024, 1_000_000, 512, "float32", "float32"),
+    *(Case(4096, 1_000_000, D, *BF16) for D in (256, 128)),
+    Case(256, 1_000_000, 512, *BF16),
+    Case(1024, 100_000, 512, *BF16),
+)
+
+
+def _algorithms() -> list[Provider]:
+    """The Triton backend with each algorithm made to run; ``fused_arcface`` is the one that configs.pick takes."""
+    (ours,) = select(["fused_arcface"], "triton")
+    return [
+        dataclasses.replace(ours, name=f"fused_arcface-{name}", environment={"FUSED_ARCFACE_TRITON_ALGORITHM": name})
+        for name in ("chunks", "flash")
+    ]
+
+
+def _write(report: Report, folder: Path) -> None:
+    report.write(folder)
+    driver = torch.version.cuda or "none"
+    more = {"triton": importlib.metadata.version("triton"), "cuda": driver}
+    rows = [{**row, **more} for row in report.rows()]
+    write_csv(folder / "rows.csv", rows, [*FIELDS, *more])
+    write_json(folder / "rows.json", rows)
+
+
+def main() -> None:
+    folder, budget = Path(sys.argv[1]), float(sys.argv[2]) if len(sys.argv) > 2 else 120.0
+    folder.mkdir(parents=True, exist_ok=True)
+    device = torch.device("cuda")
+    arch = 10 * torch.cuda.get_device_capability()[0] + torch.cuda.get_device_capability()[1]
+    peers = select(["insightface", "insightface-tf32", "insightface-fp16", "eager", "products"])
+    ours = [each for backend in ("triton", "cuda") for each in select(["fused_arcface", "fused_arcface-tf32"], backend)]
+    providers = [*ours, *_algorithms(), *peers]
+    end = time.monotonic() + budget
+    whole: Report | None = None
+    for case in CASES:
+        if time.monotonic() > end:
+            print(f"{case}: not measured, the time of {budget:.0f} s is over")
+            continue
+        report = run_benchmark([case], providers, device, seconds=1.0)
+        if whole is None:
+            whole = report
+        else:
+            whole.measurements += report.measurements
+            whole.skips += report.skips
+            whole.machine["flops_per_second"] |= report.machine["flops_per_second"]
+        _write(whole, folder)
+        print(f"\n{case}: picked {pick(case.N, case.C, case.D, arch, case.torch_dtype)}")
+        for each in sorted(report.measurements, key=lambda each: (each.pass_name, each.ms)):
+            extra = "" if each.peak_bytes is None else f"  {each.peak_bytes / 1e6:9,.0f} MB beyond"
+            print(
+                f"  {each.pass_name:8}{each.provider:24}{each.ms:10.3f} ms {each.ps_per_logit:8.2f} ps a logit{extra}"
+            )
+        for skip in report.skips:
+            print(f"  {skip.provider} ({skip.backend}): {skip.reason}")
+        sys.stdout.flush()
+    wrong = [] if whole is None else [skip for skip in whole.skips if skip.reason.startswith("wrong")]
+    if any(skip.provider.startswith("fused_arcface") for skip in wrong):
+        sys.exit("a result of this package is wrong: see above")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,84 @@
+// What Python hands over, whichever device computes: plain structs of pointers and sizes. Python owns every buffer
+// named here and has checked every size.
+#pragma once
+
+#include <cstdint>
+
+namespace fa {
+
+enum class Dtype : int { kFloat32, kFloat64, kBFloat16, kFloat16 };
+
+// A matrix in the caller's memory, any strides (in elements).
+struct Matrix {
+  void* data;
+  Dtype dtype;
+  int64_t rows, columns, row_stride, column_stride;
+};
+
+// How the negatives enter the sums, where it is not by the cosines of weight's rows as they are. With these, class c of
+// embedding i has the cosine c_ic = max_k cos(x_i, w_r), r = c * sub_centres + k, its derivative is that of the
+// greatest (the first of equals), and its logit is scale * f_i(c_ic), where f_i(c) = a c^2 + b c + d for c >
+// threshold_i, else c. A target is the row of its class that is the greatest; the class's other rows get no gradient.
+struct Negatives {
+  int64_t sub_centres = 1;          // rows of weight that each class has, adjacent; weight's rows are a multiple of it
+  const void* threshold = nullptr;  // (N,) of the compute type, or null: f_i(c) = c
+  double a = 0, b = 1, d = 0;
+  bool plain() const { return sub_centres == 1 && threshold == nullptr; }
+};
+constexpr int64_t kMaxSubCentres = 16;
+
+// The negatives' statistics of each embedding against all classes of this shard. With theta_ij the angle between
+// embedding i and centre j and every sum and maximum over the classes j != target_i:
+//   negative_max_i = max_j cos_ij
+//   negative_sum_i = sum_j exp(scale * cos_ij - shift_i)
+//   centre_sum_i   = sum_j exp(scale * cos_ij - shift_i) * w_j / |w_j|
+// The last is the embedding gradient before its division by the total: softmax is attention whose keys and values are
+// both the class centres, so it can be accumulated while the total is still unknown.
+struct ClassStatsArgs {
+  Matrix embeddings;      // (N, D)
+  Matrix weight;          // (C, D)
+  const int64_t* target;  // (N,) index into this weight, or -1: no column to leave out
+  double scale;
+  const double* shift;  // (N,) or null: zero
+  void* negative_max;   // (N,), like the next two of the compute type
+  void* negative_sum;   // (N,) or null: only the maximum is wanted
+  void* centre_sum;     // (N, D) contiguous, or null: not wanted
+  int threads;          // of a CPU
+  // On a CPU, if not plain: exp(scale * f(c)) in both sums, times f'(c) in the latter; negative_max is the greatest f(c)
+  // where only the maximum is wanted, else the greatest c.
+  Negatives negatives;
+};
+
+// d_weight_j = J_j sum_i G_ij x_i / |x_i|, J_j the Jacobian of w -> w / max(|w|, eps), and
+//   G_ij = negative_coefficient_i * exp(scale * cos_ij - lse_i)   for j != target_i
+//   G_ij = target_coefficient_i                                  for j == target_i
+struct WeightGradArgs {
+  Matrix embeddings;      // (N, D)
+  Matrix weight;          // (C, D)
+  const int64_t* target;  // (N,)
+  double scale;
+  const double* lse;                 // (N,) log-sum-exp of the negatives of all shards
+  const void* negative_coefficient;  // (N,), like the next of the compute type
+  const void* target_coefficient;    // (N,)
+  Matrix d_weight;                   // (C, D), written
+  int threads;                       // of a CPU
+  Negatives negatives;  // on a CPU, if not plain: negative_coefficient_i * exp(scale * f(c) - lse_i) * f'(c)
+};
+
+enum class MomentumType : int { kNone, kFloat64, kFloat32, kBFloat16, kInt8 };
+constexpr int64_t kMomentumBlock = 64;  // columns that share an int8 momentum's unit: 1/16 byte an element for it
+
+// In place of a gradient, one step of SGD with momentum on the class centres. With class j of weight_grad's standing
+// for row r = rows[j], and its gradient g_j:  m_r = momentum * m_r + (g_j + weight_decay * w_r);  w_r -= lr * m_r.
+struct CentreStep {
+  const int64_t* rows;  // (classes,) ascending, or null: all rows of weight, in order
+  int64_t classes;
+  MomentumType momentum_type;
+  void* momentum;         // (rows of weight, D) contiguous, or null
+  float* momentum_scale;  // (rows of weight, ceil(D / kMomentumBlock)): the units of an int8 momentum
+  double lr, momentum_factor, weight_decay;
+  uint64_t rounding_key;  // of seed and step
+  int64_t class_start;    // global id of weight's first row
+};
+
+}  // namespace fa

@@ -1,0 +1,143 @@
+#include "bindings.h"
+
+#include <cmath>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+
+#include "kernels.h"
+#include "tuples.h"
+
+namespace py = pybind11;
+
+namespace fa::cuda {
+namespace {
+
+// (bytes of a chunk's exponentials, bytes of its centres, multiprocessors), (device index, cudaStream_t)
+using OptionsTuple = std::tuple<int64_t, int64_t, int>;
+using StreamTuple = std::tuple<int, uintptr_t>;
+
+PassOptions to_options(const OptionsTuple& options) {
+  const auto& [exponential_bytes, centre_bytes, multiprocessors] = options;
+  return {exponential_bytes, centre_bytes, multiprocessors};
+}
+Stream to_stream(const StreamTuple& stream) {
+  const auto& [device, handle] = stream;
+  return {device, pointer<void>(handle)};
+}
+
+// fn(Passes<precision>) of the precision by name.
+template <typename Fn>
+int64_t visit_precision(const std::string& name, const Fn& fn) {
+  if (name == "bfloat16") return fn(Passes<Precision::kBFloat16>());
+  if (name == "float16") return fn(Passes<Precision::kFloat16>());
+  if (name == "tf32") return fn(Passes<Precision::kTf32>());
+  if (name == "float32") return fn(Passes<Precision::kFloat32>());
+  throw std::invalid_argument("precision must be bfloat16, float16, tf32 or float32; got " + name);
+}
+
+// Both passes return the bytes of workspace that they need, and do nothing else when they are given none.
+int64_t class_stats(const std::string& precision, const MatrixTuple& embeddings, const MatrixTuple& weight,
+                    uintptr_t target, double scale, uintptr_t shift, uintptr_t negative_max, uintptr_t negative_sum,
+                    uintptr_t centre_sum, const OptionsTuple& options, uintptr_t workspace, const StreamTuple& stream) {
+  const ClassStatsArgs args{to_matrix(embeddings),
+                            to_matrix(weight),
+                            pointer<const int64_t>(target),
+                            scale,
+                            pointer<const double>(shift),
+                            pointer<void>(negative_max),
+                            pointer<void>(negative_sum),
+                            pointer<void>(centre_sum),
+                            0};
+  const py::gil_scoped_release release;
+  return visit_precision(precision, [&](auto passes) {
+    return passes.class_stats(args, to_options(options), pointer<void>(workspace), to_stream(stream));
+  });
+}
+
+int64_t weight_grad(const std::string& precision, const MatrixTuple& embeddings, const MatrixTuple& weight,
+                    uintptr_t target, double scale, uintptr_t lse, uintptr_t negative_coefficient,
+                    uintptr_t target_coefficient, const MatrixTuple& d_weight, const OptionsTuple& options,
+                    uintptr_t workspace, const StreamTuple& stream) {
+  const WeightGradArgs args{to_matrix(embeddings),
+                            to_matrix(weight),
+                            pointer<const int64_t>(target),
+                            scale,
+                            pointer<const double>(lse),
+                            pointer<const void>(negative_coefficient),
+                            pointer<const void>(target_coefficient),
+                            to_matrix(d_weight),
+                            0};
+  const py::gil_scoped_release release;
+  return visit_precision(precision, [&](auto passes) {
+    return passes.weight_grad(args, nullptr, nullptr, to_options(options), pointer<void>(workspace), to_stream(stream));
+  });
+}
+
+int64_t update_centres(const std::string& precision, const MatrixTuple& embeddings, const MatrixTuple& weight,
+                       uintptr_t target, double scale, uintptr_t lse, uintptr_t negative_coefficient,
+                       uintptr_t target_coefficient, const CentreStepTuple& centre_step, uintptr_t active,
+                       const OptionsTuple& options, uintptr_t workspace, const StreamTuple& stream) {
+  const WeightGradArgs args{to_matrix(embeddings),
+                            to_matrix(weight),
+                            pointer<const int64_t>(target),
+                            scale,
+                            pointer<const double>(lse),
+                            pointer<const void>(negative_coefficient),
+                            pointer<const void>(target_coefficient),
+                            {},
+                            0};
+  const CentreStep step = to_centre_step(centre_step);
+  const py::gil_scoped_release release;
+  return visit_precision(precision, [&](auto passes) {
+    return passes.weight_grad(args, &step, pointer<const bool>(active), to_options(options), pointer<void>(workspace),
+                              to_stream(stream));
+  });
+}
+
+Boundary to_boundary(const std::string& name) {
+  const char* const names[] = {"none", "hard", "fold", "clip", "easy", "linear"};
+  for (int i = 0; i < 6; ++i)
+    if (name == names[i]) return static_cast<Boundary>(i);
+  throw std::invalid_argument("boundary must be none, hard, fold, clip, easy or linear; got " + name);
+}
+
+}  // namespace
+
+void bind(py::module_ m) {
+  m.doc() = "CUDA kernels of fused_arcface over raw addresses; see fused_arcface.backends.cuda.";
+  m.def("class_stats", &class_stats);
+  m.def("weight_grad", &weight_grad);
+  m.def("update_centres", &update_centres);
+  m.def("target_cosine", [](const MatrixTuple& embeddings, const MatrixTuple& weight, uintptr_t target,
+                            uintptr_t cosine, const StreamTuple& stream) {
+    target_cosine(to_matrix(embeddings), to_matrix(weight), pointer<const int64_t>(target), pointer<float>(cosine),
+                  to_stream(stream));
+  });
+  m.def("unit_embedding_grad",
+        [](const MatrixTuple& weight, uintptr_t target, uintptr_t mean_centre, uintptr_t negative_coefficient,
+           uintptr_t target_coefficient, int64_t rows, uintptr_t out, const StreamTuple& stream) {
+          unit_embedding_grad(to_matrix(weight), pointer<const int64_t>(target), pointer<const float>(mean_centre),
+                              pointer<const float>(negative_coefficient), pointer<const float>(target_coefficient),
+                              rows, pointer<float>(out), to_stream(stream));
+        });
+  m.def("embedding_grad", [](uintptr_t d_unit, const MatrixTuple& embeddings, const MatrixTuple& d_embeddings,
+                             const StreamTuple& stream) {
+    embedding_grad(pointer<const float>(d_unit), to_matrix(embeddings), to_matrix(d_embeddings), to_stream(stream));
+  });
+  m.def("margin_loss",
+        [](uintptr_t negative_lse, uintptr_t target_cosine, int64_t rows, double scale,
+           const std::tuple<double, double, double>& factors, const std::string& boundary, bool straight_through,
+           const std::tuple<uintptr_t, uintptr_t, uintptr_t, uintptr_t>& out, const StreamTuple& stream) {
+          const auto& [m1, m2, m3] = factors;
+          const auto& [loss, lse, d_lse, d_cosine] = out;
+          const Margin margin{static_cast<float>(m1), static_cast<float>(m2),
+                              static_cast<float>(m3), static_cast<float>(m2 * std::sin(m2)),
+                              to_boundary(boundary),  straight_through};
+          margin_loss(pointer<const float>(negative_lse), pointer<const float>(target_cosine), rows, scale, margin,
+                      pointer<float>(loss), pointer<float>(lse), pointer<float>(d_lse), pointer<float>(d_cosine),
+                      to_stream(stream));
+        });
+}
+
+}  // namespace fa::cuda

@@ -1,0 +1,53 @@
+// What the bindings call: the stages on a GPU, launched on the caller's stream. Nothing here allocates or waits.
+#pragma once
+
+#include "arguments.h"
+
+namespace fa::cuda {
+
+// How products are taken. tf32 keeps 11 bits of fp32 operands; kFloat32 makes up for the other 13 with two more
+// products.
+enum class Precision : int { kBFloat16, kFloat16, kTf32, kFloat32 };
+
+// The device and the caller's stream on it.
+struct Stream {
+  int device;
+  void* handle;
+};
+
+// fused_arcface.margins: what happens past m1 * theta + m2 = pi; kLinear leaves the angle alone, cos - m3.
+enum class Boundary : int { kNone, kHard, kFold, kClip, kEasy, kLinear };
+struct Margin {
+  float m1, m2, m3;
+  float hard_value;  // m2 * sin(m2)
+  Boundary boundary;
+  bool straight_through;  // derivative 1
+};
+
+// What Python chooses for a pass over the classes.
+struct PassOptions {
+  int64_t exponential_bytes;  // of one chunk's exponentials, (N, classes)
+  int64_t centre_bytes;       // of one chunk's packed centres
+  int multiprocessors;
+};
+
+// The passes in one precision. `workspace` has the bytes that a call without one returns, aligned to 256.
+template <Precision precision>
+struct Passes {
+  static int64_t class_stats(const ClassStatsArgs& args, const PassOptions& options, void* workspace,
+                             const Stream& stream);
+  // args.d_weight is written; with a step, the weight is updated instead where *active is true.
+  static int64_t weight_grad(const WeightGradArgs& args, const CentreStep* step, const bool* active,
+                             const PassOptions& options, void* workspace, const Stream& stream);
+};
+
+void target_cosine(const Matrix& embeddings, const Matrix& weight, const int64_t* target, float* cosine,
+                   const Stream& stream);
+void unit_embedding_grad(const Matrix& weight, const int64_t* target, const float* mean_centre,
+                         const float* negative_coefficient, const float* target_coefficient, int64_t rows, float* out,
+                         const Stream& stream);
+void embedding_grad(const float* d_unit, const Matrix& embeddings, const Matrix& d_embeddings, const Stream& stream);
+void margin_loss(const float* negative_lse, const float* target_cosine, int64_t rows, double scale,
+                 const Margin& margin, float* loss, float* lse, float* d_lse, float* d_cosine, const Stream& stream);
+
+}  // namespace fa::cuda

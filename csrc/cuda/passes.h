@@ -1,0 +1,165 @@
+// The passes over the classes, on the host: a chunk of classes at a time is packed, multiplied with the batch and,
+// while its exponentials are still in L2, consumed by the second product. Everything is launches on one stream; every
+// sum has an order that depends on the sizes alone.
+#pragma once
+
+#include <algorithm>
+#include <type_traits>
+
+#include "products.h"
+
+namespace fa::cuda {
+
+// Pieces of the caller's workspace; without one it only counts.
+class Arena {
+ public:
+  explicit Arena(void* base) : base_(static_cast<char*>(base)) {}
+  template <typename T>
+  T* take(int64_t count) {
+    char* const at = base_ + used_;
+    used_ += round_up(count * static_cast<int64_t>(sizeof(T)), 256);
+    return base_ == nullptr ? nullptr : reinterpret_cast<T*>(at);
+  }
+  int64_t used() const { return used_; }
+  bool counting() const { return base_ == nullptr; }
+
+ private:
+  char* base_;
+  int64_t used_ = 0;
+};
+
+template <Precision precision>
+struct Pass {
+  using First = typename Operands<precision>::First;
+  using Second = typename Operands<precision>::Second;
+
+  const Matrix& embeddings;
+  const Matrix& weight;
+  const int64_t* index;  // rows of weight that take part, or null
+  int64_t classes;
+  const Stream& stream;
+  Arena arena;
+  Panel x, w;
+  RowTerms terms;
+
+  Pass(const Matrix& embeddings, const Matrix& weight, const int64_t* index, int64_t classes, bool stored,
+       const PassOptions& options, void* workspace, const Stream& stream)
+      : embeddings(embeddings), weight(weight), index(index), classes(classes), stream(stream), arena(workspace) {
+    const int64_t width = round_up(embeddings.columns, kTile);
+    x = take_panel(round_up(embeddings.rows, kTile), width);
+    // As many classes as the budgets allow, at least one tile of them, at most all.
+    int64_t chunk = options.centre_bytes / (width * static_cast<int64_t>(sizeof(First)));
+    if (stored) chunk = std::min(chunk, options.exponential_bytes / (x.rows * static_cast<int64_t>(sizeof(Second))));
+    w = take_panel(std::min(round_up(classes, kTile), std::max<int64_t>(chunk / kTile, 1) * kTile), width);
+    terms = {arena.take<float>(x.rows), arena.take<float>(x.rows), arena.take<float>(x.rows), arena.take<float>(x.rows),
+             arena.take<int64_t>(x.rows)};
+  }
+
+  Panel take_panel(int64_t rows, int64_t width) {
+    char* const values = reinterpret_cast<char*>(arena.take<First>(rows * width));
+    char* const second =
+        precision == Precision::kFloat16 ? reinterpret_cast<char*>(arena.take<Second>(rows * width)) : values;
+    return {values, second, arena.take<float>(rows), arena.take<float>(rows), rows, width};
+  }
+
+  void pack(const Matrix& m, const int64_t* rows, int64_t first, int64_t count, const Panel& panel) const {
+    if (m.dtype == Dtype::kFloat32) pack_from<float>(m, rows, first, count, panel);
+    if (m.dtype == Dtype::kBFloat16) pack_from<BFloat16>(m, rows, first, count, panel);
+    if (m.dtype == Dtype::kFloat16) pack_from<Float16>(m, rows, first, count, panel);
+  }
+  template <typename Source>
+  void pack_from(const Matrix& m, const int64_t* rows, int64_t first, int64_t count, const Panel& panel) const {
+    // 16-bit products are for operands that are stored so: no number is rounded for one.
+    if constexpr (std::is_same_v<First, float> || std::is_same_v<First, Source>) {
+      const Source* const data = static_cast<const Source*>(m.data);
+      launch("pack_rows", pack_rows_kernel<Source, precision>, {ceil_div(panel.rows, kRowThreads / kWarp)}, kRowThreads,
+             0, stream, rows == nullptr ? data + first * m.row_stride : data, m.row_stride, m.column_stride,
+             rows == nullptr ? rows : rows + first, count, static_cast<int>(m.columns), panel);
+    }
+  }
+
+  void start(double scale, const double* shift, const int64_t* target, const float* negative_coefficient,
+             const float* target_coefficient) const {
+    pack(embeddings, nullptr, 0, embeddings.rows, x);
+    launch("row_terms", row_terms_kernel, {ceil_div(x.rows, kRowThreads)}, kRowThreads, 0, stream, x, embeddings.rows,
+           scale, shift, target, negative_coefficient, target_coefficient, terms);
+  }
+
+  // fn(chunk, grid of its tiles) for each chunk, packed.
+  template <typename Fn>
+  void for_each_chunk(const Fn& fn) const {
+    for (int64_t first = 0; first < classes; first += w.rows) {
+      const Chunk chunk{w, first, static_cast<int>(std::min(w.rows, classes - first))};
+      pack(weight, index, first, chunk.count, w);
+      fn(chunk, Grid{x.rows / kTile, ceil_div(chunk.count, kTile)});
+    }
+  }
+};
+
+template <Precision precision>
+int64_t Passes<precision>::class_stats(const ClassStatsArgs& args, const PassOptions& options, void* workspace,
+                                       const Stream& stream) {
+  using Second = typename Operands<precision>::Second;
+  const bool stored = args.centre_sum != nullptr;
+  const int64_t N = args.embeddings.rows, D = args.embeddings.columns;
+  Pass<precision> pass(args.embeddings, args.weight, nullptr, args.weight.rows, stored, options, workspace, stream);
+  const Panel& x = pass.x;
+  const int64_t slots = 2 * pass.w.rows / kTile;
+  float* const sums = pass.arena.template take<float>(slots * x.rows);
+  float* const maxima = pass.arena.template take<float>(slots * x.rows);
+  Second* const exponentials = stored ? pass.arena.template take<Second>(x.rows * pass.w.rows) : nullptr;
+  // Two blocks a multiprocessor, in as many splits of the classes as that takes; each at least a tile of classes deep.
+  const int64_t tiles = x.rows / kTile * (x.width / kTile);
+  const int64_t splits = std::clamp<int64_t>(2 * options.multiprocessors / tiles, 1, pass.w.rows / kTile);
+  float* const partial = stored ? pass.arena.template take<float>(splits * x.rows * x.width) : nullptr;
+  if (pass.arena.counting()) return pass.arena.used();
+
+  use(stream);
+  pass.start(args.scale, args.shift, args.target, nullptr, nullptr);
+  pass.for_each_chunk([&](const Chunk& chunk, const Grid& grid) {
+    const bool accumulate = chunk.first > 0;
+    launch("class_stats", class_stats_kernel<precision>, grid, kThreads, kSharedBytes, stream, x, chunk,
+           static_cast<int>(D), pass.terms, RowStats{sums, maxima, accumulate}, exponentials);
+    if (stored)
+      launch("centre_sum", centre_sum_kernel<precision>, {x.width / kTile, x.rows / kTile, splits}, kThreads,
+             kSharedBytes, stream, exponentials, chunk, x.rows, accumulate, partial);
+  });
+  const int used_slots = static_cast<int>(2 * ceil_div(std::min(args.weight.rows, pass.w.rows), kTile));
+  launch("finish_row_stats", finish_row_stats_kernel, {ceil_div(N, kWarp)}, kRowThreads, kFinishSharedBytes, stream,
+         sums, maxima, used_slots, x.rows, N, pass.terms, x.inverse, static_cast<float*>(args.negative_sum),
+         static_cast<float*>(args.negative_max));
+  if (stored)
+    launch("finish_centre_sum", finish_centre_sum_kernel, {ceil_div(N, kRowThreads / kWarp)}, kRowThreads, 0, stream,
+           partial, static_cast<int>(splits), x.rows, x.width, N, static_cast<int>(D), pass.terms,
+           static_cast<float*>(args.centre_sum));
+  return pass.arena.used();
+}
+
+template <Precision precision>
+int64_t Passes<precision>::weight_grad(const WeightGradArgs& args, const CentreStep* step, const bool* active,
+                                       const PassOptions& options, void* workspace, const Stream& stream) {
+  using Second = typename Operands<precision>::Second;
+  const int64_t N = args.embeddings.rows, D = args.embeddings.columns;
+  const int64_t* const index = step != nullptr ? step->rows : nullptr;
+  Pass<precision> pass(args.embeddings, args.weight, index, step != nullptr ? step->classes : args.weight.rows, true,
+                       options, workspace, stream);
+  const Panel& x = pass.x;
+  const int64_t slots = 2 * x.rows / kTile;
+  float* const along = pass.arena.template take<float>(slots * pass.w.rows);
+  Second* const gradient = pass.arena.template take<Second>(x.rows * pass.w.rows);
+  if (pass.arena.counting()) return pass.arena.used();
+
+  use(stream);
+  const CentreGradient out{args.d_weight, index, args.weight, step != nullptr ? *step : CentreStep{}, active};
+  pass.start(args.scale, args.lse, args.target, static_cast<const float*>(args.negative_coefficient),
+             static_cast<const float*>(args.target_coefficient));
+  pass.for_each_chunk([&](const Chunk& chunk, const Grid& grid) {
+    launch("class_gradient", class_gradient_kernel<precision>, grid, kThreads, kSharedBytes, stream, x, chunk,
+           static_cast<int>(D), pass.terms, along, gradient);
+    launch("centre_gradient", centre_gradient_kernel<precision>, {x.width / kTile, grid.y}, kThreads, kSharedBytes,
+           stream, gradient, x, N, chunk, along, static_cast<int>(slots), out);
+  });
+  return pass.arena.used();
+}
+
+}  // namespace fa::cuda

@@ -1,0 +1,63 @@
+// The one place that launches a kernel and asks the CUDA runtime whether it could. Without nvcc these sources are
+// ordinary C++ over tests/cuda_emulation, where the same kernels run on the CPU.
+#pragma once
+
+#if defined(__CUDACC__)
+#include <cuda_runtime.h>
+#else
+#include "emulation.h"
+#endif
+
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+
+#include "kernels.h"
+
+namespace fa::cuda {
+
+constexpr int kWarp = 32;
+
+#if defined(__CUDACC__)
+inline void check(cudaError_t status, const char* what) {
+  if (status != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(status));
+}
+#endif
+
+// Python restores the device afterwards (torch.cuda.device).
+inline void use(const Stream& stream) {
+#if defined(__CUDACC__)
+  check(cudaSetDevice(stream.device), "cudaSetDevice");
+#else
+  (void)stream;
+#endif
+}
+
+struct Grid {
+  int64_t x, y = 1, z = 1;
+};
+
+template <typename... Parameters, typename... Arguments>
+void launch(const char* name, void (*kernel)(Parameters...), const Grid& grid, int threads, int shared_bytes,
+            const Stream& stream, const Arguments&... arguments) {
+  if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
+  // What the hardware's grid can count (CUDA C++ programming guide, technical specifications).
+  if (grid.x > 0x7fffffff || grid.y > 0xffff || grid.z > 0xffff)
+    throw std::runtime_error(std::string(name) + ": a grid of " + std::to_string(grid.x) + " x " +
+                             std::to_string(grid.y) + " x " + std::to_string(grid.z) + " blocks is too large");
+  const dim3 blocks(static_cast<unsigned>(grid.x), static_cast<unsigned>(grid.y), static_cast<unsigned>(grid.z));
+#if defined(__CUDACC__)
+  if (shared_bytes > 48 << 10)  // more than every kernel may have unasked
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes), name);
+  kernel<<<blocks, threads, shared_bytes, static_cast<cudaStream_t>(stream.handle)>>>(arguments...);
+  check(cudaGetLastError(), name);
+#else
+  (void)stream;
+  emulation::run(blocks, threads, shared_bytes, [&] { kernel(arguments...); });
+#endif
+}
+
+constexpr int64_t ceil_div(int64_t n, int64_t of) { return (n + of - 1) / of; }
+constexpr int64_t round_up(int64_t n, int64_t multiple) { return ceil_div(n, multiple) * multiple; }
+
+}  // namespace fa::cuda

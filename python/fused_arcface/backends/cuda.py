@@ -1,0 +1,312 @@
+"""The stages on NVIDIA GPUs: the compiled kernels of csrc/cuda, given raw addresses. Shapes: backends/reference.py.
+
+For compute capability 8.0 and later; Triton is not needed. Products are bf16 or fp16 where both inputs are stored so,
+else fp32: three tf32 products in place of one, or one where ``torch.set_float32_matmul_precision`` is ``"high"`` or
+``"medium"``. fp64 is refused (backends.select). Every step is launches on the current stream, without a wait and
+without an allocation but torch's, and its result is the same to the bit in every run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..ops import CentreStep
+
+_import_error = None
+_kernels: Any = None
+try:
+    from .. import _native
+except ImportError as error:  # unavailable() reports it: the package is of use without its compiled part
+    _import_error = str(error)
+else:
+    _kernels = getattr(_native, "cuda", None)
+
+_LEAST_CAPABILITY = (8, 0)
+"""Ampere: the first with asynchronous copies, bf16 and tf32."""
+
+
+@dataclass(frozen=True)
+class ChunkConfig:
+    """How many classes are worked on at once, in bytes of what is kept of them. Not measured on a GPU yet."""
+
+    exponential_bytes: int
+    """Of the (N, classes) exponentials between the two products."""
+    centre_bytes: int
+    """Of the packed centres."""
+
+
+# 24 MiB of exponentials, written once and read once, and 8 MiB of centres stay in the smallest L2 that matters, A100's
+# 40 MB. At D = 512 in bf16 that is 8192 classes: 512 tiles of 128 x 128 at N = 1024, two full waves on 108
+# multiprocessors of two blocks each, and 8.6 GFLOP a product, a dozen launches' worth of time.
+CHUNKS = ChunkConfig(exponential_bytes=24 << 20, centre_bytes=8 << 20)
+
+
+def unavailable() -> str | None:
+    if _import_error is not None:
+        return f"the compiled module fused_arcface._native cannot be imported: {_import_error}"
+    if _kernels is None:
+        return (
+            "this build has no CUDA kernels: install the CUDA toolkit (nvcc), then reinstall with "
+            "FUSED_ARCFACE_CUDA=ON pip install --no-binary fused-arcface fused-arcface"
+        )
+    if torch.version.hip is not None:
+        return "the kernels are for NVIDIA GPUs; this torch is built for AMD's"
+    if torch.version.cuda is None:
+        return f"this torch ({torch.__version__}) is built without CUDA"
+    if not torch.cuda.is_available():
+        return "torch sees no CUDA device"
+    capability = torch.cuda.get_device_capability()
+    if capability < _LEAST_CAPABILITY:
+        needed, found = (".".join(map(str, pair)) for pair in (_LEAST_CAPABILITY, capability))
+        return f"a GPU of compute capability >= {needed} is needed; {torch.cuda.get_device_name()} has {found}"
+    return None
+
+
+def _device(tensor: Tensor) -> tuple[tuple[int, int], int]:
+    """(device index, current stream there), and the device's multiprocessors."""
+    index = tensor.device.index
+    stream = torch.cuda.current_stream(index).cuda_stream
+    return (index, stream), torch.cuda.get_device_properties(index).multi_processor_count
+
+
+def _precision(embeddings: Tensor, weight: Tensor) -> str:
+    """The precision of the products; what it keeps of the operands is what they are stored with, but for tf32."""
+    if embeddings.dtype == weight.dtype != torch.float32:
+        return "bfloat16" if weight.dtype == torch.bfloat16 else "float16"
+    return "float32" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+
+
+def _matrix(tensor: Tensor) -> tuple[int, int, int, int, int, int]:
+    code = {
+        torch.float32: _native.FLOAT32,
+        torch.bfloat16: _native.BFLOAT16,
+        torch.float16: _native.FLOAT16,
+    }[tensor.dtype]
+    return (tensor.data_ptr(), code, *tensor.shape, *tensor.stride())
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+_Run = Callable[[tuple[int, int, int], int, tuple[int, int]], int]
+
+
+def _run_pass(run: _Run, device: torch.device) -> None:
+    """A pass over the classes in a workspace of torch's: first it says how much it needs, then it has it."""
+    probe = torch.empty(0, device=device)
+    stream, multiprocessors = _device(probe)
+    options = (CHUNKS.exponential_bytes, CHUNKS.centre_bytes, multiprocessors)
+    workspace = torch.empty(run(options, 0, stream), dtype=torch.uint8, device=device)
+    run(options, workspace.data_ptr(), stream)
+
+
+def _class_stats(
+    embeddings: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    scale: float,
+    shift: Tensor | None,
+    maximum: Tensor,
+    total: Tensor | None,
+    centre_sum: Tensor | None,
+) -> None:
+    # Bound to names: a temporary's memory would be another's before the kernel reads it.
+    target = target.contiguous()
+    shift = None if shift is None else shift.contiguous()
+    precision = _precision(embeddings, weight)
+
+    def run(options: tuple[int, int, int], workspace: int, stream: tuple[int, int]) -> int:
+        return _kernels.class_stats(
+            precision,
+            _matrix(embeddings),
+            _matrix(weight),
+            target.data_ptr(),
+            scale,
+            _address(shift),
+            maximum.data_ptr(),
+            _address(total),
+            _address(centre_sum),
+            options,
+            workspace,
+            stream,
+        )
+
+    _run_pass(run, weight.device)
+
+
+def _empty_rows(embeddings: Tensor) -> Tensor:
+    return torch.empty(embeddings.shape[0], dtype=torch.float32, device=embeddings.device)
+
+
+def class_max(embeddings: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+    maximum = _empty_rows(embeddings)
+    if embeddings.shape[0] > 0:
+        _class_stats(embeddings, weight, target, 1.0, None, maximum, None, None)
+    return maximum
+
+
+def class_stats(
+    embeddings: Tensor, weight: Tensor, target: Tensor, scale: float, shift: Tensor | None, with_centre_sum: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    total, maximum = _empty_rows(embeddings), _empty_rows(embeddings)
+    shape = embeddings.shape if with_centre_sum else (0,)
+    centre_sum = torch.empty(shape, dtype=torch.float32, device=embeddings.device)
+    if embeddings.shape[0] > 0:
+        _class_stats(embeddings, weight, target, scale, shift, maximum, total, centre_sum if with_centre_sum else None)
+    return total, maximum, centre_sum
+
+
+def weight_grad(
+    embeddings: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    scale: float,
+    lse: Tensor,
+    negative_coefficient: Tensor,
+    target_coefficient: Tensor,
+) -> Tensor:
+    precision = _precision(embeddings, weight)
+    if embeddings.shape[0] == 0:
+        return torch.zeros_like(weight)
+    target, lse = target.contiguous(), lse.contiguous()
+    negative_coefficient, target_coefficient = negative_coefficient.contiguous(), target_coefficient.contiguous()
+    d_weight = torch.empty_like(weight)
+
+    def run(options: tuple[int, int, int], workspace: int, stream: tuple[int, int]) -> int:
+        return _kernels.weight_grad(
+            precision,
+            _matrix(embeddings),
+            _matrix(weight),
+            target.data_ptr(),
+            scale,
+            lse.data_ptr(),
+            negative_coefficient.data_ptr(),
+            target_coefficient.data_ptr(),
+            _matrix(d_weight),
+            options,
+            workspace,
+            stream,
+        )
+
+    _run_pass(run, weight.device)
+    return d_weight
+
+
+def update_centres(
+    embeddings: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    scale: float,
+    lse: Tensor,
+    negative_coefficient: Tensor,
+    target_coefficient: Tensor,
+    step: CentreStep,
+) -> None:
+    precision = _precision(embeddings, weight)
+    target, lse = target.contiguous(), lse.contiguous()
+    negative_coefficient, target_coefficient = negative_coefficient.contiguous(), target_coefficient.contiguous()
+    types = {
+        torch.float64: _native.MOMENTUM_FLOAT64,
+        torch.float32: _native.MOMENTUM_FLOAT32,
+        torch.bfloat16: _native.MOMENTUM_BFLOAT16,
+        torch.int8: _native.MOMENTUM_INT8,
+    }
+    buffer, classes = step.momentum_buffer, step.classes
+    native_step = (
+        _address(classes),
+        weight.shape[0] if classes is None else classes.shape[0],
+        _native.NO_MOMENTUM if buffer is None else types[buffer.dtype],
+        _address(buffer),
+        _address(step.momentum_scale),
+        step.lr,
+        step.momentum,
+        step.weight_decay,
+        step.rounding_key % 2**64,
+        step.class_start,
+    )
+
+    def run(options: tuple[int, int, int], workspace: int, stream: tuple[int, int]) -> int:
+        return _kernels.update_centres(
+            precision,
+            _matrix(embeddings),
+            _matrix(weight),
+            target.data_ptr(),
+            scale,
+            lse.data_ptr(),
+            negative_coefficient.data_ptr(),
+            target_coefficient.data_ptr(),
+            native_step,
+            step.active.data_ptr(),
+            options,
+            workspace,
+            stream,
+        )
+
+    _run_pass(run, weight.device)
+
+
+def target_cosine(embeddings: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+    cosine, target = _empty_rows(embeddings), target.contiguous()
+    stream, _ = _device(embeddings)
+    _kernels.target_cosine(_matrix(embeddings), _matrix(weight), target.data_ptr(), cosine.data_ptr(), stream)
+    return cosine
+
+
+def unit_embedding_grad(
+    weight: Tensor, target: Tensor, mean_centre: Tensor, negative_coefficient: Tensor, target_coefficient: Tensor
+) -> Tensor:
+    target, mean_centre = target.contiguous(), mean_centre.contiguous()
+    negative_coefficient, target_coefficient = negative_coefficient.contiguous(), target_coefficient.contiguous()
+    d_unit = torch.empty_like(mean_centre)
+    stream, _ = _device(weight)
+    _kernels.unit_embedding_grad(
+        _matrix(weight),
+        target.data_ptr(),
+        mean_centre.data_ptr(),
+        negative_coefficient.data_ptr(),
+        target_coefficient.data_ptr(),
+        mean_centre.shape[0],
+        d_unit.data_ptr(),
+        stream,
+    )
+    return d_unit
+
+
+def embedding_grad(d_unit: Tensor, embeddings: Tensor) -> Tensor:
+    d_unit, d_embeddings = d_unit.contiguous(), torch.empty_like(embeddings)
+    stream, _ = _device(embeddings)
+    _kernels.embedding_grad(d_unit.data_ptr(), _matrix(embeddings), _matrix(d_embeddings), stream)
+    return d_embeddings
+
+
+def margin_loss(
+    negative_lse: Tensor,
+    target_cosine: Tensor,
+    scale: float,
+    m1: float,
+    m2: float,
+    m3: float,
+    boundary: str,
+    gradient: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    negative_lse, target_cosine = negative_lse.contiguous(), target_cosine.contiguous()
+    loss, lse, d_lse, d_cosine = results = tuple(torch.empty_like(negative_lse) for _ in range(4))
+    stream, _ = _device(negative_lse)
+    _kernels.margin_loss(
+        negative_lse.data_ptr(),
+        target_cosine.data_ptr(),
+        negative_lse.shape[0],
+        scale,
+        (m1, m2, m3),
+        boundary,
+        gradient == "straight_through",
+        tuple(map(Tensor.data_ptr, results)),
+        stream,
+    )
+    return loss, lse, d_lse, d_cosine

@@ -1,0 +1,175 @@
+"""The step of SGD on the class centres, made where a panel's gradient by the unit centres has just been summed: project
+it, add decay and momentum, write centre and momentum back. No gradient larger than a panel exists.
+
+csrc/cpu/center_sgd.h in Triton; fused_arcface.keyed has the random bits' definition, and a test compares the two.
+"""
+
+from __future__ import annotations
+
+import struct
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ...ops import MOMENTUM_BLOCK, CentreStep
+from .common import block_width, divide, launch, reciprocal, rows_per_block, to
+from .targets import projection
+
+
+@triton.jit
+def _fold(key, n):
+    """SplitMix64's number n under a key, uint64."""
+    x = key + (n + 1) * 0x9E3779B97F4A7C15
+    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9
+    x = (x ^ (x >> 27)) * 0x94D049BB133111EB
+    return x ^ (x >> 31)
+
+
+@triton.jit
+def rounding_bits(row_keys, columns):
+    """(BLOCK_N, BLOCK_D) uint32 of the rows' keys (BLOCK_N,) uint64 and the columns (BLOCK_D,): keyed.rounding_bits."""
+    x = row_keys.to(tl.uint32)[:, None] + columns.to(tl.uint32)[None, :] * 0x9E3779B9
+    x = (x ^ (x >> 16)) * 0x7FEB352D
+    x = (x ^ (x >> 15)) * 0x846CA68B
+    return (x ^ (x >> 16)) ^ (row_keys >> 32).to(tl.uint32)[:, None]
+
+
+@triton.jit
+def _stored(x, bits, dtype: tl.constexpr):
+    """x in dtype; in bf16 up with the probability of its distance from the value below, by 16 bits."""
+    if dtype == tl.bfloat16:
+        word = x.to(tl.float32).to(tl.uint32, bitcast=True)
+        finite = (word & 0x7F800000) != 0x7F800000
+        word = tl.where(finite, word + bits, word)
+        return (word >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    return to(x, dtype)
+
+
+@triton.jit
+def _spread(units, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, MOMENTUM_BLOCK: tl.constexpr):
+    """(BLOCK_N, BLOCK_D): each of the units (BLOCK_N, BLOCK_D / MOMENTUM_BLOCK) over its columns."""
+    shape: tl.constexpr = (BLOCK_N, BLOCK_D // MOMENTUM_BLOCK, MOMENTUM_BLOCK)
+    return tl.reshape(tl.broadcast_to(units[:, :, None], shape), (BLOCK_N, BLOCK_D))
+
+
+@triton.jit
+def _float64(bits):
+    """The number with these bits: a Python float reaches a kernel as fp32."""
+    return bits.to(tl.int64).to(tl.float64, bitcast=True)
+
+
+@triton.jit(do_not_specialize=["lr", "momentum", "weight_decay", "rounding_key", "class_start"])
+def update_centres_kernel(
+    d_unit_ptr,  # (R, >= D), rows d_unit_stride apart
+    d_unit_stride,
+    classes_ptr,  # (R,) int64 rows of weight, num_classes for none; or None: those from first_class on
+    weight_ptr,  # (C, D), any strides
+    stride_c,
+    stride_d,
+    momentum_ptr,  # (C, D), or None
+    units_ptr,  # (C, ceil(D / 64)) units of an int8 momentum, or None
+    active_ptr,  # () bool: whether to change anything
+    lr,  # these three as bits of fp64
+    momentum,
+    weight_decay,
+    rounding_key,
+    class_start,  # global id of weight's first row
+    first_class,
+    num_rows,
+    num_classes,
+    D,
+    num_units,
+    WIDTH: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    MOMENTUM_BLOCK: tl.constexpr,
+):
+    COMPUTE: tl.constexpr = d_unit_ptr.dtype.element_ty
+    offs_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_n = (offs_n < num_rows) & (tl.load(active_ptr) != 0)
+    rows = first_class + offs_n
+    if classes_ptr is not None:
+        rows = tl.load(classes_ptr + offs_n, mask_n, 0)
+        mask_n = mask_n & (rows < num_classes)
+    weight_ptr += rows[:, None] * stride_c
+    d_unit_ptr += offs_n[:, None] * d_unit_stride
+    factor, along = projection(weight_ptr, stride_d, d_unit_ptr, mask_n, D, COMPUTE, WIDTH, BLOCK_N, BLOCK_D)
+    row_keys = _fold(rounding_key.to(tl.uint64), (rows + class_start).to(tl.uint64))
+
+    for start in range(0, WIDTH, BLOCK_D):
+        offs_d = start + tl.arange(0, BLOCK_D).to(tl.int64)
+        mask = mask_n[:, None] & (offs_d < D)[None, :]
+        w_ptrs = weight_ptr + offs_d[None, :] * stride_d
+        w = tl.load(w_ptrs, mask, 0.0).to(COMPUTE)
+        d_unit = tl.load(d_unit_ptr + offs_d[None, :], mask, 0.0)
+        gradient = (d_unit - w * factor[:, None] * along[:, None]) * factor[:, None]
+        velocity = gradient + _float64(weight_decay).to(COMPUTE) * w
+        bits = rounding_bits(row_keys, offs_d)
+        if momentum_ptr is not None:
+            momentum_ptrs = momentum_ptr + rows[:, None] * D + offs_d[None, :]
+            old = tl.load(momentum_ptrs, mask, 0).to(COMPUTE)
+            if units_ptr is not None:
+                offs_u = start // MOMENTUM_BLOCK + tl.arange(0, BLOCK_D // MOMENTUM_BLOCK)
+                units_ptrs = units_ptr + rows[:, None] * num_units + offs_u[None, :]
+                mask_u = mask_n[:, None] & (offs_u < num_units)[None, :]
+                old *= _spread(tl.load(units_ptrs, mask_u, 0.0).to(COMPUTE), BLOCK_N, BLOCK_D, MOMENTUM_BLOCK)
+            velocity += _float64(momentum).to(COMPUTE) * old
+            if units_ptr is not None:
+                by_unit = tl.reshape(tl.abs(velocity), (BLOCK_N, BLOCK_D // MOMENTUM_BLOCK, MOMENTUM_BLOCK))
+                largest = tl.max(by_unit, 2)
+                # Below 1e-35 the unit's inverse would overflow.
+                full = tl.full(largest.shape, 127.0, tl.float32)
+                units = tl.where(largest > 1e-35, divide(largest.to(tl.float32), full), 0.0)
+                tl.store(units_ptrs, units, mask_u)
+                inverse = tl.where(units > 0, reciprocal(units.to(COMPUTE)), 0.0)
+                uniform = ((bits >> 16).to(tl.int32).to(COMPUTE) + 0.5) * (1 / 65536)
+                number = tl.floor(velocity * _spread(inverse, BLOCK_N, BLOCK_D, MOMENTUM_BLOCK) + uniform)
+                tl.store(momentum_ptrs, tl.minimum(tl.maximum(number, -127.0), 127.0).to(tl.int8), mask)
+            else:
+                tl.store(momentum_ptrs, _stored(velocity, bits >> 16, momentum_ptr.dtype.element_ty), mask)
+        w -= _float64(lr).to(COMPUTE) * velocity
+        tl.store(w_ptrs, _stored(w, bits & 0xFFFF, weight_ptr.dtype.element_ty), mask)
+
+
+def _bits(number: float) -> int:
+    (bits,) = struct.unpack("q", struct.pack("d", number))
+    return bits
+
+
+def update_rows(d_unit: Tensor, weight: Tensor, step: CentreStep, start: int) -> None:
+    """The step of the centres from place ``start`` on, from the gradient by their unit vectors d_unit (R, >= D)."""
+    num_rows, (num_classes, width) = d_unit.shape[0], weight.shape
+    buffer, units = step.momentum_buffer, step.momentum_scale
+    # Whole units of an int8 momentum.
+    block_d = max(MOMENTUM_BLOCK, block_width(width))
+    block_n = min(rows_per_block(width), rows_per_block(block_d))
+    launch(
+        update_centres_kernel,
+        (triton.cdiv(num_rows, block_n),),
+        d_unit,
+        d_unit.stride(0),
+        None if step.classes is None else step.classes[start : start + num_rows],
+        weight,
+        *weight.stride(),
+        buffer,
+        units,
+        step.active,
+        _bits(step.lr),
+        _bits(step.momentum),
+        _bits(step.weight_decay),
+        step.rounding_key,
+        step.class_start,
+        start,
+        num_rows,
+        num_classes,
+        width,
+        0 if units is None else units.shape[1],
+        WIDTH=width,
+        BLOCK_N=block_n,
+        BLOCK_D=block_d,
+        MOMENTUM_BLOCK=MOMENTUM_BLOCK,
+        # A product and a sum are rounded as everywhere else, not as one: the kernel waits for memory, and the same
+        # gradient makes the same bits.
+        enable_fp_fusion=False,
+    )

@@ -1,0 +1,51 @@
+"""The bar of a command that trains small nets one after another."""
+
+from __future__ import annotations
+
+import time
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+
+class TrainingBar:
+    """The bar of the training under way, above it a line for each that has ended."""
+
+    def __init__(self, console: Console) -> None:
+        self._bars = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("loss {task.fields[loss]}"),
+            TimeElapsedColumn(),
+            console=console,
+            transient=True,
+        )
+        self._task = self._bars.add_task("", total=None, loss="-")
+        self._shown = 0.0
+
+    def __enter__(self) -> TrainingBar:
+        self._bars.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bars.stop()
+
+    def begin(self, what: str, steps: int = 0) -> None:
+        """A piece of work begins; ``steps`` of training, or one without steps."""
+        self._bars.reset(self._task, description=what, total=steps or None, loss="-")
+
+    def step(self, loss: float) -> None:
+        """A step of training was made."""
+        # Formatting at every step would cost as much as a small head.
+        now = time.monotonic()
+        if now - self._shown > 0.1:
+            self._shown = now
+            self._bars.update(self._task, loss=f"{loss:.3f}")
+        self._bars.advance(self._task)
+
+    def ended(self, name: str, first_loss: float, last_loss: float, steps: int, seconds: float) -> None:
+        """A training has ended: its line."""
+        line = f"  {name:<40}loss {first_loss:6.2f} → {last_loss:6.3f}  in {steps} steps, {seconds:.1f} s"
+        self._bars.console.print(line, highlight=False, soft_wrap=True)

@@ -1,0 +1,174 @@
+"""1:N identification: who is it? Ranks, the cumulative match characteristic, and the open set.
+
+A gallery holds known people; a probe is mated when its identity is in the gallery. Of the images of one identity in the
+gallery, the nearest counts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from .distances import Cosine, Distance
+from .search import Engine, choose_engine, nearest
+
+Floats = npt.NDArray[np.float64]
+
+FPIRS = (1e-1, 1e-2, 1e-3)
+"""False positive identification rates that are reported."""
+
+
+@dataclass(frozen=True)
+class Identification:
+    """The figures of one identification."""
+
+    cmc: Floats
+    """(ranks,): share of the mated probes whose identity is among the first 1, 2, … of the gallery; the closed set."""
+    tpir: dict[float, float]
+    """Open set, true positive identification rate (rank 1, above the threshold) by false positive identification rate;
+    empty without non-mated probes."""
+    num_gallery: int
+    """Images in the gallery."""
+    num_identities: int
+    """Identities in the gallery."""
+    num_mated: int
+    """Probes whose identity is in the gallery."""
+    num_unmated: int
+    """Probes whose identity is not."""
+    engine: str
+    """Who searched: ``"torch"`` or ``"faiss"``."""
+
+    def rank(self, r: int) -> float:
+        """Rank-r identification rate; with fewer identities than r it is that of the last rank."""
+        return float(self.cmc[min(r, len(self.cmc)) - 1])
+
+
+def identify(
+    gallery: Tensor,
+    gallery_labels: Tensor,
+    probes: Tensor,
+    probe_labels: Tensor,
+    *,
+    distance: Distance = Cosine(),
+    max_rank: int = 20,
+    fpirs: Sequence[float] = FPIRS,
+    engine: Engine = "auto",
+) -> Identification:
+    """Search every probe in a gallery.
+
+    Args:
+        gallery: (G, D).
+        gallery_labels: (G,) int64.
+        probes: (N, D).
+        probe_labels: (N,) int64; one that is not among ``gallery_labels`` is not mated.
+        distance: that embeddings are compared by.
+        max_rank: last rank of the curve; the number of identities where it is more.
+        fpirs: false positive identification rates to report.
+        engine: of the search, see :func:`fused_arcface.evaluation.nearest`.
+
+    An identity at the same distance as the right one counts as nearer: embeddings that are all alike identify nobody.
+
+    Raises:
+        ValueError: shapes that do not fit, no mated probe, or a rate outside [0, 1].
+
+    >>> people = torch.eye(3)
+    >>> identify(people, torch.arange(3), people + 0.1, torch.arange(3)).rank(1)
+    1.0
+    """
+    for name, rows, labels in (("gallery", gallery, gallery_labels), ("probe", probes, probe_labels)):
+        if labels.shape != rows.shape[:1]:
+            raise ValueError(f"{name}_labels must be ({len(rows)},); got {tuple(labels.shape)}")
+    if max_rank < 1:
+        raise ValueError(f"max_rank must be >= 1; got {max_rank}")
+    if not all(0 <= fpir <= 1 for fpir in fpirs):
+        raise ValueError(f"fpirs must be in [0, 1]; got {list(fpirs)}")
+    mated = torch.isin(probe_labels, gallery_labels)
+    if not mated.any():
+        raise ValueError("probes must hold one of the gallery's identities or more")
+    _, images_of = gallery_labels.unique(return_counts=True)
+    max_rank = min(max_rank, len(images_of))
+    # So many images show max_rank + 1 identities or all, so that a miss within the list is one.
+    k = max_rank * int(images_of.max()) + 1
+    distances, rows = nearest(probes, gallery, k, distance, engine)
+    identities = gallery_labels[rows]
+    ranks = _ranks(distances[mated], identities[mated], probe_labels[mated])
+    cmc = np.array([(ranks <= r).double().mean().item() for r in range(1, max_rank + 1)])
+    tpir = _tpir(-distances[mated, 0], ranks == 1, -distances[~mated, 0], fpirs) if not mated.all() else {}
+    return Identification(
+        cmc=cmc,
+        tpir=tpir,
+        num_gallery=len(gallery),
+        num_identities=len(images_of),
+        num_mated=int(mated.sum()),
+        num_unmated=int((~mated).sum()),
+        engine=choose_engine(engine, distance),
+    )
+
+
+def _ranks(distances: Tensor, identities: Tensor, labels: Tensor) -> Tensor:
+    """Rank ``(N,)`` of the right identity in the lists ``(N, k)``, ascending; k + 1 where it is missing."""
+    right = identities == labels[:, None]
+    own = distances.masked_fill(~right, torch.inf).amin(1)
+    none = torch.iinfo(torch.int64).min
+    ahead = identities.masked_fill(right | (distances > own[:, None]), none).sort(1).values
+    new = torch.ones_like(ahead, dtype=torch.bool)
+    new[:, 1:] = ahead[:, 1:] != ahead[:, :-1]
+    ranks = 1 + (new & (ahead != none)).sum(1)
+    return ranks.masked_fill(~right.any(1), distances.shape[1] + 1)
+
+
+def _tpir(mated: Tensor, right: Tensor, unmated: Tensor, fpirs: Sequence[float]) -> dict[float, float]:
+    """From the best scores of mated ``(N,)`` and non-mated probes ``(U,)``; ``right`` where the best is the right
+    one."""
+    falsely = unmated.sort(descending=True).values
+    rates = {}
+    for fpir in fpirs:
+        # As many non-mated probes may pass; the next one's score is the threshold, and must be exceeded.
+        passing = int((torch.arange(len(falsely) + 1, dtype=torch.float64) / len(falsely) <= fpir).sum()) - 1
+        threshold = falsely[passing] if passing < len(falsely) else -torch.inf
+        rates[fpir] = float((right & (mated > threshold)).double().mean())
+    return rates
+
+
+def split_gallery(
+    labels: Tensor, *, gallery_images: int = 1, unknown: float = 0.2, seed: int = 0
+) -> tuple[Tensor, Tensor]:
+    """Split labelled images into gallery and probes: rows ``(G,)`` and ``(N,)`` int64.
+
+    Args:
+        labels: (M,).
+        gallery_images: of each known identity, drawn at random; the others are mated probes. An identity that has no
+            more than these is left unknown.
+        unknown: share of the identities kept out of the gallery, so that their images are non-mated probes; in [0, 1).
+        seed: of both choices.
+
+    Raises:
+        ValueError: options out of range, or labels that leave no mated probe.
+
+    >>> gallery, probes = split_gallery(torch.tensor([0, 0, 1, 1]), unknown=0.5)
+    >>> len(gallery), len(probes)
+    (1, 3)
+    """
+    if gallery_images < 1:
+        raise ValueError(f"gallery_images must be >= 1; got {gallery_images}")
+    if not 0 <= unknown < 1:
+        raise ValueError(f"unknown must be in [0, 1); got {unknown}")
+    generator = np.random.default_rng(seed)
+    rows_of = {int(label): np.flatnonzero(labels.cpu().numpy() == label) for label in labels.unique().tolist()}
+    kept_out = set(generator.permutation(list(rows_of))[: round(unknown * len(rows_of))].tolist())
+    gallery = [
+        generator.permutation(rows)[:gallery_images]
+        for label, rows in rows_of.items()
+        if label not in kept_out and len(rows) > gallery_images
+    ]
+    if not gallery:
+        raise ValueError(f"labels must hold an identity with more than gallery_images={gallery_images} images")
+    chosen = torch.as_tensor(np.sort(np.concatenate(gallery)))
+    probes = torch.ones(len(labels), dtype=torch.bool)
+    probes[chosen] = False
+    return chosen, probes.nonzero()[:, 0]

@@ -1,0 +1,101 @@
+"""The machine code of the CUDA kernels as this build ships it: what can be known of it without a GPU.
+
+``pytest -s`` shows the table. Read by the cuobjdump of the CUDA toolkit, or by the one that Triton brings.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from fused_arcface import _native
+
+
+def _cuobjdump() -> str | None:
+    triton = importlib.util.find_spec("triton")
+    bundled = triton and triton.origin and Path(triton.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    return shutil.which("cuobjdump") or (str(bundled) if bundled and bundled.exists() else None)
+
+
+CUOBJDUMP = _cuobjdump()
+pytestmark = [
+    pytest.mark.skipif(
+        not hasattr(_native, "cuda"), reason="this build has no CUDA kernels: no nvcc was found where it was built"
+    ),
+    pytest.mark.skipif(CUOBJDUMP is None, reason="cuobjdump is neither on the PATH nor part of an installed Triton"),
+]
+
+ARCHITECTURES = {"sm_80": 166_912, "sm_90": 232_448}
+"""Bytes of shared memory that a block may have, by architecture (CUDA C++ programming guide, technical
+specifications)."""
+REGISTERS = 65_536
+"""Of a multiprocessor, on either."""
+RESERVED_SHARED = 1024
+"""Bytes that the system keeps of each block's shared memory."""
+SHARED, THREADS = 64 << 10, 128
+"""csrc/cuda/gemm.h: kSharedBytes, kThreads."""
+
+PRODUCTS = {
+    "class_stats_kernel": 4,
+    "class_gradient_kernel": 4,
+    "centre_sum_kernel": 4,
+    "centre_gradient_kernel": 4,
+}
+"""Kernels with a product, and the precisions that each is compiled for."""
+
+
+def _dump(*arguments: str) -> str:
+    assert CUOBJDUMP is not None and _native.__file__ is not None
+    return subprocess.run([CUOBJDUMP, *arguments, _native.__file__], capture_output=True, text=True, check=True).stdout
+
+
+def _kernel(mangled: str) -> str:
+    match = re.search(r"\d+([a-z_]+_kernel)", mangled)
+    assert match is not None, mangled
+    return match.group(1)
+
+
+@pytest.mark.parametrize("architecture", list(ARCHITECTURES))
+def test_registers_spills_and_shared_memory(architecture: str) -> None:
+    report = _dump("--dump-resource-usage", "-arch", architecture)
+    usage = re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", report)
+    found = dict.fromkeys(PRODUCTS, 0)
+    for mangled, *numbers in usage:
+        kernel = _kernel(mangled)
+        registers, stack, shared, local = map(int, numbers)
+        row = f"{architecture} {kernel:<28}{registers:>4} registers {stack:>3} B stack {shared:>5} B static shared"
+        print(row)
+        # The sine and cosine of a huge argument are reduced with a table on the stack; spills have none to go to.
+        assert stack <= (32 if kernel == "margin_loss_kernel" else 0) and local == 0, row
+        if kernel in found:
+            found[kernel] += 1
+            blocks = min(REGISTERS // (registers * THREADS), ARCHITECTURES[architecture] // (SHARED + RESERVED_SHARED))
+            assert blocks >= 2, f"{row}: two blocks on a multiprocessor are to hide each other's latency; {blocks} fit"
+    assert found == PRODUCTS
+
+
+@pytest.mark.parametrize("architecture", list(ARCHITECTURES))
+def test_tensor_cores_and_asynchronous_copies(architecture: str) -> None:
+    """Machine code of the products: HMMA with fp32 sums, LDSM (ldmatrix), LDGSTS (cp.async); no local memory."""
+    code: dict[str, str] = {}
+    for part in re.split(r"\n\s*Function : ", _dump("-sass", "-arch", architecture))[1:]:
+        mangled = part.split("\n", 1)[0].strip()
+        code[mangled] = part
+    products = {mangled: part for mangled, part in code.items() if _kernel(mangled) in PRODUCTS}
+    assert len(products) == sum(PRODUCTS.values())
+    kinds = set()
+    for mangled, part in products.items():
+        multiplications = set(re.findall(r"HMMA\.(\S+)", part))
+        assert multiplications and all(".F32" in kind for kind in multiplications), (mangled, multiplications)
+        kinds |= multiplications
+        for instruction in (r"LDSM\.16\.M88\.4", r"LDGSTS\.E\.BYPASS\.128", r"BAR\.SYNC"):
+            assert re.search(instruction, part), (mangled, instruction)
+        assert not re.search(r"\b(STL|LDL)\b", part), mangled
+    for kind in ("BF16", "TF32"):
+        assert any(kind in each for each in kinds), kinds
+    assert "16816.F32" in kinds, kinds  # fp16's

@@ -1,0 +1,229 @@
+"""``verify`` and ``identify`` from the command line: a run's net on files, figures, saved embeddings, wrong usage."""
+
+from __future__ import annotations
+
+import io
+import json
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("sklearn")
+pytest.importorskip("PIL")
+
+from PIL import Image
+
+import fused_arcface as fa
+from fused_arcface.cli import run
+from fused_arcface.data import ImageSpec, identity_images
+from fused_arcface.evaluation import Euclidean, balanced_pairs, identify, pair_scores, split_gallery, verify_scores
+from fused_arcface.evaluation.embedding_sets import EmbeddingSet
+from fused_arcface.training import SmallNet
+from fused_arcface.training.config import TrainConfig
+from fused_arcface.training.runs import RunFolder, load_backbone
+
+PEOPLE, IMAGES = 12, 5
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run as ``train`` leaves it, a folder of identities in PNG, and insightface's .bin of them in JPEG."""
+    root = tmp_path_factory.mktemp("evaluate")
+    folder = RunFolder(root / "run")
+    folder.root.mkdir()
+    TrainConfig(data="identities", image_size=16, channels=1, embedding_dim=8).save(folder.config)
+    torch.manual_seed(7)
+    fa.checkpoint.save(folder.checkpoints, fa.PartialFC(8, 4), backbone=SmallNet(8))
+    drawn = identity_images(PEOPLE, IMAGES)
+    encoded = []
+    for number, (image, label) in enumerate(zip(drawn.images, drawn.labels.tolist(), strict=True)):
+        grey = Image.fromarray((255 * image[0].clamp(0, 1)).byte().numpy())
+        path = root / "people" / f"person {label:02d}" / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        grey.save(path)
+        file = io.BytesIO()
+        grey.convert("RGB").save(file, "jpeg", quality=95)
+        encoded.append(file.getvalue())
+    pairs = balanced_pairs(drawn.labels, 60)
+    listed = [encoded[i] for pair in zip(pairs.first.tolist(), pairs.second.tolist(), strict=True) for i in pair]
+    (root / "people.bin").write_bytes(pickle.dumps((listed, pairs.same.tolist()), 2))
+    return root
+
+
+def command(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    status = run([str(argument) for argument in arguments])
+    shown = capsys.readouterr()
+    assert status == 0, shown.err
+    return shown.out
+
+
+def figures(shown: str) -> list[str]:
+    """The table's rows."""
+    kinds = ("pairs", "people in", "images of", "probes", "accuracy", "equal", "TAR", "rank", "TPIR")
+    return [" ".join(line.split()) for line in shown.splitlines() if line.startswith(kinds)]
+
+
+def embedded(files: Path) -> tuple[torch.Tensor, torch.Tensor]:
+    from fused_arcface.evaluation.pair_sets import read_labelled
+
+    net, spec = load_backbone(files / "run")
+    assert spec == ImageSpec(16, 1)
+    images = read_labelled(str(files / "people"))
+    assert images.labels is not None
+    with torch.no_grad():
+        return net(torch.stack([images.read(i, spec) for i in range(len(images))])), images.labels
+
+
+def test_verify_a_folder(
+    files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # from any directory
+    arguments = ("--data", files / "people", "--checkpoint", files / "run", "--json", "out/v.json", "--pictures", "out")
+    shown = command(capsys, "verify", *arguments, "--save-embeddings", "out/e.npz", "--batch-size", 7)
+    found = json.loads(Path("out/v.json").read_text())
+    embeddings, labels = embedded(files)
+    pairs = balanced_pairs(labels)
+    expected = verify_scores(pairs.same, pair_scores(embeddings, pairs))
+    assert found["accuracy"] == pytest.approx(expected.accuracy) and found["eer"] == pytest.approx(expected.eer)
+    assert found["tar_at_far"] == pytest.approx({f"{far:g}": tar for far, tar in expected.tar.items()})
+    assert found["pairs"] == {"same": 120, "different": 120} and found["distance"] == "cosine" and found["normalized"]
+    assert f"{expected.accuracy:.4f} ±" in shown and "TAR at FAR 1e-06" in shown
+    for picture in ("roc.png", "det.png"):
+        assert Image.open(Path("out") / picture).size[0] > 400
+
+    # Scored again, the images are not needed.
+    again = command(capsys, "verify", "--embeddings", "out/e.npz", "--json", "w.json")
+    assert json.loads(Path("w.json").read_text())["tar_at_far"] == found["tar_at_far"]
+    assert figures(again) == figures(shown)
+    raw = command(capsys, "verify", "--embeddings", "out/e.npz", "--distance", "euclidean", "--raw")
+    expected = verify_scores(pairs.same, pair_scores(embeddings, pairs, Euclidean()))
+    assert f"{expected.accuracy:.4f} ±" in raw
+
+
+@pytest.mark.parametrize("distance", ["cosine", "euclidean", "p-norm", "inner-product", "mahalanobis"])
+def test_every_distance_in_both_commands(
+    distance: str, files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    embeddings, labels = embedded(files)
+    kept = tmp_path / "e.safetensors"
+    EmbeddingSet(embeddings, [""] * len(labels), labels).save(kept)
+    for name in ("verify", "identify"):
+        command(capsys, name, "--embeddings", kept, "--distance", distance, "--p", 1.5, "--json", tmp_path / name)
+        found = json.loads((tmp_path / name).read_text())
+        assert found["distance"] == distance and found.get("p") == (1.5 if distance == "p-norm" else None)
+        assert (0 <= found["shrinkage"] <= 1) if distance == "mahalanobis" else "shrinkage" not in found
+
+
+def test_mahalanobis_is_fitted_on_the_gallery_that_is_named(
+    files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    embeddings, labels = embedded(files)
+    EmbeddingSet(embeddings, [""] * len(labels), labels).save(tmp_path / "e.npz")
+    EmbeddingSet(torch.randn(50, 8), [""] * 50).save(tmp_path / "g.npz")
+    options = ("--embeddings", tmp_path / "e.npz", "--distance", "mahalanobis", "--json", tmp_path / "v.json")
+    command(capsys, "verify", *options)
+    own = json.loads((tmp_path / "v.json").read_text())
+    command(capsys, "verify", *options, "--gallery", tmp_path / "g.npz")
+    assert json.loads((tmp_path / "v.json").read_text())["shrinkage"] != own["shrinkage"]
+
+
+def test_verify_a_bin_file(files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ("--data", files / "people.bin", "--checkpoint", files / "run", "--json", tmp_path / "v.json")
+    command(capsys, "verify", *arguments)
+    plain = json.loads((tmp_path / "v.json").read_text())
+    assert plain["pairs"] == {"same": 60, "different": 60} and plain["flip"] is False
+    command(capsys, "verify", *arguments, "--flip")
+    flipped = json.loads((tmp_path / "v.json").read_text())
+    assert flipped["flip"] is True and flipped["tar_at_far"] != plain["tar_at_far"]
+
+
+def test_verify_a_file_of_pairs(files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = []
+    for person in range(10):
+        first = f"person {person:02d}/{IMAGES * person}.png"
+        lines.append(f"{first}\tperson {person:02d}/{IMAGES * person + 1}.png\t1\n")
+        lines.append(f"{first}\tperson {person + 1:02d}/{IMAGES * (person + 1)}.png\t0\n")
+    (tmp_path / "pairs.txt").write_text("".join(lines))
+    arguments = ("--data", tmp_path / "pairs.txt", "--images", files / "people", "--checkpoint", files / "run")
+    assert {"pairs of one person 10", "pairs of two people 10"} <= set(figures(command(capsys, "verify", *arguments)))
+
+
+def test_identify_a_folder(files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ("--data", files / "people", "--checkpoint", files / "run", "--json", tmp_path / "i.json")
+    options = ("--gallery-images", 2, "--unknown", 0.25, "--seed", 3, "--ranks", 6, "--pictures", tmp_path)
+    shown = command(capsys, "identify", *arguments, *options, "--save-embeddings", tmp_path / "e.npz")
+    found = json.loads((tmp_path / "i.json").read_text())
+    embeddings, labels = embedded(files)
+    known, sought = split_gallery(labels, gallery_images=2, unknown=0.25, seed=3)
+    expected = identify(embeddings[known], labels[known], embeddings[sought], labels[sought], max_rank=6)
+    assert found["cmc"] == pytest.approx(expected.cmc.tolist()) and len(found["cmc"]) == 6
+    assert found["gallery"] == {"images": 18, "identities": 9} and found["probes"] == {"mated": 27, "unmated": 15}
+    assert found["tpir_at_fpir"] == pytest.approx({f"{fpir:g}": rate for fpir, rate in expected.tpir.items()})
+    assert f"{expected.rank(1):.4f}" in shown and "TPIR at FPIR 0.01" in shown
+    assert Image.open(tmp_path / "cmc.png").size[0] > 400
+    again = command(capsys, "identify", "--embeddings", tmp_path / "e.npz", *options[:8], "--engine", "torch")
+    assert figures(again) == figures(shown)
+
+
+def test_identify_probes_in_a_gallery_by_names(files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for number in (0, 1, 2):  # the gallery has three people, whose first images are probes as well
+        person = tmp_path / "gallery" / f"person {number + 4:02d}"
+        person.mkdir(parents=True)
+        source = files / "people" / f"person {number + 4:02d}" / f"{IMAGES * (number + 4)}.png"
+        (person / "photo.png").write_bytes(source.read_bytes())
+    sets = ("--gallery", tmp_path / "gallery", "--probes", files / "people", "--checkpoint", files / "run")
+    command(capsys, "identify", *sets, "--json", tmp_path / "i.json")
+    found = json.loads((tmp_path / "i.json").read_text())
+    assert found["gallery"] == {"images": 3, "identities": 3}
+    assert found["probes"] == {"mated": 3 * IMAGES, "unmated": (PEOPLE - 3) * IMAGES}
+    assert found["rank"]["1"] >= 1 / IMAGES  # at least the same images are found
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "message"),
+    [
+        (["verify"], 2, "--data and --checkpoint must be given, or --embeddings alone"),
+        (["verify", "--data", "x"], 2, "--data and --checkpoint must be given"),
+        (["identify"], 2, "one of --data, --gallery with --probes, and --embeddings"),
+        (["identify", "--data", "x", "--gallery", "y", "--checkpoint", "z"], 2, "one of --data"),
+        (["identify", "--embeddings", "x.npz", "--save-embeddings", "y.npz"], 2, "--save-embeddings goes with --data"),
+        (["verify", "--data", "nothing.bin", "--checkpoint", "run"], 1, "nothing.bin is not a file"),
+        (["verify", "--data", "people.bin", "--checkpoint", "nothing"], 1, "nothing"),
+        (["verify", "--data", "people.bin", "--checkpoint", "run", "--distance", "hamming"], 1, "distance must be one"),
+        (
+            ["verify", "--data", "people", "--checkpoint", "run", "--save-embeddings", "e.txt"],
+            1,
+            "embeddings must be in",
+        ),
+        (
+            ["verify", "--data", "people", "--checkpoint", "run", "--device", "abacus"],
+            2,
+            "--device abacus cannot be used",
+        ),
+        (["verify", "--embeddings", "missing.npz"], 1, "missing.npz cannot be read"),
+        (["identify", "--data", "people", "--checkpoint", "run", "--unknown", "1"], 1, r"unknown must be in [0, 1)"),
+    ],
+)
+def test_wrong_usage(
+    arguments: list[str],
+    status: int,
+    message: str,
+    files: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(files)
+    assert run(arguments) == status
+    shown = capsys.readouterr().err.replace("│", " ")
+    assert message in " ".join(shown.split())
+
+
+def test_an_image_that_cannot_be_read_is_named(files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for person in ("a", "b"):
+        (tmp_path / person).mkdir()
+        for number in (1, 2):
+            (tmp_path / person / f"{number}.png").write_bytes(b"no image")
+    assert run(["verify", "--data", str(tmp_path), "--checkpoint", str(files / "run")]) == 1
+    assert f"{tmp_path / 'a' / '1.png'} cannot be read as an image" in capsys.readouterr().err
