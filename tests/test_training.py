@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -402,17 +403,25 @@ def test_end_to_end_on_files_with_ctrl_c_and_two_ranks(tmp_path: Path) -> None:
 
 
 @pytest.mark.full
-def test_two_ranks_are_interrupted_together_and_resumed_on_one(tmp_path: Path) -> None:
+def test_two_ranks_are_interrupted_together_and_resumed_on_two_and_on_one(tmp_path: Path) -> None:
+    """On two ranks the losses are those of two that were not interrupted, to the bit. On one, whose sums are rounded in
+    another order, they part slowly: by 1e-7 at first, tenfold in about ten steps."""
     config = TINY.replace({"epochs": 40, "batch_size": 12, "sample_rate": 0.7})
-    run(config.replace({"accumulation": 2}), tmp_path / "whole")
     config.save(tmp_path / "options.toml")
-    output = tmp_path / "parts"
-    process = start(["--config", str(tmp_path / "options.toml"), "--output", str(output)], ranks=2)
-    wait_for_steps(output, process, 5)
-    process.send_signal(signal.SIGTERM)  # torchrun hands it on
-    process.communicate(timeout=120)
-    stopped = len(losses(output))
-    assert 5 <= stopped < 80
-    _, heard = run(config.replace({"accumulation": 2}), output, resume=True)
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    for output in (whole, parts):
+        process = start(["--config", str(tmp_path / "options.toml"), "--output", str(output)], ranks=2)
+        if output == parts:
+            wait_for_steps(output, process, 5)
+            process.send_signal(signal.SIGTERM)  # torchrun hands it on
+        process.communicate(timeout=120)
+    stopped = len(losses(parts))
+    assert 5 <= stopped < 70
+    shutil.copytree(parts, tmp_path / "on_one")
+    process = start(["--output", str(parts), "--resume"], ranks=2)
+    _, error = process.communicate(timeout=120)
+    assert process.returncode == 0, error
+    assert losses(parts) == losses(whole)
+    _, heard = run(config.replace({"accumulation": 2}), tmp_path / "on_one", resume=True)
     assert heard[0].step == stopped
-    assert losses(output) == pytest.approx(losses(tmp_path / "whole"), rel=2e-3)
+    assert losses(tmp_path / "on_one")[: stopped + 10] == pytest.approx(losses(whole)[: stopped + 10], rel=1e-4)
