@@ -175,8 +175,8 @@ def test_backends_without_them_say_so(name: str, options: dict[str, object], wha
 def test_auto_takes_a_backend_that_has_them(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backends, "_unavailable", lambda name: None)
     assert backends.select("auto", torch.device("cuda")) == "triton"
-    assert backends.select("auto", torch.device("cuda"), "sub_centers=3") == "reference"
-    assert backends.select("auto", torch.device("cpu"), "sub_centers=3") == "cpu"
+    assert backends.select("auto", torch.device("cuda"), needs="sub_centers=3") == "reference"
+    assert backends.select("auto", torch.device("cpu"), needs="sub_centers=3") == "cpu"
 
 
 def test_state_belongs_to_the_head() -> None:

@@ -48,7 +48,8 @@ int64_t class_stats(const std::string& precision, const MatrixTuple& embeddings,
                             pointer<void>(negative_max),
                             pointer<void>(negative_sum),
                             pointer<void>(centre_sum),
-                            0};
+                            0,
+                            {}};
   const py::gil_scoped_release release;
   return visit_precision(precision, [&](auto passes) {
     return passes.class_stats(args, to_options(options), pointer<void>(workspace), to_stream(stream));
@@ -67,7 +68,8 @@ int64_t weight_grad(const std::string& precision, const MatrixTuple& embeddings,
                             pointer<const void>(negative_coefficient),
                             pointer<const void>(target_coefficient),
                             to_matrix(d_weight),
-                            0};
+                            0,
+                            {}};
   const py::gil_scoped_release release;
   return visit_precision(precision, [&](auto passes) {
     return passes.weight_grad(args, nullptr, nullptr, to_options(options), pointer<void>(workspace), to_stream(stream));
@@ -86,7 +88,8 @@ int64_t update_centres(const std::string& precision, const MatrixTuple& embeddin
                             pointer<const void>(negative_coefficient),
                             pointer<const void>(target_coefficient),
                             {},
-                            0};
+                            0,
+                            {}};
   const CentreStep step = to_centre_step(centre_step);
   const py::gil_scoped_release release;
   return visit_precision(precision, [&](auto passes) {
