@@ -44,8 +44,8 @@ struct ClassStatsArgs {
   void* negative_sum;   // (N,) or null: only the maximum is wanted
   void* centre_sum;     // (N, D) contiguous, or null: not wanted
   int threads;          // of a CPU
-  // On a CPU, if not plain: exp(scale * f(c)) in both sums, times f'(c) in the latter; negative_max is the greatest f(c)
-  // where only the maximum is wanted, else the greatest c.
+  // On a CPU, if not plain: exp(scale * f(c)) in both sums, times f'(c) in the latter; negative_max is the greatest
+  // f(c) where only the maximum is wanted, else the greatest c.
   Negatives negatives;
 };
 
