@@ -200,7 +200,7 @@ def test_an_interrupted_run_keeps_its_cases_and_goes_on(
         bench(**options)
     assert exit_.value.exit_code == 130
     said = capsys.readouterr().out
-    assert "Interrupted" in said and tmp_path.name in said and "--resume" in said
+    assert tmp_path.name in said and "--resume" in said
     assert {each.case for each in read_report(tmp_path).measurements if each.provider == "eager"} == {TINY}
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 

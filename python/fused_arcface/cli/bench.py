@@ -262,7 +262,7 @@ def _run_capacity(
     except (ValueError, RuntimeError) as error:
         raise typer.BadParameter(str(error)) from None
     except KeyboardInterrupt:
-        console.print(f"Interrupted. What was found is in {output}; --resume goes on from there.", markup=False)
+        console.print(f"What was found is in {output}; --resume goes on from there.", markup=False)
         raise typer.Exit(130) from None
     _print(console, [_capacity_table(rows, budget_bytes), *_skips(skips)])
     if not rows:
