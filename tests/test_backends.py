@@ -10,7 +10,7 @@ from cases import Case, make_inputs
 
 import fused_arcface as fa
 from fused_arcface import _native, backends
-from fused_arcface.backends import cpu
+from fused_arcface.backends import cpu, native
 
 
 def test_available() -> None:
@@ -33,7 +33,7 @@ def test_instruction_sets() -> None:
 def test_environment_chooses_the_instruction_set(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FUSED_ARCFACE_ISA", "portable")
     asked = []
-    monkeypatch.setattr(cpu._native, "class_stats", lambda isa, *_: asked.append(isa))
+    monkeypatch.setattr(_native, "class_stats", lambda isa, *_: asked.append(isa))
     x, w, target, _ = make_inputs(Case())
     fa.margin_softmax_loss(x, w, target, backend="cpu")
     assert asked == ["portable"]
@@ -51,7 +51,7 @@ def test_instruction_set_that_is_not_here(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_compiled_part_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     """The reason is given, "auto" does without, the named backend does not fall back."""
-    monkeypatch.setattr(cpu, "_import_error", "no such file")
+    monkeypatch.setattr(native, "_import_error", "no such file")
     assert fa.backends.available()["cpu"] == (
         "the compiled module fused_arcface._native cannot be imported: no such file"
     )

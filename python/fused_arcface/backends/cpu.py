@@ -8,54 +8,35 @@ import torch
 from torch import Tensor
 
 from ..ops import PLAIN, CentreStep, Negatives, compute_dtype
+from . import native
 
 # O(N·D) and less: PyTorch does these as well as a kernel would.
 from .reference import embedding_grad, margin_loss, target_cosine, unit_embedding_grad  # noqa: F401
 
-_import_error = None
-try:
-    from .. import _native
-except ImportError as error:  # unavailable() reports it: the package is of use without its compiled part
-    _import_error = str(error)
-
 
 def unavailable() -> str | None:
-    if _import_error is not None:
-        return f"the compiled module fused_arcface._native cannot be imported: {_import_error}"
-    asked = os.environ.get("FUSED_ARCFACE_ISA", "")
-    if asked and asked not in _native.isas():
-        return f"FUSED_ARCFACE_ISA={asked} names none of this machine's instruction sets: {', '.join(_native.isas())}"
+    if native.unavailable() is not None:
+        return native.unavailable()
+    asked, isas = os.environ.get("FUSED_ARCFACE_ISA", ""), native.module.isas()
+    if asked and asked not in isas:
+        return f"FUSED_ARCFACE_ISA={asked} names none of this machine's instruction sets: {', '.join(isas)}"
     return None
 
 
 def isa() -> str:
     """The instruction set in use: the best of this machine, or the one named in the environment's FUSED_ARCFACE_ISA."""
-    return os.environ.get("FUSED_ARCFACE_ISA") or _native.isas()[0]
+    return os.environ.get("FUSED_ARCFACE_ISA") or native.module.isas()[0]
 
 
 def multiply_adds(rounds: int) -> int:
     """Flops of ``rounds`` vector multiply-adds on all of torch's threads, in registers alone: timed, the FMA peak."""
-    return _native.multiply_adds(isa(), rounds, torch.get_num_threads())
-
-
-def _matrix(tensor: Tensor) -> tuple[int, int, int, int, int, int]:
-    code = {
-        torch.float32: _native.FLOAT32,
-        torch.float64: _native.FLOAT64,
-        torch.bfloat16: _native.BFLOAT16,
-        torch.float16: _native.FLOAT16,
-    }[tensor.dtype]
-    return (tensor.data_ptr(), code, *tensor.shape, *tensor.stride())
-
-
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
+    return native.module.multiply_adds(isa(), rounds, torch.get_num_threads())
 
 
 def _native_negatives(negatives: Negatives, threshold: Tensor | None) -> tuple[int, int, float, float, float]:
     """``threshold``: the row's thresholds in the compute dtype, which the caller keeps alive."""
     a, b, d = (0.0, 1.0, 0.0) if negatives.coefficients is None else negatives.coefficients.tolist()
-    return negatives.sub_centers, _address(threshold), a, b, d
+    return negatives.sub_centers, native.address(threshold), a, b, d
 
 
 def _thresholds(negatives: Negatives, dtype: torch.dtype) -> Tensor | None:
@@ -77,17 +58,17 @@ def _run_class_stats(
     target = target.contiguous()
     shift = None if shift is None else shift.contiguous()
     threshold = _thresholds(negatives, maximum.dtype)
-    _native.class_stats(
+    native.module.class_stats(
         isa(),
         maximum.dtype == torch.float64,
-        _matrix(embeddings),
-        _matrix(weight),
+        native.matrix(embeddings),
+        native.matrix(weight),
         target.data_ptr(),
         scale,
-        _address(shift),
+        native.address(shift),
         maximum.data_ptr(),
-        _address(total),
-        _address(centre_sum),
+        native.address(total),
+        native.address(centre_sum),
         torch.get_num_threads(),
         _native_negatives(negatives, threshold),
     )
@@ -134,17 +115,17 @@ def weight_grad(
     negative_coefficient, target_coefficient = negative_coefficient.contiguous(), target_coefficient.contiguous()
     threshold = _thresholds(negatives, negative_coefficient.dtype)
     d_weight = torch.empty_like(weight)
-    _native.weight_grad(
+    native.module.weight_grad(
         isa(),
         negative_coefficient.dtype == torch.float64,
-        _matrix(embeddings),
-        _matrix(weight),
+        native.matrix(embeddings),
+        native.matrix(weight),
         target.data_ptr(),
         scale,
         lse.data_ptr(),
         negative_coefficient.data_ptr(),
         target_coefficient.data_ptr(),
-        _matrix(d_weight),
+        native.matrix(d_weight),
         torch.get_num_threads(),
         _native_negatives(negatives, threshold),
     )
@@ -167,36 +148,17 @@ def update_centres(
     target, lse = target.contiguous(), lse.contiguous()
     negative_coefficient, target_coefficient = negative_coefficient.contiguous(), target_coefficient.contiguous()
     threshold = _thresholds(negatives, negative_coefficient.dtype)
-    types = {
-        torch.float64: _native.MOMENTUM_FLOAT64,
-        torch.float32: _native.MOMENTUM_FLOAT32,
-        torch.bfloat16: _native.MOMENTUM_BFLOAT16,
-        torch.int8: _native.MOMENTUM_INT8,
-    }
-    buffer, classes = step.momentum_buffer, step.classes
-    native_step = (
-        _address(classes),
-        weight.shape[0] if classes is None else classes.shape[0],
-        _native.NO_MOMENTUM if buffer is None else types[buffer.dtype],
-        _address(buffer),
-        _address(step.momentum_scale),
-        step.lr,
-        step.momentum,
-        step.weight_decay,
-        step.rounding_key % 2**64,
-        step.class_start,
-    )
-    _native.update_centres(
+    native.module.update_centres(
         isa(),
         negative_coefficient.dtype == torch.float64,
-        _matrix(embeddings),
-        _matrix(weight),
+        native.matrix(embeddings),
+        native.matrix(weight),
         target.data_ptr(),
         scale,
         lse.data_ptr(),
         negative_coefficient.data_ptr(),
         target_coefficient.data_ptr(),
-        native_step,
+        native.centre_step(step, weight),
         torch.get_num_threads(),
         _native_negatives(negatives, threshold),
     )

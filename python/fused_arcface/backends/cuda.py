@@ -16,15 +16,9 @@ import torch
 from torch import Tensor
 
 from ..ops import CentreStep
+from . import native
 
-_import_error = None
-_kernels: Any = None
-try:
-    from .. import _native
-except ImportError as error:  # unavailable() reports it: the package is of use without its compiled part
-    _import_error = str(error)
-else:
-    _kernels = getattr(_native, "cuda", None)
+_kernels: Any = None if native.unavailable() else getattr(native.module, "cuda", None)
 
 _LEAST_CAPABILITY = (8, 0)
 """Ampere: the first with asynchronous copies, bf16 and tf32."""
@@ -47,8 +41,8 @@ CHUNKS = ChunkConfig(exponential_bytes=24 << 20, centre_bytes=8 << 20)
 
 
 def unavailable() -> str | None:
-    if _import_error is not None:
-        return f"the compiled module fused_arcface._native cannot be imported: {_import_error}"
+    if native.unavailable() is not None:
+        return native.unavailable()
     if _kernels is None:
         return (
             "this build has no CUDA kernels: with the CUDA toolkit's nvcc on the PATH, run "
@@ -81,19 +75,6 @@ def _precision(embeddings: Tensor, weight: Tensor) -> str:
     return "float32" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
-def _matrix(tensor: Tensor) -> tuple[int, int, int, int, int, int]:
-    code = {
-        torch.float32: _native.FLOAT32,
-        torch.bfloat16: _native.BFLOAT16,
-        torch.float16: _native.FLOAT16,
-    }[tensor.dtype]
-    return (tensor.data_ptr(), code, *tensor.shape, *tensor.stride())
-
-
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
-
-
 _Run = Callable[[tuple[int, int, int], int, tuple[int, int]], int]
 
 
@@ -124,14 +105,14 @@ def _class_stats(
     def run(options: tuple[int, int, int], workspace: int, stream: tuple[int, int]) -> int:
         return _kernels.class_stats(
             precision,
-            _matrix(embeddings),
-            _matrix(weight),
+            native.matrix(embeddings),
+            native.matrix(weight),
             target.data_ptr(),
             scale,
-            _address(shift),
+            native.address(shift),
             maximum.data_ptr(),
-            _address(total),
-            _address(centre_sum),
+            native.address(total),
+            native.address(centre_sum),
             options,
             workspace,
             stream,
@@ -181,14 +162,14 @@ def weight_grad(
     def run(options: tuple[int, int, int], workspace: int, stream: tuple[int, int]) -> int:
         return _kernels.weight_grad(
             precision,
-            _matrix(embeddings),
-            _matrix(weight),
+            native.matrix(embeddings),
+            native.matrix(weight),
             target.data_ptr(),
             scale,
             lse.data_ptr(),
             negative_coefficient.data_ptr(),
             target_coefficient.data_ptr(),
-            _matrix(d_weight),
+            native.matrix(d_weight),
             options,
             workspace,
             stream,
@@ -211,31 +192,13 @@ def update_centres(
     precision = _precision(embeddings, weight)
     target, lse = target.contiguous(), lse.contiguous()
     negative_coefficient, target_coefficient = negative_coefficient.contiguous(), target_coefficient.contiguous()
-    types = {
-        torch.float64: _native.MOMENTUM_FLOAT64,
-        torch.float32: _native.MOMENTUM_FLOAT32,
-        torch.bfloat16: _native.MOMENTUM_BFLOAT16,
-        torch.int8: _native.MOMENTUM_INT8,
-    }
-    buffer, classes = step.momentum_buffer, step.classes
-    native_step = (
-        _address(classes),
-        weight.shape[0] if classes is None else classes.shape[0],
-        _native.NO_MOMENTUM if buffer is None else types[buffer.dtype],
-        _address(buffer),
-        _address(step.momentum_scale),
-        step.lr,
-        step.momentum,
-        step.weight_decay,
-        step.rounding_key % 2**64,
-        step.class_start,
-    )
+    native_step = native.centre_step(step, weight)
 
     def run(options: tuple[int, int, int], workspace: int, stream: tuple[int, int]) -> int:
         return _kernels.update_centres(
             precision,
-            _matrix(embeddings),
-            _matrix(weight),
+            native.matrix(embeddings),
+            native.matrix(weight),
             target.data_ptr(),
             scale,
             lse.data_ptr(),
@@ -254,7 +217,9 @@ def update_centres(
 def target_cosine(embeddings: Tensor, weight: Tensor, target: Tensor) -> Tensor:
     cosine, target = _empty_rows(embeddings), target.contiguous()
     stream, _ = _device(embeddings)
-    _kernels.target_cosine(_matrix(embeddings), _matrix(weight), target.data_ptr(), cosine.data_ptr(), stream)
+    _kernels.target_cosine(
+        native.matrix(embeddings), native.matrix(weight), target.data_ptr(), cosine.data_ptr(), stream
+    )
     return cosine
 
 
@@ -266,7 +231,7 @@ def unit_embedding_grad(
     d_unit = torch.empty_like(mean_centre)
     stream, _ = _device(weight)
     _kernels.unit_embedding_grad(
-        _matrix(weight),
+        native.matrix(weight),
         target.data_ptr(),
         mean_centre.data_ptr(),
         negative_coefficient.data_ptr(),
@@ -281,7 +246,7 @@ def unit_embedding_grad(
 def embedding_grad(d_unit: Tensor, embeddings: Tensor) -> Tensor:
     d_unit, d_embeddings = d_unit.contiguous(), torch.empty_like(embeddings)
     stream, _ = _device(embeddings)
-    _kernels.embedding_grad(d_unit.data_ptr(), _matrix(embeddings), _matrix(d_embeddings), stream)
+    _kernels.embedding_grad(d_unit.data_ptr(), native.matrix(embeddings), native.matrix(d_embeddings), stream)
     return d_embeddings
 
 

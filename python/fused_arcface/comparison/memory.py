@@ -7,7 +7,7 @@ import itertools
 import torch
 
 from ..benchmark.child import Child
-from ..benchmark.memory import can_reset, peak_since_reset, reset_peak
+from ..benchmark.memory import can_measure, peak_since_reset, reset_peak
 from ..data import LabelledImages
 from ..training import Recipe, SmallNet, one_cycle, training_steps
 from .criteria import criteria
@@ -26,7 +26,7 @@ def peak_of_steps(criterion: str, plan: Plan, channels: int, size: int, num_clas
         num_classes: C.
         child: the process that measures.
     """
-    if not can_reset():
+    if not can_measure(torch.device("cpu")):
         return None
     peak: int = child.call(
         ".comparison.memory:measure",

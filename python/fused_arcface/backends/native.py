@@ -1,0 +1,65 @@
+"""The compiled module as the backends ``cpu`` and ``cuda`` share it: whether it can be imported, and how tensors and a
+step of the optimizer are written for it (csrc/tuples.h): numbers, raw addresses among them.
+
+An address is no reference: whoever passes one keeps its tensor bound to a name until the kernel has read it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..ops import CentreStep
+
+_import_error = None
+try:
+    from .. import _native
+
+    module = _native
+except ImportError as error:  # unavailable() reports it: the package is of use without its compiled part
+    _import_error = str(error)
+
+
+def unavailable() -> str | None:
+    """Why the compiled module cannot be imported, or None."""
+    if _import_error is None:
+        return None
+    return f"the compiled module fused_arcface._native cannot be imported: {_import_error}"
+
+
+def address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def matrix(tensor: Tensor) -> tuple[int, int, int, int, int, int]:
+    """A matrix (rows, columns) of any strides, as ``MatrixTuple``."""
+    code = {
+        torch.float32: module.FLOAT32,
+        torch.float64: module.FLOAT64,
+        torch.bfloat16: module.BFLOAT16,
+        torch.float16: module.FLOAT16,
+    }[tensor.dtype]
+    return (tensor.data_ptr(), code, *tensor.shape, *tensor.stride())
+
+
+def centre_step(step: CentreStep, weight: Tensor) -> tuple[int, int, int, int, int, float, float, float, int, int]:
+    """A step on the rows of weight (C, D), as ``CentreStepTuple``."""
+    buffer, classes = step.momentum_buffer, step.classes
+    types = {
+        torch.float64: module.MOMENTUM_FLOAT64,
+        torch.float32: module.MOMENTUM_FLOAT32,
+        torch.bfloat16: module.MOMENTUM_BFLOAT16,
+        torch.int8: module.MOMENTUM_INT8,
+    }
+    return (
+        address(classes),
+        weight.shape[0] if classes is None else classes.shape[0],
+        module.NO_MOMENTUM if buffer is None else types[buffer.dtype],
+        address(buffer),
+        address(step.momentum_scale),
+        step.lr,
+        step.momentum,
+        step.weight_decay,
+        step.rounding_key % 2**64,
+        step.class_start,
+    )
