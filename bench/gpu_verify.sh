@@ -43,11 +43,14 @@ mkdir -p "$out/logs"
 phases=()
 failed=0
 
-# phase NAME SECONDS COMMAND...: runs it for at most so long, keeps its output, notes how it went.
+# phase NAME SECONDS COMMAND...: runs it for at most so long and what earlier phases left of theirs, keeps its output,
+# notes how it went.
+planned=0
 phase() {
-  local name=$1 limit=$2 start=$SECONDS outcome=ok status=0
+  local name=$1 limit start=$SECONDS outcome=ok status=0
+  planned=$((planned + $2))
+  limit=$(((planned < budget ? planned : budget) - SECONDS))
   shift 2
-  if ((budget - SECONDS < limit)); then limit=$((budget - SECONDS)); fi
   if ((limit < 5)); then
     failed=1
     skip "$name" "the budget of $budget s is spent"
@@ -73,17 +76,24 @@ skip() {
 
 has() { "$python" -c "import importlib.util, sys; sys.exit(importlib.util.find_spec('$1') is None)"; }
 
-phase build 120 "$python" -m pip install --quiet --no-build-isolation --no-deps --no-index --target "$work/site" .
+phase build 90 "$python" -m pip install --quiet --no-build-isolation --no-deps --no-index --target "$work/site" .
 # Child processes must find the build as well.
 export PYTHONPATH=$work/site${PYTHONPATH:+:$PYTHONPATH}
+found=$("$python" -c 'import fused_arcface; print(fused_arcface.__file__)')
+if [[ $found != "$work/site/"* ]]; then
+  echo "gpu_verify.sh: this build is not what Python imports, but '$found': see $out/logs/build.log, or uninstall" \
+    "an editable fused-arcface" >&2
+  exit 1
+fi
 # A cache of its own: kernels are compiled by this Triton, for this GPU. All phases share it.
 export TRITON_CACHE_DIR=$work/triton
 
 cores=$(nproc)
 processes=$((cores < 16 ? (cores + 1) / 2 : 8))
 if has pytest; then
-  phase tests_gpu 190 "$python" bench/parallel_tests.py "$work/tests_gpu" "$processes" -m "not full" \
-    -k "not interpreter and not emulated" tests/test_triton.py tests/test_cuda.py
+  phase tests_gpu 160 "$python" bench/parallel_tests.py "$work/tests_gpu" "$processes" -m "not full" \
+    -k "(test_triton or test_cuda or on_a_gpu) and not interpreter and not emulated" \
+    tests/test_triton.py tests/test_cuda.py tests/test_partial_fc.py tests/test_ops.py
   grep -h "beyond the weight" "$work"/tests_gpu/*.log || true
 else
   failed=1
@@ -99,17 +109,18 @@ elif ! command -v compute-sanitizer >/dev/null; then
 else
   # Without PyTorch's cache each tensor is an allocation of its own, so that an access past its end is seen.
   for tool in memcheck racecheck; do
-    phase "sanitizer_$tool" 60 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" --error-exitcode 9 \
+    phase "sanitizer_$tool" 35 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" --error-exitcode 9 \
       --target-processes all "$python" -m pytest -o addopts= tests/test_triton.py -q -p no:cacheprovider -x \
       -k "with_the_reference_on_a_gpu and bfloat16-bfloat16 and 140x600x40"
-    phase "sanitizer_cuda_$tool" 45 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" \
+    phase "sanitizer_cuda_$tool" 25 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" \
       --error-exitcode 9 --target-processes all "$python" -m pytest -o addopts= tests/test_cuda.py -q \
       -p no:cacheprovider -x -k "agrees_with_the_reference and gpu and 140x300x40"
   done
 fi
 
 if has pytest; then
-  phase tests_cpu 200 "$python" bench/parallel_tests.py "$work/tests_cpu" "$processes" -m "not full" -k "not on_a_gpu" tests
+  # What is left: the shares above take 520 at most.
+  phase tests_cpu "$((budget - planned))" "$python" bench/parallel_tests.py "$work/tests_cpu" "$processes" -m "not full" -k "not on_a_gpu" tests
 else
   skip tests_cpu "pytest is not installed"
 fi

@@ -11,6 +11,7 @@ from torch import Tensor
 
 import fused_arcface as fa
 from fused_arcface import ops as ops_module
+from fused_arcface.ops import CentreStep
 
 ops = torch.ops.fused_arcface
 
@@ -88,6 +89,39 @@ def test_invalid_label_where_labels_are_not_read(label: int, backend: str, monke
     assert loss[others].isfinite().all() and fa.margin_softmax_loss(x, w, target, backend=backend).isnan()
     (gradient,) = torch.autograd.grad(loss.sum(), x)
     assert gradient[4].isnan().any() and gradient[others].isfinite().all()
+
+
+def center_step(device: str, momentum_dtype: torch.dtype) -> tuple:
+    """Arguments of update_centres but the backend's name: a sample of 6 from 11 classes of 70."""
+    x, w, _, upstream = (each.to(device) for each in make_inputs(Case(N=5, C=11, D=70)))
+    classes, target = torch.tensor([[0, 2, 3, 7, 8, 10], [0, 5, -1, 2, 2, 1]], device=device)
+    is_int8 = momentum_dtype == torch.int8
+    step = CentreStep(
+        classes,
+        torch.zeros(11, 70, dtype=momentum_dtype, device=device),
+        torch.full((11, 2), 0.01, device=device) if is_int8 else None,
+        lr=0.1,
+        momentum=0.9,
+        weight_decay=5e-4,
+        rounding_key=3,
+        class_start=0,
+        active=torch.tensor(True, device=device),
+    )
+    shift = torch.full((5,), 3.0, dtype=torch.float64, device=device)
+    upstream = upstream.float()
+    return (x, w, target[:5], 8.0, shift, upstream, upstream, *step)
+
+
+@pytest.mark.parametrize("momentum_dtype", [torch.float32, torch.int8])
+@pytest.mark.parametrize(
+    "backend", ["cpu", "reference", *(pytest.param(name, id=f"{name}_on_a_gpu") for name in ("triton", "cuda"))]
+)
+def test_opcheck_update_centres(backend: str, momentum_dtype: torch.dtype) -> None:
+    reason = fa.backends.available()[backend]
+    if reason is not None:
+        pytest.skip(f"backend {backend!r} cannot run here: {reason}")
+    device = "cuda" if backend in ("triton", "cuda") else "cpu"
+    torch.library.opcheck(ops.update_centres.default, (*center_step(device, momentum_dtype), backend))
 
 
 @pytest.mark.parametrize("name", list(arguments(Case())))

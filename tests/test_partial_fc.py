@@ -11,6 +11,7 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 
 import fused_arcface as fa
+from fused_arcface import backends
 from fused_arcface import distributed as fused_distributed
 
 D = 7
@@ -177,6 +178,35 @@ def test_with_a_data_parallel_backbone_equals_one_process_on_the_joint_batch(kin
     expected = train_backbone(kind, 20, options)
     for actual in distributed_helpers.run_ranks(world_size, train_backbone, kind, 20, options):
         torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("momentum_dtype", [torch.float32, torch.int8])
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
+def test_a_sampled_step_waits_for_nothing_on_a_gpu(backend, momentum_dtype):
+    """PyTorch's own watch; test_sampling.py has the same line watched on the CPU."""
+    reason = backends.available()[backend]
+    if reason is not None:
+        pytest.skip(f"backend {backend!r} cannot run here: {reason}")
+    recipe = fa.CenterSGD(lr=0.1, weight_decay=5e-4, momentum_dtype=momentum_dtype)
+    head = fa.PartialFC(64, 5000, sample_rate=0.1, center_optimizer=recipe, backend=backend, device="cuda")
+    x = torch.randn(32, 64, device="cuda", requires_grad=True)
+    y = torch.randint(0, 5000, (32,), device="cuda")
+
+    def step() -> torch.Tensor:
+        loss = head(x, y)
+        loss.backward()
+        head.center_optimizer.step()
+        return loss.detach()
+
+    step()  # compiles the kernels and makes the optimizer's state
+    before = head.weight.detach().clone()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        loss = step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    changed = (head.weight.detach() != before).any(1)
+    assert loss.isfinite() and changed[y].all() and 0 < changed.sum() <= 500
 
 
 def inspect_head(num_classes: int, rows: int) -> dict:

@@ -11,8 +11,10 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from packaging.version import Version  # pytest needs it too
 
 import fused_arcface as fa
 from fused_arcface import backends
@@ -25,6 +27,12 @@ from triton_cases import BF16, CORE, FULL, Setting, check, force, inputs_on  # n
 
 needs_gpu = pytest.mark.skipif(
     backend.unavailable() is not None, reason=f"backend 'triton' cannot run here: {backend.unavailable()}"
+)
+
+versions = f"Triton {triton.__version__} and NumPy {np.__version__}"
+needs_interpreter = pytest.mark.skipif(
+    Version(triton.__version__) < Version("3.7") and Version(np.__version__) >= Version("2.4"),
+    reason=f"Triton's interpreter before 3.7 makes numbers of arrays, which NumPy 2.4 refuses: {versions} are here",
 )
 
 
@@ -44,11 +52,13 @@ def _interpret(*arguments: str) -> None:
     assert result.returncode == 0, result.stdout[-8000:] + result.stderr[-2000:]
 
 
+@needs_interpreter
 @pytest.mark.timeout(600)
 def test_kernels_in_the_interpreter() -> None:
     _interpret("-m", "not full")
 
 
+@needs_interpreter
 @pytest.mark.full
 @pytest.mark.timeout(3600)
 def test_kernels_in_the_interpreter_over_the_full_grid() -> None:

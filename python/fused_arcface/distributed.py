@@ -76,7 +76,11 @@ class Ranks:
         return self  # a group is a connection: there is nothing to copy
 
     def gather_batch(self, embeddings: Tensor, target: Tensor, requires_grad: bool) -> JointBatch:
-        """All ranks' embeddings (n, D) and labels (n,); n may differ between ranks and be 0. One all-gather."""
+        """All ranks' embeddings (n, D) and labels (n,); n may differ between ranks and be 0. One all-gather.
+
+        With more than one rank the host waits for the device once, to read how many rows each rank has; alone it does
+        not wait.
+        """
         target = target.long()
         self._rows_like = embeddings.detach()[:0]
         if self.world_size == 1:
@@ -84,6 +88,7 @@ class Ranks:
             return JointBatch(embeddings, target, [count], 0, count, requires_grad)
         while True:
             headers, labels, rows = self._gather_padded(embeddings, target, requires_grad)
+            headers = headers.cpu()
             counts = headers[:, 0].tolist()
             refused = [rank for rank, count in enumerate(counts) if count == _REFUSED]
             if refused:
@@ -134,7 +139,9 @@ class Ranks:
 
         send = torch.zeros(1, ends[-1], dtype=torch.uint8, device=embeddings.device)
         header, labels, rows = parts(send)
-        header.copy_(torch.tensor([[count, int(requires_grad), FLOAT_DTYPES.index(embeddings.dtype)]]))
+        # Number by number: to copy a tensor from the host would be to wait for the device.
+        for column, value in enumerate((count, int(requires_grad), FLOAT_DTYPES.index(embeddings.dtype))):
+            header[:, column] = value
         if 0 <= count <= self._room:
             labels[0, :count] = target
             rows.view(self._room, dim)[:count] = embeddings

@@ -45,8 +45,8 @@ def unavailable() -> str | None:
         return native.unavailable()
     if _kernels is None:
         return (
-            "this build has no CUDA kernels: install the CUDA toolkit (nvcc), then reinstall with "
-            "FUSED_ARCFACE_CUDA=ON pip install --no-binary fused-arcface fused-arcface"
+            "this build has no CUDA kernels: with the CUDA toolkit's nvcc on the PATH, run "
+            "FUSED_ARCFACE_CUDA=ON pip install . in a checkout of the sources"
         )
     if torch.version.hip is not None:
         return "the kernels are for NVIDIA GPUs; this torch is built for AMD's"
