@@ -203,6 +203,12 @@ def test_identify_probes_in_a_gallery_by_names(files: Path, tmp_path: Path, caps
             "--device abacus cannot be used",
         ),
         (["verify", "--embeddings", "missing.npz"], 1, "missing.npz cannot be read"),
+        (["verify", "--data", "x", "--checkpoint", "run", "--json", "people.bin/x/f.json"], 2, "cannot be written"),
+        (
+            ["identify", "--gallery", "people", "--probes", "people", "--checkpoint", "run"],
+            1,
+            "probes must not hold images of the gallery",
+        ),
         (["identify", "--data", "people", "--checkpoint", "run", "--unknown", "1"], 1, r"unknown must be in [0, 1)"),
     ],
 )

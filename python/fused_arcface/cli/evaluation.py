@@ -104,11 +104,20 @@ def described(distance: Distance, name: str, normalize: bool) -> dict[str, Any]:
     return found
 
 
+def check_output(json: Path | None) -> None:
+    """The file's folder exists from here on; that it cannot is said before anything is computed."""
+    if json is None:
+        return
+    try:
+        json.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise typer.BadParameter(f"--json {json} cannot be written: {error}") from None
+
+
 def write_json(path: Path, figures: dict[str, Any]) -> None:
     from .. import __version__
     from ..benchmark import machine
 
-    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(
         json.dumps({"fused_arcface": __version__, "date": machine.now(), **figures}, indent=1) + "\n", encoding="utf-8"
     )

@@ -68,6 +68,7 @@ def identify(
         )
     if save_embeddings is not None and data is None:
         raise typer.BadParameter("--save-embeddings goes with --data")
+    shared.check_output(json)
     with shared.explained():
         if save_embeddings is not None:
             check_suffix(save_embeddings)
@@ -139,6 +140,12 @@ def _two_sets(
     from ..evaluation.pair_sets import read_labelled
 
     sources = [read_labelled(gallery), read_labelled(probes)]
+    files = [{str(Path(path).resolve()) for path in source.paths} for source in sources]
+    if shared_files := files[0] & files[1]:
+        raise ValueError(
+            "probes must not hold images of the gallery, where each would find itself; got "
+            f"{len(shared_files)} of them, {min(shared_files)} for one"
+        )
     found = shared.embed_images(checkpoint, sources, **options)
     number_of: dict[str, int] = {}
     labels = []

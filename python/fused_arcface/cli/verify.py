@@ -56,6 +56,7 @@ def verify(
     if (embeddings is None) == (data is None or checkpoint is None):
         raise typer.BadParameter("--data and --checkpoint must be given, or --embeddings alone")
     require("sklearn.metrics", "eval")
+    shared.check_output(json)
     with shared.explained():
         for file in (save_embeddings, gallery):
             if file is not None:
