@@ -97,6 +97,58 @@ def test_stride_zero_gradient_and_embeddings() -> None:
         assert torch.equal(getattr(got, name), getattr(right, name)), name
 
 
+@pytest.mark.parametrize(("dtype", "allowed"), [(torch.float32, 4e-7), (torch.float64, 2e-15)], ids=["fp32", "fp64"])
+def test_exponentials(dtype: torch.dtype, allowed: float) -> None:
+    """Of one negative at cosine ±1, over every fraction of a power of two."""
+    for scale in torch.linspace(0.01, 1.4, 140, dtype=torch.float64).tolist():
+        x, w = torch.tensor([[1.0], [-1.0]], dtype=dtype), torch.ones(1, 1, dtype=dtype)
+        total, _, _ = torch.ops.fused_arcface.class_stats(x, w, torch.tensor([-1, -1]), scale, None, False, "cpu")
+        for got, right in zip(total.tolist(), (math.exp(scale), math.exp(-scale)), strict=True):
+            assert got == pytest.approx(right, rel=allowed)
+
+
+def test_a_class_of_no_probability_gets_no_gradient() -> None:
+    """exp(-2000) is 0, not the least number there is."""
+    x, w = torch.tensor([[1.0, 0.5]]), torch.tensor([[1.0, 0.0], [0.9, 0.1], [-1.0, -0.5001]])
+    w.requires_grad_()
+    loss = fa.margin_softmax_loss(x, w, torch.tensor([0]), scale=1000.0, backend="cpu")
+    assert not torch.autograd.grad(loss, w)[0][2].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("size", [1.0, 1e-4], ids=["normal", "subnormal in fp16"])
+def test_16_bit_gradients_are_rounded_to_nearest_even(size: float, dtype: torch.dtype) -> None:
+    """The fp32 gradient by the same centres, stored: half a million numbers, ties among them."""
+    x, w = torch.randn(4, 512), torch.randn(1000, 512).to(dtype)
+    gradients = []
+    for centres in (w, w.float()):
+        centres.requires_grad_()
+        loss = fa.margin_softmax_loss(x, centres, torch.arange(4), scale=4.0, reduction="sum", backend="cpu")
+        gradients.append(torch.autograd.grad(loss, centres, torch.tensor(size))[0])
+    assert torch.equal(gradients[0], gradients[1].to(dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_nan_and_infinity_of_every_dtype(bad: float, dtype: torch.dtype) -> None:
+    inputs = make_inputs(Case())
+    for name in ("embeddings", "weight"):
+        spoilt = getattr(inputs, name).to(dtype)
+        spoilt[5, 3] = bad
+        got = run(fa.margin_softmax_loss, inputs._replace(**{name: spoilt}), backend="cpu")
+        assert got.loss[5].isnan() and got.d_embeddings[5].isnan().all() and got.d_weight.isnan().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_nan_of_any_bits_stays_nan_in_16_bits(dtype: torch.dtype) -> None:
+    """The NaN that is all ones: rounded like a number it would become -0."""
+    x, w, target, _ = make_inputs(Case(w_dtype=str(dtype).removeprefix("torch.")))
+    x[:] = torch.tensor(0x7FFFFFFF, dtype=torch.int32).view(torch.float32)
+    w.requires_grad_()
+    (gradient,) = torch.autograd.grad(fa.margin_softmax_loss(x, w, target, backend="cpu"), w)
+    assert gradient.isnan().all()
+
+
 @pytest.mark.parametrize("wanted", [1e-6, 1e-8, 1e-12, 1e-20, 1e-30])
 def test_tiny_losses(wanted: float) -> None:
     """ln(exp z + Z) - z would be off by 11 % for the first and 0 for the others."""
