@@ -59,6 +59,15 @@ def test_a_tie_is_not_correct(function: object) -> None:
 
 
 @every_function
+def test_an_ignored_row_is_not_correct(function: object) -> None:
+    """Not even one that is far from all classes, nor one whose label is a class."""
+    x, w = torch.tensor([[1.0, 0.0], [-1.0, 0.0]]), torch.tensor([[-1.0, 0.0], [-1.0, 0.5]])
+    for label in (-100, 0):
+        _, stats = function(x, w, torch.tensor([label] * 2), ignore_index=label, return_stats=True)
+        assert stats.correct.tolist() == [False, False] and stats.loss.tolist() == [0, 0]
+
+
+@every_function
 def test_stats_change_neither_loss_nor_gradient(function: object) -> None:
     x, w, target, _ = make_inputs(Case())
     w.requires_grad_()
