@@ -10,6 +10,7 @@ from cases import Case, make_inputs
 from torch import Tensor
 
 import fused_arcface as fa
+from fused_arcface import ops as ops_module
 
 ops = torch.ops.fused_arcface
 
@@ -69,6 +70,24 @@ def test_opcheck(case: Case, name: str, backend: str) -> None:
 def test_opcheck_local_target() -> None:
     for dtype in (torch.int64, torch.uint8):
         torch.library.opcheck(ops.local_target.default, (torch.tensor([0, 3, 1], dtype=dtype), 3, 3))
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("label", [97, -1, 10**12])
+def test_invalid_label_where_labels_are_not_read(label: int, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU: that row's loss is NaN, the other rows' losses and gradients are as if it were not there."""
+    monkeypatch.setattr(ops_module, "check_target_range", lambda *_: None)
+    x, w, target, _ = make_inputs(Case())
+    right = fa.margin_softmax_loss(x, w, target, reduction="none", backend=backend)
+    target[4] = label
+    x.requires_grad_()
+    loss, stats = fa.margin_softmax_loss(x, w, target, reduction="none", backend=backend, return_stats=True)
+    others = torch.arange(9) != 4
+    assert loss[4].isnan() and not stats.correct[4]
+    torch.testing.assert_close(loss[others], right[others])
+    assert loss[others].isfinite().all() and fa.margin_softmax_loss(x, w, target, backend=backend).isnan()
+    (gradient,) = torch.autograd.grad(loss.sum(), x)
+    assert gradient[4].isnan().any() and gradient[others].isfinite().all()
 
 
 @pytest.mark.parametrize("name", list(arguments(Case())))
