@@ -132,13 +132,26 @@ def test_retained_graph_gives_the_same_gradient_again(backend: str) -> None:
 
 
 @every_backend
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("by", ["embeddings", "weight"])
-def test_double_backward(by: str, backend: str) -> None:
+def test_double_derivative(by: str, smoothing: float, backend: str) -> None:
+    """Whichever way the gradient is differentiated, ``None`` or zeros would be a wrong answer without a word."""
     x, w, target, _ = make_inputs(Case())
     tensor = (x if by == "embeddings" else w).requires_grad_()
-    (gradient,) = torch.autograd.grad(fa.margin_softmax_loss(x, w, target, backend=backend), tensor, create_graph=True)
-    with pytest.raises(RuntimeError, match="differentiate twice"):
-        gradient.square().sum().backward()
+
+    def loss(changed: torch.Tensor) -> torch.Tensor:
+        inputs = (changed, w) if by == "embeddings" else (x, changed)
+        return fa.margin_softmax_loss(*inputs, target, label_smoothing=smoothing, backend=backend)
+
+    (gradient,) = torch.autograd.grad(loss(tensor), tensor, create_graph=True)
+    for differentiate in (
+        lambda: gradient.square().sum().backward(retain_graph=True),
+        lambda: torch.autograd.grad(gradient.sum(), tensor, retain_graph=True),
+        lambda: torch.autograd.functional.hessian(loss, tensor.detach()),
+        lambda: torch.autograd.functional.hvp(loss, tensor.detach(), torch.ones_like(tensor)),
+    ):
+        with pytest.raises(RuntimeError, match=r"differentiate twice .* fused_arcface\.reference\.margin_softmax_loss"):
+            differentiate()
 
 
 @pytest.mark.parametrize(

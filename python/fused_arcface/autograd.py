@@ -17,10 +17,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .distributed import ALONE, JointBatch, Ranks
 from .margins import Modulation
+from .once_differentiable import once_differentiable
 from .ops import PLAIN, Negatives, compute_dtype
 
 _ops = torch.ops.fused_arcface
@@ -167,7 +167,7 @@ class NegativesAndTarget(torch.autograd.Function):
         lse = total.double().log() if shift is None else total.double().log() + shift
         if with_centre_sum:  # the softmax-weighted mean of the centres; a row without negatives has none
             centre_sum = centre_sum / total.masked_fill(total == 0, 1)[:, None]
-        ctx.save_for_backward(rows, weight, target, lse, centre_sum)
+        ctx.save_for_backward(embeddings, weight, target, lse, centre_sum)
         ctx.scale, ctx.with_centre_sum, ctx.backend, ctx.shard = scale, with_centre_sum, backend, shard
         ctx.negatives = negatives
         ctx.mark_non_differentiable(maximum)
@@ -177,7 +177,8 @@ class NegativesAndTarget(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, d_lse: Tensor, d_target_cosine: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         shard = ctx.shard
-        rows, weight, target, lse, mean_centre = ctx.saved_tensors
+        embeddings, weight, target, lse, mean_centre = ctx.saved_tensors
+        rows = shard.all_rows(embeddings)
         negative_coefficient = ctx.scale * d_lse
         coefficients = ctx.scale, lse, negative_coefficient, d_target_cosine
         d_embeddings = d_weight = None

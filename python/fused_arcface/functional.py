@@ -62,8 +62,8 @@ def margin_softmax_loss(
         ValueError: a wrong shape, device, range or option. Out-of-range labels: on a GPU the row's loss is NaN instead,
             unless the environment has ``FUSED_ARCFACE_DEBUG=1``.
             A named backend without sub-centres or modulated negatives, where they are asked for.
-        RuntimeError: a named backend that is not available; a second backward through the same loss, or ``backward()``
-            through a gradient.
+        RuntimeError: a named backend that is not available; a second backward through the same loss; a derivative of
+            its gradient (:mod:`fused_arcface.reference` is twice differentiable).
 
     >>> import torch
     >>> x, w = torch.eye(2), torch.eye(2)

@@ -10,11 +10,11 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import backends
 from .checks import check_margin_output
 from .margins import Margin, parameters
+from .once_differentiable import once_differentiable
 from .smoothing import Smoothing
 
 

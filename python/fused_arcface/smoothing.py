@@ -7,10 +7,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .autograd import Shard
 from .normalise import EPSILON, norms_of, unit_gradient, unit_rows
+from .once_differentiable import once_differentiable
 from .ops import compute_dtype
 
 # Class centres worked on at once: 2 MiB at D = 512 in fp32, which stays in a core's cache (16 MiB took ten times as
