@@ -10,6 +10,7 @@ import torch
 
 from fused_arcface import _native
 from fused_arcface.backends import cpu
+from fused_arcface.benchmark.child import Child
 
 if importlib.util.find_spec("hypothesis") is not None:  # a machine with a GPU may not have it, nor a way to fetch it
     from hypothesis import settings
@@ -27,6 +28,13 @@ def _reproducible() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def child() -> Iterator[Child]:
+    """A process in which the benchmark measures memory."""
+    with Child() as shared:
+        yield shared
 
 
 @pytest.fixture(params=_native.isas())

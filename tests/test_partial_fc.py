@@ -1,6 +1,5 @@
 import copy
 import pickle
-from functools import partial
 
 import distributed_helpers
 import pytest
@@ -12,7 +11,6 @@ from torch.distributed.fsdp import fully_shard
 
 import fused_arcface as fa
 from fused_arcface import backends
-from fused_arcface import distributed as fused_distributed
 
 D = 7
 STEPS = 10
@@ -250,133 +248,6 @@ def test_statistics_logits_and_topk_over_all_shards():
     assert [c for result in results for c in result["place"][3]] == list(range(10))
 
 
-def fewer_classes_than_ranks() -> list:
-    head = fa.PartialFC(D, 2, dtype=torch.float64)
-    x = torch.arange(1.0, D + 1, dtype=torch.float64).expand(2, D).clone().requires_grad_()
-    loss = head(x, torch.tensor([0, 1]))
-    loss.backward()
-    return [loss.detach(), x.grad, head.num_local]
-
-
-def test_more_ranks_than_classes():
-    results = distributed_helpers.run_ranks(3, fewer_classes_than_ranks)
-    expected, expected_gradient, _ = fewer_classes_than_ranks()
-    assert [result[2] for result in results] == [1, 1, 0]
-    for loss, gradient, _ in results:
-        torch.testing.assert_close(loss, expected)
-        torch.testing.assert_close(gradient, expected_gradient)  # each rank's rows are the joint batch's W-th part
-
-
-def disagree(option: str, values: list) -> str:
-    try:
-        fa.PartialFC(**{"embedding_dim": 4, "num_classes": 10, option: values[dist.get_rank()]})
-    except ValueError as error:
-        return str(error)
-    return "no error"
-
-
-@pytest.mark.parametrize(
-    ("option", "values"),
-    [
-        ("num_classes", [10, 11]),
-        ("margin", [fa.ArcFace(), fa.ArcFace(0.4)]),
-        ("seed", [0, 1]),
-        ("dtype", [torch.float32, torch.float64]),
-        ("sample_rate", [1.0, 0.5]),
-        ("scale", [64.0, 30.0]),
-        ("embedding_dim", [4, 5]),
-        ("center_optimizer", [None, fa.CenterSGD(0.1)]),
-        ("dense_grad", [False, True]),
-    ],
-)
-def test_options_that_differ_between_ranks_are_refused_everywhere(option, values):
-    for message in distributed_helpers.run_ranks(2, disagree, option, values):
-        assert message.startswith(f"PartialFC: {option} must be the same on every rank; got rank 0: ")
-
-
-def bad_arguments() -> dict[str, str]:
-    """What each rank is told when rank 1 alone passes something wrong, one wrong thing after the other."""
-    head = fa.PartialFC(4, 10)
-    head(torch.randn(3, 4), torch.tensor([1, 2, 3]))
-    wrong, x = dist.get_rank() == 1, torch.randn(2, 4)
-    calls = {
-        "label": lambda: head(x, torch.tensor([0, 10 if wrong else 1])),
-        "shape": lambda: head(torch.randn(2, 5) if wrong else x, torch.tensor([0, 1])),
-        "target": lambda: head(x, [0, 1] if wrong else torch.tensor([0, 1])),
-        "logits": lambda: head.logits(torch.randn(2, 5) if wrong else x),
-        "topk": lambda: head.topk(torch.randn(2, 5) if wrong else x, 2),
-        "k": lambda: head.topk(x, 11 if wrong else 2),
-        "load": lambda: head.load_full_weight([1] if wrong else torch.zeros(10, 4)),
-        "dtype": lambda: fa.PartialFC(4, 10)(x.bfloat16() if wrong else x, torch.tensor([0, 1])),
-    }
-    messages = {}
-    for name, call in calls.items():
-        try:
-            call()
-        except (TypeError, ValueError, RuntimeError) as error:
-            messages[name] = str(error)
-    assert head(x, torch.tensor([0, 1])).isfinite()  # and the ranks still agree on where they are
-    return messages
-
-
-def test_bad_arguments_on_one_rank_raise_on_all():
-    other, own = distributed_helpers.run_ranks(2, bad_arguments)
-    assert own["shape"] == own["logits"] == own["topk"] == "embeddings must be (N, D=4); got (2, 5)"
-    assert own["target"] == "target must be a torch.Tensor; got list"
-    assert own["k"] == "k must be <= C_total=10; got 11"
-    for name in ("shape", "target", "logits", "topk", "k"):
-        assert "rank(s) 1 refused" in other[name]
-    for told in (own, other):
-        assert "target must be in [0, C=10)" in told["label"]
-        assert told["load"] == "tensor must be (C_total=10, D=4); got list"
-        assert told["dtype"].startswith("embeddings must have the same dtype on every rank; got torch.float32, torch.b")
-
-
-def collectives_of_a_step(options: dict, rows: list[int], **arguments: bool) -> list[str]:
-    """The collectives of a forward and backward pass, in order; after one that has made room for its rows."""
-    head = fa.PartialFC(D, 10, **options)
-    ((x, y),) = batches(10, rows[head.ranks.rank], torch.float32, 1)
-    calls = []
-    with pytest.MonkeyPatch.context() as patch:
-        for module, names in {
-            fused_distributed: ("_all_gather", "_reduce_scatter"),
-            dist: ("all_reduce", "all_gather", "all_gather_object", "broadcast", "barrier", "all_to_all", "send"),
-        }.items():
-            for name in names:
-                plain = getattr(module, name)
-
-                def counted(*args, name=name, plain=plain, **kwargs):
-                    op = kwargs.get("op", dist.ReduceOp.SUM) if name == "all_reduce" else None
-                    calls.append(name if op is None else f"{name} {'MAX' if op == dist.ReduceOp.MAX else 'SUM'}")
-                    return plain(*args, **kwargs)
-
-                patch.setattr(module, name, counted)
-        for _ in range(2):
-            calls.clear()
-            result = head(x.clone().requires_grad_(), y, **arguments)
-            (result[0] if arguments else result).backward()
-    return calls
-
-
-@pytest.mark.parametrize(
-    ("options", "arguments", "more"),
-    [
-        ({}, {}, []),
-        ({"sample_rate": 0.5}, {}, []),
-        ({"center_optimizer": fa.CenterSGD(0.1)}, {}, []),
-        ({}, {"return_stats": True}, ["all_reduce MAX"]),
-    ],
-)
-def test_a_step_has_three_collectives(options, arguments, more):
-    for calls in distributed_helpers.run_ranks(2, partial(collectives_of_a_step, **arguments), options, [3, 5]):
-        assert calls == ["_all_gather", "all_reduce SUM", *more, "_reduce_scatter"]
-
-
-def test_beyond_the_normal_range_a_step_has_one_more():
-    for calls in distributed_helpers.run_ranks(2, collectives_of_a_step, {"scale": 128.0}, [3, 5]):
-        assert calls == ["_all_gather", "all_reduce MAX", "all_reduce SUM", "_reduce_scatter"]
-
-
 def test_evaluation_does_not_update_the_centres_nor_do_frozen_ones():
     head = fa.PartialFC(D, 50, center_optimizer=fa.CenterSGD(0.1, weight_decay=0.1), sample_rate=0.5)
     ((x, y),) = batches(50, 6, torch.float32, 1)
@@ -437,50 +308,6 @@ def test_a_compiled_step_trains_alike(optimizer, sample_rate):
             results.append([loss.detach(), layer.weight.grad, head.weight.detach(), head.sampled])
             layer.zero_grad()
         torch.testing.assert_close(results[1], results[0])
-
-
-def subgroup_of_the_ranks() -> torch.Tensor | str:
-    group = dist.new_group([1, 2])
-    if dist.get_rank() in (1, 2):
-        result = train_head(23, 12, torch.float64, {"group": group}, "auto")
-        return result["final"]
-    with pytest.raises(TypeError, match="group must be a ProcessGroup"):
-        fa.PartialFC(D, 23, group=group)
-    return "outside"
-
-
-def test_subgroup():
-    outside, *inside = distributed_helpers.run_ranks(3, subgroup_of_the_ranks)
-    assert outside == "outside"
-    for weight in inside:
-        torch.testing.assert_close(weight, train_head(23, 12, torch.float64, {}, "auto")["final"])
-
-
-def mesh_head() -> torch.Tensor:
-    mesh = dist.init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
-    head = fa.PartialFC(4, 9, group=mesh["shard"])
-    with pytest.raises(ValueError, match="one-dimensional DeviceMesh"):
-        fa.PartialFC(4, 9, group=mesh)
-    return head.full_weight()
-
-
-def test_device_mesh():
-    full = fa.PartialFC(4, 9).full_weight()
-    for weight in distributed_helpers.run_ranks(4, mesh_head):
-        assert torch.equal(weight, full)
-
-
-def frozen_backbone_on_one_rank() -> list:
-    head = fa.PartialFC(4, 9, dtype=torch.float64)
-    x = torch.ones(2, 4, dtype=torch.float64, requires_grad=dist.get_rank() == 0)
-    head(x, torch.tensor([0, 5])).backward()
-    return [x.grad, head.weight.grad]
-
-
-def test_embeddings_without_gradient_on_one_rank():
-    first, second = distributed_helpers.run_ranks(2, frozen_backbone_on_one_rank)
-    assert first[0] is not None and second[0] is None
-    assert first[1].isfinite().all() and second[1].isfinite().all()
 
 
 def test_evaluation_uses_all_classes_and_counts_no_step():
