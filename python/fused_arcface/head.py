@@ -19,6 +19,7 @@ from .checks import (
 from .functional import as_autocast, margin_softmax_loss
 from .loss import MarginSoftmaxStats
 from .margins import ArcFace, Margin
+from .normalise import unit_rows
 from .ops import compute_dtype
 
 # Classes whose cosines topk holds at once: (N, 16384) floats, 16 MiB at N = 256.
@@ -153,7 +154,7 @@ def cosines_of(rows: Tensor, weight: Tensor, sub_centers: int = 1) -> Tensor:
     """
     dtype = compute_dtype(rows, weight)
     with torch.autocast(rows.device.type, enabled=False):
-        cosines = F.linear(F.normalize(rows.to(dtype)), F.normalize(weight.to(dtype)))
+        cosines = F.linear(unit_rows(rows.to(dtype)), unit_rows(weight.to(dtype)))
     return cosines if sub_centers == 1 else cosines.unflatten(1, (-1, sub_centers)).amax(2)
 
 

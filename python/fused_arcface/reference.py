@@ -1,6 +1,7 @@
 """The oracle of record: the margin-softmax head in plain PyTorch, straight from the formulas, logits materialised.
 
 Any float dtype, every margin, twice differentiable, ``O(N·C)`` memory. All else in this package is compared with it.
+Squares of its own dtype: in fp32, rows of norms from 1e19 on are too long for it (the backends take any).
 """
 
 from __future__ import annotations

@@ -1,0 +1,68 @@
+"""Time of a step with each margin of the wider family beside ArcFace's, taken in turn, on the machine's CPU.
+
+    python bench/wider_margins.py                             N = 256, D = 512, a hundred thousand class centres, fp32
+    python bench/wider_margins.py --centres 20000 --seconds 20
+
+A row for each: least and median milliseconds of forward and backward, and the least over ArcFace's. With sub-centres
+there are as many rows of weight and a third of the classes.
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+import torch
+
+import fused_arcface as fa
+from fused_arcface.benchmark.timing import Timed, time_interleaved
+
+BASE = "ArcFace"
+
+
+def variants() -> dict[str, dict[str, Any]]:
+    """Options of the loss, by name."""
+    return {
+        BASE: {"margin": fa.ArcFace()},
+        "AdaFace": {"margin": fa.AdaFace(0.4)},
+        "MagFace": {"margin": fa.MagFace()},
+        "ElasticFace": {"margin": fa.ElasticFace(0.5, 0.05)},
+        "CurricularFace": {"margin": fa.CurricularFace(0.5)},
+        "MVSoftmax": {"margin": fa.MVSoftmax(fa.ArcFace(), t=1.12)},
+        "InterclassFilter": {"margin": fa.InterclassFilter(fa.ArcFace(), 0.4)},
+        "sub_centers=3": {"margin": fa.ArcFace(), "sub_centers": 3},
+        "label_smoothing=0.1": {"margin": fa.ArcFace(), "label_smoothing": 0.1},
+    }
+
+
+def step(options: dict[str, Any], rows: int, centres: int, dim: int) -> Timed:
+    """Forward and backward of one variant on the CPU kernel."""
+    generator = torch.Generator().manual_seed(0)
+    classes = options.get("sub_centers", 1)
+    x = torch.randn(rows, dim, generator=generator, requires_grad=True)
+    w = torch.randn(centres // classes * classes, dim, generator=generator, requires_grad=True)
+    y = torch.randint(0, centres // classes, (rows,), generator=generator)
+
+    def run() -> None:
+        x.grad = w.grad = None
+        fa.margin_softmax_loss(x, w, y, backend="cpu", **options).backward()
+
+    return run
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, default=256, help="N")
+    parser.add_argument("--centres", type=int, default=100_000, help="rows of weight")
+    parser.add_argument("--dim", type=int, default=512, help="D")
+    parser.add_argument("--seconds", type=float, default=30, help="for all samples together")
+    given = parser.parse_args()
+    runs = {name: step(options, given.rows, given.centres, given.dim) for name, options in variants().items()}
+    times = time_interleaved(runs, torch.device("cpu"), given.seconds)
+    print(f"{'':20} {'least, ms':>10} {'median, ms':>11} {'÷ ' + BASE:>10}")
+    for name, timing in times.items():
+        print(f"{name:20} {timing.least:10.1f} {timing.median:11.1f} {timing.least / times[BASE].least:10.2f}")
+
+
+if __name__ == "__main__":
+    main()
