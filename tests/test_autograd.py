@@ -9,6 +9,7 @@ import scalar
 import torch
 from cases import MARGINS, TARGET_COSINES, Case, make_inputs, named, rows_at
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 import fused_arcface as fa
 from fused_arcface.autograd import needs_shift
@@ -152,6 +153,21 @@ def test_double_derivative(by: str, smoothing: float, backend: str) -> None:
     ):
         with pytest.raises(RuntimeError, match=r"differentiate twice .* fused_arcface\.reference\.margin_softmax_loss"):
             differentiate()
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_recomputed_with_a_graph_of_the_gradient(use_reentrant: bool, smoothing: float) -> None:
+    """Non-reentrant checkpoints hand out what was saved once."""
+    x, w, target, _ = make_inputs(Case())
+
+    def loss(x: torch.Tensor) -> torch.Tensor:
+        return fa.margin_softmax_loss(x, w, target, label_smoothing=smoothing)
+
+    x.requires_grad_()
+    (expected,) = torch.autograd.grad(loss(x), x)
+    checkpoint(loss, x, use_reentrant=use_reentrant).backward(create_graph=not use_reentrant)
+    torch.testing.assert_close(x.grad.detach(), expected, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import distributed_helpers
 import pytest
 import torch
 from scipy import stats
+from torch.utils.checkpoint import checkpoint
 
 import fused_arcface as fa
 from fused_arcface import keyed
@@ -319,6 +320,29 @@ def test_bad_heads():
         fa.PartialFC(4, 10, center_optimizer=torch.optim.SGD([torch.nn.Parameter(torch.ones(1))]))
     with pytest.raises(TypeError, match=r"CenterSGD needs class centres of dtype .*; got torch.float16"):
         fa.PartialFC(4, 10, center_optimizer=fa.CenterSGD(0.1), dtype=torch.float16)
+
+
+@pytest.mark.parametrize("sample_rate", [1.0, 0.5])
+def test_saved_tensors_that_are_copies(sample_rate):
+    """Hooks that offload what is saved give copies back; the head's centres are to be updated all the same."""
+    heads = [fa.PartialFC(4, 20, sample_rate=sample_rate, center_optimizer=fa.CenterSGD(0.1)) for _ in range(2)]
+    x, y = torch.randn(6, 4), torch.randint(0, 20, (6,))
+    for _ in range(2):
+        heads[0](x.requires_grad_(), y).backward()
+        with torch.autograd.graph.saved_tensors_hooks(torch.clone, lambda tensor: tensor):
+            heads[1](x.requires_grad_(), y).backward()
+    assert torch.equal(heads[0].weight, heads[1].weight)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize("optimizer", [None, fa.CenterSGD(0.1)])
+def test_a_recomputed_step_is_refused(optimizer, use_reentrant):
+    head = fa.PartialFC(4, 20, sample_rate=0.5, center_optimizer=optimizer)
+    before, x = head.weight.detach().clone(), torch.randn(6, 4, requires_grad=True)
+    loss = checkpoint(head, x, torch.arange(6), use_reentrant=use_reentrant)
+    with pytest.raises(RuntimeError, match=r"outside of torch\.utils\.checkpoint"):
+        loss.backward()
+    assert torch.equal(head.weight, before) and head.weight.grad is None
 
 
 _PEAK = """

@@ -175,9 +175,11 @@ class NegativesAndTarget(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, d_lse: Tensor, d_target_cosine: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(
+        ctx: Any, saved: tuple[Any, ...], d_lse: Tensor, d_target_cosine: Tensor, _: Tensor
+    ) -> tuple[Tensor | None, ...]:
         shard = ctx.shard
-        embeddings, weight, target, lse, mean_centre = ctx.saved_tensors
+        embeddings, weight, target, lse, mean_centre = saved
         rows = shard.all_rows(embeddings)
         negative_coefficient = ctx.scale * d_lse
         coefficients = ctx.scale, lse, negative_coefficient, d_target_cosine

@@ -173,14 +173,14 @@ class CenterOptimizer(torch.optim.Optimizer):
         for name, tensor in own.items():
             self.state[self._weight][name] = tensor.copy_(loaded[name])
 
-    def prepare(self, step: int) -> PendingUpdate:
-        """The update that belongs to forward pass number ``step``.
+    def prepare(self, step: int, weight: Tensor) -> PendingUpdate:
+        """The update of the head's ``weight`` that belongs to forward pass number ``step``.
 
         Raises:
             TypeError: the head has been converted to a dtype that centres cannot be updated in.
         """
-        _check_weight(self._weight)
-        update = PendingUpdate(self, step)
+        _check_weight(weight)
+        update = PendingUpdate(self, step, weight)
         if torch.is_grad_enabled():
             self._pending.add(update)
         return update
@@ -199,8 +199,8 @@ def _describe(tensor: Tensor | None) -> str:
 class PendingUpdate(CentreUpdate):
     """The update of one forward pass, until its backward pass makes it."""
 
-    def __init__(self, optimizer: CenterOptimizer, step: int) -> None:
-        self._optimizer, self._step = optimizer, step
+    def __init__(self, optimizer: CenterOptimizer, step: int, weight: Tensor) -> None:
+        self._optimizer, self._step, self._weight = optimizer, step, weight
         self._loss: Tensor | None = None
         self._loss_gradient: Tensor | None = None
         self._done = False
@@ -245,6 +245,7 @@ class PendingUpdate(CentreUpdate):
         backend: str,
         negatives: Negatives = PLAIN,
     ) -> None:
+        weight = self._weight  # what autograd has saved may be a copy: saved-tensor hooks offload
         optimizer = self._optimizer
         group, state = optimizer.param_groups[0], optimizer.state[optimizer._weight]
         for name, tensor in state.items():

@@ -58,8 +58,8 @@ class _FusedMarginLoss(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, d_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        d_lse, d_cosine = ctx.saved_tensors
+    def backward(ctx: Any, saved: tuple[Tensor, ...], d_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        d_lse, d_cosine = saved
         return d_loss * d_lse, d_loss * d_cosine, None, None, None, None, None, None, None
 
 

@@ -32,15 +32,17 @@ def once_differentiable(backward: Callable[..., Gradients]) -> Callable[..., Gra
 
     PyTorch's decorator of this name detaches the result from the inputs, so that ``.backward()`` alone meets its error:
     ``torch.autograd.grad`` calls the input unused, and ``torch.autograd.functional.hessian`` returns zeros.
+
+    ``backward`` gets ``ctx.saved_tensors`` after ``ctx``: under ``torch.utils.checkpoint`` they can be asked for once.
     """
 
     @functools.wraps(backward)
     def wrapper(ctx: Any, *d_outputs: Tensor) -> Gradients:
         # A compiled graph refuses a second derivative by itself.
         if torch.compiler.is_compiling() or not torch.is_grad_enabled():
-            return backward(ctx, *d_outputs)
-        gradients = functools.partial(backward, ctx, *d_outputs)
-        result: Gradients = _FirstDerivative.apply(gradients, *ctx.saved_tensors, *d_outputs)
+            return backward(ctx, ctx.saved_tensors, *d_outputs)
+        saved = ctx.saved_tensors
+        result: Gradients = _FirstDerivative.apply(lambda: backward(ctx, saved, *d_outputs), *saved, *d_outputs)
         return result
 
     return wrapper

@@ -214,8 +214,13 @@ class PartialFC(nn.Module):
 
         Raises:
             TypeError, ValueError: as :func:`fused_arcface.margin_softmax_loss`; a wrong label raises on every rank.
-            RuntimeError: another rank refused its arguments.
+            RuntimeError: another rank refused its arguments; a backward pass that recomputes the step.
         """
+        if self.training and torch._C._current_graph_task_id() != -1:
+            raise RuntimeError(
+                "PartialFC cannot be recomputed in a backward pass: it would be another step, with another sample. "
+                "Keep the head outside of torch.utils.checkpoint; it stores no logits that would be worth it"
+            )
         embeddings, batch, backend = self._gather(embeddings, target, ignore_index)
         target = torch.ops.fused_arcface.local_target(batch.target, self.num_classes, ignore_index)
         # A gradient has a size, for which one waits; CenterSGD needs none.
@@ -225,7 +230,7 @@ class PartialFC(nn.Module):
         update = None
         if self.center_optimizer is not None:
             if self.training and weight.requires_grad:
-                update = self.center_optimizer.prepare(self.step)
+                update = self.center_optimizer.prepare(self.step, weight)
             else:  # neither an update nor a gradient
                 weight = weight.detach()
         shard = Shard(

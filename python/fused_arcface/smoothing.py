@@ -53,8 +53,8 @@ class _CentreSum(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, d_total: Tensor) -> tuple[Tensor, None, None]:
-        (weight,) = ctx.saved_tensors
+    def backward(ctx: Any, saved: tuple[Tensor, ...], d_total: Tensor) -> tuple[Tensor, None, None]:
+        (weight,) = saved
         d_weight = torch.empty_like(weight)
         for into, part in zip(_chunks(d_weight), _chunks(weight), strict=True):
             into.copy_(unit_gradient(d_total, part.to(d_total.dtype)))
