@@ -225,6 +225,20 @@ def test_update_agrees_with_the_reference(
         assert torch.equal(got_w[others], w[others])
 
 
+def test_update_without_rows(device: str) -> None:
+    """Momentum and weight decay go on."""
+    (x, w, target, scale, *rows), step = _update_problem(torch.float32, torch.float32, False, device)
+    nothing = x[:0], target[:0], scale, *(each[:0] for each in rows)
+    results = []
+    for backend in (cuda, reference):
+        weight, copy = w.clone(), _copied(step)
+        backend.update_centres(nothing[0], weight, *nothing[1:], copy)
+        results.append((weight, copy.momentum_buffer))
+    for got, right in zip(*results, strict=True):
+        torch.testing.assert_close(got, right, rtol=1e-6, atol=1e-7)
+    assert not torch.equal(results[0][0], w)
+
+
 @pytest.mark.parametrize("momentum_dtype", [torch.float32, torch.bfloat16, torch.int8])
 def test_stochastic_rounding_has_the_bits_of_keyed(momentum_dtype: torch.dtype, device: str) -> None:
     """Without a gradient the step is the same arithmetic everywhere: the results agree to the bit."""

@@ -46,7 +46,8 @@ struct Pass {
        const PassOptions& options, void* workspace, const Stream& stream)
       : embeddings(embeddings), weight(weight), index(index), classes(classes), stream(stream), arena(workspace) {
     const int64_t width = round_up(embeddings.columns, kTile);
-    x = take_panel(round_up(embeddings.rows, kTile), width);
+    // One tile where there are no rows: a step of the centres has momentum and weight decay even so.
+    x = take_panel(round_up(std::max<int64_t>(embeddings.rows, 1), kTile), width);
     // As many classes as the budgets allow, at least one tile of them, at most all.
     int64_t chunk = options.centre_bytes / (width * static_cast<int64_t>(sizeof(First)));
     if (stored) chunk = std::min(chunk, options.exponential_bytes / (x.rows * static_cast<int64_t>(sizeof(Second))));
