@@ -16,12 +16,13 @@ import cuda_emulated
 import pytest
 import torch
 from cases import Case
-from conftest import PoisoningTorch
-from cuda_cases import BF16, CORE, FP16, FULL, Setting, check, inputs_on, loss
+from conftest import NoWaiting, PoisoningTorch
+from cuda_cases import BF16, CORE, FP16, FP32, FULL, Setting, check, inputs_on, loss
 
 import fused_arcface as fa
-from fused_arcface import _native, backends, keyed
+from fused_arcface import _native, backends, keyed, ops, partial_fc
 from fused_arcface.backends import cuda, reference
+from fused_arcface.center_sgd import PendingUpdate
 from fused_arcface.ops import CentreStep
 
 needs_gpu = pytest.mark.skipif(
@@ -86,6 +87,29 @@ def test_stages_with_targets_elsewhere(device: str) -> None:
         torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-5 * expected.abs().max().item())
     torch.testing.assert_close(cuda.class_max(x, w, target), reference.class_max(x, w, target))
     torch.testing.assert_close(cuda.target_cosine(x, w, target), reference.target_cosine(x, w, target))
+
+
+@pytest.mark.parametrize("dtypes", [FP32, BF16, FP16])
+@pytest.mark.parametrize("count", [0, 1, 128, 130])
+def test_classes_past_the_count_are_padding(
+    count: int, dtypes: tuple[str, str], device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their number is known to the device alone; NaN there reaches no result. Chunks of one tile: some are padding."""
+    monkeypatch.setattr(cuda, "CHUNKS", cuda.ChunkConfig(0, 0))
+    x, w, target, _ = inputs_on(Case(6, 300, 16, *dtypes), device)
+    target = (target % count if count > 0 else target.fill_(-1)).index_fill_(0, torch.tensor([1], device=device), -1)
+    class_count = torch.tensor(count, device=device)
+    shift = torch.linspace(-3, 3, 6, dtype=torch.float64, device=device)
+    expected = reference.class_stats(x, w, target, 20.0, shift, True, class_count)
+    maximum = reference.class_max(x, w, target, class_count)
+    w[count:] = torch.nan
+    rounding = 1e-5 if dtypes == FP32 else 2.0**-7
+    for result, right, rtol in zip(
+        cuda.class_stats(x, w, target, 20.0, shift, True, class_count), expected, (1e-5, 1e-5, rounding), strict=True
+    ):
+        size = right.abs().nan_to_num(0, 0, 0).max().item()
+        torch.testing.assert_close(result, right, rtol=rtol, atol=rtol * size)
+    torch.testing.assert_close(cuda.class_max(x, w, target, class_count), maximum)
 
 
 def test_invalid_label_is_nan(device: str) -> None:
@@ -161,14 +185,17 @@ def test_zero_row_in_fp16_saturates(device: str) -> None:
 
 
 def _update_problem(
-    dtype: torch.dtype, momentum_dtype: torch.dtype | None, sampled: bool, device: str
+    dtype: torch.dtype, momentum_dtype: torch.dtype | None, chosen: str, device: str
 ) -> tuple[tuple, CentreStep]:
-    """Arguments of update_centres: 200 classes of 70, more than one unit of an int8 momentum and not a multiple."""
+    """Arguments of update_centres: 200 classes of 70, more than one unit of an int8 momentum and not a multiple.
+    ``chosen``: all, sampled (67 of them) or padded (as many, and more than a tile of padding)."""
     x, w, target, _ = inputs_on(Case(12, 200, 70), device)
     w = w.to(dtype)
-    classes = torch.arange(0, 200, 3, device=device) if sampled else None
+    classes = None if chosen == "all" else torch.arange(0, 200, 3, device=device)
     if classes is not None:
         target = target % len(classes)
+    if chosen == "padded":
+        classes = torch.cat([classes, classes.new_full((200,), 200)])
     buffer = units = None
     if momentum_dtype == torch.int8:
         buffer = torch.randint(-127, 128, w.shape, generator=torch.Generator().manual_seed(1)).to(device, torch.int8)
@@ -192,19 +219,19 @@ def _copied(step: CentreStep) -> CentreStep:
 
 
 UPDATES = [
-    (dtype, momentum, sampled)
+    (dtype, momentum, chosen)
     for dtype in (torch.float32, torch.bfloat16)
     for momentum in (None, torch.float32, torch.bfloat16, torch.int8, torch.float64)
-    for sampled in (False, True)
+    for chosen in ("all", "sampled", "padded")
 ]
 
 
-@pytest.mark.parametrize(("dtype", "momentum_dtype", "sampled"), UPDATES)
+@pytest.mark.parametrize(("dtype", "momentum_dtype", "chosen"), UPDATES)
 def test_update_agrees_with_the_reference(
-    dtype: torch.dtype, momentum_dtype: torch.dtype | None, sampled: bool, device: str
+    dtype: torch.dtype, momentum_dtype: torch.dtype | None, chosen: str, device: str
 ) -> None:
     """The same random bits, so results differ only where the gradient's rounding falls on another side."""
-    arguments, step = _update_problem(dtype, momentum_dtype, sampled, device)
+    arguments, step = _update_problem(dtype, momentum_dtype, chosen, device)
     x, w, *rest = arguments
     expected_w, expected = w.clone(), _copied(step)
     reference.update_centres(x, expected_w, *rest, expected)
@@ -221,13 +248,13 @@ def test_update_agrees_with_the_reference(
     if got.momentum_scale is not None:
         torch.testing.assert_close(got.momentum_scale, expected.momentum_scale, rtol=1e-4, atol=1e-9)
     if step.classes is not None:
-        others = torch.ones(200, dtype=torch.bool, device=device).index_fill_(0, step.classes, False)
+        others = torch.ones(201, dtype=torch.bool, device=device).index_fill_(0, step.classes, False)[:200]
         assert torch.equal(got_w[others], w[others])
 
 
 def test_update_without_rows(device: str) -> None:
     """Momentum and weight decay go on."""
-    (x, w, target, scale, *rows), step = _update_problem(torch.float32, torch.float32, False, device)
+    (x, w, target, scale, *rows), step = _update_problem(torch.float32, torch.float32, "all", device)
     nothing = x[:0], target[:0], scale, *(each[:0] for each in rows)
     results = []
     for backend in (cuda, reference):
@@ -242,7 +269,7 @@ def test_update_without_rows(device: str) -> None:
 @pytest.mark.parametrize("momentum_dtype", [torch.float32, torch.bfloat16, torch.int8])
 def test_stochastic_rounding_has_the_bits_of_keyed(momentum_dtype: torch.dtype, device: str) -> None:
     """Without a gradient the step is the same arithmetic everywhere: the results agree to the bit."""
-    (x, w, target, scale, lse, rows, _), step = _update_problem(torch.bfloat16, momentum_dtype, False, device)
+    (x, w, target, scale, lse, rows, _), step = _update_problem(torch.bfloat16, momentum_dtype, "all", device)
     step = step._replace(weight_decay=0.0)
     expected_w, expected = w.clone(), _copied(step)
     reference.update_centres(x, expected_w, target, scale, lse, 0 * rows, 0 * rows, expected)
@@ -254,11 +281,42 @@ def test_stochastic_rounding_has_the_bits_of_keyed(momentum_dtype: torch.dtype, 
 
 
 def test_nothing_changes_where_the_step_is_not_active(device: str) -> None:
-    (x, w, *rest), step = _update_problem(torch.bfloat16, torch.int8, False, device)
+    (x, w, *rest), step = _update_problem(torch.bfloat16, torch.int8, "all", device)
     got_w, got = w.clone(), _copied(step)._replace(active=torch.tensor(False, device=device))
     cuda.update_centres(x, got_w, *rest, got)
     assert torch.equal(got_w, w) and torch.equal(got.momentum_buffer, step.momentum_buffer)
     assert torch.equal(got.momentum_scale, step.momentum_scale)
+
+
+@pytest.mark.parametrize(("momentum_dtype", "scale"), [(torch.float32, 64.0), (torch.int8, 1000.0)])
+def test_sampled_step_waits_for_nothing(
+    momentum_dtype: torch.dtype, scale: float, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PartialFC with its sample padded, as on a GPU: the reference's steps, and no value is read on the way."""
+    monkeypatch.setattr(cuda, "unavailable", lambda: None)
+    monkeypatch.setitem(backends._DEVICE_TYPES, "cuda", device)
+    monkeypatch.setattr(partial_fc, "_is_waited_for", lambda _: True)
+    monkeypatch.setattr(ops, "check_target_range", lambda *_: None)  # the CPU's check alone
+    monkeypatch.setattr(PendingUpdate, "start", lambda self, gradient: setattr(self, "_loss_gradient", gradient))
+    recipe = fa.CenterSGD(lr=0.1, weight_decay=1e-3, momentum_dtype=momentum_dtype)
+    options = {"sample_rate": 0.1, "scale": scale, "center_optimizer": recipe, "seed": 4, "device": device}
+    heads = [fa.PartialFC(16, 300, backend=backend, **options) for backend in ("cuda", "reference")]
+    for step, rows in enumerate((40, 8, 1, 0)):  # more classes than the sample's 30 in the first
+        generator = torch.Generator().manual_seed(step)
+        x = torch.randn(rows, 16, generator=generator).to(device)
+        y = torch.randint(0, 300, (rows,), generator=generator).to(device)
+        results = []
+        for head in heads:
+            mine = x.clone().requires_grad_()
+            with NoWaiting():
+                loss, stats = head(mine, y, return_stats=True)
+                loss.backward()
+            state = head.center_optimizer.state[head.weight]
+            results.append([loss, *stats, mine.grad, head.sampled, head.weight.detach(), *state.values()])
+        for got, right in zip(*results, strict=True):
+            size = max(1.0, right.double().nan_to_num(0, 0, 0).abs().max().item()) if right.numel() > 0 else 1.0
+            atol = 2e-6 * scale * size if right.is_floating_point() else int(right.dtype == torch.int8)
+            torch.testing.assert_close(got, right, rtol=1e-4, atol=atol, equal_nan=True)
 
 
 def test_deterministic_to_the_bit(device: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -96,6 +96,7 @@ def _class_stats(
     maximum: Tensor,
     total: Tensor | None,
     centre_sum: Tensor | None,
+    class_count: Tensor | None,
 ) -> None:
     # Bound to names: a temporary's memory would be another's before the kernel reads it.
     target = target.contiguous()
@@ -113,6 +114,7 @@ def _class_stats(
             maximum.data_ptr(),
             native.address(total),
             native.address(centre_sum),
+            native.address(class_count),
             options,
             workspace,
             stream,
@@ -125,21 +127,28 @@ def _empty_rows(embeddings: Tensor) -> Tensor:
     return torch.empty(embeddings.shape[0], dtype=torch.float32, device=embeddings.device)
 
 
-def class_max(embeddings: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+def class_max(embeddings: Tensor, weight: Tensor, target: Tensor, class_count: Tensor | None = None) -> Tensor:
     maximum = _empty_rows(embeddings)
     if embeddings.shape[0] > 0:
-        _class_stats(embeddings, weight, target, 1.0, None, maximum, None, None)
+        _class_stats(embeddings, weight, target, 1.0, None, maximum, None, None, class_count)
     return maximum
 
 
 def class_stats(
-    embeddings: Tensor, weight: Tensor, target: Tensor, scale: float, shift: Tensor | None, with_centre_sum: bool
+    embeddings: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    scale: float,
+    shift: Tensor | None,
+    with_centre_sum: bool,
+    class_count: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     total, maximum = _empty_rows(embeddings), _empty_rows(embeddings)
     shape = embeddings.shape if with_centre_sum else (0,)
     centre_sum = torch.empty(shape, dtype=torch.float32, device=embeddings.device)
     if embeddings.shape[0] > 0:
-        _class_stats(embeddings, weight, target, scale, shift, maximum, total, centre_sum if with_centre_sum else None)
+        wanted_sum = centre_sum if with_centre_sum else None
+        _class_stats(embeddings, weight, target, scale, shift, maximum, total, wanted_sum, class_count)
     return total, maximum, centre_sum
 
 
