@@ -16,12 +16,9 @@ import torch
 from torch import Tensor
 
 from ..ops import CentreStep
-from . import native
+from . import native, nvidia
 
 _kernels: Any = None if native.unavailable() else getattr(native.module, "cuda", None)
-
-_LEAST_CAPABILITY = (8, 0)
-"""Ampere: the first with asynchronous copies, bf16 and tf32."""
 
 
 @dataclass(frozen=True)
@@ -48,17 +45,7 @@ def unavailable() -> str | None:
             "this build has no CUDA kernels: with the CUDA toolkit's nvcc on the PATH, run "
             "FUSED_ARCFACE_CUDA=ON pip install . in a checkout of the sources"
         )
-    if torch.version.hip is not None:
-        return "the kernels are for NVIDIA GPUs; this torch is built for AMD's"
-    if torch.version.cuda is None:
-        return f"this torch ({torch.__version__}) is built without CUDA"
-    if not torch.cuda.is_available():
-        return "torch sees no CUDA device"
-    capability = torch.cuda.get_device_capability()
-    if capability < _LEAST_CAPABILITY:
-        needed, found = (".".join(map(str, pair)) for pair in (_LEAST_CAPABILITY, capability))
-        return f"a GPU of compute capability >= {needed} is needed; {torch.cuda.get_device_name()} has {found}"
-    return None
+    return nvidia.unavailable()
 
 
 def _device(tensor: Tensor) -> tuple[tuple[int, int], int]:
