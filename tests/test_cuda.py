@@ -15,9 +15,9 @@ from types import ModuleType
 import cuda_emulated
 import pytest
 import torch
-from cases import Case
+from cases import Case, inputs_on
 from conftest import NoWaiting, PoisoningTorch
-from cuda_cases import BF16, CORE, FP16, FP32, FULL, Setting, check, inputs_on, loss
+from cuda_cases import BF16, CORE, FP16, FP32, FULL, Setting, check, loss
 
 import fused_arcface as fa
 from fused_arcface import _native, backends, keyed, ops, partial_fc
@@ -375,74 +375,9 @@ def test_import_needs_no_driver() -> None:
     assert result.returncode == 0 and result.stdout.strip() not in ("", "None"), result.stderr
 
 
-def _problem(N: int = 256, C: int = 20_000, D: int = 512, device: str = "cuda") -> tuple[torch.Tensor, ...]:
-    x, w, target, _ = inputs_on(Case(N, C, D, *BF16), device)
-    return x.requires_grad_(), w.requires_grad_(), target
-
-
 @needs_gpu
 @pytest.mark.parametrize("dtypes", [BF16, FP16, ("float32", "float32"), ("bfloat16", "float32")])
 @pytest.mark.parametrize("D", [128, 512])
 def test_real_sizes_on_a_gpu(dtypes: tuple[str, str], D: int) -> None:
     """Several chunks of the budgets as they are, the last of them short; late in training."""
     check(Setting(Case(1500, 40_007, D, *dtypes, geometry="late"), chunks=False), "cuda")
-
-
-@needs_gpu
-def test_no_synchronisation_on_a_gpu() -> None:
-    x, w, target = _problem()
-    fa.margin_softmax_loss(x, w, target, backend="cuda").backward()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        fa.margin_softmax_loss(x, w, target, backend="cuda", return_stats=True)[0].backward()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-
-
-@needs_gpu
-def test_stream_of_its_own_on_a_gpu() -> None:
-    """Work queued before, on another stream, is what the kernels see."""
-    x, w, target = _problem(N=64, C=3000, D=128)
-    expected = fa.margin_softmax_loss(x * 2 + 1, w, target, backend="cuda")
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        torch.cuda._sleep(50_000_000)
-        late = x * 2 + 1
-        found = fa.margin_softmax_loss(late, w, target, backend="cuda")
-    torch.cuda.synchronize()
-    torch.testing.assert_close(found, expected)
-
-
-@needs_gpu
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU or none: no second device index")
-def test_other_device_index_on_a_gpu() -> None:
-    x, w, target = _problem(N=64, C=3000, D=128, device="cuda:1")
-    found = fa.margin_softmax_loss(x, w, target, backend="cuda")
-    found.backward()
-    assert found.device.index == 1 and torch.cuda.current_device() == 0
-    torch.testing.assert_close(found, fa.margin_softmax_loss(x, w, target, backend="reference"), rtol=1e-3, atol=1e-3)
-
-
-@needs_gpu
-def test_cuda_graph_on_a_gpu() -> None:
-    """Captured on a side stream, replayed on other embeddings."""
-    x, w, target = _problem(N=64, C=3000, D=128)
-
-    def step() -> tuple[torch.Tensor, ...]:
-        found = fa.margin_softmax_loss(x, w, target, backend="cuda")
-        return found, *torch.autograd.grad(found, (x, w))
-
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
-    with torch.no_grad():
-        x.copy_(torch.randn_like(x))
-    graph.replay()
-    for a, b in zip(captured, step(), strict=True):
-        torch.testing.assert_close(a, b)
