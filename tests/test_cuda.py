@@ -331,6 +331,26 @@ def test_deterministic_to_the_bit(device: str, monkeypatch: pytest.MonkeyPatch) 
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 
+@needs_emulation
+@pytest.mark.parametrize(("precision", "code"), [("bfloat16", 2), ("float16", 3), ("tf32", 0), ("float32", 0)])
+def test_workspace_is_small_whatever_the_classes(precision: str, code: int, emulated_kernels: ModuleType) -> None:
+    """What a pass asks for, without running it: N = 4096, D = 512 on 132 multiprocessors."""
+    unread, D = 16, 512
+    options = (cuda.CHUNKS.exponential_bytes, cuda.CHUNKS.centre_bytes, 132)
+    needed = set()
+    for C in (1_000_000, 100_000_000):
+        x, w = ((unread, code, rows, D, D, 1) for rows in (4096, C))
+        rest = (0, options, 0, (0, 0))
+        needed.add(
+            (
+                emulated_kernels.class_stats(precision, x, w, unread, 64.0, *[unread] * 4, *rest),
+                emulated_kernels.weight_grad(precision, x, w, unread, 64.0, *[unread] * 3, w, *rest[1:]),
+            )
+        )
+    (bytes_of_passes,) = needed
+    assert max(bytes_of_passes) < 60e6
+
+
 def test_says_why_it_cannot_run() -> None:
     reason = backends.available()["cuda"]
     if reason is None:

@@ -93,7 +93,7 @@ MUTANTS = (
     Mutant("a remainder dropped", "gemm.h", "mma_tf32(acc[m][n], a_low, b_high[n]);", ""),
     Mutant("no mask of the target", "scores.h", "column != target && ", "column != target + (1 << 30) && ", full=False),
     Mutant("no coefficient of the target", "scores.h", "is_target ? of_target : ", "false && is_target ? of_target : "),
-    Mutant("no mask of the last classes", "scores.h", " && first_class + column < present", ""),
+    Mutant("no mask of the last classes", "scores.h", "first_class + column < present", "present >= 0"),
     Mutant("padding is a class", "scores.h", "chunk.classes.present_count()", "chunk.classes.count", full=False),
     Mutant("padding is packed", "rows.h", "if (i >= present_count()) return -1;", "if (i >= count) return -1;"),
     Mutant("a padded index is read", "rows.h", "return row < rows ? row : -1;", "return row;"),
