@@ -93,7 +93,7 @@ processes=$((cores < 16 ? (cores + 1) / 2 : 8))
 if has pytest; then
   phase tests_gpu 160 "$python" bench/parallel_tests.py "$work/tests_gpu" "$processes" -m "not full" \
     -k "(test_triton or test_cuda or on_a_gpu) and not interpreter and not emulated" \
-    tests/test_triton.py tests/test_cuda.py tests/test_partial_fc.py tests/test_ops.py
+    tests/test_gpu.py tests/test_triton.py tests/test_cuda.py tests/test_partial_fc.py tests/test_ops.py
   grep -h "beyond the weight" "$work"/tests_gpu/*.log || true
 else
   failed=1

@@ -47,6 +47,8 @@ struct ClassStatsArgs {
   // On a CPU, if not plain: exp(scale * f(c)) in both sums, times f'(c) in the latter; negative_max is the greatest
   // f(c) where only the maximum is wanted, else the greatest c.
   Negatives negatives;
+  // On a GPU: how many of weight's rows are classes, the others padding; null: all.
+  const int64_t* class_count = nullptr;
 };
 
 // d_weight_j = J_j sum_i G_ij x_i / |x_i|, J_j the Jacobian of w -> w / max(|w|, eps), and
@@ -71,7 +73,7 @@ constexpr int64_t kMomentumBlock = 64;  // columns that share an int8 momentum's
 // In place of a gradient, one step of SGD with momentum on the class centres. With class j of weight_grad's standing
 // for row r = rows[j], and its gradient g_j:  m_r = momentum * m_r + (g_j + weight_decay * w_r);  w_r -= lr * m_r.
 struct CentreStep {
-  const int64_t* rows;  // (classes,) ascending, or null: all rows of weight, in order
+  const int64_t* rows;  // (classes,) ascending, or null: all rows of weight, in order; on a GPU, past weight: padding
   int64_t classes;
   MomentumType momentum_type;
   void* momentum;         // (rows of weight, D) contiguous, or null

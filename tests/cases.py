@@ -202,6 +202,15 @@ def make_inputs(case: Case, seed: int = 0) -> Inputs:
     )
 
 
+def inputs_on(case: Case, device: str, seed: int = 0) -> Inputs:
+    """A case's inputs on a device, in the case's layout there."""
+    x, w, target, upstream = make_inputs(case, seed)
+    if device == "cpu":
+        return Inputs(x, w, target, upstream)
+    x, w = (LAYOUTS[case.layout](rows.contiguous().to(device)) for rows in (x, w))
+    return Inputs(x, w, target.to(device), upstream.to(device))
+
+
 class Outcome(NamedTuple):
     """One forward and backward pass, in fp64."""
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fused_arcface import _native
 from fused_arcface.backends import cpu
@@ -68,6 +70,29 @@ class PoisoningTorch:
         for buffer in self.buffers:
             guards = torch.cat([buffer[: self.GUARD], buffer[-self.GUARD :]])
             assert (guards == 255).all(), "written out of bounds"
+
+
+class NoWaiting(TorchDispatchMode):
+    """Raises where a value of a tensor is read, or decides a shape: what a GPU would be waited for."""
+
+    FORBIDDEN = (
+        "_local_scalar_dense",
+        "nonzero",
+        "unique",
+        "masked_select",
+        "is_nonzero",
+        "equal",
+        "repeat_interleave",
+    )
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.__name__.split(".")[0]
+        masks = (
+            [index for index in args[1] if index is not None] if name in ("index", "index_put", "index_put_") else []
+        )
+        assert not name.startswith(self.FORBIDDEN) or name == "nonzero_static", f"{func} waits for the device"
+        assert all(index.dtype != torch.bool for index in masks), f"{func} by a mask waits for the device"
+        return func(*args, **(kwargs or {}))
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import fused_arcface as fa
 from fused_arcface.cli import app, gradcheck, run
@@ -32,6 +33,37 @@ def test_doctor_shows_why_a_backend_is_missing(
     assert run(["doctor"]) == 0
     shown = capsys.readouterr().out
     assert "missing" in shown and "FUSED_ARCFACE_ISA=abacus" in shown and "on the CPU: reference" in shown
+
+
+@pytest.mark.parametrize(
+    ("built_for", "help"),
+    [
+        (None, "install a CUDA build of torch"),
+        ("13.0", "an NVIDIA GPU of compute capability >= 8.0 and a driver for CUDA 13.0"),
+    ],
+)
+def test_doctor_says_how_to_get_the_backends_for_gpus(
+    built_for: str | None, help: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a torch for the CPU, and with one for GPUs where there is none."""
+    monkeypatch.setenv("COLUMNS", "400")
+    monkeypatch.setattr(torch.version, "cuda", built_for)
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(fa.backends.load("cuda"), "_kernels", object())
+    assert run(["doctor"]) == 0
+    rows = {
+        name: line
+        for line in capsys.readouterr().out.splitlines()
+        for name in ("triton", "cuda")
+        if f" {name} " in line
+    }
+    assert "missing" in rows["triton"] and help in rows["triton"]
+    assert "missing" in rows["cuda"] and help in rows["cuda"]
+    monkeypatch.setattr(fa.backends.load("cuda"), "_kernels", None)
+    assert run(["doctor"]) == 0
+    assert "FUSED_ARCFACE_CUDA=ON pip install ." in capsys.readouterr().out
 
 
 def test_doctor_fails_when_even_the_reference_does(

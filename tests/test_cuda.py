@@ -15,13 +15,14 @@ from types import ModuleType
 import cuda_emulated
 import pytest
 import torch
-from cases import Case
-from conftest import PoisoningTorch
-from cuda_cases import BF16, CORE, FP16, FULL, Setting, check, inputs_on, loss
+from cases import Case, inputs_on
+from conftest import NoWaiting, PoisoningTorch
+from cuda_cases import BF16, CORE, FP16, FP32, FULL, Setting, check, loss
 
 import fused_arcface as fa
-from fused_arcface import _native, backends, keyed
+from fused_arcface import _native, backends, keyed, ops, partial_fc
 from fused_arcface.backends import cuda, reference
+from fused_arcface.center_sgd import PendingUpdate
 from fused_arcface.ops import CentreStep
 
 needs_gpu = pytest.mark.skipif(
@@ -86,6 +87,29 @@ def test_stages_with_targets_elsewhere(device: str) -> None:
         torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-5 * expected.abs().max().item())
     torch.testing.assert_close(cuda.class_max(x, w, target), reference.class_max(x, w, target))
     torch.testing.assert_close(cuda.target_cosine(x, w, target), reference.target_cosine(x, w, target))
+
+
+@pytest.mark.parametrize("dtypes", [FP32, BF16, FP16])
+@pytest.mark.parametrize("count", [0, 1, 128, 130])
+def test_classes_past_the_count_are_padding(
+    count: int, dtypes: tuple[str, str], device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their number is known to the device alone; NaN there reaches no result. Chunks of one tile: some are padding."""
+    monkeypatch.setattr(cuda, "CHUNKS", cuda.ChunkConfig(0, 0))
+    x, w, target, _ = inputs_on(Case(6, 300, 16, *dtypes), device)
+    target = (target % count if count > 0 else target.fill_(-1)).index_fill_(0, torch.tensor([1], device=device), -1)
+    class_count = torch.tensor(count, device=device)
+    shift = torch.linspace(-3, 3, 6, dtype=torch.float64, device=device)
+    expected = reference.class_stats(x, w, target, 20.0, shift, True, class_count)
+    maximum = reference.class_max(x, w, target, class_count)
+    w[count:] = torch.nan
+    rounding = 1e-5 if dtypes == FP32 else 2.0**-7
+    for result, right, rtol in zip(
+        cuda.class_stats(x, w, target, 20.0, shift, True, class_count), expected, (1e-5, 1e-5, rounding), strict=True
+    ):
+        size = right.abs().nan_to_num(0, 0, 0).max().item()
+        torch.testing.assert_close(result, right, rtol=rtol, atol=rtol * size)
+    torch.testing.assert_close(cuda.class_max(x, w, target, class_count), maximum)
 
 
 def test_invalid_label_is_nan(device: str) -> None:
@@ -161,14 +185,17 @@ def test_zero_row_in_fp16_saturates(device: str) -> None:
 
 
 def _update_problem(
-    dtype: torch.dtype, momentum_dtype: torch.dtype | None, sampled: bool, device: str
+    dtype: torch.dtype, momentum_dtype: torch.dtype | None, chosen: str, device: str
 ) -> tuple[tuple, CentreStep]:
-    """Arguments of update_centres: 200 classes of 70, more than one unit of an int8 momentum and not a multiple."""
+    """Arguments of update_centres: 200 classes of 70, more than one unit of an int8 momentum and not a multiple.
+    ``chosen``: all, sampled (67 of them) or padded (as many, and more than a tile of padding)."""
     x, w, target, _ = inputs_on(Case(12, 200, 70), device)
     w = w.to(dtype)
-    classes = torch.arange(0, 200, 3, device=device) if sampled else None
+    classes = None if chosen == "all" else torch.arange(0, 200, 3, device=device)
     if classes is not None:
         target = target % len(classes)
+    if chosen == "padded":
+        classes = torch.cat([classes, classes.new_full((200,), 200)])
     buffer = units = None
     if momentum_dtype == torch.int8:
         buffer = torch.randint(-127, 128, w.shape, generator=torch.Generator().manual_seed(1)).to(device, torch.int8)
@@ -192,19 +219,19 @@ def _copied(step: CentreStep) -> CentreStep:
 
 
 UPDATES = [
-    (dtype, momentum, sampled)
+    (dtype, momentum, chosen)
     for dtype in (torch.float32, torch.bfloat16)
     for momentum in (None, torch.float32, torch.bfloat16, torch.int8, torch.float64)
-    for sampled in (False, True)
+    for chosen in ("all", "sampled", "padded")
 ]
 
 
-@pytest.mark.parametrize(("dtype", "momentum_dtype", "sampled"), UPDATES)
+@pytest.mark.parametrize(("dtype", "momentum_dtype", "chosen"), UPDATES)
 def test_update_agrees_with_the_reference(
-    dtype: torch.dtype, momentum_dtype: torch.dtype | None, sampled: bool, device: str
+    dtype: torch.dtype, momentum_dtype: torch.dtype | None, chosen: str, device: str
 ) -> None:
     """The same random bits, so results differ only where the gradient's rounding falls on another side."""
-    arguments, step = _update_problem(dtype, momentum_dtype, sampled, device)
+    arguments, step = _update_problem(dtype, momentum_dtype, chosen, device)
     x, w, *rest = arguments
     expected_w, expected = w.clone(), _copied(step)
     reference.update_centres(x, expected_w, *rest, expected)
@@ -221,14 +248,28 @@ def test_update_agrees_with_the_reference(
     if got.momentum_scale is not None:
         torch.testing.assert_close(got.momentum_scale, expected.momentum_scale, rtol=1e-4, atol=1e-9)
     if step.classes is not None:
-        others = torch.ones(200, dtype=torch.bool, device=device).index_fill_(0, step.classes, False)
+        others = torch.ones(201, dtype=torch.bool, device=device).index_fill_(0, step.classes, False)[:200]
         assert torch.equal(got_w[others], w[others])
+
+
+def test_update_without_rows(device: str) -> None:
+    """Momentum and weight decay go on."""
+    (x, w, target, scale, *rows), step = _update_problem(torch.float32, torch.float32, "all", device)
+    nothing = x[:0], target[:0], scale, *(each[:0] for each in rows)
+    results = []
+    for backend in (cuda, reference):
+        weight, copy = w.clone(), _copied(step)
+        backend.update_centres(nothing[0], weight, *nothing[1:], copy)
+        results.append((weight, copy.momentum_buffer))
+    for got, right in zip(*results, strict=True):
+        torch.testing.assert_close(got, right, rtol=1e-6, atol=1e-7)
+    assert not torch.equal(results[0][0], w)
 
 
 @pytest.mark.parametrize("momentum_dtype", [torch.float32, torch.bfloat16, torch.int8])
 def test_stochastic_rounding_has_the_bits_of_keyed(momentum_dtype: torch.dtype, device: str) -> None:
     """Without a gradient the step is the same arithmetic everywhere: the results agree to the bit."""
-    (x, w, target, scale, lse, rows, _), step = _update_problem(torch.bfloat16, momentum_dtype, False, device)
+    (x, w, target, scale, lse, rows, _), step = _update_problem(torch.bfloat16, momentum_dtype, "all", device)
     step = step._replace(weight_decay=0.0)
     expected_w, expected = w.clone(), _copied(step)
     reference.update_centres(x, expected_w, target, scale, lse, 0 * rows, 0 * rows, expected)
@@ -240,11 +281,42 @@ def test_stochastic_rounding_has_the_bits_of_keyed(momentum_dtype: torch.dtype, 
 
 
 def test_nothing_changes_where_the_step_is_not_active(device: str) -> None:
-    (x, w, *rest), step = _update_problem(torch.bfloat16, torch.int8, False, device)
+    (x, w, *rest), step = _update_problem(torch.bfloat16, torch.int8, "all", device)
     got_w, got = w.clone(), _copied(step)._replace(active=torch.tensor(False, device=device))
     cuda.update_centres(x, got_w, *rest, got)
     assert torch.equal(got_w, w) and torch.equal(got.momentum_buffer, step.momentum_buffer)
     assert torch.equal(got.momentum_scale, step.momentum_scale)
+
+
+@pytest.mark.parametrize(("momentum_dtype", "scale"), [(torch.float32, 64.0), (torch.int8, 1000.0)])
+def test_sampled_step_waits_for_nothing(
+    momentum_dtype: torch.dtype, scale: float, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PartialFC with its sample padded, as on a GPU: the reference's steps, and no value is read on the way."""
+    monkeypatch.setattr(cuda, "unavailable", lambda: None)
+    monkeypatch.setitem(backends._DEVICE_TYPES, "cuda", device)
+    monkeypatch.setattr(partial_fc, "_is_waited_for", lambda _: True)
+    monkeypatch.setattr(ops, "check_target_range", lambda *_: None)  # the CPU's check alone
+    monkeypatch.setattr(PendingUpdate, "start", lambda self, gradient: setattr(self, "_loss_gradient", gradient))
+    recipe = fa.CenterSGD(lr=0.1, weight_decay=1e-3, momentum_dtype=momentum_dtype)
+    options = {"sample_rate": 0.1, "scale": scale, "center_optimizer": recipe, "seed": 4, "device": device}
+    heads = [fa.PartialFC(16, 300, backend=backend, **options) for backend in ("cuda", "reference")]
+    for step, rows in enumerate((40, 8, 1, 0)):  # more classes than the sample's 30 in the first
+        generator = torch.Generator().manual_seed(step)
+        x = torch.randn(rows, 16, generator=generator).to(device)
+        y = torch.randint(0, 300, (rows,), generator=generator).to(device)
+        results = []
+        for head in heads:
+            mine = x.clone().requires_grad_()
+            with NoWaiting():
+                loss, stats = head(mine, y, return_stats=True)
+                loss.backward()
+            state = head.center_optimizer.state[head.weight]
+            results.append([loss, *stats, mine.grad, head.sampled, head.weight.detach(), *state.values()])
+        for got, right in zip(*results, strict=True):
+            size = max(1.0, right.double().nan_to_num(0, 0, 0).abs().max().item()) if right.numel() > 0 else 1.0
+            atol = 2e-6 * scale * size if right.is_floating_point() else int(right.dtype == torch.int8)
+            torch.testing.assert_close(got, right, rtol=1e-4, atol=atol, equal_nan=True)
 
 
 def test_deterministic_to_the_bit(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -257,6 +329,26 @@ def test_deterministic_to_the_bit(device: str, monkeypatch: pytest.MonkeyPatch) 
         total, _ = loss(x, w, target, margin=case.margin, scale=case.scale, reduction="sum")
         runs.append((total.detach(), *torch.autograd.grad(total, (x, w))))
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+@needs_emulation
+@pytest.mark.parametrize(("precision", "code"), [("bfloat16", 2), ("float16", 3), ("tf32", 0), ("float32", 0)])
+def test_workspace_is_small_whatever_the_classes(precision: str, code: int, emulated_kernels: ModuleType) -> None:
+    """What a pass asks for, without running it: N = 4096, D = 512 on 132 multiprocessors."""
+    unread, D = 16, 512
+    options = (cuda.CHUNKS.exponential_bytes, cuda.CHUNKS.centre_bytes, 132)
+    needed = set()
+    for C in (1_000_000, 100_000_000):
+        x, w = ((unread, code, rows, D, D, 1) for rows in (4096, C))
+        rest = (0, options, 0, (0, 0))
+        needed.add(
+            (
+                emulated_kernels.class_stats(precision, x, w, unread, 64.0, *[unread] * 4, *rest),
+                emulated_kernels.weight_grad(precision, x, w, unread, 64.0, *[unread] * 3, w, *rest[1:]),
+            )
+        )
+    (bytes_of_passes,) = needed
+    assert max(bytes_of_passes) < 60e6
 
 
 def test_says_why_it_cannot_run() -> None:
@@ -303,74 +395,9 @@ def test_import_needs_no_driver() -> None:
     assert result.returncode == 0 and result.stdout.strip() not in ("", "None"), result.stderr
 
 
-def _problem(N: int = 256, C: int = 20_000, D: int = 512, device: str = "cuda") -> tuple[torch.Tensor, ...]:
-    x, w, target, _ = inputs_on(Case(N, C, D, *BF16), device)
-    return x.requires_grad_(), w.requires_grad_(), target
-
-
 @needs_gpu
 @pytest.mark.parametrize("dtypes", [BF16, FP16, ("float32", "float32"), ("bfloat16", "float32")])
 @pytest.mark.parametrize("D", [128, 512])
 def test_real_sizes_on_a_gpu(dtypes: tuple[str, str], D: int) -> None:
     """Several chunks of the budgets as they are, the last of them short; late in training."""
     check(Setting(Case(1500, 40_007, D, *dtypes, geometry="late"), chunks=False), "cuda")
-
-
-@needs_gpu
-def test_no_synchronisation_on_a_gpu() -> None:
-    x, w, target = _problem()
-    fa.margin_softmax_loss(x, w, target, backend="cuda").backward()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        fa.margin_softmax_loss(x, w, target, backend="cuda", return_stats=True)[0].backward()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-
-
-@needs_gpu
-def test_stream_of_its_own_on_a_gpu() -> None:
-    """Work queued before, on another stream, is what the kernels see."""
-    x, w, target = _problem(N=64, C=3000, D=128)
-    expected = fa.margin_softmax_loss(x * 2 + 1, w, target, backend="cuda")
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        torch.cuda._sleep(50_000_000)
-        late = x * 2 + 1
-        found = fa.margin_softmax_loss(late, w, target, backend="cuda")
-    torch.cuda.synchronize()
-    torch.testing.assert_close(found, expected)
-
-
-@needs_gpu
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU or none: no second device index")
-def test_other_device_index_on_a_gpu() -> None:
-    x, w, target = _problem(N=64, C=3000, D=128, device="cuda:1")
-    found = fa.margin_softmax_loss(x, w, target, backend="cuda")
-    found.backward()
-    assert found.device.index == 1 and torch.cuda.current_device() == 0
-    torch.testing.assert_close(found, fa.margin_softmax_loss(x, w, target, backend="reference"), rtol=1e-3, atol=1e-3)
-
-
-@needs_gpu
-def test_cuda_graph_on_a_gpu() -> None:
-    """Captured on a side stream, replayed on other embeddings."""
-    x, w, target = _problem(N=64, C=3000, D=128)
-
-    def step() -> tuple[torch.Tensor, ...]:
-        found = fa.margin_softmax_loss(x, w, target, backend="cuda")
-        return found, *torch.autograd.grad(found, (x, w))
-
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
-    with torch.no_grad():
-        x.copy_(torch.randn_like(x))
-    graph.replay()
-    for a, b in zip(captured, step(), strict=True):
-        torch.testing.assert_close(a, b)

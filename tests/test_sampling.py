@@ -2,8 +2,8 @@ import contextlib
 
 import pytest
 import torch
+from conftest import NoWaiting
 from scipy import stats
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import fused_arcface as fa
 from fused_arcface import keyed, partial_fc
@@ -85,29 +85,6 @@ def test_room_of_one_shard_is_that_of_its_share():
     batch = torch.arange(sampler.sharding.class_start, sampler.sharding.class_start + 500)
     exact, padded = sampler(1, batch), sampler.padded(1, batch)
     assert len(exact) < len(padded) < 12_500 + 500 + 1200 and torch.equal(padded[: len(exact)], exact)
-
-
-class NoWaiting(TorchDispatchMode):
-    """Raises where a value of a tensor is read, or decides a shape: what a GPU would be waited for."""
-
-    FORBIDDEN = (
-        "_local_scalar_dense",
-        "nonzero",
-        "unique",
-        "masked_select",
-        "is_nonzero",
-        "equal",
-        "repeat_interleave",
-    )
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func.__name__.split(".")[0]
-        masks = (
-            [index for index in args[1] if index is not None] if name in ("index", "index_put", "index_put_") else []
-        )
-        assert not name.startswith(self.FORBIDDEN) or name == "nonzero_static", f"{func} waits for the device"
-        assert all(index.dtype != torch.bool for index in masks), f"{func} by a mask waits for the device"
-        return func(*args, **(kwargs or {}))
 
 
 def test_the_mode_sees_what_waits():

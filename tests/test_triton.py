@@ -23,7 +23,7 @@ from fused_arcface.backends import triton as backend
 triton = pytest.importorskip("triton", reason="Triton is not installed here")
 
 from cases import Case  # noqa: E402
-from triton_cases import BF16, CORE, FULL, Setting, check, force, inputs_on  # noqa: E402
+from triton_cases import BF16, CORE, FULL, Setting, check, force  # noqa: E402
 
 needs_gpu = pytest.mark.skipif(
     backend.unavailable() is not None, reason=f"backend 'triton' cannot run here: {backend.unavailable()}"
@@ -126,13 +126,6 @@ def gpu() -> Iterator[str]:
     torch.cuda.synchronize()
 
 
-def _problem(
-    N: int = 256, C: int = 20_000, D: int = 512, dtype: str = "bfloat16", device: str = "cuda"
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    x, w, target, _ = inputs_on(Case(N, C, D, dtype, dtype), device)
-    return x.requires_grad_(), w.requires_grad_(), target
-
-
 @needs_gpu
 @pytest.mark.parametrize("setting", CORE, ids=str)
 def test_agrees_with_the_reference_on_a_gpu(setting: Setting, gpu: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -170,138 +163,3 @@ def test_real_sizes_on_a_gpu(
     setting = Setting(Case(1500, 40_007, D, *dtypes, geometry="late"), algorithm)
     force(setting, monkeypatch)
     check(setting, gpu)
-
-
-@needs_gpu
-@pytest.mark.parametrize("algorithm", ["chunks", "flash"])
-def test_deterministic_to_the_bit_on_a_gpu(algorithm: str, gpu: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FUSED_ARCFACE_TRITON_ALGORITHM", algorithm)
-    x, w, target = _problem(D=256)
-    runs = []
-    for _ in range(3):
-        loss = fa.margin_softmax_loss(x, w, target, backend="triton")
-        runs.append((loss.detach(), *torch.autograd.grad(loss, (x, w))))
-    for run in runs[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(runs[0], run, strict=True))
-
-
-@needs_gpu
-def test_no_synchronisation_on_a_gpu(gpu: str) -> None:
-    x, w, target = _problem()
-    fa.margin_softmax_loss(x, w, target, backend="triton").backward()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        fa.margin_softmax_loss(x, w, target, backend="triton", return_stats=True)[0].backward()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-
-
-@needs_gpu
-@pytest.mark.parametrize("algorithm", ["chunks", "flash"])
-def test_cuda_graph(algorithm: str, gpu: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Captured on a side stream, replayed on other embeddings."""
-    monkeypatch.setenv("FUSED_ARCFACE_TRITON_ALGORITHM", algorithm)
-    x, w, target = _problem(D=256)
-
-    def step() -> tuple[torch.Tensor, ...]:
-        loss = fa.margin_softmax_loss(x, w, target, backend="triton")
-        return loss, *torch.autograd.grad(loss, (x, w))
-
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
-    with torch.no_grad():
-        x.copy_(torch.randn_like(x))
-    graph.replay()
-    for a, b in zip(captured, step(), strict=True):
-        torch.testing.assert_close(a, b)
-
-
-@needs_gpu
-def test_stream_of_its_own(gpu: str) -> None:
-    """Work queued before, on another stream, is what the kernels see."""
-    x, w, target = _problem(N=64, C=3000, D=128)
-    expected = fa.margin_softmax_loss(x * 2 + 1, w, target, backend="triton")
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        torch.cuda._sleep(50_000_000)
-        late = x * 2 + 1
-        loss = fa.margin_softmax_loss(late, w, target, backend="triton")
-    torch.cuda.synchronize()
-    torch.testing.assert_close(loss, expected)
-
-
-@needs_gpu
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU or none: no second device index")
-def test_other_device_index(gpu: str) -> None:
-    x, w, target = _problem(N=64, C=3000, D=128, device="cuda:1")
-    loss = fa.margin_softmax_loss(x, w, target, backend="triton")
-    loss.backward()
-    assert loss.device.index == 1 and torch.cuda.current_device() == 0
-    torch.testing.assert_close(loss, fa.margin_softmax_loss(x, w, target, backend="reference"), rtol=1e-3, atol=1e-3)
-
-
-@needs_gpu
-def test_compiles_to_one_graph(gpu: str) -> None:
-    x, w, target = _problem(N=64, C=3000, D=128)
-    compiled = torch.compile(lambda *rows: fa.margin_softmax_loss(*rows, backend="triton"), fullgraph=True)
-    loss, expected = compiled(x, w, target), fa.margin_softmax_loss(x, w, target, backend="triton")
-    torch.testing.assert_close(loss, expected)
-    for a, b in zip(torch.autograd.grad(loss, (x, w)), torch.autograd.grad(expected, (x, w)), strict=True):
-        torch.testing.assert_close(a, b)
-
-
-@needs_gpu
-def test_any_margin_takes_the_plain_tail(gpu: str) -> None:
-    x, w, target = _problem(N=64, C=3000, D=128)
-    fused = fa.margin_softmax_loss(x, w, target, backend="triton", margin=fa.CosFace(0.2))
-    plain = fa.margin_softmax_loss(x, w, target, backend="triton", margin=lambda cosine: cosine - 0.2)
-    torch.testing.assert_close(fused, plain)
-    for a, b in zip(torch.autograd.grad(fused, (x, w)), torch.autograd.grad(plain, (x, w)), strict=True):
-        torch.testing.assert_close(a, b)
-
-
-@needs_gpu
-def test_autocast(gpu: str) -> None:
-    x, w, target = _problem(N=64, C=3000, D=128, dtype="float32")
-    with torch.autocast("cuda", torch.bfloat16):
-        loss = fa.margin_softmax_loss(x, w, target, backend="triton")
-    expected = fa.margin_softmax_loss(x.bfloat16(), w, target, backend="triton")
-    assert loss.dtype == torch.float32 and torch.equal(loss, expected)
-
-
-@needs_gpu
-def test_labels_out_of_range(gpu: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    x, w, target = _problem(N=4, C=10, D=16)
-    target[1], target[2] = 10, -100
-    loss = fa.margin_softmax_loss(x, w, target, backend="triton", reduction="none")
-    assert loss.isnan().tolist() == [False, True, False, False]
-    monkeypatch.setenv("FUSED_ARCFACE_DEBUG", "1")
-    with pytest.raises(ValueError, match="got 10 at row 1"):
-        fa.margin_softmax_loss(x, w, target, backend="triton")
-
-
-@needs_gpu
-@pytest.mark.parametrize("N", [1024, 4096])
-@pytest.mark.parametrize("algorithm", ["chunks", "flash"])
-def test_memory_on_a_gpu(algorithm: str, N: int, gpu: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Beyond the weight and its gradient 128 MB at C = 1 000 000, D = 512, and never an allocation of N·C bytes."""
-    monkeypatch.setenv("FUSED_ARCFACE_TRITON_ALGORITHM", algorithm)
-    C, D = 1_000_000, 512
-    x = torch.randn(N, D, device="cuda", dtype=torch.bfloat16, requires_grad=True)
-    w = torch.randn(C, D, device="cuda", dtype=torch.bfloat16, requires_grad=True)
-    target = torch.randint(C, (N,), device="cuda")
-    # The library's workspace is allocated at its first product and kept.
-    torch.mm(x[:64], w[:64].T)
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    fa.margin_softmax_loss(x, w, target, backend="triton").backward()
-    extra = torch.cuda.max_memory_allocated() - before - w.numel() * w.element_size()
-    print(f"{algorithm}, N = {N}: {extra / 1e6:.0f} MB beyond the weight and its gradient")
-    assert extra <= 128e6 < N * C

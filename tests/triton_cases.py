@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from cases import ARCFACES, GEOMETRIES, LAYOUTS, MARGINS, Case, Inputs, compare, make_inputs, run
+from cases import ARCFACES, GEOMETRIES, LAYOUTS, MARGINS, Case, compare, inputs_on, run
 from torch import Tensor
 
 import fused_arcface as fa
@@ -86,16 +86,6 @@ def loss(
     local = torch.ops.fused_arcface.local_target(target, w.shape[0], -100)
     rows = negatives_and_target(x, w, local, scale, "triton")
     return loss_of_rows(*rows, local == IGNORED, margin, scale, reduction, "triton")
-
-
-def inputs_on(case: Case, device: str) -> Inputs:
-    """A case's inputs on a device, in the case's layout there."""
-    x, w, target, upstream = make_inputs(case)
-    lay_out = LAYOUTS[case.layout]
-    if device == "cpu":
-        return Inputs(x, w, target, upstream)
-    x, w = (lay_out(rows.contiguous().to(device)) for rows in (x, w))
-    return Inputs(x, w, target.to(device), upstream.to(device))
 
 
 def rounding(case: Case) -> tuple[float, float, float]:

@@ -39,7 +39,8 @@ int64_t visit_precision(const std::string& name, const Fn& fn) {
 // Both passes return the bytes of workspace that they need, and do nothing else when they are given none.
 int64_t class_stats(const std::string& precision, const MatrixTuple& embeddings, const MatrixTuple& weight,
                     uintptr_t target, double scale, uintptr_t shift, uintptr_t negative_max, uintptr_t negative_sum,
-                    uintptr_t centre_sum, const OptionsTuple& options, uintptr_t workspace, const StreamTuple& stream) {
+                    uintptr_t centre_sum, uintptr_t class_count, const OptionsTuple& options, uintptr_t workspace,
+                    const StreamTuple& stream) {
   const ClassStatsArgs args{to_matrix(embeddings),
                             to_matrix(weight),
                             pointer<const int64_t>(target),
@@ -49,7 +50,8 @@ int64_t class_stats(const std::string& precision, const MatrixTuple& embeddings,
                             pointer<void>(negative_sum),
                             pointer<void>(centre_sum),
                             0,
-                            {}};
+                            {},
+                            pointer<const int64_t>(class_count)};
   const py::gil_scoped_release release;
   return visit_precision(precision, [&](auto passes) {
     return passes.class_stats(args, to_options(options), pointer<void>(workspace), to_stream(stream));

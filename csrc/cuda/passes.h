@@ -35,22 +35,22 @@ struct Pass {
 
   const Matrix& embeddings;
   const Matrix& weight;
-  const int64_t* index;  // rows of weight that take part, or null
-  int64_t classes;
+  RowSelection classes;  // rows of weight that take part
   const Stream& stream;
   Arena arena;
   Panel x, w;
   RowTerms terms;
 
-  Pass(const Matrix& embeddings, const Matrix& weight, const int64_t* index, int64_t classes, bool stored,
+  Pass(const Matrix& embeddings, const Matrix& weight, const RowSelection& classes, bool stored,
        const PassOptions& options, void* workspace, const Stream& stream)
-      : embeddings(embeddings), weight(weight), index(index), classes(classes), stream(stream), arena(workspace) {
+      : embeddings(embeddings), weight(weight), classes(classes), stream(stream), arena(workspace) {
     const int64_t width = round_up(embeddings.columns, kTile);
-    x = take_panel(round_up(embeddings.rows, kTile), width);
+    // One tile where there are no rows: a step of the centres has momentum and weight decay even so.
+    x = take_panel(round_up(std::max<int64_t>(embeddings.rows, 1), kTile), width);
     // As many classes as the budgets allow, at least one tile of them, at most all.
     int64_t chunk = options.centre_bytes / (width * static_cast<int64_t>(sizeof(First)));
     if (stored) chunk = std::min(chunk, options.exponential_bytes / (x.rows * static_cast<int64_t>(sizeof(Second))));
-    w = take_panel(std::min(round_up(classes, kTile), std::max<int64_t>(chunk / kTile, 1) * kTile), width);
+    w = take_panel(std::min(round_up(classes.count, kTile), std::max<int64_t>(chunk / kTile, 1) * kTile), width);
     terms = {arena.take<float>(x.rows), arena.take<float>(x.rows), arena.take<float>(x.rows), arena.take<float>(x.rows),
              arena.take<int64_t>(x.rows)};
   }
@@ -62,25 +62,24 @@ struct Pass {
     return {values, second, arena.take<float>(rows), arena.take<float>(rows), rows, width};
   }
 
-  void pack(const Matrix& m, const int64_t* rows, int64_t first, int64_t count, const Panel& panel) const {
-    if (m.dtype == Dtype::kFloat32) pack_from<float>(m, rows, first, count, panel);
-    if (m.dtype == Dtype::kBFloat16) pack_from<BFloat16>(m, rows, first, count, panel);
-    if (m.dtype == Dtype::kFloat16) pack_from<Float16>(m, rows, first, count, panel);
+  void pack(const Matrix& m, const RowSelection& rows, const Panel& panel) const {
+    if (m.dtype == Dtype::kFloat32) pack_from<float>(m, rows, panel);
+    if (m.dtype == Dtype::kBFloat16) pack_from<BFloat16>(m, rows, panel);
+    if (m.dtype == Dtype::kFloat16) pack_from<Float16>(m, rows, panel);
   }
   template <typename Source>
-  void pack_from(const Matrix& m, const int64_t* rows, int64_t first, int64_t count, const Panel& panel) const {
+  void pack_from(const Matrix& m, const RowSelection& rows, const Panel& panel) const {
     // 16-bit products are for operands that are stored so: no number is rounded for one.
     if constexpr (std::is_same_v<First, float> || std::is_same_v<First, Source>) {
-      const Source* const data = static_cast<const Source*>(m.data);
       launch("pack_rows", pack_rows_kernel<Source, precision>, {ceil_div(panel.rows, kRowThreads / kWarp)}, kRowThreads,
-             0, stream, rows == nullptr ? data + first * m.row_stride : data, m.row_stride, m.column_stride,
-             rows == nullptr ? rows : rows + first, count, static_cast<int>(m.columns), panel);
+             0, stream, static_cast<const Source*>(m.data), m.row_stride, m.column_stride, rows,
+             static_cast<int>(m.columns), panel);
     }
   }
 
   void start(double scale, const double* shift, const int64_t* target, const float* negative_coefficient,
              const float* target_coefficient) const {
-    pack(embeddings, nullptr, 0, embeddings.rows, x);
+    pack(embeddings, {0, embeddings.rows, nullptr, nullptr, embeddings.rows}, x);
     launch("row_terms", row_terms_kernel, {ceil_div(x.rows, kRowThreads)}, kRowThreads, 0, stream, x, embeddings.rows,
            scale, shift, target, negative_coefficient, target_coefficient, terms);
   }
@@ -88,10 +87,12 @@ struct Pass {
   // fn(chunk, grid of its tiles) for each chunk, packed.
   template <typename Fn>
   void for_each_chunk(const Fn& fn) const {
-    for (int64_t first = 0; first < classes; first += w.rows) {
-      const Chunk chunk{w, first, static_cast<int>(std::min(w.rows, classes - first))};
-      pack(weight, index, first, chunk.count, w);
-      fn(chunk, Grid{x.rows / kTile, ceil_div(chunk.count, kTile)});
+    Chunk chunk{w, classes};
+    for (int64_t first = 0; first < classes.count; first += w.rows) {
+      chunk.classes.first = first;
+      chunk.classes.count = std::min(w.rows, classes.count - first);
+      pack(weight, chunk.classes, w);
+      fn(chunk, Grid{x.rows / kTile, ceil_div(chunk.classes.count, kTile)});
     }
   }
 };
@@ -101,8 +102,9 @@ int64_t Passes<precision>::class_stats(const ClassStatsArgs& args, const PassOpt
                                        const Stream& stream) {
   using Second = typename Operands<precision>::Second;
   const bool stored = args.centre_sum != nullptr;
-  const int64_t N = args.embeddings.rows, D = args.embeddings.columns;
-  Pass<precision> pass(args.embeddings, args.weight, nullptr, args.weight.rows, stored, options, workspace, stream);
+  const int64_t N = args.embeddings.rows, D = args.embeddings.columns, C = args.weight.rows;
+  Pass<precision> pass(args.embeddings, args.weight, {0, C, nullptr, args.class_count, C}, stored, options, workspace,
+                       stream);
   const Panel& x = pass.x;
   const int64_t slots = 2 * pass.w.rows / kTile;
   float* const sums = pass.arena.template take<float>(slots * x.rows);
@@ -117,14 +119,14 @@ int64_t Passes<precision>::class_stats(const ClassStatsArgs& args, const PassOpt
   use(stream);
   pass.start(args.scale, args.shift, args.target, nullptr, nullptr);
   pass.for_each_chunk([&](const Chunk& chunk, const Grid& grid) {
-    const bool accumulate = chunk.first > 0;
+    const bool accumulate = chunk.classes.first > 0;
     launch("class_stats", class_stats_kernel<precision>, grid, kThreads, kSharedBytes, stream, x, chunk,
            static_cast<int>(D), pass.terms, RowStats{sums, maxima, accumulate}, exponentials);
     if (stored)
       launch("centre_sum", centre_sum_kernel<precision>, {x.width / kTile, x.rows / kTile, splits}, kThreads,
              kSharedBytes, stream, exponentials, chunk, x.rows, accumulate, partial);
   });
-  const int used_slots = static_cast<int>(2 * ceil_div(std::min(args.weight.rows, pass.w.rows), kTile));
+  const int used_slots = static_cast<int>(2 * ceil_div(std::min(C, pass.w.rows), kTile));
   launch("finish_row_stats", finish_row_stats_kernel, {ceil_div(N, kWarp)}, kRowThreads, kFinishSharedBytes, stream,
          sums, maxima, used_slots, x.rows, N, pass.terms, x.inverse, static_cast<float*>(args.negative_sum),
          static_cast<float*>(args.negative_max));
@@ -140,9 +142,9 @@ int64_t Passes<precision>::weight_grad(const WeightGradArgs& args, const CentreS
                                        const PassOptions& options, void* workspace, const Stream& stream) {
   using Second = typename Operands<precision>::Second;
   const int64_t N = args.embeddings.rows, D = args.embeddings.columns;
-  const int64_t* const index = step != nullptr ? step->rows : nullptr;
-  Pass<precision> pass(args.embeddings, args.weight, index, step != nullptr ? step->classes : args.weight.rows, true,
-                       options, workspace, stream);
+  RowSelection classes{0, args.weight.rows, nullptr, nullptr, args.weight.rows};
+  if (step != nullptr) classes.index = step->rows, classes.count = step->classes;
+  Pass<precision> pass(args.embeddings, args.weight, classes, true, options, workspace, stream);
   const Panel& x = pass.x;
   const int64_t slots = 2 * x.rows / kTile;
   float* const along = pass.arena.template take<float>(slots * pass.w.rows);
@@ -150,7 +152,7 @@ int64_t Passes<precision>::weight_grad(const WeightGradArgs& args, const CentreS
   if (pass.arena.counting()) return pass.arena.used();
 
   use(stream);
-  const CentreGradient out{args.d_weight, index, args.weight, step != nullptr ? *step : CentreStep{}, active};
+  const CentreGradient out{args.d_weight, args.weight, step != nullptr ? *step : CentreStep{}, active};
   pass.start(args.scale, args.lse, args.target, static_cast<const float*>(args.negative_coefficient),
              static_cast<const float*>(args.target_coefficient));
   pass.for_each_chunk([&](const Chunk& chunk, const Grid& grid) {

@@ -17,7 +17,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   using Second = typename Operands<precision>::Second;
   const int64_t first_row = static_cast<int64_t>(blockIdx.y) * kTile, width = chunk.panel.width;
   const int first_column = static_cast<int>(blockIdx.x) * kTile;
-  const int all = stages_of<Second>(chunk.count), share = (all + gridDim.z - 1) / gridDim.z;
+  const int all = stages_of<Second>(chunk.classes.count), share = (all + gridDim.z - 1) / gridDim.z;
   const int begin = min(static_cast<int>(blockIdx.z) * share, all), end = min(begin + share, all);
   const int64_t first_class = static_cast<int64_t>(begin) * kDepth<Second>;
   const int64_t size = sizeof(Second);
@@ -37,10 +37,9 @@ __global__ void __launch_bounds__(kThreads, 2)
   });
 }
 
-// What becomes of the gradient by row index[j], or j, of the weight.
+// What becomes of the gradient by a row of the weight.
 struct CentreGradient {
-  Matrix d_weight;       // written, unless data is null: then the step is made
-  const int64_t* index;  // of the rows that take part, or null
+  Matrix d_weight;  // written, unless data is null: then the step is made
   Matrix weight;
   CentreStep step;
   const bool* active;  // or null; where false nothing is changed
@@ -66,7 +65,8 @@ __global__ void __launch_bounds__(kThreads, 2)
   const int columns = static_cast<int>(out.weight.columns), lane = threadIdx.x % kWarp;
   for_each_row(acc, shared, [&](int row, int column, const float (&d_unit)[4]) {
     const int j = first_class + row, d = first_column + column;
-    if (j >= chunk.count) return;  // the whole warp
+    const int64_t in_weight = chunk.classes.row(j);
+    if (in_weight < 0) return;  // the whole warp
     float sum = 0;
     for (int slot = lane; slot < slots; slot += kWarp) sum += along[slot * chunk.panel.rows + j];
     const float inverse = chunk.panel.inverse[j], reciprocal = chunk.panel.reciprocal[j];
@@ -76,7 +76,6 @@ __global__ void __launch_bounds__(kThreads, 2)
 #pragma unroll
     for (int i = 0; i < 4; ++i) by_row[i] = (d_unit[i] - centre[i] * factor) * fabsf(reciprocal);
 
-    const int64_t place = chunk.first + j, in_weight = out.index != nullptr ? out.index[place] : place;
     const int count = columns - d;
     if (out.d_weight.data == nullptr) {
       step_centre(out.weight, out.step, in_weight, d, count, by_row);

@@ -29,16 +29,37 @@ struct RowTerms {
   int64_t* target;            // -1: none
 };
 
+// The rows of a matrix that a panel takes. What only pads them is known to the device alone: it names no row of the
+// matrix, or lies past *present.
+struct RowSelection {
+  int64_t first, count;    // of the index, or of the matrix's rows
+  const int64_t* index;    // or null: the rows in order
+  const int64_t* present;  // or null: all
+  int64_t rows;            // of the matrix
+
+  __device__ __forceinline__ int64_t present_count() const {
+    if (present == nullptr) return count;
+    const int64_t left = *present - first;
+    return left < 0 ? 0 : left < count ? left : count;
+  }
+  // Of the panel's row i; -1 where that is padding.
+  __device__ __forceinline__ int64_t row(int64_t i) const {
+    if (i >= present_count()) return -1;
+    const int64_t row = index != nullptr ? index[first + i] : first + i;
+    return row < rows ? row : -1;
+  }
+};
+
 template <typename T>
 __device__ __forceinline__ void fill_zero(T* at) {
   *reinterpret_cast<Four<T>*>(at) = Four<T>{};
 }
 
-// A warp a row. `index` names the rows of m to take, or null: the first `count`.
+// A warp a row of the panel.
 template <typename Source, Precision precision>
 __global__ void __launch_bounds__(kRowThreads)
-    pack_rows_kernel(const Source* data, int64_t row_stride, int64_t column_stride, const int64_t* index, int64_t count,
-                     int columns, Panel panel) {
+    pack_rows_kernel(const Source* data, int64_t row_stride, int64_t column_stride, RowSelection selection, int columns,
+                     Panel panel) {
   using First = typename Operands<precision>::First;
   using Second = typename Operands<precision>::Second;
   const int lane = threadIdx.x % kWarp;
@@ -47,7 +68,8 @@ __global__ void __launch_bounds__(kRowThreads)
   First* const values = reinterpret_cast<First*>(panel.values) + row * panel.width;
   Second* const second = reinterpret_cast<Second*>(panel.second) + row * panel.width;
   const int width = static_cast<int>(panel.width);
-  if (row >= count) {
+  const int64_t in_matrix = selection.row(row);
+  if (in_matrix < 0) {
     for (int d = 4 * lane; d < width; d += 4 * kWarp) {
       fill_zero(values + d);
       if (precision == Precision::kFloat16) fill_zero(second + d);
@@ -56,7 +78,7 @@ __global__ void __launch_bounds__(kRowThreads)
     return;
   }
 
-  const Source* const from = data + (index != nullptr ? index[row] : row) * row_stride;
+  const Source* const from = data + in_matrix * row_stride;
   float largest = 0;
   for (int d = 4 * lane; d < columns; d += 4 * kWarp) {
     float x[4];

@@ -6,11 +6,10 @@
 
 namespace fa::cuda {
 
-// Classes [first, first + count) of a pass, packed.
+// A pass's classes from classes.first on, packed.
 struct Chunk {
   Panel panel;
-  int64_t first;
-  int count;
+  RowSelection classes;
 };
 
 // Two columns of slots a tile of classes, one for each half of it, (slots, x.rows) each.
@@ -35,6 +34,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   using Second = typename Operands<precision>::Second;
   const int64_t first_row = static_cast<int64_t>(blockIdx.x) * kTile;
   const int first_class = static_cast<int>(blockIdx.y) * kTile;
+  const int present = static_cast<int>(chunk.classes.present_count());
   const int64_t row_bytes = x.width * static_cast<int64_t>(sizeof(First));
   char* const shared = dynamic_shared();
   Accumulators acc;
@@ -54,14 +54,14 @@ __global__ void __launch_bounds__(kThreads, 2)
     for (int half = 0; half < 2; ++half) {
       const int64_t row = first_row + place.row + m * 16 + half * 8;
       const float scale = terms.scale[row], shift = terms.shift[row];
-      const int64_t target = terms.target[row] - chunk.first - first_class;
+      const int64_t target = terms.target[row] - chunk.classes.first - first_class;
       float sum = 0, largest = -INFINITY;
 #pragma unroll
       for (int n = 0; n < kTilesN; ++n)
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
           const int column = place.column + n * 8 + i;
-          const bool negative = column != target && first_class + column < chunk.count;
+          const bool negative = column != target && first_class + column < present;
           float& value = acc[m][n][2 * half + i];
           const float cosine = value * inverse[n][i];
           if (negative && cosine > largest) largest = cosine;
@@ -125,7 +125,7 @@ __global__ void __launch_bounds__(kThreads, 2)
       const int64_t row = first_row + place.column + n * 8 + i;
       const float scale = terms.scale[row], shift = terms.shift[row], factor = terms.factor[row];
       const float of_target = terms.target_coefficient[row];
-      const int64_t target = terms.target[row] - chunk.first - first_class;
+      const int64_t target = terms.target[row] - chunk.classes.first - first_class;
 #pragma unroll
       for (int m = 0; m < kTilesM; ++m)
 #pragma unroll

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cstdio>
 #include <cstring>
+#include <numeric>
 #include <random>
 #include <string>
 #include <vector>
@@ -63,6 +64,7 @@ void compare(const char* what, const std::vector<float>& got, const std::vector<
 }
 
 constexpr double kScale = 12;
+constexpr int kPadding = 3;  // rows past the classes, which only the device is told of; NaN
 
 template <typename T>
 int64_t rows_bytes(int64_t rows, int64_t stride, int64_t columns) {
@@ -118,13 +120,18 @@ void check(const Problem& p, const std::vector<Stored>& x, const std::vector<Sto
   const fa::cuda::PassOptions options =
       chunks ? fa::cuda::PassOptions{0, 0, 2} : fa::cuda::PassOptions{1 << 30, 1 << 30, 16};
   const fa::cuda::Stream stream{0, nullptr};
-  const emulation::GuardedMemory x_memory(rows_bytes<Stored>(N, D, D)), w_memory(rows_bytes<Stored>(C, stride, D));
+  const emulation::GuardedMemory x_memory(rows_bytes<Stored>(N, D, D));
+  const emulation::GuardedMemory w_memory(rows_bytes<Stored>(C + kPadding, stride, D));
   const emulation::GuardedMemory gradient_memory(rows_bytes<float>(C, stride, D));
   const fa::Matrix x_matrix{place(x, N, D, x_memory), dtype, N, D, D, 1};
-  const fa::Matrix w_matrix{place(w, C, stride, w_memory), dtype, C, D, stride, 1};
+  Stored* const w_rows = place(w, C, stride, w_memory);
+  for (int r = C; r < C + kPadding; ++r) std::memset(w_rows + r * stride, 0xff, D * sizeof(Stored));
+  const fa::Matrix w_matrix{w_rows, dtype, C, D, stride, 1}, padded{w_rows, dtype, C + kPadding, D, stride, 1};
+  const int64_t class_count = C;
   std::vector<float> got_max(N, NAN), got_sum(N, NAN), got_centre_sum(N * D, NAN);
-  fa::ClassStatsArgs stats{x_matrix,       w_matrix,       p.target.data(),       kScale, nullptr,
-                           got_max.data(), got_sum.data(), got_centre_sum.data(), 0,      {}};
+  fa::ClassStatsArgs stats{x_matrix,       padded,         p.target.data(),       kScale, nullptr,
+                           got_max.data(), got_sum.data(), got_centre_sum.data(), 0,      {},
+                           &class_count};
   std::vector<char> workspace(Passes<precision>::class_stats(stats, options, nullptr, stream) + 256, '\xff');
   const auto aligned = [&] {
     return reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(workspace.data()) + 255) / 256 * 256);
@@ -156,8 +163,12 @@ void check(const Problem& p, const std::vector<Stored>& x, const std::vector<Sto
   const int blocks = (D + 63) / 64;
   std::vector<float> units(C * blocks, 0.01f);
   const bool active = true;
-  const fa::CentreStep step{nullptr, C, fa::MomentumType::kInt8, momentum.data(), units.data(), 0.5, 0.9, 0, 7, 3};
+  std::vector<int64_t> index(C + kPadding, C);
+  std::iota(index.begin(), index.begin() + C, 0);
+  const fa::CentreStep step{
+      index.data(), C + kPadding, fa::MomentumType::kInt8, momentum.data(), units.data(), 0.5, 0.9, 0, 7, 3};
   args.d_weight = {};
+  workspace.assign(Passes<precision>::weight_grad(args, &step, &active, options, nullptr, stream) + 256, '\xff');
   Passes<precision>::weight_grad(args, &step, &active, options, aligned(), stream);
   std::vector<float> stored(C * D);
   std::vector<double> velocity(C * D);

@@ -54,7 +54,7 @@ def has_negatives(name: str) -> bool:
 
 def knows_padding(name: str) -> bool:
     """Whether the backend's stages take classes that are padded, their number known to the device alone."""
-    return name in ("reference", "triton")
+    return name in ("reference", "triton", "cuda")
 
 
 def check_name(name: object) -> None:

@@ -16,12 +16,9 @@ import torch
 from torch import Tensor
 
 from ..ops import CentreStep
-from . import native
+from . import native, nvidia
 
 _kernels: Any = None if native.unavailable() else getattr(native.module, "cuda", None)
-
-_LEAST_CAPABILITY = (8, 0)
-"""Ampere: the first with asynchronous copies, bf16 and tf32."""
 
 
 @dataclass(frozen=True)
@@ -48,17 +45,7 @@ def unavailable() -> str | None:
             "this build has no CUDA kernels: with the CUDA toolkit's nvcc on the PATH, run "
             "FUSED_ARCFACE_CUDA=ON pip install . in a checkout of the sources"
         )
-    if torch.version.hip is not None:
-        return "the kernels are for NVIDIA GPUs; this torch is built for AMD's"
-    if torch.version.cuda is None:
-        return f"this torch ({torch.__version__}) is built without CUDA"
-    if not torch.cuda.is_available():
-        return "torch sees no CUDA device"
-    capability = torch.cuda.get_device_capability()
-    if capability < _LEAST_CAPABILITY:
-        needed, found = (".".join(map(str, pair)) for pair in (_LEAST_CAPABILITY, capability))
-        return f"a GPU of compute capability >= {needed} is needed; {torch.cuda.get_device_name()} has {found}"
-    return None
+    return nvidia.unavailable()
 
 
 def _device(tensor: Tensor) -> tuple[tuple[int, int], int]:
@@ -96,6 +83,7 @@ def _class_stats(
     maximum: Tensor,
     total: Tensor | None,
     centre_sum: Tensor | None,
+    class_count: Tensor | None,
 ) -> None:
     # Bound to names: a temporary's memory would be another's before the kernel reads it.
     target = target.contiguous()
@@ -113,6 +101,7 @@ def _class_stats(
             maximum.data_ptr(),
             native.address(total),
             native.address(centre_sum),
+            native.address(class_count),
             options,
             workspace,
             stream,
@@ -125,21 +114,28 @@ def _empty_rows(embeddings: Tensor) -> Tensor:
     return torch.empty(embeddings.shape[0], dtype=torch.float32, device=embeddings.device)
 
 
-def class_max(embeddings: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+def class_max(embeddings: Tensor, weight: Tensor, target: Tensor, class_count: Tensor | None = None) -> Tensor:
     maximum = _empty_rows(embeddings)
     if embeddings.shape[0] > 0:
-        _class_stats(embeddings, weight, target, 1.0, None, maximum, None, None)
+        _class_stats(embeddings, weight, target, 1.0, None, maximum, None, None, class_count)
     return maximum
 
 
 def class_stats(
-    embeddings: Tensor, weight: Tensor, target: Tensor, scale: float, shift: Tensor | None, with_centre_sum: bool
+    embeddings: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    scale: float,
+    shift: Tensor | None,
+    with_centre_sum: bool,
+    class_count: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     total, maximum = _empty_rows(embeddings), _empty_rows(embeddings)
     shape = embeddings.shape if with_centre_sum else (0,)
     centre_sum = torch.empty(shape, dtype=torch.float32, device=embeddings.device)
     if embeddings.shape[0] > 0:
-        _class_stats(embeddings, weight, target, scale, shift, maximum, total, centre_sum if with_centre_sum else None)
+        wanted_sum = centre_sum if with_centre_sum else None
+        _class_stats(embeddings, weight, target, scale, shift, maximum, total, wanted_sum, class_count)
     return total, maximum, centre_sum
 
 

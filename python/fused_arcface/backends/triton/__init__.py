@@ -9,12 +9,10 @@ from __future__ import annotations
 import importlib
 from importlib.metadata import PackageNotFoundError, version
 
-import torch
+from .. import nvidia
 
 _LEAST_TRITON = (3, 4)
 """Oldest Triton that the kernels are compiled with in the tests' reach."""
-_LEAST_CAPABILITY = (8, 0)
-"""Ampere: the first with bf16 tensor cores, which the second product needs (tiles.py)."""
 
 
 def _missing_compiler() -> str | None:
@@ -48,17 +46,7 @@ if _compiler_reason is None:
 
 
 def unavailable() -> str | None:
-    if torch.version.hip is not None:
-        return "the kernels are for NVIDIA GPUs; this torch is built for AMD's"
-    if torch.version.cuda is None:
-        return f"this torch ({torch.__version__}) is built without CUDA"
-    if not torch.cuda.is_available():
-        return "torch sees no CUDA device"
-    capability = torch.cuda.get_device_capability()
-    if capability < _LEAST_CAPABILITY:
-        needed, found = (".".join(map(str, pair)) for pair in (_LEAST_CAPABILITY, capability))
-        return f"a GPU of compute capability >= {needed} is needed; {torch.cuda.get_device_name()} has {found}"
-    return _compiler_reason
+    return nvidia.unavailable() or _compiler_reason
 
 
 __all__ = [
