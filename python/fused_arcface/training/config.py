@@ -87,7 +87,7 @@ class TrainConfig:
         "ends with it.",
         choices=("skip", "stop"),
     )
-    verify_data: str = _option("", "Labelled folder for 1:1 verification, of identities that are not trained on.")
+    verify_data: str = _option("", "1:1 verification: a .bin set, file of pairs or labelled images, of other people.")
     verify_every: int = _option(1, "Epochs from one verification to the next; the last epoch has one.", least=1)
     image_size: int | None = _option(None, "Side in pixels; the net's own or the images'.", least=1, fixed=True)
     channels: int | None = _option(None, "1 or 3; the net's own or the images'.", least=1, most=3, fixed=True)
