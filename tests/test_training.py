@@ -363,7 +363,7 @@ def test_the_command_takes_a_file_and_the_command_line_wins(tmp_path: Path, caps
     assert "lr must be >= 0; got -1.0" in capsys.readouterr().err
     file.write_text("epoch = 7\n")
     assert run_command([*arguments[:4], str(tmp_path / "x")]) == 2
-    assert "no option is called epoch; did you mean epochs?" in capsys.readouterr().err
+    assert f"{file}: no option is called epoch; did you mean epochs?" in capsys.readouterr().err
 
 
 def test_a_missing_library_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -185,7 +185,7 @@ def read_options(path: Path) -> dict[str, Any]:
     """The options that a TOML file sets; hand them to :meth:`TrainConfig.replace`.
 
     Raises:
-        ValueError: it cannot be read or is no TOML.
+        OptionError: it cannot be read or is no TOML.
     """
     # Before Python 3.11 the standard library has no reader, and the package that it came from takes its place.
     toml = require("tomllib" if sys.version_info >= (3, 11) else "tomli", "train")
@@ -193,5 +193,5 @@ def read_options(path: Path) -> dict[str, Any]:
         with path.open("rb") as file:
             found: dict[str, Any] = toml.load(file)
     except (OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from None
+        raise OptionError(f"{path} cannot be read: {error}") from None
     return found
