@@ -225,7 +225,7 @@ def test_files_are_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
         path = tmp_path / "people" / str(label) / f"{number}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         image.fromarray((255 * pixels[0].clamp(0, 1)).byte().numpy()).resize((40, 50)).save(path)
-    options = ["--quick", "--data", str(tmp_path / "people"), "--criteria", "softmax; triplet, batch-hard"]
+    options = ["--quick", "--data", str(tmp_path / "people"), "--criteria", "Softmax; triplet, batch-hard"]
     assert run(["compare", *options, "--output", str(tmp_path / "out")]) == 0
     rows = [json.loads(path.read_text()) for path in (tmp_path / "out" / "rows").iterdir()]
     # Three of ten people are held out: 3·15 pairs of one person.

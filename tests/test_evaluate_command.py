@@ -233,3 +233,15 @@ def test_an_image_that_cannot_be_read_is_named(files: Path, tmp_path: Path, caps
             (tmp_path / person / f"{number}.png").write_bytes(b"no image")
     assert run(["verify", "--data", str(tmp_path), "--checkpoint", str(files / "run")]) == 1
     assert f"{tmp_path / 'a' / '1.png'} cannot be read as an image" in capsys.readouterr().err
+
+
+def test_what_is_wrong_with_labelled_images_is_said(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    empty = files / "people" / "person without images"
+    empty.mkdir()
+    try:
+        for name in ("verify", "identify"):
+            assert run([name, "--data", str(files / "people"), "--checkpoint", str(files / "run")]) == 0
+            shown = capsys.readouterr()
+            assert shown.err.splitlines() == [f"{empty}: an identity without images; skipped"]
+    finally:
+        empty.rmdir()

@@ -70,6 +70,22 @@ def test_mv_softmax_by_hand(
 
 
 @everywhere
+@pytest.mark.parametrize(("kind", "hard"), [("adaptive", 5.2), ("fixed", 4.0)])
+def test_mv_softmax_at_a_published_point(
+    loss: Callable[..., Tensor], options: dict[str, str], kind: str, hard: float
+) -> None:
+    """With cosines 0.6 of the target, 0.8 and 0 of the negatives, f = 0.6 - 0.3 = 0.3, s = 5, t = 1.3: the first
+    negative is misclassified, the second is not. Its e^(5·0.8) is multiplied by h = e^(5·0.3·1.8) = e^2.7 or by
+    e^(5·0.3) = e^1.5: over e^(5·0.3) of the target e^(4 + 2.7 - 1.5) = e^5.2 or e^(4 + 1.5 - 1.5) = e^4."""
+    x = torch.tensor([[1.0, 0.0]], dtype=torch.float64)
+    w = torch.tensor([[0.6, 0.8], [0.8, 0.6], [0.0, 1.0]], dtype=torch.float64)
+    right = math.log(1 + math.exp(hard) + math.exp(-1.5))
+    margin = fa.MVSoftmax(fa.CosFace(0.3), t=1.3, kind=kind)
+    got = loss(x, w, torch.tensor([0]), margin=margin, scale=5.0, **options)
+    assert got.item() == pytest.approx(right, rel=1e-12)
+
+
+@everywhere
 def test_interclass_filter_by_hand(loss: Callable[..., Tensor], options: dict[str, str]) -> None:
     right = right_loss(math.cos(0.6 + 0.5), lambda c: 0.0, 0.4)
     got = loss(*one_row(), margin=fa.InterclassFilter(fa.ArcFace(0.5), 0.4), scale=8.0, **options)
@@ -101,7 +117,11 @@ def test_curricularface_running_mean_by_hand() -> None:
     assert margin.t == before
 
 
-@pytest.mark.parametrize("margin", [started(-0.9), started(0.9), fa.MVSoftmax(t=4.0), fa.InterclassFilter()], ids=repr)
+@pytest.mark.parametrize(
+    "margin",
+    [started(-0.9), started(0.9), fa.MVSoftmax(t=4.0), fa.MVSoftmax(t=4.0, kind="fixed"), fa.InterclassFilter()],
+    ids=repr,
+)
 def test_bounds_hold(margin: Margin) -> None:
     """What needs_shift relies on: f lies in [-1, greatest] where it is applied, |f'| under steepest."""
     cosine = torch.linspace(-1, 1, 2001, dtype=torch.float64)
@@ -198,6 +218,7 @@ OF_COSINE = "must be a function of the target's cosine alone, such as ArcFace or
         (lambda: fa.CurricularFace(4), ValueError, "CurricularFace: margin must be in [0, π) radians; got 4"),
         (lambda: fa.CurricularFace(rate=2), ValueError, "CurricularFace: rate must be in (0, 1]; got 2"),
         (lambda: fa.MVSoftmax(t=0.9), ValueError, "MVSoftmax: t must be in [1, 4]; got 0.9"),
+        (lambda: fa.MVSoftmax(kind="a"), ValueError, "MVSoftmax: kind must be one of 'adaptive', 'fixed'; got 'a'"),
         (lambda: fa.MVSoftmax(t="1"), TypeError, "MVSoftmax: t must be a number; got str"),
         (lambda: fa.MVSoftmax(fa.AdaFace()), TypeError, f"MVSoftmax: margin {OF_COSINE}; got AdaFace"),
         (lambda: fa.InterclassFilter(0.4), TypeError, f"InterclassFilter: margin {OF_COSINE}; got float"),

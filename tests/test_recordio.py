@@ -118,6 +118,19 @@ def test_a_truncated_file(tmp_path: Path) -> None:
             )
 
 
+def test_the_rest_of_a_truncated_file_is_counted(tmp_path: Path) -> None:
+    """With an index each of its records is known, and would have the same to say."""
+    root = write_records(tmp_path, identities=4, samples=30)
+    path, offsets = root / "train.rec", read_index(root / "train.idx")
+    path.write_bytes(path.read_bytes()[: offsets[11] + 100])
+    found = RecordImages(path)
+    assert len(found) == 10
+    assert [problem.partition(" cannot be read")[0] for problem in found.problems[:4]] == [
+        f"{path}: record {number} at byte {offsets[number]}" for number in range(11, 15)
+    ]
+    assert found.problems[4:] == [f"{path}: 106 more records cannot be read for the same reason"]
+
+
 def test_bad_records_are_named_and_left_out(tmp_path: Path) -> None:
     image = encoded(picture(0, 0))
     path = write(
@@ -139,7 +152,7 @@ def test_bad_records_are_named_and_left_out(tmp_path: Path) -> None:
             f"{path}: record 2 at byte {offsets[2]} cannot be read: 0xced7230a must stand there; got 0xffffffff",
             f"{path}: record 4 at byte {offsets[4]}: an image's record must have >= 24 bytes; got 5",
             f"{path}: record 5 at byte {offsets[5]}: its label must be a whole number >= 0; got 0.5",
-            f"{path}: record 3 at byte {offsets[3]} is the first with label 3: none has label 2; identities count on",
+            f"{path}: record 3 at byte {offsets[3]} is the first with label 3: none has label 2",
         ]
 
 

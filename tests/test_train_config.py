@@ -66,7 +66,7 @@ def test_margins_as_text() -> None:
         fa.CombinedMargin(1.0, 0.3, 0.2),
         fa.NormSoftmax(),
     )
-    every += (fa.MVSoftmax(fa.CosFace(0.2), t=1.2), fa.InterclassFilter(fa.ArcFace(0.3), 0.5))
+    every += (fa.MVSoftmax(fa.CosFace(0.2), t=1.2, kind="fixed"), fa.InterclassFilter(fa.ArcFace(0.3), 0.5))
     for margin in every:
         assert parse_margin(repr(margin)) == margin
     assert parse_margin("arcface(0.3, boundary='fold')") == every[0]

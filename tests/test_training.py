@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import re
 import shutil
 import signal
@@ -15,13 +16,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from image_files import write_folder, write_records
+from image_files import encoded, picture, write_folder, write_records
 from torch import nn
 
 import fused_arcface as fa
 from fused_arcface.cli import run as run_command
 from fused_arcface.data import DataError, ImageSpec, read_folder, read_image
-from fused_arcface.evaluation import verify
+from fused_arcface.evaluation import pair_scores, read_pair_set, verify, verify_scores
 from fused_arcface.extras import MissingExtra
 from fused_arcface.training import embed, events
 from fused_arcface.training.backbones import build_backbone
@@ -134,7 +135,7 @@ def test_unreadable_images_and_empty_identities(tmp_path: Path, bad: str) -> Non
     broken = root / "person_001" / "01.png"
     broken.write_text("not an image")
     if bad == "stop":
-        with pytest.raises(DataError, match=f"{broken} cannot be read as an image"):
+        with pytest.raises(DataError, match=f"{broken} cannot be read as an image.*; bad_data is stop: the run ends$"):
             run(config, tmp_path / "run")
     else:
         outcome, heard = run(config, tmp_path / "run")
@@ -145,11 +146,11 @@ def test_unreadable_images_and_empty_identities(tmp_path: Path, bad: str) -> Non
         ]
     (root / "person_9").mkdir()
     if bad == "stop":
-        with pytest.raises(DataError, match="person_9: an identity without images is left out"):
+        with pytest.raises(DataError, match=r"person_9: an identity without images; bad_data is stop: the run ends$"):
             run(config, tmp_path / "run")
     else:
         _, heard = run(config, tmp_path / "other")
-        assert f"{root / 'person_9'}: an identity without images is left out" in [
+        assert f"{root / 'person_9'}: an identity without images; skipped" in [
             e.text for e in heard if isinstance(e, Noted)
         ]
     for path in root.rglob("*.[jp]*g"):
@@ -189,6 +190,42 @@ def test_what_cannot_be_verified_is_said_first(tmp_path: Path) -> None:
         run(TINY.replace({"verify_data": str(tmp_path / "few")}), tmp_path / "run")
 
 
+def test_verification_on_an_insightface_set_without_its_unreadable_images(tmp_path: Path) -> None:
+    """The figures are those of the pairs of whose images both can be read, and ``verify`` gives the same."""
+    images = [encoded(picture(100 + i // 2, i)) for i in range(48)]
+    images[7] = b"no image"
+    same = [i % 4 != 3 for i in range(24)]  # of pair 3 the second image is the bad one: a pair of two people
+    (tmp_path / "lfw.bin").write_bytes(pickle.dumps((images, same)))
+    images[6:8], same[3:4] = [], []
+    (tmp_path / "rest.bin").write_bytes(pickle.dumps((images, same)))
+    found = {}
+    for name in ("lfw", "rest"):
+        config = TINY.replace({"epochs": 1, "verify_data": str(tmp_path / f"{name}.bin"), "workers": 1})
+        _, heard = run(config, tmp_path / name)
+        (found[name],) = [event.found for event in heard if isinstance(event, Verified)]
+        notes = [event.text for event in heard if isinstance(event, Noted)]
+        bad = "verification: lfw.bin[7]: an image of 8 bytes cannot be read"
+        assert len(notes) == (name == "lfw") and all(note.startswith(bad) for note in notes), notes
+        assert all(note.endswith("; its pairs are left out") for note in notes)
+    net, spec = load_backbone(tmp_path / "lfw")
+    pairs = read_pair_set(str(tmp_path / "rest.bin"))
+    embeddings = embed(net, torch.stack([pairs.read(i, spec) for i in range(46)]))
+    right = verify_scores(pairs.pairs.same, pair_scores(embeddings, pairs.pairs), fars=[0.1])
+    for each in found.values():
+        assert each.num_pairs == (18, 5) and each.fold_accuracy.tolist() == right.fold_accuracy.tolist()
+        assert each.tar[0.1] == right.tar[0.1] and len(each.tar) == 3
+
+
+def test_a_verification_that_fails_does_not_end_the_training(tmp_path: Path) -> None:
+    images = [encoded(picture(0, i)) for i in range(40)]
+    for i in range(20):
+        images[2 * i + 1] = b"no image"
+    (tmp_path / "lfw.bin").write_bytes(pickle.dumps((images, [i % 2 == 0 for i in range(20)])))
+    outcome, heard = run(TINY.replace({"epochs": 1, "verify_data": str(tmp_path / "lfw.bin")}), tmp_path / "run")
+    assert outcome == Outcome(3, 3) and not any(isinstance(event, Verified) for event in heard)
+    assert [e.text for e in heard if isinstance(e, Noted)][-1].startswith("verification: no figures, ")
+
+
 def test_a_net_that_is_not_finite_is_reported(tmp_path: Path) -> None:
     run(TINY.replace({"epochs": 1}), tmp_path / "first")
     state = torch.load(tmp_path / "first" / "model.pt")
@@ -197,7 +234,7 @@ def test_a_net_that_is_not_finite_is_reported(tmp_path: Path) -> None:
     outcome, heard = run(TINY.replace({"epochs": 1, "init": str(tmp_path / "nan.pt")}), tmp_path / "second")
     notes = [event.text for event in heard if isinstance(event, Noted)]
     assert outcome.step == 3 and notes[0] == "step 1: loss nan, the gradient is not finite: the net was left as it was"
-    assert notes[-1] == "no verification: the net's embeddings are not finite"
+    assert notes[-1] == "verification: no figures, the net's embeddings are not finite"
 
 
 def test_a_trained_net_is_loaded_and_its_file_too(tmp_path: Path) -> None:
@@ -326,7 +363,7 @@ def test_the_command_takes_a_file_and_the_command_line_wins(tmp_path: Path, caps
     assert "lr must be >= 0; got -1.0" in capsys.readouterr().err
     file.write_text("epoch = 7\n")
     assert run_command([*arguments[:4], str(tmp_path / "x")]) == 2
-    assert "no option is called epoch; did you mean epochs?" in capsys.readouterr().err
+    assert f"{file}: no option is called epoch; did you mean epochs?" in capsys.readouterr().err
 
 
 def test_a_missing_library_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

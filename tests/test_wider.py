@@ -51,6 +51,7 @@ SUB_CENTERS = [
 MODULATED = [
     Variant(_started(fa.CurricularFace, t=0.5)),
     Variant(lambda: fa.MVSoftmax(fa.CosFace(0.35), t=1.5)),
+    Variant(lambda: fa.MVSoftmax(t=1.5, kind="fixed")),
     Variant(lambda: fa.InterclassFilter(fa.ArcFace(), 0.2)),
 ]
 SMOOTHED = [
@@ -268,6 +269,7 @@ def test_fused_optimizer_is_sgd(variant: Variant) -> None:
     torch.testing.assert_close(heads[0].weight, heads[1].weight, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.filterwarnings("error:Dynamo")
 @every_variant
 def test_compiles(variant: Variant) -> None:
     """fullgraph: nothing falls back to eager."""

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from .margins import ArcFace, Boundary, GradientMode, Margin, Modulation, check_angle, check_number
+from .margins import ArcFace, Boundary, GradientMode, Margin, Modulation, check_angle, check_choice, check_number
+
+Kind = Literal["adaptive", "fixed"]
 
 
 def _check_target_margin(owner: object, margin: object) -> None:
@@ -30,16 +33,23 @@ def _coefficients(like: Tensor, a: Tensor | float, b: Tensor | float, d: Tensor 
 
 @dataclass(frozen=True)
 class MVSoftmax:
-    """A margin on the target, and ``s·(t·cos θ_j + t - 1)`` for negatives with ``cos θ_j`` above the target's modified
-    cosine (MV-Softmax, arXiv:1912.00833).
+    """A margin ``f`` on the target, and more weight for negatives with ``cos θ_j > f(θ_y)``, the misclassified ones
+    (MV-Softmax, arXiv:1912.00833).
+
+    In the paper their exponential ``e^(s·cos θ_j)`` is multiplied by ``h``, adaptive
+    ``h = e^(s·(t - 1)·(cos θ_j + 1))`` or fixed ``h = e^(s·(t - 1))``: the logit becomes ``s·(t·cos θ_j + t - 1)`` or
+    ``s·(cos θ_j + t - 1)``. With ``t = 1`` nothing changes. FaceX-Zoo's ``MV_Softmax`` is the adaptive one, with
+    ArcFace's margin left off targets past 90° (``boundary="easy"``), where it nevertheless compares with
+    ``cos(θ_y + m)``; here it is the modified cosine in both places, as in the paper.
 
     Args:
-        margin: of the target: a function of its cosine alone.
+        margin: ``f``, of the target: a function of its cosine alone.
         t: weight of the hard negatives, in [1, 4].
+        kind: ``"adaptive"`` or ``"fixed"``.
 
     Raises:
         TypeError: a margin that is none, or depends on more than a cosine; a weight that is not a number.
-        ValueError: a weight out of its range.
+        ValueError: a weight out of its range, or another kind.
 
     >>> import torch, fused_arcface as fa
     >>> x, w = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.6, 0.8], [0.8, 0.6]])
@@ -50,10 +60,12 @@ class MVSoftmax:
 
     margin: Margin = ArcFace()
     t: float = 1.12
+    kind: Kind = "adaptive"
 
     def __post_init__(self) -> None:
         _check_target_margin(self, self.margin)
         check_number(self, "t", self.t, "[1, 4]", 1, 4, closed=True)
+        check_choice(self, "kind", self.kind, Kind)
 
     def __call__(self, target_cosine: Tensor) -> Tensor:
         """Modified cosines (N,) of target cosines (N,)."""
@@ -61,8 +73,9 @@ class MVSoftmax:
 
     def modulate(self, target_cosine: Tensor, counted: Tensor) -> Modulation:
         """See :class:`fused_arcface.margins.Modulation`."""
-        coefficients = _coefficients(target_cosine, 0, self.t, self.t - 1)
-        return Modulation(self.margin(target_cosine), coefficients, 2 * self.t - 1, self.t)
+        slope = self.t if self.kind == "adaptive" else 1.0
+        coefficients = _coefficients(target_cosine, 0, slope, self.t - 1)
+        return Modulation(self.margin(target_cosine), coefficients, slope + self.t - 1, slope)
 
 
 @dataclass(frozen=True)

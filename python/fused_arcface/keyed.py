@@ -54,12 +54,18 @@ def fold_each(key: int | Tensor, numbers: Tensor) -> Tensor:
 
 
 @functools.cache
-def _quantiles(device: torch.device) -> Tensor:
+def _made_quantiles(device: torch.device) -> Tensor:
     """(65536,) fp32: the standard normal distribution's quantiles at ``(i + 1/2) / 65536``, out to ±4.3. A table, so
     that the numbers are the same bits on every device: logarithms and cosines differ in the last place between
     libraries."""
     levels = (torch.arange(65536, dtype=torch.float64) + 0.5) / 65536
     return (math.sqrt(2) * torch.erfinv(2 * levels - 1)).float().to(device)
+
+
+# A compiled program takes the table as it is: it would make it anew in each step, with its compiler's rounding.
+@torch.compiler.assume_constant_result
+def _quantiles(device: torch.device) -> Tensor:
+    return _made_quantiles(device)
 
 
 def normal_rows(key: int | Tensor, ids: Tensor, dim: int) -> Tensor:

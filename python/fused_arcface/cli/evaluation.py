@@ -68,6 +68,9 @@ def embed_images(
     ) as error:  # torch's for a device that is none, or missing
         raise typer.BadParameter(f"--device {device} cannot be used: {str(error).splitlines()[0]}") from None
     net, spec = load_backbone(checkpoint, device)
+    console = Console(stderr=True, soft_wrap=True)
+    for problem in dict.fromkeys(problem for images in sets for problem in images.problems):
+        console.print(f"{problem}; skipped", style="yellow", markup=False, highlight=False)
     with Progress(transient=True) as bar:
         task = bar.add_task("images", total=sum(len(images) for images in sets))
         return [

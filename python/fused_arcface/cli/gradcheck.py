@@ -161,6 +161,7 @@ def margins() -> Iterator[Margin]:
     yield from stateful_margins()
     yield MagFace(lower_norm=0.7, upper_norm=1.8)  # of the problem's norms, most within
     yield MVSoftmax(CosFace(0.35))
+    yield MVSoftmax(kind="fixed")
     yield InterclassFilter(ArcFace(), 0.2)
 
 

@@ -74,8 +74,14 @@ def train(
 
 def _choose(output: Path, file: Path | None, resume: bool, given: dict[str, Any]) -> TrainConfig:
     """The command line over the file over the resumed run's options over the defaults."""
-    base = RunFolder(output).read_config() if resume else TrainConfig()
+    chosen = RunFolder(output).read_config() if resume else TrainConfig()
+    if file is not None:
+        chosen = _replace(chosen, read_options(file), f"{file}: ")
+    return _replace(chosen, given)
+
+
+def _replace(config: TrainConfig, options: dict[str, Any], place: str = "") -> TrainConfig:
     try:
-        return base.replace(({} if file is None else read_options(file)) | given)
+        return config.replace(options)
     except (TypeError, ValueError) as wrong:
-        raise OptionError(str(wrong)) from None
+        raise OptionError(f"{place}{wrong}") from None

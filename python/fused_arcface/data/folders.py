@@ -59,13 +59,13 @@ def read_folder(root: str | Path) -> LabelledFolder:
     entries = [path for path in root.iterdir() if not path.name.startswith(".")]
     folders = sorted((path for path in entries if path.is_dir()), key=lambda path: _natural(path.name))
     loose = sorted(path for path in entries if _is_image(path))
-    problems = [f"{loose[0]}: {len(loose)} image(s) outside any identity's folder are left out"] if loose else []
+    problems = [f"{loose[0]}: {len(loose)} image(s) outside any identity's folder"] if loose else []
     files: list[tuple[Path, int]] = []
     names: list[str] = []
     for folder in folders:
         images = sorted(path for path in folder.rglob("*") if _is_image(path) and not _hidden(path, folder))
         if not images:
-            problems.append(f"{folder}: an identity without images is left out")
+            problems.append(f"{folder}: an identity without images")
             continue
         files += [(path, len(names)) for path in images]
         names.append(folder.name)
@@ -93,7 +93,7 @@ def _gaps(root: Path, folders: list[Path]) -> list[str]:
         return []
     # Numbered from anything on: the first number is no gap.
     return [
-        f"{root}: no folder {missing_numbers(before, after)} between {before} and {after}; identities count on"
+        f"{root}: no folder {missing_numbers(before, after)} between {before} and {after}"
         for before, after in pairwise(numbers)
         if after > before + 1
     ]

@@ -25,6 +25,8 @@ from .recordio import (
 
 Ints = npt.NDArray[np.int64]
 
+_SAID_OF_THE_REST = 3  # records behind a file's end that are named one by one
+
 
 class RecordImages:
     """The images of a ``.rec`` file. See :class:`fused_arcface.data.sources.ImageSource`.
@@ -120,7 +122,10 @@ class RecordImages:
     def _read_labels(self, numbers: Ints, offsets: Ints) -> tuple[Ints, Ints, Ints]:
         """The records that can be read, and the first label of each."""
         labels, plain = _plain_labels(self.path, self._file.size, offsets)
-        for row in np.flatnonzero(~plain):
+        # Of a truncated file each record of the rest has the same to say.
+        behind = np.flatnonzero(offsets > self._file.size - HEAD_BYTES)
+        unsaid = behind[_SAID_OF_THE_REST:]
+        for row in np.setdiff1d(np.flatnonzero(~plain), unsaid):
             try:
                 payload = self._file.read(int(offsets[row]), int(numbers[row]))
                 labels[row] = unpack_image(payload).labels[0]
@@ -130,6 +135,8 @@ class RecordImages:
                 self.problems.append(f"{_place(self.path, numbers[row], offsets[row])}: {error}")
             else:
                 plain[row] = True
+        if len(unsaid):
+            self.problems.append(f"{self.path}: {len(unsaid)} more records cannot be read for the same reason")
         whole = plain & (labels >= 0) & (labels == np.floor(labels)) & (labels < 2**53)
         for row in np.flatnonzero(plain & ~whole):
             place = _place(self.path, numbers[row], offsets[row])
@@ -142,7 +149,7 @@ class RecordImages:
                 row = int(np.argmax(found == after))
                 self.problems.append(
                     f"{self._place(row)} is the first with label {after}: none has label "
-                    f"{missing_numbers(int(before), int(after))}; identities count on"
+                    f"{missing_numbers(int(before), int(after))}"
                 )
 
 

@@ -20,17 +20,11 @@ _PROBED = 16  # images looked at to tell what the others are like
 _IDENTITIES = (200, 10)
 
 
-class ImageSource(Protocol):
-    """Labelled images that are read one by one, by index; usable in data-loader workers."""
+class LabelledReader(Protocol):
+    """Images that are read one by one, by index, with a label for each; usable in data-loader workers."""
 
     labels: Tensor
-    """(M,) int64, from 0 to the number of identities - 1, each at least once."""
-    names: list[str]
-    """Of the identities."""
-    problems: list[str]
-    """What was found wrong when the source was opened, with its place."""
-    notes: list[str]
-    """What else there is to know of it."""
+    """(M,) int64."""
 
     def __len__(self) -> int: ...
 
@@ -40,6 +34,17 @@ class ImageSource(Protocol):
         Raises:
             DataError, ImageError: it cannot be read; the message names the place.
         """
+
+
+class ImageSource(LabelledReader, Protocol):
+    """Images to train on: labels go from 0 to the number of identities - 1, each at least once."""
+
+    names: list[str]
+    """Of the identities."""
+    problems: list[str]
+    """What was found wrong when the source was opened, with its place: the images of the source do without it."""
+    notes: list[str]
+    """What else there is to know of it."""
 
     def spec_of(self, index: int) -> ImageSpec:
         """Shorter side and channels of an image as it is stored.

@@ -5,14 +5,15 @@ A set of pairs is insightface's ``.bin``, a text file of pairs (LFW's, or paths)
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from ..data import DataError, ImageSpec, open_source, read_image
+from ..data import DataError, ImageError, ImageSource, ImageSpec, open_source, read_image
 from ..data.folders import SUFFIXES, read_folder
 from ..data.pickled_pairs import read_pickled_pairs
 from ..data.sources import FolderImages
@@ -34,6 +35,8 @@ class ImageSet:
     pairs: Pairs | None = None
     names: list[str] = field(default_factory=list)
     """What labels stand for."""
+    problems: list[str] = field(default_factory=list)
+    """What was found wrong with labelled images when they were opened, with its place: they are not among the M."""
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -54,10 +57,13 @@ def read_labelled(data: str) -> ImageSet:
     if path.is_dir() and not (path / "train.rec").is_file():
         folder = read_folder(path)
         images = FolderImages(folder)
-        return ImageSet([str(file) for file, _ in folder.files], images.read, images.labels, names=images.names)
-    source = open_source(data)
-    paths = [f"{data}[{index}]" for index in range(len(source))]
-    return ImageSet(paths, source.read, source.labels, names=source.names)
+        return replace(_of_source(images, data), paths=[str(file) for file, _ in folder.files])
+    return _of_source(open_source(data), data)
+
+
+def _of_source(source: ImageSource, name: str) -> ImageSet:
+    paths = [f"{name}[{index}]" for index in range(len(source))]
+    return ImageSet(paths, source.read, source.labels, names=source.names, problems=source.problems)
 
 
 def read_pair_set(data: str, images: str | Path | None = None, *, most: int = 20_000, seed: int = 0) -> ImageSet:
@@ -82,24 +88,43 @@ def read_pair_set(data: str, images: str | Path | None = None, *, most: int = 20
         return _of_pickle(path)
     if path.suffix.lower() in (".txt", ".csv", ".tsv"):
         return read_pairs_file(path, Path(images) if images is not None else path.parent)
-    labelled = read_labelled(data)
+    return _with_pairs(read_labelled(data), data, most, seed)
+
+
+def paired(source: ImageSource, name: str, *, most: int = 20_000, seed: int = 0) -> ImageSet:
+    """A set of pairs made from a source of images; see :func:`read_pair_set`. ``name`` is what messages call it.
+
+    >>> len(paired(open_source("identities:4x2"), "people").pairs.same)
+    8
+    """
+    return _with_pairs(_of_source(source, name), name, most, seed)
+
+
+def _with_pairs(labelled: ImageSet, name: str, most: int, seed: int) -> ImageSet:
     assert labelled.labels is not None
     try:
-        pairs = balanced_pairs(labelled.labels, most, seed)
+        return replace(labelled, pairs=balanced_pairs(labelled.labels, most, seed))
     except ValueError as error:
-        raise DataError(f"{data}: no pairs can be made: {error}") from None
-    return replace(labelled, pairs=pairs)
+        raise DataError(f"{name}: no pairs can be made: {error}") from None
 
 
 def _of_pickle(path: Path) -> ImageSet:
     found = read_pickled_pairs(path)
-
-    def read(index: int, spec: ImageSpec) -> Tensor:
-        return read_image(found.images[index], spec)
-
     numbers = torch.arange(len(found.images))
     names = [f"{path.name}[{i}]" for i in range(len(found.images))]
-    return ImageSet(names, read, pairs=Pairs(numbers[0::2], numbers[1::2], torch.tensor(found.same)))
+    pairs = Pairs(numbers[0::2], numbers[1::2], torch.tensor(found.same))
+    return ImageSet(names, partial(_read_pickled, path.name, found.images), pairs=pairs)
+
+
+def _read_pickled(name: str, images: Sequence[bytes], index: int, spec: ImageSpec) -> Tensor:
+    try:
+        return read_image(images[index], spec)
+    except ImageError as error:
+        raise ImageError(f"{name}[{index}]: {error}") from None
+
+
+def _read_file(files: Sequence[Path], index: int, spec: ImageSpec) -> Tensor:
+    return read_image(files[index], spec)
 
 
 def read_pairs_file(path: Path, root: Path) -> ImageSet:
@@ -132,12 +157,8 @@ def read_pairs_file(path: Path, root: Path) -> ImageSet:
     if not any(same) or all(same):
         raise DataError(f"{path} must hold pairs of one person and of two; it has {sum(same)} of {len(same)} pairs")
     files = list(number_of)
-
-    def read(index: int, spec: ImageSpec) -> Tensor:
-        return read_image(files[index], spec)
-
     pairs = Pairs(torch.tensor(first), torch.tensor(second), torch.tensor(same))
-    return ImageSet([str(file) for file in files], read, pairs=pairs)
+    return ImageSet([str(file) for file in files], partial(_read_file, files), pairs=pairs)
 
 
 def _fields(line: str) -> list[str]:

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ..data.folders import DataError
 from ..data.images import ImageSpec
-from ..data.sources import ImageSource
+from ..data.sources import LabelledReader
 from ..keyed import BATCH, fold
 from .interrupt import ignore_interrupts
 
@@ -90,7 +90,7 @@ def share_bounds(rows: int, parts: int) -> list[int]:
 class _ReadImages(Dataset[Batch]):
     """Reads one item; the loader's workers call it."""
 
-    def __init__(self, source: ImageSource, spec: ImageSpec) -> None:
+    def __init__(self, source: LabelledReader, spec: ImageSpec) -> None:
         self._source, self._spec = source, spec
 
     def __getitem__(self, item: Item) -> Batch:
@@ -113,7 +113,7 @@ def _collate(samples: list[Batch]) -> Batch:
 
 
 def load_batches(
-    source: ImageSource, spec: ImageSpec, items: Iterator[list[Item]], workers: int, pin_memory: bool = False
+    source: LabelledReader, spec: ImageSpec, items: Iterator[list[Item]], workers: int, pin_memory: bool = False
 ) -> Iterator[Batch]:
     """Reads batches one after another, ahead of their use in ``workers`` processes if there are any.
 

@@ -87,7 +87,7 @@ class TrainConfig:
         "ends with it.",
         choices=("skip", "stop"),
     )
-    verify_data: str = _option("", "Labelled folder for 1:1 verification, of identities that are not trained on.")
+    verify_data: str = _option("", "1:1 verification: a .bin set, file of pairs or labelled images, of other people.")
     verify_every: int = _option(1, "Epochs from one verification to the next; the last epoch has one.", least=1)
     image_size: int | None = _option(None, "Side in pixels; the net's own or the images'.", least=1, fixed=True)
     channels: int | None = _option(None, "1 or 3; the net's own or the images'.", least=1, most=3, fixed=True)
@@ -185,7 +185,7 @@ def read_options(path: Path) -> dict[str, Any]:
     """The options that a TOML file sets; hand them to :meth:`TrainConfig.replace`.
 
     Raises:
-        ValueError: it cannot be read or is no TOML.
+        OptionError: it cannot be read or is no TOML.
     """
     # Before Python 3.11 the standard library has no reader, and the package that it came from takes its place.
     toml = require("tomllib" if sys.version_info >= (3, 11) else "tomli", "train")
@@ -193,5 +193,5 @@ def read_options(path: Path) -> dict[str, Any]:
         with path.open("rb") as file:
             found: dict[str, Any] = toml.load(file)
     except (OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from None
+        raise OptionError(f"{path} cannot be read: {error}") from None
     return found

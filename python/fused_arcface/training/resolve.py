@@ -10,6 +10,7 @@ from .. import backends
 from ..data.folders import DataError
 from ..data.images import ImageSpec
 from ..data.sources import ImageSource, common_spec, open_source, unseen_source
+from ..evaluation.pair_sets import ImageSet, paired, read_pair_set
 from ..functional import unusual_negatives
 from .backbones import own_embedding_dim, own_spec
 from .config import OptionError, TrainConfig
@@ -29,15 +30,30 @@ def open_data(config: TrainConfig) -> ImageSource:
         raise DataError("data must be a folder, a .rec file, identities or digits; got nothing")
     source = open_source(config.data)
     if config.bad_data == "stop" and source.problems:
-        raise DataError(source.problems[0])
+        raise DataError(stopped_by(source.problems[0]))
     if len(source.names) < 2:
         raise DataError(f"{config.data} must hold two identities or more; got {len(source.names)}")
     return source
 
 
-def open_verification(config: TrainConfig) -> ImageSource | None:
-    """The images to verify on: those named, for data that the package makes unseen ones of its kind, else none."""
-    return open_source(config.verify_data) if config.verify_data else unseen_source(config.data)
+def stopped_by(problem: str) -> str:
+    """What is said of the problem that ends a run."""
+    return f"{problem}; bad_data is stop: the run ends"
+
+
+def open_verification(config: TrainConfig) -> ImageSet | None:
+    """The pairs to verify on: those named, for data that the package makes unseen ones of its kind, else none.
+
+    Raises:
+        OptionError: they cannot be read, or no pairs can be made of them.
+    """
+    try:
+        if config.verify_data:
+            return read_pair_set(config.verify_data)
+        unseen = unseen_source(config.data)
+        return paired(unseen, f"unseen {config.data}") if unseen is not None else None
+    except DataError as error:
+        raise OptionError(f"verify_data: {error}") from None
 
 
 def resolve(config: TrainConfig, source: ImageSource, world: World) -> TrainConfig:

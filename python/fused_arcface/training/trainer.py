@@ -19,7 +19,7 @@ from .events import Began, Ended, Event, Listener, Noted, Saved, Stepped, Verifi
 from .interrupt import Interrupt
 from .joint_step import StepResult
 from .learner import Learner
-from .resolve import open_data, open_verification, resolve
+from .resolve import open_data, open_verification, resolve, stopped_by
 from .runs import RunFolder, check_run, write_run
 from .verifier import Verifier
 from .world import World, join_world
@@ -94,8 +94,8 @@ class Trainer:
         self._verifier: Verifier | None = None
         if world.rank == 0:
             self._listeners += folder_listeners(folder.log, folder.tensorboard)
-            unseen = open_verification(config)
-            self._verifier = Verifier(unseen, config.batch_size, config.workers) if unseen is not None else None
+            pairs = open_verification(config)
+            self._verifier = Verifier(pairs, config.batch_size, config.workers) if pairs is not None else None
         self._stopped_by: signal.Signals | None = None
         self._saved = -1
 
@@ -112,8 +112,10 @@ class Trainer:
         parameters = sum(each.numel() for each in self._learner.backbone.parameters())
         self.tell(Began(step, self._steps, len(self._source), len(self._source.names), parameters))
         if self._world.rank == 0:
-            for note in [*self._source.notes, *self._source.problems]:
+            for note in [*self._source.notes, *(f"{problem}; skipped" for problem in self._source.problems)]:
                 self.tell(Noted(note))
+            for problem in self._verifier.problems if self._verifier is not None else ():
+                self.tell(Noted(f"verification: {problem}; skipped"))
         bounds = self._share()
         sizes = [end - start for start, end in pairwise(bounds)]
         items = self._plan.from_step(step, self._steps, slice(bounds[0], bounds[-1]))
@@ -147,7 +149,7 @@ class Trainer:
     def _report(self, batch: Batch) -> None:
         for problem in batch.problems:
             if self._config.bad_data == "stop":
-                raise DataError(problem)
+                raise DataError(stopped_by(problem))
             self.tell(Noted(f"{problem}; the next image is taken instead"))
 
     def _conclude(self, step: int, result: StepResult, seconds: float) -> None:
@@ -189,7 +191,7 @@ class Trainer:
         if self._verifier is not None and due and self._stopped_by is None:
             found, problems = self._verifier(self._learner.backbone, self._learner.spec, self._world.device)
             for problem in problems:
-                self.tell(Noted(problem))
+                self.tell(Noted(f"verification: {problem}"))
             if found is not None:
                 self.tell(Verified(step, epoch, found))
         self._world.wait()
