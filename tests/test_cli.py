@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -146,29 +144,6 @@ def test_ctrl_c_ends_with_the_usual_status(capsys: pytest.CaptureFixture[str], m
     monkeypatch.setattr(gradcheck_module, "check", interrupted)
     assert run(["gradcheck"]) == 130
     assert "Interrupted." in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("command", ["module", "script"])
-def test_ctrl_c_while_torch_is_imported_ends_without_a_traceback(command: str, tmp_path: Path) -> None:
-    """With a torch that is sent SIGINT as it is imported, and that catches what this raises."""
-    lines = ["import os, signal, time", "try:", "    os.kill(os.getpid(), signal.SIGINT)", "    time.sleep(9)"]
-    (tmp_path / "torch.py").write_text("\n".join([*lines, "except BaseException:", "    pass"]))
-    (tmp_path / "fused-arcface").write_text("from fused_arcface.__main__ import main\nmain()\n")
-    start = ["-m", "fused_arcface"] if command == "module" else [str(tmp_path / "fused-arcface")]
-    done = subprocess.run(
-        [sys.executable, *start, "doctor"],
-        env={**os.environ, "PYTHONPATH": str(tmp_path)},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-    )
-    assert (done.returncode, done.stdout, done.stderr) == (130, "", "Interrupted.\n")
-
-
-def test_ctrl_c_is_left_alone_in_other_programs() -> None:
-    code = "import signal, fused_arcface; assert signal.getsignal(signal.SIGINT) is signal.default_int_handler"
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
 
 def test_a_missing_library_names_its_extra(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

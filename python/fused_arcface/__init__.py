@@ -1,8 +1,5 @@
 """The fused margin-softmax head for face recognition and metric learning: ArcFace and its family without N×C logits."""
 
-from . import command_start as command_start  # first: Ctrl-C is answered while the others import torch
-
-# isort: split
 from . import backends, checkpoint, compat, reference
 from .center_sgd import CenterSGD, CenterUpdateError
 from .functional import margin_softmax_loss

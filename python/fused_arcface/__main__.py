@@ -5,10 +5,8 @@ from __future__ import annotations
 
 def main() -> None:
     """Run the command line and exit with its status."""
-    from . import command_start
     from .cli import run
 
-    command_start.imported()
     raise SystemExit(run())
 
 
