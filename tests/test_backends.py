@@ -50,13 +50,14 @@ def test_instruction_set_that_is_not_here(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_compiled_part_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The reason is given, "auto" does without, the named backend does not fall back."""
+    """The reason is given, "auto" does without and says so, the named backend does not fall back."""
     monkeypatch.setattr(native, "_import_error", "no such file")
     assert fa.backends.available()["cpu"] == (
         "the compiled module fused_arcface._native cannot be imported: no such file"
     )
     x, w, target, _ = make_inputs(Case())
-    assert backends.select("auto", x.device) == "reference"
+    with pytest.warns(UserWarning, match="backend 'reference' is used, as 'cpu' is not available: "):
+        assert backends.select("auto", x.device) == "reference"
     torch.testing.assert_close(
         fa.margin_softmax_loss(x, w, target), fa.reference.margin_softmax_loss(x, w, target), rtol=1e-6, atol=0
     )

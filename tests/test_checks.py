@@ -55,6 +55,11 @@ BAD = {
     ),
     "ignore_index": ({"ignore_index": -1.0}, TypeError, "ignore_index must be an int; got float"),
     "ignore_index bool": ({"ignore_index": False}, TypeError, "ignore_index must be an int; got bool"),
+    "ignore_index range": (
+        {"ignore_index": 1 << 63},
+        ValueError,
+        "ignore_index must be in [-2^63, 2^63); got 9223372036854775808",
+    ),
     "label too large": (
         {"target": torch.tensor([0, 1, 5, 9])},
         ValueError,

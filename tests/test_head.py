@@ -6,6 +6,7 @@ import copy
 import io
 import pickle
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -215,3 +216,11 @@ def test_refused(call: object, error: type[Exception], message: str) -> None:
     with pytest.raises(error) as raised:
         call()
     assert str(raised.value) == message
+
+
+def test_sizes_of_numpy() -> None:
+    """``labels.max() + 1`` is one."""
+    labels = np.array([3, 9])
+    head, sharded = fa.MarginHead(np.int32(8), labels.max() + 1), fa.PartialFC(np.int32(8), labels.max() + 1)
+    assert head.weight.shape == sharded.weight.shape == (10, 8) and type(sharded.num_classes) is int
+    assert head.topk(torch.randn(2, 8), np.int64(3))[1].shape == (2, 3)

@@ -268,5 +268,8 @@ def test_embeddings_that_are_none(arrays: dict[str, np.ndarray], message: str, t
     np.savez(tmp_path / "e.npz", **arrays)
     with pytest.raises(DataError, match=message):
         EmbeddingSet.load(tmp_path / "e.npz")
+    (tmp_path / "cut.npz").write_bytes((tmp_path / "e.npz").read_bytes()[:-30])
+    with pytest.raises(DataError, match=r"cut\.npz cannot be read"):
+        EmbeddingSet.load(tmp_path / "cut.npz")
     with pytest.raises(ValueError, match=r"embeddings must be in a .npz or .safetensors file; got e.txt"):
         EmbeddingSet.load("e.txt")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 
 import torch
 from torch import Tensor
@@ -68,6 +69,8 @@ def check_target(target: object, embeddings: Tensor, ignore_index: object) -> No
         raise ValueError(f"target must be on embeddings' device {embeddings.device}; got {target.device}")
     if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
         raise TypeError(f"ignore_index must be an int; got {type(ignore_index).__name__}")
+    if not -(1 << 63) <= ignore_index < 1 << 63:
+        raise ValueError(f"ignore_index must be in [-2^63, 2^63); got {ignore_index}")
 
 
 def check_margin(margin: object) -> None:
@@ -75,11 +78,13 @@ def check_margin(margin: object) -> None:
         raise TypeError(f"margin must be a margin of fused_arcface or a callable; got {type(margin).__name__}")
 
 
-def check_size(name: str, value: object, least: int = 1) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
+def check_size(name: str, value: object, least: int = 1) -> int:
+    """The size as an int: it may come as one of NumPy's, as ``labels.max() + 1`` does."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"{name} must be an int; got {type(value).__name__}")
     if value < least:
         raise ValueError(f"{name} must be >= {least}; got {value}")
+    return int(value)
 
 
 MAX_SUB_CENTERS = 16

@@ -43,7 +43,7 @@ def margin_softmax_loss(
         margin: a margin of this package, or any differentiable map of target cosines (N,) to modified cosines (N,).
             One that knows the rows' norms or changes the negatives has a method more, see
             :class:`fused_arcface.margins.RowMargin` and :class:`fused_arcface.margins.Modulation`.
-        scale: ``s``, finite and > 0.
+        scale: ``s``, finite and > 0. From 1e7 on fp32 has no digits left for the logits: they may even become NaN.
         reduction: ``"mean"`` (over the rows that count; NaN if none do), ``"sum"`` or ``"none"``.
         ignore_index: label of rows that take no part: loss and gradients 0.
         backend: ``"auto"``, or a name in :func:`fused_arcface.backends.available`; a named one never falls back.

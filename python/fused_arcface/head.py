@@ -69,8 +69,8 @@ class MarginHead(nn.Module):
         label_smoothing: float = 0.0,
     ) -> None:
         super().__init__()
-        check_size("embedding_dim", embedding_dim)
-        check_size("num_classes", num_classes)
+        embedding_dim = check_size("embedding_dim", embedding_dim)
+        num_classes = check_size("num_classes", num_classes)
         check_margin(margin)
         check_scale(scale)
         check_sub_centers(sub_centers)
@@ -119,7 +119,7 @@ class MarginHead(nn.Module):
             ValueError: k outside [1, C], or embeddings of a wrong shape or device.
         """
         check_embeddings(embeddings, self.weight)
-        check_size("k", k)
+        k = check_size("k", k)
         num_classes = self.weight.shape[0] // self.sub_centers
         if k > num_classes:
             raise ValueError(f"k must be <= C={num_classes}; got {k}")

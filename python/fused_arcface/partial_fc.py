@@ -111,12 +111,12 @@ class PartialFC(nn.Module):
         label_smoothing: float = 0.0,
     ) -> None:
         super().__init__()
-        check_size("embedding_dim", embedding_dim)
-        check_size("num_classes", num_classes)
+        embedding_dim = check_size("embedding_dim", embedding_dim)
+        num_classes = check_size("num_classes", num_classes)
         check_margin(margin)
         check_scale(scale)
         check_sample_rate(sample_rate)
-        check_size("seed", seed, least=0)
+        seed = check_size("seed", seed, least=0)
         if seed >= 1 << 63:
             raise ValueError(f"seed must be in [0, 2^63); got {seed}")
         if not isinstance(dense_grad, bool):
@@ -330,7 +330,7 @@ class PartialFC(nn.Module):
             ValueError: k outside [1, C_total], or embeddings of a wrong shape or device.
         """
         try:
-            check_size("k", k)
+            k = check_size("k", k)
             if k > self.num_classes:
                 raise ValueError(f"k must be <= C_total={self.num_classes}; got {k}")
         except (TypeError, ValueError):

@@ -7,6 +7,7 @@ Each is a module with the functions of :mod:`fused_arcface.backends.reference` (
 from __future__ import annotations
 
 import importlib
+import warnings
 from types import ModuleType
 
 import torch
@@ -40,6 +41,14 @@ def available() -> dict[str, str | None]:
     True
     """
     return {name: _unavailable(name) for name in NAMES}
+
+
+@torch.compiler.assume_constant_result
+def _reference_for_want_of(able: tuple[str, ...]) -> str:
+    """The reference, which stores the logits: where that is only for a backend that cannot run here, with a warning."""
+    for name in able:
+        warnings.warn(f"backend 'reference' is used, as {name!r} is not available: {_unavailable(name)}", stacklevel=4)
+    return "reference"
 
 
 def fuses_margin(name: str) -> bool:
@@ -78,8 +87,9 @@ def select(name: str, device: torch.device, dtype: torch.dtype = torch.float32, 
     check_name(name)
     lacks_dtype = _NO_FP64 if dtype == torch.float64 else ()
     if name == "auto":
-        able = (each for each in _FASTEST.get(device.type, ()) if needs is None or has_negatives(each))
-        return next((each for each in able if each not in lacks_dtype and _unavailable(each) is None), "reference")
+        fastest = (each for each in _FASTEST.get(device.type, ()) if each not in lacks_dtype)
+        able = tuple(each for each in fastest if needs is None or has_negatives(each))
+        return next((each for each in able if _unavailable(each) is None), None) or _reference_for_want_of(able)
     if needs is not None and not has_negatives(name):
         able_names = " and ".join(repr(each) for each in NAMES if has_negatives(each))
         raise ValueError(f"backend {name!r} does not have {needs}: {able_names} do")

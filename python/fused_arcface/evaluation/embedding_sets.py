@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,7 +83,7 @@ class EmbeddingSet:
             else:
                 tensors, metadata = safetensors.read(path)
                 paths = json.loads(metadata["paths"]) if "paths" in metadata else None
-        except (OSError, ValueError, EOFError) as error:
+        except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
             raise DataError(f"{path} cannot be read: {error}") from None
         return cls._checked(path, tensors, paths)
 
