@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+from typing import Any
 
 import numpy as np
 import pytest
@@ -224,3 +225,15 @@ def test_sizes_of_numpy() -> None:
     head, sharded = fa.MarginHead(np.int32(8), labels.max() + 1), fa.PartialFC(np.int32(8), labels.max() + 1)
     assert head.weight.shape == sharded.weight.shape == (10, 8) and type(sharded.num_classes) is int
     assert head.topk(torch.randn(2, 8), np.int64(3))[1].shape == (2, 3)
+
+
+@pytest.mark.parametrize("options", [{}, {"sub_centers": 2}, {"label_smoothing": 0.1}], ids=str)
+def test_shapes_without_data(options: dict[str, Any]) -> None:
+    """On the meta device: for those who count memory or plan a model before they have room for it."""
+    head = fa.MarginHead(8, 10, device="meta", dtype=torch.bfloat16, **options)
+    x = torch.empty(4, 8, device="meta", requires_grad=True)
+    loss, stats = head(x, torch.empty(4, dtype=torch.int64, device="meta"), return_stats=True)
+    loss.backward()
+    assert loss.is_meta and loss.dtype == torch.float32 and stats.correct.shape == (4,)
+    assert x.grad.shape == x.shape and head.weight.grad.shape == head.weight.shape
+    assert head.logits(x).shape == (4, 10) and head.topk(x, 3)[1].shape == (4, 3)

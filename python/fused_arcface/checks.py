@@ -148,7 +148,7 @@ def check_inputs(
 def check_target_range(target: Tensor, num_classes: int, ignore_index: int) -> None:
     """Labels ``(N,)`` int64: each a class or ``ignore_index``. Reads the values: on a GPU this waits for it."""
     wrong = ((target < 0) | (target >= num_classes)) & (target != ignore_index)
-    if wrong.any():
+    if not target.is_meta and wrong.any():
         row = int(wrong.nonzero()[0])
         rule = f"target must be in [0, C={num_classes}) or ignore_index={ignore_index}"
         raise ValueError(f"{rule}; got {int(target[row])} at row {row}")

@@ -133,6 +133,6 @@ def loss_over_classes(
 def as_autocast(embeddings: Tensor) -> Tensor:
     """Embeddings as autocast would hand them to a matrix product. The class centres are master weights: never cast."""
     device = embeddings.device.type
-    if embeddings.dtype != torch.float32 or not torch.is_autocast_enabled(device):
+    if embeddings.is_meta or embeddings.dtype != torch.float32 or not torch.is_autocast_enabled(device):
         return embeddings
     return embeddings.to(torch.get_autocast_dtype(device))

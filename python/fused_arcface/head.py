@@ -19,7 +19,7 @@ from .checks import (
 from .functional import as_autocast, margin_softmax_loss
 from .loss import MarginSoftmaxStats
 from .margins import ArcFace, Margin
-from .normalise import unit_rows
+from .normalise import unit_rows, without_autocast
 from .ops import compute_dtype
 
 # Classes whose cosines topk holds at once: (N, 16384) floats, 16 MiB at N = 256.
@@ -153,7 +153,7 @@ def cosines_of(rows: Tensor, weight: Tensor, sub_centers: int = 1) -> Tensor:
     more than neighbouring classes differ by.
     """
     dtype = compute_dtype(rows, weight)
-    with torch.autocast(rows.device.type, enabled=False):
+    with without_autocast(rows.device):
         cosines = F.linear(unit_rows(rows.to(dtype)), unit_rows(weight.to(dtype)))
     return cosines if sub_centers == 1 else cosines.unflatten(1, (-1, sub_centers)).amax(2)
 

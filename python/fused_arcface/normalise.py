@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 from torch import Tensor
 
 EPSILON = 1e-12
 """Least norm that a row is divided by."""
+
+
+def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """A context in which products keep their operands' dtype: cosines of bf16 would cost a quarter of a logit."""
+    # Tensors without data have no autocast to turn off.
+    return contextlib.nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
 
 def norms_of(rows: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor
 from .checks import check_inputs, check_margin_output, check_target_range
 from .loss import MarginSoftmaxStats, reduce_loss
 from .margins import ArcFace, Margin, for_rows, modulation
+from .normalise import without_autocast
 
 
 def margin_softmax_loss(
@@ -42,7 +43,7 @@ def margin_softmax_loss(
     num_classes = weight.shape[0] // sub_centers
     check_target_range(target, num_classes, ignore_index)
     dtype = torch.promote_types(torch.promote_types(embeddings.dtype, weight.dtype), torch.float32)
-    with torch.autocast(embeddings.device.type, enabled=False):
+    with without_autocast(embeddings.device):
         cosine = F.normalize(embeddings.to(dtype)) @ F.normalize(weight.to(dtype)).T  # (N, C·K)
     if sub_centers > 1:
         cosine = cosine.unflatten(1, (num_classes, sub_centers)).max(2).values  # (N, C)

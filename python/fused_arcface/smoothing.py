@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .autograd import Shard
-from .normalise import EPSILON, norms_of, unit_gradient, unit_rows
+from .normalise import EPSILON, norms_of, unit_gradient, unit_rows, without_autocast
 from .once_differentiable import once_differentiable
 from .ops import compute_dtype
 
@@ -66,7 +66,7 @@ def smoothing(embeddings: Tensor, weight: Tensor, amount: float, num_classes: in
     if amount == 0:
         return None
     dtype = compute_dtype(embeddings, weight)
-    with torch.autocast(embeddings.device.type, enabled=False):
+    with without_autocast(embeddings.device):
         unit = shard.joint(unit_rows(embeddings.to(dtype)), lambda rows: unit_rows(rows.to(dtype)))
         total: Tensor = _CentreSum.apply(weight, dtype, shard)
         return Smoothing(amount, num_classes, unit @ total)
