@@ -334,6 +334,33 @@ def test_saved_tensors_that_are_copies(sample_rate):
     assert torch.equal(heads[0].weight, heads[1].weight)
 
 
+@pytest.mark.parametrize("momentum_dtype", [torch.float32, torch.int8])
+def test_a_head_built_without_memory(momentum_dtype):
+    recipe = fa.CenterSGD(0.1, momentum_dtype=momentum_dtype)
+    usual, late = (
+        fa.PartialFC(4, 20, center_optimizer=recipe),
+        fa.PartialFC(4, 20, center_optimizer=recipe, device="meta"),
+    )
+    late.to_empty(device="cpu").reset_parameters()
+    x, y = torch.randn(6, 4), torch.randint(0, 20, (6,))
+    for head in (usual, late) * 2:
+        head(x.clone().requires_grad_(), y).backward()
+    assert torch.equal(usual.weight, late.weight)
+
+
+def test_the_momentum_stays_with_weights_that_are_assigned(tmp_path):
+    head = fa.PartialFC(4, 20, center_optimizer=fa.CenterSGD(0.1))
+    x, y = torch.randn(6, 4), torch.randint(0, 20, (6,))
+    head(x.requires_grad_(), y).backward()
+    head.load_state_dict({name: tensor.clone() for name, tensor in head.state_dict().items()}, assign=True)
+    fa.checkpoint.save(tmp_path, head)
+    loaded = fa.PartialFC(4, 20, center_optimizer=fa.CenterSGD(0.1))
+    fa.checkpoint.load(tmp_path, loaded)
+    for each in (head, loaded):
+        each(x, y).backward()
+    assert torch.equal(head.weight, loaded.weight)
+
+
 @pytest.mark.parametrize("use_reentrant", [False, True])
 @pytest.mark.parametrize("optimizer", [None, fa.CenterSGD(0.1)])
 def test_a_recomputed_step_is_refused(optimizer, use_reentrant):

@@ -173,6 +173,16 @@ class CenterOptimizer(torch.optim.Optimizer):
         for name, tensor in own.items():
             self.state[self._weight][name] = tensor.copy_(loaded[name])
 
+    def bind(self, weight: Tensor) -> dict[str, Tensor]:
+        """The momentum of the head's ``weight``, by name. Another parameter may have taken the place of the one that
+        this optimizer was made for: ``to_empty()`` and ``load_state_dict(assign=True)`` put one there."""
+        old = self._weight
+        if weight is not old:
+            self.param_groups[0]["params"] = [weight]
+            self.state[weight] = self.state.pop(old, {})
+        state: dict[str, Tensor] = self.state[weight]
+        return state
+
     def prepare(self, step: int, weight: Tensor) -> PendingUpdate:
         """The update of the head's ``weight`` that belongs to forward pass number ``step``.
 
@@ -180,6 +190,7 @@ class CenterOptimizer(torch.optim.Optimizer):
             TypeError: the head has been converted to a dtype that centres cannot be updated in.
         """
         _check_weight(weight)
+        self.bind(weight)
         update = PendingUpdate(self, step, weight)
         if torch.is_grad_enabled():
             self._pending.add(update)
@@ -247,10 +258,11 @@ class PendingUpdate(CentreUpdate):
     ) -> None:
         weight = self._weight  # what autograd has saved may be a copy: saved-tensor hooks offload
         optimizer = self._optimizer
-        group, state = optimizer.param_groups[0], optimizer.state[optimizer._weight]
+        group, state = optimizer.param_groups[0], optimizer.bind(weight)
         for name, tensor in state.items():
-            if tensor.device != weight.device:  # the head was moved
-                state[name] = tensor.to(weight.device)
+            if tensor.device != weight.device:  # the head was moved, or built without memory (device="meta")
+                moved = torch.zeros_like(tensor, device=weight.device) if tensor.is_meta else tensor.to(weight.device)
+                state[name] = moved
         if self._loss_gradient is not None:
             negative_coefficient = negative_coefficient / self._loss_gradient
             target_coefficient = target_coefficient / self._loss_gradient

@@ -60,7 +60,7 @@ def head_state(head: PartialFC) -> dict[str, Any]:
 
 
 def _momentum(head: PartialFC) -> dict[str, Tensor]:
-    return {} if head.center_optimizer is None else dict(head.center_optimizer.state[head.weight])
+    return {} if head.center_optimizer is None else dict(head.center_optimizer.bind(head.weight))
 
 
 def _options(head: PartialFC) -> dict[str, Any]:
