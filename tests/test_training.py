@@ -1,5 +1,5 @@
-"""Training runs: interrupted and resumed, on one rank and two, in micro-batches, with bad data. Those inside this
-process are told to stop by signals at steps of the test's choice."""
+"""Training runs inside this process, told to stop by signals at steps of the test's choice: interrupted and resumed, in
+micro-batches, with bad data."""
 
 from __future__ import annotations
 
@@ -7,11 +7,8 @@ import json
 import os
 import pickle
 import re
-import shutil
 import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -21,8 +18,8 @@ from torch import nn
 
 import fused_arcface as fa
 from fused_arcface.cli import run as run_command
-from fused_arcface.data import DataError, ImageSpec, read_folder, read_image
-from fused_arcface.evaluation import pair_scores, read_pair_set, verify, verify_scores
+from fused_arcface.data import DataError, ImageSpec
+from fused_arcface.evaluation import pair_scores, read_pair_set, verify_scores
 from fused_arcface.extras import MissingExtra
 from fused_arcface.training import embed, events
 from fused_arcface.training.backbones import build_backbone
@@ -372,93 +369,3 @@ def test_a_missing_library_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(MissingExtra, match=r'pillow is not installed.*pip install "fused_arcface\[train\]"'):
         run(TINY.replace({"data": str(root)}), tmp_path / "run")
-
-
-def start(arguments: list[str], ranks: int = 1) -> subprocess.Popen[str]:
-    """The command in processes of its own."""
-    torchrun = [
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--local-addr",
-        "127.0.0.1",
-        "--nproc-per-node",
-        str(ranks),
-    ]
-    launcher = torchrun if ranks > 1 else []
-    # The loopback interface: gloo would otherwise look the machine's name up, which a sandbox may not answer.
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONUNBUFFERED": "1"}
-    return subprocess.Popen(
-        [sys.executable, *launcher, "-m", "fused_arcface", "train", *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=environment,
-    )
-
-
-def wait_for_steps(output: Path, process: subprocess.Popen[str], steps: int) -> None:
-    log, deadline = output / "log.jsonl", time.monotonic() + 120
-    while not (log.exists() and log.read_text().count('"loss"') >= steps):
-        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
-        time.sleep(0.005)
-
-
-def test_end_to_end_on_files_with_ctrl_c_and_two_ranks(tmp_path: Path) -> None:
-    """Images of several sizes and modes; a run in two micro-batches, interrupted by SIGINT, goes on with two ranks of
-    one micro-batch each, which makes the loss curve of one that was not interrupted; what it learnt is recognised."""
-    root = write_folder(tmp_path / "faces", 12, 5)
-    write_folder(tmp_path / "unseen", 12, 5, first=100)
-    options = {"data": str(root), "epochs": 30, "batch_size": 20, "accumulation": 2, "workers": 0, "device": "cpu"}
-    config = TrainConfig().replace(options | {"verify_data": str(tmp_path / "unseen"), "verify_every": 30})
-    run(config, tmp_path / "whole")
-    whole = losses(tmp_path / "whole")
-    assert len(whole) == 90
-
-    config.replace({"workers": 2}).save(tmp_path / "options.toml")
-    output = tmp_path / "parts"
-    process = start(["--config", str(tmp_path / "options.toml"), "--output", str(output)])
-    wait_for_steps(output, process, 7)
-    process.send_signal(signal.SIGINT)
-    _, error = process.communicate(timeout=120)
-    assert process.returncode == 130 and f"fused-arcface train --output {output} --resume" in error
-    stopped = len(losses(output))
-    assert 7 <= stopped < 90 and f"Saved after step {stopped} of 90" in error
-
-    process = start(["--output", str(output), "--resume", "--accumulation", "1", "--workers", "0"], ranks=2)
-    shown, error = process.communicate(timeout=240)
-    assert process.returncode == 0, error
-    assert f"resumed after step {stopped} of 90" in shown and shown.count("epoch  30/30") == 1
-    assert losses(output) == pytest.approx(whole, rel=2e-3)
-
-    net, spec = load_backbone(output)
-    assert spec == ImageSpec(36, 3)  # the median side, and colour
-    unseen = read_folder(tmp_path / "unseen")
-    images = torch.stack([read_image(path, spec) for path, _ in unseen.files])
-    labels = torch.tensor([identity for _, identity in unseen.files])
-    assert verify(embed(net, images), labels).accuracy > 0.65  # chance is 0.5
-
-
-@pytest.mark.full
-def test_two_ranks_are_interrupted_together_and_resumed_on_two_and_on_one(tmp_path: Path) -> None:
-    """On two ranks the losses are those of two that were not interrupted, to the bit. On one, whose sums are rounded in
-    another order, they part slowly: by 1e-7 at first, tenfold in about ten steps."""
-    config = TINY.replace({"epochs": 40, "batch_size": 12, "sample_rate": 0.7})
-    config.save(tmp_path / "options.toml")
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    for output in (whole, parts):
-        process = start(["--config", str(tmp_path / "options.toml"), "--output", str(output)], ranks=2)
-        if output == parts:
-            wait_for_steps(output, process, 5)
-            process.send_signal(signal.SIGTERM)  # torchrun hands it on
-        process.communicate(timeout=120)
-    stopped = len(losses(parts))
-    assert 5 <= stopped < 70
-    shutil.copytree(parts, tmp_path / "on_one")
-    process = start(["--output", str(parts), "--resume"], ranks=2)
-    _, error = process.communicate(timeout=120)
-    assert process.returncode == 0, error
-    assert losses(parts) == losses(whole)
-    _, heard = run(config.replace({"accumulation": 2}), tmp_path / "on_one", resume=True)
-    assert heard[0].step == stopped
-    assert losses(tmp_path / "on_one")[: stopped + 10] == pytest.approx(losses(whole)[: stopped + 10], rel=1e-4)
