@@ -194,9 +194,9 @@ def test_nothing_there(tmp_path):
 _WORKER = """
 import os, signal, sys
 import torch, torch.distributed as dist
-from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from test_checkpoint import Run
 from fused_arcface import checkpoint
+from fused_arcface.checkpoint.storage import Writer
 
 def die(*_):
     os.kill(os.getpid(), signal.SIGKILL)
@@ -215,7 +215,7 @@ def main(root, log, fault):
                 print(run.head.step, loss, file=file)
         if run.head.step % 3 == 0:
             if first and run.ranks.rank == 1 and run.head.step == 6 and fault == "save":
-                FileSystemWriter.write_data = die
+                Writer.write_data = die
             checkpoint.save(root, run.head, **run.others())
 
 torch.set_num_threads(1)

@@ -66,7 +66,7 @@ def test_the_longest_name_can_be_written(tmp_path):
 def test_after_an_error_the_old_content_stays_alone(tmp_path, error):
     path = tmp_path / "x"
     path.write_text("old")
-    with pytest.raises(error), files.replacing(path) as file:
+    with pytest.raises(error), files.replacing(path) as file:  # noqa: PT012
         file.write(b"new")
         raise error
     assert path.read_text() == "old" and os.listdir(tmp_path) == ["x"]

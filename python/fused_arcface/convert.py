@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from . import checkpoint, safetensors
 from .keyed import fill_normal
@@ -75,29 +74,27 @@ def read(path: str | os.PathLike[str]) -> Centres:
 
 
 def _read_checkpoint(path: Path) -> Centres:
-    directory, manifest = checkpoint.find(path)
-    if manifest["head"].get("sub_centers", 1) > 1:
-        raise ConvertError(f"{directory} has sub_centers={manifest['head']['sub_centers']}: files have one row a class")
-    saved = checkpoint.metadata(directory)
-    structure: dict[str, Any] = {"head": None}
-    checkpoint.read(directory, structure)
+    saved = checkpoint.find(path)
+    if saved.head.get("sub_centers", 1) > 1:
+        raise ConvertError(f"{saved.directory} has sub_centers={saved.head['sub_centers']}: files have one row a class")
+    head = checkpoint.head_values(saved)
     tensors = {}
-    for key, stored in saved.items():
-        if key.startswith("head.") and isinstance(stored, TensorStorageMetadata):
+    for key, stored in saved.tensors.items():
+        if key.startswith("head."):
             tensors[key.removeprefix("head.")] = Rows(
-                stored.properties.dtype, tuple(stored.size), _checkpoint_pieces(directory, key, stored)
+                stored.properties.dtype, tuple(stored.size), _checkpoint_pieces(saved, key, stored)
             )
-    values = {"seed": manifest["head"]["seed"], "step": structure["head"]["step"]}
-    if "optimizer" in structure["head"]:
-        values["optimizer"] = structure["head"]["optimizer"]
+    values = {"seed": saved.head["seed"], "step": head["step"]}
+    if "optimizer" in head:
+        values["optimizer"] = head["optimizer"]
     return Centres(tensors, values)
 
 
-def _checkpoint_pieces(directory: Path, key: str, stored: TensorStorageMetadata) -> Callable[[], Iterator[Tensor]]:
+def _checkpoint_pieces(saved: checkpoint.Saved, key: str, stored: Any) -> Callable[[], Iterator[Tensor]]:
     def pieces() -> Iterator[Tensor]:
         for chunk in sorted(stored.chunks, key=lambda chunk: chunk.offsets[0]):
             rows = torch.empty(chunk.sizes, dtype=stored.properties.dtype)
-            checkpoint.read(directory, {key: checkpoint.RowShard(rows, chunk.offsets[0], stored.size[0])})
+            saved.read({key: checkpoint.RowShard(rows, chunk.offsets[0], stored.size[0])})
             yield rows
 
     return pieces

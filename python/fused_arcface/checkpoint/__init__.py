@@ -1,13 +1,16 @@
 """Checkpoints of a head and what trains with it, through torch.distributed.checkpoint: saved on any number of ranks,
 resumed on any other.
 
-A root directory holds complete checkpoints only, each a directory of its own, and a file that names the newest::
+A root directory holds complete checkpoints only, each a directory of its own::
 
-    root/latest                      the name of the newest checkpoint, replaced in one step
-    root/step_0000000100/            .metadata and *.distcp (torch.distributed.checkpoint), manifest.json
+    root/step_0000000100/            .metadata and *.distcp, see :mod:`fused_arcface.checkpoint.storage`; manifest.json
     root/.partial-step_0000000200/   one that is being written, or was when the machine went down
+    root/latest                      name of the newest checkpoint, for people: the newest is that of the highest step
 
-Rows of the class centres are stored by their global position, so the number of ranks that reads them may be any.
+Rows of the class centers are stored by their global position, so the number of ranks that reads them may be any.
+
+A checkpoint is JSON and the bytes of tensors: loading one that a stranger made runs no code. Format 1, of earlier
+versions of this package, is pickled; :mod:`fused_arcface.checkpoint.version1` reads it without running the pickle.
 """
 
 from __future__ import annotations
@@ -18,24 +21,25 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.tensor import DTensor
 
 from ..distributed import ALONE
 from ..partial_fc import PartialFC
-from .directory import CheckpointError, find, latest, metadata, read, write
+from .directory import Saved, find, latest, write
 from .row_shard import RowShard
-from .structure import join, split
+from .storage import CheckpointError
+from .structure import join, split, to_json
 
 __all__ = [
     "CheckpointError",
     "RowShard",
+    "Saved",
     "find",
     "head_state",
+    "head_values",
     "latest",
     "load",
     "load_state",
-    "metadata",
-    "read",
     "save",
     "save_centres",
 ]
@@ -74,15 +78,21 @@ def save(root: str | os.PathLike[str], head: PartialFC, *, keep: int = 2, **othe
 
     Args:
         root: directory of the checkpoints; made if missing.
-        head: its class centres, fused optimizer, step, seed and its margin's state are saved.
-        keep: newest checkpoints that are kept; older ones are removed when the new one is complete.
-        others: by name, objects with ``state_dict()`` (backbone, optimizer, scheduler) or plain picklable values. An
-            ordinary optimizer's state of ``head.weight`` is stored by rows as the centres are; all else as rank 0 has
-            it (or, of DTensors, in shards).
+        head: its class centers, fused optimizer, step, seed and its margin's state are saved.
+        keep: checkpoints of the highest steps that are kept; the others are removed when the new one is complete.
+            Nothing else in ``root`` is touched.
+        others: by name, objects with ``state_dict()`` (backbone, optimizer, scheduler) or values made of tensors,
+            numbers, text, bytes, None, lists, tuples, sets and dicts. An ordinary optimizer's state of ``head.weight``
+            is stored by rows as the centers are, and DTensors in shards. All else is stored as rank 0 has it: buffers
+            that differ between ranks, such as BatchNorm's statistics, are rank 0's.
 
     Returns:
         The checkpoint's directory. When this returns it is complete and on disk; until then the previous one stays
         the newest.
+
+    Raises:
+        TypeError: a value of another kind: to load it, one would have to run code.
+        CheckpointError: it cannot be written. Those before it are as they were.
 
     >>> import tempfile, torch, fused_arcface as fa
     >>> head, backbone, root = fa.PartialFC(8, 100), torch.nn.Linear(4, 8), tempfile.mkdtemp()
@@ -91,35 +101,43 @@ def save(root: str | os.PathLike[str], head: PartialFC, *, keep: int = 2, **othe
     >>> load(root, head, backbone=backbone)
     {'epoch': 3}
     """
-    state: dict[str, Any] = {}
-    for name, value in {_HEAD: head_state(head), **others}.items():
-        state[name] = split(_state_of(value, head), name, state)
-    return write(Path(root), state, _options(head), head.step, head.ranks, keep)
+    tensors: dict[str, Any] = {}
+    values = {
+        name: split(_state_of(value, head), name, tensors)
+        for name, value in {_HEAD: head_state(head), **others}.items()
+    }
+    return write(Path(root), tensors, lambda: _to_json(values), _options(head), head.step, head.ranks, keep)
 
 
 def save_centres(
     root: str | os.PathLike[str], tensors: dict[str, RowShard], values: dict[str, Any], options: dict[str, Any]
 ) -> Path:
-    """A checkpoint of a head that is not there, written by this process alone; see :mod:`fused_arcface.convert`."""
-    state: dict[str, Any] = {}
-    state[_HEAD] = split({**tensors, **values}, _HEAD, state)
-    return write(Path(root), state, options, values["step"], ALONE, keep=2)
+    """Save a head that is not there, by this process alone; see :mod:`fused_arcface.convert`."""
+    stored: dict[str, Any] = {}
+    head = {_HEAD: split({**tensors, **values}, _HEAD, stored)}
+    return write(Path(root), stored, lambda: _to_json(head), options, values["step"], ALONE, keep=2)
 
 
-def load(path: str | os.PathLike[str], head: PartialFC, **others: Any) -> dict[str, Any]:
+def _to_json(values: dict[str, Any]) -> dict[str, Any]:
+    return {name: to_json(value, name) for name, value in values.items()}
+
+
+def load(path: str | os.PathLike[str], head: PartialFC, *, trust: bool = False, **others: Any) -> dict[str, Any]:
     """Resume from a checkpoint, on any number of ranks; a collective over the head's group.
 
     Args:
         path: a root (its newest checkpoint is taken) or one checkpoint's directory.
         head: of the saved embedding dimension, number of classes and seed; its options may differ otherwise.
+        trust: run the code that a checkpoint of format 1 may hold.
         others: the objects to restore, by the names they were saved under.
 
     Returns:
-        The plain values that were saved, by name.
+        The values that were saved, by name; those with tensors in them are left to :func:`load_state`.
 
     Raises:
         FileNotFoundError: there is no checkpoint.
-        CheckpointError: it is truncated, foreign or of another head. Nothing has been loaded then.
+        CheckpointError: it is damaged, foreign or of another head; the message names a whole one before it, if there
+            is one. Nothing has been loaded then.
 
     >>> import tempfile, fused_arcface as fa
     >>> root = tempfile.mkdtemp()
@@ -127,52 +145,73 @@ def load(path: str | os.PathLike[str], head: PartialFC, **others: Any) -> dict[s
     >>> load(root, fa.PartialFC(8, 100))  # options may differ
     {'epoch': 3}
     """
-    directory, manifest = find(path)
+    saved = find(path, ranks=head.ranks, trust=trust)
     for name, own in {"sub_centers": None, **_options(head)}.items():
-        saved = manifest["head"].get(name)
-        if saved != own:
-            raise CheckpointError(f"{directory}: {name} was {saved} when saved; this head's is {own}")
-    saved = metadata(directory)
-    plain = [key for key, value in saved.items() if not isinstance(value, TensorStorageMetadata)]
-    missing = others.keys() - set(plain)
+        before = saved.head.get(name)
+        if before != own:
+            raise CheckpointError(f"{saved.directory}: {name} was {before} when saved; this head's is {own}")
+    missing = others.keys() - saved.names
     if missing:
-        raise CheckpointError(f"{directory} has no {', '.join(sorted(missing))}")
-    own = {f"{_HEAD}.{name}": shard for name, shard in head_state(head).items() if isinstance(shard, Tensor)}
-    structures: dict[str, Any] = dict.fromkeys(plain)
-    read(directory, structures, head.ranks)
-    imported = "optimizer" not in structures[_HEAD] and structures[_HEAD]["step"] == 0
-    if imported:  # centres alone: a fused optimizer starts as a new one
-        own = {key: shard for key, shard in own.items() if key == f"{_HEAD}.weight"}
-    _check_tensors(directory, saved, own)
-    tensors: dict[str, Any] = dict(own)
+        raise CheckpointError(f"{saved.directory} has no {', '.join(sorted(missing))}")
+    values = head_values(saved)
+    plain = saved.names - {_HEAD} - {key.partition(".")[0] for key in saved.tensors}
+    structures = {name: saved.value(name) for name in plain | others.keys()}
+    targets = {f"{_HEAD}.{name}": shard for name, shard in head_state(head).items() if isinstance(shard, RowShard)}
+    imported = "optimizer" not in values and values["step"] == 0
+    if imported:  # centers alone: a fused optimizer starts as a new one
+        targets = {key: shard for key, shard in targets.items() if key == f"{_HEAD}.weight"}
+    _check_tensors(saved, targets)
+    # Read aside: a damaged block is found when it is read, and nothing has been loaded until all is there.
+    tensors: dict[str, Any] = {
+        key: RowShard(torch.empty_like(shard.rows, device="cpu"), head.row_start, shard.total)
+        for key, shard in targets.items()
+    }
     for name, value in others.items():
         tensors |= _receivers(name, value, saved, head)
-    read(directory, tensors, head.ranks)
+    saved.read(tensors, head.ranks)
+    states = {name: _joined(saved, name, structures[name], tensors) for name in others}
+    for name, value in others.items():
+        value.load_state_dict(states[name])
+    for key, shard in targets.items():
+        shard.rows.copy_(tensors[key].rows)
     torch.autograd.graph.increment_version(head.weight)
-    head.step = structures[_HEAD]["step"]
+    head.step = values["step"]
     if isinstance(head.margin, torch.nn.Module):  # another margin than the saved one keeps its own state
-        kept = structures[_HEAD].get("margin", {})
+        kept = values.get("margin", {})
         head.margin.load_state_dict({name: torch.tensor(value) for name, value in kept.items()}, strict=False)
     if imported:
         for tensor in _momentum(head).values():
             tensor.zero_()
     elif head.center_optimizer is not None:
-        head.center_optimizer.param_groups[0].update(structures[_HEAD]["optimizer"])
-    for name, value in others.items():
-        value.load_state_dict(join(structures[name], tensors))
-    return {name: value for name, value in structures.items() if name != _HEAD and name not in others}
+        head.center_optimizer.param_groups[0].update(values["optimizer"])
+    return {name: value for name, value in structures.items() if name not in others}
 
 
-def load_state(path: str | os.PathLike[str], name: str) -> Any:
+def head_values(saved: Saved) -> dict[str, Any]:
+    """Return what was saved of a head beside its tensors: ``step``, and its margin's and fused optimizer's options.
+
+    Raises:
+        CheckpointError: it is none of a head.
+    """
+    values = saved.value(_HEAD)
+    if not isinstance(values, dict) or type(values.get("step")) is not int or values["step"] < 0:
+        raise CheckpointError(f"{saved.directory} is damaged: {_HEAD} has no step")
+    if not all(isinstance(values.get(name, {}), dict) for name in ("margin", "optimizer")):
+        raise CheckpointError(f"{saved.directory} is damaged: {_HEAD} has no options of a margin or an optimizer")
+    return values
+
+
+def load_state(path: str | os.PathLike[str], name: str, *, trust: bool = False) -> Any:
     """What one object was saved as, its ``state_dict()`` with tensors on the CPU; no head is needed.
 
     Args:
         path: a root (its newest checkpoint is taken) or one checkpoint's directory.
         name: under which it was saved, for example ``"backbone"``.
+        trust: run the code that a checkpoint of format 1 may hold.
 
     Raises:
         FileNotFoundError: there is no checkpoint.
-        CheckpointError: it is truncated or foreign, or holds nothing of that name.
+        CheckpointError: it is damaged or foreign, or holds nothing of that name.
 
     >>> import tempfile, torch, fused_arcface as fa
     >>> root = tempfile.mkdtemp()
@@ -180,30 +219,32 @@ def load_state(path: str | os.PathLike[str], name: str) -> Any:
     >>> load_state(root, "backbone")["weight"].shape
     torch.Size([8, 4])
     """
-    directory, _ = find(path)
-    saved = metadata(directory)
-    if name not in saved:
-        raise CheckpointError(f"{directory} has no {name}")
+    saved = find(path, trust=trust)
+    structure = saved.value(name)
     tensors = {
-        key: torch.empty(value.size, dtype=value.properties.dtype)
-        for key, value in saved.items()
-        if key.startswith(name + ".") and isinstance(value, TensorStorageMetadata)
+        key: torch.zeros(value.size, dtype=value.properties.dtype)
+        for key, value in saved.tensors.items()
+        if key == name or key.startswith(name + ".")
     }
-    state: dict[str, Any] = {name: None, **tensors}
-    read(directory, state)
-    return join(state[name], tensors)
+    saved.read(tensors)
+    return _joined(saved, name, structure, tensors)
 
 
-def _check_tensors(directory: Path, saved: dict[str, Any], own: dict[str, Any]) -> None:
-    """Raises unless the saved head has the same tensors as this one."""
-    stored = {
-        key for key, value in saved.items() if key.startswith(_HEAD + ".") and isinstance(value, TensorStorageMetadata)
-    }
-    for key in sorted(own.keys() | stored):
+def _joined(saved: Saved, name: str, structure: Any, tensors: dict[str, Any]) -> Any:
+    try:
+        return join(structure, tensors)
+    except (KeyError, RecursionError, TypeError) as error:  # a hand-made structure: the tensors have been read
+        raise CheckpointError(f"{saved.directory} is damaged: {name} does not fit its tensors: {error}") from None
+
+
+def _check_tensors(saved: Saved, own: dict[str, RowShard]) -> None:
+    """Raise unless the saved head has the same tensors as this one."""
+    stored = {key: value for key, value in saved.tensors.items() if key.startswith(_HEAD + ".")}
+    for key in sorted(own.keys() | stored.keys()):
         rule = f"{tuple(own[key].size())} {own[key].rows.dtype}" if key in own else "none"
-        got = f"{tuple(saved[key].size)} {saved[key].properties.dtype}" if key in stored else "none"
+        got = f"{tuple(stored[key].size)} {stored[key].properties.dtype}" if key in stored else "none"
         if rule != got:
-            raise CheckpointError(f"{directory}: {key} was {got} when saved; this head's is {rule}")
+            raise CheckpointError(f"{saved.directory}: {key} was {got} when saved; this head's is {rule}")
 
 
 def _state_of(value: Any, head: PartialFC) -> Any:
@@ -227,19 +268,22 @@ def _indices_of(head: PartialFC, optimizer: torch.optim.Optimizer) -> set[int]:
     return {index for index, parameter in enumerate(parameters) if parameter is head.weight}
 
 
-def _receivers(name: str, owner: Any, saved: dict[str, Any], head: PartialFC) -> dict[str, Tensor]:
-    """A tensor to load each of the saved ones of ``owner`` into."""
-    receivers: dict[str, Any] = {}
-    if isinstance(owner, torch.nn.Module):  # its own: they may be DTensors
-        split(owner.state_dict(), name, receivers)
-        return receivers
+def _receivers(name: str, owner: Any, saved: Saved, head: PartialFC) -> dict[str, Tensor]:
+    """Return a tensor to read each of the saved ones of ``owner`` into."""
     sharded = [f"{name}.state.{index}." for index in _indices_of(head, owner)] if hasattr(owner, "param_groups") else []
-    for key, value in saved.items():
-        if key.startswith(name + ".") and isinstance(value, TensorStorageMetadata):
-            size, dtype = value.size, value.properties.dtype
-            if key.startswith(tuple(sharded)) and size[:1] == (head.num_rows,):
-                rows = torch.empty(head.weight.shape[0], *size[1:], dtype=dtype, device=head.weight.device)
-                receivers[key] = RowShard(rows, head.row_start, head.num_rows)
-            else:
-                receivers[key] = torch.empty(size, dtype=dtype)
+    own: dict[str, Any] = {}
+    if isinstance(owner, torch.nn.Module):
+        split(owner.state_dict(), name, own)
+    receivers: dict[str, Any] = {}
+    for key, stored in saved.tensors.items():
+        if not key.startswith(name + "."):
+            continue
+        size, dtype = stored.size, stored.properties.dtype
+        if isinstance(own.get(key), DTensor):
+            receivers[key] = torch.empty_like(own[key])
+        elif key.startswith(tuple(sharded)) and size[:1] == (head.num_rows,):
+            rows = torch.empty(head.weight.shape[0], *size[1:], dtype=dtype)
+            receivers[key] = RowShard(rows, head.row_start, head.num_rows)
+        else:
+            receivers[key] = torch.zeros(size, dtype=dtype)
     return receivers

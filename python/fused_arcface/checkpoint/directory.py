@@ -1,153 +1,351 @@
-"""A checkpoint on disk: a directory that is complete, or is not there. What it holds is the business of
-:mod:`fused_arcface.checkpoint`."""
+"""Checkpoints on disk: each is a directory that is complete, or is not there, and names its step. What it holds is the
+business of :mod:`fused_arcface.checkpoint`."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import os
+import re
 import shutil
 import warnings
-from collections.abc import Iterator
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
-from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
+from .. import files
 from ..distributed import ALONE, Ranks
+from . import storage, version1
+from .storage import BLOCK, METADATA, CheckpointError, FileRecord, numbers
 
 FORMAT = "fused_arcface.checkpoint"
-VERSION = 1
+VERSION = 2
 _MANIFEST, _LATEST, _PARTIAL = "manifest.json", "latest", ".partial-"
+_NAME = re.compile(r"step_(\d{10,19})(?:\.(\d{1,9}))?")
+_UNFINISHED = re.compile(r"\.partial-step_\d+(\.\d+)?")
+_Result = TypeVar("_Result")
 
 
-class CheckpointError(RuntimeError):
-    """A checkpoint that cannot be used: truncated, foreign, or of another head. Nothing has been loaded from it."""
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint that lies in a directory: its manifest and table of tensors are whole."""
 
+    directory: Path
+    head: dict[str, Any]
+    """Options of the head."""
+    reader: storage.TensorReader | version1.TrustedReader
 
-def write(root: Path, state: dict[str, Any], options: dict[str, Any], step: int, ranks: Ranks, keep: int) -> Path:
-    """Writes ``state`` as the newest checkpoint under ``root``, the head's ``options`` in its manifest; a collective.
+    @property
+    def tensors(self) -> dict[str, Any]:
+        """Size, dtype and parts of each stored tensor, by key."""
+        return {key: each for key, each in self.reader.metadata.state_dict_metadata.items() if hasattr(each, "chunks")}
 
-    Returns its directory when that is complete and on disk.
-    """
-    name = f"step_{step:010d}"
-    final, number = root / name, 1
-    while final.exists():
-        final, number = root / f"{name}.{number}", number + 1
-    # Rank 0 alone looks: others might see its directory already.
-    final = root / ranks.gather_objects(final.name)[0]
-    partial = root / (_PARTIAL + final.name)
-    if ranks.rank == 0:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    ranks.gather_objects(None)  # a barrier: nobody writes before the directory is there
-    with _quiet():
-        dcp_save(
-            state,
-            storage_writer=FileSystemWriter(partial),
-            planner=DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
-            process_group=ranks.group,
-            no_dist=ranks.world_size == 1,
-        )
-    if ranks.rank == 0:
-        _publish(partial, final, options, keep)
-    ranks.gather_objects(None)
-    return final
+    @property
+    def names(self) -> set[str]:
+        """Of the objects and values that were saved."""
+        return self.reader.names
 
+    def value(self, name: str) -> Any:
+        """Return the structure of one object, with the keys of its tensors in their places.
 
-def _publish(partial: Path, final: Path, options: dict[str, Any], keep: int) -> None:
-    """Makes a completely written directory the newest checkpoint: on disk first, then by two renames."""
-    files = {path.name: path.stat().st_size for path in sorted(partial.iterdir())}
-    manifest = {"format": FORMAT, "version": VERSION, "head": options, "files": files}
-    _write_synced(partial / _MANIFEST, json.dumps(manifest, indent=2))
-    _sync_directory(partial)
-    partial.rename(final)
-    _write_synced(final.parent / (_LATEST + ".new"), final.name)
-    os.replace(final.parent / (_LATEST + ".new"), final.parent / _LATEST)
-    _sync_directory(final.parent)
-    complete = sorted(final.parent.glob("step_*"), key=lambda path: path.stat().st_mtime_ns)
-    for old in [path for path in complete if path != final][: max(0, len(complete) - keep)]:
-        shutil.rmtree(old)
-    for unfinished in final.parent.glob(_PARTIAL + "*"):
-        shutil.rmtree(unfinished)
+        Raises:
+            CheckpointError: there is none, or it needs trust.
+        """
+        if name not in self.names:
+            raise CheckpointError(f"{self.directory} has no {name}")
+        with _boundary(self.directory, name):
+            return self.reader.value(name)
 
+    def read(self, tensors: dict[str, Any], ranks: Ranks = ALONE) -> None:
+        """Fill tensors in place, by key; a collective.
 
-def _write_synced(path: Path, text: str) -> None:
-    with path.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync_directory(path: Path) -> None:
-    """A rename is on disk when its directory is; not every platform lets one ask for it."""
-    with contextlib.suppress(OSError, AttributeError):
-        descriptor = os.open(path, os.O_RDONLY)
+        Raises:
+            CheckpointError: they are not there, are of another size, or are damaged, on any rank. Some of the tensors
+                may have been filled.
+        """
         try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+            with _quiet(), torch.no_grad():
+                dcp_load(
+                    tensors,
+                    storage_reader=self.reader,
+                    planner=DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
+                    process_group=ranks.group,
+                    no_dist=ranks.world_size == 1,
+                )
+        except CheckpointException as error:  # a BaseException of torch's, on all ranks alike
+            problem = _describe(error, f"{self.directory} cannot be read")
+            raise CheckpointError(problem + on_first(ranks, lambda: way_back(self.directory))) from error
 
 
-def latest(root: str | os.PathLike[str]) -> Path | None:
-    """The newest complete checkpoint under ``root``, None if there is none yet."""
-    pointer = Path(root) / _LATEST
-    return Path(root) / pointer.read_text().strip() if pointer.exists() else None
+def write(
+    root: Path,
+    tensors: dict[str, Any],
+    values: Callable[[], dict[str, Any]],
+    options: dict[str, Any],
+    step: int,
+    ranks: Ranks,
+    keep: int,
+) -> Path:
+    """Write the newest checkpoint under ``root``; a collective.
 
+    Args:
+        tensors: by key; sharded ones in their parts, all others as the first rank has them.
+        values: makes the JSON to store beside them; called on the first rank.
+        options: of the head, for the manifest.
+        step: names the directory.
+        keep: newest checkpoints that stay.
 
-def find(path: str | os.PathLike[str]) -> tuple[Path, dict[str, Any]]:
-    """The checkpoint at ``path``, or the newest under it if it is a root, and its manifest, checked.
+    Returns:
+        Its directory, when that is complete and on disk.
 
     Raises:
-        FileNotFoundError: there is none.
-        CheckpointError: it is not one of this package, of a later version of it, or truncated.
+        CheckpointError: it cannot be written. Those before it are as they were.
+        TypeError: a value that ``values`` refuses.
     """
-    directory = Path(path) if (Path(path) / _MANIFEST).exists() else latest(path)
-    if directory is None:
-        if (Path(path) / ".metadata").exists():
-            raise CheckpointError(f"{path} is a checkpoint of another program: it has no {_MANIFEST}")
-        raise FileNotFoundError(f"no checkpoint in {path}")
     try:
-        manifest = json.loads((directory / _MANIFEST).read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{directory}: {_MANIFEST} cannot be read: {error}") from error
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise CheckpointError(f"{directory} is a checkpoint of another program: its {_MANIFEST} does not say {FORMAT}")
-    if manifest["version"] > VERSION:
-        raise CheckpointError(f"{directory} was saved by a later version of this package: format {manifest['version']}")
-    for name, size in manifest["files"].items():
-        file = directory / name
-        actual = file.stat().st_size if file.exists() else None
-        if actual != size:
-            got = "missing" if actual is None else f"{actual} bytes long"
-            raise CheckpointError(f"{directory} is truncated: {name} must have {size} bytes; it is {got}")
-    return directory, manifest
-
-
-def metadata(directory: Path) -> dict[str, Any]:
-    """What torch.distributed.checkpoint has stored in a checkpoint's directory, by key."""
-    stored: dict[str, Any] = FileSystemReader(directory).read_metadata().state_dict_metadata
-    return stored
-
-
-def read(directory: Path, state: dict[str, Any], ranks: Ranks = ALONE) -> None:
-    """Fills ``state`` in place: tensors are written into, other values replaced."""
-    try:
-        with _quiet(), torch.no_grad():
-            dcp_load(
-                state,
-                storage_reader=FileSystemReader(directory),
-                planner=DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
+        partial, final, texts = on_first(ranks, lambda: _begin(root, step, values))
+        writer = storage.Writer(partial, ranks.rank, texts)
+        with _quiet():
+            dcp_save(
+                tensors,
+                storage_writer=writer,
+                # Without this a tensor that all ranks have is stored as some rank has it, each another's.
+                planner=DefaultSavePlanner(
+                    flatten_state_dict=False, flatten_sharded_tensors=False, dedup_save_to_lowest_rank=True
+                ),
                 process_group=ranks.group,
                 no_dist=ranks.world_size == 1,
             )
-    except CheckpointException as error:  # a BaseException of torch's
-        raise CheckpointError(f"{directory} cannot be read: {error}") from error
+        written = {name: record for each in ranks.gather_objects(writer.files) for name, record in each.items()}
+        on_first(ranks, lambda: _publish(partial, final, written, options, step, keep))
+    except CheckpointException as error:
+        raise CheckpointError(_describe(error, f"{root}: the checkpoint of step {step} cannot be written")) from error
+    except OSError as error:
+        raise CheckpointError(f"{root}: the checkpoint of step {step} cannot be written: {error}") from error
+    return final
+
+
+def on_first(ranks: Ranks, function: Callable[[], _Result]) -> _Result:
+    """Return on every rank what ``function`` returns on the first, or raise what it raises there; a collective."""
+    outcome: Any = None
+    if ranks.rank == 0:
+        try:
+            outcome = (function(), None)
+        except Exception as error:
+            if ranks.world_size == 1:
+                raise
+            outcome = (None, error)
+    result, failure = ranks.gather_objects(outcome)[0]
+    if failure is not None:
+        raise failure
+    return result
+
+
+def _begin(root: Path, step: int, values: Callable[[], dict[str, Any]]) -> tuple[Path, Path, dict[str, Any]]:
+    """Make the directory to write into; returns it, its later name and the values."""
+    texts = values()
+    root.mkdir(parents=True, exist_ok=True)
+    _remove_partial(root)  # there may be room for this checkpoint only without it
+    name = f"step_{step:010d}"
+    taken = [_order(path) for path in root.iterdir() if _order(path)[0] == step]
+    if taken:
+        name += f".{max(taken)[1] + 1}"
+    partial = root / (_PARTIAL + name)
+    partial.mkdir()
+    return partial, root / name, texts
+
+
+def _publish(
+    partial: Path, final: Path, written: dict[str, FileRecord], options: dict[str, Any], step: int, keep: int
+) -> None:
+    """Make a completely written directory the newest checkpoint: on disk first, then by one rename."""
+    manifest = {
+        "format": FORMAT,
+        "version": VERSION,
+        "step": step,
+        "head": options,
+        "block": BLOCK,
+        "files": {name: asdict(written[name]) for name in sorted(written)},
+    }
+    files.write_text(partial / _MANIFEST, json.dumps({**manifest, "crc32": _crc32(manifest)}, indent=2) + "\n")
+    partial.rename(final)
+    files.sync_directory(final.parent)
+    with contextlib.suppress(OSError):  # for people and other programs; nothing here reads it
+        files.write_text(final.parent / _LATEST, final.name)
+    ours = [path for path in _complete(final.parent) if path != final and _is_ours(path)]
+    for old in ours[: max(0, len(ours) + 1 - keep)]:
+        try:
+            # Half a checkpoint must not look like a whole one, if this process dies here.
+            gone = old.rename(old.with_name(_PARTIAL + old.name))
+            shutil.rmtree(gone)
+        except OSError as error:
+            warnings.warn(f"{old} is older than the {keep} kept, and cannot be removed: {error}", stacklevel=2)
+
+
+def _remove_partial(root: Path) -> None:
+    """Remove checkpoints that were being written or removed when a process died."""
+    for path in root.iterdir():
+        if _UNFINISHED.fullmatch(path.name):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _order(path: Path) -> tuple[int, int]:
+    """Return step and number of a checkpoint's name, (-1, -1) for any other name."""
+    match = _NAME.fullmatch(path.name)
+    return (int(match[1]), int(match[2] or 0)) if match else (-1, -1)
+
+
+def _complete(root: Path) -> list[Path]:
+    """Return the checkpoints under ``root`` from the oldest to the newest: exact names, with what only they hold."""
+    if not root.is_dir():
+        return []
+    found = [path for path in root.iterdir() if _NAME.fullmatch(path.name) and path.is_dir()]
+    return sorted((path for path in found if _has_checkpoint(path)), key=_order)
+
+
+def _has_checkpoint(path: Path) -> bool:
+    return (path / _MANIFEST).exists() or (path / METADATA).exists()
+
+
+def _is_ours(path: Path) -> bool:
+    """Return whether a directory may be removed: it has this package's manifest, and is no link to another place."""
+    try:
+        return not path.is_symlink() and bool(_read_manifest(path))
+    except CheckpointError:
+        return False
+
+
+def latest(root: str | os.PathLike[str]) -> Path | None:
+    """Return the checkpoint of the highest step under ``root``, None if there is none yet."""
+    found = _complete(Path(root))
+    return found[-1] if found else None
+
+
+def find(path: str | os.PathLike[str], *, ranks: Ranks = ALONE, trust: bool = False) -> Saved:
+    """Open the checkpoint at ``path``, or the newest under it if it is a root; a collective.
+
+    Args:
+        ranks: the first of them chooses, so that all take the same.
+        trust: run the code that a checkpoint of format 1 may hold.
+
+    Raises:
+        FileNotFoundError: there is none.
+        CheckpointError: it is not one of this package, of a later version of it, damaged, or needs trust.
+    """
+
+    def choose() -> Path:
+        directory = Path(path) if _has_checkpoint(Path(path)) else latest(path)
+        if directory is None:
+            raise FileNotFoundError(f"no checkpoint in {path}")
+        try:
+            _open(directory, trust)
+        except version1.NeedsTrust:
+            raise
+        except CheckpointError as error:
+            raise CheckpointError(f"{error}{way_back(directory)}") from error
+        return directory
+
+    return _open(on_first(ranks, choose), trust)
+
+
+def _open(directory: Path, trust: bool) -> Saved:
+    manifest = _read_manifest(directory)
+    listed = manifest["files"]
+    with _boundary(directory, _MANIFEST):
+        if METADATA not in listed or any(name != os.path.basename(name) for name in listed):
+            raise ValueError("its list of files is none of a checkpoint")
+        first = manifest["version"] == 1
+        records = {} if first else {name: _record(entry) for name, entry in listed.items()}
+        sizes = {name: numbers([size])[0] for name, size in listed.items()} if first else {}
+    for name, size in (sizes or {name: record.size for name, record in records.items()}).items():
+        file = directory / name
+        actual = file.stat().st_size if file.is_file() else None
+        if actual != size:
+            got = "missing" if actual is None else f"{actual} bytes long"
+            raise CheckpointError(f"{directory} is truncated: {name} must have {size} bytes; it is {got}")
+    with _boundary(directory, METADATA):
+        if not first:
+            return Saved(directory, manifest["head"], storage.Reader(directory, records))
+        reader = version1.TrustedReader(directory) if trust else version1.Reader(directory, sizes)
+        return Saved(directory, manifest["head"], reader)
+
+
+def _record(entry: dict[str, Any]) -> FileRecord:
+    (size,), sums = numbers([entry["size"]]), list(numbers(entry["crc32"]))
+    if len(sums) != -(-size // BLOCK):
+        raise ValueError(f"{size} bytes have {-(-size // BLOCK)} checksums; got {len(sums)}")
+    return FileRecord(size, sums)
+
+
+def _read_manifest(directory: Path) -> dict[str, Any]:
+    """Return a manifest, the parts that both formats have checked."""
+    file = directory / _MANIFEST
+    if not file.exists() and not _NAME.fullmatch(directory.name):
+        raise CheckpointError(f"{directory} is a checkpoint of another program: it has no {_MANIFEST}")
+    with _boundary(directory, _MANIFEST):
+        if not file.is_file():
+            raise ValueError("it is no file")
+        manifest = json.loads(file.read_bytes())
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise CheckpointError(f"{directory} is a checkpoint of another program: its {_MANIFEST} does not say {FORMAT}")
+    version = manifest.get("version")
+    if type(version) is int and version > VERSION:
+        raise CheckpointError(f"{directory} was saved by a later version of this package: format {version}")
+    with _boundary(directory, _MANIFEST):
+        if version == VERSION and manifest.pop("crc32") != _crc32(manifest):
+            raise ValueError("its own checksum differs")
+        if version not in (1, VERSION) or not all(isinstance(manifest[key], dict) for key in ("head", "files")):
+            raise ValueError("it is none of a checkpoint")
+    return manifest
+
+
+def _crc32(manifest: dict[str, Any]) -> int:
+    return zlib.crc32(json.dumps(manifest, sort_keys=True).encode())
+
+
+@contextlib.contextmanager
+def _boundary(directory: Path, name: str) -> Iterator[None]:
+    """Turn whatever goes wrong while bytes become data into one error that names the place."""
+    try:
+        yield
+    except version1.NeedsTrust as error:
+        raise version1.NeedsTrust(
+            f"{directory}: {error}. If you trust whoever made it, say so: --trust, or trust=True"
+        ) from None
+    except CheckpointError:
+        raise
+    except Exception as error:  # what a parser raises for bytes that are no such file has no end
+        text = str(error) or type(error).__name__
+        raise CheckpointError(f"{directory} is damaged: {name} cannot be read: {text[:300]}") from error
+
+
+def way_back(directory: Path) -> str:
+    """Say which checkpoint before a damaged one is whole, and how to take it."""
+    older = [path for path in _complete(directory.parent) if _order(path) < _order(directory)]
+    for path in reversed(older):
+        try:
+            with _boundary(path, "it"):
+                _open(path, trust=False).reader.check()
+        except CheckpointError:
+            continue
+        return f". {path}, saved before it, is whole: to go on from that one, remove {directory}"
+    return f". No whole checkpoint before it is left in {directory.parent}"
+
+
+def _describe(error: CheckpointException, problem: str) -> str:
+    """Return what went wrong on the first rank that failed."""
+    rank, (cause, _) = min(error.failures.items())
+    if isinstance(cause, CheckpointError):
+        return str(cause)
+    return f"{problem}: {cause}" + (f" (on rank {rank})" if rank else "")
 
 
 @contextlib.contextmanager

@@ -1,13 +1,26 @@
-"""Nested state, taken apart into what torch.distributed.checkpoint stores and put together again."""
+"""Nested state, taken apart into tensors and JSON, and put together again."""
 
 from __future__ import annotations
 
+import base64
+import math
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor
 
 from .row_shard import RowShard
+
+DTYPES = {
+    str(dtype).removeprefix("torch."): dtype
+    for dtype in vars(torch).values()
+    if isinstance(dtype, torch.dtype) and not str(dtype).startswith(("torch.q", "torch.bits"))
+}
+"""Element types of stored tensors by their names."""
 
 
 @dataclass(frozen=True)
@@ -18,25 +31,110 @@ class _Stored:
 
 
 def split(value: Any, key: str, tensors: dict[str, Any]) -> Any:
-    """``value`` with its tensors taken out into ``tensors``: torch.distributed.checkpoint stores those by shards, but
-    keeps neither lists nor keys that are numbers."""
+    """Return ``value`` with its tensors moved into ``tensors``, which torch.distributed.checkpoint stores by shards."""
     if isinstance(value, Tensor):
         tensors[key] = value
         return _Stored(key)
     if isinstance(value, dict):
-        return {name: split(item, f"{key}.{name}", tensors) for name, item in value.items()}
+        items = {name: split(item, f"{key}.{name}", tensors) for name, item in value.items()}
+        return Counter(items) if isinstance(value, Counter) else items
     if type(value) in (list, tuple):
         return type(value)(split(item, f"{key}.{place}", tensors) for place, item in enumerate(value))
     return value
 
 
 def join(structure: Any, tensors: dict[str, Any]) -> Any:
-    """The opposite of :func:`split`; row shards become ordinary tensors."""
+    """Return what :func:`split` took apart; row shards become ordinary tensors."""
     if isinstance(structure, _Stored):
         tensor = tensors[structure.key]
         return tensor.rows if isinstance(tensor, RowShard) else tensor
     if isinstance(structure, dict):
-        return {name: join(item, tensors) for name, item in structure.items()}
+        items = {name: join(item, tensors) for name, item in structure.items()}
+        return Counter(items) if isinstance(structure, Counter) else items
     if type(structure) in (list, tuple):
         return type(structure)(join(item, tensors) for item in structure)
     return structure
+
+
+def to_json(value: Any, name: str) -> Any:
+    """Return a structure that :func:`split` has made as JSON knows it; what JSON lacks becomes ``{"$kind": ...}``.
+
+    Args:
+        name: of the value, for the error.
+
+    Raises:
+        TypeError: it holds an object of another kind: to bring it back, a reader would have to run code.
+    """
+    if value is None or type(value) in (bool, int, str) or (type(value) is float and math.isfinite(value)):
+        return value
+    if type(value) is list:
+        return [to_json(item, f"{name}[{place}]") for place, item in enumerate(value)]
+    if type(value) is dict and all(type(key) is str and not key.startswith("$") for key in value):
+        return {key: to_json(item, f"{name}.{key}") for key, item in value.items()}
+    for kind, (matches, content, _) in _KINDS.items():
+        if matches(value):
+            return {f"${kind}": to_json(content(value), name)}
+    raise TypeError(
+        f"{name} must be made of tensors, numbers, text, bytes, None, lists, tuples, sets and dicts, to be read "
+        f"without running code; got {type(value).__module__}.{type(value).__qualname__}"
+    )
+
+
+def from_json(value: Any) -> Any:
+    """Return the structure that :func:`to_json` wrote.
+
+    Raises:
+        ValueError, TypeError: it has not written this.
+    """
+    if isinstance(value, list):
+        return [from_json(item) for item in value]
+    if isinstance(value, dict):
+        if len(value) == 1 and next(iter(value)).startswith("$"):
+            kind, content = next(iter(value.items()))
+            if kind[1:] not in _KINDS:
+                raise ValueError(f"{kind} is no kind of value")
+            return _KINDS[kind[1:]][2](from_json(content))
+        return {key: from_json(item) for key, item in value.items()}
+    return value
+
+
+def _is(kind: type) -> Callable[[Any], bool]:
+    return lambda value: type(value) is kind
+
+
+def _pairs(value: dict[Any, Any]) -> list[Any]:
+    return [[key, item] for key, item in value.items()]
+
+
+def _array(content: list[Any]) -> Any:
+    dtype, shape, data = np.dtype(str(content[0])), content[1], base64.b64decode(content[2])
+    if dtype.hasobject or dtype.names:
+        raise ValueError(f"an array of {dtype} is no array of numbers")
+    return np.frombuffer(data, dtype).reshape(shape).copy()
+
+
+# For each kind: which values are of it, what JSON holds of them, and how that becomes such a value again.
+_KINDS: dict[str, tuple[Callable[[Any], bool], Callable[[Any], Any], Callable[[Any], Any]]] = {
+    "tensor": (_is(_Stored), lambda value: value.key, lambda key: _Stored(str(key))),
+    "dict": (_is(dict), _pairs, dict),
+    "tuple": (_is(tuple), list, tuple),
+    "float": (_is(float), repr, lambda text: float(str(text))),
+    "bytes": (_is(bytes), lambda value: base64.b64encode(value).decode(), base64.b64decode),
+    "set": (_is(set), list, set),
+    "frozenset": (_is(frozenset), list, frozenset),
+    "complex": (_is(complex), lambda value: [value.real, value.imag], lambda parts: complex(*parts)),
+    "counter": (_is(Counter), _pairs, lambda pairs: Counter(dict(pairs))),
+    "size": (_is(torch.Size), list, torch.Size),
+    "dtype": (_is(torch.dtype), lambda value: str(value).removeprefix("torch."), lambda name: DTYPES[name]),
+    "device": (_is(torch.device), str, lambda name: torch.device(str(name))),
+    "array": (
+        lambda value: type(value) is np.ndarray and not value.dtype.hasobject and not value.dtype.names,
+        lambda value: [value.dtype.str, list(value.shape), base64.b64encode(value.tobytes()).decode()],
+        _array,
+    ),
+    "scalar": (
+        lambda value: isinstance(value, np.number | np.bool_),
+        lambda value: [value.dtype.str, [], base64.b64encode(value.tobytes()).decode()],
+        lambda content: _array(content)[()],
+    ),
+}

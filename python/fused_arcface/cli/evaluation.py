@@ -31,6 +31,9 @@ Normalize = Annotated[bool, typer.Option("--normalize/--raw", help="Embeddings o
 Flip = Annotated[bool, typer.Option("--flip", help="Add the embedding of the mirrored image.")]
 Json = Annotated[Path | None, typer.Option("--json", help="File for the figures.")]
 Pictures = Annotated[Path | None, typer.Option(help="Folder for pictures of the curves.")]
+Trust = Annotated[
+    bool, typer.Option("--trust", help="Run the code that a checkpoint of an old format may hold, whoever made it.")
+]
 Device = Annotated[str, typer.Option(help="Of the net: cpu, cuda, cuda:1.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Images that the net sees at once.")]
 Workers = Annotated[int, typer.Option(min=0, help="Processes that read images.")]
@@ -51,7 +54,7 @@ def explained() -> Iterator[None]:
 
 
 def embed_images(
-    checkpoint: Path, sets: list[ImageSet], *, flip: bool, device: str, batch_size: int, workers: int
+    checkpoint: Path, sets: list[ImageSet], *, flip: bool, device: str, batch_size: int, workers: int, trust: bool
 ) -> list[EmbeddingSet]:
     """Embeddings of sets of images by a run's net, with a bar."""
     import torch
@@ -67,7 +70,7 @@ def embed_images(
         RuntimeError,
     ) as error:  # torch's for a device that is none, or missing
         raise typer.BadParameter(f"--device {device} cannot be used: {str(error).splitlines()[0]}") from None
-    net, spec = load_backbone(checkpoint, device)
+    net, spec = load_backbone(checkpoint, device, trust=trust)
     console = Console(stderr=True, soft_wrap=True)
     for problem in dict.fromkeys(problem for images in sets for problem in images.problems):
         console.print(f"{problem}; skipped", style="yellow", markup=False, highlight=False)

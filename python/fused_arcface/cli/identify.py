@@ -50,6 +50,7 @@ def identify(
     device: shared.Device = "cpu",
     batch_size: shared.BatchSize = 64,
     workers: shared.Workers = 0,
+    trust: shared.Trust = False,
 ) -> None:
     """Identify people never seen in training: rank 1, 5 and 10, open-set TPIR at FPIR.
 
@@ -73,6 +74,7 @@ def identify(
         if save_embeddings is not None:
             check_suffix(save_embeddings)
         options: dict[str, Any] = {"flip": flip, "device": device, "batch_size": batch_size, "workers": workers}
+        options["trust"] = trust
         if gallery is not None and probes is not None and checkpoint is not None:
             split = _two_sets(checkpoint, gallery, probes, options)
         else:

@@ -43,6 +43,7 @@ def verify(
     device: shared.Device = "cpu",
     batch_size: shared.BatchSize = 64,
     workers: shared.Workers = 0,
+    trust: shared.Trust = False,
 ) -> None:
     """Verify pairs of people never seen in training: 10-fold accuracy, TAR at FAR, EER.
 
@@ -65,7 +66,7 @@ def verify(
             scored = _with_pairs(EmbeddingSet.load(embeddings), embeddings, pairs, seed)
         else:
             assert data is not None and checkpoint is not None
-            scored = _embed(data, checkpoint, images, pairs, seed, flip, device, batch_size, workers)
+            scored = _embed(data, checkpoint, images, pairs, seed, flip, device, batch_size, workers, trust)
         if save_embeddings is not None:
             scored.save(save_embeddings)
         assert scored.pairs is not None
@@ -102,11 +103,14 @@ def _embed(
     device: str,
     batch_size: int,
     workers: int,
+    trust: bool,
 ) -> EmbeddingSet:
     from ..evaluation.pair_sets import read_pair_set
 
     read = read_pair_set(data, images, most=pairs, seed=seed)
-    (found,) = shared.embed_images(checkpoint, [read], flip=flip, device=device, batch_size=batch_size, workers=workers)
+    (found,) = shared.embed_images(
+        checkpoint, [read], flip=flip, device=device, batch_size=batch_size, workers=workers, trust=trust
+    )
     return found
 
 

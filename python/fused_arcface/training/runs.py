@@ -114,16 +114,18 @@ def write_run(folder: RunFolder, config: TrainConfig, classes: list[str]) -> Non
         raise RunError(f"{folder.root} cannot be written: {error.strerror}") from None
 
 
-def load_backbone(run: Path, device: torch.device | str = "cpu") -> tuple[nn.Module, ImageSpec]:
+def load_backbone(run: Path, device: torch.device | str = "cpu", *, trust: bool = False) -> tuple[nn.Module, ImageSpec]:
     """The net of a training run, from its newest complete checkpoint, in evaluation mode, and the images it takes.
 
     Args:
         run: the run's folder, ``--output`` of ``fused-arcface train``. It may still be under way.
         device: where the net goes.
+        trust: run the code that a checkpoint of format 1 may hold. Nothing else of a run is code: its margin is not
+            needed, and not imported.
 
     Raises:
         RunError: the folder is no run, has no checkpoint yet, or one that does not fit its configuration.
-        fused_arcface.checkpoint.CheckpointError: the checkpoint is truncated.
+        fused_arcface.checkpoint.CheckpointError: the checkpoint is damaged.
         MissingExtra: the net is timm's, and timm is not installed.
     """
     folder = RunFolder(Path(run))
@@ -133,7 +135,10 @@ def load_backbone(run: Path, device: torch.device | str = "cpu") -> tuple[nn.Mod
     spec = ImageSpec(config.image_size, config.channels)
     backbone = build_backbone(config.backbone, config.embedding_dim, spec)
     try:
-        backbone.load_state_dict(checkpoint.load_state(folder.checkpoints, "backbone"))
+        state = checkpoint.load_state(folder.checkpoints, "backbone", trust=trust)
+        if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
+            raise RuntimeError("its backbone is no state of a net")
+        backbone.load_state_dict(state)
     except FileNotFoundError:
         raise RunError(f"{run} has no complete checkpoint yet") from None
     except RuntimeError as error:

@@ -1,0 +1,353 @@
+"""Tensors of a checkpoint on disk: what torch.distributed.checkpoint plans, written as bytes and read as bytes.
+
+Each rank writes one file, ``__RANK_0.distcp``, with its parts of the tensors one behind the other. The first rank
+writes ``.metadata``: JSON of every tensor's dtype, size and parts, and of the values beside the tensors. Reading it
+runs no code. Every 16 MiB of a file have a CRC-32, which is compared with the bytes as they are read.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import zlib
+from abc import abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, SavePlan, SavePlanner
+from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
+from torch.futures import Future
+
+from .structure import DTYPES, from_json
+
+BLOCK = 16 << 20
+"""Bytes with one checksum: enough to read at full speed, little to read beyond what a shard needs."""
+METADATA = ".metadata"
+_ALIGNMENT = 64  # of each part of a tensor in its file: no element lies in two blocks
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that cannot be used: damaged, foreign, or of another head. Nothing has been loaded from it.
+
+    Also raised when a checkpoint cannot be written; those before it are as they were.
+    """
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """Size and checksums of one file of a checkpoint."""
+
+    size: int
+    crc32: list[int]
+    """One for each :data:`BLOCK` bytes."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """Where a part of a tensor lies."""
+
+    file: str
+    start: int
+    """First byte in the file."""
+    length: int
+    """In bytes."""
+    dtype: torch.dtype
+    sizes: tuple[int, ...]
+
+
+class _SummedFile:
+    """A new file whose blocks are summed up as they are written, on disk when it is closed."""
+
+    def __init__(self, path: Path) -> None:
+        self._file: BinaryIO = path.open("xb")
+        self.size, self.crc32 = 0, list[int]()
+
+    def write(self, data: memoryview) -> None:
+        while data:
+            if self.size % BLOCK == 0:
+                self.crc32.append(0)
+            part, data = data[: BLOCK - self.size % BLOCK], data[BLOCK - self.size % BLOCK :]
+            self._file.write(part)
+            self.crc32[-1] = zlib.crc32(part, self.crc32[-1])
+            self.size += len(part)
+
+    def close(self) -> FileRecord:
+        try:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        finally:
+            self._file.close()
+        return FileRecord(self.size, self.crc32)
+
+
+class Writer(StorageWriter):
+    """Writes into a directory that is there.
+
+    Args:
+        directory: of the checkpoint.
+        rank: names this process's file.
+        values: JSON for the first rank to store beside the tensors.
+    """
+
+    def __init__(self, directory: Path, rank: int, values: dict[str, Any]) -> None:
+        self._directory, self._rank, self._values = directory, rank, values
+        self.files: dict[str, FileRecord] = {}
+        """What this process has written."""
+
+    def reset(self, checkpoint_id: Any = None) -> None:
+        pass
+
+    def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
+        return plan
+
+    def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
+        return plans
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: Any) -> bool:
+        return True
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        results: list[WriteResult] = []
+        if plan.items:
+            name = f"__{self._rank}_0.distcp"
+            file = _SummedFile(self._directory / name)
+            try:
+                for item in plan.items:
+                    data = bytes_of(planner.resolve_data(item))
+                    file.write(memoryview(bytes(-file.size % _ALIGNMENT)))
+                    results.append(WriteResult(item.index, len(data), (name, file.size)))
+                    file.write(data)
+            finally:
+                self.files[name] = file.close()
+        done: Future[list[WriteResult]] = Future()
+        done.set_result(results)
+        return done
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        places = {result.index: result.storage_data for each in results for result in each}
+        tensors = {}
+        for key, tensor in metadata.state_dict_metadata.items():
+            assert isinstance(tensor, TensorStorageMetadata)  # values are not the planner's
+            parts = []
+            for chunk in tensor.chunks:
+                file, start = places[MetadataIndex(key, chunk.offsets)]
+                parts.append({"offsets": list(chunk.offsets), "sizes": list(chunk.sizes), "file": file, "start": start})
+            dtype = str(tensor.properties.dtype).removeprefix("torch.")
+            tensors[key] = {"dtype": dtype, "size": list(tensor.size), "parts": parts}
+        text = json.dumps({"tensors": tensors, "values": self._values}, allow_nan=False)
+        file = _SummedFile(self._directory / METADATA)
+        try:
+            file.write(memoryview(text.encode("ascii")))
+        finally:
+            self.files[METADATA] = file.close()
+
+
+def bytes_of(tensor: Any) -> memoryview:
+    """Return a tensor's elements in order, as they are stored."""
+    if tensor.layout != torch.strided or str(tensor.dtype).removeprefix("torch.") not in DTYPES:
+        raise TypeError(f"a checkpoint holds dense tensors; got {tensor.layout} of {tensor.dtype}")
+    flat = tensor.detach().resolve_conj().resolve_neg().cpu().reshape(-1)
+    return memoryview(flat.view(torch.uint8).numpy())
+
+
+class TensorReader(StorageReader):
+    """Fills tensors with the bytes of stored parts, whatever format they are stored in."""
+
+    metadata: Metadata
+    """``storage_data`` has a :class:`Part` for each part of a tensor."""
+    names: set[str]
+    """Of the values beside the tensors."""
+
+    @abstractmethod
+    def value(self, name: str) -> Any:
+        """Return a structure for :func:`fused_arcface.checkpoint.structure.join`."""
+
+    @abstractmethod
+    def check(self) -> None:
+        """Read everything. Raises CheckpointError: something is damaged."""
+
+    @abstractmethod
+    def pieces(self, part: Part, begin: int, end: int) -> Iterator[memoryview]:
+        """Yield the bytes of a part from ``begin`` to ``end``, in order, after they have been checked."""
+
+    def reset(self, checkpoint_id: Any = None) -> None:
+        pass
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        return self.metadata
+
+    def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
+        return plan
+
+    def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
+        return plans
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: Any) -> bool:
+        return True
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        found = [(self.metadata.storage_data[item.storage_index], item) for item in plan.items]
+        # In the order of the file, so that a block which two parts share is read once.
+        for part, item in sorted(found, key=lambda each: (each[0].file, each[0].start, each[1].storage_offsets)):
+            target = planner.resolve_tensor(item).detach()
+            self._fill(target, part, tuple(item.storage_offsets), tuple(item.lengths))
+            planner.commit_tensor(item, target)
+        done: Future[None] = Future()
+        done.set_result(None)
+        return done
+
+    def _fill(self, target: Tensor, part: Part, offsets: tuple[int, ...], lengths: tuple[int, ...]) -> None:
+        """Read the rows that a box of a part covers: straight into ``target`` where they are all that it takes."""
+        first, count = (offsets[0], lengths[0]) if part.sizes else (0, 1)
+        row = math.prod(part.sizes[1:]) * part.dtype.itemsize
+        whole = lengths[1:] == part.sizes[1:] and target.dtype == part.dtype
+        direct = whole and target.device.type == "cpu" and target.is_contiguous()
+        rows = target if direct else torch.empty((count, *part.sizes[1:])[: len(part.sizes)], dtype=part.dtype)
+        flat, position = rows.view(-1).view(torch.uint8), 0
+        for piece in self.pieces(part, first * row, (first + count) * row):
+            flat[position : position + len(piece)] = torch.frombuffer(piece, dtype=torch.uint8)
+            position += len(piece)
+        if position != flat.numel():
+            raise CheckpointError(f"{part.file} ends {flat.numel() - position} bytes early")
+        if not direct:
+            for dim in range(1, len(part.sizes)):
+                rows = rows.narrow(dim, offsets[dim], lengths[dim])
+            target.copy_(rows)
+
+
+class Reader(TensorReader):
+    """Reads what :class:`Writer` wrote.
+
+    Args:
+        directory: of the checkpoint.
+        files: its files as the manifest has them, of these sizes on disk.
+
+    Raises:
+        CheckpointError, ValueError, TypeError, KeyError: ``.metadata`` is damaged, or does not fit the files.
+    """
+
+    def __init__(self, directory: Path, files: dict[str, FileRecord]) -> None:
+        self._directory, self._files = directory, files
+        self._held: tuple[str, int, bytearray] = ("", -1, bytearray())
+        count = len(files[METADATA].crc32)
+        text = b"".join(self._block(METADATA, number) for number in range(count))
+        stored = json.loads(text)
+        self.metadata = _to_metadata(stored["tensors"], files)
+        self._values: dict[str, Any] = stored["values"]
+        self.names = set(self._values)
+
+    def value(self, name: str) -> Any:
+        return from_json(self._values[name])
+
+    def check(self) -> None:
+        for name, record in self._files.items():
+            for number in range(len(record.crc32)):
+                self._block(name, number)
+
+    def pieces(self, part: Part, begin: int, end: int) -> Iterator[memoryview]:
+        position, stop = part.start + begin, part.start + end
+        while position < stop:
+            number = position // BLOCK
+            base, upto = number * BLOCK, min(stop, (number + 1) * BLOCK)
+            yield memoryview(self._block(part.file, number))[position - base : upto - base]
+            position = upto
+
+    def _block(self, name: str, number: int) -> bytearray:
+        """Return a block of a file, checked; the last one is held."""
+        if self._held[:2] != (name, number):
+            record = self._files[name]
+            block = bytearray(min(BLOCK, record.size - number * BLOCK))
+            with (self._directory / name).open("rb") as file:
+                file.seek(number * BLOCK)
+                length = file.readinto(block)
+            if length != len(block) or zlib.crc32(block) != record.crc32[number]:
+                first = number * BLOCK
+                raise CheckpointError(
+                    f"{self._directory} is damaged: the checksum of {name} differs in bytes {first} to "
+                    f"{first + len(block) - 1}"
+                )
+            self._held = (name, number, block)
+        return self._held[2]
+
+
+def _to_metadata(tensors: dict[str, Any], files: dict[str, FileRecord]) -> Metadata:
+    """Check the table of tensors and give it torch.distributed.checkpoint's form."""
+    found: dict[str, Any] = {}
+    places: dict[MetadataIndex, Part] = {}
+    for key, tensor in tensors.items():
+        dtype, chunks = DTYPES[tensor["dtype"]], []
+        for part in tensor["parts"]:
+            offsets, sizes = numbers(part["offsets"]), numbers(part["sizes"])
+            chunks.append(ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes)))
+            length = math.prod(sizes) * dtype.itemsize
+            (start,) = numbers([part["start"]])
+            places[MetadataIndex(key, torch.Size(offsets))] = Part(part["file"], start, length, dtype, sizes)
+        found[key] = TensorStorageMetadata(TensorProperties(dtype=dtype), torch.Size(numbers(tensor["size"])), chunks)
+    check_places(list(places.values()), {name: record.size for name, record in files.items()})
+    check_tensors(found, len(places))
+    return Metadata(found, storage_data=places)
+
+
+def numbers(values: Any) -> tuple[int, ...]:
+    """Return sizes or places as a tuple.
+
+    Raises:
+        ValueError: they are no list of integers from 0 to 2⁶³ − 1.
+    """
+    if not isinstance(values, list | tuple) or not all(type(each) is int and 0 <= each < 2**63 for each in values):
+        raise ValueError(f"sizes must be integers >= 0; got {str(values)[:80]}")
+    return tuple(values)
+
+
+def check_places(parts: list[Part], sizes: dict[str, int]) -> None:
+    """Check that parts lie in their files, each in bytes of its own: together they have no more than the files.
+
+    Raises:
+        ValueError: they do not.
+    """
+    ends: dict[str, int] = {}
+    for part in sorted(parts, key=lambda each: (each.file, each.start, each.length)):
+        if part.file not in sizes or part.start < ends.get(part.file, 0) or part.start + part.length > sizes[part.file]:
+            raise ValueError(f"nothing can lie in bytes {part.start} to {part.start + part.length} of {part.file}")
+        ends[part.file] = part.start + part.length
+
+
+def check_tensors(tensors: dict[str, TensorStorageMetadata], parts: int) -> None:
+    """Check that the stored parts, so many, make up the tensors.
+
+    Raises:
+        ValueError: they do not.
+    """
+    count = sum(len(tensor.chunks) for tensor in tensors.values())
+    if count != parts:
+        raise ValueError(f"{count} parts of tensors are declared; {parts} are stored")
+    for key, tensor in tensors.items():
+        for chunk in tensor.chunks:
+            inside = len(chunk.offsets) == len(chunk.sizes) == len(tensor.size)
+            if not inside or any(
+                offset + size > whole
+                for offset, size, whole in zip(chunk.offsets, chunk.sizes, tensor.size, strict=True)
+            ):
+                raise ValueError(f"a part of {key} lies outside of its size {tuple(tensor.size)}")
+        if sum(math.prod(chunk.sizes) for chunk in tensor.chunks) != math.prod(tensor.size):
+            raise ValueError(f"the parts of {key} do not make up its size {tuple(tensor.size)}")

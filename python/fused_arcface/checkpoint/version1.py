@@ -1,0 +1,372 @@
+"""Reads checkpoints of format 1, which torch.distributed.checkpoint has pickled, without running the pickles.
+
+``.metadata`` is a pickle; each value and each part of a tensor is a zip archive as ``torch.save`` writes it. A pickle
+is a program: it names functions, and its reader calls them. The reader here calls nothing. A name stays a name, a call
+stays a record of name and arguments, and what they stand for is put together afterwards, from the few names that such
+checkpoints need. What else they hold needs :class:`TrustedReader`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import math
+import pickle
+import sys
+import zipfile
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, ClassVar
+
+import torch
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
+
+from .storage import (
+    BLOCK,
+    METADATA,
+    CheckpointError,
+    Part,
+    TensorReader,
+    bytes_of,
+    check_places,
+    check_tensors,
+    numbers,
+)
+from .structure import DTYPES, _Stored
+
+_MOST_VALUES = 1_000_000  # in one pickle, beside one for each byte: references can repeat a value without end
+_STORAGES = {
+    "BFloat16Storage": torch.bfloat16,
+    "BoolStorage": torch.bool,
+    "ByteStorage": torch.uint8,
+    "CharStorage": torch.int8,
+    "ComplexDoubleStorage": torch.complex128,
+    "ComplexFloatStorage": torch.complex64,
+    "DoubleStorage": torch.float64,
+    "FloatStorage": torch.float32,
+    "HalfStorage": torch.float16,
+    "IntStorage": torch.int32,
+    "LongStorage": torch.int64,
+    "ShortStorage": torch.int16,
+}
+
+
+class NeedsTrust(CheckpointError):
+    """A checkpoint holds an object that only running its code can bring back."""
+
+
+@dataclass(frozen=True)
+class _Name:
+    """A function or class that a pickle names; never looked up."""
+
+    module: str
+    name: str
+
+
+@dataclass(eq=False)
+class _Made:
+    """What a pickle makes by calling ``name`` with ``arguments``, and the attributes that it then sets."""
+
+    name: _Name
+    arguments: Any
+    state: Any = None
+
+
+# Values, names and memory; an unknown one is refused.
+_INSTRUCTIONS = {
+    *(pickle.PROTO, pickle.FRAME, pickle.STOP, pickle.MARK, pickle.NONE, pickle.NEWTRUE, pickle.NEWFALSE),
+    *(pickle.MEMOIZE, pickle.BINPUT, pickle.LONG_BINPUT, pickle.BINGET, pickle.LONG_BINGET),
+    *(pickle.BININT, pickle.BININT1, pickle.BININT2, pickle.LONG1, pickle.BINFLOAT),
+    *(pickle.BINUNICODE, pickle.SHORT_BINUNICODE, pickle.BINUNICODE8),
+    *(pickle.BINBYTES, pickle.SHORT_BINBYTES, pickle.BINBYTES8),
+    *(pickle.EMPTY_TUPLE, pickle.TUPLE, pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3),
+    *(pickle.EMPTY_LIST, pickle.APPEND, pickle.APPENDS, pickle.EMPTY_DICT, pickle.SETITEM, pickle.SETITEMS),
+    *(pickle.EMPTY_SET, pickle.ADDITEMS, pickle.FROZENSET, pickle.GLOBAL, pickle.STACK_GLOBAL, pickle.BINPERSID),
+}
+
+
+class _Unpickler(pickle._Unpickler):
+    """Python's own interpreter of pickles, without every instruction that calls, imports or looks anything up."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        return _Name(module, name)
+
+    def persistent_load(self, pid: Any) -> Any:
+        return _Made(_Name("torch", "storage"), pid)
+
+    def load_make(self) -> None:
+        arguments, name = self.stack.pop(), self.stack.pop()  # type: ignore[attr-defined]
+        if not isinstance(name, _Name) or not isinstance(arguments, tuple):
+            raise pickle.UnpicklingError("a call of something that is no name")
+        self.append(_Made(name, arguments))  # type: ignore[attr-defined]
+
+    def load_build(self) -> None:
+        state, made = self.stack.pop(), self.stack[-1]  # type: ignore[attr-defined]
+        if not isinstance(made, _Made):
+            raise pickle.UnpicklingError("attributes of something that has none")
+        made.state = state
+
+    dispatch: ClassVar[dict[int, Any]] = {
+        **{code: call for code, call in pickle._Unpickler.dispatch.items() if bytes([code]) in _INSTRUCTIONS},
+        pickle.REDUCE[0]: load_make,
+        pickle.NEWOBJ[0]: load_make,
+        pickle.BUILD[0]: load_build,
+    }
+
+
+def _unpickle(data: bytes, what: str) -> Any:
+    try:
+        return _Unpickler(io.BytesIO(data), encoding="latin1").load()
+    except KeyError as error:
+        raise NeedsTrust(f"{what} has an instruction that no checkpoint needs: {error}") from None
+
+
+class _Values:
+    """Puts a value together from what a pickle holds.
+
+    Args:
+        what: its name, for the error.
+        most: parts it may have.
+    """
+
+    def __init__(self, what: str, most: int) -> None:
+        self._what, self._left = what, most
+
+    def of(self, value: Any) -> Any:
+        self._left -= 1
+        if self._left < 0:
+            raise NeedsTrust(f"{self._what} repeats a value without end")
+        if isinstance(value, list | tuple | set | frozenset):
+            return type(value)(self.of(item) for item in value)
+        if isinstance(value, dict):
+            return {self.of(key): self.of(item) for key, item in value.items()}
+        if isinstance(value, _Name):
+            if value.module == "torch" and value.name in DTYPES:
+                return DTYPES[value.name]
+            raise self._refusal(value)
+        if isinstance(value, _Made):
+            make = _CALLS.get((value.name.module, value.name.name))
+            if make is None:
+                raise self._refusal(value.name)
+            return make(self.of(value.arguments), self.of(value.state))
+        return value
+
+    def _refusal(self, name: _Name) -> NeedsTrust:
+        return NeedsTrust(f"{self._what} holds {name.module}.{name.name}, which only running its code can bring back")
+
+
+def _encoded(arguments: Any, _: Any) -> bytes:
+    text, encoding = arguments
+    if encoding != "latin1":
+        raise ValueError(f"bytes are encoded as {encoding!r}")
+    return bytes(str(text), "latin1")
+
+
+_CALLS: dict[tuple[str, str], Callable[[Any, Any], Any]] = {
+    ("_codecs", "encode"): _encoded,
+    ("collections", "OrderedDict"): lambda arguments, _: dict(*arguments),
+    ("collections", "Counter"): lambda arguments, _: Counter(*arguments),
+    ("builtins", "set"): lambda arguments, _: set(*arguments),
+    ("builtins", "frozenset"): lambda arguments, _: frozenset(*arguments),
+    ("builtins", "complex"): lambda arguments, _: complex(*arguments),
+    ("__builtin__", "set"): lambda arguments, _: set(*arguments),
+    ("__builtin__", "frozenset"): lambda arguments, _: frozenset(*arguments),
+    ("__builtin__", "complex"): lambda arguments, _: complex(*arguments),
+    ("torch", "Size"): lambda arguments, _: torch.Size(numbers(arguments[0])),
+    ("torch", "device"): lambda arguments, _: torch.device(*arguments),
+    (_Stored.__module__, _Stored.__name__): lambda _, state: _Stored(str(state["key"])),
+}
+
+
+class _Window(io.RawIOBase):
+    """A part of a file as a file of its own."""
+
+    def __init__(self, file: BinaryIO, start: int, length: int) -> None:
+        self._file, self._start, self._length, self._at = file, start, length, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._at = max(0, offset + (0, self._at, self._length)[whence])
+        return self._at
+
+    def tell(self) -> int:
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        self._file.seek(self._start + self._at)
+        data = self._file.read(min(len(buffer), max(0, self._length - self._at)))
+        buffer[: len(data)] = data
+        self._at += len(data)
+        return len(data)
+
+
+class Reader(TensorReader):
+    """Reads a checkpoint of format 1 without running code.
+
+    Args:
+        directory: of the checkpoint.
+        files: the sizes of its files, as they are on disk.
+
+    Raises:
+        NeedsTrust: ``.metadata`` names something that no checkpoint needs.
+        CheckpointError, ValueError, TypeError, KeyError and others: it is damaged, or does not fit the files.
+    """
+
+    def __init__(self, directory: Path, files: dict[str, int]) -> None:
+        self._directory = directory
+        saved = _state(_unpickle((directory / METADATA).read_bytes(), METADATA), "Metadata")
+        places = {}
+        for index, info in saved["storage_data"].items():
+            key, info = _state(index, "MetadataIndex"), _state(info, "_StorageInfo")
+            start, length = numbers([info["offset"], info["length"]])
+            offset = None if key.get("offset") is None else _size(key["offset"])
+            places[(key["fqn"], offset)] = (str(info["relative_path"]), start, length)
+        tensors: dict[str, Any] = {}
+        parts: dict[MetadataIndex, Part] = {}
+        self.names: set[str] = set()
+        self._values: dict[str, tuple[str, int, int]] = {}
+        for key, stored in saved["state_dict_metadata"].items():
+            if stored.name.name == "BytesStorageMetadata":
+                self.names.add(key)
+                self._values[key] = places[(key, None)]
+                continue
+            table = _state(stored, "TensorStorageMetadata")
+            dtype = DTYPES[_state(table["properties"], "TensorProperties")[0].name]
+            chunks = []
+            for chunk in table["chunks"]:
+                state = _state(chunk, "ChunkStorageMetadata")
+                offsets, sizes = _size(state["offsets"]), _size(state["sizes"])
+                file, start, length = places[(key, offsets)]
+                if math.prod(sizes) * dtype.itemsize > length:
+                    raise ValueError(f"{key} does not fit into {length} bytes")
+                chunks.append(ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes)))
+                parts[MetadataIndex(key, torch.Size(offsets))] = Part(file, start, length, dtype, sizes)
+            tensors[key] = TensorStorageMetadata(
+                TensorProperties(dtype=dtype), torch.Size(_size(table["size"])), chunks
+            )
+        values = [Part(*place, torch.uint8, ()) for place in self._values.values()]
+        check_places([*parts.values(), *values], files)
+        check_tensors(tensors, len(parts))
+        self.metadata = Metadata(tensors, storage_data=parts)
+
+    def value(self, name: str) -> Any:
+        with self._archive(*self._values[name]) as archive:
+            data = archive.read(_member(archive, "data.pkl"))
+        return _Values(name, _MOST_VALUES + len(data)).of(_unpickle(data, name))
+
+    def check(self) -> None:
+        for name in self.names:
+            self.value(name)
+        for part in self.metadata.storage_data.values():
+            for _ in self.pieces(part, 0, math.prod(part.sizes) * part.dtype.itemsize):
+                pass
+
+    def pieces(self, part: Part, begin: int, end: int) -> Iterator[memoryview]:
+        """Reads a part to its end: an archive has one checksum for all of it."""
+        with self._archive(part.file, part.start, part.length) as archive:
+            made = _unpickle(archive.read(_member(archive, "data.pkl")), part.file)
+            if not isinstance(made, _Made) or made.name != _Name("torch._utils", "_rebuild_tensor_v2"):
+                raise NeedsTrust(f"{part.file} has a tensor of another kind than format 1 was written with")
+            storage, offset, size, stride = made.arguments[:4]
+            _, kind, key, _, _ = storage.arguments
+            if _STORAGES.get(kind.name) != part.dtype or tuple(size) != part.sizes or offset != 0:
+                raise ValueError(f"a tensor in {part.file} is another than {METADATA} says")
+            data = _member(archive, f"data/{key}")
+            length = math.prod(part.sizes) * part.dtype.itemsize
+            if data.file_size < length:
+                raise ValueError(f"a tensor in {part.file} has {data.file_size} bytes; it must have {length}")
+            if not _contiguous(part.sizes, tuple(stride)):
+                yield from _reordered(archive.read(data), part, tuple(stride), begin, end)
+                return
+            with archive.open(data) as stream:
+                position = 0
+                while block := bytearray(stream.read(BLOCK)):
+                    first, last = max(begin - position, 0), min(end - position, len(block))
+                    if first < last:
+                        yield memoryview(block)[first:last]
+                    position += len(block)
+
+    @contextlib.contextmanager
+    def _archive(self, file: str, start: int, length: int) -> Iterator[zipfile.ZipFile]:
+        with (self._directory / file).open("rb") as stream:
+            window: Any = io.BufferedReader(_Window(stream, start, length))
+            with zipfile.ZipFile(window) as archive:
+                if archive.read(_member(archive, "byteorder")).decode() != sys.byteorder:
+                    raise ValueError(f"{file} was written on a machine of the other byte order")
+                yield archive
+
+
+class TrustedReader(FileSystemReader):
+    """Reads a checkpoint of format 1 as torch.distributed.checkpoint does: it runs what the pickles say."""
+
+    def __init__(self, directory: Path) -> None:
+        super().__init__(directory)
+        self.metadata = self.read_metadata()
+        tables = self.metadata.state_dict_metadata
+        self.names = {key for key, value in tables.items() if not isinstance(value, TensorStorageMetadata)}
+
+    def value(self, name: str) -> Any:
+        state: dict[str, Any] = {name: None}
+        dcp_load(
+            state,
+            storage_reader=self,
+            planner=DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
+            no_dist=True,
+        )
+        return state[name]
+
+    def check(self) -> None:
+        for name in self.names:
+            self.value(name)
+
+
+def _state(made: Any, name: str) -> Any:
+    if not isinstance(made, _Made) or made.name.name != name:
+        raise NeedsTrust(f"{METADATA} has something else in the place of {name}")
+    return made.state
+
+
+def _size(made: Any) -> tuple[int, ...]:
+    if not isinstance(made, _Made) or made.name != _Name("torch", "Size"):
+        raise NeedsTrust(f"{METADATA} has something else in the place of a size")
+    return numbers(made.arguments[0])
+
+
+def _member(archive: zipfile.ZipFile, name: str) -> zipfile.ZipInfo:
+    """Return the member ``name`` of the archive's only folder: stored as it is, so that it has no more bytes than it
+    takes."""
+    for each in archive.infolist():
+        if each.filename.partition("/")[2] == name:
+            if each.compress_type != zipfile.ZIP_STORED or each.flag_bits & 1 or each.compress_size != each.file_size:
+                raise ValueError(f"{name} is compressed or encrypted")
+            return each
+    raise ValueError(f"{name} is missing")
+
+
+def _contiguous(sizes: tuple[int, ...], strides: tuple[int, ...]) -> bool:
+    expected = [math.prod(sizes[place + 1 :]) for place in range(len(sizes))]
+    pairs = zip(sizes, strides, expected, strict=True)
+    return 0 in sizes or all(size == 1 or stride == wanted for size, stride, wanted in pairs)
+
+
+def _reordered(data: bytes, part: Part, strides: tuple[int, ...], begin: int, end: int) -> Iterator[memoryview]:
+    """Yield a part whose elements were saved in another order, as those of a channels-last convolution."""
+    stored = torch.frombuffer(bytearray(data), dtype=part.dtype)
+    rows = stored.as_strided(part.sizes, numbers(strides)).contiguous()
+    yield bytes_of(rows)[begin:end]
