@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,6 +14,7 @@ from rich.console import Console
 from ..checkpoint import CheckpointError
 from ..data import DataError
 from ..training.config import OptionError, TrainConfig, read_options, rules
+from ..training.margin_text import imported_module
 from ..training.runs import RunError, RunFolder
 from ..training.trainer import train as train_run
 from ..training.world import is_first_rank, resume_command
@@ -49,6 +51,9 @@ def train(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with the run in --output, on any number of ranks.")
     ] = False,
+    trust: Annotated[
+        bool, typer.Option("--trust", help="Import the margin MODULE:NAME that the resumed run or --config names.")
+    ] = False,
     **options: Any,
 ) -> None:
     """Train an embedding net with a margin-softmax head on a folder, a RecordIO file or generated images.
@@ -58,7 +63,9 @@ def train(
     """
     console, error = Console(soft_wrap=True), Console(stderr=True, soft_wrap=True)
     try:
-        chosen = _choose(output, config, resume, {name: value for name, value in options.items() if value is not None})
+        given = {name: value for name, value in options.items() if value is not None}
+        chosen = _choose(output, config, resume, given)
+        _check_trust(chosen.margin, trust or "margin" in given)
         outcome = train_run(chosen, output, resume=resume, listener=TrainingProgress(console, error, chosen.epochs))
     except (CheckpointError, DataError, OptionError, RunError) as wrong:
         error.print(str(wrong), style="bold red", markup=False)
@@ -78,6 +85,16 @@ def _choose(output: Path, file: Path | None, resume: bool, given: dict[str, Any]
     if file is not None:
         chosen = _replace(chosen, read_options(file), f"{file}: ")
     return _replace(chosen, given)
+
+
+def _check_trust(margin: str, trusted: bool) -> None:
+    """Raise if training would import code that the user has not named: a run or a file may be a stranger's."""
+    module = imported_module(margin)
+    if module is not None and not trusted:
+        raise OptionError(
+            f"margin {margin} imports the module {module}, and it comes from a file. If you trust whoever wrote it, "
+            f"name it on the command line, --margin {shlex.quote(margin)}, or add --trust"
+        )
 
 
 def _replace(config: TrainConfig, options: dict[str, Any], place: str = "") -> TrainConfig:

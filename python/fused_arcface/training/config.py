@@ -15,7 +15,7 @@ from typing import Any, get_args, get_type_hints
 from .. import backends
 from ..extras import require
 from .backbones import NAMES, check_backbone
-from .margin_text import parse_margin
+from .margin_text import check_margin
 
 
 class OptionError(ValueError):
@@ -151,7 +151,7 @@ class TrainConfig:
             raise ValueError("channels must be 1 or 3; got 2")
         backends.check_name(self.backend)
         check_backbone(self.backbone)
-        parse_margin(self.margin)
+        check_margin(self.margin)
 
     def replace(self, changes: Mapping[str, Any]) -> TrainConfig:
         """This configuration with other values.

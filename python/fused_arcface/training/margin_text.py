@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import re
 
 from ..head import MarginHead
 from ..margins import Margin
@@ -29,6 +30,29 @@ def parse_margin(text: str) -> Margin:
     if not callable(margin):
         raise ValueError(f"margin must be a margin or MODULE:NAME of a callable; got {text!r}")
     return margin
+
+
+def check_margin(text: str) -> None:
+    """Check a margin's text as :func:`parse_margin` would, but import nothing: of ``MODULE:NAME`` the form alone.
+
+    Raises:
+        ValueError: see there.
+    """
+    if ":" not in text or "(" in text:
+        parse_margin(text)
+    elif imported_module(text) is None:
+        raise ValueError(f"margin must be a margin or MODULE:NAME of a callable; got {text!r}")
+
+
+def imported_module(text: str) -> str | None:
+    """Return the module whose code runs when :func:`parse_margin` resolves the text; None for this package's margins.
+
+    >>> imported_module("mine.margins:Steep")
+    'mine.margins'
+    >>> imported_module("ArcFace(0.5)")
+    """
+    found = re.fullmatch(r"([^\W\d]\w*(?:\.[^\W\d]\w*)*):[^\W\d]\w*", text)
+    return found[1] if found else None
 
 
 def _named(text: str) -> object:

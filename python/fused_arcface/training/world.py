@@ -14,7 +14,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..extras import MissingExtra
 from .config import OptionError
+from .margin_text import imported_module
+from .runs import RunError, RunFolder
 
 
 @dataclass(frozen=True)
@@ -87,10 +90,19 @@ def is_first_rank() -> bool:
 
 def resume_command(output: Path) -> str:
     """The command that goes on with a run as it was started: under torchrun, or not."""
-    command = f"fused-arcface train --output {shlex.quote(str(output))} --resume"
+    command = f"fused-arcface train --output {shlex.quote(str(output))} --resume{_own_margin(output)}"
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return command
     nodes = int(os.environ["WORLD_SIZE"]) // int(os.environ["LOCAL_WORLD_SIZE"])
     several = f" --nnodes {nodes} --rdzv-backend c10d --rdzv-endpoint HOST:PORT" if nodes > 1 else ""
     processes = f"--nproc-per-node {os.environ['LOCAL_WORLD_SIZE']}"
     return f"torchrun{several} {processes} -m fused_arcface {command.removeprefix('fused-arcface ')}"
+
+
+def _own_margin(output: Path) -> str:
+    """The option that names a margin of the user's own again: a resumed run does not import one unasked."""
+    try:
+        margin = RunFolder(output).read_config().margin
+    except (OptionError, RunError, MissingExtra):
+        return ""
+    return f" --margin {shlex.quote(margin)}" if imported_module(margin) else ""
