@@ -157,6 +157,18 @@ def test_each_byte_is_read_once(tmp_path, monkeypatch):
     assert sum(read) == 300 * 64 * 4
 
 
+def test_blocks_of_another_size_are_read(tmp_path, monkeypatch):
+    """The size is in the manifest: that of a later version may be another."""
+    head, net = make()
+    with monkeypatch.context() as patch:
+        for module in (storage, checkpoint.directory):
+            patch.setattr(module, "BLOCK", 128)
+        checkpoint.save(tmp_path, head, net=net)
+    other = make(seed=1)
+    checkpoint.load(tmp_path, other[0], net=other[1])
+    assert same(state(*other), state(head, net))
+
+
 def test_names_that_are_not_ours_are_left_alone(tmp_path):
     head, net = make()
     for number in range(3):

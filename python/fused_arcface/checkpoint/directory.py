@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 from .. import files
 from ..distributed import ALONE, Ranks
 from . import storage, version1
-from .storage import BLOCK, METADATA, CheckpointError, FileRecord, numbers
+from .storage import ALIGNMENT, BLOCK, METADATA, CheckpointError, FileRecord, numbers
 
 FORMAT = "fused_arcface.checkpoint"
 VERSION = 2
@@ -61,7 +61,7 @@ class Saved:
         """
         if name not in self.names:
             raise CheckpointError(f"{self.directory} has no {name}")
-        with _boundary(self.directory, name):
+        with _boundary(self.directory, name), _quiet():
             return self.reader.value(name)
 
     def read(self, tensors: dict[str, Any], ranks: Ranks = ALONE) -> None:
@@ -263,7 +263,8 @@ def _open(directory: Path, trust: bool) -> Saved:
         if METADATA not in listed or any(name != os.path.basename(name) for name in listed):
             raise ValueError("its list of files is none of a checkpoint")
         first = manifest["version"] == 1
-        records = {} if first else {name: _record(entry) for name, entry in listed.items()}
+        block = BLOCK if first else _block(manifest)
+        records = {} if first else {name: _record(entry, block) for name, entry in listed.items()}
         sizes = {name: numbers([size])[0] for name, size in listed.items()} if first else {}
     for name, size in (sizes or {name: record.size for name, record in records.items()}).items():
         file = directory / name
@@ -273,15 +274,22 @@ def _open(directory: Path, trust: bool) -> Saved:
             raise CheckpointError(f"{directory} is truncated: {name} must have {size} bytes; it is {got}")
     with _boundary(directory, METADATA):
         if not first:
-            return Saved(directory, manifest["head"], storage.Reader(directory, records))
+            return Saved(directory, manifest["head"], storage.Reader(directory, records, block))
         reader = version1.TrustedReader(directory) if trust else version1.Reader(directory, sizes)
         return Saved(directory, manifest["head"], reader)
 
 
-def _record(entry: dict[str, Any]) -> FileRecord:
+def _block(manifest: dict[str, Any]) -> int:
+    (block,) = numbers([manifest["block"]])
+    if block == 0 or block % ALIGNMENT:
+        raise ValueError(f"block must be a multiple of {ALIGNMENT}; got {block}")
+    return block
+
+
+def _record(entry: dict[str, Any], block: int) -> FileRecord:
     (size,), sums = numbers([entry["size"]]), list(numbers(entry["crc32"]))
-    if len(sums) != -(-size // BLOCK):
-        raise ValueError(f"{size} bytes have {-(-size // BLOCK)} checksums; got {len(sums)}")
+    if len(sums) != -(-size // block):
+        raise ValueError(f"{size} bytes have {-(-size // block)} checksums; got {len(sums)}")
     return FileRecord(size, sums)
 
 
@@ -322,7 +330,8 @@ def _boundary(directory: Path, name: str) -> Iterator[None]:
         ) from None
     except CheckpointError:
         raise
-    except Exception as error:  # what a parser raises for bytes that are no such file has no end
+    # What a parser raises for bytes that are no such file has no end; torch's is a BaseException.
+    except (Exception, CheckpointException) as error:
         text = str(error) or type(error).__name__
         raise CheckpointError(f"{directory} is damaged: {name} cannot be read: {text[:300]}") from error
 

@@ -35,7 +35,7 @@ from .structure import DTYPES, from_json
 BLOCK = 16 << 20
 """Bytes with one checksum: enough to read at full speed, little to read beyond what a shard needs."""
 METADATA = ".metadata"
-_ALIGNMENT = 64  # of each part of a tensor in its file: no element lies in two blocks
+ALIGNMENT = 64  # of each part of a tensor in its file: no element lies in two blocks
 
 
 class CheckpointError(RuntimeError):
@@ -51,7 +51,7 @@ class FileRecord:
 
     size: int
     crc32: list[int]
-    """One for each :data:`BLOCK` bytes."""
+    """One for each block, of :data:`BLOCK` bytes when it is written."""
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ class Writer(StorageWriter):
             try:
                 for item in plan.items:
                     data = bytes_of(planner.resolve_data(item))
-                    file.write(memoryview(bytes(-file.size % _ALIGNMENT)))
+                    file.write(memoryview(bytes(-file.size % ALIGNMENT)))
                     results.append(WriteResult(item.index, len(data), (name, file.size)))
                     file.write(data)
             finally:
@@ -241,13 +241,14 @@ class Reader(TensorReader):
     Args:
         directory: of the checkpoint.
         files: its files as the manifest has them, of these sizes on disk.
+        block: bytes with one checksum, a multiple of 64.
 
     Raises:
         CheckpointError, ValueError, TypeError, KeyError: ``.metadata`` is damaged, or does not fit the files.
     """
 
-    def __init__(self, directory: Path, files: dict[str, FileRecord]) -> None:
-        self._directory, self._files = directory, files
+    def __init__(self, directory: Path, files: dict[str, FileRecord], block: int) -> None:
+        self._directory, self._files, self._size = directory, files, block
         self._held: tuple[str, int, bytearray] = ("", -1, bytearray())
         count = len(files[METADATA].crc32)
         text = b"".join(self._block(METADATA, number) for number in range(count))
@@ -267,21 +268,20 @@ class Reader(TensorReader):
     def pieces(self, part: Part, begin: int, end: int) -> Iterator[memoryview]:
         position, stop = part.start + begin, part.start + end
         while position < stop:
-            number = position // BLOCK
-            base, upto = number * BLOCK, min(stop, (number + 1) * BLOCK)
+            number = position // self._size
+            base, upto = number * self._size, min(stop, (number + 1) * self._size)
             yield memoryview(self._block(part.file, number))[position - base : upto - base]
             position = upto
 
     def _block(self, name: str, number: int) -> bytearray:
         """Return a block of a file, checked; the last one is held."""
         if self._held[:2] != (name, number):
-            record = self._files[name]
-            block = bytearray(min(BLOCK, record.size - number * BLOCK))
+            record, first = self._files[name], number * self._size
+            block = bytearray(min(self._size, record.size - first))
             with (self._directory / name).open("rb") as file:
-                file.seek(number * BLOCK)
+                file.seek(first)
                 length = file.readinto(block)
             if length != len(block) or zlib.crc32(block) != record.crc32[number]:
-                first = number * BLOCK
                 raise CheckpointError(
                     f"{self._directory} is damaged: the checksum of {name} differs in bytes {first} to "
                     f"{first + len(block) - 1}"
