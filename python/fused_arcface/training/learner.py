@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,9 @@ from ..data.images import ImageSpec
 from ..keyed import NET, fold
 from ..partial_fc import PartialFC
 from .backbones import build_backbone, load_weights
+from .buffers import SavedBuffers
 from .config import OptionError, TrainConfig
-from .joint_step import JointStep, StepResult
+from .joint_step import JointStep, StepResult, Timer
 from .margin_text import parse_margin
 from .schedule import Schedule
 from .world import World
@@ -66,20 +68,48 @@ class Learner:
 
     def learn(self, images: Tensor, labels: Tensor, sizes: list[int], number: int) -> StepResult:
         """One step, counted from 0, on this rank's images (n, channels, size, size) and labels (n,), in micro-batches
-        of these sizes."""
+        of these sizes.
+
+        A step whose loss or gradient is not finite on any rank is skipped on all: weights, buffers, optimizers and the
+        margin's state stay as they were. So they do if an error is raised.
+        """
         self.backbone.train()
         self._set_options(number)
         device = self.world.device
         images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
         self.optimizer.zero_grad()
-        result = self._step(list(images.split(sizes)), labels, number)
+        buffers, head_steps, centers = SavedBuffers(self.backbone, self.head), self.head.step, self.head.center_optimizer
+        if centers is not None:
+            centers.hold()  # the backbone's gradient, which comes after the head's, may not be finite
+        updated = False
+        try:
+            result = self._step(list(images.split(sizes)), labels, number)
+            updated = self._finish_gradients(result.loss)
+        except BaseException:
+            self.head.step = head_steps
+            raise
+        finally:
+            timer = Timer(device)
+            if not updated:
+                buffers.restore()
+            if centers is not None:
+                centers.release(apply=updated)
+            timer.stop()
+        if updated:
+            self._scaler.step(self.optimizer)
+        self._scaler.update()  # lowers its factor where it has met a gradient that is not finite
+        return result._replace(updated=updated, head_seconds=result.head_seconds + timer.seconds())
+
+    def _finish_gradients(self, loss: float) -> bool:
+        """Unscale and clip the gradients; return whether they and the loss are finite on all ranks."""
         self._scaler.unscale_(self.optimizer)
         norm = nn.utils.clip_grad_norm_(self._trained, self.config.clip_norm or float("inf"))
-        finite = bool(norm.isfinite())  # the same on every rank: gradients are
-        if finite or self._scaler.is_enabled():  # a scaler looks for itself, and lowers its factor
-            self._scaler.step(self.optimizer)
-        self._scaler.update()
-        return result._replace(updated=finite)
+        finite = math.isfinite(loss) and bool(norm.isfinite())  # the same on every rank: loss and gradients are
+        if self.head.weight.grad is None:
+            return finite
+        # Of the class centers each rank has its own.
+        unusable = not bool(self.head.weight.grad.isfinite().all())
+        return self.world.sum([float(unusable)]) == [0.0] and finite
 
     def _set_options(self, number: int) -> None:
         """Every step anew, from the options: what a checkpoint has brought back counts for nothing."""
