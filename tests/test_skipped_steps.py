@@ -11,7 +11,7 @@ import torch
 from test_training import TINY, run, weights
 from torch import Tensor
 
-from fused_arcface.data import DataError, ImageSpec
+from fused_arcface.data import DataError
 from fused_arcface.data.images import LabelledImages
 from fused_arcface.data.sources import MemoryImages
 from fused_arcface.training import trainer
@@ -37,10 +37,9 @@ def batch(step: int) -> tuple[Tensor, Tensor]:
 def state(learner: Learner) -> dict[str, Any]:
     head = learner.head
     # A learning rate follows the run's counter; it is set anew in each step.
-    optimizers = [copy.deepcopy(each.state_dict()["state"]) for each in (learner.optimizer, head.center_optimizer) if each]
-    modules = {f"{name}.{key}": value.clone() for name, module in (("net", learner.backbone), ("head", head))
-               for key, value in [*module.named_parameters(), *module.named_buffers()]}  # fmt: skip
-    return {"modules": modules, "optimizers": optimizers}
+    optimizers = [each.state_dict()["state"] for each in (learner.optimizer, head.center_optimizer) if each]
+    modules = [[*module.parameters(), *module.buffers()] for module in (learner.backbone, head)]
+    return copy.deepcopy({"modules": modules, "optimizers": optimizers})
 
 
 def assert_identical(got: Any, right: Any) -> None:
@@ -85,14 +84,15 @@ def test_a_skipped_step_leaves_no_trace(options: dict[str, Any], spoil: Any) -> 
     if spoil is gradient_of_the_centers and options.get("center_optimizer") != "joint":
         spoil = nan_pixel  # the fused optimizer has no such gradient
     learner = make_learner(options)
+    sizes = [ROWS // 2] * 2 if learner.config.accumulation == 2 else [ROWS]
     for step in range(2):
         learner._scaler = torch.amp.GradScaler("cpu", init_scale=8.0, enabled=learner._scaler.is_enabled())
         learner._step._scaler = learner._scaler
-        assert learner.learn(*batch(step), [ROWS // 2] * 2 if learner.config.accumulation == 2 else [ROWS], step).updated
+        assert learner.learn(*batch(step), sizes, step).updated
     before = state(learner)
     images, labels = batch(2)
     spoil(learner, images)
-    result = learner.learn(images, labels, [ROWS // 2] * 2 if learner.config.accumulation == 2 else [ROWS], 2)
+    result = learner.learn(images, labels, sizes, 2)
     assert not result.updated
     assert_identical(state(learner), before)
     assert learner.head.step == 3  # the same batch and sample are not drawn again
@@ -162,5 +162,3 @@ def test_a_run_without_a_single_update_is_an_error(tmp_path: Path, monkeypatch: 
         with pytest.raises(TrainingError, match="all 9 steps were skipped: no loss or gradient was finite"):
             run(TINY, tmp_path / "run", resume=resume)
         assert not (tmp_path / "run" / "model.pt").exists()
-
-

@@ -165,8 +165,9 @@ class CenterOptimizer(torch.optim.Optimizer):
         self._held = []
 
     def release(self, apply: bool) -> None:
-        """Make the updates that were kept since :meth:`hold`, or drop them: a training loop decides once it has seen the
-        backbone's gradient."""
+        """Make the updates that were kept since :meth:`hold`, or drop them.
+
+        A training loop decides once it has seen the backbone's gradient."""
         held, self._held = self._held, None
         for update in held or ():
             if apply:

@@ -16,7 +16,7 @@ from .demo import demo
 from .doctor import doctor
 from .gradcheck import gradcheck
 from .identify import identify
-from .train import train
+from .train import TrainCommand, train
 from .verify import verify
 
 _INTERRUPTED = 130
@@ -33,7 +33,7 @@ app.command()(gradcheck)
 app.command()(demo)
 app.command()(bench)
 app.command()(convert)
-app.command()(train)
+app.command(cls=TrainCommand)(train)
 app.command()(verify)
 app.command()(identify)
 app.command()(compare)

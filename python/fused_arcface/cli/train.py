@@ -9,16 +9,31 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from typer.core import TyperCommand
 
 from ..checkpoint import CheckpointError
 from ..data import DataError
 from ..training.config import OptionError, TrainConfig, read_options, rules
+from ..training.failures import TrainingError
 from ..training.runs import RunError, RunFolder
 from ..training.trainer import train as train_run
 from ..training.world import is_first_rank, resume_command
 from .training_progress import TrainingProgress
 
 _WRONG_USAGE = 2
+RESUME = "last"  # as the value of --resume without one
+
+
+class TrainCommand(TyperCommand):
+    """``train``, whose --resume may stand alone: typer knows no option with a value that can be left out."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        following = [*args[1:], ""]
+        filled = [
+            f"--resume={RESUME}" if each == "--resume" and after != "auto" else each
+            for each, after in zip(args, following, strict=True)
+        ]
+        return super().parse_args(ctx, filled)
 
 
 def _with_options(command: Callable[..., None]) -> Callable[..., None]:
@@ -47,8 +62,14 @@ def train(
     output: Annotated[Path, typer.Option(help="The run's folder: options, log, checkpoints, the finished net.")],
     config: Annotated[Path | None, typer.Option(help="TOML file of options; those on the command line win.")] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with the run in --output, on any number of ranks.")
-    ] = False,
+        str,
+        typer.Option(
+            "--resume",
+            metavar="[auto]",
+            help="Go on with the run in --output, on any number of ranks; auto: or begin one, if there is none.",
+            show_default=False,
+        ),
+    ] = "",
     **options: Any,
 ) -> None:
     """Train an embedding net with a margin-softmax head on a folder, a RecordIO file or generated images.
@@ -58,9 +79,21 @@ def train(
     """
     console, error = Console(soft_wrap=True), Console(stderr=True, soft_wrap=True)
     try:
-        chosen = _choose(output, config, resume, {name: value for name, value in options.items() if value is not None})
-        outcome = train_run(chosen, output, resume=resume, listener=TrainingProgress(console, error, chosen.epochs))
-    except (CheckpointError, DataError, OptionError, RunError) as wrong:
+        if resume not in ("", RESUME, "auto"):
+            raise OptionError(f"--resume takes auto or nothing; got {resume!r}")
+        goes_on = resume == RESUME or (resume == "auto" and RunFolder(output).config.exists())
+        chosen = _choose(output, config, goes_on, {name: value for name, value in options.items() if value is not None})
+        outcome = train_run(
+            chosen,
+            output,
+            resume="auto" if resume == "auto" else goes_on,
+            listener=TrainingProgress(console, error, chosen.epochs),
+        )
+    except KeyboardInterrupt:
+        error.print("Interrupted before all was saved. To go on from the last checkpoint:", markup=False)
+        error.print(f"  {resume_command(output)}", style="bold", markup=False, highlight=False)
+        raise
+    except (CheckpointError, DataError, OptionError, RunError, TrainingError) as wrong:
         error.print(str(wrong), style="bold red", markup=False)
         raise typer.Exit(_WRONG_USAGE if isinstance(wrong, (OptionError, RunError)) else 1) from None
     if outcome.signal is not None:

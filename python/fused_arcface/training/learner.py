@@ -42,6 +42,7 @@ class Learner:
     def __init__(self, config: TrainConfig, num_classes: int, steps: int, world: World) -> None:
         assert config.image_size and config.channels and config.embedding_dim and config.scale and config.lr is not None
         self.config, self.world = config, world
+        self.updates = 0  # steps that were not skipped
         self.spec = ImageSpec(config.image_size, config.channels)
         self.head = _build_head(config, num_classes, world.device)
         with torch.random.fork_rng(devices=[]):
@@ -78,7 +79,8 @@ class Learner:
         device = self.world.device
         images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
         self.optimizer.zero_grad()
-        buffers, head_steps, centers = SavedBuffers(self.backbone, self.head), self.head.step, self.head.center_optimizer
+        buffers, head_steps = SavedBuffers(self.backbone, self.head), self.head.step
+        centers = self.head.center_optimizer
         if centers is not None:
             centers.hold()  # the backbone's gradient, which comes after the head's, may not be finite
         updated = False
@@ -97,6 +99,7 @@ class Learner:
             timer.stop()
         if updated:
             self._scaler.step(self.optimizer)
+            self.updates += 1
         self._scaler.update()  # lowers its factor where it has met a gradient that is not finite
         return result._replace(updated=updated, head_seconds=result.head_seconds + timer.seconds())
 
@@ -126,7 +129,8 @@ class Learner:
 
     def save(self, root: Path, step: int) -> Path:
         """A checkpoint after ``step`` steps; a collective."""
-        return checkpoint.save(root, self.head, keep=self.config.keep, step=step, **self._objects())
+        values = {"step": step, "updates": self.updates}
+        return checkpoint.save(root, self.head, keep=self.config.keep, **values, **self._objects())
 
     def start(self) -> int:
         """At the beginning, from the weights that the options name; returns 0 steps.
@@ -143,8 +147,10 @@ class Learner:
 
     def load(self, root: Path) -> int:
         """Goes back to the newest checkpoint; returns how many steps had been made. A collective."""
-        saved: int = checkpoint.load(root, self.head, **self._objects())["step"]
-        return saved
+        saved = checkpoint.load(root, self.head, **self._objects())
+        step: int = saved["step"]
+        self.updates = saved.get("updates", step)
+        return step
 
     def _objects(self) -> dict[str, Any]:
         scaler = {"scaler": self._scaler} if self._scaler.is_enabled() else {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import pickle
 import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,7 +15,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..distributed import ALONE, Ranks
 from .config import OptionError
+from .failures import TrainingError
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,33 @@ class World:
         """Until all ranks are here."""
         if self.world_size > 1:
             dist.barrier(group=self.control)
+
+    def share(self, failure: Exception | None) -> None:
+        """Raise on every rank alike if any has failed: the error of the first that did. A collective."""
+        everyone = ALONE if self.world_size == 1 else Ranks(self.control)
+        failures = everyone.gather_objects(_portable(failure))
+        for rank, other in enumerate(failures):
+            if other is not None:
+                raise failure if rank == self.rank and failure is not None else other
+
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """Each rank does its part, without a collective; if one fails, its error is raised on all."""
+        failure: Exception | None = None
+        try:
+            yield
+        except Exception as error:
+            failure = error
+        self.share(failure)
+
+    def check_agreement(self, what: str, values: dict[str, Any]) -> None:
+        """Raise on every rank alike where a value differs between ranks.
+
+        Raises:
+            ValueError: it names the value and what each rank has.
+        """
+        if self.world_size > 1:
+            Ranks(self.control).check_agreement(what, {name: repr(value) for name, value in values.items()})
 
 
 @contextlib.contextmanager
@@ -78,6 +108,15 @@ def _device(name: str, local_rank: int | None) -> torch.device:
         device = torch.device("cuda", index)
         torch.cuda.set_device(device)
     return device
+
+
+def _portable(failure: Exception | None) -> Exception | None:
+    """The same error for other ranks, or one that says as much where it cannot be sent."""
+    try:
+        copy: Exception | None = pickle.loads(pickle.dumps(failure))
+        return copy
+    except Exception:
+        return TrainingError(f"{type(failure).__name__}: {failure}")
 
 
 def is_first_rank() -> bool:
