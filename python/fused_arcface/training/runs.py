@@ -22,6 +22,7 @@ from torch import nn
 
 from .. import checkpoint
 from ..data.images import ImageSpec
+from ..files import write_text
 from .backbones import build_backbone
 from .config import TrainConfig, read_options, rules
 from .fingerprint import Fingerprint
@@ -152,8 +153,8 @@ def write_run(folder: RunFolder, config: TrainConfig, classes: list[str], data: 
         RunError: it cannot be written.
     """
     try:
-        folder.classes.write_text("".join(f"{name}\n" for name in classes))
-        folder.data.write_text(data.to_json())
+        write_text(folder.classes, "".join(f"{name}\n" for name in classes))
+        write_text(folder.data, data.to_json())
         config.save(folder.config)
     except OSError as error:
         raise RunError(f"{folder.root} cannot be written: {error.strerror}") from None

@@ -18,6 +18,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from ..data.folders import DataError
 from ..data.sources import ImageSource
+from ..files import write_bytes
 from .batches import Batch, BatchPlan, load_batches, share_bounds
 from .config import OptionError, TrainConfig, rules
 from .events import Began, Ended, Event, Listener, Noted, Saved, Stepped, Verified, folder_listeners
@@ -290,7 +291,7 @@ class Trainer:
                 content = io.BytesIO()
                 torch.save(self._learner.backbone.state_dict(), content)
                 try:
-                    self._folder.model.write_bytes(content.getbuffer())
+                    write_bytes(self._folder.model, content.getvalue())
                 except OSError as error:
                     raise disk_error(self._folder.model, error, self._way_back()) from None
 
