@@ -1,4 +1,4 @@
-"""A training run that is killed, or whose disk is full, at any moment: resumed, it ends as if it had not been, to the bit.
+"""A training run that is killed or has a full disk, at any moment: resumed, it ends as if nothing had been, to the bit.
 
 Each run is a process forked from a warm one. An audit hook sees what it does to its files and kills the process
 or refuses the call, as a full disk does.
