@@ -90,8 +90,9 @@ def train(
             listener=TrainingProgress(console, error, chosen.epochs),
         )
     except KeyboardInterrupt:
-        error.print("Interrupted before all was saved. To go on from the last checkpoint:", markup=False)
-        error.print(f"  {resume_command(output)}", style="bold", markup=False, highlight=False)
+        if is_first_rank() and RunFolder(output).config.exists():
+            error.print("Interrupted before all was saved. To go on from the last checkpoint:", markup=False)
+            error.print(f"  {resume_command(output)}", style="bold", markup=False, highlight=False)
         raise
     except (CheckpointError, DataError, OptionError, RunError, TrainingError) as wrong:
         error.print(str(wrong), style="bold red", markup=False)

@@ -1,4 +1,4 @@
-"""What a run remembers of its data, to notice other images under the same names: in a resumed run, and between ranks."""
+"""What a run remembers of its data, to notice other images under the same names: when resumed, and between ranks."""
 
 from __future__ import annotations
 

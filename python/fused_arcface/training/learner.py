@@ -79,8 +79,8 @@ class Learner:
         device = self.world.device
         images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
         self.optimizer.zero_grad()
-        buffers, head_steps = SavedBuffers(self.backbone, self.head), self.head.step
-        centers = self.head.center_optimizer
+        centers, margin, head_steps = self.head.center_optimizer, self.head.margin, self.head.step
+        buffers = SavedBuffers(self.backbone, *([margin] if isinstance(margin, nn.Module) else []))
         if centers is not None:
             centers.hold()  # the backbone's gradient, which comes after the head's, may not be finite
         updated = False

@@ -110,7 +110,10 @@ class RunFolder:
             why = "is not a folder" if not self.root.is_dir() else f"is no training run: it has no {self.config.name}"
             raise RunError(f"{self.root} {why}; make one with: fused-arcface train --output {self.root}")
         try:
-            return TrainConfig().replace(read_options(self.config))
+            options = read_options(self.config)
+            if "data" not in options:  # a run writes it first of all
+                raise ValueError("it names no data, so it is no run's, or damaged: put a whole one back")
+            return TrainConfig().replace(options)
         except (TypeError, ValueError) as error:
             raise RunError(f"{self.config}: {error}") from None
 
@@ -122,6 +125,11 @@ def check_run(folder: RunFolder, config: TrainConfig, classes: list[str], data: 
         RunError: see above.
     """
     if not resume:
+        if folder.has_checkpoint and not folder.config.exists():
+            raise RunError(
+                f"{folder.root} has checkpoints but no {folder.config.name}: put it back and --resume, or name another "
+                "--output"
+            )
         if folder.has_checkpoint:
             raise RunError(f"{folder.root} holds a run already: --resume goes on with it; or name another --output")
         return
