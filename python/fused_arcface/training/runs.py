@@ -110,10 +110,10 @@ class RunFolder:
             why = "is not a folder" if not self.root.is_dir() else f"is no training run: it has no {self.config.name}"
             raise RunError(f"{self.root} {why}; make one with: fused-arcface train --output {self.root}")
         try:
-            options = read_options(self.config)
-            if "data" not in options:  # a run writes it first of all
+            config = TrainConfig().replace(read_options(self.config))
+            if not config.data:  # a run has some
                 raise ValueError("it names no data, so it is no run's, or damaged: put a whole one back")
-            return TrainConfig().replace(options)
+            return config
         except (TypeError, ValueError) as error:
             raise RunError(f"{self.config}: {error}") from None
 
