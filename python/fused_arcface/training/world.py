@@ -87,7 +87,11 @@ def join_world(device: str) -> Iterator[World]:
     if world_size == 1:
         yield World(chosen)
         return
-    dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+    store, rank, world_size = next(dist.rendezvous("env://"))
+    # torchrun keeps one store through its restarts, with the addresses of the processes that went down.
+    store = dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    backend = "nccl" if chosen.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
     try:
         yield World(chosen, dist.get_rank(), world_size, dist.new_group(backend="gloo"))
     finally:
