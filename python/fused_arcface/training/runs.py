@@ -161,6 +161,9 @@ def write_run(folder: RunFolder, config: TrainConfig, classes: list[str], data: 
         RunError: it cannot be written.
     """
     try:
+        # What a killed process had not finished: the lock says that there is no other.
+        for unfinished in folder.root.glob(".partial-*"):
+            unfinished.unlink()
         write_text(folder.classes, "".join(f"{name}\n" for name in classes))
         write_text(folder.data, data.to_json())
         config.save(folder.config)

@@ -16,6 +16,7 @@ from typing import Literal
 import torch
 from torch.distributed.checkpoint.api import CheckpointException
 
+from ..checkpoint import CheckpointError
 from ..data.folders import DataError
 from ..data.sources import ImageSource
 from ..files import write_bytes
@@ -281,6 +282,8 @@ class Trainer:
                 raise KeyboardInterrupt from None
             why = "; ".join(map(str, causes))
             raise TrainingError(f"{self._folder.checkpoints} cannot be written: {why}; {self._way_back()}") from None
+        except CheckpointError as error:
+            raise TrainingError(f"{error}; {self._way_back()}") from None
         self._saved = step
         self.tell(Saved(step, path))
 
