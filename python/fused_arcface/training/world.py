@@ -87,9 +87,13 @@ def join_world(device: str) -> Iterator[World]:
     if world_size == 1:
         yield World(chosen)
         return
-    store, rank, world_size = next(dist.rendezvous("env://"))
+    # Here, because a torch without torch.distributed has neither.
+    from torch._C._distributed_c10d import PrefixStore
+    from torch.distributed.rendezvous import rendezvous
+
+    store, rank, world_size = next(rendezvous("env://"))
     # torchrun keeps one store through its restarts, with the addresses of the processes that went down.
-    store = dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    store = PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
     backend = "nccl" if chosen.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
     try:
