@@ -164,7 +164,7 @@ def interrupt_twice(setting: Setting, output: Path, call: int) -> None:
 def test_a_run_goes_on_after_kills_full_disks_and_impatient_interrupts(setting: Setting, tmp_path: Path) -> None:
     """One after the other in the same run; the grid below has each moment alone."""
     output = tmp_path / "run"
-    for call in (3, 12, 17, 29):
+    for call in (3, 17, 29):
         kill_at(setting, output, call)
         kill_after(setting, output, call / 60)
     fill_disk(setting, output, at=9)
@@ -208,7 +208,7 @@ def test_two_runs_in_one_folder(setting: Setting, tmp_path: Path) -> None:
     while not (output / "log.jsonl").exists():
         assert first.is_alive()
         time.sleep(0.01)
-    for resume in ([], ["--resume"], ["--resume", "auto"]):
+    for resume in ([], ["--resume", "auto"]):
         status, _, text = finish(start([*arguments, "--output", str(output), *resume], output), output)
         assert status == 2, text
         owner = (
