@@ -25,6 +25,7 @@ from fused_arcface.training import embed, events
 from fused_arcface.training.backbones import build_backbone
 from fused_arcface.training.config import OptionError, TrainConfig, read_options
 from fused_arcface.training.events import Noted, Stepped, Verified
+from fused_arcface.training.failures import TrainingError
 from fused_arcface.training.joint_step import JointStep
 from fused_arcface.training.runs import RunError, load_backbone
 from fused_arcface.training.trainer import Outcome, train
@@ -228,9 +229,12 @@ def test_a_net_that_is_not_finite_is_reported(tmp_path: Path) -> None:
     state = torch.load(tmp_path / "first" / "model.pt")
     state["projection.1.weight"].fill_(torch.nan)
     torch.save(state, tmp_path / "nan.pt")
-    outcome, heard = run(TINY.replace({"epochs": 1, "init": str(tmp_path / "nan.pt")}), tmp_path / "second")
+    heard: list[events.Event] = []
+    config = TINY.replace({"epochs": 1, "init": str(tmp_path / "nan.pt")})
+    with pytest.raises(TrainingError, match="all 3 steps were skipped: no loss or gradient was finite"):
+        train(config, tmp_path / "second", listener=heard.append)
     notes = [event.text for event in heard if isinstance(event, Noted)]
-    assert outcome.step == 3 and notes[0] == "step 1: loss nan, the gradient is not finite: the net was left as it was"
+    assert notes[0] == "step 1: loss nan, the gradient is not finite: the net was left as it was"
     assert notes[-1] == "verification: no figures, the net's embeddings are not finite"
 
 

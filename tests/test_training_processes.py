@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -22,8 +23,8 @@ from fused_arcface.training.config import TrainConfig
 from fused_arcface.training.runs import load_backbone
 
 
-def start(arguments: list[str], ranks: int = 1) -> subprocess.Popen[str]:
-    """The command in processes of its own."""
+def start(arguments: list[str], ranks: int = 1, restarts: int = 0) -> subprocess.Popen[str]:
+    """The command in processes of its own, which torchrun starts again so many times."""
     torchrun = [
         "-m",
         "torch.distributed.run",
@@ -32,6 +33,8 @@ def start(arguments: list[str], ranks: int = 1) -> subprocess.Popen[str]:
         "127.0.0.1",
         "--nproc-per-node",
         str(ranks),
+        "--max-restarts",
+        str(restarts),
     ]
     launcher = torchrun if ranks > 1 else []
     # The loopback interface: gloo would otherwise look the machine's name up, which a sandbox may not answer.
@@ -110,3 +113,20 @@ def test_two_ranks_are_interrupted_together_and_resumed_on_two_and_on_one(tmp_pa
     _, heard = run(config.replace({"accumulation": 2}), tmp_path / "on_one", resume=True)
     assert heard[0].step == stopped
     assert losses(tmp_path / "on_one")[: stopped + 10] == pytest.approx(losses(whole)[: stopped + 10], rel=1e-4)
+
+
+@pytest.mark.full
+def test_torchrun_restarts_a_fresh_run_whose_rank_was_killed(tmp_path: Path) -> None:
+    config = TINY.replace({"epochs": 30, "batch_size": 12, "save_every": 1})
+    config.save(tmp_path / "options.toml")
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    arguments = ["--config", str(tmp_path / "options.toml"), "--resume", "auto"]
+    assert start([*arguments, "--output", str(whole)], ranks=2).wait(120) == 0
+    process = start([*arguments, "--output", str(parts)], ranks=2, restarts=1)
+    wait_for_steps(parts, process, 5)
+    owner = int(re.match(r"process (\d+) on", (parts / "run.lock").read_text())[1])  # the first rank
+    os.kill(owner, signal.SIGKILL)
+    shown, error = process.communicate(timeout=120)
+    assert process.returncode == 0, error
+    assert "resumed after step" in shown
+    assert losses(parts) == losses(whole)

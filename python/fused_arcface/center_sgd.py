@@ -13,6 +13,7 @@ import sys
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -117,6 +118,7 @@ class CenterOptimizer(torch.optim.Optimizer):
         self._seed, self._class_start = seed, class_start
         self._updates_since_step = 0
         self._pending: weakref.WeakSet[PendingUpdate] = weakref.WeakSet()
+        self._held: list[Callable[[], None]] | None = None
         if recipe.momentum > 0:
             dtype = recipe.momentum_dtype or compute_dtype(weight, weight)
             state = self.state[weight]
@@ -137,6 +139,7 @@ class CenterOptimizer(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._pending = weakref.WeakSet()
+        self._held = None
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Nothing: the backward pass has updated the centres. Call it once after each, or never.
@@ -156,6 +159,19 @@ class CenterOptimizer(torch.optim.Optimizer):
                 "cannot be accumulated. Pass the whole batch at once, or use an ordinary optimizer instead"
             )
         return result
+
+    def hold(self) -> None:
+        """Keep the updates of the following backward passes until :meth:`release`, at the cost of their embeddings."""
+        self._held = []
+
+    def release(self, apply: bool) -> None:
+        """Make the updates that were kept since :meth:`hold`, or drop them.
+
+        A training loop decides once it has seen the backbone's gradient."""
+        held, self._held = self._held, None
+        for update in held or ():
+            if apply:
+                update()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores learning rate and momentum, in place, from the state of an optimizer of the same shapes and dtypes.
@@ -257,6 +273,30 @@ class PendingUpdate(CentreUpdate):
         negatives: Negatives = PLAIN,
     ) -> None:
         weight = self._weight  # what autograd has saved may be a copy: saved-tensor hooks offload
+        coefficients = lse, negative_coefficient, target_coefficient
+        update = partial(self._update, embeddings, weight, target, scale, *coefficients, classes, backend, negatives)
+        if self._optimizer._held is None:
+            update()
+        else:
+            self._optimizer._held.append(update)
+        self._done = True
+        self._optimizer._pending.discard(self)
+        self._optimizer._updates_since_step += 1
+
+    @torch.no_grad()
+    def _update(
+        self,
+        embeddings: Tensor,
+        weight: Tensor,
+        target: Tensor,
+        scale: float,
+        lse: Tensor,
+        negative_coefficient: Tensor,
+        target_coefficient: Tensor,
+        classes: Tensor | None,
+        backend: str,
+        negatives: Negatives,
+    ) -> None:
         optimizer = self._optimizer
         group, state = optimizer.param_groups[0], optimizer.bind(weight)
         for name, tensor in state.items():
@@ -296,9 +336,6 @@ class PendingUpdate(CentreUpdate):
         )
         # A graph that has saved the centres as they were now says so instead of using them as they are.
         torch.autograd.graph.increment_version(weight)
-        self._done = True
-        optimizer._pending.discard(self)
-        optimizer._updates_since_step += 1
 
 
 class _Watch(torch.autograd.Function):

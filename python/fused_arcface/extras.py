@@ -4,8 +4,11 @@ it."""
 from __future__ import annotations
 
 import importlib
+from pathlib import Path
 from types import ModuleType
 from typing import Any
+
+from .files import replacing
 
 # Where a module's distribution has another name.
 _DISTRIBUTIONS = {
@@ -46,3 +49,9 @@ def pyplot() -> Any:
     """matplotlib's pyplot, drawing to files: no display is needed."""
     require("matplotlib").use("Agg")
     return require("matplotlib.pyplot")
+
+
+def save_figure(figure: Any, path: Path, **options: Any) -> None:
+    """Write a figure of matplotlib, whole or not at all, in the format that the file's suffix names."""
+    with replacing(path) as file:
+        figure.savefig(file, format=path.suffix.removeprefix("."), **options)

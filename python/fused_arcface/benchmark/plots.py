@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..extras import pyplot
+from ..extras import pyplot, save_figure
 from .cost_model import Device, Step
 from .report import Measurement, Report
 
@@ -48,7 +48,7 @@ def write_plots(report: Report, folder: Path) -> list[Path]:
 
 
 def _save(plt: Any, figure: Any, path: Path) -> Path:
-    figure.savefig(path, dpi=130)
+    save_figure(figure, path, dpi=130)
     plt.close(figure)
     return path
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ..files import write_text
 from .cases import Case
 from .timing import Timing
 
@@ -178,18 +179,12 @@ def write_csv(path: Path, rows: Iterable[dict[str, Any]], fields: Sequence[str])
     writer = csv.DictWriter(text, fields, lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    return _replace(path, text.getvalue())
+    write_text(path, text.getvalue())
+    return path
 
 
 def write_json(path: Path, value: Any) -> Path:
-    return _replace(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
-
-
-def _replace(path: Path, text: str) -> Path:
-    """Write ``text`` in one step: a run that is killed leaves what it had written before, never half a file."""
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    unfinished.write_text(text, encoding="utf-8")
-    unfinished.replace(path)
+    write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
     return path
 
 

@@ -16,7 +16,7 @@ from .demo import demo
 from .doctor import doctor
 from .gradcheck import gradcheck
 from .identify import identify
-from .train import train
+from .train import TrainCommand, train
 from .verify import verify
 
 _INTERRUPTED = 130
@@ -33,7 +33,7 @@ app.command()(gradcheck)
 app.command()(demo)
 app.command()(bench)
 app.command()(convert)
-app.command()(train)
+app.command(cls=TrainCommand)(train)
 app.command()(verify)
 app.command()(identify)
 app.command()(compare)
@@ -43,7 +43,8 @@ def run(arguments: Sequence[str] | None = None) -> int:
     """Run a command line, the process's own by default; what a user can put right ends in one line, not in a traceback.
 
     Returns:
-        The exit status: 0, 1 for a failed check or a missing library, 2 for wrong usage, 130 after Ctrl-C.
+        The exit status: 0, 1 for a failed check, a missing library or a file that cannot be used, 2 for wrong usage,
+        130 after Ctrl-C.
     """
     error = Console(stderr=True, soft_wrap=True)
     try:
@@ -54,6 +55,11 @@ def run(arguments: Sequence[str] | None = None) -> int:
         return exit_.code if isinstance(exit_.code, int) else int(exit_.code is not None)
     except MissingExtra as missing:
         error.print(str(missing), style="bold red", markup=False)
+        return 1
+    except OSError as failed:
+        if failed.filename is None:
+            raise
+        error.print(f"{failed.filename}: {failed.strerror}", style="bold red", markup=False)
         return 1
     except KeyboardInterrupt:
         error.print("Interrupted.", style="bold red")

@@ -123,7 +123,6 @@ def check_output(json: Path | None) -> None:
 def write_json(path: Path, figures: dict[str, Any]) -> None:
     from .. import __version__
     from ..benchmark import machine
+    from ..files import write_text
 
-    path.write_text(
-        json.dumps({"fused_arcface": __version__, "date": machine.now(), **figures}, indent=1) + "\n", encoding="utf-8"
-    )
+    write_text(path, json.dumps({"fused_arcface": __version__, "date": machine.now(), **figures}, indent=1) + "\n")

@@ -10,10 +10,12 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from typer.core import TyperCommand
 
 from ..checkpoint import CheckpointError
 from ..data import DataError
 from ..training.config import OptionError, TrainConfig, read_options, rules
+from ..training.failures import TrainingError
 from ..training.margin_text import imported_module
 from ..training.runs import RunError, RunFolder
 from ..training.trainer import train as train_run
@@ -21,6 +23,19 @@ from ..training.world import is_first_rank, resume_command
 from .training_progress import TrainingProgress
 
 _WRONG_USAGE = 2
+RESUME = "last"  # as the value of --resume without one
+
+
+class TrainCommand(TyperCommand):
+    """``train``, whose --resume may stand alone: typer knows no option with a value that can be left out."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        following = [*args[1:], ""]
+        filled = [
+            f"--resume={RESUME}" if each == "--resume" and after != "auto" else each
+            for each, after in zip(args, following, strict=True)
+        ]
+        return super().parse_args(ctx, filled)
 
 
 def _with_options(command: Callable[..., None]) -> Callable[..., None]:
@@ -49,8 +64,14 @@ def train(
     output: Annotated[Path, typer.Option(help="The run's folder: options, log, checkpoints, the finished net.")],
     config: Annotated[Path | None, typer.Option(help="TOML file of options; those on the command line win.")] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with the run in --output, on any number of ranks.")
-    ] = False,
+        str,
+        typer.Option(
+            "--resume",
+            metavar="[auto]",
+            help="Go on with the run in --output, on any number of ranks; auto: or begin one, if there is none.",
+            show_default=False,
+        ),
+    ] = "",
     trust: Annotated[
         bool, typer.Option("--trust", help="Import the margin MODULE:NAME that the resumed run or --config names.")
     ] = False,
@@ -63,11 +84,24 @@ def train(
     """
     console, error = Console(soft_wrap=True), Console(stderr=True, soft_wrap=True)
     try:
+        if resume not in ("", RESUME, "auto"):
+            raise OptionError(f"--resume takes auto or nothing; got {resume!r}")
+        goes_on = resume == RESUME or (resume == "auto" and RunFolder(output).config.exists())
         given = {name: value for name, value in options.items() if value is not None}
-        chosen = _choose(output, config, resume, given)
+        chosen = _choose(output, config, goes_on, given)
         _check_trust(chosen.margin, trust or "margin" in given)
-        outcome = train_run(chosen, output, resume=resume, listener=TrainingProgress(console, error, chosen.epochs))
-    except (CheckpointError, DataError, OptionError, RunError) as wrong:
+        outcome = train_run(
+            chosen,
+            output,
+            resume="auto" if resume == "auto" else goes_on,
+            listener=TrainingProgress(console, error, chosen.epochs),
+        )
+    except KeyboardInterrupt:
+        if is_first_rank() and RunFolder(output).config.exists():
+            error.print("Interrupted before all was saved. To go on from the last checkpoint:", markup=False)
+            error.print(f"  {resume_command(output)}", style="bold", markup=False, highlight=False)
+        raise
+    except (CheckpointError, DataError, OptionError, RunError, TrainingError) as wrong:
         error.print(str(wrong), style="bold red", markup=False)
         raise typer.Exit(_WRONG_USAGE if isinstance(wrong, (OptionError, RunError)) else 1) from None
     if outcome.signal is not None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import margins
-from ..extras import pyplot
+from ..extras import pyplot, save_figure
 from ..row_margins import AdaFace, MagFace
 from .criteria import SCALE, Criterion, criteria
 from .experiment import Comparison
@@ -45,7 +45,7 @@ def draw_pictures(found: Comparison, folder: Path) -> list[Path]:
         with plt.rc_context(_STYLE):
             figure = draw(plt, found)
             paths.append(folder / name)
-            figure.savefig(paths[-1], dpi=120)
+            save_figure(figure, paths[-1], dpi=120)
             plt.close(figure)
     return paths
 

@@ -10,9 +10,7 @@
 
 from __future__ import annotations
 
-import csv
 import json
-import os
 import re
 import statistics
 from collections.abc import Iterable, Sequence
@@ -26,6 +24,8 @@ import torch
 
 from .. import __version__, backends
 from ..benchmark import machine
+from ..benchmark.report import write_csv
+from ..files import replacing, write_text
 from .criteria import criteria
 from .plan import Plan
 
@@ -89,7 +89,7 @@ class Folder:
         text = json.dumps(described, indent=1) + "\n"
         file = root / "plan.json"
         if not file.exists():
-            _write(file, text)
+            write_text(file, text)
         elif file.read_text(encoding="utf-8") != text:
             raise ComparisonError(
                 f"{root} holds another comparison (see {file}): name another folder, or remove it first"
@@ -101,7 +101,7 @@ class Folder:
         return Row(**json.loads(file.read_text(encoding="utf-8"))) if file.exists() else None
 
     def add(self, row: Row) -> None:
-        _write(self._row_file(row.criterion, row.seed), json.dumps(asdict(row)) + "\n")
+        write_text(self._row_file(row.criterion, row.seed), json.dumps(asdict(row)) + "\n")
 
     def toy(self, criterion: str) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]] | None:
         """Embeddings (M, 2) and labels (M,), if they are there."""
@@ -113,18 +113,14 @@ class Folder:
 
     def add_toy(self, criterion: str, embeddings: npt.NDArray[np.float32], labels: npt.NDArray[np.int64]) -> None:
         file = self._toy_file(criterion)
-        partial = file.with_suffix(".partial.npz")
-        np.savez(partial, embeddings=embeddings, labels=labels)
-        os.replace(partial, file)
+        with replacing(file) as opened:
+            np.savez(opened, embeddings=embeddings, labels=labels)
 
     def write_summary(self, rows: Sequence[Row], seconds: float) -> list[Path]:
         """rows.csv and summary.json."""
         table, summary = self.root / "rows.csv", self.root / "summary.json"
         flat = [_flat(row) for row in rows]
-        with table.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, list(flat[0]))
-            writer.writeheader()
-            writer.writerows(flat)
+        write_csv(table, flat, list(flat[0]))
         cpu = torch.device("cpu")
         figures = {
             "device": machine.device_name(cpu),
@@ -133,7 +129,7 @@ class Folder:
             "seconds": round(seconds, 1),
             "criteria": {name: {"source": criteria()[name].source, **found} for name, found in summaries(rows).items()},
         }
-        _write(summary, json.dumps(figures, indent=1) + "\n")
+        write_text(summary, json.dumps(figures, indent=1) + "\n")
         return [table, summary]
 
     def _row_file(self, criterion: str, seed: int) -> Path:
@@ -176,10 +172,3 @@ def _flat(row: Row) -> dict[str, Any]:
 
 def _slug(name: str) -> str:
     return re.sub("[^A-Za-z0-9]+", "-", name).strip("-").lower()
-
-
-def _write(file: Path, text: str) -> None:
-    """Whole, or not at all."""
-    partial = file.with_name(file.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, file)

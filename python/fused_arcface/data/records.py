@@ -73,6 +73,10 @@ class RecordImages:
         except ImageError as error:
             raise ImageError(f"{self._place(index)}: {error}") from None
 
+    def stored(self, index: int) -> bytes:
+        """See :meth:`fused_arcface.data.sources.ImageSource.stored`."""
+        return self._record(index).image
+
     def spec_of(self, index: int) -> ImageSpec:
         """See :meth:`fused_arcface.data.sources.ImageSource.spec_of`."""
         try:

@@ -46,6 +46,13 @@ class ImageSource(LabelledReader, Protocol):
     notes: list[str]
     """What else there is to know of it."""
 
+    def stored(self, index: int) -> bytes:
+        """Bytes of an image as it is stored, to tell it from another; of images that the package makes, their shape.
+
+        Raises:
+            DataError, ImageError, OSError: they cannot be read.
+        """
+
     def spec_of(self, index: int) -> ImageSpec:
         """Shorter side and channels of an image as it is stored.
 
@@ -69,6 +76,9 @@ class FolderImages:
     def read(self, index: int, spec: ImageSpec) -> Tensor:
         return read_image(self._files[index], spec)
 
+    def stored(self, index: int) -> bytes:
+        return self._files[index].read_bytes()
+
     def spec_of(self, index: int) -> ImageSpec:
         return image_spec(self._files[index])
 
@@ -90,6 +100,9 @@ class MemoryImages:
         if image.shape[-1] != spec.size:
             image = F.interpolate(image[None], spec.shape[1:], mode="bilinear", antialias=True)[0]
         return image.expand(spec.shape)
+
+    def stored(self, index: int) -> bytes:
+        return str(tuple(self._images[index].shape)).encode()
 
     def spec_of(self, index: int) -> ImageSpec:
         return ImageSpec(self._images.shape[-1], self._images.shape[1])

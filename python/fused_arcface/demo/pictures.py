@@ -9,7 +9,7 @@ import numpy as np
 
 from ..data import identity_images
 from ..evaluation import Verification
-from ..extras import pyplot
+from ..extras import pyplot, save_figure
 from .experiment import ARCFACE, HEADS, REFERENCE, SOFTMAX, Demo, Result
 from .problems import CURVE_BOUND, CURVE_STEPS
 
@@ -38,7 +38,7 @@ def draw_pictures(demo: Demo, folder: Path) -> list[Path]:
         with plt.rc_context({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False}):
             figure = make(plt, demo)
             paths.append(folder / name)
-            figure.savefig(paths[-1], dpi=110, bbox_inches="tight")
+            save_figure(figure, paths[-1], dpi=110, bbox_inches="tight")
             plt.close(figure)
     return paths
 

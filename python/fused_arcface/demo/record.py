@@ -12,6 +12,7 @@ from .. import __version__, backends
 from ..benchmark import machine
 from ..comparison.criteria import SCALE
 from ..evaluation import Verification
+from ..files import write_text
 from .experiment import Demo, Result
 from .problems import CURVE_BOUND, CURVE_STEPS, MARGIN, STEP_BOUND
 
@@ -33,7 +34,7 @@ def write_numbers(demo: Demo, path: Path) -> None:
         "head": [cost.as_json() for cost in demo.costs],
         "seconds": round(demo.seconds, 2),
     }
-    path.write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(numbers, indent=1) + "\n")
 
 
 def _result(result: Result) -> dict[str, object]:

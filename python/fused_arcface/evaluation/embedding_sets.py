@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from .. import safetensors
 from ..data import DataError, ImageSpec
+from ..files import replacing
 from .pair_sets import ImageSet
 from .pairs import Pairs
 
@@ -56,7 +57,8 @@ class EmbeddingSet:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.suffix == ".npz":
             arrays: dict[str, Any] = {name: tensor.numpy() for name, tensor in tensors.items()}
-            np.savez(path, **arrays, paths=np.array(self.paths, dtype=np.str_))
+            with replacing(path) as file:
+                np.savez(file, **arrays, paths=np.array(self.paths, dtype=np.str_))
             return
         layout = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
         with safetensors.Writer(path, layout, {"paths": json.dumps(self.paths)}) as writer:

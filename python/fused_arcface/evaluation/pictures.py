@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..extras import pyplot, require
+from ..extras import pyplot, require, save_figure
 from .identification import Identification
 from .verification import Verification
 
@@ -56,7 +56,7 @@ def draw_verification(found: Verification, folder: Path, name: str) -> list[Path
             axis.get_legend().remove()
         paths = [folder / "roc.png", folder / "det.png"]
         for figure, path in zip((roc, det), paths, strict=True):
-            figure.savefig(path, dpi=120)
+            save_figure(figure, path, dpi=120)
             plt.close(figure)
     return paths
 
@@ -77,6 +77,6 @@ def draw_identification(found: Identification, folder: Path, name: str) -> list[
         axis.grid(alpha=0.3)
         axis.xaxis.get_major_locator().set_params(integer=True)
         path = folder / "cmc.png"
-        figure.savefig(path, dpi=120)
+        save_figure(figure, path, dpi=120)
         plt.close(figure)
     return [path]

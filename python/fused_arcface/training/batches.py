@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from ..data.folders import DataError
-from ..data.images import ImageSpec
+from ..data.images import ImageError, ImageSpec
 from ..data.sources import LabelledReader
 from ..keyed import BATCH, fold
 from .interrupt import ignore_interrupts
@@ -99,6 +99,8 @@ class _ReadImages(Dataset[Batch]):
             index = (item.place + distance) % len(self._source)
             try:
                 image = self._source.read(index, self._spec)
+                if not image.isfinite().all():  # it would make a whole step useless
+                    raise ImageError(f"image {index} of the data has pixels that are not finite")
             except (ValueError, OSError) as error:
                 problems.append(str(error))
                 continue

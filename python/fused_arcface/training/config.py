@@ -14,6 +14,7 @@ from typing import Any, get_args, get_type_hints
 
 from .. import backends
 from ..extras import require
+from ..files import write_text
 from .backbones import NAMES, check_backbone
 from .margin_text import check_margin
 
@@ -169,7 +170,7 @@ class TrainConfig:
     def save(self, path: Path) -> None:
         """Written as TOML, without the options that are None."""
         values = {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
-        path.write_text(require("tomli_w", "train").dumps(values))
+        write_text(path, require("tomli_w", "train").dumps(values))
 
 
 def rules() -> dict[str, tuple[Rule, tuple[type, ...]]]:

@@ -11,6 +11,7 @@ from typing import Any, TextIO
 
 from ..evaluation.verification import Verification
 from ..extras import MissingExtra, require
+from ..files import write_text
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ class LogFile:
         if isinstance(event, Began):
             lines = self._path.read_text().splitlines() if self._path.exists() else []
             kept = [line for line in lines if _step_of(line) <= event.step]
-            self._path.write_text("".join(f"{line}\n" for line in kept))
+            write_text(self._path, "".join(f"{line}\n" for line in kept))
             self._file = self._path.open("a", buffering=1)  # a line at a time: it can be followed
         elif isinstance(event, Stepped):
             self._write(asdict(event))

@@ -22,6 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ..keyed import NET, fold
 from ..loss import MarginSoftmaxStats
 from ..partial_fc import PartialFC
+from .buffers import SavedBuffers
 
 AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -36,7 +37,7 @@ class StepResult(NamedTuple):
     head_seconds: float
     """Of the head alone, forward and backward to the gradients by embeddings and class centres."""
     updated: bool = True
-    """The net's gradient was finite and its weights were changed."""
+    """Loss and gradients were finite: weights and class centers were changed."""
 
 
 class JointStep:
@@ -65,16 +66,15 @@ class JointStep:
             target: (n,) their labels.
             number: of the step.
         """
-        before = [buffer.clone() for buffer in self._bare.buffers()] if len(parts) > 1 else []
+        before = SavedBuffers(self._bare) if len(parts) > 1 else SavedBuffers()
         with torch.no_grad():
             embeddings = [self._embed(self._bare, parts, place, number) for place in range(len(parts) - 1)]
             # Running statistics count each micro-batch once: in the pass that has a graph.
-            for buffer, value in zip(self._bare.buffers(), before, strict=False):
-                buffer.copy_(value)
+            before.restore()
         with self._without_exchange(len(parts) > 1):
             last = self._embed(self._net, parts, len(parts) - 1, number)
             cut = torch.cat([*embeddings, last.detach()]).requires_grad_()
-            timer = _Timer(cut.device)
+            timer = Timer(cut.device)
             with self._autocast(cut.device):
                 loss, stats = self._head(cut, target, return_stats=True)
             self._scaler.scale(loss).backward()
@@ -105,7 +105,7 @@ class JointStep:
         return contextlib.nullcontext()
 
 
-class _Timer:
+class Timer:
     """Seconds from its making to :meth:`stop`, on the device that does the work."""
 
     def __init__(self, device: torch.device) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,9 @@ from ..data.images import ImageSpec
 from ..keyed import NET, fold
 from ..partial_fc import PartialFC
 from .backbones import build_backbone, load_weights
+from .buffers import SavedBuffers
 from .config import OptionError, TrainConfig
-from .joint_step import JointStep, StepResult
+from .joint_step import JointStep, StepResult, Timer
 from .margin_text import parse_margin
 from .schedule import Schedule
 from .world import World
@@ -40,6 +42,7 @@ class Learner:
     def __init__(self, config: TrainConfig, num_classes: int, steps: int, world: World) -> None:
         assert config.image_size and config.channels and config.embedding_dim and config.scale and config.lr is not None
         self.config, self.world = config, world
+        self.updates = 0  # steps that were not skipped
         self.spec = ImageSpec(config.image_size, config.channels)
         self.head = _build_head(config, num_classes, world.device)
         with torch.random.fork_rng(devices=[]):
@@ -66,20 +69,50 @@ class Learner:
 
     def learn(self, images: Tensor, labels: Tensor, sizes: list[int], number: int) -> StepResult:
         """One step, counted from 0, on this rank's images (n, channels, size, size) and labels (n,), in micro-batches
-        of these sizes."""
+        of these sizes.
+
+        A step whose loss or gradient is not finite on any rank is skipped on all: weights, buffers, optimizers and the
+        margin's state stay as they were. So they do if an error is raised.
+        """
         self.backbone.train()
         self._set_options(number)
         device = self.world.device
         images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
         self.optimizer.zero_grad()
-        result = self._step(list(images.split(sizes)), labels, number)
+        centers, margin, head_steps = self.head.center_optimizer, self.head.margin, self.head.step
+        buffers = SavedBuffers(self.backbone, *([margin] if isinstance(margin, nn.Module) else []))
+        if centers is not None:
+            centers.hold()  # the backbone's gradient, which comes after the head's, may not be finite
+        updated = False
+        try:
+            result = self._step(list(images.split(sizes)), labels, number)
+            updated = self._finish_gradients(result.loss)
+        except BaseException:
+            self.head.step = head_steps
+            raise
+        finally:
+            timer = Timer(device)
+            if not updated:
+                buffers.restore()
+            if centers is not None:
+                centers.release(apply=updated)
+            timer.stop()
+        if updated:
+            self._scaler.step(self.optimizer)
+            self.updates += 1
+        self._scaler.update()  # lowers its factor where it has met a gradient that is not finite
+        return result._replace(updated=updated, head_seconds=result.head_seconds + timer.seconds())
+
+    def _finish_gradients(self, loss: float) -> bool:
+        """Unscale and clip the gradients; return whether they and the loss are finite on all ranks."""
         self._scaler.unscale_(self.optimizer)
         norm = nn.utils.clip_grad_norm_(self._trained, self.config.clip_norm or float("inf"))
-        finite = bool(norm.isfinite())  # the same on every rank: gradients are
-        if finite or self._scaler.is_enabled():  # a scaler looks for itself, and lowers its factor
-            self._scaler.step(self.optimizer)
-        self._scaler.update()
-        return result._replace(updated=finite)
+        finite = math.isfinite(loss) and bool(norm.isfinite())  # the same on every rank: loss and gradients are
+        if self.head.weight.grad is None:
+            return finite
+        # Of the class centers each rank has its own.
+        unusable = not bool(self.head.weight.grad.isfinite().all())
+        return self.world.sum([float(unusable)]) == [0.0] and finite
 
     def _set_options(self, number: int) -> None:
         """Every step anew, from the options: what a checkpoint has brought back counts for nothing."""
@@ -96,7 +129,8 @@ class Learner:
 
     def save(self, root: Path, step: int) -> Path:
         """A checkpoint after ``step`` steps; a collective."""
-        return checkpoint.save(root, self.head, keep=self.config.keep, step=step, **self._objects())
+        values = {"step": step, "updates": self.updates}
+        return checkpoint.save(root, self.head, keep=self.config.keep, **values, **self._objects())
 
     def start(self) -> int:
         """At the beginning, from the weights that the options name; returns 0 steps.
@@ -113,8 +147,10 @@ class Learner:
 
     def load(self, root: Path) -> int:
         """Goes back to the newest checkpoint; returns how many steps had been made. A collective."""
-        saved: int = checkpoint.load(root, self.head, **self._objects())["step"]
-        return saved
+        saved = checkpoint.load(root, self.head, **self._objects())
+        step: int = saved["step"]
+        self.updates = saved.get("updates", step)
+        return step
 
     def _objects(self) -> dict[str, Any]:
         scaler = {"scaler": self._scaler} if self._scaler.is_enabled() else {}

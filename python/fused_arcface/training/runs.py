@@ -4,6 +4,8 @@
 
     RUN/config.toml     every option as it was resolved
     RUN/classes.txt     the name of each class, a line each
+    RUN/data.json       fingerprint of the data, see :mod:`fused_arcface.training.fingerprint`
+    RUN/run.lock        held by the process that trains, see :mod:`fused_arcface.training.lock`
     RUN/log.jsonl       figures of each step and verification
     RUN/checkpoints/    see :mod:`fused_arcface.checkpoint`
     RUN/tensorboard/    the same for TensorBoard, where it is installed
@@ -20,8 +22,11 @@ from torch import nn
 
 from .. import checkpoint
 from ..data.images import ImageSpec
+from ..files import write_text
 from .backbones import build_backbone
 from .config import TrainConfig, read_options, rules
+from .fingerprint import Fingerprint
+from .lock import FolderInUse, FolderLock
 
 
 class RunError(ValueError):
@@ -43,6 +48,10 @@ class RunFolder:
         return self.root / "classes.txt"
 
     @property
+    def data(self) -> Path:
+        return self.root / "data.json"
+
+    @property
     def log(self) -> Path:
         return self.root / "log.jsonl"
 
@@ -62,6 +71,35 @@ class RunFolder:
     def model(self) -> Path:
         return self.root / "model.pt"
 
+    def lock(self) -> FolderLock:
+        """Make the folder, if it is missing, and lock it for this process.
+
+        Raises:
+            RunError: another process trains in it, or it cannot be written.
+        """
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+            return FolderLock(self.root)
+        except FolderInUse as owner:
+            raise RunError(
+                f"{self.root} is in use: {owner} trains in it; wait for its end or stop it, or name another --output"
+            ) from None
+        except OSError as error:
+            raise RunError(f"{self.root} cannot be written: {error.strerror}") from None
+
+    def read_fingerprint(self) -> Fingerprint | None:
+        """The data that the run was started with; None in a run of a version before that was written down.
+
+        Raises:
+            RunError: the file is damaged.
+        """
+        if not self.data.is_file():
+            return None
+        try:
+            return Fingerprint.from_json(self.data.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise RunError(f"{self.data} cannot be read: {error}; remove it to go on without it") from None
+
     def read_config(self) -> TrainConfig:
         """The run's options.
 
@@ -72,18 +110,26 @@ class RunFolder:
             why = "is not a folder" if not self.root.is_dir() else f"is no training run: it has no {self.config.name}"
             raise RunError(f"{self.root} {why}; make one with: fused-arcface train --output {self.root}")
         try:
-            return TrainConfig().replace(read_options(self.config))
+            config = TrainConfig().replace(read_options(self.config))
+            if not config.data:  # a run has some
+                raise ValueError("it names no data, so it is no run's, or damaged: put a whole one back")
+            return config
         except (TypeError, ValueError) as error:
             raise RunError(f"{self.config}: {error}") from None
 
 
-def check_run(folder: RunFolder, config: TrainConfig, classes: list[str], resume: bool) -> None:
-    """Raises unless a training with these options and classes may begin in the folder, or go on there.
+def check_run(folder: RunFolder, config: TrainConfig, classes: list[str], data: Fingerprint, resume: bool) -> None:
+    """Raises unless a training with these options, classes and data may begin in the folder, or go on there.
 
     Raises:
         RunError: see above.
     """
     if not resume:
+        if folder.has_checkpoint and not folder.config.exists():
+            raise RunError(
+                f"{folder.root} has checkpoints but no {folder.config.name}: put it back and --resume, or name another "
+                "--output"
+            )
         if folder.has_checkpoint:
             raise RunError(f"{folder.root} holds a run already: --resume goes on with it; or name another --output")
         return
@@ -98,18 +144,29 @@ def check_run(folder: RunFolder, config: TrainConfig, classes: list[str], resume
             f"{folder.root}: a resumed run keeps its {len(saved_classes)} identities; "
             f"{config.data} has {len(classes)}, or others"
         )
+    saved_data = folder.read_fingerprint() if folder.has_checkpoint else None
+    what = saved_data.difference(data) if saved_data is not None else None
+    if what is not None:
+        raise RunError(
+            f"{folder.root}: a resumed run keeps its data; {config.data} has other {what} than the run began with: "
+            f"{getattr(saved_data, what)} then, {getattr(data, what)} now. Give it the same images, name another "
+            f"--output, or remove {folder.data} to go on with these"
+        )
 
 
-def write_run(folder: RunFolder, config: TrainConfig, classes: list[str]) -> None:
-    """Makes the folder and writes down what is trained in it.
+def write_run(folder: RunFolder, config: TrainConfig, classes: list[str], data: Fingerprint) -> None:
+    """Writes down what is trained in the folder; its options last of all, since they make it a run.
 
     Raises:
         RunError: it cannot be written.
     """
     try:
-        folder.root.mkdir(parents=True, exist_ok=True)
+        # What a killed process had not finished: the lock says that there is no other.
+        for unfinished in folder.root.glob(".partial-*"):
+            unfinished.unlink()
+        write_text(folder.classes, "".join(f"{name}\n" for name in classes))
+        write_text(folder.data, data.to_json())
         config.save(folder.config)
-        folder.classes.write_text("".join(f"{name}\n" for name in classes))
     except OSError as error:
         raise RunError(f"{folder.root} cannot be written: {error.strerror}") from None
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import pickle
 import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,8 +15,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..distributed import ALONE, Ranks
 from ..extras import MissingExtra
 from .config import OptionError
+from .failures import TrainingError
 from .margin_text import imported_module
 from .runs import RunError, RunFolder
 
@@ -43,6 +46,33 @@ class World:
         if self.world_size > 1:
             dist.barrier(group=self.control)
 
+    def share(self, failure: Exception | None) -> None:
+        """Raise on every rank alike if any has failed: the error of the first that did. A collective."""
+        everyone = ALONE if self.world_size == 1 else Ranks(self.control)
+        failures = everyone.gather_objects(_portable(failure))
+        for rank, other in enumerate(failures):
+            if other is not None:
+                raise failure if rank == self.rank and failure is not None else other
+
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """Each rank does its part, without a collective; if one fails, its error is raised on all."""
+        failure: Exception | None = None
+        try:
+            yield
+        except Exception as error:
+            failure = error
+        self.share(failure)
+
+    def check_agreement(self, what: str, values: dict[str, Any]) -> None:
+        """Raise on every rank alike where a value differs between ranks.
+
+        Raises:
+            ValueError: it names the value and what each rank has.
+        """
+        if self.world_size > 1:
+            Ranks(self.control).check_agreement(what, {name: repr(value) for name, value in values.items()})
+
 
 @contextlib.contextmanager
 def join_world(device: str) -> Iterator[World]:
@@ -60,7 +90,15 @@ def join_world(device: str) -> Iterator[World]:
     if world_size == 1:
         yield World(chosen)
         return
-    dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+    # Here, because a torch without torch.distributed has neither.
+    from torch._C._distributed_c10d import PrefixStore
+    from torch.distributed.rendezvous import rendezvous
+
+    store, rank, world_size = next(rendezvous("env://"))
+    # torchrun keeps one store through its restarts, with the addresses of the processes that went down.
+    store = PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    backend = "nccl" if chosen.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
     try:
         yield World(chosen, dist.get_rank(), world_size, dist.new_group(backend="gloo"))
     finally:
@@ -81,6 +119,15 @@ def _device(name: str, local_rank: int | None) -> torch.device:
         device = torch.device("cuda", index)
         torch.cuda.set_device(device)
     return device
+
+
+def _portable(failure: Exception | None) -> Exception | None:
+    """The same error for other ranks, or one that says as much where it cannot be sent."""
+    try:
+        copy: Exception | None = pickle.loads(pickle.dumps(failure))
+        return copy
+    except Exception:
+        return TrainingError(f"{type(failure).__name__}: {failure}")
 
 
 def is_first_rank() -> bool:

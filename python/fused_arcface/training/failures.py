@@ -1,0 +1,15 @@
+"""How a training that has begun fails, as one error on all ranks."""
+
+from __future__ import annotations
+
+import os
+
+
+class TrainingError(RuntimeError):
+    """A training that cannot go on; the message says why, and how to go on with it where that is possible."""
+
+
+def disk_error(path: object, error: OSError, way_back: str) -> TrainingError:
+    """Return the error for a file of a run that could not be written."""
+    why = os.strerror(error.errno) if error.errno else str(error)
+    return TrainingError(f"{error.filename or path} cannot be written: {why}; {way_back}")

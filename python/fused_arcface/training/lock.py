@@ -1,0 +1,71 @@
+"""The lock of a run's folder: one training at a time writes into it."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import socket
+import time
+from pathlib import Path
+from types import TracebackType
+
+_HELD = (errno.EACCES, errno.EAGAIN)
+
+
+class FolderInUse(Exception):
+    """Another process holds the lock; the message names it."""
+
+
+class FolderLock:
+    """The lock ``run.lock`` in a folder, until :meth:`close` or the end of this process, however it ends.
+
+    It is a POSIX record lock: the kernel releases it, and the processes of a data loader do not inherit it. On a file
+    system without locks there is none.
+
+    Args:
+        folder: an existing one.
+
+    Raises:
+        FolderInUse: another process holds the lock.
+        OSError: the file cannot be written.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._path = folder / "run.lock"
+        self._file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            self._take()
+        except BaseException:
+            os.close(self._file)
+            raise
+
+    def _take(self) -> None:
+        try:
+            fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in _HELD:
+                owner = os.pread(self._file, 1000, 0).decode(errors="replace").strip()
+                raise FolderInUse(owner or "another process") from None
+        os.ftruncate(self._file, 0)
+        since = time.strftime("%Y-%m-%d %H:%M:%S")
+        os.pwrite(self._file, f"process {os.getpid()} on {socket.gethostname()}, since {since}\n".encode(), 0)
+
+    def is_in_place(self) -> bool:
+        """Return whether the folder is still the one that was locked: not removed, renamed or made anew."""
+        try:
+            return os.path.samestat(os.stat(self._path), os.fstat(self._file))
+        except OSError:
+            return False
+
+    def close(self) -> None:
+        """Release the lock. The file stays: another process may be about to lock it."""
+        os.close(self._file)
+
+    def __enter__(self) -> FolderLock:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
