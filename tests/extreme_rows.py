@@ -38,7 +38,9 @@ def _rows(norms: Tensor, dtype: torch.dtype, seed: int) -> tuple[Tensor, Tensor]
 def _unit(rows: Tensor, norms: Tensor) -> Tensor:
     """What rows times norms are after their division by max(norm, ε), in fp64."""
     lengths = rows.norm(dim=1)
-    return torch.where((lengths * norms < EPSILON)[:, None], rows * (norms.clamp(max=EPSILON) / EPSILON)[:, None], F.normalize(rows))
+    return torch.where(
+        (lengths * norms < EPSILON)[:, None], rows * (norms.clamp(max=EPSILON) / EPSILON)[:, None], F.normalize(rows)
+    )
 
 
 def check_norms(loss: Loss, dtype: torch.dtype, tolerance: float, smoothing: float = 0.0) -> None:
