@@ -147,7 +147,8 @@ class _InStep:
     modulate: Callable[[Tensor, Tensor], Modulation]
 
     def __init__(self, margin: nn.Module, step: _Step) -> None:
-        self._margin, self._step = margin, step
+        self._margin: Any = margin
+        self._step = step
         # Whether a margin has these methods says what it does.
         if hasattr(margin, "for_rows"):
             self.for_rows = self._for_rows
@@ -169,12 +170,12 @@ class _InStep:
         return self._own(self._call(self._margin, rows))
 
     def _for_rows(self, norms: Tensor, counted: Tensor) -> RowMargin:
-        modify, penalty = self._call(self._margin.for_rows, *self._joint(norms, counted))  # type: ignore[operator]
+        modify, penalty = self._call(self._margin.for_rows, *self._joint(norms, counted))
         penalty = None if penalty is None else self._own(penalty)
         return RowMargin(lambda cosine: self._own(self._call(modify, self._joint(cosine)[0])), penalty)
 
     def _modulate(self, target_cosine: Tensor, counted: Tensor) -> Modulation:
-        change: Modulation = self._call(self._margin.modulate, *self._joint(target_cosine, counted))  # type: ignore[operator]
+        change: Modulation = self._call(self._margin.modulate, *self._joint(target_cosine, counted))
         return change._replace(threshold=self._own(change.threshold))
 
     def _put(self, own: Tensor, rows: Tensor) -> Tensor:
