@@ -195,10 +195,10 @@ HEAD = fa.MarginHead(8, 5)
             (
                 lambda head=head, margin=margin: head(8, 5, margin=margin),
                 TypeError,
-                f"margin must be an instance, not the class {margin.__name__}: write {margin.__name__}(); got the class",
+                f"margin must be an instance, not the class {name}: write {name}(); got the class",
             )
             for head in (fa.MarginHead, fa.PartialFC)
-            for margin in (fa.ArcFace, fa.AdaFace)
+            for name, margin in (("ArcFace", fa.ArcFace), ("AdaFace", fa.AdaFace))
         ),
         (
             lambda: fa.MarginHead(8, 5, backend="gpu"),

@@ -112,7 +112,7 @@ def test_a_step_of_long_ago_cannot_be_recomputed() -> None:
     loss = checkpoint(head, *_batch(0), use_reentrant=False)
     for step in range(1, 9):
         head(*_batch(step))
-    with pytest.raises(RuntimeError, match="keep the head outside of torch.utils.checkpoint"):
+    with pytest.raises(RuntimeError, match=r"keep the head outside of torch\.utils\.checkpoint"):
         loss.backward()
 
 

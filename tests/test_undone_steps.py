@@ -79,7 +79,7 @@ def _label(head: fa.PartialFC) -> None:
 
 
 def _shape(head: fa.PartialFC) -> None:
-    with pytest.raises(ValueError, match="must be .*D="):
+    with pytest.raises(ValueError, match=r"must be .*D="):
         head(torch.randn(6, D + 1), _batch(7)[1])
 
 

@@ -209,9 +209,7 @@ class CenterOptimizer(torch.optim.Optimizer):
     def _check_factors(self) -> None:
         factor = self.factors.overdue()
         if factor is not None:
-            raise CenterUpdateError(
-                f"in an earlier step, which left the class centers as they were, {_refusal(factor)}"
-            )
+            raise CenterUpdateError(f"in an earlier step, which changed no class center, {_refusal(factor)}")
 
     def prepare(self, step: int, weight: Tensor, margin: Margin) -> PendingUpdate:
         """The update of the head's ``weight`` that belongs to forward pass number ``step``; see :meth:`check`. The
