@@ -90,7 +90,7 @@ inline void convert(float x, Float16* to) {
   if (magnitude > 0x7f800000u)
     half = 0x7e00u;  // NaN
   else if (magnitude >= 0x477ff000u)
-    half = 0x7c00u;  // infinity, from 65520 on: a GradScaler has to see a gradient's overflow
+    half = 0x7c00u;                  // infinity, from 65520 on: a GradScaler has to see a gradient's overflow
   else if (magnitude < 0x38800000u)  // subnormal in fp16: adding 0.5 leaves it, rounded, in the lowest bits
     half = float_bits(float_of(magnitude) + 0.5f) - 0x3f000000u;
   else

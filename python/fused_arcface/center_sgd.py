@@ -223,8 +223,8 @@ class CenterOptimizer(torch.optim.Optimizer):
 def _refusal(factor: float) -> str:
     return (
         f"the loss was multiplied by {factor:g} before backward(): CenterSGD takes such a factor for a GradScaler's, "
-        "which is 1 or more, and divides it out. Weight this loss among others by the head's argument loss_weight; do not "
-        "accumulate gradients, pass the whole batch at once"
+        "which is 1 or more, and divides it out. Weight this loss among others by the head's argument loss_weight; do "
+        "not accumulate gradients, pass the whole batch at once"
     )
 
 
