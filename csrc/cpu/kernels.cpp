@@ -61,7 +61,7 @@ struct Batch {
     for_each_task(threads, padded_rows / kColumns<T>, [&](int64_t panel, int) {
       const int64_t first = panel * kColumns<T>, count = std::min<int64_t>(kColumns<T>, rows - first);
       T* packed = by_rows.get() + first * stride;
-      T inverse_norm[kColumns<T>];
+      InverseNorm<T> inverse_norm[kColumns<T>];
       pack_rows<T>(embeddings, first, count, packed, stride, padded_depth, inverse_norm);
       std::fill(packed + count * stride, packed + kColumns<T> * stride, T(0));
       T* to = transposed.get() + first * depth;
@@ -76,15 +76,16 @@ template <typename T>
 struct Workspace {
   static constexpr int64_t kTileStride = padded_stride<T>(kRowBlock);
   int64_t stride, padded_depth;
-  Scratch<T> classes, inverse_norm, tile;
+  Scratch<T> classes, tile;
+  Scratch<InverseNorm<T>> inverse_norm;
   Prefetch next_classes;
 
   explicit Workspace(const Batch<T>& batch)
       : stride(batch.stride),
         padded_depth(batch.padded_depth),
         classes(kClassBlock * stride),
-        inverse_norm(kClassBlock),
-        tile(kClassBlock * kTileStride) {}
+        tile(kClassBlock * kTileStride),
+        inverse_norm(kClassBlock) {}
 
   // Packs classes [first, first + count), and has those after them, up to `last`, fetched while the next `rows` rows
   // are multiplied: a core that waited for memory at each block would lose 8 % (bench/NOTES.md).
@@ -264,8 +265,8 @@ void differentiate(T* tile, int64_t stride, int64_t count, int64_t lanes, int64_
   }
 }
 
-// finish(j, gradient) for each of the C classes that args.weight or, through an index, some of its rows stand for: the
-// gradient (D,) by that row, which is no one else's then.
+// finish(j, gradient, is_short) for each of the C classes that args.weight or, through an index, some of its rows stand
+// for: the gradient (D,) by that row, which is no one else's then, and whether the row is shorter than epsilon.
 template <typename T, typename Finish>
 void weight_pass(const WeightGradArgs& args, const int64_t* index, int64_t C, const Finish& finish) {
   const FlushSubnormals flush;
@@ -312,8 +313,9 @@ void weight_pass(const WeightGradArgs& args, const int64_t* index, int64_t C, co
     }
     for (int64_t j = 0; j < count; ++j) {
       T* row = gradient + j * batch.stride;
-      project(row, work.classes.get() + j * batch.stride, work.inverse_norm.get()[j], batch.padded_depth);
-      finish(first_class + j, row);
+      const InverseNorm<T> inverse_norm = work.inverse_norm.get()[j];
+      project(row, work.classes.get() + j * batch.stride, inverse_norm, batch.padded_depth);
+      finish(first_class + j, row, inverse_norm.factor < 0);
     }
   });
 }
@@ -321,13 +323,16 @@ void weight_pass(const WeightGradArgs& args, const int64_t* index, int64_t C, co
 template <typename T>
 void weight_grad(const WeightGradArgs& args) {
   advise_huge_pages(args.d_weight);
-  weight_pass<T>(args, nullptr, args.weight.rows, [&](int64_t j, const T* row) { write_row(args.d_weight, j, row); });
+  weight_pass<T>(args, nullptr, args.weight.rows, [&](int64_t j, T* row, bool is_short) {
+    if (is_short) saturate(args.d_weight, row);
+    write_row(args.d_weight, j, row);
+  });
 }
 
 template <typename T>
 void update_centres(const WeightGradArgs& args, const CentreStep& step) {
   const int64_t* const rows = step.rows;
-  weight_pass<T>(args, rows, step.classes, [&](int64_t j, const T* gradient) {
+  weight_pass<T>(args, rows, step.classes, [&](int64_t j, const T* gradient, bool) {
     step_row(args.weight, step, rows != nullptr ? rows[j] : j, gradient);
   });
 }

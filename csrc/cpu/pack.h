@@ -85,15 +85,12 @@ inline void convert(float x, BFloat16* to) {
   to->bits = static_cast<uint16_t>(nan ? bits >> 16 | 0x40u : (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
 }
 inline void convert(float x, Float16* to) {
-  // Finite numbers past fp16's range saturate: the gradient of a zero row, 1 / epsilon large, has to stay finite.
   const uint32_t bits = float_bits(x), sign = bits >> 16 & 0x8000u, magnitude = bits & 0x7fffffffu;
   uint32_t half;
   if (magnitude > 0x7f800000u)
     half = 0x7e00u;  // NaN
-  else if (magnitude == 0x7f800000u)
-    half = 0x7c00u;  // infinity
   else if (magnitude >= 0x477ff000u)
-    half = 0x7bffu;
+    half = 0x7c00u;                  // infinity, from 65520 on: a GradScaler has to see a gradient's overflow
   else if (magnitude < 0x38800000u)  // subnormal in fp16: adding 0.5 leaves it, rounded, in the lowest bits
     half = float_bits(float_of(magnitude) + 0.5f) - 0x3f000000u;
   else
@@ -155,6 +152,16 @@ inline void write_row(const Matrix& m, int64_t row, const T* values) {
   });
 }
 
+// Finite numbers of a row within the range of m's dtype, in place: for the gradient of a row that epsilon divides, 1e12
+// large in fp16, which has to stay finite.
+template <typename T>
+inline void saturate(const Matrix& m, T* row) {
+  constexpr T kMost = 65504;
+  if (m.dtype != Dtype::kFloat16) return;
+  for (int64_t d = 0; d < m.columns; ++d)
+    if (std::isfinite(row[d])) row[d] = row[d] > kMost ? kMost : row[d] < -kMost ? -kMost : row[d];
+}
+
 // <a, b> over `size` elements, a multiple of the lane count. Four chains hide the latency of the additions.
 template <typename T>
 inline T dot(const T* a, const T* b, int64_t size) {
@@ -178,38 +185,63 @@ inline double norm(const T* row, int64_t padded, T squares) {
   return std::sqrt(sum);
 }
 
+// Longer rows are shortened first, by a power of two: their squares, their norm or its inverse may pass T's range, and
+// their gradients be subnormal. What is left of them is still longer than epsilon.
+template <typename T>
+constexpr double kLongest = sizeof(T) == 8 ? 0x1p512 : 0x1p64;
+template <typename T>
+constexpr double kShortening = sizeof(T) == 8 ? 0x1p-540 : 0x1p-92;
+
+// 1 / max(|row|, epsilon) = factor * power. The factor has a minus sign where epsilon was the greater: such a row takes
+// no part in the projection of its gradient. The power is 1 but for rows past kLongest.
+template <typename T>
+struct InverseNorm {
+  T factor, power;
+};
+
+template <typename T>
+inline void scale(T* row, int64_t padded, T factor) {
+  for (int64_t d = 0; d < padded; d += kLanes<T>) store<T>(row + d, load(row + d) * factor);
+}
+
 // Rows [first, first + count) of m, or with an index rows index[first] and on, divided by max(|row|, epsilon),
-// zero-padded to `padded` elements, to `out` with the given stride. `inverse_norm` (count,) becomes 1 / max(|row|,
-// epsilon), with a minus sign where epsilon was the greater: such a row takes no part in the projection of its
-// gradient. One step after the other over all rows, not all steps row by row: the latency of one row's norm is hidden
-// behind the next row's (bench/NOTES.md).
+// zero-padded to `padded` elements, to `out` with the given stride; `inverse_norm` (count,) is written. One step after
+// the other over all rows, not all steps row by row: the latency of one row's norm is hidden behind the next row's
+// (bench/NOTES.md).
 template <typename T>
 inline void pack_rows(const Matrix& m, int64_t first, int64_t count, T* out, int64_t stride, int64_t padded,
-                      T* inverse_norm, const int64_t* index = nullptr) {
+                      InverseNorm<T>* inverse_norm, const int64_t* index = nullptr) {
   for (int64_t r = 0; r < count; ++r) {
     T* row = out + r * stride;
     read_row(m, index != nullptr ? index[first + r] : first + r, row);
     for (int64_t d = m.columns; d < padded; ++d) row[d] = 0;
-    inverse_norm[r] = dot(row, row, padded);
-  }
-  for (int64_t r = 0; r < count; ++r) {
-    const double length = norm(out + r * stride, padded, inverse_norm[r]);
-    inverse_norm[r] = static_cast<T>(length < kNormEpsilon ? -1 / kNormEpsilon : 1 / length);
+    inverse_norm[r].factor = dot(row, row, padded);
   }
   for (int64_t r = 0; r < count; ++r) {
     T* row = out + r * stride;
-    const T factor = inverse_norm[r] < 0 ? -inverse_norm[r] : inverse_norm[r];
-    for (int64_t d = 0; d < padded; d += kLanes<T>) store<T>(row + d, load(row + d) * factor);
+    T power = 1;
+    double length = norm(row, padded, inverse_norm[r].factor);
+    if (length > kLongest<T>) {
+      power = static_cast<T>(kShortening<T>);
+      scale(row, padded, power);
+      length = norm(row, padded, dot(row, row, padded));
+    }
+    inverse_norm[r] = {static_cast<T>(length < kNormEpsilon ? -1 / kNormEpsilon : 1 / length), power};
   }
+  for (int64_t r = 0; r < count; ++r) scale(out + r * stride, padded, std::abs(inverse_norm[r].factor));
 }
 
 // d_row = J d_unit with J the Jacobian of w -> unit = w / max(|w|, epsilon): in place in d_unit.
 template <typename T>
-inline void project(T* d_unit, const T* unit, T inverse_norm, int64_t padded) {
-  const T along = inverse_norm < 0 ? T(0) : dot(d_unit, unit, padded);
-  const T factor = inverse_norm < 0 ? -inverse_norm : inverse_norm;
+inline void project(T* d_unit, const T* unit, InverseNorm<T> inverse_norm, int64_t padded) {
+  const T along = inverse_norm.factor < 0 ? T(0) : dot(d_unit, unit, padded);
+  const T factor = std::abs(inverse_norm.factor);
   for (int64_t d = 0; d < padded; d += kLanes<T>)
     store<T>(d_unit + d, (load(d_unit + d) - load(unit + d) * along) * factor);
+  if (inverse_norm.power < 1) {
+    const KeepSubnormals keep;  // so small is what is left of the gradient
+    scale(d_unit, padded, inverse_norm.power);
+  }
 }
 
 }  // namespace fa::FA_ISA

@@ -21,7 +21,10 @@ from torch import Tensor, nn
 
 from .autograd import CentreUpdate
 from .keyed import rounding_key
-from .ops import MOMENTUM_BLOCK, PLAIN, CentreStep, Negatives, compute_dtype
+from .loss_factor import RefusedFactors, is_refused
+from .margin_state import copy_of_state
+from .margins import Margin
+from .ops import MOMENTUM_BLOCK, PLAIN, CentreStep, Negatives, check_update, compute_dtype
 
 _WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 _MOMENTUM_DTYPES = (torch.float32, torch.bfloat16, torch.int8, torch.float64)
@@ -43,9 +46,13 @@ class CenterSGD:
     ``sample_rate < 1`` for the rows of the step's sample alone, the others keep centre and momentum to the bit. It
     happens in ``loss.backward()``: no gradient of the centres exists, ``weight.grad`` stays None.
 
-    The step follows the loss that the head returned: a factor of 1 or more that it is multiplied by before
-    ``backward()`` is taken for a ``GradScaler``'s and divided out, one below 1 is refused. Where the loss or its
-    gradient is not finite, no rank changes anything.
+    The step follows the loss that the head returned, ``loss_weight`` among its arguments included: weight this loss
+    among others there. A factor of 1 or more that the loss is multiplied by before ``backward()`` is taken for a
+    ``GradScaler``'s and divided out. One below 1 is a :class:`CenterUpdateError`: on a CPU in that backward pass, on a
+    GPU, where to read it would be to wait, that step changes no center and the head's next forward pass or the
+    optimizer's ``step()`` that finds it read raises. Inside of a CUDA graph the steps are left out without an error.
+    Where the loss or its gradient is not finite, no rank changes anything. A margin with a state gets that of before
+    the step back as well.
 
     Args:
         lr: learning rate, >= 0; ``head.center_optimizer.param_groups[0]["lr"]`` from then on.
@@ -117,6 +124,7 @@ class CenterOptimizer(torch.optim.Optimizer):
         super().__init__([weight], {"lr": recipe.lr, "momentum": recipe.momentum, "weight_decay": recipe.weight_decay})
         self._seed, self._class_start = seed, class_start
         self._updates_since_step = 0
+        self.factors = RefusedFactors()
         self._pending: weakref.WeakSet[PendingUpdate] = weakref.WeakSet()
         self._held: list[Callable[[], None]] | None = None
         if recipe.momentum > 0:
@@ -138,6 +146,7 @@ class CenterOptimizer(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self.factors = RefusedFactors()
         self._pending = weakref.WeakSet()
         self._held = None
 
@@ -146,8 +155,9 @@ class CenterOptimizer(torch.optim.Optimizer):
 
         Raises:
             CenterUpdateError: more than one backward pass since the last call, which was meant as gradient
-                accumulation.
+                accumulation; or an earlier step was refused on a GPU, see :class:`CenterSGD`.
         """
+        self._check_factors()
         result = None
         if closure is not None:
             with torch.enable_grad():
@@ -199,18 +209,39 @@ class CenterOptimizer(torch.optim.Optimizer):
         state: dict[str, Tensor] = self.state[weight]
         return state
 
-    def prepare(self, step: int, weight: Tensor) -> PendingUpdate:
-        """The update of the head's ``weight`` that belongs to forward pass number ``step``.
+    def check(self, weight: Tensor) -> None:
+        """Check that the head's ``weight`` can be updated.
 
         Raises:
-            TypeError: the head has been converted to a dtype that centres cannot be updated in.
+            TypeError: the head has been converted to a dtype that centers cannot be updated in.
+            ValueError: elements of the weight share memory, or its shape is no longer the momentum's.
+            CenterUpdateError: an earlier step was refused on a GPU, see :class:`CenterSGD`.
         """
         _check_weight(weight)
-        self.bind(weight)
-        update = PendingUpdate(self, step, weight)
+        state = self.bind(weight)
+        check_update(weight, state.get("momentum_buffer"), state.get("momentum_scale"))
+        self._check_factors()
+
+    def _check_factors(self) -> None:
+        factor = self.factors.overdue()
+        if factor is not None:
+            raise CenterUpdateError(f"in an earlier step, which changed no class center, {_refusal(factor)}")
+
+    def prepare(self, step: int, weight: Tensor, margin: Margin) -> PendingUpdate:
+        """The update of the head's ``weight`` that belongs to forward pass number ``step``; see :meth:`check`. The
+        margin has not seen the step yet."""
+        update = PendingUpdate(self, step, weight, copy_of_state(margin))
         if torch.is_grad_enabled():
             self._pending.add(update)
         return update
+
+
+def _refusal(factor: float) -> str:
+    return (
+        f"the loss was multiplied by {factor:g} before backward(): CenterSGD takes such a factor for a GradScaler's, "
+        "which is 1 or more, and divides it out. Weight this loss among others by the head's argument loss_weight; do "
+        "not accumulate gradients, pass the whole batch at once"
+    )
 
 
 def _check_weight(weight: Tensor) -> None:
@@ -224,10 +255,15 @@ def _describe(tensor: Tensor | None) -> str:
 
 
 class PendingUpdate(CentreUpdate):
-    """The update of one forward pass, until its backward pass makes it."""
+    """The update of one forward pass, until its backward pass makes it.
 
-    def __init__(self, optimizer: CenterOptimizer, step: int, weight: Tensor) -> None:
-        self._optimizer, self._step, self._weight = optimizer, step, weight
+    Where it changes nothing, the margin gets back the state that it had before the step (buffers and their copies).
+    """
+
+    def __init__(
+        self, optimizer: CenterOptimizer, step: int, weight: Tensor, margin_state: list[tuple[Tensor, Tensor]]
+    ) -> None:
+        self._optimizer, self._step, self._weight, self._margin_state = optimizer, step, weight, margin_state
         self._loss: Tensor | None = None
         self._loss_gradient: Tensor | None = None
         self._done = False
@@ -252,11 +288,11 @@ class PendingUpdate(CentreUpdate):
                 "class centres under them. Call backward after each forward, concatenate the batches, or evaluate "
                 "under torch.no_grad()"
             )
-        if loss_gradient.device.type == "cpu" and -math.inf < loss_gradient < 1:
-            raise CenterUpdateError(
-                f"the loss was multiplied by {float(loss_gradient):g} before backward(): CenterSGD neither accumulates "
-                "gradients nor weights the loss. Pass the whole batch at once; weight by the learning rate"
-            )
+        refused = self._optimizer.factors.see(loss_gradient)
+        if refused is not None:
+            for buffer, before in self._margin_state:
+                buffer.copy_(before)
+            raise CenterUpdateError(_refusal(refused))
         self._loss_gradient = loss_gradient
 
     def apply(
@@ -311,6 +347,8 @@ class PendingUpdate(CentreUpdate):
         finite = negative_coefficient.isfinite().all() & target_coefficient.isfinite().all()
         if self._loss is not None:
             finite &= self._loss.isfinite()
+        if self._loss_gradient is not None:
+            finite &= ~is_refused(self._loss_gradient)
         step = CentreStep(
             classes,
             state.get("momentum_buffer"),
@@ -322,6 +360,8 @@ class PendingUpdate(CentreUpdate):
             optimizer._class_start,
             finite & ~(lse.isnan() | (lse == torch.inf)).any(),
         )
+        for buffer, before in self._margin_state:
+            buffer.copy_(torch.where(step.active, buffer, before))
         torch.ops.fused_arcface.update_centres(
             embeddings,
             weight,

@@ -11,10 +11,11 @@ from . import backends
 from .autograd import ONE_DEVICE, Shard, cosines_of_targets, negatives_and_target
 from .checks import check_inputs
 from .loss import MarginSoftmaxStats, loss_of_rows
+from .margin_state import in_step
 from .margins import ArcFace, Margin, for_rows, modulates, modulation
 from .normalise import norms_of
 from .ops import IGNORED, compute_dtype
-from .smoothing import smoothing
+from .smoothing import smoothing, two_uses
 
 
 def margin_softmax_loss(
@@ -114,8 +115,12 @@ def loss_over_classes(
     part, not their rows; ignored (N,) bool.
     """
     margin, scale, sub_centers, label_smoothing = options
+    x, w = embeddings, weight
+    if label_smoothing > 0:
+        (embeddings, x), (weight, w) = two_uses(embeddings), two_uses(weight)
     dtype = compute_dtype(embeddings, weight)
     # A margin with a state changes it once in a step, before the loss is computed.
+    margin = in_step(margin, embeddings, alone=shard.batch is not None)
     own = for_rows(
         margin,
         lambda: shard.joint(norms_of(embeddings.to(dtype)), lambda rows: norms_of(rows.to(dtype))).squeeze(1),
@@ -126,7 +131,7 @@ def loss_over_classes(
         cosine, target = cosines_of_targets(embeddings, weight, target, backend, shard, sub_centers)
         change = modulation(margin, cosine, ~ignored)
     rows = negatives_and_target(embeddings, weight, target, scale, backend, shard, sub_centers, change)
-    smoothed = smoothing(embeddings, weight, label_smoothing, shard.num_classes or weight.shape[0], shard)
+    smoothed = smoothing(x, w, label_smoothing, shard.num_classes or weight.shape[0], shard)
     return loss_of_rows(*rows, ignored, own.modify, scale, reduction, backend, own.penalty, smoothed)
 
 

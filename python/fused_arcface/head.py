@@ -29,6 +29,10 @@ _TOPK_CLASSES = 16384
 class MarginHead(nn.Module):
     """Classification head with a margin: ``loss = head(embeddings, target)`` for any backbone.
 
+    A margin with a state, such as :class:`~fused_arcface.AdaFace`, gets the rows of all ranks in ``train()`` where
+    torch.distributed has several: every rank of the default group then has to call the head. In a
+    ``torch.utils.checkpoint`` its step is recomputed from the state that it had.
+
     Args:
         embedding_dim: D.
         num_classes: C.

@@ -273,7 +273,8 @@ class RowMargin(NamedTuple):
 
     A margin may have a method ``for_rows(norms, counted)``, called once in each forward pass, with all ranks' rows on
     every rank: the embeddings' norms (N,), differentiable, fp32 (fp64 if an input is), and which rows take part (N,)
-    bool. What it returns is used in its place. :class:`fused_arcface.AdaFace` and its like are made so.
+    bool. What it returns is used in its place. :class:`fused_arcface.AdaFace` and its like are made so. One that keeps
+    running statistics derives from :class:`fused_arcface.margin_state.StatefulMargin`: they stay fp32 through casts.
     """
 
     modify: Margin
