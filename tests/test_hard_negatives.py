@@ -56,6 +56,46 @@ def test_curricularface_by_hand(loss: Callable[..., Tensor], options: dict[str, 
 
 
 @everywhere
+@pytest.mark.parametrize("boundary", ["none", "hard", "fold", "clip", "easy"])
+def test_curricularface_past_pi(loss: Callable[..., Tensor], options: dict[str, str], boundary: str) -> None:
+    """The target's center is at 175°, so θ + m lies past π by 23.6°: cos(θ + m) = -0.916. The negatives at 168°
+    (-0.978) and 150° (-0.866) are compared with that: the first is easy, the second is hard."""
+    theta, m, t, s = math.radians(175), 0.5, 0.25, 64.0
+    angles = torch.tensor([theta, math.radians(168), math.radians(150)], dtype=torch.float64)
+    x = torch.tensor([[1.0, 0.0]], dtype=torch.float64, requires_grad=True)
+    w = torch.stack([angles.cos(), angles.sin()], 1).requires_grad_()
+    margin = fa.CurricularFace(m, boundary=boundary).eval()
+    margin.t.fill_(t)
+    got = loss(x, w, torch.tensor([0]), margin=margin, scale=s, **options)
+
+    # The formula once more, over a full row of logits, differentiated by autograd.
+    cosine = (x / x.norm()) @ (w / w.norm(dim=1, keepdim=True)).T
+    target, easy, hard = cosine[0]
+    modified = {
+        "none": (target.acos() + m).cos(),
+        "hard": target - m * math.sin(m),
+        "fold": -(target.acos() + m).cos() - 2,
+        "clip": torch.tensor(-1.0, dtype=torch.float64),
+        "easy": target,
+    }[boundary]
+    right = -(s * torch.stack([modified, easy, hard * (t + hard)])).log_softmax(0)[0]
+    assert got.item() == pytest.approx(right.item(), rel=1e-9)
+    for mine, theirs in zip(torch.autograd.grad(got, (x, w)), torch.autograd.grad(right, (x, w)), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-7, atol=1e-9)
+
+
+@everywhere
+def test_curricularface_at_the_authors_number(loss: Callable[..., Tensor], options: dict[str, str]) -> None:
+    """x = (-1, 0), centers at 5° and -12°, t = 0, s = 64. The target's logit is 64·(-cos 5° - 0.5·sin 0.5) = -79.098,
+    the negative's 64·(-cos 12°) = -62.601: their code's cross-entropy is 16.497. Compared with the target's own
+    -1.236, the negative would be hard and the loss 140.33."""
+    angles = torch.deg2rad(torch.tensor([5.0, -12.0], dtype=torch.float64))
+    x, w = torch.tensor([[-1.0, 0.0]], dtype=torch.float64), torch.stack([angles.cos(), angles.sin()], 1)
+    got = loss(x, w, torch.tensor([0]), margin=started(0.0), scale=64.0, **options)
+    assert got.item() == pytest.approx(16.497, abs=1e-3)
+
+
+@everywhere
 @pytest.mark.parametrize(
     ("margin", "target"),
     [(fa.ArcFace(0.5), math.cos(0.6 + 0.5)), (fa.CosFace(0.35), math.cos(0.6) - 0.35)],

@@ -7,7 +7,7 @@ others say so. With ``backend="auto"`` on a GPU that is the reference, which sto
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -116,8 +116,11 @@ class InterclassFilter:
 
 
 class CurricularFace(nn.Module):
-    """ArcFace on the target, and ``s·cos θ_j·(t + cos θ_j)`` for negatives with ``cos θ_j`` above the target's modified
-    cosine (CurricularFace, arXiv:2004.00288).
+    """ArcFace on the target, and ``s·cos θ_j·(t + cos θ_j)`` for negatives with ``cos θ_j > cos(θ_y + m)``
+    (CurricularFace, arXiv:2004.00288).
+
+    Negatives are compared with ``cos(θ_y + m)`` past π as well, whatever the boundary gives the target there. Both
+    public codes, the authors' and FaceX-Zoo's, do so.
 
     ``t ← (1 - rate)·t + rate·mean(cos θ_y)`` in training, before a batch is judged, without a gradient; rows that are
     ignored or not finite do not count. It starts at 0, where hard negatives weigh little, and grows as the targets come
@@ -169,7 +172,8 @@ class CurricularFace(nn.Module):
             self.t.copy_(torch.where(counted.any(), (1 - self.rate) * self.t + self.rate * mean, self.t))
         # Where t cannot be read without waiting for it, the greatest that it may be.
         t = 1.0 if torch.compiler.is_compiling() or self.t.device.type != "cpu" else abs(float(self.t))
-        return Modulation(self.of_target(target_cosine), _coefficients(target_cosine, 1, self.t, 0), 1 + t, 2 + t)
+        threshold = replace(self.of_target, boundary="none")(target_cosine)
+        return Modulation(threshold, _coefficients(target_cosine, 1, self.t, 0), 1 + t, 2 + t)
 
     def extra_repr(self) -> str:
         margin, boundary, gradient = self.of_target.margin, self.of_target.boundary, self.of_target.gradient
