@@ -109,6 +109,45 @@ def test_mv_softmax_by_hand(
     assert got.item() == pytest.approx(right, rel=1e-12)
 
 
+# Angles of targets where the margin is on and where FaceX-Zoo leaves it off; 175° is past θ + m = π as well.
+@everywhere
+@pytest.mark.parametrize("degrees", [30, 80, 100, 175])
+@pytest.mark.parametrize("is_am", [True, False])
+def test_mv_softmax_is_the_authors_code(
+    loss: Callable[..., Tensor], options: dict[str, str], degrees: int, is_am: bool
+) -> None:
+    """FaceX-Zoo's MV_Softmax in this test's words: the target keeps its cosine where that is at most m (is_am) or 0,
+    but negatives are compared with cos θ - m or cos(θ + m) everywhere."""
+    m, t, s = 0.35, 1.12, 32.0
+    angles = torch.deg2rad(torch.tensor([degrees, 20, 60, 95, 120, 160, 179], dtype=torch.float64))
+    x = torch.tensor([[1.0, 0.0]], dtype=torch.float64, requires_grad=True)
+    w = torch.stack([angles.cos(), angles.sin()], 1).requires_grad_()
+    margin = fa.MVSoftmax(fa.CosFace(m) if is_am else fa.ArcFace(m, boundary="easy"), t=t)
+    got = loss(x, w, torch.tensor([0]), margin=margin, scale=s, **options)
+
+    cosine = (x / x.norm()) @ (w / w.norm(dim=1, keepdim=True)).T
+    target, negatives = cosine[0, 0], cosine[0, 1:]
+    shifted = target - m if is_am else (target.acos() + m).cos()
+    modified = shifted if target > (m if is_am else 0) else target
+    changed = torch.where(negatives > shifted, t * negatives + t - 1, negatives)
+    right = (s * changed).logsumexp(0).logaddexp(s * modified) - s * modified
+    assert got.item() == pytest.approx(right.item(), rel=1e-9)
+    for mine, theirs in zip(torch.autograd.grad(got, (x, w)), torch.autograd.grad(right, (x, w)), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize(("form", "target"), [("code", 0.2), ("paper", -0.15)])
+def test_mv_softmax_forms_by_hand(form: str, target: float) -> None:
+    """The numbers of the docstring: the negative's logit is 32·(1.12·0.1 + 0.12) in both."""
+    x = torch.tensor([[1.0, 0.0]], dtype=torch.float64)
+    w = torch.tensor([[0.2, 0.96**0.5], [0.1, 0.99**0.5]], dtype=torch.float64)
+    margin = fa.MVSoftmax(fa.CosFace(0.35), form=form)
+    got = fa.margin_softmax_loss(x, w, torch.tensor([0]), margin=margin, scale=32.0)
+    right = math.log1p(math.exp(32 * (1.12 * 0.1 + 0.12 - target)))
+    assert got.item() == pytest.approx(right, rel=1e-9)
+    assert right == pytest.approx({"code": 1.33, "paper": 12.22}[form], abs=0.005)
+
+
 @everywhere
 @pytest.mark.parametrize(("kind", "hard"), [("adaptive", 5.2), ("fixed", 4.0)])
 def test_mv_softmax_at_a_published_point(
@@ -259,6 +298,7 @@ OF_COSINE = "must be a function of the target's cosine alone, such as ArcFace or
         (lambda: fa.CurricularFace(rate=2), ValueError, "CurricularFace: rate must be in (0, 1]; got 2"),
         (lambda: fa.MVSoftmax(t=0.9), ValueError, "MVSoftmax: t must be in [1, 4]; got 0.9"),
         (lambda: fa.MVSoftmax(kind="a"), ValueError, "MVSoftmax: kind must be one of 'adaptive', 'fixed'; got 'a'"),
+        (lambda: fa.MVSoftmax(form="a"), ValueError, "MVSoftmax: form must be one of 'paper', 'code'; got 'a'"),
         (lambda: fa.MVSoftmax(t="1"), TypeError, "MVSoftmax: t must be a number; got str"),
         (lambda: fa.MVSoftmax(fa.AdaFace()), TypeError, f"MVSoftmax: margin {OF_COSINE}; got AdaFace"),
         (lambda: fa.InterclassFilter(0.4), TypeError, f"InterclassFilter: margin {OF_COSINE}; got float"),
