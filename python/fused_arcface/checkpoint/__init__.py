@@ -232,7 +232,8 @@ def _receivers(name: str, owner: Any, saved: dict[str, Any], head: PartialFC) ->
     receivers: dict[str, Any] = {}
     if isinstance(owner, torch.nn.Module):  # its own: they may be DTensors
         split(owner.state_dict(), name, receivers)
-        return receivers
+        # An earlier version's state may lack what a head inside the module saves today.
+        return {key: tensor for key, tensor in receivers.items() if key in saved}
     sharded = [f"{name}.state.{index}." for index in _indices_of(head, owner)] if hasattr(owner, "param_groups") else []
     for key, value in saved.items():
         if key.startswith(name + ".") and isinstance(value, TensorStorageMetadata):

@@ -271,6 +271,9 @@ class PartialFC_V2(PartialFC):
             raise AttributeError("weight_index is there after a step with sample_rate < 1")
         return self._sampled
 
+    def _run_state(self) -> dict[str, Tensor]:
+        return {}  # the state_dict is insightface's
+
     def _resolve(self) -> bool:
         """Whether the fused kernels can stand in for ``margin_softmax`` as it is now, whose margin and scale this head
         then has: schedules change them between steps."""
