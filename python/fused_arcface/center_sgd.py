@@ -182,9 +182,25 @@ class CenterOptimizer(torch.optim.Optimizer):
             self.state[self._weight][name] = tensor.copy_(loaded[name]) if loaded else tensor
 
     def run_state(self, weight: Tensor) -> dict[str, Tensor]:
-        """Return what the head's ``state_dict()`` holds of this optimizer: its momentum, shared, and ``settings``."""
-        settings = [float(self.param_groups[0][name]) for name in _SETTINGS]
-        return {**self.bind(weight), "settings": torch.tensor(settings, dtype=torch.float64, device="cpu")}
+        """Return what the head's ``state_dict()`` holds of this optimizer: its momentum, shared, and its settings."""
+        return {**self.bind(weight), "settings": self.settings}
+
+    # torch.distributed.checkpoint looks up each name in a module's state_dict as an attribute.
+    @property
+    def momentum_buffer(self) -> Tensor | None:
+        """(C, D), None without momentum."""
+        return self.state[self._weight].get("momentum_buffer")
+
+    @property
+    def momentum_scale(self) -> Tensor | None:
+        """(C, ceil(D / 64)) fp32, the units of an int8 momentum; else None."""
+        return self.state[self._weight].get("momentum_scale")
+
+    @property
+    def settings(self) -> Tensor:
+        """(3,) fp64: lr, momentum and weight_decay."""
+        values = [float(self.param_groups[0][name]) for name in _SETTINGS]
+        return torch.tensor(values, dtype=torch.float64, device="cpu")
 
     @torch.no_grad()
     def load_run_state(self, weight: Tensor, given: dict[str, Tensor], assign: bool) -> None:

@@ -32,6 +32,8 @@ from .ops import IGNORED, INVALID, compute_dtype
 from .sampling import Sampler
 from .sharding import Sharding
 
+_OPTIMIZER = "center_optimizer."  # before the names of its state in the head's state_dict
+
 
 class PartialFC(nn.Module):
     """Margin-softmax head whose class centres are split over the ranks of a group: ``loss = head(embeddings, target)``.
@@ -45,8 +47,9 @@ class PartialFC(nn.Module):
     unscaled. Every rank must run the backward pass, from the same multiple of the loss.
 
     **State.** ``state_dict()`` continues a run: it has ``weight``, ``step`` and, with a center_optimizer,
-    ``momentum_buffer``, ``momentum_scale`` and ``settings`` (lr, momentum, weight_decay). A dict with ``weight`` alone
-    is loaded strictly too and begins a run, at step 0 with zero momentum. Each rank has its own shard's rows.
+    its ``momentum_buffer``, ``momentum_scale`` and ``settings`` (lr, momentum, weight_decay), as
+    ``center_optimizer.momentum_buffer`` and so on. A dict with ``weight`` alone is loaded strictly too and begins a run,
+    at step 0 with zero momentum. Each rank has its own shard's rows.
 
     **Sampling.** With ``sample_rate`` below 1 a step uses all classes of the joint batch and others drawn anew each
     step, ``round(sample_rate·C_total)`` over all shards (An et al., Partial FC, arXiv:2203.15565). The draw is a
@@ -210,7 +213,8 @@ class PartialFC(nn.Module):
         """What ``state_dict()`` holds beside weight, to continue a run: tensors, as safetensors stores nothing else."""
         state = {"step": torch.tensor(self.step, device="cpu")}
         if self.center_optimizer is not None:
-            state |= self.center_optimizer.run_state(self.weight)
+            of_optimizer = self.center_optimizer.run_state(self.weight)
+            state |= {_OPTIMIZER + name: tensor for name, tensor in of_optimizer.items()}
         return state
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
@@ -250,7 +254,8 @@ class PartialFC(nn.Module):
         self.step = int(given.pop("step", 0))
         if self.center_optimizer is not None:
             assign = bool(local_metadata.get("assign_to_params_buffers", False))
-            self.center_optimizer.load_run_state(self.weight, given, assign)
+            of_optimizer = {name.removeprefix(_OPTIMIZER): tensor for name, tensor in given.items()}
+            self.center_optimizer.load_run_state(self.weight, of_optimizer, assign)
 
     # torch.compile calls it between its graphs: a step has a number and sizes that only the data tell.
     @torch.compiler.disable
