@@ -248,7 +248,7 @@ def test_m1_set_later_is_refused_as_at_construction() -> None:
     head = insightface.PartialFC_V2(insightface.CombinedMarginLoss(64.0, 1.0, 0.5, 0.0), D, CLASSES)
     head.margin_softmax.m1 = 1.35
     x, y = inputs()
-    with pytest.warns(UserWarning), pytest.raises(ValueError, match=r"m1 must be 1\.0 unless m3 > 0"):
+    with pytest.warns(UserWarning, match="stored"), pytest.raises(ValueError, match=r"m1 must be 1\.0 unless m3 > 0"):
         head(x.float(), y)
 
 

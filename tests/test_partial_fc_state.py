@@ -116,7 +116,9 @@ def test_the_momentum_is_in_one_place(order: str) -> None:
     head, other = make("int8"), make("int8")
     train(head, 0, 3)
     of_head, of_optimizer = copy.deepcopy(head.state_dict()), copy.deepcopy(head.center_optimizer.state_dict())
-    assert of_optimizer["state"] == {} and of_optimizer["param_groups"][0]["lr"] == of_head["center_optimizer.settings"][0]
+    assert (
+        of_optimizer["state"] == {} and of_optimizer["param_groups"][0]["lr"] == of_head["center_optimizer.settings"][0]
+    )
     loads = [lambda: other.load_state_dict(of_head), lambda: other.center_optimizer.load_state_dict(of_optimizer)]
     for load in loads if order == "head first" else reversed(loads):
         load()

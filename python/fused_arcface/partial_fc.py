@@ -48,8 +48,8 @@ class PartialFC(nn.Module):
 
     **State.** ``state_dict()`` continues a run: it has ``weight``, ``step`` and, with a center_optimizer,
     its ``momentum_buffer``, ``momentum_scale`` and ``settings`` (lr, momentum, weight_decay), as
-    ``center_optimizer.momentum_buffer`` and so on. A dict with ``weight`` alone is loaded strictly too and begins a run,
-    at step 0 with zero momentum. Each rank has its own shard's rows.
+    ``center_optimizer.momentum_buffer`` and so on. A dict with ``weight`` alone is loaded strictly too and begins a
+    run, at step 0 with zero momentum. Each rank has its own shard's rows.
 
     **Sampling.** With ``sample_rate`` below 1 a step uses all classes of the joint batch and others drawn anew each
     step, ``round(sample_rate·C_total)`` over all shards (An et al., Partial FC, arXiv:2203.15565). The draw is a

@@ -119,7 +119,7 @@ class _Fused(NamedTuple):
     scale: float
 
 
-_OWN_FORWARDS = {each: each.forward for each in (CombinedMarginLoss, ArcFace, CosFace)}
+_OWN_FORWARDS: dict[type[nn.Module], Any] = {each: each.forward for each in (CombinedMarginLoss, ArcFace, CosFace)}
 
 
 def _fused(margin_loss: Callable[..., Tensor]) -> _Fused | None:
@@ -151,7 +151,7 @@ def _numbers(margin_loss: nn.Module) -> _Fused | None:
     """Read margin and scale from the attributes that a class of this name has; None if it lacks one, or if their
     values are none that the fused kernels take."""
     name = next((each.__name__ for each in type(margin_loss).__mro__ if each.__name__ in _NAMES), "")
-    values = [getattr(margin_loss, each, None) for each in _NAMES.get(name, ("",))]
+    values: list[Any] = [getattr(margin_loss, each, None) for each in _NAMES.get(name, ("",))]
     if not all(isinstance(value, (int, float)) for value in values):
         return None
     scale, *rest = map(float, values)
@@ -190,8 +190,8 @@ def _computes(margin_loss: nn.Module, numbers: _Fused) -> bool:
     labels = (torch.arange(67, device="cpu") % 4 - 1)[:, None]  # -1: the class is in another shard
     upstream = torch.linspace(-1, 2, 201, **fp64).reshape(67, 3)  # type: ignore[call-overload]
     margin, threshold = numbers.margin, 0.0
-    if isinstance(margin, InterclassFilter):
-        margin, threshold = margin.margin, margin.threshold
+    if isinstance(numbers.margin, InterclassFilter):
+        margin, threshold = numbers.margin.margin, numbers.margin.threshold
 
     def run(function: Callable[[Tensor, Tensor], Tensor]) -> tuple[Tensor, Tensor]:
         with torch.inference_mode(False), torch.enable_grad():
@@ -208,8 +208,8 @@ def _computes(margin_loss: nn.Module, numbers: _Fused) -> bool:
             found = run(copy.deepcopy(margin_loss))
     except Exception:  # it takes no such input, so it is none of these
         return False
-    near = {"rtol": 1e-5, "atol": 1e-5 * abs(numbers.scale)}
-    return all(torch.allclose(a, b, **near) for a, b in zip(found, run(ours), strict=True))
+    tolerance = 1e-5 * numbers.scale
+    return all(torch.allclose(a, b, rtol=1e-5, atol=tolerance) for a, b in zip(found, run(ours), strict=True))
 
 
 def _key(margin_loss: Callable[..., Tensor]) -> Any:
