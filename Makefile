@@ -4,7 +4,7 @@
 #   make PYTHON=python3.12 test      another interpreter, for a new .venv
 #   make TORCH="torch==2.9.1" test   another torch, for a new .venv
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all lint format bench bench-check bench-record clean distclean
+.PHONY: help demo test test-all test-oldest test-newest lint format bench bench-check bench-record clean distclean
 
 PYTHON ?= python3
 ARGS ?=
@@ -26,6 +26,25 @@ test: .venv/.installed  ## Run the tests, without the full grids
 
 test-all: .venv/.installed  ## Run all the tests
 	$(run) pytest $(ARGS)
+
+# Versions that the range in pyproject.toml allows, each in an environment of its own. The oldest torch is there only with
+# gigabytes of CUDA libraries. `make clean` leaves these environments, `make distclean` removes them.
+OLDEST := torch==2.8.0 triton==3.4.0 numpy==1.23.5
+NEWEST := --upgrade torch triton numpy
+
+test-oldest: .venv-oldest/.installed  ## Run the tests with the oldest supported torch, Triton and numpy
+	.venv-oldest/bin/python -m pytest -m "not full" $(ARGS)
+
+test-newest: .venv-newest/.installed  ## Run the tests with the newest torch, Triton and numpy
+	.venv-newest/bin/python -m pytest -m "not full" $(ARGS)
+
+.venv-oldest/.installed: versions = $(OLDEST)
+.venv-newest/.installed: versions = $(NEWEST)
+.venv-oldest/.installed .venv-newest/.installed: pyproject.toml CMakeLists.txt $(csrc)
+	@echo "==> Installing fused_arcface with $(versions) into $(@D)"
+	@test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
+	@$(@D)/bin/python -m pip install --quiet --disable-pip-version-check $(versions) -e ".[test,demo,bench,train,eval,compare]"
+	@touch $@
 
 bench: .venv/.installed  ## Run the benchmark: every CPU backend and peer at the shapes of the README
 	$(run) fused_arcface bench --cases full $(ARGS)
@@ -55,7 +74,7 @@ clean:  ## Remove build outputs and caches
 	find . -path ./.venv -prune -o -name __pycache__ -prune -exec rm -rf {} +
 
 distclean: clean  ## Remove .venv and the demo's results as well
-	rm -rf .venv runs
+	rm -rf .venv .venv-oldest .venv-newest runs
 
 .venv/.created:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo 'fused_arcface needs Python 3.10 or later;' \

@@ -282,15 +282,16 @@ def test_optimizer_state_and_copies():
     state = copy.deepcopy(head.center_optimizer.state_dict())
     other = head_of(recipe={"momentum_dtype": torch.int8, "lr": 7})
     other.load_state_dict(head.state_dict())
-    other.step = head.step
+    other.center_optimizer.param_groups[0]["lr"] = 7
     other.center_optimizer.load_state_dict(state)
     assert other.center_optimizer.param_groups[0]["lr"] == 0.1
     assert other.center_optimizer.state[other.weight]["momentum_buffer"].dtype == torch.int8
     for each in (head, twin, other):
         each(x, y).backward()
         assert torch.equal(each.weight, head.weight)
+    earlier = {**state, "state": {0: dict(head.center_optimizer.state[head.weight])}}  # had the momentum as well
     with pytest.raises(ValueError, match="momentum_buffer must be"):
-        head_of(200).center_optimizer.load_state_dict(state)
+        head_of(200).center_optimizer.load_state_dict(earlier)
 
 
 def test_frozen_backbone_and_plain_loop():

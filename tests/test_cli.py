@@ -84,7 +84,7 @@ def test_gradcheck_lists_every_margin(capsys: pytest.CaptureFixture[str]) -> Non
     assert f"{count} of {count} combinations pass" in shown
     for expected in ("NormSoftmax", "CosFace", "SphereFace", "ArcFace fold", "CombinedMargin clip ST", "a function"):
         assert expected in shown
-    for expected in ("AdaFace", "MagFace hard", "ElasticFace cos", "CurricularFace", "MVSoftmax", "InterclassFilter"):
+    for expected in ("AdaFace", "MagFace easy", "ElasticFace cos", "CurricularFace", "MVSoftmax", "InterclassFilter"):
         assert expected in shown
     for expected in ("ArcFace hard K=3", "ArcFace hard ε=0.1"):
         assert expected in shown

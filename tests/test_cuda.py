@@ -422,3 +422,22 @@ def test_import_needs_no_driver() -> None:
 def test_real_sizes_on_a_gpu(dtypes: tuple[str, str], D: int) -> None:
     """Several chunks of the budgets as they are, the last of them short; late in training."""
     check(Setting(Case(1500, 40_007, D, *dtypes, geometry="late"), chunks=False), "cuda")
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        "torch.set_float32_matmul_precision('high'); assert cuda._precision(x, x) == 'tf32'",
+        "torch.set_float32_matmul_precision('highest'); assert cuda._precision(x, x) == 'float32'",
+        "torch.backends.cuda.matmul.fp32_precision = 'tf32'; assert cuda._precision(x, x) == 'tf32'",
+        "torch.backends.cuda.matmul.fp32_precision = 'ieee'; assert cuda._precision(x, x) == 'float32'",
+        "torch.backends.fp32_precision = 'tf32'; assert cuda._precision(x, x) == 'tf32'",
+    ],
+)
+def test_precision_by_the_older_and_the_newer_setting(lines: str) -> None:
+    """In a process of its own: torch refuses to read the older setting once the newer was written."""
+    if "fp32_precision" in lines and not hasattr(torch.backends, "fp32_precision"):
+        pytest.skip(f"torch {torch.__version__} has no fp32_precision")
+    code = f"import torch; from fused_arcface.backends import cuda; x = torch.ones(1); {lines}"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr

@@ -56,6 +56,46 @@ def test_curricularface_by_hand(loss: Callable[..., Tensor], options: dict[str, 
 
 
 @everywhere
+@pytest.mark.parametrize("boundary", ["none", "hard", "fold", "clip", "easy"])
+def test_curricularface_past_pi(loss: Callable[..., Tensor], options: dict[str, str], boundary: str) -> None:
+    """The target's center is at 175°, so θ + m lies past π by 23.6°: cos(θ + m) = -0.916. The negatives at 168°
+    (-0.978) and 150° (-0.866) are compared with that: the first is easy, the second is hard."""
+    theta, m, t, s = math.radians(175), 0.5, 0.25, 64.0
+    angles = torch.tensor([theta, math.radians(168), math.radians(150)], dtype=torch.float64)
+    x = torch.tensor([[1.0, 0.0]], dtype=torch.float64, requires_grad=True)
+    w = torch.stack([angles.cos(), angles.sin()], 1).requires_grad_()
+    margin = fa.CurricularFace(m, boundary=boundary).eval()
+    margin.t.fill_(t)
+    got = loss(x, w, torch.tensor([0]), margin=margin, scale=s, **options)
+
+    # The formula once more, over a full row of logits, differentiated by autograd.
+    cosine = (x / x.norm()) @ (w / w.norm(dim=1, keepdim=True)).T
+    target, easy, hard = cosine[0]
+    modified = {
+        "none": (target.acos() + m).cos(),
+        "hard": target - m * math.sin(m),
+        "fold": -(target.acos() + m).cos() - 2,
+        "clip": torch.tensor(-1.0, dtype=torch.float64),
+        "easy": target,
+    }[boundary]
+    right = -(s * torch.stack([modified, easy, hard * (t + hard)])).log_softmax(0)[0]
+    assert got.item() == pytest.approx(right.item(), rel=1e-9)
+    for mine, theirs in zip(torch.autograd.grad(got, (x, w)), torch.autograd.grad(right, (x, w)), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-7, atol=1e-9)
+
+
+@everywhere
+def test_curricularface_at_the_authors_number(loss: Callable[..., Tensor], options: dict[str, str]) -> None:
+    """x = (-1, 0), centers at 5° and -12°, t = 0, s = 64. The target's logit is 64·(-cos 5° - 0.5·sin 0.5) = -79.098,
+    the negative's 64·(-cos 12°) = -62.601: their code's cross-entropy is 16.497. Compared with the target's own
+    -1.236, the negative would be hard and the loss 140.33."""
+    angles = torch.deg2rad(torch.tensor([5.0, -12.0], dtype=torch.float64))
+    x, w = torch.tensor([[-1.0, 0.0]], dtype=torch.float64), torch.stack([angles.cos(), angles.sin()], 1)
+    got = loss(x, w, torch.tensor([0]), margin=started(0.0), scale=64.0, **options)
+    assert got.item() == pytest.approx(16.497, abs=1e-3)
+
+
+@everywhere
 @pytest.mark.parametrize(
     ("margin", "target"),
     [(fa.ArcFace(0.5), math.cos(0.6 + 0.5)), (fa.CosFace(0.35), math.cos(0.6) - 0.35)],
@@ -67,6 +107,45 @@ def test_mv_softmax_by_hand(
     right = right_loss(target, lambda c: 1.12 * c + 1.12 - 1, target)
     got = loss(*one_row(), margin=fa.MVSoftmax(margin, t=1.12), scale=8.0, **options)
     assert got.item() == pytest.approx(right, rel=1e-12)
+
+
+# Angles of targets where the margin is on and where FaceX-Zoo leaves it off; 175° is past θ + m = π as well.
+@everywhere
+@pytest.mark.parametrize("degrees", [30, 80, 100, 175])
+@pytest.mark.parametrize("is_am", [True, False])
+def test_mv_softmax_is_the_authors_code(
+    loss: Callable[..., Tensor], options: dict[str, str], degrees: int, is_am: bool
+) -> None:
+    """FaceX-Zoo's MV_Softmax in this test's words: the target keeps its cosine where that is at most m (is_am) or 0,
+    but negatives are compared with cos θ - m or cos(θ + m) everywhere."""
+    m, t, s = 0.35, 1.12, 32.0
+    angles = torch.deg2rad(torch.tensor([degrees, 20, 60, 95, 120, 160, 179], dtype=torch.float64))
+    x = torch.tensor([[1.0, 0.0]], dtype=torch.float64, requires_grad=True)
+    w = torch.stack([angles.cos(), angles.sin()], 1).requires_grad_()
+    margin = fa.MVSoftmax(fa.CosFace(m) if is_am else fa.ArcFace(m, boundary="easy"), t=t)
+    got = loss(x, w, torch.tensor([0]), margin=margin, scale=s, **options)
+
+    cosine = (x / x.norm()) @ (w / w.norm(dim=1, keepdim=True)).T
+    target, negatives = cosine[0, 0], cosine[0, 1:]
+    shifted = target - m if is_am else (target.acos() + m).cos()
+    modified = shifted if target > (m if is_am else 0) else target
+    changed = torch.where(negatives > shifted, t * negatives + t - 1, negatives)
+    right = (s * changed).logsumexp(0).logaddexp(s * modified) - s * modified
+    assert got.item() == pytest.approx(right.item(), rel=1e-9)
+    for mine, theirs in zip(torch.autograd.grad(got, (x, w)), torch.autograd.grad(right, (x, w)), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize(("form", "target"), [("code", 0.2), ("paper", -0.15)])
+def test_mv_softmax_forms_by_hand(form: str, target: float) -> None:
+    """The numbers of the docstring: the negative's logit is 32·(1.12·0.1 + 0.12) in both."""
+    x = torch.tensor([[1.0, 0.0]], dtype=torch.float64)
+    w = torch.tensor([[0.2, 0.96**0.5], [0.1, 0.99**0.5]], dtype=torch.float64)
+    margin = fa.MVSoftmax(fa.CosFace(0.35), form=form)
+    got = fa.margin_softmax_loss(x, w, torch.tensor([0]), margin=margin, scale=32.0)
+    right = math.log1p(math.exp(32 * (1.12 * 0.1 + 0.12 - target)))
+    assert got.item() == pytest.approx(right, rel=1e-9)
+    assert right == pytest.approx({"code": 1.33, "paper": 12.22}[form], abs=0.005)
 
 
 @everywhere
@@ -219,6 +298,7 @@ OF_COSINE = "must be a function of the target's cosine alone, such as ArcFace or
         (lambda: fa.CurricularFace(rate=2), ValueError, "CurricularFace: rate must be in (0, 1]; got 2"),
         (lambda: fa.MVSoftmax(t=0.9), ValueError, "MVSoftmax: t must be in [1, 4]; got 0.9"),
         (lambda: fa.MVSoftmax(kind="a"), ValueError, "MVSoftmax: kind must be one of 'adaptive', 'fixed'; got 'a'"),
+        (lambda: fa.MVSoftmax(form="a"), ValueError, "MVSoftmax: form must be one of 'paper', 'code'; got 'a'"),
         (lambda: fa.MVSoftmax(t="1"), TypeError, "MVSoftmax: t must be a number; got str"),
         (lambda: fa.MVSoftmax(fa.AdaFace()), TypeError, f"MVSoftmax: margin {OF_COSINE}; got AdaFace"),
         (lambda: fa.InterclassFilter(0.4), TypeError, f"InterclassFilter: margin {OF_COSINE}; got float"),

@@ -1,4 +1,6 @@
+import copy
 import math
+import pickle
 import warnings
 
 import distributed_helpers
@@ -113,7 +115,7 @@ def test_ranks_together_equal_one(name, sample_rate):
 def test_past_pi_there_is_no_boundary():
     """cos(θ + m) itself, where the published heads' continuation would be cos θ - m·sin m."""
     cosine = torch.tensor([-0.99], dtype=torch.float64, requires_grad=True)
-    margin, _ = insightface._fused_margin(insightface.ArcFace())
+    margin = insightface.PartialFC_V2(insightface.ArcFace(), D, CLASSES).margin
     value = margin(cosine)
     value.backward()
     assert value.item() == pytest.approx(math.cos(math.acos(-0.99) + 0.5))
@@ -121,11 +123,141 @@ def test_past_pi_there_is_no_boundary():
 
 
 class CombinedMarginLoss(nn.Module):
-    """As an instance of insightface's own class would look."""
+    """The operations of insightface's class in their order, in this test's own words."""
 
-    def __init__(self) -> None:
+    exact_gradient = False
+    """The version of early 2022: arithmetic that autograd sees, and cos θ - m·sin m past θ + m = π."""
+
+    def __init__(self, s=64.0, m1=1.0, m2=0.5, m3=0.0, interclass_filtering_threshold=0) -> None:
         super().__init__()
-        self.s, self.m1, self.m2, self.m3, self.interclass_filtering_threshold = 64.0, 1.0, 0.5, 0.0, 0
+        self.s, self.m1, self.m2, self.m3 = s, m1, m2, m3
+        self.interclass_filtering_threshold = interclass_filtering_threshold
+
+    def forward(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        rows = torch.where(labels != -1)[0]
+        if self.interclass_filtering_threshold > 0:
+            dirty = (logits.detach() > self.interclass_filtering_threshold).float()
+            dirty[rows] *= torch.ones(len(rows), logits.shape[1]).scatter_(1, labels[rows], 0)
+            logits = (1 - dirty) * logits
+        columns = labels[rows].view(-1)
+        target = logits[rows, columns]
+        if self.m3 > 0:
+            logits[rows, columns] = target - self.m3
+        elif self.exact_gradient:
+            shifted = target * math.cos(self.m2) - (1 - target**2).sqrt() * math.sin(self.m2)
+            past = target - self.m2 * math.sin(self.m2)
+            logits[rows, columns] = torch.where(target > math.cos(math.pi - self.m2), shifted, past)
+        else:
+            with torch.no_grad():
+                logits.arccos_()
+                logits[rows, columns] += self.m2
+                logits.cos_()
+        return logits * self.s
+
+
+def early() -> nn.Module:
+    return type("CombinedMarginLoss", (CombinedMarginLoss,), {"exact_gradient": True})()
+
+
+class OwnOfOurs(insightface.CombinedMarginLoss):
+    """A user's subclass with a forward of its own."""
+
+    def forward(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return super().forward(logits, labels) + 0.1 * logits
+
+
+def loss_and_gradients(head: insightface.PartialFC_V2) -> tuple[torch.Tensor, ...]:
+    x, y = inputs()
+    x.requires_grad_()
+    loss = head(x, y)
+    return loss.detach(), *torch.autograd.grad(loss, (x, head.weight))
+
+
+def expect_theirs(head: insightface.PartialFC_V2, fused: bool) -> None:
+    """Equality with one rank of insightface's head and the margin module's own forward; slow ones are warned of."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        ours = loss_and_gradients(head)
+    assert not (fused and caught)
+    x, y = inputs()
+    x.requires_grad_()
+    theirs = their_loss(head.margin_softmax, x, head.weight, y)
+    for a, b in zip(ours, (theirs.detach(), *torch.autograd.grad(theirs, (x, head.weight))), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-7)
+
+
+SCHEDULES = {
+    "m2": (lambda: insightface.CombinedMarginLoss(64.0, 1.0, 0.0, 0.0), {"m2": 0.5}, True),
+    "m3": (lambda: insightface.CombinedMarginLoss(64.0, 1.0, 0.3, 0.0), {"m3": 0.4}, True),
+    "s": (lambda: insightface.CombinedMarginLoss(16.0, 1.0, 0.3, 0.0), {"s": 64.0}, True),
+    "filter": (
+        lambda: insightface.CombinedMarginLoss(16.0, 1.0, 0.3, 0.0),
+        {"interclass_filtering_threshold": 0.2},
+        True,
+    ),
+    "arcface": (lambda: insightface.ArcFace(64.0, 0.1), {"margin": 0.5, "s": 32.0}, True),
+    "cosface": (lambda: insightface.CosFace(64.0, 0.1), {"m": 0.4}, True),
+    "theirs": (lambda: CombinedMarginLoss(m2=0.0), {"m2": 0.5, "interclass_filtering_threshold": 0.2}, True),
+    "early": (early, {"m2": 0.3}, False),
+    "a subclass": (lambda: OwnOfOurs(64.0, 1.0, 0.1, 0.0), {"m2": 0.5}, False),
+    "a negative angle": (CombinedMarginLoss, {"m2": -0.2}, False),
+}
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_a_margin_that_changes_between_steps(name: str) -> None:
+    make, changes, fused = SCHEDULES[name]
+    head = insightface.PartialFC_V2(make(), D, CLASSES).double()
+    expect_theirs(head, fused)
+    before = loss_and_gradients(head)[0]
+    for attribute, value in changes.items():
+        setattr(head.margin_softmax, attribute, value)
+    expect_theirs(head, fused)
+    assert loss_and_gradients(head)[0] != before
+
+
+def test_a_forward_of_the_instance_and_hooks_are_heard() -> None:
+    head = insightface.PartialFC_V2(insightface.ArcFace(), D, CLASSES).double()
+    handle = head.margin_softmax.register_forward_hook(lambda module, given, result: result * 0.5)
+    expect_theirs(head, fused=False)
+    handle.remove()
+    head.margin_softmax.forward = lambda logits, labels: logits * 3.0
+    expect_theirs(head, fused=False)
+
+
+def test_a_look_at_the_margin_leaves_no_trace() -> None:
+    """A margin of a known name that draws and counts is asked in a copy, and its generator is put back."""
+
+    class CosFace(nn.Module):
+        calls = 0
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.s, self.m = 64.0, 0.4
+
+        def forward(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+            self.calls += 1
+            return logits * self.s * torch.rand(())
+
+    margin, before = CosFace(), torch.get_rng_state()
+    insightface._fused(margin)
+    assert margin.calls == 0 and torch.equal(torch.get_rng_state(), before)
+
+
+def test_m1_set_later_is_refused_as_at_construction() -> None:
+    head = insightface.PartialFC_V2(insightface.CombinedMarginLoss(64.0, 1.0, 0.5, 0.0), D, CLASSES)
+    head.margin_softmax.m1 = 1.35
+    x, y = inputs()
+    with pytest.warns(UserWarning, match="stored"), pytest.raises(ValueError, match=r"m1 must be 1\.0 unless m3 > 0"):
+        head(x.float(), y)
+
+
+def test_a_fused_head_is_copied_and_pickled() -> None:
+    head = insightface.PartialFC_V2(insightface.CombinedMarginLoss(64.0, 1.0, 0.5, 0.0), D, CLASSES).double()
+    expected = loss_and_gradients(head)
+    for other in (copy.deepcopy(head), pickle.loads(pickle.dumps(head))):
+        for a, b in zip(loss_and_gradients(other), expected, strict=True):
+            assert torch.equal(a, b)
 
 
 def test_their_own_margin_objects_take_the_fused_path():

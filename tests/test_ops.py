@@ -209,6 +209,26 @@ def test_compile_once_for_other_sizes_and_scales() -> None:
 
 
 @compiles
+def test_a_scale_that_changes_does_not_make_a_graph_each() -> None:
+    """Two graphs for any number of scales, the first value's and one for all others; a third where sums need a shift.
+
+    A schema that says ``float`` would have each value traced anew, until torch.compile gives up at the ninth."""
+    graphs = []
+
+    def count(graph: torch.fx.GraphModule, _: object) -> object:
+        graphs.append(graph)
+        return graph.forward
+
+    head, (x, _, target, _) = fa.MarginHead(33, 97), make_inputs(Case())
+    x.requires_grad_()
+    compiled = torch.compile(head, fullgraph=True, backend=count)
+    for scale in (*range(14, 68, 4), 100.0, 200.0):
+        head.scale = float(scale)
+        assert_compiles(lambda: compiled(x, target), lambda: head(x, target), x, head.weight)
+        assert len(graphs) <= (2 if scale < 70 else 3)
+
+
+@compiles
 def test_compiled_function_still_checks_labels() -> None:
     x, w, target, _ = make_inputs(Case())
     compiled = torch.compile(fa.margin_softmax_loss, fullgraph=True, backend="aot_eager")

@@ -321,7 +321,7 @@ def test_evaluation_uses_all_classes_and_counts_no_step():
 
 def test_copies_and_state():
     head = fa.PartialFC(D, 10, sample_rate=0.5)
-    assert list(head.state_dict()) == ["weight"]
+    assert list(head.state_dict()) == ["weight", "step"]
     assert torch.equal(copy.deepcopy(head).weight, head.weight)
 
 

@@ -12,6 +12,7 @@ from distributed_helpers import run_ranks
 from torch import Tensor
 
 import fused_arcface as fa
+from fused_arcface.row_margins import _by_difficulty
 
 BOTH = torch.tensor([True, True])
 
@@ -71,7 +72,7 @@ def test_magface_by_hand() -> None:
     norms = torch.tensor([2.0, 10.0, 60.0, 110.0, 500.0, 60.0], dtype=torch.float64, requires_grad=True)
     clipped, margins = (10, 10, 60, 110, 110, 60), (0.45, 0.45, 0.625, 0.8, 0.8, 0.625)
     theta = (0.3, 1.0, 1.5, 2.0, 0.7, 3.0)
-    modify, penalty = fa.MagFace(penalty=20.0).for_rows(norms, torch.ones(6, dtype=torch.bool))
+    modify, penalty = fa.MagFace(penalty=20.0, boundary="hard").for_rows(norms, torch.ones(6, dtype=torch.bool))
     right = [math.cos(t + m) for t, m in zip(theta, margins, strict=True)]
     right[5] = math.cos(3.0) - 0.625 * math.sin(0.625)  # past π
     got = modify(torch.tensor(theta, dtype=torch.float64).cos())
@@ -88,6 +89,22 @@ def test_magface_by_hand() -> None:
     assert torch.equal(of_penalty[[0, 4]], torch.zeros(2).double()) and torch.equal(
         of_margin[[0, 4]], of_penalty[[0, 4]]
     )
+
+
+def test_magface_is_the_authors_code() -> None:
+    """Their default is the easy margin: at a norm of 60 the margin is 0.625 up to 90°, and none from there on."""
+    degrees = torch.tensor([40.0, 89.0, 91.0, 100.0, 175.0], dtype=torch.float64)
+    cosine = degrees.deg2rad().cos().requires_grad_()
+    modify, _ = fa.MagFace().for_rows(torch.full_like(degrees, 60.0), torch.ones(5, dtype=torch.bool))
+    right = [math.cos(math.radians(40) + 0.625), math.cos(math.radians(89) + 0.625)]
+    right += [math.cos(math.radians(each)) for each in (91, 100, 175)]
+    got = modify(cosine)
+    torch.testing.assert_close(got, torch.tensor(right, dtype=torch.float64))
+    (slope,) = torch.autograd.grad(got.sum(), cosine)
+    of_first = math.sin(math.radians(40) + 0.625) / math.sin(math.radians(40))
+    assert slope[0].item() == pytest.approx(of_first) and slope[2:].tolist() == [1, 1, 1]
+    hard = fa.MagFace(boundary="hard").for_rows(torch.tensor([60.0]), BOTH[:1]).modify(cosine[3:4].float())
+    assert hard.item() == pytest.approx(-0.717, abs=5e-4)  # the docstring's
 
 
 def test_magface_penalty_is_in_the_loss() -> None:
@@ -144,6 +161,32 @@ def test_elasticface_plus_gives_more_to_the_harder() -> None:
     order = [0, 2, 4, 1]  # of falling cosine
     torch.testing.assert_close(with_it[order], without[counted].sort().values)
     assert with_it[3] == without[3]
+
+
+@pytest.mark.parametrize("ignored", [None, 1])
+def test_elasticface_plus_forms(ignored: int | None) -> None:
+    """The paper's assignment, and the authors' code's: ``sorted(margins)[argsort(-cosines)]`` over the rows that
+    count. The numbers without an ignored row are the docstring's."""
+    cosine, draws, counted = [0.1, 0.9, 0.5], [0.5, 0.4, 0.6], [True, True, True]
+    if ignored is not None:
+        for values, value in ((cosine, 0.7), (draws, 0.45), (counted, False)):
+            values.insert(ignored, value)
+    arguments = torch.tensor(draws), torch.tensor(cosine), torch.tensor(counted)
+    for form, right in (("paper", [0.6, 0.4, 0.5]), ("code", [0.5, 0.6, 0.4])):
+        got = _by_difficulty(*arguments, form)
+        assert got[arguments[2]].tolist() == pytest.approx(right)
+        assert torch.equal(got[~arguments[2]], arguments[0][~arguments[2]])
+
+
+def test_elasticface_plus_takes_the_form() -> None:
+    cosine, counted = torch.tensor([0.1, 0.9, 0.5, -0.3, 0.2]), torch.ones(5, dtype=torch.bool)
+    of = {}
+    for form in ("paper", "code"):
+        margin = fa.ElasticFace(0.5, 0.1, "cos", plus=True, form=form)
+        of[form] = cosine - margin.for_rows(torch.ones(5), counted).modify(cosine)
+    ascending = of["paper"].sort().values
+    torch.testing.assert_close(of["code"], ascending[cosine.argsort(descending=True)])
+    assert not torch.equal(of["code"], of["paper"])
 
 
 def test_state_belongs_to_the_head() -> None:
@@ -211,6 +254,7 @@ def test_ranks_must_agree_on_the_options() -> None:
         (lambda: fa.ElasticFace(std=-0.1), ValueError, "ElasticFace: std must be in [0, inf); got -0.1"),
         (lambda: fa.ElasticFace(kind="sin"), ValueError, "ElasticFace: kind must be one of 'arc', 'cos'; got 'sin'"),
         (lambda: fa.ElasticFace(2.5, kind="cos"), ValueError, "ElasticFace: margin must be in [0, 2); got 2.5"),
+        (lambda: fa.ElasticFace(form="a"), ValueError, "ElasticFace: form must be one of 'paper', 'code'; got 'a'"),
         (lambda: fa.ElasticFace(seed=-1), ValueError, "ElasticFace: seed must be >= 0; got -1"),
     ],
 )

@@ -56,11 +56,11 @@ MODULATED = [
 ]
 SMOOTHED = [
     Variant(lambda: fa.ArcFace(), {"label_smoothing": 0.1}),
-    Variant(lambda: fa.MagFace(lower_norm=1, upper_norm=6), {"label_smoothing": 1.0}),
+    Variant(lambda: fa.MagFace(lower_norm=1, upper_norm=6, boundary="hard"), {"label_smoothing": 1.0}),
 ]
 BY_ROWS = [
     Variant(_started(fa.AdaFace, norm_mean=4.0, norm_std=2.0)),
-    Variant(lambda: fa.MagFace(lower_norm=1, upper_norm=6)),
+    Variant(lambda: fa.MagFace(lower_norm=1, upper_norm=6, boundary="hard")),
     Variant(lambda: fa.ElasticFace(0.5, 0.1)),
     Variant(lambda: fa.ElasticFace(0.35, 0.1, kind="cos", plus=True)),
 ]

@@ -29,6 +29,8 @@ from .ops import MOMENTUM_BLOCK, PLAIN, CentreStep, Negatives, check_update, com
 _WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 _MOMENTUM_DTYPES = (torch.float32, torch.bfloat16, torch.int8, torch.float64)
 
+_SETTINGS = ("lr", "momentum", "weight_decay")
+
 # Functions of torch.nn.utils that look for gradients to clip; by name, as they offer no hook.
 _CLIPPING = {"clip_grad_norm_", "clip_grad_value_"}
 _GRAD: Any = torch.Tensor.grad
@@ -183,21 +185,66 @@ class CenterOptimizer(torch.optim.Optimizer):
             if apply:
                 update()
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return ``param_groups`` with an empty state: the momentum is in the head's ``state_dict()``."""
+        return {**super().state_dict(), "state": {}}
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restores learning rate and momentum, in place, from the state of an optimizer of the same shapes and dtypes.
+        """Restore lr, momentum and weight_decay.
+
+        An earlier version's state has the momentum as well; it is restored in place. Load such a state after the head.
 
         Raises:
-            ValueError: a state of another kind; nothing is changed then.
+            ValueError: a momentum of another shape or dtype than this one; nothing is changed then.
         """
-        own = self.state[self._weight]
+        own = dict(self.state[self._weight])
         loaded = state_dict["state"].get(0, {})
-        for name in sorted(own.keys() | loaded.keys()):
-            rule, got = _describe(own.get(name)), _describe(loaded.get(name))
+        for name in sorted(own.keys() | loaded.keys()) if loaded else ():
+            rule, got = describe_tensor(own.get(name)), describe_tensor(loaded.get(name))
             if rule != got:
                 raise ValueError(f"{name} must be {rule}; got {got}")
         super().load_state_dict({"state": {}, "param_groups": state_dict["param_groups"]})
         for name, tensor in own.items():
-            self.state[self._weight][name] = tensor.copy_(loaded[name])
+            self.state[self._weight][name] = tensor.copy_(loaded[name]) if loaded else tensor
+
+    def run_state(self, weight: Tensor) -> dict[str, Tensor]:
+        """Return what the head's ``state_dict()`` holds of this optimizer: its momentum, shared, and its settings."""
+        return {**self.bind(weight), "settings": self.settings}
+
+    # torch.distributed.checkpoint looks up each name in a module's state_dict as an attribute.
+    @property
+    def momentum_buffer(self) -> Tensor | None:
+        """(C, D), None without momentum."""
+        return self.state[self._weight].get("momentum_buffer")
+
+    @property
+    def momentum_scale(self) -> Tensor | None:
+        """(C, ceil(D / 64)) fp32, the units of an int8 momentum; else None."""
+        return self.state[self._weight].get("momentum_scale")
+
+    @property
+    def settings(self) -> Tensor:
+        """(3,) fp64: lr, momentum and weight_decay."""
+        values = [float(self.param_groups[0][name]) for name in _SETTINGS]
+        return torch.tensor(values, dtype=torch.float64, device="cpu")
+
+    @torch.no_grad()
+    def load_run_state(self, weight: Tensor, given: dict[str, Tensor], assign: bool) -> None:
+        """Restore what :meth:`run_state` returned; a momentum that is not given becomes zero, settings stay.
+
+        ``assign``: take the given tensors themselves, as ``load_state_dict(assign=True)`` does.
+        """
+        state = self.bind(weight)
+        for name, tensor in state.items():
+            loaded = given.get(name)
+            if loaded is not None and assign:
+                state[name] = loaded.detach().contiguous()
+                continue
+            if tensor.is_meta and not weight.is_meta:  # the head was built without memory
+                tensor = torch.empty_like(tensor, device=weight.device)
+            state[name] = tensor.zero_() if loaded is None else tensor.copy_(loaded)
+        if "settings" in given:
+            self.param_groups[0].update(zip(_SETTINGS, given["settings"].tolist(), strict=True))
 
     def bind(self, weight: Tensor) -> dict[str, Tensor]:
         """The momentum of the head's ``weight``, by name. Another parameter may have taken the place of the one that
@@ -250,7 +297,7 @@ def _check_weight(weight: Tensor) -> None:
         raise TypeError(f"CenterSGD needs class centres of dtype {listed}; got {weight.dtype}")
 
 
-def _describe(tensor: Tensor | None) -> str:
+def describe_tensor(tensor: Tensor | None) -> str:
     return "none" if tensor is None else f"{tuple(tensor.shape)} {tensor.dtype}"
 
 

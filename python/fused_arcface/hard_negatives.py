@@ -7,14 +7,26 @@ others say so. With ``backend="auto"`` on a GPU that is the reference, which sto
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from .margin_state import StatefulMargin
-from .margins import ArcFace, Boundary, GradientMode, Margin, Modulation, check_angle, check_choice, check_number
+from .margins import (
+    ArcFace,
+    Boundary,
+    CombinedMargin,
+    CosFace,
+    Form,
+    GradientMode,
+    Margin,
+    Modulation,
+    check_angle,
+    check_choice,
+    check_number,
+)
 
 Kind = Literal["adaptive", "fixed"]
 
@@ -26,6 +38,13 @@ def _check_target_margin(owner: object, margin: object) -> None:
         rule = "must be a function of the target's cosine alone, such as ArcFace or CosFace"
         got = f"the class {margin.__name__}" if isinstance(margin, type) else type(margin).__name__
         raise TypeError(f"{type(owner).__name__}: margin {rule}; got {got}")
+
+
+def _without_boundary(margin: Margin) -> Margin:
+    """Return the margin's formula as it stands, also past π: what public codes compare negatives with."""
+    if type(margin) is ArcFace or type(margin) is CombinedMargin:  # a subclass may compute something else
+        return replace(margin, boundary="none")
+    return margin
 
 
 def _coefficients(like: Tensor, a: Tensor | float, b: Tensor | float, d: Tensor | float) -> Tensor:
@@ -40,18 +59,28 @@ class MVSoftmax:
 
     In the paper their exponential ``e^(s·cos θ_j)`` is multiplied by ``h``, adaptive
     ``h = e^(s·(t - 1)·(cos θ_j + 1))`` or fixed ``h = e^(s·(t - 1))``: the logit becomes ``s·(t·cos θ_j + t - 1)`` or
-    ``s·(cos θ_j + t - 1)``. With ``t = 1`` nothing changes. FaceX-Zoo's ``MV_Softmax`` is the adaptive one, with
-    ArcFace's margin left off targets past 90° (``boundary="easy"``), where it nevertheless compares with
-    ``cos(θ_y + m)``; here it is the modified cosine in both places, as in the paper.
+    ``s·(cos θ_j + t - 1)``. With ``t = 1`` nothing changes.
+
+    ``form`` names which of two published forms of ``f`` is meant:
+
+    - ``"code"``, the authors' code in FaceX-Zoo. CosFace leaves its margin off targets with ``cos θ_y <= m``, and
+      negatives are compared with ``cos θ_y - m`` there too. Negatives of ArcFace and CombinedMargin are compared with
+      the margin's formula without a boundary, such as ``cos(θ_y + m)``. ``MVSoftmax(ArcFace(m, boundary="easy"))`` is
+      that code's ``MV_Softmax(is_am=False)``, ``MVSoftmax(CosFace(m))`` its ``MV_Softmax(is_am=True)``.
+    - ``"paper"``: the same modified cosine on the target and in the comparison.
+
+    A target at cos θ_y = 0.2, one negative at 0.1, ``CosFace(0.35)``, s = 32 and t = 1.12: the loss is 1.33 with
+    ``"code"``, whose target stays 0.2, and 12.22 with ``"paper"``, whose target becomes -0.15.
 
     Args:
         margin: ``f``, of the target: a function of its cosine alone.
         t: weight of the hard negatives, in [1, 4].
         kind: ``"adaptive"`` or ``"fixed"``.
+        form: ``"code"`` or ``"paper"``.
 
     Raises:
         TypeError: a margin that is none, or depends on more than a cosine; a weight that is not a number.
-        ValueError: a weight out of its range, or another kind.
+        ValueError: a weight out of its range, or another kind or form.
 
     >>> import torch, fused_arcface as fa
     >>> x, w = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.6, 0.8], [0.8, 0.6]])
@@ -63,21 +92,27 @@ class MVSoftmax:
     margin: Margin = ArcFace()
     t: float = 1.12
     kind: Kind = "adaptive"
+    form: Form = "code"
 
     def __post_init__(self) -> None:
         _check_target_margin(self, self.margin)
         check_number(self, "t", self.t, "[1, 4]", 1, 4, closed=True)
         check_choice(self, "kind", self.kind, Kind)
+        check_choice(self, "form", self.form, Form)
 
     def __call__(self, target_cosine: Tensor) -> Tensor:
         """Modified cosines (N,) of target cosines (N,)."""
-        return self.margin(target_cosine)
+        modified = self.margin(target_cosine)
+        if self.form == "code" and type(self.margin) is CosFace:
+            return torch.where(target_cosine > self.margin.margin, modified, target_cosine)
+        return modified
 
     def modulate(self, target_cosine: Tensor, counted: Tensor) -> Modulation:
         """See :class:`fused_arcface.margins.Modulation`."""
         slope = self.t if self.kind == "adaptive" else 1.0
         coefficients = _coefficients(target_cosine, 0, slope, self.t - 1)
-        return Modulation(self.margin(target_cosine), coefficients, slope + self.t - 1, slope)
+        compared = _without_boundary(self.margin) if self.form == "code" else self.margin
+        return Modulation(compared(target_cosine), coefficients, slope + self.t - 1, slope)
 
 
 @dataclass(frozen=True)
@@ -118,8 +153,11 @@ class InterclassFilter:
 
 
 class CurricularFace(StatefulMargin):
-    """ArcFace on the target, and ``s·cos θ_j·(t + cos θ_j)`` for negatives with ``cos θ_j`` above the target's modified
-    cosine (CurricularFace, arXiv:2004.00288).
+    """ArcFace on the target, and ``s·cos θ_j·(t + cos θ_j)`` for negatives with ``cos θ_j > cos(θ_y + m)``
+    (CurricularFace, arXiv:2004.00288).
+
+    Negatives are compared with ``cos(θ_y + m)`` past π as well, whatever the boundary gives the target there. Both
+    public codes, the authors' and FaceX-Zoo's, do so.
 
     ``t ← (1 - rate)·t + rate·mean(cos θ_y)`` in training, before a batch is judged, without a gradient; rows that are
     ignored or not finite do not count. It starts at 0, where hard negatives weigh little, and grows as the targets come
@@ -171,7 +209,8 @@ class CurricularFace(StatefulMargin):
             self.t.copy_(torch.where(counted.any(), (1 - self.rate) * self.t + self.rate * mean, self.t))
         # Where t cannot be read without waiting for it, the greatest that it may be.
         t = 1.0 if torch.compiler.is_compiling() or self.t.device.type != "cpu" else abs(float(self.t))
-        return Modulation(self.of_target(target_cosine), _coefficients(target_cosine, 1, self.t, 0), 1 + t, 2 + t)
+        threshold = _without_boundary(self.of_target)(target_cosine)
+        return Modulation(threshold, _coefficients(target_cosine, 1, self.t, 0), 1 + t, 2 + t)
 
     def extra_repr(self) -> str:
         margin, boundary, gradient = self.of_target.margin, self.of_target.boundary, self.of_target.gradient

@@ -30,6 +30,8 @@ from .checks import check_margin_rows
 
 Boundary = Literal["none", "hard", "fold", "clip", "easy"]
 GradientMode = Literal["exact", "straight_through"]
+Form = Literal["paper", "code"]
+"""Which form of a method is meant where its paper and its authors' code differ."""
 
 SIN_FLOOR = 1e-2
 """Least ``sin θ`` that a derivative is divided by: the exact gradient is bounded by ``m1 / SIN_FLOOR``."""

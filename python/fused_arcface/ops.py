@@ -27,16 +27,16 @@ _SCHEMAS = {
     # O(N·C·D), over the classes
     # class_count: 0-dim int64, the rows of weight from there on are padding; a tensor, so that nobody waits for a GPU
     "class_max": f"({_ROWS}, str backend, Tensor? class_count=None, {_NEGATIVES}) -> Tensor",
-    "class_stats": f"({_ROWS}, float scale, Tensor? shift, bool with_centre_sum, str backend, "
+    "class_stats": f"({_ROWS}, Scalar scale, Tensor? shift, bool with_centre_sum, str backend, "
     f"Tensor? class_count=None, {_NEGATIVES}) -> (Tensor, Tensor, Tensor)",
-    "weight_grad": f"({_ROWS}, float scale, {_COEFFICIENTS}, str backend, {_NEGATIVES}) -> Tensor",
-    "update_centres": "(Tensor embeddings, Tensor(a!) weight, Tensor target, float scale, "
+    "weight_grad": f"({_ROWS}, Scalar scale, {_COEFFICIENTS}, str backend, {_NEGATIVES}) -> Tensor",
+    "update_centres": "(Tensor embeddings, Tensor(a!) weight, Tensor target, Scalar scale, "
     f"{_COEFFICIENTS}, Tensor? classes, Tensor(b!)? momentum_buffer, Tensor(c!)? momentum_scale, float lr, "
     "float momentum, float weight_decay, int rounding_key, int class_start, Tensor active, "
     f"str backend, {_NEGATIVES}) -> ()",
     # O(N·D) and O(N), over the rows
     "target_cosine": f"({_ROWS}, str backend) -> Tensor",
-    "margin_loss": "(Tensor negative_lse, Tensor target_cosine, float scale, float m1, float m2, float m3,"
+    "margin_loss": "(Tensor negative_lse, Tensor target_cosine, Scalar scale, float m1, float m2, float m3,"
     " str boundary, str gradient, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
     "unit_embedding_grad": "(Tensor weight, Tensor target, Tensor mean_centre, Tensor negative_coefficient,"
     " Tensor target_coefficient, str backend) -> Tensor",

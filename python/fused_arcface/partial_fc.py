@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from . import backends
 from .autograd import Shard
-from .center_sgd import CenterOptimizer, CenterSGD, CentresUpdatedInBackward
+from .center_sgd import CenterOptimizer, CenterSGD, CentresUpdatedInBackward, describe_tensor
 from .checks import (
     FLOAT_DTYPES,
     check_embeddings,
@@ -33,6 +33,8 @@ from .ops import IGNORED, INVALID, compute_dtype
 from .sampling import Sampler
 from .sharding import Sharding
 
+_OPTIMIZER = "center_optimizer."  # before the names of its state in the head's state_dict
+
 
 class PartialFC(nn.Module):
     """Margin-softmax head whose class centres are split over the ranks of a group: ``loss = head(embeddings, target)``.
@@ -44,6 +46,11 @@ class PartialFC(nn.Module):
     ``DistributedDataParallel`` and FSDP average over the ranks, so the backbone then trains as a single process would
     on all ranks' rows. Do not wrap the head itself: its shards differ. The class centres' gradient is the derivative,
     unscaled. Every rank must run the backward pass, from the same multiple of the loss.
+
+    **State.** ``state_dict()`` continues a run: it has ``weight``, ``step`` and, with a center_optimizer,
+    its ``momentum_buffer``, ``momentum_scale`` and ``settings`` (lr, momentum, weight_decay), as
+    ``center_optimizer.momentum_buffer`` and so on. A dict with ``weight`` alone is loaded strictly too and begins a
+    run, at step 0 with zero momentum. Each rank has its own shard's rows.
 
     **Sampling.** With ``sample_rate`` below 1 a step uses all classes of the joint batch and others drawn anew each
     step, ``round(sample_rate·C_total)`` over all shards (An et al., Partial FC, arXiv:2203.15565). The draw is a
@@ -202,6 +209,54 @@ class PartialFC(nn.Module):
     def reset_parameters(self) -> None:
         """Draw the class centres anew: the same ones, for the same seed."""
         fill_normal(self.weight, self.seed, self.row_start, std=0.01)
+
+    def _run_state(self) -> dict[str, Tensor]:
+        """What ``state_dict()`` holds beside weight, to continue a run: tensors, as safetensors stores nothing else."""
+        state = {"step": torch.tensor(self.step, device="cpu")}
+        if self.center_optimizer is not None:
+            of_optimizer = self.center_optimizer.run_state(self.weight)
+            state |= {_OPTIMIZER + name: tensor for name, tensor in of_optimizer.items()}
+        return state
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination |= {prefix + name: tensor for name, tensor in self._run_state().items()}
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """Load weight and, where the dict has it, the state of a run. With weight alone a run begins."""
+        own = self._run_state()
+        given = {name: state_dict[prefix + name] for name in own if prefix + name in state_dict}
+        if given:
+            missing_keys += [prefix + name for name in own.keys() - given.keys()]
+            wrong = [
+                f"{prefix}{name} must be {describe_tensor(own[name])}; got {describe_tensor(tensor)}"
+                for name, tensor in given.items()
+                if describe_tensor(own[name]) != describe_tensor(tensor)
+            ]
+            if wrong:
+                error_msgs += wrong
+                return
+        errors = len(error_msgs)
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        unexpected_keys[:] = [key for key in unexpected_keys if key not in {prefix + name for name in given}]
+        if len(error_msgs) > errors or not (given or prefix + "weight" in state_dict):
+            return
+        self.step = int(given.pop("step", 0))
+        if self.center_optimizer is not None:
+            assign = bool(local_metadata.get("assign_to_params_buffers", False))
+            of_optimizer = {name.removeprefix(_OPTIMIZER): tensor for name, tensor in given.items()}
+            self.center_optimizer.load_run_state(self.weight, of_optimizer, assign)
 
     # torch.compile calls it between its graphs: a step has a number and sizes that only the data tell.
     @torch.compiler.disable

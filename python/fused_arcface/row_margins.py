@@ -18,7 +18,7 @@ from torch import Tensor
 from .checks import check_size
 from .keyed import MARGINS, fold, fold_each, normal_rows
 from .margin_state import StatefulMargin
-from .margins import Boundary, RowMargin, angle, check_angle, check_choice, check_number, past_boundary
+from .margins import Boundary, Form, RowMargin, angle, check_angle, check_choice, check_number, past_boundary
 
 Kind = Literal["arc", "cos"]
 
@@ -108,7 +108,9 @@ class MagFace:
         lower_margin, upper_margin: in radians, 0 <= lower <= upper < π.
         lower_norm, upper_norm: 0 < lower < upper, finite.
         penalty: ``λ``, finite and >= 0; 35 in the paper.
-        boundary: what happens past ``θ + m = π``, see :mod:`fused_arcface.margins`.
+        boundary: see :mod:`fused_arcface.margins`. The default ``"easy"`` is the authors' code's: no margin on targets
+            past 90°. ``"hard"`` has the margin there: at 100° and a norm of 60 the target's cosine becomes -0.717
+            instead of -0.174.
 
     Raises:
         TypeError: a number that is none.
@@ -126,7 +128,7 @@ class MagFace:
     lower_norm: float = 10.0
     upper_norm: float = 110.0
     penalty: float = 35.0
-    boundary: Boundary = "hard"
+    boundary: Boundary = "easy"
 
     def __post_init__(self) -> None:
         check_angle(self, "lower_margin", self.lower_margin)
@@ -165,7 +167,11 @@ class ElasticFace(StatefulMargin):
         margin: the mean; an angle in [0, π) radians, or for ``kind="cos"`` in [0, 2).
         std: deviation; finite and >= 0.
         kind: ``"arc"`` or ``"cos"``.
-        plus: give the batch's larger draws to the rows of smaller target cosine (ElasticFace+).
+        plus: hand out the batch's draws by the rows' target cosines (ElasticFace+).
+        form: which row gets which draw with ``plus``. ``"paper"``: the smaller a target's cosine, the larger its
+            margin. ``"code"``: what the authors' code does. It gives row i the k-th smallest draw, where k is the row
+            that has the i-th largest cosine: the inverse of the assignment in the paper. With draws 0.4, 0.5, 0.6 and
+            cosines 0.1, 0.9, 0.5 the paper's margins are 0.6, 0.4, 0.5, the code's 0.5, 0.6, 0.4.
         boundary: with ``kind="arc"``, what happens past ``θ + m = π``, see :mod:`fused_arcface.margins`. The default
             is the paper's.
         seed: of the draws; in [0, 2^63).
@@ -194,9 +200,11 @@ class ElasticFace(StatefulMargin):
         plus: bool = False,
         boundary: Boundary = "none",
         seed: int = 0,
+        form: Form = "paper",
     ) -> None:
         super().__init__()
         check_choice(self, "kind", kind, Kind)
+        check_choice(self, "form", form, Form)
         if kind == "arc":
             check_angle(self, "margin", margin)
         else:
@@ -205,7 +213,7 @@ class ElasticFace(StatefulMargin):
         check_choice(self, "boundary", boundary, Boundary)
         check_size("ElasticFace: seed", seed, least=0)
         self.margin, self.std, self.kind, self.plus = margin, std, kind, bool(plus)
-        self.boundary, self.seed = boundary, seed
+        self.boundary, self.seed, self.form = boundary, seed, form
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
 
     def forward(self, target_cosine: Tensor) -> Tensor:
@@ -222,9 +230,9 @@ class ElasticFace(StatefulMargin):
         margins = self.margin + self.std * draws.to(norms.dtype)
 
         def modify(target_cosine: Tensor) -> Tensor:
-            return self._modify(
-                target_cosine, _by_difficulty(margins, target_cosine, counted) if self.plus else margins
-            )
+            if not self.plus:
+                return self._modify(target_cosine, margins)
+            return self._modify(target_cosine, _by_difficulty(margins, target_cosine, counted, self.form))
 
         return RowMargin(modify)
 
@@ -234,12 +242,16 @@ class ElasticFace(StatefulMargin):
         return past_boundary(angle(target_cosine) + margins, target_cosine, margins * margins.sin(), self.boundary)
 
     def extra_repr(self) -> str:
-        names = ("margin", "std", "kind", "plus", "boundary", "seed")
+        names = ("margin", "std", "kind", "plus", "boundary", "seed", "form")
         return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
 
 
-def _by_difficulty(margins: Tensor, target_cosine: Tensor, counted: Tensor) -> Tensor:
-    """The same margins (N,), the smallest for the greatest cosine; rows that do not count keep out of it."""
+def _by_difficulty(margins: Tensor, target_cosine: Tensor, counted: Tensor, form: Form) -> Tensor:
+    """Hand out the counted rows' margins (N,) anew, by target cosine; the other rows keep theirs."""
+    # Counted rows come first, by falling cosine, and so do their margins, ascending.
     order = target_cosine.detach().masked_fill(~counted, -torch.inf).argsort(descending=True, stable=True)
     ascending = margins.masked_fill(~counted, torch.inf).sort().values
-    return torch.where(counted, torch.empty_like(margins).scatter(0, order, ascending), margins)
+    if form == "paper":
+        return torch.where(counted, torch.empty_like(margins).scatter(0, order, ascending), margins)
+    place = (counted.cumsum(0) - 1).clamp(min=0)  # of a row among the counted ones
+    return torch.where(counted, ascending[place[order[place]]], margins)

@@ -87,9 +87,13 @@ def select(name: str, device: torch.device, dtype: torch.dtype = torch.float32, 
     check_name(name)
     lacks_dtype = _NO_FP64 if dtype == torch.float64 else ()
     if name == "auto":
-        fastest = (each for each in _FASTEST.get(device.type, ()) if each not in lacks_dtype)
-        able = tuple(each for each in fastest if needs is None or has_negatives(each))
-        return next((each for each in able if _unavailable(each) is None), None) or _reference_for_want_of(able)
+        # Lists and a loop: torch.compile of torch 2.8 traces no generator.
+        fastest = [each for each in _FASTEST.get(device.type, ()) if each not in lacks_dtype]
+        able = [each for each in fastest if needs is None or has_negatives(each)]
+        for each in able:
+            if _unavailable(each) is None:
+                return each
+        return _reference_for_want_of(tuple(able))
     if needs is not None and not has_negatives(name):
         able_names = " and ".join(repr(each) for each in NAMES if has_negatives(each))
         raise ValueError(f"backend {name!r} does not have {needs}: {able_names} do")

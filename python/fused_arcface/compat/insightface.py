@@ -12,14 +12,16 @@ centres do not depend on the number of ranks.
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..checks import check_scale
 from ..distributed import JointBatch, Ranks
 from ..hard_negatives import InterclassFilter
 from ..margins import CombinedMargin
@@ -50,18 +52,15 @@ class CombinedMarginLoss(nn.Module):
 
     def __init__(self, s: float, m1: float, m2: float, m3: float, interclass_filtering_threshold: float = 0) -> None:
         super().__init__()
-        if m3 <= 0 and m1 != 1.0:
-            raise ValueError(f"m1 must be 1.0 unless m3 > 0, as in insightface; got m1={m1}, m3={m3}")
+        _check_m1(m1, m3)
         self.s, self.m1, self.m2, self.m3 = s, m1, m2, m3
         self.interclass_filtering_threshold = interclass_filtering_threshold
 
     def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Scaled logits (N, C) with the margin from cosines (N, C) and labels (N, 1), -1 where the class is
         elsewhere."""
-        if self.interclass_filtering_threshold > 0:
-            dirty = logits.detach() > self.interclass_filtering_threshold
-            is_target = labels == torch.arange(logits.shape[1], device=logits.device)
-            logits = logits.masked_fill(dirty & ~is_target, 0)
+        _check_m1(self.m1, self.m3)
+        logits = _filtered(logits, labels, self.interclass_filtering_threshold)
         return _with_margin(logits, labels, _combined(self.m2, self.m3)) * self.s
 
 
@@ -101,28 +100,125 @@ def _combined(m2: float, m3: float) -> Callable[[Tensor], Tensor]:
     return _CosFaceMargin(m3) if m3 > 0 else CombinedMargin(1.0, m2, 0.0, boundary="none", gradient="straight_through")
 
 
+def _filtered(logits: Tensor, labels: Tensor, threshold: float) -> Tensor:
+    if threshold <= 0:
+        return logits
+    is_target = labels == torch.arange(logits.shape[1], device=logits.device)
+    return logits.masked_fill((logits.detach() > threshold) & ~is_target, 0)
+
+
 def _with_margin(logits: Tensor, labels: Tensor, margin: Callable[[Tensor], Tensor]) -> Tensor:
     rows = (labels.flatten() != -1).nonzero().squeeze(1)
     columns = labels.flatten()[rows]
     return logits.index_put((rows, columns), margin(logits[rows, columns]))
 
 
-def _fused_margin(margin_loss: Callable[..., Tensor]) -> tuple[Callable[[Tensor], Tensor], float] | None:
-    """Margin and scale of this module's classes and of insightface's own, known by name; None for any other
-    callable."""
-    name = type(margin_loss).__name__
-    if name == "CombinedMarginLoss":
-        m2, m3 = float(getattr(margin_loss, "m2", 0)), float(getattr(margin_loss, "m3", 0))
-        threshold = float(getattr(margin_loss, "interclass_filtering_threshold", 0))
-        if m3 > 0 or getattr(margin_loss, "m1", 1.0) == 1.0:
-            margin = _combined(m2, m3)
-            filtered = InterclassFilter(margin, threshold) if 0 < threshold < 1 else margin
-            return filtered, float(getattr(margin_loss, "s", 64.0))
-    if name == "ArcFace" and hasattr(margin_loss, "margin") and hasattr(margin_loss, "s"):
-        return _combined(float(margin_loss.margin), 0.0), float(margin_loss.s)
-    if name == "CosFace" and hasattr(margin_loss, "m") and hasattr(margin_loss, "s"):
-        return _combined(0.0, float(margin_loss.m)), float(margin_loss.s)
-    return None
+class _Fused(NamedTuple):
+    """What the fused kernels need of a margin module that they can stand in for."""
+
+    margin: Callable[[Tensor], Tensor]
+    scale: float
+
+
+_OWN_FORWARDS: dict[type[nn.Module], Any] = {each: each.forward for each in (CombinedMarginLoss, ArcFace, CosFace)}
+
+
+def _fused(margin_loss: Callable[..., Tensor]) -> _Fused | None:
+    """Return the margin and scale that this module has now, or None if the fused kernels can't stand in for it.
+
+    This module's classes are known. A class of another module with one of their names is insightface's own or a
+    version of it: it is known if it computes the same values and derivatives as ours does.
+    """
+    if not isinstance(margin_loss, nn.Module) or not _is_plain(margin_loss):
+        return None
+    own = _OWN_FORWARDS.get(type(margin_loss))
+    if own is not None and type(margin_loss).forward is own:
+        return _numbers(margin_loss)
+    numbers = _numbers(margin_loss)
+    return numbers if numbers is not None and _computes(margin_loss, numbers) else None
+
+
+def _is_plain(margin_loss: nn.Module) -> bool:
+    """Whether the module has numbers and texts alone: no tensor, submodule, hook or forward of its instance."""
+    values = vars(margin_loss).values()
+    return all(isinstance(each, (int, float, str, type(None))) or _is_empty(each) for each in values)
+
+
+def _is_empty(value: object) -> bool:
+    return isinstance(value, (dict, set)) and len(value) == 0
+
+
+def _numbers(margin_loss: nn.Module) -> _Fused | None:
+    """Read margin and scale from the attributes that a class of this name has; None if it lacks one, or if their
+    values are none that the fused kernels take."""
+    name = next((each.__name__ for each in type(margin_loss).__mro__ if each.__name__ in _NAMES), "")
+    values: list[Any] = [getattr(margin_loss, each, None) for each in _NAMES.get(name, ("",))]
+    if not all(isinstance(value, (int, float)) for value in values):
+        return None
+    scale, *rest = map(float, values)
+    if name != "CombinedMarginLoss":
+        m2, m3, threshold = (rest[0], 0.0, 0.0) if name == "ArcFace" else (0.0, rest[0], 0.0)
+    else:
+        m1, m2, m3, threshold = rest
+        if m3 <= 0 and m1 != 1.0:
+            return None
+    try:
+        check_scale(scale)
+        margin = _combined(m2, m3)
+    except ValueError:
+        return None
+    return _Fused(InterclassFilter(margin, threshold) if 0 < threshold < 1 else margin, scale)
+
+
+_NAMES = {
+    "CombinedMarginLoss": ("s", "m1", "m2", "m3", "interclass_filtering_threshold"),
+    "ArcFace": ("s", "margin"),
+    "CosFace": ("s", "m"),
+}
+"""Scale and margin of each class, by its attributes."""
+
+
+def _check_m1(m1: float, m3: float) -> None:
+    if m3 <= 0 and m1 != 1.0:
+        raise ValueError(f"m1 must be 1.0 unless m3 > 0, as in insightface; got m1={m1}, m3={m3}")
+
+
+def _computes(margin_loss: nn.Module, numbers: _Fused) -> bool:
+    """Whether the module has these numbers' values and derivatives on a grid of cosines, also past θ + m = π."""
+    fp64 = {"dtype": torch.float64, "device": "cpu"}
+    grid = torch.linspace(-0.999, 0.999, 67, **fp64)  # type: ignore[call-overload]
+    cosines = torch.stack([grid, grid.flip(0), grid.roll(20)], 1)  # (67, 3): each value as target and as negative
+    labels = (torch.arange(67, device="cpu") % 4 - 1)[:, None]  # -1: the class is in another shard
+    upstream = torch.linspace(-1, 2, 201, **fp64).reshape(67, 3)  # type: ignore[call-overload]
+    margin, threshold = numbers.margin, 0.0
+    if isinstance(numbers.margin, InterclassFilter):
+        margin, threshold = numbers.margin.margin, numbers.margin.threshold
+
+    def run(function: Callable[[Tensor, Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+        with torch.inference_mode(False), torch.enable_grad():
+            given = cosines.clone().requires_grad_()
+            logits = function(given * 1, labels.clone())  # not a leaf: theirs works in place
+            (gradient,) = torch.autograd.grad(logits, given, upstream.to(logits.dtype))
+        return logits.detach().double(), gradient
+
+    def ours(given: Tensor, labels: Tensor) -> Tensor:
+        return _with_margin(_filtered(given, labels, threshold), labels, margin) * numbers.scale
+
+    try:  # on a copy, with the generator put back: a margin that draws or counts is not disturbed
+        with torch.random.fork_rng(devices=[]):
+            found = run(copy.deepcopy(margin_loss))
+    except Exception:  # it takes no such input, so it is none of these
+        return False
+    tolerance = 1e-5 * numbers.scale
+    return all(torch.allclose(a, b, rtol=1e-5, atol=tolerance) for a, b in zip(found, run(ours), strict=True))
+
+
+def _key(margin_loss: Callable[..., Tensor]) -> Any:
+    """Return what must be unchanged for :func:`_fused` to give the same again; None: unknown."""
+    if not isinstance(margin_loss, nn.Module) or not _is_plain(margin_loss):
+        return None
+    forward = type(margin_loss).forward
+    return id(forward), _numbers(margin_loss), repr(sorted(vars(margin_loss).items()))
 
 
 class PartialFC_V2(PartialFC):
@@ -131,7 +227,9 @@ class PartialFC_V2(PartialFC):
     Args:
         margin_loss: one of this module's or of insightface's margins; or any callable from cosines (N, C) and labels
             (N, 1), -1 where the class is in another shard, to logits (N, C): that takes the slow path, which stores
-            them.
+            them. Attributes such as m2 and s are read in each forward, so they may change between steps. A class that
+            is called ``CombinedMarginLoss``, ``ArcFace`` or ``CosFace`` is fused if values and derivatives are those
+            of this module's; the exact-gradient one of early 2022 takes the slow path.
         embedding_size: D.
         num_classes: over all ranks.
         sample_rate: fraction of the classes used in a step.
@@ -160,14 +258,15 @@ class PartialFC_V2(PartialFC):
             raise TypeError(f"margin_loss must be an instance; got the class {margin_loss.__name__}")
         if not callable(margin_loss):
             raise TypeError(f"margin_loss must be callable; got {type(margin_loss).__name__}")
-        fused = _fused_margin(margin_loss)
-        options: dict[str, Any] = {} if fused is None else {"margin": fused[0], "scale": fused[1]}
+        fused = _fused(margin_loss)
+        options = {} if fused is None else fused._asdict()
         super().__init__(embedding_size, num_classes, sample_rate=sample_rate, dense_grad=True, **options)
         self.margin_softmax = margin_loss
+        self._resolved: tuple[Any, _Fused | None] = _key(margin_loss), fused
         self.embedding_size, self.fp16 = embedding_size, fp16
         self.rank, self.world_size = self.ranks.rank, self.ranks.world_size
         self.num_sample = int(self.sample_rate * self.num_local)
-        self._slow, self._warned = fused is None, False
+        self._warned = False
 
     @property
     def weight_index(self) -> Tensor:
@@ -175,11 +274,25 @@ class PartialFC_V2(PartialFC):
             raise AttributeError("weight_index is there after a step with sample_rate < 1")
         return self._sampled
 
+    def _run_state(self) -> dict[str, Tensor]:
+        return {}  # the state_dict is insightface's
+
+    def _resolve(self) -> bool:
+        """Whether the fused kernels can stand in for ``margin_softmax`` as it is now, whose margin and scale this head
+        then has: schedules change them between steps."""
+        key = _key(self.margin_softmax)
+        if key is None or key != self._resolved[0]:
+            self._resolved = key, _fused(self.margin_softmax)
+        fused = self._resolved[1]
+        if fused is not None:
+            self.margin, self.scale = fused
+        return fused is not None
+
     @torch.compiler.disable
     def forward(self, local_embeddings: Tensor, local_labels: Tensor) -> Tensor:
         """Mean loss over all ranks' rows, of this rank's embeddings (b, D) and labels (b,) or (b, 1)."""
         labels = local_labels.reshape(-1)
-        if not self._slow:
+        if self._resolve():
             loss = super().forward(local_embeddings, labels)
             assert isinstance(loss, Tensor)
             return loss

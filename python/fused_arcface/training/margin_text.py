@@ -22,7 +22,7 @@ def parse_margin(text: str) -> Margin:
     >>> parse_margin("cosface(0.4)")
     CosFace(margin=0.4)
     >>> parse_margin("MVSoftmax(CosFace(0.3), t=1.2)")
-    MVSoftmax(margin=CosFace(margin=0.3), t=1.2, kind='adaptive')
+    MVSoftmax(margin=CosFace(margin=0.3), t=1.2, kind='adaptive', form='code')
     >>> parse_margin("ArcFace")
     ArcFace(margin=0.5, boundary='hard', gradient='exact')
     """

@@ -87,7 +87,8 @@ def update_centres_kernel(
 ):
     COMPUTE: tl.constexpr = d_unit_ptr.dtype.element_ty
     offs_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    mask_n = (offs_n < num_rows) & (tl.load(active_ptr) != 0)
+    # No scalar bool spread over the block: Triton's interpreter makes integers of it, and since 3.9 refuses such masks.
+    mask_n = offs_n < tl.where(tl.load(active_ptr), num_rows, 0)
     rows = first_class + offs_n
     if classes_ptr is not None:
         rows = tl.load(classes_ptr + offs_n, mask_n, 0)
