@@ -91,9 +91,12 @@ def save(root: str | os.PathLike[str], head: PartialFC, *, keep: int = 2, **othe
     >>> load(root, head, backbone=backbone)
     {'epoch': 3}
     """
+    agreement = {"root": os.path.abspath(root), "others": ", ".join(sorted(others))}
+    head.ranks.check_agreement("checkpoint.save", agreement)
     state: dict[str, Any] = {}
-    for name, value in {_HEAD: head_state(head), **others}.items():
-        state[name] = split(_state_of(value, head), name, state)
+    with head.ranks.together("checkpoint.save"):
+        for name, value in {_HEAD: head_state(head), **others}.items():
+            state[name] = split(_state_of(value, head), name, state)
     return write(Path(root), state, _options(head), head.step, head.ranks, keep)
 
 
@@ -127,26 +130,28 @@ def load(path: str | os.PathLike[str], head: PartialFC, **others: Any) -> dict[s
     >>> load(root, fa.PartialFC(8, 100))  # options may differ
     {'epoch': 3}
     """
-    directory, manifest = find(path)
-    for name, own in {"sub_centers": None, **_options(head)}.items():
-        saved = manifest["head"].get(name)
-        if saved != own:
-            raise CheckpointError(f"{directory}: {name} was {saved} when saved; this head's is {own}")
-    saved = metadata(directory)
-    plain = [key for key, value in saved.items() if not isinstance(value, TensorStorageMetadata)]
-    missing = others.keys() - set(plain)
-    if missing:
-        raise CheckpointError(f"{directory} has no {', '.join(sorted(missing))}")
-    own = {f"{_HEAD}.{name}": shard for name, shard in head_state(head).items() if isinstance(shard, Tensor)}
+    with head.ranks.together("checkpoint.load"):
+        directory, manifest = find(path)
+        for name, own in {"sub_centers": None, **_options(head)}.items():
+            saved = manifest["head"].get(name)
+            if saved != own:
+                raise CheckpointError(f"{directory}: {name} was {saved} when saved; this head's is {own}")
+        saved = metadata(directory)
+        plain = [key for key, value in saved.items() if not isinstance(value, TensorStorageMetadata)]
+        missing = others.keys() - set(plain)
+        if missing:
+            raise CheckpointError(f"{directory} has no {', '.join(sorted(missing))}")
+        own = {f"{_HEAD}.{name}": shard for name, shard in head_state(head).items() if isinstance(shard, Tensor)}
     structures: dict[str, Any] = dict.fromkeys(plain)
     read(directory, structures, head.ranks)
-    imported = "optimizer" not in structures[_HEAD] and structures[_HEAD]["step"] == 0
-    if imported:  # centres alone: a fused optimizer starts as a new one
-        own = {key: shard for key, shard in own.items() if key == f"{_HEAD}.weight"}
-    _check_tensors(directory, saved, own)
-    tensors: dict[str, Any] = dict(own)
-    for name, value in others.items():
-        tensors |= _receivers(name, value, saved, head)
+    with head.ranks.together("checkpoint.load"):
+        imported = "optimizer" not in structures[_HEAD] and structures[_HEAD]["step"] == 0
+        if imported:  # centres alone: a fused optimizer starts as a new one
+            own = {key: shard for key, shard in own.items() if key == f"{_HEAD}.weight"}
+        _check_tensors(directory, saved, own)
+        tensors: dict[str, Any] = dict(own)
+        for name, value in others.items():
+            tensors |= _receivers(name, value, saved, head)
     read(directory, tensors, head.ranks)
     torch.autograd.graph.increment_version(head.weight)
     head.step = structures[_HEAD]["step"]

@@ -42,10 +42,10 @@ def write(root: Path, state: dict[str, Any], options: dict[str, Any], step: int,
     # Rank 0 alone looks: others might see its directory already.
     final = root / ranks.gather_objects(final.name)[0]
     partial = root / (_PARTIAL + final.name)
-    if ranks.rank == 0:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    ranks.gather_objects(None)  # a barrier: nobody writes before the directory is there
+    with ranks.together("checkpoint.save"):  # nobody writes before the directory is there
+        if ranks.rank == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
     with _quiet():
         dcp_save(
             state,
@@ -54,9 +54,9 @@ def write(root: Path, state: dict[str, Any], options: dict[str, Any], step: int,
             process_group=ranks.group,
             no_dist=ranks.world_size == 1,
         )
-    if ranks.rank == 0:
-        _publish(partial, final, options, keep)
-    ranks.gather_objects(None)
+    with ranks.together("checkpoint.save"):
+        if ranks.rank == 0:
+            _publish(partial, final, options, keep)
     return final
 
 
