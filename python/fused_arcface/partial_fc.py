@@ -179,12 +179,23 @@ class PartialFC(nn.Module):
         }
 
     def _agreement(self, call: str, **more: Any) -> Agreement:
-        """What every rank must have alike when it makes this call, a collective."""
+        """What every rank must have alike when it makes this call, a collective. Checks this rank's shard as well.
+
+        Raises:
+            RuntimeError: another's wrapper holds the class centers.
+        """
+        shape = (self.num_local * self.sub_centers, self.embedding_dim)
+        check_unwrapped(type(self).__name__, self, shape, self.ranks.group)
+        if self.ranks.world_size == 1:
+            return {}
         own = {"weight.dtype": self.weight.dtype, **more}
+        if isinstance(self.margin, nn.Module) and not self._compared:  # later it is the same steps that change it
+            own["margin.state"] = {name: tensor.tolist() for name, tensor in self.margin.state_dict().items()}
         return {"call": call, **self._options(), **{name: str(value) for name, value in own.items()}}
 
     def _step_agreement(self, call: str, ignore_index: int) -> Agreement:
         """What every rank must have alike for a forward pass, and for the backward pass that follows."""
+        check_built_in_time(type(self).__name__, self.ranks.group)
         more: dict[str, Any] = {
             "training": self.training,
             "torch.is_grad_enabled()": torch.is_grad_enabled(),
@@ -254,8 +265,8 @@ class PartialFC(nn.Module):
                 "PartialFC cannot be recomputed in a backward pass: it would be another step, with another sample. "
                 "Keep the head outside of torch.utils.checkpoint; it stores no logits that would be worth it"
             )
-        check_built_in_time(type(self).__name__, self.ranks.group)
-        agreement = self._step_agreement("forward()", ignore_index)
+        with self._refusing():
+            agreement = self._step_agreement("forward()", ignore_index)
         embeddings, batch, backend = self._gather(embeddings, target, agreement, ignore_index, return_stats)
         target = torch.ops.fused_arcface.local_target(batch.target, self.num_classes, ignore_index)
         # A gradient has a size, for which one waits; CenterSGD needs none.
@@ -324,10 +335,8 @@ class PartialFC(nn.Module):
 
     @contextlib.contextmanager
     def _refusing(self) -> Iterator[None]:
-        """Check this rank's shard, then run its checks of its arguments; if they raise, every rank raises."""
+        """Run this rank's own checks before a collective; if they raise, every rank raises."""
         try:
-            shape = (self.num_local * self.sub_centers, self.embedding_dim)
-            check_unwrapped(type(self).__name__, self, self.weight, shape, self.ranks.group)
             yield
         except Exception:
             self.ranks.refuse_batch(self.weight.device)
@@ -397,7 +406,9 @@ class PartialFC(nn.Module):
     def logits(self, embeddings: Tensor) -> Tensor:
         """``s·cos θ`` of this rank's embeddings (n, D) with every class, (n, C_total), without a margin or a gradient.
         A collective."""
-        _, rows, _ = self._gather(embeddings, None, self._agreement("logits()"))
+        with self._refusing():
+            agreement = self._agreement("logits()")
+        _, rows, _ = self._gather(embeddings, None, agreement)
         local = self.scale * cosines_of(rows.embeddings, self.weight, self.sub_centers).T  # (C, N)
         return torch.cat([rows.own(part.T) for part in self.ranks.gather_rows(local, self.sharding.counts())], 1)
 
@@ -413,7 +424,8 @@ class PartialFC(nn.Module):
             k = check_size("k", k)
             if k > self.num_classes:
                 raise ValueError(f"k must be <= C_total={self.num_classes}; got {k}")
-        _, rows, _ = self._gather(embeddings, None, self._agreement("topk()", k=k))
+            agreement = self._agreement("topk()", k=k)
+        _, rows, _ = self._gather(embeddings, None, agreement)
         cosines, classes = nearest_classes(rows.embeddings, self.weight, k, self.sub_centers)
         counts = [min(k, count) for count in self.sharding.counts()]
         cosines = torch.cat([rows.own(part.T) for part in self.ranks.gather_rows(cosines.T, counts)], 1)

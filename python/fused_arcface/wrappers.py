@@ -10,9 +10,8 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 
 _CURE = """ Each rank holds its own shard of the class centers, which nothing may broadcast, average or shard. Keep the \
 head outside of the wrapper and of Accelerate's prepare(), or name its weight before the model is wrapped:
@@ -46,42 +45,35 @@ def check_plain(owner: str, weight: object) -> None:
         raise RuntimeError(_message(owner, "fully_shard or another wrapper has made weight a DTensor"))
 
 
-def check_unwrapped(owner: str, module: nn.Module, weight: Tensor, shape: tuple[int, int], group: Any) -> None:
+def check_unwrapped(owner: str, head: nn.Module, shape: tuple[int, int], group: Any) -> None:
     """Check that this rank's shard is its own, as far as one rank can see.
 
     Args:
         owner: the head's name, for errors.
-        module: the head.
-        weight: its shard.
-        shape: that the shard has.
+        head: has the shard as ``weight``.
+        shape: of the shard.
         group: the process group that holds the classes; None: this process alone.
 
     Raises:
-        RuntimeError: a wrapper holds the shard; or the head was built before the process group.
+        RuntimeError: a wrapper holds the shard.
     """
+    weight: Any = head.weight
     check_plain(owner, weight)
-    if not isinstance(weight, nn.Parameter) and getattr(module, "_is_fsdp_managed_module", False):
+    if not isinstance(weight, nn.Parameter) and getattr(head, "_is_fsdp_managed_module", False):
         raise RuntimeError(_message(owner, "FullyShardedDataParallel has flattened weight with other parameters"))
     if tuple(weight.shape) != shape:
         raise RuntimeError(_message(owner, f"weight must be this rank's {shape}; got {tuple(weight.shape)}"))
     wrapper: Any = getattr(nn.parallel.DistributedDataParallel, "_active_ddp_module", None)
-    if wrapper is not None and group is not None and _share_ranks(wrapper.process_group, group):
-        name = _name_in(wrapper, weight)
-        if name is not None:
-            raise RuntimeError(_message(owner, f"DistributedDataParallel holds {name}", name))
+    if wrapper is None or group is None or not any(weight is held for held in wrapper._module_parameters):
+        return
+    if _share_ranks(wrapper.process_group, group):
+        name = next(name for name, parameter in wrapper.module.named_parameters() if parameter is weight)
+        raise RuntimeError(_message(owner, f"DistributedDataParallel holds {name}", name))
 
 
 def _share_ranks(one: Any, other: Any) -> bool:
     """Whether the groups have two ranks in common. A wrapper over replicas of the same shard may hold it."""
     return len(set(dist.get_process_group_ranks(one)) & set(dist.get_process_group_ranks(other))) > 1
-
-
-def _name_in(wrapper: Any, weight: Tensor) -> str | None:
-    """The weight's name in a DistributedDataParallel that broadcasts and averages it; None if it does not."""
-    for name, parameter in wrapper.module.named_parameters():
-        if parameter is weight and name not in wrapper.parameters_to_ignore:
-            return name
-    return None
 
 
 def check_built_in_time(owner: str, group: Any) -> None:

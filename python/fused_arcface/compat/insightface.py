@@ -189,7 +189,8 @@ class PartialFC_V2(PartialFC):
                 "function of the target's cosine alone, fused_arcface.PartialFC(margin=...) needs no logits",
                 stacklevel=3,
             )
-        agreement = self._step_agreement(f"forward() with {type(self.margin_softmax).__name__}", -100)
+        with self._refusing():
+            agreement = self._step_agreement(f"forward() with {type(self.margin_softmax).__name__}", -100)
         embeddings, batch, _ = self._gather(local_embeddings, labels, agreement)
         rows = _AllRows.apply(embeddings, batch, self.ranks) if batch.requires_grad else batch.embeddings
         target = torch.ops.fused_arcface.local_target(batch.target, self.num_classes, -100)
