@@ -52,17 +52,19 @@ def batch(step: int) -> tuple[torch.Tensor, torch.Tensor]:
     return (x[dist.get_rank() :: 2], y[dist.get_rank() :: 2]) if dist.is_initialized() else (x, y)
 
 
-def train(model: Model, loss_of: Callable[..., torch.Tensor], backward: Any = torch.Tensor.backward) -> dict[str, Any]:
+def train(model: Model, loss_of: Callable[..., torch.Tensor], backward: Any = torch.Tensor.backward) -> Model:
+    """The model after some steps of SGD."""
     parameters = [*model.backbone.parameters(), *([] if model.head.center_optimizer else [model.head.weight])]
     optimizer = torch.optim.SGD(parameters, lr=LR, foreach=False)
     for step in range(STEPS):
         optimizer.zero_grad()
         backward(loss_of(*batch(step)))
         optimizer.step()
-    return state_of(model) if not isinstance(loss_of, FullyShardedDataParallel) else {}
+    return model
 
 
-def state_of(model: Any) -> dict[str, Any]:
+def state_of(model: Any) -> dict[str, torch.Tensor]:
+    """The backbone's parameters and all class centers."""
     state = {
         name: value.full_tensor() if hasattr(value, "full_tensor") else value.detach().clone()
         for name, value in model.backbone.state_dict().items()
@@ -109,27 +111,25 @@ def accelerator() -> Any:
     return Accelerator(cpu=True)
 
 
-def cured(kind: str) -> dict[str, Any]:
+def cured(kind: str) -> dict[str, torch.Tensor]:
     """The result of training with the line that the error names."""
-    optimizer = fa.CenterSGD(LR, momentum=0) if kind == "ddp, CenterSGD" else None
-    model = Model(center_optimizer=optimizer)
+    model = Model(center_optimizer=fa.CenterSGD(LR, momentum=0) if kind == "ddp, CenterSGD" else None)
     if kind == "fsdp2":
         fully_shard(model, ignored_params={model.head.weight})
-        return train(model, model)
+        return state_of(train(model, model))
     if kind == "fsdp1":
-        wrapper = FullyShardedDataParallel(
-            model, device_id=torch.device("cpu"), use_orig_params=True, ignored_states=[model.head.weight]
-        )
+        options = {"device_id": torch.device("cpu"), "use_orig_params": True}
+        wrapper = FullyShardedDataParallel(model, ignored_states=[model.head.weight], **options)
         train(model, wrapper)
         with FullyShardedDataParallel.summon_full_params(wrapper):
             return state_of(model)
     if kind == "accelerate":
         prepared = accelerator().prepare(model.backbone)  # the head outside
-        return train(model, lambda x, y: model.head(prepared(x), y), accelerator().backward)
+        return state_of(train(model, lambda x, y: model.head(prepared(x), y), accelerator().backward))
     ignore(model)
     if kind == "accelerate, ignored":
-        return train(model, accelerator().prepare(model), accelerator().backward)
-    return train(model, DistributedDataParallel(model))
+        return state_of(train(model, accelerator().prepare(model), accelerator().backward))
+    return state_of(train(model, DistributedDataParallel(model)))
 
 
 def lightning_module(protected: bool) -> Any:
@@ -156,7 +156,7 @@ def lightning_module(protected: bool) -> Any:
     return Module()
 
 
-def fit(protected: bool) -> dict[str, Any]:
+def fit(protected: bool) -> dict[str, torch.Tensor]:
     import lightning.pytorch as lightning
 
     module = lightning_module(protected)
@@ -254,7 +254,7 @@ def test_a_compiled_wrapper_is_an_error():
 @pytest.mark.parametrize("kind", [*CURED, "lightning"])
 def test_with_the_cure_the_ranks_train_as_one_process(results, kind):
     model = Model()
-    expected = train(model, model)
+    expected = state_of(train(model, model))
     for result in results:
         assert isinstance(result["cured", kind], dict), result["cured", kind]
         torch.testing.assert_close(result["cured", kind], expected, rtol=0, atol=1e-6)

@@ -19,7 +19,7 @@ Agreement = dict[str, str]
 """By name, the text of each value that must be the same on every rank."""
 
 REFUSED = -1
-"""As :attr:`Header.count`: this rank's arguments are wrong, and it raises."""
+"""As :attr:`Header.rows`: this rank's arguments are wrong, and it raises."""
 
 # Rows of a shard that stand for the whole of it. A broadcast makes all rows equal, so a few show it.
 _COMPARED_ROWS = 64
@@ -28,7 +28,7 @@ _COMPARED_ROWS = 64
 class Header(NamedTuple):
     """The numbers of one rank, each an int64."""
 
-    count: int
+    rows: int
     """Rows of the batch, or :data:`REFUSED`."""
     requires_grad: int = 0
     """1 if this rank wants the gradient by its embeddings."""
@@ -69,7 +69,7 @@ def check_headers(headers: Sequence[Header]) -> None:
         RuntimeError: a rank has refused its arguments.
         TypeError: the embeddings' dtypes differ.
     """
-    refused = [rank for rank, header in enumerate(headers) if header.count == REFUSED]
+    refused = [rank for rank, header in enumerate(headers) if header.rows == REFUSED]
     if refused:
         raise RuntimeError(refusal(refused))
     dtypes = [FLOAT_DTYPES[header.dtype] for header in headers if header.dtype >= 0]

@@ -128,7 +128,7 @@ class Ranks:
                 self._compare(headers, owner, agreement)
                 if not self._make_room(headers, embeddings):
                     break
-        counts = [header.count for header in headers]
+        counts = [header.rows for header in headers]
         if min(counts) < self._room.rows:
             labels = torch.cat([part[:count] for part, count in zip(labels, counts, strict=True)])
             rows = torch.cat([part[:count] for part, count in zip(rows, counts, strict=True)])
@@ -165,13 +165,14 @@ class Ranks:
 
     def _make_room(self, headers: list[Header], embeddings: Tensor) -> bool:
         """Return whether the batch did not fit into the buffer that is there."""
-        old, rows = self._room, max(header.count for header in headers)
+        old, rows = self._room, max(header.rows for header in headers)
         self._room = _Room(max(rows, old.rows), embeddings.shape[1], embeddings.dtype)
         return self._room != old
 
     def _headers_travel_apart(self, device: torch.device) -> bool:
         """Whether to send headers over the group's backend for the CPU: not to wait for a GPU."""
-        return device.type != "cpu" and torch.device("cpu") in self.group._device_types
+        group: Any = self.group
+        return device.type != "cpu" and torch.device("cpu") in group._device_types
 
     def _gather_headers(self, own: Header, device: torch.device) -> list[Header]:
         """All ranks' headers, without rows."""
@@ -203,10 +204,11 @@ class Ranks:
         header, labels, rows = parts(send)
         # Number by number: to copy a tensor from the host would be to wait for the device.
         for column, value in enumerate(own):
-            header[:, column] = value
-        if target is not None and 0 < own.count <= room.rows and embeddings.dtype == room.dtype:
-            labels[0, : own.count] = target
-            rows.view(room.rows, room.dim)[: own.count] = embeddings
+            if value != 0:
+                header[:, column] = value
+        if target is not None and 0 < own.rows <= room.rows and embeddings.dtype == room.dtype:
+            labels[0, : own.rows] = target
+            rows.view(room.rows, room.dim)[: own.rows] = embeddings
         received = send.new_empty(self.world_size, ends[-1])
         _all_gather(received, send, group=self.group)
         header, labels, rows = parts(received)
@@ -273,8 +275,9 @@ class Ranks:
 
     @contextlib.contextmanager
     def together(self, what: str) -> Iterator[None]:
-        """Run a block of each rank's own work; if it raises on one rank, raise RuntimeError on the others. A collective:
-        no rank leaves before all have come to the end.
+        """Run a block of each rank's own work; if it raises on one rank, raise RuntimeError on the others.
+
+        A collective: no rank goes on before all have come to the end of the block.
 
         Args:
             what: is done here, for the error.

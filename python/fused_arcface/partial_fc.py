@@ -45,8 +45,23 @@ class PartialFC(nn.Module):
 
     **Gradients.** The embeddings' gradient is W times the loss's derivative, W the number of ranks:
     ``DistributedDataParallel`` and FSDP average over the ranks, so the backbone then trains as a single process would
-    on all ranks' rows. Do not wrap the head itself: its shards differ. The class centres' gradient is the derivative,
-    unscaled. Every rank must run the backward pass, from the same multiple of the loss.
+    on all ranks' rows. The class centres' gradient is the derivative, unscaled. Every rank must run the backward pass,
+    from the same multiple of the loss.
+
+    **Wrappers.** Each rank holds its own shard, which nothing may broadcast, average or shard again. Build the head
+    after the process group and keep it outside of ``DistributedDataParallel``, FSDP and Accelerate's ``prepare()``. A
+    head inside a wrapped model needs one line before the model is wrapped; without it the first step raises. With DDP,
+    and at the end of a ``LightningModule``'s ``configure_model()``::
+
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, ["head.weight"])
+
+    With FSDP2 it is ``fully_shard(model, ignored_params={model.head.weight})``, which does not move the head to the
+    device either.
+
+    **Agreement.** Options and modes are compared between the ranks in each step (scale, margin, learning rate,
+    ``train()``, gradient mode, ``ignore_index`` and so on). A difference raises the same ValueError on every rank. What
+    one rank refuses raises on the others as well. Statistics, or a gradient by the embeddings, may be wanted on some
+    ranks alone.
 
     **Sampling.** With ``sample_rate`` below 1 a step uses all classes of the joint batch and others drawn anew each
     step, ``round(sample_rate·C_total)`` over all shards (An et al., Partial FC, arXiv:2203.15565). The draw is a
@@ -86,6 +101,7 @@ class PartialFC(nn.Module):
 
     Raises:
         TypeError, ValueError: an argument of a wrong type or out of its range; an option that differs between ranks.
+        RuntimeError: another rank refused its arguments.
 
     >>> import torch
     >>> head = PartialFC(embedding_dim=8, num_classes=1000, sample_rate=0.1)
@@ -134,8 +150,8 @@ class PartialFC(nn.Module):
             if label_smoothing > 0 and (sample_rate < 1 or center_optimizer is not None):
                 option = f"sample_rate={sample_rate}" if sample_rate < 1 else "a center_optimizer"
                 raise ValueError(
-                    f"label_smoothing must be 0 with {option}: its gradient reaches every class centre in each step; use "
-                    f"sample_rate=1 and an ordinary optimizer over weight.grad; got {label_smoothing}"
+                    f"label_smoothing must be 0 with {option}: its gradient reaches every class centre in each step; "
+                    f"use sample_rate=1 and an ordinary optimizer over weight.grad; got {label_smoothing}"
                 )
             backends.check_name(backend)
             dtype = dtype or torch.get_default_dtype()
@@ -257,8 +273,10 @@ class PartialFC(nn.Module):
         rank calls it, with n = 0 if it has no rows.
 
         Raises:
-            TypeError, ValueError: as :func:`fused_arcface.margin_softmax_loss`; a wrong label raises on every rank.
-            RuntimeError: another rank refused its arguments; a backward pass that recomputes the step.
+            TypeError, ValueError: as :func:`fused_arcface.margin_softmax_loss`; a wrong label raises on every rank. An
+                option, mode, dtype or call that differs between ranks raises on every rank.
+            RuntimeError: another rank refused its arguments; a wrapper of all ranks' parameters holds the class
+                centers; the head is older than the process group; a backward pass that recomputes the step.
         """
         if self.training and torch._C._current_graph_task_id() != -1:
             raise RuntimeError(

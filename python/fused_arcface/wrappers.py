@@ -13,15 +13,16 @@ from typing import Any
 import torch.distributed as dist
 from torch import nn
 
-_CURE = """ Each rank holds its own shard of the class centers, which nothing may broadcast, average or shard. Keep the \
-head outside of the wrapper and of Accelerate's prepare(), or name its weight before the model is wrapped:
-  DDP, Lightning:  torch.nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, [{name!r}])
+_CURE = """\
+Each rank holds its own shard of the class centers, which nothing may broadcast, average or shard. Keep the head
+outside of the wrapper and of Accelerate's prepare(), or name its weight before the model is wrapped:
+  DDP, Lightning:  DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, [{name!r}])
   FSDP2:           fully_shard(model, ignored_params={{model.{name}}})
   FSDP1:           FullyShardedDataParallel(model, ignored_states=[model.{name}])"""
 
 
 def _message(owner: str, fault: str, name: str = "head.weight") -> str:
-    return f"{owner}: {fault}." + _CURE.format(name=name)
+    return f"{owner}: {fault}. " + _CURE.format(name=name)
 
 
 def copied_shards(owner: str, ranks: list[int]) -> str:
@@ -84,7 +85,7 @@ def check_built_in_time(owner: str, group: Any) -> None:
     """
     if group is None and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         raise RuntimeError(
-            f"{owner} was built before torch.distributed was initialized: it holds all class centers, and no other rank "
-            "would learn of their updates. Build it afterwards (with Lightning in configure_model()), or pass a group "
-            "of one rank"
+            f"{owner} was built before torch.distributed was initialized: it holds all class centers, and no other "
+            "rank would learn of their updates. Build it afterwards (with Lightning in configure_model()), or pass a "
+            "group of one rank"
         )
