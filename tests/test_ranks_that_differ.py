@@ -1,6 +1,6 @@
 """One rank of two differs, in each option and each mode: both get the right result, or both the same named error.
 
-All cases run in one pair of processes. A rank that waits for the other in vain fails after ten seconds.
+All cases run in one pair of processes. Each must end within ten seconds.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ CHANGED_GROUPS = ["lr", "momentum", "weight_decay"]
 
 def run_matrix(directory: str) -> dict[str, Any]:
     """What became of each case: an error's type and text, or a result; and its seconds."""
-    rank = Rank(dist.new_group(timeout=timedelta(seconds=LIMIT)))
+    rank = Rank(dist.new_group(timeout=timedelta(seconds=3 * LIMIT)))  # a busy machine breaks no later case
     outcomes: dict[str, Any] = {}
 
     def record(name: str, case: Callable[[], Any]) -> None:
