@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import tempfile
 import traceback
@@ -29,6 +30,7 @@ def _run_rank(rank: int, world_size: int, directory: str, function: Callable[...
         error.add_note(f"on rank {rank}:\n{traceback.format_exc()}")
         result = error
     torch.save(result, f"{directory}/{rank}.pt")
+    gc.collect()  # a model in a cycle holds the group, whose threads then outlive it and may abort the process
     dist.destroy_process_group()
 
 

@@ -6,10 +6,11 @@ import distributed_helpers
 import pytest
 import torch
 import torch.distributed as dist
-from test_partial_fc import D, batches, train_head
+from test_partial_fc import D, batches, own_rows, train_head
 
 import fused_arcface as fa
 from fused_arcface import distributed as fused_distributed
+from fused_arcface.agreement import Header
 
 
 def fewer_classes_than_ranks() -> list:
@@ -181,3 +182,59 @@ def test_embeddings_without_gradient_on_one_rank():
     first, second = distributed_helpers.run_ranks(2, frozen_backbone_on_one_rank)
     assert first[0] is not None and second[0] is None
     assert first[1].isfinite().all() and second[1].isfinite().all()
+
+
+def record_devices(patch: pytest.MonkeyPatch) -> list[str]:
+    """The devices of the tensors that are gathered from now on; the values of those on the meta device are made up."""
+    devices = []
+
+    def all_gather(received: torch.Tensor, send: torch.Tensor, group: object) -> None:
+        devices.append(send.device.type)
+
+    patch.setattr(fused_distributed, "_all_gather", all_gather)
+    patch.setattr(fused_distributed, "_headers", lambda numbers: [Header(0)] * 2)
+    return devices
+
+
+def devices_of_headers() -> dict[str, list[str]]:
+    """Where headers travel for class centers on a GPU, for which the meta device stands in: it is not the CPU."""
+    groups = {"gloo": None, "cuda:gloo": dist.new_group(backend="cuda:gloo")}
+    devices = {}
+    for name, group in groups.items():
+        ranks = fused_distributed.Ranks(group)
+        with pytest.MonkeyPatch.context() as patch:
+            devices[name] = record_devices(patch)
+            ranks.refuse_batch(torch.device("meta"))
+            ranks.meet("PartialFC", {}, torch.device("meta"))
+    return devices
+
+
+def test_headers_travel_where_the_group_has_a_backend():
+    for devices in distributed_helpers.run_ranks(2, devices_of_headers):
+        assert devices == {"gloo": ["cpu", "cpu"], "cuda:gloo": ["meta", "meta"]}
+
+
+def train_with_headers_apart(dtypes: list[torch.dtype]) -> list[torch.Tensor | str]:
+    """Losses of batches of growing size and changing dtype, and errors between them; headers as for a GPU."""
+    fused_distributed.Ranks._headers_travel_apart = lambda self, device: True
+    head, results = fa.PartialFC(D, 23, seed=5), []
+    for step, dtype in enumerate(dtypes):
+        ((x, y),) = batches(23, 4 * step + 3, torch.float32, 1)
+        part = own_rows(head.ranks.world_size, head.ranks.rank, len(y), step)
+        results.append(head(x[part].to(dtype), y[part]).detach())
+        try:
+            head.topk(x[part], 1 if head.ranks.rank == 0 else 2)
+        except ValueError as error:
+            results.append(str(error))
+    return results
+
+
+def test_headers_that_travel_apart():
+    """The CPU stands in for a GPU."""
+    dtypes = [torch.float32, torch.bfloat16, torch.bfloat16, torch.float32]
+    head = fa.PartialFC(D, 23, seed=5)
+    for losses in distributed_helpers.run_ranks(2, train_with_headers_apart, dtypes):
+        for step, dtype in enumerate(dtypes):
+            ((x, y),) = batches(23, 4 * step + 3, torch.float32, 1)
+            torch.testing.assert_close(losses[2 * step], head(x.to(dtype), y).detach())
+            assert losses[2 * step + 1] == "PartialFC: k must be the same on every rank; got rank 0: 1, rank 1: 2"

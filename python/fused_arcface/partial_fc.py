@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from . import backends
+from .agreement import Agreement, digest_of_shard
 from .autograd import Shard
 from .center_sgd import CenterOptimizer, CenterSGD, CentresUpdatedInBackward, describe_tensor
 from .checks import (
@@ -32,6 +35,7 @@ from .margins import ArcFace, Margin
 from .ops import IGNORED, INVALID, compute_dtype
 from .sampling import Sampler
 from .sharding import Sharding
+from .wrappers import check_built_in_time, check_plain, check_unwrapped
 
 _OPTIMIZER = "center_optimizer."  # before the names of its state in the head's state_dict
 
@@ -44,8 +48,23 @@ class PartialFC(nn.Module):
 
     **Gradients.** The embeddings' gradient is W times the loss's derivative, W the number of ranks:
     ``DistributedDataParallel`` and FSDP average over the ranks, so the backbone then trains as a single process would
-    on all ranks' rows. Do not wrap the head itself: its shards differ. The class centres' gradient is the derivative,
-    unscaled. Every rank must run the backward pass, from the same multiple of the loss.
+    on all ranks' rows. The class centres' gradient is the derivative, unscaled. Every rank must run the backward pass,
+    from the same multiple of the loss.
+
+    **Wrappers.** Each rank holds its own shard, which nothing may broadcast, average or shard again. Build the head
+    after the process group and keep it outside of ``DistributedDataParallel``, FSDP and Accelerate's ``prepare()``. A
+    head inside a wrapped model needs one line before the model is wrapped; without it the first step raises. With DDP,
+    and at the end of a ``LightningModule``'s ``configure_model()``::
+
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, ["head.weight"])
+
+    With FSDP2 it is ``fully_shard(model, ignored_params={model.head.weight})``, which does not move the head to the
+    device either.
+
+    **Agreement.** Options and modes are compared between the ranks in each step (scale, margin, learning rate,
+    ``train()``, gradient mode, ``ignore_index`` and so on). A difference raises the same ValueError on every rank. What
+    one rank refuses raises on the others as well. Statistics, or a gradient by the embeddings, may be wanted on some
+    ranks alone.
 
     **State.** ``state_dict()`` continues a run: it has ``weight``, ``step`` and, with a center_optimizer,
     its ``momentum_buffer``, ``momentum_scale`` and ``settings`` (lr, momentum, weight_decay), as
@@ -90,6 +109,7 @@ class PartialFC(nn.Module):
 
     Raises:
         TypeError, ValueError: an argument of a wrong type or out of its range; an option that differs between ranks.
+        RuntimeError: another rank refused its arguments.
 
     >>> import torch
     >>> head = PartialFC(embedding_dim=8, num_classes=1000, sample_rate=0.1)
@@ -119,53 +139,41 @@ class PartialFC(nn.Module):
         label_smoothing: float = 0.0,
     ) -> None:
         super().__init__()
-        embedding_dim = check_size("embedding_dim", embedding_dim)
-        num_classes = check_size("num_classes", num_classes)
-        check_margin(margin)
-        check_scale(scale)
-        check_sample_rate(sample_rate)
-        seed = check_size("seed", seed, least=0)
-        if seed >= 1 << 63:
-            raise ValueError(f"seed must be in [0, 2^63); got {seed}")
-        if not isinstance(dense_grad, bool):
-            raise TypeError(f"dense_grad must be a bool; got {type(dense_grad).__name__}")
-        if center_optimizer is not None and not isinstance(center_optimizer, CenterSGD):
-            raise TypeError(f"center_optimizer must be a CenterSGD or None; got {type(center_optimizer).__name__}")
-        check_sub_centers(sub_centers)
-        check_label_smoothing(label_smoothing, margin, sub_centers)
-        if label_smoothing > 0 and (sample_rate < 1 or center_optimizer is not None):
-            option = f"sample_rate={sample_rate}" if sample_rate < 1 else "a center_optimizer"
-            raise ValueError(
-                f"label_smoothing must be 0 with {option}: its gradient reaches every class centre in each step; use "
-                f"sample_rate=1 and an ordinary optimizer over weight.grad; got {label_smoothing}"
-            )
-        backends.check_name(backend)
-        dtype = dtype or torch.get_default_dtype()
-        if dtype not in FLOAT_DTYPES:
-            raise TypeError(f"dtype must be a floating-point one; got {dtype}")
+        self.ranks = Ranks(group)
+        with self.ranks.together(type(self).__name__):
+            embedding_dim = check_size("embedding_dim", embedding_dim)
+            num_classes = check_size("num_classes", num_classes)
+            check_margin(margin)
+            check_scale(scale)
+            check_sample_rate(sample_rate)
+            seed = check_size("seed", seed, least=0)
+            if seed >= 1 << 63:
+                raise ValueError(f"seed must be in [0, 2^63); got {seed}")
+            if not isinstance(dense_grad, bool):
+                raise TypeError(f"dense_grad must be a bool; got {type(dense_grad).__name__}")
+            if center_optimizer is not None and not isinstance(center_optimizer, CenterSGD):
+                raise TypeError(f"center_optimizer must be a CenterSGD or None; got {type(center_optimizer).__name__}")
+            check_sub_centers(sub_centers)
+            check_label_smoothing(label_smoothing, margin, sub_centers)
+            if label_smoothing > 0 and (sample_rate < 1 or center_optimizer is not None):
+                option = f"sample_rate={sample_rate}" if sample_rate < 1 else "a center_optimizer"
+                raise ValueError(
+                    f"label_smoothing must be 0 with {option}: its gradient reaches every class centre in each step; "
+                    f"use sample_rate=1 and an ordinary optimizer over weight.grad; got {label_smoothing}"
+                )
+            backends.check_name(backend)
+            dtype = dtype or torch.get_default_dtype()
+            if dtype not in FLOAT_DTYPES:
+                raise TypeError(f"dtype must be a floating-point one; got {dtype}")
         self.margin, self.scale, self.backend = margin, float(scale), backend
         self.sample_rate, self.seed, self.dense_grad, self.step = float(sample_rate), seed, dense_grad, 0
         self.sub_centers, self.label_smoothing = sub_centers, float(label_smoothing)
-        self.ranks = Ranks(group)
-        self.ranks.check_agreement(
-            "PartialFC",
-            {
-                "embedding_dim": str(embedding_dim),
-                "num_classes": str(num_classes),
-                "margin": _describe(margin),
-                "scale": str(self.scale),
-                "sample_rate": str(self.sample_rate),
-                "seed": str(seed),
-                "center_optimizer": repr(center_optimizer),
-                "backend": backend,
-                "dtype": str(dtype),
-                "dense_grad": str(dense_grad),
-                "sub_centers": str(sub_centers),
-                "label_smoothing": str(self.label_smoothing),
-            },
-        )
+        self.embedding_dim = embedding_dim
         self.sharding = Sharding(num_classes, self.ranks.world_size, self.ranks.rank)
+        own = {"center_optimizer": repr(center_optimizer), "dtype": str(dtype)}
+        self.ranks.check_agreement(type(self).__name__, {**self._options(), **own})
         self._sampled: Tensor | None = None
+        self._compared: set[bool] = set()
         parameter = nn.Parameter if center_optimizer is None else CentresUpdatedInBackward
         self.weight = parameter(torch.empty(self.num_local * sub_centers, embedding_dim, device=device, dtype=dtype))
         place_margin(margin, self.weight.device)
@@ -173,6 +181,59 @@ class PartialFC(nn.Module):
         self.center_optimizer = (
             None if center_optimizer is None else CenterOptimizer(center_optimizer, self.weight, seed, self.row_start)
         )
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "weight":
+            check_plain(type(self).__name__, value)
+        super().__setattr__(name, value)
+
+    def _options(self) -> Agreement:
+        """The head's options as they are now, which every rank must have alike."""
+        return {
+            "embedding_dim": str(self.embedding_dim),
+            "num_classes": str(self.num_classes),
+            "margin": _describe(self.margin),
+            "scale": str(self.scale),
+            "sample_rate": str(self.sample_rate),
+            "seed": str(self.seed),
+            "backend": self.backend,
+            "dense_grad": str(self.dense_grad),
+            "sub_centers": str(self.sub_centers),
+            "label_smoothing": str(self.label_smoothing),
+        }
+
+    def _agreement(self, call: str, **more: Any) -> Agreement:
+        """What every rank must have alike when it makes this call, a collective. Checks this rank's shard as well.
+
+        Raises:
+            RuntimeError: another's wrapper holds the class centers.
+        """
+        shape = (self.num_local * self.sub_centers, self.embedding_dim)
+        check_unwrapped(type(self).__name__, self, shape, self.ranks.group)
+        if self.ranks.world_size == 1:
+            return {}
+        own = {"weight.dtype": self.weight.dtype, **more}
+        if isinstance(self.margin, nn.Module) and not self._compared:  # later it is the same steps that change it
+            own["margin.state"] = {name: tensor.tolist() for name, tensor in self.margin.state_dict().items()}
+        return {"call": call, **self._options(), **{name: str(value) for name, value in own.items()}}
+
+    def _step_agreement(self, call: str, ignore_index: int, loss_weight: float = 1.0) -> Agreement:
+        """What every rank must have alike for a forward pass, and for the backward pass that follows."""
+        check_built_in_time(type(self).__name__, self.ranks.group)
+        more: dict[str, Any] = {
+            "training": self.training,
+            "torch.is_grad_enabled()": torch.is_grad_enabled(),
+            "weight.requires_grad": self.weight.requires_grad,
+            "step": self.step,
+            "ignore_index": ignore_index,
+            "loss_weight": loss_weight,
+        }
+        if isinstance(self.margin, nn.Module):
+            more["margin.training"] = self.margin.training
+        if self.center_optimizer is not None:
+            group = self.center_optimizer.param_groups[0]
+            more |= {f"center_optimizer.{name}": group[name] for name in ("lr", "momentum", "weight_decay")}
+        return self._agreement(call, **more)
 
     @property
     def num_classes(self) -> int:
@@ -280,15 +341,20 @@ class PartialFC(nn.Module):
                 loss is multiplied by afterwards does not reach its centers.
 
         Raises:
-            TypeError, ValueError: as :func:`fused_arcface.margin_softmax_loss`; a wrong label raises on every rank.
-            RuntimeError: another rank refused its arguments; a backward pass that recomputes the step.
+            TypeError, ValueError: as :func:`fused_arcface.margin_softmax_loss`; a wrong label raises on every rank. An
+                option, mode, dtype or call that differs between ranks raises on every rank.
+            RuntimeError: another rank refused its arguments; a wrapper of all ranks' parameters holds the class
+                centers; the head is older than the process group; a backward pass that recomputes the step.
         """
         if self.training and torch._C._current_graph_task_id() != -1:
             raise RuntimeError(
                 "PartialFC cannot be recomputed in a backward pass: it would be another step, with another sample. "
                 "Keep the head outside of torch.utils.checkpoint; it stores no logits that would be worth it"
             )
-        embeddings, batch, backend = self._gather(embeddings, target, ignore_index, loss_weight)
+        with self._refusing():
+            check_loss_weight(loss_weight)
+            agreement = self._step_agreement("forward()", ignore_index, loss_weight)
+        embeddings, batch, backend = self._gather(embeddings, target, agreement, ignore_index, return_stats)
         target = torch.ops.fused_arcface.local_target(batch.target, self.num_classes, ignore_index)
         # A gradient has a size, for which one waits; CenterSGD needs none.
         padded = self.center_optimizer is not None and _is_waited_for(target.device) and backends.knows_padding(backend)
@@ -307,7 +373,7 @@ class PartialFC(nn.Module):
             classes=None if classes is None else self._rows_of(classes),
             class_count=self._count_rows(classes) if padded and classes is not None else None,
             dense_grad=self.dense_grad,
-            with_max=return_stats,
+            with_max=batch.return_stats,
             update=update,
         )
         options = HeadOptions(self.margin, self.scale, self.sub_centers, self.label_smoothing)
@@ -318,26 +384,66 @@ class PartialFC(nn.Module):
         return (loss, MarginSoftmaxStats(*map(batch.own, stats))) if return_stats else loss
 
     def _gather(
-        self, embeddings: Tensor, target: Tensor | None, ignore_index: int = -100, loss_weight: float = 1.0
+        self,
+        embeddings: Tensor,
+        target: Tensor | None,
+        agreement: Agreement,
+        ignore_index: int = -100,
+        return_stats: bool = False,
     ) -> tuple[Tensor, JointBatch, str]:
         """All checks of this rank's embeddings (n, D) and labels (n,), if it has any; then the embeddings as autocast
         wants them, the joint batch and the backend. Raises on every rank if one is given what it refuses."""
-        try:
+        with self._refusing():
             check_embeddings(embeddings, self.weight)
-            check_loss_weight(loss_weight)
             if target is None:
                 target = embeddings.new_zeros(embeddings.shape[0], dtype=torch.int64)
             elif self.center_optimizer is not None and self.training:
                 self.center_optimizer.check(self.weight)
             check_target(target, embeddings, ignore_index)
+            if not isinstance(return_stats, bool):
+                raise TypeError(f"return_stats must be a bool; got {type(return_stats).__name__}")
             needs = unusual_negatives(self.margin, self.sub_centers)
             dtype = compute_dtype(embeddings, self.weight)
             backend = backends.select(self.backend, embeddings.device, dtype, needs)
-        except (TypeError, ValueError, RuntimeError):
-            self.ranks.refuse_batch()
+            embeddings = as_autocast(embeddings)
+            shard = self._digest_of_shard()
+        batch = self.ranks.gather_batch(
+            embeddings.detach(),
+            target,
+            type(self).__name__,
+            agreement,
+            requires_grad=torch.is_grad_enabled() and embeddings.requires_grad,
+            return_stats=return_stats,
+            shard=shard,
+        )
+        self._compared.add(self.training)
+        if batch.requires_grad and torch.is_grad_enabled() and not embeddings.requires_grad:
+            # Another rank's embeddings need a gradient: this rank's loss has a backward pass as well, which takes part
+            # in the collectives of that one's.
+            embeddings = embeddings.detach().clone().requires_grad_()
+        return embeddings, batch, backend
+
+    @contextlib.contextmanager
+    def _refusing(self) -> Iterator[None]:
+        """Run this rank's own checks before a collective; if they raise, every rank raises."""
+        try:
+            yield
+        except Exception:
+            self.ranks.refuse_batch(self.weight.device)
             raise
-        embeddings = as_autocast(embeddings)
-        return embeddings, self.ranks.gather_batch(embeddings.detach(), target, embeddings.requires_grad), backend
+
+    def _meet(self, call: str) -> None:
+        """Begin a collective without a batch: raise on every rank if they make different calls, or on none."""
+        with self._refusing():
+            agreement = self._agreement(call)
+        self.ranks.meet(type(self).__name__, agreement, self.weight.device)
+
+    def _digest_of_shard(self) -> int:
+        """See :class:`fused_arcface.agreement.Header`; not 0 in the first call in each mode alone, as it costs a copy
+        of some rows."""
+        if self.ranks.world_size == 1 or self.training in self._compared:
+            return 0
+        return digest_of_shard(self.weight)
 
     def _choose_classes(self, target: Tensor, padded: bool = False) -> tuple[Tensor | None, Tensor]:
         """This step's classes of this shard (K,), None for all, and each row's target as an index into them, negative
@@ -367,6 +473,7 @@ class PartialFC(nn.Module):
     @torch.no_grad()
     def full_weight(self) -> Tensor:
         """All class centres, (C_total, D), on every rank. A collective."""
+        self._meet("full_weight()")
         return torch.cat(self.ranks.gather_rows(self.weight, self.row_counts()))
 
     @torch.no_grad()
@@ -376,19 +483,22 @@ class PartialFC(nn.Module):
         Raises:
             ValueError: a wrong shape, on any rank.
         """
+        self._meet("load_full_weight()")
         shape = tuple(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
         shapes = self.ranks.gather_objects(shape)
-        wrong = [each for each in shapes if each != (self.num_rows, self.weight.shape[1])]
+        wrong = [each for each in shapes if each != (self.num_rows, self.embedding_dim)]
         if wrong:
             rows = "C_total" if self.sub_centers == 1 else "C_total·sub_centers"
-            raise ValueError(f"tensor must be ({rows}={self.num_rows}, D={self.weight.shape[1]}); got {wrong[0]}")
+            raise ValueError(f"tensor must be ({rows}={self.num_rows}, D={self.embedding_dim}); got {wrong[0]}")
         self.weight.copy_(tensor[self.row_start : self.row_start + self.weight.shape[0]])
 
     @torch.no_grad()
     def logits(self, embeddings: Tensor) -> Tensor:
         """``s·cos θ`` of this rank's embeddings (n, D) with every class, (n, C_total), without a margin or a gradient.
         A collective."""
-        _, rows, _ = self._gather(embeddings, None)
+        with self._refusing():
+            agreement = self._agreement("logits()")
+        _, rows, _ = self._gather(embeddings, None, agreement)
         local = self.scale * cosines_of(rows.embeddings, self.weight, self.sub_centers).T  # (C, N)
         return torch.cat([rows.own(part.T) for part in self.ranks.gather_rows(local, self.sharding.counts())], 1)
 
@@ -400,14 +510,12 @@ class PartialFC(nn.Module):
         Raises:
             ValueError: k outside [1, C_total], or embeddings of a wrong shape or device.
         """
-        try:
+        with self._refusing():
             k = check_size("k", k)
             if k > self.num_classes:
                 raise ValueError(f"k must be <= C_total={self.num_classes}; got {k}")
-        except (TypeError, ValueError):
-            self.ranks.refuse_batch()
-            raise
-        _, rows, _ = self._gather(embeddings, None)
+            agreement = self._agreement("topk()", k=k)
+        _, rows, _ = self._gather(embeddings, None, agreement)
         cosines, classes = nearest_classes(rows.embeddings, self.weight, k, self.sub_centers)
         counts = [min(k, count) for count in self.sharding.counts()]
         cosines = torch.cat([rows.own(part.T) for part in self.ranks.gather_rows(cosines.T, counts)], 1)

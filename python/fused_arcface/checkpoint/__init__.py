@@ -101,11 +101,14 @@ def save(root: str | os.PathLike[str], head: PartialFC, *, keep: int = 2, **othe
     >>> load(root, head, backbone=backbone)
     {'epoch': 3}
     """
+    agreement = {"root": os.path.abspath(root), "others": ", ".join(sorted(others))}
+    head.ranks.check_agreement("checkpoint.save", agreement)
     tensors: dict[str, Any] = {}
-    values = {
-        name: split(_state_of(value, head), name, tensors)
-        for name, value in {_HEAD: head_state(head), **others}.items()
-    }
+    with head.ranks.together("checkpoint.save"):
+        values = {
+            name: split(_state_of(value, head), name, tensors)
+            for name, value in {_HEAD: head_state(head), **others}.items()
+        }
     return write(Path(root), tensors, lambda: _to_json(values), _options(head), head.step, head.ranks, keep)
 
 
@@ -146,28 +149,29 @@ def load(path: str | os.PathLike[str], head: PartialFC, *, trust: bool = False, 
     {'epoch': 3}
     """
     saved = find(path, ranks=head.ranks, trust=trust)
-    for name, own in {"sub_centers": None, **_options(head)}.items():
-        before = saved.head.get(name)
-        if before != own:
-            raise CheckpointError(f"{saved.directory}: {name} was {before} when saved; this head's is {own}")
-    missing = others.keys() - saved.names
-    if missing:
-        raise CheckpointError(f"{saved.directory} has no {', '.join(sorted(missing))}")
-    values = head_values(saved)
-    plain = saved.names - {_HEAD} - {key.partition(".")[0] for key in saved.tensors}
-    structures = {name: saved.value(name) for name in plain | others.keys()}
-    targets = {f"{_HEAD}.{name}": shard for name, shard in head_state(head).items() if isinstance(shard, RowShard)}
-    imported = "optimizer" not in values and values["step"] == 0
-    if imported:  # centers alone: a fused optimizer starts as a new one
-        targets = {key: shard for key, shard in targets.items() if key == f"{_HEAD}.weight"}
-    _check_tensors(saved, targets)
-    # Read aside: a damaged block is found when it is read, and nothing has been loaded until all is there.
-    tensors: dict[str, Any] = {
-        key: RowShard(torch.empty_like(shard.rows, device="cpu"), head.row_start, shard.total)
-        for key, shard in targets.items()
-    }
-    for name, value in others.items():
-        tensors |= _receivers(name, value, saved, head)
+    with head.ranks.together("checkpoint.load"):
+        for name, own in {"sub_centers": None, **_options(head)}.items():
+            before = saved.head.get(name)
+            if before != own:
+                raise CheckpointError(f"{saved.directory}: {name} was {before} when saved; this head's is {own}")
+        missing = others.keys() - saved.names
+        if missing:
+            raise CheckpointError(f"{saved.directory} has no {', '.join(sorted(missing))}")
+        values = head_values(saved)
+        plain = saved.names - {_HEAD} - {key.partition(".")[0] for key in saved.tensors}
+        structures = {name: saved.value(name) for name in plain | others.keys()}
+        targets = {f"{_HEAD}.{name}": shard for name, shard in head_state(head).items() if isinstance(shard, RowShard)}
+        imported = "optimizer" not in values and values["step"] == 0
+        if imported:  # centers alone: a fused optimizer starts as a new one
+            targets = {key: shard for key, shard in targets.items() if key == f"{_HEAD}.weight"}
+        _check_tensors(saved, targets)
+        # Read aside: a damaged block is found when it is read, and nothing has been loaded until all is there.
+        tensors: dict[str, Any] = {
+            key: RowShard(torch.empty_like(shard.rows, device="cpu"), head.row_start, shard.total)
+            for key, shard in targets.items()
+        }
+        for name, value in others.items():
+            tensors |= _receivers(name, value, saved, head)
     saved.read(tensors, head.ranks)
     states = {name: _joined(saved, name, structures[name], tensors) for name in others}
     for name, value in others.items():

@@ -253,7 +253,9 @@ def find(path: str | os.PathLike[str], *, ranks: Ranks = ALONE, trust: bool = Fa
             raise CheckpointError(f"{error}{way_back(directory)}") from error
         return directory
 
-    return _open(on_first(ranks, choose), trust)
+    directory = on_first(ranks, choose)
+    with ranks.together("checkpoint.load"):
+        return _open(directory, trust)
 
 
 def _open(directory: Path, trust: bool) -> Saved:

@@ -254,11 +254,12 @@ class PartialFC_V2(PartialFC):
         sample_rate: float = 1.0,
         fp16: bool = False,
     ) -> None:
-        if isinstance(margin_loss, type):
-            raise TypeError(f"margin_loss must be an instance; got the class {margin_loss.__name__}")
-        if not callable(margin_loss):
-            raise TypeError(f"margin_loss must be callable; got {type(margin_loss).__name__}")
-        fused = _fused(margin_loss)
+        with Ranks().together("PartialFC_V2"):
+            if isinstance(margin_loss, type):
+                raise TypeError(f"margin_loss must be an instance; got the class {margin_loss.__name__}")
+            if not callable(margin_loss):
+                raise TypeError(f"margin_loss must be callable; got {type(margin_loss).__name__}")
+            fused = _fused(margin_loss)
         options = {} if fused is None else fused._asdict()
         super().__init__(embedding_size, num_classes, sample_rate=sample_rate, dense_grad=True, **options)
         self.margin_softmax = margin_loss
@@ -304,7 +305,9 @@ class PartialFC_V2(PartialFC):
                 "function of the target's cosine alone, fused_arcface.PartialFC(margin=...) needs no logits",
                 stacklevel=3,
             )
-        embeddings, batch, _ = self._gather(local_embeddings, labels)
+        with self._refusing():
+            agreement = self._step_agreement(f"forward() with {type(self.margin_softmax).__name__}", -100)
+        embeddings, batch, _ = self._gather(local_embeddings, labels, agreement)
         rows = _AllRows.apply(embeddings, batch, self.ranks) if batch.requires_grad else batch.embeddings
         target = torch.ops.fused_arcface.local_target(batch.target, self.num_classes, -100)
         classes, local = self._choose_classes(target)
