@@ -196,7 +196,8 @@ class _OverRanks(_InStep):
         step = self._step
         if step.batch is None:
             here = torch.ones_like(own, dtype=torch.bool) if counted is None else counted
-            step.batch = self._ranks.gather_batch(own.detach()[:, None], here.long(), False)
+            owner, agreement = type(self._margin).__name__, {"margin": repr(self._margin)}
+            step.batch = self._ranks.gather_batch(own.detach()[:, None], here.long(), owner, agreement)
             rows = step.batch.embeddings.squeeze(1)
         else:
             rows = torch.cat(self._ranks.gather_rows(own.detach(), step.batch.counts))
