@@ -245,3 +245,20 @@ def test_what_is_wrong_with_labelled_images_is_said(files: Path, capsys: pytest.
             assert shown.err.splitlines() == [f"{empty}: an identity without images; skipped"]
     finally:
         empty.rmdir()
+
+
+@pytest.mark.parametrize("data", ["people", "people.bin", "pairs.txt"])
+def test_verify_has_a_pixel_limit(files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], data: str) -> None:
+    for number in (0, 1):
+        Image.new("L", (32, 32)).save(tmp_path / f"{number}.png")
+    pairs = tmp_path / "pairs.txt"
+    pairs.write_text("0.png 0.png 1\n0.png 1.png 0\n" * 10)
+    read = str(pairs if data == "pairs.txt" else files / data)
+    assert run(["verify", "--data", read, "--checkpoint", str(files / "run"), "--max-pixels", "1023"]) == 1
+    assert "must have at most max_pixels=1023 pixels; got 32 × 32" in capsys.readouterr().err
+
+
+def test_identify_has_a_pixel_limit(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    people, checkpoint = str(files / "people"), str(files / "run")
+    assert run(["identify", "--data", people, "--checkpoint", checkpoint, "--max-pixels", "1023"]) == 1
+    assert "must have at most max_pixels=1023 pixels; got 32 × 32" in capsys.readouterr().err

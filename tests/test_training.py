@@ -11,9 +11,11 @@ import signal
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from image_files import encoded, picture, write_folder, write_records
+from PIL import Image
 from torch import nn
 
 import fused_arcface as fa
@@ -123,6 +125,24 @@ def test_micro_batches_give_the_whole_batchs_gradients() -> None:
     assert net[1].num_batches_tracked == 2
     expected = 0.9 * 0.1 * images[3:].flatten(1).mean(0) + 0.1 * images[:3].flatten(1).mean(0)
     assert torch.allclose(net[1].running_mean, expected, atol=1e-6)  # the last micro-batch comes first
+
+
+def test_pixels_that_are_not_finite_and_too_many_are_bad_images(tmp_path: Path) -> None:
+    root = write_folder(tmp_path / "data", 3, 4, kinds=(("L", 16, 16, "png"),))
+    broken, large = root / "person_001" / "00.tif", root / "person_002" / "00.png"
+    pixels = np.full((16, 16), 0.5, dtype=np.float32)
+    pixels[0, 0] = np.nan
+    (root / "person_001" / "00.png").unlink()
+    Image.fromarray(pixels).save(broken)
+    Image.new("L", (16, 17)).save(large)
+    config = TINY.replace({"data": str(root), "epochs": 1, "channels": 1, "max_pixels": 256, "batch_size": 12})
+    _, heard = run(config, tmp_path / "run")
+    noted = [event.text for event in heard if isinstance(event, Noted)]
+    assert (
+        f"{broken} cannot be decoded as an image: its pixels must be finite; the next image is taken instead" in noted
+    )
+    assert f"{large} must have at most max_pixels=256 pixels; got 16 × 17; the next image is taken instead" in noted
+    assert all(tensor.isfinite().all() for tensor in weights(tmp_path / "run").values())
 
 
 @pytest.mark.parametrize("bad", ["skip", "stop"])

@@ -33,6 +33,9 @@ Json = Annotated[Path | None, typer.Option("--json", help="File for the figures.
 Pictures = Annotated[Path | None, typer.Option(help="Folder for pictures of the curves.")]
 Device = Annotated[str, typer.Option(help="Of the net: cpu, cuda, cuda:1.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Images that the net sees at once.")]
+MaxPixels = Annotated[
+    int, typer.Option(min=1, help="Pixels of the largest image that is decoded; others cannot be read.")
+]
 Workers = Annotated[int, typer.Option(min=0, help="Processes that read images.")]
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
+from ..data.images import MAX_PIXELS
 from . import evaluation as shared
 from .tables import plain_table
 
@@ -50,6 +51,7 @@ def identify(
     device: shared.Device = "cpu",
     batch_size: shared.BatchSize = 64,
     workers: shared.Workers = 0,
+    max_pixels: shared.MaxPixels = MAX_PIXELS,
 ) -> None:
     """Identify people never seen in training: rank 1, 5 and 10, open-set TPIR at FPIR.
 
@@ -74,10 +76,12 @@ def identify(
             check_suffix(save_embeddings)
         options: dict[str, Any] = {"flip": flip, "device": device, "batch_size": batch_size, "workers": workers}
         if gallery is not None and probes is not None and checkpoint is not None:
-            split = _two_sets(checkpoint, gallery, probes, options)
+            split = _two_sets(checkpoint, gallery, probes, max_pixels, options)
         else:
             labelled = (
-                EmbeddingSet.load(embeddings) if embeddings is not None else _embed(str(data), checkpoint, options)
+                EmbeddingSet.load(embeddings)
+                if embeddings is not None
+                else _embed(str(data), checkpoint, max_pixels, options)
             )
             if save_embeddings is not None:
                 labelled.save(save_embeddings)
@@ -109,11 +113,11 @@ def identify(
                 console.print(f"{path}", highlight=False, soft_wrap=True, markup=False)
 
 
-def _embed(data: str, checkpoint: Path | None, options: dict[str, Any]) -> EmbeddingSet:
+def _embed(data: str, checkpoint: Path | None, max_pixels: int, options: dict[str, Any]) -> EmbeddingSet:
     from ..evaluation.pair_sets import read_labelled
 
     assert checkpoint is not None
-    (found,) = shared.embed_images(checkpoint, [read_labelled(data)], **options)
+    (found,) = shared.embed_images(checkpoint, [read_labelled(data, max_pixels=max_pixels)], **options)
     return found
 
 
@@ -132,14 +136,14 @@ def _split(
 
 
 def _two_sets(
-    checkpoint: Path, gallery: str, probes: str, options: dict[str, Any]
+    checkpoint: Path, gallery: str, probes: str, max_pixels: int, options: dict[str, Any]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gallery and probes from two sources, whose people are the same where their names are."""
     import torch
 
     from ..evaluation.pair_sets import read_labelled
 
-    sources = [read_labelled(gallery), read_labelled(probes)]
+    sources = [read_labelled(each, max_pixels=max_pixels) for each in (gallery, probes)]
     files = [{str(Path(path).resolve()) for path in source.paths} for source in sources]
     if shared_files := files[0] & files[1]:
         raise ValueError(

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
+from ..data.images import MAX_PIXELS
 from . import evaluation as shared
 from .tables import plain_table
 
@@ -43,6 +44,7 @@ def verify(
     device: shared.Device = "cpu",
     batch_size: shared.BatchSize = 64,
     workers: shared.Workers = 0,
+    max_pixels: shared.MaxPixels = MAX_PIXELS,
 ) -> None:
     """Verify pairs of people never seen in training: 10-fold accuracy, TAR at FAR, EER.
 
@@ -51,6 +53,7 @@ def verify(
     """
     from ..evaluation import make_distance, pair_scores, verify_scores
     from ..evaluation.embedding_sets import EmbeddingSet, check_suffix
+    from ..evaluation.pair_sets import read_pair_set
     from ..extras import require
 
     if (embeddings is None) == (data is None or checkpoint is None):
@@ -65,7 +68,10 @@ def verify(
             scored = _with_pairs(EmbeddingSet.load(embeddings), embeddings, pairs, seed)
         else:
             assert data is not None and checkpoint is not None
-            scored = _embed(data, checkpoint, images, pairs, seed, flip, device, batch_size, workers)
+            read = read_pair_set(data, images, most=pairs, seed=seed, max_pixels=max_pixels)
+            (scored,) = shared.embed_images(
+                checkpoint, [read], flip=flip, device=device, batch_size=batch_size, workers=workers
+            )
         if save_embeddings is not None:
             scored.save(save_embeddings)
         assert scored.pairs is not None
@@ -90,24 +96,6 @@ def verify(
 
             for path in draw_verification(found, pictures, name):
                 console.print(f"{path}", highlight=False, soft_wrap=True, markup=False)
-
-
-def _embed(
-    data: str,
-    checkpoint: Path,
-    images: Path | None,
-    pairs: int,
-    seed: int,
-    flip: bool,
-    device: str,
-    batch_size: int,
-    workers: int,
-) -> EmbeddingSet:
-    from ..evaluation.pair_sets import read_pair_set
-
-    read = read_pair_set(data, images, most=pairs, seed=seed)
-    (found,) = shared.embed_images(checkpoint, [read], flip=flip, device=device, batch_size=batch_size, workers=workers)
-    return found
 
 
 def _with_pairs(saved: EmbeddingSet, path: Path, most: int, seed: int) -> EmbeddingSet:

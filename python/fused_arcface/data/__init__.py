@@ -4,11 +4,12 @@ by it."""
 from .digits import digit_images
 from .folders import DataError, LabelledFolder, read_folder
 from .identities import Style, draw, identity_images
-from .images import ImageError, ImageSpec, LabelledImages, read_image
+from .images import MAX_PIXELS, ImageError, ImageSpec, LabelledImages, read_image
 from .recordio import RecordFile, RecordWriter, pack_image, unpack_image
 from .sources import ImageSource, open_source
 
 __all__ = [
+    "MAX_PIXELS",
     "DataError",
     "ImageError",
     "ImageSource",

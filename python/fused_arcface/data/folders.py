@@ -8,11 +8,16 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 
-SUFFIXES = (
-    *(".bmp", ".dib", ".gif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm", ".ppm"),
-    *(".tga", ".tif", ".tiff", ".webp"),
-)
+_FORMAT_OF = {
+    **dict.fromkeys((".jfif", ".jpe", ".jpeg", ".jpg"), "JPEG"),
+    **dict.fromkeys((".pbm", ".pgm", ".pnm", ".ppm"), "PPM"),
+    **dict.fromkeys((".tif", ".tiff"), "TIFF"),
+    **{".bmp": "BMP", ".dib": "DIB", ".gif": "GIF", ".jp2": "JPEG2000", ".png": "PNG", ".tga": "TGA", ".webp": "WEBP"},
+}
+SUFFIXES = tuple(sorted(_FORMAT_OF))
 """What the names of images end in, in small letters; other files are left alone."""
+FORMATS = tuple(sorted(set(_FORMAT_OF.values())))
+"""Pillow's names of these formats. No other decoder sees a file, whatever its content looks like."""
 
 
 class DataError(ValueError):

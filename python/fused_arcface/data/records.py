@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .folders import DataError, missing_numbers
-from .images import ImageError, ImageSpec, image_spec, read_image
+from .images import MAX_PIXELS, ImageError, ImageSpec, image_spec, read_image
 from .recordio import (
     HEAD_BYTES,
     IMAGE_HEADER_BYTES,
@@ -38,13 +38,14 @@ class RecordImages:
 
     Args:
         path: of the ``.rec``.
+        max_pixels: of an image, see :func:`fused_arcface.data.read_image`.
 
     Raises:
         DataError: it cannot be opened, has no image that can be used, or an index that is none.
     """
 
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
+    def __init__(self, path: str | Path, max_pixels: int = MAX_PIXELS) -> None:
+        self.path, self._max_pixels = Path(path), max_pixels
         try:
             self._file = RecordFile(self.path)
         except OSError as error:
@@ -69,14 +70,14 @@ class RecordImages:
     def read(self, index: int, spec: ImageSpec) -> Tensor:
         """See :meth:`fused_arcface.data.sources.ImageSource.read`."""
         try:
-            return read_image(self._record(index).image, spec)
+            return read_image(self._record(index).image, spec, self._max_pixels)
         except ImageError as error:
             raise ImageError(f"{self._place(index)}: {error}") from None
 
     def spec_of(self, index: int) -> ImageSpec:
         """See :meth:`fused_arcface.data.sources.ImageSource.spec_of`."""
         try:
-            return image_spec(self._record(index).image)
+            return image_spec(self._record(index).image, self._max_pixels)
         except ImageError as error:
             raise ImageError(f"{self._place(index)}: {error}") from None
 

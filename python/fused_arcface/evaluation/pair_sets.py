@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..data import DataError, ImageError, ImageSource, ImageSpec, open_source, read_image
 from ..data.folders import SUFFIXES, read_folder
+from ..data.images import MAX_PIXELS
 from ..data.pickled_pairs import read_pickled_pairs
 from ..data.sources import FolderImages
 from .pairs import Pairs, balanced_pairs
@@ -42,9 +43,9 @@ class ImageSet:
         return len(self.paths)
 
 
-def read_labelled(data: str) -> ImageSet:
+def read_labelled(data: str, *, max_pixels: int = MAX_PIXELS) -> ImageSet:
     """Labelled images: a folder of one folder for each identity, a ``.rec`` file, or what else
-    :func:`fused_arcface.data.open_source` knows.
+    :func:`fused_arcface.data.open_source` knows. Images have at most ``max_pixels``.
 
     Raises:
         DataError: nothing of the kind.
@@ -56,9 +57,9 @@ def read_labelled(data: str) -> ImageSet:
     path = Path(data)
     if path.is_dir() and not (path / "train.rec").is_file():
         folder = read_folder(path)
-        images = FolderImages(folder)
+        images = FolderImages(folder, max_pixels)
         return replace(_of_source(images, data), paths=[str(file) for file, _ in folder.files])
-    return _of_source(open_source(data), data)
+    return _of_source(open_source(data, max_pixels), data)
 
 
 def _of_source(source: ImageSource, name: str) -> ImageSet:
@@ -66,7 +67,14 @@ def _of_source(source: ImageSource, name: str) -> ImageSet:
     return ImageSet(paths, source.read, source.labels, names=source.names, problems=source.problems)
 
 
-def read_pair_set(data: str, images: str | Path | None = None, *, most: int = 20_000, seed: int = 0) -> ImageSet:
+def read_pair_set(
+    data: str,
+    images: str | Path | None = None,
+    *,
+    most: int = 20_000,
+    seed: int = 0,
+    max_pixels: int = MAX_PIXELS,
+) -> ImageSet:
     """A set of pairs: a ``.bin`` file, a ``.txt``, ``.csv`` or ``.tsv`` file of pairs, or labelled images.
 
     Args:
@@ -74,6 +82,7 @@ def read_pair_set(data: str, images: str | Path | None = None, *, most: int = 20
         images: folder that a file of pairs names images in; the file's own if None.
         most: pairs of each kind that are made from labelled images at most.
         seed: of their choice.
+        max_pixels: of an image, see :func:`fused_arcface.data.read_image`.
 
     Raises:
         DataError: the file or folder is not what it should be; the message names the place.
@@ -85,10 +94,10 @@ def read_pair_set(data: str, images: str | Path | None = None, *, most: int = 20
     if path.suffix.lower() == ".bin":
         if not path.is_file():
             raise DataError(f"{path} is not a file")
-        return _of_pickle(path)
+        return _of_pickle(path, max_pixels)
     if path.suffix.lower() in (".txt", ".csv", ".tsv"):
-        return read_pairs_file(path, Path(images) if images is not None else path.parent)
-    return _with_pairs(read_labelled(data), data, most, seed)
+        return read_pairs_file(path, Path(images) if images is not None else path.parent, max_pixels)
+    return _with_pairs(read_labelled(data, max_pixels=max_pixels), data, most, seed)
 
 
 def paired(source: ImageSource, name: str, *, most: int = 20_000, seed: int = 0) -> ImageSet:
@@ -108,26 +117,26 @@ def _with_pairs(labelled: ImageSet, name: str, most: int, seed: int) -> ImageSet
         raise DataError(f"{name}: no pairs can be made: {error}") from None
 
 
-def _of_pickle(path: Path) -> ImageSet:
+def _of_pickle(path: Path, max_pixels: int) -> ImageSet:
     found = read_pickled_pairs(path)
     numbers = torch.arange(len(found.images))
     names = [f"{path.name}[{i}]" for i in range(len(found.images))]
     pairs = Pairs(numbers[0::2], numbers[1::2], torch.tensor(found.same))
-    return ImageSet(names, partial(_read_pickled, path.name, found.images), pairs=pairs)
+    return ImageSet(names, partial(_read_pickled, path.name, found.images, max_pixels), pairs=pairs)
 
 
-def _read_pickled(name: str, images: Sequence[bytes], index: int, spec: ImageSpec) -> Tensor:
+def _read_pickled(name: str, images: Sequence[bytes], max_pixels: int, index: int, spec: ImageSpec) -> Tensor:
     try:
-        return read_image(images[index], spec)
+        return read_image(images[index], spec, max_pixels)
     except ImageError as error:
         raise ImageError(f"{name}[{index}]: {error}") from None
 
 
-def _read_file(files: Sequence[Path], index: int, spec: ImageSpec) -> Tensor:
-    return read_image(files[index], spec)
+def _read_file(files: Sequence[Path], max_pixels: int, index: int, spec: ImageSpec) -> Tensor:
+    return read_image(files[index], spec, max_pixels)
 
 
-def read_pairs_file(path: Path, root: Path) -> ImageSet:
+def read_pairs_file(path: Path, root: Path, max_pixels: int = MAX_PIXELS) -> ImageSet:
     """A text file of pairs, one a line, with spaces, tabs or commas between.
 
     ``name 1 4`` is images 1 and 4 of one person, ``name 1 other 2`` of two, at ``name/name_0001.jpg`` below ``root``
@@ -158,7 +167,7 @@ def read_pairs_file(path: Path, root: Path) -> ImageSet:
         raise DataError(f"{path} must hold pairs of one person and of two; it has {sum(same)} of {len(same)} pairs")
     files = list(number_of)
     pairs = Pairs(torch.tensor(first), torch.tensor(second), torch.tensor(same))
-    return ImageSet([str(file) for file in files], partial(_read_file, files), pairs=pairs)
+    return ImageSet([str(file) for file in files], partial(_read_file, files, max_pixels), pairs=pairs)
 
 
 def _fields(line: str) -> list[str]:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 from .. import backends
+from ..data.images import MAX_PIXELS
 from ..extras import require
 from .backbones import NAMES, check_backbone
 from .margin_text import parse_margin
@@ -92,6 +93,7 @@ class TrainConfig:
     image_size: int | None = _option(None, "Side in pixels; the net's own or the images'.", least=1, fixed=True)
     channels: int | None = _option(None, "1 or 3; the net's own or the images'.", least=1, most=3, fixed=True)
     flip: bool = _option(True, "Mirror every other image, drawn anew each epoch.", fixed=True)
+    max_pixels: int = _option(MAX_PIXELS, "Pixels of the largest image that is decoded; others are bad.", least=1)
     workers: int = _option(2, "Processes that read images; 0 for none.", least=0)
 
     backbone: str = _option("small", f"One of {', '.join(NAMES)}.", fixed=True)
