@@ -1,0 +1,107 @@
+"""Write files so that a reader finds the old content or the new one, whole, whenever the process or the machine dies.
+
+Every file that this package writes and reads again goes through here: options, logs, lists of classes, manifests,
+models, figures.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import secrets
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+_NO_DIRECTORY_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EACCES}
+
+
+@contextlib.contextmanager
+def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+    """Open a file for writing that takes the place of ``path`` when the block ends without an error.
+
+    The bytes go to a file beside it named ``.partial-…``, are synced to disk, and replace ``path`` in one step. After
+    an error ``path`` is as it was, and the partial file is removed; only a killed process leaves it behind, and it may
+    be deleted. The replaced file's permissions are kept, a symbolic link keeps pointing to the file, and what is no
+    regular file (``/dev/stdout``) is written directly.
+
+    Raises:
+        OSError: the file cannot be written; ``filename`` is ``path`` where the system names none (a full disk).
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     with replacing(folder + "/x") as file:
+    ...         _ = file.write(b"new")
+    ...     os.listdir(folder)
+    ['x']
+    """
+    if _is_device(Path(path)):
+        with Path(path).open("wb") as file:
+            yield file
+        return
+    target = Path(os.path.realpath(path))
+    partial = target.with_name(f".partial-{secrets.token_hex(6)}")
+    done = False
+    try:
+        with partial.open("xb") as file:
+            try:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            except BaseException:
+                with contextlib.suppress(OSError):  # it flushes once more, and would hide the error
+                    file.close()
+                raise
+        if target.exists():
+            partial.chmod(target.stat().st_mode & 0o7777)
+        os.replace(partial, target)
+        done = True
+        sync_directory(target.parent)
+    except OSError as error:
+        if error.filename is None or Path(error.filename) == partial:
+            error.filename, error.filename2 = os.fspath(path), None
+        raise
+    finally:
+        if not done:
+            with contextlib.suppress(OSError):
+                partial.unlink()
+
+
+def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
+    """Replace the content of ``path``, as :func:`replacing` does."""
+    with replacing(path) as file:
+        file.write(data)
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Replace the content of ``path`` by ``text`` as :func:`replacing` does, in UTF-8 whatever the locale.
+
+    Line separators are written as they are. Names of files that are no UTF-8 (surrogates in a ``str``) get their own
+    bytes back.
+    """
+    write_bytes(path, text.encode("utf-8", "surrogateescape"))
+
+
+def _is_device(path: Path) -> bool:
+    """Return whether ``path`` can only be written directly; standard output is, also where it goes to a file."""
+    standard = os.path.abspath(path).startswith(("/dev/std", "/dev/fd/"))
+    return standard or (path.exists() and not path.is_file())
+
+
+def sync_directory(path: str | os.PathLike[str]) -> None:
+    """Put the names in a directory on disk: new and renamed files are safe only then.
+
+    Does nothing where the platform or the file system has no such call.
+    """
+    if os.name == "nt":
+        return
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        if error.errno not in _NO_DIRECTORY_SYNC:
+            raise
