@@ -3,6 +3,8 @@ commands."""
 
 from __future__ import annotations
 
+import io
+import sys
 from collections.abc import Sequence
 
 import typer
@@ -45,6 +47,10 @@ def run(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit status: 0, 1 for a failed check or a missing library, 2 for wrong usage, 130 after Ctrl-C.
     """
+    for stream in (sys.stdout, sys.stderr):
+        # A name or a sign that the terminal's encoding does not have is shown as an escape; it ends nothing.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     error = Console(stderr=True, soft_wrap=True)
     try:
         app(args=None if arguments is None else list(arguments), prog_name="fused-arcface")

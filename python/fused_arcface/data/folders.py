@@ -3,6 +3,7 @@ when they are given a directory."""
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -68,7 +69,8 @@ def read_folder(root: str | Path) -> LabelledFolder:
     files: list[tuple[Path, int]] = []
     names: list[str] = []
     for folder in folders:
-        images = sorted(path for path in folder.rglob("*") if _is_image(path) and not _hidden(path, folder))
+        found = (path for path in folder.rglob("*") if _is_image(path) and not _hidden(path, folder))
+        images = sorted(found, key=_by_bytes)
         if not images:
             problems.append(f"{folder}: an identity without images")
             continue
@@ -87,9 +89,13 @@ def _hidden(path: Path, folder: Path) -> bool:
     return any(part.startswith(".") for part in path.relative_to(folder).parts)
 
 
-def _natural(name: str) -> tuple[int, int, str]:
-    """Numbers by value and before names."""
-    return (0, int(name), name) if re.fullmatch("[0-9]+", name) else (1, 0, name)
+def _by_bytes(path: Path) -> list[bytes]:
+    return os.fsencode(path).split(os.fsencode(os.sep))
+
+
+def _natural(name: str) -> tuple[int, int, bytes]:
+    """Return a key that sorts numbers by value and before names, names by their bytes: the same in every locale."""
+    return (0, int(name), b"") if re.fullmatch("[0-9]+", name) else (1, 0, os.fsencode(name))
 
 
 def _gaps(root: Path, folders: list[Path]) -> list[str]:

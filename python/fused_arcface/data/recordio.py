@@ -202,7 +202,7 @@ class RecordWriter:
         self._files = contextlib.ExitStack()
         path = Path(path)
         self._records = self._files.enter_context(path.open("wb"))
-        self._index = self._files.enter_context(path.with_suffix(".idx").open("w"))
+        self._index = self._files.enter_context(path.with_suffix(".idx").open("w", encoding="ascii", newline="\n"))
 
     def write(self, key: int, payload: bytes) -> None:
         """Appends a record."""

@@ -18,6 +18,7 @@ from ..data.folders import SUFFIXES, read_folder
 from ..data.images import MAX_PIXELS
 from ..data.pickled_pairs import read_pickled_pairs
 from ..data.sources import FolderImages
+from ..text import lines
 from .pairs import Pairs, balanced_pairs
 
 Read = Callable[[int, ImageSpec], Tensor]
@@ -147,12 +148,12 @@ def read_pairs_file(path: Path, root: Path, max_pixels: int = MAX_PIXELS) -> Ima
         DataError: a line that is none of these, an image that is missing, or no pairs of one kind; with the line.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        text = lines(path.read_bytes())
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path} cannot be read: {error}") from None
     number_of: dict[Path, int] = {}
     first, second, same = [], [], []
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(text, start=1):
         fields = _fields(line)
         if not fields or (number == 1 and len(fields) <= 2 and all(field.isdigit() for field in fields)):
             continue
@@ -171,8 +172,9 @@ def read_pairs_file(path: Path, root: Path, max_pixels: int = MAX_PIXELS) -> Ima
 
 
 def _fields(line: str) -> list[str]:
-    separator = next((each for each in ("\t", ",") if each in line), None)
-    return [field.strip() for field in line.split(separator) if field.strip()]
+    separator = next((each for each in ("\t", ",") if each in line), " ")
+    # Spaces alone: str.strip() would take other characters away, which stand in names.
+    return [field.strip(" ") for field in line.split(separator) if field.strip(" ")]
 
 
 def _pair(fields: list[str], root: Path) -> tuple[Path, Path, bool]:

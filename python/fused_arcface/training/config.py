@@ -15,6 +15,8 @@ from typing import Any, get_args, get_type_hints
 from .. import backends
 from ..data.images import MAX_PIXELS
 from ..extras import require
+from ..files import write_bytes
+from ..text import decode, encode
 from .backbones import NAMES, check_backbone
 from .margin_text import parse_margin
 
@@ -171,7 +173,7 @@ class TrainConfig:
     def save(self, path: Path) -> None:
         """Written as TOML, without the options that are None."""
         values = {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
-        path.write_text(require("tomli_w", "train").dumps(values))
+        write_bytes(path, encode(require("tomli_w", "train").dumps(values)))
 
 
 def rules() -> dict[str, tuple[Rule, tuple[type, ...]]]:
@@ -192,8 +194,7 @@ def read_options(path: Path) -> dict[str, Any]:
     # Before Python 3.11 the standard library has no reader, and the package that it came from takes its place.
     toml = require("tomllib" if sys.version_info >= (3, 11) else "tomli", "train")
     try:
-        with path.open("rb") as file:
-            found: dict[str, Any] = toml.load(file)
+        found: dict[str, Any] = toml.loads(decode(path.read_bytes()))
     except (OSError, ValueError) as error:
         raise OptionError(f"{path} cannot be read: {error}") from None
     return found

@@ -3,7 +3,7 @@
 ::
 
     RUN/config.toml     every option as it was resolved
-    RUN/classes.txt     the name of each class, a line each
+    RUN/classes.txt     the name of each class, a line each; see :func:`fused_arcface.text.encode_names`
     RUN/log.jsonl       figures of each step and verification
     RUN/checkpoints/    see :mod:`fused_arcface.checkpoint`
     RUN/tensorboard/    the same for TensorBoard, where it is installed
@@ -20,6 +20,8 @@ from torch import nn
 
 from .. import checkpoint
 from ..data.images import ImageSpec
+from ..files import write_bytes
+from ..text import decode_names, encode_names
 from .backbones import build_backbone
 from .config import TrainConfig, read_options, rules
 
@@ -92,7 +94,10 @@ def check_run(folder: RunFolder, config: TrainConfig, classes: list[str], resume
         own, saved = getattr(config, name), getattr(before, name)
         if rule.fixed and folder.has_checkpoint and own != saved:
             raise RunError(f"{folder.root}: a resumed run keeps its {name}, {saved!r}; got {own!r}")
-    saved_classes = folder.classes.read_text().splitlines() if folder.classes.exists() else classes
+    try:
+        saved_classes = decode_names(folder.classes.read_bytes()) if folder.classes.exists() else classes
+    except (OSError, ValueError) as error:
+        raise RunError(f"{folder.classes} cannot be read: {error}") from None
     if folder.has_checkpoint and saved_classes != classes:
         raise RunError(
             f"{folder.root}: a resumed run keeps its {len(saved_classes)} identities; "
@@ -109,7 +114,7 @@ def write_run(folder: RunFolder, config: TrainConfig, classes: list[str]) -> Non
     try:
         folder.root.mkdir(parents=True, exist_ok=True)
         config.save(folder.config)
-        folder.classes.write_text("".join(f"{name}\n" for name in classes))
+        write_bytes(folder.classes, encode_names(classes))
     except OSError as error:
         raise RunError(f"{folder.root} cannot be written: {error.strerror}") from None
 
