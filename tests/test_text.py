@@ -116,17 +116,35 @@ def test_a_run_on_odd_names_is_trained_resumed_and_evaluated(tmp_path: Path, cap
         assert set(saved["paths"]) == {str(data / name / f"{name}{sample}.png") for name in ODD for sample in range(2)}
 
 
-@pytest.mark.parametrize(
-    "locale",
-    [
-        {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
-        pytest.param({"LC_ALL": "C"}, marks=pytest.mark.full),
-    ],
-)
-def test_a_run_goes_on_in_another_locale(tmp_path: Path, locale: dict[str, str], capsys) -> None:
+LOCALES = {"ascii": {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}, "utf-8": {"LC_ALL": "C"}}
+
+
+@pytest.mark.parametrize("locale", LOCALES)
+def test_files_are_the_same_in_every_locale(tmp_path: Path, locale: str) -> None:
+    """Also where the system's names are ASCII to Python, and each byte of another one a surrogate."""
+    for name in ODD:
+        (tmp_path / "names" / name).mkdir(parents=True)
+    script = """if True:
+        import os, runpy, sys
+        text = runpy.run_path(sys.argv[1])
+        names = sorted(os.listdir("names"))
+        stored = text["encode_names"](names)
+        assert text["decode_names"](stored) == names and text["decode"](text["encode"](repr(names))) == repr(names)
+        os.write(1, stored)
+        """
+    called = [sys.executable, "-c", script, text.__file__]
+    done = subprocess.run(called, env={**os.environ, **LOCALES[locale]}, cwd=tmp_path, capture_output=True)
+    assert done.returncode == 0, done.stderr.decode(errors="replace")
+    assert sorted(text.decode_names(done.stdout)) == sorted(ODD)
+    assert sorted(done.stdout.splitlines()) == sorted(text.encode_names(ODD).splitlines())
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("locale", LOCALES)
+def test_a_run_goes_on_in_another_locale(tmp_path: Path, locale: str, capsys) -> None:
     data, output = odd_folder(tmp_path / "張 data"), tmp_path / "張 run"
     started = [sys.executable, "-m", "fused_arcface", "train", "--data", data, "--output", output, *TRAINED]
-    done = subprocess.run(started, env={**os.environ, **locale}, capture_output=True)
+    done = subprocess.run(started, env={**os.environ, **LOCALES[locale]}, capture_output=True)
     assert done.returncode == 0, done.stderr.decode(errors="replace")
     files = {path.name: path.read_bytes() for path in (output / "config.toml", output / "classes.txt")}
     assert run(["train", "--output", str(output), "--resume", "--epochs", "2"]) == 0, capsys.readouterr().err

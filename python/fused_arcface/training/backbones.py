@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import pickle
 import re
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
+from .. import torch_files
 from ..data.images import ImageSpec
 from ..extras import require
 from .iresnet import LAYERS, IResNet
@@ -66,8 +65,8 @@ def load_weights(net: nn.Module, path: Path) -> None:
         ValueError: it cannot be read, or has the weights of another net.
     """
     try:
-        net.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-    except (EOFError, OSError, RuntimeError, TypeError, pickle.UnpicklingError) as error:
+        net.load_state_dict(torch_files.load(path))
+    except (OSError, RuntimeError, TypeError, torch_files.TensorFileError) as error:
         raise ValueError(f"{path} has no weights of this net: {error}") from None
 
 
