@@ -8,15 +8,13 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 
+from ..reading import DataError
+
 SUFFIXES = (
     *(".bmp", ".dib", ".gif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm", ".ppm"),
     *(".tga", ".tif", ".tiff", ".webp"),
 )
 """What the names of images end in, in small letters; other files are left alone."""
-
-
-class DataError(ValueError):
-    """Data that cannot be trained on or evaluated; the message names the place."""
 
 
 @dataclass(frozen=True)

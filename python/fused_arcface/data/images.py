@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..checks import check_size
 from ..extras import require
+from ..reading import DataError
 
 
 class LabelledImages(NamedTuple):
@@ -28,7 +29,7 @@ class LabelledImages(NamedTuple):
         return int(self.labels.max()) + 1
 
 
-class ImageError(ValueError):
+class ImageError(DataError):
     """A file or its bytes cannot be read as an image; the message says which and why."""
 
 

@@ -22,7 +22,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .folders import DataError
+from ..reading import DataError
 
 MAGIC = 0xCED7230A
 HEAD_BYTES = 8  # magic and length

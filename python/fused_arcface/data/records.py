@@ -10,7 +10,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from .folders import DataError, missing_numbers
+from ..reading import DataError
+from .folders import missing_numbers
 from .images import ImageError, ImageSpec, image_spec, read_image
 from .recordio import (
     HEAD_BYTES,

@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..reading import DataError
 from .digits import TRAINED, UNSEEN, digit_images
-from .folders import DataError, LabelledFolder, read_folder
+from .folders import LabelledFolder, read_folder
 from .identities import identity_images
 from .images import ImageSpec, LabelledImages, image_spec, read_image
 from .records import RecordImages

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from .. import backends
-from ..data.folders import DataError
 from ..data.images import ImageSpec
 from ..data.sources import ImageSource, common_spec, open_source, unseen_source
 from ..evaluation.pair_sets import ImageSet, paired, read_pair_set
 from ..functional import unusual_negatives
+from ..reading import DataError
 from .backbones import own_embedding_dim, own_spec
 from .config import OptionError, TrainConfig
 from .margin_text import parse_margin
