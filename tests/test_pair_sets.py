@@ -156,7 +156,7 @@ def test_malicious_pickles_are_refused_and_execute_nothing(what: str, protocol: 
 def test_an_array_that_would_fill_memory_is_not_made(tmp_path: Path) -> None:
     for bomb in (_Bomb(np.ndarray, (10**13,)), _Bomb(bytearray, 10**13), _Bomb(bytes, 10**13)):
         (tmp_path / "lfw.bin").write_bytes(pickle.dumps((bomb, SAME)))
-        with pytest.raises(DataError, match="is refused: it .*; nothing of it was executed"):
+        with pytest.raises(DataError, match=r"is refused: it .*; nothing of it was executed"):
             read_pickled_pairs(tmp_path / "lfw.bin")
 
 

@@ -208,7 +208,7 @@ def test_repeated_keys_are_counted(tmp_path: Path) -> None:
     rewrite_index(tmp_path, lambda lines: [(key % 6, offset) for key, offset in lines])
     found = RecordImages(path)
     assert len(found) == 6 and found.problems == [
-        f"{tmp_path / 'train.idx'}: 18 records are not used: another line has the same key; the first such key is 0"
+        f"{tmp_path / 'train.idx'}: 18 records are not used: another line has the same key, as key 0"
     ]
     rewrite_index(tmp_path, lambda lines: [(line, offset) for line, (_, offset) in enumerate(lines + lines[:2])])
     found = RecordImages(path)
@@ -223,9 +223,7 @@ def test_records_that_im2rec_could_not_write(tmp_path: Path) -> None:
     rewrite_index(root, lambda lines: [(key, 2**64 - 1 if key in (3, 5) else offset) for key, offset in lines])
     found = RecordImages(root / "train.rec")
     assert found.labels.tolist() == [0, 0, 1, 1, 2, 2, 2, 3, 3, 3]
-    assert found.problems[0] == (
-        f"{root / 'train.idx'}: 2 records are not used: the file has no place for them; the first has key 3"
-    )
+    assert found.problems[0] == (f"{root / 'train.idx'}: 2 records are not used: it has no offset for them, as key 3")
     assert any("the header says 12 images, the index has 10" in each for each in found.problems)
 
 

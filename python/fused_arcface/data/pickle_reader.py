@@ -201,7 +201,7 @@ class _Machine:
         line = self._line()
         if len(line) < 2 or line[:1] != line[-1:] or line[:1] not in b"'\"":
             raise Damaged("a quoted string does not end")
-        self._push(codecs.escape_decode(line[1:-1])[0])  # type: ignore[attr-defined]
+        self._push(codecs.escape_decode(line[1:-1])[0])
 
     def _text(self, length: int) -> None:
         self._push(self._take(length).decode("utf-8", "surrogatepass"))

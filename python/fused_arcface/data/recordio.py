@@ -240,9 +240,7 @@ class RecordFile:
 
 def too_broken(path: Path) -> DataError:
     """Return the error for a file that has more broken records than it is worth to list."""
-    return DataError(
-        f"{path} has more than {MOST_BROKEN} records that cannot be read: it is of another kind, or damaged"
-    )
+    return DataError(f"{path} has more than {MOST_BROKEN} records that cannot be read: it is damaged, or another file")
 
 
 class RecordWriter:

@@ -109,7 +109,7 @@ class RecordImages:
         if unused := len(np.setdiff1d(offsets, used)):
             repeated = np.sort(keys)[:-1][np.diff(np.sort(keys)) == 0][0]
             self.problems.append(
-                f"{index}: {unused} records are not used: another line has the same key; the first such key is {repeated}"
+                f"{index}: {unused} records are not used: another line has the same key, as key {repeated}"
             )
         if twice := len(last) - len(used):
             self.problems.append(f"{index}: {twice} keys are not used: their record has another key as well")
@@ -129,7 +129,7 @@ class RecordImages:
     def _report_unwritten(self, index: Path, keys: Ints) -> None:
         if len(keys):
             self.problems.append(
-                f"{index}: {len(keys)} records are not used: the file has no place for them; the first has key {keys[0]}"
+                f"{index}: {len(keys)} records are not used: it has no offset for them, as key {keys[0]}"
             )
 
     def _report_unnamed(self, index: Path, heads: Heads) -> None:

@@ -61,8 +61,7 @@ class FolderImages:
     def __init__(self, folder: LabelledFolder) -> None:
         self._files = [path for path, _ in folder.files]
         self.labels = torch.tensor([identity for _, identity in folder.files])
-        self.names, self.problems = folder.names, folder.problems
-        self.notes: list[str] = []
+        self.names, self.problems, self.notes = folder.names, folder.problems, folder.notes
 
     def __len__(self) -> int:
         return len(self._files)
