@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
+
+from .terminal import terminal
 
 
 def convert(
@@ -28,7 +29,7 @@ def convert(
     from .. import convert as conversion
     from ..checkpoint import CheckpointError
 
-    error = Console(stderr=True, soft_wrap=True)
+    error = terminal(stderr=True, soft_wrap=True)
     try:
         written = conversion.convert(sources, destination, num_classes=classes, seed=seed)
         found = conversion.read(written)
@@ -36,6 +37,6 @@ def convert(
         error.print(str(wrong), style="bold red", markup=False)
         raise typer.Exit(1) from wrong
     for name, rows in found.tensors.items():
-        Console(soft_wrap=True).print(
+        terminal(soft_wrap=True).print(
             f"{written}: {name} {rows.shape} {str(rows.dtype).removeprefix('torch.')}", markup=False
         )

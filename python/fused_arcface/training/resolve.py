@@ -49,7 +49,10 @@ def open_verification(config: TrainConfig) -> ImageSet | None:
     """
     try:
         if config.verify_data:
-            return read_pair_set(config.verify_data)
+            found = read_pair_set(config.verify_data)
+            if config.bad_data == "stop" and found.problems:
+                raise DataError(stopped_by(found.problems[0]))
+            return found
         unseen = unseen_source(config.data)
         return paired(unseen, f"unseen {config.data}") if unseen is not None else None
     except DataError as error:
