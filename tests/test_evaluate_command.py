@@ -189,7 +189,11 @@ def test_identify_probes_in_a_gallery_by_names(files: Path, tmp_path: Path, caps
         (["identify"], 2, "one of --data, --gallery with --probes, and --embeddings"),
         (["identify", "--data", "x", "--gallery", "y", "--checkpoint", "z"], 2, "one of --data"),
         (["identify", "--embeddings", "x.npz", "--save-embeddings", "y.npz"], 2, "--save-embeddings goes with --data"),
-        (["verify", "--data", "nothing.bin", "--checkpoint", "run"], 1, "nothing.bin is not a file"),
+        (
+            ["verify", "--data", "nothing.bin", "--checkpoint", "run"],
+            1,
+            "nothing.bin cannot be read: No such file or directory",
+        ),
         (["verify", "--data", "people.bin", "--checkpoint", "nothing"], 1, "nothing"),
         (["verify", "--data", "people.bin", "--checkpoint", "run", "--distance", "hamming"], 1, "distance must be one"),
         (

@@ -22,6 +22,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from . import checkpoint, safetensors, torch_files
 from .checks import check_size, check_sub_centers
 from .keyed import fill_normal
+from .reading import DataError, file_errors
 from .sharding import Sharding
 
 # What insightface has called its shards: since 2022 all a rank has, its head alone, and before that bare tensors.
@@ -34,7 +35,7 @@ _RUN_CHECKPOINTS = "checkpoints"  # in the folder of a training run
 _NEW_ROWS = 1 << 16  # drawn at once
 
 
-class ConvertError(ValueError):
+class ConvertError(DataError):
     """A source that is not what its place or name says, or sources that do not go together."""
 
 
@@ -173,15 +174,40 @@ def _left_out(path: Path) -> list[str]:
 def _read_safetensors(path: Path) -> Centres:
     try:
         tensors, metadata = safetensors.read(path)
-        values = json.loads(metadata.get("fused_arcface", "{}"))
-        if not isinstance(values, dict):
-            raise ValueError(f"{path}: its fused_arcface metadata must be a JSON object; got {type(values).__name__}")
-        check_sub_centers(values.get("sub_centers", 1))
-    except (TypeError, ValueError) as error:
-        raise ConvertError(str(error)) from error
+    except DataError as error:
+        raise ConvertError(str(error)) from None
     if "weight" not in tensors:
         raise ConvertError(f"{path} has no weight; it has {', '.join(tensors) or 'nothing'}")
+    with file_errors(path):
+        values = json.loads(metadata.get("fused_arcface", "{}"))
+    _check_stored(path, tensors, values)
     return Centres({name: _whole(tensor) for name, tensor in tensors.items()}, values)
+
+
+def _check_stored(path: Path, tensors: dict[str, Tensor], values: Any) -> None:
+    """Check that a file has rows of one count and plain numbers: it may come from anywhere."""
+    weight = tensors["weight"]
+    if weight.dim() != 2 or not weight.is_floating_point() or 0 in weight.shape:
+        raise ConvertError(f"{path}: weight must be numbers (C, D); it is {tuple(weight.shape)} {weight.dtype}")
+    for name, tensor in tensors.items():
+        if tensor.shape[:1] != weight.shape[:1]:
+            raise ConvertError(
+                f"{path}: {name} must have {len(weight)} rows, as weight has; it is {tuple(tensor.shape)}"
+            )
+    if not isinstance(values, dict):
+        raise ConvertError(f"{path}: what fused_arcface keeps there must be an object; it is a {type(values).__name__}")
+    try:
+        check_sub_centers(values.get("sub_centers", 1))
+    except (TypeError, ValueError) as error:
+        raise ConvertError(f"{path}: {error}") from None
+    for name in values.keys() & {"seed", "step"}:
+        if type(values[name]) is not int or not 0 <= values[name] < 2**63:
+            raise ConvertError(f"{path}: {name} must be a whole number >= 0 and < 2^63; got {values[name]!r:.60}")
+    optimizer = values.get("optimizer", {})
+    if not isinstance(optimizer, dict) or not all(
+        isinstance(each, (int, float, str, bool, type(None))) for each in optimizer.values()
+    ):
+        raise ConvertError(f"{path}: optimizer must be an object of numbers and texts")
 
 
 def _whole(tensor: Tensor) -> Rows:

@@ -12,10 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .reading import DataError, file_errors, open_regular
+
 _POINTER = b"version https://git-lfs.github.com/spec/"
 
 
-class TensorFileError(ValueError):
+class TensorFileError(DataError):
     """A file that is no file of tensors, or whose tensors are not those that are sought."""
 
 
@@ -23,7 +25,7 @@ def load(path: str | os.PathLike[str]) -> Any:
     """Return what a ``.pt`` file holds: tensors, mapped from the file where torch can do that, in plain containers.
 
     Raises:
-        FileNotFoundError: nothing is there.
+        DataError: it cannot be opened.
         TensorFileError: a Git LFS pointer, a file of another kind, or one that holds other objects.
     """
     check_no_pointer(path)
@@ -46,9 +48,10 @@ def check_no_pointer(path: str | os.PathLike[str]) -> None:
     """Raise for the small text file that stands in a Git repository for a large one.
 
     Raises:
+        DataError: it cannot be opened.
         TensorFileError: it is a Git LFS pointer.
     """
-    with open(path, "rb") as file:
+    with open_regular(path) as file, file_errors(path):
         if file.read(len(_POINTER)) == _POINTER:
             raise TensorFileError(f"{path} is a Git LFS pointer, not the file itself; fetch that with: git lfs pull")
 
@@ -69,7 +72,7 @@ def centers(path: Path) -> tuple[Tensor, bool]:
     tensor of insightface's ``rank_{rank}_softmax_weight.pt``, whose momentum lies in a file beside it.
 
     Raises:
-        FileNotFoundError: nothing is there.
+        DataError: it cannot be opened.
         TensorFileError: a file of another kind.
     """
     found = load(path)

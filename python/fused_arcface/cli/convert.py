@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
+
+from .terminal import terminal
 
 
 def convert(
@@ -33,7 +34,7 @@ def convert(
     from .. import convert as conversion
     from ..checkpoint import CheckpointError
 
-    error = Console(stderr=True, soft_wrap=True)
+    error = terminal(stderr=True, soft_wrap=True)
     try:
         written = conversion.convert(
             sources,
@@ -48,9 +49,9 @@ def convert(
         error.print(str(wrong), style="bold red", markup=False)
         raise typer.Exit(1) from wrong
     for name, rows in found.tensors.items():
-        Console(soft_wrap=True).print(
+        terminal(soft_wrap=True).print(
             f"{written}: {name} {rows.shape} {str(rows.dtype).removeprefix('torch.')}", markup=False
         )
-    Console(soft_wrap=True).print(
+    terminal(soft_wrap=True).print(
         f"{found.num_classes} classes of {found.sub_centers} center{'s' if found.sub_centers > 1 else ''}", markup=False
     )

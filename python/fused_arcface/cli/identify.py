@@ -11,6 +11,7 @@ from rich.console import Console
 from ..data.images import MAX_PIXELS
 from . import evaluation as shared
 from .tables import plain_table
+from .terminal import terminal
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,6 +40,7 @@ def identify(
         float, typer.Option(help="Share of identities kept out of the gallery, when the command splits.")
     ] = 0.2,
     seed: Annotated[int, typer.Option(help="Of the split.")] = 0,
+    bad_data: shared.BadData = "skip",
     ranks: Annotated[int, typer.Option(min=1, help="Last rank of the curve.")] = 20,
     engine: Annotated[str, typer.Option(help="auto, torch or faiss; all are exact.")] = "auto",
     distance: shared.DistanceName = "cosine",
@@ -70,11 +72,13 @@ def identify(
         )
     if save_embeddings is not None and data is None:
         raise typer.BadParameter("--save-embeddings goes with --data")
+    shared.check_bad_data(bad_data)
     shared.check_output(json)
     with shared.explained():
         if save_embeddings is not None:
             check_suffix(save_embeddings)
         options: dict[str, Any] = {"flip": flip, "device": device, "batch_size": batch_size, "workers": workers}
+        options["bad_data"] = bad_data
         if gallery is not None and probes is not None and checkpoint is not None:
             split = _two_sets(checkpoint, gallery, probes, max_pixels, options)
         else:
@@ -99,7 +103,7 @@ def identify(
             engine=engine,  # type: ignore[arg-type]
         )
         name = Path(data or probes or str(embeddings)).name
-        console = Console()
+        console = terminal()
         _print(console, found, f"{name}, {distance}")
         if json is not None:
             about: dict[str, Any] = {"data": data, "gallery": gallery, "probes": probes}
@@ -153,10 +157,10 @@ def _two_sets(
     found = shared.embed_images(checkpoint, sources, **options)
     number_of: dict[str, int] = {}
     labels = []
-    for source in sources:
-        assert source.labels is not None
+    for source, embedded in zip(sources, found, strict=True):
+        assert embedded.labels is not None
         numbers = torch.tensor([number_of.setdefault(name, len(number_of)) for name in source.names])
-        labels.append(numbers[source.labels])
+        labels.append(numbers[embedded.labels])
     return found[0].embeddings, labels[0], found[1].embeddings, labels[1]
 
 

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
 from ..checkpoint import CheckpointError
 from ..data import DataError
@@ -16,6 +15,7 @@ from ..training.config import OptionError, TrainConfig, read_options, rules
 from ..training.runs import RunError, RunFolder
 from ..training.trainer import train as train_run
 from ..training.world import is_first_rank, resume_command
+from .terminal import terminal
 from .training_progress import TrainingProgress
 
 _WRONG_USAGE = 2
@@ -56,7 +56,7 @@ def train(
     Several processes train together under torchrun: torchrun --nproc-per-node 8
     -m fused_arcface train ... Ctrl-C saves and says how to go on.
     """
-    console, error = Console(soft_wrap=True), Console(stderr=True, soft_wrap=True)
+    console, error = terminal(soft_wrap=True), terminal(stderr=True, soft_wrap=True)
     try:
         chosen = _choose(output, config, resume, {name: value for name, value in options.items() if value is not None})
         outcome = train_run(chosen, output, resume=resume, listener=TrainingProgress(console, error, chosen.epochs))

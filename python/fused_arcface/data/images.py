@@ -16,7 +16,8 @@ from torch import Tensor
 
 from ..checks import check_size
 from ..extras import MissingExtra, require
-from .folders import FORMATS, DataError
+from ..reading import DataError
+from .folders import FORMATS
 
 MAX_PIXELS = 2**25
 """Pixels of the largest image that is decoded by default: 5792 × 5792, some 1.3 s and 540 MB of a PNG."""

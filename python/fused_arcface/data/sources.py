@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..reading import DataError
 from .digits import TRAINED, UNSEEN, digit_images
-from .folders import DataError, LabelledFolder, read_folder
+from .folders import LabelledFolder, read_folder
 from .identities import identity_images
 from .images import MAX_PIXELS, ImageSpec, LabelledImages, image_spec, read_image
 from .records import RecordImages
@@ -60,9 +61,8 @@ class FolderImages:
     def __init__(self, folder: LabelledFolder, max_pixels: int = MAX_PIXELS) -> None:
         self._files = [path for path, _ in folder.files]
         self.labels = torch.tensor([identity for _, identity in folder.files])
-        self.names, self.problems = folder.names, folder.problems
+        self.names, self.problems, self.notes = folder.names, folder.problems, folder.notes
         self._max_pixels = max_pixels
-        self.notes: list[str] = []
 
     def __len__(self) -> int:
         return len(self._files)

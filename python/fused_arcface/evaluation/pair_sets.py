@@ -5,6 +5,8 @@ A set of pairs is insightface's ``.bin``, a text file of pairs (LFW's, or paths)
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -18,6 +20,7 @@ from ..data.folders import SUFFIXES, read_folder
 from ..data.images import MAX_PIXELS
 from ..data.pickled_pairs import read_pickled_pairs
 from ..data.sources import FolderImages
+from ..reading import file_errors, open_regular
 from ..text import lines
 from .pairs import Pairs, balanced_pairs
 
@@ -38,7 +41,9 @@ class ImageSet:
     names: list[str] = field(default_factory=list)
     """What labels stand for."""
     problems: list[str] = field(default_factory=list)
-    """What was found wrong with labelled images when they were opened, with its place: they are not among the M."""
+    """What was found wrong with the images when they were looked for, with its place: they are not among the M."""
+    notes: list[str] = field(default_factory=list)
+    """What else there is to know of them."""
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -65,7 +70,7 @@ def read_labelled(data: str, *, max_pixels: int = MAX_PIXELS) -> ImageSet:
 
 def _of_source(source: ImageSource, name: str) -> ImageSet:
     paths = [f"{name}[{index}]" for index in range(len(source))]
-    return ImageSet(paths, source.read, source.labels, names=source.names, problems=source.problems)
+    return ImageSet(paths, source.read, source.labels, names=source.names, problems=source.problems, notes=source.notes)
 
 
 def read_pair_set(
@@ -93,8 +98,6 @@ def read_pair_set(
     """
     path = Path(data)
     if path.suffix.lower() == ".bin":
-        if not path.is_file():
-            raise DataError(f"{path} is not a file")
         return _of_pickle(path, max_pixels)
     if path.suffix.lower() in (".txt", ".csv", ".tsv"):
         return read_pairs_file(path, Path(images) if images is not None else path.parent, max_pixels)
@@ -144,31 +147,37 @@ def read_pairs_file(path: Path, root: Path, max_pixels: int = MAX_PIXELS) -> Ima
     (any image's suffix); ``path1 path2 label`` names files, label 1 for one person and 0 for two. LFW's heading,
     ``10 300``, is passed over, as are empty lines. Folds are consecutive parts of the file.
 
+    A pair with an image that is missing is left out, and is one of the set's problems.
+
     Raises:
-        DataError: a line that is none of these, an image that is missing, or no pairs of one kind; with the line.
+        DataError: a line that is none of these, with its number; or no pair whose images are there.
     """
-    try:
-        text = lines(path.read_bytes())
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} cannot be read: {error}") from None
+    with open_regular(path) as file, file_errors(path):
+        text = lines(file.read())
     number_of: dict[Path, int] = {}
-    first, second, same = [], [], []
+    folders: dict[Path, dict[str, Path]] = {}
+    first, second, same, problems = [], [], [], []
     for number, line in enumerate(text, start=1):
         fields = _fields(line)
         if not fields or (number == 1 and len(fields) <= 2 and all(field.isdigit() for field in fields)):
             continue
         try:
-            one, two, label = _pair(fields, root)
+            one, two, label = _pair(fields, root, folders)
+        except FileNotFoundError as error:
+            problems.append(f"{path}, line {number}: {error} is missing")
+            continue
         except ValueError as error:
             raise DataError(f"{path}, line {number}: {error}") from None
         first.append(number_of.setdefault(one, len(number_of)))
         second.append(number_of.setdefault(two, len(number_of)))
         same.append(label)
-    if not any(same) or all(same):
-        raise DataError(f"{path} must hold pairs of one person and of two; it has {sum(same)} of {len(same)} pairs")
+    if not same:
+        raise DataError(f"{path} has no pairs whose images are there{f': {problems[0]}' if problems else ''}")
     files = list(number_of)
     pairs = Pairs(torch.tensor(first), torch.tensor(second), torch.tensor(same))
-    return ImageSet([str(file) for file in files], partial(_read_file, files, max_pixels), pairs=pairs)
+    return ImageSet(
+        [str(file) for file in files], partial(_read_file, files, max_pixels), pairs=pairs, problems=problems
+    )
 
 
 def _fields(line: str) -> list[str]:
@@ -177,31 +186,51 @@ def _fields(line: str) -> list[str]:
     return [field.strip(" ") for field in line.split(separator) if field.strip(" ")]
 
 
-def _pair(fields: list[str], root: Path) -> tuple[Path, Path, bool]:
+def _pair(fields: list[str], root: Path, folders: dict[Path, dict[str, Path]]) -> tuple[Path, Path, bool]:
     """Files and kind of a line.
 
     Raises:
-        ValueError: it is none, or a file is missing.
+        ValueError: it is none.
+        FileNotFoundError: a file is missing; its text is the file's name.
     """
-    if len(fields) == 3 and fields[1].isdigit() and fields[2].isdigit():
-        return _lfw_image(root, fields[0], fields[1]), _lfw_image(root, fields[0], fields[2]), True
-    if len(fields) == 4 and fields[1].isdigit() and fields[3].isdigit():
-        return _lfw_image(root, fields[0], fields[1]), _lfw_image(root, fields[2], fields[3]), False
+    if len(fields) == 3 and _is_number(fields[1]) and _is_number(fields[2]):
+        one, two = (_lfw_image(root, fields[0], number, folders) for number in fields[1:])
+        return one, two, True
+    if len(fields) == 4 and _is_number(fields[1]) and _is_number(fields[3]):
+        one, two = (_lfw_image(root, fields[at], fields[at + 1], folders) for at in (0, 2))
+        return one, two, False
     if len(fields) == 3 and fields[2] in ("0", "1"):
         return _existing(root / fields[0]), _existing(root / fields[1]), fields[2] == "1"
-    raise ValueError(f"must be `name n m`, `name n name m` or `path path 0|1`; got {' '.join(fields)!r}")
+    shown = " ".join(fields)
+    raise ValueError(f"must be `name n m`, `name n name m` or `path path 0|1`; got {shown[:100]!r}")
 
 
-def _lfw_image(root: Path, name: str, number: str) -> Path:
-    stem = root / name / f"{name}_{int(number):04d}"
-    usual = stem.with_name(stem.name + ".jpg")
-    if usual.is_file():
+def _is_number(text: str) -> bool:
+    return re.fullmatch("[0-9]{1,9}", text) is not None
+
+
+def _lfw_image(root: Path, name: str, number: str, folders: dict[Path, dict[str, Path]]) -> Path:
+    """Find the image of a person by its number, with any suffix of an image; ``folders`` keeps what was listed."""
+    folder = root / name
+    stem = f"{name}_{int(number):04d}"
+    usual = folder / f"{stem}.jpg"
+    if os.path.isfile(usual):
         return usual
-    others = [path for path in (stem.with_name(stem.name + suffix) for suffix in sorted(SUFFIXES)) if path.is_file()]
-    return others[0] if others else _existing(usual)
+    if folder not in folders:
+        folders[folder] = _images_by_stem(folder)
+    return folders[folder].get(stem) or _existing(usual)
+
+
+def _images_by_stem(folder: Path) -> dict[str, Path]:
+    try:
+        names = sorted(os.listdir(folder), reverse=True)
+    except (OSError, ValueError):
+        return {}
+    images = (folder / name for name in names if os.path.splitext(name)[1].lower() in SUFFIXES)
+    return {image.stem: image for image in images if os.path.isfile(image)}
 
 
 def _existing(path: Path) -> Path:
-    if not path.is_file():
-        raise ValueError(f"{path} is missing")
+    if not os.path.isfile(path):
+        raise FileNotFoundError(str(path))
     return path

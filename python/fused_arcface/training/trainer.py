@@ -11,8 +11,8 @@ from pathlib import Path
 
 import torch
 
-from ..data.folders import DataError
 from ..data.sources import ImageSource
+from ..reading import DataError
 from .batches import Batch, BatchPlan, load_batches, share_bounds
 from .config import TrainConfig
 from .events import Began, Ended, Event, Listener, Noted, Saved, Stepped, Verified, folder_listeners
