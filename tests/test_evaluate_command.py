@@ -266,3 +266,11 @@ def test_identify_has_a_pixel_limit(files: Path, capsys: pytest.CaptureFixture[s
     people, checkpoint = str(files / "people"), str(files / "run")
     assert run(["identify", "--data", people, "--checkpoint", checkpoint, "--max-pixels", "1023"]) == 1
     assert "must have at most max_pixels=1023 pixels; got 32 × 32" in capsys.readouterr().err
+
+
+def test_a_terminal_without_a_sign_shows_its_escape(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr("sys.stdout", shown)
+    assert run(["verify", "--data", str(files / "people.bin"), "--checkpoint", str(files / "run")]) == 0
+    shown.flush()
+    assert b"\\xb1" in shown.buffer.getvalue()  # of ±
