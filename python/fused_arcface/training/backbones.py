@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 import re
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from torch import nn
 
 from ..data.images import ImageSpec
 from ..extras import require
+from ..reading import DataError, check_regular
 from .iresnet import LAYERS, IResNet
 from .nets import SmallNet
 
@@ -63,12 +63,14 @@ def load_weights(net: nn.Module, path: Path) -> None:
     read from it.
 
     Raises:
-        ValueError: it cannot be read, or has the weights of another net.
+        DataError: it cannot be read, or has the weights of another net.
     """
+    check_regular(path)
+    # Any error: the file may be of any kind, and hold texts or numbers in place of names and tensors.
     try:
         net.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-    except (EOFError, OSError, RuntimeError, TypeError, pickle.UnpicklingError) as error:
-        raise ValueError(f"{path} has no weights of this net: {error}") from None
+    except Exception as error:
+        raise DataError(f"{path} has no weights of this net: {error}") from None
 
 
 def own_spec(name: str) -> ImageSpec | None:

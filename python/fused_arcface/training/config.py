@@ -14,8 +14,12 @@ from typing import Any, get_args, get_type_hints
 
 from .. import backends
 from ..extras import require
+from ..reading import DataError, file_errors, read_bytes
 from .backbones import NAMES, check_backbone
 from .margin_text import parse_margin
+
+_MOST_BYTES = 1 << 16
+"""Of a TOML file: the time of some readers grows with the square of a key's length."""
 
 
 class OptionError(ValueError):
@@ -143,6 +147,8 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name, (rule, types) in rules().items():
             value = getattr(self, name)
+            if isinstance(value, int) and abs(value) >= 2**64:
+                raise ValueError(f"{name} must be a number of 64 bits; got one of {value.bit_length()}")
             if float in types and isinstance(value, int) and not isinstance(value, bool):
                 value = float(value)  # TOML's 64
                 object.__setattr__(self, name, value)
@@ -190,8 +196,9 @@ def read_options(path: Path) -> dict[str, Any]:
     # Before Python 3.11 the standard library has no reader, and the package that it came from takes its place.
     toml = require("tomllib" if sys.version_info >= (3, 11) else "tomli", "train")
     try:
-        with path.open("rb") as file:
-            found: dict[str, Any] = toml.load(file)
-    except (OSError, ValueError) as error:
-        raise OptionError(f"{path} cannot be read: {error}") from None
+        text = read_bytes(path, _MOST_BYTES)
+        with file_errors(path):
+            found: dict[str, Any] = toml.loads(text.decode("utf-8"))
+    except DataError as error:
+        raise OptionError(str(error)) from None
     return found
