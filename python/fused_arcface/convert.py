@@ -191,9 +191,7 @@ def _check_stored(path: Path, tensors: dict[str, Tensor], values: Any) -> None:
         raise ConvertError(f"{path}: weight must be numbers (C, D); it is {tuple(weight.shape)} {weight.dtype}")
     for name, tensor in tensors.items():
         if tensor.shape[:1] != weight.shape[:1]:
-            raise ConvertError(
-                f"{path}: {name} must have {len(weight)} rows, as weight has; it is {tuple(tensor.shape)}"
-            )
+            raise ConvertError(f"{path}: {name} must have {len(weight)} rows, as weight; it is {tuple(tensor.shape)}")
     if not isinstance(values, dict):
         raise ConvertError(f"{path}: what fused_arcface keeps there must be an object; it is a {type(values).__name__}")
     try:
@@ -204,9 +202,8 @@ def _check_stored(path: Path, tensors: dict[str, Tensor], values: Any) -> None:
         if type(values[name]) is not int or not 0 <= values[name] < 2**63:
             raise ConvertError(f"{path}: {name} must be a whole number >= 0 and < 2^63; got {values[name]!r:.60}")
     optimizer = values.get("optimizer", {})
-    if not isinstance(optimizer, dict) or not all(
-        isinstance(each, (int, float, str, bool, type(None))) for each in optimizer.values()
-    ):
+    plain = (int, float, str, bool, type(None))
+    if not isinstance(optimizer, dict) or not all(isinstance(each, plain) for each in optimizer.values()):
         raise ConvertError(f"{path}: optimizer must be an object of numbers and texts")
 
 

@@ -160,4 +160,6 @@ def _print(console: Console, found: Verification | None, same: Bools, means: Mea
             table.add_row(f"TAR at FAR {far:g}", f"{tar:.4f}{'  no false accept' if far < 1 / different else ''}")
     console.print(table)
     if found is None:
-        console.print(f"Left out, because all pairs are of one kind: {', '.join(_LEFT_OUT)}.", highlight=False)
+        console.print(
+            f"Left out, because all pairs are of one kind: {', '.join(_LEFT_OUT)}.", highlight=False, soft_wrap=True
+        )

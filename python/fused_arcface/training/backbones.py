@@ -11,6 +11,7 @@ from torch import nn
 from .. import torch_files
 from ..data.images import ImageSpec
 from ..extras import require
+from ..reading import DataError
 from .iresnet import LAYERS, IResNet
 from .nets import SmallNet
 
@@ -62,12 +63,13 @@ def load_weights(net: nn.Module, path: Path) -> None:
     read from it.
 
     Raises:
-        ValueError: it cannot be read, or has the weights of another net.
+        DataError: it cannot be read, or has the weights of another net.
     """
+    # Any error: the file may be of any kind, and hold texts or numbers in place of names and tensors.
     try:
         net.load_state_dict(torch_files.load(path))
-    except (OSError, RuntimeError, TypeError, torch_files.TensorFileError) as error:
-        raise ValueError(f"{path} has no weights of this net: {error}") from None
+    except Exception as error:
+        raise DataError(f"{path} has no weights of this net: {error}") from None
 
 
 def own_spec(name: str) -> ImageSpec | None:

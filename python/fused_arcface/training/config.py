@@ -16,9 +16,15 @@ from .. import backends
 from ..data.images import MAX_PIXELS
 from ..extras import require
 from ..files import write_bytes
+from ..reading import DataError, file_errors, read_bytes
 from ..text import decode, encode
 from .backbones import NAMES, check_backbone
 from .margin_text import parse_margin
+
+_MOST_BYTES = 1 << 16
+"""Of a TOML file of options."""
+_MOST_DOTS = 100
+"""The time of Python's reader grows with the square of the parts of a key: 20,000 of them take 20 seconds."""
 
 
 class OptionError(ValueError):
@@ -147,6 +153,8 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name, (rule, types) in rules().items():
             value = getattr(self, name)
+            if isinstance(value, int) and abs(value) >= 2**64:
+                raise ValueError(f"{name} must be a number of 64 bits; got one of {value.bit_length()}")
             if float in types and isinstance(value, int) and not isinstance(value, bool):
                 value = float(value)  # TOML's 64
                 object.__setattr__(self, name, value)
@@ -194,7 +202,11 @@ def read_options(path: Path) -> dict[str, Any]:
     # Before Python 3.11 the standard library has no reader, and the package that it came from takes its place.
     toml = require("tomllib" if sys.version_info >= (3, 11) else "tomli", "train")
     try:
-        found: dict[str, Any] = toml.loads(decode(path.read_bytes()))
-    except (OSError, ValueError) as error:
-        raise OptionError(f"{path} cannot be read: {error}") from None
+        text = read_bytes(path, _MOST_BYTES)
+        if any(line.count(b".") > _MOST_DOTS for line in text.splitlines()):
+            raise DataError(f"{path} must have <= {_MOST_DOTS} dots on a line")
+        with file_errors(path):
+            found: dict[str, Any] = toml.loads(decode(text))
+    except DataError as error:
+        raise OptionError(str(error)) from None
     return found
