@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 
-from fused_arcface.data import DataError, read_folder
+from fused_arcface.data import DataError, open_source, read_folder
 
 
 def make(root: Path, *names: str) -> Path:
@@ -49,3 +50,38 @@ def test_folders_without_images(tmp_path: Path) -> None:
         read_folder(tmp_path / "missing")
     with pytest.raises(DataError, match="has no images: it must hold a folder for each identity"):
         read_folder(make(tmp_path, "loose.png"))
+
+
+def test_links_and_pipes_are_counted(tmp_path: Path) -> None:
+    make(tmp_path, "ann/1.png", "bob/1.png", "bob/notes.txt", "bob/.2.png", "elsewhere.txt")
+    os.mkfifo(tmp_path / "bob" / "pipe.jpg")
+    (tmp_path / "ann" / "2.png").symlink_to(tmp_path / "gone.png")
+    (tmp_path / "ann" / "3.png").symlink_to(tmp_path / "bob" / "1.png")
+    (tmp_path / "ann" / "more").symlink_to(tmp_path / "bob")
+    found = read_folder(tmp_path)
+    assert [path.name for path, _ in found.files] == ["1.png", "3.png", "1.png"]
+    assert found.problems == [f"{tmp_path / 'ann' / 'more'}: 3 image(s) or folder(s) that cannot be read or followed"]
+    assert len(found.notes) == 1 and ": 2 file(s) that are no images by their name; not used" in found.notes[0]
+    assert open_source(str(tmp_path)).notes == found.notes
+
+
+def test_parts_of_a_data_set_are_no_identities(tmp_path: Path) -> None:
+    make(tmp_path, *(f"{part}/{name}/1.png" for part in ("train", "Val") for name in ("ann", "bob")))
+    with pytest.raises(DataError, match="holds Val and train, which hold the identities: name one of them"):
+        read_folder(tmp_path)
+    assert read_folder(tmp_path / "train").names == ["ann", "bob"]
+
+
+def test_nested_identities_are_reported(tmp_path: Path) -> None:
+    make(tmp_path, "A/ann/1.png", "A/abe/1.png", "B/bob/1.png", "B/ben/1.png", "c/1.png")
+    found = read_folder(tmp_path)
+    assert found.names == ["A", "B", "c"] and found.problems == [
+        f"{tmp_path}: 2 of 3 identities have their images in several folders of their own, as {tmp_path / 'A' / 'abe'}:"
+        f" each folder of {tmp_path} counts as one identity"
+    ]
+
+
+def test_a_name_of_many_digits_is_a_name(tmp_path: Path) -> None:
+    (tmp_path / ("9" * 200)).mkdir()
+    make(tmp_path, "9" * 200 + "/1.png", "10/1.png")
+    assert read_folder(tmp_path).names == ["10", "9" * 200]

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import io
+import math
+import random
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +15,7 @@ import torch
 from image_files import encoded, picture
 from PIL import Image
 
-from fused_arcface.data import ImageError, ImageSpec, read_image
+from fused_arcface.data import DataError, ImageError, ImageSpec, read_image
 from fused_arcface.data.images import image_spec
 
 GREY, COLOUR = ImageSpec(8, 1), ImageSpec(8, 3)
@@ -86,7 +90,7 @@ def test_exif_turns_the_picture() -> None:
 
 def test_unreadable_images_are_named(tmp_path: Path) -> None:
     (tmp_path / "text.jpg").write_text("not an image")
-    with pytest.raises(ImageError, match=r"text\.jpg cannot be read as an image: no format that Pillow knows"):
+    with pytest.raises(ImageError, match=r"text\.jpg cannot be read as an image: none of BMP, DIB, GIF, JPEG,"):
         read_image(tmp_path / "text.jpg", GREY)
     (tmp_path / "empty.png").touch()
     with pytest.raises(ImageError, match=r"empty\.png cannot be read"):
@@ -108,3 +112,102 @@ def test_a_spec_is_told_from_a_file() -> None:
         ImageSpec(8, 2)
     with pytest.raises(ValueError, match="size must be >= 1; got 0"):
         ImageSpec(0, 1)
+
+
+def eps() -> bytes:
+    return b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n%%EOF\n"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        pytest.param(eps(), id="eps"),
+        pytest.param(encoded(picture(0, 0, "RGB"), "dds"), id="dds"),
+        pytest.param(encoded(picture(0, 0), "ico"), id="ico"),
+        pytest.param(encoded(picture(0, 0), "pcx"), id="pcx"),
+        pytest.param(b"\0\0\0\x1cftypavif" + bytes(64), id="avif"),
+    ],
+)
+def test_formats_that_no_suffix_names_are_not_decoded(content: bytes, tmp_path: Path, monkeypatch) -> None:
+    """A file is decoded by its content, so a name that looks like an image's must not start any other decoder."""
+    monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", lambda *_, **__: pytest.fail("Ghostscript was started"))
+    (tmp_path / "photo.jpg").write_bytes(content)
+    with pytest.raises(ImageError, match=r"photo\.jpg cannot be read as an image: none of BMP, DIB, GIF"):
+        read_image(tmp_path / "photo.jpg", GREY)
+    with pytest.raises(DataError, match=r"photo\.jpg cannot be read"):
+        image_spec(tmp_path / "photo.jpg")
+
+
+@pytest.mark.parametrize("format", ["bmp", "dib", "gif", "jpeg", "jpeg2000", "png", "ppm", "tga", "tiff", "webp"])
+def test_each_accepted_format_under_any_accepted_suffix(format: str, tmp_path: Path) -> None:
+    image = Image.new("RGB", (20, 20), "white")
+    for suffix in (".png", ".jpg"):
+        (tmp_path / f"image{suffix}").write_bytes(encoded(image, format))
+        assert read_image(tmp_path / f"image{suffix}", COLOUR).eq(1).all()
+
+
+def png_of(width: int, height: int, rows: int) -> bytes:
+    """A gray PNG of zeros that says it has ``height`` rows and holds ``rows`` of them."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    head = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", zlib.compress(bytes((width + 1) * rows))) + chunk(b"IEND", b"")
+
+
+def test_the_pixel_limit_is_checked_before_decoding(monkeypatch) -> None:
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", lambda _: pytest.fail("it was decoded"))
+    bomb = png_of(13_000, 13_000, rows=1)
+    limit = rf"must have at most max_pixels={2**25} pixels; got 13000 × 13000"
+    for read in (lambda: read_image(bomb, GREY), lambda: image_spec(bomb)):
+        with pytest.raises(ImageError, match=limit):
+            read()
+    with pytest.raises(ImageError, match=r"could be decompression bomb"):  # Pillow's own limit
+        read_image(png_of(200_000, 1000, rows=1), GREY)
+    with pytest.raises(ImageError, match="at most max_pixels=400 pixels; got 20 × 21"):
+        read_image(png_of(20, 21, rows=21), GREY, max_pixels=400)
+
+
+def test_the_pixel_limit_can_be_raised_beyond_pillows(monkeypatch) -> None:
+    monkeypatch.setattr("PIL.Image.MAX_IMAGE_PIXELS", 50)  # from 100 on it refuses
+    assert read_image(png_of(20, 20, rows=20), GREY, max_pixels=400).eq(-1).all()
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_pixels_that_are_not_finite_are_a_bad_image(value: float, tmp_path: Path) -> None:
+    pixels = np.full((20, 20), 0.5, dtype=np.float32)
+    pixels[3, 4] = value
+    Image.fromarray(pixels).save(tmp_path / "float.tif")
+    with pytest.raises(ImageError, match=r"float\.tif cannot be decoded as an image: its pixels must be finite"):
+        read_image(tmp_path / "float.tif", GREY)
+
+
+def test_every_error_of_a_decoder_is_a_bad_image(monkeypatch) -> None:
+    class Odd(Exception):
+        pass
+
+    for error in (Odd("odd"), MemoryError(), RecursionError("deep"), NotImplementedError("DXT9"), KeyError(7)):
+
+        def fail(*_: object, error: Exception = error) -> None:
+            raise error
+
+        monkeypatch.setattr("PIL.ImageFile.ImageFile.load", fail)
+        with pytest.raises(ImageError, match=r"cannot be decoded as an image: ."):
+            read_image(encoded(picture(0, 0)), GREY)
+
+
+@pytest.mark.filterwarnings("ignore")  # Pillow's, of damaged EXIF and TIFF tags
+@pytest.mark.parametrize("format", ["bmp", "gif", "jpeg", "jpeg2000", "png", "ppm", "tga", "tiff", "webp"])
+def test_changed_bytes_give_an_image_or_a_bad_image(format: str) -> None:
+    whole, draw = bytearray(encoded(picture(0, 0, "RGB", (24, 20)), format)), random.Random(format)
+    for _ in range(60):
+        data = bytearray(whole[: draw.choice([len(whole), draw.randrange(len(whole))])])
+        for _ in range(draw.randint(1, 8)):
+            if data:
+                data[draw.randrange(min(len(data), 200))] = draw.randrange(256)
+        try:
+            found = read_image(bytes(data), COLOUR, max_pixels=1_000_000)
+        except ImageError:
+            continue
+        assert found.shape == (3, 8, 8) and found.isfinite().all()

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import random
 import struct
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,7 +15,8 @@ import torch
 from image_files import encoded, picture, write_records
 
 from fused_arcface.data import DataError, ImageSpec, RecordFile, RecordWriter, open_source, pack_image, unpack_image
-from fused_arcface.data.recordio import RecordError, read_index
+from fused_arcface.data.record_index import read_index as read_keys_and_offsets
+from fused_arcface.data.recordio import RecordError
 from fused_arcface.data.records import RecordImages
 
 SPEC = ImageSpec(16, 1)
@@ -24,6 +28,11 @@ def write(path: Path, *payloads: bytes) -> Path:
         for key, payload in enumerate(payloads):
             writer.write(key, payload)
     return path
+
+
+def read_index(path: Path) -> dict[int, int]:
+    keys, offsets = read_keys_and_offsets(path, 10_000)
+    return dict(zip(keys.tolist(), offsets.tolist(), strict=True))
 
 
 def test_bytes_on_disk(tmp_path: Path) -> None:
@@ -182,7 +191,123 @@ def test_files_that_are_no_data_set(tmp_path: Path) -> None:
     (tmp_path / "a.idx").write_text("0\t0\nwhat\n")
     with pytest.raises(DataError, match=r"a\.idx: line 2 must be a key and an offset; got 'what'"):
         RecordImages(tmp_path / "a.rec")
-    with pytest.raises(DataError, match=r"missing\.rec cannot be opened"):
+    with pytest.raises(DataError, match=r"missing\.rec cannot be read: No such file"):
         RecordImages(tmp_path / "missing.rec")
     with pytest.raises(DataError, match="data must be a folder"):
         open_source(str(tmp_path / "nothing"))
+
+
+def rewrite_index(root: Path, change: Callable[[list[tuple[int, int]]], list[tuple[int, int]]]) -> None:
+    lines = [(int(key), int(offset)) for key, offset in map(str.split, (root / "train.idx").read_text().splitlines())]
+    (root / "train.idx").write_text("".join(f"{key}\t{offset}\n" for key, offset in change(lines)))
+
+
+def test_repeated_keys_are_counted(tmp_path: Path) -> None:
+    image = encoded(picture(0, 0))
+    path = write(tmp_path / "train.rec", *(pack_image(float(i % 6), 0, image) for i in range(24)))
+    rewrite_index(tmp_path, lambda lines: [(key % 6, offset) for key, offset in lines])
+    found = RecordImages(path)
+    assert len(found) == 6 and found.problems == [
+        f"{tmp_path / 'train.idx'}: 18 records are not used: another line has the same key, as key 0"
+    ]
+    rewrite_index(tmp_path, lambda lines: [(line, offset) for line, (_, offset) in enumerate(lines + lines[:2])])
+    found = RecordImages(path)
+    assert len(found) == 24 and found.problems == [
+        f"{tmp_path / 'train.idx'}: 2 keys are not used: their record has another key as well"
+    ]
+
+
+def test_records_that_im2rec_could_not_write(tmp_path: Path) -> None:
+    """It gives them the offset 2⁶⁴ - 1."""
+    root = write_records(tmp_path, identities=4, samples=3)
+    rewrite_index(root, lambda lines: [(key, 2**64 - 1 if key in (3, 5) else offset) for key, offset in lines])
+    found = RecordImages(root / "train.rec")
+    assert found.labels.tolist() == [0, 0, 1, 1, 2, 2, 2, 3, 3, 3]
+    assert found.problems[0] == (f"{root / 'train.idx'}: 2 records are not used: it has no offset for them, as key 3")
+    assert any("the header says 12 images, the index has 10" in each for each in found.problems)
+
+
+def test_an_index_shorter_than_its_records(tmp_path: Path) -> None:
+    image = encoded(picture(0, 0))
+    path = write(tmp_path / "train.rec", *(pack_image(float(i % 2), 0, image) for i in range(24)))
+    offsets = list(read_index(tmp_path / "train.idx").values())
+    rewrite_index(tmp_path, lambda lines: lines[4:8] + lines[12:20])
+    found = RecordImages(path)
+    assert len(found) == 12 and found.problems == [
+        f"{path}: 12 records are not used: train.idx does not name them; the first is at byte {offsets[0]}"
+    ]
+
+
+def test_images_behind_the_headers_end_are_counted(tmp_path: Path) -> None:
+    image = encoded(picture(0, 0))
+    labels = [pack_image(float(i), 0, image) for i in range(4)]
+    path = write(tmp_path / "a.rec", pack_image([3, 4], 0, b""), *labels, pack_image([1, 2], 0, b""))
+    found = RecordImages(path)
+    assert found.names == ["0", "1"]
+    assert found.problems == [
+        f"{path}: record 0 at byte 0: 2 images are not used: the header says that images end before 3"
+    ]
+
+
+@pytest.mark.parametrize("end", [float("nan"), float("inf"), -1.0, 0.0])
+def test_a_header_that_says_nothing(end: float, tmp_path: Path) -> None:
+    path = write(tmp_path / "a.rec", pack_image([end, 4], 0, b""), pack_image(0.0, 0, encoded(picture(0, 0))))
+    found = RecordImages(path)
+    assert len(found) == 1 and "the header must say where the images end; got" in found.problems[0]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("0\t0\n1 2 3\n", "line 2 must be a key and an offset; got '1 2 3'"),
+        ("0\t0\n\n", "line 2 must be a key and an offset; got ''"),
+        ("0\t" + "9" * 10**6, "line 1 must be a key and an offset; got '0"),
+        ("0\t-1\n", "line 1 must be a key"),
+        (f"0\t0\n{2**63}\t4\n", r"line 2 must have a key below 2\^63"),
+        ("0\t0\n" * 1000, r"names more records than its \.rec file has room for"),
+    ],
+)
+def test_an_index_that_is_none(text: str, message: str, tmp_path: Path) -> None:
+    path = write(tmp_path / "a.rec", pack_image(0.0, 0, encoded(picture(0, 0))))
+    path.with_suffix(".idx").write_text(text)
+    with pytest.raises(DataError, match=message):
+        RecordImages(path)
+
+
+def head(part: int, length: int) -> bytes:
+    return MAGIC + struct.pack("<I", part << 29 | length)
+
+
+CRAFTED = {
+    # Each took minutes: a block of the file was read for each broken head, a whole payload for each record.
+    "heads that point beyond the end": (head(0, 2**29 - 1) * 300_000, None),
+    "parts without an end": (head(1, 0) * 300_000, None),
+    "magic numbers": (MAGIC * 600_000, None),
+    "parts that lead into one another": (
+        b"".join(head(1, 8 * (20_000 - i)) for i in range(20_000)) + head(2, 0) * 20_000 + head(3, 0),
+        range(20_000),
+    ),
+    "a record of many labels": (head(0, 2_000_024) + struct.pack("<IfQQ", 500_000, 0, 0, 0) + bytes(2_000_000), None),
+}
+
+
+@pytest.mark.parametrize("name", CRAFTED)
+def test_crafted_files_take_no_longer_than_others(name: str, tmp_path: Path) -> None:
+    content, rows = CRAFTED[name]
+    (tmp_path / "a.rec").write_bytes(content)
+    if rows is not None:
+        (tmp_path / "a.idx").write_text("".join(f"{row}\t{8 * row}\n" for row in rows))
+    started = time.process_time()
+    with pytest.raises(DataError, match=r"a\.rec"):
+        RecordImages(tmp_path / "a.rec").read(0, SPEC)
+    assert time.process_time() - started < 2
+
+
+def test_pipes_do_not_hang(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.rec", pack_image(0.0, 0, encoded(picture(0, 0))))
+    path.with_suffix(".idx").unlink()
+    os.mkfifo(path.with_suffix(".idx"))
+    with pytest.raises(DataError, match=r"a\.idx must be a regular file; it is a named pipe"):
+        RecordImages(path)
+    with pytest.raises(DataError, match=r"a\.idx must be a regular file; it is a named pipe"):
+        RecordFile(path.with_suffix(".idx"))

@@ -11,9 +11,11 @@ import signal
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from image_files import encoded, picture, write_folder, write_records
+from PIL import Image
 from torch import nn
 
 import fused_arcface as fa
@@ -30,6 +32,7 @@ from fused_arcface.training.joint_step import JointStep
 from fused_arcface.training.runs import RunError, load_backbone
 from fused_arcface.training.trainer import Outcome, train
 
+NONE = "none of BMP, DIB, GIF, JPEG, JPEG2000, PNG, PPM, TGA, TIFF, WEBP"
 TINY = TrainConfig(
     data="identities:6x4", epochs=3, batch_size=8, image_size=16, workers=0, device="cpu", verify_every=9
 )
@@ -126,6 +129,24 @@ def test_micro_batches_give_the_whole_batchs_gradients() -> None:
     assert torch.allclose(net[1].running_mean, expected, atol=1e-6)  # the last micro-batch comes first
 
 
+def test_pixels_that_are_not_finite_and_too_many_are_bad_images(tmp_path: Path) -> None:
+    root = write_folder(tmp_path / "data", 3, 4, kinds=(("L", 16, 16, "png"),))
+    broken, large = root / "person_001" / "00.tif", root / "person_002" / "00.png"
+    pixels = np.full((16, 16), 0.5, dtype=np.float32)
+    pixels[0, 0] = np.nan
+    (root / "person_001" / "00.png").unlink()
+    Image.fromarray(pixels).save(broken)
+    Image.new("L", (16, 17)).save(large)
+    config = TINY.replace({"data": str(root), "epochs": 1, "channels": 1, "max_pixels": 256, "batch_size": 12})
+    _, heard = run(config, tmp_path / "run")
+    noted = [event.text for event in heard if isinstance(event, Noted)]
+    assert (
+        f"{broken} cannot be decoded as an image: its pixels must be finite; the next image is taken instead" in noted
+    )
+    assert f"{large} must have at most max_pixels=256 pixels; got 16 × 17; the next image is taken instead" in noted
+    assert all(tensor.isfinite().all() for tensor in weights(tmp_path / "run").values())
+
+
 @pytest.mark.parametrize("bad", ["skip", "stop"])
 def test_unreadable_images_and_empty_identities(tmp_path: Path, bad: str) -> None:
     root = write_folder(tmp_path / "faces", 4, 4)
@@ -139,9 +160,7 @@ def test_unreadable_images_and_empty_identities(tmp_path: Path, bad: str) -> Non
         outcome, heard = run(config, tmp_path / "run")
         notes = [event.text for event in heard if isinstance(event, Noted)]
         assert outcome == Outcome(2, 2) and all(event.loss < 100 for event in heard if isinstance(event, Stepped))
-        assert notes == [
-            f"{broken} cannot be read as an image: no format that Pillow knows; the next image is taken instead"
-        ]
+        assert notes == [f"{broken} cannot be read as an image: {NONE}; the next image is taken instead"]
     (root / "person_9").mkdir()
     if bad == "stop":
         with pytest.raises(DataError, match=r"person_9: an identity without images; bad_data is stop: the run ends$"):

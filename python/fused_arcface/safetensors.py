@@ -1,62 +1,58 @@
 """Reading and writing safetensors files row by row, so that class centres larger than memory pass through.
 
-The format: a little-endian length, that many bytes of JSON naming each tensor's dtype, shape and place, then the
-tensors (https://github.com/huggingface/safetensors). Nothing in such a file is executed.
+The library of that name reads and checks (https://github.com/huggingface/safetensors). It writes whole files from
+memory only, so the writer is here: a little-endian length, that many bytes of JSON naming each tensor's dtype, shape
+and place, then the tensors. Nothing in such a file is executed.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "BF16": torch.bfloat16,
-    "F16": torch.float16,
-    "I8": torch.int8,
-    "I64": torch.int64,
+from .reading import DataError, check_regular, file_errors
+
+_NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.int8: "I8",
+    torch.int64: "I64",
 }
-_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+_MOST_TENSORS = 10_000
 
 
 def read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors, mapped from the file and read when they are used, and the texts stored beside them.
 
     Raises:
-        ValueError: a file of another kind, or a truncated one.
+        DataError: a file of another kind, a truncated one, or one whose tensors overlap or leave gaps.
     """
-    size = Path(path).stat().st_size
-    with open(path, "rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if not 2 <= length <= min(size - 8, 100_000_000):
-            raise ValueError(f"{path} is not a safetensors file")
-        try:
-            header = json.loads(file.read(length))
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise ValueError(f"{path} is not a safetensors file: {error}") from error
-    metadata = header.pop("__metadata__", {})
-    tensors = {}
-    for name, entry in header.items():
-        begin, end = (8 + length + offset for offset in entry["data_offsets"])
-        if end > size:
-            raise ValueError(f"{path} is truncated: {name} must end at byte {end}; the file has {size}")
-        if entry["dtype"] not in _DTYPES:
-            raise ValueError(f"{path}: {name} has dtype {entry['dtype']}, which is none of {', '.join(_DTYPES)}")
-        storage: Any = torch.UntypedStorage.from_file(str(path), shared=False, nbytes=end)
-        flat = torch.empty(0, dtype=torch.uint8).set_(storage)[begin:end]
-        if begin % _DTYPES[entry["dtype"]].itemsize:  # other programs may not have aligned it
-            flat = flat.clone()
-        tensors[name] = flat.view(_DTYPES[entry["dtype"]]).view(entry["shape"])
-    return tensors, metadata
+    check_regular(path)
+    with file_errors(path), _foreign(path), safe_open(path, framework="pt") as file:
+        names = file.keys()
+        if len(names) > _MOST_TENSORS:
+            raise DataError(f"{path} must have <= {_MOST_TENSORS} tensors; it has {len(names)}")
+        return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
+
+
+@contextlib.contextmanager
+def _foreign(path: str | os.PathLike[str]) -> Iterator[None]:
+    try:
+        yield
+    except SafetensorError as error:
+        raise DataError(f"{path} is not a safetensors file, or it is truncated: {error}") from None
 
 
 class Writer:

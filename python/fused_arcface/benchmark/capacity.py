@@ -389,7 +389,7 @@ def read(folder: Path, budget_bytes: int, device: torch.device) -> list[dict[str
         FileNotFoundError: there are none.
         ValueError: they are of another budget or machine.
     """
-    rows: list[dict[str, Any]] = json.loads((folder / "capacity.json").read_text())
+    rows: list[dict[str, Any]] = json.loads((folder / "capacity.json").read_text(encoding="utf-8"))
     here = {"budget_bytes": budget_bytes, "device": machine.device_name(device), "torch": torch.__version__}
     for row in rows:
         for name, value in here.items():

@@ -46,8 +46,8 @@ class Device:
             FileNotFoundError: no run is there.
             ValueError: the run has no such row.
         """
-        rows = json.loads((folder / "rows.json").read_text())
-        run = json.loads((folder / "run.json").read_text())
+        rows = json.loads((folder / "rows.json").read_text(encoding="utf-8"))
+        run = json.loads((folder / "run.json").read_text(encoding="utf-8"))
         ours = [row for row in rows if row["provider"].startswith("fused_arcface") and row["pass"] == "fwd+bwd"]
         if not ours:
             raise ValueError(f"{folder} must hold a fwd+bwd row of fused_arcface; it has none")

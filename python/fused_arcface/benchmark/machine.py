@@ -108,7 +108,8 @@ def device_name(device: torch.device, threads: int | None = None) -> str:
     name = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
-        fields = (line.split(":", 1) for line in cpuinfo.read_text().splitlines() if line.startswith("model name"))
+        lines = cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines()
+        fields = (line.split(":", 1) for line in lines if line.startswith("model name"))
         name = next((value.strip() for _, value in fields), name)
     threads = threads or torch.get_num_threads()
     return f"{name}, {platform.machine()}, {threads} thread{'s' if threads != 1 else ''}"

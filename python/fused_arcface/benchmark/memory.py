@@ -82,7 +82,7 @@ def reset_peak(device: torch.device) -> int:
         synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
         return torch.cuda.memory_allocated(device)
-    _CLEAR.write_text("5")
+    _CLEAR.write_text("5", encoding="ascii")
     return status_bytes("VmRSS")
 
 
@@ -127,7 +127,7 @@ def limited(device: torch.device, more_bytes: int) -> Iterator[None]:
 
 def status_bytes(name: str) -> int:
     """A size in /proc/self/status (Linux), in bytes."""
-    for line in _STATUS.read_text().splitlines():
+    for line in _STATUS.read_text(encoding="utf-8", errors="replace").splitlines():
         if line.startswith(f"{name}:"):
             return int(line.split()[1]) * 1024
     raise KeyError(name)
@@ -141,7 +141,7 @@ def available_bytes(device: torch.device) -> int:
     meminfo = Path("/proc/meminfo")
     if not meminfo.exists():  # what is free cannot be read: half of what there is
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
-    fields = dict(line.split(":") for line in meminfo.read_text().splitlines())
+    fields = dict(line.split(":") for line in meminfo.read_text(encoding="ascii").splitlines())
     return int(fields["MemAvailable"].split()[0]) * 1024 * 4 // 5
 
 

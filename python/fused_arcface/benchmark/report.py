@@ -194,8 +194,8 @@ def read_report(folder: Path) -> Report:
     Raises:
         FileNotFoundError: one of them is not there.
     """
-    rows = json.loads((folder / "rows.json").read_text())
-    run = json.loads((folder / "run.json").read_text())
+    rows = json.loads((folder / "rows.json").read_text(encoding="utf-8"))
+    run = json.loads((folder / "run.json").read_text(encoding="utf-8"))
     measurements = []
     for row, detail in zip(rows, run["measurements"], strict=True):
         case = Case(row["N"], row["C"], row["D"], row["dtype"], row["weight_dtype"])

@@ -3,12 +3,14 @@ commands."""
 
 from __future__ import annotations
 
+import io
+import sys
 from collections.abc import Sequence
 
 import typer
-from rich.console import Console
 
 from ..extras import MissingExtra
+from ..reading import DataError
 from .bench import bench
 from .compare import compare
 from .convert import convert
@@ -16,6 +18,7 @@ from .demo import demo
 from .doctor import doctor
 from .gradcheck import gradcheck
 from .identify import identify
+from .terminal import terminal
 from .train import TrainCommand, train
 from .verify import verify
 
@@ -46,20 +49,23 @@ def run(arguments: Sequence[str] | None = None) -> int:
         The exit status: 0, 1 for a failed check, a missing library or a file that cannot be used, 2 for wrong usage,
         130 after Ctrl-C.
     """
-    error = Console(stderr=True, soft_wrap=True)
+    for stream in (sys.stdout, sys.stderr):
+        # A name or a sign that the terminal's encoding does not have is shown as an escape; it ends nothing.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    error = terminal(stderr=True, soft_wrap=True)
     try:
         app(args=None if arguments is None else list(arguments), prog_name="fused-arcface")
     except SystemExit as exit_:
         if exit_.code == _INTERRUPTED:  # typer ends a command after Ctrl-C with this status and without a word
             error.print("Interrupted.", style="bold red")
         return exit_.code if isinstance(exit_.code, int) else int(exit_.code is not None)
-    except MissingExtra as missing:
-        error.print(str(missing), style="bold red", markup=False)
+    except (MissingExtra, DataError) as wrong:
+        error.print(str(wrong), style="bold red", markup=False)
         return 1
     except OSError as failed:
-        if failed.filename is None:
-            raise
-        error.print(f"{failed.filename}: {failed.strerror}", style="bold red", markup=False)
+        said = str(failed) if failed.filename is None else f"{failed.filename}: {failed.strerror}"
+        error.print(said, style="bold red", markup=False)
         return 1
     except KeyboardInterrupt:
         error.print("Interrupted.", style="bold red")

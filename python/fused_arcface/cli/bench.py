@@ -13,6 +13,8 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from .terminal import terminal
+
 if TYPE_CHECKING:
     import torch
 
@@ -70,7 +72,7 @@ def bench(
         torch.set_num_threads(threads)
     names = None if providers is None else [name.strip() for name in providers.split(",") if name.strip()]
     # Piped output is not wrapped to a terminal's width that nobody looks at.
-    console = Console() if Console().is_terminal else Console(width=140)
+    console = terminal() if terminal().is_terminal else terminal(width=140)
     try:
         shapes = cases_named(cases, on.type)
         chosen = select(names if budget is None else None, backend)

@@ -11,6 +11,7 @@ from rich.console import Console
 
 from .progress import TrainingBar
 from .tables import plain_table, spread
+from .terminal import terminal
 
 if TYPE_CHECKING:
     from ..comparison import Comparison
@@ -62,13 +63,13 @@ def compare(
     plan = QUICK if quick else replace(FULL, seeds=tuple(range(seeds)))
     recipe = replace(plan.recipe, steps=steps or plan.recipe.steps, batch_size=batch_size or plan.recipe.batch_size)
     plan = replace(plan, recipe=recipe, data=None if data is None else str(data))
-    console = Console()
+    console = terminal()
     try:
         with _Progress(console, plan.recipe.steps) as progress:
             found = run_comparison(plan, output, progress, names or None)
         written = [*draw_pictures(found, output), *Folder(output, plan).write_summary(found.rows, found.seconds)]
     except (ValueError, OSError) as wrong:
-        Console(stderr=True, soft_wrap=True).print(str(wrong), style="bold red", markup=False)
+        terminal(stderr=True, soft_wrap=True).print(str(wrong), style="bold red", markup=False)
         raise typer.Exit(1) from wrong
     _print_criteria(console, found)
     _print_distances(console, found)

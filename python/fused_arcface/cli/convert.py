@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
+
+from .terminal import terminal
 
 
 def convert(
@@ -16,26 +17,41 @@ def convert(
     classes: Annotated[
         int | None, typer.Option(help="Grow to this many classes; the new ones are initialised.")
     ] = None,
+    sub_centers: Annotated[
+        int | None,
+        typer.Option(min=1, help="Centers of each class, where the file has no word of it (SubCenterArcFaceLoss)."),
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="Of new class centres and of the head that resumes.")] = None,
 ) -> None:
     """Convert, join and grow sets of class centres.
 
-    A source is a checkpoint or a directory of some, a directory of
-    insightface's checkpoint_gpu_{rank}.pt of any number of ranks, a
-    safetensors file with weight (C, D), or a .pt file with weight (C, D) or
-    pytorch-metric-learning's W (D, C).
+    A source is a training run, a checkpoint or a directory of some; a
+    directory of insightface's checkpoint_gpu_{rank}.pt,
+    softmax_fc_gpu_{rank}.pt or rank_{rank}_softmax_weight.pt of any number of
+    ranks; a safetensors file with weight (C, D); or a .pt file with weight
+    (C, D), pytorch-metric-learning's W (D, C), or one such tensor.
     """
     from .. import convert as conversion
     from ..checkpoint import CheckpointError
 
-    error = Console(stderr=True, soft_wrap=True)
+    error = terminal(stderr=True, soft_wrap=True)
     try:
-        written = conversion.convert(sources, destination, num_classes=classes, seed=seed)
+        written = conversion.convert(
+            sources,
+            destination,
+            num_classes=classes,
+            seed=seed,
+            sub_centers=sub_centers,
+            noted=lambda note: error.print(note, style="yellow", markup=False, highlight=False),
+        )
         found = conversion.read(written)
     except (CheckpointError, conversion.ConvertError, OSError) as wrong:
         error.print(str(wrong), style="bold red", markup=False)
         raise typer.Exit(1) from wrong
     for name, rows in found.tensors.items():
-        Console(soft_wrap=True).print(
+        terminal(soft_wrap=True).print(
             f"{written}: {name} {rows.shape} {str(rows.dtype).removeprefix('torch.')}", markup=False
         )
+    terminal(soft_wrap=True).print(
+        f"{found.num_classes} classes of {found.sub_centers} center{'s' if found.sub_centers > 1 else ''}", markup=False
+    )

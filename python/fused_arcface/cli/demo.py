@@ -10,6 +10,7 @@ from rich.console import Console
 
 from .progress import TrainingBar
 from .tables import plain_table, spread
+from .terminal import terminal
 
 if TYPE_CHECKING:
     from ..demo.cost import Cost
@@ -45,7 +46,7 @@ def demo(
     from ..demo.pictures import draw_pictures
     from ..demo.record import write_numbers
 
-    console = Console()
+    console = terminal()
     plan = QUICK if quick else FULL
     backend = backends.select("auto", torch.device("cpu"))
     console.print(f"The fused head runs on the {backend} backend, {torch.get_num_threads()} threads.", highlight=False)
@@ -65,7 +66,7 @@ def demo(
         f"\nIn {found.seconds:.0f} s. Written to {output.resolve()}: {names}", highlight=False, soft_wrap=True
     )
     for broken in found.broken():
-        Console(stderr=True, soft_wrap=True).print(f"FAILED: {broken}", style="bold red", markup=False)
+        terminal(stderr=True, soft_wrap=True).print(f"FAILED: {broken}", style="bold red", markup=False)
     if found.broken():
         raise typer.Exit(1)
 

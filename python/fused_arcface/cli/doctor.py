@@ -8,13 +8,14 @@ import platform
 import sys
 
 import typer
-from rich.console import Console
 from rich.table import Table
+
+from .terminal import terminal
 
 
 def doctor() -> None:
     """Show versions, devices and backends; exit status 1 if not even the reference works."""
-    console = Console()
+    console = terminal()
     try:
         import torch
 

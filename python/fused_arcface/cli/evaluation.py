@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.progress import Progress
+
+from .terminal import terminal
 
 if TYPE_CHECKING:
     import torch
@@ -36,7 +37,15 @@ Trust = Annotated[
 ]
 Device = Annotated[str, typer.Option(help="Of the net: cpu, cuda, cuda:1.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Images that the net sees at once.")]
+MaxPixels = Annotated[
+    int, typer.Option(min=1, help="Pixels of the largest image that is decoded; others cannot be read.")
+]
 Workers = Annotated[int, typer.Option(min=0, help="Processes that read images.")]
+BadData = Annotated[
+    str, typer.Option(help="skip leaves out images that are missing or cannot be read, and says so; stop ends with it.")
+]
+
+_SAID = 20  # problems that are told one by one
 
 
 @contextlib.contextmanager
@@ -49,17 +58,31 @@ def explained() -> Iterator[None]:
     try:
         yield
     except (DataError, ImageError, RunError, CheckpointError, OSError, ValueError) as wrong:
-        Console(stderr=True, soft_wrap=True).print(str(wrong), style="bold red", markup=False)
+        terminal(stderr=True, soft_wrap=True).print(str(wrong), style="bold red", markup=False)
         raise typer.Exit(1) from wrong
 
 
 def embed_images(
-    checkpoint: Path, sets: list[ImageSet], *, flip: bool, device: str, batch_size: int, workers: int, trust: bool
+    checkpoint: Path,
+    sets: list[ImageSet],
+    *,
+    bad_data: str,
+    flip: bool,
+    device: str,
+    batch_size: int,
+    workers: int,
+    trust: bool,
 ) -> list[EmbeddingSet]:
-    """Embeddings of sets of images by a run's net, with a bar."""
+    """Embeddings of sets of images by a run's net, with a bar.
+
+    Raises:
+        DataError: a problem in the data, if ``bad_data`` is ``"stop"``; or no image can be read.
+    """
     import torch
 
+    from ..data import DataError
     from ..evaluation import embed_set
+    from ..training.resolve import stopped_by
     from ..training.runs import load_backbone
 
     try:
@@ -71,12 +94,24 @@ def embed_images(
     ) as error:  # torch's for a device that is none, or missing
         raise typer.BadParameter(f"--device {device} cannot be used: {str(error).splitlines()[0]}") from None
     net, spec = load_backbone(checkpoint, device, trust=trust)
-    console = Console(stderr=True, soft_wrap=True)
+    console = terminal(stderr=True, soft_wrap=True)
+    told = 0
+
+    def tell(problem: str) -> None:
+        nonlocal told
+        if bad_data == "stop":
+            raise DataError(stopped_by(problem))
+        told += 1
+        if told <= _SAID:
+            console.print(f"{problem}; skipped", style="yellow", markup=False, highlight=False)
+
+    for note in dict.fromkeys(note for images in sets for note in images.notes):
+        console.print(note, style="yellow", markup=False, highlight=False)
     for problem in dict.fromkeys(problem for images in sets for problem in images.problems):
-        console.print(f"{problem}; skipped", style="yellow", markup=False, highlight=False)
+        tell(problem)
     with Progress(transient=True) as bar:
         task = bar.add_task("images", total=sum(len(images) for images in sets))
-        return [
+        found = [
             embed_set(
                 net,
                 images,
@@ -86,9 +121,32 @@ def embed_images(
                 device=device,
                 workers=workers,
                 done=lambda count: bar.advance(task, count),
+                unreadable=tell,
             )
             for images in sets
         ]
+    if told > _SAID:
+        console.print(f"and {told - _SAID} more such problems; skipped", style="yellow")
+    for images, embedded in zip(sets, found, strict=True):
+        if lost := _lost(images, embedded):
+            console.print(f"left out: {lost}", style="yellow", markup=False, highlight=False)
+    return found
+
+
+def _lost(images: ImageSet, embedded: EmbeddingSet) -> str:
+    """Say how many images of a set could not be read, and how many pairs went with them."""
+    unread = len(images) - len(embedded.paths)
+    text = f"{unread} of {len(images)} images cannot be read" if unread else ""
+    if unread and images.pairs is not None and embedded.pairs is not None:
+        text += f", so that {len(images.pairs.same) - len(embedded.pairs.same)} of {len(images.pairs.same)} pairs are"
+        text += " not scored"
+    return text
+
+
+def check_bad_data(bad_data: str) -> None:
+    """Check the option before anything is read."""
+    if bad_data not in ("skip", "stop"):
+        raise typer.BadParameter(f"--bad-data must be skip or stop; got {bad_data}")
 
 
 def prepared(embeddings: torch.Tensor, normalize: bool) -> torch.Tensor:

@@ -7,9 +7,10 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
-from rich.console import Console
 from rich.progress import track
 from rich.table import Table
+
+from .terminal import terminal
 
 if TYPE_CHECKING:
     import torch
@@ -70,7 +71,7 @@ def gradcheck(
         raise typer.BadParameter(f"--dtype must be all or one of {', '.join(DTYPES)}; got {dtype}")
     chosen = tuple(DTYPES) if dtype == "all" else (dtype,)
 
-    console = Console()
+    console = terminal()
     cases = [
         (name, margin, options, each)
         for name in usable

@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
+from ..data.images import MAX_PIXELS
 from . import evaluation as shared
 from .tables import plain_table
+from .terminal import terminal
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -38,6 +40,7 @@ def identify(
         float, typer.Option(help="Share of identities kept out of the gallery, when the command splits.")
     ] = 0.2,
     seed: Annotated[int, typer.Option(help="Of the split.")] = 0,
+    bad_data: shared.BadData = "skip",
     ranks: Annotated[int, typer.Option(min=1, help="Last rank of the curve.")] = 20,
     engine: Annotated[str, typer.Option(help="auto, torch or faiss; all are exact.")] = "auto",
     distance: shared.DistanceName = "cosine",
@@ -51,6 +54,7 @@ def identify(
     batch_size: shared.BatchSize = 64,
     workers: shared.Workers = 0,
     trust: shared.Trust = False,
+    max_pixels: shared.MaxPixels = MAX_PIXELS,
 ) -> None:
     """Identify people never seen in training: rank 1, 5 and 10, open-set TPIR at FPIR.
 
@@ -69,17 +73,21 @@ def identify(
         )
     if save_embeddings is not None and data is None:
         raise typer.BadParameter("--save-embeddings goes with --data")
+    shared.check_bad_data(bad_data)
     shared.check_output(json)
     with shared.explained():
         if save_embeddings is not None:
             check_suffix(save_embeddings)
         options: dict[str, Any] = {"flip": flip, "device": device, "batch_size": batch_size, "workers": workers}
         options["trust"] = trust
+        options["bad_data"] = bad_data
         if gallery is not None and probes is not None and checkpoint is not None:
-            split = _two_sets(checkpoint, gallery, probes, options)
+            split = _two_sets(checkpoint, gallery, probes, max_pixels, options)
         else:
             labelled = (
-                EmbeddingSet.load(embeddings) if embeddings is not None else _embed(str(data), checkpoint, options)
+                EmbeddingSet.load(embeddings)
+                if embeddings is not None
+                else _embed(str(data), checkpoint, max_pixels, options)
             )
             if save_embeddings is not None:
                 labelled.save(save_embeddings)
@@ -97,7 +105,7 @@ def identify(
             engine=engine,  # type: ignore[arg-type]
         )
         name = Path(data or probes or str(embeddings)).name
-        console = Console()
+        console = terminal()
         _print(console, found, f"{name}, {distance}")
         if json is not None:
             about: dict[str, Any] = {"data": data, "gallery": gallery, "probes": probes}
@@ -111,11 +119,11 @@ def identify(
                 console.print(f"{path}", highlight=False, soft_wrap=True, markup=False)
 
 
-def _embed(data: str, checkpoint: Path | None, options: dict[str, Any]) -> EmbeddingSet:
+def _embed(data: str, checkpoint: Path | None, max_pixels: int, options: dict[str, Any]) -> EmbeddingSet:
     from ..evaluation.pair_sets import read_labelled
 
     assert checkpoint is not None
-    (found,) = shared.embed_images(checkpoint, [read_labelled(data)], **options)
+    (found,) = shared.embed_images(checkpoint, [read_labelled(data, max_pixels=max_pixels)], **options)
     return found
 
 
@@ -134,14 +142,14 @@ def _split(
 
 
 def _two_sets(
-    checkpoint: Path, gallery: str, probes: str, options: dict[str, Any]
+    checkpoint: Path, gallery: str, probes: str, max_pixels: int, options: dict[str, Any]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gallery and probes from two sources, whose people are the same where their names are."""
     import torch
 
     from ..evaluation.pair_sets import read_labelled
 
-    sources = [read_labelled(gallery), read_labelled(probes)]
+    sources = [read_labelled(each, max_pixels=max_pixels) for each in (gallery, probes)]
     files = [{str(Path(path).resolve()) for path in source.paths} for source in sources]
     if shared_files := files[0] & files[1]:
         raise ValueError(
@@ -151,10 +159,10 @@ def _two_sets(
     found = shared.embed_images(checkpoint, sources, **options)
     number_of: dict[str, int] = {}
     labels = []
-    for source in sources:
-        assert source.labels is not None
+    for source, embedded in zip(sources, found, strict=True):
+        assert embedded.labels is not None
         numbers = torch.tensor([number_of.setdefault(name, len(number_of)) for name in source.names])
-        labels.append(numbers[source.labels])
+        labels.append(numbers[embedded.labels])
     return found[0].embeddings, labels[0], found[1].embeddings, labels[1]
 
 

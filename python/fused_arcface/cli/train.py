@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from typer.core import TyperCommand
 
 from ..checkpoint import CheckpointError
@@ -20,6 +19,7 @@ from ..training.margin_text import imported_module
 from ..training.runs import RunError, RunFolder
 from ..training.trainer import train as train_run
 from ..training.world import is_first_rank, resume_command
+from .terminal import terminal
 from .training_progress import TrainingProgress
 
 _WRONG_USAGE = 2
@@ -82,7 +82,7 @@ def train(
     Several processes train together under torchrun: torchrun --nproc-per-node 8
     -m fused_arcface train ... Ctrl-C saves and says how to go on.
     """
-    console, error = Console(soft_wrap=True), Console(stderr=True, soft_wrap=True)
+    console, error = terminal(soft_wrap=True), terminal(stderr=True, soft_wrap=True)
     try:
         if resume not in ("", RESUME, "auto"):
             raise OptionError(f"--resume takes auto or nothing; got {resume!r}")

@@ -8,12 +8,24 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
+from ..data.images import MAX_PIXELS
 from . import evaluation as shared
 from .tables import plain_table
+from .terminal import terminal
 
 if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
     from ..evaluation import Verification
     from ..evaluation.embedding_sets import EmbeddingSet
+
+    Bools = npt.NDArray[np.bool_]
+    Means = tuple[float | None, float | None]
+
+
+_LEFT_OUT = ["accuracy", "equal error rate", "TAR at FAR"]
+"""Figures that need pairs of both kinds."""
 
 
 def verify(
@@ -38,24 +50,28 @@ def verify(
     flip: shared.Flip = False,
     pairs: Annotated[int, typer.Option(min=1, help="Of each kind, made from labelled images at most.")] = 20_000,
     seed: Annotated[int, typer.Option(help="Of their choice.")] = 0,
+    bad_data: shared.BadData = "skip",
     json: shared.Json = None,
     pictures: shared.Pictures = None,
     device: shared.Device = "cpu",
     batch_size: shared.BatchSize = 64,
     workers: shared.Workers = 0,
     trust: shared.Trust = False,
+    max_pixels: shared.MaxPixels = MAX_PIXELS,
 ) -> None:
     """Verify pairs of people never seen in training: 10-fold accuracy, TAR at FAR, EER.
 
     TAR at FAR is strict: the greatest true accept rate whose false accept
     rate is not above. Embeddings are normalised unless --raw is given.
     """
-    from ..evaluation import make_distance, pair_scores, verify_scores
+    from ..evaluation import make_distance, mean_scores, pair_scores, verify_scores
     from ..evaluation.embedding_sets import EmbeddingSet, check_suffix
+    from ..evaluation.pair_sets import read_pair_set
     from ..extras import require
 
     if (embeddings is None) == (data is None or checkpoint is None):
         raise typer.BadParameter("--data and --checkpoint must be given, or --embeddings alone")
+    shared.check_bad_data(bad_data)
     require("sklearn.metrics", "eval")
     shared.check_output(json)
     with shared.explained():
@@ -66,7 +82,10 @@ def verify(
             scored = _with_pairs(EmbeddingSet.load(embeddings), embeddings, pairs, seed)
         else:
             assert data is not None and checkpoint is not None
-            scored = _embed(data, checkpoint, images, pairs, seed, flip, device, batch_size, workers, trust)
+            options: dict[str, Any] = {"flip": flip, "device": device, "batch_size": batch_size, "workers": workers}
+            options |= {"bad_data": bad_data, "trust": trust}
+            read = read_pair_set(data, images, most=pairs, seed=seed, max_pixels=max_pixels)
+            (scored,) = shared.embed_images(checkpoint, [read], **options)
         if save_embeddings is not None:
             scored.save(save_embeddings)
         assert scored.pairs is not None
@@ -74,10 +93,13 @@ def verify(
         fitted = rows if gallery is None else shared.prepared(EmbeddingSet.load(gallery).embeddings, normalize)
         chosen = make_distance(distance, order=p, gallery=fitted, shrinkage=shrinkage)
         scores = pair_scores(rows, scored.pairs, chosen)
-        found = verify_scores(scored.pairs.same.numpy(), scores)
+        same = scored.pairs.same.numpy()
+        # Rates compare the two kinds; of one kind there are scores alone.
+        found = verify_scores(same, scores) if same.any() and not same.all() else None
         name = Path(data or str(embeddings)).name
-        console = Console()
-        _print(console, found, f"{name}, {distance}")
+        console = terminal()
+        means = mean_scores(same, scores)
+        _print(console, found, same, means, f"{name}, {distance}")
         if json is not None:
             how = shared.described(chosen, distance, normalize)
             about = {
@@ -85,33 +107,12 @@ def verify(
                 "checkpoint": checkpoint and str(checkpoint),
                 "embeddings": embeddings and str(embeddings),
             }
-            shared.write_json(json, {**about, "flip": flip, **how, **_figures(found)})
-        if pictures is not None:
+            shared.write_json(json, {**about, "flip": flip, **how, **_figures(found, same, means)})
+        if pictures is not None and found is not None:
             from ..evaluation.pictures import draw_verification
 
             for path in draw_verification(found, pictures, name):
                 console.print(f"{path}", highlight=False, soft_wrap=True, markup=False)
-
-
-def _embed(
-    data: str,
-    checkpoint: Path,
-    images: Path | None,
-    pairs: int,
-    seed: int,
-    flip: bool,
-    device: str,
-    batch_size: int,
-    workers: int,
-    trust: bool,
-) -> EmbeddingSet:
-    from ..evaluation.pair_sets import read_pair_set
-
-    read = read_pair_set(data, images, most=pairs, seed=seed)
-    (found,) = shared.embed_images(
-        checkpoint, [read], flip=flip, device=device, batch_size=batch_size, workers=workers, trust=trust
-    )
-    return found
 
 
 def _with_pairs(saved: EmbeddingSet, path: Path, most: int, seed: int) -> EmbeddingSet:
@@ -128,9 +129,15 @@ def _with_pairs(saved: EmbeddingSet, path: Path, most: int, seed: int) -> Embedd
     return replace(saved, pairs=balanced_pairs(saved.labels, most, seed))
 
 
-def _figures(found: Verification) -> dict[str, Any]:
+def _figures(found: Verification | None, same: Bools, means: Means) -> dict[str, Any]:
+    figures: dict[str, Any] = {
+        "pairs": {"same": int(same.sum()), "different": int((~same).sum())},
+        "mean_score": {"same": means[0], "different": means[1]},
+    }
+    if found is None:
+        return {**figures, "left_out": _LEFT_OUT}
     return {
-        "pairs": {"same": found.num_pairs[0], "different": found.num_pairs[1]},
+        **figures,
         "accuracy": found.accuracy,
         "accuracy_deviation": found.accuracy_deviation,
         "accuracy_standard_error": found.accuracy_standard_error,
@@ -140,13 +147,21 @@ def _figures(found: Verification) -> dict[str, Any]:
     }
 
 
-def _print(console: Console, found: Verification, title: str) -> None:
-    same, different = found.num_pairs
+def _print(console: Console, found: Verification | None, same: Bools, means: Means, title: str) -> None:
+    different = int((~same).sum())
     table = plain_table(title, "")
-    table.add_row("pairs of one person", str(same))
+    table.add_row("pairs of one person", str(int(same.sum())))
     table.add_row("pairs of two people", str(different))
-    table.add_row("accuracy, 10 folds", f"{found.accuracy:.4f} ± {found.accuracy_deviation:.4f}")
-    table.add_row("equal error rate", f"{found.eer:.4f}")
-    for far, tar in found.tar.items():
-        table.add_row(f"TAR at FAR {far:g}", f"{tar:.4f}{'  no false accept' if far < 1 / different else ''}")
+    for kind, mean in zip(("one person", "two people"), means, strict=True):
+        if mean is not None:
+            table.add_row(f"mean score, {kind}", f"{mean:.4f}")
+    if found is not None:
+        table.add_row("accuracy, 10 folds", f"{found.accuracy:.4f} ± {found.accuracy_deviation:.4f}")
+        table.add_row("equal error rate", f"{found.eer:.4f}")
+        for far, tar in found.tar.items():
+            table.add_row(f"TAR at FAR {far:g}", f"{tar:.4f}{'  no false accept' if far < 1 / different else ''}")
     console.print(table)
+    if found is None:
+        console.print(
+            f"Left out, because all pairs are of one kind: {', '.join(_LEFT_OUT)}.", highlight=False, soft_wrap=True
+        )

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,7 +15,12 @@ import torch
 from torch import Tensor
 
 from ..checks import check_size
-from ..extras import require
+from ..extras import MissingExtra, require
+from ..reading import DataError
+from .folders import FORMATS
+
+MAX_PIXELS = 2**25
+"""Pixels of the largest image that is decoded by default: 5792 × 5792, some 1.3 s and 540 MB of a PNG."""
 
 
 class LabelledImages(NamedTuple):
@@ -28,7 +36,7 @@ class LabelledImages(NamedTuple):
         return int(self.labels.max()) + 1
 
 
-class ImageError(ValueError):
+class ImageError(DataError):
     """A file or its bytes cannot be read as an image; the message says which and why."""
 
 
@@ -61,19 +69,23 @@ class ImageSpec:
         return self.channels, self.size, self.size
 
 
-def read_image(source: Path | bytes, spec: ImageSpec) -> Tensor:
-    """An image of any size and mode as a net takes it: ``(channels, size, size)`` fp32 in [-1, 1].
+def read_image(source: Path | bytes, spec: ImageSpec, max_pixels: int = MAX_PIXELS) -> Tensor:
+    """Read an image of any size and mode as a net takes it: ``(channels, size, size)`` fp32 in [-1, 1].
 
     The picture is turned as its EXIF says, scaled so that its shorter side fits, and cut to the square in its middle.
-    Transparent parts lie on white. Grey of 8, 16 or 32 bits keeps its depth; floating-point pixels count from 0 to 1,
+    Transparent parts lie on white. Gray of 8, 16 or 32 bits keeps its depth; floating-point pixels count from 0 to 1,
     or to 255 where one of them is above 1.
 
+    The content decides on the format, not the name; only the formats of :data:`fused_arcface.data.folders.SUFFIXES`
+    are tried. Decoding takes up to 16 bytes a pixel, 24 of JPEG 2000.
+
     Args:
-        source: a file, or the bytes of one, in any format that Pillow reads.
+        source: a file, or the bytes of one.
         spec: of the result.
+        max_pixels: width times height that an image may have; checked before it is decoded.
 
     Raises:
-        ImageError: it cannot be opened or decoded.
+        ImageError: it cannot be opened or decoded, has too many pixels, or one that is not finite.
         MissingExtra: Pillow is not installed.
 
     >>> import io; from PIL import Image
@@ -82,35 +94,53 @@ def read_image(source: Path | bytes, spec: ImageSpec) -> Tensor:
     tensor([[[1., 1.],
              [1., 1.]]])
     """
-    image, ops = _open(source), require("PIL.ImageOps", "train")
-    try:
-        image = _as_plain(ops.exif_transpose(image), "L" if spec.channels == 1 else "RGB")
-        resampling = require("PIL.Image", "train").Resampling.BILINEAR
-        image = ops.fit(image, (spec.size, spec.size), method=resampling)
-        pixels = torch.from_numpy(np.array(image, dtype=np.float32))
-    except (OSError, ValueError, SyntaxError, EOFError) as error:
-        raise ImageError(f"{_name(source)} cannot be decoded as an image: {error}") from None
+    with _opened(source, max_pixels) as image:
+        pil, ops = require("PIL.Image", "train"), require("PIL.ImageOps", "train")
+        ops.exif_transpose(image, in_place=True)
+        plain = _as_plain(image, "L" if spec.channels == 1 else "RGB")
+        plain = ops.fit(plain, (spec.size, spec.size), method=pil.Resampling.BILINEAR)
+        pixels = torch.from_numpy(np.array(plain, dtype=np.float32))
     pixels = pixels[None] if pixels.dim() == 2 else pixels.permute(2, 0, 1)
     return (pixels / 127.5 - 1).expand(spec.shape).contiguous()
 
 
-def image_spec(source: Path | bytes) -> ImageSpec:
-    """Shorter side and number of channels of an image, as they are stored; its pixels are not decoded.
+def image_spec(source: Path | bytes, max_pixels: int = MAX_PIXELS) -> ImageSpec:
+    """Return shorter side and number of channels of an image, as they are stored; its pixels are not decoded.
 
     Raises:
-        ImageError: it cannot be opened.
+        ImageError: it cannot be opened, or has too many pixels.
     """
-    image = _open(source)
-    return ImageSpec(min(image.size), 1 if image.mode in ("1", "L", "LA", "F") or image.mode.startswith("I") else 3)
+    with _opened(source, max_pixels) as image:
+        gray = image.mode in ("1", "L", "LA", "F") or image.mode.startswith("I")
+        return ImageSpec(min(image.size), 1 if gray else 3)
 
 
-def _open(source: Path | bytes) -> Any:
-    image = require("PIL.Image", "train")
+@contextlib.contextmanager
+def _opened(source: Path | bytes, max_pixels: int) -> Iterator[Any]:
+    """Open an image, not yet decoded. Whatever goes wrong with it, here or in the block, is an :class:`ImageError`.
+
+    Decoders raise errors of many kinds for damaged files, so all are caught.
+    """
+    pil = require("PIL.Image", "train")
+    if pil.MAX_IMAGE_PIXELS is not None:  # Pillow's own limit, below which it must not stop what is allowed here
+        pil.MAX_IMAGE_PIXELS = max(pil.MAX_IMAGE_PIXELS, max_pixels)
+    doing = "read"
     try:
-        return image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
-    except (OSError, ValueError, SyntaxError, image.DecompressionBombError) as error:
-        why = "no format that Pillow knows" if isinstance(error, image.UnidentifiedImageError) else str(error)
-        raise ImageError(f"{_name(source)} cannot be read as an image: {why}") from None
+        with pil.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS) as image:
+            width, height = image.size
+            if width * height > max_pixels:
+                raise ImageError(
+                    f"{_name(source)} must have at most max_pixels={max_pixels} pixels; got {width} × {height}"
+                )
+            doing = "decoded"
+            yield image
+    except (ImageError, MissingExtra):
+        raise
+    except pil.UnidentifiedImageError:
+        raise ImageError(f"{_name(source)} cannot be read as an image: none of {', '.join(FORMATS)}") from None
+    except Exception as error:
+        why = str(error) or type(error).__name__
+        raise ImageError(f"{_name(source)} cannot be {doing} as an image: {why}") from None
 
 
 def _name(source: Path | bytes) -> str:
@@ -118,16 +148,24 @@ def _name(source: Path | bytes) -> str:
 
 
 def _as_plain(image: Any, mode: str) -> Any:
-    """``image`` in 8-bit ``mode``, or in floating point from 0 to 255 if it is deep grey."""
+    """Return ``image`` in 8-bit ``mode``, or in floating point from 0 to 255 if it is deep gray.
+
+    Raises:
+        ValueError: a pixel that is not finite.
+    """
+    pil = require("PIL.Image", "train")
     if image.mode == "F" or image.mode.startswith("I"):
         pixels = np.array(image, dtype=np.float32)
+        least, greatest = float(pixels.min()), float(pixels.max())  # NaN if one is
+        if not math.isfinite(least) or not math.isfinite(greatest):
+            raise ValueError("its pixels must be finite")
         # A 16-bit file comes as I;16, or as 32-bit integers of the same values from some versions of Pillow.
-        deepest = 255 if pixels.max() > 1 else 1
-        if image.mode != "F":
-            deepest = 65535 if pixels.max() <= 65535 else 2**31 - 1
-        return require("PIL.Image", "train").fromarray((pixels * (255 / deepest)).clip(0, 255))
+        depths = (1, 255) if image.mode == "F" else (65535, 2**31 - 1)
+        deepest = depths[0] if greatest <= depths[0] else depths[1]
+        pixels *= 255 / deepest
+        return pil.fromarray(pixels.clip(0, 255, out=pixels))
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        paper = require("PIL.Image", "train").new("RGBA", image.size, "white")
-        image = require("PIL.Image", "train").alpha_composite(paper, image)
-    return image.convert(mode)
+        if image.mode != "RGBA":
+            image = image.convert("RGBA")
+        image = pil.alpha_composite(pil.new("RGBA", image.size, "white"), image)
+    return image if image.mode == mode else image.convert(mode)

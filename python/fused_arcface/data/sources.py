@@ -10,10 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..reading import DataError
 from .digits import TRAINED, UNSEEN, digit_images
-from .folders import DataError, LabelledFolder, read_folder
+from .folders import LabelledFolder, read_folder
 from .identities import identity_images
-from .images import ImageSpec, LabelledImages, image_spec, read_image
+from .images import MAX_PIXELS, ImageSpec, LabelledImages, image_spec, read_image
 from .records import RecordImages
 
 _PROBED = 16  # images looked at to tell what the others are like
@@ -64,23 +65,23 @@ class ImageSource(LabelledReader, Protocol):
 class FolderImages:
     """A labelled folder as an :class:`ImageSource`."""
 
-    def __init__(self, folder: LabelledFolder) -> None:
+    def __init__(self, folder: LabelledFolder, max_pixels: int = MAX_PIXELS) -> None:
         self._files = [path for path, _ in folder.files]
         self.labels = torch.tensor([identity for _, identity in folder.files])
-        self.names, self.problems = folder.names, folder.problems
-        self.notes: list[str] = []
+        self.names, self.problems, self.notes = folder.names, folder.problems, folder.notes
+        self._max_pixels = max_pixels
 
     def __len__(self) -> int:
         return len(self._files)
 
     def read(self, index: int, spec: ImageSpec) -> Tensor:
-        return read_image(self._files[index], spec)
+        return read_image(self._files[index], spec, self._max_pixels)
 
     def stored(self, index: int) -> bytes:
         return self._files[index].read_bytes()
 
     def spec_of(self, index: int) -> ImageSpec:
-        return image_spec(self._files[index])
+        return image_spec(self._files[index], self._max_pixels)
 
 
 class MemoryImages:
@@ -108,13 +109,14 @@ class MemoryImages:
         return ImageSpec(self._images.shape[-1], self._images.shape[1])
 
 
-def open_source(data: str) -> ImageSource:
+def open_source(data: str, max_pixels: int = MAX_PIXELS) -> ImageSource:
     """The images that a text names.
 
     Args:
         data: a folder of one folder for each identity; a ``.rec`` file, or a folder with ``train.rec`` in it;
             ``identities`` or ``identities:200x10`` for generated ones (200 identities with 10 images each);
             ``digits`` for scikit-learn's.
+        max_pixels: of an image in a file, see :func:`fused_arcface.data.read_image`.
 
     Raises:
         DataError: nothing of that name, or nothing to train on in it.
@@ -127,9 +129,9 @@ def open_source(data: str) -> ImageSource:
     path = Path(data)
     if path.is_dir():
         records = path / "train.rec"
-        return RecordImages(records) if records.is_file() else FolderImages(read_folder(path))
+        return RecordImages(records, max_pixels) if records.is_file() else FolderImages(read_folder(path), max_pixels)
     if path.is_file():
-        return RecordImages(path)
+        return RecordImages(path, max_pixels)
     if counts := _identity_counts(data):
         return MemoryImages(identity_images(*counts))
     if data == "digits":

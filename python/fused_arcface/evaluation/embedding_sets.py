@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import json
-import zipfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .. import safetensors
 from ..data import DataError, ImageSpec
-from ..files import replacing
+from . import embedding_files
 from .pair_sets import ImageSet
 from .pairs import Pairs
 
@@ -55,15 +52,7 @@ class EmbeddingSet:
             tensors["pairs"] = torch.stack([self.pairs.first, self.pairs.second], 1).cpu()
             tensors["same"] = self.pairs.same.long().cpu()
         path.parent.mkdir(parents=True, exist_ok=True)
-        if path.suffix == ".npz":
-            arrays: dict[str, Any] = {name: tensor.numpy() for name, tensor in tensors.items()}
-            with replacing(path) as file:
-                np.savez(file, **arrays, paths=np.array(self.paths, dtype=np.str_))
-            return
-        layout = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
-        with safetensors.Writer(path, layout, {"paths": json.dumps(self.paths)}) as writer:
-            for name, tensor in tensors.items():
-                writer.write(name, [tensor])
+        embedding_files.write(path, tensors, self.paths)
 
     @classmethod
     def load(cls, path: str | Path) -> EmbeddingSet:
@@ -75,19 +64,7 @@ class EmbeddingSet:
         """
         path = Path(path)
         check_suffix(path)
-        try:
-            if path.suffix == ".npz":
-                with np.load(path, allow_pickle=False) as stored:
-                    arrays = {name: stored[name] for name in stored.files}
-                listed = arrays.pop("paths", None)
-                tensors = {name: torch.as_tensor(array) for name, array in arrays.items()}
-                paths = None if listed is None else [str(each) for each in listed]
-            else:
-                tensors, metadata = safetensors.read(path)
-                paths = json.loads(metadata["paths"]) if "paths" in metadata else None
-        except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-            raise DataError(f"{path} cannot be read: {error}") from None
-        return cls._checked(path, tensors, paths)
+        return cls._checked(path, *embedding_files.read(path))
 
     @classmethod
     def _checked(cls, path: Path, tensors: dict[str, Tensor], paths: list[str] | None) -> EmbeddingSet:
@@ -95,28 +72,40 @@ class EmbeddingSet:
         if embeddings is None or embeddings.dim() != 2 or not embeddings.is_floating_point():
             raise DataError(f"{path} must hold floating-point embeddings (M, D); it holds {_shapes(tensors)}")
         count = len(embeddings)
+        if not embeddings.isfinite().all():
+            raise DataError(f"{path}: embeddings must be finite")
         if labels is not None and (labels.shape != (count,) or labels.is_floating_point()):
             raise DataError(f"{path}: labels must be ({count},) and whole; the file holds {_shapes(tensors)}")
         pairs = None
         if "pairs" in tensors or "same" in tensors:
             numbers, same = tensors.get("pairs"), tensors.get("same")
-            if numbers is None or same is None or numbers.shape != (len(same), 2):
+            if numbers is None or same is None or same.dim() != 1 or numbers.shape != (len(same), 2):
                 raise DataError(f"{path} must hold pairs (P, 2) with same (P,); it holds {_shapes(tensors)}")
+            if numbers.is_floating_point() or not ((same == 0) | (same == 1)).all():
+                raise DataError(f"{path}: pairs must be whole numbers and same must be 0 or 1")
             if numbers.numel() and not 0 <= int(numbers.min()) <= int(numbers.max()) < count:
                 raise DataError(f"{path}: pairs must be numbers of {count} embeddings")
-            pairs = Pairs(numbers[:, 0].long(), numbers[:, 1].long(), same.bool())
+            pairs = Pairs(numbers[:, 0], numbers[:, 1], same.bool())
         names = paths if paths is not None and len(paths) == count else [f"{path.name}[{i}]" for i in range(count)]
-        return cls(embeddings.float(), names, None if labels is None else labels.long(), pairs)
+        return cls(embeddings, names, labels, pairs)
 
-
-SUFFIXES = (".npz", ".safetensors")
+    def only(self, numbers: Tensor, images: int) -> EmbeddingSet:
+        """Renumber the pairs of a set of ``images`` of which the rows here are those called ``numbers`` (M,), and leave
+        out pairs of others."""
+        if self.pairs is None or len(numbers) == images:
+            return self
+        row_of = torch.full((images,), -1)
+        row_of[numbers] = torch.arange(len(numbers))
+        first, second = row_of[self.pairs.first], row_of[self.pairs.second]
+        both = (first >= 0) & (second >= 0)
+        return replace(self, pairs=Pairs(first[both], second[both], self.pairs.same[both]))
 
 
 def check_suffix(path: Path) -> None:
     """Raises:
     ValueError: a file that embeddings cannot be kept in, by its name."""
-    if path.suffix not in SUFFIXES:
-        raise ValueError(f"embeddings must be in a {' or '.join(SUFFIXES)} file; got {path}")
+    if path.suffix not in embedding_files.SUFFIXES:
+        raise ValueError(f"embeddings must be in a {' or '.join(embedding_files.SUFFIXES)} file; got {path}")
 
 
 def _shapes(tensors: dict[str, Tensor]) -> str:
@@ -134,6 +123,7 @@ def embed_set(
     device: torch.device | str = "cpu",
     workers: int = 0,
     done: Callable[[int], None] | None = None,
+    unreadable: Callable[[str], None] | None = None,
 ) -> EmbeddingSet:
     """Run a net over a set of images.
 
@@ -146,9 +136,10 @@ def embed_set(
         device: the net's.
         workers: processes that read images; 0 reads in this one.
         done: called after each batch with its size.
+        unreadable: called with what is wrong with an image that cannot be read; it is left out, and so are its pairs.
 
     Raises:
-        ImageError, DataError: an image that cannot be read, by its name.
+        DataError: an image that cannot be read, if ``unreadable`` is None; or none that can.
 
     >>> from fused_arcface.evaluation.pair_sets import read_labelled
     >>> spec = ImageSpec(size=8, channels=1)
@@ -156,23 +147,53 @@ def embed_set(
     torch.Size([6, 64])
     """
     net.eval()
-    loader = torch.utils.data.DataLoader(_Reader(images, spec), batch_size, num_workers=workers)
-    parts = []
+    loader = torch.utils.data.DataLoader(_Reader(images, spec), batch_size, num_workers=workers, collate_fn=_collate)
+    parts, kept, first = [], [], ""
     for batch in loader:
-        batch = batch.to(device)
-        embeddings = net(batch)
-        parts.append((embeddings + net(batch.flip(3)) if flip else embeddings).float().cpu())
+        for problem in batch.problems:
+            if unreadable is None:
+                raise DataError(problem)
+            unreadable(problem)
+            first = first or problem
+        if batch.numbers:
+            pixels = batch.pixels.to(device)
+            embeddings = net(pixels)
+            parts.append((embeddings + net(pixels.flip(3)) if flip else embeddings).float().cpu())
+            kept += batch.numbers
         if done is not None:
-            done(len(batch))
-    return EmbeddingSet(torch.cat(parts), images.paths, images.labels, images.pairs)
+            done(len(batch.numbers) + len(batch.problems))
+    if not parts:
+        raise DataError(f"no image can be read; the first: {first}" if first else "there are no images to embed")
+    numbers = torch.tensor(kept)
+    labels = None if images.labels is None else images.labels[numbers]
+    found = EmbeddingSet(torch.cat(parts), [images.paths[number] for number in kept], labels, images.pairs)
+    return found.only(numbers, len(images))
 
 
-class _Reader(torch.utils.data.Dataset[Tensor]):
+class _Read(NamedTuple):
+    """Images that were read, and what is wrong with the others."""
+
+    numbers: list[int]
+    pixels: Tensor
+    """``(len(numbers), channels, size, size)``."""
+    problems: list[str]
+
+
+class _Reader(torch.utils.data.Dataset[_Read]):
     def __init__(self, images: ImageSet, spec: ImageSpec) -> None:
         self._images, self._spec = images, spec
 
     def __len__(self) -> int:
         return len(self._images)
 
-    def __getitem__(self, index: int) -> Tensor:
-        return self._images.read(index, self._spec)
+    def __getitem__(self, index: int) -> _Read:
+        # Not raised here: from a worker an error comes with that process's traceback.
+        try:
+            return _Read([index], self._images.read(index, self._spec)[None], [])
+        except (ValueError, OSError) as error:
+            return _Read([], torch.empty(0, *self._spec.shape), [str(error)])
+
+
+def _collate(read: list[_Read]) -> _Read:
+    numbers, pixels, problems = zip(*read, strict=True)
+    return _Read(list(chain(*numbers)), torch.cat(pixels), list(chain(*problems)))

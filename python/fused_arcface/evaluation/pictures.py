@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -38,7 +39,7 @@ def draw_verification(found: Verification, folder: Path, name: str) -> list[Path
                 axis.plot(far, tar, "o", color=_COLOUR, ms=5)
                 axis.annotate(f"{tar:.3f}", (far, tar), (4, -13), textcoords="offset points", fontsize=9)
         axis.set(xscale="log", xlim=(least, 1), ylim=(0, 1.02), xlabel="false accept rate", ylabel="true accept rate")
-        axis.set_title(name)
+        _set_title(axis, name)
         axis.grid(alpha=0.3)
 
         det, axis = plt.subplots(figsize=(5.4, 5), layout="constrained")
@@ -50,7 +51,8 @@ def draw_verification(found: Verification, folder: Path, name: str) -> list[Path
             deviate = require("scipy.stats", "eval").norm.ppf(found.eer)
             axis.plot(deviate, deviate, "o", color=_COLOUR, ms=5)
             axis.annotate(f"equal, {found.eer:.3f}", (deviate, deviate), (6, 6), textcoords="offset points", fontsize=9)
-        axis.set(xlabel="false accept rate", ylabel="false reject rate", title=name)
+        axis.set(xlabel="false accept rate", ylabel="false reject rate")
+        _set_title(axis, name)
         axis.grid(alpha=0.3)
         if axis.get_legend() is not None:
             axis.get_legend().remove()
@@ -73,10 +75,16 @@ def draw_identification(found: Identification, folder: Path, name: str) -> list[
         figure, axis = plt.subplots(figsize=(6, 4.6), layout="constrained")
         ranks = np.arange(1, len(found.cmc) + 1)
         axis.plot(ranks, found.cmc, "o-", color=_COLOUR, ms=4)
-        axis.set(xlabel="rank", ylabel="identification rate", title=name, xlim=(0.5, len(ranks) + 0.5), ylim=(0, 1.02))
+        axis.set(xlabel="rank", ylabel="identification rate", xlim=(0.5, len(ranks) + 0.5), ylim=(0, 1.02))
+        _set_title(axis, name)
         axis.grid(alpha=0.3)
         axis.xaxis.get_major_locator().set_params(integer=True)
         path = folder / "cmc.png"
         save_figure(figure, path, dpi=120)
         plt.close(figure)
     return [path]
+
+
+def _set_title(axis: Any, name: str) -> None:
+    """Set a file's name as title: bytes that are no text as escapes, and dollars as they are, not as formulas."""
+    axis.set_title(name.encode(errors="backslashreplace").decode(), parse_math=False)

@@ -56,13 +56,29 @@ def roc(same: npt.ArrayLike, scores: npt.ArrayLike) -> tuple[Floats, Floats, Flo
     same, scores = np.asarray(same, dtype=bool), np.asarray(scores, dtype=np.float64)
     if same.all() or not same.any():
         raise ValueError("same must hold pairs of both kinds")
-    if not np.isfinite(scores).all():
-        raise ValueError(f"scores must be finite; {int((~np.isfinite(scores)).sum())} are not")
+    _check_finite(scores)
     # Dropped points are those on straight lines, where the greatest rate below a given FAR may lie.
     false_accepts, true_accepts, thresholds = require("sklearn.metrics", "eval").roc_curve(
         same, scores, drop_intermediate=False
     )
     return false_accepts, true_accepts, thresholds
+
+
+def _check_finite(scores: Floats) -> None:
+    if not np.isfinite(scores).all():
+        raise ValueError(f"scores must be finite; {int((~np.isfinite(scores)).sum())} are not")
+
+
+def mean_scores(same: npt.ArrayLike, scores: npt.ArrayLike) -> tuple[float | None, float | None]:
+    """Mean score of the pairs of one identity, and of those of two; None where there are none.
+
+    >>> mean_scores([True, True], [0.5, 0.25])
+    (0.375, None)
+    """
+    same, scores = np.asarray(same, dtype=bool), np.asarray(scores, dtype=np.float64)
+    _check_finite(scores)
+    one, two = (float(scores[kind].mean()) if kind.any() else None for kind in (same, ~same))
+    return one, two
 
 
 def tar_at_far(same: npt.ArrayLike, scores: npt.ArrayLike, far: float) -> float:
@@ -107,23 +123,23 @@ def k_fold_accuracy(
             chooses from 400, ``-numpy.arange(0, 4, 0.01)`` for scores that are negated *squared* Euclidean distances.
 
     Raises:
-        ValueError: fewer pairs than folds, fewer than two folds, or pairs of one kind only.
+        ValueError: fewer pairs than folds, or fewer than two folds.
 
     >>> k_fold_accuracy([True, False] * 4, [0.9, 0.2, 0.8, 0.1, 0.7, 0.3, 0.2, 0.4], folds=4)
     array([1. , 1. , 0.5, 0.5])
     """
     same, scores = np.asarray(same, dtype=bool), np.asarray(scores, dtype=np.float64)
+    if not 2 <= folds <= len(same):
+        raise ValueError(f"{folds} folds must be >= 2 and <= the number of pairs; there are {len(same)} pairs")
+    _check_finite(scores)
     accuracies = []
-    for train, test in require("sklearn.model_selection", "eval").KFold(folds).split(scores):
-        if thresholds is None:
-            false_accepts, true_accepts, candidates = roc(same[train], scores[train])
-            positives = int(same[train].sum())
-            # Counts are whole: rounded, or equal ones would differ by the rounding of the rates.
-            right = np.rint(true_accepts * positives + (1 - false_accepts) * (len(train) - positives))
-        else:
-            candidates = np.sort(np.asarray(thresholds, dtype=np.float64))[::-1]
-            right = _right(same[train], scores[train], candidates)
-        threshold = candidates[np.argmax(right)]
+    for test in np.array_split(np.arange(len(same)), folds):
+        train = np.ones(len(same), dtype=bool)
+        train[test] = False
+        chosen_from = scores[train] if thresholds is None else np.asarray(thresholds, dtype=np.float64)
+        # Above all scores no pair is accepted.
+        candidates = np.r_[np.inf if thresholds is None else [], np.unique(chosen_from)[::-1]]
+        threshold = candidates[np.argmax(_right(same[train], scores[train], candidates))]
         accuracies.append(np.mean((scores[test] >= threshold) == same[test]))
     return np.array(accuracies)
 

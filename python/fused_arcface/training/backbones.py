@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import pickle
 import re
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
+from .. import torch_files
 from ..data.images import ImageSpec
 from ..extras import require
+from ..reading import DataError
 from .iresnet import LAYERS, IResNet
 from .nets import SmallNet
 
@@ -63,12 +63,13 @@ def load_weights(net: nn.Module, path: Path) -> None:
     read from it.
 
     Raises:
-        ValueError: it cannot be read, or has the weights of another net.
+        DataError: it cannot be read, or has the weights of another net.
     """
+    # Any error: the file may be of any kind, and hold texts or numbers in place of names and tensors.
     try:
-        net.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-    except (EOFError, OSError, RuntimeError, TypeError, pickle.UnpicklingError) as error:
-        raise ValueError(f"{path} has no weights of this net: {error}") from None
+        net.load_state_dict(torch_files.load(path))
+    except Exception as error:
+        raise DataError(f"{path} has no weights of this net: {error}") from None
 
 
 def own_spec(name: str) -> ImageSpec | None:

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from ..data.folders import DataError
 from ..data.images import ImageError, ImageSpec
 from ..data.sources import LabelledReader
 from ..keyed import BATCH, fold
+from ..reading import DataError
 from .interrupt import ignore_interrupts
 
 _MOST_UNREADABLE = 100  # in a row: then it is the source that is wrong, not an image

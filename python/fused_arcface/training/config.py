@@ -13,10 +13,18 @@ from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 from .. import backends
+from ..data.images import MAX_PIXELS
 from ..extras import require
-from ..files import write_text
+from ..files import write_bytes
+from ..reading import DataError, file_errors, read_bytes
+from ..text import decode, encode
 from .backbones import NAMES, check_backbone
 from .margin_text import check_margin
+
+_MOST_BYTES = 1 << 16
+"""Of a TOML file of options."""
+_MOST_DOTS = 100
+"""The time of Python's reader grows with the square of the parts of a key: 20,000 of them take 20 seconds."""
 
 
 class OptionError(ValueError):
@@ -93,6 +101,7 @@ class TrainConfig:
     image_size: int | None = _option(None, "Side in pixels; the net's own or the images'.", least=1, fixed=True)
     channels: int | None = _option(None, "1 or 3; the net's own or the images'.", least=1, most=3, fixed=True)
     flip: bool = _option(True, "Mirror every other image, drawn anew each epoch.", fixed=True)
+    max_pixels: int = _option(MAX_PIXELS, "Pixels of the largest image that is decoded; others are bad.", least=1)
     workers: int = _option(2, "Processes that read images; 0 for none.", least=0)
 
     backbone: str = _option("small", f"One of {', '.join(NAMES)}.", fixed=True)
@@ -144,6 +153,8 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name, (rule, types) in rules().items():
             value = getattr(self, name)
+            if isinstance(value, int) and abs(value) >= 2**64:
+                raise ValueError(f"{name} must be a number of 64 bits; got one of {value.bit_length()}")
             if float in types and isinstance(value, int) and not isinstance(value, bool):
                 value = float(value)  # TOML's 64
                 object.__setattr__(self, name, value)
@@ -170,7 +181,7 @@ class TrainConfig:
     def save(self, path: Path) -> None:
         """Written as TOML, without the options that are None."""
         values = {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
-        write_text(path, require("tomli_w", "train").dumps(values))
+        write_bytes(path, encode(require("tomli_w", "train").dumps(values)))
 
 
 def rules() -> dict[str, tuple[Rule, tuple[type, ...]]]:
@@ -191,8 +202,11 @@ def read_options(path: Path) -> dict[str, Any]:
     # Before Python 3.11 the standard library has no reader, and the package that it came from takes its place.
     toml = require("tomllib" if sys.version_info >= (3, 11) else "tomli", "train")
     try:
-        with path.open("rb") as file:
-            found: dict[str, Any] = toml.load(file)
-    except (OSError, ValueError) as error:
-        raise OptionError(f"{path} cannot be read: {error}") from None
+        text = read_bytes(path, _MOST_BYTES)
+        if any(line.count(b".") > _MOST_DOTS for line in text.splitlines()):
+            raise DataError(f"{path} must have <= {_MOST_DOTS} dots on a line")
+        with file_errors(path):
+            found: dict[str, Any] = toml.loads(decode(text))
+    except DataError as error:
+        raise OptionError(str(error)) from None
     return found

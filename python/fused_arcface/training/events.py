@@ -11,7 +11,7 @@ from typing import Any, TextIO
 
 from ..evaluation.verification import Verification
 from ..extras import MissingExtra, require
-from ..files import write_text
+from ..files import write_bytes
 
 
 @dataclass(frozen=True)
@@ -92,10 +92,11 @@ class LogFile:
 
     def __call__(self, event: Event) -> None:
         if isinstance(event, Began):
-            lines = self._path.read_text().splitlines() if self._path.exists() else []
+            lines = self._path.read_bytes().split(b"\n") if self._path.exists() else []
             kept = [line for line in lines if _step_of(line) <= event.step]
-            write_text(self._path, "".join(f"{line}\n" for line in kept))
-            self._file = self._path.open("a", buffering=1)  # a line at a time: it can be followed
+            write_bytes(self._path, b"".join(line + b"\n" for line in kept))
+            # A line at a time, so that it can be followed.
+            self._file = self._path.open("a", buffering=1, encoding="ascii", newline="\n")
         elif isinstance(event, Stepped):
             self._write(asdict(event))
         elif isinstance(event, Verified):
@@ -109,7 +110,7 @@ class LogFile:
         self._file.write(json.dumps(values) + "\n")
 
 
-def _step_of(line: str) -> float:
+def _step_of(line: bytes) -> float:
     """A line that was cut short counts as one of the future."""
     try:
         return int(json.loads(line)["step"])

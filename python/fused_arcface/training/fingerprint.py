@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 import torch
 
 from ..data.sources import ImageSource
+from ..text import encode_names
 
 _SAMPLED = 512  # images whose bytes are read: a second on a disk, and all of a small set
 _KEY = 20260101  # of the sample; every run draws the same
@@ -28,7 +29,7 @@ class Fingerprint:
     @staticmethod
     def of(source: ImageSource) -> Fingerprint:
         """Return the fingerprint of a source; an image that cannot be read counts as such."""
-        names = hashlib.sha256(json.dumps(source.names).encode())
+        names = hashlib.sha256(encode_names(source.names))
         labels = hashlib.sha256(source.labels.to(torch.int64).contiguous().numpy().tobytes())
         content = hashlib.sha256()
         order = torch.randperm(len(source), generator=torch.Generator().manual_seed(_KEY))[:_SAMPLED]

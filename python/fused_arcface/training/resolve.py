@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from .. import backends
-from ..data.folders import DataError
 from ..data.images import ImageSpec
 from ..data.sources import ImageSource, common_spec, open_source, unseen_source
 from ..evaluation.pair_sets import ImageSet, paired, read_pair_set
 from ..functional import unusual_negatives
+from ..reading import DataError
 from .backbones import own_embedding_dim, own_spec
 from .config import OptionError, TrainConfig
 from .margin_text import parse_margin
@@ -28,7 +28,7 @@ def open_data(config: TrainConfig) -> ImageSource:
     """
     if not config.data:
         raise DataError("data must be a folder, a .rec file, identities or digits; got nothing")
-    source = open_source(config.data)
+    source = open_source(config.data, config.max_pixels)
     if config.bad_data == "stop" and source.problems:
         raise DataError(stopped_by(source.problems[0]))
     if len(source.names) < 2:
@@ -49,7 +49,10 @@ def open_verification(config: TrainConfig) -> ImageSet | None:
     """
     try:
         if config.verify_data:
-            return read_pair_set(config.verify_data)
+            found = read_pair_set(config.verify_data, max_pixels=config.max_pixels)
+            if config.bad_data == "stop" and found.problems:
+                raise DataError(stopped_by(found.problems[0]))
+            return found
         unseen = unseen_source(config.data)
         return paired(unseen, f"unseen {config.data}") if unseen is not None else None
     except DataError as error:

@@ -3,7 +3,7 @@
 ::
 
     RUN/config.toml     every option as it was resolved
-    RUN/classes.txt     the name of each class, a line each
+    RUN/classes.txt     the name of each class, a line each; see :func:`fused_arcface.text.encode_names`
     RUN/data.json       fingerprint of the data, see :mod:`fused_arcface.training.fingerprint`
     RUN/run.lock        held by the process that trains, see :mod:`fused_arcface.training.lock`
     RUN/log.jsonl       figures of each step and verification
@@ -22,7 +22,8 @@ from torch import nn
 
 from .. import checkpoint
 from ..data.images import ImageSpec
-from ..files import write_text
+from ..files import write_bytes, write_text
+from ..text import decode_names, encode_names
 from .backbones import build_backbone
 from .config import TrainConfig, read_options, rules
 from .fingerprint import Fingerprint
@@ -138,7 +139,10 @@ def check_run(folder: RunFolder, config: TrainConfig, classes: list[str], data: 
         own, saved = getattr(config, name), getattr(before, name)
         if rule.fixed and folder.has_checkpoint and own != saved:
             raise RunError(f"{folder.root}: a resumed run keeps its {name}, {saved!r}; got {own!r}")
-    saved_classes = folder.classes.read_text().splitlines() if folder.classes.exists() else classes
+    try:
+        saved_classes = decode_names(folder.classes.read_bytes()) if folder.classes.exists() else classes
+    except (OSError, ValueError) as error:
+        raise RunError(f"{folder.classes} cannot be read: {error}") from None
     if folder.has_checkpoint and saved_classes != classes:
         raise RunError(
             f"{folder.root}: a resumed run keeps its {len(saved_classes)} identities; "
@@ -164,7 +168,7 @@ def write_run(folder: RunFolder, config: TrainConfig, classes: list[str], data: 
         # What a killed process had not finished: the lock says that there is no other.
         for unfinished in folder.root.glob(".partial-*"):
             unfinished.unlink()
-        write_text(folder.classes, "".join(f"{name}\n" for name in classes))
+        write_bytes(folder.classes, encode_names(classes))
         write_text(folder.data, data.to_json())
         config.save(folder.config)
     except OSError as error:

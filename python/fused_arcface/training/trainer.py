@@ -17,9 +17,9 @@ import torch
 from torch.distributed.checkpoint.api import CheckpointException
 
 from ..checkpoint import CheckpointError
-from ..data.folders import DataError
 from ..data.sources import ImageSource
 from ..files import write_bytes
+from ..reading import DataError
 from .batches import Batch, BatchPlan, load_batches, share_bounds
 from .config import OptionError, TrainConfig, rules
 from .events import Began, Ended, Event, Listener, Noted, Saved, Stepped, Verified, folder_listeners

@@ -1,0 +1,81 @@
+"""Text files whose words are names of files: options, lists of classes, pairs.
+
+A name is bytes to the system and a ``str`` to Python, which depends on the locale and holds surrogates for bytes that
+the locale does not know. In files names stand with their own bytes, so that a file is the same in every locale and a
+name that is read opens the file that was meant. Only a line feed ends a line: ``str.splitlines`` would also cut at
+characters that stand in names.
+"""
+
+from __future__ import annotations
+
+import codecs
+import json
+import os
+from collections.abc import Iterable
+
+
+def encode(text: str) -> bytes:
+    """Return the bytes of text with names in it, each name as the system has it.
+
+    >>> encode("caf\\udce9")
+    b'caf\\xe9'
+    """
+    return os.fsencode(text)
+
+
+def decode(data: bytes) -> str:
+    """Return the text of a file's bytes, the opposite of :func:`encode`. A byte order mark is left out; UTF-16 is known
+    by its own.
+
+    Raises:
+        UnicodeDecodeError: UTF-16 that is damaged.
+
+    >>> decode(b"\\xef\\xbb\\xbfone"), decode("one".encode("utf-16"))
+    ('one', 'one')
+    """
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        data = data.decode("utf-16").encode()
+    return os.fsdecode(data.removeprefix(codecs.BOM_UTF8))
+
+
+def lines(data: bytes) -> list[str]:
+    """Return the lines of a text file, without their ends: line feeds, with a carriage return before them or not, or
+    carriage returns in a file without line feeds.
+
+    >>> lines("a\\x85b\\u2028c\\r\\nd\\n".encode())
+    ['a\\x85b\\u2028c', 'd']
+    """
+    text = decode(data)
+    end = "\n" if "\n" in text else "\r"
+    found = text.split(end)
+    return [line.removesuffix("\r") for line in (found if found[-1] else found[:-1])]
+
+
+def encode_names(names: Iterable[str]) -> bytes:
+    """Return a list of names as text, a line each. A name that a reader might cut into lines, or that begins with a
+    quotation mark, is written as a JSON string; so the file is the same in every locale.
+
+    >>> encode_names(["ann", "a;b"])
+    b'ann\\na;b\\n'
+    """
+    return b"".join(_encode_name(name) + b"\n" for name in names)
+
+
+def _encode_name(name: str) -> bytes:
+    stored = encode(name)
+    universal = stored.decode("utf-8", "surrogateescape")
+    plain = universal.splitlines() == [universal] and not universal.startswith('"')
+    return stored if plain else json.dumps(universal).encode()
+
+
+def decode_names(data: bytes) -> list[str]:
+    """Return the names that :func:`encode_names` wrote.
+
+    Raises:
+        ValueError: a line that begins with a quotation mark and is no JSON string.
+    """
+    return [_decode_name(line) for line in data.split(b"\n") if line]
+
+
+def _decode_name(line: bytes) -> str:
+    return decode(json.loads(line).encode("utf-8", "surrogateescape") if line.startswith(b'"') else line)

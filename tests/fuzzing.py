@@ -1,0 +1,176 @@
+"""Mutates files and reads them in a forked child with limits. One place for all formats; see test_fuzzing.py."""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import os
+import random
+import re
+import resource
+import signal
+import traceback
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+SECONDS = 2.0  # of the processor
+STUCK = 60  # seconds of the clock, on a machine with other work
+MEMORY = 64 << 20  # bytes beyond the file's size and the process's base
+
+_EDGES = (
+    0,
+    1,
+    0x7F,
+    0x80,
+    0xFF,
+    0x7FFF,
+    0xFFFF,
+    0x7FFFFFFF,
+    0x80000000,
+    0xFFFFFFFF,
+    2**40,
+    2**63 - 1,
+    2**63,
+    2**64 - 1,
+)
+_NUMBERS = (b"-1", b"0", b"1e400", b"nan", b"18446744073709551615", b"1000000000000", b"9" * 400)
+
+
+@dataclass(frozen=True)
+class Format:
+    """A kind of file.
+
+    ``sample`` writes a valid file and returns its path; other files may lie beside it. ``load`` reads one as the
+    package does and raises one of ``errors`` for a bad one.
+    """
+
+    name: str
+    sample: Callable[[Path], Path]
+    load: Callable[[Path], object]
+    errors: tuple[type[BaseException], ...]
+    memory: int = MEMORY
+    seconds: float = SECONDS
+
+
+def mutate(content: bytes, draw: random.Random) -> bytes:
+    """Change ``content`` at one to four places: bits, bytes, edge values, numbers in text, cuts, copies, nesting."""
+    data = bytearray(content)
+    for _ in range(draw.choice((1, 1, 2, 4))):
+        at = draw.randrange(len(data) + 1)
+        match draw.randrange(9):
+            case 0 if data:
+                data[at % len(data)] ^= 1 << draw.randrange(8)
+            case 1 if data:
+                data[at % len(data)] = draw.randrange(256)
+            case 2:
+                width = draw.choice((1, 2, 4, 8))
+                value = draw.choice(_EDGES) % 256**width
+                data[at : at + width] = value.to_bytes(width, draw.choice(("little", "big")))
+            case 3:
+                del data[at : at + draw.choice((1, 4, 16, 300))]
+            case 4:
+                data[at:at] = draw.randbytes(draw.choice((1, 4, 16)))
+            case 5:
+                del data[at:]
+            case 6:
+                start = draw.randrange(len(data) + 1)
+                data[at:at] = data[start : start + draw.choice((4, 64, 1000))]
+            case 7:
+                numbers = list(re.finditer(rb"[0-9]+", data))
+                if numbers:
+                    found = draw.choice(numbers)
+                    data[found.start() : found.end()] = draw.choice(_NUMBERS)
+            case 8:
+                data[at:at] = draw.choice((b"[", b"{", b"(", b"]", b'{"a":', b"\n", b"\0")) * draw.choice((1, 50, 3000))
+    return bytes(data)
+
+
+def crafted(content: bytes, count: int, seed: int) -> Iterator[bytes]:
+    """Yield ``count`` mutations, the same for a seed."""
+    for number in range(count):
+        yield mutate(content, random.Random(f"{seed}.{number}"))
+
+
+def failures(kind: Format, path: Path, contents: Iterable[bytes]) -> list[str]:
+    """Read each of ``contents`` in place of ``path``; return what was wrong, with the place of a file that shows it.
+
+    A child is forked from this warm process and reads one after another; where it dies, another goes on.
+    """
+    wrong: list[str] = []
+    files = list(contents)
+    start = 0
+    while start < len(files):
+        read_end, write_end = os.pipe()
+        child = os.fork()
+        if child == 0:
+            os.close(read_end)
+            _read_all(kind, path, files, start, write_end)
+        os.close(write_end)
+        with os.fdopen(read_end) as reports:
+            lines = reports.read().splitlines()
+        _, status = os.waitpid(child, 0)
+        done = start
+        for line in lines:
+            number, _, text = line.partition("\t")
+            done = int(number) + 1
+            if text:
+                wrong.append(f"{kind.name} {_kept(path, files[int(number)])}: {text}")
+        if os.WIFSIGNALED(status) and done < len(files):
+            name = signal.Signals(os.WTERMSIG(status)).name
+            wrong.append(f"{kind.name} {_kept(path, files[done])}: ended by {name}")
+            done += 1
+        start = done
+        if len(wrong) > 20:
+            break
+    return wrong
+
+
+def _kept(path: Path, content: bytes) -> Path:
+    kept = path.with_name(f"failed-{random.Random(content).randrange(10**6)}{path.suffix}")
+    kept.write_bytes(content)
+    return kept
+
+
+def _read_all(kind: Format, path: Path, files: list[bytes], start: int, report: int) -> None:
+    """In the child: report a line for each file, its number and what was wrong."""
+    faulthandler.disable()
+    quiet = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(quiet, 1)
+    os.dup2(quiet, 2)
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    limit = 4 << 30  # so that a mistake does not fill the machine; what counts is measured
+    used = _kilobytes("VmSize") * 1024
+    resource.setrlimit(resource.RLIMIT_AS, (used + limit, used + limit))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    for number in range(start, len(files)):
+        path.write_bytes(files[number])
+        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+        base = _kilobytes("VmRSS")
+        signal.setitimer(signal.ITIMER_PROF, kind.seconds)
+        signal.setitimer(signal.ITIMER_REAL, STUCK)
+        text = ""
+        try:
+            kind.load(path)
+        except kind.errors as error:
+            if not str(error):
+                text = f"{type(error).__name__} without a message"
+        except BaseException as error:
+            place = traceback.extract_tb(error.__traceback__)[-1]
+            text = f"{type(error).__name__} at {place.filename}:{place.lineno}: {str(error)[:200]!r}"
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        taken = (_kilobytes("VmHWM") - base) * 1024 - len(files[number])
+        if taken > kind.memory:
+            text += f"{taken >> 20} MiB beyond the file's size"
+        os.write(report, f"{number}\t{' '.join(text.split())}\n".encode("utf-8", "backslashreplace"))
+    os._exit(0)
+
+
+def _kilobytes(name: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        with contextlib.suppress(ValueError):
+            if line.startswith(name + ":"):
+                return int(line.split()[1])
+    raise AssertionError(f"/proc/self/status has no {name}")
