@@ -21,8 +21,9 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from . import checkpoint, safetensors
 from .keyed import fill_normal
-from .reading import DataError, check_regular, file_errors
+from .reading import DataError, file_errors
 from .sharding import Sharding
+from .torch_file import check_stored, load_torch
 
 _INSIGHTFACE = re.compile(r"checkpoint_gpu_(\d+)\.pt")
 _NEW_ROWS = 1 << 16  # drawn at once
@@ -122,15 +123,15 @@ def _insightface_weight(path: Path) -> Tensor:
     if not isinstance(state, dict) or not isinstance(state.get("weight"), Tensor) or state["weight"].dim() != 2:
         raise ConvertError(f"{path} has no state_dict_softmax_fc with a weight (num_local, D)")
     weight: Tensor = state["weight"]
+    check_stored(path, "weight", weight)
     return weight
 
 
 def _load(path: Path) -> Any:
-    check_regular(path)
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:
-        raise ConvertError(f"{path} cannot be read as a file of tensors: {error}") from error
+        return load_torch(path, mmap=True)
+    except DataError as error:
+        raise ConvertError(f"{path} cannot be read as a file of tensors: {error}") from None
 
 
 def _read_safetensors(path: Path) -> Centres:
@@ -168,6 +169,7 @@ def _check_stored(path: Path, tensors: dict[str, Tensor], values: Any) -> None:
 def _read_torch(path: Path) -> Centres:
     state = _load(path)
     if isinstance(state, dict) and isinstance(state.get("W"), Tensor):  # pytorch-metric-learning 2: (D, C)
+        check_stored(path, "W", state["W"])
         return Centres({"weight": _whole(state["W"].T)})
     if isinstance(state, dict) and ("state_dict_softmax_fc" in state or isinstance(state.get("weight"), Tensor)):
         return Centres({"weight": _whole(_insightface_weight(path))})

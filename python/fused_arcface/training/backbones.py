@@ -6,12 +6,12 @@ import re
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from ..data.images import ImageSpec
 from ..extras import require
-from ..reading import DataError, check_regular
+from ..reading import DataError
+from ..torch_file import load_torch
 from .iresnet import LAYERS, IResNet
 from .nets import SmallNet
 
@@ -65,10 +65,10 @@ def load_weights(net: nn.Module, path: Path) -> None:
     Raises:
         DataError: it cannot be read, or has the weights of another net.
     """
-    check_regular(path)
-    # Any error: the file may be of any kind, and hold texts or numbers in place of names and tensors.
+    state = load_torch(path)
+    # Any error: the file may hold texts or numbers in place of names and tensors.
     try:
-        net.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+        net.load_state_dict(state)
     except Exception as error:
         raise DataError(f"{path} has no weights of this net: {error}") from None
 
