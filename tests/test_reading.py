@@ -123,6 +123,13 @@ def test_centers_that_fit_the_format_and_nothing_else(
     assert cli.run(["convert", str(path), str(tmp_path / "out")]) == 1 and not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("paths", ["[" * 100_000, "[" * 500 + "]" * 500, "[1]", '{"a": 1}'])
+def test_names_that_are_none(paths: str, tmp_path: Path) -> None:
+    header = {"__metadata__": {"paths": paths}, "embeddings": entry(0, 24, [2, 3])}
+    with pytest.raises(DataError, match=r"x\.safetensors(: paths must be a list of texts| cannot be read)"):
+        EmbeddingSet.load(write_safetensors(tmp_path / "x.safetensors", header))
+
+
 def npy(descr: str, shape: tuple[int, ...], content: bytes = b"") -> bytes:
     text = str({"descr": descr, "fortran_order": False, "shape": shape}).encode() + b"\n"
     return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(text)) + text + content
