@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import pickle
 import zipfile
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -25,12 +28,23 @@ def load_torch(path: str | os.PathLike[str], *, mmap: bool = False) -> Any:
         DataError: it cannot be read, is of another kind, or holds more than tensors and plain values.
     """
     size = check_regular(path)
-    with file_errors(path):
+    with file_errors(path), _foreign(path):
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
                 if sum(entry.file_size for entry in archive.infolist()) > size:
                     raise DataError(f"{path} must have its tensors uncompressed, as torch.save writes them")
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+
+
+@contextlib.contextmanager
+def _foreign(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Replace torch's text, which advises to run what the file holds."""
+    try:
+        yield
+    except pickle.UnpicklingError:
+        raise DataError(
+            f"{path} is no file of tensors and plain values, or a damaged one; nothing of it was executed"
+        ) from None
 
 
 def check_stored(path: str | os.PathLike[str], name: str, tensor: Tensor) -> None:
