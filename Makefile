@@ -4,7 +4,7 @@
 #   make PYTHON=python3.12 test      another interpreter, for a new .venv
 #   make TORCH="torch==2.9.1" test   another torch, for a new .venv
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all test-sanitized lint format bench bench-check bench-record clean distclean
+.PHONY: help demo test test-all lint format bench bench-check bench-record clean distclean
 
 PYTHON ?= python3
 ARGS ?=
@@ -26,15 +26,6 @@ test: .venv/.installed  ## Run the tests, without the full grids
 
 test-all: .venv/.installed  ## Run all the tests
 	$(run) pytest $(ARGS)
-
-# A build of its own, which the tests of the compiled module take in place of the installed one. torch keeps memory until
-# the end, so leaks are not looked for.
-test-sanitized: .venv/.installed  ## Run the compiled CPU kernels' tests under ASan and UBSan
-	CXXFLAGS='-fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer -g1' FUSED_ARCFACE_CUDA=OFF \
-	  $(run) pip install --quiet --no-build-isolation --no-deps --upgrade --target build/sanitized/lib \
-	  --config-settings=build-dir=build/sanitized/build --config-settings=install.strip=false .
-	LD_PRELOAD=$$($(CXX) -print-file-name=libasan.so) ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
-	  .venv/bin/python tests/sanitized.py build/sanitized/lib -m "not full" tests/test_backends_cpu.py tests/test_threads.py $(ARGS)
 
 bench: .venv/.installed  ## Run the benchmark: every CPU backend and peer at the shapes of the README
 	$(run) fused_arcface bench --cases full $(ARGS)
