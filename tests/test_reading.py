@@ -123,6 +123,13 @@ def test_centers_that_fit_the_format_and_nothing_else(
     assert cli.run(["convert", str(path), str(tmp_path / "out")]) == 1 and not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("paths", ["[" * 100_000, "[" * 500 + "]" * 500, "[1]", '{"a": 1}'])
+def test_names_that_are_none(paths: str, tmp_path: Path) -> None:
+    header = {"__metadata__": {"paths": paths}, "embeddings": entry(0, 24, [2, 3])}
+    with pytest.raises(DataError, match=r"x\.safetensors(: paths must be a list of texts| cannot be read)"):
+        EmbeddingSet.load(write_safetensors(tmp_path / "x.safetensors", header))
+
+
 def npy(descr: str, shape: tuple[int, ...], content: bytes = b"") -> bytes:
     text = str({"descr": descr, "fortran_order": False, "shape": shape}).encode() + b"\n"
     return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(text)) + text + content
@@ -175,8 +182,26 @@ def test_npz_of_other_programs(tmp_path: Path) -> None:
 @pytest.mark.parametrize("state", [{"a": "text"}, {1: torch.zeros(1)}, [1, 2], "text", {"weight": {"x": 1}}, {}])
 def test_weights_that_are_none(state: Any, tmp_path: Path) -> None:
     torch.save(state, tmp_path / "x.pt")
-    with pytest.raises(DataError, match=r"x\.pt has no weights of this net"):
+    with pytest.raises(DataError, match=r"x\.pt (has no weights of this net|is no file of tensors)"):
         load_weights(SmallNet(8, 1), tmp_path / "x.pt")
+
+
+def test_tensors_that_only_their_shape_makes_large(tmp_path: Path) -> None:
+    for state in ({"weight": torch.zeros(1, 4).expand(10**9, 4)}, {"W": torch.zeros(4, 1).expand(4, 10**9)}):
+        torch.save(state, tmp_path / "x.pt")
+        with pytest.raises(DataError, match=r"x\.pt: W|weight is \(.*1000000000.*\), of which the file has 16 bytes"):
+            convert.read(tmp_path / "x.pt")
+
+
+def test_a_compressed_file_of_tensors_is_refused(tmp_path: Path) -> None:
+    torch.save({"weight": torch.zeros(1000, 1000)}, tmp_path / "plain.pt")
+    with zipfile.ZipFile(tmp_path / "plain.pt") as plain, zipfile.ZipFile(tmp_path / "x.pt", "w", 8) as packed:
+        for name in plain.namelist():
+            packed.writestr(name, plain.read(name))
+    for read in (convert.read, lambda path: load_weights(SmallNet(8, 1), path)):
+        with pytest.raises(DataError, match=r"x\.pt must have its tensors uncompressed"):
+            read(tmp_path / "x.pt")
+    assert convert.read(tmp_path / "plain.pt").num_classes == 1000
 
 
 @pytest.mark.parametrize(

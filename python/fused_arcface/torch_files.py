@@ -30,9 +30,12 @@ def load(path: str | os.PathLike[str]) -> Any:
     """
     check_no_pointer(path)
     try:
+        _check_uncompressed(path)
         # The format from before torch 1.6 is no archive and cannot be mapped, nor can a file whose name is no UTF-8.
         mapped = zipfile.is_zipfile(path) and _is_utf8(path)
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    except TensorFileError:
+        raise
     except pickle.UnpicklingError as error:
         if "Unsupported" not in str(error):
             raise TensorFileError(f"{path} cannot be read as a file of tensors: another kind, or damaged") from None
@@ -54,6 +57,32 @@ def check_no_pointer(path: str | os.PathLike[str]) -> None:
     with open_regular(path) as file, file_errors(path):
         if file.read(len(_POINTER)) == _POINTER:
             raise TensorFileError(f"{path} is a Git LFS pointer, not the file itself; fetch that with: git lfs pull")
+
+
+def _check_uncompressed(path: str | os.PathLike[str]) -> None:
+    """Check that an archive unpacks to no more than its size: torch stores its files without compression."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            if sum(entry.file_size for entry in archive.infolist()) > os.path.getsize(path):
+                raise TensorFileError(f"{path} must have its tensors uncompressed, as torch.save writes them")
+
+
+def check_stored(path: str | os.PathLike[str], name: str, tensor: Tensor) -> None:
+    """Check that the file has an element for each one of a tensor's shape.
+
+    By strides of 0 a file of some bytes can claim any size.
+
+    Raises:
+        TensorFileError: it has not.
+
+    >>> check_stored("a.pt", "weight", torch.zeros(1, 4).expand(10**12, 4))
+    Traceback (most recent call last):
+    ...
+    fused_arcface.torch_files.TensorFileError: a.pt: weight is (1000000000000, 4), of which the file has 16 bytes
+    """
+    stored = tensor.untyped_storage().nbytes()
+    if tensor.numel() * tensor.element_size() > stored:
+        raise TensorFileError(f"{path}: {name} is {tuple(tensor.shape)}, of which the file has {stored} bytes")
 
 
 def _is_utf8(path: str | os.PathLike[str]) -> bool:
@@ -88,6 +117,7 @@ def centers(path: Path) -> tuple[Tensor, bool]:
             f"{path} must hold floating-point class centers: weight (C, D), pytorch-metric-learning's W (D, C), or a "
             f"tensor (C, D){keys}"
         )
+    check_stored(path, "weight", weight)
     return weight, momentum
 
 

@@ -55,7 +55,9 @@ def read(path: Path) -> tuple[dict[str, Tensor], list[str] | None]:
     tensors = {name: _plain(path, name, found[name]) for name in NAMES if name in found}
     with file_errors(path):
         paths = json.loads(metadata.get(_PATHS, "null"))
-    return tensors, list(map(str, paths)) if isinstance(paths, list) else None
+    if paths is not None and not (isinstance(paths, list) and all(isinstance(each, str) for each in paths)):
+        raise DataError(f"{path}: {_PATHS} must be a list of texts")
+    return tensors, paths
 
 
 def _plain(path: Path, name: str, tensor: Tensor) -> Tensor:
