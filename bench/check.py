@@ -19,10 +19,10 @@ from pathlib import Path
 import torch
 
 from fused_arcface import backends
-from fused_arcface.benchmark.cases import PASSES, Case
-from fused_arcface.benchmark.providers import select
-from fused_arcface.benchmark.report import Report
-from fused_arcface.benchmark.runner import run_benchmark
+from fused_arcface.app.benchmark.cases import PASSES, Case
+from fused_arcface.app.benchmark.providers import select
+from fused_arcface.app.benchmark.report import Report
+from fused_arcface.app.benchmark.runner import run_benchmark
 
 BASELINE = Path(__file__).with_name("baseline.json")
 CPU_CASES = (Case(128, 20_000), Case(32, 50_000))

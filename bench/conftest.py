@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from fused_arcface.benchmark.cases import Case, Inputs, make_inputs
+from fused_arcface.app.benchmark.cases import Case, Inputs, make_inputs
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SHAPES = (

@@ -16,11 +16,11 @@ from pathlib import Path
 
 import torch
 
+from fused_arcface.app.benchmark.cases import Case
+from fused_arcface.app.benchmark.providers import Provider, select
+from fused_arcface.app.benchmark.report import FIELDS, Report, write_csv, write_json
+from fused_arcface.app.benchmark.runner import run_benchmark
 from fused_arcface.backends.triton.configs import pick
-from fused_arcface.benchmark.cases import Case
-from fused_arcface.benchmark.providers import Provider, select
-from fused_arcface.benchmark.report import FIELDS, Report, write_csv, write_json
-from fused_arcface.benchmark.runner import run_benchmark
 
 BF16 = ("bfloat16", "bfloat16")
 # The sizes of the acceptance bars first, then those at which the two algorithms compete.

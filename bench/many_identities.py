@@ -22,8 +22,9 @@ import torch
 import torch.nn.functional as F
 
 import fused_arcface as fa
-from fused_arcface.benchmark import machine, peers
-from fused_arcface.benchmark.report import write_csv, write_json
+from fused_arcface.app.benchmark import peers
+from fused_arcface.app.benchmark.report import write_csv, write_json
+from fused_arcface.app.measure import machine
 
 # As arcface_torch trains.
 _LR, _WEIGHT_DECAY = 0.1, 5e-4

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fused_arcface.benchmark.cases import PASSES, Case, Inputs
-from fused_arcface.benchmark.providers import Provider, all_providers
-from fused_arcface.benchmark.runner import tolerance
-from fused_arcface.benchmark.truth import error_of, truth
+from fused_arcface.app.benchmark.cases import PASSES, Case, Inputs
+from fused_arcface.app.benchmark.providers import Provider, all_providers
+from fused_arcface.app.benchmark.runner import tolerance
+from fused_arcface.app.benchmark.truth import error_of, truth
 
 
 @pytest.fixture(params=all_providers(), ids=str)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fused_arcface import backends
-from fused_arcface.benchmark.cases import Inputs
+from fused_arcface.app.benchmark.cases import Inputs
 
 SCALE = 64.0
 ops = torch.ops.fused_arcface

@@ -24,9 +24,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from fused_arcface.benchmark import cost_model, plots
-from fused_arcface.benchmark.cases import PASSES
-from fused_arcface.benchmark.report import Measurement, Report, read_report
+from fused_arcface.app.benchmark import cost_model, plots
+from fused_arcface.app.benchmark.cases import PASSES
+from fused_arcface.app.benchmark.report import Measurement, Report, read_report
 
 BENCH = Path(__file__).resolve().parent
 RESULTS = BENCH / "results"

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 import fused_arcface as fa
-from fused_arcface.benchmark.timing import Timed, time_interleaved
+from fused_arcface.app.measure.timing import Timed, time_interleaved
 
 BASE = "ArcFace"
 

@@ -11,8 +11,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fused_arcface import _native
+from fused_arcface.app.measure.child import Child
 from fused_arcface.backends import cpu
-from fused_arcface.benchmark.child import Child
 
 if importlib.util.find_spec("hypothesis") is not None:  # a machine with a GPU may not have it, nor a way to fetch it
     from hypothesis import settings

@@ -3,14 +3,14 @@ import gc
 import subprocess
 import sys
 
-import distributed_helpers
 import pytest
 import torch
 from scipy import stats
+from support import distributed_helpers
 from torch.utils.checkpoint import checkpoint
 
 import fused_arcface as fa
-from fused_arcface import keyed
+from fused_arcface.base import keyed_random
 
 D = 70  # more than one block of an int8 momentum, and not a multiple of one
 BACKENDS = ["reference", "auto"]
@@ -150,7 +150,7 @@ def test_stochastic_rounding_of_the_centres_is_unbiased(backend):
 
 
 def test_rounding_bits_are_uniform():
-    bits = keyed.rounding_bits(keyed.rounding_key(1, 2), torch.arange(500), 64)
+    bits = keyed_random.rounding_bits(keyed_random.rounding_key(1, 2), torch.arange(500), 64)
     for part in (bits & 0xFFFF, bits >> 16):
         assert stats.kstest(part.flatten().double().numpy() / 65536, "uniform").pvalue > 1e-6
     assert len(bits.unique()) > 0.99 * bits.numel()

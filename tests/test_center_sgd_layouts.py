@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import LAYOUTS
+from support.cases import LAYOUTS
 from torch import Tensor
 
 import fused_arcface as fa

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 
 import pytest
-import scalar
 import torch
-from cases import MARGINS, Case, Inputs, make_inputs, named, run
+from support import scalar
+from support.cases import MARGINS, Case, Inputs, make_inputs, named, run
 
 import fused_arcface as fa
 

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import Case, make_inputs
+from support.cases import Case, make_inputs
 
 import fused_arcface as fa
 from fused_arcface import head as head_module
-from fused_arcface.training.heads import ReferenceHead
+from fused_arcface.app.lab.heads import ReferenceHead
 
 PLAIN = Case()
 

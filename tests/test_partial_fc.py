@@ -1,11 +1,11 @@
 import copy
 import pickle
 
-import distributed_helpers
 import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from support import distributed_helpers
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 

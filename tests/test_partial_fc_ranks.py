@@ -2,15 +2,15 @@
 
 from functools import partial
 
-import distributed_helpers
 import pytest
 import torch
 import torch.distributed as dist
+from support import distributed_helpers
 from test_partial_fc import D, batches, own_rows, train_head
 
 import fused_arcface as fa
-from fused_arcface import distributed as fused_distributed
-from fused_arcface.agreement import Header
+from fused_arcface.parallel import ranks as fused_distributed
+from fused_arcface.parallel.agreement import Header
 
 
 def fewer_classes_than_ranks() -> list:

@@ -6,9 +6,9 @@ import dataclasses
 
 import pytest
 import torch
-from cases import GEOMETRIES, LAYOUTS, MARGINS, Case, Inputs, Outcome, check, make_inputs, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.cases import GEOMETRIES, LAYOUTS, MARGINS, Case, Inputs, Outcome, check, make_inputs, run
 
 import fused_arcface as fa
 

@@ -6,10 +6,10 @@ import dataclasses
 import math
 
 import pytest
-import scalar
 import torch
 import torch.nn.functional as F
-from cases import MARGINS, TARGET_COSINES, named, rows_at
+from support import scalar
+from support.cases import MARGINS, TARGET_COSINES, named, rows_at
 
 import fused_arcface as fa
 

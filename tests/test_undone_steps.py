@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import fused_arcface as fa
-from fused_arcface import loss_factor
+from fused_arcface.engine import loss_factor
 
 D, C = 8, 12
 MARGINS: dict[str, Callable[[], object]] = {

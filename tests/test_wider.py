@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import ARCFACES, GEOMETRIES, Case, Inputs, Outcome, make_inputs, run
-from distributed_helpers import run_ranks
+from support.cases import ARCFACES, GEOMETRIES, Case, Inputs, Outcome, make_inputs, run
+from support.distributed_helpers import run_ranks
 from torch import Tensor
 
 import fused_arcface as fa

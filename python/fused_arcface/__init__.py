@@ -2,13 +2,13 @@
 
 from . import backends, checkpoint, compat, reference
 from .center_sgd import CenterSGD, CenterUpdateError
+from .engine.tail import MarginSoftmaxStats
 from .functional import margin_softmax_loss
-from .hard_negatives import CurricularFace, InterclassFilter, MVSoftmax
 from .head import MarginHead
-from .loss import MarginSoftmaxStats
-from .margins import ArcFace, CombinedMargin, CosFace, NormSoftmax, SphereFace
+from .margins.angular import ArcFace, CombinedMargin, CosFace, NormSoftmax, SphereFace
+from .margins.hard_negatives import CurricularFace, InterclassFilter, MVSoftmax
+from .margins.per_row import AdaFace, ElasticFace, MagFace
 from .partial_fc import PartialFC
-from .row_margins import AdaFace, ElasticFace, MagFace
 
 __version__ = "0.1.0"
 __all__ = [

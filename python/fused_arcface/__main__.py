@@ -5,7 +5,7 @@ from __future__ import annotations
 
 def main() -> None:
     """Run the command line and exit with its status."""
-    from .cli import run
+    from .app.cli import run
 
     raise SystemExit(run())
 

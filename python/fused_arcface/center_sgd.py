@@ -19,12 +19,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .autograd import CentreUpdate
-from .keyed import rounding_key
-from .loss_factor import RefusedFactors, is_refused
-from .margin_state import copy_of_state
-from .margins import Margin
-from .ops import MOMENTUM_BLOCK, PLAIN, CentreStep, Negatives, check_update, compute_dtype
+from .base.keyed_random import rounding_key
+from .engine.autograd import CentreUpdate
+from .engine.loss_factor import RefusedFactors, is_refused
+from .engine.ops import MOMENTUM_BLOCK, PLAIN, CentreStep, Negatives, check_update, compute_dtype
+from .margins.angular import Margin
+from .margins.state import copy_of_state
 
 _WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 _MOMENTUM_DTYPES = (torch.float32, torch.bfloat16, torch.int8, torch.float64)

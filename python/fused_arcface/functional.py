@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 
 from . import backends
-from .autograd import ONE_DEVICE, Shard, cosines_of_targets, negatives_and_target
-from .checks import check_inputs
-from .loss import MarginSoftmaxStats, loss_of_rows
-from .margin_state import in_step
-from .margins import ArcFace, Margin, for_rows, modulates, modulation
-from .normalise import norms_of
-from .ops import IGNORED, compute_dtype
-from .smoothing import smoothing, two_uses
+from .base.checks import check_inputs
+from .base.normalize import norms_of
+from .engine.autograd import ONE_DEVICE, Shard, cosines_of_targets, negatives_and_target
+from .engine.ops import IGNORED, compute_dtype
+from .engine.smoothing import smoothing, two_uses
+from .engine.tail import MarginSoftmaxStats, loss_of_rows
+from .margins.angular import ArcFace, Margin, for_rows, modulates, modulation
+from .margins.state import in_step
 
 
 def margin_softmax_loss(
@@ -111,7 +111,7 @@ def loss_over_classes(
 ) -> tuple[Tensor, MarginSoftmaxStats]:
     """Reduced loss over all ranks' rows, and their statistics: what every head ends in.
 
-    Args are those of :func:`fused_arcface.autograd.negatives_and_target`; target (N,) counts the classes that take
+    Args are those of :func:`fused_arcface.engine.autograd.negatives_and_target`; target (N,) counts the classes that take
     part, not their rows; ignored (N,) bool.
     """
     margin, scale, sub_centers, label_smoothing = options

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import backends
-from .checks import (
+from .base.checks import (
     FLOAT_DTYPES,
     check_embeddings,
     check_label_smoothing,
@@ -16,11 +16,11 @@ from .checks import (
     check_size,
     check_sub_centers,
 )
+from .base.normalize import unit_rows, without_autocast
+from .engine.ops import compute_dtype
+from .engine.tail import MarginSoftmaxStats
 from .functional import as_autocast, margin_softmax_loss
-from .loss import MarginSoftmaxStats
-from .margins import ArcFace, Margin
-from .normalise import unit_rows, without_autocast
-from .ops import compute_dtype
+from .margins.angular import ArcFace, Margin
 
 # Classes whose cosines topk holds at once: (N, 16384) floats, 16 MiB at N = 256.
 _TOPK_CLASSES = 16384

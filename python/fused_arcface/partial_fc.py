@@ -11,10 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from . import backends
-from .agreement import Agreement, digest_of_shard
-from .autograd import Shard
-from .center_sgd import CenterOptimizer, CenterSGD, CentresUpdatedInBackward, describe_tensor
-from .checks import (
+from .base.checks import (
     FLOAT_DTYPES,
     check_embeddings,
     check_label_smoothing,
@@ -26,16 +23,19 @@ from .checks import (
     check_sub_centers,
     check_target,
 )
-from .distributed import JointBatch, Ranks
+from .base.keyed_random import fill_normal
+from .center_sgd import CenterOptimizer, CenterSGD, CentresUpdatedInBackward, describe_tensor
+from .engine.autograd import Shard
+from .engine.ops import IGNORED, INVALID, compute_dtype
+from .engine.tail import MarginSoftmaxStats
 from .functional import HeadOptions, as_autocast, loss_over_classes, unusual_negatives
 from .head import cosines_of, describe_options, nearest_classes, place_margin
-from .keyed import fill_normal
-from .loss import MarginSoftmaxStats
-from .margins import ArcFace, Margin
-from .ops import IGNORED, INVALID, compute_dtype
-from .sampling import Sampler
-from .sharding import Sharding
-from .wrappers import check_built_in_time, check_plain, check_unwrapped
+from .margins.angular import ArcFace, Margin
+from .parallel.agreement import Agreement, digest_of_shard
+from .parallel.ranks import JointBatch, Ranks
+from .parallel.sampling import Sampler
+from .parallel.sharding import Sharding
+from .parallel.wrappers import check_built_in_time, check_plain, check_unwrapped
 
 _OPTIMIZER = "center_optimizer."  # before the names of its state in the head's state_dict
 
@@ -439,7 +439,7 @@ class PartialFC(nn.Module):
         self.ranks.meet(type(self).__name__, agreement, self.weight.device)
 
     def _digest_of_shard(self) -> int:
-        """See :class:`fused_arcface.agreement.Header`; not 0 in the first call in each mode alone, as it costs a copy
+        """See :class:`fused_arcface.parallel.agreement.Header`; not 0 in the first call in each mode alone, as it costs a copy
         of some rows."""
         if self.ranks.world_size == 1 or self.training in self._compared:
             return 0

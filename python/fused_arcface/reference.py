@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .checks import check_inputs, check_margin_output, check_target_range
-from .loss import MarginSoftmaxStats, reduce_loss
-from .margins import ArcFace, Margin, for_rows, modulation
-from .normalise import without_autocast
+from .base.checks import check_inputs, check_margin_output, check_target_range
+from .base.normalize import without_autocast
+from .engine.tail import MarginSoftmaxStats, reduce_loss
+from .margins.angular import ArcFace, Margin, for_rows, modulation
 
 
 def _unit(rows: Tensor) -> Tensor:

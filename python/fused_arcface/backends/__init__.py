@@ -1,6 +1,6 @@
 """Backends: implementations of the head's stages, chosen by name.
 
-Each is a module with the functions of :mod:`fused_arcface.backends.reference` (same names, arguments and results) and
+Each is a module with the functions of :mod:`fused_arcface.backends.plain_torch` (same names, arguments and results) and
 ``unavailable()``, which says why it cannot run here, or None. Nothing outside this package imports one directly.
 """
 
@@ -57,7 +57,7 @@ def fuses_margin(name: str) -> bool:
 
 
 def has_negatives(name: str) -> bool:
-    """Whether the backend takes :class:`fused_arcface.ops.Negatives`: sub-centres and modulated negatives."""
+    """Whether the backend takes :class:`fused_arcface.engine.ops.Negatives`: sub-centres and modulated negatives."""
     return name in ("reference", "cpu")
 
 

@@ -7,11 +7,11 @@ import os
 import torch
 from torch import Tensor
 
-from ..ops import PLAIN, CentreStep, Negatives, compute_dtype
+from ..engine.ops import PLAIN, CentreStep, Negatives, compute_dtype
 from . import native
 
 # O(N·D) and less: PyTorch does these as well as a kernel would.
-from .reference import embedding_grad, margin_loss, target_cosine, unit_embedding_grad  # noqa: F401
+from .plain_torch import embedding_grad, margin_loss, target_cosine, unit_embedding_grad  # noqa: F401
 
 
 def unavailable() -> str | None:

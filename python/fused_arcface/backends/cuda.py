@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..ops import CentreStep
+from ..engine.ops import CentreStep
 from . import native, nvidia
 
 _kernels: Any = None if native.unavailable() else getattr(native.module, "cuda", None)

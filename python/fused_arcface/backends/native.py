@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..ops import CentreStep
+from ..engine.ops import CentreStep
 
 _import_error = None
 try:

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from ..distributed import ALONE
+from ..parallel.ranks import ALONE
 from ..partial_fc import PartialFC
 from .directory import Saved, find, latest, write
 from .row_shard import RowShard
@@ -115,7 +115,7 @@ def save(root: str | os.PathLike[str], head: PartialFC, *, keep: int = 2, **othe
 def save_centres(
     root: str | os.PathLike[str], tensors: dict[str, RowShard], values: dict[str, Any], options: dict[str, Any]
 ) -> Path:
-    """Save a head that is not there, by this process alone; see :mod:`fused_arcface.convert`."""
+    """Save a head that is not there, by this process alone; see :mod:`fused_arcface.checkpoint.convert`."""
     stored: dict[str, Any] = {}
     head = {_HEAD: split({**tensors, **values}, _HEAD, stored)}
     return write(Path(root), stored, lambda: _to_json(head), options, values["step"], ALONE, keep=2)

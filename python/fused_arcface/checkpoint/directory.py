@@ -21,8 +21,8 @@ from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, Def
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
-from .. import files
-from ..distributed import ALONE, Ranks
+from ..base import files
+from ..parallel.ranks import ALONE, Ranks
 from . import storage, version1
 from .storage import ALIGNMENT, BLOCK, METADATA, CheckpointError, FileRecord, numbers
 

@@ -21,12 +21,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..checks import check_scale
-from ..distributed import JointBatch, Ranks
-from ..hard_negatives import InterclassFilter
-from ..margins import CombinedMargin
-from ..margins import CosFace as _CosFaceMargin
-from ..normalise import unit_rows
+from ..base.checks import check_scale
+from ..base.normalize import unit_rows
+from ..margins.angular import CombinedMargin
+from ..margins.angular import CosFace as _CosFaceMargin
+from ..margins.hard_negatives import InterclassFilter
+from ..parallel.ranks import JointBatch, Ranks
 from ..partial_fc import PartialFC
 
 

@@ -1,9 +1,7 @@
 """Evaluation on people never seen in training: 1:1 verification, 1:N identification, and the distances of both."""
 
 from .distances import Cosine, Distance, Euclidean, InnerProduct, Mahalanobis, PNorm, make_distance
-from .embedding_sets import EmbeddingSet, embed_set
 from .identification import Identification, identify, split_gallery
-from .pair_sets import ImageSet, read_labelled, read_pair_set
 from .pairs import Pairs, balanced_pairs
 from .search import nearest
 from .verification import (
@@ -21,17 +19,14 @@ from .verification import (
 __all__ = [
     "Cosine",
     "Distance",
-    "EmbeddingSet",
     "Euclidean",
     "Identification",
-    "ImageSet",
     "InnerProduct",
     "Mahalanobis",
     "PNorm",
     "Pairs",
     "Verification",
     "balanced_pairs",
-    "embed_set",
     "equal_error_rate",
     "identify",
     "k_fold_accuracy",
@@ -39,8 +34,6 @@ __all__ = [
     "mean_scores",
     "nearest",
     "pair_scores",
-    "read_labelled",
-    "read_pair_set",
     "roc",
     "split_gallery",
     "tar_at_far",

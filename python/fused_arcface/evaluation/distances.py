@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..extras import require
+from ..base.extras import require
 
 NAMES = ("cosine", "euclidean", "p-norm", "inner-product", "mahalanobis")
 

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ..extras import require
+from ..base.extras import require
 from .distances import Distance
 
 Engine = Literal["auto", "torch", "faiss"]

@@ -14,7 +14,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from ..extras import require
+from ..base.extras import require
 from .distances import Cosine, Distance
 from .pairs import Pairs, balanced_pairs
 

@@ -1,7 +1,7 @@
 """The step of SGD on the class centres, made where a panel's gradient by the unit centres has just been summed: project
 it, add decay and momentum, write centre and momentum back. No gradient larger than a panel exists.
 
-csrc/cpu/center_sgd.h in Triton; fused_arcface.keyed has the random bits' definition, and a test compares the two.
+csrc/cpu/center_sgd.h in Triton; fused_arcface.base.keyed_random has the random bits' definition, and a test compares the two.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...ops import MOMENTUM_BLOCK, CentreStep
+from fused_arcface.engine.ops import MOMENTUM_BLOCK, CentreStep
+
 from .common import block_width, divide, launch, reciprocal, rows_per_block, to
 from .targets import by_row, projection
 

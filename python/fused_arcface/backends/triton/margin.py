@@ -15,7 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...margins import SIN_FLOOR as _SIN_FLOOR
+from fused_arcface.margins.angular import SIN_FLOOR as _SIN_FLOOR
+
 from .common import launch, square_root
 
 SIN_FLOOR = tl.constexpr(_SIN_FLOOR)

@@ -10,7 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...ops import CentreStep, compute_dtype
+from fused_arcface.engine.ops import CentreStep, compute_dtype
+
 from . import chunks, flash
 from .center_sgd import update_rows
 from .configs import device_limits, pick

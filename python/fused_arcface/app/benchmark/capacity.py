@@ -1,0 +1,400 @@
+"""Most identities that fit: the largest C whose full training step (forward, backward, SGD with momentum) stays within
+a budget.
+
+First predicted from the bytes per class of small trials, then verified by a step close to the budget. Each trial runs
+in another process, which cannot allocate far beyond the budget: on a CPU by a limit on its data, on a GPU by torch's
+limit on its allocator. What counts is the measured peak, class centres, gradient and momentum included.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fused_arcface.center_sgd import CenterSGD
+from fused_arcface.partial_fc import PartialFC
+
+from ..measure import machine
+from ..measure.child import Child, ChildFailed
+from . import memory
+from .cases import REPEATED, Case, draw_centres, make_inputs
+from .providers import HeadRun, Provider, all_providers
+from .report import Skip, write_csv, write_json
+
+Step = Callable[[], None]
+"""One training step over the inputs that it was made for."""
+
+# The share of the answer by which the search may be short of the largest C.
+_PRECISION = 0.02
+_MOST_TRIALS = 12
+# A trial may take this much more than the budget: its measured peak, which is what counts, then tells how many classes
+# to leave out. The bytes are for threads' stacks.
+_OVERSHOOT, _SLACK_BYTES = 1.2, 2**28
+
+FIELDS = (
+    "recipe",
+    "backend",
+    "dtype",
+    "weight_dtype",
+    "momentum_dtype",
+    "N",
+    "D",
+    "budget_bytes",
+    "max_C",
+    "bytes_per_class",
+    "step_ms",
+    "how",
+    "device",
+    "torch",
+    "commit",
+    "date",
+)
+"""Of a capacity row. ``how``: "measured" close to the budget, or "extrapolated" from the bytes per class of small
+problems."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A way to take training steps: a head, the dtype of its class centres and its optimizer."""
+
+    name: str
+    backend: str
+    weight_dtype: str
+    momentum_dtype: str
+    make: Callable[[Case, torch.device], Step]
+    """Allocates inputs, class centres and what else stays between steps, the last of it in the first step."""
+    reason_against: Callable[[Case, torch.device], str | None]
+
+    @property
+    def is_ours(self) -> bool:
+        return self.name.startswith("fused_arcface")
+
+    @property
+    def key(self) -> tuple[str, str, str, str]:
+        return self.name, self.backend, self.weight_dtype, self.momentum_dtype
+
+    def __str__(self) -> str:
+        return f"{self.name} ({self.backend}), {self.weight_dtype} + {self.momentum_dtype}"
+
+    def case(self, N: int, C: int, D: int) -> Case:
+        return Case(N, C, D, self.weight_dtype, self.weight_dtype)
+
+
+# Of the class centres and their momentum, where the update happens in the backward.
+_FUSED_DTYPES = tuple(itertools.product(("float32", "bfloat16"), ("float32", "bfloat16", "int8")))
+# As arcface_torch trains.
+_LR, _MOMENTUM, _WEIGHT_DECAY = 0.1, 0.9, 5e-4
+
+
+def recipes() -> tuple[Recipe, ...]:
+    """Every recipe: a head followed by torch.optim.SGD, ours and each peer's; ours with the update in its backward."""
+    plain = ("fused_arcface", "eager", "compiled", "insightface", "insightface-fp16", "pytorch-metric-learning")
+    found = []
+    for provider in all_providers():
+        if provider.name not in plain or provider.backend == "reference":
+            continue
+        name, backend, reason = provider.name, provider.backend, provider.reason_against
+        for dtype in ("float32", "bfloat16") if provider.is_ours else ("float32",):
+            found.append(Recipe(name, backend, dtype, dtype, _with_sgd(provider), reason))
+        for dtype, momentum in _FUSED_DTYPES if provider.is_ours else ():
+            fused = _with_center_sgd(provider.backend, momentum)
+            found.append(Recipe(f"{name} + CenterSGD", backend, dtype, momentum, fused, reason))
+    return tuple(found)
+
+
+def _with_sgd(provider: Provider) -> Callable[[Case, torch.device], Step]:
+    """A provider's pass, then torch.optim.SGD over its class centres."""
+
+    def make(case: Case, device: torch.device) -> Step:
+        run = provider.open(make_inputs(case, device, distinct=False))
+        assert isinstance(run, HeadRun)
+        optimizer = torch.optim.SGD([run.weight], _LR, _MOMENTUM, weight_decay=_WEIGHT_DECAY)
+
+        def step() -> None:
+            with provider.settings():
+                run.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+        return step
+
+    return make
+
+
+class _RepeatedCentres(PartialFC):
+    """PartialFC whose initial centres cost seconds instead of minutes at 10⁷ of them."""
+
+    def reset_parameters(self) -> None:
+        draw_centres(self.weight, REPEATED)
+
+
+def _with_center_sgd(backend: str, momentum_dtype: str) -> Callable[[Case, torch.device], Step]:
+    """PartialFC of one shard, whose backward updates the class centres: their gradient is never stored."""
+
+    def make(case: Case, device: torch.device) -> Step:
+        recipe = CenterSGD(_LR, _MOMENTUM, _WEIGHT_DECAY, momentum_dtype=getattr(torch, momentum_dtype))
+        dtype = case.torch_weight_dtype
+        head = _RepeatedCentres(case.D, case.C, center_optimizer=recipe, backend=backend, device=device, dtype=dtype)
+        embeddings = torch.randn(case.N, case.D, device=device).to(dtype).requires_grad_()
+        target = torch.randint(case.C, (case.N,), device=device)
+
+        def step() -> None:
+            loss = head(embeddings, target)
+            assert isinstance(loss, torch.Tensor) and head.center_optimizer is not None
+            loss.backward()
+            embeddings.grad = None
+            head.center_optimizer.step()
+
+        return step
+
+    return make
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A training step that was taken: its peak, class centres and all, and the time of its second one."""
+
+    peak_bytes: int
+    step_ms: float
+
+
+def try_in_this_process(
+    key: list[str],
+    shape: tuple[int, int, int],
+    device: str,
+    budget_bytes: int,
+    threads: int,
+) -> tuple[int, float]:
+    """What :func:`try_step` asks its child process for: peak bytes and milliseconds of the second step."""
+    torch.set_num_threads(threads)
+    (chosen,) = (each for each in recipes() if each.key == tuple(key))
+    N, C, D = shape
+    on = torch.device(device)
+    chosen.make(chosen.case(8, 128, D), on)()  # libraries' code and threads are no part of the step
+    with memory.limited(on, min(int(_OVERSHOOT * budget_bytes) + _SLACK_BYTES, memory.available_bytes(on))):
+        before = memory.reset_peak(on)
+        step = chosen.make(chosen.case(N, C, D), on)
+        step()  # allocates the momentum
+        memory.synchronize(on)
+        start = time.perf_counter()
+        step()
+        memory.synchronize(on)
+        milliseconds = (time.perf_counter() - start) * 1e3
+        peak = memory.peak_since_reset(on) - before
+    return peak, milliseconds
+
+
+def try_step(
+    recipe: Recipe, shape: tuple[int, int, int], device: torch.device, budget_bytes: int, child: Child
+) -> Trial | None:
+    """Two training steps of (N, C, D) in a child process; None if they need far more than the budget.
+
+    Raises:
+        ChildFailed: it failed for another reason than its memory.
+    """
+    try:
+        result = child.call(
+            "capacity:try_in_this_process",
+            key=recipe.key,
+            shape=shape,
+            device=str(device),
+            budget_bytes=budget_bytes,
+            threads=torch.get_num_threads(),
+        )
+    except MemoryError:
+        return None
+    return Trial(*result)
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """The answer: the largest C found to fit, its bytes a class, and the step there (None where it was
+    extrapolated)."""
+
+    max_C: int
+    bytes_per_class: float
+    trial: Trial | None
+
+
+def extrapolate(attempt: Callable[[int], Trial | None], budget_bytes: int, start: int) -> Capacity:
+    """The largest C by the bytes per class between ``start`` classes and twice as many.
+
+    Raises:
+        MemoryError: these do not fit.
+    """
+    small, large = attempt(start), attempt(2 * start)
+    if small is None or large is None or large.peak_bytes > budget_bytes:
+        raise MemoryError(f"{2 * start} classes do not fit into {budget_bytes} bytes")
+    slope = max(1.0, (large.peak_bytes - small.peak_bytes) / start)
+    return Capacity(int(2 * start + (budget_bytes - large.peak_bytes) / slope), slope, None)
+
+
+def verify(attempt: Callable[[int], Trial | None], budget_bytes: int, guess: int) -> Capacity:
+    """The largest C that a trial was seen to fit with, to 2 %, searched from ``guess`` on.
+
+    Args:
+        attempt: a trial of C classes, None if it took far too much.
+        budget_bytes: what C may take.
+        guess: where to look first.
+
+    Raises:
+        MemoryError: nothing was seen to fit.
+    """
+    fits, best, fails = 0, None, math.inf
+    guess = int(guess * (1 - _PRECISION / 2))
+    for _ in range(_MOST_TRIALS):
+        tried = attempt(guess)
+        if tried is not None and tried.peak_bytes <= budget_bytes:
+            fits, best = guess, tried
+        else:
+            fails = guess
+        near = best is not None and best.peak_bytes * (1 + _PRECISION) >= budget_bytes
+        if near or fails <= fits * (1 + _PRECISION):
+            break
+        # By the bytes per class of the trial itself; a trial without a result took too much by more than can be told.
+        guess = int(guess * (0.85 if tried is None else 0.995 * budget_bytes / tried.peak_bytes))
+        if not fits < guess < fails:
+            guess = int((fits + fails) / 2) if fails < math.inf else int(fits * (1 + _PRECISION))
+    if best is None:
+        raise MemoryError(f"{guess} classes do not fit into {budget_bytes} bytes")
+    return Capacity(fits, best.peak_bytes / fits, best)
+
+
+def run_capacity(
+    device: torch.device,
+    budget_bytes: int,
+    *,
+    N: int = 64,
+    D: int = 512,
+    names: Sequence[str] | None = None,
+    backend: str | None = None,
+    earlier: Sequence[dict[str, Any]] = (),
+    progress: Callable[[str], None] = lambda text: None,
+    on_row: Callable[[list[dict[str, Any]]], object] = lambda rows: None,
+) -> tuple[list[dict[str, Any]], list[Skip]]:
+    """A row (see :data:`FIELDS`) for each recipe that can run here, and why the others cannot.
+
+    All recipes are extrapolated first; then each is verified, if the machine has the memory that the budget asks for.
+
+    Args:
+        device: where to train.
+        budget_bytes: for class centres, gradient, momentum and all that a step takes.
+        N: rows of a batch.
+        D: dimensions.
+        names: of recipes; all if None, ``"ours"`` for all of ours.
+        backend: of ours; all if None.
+        earlier: rows of an interrupted run, which are kept; those that were extrapolated are verified.
+        progress: told each trial.
+        on_row: called with all rows whenever one has been found.
+
+    Raises:
+        ValueError: a name that no recipe has.
+        RuntimeError: this system does not tell a process's peak memory.
+    """
+    if not memory.can_measure(device):
+        raise RuntimeError("this system does not tell a process's peak of resident memory; Linux does")
+    context = machine.context(device)
+    rows = {_key_of(row): row for row in earlier}
+    skips: list[Skip] = []
+    with Child() as child:
+        chosen = _chosen(names, backend)
+
+        def attempting(recipe: Recipe) -> Callable[[int], Trial | None]:
+            def attempt(C: int) -> Trial | None:
+                progress(f"{recipe}: {C:,} classes")
+                return try_step(recipe, (N, C, D), device, budget_bytes, child)
+
+            return attempt
+
+        def found(recipe: Recipe, capacity: Capacity) -> None:
+            rows[recipe.key] = _row(recipe, N, D, budget_bytes, capacity, context)
+            on_row([*rows.values()])
+
+        for recipe in chosen:
+            case = recipe.case(N, 1, D)
+            reason = recipe.reason_against(case, device)
+            if reason is None and recipe.key not in rows:
+                start = max(1024, budget_bytes // (128 * D * case.torch_weight_dtype.itemsize))
+                try:
+                    found(recipe, extrapolate(attempting(recipe), budget_bytes, start))
+                except (MemoryError, ChildFailed) as error:
+                    reason = str(error)
+            if reason is not None:
+                skips.append(Skip(recipe.name, recipe.backend, None, reason))
+        for recipe in chosen:
+            row = rows.get(recipe.key)
+            if row is None or row["how"] == "measured" or budget_bytes > memory.available_bytes(device):
+                continue
+            try:
+                found(recipe, verify(attempting(recipe), budget_bytes, row["max_C"]))
+            except (MemoryError, ChildFailed) as error:
+                skips.append(Skip(recipe.name, recipe.backend, recipe.case(N, row["max_C"], D), str(error)))
+    return [*rows.values()], skips
+
+
+def _chosen(names: Sequence[str] | None, backend: str | None) -> list[Recipe]:
+    every = recipes()
+    known = {"ours", *(recipe.name for recipe in every)}
+    unknown = sorted(set(names or ()) - known)
+    if unknown:
+        raise ValueError(f"providers must be among {', '.join(sorted(known))}; got {', '.join(unknown)}")
+    return [
+        recipe
+        for recipe in every
+        if (names is None or recipe.name in names or ("ours" in names and recipe.is_ours))
+        and (backend is None or not recipe.is_ours or recipe.backend == backend)
+    ]
+
+
+def _key_of(row: dict[str, Any]) -> tuple[str, str, str, str]:
+    return row["recipe"], row["backend"], row["weight_dtype"], row["momentum_dtype"]
+
+
+def _row(
+    recipe: Recipe, N: int, D: int, budget_bytes: int, capacity: Capacity, context: dict[str, str]
+) -> dict[str, Any]:
+    values = {
+        "recipe": recipe.name,
+        "backend": recipe.backend,
+        "dtype": recipe.weight_dtype,
+        "weight_dtype": recipe.weight_dtype,
+        "momentum_dtype": recipe.momentum_dtype,
+        "N": N,
+        "D": D,
+        "budget_bytes": budget_bytes,
+        "max_C": capacity.max_C,
+        "bytes_per_class": round(capacity.bytes_per_class, 1),
+        "step_ms": None if capacity.trial is None else round(capacity.trial.step_ms, 1),
+        "how": "extrapolated" if capacity.trial is None else "measured",
+        **context,
+    }
+    return {name: values[name] for name in FIELDS}
+
+
+def write(folder: Path, rows: list[dict[str, Any]]) -> list[Path]:
+    """Write capacity.csv and capacity.json into ``folder``; their paths."""
+    return [write_csv(folder / "capacity.csv", rows, FIELDS), write_json(folder / "capacity.json", rows)]
+
+
+def read(folder: Path, budget_bytes: int, device: torch.device) -> list[dict[str, Any]]:
+    """The rows that :func:`write` wrote.
+
+    Raises:
+        FileNotFoundError: there are none.
+        ValueError: they are of another budget or machine.
+    """
+    rows: list[dict[str, Any]] = json.loads((folder / "capacity.json").read_text(encoding="utf-8"))
+    here = {"budget_bytes": budget_bytes, "device": machine.device_name(device), "torch": torch.__version__}
+    for row in rows:
+        for name, value in here.items():
+            if row[name] != value:
+                raise ValueError(f"the earlier run's {name} must be {value}; got {row[name]}")
+    return rows

@@ -1,0 +1,152 @@
+"""Peak extra memory of a pass: beyond its inputs, the class centres and the two gradients, which every head must
+hold."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import os
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from ..measure.child import Child
+from .cases import PASSES, Case, make_inputs
+from .providers import Provider, all_providers
+
+_STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+
+def peaks_of(provider: Provider, case: Case, device: torch.device, child: Child) -> dict[str, int]:
+    """Peak extra bytes of each of :data:`PASSES`: by CUDA's allocator, or on a CPU by the resident memory of ``child``.
+
+    Raises:
+        MemoryError, torch.OutOfMemoryError: it did not fit.
+        ChildFailed: anything else went wrong there.
+    """
+    if device.type == "cuda":
+        return _measure(provider, case, device)
+    name, threads = (provider.name, provider.backend), torch.get_num_threads()
+    peaks: dict[str, int] = child.call("memory:peaks_in_this_process", name=name, case=asdict(case), threads=threads)
+    return peaks
+
+
+def peaks_in_this_process(name: list[str], case: dict[str, int | str], threads: int) -> dict[str, int]:
+    """What :func:`peaks_of` asks its child process for."""
+    torch.set_num_threads(threads)
+    (chosen,) = (each for each in all_providers() if [each.name, each.backend] == name)
+    return _measure(chosen, Case(**case), torch.device("cpu"))  # type: ignore[arg-type]
+
+
+def _measure(provider: Provider, case: Case, device: torch.device) -> dict[str, int]:
+    peaks = {}
+    with provider.settings():
+        # First a tiny pass: libraries' code and threads are no part of the measured one. Full-size buffers that a
+        # library keeps after its first call are, and the tiny pass makes none. What torch.compile needs to compile is
+        # no part of it either.
+        tiny = Case(min(case.N, 8), min(case.C, 128), case.D, case.dtype, case.weight_dtype)
+        warm_up = provider.open(make_inputs(case if provider.name == "compiled" else tiny, device))
+        for backward in PASSES.values():
+            warm_up(backward)
+        del warm_up
+        inputs = make_inputs(case, device, distinct=False)
+        for pass_name, backward in PASSES.items():
+            gc.collect()
+            before = reset_peak(device)
+            provider.open(inputs)(backward)
+            peaks[pass_name] = max(0, peak_since_reset(device) - before - _held_by_all(provider, case, backward))
+    return peaks
+
+
+def _held_by_all(provider: Provider, case: Case, backward: bool) -> int:
+    """Bytes that a pass allocates and that do not count: the gradients, and its own layout of the class centres."""
+    gradients = case.weight_bytes + case.N * case.D * case.torch_dtype.itemsize if backward else 0
+    return gradients + (case.weight_bytes if provider.own_weight else 0)
+
+
+def can_measure(device: torch.device) -> bool:
+    """Whether peaks can be measured: on a GPU, and where the system tells a process's peak of resident memory and lets
+    it be reset (Linux does)."""
+    return device.type == "cuda" or (_STATUS.exists() and _CLEAR.exists())
+
+
+def reset_peak(device: torch.device) -> int:
+    """Start a new peak of this process's memory on a device; the bytes held now.
+
+    Raises:
+        OSError: this system has no such peak.
+    """
+    if device.type == "cuda":
+        synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        return torch.cuda.memory_allocated(device)
+    _CLEAR.write_text("5", encoding="ascii")
+    return status_bytes("VmRSS")
+
+
+def peak_since_reset(device: torch.device) -> int:
+    """Greatest bytes of this process since :func:`reset_peak`: of CUDA's allocator, or resident on a CPU.
+
+    ``getrusage`` would be no substitute: its peak cannot be reset, and a child's starts from its parent's.
+    """
+    if device.type == "cuda":
+        synchronize(device)
+        return torch.cuda.max_memory_allocated(device)
+    return status_bytes("VmHWM")
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+@contextlib.contextmanager
+def limited(device: torch.device, more_bytes: int) -> Iterator[None]:
+    """Let this process allocate at most ``more_bytes`` beyond what it has: what asks for more fails, and the machine
+    stays up."""
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        held = torch.cuda.memory_reserved(device)
+        torch.cuda.set_per_process_memory_fraction(min(1.0, (held + min(more_bytes, free)) / total), device)
+        try:
+            yield
+        finally:
+            torch.cuda.set_per_process_memory_fraction(1.0, device)
+        return
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    resource.setrlimit(resource.RLIMIT_DATA, (status_bytes("VmData") + more_bytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
+
+
+def status_bytes(name: str) -> int:
+    """A size in /proc/self/status (Linux), in bytes."""
+    for line in _STATUS.read_text(encoding="utf-8", errors="replace").splitlines():
+        if line.startswith(f"{name}:"):
+            return int(line.split()[1]) * 1024
+    raise KeyError(name)
+
+
+def available_bytes(device: torch.device) -> int:
+    """Memory that a measurement may take: what is free on the device now, or on a CPU four fifths of what the system
+    has left."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    meminfo = Path("/proc/meminfo")
+    if not meminfo.exists():  # what is free cannot be read: half of what there is
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    fields = dict(line.split(":") for line in meminfo.read_text(encoding="ascii").splitlines())
+    return int(fields["MemAvailable"].split()[0]) * 1024 * 4 // 5
+
+
+def release(device: torch.device) -> None:
+    """Give back what is cached between cases, so that the next one finds the device's memory free."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()

@@ -1,0 +1,131 @@
+"""The peers' heads, each as the operations that its users run. Every one takes leaves and returns a mean loss; none is
+ours."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fused_arcface import reference
+
+from .truth import MARGIN, SCALE
+
+Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""(embeddings (N, D), weight (C, D), target (N,)) to the mean loss ()."""
+
+
+def eager(embeddings: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+    """The head in plain PyTorch: this package's reference."""
+    loss = reference.margin_softmax_loss(embeddings, weight, target, margin=MARGIN, scale=SCALE)
+    assert isinstance(loss, Tensor)
+    return loss
+
+
+@functools.cache
+def compiled() -> Loss:
+    """The reference through torch.compile. Its check of the labels' range reads a value: one break, before anything of
+    size N×C."""
+    # One graph for each of: gradients or none, dtypes, static or dynamic shapes. Past the limit it would fall back to
+    # eager in silence.
+    torch._dynamo.config.recompile_limit = 64
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
+    loss: Loss = torch.compile(eager)
+    return loss
+
+
+class _ShardSoftmax(torch.autograd.Function):
+    """Cross-entropy of one shard's logits (N, C), which it overwrites with the probabilities and then with their
+    gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, target: Tensor) -> Tensor:
+        # Between these lines stand the all-reduces of the maximum, the sum and the loss, which do nothing on one rank.
+        maximum, _ = logits.max(dim=1, keepdim=True)
+        logits.sub_(maximum).exp_()
+        logits.div_(logits.sum(1, keepdim=True))
+        rows = torch.where(target != -1)[0]
+        loss = logits.new_zeros(logits.shape[0], 1)
+        # Indexing by the shard's rows copies all its logits: once here, once in the backward.
+        loss[rows] = logits[rows].gather(1, target[rows, None])
+        ctx.save_for_backward(rows, logits, target)
+        return loss.clamp_min_(1e-30).log_().mean().neg()
+
+    @staticmethod
+    def backward(ctx: Any, d_loss: Tensor) -> tuple[Tensor, None]:
+        rows, logits, target = ctx.saved_tensors
+        one_hot = logits.new_zeros(rows.numel(), logits.shape[1])
+        one_hot.scatter_(1, target[rows, None], 1)
+        logits[rows] -= one_hot
+        logits.div_(logits.shape[0])
+        return logits * d_loss.item(), None
+
+
+def insightface(embeddings: Tensor, weight: Tensor, target: Tensor, fp16: bool = False) -> Tensor:
+    """The operations of arcface_torch's PartialFC_V2 with ArcFace on one rank, in its order, so with its traffic and
+    its peak.
+
+    The margin is put on the angles of the whole matrix, and no gradient passes through it.
+    """
+    target = torch.where((target >= 0) & (target < weight.shape[0]), target, -1)  # the classes of this shard
+    with torch.autocast(embeddings.device.type, dtype=torch.float16, enabled=fp16):
+        logits = F.linear(F.normalize(embeddings), F.normalize(weight))
+    logits = logits.float() if fp16 else logits
+    logits = logits.clamp(-1, 1)
+    with torch.no_grad():
+        rows = torch.where(target != -1)[0]
+        target_angle = logits[rows, target[rows]].arccos()
+        logits.arccos_()
+        logits[rows, target[rows]] = target_angle + 0.5
+        logits.cos_()
+    logits = logits * SCALE
+    loss: Tensor = _ShardSoftmax.apply(logits, target)
+    return loss
+
+
+def metric_learning(weight: Tensor) -> tuple[Tensor, Loss]:
+    """pytorch-metric-learning's ArcFaceLoss over a copy of the class centres: its parameter (D, C) and its loss."""
+    from pytorch_metric_learning.losses import ArcFaceLoss
+
+    # Built for one class and then given its centres: drawing initial ones, C × D of them, would be thrown away.
+    module = ArcFaceLoss(num_classes=1, embedding_size=weight.shape[1], margin=math.degrees(0.5), scale=SCALE)
+    module.num_classes = weight.shape[0]
+    module.W = torch.nn.Parameter(weight.detach().t().contiguous())
+
+    def loss(embeddings: Tensor, _: Tensor, target: Tensor) -> Tensor:
+        value: Tensor = module(embeddings, target)
+        return value
+
+    return module.W, loss
+
+
+def linear_cross_entropy(embeddings: Tensor, weight: Tensor, target: Tensor, chunked: bool = False) -> Tensor:
+    """torch's cross-entropy of a linear layer: no normalisation, no margin. Chunked, it holds the logits of a few rows
+    at a time."""
+    options = torch.nn.LinearCrossEntropyOptions() if chunked else None
+    loss: Tensor = F.linear_cross_entropy(embeddings, weight, target, options=options)
+    return loss
+
+
+def cut_cross_entropy(embeddings: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+    """apple/ml-cross-entropy: the linear layer's cross-entropy without its logits. ``filter_eps=None``: no gradient is
+    skipped."""
+    from cut_cross_entropy import linear_cross_entropy as loss  # type: ignore[import-not-found, unused-ignore]
+
+    value: Tensor = loss(embeddings, weight, target, filter_eps=None)
+    return value
+
+
+def liger(embeddings: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+    """Liger's linear cross-entropy: logits of one chunk of rows at a time."""
+    from liger_kernel.transformers import (  # type: ignore[import-not-found, unused-ignore]
+        LigerFusedLinearCrossEntropyLoss,
+    )
+
+    value: Tensor = LigerFusedLinearCrossEntropyLoss()(weight, embeddings, target)
+    return value

@@ -1,0 +1,280 @@
+"""Who is measured: one entry for each implementation, with what it needs, what it computes and how many products it
+takes."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from fused_arcface import backends
+from fused_arcface.functional import margin_softmax_loss
+
+from . import peers
+from .cases import Case, Inputs
+from .truth import MARGIN, SCALE, Formula, Outcome
+
+Run = Callable[[bool], Outcome]
+"""One pass over its inputs: with gradients (True) or the loss alone."""
+
+
+@dataclass(frozen=True)
+class Provider:
+    """An implementation of the head, or a yardstick beside it."""
+
+    name: str
+    backend: str
+    """Ours: the backend's name. Others: the library that computes."""
+    formula: Formula
+    open: Callable[[Inputs], Run]
+    """Prepares a run over inputs (its own layout of the class centres, say): what is here is not timed."""
+    reason_against: Callable[[Case, torch.device], str | None]
+    """Why it cannot run a case on a device, or None."""
+    products: tuple[int, int] = (2, 6)
+    """Flops of its matrix products in units of N·C·D, without and with gradients."""
+    environment: dict[str, str] = field(default_factory=dict)
+    tf32: bool = False
+    own_weight: bool = False
+    """Whether a run holds the class centres in a layout of its own, in the place of the inputs'."""
+
+    @property
+    def is_ours(self) -> bool:
+        return self.name.startswith("fused_arcface")
+
+    def __str__(self) -> str:
+        return f"{self.name} ({self.backend})"
+
+    @contextlib.contextmanager
+    def settings(self) -> Iterator[None]:
+        """The process settings that its runs need, put back afterwards."""
+        environment = {name: os.environ.get(name) for name in self.environment}
+        precision = torch.get_float32_matmul_precision()
+        os.environ.update(self.environment)
+        torch.set_float32_matmul_precision("high" if self.tf32 else "highest")
+        try:
+            yield
+        finally:
+            torch.set_float32_matmul_precision(precision)
+            for name, value in environment.items():
+                os.environ.pop(name) if value is None else os.environ.update({name: value})
+
+
+def _differentiated(loss: peers.Loss) -> Callable[[Inputs], Run]:
+    """Runs of a loss over leaves that share the inputs' memory."""
+
+    def open_run(inputs: Inputs) -> Run:
+        return HeadRun(loss, inputs.embeddings, inputs.weight, inputs.target)
+
+    return open_run
+
+
+class HeadRun:
+    """Passes of a loss over leaves of its own, which share the inputs' memory."""
+
+    def __init__(self, loss: peers.Loss, embeddings: Tensor, weight: Tensor, target: Tensor, transposed: bool = False):
+        self._loss, self._target, self._transposed = loss, target, transposed
+        self._embeddings = embeddings.detach().requires_grad_()
+        self.weight = weight if weight.requires_grad else weight.detach().requires_grad_()
+        """The class centres, (C, D) or, transposed, (D, C): the leaf that an optimizer updates."""
+
+    def __call__(self, backward: bool) -> Outcome:
+        if not backward:
+            with torch.no_grad():
+                return Outcome(self._loss(self._embeddings, self.weight, self._target))
+        self._embeddings.grad = self.weight.grad = None
+        value = self.backward()
+        outcome = Outcome(value, self._embeddings.grad, self.weight.grad)
+        self._embeddings.grad = self.weight.grad = None
+        if self._transposed and outcome.d_weight is not None:
+            return outcome._replace(d_weight=outcome.d_weight.T)
+        return outcome
+
+    def backward(self) -> Tensor:
+        """The mean loss (), its gradients left where an optimizer looks for them."""
+        value = self._loss(self._embeddings, self.weight, self._target)
+        value.backward()
+        return value.detach()
+
+
+def _open_metric_learning(inputs: Inputs) -> Run:
+    weight, loss = peers.metric_learning(inputs.weight)
+    return HeadRun(loss, inputs.embeddings, weight, inputs.target, transposed=True)
+
+
+def _open_products(inputs: Inputs) -> Run:
+    x, w = inputs.embeddings, inputs.weight
+
+    def run(backward: bool) -> Outcome:
+        scores = x @ w.T
+        return Outcome(scores[:, :64], scores @ w, scores.T @ x) if backward else Outcome(scores[:, :64])
+
+    return run
+
+
+def _open_products_preallocated(inputs: Inputs) -> Run:
+    x, w = inputs.embeddings, inputs.weight
+    kept: list[Tensor] = []
+
+    def run(backward: bool) -> Outcome:
+        if not kept:  # in the first pass, which warms up
+            kept.extend((x.new_empty(x.shape[0], w.shape[0]), torch.empty_like(x), torch.empty_like(w)))
+        scores, d_x, d_w = kept
+        torch.mm(x, w.T, out=scores)
+        if not backward:
+            return Outcome(scores[:, :64])
+        return Outcome(scores[:, :64], torch.mm(scores, w, out=d_x), torch.mm(scores.T, x, out=d_w))
+
+    return run
+
+
+def _needs(
+    *, module: str = "", device: str = "", same_dtype: bool = False, weight_dtype: str = "", torch_has: str = ""
+) -> Callable[[Case, torch.device], str | None]:
+    def reason(case: Case, on: torch.device) -> str | None:
+        if module and importlib.util.find_spec(module) is None:
+            return f"the package {module} is not installed"
+        if torch_has and not hasattr(torch.nn.functional, torch_has):
+            return f"torch {torch.__version__} has no F.{torch_has}"
+        if device and on.type != device:
+            return f"runs on {device} only"
+        if same_dtype and case.dtype != case.weight_dtype:
+            return "takes embeddings and class centres of one dtype"
+        if weight_dtype and weight_dtype not in (case.dtype, case.weight_dtype):
+            return f"computes in {weight_dtype}"
+        return None
+
+    return reason
+
+
+# Beyond so many logits the reference backend would take a tenth of the whole run to say once more what eager says.
+_REFERENCE_LOGITS = 4_000_000
+
+
+def _ours(name: str, backend: str, environment: dict[str, str] | None = None, tf32: bool = False) -> Provider:
+    def loss(embeddings: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+        value = margin_softmax_loss(embeddings, weight, target, margin=MARGIN, scale=SCALE, backend=backend)
+        assert isinstance(value, Tensor)
+        return value
+
+    def reason(case: Case, device: torch.device) -> str | None:
+        unusable = backends.available()[backend]
+        if unusable is not None:
+            return unusable
+        try:
+            backends.select(backend, device)
+        except (RuntimeError, ValueError) as error:
+            return str(error)
+        if backend == "reference" and case.N * case.C > _REFERENCE_LOGITS:
+            return "does what eager does, slower; measured at small shapes"
+        return "tf32 is a way to compute fp32" if tf32 and case.dtype != "float32" else None
+
+    return Provider(name, backend, "margin", _differentiated(loss), reason, (2, 8), environment or {}, tf32)
+
+
+def _all_ours() -> Iterator[Provider]:
+    for backend in backends.NAMES:
+        yield _ours("fused_arcface", backend)
+    for isa in _slower_isas():
+        yield _ours(f"fused_arcface-{isa}", "cpu", {"FUSED_ARCFACE_ISA": isa})
+    for backend in ("triton", "cuda"):
+        yield _ours("fused_arcface-tf32", backend, tf32=True)
+
+
+def _slower_isas() -> Sequence[str]:
+    """The CPU backend's instruction sets on this machine but the one that it takes by itself."""
+    if backends.available()["cpu"] is not None:
+        return ()
+    from fused_arcface import _native
+
+    return [isa for isa in _native.isas() if isa != backends.load("cpu").isa()]
+
+
+def all_providers() -> tuple[Provider, ...]:
+    """Every provider that this package knows, usable here or not, ours first."""
+    fp32 = _needs(same_dtype=True, weight_dtype="float32")
+    fp32_cuda = _needs(same_dtype=True, weight_dtype="float32", device="cuda")
+    same = _needs(same_dtype=True)
+
+    def lazily_compiled(embeddings: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+        return peers.compiled()(embeddings, weight, target)
+
+    def insightface_fp16(embeddings: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+        return peers.insightface(embeddings, weight, target, fp16=True)
+
+    def chunked(embeddings: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+        return peers.linear_cross_entropy(embeddings, weight, target, chunked=True)
+
+    torch_linear = _needs(torch_has="linear_cross_entropy", same_dtype=True)
+
+    def torch_linear_chunked(case: Case, device: torch.device) -> str | None:
+        # torch's documentation of LinearCrossEntropyOptions; at fewer rows it is some twenty times slower than without
+        # chunks.
+        return torch_linear(case, device) or (None if case.N >= case.D else "torch advises its chunks for N >= D")
+
+    straight: Formula = "straight_through"
+    linear: Formula = "linear"
+    return (
+        *_all_ours(),
+        Provider("eager", "torch", "margin", _differentiated(peers.eager), _needs()),
+        Provider("compiled", "torch", "margin", _differentiated(lazily_compiled), _needs()),
+        Provider("insightface", "torch", straight, _differentiated(peers.insightface), fp32),
+        Provider("insightface-tf32", "torch", straight, _differentiated(peers.insightface), fp32_cuda, tf32=True),
+        Provider("insightface-fp16", "torch", straight, _differentiated(insightface_fp16), fp32_cuda),
+        Provider(
+            "pytorch-metric-learning",
+            "torch",
+            "margin",
+            _open_metric_learning,
+            _needs(module="pytorch_metric_learning", same_dtype=True),
+            own_weight=True,
+        ),
+        Provider("linear_cross_entropy", "torch", linear, _differentiated(peers.linear_cross_entropy), torch_linear),
+        Provider("linear_cross_entropy-chunked", "torch", linear, _differentiated(chunked), torch_linear_chunked),
+        Provider(
+            "cut_cross_entropy",
+            "triton",
+            linear,
+            _differentiated(peers.cut_cross_entropy),
+            _needs(module="cut_cross_entropy", device="cuda", same_dtype=True, weight_dtype="bfloat16"),
+            (2, 8),
+        ),
+        Provider(
+            "liger",
+            "triton",
+            linear,
+            _differentiated(peers.liger),
+            _needs(module="liger_kernel", device="cuda", same_dtype=True),
+        ),
+        Provider("products", "torch", "products", _open_products, same),
+        Provider("products-preallocated", "torch", "products", _open_products_preallocated, same),
+    )
+
+
+def select(names: Sequence[str] | None = None, backend: str | None = None) -> tuple[Provider, ...]:
+    """The providers of these names (``"ours"``: all of ours), all if None; of ours only those of ``backend``, if it is
+    given.
+
+    Raises:
+        ValueError: a name that no provider has, with the names that exist.
+
+    >>> [str(provider) for provider in select(["ours", "eager"], backend="reference")]
+    ['fused_arcface (reference)', 'eager (torch)']
+    """
+    every = all_providers()
+    known = {"ours", *(provider.name for provider in every)}
+    unknown = sorted(set(names or ()) - known)
+    if unknown:
+        raise ValueError(f"providers must be among {', '.join(sorted(known))}; got {', '.join(unknown)}")
+    if backend is not None and backend not in backends.NAMES:
+        raise ValueError(f"backend must be one of {', '.join(backends.NAMES)}; got {backend!r}")
+    return tuple(
+        provider
+        for provider in every
+        if (names is None or provider.name in names or ("ours" in names and provider.is_ours))
+        and (backend is None or not provider.is_ours or provider.backend == backend)
+    )

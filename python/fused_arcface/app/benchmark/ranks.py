@@ -1,0 +1,208 @@
+"""The cost model beside real runs: a training step on several gloo ranks of this machine, predicted and measured.
+
+What a prediction is made of is measured apart from what it predicts: the time that a row more costs one process, at a
+number of classes of its own, its copies, a step over hardly any classes, and the collectives alone. Each rank is a
+process of one thread, which does one thing after the other; where there are more ranks than processors they share them,
+and so does the model.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from fused_arcface.center_sgd import CenterSGD
+from fused_arcface.partial_fc import PartialFC
+
+from ..measure import machine
+from ..measure.child import Child
+from .cost_model import FUSED_FP32, Device, Network, predict
+from .report import write_csv, write_json
+
+FIELDS = (
+    "ranks",
+    "N",
+    "C",
+    "D",
+    "predicted_ms",
+    "measured_ms",
+    "arithmetic_ms",
+    "limit",
+    "network_bytes_per_second",
+    "network_latency_us",
+    "device",
+    "torch",
+    "commit",
+    "date",
+)
+"""Of a row. ``N``: rows of all ranks together. ``arithmetic_ms``: of the prediction. ``limit``: what takes most of
+it."""
+
+WORLD_SIZES = (1, 2, 4)
+IDENTITIES = (2_000, 20_000, 200_000)
+_BATCH, _D = 64, 512
+# Whose steps give the rate of one process, what a row more costs; and hardly any classes, for what a step costs at all.
+_FEW_ROWS, _MANY_ROWS, _RATE_C, _FEW_CLASSES = 32, 192, 12_000, 64
+# Of the collectives alone: one message that is all latency, and one that is all transfer.
+_SMALL_BYTES, _LARGE_BYTES = 2**10, 2**22
+_SAMPLES, _TIMEOUT = 7, timedelta(seconds=120)
+
+
+def run_ranks(
+    world_sizes: Sequence[int] = WORLD_SIZES, progress: Callable[[str], None] = lambda text: None
+) -> list[dict[str, Any]]:
+    """A row (see :data:`FIELDS`) for each number of ranks and of :data:`IDENTITIES`.
+
+    Raises:
+        ChildFailed, MemoryError: a rank failed.
+    """
+    context = machine.context(torch.device("cpu")) | {
+        "device": machine.device_name(torch.device("cpu"), threads=1) + " a rank"
+    }
+    rows = []
+    progress("the rate of one process")
+    with Child() as child:
+        seconds_per_mac, copy, fixed = child.call("ranks:rates_of_this_process")
+    one = Device(context["device"], seconds_per_mac, copy, math.inf, True, fixed, overlap=0.0)
+    for ranks in world_sizes:
+        progress(f"{ranks} ranks")
+        latency, rate, steps = _run_world(ranks)
+        network = Network(ranks, rate, rate, latency)
+        share = max(1.0, ranks / machine.processors())
+        device = replace(
+            one,
+            seconds_per_mac=share * seconds_per_mac,
+            bytes_per_second=copy / share,
+            step_seconds=share * fixed,
+        )
+        for identities, measured in zip(IDENTITIES, steps, strict=True):
+            step = predict(
+                device,
+                identities,
+                ranks,
+                batch=_BATCH,
+                D=_D,
+                storage=FUSED_FP32,
+                embedding_bytes=4,
+                network=network,
+            )
+            values = {
+                "ranks": ranks,
+                "N": _BATCH * ranks,
+                "C": identities,
+                "D": _D,
+                "predicted_ms": round(step.seconds * 1e3, 3),
+                "measured_ms": round(measured * 1e3, 3),
+                "arithmetic_ms": round(step.arithmetic_seconds * 1e3, 3),
+                "limit": step.limit,
+                "network_bytes_per_second": round(rate) if ranks > 1 else None,
+                "network_latency_us": round(latency * 1e6, 1) if ranks > 1 else None,
+                **context,
+            }
+            rows.append({name: values[name] for name in FIELDS})
+    return rows
+
+
+def write(folder: Path, rows: list[dict[str, Any]]) -> list[Path]:
+    """Write ranks.csv and ranks.json into ``folder``; their paths."""
+    return [write_csv(folder / "ranks.csv", rows, FIELDS), write_json(folder / "ranks.json", rows)]
+
+
+def _run_world(ranks: int) -> tuple[float, float, list[float]]:
+    """Seconds of latency, bytes per second, and the seconds of a step for each of :data:`IDENTITIES`, the slowest
+    rank's."""
+    with contextlib.ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory())
+        children = [stack.enter_context(Child()) for _ in range(ranks)]
+        pool = stack.enter_context(ThreadPoolExecutor(ranks))
+        calls = [
+            pool.submit(child.call, "ranks:rank_in_this_process", rank=rank, ranks=ranks, store=f"{folder}/store")
+            for rank, child in enumerate(children)
+        ]
+        found = [call.result() for call in calls]
+    steps = [max(one[2][index] for one in found) for index in range(len(IDENTITIES))]
+    return max(one[0] for one in found), min(one[1] for one in found), steps
+
+
+def rates_of_this_process() -> tuple[float, float, float]:
+    """Seconds of a row more for each class and dimension, bytes copied per second, and the seconds of a step over
+    hardly any classes, with one thread."""
+    torch.set_num_threads(1)
+    few, many = (_median_seconds(_training_step(rows, _RATE_C)) for rows in (_FEW_ROWS, _MANY_ROWS))
+    fixed = _median_seconds(_training_step(_BATCH, _FEW_CLASSES))
+    copy = machine.copy_bytes_per_second(torch.device("cpu"), seconds=0.5)
+    return (many - few) / ((_MANY_ROWS - _FEW_ROWS) * _RATE_C * _D), copy, fixed
+
+
+def rank_in_this_process(rank: int, ranks: int, store: str) -> tuple[float, float, list[float]]:
+    """What one rank of a group finds: latency, bytes per second, and the seconds of a step for each of
+    :data:`IDENTITIES`."""
+    torch.set_num_threads(1)
+    # The loopback interface: gloo would otherwise look the machine's name up, which need not lead anywhere.
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks, timeout=_TIMEOUT)
+    try:
+        latency, rate = _network(ranks) if ranks > 1 else (0.0, float(2**60))
+        steps = []
+        for identities in IDENTITIES:
+            step = _training_step(_BATCH, identities)
+            steps.append(_median_seconds(step, dist.barrier))
+        return latency, rate, steps
+    finally:
+        dist.destroy_process_group()
+
+
+def _network(ranks: int) -> tuple[float, float]:
+    """Latency for each doubling of the ranks, and bytes per second, as :class:`~.cost_model.Network` counts them."""
+    seconds = []
+    for size in (_SMALL_BYTES, _LARGE_BYTES):
+        own = torch.zeros(size, dtype=torch.uint8)
+        every = [torch.empty_like(own) for _ in range(ranks)]
+
+        def gather(own: torch.Tensor = own, every: list[torch.Tensor] = every) -> None:
+            dist.all_gather(every, own)
+
+        seconds.append(_median_seconds(gather, dist.barrier))
+    doublings = (ranks - 1).bit_length()
+    received = (_LARGE_BYTES - _SMALL_BYTES) * (ranks - 1)
+    return seconds[0] / doublings, received / max(seconds[1] - seconds[0], 1e-9)
+
+
+def _training_step(rows: int, classes: int) -> Callable[[], None]:
+    """Forward and backward of ``rows`` embeddings on this rank, the class centres updated in the backward."""
+    head = PartialFC(_D, classes, center_optimizer=CenterSGD(0.1, weight_decay=5e-4))
+    embeddings = torch.randn(rows, _D, requires_grad=True)
+    target = torch.randint(classes, (rows,))
+
+    def step() -> None:
+        loss = head(embeddings, target)
+        assert isinstance(loss, torch.Tensor)
+        loss.backward()
+        embeddings.grad = None
+
+    return step
+
+
+def _median_seconds(run: Callable[[], None], barrier: Callable[[], object] = lambda: None) -> float:
+    run()
+    samples = []
+    for _ in range(_SAMPLES):
+        barrier()
+        start = time.perf_counter()
+        run()
+        samples.append(time.perf_counter() - start)
+    return statistics.median(samples)

@@ -1,0 +1,209 @@
+"""Rows: one flat record for each provider, case and pass, in CSV and JSON, and the fuller record of a run beside
+them."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from fused_arcface.base.files import write_text
+
+from ..measure.timing import Timing
+from .cases import Case
+
+FIELDS = (
+    "provider",
+    "backend",
+    "pass",
+    "dtype",
+    "weight_dtype",
+    "N",
+    "C",
+    "D",
+    "ms",
+    "ps_per_logit",
+    "peak_bytes",
+    "error",
+    "device",
+    "torch",
+    "commit",
+    "date",
+)
+"""A row's fields, in order. ``ms`` is the median; ``peak_bytes`` is beyond inputs, class centres and gradients, None
+where it was not measured; ``error`` is the largest relative one of the loss and the gradients to fp64."""
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One provider on one case and pass."""
+
+    provider: str
+    backend: str
+    pass_name: str
+    case: Case
+    timing: Timing
+    error: float
+    products: int
+    """Flops of its matrix products in units of N·C·D."""
+    peak_bytes: int | None = None
+
+    @property
+    def ms(self) -> float:
+        return self.timing.median
+
+    @property
+    def ps_per_logit(self) -> float:
+        return self.ms * 1e9 / (self.case.N * self.case.C)
+
+    @property
+    def flops_per_second(self) -> float:
+        return self.products * self.case.N * self.case.C * self.case.D / (self.ms * 1e-3)
+
+    @property
+    def ceiling(self) -> str:
+        """The key of its ceiling in the machine's ``flops_per_second``: the dtype that its products are computed in."""
+        suffix = self.provider.rpartition("-")[2]
+        return {"tf32": "tf32", "fp16": "float16"}.get(suffix, self.case.dtype)
+
+    @property
+    def is_ours(self) -> bool:
+        return self.provider.startswith("fused_arcface")
+
+    def with_peak(self, peak_bytes: int | None) -> Measurement:
+        return replace(self, peak_bytes=peak_bytes)
+
+    def row(self, context: dict[str, str]) -> dict[str, Any]:
+        """The flat record; ``context`` holds device, torch, commit and date."""
+        case = self.case
+        values = {
+            "provider": self.provider,
+            "backend": self.backend,
+            "pass": self.pass_name,
+            "dtype": case.dtype,
+            "weight_dtype": case.weight_dtype,
+            "N": case.N,
+            "C": case.C,
+            "D": case.D,
+            "ms": round(self.ms, 4),
+            "ps_per_logit": round(self.ps_per_logit, 3),
+            "peak_bytes": self.peak_bytes,
+            "error": float(f"{self.error:.2e}"),
+            **context,
+        }
+        return {name: values[name] for name in FIELDS}
+
+    def detail(self) -> dict[str, Any]:
+        """The samples behind the row and what is derived from them: least, p20 and p80 in milliseconds."""
+        return {
+            "provider": self.provider,
+            "backend": self.backend,
+            "pass": self.pass_name,
+            "case": str(self.case),
+            "least_ms": self.timing.least,
+            "p20_ms": self.timing.quantile(0.2),
+            "p80_ms": self.timing.quantile(0.8),
+            "samples_ms": list(self.timing.samples),
+            "flops_per_second": self.flops_per_second,
+        }
+
+
+@dataclass(frozen=True)
+class Skip:
+    """A provider that did not run a case (all cases if it is None), and why."""
+
+    provider: str
+    backend: str
+    case: Case | None
+    reason: str
+
+
+@dataclass
+class Report:
+    """What a run found."""
+
+    context: dict[str, str]
+    """device, torch, commit, date"""
+    measurements: list[Measurement]
+    skips: list[Skip]
+    machine: dict[str, Any]
+    """Measured ceilings: ``flops_per_second`` of a product by dtype, ``copy_bytes_per_second``, on a CPU
+    ``fma_flops_per_second`` (fp32, in registers alone), and the ``memory_bytes`` that were free."""
+
+    def skip(self, provider: str, backend: str, case: Case | None, reason: str) -> None:
+        """Note a skip, once: a run that goes on with an interrupted one meets the same again."""
+        found = Skip(provider, backend, case, reason)
+        if found not in self.skips:
+            self.skips.append(found)
+
+    def rows(self) -> list[dict[str, Any]]:
+        return [measurement.row(self.context) for measurement in self.measurements]
+
+    def share_of_ceiling(self, each: Measurement) -> float | None:
+        """A measurement's flops per second over what the machine reached at most in that dtype: in a large square
+        product, or on a CPU in registers alone, as a library's product need not use the widest instructions."""
+        product = self.machine["flops_per_second"].get(each.ceiling)
+        registers = self.machine.get("fma_flops_per_second") if each.ceiling == "float32" else None
+        reached = max((rate for rate in (product, registers) if rate is not None), default=None)
+        return None if reached is None else each.flops_per_second / reached
+
+    def products_ms(self, case: Case, pass_name: str) -> float | None:
+        """Milliseconds of the bare matrix products of a case, the yardstick that a library's user would take."""
+        for each in self.measurements:
+            if (each.provider, each.case, each.pass_name) == ("products", case, pass_name):
+                return each.ms
+        return None
+
+    def write(self, folder: Path) -> list[Path]:
+        """Write rows.csv, rows.json and run.json (samples, skips, ceilings) into ``folder``; their paths."""
+        folder.mkdir(parents=True, exist_ok=True)
+        rows = self.rows()
+        run = {
+            **self.context,
+            "machine": self.machine,
+            "measurements": [measurement.detail() for measurement in self.measurements],
+            "skips": [{**vars(skip), "case": skip.case and vars(skip.case)} for skip in self.skips],
+        }
+        return [
+            write_csv(folder / "rows.csv", rows, FIELDS),
+            write_json(folder / "rows.json", rows),
+            write_json(folder / "run.json", run),
+        ]
+
+
+def write_csv(path: Path, rows: Iterable[dict[str, Any]], fields: Sequence[str]) -> Path:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fields, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_text(path, text.getvalue())
+    return path
+
+
+def write_json(path: Path, value: Any) -> Path:
+    write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
+    return path
+
+
+def read_report(folder: Path) -> Report:
+    """A report from the files that :meth:`Report.write` wrote.
+
+    Raises:
+        FileNotFoundError: one of them is not there.
+    """
+    rows = json.loads((folder / "rows.json").read_text(encoding="utf-8"))
+    run = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    measurements = []
+    for row, detail in zip(rows, run["measurements"], strict=True):
+        case = Case(row["N"], row["C"], row["D"], row["dtype"], row["weight_dtype"])
+        timing = Timing(tuple(detail["samples_ms"]))
+        products = round(detail["flops_per_second"] * timing.median * 1e-3 / (case.N * case.C * case.D))
+        fields = (row["provider"], row["backend"], row["pass"], case, timing, row["error"], products, row["peak_bytes"])
+        measurements.append(Measurement(*fields))
+    skips = [Skip(**{**skip, "case": skip["case"] and Case(**skip["case"])}) for skip in run["skips"]]
+    context = {name: run[name] for name in ("device", "torch", "commit", "date")}
+    return Report(context, measurements, skips, run["machine"])

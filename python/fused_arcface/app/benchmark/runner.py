@@ -1,0 +1,235 @@
+"""One run: for each case, check every provider against the truth, time them in turn, and measure their memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import torch
+
+from ..measure import machine
+from ..measure.child import Child, ChildFailed, out_of_memory
+from ..measure.timing import time_interleaved
+from . import memory
+from .cases import PASSES, Case, Inputs, make_inputs
+from .providers import Provider
+from .report import Measurement, Report
+from .truth import TOLERANCE, Formula, Outcome, error_of, truth
+
+_COARSEST_FIRST = ("float16", "bfloat16", "float32", "float64")
+
+Progress = Callable[[str, str], None]
+"""Called with (case, what is being done); the case alone begins a new one."""
+
+
+def tolerance(provider: Provider, case: Case) -> float:
+    """Largest relative error at which a provider's result counts as right."""
+    if provider.tf32:
+        return TOLERANCE["tf32"]
+    dtypes = {case.dtype, case.weight_dtype} | ({"float16"} if provider.name.endswith("fp16") else set())
+    return TOLERANCE[next(dtype for dtype in _COARSEST_FIRST if dtype in dtypes)]
+
+
+def run_benchmark(
+    cases: Sequence[Case],
+    providers: Sequence[Provider],
+    device: torch.device,
+    *,
+    seconds: float = 3.0,
+    with_memory: bool = True,
+    earlier: Report | None = None,
+    progress: Progress = lambda case, step: None,
+    on_case: Callable[[Report, Case], None] = lambda report, case: None,
+) -> Report:
+    """Measure each provider on each case, both passes.
+
+    Args:
+        cases: shapes; within a series that differs in C alone, ascending.
+        providers: whom to measure.
+        device: on which.
+        seconds: that the samples of one case and pass should take together.
+        with_memory: measure peak memory as well, where the system tells it.
+        earlier: an interrupted run to go on with, see :func:`check_same_machine`: its cases are not measured again.
+        progress: told what is being done.
+        on_case: called after each case with what has been found so far.
+    """
+    report = earlier or Report(machine.context(device), [], [], {"flops_per_second": {}})
+    report.machine["memory_bytes"] = memory.available_bytes(device)
+    measured = {each.case for each in report.measurements}
+    cases = [case for case in cases if case not in measured]
+    usable = _usable(cases, providers, device, report)
+    ceilings = list(dict.fromkeys(case.dtype for case in cases))
+    if device.type == "cuda" and "float32" in ceilings:  # in which some providers compute fp32
+        ceilings += ["tf32", *({"float16"} - {*ceilings})]
+    for name in ceilings:
+        if name not in report.machine["flops_per_second"]:
+            progress("ceiling", f"square product in {name}")
+            _add_ceiling(report, machine.measure_ceiling(device, name), name)
+    if device.type == "cpu" and "fma_flops_per_second" not in report.machine:
+        report.machine["fma_flops_per_second"] = machine.fma_flops_per_second()
+    with_memory = with_memory and memory.can_measure(device)
+    with Child() as child:
+        for case in cases:
+            progress(str(case), "")
+            _measure_case(case, usable[case], device, seconds, child if with_memory else None, report, progress)
+            memory.release(device)
+            on_case(report, case)
+    return report
+
+
+def check_same_machine(report: Report, device: torch.device) -> None:
+    """Whether rows measured here and now can stand beside an earlier report's.
+
+    Raises:
+        ValueError: it is of another device, torch or commit.
+    """
+    here = machine.context(device)
+    for name in ("device", "torch", "commit"):
+        if report.context[name] != here[name]:
+            raise ValueError(f"the earlier run's {name} must be {here[name]}; got {report.context[name]}")
+
+
+def _usable(
+    cases: Sequence[Case], providers: Sequence[Provider], device: torch.device, report: Report
+) -> dict[Case, list[Provider]]:
+    usable: dict[Case, list[Provider]] = {case: [] for case in cases}
+    for provider in providers:
+        reasons: dict[Case | None, str | None] = {case: provider.reason_against(case, device) for case in cases}
+        for case in cases:
+            if reasons[case] is None:
+                usable[case].append(provider)
+        if len(set(reasons.values())) == 1 and None not in reasons.values():
+            reasons = {None: reasons[cases[0]]}
+        for where, reason in reasons.items():
+            if reason is not None:
+                report.skip(provider.name, provider.backend, where, reason)
+    return usable
+
+
+def _add_ceiling(report: Report, ceiling: machine.Ceiling, name: str) -> None:
+    dtype, provider = ("float32", "ceiling-tf32") if name == "tf32" else (name, "ceiling")
+    case = Case(ceiling.size, ceiling.size, ceiling.size, dtype, dtype)
+    report.machine["flops_per_second"][name] = ceiling.flops_per_second
+    report.machine["copy_bytes_per_second"] = ceiling.copy_bytes_per_second
+    report.measurements.append(
+        Measurement(provider, ceiling.library, "fwd", case, ceiling.timing, ceiling.error, products=2)
+    )
+
+
+def _measure_case(
+    case: Case,
+    providers: Sequence[Provider],
+    device: torch.device,
+    seconds: float,
+    child: Child | None,
+    report: Report,
+    progress: Progress,
+) -> None:
+    def skip(provider: Provider, reason: str) -> None:
+        report.skip(provider.name, provider.backend, case, reason)
+
+    fitting = []
+    for provider in providers:
+        lacking = _lacks_memory(provider, case, report)
+        if lacking:
+            skip(provider, lacking)
+        else:
+            fitting.append(provider)
+    if not fitting:
+        return
+    fitting.sort(key=lambda provider: provider.formula)  # one truth after the other: each holds a (C, D) gradient
+    inputs = make_inputs(case, device)
+    errors: dict[int, dict[str, float]] = {}
+    rights: dict[Formula, Outcome] = {}
+    for index, provider in enumerate(fitting):
+        progress(str(case), f"checking {provider}")
+        try:
+            if provider.formula not in rights:
+                rights = {provider.formula: truth(inputs, provider.formula)}
+            errors[index] = _errors(provider, inputs, rights[provider.formula])
+        except Exception as error:  # a provider that fails must not end the run; why is in the report
+            skip(provider, _reason(error))
+            memory.release(device)
+            continue
+        worst, allowed = max(errors[index].values()), tolerance(provider, case)
+        if not worst <= allowed:
+            skip(provider, f"wrong: relative error {worst:.1e}, {allowed:.0e} allowed")
+            del errors[index]
+    rights.clear()
+    memory.release(device)
+
+    peaks: dict[int, dict[str, int]] = {}
+    for index in errors:
+        if child is None:
+            break
+        progress(str(case), f"memory of {fitting[index]}")
+        try:
+            peaks[index] = memory.peaks_of(fitting[index], case, device, child)
+        except (MemoryError, ChildFailed, torch.OutOfMemoryError) as error:
+            skip(fitting[index], f"memory not measured: {_reason(error)}")
+        memory.release(device)
+
+    for pass_name, backward in PASSES.items():
+        timings = time_interleaved(
+            {str(index): _timed(fitting[index], inputs, backward) for index in errors},
+            device,
+            seconds,
+            lambda index, name=pass_name: progress(str(case), f"{name} {fitting[int(index)]}"),  # type: ignore[misc]
+            lambda index, error: skip(fitting[int(index)], _reason(error)),
+        )
+        for index in errors:
+            if str(index) not in timings:
+                continue
+            provider = fitting[index]
+            measured = Measurement(
+                provider.name,
+                provider.backend,
+                pass_name,
+                case,
+                timings[str(index)],
+                errors[index][pass_name],
+                provider.products[backward],
+                peaks.get(index, {}).get(pass_name),
+            )
+            report.measurements.append(measured)
+
+
+def _errors(provider: Provider, inputs: Inputs, right: Outcome) -> dict[str, float]:
+    with provider.settings():
+        run = provider.open(inputs)
+        return {name: error_of(run(backward), right) for name, backward in PASSES.items()}
+
+
+def _timed(provider: Provider, inputs: Inputs, backward: bool) -> Callable[[], object]:
+    run = provider.open(inputs)
+
+    def timed() -> object:
+        with provider.settings():
+            return run(backward)
+
+    return timed
+
+
+def _lacks_memory(provider: Provider, case: Case, report: Report) -> str | None:
+    """Why a case will not fit, from the same provider's measured peak at fewer classes (it is linear in them), or
+    None."""
+    smaller = [
+        each
+        for each in report.measurements
+        if (each.provider, each.backend, each.pass_name) == (provider.name, provider.backend, "fwd+bwd")
+        and each.peak_bytes is not None
+        and replace(each.case, C=case.C) == case
+        and each.case.C < case.C
+    ]
+    peak = max((each.peak_bytes or 0) * case.C / each.case.C for each in smaller) if smaller else 0
+    # Beside its own run: the inputs, the gradient, and either the truth's gradient or another layout of the centres.
+    needed, limit = peak + 3 * case.weight_bytes, report.machine["memory_bytes"]
+    if needed > limit:
+        return f"out of memory: {needed / 2**30:.1f} GiB needed, {limit / 2**30:.1f} GiB there"
+    return None
+
+
+def _reason(error: BaseException) -> str:
+    text = str(error).strip().splitlines()
+    first = text[0] if text else ""
+    return f"out of memory: {first}" if out_of_memory(error) else f"{type(error).__name__}: {first}"

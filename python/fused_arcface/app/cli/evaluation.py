@@ -1,0 +1,189 @@
+"""What ``verify`` and ``identify`` share: their options, the embedding of images, and how they end."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.progress import Progress
+
+from .terminal import terminal
+
+if TYPE_CHECKING:
+    import torch
+
+    from fused_arcface.evaluation import Distance
+
+    from ..data.embedding_sets import EmbeddingSet
+    from ..data.pair_sets import ImageSet
+
+Checkpoint = Annotated[Path | None, typer.Option(help="Folder of a training run, whose newest net is evaluated.")]
+DistanceName = Annotated[
+    str, typer.Option("--distance", help="cosine, euclidean, p-norm, inner-product or mahalanobis.")
+]
+Order = Annotated[float, typer.Option("--p", help="Of the p-norm, at least 1.")]
+Shrinkage = Annotated[
+    float | None, typer.Option(help="Of Mahalanobis' covariance, 0 to 1; Ledoit and Wolf's by default.")
+]
+Normalize = Annotated[bool, typer.Option("--normalize/--raw", help="Embeddings of norm 1, or as the net gives them.")]
+Flip = Annotated[bool, typer.Option("--flip", help="Add the embedding of the mirrored image.")]
+Json = Annotated[Path | None, typer.Option("--json", help="File for the figures.")]
+Pictures = Annotated[Path | None, typer.Option(help="Folder for pictures of the curves.")]
+Trust = Annotated[
+    bool, typer.Option("--trust", help="Run the code that a checkpoint of an old format may hold, whoever made it.")
+]
+Device = Annotated[str, typer.Option(help="Of the net: cpu, cuda, cuda:1.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Images that the net sees at once.")]
+MaxPixels = Annotated[
+    int, typer.Option(min=1, help="Pixels of the largest image that is decoded; others cannot be read.")
+]
+Workers = Annotated[int, typer.Option(min=0, help="Processes that read images.")]
+BadData = Annotated[
+    str, typer.Option(help="skip leaves out images that are missing or cannot be read, and says so; stop ends with it.")
+]
+
+_SAID = 20  # problems that are told one by one
+
+
+@contextlib.contextmanager
+def explained() -> Iterator[None]:
+    """Errors in what the user gave end the command with their message and status 1."""
+    from fused_arcface.checkpoint import CheckpointError
+
+    from ..data import DataError, ImageError
+    from ..training.runs import RunError
+
+    try:
+        yield
+    except (DataError, ImageError, RunError, CheckpointError, OSError, ValueError) as wrong:
+        terminal(stderr=True, soft_wrap=True).print(str(wrong), style="bold red", markup=False)
+        raise typer.Exit(1) from wrong
+
+
+def embed_images(
+    checkpoint: Path,
+    sets: list[ImageSet],
+    *,
+    bad_data: str,
+    flip: bool,
+    device: str,
+    batch_size: int,
+    workers: int,
+    trust: bool,
+) -> list[EmbeddingSet]:
+    """Embeddings of sets of images by a run's net, with a bar.
+
+    Raises:
+        DataError: a problem in the data, if ``bad_data`` is ``"stop"``; or no image can be read.
+    """
+    import torch
+
+    from ..data import DataError
+    from ..data.embedding_sets import embed_set
+    from ..training.resolve import stopped_by
+    from ..training.runs import load_backbone
+
+    try:
+        torch.empty(0, device=device)
+    except (
+        AssertionError,
+        NotImplementedError,
+        RuntimeError,
+    ) as error:  # torch's for a device that is none, or missing
+        raise typer.BadParameter(f"--device {device} cannot be used: {str(error).splitlines()[0]}") from None
+    net, spec = load_backbone(checkpoint, device, trust=trust)
+    console = terminal(stderr=True, soft_wrap=True)
+    told = 0
+
+    def tell(problem: str) -> None:
+        nonlocal told
+        if bad_data == "stop":
+            raise DataError(stopped_by(problem))
+        told += 1
+        if told <= _SAID:
+            console.print(f"{problem}; skipped", style="yellow", markup=False, highlight=False)
+
+    for note in dict.fromkeys(note for images in sets for note in images.notes):
+        console.print(note, style="yellow", markup=False, highlight=False)
+    for problem in dict.fromkeys(problem for images in sets for problem in images.problems):
+        tell(problem)
+    with Progress(transient=True) as bar:
+        task = bar.add_task("images", total=sum(len(images) for images in sets))
+        found = [
+            embed_set(
+                net,
+                images,
+                spec,
+                flip=flip,
+                batch_size=batch_size,
+                device=device,
+                workers=workers,
+                done=lambda count: bar.advance(task, count),
+                unreadable=tell,
+            )
+            for images in sets
+        ]
+    if told > _SAID:
+        console.print(f"and {told - _SAID} more such problems; skipped", style="yellow")
+    for images, embedded in zip(sets, found, strict=True):
+        if lost := _lost(images, embedded):
+            console.print(f"left out: {lost}", style="yellow", markup=False, highlight=False)
+    return found
+
+
+def _lost(images: ImageSet, embedded: EmbeddingSet) -> str:
+    """Say how many images of a set could not be read, and how many pairs went with them."""
+    unread = len(images) - len(embedded.paths)
+    text = f"{unread} of {len(images)} images cannot be read" if unread else ""
+    if unread and images.pairs is not None and embedded.pairs is not None:
+        text += f", so that {len(images.pairs.same) - len(embedded.pairs.same)} of {len(images.pairs.same)} pairs are"
+        text += " not scored"
+    return text
+
+
+def check_bad_data(bad_data: str) -> None:
+    """Check the option before anything is read."""
+    if bad_data not in ("skip", "stop"):
+        raise typer.BadParameter(f"--bad-data must be skip or stop; got {bad_data}")
+
+
+def prepared(embeddings: torch.Tensor, normalize: bool) -> torch.Tensor:
+    """As they are compared."""
+    import torch.nn.functional as F
+
+    return F.normalize(embeddings) if normalize else embeddings
+
+
+def described(distance: Distance, name: str, normalize: bool) -> dict[str, Any]:
+    """How embeddings were compared, for the file of figures."""
+    from fused_arcface.evaluation import Mahalanobis
+
+    found: dict[str, Any] = {"distance": name, "normalized": normalize}
+    if name == "p-norm":
+        found["p"] = distance.p
+    if isinstance(distance, Mahalanobis):
+        found["shrinkage"] = distance.shrinkage
+    return found
+
+
+def check_output(json: Path | None) -> None:
+    """The file's folder exists from here on; that it cannot is said before anything is computed."""
+    if json is None:
+        return
+    try:
+        json.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise typer.BadParameter(f"--json {json} cannot be written: {error}") from None
+
+
+def write_json(path: Path, figures: dict[str, Any]) -> None:
+    from fused_arcface import __version__
+    from fused_arcface.base.files import write_text
+
+    from ..measure import machine
+
+    write_text(path, json.dumps({"fused_arcface": __version__, "date": machine.now(), **figures}, indent=1) + "\n")

@@ -1,0 +1,193 @@
+"""``identify``: 1:N, who is it? A trained net searches a gallery."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+from ..data.images import MAX_PIXELS
+from . import evaluation as shared
+from .tables import plain_table
+from .terminal import terminal
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from fused_arcface.evaluation import Identification
+
+    from ..data.embedding_sets import EmbeddingSet
+
+
+def identify(
+    data: Annotated[
+        str | None, typer.Option(help="Images in a folder for each identity; split into gallery and probes.")
+    ] = None,
+    checkpoint: shared.Checkpoint = None,
+    gallery: Annotated[str | None, typer.Option(help="Labelled images of the known, instead of --data.")] = None,
+    probes: Annotated[
+        str | None, typer.Option(help="Labelled images to look for; people are the same by their folder's name.")
+    ] = None,
+    embeddings: Annotated[
+        Path | None, typer.Option(help="Saved ones with labels to split and score, instead of images.")
+    ] = None,
+    save_embeddings: Annotated[
+        Path | None, typer.Option(help="A .npz or .safetensors file to keep those of --data in.")
+    ] = None,
+    gallery_images: Annotated[int, typer.Option(min=1, help="Of each identity, when the command splits.")] = 1,
+    unknown: Annotated[
+        float, typer.Option(help="Share of identities kept out of the gallery, when the command splits.")
+    ] = 0.2,
+    seed: Annotated[int, typer.Option(help="Of the split.")] = 0,
+    bad_data: shared.BadData = "skip",
+    ranks: Annotated[int, typer.Option(min=1, help="Last rank of the curve.")] = 20,
+    engine: Annotated[str, typer.Option(help="auto, torch or faiss; all are exact.")] = "auto",
+    distance: shared.DistanceName = "cosine",
+    p: shared.Order = 3.0,
+    shrinkage: shared.Shrinkage = None,
+    normalize: shared.Normalize = True,
+    flip: shared.Flip = False,
+    json: shared.Json = None,
+    pictures: shared.Pictures = None,
+    device: shared.Device = "cpu",
+    batch_size: shared.BatchSize = 64,
+    workers: shared.Workers = 0,
+    trust: shared.Trust = False,
+    max_pixels: shared.MaxPixels = MAX_PIXELS,
+) -> None:
+    """Identify people never seen in training: rank 1, 5 and 10, open-set TPIR at FPIR.
+
+    The closed set counts the probes whose identity is in the gallery; the
+    open set's threshold comes from those whose identity is not. Mahalanobis'
+    covariance is fitted on the gallery.
+    """
+    from fused_arcface.evaluation import identify as search
+    from fused_arcface.evaluation import make_distance
+
+    from ..data.embedding_sets import EmbeddingSet, check_suffix
+
+    given = [data is not None, gallery is not None and probes is not None, embeddings is not None]
+    if sum(given) != 1 or (embeddings is None) == (checkpoint is None) or (gallery is None) != (probes is None):
+        raise typer.BadParameter(
+            "one of --data, --gallery with --probes, and --embeddings must be given, images with --checkpoint"
+        )
+    if save_embeddings is not None and data is None:
+        raise typer.BadParameter("--save-embeddings goes with --data")
+    shared.check_bad_data(bad_data)
+    shared.check_output(json)
+    with shared.explained():
+        if save_embeddings is not None:
+            check_suffix(save_embeddings)
+        options: dict[str, Any] = {"flip": flip, "device": device, "batch_size": batch_size, "workers": workers}
+        options["trust"] = trust
+        options["bad_data"] = bad_data
+        if gallery is not None and probes is not None and checkpoint is not None:
+            split = _two_sets(checkpoint, gallery, probes, max_pixels, options)
+        else:
+            labelled = (
+                EmbeddingSet.load(embeddings)
+                if embeddings is not None
+                else _embed(str(data), checkpoint, max_pixels, options)
+            )
+            if save_embeddings is not None:
+                labelled.save(save_embeddings)
+            split = _split(labelled, gallery_images, unknown, seed)
+        known, known_labels, sought, sought_labels = split
+        known, sought = shared.prepared(known, normalize), shared.prepared(sought, normalize)
+        chosen = make_distance(distance, order=p, gallery=known, shrinkage=shrinkage)
+        found = search(
+            known,
+            known_labels,
+            sought,
+            sought_labels,
+            distance=chosen,
+            max_rank=ranks,
+            engine=engine,  # type: ignore[arg-type]
+        )
+        name = Path(data or probes or str(embeddings)).name
+        console = terminal()
+        _print(console, found, f"{name}, {distance}")
+        if json is not None:
+            about: dict[str, Any] = {"data": data, "gallery": gallery, "probes": probes}
+            about |= {"checkpoint": checkpoint and str(checkpoint), "embeddings": embeddings and str(embeddings)}
+            how = shared.described(chosen, distance, normalize)
+            shared.write_json(json, {**about, "flip": flip, **how, **_figures(found)})
+        if pictures is not None:
+            from ..report.evaluation import draw_identification
+
+            for path in draw_identification(found, pictures, name):
+                console.print(f"{path}", highlight=False, soft_wrap=True, markup=False)
+
+
+def _embed(data: str, checkpoint: Path | None, max_pixels: int, options: dict[str, Any]) -> EmbeddingSet:
+    from ..data.pair_sets import read_labelled
+
+    assert checkpoint is not None
+    (found,) = shared.embed_images(checkpoint, [read_labelled(data, max_pixels=max_pixels)], **options)
+    return found
+
+
+def _split(
+    labelled: EmbeddingSet, gallery_images: int, unknown: float, seed: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gallery and its labels, probes and theirs, out of one set."""
+    from fused_arcface.evaluation import split_gallery
+
+    from ..data import DataError
+
+    if labelled.labels is None:
+        raise DataError("embeddings must have labels (M,) to be split into gallery and probes")
+    known, sought = split_gallery(labelled.labels, gallery_images=gallery_images, unknown=unknown, seed=seed)
+    rows, labels = labelled.embeddings, labelled.labels
+    return rows[known], labels[known], rows[sought], labels[sought]
+
+
+def _two_sets(
+    checkpoint: Path, gallery: str, probes: str, max_pixels: int, options: dict[str, Any]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gallery and probes from two sources, whose people are the same where their names are."""
+    import torch
+
+    from ..data.pair_sets import read_labelled
+
+    sources = [read_labelled(each, max_pixels=max_pixels) for each in (gallery, probes)]
+    files = [{str(Path(path).resolve()) for path in source.paths} for source in sources]
+    if shared_files := files[0] & files[1]:
+        raise ValueError(
+            "probes must not hold images of the gallery, where each would find itself; got "
+            f"{len(shared_files)} of them, {min(shared_files)} for one"
+        )
+    found = shared.embed_images(checkpoint, sources, **options)
+    number_of: dict[str, int] = {}
+    labels = []
+    for source, embedded in zip(sources, found, strict=True):
+        assert embedded.labels is not None
+        numbers = torch.tensor([number_of.setdefault(name, len(number_of)) for name in source.names])
+        labels.append(numbers[embedded.labels])
+    return found[0].embeddings, labels[0], found[1].embeddings, labels[1]
+
+
+def _figures(found: Identification) -> dict[str, Any]:
+    return {
+        "gallery": {"images": found.num_gallery, "identities": found.num_identities},
+        "probes": {"mated": found.num_mated, "unmated": found.num_unmated},
+        "engine": found.engine,
+        "rank": {str(r): found.rank(r) for r in (1, 5, 10)},
+        "cmc": found.cmc.tolist(),
+        "tpir_at_fpir": {f"{fpir:g}": rate for fpir, rate in found.tpir.items()},
+    }
+
+
+def _print(console: Console, found: Identification, title: str) -> None:
+    table = plain_table(title, "")
+    table.add_row("people in the gallery", str(found.num_identities))
+    table.add_row("images of them there", str(found.num_gallery))
+    table.add_row("probes of them", str(found.num_mated))
+    table.add_row("probes of others", str(found.num_unmated))
+    for r in (1, 5, 10):
+        table.add_row(f"rank {r}", f"{found.rank(r):.4f}" if r <= len(found.cmc) else "beyond the curve")
+    for fpir, rate in found.tpir.items():
+        table.add_row(f"TPIR at FPIR {fpir:g}", f"{rate:.4f}")
+    console.print(table)

@@ -1,0 +1,170 @@
+"""``verify``: 1:1, is it the same person? Accuracy and rates of a trained net on pairs of images."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+from ..data.images import MAX_PIXELS
+from . import evaluation as shared
+from .tables import plain_table
+from .terminal import terminal
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+    from fused_arcface.evaluation import Verification
+
+    from ..data.embedding_sets import EmbeddingSet
+
+    Bools = npt.NDArray[np.bool_]
+    Means = tuple[float | None, float | None]
+
+
+_LEFT_OUT = ["accuracy", "equal error rate", "TAR at FAR"]
+"""Figures that need pairs of both kinds."""
+
+
+def verify(
+    data: Annotated[
+        str | None,
+        typer.Option(help="A .bin set; a .txt, .csv or .tsv file of pairs; or images in a folder for each identity."),
+    ] = None,
+    checkpoint: shared.Checkpoint = None,
+    images: Annotated[Path | None, typer.Option(help="Folder that a file of pairs names images in.")] = None,
+    embeddings: Annotated[
+        Path | None, typer.Option(help="Saved ones to score, instead of --data and --checkpoint.")
+    ] = None,
+    save_embeddings: Annotated[Path | None, typer.Option(help="A .npz or .safetensors file to keep them in.")] = None,
+    distance: shared.DistanceName = "cosine",
+    p: shared.Order = 3.0,
+    shrinkage: shared.Shrinkage = None,
+    gallery: Annotated[
+        Path | None,
+        typer.Option(help="Saved embeddings that Mahalanobis' covariance is fitted on; else those that are scored."),
+    ] = None,
+    normalize: shared.Normalize = True,
+    flip: shared.Flip = False,
+    pairs: Annotated[int, typer.Option(min=1, help="Of each kind, made from labelled images at most.")] = 20_000,
+    seed: Annotated[int, typer.Option(help="Of their choice.")] = 0,
+    bad_data: shared.BadData = "skip",
+    json: shared.Json = None,
+    pictures: shared.Pictures = None,
+    device: shared.Device = "cpu",
+    batch_size: shared.BatchSize = 64,
+    workers: shared.Workers = 0,
+    trust: shared.Trust = False,
+    max_pixels: shared.MaxPixels = MAX_PIXELS,
+) -> None:
+    """Verify pairs of people never seen in training: 10-fold accuracy, TAR at FAR, EER.
+
+    TAR at FAR is strict: the greatest true accept rate whose false accept
+    rate is not above. Embeddings are normalised unless --raw is given.
+    """
+    from fused_arcface.base.extras import require
+    from fused_arcface.evaluation import make_distance, mean_scores, pair_scores, verify_scores
+
+    from ..data.embedding_sets import EmbeddingSet, check_suffix
+    from ..data.pair_sets import read_pair_set
+
+    if (embeddings is None) == (data is None or checkpoint is None):
+        raise typer.BadParameter("--data and --checkpoint must be given, or --embeddings alone")
+    shared.check_bad_data(bad_data)
+    require("sklearn.metrics", "eval")
+    shared.check_output(json)
+    with shared.explained():
+        for file in (save_embeddings, gallery):
+            if file is not None:
+                check_suffix(file)
+        if embeddings is not None:
+            scored = _with_pairs(EmbeddingSet.load(embeddings), embeddings, pairs, seed)
+        else:
+            assert data is not None and checkpoint is not None
+            options: dict[str, Any] = {"flip": flip, "device": device, "batch_size": batch_size, "workers": workers}
+            options |= {"bad_data": bad_data, "trust": trust}
+            read = read_pair_set(data, images, most=pairs, seed=seed, max_pixels=max_pixels)
+            (scored,) = shared.embed_images(checkpoint, [read], **options)
+        if save_embeddings is not None:
+            scored.save(save_embeddings)
+        assert scored.pairs is not None
+        rows = shared.prepared(scored.embeddings, normalize)
+        fitted = rows if gallery is None else shared.prepared(EmbeddingSet.load(gallery).embeddings, normalize)
+        chosen = make_distance(distance, order=p, gallery=fitted, shrinkage=shrinkage)
+        scores = pair_scores(rows, scored.pairs, chosen)
+        same = scored.pairs.same.numpy()
+        # Rates compare the two kinds; of one kind there are scores alone.
+        found = verify_scores(same, scores) if same.any() and not same.all() else None
+        name = Path(data or str(embeddings)).name
+        console = terminal()
+        means = mean_scores(same, scores)
+        _print(console, found, same, means, f"{name}, {distance}")
+        if json is not None:
+            how = shared.described(chosen, distance, normalize)
+            about = {
+                "data": data,
+                "checkpoint": checkpoint and str(checkpoint),
+                "embeddings": embeddings and str(embeddings),
+            }
+            shared.write_json(json, {**about, "flip": flip, **how, **_figures(found, same, means)})
+        if pictures is not None and found is not None:
+            from ..report.evaluation import draw_verification
+
+            for path in draw_verification(found, pictures, name):
+                console.print(f"{path}", highlight=False, soft_wrap=True, markup=False)
+
+
+def _with_pairs(saved: EmbeddingSet, path: Path, most: int, seed: int) -> EmbeddingSet:
+    """Saved embeddings with their pairs, or with some made from their labels."""
+    from dataclasses import replace
+
+    from fused_arcface.evaluation import balanced_pairs
+
+    from ..data import DataError
+
+    if saved.pairs is not None:
+        return saved
+    if saved.labels is None:
+        raise DataError(f"{path} must hold labels (M,), or pairs (P, 2) and same (P,), to be verified")
+    return replace(saved, pairs=balanced_pairs(saved.labels, most, seed))
+
+
+def _figures(found: Verification | None, same: Bools, means: Means) -> dict[str, Any]:
+    figures: dict[str, Any] = {
+        "pairs": {"same": int(same.sum()), "different": int((~same).sum())},
+        "mean_score": {"same": means[0], "different": means[1]},
+    }
+    if found is None:
+        return {**figures, "left_out": _LEFT_OUT}
+    return {
+        **figures,
+        "accuracy": found.accuracy,
+        "accuracy_deviation": found.accuracy_deviation,
+        "accuracy_standard_error": found.accuracy_standard_error,
+        "fold_accuracy": found.fold_accuracy.tolist(),
+        "eer": found.eer,
+        "tar_at_far": {f"{far:g}": tar for far, tar in found.tar.items()},
+    }
+
+
+def _print(console: Console, found: Verification | None, same: Bools, means: Means, title: str) -> None:
+    different = int((~same).sum())
+    table = plain_table(title, "")
+    table.add_row("pairs of one person", str(int(same.sum())))
+    table.add_row("pairs of two people", str(different))
+    for kind, mean in zip(("one person", "two people"), means, strict=True):
+        if mean is not None:
+            table.add_row(f"mean score, {kind}", f"{mean:.4f}")
+    if found is not None:
+        table.add_row("accuracy, 10 folds", f"{found.accuracy:.4f} ± {found.accuracy_deviation:.4f}")
+        table.add_row("equal error rate", f"{found.eer:.4f}")
+        for far, tar in found.tar.items():
+            table.add_row(f"TAR at FAR {far:g}", f"{tar:.4f}{'  no false accept' if far < 1 / different else ''}")
+    console.print(table)
+    if found is None:
+        console.print(
+            f"Left out, because all pairs are of one kind: {', '.join(_LEFT_OUT)}.", highlight=False, soft_wrap=True
+        )

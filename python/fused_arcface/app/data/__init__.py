@@ -1,0 +1,32 @@
+"""Images to train on and to verify with: folders and RecordIO files, and those that come with the package or are made
+by it."""
+
+from fused_arcface.base.reading import DataError
+
+from .digits import digit_images
+from .folders import LabelledFolder, read_folder
+from .identities import Style, draw, identity_images
+from .images import MAX_PIXELS, ImageError, ImageSpec, LabelledImages, read_image
+from .recordio import RecordFile, RecordWriter, pack_image, unpack_image
+from .sources import ImageSource, open_source
+
+__all__ = [
+    "MAX_PIXELS",
+    "DataError",
+    "ImageError",
+    "ImageSource",
+    "ImageSpec",
+    "LabelledFolder",
+    "LabelledImages",
+    "RecordFile",
+    "RecordWriter",
+    "Style",
+    "digit_images",
+    "draw",
+    "identity_images",
+    "open_source",
+    "pack_image",
+    "read_folder",
+    "read_image",
+    "unpack_image",
+]

@@ -1,0 +1,107 @@
+"""Arrays in ``.npz`` and ``.safetensors`` files, for :mod:`fused_arcface.app.data.embedding_sets`.
+
+A ``.npz`` says how large its arrays are, compressed ones too: what it says is checked before memory is taken.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from fused_arcface.base.files import replacing
+from fused_arcface.base.reading import DataError, check_regular, file_errors, open_regular
+from fused_arcface.checkpoint import safetensors
+
+SUFFIXES = (".npz", ".safetensors")
+NAMES = ("embeddings", "labels", "pairs", "same")
+_PATHS = "paths"
+
+_SLACK = 1 << 26
+_EXPANSION = 8
+"""A ``.npz`` may unpack to 64 MiB and eight times its size: embeddings hardly shrink, names and labels do."""
+
+
+def write(path: Path, tensors: dict[str, Tensor], paths: list[str]) -> None:
+    """Write tensors and the names of images into a file of the kind that its suffix says."""
+    if path.suffix == ".npz":
+        arrays: dict[str, Any] = {name: tensor.numpy() for name, tensor in tensors.items()}
+        with replacing(path) as file:
+            np.savez(file, **arrays, paths=np.array(paths, dtype=np.str_))
+        return
+    layout = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    with safetensors.Writer(path, layout, {_PATHS: json.dumps(paths)}) as writer:
+        for name, tensor in tensors.items():
+            writer.write(name, [tensor])
+
+
+def read(path: Path) -> tuple[dict[str, Tensor], list[str] | None]:
+    """Read the tensors called as in :data:`NAMES`, floating-point ones as fp32 and whole ones as int64, and the names
+    of images.
+
+    Raises:
+        DataError: the file cannot be read, or has arrays of other kinds under these names.
+    """
+    if path.suffix == ".npz":
+        return _read_npz(path)
+    found, metadata = safetensors.read(path)
+    tensors = {name: _plain(path, name, found[name]) for name in NAMES if name in found}
+    with file_errors(path):
+        paths = json.loads(metadata.get(_PATHS, "null"))
+    if paths is not None and not (isinstance(paths, list) and all(isinstance(each, str) for each in paths)):
+        raise DataError(f"{path}: {_PATHS} must be a list of texts")
+    return tensors, paths
+
+
+def _plain(path: Path, name: str, tensor: Tensor) -> Tensor:
+    if tensor.dtype.is_complex:
+        raise DataError(f"{path}: {name} must be numbers; it is {tensor.dtype}")
+    return tensor.float() if tensor.is_floating_point() else tensor.long()
+
+
+def _read_npz(path: Path) -> tuple[dict[str, Tensor], list[str] | None]:
+    limit = _SLACK + _EXPANSION * check_regular(path)
+    tensors: dict[str, Tensor] = {}
+    paths = None
+    with open_regular(path) as file, file_errors(path), zipfile.ZipFile(file) as archive:
+        for name in (*NAMES, _PATHS):
+            if f"{name}.npy" not in archive.namelist():
+                continue
+            entry = archive.getinfo(f"{name}.npy")
+            limit -= entry.file_size
+            if limit < 0:
+                raise DataError(f"{path}: {name} must have fewer bytes for a file of this size; got {entry.file_size}")
+            array = _read_npy(path, archive, entry, "US" if name == _PATHS else "biuf")
+            if name == _PATHS:
+                paths = [str(each) for each in array.reshape(-1)]
+            else:
+                kind = np.float32 if array.dtype.kind == "f" else np.int64
+                tensors[name] = torch.from_numpy(np.ascontiguousarray(array, kind))
+    return tensors, paths
+
+
+def _read_npy(path: Path, archive: zipfile.ZipFile, entry: zipfile.ZipInfo, kinds: str) -> npt.NDArray[Any]:
+    """Read an array whose dtype is of one of ``kinds``, if its header fits the length of its entry."""
+    if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        raise DataError(f"{path}: {entry.filename} must be stored or deflated, as NumPy writes it")
+    with archive.open(entry) as packed:
+        version = np.lib.format.read_magic(packed)
+        if version == (1, 0):
+            shape, _, dtype = np.lib.format.read_array_header_1_0(packed)
+        else:
+            shape, _, dtype = np.lib.format.read_array_header_2_0(packed)
+        if dtype.kind not in kinds or dtype.hasobject:
+            raise DataError(f"{path}: {entry.filename} must not have elements of type {dtype}")
+        left = entry.file_size - packed.tell()
+        if math.prod(shape) * dtype.itemsize != left:
+            raise DataError(f"{path}: {entry.filename} must have the bytes of {shape} {dtype}; it has {left}")
+    with archive.open(entry) as packed:
+        array: npt.NDArray[Any] = np.lib.format.read_array(packed, allow_pickle=False)
+    return array

@@ -1,0 +1,199 @@
+"""Embeddings of a set of images: made by a net, kept in a file, scored again without the images."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from itertools import chain
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fused_arcface.evaluation.pairs import Pairs
+
+from . import DataError, ImageSpec, embedding_files
+from .pair_sets import ImageSet
+
+
+@dataclass(frozen=True)
+class EmbeddingSet:
+    """Embeddings as the net gives them, not normalised, and what is known of them.
+
+    >>> import tempfile
+    >>> file = Path(tempfile.mkdtemp()) / "embeddings.safetensors"
+    >>> EmbeddingSet(torch.eye(2), ["ann.png", "bob.png"], torch.tensor([0, 1])).save(file)
+    >>> EmbeddingSet.load(file).paths
+    ['ann.png', 'bob.png']
+    """
+
+    embeddings: Tensor
+    """(M, D) fp32."""
+    paths: list[str]
+    """(M,)."""
+    labels: Tensor | None = None
+    """(M,) int64."""
+    pairs: Pairs | None = None
+
+    def save(self, path: str | Path) -> None:
+        """Write a ``.npz`` or ``.safetensors`` file: ``embeddings``, ``paths``, and where they are known ``labels``
+        (M,), ``pairs`` (P, 2) and ``same`` (P,), all int64.
+
+        Raises:
+            ValueError: another suffix.
+        """
+        path = Path(path)
+        check_suffix(path)
+        tensors = {"embeddings": self.embeddings.float().cpu()}
+        if self.labels is not None:
+            tensors["labels"] = self.labels.cpu()
+        if self.pairs is not None:
+            tensors["pairs"] = torch.stack([self.pairs.first, self.pairs.second], 1).cpu()
+            tensors["same"] = self.pairs.same.long().cpu()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        embedding_files.write(path, tensors, self.paths)
+
+    @classmethod
+    def load(cls, path: str | Path) -> EmbeddingSet:
+        """Read what :meth:`save` wrote; ``embeddings`` alone is enough, with ``labels`` or ``pairs`` and ``same``.
+
+        Raises:
+            DataError: a file of another kind, or parts that do not fit.
+            ValueError: another suffix.
+        """
+        path = Path(path)
+        check_suffix(path)
+        return cls._checked(path, *embedding_files.read(path))
+
+    @classmethod
+    def _checked(cls, path: Path, tensors: dict[str, Tensor], paths: list[str] | None) -> EmbeddingSet:
+        embeddings, labels = tensors.get("embeddings"), tensors.get("labels")
+        if embeddings is None or embeddings.dim() != 2 or not embeddings.is_floating_point():
+            raise DataError(f"{path} must hold floating-point embeddings (M, D); it holds {_shapes(tensors)}")
+        count = len(embeddings)
+        if not embeddings.isfinite().all():
+            raise DataError(f"{path}: embeddings must be finite")
+        if labels is not None and (labels.shape != (count,) or labels.is_floating_point()):
+            raise DataError(f"{path}: labels must be ({count},) and whole; the file holds {_shapes(tensors)}")
+        pairs = None
+        if "pairs" in tensors or "same" in tensors:
+            numbers, same = tensors.get("pairs"), tensors.get("same")
+            if numbers is None or same is None or same.dim() != 1 or numbers.shape != (len(same), 2):
+                raise DataError(f"{path} must hold pairs (P, 2) with same (P,); it holds {_shapes(tensors)}")
+            if numbers.is_floating_point() or not ((same == 0) | (same == 1)).all():
+                raise DataError(f"{path}: pairs must be whole numbers and same must be 0 or 1")
+            if numbers.numel() and not 0 <= int(numbers.min()) <= int(numbers.max()) < count:
+                raise DataError(f"{path}: pairs must be numbers of {count} embeddings")
+            pairs = Pairs(numbers[:, 0], numbers[:, 1], same.bool())
+        names = paths if paths is not None and len(paths) == count else [f"{path.name}[{i}]" for i in range(count)]
+        return cls(embeddings, names, labels, pairs)
+
+    def only(self, numbers: Tensor, images: int) -> EmbeddingSet:
+        """Renumber the pairs of a set of ``images`` of which the rows here are those called ``numbers`` (M,), and leave
+        out pairs of others."""
+        if self.pairs is None or len(numbers) == images:
+            return self
+        row_of = torch.full((images,), -1)
+        row_of[numbers] = torch.arange(len(numbers))
+        first, second = row_of[self.pairs.first], row_of[self.pairs.second]
+        both = (first >= 0) & (second >= 0)
+        return replace(self, pairs=Pairs(first[both], second[both], self.pairs.same[both]))
+
+
+def check_suffix(path: Path) -> None:
+    """Raises:
+    ValueError: a file that embeddings cannot be kept in, by its name."""
+    if path.suffix not in embedding_files.SUFFIXES:
+        raise ValueError(f"embeddings must be in a {' or '.join(embedding_files.SUFFIXES)} file; got {path}")
+
+
+def _shapes(tensors: dict[str, Tensor]) -> str:
+    return ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in tensors.items()) or "nothing"
+
+
+@torch.no_grad()
+def embed_set(
+    net: nn.Module,
+    images: ImageSet,
+    spec: ImageSpec,
+    *,
+    flip: bool = False,
+    batch_size: int = 64,
+    device: torch.device | str = "cpu",
+    workers: int = 0,
+    done: Callable[[int], None] | None = None,
+    unreadable: Callable[[str], None] | None = None,
+) -> EmbeddingSet:
+    """Run a net over a set of images.
+
+    Args:
+        net: images ``(N, channels, size, size)`` to embeddings ``(N, D)``; put into evaluation mode.
+        images: the set.
+        spec: what the net takes.
+        flip: add the embedding of the mirrored image, as the field does at test time.
+        batch_size: of the net's input.
+        device: the net's.
+        workers: processes that read images; 0 reads in this one.
+        done: called after each batch with its size.
+        unreadable: called with what is wrong with an image that cannot be read; it is left out, and so are its pairs.
+
+    Raises:
+        DataError: an image that cannot be read, if ``unreadable`` is None; or none that can.
+
+    >>> from fused_arcface.app.data.pair_sets import read_labelled
+    >>> spec = ImageSpec(size=8, channels=1)
+    >>> embed_set(nn.Flatten(), read_labelled("identities:3x2"), spec).embeddings.shape
+    torch.Size([6, 64])
+    """
+    net.eval()
+    loader = torch.utils.data.DataLoader(_Reader(images, spec), batch_size, num_workers=workers, collate_fn=_collate)
+    parts, kept, first = [], [], ""
+    for batch in loader:
+        for problem in batch.problems:
+            if unreadable is None:
+                raise DataError(problem)
+            unreadable(problem)
+            first = first or problem
+        if batch.numbers:
+            pixels = batch.pixels.to(device)
+            embeddings = net(pixels)
+            parts.append((embeddings + net(pixels.flip(3)) if flip else embeddings).float().cpu())
+            kept += batch.numbers
+        if done is not None:
+            done(len(batch.numbers) + len(batch.problems))
+    if not parts:
+        raise DataError(f"no image can be read; the first: {first}" if first else "there are no images to embed")
+    numbers = torch.tensor(kept)
+    labels = None if images.labels is None else images.labels[numbers]
+    found = EmbeddingSet(torch.cat(parts), [images.paths[number] for number in kept], labels, images.pairs)
+    return found.only(numbers, len(images))
+
+
+class _Read(NamedTuple):
+    """Images that were read, and what is wrong with the others."""
+
+    numbers: list[int]
+    pixels: Tensor
+    """``(len(numbers), channels, size, size)``."""
+    problems: list[str]
+
+
+class _Reader(torch.utils.data.Dataset[_Read]):
+    def __init__(self, images: ImageSet, spec: ImageSpec) -> None:
+        self._images, self._spec = images, spec
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def __getitem__(self, index: int) -> _Read:
+        # Not raised here: from a worker an error comes with that process's traceback.
+        try:
+            return _Read([index], self._images.read(index, self._spec)[None], [])
+        except (ValueError, OSError) as error:
+            return _Read([], torch.empty(0, *self._spec.shape), [str(error)])
+
+
+def _collate(read: list[_Read]) -> _Read:
+    numbers, pixels, problems = zip(*read, strict=True)
+    return _Read(list(chain(*numbers)), torch.cat(pixels), list(chain(*problems)))

@@ -1,0 +1,166 @@
+"""A labelled folder: one folder for each identity, in it its images. What ``train``, ``verify`` and ``identify`` read
+when they are given a directory."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+
+from fused_arcface.base.reading import DataError, file_errors
+
+_FORMAT_OF = {
+    **dict.fromkeys((".jfif", ".jpe", ".jpeg", ".jpg"), "JPEG"),
+    **dict.fromkeys((".pbm", ".pgm", ".pnm", ".ppm"), "PPM"),
+    **dict.fromkeys((".tif", ".tiff"), "TIFF"),
+    **{".bmp": "BMP", ".dib": "DIB", ".gif": "GIF", ".jp2": "JPEG2000", ".png": "PNG", ".tga": "TGA", ".webp": "WEBP"},
+}
+SUFFIXES = tuple(sorted(_FORMAT_OF))
+"""What the names of images end in, in small letters; other files are left alone."""
+FORMATS = tuple(sorted(set(_FORMAT_OF.values())))
+"""Pillow's names of these formats. No other decoder sees a file, whatever its content looks like."""
+
+
+SPLITS = frozenset(
+    ("train", "training", "val", "valid", "validation", "dev", "test", "testing", "eval", "gallery", "probe", "probes")
+)
+"""Names of folders that hold parts of a data set, not one person."""
+
+
+@dataclass(frozen=True)
+class LabelledFolder:
+    """Images of a folder and whom they show."""
+
+    root: Path
+    files: list[tuple[Path, int]]
+    """(path, identity): identities from 0 on without gaps, in the order of ``names``; an identity's images together,
+    by name."""
+    names: list[str]
+    """Folder of each identity."""
+    problems: list[str] = field(default_factory=list)
+    """What is wrong, and images that are not used: empty folders, gaps in numbered ones, images outside any, links to
+    nothing, identities whose images lie in folders of their own."""
+    notes: list[str] = field(default_factory=list)
+    """Number of the other files that are not used."""
+
+    @property
+    def num_identities(self) -> int:
+        return len(self.names)
+
+
+def read_folder(root: str | Path) -> LabelledFolder:
+    """The images of a folder whose sub-folders are identities, found but not opened.
+
+    Sub-folders are identities in the order of their names, numbered ones (``0``, ``1``, ``10``) by number; images lie
+    in them at any depth. Hidden files and folders, and links to folders inside an identity's, are not used. A folder
+    without images is no identity; it is a problem, as are missing numbers among numbered folders: identities count on
+    without a gap.
+
+    Raises:
+        DataError: not a folder, no image in any sub-folder, or sub-folders that are parts of a data set (``train``
+            and ``val``) and hold the identities in their turn.
+
+    >>> import tempfile; root = Path(tempfile.mkdtemp())
+    >>> for name in ("ann/1.png", "ann/2.png", "bob/1.png"):
+    ...     (root / name).parent.mkdir(exist_ok=True); (root / name).touch()
+    >>> [(path.name, identity) for path, identity in read_folder(root).files]
+    [('1.png', 0), ('2.png', 0), ('1.png', 1)]
+    """
+    root = Path(root)
+    if not root.is_dir():
+        raise DataError(f"{root} is not a folder")
+    with file_errors(root):
+        entries = [path for path in root.iterdir() if not path.name.startswith(".")]
+    folders = sorted((path for path in entries if path.is_dir()), key=lambda path: _natural(path.name))
+    loose = sorted(path for path in entries if _named_as_image(path.name) and not path.is_dir())
+    problems = [f"{loose[0]}: {len(loose)} image(s) outside any identity's folder"] if loose else []
+    contents = [_Content(folder) for folder in folders]
+    problems += [f"{each.folder}: an identity without images" for each in contents if not each.images]
+    identities = [each for each in contents if each.images]
+    if not identities:
+        raise DataError(f"{root} has no images: it must hold a folder for each identity, with its images in it")
+    names = [each.folder.name for each in identities]
+    nested = [each for each in identities if each.is_nested]
+    if len(nested) == len(names) and SPLITS.issuperset(name.lower() for name in names):
+        raise DataError(f"{root} holds {' and '.join(names)}, which hold the identities: name one of them")
+    if nested:
+        problems.append(
+            f"{root}: {len(nested)} of {len(names)} identities have their images in several folders of their own, as "
+            f"{nested[0].images[0].parent}: each folder of {root} counts as one identity"
+        )
+    unreachable = [path for each in contents for path in each.unreachable]
+    if unreachable:
+        problems.append(f"{unreachable[0]}: {len(unreachable)} image(s) or folder(s) that cannot be read or followed")
+    others = [path for each in contents for path in each.others]
+    notes = [f"{others[0]}: {len(others)} file(s) that are no images by their name; not used"] if others else []
+    files = [(path, identity) for identity, each in enumerate(identities) for path in each.images]
+    return LabelledFolder(root, files, names, problems + _gaps(root, folders), notes)
+
+
+class _Content:
+    """What lies in the folder of one identity."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.images: list[Path] = []
+        self.unreachable: list[Path] = []
+        """Links to nothing, pipes and devices with an image's name; folders that cannot be read; links to folders."""
+        self.others: list[Path] = []
+        for place, folders, files in os.walk(folder, onerror=self._failed):
+            parent = Path(place)
+            self.unreachable += [parent / name for name in folders if (parent / name).is_symlink()]
+            folders[:] = [name for name in folders if not name.startswith(".")]
+            for name in files:
+                path = parent / name
+                if name.startswith(".") or not _named_as_image(name):
+                    self.others.append(path)
+                elif path.is_file():
+                    self.images.append(path)
+                else:
+                    self.unreachable.append(path)
+        self.images.sort(key=_by_bytes)
+
+    def _failed(self, error: OSError) -> None:
+        self.unreachable.append(Path(os.fsdecode(error.filename)))
+
+    @property
+    def is_nested(self) -> bool:
+        """Whether all images lie in folders below, more than one."""
+        parents = {path.parent for path in self.images}
+        return len(parents) > 1 and self.folder not in parents
+
+
+def _named_as_image(name: str) -> bool:
+    return os.path.splitext(name)[1].lower() in SUFFIXES
+
+
+def _by_bytes(path: Path) -> list[bytes]:
+    return os.fsencode(path).split(os.fsencode(os.sep))
+
+
+def _natural(name: str) -> tuple[int, int, bytes]:
+    """Return a key that sorts numbers by value and before names, names by their bytes: the same in every locale."""
+    return (0, int(name), b"") if _is_number(name) else (1, 0, os.fsencode(name))
+
+
+def _is_number(name: str) -> bool:
+    return re.fullmatch("[0-9]{1,18}", name) is not None
+
+
+def _gaps(root: Path, folders: list[Path]) -> list[str]:
+    numbers = [int(folder.name) for folder in folders if _is_number(folder.name)]
+    if len(numbers) < len(folders):
+        return []
+    # Numbered from anything on: the first number is no gap.
+    return [
+        f"{root}: no folder {missing_numbers(before, after)} between {before} and {after}"
+        for before, after in pairwise(numbers)
+        if after > before + 1
+    ]
+
+
+def missing_numbers(before: int, after: int) -> str:
+    """The whole numbers between two, in words: ``3``, or ``3 to 7``."""
+    return str(before + 1) if after == before + 2 else f"{before + 1} to {after - 1}"

@@ -1,0 +1,172 @@
+"""Images: what sources in memory give, and how a file or its bytes become what a net takes."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fused_arcface.base.checks import check_size
+from fused_arcface.base.extras import MissingExtra, require
+from fused_arcface.base.reading import DataError
+
+from .folders import FORMATS
+
+MAX_PIXELS = 2**25
+"""Pixels of the largest image that is decoded by default: 5792 × 5792, some 1.3 s and 540 MB of a PNG."""
+
+
+class LabelledImages(NamedTuple):
+    """Images and whom they show."""
+
+    images: Tensor
+    """(M, channels, height, width) fp32, about 0 to 1."""
+    labels: Tensor
+    """(M,) int64, from 0 to the number of identities - 1."""
+
+    @property
+    def num_identities(self) -> int:
+        return int(self.labels.max()) + 1
+
+
+class ImageError(DataError):
+    """A file or its bytes cannot be read as an image; the message says which and why."""
+
+
+@dataclass(frozen=True)
+class ImageSpec:
+    """What a net takes: square images of one size and number of channels.
+
+    Args:
+        size: side in pixels, >= 1.
+        channels: 1 (grey) or 3 (RGB).
+
+    Raises:
+        TypeError, ValueError: an argument of a wrong type or out of its range.
+
+    >>> ImageSpec(size=112, channels=3).shape
+    (3, 112, 112)
+    """
+
+    size: int
+    channels: int
+
+    def __post_init__(self) -> None:
+        check_size("size", self.size)
+        if self.channels not in (1, 3):
+            raise ValueError(f"channels must be 1 or 3; got {self.channels}")
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(channels, size, size)"""
+        return self.channels, self.size, self.size
+
+
+def read_image(source: Path | bytes, spec: ImageSpec, max_pixels: int = MAX_PIXELS) -> Tensor:
+    """Read an image of any size and mode as a net takes it: ``(channels, size, size)`` fp32 in [-1, 1].
+
+    The picture is turned as its EXIF says, scaled so that its shorter side fits, and cut to the square in its middle.
+    Transparent parts lie on white. Gray of 8, 16 or 32 bits keeps its depth; floating-point pixels count from 0 to 1,
+    or to 255 where one of them is above 1.
+
+    The content decides on the format, not the name; only the formats of :data:`fused_arcface.app.data.folders.SUFFIXES`
+    are tried. Decoding takes up to 16 bytes a pixel, 24 of JPEG 2000.
+
+    Args:
+        source: a file, or the bytes of one.
+        spec: of the result.
+        max_pixels: width times height that an image may have; checked before it is decoded.
+
+    Raises:
+        ImageError: it cannot be opened or decoded, has too many pixels, or one that is not finite.
+        MissingExtra: Pillow is not installed.
+
+    >>> import io; from PIL import Image
+    >>> file = io.BytesIO(); Image.new("L", (50, 80), 255).save(file, "png")
+    >>> read_image(file.getvalue(), ImageSpec(size=2, channels=1))
+    tensor([[[1., 1.],
+             [1., 1.]]])
+    """
+    with _opened(source, max_pixels) as image:
+        pil, ops = require("PIL.Image", "train"), require("PIL.ImageOps", "train")
+        ops.exif_transpose(image, in_place=True)
+        plain = _as_plain(image, "L" if spec.channels == 1 else "RGB")
+        plain = ops.fit(plain, (spec.size, spec.size), method=pil.Resampling.BILINEAR)
+        pixels = torch.from_numpy(np.array(plain, dtype=np.float32))
+    pixels = pixels[None] if pixels.dim() == 2 else pixels.permute(2, 0, 1)
+    return (pixels / 127.5 - 1).expand(spec.shape).contiguous()
+
+
+def image_spec(source: Path | bytes, max_pixels: int = MAX_PIXELS) -> ImageSpec:
+    """Return shorter side and number of channels of an image, as they are stored; its pixels are not decoded.
+
+    Raises:
+        ImageError: it cannot be opened, or has too many pixels.
+    """
+    with _opened(source, max_pixels) as image:
+        gray = image.mode in ("1", "L", "LA", "F") or image.mode.startswith("I")
+        return ImageSpec(min(image.size), 1 if gray else 3)
+
+
+@contextlib.contextmanager
+def _opened(source: Path | bytes, max_pixels: int) -> Iterator[Any]:
+    """Open an image, not yet decoded. Whatever goes wrong with it, here or in the block, is an :class:`ImageError`.
+
+    Decoders raise errors of many kinds for damaged files, so all are caught.
+    """
+    pil = require("PIL.Image", "train")
+    if pil.MAX_IMAGE_PIXELS is not None:  # Pillow's own limit, below which it must not stop what is allowed here
+        pil.MAX_IMAGE_PIXELS = max(pil.MAX_IMAGE_PIXELS, max_pixels)
+    doing = "read"
+    try:
+        with pil.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS) as image:
+            width, height = image.size
+            if width * height > max_pixels:
+                raise ImageError(
+                    f"{_name(source)} must have at most max_pixels={max_pixels} pixels; got {width} × {height}"
+                )
+            doing = "decoded"
+            yield image
+    except (ImageError, MissingExtra):
+        raise
+    except pil.UnidentifiedImageError:
+        raise ImageError(f"{_name(source)} cannot be read as an image: none of {', '.join(FORMATS)}") from None
+    except Exception as error:
+        why = str(error) or type(error).__name__
+        raise ImageError(f"{_name(source)} cannot be {doing} as an image: {why}") from None
+
+
+def _name(source: Path | bytes) -> str:
+    return f"an image of {len(source)} bytes" if isinstance(source, bytes) else str(source)
+
+
+def _as_plain(image: Any, mode: str) -> Any:
+    """Return ``image`` in 8-bit ``mode``, or in floating point from 0 to 255 if it is deep gray.
+
+    Raises:
+        ValueError: a pixel that is not finite.
+    """
+    pil = require("PIL.Image", "train")
+    if image.mode == "F" or image.mode.startswith("I"):
+        pixels = np.array(image, dtype=np.float32)
+        least, greatest = float(pixels.min()), float(pixels.max())  # NaN if one is
+        if not math.isfinite(least) or not math.isfinite(greatest):
+            raise ValueError("its pixels must be finite")
+        # A 16-bit file comes as I;16, or as 32-bit integers of the same values from some versions of Pillow.
+        depths = (1, 255) if image.mode == "F" else (65535, 2**31 - 1)
+        deepest = depths[0] if greatest <= depths[0] else depths[1]
+        pixels *= 255 / deepest
+        return pil.fromarray(pixels.clip(0, 255, out=pixels))
+    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        if image.mode != "RGBA":
+            image = image.convert("RGBA")
+        image = pil.alpha_composite(pil.new("RGBA", image.size, "white"), image)
+    return image if image.mode == mode else image.convert(mode)

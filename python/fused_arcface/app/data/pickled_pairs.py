@@ -1,0 +1,94 @@
+"""Verification sets as insightface ships them: ``lfw.bin`` and its like, a pickle of ``(encoded images, is same)``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from fused_arcface.base.reading import DataError, check_regular, file_errors, open_regular
+
+from .pickle_reader import Array, Damaged, Refused, read_pickle
+
+
+class PickledPairs(NamedTuple):
+    """P pairs."""
+
+    images: list[bytes]
+    """2·P encoded images: pair i is of images 2·i and 2·i + 1."""
+    same: list[bool]
+    """P: whether both show one person."""
+
+
+def read_pickled_pairs(path: str | Path) -> PickledPairs:
+    """Read a ``.bin`` verification set, of any pickle protocol, Python 2's too.
+
+    Images are bytes or uint8 arrays ``(n,)``, ``(n, 1)`` or ``(1, n)`` in a list, a tuple or an array of objects;
+    labels are bools or 0 and 1 in a list, a tuple, or an array of bools or integers. Nothing of the file is executed,
+    and memory grows with its size alone; see :mod:`fused_arcface.app.data.pickle_reader`.
+
+    Raises:
+        DataError: it cannot be read, is damaged, or holds something else.
+
+    >>> import pickle, tempfile
+    >>> file = Path(tempfile.mkdtemp()) / "two.bin"
+    >>> _ = file.write_bytes(pickle.dumps(([b"jpeg", b"jpeg"], [True])))
+    >>> read_pickled_pairs(file).same
+    [True]
+    """
+    path = Path(path)
+    size = check_regular(path)
+    with open_regular(path) as file, file_errors(path):
+        try:
+            found = read_pickle(file, size)
+        except Refused as refused:
+            raise DataError(f"{path} is refused: {refused}; nothing of it was executed") from None
+        except Damaged as damaged:
+            raise DataError(f"{path} is no pickle, or a damaged one: {damaged}") from None
+    if not isinstance(found, (tuple, list)) or len(found) != 2:
+        raise DataError(f"{path} must hold (images, is same); it holds {_kind(found)}")
+    images, same = found
+    if isinstance(images, Array) and isinstance(images.content, list):
+        images = images.content
+    if not isinstance(images, (list, tuple)) or not (isinstance(same, (list, tuple)) or _is_vector(same)):
+        raise DataError(f"{path} must hold two lists, images and is same; it holds {' and '.join(map(_kind, found))}")
+    pairs = same.shape[0] if isinstance(same, Array) else len(same)
+    if len(images) != 2 * pairs or pairs == 0:
+        raise DataError(f"{path} must hold two images a pair; it holds {len(images)} and {pairs} pairs")
+    flags = same.numbers().tolist() if isinstance(same, Array) else same
+    return PickledPairs(
+        [_image(path, index, image) for index, image in enumerate(images)],
+        [_flag(path, index, flag) for index, flag in enumerate(flags)],
+    )
+
+
+def _is_vector(value: Any) -> bool:
+    return isinstance(value, Array) and len(value.shape) == 1 and isinstance(value.content, bytes)
+
+
+def _image(path: Path, index: int, image: Any) -> bytes:
+    if isinstance(image, Array) and _is_uint8(image) and (len(image.shape) == 1 or 1 in image.shape):
+        image = image.content
+    if not isinstance(image, bytes):
+        raise DataError(f"{path}: image {index} must be bytes or a uint8 array (n,), (n, 1) or (1, n); {_is(image)}")
+    return image
+
+
+def _is_uint8(array: Array) -> bool:
+    return array.element.kind == "u" and array.element.size == 1
+
+
+def _flag(path: Path, index: int, flag: Any) -> bool:
+    if not isinstance(flag, int) or flag not in (0, 1):
+        raise DataError(f"{path}: is same {index} must be a bool; {_is(flag)}")
+    return bool(flag)
+
+
+def _is(value: Any) -> str:
+    return f"it is {value}" if isinstance(value, int) else f"it is {_kind(value)}"
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, Array):
+        kind = value.element.kind
+        return f"an array {value.shape} of {'objects' if kind == 'O' else f'{kind}{value.element.size}'}"
+    return type(value).__name__

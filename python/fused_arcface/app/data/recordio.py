@@ -1,0 +1,296 @@
+"""RecordIO, MXNet's file of records, and the images that face data sets keep in it, without mxnet.
+
+A record lies at a multiple of 4 bytes, little-endian::
+
+    uint32 magic 0xced7230a    uint32 (part << 29 | length)    payload    0 to 3 zero bytes
+
+``part`` is 0 for a whole record. A payload with the magic number in one of its aligned words is stored in parts that
+end before each such word (1 the first, 2 those between, 3 the last): the word itself is left out, and put back between
+the parts on reading.
+
+An image's payload is ``uint32 flag, float32 label, uint64 id, uint64 id2`` and then the image's bytes; with ``flag``
+> 0 that many float32 labels stand before the image, and ``label`` counts for nothing. ``train.idx`` has a line
+``key <tab> offset`` for each record.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import struct
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from fused_arcface.base.reading import DataError, open_regular
+
+MAGIC = 0xCED7230A
+HEAD_BYTES = 8  # magic and length
+WHOLE, FIRST, BETWEEN, LAST = range(4)
+MOST = (1 << 29) - 1
+"""Bytes of a part."""
+MOST_BROKEN = 10_000
+"""Records of a file that may be broken."""
+
+_HEAD = struct.Struct("<II")
+_IMAGE = struct.Struct("<IfQQ")
+IMAGE_HEADER_BYTES = _IMAGE.size
+_MAGIC_BYTES = struct.pack("<I", MAGIC)
+_MOST_LABELS = 1 << 16
+_WINDOW = 1 << 12  # bytes read at once for the heads of a scan
+
+
+class RecordError(DataError):
+    """A record that cannot be read; the message has the file, the record's number and its offset in bytes."""
+
+
+class ImageRecord(NamedTuple):
+    """An image of a RecordIO file."""
+
+    labels: tuple[float, ...]
+    """One, unless the record says how many."""
+    id: int
+    image: bytes
+    """As it was encoded: a JPEG, for example."""
+
+
+def pack_image(labels: float | Sequence[float], id: int, image: bytes) -> bytes:
+    """An image's payload. One label is stored in the header, a sequence of them after it.
+
+    >>> unpack_image(pack_image([3, 0.5], 7, b"jpeg"))
+    ImageRecord(labels=(3.0, 0.5), id=7, image=b'jpeg')
+    """
+    if isinstance(labels, (int, float)):
+        return _IMAGE.pack(0, labels, id, 0) + image
+    return _IMAGE.pack(len(labels), 0.0, id, 0) + struct.pack(f"<{len(labels)}f", *labels) + image
+
+
+def unpack_image(payload: bytes) -> ImageRecord:
+    """The opposite of :func:`pack_image`.
+
+    Raises:
+        ValueError: shorter than its header says, or with more than 65536 labels.
+
+    >>> unpack_image(pack_image(3, 7, b"jpeg")).labels
+    (3.0,)
+    """
+    if len(payload) < _IMAGE.size:
+        raise ValueError(f"an image's record must have >= {_IMAGE.size} bytes; got {len(payload)}")
+    flag, label, id, _ = _IMAGE.unpack_from(payload)
+    if flag == 0:
+        return ImageRecord((label,), id, payload[_IMAGE.size :])
+    start = _IMAGE.size + 4 * flag
+    if flag > _MOST_LABELS:
+        raise ValueError(f"a record must have <= {_MOST_LABELS} labels; got {flag}")
+    if len(payload) < start:
+        raise ValueError(f"a record with {flag} labels must have >= {start} bytes; got {len(payload)}")
+    return ImageRecord(struct.unpack_from(f"<{flag}f", payload, _IMAGE.size), id, payload[start:])
+
+
+_Read = Callable[[int, int], bytes]
+
+
+class _Window:
+    """Reads a few bytes at an offset, many of one block one after another."""
+
+    def __init__(self, read: _Read) -> None:
+        self._read, self._start, self._data = read, 0, b""
+
+    def __call__(self, offset: int, length: int) -> bytes:
+        if not self._start <= offset <= self._start + len(self._data) - length:
+            self._start, self._data = offset, self._read(offset, _WINDOW)
+        return self._data[offset - self._start : offset - self._start + length]
+
+
+class RecordFile:
+    """A RecordIO file, read at any offset; usable after a fork, in another process, and from several threads.
+
+    Args:
+        path: of the ``.rec``.
+
+    Raises:
+        DataError: it cannot be opened, or is no regular file.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self._open()
+
+    def _open(self) -> None:
+        # pread keeps no position, which processes after a fork would share.
+        self._file = open_regular(self.path)
+        self.size = os.fstat(self._file.fileno()).st_size
+        self.bytes_read = 0
+        """Of records, by :meth:`read`."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"path": self.path}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.path = state["path"]
+        self._open()
+
+    def close(self) -> None:
+        self._file.close()
+
+    def read(self, offset: int, number: int) -> bytes:
+        """Payload of the record at ``offset``; ``number`` is what messages call it.
+
+        Raises:
+            RecordError: no record there, or one that does not end within the file.
+        """
+        part, payload, offset_after = self._part(offset, number)
+        if part == WHOLE:
+            return payload
+        if part != FIRST:
+            raise self._error(offset, number, f"it begins with a part of kind {part}, not with a first one")
+        parts = [payload]
+        while part != LAST:
+            part, payload, offset_after = self._part(offset_after, number)
+            if part not in (BETWEEN, LAST):
+                raise self._error(offset, number, "its last part is missing")
+            parts.append(payload)
+        return _MAGIC_BYTES.join(parts)
+
+    def _part(self, offset: int, number: int) -> tuple[int, bytes, int]:
+        """Kind, payload and end of the part at ``offset``."""
+        part, length = self.head(offset, number)
+        self.bytes_read += HEAD_BYTES + length
+        payload = self._read(offset + HEAD_BYTES, length)
+        if len(payload) < length:
+            raise self._error(offset, number, "the file became shorter")
+        return part, payload, offset + HEAD_BYTES + padded(length)
+
+    def _read(self, offset: int, length: int) -> bytes:
+        try:
+            return os.pread(self._file.fileno(), length, offset)
+        except OSError as error:
+            raise DataError(f"{self.path} cannot be read at byte {offset}: {error.strerror}") from None
+
+    def head(self, offset: int, number: int, read: _Read | None = None) -> tuple[int, int]:
+        """Kind and length of the part at ``offset``; it ends within the file. ``read`` takes its bytes."""
+        if not 0 <= offset <= self.size - HEAD_BYTES:
+            raise self._error(offset, number, f"the file ends at byte {self.size}")
+        if offset % 4:
+            raise self._error(offset, number, "a record begins at a multiple of 4")
+        head = (read or self._read)(offset, HEAD_BYTES)
+        if len(head) < HEAD_BYTES:
+            raise self._error(offset, number, "the file became shorter")
+        magic, word = _HEAD.unpack(head)
+        if magic != MAGIC:
+            raise self._error(offset, number, f"0x{MAGIC:08x} must stand there; got 0x{magic:08x}")
+        part, length = word >> 29, word & MOST
+        if offset + HEAD_BYTES + length > self.size:
+            end = offset + HEAD_BYTES + length
+            raise self._error(offset, number, f"it must end at byte {end}, the file ends at byte {self.size}")
+        return part, length
+
+    def _error(self, offset: int, number: int, why: str) -> RecordError:
+        return RecordError(f"{self.path}: record {number} at byte {offset} cannot be read: {why}")
+
+    def scan(self, start: int = 0, stop: int | None = None) -> Iterator[int | RecordError]:
+        """Yield the offset of each record from ``start`` to ``stop``, found without an index, in order.
+
+        A :class:`RecordError` comes in place of one that cannot be read, after which the scan goes on at the next
+        magic number.
+
+        Raises:
+            DataError: more than 10,000 records cannot be read: the file is of another kind.
+        """
+        offset, number, broken = start, 0, 0
+        stop = self.size if stop is None else stop
+        window = _Window(self._read)
+        while offset < stop:
+            start = offset
+            found: RecordError | None = None
+            try:
+                part, length = self.head(offset, number, window)
+                if part not in (WHOLE, FIRST):
+                    raise self._error(offset, number, f"it begins with a part of kind {part}, not with a first one")
+                offset += HEAD_BYTES + padded(length)
+                while part not in (WHOLE, LAST):
+                    part, length = self.head(offset, number, window)
+                    if part not in (BETWEEN, LAST):
+                        raise self._error(start, number, "its last part is missing")
+                    offset += HEAD_BYTES + padded(length)
+            except RecordError as error:
+                found = error
+                broken += 1
+                if broken > MOST_BROKEN:
+                    raise too_broken(self.path) from None
+                offset = self._next_magic(max(offset, start + 4), stop)
+            yield start if found is None else found
+            number += 1
+
+    def _next_magic(self, offset: int, stop: int) -> int:
+        """Offset of the first record that may begin at ``offset`` or after it; ``stop`` if none does before."""
+        offset, block = padded(offset), _WINDOW
+        while offset < stop:
+            data = self._read(offset, block + 4)
+            at = data.find(_MAGIC_BYTES)
+            while 0 <= at < block:
+                word = data[at + 4 : at + HEAD_BYTES]
+                if at % 4 == 0 and len(word) == 4 and word[3] >> 5 in (WHOLE, FIRST):
+                    return offset + at
+                at = data.find(_MAGIC_BYTES, at + 1)
+            offset += block
+            block = min(4 * block, 1 << 20)
+        return stop
+
+
+def too_broken(path: Path) -> DataError:
+    """Return the error for a file that has more broken records than it is worth to list."""
+    return DataError(f"{path} has more than {MOST_BROKEN} records that cannot be read: it is damaged, or another file")
+
+
+class RecordWriter:
+    """Writes a RecordIO file and its index; a context manager.
+
+    >>> import tempfile; path = Path(tempfile.mkdtemp()) / "train.rec"
+    >>> with RecordWriter(path) as writer:
+    ...     writer.write(1, pack_image(0, 1, b"jpeg"))
+    >>> RecordFile(path).read(0, 1)[-4:], path.with_suffix(".idx").read_text()
+    (b'jpeg', '1\\t0\\n')
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self._files = contextlib.ExitStack()
+        path = Path(path)
+        self._records = self._files.enter_context(path.open("wb"))
+        self._index = self._files.enter_context(path.with_suffix(".idx").open("w", encoding="ascii", newline="\n"))
+
+    def write(self, key: int, payload: bytes) -> None:
+        """Appends a record."""
+        self._index.write(f"{key}\t{self._records.tell()}\n")
+        parts = _split_at_magic(payload)
+        for place, part in enumerate(parts):
+            if len(part) > MOST:
+                raise ValueError(f"a part of a record must have < 2^29 bytes; got {len(part)}")
+            kind = WHOLE if len(parts) == 1 else FIRST if place == 0 else LAST if place == len(parts) - 1 else BETWEEN
+            self._records.write(_HEAD.pack(MAGIC, kind << 29 | len(part)) + part + bytes(padded(len(part)) - len(part)))
+
+    def close(self) -> None:
+        self._files.close()
+
+    def __enter__(self) -> RecordWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _split_at_magic(payload: bytes) -> list[bytes]:
+    """What lies before, between and after the magic numbers in the payload's aligned words."""
+    parts, start = [], 0
+    at = payload.find(_MAGIC_BYTES)
+    while at >= 0:
+        if at % 4 == 0:
+            parts.append(payload[start:at])
+            start = at + 4
+        at = payload.find(_MAGIC_BYTES, at + 4 if at % 4 == 0 else at + 1)
+    return [*parts, payload[start:]]
+
+
+def padded(length: int) -> int:
+    """``length`` raised to a multiple of 4."""
+    return -(-length // 4) * 4

@@ -1,0 +1,1 @@
+"""The laboratory: the demonstration, and the comparison of the field's losses."""

@@ -1,0 +1,69 @@
+"""Batches for losses of pairs: several images of each identity, or two views of each image."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..data import LabelledImages
+from .steps import shuffled_batches
+
+
+def identity_batches(
+    data: LabelledImages, batch_size: int, steps: int, seed: int, least_each: int = 4
+) -> Iterator[LabelledImages]:
+    """Batches of as many identities as go with ``least_each`` images of each or more, all with as many; of an identity
+    with fewer, some twice.
+
+    Raises:
+        ValueError: a batch that does not hold two identities.
+
+    >>> data = LabelledImages(torch.zeros(9, 1, 2, 2), torch.arange(9) // 3)
+    >>> next(identity_batches(data, 4, steps=1, seed=0, least_each=2)).labels.bincount().sort().values
+    tensor([0, 2, 2])
+    """
+    count = min(batch_size // least_each, data.num_identities)
+    if count < 2:
+        rule = f"batch_size must hold least_each={least_each} images of two identities, of {data.num_identities}"
+        raise ValueError(f"{rule}; got {batch_size}")
+    images_each = batch_size // count
+    rows_of = [(data.labels == identity).nonzero()[:, 0] for identity in range(data.num_identities)]
+    generator = torch.Generator().manual_seed(seed)
+
+    def some(rows: Tensor) -> Tensor:
+        times = math.ceil(images_each / len(rows))
+        shuffled = [rows[torch.randperm(len(rows), generator=generator)] for _ in range(times)]
+        return torch.cat(shuffled)[:images_each]
+
+    for _ in range(steps):
+        identities = torch.randperm(len(rows_of), generator=generator)[:count]
+        rows = torch.cat([some(rows_of[identity]) for identity in identities.tolist()])
+        yield LabelledImages(data.images[rows], data.labels[rows])
+
+
+def two_view_batches(data: LabelledImages, batch_size: int, steps: int, seed: int) -> Iterator[LabelledImages]:
+    """Two random views of each of ``batch_size / 2`` images, the label the image's number in the batch: whom it shows
+    plays no part."""
+    generator = torch.Generator().manual_seed(seed)
+    for images, _ in shuffled_batches(data, batch_size // 2, steps, seed):
+        views = [random_view(images, generator) for _ in range(2)]
+        yield LabelledImages(torch.cat(views), torch.arange(len(images)).repeat(2))
+
+
+def random_view(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Images ``(N, channels, height, width)`` turned, stretched, moved and with noise, each in its own way.
+
+    Deviations: 0.15 radians, 0.1 of the linear map, 0.08 of the half-side, 0.1 of the pixels.
+    """
+    normal = torch.randn(len(images), 7, generator=generator)
+    angle = 0.15 * normal[:, 0]
+    turn = torch.stack([angle.cos(), -angle.sin(), angle.sin(), angle.cos()], 1).view(-1, 2, 2)
+    linear = turn + 0.1 * normal[:, 1:5].view(-1, 2, 2)
+    affine = torch.cat([linear, 0.08 * normal[:, 5:, None]], 2)
+    grid = F.affine_grid(affine, list(images.shape), align_corners=False)
+    moved = F.grid_sample(images, grid, padding_mode="border", align_corners=False)
+    return moved + 0.1 * torch.randn(images.shape, generator=generator)

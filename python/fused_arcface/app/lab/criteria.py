@@ -1,0 +1,102 @@
+"""What is compared: every loss of the field by the name that tables and pictures call it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from torch import nn
+
+from fused_arcface.head import MarginHead
+from fused_arcface.margins.angular import ArcFace, CosFace, Margin, NormSoftmax, SphereFace
+from fused_arcface.margins.per_row import AdaFace
+
+from ..data import LabelledImages
+from .batches import identity_batches, two_view_batches
+from .heads import SoftmaxHead
+from .losses import CenterLossHead, contrastive, triplet_batch_hard, triplet_semi_hard
+from .steps import shuffled_batches
+
+SOFTMAX, ARCFACE = "softmax", "ArcFace"
+
+SCALE = 16.0
+"""Of the margin heads. The papers' 64 suits 10⁵ identities; with some hundred a softmax is sharp enough at 16, and
+learns faster."""
+
+Batches = Callable[[LabelledImages, int, int, int], Iterator[LabelledImages]]
+"""From images, batch size, steps and seed."""
+
+
+@dataclass(frozen=True)
+class Criterion:
+    """A way to train an embedding net."""
+
+    name: str
+    source: str
+    """Who proposed it."""
+    make_head: Callable[[int, int], nn.Module]
+    """From (D, C) to a module ``head(embeddings, target) -> loss``."""
+    batches: Batches = shuffled_batches
+    colour: str = "#555555"
+    line: str = "-"
+
+
+def criteria() -> dict[str, Criterion]:
+    """Every criterion by name, in the order of the field's history.
+
+    Margins and scales are the papers', but for the scale. The margins of contrastive and triplet loss are in squared
+    distances of unit embeddings, from 0 to 4; FaceNet's is 0.2.
+
+    >>> criteria()["ArcFace"].make_head(8, 100)
+    MarginHead(8, 100, margin=ArcFace(margin=0.5, boundary='hard', gradient='exact'), scale=16.0, backend='auto')
+    """
+    found = [
+        Criterion(SOFTMAX, "the baseline", SoftmaxHead, colour="#D55E00"),
+        Criterion(
+            "contrastive", "2005", lambda dim, classes: contrastive(1.0), identity_batches, colour="#999999", line="--"
+        ),
+        Criterion(
+            "contrastive, two views",
+            "self-supervised: two views of an image are the similar pair",
+            lambda dim, classes: contrastive(1.0),
+            two_view_batches,
+            colour="#999999",
+            line=":",
+        ),
+        Criterion(
+            "triplet, semi-hard",
+            "FaceNet, 2015",
+            lambda dim, classes: triplet_semi_hard(0.2),
+            identity_batches,
+            colour="#CC79A7",
+        ),
+        Criterion(
+            "triplet, batch-hard",
+            "2017",
+            lambda dim, classes: triplet_batch_hard(0.2),
+            identity_batches,
+            colour="#CC79A7",
+            line="--",
+        ),
+        Criterion(
+            "center loss", "2016", lambda dim, classes: CenterLossHead(dim, classes, pull=0.01), colour="#E69F00"
+        ),
+        _margin("NormSoftmax", "2017", NormSoftmax, "#000000"),
+        _margin("SphereFace", "2017", lambda: SphereFace(1.7), "#56B4E9"),
+        _margin("CosFace", "2018", lambda: CosFace(0.35), "#009E73"),
+        _margin(ARCFACE, "2019", lambda: ArcFace(0.5), "#0072B2"),
+        # The paper's rate of 0.01 is for long trainings: here the norms' mean would be found only at their end.
+        _margin("AdaFace", "2022", lambda: AdaFace(0.4, rate=0.1), "#8C6D00"),
+    ]
+    return {criterion.name: criterion for criterion in found}
+
+
+MARGINS = ("SphereFace", "CosFace", ARCFACE, "AdaFace")
+"""Those with a margin: they are expected above softmax on people never seen in training."""
+
+
+def _margin(name: str, source: str, make_margin: Callable[[], Margin], colour: str) -> Criterion:
+    def make_head(dim: int, classes: int) -> nn.Module:
+        return MarginHead(dim, classes, margin=make_margin(), scale=SCALE)
+
+    return Criterion(name, source, make_head, colour=colour)

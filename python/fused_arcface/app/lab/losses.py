@@ -1,0 +1,93 @@
+"""Losses that are compared with the margins: center loss, which is ours, and those of pairs and triplets, which are
+pytorch-metric-learning's. All are heads: ``head(embeddings, target) -> loss``."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from fused_arcface.base.extras import require
+
+from .heads import SoftmaxHead
+
+
+class CenterLossHead(SoftmaxHead):
+    """Softmax cross-entropy and ``λ/2·‖f - c_y‖²``, both the mean over the batch (Wen et al., 2016, eq. 5).
+
+    The centres c, one for each class, are learnt by the optimizer as all else is; the paper moves them by a rate of
+    their own.
+
+    Args:
+        embedding_dim: D.
+        num_classes: C.
+        pull: λ.
+
+    >>> head = CenterLossHead(2, 3, pull=0.5)
+    >>> head.pull_to_centers(torch.tensor([[3.0, 4.0]]), torch.tensor([0])).item()  # the centres begin at 0
+    6.25
+    """
+
+    def __init__(self, embedding_dim: int, num_classes: int, pull: float) -> None:
+        super().__init__(embedding_dim, num_classes)
+        self.pull = pull
+        self.centers = nn.Parameter(torch.zeros(num_classes, embedding_dim))
+
+    def forward(self, embeddings: Tensor, target: Tensor) -> Tensor:
+        """Mean loss of embeddings (N, D) with labels (N,)."""
+        return super().forward(embeddings, target) + self.pull_to_centers(embeddings, target)
+
+    def pull_to_centers(self, embeddings: Tensor, target: Tensor) -> Tensor:
+        """The second term alone."""
+        return self.pull / 2 * (embeddings - self.centers[target]).square().sum(1).mean()
+
+
+def contrastive(margin: float) -> nn.Module:
+    """``Y·D² + max(0, m - D²)·(1 - Y)`` over all pairs of the batch, D the distance of normalised embeddings (Chopra,
+    Hadsell and LeCun, 2005); of pairs of one kind the mean of those that are not 0.
+
+    Raises:
+        MissingExtra: pytorch-metric-learning is not installed.
+    """
+    loss: nn.Module = require("pytorch_metric_learning.losses", "compare").ContrastiveLoss(
+        pos_margin=0, neg_margin=margin, distance=_squared_distance()
+    )
+    return loss
+
+
+class _MinedTriplets(nn.Module):
+    """``max(0, D²(a, p) - D²(a, n) + m)`` over the triplets that a miner chooses."""
+
+    def __init__(self, margin: float, miner: nn.Module) -> None:
+        super().__init__()
+        self.loss = require("pytorch_metric_learning.losses", "compare").TripletMarginLoss(
+            margin, distance=_squared_distance()
+        )
+        self.miner = miner
+
+    def forward(self, embeddings: Tensor, target: Tensor) -> Tensor:
+        loss: Tensor = self.loss(embeddings, target, self.miner(embeddings.detach(), target))
+        return loss
+
+
+def triplet_semi_hard(margin: float) -> nn.Module:
+    """FaceNet's loss (Schroff et al., 2015): negatives farther than the positive, by less than the margin.
+
+    Raises:
+        MissingExtra: pytorch-metric-learning is not installed.
+    """
+    miners = require("pytorch_metric_learning.miners", "compare")
+    return _MinedTriplets(margin, miners.TripletMarginMiner(margin, "semihard", distance=_squared_distance()))
+
+
+def triplet_batch_hard(margin: float) -> nn.Module:
+    """For each image its farthest positive and its nearest negative of the batch (Hermans et al., 2017).
+
+    Raises:
+        MissingExtra: pytorch-metric-learning is not installed.
+    """
+    miners = require("pytorch_metric_learning.miners", "compare")
+    return _MinedTriplets(margin, miners.BatchHardMiner(distance=_squared_distance()))
+
+
+def _squared_distance() -> object:
+    return require("pytorch_metric_learning.distances", "compare").LpDistance(p=2, power=2, normalize_embeddings=True)

@@ -1,0 +1,1 @@
+"""Measuring: child processes, this machine, and interleaved timing."""

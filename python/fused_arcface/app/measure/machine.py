@@ -1,0 +1,145 @@
+"""The machine: its name, its measured ceilings, and what else a figure must carry to be read later."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import platform
+import subprocess
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from fused_arcface import __version__, backends
+
+from .timing import Timing, time_interleaved
+
+# Square products large enough to be bound by arithmetic alone, small enough for a quick run.
+_CPU_SIZE, _CUDA_SIZE = 3072, 8192
+# Bytes of a copy that no cache holds.
+_COPY_BYTES = 2**28
+
+
+@dataclass(frozen=True)
+class Ceiling:
+    """The fastest square matrix product of the machine's libraries, and its copy."""
+
+    library: str
+    size: int
+    timing: Timing
+    error: float
+    """Largest relative error in the product's first row."""
+    copy_bytes_per_second: float
+    """Bytes read and written."""
+
+    @property
+    def flops_per_second(self) -> float:
+        """By the fastest sample: a ceiling is what was reached, and a busy moment does not lower it."""
+        return 2 * self.size**3 / (self.timing.least * 1e-3)
+
+
+def measure_ceiling(device: torch.device, dtype: str = "float32", seconds: float = 2.0) -> Ceiling:
+    """What a large square product in ``dtype``, or ``"tf32"``, reaches here: torch's, or numpy's (CPU, fp32) if faster.
+
+    It stands somewhat below the processor's FMA peak, which only a loop in registers reaches; no head built on a
+    library's products can pass it.
+    """
+    size = _CUDA_SIZE if device.type == "cuda" else _CPU_SIZE
+    generator = torch.Generator(device).manual_seed(0)
+    a = torch.randn(size, size, device=device, generator=generator)
+    a = a if dtype == "tf32" else a.to(getattr(torch, dtype))
+    result = torch.empty_like(a)
+
+    def with_torch() -> None:
+        precision = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("high" if dtype == "tf32" else "highest")
+        torch.mm(a, a, out=result)
+        torch.set_float32_matmul_precision(precision)
+
+    runs: dict[str, Callable[[], None]] = {"torch": with_torch}
+    # numpy takes every processor it may run on, whatever torch was told: comparable only when torch takes them all.
+    if device.type == "cpu" and dtype == "float32" and torch.get_num_threads() >= processors():
+        import numpy as np
+
+        a_numpy, result_numpy = a.numpy(), result.numpy()
+
+        def with_numpy() -> None:
+            np.matmul(a_numpy, a_numpy, out=result_numpy)
+
+        runs["numpy"] = with_numpy
+    timings = time_interleaved(runs, device, seconds)
+    library = min(timings, key=lambda name: timings[name].least)
+    runs[library]()
+    right = a[:1].double() @ a.double()
+    error = float((result[:1].double() - right).abs().max() / right.abs().max())
+
+    copied = copy_bytes_per_second(device, seconds / 4)
+    return Ceiling(library, size, timings[library], error, copied)
+
+
+def fma_flops_per_second(seconds: float = 0.5) -> float | None:
+    """The processor's fp32 multiply-adds in registers, the fastest within ``seconds``; None without the CPU backend."""
+    if backends.available()["cpu"] is not None:
+        return None
+    multiply_adds = backends.load("cpu").multiply_adds
+    rounds = 2_000_000
+    fastest = time_interleaved({"fma": lambda: multiply_adds(rounds)}, torch.device("cpu"), seconds)["fma"].least
+    return float(multiply_adds(rounds) / (fastest * 1e-3))
+
+
+def copy_bytes_per_second(device: torch.device, seconds: float) -> float:
+    """Bytes read and written per second by a copy that no cache holds, the fastest within ``seconds``."""
+    source = torch.ones(_COPY_BYTES, dtype=torch.int8, device=device)
+    copy = torch.empty_like(source)
+    copied = time_interleaved({"copy": lambda: copy.copy_(source)}, device, seconds)["copy"]
+    return 2 * _COPY_BYTES / (copied.least * 1e-3)
+
+
+def processors() -> int:
+    """Processors that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def device_name(device: torch.device, threads: int | None = None) -> str:
+    """The GPU's name, or the processor's with the number of threads, torch's own if not given."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    name = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        lines = cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines()
+        fields = (line.split(":", 1) for line in lines if line.startswith("model name"))
+        name = next((value.strip() for _, value in fields), name)
+    threads = threads or torch.get_num_threads()
+    return f"{name}, {platform.machine()}, {threads} thread{'s' if threads != 1 else ''}"
+
+
+def commit() -> str:
+    """The commit of the checkout that this package runs from, "-dirty" if the sources have changed since; the version
+    where it is none."""
+    package = Path(__file__).resolve().parents[1]
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(package), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+
+    try:
+        # A wheel may lie in an environment inside some other repository: ask whether that one knows this file.
+        git("ls-files", "--error-unmatch", __file__)
+        # Results and notes that have changed since are no other code.
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", str(package), ":(top)csrc")
+        return git("rev-parse", "--short=10", "HEAD") + ("-dirty" if changed else "")
+    except (OSError, subprocess.SubprocessError):
+        return f"v{__version__}"
+
+
+def context(device: torch.device) -> dict[str, str]:
+    """What every row carries: device, torch, commit and date."""
+    return {"device": device_name(device), "torch": torch.__version__, "commit": commit(), "date": now()}
+
+
+def now() -> str:
+    """The time in UTC, ISO 8601, to the second."""
+    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")

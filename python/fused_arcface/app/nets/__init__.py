@@ -1,0 +1,1 @@
+"""Embedding nets: the small one of the demo, IResNet, and timm's by name."""

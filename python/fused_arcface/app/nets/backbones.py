@@ -1,0 +1,95 @@
+"""Embedding nets by name: ``small``, ``iresnet18`` to ``iresnet200``, ``timm:NAME``."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from fused_arcface.base import torch_files
+from fused_arcface.base.extras import require
+from fused_arcface.base.reading import DataError
+
+from ..data.images import ImageSpec
+from .iresnet import LAYERS, IResNet
+from .small import SmallNet
+
+_TIMM = "timm:"
+NAMES = ("small", *(f"iresnet{depth}" for depth in LAYERS), f"{_TIMM}NAME")
+
+
+def check_backbone(name: str) -> None:
+    """Raises unless ``name`` is one of :data:`NAMES`.
+
+    Raises:
+        ValueError: it is none.
+        MissingExtra: it is timm's, and timm is not installed.
+    """
+    if name.startswith(_TIMM):
+        known = require("timm", "timm")
+        if not known.is_model(name.removeprefix(_TIMM)):
+            raise ValueError(f"backbone must be a model of timm {known.__version__}; got {name!r}")
+    elif name not in NAMES[:-1]:
+        raise ValueError(f"backbone must be one of {', '.join(NAMES)}; got {name!r}")
+
+
+def build_backbone(name: str, embedding_dim: int, spec: ImageSpec) -> nn.Module:
+    """A new net from images ``(N, *spec.shape)`` to embeddings ``(N, embedding_dim)``.
+
+    Raises:
+        ValueError, MissingExtra: see :func:`check_backbone`.
+
+    >>> import torch
+    >>> build_backbone("small", 64, ImageSpec(size=32, channels=1))(torch.zeros(2, 1, 32, 32)).shape
+    torch.Size([2, 64])
+    """
+    check_backbone(name)
+    if name.startswith(_TIMM):
+        timm_name = name.removeprefix(_TIMM)
+        # Nets of patches are made for one size of image, convolutional ones take any and do not know the argument.
+        size = {"img_size": spec.size} if _timm_config(timm_name).get("fixed_input_size") else {}
+        net: nn.Module = require("timm", "timm").create_model(
+            timm_name, pretrained=False, num_classes=embedding_dim, in_chans=spec.channels, **size
+        )
+        return net
+    if name == "small":
+        return SmallNet(embedding_dim, spec.channels)
+    return IResNet(_depth(name), embedding_dim, spec.size, spec.channels)
+
+
+def load_weights(net: nn.Module, path: Path) -> None:
+    """Sets a net to the weights in a file: a run's ``model.pt``, insightface's ``backbone.pth``. Nothing but tensors is
+    read from it.
+
+    Raises:
+        DataError: it cannot be read, or has the weights of another net.
+    """
+    # Any error: the file may be of any kind, and hold texts or numbers in place of names and tensors.
+    try:
+        net.load_state_dict(torch_files.load(path))
+    except Exception as error:
+        raise DataError(f"{path} has no weights of this net: {error}") from None
+
+
+def own_spec(name: str) -> ImageSpec | None:
+    """What images a net was designed for; None if it takes any."""
+    if name.startswith(_TIMM):
+        channels, size, _ = _timm_config(name.removeprefix(_TIMM)).get("input_size", (3, 224, 224))
+        return ImageSpec(size, channels)
+    return None if name == "small" else ImageSpec(size=112, channels=3)
+
+
+def own_embedding_dim(name: str) -> int:
+    """D that suits a net: 512 as in the papers, less for the small one."""
+    return 128 if name == "small" else 512
+
+
+def _depth(name: str) -> int:
+    return int(re.sub("[^0-9]", "", name))
+
+
+def _timm_config(name: str) -> dict[str, Any]:
+    config: dict[str, Any] = require("timm.models", "timm").get_pretrained_cfg(name).to_dict()
+    return config

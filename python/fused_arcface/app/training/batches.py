@@ -1,0 +1,138 @@
+"""Which images each step trains on, and their reading. The batches are a function of the seed alone: neither the number
+of ranks nor an interruption changes them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from fused_arcface.base.keyed_random import BATCH, fold
+from fused_arcface.base.reading import DataError
+
+from ..data.images import ImageError, ImageSpec
+from ..data.sources import LabelledReader
+from .interrupt import ignore_interrupts
+
+_MOST_UNREADABLE = 100  # in a row: then it is the source that is wrong, not an image
+
+_GIVEN_UP = -1  # as the label of an image that could not be read, nor any after it
+
+
+class Batch(NamedTuple):
+    """One rank's share of a step."""
+
+    images: Tensor
+    """(n, channels, size, size) fp32."""
+    labels: Tensor
+    """(n,) int64."""
+    problems: list[str]
+    """Images that could not be read, each with its place; the next readable one is in the batch instead."""
+
+
+class Item(NamedTuple):
+    """An image to read."""
+
+    place: int
+    mirrored: bool
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """The joint batches of all ranks: each epoch a new order of all images, cut into whole batches; what is left over
+    waits for the next epoch's order."""
+
+    num_images: int
+    batch_size: int
+    """Images of a joint batch; all of them if there are fewer."""
+    seed: int
+    flip: bool
+
+    @property
+    def rows(self) -> int:
+        """Images that a batch really has."""
+        return min(self.batch_size, self.num_images)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return self.num_images // self.rows
+
+    def epoch(self, epoch: int) -> list[list[Item]]:
+        """The batches of one epoch, counted from 0."""
+        generator = torch.Generator().manual_seed(fold(self.seed, BATCH, epoch) >> 1)
+        order = torch.randperm(self.num_images, generator=generator)[: self.steps_per_epoch * self.rows]
+        mirrored = (torch.rand(len(order), generator=generator) < 0.5) & self.flip
+        items = list(map(Item, order.tolist(), mirrored.tolist()))
+        return [items[start : start + self.rows] for start in range(0, len(items), self.rows)]
+
+    def from_step(self, step: int, steps: int, share: slice) -> Iterator[list[Item]]:
+        """A share of the batches from ``step`` to the last one before ``steps``, both counted from 0 over all
+        epochs."""
+        while step < steps:
+            epoch, within = divmod(step, self.steps_per_epoch)
+            for batch in self.epoch(epoch)[within : within + steps - step]:
+                yield batch[share]
+                step += 1
+
+
+def share_bounds(rows: int, parts: int) -> list[int]:
+    """Where a joint batch is cut into ``parts`` micro-batches: ``parts + 1`` rows.
+
+    >>> share_bounds(10, 4)
+    [0, 2, 5, 7, 10]
+    """
+    return [rows * part // parts for part in range(parts + 1)]
+
+
+class _ReadImages(Dataset[Batch]):
+    """Reads one item; the loader's workers call it."""
+
+    def __init__(self, source: LabelledReader, spec: ImageSpec) -> None:
+        self._source, self._spec = source, spec
+
+    def __getitem__(self, item: Item) -> Batch:
+        problems: list[str] = []
+        for distance in range(min(_MOST_UNREADABLE, len(self._source))):
+            index = (item.place + distance) % len(self._source)
+            try:
+                image = self._source.read(index, self._spec)
+                if not image.isfinite().all():  # it would make a whole step useless
+                    raise ImageError(f"image {index} of the data has pixels that are not finite")
+            except (ValueError, OSError) as error:
+                problems.append(str(error))
+                continue
+            return Batch(image.flip(-1) if item.mirrored else image, self._source.labels[index], problems)
+        problems.append(f"{len(problems)} images in a row cannot be read; the last: {problems[-1]}")
+        return Batch(torch.zeros(self._spec.shape), torch.tensor(_GIVEN_UP), problems)
+
+
+def _collate(samples: list[Batch]) -> Batch:
+    images, labels, problems = zip(*samples, strict=True)
+    return Batch(torch.stack(images), torch.stack(labels), [each for some in problems for each in some])
+
+
+def load_batches(
+    source: LabelledReader, spec: ImageSpec, items: Iterator[list[Item]], workers: int, pin_memory: bool = False
+) -> Iterator[Batch]:
+    """Reads batches one after another, ahead of their use in ``workers`` processes if there are any.
+
+    Raises:
+        DataError: nothing can be read.
+    """
+    loader = DataLoader(
+        _ReadImages(source, spec),
+        batch_sampler=items,
+        num_workers=workers,
+        collate_fn=_collate,
+        pin_memory=pin_memory,
+        worker_init_fn=ignore_interrupts,
+    )
+    for batch in loader:
+        # Not raised where it was found: from a worker an error comes with that process's traceback.
+        if (batch.labels == _GIVEN_UP).any():
+            raise DataError(batch.problems[-1])
+        yield batch

@@ -1,0 +1,149 @@
+"""What a training tells of itself, and who listens in its folder: a log of JSON lines, and TensorBoard where it is
+installed. The terminal's listener is ``cli.training_progress``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+from fused_arcface.base.extras import MissingExtra, require
+from fused_arcface.base.files import write_bytes
+from fused_arcface.evaluation.verification import Verification
+
+
+@dataclass(frozen=True)
+class Began:
+    """Training begins, behind step ``step`` of ``steps``."""
+
+    step: int
+    steps: int
+    images: int
+    identities: int
+    parameters: int
+    """Of the backbone."""
+
+
+@dataclass(frozen=True)
+class Stepped:
+    """A step was made."""
+
+    step: int
+    """From 1."""
+    epoch: int
+    """From 1."""
+    loss: float
+    """Mean over the joint batch."""
+    target_angle: float
+    """Mean angle in degrees between an embedding and its class centre."""
+    accuracy: float
+    """Share of the joint batch whose class centre is the nearest of those in use."""
+    lr: float
+    """Of the backbone."""
+    images_per_second: float
+    """Over all ranks, everything counted: reading, net, head, optimizer."""
+    head_share: float
+    """Of the step's time, on this rank."""
+
+
+@dataclass(frozen=True)
+class Verified:
+    """The net was verified."""
+
+    step: int
+    epoch: int
+    found: Verification
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint was written."""
+
+    step: int
+    path: Path
+
+
+@dataclass(frozen=True)
+class Noted:
+    """Something that the user should know: a problem in the data, for example."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Ended:
+    """Nothing more will come."""
+
+
+Event = Began | Stepped | Verified | Saved | Noted | Ended
+Listener = Callable[[Event], None]
+"""Called with each event: on the first rank with all, on the others with notes alone."""
+
+
+class LogFile:
+    """A line of JSON for each step and verification. What a run that went down had written behind its last checkpoint
+    is made again, and replaced."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._file: TextIO | None = None
+
+    def __call__(self, event: Event) -> None:
+        if isinstance(event, Began):
+            lines = self._path.read_bytes().split(b"\n") if self._path.exists() else []
+            kept = [line for line in lines if _step_of(line) <= event.step]
+            write_bytes(self._path, b"".join(line + b"\n" for line in kept))
+            # A line at a time, so that it can be followed.
+            self._file = self._path.open("a", buffering=1, encoding="ascii", newline="\n")
+        elif isinstance(event, Stepped):
+            self._write(asdict(event))
+        elif isinstance(event, Verified):
+            tar = {f"{far:g}": rate for far, rate in event.found.tar.items()}
+            self._write({"step": event.step, "verification_accuracy": event.found.accuracy, "tar_at_far": tar})
+        elif isinstance(event, Ended) and self._file is not None:
+            self._file.close()
+
+    def _write(self, values: dict[str, Any]) -> None:
+        assert self._file is not None
+        self._file.write(json.dumps(values) + "\n")
+
+
+def _step_of(line: bytes) -> float:
+    """A line that was cut short counts as one of the future."""
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return float("inf")
+
+
+class TensorBoard:
+    """Scalars for TensorBoard."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._make = require("torch.utils.tensorboard", "tensorboard").SummaryWriter
+        self._writer: Any = None
+
+    def __call__(self, event: Event) -> None:
+        if isinstance(event, Began):
+            self._writer = self._make(str(self._folder), purge_step=event.step + 1)
+        elif isinstance(event, Stepped):
+            for name in ("loss", "target_angle", "accuracy", "lr", "images_per_second", "head_share"):
+                self._writer.add_scalar(f"train/{name}", getattr(event, name), event.step)
+        elif isinstance(event, Verified):
+            self._writer.add_scalar("verification/accuracy", event.found.accuracy, event.step)
+            for far, rate in event.found.tar.items():
+                self._writer.add_scalar(f"verification/tar_at_far_{far:g}", rate, event.step)
+        elif isinstance(event, Ended) and self._writer is not None:
+            self._writer.close()
+
+
+def folder_listeners(log: Path, tensorboard: Path) -> list[Listener]:
+    """The log, and TensorBoard if it is installed."""
+    try:
+        require("tensorboard", "tensorboard")
+        return [LogFile(log), TensorBoard(tensorboard)]
+    except MissingExtra:
+        return [LogFile(log)]

@@ -1,0 +1,129 @@
+"""One training step: the net in micro-batches, the head once on the joint batch, the net's backward pass in
+micro-batches.
+
+The fused optimizer updates the class centres in the head's backward pass, so gradients cannot be accumulated over
+several passes of the head. Instead the embeddings are: all but the last micro-batch are embedded without a graph, the
+head sees the whole batch once, and each micro-batch is embedded again for its backward pass, with the gradient that the
+head gave its embeddings (Gao et al., GradCache, arXiv:2101.06983). The result is that of the whole batch but for batch
+normalisation, whose statistics are each micro-batch's own. It costs 1 - 1/parts more forward passes of the net.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from contextlib import AbstractContextManager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from fused_arcface.base.keyed_random import NET, fold
+from fused_arcface.engine.tail import MarginSoftmaxStats
+from fused_arcface.partial_fc import PartialFC
+
+from .buffers import SavedBuffers
+
+AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class StepResult(NamedTuple):
+    """What a step tells."""
+
+    loss: float
+    """Over all ranks."""
+    stats: MarginSoftmaxStats
+    """Of this rank's rows."""
+    head_seconds: float
+    """Of the head alone, forward and backward to the gradients by embeddings and class centres."""
+    updated: bool = True
+    """Loss and gradients were finite: weights and class centers were changed."""
+
+
+class JointStep:
+    """Forward and backward pass of a joint batch; the optimizer's step is the caller's.
+
+    Args:
+        net: images to embeddings; under ``DistributedDataParallel`` where there are several ranks.
+        head: called on this rank's embeddings.
+        precision: of the autocast, a key of :data:`AUTOCAST`.
+        scaler: of the loss; disabled unless the precision is fp16.
+        seed: of dropout and the like, keyed by step and micro-batch: a resumed run draws the same.
+    """
+
+    def __init__(
+        self, net: nn.Module, head: PartialFC, precision: str, scaler: torch.amp.GradScaler, seed: int = 0
+    ) -> None:
+        self._net, self._head, self._scaler, self._seed = net, head, scaler, seed
+        self._bare: nn.Module = net.module if isinstance(net, DistributedDataParallel) else net
+        self._dtype = AUTOCAST[precision]
+
+    def __call__(self, parts: list[Tensor], target: Tensor, number: int) -> StepResult:
+        """Gradients of the net in place, class centres by the head's optimizer.
+
+        Args:
+            parts: this rank's images (n, channels, size, size), cut into micro-batches.
+            target: (n,) their labels.
+            number: of the step.
+        """
+        before = SavedBuffers(self._bare) if len(parts) > 1 else SavedBuffers()
+        with torch.no_grad():
+            embeddings = [self._embed(self._bare, parts, place, number) for place in range(len(parts) - 1)]
+            # Running statistics count each micro-batch once: in the pass that has a graph.
+            before.restore()
+        with self._without_exchange(len(parts) > 1):
+            last = self._embed(self._net, parts, len(parts) - 1, number)
+            cut = torch.cat([*embeddings, last.detach()]).requires_grad_()
+            timer = Timer(cut.device)
+            with self._autocast(cut.device):
+                loss, stats = self._head(cut, target, return_stats=True)
+            self._scaler.scale(loss).backward()
+            timer.stop()
+            assert cut.grad is not None
+            gradients = cut.grad.split([len(part) for part in parts])
+            last.backward(gradients[-1])
+        for place in range(len(parts) - 1):
+            with self._without_exchange(place < len(parts) - 2):
+                self._embed(self._net, parts, place, number).backward(gradients[place])
+        return StepResult(loss.item(), stats, timer.seconds())
+
+    def _embed(self, net: nn.Module, parts: list[Tensor], place: int, number: int) -> Tensor:
+        """Embeddings (n, D) of a micro-batch, in fp32: their gradient must not overflow in half precision."""
+        part = self._head.ranks.rank * len(parts) + place
+        torch.manual_seed(fold(self._seed, NET, number, part) >> 1)
+        with self._autocast(parts[place].device):
+            embeddings: Tensor = net(parts[place])
+        return embeddings.float()
+
+    def _autocast(self, device: torch.device) -> AbstractContextManager[object]:
+        return torch.autocast(device.type, self._dtype, enabled=self._dtype is not None)
+
+    def _without_exchange(self, wanted: bool) -> AbstractContextManager[object]:
+        """Where ``wanted``: gradients stay this rank's own until the step's last backward pass."""
+        if wanted and isinstance(self._net, DistributedDataParallel):
+            return self._net.no_sync()
+        return contextlib.nullcontext()
+
+
+class Timer:
+    """Seconds from its making to :meth:`stop`, on the device that does the work."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._events: list[torch.cuda.Event] = []
+        if device.type == "cuda":
+            self._events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+            self._events[0].record()
+        self._start, self._end = time.perf_counter(), 0.0
+
+    def stop(self) -> None:
+        self._end = time.perf_counter()
+        if self._events:
+            self._events[1].record()
+
+    def seconds(self) -> float:
+        """To be asked when the device has got there."""
+        if self._events:
+            self._events[1].synchronize()
+            return self._events[0].elapsed_time(self._events[1]) / 1e3
+        return self._end - self._start

@@ -1,0 +1,181 @@
+"""What learns: net, head, their optimizers and learning rates, made of a run's options, saved and restored together."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from fused_arcface import checkpoint
+from fused_arcface.base.keyed_random import NET, fold
+from fused_arcface.center_sgd import CenterSGD
+from fused_arcface.margins.text import parse_margin
+from fused_arcface.partial_fc import PartialFC
+
+from ..data.images import ImageSpec
+from ..nets.backbones import build_backbone, load_weights
+from .buffers import SavedBuffers
+from .config import OptionError, TrainConfig
+from .joint_step import JointStep, StepResult, Timer
+from .schedule import Schedule
+from .world import World
+
+# Each rank's running statistics are its own. torch 2.13 gave the option a new name and warns about the old one.
+_NEW_NAME = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
+_OWN_STATISTICS: dict[str, Any] = {"forward_sync_buffers" if _NEW_NAME else "broadcast_buffers": False}
+
+
+class Learner:
+    """One process's net and part of the head, and the step that changes them.
+
+    Args:
+        config: without None: see :func:`fused_arcface.app.training.resolve.resolve`.
+        num_classes: C_total.
+        steps: of the whole training.
+        world: the processes that train together.
+    """
+
+    def __init__(self, config: TrainConfig, num_classes: int, steps: int, world: World) -> None:
+        assert config.image_size and config.channels and config.embedding_dim and config.scale and config.lr is not None
+        self.config, self.world = config, world
+        self.updates = 0  # steps that were not skipped
+        self.spec = ImageSpec(config.image_size, config.channels)
+        self.head = _build_head(config, num_classes, world.device)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(fold(config.seed, NET) >> 1)
+            self.backbone = build_backbone(config.backbone, config.embedding_dim, self.spec).to(world.device)
+        self._trained = [each for each in self.backbone.parameters() if each.requires_grad]
+        net: nn.Module = self.backbone
+        if world.world_size > 1:
+            net = DistributedDataParallel(net, **_OWN_STATISTICS)
+        driven = self._trained if self.head.center_optimizer is not None else [*self._trained, self.head.weight]
+        if config.optimizer == "sgd":
+            self.optimizer: torch.optim.Optimizer = torch.optim.SGD(driven, config.lr, config.momentum)
+        else:
+            self.optimizer = torch.optim.AdamW(driven, config.lr)
+        self._schedule = Schedule(steps, config.schedule, config.power, config.warm_up)
+        self._scaler = torch.amp.GradScaler(world.device.type, enabled=config.precision == "fp16")
+        self._step = JointStep(net, self.head, config.precision, self._scaler, config.seed)
+
+    @property
+    def lr(self) -> float:
+        """The backbone's, of the last step."""
+        rate: float = self.optimizer.param_groups[0]["lr"]
+        return rate
+
+    def learn(self, images: Tensor, labels: Tensor, sizes: list[int], number: int) -> StepResult:
+        """One step, counted from 0, on this rank's images (n, channels, size, size) and labels (n,), in micro-batches
+        of these sizes.
+
+        A step whose loss or gradient is not finite on any rank is skipped on all: weights, buffers, optimizers and the
+        margin's state stay as they were. So they do if an error is raised.
+        """
+        self.backbone.train()
+        self._set_options(number)
+        device = self.world.device
+        images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+        self.optimizer.zero_grad()
+        centers, margin, head_steps = self.head.center_optimizer, self.head.margin, self.head.step
+        buffers = SavedBuffers(self.backbone, *([margin] if isinstance(margin, nn.Module) else []))
+        if centers is not None:
+            centers.hold()  # the backbone's gradient, which comes after the head's, may not be finite
+        updated = False
+        try:
+            result = self._step(list(images.split(sizes)), labels, number)
+            updated = self._finish_gradients(result.loss)
+        except BaseException:
+            self.head.step = head_steps
+            raise
+        finally:
+            timer = Timer(device)
+            if not updated:
+                buffers.restore()
+            if centers is not None:
+                centers.release(apply=updated)
+            timer.stop()
+        if updated:
+            self._scaler.step(self.optimizer)
+            self.updates += 1
+        self._scaler.update()  # lowers its factor where it has met a gradient that is not finite
+        return result._replace(updated=updated, head_seconds=result.head_seconds + timer.seconds())
+
+    def _finish_gradients(self, loss: float) -> bool:
+        """Unscale and clip the gradients; return whether they and the loss are finite on all ranks."""
+        self._scaler.unscale_(self.optimizer)
+        norm = nn.utils.clip_grad_norm_(self._trained, self.config.clip_norm or float("inf"))
+        finite = math.isfinite(loss) and bool(norm.isfinite())  # the same on every rank: loss and gradients are
+        if self.head.weight.grad is None:
+            return finite
+        # Of the class centers each rank has its own.
+        unusable = not bool(self.head.weight.grad.isfinite().all())
+        return self.world.sum([float(unusable)]) == [0.0] and finite
+
+    def _set_options(self, number: int) -> None:
+        """Every step anew, from the options: what a checkpoint has brought back counts for nothing."""
+        config, factor = self.config, self._schedule.factor(number)
+        assert config.lr is not None
+        options = {"lr": config.lr * factor, "weight_decay": config.weight_decay}
+        if config.optimizer == "sgd":
+            options["momentum"] = config.momentum
+        for group in self.optimizer.param_groups:
+            group.update(options)
+        if self.head.center_optimizer is not None:
+            centres = options | {"lr": config.center_lr * factor, "momentum": config.momentum}
+            self.head.center_optimizer.param_groups[0].update(centres)
+
+    def save(self, root: Path, step: int) -> Path:
+        """A checkpoint after ``step`` steps; a collective."""
+        values = {"step": step, "updates": self.updates}
+        return checkpoint.save(root, self.head, keep=self.config.keep, **values, **self._objects())
+
+    def start(self) -> int:
+        """At the beginning, from the weights that the options name; returns 0 steps.
+
+        Raises:
+            OptionError: they are none of this net's.
+        """
+        if self.config.init:
+            try:
+                load_weights(self.backbone, Path(self.config.init))
+            except ValueError as error:
+                raise OptionError(f"init: {error}") from None
+        return 0
+
+    def load(self, root: Path) -> int:
+        """Goes back to the newest checkpoint; returns how many steps had been made. A collective."""
+        saved = checkpoint.load(root, self.head, **self._objects())
+        step: int = saved["step"]
+        self.updates = saved.get("updates", step)
+        return step
+
+    def _objects(self) -> dict[str, Any]:
+        scaler = {"scaler": self._scaler} if self._scaler.is_enabled() else {}
+        return {"backbone": self.backbone, "optimizer": self.optimizer, **scaler}
+
+
+def _build_head(config: TrainConfig, num_classes: int, device: torch.device) -> PartialFC:
+    assert config.embedding_dim and config.scale
+    recipe = CenterSGD(config.center_lr, config.momentum, config.weight_decay)
+    try:
+        return PartialFC(
+            config.embedding_dim,
+            num_classes,
+            margin=parse_margin(config.margin),
+            scale=config.scale,
+            sample_rate=config.sample_rate,
+            seed=config.seed,
+            center_optimizer=recipe if config.center_optimizer == "fused" else None,
+            backend=config.backend,
+            device=device,
+            dtype=torch.float32,
+            dense_grad=True,
+            sub_centers=config.sub_centers,
+            label_smoothing=config.label_smoothing,
+        )
+    except (TypeError, ValueError) as error:  # options that the head does not take together
+        raise OptionError(str(error)) from None

@@ -1,0 +1,106 @@
+"""The options that a run chooses for itself, by its data, its net and its machine; and those that do not go
+together."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from fused_arcface import backends
+from fused_arcface.base.reading import DataError
+from fused_arcface.functional import unusual_negatives
+from fused_arcface.margins.text import parse_margin
+
+from ..data.images import ImageSpec
+from ..data.pair_sets import ImageSet, paired, read_pair_set
+from ..data.sources import ImageSource, common_spec, open_source, unseen_source
+from ..nets.backbones import own_embedding_dim, own_spec
+from .config import OptionError, TrainConfig
+from .world import World
+
+_LR = {"sgd": 0.1, "adamw": 0.001}
+
+
+def open_data(config: TrainConfig) -> ImageSource:
+    """The images to train on.
+
+    Raises:
+        DataError: there are none; or something is wrong with them and ``bad_data`` is ``"stop"``.
+    """
+    if not config.data:
+        raise DataError("data must be a folder, a .rec file, identities or digits; got nothing")
+    source = open_source(config.data, config.max_pixels)
+    if config.bad_data == "stop" and source.problems:
+        raise DataError(stopped_by(source.problems[0]))
+    if len(source.names) < 2:
+        raise DataError(f"{config.data} must hold two identities or more; got {len(source.names)}")
+    return source
+
+
+def stopped_by(problem: str) -> str:
+    """What is said of the problem that ends a run."""
+    return f"{problem}; bad_data is stop: the run ends"
+
+
+def open_verification(config: TrainConfig) -> ImageSet | None:
+    """The pairs to verify on: those named, for data that the package makes unseen ones of its kind, else none.
+
+    Raises:
+        OptionError: they cannot be read, or no pairs can be made of them.
+    """
+    try:
+        if config.verify_data:
+            found = read_pair_set(config.verify_data, max_pixels=config.max_pixels)
+            if config.bad_data == "stop" and found.problems:
+                raise DataError(stopped_by(found.problems[0]))
+            return found
+        unseen = unseen_source(config.data)
+        return paired(unseen, f"unseen {config.data}") if unseen is not None else None
+    except DataError as error:
+        raise OptionError(f"verify_data: {error}") from None
+
+
+def resolve(config: TrainConfig, source: ImageSource, world: World) -> TrainConfig:
+    """The options with a value for each.
+
+    Raises:
+        OptionError: options that do not fit each other, the data or the number of ranks.
+    """
+    changes: dict[str, Any] = {
+        "data": _absolute(config.data),
+        "verify_data": _absolute(config.verify_data),
+        "init": _absolute(config.init),
+        "embedding_dim": config.embedding_dim or own_embedding_dim(config.backbone),
+        "lr": _LR[config.optimizer] if config.lr is None else config.lr,
+        "scale": config.scale or _scale(len(source.names)),
+    }
+    if config.image_size is None or config.channels is None:
+        spec: ImageSpec = own_spec(config.backbone) or common_spec(source)
+        changes |= {"image_size": config.image_size or spec.size, "channels": config.channels or spec.channels}
+    rows, parts = min(config.batch_size, len(source)), world.world_size * config.accumulation
+    if rows < 2 * parts:
+        raise OptionError(
+            f"batch_size must be >= {2 * parts}, two images for each of {world.world_size} rank(s) × "
+            f"{config.accumulation} micro-batch(es), and so many images be there; got {rows}"
+        )
+    if config.precision == "fp16" and config.center_optimizer == "joint" and world.world_size > 1:
+        raise OptionError(
+            "precision fp16 on several ranks needs center_optimizer fused: a gradient that overflows in one rank's "
+            "class centres would make that rank alone leave the step out"
+        )
+    try:
+        needs = unusual_negatives(parse_margin(config.margin), config.sub_centers)
+        backends.select(config.backend, world.device, needs=needs)
+    except (RuntimeError, ValueError) as error:
+        raise OptionError(str(error)) from None
+    return config.replace(changes)
+
+
+def _absolute(data: str) -> str:
+    """A path as it is found from everywhere: a run may be resumed in another folder."""
+    return str(Path(data).resolve()) if data and Path(data).exists() else data
+
+
+def _scale(identities: int) -> float:
+    """The papers' 64 suits 10⁵ identities; with some hundred a softmax is sharp enough at 16, and learns faster."""
+    return 16.0 if identities < 1000 else 32.0 if identities < 10_000 else 64.0

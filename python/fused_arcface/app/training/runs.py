@@ -1,0 +1,210 @@
+"""The folder of a training run: what lies in it under which name, and a trained net out of it.
+
+::
+
+    RUN/config.toml     every option as it was resolved
+    RUN/classes.txt     the name of each class, a line each; see :func:`fused_arcface.base.text.encode_names`
+    RUN/data.json       fingerprint of the data, see :mod:`fused_arcface.app.training.fingerprint`
+    RUN/run.lock        held by the process that trains, see :mod:`fused_arcface.app.training.lock`
+    RUN/log.jsonl       figures of each step and verification
+    RUN/checkpoints/    see :mod:`fused_arcface.checkpoint`
+    RUN/tensorboard/    the same for TensorBoard, where it is installed
+    RUN/model.pt        the finished backbone's state_dict
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from fused_arcface import checkpoint
+from fused_arcface.base.files import write_bytes, write_text
+from fused_arcface.base.text import decode_names, encode_names
+
+from ..data.images import ImageSpec
+from ..nets.backbones import build_backbone
+from .config import TrainConfig, read_options, rules
+from .fingerprint import Fingerprint
+from .lock import FolderInUse, FolderLock
+
+
+class RunError(ValueError):
+    """A folder that is no training run, or none that can be used so; the message says what is wrong and what to do."""
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Paths of a run."""
+
+    root: Path
+
+    @property
+    def config(self) -> Path:
+        return self.root / "config.toml"
+
+    @property
+    def classes(self) -> Path:
+        return self.root / "classes.txt"
+
+    @property
+    def data(self) -> Path:
+        return self.root / "data.json"
+
+    @property
+    def log(self) -> Path:
+        return self.root / "log.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.root / "checkpoints"
+
+    @property
+    def has_checkpoint(self) -> bool:
+        return checkpoint.latest(self.checkpoints) is not None
+
+    @property
+    def tensorboard(self) -> Path:
+        return self.root / "tensorboard"
+
+    @property
+    def model(self) -> Path:
+        return self.root / "model.pt"
+
+    def lock(self) -> FolderLock:
+        """Make the folder, if it is missing, and lock it for this process.
+
+        Raises:
+            RunError: another process trains in it, or it cannot be written.
+        """
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+            return FolderLock(self.root)
+        except FolderInUse as owner:
+            raise RunError(
+                f"{self.root} is in use: {owner} trains in it; wait for its end or stop it, or name another --output"
+            ) from None
+        except OSError as error:
+            raise RunError(f"{self.root} cannot be written: {error.strerror}") from None
+
+    def read_fingerprint(self) -> Fingerprint | None:
+        """The data that the run was started with; None in a run of a version before that was written down.
+
+        Raises:
+            RunError: the file is damaged.
+        """
+        if not self.data.is_file():
+            return None
+        try:
+            return Fingerprint.from_json(self.data.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise RunError(f"{self.data} cannot be read: {error}; remove it to go on without it") from None
+
+    def read_config(self) -> TrainConfig:
+        """The run's options.
+
+        Raises:
+            RunError: it has none, or they cannot be read.
+        """
+        if not self.config.is_file():
+            why = "is not a folder" if not self.root.is_dir() else f"is no training run: it has no {self.config.name}"
+            raise RunError(f"{self.root} {why}; make one with: fused-arcface train --output {self.root}")
+        try:
+            config = TrainConfig().replace(read_options(self.config))
+            if not config.data:  # a run has some
+                raise ValueError("it names no data, so it is no run's, or damaged: put a whole one back")
+            return config
+        except (TypeError, ValueError) as error:
+            raise RunError(f"{self.config}: {error}") from None
+
+
+def check_run(folder: RunFolder, config: TrainConfig, classes: list[str], data: Fingerprint, resume: bool) -> None:
+    """Raises unless a training with these options, classes and data may begin in the folder, or go on there.
+
+    Raises:
+        RunError: see above.
+    """
+    if not resume:
+        if folder.has_checkpoint and not folder.config.exists():
+            raise RunError(
+                f"{folder.root} has checkpoints but no {folder.config.name}: put it back and --resume, or name another "
+                "--output"
+            )
+        if folder.has_checkpoint:
+            raise RunError(f"{folder.root} holds a run already: --resume goes on with it; or name another --output")
+        return
+    before = folder.read_config()
+    for name, (rule, _) in rules().items():
+        own, saved = getattr(config, name), getattr(before, name)
+        if rule.fixed and folder.has_checkpoint and own != saved:
+            raise RunError(f"{folder.root}: a resumed run keeps its {name}, {saved!r}; got {own!r}")
+    try:
+        saved_classes = decode_names(folder.classes.read_bytes()) if folder.classes.exists() else classes
+    except (OSError, ValueError) as error:
+        raise RunError(f"{folder.classes} cannot be read: {error}") from None
+    if folder.has_checkpoint and saved_classes != classes:
+        raise RunError(
+            f"{folder.root}: a resumed run keeps its {len(saved_classes)} identities; "
+            f"{config.data} has {len(classes)}, or others"
+        )
+    saved_data = folder.read_fingerprint() if folder.has_checkpoint else None
+    what = saved_data.difference(data) if saved_data is not None else None
+    if what is not None:
+        raise RunError(
+            f"{folder.root}: a resumed run keeps its data; {config.data} has other {what} than the run began with: "
+            f"{getattr(saved_data, what)} then, {getattr(data, what)} now. Give it the same images, name another "
+            f"--output, or remove {folder.data} to go on with these"
+        )
+
+
+def write_run(folder: RunFolder, config: TrainConfig, classes: list[str], data: Fingerprint) -> None:
+    """Writes down what is trained in the folder; its options last of all, since they make it a run.
+
+    Raises:
+        RunError: it cannot be written.
+    """
+    try:
+        # What a killed process had not finished: the lock says that there is no other.
+        for unfinished in folder.root.glob(".partial-*"):
+            unfinished.unlink()
+        write_bytes(folder.classes, encode_names(classes))
+        write_text(folder.data, data.to_json())
+        config.save(folder.config)
+    except OSError as error:
+        raise RunError(f"{folder.root} cannot be written: {error.strerror}") from None
+
+
+def load_backbone(run: Path, device: torch.device | str = "cpu", *, trust: bool = False) -> tuple[nn.Module, ImageSpec]:
+    """The net of a training run, from its newest complete checkpoint, in evaluation mode, and the images it takes.
+
+    Args:
+        run: the run's folder, ``--output`` of ``fused-arcface train``. It may still be under way.
+        device: where the net goes.
+        trust: run the code that a checkpoint of format 1 may hold. Nothing else of a run is code: its margin is not
+            needed, and not imported.
+
+    Raises:
+        RunError: the folder is no run, has no checkpoint yet, or one that does not fit its configuration.
+        fused_arcface.checkpoint.CheckpointError: the checkpoint is damaged.
+        MissingExtra: the net is timm's, and timm is not installed.
+    """
+    folder = RunFolder(Path(run))
+    config = folder.read_config()
+    if config.image_size is None or config.channels is None or config.embedding_dim is None:
+        raise RunError(f"{folder.config} must have image_size, channels and embedding_dim, as a run writes it")
+    spec = ImageSpec(config.image_size, config.channels)
+    backbone = build_backbone(config.backbone, config.embedding_dim, spec)
+    try:
+        state = checkpoint.load_state(folder.checkpoints, "backbone", trust=trust)
+        if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
+            raise RuntimeError("its backbone is no state of a net")
+        backbone.load_state_dict(state)
+    except FileNotFoundError:
+        raise RunError(f"{run} has no complete checkpoint yet") from None
+    except RuntimeError as error:
+        if isinstance(error, checkpoint.CheckpointError):
+            raise
+        raise RunError(f"{run}: the checkpoint does not fit {folder.config.name}: {error}") from None
+    return backbone.to(device).eval(), spec

@@ -1,0 +1,90 @@
+"""1:1 verification of a net that is being trained, on pairs of people that it is not trained on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from fused_arcface.evaluation import Pairs, Verification, pair_scores, verify_scores
+from fused_arcface.evaluation.verification import FARS
+
+from ..data.images import ImageSpec
+from ..data.pair_sets import ImageSet
+from ..nets.small import embed
+from .batches import Item, load_batches
+from .config import OptionError
+
+_FARS = FARS[:3]
+
+
+class Verifier:
+    """Called with a net at the end of an epoch.
+
+    Args:
+        images: a set with pairs.
+        batch_size: images that are embedded at once.
+        workers: processes that read images.
+
+    Raises:
+        OptionError: too few pairs to verify with.
+        MissingExtra: scikit-learn is not installed.
+    """
+
+    def __init__(self, images: ImageSet, batch_size: int, workers: int) -> None:
+        assert images.pairs is not None
+        self._images, self._pairs, self._batch_size, self._workers = images, images.pairs, batch_size, workers
+        self.problems = images.problems
+        try:
+            # With any embeddings: what cannot be verified is said before the hours are spent, not after.
+            _verify(torch.randn(len(images), 2, generator=torch.Generator().manual_seed(0)), self._pairs)
+        except ValueError as error:
+            raise OptionError(f"verify_data: {error}") from None
+
+    def __call__(self, net: nn.Module, spec: ImageSpec, device: torch.device) -> tuple[Verification | None, list[str]]:
+        """The figures, None if there are none, and what went wrong: a pair with an image that cannot be read is left
+        out, and a verification that cannot be made does not end the training."""
+        embeddings: list[Tensor] = []
+        numbers: list[Tensor] = []
+        problems: list[str] = []
+        try:
+            for batch in load_batches(_Numbered(self._images), spec, self._items(), self._workers):
+                embeddings.append(embed(net, batch.images.to(device)).float().cpu())
+                numbers.append(batch.labels)
+                problems += [f"{problem}; its pairs are left out" for problem in batch.problems]
+            rows = torch.cat(embeddings)
+            if not rows.isfinite().all():
+                return None, [*problems, "no figures, the net's embeddings are not finite"]
+            return _verify(rows, _with_both(self._pairs, torch.cat(numbers))), problems
+        except ValueError as error:
+            return None, [*problems, f"no figures, {error}"]
+
+    def _items(self) -> Iterator[list[Item]]:
+        for start in range(0, len(self._images), self._batch_size):
+            yield [Item(index, False) for index in range(start, min(start + self._batch_size, len(self._images)))]
+
+
+class _Numbered:
+    """Images whose labels are their numbers: so a batch tells which image stands in for one that cannot be read."""
+
+    def __init__(self, images: ImageSet) -> None:
+        self._images = images
+        self.labels = torch.arange(len(images))
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def read(self, index: int, spec: ImageSpec) -> Tensor:
+        return self._images.read(index, spec)
+
+
+def _with_both(pairs: Pairs, numbers: Tensor) -> Pairs:
+    """The pairs of whose images both were read: ``numbers`` (M,) are those of the images in each one's place."""
+    own = numbers == torch.arange(len(numbers))
+    kept = own[pairs.first] & own[pairs.second]
+    return Pairs(pairs.first[kept], pairs.second[kept], pairs.same[kept])
+
+
+def _verify(embeddings: Tensor, pairs: Pairs) -> Verification:
+    return verify_scores(pairs.same.numpy(), pair_scores(embeddings, pairs), fars=_FARS)

@@ -1,0 +1,280 @@
+"""The stages in plain PyTorch, logits materialised: any device, and the definition of what a backend computes.
+
+Shapes, in every backend: embeddings (N, D), weight (C, D), target (N,) int64, an index into this weight, or negative
+where the row's target is not here (``ops.IGNORED``, ``ops.INVALID``). Results have the compute dtype: the promoted one
+of both, at least fp32.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..base.keyed_random import rounding_bits
+from ..base.normalize import stored_gradient, unit_gradient, unit_rows, without_autocast
+from ..engine.ops import IGNORED, INVALID, MOMENTUM_BLOCK, PLAIN, CentreStep, Negatives, compute_dtype
+from ..margins.angular import CombinedMargin
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
+
+def unavailable() -> str | None:
+    return None
+
+
+def _in_full_precision(stage: Callable[_P, _R]) -> Callable[_P, _R]:
+    """The stage with autocast off."""
+
+    @functools.wraps(stage)
+    def run(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        embeddings = args[0]
+        assert isinstance(embeddings, Tensor)
+        with without_autocast(embeddings.device):
+            return stage(*args, **kwargs)
+
+    return run
+
+
+def _cosines(embeddings: Tensor, weight: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Unit embeddings (N, D), unit centres (C, D), their cosines (N, C) and where those are a row's target (N, C)."""
+    dtype = compute_dtype(embeddings, weight)
+    unit_x, unit_w = unit_rows(embeddings.to(dtype)), unit_rows(weight.to(dtype))
+    is_target = target[:, None] == torch.arange(weight.shape[0], device=target.device)
+    return unit_x, unit_w, unit_x @ unit_w.T, is_target
+
+
+def _values(
+    cosine: Tensor, target: Tensor, negatives: Negatives, class_count: Tensor | None = None
+) -> tuple[Tensor, Tensor | float]:
+    """What each row of weight counts for among the negatives, (N, C), and its derivative by the cosine.
+
+    The value is -inf for the target's class, for sub-centres that are not their class's nearest, and for padding.
+    """
+    sub_centers, threshold, coefficients = negatives
+    own = torch.where(target < 0, target, target // sub_centers)
+    rows = torch.arange(cosine.shape[1], device=target.device)
+    left_out = own[:, None] == rows // sub_centers
+    if class_count is not None:
+        left_out |= rows >= class_count
+    if sub_centers > 1:
+        nearest = cosine.unflatten(1, (-1, sub_centers)).argmax(2)
+        left_out |= ~F.one_hot(nearest, sub_centers).bool().flatten(1)
+    if threshold is None or coefficients is None:
+        return cosine.masked_fill(left_out, -torch.inf), 1.0
+    a, b, d = coefficients.to(cosine.dtype)
+    hard = cosine > threshold[:, None]
+    value = torch.where(hard, (a * cosine + b) * cosine + d, cosine)
+    return value.masked_fill(left_out, -torch.inf), torch.where(hard, 2 * a * cosine + b, 1)
+
+
+@_in_full_precision
+def class_max(
+    embeddings: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    class_count: Tensor | None = None,
+    negatives: Negatives = PLAIN,
+) -> Tensor:
+    """(N,) greatest cosine, as ``negatives`` has it, of each row with a class that is not its target; -inf where there
+    is none. With ``class_count``, a 0-dim int64 tensor, the rows of weight from there on are padding: no classes."""
+    _, _, cosine, _ = _cosines(embeddings, weight, target)
+    return _values(cosine, target, negatives, class_count)[0].amax(1)
+
+
+@_in_full_precision
+def class_stats(
+    embeddings: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    scale: float,
+    shift: Tensor | None,
+    with_centre_sum: bool,
+    class_count: Tensor | None = None,
+    negatives: Negatives = PLAIN,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Statistics of each row's negatives: sum and maximum, and the sum of the class centres weighted alike.
+
+    With ``e_ij = exp(scale·cos_ij - shift_i)`` for ``j != target_i`` (shift ``(N,)`` fp64, none is zero), else 0:
+    ``Σ_j e_ij`` (N,), ``max_j cos_ij`` (N,), ``Σ_j e_ij ŵ_j`` (N, D), the last empty unless asked for. ``class_count``
+    as in :func:`class_max`. With ``negatives`` that turn a cosine c into f(c), the exponent is ``scale·f``, and the
+    last sum has the factor f'(c).
+    """
+    _, unit_w, cosine, _ = _cosines(embeddings, weight, target)
+    value, slope = _values(cosine, target, negatives, class_count)
+    logits = scale * value.double() - (0 if shift is None else shift[:, None])
+    exponentials = logits.exp().to(cosine.dtype)
+    centre_sum = (exponentials * slope) @ unit_w if with_centre_sum else exponentials.new_empty(0)
+    return exponentials.sum(1), cosine.masked_fill(value == -torch.inf, -torch.inf).amax(1), centre_sum
+
+
+@_in_full_precision
+def weight_grad(
+    embeddings: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    scale: float,
+    lse: Tensor,
+    negative_coefficient: Tensor,
+    target_coefficient: Tensor,
+    negatives: Negatives = PLAIN,
+) -> Tensor:
+    """(C, D) gradient by the class centres, in weight's dtype, from each row's coefficients (N,) and lse (N,) fp64.
+
+    The derivative by ``cos_ij`` is ``negative_coefficient_i·exp(scale·cos_ij - lse_i)``, the target's
+    ``target_coefficient_i``; for f and its derivative see :func:`class_stats`.
+    """
+    gradient = _exact_weight_grad(
+        embeddings, weight, target, scale, lse, negative_coefficient, target_coefficient, negatives
+    )
+    return stored_gradient(gradient, weight)
+
+
+def _exact_weight_grad(
+    embeddings: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    scale: float,
+    lse: Tensor,
+    negative_coefficient: Tensor,
+    target_coefficient: Tensor,
+    negatives: Negatives = PLAIN,
+) -> Tensor:
+    """:func:`weight_grad` in the compute dtype."""
+    unit_x, _, cosine, is_target = _cosines(embeddings, weight, target)
+    value, slope = _values(cosine, target, negatives)
+    probability = (scale * value.double() - lse[:, None]).exp().to(cosine.dtype).masked_fill(value == -torch.inf, 0)
+    d_cosine = torch.where(is_target, target_coefficient[:, None], negative_coefficient[:, None] * probability * slope)
+    return unit_gradient(d_cosine.T @ unit_x, weight.to(unit_x.dtype))
+
+
+@_in_full_precision
+def update_centres(
+    embeddings: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    scale: float,
+    lse: Tensor,
+    negative_coefficient: Tensor,
+    target_coefficient: Tensor,
+    step: CentreStep,
+    negatives: Negatives = PLAIN,
+) -> None:
+    """One step on the class centres in place of :func:`weight_grad`, whose other arguments these are."""
+    num_classes, dim = weight.shape
+    classes = torch.arange(num_classes, device=weight.device) if step.classes is None else step.classes
+    # Padding repeats the step of the first row: the same numbers are written once more, and no value decides a shape.
+    is_row = classes < num_classes
+    entry = torch.where(is_row, torch.arange(len(classes), device=weight.device), 0)
+    rows = classes[entry].clamp(max=num_classes - 1)
+    active = step.active & is_row[0]
+
+    def write(tensor: Tensor, values: Tensor) -> None:
+        tensor[rows] = torch.where(active, values, tensor[rows])
+
+    centres = weight[rows]
+    gradient = _exact_weight_grad(
+        embeddings, centres, target, scale, lse, negative_coefficient, target_coefficient, negatives
+    )
+    value = centres.to(gradient.dtype)
+    velocity = gradient[entry] + step.weight_decay * value
+    bits = rounding_bits(step.rounding_key, rows + step.class_start, dim)
+    if step.momentum_buffer is not None:
+        buffer, scales = step.momentum_buffer, step.momentum_scale
+        old = buffer[rows].to(value.dtype)
+        if scales is not None:
+            old *= scales[rows].to(value.dtype).repeat_interleave(MOMENTUM_BLOCK, 1)[:, :dim]
+        velocity += step.momentum * old
+        if scales is None:
+            write(buffer, _round_stochastically(velocity, buffer.dtype, bits >> 16))
+        else:
+            integers, units = _quantise(velocity, bits >> 16)
+            write(buffer, integers)
+            write(scales, units)
+    write(weight, _round_stochastically(value - step.lr * velocity, weight.dtype, bits & 0xFFFF))
+
+
+def _round_stochastically(values: Tensor, dtype: torch.dtype, bits: Tensor) -> Tensor:
+    """Values (R, D) in ``dtype``; in bf16 up with the probability of the distance from the value below, by 16 bits (R,
+    D)."""
+    if dtype != torch.bfloat16:
+        return values.to(dtype)
+    words = values.float().view(torch.int32)
+    return ((words + torch.where(values.isfinite(), bits.int(), 0)) & -65536).view(torch.float32).to(dtype)
+
+
+def _quantise(values: Tensor, bits: Tensor) -> tuple[Tensor, Tensor]:
+    """int8 (R, D) and the units (R, ceil(D / 64)) fp32 of each 64 columns: the largest magnitude over 127; rounded by
+    ``bits``."""
+    dim = values.shape[1]
+    blocks = torch.nn.functional.pad(values, (0, -dim % MOMENTUM_BLOCK)).unflatten(1, (-1, MOMENTUM_BLOCK))
+    largest = blocks.abs().amax(2)
+    units = torch.where(largest > 1e-35, largest.float() / 127, 0)
+    inverse = torch.where(units > 0, 1 / units.to(values.dtype), 0).repeat_interleave(MOMENTUM_BLOCK, 1)[:, :dim]
+    rounded = (values * inverse + (bits.to(values.dtype) + 0.5) / 65536).floor()
+    return rounded.clamp(-127, 127).to(torch.int8), units
+
+
+def _unit_targets(weight: Tensor, target: Tensor, dtype: torch.dtype) -> Tensor:
+    """The unit centres of the rows' targets, (N, D); zeros where the target is not here."""
+    if weight.shape[0] == 0:
+        return weight.new_zeros(target.shape[0], weight.shape[1], dtype=dtype)
+    unit_w = unit_rows(weight.index_select(0, target.clamp(min=0)).to(dtype))
+    return unit_w.masked_fill((target < 0)[:, None], 0)
+
+
+def target_cosine(embeddings: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+    """(N,) cosine of each row with its target's centre; 0 where target is ``IGNORED``, NaN where it is ``INVALID``."""
+    dtype = compute_dtype(embeddings, weight)
+    cosine = (unit_rows(embeddings.to(dtype)) * _unit_targets(weight, target, dtype)).sum(1).clamp(-1, 1)
+    return cosine.masked_fill(target == IGNORED, 0).masked_fill(target == INVALID, torch.nan)
+
+
+def unit_embedding_grad(
+    weight: Tensor, target: Tensor, mean_centre: Tensor, negative_coefficient: Tensor, target_coefficient: Tensor
+) -> Tensor:
+    """(N, D) gradient by the unit embeddings, as far as these classes make it, in mean_centre's dtype.
+
+    mean_centre (N, D) is the softmax-weighted mean of the unit centres over the row's negatives; the coefficients
+    (N,) are those of :func:`weight_grad`.
+    """
+    unit_w = _unit_targets(weight, target, mean_centre.dtype)
+    of_target = target_coefficient.masked_fill(target < 0, 0)[:, None] * unit_w
+    return negative_coefficient[:, None] * mean_centre + of_target
+
+
+def embedding_grad(d_unit: Tensor, embeddings: Tensor) -> Tensor:
+    """(N, D) gradient by the embeddings, in their dtype, from that by the unit embeddings.
+
+    In fp16 it overflows to infinity, but for rows of a norm below 1e-12, where finite numbers saturate; so does
+    :func:`weight_grad`.
+    """
+    return stored_gradient(unit_gradient(d_unit, embeddings.to(d_unit.dtype)), embeddings)
+
+
+def margin_loss(
+    negative_lse: Tensor,
+    target_cosine: Tensor,
+    scale: float,
+    m1: float,
+    m2: float,
+    m3: float,
+    boundary: str,
+    gradient: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Each row's loss, its full log-sum-exp, and the loss's derivatives by negative_lse and by target_cosine, all (N,).
+
+    The margin by its numbers (:func:`fused_arcface.margins.parameters`).
+    """
+    with torch.enable_grad():
+        lse, cosine = negative_lse.detach().requires_grad_(), target_cosine.detach().requires_grad_()
+        angular = None if boundary == "linear" else CombinedMargin(m1, m2, m3, boundary, gradient)  # type: ignore[arg-type]
+        modified = cosine - m3 if angular is None else angular(cosine)
+        loss = F.softplus(lse - scale * modified, threshold=40)
+        d_lse, d_cosine = torch.autograd.grad(loss.sum(), (lse, cosine))
+    return loss.detach(), torch.logaddexp(lse, scale * modified).detach(), d_lse, d_cosine

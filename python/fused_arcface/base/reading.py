@@ -1,0 +1,115 @@
+"""Where a file from anywhere becomes data: one error for all that can be wrong with it, and regular files only."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+from .extras import MissingExtra
+
+_KINDS = {
+    stat.S_IFDIR: "a folder",
+    stat.S_IFIFO: "a named pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
+
+
+class DataError(ValueError):
+    """Data that cannot be used; the message names the file and the place in it."""
+
+
+@contextlib.contextmanager
+def file_errors(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Turn whatever a decoder raises for the content of ``path`` into a DataError.
+
+    Decoders raise errors of any type for bytes that nobody wrote, so no list of types would be complete. Errors that
+    are DataErrors already pass as they are, and so does a missing library.
+
+    >>> with file_errors("a.toml"):
+    ...     [][0]
+    Traceback (most recent call last):
+    ...
+    fused_arcface.base.reading.DataError: a.toml cannot be read: list index out of range
+    """
+    try:
+        yield
+    except (DataError, MissingExtra):
+        raise
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror or error}") from None
+    except Exception as error:
+        raise DataError(f"{path} cannot be read: {_said(error)}") from None
+
+
+def _said(error: Exception) -> str:
+    """Return the first line of an error's text, or its type if it has none (MemoryError)."""
+    lines = str(error).splitlines()
+    return lines[0][:300] if lines and lines[0] else type(error).__name__
+
+
+def check_regular(path: str | os.PathLike[str]) -> int:
+    """Check that ``path`` is a regular file and return its size in bytes.
+
+    For libraries that open files themselves. Opening a named pipe would wait for a writer without an end, and a device
+    has no size.
+
+    Raises:
+        DataError: nothing is there, or something else than a regular file.
+
+    >>> check_regular("/dev/null")
+    Traceback (most recent call last):
+    ...
+    fused_arcface.base.reading.DataError: /dev/null must be a regular file; it is a device
+    """
+    with file_errors(path):
+        found = os.stat(path)
+    return _regular_size(path, found)
+
+
+def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
+    """Open a regular file for reading bytes.
+
+    Raises:
+        DataError: it cannot be opened, or is something else than a regular file.
+
+    >>> open_regular("/dev")
+    Traceback (most recent call last):
+    ...
+    fused_arcface.base.reading.DataError: /dev must be a regular file; it is a folder
+    """
+    check_regular(path)
+    with file_errors(path):
+        # The file may have been replaced since the check: without O_NONBLOCK a named pipe would wait here.
+        file = os.fdopen(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK), "rb")
+    try:
+        _regular_size(path, os.fstat(file.fileno()))
+    except DataError:
+        file.close()
+        raise
+    return file
+
+
+def read_bytes(path: str | os.PathLike[str], most: int) -> bytes:
+    """Return the content of a regular file of at most ``most`` bytes.
+
+    Raises:
+        DataError: it cannot be read, or is longer.
+    """
+    with open_regular(path) as file, file_errors(path):
+        content = file.read(most + 1)
+    if len(content) > most:
+        raise DataError(f"{path} must have <= {most} bytes; it has more")
+    return content
+
+
+def _regular_size(path: str | os.PathLike[str], found: os.stat_result) -> int:
+    if not stat.S_ISREG(found.st_mode):
+        kind = _KINDS.get(stat.S_IFMT(found.st_mode), "something else")
+        raise DataError(f"{Path(path)} must be a regular file; it is {kind}")
+    return found.st_size

@@ -1,0 +1,371 @@
+"""Class centres between kinds of files: this package's checkpoints, one safetensors file of all of them, the shards
+that insightface saves, and pytorch-metric-learning's. Sets of identities can be joined and grown on the way.
+
+Tensors pass in pieces, the shards as they were saved: no more than one of them is in memory at a time (all that is
+written into a checkpoint is mapped from the sources' files).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import checkpoint
+from ..base import torch_files
+from ..base.checks import check_size, check_sub_centers
+from ..base.keyed_random import fill_normal
+from ..base.reading import DataError, file_errors
+from ..parallel.sharding import Sharding
+from . import safetensors
+
+# What insightface has called its shards: since 2022 all a rank has, its head alone, and before that bare tensors.
+_INSIGHTFACE = {
+    "checkpoint_gpu_{rank}.pt": re.compile(r"checkpoint_gpu_(\d+)\.pt"),
+    "softmax_fc_gpu_{rank}.pt": re.compile(r"softmax_fc_gpu_(\d+)\.pt"),
+    "rank_{rank}_softmax_weight.pt": re.compile(r"rank[_:](\d+)_softmax_weight\.pt"),
+}
+_RUN_CHECKPOINTS = "checkpoints"  # in the folder of a training run
+_NEW_ROWS = 1 << 16  # drawn at once
+
+
+class ConvertError(DataError):
+    """A source that is not what its place or name says, or sources that do not go together."""
+
+
+@dataclass
+class Rows:
+    """A tensor with as many rows for each class as it has centers."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    """(C_total·sub_centers, ...)"""
+    pieces: Callable[[], Iterator[Tensor]]
+    """Its rows in order."""
+
+
+@dataclass
+class Centres:
+    """Class centres and, from a checkpoint, what else belongs to them."""
+
+    tensors: dict[str, Rows]
+    """``weight`` (C_total·sub_centers, D), the centers of a class one after another, and, of a fused optimizer,
+    ``momentum_buffer`` and ``momentum_scale``."""
+    values: dict[str, Any] = field(default_factory=dict)
+    """``step``, ``seed``, ``sub_centers`` and the fused optimizer's ``optimizer`` options, where the source has
+    them."""
+    notes: list[str] = field(default_factory=list)
+    """What the source has and the result has not."""
+
+    @property
+    def sub_centers(self) -> int:
+        return self.values.get("sub_centers", 1)
+
+    @property
+    def num_classes(self) -> int:
+        return self.tensors["weight"].shape[0] // self.sub_centers
+
+
+def read(path: str | os.PathLike[str], sub_centers: int | None = None) -> Centres:
+    """Return the class centers of a training run, a checkpoint (or a root of some), a directory of insightface's
+    shards, a safetensors file with ``weight`` (C, D), or a ``.pt`` file, see :func:`fused_arcface.base.torch_files.centers`.
+
+    Args:
+        path: of the source.
+        sub_centers: centers of each class, one after another, in a source that does not say so itself:
+            pytorch-metric-learning's SubCenterArcFaceLoss does not. None: the source's, or 1.
+
+    Raises:
+        FileNotFoundError: nothing is there.
+        ConvertError, CheckpointError: it is of no such kind, or incomplete.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"there is no {path}")
+    try:
+        found = _read_directory(path) if path.is_dir() else _read_file(path)
+    except torch_files.TensorFileError as error:
+        raise ConvertError(str(error)) from None
+    if sub_centers is not None:
+        check_sub_centers(sub_centers)
+        own, rows = found.values.get("sub_centers"), found.tensors["weight"].shape[0]
+        if own not in (None, sub_centers):
+            raise ConvertError(f"{path} has sub_centers={own}; got {sub_centers}")
+        if rows % sub_centers:
+            raise ConvertError(f"{path} must have sub_centers={sub_centers} rows of each class; it has {rows}")
+        found.values["sub_centers"] = sub_centers
+    return found
+
+
+def _read_directory(path: Path) -> Centres:
+    kinds = {
+        kind: {int(match[1]): file for file in path.iterdir() if (match := pattern.fullmatch(file.name))}
+        for kind, pattern in _INSIGHTFACE.items()
+    }
+    present = [kind for kind, shards in kinds.items() if shards]
+    if len(present) > 1:
+        raise ConvertError(f"{path} must have shards of one kind; got {' and '.join(present)}: name the files instead")
+    if present:
+        return _read_insightface(path, kinds[present[0]])
+    run = path / _RUN_CHECKPOINTS
+    return _read_checkpoint(run if run.is_dir() else path)
+
+
+def _read_file(path: Path) -> Centres:
+    torch_files.check_no_pointer(path)
+    if path.suffix.lower() == ".safetensors":
+        return _read_safetensors(path)
+    weight, momentum = torch_files.centers(path)
+    return Centres({"weight": _whole(weight)}, notes=_left_out(path) if momentum else [])
+
+
+def _read_checkpoint(path: Path) -> Centres:
+    saved = checkpoint.find(path)
+    head = checkpoint.head_values(saved)
+    tensors = {}
+    for key, stored in saved.tensors.items():
+        if key.startswith("head."):
+            tensors[key.removeprefix("head.")] = Rows(
+                stored.properties.dtype, tuple(stored.size), _checkpoint_pieces(saved, key, stored)
+            )
+    values = {"seed": saved.head["seed"], "step": head["step"], "sub_centers": saved.head.get("sub_centers", 1)}
+    if "optimizer" in head:
+        values["optimizer"] = head["optimizer"]
+    return Centres(tensors, values)
+
+
+def _checkpoint_pieces(saved: checkpoint.Saved, key: str, stored: Any) -> Callable[[], Iterator[Tensor]]:
+    def pieces() -> Iterator[Tensor]:
+        for chunk in sorted(stored.chunks, key=lambda chunk: chunk.offsets[0]):
+            rows = torch.empty(chunk.sizes, dtype=stored.properties.dtype)
+            saved.read({key: checkpoint.RowShard(rows, chunk.offsets[0], stored.size[0])})
+            yield rows
+
+    return pieces
+
+
+def _read_insightface(path: Path, shards: dict[int, Path]) -> Centres:
+    if sorted(shards) != list(range(len(shards))):
+        raise ConvertError(f"{path} must have the shards of ranks 0 to {max(shards)}; got those of {sorted(shards)}")
+    found = [torch_files.centers(shards[rank]) for rank in range(len(shards))]
+    weights = [weight for weight, _ in found]
+    num_classes, dim = sum(len(weight) for weight in weights), weights[0].shape[1]
+    counts = [len(weight) for weight in weights]
+    if counts != Sharding(num_classes, len(shards)).counts() or any(weight.shape[1] != dim for weight in weights):
+        shapes = [tuple(weight.shape) for weight in weights]
+        raise ConvertError(f"{path}: the shards must split the classes evenly, the first ones one more; got {shapes}")
+    rows = Rows(weights[0].dtype, (num_classes, dim), lambda: iter(weights))
+    return Centres({"weight": rows}, notes=_left_out(path) if any(momentum for _, momentum in found) else [])
+
+
+def _left_out(path: Path) -> list[str]:
+    return [f"{path}: the momentum of its class centers is left out; training begins with none"]
+
+
+def _read_safetensors(path: Path) -> Centres:
+    try:
+        tensors, metadata = safetensors.read(path)
+    except DataError as error:
+        raise ConvertError(str(error)) from None
+    if "weight" not in tensors:
+        raise ConvertError(f"{path} has no weight; it has {', '.join(tensors) or 'nothing'}")
+    with file_errors(path):
+        values = json.loads(metadata.get("fused_arcface", "{}"))
+    _check_stored(path, tensors, values)
+    return Centres({name: _whole(tensor) for name, tensor in tensors.items()}, values)
+
+
+def _check_stored(path: Path, tensors: dict[str, Tensor], values: Any) -> None:
+    """Check that a file has rows of one count and plain numbers: it may come from anywhere."""
+    weight = tensors["weight"]
+    if weight.dim() != 2 or not weight.is_floating_point() or 0 in weight.shape:
+        raise ConvertError(f"{path}: weight must be numbers (C, D); it is {tuple(weight.shape)} {weight.dtype}")
+    for name, tensor in tensors.items():
+        if tensor.shape[:1] != weight.shape[:1]:
+            raise ConvertError(f"{path}: {name} must have {len(weight)} rows, as weight; it is {tuple(tensor.shape)}")
+    if not isinstance(values, dict):
+        raise ConvertError(f"{path}: what fused_arcface keeps there must be an object; it is a {type(values).__name__}")
+    try:
+        check_sub_centers(values.get("sub_centers", 1))
+    except (TypeError, ValueError) as error:
+        raise ConvertError(f"{path}: {error}") from None
+    for name in values.keys() & {"seed", "step"}:
+        if type(values[name]) is not int or not 0 <= values[name] < 2**63:
+            raise ConvertError(f"{path}: {name} must be a whole number >= 0 and < 2^63; got {values[name]!r:.60}")
+    optimizer = values.get("optimizer", {})
+    plain = (int, float, str, bool, type(None))
+    if not isinstance(optimizer, dict) or not all(isinstance(each, plain) for each in optimizer.values()):
+        raise ConvertError(f"{path}: optimizer must be an object of numbers and texts")
+
+
+def _whole(tensor: Tensor) -> Rows:
+    return Rows(tensor.dtype, tuple(tensor.shape), lambda: iter([tensor]))
+
+
+def merge(sources: Sequence[Centres]) -> Centres:
+    """All classes of all sources, each source's ids after those of the one before; only the tensors that all have.
+
+    Raises:
+        ConvertError: sources of different embedding dimensions.
+    """
+    if len(sources) == 1:
+        return sources[0]
+    for source in sources[1:]:
+        own, first = source.tensors["weight"].shape[1], sources[0].tensors["weight"].shape[1]
+        if own != first:
+            raise ConvertError(f"sources must have the same embedding dimension; got {first} and {own}")
+        if source.sub_centers != sources[0].sub_centers:
+            both = f"{sources[0].sub_centers} and {source.sub_centers}"
+            raise ConvertError(f"sources must have the same sub_centers; got {both}")
+    tensors = {}
+    for name in set.intersection(*(set(source.tensors) for source in sources)):
+        parts = [source.tensors[name] for source in sources]
+        if all(part.dtype == parts[0].dtype for part in parts) or name == "weight":
+            shape = (sum(part.shape[0] for part in parts), *parts[0].shape[1:])
+            tensors[name] = Rows(parts[0].dtype, shape, _chain(parts))
+    notes = [note for source in sources for note in source.notes]
+    if any(name not in tensors for source in sources for name in source.tensors):
+        notes.append("the momentum of the class centers is left out: not all sources have it in the same dtype")
+    return Centres(tensors, dict(sources[0].values), notes)
+
+
+def _chain(parts: Sequence[Rows]) -> Callable[[], Iterator[Tensor]]:
+    return lambda: (piece for part in parts for piece in part.pieces())
+
+
+def grow(source: Centres, num_classes: int, seed: int) -> Centres:
+    """``source`` with new classes after its own, up to ``num_classes``: centres as a new head's, keyed by seed and
+    class id, without momentum. The kept rows are unchanged.
+
+    Raises:
+        ConvertError: fewer classes than the source has.
+    """
+    kept = source.num_classes
+    if num_classes < kept:
+        raise ConvertError(f"classes must be >= {kept}, those of the source; got {num_classes}")
+
+    first, last = kept * source.sub_centers, num_classes * source.sub_centers
+
+    def new_rows(name: str, rows: Rows) -> Callable[[], Iterator[Tensor]]:
+        def pieces() -> Iterator[Tensor]:
+            for start in range(first, last, _NEW_ROWS):
+                piece = torch.zeros(min(_NEW_ROWS, last - start), *rows.shape[1:], dtype=rows.dtype)
+                if name == "weight":
+                    fill_normal(piece, seed, start, std=0.01)
+                yield piece
+
+        return pieces
+
+    tensors = {}
+    for name, rows in source.tensors.items():
+        added = Rows(rows.dtype, (last - first, *rows.shape[1:]), new_rows(name, rows))
+        tensors[name] = Rows(rows.dtype, (last, *rows.shape[1:]), _chain([rows, added]))
+    return Centres(tensors, dict(source.values), source.notes)
+
+
+def write(centres: Centres, path: str | os.PathLike[str]) -> Path:
+    """One safetensors file, for a path that ends so; else a checkpoint in the root ``path``. Either appears when it is
+    whole.
+
+    Returns:
+        The file or the checkpoint's directory.
+
+    Raises:
+        ConvertError: a path with another suffix that is no folder yet, or a seed that no head takes.
+    """
+    path = Path(path)
+    one_file = _is_one_file(path)
+    seed = _checked_seed(centres.values.get("seed", 0))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if one_file:
+        layout = {name: (rows.dtype, rows.shape) for name, rows in centres.tensors.items()}
+        metadata = {"format": "pt", "fused_arcface": json.dumps(centres.values)}
+        with safetensors.Writer(path, layout, metadata) as writer:
+            for name, rows in centres.tensors.items():
+                writer.write(name, rows.pieces())
+        return path
+    options = {
+        "num_classes": centres.num_classes,
+        "embedding_dim": centres.tensors["weight"].shape[1],
+        "seed": seed,
+        **({"sub_centers": centres.sub_centers} if centres.sub_centers > 1 else {}),
+    }
+    shards = {}
+    for name, rows in centres.tensors.items():
+        shards[name] = checkpoint.RowShard.of_pieces([piece.to(rows.dtype).contiguous() for piece in rows.pieces()])
+    values = {name: value for name, value in centres.values.items() if name not in ("seed", "sub_centers")}
+    return checkpoint.save_centres(path, shards, {"step": 0, **values}, options)
+
+
+def _is_one_file(path: Path) -> bool:
+    """Return whether a destination is one file; a folder of checkpoints has no suffix, or is there already.
+
+    Raises:
+        ConvertError: neither.
+    """
+    if path.suffix.lower() == ".safetensors":
+        return True
+    if not path.is_dir() and (path.suffix or path.exists()):
+        raise ConvertError(f"the destination must be a .safetensors file or a folder of checkpoints; got {path}")
+    return False
+
+
+def _checked_seed(seed: object) -> int:
+    try:
+        checked = check_size("seed", seed, least=0)
+    except (TypeError, ValueError) as error:
+        raise ConvertError(str(error)) from None
+    if checked >= 1 << 63:
+        raise ConvertError(f"seed must be in [0, 2^63); got {checked}")
+    return checked
+
+
+def convert(
+    sources: Sequence[str | os.PathLike[str]],
+    destination: str | os.PathLike[str],
+    *,
+    num_classes: int | None = None,
+    seed: int | None = None,
+    sub_centers: int | None = None,
+    noted: Callable[[str], None] | None = None,
+) -> Path:
+    """:func:`read` the sources, :func:`merge` and :func:`grow` them, :func:`write` the result.
+
+    Args:
+        sources: paths.
+        destination: a safetensors file or a checkpoint root.
+        num_classes: to grow to; None: as many as the sources have.
+        seed: of the new classes' centers and of the head that will resume, in [0, 2^63); None: the source's, or 0.
+        sub_centers: see :func:`read`.
+        noted: is told what the sources have and the result has not, such as momentum.
+
+    Raises:
+        FileNotFoundError: a source is not there.
+        ConvertError, CheckpointError: a source of no known kind, or a destination or seed that cannot be.
+
+    >>> import tempfile, torch
+    >>> folder = Path(tempfile.mkdtemp())
+    >>> torch.save({"W": torch.randn(8, 100)}, folder / "loss.pt")  # pytorch-metric-learning's, (D, C)
+    >>> read(convert([folder / "loss.pt"], folder / "centers.safetensors")).num_classes
+    100
+    """
+    _is_one_file(Path(destination))
+    if seed is not None:
+        _checked_seed(seed)
+    centres = merge([read(source, sub_centers) for source in sources])
+    if seed is not None or "seed" not in centres.values:
+        centres.values["seed"] = seed or 0
+    centres.values["seed"] = _checked_seed(centres.values["seed"])
+    if noted is not None:
+        for note in centres.notes:
+            noted(note)
+    if num_classes is not None:
+        centres = grow(centres, num_classes, centres.values["seed"])
+    return write(centres, destination)

@@ -1,0 +1,112 @@
+"""Reading and writing safetensors files row by row, so that class centres larger than memory pass through.
+
+The library of that name reads and checks (https://github.com/huggingface/safetensors). It writes whole files from
+memory only, so the writer is here: a little-endian length, that many bytes of JSON naming each tensor's dtype, shape
+and place, then the tensors. Nothing in such a file is executed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from ..base.reading import DataError, check_regular, file_errors
+
+_NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.int8: "I8",
+    torch.int64: "I64",
+}
+_MOST_TENSORS = 10_000
+
+
+def read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors, mapped from the file and read when they are used, and the texts stored beside them.
+
+    Raises:
+        DataError: a file of another kind, a truncated one, or one whose tensors overlap or leave gaps.
+    """
+    check_regular(path)
+    with file_errors(path), _foreign(path), safe_open(path, framework="pt") as file:
+        names = file.keys()
+        if len(names) > _MOST_TENSORS:
+            raise DataError(f"{path} must have <= {_MOST_TENSORS} tensors; it has {len(names)}")
+        return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
+
+
+@contextlib.contextmanager
+def _foreign(path: str | os.PathLike[str]) -> Iterator[None]:
+    try:
+        yield
+    except SafetensorError as error:
+        raise DataError(f"{path} is not a safetensors file, or it is truncated: {error}") from None
+
+
+class Writer:
+    """Writes tensors of known shapes in pieces, in the order they were named, into a file that appears when it is
+    whole.
+
+    >>> import tempfile, torch
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     with Writer(folder + "/x.safetensors", {"weight": (torch.float32, (3, 2))}) as writer:
+    ...         writer.write("weight", [torch.zeros(1, 2), torch.ones(2, 2)])
+    ...     read(folder + "/x.safetensors")[0]["weight"].sum()
+    tensor(4.)
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        tensors: dict[str, tuple[torch.dtype, tuple[int, ...]]],
+        metadata: dict[str, str] | None = None,
+    ) -> None:
+        self._path, self._partial = Path(path), Path(f"{os.fspath(path)}.partial")
+        self._expected = [(name, dtype, math.prod(shape)) for name, (dtype, shape) in tensors.items()]
+        header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
+        offset = 0
+        for name, (dtype, shape) in tensors.items():
+            end = offset + dtype.itemsize * math.prod(shape)
+            header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
+            offset = end
+        text = json.dumps(header).encode()
+        text += b" " * (-len(text) % 8)  # so that the first tensor is aligned
+        self._file = self._partial.open("wb")
+        self._file.write(len(text).to_bytes(8, "little") + text)
+
+    def write(self, name: str, pieces: Iterable[Tensor]) -> None:
+        """The next tensor, as pieces of its first dimension in order; converted to the dtype it was named with."""
+        expected, dtype, remaining = self._expected.pop(0)
+        if name != expected:
+            raise ValueError(f"the next tensor must be {expected}; got {name}")
+        for piece in pieces:
+            flat = piece.detach().to("cpu", dtype).contiguous().flatten()
+            remaining -= flat.numel()
+            self._file.write(flat.view(torch.uint8).numpy().tobytes())
+        if remaining != 0:
+            raise ValueError(f"{name} must be written in full; {remaining} elements are missing")
+
+    def __enter__(self) -> Writer:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, _: BaseException | None, __: TracebackType | None) -> None:
+        if kind is None and not self._expected:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._file.close()
+            os.replace(self._partial, self._path)
+        else:
+            self._file.close()
+            self._partial.unlink()

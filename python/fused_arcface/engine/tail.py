@@ -1,0 +1,121 @@
+"""The O(N) end of the head: from each row's negative log-sum-exp and target cosine to the reduced loss.
+
+Plain PyTorch, so autograd carries any margin through it; every backend, and one shard or many, end here.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import backends
+from ..base.checks import check_margin_output
+from ..base.once_differentiable import once_differentiable
+from ..margins.angular import Margin, parameters
+from .smoothing import Smoothing
+
+
+class MarginSoftmaxStats(NamedTuple):
+    """What a step knows of each row, detached. Ignored rows have loss 0 and are not correct; their other two
+    numbers say nothing."""
+
+    loss: Tensor
+    """(N,) loss, unreduced."""
+    lse: Tensor
+    """(N,) log-sum-exp of all the row's logits: its negatives' and its target's, the latter with the margin."""
+    target_cosine: Tensor
+    """(N,) cosine between the embedding and its class centre, without the margin."""
+    correct: Tensor
+    """(N,) bool: the target is the nearest class centre, without the margin (a tie is not correct)."""
+
+
+class _FusedMarginLoss(torch.autograd.Function):
+    """Row losses and full log-sum-exps, (N,) each, the former differentiable, by one launch of a backend's
+    margin_loss."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        negative_lse: Tensor,
+        target_cosine: Tensor,
+        scale: float,
+        m1: float,
+        m2: float,
+        m3: float,
+        boundary: str,
+        gradient: str,
+        backend: str,
+    ) -> tuple[Tensor, Tensor]:
+        loss, lse, d_lse, d_cosine = torch.ops.fused_arcface.margin_loss(
+            negative_lse, target_cosine, scale, m1, m2, m3, boundary, gradient, backend
+        )
+        ctx.save_for_backward(d_lse, d_cosine)
+        ctx.mark_non_differentiable(lse)
+        return loss, lse
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, saved: tuple[Tensor, ...], d_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        d_lse, d_cosine = saved
+        return d_loss * d_lse, d_loss * d_cosine, None, None, None, None, None, None, None
+
+
+def reduce_loss(loss: Tensor, ignored: Tensor, reduction: str) -> Tensor:
+    """Row losses ``(N,)`` reduced as ``cross_entropy`` does: ignored rows count neither in the sum nor in the mean."""
+    loss = loss.masked_fill(ignored, 0)
+    if reduction == "none":
+        return loss
+    total = loss.sum()
+    return total / (~ignored).sum() if reduction == "mean" else total
+
+
+def loss_of_rows(
+    negative_lse: Tensor,
+    target_cosine: Tensor,
+    negative_max: Tensor,
+    ignored: Tensor,
+    margin: Margin,
+    scale: float,
+    reduction: str,
+    backend: str = "reference",
+    penalty: Tensor | None = None,
+    smoothed: Smoothing | None = None,
+) -> tuple[Tensor, MarginSoftmaxStats]:
+    """Reduced loss, differentiable, and the rows' statistics.
+
+    Args:
+        negative_lse: (N,) log-sum-exp of the row's negative logits over all shards.
+        target_cosine: (N,).
+        negative_max: (N,) greatest cosine among the row's negatives.
+        ignored: (N,) bool.
+        backend: that of the other stages; one that fuses this tail does so for the margins of this package.
+        penalty: (N,) added to the rows' losses.
+        smoothed: label smoothing.
+    """
+    fuses = backends.fuses_margin(backend) and negative_lse.dtype == torch.float32 and smoothed is None
+    numbers = parameters(margin) if fuses else None
+    if numbers is not None:
+        loss, lse = _FusedMarginLoss.apply(negative_lse, target_cosine, float(scale), *numbers, backend)
+    else:
+        modified = margin(target_cosine.clone())  # a copy: a user's margin may work in place
+        check_margin_output(modified, target_cosine)
+        target_logit = scale * modified
+        # softplus, not log(exp + exp) - z, which cancels for well-classified rows; past 40 it is linear to fp64's
+        # last bit.
+        loss = F.softplus(negative_lse - target_logit, threshold=40)
+        lse = torch.logaddexp(negative_lse.detach(), target_logit.detach())
+        if smoothed is not None:
+            loss = smoothed.loss(loss, target_cosine, target_logit, scale)
+    if penalty is not None:
+        loss = loss + penalty
+    with torch.no_grad():
+        stats = MarginSoftmaxStats(
+            loss=loss.masked_fill(ignored, 0),
+            lse=lse,
+            target_cosine=target_cosine.detach(),
+            correct=(target_cosine > negative_max) & ~ignored,
+        )
+    return reduce_loss(loss, ignored, reduction), stats

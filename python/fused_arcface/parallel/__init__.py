@@ -1,0 +1,1 @@
+"""Ranks: who holds which classes, which classes a step samples, and the collectives between ranks."""

@@ -1,0 +1,334 @@
+"""The benchmark: what it calls right, how it times, what it writes, and that it never runs a machine out of memory."""
+
+from __future__ import annotations
+
+import csv
+import itertools
+import json
+import math
+import runpy
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import typer
+
+from fused_arcface import ArcFace, NormSoftmax, reference
+from fused_arcface.app.benchmark import cost_model, memory, plots, runner
+from fused_arcface.app.benchmark import providers as providers_module
+from fused_arcface.app.benchmark.cases import NAMES, PASSES, Case, cases_named, make_inputs
+from fused_arcface.app.benchmark.providers import Provider, all_providers, select
+from fused_arcface.app.benchmark.report import FIELDS, Measurement, Report, Skip, read_report
+from fused_arcface.app.benchmark.truth import Outcome, error_of, truth
+from fused_arcface.app.cli.bench import bench
+from fused_arcface.app.measure.child import Child, ChildFailed
+from fused_arcface.app.measure.timing import Timing, time_interleaved
+
+CPU = torch.device("cpu")
+TINY = Case(6, 300, 16)
+# torch.compile takes as long as all these tests together; the benchmark itself checks it at each run.
+QUICK = [each for each in all_providers() if each.name != "compiled" and each.reason_against(TINY, CPU) is None]
+
+
+@pytest.fixture
+def no_ceiling(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A ceiling without the seconds that measuring one takes."""
+    ceiling = runner.machine.Ceiling("torch", 64, Timing((1.0,)), 0.0, 1e9)
+    monkeypatch.setattr(runner.machine, "measure_ceiling", lambda device, dtype: ceiling)
+
+
+def provider_named(name: str) -> Provider:
+    return next(each for each in all_providers() if each.name == name and each.backend != "reference")
+
+
+@pytest.mark.parametrize("chunk", [2**23, 1000])
+@pytest.mark.parametrize("formula", ["margin", "straight_through", "linear"])
+def test_truth_is_the_reference(formula: str, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fused_arcface.app.benchmark.truth._CHUNK_ELEMENTS", chunk)
+    inputs = make_inputs(replace(TINY, dtype="float64", weight_dtype="float64"), CPU)
+    x, w = (tensor.clone().requires_grad_() for tensor in inputs[:2])
+    if formula == "linear":
+        loss = torch.nn.functional.cross_entropy(x @ w.T, inputs.target)
+    else:
+        margin = ArcFace(0.5) if formula == "margin" else ArcFace(0.5, boundary="none", gradient="straight_through")
+        loss = reference.margin_softmax_loss(x, w, inputs.target, margin=margin, scale=64.0)
+    loss.backward()
+    assert error_of(Outcome(loss, x.grad, w.grad), truth(inputs, formula)) < 1e-12
+
+
+@pytest.mark.parametrize("provider", QUICK, ids=str)
+def test_provider_is_right(provider: Provider) -> None:
+    inputs = make_inputs(TINY, CPU)
+    with provider.settings():
+        run = provider.open(inputs)
+        for backward in (True, False, True):
+            outcome = run(backward)
+            assert error_of(outcome, truth(inputs, provider.formula)) < 1e-5
+            assert (outcome.d_weight is not None) == (outcome.d_embeddings is not None) == backward
+
+
+def test_truth_tells_the_formulas_apart() -> None:
+    inputs = make_inputs(TINY, CPU)
+    right = truth(inputs, "margin")
+    for other in ("straight_through", "linear"):
+        assert error_of(truth(inputs, other), right) > 0.1
+    without = reference.margin_softmax_loss(*inputs, margin=NormSoftmax())
+    assert error_of(Outcome(without), right) > 0.1
+
+
+def test_error_of_sees_a_nan_and_a_wrong_shape() -> None:
+    right = Outcome(torch.tensor(1.0), torch.ones(2, 3))
+    assert math.isnan(error_of(Outcome(torch.tensor(1.0), torch.tensor([[1.0, math.nan, 1.0]] * 2)), right))
+    with pytest.raises(ValueError, match="d_embeddings"):
+        error_of(Outcome(torch.tensor(1.0), torch.ones(3, 2)), right)
+
+
+def test_cases_are_distinct_and_ascend_in_classes() -> None:
+    for device_type in ("cpu", "cuda"):
+        for name in NAMES:
+            cases = cases_named(name, device_type)
+            assert len(set(cases)) == len(cases)
+            series: dict[Case, int] = {}
+            for case in cases:
+                assert series.setdefault(replace(case, C=0), 0) < case.C
+                series[replace(case, C=0)] = case.C
+    with pytest.raises(ValueError, match="quick"):
+        cases_named("huge", "cpu")
+
+
+def test_unknown_provider_is_named() -> None:
+    with pytest.raises(ValueError, match="no_such"):
+        select(["ours", "no_such"])
+    with pytest.raises(ValueError, match="no_such"):
+        select(None, "no_such")
+    assert {each.backend for each in select(["ours"], "cpu")} == {"cpu"}
+
+
+def test_settings_are_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("FUSED_ARCFACE_ISA", raising=False)
+    provider = replace(provider_named("fused_arcface"), environment={"FUSED_ARCFACE_ISA": "portable"}, tf32=True)
+    before = torch.get_float32_matmul_precision()
+    with provider.settings():
+        assert providers_module.backends.load("cpu").isa() == "portable"
+        assert torch.get_float32_matmul_precision() == "high"
+    assert torch.get_float32_matmul_precision() == before
+    assert "FUSED_ARCFACE_ISA" not in providers_module.os.environ
+
+
+@pytest.mark.usefixtures("no_ceiling")
+def test_wrong_failing_and_missing_providers_do_not_stop_the_rest() -> None:
+    ours = provider_named("fused_arcface")
+
+    def wrong(inputs):
+        return lambda backward: Outcome(torch.tensor(0.0))
+
+    def failing(inputs):
+        raise RuntimeError("no such luck")
+
+    missing = replace(ours, name="missing", reason_against=lambda case, device: "not installed")
+    chosen = [replace(ours, name="wrong", open=wrong), replace(ours, name="failing", open=failing), missing, ours]
+    report = runner.run_benchmark([TINY], chosen, CPU, seconds=0.01, with_memory=False)
+    assert {each.provider for each in report.measurements} == {"ceiling", "fused_arcface"}
+    reasons = {skip.provider: skip.reason for skip in report.skips}
+    assert reasons["wrong"].startswith("wrong: relative error 1.0e+00")
+    assert reasons["failing"] == "RuntimeError: no such luck"
+    assert reasons["missing"] == "not installed"
+
+
+@pytest.mark.usefixtures("no_ceiling")
+def test_what_cannot_fit_is_not_tried(child: Child, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "peaks_of", lambda provider, case, *_: dict.fromkeys(PASSES, 100 * case.C))
+    monkeypatch.setattr(memory, "available_bytes", lambda device: 200_000)
+    report = runner.run_benchmark([TINY, replace(TINY, C=3000)], select(["eager"]), CPU, seconds=0.01)
+    assert {each.case for each in report.measurements if each.provider == "eager"} == {TINY}
+    (skip,) = report.skips
+    assert skip.case == replace(TINY, C=3000) and skip.reason.startswith("out of memory")
+
+
+def test_samples_are_taken_in_turn() -> None:
+    calls: list[str] = []
+    timings = time_interleaved({name: lambda name=name: calls.append(name) for name in "ab"}, CPU, seconds=0.05)
+    switches = sum(one != other for one, other in itertools.pairwise(calls))
+    assert switches >= 2 * 3 - 1
+    for timing in timings.values():
+        assert len(timing.samples) >= 3
+        assert 0 < timing.least <= timing.quantile(0.2) <= timing.median <= timing.quantile(0.8)
+
+
+def test_a_run_that_fails_later_leaves_the_others() -> None:
+    calls = itertools.count()
+
+    def fails_at_last() -> None:
+        if next(calls) >= 2:
+            raise RuntimeError("no memory is left")
+
+    told: list[str] = []
+    runs = {"a": lambda: time.sleep(0.006), "b": fails_at_last}
+    timings = time_interleaved(runs, CPU, 0.05, on_failure=lambda name, error: told.append(f"{name}: {error}"))
+    assert set(timings) == {"a"} and told == ["b: no memory is left"]
+    with pytest.raises(RuntimeError, match="no memory"):
+        time_interleaved({"b": fails_at_last}, CPU, 0.05)
+
+
+@pytest.mark.usefixtures("no_ceiling")
+def test_an_interrupted_run_keeps_its_cases_and_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cases = (TINY, replace(TINY, C=400))
+    monkeypatch.setattr("fused_arcface.app.benchmark.cases._CPU", {"quick": cases})
+    whole, measured = runner._measure_case, []
+
+    def interrupted(case: Case, *arguments: object) -> None:
+        measured.append(case)
+        if case == cases[1] and measured.count(case) == 1:
+            raise KeyboardInterrupt
+        whole(case, *arguments)
+
+    monkeypatch.setattr(runner, "_measure_case", interrupted)
+    options = {"providers": "eager,liger", "device": "cpu", "seconds": 0.01, "with_memory": False, "output": tmp_path}
+    with pytest.raises(typer.Exit) as exit_:
+        bench(**options)
+    assert exit_.value.exit_code == 130
+    said = capsys.readouterr().out
+    assert tmp_path.name in said and "--resume" in said
+    assert {each.case for each in read_report(tmp_path).measurements if each.provider == "eager"} == {TINY}
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+    bench(**options, resume=True)
+    assert measured == [*cases, cases[1]]
+    report = read_report(tmp_path)
+    assert [each.case for each in report.measurements if each.provider == "eager"] == [cases[0]] * 2 + [cases[1]] * 2
+    assert [skip.provider for skip in report.skips] == ["liger"]
+
+    report.context["torch"] = "1.0"
+    report.write(tmp_path)
+    with pytest.raises(typer.BadParameter, match=r"torch must be .*; got 1\.0"):
+        bench(**options, resume=True)
+    with pytest.raises(typer.BadParameter, match="no run"):
+        bench(**{**options, "output": tmp_path / "empty"}, resume=True)
+
+
+def test_rows_have_the_fields_and_survive_a_round_trip(tmp_path: Path) -> None:
+    report = synthetic_report()
+    report.write(tmp_path)
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    fields = "provider,backend,pass,dtype,weight_dtype,N,C,D,ms,ps_per_logit,peak_bytes,error,device,torch,commit,date"
+    assert [tuple(row) for row in rows] == [FIELDS] * len(rows)
+    assert ",".join(FIELDS) == fields
+    with (tmp_path / "rows.csv").open() as file:
+        assert [row["ms"] for row in csv.DictReader(file)] == [str(row["ms"]) for row in rows]
+    assert {row["pass"] for row in rows} == {"fwd", "fwd+bwd"}
+    row = next(row for row in rows if row["pass"] == "fwd+bwd")
+    assert row["ps_per_logit"] == pytest.approx(row["ms"] * 1e9 / (row["N"] * row["C"]))
+    again = read_report(tmp_path)
+    assert again.rows() == rows and [vars(skip) for skip in again.skips] == [vars(skip) for skip in report.skips]
+    assert [each.products for each in again.measurements] == [each.products for each in report.measurements]
+
+
+def synthetic_report() -> Report:
+    """Three providers over a series of C and one of N, the time and the memory in proportion to the logits."""
+    context = {"device": "a device", "torch": "2.0", "commit": "abc", "date": "2026-01-01T00:00:00+00:00"}
+    machine = {"flops_per_second": {"float32": 1e11}, "copy_bytes_per_second": 1e12, "memory_bytes": 2**34}
+    report = Report(context, [], [Skip("liger", "triton", TINY, "not installed")], machine)
+    cases = [Case(64, c) for c in (1000, 10_000, 100_000)] + [Case(n, 10_000) for n in (16, 256)]
+    for case in cases:
+        for name, factor in (("fused_arcface", 1), ("eager", 4), ("products", 2)):
+            for index, pass_name in enumerate(PASSES):
+                ms = factor * (1 + index) * case.N * case.C * 1e-6
+                timing, peak = Timing((ms, 1.1 * ms)), None if case.N == 16 else (factor - 1) * case.N * case.C * 4
+                backend = "cpu" if factor == 1 else "torch"
+                measurement = Measurement(name, backend, pass_name, case, timing, 1e-6, 2 + 4 * index, peak)
+                report.measurements.append(measurement)
+    return report
+
+
+def test_pictures_are_drawn(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    paths = plots.write_plots(synthetic_report(), tmp_path)
+    expected = {"time_by_classes.png", "memory_by_classes.png", "time_by_rows.png", "roofline.png"}
+    assert {path.name for path in paths} == expected
+    steps = cost_model.grid(cost_model.H200)
+    paths.append(plots.write_cost_plot(steps, cost_model.H200, tmp_path / "model.png"))
+    assert all(path.stat().st_size > 10_000 for path in paths)
+
+
+def test_memory_of_a_pass_is_seen_from_outside(child: Child) -> None:
+    if not memory.can_measure(CPU):
+        pytest.skip("this system does not let a process reset its peak of resident memory")
+    case = Case(64, 60_000, 32)
+    logits = case.N * case.C * 4  # 15 MB
+    eager = memory.peaks_of(provider_named("eager"), case, CPU, child)["fwd+bwd"]
+    fused = memory.peaks_of(provider_named("fused_arcface"), case, CPU, child)["fwd+bwd"]
+    assert 3 * logits < eager < 8 * logits
+    assert fused < logits / 4
+
+
+def test_child_reports_errors_and_comes_back(child: Child) -> None:
+    with pytest.raises(ChildFailed, match="ValueError"):
+        child.call("cases:cases_named", name="huge", device_type="cpu")
+    assert child._process is not None
+    child._process.kill()
+    with pytest.raises(MemoryError):
+        child.call("machine:commit")
+    assert isinstance(child.call("machine:commit"), str)
+
+
+@pytest.mark.usefixtures("no_ceiling")
+def test_command_measures_and_writes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("fused_arcface.app.benchmark.cases._CPU", {"quick": (TINY,)})
+    bench(providers="ours,eager,liger", device="cpu", seconds=0.01, with_memory=False, output=tmp_path / "new")
+    said = capsys.readouterr().out
+    assert "eager" in said and "liger_kernel is not installed" in said
+    rows = json.loads((tmp_path / "new" / "rows.json").read_text())
+    assert {(row["provider"], row["backend"]) for row in rows} >= {("fused_arcface", "cpu"), ("eager", "torch")}
+    assert all(row["error"] < 1e-3 for row in rows)
+
+
+def test_command_refuses_what_it_does_not_know(tmp_path: Path) -> None:
+    with pytest.raises(typer.BadParameter, match="no_such"):
+        bench(providers="no_such", device="cpu")
+    with pytest.raises(typer.BadParameter, match="quick"):
+        bench(cases="huge", device="cpu")
+    file = tmp_path / "file"
+    file.write_text("")
+    with pytest.raises(typer.BadParameter, match="file"):
+        bench(device="cpu", output=file / "folder")
+    for wrong in ({"device": "tpu"}, {"budget": 0.0}, {"budget": math.nan}, {"ranks": "1,x"}, {"ranks": "0"}):
+        with pytest.raises(typer.BadParameter):
+            bench(**{"device": "cpu", "output": tmp_path, **wrong})
+
+
+@pytest.mark.usefixtures("no_ceiling")
+def test_command_fails_when_it_measures_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(typer.Exit) as exit_:
+        bench(providers="ours", backend="triton", device="cpu", output=tmp_path)
+    assert exit_.value.exit_code == 1
+    assert "fused_arcface (triton)" in capsys.readouterr().out
+
+
+def script(name: str) -> dict[str, Any]:
+    return runpy.run_path(str(Path(__file__).parents[1] / "bench" / name))
+
+
+def test_regressions_are_found() -> None:
+    regressions = script("check.py")["regressions"]
+    before = {"time of ours": 0.5, "memory of ours": 0.1}
+    assert regressions({"time of ours": 0.6, "memory of ours": 0.15}, before) == []
+    assert regressions({"time of ours": 0.4, "memory of ours": 0.0, "time of new": 9.0}, before) == []
+    (slower,) = regressions({"time of ours": 0.65, "memory of ours": 0.1}, before)
+    assert slower.startswith("time of ours: 0.650")
+    (larger,) = regressions({"time of ours": 0.5, "memory of ours": 0.2}, before)
+    assert larger.startswith("memory of ours")
+    assert regressions({"time of ours": 0.5}, before) == ["memory of ours: no longer measured"]
+
+
+def test_the_readme_shows_what_was_recorded(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["update_readme.py", "--check"])
+    assert script("update_readme.py")["main"]() == 0, capsys.readouterr().out

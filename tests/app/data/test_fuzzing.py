@@ -1,0 +1,194 @@
+"""Files that nobody wrote: each format's loader ends in its result or in its error, in little time and memory."""
+
+from __future__ import annotations
+
+import pickle
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("PIL")
+if sys.platform != "linux":
+    pytest.skip("limits and peaks are read from /proc", allow_module_level=True)
+
+from support import fuzzing
+from support.image_files import encoded, picture, write_records
+
+from fused_arcface.app.data import DataError, ImageSpec, read_image
+from fused_arcface.app.data.embedding_sets import EmbeddingSet
+from fused_arcface.app.data.pair_sets import read_pair_set
+from fused_arcface.app.data.pickled_pairs import read_pickled_pairs
+from fused_arcface.app.data.records import RecordImages
+from fused_arcface.app.nets.backbones import load_weights
+from fused_arcface.app.nets.small import SmallNet
+from fused_arcface.app.training.config import OptionError, TrainConfig, read_options
+from fused_arcface.checkpoint import convert
+from fused_arcface.evaluation import Pairs
+
+SPEC = ImageSpec(16, 3)
+IMAGES = [encoded(picture(i, 0), "jpeg") for i in range(4)]
+
+
+def records(root: Path) -> Path:
+    return write_records(root, identities=3, samples=2) / "train.rec"
+
+
+def records_without_index(root: Path) -> Path:
+    path = records(root)
+    path.with_suffix(".idx").unlink()
+    return path
+
+
+def load_records(path: Path) -> None:
+    found = RecordImages(path.with_suffix(".rec"))
+    for index in range(len(found)):
+        found.read(index, SPEC)
+
+
+def pickled(protocol: int, arrays: bool = False) -> fuzzing.Callable[[Path], Path]:
+    def sample(root: Path) -> Path:
+        images = [np.frombuffer(image, np.uint8) for image in IMAGES] if arrays else IMAGES
+        same = np.array([True, False]) if arrays else [True, False]
+        (root / "lfw.bin").write_bytes(pickle.dumps((images, same), protocol))
+        return root / "lfw.bin"
+
+    return sample
+
+
+def embeddings(suffix: str) -> fuzzing.Callable[[Path], Path]:
+    def sample(root: Path) -> Path:
+        pairs = Pairs(torch.tensor([0, 1]), torch.tensor([2, 2]), torch.tensor([True, False]))
+        EmbeddingSet(torch.randn(3, 4), ["a.png", "b", "c"], torch.tensor([5, 0, 5]), pairs).save(root / f"e{suffix}")
+        return root / f"e{suffix}"
+
+    return sample
+
+
+def packed_embeddings(root: Path) -> Path:
+    np.savez_compressed(root / "e.npz", embeddings=np.eye(5, dtype=np.float32), labels=np.arange(5), paths=["a"] * 5)
+    return root / "e.npz"
+
+
+def centers(root: Path) -> Path:
+    torch.save({"weight": torch.randn(5, 4)}, root / "loss.pt")
+    return convert.convert([root / "loss.pt"], root / "centers.safetensors", seed=3)
+
+
+def torch_centers(root: Path) -> Path:
+    torch.save({"state_dict_softmax_fc": {"weight": torch.randn(5, 4)}, "step": 3}, root / "checkpoint.pt")
+    return root / "checkpoint.pt"
+
+
+def load_centers(path: Path) -> None:
+    for rows in convert.read(path).tensors.values():
+        for piece in rows.pieces():
+            piece.double().sum()
+
+
+def weights(root: Path) -> Path:
+    torch.save(SmallNet(8, 3).state_dict(), root / "model.pt")
+    return root / "model.pt"
+
+
+def pairs_text(root: Path) -> Path:
+    for name in ("ann", "bob"):
+        (root / name).mkdir()
+        for number in (1, 2, 3):
+            (root / name / f"{name}_{number:04d}.JPG").write_bytes(IMAGES[0])
+    (root / "pairs.txt").write_text("1\t2\nann\t1\t2\nbob 1 3\nann\t1\tbob\t2\nbob/bob_0001.JPG,ann/ann_0001.JPG,0\n")
+    return root / "pairs.txt"
+
+
+def options(root: Path) -> Path:
+    (root / "run.toml").write_text(
+        'data = "identities:4x4"\nepochs = 3\nlr = 0.5\nflip = true\nmargin = "ArcFace(0.5)"\n'
+    )
+    return root / "run.toml"
+
+
+def load_options(path: Path) -> None:
+    try:
+        TrainConfig().replace(read_options(path))
+    except (TypeError, ValueError) as error:  # what the command line shows
+        raise OptionError(str(error)) from None
+
+
+def image(kind: str) -> fuzzing.Callable[[Path], Path]:
+    def sample(root: Path) -> Path:
+        (root / f"a.{kind}").write_bytes(encoded(picture(0, 0, "RGB", (40, 48)), kind))
+        return root / f"a.{kind}"
+
+    return sample
+
+
+# Another format is a row here: how a valid file is written, and how the package reads it.
+FORMATS = [
+    fuzzing.Format("rec", records, load_records, (DataError,)),
+    fuzzing.Format("rec scanned", records_without_index, load_records, (DataError,)),
+    fuzzing.Format("idx", lambda root: records(root).with_suffix(".idx"), load_records, (DataError,)),
+    *(fuzzing.Format(f"bin {p}", pickled(p), read_pickled_pairs, (DataError,)) for p in (0, 2, 4)),
+    *(fuzzing.Format(f"bin {p} of arrays", pickled(p, True), read_pickled_pairs, (DataError,)) for p in (2, 5)),
+    fuzzing.Format("npz", embeddings(".npz"), EmbeddingSet.load, (DataError,)),
+    fuzzing.Format("npz compressed", packed_embeddings, EmbeddingSet.load, (DataError,)),
+    fuzzing.Format("safetensors embeddings", embeddings(".safetensors"), EmbeddingSet.load, (DataError,)),
+    fuzzing.Format("safetensors centers", centers, load_centers, (DataError,)),
+    fuzzing.Format("pt centers", torch_centers, load_centers, (DataError,)),
+    fuzzing.Format("pt weights", weights, lambda path: load_weights(SmallNet(8, 3), path), (DataError,)),
+    fuzzing.Format("pairs", pairs_text, lambda path: read_pair_set(str(path)), (DataError,)),
+    fuzzing.Format("toml", options, load_options, (OptionError,)),
+    *(fuzzing.Format(kind, image(kind), lambda path: read_image(path, SPEC), (DataError,)) for kind in ("jpeg", "png")),
+]
+
+
+def check(kind: fuzzing.Format, root: Path, count: int) -> None:
+    path = kind.sample(root)
+    content = path.read_bytes()
+    kind.load(path)  # warm, and a valid file is read
+    wrong = fuzzing.failures(kind, path, fuzzing.crafted(content, count, seed=1))
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize("kind", FORMATS, ids=lambda kind: kind.name)
+def test_mutated_files(kind: fuzzing.Format, tmp_path: Path) -> None:
+    check(kind, tmp_path, 60)
+
+
+@pytest.mark.full
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("kind", FORMATS, ids=lambda kind: kind.name)
+def test_many_mutated_files(kind: fuzzing.Format, tmp_path: Path) -> None:
+    check(kind, tmp_path, 10_000)
+
+
+def test_the_harness_finds_what_it_looks_for(tmp_path: Path) -> None:
+    """A loader that crashes, hangs, takes memory or raises something else is told by name."""
+    import ctypes
+    import time
+
+    def load(path: Path) -> None:
+        match path.read_bytes():
+            case b"crash":
+                ctypes.string_at(0)
+            case b"hang":
+                started = time.process_time()
+                while time.process_time() - started < 10:
+                    pass
+            case b"memory":
+                bytearray(201 << 20)
+            case b"other":
+                raise KeyError("x")
+            case b"own":
+                raise DataError("bad")
+
+    kind = fuzzing.Format("x", lambda root: root, load, (DataError,), seconds=0.3)
+    contents = [b"good", b"own", b"crash", b"memory", b"good", b"other", b"hang", b"own"]
+    wrong = fuzzing.failures(kind, tmp_path / "x.bin", contents)
+    assert [text.split(": ", 1)[1].split(" beyond")[0].split(" at ")[0] for text in wrong] == [
+        "ended by SIGSEGV",
+        "200 MiB",
+        "KeyError",
+        "ended by SIGPROF",
+    ]

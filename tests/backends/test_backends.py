@@ -1,0 +1,89 @@
+"""The choice of a backend: by name, by itself, and the reasons given when there is none."""
+
+from __future__ import annotations
+
+import platform
+
+import pytest
+import torch
+from support.cases import Case, make_inputs
+
+import fused_arcface as fa
+from fused_arcface import _native, backends
+from fused_arcface.backends import cpu, native
+
+
+def test_available() -> None:
+    found = fa.backends.available()
+    assert list(found) == ["reference", "cpu", "triton", "cuda"]
+    assert found["reference"] is None and found["cpu"] is None
+    for name in ("triton", "cuda"):
+        if not torch.cuda.is_available():
+            assert isinstance(found[name], str) and found[name]
+
+
+def test_instruction_sets() -> None:
+    isas = _native.isas()
+    assert isas[-1] == "portable" and len(set(isas)) == len(isas)
+    assert cpu.isa() == isas[0]
+    if platform.machine() != "x86_64":
+        assert isas == ["portable"]
+
+
+def test_environment_chooses_the_instruction_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FUSED_ARCFACE_ISA", "portable")
+    asked = []
+    monkeypatch.setattr(_native, "class_stats", lambda isa, *_: asked.append(isa))
+    x, w, target, _ = make_inputs(Case())
+    fa.margin_softmax_loss(x, w, target, backend="cpu")
+    assert asked == ["portable"]
+
+
+def test_instruction_set_that_is_not_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FUSED_ARCFACE_ISA", "avx1024")
+    reason = f"FUSED_ARCFACE_ISA=avx1024 names none of this machine's instruction sets: {', '.join(_native.isas())}"
+    assert fa.backends.available()["cpu"] == reason
+    x, w, target, _ = make_inputs(Case())
+    with pytest.raises(RuntimeError) as raised:
+        fa.margin_softmax_loss(x, w, target, backend="cpu")
+    assert str(raised.value) == f"backend 'cpu' is not available: {reason}"
+
+
+def test_compiled_part_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The reason is given, "auto" does without and says so, the named backend does not fall back."""
+    monkeypatch.setattr(native, "_import_error", "no such file")
+    assert fa.backends.available()["cpu"] == (
+        "the compiled module fused_arcface._native cannot be imported: no such file"
+    )
+    x, w, target, _ = make_inputs(Case())
+    with pytest.warns(UserWarning, match="backend 'reference' is used, as 'cpu' is not available: "):
+        assert backends.select("auto", x.device) == "reference"
+    torch.testing.assert_close(
+        fa.margin_softmax_loss(x, w, target), fa.reference.margin_softmax_loss(x, w, target), rtol=1e-6, atol=0
+    )
+    with pytest.raises(RuntimeError, match="no such file"):
+        fa.margin_softmax_loss(x, w, target, backend="cpu")
+
+
+def test_auto_takes_the_kernels() -> None:
+    assert backends.select("auto", torch.device("cpu")) == "cpu"
+    assert backends.select("auto", torch.device("meta")) == "reference"
+
+
+def test_named_backend_on_another_device() -> None:
+    with pytest.raises(ValueError) as raised:  # noqa: PT011
+        backends.select("cpu", torch.device("cuda", 1))
+    assert str(raised.value) == "backend 'cpu' needs tensors on cpu; got cuda:1"
+
+
+@pytest.mark.parametrize("name", ["gpu", "", None, "CPU"])
+def test_unknown_name(name: object) -> None:
+    x, w, target, _ = make_inputs(Case())
+    with pytest.raises(ValueError) as raised:  # noqa: PT011
+        fa.margin_softmax_loss(x, w, target, backend=name)
+    assert str(raised.value) == f"backend must be one of 'auto', 'reference', 'cpu', 'triton', 'cuda'; got {name!r}"
+
+
+def test_native_refuses_an_unknown_instruction_set() -> None:
+    with pytest.raises(ValueError, match="instruction set not available on this machine: avx1024"):
+        _native.weight_grad("avx1024", False, (0,) * 6, (0,) * 6, 0, 1.0, 0, 0, 0, (0,) * 6, 1, (1, 0, 0.0, 1.0, 0.0))

@@ -1,0 +1,444 @@
+"""The CUDA backend: its kernels' source on emulated blocks (cuda_emulated.py) on any machine, and on a GPU where there
+is one. Emulated, everything runs as users call it but for the device: backends/cuda.py takes the CPU's tensors.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from types import ModuleType
+
+import pytest
+import torch
+from conftest import NoWaiting, PoisoningTorch
+from support import cuda_emulated, extreme_rows
+from support.cases import Case, inputs_on
+from support.cuda_cases import BF16, CORE, FP16, FP32, FULL, Setting, check, loss
+
+import fused_arcface as fa
+from fused_arcface import _native, backends, partial_fc
+from fused_arcface.backends import cuda, plain_torch
+from fused_arcface.base import keyed_random
+from fused_arcface.center_sgd import PendingUpdate
+from fused_arcface.engine import ops
+from fused_arcface.engine.ops import CentreStep
+
+needs_gpu = pytest.mark.skipif(
+    cuda.unavailable() is not None, reason=f"backend 'cuda' cannot run here: {cuda.unavailable()}"
+)
+needs_emulation = pytest.mark.skipif(cuda_emulated.missing() is not None, reason=str(cuda_emulated.missing()))
+
+
+@pytest.fixture(scope="session")
+def emulated_kernels() -> ModuleType:
+    return cuda_emulated.module()
+
+
+@pytest.fixture(
+    params=[pytest.param("cpu", id="emulated", marks=needs_emulation), pytest.param("cuda", id="gpu", marks=needs_gpu)]
+)
+def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Where the backend runs. Emulated, its memory is NaN before it is written, and nothing beside it is written."""
+    if request.param == "cuda":
+        yield "cuda"
+        torch.cuda.synchronize()
+        return
+    poisoning = PoisoningTorch()
+    monkeypatch.setattr(cuda, "torch", poisoning)
+    monkeypatch.setattr(cuda, "_kernels", request.getfixturevalue("emulated_kernels"))
+    monkeypatch.setattr(cuda, "_device", lambda tensor: ((0, 0), 4))
+    yield "cpu"
+    poisoning.check()
+
+
+def _chunks(setting: Setting, patch: pytest.MonkeyPatch) -> None:
+    if setting.chunks:
+        patch.setattr(cuda, "CHUNKS", cuda.ChunkConfig(0, 0))
+
+
+@pytest.mark.parametrize("setting", CORE, ids=str)
+def test_agrees_with_the_reference(setting: Setting, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    _chunks(setting, monkeypatch)
+    check(setting, device)
+
+
+@pytest.mark.full
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("shape", FULL, ids=str)
+def test_agrees_with_the_reference_over_the_full_grid(
+    shape: tuple[int, int, int], device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for setting in FULL[shape]:
+        _chunks(setting, monkeypatch)
+        check(setting, device, seed=1)
+
+
+def test_stages_with_targets_elsewhere(device: str) -> None:
+    """Rows whose target is in another shard (-1) have only negatives here."""
+    x, w, target, _ = inputs_on(Case(6, 9, 16), device)
+    target[::2] = -1
+    for result, expected in zip(
+        cuda.class_stats(x, w, target, 20.0, None, True),
+        plain_torch.class_stats(x, w, target, 20.0, None, True),
+        strict=True,
+    ):
+        torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-5 * expected.abs().max().item())
+    torch.testing.assert_close(cuda.class_max(x, w, target), plain_torch.class_max(x, w, target))
+    torch.testing.assert_close(cuda.target_cosine(x, w, target), plain_torch.target_cosine(x, w, target))
+
+
+@pytest.mark.parametrize("dtypes", [FP32, BF16, FP16])
+@pytest.mark.parametrize("count", [0, 1, 128, 130])
+def test_classes_past_the_count_are_padding(
+    count: int, dtypes: tuple[str, str], device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their number is known to the device alone; NaN there reaches no result. Chunks of one tile: some are padding."""
+    monkeypatch.setattr(cuda, "CHUNKS", cuda.ChunkConfig(0, 0))
+    x, w, target, _ = inputs_on(Case(6, 300, 16, *dtypes), device)
+    target = (target % count if count > 0 else target.fill_(-1)).index_fill_(0, torch.tensor([1], device=device), -1)
+    class_count = torch.tensor(count, device=device)
+    shift = torch.linspace(-3, 3, 6, dtype=torch.float64, device=device)
+    expected = plain_torch.class_stats(x, w, target, 20.0, shift, True, class_count)
+    maximum = plain_torch.class_max(x, w, target, class_count)
+    w[count:] = torch.nan
+    rounding = 1e-5 if dtypes == FP32 else 2.0**-7
+    for result, right, rtol in zip(
+        cuda.class_stats(x, w, target, 20.0, shift, True, class_count), expected, (1e-5, 1e-5, rounding), strict=True
+    ):
+        size = right.abs().nan_to_num(0, 0, 0).max().item()
+        torch.testing.assert_close(result, right, rtol=rtol, atol=rtol * size)
+    torch.testing.assert_close(cuda.class_max(x, w, target, class_count), maximum)
+
+
+def test_invalid_label_is_nan(device: str) -> None:
+    x = torch.eye(3, device=device)
+    target = torch.tensor([0, -1, -2], device=device)
+    assert cuda.target_cosine(x, x, target).isnan().tolist() == [False, False, True]
+
+
+@pytest.mark.parametrize("dtypes", [("float32", "float32"), BF16, FP16])
+def test_nan_row_poisons_itself_and_the_weight_gradient(dtypes: tuple[str, str], device: str) -> None:
+    case = Case(6, 9, 16, *dtypes)
+    x, w, target, _ = inputs_on(case, device)
+    x[2, 3] = torch.nan
+    x, w = x.requires_grad_(), w.requires_grad_()
+    total, stats = loss(x, w, target, margin=case.margin, scale=case.scale, reduction="sum")
+    total.backward()
+    nan = [False, False, True, False, False, False]
+    assert stats.loss.isnan().tolist() == nan
+    assert x.grad is not None and x.grad.isnan().any(1).tolist() == nan
+    assert w.grad is not None and w.grad.isnan().any(1).all()
+
+
+def test_no_rows(device: str) -> None:
+    case = Case(0, 9, 16)
+    x, w, target, _ = inputs_on(case, device)
+    x, w = x.requires_grad_(), w.requires_grad_()
+    loss(x, w, target, margin=case.margin, scale=case.scale, reduction="sum")[0].backward()
+    assert x.grad is not None and x.grad.shape == (0, 16)
+    assert w.grad is not None and (w.grad == 0).all()
+    assert cuda.class_max(x, w, target).shape == (0,)
+
+
+def test_fp64_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends, "_unavailable", lambda name: None)
+    with pytest.raises(TypeError) as raised:
+        backends.select("cuda", torch.device("cuda", 0), torch.float64)
+    assert str(raised.value) == (
+        "backend 'cuda' needs embeddings and weight of float32, bfloat16 or float16; got float64"
+    )
+
+
+@pytest.mark.parametrize("gradient", ["exact", "straight_through"])
+@pytest.mark.parametrize("boundary", ["none", "hard", "fold", "clip", "easy", "linear"])
+def test_margin_agrees_point_by_point(boundary: str, gradient: str, device: str) -> None:
+    """The finalising kernel against fused_arcface.margins in fp64 over a dense grid with both ends."""
+    cosine = torch.cat([torch.linspace(-1, 1, 1021), torch.tensor([-1.0, -0.0, 0.0, 1.0])]).to(device)
+    order = torch.randperm(cosine.numel(), generator=torch.Generator().manual_seed(0))
+    lse = torch.linspace(-80, 80, cosine.numel())[order].to(device)
+    for m1, m2, m3 in [(1.0, 0.5, 0.0), (4.0, 0.0, 0.1), (1.35, 0.4, 0.2)]:
+        numbers = (64.0, m1, m2, m3, boundary, gradient)
+        phi = m1 * cosine.double().acos() + m2
+        # A jump lies at a multiple of π, and fp32 may see it one rounding away.
+        away = ((phi / math.pi - (phi / math.pi).round()).abs() > 1e-6) | (phi < 1)
+        results = cuda.margin_loss(lse, cosine, *numbers)
+        expected = plain_torch.margin_loss(lse.double(), cosine.double(), *numbers)
+        for name, result, truth in zip(("loss", "lse", "d_lse", "d_cosine"), results, expected, strict=True):
+            scale = 64 * m1 / fa.margins.SIN_FLOOR if name == "d_cosine" else 64
+            error = ((result - truth).abs() / truth.abs().clamp(min=scale))[away].max()
+            assert error < 2e-6, (name, m1, m2, m3, error)
+
+
+def test_small_losses_keep_their_digits(device: str) -> None:
+    """Not log(exp z + Z) - z, which is off by 11 % when the loss is small."""
+    rows = torch.tensor([[-30.0], [0.5]], device=device)
+    small, *_ = cuda.margin_loss(*rows, 1.0, 1.0, 0.0, 0.0, "linear", "exact")
+    torch.testing.assert_close(small.cpu(), torch.tensor([math.exp(-30.5)]), rtol=1e-5, atol=0)
+
+
+def loss_on(device: str) -> extreme_rows.Loss:
+    def plain_loss(x: torch.Tensor, w: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        if x.dtype == torch.float64:  # for which there are no kernels
+            return extreme_rows.plain(fa.reference.margin_softmax_loss)(x, w, target)
+        moved = (each.to(device) for each in (x, w, target))
+        options = {"margin": fa.NormSoftmax(), "scale": extreme_rows.SCALE, "reduction": "none"}
+        return loss(*moved, **options)[0].cpu()  # type: ignore[arg-type]
+
+    return plain_loss
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-6), (torch.bfloat16, 2**-6)])
+def test_rows_of_any_norm(dtype: torch.dtype, tolerance: float, device: str) -> None:
+    extreme_rows.check_norms(loss_on(device), dtype, tolerance)
+
+
+def test_gradients_that_overflow_in_fp16(device: str) -> None:
+    extreme_rows.check_overflow(loss_on(device))
+
+
+def test_zero_row_in_fp16_saturates(device: str) -> None:
+    x = torch.zeros(1, 4, dtype=torch.float16, device=device)
+    gradient = cuda.embedding_grad(torch.tensor([[1.0, -1.0, 0.0, 1e-20]], device=device), x)
+    assert gradient.tolist() == [[65504.0, -65504.0, 0.0, 0.0]]
+
+
+def _update_problem(
+    dtype: torch.dtype, momentum_dtype: torch.dtype | None, chosen: str, device: str
+) -> tuple[tuple, CentreStep]:
+    """Arguments of update_centres: 200 classes of 70, more than one unit of an int8 momentum and not a multiple.
+    ``chosen``: all, sampled (67 of them) or padded (as many, and more than a tile of padding)."""
+    x, w, target, _ = inputs_on(Case(12, 200, 70), device)
+    w = w.to(dtype)
+    classes = None if chosen == "all" else torch.arange(0, 200, 3, device=device)
+    if classes is not None:
+        target = target % len(classes)
+    if chosen == "padded":
+        classes = torch.cat([classes, classes.new_full((200,), 200)])
+    buffer = units = None
+    if momentum_dtype == torch.int8:
+        buffer = torch.randint(-127, 128, w.shape, generator=torch.Generator().manual_seed(1)).to(device, torch.int8)
+        units = torch.full((200, 2), 0.01, device=device)
+    elif momentum_dtype is not None:
+        buffer = (0.1 * w.float()).to(momentum_dtype)
+    step = CentreStep(
+        classes, buffer, units, 0.1, 0.9, 5e-4, keyed_random.rounding_key(3, 4), 1000, torch.tensor(True, device=device)
+    )
+    rows = torch.linspace(-1, 1, 12, device=device)
+    return (x, w, target, 16.0, torch.full((12,), 3.0, dtype=torch.float64, device=device), rows, -rows), step
+
+
+def _copied(step: CentreStep) -> CentreStep:
+    copies = {
+        name: None if value is None else value.clone()
+        for name, value in step._asdict().items()
+        if "moment" in name and not isinstance(value, float)
+    }
+    return step._replace(**copies)
+
+
+UPDATES = [
+    (dtype, momentum, chosen)
+    for dtype in (torch.float32, torch.bfloat16)
+    for momentum in (None, torch.float32, torch.bfloat16, torch.int8, torch.float64)
+    for chosen in ("all", "sampled", "padded")
+]
+
+
+@pytest.mark.parametrize(("dtype", "momentum_dtype", "chosen"), UPDATES)
+def test_update_agrees_with_the_reference(
+    dtype: torch.dtype, momentum_dtype: torch.dtype | None, chosen: str, device: str
+) -> None:
+    """The same random bits, so results differ only where the gradient's rounding falls on another side."""
+    arguments, step = _update_problem(dtype, momentum_dtype, chosen, device)
+    x, w, *rest = arguments
+    expected_w, expected = w.clone(), _copied(step)
+    plain_torch.update_centres(x, expected_w, *rest, expected)
+    got_w, got = w.clone(), _copied(step)
+    cuda.update_centres(x, got_w, *rest, got)
+    tensors = [(got_w, expected_w), (got.momentum_buffer, expected.momentum_buffer)]
+    for mine, right in tensors:
+        if mine is None or right is None:
+            continue
+        differ = (mine.double() - right.double()).abs() > 1e-5 * right.double().abs() + 1e-6
+        assert differ.double().mean() < (0.01 if mine.dtype in (torch.bfloat16, torch.int8) else 1e-9)
+        quantum = 1 if mine.dtype == torch.int8 else 2.0**-7 * float(right.double().abs().max())
+        assert float((mine.double() - right.double()).abs().max()) <= quantum
+    if got.momentum_scale is not None:
+        torch.testing.assert_close(got.momentum_scale, expected.momentum_scale, rtol=1e-4, atol=1e-9)
+    if step.classes is not None:
+        others = torch.ones(201, dtype=torch.bool, device=device).index_fill_(0, step.classes, False)[:200]
+        assert torch.equal(got_w[others], w[others])
+
+
+def test_update_without_rows(device: str) -> None:
+    """Momentum and weight decay go on."""
+    (x, w, target, scale, *rows), step = _update_problem(torch.float32, torch.float32, "all", device)
+    nothing = x[:0], target[:0], scale, *(each[:0] for each in rows)
+    results = []
+    for backend in (cuda, plain_torch):
+        weight, copy = w.clone(), _copied(step)
+        backend.update_centres(nothing[0], weight, *nothing[1:], copy)
+        results.append((weight, copy.momentum_buffer))
+    for got, right in zip(*results, strict=True):
+        torch.testing.assert_close(got, right, rtol=1e-6, atol=1e-7)
+    assert not torch.equal(results[0][0], w)
+
+
+@pytest.mark.parametrize("momentum_dtype", [torch.float32, torch.bfloat16, torch.int8])
+def test_stochastic_rounding_has_the_bits_of_keyed(momentum_dtype: torch.dtype, device: str) -> None:
+    """Without a gradient the step is the same arithmetic everywhere: the results agree to the bit."""
+    (x, w, target, scale, lse, rows, _), step = _update_problem(torch.bfloat16, momentum_dtype, "all", device)
+    step = step._replace(weight_decay=0.0)
+    expected_w, expected = w.clone(), _copied(step)
+    plain_torch.update_centres(x, expected_w, target, scale, lse, 0 * rows, 0 * rows, expected)
+    got = _copied(step)
+    cuda.update_centres(x, w, target, scale, lse, 0 * rows, 0 * rows, got)
+    assert torch.equal(got.momentum_buffer, expected.momentum_buffer)
+    # w - lr·m may be fused into one rounding or not: a last bit of fp32, which is a carry of bf16 once in 2¹⁶ elements.
+    assert (w != expected_w).sum() <= 2
+
+
+def test_nothing_changes_where_the_step_is_not_active(device: str) -> None:
+    (x, w, *rest), step = _update_problem(torch.bfloat16, torch.int8, "all", device)
+    got_w, got = w.clone(), _copied(step)._replace(active=torch.tensor(False, device=device))
+    cuda.update_centres(x, got_w, *rest, got)
+    assert torch.equal(got_w, w) and torch.equal(got.momentum_buffer, step.momentum_buffer)
+    assert torch.equal(got.momentum_scale, step.momentum_scale)
+
+
+@pytest.mark.parametrize(("momentum_dtype", "scale"), [(torch.float32, 64.0), (torch.int8, 1000.0)])
+def test_sampled_step_waits_for_nothing(
+    momentum_dtype: torch.dtype, scale: float, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PartialFC with its sample padded, as on a GPU: the reference's steps, and no value is read on the way."""
+    monkeypatch.setattr(cuda, "unavailable", lambda: None)
+    monkeypatch.setitem(backends._DEVICE_TYPES, "cuda", device)
+    monkeypatch.setattr(partial_fc, "_is_waited_for", lambda _: True)
+    monkeypatch.setattr(ops, "check_target_range", lambda *_: None)  # the CPU's check alone
+    monkeypatch.setattr(PendingUpdate, "start", lambda self, gradient: setattr(self, "_loss_gradient", gradient))
+    recipe = fa.CenterSGD(lr=0.1, weight_decay=1e-3, momentum_dtype=momentum_dtype)
+    options = {"sample_rate": 0.1, "scale": scale, "center_optimizer": recipe, "seed": 4, "device": device}
+    heads = [fa.PartialFC(16, 300, backend=backend, **options) for backend in ("cuda", "reference")]
+    for step, rows in enumerate((40, 8, 1, 0)):  # more classes than the sample's 30 in the first
+        generator = torch.Generator().manual_seed(step)
+        x = torch.randn(rows, 16, generator=generator).to(device)
+        y = torch.randint(0, 300, (rows,), generator=generator).to(device)
+        results = []
+        for head in heads:
+            mine = x.clone().requires_grad_()
+            with NoWaiting():
+                loss, stats = head(mine, y, return_stats=True)
+                loss.backward()
+            state = head.center_optimizer.state[head.weight]
+            results.append([loss, *stats, mine.grad, head.sampled, head.weight.detach(), *state.values()])
+        for got, right in zip(*results, strict=True):
+            size = max(1.0, right.double().nan_to_num(0, 0, 0).abs().max().item()) if right.numel() > 0 else 1.0
+            atol = 2e-6 * scale * size if right.is_floating_point() else int(right.dtype == torch.int8)
+            torch.testing.assert_close(got, right, rtol=1e-4, atol=atol, equal_nan=True)
+
+
+def test_deterministic_to_the_bit(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda, "CHUNKS", cuda.ChunkConfig(0, 0))
+    case = Case(140, 300, 40, *BF16)
+    runs = []
+    for _ in range(2):
+        x, w, target, _ = inputs_on(case, device)
+        x, w = x.requires_grad_(), w.requires_grad_()
+        total, _ = loss(x, w, target, margin=case.margin, scale=case.scale, reduction="sum")
+        runs.append((total.detach(), *torch.autograd.grad(total, (x, w))))
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+@needs_emulation
+@pytest.mark.parametrize(("precision", "code"), [("bfloat16", 2), ("float16", 3), ("tf32", 0), ("float32", 0)])
+def test_workspace_is_small_whatever_the_classes(precision: str, code: int, emulated_kernels: ModuleType) -> None:
+    """What a pass asks for, without running it: N = 4096, D = 512 on 132 multiprocessors."""
+    unread, D = 16, 512
+    options = (cuda.CHUNKS.exponential_bytes, cuda.CHUNKS.centre_bytes, 132)
+    needed = set()
+    for C in (1_000_000, 100_000_000):
+        x, w = ((unread, code, rows, D, D, 1) for rows in (4096, C))
+        rest = (0, options, 0, (0, 0))
+        needed.add(
+            (
+                emulated_kernels.class_stats(precision, x, w, unread, 64.0, *[unread] * 4, *rest),
+                emulated_kernels.weight_grad(precision, x, w, unread, 64.0, *[unread] * 3, w, *rest[1:]),
+            )
+        )
+    (bytes_of_passes,) = needed
+    assert max(bytes_of_passes) < 60e6
+
+
+def test_says_why_it_cannot_run() -> None:
+    reason = backends.available()["cuda"]
+    if reason is None:
+        pytest.skip("the backend can run here")
+    assert "CUDA" in reason or "GPU" in reason
+    x = torch.eye(2)
+    with pytest.raises(RuntimeError, match="backend 'cuda' is not available: ") as raised:
+        fa.margin_softmax_loss(x, x, torch.tensor([0, 1]), backend="cuda")
+    assert reason in str(raised.value)
+
+
+def test_a_build_without_kernels_says_how_to_get_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda, "_kernels", None)
+    reason = cuda.unavailable()
+    assert reason is not None and "nvcc" in reason and "FUSED_ARCFACE_CUDA=ON" in reason
+
+
+def test_auto_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The order of the table, and the next one where the first cannot run or has no kernels for the dtype."""
+    missing = {"triton": None, "cuda": None}
+    monkeypatch.setattr(backends, "_unavailable", lambda name: missing.get(name))
+    gpu = torch.device("cuda", 0)
+    assert backends.select("auto", gpu) == "triton"
+    assert backends.select("auto", gpu, torch.float64) == "triton"
+    missing["triton"] = "no compiler"
+    assert backends.select("auto", gpu) == "cuda"
+    assert backends.select("auto", gpu, torch.float64) == "reference"
+    missing["cuda"] = "not built"
+    assert backends.select("auto", gpu) == "reference"
+
+
+@pytest.mark.skipif(not hasattr(_native, "cuda"), reason="this build has no CUDA kernels: no nvcc where it was built")
+def test_import_needs_no_driver() -> None:
+    """The module with its kernels is importable, and links no CUDA library."""
+    assert _native.__file__ is not None
+    if shutil.which("ldd") is not None:
+        linked = subprocess.run(["ldd", _native.__file__], capture_output=True, text=True).stdout
+        assert "libcuda" not in linked
+    command = [sys.executable, "-c", "import fused_arcface as fa; print(fa.backends.available()['cuda'])"]
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    result = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert result.returncode == 0 and result.stdout.strip() not in ("", "None"), result.stderr
+
+
+@needs_gpu
+@pytest.mark.parametrize("dtypes", [BF16, FP16, ("float32", "float32"), ("bfloat16", "float32")])
+@pytest.mark.parametrize("D", [128, 512])
+def test_real_sizes_on_a_gpu(dtypes: tuple[str, str], D: int) -> None:
+    """Several chunks of the budgets as they are, the last of them short; late in training."""
+    check(Setting(Case(1500, 40_007, D, *dtypes, geometry="late"), chunks=False), "cuda")
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        "torch.set_float32_matmul_precision('high'); assert cuda._precision(x, x) == 'tf32'",
+        "torch.set_float32_matmul_precision('highest'); assert cuda._precision(x, x) == 'float32'",
+        "torch.backends.cuda.matmul.fp32_precision = 'tf32'; assert cuda._precision(x, x) == 'tf32'",
+        "torch.backends.cuda.matmul.fp32_precision = 'ieee'; assert cuda._precision(x, x) == 'float32'",
+        "torch.backends.fp32_precision = 'tf32'; assert cuda._precision(x, x) == 'tf32'",
+    ],
+)
+def test_precision_by_the_older_and_the_newer_setting(lines: str) -> None:
+    """In a process of its own: torch refuses to read the older setting once the newer was written."""
+    if "fp32_precision" in lines and not hasattr(torch.backends, "fp32_precision"):
+        pytest.skip(f"torch {torch.__version__} has no fp32_precision")
+    code = f"import torch; from fused_arcface.backends import cuda; x = torch.ones(1); {lines}"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr

@@ -1,0 +1,144 @@
+"""The net under the CUDA kernels: their source on emulated blocks against plain loops, under ThreadSanitizer, and with
+mutations, each of which must be noticed. The emulation and the program are in tests/cuda_emulation.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from support import cuda_emulated
+
+pytestmark = pytest.mark.skipif(cuda_emulated.missing() is not None, reason=str(cuda_emulated.missing()))
+
+
+def _run(program: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([program, *arguments], capture_output=True, text=True, timeout=280)
+
+
+def _thread_sanitizer_missing() -> str | None:
+    if cuda_emulated.CXX is None:
+        return cuda_emulated.missing()
+    with tempfile.TemporaryDirectory() as folder:
+        source, program = Path(folder) / "empty.cpp", Path(folder) / "empty"
+        source.write_text("int main() {}\n")
+        built = subprocess.run([cuda_emulated.CXX, "-fsanitize=thread", source, "-o", program], capture_output=True)
+        works = built.returncode == 0 and subprocess.run([program], capture_output=True).returncode == 0
+    return None if works else f"{cuda_emulated.CXX} -fsanitize=thread gives no program that runs here"
+
+
+needs_thread_sanitizer = pytest.mark.skipif(
+    _thread_sanitizer_missing() is not None, reason=str(_thread_sanitizer_missing())
+)
+
+
+def test_kernels_agree_with_plain_loops() -> None:
+    result = _run(cuda_emulated.checker())
+    print(result.stdout)
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+@needs_thread_sanitizer
+def test_no_data_race() -> None:
+    """A block's threads as threads of the system, ordered by nothing but its barriers."""
+    result = _run(cuda_emulated.checker(threads=True), "quick")
+    assert result.returncode == 0, result.stdout + result.stderr[-4000:]
+    assert "WARNING" not in result.stderr
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One change of the sources, and how it must be noticed."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    races: bool = False
+    """Noticed by ThreadSanitizer. Else by a wrong result, a crash or a deadlock."""
+    full: bool = True
+    """Only in the full grid."""
+
+    def __str__(self) -> str:
+        return self.name.replace(" ", "-")
+
+
+STAGE_BARRIER = "__syncthreads();  // this stage has landed for all threads, and all are done with the one before it"
+OPERANDS_BARRIER = "__syncthreads();  // all warps are done with the operands that lie there"
+SWAPPED = "b[n][0] = pair[0], b[n][1] = pair[1], b[n + 1][0] = pair[2], b[n + 1][1] = pair[3];"
+MUTANTS = (
+    Mutant("no barrier between stages", "gemm.h", STAGE_BARRIER, "", full=False),
+    Mutant("no barrier between stages, as a race", "gemm.h", STAGE_BARRIER, "", races=True, full=False),
+    Mutant("no barrier before the tile is staged", "gemm.h", OPERANDS_BARRIER, ""),
+    Mutant("no barrier before the tile is staged, as a race", "gemm.h", OPERANDS_BARRIER, "", races=True),
+    Mutant(
+        "no barrier after the tile is staged", "gemm.h",
+        "      }\n  __syncthreads();\n  const int warp", "}const int warp"
+    ),
+    Mutant("a wait for one copy less", "gemm.h", "copy_wait<kStages - 2>", "copy_wait<kStages - 1>", full=False),
+    Mutant("no wait", "gemm.h", "copy_wait<kStages - 2>();", ""),
+    Mutant("a stage copied too far ahead", "gemm.h", "copy_stage(stage + kStages - 1);",
+           "copy_stage(stage + kStages);"),
+    Mutant("no group where there is no stage", "gemm.h", "copy_commit();  // an",
+           "if (stage < stages) copy_commit();  // an"),
+    Mutant("two fragments of B swapped", "gemm.h", SWAPPED, SWAPPED.replace("pair[1]", "pair[X]").replace(
+        "pair[2]", "pair[1]").replace("pair[X]", "pair[2]"), full=False),
+    Mutant("halves of A's depth swapped", "gemm.h", "2 * step + (lane >> 4))", "2 * step + 1 - (lane >> 4))"),
+    Mutant("halves of B's depth swapped", "gemm.h", "step * 8 + lane % 4,", "step * 8 + (lane % 4 ^ 1),"),
+    Mutant("no permutation of chunks", "gemm.h", "chunk ^ permutation", "chunk + 0 * permutation"),
+    Mutant("a remainder dropped", "gemm.h", "mma_tf32(acc[m][n], a_low, b_high[n]);", ""),
+    Mutant("no mask of the target", "scores.h", "column != target && ", "column != target + (1 << 30) && ", full=False),
+    Mutant("no coefficient of the target", "scores.h", "is_target ? of_target : ", "false && is_target ? of_target : "),
+    Mutant("no mask of the last classes", "scores.h", "first_class + column < present", "present >= 0"),
+    Mutant("padding is a class", "scores.h", "chunk.classes.present_count()", "chunk.classes.count", full=False),
+    Mutant("padding is packed", "rows.h", "if (i >= present_count()) return -1;", "if (i >= count) return -1;"),
+    Mutant("a padded index is read", "rows.h", "return row < rows ? row : -1;", "return row;"),
+    Mutant("chunks overwrite each other", "scores.h", "stats.accumulate ? stats.sums[at] + sum : sum", "sum"),
+    Mutant("halves of a tile share a slot", "scores.h", "static_cast<int64_t>(blockIdx.x) + place.column / kWarpTile;",
+           "static_cast<int64_t>(blockIdx.x);"),
+    Mutant("half a quad's sum", "scores.h", "for (int mask = 1; mask <= 2; mask *= 2) {",
+           "for (int mask = 1; mask < 2; mask *= 2) {"),
+    Mutant("no mask of the last rows", "products.h", "if (in_weight < 0) return;  // the whole warp", ""),
+    Mutant("a gradient that is not projected", "products.h", "centre[i] * factor", "centre[i] * 0 * factor"),
+    Mutant("a split of the classes twice", "products.h", "min(begin + share, all)", "min(begin + share + 1, all)"),
+    Mutant("32-bit offsets of rows read", "rows.h", "in_matrix * row_stride",
+           "static_cast<int>(in_matrix * row_stride)"),
+    Mutant("32-bit offsets of rows written", "products.h", "in_weight * out.d_weight.row_stride",
+           "static_cast<int>(in_weight * out.d_weight.row_stride)"),
+    Mutant("no barrier of the warp before a unit is written", "center_sgd.h", "__syncwarp();", "", races=True),
+    Mutant("no barrier before the parts are summed", "rows.h", "  __syncthreads();\n", "\n"),
+)  # fmt: skip
+
+
+@pytest.fixture
+def mutated(tmp_path: Path, request: pytest.FixtureRequest) -> Path:
+    mutant = request.param
+    csrc = tmp_path / "csrc"
+    shutil.copytree(cuda_emulated.ROOT / "csrc", csrc)
+    path = csrc / "cuda" / mutant.file
+    source = path.read_text()
+    assert mutant.old in source, f"{mutant.name}: {mutant.file} no longer has {mutant.old!r}"
+    path.write_text(source.replace(mutant.old, mutant.new))
+    return csrc
+
+
+def _cases(races: bool) -> list[object]:
+    chosen = (mutant for mutant in MUTANTS if mutant.races == races)
+    return [pytest.param(mutant, marks=[pytest.mark.full] if mutant.full else [], id=str(mutant)) for mutant in chosen]
+
+
+@pytest.mark.parametrize("mutated", _cases(races=False), indirect=True)
+def test_mutants_fail(mutated: Path, tmp_path: Path) -> None:
+    program = cuda_emulated.checker(mutated, cache=tmp_path)
+    assert _run(program).returncode != 0
+
+
+@needs_thread_sanitizer
+@pytest.mark.parametrize("mutated", _cases(races=True), indirect=True)
+def test_mutants_race(mutated: Path, tmp_path: Path) -> None:
+    result = _run(cuda_emulated.checker(mutated, threads=True, cache=tmp_path), "quick")
+    assert result.returncode != 0 and "WARNING: ThreadSanitizer: data race" in result.stderr

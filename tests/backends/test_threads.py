@@ -1,0 +1,118 @@
+"""Many threads, many callers, many processes: the same numbers."""
+
+from __future__ import annotations
+
+import multiprocessing
+import platform
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import pytest
+import torch
+from support.cases import Case, Inputs, Outcome, check, make_inputs, run
+
+import fused_arcface as fa
+
+# Enough multiply-adds for three threads, each with several blocks of classes.
+LARGE = Case(N=70, C=1500, D=64, geometry="late")
+
+
+def compute(inputs: Inputs) -> Outcome:
+    return run(fa.margin_softmax_loss, inputs, backend="cpu")
+
+
+def assert_identical(got: Outcome, right: Outcome) -> None:
+    for name in ("loss", "d_embeddings", "d_weight"):
+        assert torch.equal(getattr(got, name), getattr(right, name)), name
+    assert all(torch.equal(a, b) for a, b in zip(got.stats, right.stats, strict=True))
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 16])
+def test_right_with_any_number_of_threads(threads: int) -> None:
+    torch.set_num_threads(threads)
+    check(LARGE, "cpu")
+    check(Case(N=300, C=50, D=300), "cpu")  # fewer blocks of classes than threads: rows are split
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
+def test_bitwise_reproducible(dtype: str, threads: int, isa: str) -> None:
+    torch.set_num_threads(threads)
+    inputs = make_inputs(Case(N=70, C=1500, D=64, x_dtype=dtype, w_dtype=dtype))
+    right = compute(inputs)
+    for _ in range(3):
+        assert_identical(compute(inputs), right)
+
+
+def test_numbers_of_threads_agree() -> None:
+    inputs = make_inputs(LARGE)
+    torch.set_num_threads(1)
+    one = compute(inputs)
+    for threads in (2, 3, 5):
+        torch.set_num_threads(threads)
+        got = compute(inputs)
+        # The class centres' gradient is made of whole rows, whoever computes them.
+        torch.testing.assert_close(got.loss, one.loss, rtol=1e-5, atol=0)
+        for name in ("d_embeddings", "d_weight"):
+            right = getattr(one, name)
+            torch.testing.assert_close(getattr(got, name), right, rtol=0, atol=1e-5 * right.abs().max().item())
+
+
+def test_concurrent_calls() -> None:
+    """From several Python threads at once, on different inputs: no state is shared."""
+    torch.set_num_threads(2)
+    all_inputs = [make_inputs(LARGE, seed) for seed in range(4)]
+    right = [compute(inputs) for inputs in all_inputs]
+    with ThreadPoolExecutor(4) as pool:
+        for got, seed in [(pool.submit(compute, all_inputs[i % 4]), i % 4) for i in range(16)]:
+            assert_identical(got.result(timeout=60), right[seed])
+
+
+def _report(connection: Connection, inputs: Inputs) -> None:
+    # Nothing of torch's here that is large enough for OpenMP, which does not survive a fork.
+    x, w = inputs.embeddings.requires_grad_(), inputs.weight.requires_grad_()
+    loss = fa.margin_softmax_loss(x, w, inputs.target, reduction="none", backend="cpu")
+    gradients = torch.autograd.grad(loss, (x, w), inputs.upstream.to(loss.dtype))
+    connection.send([tensor.detach().numpy() for tensor in (loss, *gradients)])
+
+
+@pytest.mark.skipif(platform.system() != "Linux", reason="processes are forked on Linux only")
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_forked_workers() -> None:
+    """As data-loader workers are, after the parent has used the kernels: no threads that a fork would lose."""
+    torch.set_num_threads(2)
+    inputs = make_inputs(LARGE)
+    right = compute(inputs)
+    context = multiprocessing.get_context("fork")
+    workers = []
+    for _ in range(2):
+        receiver, sender = context.Pipe(duplex=False)
+        worker = context.Process(target=_report, args=(sender, inputs))
+        worker.start()
+        workers.append((worker, receiver))
+    try:
+        for worker, receiver in workers:
+            assert receiver.poll(60), "the worker hangs"
+            for got, theirs in zip(receiver.recv(), (right.loss, right.d_embeddings, right.d_weight), strict=True):
+                assert torch.equal(torch.from_numpy(got).double(), theirs)
+            worker.join(60)
+            assert worker.exitcode == 0
+    finally:
+        for worker, _ in workers:
+            worker.kill()
+    assert_identical(compute(inputs), right)
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
+def test_a_thread_that_cannot_be_started_is_done_without(tmp_path: Path) -> None:
+    """Memory is refused at the list of threads (nothing has begun: an exception) or at a thread (the others do all)."""
+    here = Path(__file__).parent
+    program = tmp_path / "failing"
+    source, include = here / "threads" / "failing.cpp", here.parent / "csrc" / "cpu"
+    subprocess.run(["c++", "-std=c++17", "-pthread", f"-I{include}", source, "-o", program], check=True)
+    for allocations, expected in ((0, "bad_alloc"), (1, "1000"), (2, "1000"), (3, "1000"), (4, "1000"), (-1, "1000")):
+        result = subprocess.run([program, str(allocations)], capture_output=True, text=True, timeout=20)
+        assert (result.returncode, result.stdout.strip()) == (0, expected), (allocations, result)

@@ -1,0 +1,165 @@
+"""The Triton backend: its kernels in the interpreter on any machine, and on a GPU where there is one.
+
+The interpreter needs a process of its own (triton_interpreted.py says why). Tests that need a GPU are skipped without.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from packaging.version import Version  # pytest needs it too
+
+import fused_arcface as fa
+from fused_arcface import backends
+from fused_arcface.backends import triton as backend
+
+triton = pytest.importorskip("triton", reason="Triton is not installed here")
+
+from support.cases import Case  # noqa: E402
+from support.triton_cases import BF16, CORE, FULL, Setting, check, force  # noqa: E402
+
+needs_gpu = pytest.mark.skipif(
+    backend.unavailable() is not None, reason=f"backend 'triton' cannot run here: {backend.unavailable()}"
+)
+
+versions = f"Triton {triton.__version__} and NumPy {np.__version__}"
+needs_interpreter = pytest.mark.skipif(
+    Version(triton.__version__) < Version("3.7") and Version(np.__version__) >= Version("2.4"),
+    reason=f"Triton's interpreter before 3.7 makes numbers of arrays, which NumPy 2.4 refuses: {versions} are here",
+)
+
+
+def _interpret(*arguments: str) -> None:
+    tests = Path(__file__).parent
+    files = [str(tests / name) for name in ("triton_interpreted.py", "triton_interpreted_updates.py")]
+    # Without pytest's cache, which belongs to the session around this one.
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files, *arguments]
+    result = subprocess.run(
+        command,
+        cwd=tests.parent,
+        env=os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+    )
+    print(result.stdout[-2000:])
+    assert result.returncode == 0, result.stdout[-8000:] + result.stderr[-2000:]
+
+
+@needs_interpreter
+@pytest.mark.timeout(600)
+def test_kernels_in_the_interpreter() -> None:
+    _interpret("-m", "not full")
+
+
+@needs_interpreter
+@pytest.mark.full
+@pytest.mark.timeout(3600)
+def test_kernels_in_the_interpreter_over_the_full_grid() -> None:
+    _interpret("-m", "full")
+
+
+@pytest.mark.skipif(backend.unavailable() is None, reason="the backend can run here")
+def test_says_why_it_cannot_run() -> None:
+    reason = backends.available()["triton"]
+    assert reason is not None and ("CUDA" in reason or "triton" in reason or "GPU" in reason)
+    x = torch.eye(2)
+    with pytest.raises(RuntimeError, match="backend 'triton' is not available: ") as raised:
+        fa.margin_softmax_loss(x, x, torch.tensor([0, 1]), backend="triton")
+    assert reason in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("found", "reason"), [("3.3.1", "triton >= 3.4 is needed; found 3.3.1"), ("3.4.0", None), ("10.0", None)]
+)
+def test_least_version(found: str, reason: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend, "version", lambda _: found)
+    assert backend._missing_compiler() == reason
+
+
+def test_a_missing_compiler_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "triton", None)
+    reason = backend._missing_compiler()
+    assert reason is not None and reason.startswith("the package triton (>= 3.4) cannot be imported")
+
+
+def test_every_size_has_panels_and_splits() -> None:
+    """The host's loops: whole tiles, within their budgets, never empty."""
+    from fused_arcface.backends.triton import configs
+
+    for N in (1, 64, 1000, 4096, 100_000):
+        for D in (16, 512, 8192):
+            for C in (1, 1000, 10_000_000):
+                classes = configs.panel_classes(configs.CHUNKS, N, C, 2 * D, 2, 256)
+                assert classes % 256 == 0 and 256 <= classes <= -(-C // 256) * 256
+                rows = min(N, configs.CHUNKS.max_rows)
+                assert classes == 256 or rows * classes * 2 <= configs.CHUNKS.exponential_bytes
+        splits = configs.row_splits(-(-N // 64), 512, 4 * N * 512, 132)
+        assert 1 <= splits <= 132 and (splits == 1 or splits * 4 * N * 512 <= 64 * configs.MIB)
+    assert configs.row_splits(64, 512, 4 * 4096 * 512, 132) == 2  # N = 4096: 128 blocks on 132 multiprocessors
+
+
+def test_unknown_algorithm(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fused_arcface.backends.triton import configs
+
+    monkeypatch.setenv("FUSED_ARCFACE_TRITON_ALGORITHM", "fast")
+    with pytest.raises(ValueError, match="must be 'flash' or 'chunks'; got 'fast'"):
+        configs.pick(1, 1, 1, 90, torch.bfloat16)
+
+
+def test_fp32_and_fp16_are_not_for_the_flash_passes() -> None:
+    from fused_arcface.backends.triton import configs
+
+    for dtype in (torch.float16, torch.float32, torch.float64):
+        assert configs.pick(64, 1000, 64, 90, dtype) == "chunks"
+
+
+@pytest.fixture
+def gpu() -> Iterator[str]:
+    yield "cuda"
+    torch.cuda.synchronize()
+
+
+@needs_gpu
+@pytest.mark.parametrize("setting", CORE, ids=str)
+def test_agrees_with_the_reference_on_a_gpu(setting: Setting, gpu: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    force(setting, monkeypatch)
+    check(setting, gpu)
+
+
+@needs_gpu
+@pytest.mark.full
+@pytest.mark.parametrize("setting", FULL, ids=str)
+def test_agrees_with_the_reference_over_the_full_grid_on_a_gpu(
+    setting: Setting, gpu: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    force(setting, monkeypatch)
+    check(setting, gpu)
+
+
+@needs_gpu
+@pytest.mark.parametrize(
+    ("algorithm", "dtypes", "D"),
+    [
+        ("chunks", BF16, 512),
+        ("chunks", ("bfloat16", "float32"), 512),
+        ("chunks", ("float16", "float16"), 512),
+        ("chunks", ("float32", "float32"), 512),
+        ("flash", BF16, 512),
+        ("flash", BF16, 256),
+        ("flash", BF16, 128),
+    ],
+)
+def test_real_sizes_on_a_gpu(
+    algorithm: str, dtypes: tuple[str, str], D: int, gpu: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Several panels of the budgets as they are, the last of them short; late in training."""
+    setting = Setting(Case(1500, 40_007, D, *dtypes, geometry="late"), algorithm)
+    force(setting, monkeypatch)
+    check(setting, gpu)

@@ -1,0 +1,462 @@
+"""Checkpoints on disks that flip bits and fill up, in processes that are killed, beside files of other people."""
+
+import errno
+import io
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import time
+import warnings
+import zlib
+from pathlib import Path
+
+import pytest
+import torch
+from support import distributed_helpers
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+import fused_arcface as fa
+from fused_arcface import checkpoint
+from fused_arcface.checkpoint import storage
+
+D, CLASSES = 6, 37
+
+
+def make(seed: int = 0, **options) -> tuple[fa.PartialFC, nn.Module]:
+    torch.manual_seed(seed)
+    return fa.PartialFC(D, CLASSES, center_optimizer=fa.CenterSGD(0.1), **options), nn.BatchNorm1d(D)
+
+
+def step(head: fa.PartialFC, net: nn.Module) -> None:
+    head(net(torch.randn(4, D)), torch.arange(4)).backward()
+
+
+def state(head: fa.PartialFC, net: nn.Module) -> list[torch.Tensor]:
+    momentum = head.center_optimizer.state[head.weight]["momentum_buffer"]
+    return [torch.tensor(head.step), head.weight.detach().clone(), momentum.clone(), *net.state_dict().values()]
+
+
+def same(left: list[torch.Tensor], right: list[torch.Tensor]) -> bool:
+    return all(torch.equal(one, other) for one, other in zip(left, right, strict=True))
+
+
+def copied(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+    return [tensor.clone() for tensor in tensors]
+
+
+def refusal(function, *arguments, **options) -> str:
+    """Return the message of the named error, nothing if there was none."""
+    try:
+        function(*arguments, **options)
+    except checkpoint.CheckpointError as error:
+        return str(error)
+    return ""
+
+
+def test_a_flipped_bit_in_any_file_is_a_named_error_with_the_way_back(tmp_path, monkeypatch):
+    """Small blocks, so that the files have several; 40 flips in each file, 10 of them in its first bytes."""
+    monkeypatch.setattr(storage, "BLOCK", 256)
+    monkeypatch.setattr(checkpoint.directory, "BLOCK", 256)
+    head, net = make()
+    first = checkpoint.save(tmp_path, head, net=net, note=(1, 2))
+    step(head, net)
+    newest = checkpoint.save(tmp_path, head, net=net, note=(1, 2))
+    exact = copied(state(head, net))
+    other, untouched = make(seed=1), None
+    untouched = copied(state(*other))
+    draw = random.Random(5)
+    tried = 0
+    for path in sorted(newest.iterdir()):
+        whole = path.read_bytes()
+        for place in [*range(10), *(draw.randrange(len(whole)) for _ in range(30))]:
+            flipped = bytearray(whole)
+            flipped[place] ^= 1 << draw.randrange(8)
+            path.write_bytes(flipped)
+            message = refusal(checkpoint.load, tmp_path, other[0], net=other[1])
+            if message:
+                assert re.search(rf"{first}, saved before it, is whole: .* remove {newest}", message), message
+                assert same(state(*other), untouched)
+            else:  # white space in JSON
+                assert same(state(*other), exact)
+                other = make(seed=1)
+            tried += 1
+        path.write_bytes(whole)
+    assert tried == 40 * len(list(newest.iterdir())) == 120
+    checkpoint.load(tmp_path, other[0], net=other[1])
+    assert same(state(*other), exact)
+
+
+def test_the_way_back_is_checked_and_works(tmp_path):
+    head, net = make()
+    saved = []
+    for _ in range(3):
+        saved.append(checkpoint.save(tmp_path, head, keep=3, net=net))
+        step(head, net)
+    for path in saved[1:]:
+        data = path / "__0_0.distcp"
+        data.write_bytes(data.read_bytes()[:-1] + b"\x55")
+    with pytest.raises(checkpoint.CheckpointError, match=f"{saved[0]}, saved before it, is whole"):
+        checkpoint.load(tmp_path, head, net=net)
+    for path in saved[1:]:  # what the message says
+        shutil.rmtree(path)
+    checkpoint.load(tmp_path, head, net=net)
+    assert head.step == 0
+    data = saved[0] / "__0_0.distcp"
+    data.write_bytes(data.read_bytes()[:-1])
+    with pytest.raises(checkpoint.CheckpointError, match=r"is truncated: .*No whole checkpoint before it is left"):
+        checkpoint.load(tmp_path, head, net=net)
+
+
+def damaged_on_two_ranks(root: str) -> tuple[str, bool]:
+    head, net = make(seed=1)
+    before = copied(state(head, net))
+    try:
+        checkpoint.load(root, head, net=net)
+    except checkpoint.CheckpointError as error:
+        return str(error), same(state(head, net), before)
+    return "", False
+
+
+def test_damage_that_one_rank_reads_is_an_error_on_all(tmp_path):
+    head, net = make()
+    checkpoint.save(tmp_path, head, net=net)
+    step(head, net)
+    data = checkpoint.save(tmp_path, head, net=net) / "__0_0.distcp"
+    data.write_bytes(data.read_bytes()[:-1] + b"\x55")
+    for message, unchanged in distributed_helpers.run_ranks(2, damaged_on_two_ranks, str(tmp_path)):
+        assert "step_0000000000, saved before it, is whole" in message and unchanged
+
+
+def test_each_byte_is_read_once(tmp_path, monkeypatch):
+    """A tensor over several blocks, read by three ranks' worth of rows: no block is read twice, and only those that
+    hold rows which are wanted."""
+    monkeypatch.setattr(storage, "BLOCK", 4096)
+    monkeypatch.setattr(checkpoint.directory, "BLOCK", 4096)
+    head = fa.PartialFC(64, 300)  # 76,800 bytes
+    checkpoint.save(tmp_path, head)
+    read = []
+    own = zlib.crc32
+    monkeypatch.setattr(zlib, "crc32", lambda data, *start: read.append(len(data)) or own(data, *start))
+    saved = checkpoint.find(tmp_path)
+    read.clear()
+    rows = torch.empty(100, 64)
+    saved.read({"head.weight": checkpoint.RowShard(rows, 100, 300)})
+    assert torch.equal(rows, head.weight[100:200])
+    assert sum(read) <= 100 * 64 * 4 + 2 * 4096
+    saved = checkpoint.find(tmp_path)
+    read.clear()
+    whole = [checkpoint.RowShard(torch.empty(20, 64), start, 300) for start in range(0, 300, 20)]
+    pieces = checkpoint.RowShard.of_pieces([shard.rows for shard in whole])
+    saved.read({"head.weight": pieces})
+    assert torch.equal(torch.cat([rows for _, rows in pieces.pieces]), head.weight)
+    assert sum(read) == 300 * 64 * 4
+
+
+def test_blocks_of_another_size_are_read(tmp_path, monkeypatch):
+    """The size is in the manifest: that of a later version may be another."""
+    head, net = make()
+    with monkeypatch.context() as patch:
+        for module in (storage, checkpoint.directory):
+            patch.setattr(module, "BLOCK", 128)
+        checkpoint.save(tmp_path, head, net=net)
+    other = make(seed=1)
+    checkpoint.load(tmp_path, other[0], net=other[1])
+    assert same(state(*other), state(head, net))
+
+
+def test_names_that_are_not_ours_are_left_alone(tmp_path):
+    head, net = make()
+    for number in range(3):
+        (tmp_path / f"step_{number:010d}_good").mkdir()
+    checkpoint.save(tmp_path, head)
+    shutil.copytree(tmp_path / "step_0000000000", tmp_path / "step_0000000000_mine")
+    (tmp_path / "step_notes.txt").write_text("lr 0.1")
+    (tmp_path / "step_0000000099").mkdir()  # somebody's, without a manifest
+    (tmp_path / "step_0000000098").write_text("a file")
+    (tmp_path / "elsewhere").mkdir()
+    kept = {path.name for path in tmp_path.iterdir()} - {"step_0000000000"}
+    for _ in range(3):
+        step(head, net)
+        newest = checkpoint.save(tmp_path, head, keep=1)
+    assert {path.name for path in tmp_path.iterdir()} == kept | {newest.name} == kept | {"step_0000000003"}
+    assert checkpoint.latest(tmp_path) == newest
+
+
+def test_a_link_to_another_disk_is_read_and_not_removed(tmp_path):
+    head, net = make()
+    root, disk = tmp_path / "root", tmp_path / "disk"
+    checkpoint.save(root, head).rename(disk)
+    (root / "step_0000000000").symlink_to(disk)
+    checkpoint.load(root, head)
+    step(head, net)
+    checkpoint.save(root, head, keep=1)
+    assert (disk / "manifest.json").exists() and (root / "step_0000000000").is_symlink()
+
+
+def test_the_newest_is_that_of_the_highest_step(tmp_path):
+    """Whatever the dates say, and without the file that names it."""
+    head, net = make()
+    saved = []
+    for _ in range(12):
+        saved.append(checkpoint.save(tmp_path, head, keep=20))
+    step(head, net)
+    saved.append(checkpoint.save(tmp_path, head, keep=20))
+    assert [path.name for path in saved[9:]] == [
+        "step_0000000000.9", "step_0000000000.10", "step_0000000000.11", "step_0000000001"
+    ]  # fmt: skip
+    now = time.time()
+    for age, path in enumerate(saved):
+        os.utime(path, (now - age, now - age))
+    (tmp_path / "latest").unlink()
+    assert checkpoint.latest(tmp_path) == saved[-1]
+    shutil.rmtree(saved[-1])
+    assert checkpoint.latest(tmp_path) == saved[-2]
+    (tmp_path / "latest").mkdir()  # somebody's
+    step(head, net)
+    newest = checkpoint.save(tmp_path, head, keep=2)
+    assert sorted(tmp_path.glob("step_*")) == [tmp_path / "step_0000000000.11", newest]
+    checkpoint.load(tmp_path, head)
+
+
+class Buffers(nn.Module):
+    def __init__(self, rank: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.BatchNorm1d(D) for _ in range(5))
+        for layer in self.layers:
+            layer.running_mean.fill_(rank)
+
+
+def save_own_buffers(root: str) -> None:
+    head, _ = make()
+    rank = head.ranks.rank
+    checkpoint.save(root, head, net=Buffers(rank), note={"rank": rank}, tensor=torch.tensor(rank))
+
+
+def test_what_differs_between_ranks_is_rank_0s(tmp_path):
+    distributed_helpers.run_ranks(3, save_own_buffers, str(tmp_path))
+    net = checkpoint.load_state(tmp_path, "net")
+    assert [net[f"layers.{place}.running_mean"][0].item() for place in range(5)] == [0] * 5
+    assert checkpoint.load_state(tmp_path, "note") == {"rank": 0}
+    assert checkpoint.load_state(tmp_path, "tensor") == 0
+
+
+def sharded(root: str, save: bool) -> bool:
+    """A net in DTensors, saved in shards and loaded on another number of ranks."""
+    world = torch.distributed.get_world_size()
+    mesh = init_device_mesh("cpu", (world,))
+    torch.manual_seed(6 if save else 7)
+    net = nn.Sequential(nn.Linear(5, 7), nn.Linear(7, 3))
+    for module in net:
+        fully_shard(module, mesh=mesh)
+    head = make()[0]
+    if save:
+        checkpoint.save(root, head, net=net)
+    else:
+        checkpoint.load(root, head, net=net)
+    torch.manual_seed(6)
+    expected = nn.Sequential(nn.Linear(5, 7), nn.Linear(7, 3))
+    found = {name: tensor.full_tensor() for name, tensor in net.state_dict().items()}
+    return all(torch.equal(found[name], tensor) for name, tensor in expected.state_dict().items())
+
+
+def test_sharded_nets_on_another_number_of_ranks(tmp_path):
+    assert all(distributed_helpers.run_ranks(3, sharded, str(tmp_path), True))
+    assert len(list(tmp_path.glob("step_*/*.distcp"))) == 3
+    assert all(distributed_helpers.run_ranks(2, sharded, str(tmp_path), False))
+    assert checkpoint.load_state(tmp_path, "net")["0.weight"].shape == (7, 5)
+
+
+def refused_on_two_ranks(root: str) -> list[str]:
+    """One rank's disk is full while it writes; then the first's while it puts the manifest in its place."""
+    head, net = make()
+    checkpoint.save(root, head, net=net)
+    head.step, messages = 1, []
+    with pytest.MonkeyPatch.context() as patch:
+        if head.ranks.rank == 1:
+            patch.setattr(storage.Writer, "write_data", lambda *_: full_disk())
+        messages.append(refusal(checkpoint.save, root, head, net=net))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint.directory.files, "write_text", lambda *_: full_disk())
+        messages.append(refusal(checkpoint.save, root, head, net=net))
+    checkpoint.load(root, head, net=net)
+    return [*messages, str(head.step)]
+
+
+def test_a_disk_that_is_full_for_one_rank_is_an_error_on_all(tmp_path):
+    found = distributed_helpers.run_ranks(2, refused_on_two_ranks, str(tmp_path))
+    for first, second, at in found:
+        assert re.search(r"step 1 cannot be written: .*No space left on device \(on rank 1\)", first)
+        assert re.search(r"step 1 cannot be written: .*No space left on device$", second)
+        assert at == "0"
+
+
+class Tracer:
+    """Counts the calls by which files change: opening for writing, each write, sync, rename, making and removing; acts
+    before the one of number ``at``."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, at: int, act) -> None:
+        self.calls, self._at, self._act = [], at, act
+        for name in ("fsync", "rename", "replace", "mkdir", "unlink", "rmdir"):
+            monkeypatch.setattr(os, name, self._counted(name, getattr(os, name)))
+        own = io.open
+
+        def opened(path, mode="r", *arguments, **options):
+            if not set(mode) & set("wxa+"):
+                return own(path, mode, *arguments, **options)
+            self.call("open")
+            return Written(own(path, mode, *arguments, **options), self)
+
+        monkeypatch.setattr(io, "open", opened)
+
+    def call(self, name: str) -> None:
+        self.calls.append(name)
+        if len(self.calls) == self._at:
+            self._act()
+
+    def _counted(self, name, call):
+        def counted(*arguments, **options):
+            self.call(name)
+            return call(*arguments, **options)
+
+        return counted
+
+
+class Written:
+    """A file that was opened for writing. Every write reaches it at once."""
+
+    def __init__(self, file, tracer: Tracer) -> None:
+        self._file, self._tracer = file, tracer
+
+    def write(self, data):
+        self._tracer.call("write")
+        return self._file.write(data)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self._file.close()
+
+    def __getattr__(self, name):
+        return getattr(self._file, name)
+
+
+def full_disk() -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def killed() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def prepared(root: Path):
+    """Two checkpoints that are kept; returns head and net behind the next step, and the exact states."""
+    head, net = make()
+    for _ in range(2):
+        checkpoint.save(root, head, keep=2, net=net)
+        before = copied(state(head, net))
+        step(head, net)
+    return head, net, before, copied(state(head, net))
+
+
+@pytest.mark.parametrize("distance", [2, pytest.param(1, marks=pytest.mark.full)])
+def test_a_full_disk_at_calls_that_write(tmp_path, monkeypatch, distance):
+    outcomes, number, other = [], 0, make(seed=1)
+    head, net, before, after = prepared(tmp_path / "0")
+    while True:
+        number += distance
+        root = shutil.copytree(tmp_path / "0", tmp_path / str(number))
+        with monkeypatch.context() as patch, warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*step_0000000000 is older than the 2 kept, and cannot be removed")
+            tracer = Tracer(patch, number, full_disk)
+            message = refusal(checkpoint.save, root, head, keep=2, net=net)
+        outcomes.append("refused" if message else "saved")
+        assert not message or ("cannot be written" in message and "No space left on device" in message)
+        checkpoint.load(root, other[0], net=other[1])
+        # A refused save has left the one before it; or it was complete, and the sync of its folder failed.
+        assert same(state(*other), after) or (outcomes[-1] == "refused" and same(state(*other), before)), number
+        checkpoint.save(root, head, keep=2, net=net)  # there is room again
+        checkpoint.load(root, other[0], net=other[1])
+        assert same(state(*other), after)
+        assert len([path for path in root.iterdir() if path.name.startswith("step_")]) in (2, 3)
+        if len(tracer.calls) < number:
+            break
+    # The root is there, so that making it may fail. Then come the directory; data and table, each opened, written and
+    # synced; the manifest; the rename.
+    assert (
+        outcomes[1 : 16 // distance] == ["refused"] * (16 // distance - 1) and outcomes[-1] == "saved" and number > 30
+    )
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="kill -9 is POSIX")
+@pytest.mark.parametrize("distance", [2, pytest.param(1, marks=pytest.mark.full)])
+def test_kill_9_at_calls_that_change_files(tmp_path, distance):
+    """In a child that is forked for each: the run goes on from the state before or after, to the bit."""
+    found, number, other = [], 0, make(seed=1)
+    head, net, before, after = prepared(tmp_path / "0")
+    while not found or found[-1] != "ended":
+        number += distance
+        root = shutil.copytree(tmp_path / "0", tmp_path / str(number))
+        child = os.fork()
+        if child == 0:
+            Tracer(pytest.MonkeyPatch(), number, killed)
+            checkpoint.save(root, head, keep=2, net=net)
+            os._exit(0)
+        _, status = os.waitpid(child, 0)
+        assert status in (0, signal.SIGKILL)
+        checkpoint.load(root, other[0], net=other[1])
+        loaded = state(*other)
+        assert same(loaded, before) or same(loaded, after), number
+        found.append("ended" if status == 0 else "after" if same(loaded, after) else "before")
+        newest = checkpoint.save(root, head, keep=2, net=net)
+        assert checkpoint.latest(root) == newest
+        assert not [path.name for path in root.iterdir() if path.name.startswith(".partial-step")]
+    # The new checkpoint is there from one call on, and stays.
+    assert found == sorted(found, key=["before", "after", "ended"].index) and number > 30
+    assert found[-2] == "after" and same(loaded, after)
+
+
+@pytest.mark.full
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="kill -9 is POSIX")
+def test_100_kills_at_random_times(tmp_path):
+    """While a child saves again and again: the newest is never an older one than before, and exact."""
+    head, net, before, _ = prepared(tmp_path)
+    states, newest, other = {1: before}, 1, make(seed=1)
+    draw, moved = random.Random(11), 0
+    for _ in range(100):
+        states[head.step] = copied(state(head, net))
+        child = os.fork()
+        if child == 0:
+            while True:
+                checkpoint.save(tmp_path, head, keep=2, net=net)
+        time.sleep(draw.random() * 0.1)
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        checkpoint.load(tmp_path, other[0], net=other[1])
+        assert other[0].step >= newest and same(state(*other), states[other[0].step])
+        moved, newest = moved + (other[0].step > newest), other[0].step
+        step(head, net)
+    assert moved > 20
+
+
+@pytest.mark.parametrize("distance", [17, pytest.param(1, marks=pytest.mark.full)])
+def test_a_damaged_manifest_never_loads_other_numbers(tmp_path, distance):
+    """Bit after bit of it."""
+    directory = checkpoint.save(tmp_path, make()[0])
+    path = directory / "manifest.json"
+    whole = path.read_bytes()
+    meant = json.loads(whole)
+    for bit in range(0, 8 * len(whole), distance):
+        flipped = bytearray(whole)
+        flipped[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(flipped)
+        try:
+            found = checkpoint.directory._read_manifest(directory)
+        except checkpoint.CheckpointError:
+            continue
+        assert {**found, "crc32": meant["crc32"]} == meant

@@ -1,0 +1,243 @@
+"""Checkpoints that strangers made: reading one runs no code, in format 2 and in the pickled format 1."""
+
+import json
+import math
+import os
+import pickle
+import warnings
+import zipfile
+from collections import Counter, OrderedDict
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from support import distributed_helpers
+from torch import nn
+from torch.distributed.checkpoint import save as dcp_save
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
+
+import fused_arcface as fa
+from fused_arcface import checkpoint
+from fused_arcface.checkpoint.structure import split, to_json
+
+FORMAT_1 = Path(__file__).parent / "data" / "checkpoint_format_1"
+"""Written by two ranks with torch 2.13, before format 2; what it holds stands in expected.json."""
+
+
+class Bomb:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def load_format_1() -> dict:
+    torch.manual_seed(0)
+    head = fa.PartialFC(4, 7, seed=4, center_optimizer=fa.CenterSGD(9.0))
+    net = nn.Linear(3, 4)
+    optimizer = torch.optim.SGD(net.parameters(), lr=9.0, momentum=0.9)
+    scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, [2, 5])
+    values = checkpoint.load(FORMAT_1, head, net=net, optimizer=optimizer, scheduler=scheduler)
+    momentum = head.center_optimizer.state[head.weight]["momentum_buffer"]
+    rows = [None] * head.ranks.world_size
+    if head.ranks.group is None:
+        rows = [momentum.tolist()]
+    else:
+        torch.distributed.all_gather_object(rows, momentum.tolist())
+    expected = {
+        "weight": head.full_weight().tolist(),
+        "momentum": [each for part in rows for each in part],
+        "step": head.step,
+        "lr": optimizer.param_groups[0]["lr"],
+        "net.weight": net.weight.tolist(),
+        "net.bias": net.bias.tolist(),
+        "optimizer": [optimizer.state[each]["momentum_buffer"].tolist() for each in net.parameters()],
+    }
+    assert values == {"note": {"tuple": (1, None), 5: math.inf, "bytes": b"\x00\xff", "text": "许"}}
+    assert scheduler.last_epoch == 3
+    return expected
+
+
+def test_format_1_is_read_on_any_number_of_ranks():
+    expected = json.loads((FORMAT_1 / "expected.json").read_text())
+    assert load_format_1() == expected
+    for found in distributed_helpers.run_ranks(3, load_format_1):
+        assert found == expected
+    assert checkpoint.load_state(FORMAT_1, "net")["bias"].tolist() == expected["net.bias"]
+
+
+def save_format_1(root: Path, head: fa.PartialFC, **others) -> Path:
+    """Write as the package did before format 2."""
+    state: dict = {}
+    for name, value in {"head": checkpoint.head_state(head), **others}.items():
+        state[name] = split(value.state_dict() if hasattr(value, "state_dict") else value, name, state)
+    directory = root / "step_0000000000"
+    directory.mkdir(parents=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+        dcp_save(state, storage_writer=FileSystemWriter(directory), planner=planner, no_dist=True)
+    options = {"num_classes": head.num_classes, "embedding_dim": head.weight.shape[1], "seed": head.seed}
+    files = {path.name: path.stat().st_size for path in directory.iterdir()}
+    manifest = {"format": "fused_arcface.checkpoint", "version": 1, "head": options, "files": files}
+    (directory / "manifest.json").write_text(json.dumps(manifest))
+    return directory
+
+
+def test_format_1_holds_what_torch_saves(tmp_path):
+    """Every dtype, a convolution in channels-last order, an empty tensor and the values that pickles name functions
+    for."""
+    dtypes = [torch.float64, torch.bfloat16, torch.float16, torch.int8, torch.uint8, torch.int64, torch.bool]
+    tensors = {str(dtype): (torch.randn(3, 2) * 3).to(dtype) for dtype in [*dtypes, torch.complex64]}
+    tensors |= {"conv": torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last), "empty": torch.zeros(0, 2)}
+    tensors |= {"scalar": torch.tensor(2.5), "part": torch.arange(12.0).reshape(3, 4)[:, 1]}
+    plain = {"set": {1, 2}, "size": torch.Size([2, 3]), "dtype": torch.bfloat16, "complex": 1 + 2j, "big": 2**80}
+    save_format_1(tmp_path, fa.PartialFC(4, 7), tensors=tensors, plain=plain, ordered=OrderedDict(a=1))
+    found = checkpoint.load_state(tmp_path, "tensors")
+    for name, tensor in tensors.items():
+        assert found[name].dtype == tensor.dtype and torch.equal(found[name], tensor), name
+    assert checkpoint.load_state(tmp_path, "plain") == plain
+    assert checkpoint.load_state(tmp_path, "ordered") == {"a": 1}
+
+
+def test_objects_in_format_1_need_trust(tmp_path):
+    head = fa.PartialFC(4, 7)
+    save_format_1(tmp_path, head, note=Fraction(1, 3), bomb=Bomb(tmp_path / "ran"), net=nn.Linear(2, 2))
+    assert checkpoint.load_state(tmp_path, "net")["weight"].shape == (2, 2)  # it needs none of the others
+    with pytest.raises(checkpoint.CheckpointError, match=r"note holds fractions.Fraction, which only .*--trust"):
+        checkpoint.load_state(tmp_path, "note")
+    with pytest.raises(checkpoint.CheckpointError, match=r"--trust, or trust=True"):
+        checkpoint.load(tmp_path, head)
+    assert not (tmp_path / "ran").exists()
+    values = checkpoint.load(tmp_path, head, trust=True)
+    assert values["note"] == Fraction(1, 3) and (tmp_path / "ran").exists()
+    assert checkpoint.load_state(tmp_path, "note", trust=True) == Fraction(1, 3)
+
+
+def test_a_hostile_table_of_format_1_runs_nothing(tmp_path):
+    directory = save_format_1(tmp_path, fa.PartialFC(4, 7))
+    table = directory / ".metadata"
+    whole = table.read_bytes()
+    hostile = {
+        "a call": pickle.dumps(Bomb(tmp_path / "ran")),
+        "a call by protocol 0": pickle.dumps(Bomb(tmp_path / "ran"), 0),
+        "attributes of a class": b"\x80\x04ctorch.distributed.checkpoint.metadata\nMetadata\nN}\x8c\x01aK\x01s\x86b.",
+        "a huge place in the memo": b"\x80\x04Nr\xff\xff\xff\xff.",
+        "a huge buffer": b"\x80\x05\x96" + b"\xff" * 7 + b"\x7f.",
+        "no pickle": b"{}",
+        "empty": b"",
+        "cut short": whole[:-40],
+    }
+    for name, data in hostile.items():
+        table.write_bytes(data)
+        manifest = json.loads((directory / "manifest.json").read_text())
+        manifest["files"][".metadata"] = len(data)
+        (directory / "manifest.json").write_text(json.dumps(manifest))
+        with pytest.raises(checkpoint.CheckpointError):
+            checkpoint.find(tmp_path)
+        assert not (tmp_path / "ran").exists(), name
+
+
+def test_a_bomb_of_zip_is_not_unpacked(tmp_path):
+    directory = save_format_1(tmp_path, fa.PartialFC(4, 7), net=nn.Linear(2, 2))
+    data = directory / "__0_0.distcp"
+    with zipfile.ZipFile(tmp_path / "bomb", "w", zipfile.ZIP_DEFLATED) as archive:
+        for name in ("data.pkl", "byteorder"):
+            archive.writestr(f"archive/{name}", bytes(1_000_000))
+    bomb = (tmp_path / "bomb").read_bytes()
+    data.write_bytes((bomb + bytes(data.stat().st_size))[: data.stat().st_size])
+    with pytest.raises(checkpoint.CheckpointError):
+        checkpoint.load_state(tmp_path, "net")
+
+
+def test_values_come_back_as_they_were(tmp_path):
+    """Format 2 has JSON, in which tuples, numbers as keys, infinities and bytes need a form of their own."""
+    values = {
+        "plain": [None, True, 1, 2**70, -0.1, "许\udcff", {"a": {}}, []],
+        "pairs": {1: (2, (3.5,)), (4, "x"): b"\x00\xff", "$tuple": [1], None: frozenset({1})},
+        "floats": [math.inf, -math.inf, 1 + 2j],
+        "counter": Counter({3: 2}),
+        "torch": [torch.Size([2, 3]), torch.bfloat16, torch.device("cuda:1")],
+        "random": np.random.RandomState(3).get_state(),
+        "number": np.float64(0.1),
+        "generator": torch.Generator().get_state(),
+    }
+    head = fa.PartialFC(4, 7)
+    directory = checkpoint.save(tmp_path, head, nan=math.nan, tensor={3: (torch.arange(3),)}, **values)
+    found = checkpoint.load(tmp_path, head)
+    assert math.isnan(found.pop("nan"))
+    assert checkpoint.load_state(tmp_path, "tensor")[3][0].tolist() == [0, 1, 2]
+    assert torch.equal(checkpoint.load_state(tmp_path, "generator"), values["generator"])
+    random = checkpoint.load_state(tmp_path, "random")
+    assert random[0] == "MT19937" and np.array_equal(random[1], values["random"][1]) and random[1].dtype == np.uint32
+    assert random[2:] == values["random"][2:]
+    for name in ("plain", "pairs", "floats", "counter", "torch", "number"):
+        assert found[name] == values[name] and type(found[name]) is type(values[name]), name
+    json.loads((directory / ".metadata").read_bytes())
+
+
+def test_values_that_would_need_code_are_refused_before_anything_is_written(tmp_path):
+    with pytest.raises(TypeError, match=r"note.x\[0\] must be made of tensors, .*; got fractions.Fraction"):
+        checkpoint.save(tmp_path, fa.PartialFC(4, 7), note={"x": [Fraction(1, 3)]})
+    assert list(tmp_path.iterdir()) == []
+
+
+def refused_on_every_rank(root: str) -> str:
+    try:
+        checkpoint.save(root, fa.PartialFC(4, 7), note=Fraction(1, 3))
+    except TypeError as error:
+        return str(error)
+    return ""
+
+
+def test_refused_values_are_an_error_on_every_rank(tmp_path):
+    assert all(
+        "got fractions.Fraction" in each
+        for each in distributed_helpers.run_ranks(2, refused_on_every_rank, str(tmp_path))
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda table: table["tensors"]["head.weight"]["parts"][0].update(start=-64), "sizes must be integers >= 0"),
+        (lambda table: table["tensors"]["head.weight"]["parts"][0].update(start=1 << 40), "nothing can lie in bytes"),
+        (lambda table: table["tensors"]["head.weight"]["parts"][0].update(file="../../x"), "nothing can lie in bytes"),
+        (lambda table: table["tensors"]["head.weight"].update(size=[1 << 40, 4]), "do not make up its size"),
+        (lambda table: table["tensors"]["head.weight"].update(dtype="Tensor"), "Tensor"),
+        (lambda table: table["tensors"].update(more=table["tensors"]["head.weight"]), "nothing can lie in bytes"),
+        (lambda table: table["values"].update(head={"$os": "x"}), "[$]os is no kind of value"),
+        (lambda table: table["values"]["head"].update(step=-1), "head has no step"),
+        (lambda table: table["values"]["head"].update(step="0"), "head has no step"),
+        (lambda table: table["values"].update(head={"$array": ["|O", [1], ""]}), "no array of numbers"),
+        (lambda table: table["values"].update(head={"$tuple": 5}), "head cannot be read"),
+        (lambda table: table.pop("values"), "values"),
+    ],
+)
+def test_hostile_tables_of_format_2_are_one_named_error(tmp_path, change, message):
+    """Their checksums fit: a stranger can compute them too."""
+    from fused_arcface.checkpoint import directory as folder
+
+    head = fa.PartialFC(4, 7)
+    directory = checkpoint.save(tmp_path, head)
+    table = json.loads((directory / ".metadata").read_bytes())
+    change(table)
+    text = json.dumps(table).encode()
+    (directory / ".metadata").write_bytes(text)
+    manifest = json.loads((directory / "manifest.json").read_bytes())
+    del manifest["crc32"]
+    manifest["files"][".metadata"] = {"size": len(text), "crc32": [folder.zlib.crc32(text)]}
+    (directory / "manifest.json").write_text(json.dumps({**manifest, "crc32": folder._crc32(manifest)}))
+    with pytest.raises(checkpoint.CheckpointError, match=message):
+        checkpoint.load(tmp_path, head)
+
+
+def test_json_names_the_place_of_a_foreign_object():
+    with pytest.raises(TypeError, match=r"x\.a must be made of"):
+        to_json({"a": object()}, "x")

@@ -1,0 +1,329 @@
+"""One rank of two differs, in each option and each mode: both get the right result, or both the same named error.
+
+All cases run in one pair of processes. Each must end within ten seconds.
+"""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from support import distributed_helpers
+
+import fused_arcface as fa
+from fused_arcface.compat import insightface
+
+D, CLASSES = 4, 11
+LIMIT = 10  # seconds
+
+
+def rows(rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(rank)
+    x = torch.randn(3, D, generator=generator, dtype=torch.float64)
+    return x, torch.randint(0, CLASSES, (3,), generator=generator)
+
+
+class Rank:
+    """One rank of the pair: makes heads, and knows whether it is the one that differs."""
+
+    def __init__(self, group: Any) -> None:
+        self.group, self.rank = group, dist.get_rank()
+        self.differs = self.rank == 1
+
+    def head(self, **options: Any) -> fa.PartialFC:
+        return fa.PartialFC(D, CLASSES, dtype=torch.float64, group=self.group, **options)
+
+    def step(self, head: fa.PartialFC, x: torch.Tensor | None = None, **arguments: Any) -> torch.Tensor:
+        """Forward and backward pass; the gradient by this rank's embeddings."""
+        own, y = rows(self.rank)
+        x = own.requires_grad_() if x is None else x
+        result = head(x, y, **arguments)
+        (result[0] if isinstance(result, tuple) else result).backward()
+        return x.grad
+
+
+# Each changes rank 1's head, or what it is called with, after a first step that was alike.
+CHANGED_HEADS: dict[str, tuple[Callable[[fa.PartialFC], Any], str]] = {
+    "scale": (lambda head: setattr(head, "scale", 30.0), "scale"),
+    "margin": (lambda head: setattr(head, "margin", fa.CosFace()), "margin"),
+    "sample_rate": (lambda head: setattr(head, "sample_rate", 0.5), "sample_rate"),
+    "seed": (lambda head: setattr(head, "seed", 7), "seed"),
+    "step": (lambda head: setattr(head, "step", 7), "step"),
+    "backend": (lambda head: setattr(head, "backend", "reference"), "backend"),
+    "label_smoothing": (lambda head: setattr(head, "label_smoothing", 0.1), "label_smoothing"),
+    "dense_grad": (lambda head: setattr(head, "dense_grad", True), "dense_grad"),
+    "eval": (lambda head: head.eval(), "training"),
+    "frozen": (lambda head: head.requires_grad_(False), "weight.requires_grad"),
+    "half": (lambda head: head.bfloat16(), "weight.dtype"),
+}
+CHANGED_GROUPS = ["lr", "momentum", "weight_decay"]
+
+
+def run_matrix(directory: str) -> dict[str, Any]:
+    """What became of each case: an error's type and text, or a result; and its seconds."""
+    rank = Rank(dist.new_group(timeout=timedelta(seconds=3 * LIMIT)))  # a busy machine breaks no later case
+    outcomes: dict[str, Any] = {}
+
+    def record(name: str, case: Callable[[], Any]) -> None:
+        start = time.perf_counter()
+        try:
+            outcome = case()
+        except Exception as error:
+            outcome = f"{type(error).__name__}: {error}"
+        outcomes[name] = (outcome, time.perf_counter() - start)
+
+    def after_a_step(head: fa.PartialFC, change: Callable[[fa.PartialFC], Any]) -> fa.PartialFC:
+        rank.step(head)
+        if rank.differs:
+            change(head)
+        return head
+
+    for name, (change, _) in CHANGED_HEADS.items():
+        head = after_a_step(rank.head(), change)
+        record(name, lambda head=head: rank.step(head))
+    for name in CHANGED_GROUPS:
+        head = rank.head(center_optimizer=fa.CenterSGD(0.1))
+        after_a_step(head, lambda head, name=name: head.center_optimizer.param_groups[0].update({name: 0.5}))
+        record(name, lambda head=head: rank.step(head))
+    stateful = after_a_step(rank.head(margin=fa.AdaFace()), lambda head: head.margin.eval())
+    record("margin.training", lambda: rank.step(stateful))
+    loaded = rank.head(margin=fa.AdaFace())
+    if rank.differs:
+        loaded.margin.norm_mean.fill_(7)
+    record("margin.state", lambda: rank.step(loaded))
+    record_calls(rank, record)
+    record_equal(rank, record)
+    record_constructors(rank, record)
+    record_checkpoints(rank, record, Path(directory))
+    return outcomes
+
+
+def record_calls(rank: Rank, record: Callable[[str, Callable[[], Any]], None]) -> None:
+    """Arguments and calls that differ, on one head: the ranks agree again after each error."""
+    head, (x, y) = rank.head(), rows(rank.rank)
+    rank.step(head)
+    fp32 = x.float().requires_grad_()
+
+    def under(mode: Any, call: Callable[[], Any]) -> Any:
+        if not rank.differs:
+            return call()
+        with mode:
+            return call()
+
+    def either(first: Callable[[], Any], second: Callable[[], Any]) -> Callable[[], Any]:
+        return second if rank.differs else first
+
+    record("ignore_index", lambda: head(x, y, ignore_index=-1 if rank.differs else -100))
+    record("no_grad", lambda: under(torch.no_grad(), lambda: rank.step(head)))
+    record("inference_mode", lambda: under(torch.inference_mode(), lambda: head(x, y)))
+    record("dtype", lambda: rank.step(head, fp32 if rank.differs else None))
+    record("autocast", lambda: under(torch.autocast("cpu", torch.bfloat16), lambda: head(fp32, y)))
+    record("return_stats type", lambda: head(x, y, return_stats="yes" if rank.differs else True))
+    record("forward or logits", either(lambda: head(x, y), lambda: head.logits(x)))
+    record("forward or full_weight", either(lambda: head(x, y), head.full_weight))
+    record("logits or topk", either(lambda: head.logits(x), lambda: head.topk(x, 2)))
+    record("full_weight or load", either(head.full_weight, lambda: head.load_full_weight(torch.zeros(CLASSES, D))))
+    record("k", lambda: head.topk(x, 3 if rank.differs else 2))
+    record("k refused", lambda: head.topk(x, 0 if rank.differs else 2))
+    record("logits refused", lambda: head.logits(x[0] if rank.differs else x))
+    record("target refused", lambda: head(x, y.double() if rank.differs else y))
+    record("device refused", lambda: head(x.to("meta") if rank.differs else x, y))
+    record("load refused", lambda: head.load_full_weight(torch.zeros(CLASSES, 5 if rank.differs else D)))
+    other = rank.head()
+    if rank.differs:
+        other.bfloat16()
+    record("full_weight dtype", other.full_weight)
+    record("still together", lambda: rank.step(head).isfinite().all().item())
+
+
+def record_equal(rank: Rank, record: Callable[[str, Callable[[], Any]], None]) -> None:
+    """What one rank may ask for alone, or not have: the others take part."""
+    x, y = rows(rank.rank)
+
+    def statistics() -> Any:
+        head = rank.head()
+        loss, stats = head(x, y, return_stats=True)
+        alone = rank.head()
+        result = alone(x.clone().requires_grad_(), y, return_stats=rank.differs)
+        (result[0] if rank.differs else result).backward()
+        if rank.differs:
+            torch.testing.assert_close(result[1], stats, rtol=0, atol=0)
+        return torch.equal(result[0] if rank.differs else result, loss.detach())
+
+    def one_needs_no_gradient(make: Callable[[], fa.PartialFC], frozen: bool) -> Callable[[], Any]:
+        def case() -> Any:
+            expected, actual = make(), make()
+            reference = x.clone().requires_grad_()
+            expected(reference, y).backward()
+            actual.requires_grad_(not frozen)
+            own = x.clone().requires_grad_(not rank.differs)
+            actual(own, y).backward()
+            same = frozen or torch.equal(actual.weight.grad.to_dense(), expected.weight.grad.to_dense())
+            return same and (own.grad is None if rank.differs else torch.equal(own.grad, reference.grad))
+
+        return case
+
+    def without_rows() -> Any:
+        head = rank.head(sample_rate=0.5)
+        nothing = x[:0].clone().requires_grad_()
+        loss = head(nothing, y[:0])
+        loss.backward()
+        head_after = head.weight.grad.to_dense()
+        return loss.isnan().item() and nothing.grad.shape == (0, D) and not head_after.any().item()
+
+    def without_rows_updated() -> Any:
+        head = rank.head(center_optimizer=fa.CenterSGD(0.1, weight_decay=0.1))
+        rank.step(head)
+        before = head.weight.detach().clone()
+        head(x[:0].clone().requires_grad_(), y[:0]).backward()
+        return torch.equal(head.weight, before) and rank.step(head).isfinite().all().item()
+
+    def slow(cosines: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
+        return 64 * cosines
+
+    record("return_stats", statistics)
+    record("embeddings without gradient", one_needs_no_gradient(rank.head, frozen=False))
+    record("nothing to train", one_needs_no_gradient(rank.head, frozen=True))
+    warnings.filterwarnings("ignore", "PartialFC_V2: function is no margin")
+    slow_head = partial(insightface.PartialFC_V2, slow, D, CLASSES)  # over the default group
+    record("slow path without gradient", one_needs_no_gradient(slow_head, frozen=False))
+    record("no rows", without_rows)
+    record("no rows with CenterSGD", without_rows_updated)
+
+
+def record_constructors(rank: Rank, record: Callable[[str, Callable[[], Any]], None]) -> None:
+    """Arguments that rank 1's constructor refuses."""
+    for name, value in {"scale": -1.0, "num_classes": 0, "backend": "tpu", "dtype": torch.int32}.items():
+        options = {"embedding_dim": D, "num_classes": CLASSES, "group": rank.group}
+        options |= {name: value} if rank.differs else {}
+        record(f"constructor {name}", lambda options=options: fa.PartialFC(**options))
+
+
+def record_checkpoints(rank: Rank, record: Callable[[str, Callable[[], Any]], None], directory: Path) -> None:
+    """Checkpoints that one rank cannot write or read, or names otherwise."""
+    head = rank.head()
+    save, load = fa.checkpoint.save, fa.checkpoint.load
+    (directory / "file").touch()
+    root = directory / "saved"
+    save(root, head, epoch=1)
+    record("save to a file", lambda: save(directory / "file", head))
+    record("save elsewhere", lambda: save(directory / ("b" if rank.differs else "a"), head))
+    record("save another", lambda: save(root, head, **({"net": 1} if rank.differs else {})))
+    record("load from elsewhere", lambda: load(directory / "none" if rank.differs else root, head))
+    record("load another", lambda: load(root, head, **({"net": torch.nn.Linear(1, 1)} if rank.differs else {})))
+    record("load", lambda: load(root, head))
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    return distributed_helpers.run_ranks(2, run_matrix, str(tmp_path_factory.mktemp("checkpoints")))
+
+
+def both(outcomes: list[dict[str, Any]], name: str) -> tuple[Any, Any]:
+    for rank in outcomes:
+        assert rank[name][1] < LIMIT
+    return outcomes[0][name][0], outcomes[1][name][0]
+
+
+@pytest.mark.parametrize(
+    ("case", "name"),
+    [
+        *((case, name) for case, (_, name) in CHANGED_HEADS.items()),
+        *((name, f"center_optimizer.{name}") for name in CHANGED_GROUPS),
+        ("margin.training", "margin.training"),
+        ("margin.state", "margin.state"),
+        ("ignore_index", "ignore_index"),
+        ("no_grad", "torch.is_grad_enabled()"),
+        ("inference_mode", "torch.is_grad_enabled()"),
+        ("forward or logits", "call"),
+        ("forward or full_weight", "call"),
+        ("logits or topk", "call"),
+        ("full_weight or load", "call"),
+        ("k", "k"),
+        ("full_weight dtype", "weight.dtype"),
+    ],
+)
+def test_what_must_be_alike_is_refused_by_name_on_both(outcomes, case, name):
+    first, second = both(outcomes, case)
+    assert first == second
+    assert first.startswith(f"ValueError: PartialFC: {name} must be the same on every rank; got rank 0: ")
+
+
+@pytest.mark.parametrize("case", ["dtype", "autocast"])
+def test_another_dtype_is_refused_on_both(outcomes, case):
+    first, second = both(outcomes, case)
+    assert first == second and first.startswith("TypeError: embeddings must have the same dtype on every rank; got ")
+
+
+@pytest.mark.parametrize(
+    ("case", "own"),
+    [
+        ("k refused", "ValueError: k must be >= 1; got 0"),
+        ("logits refused", "ValueError: embeddings must be (N, D=4); got (4,)"),
+        ("target refused", "TypeError: target must have one of the dtypes"),
+        ("device refused", "ValueError: embeddings must be on weight's device cpu; got meta"),
+        ("return_stats type", "TypeError: return_stats must be a bool; got str"),
+    ],
+)
+def test_what_one_rank_refuses_raises_on_both(outcomes, case, own):
+    first, second = both(outcomes, case)
+    assert second.startswith(own)
+    assert first == "RuntimeError: rank(s) 1 refused the arguments of this step: see the error there"
+
+
+def test_a_wrong_full_weight_raises_on_both(outcomes):
+    first, second = both(outcomes, "load refused")
+    assert first == second == "ValueError: tensor must be (C_total=11, D=4); got (11, 5)"
+
+
+@pytest.mark.parametrize(
+    ("name", "own"),
+    [
+        ("scale", "ValueError: scale must be finite and > 0; got -1.0"),
+        ("num_classes", "ValueError: num_classes must be >= 1; got 0"),
+        ("backend", "ValueError: backend must be one of"),
+        ("dtype", "TypeError: dtype must be a floating-point one; got torch.int32"),
+    ],
+)
+def test_what_one_constructor_refuses_raises_on_both(outcomes, name, own):
+    first, second = both(outcomes, f"constructor {name}")
+    assert second.startswith(own) and first == f"RuntimeError: PartialFC failed on rank 1: {second}"
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        "return_stats",
+        "embeddings without gradient",
+        "nothing to train",
+        "slow path without gradient",
+        "no rows",
+        "no rows with CenterSGD",
+        "still together",
+    ],
+)
+def test_what_may_differ_gives_the_right_result_on_both(outcomes, case):
+    assert both(outcomes, case) == (True, True)
+
+
+def test_checkpoints(outcomes):
+    first, second = both(outcomes, "save elsewhere")
+    assert first == second and first.startswith("ValueError: checkpoint.save: root must be the same on every rank")
+    first, second = both(outcomes, "save another")
+    assert first == second and first.startswith("ValueError: checkpoint.save: others must be the same on every rank")
+    first, second = both(outcomes, "load from elsewhere")
+    assert second.startswith("FileNotFoundError: no checkpoint in ")
+    assert first == f"RuntimeError: checkpoint.load failed on rank 1: {second}"
+    first, second = both(outcomes, "load another")
+    assert second.endswith(" has no net") and first == f"RuntimeError: checkpoint.load failed on rank 1: {second}"
+    first, second = both(outcomes, "save to a file")
+    assert first.startswith(("NotADirectoryError", "FileExistsError")) and first in second
+    assert both(outcomes, "load") == ({"epoch": 1}, {"epoch": 1})

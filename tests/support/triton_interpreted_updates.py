@@ -1,0 +1,193 @@
+"""CenterSGD's update and the heads over the Triton kernels in the interpreter: run as triton_interpreted.py is."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+import fused_arcface as fa
+from fused_arcface import backends, partial_fc
+from fused_arcface.backends import plain_torch, triton
+from fused_arcface.engine import ops
+from fused_arcface.engine.ops import CentreStep
+
+if os.environ.get("TRITON_INTERPRET") != "1":  # the search for doctests imports this file too
+    pytest.skip("run by test_triton.py in a process with TRITON_INTERPRET=1", allow_module_level=True)
+
+pytestmark = pytest.mark.filterwarnings("ignore:(overflow|invalid value|divide by zero) encountered:RuntimeWarning")
+
+FP64, FP32, BF16, INT8 = torch.float64, torch.float32, torch.bfloat16, torch.int8
+
+
+@pytest.fixture(autouse=True)
+def _triton_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The public names take ``backend="triton"`` here, and torch.empty gives NaN."""
+    monkeypatch.setattr(triton, "unavailable", lambda: None)
+    monkeypatch.setitem(backends._DEVICE_TYPES, "triton", "cpu")
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def _step(weight: Tensor, momentum_dtype: torch.dtype | None, classes: Tensor | None, active: bool) -> CentreStep:
+    C, D = weight.shape
+    buffer = units = None
+    if momentum_dtype is not None:
+        buffer = torch.randint(-127, 128, (C, D)).to(momentum_dtype)
+        units = torch.rand(C, -(-D // 64)) * 1e-3 if momentum_dtype == INT8 else None
+    return CentreStep(
+        classes,
+        buffer,
+        units,
+        0.3,
+        0.0 if buffer is None else 0.9,
+        0.02,
+        -(2**62) - 12345,
+        2**33 + 5,
+        torch.tensor(active),
+    )
+
+
+def _updated(
+    backend: object, arguments: tuple[Tensor, ...], coefficients: tuple[Tensor, ...], step: CentreStep
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Centres, momentum and its units after one step, all in memory of their own."""
+    x, weight, target = arguments
+    weight = weight.clone(memory_format=torch.preserve_format)
+    buffer, units = (None if each is None else each.clone() for each in (step.momentum_buffer, step.momentum_scale))
+    step = step._replace(momentum_buffer=buffer, momentum_scale=units)
+    backend.update_centres(x, weight, target, 20.0, *coefficients, step)  # type: ignore[attr-defined]
+    return weight, buffer, units
+
+
+CLASSES = {"all": None, "sampled": torch.tensor([0, 3, 4, 10]), "padded": torch.tensor([1, 2, 10, 11, 11])}
+
+
+@pytest.mark.parametrize("chosen", CLASSES)
+@pytest.mark.parametrize("momentum_dtype", [None, FP32, BF16, INT8])
+@pytest.mark.parametrize("dtype", [FP32, BF16, FP64])
+def test_step_of_the_same_gradient_is_the_same_to_the_bit(
+    dtype: torch.dtype, momentum_dtype: torch.dtype | None, chosen: str
+) -> None:
+    """Without coefficients the gradient is 0 in any arithmetic: the rest of the step is the reference's, bit by bit."""
+    for D in (1, 64, 513) if chosen == "sampled" and dtype == BF16 else (70,):
+        x, weight, target = torch.randn(3, D).to(dtype), torch.randn(11, D).to(dtype), torch.tensor([0, 2, -1])
+        none = torch.zeros(3, dtype=FP64 if dtype == FP64 else FP32)
+        coefficients = torch.zeros(3, dtype=FP64), none, none
+        for active in (True, False):
+            step = _step(weight, momentum_dtype, CLASSES[chosen], active)
+            right = _updated(plain_torch, (x, weight, target), coefficients, step)
+            for name, mine, theirs in zip(
+                ("weight", "momentum", "units"),
+                _updated(triton, (x, weight, target), coefficients, step),
+                right,
+                strict=True,
+            ):
+                assert (mine is None) == (theirs is None)
+                assert mine is None or torch.equal(mine, theirs), f"{name}, D = {D}"
+            assert torch.equal(right[0], weight) != active
+
+
+@pytest.mark.parametrize("chosen", CLASSES)
+@pytest.mark.parametrize(
+    ("algorithm", "dtype", "tolerance"), [("chunks", FP32, 1e-5), ("chunks", FP64, 1e-12), ("flash", BF16, 2e-2)]
+)
+def test_step_equals_the_reference(
+    algorithm: str, dtype: torch.dtype, tolerance: float, chosen: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Centres in fp32 under embeddings of each algorithm's dtype, whose rounding the tolerance allows for."""
+    monkeypatch.setenv("FUSED_ARCFACE_TRITON_ALGORITHM", algorithm)
+    x, weight = torch.randn(5, 40).to(dtype), torch.randn(11, 40).to(torch.promote_types(dtype, FP32))
+    weight = torch.cat([weight, weight], 1)[:, :40]  # rows with a gap between them
+    target = torch.tensor([0, 1, -1, 2, 2])
+    rows = torch.randn(2, 5).to(torch.promote_types(dtype, FP32))
+    step = _step(weight, FP32 if dtype != FP64 else FP64, CLASSES[chosen], True)
+    coefficients = torch.full((5,), 6.0, dtype=FP64), *rows
+    right = _updated(plain_torch, (x, weight, target), coefficients, step)
+    for mine, theirs in zip(_updated(triton, (x, weight, target), coefficients, step)[:2], right[:2], strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=tolerance, atol=tolerance * 10)
+    no_rows = (x[:0], weight, target[:0]), tuple(each[:0] for each in coefficients)
+    for mine, theirs in zip(_updated(triton, *no_rows, step), _updated(plain_torch, *no_rows, step), strict=True):
+        assert mine is None or torch.equal(mine, theirs)
+
+
+HEADS = {
+    "full rate": {"scale": 64.0},
+    "range of exponentials": {"scale": 89.0},
+    "s = 1000": {"scale": 1000.0, "margin": fa.ArcFace(0.3, "fold")},
+    "sampled": {"sample_rate": 0.2},
+    "optimizer": {"center_optimizer": fa.CenterSGD(lr=0.1, weight_decay=1e-3)},
+    "sampled optimizer": {"sample_rate": 0.2, "center_optimizer": fa.CenterSGD(lr=0.1, momentum_dtype=INT8)},
+    "sampled optimizer, s = 1000": {"sample_rate": 0.2, "scale": 1000.0, "center_optimizer": fa.CenterSGD(lr=0.01)},
+}
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_partial_fc_trains_as_the_reference_does(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Step by step from the same centres, with an ignored and an invalid label, statistics, N = 1 and N = 0."""
+    monkeypatch.setattr(ops, "check_target_range", lambda *_: None)  # on a GPU nobody waits for it
+    monkeypatch.setattr(partial_fc, "_is_waited_for", lambda _: True)
+    for D, rows in ((70, 9), (1, 3), (513, 1), (7, 0)):
+        heads = [fa.PartialFC(D, 60, backend=backend, seed=D, **HEADS[name]) for backend in ("triton", "reference")]
+        for invalid in (60, 5):
+            x, y = torch.randn(rows, D), torch.randint(0, 60, (rows,))
+            if rows > 3:
+                y[0], y[1] = -100, invalid
+            results = []
+            for head in heads:
+                mine = x.clone().requires_grad_()
+                loss, stats = head(mine, y, return_stats=True)
+                loss.backward()
+                gradient = head.weight.grad
+                state = {} if head.center_optimizer is None else head.center_optimizer.state[head.weight]
+                results.append(
+                    [loss, *stats, mine.grad, head.weight.detach(), *state.values(), head.sampled]
+                    + ([] if gradient is None else [gradient.to_dense()])
+                )
+                head.weight.grad = None
+            # In one dimension the centres' projected gradient is nothing but rounding.
+            compared = 6 if D == 1 else None
+            for mine, theirs in zip(*(result[:compared] for result in results), strict=True):
+                size = 1 if mine.numel() == 0 else max(1.0, theirs.double().nan_to_num(0, 0, 0).abs().max().item())
+                atol = 2e-6 * heads[0].scale * size if mine.is_floating_point() else 0
+                torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=atol, equal_nan=True)
+            assert rows < 4 or results[0][1].isnan().tolist() == [False, invalid == 60] + [False] * (rows - 2)
+
+
+@pytest.mark.parametrize(("storage", "rate"), list(itertools.product([(FP32, INT8), (BF16, BF16)], [1.0, 0.3])))
+def test_training_with_center_sgd(storage: tuple[torch.dtype, torch.dtype], rate: float) -> None:
+    """Ten steps of bf16 embeddings bring the loss where the reference brings it; rows outside the sample stay, to the
+    bit."""
+    recipe = fa.CenterSGD(lr=0.5, momentum_dtype=storage[1])
+    x, y = torch.randn(12, 32).bfloat16(), torch.arange(12) * 3
+    losses = []
+    for backend in ("triton", "reference"):
+        head = fa.PartialFC(
+            32, 40, scale=16, sample_rate=rate, center_optimizer=recipe, dtype=storage[0], backend=backend
+        )
+        first = last = head(x, y).item()
+        for _ in range(10):
+            before = head.weight.detach().clone()
+            loss = head(x, y)
+            loss.backward()
+            last = loss.item()
+            changed = (head.weight != before).any(1).nonzero().squeeze(1)
+            assert set(changed.tolist()) <= set(head.sampled.tolist())
+        losses.append((first, last))
+    assert losses[0][1] < 0.8 * losses[0][0]
+    # A rounding of 2⁻⁷ in each gradient, of a loss that starts at 14.
+    assert losses[0] == pytest.approx(losses[1], abs=5e-3)
+
+
+def test_a_step_that_is_not_finite_changes_nothing() -> None:
+    head = fa.PartialFC(16, 20, center_optimizer=fa.CenterSGD(lr=0.1), backend="triton")
+    before = head.weight.detach().clone()
+    x = torch.randn(4, 16)
+    x[1, 2] = torch.nan
+    head(x, torch.arange(4)).backward()
+    assert torch.equal(head.weight, before)
