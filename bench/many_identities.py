@@ -1,10 +1,10 @@
-"""Memory of a training step over millions of identities, the class centres' construction included, on one CPU.
+"""Memory of a training step over millions of identities, the class centers' construction included, on one CPU.
 
     python bench/many_identities.py                                   a million classes; insightface's operations beside
     python bench/many_identities.py --classes 8000000 --kinds bfloat16/int8 --steps 1
     python bench/many_identities.py --output bench/results/cpu        also adds its rows to identities.csv and .json
 
-A line for each kind of centres and momentum, each in a process of its own: seconds of construction and of the last
+A line for each kind of centers and momentum, each in a process of its own: seconds of construction and of the last
 step, and the process's peak over what it had before the head was built. Linux only.
 """
 
@@ -49,7 +49,7 @@ def exact_loss(x: torch.Tensor, weight: torch.Tensor, y: torch.Tensor, margin: f
 
 @torch.no_grad()
 def run(kind: str, C: int, D: int, N: int, steps: int) -> dict[str, Any]:
-    """What is measured of ``"float32/int8"`` and its like, centres and momentum, or of ``"insightface"``."""
+    """What is measured of ``"float32/int8"`` and its like, centers and momentum, or of ``"insightface"``."""
     torch.manual_seed(0)
     x, y = torch.randn(N, D, requires_grad=True), torch.randint(0, C, (N,))
     before, start = resident("VmRSS"), time.perf_counter()

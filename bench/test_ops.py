@@ -43,11 +43,11 @@ def test_class_max(benchmark, inputs: Inputs, backend: str, device: torch.device
     benchmark(run(lambda: ops.class_max(*arguments), device))
 
 
-@pytest.mark.parametrize("with_centre_sum", [False, True], ids=["sums", "centre_sum"])
-def test_class_stats(benchmark, inputs: Inputs, backend: str, with_centre_sum: bool, device: torch.device) -> None:
-    arguments = (*inputs, SCALE, None, with_centre_sum)
+@pytest.mark.parametrize("with_center_sum", [False, True], ids=["sums", "center_sum"])
+def test_class_stats(benchmark, inputs: Inputs, backend: str, with_center_sum: bool, device: torch.device) -> None:
+    arguments = (*inputs, SCALE, None, with_center_sum)
     mine, right = ops.class_stats(*arguments, backend), ops.class_stats(*arguments, "reference")
-    for one, other in zip(mine[: 2 + with_centre_sum], right, strict=False):
+    for one, other in zip(mine[: 2 + with_center_sum], right, strict=False):
         assert_close(one, other)
     benchmark(run(lambda: ops.class_stats(*arguments, backend), device))
 

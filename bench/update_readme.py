@@ -11,7 +11,7 @@ A block reads ``<!-- bench: NAME FOLDER -->`` … ``<!-- /bench -->``, FOLDER on
     capacity    most identities within a memory budget
     pictures    the run's pictures
     ranks       the cost model beside multi-process runs
-    model       the cost model of many devices (FOLDER: of a run whose rate to use, or "H200" for the modelled rate)
+    model       the cost model of many devices (FOLDER: of a run whose rate to use, or "H200" for the modeled rate)
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def headline(report: Report, every: bool) -> str:
         "",
         *_table(heads, rows),
         "",
-        "Medians, all in turn. Peak: of forward + backward, beyond inputs, class centres and their gradients. "
+        "Medians, all in turn. Peak: of forward + backward, beyond inputs, class centers and their gradients. "
         f"Error: largest relative one of loss and gradients, to fp64. The machine's ceilings: {reached}. "
         "linear_cross_entropy and the products have no margin: yardsticks.",
     ]
@@ -117,7 +117,7 @@ def capacity(folder: Path) -> str:
     first = found[0]
     budget = f"{first['budget_bytes'] / 2**30:g} GiB"
     what = f"A training step (N={first['N']}, D={first['D']}, SGD with momentum) within {budget}"
-    heads = ["head", "centres", "momentum", "most identities", "÷ best peer", "bytes for each", "step, ms", ""]
+    heads = ["head", "centers", "momentum", "most identities", "÷ best peer", "bytes for each", "step, ms", ""]
     peer = max((row["max_C"] for row in found if not row["recipe"].startswith("fused_arcface")), default=None)
     rows = []
     for row in found:

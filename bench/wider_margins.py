@@ -1,9 +1,9 @@
 """Time of a step with each margin of the wider family beside ArcFace's, taken in turn, on the machine's CPU.
 
-    python bench/wider_margins.py                             N = 256, D = 512, a hundred thousand class centres, fp32
-    python bench/wider_margins.py --centres 20000 --seconds 20
+    python bench/wider_margins.py                             N = 256, D = 512, a hundred thousand class centers, fp32
+    python bench/wider_margins.py --centers 20000 --seconds 20
 
-A row for each: least and median milliseconds of forward and backward, and the least over ArcFace's. With sub-centres
+A row for each: least and median milliseconds of forward and backward, and the least over ArcFace's. With sub-centers
 there are as many rows of weight and a third of the classes.
 """
 
@@ -35,13 +35,13 @@ def variants() -> dict[str, dict[str, Any]]:
     }
 
 
-def step(options: dict[str, Any], rows: int, centres: int, dim: int) -> Timed:
+def step(options: dict[str, Any], rows: int, centers: int, dim: int) -> Timed:
     """Forward and backward of one variant on the CPU kernel."""
     generator = torch.Generator().manual_seed(0)
     classes = options.get("sub_centers", 1)
     x = torch.randn(rows, dim, generator=generator, requires_grad=True)
-    w = torch.randn(centres // classes * classes, dim, generator=generator, requires_grad=True)
-    y = torch.randint(0, centres // classes, (rows,), generator=generator)
+    w = torch.randn(centers // classes * classes, dim, generator=generator, requires_grad=True)
+    y = torch.randint(0, centers // classes, (rows,), generator=generator)
 
     def run() -> None:
         x.grad = w.grad = None
@@ -53,11 +53,11 @@ def step(options: dict[str, Any], rows: int, centres: int, dim: int) -> Timed:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=256, help="N")
-    parser.add_argument("--centres", type=int, default=100_000, help="rows of weight")
+    parser.add_argument("--centers", type=int, default=100_000, help="rows of weight")
     parser.add_argument("--dim", type=int, default=512, help="D")
     parser.add_argument("--seconds", type=float, default=30, help="for all samples together")
     given = parser.parse_args()
-    runs = {name: step(options, given.rows, given.centres, given.dim) for name, options in variants().items()}
+    runs = {name: step(options, given.rows, given.centers, given.dim) for name, options in variants().items()}
     times = time_interleaved(runs, torch.device("cpu"), given.seconds)
     print(f"{'':20} {'least, ms':>10} {'median, ms':>11} {'÷ ' + BASE:>10}")
     for name, timing in times.items():

@@ -16,24 +16,24 @@ struct Matrix {
 };
 
 // How the negatives enter the sums, where it is not by the cosines of weight's rows as they are. With these, class c of
-// embedding i has the cosine c_ic = max_k cos(x_i, w_r), r = c * sub_centres + k, its derivative is that of the
+// embedding i has the cosine c_ic = max_k cos(x_i, w_r), r = c * sub_centers + k, its derivative is that of the
 // greatest (the first of equals), and its logit is scale * f_i(c_ic), where f_i(c) = a c^2 + b c + d for c >
 // threshold_i, else c. A target is the row of its class that is the greatest; the class's other rows get no gradient.
 struct Negatives {
-  int64_t sub_centres = 1;          // rows of weight that each class has, adjacent; weight's rows are a multiple of it
+  int64_t sub_centers = 1;          // rows of weight that each class has, adjacent; weight's rows are a multiple of it
   const void* threshold = nullptr;  // (N,) of the compute type, or null: f_i(c) = c
   double a = 0, b = 1, d = 0;
-  bool plain() const { return sub_centres == 1 && threshold == nullptr; }
+  bool plain() const { return sub_centers == 1 && threshold == nullptr; }
 };
-constexpr int64_t kMaxSubCentres = 16;
+constexpr int64_t kMaxSubCenters = 16;
 
 // The negatives' statistics of each embedding against all classes of this shard. With theta_ij the angle between
-// embedding i and centre j and every sum and maximum over the classes j != target_i:
+// embedding i and center j and every sum and maximum over the classes j != target_i:
 //   negative_max_i = max_j cos_ij
 //   negative_sum_i = sum_j exp(scale * cos_ij - shift_i)
-//   centre_sum_i   = sum_j exp(scale * cos_ij - shift_i) * w_j / |w_j|
+//   center_sum_i   = sum_j exp(scale * cos_ij - shift_i) * w_j / |w_j|
 // The last is the embedding gradient before its division by the total: softmax is attention whose keys and values are
-// both the class centres, so it can be accumulated while the total is still unknown.
+// both the class centers, so it can be accumulated while the total is still unknown.
 struct ClassStatsArgs {
   Matrix embeddings;      // (N, D)
   Matrix weight;          // (C, D)
@@ -42,7 +42,7 @@ struct ClassStatsArgs {
   const double* shift;  // (N,) or null: zero
   void* negative_max;   // (N,), like the next two of the compute type
   void* negative_sum;   // (N,) or null: only the maximum is wanted
-  void* centre_sum;     // (N, D) contiguous, or null: not wanted
+  void* center_sum;     // (N, D) contiguous, or null: not wanted
   int threads;          // of a CPU
   // On a CPU, if not plain: exp(scale * f(c)) in both sums, times f'(c) in the latter; negative_max is the greatest
   // f(c) where only the maximum is wanted, else the greatest c.
@@ -70,9 +70,9 @@ struct WeightGradArgs {
 enum class MomentumType : int { kNone, kFloat64, kFloat32, kBFloat16, kInt8 };
 constexpr int64_t kMomentumBlock = 64;  // columns that share an int8 momentum's unit: 1/16 byte an element for it
 
-// In place of a gradient, one step of SGD with momentum on the class centres. With class j of weight_grad's standing
+// In place of a gradient, one step of SGD with momentum on the class centers. With class j of weight_grad's standing
 // for row r = rows[j], and its gradient g_j:  m_r = momentum * m_r + (g_j + weight_decay * w_r);  w_r -= lr * m_r.
-struct CentreStep {
+struct CenterStep {
   const int64_t* rows;  // (classes,) ascending, or null: all rows of weight, in order; on a GPU, past weight: padding
   int64_t classes;
   MomentumType momentum_type;

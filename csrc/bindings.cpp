@@ -16,11 +16,11 @@ namespace py = pybind11;
 
 namespace {
 
-using fa::CentreStepTuple;
+using fa::CenterStepTuple;
 using fa::MatrixTuple;
 using fa::NegativesTuple;
 using fa::pointer;
-using fa::to_centre_step;
+using fa::to_center_step;
 using fa::to_matrix;
 using fa::to_negatives;
 
@@ -32,7 +32,7 @@ const fa::Kernels& kernels(const std::string& isa) {
 
 void class_stats(const std::string& isa, bool fp64, const MatrixTuple& embeddings, const MatrixTuple& weight,
                  uintptr_t target, double scale, uintptr_t shift, uintptr_t negative_max, uintptr_t negative_sum,
-                 uintptr_t centre_sum, int threads, const NegativesTuple& negatives) {
+                 uintptr_t center_sum, int threads, const NegativesTuple& negatives) {
   const fa::Kernels& chosen = kernels(isa);
   const fa::ClassStatsArgs args{to_matrix(embeddings),
                                 to_matrix(weight),
@@ -41,7 +41,7 @@ void class_stats(const std::string& isa, bool fp64, const MatrixTuple& embedding
                                 pointer<const double>(shift),
                                 pointer<void>(negative_max),
                                 pointer<void>(negative_sum),
-                                pointer<void>(centre_sum),
+                                pointer<void>(center_sum),
                                 threads,
                                 to_negatives(negatives)};
   const py::gil_scoped_release release;
@@ -67,9 +67,9 @@ void weight_grad(const std::string& isa, bool fp64, const MatrixTuple& embedding
   (fp64 ? chosen.weight_grad_fp64 : chosen.weight_grad_fp32)(args);
 }
 
-void update_centres(const std::string& isa, bool fp64, const MatrixTuple& embeddings, const MatrixTuple& weight,
+void update_centers(const std::string& isa, bool fp64, const MatrixTuple& embeddings, const MatrixTuple& weight,
                     uintptr_t target, double scale, uintptr_t lse, uintptr_t negative_coefficient,
-                    uintptr_t target_coefficient, const CentreStepTuple& centre_step, int threads,
+                    uintptr_t target_coefficient, const CenterStepTuple& center_step, int threads,
                     const NegativesTuple& negatives) {
   const fa::Kernels& chosen = kernels(isa);
   const fa::WeightGradArgs args{to_matrix(embeddings),
@@ -82,9 +82,9 @@ void update_centres(const std::string& isa, bool fp64, const MatrixTuple& embedd
                                 {},
                                 threads,
                                 to_negatives(negatives)};
-  const fa::CentreStep step = to_centre_step(centre_step);
+  const fa::CenterStep step = to_center_step(center_step);
   const py::gil_scoped_release release;
-  (fp64 ? chosen.update_centres_fp64 : chosen.update_centres_fp32)(args, step);
+  (fp64 ? chosen.update_centers_fp64 : chosen.update_centers_fp32)(args, step);
 }
 
 int64_t multiply_adds(const std::string& isa, int64_t rounds, int threads) {
@@ -114,7 +114,7 @@ PYBIND11_MODULE(_native, m) {
   m.attr("MOMENTUM_FLOAT32") = static_cast<int>(fa::MomentumType::kFloat32);
   m.attr("MOMENTUM_BFLOAT16") = static_cast<int>(fa::MomentumType::kBFloat16);
   m.attr("MOMENTUM_INT8") = static_cast<int>(fa::MomentumType::kInt8);
-  m.def("update_centres", &update_centres);
+  m.def("update_centers", &update_centers);
   m.def("multiply_adds", &multiply_adds);
 #if FA_CUDA
   fa::cuda::bind(m.def_submodule("cuda"));

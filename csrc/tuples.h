@@ -25,10 +25,10 @@ inline Matrix to_matrix(const MatrixTuple& m) {
 
 // (rows or 0, classes, MomentumType code, momentum or 0, its scale or 0, lr, momentum factor, weight decay, rounding
 // key, class start)
-using CentreStepTuple =
+using CenterStepTuple =
     std::tuple<uintptr_t, int64_t, int, uintptr_t, uintptr_t, double, double, double, uint64_t, int64_t>;
 
-inline CentreStep to_centre_step(const CentreStepTuple& step) {
+inline CenterStep to_center_step(const CenterStepTuple& step) {
   const auto& [rows, classes, type, momentum, momentum_scale, lr, factor, weight_decay, key, class_start] = step;
   return {pointer<const int64_t>(rows),
           classes,
@@ -42,14 +42,14 @@ inline CentreStep to_centre_step(const CentreStepTuple& step) {
           class_start};
 }
 
-// (sub-centres, address of thresholds or 0, a, b, d)
+// (sub-centers, address of thresholds or 0, a, b, d)
 using NegativesTuple = std::tuple<int64_t, uintptr_t, double, double, double>;
 
 inline Negatives to_negatives(const NegativesTuple& n) {
-  const auto& [sub_centres, threshold, a, b, d] = n;
-  if (sub_centres < 1 || sub_centres > kMaxSubCentres)
-    throw std::invalid_argument("sub-centres out of range: " + std::to_string(sub_centres));
-  return {sub_centres, pointer<const void>(threshold), a, b, d};
+  const auto& [sub_centers, threshold, a, b, d] = n;
+  if (sub_centers < 1 || sub_centers > kMaxSubCenters)
+    throw std::invalid_argument("sub-centers out of range: " + std::to_string(sub_centers));
+  return {sub_centers, pointer<const void>(threshold), a, b, d};
 }
 
 }  // namespace fa

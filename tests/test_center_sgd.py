@@ -52,16 +52,16 @@ def test_equals_torch_sgd_step_by_step(backend, momentum, dtype, tolerance):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_sampled_equals_row_sparse_sgd(backend):
-    """A plain PyTorch SGD on the sampled rows; the others keep centre and momentum to the bit."""
+    """A plain PyTorch SGD on the sampled rows; the others keep center and momentum to the bit."""
     head = head_of(1000, sample_rate=0.1, backend=backend, dtype=torch.float64)
     weight, momentum = head.weight.detach().clone(), torch.zeros(1000, D, dtype=torch.float64)
     for step in range(6):
         x, y = batch(step, 1000, dtype=torch.float64)
         head(x, y).backward()
         rows = head.sampled
-        centres = weight[rows].requires_grad_()
-        fa.reference.margin_softmax_loss(x, centres, torch.searchsorted(rows, y), scale=16).backward()
-        momentum[rows] = 0.9 * momentum[rows] + centres.grad + 5e-4 * centres.detach()
+        centers = weight[rows].requires_grad_()
+        fa.reference.margin_softmax_loss(x, centers, torch.searchsorted(rows, y), scale=16).backward()
+        momentum[rows] = 0.9 * momentum[rows] + centers.grad + 5e-4 * centers.detach()
         before = weight.clone()
         weight[rows] -= 0.1 * momentum[rows]
         torch.testing.assert_close(head.weight.detach(), weight, rtol=1e-12, atol=1e-12)
@@ -124,8 +124,8 @@ def test_any_number_of_ranks_trains_alike(backend, sample_rate):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_stochastic_rounding_of_the_centres_is_unbiased(backend):
-    """300 × 70 elements in each of 40 steps, from the same bf16 centres to the same fp32 result: the mean error of all
+def test_stochastic_rounding_of_the_centers_is_unbiased(backend):
+    """300 × 70 elements in each of 40 steps, from the same bf16 centers to the same fp32 result: the mean error of all
     has to lie within 5 standard errors (a false alarm in 2e6), each step's own in the worst of 40 (1e-5)."""
     exact = head_of(dtype=torch.float32, backend=backend, recipe={"lr": 0.01})
     start = exact.full_weight().bfloat16()
@@ -263,10 +263,10 @@ def test_a_loss_that_is_not_finite_skips_the_update(kind, backend):
     assert all(kept) and loss != loss
 
 
-def test_centres_in_half_precision_are_refused_after_construction_too():
+def test_centers_in_half_precision_are_refused_after_construction_too():
     head = head_of().half()
     x, y = batch(0, 300)
-    with pytest.raises(TypeError, match=r"CenterSGD needs class centres of dtype .*; got torch.float16"):
+    with pytest.raises(TypeError, match=r"CenterSGD needs class centers of dtype .*; got torch.float16"):
         head(x.half(), y)
     before = head.double().full_weight()
     head(x.double(), y).backward()
@@ -319,13 +319,13 @@ def test_bad_recipes(options, error, message):
 def test_bad_heads():
     with pytest.raises(TypeError, match="center_optimizer must be a CenterSGD or None; got SGD"):
         fa.PartialFC(4, 10, center_optimizer=torch.optim.SGD([torch.nn.Parameter(torch.ones(1))]))
-    with pytest.raises(TypeError, match=r"CenterSGD needs class centres of dtype .*; got torch.float16"):
+    with pytest.raises(TypeError, match=r"CenterSGD needs class centers of dtype .*; got torch.float16"):
         fa.PartialFC(4, 10, center_optimizer=fa.CenterSGD(0.1), dtype=torch.float16)
 
 
 @pytest.mark.parametrize("sample_rate", [1.0, 0.5])
 def test_saved_tensors_that_are_copies(sample_rate):
-    """Hooks that offload what is saved give copies back; the head's centres are to be updated all the same."""
+    """Hooks that offload what is saved give copies back; the head's centers are to be updated all the same."""
     heads = [fa.PartialFC(4, 20, sample_rate=sample_rate, center_optimizer=fa.CenterSGD(0.1)) for _ in range(2)]
     x, y = torch.randn(6, 4), torch.randint(0, 20, (6,))
     for _ in range(2):
@@ -407,6 +407,6 @@ def test_peak_memory_per_element(num_classes, dtype, momentum_dtype, most):
     done = subprocess.run(arguments, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     print(
-        f"{num_classes} classes, {dtype} centres, {momentum_dtype} momentum: {float(done.stdout):.2f} bytes an element"
+        f"{num_classes} classes, {dtype} centers, {momentum_dtype} momentum: {float(done.stdout):.2f} bytes an element"
     )
     assert float(done.stdout) <= most

@@ -133,7 +133,7 @@ def test_nan_in_a_row_of_embeddings(function: object, bad: float, scale: float) 
 
 @every_function
 @pytest.mark.parametrize("scale", [64.0, 1000.0])
-def test_nan_in_a_class_centre(function: object, scale: float) -> None:
+def test_nan_in_a_class_center(function: object, scale: float) -> None:
     """Every row has that class for its target or as a negative: nothing is silently clean."""
     inputs = make_inputs(Case())
     inputs.weight[inputs.target[0], 3] = torch.nan
@@ -162,7 +162,7 @@ def test_ignored_rows_have_no_gradient(function: object) -> None:
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 def test_autocast(backend: str) -> None:
-    """Embeddings are rounded as for a matrix product, the fp32 class centres are not."""
+    """Embeddings are rounded as for a matrix product, the fp32 class centers are not."""
     x, w, target, _ = make_inputs(Case())
     x.requires_grad_()
     w.requires_grad_()

@@ -21,7 +21,7 @@ PLAIN = Case()
 
 
 def make_head(case: Case = PLAIN, **options: object) -> tuple[fa.MarginHead, torch.Tensor, torch.Tensor]:
-    """A head with the case's class centres, embeddings and target."""
+    """A head with the case's class centers, embeddings and target."""
     x, w, target, _ = make_inputs(case)
     head = fa.MarginHead(case.D, case.C, dtype=w.dtype, **options)
     with torch.no_grad():
@@ -45,7 +45,7 @@ def test_backend_is_used() -> None:
         head(x, target)
 
 
-def test_centres_at_first() -> None:
+def test_centers_at_first() -> None:
     head = fa.MarginHead(64, 1000)
     assert isinstance(head.weight, torch.nn.Parameter) and head.weight.shape == (1000, 64)
     assert head.weight.mean().abs() < 2e-4 and head.weight.std().item() == pytest.approx(0.01, rel=0.02)
@@ -95,7 +95,7 @@ def test_topk_by_brute_force(k: int, classes_at_once: int, monkeypatch: pytest.M
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("autocast", [False, True])
 def test_16_bit_heads_know_their_nearest_class(autocast: bool, dtype: torch.dtype) -> None:
-    """Centres as close as late in training: cosines rounded to 16 bits would confuse them, and say otherwise than
+    """Centers as close as late in training: cosines rounded to 16 bits would confuse them, and say otherwise than
     ``stats.correct``; a zero row has cosines of 0, not NaN."""
     head = fa.MarginHead(64, 3000, dtype=torch.float32 if autocast else dtype)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Real sizes: a million identities, and class centres of more than 2³¹ elements. All of it in the full run only."""
+"""Real sizes: a million identities, and class centers of more than 2³¹ elements. All of it in the full run only."""
 
 from __future__ import annotations
 
@@ -46,22 +46,22 @@ class Truth:
 
     def __init__(self, x: Tensor, weight: Tensor, target: Tensor) -> None:
         self.unit_x, self.weight, self.target = F.normalize(x.double()), weight, target
-        total, centre_sum = torch.zeros(len(x), dtype=torch.float64), torch.zeros_like(self.unit_x)
+        total, center_sum = torch.zeros(len(x), dtype=torch.float64), torch.zeros_like(self.unit_x)
         # Logits are at most the scale: exp(logit - scale) needs no maximum.
         for start in range(0, len(weight), 2**16):
             unit_w = F.normalize(weight[start : start + 2**16].double())
             columns = torch.arange(start, start + len(unit_w))
             terms = (SCALE * (self.unit_x @ unit_w.T - 1)).exp().masked_fill(target[:, None] == columns, 0)
             total += terms.sum(1)
-            centre_sum += terms @ unit_w
+            center_sum += terms @ unit_w
         self.lse = total.log() + SCALE
-        centres = F.normalize(weight[target].double())
-        cosine = (self.unit_x * centres).sum(1).requires_grad_()
+        centers = F.normalize(weight[target].double())
+        cosine = (self.unit_x * centers).sum(1).requires_grad_()
         gap = self.lse - SCALE * MARGIN(cosine)
         self.loss = F.softplus(gap, threshold=40).detach()
         self.sigmoid = gap.sigmoid().detach()
         (self.d_target,) = torch.autograd.grad(F.softplus(gap, threshold=40).sum(), cosine)
-        d_unit = SCALE * self.sigmoid[:, None] * centre_sum / total[:, None] + self.d_target[:, None] * centres
+        d_unit = SCALE * self.sigmoid[:, None] * center_sum / total[:, None] + self.d_target[:, None] * centers
         self.d_embeddings = unit_gradient(d_unit, x.double())
 
     def d_weight(self, classes: Tensor) -> Tensor:

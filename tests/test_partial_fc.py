@@ -41,7 +41,7 @@ def own_rows(world_size: int, rank: int, rows: int, step: int) -> slice:
 def train_head(
     num_classes: int, rows: int, dtype: torch.dtype, options: dict, backend: str, steps: int = STEPS
 ) -> dict:
-    """A few SGD steps of the head alone: losses, gradients by all ranks' embeddings, centres before and after,
+    """A few SGD steps of the head alone: losses, gradients by all ranks' embeddings, centers before and after,
     samples."""
     head = fa.PartialFC(D, num_classes, dtype=dtype, backend=backend, seed=5, **options)
     world_size, rank = head.ranks.world_size, head.ranks.rank
@@ -248,7 +248,7 @@ def test_statistics_logits_and_topk_over_all_shards():
     assert [c for result in results for c in result["place"][3]] == list(range(10))
 
 
-def test_evaluation_does_not_update_the_centres_nor_do_frozen_ones():
+def test_evaluation_does_not_update_the_centers_nor_do_frozen_ones():
     head = fa.PartialFC(D, 50, center_optimizer=fa.CenterSGD(0.1, weight_decay=0.1), sample_rate=0.5)
     ((x, y),) = batches(50, 6, torch.float32, 1)
     before = head.full_weight()

@@ -1,4 +1,4 @@
-"""What holds for the wider family, margins, sub-centres and label smoothing alike: gradients by finite differences,
+"""What holds for the wider family, margins, sub-centers and label smoothing alike: gradients by finite differences,
 agreement with the reference over adversarial inputs, one process and two ranks, torch.compile."""
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ every_variant = pytest.mark.parametrize("variant", VARIANTS, ids=str)
 
 
 def with_sub_centers(case: Case, variant: Variant, seed: int = 0) -> Inputs:
-    """Inputs of the case's sizes, with rows of weight for each class's sub-centres; each target one of the classes."""
+    """Inputs of the case's sizes, with rows of weight for each class's sub-centers; each target one of the classes."""
     inputs = make_inputs(case, seed)
     count = variant.options.get("sub_centers", 1)
     if count == 1:
@@ -131,7 +131,7 @@ CASES = [
     Case(0, 5, 7),
     Case(1, 1, 1),
     Case(1, 2, 513, geometry="late"),
-    Case(130, 211, 7, geometry="late"),  # several blocks, whose size the number of sub-centres need not divide
+    Case(130, 211, 7, geometry="late"),  # several blocks, whose size the number of sub-centers need not divide
     Case(5, 11, 512, scale=1.0),
     Case(9, 97, 33, scale=1000.0),
     Case(9, 97, 33, scale=1000.0, geometry="collapsed"),

@@ -1,4 +1,4 @@
-// One row's step of SGD with momentum, made where weight_pass leaves the row's gradient: read the centre and its
+// One row's step of SGD with momentum, made where weight_pass leaves the row's gradient: read the center and its
 // momentum, update, write both back. Storage below fp32 is rounded stochastically, with random bits that are functions
 // of seed, step, global class id and column; python/fused_arcface/keyed.py has the same functions. kernels.cpp alone
 // includes this file.
@@ -21,7 +21,7 @@ inline uint64_t fold(uint64_t key, uint64_t n) {
 }
 
 // 32 random bits for a column under a row's key: lowbias32 of a counter, in 32-bit arithmetic so that loops over it
-// vectorise.
+// vectorize.
 inline uint32_t random_bits(uint64_t row_key, uint32_t column) {
   uint32_t x = static_cast<uint32_t>(row_key) + column * 0x9E3779B9u;
   x = (x ^ (x >> 16)) * 0x7FEB352Du;
@@ -44,7 +44,7 @@ struct RowBlock {
   uint32_t random[kMomentumBlock];  // 16 bits each
 };
 
-// `stride`: between neighbouring columns.
+// `stride`: between neighboring columns.
 template <typename Storage, typename T>
 void store_block(const RowBlock<T>& block, int64_t count, Storage* to, int64_t stride) {
   for (int64_t i = 0; i < count; ++i) convert(block.values[i], to + i * stride);
@@ -75,7 +75,7 @@ void load_block(const Storage* from, int64_t stride, int64_t count, T unit, RowB
 }
 
 template <typename Fn>
-void visit_momentum(const CentreStep& step, const Fn& fn) {
+void visit_momentum(const CenterStep& step, const Fn& fn) {
   switch (step.momentum_type) {
     case MomentumType::kNone:
       return;
@@ -91,24 +91,24 @@ void visit_momentum(const CentreStep& step, const Fn& fn) {
 }
 // Updates row `row` of weight (any strides) and of the momentum (contiguous), from the gradient by that row.
 template <typename T>
-void step_row(const Matrix& weight, const CentreStep& step, int64_t row, const T* gradient) {
+void step_row(const Matrix& weight, const CenterStep& step, int64_t row, const T* gradient) {
   const int64_t columns = weight.columns, blocks = (columns + kMomentumBlock - 1) / kMomentumBlock;
   const uint64_t row_key = fold(step.rounding_key, static_cast<uint64_t>(step.class_start + row));
   const T lr = static_cast<T>(step.lr), momentum = static_cast<T>(step.momentum_factor);
   const T weight_decay = static_cast<T>(step.weight_decay);
 
-  RowBlock<T> centre, velocity;
+  RowBlock<T> center, velocity;
   for (int64_t first = 0; first < columns; first += kMomentumBlock) {
     const int64_t count = std::min(kMomentumBlock, columns - first);
     for (int64_t i = 0; i < count; ++i) {
       const uint32_t bits = random_bits(row_key, static_cast<uint32_t>(first + i));
-      centre.random[i] = bits & 0xffffu;
+      center.random[i] = bits & 0xffffu;
       velocity.random[i] = bits >> 16;
     }
     visit_dtype(weight, [&](auto* data) {
       auto* const at = data + row * weight.row_stride + first * weight.column_stride;
-      load_block(at, weight.column_stride, count, T(1), &centre);
-      for (int64_t i = 0; i < count; ++i) velocity.values[i] = gradient[first + i] + weight_decay * centre.values[i];
+      load_block(at, weight.column_stride, count, T(1), &center);
+      for (int64_t i = 0; i < count; ++i) velocity.values[i] = gradient[first + i] + weight_decay * center.values[i];
       visit_momentum(step, [&](auto* all) {
         auto* const buffer = all + row * columns + first;
         RowBlock<T> old;
@@ -123,8 +123,8 @@ void step_row(const Matrix& weight, const CentreStep& step, int64_t row, const T
           store_block(velocity, count, buffer, 1);
         }
       });
-      for (int64_t i = 0; i < count; ++i) centre.values[i] -= lr * velocity.values[i];
-      store_block(centre, count, at, weight.column_stride);
+      for (int64_t i = 0; i < count; ++i) center.values[i] -= lr * velocity.values[i];
+      store_block(center, count, at, weight.column_stride);
     });
   }
 }

@@ -1,5 +1,5 @@
 // The register-blocked product that every pass is made of: one tile C (kRows, kVectors * lanes) += A (kRows, depth) B,
-// held in vector registers over the whole depth. B's rows are the vectorised side; A's elements are broadcast.
+// held in vector registers over the whole depth. B's rows are the vectorized side; A's elements are broadcast.
 #pragma once
 
 #include <algorithm>

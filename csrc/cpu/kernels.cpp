@@ -1,6 +1,6 @@
 // The passes over the classes. Compiled once per instruction set (FA_ISA names it), in fp32 and fp64.
 //
-// A block of classes is packed (converted, normalised) into this core's cache and multiplied with a block of rows; the
+// A block of classes is packed (converted, normalized) into this core's cache and multiplied with a block of rows; the
 // logits of that tile live in scratch memory, become exponentials there and are consumed by the second product at once.
 // The target's column is left out, or replaced by its own coefficient, in the tile. Nothing of size N x C exists.
 #include "kernels.h"
@@ -27,21 +27,21 @@ constexpr int64_t kRowBlock = 128;
 // Depth of one accumulation: a panel of embeddings so deep (16 KiB) stays in L1 while all classes of a block pass it.
 constexpr int64_t kDepthBlock = 128;
 // A block holds whole classes.
-int64_t class_block(const Negatives& negatives) { return kClassBlock / negatives.sub_centres * negatives.sub_centres; }
-static_assert(kMaxSubCentres <= kClassBlock);
+int64_t class_block(const Negatives& negatives) { return kClassBlock / negatives.sub_centers * negatives.sub_centers; }
+static_assert(kMaxSubCenters <= kClassBlock);
 
 // Below this many multiply-adds a second thread costs more than it brings.
 constexpr double kWorkPerThread = 2e6;
 
-// All slices' centre sums together, whatever the number of threads.
-constexpr int64_t kCentreSumBytes = 16 << 20;
+// All slices' center sums together, whatever the number of threads.
+constexpr int64_t kCenterSumBytes = 16 << 20;
 constexpr double kLog2e = 1.4426950408889634;
 
 int useful_threads(int threads, double multiply_adds) {
   return static_cast<int>(std::clamp(multiply_adds / kWorkPerThread, 1.0, static_cast<double>(std::max(threads, 1))));
 }
 
-// The batch, normalised once per call and laid out twice: by rows, and in transposed panels (D, kColumns) of its rows.
+// The batch, normalized once per call and laid out twice: by rows, and in transposed panels (D, kColumns) of its rows.
 template <typename T>
 struct Batch {
   int64_t rows, padded_rows, depth, padded_depth, stride;
@@ -181,17 +181,17 @@ void class_stats(const ClassStatsArgs& args) {
   const GeneralNegatives<T> negatives(args.negatives, N, plain ? 0 : batch.padded_rows);
 
   // A task is a group of rows against a slice of the classes. Slices come first, since each class is then read and
-  // packed by one core; their number is bounded by the memory of their centre sums, rows are split for the cores left
+  // packed by one core; their number is bounded by the memory of their center sums, rows are split for the cores left
   // over. Each slice has statistics of its own, added up in order: the same result whoever computed them.
-  const int64_t sum_size = args.centre_sum != nullptr ? batch.padded_rows * batch.stride : 0;
+  const int64_t sum_size = args.center_sum != nullptr ? batch.padded_rows * batch.stride : 0;
   const int64_t class_blocks = (C + block_size - 1) / block_size;
-  const int64_t affordable = std::max<int64_t>(1, kCentreSumBytes / static_cast<int64_t>(sizeof(T)) / (sum_size + 1));
+  const int64_t affordable = std::max<int64_t>(1, kCenterSumBytes / static_cast<int64_t>(sizeof(T)) / (sum_size + 1));
   const int64_t slices = std::min({static_cast<int64_t>(threads), class_blocks, affordable});
   const int64_t group = round_up((N * slices + threads - 1) / threads, kColumns<T>);
   const int64_t groups = (N + group - 1) / group;
 
   std::vector<RowStats> stats(slices * batch.padded_rows);
-  const Scratch<T> centre_sums(slices * sum_size);
+  const Scratch<T> center_sums(slices * sum_size);
   const auto workspaces = make_workspaces(threads, batch);
 
   for_each_task(threads, groups * slices, [&](int64_t task, int worker) {
@@ -199,8 +199,8 @@ void class_stats(const ClassStatsArgs& args) {
     const int64_t slice = task / groups, begin = task % groups * group, end = std::min(begin + group, N);
     Workspace<T>& work = *workspaces[worker];
     Prefetch none;
-    T* centre_sum = centre_sums.get() + slice * sum_size;
-    if (sum_size > 0) std::fill(centre_sum + begin * batch.stride, centre_sum + end * batch.stride, T(0));
+    T* center_sum = center_sums.get() + slice * sum_size;
+    if (sum_size > 0) std::fill(center_sum + begin * batch.stride, center_sum + end * batch.stride, T(0));
 
     const int64_t last_class = std::min(class_blocks * (slice + 1) / slices * block_size, C);
     for (int64_t first_class = class_blocks * slice / slices * block_size; first_class < last_class;
@@ -222,7 +222,7 @@ void class_stats(const ClassStatsArgs& args) {
           for (int64_t d = 0; d < batch.padded_depth; d += kColumns<T>)
             multiply_panel<T, Layout::kTransposed>(rows, count, work.tile.get(), work.kTileStride,
                                                    work.classes.get() + d, batch.stride,
-                                                   centre_sum + row * batch.stride + d, batch.stride, true, none);
+                                                   center_sum + row * batch.stride + d, batch.stride, true, none);
       }
     }
   });
@@ -238,11 +238,11 @@ void class_stats(const ClassStatsArgs& args) {
     if (args.negative_sum != nullptr)
       static_cast<T*>(args.negative_sum)[i] = static_cast<T>(total.sum * shift.correction[i]);
     if (sum_size > 0) {
-      T* out = static_cast<T*>(args.centre_sum) + i * D;
+      T* out = static_cast<T*>(args.center_sum) + i * D;
       const T correction = static_cast<T>(shift.correction[i]);
       for (int64_t d = 0; d < D; ++d) {
         T sum = 0;
-        for (int64_t s = 0; s < slices; ++s) sum += centre_sums.get()[s * sum_size + i * batch.stride + d];
+        for (int64_t s = 0; s < slices; ++s) sum += center_sums.get()[s * sum_size + i * batch.stride + d];
         out[d] = sum * correction;
       }
     }
@@ -330,7 +330,7 @@ void weight_grad(const WeightGradArgs& args) {
 }
 
 template <typename T>
-void update_centres(const WeightGradArgs& args, const CentreStep& step) {
+void update_centers(const WeightGradArgs& args, const CenterStep& step) {
   const int64_t* const rows = step.rows;
   weight_pass<T>(args, rows, step.classes, [&](int64_t j, const T* gradient, bool) {
     step_row(args.weight, step, rows != nullptr ? rows[j] : j, gradient);
@@ -342,7 +342,7 @@ void update_centres(const WeightGradArgs& args, const CentreStep& step) {
 #define FA_STRING(x) #x
 #define FA_NAME(x) FA_STRING(x)
 extern const Kernels kKernels = {FA_NAME(FA_ISA),        class_stats<float>,  class_stats<double>,
-                                 weight_grad<float>,     weight_grad<double>, update_centres<float>,
-                                 update_centres<double>, multiply_adds<float>};
+                                 weight_grad<float>,     weight_grad<double>, update_centers<float>,
+                                 update_centers<double>, multiply_adds<float>};
 
 }  // namespace fa::FA_ISA

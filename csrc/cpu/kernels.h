@@ -13,8 +13,8 @@ struct Kernels {
   void (*class_stats_fp64)(const ClassStatsArgs&);
   void (*weight_grad_fp32)(const WeightGradArgs&);
   void (*weight_grad_fp64)(const WeightGradArgs&);
-  void (*update_centres_fp32)(const WeightGradArgs&, const CentreStep&);  // weight is written, d_weight not used
-  void (*update_centres_fp64)(const WeightGradArgs&, const CentreStep&);
+  void (*update_centers_fp32)(const WeightGradArgs&, const CenterStep&);  // weight is written, d_weight not used
+  void (*update_centers_fp64)(const WeightGradArgs&, const CenterStep&);
   int64_t (*multiply_adds_fp32)(int64_t rounds, int threads);  // see peak.h
 };
 

@@ -1,4 +1,4 @@
-// The tiles' elementwise passes for negatives that are not plain (Negatives in kernels.h): several centres a class, of
+// The tiles' elementwise passes for negatives that are not plain (Negatives in kernels.h): several centers a class, of
 // which the nearest counts, and cosines above a row's threshold that are replaced. kernels.cpp alone includes this
 // file; its own passes over plain cosines know nothing of it.
 #pragma once
@@ -14,12 +14,12 @@ namespace fa::FA_ISA {
 
 template <typename T>
 struct GeneralNegatives {
-  int64_t sub_centres;
+  int64_t sub_centers;
   Scratch<T> threshold;  // (padded_rows,)
   T a, b, d;
 
   GeneralNegatives(const Negatives& negatives, int64_t rows, int64_t padded_rows)
-      : sub_centres(negatives.sub_centres),
+      : sub_centers(negatives.sub_centers),
         threshold(padded_rows),
         a(static_cast<T>(negatives.a)),
         b(static_cast<T>(negatives.b)),
@@ -34,7 +34,7 @@ struct GeneralNegatives {
 template <typename T>
 struct ClassOfRows {
   Vec<T> cosine, value, slope;  // c, f(c), f'(c)
-  Mask<T> winner;               // which sub-centre the cosine is of
+  Mask<T> winner;               // which sub-center the cosine is of
   Mask<T> is_target;
 };
 
@@ -45,13 +45,13 @@ inline ClassOfRows<T> read_class(const GeneralNegatives<T>& negatives, const T* 
   ClassOfRows<T> c;
   c.cosine = load(at);
   c.winner = Mask<T>{};
-  for (int64_t k = 1; k < negatives.sub_centres; ++k) {
+  for (int64_t k = 1; k < negatives.sub_centers; ++k) {
     const Vec<T> other = load(at + k * stride);
     const Mask<T> wins = (other > c.cosine) | (other != other);  // a NaN stays to be seen
     c.cosine = wins ? other : c.cosine;
     c.winner = wins ? Mask<T>{} + static_cast<Index<T>>(k) : c.winner;
   }
-  c.is_target = (own >= static_cast<Index<T>>(j)) & (own < static_cast<Index<T>>(j + negatives.sub_centres));
+  c.is_target = (own >= static_cast<Index<T>>(j)) & (own < static_cast<Index<T>>(j + negatives.sub_centers));
   const Mask<T> hard = c.cosine > threshold;
   c.value = hard ? (c.cosine * negatives.a + negatives.b) * c.cosine + negatives.d : c.cosine;
   c.slope = hard ? c.cosine * (2 * negatives.a) + negatives.b : broadcast<T>(1);
@@ -59,7 +59,7 @@ inline ClassOfRows<T> read_class(const GeneralNegatives<T>& negatives, const T* 
 }
 
 // exponentiate() of kernels.cpp: in the tile exp(scale * f(c) - shift) * f'(c) in the place of each class's nearest
-// centre, zeros in the others.
+// center, zeros in the others.
 template <typename T, typename Stats>
 void exponentiate_general(const GeneralNegatives<T>& negatives, T* tile, int64_t stride, int64_t count, int64_t lanes,
                           int64_t first_class, const Index<T>* target, const T* threshold, const T* log2_shift,
@@ -69,7 +69,7 @@ void exponentiate_general(const GeneralNegatives<T>& negatives, T* tile, int64_t
     const Mask<T> own = load_index<T>(target + i) - static_cast<Index<T>>(first_class);
     const Vec<T> row_threshold = load(threshold + i), row_shift = load(log2_shift + i);
     Vec<T> sum = {}, max = lowest;
-    for (int64_t j = 0; j < count; j += negatives.sub_centres) {
+    for (int64_t j = 0; j < count; j += negatives.sub_centers) {
       T* at = tile + j * stride + i;
       const ClassOfRows<T> c = read_class(negatives, at, stride, j, own, row_threshold);
       const Vec<T> compared = c.is_target ? lowest : want_sum ? c.cosine : c.value;
@@ -77,7 +77,7 @@ void exponentiate_general(const GeneralNegatives<T>& negatives, T* tile, int64_t
       if (want_sum) {
         const Vec<T> e = c.is_target ? Vec<T>{} : exp2<T>(c.value * log2_scale - row_shift);
         sum += e;
-        for (int64_t k = 0; k < negatives.sub_centres; ++k)
+        for (int64_t k = 0; k < negatives.sub_centers; ++k)
           store<T>(at + k * stride, c.winner == static_cast<Index<T>>(k) ? e * c.slope : Vec<T>{});
       }
     }
@@ -97,11 +97,11 @@ void differentiate_general(const GeneralNegatives<T>& negatives, T* tile, int64_
     const Mask<T> own = load_index<T>(target + i) - static_cast<Index<T>>(first_class);
     const Vec<T> row_threshold = load(threshold + i), lse = load(log2_lse + i);
     const Vec<T> negative = load(negative_coefficient + i), positive = load(target_coefficient + i);
-    for (int64_t j = 0; j < count; j += negatives.sub_centres) {
+    for (int64_t j = 0; j < count; j += negatives.sub_centers) {
       T* at = tile + j * stride + i;
       const ClassOfRows<T> c = read_class(negatives, at, stride, j, own, row_threshold);
       const Vec<T> of_winner = c.is_target ? Vec<T>{} : negative * exp2<T>(c.value * log2_scale - lse) * c.slope;
-      for (int64_t k = 0; k < negatives.sub_centres; ++k) {
+      for (int64_t k = 0; k < negatives.sub_centers; ++k) {
         const Vec<T> of_negative = c.winner == static_cast<Index<T>>(k) ? of_winner : Vec<T>{};
         store<T>(at + k * stride, own == static_cast<Index<T>>(j + k) ? positive : of_negative);
       }

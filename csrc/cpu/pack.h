@@ -1,5 +1,5 @@
 // Between the caller's memory (any dtype, any strides) and the kernels' own: rows are read, converted to the compute
-// type, normalised and laid out for the product; gradients are projected and written back.
+// type, normalized and laid out for the product; gradients are projected and written back.
 #pragma once
 
 #include <cmath>
@@ -18,7 +18,7 @@ namespace fa::FA_ISA {
 
 constexpr double kNormEpsilon = 1e-12;  // as torch.nn.functional.normalize
 
-// Cache-line aligned memory, uninitialised, for the time of one call.
+// Cache-line aligned memory, uninitialized, for the time of one call.
 template <typename T>
 class Scratch {
  public:
@@ -67,7 +67,7 @@ inline float to_float(float x) { return x; }
 inline double to_float(double x) { return x; }
 inline float to_float(BFloat16 x) { return float_of(static_cast<uint32_t>(x.bits) << 16); }
 inline float to_float(Float16 x) {
-  // Rebias the exponent; infinities and NaN need it twice, subnormals are normalised by a subtraction. Selects, not
+  // Rebias the exponent; infinities and NaN need it twice, subnormals are normalized by a subtraction. Selects, not
   // branches.
   const uint32_t magnitude = (x.bits & 0x7fffu) << 13, exponent = magnitude & 0x0f800000u;
   const uint32_t normal = magnitude + (112u << 23) + (exponent == 0x0f800000u ? 112u << 23 : 0u);

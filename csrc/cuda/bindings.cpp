@@ -13,13 +13,13 @@ namespace py = pybind11;
 namespace fa::cuda {
 namespace {
 
-// (bytes of a chunk's exponentials, bytes of its centres, multiprocessors), (device index, cudaStream_t)
+// (bytes of a chunk's exponentials, bytes of its centers, multiprocessors), (device index, cudaStream_t)
 using OptionsTuple = std::tuple<int64_t, int64_t, int>;
 using StreamTuple = std::tuple<int, uintptr_t>;
 
 PassOptions to_options(const OptionsTuple& options) {
-  const auto& [exponential_bytes, centre_bytes, multiprocessors] = options;
-  return {exponential_bytes, centre_bytes, multiprocessors};
+  const auto& [exponential_bytes, center_bytes, multiprocessors] = options;
+  return {exponential_bytes, center_bytes, multiprocessors};
 }
 Stream to_stream(const StreamTuple& stream) {
   const auto& [device, handle] = stream;
@@ -39,7 +39,7 @@ int64_t visit_precision(const std::string& name, const Fn& fn) {
 // Both passes return the bytes of workspace that they need, and do nothing else when they are given none.
 int64_t class_stats(const std::string& precision, const MatrixTuple& embeddings, const MatrixTuple& weight,
                     uintptr_t target, double scale, uintptr_t shift, uintptr_t negative_max, uintptr_t negative_sum,
-                    uintptr_t centre_sum, uintptr_t class_count, const OptionsTuple& options, uintptr_t workspace,
+                    uintptr_t center_sum, uintptr_t class_count, const OptionsTuple& options, uintptr_t workspace,
                     const StreamTuple& stream) {
   const ClassStatsArgs args{to_matrix(embeddings),
                             to_matrix(weight),
@@ -48,7 +48,7 @@ int64_t class_stats(const std::string& precision, const MatrixTuple& embeddings,
                             pointer<const double>(shift),
                             pointer<void>(negative_max),
                             pointer<void>(negative_sum),
-                            pointer<void>(centre_sum),
+                            pointer<void>(center_sum),
                             0,
                             {},
                             pointer<const int64_t>(class_count)};
@@ -78,9 +78,9 @@ int64_t weight_grad(const std::string& precision, const MatrixTuple& embeddings,
   });
 }
 
-int64_t update_centres(const std::string& precision, const MatrixTuple& embeddings, const MatrixTuple& weight,
+int64_t update_centers(const std::string& precision, const MatrixTuple& embeddings, const MatrixTuple& weight,
                        uintptr_t target, double scale, uintptr_t lse, uintptr_t negative_coefficient,
-                       uintptr_t target_coefficient, const CentreStepTuple& centre_step, uintptr_t active,
+                       uintptr_t target_coefficient, const CenterStepTuple& center_step, uintptr_t active,
                        const OptionsTuple& options, uintptr_t workspace, const StreamTuple& stream) {
   const WeightGradArgs args{to_matrix(embeddings),
                             to_matrix(weight),
@@ -92,7 +92,7 @@ int64_t update_centres(const std::string& precision, const MatrixTuple& embeddin
                             {},
                             0,
                             {}};
-  const CentreStep step = to_centre_step(centre_step);
+  const CenterStep step = to_center_step(center_step);
   const py::gil_scoped_release release;
   return visit_precision(precision, [&](auto passes) {
     return passes.weight_grad(args, &step, pointer<const bool>(active), to_options(options), pointer<void>(workspace),
@@ -113,16 +113,16 @@ void bind(py::module_ m) {
   m.doc() = "CUDA kernels of fused_arcface over raw addresses; see fused_arcface.backends.cuda.";
   m.def("class_stats", &class_stats);
   m.def("weight_grad", &weight_grad);
-  m.def("update_centres", &update_centres);
+  m.def("update_centers", &update_centers);
   m.def("target_cosine", [](const MatrixTuple& embeddings, const MatrixTuple& weight, uintptr_t target,
                             uintptr_t cosine, const StreamTuple& stream) {
     target_cosine(to_matrix(embeddings), to_matrix(weight), pointer<const int64_t>(target), pointer<float>(cosine),
                   to_stream(stream));
   });
   m.def("unit_embedding_grad",
-        [](const MatrixTuple& weight, uintptr_t target, uintptr_t mean_centre, uintptr_t negative_coefficient,
+        [](const MatrixTuple& weight, uintptr_t target, uintptr_t mean_center, uintptr_t negative_coefficient,
            uintptr_t target_coefficient, int64_t rows, uintptr_t out, const StreamTuple& stream) {
-          unit_embedding_grad(to_matrix(weight), pointer<const int64_t>(target), pointer<const float>(mean_centre),
+          unit_embedding_grad(to_matrix(weight), pointer<const int64_t>(target), pointer<const float>(mean_center),
                               pointer<const float>(negative_coefficient), pointer<const float>(target_coefficient),
                               rows, pointer<float>(out), to_stream(stream));
         });

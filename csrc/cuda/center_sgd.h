@@ -1,4 +1,4 @@
-// A step of SGD with momentum on four neighbouring columns of a class centre, made where their gradient is: read centre
+// A step of SGD with momentum on four neighboring columns of a class center, made where their gradient is: read center
 // and momentum, update, write both back. Storage below fp32 is rounded stochastically, with random bits that are
 // functions of seed, step, global class id and column, the same as csrc/cpu/center_sgd.h's and keyed.py's.
 #pragma once
@@ -72,7 +72,7 @@ __device__ __forceinline__ void add_momentum(int8_t* buffer, float* unit, int co
 }
 
 // Columns [d, d + 4), of which `count` exist (none if it is not positive), of row `row` of the weight and its momentum.
-__device__ __forceinline__ void step_centre(const Matrix& weight, const CentreStep& step, int64_t row, int d, int count,
+__device__ __forceinline__ void step_center(const Matrix& weight, const CenterStep& step, int64_t row, int d, int count,
                                             const float (&gradient)[4]) {
   const uint64_t row_key = fold(step.rounding_key, static_cast<uint64_t>(step.class_start + row));
   const float lr = static_cast<float>(step.lr), momentum = static_cast<float>(step.momentum_factor);
@@ -83,10 +83,10 @@ __device__ __forceinline__ void step_centre(const Matrix& weight, const CentreSt
 
   visit_dtype(weight, [&](auto* data) {
     auto* const at = data + row * weight.row_stride + d * weight.column_stride;
-    float centre[4], velocity[4];
-    load_four(at, weight.column_stride, count, centre);
+    float center[4], velocity[4];
+    load_four(at, weight.column_stride, count, center);
 #pragma unroll
-    for (int i = 0; i < 4; ++i) velocity[i] = i < count ? gradient[i] + weight_decay * centre[i] : 0.0f;
+    for (int i = 0; i < 4; ++i) velocity[i] = i < count ? gradient[i] + weight_decay * center[i] : 0.0f;
     const int64_t offset = row * weight.columns + d;
     if (step.momentum_type == MomentumType::kFloat64)
       add_momentum(static_cast<double*>(step.momentum) + offset, count, momentum, random, velocity);
@@ -100,8 +100,8 @@ __device__ __forceinline__ void step_centre(const Matrix& weight, const CentreSt
           step.momentum_scale + row * ((weight.columns + kMomentumBlock - 1) / kMomentumBlock) + d / kMomentumBlock,
           count, momentum, random, velocity);
 #pragma unroll
-    for (int i = 0; i < 4; ++i) centre[i] -= lr * velocity[i];
-    store_four(at, weight.column_stride, count, centre,
+    for (int i = 0; i < 4; ++i) center[i] -= lr * velocity[i];
+    store_four(at, weight.column_stride, count, center,
                [&](float value, auto* to, int i) { round_stochastically(value, to, random[i] & 0xffffu); });
   });
 }

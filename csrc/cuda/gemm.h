@@ -39,7 +39,7 @@ struct Place {
 
 // Offset of a 16-byte chunk of a row in shared memory. Chunks are permuted within their row, by the row, so that what a
 // warp reads or writes at once lies in different banks: eight rows of one chunk for load_matrices, and of 512-byte rows
-// (fp32) two neighbouring chunks of four rows.
+// (fp32) two neighboring chunks of four rows.
 template <int row_bytes>
 __device__ __forceinline__ int swizzled(int row, int chunk) {
   static_assert(row_bytes == 64 || row_bytes == 256 || row_bytes == 512, "no permutation for rows of this size");
@@ -199,7 +199,7 @@ __device__ __forceinline__ void multiply_tile(Accumulators& acc, const char* a, 
   }
 }
 
-// Hands the tile out row by row: fn(row, column, values) with four neighbours a lane, a warp a row at a time, so that
+// Hands the tile out row by row: fn(row, column, values) with four neighbors a lane, a warp a row at a time, so that
 // what fn reads and writes of memory is coalesced. Every thread of the block comes here.
 template <typename Fn>
 __device__ __forceinline__ void for_each_row(const Accumulators& acc, char* shared, const Fn& fn) {

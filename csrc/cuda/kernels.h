@@ -27,7 +27,7 @@ struct Margin {
 // What Python chooses for a pass over the classes.
 struct PassOptions {
   int64_t exponential_bytes;  // of one chunk's exponentials, (N, classes)
-  int64_t centre_bytes;       // of one chunk's packed centres
+  int64_t center_bytes;       // of one chunk's packed centers
   int multiprocessors;
 };
 
@@ -37,13 +37,13 @@ struct Passes {
   static int64_t class_stats(const ClassStatsArgs& args, const PassOptions& options, void* workspace,
                              const Stream& stream);
   // args.d_weight is written; with a step, the weight is updated instead where *active is true.
-  static int64_t weight_grad(const WeightGradArgs& args, const CentreStep* step, const bool* active,
+  static int64_t weight_grad(const WeightGradArgs& args, const CenterStep* step, const bool* active,
                              const PassOptions& options, void* workspace, const Stream& stream);
 };
 
 void target_cosine(const Matrix& embeddings, const Matrix& weight, const int64_t* target, float* cosine,
                    const Stream& stream);
-void unit_embedding_grad(const Matrix& weight, const int64_t* target, const float* mean_centre,
+void unit_embedding_grad(const Matrix& weight, const int64_t* target, const float* mean_center,
                          const float* negative_coefficient, const float* target_coefficient, int64_t rows, float* out,
                          const Stream& stream);
 void embedding_grad(const float* d_unit, const Matrix& embeddings, const Matrix& d_embeddings, const Stream& stream);

@@ -30,7 +30,7 @@ constexpr Precision kSecondPrecision = precision == Precision::kFloat16 ? Precis
 constexpr double kNormEpsilon = 1e-12;  // as torch.nn.functional.normalize
 constexpr int kRowThreads = 256;        // of kernels that are bound by memory: eight warps hide each other's latency
 
-// Four neighbours, moved at once where they are aligned.
+// Four neighbors, moved at once where they are aligned.
 template <typename T>
 struct alignas(4 * sizeof(T)) Four {
   T at[4];
@@ -71,7 +71,7 @@ __device__ __forceinline__ bool aligned(const void* at, int bytes) {
   return reinterpret_cast<uintptr_t>(at) % static_cast<unsigned>(bytes) == 0;
 }
 
-// Up to four neighbours as fp32, zeros in place of those past `count`.
+// Up to four neighbors as fp32, zeros in place of those past `count`.
 template <typename T>
 __device__ __forceinline__ void load_four(const T* from, int64_t stride, int count, float (&to)[4]) {
   if (stride == 1 && count >= 4 && aligned(from, sizeof(Four<T>))) {
@@ -84,7 +84,7 @@ __device__ __forceinline__ void load_four(const T* from, int64_t stride, int cou
   }
 }
 
-// Up to four neighbours from fp32, each by convert(value, T*).
+// Up to four neighbors from fp32, each by convert(value, T*).
 template <typename T, typename Convert>
 __device__ __forceinline__ void store_four(T* to, int64_t stride, int count, const float (&from)[4],
                                            const Convert& convert) {

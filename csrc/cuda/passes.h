@@ -45,10 +45,10 @@ struct Pass {
        const PassOptions& options, void* workspace, const Stream& stream)
       : embeddings(embeddings), weight(weight), classes(classes), stream(stream), arena(workspace) {
     const int64_t width = round_up(embeddings.columns, kTile);
-    // One tile where there are no rows: a step of the centres has momentum and weight decay even so.
+    // One tile where there are no rows: a step of the centers has momentum and weight decay even so.
     x = take_panel(round_up(std::max<int64_t>(embeddings.rows, 1), kTile), width);
     // As many classes as the budgets allow, at least one tile of them, at most all.
-    int64_t chunk = options.centre_bytes / (width * static_cast<int64_t>(sizeof(First)));
+    int64_t chunk = options.center_bytes / (width * static_cast<int64_t>(sizeof(First)));
     if (stored) chunk = std::min(chunk, options.exponential_bytes / (x.rows * static_cast<int64_t>(sizeof(Second))));
     w = take_panel(std::min(round_up(classes.count, kTile), std::max<int64_t>(chunk / kTile, 1) * kTile), width);
     terms = {arena.take<float>(x.rows), arena.take<float>(x.rows), arena.take<float>(x.rows), arena.take<float>(x.rows),
@@ -101,7 +101,7 @@ template <Precision precision>
 int64_t Passes<precision>::class_stats(const ClassStatsArgs& args, const PassOptions& options, void* workspace,
                                        const Stream& stream) {
   using Second = typename Operands<precision>::Second;
-  const bool stored = args.centre_sum != nullptr;
+  const bool stored = args.center_sum != nullptr;
   const int64_t N = args.embeddings.rows, D = args.embeddings.columns, C = args.weight.rows;
   Pass<precision> pass(args.embeddings, args.weight, {0, C, nullptr, args.class_count, C}, stored, options, workspace,
                        stream);
@@ -123,7 +123,7 @@ int64_t Passes<precision>::class_stats(const ClassStatsArgs& args, const PassOpt
     launch("class_stats", class_stats_kernel<precision>, grid, kThreads, kSharedBytes, stream, x, chunk,
            static_cast<int>(D), pass.terms, RowStats{sums, maxima, accumulate}, exponentials);
     if (stored)
-      launch("centre_sum", centre_sum_kernel<precision>, {x.width / kTile, x.rows / kTile, splits}, kThreads,
+      launch("center_sum", center_sum_kernel<precision>, {x.width / kTile, x.rows / kTile, splits}, kThreads,
              kSharedBytes, stream, exponentials, chunk, x.rows, accumulate, partial);
   });
   const int used_slots = static_cast<int>(2 * ceil_div(std::min(C, pass.w.rows), kTile));
@@ -131,14 +131,14 @@ int64_t Passes<precision>::class_stats(const ClassStatsArgs& args, const PassOpt
          sums, maxima, used_slots, x.rows, N, pass.terms, x.inverse, static_cast<float*>(args.negative_sum),
          static_cast<float*>(args.negative_max));
   if (stored)
-    launch("finish_centre_sum", finish_centre_sum_kernel, {ceil_div(N, kRowThreads / kWarp)}, kRowThreads, 0, stream,
+    launch("finish_center_sum", finish_center_sum_kernel, {ceil_div(N, kRowThreads / kWarp)}, kRowThreads, 0, stream,
            partial, static_cast<int>(splits), x.rows, x.width, N, static_cast<int>(D), pass.terms,
-           static_cast<float*>(args.centre_sum));
+           static_cast<float*>(args.center_sum));
   return pass.arena.used();
 }
 
 template <Precision precision>
-int64_t Passes<precision>::weight_grad(const WeightGradArgs& args, const CentreStep* step, const bool* active,
+int64_t Passes<precision>::weight_grad(const WeightGradArgs& args, const CenterStep* step, const bool* active,
                                        const PassOptions& options, void* workspace, const Stream& stream) {
   using Second = typename Operands<precision>::Second;
   const int64_t N = args.embeddings.rows, D = args.embeddings.columns;
@@ -152,13 +152,13 @@ int64_t Passes<precision>::weight_grad(const WeightGradArgs& args, const CentreS
   if (pass.arena.counting()) return pass.arena.used();
 
   use(stream);
-  const CentreGradient out{args.d_weight, args.weight, step != nullptr ? *step : CentreStep{}, active};
+  const CenterGradient out{args.d_weight, args.weight, step != nullptr ? *step : CenterStep{}, active};
   pass.start(args.scale, args.lse, args.target, static_cast<const float*>(args.negative_coefficient),
              static_cast<const float*>(args.target_coefficient));
   pass.for_each_chunk([&](const Chunk& chunk, const Grid& grid) {
     launch("class_gradient", class_gradient_kernel<precision>, grid, kThreads, kSharedBytes, stream, x, chunk,
            static_cast<int>(D), pass.terms, along, gradient);
-    launch("centre_gradient", centre_gradient_kernel<precision>, {x.width / kTile, grid.y}, kThreads, kSharedBytes,
+    launch("center_gradient", center_gradient_kernel<precision>, {x.width / kTile, grid.y}, kThreads, kSharedBytes,
            stream, gradient, x, N, chunk, along, static_cast<int>(slots), out);
   });
   return pass.arena.used();

@@ -1,6 +1,6 @@
-// The second products, of a chunk's exponentials with its centres and of their gradient with the batch, and what
-// becomes of a tile of the latter: projected through the centres' normalisation, it is written out as a gradient, or
-// the centres are updated in place and it never exists.
+// The second products, of a chunk's exponentials with its centers and of their gradient with the batch, and what
+// becomes of a tile of the latter: projected through the centers' normalization, it is written out as a gradient, or
+// the centers are updated in place and it never exists.
 #pragma once
 
 #include "center_sgd.h"
@@ -8,11 +8,11 @@
 
 namespace fa::cuda {
 
-// partial (splits, x.rows, width) (+)= exponentials (x.rows, chunk.panel.rows) times the chunk's centres, a split of
+// partial (splits, x.rows, width) (+)= exponentials (x.rows, chunk.panel.rows) times the chunk's centers, a split of
 // the chunk's classes each: so few rows alone would leave most multiprocessors without a tile.
 template <Precision precision>
 __global__ void __launch_bounds__(kThreads, 2)
-    centre_sum_kernel(const typename Operands<precision>::Second* exponentials, Chunk chunk, int64_t rows,
+    center_sum_kernel(const typename Operands<precision>::Second* exponentials, Chunk chunk, int64_t rows,
                       bool accumulate, float* partial) {
   using Second = typename Operands<precision>::Second;
   const int64_t first_row = static_cast<int64_t>(blockIdx.y) * kTile, width = chunk.panel.width;
@@ -38,19 +38,19 @@ __global__ void __launch_bounds__(kThreads, 2)
 }
 
 // What becomes of the gradient by a row of the weight.
-struct CentreGradient {
+struct CenterGradient {
   Matrix d_weight;  // written, unless data is null: then the step is made
   Matrix weight;
-  CentreStep step;
+  CenterStep step;
   const bool* active;  // or null; where false nothing is changed
 };
 
-// gradient (chunk.panel.rows, x.rows) times the batch, projected: with d the gradient by the unit centre w^,
+// gradient (chunk.panel.rows, x.rows) times the batch, projected: with d the gradient by the unit center w^,
 // (d - w^ <w^, d>) / |w|, where <w^, d> is what class_gradient_kernel left in `along` (slots, chunk.panel.rows).
 template <Precision precision>
 __global__ void __launch_bounds__(kThreads, 2)
-    centre_gradient_kernel(const typename Operands<precision>::Second* gradient, Panel x, int64_t batch_rows,
-                           Chunk chunk, const float* along, int slots, CentreGradient out) {
+    center_gradient_kernel(const typename Operands<precision>::Second* gradient, Panel x, int64_t batch_rows,
+                           Chunk chunk, const float* along, int slots, CenterGradient out) {
   using First = typename Operands<precision>::First;
   using Second = typename Operands<precision>::Second;
   if (out.active != nullptr && !*out.active) return;
@@ -71,14 +71,14 @@ __global__ void __launch_bounds__(kThreads, 2)
     for (int slot = lane; slot < slots; slot += kWarp) sum += along[slot * chunk.panel.rows + j];
     const float inverse = chunk.panel.inverse[j], reciprocal = chunk.panel.reciprocal[j];
     const float factor = reciprocal < 0 ? 0.0f : warp_sum(sum) * inverse * inverse;
-    float centre[4], by_row[4];
-    load_four(reinterpret_cast<const First*>(chunk.panel.values) + j * width + d, 1, 4, centre);
+    float center[4], by_row[4];
+    load_four(reinterpret_cast<const First*>(chunk.panel.values) + j * width + d, 1, 4, center);
 #pragma unroll
-    for (int i = 0; i < 4; ++i) by_row[i] = (d_unit[i] - centre[i] * factor) * fabsf(reciprocal);
+    for (int i = 0; i < 4; ++i) by_row[i] = (d_unit[i] - center[i] * factor) * fabsf(reciprocal);
 
     const int count = columns - d;
     if (out.d_weight.data == nullptr) {
-      step_centre(out.weight, out.step, in_weight, d, count, by_row);
+      step_center(out.weight, out.step, in_weight, d, count, by_row);
     } else {
       visit_dtype(out.d_weight, [&](auto* data) {
         store_four(data + in_weight * out.d_weight.row_stride + d * out.d_weight.column_stride,

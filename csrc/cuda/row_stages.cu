@@ -11,12 +11,12 @@ void target_cosine(const Matrix& embeddings, const Matrix& weight, const int64_t
          weight, target, cosine);
 }
 
-void unit_embedding_grad(const Matrix& weight, const int64_t* target, const float* mean_centre,
+void unit_embedding_grad(const Matrix& weight, const int64_t* target, const float* mean_center,
                          const float* negative_coefficient, const float* target_coefficient, int64_t rows, float* out,
                          const Stream& stream) {
   use(stream);
   launch("unit_embedding_grad", unit_embedding_grad_kernel, {row_blocks(rows)}, kRowThreads, 0, stream, weight, target,
-         mean_centre, negative_coefficient, target_coefficient, rows, out);
+         mean_center, negative_coefficient, target_coefficient, rows, out);
 }
 
 void embedding_grad(const float* d_unit, const Matrix& embeddings, const Matrix& d_embeddings, const Stream& stream) {

@@ -164,10 +164,10 @@ static __global__ void __launch_bounds__(kRowThreads)
   if (negative_sum != nullptr) negative_sum[i] = static_cast<float>(sum * terms.factor[i]);
 }
 
-// Partial centre sums (splits, rows, width) into centre_sum (count, columns).
+// Partial center sums (splits, rows, width) into center_sum (count, columns).
 static __global__ void __launch_bounds__(kRowThreads)
-    finish_centre_sum_kernel(const float* partial, int splits, int64_t rows, int64_t width, int64_t count, int columns,
-                             RowTerms terms, float* centre_sum) {
+    finish_center_sum_kernel(const float* partial, int splits, int64_t rows, int64_t width, int64_t count, int columns,
+                             RowTerms terms, float* center_sum) {
   const int lane = threadIdx.x % kWarp;
   const int64_t row = static_cast<int64_t>(blockIdx.x) * (kRowThreads / kWarp) + threadIdx.x / kWarp;
   if (row >= count) return;
@@ -179,7 +179,7 @@ static __global__ void __launch_bounds__(kRowThreads)
       for (int i = 0; i < 4; ++i) sum[i] += part.at[i];
     }
     const float factor = terms.factor[row];
-    store_four(centre_sum + row * columns + d, 1, columns - d, sum,
+    store_four(center_sum + row * columns + d, 1, columns - d, sum,
                [factor](float value, float* to, int) { *to = value * factor; });
   }
 }

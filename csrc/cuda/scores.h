@@ -25,7 +25,7 @@ __host__ __device__ constexpr int stages_of(int64_t depth) {
 }
 
 // Sums and maxima of exp(scale * cos - shift), and, if wanted, exponentials (x.rows, chunk.panel.rows), each times its
-// centre's inverse, for the product with the centres.
+// center's inverse, for the product with the centers.
 template <Precision precision>
 __global__ void __launch_bounds__(kThreads, 2)
     class_stats_kernel(Panel x, Chunk chunk, int depth, RowTerms terms, RowStats stats,

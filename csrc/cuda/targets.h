@@ -46,9 +46,9 @@ static __global__ void __launch_bounds__(kRowThreads)
   if (threadIdx.x % kWarp == 0) cosine[i] = static_cast<float>(result);
 }
 
-// negative_coefficient * mean_centre + target_coefficient * (unit centre of the target), mean_centre and out (N, D).
+// negative_coefficient * mean_center + target_coefficient * (unit center of the target), mean_center and out (N, D).
 static __global__ void __launch_bounds__(kRowThreads)
-    unit_embedding_grad_kernel(Matrix weight, const int64_t* target, const float* mean_centre,
+    unit_embedding_grad_kernel(Matrix weight, const int64_t* target, const float* mean_center,
                                const float* negative_coefficient, const float* target_coefficient, int64_t count,
                                float* out) {
   const int64_t i = row_of_warp();
@@ -58,7 +58,7 @@ static __global__ void __launch_bounds__(kRowThreads)
   const double of_target = j < 0 ? 0 : target_coefficient[i] / floored(norm_of(weight, j));
   for (int64_t d = threadIdx.x % kWarp; d < weight.columns; d += kWarp) {
     const int64_t at = i * weight.columns + d;
-    out[at] = negative * mean_centre[at] + (j < 0 ? 0.0f : static_cast<float>(of_target * load(weight, j, d)));
+    out[at] = negative * mean_center[at] + (j < 0 ? 0.0f : static_cast<float>(of_target * load(weight, j, d)));
   }
 }
 

@@ -1,7 +1,7 @@
 # csrc/bindings.cpp: the compiled kernels over raw addresses, for fused_arcface.backends.cpu. A build with CUDA has a
 # submodule `cuda` besides (csrc/cuda/bindings.cpp), for fused_arcface.backends.cuda.
 _Matrix = tuple[int, int, int, int, int, int]  # address, dtype code, rows, columns, row stride, column stride
-_Negatives = tuple[int, int, float, float, float]  # sub-centres, address of thresholds or 0, a, b, d
+_Negatives = tuple[int, int, float, float, float]  # sub-centers, address of thresholds or 0, a, b, d
 
 FLOAT32: int
 FLOAT64: int
@@ -19,7 +19,7 @@ def class_stats(
     shift: int,
     negative_max: int,
     negative_sum: int,
-    centre_sum: int,
+    center_sum: int,
     threads: int,
     negatives: _Negatives,
 ) -> None: ...
@@ -44,7 +44,7 @@ MOMENTUM_FLOAT32: int
 MOMENTUM_BFLOAT16: int
 MOMENTUM_INT8: int
 
-def update_centres(
+def update_centers(
     isa: str,
     fp64: bool,
     embeddings: _Matrix,
@@ -54,7 +54,7 @@ def update_centres(
     lse: int,
     negative_coefficient: int,
     target_coefficient: int,
-    centre_step: tuple[int, int, int, int, int, float, float, float, int, int],
+    center_step: tuple[int, int, int, int, int, float, float, float, int, int],
     threads: int,
     negatives: _Negatives,
 ) -> None: ...

@@ -1,4 +1,4 @@
-"""SGD on the class centres inside the backward pass: each centre is updated where its gradient is made, which is never
+"""SGD on the class centers inside the backward pass: each center is updated where its gradient is made, which is never
 stored.
 
 :class:`CenterSGD` is the recipe that users write, :class:`CenterOptimizer` what a head makes of it, a
@@ -20,9 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from .base.keyed_random import rounding_key
-from .engine.autograd import CentreUpdate
+from .engine.autograd import CenterUpdate
 from .engine.loss_factor import RefusedFactors, is_refused
-from .engine.ops import MOMENTUM_BLOCK, PLAIN, CentreStep, Negatives, check_update, compute_dtype
+from .engine.ops import MOMENTUM_BLOCK, PLAIN, CenterStep, Negatives, check_update, compute_dtype
 from .margins.angular import Margin
 from .margins.state import copy_of_state
 
@@ -45,8 +45,8 @@ class CenterSGD:
     """Recipe of the fused optimizer: ``PartialFC(..., center_optimizer=CenterSGD(lr=0.1))``.
 
     Step for step ``torch.optim.SGD``: ``m = momentum·m + (gradient + weight_decay·w)``, ``w -= lr·m``; with
-    ``sample_rate < 1`` for the rows of the step's sample alone, the others keep centre and momentum to the bit. It
-    happens in ``loss.backward()``: no gradient of the centres exists, ``weight.grad`` stays None.
+    ``sample_rate < 1`` for the rows of the step's sample alone, the others keep center and momentum to the bit. It
+    happens in ``loss.backward()``: no gradient of the centers exists, ``weight.grad`` stays None.
 
     The step follows the loss that the head returned, ``loss_weight`` among its arguments included: weight this loss
     among others there. A factor of 1 or more that the loss is multiplied by before ``backward()`` is taken for a
@@ -61,8 +61,8 @@ class CenterSGD:
         momentum: in [0, 1).
         weight_decay: >= 0, added to the gradient as ``torch.optim.SGD`` does.
         momentum_dtype: ``torch.float32``, ``bfloat16`` or ``int8`` (with a unit for each 64 columns: 1.0625 bytes an
-            element). None: fp32, fp64 for fp64 centres. Storage below fp32 is rounded stochastically, as are bf16
-            centres, keyed by seed, step and element.
+            element). None: fp32, fp64 for fp64 centers. Storage below fp32 is rounded stochastically, as are bf16
+            centers, keyed by seed, step and element.
 
     Raises:
         TypeError, ValueError: an argument of a wrong type or out of its range.
@@ -90,10 +90,10 @@ class CenterSGD:
             raise TypeError(f"CenterSGD: momentum_dtype must be one of {listed}; got {self.momentum_dtype}")
 
 
-class CentresUpdatedInBackward(nn.Parameter):
-    """Class centres whose gradient never exists: ``grad`` is None, and an error for those who want to clip its norm.
+class CentersUpdatedInBackward(nn.Parameter):
+    """Class centers whose gradient never exists: ``grad`` is None, and an error for those who want to clip its norm.
 
-    Clipping skips parameters without a gradient, so that it would silently leave the centres out.
+    Clipping skips parameters without a gradient, so that it would silently leave the centers out.
     """
 
     def __reduce_ex__(self, _: object) -> tuple[Any, ...]:
@@ -104,7 +104,7 @@ class CentresUpdatedInBackward(nn.Parameter):
         caller = sys._getframe(1)
         if _CLIPPING & {caller.f_code.co_name, caller.f_back.f_code.co_name if caller.f_back else ""}:
             raise CenterUpdateError(
-                "the class centres have no gradient to clip: CenterSGD updates them in the backward pass. Clip the "
+                "the class centers have no gradient to clip: CenterSGD updates them in the backward pass. Clip the "
                 "backbone's parameters alone, or use an ordinary optimizer (center_optimizer=None)"
             )
         return _GRAD.__get__(self)
@@ -115,7 +115,7 @@ class CentresUpdatedInBackward(nn.Parameter):
 
 
 class CenterOptimizer(torch.optim.Optimizer):
-    """A :class:`CenterSGD` bound to a head's class centres; ``head.center_optimizer``. The backward pass does its work.
+    """A :class:`CenterSGD` bound to a head's class centers; ``head.center_optimizer``. The backward pass does its work.
 
     ``param_groups`` (lr, momentum, weight_decay) are read at each backward pass. ``state`` has ``momentum_buffer`` and,
     for int8, its ``momentum_scale``. ``step()`` does nothing but notice gradient accumulation.
@@ -153,7 +153,7 @@ class CenterOptimizer(torch.optim.Optimizer):
         self._held = None
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Nothing: the backward pass has updated the centres. Call it once after each, or never.
+        """Nothing: the backward pass has updated the centers. Call it once after each, or never.
 
         Raises:
             CenterUpdateError: more than one backward pass since the last call, which was meant as gradient
@@ -167,7 +167,7 @@ class CenterOptimizer(torch.optim.Optimizer):
         updates, self._updates_since_step = self._updates_since_step, 0
         if updates > 1:
             raise CenterUpdateError(
-                f"{updates} backward passes before step(): CenterSGD updates the class centres in each, gradients "
+                f"{updates} backward passes before step(): CenterSGD updates the class centers in each, gradients "
                 "cannot be accumulated. Pass the whole batch at once, or use an ordinary optimizer instead"
             )
         return result
@@ -294,14 +294,14 @@ def _refusal(factor: float) -> str:
 def _check_weight(weight: Tensor) -> None:
     if weight.dtype not in _WEIGHT_DTYPES:
         listed = ", ".join(map(str, _WEIGHT_DTYPES))
-        raise TypeError(f"CenterSGD needs class centres of dtype {listed}; got {weight.dtype}")
+        raise TypeError(f"CenterSGD needs class centers of dtype {listed}; got {weight.dtype}")
 
 
 def describe_tensor(tensor: Tensor | None) -> str:
     return "none" if tensor is None else f"{tuple(tensor.shape)} {tensor.dtype}"
 
 
-class PendingUpdate(CentreUpdate):
+class PendingUpdate(CenterUpdate):
     """The update of one forward pass, until its backward pass makes it.
 
     Where it changes nothing, the margin gets back the state that it had before the step (buffers and their copies).
@@ -326,13 +326,13 @@ class PendingUpdate(CentreUpdate):
         if self._done:
             raise CenterUpdateError(
                 "a second backward pass through the same loss (retain_graph=True): CenterSGD has already updated the "
-                "class centres. Call backward once, on the sum of the losses"
+                "class centers. Call backward once, on the sum of the losses"
             )
         others = len(self._optimizer._pending) - (self in self._optimizer._pending)
         if others > 0:
             raise CenterUpdateError(
                 f"{others} other forward pass(es) of this head await their backward pass: CenterSGD would change the "
-                "class centres under them. Call backward after each forward, concatenate the batches, or evaluate "
+                "class centers under them. Call backward after each forward, concatenate the batches, or evaluate "
                 "under torch.no_grad()"
             )
         refused = self._optimizer.factors.see(loss_gradient)
@@ -396,7 +396,7 @@ class PendingUpdate(CentreUpdate):
             finite &= self._loss.isfinite()
         if self._loss_gradient is not None:
             finite &= ~is_refused(self._loss_gradient)
-        step = CentreStep(
+        step = CenterStep(
             classes,
             state.get("momentum_buffer"),
             state.get("momentum_scale"),
@@ -409,7 +409,7 @@ class PendingUpdate(CentreUpdate):
         )
         for buffer, before in self._margin_state:
             buffer.copy_(torch.where(step.active, buffer, before))
-        torch.ops.fused_arcface.update_centres(
+        torch.ops.fused_arcface.update_centers(
             embeddings,
             weight,
             target,
@@ -421,7 +421,7 @@ class PendingUpdate(CentreUpdate):
             backend,
             **negatives._asdict(),
         )
-        # A graph that has saved the centres as they were now says so instead of using them as they are.
+        # A graph that has saved the centers as they were now says so instead of using them as they are.
         torch.autograd.graph.increment_version(weight)
 
 

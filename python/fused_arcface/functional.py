@@ -38,8 +38,8 @@ def margin_softmax_loss(
     arXiv:1801.07698).
 
     Args:
-        embeddings: (N, D) fp32, fp64, bf16 or fp16, of any norm; rows are normalised by ``max(|x|, 1e-12)``.
-        weight: (C, D) class centres, likewise; its dtype may differ.
+        embeddings: (N, D) fp32, fp64, bf16 or fp16, of any norm; rows are normalized by ``max(|x|, 1e-12)``.
+        weight: (C, D) class centers, likewise; its dtype may differ.
         target: (N,) labels of any integer dtype, in [0, C) or ``ignore_index``.
         margin: a margin of this package, or any differentiable map of target cosines (N,) to modified cosines (N,).
             One that knows the rows' norms or changes the negatives has a method more, see
@@ -49,7 +49,7 @@ def margin_softmax_loss(
         ignore_index: label of rows that take no part: loss and gradients 0.
         backend: ``"auto"``, or a name in :func:`fused_arcface.backends.available`; a named one never falls back.
         return_stats: also return :class:`~fused_arcface.MarginSoftmaxStats`, at no cost over the classes.
-        sub_centers: K centres for each class, in [1, 16]: weight is (C·K, D) with a class's rows adjacent, and a
+        sub_centers: K centers for each class, in [1, 16]: weight is (C·K, D) with a class's rows adjacent, and a
             class's cosine is the greatest of theirs, which alone has a gradient (Sub-center ArcFace, ECCV 2020).
         label_smoothing: in [0, 1], as in ``cross_entropy``: uniform over all classes, of which the target's logit has
             the margin. Only with ``sub_centers=1`` and a margin that leaves the negatives alone.
@@ -62,7 +62,7 @@ def margin_softmax_loss(
         TypeError: an argument of a wrong type or dtype.
         ValueError: a wrong shape, device, range or option. Out-of-range labels: on a GPU the row's loss is NaN instead,
             unless the environment has ``FUSED_ARCFACE_DEBUG=1``.
-            A named backend without sub-centres or modulated negatives, where they are asked for.
+            A named backend without sub-centers or modulated negatives, where they are asked for.
         RuntimeError: a named backend that is not available; a second backward through the same loss; a derivative of
             its gradient (:mod:`fused_arcface.reference` is twice differentiable).
 
@@ -136,7 +136,7 @@ def loss_over_classes(
 
 
 def as_autocast(embeddings: Tensor) -> Tensor:
-    """Embeddings as autocast would hand them to a matrix product. The class centres are master weights: never cast."""
+    """Embeddings as autocast would hand them to a matrix product. The class centers are master weights: never cast."""
     device = embeddings.device.type
     if embeddings.is_meta or embeddings.dtype != torch.float32 or not torch.is_autocast_enabled(device):
         return embeddings

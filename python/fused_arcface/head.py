@@ -1,4 +1,4 @@
-"""The head as a module: class centres and the loss over them, on one device."""
+"""The head as a module: class centers and the loss over them, on one device."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ class MarginHead(nn.Module):
         margin: see :func:`fused_arcface.margin_softmax_loss`; likewise scale and backend.
         scale: ``s`` of the logits, finite and > 0.
         backend: ``"auto"`` or a backend's name.
-        device: of the class centres.
-        dtype: of the class centres; the default dtype if None.
+        device: of the class centers.
+        dtype: of the class centers; the default dtype if None.
         sub_centers: see :func:`fused_arcface.margin_softmax_loss`; likewise label_smoothing.
         label_smoothing: in [0, 1].
 
     Attributes:
-        weight: (C·sub_centers, D) parameter, the class centres, drawn from N(0, 0.01²).
+        weight: (C·sub_centers, D) parameter, the class centers, drawn from N(0, 0.01²).
 
     Raises:
         TypeError, ValueError: an argument of a wrong type or out of its range.
@@ -89,7 +89,7 @@ class MarginHead(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw the class centres anew from N(0, 0.01²)."""
+        """Draw the class centers anew from N(0, 0.01²)."""
         nn.init.normal_(self.weight, std=0.01)
 
     def forward(
@@ -117,7 +117,7 @@ class MarginHead(nn.Module):
 
     @torch.no_grad()
     def topk(self, embeddings: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """The k nearest class centres of embeddings (N, D): cosines (N, k), descending, and class ids (N, k) int64.
+        """The k nearest class centers of embeddings (N, D): cosines (N, k), descending, and class ids (N, k) int64.
 
         Raises:
             ValueError: k outside [1, C], or embeddings of a wrong shape or device.
@@ -136,7 +136,7 @@ class MarginHead(nn.Module):
 
 
 def place_margin(margin: Margin, device: torch.device) -> None:
-    """A head's margin with a state lives where its class centres do."""
+    """A head's margin with a state lives where its class centers do."""
     if isinstance(margin, nn.Module):
         margin.to(device)
 
@@ -154,7 +154,7 @@ def cosines_of(rows: Tensor, weight: Tensor, sub_centers: int = 1) -> Tensor:
     """Cosines (R, C) of rows (R, D) with the classes of weight (C·sub_centers, D), of a class's several the greatest.
 
     In the dtype that the loss keeps its sums in, autocast or not: rounded to bf16 they would be 0.004 off, which is
-    more than neighbouring classes differ by.
+    more than neighboring classes differ by.
     """
     dtype = compute_dtype(rows, weight)
     with without_autocast(rows.device):

@@ -1,4 +1,4 @@
-"""The head over many ranks: class centres split between them, all of them or a sample used each step."""
+"""The head over many ranks: class centers split between them, all of them or a sample used each step."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from .base.checks import (
     check_target,
 )
 from .base.keyed_random import fill_normal
-from .center_sgd import CenterOptimizer, CenterSGD, CentresUpdatedInBackward, describe_tensor
+from .center_sgd import CenterOptimizer, CenterSGD, CentersUpdatedInBackward, describe_tensor
 from .engine.autograd import Shard
 from .engine.ops import IGNORED, INVALID, compute_dtype
 from .engine.tail import MarginSoftmaxStats
@@ -41,14 +41,14 @@ _OPTIMIZER = "center_optimizer."  # before the names of its state in the head's 
 
 
 class PartialFC(nn.Module):
-    """Margin-softmax head whose class centres are split over the ranks of a group: ``loss = head(embeddings, target)``.
+    """Margin-softmax head whose class centers are split over the ranks of a group: ``loss = head(embeddings, target)``.
 
     Every rank passes its own batch, of any size, and gets the mean loss over all ranks' rows. Without torch.distributed
     it is one shard, the same as :class:`~fused_arcface.MarginHead` with sampling and a fused optimizer.
 
     **Gradients.** The embeddings' gradient is W times the loss's derivative, W the number of ranks:
     ``DistributedDataParallel`` and FSDP average over the ranks, so the backbone then trains as a single process would
-    on all ranks' rows. The class centres' gradient is the derivative, unscaled. Every rank must run the backward pass,
+    on all ranks' rows. The class centers' gradient is the derivative, unscaled. Every rank must run the backward pass,
     from the same multiple of the loss.
 
     **Wrappers.** Each rank holds its own shard, which nothing may broadcast, average or shard again. Build the head
@@ -83,22 +83,22 @@ class PartialFC(nn.Module):
         scale: ``s`` of the logits, finite and > 0.
         sample_rate: fraction of the classes used in a training step, in (0, 1].
         group: a process group, a one-dimensional ``DeviceMesh``, or None: the default group if torch.distributed is
-            initialised.
-        seed: of the initial centres, the samples and the rounding; in [0, 2^63).
+            initialized.
+        seed: of the initial centers, the samples and the rounding; in [0, 2^63).
         center_optimizer: a :class:`fused_arcface.CenterSGD` recipe, or None for an ordinary optimizer over
             ``weight.grad``: dense at ``sample_rate=1``, else sparse COO (``torch.optim.SGD``, ``SparseAdam``,
             ``Adagrad`` take it).
         backend: ``"auto"`` or a backend's name.
-        device: of the class centres.
-        dtype: of the class centres; the default dtype if None.
+        device: of the class centers.
+        dtype: of the class centers; the default dtype if None.
         dense_grad: give the sampled mode's gradient densely, (num_local, D), for optimizers that take no other.
         sub_centers: K rows of weight for each class, see :func:`fused_arcface.margin_softmax_loss`; those of a class
             are on one rank. Where a shape here says C_total or num_local rows, there are K times as many.
         label_smoothing: in [0, 1]; only with all classes in each step and an ordinary optimizer: its gradient reaches
-            every class centre.
+            every class center.
 
     Attributes:
-        weight: (num_local, D) parameter, this rank's class centres, initially N(0, 0.01²) keyed by seed and global
+        weight: (num_local, D) parameter, this rank's class centers, initially N(0, 0.01²) keyed by seed and global
             class id.
         class_start: global id of the first of them.
         num_local: how many they are: ``C_total // W``, one more on the first ``C_total % W`` ranks.
@@ -158,7 +158,7 @@ class PartialFC(nn.Module):
             if label_smoothing > 0 and (sample_rate < 1 or center_optimizer is not None):
                 option = f"sample_rate={sample_rate}" if sample_rate < 1 else "a center_optimizer"
                 raise ValueError(
-                    f"label_smoothing must be 0 with {option}: its gradient reaches every class centre in each step; "
+                    f"label_smoothing must be 0 with {option}: its gradient reaches every class center in each step; "
                     f"use sample_rate=1 and an ordinary optimizer over weight.grad; got {label_smoothing}"
                 )
             backends.check_name(backend)
@@ -174,7 +174,7 @@ class PartialFC(nn.Module):
         self.ranks.check_agreement(type(self).__name__, {**self._options(), **own})
         self._sampled: Tensor | None = None
         self._compared: set[bool] = set()
-        parameter = nn.Parameter if center_optimizer is None else CentresUpdatedInBackward
+        parameter = nn.Parameter if center_optimizer is None else CentersUpdatedInBackward
         self.weight = parameter(torch.empty(self.num_local * sub_centers, embedding_dim, device=device, dtype=dtype))
         place_margin(margin, self.weight.device)
         self.reset_parameters()
@@ -249,12 +249,12 @@ class PartialFC(nn.Module):
 
     @property
     def row_start(self) -> int:
-        """Global number of this shard's first row of weight; class_start but for sub-centres."""
+        """Global number of this shard's first row of weight; class_start but for sub-centers."""
         return self.class_start * self.sub_centers
 
     @property
     def num_rows(self) -> int:
-        """Rows of weight over all ranks; num_classes but for sub-centres."""
+        """Rows of weight over all ranks; num_classes but for sub-centers."""
         return self.num_classes * self.sub_centers
 
     def row_counts(self) -> list[int]:
@@ -268,7 +268,7 @@ class PartialFC(nn.Module):
         return self._sampled[self._sampled < self.num_local] + self.class_start
 
     def reset_parameters(self) -> None:
-        """Draw the class centres anew: the same ones, for the same seed."""
+        """Draw the class centers anew: the same ones, for the same seed."""
         fill_normal(self.weight, self.seed, self.row_start, std=0.01)
 
     def _run_state(self) -> dict[str, Tensor]:
@@ -448,7 +448,7 @@ class PartialFC(nn.Module):
     def _choose_classes(self, target: Tensor, padded: bool = False) -> tuple[Tensor | None, Tensor]:
         """This step's classes of this shard (K,), None for all, and each row's target as an index into them, negative
         where it is not here. ``padded``: as :meth:`Sampler.padded` has them."""
-        local = self.sharding.localise(target)
+        local = self.sharding.localize(target)
         self._sampled = None
         if not self.training:
             return None, local
@@ -472,13 +472,13 @@ class PartialFC(nn.Module):
 
     @torch.no_grad()
     def full_weight(self) -> Tensor:
-        """All class centres, (C_total, D), on every rank. A collective."""
+        """All class centers, (C_total, D), on every rank. A collective."""
         self._meet("full_weight()")
         return torch.cat(self.ranks.gather_rows(self.weight, self.row_counts()))
 
     @torch.no_grad()
     def load_full_weight(self, tensor: Tensor) -> None:
-        """Sets each shard from all class centres (C_total, D), which every rank passes alike. A collective.
+        """Sets each shard from all class centers (C_total, D), which every rank passes alike. A collective.
 
         Raises:
             ValueError: a wrong shape, on any rank.
@@ -504,7 +504,7 @@ class PartialFC(nn.Module):
 
     @torch.no_grad()
     def topk(self, embeddings: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """The k nearest class centres over all shards of this rank's embeddings (n, D): cosines (n, k), descending, and
+        """The k nearest class centers over all shards of this rank's embeddings (n, D): cosines (n, k), descending, and
         global class ids (n, k) int64. A collective, with the same k on every rank.
 
         Raises:

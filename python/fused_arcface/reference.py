@@ -1,4 +1,4 @@
-"""The oracle of record: the margin-softmax head in plain PyTorch, straight from the formulas, logits materialised.
+"""The oracle of record: the margin-softmax head in plain PyTorch, straight from the formulas, logits materialized.
 
 Any float dtype, every margin, twice differentiable, ``O(N·C)`` memory. All else in this package is compared with it.
 """

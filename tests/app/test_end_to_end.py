@@ -18,7 +18,7 @@ from fused_arcface.app.cli import run
 
 
 def test_train_then_verify_then_identify(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Grey, colour and transparent images of several sizes; the people that are evaluated are none of the trained."""
+    """Gray, color and transparent images of several sizes; the people that are evaluated are none of the trained."""
     write_folder(tmp_path / "train", 24, 10)
     write_folder(tmp_path / "unseen", 20, 6, first=24)
     monkeypatch.chdir(tmp_path)
@@ -35,7 +35,7 @@ def test_train_then_verify_then_identify(tmp_path: Path, monkeypatch: pytest.Mon
     assert identified["gallery"]["identities"] == 16 and identified["probes"] == {"mated": 80, "unmated": 24}
     assert identified["rank"]["1"] > 3 / 16 and identified["rank"]["10"] > identified["rank"]["1"]  # chance: 1 / 16
 
-    # The same people as insightface's .bin: colour JPEG for a grey net.
+    # The same people as insightface's .bin: color JPEG for a gray net.
     listed, same = [], []
     for person in range(24, 44):
         for other in (person, 24 + (person + 1) % 20):

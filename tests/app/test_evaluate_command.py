@@ -49,12 +49,12 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     drawn = identity_images(PEOPLE, IMAGES)
     encoded = []
     for number, (image, label) in enumerate(zip(drawn.images, drawn.labels.tolist(), strict=True)):
-        grey = Image.fromarray((255 * image[0].clamp(0, 1)).byte().numpy())
+        gray = Image.fromarray((255 * image[0].clamp(0, 1)).byte().numpy())
         path = root / "people" / f"person {label:02d}" / f"{number}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        grey.save(path)
+        gray.save(path)
         file = io.BytesIO()
-        grey.convert("RGB").save(file, "jpeg", quality=95)
+        gray.convert("RGB").save(file, "jpeg", quality=95)
         encoded.append(file.getvalue())
     pairs = balanced_pairs(drawn.labels, 60)
     listed = [encoded[i] for pair in zip(pairs.first.tolist(), pairs.second.tolist(), strict=True) for i in pair]
@@ -76,11 +76,11 @@ def figures(shown: str) -> list[str]:
 
 
 def embedded(files: Path) -> tuple[torch.Tensor, torch.Tensor]:
-    from fused_arcface.app.data.pair_sets import read_labelled
+    from fused_arcface.app.data.pair_sets import read_labeled
 
     net, spec = load_backbone(files / "run")
     assert spec == ImageSpec(16, 1)
-    images = read_labelled(str(files / "people"))
+    images = read_labeled(str(files / "people"))
     assert images.labels is not None
     with torch.no_grad():
         return net(torch.stack([images.read(i, spec) for i in range(len(images))])), images.labels
@@ -249,7 +249,7 @@ def test_an_image_that_cannot_be_read_is_named(files: Path, tmp_path: Path, caps
     assert f"{tmp_path / 'a' / '1.png'} cannot be read as an image" in capsys.readouterr().err
 
 
-def test_what_is_wrong_with_labelled_images_is_said(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_is_wrong_with_labeled_images_is_said(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
     empty = files / "people" / "person without images"
     empty.mkdir()
     try:

@@ -118,13 +118,13 @@ def test_a_class_of_no_probability_gets_no_gradient() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("size", [1e3, 1.0], ids=["normal", "subnormal in fp16"])
 def test_16_bit_gradients_are_rounded_to_nearest_even(size: float, dtype: torch.dtype) -> None:
-    """The fp32 gradient by the same centres, stored: half a million numbers, ties among them."""
+    """The fp32 gradient by the same centers, stored: half a million numbers, ties among them."""
     x, w = torch.randn(4, 512), torch.randn(1000, 512).to(dtype)
     gradients = []
-    for centres in (w, w.float()):
-        centres.requires_grad_()
-        loss = fa.margin_softmax_loss(x, centres, torch.arange(4), scale=4.0, reduction="sum", backend="cpu")
-        gradients.append(torch.autograd.grad(loss, centres, torch.tensor(size))[0])
+    for centers in (w, w.float()):
+        centers.requires_grad_()
+        loss = fa.margin_softmax_loss(x, centers, torch.arange(4), scale=4.0, reduction="sum", backend="cpu")
+        gradients.append(torch.autograd.grad(loss, centers, torch.tensor(size))[0])
     assert torch.equal(gradients[0], gradients[1].to(dtype))
 
 

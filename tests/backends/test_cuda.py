@@ -25,7 +25,7 @@ from fused_arcface.backends import cuda, plain_torch
 from fused_arcface.base import keyed_random
 from fused_arcface.center_sgd import PendingUpdate
 from fused_arcface.engine import ops
-from fused_arcface.engine.ops import CentreStep
+from fused_arcface.engine.ops import CenterStep
 
 needs_gpu = pytest.mark.skipif(
     cuda.unavailable() is not None, reason=f"backend 'cuda' cannot run here: {cuda.unavailable()}"
@@ -156,7 +156,7 @@ def test_fp64_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("gradient", ["exact", "straight_through"])
 @pytest.mark.parametrize("boundary", ["none", "hard", "fold", "clip", "easy", "linear"])
 def test_margin_agrees_point_by_point(boundary: str, gradient: str, device: str) -> None:
-    """The finalising kernel against fused_arcface.margins in fp64 over a dense grid with both ends."""
+    """The finalizing kernel against fused_arcface.margins in fp64 over a dense grid with both ends."""
     cosine = torch.cat([torch.linspace(-1, 1, 1021), torch.tensor([-1.0, -0.0, 0.0, 1.0])]).to(device)
     order = torch.randperm(cosine.numel(), generator=torch.Generator().manual_seed(0))
     lse = torch.linspace(-80, 80, cosine.numel())[order].to(device)
@@ -208,8 +208,8 @@ def test_zero_row_in_fp16_saturates(device: str) -> None:
 
 def _update_problem(
     dtype: torch.dtype, momentum_dtype: torch.dtype | None, chosen: str, device: str
-) -> tuple[tuple, CentreStep]:
-    """Arguments of update_centres: 200 classes of 70, more than one unit of an int8 momentum and not a multiple.
+) -> tuple[tuple, CenterStep]:
+    """Arguments of update_centers: 200 classes of 70, more than one unit of an int8 momentum and not a multiple.
     ``chosen``: all, sampled (67 of them) or padded (as many, and more than a tile of padding)."""
     x, w, target, _ = inputs_on(Case(12, 200, 70), device)
     w = w.to(dtype)
@@ -224,14 +224,14 @@ def _update_problem(
         units = torch.full((200, 2), 0.01, device=device)
     elif momentum_dtype is not None:
         buffer = (0.1 * w.float()).to(momentum_dtype)
-    step = CentreStep(
+    step = CenterStep(
         classes, buffer, units, 0.1, 0.9, 5e-4, keyed_random.rounding_key(3, 4), 1000, torch.tensor(True, device=device)
     )
     rows = torch.linspace(-1, 1, 12, device=device)
     return (x, w, target, 16.0, torch.full((12,), 3.0, dtype=torch.float64, device=device), rows, -rows), step
 
 
-def _copied(step: CentreStep) -> CentreStep:
+def _copied(step: CenterStep) -> CenterStep:
     copies = {
         name: None if value is None else value.clone()
         for name, value in step._asdict().items()
@@ -256,9 +256,9 @@ def test_update_agrees_with_the_reference(
     arguments, step = _update_problem(dtype, momentum_dtype, chosen, device)
     x, w, *rest = arguments
     expected_w, expected = w.clone(), _copied(step)
-    plain_torch.update_centres(x, expected_w, *rest, expected)
+    plain_torch.update_centers(x, expected_w, *rest, expected)
     got_w, got = w.clone(), _copied(step)
-    cuda.update_centres(x, got_w, *rest, got)
+    cuda.update_centers(x, got_w, *rest, got)
     tensors = [(got_w, expected_w), (got.momentum_buffer, expected.momentum_buffer)]
     for mine, right in tensors:
         if mine is None or right is None:
@@ -281,7 +281,7 @@ def test_update_without_rows(device: str) -> None:
     results = []
     for backend in (cuda, plain_torch):
         weight, copy = w.clone(), _copied(step)
-        backend.update_centres(nothing[0], weight, *nothing[1:], copy)
+        backend.update_centers(nothing[0], weight, *nothing[1:], copy)
         results.append((weight, copy.momentum_buffer))
     for got, right in zip(*results, strict=True):
         torch.testing.assert_close(got, right, rtol=1e-6, atol=1e-7)
@@ -294,9 +294,9 @@ def test_stochastic_rounding_has_the_bits_of_keyed(momentum_dtype: torch.dtype, 
     (x, w, target, scale, lse, rows, _), step = _update_problem(torch.bfloat16, momentum_dtype, "all", device)
     step = step._replace(weight_decay=0.0)
     expected_w, expected = w.clone(), _copied(step)
-    plain_torch.update_centres(x, expected_w, target, scale, lse, 0 * rows, 0 * rows, expected)
+    plain_torch.update_centers(x, expected_w, target, scale, lse, 0 * rows, 0 * rows, expected)
     got = _copied(step)
-    cuda.update_centres(x, w, target, scale, lse, 0 * rows, 0 * rows, got)
+    cuda.update_centers(x, w, target, scale, lse, 0 * rows, 0 * rows, got)
     assert torch.equal(got.momentum_buffer, expected.momentum_buffer)
     # w - lr·m may be fused into one rounding or not: a last bit of fp32, which is a carry of bf16 once in 2¹⁶ elements.
     assert (w != expected_w).sum() <= 2
@@ -305,7 +305,7 @@ def test_stochastic_rounding_has_the_bits_of_keyed(momentum_dtype: torch.dtype, 
 def test_nothing_changes_where_the_step_is_not_active(device: str) -> None:
     (x, w, *rest), step = _update_problem(torch.bfloat16, torch.int8, "all", device)
     got_w, got = w.clone(), _copied(step)._replace(active=torch.tensor(False, device=device))
-    cuda.update_centres(x, got_w, *rest, got)
+    cuda.update_centers(x, got_w, *rest, got)
     assert torch.equal(got_w, w) and torch.equal(got.momentum_buffer, step.momentum_buffer)
     assert torch.equal(got.momentum_scale, step.momentum_scale)
 
@@ -358,7 +358,7 @@ def test_deterministic_to_the_bit(device: str, monkeypatch: pytest.MonkeyPatch) 
 def test_workspace_is_small_whatever_the_classes(precision: str, code: int, emulated_kernels: ModuleType) -> None:
     """What a pass asks for, without running it: N = 4096, D = 512 on 132 multiprocessors."""
     unread, D = 16, 512
-    options = (cuda.CHUNKS.exponential_bytes, cuda.CHUNKS.centre_bytes, 132)
+    options = (cuda.CHUNKS.exponential_bytes, cuda.CHUNKS.center_bytes, 132)
     needed = set()
     for C in (1_000_000, 100_000_000):
         x, w = ((unread, code, rows, D, D, 1) for rows in (4096, C))

@@ -103,7 +103,7 @@ MUTANTS = (
     Mutant("half a quad's sum", "scores.h", "for (int mask = 1; mask <= 2; mask *= 2) {",
            "for (int mask = 1; mask < 2; mask *= 2) {"),
     Mutant("no mask of the last rows", "products.h", "if (in_weight < 0) return;  // the whole warp", ""),
-    Mutant("a gradient that is not projected", "products.h", "centre[i] * factor", "centre[i] * 0 * factor"),
+    Mutant("a gradient that is not projected", "products.h", "center[i] * factor", "center[i] * 0 * factor"),
     Mutant("a split of the classes twice", "products.h", "min(begin + share, all)", "min(begin + share + 1, all)"),
     Mutant("32-bit offsets of rows read", "rows.h", "in_matrix * row_stride",
            "static_cast<int>(in_matrix * row_stride)"),

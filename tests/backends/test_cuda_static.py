@@ -43,8 +43,8 @@ SHARED, THREADS = 64 << 10, 128
 PRODUCTS = {
     "class_stats_kernel": 4,
     "class_gradient_kernel": 4,
-    "centre_sum_kernel": 4,
-    "centre_gradient_kernel": 4,
+    "center_sum_kernel": 4,
+    "center_gradient_kernel": 4,
 }
 """Kernels with a product, and the precisions that each is compiled for."""
 

@@ -49,7 +49,7 @@ def test_deterministic_to_the_bit_on_a_gpu(backend: str) -> None:
         assert all(torch.equal(a, b) for a, b in zip(runs[0], run, strict=True))
 
 
-def test_no_synchronisation_on_a_gpu(backend: str) -> None:
+def test_no_synchronization_on_a_gpu(backend: str) -> None:
     x, w, target = _problem(N=256, C=20_000, D=512)
     fa.margin_softmax_loss(x, w, target, backend=backend).backward()
     torch.cuda.set_sync_debug_mode("error")

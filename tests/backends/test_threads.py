@@ -54,7 +54,7 @@ def test_numbers_of_threads_agree() -> None:
     for threads in (2, 3, 5):
         torch.set_num_threads(threads)
         got = compute(inputs)
-        # The class centres' gradient is made of whole rows, whoever computes them.
+        # The class centers' gradient is made of whole rows, whoever computes them.
         torch.testing.assert_close(got.loss, one.loss, rtol=1e-5, atol=0)
         for name in ("d_embeddings", "d_weight"):
             right = getattr(one, name)

@@ -21,7 +21,7 @@ pytest.importorskip("triton", reason="Triton is not installed here")
 from support.triton_aot import SHARED_LIMIT, Launch, compiled, recorded
 
 from fused_arcface.backends.triton import chunks, stages
-from fused_arcface.engine.ops import CentreStep
+from fused_arcface.engine.ops import CenterStep
 from fused_arcface.margins import CombinedMargin, CosFace, parameters
 
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
@@ -58,7 +58,7 @@ def _step(
             stages.class_max(x, w, target)
         shift = torch.empty(N, dtype=FP64, device="meta") if shifted else None
         count = None if momentum is None else torch.empty((), dtype=torch.int64, device="meta")
-        total, _, centre_sum = stages.class_stats(x, w, target, 64.0, shift, True, count)
+        total, _, center_sum = stages.class_stats(x, w, target, 64.0, shift, True, count)
         cosine = stages.target_cosine(x, w, target)
         if total.dtype == FP32:
             numbers = parameters(margin)
@@ -69,16 +69,16 @@ def _step(
             stages.weight_grad(*backward)
         else:
             stages.class_max(x, w, target, count)
-            stages.update_centres(*backward, _center_step(w, momentum))
-        stages.embedding_grad(stages.unit_embedding_grad(w, target, centre_sum, total, cosine), x)
+            stages.update_centers(*backward, _center_step(w, momentum))
+        stages.embedding_grad(stages.unit_embedding_grad(w, target, center_sum, total, cosine), x)
 
 
-def _center_step(weight: torch.Tensor, momentum: torch.dtype) -> CentreStep:
+def _center_step(weight: torch.Tensor, momentum: torch.dtype) -> CenterStep:
     C, D = weight.shape
     units = torch.empty(C, -(-D // 64), device="meta") if momentum == torch.int8 else None
     classes = torch.empty(C // 2 + 1, dtype=torch.int64, device="meta")
     buffer = torch.empty(C, D, dtype=momentum, device="meta")
-    return CentreStep(
+    return CenterStep(
         classes, buffer, units, 0.1, 0.9, 1e-4, 1 << 62, 0, torch.empty((), dtype=torch.bool, device="meta")
     )
 

@@ -111,8 +111,8 @@ def head_recipe() -> fa.CenterSGD:
     return fa.CenterSGD(0.1, momentum_dtype=torch.int8)
 
 
-def fake(dim: int) -> convert.Centres:
-    return convert.Centres({"weight": convert.Rows(torch.float32, (3, dim), lambda: iter([torch.zeros(3, dim)]))})
+def fake(dim: int) -> convert.Centers:
+    return convert.Centers({"weight": convert.Rows(torch.float32, (3, dim), lambda: iter([torch.zeros(3, dim)]))})
 
 
 @pytest.mark.parametrize(

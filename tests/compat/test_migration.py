@@ -21,7 +21,7 @@ SECTIONS = {
     for title, body in re.findall(r"^### (.*?)\n(.*?)(?=^##|\Z)", TEXT, re.DOTALL | re.MULTILINE)
 }
 N, D, C = 40, 16, 11
-PAIRED = ["ArcFace", "CosFace", "Normalised softmax", "Sub-centres"]
+PAIRED = ["ArcFace", "CosFace", "Normalized softmax", "Sub-centers"]
 
 
 def block(section: str, kind: str) -> str:
@@ -75,20 +75,20 @@ def test_insightface_drop_in_and_native_head_agree() -> None:
     torch.testing.assert_close(native.weight.grad, drop_in["module_partial_fc"].weight.grad)
 
 
-def test_the_native_head_updates_its_centres() -> None:
+def test_the_native_head_updates_its_centers() -> None:
     code = block("The head itself: exact gradient, optimizer inside", "after")
     before, _, rest = code.partition("loss = head")
     names = execute(before, namespace())
-    centres = names["head"].weight.detach().clone()
+    centers = names["head"].weight.detach().clone()
     execute(f"loss = head{rest}", names)
-    assert not names["head"].weight.equal(centres)
+    assert not names["head"].weight.equal(centers)
 
 
 def test_checkpoints_are_converted_and_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("work_dirs/run").mkdir(parents=True)
-    centres = torch.randn(C, D)
-    for rank, rows in enumerate((centres[:6], centres[6:])):  # insightface's shards of 11 classes on two ranks
+    centers = torch.randn(C, D)
+    for rank, rows in enumerate((centers[:6], centers[6:])):  # insightface's shards of 11 classes on two ranks
         torch.save(
             {"epoch": 1, "global_step": 9, "state_dict_backbone": {}, "state_dict_softmax_fc": {"weight": rows}},
             f"work_dirs/run/checkpoint_gpu_{rank}.pt",
@@ -98,7 +98,7 @@ def test_checkpoints_are_converted_and_loaded(tmp_path: Path, monkeypatch: pytes
         program, *arguments = shlex.split(line)
         assert program == "fused-arcface" and run(arguments) == 0
     names = execute(block("Checkpoints", "after"), namespace())
-    assert names["head"].weight.equal(centres)
+    assert names["head"].weight.equal(centers)
 
 
 def test_verify_on_the_page_is_a_command() -> None:
@@ -120,7 +120,7 @@ def test_before_and_after_agree(section: str) -> None:
     names = namespace()
     torch.manual_seed(4)
     before = execute(block(section, "before"), dict(names))
-    # The head is made by the page; its centres become the loss's.
+    # The head is made by the page; its centers become the loss's.
     made, _, used = block(section, "after").partition("loss = head")
     after = execute(made, dict(names))
     with torch.no_grad():

@@ -86,7 +86,7 @@ void check(const Problem& p, const std::vector<Stored>& x, const std::vector<Sto
   using fa::cuda::Passes;
   const int N = p.N, C = p.C, D = p.D;
   const auto unit_x = p.units(p.x, N), unit_w = p.units(p.w, C);
-  std::vector<double> sum(N), largest(N, -2), centre_sum(N * D), d_unit(C * D), gradient(C * D), lse(N);
+  std::vector<double> sum(N), largest(N, -2), center_sum(N * D), d_unit(C * D), gradient(C * D), lse(N);
   std::vector<float> negative(N), positive(N);
   std::vector<double> cosine(static_cast<size_t>(N) * C);
   for (int i = 0; i < N; ++i) {
@@ -97,7 +97,7 @@ void check(const Problem& p, const std::vector<Stored>& x, const std::vector<Sto
       const double e = std::exp(kScale * value);
       sum[i] += e;
       largest[i] = std::max(largest[i], value);
-      for (int d = 0; d < D; ++d) centre_sum[i * D + d] += e * unit_w[j * D + d];
+      for (int d = 0; d < D; ++d) center_sum[i * D + d] += e * unit_w[j * D + d];
     }
     lse[i] = std::log(sum[i]);
     negative[i] = 0.5f + static_cast<float>(i % 7) / 4;
@@ -128,9 +128,9 @@ void check(const Problem& p, const std::vector<Stored>& x, const std::vector<Sto
   for (int r = C; r < C + kPadding; ++r) std::memset(w_rows + r * stride, 0xff, D * sizeof(Stored));
   const fa::Matrix w_matrix{w_rows, dtype, C, D, stride, 1}, padded{w_rows, dtype, C + kPadding, D, stride, 1};
   const int64_t class_count = C;
-  std::vector<float> got_max(N, NAN), got_sum(N, NAN), got_centre_sum(N * D, NAN);
+  std::vector<float> got_max(N, NAN), got_sum(N, NAN), got_center_sum(N * D, NAN);
   fa::ClassStatsArgs stats{x_matrix,       padded,         p.target.data(),       kScale, nullptr,
-                           got_max.data(), got_sum.data(), got_centre_sum.data(), 0,      {},
+                           got_max.data(), got_sum.data(), got_center_sum.data(), 0,      {},
                            &class_count};
   std::vector<char> workspace(Passes<precision>::class_stats(stats, options, nullptr, stream) + 256, '\xff');
   const auto aligned = [&] {
@@ -139,7 +139,7 @@ void check(const Problem& p, const std::vector<Stored>& x, const std::vector<Sto
   Passes<precision>::class_stats(stats, options, aligned(), stream);
   compare("negative_sum", got_sum, sum, 2e-6);
   compare("negative_max", got_max, largest, 1e-6);
-  compare("centre_sum", got_centre_sum, centre_sum, tolerance);
+  compare("center_sum", got_center_sum, center_sum, tolerance);
 
   float* const gradient_rows = reinterpret_cast<float*>(gradient_memory.start());
   fa::WeightGradArgs args{x_matrix,
@@ -165,7 +165,7 @@ void check(const Problem& p, const std::vector<Stored>& x, const std::vector<Sto
   const bool active = true;
   std::vector<int64_t> index(C + kPadding, C);
   std::iota(index.begin(), index.begin() + C, 0);
-  const fa::CentreStep step{
+  const fa::CenterStep step{
       index.data(), C + kPadding, fa::MomentumType::kInt8, momentum.data(), units.data(), 0.5, 0.9, 0, 7, 3};
   args.d_weight = {};
   workspace.assign(Passes<precision>::weight_grad(args, &step, &active, options, nullptr, stream) + 256, '\xff');

@@ -78,12 +78,12 @@ class Recorder:
     """Stands before a backend's functions and notes what they were asked for."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.centre_sum: list[bool] = []
+        self.center_sum: list[bool] = []
         self.weight_grads = 0
         class_stats, weight_grad = cpu.class_stats, cpu.weight_grad
 
         def note_class_stats(*arguments: object) -> object:
-            self.centre_sum.append(arguments[-1])
+            self.center_sum.append(arguments[-1])
             return class_stats(*arguments)
 
         def note_weight_grad(*arguments: object) -> object:
@@ -102,7 +102,7 @@ def test_only_the_gradients_asked_for(x_grad: bool, w_grad: bool, monkeypatch: p
     assert loss.requires_grad == (x_grad or w_grad)
     if loss.requires_grad:
         loss.backward()
-    assert recorder.centre_sum == [x_grad] and recorder.weight_grads == int(w_grad)
+    assert recorder.center_sum == [x_grad] and recorder.weight_grads == int(w_grad)
     assert (x.grad is not None) == x_grad and (w.grad is not None) == w_grad
 
 
@@ -111,7 +111,7 @@ def test_no_gradient_work_without_grad_mode(monkeypatch: pytest.MonkeyPatch) -> 
     x, w, target, _ = make_inputs(Case())
     with torch.no_grad():
         loss = fa.margin_softmax_loss(x.requires_grad_(), w.requires_grad_(), target, backend="cpu")
-    assert not loss.requires_grad and recorder.centre_sum == [False]
+    assert not loss.requires_grad and recorder.center_sum == [False]
 
 
 @every_backend

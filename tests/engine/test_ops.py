@@ -11,7 +11,7 @@ from torch import Tensor
 
 import fused_arcface as fa
 from fused_arcface.engine import ops as ops_module
-from fused_arcface.engine.ops import CentreStep
+from fused_arcface.engine.ops import CenterStep
 
 ops = torch.ops.fused_arcface
 
@@ -31,9 +31,9 @@ def arguments(case: Case) -> dict[str, tuple]:
     }
 
 
-# Sub-centres, thresholds, and coefficients of what lies above them.
+# Sub-centers, thresholds, and coefficients of what lies above them.
 NEGATIVES = {
-    "sub-centres": {"sub_centers": 2},
+    "sub-centers": {"sub_centers": 2},
     "modulated": {
         "threshold": torch.linspace(-0.5, 0.5, 8),
         "coefficients": torch.tensor([1.0, 0.3, 0.1], dtype=torch.float64),
@@ -92,11 +92,11 @@ def test_invalid_label_where_labels_are_not_read(label: int, backend: str, monke
 
 
 def center_step(device: str, momentum_dtype: torch.dtype) -> tuple:
-    """Arguments of update_centres but the backend's name: a sample of 6 from 11 classes of 70."""
+    """Arguments of update_centers but the backend's name: a sample of 6 from 11 classes of 70."""
     x, w, _, upstream = (each.to(device) for each in make_inputs(Case(N=5, C=11, D=70)))
     classes, target = torch.tensor([[0, 2, 3, 7, 8, 10], [0, 5, -1, 2, 2, 1]], device=device)
     is_int8 = momentum_dtype == torch.int8
-    step = CentreStep(
+    step = CenterStep(
         classes,
         torch.zeros(11, 70, dtype=momentum_dtype, device=device),
         torch.full((11, 2), 0.01, device=device) if is_int8 else None,
@@ -116,12 +116,12 @@ def center_step(device: str, momentum_dtype: torch.dtype) -> tuple:
 @pytest.mark.parametrize(
     "backend", ["cpu", "reference", *(pytest.param(name, id=f"{name}_on_a_gpu") for name in ("triton", "cuda"))]
 )
-def test_opcheck_update_centres(backend: str, momentum_dtype: torch.dtype) -> None:
+def test_opcheck_update_centers(backend: str, momentum_dtype: torch.dtype) -> None:
     reason = fa.backends.available()[backend]
     if reason is not None:
         pytest.skip(f"backend {backend!r} cannot run here: {reason}")
     device = "cuda" if backend in ("triton", "cuda") else "cpu"
-    torch.library.opcheck(ops.update_centres.default, (*center_step(device, momentum_dtype), backend))
+    torch.library.opcheck(ops.update_centers.default, (*center_step(device, momentum_dtype), backend))
 
 
 @pytest.mark.parametrize("name", list(arguments(Case())))

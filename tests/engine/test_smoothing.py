@@ -1,4 +1,4 @@
-"""Label smoothing and sub-centres: what cross_entropy and the formulas say, and what is refused."""
+"""Label smoothing and sub-centers: what cross_entropy and the formulas say, and what is refused."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ def test_smoothing_with_a_margin() -> None:
     torch.testing.assert_close(got, right)
 
 
-def test_smoothing_sums_many_centres_exactly() -> None:
-    """More classes than are normalised at once, all alike but for noise: their sum is 20 000 times one.
+def test_smoothing_sums_many_centers_exactly() -> None:
+    """More classes than are normalized at once, all alike but for noise: their sum is 20 000 times one.
 
     Softmax and uniform weights take most of each other's gradient away there; what is left has the rounding of what was
     added up, which is that of plain PyTorch without smoothing.
@@ -87,12 +87,12 @@ def test_smoothing_refused_where_it_is_not_linear() -> None:
 
 @pytest.mark.parametrize("what", REFUSED)
 def test_smoothing_refused_in_a_sparse_step(what: str) -> None:
-    with pytest.raises(ValueError, match=f"label_smoothing must be 0 with {what}.*every class centre"):
+    with pytest.raises(ValueError, match=f"label_smoothing must be 0 with {what}.*every class center"):
         fa.PartialFC(4, 5, label_smoothing=0.1, **REFUSED[what])
 
 
 def test_sub_centers_by_hand() -> None:
-    """Three centres a class: the nearest counts, and it alone has a gradient."""
+    """Three centers a class: the nearest counts, and it alone has a gradient."""
     x = torch.tensor([[1.0, 0.0]], dtype=torch.float64)
     angles = torch.tensor(
         [0.9, -0.4, 2.0, 1.2, 1.1, -2.5], dtype=torch.float64
@@ -109,7 +109,7 @@ def test_sub_centers_by_hand() -> None:
 
 
 def test_equal_sub_centers_share_no_gradient() -> None:
-    """One of them wins, so that the classes' gradients add up to the one that a single centre has."""
+    """One of them wins, so that the classes' gradients add up to the one that a single center has."""
     inputs = make_inputs(Case(7, 13, 5, "float64", "float64"))
     repeated = inputs._replace(weight=inputs.weight.repeat_interleave(3, 0))
     for backend in ("cpu", "reference"):

@@ -27,9 +27,9 @@ ENGINES = ["torch", pytest.param("faiss", marks=pytest.mark.skipif(not search.fa
 
 def people(images: int, identities: int, seed: int, spread: float = 1.0) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    centres = torch.randn(identities, 8, generator=torch.Generator().manual_seed(99))
+    centers = torch.randn(identities, 8, generator=torch.Generator().manual_seed(99))
     labels = torch.randint(0, identities, (images,), generator=generator)
-    return centres[labels] + spread * torch.randn(images, 8, generator=generator), labels
+    return centers[labels] + spread * torch.randn(images, 8, generator=generator), labels
 
 
 @pytest.mark.parametrize("engine", ENGINES)

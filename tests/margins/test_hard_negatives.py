@@ -22,7 +22,7 @@ EVERYWHERE = [
 ]
 everywhere = pytest.mark.parametrize(("loss", "options"), EVERYWHERE)
 
-# Angles in radians between the embedding (1, 0) and the centres; the first is the target's.
+# Angles in radians between the embedding (1, 0) and the centers; the first is the target's.
 ANGLES = (0.6, 0.3, 0.9, 1.05, 1.3, 2.0, 2.9)
 
 
@@ -226,7 +226,7 @@ def test_great_values_are_exact(scale: float, margin: Margin, isa: str) -> None:
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(5, 16, generator=generator)
     w = torch.cat([torch.randn(40, 16, generator=generator), x + 0.05 * torch.randn(5, 16, generator=generator)])
-    y = torch.arange(5)  # far from their own centres, on top of another's
+    y = torch.arange(5)  # far from their own centers, on top of another's
     inputs = make_inputs(Case(5, 45, 16))._replace(embeddings=x, weight=w, target=y)
     exact = inputs._replace(embeddings=x.double(), weight=w.double())
     got = run(fa.margin_softmax_loss, inputs, margin=margin, scale=scale, backend="cpu")

@@ -77,8 +77,8 @@ def test_magface_by_hand() -> None:
     right[5] = math.cos(3.0) - 0.625 * math.sin(0.625)  # past π
     got = modify(torch.tensor(theta, dtype=torch.float64).cos())
     torch.testing.assert_close(got, torch.tensor(right, dtype=torch.float64), rtol=0, atol=1e-12)
-    regulariser = [20 * (a / 110**2 + 1 / a) for a in clipped]
-    torch.testing.assert_close(penalty, torch.tensor(regulariser, dtype=torch.float64))
+    regularizer = [20 * (a / 110**2 + 1 / a) for a in clipped]
+    torch.testing.assert_close(penalty, torch.tensor(regularizer, dtype=torch.float64))
 
     (of_penalty,) = torch.autograd.grad(penalty.sum(), norms, retain_graph=True)
     (of_margin,) = torch.autograd.grad(got.sum(), norms)

@@ -49,7 +49,7 @@ def test_steps_and_seeds_differ():
 
 @pytest.mark.parametrize("num_classes", [20, 1000])
 def test_negatives_are_drawn_evenly_and_independently(num_classes):
-    """Chi-squared tests at a confidence of 1e-6: each class as often, and neighbours (ids 1 and √C apart) as often
+    """Chi-squared tests at a confidence of 1e-6: each class as often, and neighbors (ids 1 and √C apart) as often
     together."""
     none, steps, rate = torch.empty(0, dtype=torch.int64), 1500, 0.3
     used = torch.zeros(steps, num_classes, dtype=torch.bool)
@@ -147,15 +147,15 @@ def test_sampled_gradient_is_that_of_the_sampled_classes_alone():
     head(x, y).backward()
     gradient, d_x, used = head.weight.grad.to_dense(), x.grad, head.sampled
     x.grad = None
-    centres = head.weight.detach()[used].requires_grad_()
-    fa.reference.margin_softmax_loss(x, centres, torch.searchsorted(used, y)).backward()
-    torch.testing.assert_close(gradient[used], centres.grad, rtol=1e-10, atol=1e-10)
+    centers = head.weight.detach()[used].requires_grad_()
+    fa.reference.margin_softmax_loss(x, centers, torch.searchsorted(used, y)).backward()
+    torch.testing.assert_close(gradient[used], centers.grad, rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(d_x, x.grad, rtol=1e-10, atol=1e-10)
     gradient[used] = 0
     assert not gradient.any()
 
 
-def test_centres_are_normal_and_a_function_of_seed_and_class_alone():
+def test_centers_are_normal_and_a_function_of_seed_and_class_alone():
     rows = torch.empty(2000, 65)
     keyed_random.fill_normal(rows, seed=4, first_id=0, std=0.01)
     assert stats.kstest(rows.flatten().double().numpy() / 0.01, "norm").pvalue > 1e-6
@@ -183,7 +183,7 @@ def test_shards_cover_the_classes_in_order(num_classes, world_size):
     ids = [shard.class_start + row for shard in shards for row in range(shard.num_local)]
     assert ids == list(range(num_classes))
     assert shards[0].counts() == [shard.num_local for shard in shards]
-    assert [shard.localise(torch.tensor([-1, num_classes - 1])).tolist() for shard in shards if shard.num_local] == [
+    assert [shard.localize(torch.tensor([-1, num_classes - 1])).tolist() for shard in shards if shard.num_local] == [
         [-1, shard.num_local - 1 if shard.class_start + shard.num_local == num_classes else -1]
         for shard in shards
         if shard.num_local

@@ -38,14 +38,14 @@ TARGET_COSINES = (1.0, 0.9, 0.31, 0.05, -0.07, -0.5, -0.83, -0.93, -0.995, -1.0)
 
 
 def rows_at(target_cosines: tuple[float, ...], dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
-    """Embeddings (N, 4) at these cosines to their centres, weight (5, 4), target (N,), of norms other than 1."""
+    """Embeddings (N, 4) at these cosines to their centers, weight (5, 4), target (N,), of norms other than 1."""
     w = torch.randn(5, 4, dtype=torch.float64)
     target = torch.arange(len(target_cosines)) % 5
-    towards = F.normalize(w)[target]
+    toward = F.normalize(w)[target]
     away = torch.randn(len(target), 4, dtype=torch.float64)
-    away = F.normalize(away - (away * towards).sum(1, keepdim=True) * towards)
+    away = F.normalize(away - (away * toward).sum(1, keepdim=True) * toward)
     cosine = torch.tensor(target_cosines, dtype=torch.float64)[:, None]
-    x = cosine * towards + (1 - cosine**2).sqrt() * away
+    x = cosine * toward + (1 - cosine**2).sqrt() * away
     return (x * torch.linspace(0.5, 3, len(x), dtype=torch.float64)[:, None]).to(dtype), w.to(dtype), target
 
 
@@ -88,7 +88,7 @@ def _random(x: Tensor, w: Tensor, y: Tensor) -> None:
 
 
 def _late(x: Tensor, w: Tensor, y: Tensor) -> None:
-    """Late in training: embeddings 10° to 40° from their centres, norms 5 to 25."""
+    """Late in training: embeddings 10° to 40° from their centers, norms 5 to 25."""
     noise = torch.linspace(0.2, 0.8, len(x), dtype=x.dtype)[:, None] * F.normalize(x)
     x.copy_((F.normalize(w)[y] + noise) * torch.linspace(5, 25, len(x), dtype=x.dtype)[:, None])
 
@@ -104,7 +104,7 @@ def _opposed(x: Tensor, w: Tensor, y: Tensor) -> None:
 
 
 def _orthogonal(x: Tensor, w: Tensor, y: Tensor) -> None:
-    """cos_y = 0, exactly: one half of the dimensions for the embeddings, the other for the centres."""
+    """cos_y = 0, exactly: one half of the dimensions for the embeddings, the other for the centers."""
     x[:, ::2] = 0
     w[:, 1::2] = 0
 
@@ -123,7 +123,7 @@ def _zero_rows(x: Tensor, w: Tensor, y: Tensor) -> None:
 
 
 def _tiny(x: Tensor, w: Tensor, y: Tensor) -> None:
-    """Norms below the ε of the normalisation, most of them far below; without the projection there."""
+    """Norms below the ε of the normalization, most of them far below; without the projection there."""
     for rows in (x, w):
         rows[::3] *= 1e-25
         rows[1::3] *= 0.6e-12 / rows[1::3].norm(dim=1, keepdim=True)
@@ -140,7 +140,7 @@ def _ignored(x: Tensor, w: Tensor, y: Tensor) -> None:
 
 
 def _duplicates(x: Tensor, w: Tensor, y: Tensor) -> None:
-    """One label for all rows: every other class is absent. Copies of a centre, and of an embedding."""
+    """One label for all rows: every other class is absent. Copies of a center, and of an embedding."""
     y.fill_(len(w) - 1)
     w[: len(w) // 2] = w[0].clone()
     x[: len(x) // 2] = x[:1].clone()

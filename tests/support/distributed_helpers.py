@@ -35,7 +35,7 @@ def _run_rank(rank: int, world_size: int, directory: str, function: Callable[...
 
 
 def run_ranks(world_size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
-    """``function(*args)`` on each of ``world_size`` ranks with an initialised default group; their results, in rank
+    """``function(*args)`` on each of ``world_size`` ranks with an initialized default group; their results, in rank
     order.
 
     ``function`` must be importable (a test module's top level). An exception on one rank is raised here.

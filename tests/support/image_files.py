@@ -25,8 +25,8 @@ MIXED = (
 def picture(identity: int, sample: int, mode: str = "L", size: tuple[int, int] = (32, 32)) -> Image.Image:
     """An identity's drawing of any mode and (width, height)."""
     ink = draw(torch.tensor([identity]), torch.tensor([sample]), style=Style(size=max(size)))[0, 0]
-    grey = Image.fromarray((ink.clamp(0, 1) * 255).byte().numpy()).resize(size)
-    return grey.convert("RGB").convert(mode) if mode != "L" else grey
+    gray = Image.fromarray((ink.clamp(0, 1) * 255).byte().numpy()).resize(size)
+    return gray.convert("RGB").convert(mode) if mode != "L" else gray
 
 
 def encoded(image: Image.Image, format: str = "png") -> bytes:

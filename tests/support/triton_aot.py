@@ -42,7 +42,7 @@ _OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
 
 @dataclass(frozen=True)
 class Launch:
-    """One kernel as Triton's launcher would specialise it."""
+    """One kernel as Triton's launcher would specialize it."""
 
     kernel: Any
     signature: tuple[tuple[str, str], ...]

@@ -38,7 +38,7 @@ def _case(*shape: int, dtypes: tuple[str, str], **options: object) -> Case:
 
 
 BF16 = ("bfloat16", "bfloat16")
-# Each runs kernels of its own: products in the library, in the kernel, with bf16 copies; a copy of the centres in bf16.
+# Each runs kernels of its own: products in the library, in the kernel, with bf16 copies; a copy of the centers in bf16.
 _CHUNKS = (("float32", "float32"), BF16, ("float16", "float16"), ("bfloat16", "float32"), ("float64", "float64"))
 _FLASH = (BF16, ("bfloat16", "float32"))
 _BOTH = (*(("chunks", dtypes) for dtypes in _CHUNKS), *(("flash", dtypes) for dtypes in _FLASH))
@@ -91,7 +91,7 @@ def loss(
 def rounding(case: Case) -> tuple[float, float, float]:
     """What 16-bit operands may cost a loss and the two gradients, beside what plain PyTorch in the same dtypes does.
 
-    Rows in 16 bits are scaled by powers of two, so their cosines are fp32's, unless centres are rounded to the
+    Rows in 16 bits are scaled by powers of two, so their cosines are fp32's, unless centers are rounded to the
     embeddings' dtype: by 2⁻⁹ (bf16) or 2⁻¹² (fp16), which a logit has times the scale, and so has each probability.
     The exponentials of the second products are rounded to bf16, 2⁻⁹ a term, and fp16 rows there as well.
     """
@@ -114,6 +114,6 @@ def force(setting: Setting, patch: pytest.MonkeyPatch) -> None:
 
     patch.setenv("FUSED_ARCFACE_TRITON_ALGORITHM", setting.algorithm)
     if setting.panels:
-        small = configs.PanelConfig(exponential_bytes=0, centre_bytes=0, max_rows=64)
+        small = configs.PanelConfig(exponential_bytes=0, center_bytes=0, max_rows=64)
         patch.setattr(chunks, "CHUNKS", small)
         patch.setattr(flash, "FLASH_PANEL", small)

@@ -14,7 +14,7 @@ import fused_arcface as fa
 from fused_arcface import backends, partial_fc
 from fused_arcface.backends import plain_torch, triton
 from fused_arcface.engine import ops
-from fused_arcface.engine.ops import CentreStep
+from fused_arcface.engine.ops import CenterStep
 
 if os.environ.get("TRITON_INTERPRET") != "1":  # the search for doctests imports this file too
     pytest.skip("run by test_triton.py in a process with TRITON_INTERPRET=1", allow_module_level=True)
@@ -34,13 +34,13 @@ def _triton_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
-def _step(weight: Tensor, momentum_dtype: torch.dtype | None, classes: Tensor | None, active: bool) -> CentreStep:
+def _step(weight: Tensor, momentum_dtype: torch.dtype | None, classes: Tensor | None, active: bool) -> CenterStep:
     C, D = weight.shape
     buffer = units = None
     if momentum_dtype is not None:
         buffer = torch.randint(-127, 128, (C, D)).to(momentum_dtype)
         units = torch.rand(C, -(-D // 64)) * 1e-3 if momentum_dtype == INT8 else None
-    return CentreStep(
+    return CenterStep(
         classes,
         buffer,
         units,
@@ -54,14 +54,14 @@ def _step(weight: Tensor, momentum_dtype: torch.dtype | None, classes: Tensor | 
 
 
 def _updated(
-    backend: object, arguments: tuple[Tensor, ...], coefficients: tuple[Tensor, ...], step: CentreStep
+    backend: object, arguments: tuple[Tensor, ...], coefficients: tuple[Tensor, ...], step: CenterStep
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Centres, momentum and its units after one step, all in memory of their own."""
+    """Centers, momentum and its units after one step, all in memory of their own."""
     x, weight, target = arguments
     weight = weight.clone(memory_format=torch.preserve_format)
     buffer, units = (None if each is None else each.clone() for each in (step.momentum_buffer, step.momentum_scale))
     step = step._replace(momentum_buffer=buffer, momentum_scale=units)
-    backend.update_centres(x, weight, target, 20.0, *coefficients, step)  # type: ignore[attr-defined]
+    backend.update_centers(x, weight, target, 20.0, *coefficients, step)  # type: ignore[attr-defined]
     return weight, buffer, units
 
 
@@ -100,7 +100,7 @@ def test_step_of_the_same_gradient_is_the_same_to_the_bit(
 def test_step_equals_the_reference(
     algorithm: str, dtype: torch.dtype, tolerance: float, chosen: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Centres in fp32 under embeddings of each algorithm's dtype, whose rounding the tolerance allows for."""
+    """Centers in fp32 under embeddings of each algorithm's dtype, whose rounding the tolerance allows for."""
     monkeypatch.setenv("FUSED_ARCFACE_TRITON_ALGORITHM", algorithm)
     x, weight = torch.randn(5, 40).to(dtype), torch.randn(11, 40).to(torch.promote_types(dtype, FP32))
     weight = torch.cat([weight, weight], 1)[:, :40]  # rows with a gap between them
@@ -129,7 +129,7 @@ HEADS = {
 
 @pytest.mark.parametrize("name", HEADS)
 def test_partial_fc_trains_as_the_reference_does(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Step by step from the same centres, with an ignored and an invalid label, statistics, N = 1 and N = 0."""
+    """Step by step from the same centers, with an ignored and an invalid label, statistics, N = 1 and N = 0."""
     monkeypatch.setattr(ops, "check_target_range", lambda *_: None)  # on a GPU nobody waits for it
     monkeypatch.setattr(partial_fc, "_is_waited_for", lambda _: True)
     for D, rows in ((70, 9), (1, 3), (513, 1), (7, 0)):
@@ -150,7 +150,7 @@ def test_partial_fc_trains_as_the_reference_does(name: str, monkeypatch: pytest.
                     + ([] if gradient is None else [gradient.to_dense()])
                 )
                 head.weight.grad = None
-            # In one dimension the centres' projected gradient is nothing but rounding.
+            # In one dimension the centers' projected gradient is nothing but rounding.
             compared = 6 if D == 1 else None
             for mine, theirs in zip(*(result[:compared] for result in results), strict=True):
                 size = 1 if mine.numel() == 0 else max(1.0, theirs.double().nan_to_num(0, 0, 0).abs().max().item())

@@ -57,7 +57,7 @@ def fuses_margin(name: str) -> bool:
 
 
 def has_negatives(name: str) -> bool:
-    """Whether the backend takes :class:`fused_arcface.engine.ops.Negatives`: sub-centres and modulated negatives."""
+    """Whether the backend takes :class:`fused_arcface.engine.ops.Negatives`: sub-centers and modulated negatives."""
     return name in ("reference", "cpu")
 
 

@@ -7,7 +7,7 @@ import os
 import torch
 from torch import Tensor
 
-from ..engine.ops import PLAIN, CentreStep, Negatives, compute_dtype
+from ..engine.ops import PLAIN, CenterStep, Negatives, compute_dtype
 from . import native
 
 # O(N·D) and less: PyTorch does these as well as a kernel would.
@@ -51,7 +51,7 @@ def _run_class_stats(
     shift: Tensor | None,
     maximum: Tensor,
     total: Tensor | None,
-    centre_sum: Tensor | None,
+    center_sum: Tensor | None,
     negatives: Negatives,
 ) -> None:
     # Bound to names: a temporary's memory would be gone before the kernel reads it.
@@ -68,7 +68,7 @@ def _run_class_stats(
         native.address(shift),
         maximum.data_ptr(),
         native.address(total),
-        native.address(centre_sum),
+        native.address(center_sum),
         torch.get_num_threads(),
         _native_negatives(negatives, threshold),
     )
@@ -87,16 +87,16 @@ def class_stats(
     target: Tensor,
     scale: float,
     shift: Tensor | None,
-    with_centre_sum: bool,
+    with_center_sum: bool,
     negatives: Negatives = PLAIN,
 ) -> tuple[Tensor, Tensor, Tensor]:
     dtype = compute_dtype(embeddings, weight)
     total, maximum = torch.empty(embeddings.shape[0], dtype=dtype), torch.empty(embeddings.shape[0], dtype=dtype)
-    centre_sum = torch.empty(embeddings.shape if with_centre_sum else 0, dtype=dtype)
+    center_sum = torch.empty(embeddings.shape if with_center_sum else 0, dtype=dtype)
     if embeddings.shape[0] > 0:
-        wanted = centre_sum if with_centre_sum else None
+        wanted = center_sum if with_center_sum else None
         _run_class_stats(embeddings, weight, target, scale, shift, maximum, total, wanted, negatives)
-    return total, maximum, centre_sum
+    return total, maximum, center_sum
 
 
 def weight_grad(
@@ -132,7 +132,7 @@ def weight_grad(
     return d_weight
 
 
-def update_centres(
+def update_centers(
     embeddings: Tensor,
     weight: Tensor,
     target: Tensor,
@@ -140,7 +140,7 @@ def update_centres(
     lse: Tensor,
     negative_coefficient: Tensor,
     target_coefficient: Tensor,
-    step: CentreStep,
+    step: CenterStep,
     negatives: Negatives = PLAIN,
 ) -> None:
     if not step.active:
@@ -148,7 +148,7 @@ def update_centres(
     target, lse = target.contiguous(), lse.contiguous()
     negative_coefficient, target_coefficient = negative_coefficient.contiguous(), target_coefficient.contiguous()
     threshold = _thresholds(negatives, negative_coefficient.dtype)
-    native.module.update_centres(
+    native.module.update_centers(
         isa(),
         negative_coefficient.dtype == torch.float64,
         native.matrix(embeddings),
@@ -158,7 +158,7 @@ def update_centres(
         lse.data_ptr(),
         negative_coefficient.data_ptr(),
         target_coefficient.data_ptr(),
-        native.centre_step(step, weight),
+        native.center_step(step, weight),
         torch.get_num_threads(),
         _native_negatives(negatives, threshold),
     )

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..engine.ops import CentreStep
+from ..engine.ops import CenterStep
 from . import native, nvidia
 
 _kernels: Any = None if native.unavailable() else getattr(native.module, "cuda", None)
@@ -27,14 +27,14 @@ class ChunkConfig:
 
     exponential_bytes: int
     """Of the (N, classes) exponentials between the two products."""
-    centre_bytes: int
-    """Of the packed centres."""
+    center_bytes: int
+    """Of the packed centers."""
 
 
-# 24 MiB of exponentials, written once and read once, and 8 MiB of centres stay in the smallest L2 that matters, A100's
+# 24 MiB of exponentials, written once and read once, and 8 MiB of centers stay in the smallest L2 that matters, A100's
 # 40 MB. At D = 512 in bf16 that is 8192 classes: 512 tiles of 128 x 128 at N = 1024, two full waves on 108
 # multiprocessors of two blocks each, and 8.6 GFLOP a product, a dozen launches' worth of time.
-CHUNKS = ChunkConfig(exponential_bytes=24 << 20, centre_bytes=8 << 20)
+CHUNKS = ChunkConfig(exponential_bytes=24 << 20, center_bytes=8 << 20)
 
 
 def unavailable() -> str | None:
@@ -80,7 +80,7 @@ def _run_pass(run: _Run, device: torch.device) -> None:
     """A pass over the classes in a workspace of torch's: first it says how much it needs, then it has it."""
     probe = torch.empty(0, device=device)
     stream, multiprocessors = _device(probe)
-    options = (CHUNKS.exponential_bytes, CHUNKS.centre_bytes, multiprocessors)
+    options = (CHUNKS.exponential_bytes, CHUNKS.center_bytes, multiprocessors)
     workspace = torch.empty(run(options, 0, stream), dtype=torch.uint8, device=device)
     run(options, workspace.data_ptr(), stream)
 
@@ -93,7 +93,7 @@ def _class_stats(
     shift: Tensor | None,
     maximum: Tensor,
     total: Tensor | None,
-    centre_sum: Tensor | None,
+    center_sum: Tensor | None,
     class_count: Tensor | None,
 ) -> None:
     # Bound to names: a temporary's memory would be another's before the kernel reads it.
@@ -111,7 +111,7 @@ def _class_stats(
             native.address(shift),
             maximum.data_ptr(),
             native.address(total),
-            native.address(centre_sum),
+            native.address(center_sum),
             native.address(class_count),
             options,
             workspace,
@@ -138,16 +138,16 @@ def class_stats(
     target: Tensor,
     scale: float,
     shift: Tensor | None,
-    with_centre_sum: bool,
+    with_center_sum: bool,
     class_count: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     total, maximum = _empty_rows(embeddings), _empty_rows(embeddings)
-    shape = embeddings.shape if with_centre_sum else (0,)
-    centre_sum = torch.empty(shape, dtype=torch.float32, device=embeddings.device)
+    shape = embeddings.shape if with_center_sum else (0,)
+    center_sum = torch.empty(shape, dtype=torch.float32, device=embeddings.device)
     if embeddings.shape[0] > 0:
-        wanted_sum = centre_sum if with_centre_sum else None
+        wanted_sum = center_sum if with_center_sum else None
         _class_stats(embeddings, weight, target, scale, shift, maximum, total, wanted_sum, class_count)
-    return total, maximum, centre_sum
+    return total, maximum, center_sum
 
 
 def weight_grad(
@@ -186,7 +186,7 @@ def weight_grad(
     return d_weight
 
 
-def update_centres(
+def update_centers(
     embeddings: Tensor,
     weight: Tensor,
     target: Tensor,
@@ -194,15 +194,15 @@ def update_centres(
     lse: Tensor,
     negative_coefficient: Tensor,
     target_coefficient: Tensor,
-    step: CentreStep,
+    step: CenterStep,
 ) -> None:
     precision = _precision(embeddings, weight)
     target, lse = target.contiguous(), lse.contiguous()
     negative_coefficient, target_coefficient = negative_coefficient.contiguous(), target_coefficient.contiguous()
-    native_step = native.centre_step(step, weight)
+    native_step = native.center_step(step, weight)
 
     def run(options: tuple[int, int, int], workspace: int, stream: tuple[int, int]) -> int:
-        return _kernels.update_centres(
+        return _kernels.update_centers(
             precision,
             native.matrix(embeddings),
             native.matrix(weight),
@@ -231,19 +231,19 @@ def target_cosine(embeddings: Tensor, weight: Tensor, target: Tensor) -> Tensor:
 
 
 def unit_embedding_grad(
-    weight: Tensor, target: Tensor, mean_centre: Tensor, negative_coefficient: Tensor, target_coefficient: Tensor
+    weight: Tensor, target: Tensor, mean_center: Tensor, negative_coefficient: Tensor, target_coefficient: Tensor
 ) -> Tensor:
-    target, mean_centre = target.contiguous(), mean_centre.contiguous()
+    target, mean_center = target.contiguous(), mean_center.contiguous()
     negative_coefficient, target_coefficient = negative_coefficient.contiguous(), target_coefficient.contiguous()
-    d_unit = torch.empty_like(mean_centre)
+    d_unit = torch.empty_like(mean_center)
     stream, _ = _device(weight)
     _kernels.unit_embedding_grad(
         native.matrix(weight),
         target.data_ptr(),
-        mean_centre.data_ptr(),
+        mean_center.data_ptr(),
         negative_coefficient.data_ptr(),
         target_coefficient.data_ptr(),
-        mean_centre.shape[0],
+        mean_center.shape[0],
         d_unit.data_ptr(),
         stream,
     )

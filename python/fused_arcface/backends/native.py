@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..engine.ops import CentreStep
+from ..engine.ops import CenterStep
 
 _import_error = None
 try:
@@ -42,8 +42,8 @@ def matrix(tensor: Tensor) -> tuple[int, int, int, int, int, int]:
     return (tensor.data_ptr(), code, *tensor.shape, *tensor.stride())
 
 
-def centre_step(step: CentreStep, weight: Tensor) -> tuple[int, int, int, int, int, float, float, float, int, int]:
-    """A step on the rows of weight (C, D), as ``CentreStepTuple``."""
+def center_step(step: CenterStep, weight: Tensor) -> tuple[int, int, int, int, int, float, float, float, int, int]:
+    """A step on the rows of weight (C, D), as ``CenterStepTuple``."""
     buffer, classes = step.momentum_buffer, step.classes
     types = {
         torch.float64: module.MOMENTUM_FLOAT64,

@@ -1,4 +1,4 @@
-"""The stages in plain PyTorch, logits materialised: any device, and the definition of what a backend computes.
+"""The stages in plain PyTorch, logits materialized: any device, and the definition of what a backend computes.
 
 Shapes, in every backend: embeddings (N, D), weight (C, D), target (N,) int64, an index into this weight, or negative
 where the row's target is not here (``ops.IGNORED``, ``ops.INVALID``). Results have the compute dtype: the promoted one
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..base.keyed_random import rounding_bits
 from ..base.normalize import stored_gradient, unit_gradient, unit_rows, without_autocast
-from ..engine.ops import IGNORED, INVALID, MOMENTUM_BLOCK, PLAIN, CentreStep, Negatives, compute_dtype
+from ..engine.ops import IGNORED, INVALID, MOMENTUM_BLOCK, PLAIN, CenterStep, Negatives, compute_dtype
 from ..margins.angular import CombinedMargin
 
 _P = ParamSpec("_P")
@@ -42,7 +42,7 @@ def _in_full_precision(stage: Callable[_P, _R]) -> Callable[_P, _R]:
 
 
 def _cosines(embeddings: Tensor, weight: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Unit embeddings (N, D), unit centres (C, D), their cosines (N, C) and where those are a row's target (N, C)."""
+    """Unit embeddings (N, D), unit centers (C, D), their cosines (N, C) and where those are a row's target (N, C)."""
     dtype = compute_dtype(embeddings, weight)
     unit_x, unit_w = unit_rows(embeddings.to(dtype)), unit_rows(weight.to(dtype))
     is_target = target[:, None] == torch.arange(weight.shape[0], device=target.device)
@@ -54,7 +54,7 @@ def _values(
 ) -> tuple[Tensor, Tensor | float]:
     """What each row of weight counts for among the negatives, (N, C), and its derivative by the cosine.
 
-    The value is -inf for the target's class, for sub-centres that are not their class's nearest, and for padding.
+    The value is -inf for the target's class, for sub-centers that are not their class's nearest, and for padding.
     """
     sub_centers, threshold, coefficients = negatives
     own = torch.where(target < 0, target, target // sub_centers)
@@ -94,11 +94,11 @@ def class_stats(
     target: Tensor,
     scale: float,
     shift: Tensor | None,
-    with_centre_sum: bool,
+    with_center_sum: bool,
     class_count: Tensor | None = None,
     negatives: Negatives = PLAIN,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Statistics of each row's negatives: sum and maximum, and the sum of the class centres weighted alike.
+    """Statistics of each row's negatives: sum and maximum, and the sum of the class centers weighted alike.
 
     With ``e_ij = exp(scale·cos_ij - shift_i)`` for ``j != target_i`` (shift ``(N,)`` fp64, none is zero), else 0:
     ``Σ_j e_ij`` (N,), ``max_j cos_ij`` (N,), ``Σ_j e_ij ŵ_j`` (N, D), the last empty unless asked for. ``class_count``
@@ -109,8 +109,8 @@ def class_stats(
     value, slope = _values(cosine, target, negatives, class_count)
     logits = scale * value.double() - (0 if shift is None else shift[:, None])
     exponentials = logits.exp().to(cosine.dtype)
-    centre_sum = (exponentials * slope) @ unit_w if with_centre_sum else exponentials.new_empty(0)
-    return exponentials.sum(1), cosine.masked_fill(value == -torch.inf, -torch.inf).amax(1), centre_sum
+    center_sum = (exponentials * slope) @ unit_w if with_center_sum else exponentials.new_empty(0)
+    return exponentials.sum(1), cosine.masked_fill(value == -torch.inf, -torch.inf).amax(1), center_sum
 
 
 @_in_full_precision
@@ -124,7 +124,7 @@ def weight_grad(
     target_coefficient: Tensor,
     negatives: Negatives = PLAIN,
 ) -> Tensor:
-    """(C, D) gradient by the class centres, in weight's dtype, from each row's coefficients (N,) and lse (N,) fp64.
+    """(C, D) gradient by the class centers, in weight's dtype, from each row's coefficients (N,) and lse (N,) fp64.
 
     The derivative by ``cos_ij`` is ``negative_coefficient_i·exp(scale·cos_ij - lse_i)``, the target's
     ``target_coefficient_i``; for f and its derivative see :func:`class_stats`.
@@ -154,7 +154,7 @@ def _exact_weight_grad(
 
 
 @_in_full_precision
-def update_centres(
+def update_centers(
     embeddings: Tensor,
     weight: Tensor,
     target: Tensor,
@@ -162,10 +162,10 @@ def update_centres(
     lse: Tensor,
     negative_coefficient: Tensor,
     target_coefficient: Tensor,
-    step: CentreStep,
+    step: CenterStep,
     negatives: Negatives = PLAIN,
 ) -> None:
-    """One step on the class centres in place of :func:`weight_grad`, whose other arguments these are."""
+    """One step on the class centers in place of :func:`weight_grad`, whose other arguments these are."""
     num_classes, dim = weight.shape
     classes = torch.arange(num_classes, device=weight.device) if step.classes is None else step.classes
     # Padding repeats the step of the first row: the same numbers are written once more, and no value decides a shape.
@@ -177,11 +177,11 @@ def update_centres(
     def write(tensor: Tensor, values: Tensor) -> None:
         tensor[rows] = torch.where(active, values, tensor[rows])
 
-    centres = weight[rows]
+    centers = weight[rows]
     gradient = _exact_weight_grad(
-        embeddings, centres, target, scale, lse, negative_coefficient, target_coefficient, negatives
+        embeddings, centers, target, scale, lse, negative_coefficient, target_coefficient, negatives
     )
-    value = centres.to(gradient.dtype)
+    value = centers.to(gradient.dtype)
     velocity = gradient[entry] + step.weight_decay * value
     bits = rounding_bits(step.rounding_key, rows + step.class_start, dim)
     if step.momentum_buffer is not None:
@@ -193,7 +193,7 @@ def update_centres(
         if scales is None:
             write(buffer, _round_stochastically(velocity, buffer.dtype, bits >> 16))
         else:
-            integers, units = _quantise(velocity, bits >> 16)
+            integers, units = _quantize(velocity, bits >> 16)
             write(buffer, integers)
             write(scales, units)
     write(weight, _round_stochastically(value - step.lr * velocity, weight.dtype, bits & 0xFFFF))
@@ -208,7 +208,7 @@ def _round_stochastically(values: Tensor, dtype: torch.dtype, bits: Tensor) -> T
     return ((words + torch.where(values.isfinite(), bits.int(), 0)) & -65536).view(torch.float32).to(dtype)
 
 
-def _quantise(values: Tensor, bits: Tensor) -> tuple[Tensor, Tensor]:
+def _quantize(values: Tensor, bits: Tensor) -> tuple[Tensor, Tensor]:
     """int8 (R, D) and the units (R, ceil(D / 64)) fp32 of each 64 columns: the largest magnitude over 127; rounded by
     ``bits``."""
     dim = values.shape[1]
@@ -221,7 +221,7 @@ def _quantise(values: Tensor, bits: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _unit_targets(weight: Tensor, target: Tensor, dtype: torch.dtype) -> Tensor:
-    """The unit centres of the rows' targets, (N, D); zeros where the target is not here."""
+    """The unit centers of the rows' targets, (N, D); zeros where the target is not here."""
     if weight.shape[0] == 0:
         return weight.new_zeros(target.shape[0], weight.shape[1], dtype=dtype)
     unit_w = unit_rows(weight.index_select(0, target.clamp(min=0)).to(dtype))
@@ -229,23 +229,23 @@ def _unit_targets(weight: Tensor, target: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def target_cosine(embeddings: Tensor, weight: Tensor, target: Tensor) -> Tensor:
-    """(N,) cosine of each row with its target's centre; 0 where target is ``IGNORED``, NaN where it is ``INVALID``."""
+    """(N,) cosine of each row with its target's center; 0 where target is ``IGNORED``, NaN where it is ``INVALID``."""
     dtype = compute_dtype(embeddings, weight)
     cosine = (unit_rows(embeddings.to(dtype)) * _unit_targets(weight, target, dtype)).sum(1).clamp(-1, 1)
     return cosine.masked_fill(target == IGNORED, 0).masked_fill(target == INVALID, torch.nan)
 
 
 def unit_embedding_grad(
-    weight: Tensor, target: Tensor, mean_centre: Tensor, negative_coefficient: Tensor, target_coefficient: Tensor
+    weight: Tensor, target: Tensor, mean_center: Tensor, negative_coefficient: Tensor, target_coefficient: Tensor
 ) -> Tensor:
-    """(N, D) gradient by the unit embeddings, as far as these classes make it, in mean_centre's dtype.
+    """(N, D) gradient by the unit embeddings, as far as these classes make it, in mean_center's dtype.
 
-    mean_centre (N, D) is the softmax-weighted mean of the unit centres over the row's negatives; the coefficients
+    mean_center (N, D) is the softmax-weighted mean of the unit centers over the row's negatives; the coefficients
     (N,) are those of :func:`weight_grad`.
     """
-    unit_w = _unit_targets(weight, target, mean_centre.dtype)
+    unit_w = _unit_targets(weight, target, mean_center.dtype)
     of_target = target_coefficient.masked_fill(target < 0, 0)[:, None] * unit_w
-    return negative_coefficient[:, None] * mean_centre + of_target
+    return negative_coefficient[:, None] * mean_center + of_target
 
 
 def embedding_grad(d_unit: Tensor, embeddings: Tensor) -> Tensor:

@@ -36,7 +36,7 @@ def _check_tensor(name: str, tensor: object, dtypes: tuple[torch.dtype, ...]) ->
 
 
 def check_embeddings(embeddings: object, weight: Tensor) -> None:
-    """Embeddings ``(N, D)`` against class centres ``(C, D)``; the message calls the centres by the rule they set."""
+    """Embeddings ``(N, D)`` against class centers ``(C, D)``; the message calls the centers by the rule they set."""
     _check_tensor("embeddings", embeddings, FLOAT_DTYPES)
     assert isinstance(embeddings, Tensor)
     if embeddings.dim() != 2 or embeddings.shape[1] != weight.shape[1]:
@@ -114,7 +114,7 @@ def check_label_smoothing(label_smoothing: object, margin: object, sub_centers: 
     if label_smoothing > 0 and (sub_centers > 1 or hasattr(margin, "modulate")):
         what = f"sub_centers={sub_centers}" if sub_centers > 1 else type(margin).__name__
         raise ValueError(
-            f"label_smoothing must be 0 with {what}: a row's logits are then no linear function of the class centres, "
+            f"label_smoothing must be 0 with {what}: a row's logits are then no linear function of the class centers, "
             f"whose sum it is made of; got {label_smoothing}"
         )
 

@@ -24,7 +24,7 @@ _MIX1, _MIX2 = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 _CPU_CHUNK, _GPU_CHUNK = 1 << 14, 1 << 24
 
 # First number folded into a seed: what the numbers are for.
-CENTRES, SAMPLE, ROUNDING, BATCH, NET, MARGINS = 1, 2, 3, 4, 5, 6
+CENTERS, SAMPLE, ROUNDING, BATCH, NET, MARGINS = 1, 2, 3, 4, 5, 6
 
 
 def _signed(word: int) -> int:
@@ -79,7 +79,7 @@ def normal_rows(key: int | Tensor, ids: Tensor, dim: int) -> Tensor:
 def fill_normal(rows: Tensor, seed: int, first_id: int, std: float) -> None:
     """Fills rows (R, D) of any float dtype with N(0, std²), row r a function of ``(seed, first_id + r)`` and D
     alone."""
-    key = fold(seed, CENTRES)
+    key = fold(seed, CENTERS)
     for start, part in chunks(rows):
         ids = torch.arange(first_id + start, first_id + start + len(part), device=rows.device)
         part.copy_(normal_rows(key, ids, rows.shape[1]).mul_(std))
@@ -101,7 +101,7 @@ def rounding_key(seed: int, step: int) -> int:
 def rounding_bits(key: int, ids: Tensor, dim: int) -> Tensor:
     """(R, dim) int64 in [0, 2^32): random bits for stochastic rounding, a function of key, class id (R,) and column.
 
-    32-bit arithmetic from a 64-bit key per row, so that a vector unit makes them: the finaliser is lowbias32 (C.
+    32-bit arithmetic from a 64-bit key per row, so that a vector unit makes them: the finalizer is lowbias32 (C.
     Wellons).
     """
     keys = fold_each(key, ids)[:, None]

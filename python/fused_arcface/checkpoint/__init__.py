@@ -41,7 +41,7 @@ __all__ = [
     "load",
     "load_state",
     "save",
-    "save_centres",
+    "save_centers",
 ]
 
 _HEAD = "head"
@@ -112,7 +112,7 @@ def save(root: str | os.PathLike[str], head: PartialFC, *, keep: int = 2, **othe
     return write(Path(root), tensors, lambda: _to_json(values), _options(head), head.step, head.ranks, keep)
 
 
-def save_centres(
+def save_centers(
     root: str | os.PathLike[str], tensors: dict[str, RowShard], values: dict[str, Any], options: dict[str, Any]
 ) -> Path:
     """Save a head that is not there, by this process alone; see :mod:`fused_arcface.checkpoint.convert`."""

@@ -1,4 +1,4 @@
-"""Class centres between kinds of files: this package's checkpoints, one safetensors file of all of them, the shards
+"""Class centers between kinds of files: this package's checkpoints, one safetensors file of all of them, the shards
 that insightface saves, and pytorch-metric-learning's. Sets of identities can be joined and grown on the way.
 
 Tensors pass in pieces, the shards as they were saved: no more than one of them is in memory at a time (all that is
@@ -52,8 +52,8 @@ class Rows:
 
 
 @dataclass
-class Centres:
-    """Class centres and, from a checkpoint, what else belongs to them."""
+class Centers:
+    """Class centers and, from a checkpoint, what else belongs to them."""
 
     tensors: dict[str, Rows]
     """``weight`` (C_total·sub_centers, D), the centers of a class one after another, and, of a fused optimizer,
@@ -73,7 +73,7 @@ class Centres:
         return self.tensors["weight"].shape[0] // self.sub_centers
 
 
-def read(path: str | os.PathLike[str], sub_centers: int | None = None) -> Centres:
+def read(path: str | os.PathLike[str], sub_centers: int | None = None) -> Centers:
     """Return the class centers of a training run, a checkpoint (or a root of some), a directory of insightface's
     shards, a safetensors file with ``weight`` (C, D), or a ``.pt`` file, see :func:`fused_arcface.base.torch_files.centers`.
 
@@ -104,7 +104,7 @@ def read(path: str | os.PathLike[str], sub_centers: int | None = None) -> Centre
     return found
 
 
-def _read_directory(path: Path) -> Centres:
+def _read_directory(path: Path) -> Centers:
     kinds = {
         kind: {int(match[1]): file for file in path.iterdir() if (match := pattern.fullmatch(file.name))}
         for kind, pattern in _INSIGHTFACE.items()
@@ -118,15 +118,15 @@ def _read_directory(path: Path) -> Centres:
     return _read_checkpoint(run if run.is_dir() else path)
 
 
-def _read_file(path: Path) -> Centres:
+def _read_file(path: Path) -> Centers:
     torch_files.check_no_pointer(path)
     if path.suffix.lower() == ".safetensors":
         return _read_safetensors(path)
     weight, momentum = torch_files.centers(path)
-    return Centres({"weight": _whole(weight)}, notes=_left_out(path) if momentum else [])
+    return Centers({"weight": _whole(weight)}, notes=_left_out(path) if momentum else [])
 
 
-def _read_checkpoint(path: Path) -> Centres:
+def _read_checkpoint(path: Path) -> Centers:
     saved = checkpoint.find(path)
     head = checkpoint.head_values(saved)
     tensors = {}
@@ -138,7 +138,7 @@ def _read_checkpoint(path: Path) -> Centres:
     values = {"seed": saved.head["seed"], "step": head["step"], "sub_centers": saved.head.get("sub_centers", 1)}
     if "optimizer" in head:
         values["optimizer"] = head["optimizer"]
-    return Centres(tensors, values)
+    return Centers(tensors, values)
 
 
 def _checkpoint_pieces(saved: checkpoint.Saved, key: str, stored: Any) -> Callable[[], Iterator[Tensor]]:
@@ -151,7 +151,7 @@ def _checkpoint_pieces(saved: checkpoint.Saved, key: str, stored: Any) -> Callab
     return pieces
 
 
-def _read_insightface(path: Path, shards: dict[int, Path]) -> Centres:
+def _read_insightface(path: Path, shards: dict[int, Path]) -> Centers:
     if sorted(shards) != list(range(len(shards))):
         raise ConvertError(f"{path} must have the shards of ranks 0 to {max(shards)}; got those of {sorted(shards)}")
     found = [torch_files.centers(shards[rank]) for rank in range(len(shards))]
@@ -162,14 +162,14 @@ def _read_insightface(path: Path, shards: dict[int, Path]) -> Centres:
         shapes = [tuple(weight.shape) for weight in weights]
         raise ConvertError(f"{path}: the shards must split the classes evenly, the first ones one more; got {shapes}")
     rows = Rows(weights[0].dtype, (num_classes, dim), lambda: iter(weights))
-    return Centres({"weight": rows}, notes=_left_out(path) if any(momentum for _, momentum in found) else [])
+    return Centers({"weight": rows}, notes=_left_out(path) if any(momentum for _, momentum in found) else [])
 
 
 def _left_out(path: Path) -> list[str]:
     return [f"{path}: the momentum of its class centers is left out; training begins with none"]
 
 
-def _read_safetensors(path: Path) -> Centres:
+def _read_safetensors(path: Path) -> Centers:
     try:
         tensors, metadata = safetensors.read(path)
     except DataError as error:
@@ -179,7 +179,7 @@ def _read_safetensors(path: Path) -> Centres:
     with file_errors(path):
         values = json.loads(metadata.get("fused_arcface", "{}"))
     _check_stored(path, tensors, values)
-    return Centres({name: _whole(tensor) for name, tensor in tensors.items()}, values)
+    return Centers({name: _whole(tensor) for name, tensor in tensors.items()}, values)
 
 
 def _check_stored(path: Path, tensors: dict[str, Tensor], values: Any) -> None:
@@ -209,7 +209,7 @@ def _whole(tensor: Tensor) -> Rows:
     return Rows(tensor.dtype, tuple(tensor.shape), lambda: iter([tensor]))
 
 
-def merge(sources: Sequence[Centres]) -> Centres:
+def merge(sources: Sequence[Centers]) -> Centers:
     """All classes of all sources, each source's ids after those of the one before; only the tensors that all have.
 
     Raises:
@@ -233,15 +233,15 @@ def merge(sources: Sequence[Centres]) -> Centres:
     notes = [note for source in sources for note in source.notes]
     if any(name not in tensors for source in sources for name in source.tensors):
         notes.append("the momentum of the class centers is left out: not all sources have it in the same dtype")
-    return Centres(tensors, dict(sources[0].values), notes)
+    return Centers(tensors, dict(sources[0].values), notes)
 
 
 def _chain(parts: Sequence[Rows]) -> Callable[[], Iterator[Tensor]]:
     return lambda: (piece for part in parts for piece in part.pieces())
 
 
-def grow(source: Centres, num_classes: int, seed: int) -> Centres:
-    """``source`` with new classes after its own, up to ``num_classes``: centres as a new head's, keyed by seed and
+def grow(source: Centers, num_classes: int, seed: int) -> Centers:
+    """``source`` with new classes after its own, up to ``num_classes``: centers as a new head's, keyed by seed and
     class id, without momentum. The kept rows are unchanged.
 
     Raises:
@@ -267,10 +267,10 @@ def grow(source: Centres, num_classes: int, seed: int) -> Centres:
     for name, rows in source.tensors.items():
         added = Rows(rows.dtype, (last - first, *rows.shape[1:]), new_rows(name, rows))
         tensors[name] = Rows(rows.dtype, (last, *rows.shape[1:]), _chain([rows, added]))
-    return Centres(tensors, dict(source.values), source.notes)
+    return Centers(tensors, dict(source.values), source.notes)
 
 
-def write(centres: Centres, path: str | os.PathLike[str]) -> Path:
+def write(centers: Centers, path: str | os.PathLike[str]) -> Path:
     """One safetensors file, for a path that ends so; else a checkpoint in the root ``path``. Either appears when it is
     whole.
 
@@ -282,26 +282,26 @@ def write(centres: Centres, path: str | os.PathLike[str]) -> Path:
     """
     path = Path(path)
     one_file = _is_one_file(path)
-    seed = _checked_seed(centres.values.get("seed", 0))
+    seed = _checked_seed(centers.values.get("seed", 0))
     path.parent.mkdir(parents=True, exist_ok=True)
     if one_file:
-        layout = {name: (rows.dtype, rows.shape) for name, rows in centres.tensors.items()}
-        metadata = {"format": "pt", "fused_arcface": json.dumps(centres.values)}
+        layout = {name: (rows.dtype, rows.shape) for name, rows in centers.tensors.items()}
+        metadata = {"format": "pt", "fused_arcface": json.dumps(centers.values)}
         with safetensors.Writer(path, layout, metadata) as writer:
-            for name, rows in centres.tensors.items():
+            for name, rows in centers.tensors.items():
                 writer.write(name, rows.pieces())
         return path
     options = {
-        "num_classes": centres.num_classes,
-        "embedding_dim": centres.tensors["weight"].shape[1],
+        "num_classes": centers.num_classes,
+        "embedding_dim": centers.tensors["weight"].shape[1],
         "seed": seed,
-        **({"sub_centers": centres.sub_centers} if centres.sub_centers > 1 else {}),
+        **({"sub_centers": centers.sub_centers} if centers.sub_centers > 1 else {}),
     }
     shards = {}
-    for name, rows in centres.tensors.items():
+    for name, rows in centers.tensors.items():
         shards[name] = checkpoint.RowShard.of_pieces([piece.to(rows.dtype).contiguous() for piece in rows.pieces()])
-    values = {name: value for name, value in centres.values.items() if name not in ("seed", "sub_centers")}
-    return checkpoint.save_centres(path, shards, {"step": 0, **values}, options)
+    values = {name: value for name, value in centers.values.items() if name not in ("seed", "sub_centers")}
+    return checkpoint.save_centers(path, shards, {"step": 0, **values}, options)
 
 
 def _is_one_file(path: Path) -> bool:
@@ -359,13 +359,13 @@ def convert(
     _is_one_file(Path(destination))
     if seed is not None:
         _checked_seed(seed)
-    centres = merge([read(source, sub_centers) for source in sources])
-    if seed is not None or "seed" not in centres.values:
-        centres.values["seed"] = seed or 0
-    centres.values["seed"] = _checked_seed(centres.values["seed"])
+    centers = merge([read(source, sub_centers) for source in sources])
+    if seed is not None or "seed" not in centers.values:
+        centers.values["seed"] = seed or 0
+    centers.values["seed"] = _checked_seed(centers.values["seed"])
     if noted is not None:
-        for note in centres.notes:
+        for note in centers.notes:
             noted(note)
     if num_classes is not None:
-        centres = grow(centres, num_classes, centres.values["seed"])
-    return write(centres, destination)
+        centers = grow(centers, num_classes, centers.values["seed"])
+    return write(centers, destination)

@@ -1,4 +1,4 @@
-"""Reading and writing safetensors files row by row, so that class centres larger than memory pass through.
+"""Reading and writing safetensors files row by row, so that class centers larger than memory pass through.
 
 The library of that name reads and checks (https://github.com/huggingface/safetensors). It writes whole files from
 memory only, so the writer is here: a little-endian length, that many bytes of JSON naming each tensor's dtype, shape

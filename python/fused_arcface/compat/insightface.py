@@ -4,10 +4,10 @@ keep the script::
     from fused_arcface.compat.insightface import PartialFC_V2, CombinedMarginLoss
 
 Its conventions hold: ArcFace's gradient is straight-through and has no boundary at ``θ + m = π``; the embeddings'
-gradient is W times the derivative, which data parallelism divides by W; the centres' gradient is dense and unscaled;
+gradient is W times the derivative, which data parallelism divides by W; the centers' gradient is dense and unscaled;
 ``state_dict`` is ``{"weight": (num_local, D)}``, as its ``checkpoint_gpu_{rank}.pt`` hold it. Its limits do not:
 batches may differ between ranks, a group and CUDA are not needed, a row's loss is not cut at 69.08, samples and initial
-centres do not depend on the number of ranks.
+centers do not depend on the number of ranks.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The one autograd function: from embeddings and class centres to each row's negative log-sum-exp and target cosine.
+"""The one autograd function: from embeddings and class centers to each row's negative log-sum-exp and target cosine.
 
 Everything after it is O(N) and plain PyTorch (:mod:`fused_arcface.engine.tail`), so its two incoming gradients carry any
 margin: ``d_lse_i = sigmoid(L_i - z_i)`` spreads over the negatives by their softmax, ``d_target_cosine_i`` holds the
@@ -39,8 +39,8 @@ def needs_shift(
     return scale > lowest or scale * greatest + math.log(num_classes * steepest) >= highest
 
 
-class CentreUpdate:
-    """What :class:`Shard` asks of a fused optimizer: one update of the class centres, made in the backward pass.
+class CenterUpdate:
+    """What :class:`Shard` asks of a fused optimizer: one update of the class centers, made in the backward pass.
 
     :mod:`fused_arcface.center_sgd` has the only one.
     """
@@ -79,7 +79,7 @@ class Shard:
     """With ``classes``: the gradient by weight as a dense (C, D) tensor, not a sparse one."""
     with_max: bool = False
     """Whether each row's greatest negative cosine is wanted over all shards, not over this one."""
-    update: CentreUpdate | None = None
+    update: CenterUpdate | None = None
     """In place of a gradient by weight."""
 
     def all_rows(self, embeddings: Tensor) -> Tensor:
@@ -99,15 +99,15 @@ class Shard:
         own = own + (self.ranks.world_size - 1) * (own - own.detach())
         return torch.cat([rows[:first], own, rows[last:]])
 
-    def centres(self, weight: Tensor) -> Tensor:
-        """(K, D) centres that take part in this step."""
+    def centers(self, weight: Tensor) -> Tensor:
+        """(K, D) centers that take part in this step."""
         if self.classes is None:
             return weight
         rows = self.classes if self.class_count is None else self.classes.clamp(max=weight.shape[0] - 1)
         return weight.index_select(0, rows)
 
     def target_rows(self, target: Tensor) -> Tensor:
-        """Indices into the centres that take part (N,) as rows of weight; negative ones stay."""
+        """Indices into the centers that take part (N,) as rows of weight; negative ones stay."""
         if self.classes is None or self.classes.shape[0] == 0:
             return target
         return torch.where(target < 0, target, self.classes.index_select(0, target.clamp(min=0)))
@@ -119,14 +119,14 @@ class Shard:
         wait = self.ranks.start_scatter(rows, self.batch)
         return lambda: wait() * self.ranks.world_size
 
-    def weight_gradient(self, d_centres: Tensor, weight: Tensor) -> Tensor:
-        """The gradient by weight (C, D) from that by the centres that took part (K, D)."""
+    def weight_gradient(self, d_centers: Tensor, weight: Tensor) -> Tensor:
+        """The gradient by weight (C, D) from that by the centers that took part (K, D)."""
         if self.classes is None:
-            return d_centres
+            return d_centers
         if self.dense_grad:
-            return torch.zeros_like(weight).index_copy_(0, self.classes, d_centres)
+            return torch.zeros_like(weight).index_copy_(0, self.classes, d_centers)
         return torch.sparse_coo_tensor(
-            self.classes[None], d_centres, weight.shape, is_coalesced=True, check_invariants=False
+            self.classes[None], d_centers, weight.shape, is_coalesced=True, check_invariants=False
         )
 
 
@@ -143,21 +143,21 @@ class NegativesAndTarget(torch.autograd.Function):
         weight: Tensor,
         target: Tensor,
         scale: float,
-        with_centre_sum: bool,
+        with_center_sum: bool,
         backend: str,
         shard: Shard,
         bounds: tuple[float, float],
         *numbers: Any,
     ) -> tuple[Tensor, Tensor, Tensor]:
         negatives = dict(zip(Negatives._fields, numbers, strict=True))
-        rows, centres = shard.all_rows(embeddings), shard.centres(weight)
+        rows, centers = shard.all_rows(embeddings), shard.centers(weight)
         shift = None
-        if needs_shift(scale, shard.num_classes or weight.shape[0], compute_dtype(rows, centres), *bounds):
-            maximum = _ops.class_max(rows, centres, target, backend, shard.class_count, **negatives)
+        if needs_shift(scale, shard.num_classes or weight.shape[0], compute_dtype(rows, centers), *bounds):
+            maximum = _ops.class_max(rows, centers, target, backend, shard.class_count, **negatives)
             maximum = shard.ranks.max(maximum)
             shift = (scale * maximum.double()).masked_fill(maximum == -torch.inf, 0)
-        total, maximum, centre_sum = _ops.class_stats(
-            rows, centres, target, scale, shift, with_centre_sum, backend, shard.class_count, **negatives
+        total, maximum, center_sum = _ops.class_stats(
+            rows, centers, target, scale, shift, with_center_sum, backend, shard.class_count, **negatives
         )
         target_cosine = _ops.target_cosine(rows, weight, shard.target_rows(target), backend)
         total, target_cosine = shard.ranks.sum(torch.stack([total, target_cosine])).unbind()
@@ -165,10 +165,10 @@ class NegativesAndTarget(torch.autograd.Function):
             maximum = shard.ranks.max(maximum)
         # fp64: at s = 1000 an fp32 rounding of it would cost 3e-5 of every probability in the backward pass.
         lse = total.double().log() if shift is None else total.double().log() + shift
-        if with_centre_sum:  # the softmax-weighted mean of the centres; a row without negatives has none
-            centre_sum = centre_sum / total.masked_fill(total == 0, 1)[:, None]
-        ctx.save_for_backward(embeddings, weight, target, lse, centre_sum)
-        ctx.scale, ctx.with_centre_sum, ctx.backend, ctx.shard = scale, with_centre_sum, backend, shard
+        if with_center_sum:  # the softmax-weighted mean of the centers; a row without negatives has none
+            center_sum = center_sum / total.masked_fill(total == 0, 1)[:, None]
+        ctx.save_for_backward(embeddings, weight, target, lse, center_sum)
+        ctx.scale, ctx.with_center_sum, ctx.backend, ctx.shard = scale, with_center_sum, backend, shard
         ctx.negatives = negatives
         ctx.mark_non_differentiable(maximum)
         return lse.to(target_cosine.dtype), target_cosine, maximum
@@ -179,14 +179,14 @@ class NegativesAndTarget(torch.autograd.Function):
         ctx: Any, saved: tuple[Any, ...], d_lse: Tensor, d_target_cosine: Tensor, _: Tensor
     ) -> tuple[Tensor | None, ...]:
         shard = ctx.shard
-        embeddings, weight, target, lse, mean_centre = saved
+        embeddings, weight, target, lse, mean_center = saved
         rows = shard.all_rows(embeddings)
         negative_coefficient = ctx.scale * d_lse
         coefficients = ctx.scale, lse, negative_coefficient, d_target_cosine
         d_embeddings = d_weight = None
-        if ctx.with_centre_sum:
+        if ctx.with_center_sum:
             d_unit = _ops.unit_embedding_grad(
-                weight, shard.target_rows(target), mean_centre, negative_coefficient, d_target_cosine, ctx.backend
+                weight, shard.target_rows(target), mean_center, negative_coefficient, d_target_cosine, ctx.backend
             )
             finish = shard.start_scatter(d_unit)
         # The weight pass runs while the embeddings' gradient is on its way between the ranks.
@@ -196,10 +196,10 @@ class NegativesAndTarget(torch.autograd.Function):
             )
         elif ctx.needs_input_grad[1]:
             d_weight = shard.weight_gradient(
-                _ops.weight_grad(rows, shard.centres(weight), target, *coefficients, ctx.backend, **ctx.negatives),
+                _ops.weight_grad(rows, shard.centers(weight), target, *coefficients, ctx.backend, **ctx.negatives),
                 weight,
             )
-        if ctx.with_centre_sum:
+        if ctx.with_center_sum:
             d_unit = finish()
             if ctx.needs_input_grad[0]:
                 d_embeddings = _ops.embedding_grad(d_unit, shard.own_rows(rows), ctx.backend)
@@ -210,7 +210,7 @@ def cosines_of_targets(
     embeddings: Tensor, weight: Tensor, target: Tensor, backend: str, shard: Shard, sub_centers: int
 ) -> tuple[Tensor, Tensor]:
     """Ahead of :func:`negatives_and_target`, without a gradient: cosines (N,) of all ranks' rows with their targets,
-    and the targets as rows of the centres that take part (N,), from those as classes: of several centres the nearest.
+    and the targets as rows of the centers that take part (N,), from those as classes: of several centers the nearest.
     """
     with torch.no_grad():
         rows = shard.all_rows(embeddings)
@@ -238,7 +238,7 @@ def negatives_and_target(
     Args:
         embeddings: (n, D), this rank's rows. Their gradient is W times the derivative, W the number of ranks.
         weight: (C, D), this rank's classes.
-        target: (N,) int64, all ranks' rows: index into the centres that take part; ``IGNORED``: no target here, all
+        target: (N,) int64, all ranks' rows: index into the centers that take part; ``IGNORED``: no target here, all
             classes are negatives, and without a target on any rank the cosine is 0; or ``INVALID``: the cosine is NaN.
         scale: of the logits.
         backend: a name that :func:`fused_arcface.backends.select` returned.

@@ -27,10 +27,10 @@ _SCHEMAS = {
     # O(N·C·D), over the classes
     # class_count: 0-dim int64, the rows of weight from there on are padding; a tensor, so that nobody waits for a GPU
     "class_max": f"({_ROWS}, str backend, Tensor? class_count=None, {_NEGATIVES}) -> Tensor",
-    "class_stats": f"({_ROWS}, Scalar scale, Tensor? shift, bool with_centre_sum, str backend, "
+    "class_stats": f"({_ROWS}, Scalar scale, Tensor? shift, bool with_center_sum, str backend, "
     f"Tensor? class_count=None, {_NEGATIVES}) -> (Tensor, Tensor, Tensor)",
     "weight_grad": f"({_ROWS}, Scalar scale, {_COEFFICIENTS}, str backend, {_NEGATIVES}) -> Tensor",
-    "update_centres": "(Tensor embeddings, Tensor(a!) weight, Tensor target, Scalar scale, "
+    "update_centers": "(Tensor embeddings, Tensor(a!) weight, Tensor target, Scalar scale, "
     f"{_COEFFICIENTS}, Tensor? classes, Tensor(b!)? momentum_buffer, Tensor(c!)? momentum_scale, float lr, "
     "float momentum, float weight_decay, int rounding_key, int class_start, Tensor active, "
     f"str backend, {_NEGATIVES}) -> ()",
@@ -38,7 +38,7 @@ _SCHEMAS = {
     "target_cosine": f"({_ROWS}, str backend) -> Tensor",
     "margin_loss": "(Tensor negative_lse, Tensor target_cosine, Scalar scale, float m1, float m2, float m3,"
     " str boundary, str gradient, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
-    "unit_embedding_grad": "(Tensor weight, Tensor target, Tensor mean_centre, Tensor negative_coefficient,"
+    "unit_embedding_grad": "(Tensor weight, Tensor target, Tensor mean_center, Tensor negative_coefficient,"
     " Tensor target_coefficient, str backend) -> Tensor",
     "embedding_grad": "(Tensor d_unit, Tensor embeddings, str backend) -> Tensor",
 }
@@ -119,8 +119,8 @@ def _margin_loss_fake(
 
 
 @torch.library.register_fake("fused_arcface::unit_embedding_grad")
-def _unit_embedding_grad_fake(weight: Tensor, target: Tensor, mean_centre: Tensor, *rest: object) -> Tensor:
-    return torch.empty_like(mean_centre)
+def _unit_embedding_grad_fake(weight: Tensor, target: Tensor, mean_center: Tensor, *rest: object) -> Tensor:
+    return torch.empty_like(mean_center)
 
 
 @torch.library.register_fake("fused_arcface::embedding_grad")
@@ -163,16 +163,16 @@ def _class_stats(
     target: Tensor,
     scale: float,
     shift: Tensor | None,
-    with_centre_sum: bool,
+    with_center_sum: bool,
     backend: str,
     class_count: Tensor | None = None,
     **negatives: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     if weight.shape[0] == 0:  # a shard whose step samples none of its classes; no backend need know of it
         rows = embeddings.new_zeros(embeddings.shape[0], dtype=compute_dtype(embeddings, weight))
-        centre_sum = rows.new_zeros(embeddings.shape if with_centre_sum else (0,))
-        return rows, torch.full_like(rows, -torch.inf), centre_sum
-    arguments = embeddings, weight, target, scale, shift, with_centre_sum, backend
+        center_sum = rows.new_zeros(embeddings.shape if with_center_sum else (0,))
+        return rows, torch.full_like(rows, -torch.inf), center_sum
+    arguments = embeddings, weight, target, scale, shift, with_center_sum, backend
     result: tuple[Tensor, Tensor, Tensor] = _run(
         "class_stats", *arguments, class_count=class_count, negatives=Negatives(**negatives)
     )
@@ -186,15 +186,15 @@ def _class_stats_fake(
     target: Tensor,
     scale: float,
     shift: Tensor | None,
-    with_centre_sum: bool,
+    with_center_sum: bool,
     backend: str,
     class_count: Tensor | None = None,
     **_: object,
 ) -> tuple[Tensor, Tensor, Tensor]:
     dtype = compute_dtype(embeddings, weight)
     rows = embeddings.new_empty(embeddings.shape[0], dtype=dtype)
-    centre_sum = embeddings.new_empty(embeddings.shape if with_centre_sum else (0,), dtype=dtype)
-    return rows, torch.empty_like(rows), centre_sum
+    center_sum = embeddings.new_empty(embeddings.shape if with_center_sum else (0,), dtype=dtype)
+    return rows, torch.empty_like(rows), center_sum
 
 
 @torch.library.impl("fused_arcface::weight_grad", "default")
@@ -225,8 +225,8 @@ MOMENTUM_BLOCK = 64
 """Columns of a row that share one unit of an int8 momentum: 1/16 byte an element for it."""
 
 
-class CentreStep(NamedTuple):
-    """What a step of SGD on the class centres needs beside what their gradient is made of. Row r of weight, with
+class CenterStep(NamedTuple):
+    """What a step of SGD on the class centers needs beside what their gradient is made of. Row r of weight, with
     gradient g_r, becomes ``w_r - lr·m_r`` with the new momentum ``m_r = momentum·m_r + (g_r + weight_decay·w_r)``."""
 
     classes: Tensor | None
@@ -264,8 +264,8 @@ def check_update(weight: Tensor, momentum_buffer: Tensor | None, momentum_scale:
             )
 
 
-@torch.library.impl("fused_arcface::update_centres", "default")
-def _update_centres(
+@torch.library.impl("fused_arcface::update_centers", "default")
+def _update_centers(
     embeddings: Tensor,
     weight: Tensor,
     target: Tensor,
@@ -276,15 +276,15 @@ def _update_centres(
     *step_and_backend: Any,
     **negatives: Any,
 ) -> None:
-    step, backend = CentreStep(*step_and_backend[:-1]), step_and_backend[-1]
+    step, backend = CenterStep(*step_and_backend[:-1]), step_and_backend[-1]
     check_update(weight, step.momentum_buffer, step.momentum_scale)
     if step.classes is not None:
         step = step._replace(classes=step.classes.contiguous())
     if (weight if step.classes is None else step.classes).shape[0] > 0:
         arguments = embeddings, weight, target, scale, lse, negative_coefficient, target_coefficient, step, backend
-        _run("update_centres", *arguments, negatives=Negatives(**negatives))
+        _run("update_centers", *arguments, negatives=Negatives(**negatives))
 
 
-@torch.library.register_fake("fused_arcface::update_centres")
-def _update_centres_fake(*_: object, **__: object) -> None:
+@torch.library.register_fake("fused_arcface::update_centers")
+def _update_centers_fake(*_: object, **__: object) -> None:
     return None

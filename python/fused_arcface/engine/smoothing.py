@@ -13,7 +13,7 @@ from ..base.once_differentiable import once_differentiable
 from .autograd import Shard
 from .ops import compute_dtype
 
-# Class centres worked on at once: 2 MiB at D = 512 in fp32, which stays in a core's cache (16 MiB took ten times as
+# Class centers worked on at once: 2 MiB at D = 512 in fp32, which stays in a core's cache (16 MiB took ten times as
 # long); on a GPU, where each chunk is some launches, 64 times as many.
 _CPU_CHUNK, _GPU_CHUNK = 1024, 65536
 
@@ -39,7 +39,7 @@ class Smoothing(NamedTuple):
         return loss + self.amount * (target_logit - (target_logit + negatives) / self.num_classes)
 
 
-class _CentreSum(torch.autograd.Function):
+class _CenterSum(torch.autograd.Function):
     """``Σ_j ŵ_j`` (D,) over the classes of all shards; the loss's gradient by it is the same on every rank."""
 
     @staticmethod
@@ -88,5 +88,5 @@ def smoothing(embeddings: Tensor, weight: Tensor, amount: float, num_classes: in
     dtype = compute_dtype(embeddings, weight)
     with without_autocast(embeddings.device):
         unit = shard.joint(unit_rows(embeddings.to(dtype)), lambda rows: unit_rows(rows.to(dtype)))
-        total: Tensor = _CentreSum.apply(weight, dtype, shard)
+        total: Tensor = _CenterSum.apply(weight, dtype, shard)
         return Smoothing(amount, num_classes, unit @ total)

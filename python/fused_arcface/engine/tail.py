@@ -27,9 +27,9 @@ class MarginSoftmaxStats(NamedTuple):
     lse: Tensor
     """(N,) log-sum-exp of all the row's logits: its negatives' and its target's, the latter with the margin."""
     target_cosine: Tensor
-    """(N,) cosine between the embedding and its class centre, without the margin."""
+    """(N,) cosine between the embedding and its class center, without the margin."""
     correct: Tensor
-    """(N,) bool: the target is the nearest class centre, without the margin (a tie is not correct)."""
+    """(N,) bool: the target is the nearest class center, without the margin (a tie is not correct)."""
 
 
 class _FusedMarginLoss(torch.autograd.Function):

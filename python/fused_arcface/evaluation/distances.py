@@ -1,6 +1,6 @@
 """Distances between embeddings: what ``verify`` and ``identify`` compare with. Smaller means more alike.
 
-Each is a map of single embeddings (:meth:`Distance.transform`: a normalisation, a whitening) followed by a Minkowski
+Each is a map of single embeddings (:meth:`Distance.transform`: a normalization, a whitening) followed by a Minkowski
 distance or an inner product of what it gives; so that searching, on whatever engine, needs to know only those two.
 """
 

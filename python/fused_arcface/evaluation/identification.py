@@ -138,7 +138,7 @@ def _tpir(mated: Tensor, right: Tensor, unmated: Tensor, fpirs: Sequence[float])
 def split_gallery(
     labels: Tensor, *, gallery_images: int = 1, unknown: float = 0.2, seed: int = 0
 ) -> tuple[Tensor, Tensor]:
-    """Split labelled images into gallery and probes: rows ``(G,)`` and ``(N,)`` int64.
+    """Split labeled images into gallery and probes: rows ``(G,)`` and ``(N,)`` int64.
 
     Args:
         labels: (M,).

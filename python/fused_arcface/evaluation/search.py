@@ -1,4 +1,4 @@
-"""Exact nearest neighbours: every probe against the whole gallery, block by block, by torch or by faiss."""
+"""Exact nearest neighbors: every probe against the whole gallery, block by block, by torch or by faiss."""
 
 from __future__ import annotations
 

@@ -213,7 +213,7 @@ def verify(
     most_pairs: int = 20_000,
     seed: int = 0,
 ) -> Verification:
-    """Verification on balanced pairs of labelled embeddings.
+    """Verification on balanced pairs of labeled embeddings.
 
     Args:
         embeddings: (M, D), of people never seen in training.

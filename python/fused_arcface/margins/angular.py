@@ -1,6 +1,6 @@
 """The margin family: what becomes of the target's cosine before the softmax. Called on ``(N,)`` vectors only.
 
-With ``θ`` the angle between an embedding and its own class centre and ``φ = m1·θ + m2``, a margin replaces ``cos θ`` by
+With ``θ`` the angle between an embedding and its own class center and ``φ = m1·θ + m2``, a margin replaces ``cos θ`` by
 ``ψ(θ) - m3``. ``cos φ`` stops falling at ``φ = π``, so an angular margin names a ``boundary``, how it goes on there:
 
 ========  =============================================  ======================================================
@@ -233,7 +233,7 @@ class CosFace:
 
 @dataclass(frozen=True)
 class NormSoftmax:
-    """``s·cos θ``: normalised softmax without a margin (NormFace, arXiv:1704.06369).
+    """``s·cos θ``: normalized softmax without a margin (NormFace, arXiv:1704.06369).
 
     >>> import torch
     >>> NormSoftmax()(torch.tensor([0.5]))

@@ -59,7 +59,7 @@ class Ranks:
 
     Args:
         group: a process group, a one-dimensional ``DeviceMesh``, or None: the default group where torch.distributed is
-            initialised, else this process alone.
+            initialized, else this process alone.
     """
 
     def __init__(self, group: Any = None) -> None:
@@ -300,4 +300,4 @@ def _headers(numbers: Tensor) -> list[Header]:
 
 ALONE = Ranks.__new__(Ranks)
 ALONE.group, ALONE.rank, ALONE.world_size = None, 0, 1
-"""This process by itself, whatever torch.distributed has initialised."""
+"""This process by itself, whatever torch.distributed has initialized."""

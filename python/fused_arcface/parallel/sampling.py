@@ -18,7 +18,7 @@ from torch import Tensor
 from ..base.keyed_random import SAMPLE, chunks, fold, fold_each
 from .sharding import Sharding
 
-_ROUNDS = 6  # three full Feistel rounds; with two, neighbouring ids are drawn together measurably more often
+_ROUNDS = 6  # three full Feistel rounds; with two, neighboring ids are drawn together measurably more often
 
 
 class Permutation:
@@ -116,7 +116,7 @@ class Sampler:
         for start, part in chunks(used[:-1]):
             first = self.sharding.class_start + start
             torch.lt(order(torch.arange(first, first + len(part), device=target.device)), cut, out=part)
-        local = self.sharding.localise(target)
+        local = self.sharding.localize(target)
         used.index_fill_(0, torch.where(local < 0, self.sharding.num_local, local), True)
         return used[:-1]
 

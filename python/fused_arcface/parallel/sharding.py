@@ -11,7 +11,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Sharding:
-    """``num_classes`` (C_total) class centres over ``world_size`` (W) ranks, seen from ``rank``.
+    """``num_classes`` (C_total) class centers over ``world_size`` (W) ranks, seen from ``rank``.
 
     >>> [Sharding(10, 4, rank).num_local for rank in range(4)]
     [3, 3, 2, 2]
@@ -35,7 +35,7 @@ class Sharding:
         """Classes in each rank's shard."""
         return [Sharding(self.num_classes, self.world_size, rank).num_local for rank in range(self.world_size)]
 
-    def localise(self, target: Tensor) -> Tensor:
+    def localize(self, target: Tensor) -> Tensor:
         """Global labels (N,) as rows of this shard, -1 where the class is in another; negative labels stay."""
         local = target - self.class_start
         here = (local >= 0) & (local < self.num_local)

@@ -81,7 +81,7 @@ def check_built_in_time(owner: str, group: Any) -> None:
     """Check that a head without a group is not one of several processes.
 
     Raises:
-        RuntimeError: torch.distributed has been initialised since the head was built.
+        RuntimeError: torch.distributed has been initialized since the head was built.
     """
     if group is None and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         raise RuntimeError(

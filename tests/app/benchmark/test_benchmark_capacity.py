@@ -16,7 +16,7 @@ def test_a_trial_cannot_take_more_than_its_budget(child: Child) -> None:
     if not memory.can_measure(CPU):
         pytest.skip("this system does not limit a process's data")
     (recipe,) = (r for r in capacity.recipes() if r.key == ("fused_arcface", "cpu", "float32", "float32"))
-    shape = (8, 200_000, 64)  # 51 MB of class centres; with gradient, momentum and decay 205 MB
+    shape = (8, 200_000, 64)  # 51 MB of class centers; with gradient, momentum and decay 205 MB
     trial = capacity.try_step(recipe, shape, CPU, 2**28, child)
     assert trial is not None and 3 * 51.2e6 < trial.peak_bytes < 2**28
     # The allowance for threads' stacks is 2**28 itself, so the refused one needs more than twice that.
@@ -29,7 +29,7 @@ def test_an_update_in_the_backward_needs_no_gradient(child: Child) -> None:
     (recipe,) = (r for r in capacity.recipes() if r.key == ("fused_arcface + CenterSGD", "cpu", "bfloat16", "int8"))
     trial = capacity.try_step(recipe, (8, 200_000, 64), CPU, 2**28, child)
     assert trial is not None
-    # Two bytes of a class centre, one and a sixteenth of its momentum.
+    # Two bytes of a class center, one and a sixteenth of its momentum.
     assert 3.0 < trial.peak_bytes / (200_000 * 64) < 3.5
 
 
@@ -97,7 +97,7 @@ def test_cost_model_keeps_its_own_laws() -> None:
     for (identities, devices), step in steps.items():
         assert 0 < step.efficiency <= 1
         one = steps[identities, 1]
-        # The batch a device has is fixed: its arithmetic is the same on any number of devices, its centres are fewer.
+        # The batch a device has is fixed: its arithmetic is the same on any number of devices, its centers are fewer.
         assert step.arithmetic_seconds == pytest.approx(one.arithmetic_seconds, rel=1e-3)
         if devices == 8:
             assert step.memory_bytes < one.memory_bytes

@@ -6,14 +6,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fused_arcface.app.data import LabelledImages, Style, digit_images, draw, identity_images
+from fused_arcface.app.data import LabeledImages, Style, digit_images, draw, identity_images
 from fused_arcface.app.data.identities import keyed_normal, keyed_uniform
 
 MASK = 2**64 - 1
 
 
 def splitmix64(x: int) -> int:
-    """The published finaliser (Steele, Lea and Flood, 2014) in whole numbers."""
+    """The published finalizer (Steele, Lea and Flood, 2014) in whole numbers."""
     x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & MASK
     x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & MASK
     return x ^ (x >> 31)
@@ -34,8 +34,8 @@ def test_keyed_numbers_are_spread_as_they_claim() -> None:
     # Four standard errors of 100 000 numbers each.
     assert abs(uniform.mean() - 1 / 2) < 4 * 12**-0.5 / 316 and abs(uniform.var() - 1 / 12) < 1e-3
     assert abs(normal.mean()) < 4 / 316 and abs(normal.std() - 1) < 4 / 447
-    neighbours = torch.corrcoef(torch.stack([uniform[:-1].flatten(), uniform[1:].flatten()]))[0, 1]
-    assert abs(neighbours) < 4 / 316
+    neighbors = torch.corrcoef(torch.stack([uniform[:-1].flatten(), uniform[1:].flatten()]))[0, 1]
+    assert abs(neighbors) < 4 / 316
 
 
 def test_image_depends_on_its_key_alone() -> None:
@@ -55,7 +55,7 @@ def test_image_depends_on_its_key_alone() -> None:
 
 def test_identities_are_whole_and_disjoint_ranges_fit_together() -> None:
     data = identity_images(5, 3, seed=1)
-    assert isinstance(data, LabelledImages) and data.num_identities == 5
+    assert isinstance(data, LabeledImages) and data.num_identities == 5
     assert data.images.shape == (15, 1, 32, 32) and data.images.dtype == torch.float32
     assert data.labels.tolist() == [i for i in range(5) for _ in range(3)]
     assert identity_images(2, 3, first=3, seed=1).images.equal(data.images[9:])

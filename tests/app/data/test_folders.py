@@ -1,4 +1,4 @@
-"""Labelled folders."""
+"""Labeled folders."""
 
 from __future__ import annotations
 

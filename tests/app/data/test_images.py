@@ -18,11 +18,11 @@ from support.image_files import encoded, picture
 from fused_arcface.app.data import DataError, ImageError, ImageSpec, read_image
 from fused_arcface.app.data.images import image_spec
 
-GREY, COLOUR = ImageSpec(8, 1), ImageSpec(8, 3)
+GRAY, COLOR = ImageSpec(8, 1), ImageSpec(8, 3)
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr", "I", "I;16", "F", "PA", "HSV"])
-@pytest.mark.parametrize("spec", [GREY, COLOUR])
+@pytest.mark.parametrize("spec", [GRAY, COLOR])
 def test_every_mode_gives_the_same_picture(mode: str, spec: ImageSpec, tmp_path: Path) -> None:
     half = np.zeros((20, 20), dtype=np.uint8)
     half[:, 10:] = 255  # black on the left, white on the right
@@ -47,7 +47,7 @@ def test_every_mode_gives_the_same_picture(mode: str, spec: ImageSpec, tmp_path:
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 50), (50, 1), (7, 9), (300, 200)])
 def test_every_size(size: tuple[int, int]) -> None:
-    found = read_image(encoded(picture(0, 0, "RGB", size)), COLOUR)
+    found = read_image(encoded(picture(0, 0, "RGB", size)), COLOR)
     assert found.shape == (3, 8, 8) and found.isfinite().all() and found.min() >= -1 and found.max() <= 1
 
 
@@ -65,11 +65,11 @@ def test_depth_is_kept() -> None:
     )
 
 
-@pytest.mark.parametrize("how", ["RGBA", "palette", "grey"])
+@pytest.mark.parametrize("how", ["RGBA", "palette", "gray"])
 def test_transparent_parts_lie_on_white(how: str) -> None:
     if how == "RGBA":
         data = encoded(Image.new("RGBA", (4, 4), (0, 0, 0, 0)))
-    elif how == "grey":
+    elif how == "gray":
         data = encoded(Image.new("LA", (4, 4), (0, 0)))
     else:
         file = io.BytesIO()
@@ -91,18 +91,18 @@ def test_exif_turns_the_picture() -> None:
 def test_unreadable_images_are_named(tmp_path: Path) -> None:
     (tmp_path / "text.jpg").write_text("not an image")
     with pytest.raises(ImageError, match=r"text\.jpg cannot be read as an image: none of BMP, DIB, GIF, JPEG,"):
-        read_image(tmp_path / "text.jpg", GREY)
+        read_image(tmp_path / "text.jpg", GRAY)
     (tmp_path / "empty.png").touch()
     with pytest.raises(ImageError, match=r"empty\.png cannot be read"):
-        read_image(tmp_path / "empty.png", GREY)
+        read_image(tmp_path / "empty.png", GRAY)
     whole = encoded(picture(0, 0, size=(64, 64)))
     (tmp_path / "cut.png").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(ImageError, match=r"cut\.png cannot be decoded as an image"):
-        read_image(tmp_path / "cut.png", GREY)
+        read_image(tmp_path / "cut.png", GRAY)
     with pytest.raises(ImageError, match="an image of 5 bytes cannot be read"):
-        read_image(b"bytes", GREY)
+        read_image(b"bytes", GRAY)
     with pytest.raises(ImageError, match=r"missing\.png cannot be read"):
-        read_image(tmp_path / "missing.png", GREY)
+        read_image(tmp_path / "missing.png", GRAY)
 
 
 def test_a_spec_is_told_from_a_file() -> None:
@@ -133,7 +133,7 @@ def test_formats_that_no_suffix_names_are_not_decoded(content: bytes, tmp_path: 
     monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", lambda *_, **__: pytest.fail("Ghostscript was started"))
     (tmp_path / "photo.jpg").write_bytes(content)
     with pytest.raises(ImageError, match=r"photo\.jpg cannot be read as an image: none of BMP, DIB, GIF"):
-        read_image(tmp_path / "photo.jpg", GREY)
+        read_image(tmp_path / "photo.jpg", GRAY)
     with pytest.raises(DataError, match=r"photo\.jpg cannot be read"):
         image_spec(tmp_path / "photo.jpg")
 
@@ -143,7 +143,7 @@ def test_each_accepted_format_under_any_accepted_suffix(format: str, tmp_path: P
     image = Image.new("RGB", (20, 20), "white")
     for suffix in (".png", ".jpg"):
         (tmp_path / f"image{suffix}").write_bytes(encoded(image, format))
-        assert read_image(tmp_path / f"image{suffix}", COLOUR).eq(1).all()
+        assert read_image(tmp_path / f"image{suffix}", COLOR).eq(1).all()
 
 
 def png_of(width: int, height: int, rows: int) -> bytes:
@@ -160,18 +160,18 @@ def test_the_pixel_limit_is_checked_before_decoding(monkeypatch) -> None:
     monkeypatch.setattr("PIL.ImageFile.ImageFile.load", lambda _: pytest.fail("it was decoded"))
     bomb = png_of(13_000, 13_000, rows=1)
     limit = rf"must have at most max_pixels={2**25} pixels; got 13000 × 13000"
-    for read in (lambda: read_image(bomb, GREY), lambda: image_spec(bomb)):
+    for read in (lambda: read_image(bomb, GRAY), lambda: image_spec(bomb)):
         with pytest.raises(ImageError, match=limit):
             read()
     with pytest.raises(ImageError, match=r"could be decompression bomb"):  # Pillow's own limit
-        read_image(png_of(200_000, 1000, rows=1), GREY)
+        read_image(png_of(200_000, 1000, rows=1), GRAY)
     with pytest.raises(ImageError, match="at most max_pixels=400 pixels; got 20 × 21"):
-        read_image(png_of(20, 21, rows=21), GREY, max_pixels=400)
+        read_image(png_of(20, 21, rows=21), GRAY, max_pixels=400)
 
 
 def test_the_pixel_limit_can_be_raised_beyond_pillows(monkeypatch) -> None:
     monkeypatch.setattr("PIL.Image.MAX_IMAGE_PIXELS", 50)  # from 100 on it refuses
-    assert read_image(png_of(20, 20, rows=20), GREY, max_pixels=400).eq(-1).all()
+    assert read_image(png_of(20, 20, rows=20), GRAY, max_pixels=400).eq(-1).all()
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
@@ -180,7 +180,7 @@ def test_pixels_that_are_not_finite_are_a_bad_image(value: float, tmp_path: Path
     pixels[3, 4] = value
     Image.fromarray(pixels).save(tmp_path / "float.tif")
     with pytest.raises(ImageError, match=r"float\.tif cannot be decoded as an image: its pixels must be finite"):
-        read_image(tmp_path / "float.tif", GREY)
+        read_image(tmp_path / "float.tif", GRAY)
 
 
 def test_every_error_of_a_decoder_is_a_bad_image(monkeypatch) -> None:
@@ -194,7 +194,7 @@ def test_every_error_of_a_decoder_is_a_bad_image(monkeypatch) -> None:
 
         monkeypatch.setattr("PIL.ImageFile.ImageFile.load", fail)
         with pytest.raises(ImageError, match=r"cannot be decoded as an image: ."):
-            read_image(encoded(picture(0, 0)), GREY)
+            read_image(encoded(picture(0, 0)), GRAY)
 
 
 @pytest.mark.filterwarnings("ignore")  # Pillow's, of damaged EXIF and TIFF tags
@@ -207,7 +207,7 @@ def test_changed_bytes_give_an_image_or_a_bad_image(format: str) -> None:
             if data:
                 data[draw.randrange(min(len(data), 200))] = draw.randrange(256)
         try:
-            found = read_image(bytes(data), COLOUR, max_pixels=1_000_000)
+            found = read_image(bytes(data), COLOR, max_pixels=1_000_000)
         except ImageError:
             continue
         assert found.shape == (3, 8, 8) and found.isfinite().all()

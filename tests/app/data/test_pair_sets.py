@@ -22,20 +22,20 @@ from PIL import Image
 
 from fused_arcface.app.data import DataError, ImageError, ImageSpec
 from fused_arcface.app.data.embedding_sets import EmbeddingSet, embed_set
-from fused_arcface.app.data.pair_sets import read_labelled, read_pair_set
+from fused_arcface.app.data.pair_sets import read_labeled, read_pair_set
 from fused_arcface.app.data.pickled_pairs import read_pickled_pairs
 from fused_arcface.evaluation import Pairs
 
 SPEC = ImageSpec(size=8, channels=1)
 
 
-def encoded(grey: int, kind: str = "png") -> bytes:
+def encoded(gray: int, kind: str = "png") -> bytes:
     file = io.BytesIO()
-    Image.new("L", (9, 12), grey).save(file, kind)
+    Image.new("L", (9, 12), gray).save(file, kind)
     return file.getvalue()
 
 
-IMAGES = [encoded(grey) for grey in (0, 0, 0, 255, 255, 255)]
+IMAGES = [encoded(gray) for gray in (0, 0, 0, 255, 255, 255)]
 SAME = [True, False, True]
 
 
@@ -247,11 +247,11 @@ def test_an_image_that_is_none(tmp_path: Path) -> None:
 
 def people(root: Path, images: dict[str, list[int]], suffix: str = "jpg") -> Path:
     """LFW's layout: ``name/name_0001.jpg``."""
-    for name, greys in images.items():
+    for name, grays in images.items():
         (root / name).mkdir(parents=True)
-        for number, grey in enumerate(greys, start=1):
+        for number, gray in enumerate(grays, start=1):
             (root / name / f"{name}_{number:04d}.{suffix}").write_bytes(
-                encoded(grey, "jpeg" if suffix == "jpg" else suffix)
+                encoded(gray, "jpeg" if suffix == "jpg" else suffix)
             )
     return root
 
@@ -300,7 +300,7 @@ def test_files_of_pairs_that_are_none(text: str, message: str, tmp_path: Path) -
         read_pair_set(str(tmp_path / "pairs.txt"))
 
 
-def test_pairs_of_a_labelled_folder(tmp_path: Path) -> None:
+def test_pairs_of_a_labeled_folder(tmp_path: Path) -> None:
     people(tmp_path / "set", {"a": [0, 9, 20], "b": [200, 210]})
     found = read_pair_set(str(tmp_path / "set"), seed=1)
     assert found.labels is not None and found.labels.tolist() == [0, 0, 0, 1, 1] and found.names == ["a", "b"]
@@ -314,7 +314,7 @@ def test_pairs_of_a_labelled_folder(tmp_path: Path) -> None:
 
 
 def test_embedding_of_a_set(tmp_path: Path) -> None:
-    images = read_labelled(str(people(tmp_path, {"a": [0, 255], "b": [255]}, "png")))
+    images = read_labeled(str(people(tmp_path, {"a": [0, 255], "b": [255]}, "png")))
     net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 3), torch.nn.Dropout(0.5))
     seen: list[int] = []
     found = embed_set(net, images, SPEC, batch_size=2, done=seen.append)
@@ -329,7 +329,7 @@ def test_flip_adds_the_mirrored_image(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     Image.fromarray(image).save(tmp_path / "a" / "1.png")
     left = torch.nn.Flatten()  # the embedding is the image
-    found = embed_set(left, read_labelled(str(tmp_path)), SPEC, flip=True)
+    found = embed_set(left, read_labeled(str(tmp_path)), SPEC, flip=True)
     assert found.embeddings.abs().max() == 0  # -1 and 1, mirrored, add up to nothing
 
 

@@ -19,7 +19,7 @@ pytest.importorskip("pytorch_metric_learning")
 pytest.importorskip("matplotlib")
 
 from fused_arcface.app.cli import run
-from fused_arcface.app.data import LabelledImages, identity_images
+from fused_arcface.app.data import LabeledImages, identity_images
 from fused_arcface.app.lab import comparison
 from fused_arcface.app.lab.batches import identity_batches, random_view, two_view_batches
 from fused_arcface.app.lab.comparison import run_comparison
@@ -95,13 +95,13 @@ def test_center_loss_is_its_formula() -> None:
     expected_loss = entropy + 0.3 / 2 * (difference**2).sum() / 12
     assert loss.item() == pytest.approx(expected_loss.item())
     loss.backward()
-    # The centres' gradient is λ/N·Σ (c − f) over the rows of each class.
+    # The centers' gradient is λ/N·Σ (c − f) over the rows of each class.
     expected = torch.zeros(5, 5).double().index_add(0, LABELS, -0.3 / 12 * difference.detach())
     torch.testing.assert_close(head.centers.grad, expected)
 
 
 def test_batches_of_identities() -> None:
-    data = LabelledImages(torch.arange(30.0).view(30, 1, 1, 1), torch.arange(30) // 6)
+    data = LabeledImages(torch.arange(30.0).view(30, 1, 1, 1), torch.arange(30) // 6)
     for images, labels in identity_batches(data, 10, steps=7, seed=1, least_each=5):
         assert labels.bincount()[labels.bincount() > 0].tolist() == [5, 5]
         assert (images.flatten() // 6).equal(labels.float()) and len(images.unique()) == 10
@@ -116,7 +116,7 @@ def test_batches_of_identities() -> None:
 
 def test_two_views_pair_images_and_not_people() -> None:
     # Images of one brightness each, which a view keeps but for its noise.
-    data = LabelledImages(torch.arange(16.0).view(16, 1, 1, 1).expand(16, 1, 32, 32), torch.arange(16) // 4)
+    data = LabeledImages(torch.arange(16.0).view(16, 1, 1, 1).expand(16, 1, 32, 32), torch.arange(16) // 4)
     ((images, labels),) = two_view_batches(data, 8, steps=1, seed=0)
     assert images.shape == (8, 1, 32, 32) and labels.tolist() == [0, 1, 2, 3] * 2
     first, second = images.chunk(2)

@@ -15,7 +15,7 @@ pytest.importorskip("matplotlib")
 
 import fused_arcface as fa
 from fused_arcface.app.cli import run
-from fused_arcface.app.data import LabelledImages, identity_images
+from fused_arcface.app.data import LabeledImages, identity_images
 from fused_arcface.app.lab import agreement, demo
 from fused_arcface.app.lab.agreement import StepAgreement, curve_broken, curve_difference
 from fused_arcface.app.lab.heads import ReferenceHead, SoftmaxHead
@@ -198,7 +198,7 @@ def test_steps_are_plain_training() -> None:
 
 
 def test_batches_are_full_and_go_through_all_images() -> None:
-    data = LabelledImages(torch.zeros(10, 1, 2, 2), torch.arange(10))
+    data = LabeledImages(torch.zeros(10, 1, 2, 2), torch.arange(10))
     batches = [batch.labels.tolist() for batch in shuffled_batches(data, 4, 5, seed=0)]
     assert all(len(set(batch)) == 4 for batch in batches) and len(batches) == 5
     assert not set(batches[0]) & set(batches[1])

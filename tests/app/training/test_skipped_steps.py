@@ -12,7 +12,7 @@ from test_training import TINY, run, weights
 from torch import Tensor
 
 from fused_arcface.app.data import DataError
-from fused_arcface.app.data.images import LabelledImages
+from fused_arcface.app.data.images import LabeledImages
 from fused_arcface.app.data.sources import MemoryImages
 from fused_arcface.app.training import trainer
 from fused_arcface.app.training.config import TrainConfig
@@ -136,7 +136,7 @@ class Spoiled(MemoryImages):
         labels = torch.arange(24) // 4
         images = torch.rand(24, 1, 16, 16, generator=torch.Generator().manual_seed(0))
         images[bad, 0, 3, 3] = torch.nan
-        super().__init__(LabelledImages(images, labels))
+        super().__init__(LabeledImages(images, labels))
 
 
 def run_on(bad: list[int], monkeypatch: pytest.MonkeyPatch, output: Path, config: TrainConfig = TINY) -> Any:

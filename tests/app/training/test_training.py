@@ -106,7 +106,7 @@ def test_a_run_that_went_down_goes_back_to_its_last_checkpoint(tmp_path: Path) -
 
 
 def test_micro_batches_give_the_whole_batchs_gradients() -> None:
-    """With a net that neither normalises over the batch nor draws; and running statistics count each image once."""
+    """With a net that neither normalizes over the batch nor draws; and running statistics count each image once."""
     images, labels = torch.randn(7, 1, 8, 8), torch.arange(7) % 5
 
     def gradients(sizes: list[int]) -> tuple[list[torch.Tensor], float, torch.Tensor]:

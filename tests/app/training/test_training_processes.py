@@ -57,7 +57,7 @@ def wait_for_steps(output: Path, process: subprocess.Popen[str], steps: int) -> 
 
 def test_end_to_end_on_files_with_ctrl_c_and_two_ranks(tmp_path: Path) -> None:
     """Images of several sizes and modes; a run in two micro-batches, interrupted by SIGINT, goes on with two ranks of
-    one micro-batch each, which makes the loss curve of one that was not interrupted; what it learnt is recognised."""
+    one micro-batch each, which makes the loss curve of one that was not interrupted; what it learned is recognized."""
     root = write_folder(tmp_path / "faces", 12, 5)
     write_folder(tmp_path / "unseen", 12, 5, first=100)
     options = {"data": str(root), "epochs": 30, "batch_size": 20, "accumulation": 2, "workers": 0, "device": "cpu"}
@@ -83,7 +83,7 @@ def test_end_to_end_on_files_with_ctrl_c_and_two_ranks(tmp_path: Path) -> None:
     assert losses(output) == pytest.approx(whole, rel=2e-3)
 
     net, spec = load_backbone(output)
-    assert spec == ImageSpec(36, 3)  # the median side, and colour
+    assert spec == ImageSpec(36, 3)  # the median side, and color
     unseen = read_folder(tmp_path / "unseen")
     images = torch.stack([read_image(path, spec) for path, _ in unseen.files])
     labels = torch.tensor([identity for _, identity in unseen.files])

@@ -3,7 +3,7 @@ a budget.
 
 First predicted from the bytes per class of small trials, then verified by a step close to the budget. Each trial runs
 in another process, which cannot allocate far beyond the budget: on a CPU by a limit on its data, on a GPU by torch's
-limit on its allocator. What counts is the measured peak, class centres, gradient and momentum included.
+limit on its allocator. What counts is the measured peak, class centers, gradient and momentum included.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from fused_arcface.partial_fc import PartialFC
 from ..measure import machine
 from ..measure.child import Child, ChildFailed
 from . import memory
-from .cases import REPEATED, Case, draw_centres, make_inputs
+from .cases import REPEATED, Case, draw_centers, make_inputs
 from .providers import HeadRun, Provider, all_providers
 from .report import Skip, write_csv, write_json
 
@@ -63,14 +63,14 @@ problems."""
 
 @dataclass(frozen=True)
 class Recipe:
-    """A way to take training steps: a head, the dtype of its class centres and its optimizer."""
+    """A way to take training steps: a head, the dtype of its class centers and its optimizer."""
 
     name: str
     backend: str
     weight_dtype: str
     momentum_dtype: str
     make: Callable[[Case, torch.device], Step]
-    """Allocates inputs, class centres and what else stays between steps, the last of it in the first step."""
+    """Allocates inputs, class centers and what else stays between steps, the last of it in the first step."""
     reason_against: Callable[[Case, torch.device], str | None]
 
     @property
@@ -88,7 +88,7 @@ class Recipe:
         return Case(N, C, D, self.weight_dtype, self.weight_dtype)
 
 
-# Of the class centres and their momentum, where the update happens in the backward.
+# Of the class centers and their momentum, where the update happens in the backward.
 _FUSED_DTYPES = tuple(itertools.product(("float32", "bfloat16"), ("float32", "bfloat16", "int8")))
 # As arcface_torch trains.
 _LR, _MOMENTUM, _WEIGHT_DECAY = 0.1, 0.9, 5e-4
@@ -111,7 +111,7 @@ def recipes() -> tuple[Recipe, ...]:
 
 
 def _with_sgd(provider: Provider) -> Callable[[Case, torch.device], Step]:
-    """A provider's pass, then torch.optim.SGD over its class centres."""
+    """A provider's pass, then torch.optim.SGD over its class centers."""
 
     def make(case: Case, device: torch.device) -> Step:
         run = provider.open(make_inputs(case, device, distinct=False))
@@ -129,20 +129,20 @@ def _with_sgd(provider: Provider) -> Callable[[Case, torch.device], Step]:
     return make
 
 
-class _RepeatedCentres(PartialFC):
-    """PartialFC whose initial centres cost seconds instead of minutes at 10⁷ of them."""
+class _RepeatedCenters(PartialFC):
+    """PartialFC whose initial centers cost seconds instead of minutes at 10⁷ of them."""
 
     def reset_parameters(self) -> None:
-        draw_centres(self.weight, REPEATED)
+        draw_centers(self.weight, REPEATED)
 
 
 def _with_center_sgd(backend: str, momentum_dtype: str) -> Callable[[Case, torch.device], Step]:
-    """PartialFC of one shard, whose backward updates the class centres: their gradient is never stored."""
+    """PartialFC of one shard, whose backward updates the class centers: their gradient is never stored."""
 
     def make(case: Case, device: torch.device) -> Step:
         recipe = CenterSGD(_LR, _MOMENTUM, _WEIGHT_DECAY, momentum_dtype=getattr(torch, momentum_dtype))
         dtype = case.torch_weight_dtype
-        head = _RepeatedCentres(case.D, case.C, center_optimizer=recipe, backend=backend, device=device, dtype=dtype)
+        head = _RepeatedCenters(case.D, case.C, center_optimizer=recipe, backend=backend, device=device, dtype=dtype)
         embeddings = torch.randn(case.N, case.D, device=device).to(dtype).requires_grad_()
         target = torch.randint(case.C, (case.N,), device=device)
 
@@ -160,7 +160,7 @@ def _with_center_sgd(backend: str, momentum_dtype: str) -> Callable[[Case, torch
 
 @dataclass(frozen=True)
 class Trial:
-    """A training step that was taken: its peak, class centres and all, and the time of its second one."""
+    """A training step that was taken: its peak, class centers and all, and the time of its second one."""
 
     peak_bytes: int
     step_ms: float
@@ -286,7 +286,7 @@ def run_capacity(
 
     Args:
         device: where to train.
-        budget_bytes: for class centres, gradient, momentum and all that a step takes.
+        budget_bytes: for class centers, gradient, momentum and all that a step takes.
         N: rows of a batch.
         D: dimensions.
         names: of recipes; all if None, ``"ours"`` for all of ours.

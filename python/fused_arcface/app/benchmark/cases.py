@@ -12,7 +12,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Case:
-    """One shape: N rows, C classes, D dimensions, dtypes by name (``"float32"``) of embeddings and of class centres."""
+    """One shape: N rows, C classes, D dimensions, dtypes by name (``"float32"``) of embeddings and of class centers."""
 
     N: int
     C: int
@@ -30,7 +30,7 @@ class Case:
 
     @property
     def weight_bytes(self) -> int:
-        """Of the class centres, and of their gradient."""
+        """Of the class centers, and of their gradient."""
         return self.C * self.D * self.torch_weight_dtype.itemsize
 
     def __str__(self) -> str:
@@ -115,15 +115,15 @@ class Inputs(NamedTuple):
     """(N,) int64"""
 
 
-# Beyond this many elements on a CPU, centres are drawn once and repeated: drawing 10⁷ × 512 takes a minute.
+# Beyond this many elements on a CPU, centers are drawn once and repeated: drawing 10⁷ × 512 takes a minute.
 _DRAWN_ELEMENTS = 2**28
 REPEATED = 65536
-"""Class centres that are enough to measure memory with, repeated."""
+"""Class centers that are enough to measure memory with, repeated."""
 
 
 @torch.no_grad()
-def draw_centres(weight: Tensor, rows: int, generator: torch.Generator | None = None) -> None:
-    """Fill class centres (C, D) with N(0, 0.01²), the first ``rows`` drawn and then repeated."""
+def draw_centers(weight: Tensor, rows: int, generator: torch.Generator | None = None) -> None:
+    """Fill class centers (C, D) with N(0, 0.01²), the first ``rows`` drawn and then repeated."""
     weight[:rows].normal_(std=0.01, generator=generator)
     for start in range(rows, weight.shape[0], rows):
         stop = min(start + rows, weight.shape[0])
@@ -131,7 +131,7 @@ def draw_centres(weight: Tensor, rows: int, generator: torch.Generator | None = 
 
 
 def make_inputs(case: Case, device: torch.device | str, seed: int = 0, distinct: bool = True) -> Inputs:
-    """Inputs as in mid-training: embeddings at about 53° from their class centre, norms between 5 and 25.
+    """Inputs as in mid-training: embeddings at about 53° from their class center, norms between 5 and 25.
 
     Random embeddings alone would all be at 90°, where no margin reaches past π and every provider agrees.
 
@@ -139,7 +139,7 @@ def make_inputs(case: Case, device: torch.device | str, seed: int = 0, distinct:
         case: the shape.
         device: where.
         seed: of the draw; the same seed gives the same inputs on one kind of device.
-        distinct: draw every class centre; without it :data:`REPEATED` of them.
+        distinct: draw every class center; without it :data:`REPEATED` of them.
     """
     device = torch.device(device)
     generator = torch.Generator(device).manual_seed(seed)
@@ -149,7 +149,7 @@ def make_inputs(case: Case, device: torch.device | str, seed: int = 0, distinct:
         drawn = REPEATED
     elif device.type == "cpu":
         drawn = max(1, _DRAWN_ELEMENTS // case.D)
-    draw_centres(weight, drawn, generator)
+    draw_centers(weight, drawn, generator)
     target = torch.randint(case.C, (case.N,), device=device, generator=generator)
     noise = torch.randn(case.N, case.D, device=device, generator=generator)
     direction = 0.6 * F.normalize(weight[target].float()) + 0.8 * F.normalize(noise)

@@ -1,6 +1,6 @@
 """A model of the head's training step on many devices: what a step takes, what a device holds, and what sets the limit.
 
-Model-parallel layout: W devices hold C / W class centres each; every device's N / W embeddings are gathered by all,
+Model-parallel layout: W devices hold C / W class centers each; every device's N / W embeddings are gathered by all,
 each device computes all N rows against its own classes, and the embeddings' gradient is summed back to its owner. The
 batch per device is fixed, so N grows with W, and a device's arithmetic (N·C/W logits) does not change with W; its
 memory shrinks, and the collectives grow.
@@ -85,30 +85,30 @@ class Network:
 
 @dataclass(frozen=True)
 class Storage:
-    """Bytes of one element of the class centres: at rest, and moved by the optimizer in a step."""
+    """Bytes of one element of the class centers: at rest, and moved by the optimizer in a step."""
 
     name: str
     weight_bytes: float
     held_bytes: float
-    """Class centre, momentum and gradient where one exists."""
+    """Class center, momentum and gradient where one exists."""
     optimizer_bytes: float
     """Read and written once a step beyond the two reads of the passes themselves."""
 
 
-# torch.optim.SGD with weight decay: the gradient is written, then read; decay makes a copy; momentum and centre are
+# torch.optim.SGD with weight decay: the gradient is written, then read; decay makes a copy; momentum and center are
 # read and written.
-SGD_FP32 = Storage("fp32 centres, products in bf16, torch.optim.SGD", 4, held_bytes=16, optimizer_bytes=36)
-# The update in the backward's class tile: no gradient; centre written, momentum read and written.
-FUSED_FP32 = Storage("fp32 centres and momentum, updated in the backward", 4, held_bytes=8, optimizer_bytes=12)
-# The same with bf16 centre and int8 momentum read and written.
+SGD_FP32 = Storage("fp32 centers, products in bf16, torch.optim.SGD", 4, held_bytes=16, optimizer_bytes=36)
+# The update in the backward's class tile: no gradient; center written, momentum read and written.
+FUSED_FP32 = Storage("fp32 centers and momentum, updated in the backward", 4, held_bytes=8, optimizer_bytes=12)
+# The same with bf16 center and int8 momentum read and written.
 FUSED_BF16_INT8 = Storage(
-    "bf16 centres, int8 momentum, updated in the backward (modelled)", 2, held_bytes=3.1, optimizer_bytes=4.2
+    "bf16 centers, int8 momentum, updated in the backward (modeled)", 2, held_bytes=3.1, optimizer_bytes=4.2
 )
 
 
 @dataclass(frozen=True)
 class Step:
-    """One modelled training step of the head, in seconds and bytes of each device."""
+    """One modeled training step of the head, in seconds and bytes of each device."""
 
     identities: int
     devices: int
@@ -138,7 +138,7 @@ def predict(
 ) -> Step:
     """The step of ``identities`` classes over ``devices``, each with ``batch`` embeddings of ``D`` dimensions.
 
-    The forward is half of the arithmetic (4NDC of 8NDC) and streams the centres once, as the backward does, where the
+    The forward is half of the arithmetic (4NDC of 8NDC) and streams the centers once, as the backward does, where the
     optimizer's traffic adds. Arithmetic and traffic of a pass overlap; so does the scatter of the embeddings' gradient
     with the backward. The gather, and the sum of two numbers a row, do not.
 
@@ -167,7 +167,7 @@ def predict(
     for at_once in (forward, backward):
         for name, added in _overlapped(device.overlap, at_once).items():
             parts[name] += added
-    # Centres and optimizer; gathered embeddings, the sums of centres in fp32 and the gradient that is scattered.
+    # Centers and optimizer; gathered embeddings, the sums of centers in fp32 and the gradient that is scattered.
     held = elements * storage.held_bytes + rows * D * (embedding_bytes + 8)
     limit = "does not fit" if held > device.memory_bytes else max(parts, key=lambda name: parts[name])
     return Step(identities, devices, sum(parts.values()), 2 * arithmetic, held, limit)
@@ -190,7 +190,7 @@ def grid(device: Device, devices: Sequence[int] = DEVICES, **options: Any) -> li
 
 
 def table(steps: Iterable[Step], device: Device, storage: Storage = FUSED_BF16_INT8) -> str:
-    """A Markdown table of modelled steps, with a line before it that says what is measured."""
+    """A Markdown table of modeled steps, with a line before it that says what is measured."""
     source = "measured by this benchmark" if device.measured else "a model, not yet measured"
     lines = [
         f"Rate of one {device.name}: {source}. 128 embeddings of 512 dimensions a device; {storage.name}.",

@@ -1,4 +1,4 @@
-"""Peak extra memory of a pass: beyond its inputs, the class centres and the two gradients, which every head must
+"""Peak extra memory of a pass: beyond its inputs, the class centers and the two gradients, which every head must
 hold."""
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def _measure(provider: Provider, case: Case, device: torch.device) -> dict[str, 
 
 
 def _held_by_all(provider: Provider, case: Case, backward: bool) -> int:
-    """Bytes that a pass allocates and that do not count: the gradients, and its own layout of the class centres."""
+    """Bytes that a pass allocates and that do not count: the gradients, and its own layout of the class centers."""
     gradients = case.weight_bytes + case.N * case.D * case.torch_dtype.itemsize if backward else 0
     return gradients + (case.weight_bytes if provider.own_weight else 0)
 

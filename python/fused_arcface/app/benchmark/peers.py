@@ -89,10 +89,10 @@ def insightface(embeddings: Tensor, weight: Tensor, target: Tensor, fp16: bool =
 
 
 def metric_learning(weight: Tensor) -> tuple[Tensor, Loss]:
-    """pytorch-metric-learning's ArcFaceLoss over a copy of the class centres: its parameter (D, C) and its loss."""
+    """pytorch-metric-learning's ArcFaceLoss over a copy of the class centers: its parameter (D, C) and its loss."""
     from pytorch_metric_learning.losses import ArcFaceLoss
 
-    # Built for one class and then given its centres: drawing initial ones, C × D of them, would be thrown away.
+    # Built for one class and then given its centers: drawing initial ones, C × D of them, would be thrown away.
     module = ArcFaceLoss(num_classes=1, embedding_size=weight.shape[1], margin=math.degrees(0.5), scale=SCALE)
     module.num_classes = weight.shape[0]
     module.W = torch.nn.Parameter(weight.detach().t().contiguous())
@@ -105,7 +105,7 @@ def metric_learning(weight: Tensor) -> tuple[Tensor, Loss]:
 
 
 def linear_cross_entropy(embeddings: Tensor, weight: Tensor, target: Tensor, chunked: bool = False) -> Tensor:
-    """torch's cross-entropy of a linear layer: no normalisation, no margin. Chunked, it holds the logits of a few rows
+    """torch's cross-entropy of a linear layer: no normalization, no margin. Chunked, it holds the logits of a few rows
     at a time."""
     options = torch.nn.LinearCrossEntropyOptions() if chunked else None
     loss: Tensor = F.linear_cross_entropy(embeddings, weight, target, options=options)

@@ -14,10 +14,10 @@ from fused_arcface.base.extras import pyplot, save_figure
 from .cost_model import Device, Step
 from .report import Measurement, Report
 
-# Ours in one strong colour; peers apart from each other and from ours for colour-blind eyes as well (Okabe and Ito's
+# Ours in one strong color; peers apart from each other and from ours for color-blind eyes as well (Okabe and Ito's
 # palette).
 _OURS = "#d55e00"
-_COLOURS = ("#0072b2", "#009e73", "#cc79a7", "#56b4e9", "#8c6d00", "#000000", "#777777", "#e69f00")
+_COLORS = ("#0072b2", "#009e73", "#cc79a7", "#56b4e9", "#8c6d00", "#000000", "#777777", "#e69f00")
 _MARKERS = "osv^D<>PX*"
 
 
@@ -71,7 +71,7 @@ def _label(each: Measurement) -> str:
 
 
 def _styles(measurements: Iterable[Measurement]) -> dict[str, dict[str, Any]]:
-    """A style for each label; those of ours share a colour, and only the default instruction set is drawn thick."""
+    """A style for each label; those of ours share a color, and only the default instruction set is drawn thick."""
     styles: dict[str, dict[str, Any]] = {}
     peers = 0
     for each in measurements:
@@ -83,7 +83,7 @@ def _styles(measurements: Iterable[Measurement]) -> dict[str, dict[str, Any]]:
             width, line = (2.6, "-") if variants == 0 else (1.4, (":", "--", "-.")[variants % 3])
             styles[label] = {"color": _OURS, "lw": width, "ls": line, "zorder": 5}
         else:
-            styles[label] = {"color": _COLOURS[peers % len(_COLOURS)], "lw": 1.4, "ls": "-" if peers < 8 else "--"}
+            styles[label] = {"color": _COLORS[peers % len(_COLORS)], "lw": 1.4, "ls": "-" if peers < 8 else "--"}
             peers += 1
         styles[label] |= {"marker": _MARKERS[len(styles) % len(_MARKERS)], "ms": 5}
     return styles
@@ -120,7 +120,7 @@ def _lines(axes: Any, report: Report, series: Sequence[Measurement], axis: str, 
     title = f"{fixed}, {case.dtype}"
     if ended:
         assert limit is not None
-        title += f"; ×: centres, gradient and peak fill the {limit / 2**30:.0f} GiB that were free (extrapolated)"
+        title += f"; ×: centers, gradient and peak fill the {limit / 2**30:.0f} GiB that were free (extrapolated)"
     axes.set_title(f"{title}\n{report.context['device']}, {report.context['commit']}", fontsize=9)
     axes.grid(True, which="both", alpha=0.2)
     # In the order in which the lines end, from above, to be read across.
@@ -138,7 +138,7 @@ def _mebibytes(peak_bytes: float) -> float:
 
 
 def _end_of_memory(points: Sequence[Measurement], limit: float) -> tuple[float, float] | None:
-    """C at which class centres, their gradient and the peak come to ``limit`` bytes, and that peak: along the last two
+    """C at which class centers, their gradient and the peak come to ``limit`` bytes, and that peak: along the last two
     points."""
     measured = [each for each in points if each.peak_bytes is not None]
     if len(measured) < 2:
@@ -152,7 +152,7 @@ def _end_of_memory(points: Sequence[Measurement], limit: float) -> tuple[float, 
 
 
 def _traffic(each: Measurement) -> float:
-    """Bytes that a pass must move: the centres once a pass, the gradient once; for bare products S as well."""
+    """Bytes that a pass must move: the centers once a pass, the gradient once; for bare products S as well."""
     backward = each.pass_name == "fwd+bwd"
     logits = each.case.N * each.case.C * each.case.torch_dtype.itemsize if not each.is_ours else 0
     return (3 if backward else 1) * (each.case.weight_bytes + logits)
@@ -204,8 +204,8 @@ def write_capacity_plot(rows: Sequence[dict[str, Any]], path: Path) -> Path:
     ordered = sorted(rows, key=lambda row: row["max_C"])
     figure, axes = plt.subplots(figsize=(8.5, 0.42 * len(ordered) + 1.3), layout="constrained")
     labels = [f"{row['recipe']} ({row['backend']}), {row['weight_dtype']} + {row['momentum_dtype']}" for row in ordered]
-    colours = [_OURS if row["recipe"].startswith("fused_arcface") else _COLOURS[0] for row in ordered]
-    bars = axes.barh(labels, [row["max_C"] / 1e6 for row in ordered], color=colours)
+    colors = [_OURS if row["recipe"].startswith("fused_arcface") else _COLORS[0] for row in ordered]
+    bars = axes.barh(labels, [row["max_C"] / 1e6 for row in ordered], color=colors)
     texts = [
         f" {row['max_C'] / 1e6:.3g} M" + ("" if row["how"] == "measured" else " (extrapolated)") for row in ordered
     ]
@@ -237,12 +237,12 @@ def write_cost_plot(steps: Sequence[Step], device: Device, path: Path) -> Path:
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.6), layout="constrained")
     for index, identities in enumerate(sorted({step.identities for step in steps})):
         mine = [step for step in steps if step.identities == identities]
-        label, colour = f"{identities:.0e} identities".replace("e+0", "e"), (*_COLOURS[:3], _OURS)[index % 4]
+        label, color = f"{identities:.0e} identities".replace("e+0", "e"), (*_COLORS[:3], _OURS)[index % 4]
         fitting = [step for step in mine if step.limit != "does not fit"]
-        left.plot([s.devices for s in fitting], [s.seconds * 1e3 for s in fitting], color=colour, label=label, lw=1.5)
-        right.plot([s.devices for s in mine], [s.memory_bytes / 2**30 for s in mine], color=colour, label=label, lw=1.5)
+        left.plot([s.devices for s in fitting], [s.seconds * 1e3 for s in fitting], color=color, label=label, lw=1.5)
+        right.plot([s.devices for s in mine], [s.memory_bytes / 2**30 for s in mine], color=color, label=label, lw=1.5)
         for step in mine:
-            style = {"marker": markers[step.limit], "color": colour, "ms": 7, "ls": ""}
+            style = {"marker": markers[step.limit], "color": color, "ms": 7, "ls": ""}
             right.plot([step.devices], [step.memory_bytes / 2**30], **style)
             if step in fitting:
                 left.plot([step.devices], [step.seconds * 1e3], **style)

@@ -32,7 +32,7 @@ class Provider:
     """Ours: the backend's name. Others: the library that computes."""
     formula: Formula
     open: Callable[[Inputs], Run]
-    """Prepares a run over inputs (its own layout of the class centres, say): what is here is not timed."""
+    """Prepares a run over inputs (its own layout of the class centers, say): what is here is not timed."""
     reason_against: Callable[[Case, torch.device], str | None]
     """Why it cannot run a case on a device, or None."""
     products: tuple[int, int] = (2, 6)
@@ -40,7 +40,7 @@ class Provider:
     environment: dict[str, str] = field(default_factory=dict)
     tf32: bool = False
     own_weight: bool = False
-    """Whether a run holds the class centres in a layout of its own, in the place of the inputs'."""
+    """Whether a run holds the class centers in a layout of its own, in the place of the inputs'."""
 
     @property
     def is_ours(self) -> bool:
@@ -80,7 +80,7 @@ class HeadRun:
         self._loss, self._target, self._transposed = loss, target, transposed
         self._embeddings = embeddings.detach().requires_grad_()
         self.weight = weight if weight.requires_grad else weight.detach().requires_grad_()
-        """The class centres, (C, D) or, transposed, (D, C): the leaf that an optimizer updates."""
+        """The class centers, (C, D) or, transposed, (D, C): the leaf that an optimizer updates."""
 
     def __call__(self, backward: bool) -> Outcome:
         if not backward:
@@ -143,7 +143,7 @@ def _needs(
         if device and on.type != device:
             return f"runs on {device} only"
         if same_dtype and case.dtype != case.weight_dtype:
-            return "takes embeddings and class centres of one dtype"
+            return "takes embeddings and class centers of one dtype"
         if weight_dtype and weight_dtype not in (case.dtype, case.weight_dtype):
             return f"computes in {weight_dtype}"
         return None

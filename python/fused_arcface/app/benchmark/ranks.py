@@ -183,7 +183,7 @@ def _network(ranks: int) -> tuple[float, float]:
 
 
 def _training_step(rows: int, classes: int) -> Callable[[], None]:
-    """Forward and backward of ``rows`` embeddings on this rank, the class centres updated in the backward."""
+    """Forward and backward of ``rows`` embeddings on this rank, the class centers updated in the backward."""
     head = PartialFC(_D, classes, center_optimizer=CenterSGD(0.1, weight_decay=5e-4))
     embeddings = torch.randn(rows, _D, requires_grad=True)
     target = torch.randint(classes, (rows,))

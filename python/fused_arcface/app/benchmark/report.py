@@ -34,7 +34,7 @@ FIELDS = (
     "commit",
     "date",
 )
-"""A row's fields, in order. ``ms`` is the median; ``peak_bytes`` is beyond inputs, class centres and gradients, None
+"""A row's fields, in order. ``ms`` is the median; ``peak_bytes`` is beyond inputs, class centers and gradients, None
 where it was not measured; ``error`` is the largest relative one of the loss and the gradients to fp64."""
 
 

@@ -222,7 +222,7 @@ def _lacks_memory(provider: Provider, case: Case, report: Report) -> str | None:
         and each.case.C < case.C
     ]
     peak = max((each.peak_bytes or 0) * case.C / each.case.C for each in smaller) if smaller else 0
-    # Beside its own run: the inputs, the gradient, and either the truth's gradient or another layout of the centres.
+    # Beside its own run: the inputs, the gradient, and either the truth's gradient or another layout of the centers.
     needed, limit = peak + 3 * case.weight_bytes, report.machine["memory_bytes"]
     if needed > limit:
         return f"out of memory: {needed / 2**30:.1f} GiB needed, {limit / 2**30:.1f} GiB there"

@@ -18,7 +18,7 @@ from .cases import Inputs
 
 Formula = Literal["margin", "straight_through", "linear", "products"]
 """What a provider computes. ``margin``: ArcFace, exact gradient. ``straight_through``: ArcFace without a boundary, with
-ψ' = 1. ``linear``: cross-entropy of x·wᵀ, neither normalised nor with a margin. ``products``: S = x·wᵀ, S·w and
+ψ' = 1. ``linear``: cross-entropy of x·wᵀ, neither normalized nor with a margin. ``products``: S = x·wᵀ, S·w and
 Sᵀ·x."""
 
 MARGIN = ArcFace(0.5)
@@ -45,12 +45,12 @@ class Outcome(NamedTuple):
 
 @torch.no_grad()
 def truth(inputs: Inputs, formula: Formula) -> Outcome:
-    """Loss and both gradients in fp64; the gradient by the class centres, the large one, is then kept in fp32."""
+    """Loss and both gradients in fp64; the gradient by the class centers, the large one, is then kept in fp32."""
     return _products(inputs) if formula == "products" else _cross_entropy(inputs, formula)
 
 
 def _chunks(inputs: Inputs) -> range:
-    """Starts of the chunks, whose logits (N, chunk) and centres (chunk, D) are of about the same size."""
+    """Starts of the chunks, whose logits (N, chunk) and centers (chunk, D) are of about the same size."""
     longest = max(inputs.target.numel(), inputs.weight.shape[1])
     return range(0, inputs.weight.shape[0], max(1, _CHUNK_ELEMENTS // longest))
 
@@ -73,11 +73,11 @@ def _products(inputs: Inputs) -> Outcome:
 
 def _cross_entropy(inputs: Inputs, formula: Formula) -> Outcome:
     margin: Margin = {"margin": MARGIN, "straight_through": _STRAIGHT_THROUGH}.get(formula, NormSoftmax())
-    normalised, scale = (formula != "linear"), (1.0 if formula == "linear" else SCALE)
+    normalized, scale = (formula != "linear"), (1.0 if formula == "linear" else SCALE)
     target, chunks = inputs.target, _chunks(inputs)
 
     def unit(row: Tensor) -> Tensor:
-        return F.normalize(row.double()) if normalised else row.double()
+        return F.normalize(row.double()) if normalized else row.double()
 
     x = unit(inputs.embeddings)
 
@@ -89,15 +89,15 @@ def _cross_entropy(inputs: Inputs, formula: Formula) -> Outcome:
     lse = torch.full_like(x[:, 0], -torch.inf)
     for start in chunks:
         lse = torch.logaddexp(lse, negatives(start)[1].logsumexp(1))
-    centres = unit(inputs.weight[target])
+    centers = unit(inputs.weight[target])
     with torch.enable_grad():
         lse.requires_grad_()
-        target_cosine = (x * centres).sum(1).requires_grad_()
+        target_cosine = (x * centers).sum(1).requires_grad_()
         loss = F.softplus(lse - scale * margin(target_cosine), threshold=40).mean()
         d_lse, d_target = torch.autograd.grad(loss, (lse, target_cosine))
     lse = lse.detach()
 
-    d_x, d_weight = d_target[:, None] * centres, _large(inputs)
+    d_x, d_weight = d_target[:, None] * centers, _large(inputs)
     for start in chunks:
         w, logits = negatives(start)
         d_cosine = scale * d_lse[:, None] * (logits - lse[:, None]).exp()
@@ -105,8 +105,8 @@ def _cross_entropy(inputs: Inputs, formula: Formula) -> Outcome:
         here = (target >= start) & (target < start + w.shape[0])
         d_w = (d_cosine.T @ x).index_add_(0, target[here] - start, d_target[here, None] * x[here])
         rows = inputs.weight[start : start + chunks.step].double()
-        d_weight[start : start + chunks.step] = unit_gradient(d_w, rows) if normalised else d_w
-    if normalised:
+        d_weight[start : start + chunks.step] = unit_gradient(d_w, rows) if normalized else d_w
+    if normalized:
         d_x = unit_gradient(d_x, inputs.embeddings.double())
     return Outcome(loss.detach(), d_x, d_weight)
 

@@ -304,7 +304,7 @@ def _say_written(console: Console, paths: list[Path]) -> None:
 def _capacity_table(rows: list[dict[str, Any]], budget_bytes: int) -> Table:
     title = f"Most identities whose training step fits into {budget_bytes / 2**30:.3g} GiB"
     table = _table(title)
-    for column in ("recipe", "centres", "momentum"):
+    for column in ("recipe", "centers", "momentum"):
         table.add_column(column)
     for column in ("identities", "bytes each", "step ms", ""):
         table.add_column(column, justify="right", no_wrap=True)

@@ -56,9 +56,9 @@ def compare(
     require("sklearn.metrics", "compare")
     require("pytorch_metric_learning.losses", "compare")
     pyplot()
-    spelt = {name.casefold(): name for name in every()}
+    spelled = {name.casefold(): name for name in every()}
     given = [name.strip() for name in criteria.split(";") if name.strip()]
-    names = tuple(spelt.get(name.casefold(), name) for name in given)
+    names = tuple(spelled.get(name.casefold(), name) for name in given)
     unknown = [name for name in names if name not in every()]
     if unknown:
         raise typer.BadParameter(f"--criteria must be among {'; '.join(every())}; got {'; '.join(unknown)}")

@@ -1,4 +1,4 @@
-"""``convert``: class centres between checkpoints, one safetensors file, insightface's shards and other libraries'
+"""``convert``: class centers between checkpoints, one safetensors file, insightface's shards and other libraries'
 files."""
 
 from __future__ import annotations
@@ -12,18 +12,18 @@ from .terminal import terminal
 
 
 def convert(
-    sources: Annotated[list[Path], typer.Argument(help="Where the class centres are; several are joined in order.")],
+    sources: Annotated[list[Path], typer.Argument(help="Where the class centers are; several are joined in order.")],
     destination: Annotated[Path, typer.Argument(help="A .safetensors file, or a directory of checkpoints.")],
     classes: Annotated[
-        int | None, typer.Option(help="Grow to this many classes; the new ones are initialised.")
+        int | None, typer.Option(help="Grow to this many classes; the new ones are initialized.")
     ] = None,
     sub_centers: Annotated[
         int | None,
         typer.Option(min=1, help="Centers of each class, where the file has no word of it (SubCenterArcFaceLoss)."),
     ] = None,
-    seed: Annotated[int | None, typer.Option(help="Of new class centres and of the head that resumes.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of new class centers and of the head that resumes.")] = None,
 ) -> None:
-    """Convert, join and grow sets of class centres.
+    """Convert, join and grow sets of class centers.
 
     A source is a training run, a checkpoint or a directory of some; a
     directory of insightface's checkpoint_gpu_{rank}.pt,

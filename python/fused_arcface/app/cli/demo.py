@@ -127,7 +127,7 @@ def _print_costs(console: Console, found: Demo) -> None:
         table.add_row(str(cost.case), *times, *(_megabytes(cost, name) for name in ("fused", "reference")))
         problems += [cost.problem] if cost.problem else []
     console.print(table)
-    console.print("Extra: beyond embeddings, class centres and their two gradients.")
+    console.print("Extra: beyond embeddings, class centers and their two gradients.")
     for problem in problems:
         console.print(problem, style="yellow", markup=False)
 

@@ -25,7 +25,7 @@ DTYPES = {"float64": "fp64", "float32": "fp32", "bfloat16": "bf16", "float16": "
 COMPUTED = {"float64": 5e-13, "float32": 2e-6, "bfloat16": 2e-6, "float16": 2e-6}
 STORED = {"float64": 0.0, "float32": 0.0, "bfloat16": 4e-3, "float16": 5e-4}
 SCALE = 64.0
-# Angles in radians to the target's centre. They lie well before and past the boundaries of the margins that are
+# Angles in radians to the target's center. They lie well before and past the boundaries of the margins that are
 # checked, and away from their jumps: at θ = π/2 (easy), θ = π - 0.5 (hard), 1.7·θ = π and 1.2·θ + 0.4 = π.
 ANGLES = (0.02, 0.3, 0.8, 1.2, 1.7, 2.1, 2.9, 3.1)
 
@@ -91,9 +91,9 @@ def gradcheck(
             console.print(table)
             console.print()
     console.print("ST: straight-through gradient. fd: finite differences agree as well.", highlight=False)
-    console.print("K: centres of each class. ε: label smoothing.", highlight=False)
-    colour = "red" if failed else "green"
-    console.print(f"[bold {colour}]{len(cases) - failed} of {len(cases)} combinations pass[/]", highlight=False)
+    console.print("K: centers of each class. ε: label smoothing.", highlight=False)
+    color = "red" if failed else "green"
+    console.print(f"[bold {color}]{len(cases) - failed} of {len(cases)} combinations pass[/]", highlight=False)
     if failed:
         raise typer.Exit(1)
 
@@ -123,8 +123,8 @@ class Check(NamedTuple):
         """Errors, what the gradients' may be, and the result, for a table."""
         errors = []
         for quantity in QUANTITIES:
-            colour = "default" if self.errors[quantity] <= self.allowed[quantity] else "bold red"
-            errors.append(f"[{colour}]{self.errors[quantity]:.1e}[/]")
+            color = "default" if self.errors[quantity] <= self.allowed[quantity] else "bold red"
+            errors.append(f"[{color}]{self.errors[quantity]:.1e}[/]")
         result = "[green]pass[/]" if self.passed else "[bold red]FAIL[/]"
         numerical = {None: "", True: ", fd", False: ", fd differ"}[self.numerical]
         return [*errors, f"{max(self.allowed.values()):.1e}", result + numerical]
@@ -232,7 +232,7 @@ def sample_problem(
     device: str = "cpu",
     angles: tuple[float, ...] = ANGLES,
 ) -> Problem:
-    """Embeddings at given angles to their class centres, norms from 0.5 to 2; the same for the same arguments."""
+    """Embeddings at given angles to their class centers, norms from 0.5 to 2; the same for the same arguments."""
     import torch
     import torch.nn.functional as F
 
@@ -245,12 +245,12 @@ def sample_problem(
 
     sub_centers = (options or {}).get("sub_centers", 1)
     weight, target = normal(classes * sub_centers, dim), torch.randint(classes, (rows,), generator=generator)
-    centre = F.normalize(weight[target * sub_centers])
+    center = F.normalize(weight[target * sub_centers])
     aside = normal(rows, dim)
-    aside = F.normalize(aside - (aside * centre).sum(1, keepdim=True) * centre)
+    aside = F.normalize(aside - (aside * center).sum(1, keepdim=True) * center)
     theta = torch.tensor(angles, dtype=torch.float64).repeat(rows // len(angles) + 1)[:rows, None]
     norm = 0.5 + 1.5 * torch.rand(rows, 1, generator=generator, dtype=torch.float64)
-    embeddings = norm * (theta.cos() * centre + theta.sin() * aside)
+    embeddings = norm * (theta.cos() * center + theta.sin() * aside)
     tensors = embeddings.to(device), weight.to(device), target.to(device)
     return Problem(*tensors, margin or ArcFace(), scale, options or {})
 

@@ -26,9 +26,9 @@ def identify(
         str | None, typer.Option(help="Images in a folder for each identity; split into gallery and probes.")
     ] = None,
     checkpoint: shared.Checkpoint = None,
-    gallery: Annotated[str | None, typer.Option(help="Labelled images of the known, instead of --data.")] = None,
+    gallery: Annotated[str | None, typer.Option(help="Labeled images of the known, instead of --data.")] = None,
     probes: Annotated[
-        str | None, typer.Option(help="Labelled images to look for; people are the same by their folder's name.")
+        str | None, typer.Option(help="Labeled images to look for; people are the same by their folder's name.")
     ] = None,
     embeddings: Annotated[
         Path | None, typer.Option(help="Saved ones with labels to split and score, instead of images.")
@@ -86,14 +86,14 @@ def identify(
         if gallery is not None and probes is not None and checkpoint is not None:
             split = _two_sets(checkpoint, gallery, probes, max_pixels, options)
         else:
-            labelled = (
+            labeled = (
                 EmbeddingSet.load(embeddings)
                 if embeddings is not None
                 else _embed(str(data), checkpoint, max_pixels, options)
             )
             if save_embeddings is not None:
-                labelled.save(save_embeddings)
-            split = _split(labelled, gallery_images, unknown, seed)
+                labeled.save(save_embeddings)
+            split = _split(labeled, gallery_images, unknown, seed)
         known, known_labels, sought, sought_labels = split
         known, sought = shared.prepared(known, normalize), shared.prepared(sought, normalize)
         chosen = make_distance(distance, order=p, gallery=known, shrinkage=shrinkage)
@@ -122,25 +122,25 @@ def identify(
 
 
 def _embed(data: str, checkpoint: Path | None, max_pixels: int, options: dict[str, Any]) -> EmbeddingSet:
-    from ..data.pair_sets import read_labelled
+    from ..data.pair_sets import read_labeled
 
     assert checkpoint is not None
-    (found,) = shared.embed_images(checkpoint, [read_labelled(data, max_pixels=max_pixels)], **options)
+    (found,) = shared.embed_images(checkpoint, [read_labeled(data, max_pixels=max_pixels)], **options)
     return found
 
 
 def _split(
-    labelled: EmbeddingSet, gallery_images: int, unknown: float, seed: int
+    labeled: EmbeddingSet, gallery_images: int, unknown: float, seed: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gallery and its labels, probes and theirs, out of one set."""
     from fused_arcface.evaluation import split_gallery
 
     from ..data import DataError
 
-    if labelled.labels is None:
+    if labeled.labels is None:
         raise DataError("embeddings must have labels (M,) to be split into gallery and probes")
-    known, sought = split_gallery(labelled.labels, gallery_images=gallery_images, unknown=unknown, seed=seed)
-    rows, labels = labelled.embeddings, labelled.labels
+    known, sought = split_gallery(labeled.labels, gallery_images=gallery_images, unknown=unknown, seed=seed)
+    rows, labels = labeled.embeddings, labeled.labels
     return rows[known], labels[known], rows[sought], labels[sought]
 
 
@@ -150,9 +150,9 @@ def _two_sets(
     """Gallery and probes from two sources, whose people are the same where their names are."""
     import torch
 
-    from ..data.pair_sets import read_labelled
+    from ..data.pair_sets import read_labeled
 
-    sources = [read_labelled(each, max_pixels=max_pixels) for each in (gallery, probes)]
+    sources = [read_labeled(each, max_pixels=max_pixels) for each in (gallery, probes)]
     files = [{str(Path(path).resolve()) for path in source.paths} for source in sources]
     if shared_files := files[0] & files[1]:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""``train``: an embedding net and its class centres on files. The options are those of ``training.config``."""
+"""``train``: an embedding net and its class centers on files. The options are those of ``training.config``."""
 
 from __future__ import annotations
 

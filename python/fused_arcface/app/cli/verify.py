@@ -49,7 +49,7 @@ def verify(
     ] = None,
     normalize: shared.Normalize = True,
     flip: shared.Flip = False,
-    pairs: Annotated[int, typer.Option(min=1, help="Of each kind, made from labelled images at most.")] = 20_000,
+    pairs: Annotated[int, typer.Option(min=1, help="Of each kind, made from labeled images at most.")] = 20_000,
     seed: Annotated[int, typer.Option(help="Of their choice.")] = 0,
     bad_data: shared.BadData = "skip",
     json: shared.Json = None,
@@ -63,7 +63,7 @@ def verify(
     """Verify pairs of people never seen in training: 10-fold accuracy, TAR at FAR, EER.
 
     TAR at FAR is strict: the greatest true accept rate whose false accept
-    rate is not above. Embeddings are normalised unless --raw is given.
+    rate is not above. Embeddings are normalized unless --raw is given.
     """
     from fused_arcface.base.extras import require
     from fused_arcface.evaluation import make_distance, mean_scores, pair_scores, verify_scores

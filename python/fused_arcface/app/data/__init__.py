@@ -4,9 +4,9 @@ by it."""
 from fused_arcface.base.reading import DataError
 
 from .digits import digit_images
-from .folders import LabelledFolder, read_folder
+from .folders import LabeledFolder, read_folder
 from .identities import Style, draw, identity_images
-from .images import MAX_PIXELS, ImageError, ImageSpec, LabelledImages, read_image
+from .images import MAX_PIXELS, ImageError, ImageSpec, LabeledImages, read_image
 from .recordio import RecordFile, RecordWriter, pack_image, unpack_image
 from .sources import ImageSource, open_source
 
@@ -16,8 +16,8 @@ __all__ = [
     "ImageError",
     "ImageSource",
     "ImageSpec",
-    "LabelledFolder",
-    "LabelledImages",
+    "LabeledFolder",
+    "LabeledImages",
     "RecordFile",
     "RecordWriter",
     "Style",

@@ -10,13 +10,13 @@ import torch.nn.functional as F
 
 from fused_arcface.base.extras import require
 
-from .images import LabelledImages
+from .images import LabeledImages
 
 TRAINED, UNSEEN = (0, 1, 2, 3, 4, 5, 6), (7, 8, 9)
 """The digits that a net is trained on, and those that it is verified on."""
 
 
-def digit_images(digits: Sequence[int], size: int = 32) -> LabelledImages:
+def digit_images(digits: Sequence[int], size: int = 32) -> LabeledImages:
     """All images of some digits, ``(M, 1, size, size)``; the label is the digit's place in ``digits``.
 
     Args:
@@ -38,4 +38,4 @@ def digit_images(digits: Sequence[int], size: int = 32) -> LabelledImages:
     label_of[torch.tensor(list(digits))] = torch.arange(len(digits))
     labels = label_of[torch.as_tensor(shipped.target, dtype=torch.int64)]
     images = F.interpolate(images[labels >= 0], size=(size, size), mode="bilinear", align_corners=False)
-    return LabelledImages(images, labels[labels >= 0])
+    return LabeledImages(images, labels[labels >= 0])

@@ -19,7 +19,7 @@ from .pair_sets import ImageSet
 
 @dataclass(frozen=True)
 class EmbeddingSet:
-    """Embeddings as the net gives them, not normalised, and what is known of them.
+    """Embeddings as the net gives them, not normalized, and what is known of them.
 
     >>> import tempfile
     >>> file = Path(tempfile.mkdtemp()) / "embeddings.safetensors"
@@ -141,9 +141,9 @@ def embed_set(
     Raises:
         DataError: an image that cannot be read, if ``unreadable`` is None; or none that can.
 
-    >>> from fused_arcface.app.data.pair_sets import read_labelled
+    >>> from fused_arcface.app.data.pair_sets import read_labeled
     >>> spec = ImageSpec(size=8, channels=1)
-    >>> embed_set(nn.Flatten(), read_labelled("identities:3x2"), spec).embeddings.shape
+    >>> embed_set(nn.Flatten(), read_labeled("identities:3x2"), spec).embeddings.shape
     torch.Size([6, 64])
     """
     net.eval()

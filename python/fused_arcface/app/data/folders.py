@@ -1,4 +1,4 @@
-"""A labelled folder: one folder for each identity, in it its images. What ``train``, ``verify`` and ``identify`` read
+"""A labeled folder: one folder for each identity, in it its images. What ``train``, ``verify`` and ``identify`` read
 when they are given a directory."""
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ SPLITS = frozenset(
 
 
 @dataclass(frozen=True)
-class LabelledFolder:
+class LabeledFolder:
     """Images of a folder and whom they show."""
 
     root: Path
@@ -50,7 +50,7 @@ class LabelledFolder:
         return len(self.names)
 
 
-def read_folder(root: str | Path) -> LabelledFolder:
+def read_folder(root: str | Path) -> LabeledFolder:
     """The images of a folder whose sub-folders are identities, found but not opened.
 
     Sub-folders are identities in the order of their names, numbered ones (``0``, ``1``, ``10``) by number; images lie
@@ -96,7 +96,7 @@ def read_folder(root: str | Path) -> LabelledFolder:
     others = [path for each in contents for path in each.others]
     notes = [f"{others[0]}: {len(others)} file(s) that are no images by their name; not used"] if others else []
     files = [(path, identity) for identity, each in enumerate(identities) for path in each.images]
-    return LabelledFolder(root, files, names, problems + _gaps(root, folders), notes)
+    return LabeledFolder(root, files, names, problems + _gaps(root, folders), notes)
 
 
 class _Content:

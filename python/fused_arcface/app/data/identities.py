@@ -1,4 +1,4 @@
-"""Procedural identities: drawings to recognise, as many as are asked for, made on the spot and the same everywhere.
+"""Procedural identities: drawings to recognize, as many as are asked for, made on the spot and the same everywhere.
 
 An identity is a prototype: a few cubic strokes. A sample of it is that prototype with its control points moved, under
 an affine map, drawn with a pen of its own width and contrast, in noise. Every number comes from a hash of (seed,
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .images import LabelledImages
+from .images import LabeledImages
 
 _POINTS_PER_STROKE = 16
 # The streams of numbers that one key is split into; a prototype's key has no sample in it.
@@ -22,7 +22,7 @@ _PROTOTYPE, _DEFORMATION, _NOISE = 1, 2, 3
 
 
 def _mix(x: Tensor) -> Tensor:
-    """splitmix64's finaliser on int64 tensors, whose products wrap as unsigned ones do."""
+    """splitmix64's finalizer on int64 tensors, whose products wrap as unsigned ones do."""
     x = (x ^ _shift(x, 30)) * -0x40A7B892E31B1A47  # 0xBF58476D1CE4E5B9
     x = (x ^ _shift(x, 27)) * -0x6B2FB644ECCEEE15  # 0x94D049BB133111EB
     return x ^ _shift(x, 31)
@@ -112,7 +112,7 @@ def draw(identity: Tensor, sample: Tensor, *, seed: int = 0, style: Style = Styl
 
 def identity_images(
     num_identities: int, samples: int, *, first: int = 0, seed: int = 0, style: Style = Style()
-) -> LabelledImages:
+) -> LabeledImages:
     """Every one of ``samples`` samples of the identities ``first`` to ``first + num_identities - 1``.
 
     Returns:
@@ -128,4 +128,4 @@ def identity_images(
     parts = [
         draw(first + i, s, seed=seed, style=style) for i, s in zip(labels.split(1024), sample.split(1024), strict=True)
     ]
-    return LabelledImages(torch.cat(parts), labels)
+    return LabeledImages(torch.cat(parts), labels)

@@ -24,7 +24,7 @@ MAX_PIXELS = 2**25
 """Pixels of the largest image that is decoded by default: 5792 × 5792, some 1.3 s and 540 MB of a PNG."""
 
 
-class LabelledImages(NamedTuple):
+class LabeledImages(NamedTuple):
     """Images and whom they show."""
 
     images: Tensor
@@ -47,7 +47,7 @@ class ImageSpec:
 
     Args:
         size: side in pixels, >= 1.
-        channels: 1 (grey) or 3 (RGB).
+        channels: 1 (gray) or 3 (RGB).
 
     Raises:
         TypeError, ValueError: an argument of a wrong type or out of its range.

@@ -1,6 +1,6 @@
 """What is evaluated, read from files: images, and pairs of them or whom they show.
 
-A set of pairs is insightface's ``.bin``, a text file of pairs (LFW's, or paths), or made from labelled images.
+A set of pairs is insightface's ``.bin``, a text file of pairs (LFW's, or paths), or made from labeled images.
 """
 
 from __future__ import annotations
@@ -50,14 +50,14 @@ class ImageSet:
         return len(self.paths)
 
 
-def read_labelled(data: str, *, max_pixels: int = MAX_PIXELS) -> ImageSet:
-    """Labelled images: a folder of one folder for each identity, a ``.rec`` file, or what else
+def read_labeled(data: str, *, max_pixels: int = MAX_PIXELS) -> ImageSet:
+    """Labeled images: a folder of one folder for each identity, a ``.rec`` file, or what else
     :func:`fused_arcface.app.data.open_source` knows. Images have at most ``max_pixels``.
 
     Raises:
         DataError: nothing of the kind.
 
-    >>> people = read_labelled("identities:3x2")
+    >>> people = read_labeled("identities:3x2")
     >>> people.labels, people.read(0, ImageSpec(size=16, channels=1)).shape
     (tensor([0, 0, 1, 1, 2, 2]), torch.Size([1, 16, 16]))
     """
@@ -82,12 +82,12 @@ def read_pair_set(
     seed: int = 0,
     max_pixels: int = MAX_PIXELS,
 ) -> ImageSet:
-    """A set of pairs: a ``.bin`` file, a ``.txt``, ``.csv`` or ``.tsv`` file of pairs, or labelled images.
+    """A set of pairs: a ``.bin`` file, a ``.txt``, ``.csv`` or ``.tsv`` file of pairs, or labeled images.
 
     Args:
         data: which.
         images: folder that a file of pairs names images in; the file's own if None.
-        most: pairs of each kind that are made from labelled images at most.
+        most: pairs of each kind that are made from labeled images at most.
         seed: of their choice.
         max_pixels: of an image, see :func:`fused_arcface.app.data.read_image`.
 
@@ -102,7 +102,7 @@ def read_pair_set(
         return _of_pickle(path, max_pixels)
     if path.suffix.lower() in (".txt", ".csv", ".tsv"):
         return read_pairs_file(path, Path(images) if images is not None else path.parent, max_pixels)
-    return _with_pairs(read_labelled(data, max_pixels=max_pixels), data, most, seed)
+    return _with_pairs(read_labeled(data, max_pixels=max_pixels), data, most, seed)
 
 
 def paired(source: ImageSource, name: str, *, most: int = 20_000, seed: int = 0) -> ImageSet:
@@ -114,10 +114,10 @@ def paired(source: ImageSource, name: str, *, most: int = 20_000, seed: int = 0)
     return _with_pairs(_of_source(source, name), name, most, seed)
 
 
-def _with_pairs(labelled: ImageSet, name: str, most: int, seed: int) -> ImageSet:
-    assert labelled.labels is not None
+def _with_pairs(labeled: ImageSet, name: str, most: int, seed: int) -> ImageSet:
+    assert labeled.labels is not None
     try:
-        return replace(labelled, pairs=balanced_pairs(labelled.labels, most, seed))
+        return replace(labeled, pairs=balanced_pairs(labeled.labels, most, seed))
     except ValueError as error:
         raise DataError(f"{name}: no pairs can be made: {error}") from None
 

@@ -1,4 +1,4 @@
-"""Labelled images of a RecordIO file, as insightface's data sets are distributed: which records are images, and whom
+"""Labeled images of a RecordIO file, as insightface's data sets are distributed: which records are images, and whom
 each shows."""
 
 from __future__ import annotations

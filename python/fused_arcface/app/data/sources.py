@@ -1,4 +1,4 @@
-"""What can be trained on, opened by one function: a labelled folder, a RecordIO file, images that the package makes."""
+"""What can be trained on, opened by one function: a labeled folder, a RecordIO file, images that the package makes."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from torch import Tensor
 from fused_arcface.base.reading import DataError
 
 from .digits import TRAINED, UNSEEN, digit_images
-from .folders import LabelledFolder, read_folder
+from .folders import LabeledFolder, read_folder
 from .identities import identity_images
-from .images import MAX_PIXELS, ImageSpec, LabelledImages, image_spec, read_image
+from .images import MAX_PIXELS, ImageSpec, LabeledImages, image_spec, read_image
 from .records import RecordImages
 
 _PROBED = 16  # images looked at to tell what the others are like
 _IDENTITIES = (200, 10)
 
 
-class LabelledReader(Protocol):
+class LabeledReader(Protocol):
     """Images that are read one by one, by index, with a label for each; usable in data-loader workers."""
 
     labels: Tensor
@@ -38,7 +38,7 @@ class LabelledReader(Protocol):
         """
 
 
-class ImageSource(LabelledReader, Protocol):
+class ImageSource(LabeledReader, Protocol):
     """Images to train on: labels go from 0 to the number of identities - 1, each at least once."""
 
     names: list[str]
@@ -64,9 +64,9 @@ class ImageSource(LabelledReader, Protocol):
 
 
 class FolderImages:
-    """A labelled folder as an :class:`ImageSource`."""
+    """A labeled folder as an :class:`ImageSource`."""
 
-    def __init__(self, folder: LabelledFolder, max_pixels: int = MAX_PIXELS) -> None:
+    def __init__(self, folder: LabeledFolder, max_pixels: int = MAX_PIXELS) -> None:
         self._files = [path for path, _ in folder.files]
         self.labels = torch.tensor([identity for _, identity in folder.files])
         self.names, self.problems, self.notes = folder.names, folder.problems, folder.notes
@@ -86,9 +86,9 @@ class FolderImages:
 
 
 class MemoryImages:
-    """Images in memory, square and grey, as an :class:`ImageSource`."""
+    """Images in memory, square and gray, as an :class:`ImageSource`."""
 
-    def __init__(self, data: LabelledImages) -> None:
+    def __init__(self, data: LabeledImages) -> None:
         self._images, self.labels = data
         self.names = [str(identity) for identity in range(data.num_identities)]
         self.problems: list[str] = []
@@ -159,7 +159,7 @@ def _identity_counts(data: str) -> tuple[int, int] | None:
 
 
 def common_spec(source: ImageSource, least: int = 32, most: int = 112) -> ImageSpec:
-    """What suits a source: grey unless one of the images looked at has colour, and their median side within bounds."""
+    """What suits a source: gray unless one of the images looked at has color, and their median side within bounds."""
     specs = []
     for index in torch.linspace(0, len(source) - 1, min(_PROBED, len(source))).long().tolist():
         try:

@@ -9,20 +9,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..data import LabelledImages
+from ..data import LabeledImages
 from .steps import shuffled_batches
 
 
 def identity_batches(
-    data: LabelledImages, batch_size: int, steps: int, seed: int, least_each: int = 4
-) -> Iterator[LabelledImages]:
+    data: LabeledImages, batch_size: int, steps: int, seed: int, least_each: int = 4
+) -> Iterator[LabeledImages]:
     """Batches of as many identities as go with ``least_each`` images of each or more, all with as many; of an identity
     with fewer, some twice.
 
     Raises:
         ValueError: a batch that does not hold two identities.
 
-    >>> data = LabelledImages(torch.zeros(9, 1, 2, 2), torch.arange(9) // 3)
+    >>> data = LabeledImages(torch.zeros(9, 1, 2, 2), torch.arange(9) // 3)
     >>> next(identity_batches(data, 4, steps=1, seed=0, least_each=2)).labels.bincount().sort().values
     tensor([0, 2, 2])
     """
@@ -42,16 +42,16 @@ def identity_batches(
     for _ in range(steps):
         identities = torch.randperm(len(rows_of), generator=generator)[:count]
         rows = torch.cat([some(rows_of[identity]) for identity in identities.tolist()])
-        yield LabelledImages(data.images[rows], data.labels[rows])
+        yield LabeledImages(data.images[rows], data.labels[rows])
 
 
-def two_view_batches(data: LabelledImages, batch_size: int, steps: int, seed: int) -> Iterator[LabelledImages]:
+def two_view_batches(data: LabeledImages, batch_size: int, steps: int, seed: int) -> Iterator[LabeledImages]:
     """Two random views of each of ``batch_size / 2`` images, the label the image's number in the batch: whom it shows
     plays no part."""
     generator = torch.Generator().manual_seed(seed)
     for images, _ in shuffled_batches(data, batch_size // 2, steps, seed):
         views = [random_view(images, generator) for _ in range(2)]
-        yield LabelledImages(torch.cat(views), torch.arange(len(images)).repeat(2))
+        yield LabeledImages(torch.cat(views), torch.arange(len(images)).repeat(2))
 
 
 def random_view(images: Tensor, generator: torch.Generator) -> Tensor:

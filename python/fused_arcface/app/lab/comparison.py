@@ -30,7 +30,7 @@ from fused_arcface.evaluation import (
 )
 from fused_arcface.evaluation.pairs import Pairs, balanced_pairs
 
-from ..data import LabelledImages
+from ..data import LabeledImages
 from ..measure.child import Child
 from ..nets.small import SmallNet, embed
 from .comparison_memory import peak_of_steps
@@ -111,7 +111,7 @@ def run_comparison(plan: Plan, output: Path, reporter: Reporter, names: tuple[st
 def _rows_of_seed(
     plan: Plan, seed: int, chosen: list[Criterion], folder: Folder, child: Child, reporter: Reporter
 ) -> Iterator[Row]:
-    images: tuple[LabelledImages, LabelledImages] | None = None
+    images: tuple[LabeledImages, LabeledImages] | None = None
     for criterion in chosen:
         row = folder.row(criterion.name, seed)
         if row is None:
@@ -137,7 +137,7 @@ def _rows_of_seed(
 
 
 def _train(
-    criterion: Criterion, recipe: Recipe, embedding_dim: int, data: LabelledImages, seed: int, reporter: Reporter
+    criterion: Criterion, recipe: Recipe, embedding_dim: int, data: LabeledImages, seed: int, reporter: Reporter
 ) -> tuple[nn.Module, list[Step]]:
     # Every criterion starts from the same net: it is made first. The caller's random state is left as it was.
     with torch.random.fork_rng(devices=[]):
@@ -160,8 +160,8 @@ def _evaluate(
     steps: list[Step],
     seconds: float,
     peak: int | None,
-    trained: LabelledImages,
-    unseen: LabelledImages,
+    trained: LabeledImages,
+    unseen: LabeledImages,
 ) -> Row:
     embeddings, labels = embed(net, unseen.images, normalize=False), unseen.labels
     pairs = balanced_pairs(labels, seed=seed)
@@ -198,7 +198,7 @@ def _by_distance(
     labels: Tensor,
     pairs: Pairs,
     split: tuple[Tensor, Tensor],
-    trained: LabelledImages,
+    trained: LabeledImages,
 ) -> dict[str, dict[str, float]]:
     """Embeddings as the net gives them, compared by every distance; the Mahalanobis distance is fitted on those of the
     people that the net was trained on."""

@@ -7,7 +7,7 @@ import itertools
 import torch
 
 from ..benchmark.memory import can_measure, peak_since_reset, reset_peak
-from ..data import LabelledImages
+from ..data import LabeledImages
 from ..measure.child import Child
 from ..nets.small import SmallNet
 from .criteria import criteria
@@ -46,7 +46,7 @@ def measure(criterion: str, batch_size: int, embedding_dim: int, channels: int, 
     torch.set_num_threads(1)
     chosen = criteria()[criterion]
     images = torch.rand(4 * max(num_classes, batch_size), channels, size, size)
-    data = LabelledImages(images, torch.arange(len(images)) % num_classes)
+    data = LabeledImages(images, torch.arange(len(images)) % num_classes)
     net = SmallNet(embedding_dim, channels)
     head = chosen.make_head(embedding_dim, num_classes)
     steps = _WARM + _MEASURED

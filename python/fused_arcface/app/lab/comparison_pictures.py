@@ -20,7 +20,7 @@ from .comparison_record import ANGLE_BINS, ROC_FARS, mean_and_deviation
 from .criteria import SCALE, Criterion, criteria
 
 _STYLE = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False}
-# Okabe and Ito's, which stay apart for colour-blind readers; more people than colours repeat them.
+# Okabe and Ito's, which stay apart for color-blind readers; more people than colors repeat them.
 _PEOPLE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6D00")
 
 
@@ -64,9 +64,9 @@ def _tar(plt: Any, found: Comparison) -> Any:
         rates = [row.tar["0.01"] for row in found.of(criterion.name)]
         over_seeds = mean_and_deviation(rates)
         axis.errorbar(
-            over_seeds["mean"], place, xerr=over_seeds["deviation"], color=criterion.colour, fmt="|", ms=16, capsize=4
+            over_seeds["mean"], place, xerr=over_seeds["deviation"], color=criterion.color, fmt="|", ms=16, capsize=4
         )
-        axis.plot(rates, [place] * len(rates), "o", color=criterion.colour, alpha=0.5, ms=5)
+        axis.plot(rates, [place] * len(rates), "o", color=criterion.color, alpha=0.5, ms=5)
     axis.set_yticks(range(len(shown)), [criterion.name for criterion in shown])
     axis.invert_yaxis()
     axis.grid(axis="x", alpha=0.3)
@@ -80,7 +80,7 @@ def _roc(plt: Any, found: Comparison) -> Any:
     figure, axis = plt.subplots(figsize=(8, 5), layout="constrained")
     for criterion in _shown(found):
         mean = np.mean([row.roc for row in found.of(criterion.name)], axis=0)
-        axis.plot(ROC_FARS, mean, color=criterion.colour, linestyle=criterion.line, label=criterion.name)
+        axis.plot(ROC_FARS, mean, color=criterion.color, linestyle=criterion.line, label=criterion.name)
     axis.set(xscale="log", xlim=(ROC_FARS[0], 1), ylim=(0, 1.01))
     axis.set(xlabel="false accept rate", ylabel="true accept rate", title="people never seen in training")
     axis.grid(alpha=0.3)
@@ -108,9 +108,9 @@ def _angles(plt: Any, found: Comparison) -> Any:
     for axis, criterion in zip(axes, shown, strict=True):
         rows = found.of(criterion.name)
         kinds = {"one person": [row.same_angles for row in rows], "two people": [row.different_angles for row in rows]}
-        for (name, counts), colour in zip(kinds.items(), ("#0072B2", "#D55E00"), strict=True):
+        for (name, counts), color in zip(kinds.items(), ("#0072B2", "#D55E00"), strict=True):
             density = np.sum(counts, axis=0) / np.sum(counts)
-            axis.stairs(density, edges, fill=True, color=colour, alpha=0.55, label=name)
+            axis.stairs(density, edges, fill=True, color=color, alpha=0.55, label=name)
         axis.set_title(criterion.name, fontsize=10)
         axis.set(xlim=(0, 150), yticks=[], xticks=range(0, 151, 30))
         axis.tick_params(labelbottom=True)  # also above an empty place of the grid
@@ -129,12 +129,12 @@ def _embeddings(plt: Any, found: Comparison) -> Any:
         unit = embeddings / np.maximum(np.linalg.norm(embeddings, axis=1, keepdims=True), 1e-12)
         radius = 1.25 * float(np.quantile(np.linalg.norm(embeddings, axis=1), 0.98))
         for person in np.unique(labels):
-            own, colour = labels == person, _PEOPLE[person % len(_PEOPLE)]
-            axis.plot(*embeddings[own].T, ".", color=colour, ms=3.5, alpha=0.6)
-            axis.plot(*(radius * unit[own]).T, "o", color=colour, ms=3, alpha=0.3, mew=0)
+            own, color = labels == person, _PEOPLE[person % len(_PEOPLE)]
+            axis.plot(*embeddings[own].T, ".", color=color, ms=3.5, alpha=0.6)
+            axis.plot(*(radius * unit[own]).T, "o", color=color, ms=3, alpha=0.3, mew=0)
             mean = unit[own].mean(0)
             mean /= max(float(np.linalg.norm(mean)), 1e-12)
-            axis.plot(*np.stack([np.zeros(2), radius * mean]).T, color=colour, linewidth=1)
+            axis.plot(*np.stack([np.zeros(2), radius * mean]).T, color=color, linewidth=1)
         axis.set_title(criterion.name, fontsize=10)
         axis.set(xlim=(-1.1 * radius, 1.1 * radius), ylim=(-1.1 * radius, 1.1 * radius), aspect="equal")
         axis.axis("off")
@@ -148,8 +148,8 @@ def _target_logits(plt: Any, found: Comparison) -> Any:
     degrees = torch.linspace(0, 180, 721)
     cosine = degrees.deg2rad().cos()
 
-    def plot(axis: Any, margin: angular.Margin, label: str, colour: str, line: str = "-") -> None:
-        axis.plot(degrees, SCALE * margin(cosine), label=label, color=colour, linestyle=line)
+    def plot(axis: Any, margin: angular.Margin, label: str, color: str, line: str = "-") -> None:
+        axis.plot(degrees, SCALE * margin(cosine), label=label, color=color, linestyle=line)
 
     for axis in axes[:2]:
         plot(axis, angular.NormSoftmax(), "NormSoftmax: cos θ", "#000000")

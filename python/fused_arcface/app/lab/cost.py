@@ -26,7 +26,7 @@ class Cost:
     milliseconds: dict[str, float]
     """Median, both taken in turn."""
     peak_bytes: dict[str, int | None]
-    """Resident memory of a process of its own beyond inputs, class centres and the two gradients; None where it is
+    """Resident memory of a process of its own beyond inputs, class centers and the two gradients; None where it is
     not measured."""
     problem: str = ""
     """Why not."""

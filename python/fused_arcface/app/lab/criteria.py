@@ -11,7 +11,7 @@ from fused_arcface.head import MarginHead
 from fused_arcface.margins.angular import ArcFace, CosFace, Margin, NormSoftmax, SphereFace
 from fused_arcface.margins.per_row import AdaFace
 
-from ..data import LabelledImages
+from ..data import LabeledImages
 from .batches import identity_batches, two_view_batches
 from .heads import SoftmaxHead
 from .losses import CenterLossHead, contrastive, triplet_batch_hard, triplet_semi_hard
@@ -23,7 +23,7 @@ SCALE = 16.0
 """Of the margin heads. The papers' 64 suits 10⁵ identities; with some hundred a softmax is sharp enough at 16, and
 learns faster."""
 
-Batches = Callable[[LabelledImages, int, int, int], Iterator[LabelledImages]]
+Batches = Callable[[LabeledImages, int, int, int], Iterator[LabeledImages]]
 """From images, batch size, steps and seed."""
 
 
@@ -37,7 +37,7 @@ class Criterion:
     make_head: Callable[[int, int], nn.Module]
     """From (D, C) to a module ``head(embeddings, target) -> loss``."""
     batches: Batches = shuffled_batches
-    colour: str = "#555555"
+    color: str = "#555555"
     line: str = "-"
 
 
@@ -51,16 +51,16 @@ def criteria() -> dict[str, Criterion]:
     MarginHead(8, 100, margin=ArcFace(margin=0.5, boundary='hard', gradient='exact'), scale=16.0, backend='auto')
     """
     found = [
-        Criterion(SOFTMAX, "the baseline", SoftmaxHead, colour="#D55E00"),
+        Criterion(SOFTMAX, "the baseline", SoftmaxHead, color="#D55E00"),
         Criterion(
-            "contrastive", "2005", lambda dim, classes: contrastive(1.0), identity_batches, colour="#999999", line="--"
+            "contrastive", "2005", lambda dim, classes: contrastive(1.0), identity_batches, color="#999999", line="--"
         ),
         Criterion(
             "contrastive, two views",
             "self-supervised: two views of an image are the similar pair",
             lambda dim, classes: contrastive(1.0),
             two_view_batches,
-            colour="#999999",
+            color="#999999",
             line=":",
         ),
         Criterion(
@@ -68,19 +68,17 @@ def criteria() -> dict[str, Criterion]:
             "FaceNet, 2015",
             lambda dim, classes: triplet_semi_hard(0.2),
             identity_batches,
-            colour="#CC79A7",
+            color="#CC79A7",
         ),
         Criterion(
             "triplet, batch-hard",
             "2017",
             lambda dim, classes: triplet_batch_hard(0.2),
             identity_batches,
-            colour="#CC79A7",
+            color="#CC79A7",
             line="--",
         ),
-        Criterion(
-            "center loss", "2016", lambda dim, classes: CenterLossHead(dim, classes, pull=0.01), colour="#E69F00"
-        ),
+        Criterion("center loss", "2016", lambda dim, classes: CenterLossHead(dim, classes, pull=0.01), color="#E69F00"),
         _margin("NormSoftmax", "2017", NormSoftmax, "#000000"),
         _margin("SphereFace", "2017", lambda: SphereFace(1.7), "#56B4E9"),
         _margin("CosFace", "2018", lambda: CosFace(0.35), "#009E73"),
@@ -95,8 +93,8 @@ MARGINS = ("SphereFace", "CosFace", ARCFACE, "AdaFace")
 """Those with a margin: they are expected above softmax on people never seen in training."""
 
 
-def _margin(name: str, source: str, make_margin: Callable[[], Margin], colour: str) -> Criterion:
+def _margin(name: str, source: str, make_margin: Callable[[], Margin], color: str) -> Criterion:
     def make_head(dim: int, classes: int) -> nn.Module:
         return MarginHead(dim, classes, margin=make_margin(), scale=SCALE)
 
-    return Criterion(name, source, make_head, colour=colour)
+    return Criterion(name, source, make_head, color=color)

@@ -17,7 +17,7 @@ from fused_arcface.head import MarginHead
 from fused_arcface.margins.angular import NormSoftmax
 
 from ..benchmark.cases import Case
-from ..data import LabelledImages
+from ..data import LabeledImages
 from ..nets.small import SmallNet, embed
 from .agreement import StepAgreement, curve_broken, curve_difference
 from .cost import Cost, head_costs
@@ -156,8 +156,8 @@ def _train(
     seed: int,
     net: nn.Module,
     head: nn.Module,
-    trained: LabelledImages,
-    unseen: LabelledImages,
+    trained: LabeledImages,
+    unseen: LabeledImages,
     check: StepAgreement | None,
     reporter: Reporter,
 ) -> Training:

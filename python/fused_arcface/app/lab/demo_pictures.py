@@ -14,8 +14,8 @@ from ..data import identity_images
 from .demo import ARCFACE, HEADS, REFERENCE, SOFTMAX, Demo, Result
 from .problems import CURVE_BOUND, CURVE_STEPS
 
-# Colours that stay apart for colour-blind readers (Okabe and Ito's).
-COLOURS = {
+# Colors that stay apart for color-blind readers (Okabe and Ito's).
+COLORS = {
     "pixels, no net": "#BBBBBB",
     SOFTMAX: "#D55E00",
     "NormSoftmax": "#009E73",
@@ -52,13 +52,13 @@ def _loss_curves(plt: Any, demo: Demo) -> Any:
     for (curves, differences), result in zip(axes.T, demo.results, strict=True):
         fused, expected = result.of(ARCFACE)[0].losses, result.of(REFERENCE)[0].losses
         steps = np.arange(1, len(fused) + 1)
-        curves.plot(steps, fused, color=COLOURS[ARCFACE], linewidth=3.5, alpha=0.5, label="fused head")
-        curves.plot(steps, expected, color=COLOURS[REFERENCE], linewidth=1, label="reference head")
+        curves.plot(steps, fused, color=COLORS[ARCFACE], linewidth=3.5, alpha=0.5, label="fused head")
+        curves.plot(steps, expected, color=COLORS[REFERENCE], linewidth=1, label="reference head")
         curves.set(title=f"{result.problem.name}: ArcFace, trained twice", ylabel="loss")
         curves.legend(frameon=False)
         # A difference of nothing has no place on a logarithmic axis: it is drawn at the rounding of fp32.
         gap = np.maximum(np.abs(np.subtract(fused, expected)), 1e-7)
-        differences.semilogy(steps, gap, color=COLOURS[ARCFACE], linewidth=1)
+        differences.semilogy(steps, gap, color=COLORS[ARCFACE], linewidth=1)
         differences.hlines(CURVE_BOUND, 1, min(CURVE_STEPS, len(steps)), color="black", linewidth=1, linestyle="--")
         differences.text(1, CURVE_BOUND, "bound", va="bottom")
         differences.set(xlabel="step", ylabel="difference", ylim=(5e-8, 0.1))
@@ -95,7 +95,7 @@ def _plot_curves(axis: Any, name: str, found: list[Verification]) -> None:
             each.false_accepts,
             each.true_accepts,
             where="post",  # nothing is interpolated
-            color=COLOURS[name],
+            color=COLORS[name],
             linewidth=1.3,
             alpha=0.8,
             label=f"{name} ({tar:.3f} at FAR 0.01)" if index == 0 else None,

@@ -13,7 +13,7 @@ from fused_arcface.margins.state import in_step
 
 
 class SoftmaxHead(nn.Module):
-    """The plain softmax classifier: a linear layer with a bias and cross-entropy, nothing normalised.
+    """The plain softmax classifier: a linear layer with a bias and cross-entropy, nothing normalized.
 
     Args:
         embedding_dim: D.
@@ -34,7 +34,7 @@ class SoftmaxHead(nn.Module):
 
 
 class ReferenceHead(MarginHead):
-    """:class:`fused_arcface.MarginHead` computed by :mod:`fused_arcface.reference`, logits materialised.
+    """:class:`fused_arcface.MarginHead` computed by :mod:`fused_arcface.reference`, logits materialized.
 
     >>> import torch
     >>> ReferenceHead(8, 5)(torch.randn(4, 8), torch.tensor([0, 1, 2, 4])).shape

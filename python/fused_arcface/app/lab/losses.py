@@ -14,7 +14,7 @@ from .heads import SoftmaxHead
 class CenterLossHead(SoftmaxHead):
     """Softmax cross-entropy and ``λ/2·‖f - c_y‖²``, both the mean over the batch (Wen et al., 2016, eq. 5).
 
-    The centres c, one for each class, are learnt by the optimizer as all else is; the paper moves them by a rate of
+    The centers c, one for each class, are learned by the optimizer as all else is; the paper moves them by a rate of
     their own.
 
     Args:
@@ -23,7 +23,7 @@ class CenterLossHead(SoftmaxHead):
         pull: λ.
 
     >>> head = CenterLossHead(2, 3, pull=0.5)
-    >>> head.pull_to_centers(torch.tensor([[3.0, 4.0]]), torch.tensor([0])).item()  # the centres begin at 0
+    >>> head.pull_to_centers(torch.tensor([[3.0, 4.0]]), torch.tensor([0])).item()  # the centers begin at 0
     6.25
     """
 
@@ -42,7 +42,7 @@ class CenterLossHead(SoftmaxHead):
 
 
 def contrastive(margin: float) -> nn.Module:
-    """``Y·D² + max(0, m - D²)·(1 - Y)`` over all pairs of the batch, D the distance of normalised embeddings (Chopra,
+    """``Y·D² + max(0, m - D²)·(1 - Y)`` over all pairs of the batch, D the distance of normalized embeddings (Chopra,
     Hadsell and LeCun, 2005); of pairs of one kind the mean of those that are not 0.
 
     Raises:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..data import DataError, ImageSpec, LabelledImages, identity_images, open_source
+from ..data import DataError, ImageSpec, LabeledImages, identity_images, open_source
 from .steps import Recipe
 
 
@@ -28,12 +28,12 @@ class Plan:
     toy_samples: int = 40
     embedding_dim: int = 64
     data: str | None = None
-    """A labelled folder or RecordIO file to use instead; ``held_out`` of its identities are the unseen ones."""
+    """A labeled folder or RecordIO file to use instead; ``held_out`` of its identities are the unseen ones."""
     held_out: float = 0.3
     image_size: int = 32
-    """Side to which its images are brought, in grey."""
+    """Side to which its images are brought, in gray."""
 
-    def load(self, seed: int) -> tuple[LabelledImages, LabelledImages]:
+    def load(self, seed: int) -> tuple[LabeledImages, LabeledImages]:
         """The images that are trained on and those of unseen people.
 
         Raises:
@@ -58,10 +58,10 @@ class Plan:
             rows = (labels >= 0).nonzero()[:, 0].tolist()
             # About 0 to 1, as generated images are.
             images = torch.stack([(source.read(row, spec) + 1) / 2 for row in rows])
-            parts.append(LabelledImages(images, labels[rows]))
+            parts.append(LabeledImages(images, labels[rows]))
         return parts[0], parts[1]
 
-    def toy_images(self) -> LabelledImages:
+    def toy_images(self) -> LabeledImages:
         """The few people of the two-dimensional pictures, generated."""
         return identity_images(self.toy_identities, self.toy_samples, seed=self.seeds[0])
 
@@ -69,7 +69,7 @@ class Plan:
 FULL = Plan(
     seeds=(0, 1, 2),
     # Eight passes over the images: the softmax classifier then fits them (its loss ends near 0.01), so
-    # that what is compared is how the criteria generalise, not how fast they learn. The learning rate is one at which
+    # that what is compared is how the criteria generalize, not how fast they learn. The learning rate is one at which
     # softmax does as well as at half and at twice that.
     recipe=Recipe(steps=300, batch_size=128, learning_rate=0.02),
     toy=Recipe(steps=120, batch_size=64, learning_rate=0.01),

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from fused_arcface.margins.angular import ArcFace
 
 from ..benchmark.cases import Case
-from ..data import LabelledImages, digit_images, identity_images
+from ..data import LabeledImages, digit_images, identity_images
 from ..data.digits import TRAINED, UNSEEN
 from .plan import FULL as COMPARED
 from .steps import Recipe
@@ -30,7 +30,7 @@ class Problem:
 
     name: str
     describe: str
-    load: Callable[[int], tuple[LabelledImages, LabelledImages]]
+    load: Callable[[int], tuple[LabeledImages, LabeledImages]]
     """From a seed to the images that are trained on and those of unseen identities."""
     recipe: Recipe
     remark: str = ""
@@ -52,7 +52,7 @@ class Plan:
 
 
 def _digits(steps: int) -> Problem:
-    def load(seed: int) -> tuple[LabelledImages, LabelledImages]:
+    def load(seed: int) -> tuple[LabeledImages, LabeledImages]:
         return digit_images(TRAINED), digit_images(UNSEEN)
 
     return Problem(
@@ -67,7 +67,7 @@ def _digits(steps: int) -> Problem:
 
 
 def _identities(trained: int, samples: int, unseen: int, recipe: Recipe) -> Problem:
-    def load(seed: int) -> tuple[LabelledImages, LabelledImages]:
+    def load(seed: int) -> tuple[LabeledImages, LabeledImages]:
         return (
             identity_images(trained, samples, seed=seed),
             identity_images(unseen, 10, first=trained, seed=seed),

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, OneCycleLR
 
-from ..data.images import LabelledImages
+from ..data.images import LabeledImages
 
 
 @dataclass(frozen=True)
@@ -36,17 +36,17 @@ class Step(NamedTuple):
 
     loss: float
     head_seconds: float
-    """Of the head alone, forward and backward to the gradients by embeddings and class centres."""
+    """Of the head alone, forward and backward to the gradients by embeddings and class centers."""
 
 
-def shuffled_batches(data: LabelledImages, batch_size: int, steps: int, seed: int) -> Iterator[LabelledImages]:
+def shuffled_batches(data: LabeledImages, batch_size: int, steps: int, seed: int) -> Iterator[LabeledImages]:
     """Batches of exactly ``batch_size``, drawn without replacement until too few are left, then anew; the same for a
     seed.
 
     Raises:
         ValueError: fewer images than a batch holds.
 
-    >>> data = LabelledImages(torch.zeros(9, 1, 2, 2), torch.arange(9))
+    >>> data = LabeledImages(torch.zeros(9, 1, 2, 2), torch.arange(9))
     >>> [len(batch.labels) for batch in shuffled_batches(data, batch_size=4, steps=3, seed=0)]
     [4, 4, 4]
     """
@@ -59,7 +59,7 @@ def shuffled_batches(data: LabelledImages, batch_size: int, steps: int, seed: in
         if len(order) < batch_size:
             order = torch.randperm(total, generator=generator)
         rows, order = order[:batch_size], order[batch_size:]
-        yield LabelledImages(data.images[rows], data.labels[rows])
+        yield LabeledImages(data.images[rows], data.labels[rows])
 
 
 def one_cycle(parameters: Iterable[nn.Parameter], recipe: Recipe) -> tuple[Optimizer, LRScheduler]:
@@ -101,7 +101,7 @@ def training_steps(
     head: nn.Module,
     optimizer: Optimizer,
     scheduler: LRScheduler,
-    batches: Iterable[LabelledImages],
+    batches: Iterable[LabeledImages],
     before_update: Callable[[Tensor, Tensor], None] | None = None,
 ) -> Iterator[Step]:
     """One step for each batch, made when it is asked for.
@@ -116,7 +116,7 @@ def training_steps(
             those that the loss was computed with.
 
     >>> from fused_arcface.app.training import SmallNet, SoftmaxHead
-    >>> data = LabelledImages(torch.rand(8, 1, 8, 8), torch.arange(8) % 2)
+    >>> data = LabeledImages(torch.rand(8, 1, 8, 8), torch.arange(8) % 2)
     >>> net, head = SmallNet(4), SoftmaxHead(4, 2)
     >>> optimizer, scheduler = one_cycle([*net.parameters(), *head.parameters()], Recipe(3, 4, 0.01))
     >>> len(list(training_steps(net, head, optimizer, scheduler, shuffled_batches(data, 4, steps=3, seed=0))))

@@ -39,7 +39,7 @@ class IResNetBlock(nn.Module):
 
 
 class IResNet(nn.Module):
-    """Images ``(N, channels, size, size)`` to embeddings ``(N, D)``, not normalised.
+    """Images ``(N, channels, size, size)`` to embeddings ``(N, D)``, not normalized.
 
     Args:
         depth: 18, 34, 50, 100 or 200.

@@ -15,7 +15,7 @@ class SmallNet(nn.Module):
         channels: of the images.
         width: channels of the first convolution; the others have twice and four times as many.
 
-    Images ``(N, channels, height, width)`` of any size from 1×1 give embeddings ``(N, D)``, not normalised: heads do
+    Images ``(N, channels, height, width)`` of any size from 1×1 give embeddings ``(N, D)``, not normalized: heads do
     that.
 
     The activation is smooth (SiLU). With ReLU two runs that differ by rounding part as soon as one activation near
@@ -30,7 +30,7 @@ class SmallNet(nn.Module):
         self.convolutions = nn.Sequential(
             _block(channels, width), _block(width, 2 * width), _block(2 * width, 4 * width), nn.AdaptiveAvgPool2d(4)
         )
-        # Normalised without a bias after it, as margin-softmax nets are: every dimension of the embedding has its
+        # Normalized without a bias after it, as margin-softmax nets are: every dimension of the embedding has its
         # share of the angle.
         self.projection = nn.Sequential(
             nn.Flatten(), nn.Linear(64 * width, embedding_dim, bias=False), nn.BatchNorm1d(embedding_dim)

@@ -12,7 +12,7 @@ from fused_arcface.evaluation.identification import Identification
 from fused_arcface.evaluation.verification import Verification
 
 _STYLE = {"font.size": 11, "axes.spines.top": False, "axes.spines.right": False}
-_COLOUR = "#0072B2"
+_COLOR = "#0072B2"
 
 
 def draw_verification(found: Verification, folder: Path, name: str) -> list[Path]:
@@ -33,10 +33,10 @@ def draw_verification(found: Verification, folder: Path, name: str) -> list[Path
     with plt.rc_context(_STYLE):
         roc, axis = plt.subplots(figsize=(6, 4.6), layout="constrained")
         # Nothing is interpolated: a rate holds until the next point.
-        axis.step(found.false_accepts, found.true_accepts, where="post", color=_COLOUR)
+        axis.step(found.false_accepts, found.true_accepts, where="post", color=_COLOR)
         for far, tar in found.tar.items():
             if far >= least:
-                axis.plot(far, tar, "o", color=_COLOUR, ms=5)
+                axis.plot(far, tar, "o", color=_COLOR, ms=5)
                 axis.annotate(f"{tar:.3f}", (far, tar), (4, -13), textcoords="offset points", fontsize=9)
         axis.set(xscale="log", xlim=(least, 1), ylim=(0, 1.02), xlabel="false accept rate", ylabel="true accept rate")
         _set_title(axis, name)
@@ -46,10 +46,10 @@ def draw_verification(found: Verification, folder: Path, name: str) -> list[Path
         rejects = 1 - found.true_accepts
         inner = (found.false_accepts > 0) & (rejects > 0)  # the ends lie infinitely far
         curve = require("sklearn.metrics", "eval").DetCurveDisplay(fpr=found.false_accepts[inner], fnr=rejects[inner])
-        curve.plot(ax=axis, color=_COLOUR)
+        curve.plot(ax=axis, color=_COLOR)
         if 0 < found.eer < 1:
             deviate = require("scipy.stats", "eval").norm.ppf(found.eer)
-            axis.plot(deviate, deviate, "o", color=_COLOUR, ms=5)
+            axis.plot(deviate, deviate, "o", color=_COLOR, ms=5)
             axis.annotate(f"equal, {found.eer:.3f}", (deviate, deviate), (6, 6), textcoords="offset points", fontsize=9)
         axis.set(xlabel="false accept rate", ylabel="false reject rate")
         _set_title(axis, name)
@@ -74,7 +74,7 @@ def draw_identification(found: Identification, folder: Path, name: str) -> list[
     with plt.rc_context(_STYLE):
         figure, axis = plt.subplots(figsize=(6, 4.6), layout="constrained")
         ranks = np.arange(1, len(found.cmc) + 1)
-        axis.plot(ranks, found.cmc, "o-", color=_COLOUR, ms=4)
+        axis.plot(ranks, found.cmc, "o-", color=_COLOR, ms=4)
         axis.set(xlabel="rank", ylabel="identification rate", xlim=(0.5, len(ranks) + 0.5), ylim=(0, 1.02))
         _set_title(axis, name)
         axis.grid(alpha=0.3)

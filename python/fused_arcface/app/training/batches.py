@@ -15,7 +15,7 @@ from fused_arcface.base.keyed_random import BATCH, fold
 from fused_arcface.base.reading import DataError
 
 from ..data.images import ImageError, ImageSpec
-from ..data.sources import LabelledReader
+from ..data.sources import LabeledReader
 from .interrupt import ignore_interrupts
 
 _MOST_UNREADABLE = 100  # in a row: then it is the source that is wrong, not an image
@@ -91,7 +91,7 @@ def share_bounds(rows: int, parts: int) -> list[int]:
 class _ReadImages(Dataset[Batch]):
     """Reads one item; the loader's workers call it."""
 
-    def __init__(self, source: LabelledReader, spec: ImageSpec) -> None:
+    def __init__(self, source: LabeledReader, spec: ImageSpec) -> None:
         self._source, self._spec = source, spec
 
     def __getitem__(self, item: Item) -> Batch:
@@ -116,7 +116,7 @@ def _collate(samples: list[Batch]) -> Batch:
 
 
 def load_batches(
-    source: LabelledReader, spec: ImageSpec, items: Iterator[list[Item]], workers: int, pin_memory: bool = False
+    source: LabeledReader, spec: ImageSpec, items: Iterator[list[Item]], workers: int, pin_memory: bool = False
 ) -> Iterator[Batch]:
     """Reads batches one after another, ahead of their use in ``workers`` processes if there are any.
 

@@ -97,7 +97,7 @@ class TrainConfig:
         "ends with it.",
         choices=("skip", "stop"),
     )
-    verify_data: str = _option("", "1:1 verification: a .bin set, file of pairs or labelled images, of other people.")
+    verify_data: str = _option("", "1:1 verification: a .bin set, file of pairs or labeled images, of other people.")
     verify_every: int = _option(1, "Epochs from one verification to the next; the last epoch has one.", least=1)
     image_size: int | None = _option(None, "Side in pixels; the net's own or the images'.", least=1, fixed=True)
     channels: int | None = _option(None, "1 or 3; the net's own or the images'.", least=1, most=3, fixed=True)
@@ -114,9 +114,9 @@ class TrainConfig:
     scale: float | None = _option(
         None, "Of the logits; 16 below 1000 identities, 32 below 10 000, 64 from there.", least=0, above=True
     )
-    sub_centers: int = _option(1, "Centres of each class, the nearest of which counts.", least=1, fixed=True)
+    sub_centers: int = _option(1, "Centers of each class, the nearest of which counts.", least=1, fixed=True)
     label_smoothing: float = _option(
-        0.0, "Share of the target that all classes get; needs joint class centres.", least=0, most=1
+        0.0, "Share of the target that all classes get; needs joint class centers.", least=0, most=1
     )
     sample_rate: float = _option(1.0, "Fraction of the classes in a step.", least=0, above=True, most=1)
     backend: str = _option("auto", "Of the head: auto, reference, cpu, triton or cuda.")
@@ -126,7 +126,7 @@ class TrainConfig:
     optimizer: str = _option("sgd", "Of the backbone: sgd or adamw.", choices=("sgd", "adamw"), fixed=True)
     center_optimizer: str = _option(
         "fused",
-        "fused: the class centres by CenterSGD inside the backward pass; joint: by the backbone's optimizer.",
+        "fused: the class centers by CenterSGD inside the backward pass; joint: by the backbone's optimizer.",
         choices=("fused", "joint"),
         fixed=True,
     )
@@ -144,7 +144,7 @@ class TrainConfig:
         "fp32", "Of the autocast; fp16 with a gradient scaler.", choices=("fp32", "bf16", "fp16"), fixed=True
     )
 
-    seed: int = _option(0, "Of weights, class centres, batches and samples.", least=0, most=2**63 - 1, fixed=True)
+    seed: int = _option(0, "Of weights, class centers, batches and samples.", least=0, most=2**63 - 1, fixed=True)
     device: str = _option("auto", "auto, cpu, cuda or cuda:N.")
     save_every: int = _option(
         0, "Steps from one checkpoint to the next, beside that of each epoch; 0 for none.", least=0

@@ -37,9 +37,9 @@ class Stepped:
     loss: float
     """Mean over the joint batch."""
     target_angle: float
-    """Mean angle in degrees between an embedding and its class centre."""
+    """Mean angle in degrees between an embedding and its class center."""
     accuracy: float
-    """Share of the joint batch whose class centre is the nearest of those in use."""
+    """Share of the joint batch whose class center is the nearest of those in use."""
     lr: float
     """Of the backbone."""
     images_per_second: float

@@ -1,11 +1,11 @@
 """One training step: the net in micro-batches, the head once on the joint batch, the net's backward pass in
 micro-batches.
 
-The fused optimizer updates the class centres in the head's backward pass, so gradients cannot be accumulated over
+The fused optimizer updates the class centers in the head's backward pass, so gradients cannot be accumulated over
 several passes of the head. Instead the embeddings are: all but the last micro-batch are embedded without a graph, the
 head sees the whole batch once, and each micro-batch is embedded again for its backward pass, with the gradient that the
 head gave its embeddings (Gao et al., GradCache, arXiv:2101.06983). The result is that of the whole batch but for batch
-normalisation, whose statistics are each micro-batch's own. It costs 1 - 1/parts more forward passes of the net.
+normalization, whose statistics are each micro-batch's own. It costs 1 - 1/parts more forward passes of the net.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class StepResult(NamedTuple):
     stats: MarginSoftmaxStats
     """Of this rank's rows."""
     head_seconds: float
-    """Of the head alone, forward and backward to the gradients by embeddings and class centres."""
+    """Of the head alone, forward and backward to the gradients by embeddings and class centers."""
     updated: bool = True
     """Loss and gradients were finite: weights and class centers were changed."""
 
@@ -60,7 +60,7 @@ class JointStep:
         self._dtype = AUTOCAST[precision]
 
     def __call__(self, parts: list[Tensor], target: Tensor, number: int) -> StepResult:
-        """Gradients of the net in place, class centres by the head's optimizer.
+        """Gradients of the net in place, class centers by the head's optimizer.
 
         Args:
             parts: this rank's images (n, channels, size, size), cut into micro-batches.

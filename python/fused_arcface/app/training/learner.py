@@ -125,8 +125,8 @@ class Learner:
         for group in self.optimizer.param_groups:
             group.update(options)
         if self.head.center_optimizer is not None:
-            centres = options | {"lr": config.center_lr * factor, "momentum": config.momentum}
-            self.head.center_optimizer.param_groups[0].update(centres)
+            centers = options | {"lr": config.center_lr * factor, "momentum": config.momentum}
+            self.head.center_optimizer.param_groups[0].update(centers)
 
     def save(self, root: Path, step: int) -> Path:
         """A checkpoint after ``step`` steps; a collective."""

@@ -86,7 +86,7 @@ def resolve(config: TrainConfig, source: ImageSource, world: World) -> TrainConf
     if config.precision == "fp16" and config.center_optimizer == "joint" and world.world_size > 1:
         raise OptionError(
             "precision fp16 on several ranks needs center_optimizer fused: a gradient that overflows in one rank's "
-            "class centres would make that rank alone leave the step out"
+            "class centers would make that rank alone leave the step out"
         )
     try:
         needs = unusual_negatives(parse_margin(config.margin), config.sub_centers)

@@ -40,7 +40,7 @@ if _compiler_reason is None:
         margin_loss,
         target_cosine,
         unit_embedding_grad,
-        update_centres,
+        update_centers,
         weight_grad,
     )
 
@@ -57,6 +57,6 @@ __all__ = [
     "target_cosine",
     "unavailable",
     "unit_embedding_grad",
-    "update_centres",
+    "update_centers",
     "weight_grad",
 ]

@@ -1,5 +1,5 @@
-"""The step of SGD on the class centres, made where a panel's gradient by the unit centres has just been summed: project
-it, add decay and momentum, write centre and momentum back. No gradient larger than a panel exists.
+"""The step of SGD on the class centers, made where a panel's gradient by the unit centers has just been summed: project
+it, add decay and momentum, write center and momentum back. No gradient larger than a panel exists.
 
 csrc/cpu/center_sgd.h in Triton; fused_arcface.base.keyed_random has the random bits' definition, and a test compares the two.
 """
@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fused_arcface.engine.ops import MOMENTUM_BLOCK, CentreStep
+from fused_arcface.engine.ops import MOMENTUM_BLOCK, CenterStep
 
 from .common import block_width, divide, launch, reciprocal, rows_per_block, to
 from .targets import by_row, projection
@@ -61,7 +61,7 @@ def _float64(bits):
 
 
 @triton.jit(do_not_specialize=["lr", "momentum", "weight_decay", "rounding_key", "class_start"])
-def update_centres_kernel(
+def update_centers_kernel(
     d_unit_ptr,  # (R, >= D), rows d_unit_stride apart
     d_unit_stride,
     classes_ptr,  # (R,) int64 rows of weight, num_classes for none; or None: those from first_class on
@@ -139,15 +139,15 @@ def _bits(number: float) -> int:
     return bits
 
 
-def update_rows(d_unit: Tensor, weight: Tensor, step: CentreStep, start: int) -> None:
-    """The step of the centres from place ``start`` on, from the gradient by their unit vectors d_unit (R, >= D)."""
+def update_rows(d_unit: Tensor, weight: Tensor, step: CenterStep, start: int) -> None:
+    """The step of the centers from place ``start`` on, from the gradient by their unit vectors d_unit (R, >= D)."""
     num_rows, (num_classes, width) = d_unit.shape[0], weight.shape
     buffer, units = step.momentum_buffer, step.momentum_scale
     # Whole units of an int8 momentum.
     block_d = max(MOMENTUM_BLOCK, block_width(width))
     block_n = min(rows_per_block(width), rows_per_block(block_d))
     launch(
-        update_centres_kernel,
+        update_centers_kernel,
         (triton.cdiv(num_rows, block_n),),
         d_unit,
         d_unit.stride(0),

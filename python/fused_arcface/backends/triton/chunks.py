@@ -1,7 +1,7 @@
 """The class-chunk algorithm: a panel of classes at a time, its exponentials kept in L2 between two products.
 
 Forward: ``E = exp(X·Wᵀ)`` of the panel, ``U += E·W``. Backward: ``G`` from the same scores, ``H = Gᵀ·X``, which the
-caller projects into dW or into the centres themselves. 8NDC flops in all, of which half run in the library; memory for
+caller projects into dW or into the centers themselves. 8NDC flops in all, of which half run in the library; memory for
 one panel. Any D; fp16, bf16, fp32 and fp64.
 """
 
@@ -16,21 +16,21 @@ from torch import Tensor
 from .common import multiply
 from .configs import CHUNKS, ELEMENTS, ElementConfig, ProductConfig, device_limits, panel_classes, product_config
 from .exponentials import launch_class_gradient, launch_class_stats
-from .rows import Centres, RowTerms, UnitRows
+from .rows import Centers, RowTerms, UnitRows
 
 
 @dataclass(frozen=True)
 class _Loop:
     """Sizes and buffers of the loop over panels and, within one, over blocks of rows."""
 
-    centres: Centres
+    centers: Centers
     config: ProductConfig | ElementConfig
     panel: UnitRows
     scores: Tensor
     """(rows of a block, P): exponentials, or their gradient."""
 
     @staticmethod
-    def create(x: UnitRows, centres: Centres, stored: bool) -> _Loop:
+    def create(x: UnitRows, centers: Centers, stored: bool) -> _Loop:
         num_rows, width = x.values.shape
         device = x.values.device
         product = x.values.dtype in (torch.float16, torch.bfloat16)
@@ -38,11 +38,11 @@ class _Loop:
         # Without a library product and with nothing to store for one, the scores never exist.
         stored = stored or not product
         row_bytes, size = width * x.values.element_size(), x.second.element_size()
-        classes = panel_classes(CHUNKS, num_rows, centres.count, row_bytes, size if stored else 0, config.BLOCK_C)
+        classes = panel_classes(CHUNKS, num_rows, centers.count, row_bytes, size if stored else 0, config.BLOCK_C)
         panel = UnitRows.empty(classes, width, x.values.dtype, x.inverse.dtype, device)
         rows = min(num_rows, CHUNKS.max_rows) if stored else 0
         scores = torch.empty(rows, classes, dtype=x.second.dtype, device=device)
-        return _Loop(centres, config, panel, scores)
+        return _Loop(centers, config, panel, scores)
 
     @property
     def tiles(self) -> int:
@@ -50,8 +50,8 @@ class _Loop:
 
     def turns(self) -> Iterator[tuple[int, int]]:
         """The first class of each turn, and how many there are in it; the panel is made of them."""
-        for start in range(0, self.centres.count, self.panel.values.shape[0]):
-            yield start, self.centres.fill(start, self.panel)
+        for start in range(0, self.centers.count, self.panel.values.shape[0]):
+            yield start, self.centers.fill(start, self.panel)
 
     def scores_of(self, x: UnitRows) -> Tensor:
         """(rows, P) to be filled by a kernel, holding the scores already where the kernel does not multiply itself."""
@@ -67,10 +67,10 @@ def _row_blocks(num_rows: int) -> list[slice]:
 
 def class_stats(
     x: UnitRows,
-    centres: Centres,
+    centers: Centers,
     target: Tensor,
     terms: RowTerms | None,
-    with_centre_sum: bool,
+    with_center_sum: bool,
     class_count: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Partial sums (tiles, N), partial maxima (tiles, N) without the embeddings' inverse, and Σ e·ŵ (N, width) or None.
@@ -78,10 +78,10 @@ def class_stats(
     Without ``terms`` the maxima alone.
     """
     num_rows, width = x.values.shape
-    loop = _Loop.create(x, centres, with_centre_sum)
+    loop = _Loop.create(x, centers, with_center_sum)
     total = torch.zeros(loop.tiles, num_rows, dtype=x.inverse.dtype, device=target.device)
     maximum = torch.full_like(total, -torch.inf)
-    centre_sum = total.new_empty(num_rows, width) if with_centre_sum else None
+    center_sum = total.new_empty(num_rows, width) if with_center_sum else None
     for start, num_classes in loop.turns():
         for rows in _row_blocks(num_rows):
             block = x.row_slice(rows.start, rows.stop)
@@ -97,21 +97,21 @@ def class_stats(
                 class_count,
                 num_classes,
                 start,
-                with_centre_sum,
+                with_center_sum,
                 loop.config,
             )
-            if centre_sum is not None:
-                multiply(centre_sum[rows], scores, loop.panel.second, accumulate=start > 0)
-    return total, maximum, centre_sum
+            if center_sum is not None:
+                multiply(center_sum[rows], scores, loop.panel.second, accumulate=start > 0)
+    return total, maximum, center_sum
 
 
 def unit_gradients(
-    x: UnitRows, centres: Centres, target: Tensor, terms: RowTerms, finish: Callable[[Tensor, int], None]
+    x: UnitRows, centers: Centers, target: Tensor, terms: RowTerms, finish: Callable[[Tensor, int], None]
 ) -> None:
-    """Calls ``finish(gradient, start)`` once a turn, with the gradient by the unit centres from place ``start`` on, (R,
+    """Calls ``finish(gradient, start)`` once a turn, with the gradient by the unit centers from place ``start`` on, (R,
     width), given the rows' terms with their coefficients."""
     num_rows, width = x.values.shape
-    loop = _Loop.create(x, centres, True)
+    loop = _Loop.create(x, centers, True)
     d_unit = x.inverse.new_empty(loop.panel.values.shape[0], width)
     for start, num_classes in loop.turns():
         for rows in _row_blocks(num_rows):

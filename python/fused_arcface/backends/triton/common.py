@@ -97,7 +97,7 @@ def square_root(x):
 def floored(norm, power):
     """max(norm, 1e-12·power): with :func:`row_norms`'s results, power times what a row is divided by, as in
     ``torch.nn.functional.normalize``; NaN stays NaN."""
-    # Spelt out in norm's dtype: a bare constant is fp32 to Triton, and fp64 would have nine of its digits.
+    # Spelled out in norm's dtype: a bare constant is fp32 to Triton, and fp64 would have nine of its digits.
     epsilon = tl.full(norm.shape, 1e-12, norm.dtype) * power
     return tl.where(norm < epsilon, epsilon, norm)
 

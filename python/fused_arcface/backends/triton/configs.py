@@ -47,24 +47,24 @@ class ElementConfig:
 
 @dataclass(frozen=True)
 class PanelConfig:
-    """How many class centres, and how many batch rows, one turn of the host's loop takes."""
+    """How many class centers, and how many batch rows, one turn of the host's loop takes."""
 
     exponential_bytes: int
     """Of the (rows, classes) exponentials of one turn."""
-    centre_bytes: int
-    """Of the normalised copy of the turn's centres."""
+    center_bytes: int
+    """Of the normalized copy of the turn's centers."""
     max_rows: int
 
 
 # 24 MiB of bf16 exponentials, written and read once per turn, stay in an L2 of 50 MB (H100, H200) beside the turn's
-# centres; and 12.6 M logits of D = 512 keep a turn's product at 16 µs of tensor-core time, several times a launch.
-CHUNKS = PanelConfig(exponential_bytes=24 * MIB, centre_bytes=16 * MIB, max_rows=8192)
+# centers; and 12.6 M logits of D = 512 keep a turn's product at 16 µs of tensor-core time, several times a launch.
+CHUNKS = PanelConfig(exponential_bytes=24 * MIB, center_bytes=16 * MIB, max_rows=8192)
 
-# Nothing but centres: 32 MiB of them fill L2 to two thirds, and at D = 256 and N = 1024 a turn is 67 M logits, 0.2 ms
+# Nothing but centers: 32 MiB of them fill L2 to two thirds, and at D = 256 and N = 1024 a turn is 67 M logits, 0.2 ms
 # by the model.
-FLASH_PANEL = PanelConfig(exponential_bytes=0, centre_bytes=32 * MIB, max_rows=1 << 31)
+FLASH_PANEL = PanelConfig(exponential_bytes=0, center_bytes=32 * MIB, max_rows=1 << 31)
 
-# Hopper and data-centre Blackwell: 128×256 fp32 accumulators are 128 registers in each of 256 threads, and the
+# Hopper and data-center Blackwell: 128×256 fp32 accumulators are 128 registers in each of 256 threads, and the
 # largest tile whose operands (85 flop a byte) L2 can feed near the tensor cores' rate; three stages of 48 KiB leave
 # the epilogue its scratch.
 _PRODUCT_SM90 = ProductConfig(BLOCK_N=128, BLOCK_C=256, BLOCK_D=64, num_warps=8, num_stages=3)
@@ -102,13 +102,13 @@ cannot tell. So the chunks, whose library half is the safer bet, stay until a GP
 """
 
 SMALL_BATCH = 256
-"""Up to this N the flash passes are picked at any D they can take: a turn of the chunks is then bound by its centres,
+"""Up to this N the flash passes are picked at any D they can take: a turn of the chunks is then bound by its centers,
 not by its
-exponentials (16 MiB of centres, 16 384 classes of 512): its products last 6 µs or less, and launches dominate it."""
+exponentials (16 MiB of centers, 16 384 classes of 512): its products last 6 µs or less, and launches dominate it."""
 
 
 def is_wide(arch: int) -> bool:
-    """Whether ``arch`` (compute capability × 10) has 227 KiB of shared memory a block: data-centre Hopper and
+    """Whether ``arch`` (compute capability × 10) has 227 KiB of shared memory a block: data-center Hopper and
     Blackwell."""
     return arch in (90, 100, 103)
 
@@ -152,11 +152,11 @@ def pick(N: int, C: int, D: int, arch: int, dtype: torch.dtype) -> str:
 
 
 def panel_classes(config: PanelConfig, N: int, C: int, row_bytes: int, exponential_size: int, multiple: int) -> int:
-    """Class centres of one turn: as many as the budgets allow, a multiple of the tile, no more than there are.
+    """Class centers of one turn: as many as the budgets allow, a multiple of the tile, no more than there are.
 
-    ``row_bytes`` of one centre's copy, ``exponential_size`` of one stored exponential, 0 if none are stored.
+    ``row_bytes`` of one center's copy, ``exponential_size`` of one stored exponential, 0 if none are stored.
     """
-    budgets = [config.centre_bytes // row_bytes, -(-C // multiple) * multiple]
+    budgets = [config.center_bytes // row_bytes, -(-C // multiple) * multiple]
     if exponential_size > 0:
         budgets.append(config.exponential_bytes // (min(N, config.max_rows) * exponential_size))
     return max(multiple, min(budgets) // multiple * multiple)

@@ -130,7 +130,7 @@ def class_stats_kernel(
         total = tl.load(total_ptr + partial, mask_n, 0.0) + tl.sum(exponentials, 1)
         tl.store(total_ptr + partial, total, mask_n)
         if STORE:
-            # The second product takes the centres as they are stored: their inverse norms go here.
+            # The second product takes the centers as they are stored: their inverse norms go here.
             exponentials = to(exponentials * inverse[None, :], exponentials_ptr.dtype.element_ty)
             tl.store(tile_ptrs, exponentials, mask_n[:, None])
 

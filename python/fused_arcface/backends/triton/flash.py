@@ -1,7 +1,7 @@
 """The flash passes: the second product taken in the same kernel as the first, so that nothing of size N×C is stored
 at all.
 
-Softmax is attention with K = V = W. Forward: a block owns ``OUTER`` embeddings and their sum of centres, and streams
+Softmax is attention with K = V = W. Forward: a block owns ``OUTER`` embeddings and their sum of centers, and streams
 the classes of its range past them. Backward: a block owns ``OUTER`` classes and their gradient, streams the batch
 past them, and projects and writes dW itself. Exponents need no running maximum (autograd.py), so an accumulator is
 never rescaled. bf16 only, and only widths that configs.flash_config has tiles for.
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from .common import dot, launch, to, to_gradient
 from .configs import FLASH_PANEL, FlashConfig, device_limits, flash_config, flash_width, panel_classes, row_splits
-from .rows import Centres, RowTerms, UnitRows
+from .rows import Centers, RowTerms, UnitRows
 
 
 @triton.jit
@@ -32,7 +32,7 @@ def flash_stats_kernel(
     target_ptr,  # (N,) int64
     scale_ptr,  # (N,)
     shift_ptr,  # (N,)
-    centre_sum_ptr,  # (splits, N padded, WIDTH): added to
+    center_sum_ptr,  # (splits, N padded, WIDTH): added to
     total_ptr,  # (splits, N padded): added to
     maximum_ptr,  # (splits, N padded): raised
     class_count_ptr,  # () int64: classes over all panels, known to the device alone; or None
@@ -66,7 +66,7 @@ def flash_stats_kernel(
     total = tl.zeros([BLOCK_N], tl.float32)
     maximum = tl.full([BLOCK_N], float("-inf"), tl.float32)
     if WITH_SUM:
-        centre_sum = tl.zeros([BLOCK_N, WIDTH], tl.float32)
+        center_sum = tl.zeros([BLOCK_N, WIDTH], tl.float32)
     first_tile = split * tiles_per_split
     last_tile = tl.minimum(first_tile + tiles_per_split, num_tiles_c)
     for tile in range(first_tile, last_tile):
@@ -82,15 +82,15 @@ def flash_stats_kernel(
         exponentials = tl.where(negative, tl.exp2(exponents), 0.0)
         total += tl.sum(exponentials, 1)
         if WITH_SUM:
-            centre_sum = dot(to(exponentials * inverse[None, :], tl.bfloat16), w, centre_sum)
+            center_sum = dot(to(exponentials * inverse[None, :], tl.bfloat16), w, center_sum)
 
     first_partial = split.to(tl.int64) * num_padded + first_row
     partial = first_partial + tl.arange(0, BLOCK_N)
     tl.store(total_ptr + partial, total + tl.load(total_ptr + partial))
     tl.store(maximum_ptr + partial, tl.maximum(maximum, tl.load(maximum_ptr + partial)))
     if WITH_SUM:
-        centre_sum_ptrs = centre_sum_ptr + first_partial * WIDTH + x_offs
-        tl.store(centre_sum_ptrs, centre_sum + tl.load(centre_sum_ptrs))
+        center_sum_ptrs = center_sum_ptr + first_partial * WIDTH + x_offs
+        tl.store(center_sum_ptrs, center_sum + tl.load(center_sum_ptrs))
 
 
 @triton.jit
@@ -104,7 +104,7 @@ def flash_gradient_kernel(
     shift_ptr,  # (N,)
     factor_ptr,  # (N,)
     coefficient_ptr,  # (N,)
-    out_ptr,  # (P, D), any strides: the gradient by the centres, or by the unit centres
+    out_ptr,  # (P, D), any strides: the gradient by the centers, or by the unit centers
     stride_c,
     stride_d,
     num_rows,
@@ -149,7 +149,7 @@ def flash_gradient_kernel(
 
     if PROJECT:
         reciprocal = tl.load(reciprocal_ptr + offs_c)
-        # A centre shorter than 1e-12 is divided by that constant: its norm has no derivative.
+        # A center shorter than 1e-12 is divided by that constant: its norm has no derivative.
         is_short = reciprocal >= 1e12
         along = tl.where(is_short, 0.0, along) * inverse
         w = tl.load(w_ptrs).to(tl.float32)
@@ -171,34 +171,34 @@ def padded_shape(N: int, D: int, device: torch.device) -> tuple[int, int]:
     return -(-N // outer) * outer, flash_width(D)
 
 
-def _panel(x: UnitRows, centres: Centres, tile: int) -> UnitRows:
+def _panel(x: UnitRows, centers: Centers, tile: int) -> UnitRows:
     num_rows, width = x.values.shape
-    classes = panel_classes(FLASH_PANEL, num_rows, centres.count, 2 * width, 0, tile)
+    classes = panel_classes(FLASH_PANEL, num_rows, centers.count, 2 * width, 0, tile)
     return UnitRows.empty(classes, width, torch.bfloat16, torch.float32, x.values.device)
 
 
 def class_stats(
     x: UnitRows,
-    centres: Centres,
+    centers: Centers,
     target: Tensor,
     terms: RowTerms,
-    with_centre_sum: bool,
+    with_center_sum: bool,
     class_count: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """As chunks.class_stats, its tensors of ``N`` padded rows; x of padded rows, target and terms (N,)."""
     num_padded, width = x.values.shape
     device = x.values.device
     config = _config(width, device)
-    panel = _panel(x, centres, config.OUTER)
+    panel = _panel(x, centers, config.OUTER)
     num_tiles_c = panel.values.shape[0] // config.INNER
-    split_bytes = 4 * num_padded * width if with_centre_sum else 0
+    split_bytes = 4 * num_padded * width if with_center_sum else 0
     splits = row_splits(num_padded // config.OUTER, num_tiles_c, split_bytes, device_limits(device)[1])
     total = torch.zeros(splits, num_padded, dtype=torch.float32, device=device)
     maximum = torch.full_like(total, -torch.inf)
-    shape = (splits, num_padded, width) if with_centre_sum else (0,)
-    centre_sum = torch.zeros(shape, dtype=torch.float32, device=device)
-    for start in range(0, centres.count, panel.values.shape[0]):
-        num_classes = centres.fill(start, panel)
+    shape = (splits, num_padded, width) if with_center_sum else (0,)
+    center_sum = torch.zeros(shape, dtype=torch.float32, device=device)
+    for start in range(0, centers.count, panel.values.shape[0]):
+        num_classes = centers.fill(start, panel)
         launch(
             flash_stats_kernel,
             (num_padded // config.OUTER, splits),
@@ -208,7 +208,7 @@ def class_stats(
             target,
             terms.scale,
             terms.scale if terms.shift is None else terms.shift,
-            centre_sum,
+            center_sum,
             total,
             maximum,
             class_count,
@@ -220,32 +220,32 @@ def class_stats(
             num_tiles_c,
             WIDTH=width,
             HAS_SHIFT=terms.shift is not None,
-            WITH_SUM=with_centre_sum,
+            WITH_SUM=with_center_sum,
             BLOCK_N=config.OUTER,
             BLOCK_C=config.INNER,
             num_warps=config.num_warps,
             num_stages=config.num_stages,
         )
-    return total, maximum, centre_sum.sum(0) if with_centre_sum else None
+    return total, maximum, center_sum.sum(0) if with_center_sum else None
 
 
-def weight_grad(x: UnitRows, centres: Centres, target: Tensor, terms: RowTerms, out: Tensor) -> None:
-    """The gradient by the centres (K, D) into ``out``; x of padded rows, target and terms (N,)."""
-    panel = _panel(x, centres, _config(x.values.shape[1], x.values.device).OUTER)
-    for start in range(0, centres.count, panel.values.shape[0]):
-        num_classes = centres.fill(start, panel)
+def weight_grad(x: UnitRows, centers: Centers, target: Tensor, terms: RowTerms, out: Tensor) -> None:
+    """The gradient by the centers (K, D) into ``out``; x of padded rows, target and terms (N,)."""
+    panel = _panel(x, centers, _config(x.values.shape[1], x.values.device).OUTER)
+    for start in range(0, centers.count, panel.values.shape[0]):
+        num_classes = centers.fill(start, panel)
         _launch_gradient(x, panel, target, terms, out[start : start + num_classes], start, project=True)
 
 
 def unit_gradients(
-    x: UnitRows, centres: Centres, target: Tensor, terms: RowTerms, finish: Callable[[Tensor, int], None]
+    x: UnitRows, centers: Centers, target: Tensor, terms: RowTerms, finish: Callable[[Tensor, int], None]
 ) -> None:
     """As chunks.unit_gradients; x of padded rows, target and terms (N,)."""
     width = x.values.shape[1]
-    panel = _panel(x, centres, _config(width, x.values.device).OUTER)
+    panel = _panel(x, centers, _config(width, x.values.device).OUTER)
     d_unit = x.inverse.new_empty(panel.values.shape[0], width)
-    for start in range(0, centres.count, panel.values.shape[0]):
-        rows = d_unit[: centres.fill(start, panel)]
+    for start in range(0, centers.count, panel.values.shape[0]):
+        rows = d_unit[: centers.fill(start, panel)]
         _launch_gradient(x, panel, target, terms, rows, start, project=False)
         finish(rows, start)
 

@@ -1,4 +1,4 @@
-"""The finalising kernel: from each row's negative log-sum-exp and target cosine to its loss and both derivatives, in
+"""The finalizing kernel: from each row's negative log-sum-exp and target cosine to its loss and both derivatives, in
 one launch.
 
 fused_arcface.margins in Triton, its functions' names in its order; tests/test_triton.py compares the two point by

@@ -123,8 +123,8 @@ def fill_unit_rows(x: Tensor, out: UnitRows, index: Tensor | None = None) -> Non
 
 
 @dataclass(frozen=True)
-class Centres:
-    """The class centres that a pass takes, some of a weight's rows or all."""
+class Centers:
+    """The class centers that a pass takes, some of a weight's rows or all."""
 
     weight: Tensor
     """(C, D)."""

@@ -10,13 +10,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fused_arcface.engine.ops import CentreStep, compute_dtype
+from fused_arcface.engine.ops import CenterStep, compute_dtype
 
 from . import chunks, flash
 from .center_sgd import update_rows
 from .configs import device_limits, pick
 from .margin import margin_losses
-from .rows import Centres, RowTerms, UnitRows, fill_unit_rows, row_terms
+from .rows import Centers, RowTerms, UnitRows, fill_unit_rows, row_terms
 from .targets import project, target_cosines, unit_embedding_grads
 
 _DEPTH_MULTIPLE = 16
@@ -26,7 +26,7 @@ to."""
 
 def _operand_dtype(embeddings: Tensor, weight: Tensor) -> torch.dtype:
     """What products take: the embeddings' dtype, as autocast would. fp32 embeddings keep full precision beside 16-bit
-    centres."""
+    centers."""
     return torch.float64 if torch.float64 in (embeddings.dtype, weight.dtype) else embeddings.dtype
 
 
@@ -52,7 +52,7 @@ def class_max(embeddings: Tensor, weight: Tensor, target: Tensor, class_count: T
     x = _unit_rows(embeddings, weight, "chunks")
     if embeddings.shape[0] == 0:
         return torch.empty_like(x.inverse)
-    _, maximum, _ = chunks.class_stats(x, Centres(weight), target.contiguous(), None, False, class_count)
+    _, maximum, _ = chunks.class_stats(x, Centers(weight), target.contiguous(), None, False, class_count)
     return maximum.amax(0) * x.inverse
 
 
@@ -62,20 +62,20 @@ def class_stats(
     target: Tensor,
     scale: float,
     shift: Tensor | None,
-    with_centre_sum: bool,
+    with_center_sum: bool,
     class_count: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     num_rows, D = embeddings.shape
     algorithm = _algorithm(embeddings, weight)
     x = _unit_rows(embeddings, weight, algorithm)
-    centre_sum = x.inverse.new_empty(embeddings.shape if with_centre_sum else 0)
+    center_sum = x.inverse.new_empty(embeddings.shape if with_center_sum else 0)
     if num_rows == 0:
-        return torch.empty_like(x.inverse), torch.empty_like(x.inverse), centre_sum
+        return torch.empty_like(x.inverse), torch.empty_like(x.inverse), center_sum
     inverse = x.inverse[:num_rows]
     terms = row_terms(inverse, scale, shift)
     module = flash if algorithm == "flash" else chunks
     totals, maxima, sums = module.class_stats(
-        x, Centres(weight), target.contiguous(), terms, with_centre_sum, class_count
+        x, Centers(weight), target.contiguous(), terms, with_center_sum, class_count
     )
     total, maximum = totals.sum(0)[:num_rows], maxima.amax(0)[:num_rows] * inverse
     if terms.factor is not None:
@@ -83,8 +83,8 @@ def class_stats(
     if sums is not None:
         sums = sums[:num_rows, :D]
         # Its own memory in any case: an operator's outputs must not be views.
-        centre_sum = sums.contiguous() if terms.factor is None else sums * terms.factor[:, None]
-    return total.contiguous(), maximum, centre_sum
+        center_sum = sums.contiguous() if terms.factor is None else sums * terms.factor[:, None]
+    return total.contiguous(), maximum, center_sum
 
 
 def weight_grad(
@@ -101,18 +101,18 @@ def weight_grad(
         return d_weight.zero_()
     algorithm, x, terms = _backward(embeddings, weight, scale, lse, negative_coefficient, target_coefficient)
     if algorithm == "flash":
-        flash.weight_grad(x, Centres(weight), target.contiguous(), terms, d_weight)
+        flash.weight_grad(x, Centers(weight), target.contiguous(), terms, d_weight)
     else:
 
         def finish(d_unit: Tensor, start: int) -> None:
             rows = slice(start, start + d_unit.shape[0])
             project(d_unit, weight[rows], d_weight[rows])
 
-        chunks.unit_gradients(x, Centres(weight), target.contiguous(), terms, finish)
+        chunks.unit_gradients(x, Centers(weight), target.contiguous(), terms, finish)
     return d_weight
 
 
-def update_centres(
+def update_centers(
     embeddings: Tensor,
     weight: Tensor,
     target: Tensor,
@@ -120,18 +120,18 @@ def update_centres(
     lse: Tensor,
     negative_coefficient: Tensor,
     target_coefficient: Tensor,
-    step: CentreStep,
+    step: CenterStep,
 ) -> None:
-    centres = Centres(weight, step.classes)
+    centers = Centers(weight, step.classes)
     if embeddings.shape[0] == 0:
         # Decay and momentum are there without a gradient; a panel's worth of it would be all zeros, however large.
         d_unit = weight.new_zeros(1, weight.shape[1], dtype=compute_dtype(embeddings, weight))
-        update_rows(d_unit.expand(centres.count, -1), weight, step, 0)
+        update_rows(d_unit.expand(centers.count, -1), weight, step, 0)
         return
     algorithm, x, terms = _backward(embeddings, weight, scale, lse, negative_coefficient, target_coefficient)
     module = flash if algorithm == "flash" else chunks
     module.unit_gradients(
-        x, centres, target.contiguous(), terms, lambda d_unit, start: update_rows(d_unit, weight, step, start)
+        x, centers, target.contiguous(), terms, lambda d_unit, start: update_rows(d_unit, weight, step, start)
     )
 
 
@@ -155,9 +155,9 @@ def target_cosine(embeddings: Tensor, weight: Tensor, target: Tensor) -> Tensor:
 
 
 def unit_embedding_grad(
-    weight: Tensor, target: Tensor, mean_centre: Tensor, negative_coefficient: Tensor, target_coefficient: Tensor
+    weight: Tensor, target: Tensor, mean_center: Tensor, negative_coefficient: Tensor, target_coefficient: Tensor
 ) -> Tensor:
-    return unit_embedding_grads(weight, target, mean_centre, negative_coefficient, target_coefficient)
+    return unit_embedding_grads(weight, target, mean_center, negative_coefficient, target_coefficient)
 
 
 def embedding_grad(d_unit: Tensor, embeddings: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """Kernels of O(rows·D), bound by memory, before and after the passes over the classes: target cosines, the embedding
 gradient, and
-the projection through the rows' normalisation. Offsets of rows are 64-bit.
+the projection through the rows' normalization. Offsets of rows are 64-bit.
 """
 
 from __future__ import annotations
@@ -112,11 +112,11 @@ def unit_embedding_grad_kernel(
 
 
 def unit_embedding_grads(
-    weight: Tensor, target: Tensor, mean_centre: Tensor, negative_coefficient: Tensor, target_coefficient: Tensor
+    weight: Tensor, target: Tensor, mean_center: Tensor, negative_coefficient: Tensor, target_coefficient: Tensor
 ) -> Tensor:
-    num_rows, width = mean_centre.shape
-    mean_centre = mean_centre.contiguous()
-    out = torch.empty_like(mean_centre)
+    num_rows, width = mean_center.shape
+    mean_center = mean_center.contiguous()
+    out = torch.empty_like(mean_center)
     block_n = rows_per_block(width)
     launch(
         unit_embedding_grad_kernel,
@@ -124,7 +124,7 @@ def unit_embedding_grads(
         weight,
         *weight.stride(),
         target.contiguous(),
-        mean_centre,
+        mean_center,
         negative_coefficient.to(out.dtype).contiguous(),
         target_coefficient.to(out.dtype).contiguous(),
         out,
@@ -150,7 +150,7 @@ def projection(
     BLOCK_D: tl.constexpr,
 ):
     """p, f, a and s, (BLOCK_N,) each: with the unit row u = row·p·f, ``(d_unit - u·a)·f·p`` is the gradient by a row
-    (normalise.unit_gradient), and s says that the row is shorter than ε. p is a power of two."""
+    (normalize.unit_gradient), and s says that the row is shorter than ε. p is a power of two."""
     norm, power = row_norms(rows_ptr, stride_d, mask_n, D, COMPUTE, WIDTH, BLOCK_N, BLOCK_D)
     is_short = norm < floored(norm, power)
     factor = reciprocal(floored(norm, power))
