@@ -93,7 +93,8 @@ processes=$((cores < 16 ? (cores + 1) / 2 : 8))
 if has pytest; then
   phase tests_gpu 160 "$python" bench/parallel_tests.py "$work/tests_gpu" "$processes" -m "not full" \
     -k "(test_triton or test_cuda or on_a_gpu) and not interpreter and not emulated" \
-    tests/test_gpu.py tests/test_triton.py tests/test_cuda.py tests/test_partial_fc.py tests/test_ops.py
+    tests/backends/test_gpu.py tests/backends/test_triton.py tests/backends/test_cuda.py tests/test_partial_fc.py \
+    tests/engine/test_ops.py
   grep -h "beyond the weight" "$work"/tests_gpu/*.log || true
 else
   failed=1
@@ -110,10 +111,10 @@ else
   # Without PyTorch's cache each tensor is an allocation of its own, so that an access past its end is seen.
   for tool in memcheck racecheck; do
     phase "sanitizer_$tool" 35 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" --error-exitcode 9 \
-      --target-processes all "$python" -m pytest -o addopts= tests/test_triton.py -q -p no:cacheprovider -x \
+      --target-processes all "$python" -m pytest -o addopts= tests/backends/test_triton.py -q -p no:cacheprovider -x \
       -k "with_the_reference_on_a_gpu and bfloat16-bfloat16 and 140x600x40"
     phase "sanitizer_cuda_$tool" 25 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" \
-      --error-exitcode 9 --target-processes all "$python" -m pytest -o addopts= tests/test_cuda.py -q \
+      --error-exitcode 9 --target-processes all "$python" -m pytest -o addopts= tests/backends/test_cuda.py -q \
       -p no:cacheprovider -x -k "agrees_with_the_reference and gpu and 140x300x40"
   done
 fi

@@ -28,7 +28,7 @@ def missing_packages(path: Path) -> set[str]:
         elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module is not None:
             names.add(node.module)
     tops = {name.split(".")[0] for name in names}
-    beside = {other.stem for other in path.parent.glob("*.py")}
+    beside = {"conftest", "support"} | {other.stem for other in path.parent.glob("*.py")}
     return {top for top in tops - beside if importlib.util.find_spec(top) is None}
 
 
@@ -36,7 +36,7 @@ def main() -> int:
     folder, processes, arguments = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3:]
     folder.mkdir(parents=True, exist_ok=True)
     left_out = []
-    for path in sorted((ROOT / "tests").glob("test_*.py")):
+    for path in sorted((ROOT / "tests").rglob("test_*.py")):
         missing = missing_packages(path)
         if missing:
             left_out.append(f"--ignore={path}")

@@ -8,7 +8,7 @@ import inspect
 import pytest
 from torch import nn
 
-PACKAGES = ("", ".reference", ".evaluation", ".training", ".data", ".compat.insightface")
+PACKAGES = ("", ".reference", ".evaluation", ".app.data", ".compat.insightface")
 
 
 @pytest.mark.parametrize("package", PACKAGES)

@@ -109,7 +109,7 @@ def test_forked_workers() -> None:
 @pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
 def test_a_thread_that_cannot_be_started_is_done_without(tmp_path: Path) -> None:
     """Memory is refused at the list of threads (nothing has begun: an exception) or at a thread (the others do all)."""
-    here = Path(__file__).parent
+    here = Path(__file__).parents[1]
     program = tmp_path / "failing"
     source, include = here / "threads" / "failing.cpp", here.parent / "csrc" / "cpu"
     subprocess.run(["c++", "-std=c++17", "-pthread", f"-I{include}", source, "-o", program], check=True)

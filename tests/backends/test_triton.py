@@ -37,8 +37,8 @@ needs_interpreter = pytest.mark.skipif(
 
 
 def _interpret(*arguments: str) -> None:
-    tests = Path(__file__).parent
-    files = [str(tests / name) for name in ("triton_interpreted.py", "triton_interpreted_updates.py")]
+    tests = Path(__file__).parents[1]
+    files = [str(tests / "support" / name) for name in ("triton_interpreted.py", "triton_interpreted_updates.py")]
     # Without pytest's cache, which belongs to the session around this one.
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files, *arguments]
     result = subprocess.run(

@@ -232,7 +232,7 @@ def test_a_rank_killed_is_restarted_from_the_last_checkpoint(tmp_path, fault):
     without."""
     (tmp_path / "worker.py").write_text(_WORKER)
     environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), str(Path(fa.__file__).parents[1])]),
+        "PYTHONPATH": os.pathsep.join(map(str, (*Path(__file__).parents[:2], Path(fa.__file__).parents[1]))),
         "OMP_NUM_THREADS": "1",
         "GLOO_SOCKET_IFNAME": "lo",
         # torch 2.13 otherwise hands the addresses of the first start to the ranks of the second: nobody is there.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import FunctionType
 from typing import NamedTuple
 
 import torch
@@ -30,6 +31,8 @@ MARGINS: tuple[Margin, ...] = (
 
 def named(value: object) -> str | None:
     """A margin's or a case's name in the list of tests."""
+    if isinstance(value, FunctionType):  # its repr has an address, which differs between processes
+        return value.__name__
     return str(value).replace(" ", "") if callable(value) or isinstance(value, Case) else None
 
 

@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 EMULATION = ROOT / "tests" / "cuda_emulation"
 CACHE = ROOT / "build" / "cuda_emulation"
 CXX = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")

@@ -25,7 +25,7 @@ _NO_FP64 = ("cuda",)
 
 def load(name: str) -> ModuleType:
     """The backend's module, imported when first asked for."""
-    return importlib.import_module(f".{name}", __name__)
+    return importlib.import_module(f".{'plain_torch' if name == 'reference' else name}", __name__)
 
 
 @torch.compiler.assume_constant_result  # torch.compile need not trace an import

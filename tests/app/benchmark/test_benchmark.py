@@ -268,12 +268,12 @@ def test_memory_of_a_pass_is_seen_from_outside(child: Child) -> None:
 
 def test_child_reports_errors_and_comes_back(child: Child) -> None:
     with pytest.raises(ChildFailed, match="ValueError"):
-        child.call("cases:cases_named", name="huge", device_type="cpu")
+        child.call("benchmark.cases:cases_named", name="huge", device_type="cpu")
     assert child._process is not None
     child._process.kill()
     with pytest.raises(MemoryError):
-        child.call("machine:commit")
-    assert isinstance(child.call("machine:commit"), str)
+        child.call("measure.machine:commit")
+    assert isinstance(child.call("measure.machine:commit"), str)
 
 
 @pytest.mark.usefixtures("no_ceiling")
@@ -312,7 +312,7 @@ def test_command_fails_when_it_measures_nothing(tmp_path: Path, capsys: pytest.C
 
 
 def script(name: str) -> dict[str, Any]:
-    return runpy.run_path(str(Path(__file__).parents[1] / "bench" / name))
+    return runpy.run_path(str(Path(__file__).parents[3] / "bench" / name))
 
 
 def test_regressions_are_found() -> None:

@@ -104,7 +104,7 @@ def test_a_broken_bound_ends_the_command_with_an_error(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(agreement, "STEP_BOUND", 1e-12)
-    monkeypatch.setattr("fused_arcface.demo.QUICK", small_plan)
+    monkeypatch.setattr("fused_arcface.app.lab.problems.QUICK", small_plan)
     assert run(["demo", "--quick", "--output", str(tmp_path)]) == 1
     assert "FAILED: identities: d_weight of fused and reference differ by" in capsys.readouterr().err
     assert json.loads((tmp_path / "numbers.json").read_text())["broken"]

@@ -202,7 +202,7 @@ def try_step(
     """
     try:
         result = child.call(
-            "capacity:try_in_this_process",
+            "benchmark.capacity:try_in_this_process",
             key=recipe.key,
             shape=shape,
             device=str(device),

@@ -29,7 +29,9 @@ def peaks_of(provider: Provider, case: Case, device: torch.device, child: Child)
     if device.type == "cuda":
         return _measure(provider, case, device)
     name, threads = (provider.name, provider.backend), torch.get_num_threads()
-    peaks: dict[str, int] = child.call("memory:peaks_in_this_process", name=name, case=asdict(case), threads=threads)
+    peaks: dict[str, int] = child.call(
+        "benchmark.memory:peaks_in_this_process", name=name, case=asdict(case), threads=threads
+    )
     return peaks
 
 

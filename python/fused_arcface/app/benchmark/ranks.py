@@ -76,7 +76,7 @@ def run_ranks(
     rows = []
     progress("the rate of one process")
     with Child() as child:
-        seconds_per_mac, copy, fixed = child.call("ranks:rates_of_this_process")
+        seconds_per_mac, copy, fixed = child.call("benchmark.ranks:rates_of_this_process")
     one = Device(context["device"], seconds_per_mac, copy, math.inf, True, fixed, overlap=0.0)
     for ranks in world_sizes:
         progress(f"{ranks} ranks")

@@ -30,7 +30,7 @@ def peak_of_steps(criterion: str, plan: Plan, channels: int, size: int, num_clas
     if not can_measure(torch.device("cpu")):
         return None
     peak: int = child.call(
-        ".comparison.memory:measure",
+        "lab.comparison_memory:measure",
         criterion=criterion,
         batch_size=plan.recipe.batch_size,
         embedding_dim=plan.embedding_dim,

@@ -20,8 +20,9 @@ class ChildFailed(RuntimeError):
 
 
 class Child:
-    """Calls ``"module:function"`` of this package in another process, arguments and result as JSON; ended by ``close``
-    or ``with``.
+    """Call ``"module:function"`` in another process; ``close`` or ``with`` ends it.
+
+    The module's name is relative to ``fused_arcface.app``. Arguments and result are JSON.
 
     The process is kept between calls. When it dies (killed for its memory, say) the call raises and the next one starts
     another.
@@ -74,7 +75,7 @@ class Child:
 
     def _start(self) -> subprocess.Popen[str]:
         # The folder that holds this package: it need not be installed, and the caller's folder may hold anything.
-        root = str(Path(__file__).resolve().parents[2])
+        root = str(Path(__file__).resolve().parents[3])
         path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH", "")]))
         self._process = subprocess.Popen(
             [sys.executable, "-c", f"from {__name__} import serve; serve()"],
@@ -103,7 +104,7 @@ def serve() -> None:
         function, arguments = json.loads(line)
         module, _, name = function.partition(":")
         try:
-            called = getattr(importlib.import_module(f".{module}", __package__), name)
+            called = getattr(importlib.import_module(f"fused_arcface.app.{module}"), name)
             answer = ["result", called(**arguments)]
         except Exception as error:
             answer = ["memory" if out_of_memory(error) else "error", f"{type(error).__name__}: {error}"]

@@ -119,7 +119,7 @@ def device_name(device: torch.device, threads: int | None = None) -> str:
 def commit() -> str:
     """The commit of the checkout that this package runs from, "-dirty" if the sources have changed since; the version
     where it is none."""
-    package = Path(__file__).resolve().parents[1]
+    package = Path(__file__).resolve().parents[2]
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(package), *arguments]
