@@ -111,8 +111,8 @@ def loss_over_classes(
 ) -> tuple[Tensor, MarginSoftmaxStats]:
     """Reduced loss over all ranks' rows, and their statistics: what every head ends in.
 
-    Args are those of :func:`fused_arcface.engine.autograd.negatives_and_target`; target (N,) counts the classes that take
-    part, not their rows; ignored (N,) bool.
+    Args are those of :func:`fused_arcface.engine.autograd.negatives_and_target`; target (N,) counts the classes that
+    take part, not their rows; ignored (N,) bool.
     """
     margin, scale, sub_centers, label_smoothing = options
     x, w = embeddings, weight

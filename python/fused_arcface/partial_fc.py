@@ -439,8 +439,8 @@ class PartialFC(nn.Module):
         self.ranks.meet(type(self).__name__, agreement, self.weight.device)
 
     def _digest_of_shard(self) -> int:
-        """See :class:`fused_arcface.parallel.agreement.Header`; not 0 in the first call in each mode alone, as it costs a copy
-        of some rows."""
+        """Return the digest of :class:`fused_arcface.parallel.agreement.Header` in the first call of each mode, later 0: it
+        costs a copy of some rows."""
         if self.ranks.world_size == 1 or self.training in self._compared:
             return 0
         return digest_of_shard(self.weight)

@@ -75,7 +75,8 @@ class Centers:
 
 def read(path: str | os.PathLike[str], sub_centers: int | None = None) -> Centers:
     """Return the class centers of a training run, a checkpoint (or a root of some), a directory of insightface's
-    shards, a safetensors file with ``weight`` (C, D), or a ``.pt`` file, see :func:`fused_arcface.base.torch_files.centers`.
+    shards, a safetensors file with ``weight`` (C, D), or a ``.pt`` file, see
+    :func:`fused_arcface.base.torch_files.centers`.
 
     Args:
         path: of the source.

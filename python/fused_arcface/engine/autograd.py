@@ -1,11 +1,11 @@
 """The one autograd function: from embeddings and class centers to each row's negative log-sum-exp and target cosine.
 
-Everything after it is O(N) and plain PyTorch (:mod:`fused_arcface.engine.tail`), so its two incoming gradients carry any
-margin: ``d_lse_i = sigmoid(L_i - z_i)`` spreads over the negatives by their softmax, ``d_target_cosine_i`` holds the
-margin's derivative.
+Everything after it is O(N) and plain PyTorch (:mod:`fused_arcface.engine.tail`), so its two incoming gradients carry
+any margin: ``d_lse_i = sigmoid(L_i - z_i)`` spreads over the negatives by their softmax, ``d_target_cosine_i`` holds
+the margin's derivative.
 
-Collectives stand between the stages here and nowhere else. A :class:`Shard` says what this process holds; the one-shard
-case is a shard whose collectives hand back what they were given.
+Collectives stand between the stages here and nowhere else. A :class:`Shard` says what this process holds. The one-shard
+case is a shard whose collectives return what they were given.
 """
 
 from __future__ import annotations

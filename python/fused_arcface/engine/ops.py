@@ -1,7 +1,7 @@
 """The leaf stages as ``torch.library`` operators: schemas and fakes once, implementations by backend name.
 
-``torch.ops.fused_arcface.*`` is what :mod:`fused_arcface.engine.autograd` calls; the operators have no derivative of their
-own. Shapes and meanings are those of :mod:`fused_arcface.backends.plain_torch`.
+:mod:`fused_arcface.engine.autograd` calls ``torch.ops.fused_arcface.*``. The operators have no derivative of their own.
+:mod:`fused_arcface.backends.plain_torch` gives their shapes and meanings.
 """
 
 from __future__ import annotations
@@ -240,7 +240,8 @@ class CenterStep(NamedTuple):
     momentum: float
     weight_decay: float
     rounding_key: int
-    """Of seed and step, as int64: storage below fp32 is rounded by :func:`fused_arcface.base.keyed_random.rounding_bits`."""
+    """Of seed and step, as int64, for :func:`fused_arcface.base.keyed_random.rounding_bits`, which rounds storage below
+    fp32."""
     class_start: int
     """Global id of weight's first row."""
     active: Tensor

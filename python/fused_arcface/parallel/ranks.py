@@ -1,6 +1,8 @@
-"""The collectives of the head, all in this file: :mod:`fused_arcface.engine.autograd` and :mod:`fused_arcface.partial_fc` call
-them between the stages. One process without a group is the group of one: each collective then hands back what it was
-given."""
+"""The collectives of the head, all in this file.
+
+:mod:`fused_arcface.engine.autograd` and :mod:`fused_arcface.partial_fc` call them between the stages. One process
+without a group is the group of one: each collective then returns what it was given.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The step of SGD on the class centers, made where a panel's gradient by the unit centers has just been summed: project
 it, add decay and momentum, write center and momentum back. No gradient larger than a panel exists.
 
-csrc/cpu/center_sgd.h in Triton; fused_arcface.base.keyed_random has the random bits' definition, and a test compares the two.
+csrc/cpu/center_sgd.h in Triton; fused_arcface.base.keyed_random defines the random bits, and a test compares the two.
 """
 
 from __future__ import annotations
