@@ -439,8 +439,10 @@ class PartialFC(nn.Module):
         self.ranks.meet(type(self).__name__, agreement, self.weight.device)
 
     def _digest_of_shard(self) -> int:
-        """Return the digest of :class:`fused_arcface.parallel.agreement.Header` in the first call of each mode, later 0: it
-        costs a copy of some rows."""
+        """Return the digest of the shard for :class:`~fused_arcface.parallel.agreement.Header`.
+
+        It costs a copy of some rows, so it is taken in the first call of each mode and is 0 later.
+        """
         if self.ranks.world_size == 1 or self.training in self._compared:
             return 0
         return digest_of_shard(self.weight)
