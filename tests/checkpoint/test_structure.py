@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from support import distributed_helpers
+from support.checkpointed_training import FORMAT_1
 from torch import nn
 from torch.distributed.checkpoint import save as dcp_save
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
@@ -22,9 +23,6 @@ from torch.distributed.checkpoint.filesystem import FileSystemWriter
 import fused_arcface as fa
 from fused_arcface import checkpoint
 from fused_arcface.checkpoint.structure import split, to_json
-
-FORMAT_1 = Path(__file__).parents[1] / "data" / "checkpoint_format_1"
-"""Written by two ranks with torch 2.13, before format 2; what it holds stands in expected.json."""
 
 
 class Bomb:

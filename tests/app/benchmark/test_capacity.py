@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 
 import pytest
-from test_benchmark import CPU, synthetic_report
+from support.benchmark_reports import CPU, synthetic_report
 
 from fused_arcface.app.benchmark import capacity, cost_model, memory, ranks
 from fused_arcface.app.measure.child import Child

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from support.image_files import write_folder
-from test_training import TINY, losses, run
+from support.training_runs import TINY, losses, run
 
 from fused_arcface.app.data import ImageSpec, read_folder, read_image
 from fused_arcface.app.nets.small import embed

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from support.distributed_helpers import run_ranks
 from support.image_files import write_folder
-from test_training import TINY, losses
+from support.training_runs import TINY, losses
 
 from fused_arcface.app.training import events, trainer
 from fused_arcface.app.training.config import TrainConfig
