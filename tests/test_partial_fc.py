@@ -41,6 +41,7 @@ def assert_same_training(actual: dict, expected: dict, tolerance: float) -> None
     assert_near(actual["final"], expected["final"], tolerance)
 
 
+@pytest.mark.distributed
 @pytest.mark.parametrize("backend", ["reference", "auto"])
 @pytest.mark.parametrize("sample_rate", [1.0, 0.3])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-5)])
@@ -54,6 +55,7 @@ def test_any_number_of_ranks_trains_alike(backend, sample_rate, dtype, tolerance
         assert_same_training(actual, expected, tolerance)
 
 
+@pytest.mark.distributed
 @pytest.mark.full
 @pytest.mark.parametrize("backend", ["reference", "auto"])
 @pytest.mark.parametrize("scale", [64.0, 128.0, 1000.0])
@@ -115,6 +117,7 @@ def state_of(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
     return [(name, value.detach()) for name, value in model.state_dict().items()]
 
 
+@pytest.mark.distributed
 @pytest.mark.parametrize(
     ("kind", "world_size", "options"),
     [
@@ -177,6 +180,7 @@ def inspect_head(num_classes: int, rows: int) -> dict:
     }
 
 
+@pytest.mark.distributed
 def test_statistics_logits_and_topk_over_all_shards():
     (expected,) = [inspect_head(10, 9)]
     ((x, y),) = batches(10, 9, torch.float64, 1)

@@ -12,6 +12,8 @@ import fused_arcface as fa
 from fused_arcface.parallel import ranks as fused_distributed
 from fused_arcface.parallel.agreement import Header
 
+pytestmark = pytest.mark.distributed
+
 
 def fewer_classes_than_ranks() -> list:
     head = fa.PartialFC(D, 2, dtype=torch.float64)

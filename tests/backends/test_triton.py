@@ -86,6 +86,7 @@ def gpu() -> Iterator[str]:
     torch.cuda.synchronize()
 
 
+@pytest.mark.gpu
 @needs_gpu
 @pytest.mark.parametrize("setting", CORE, ids=str)
 def test_agrees_with_the_reference_on_a_gpu(setting: Setting, gpu: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -93,6 +94,7 @@ def test_agrees_with_the_reference_on_a_gpu(setting: Setting, gpu: str, monkeypa
     check(setting, gpu)
 
 
+@pytest.mark.gpu
 @needs_gpu
 @pytest.mark.full
 @pytest.mark.parametrize("setting", FULL, ids=str)
@@ -103,6 +105,7 @@ def test_agrees_with_the_reference_over_the_full_grid_on_a_gpu(
     check(setting, gpu)
 
 
+@pytest.mark.gpu
 @needs_gpu
 @pytest.mark.parametrize(
     ("algorithm", "dtypes", "D"),

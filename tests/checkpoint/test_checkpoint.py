@@ -24,6 +24,7 @@ def resume_and_train(root: str, options: dict, ordinary: bool, steps: int) -> tu
     return losses, values
 
 
+@pytest.mark.distributed
 @pytest.mark.parametrize(
     ("ordinary", "options", "tolerance"),
     [
@@ -182,6 +183,7 @@ dist.destroy_process_group()
 """
 
 
+@pytest.mark.distributed
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="kill -9 is POSIX")
 @pytest.mark.parametrize("fault", ["step", "save"])
 def test_a_rank_killed_is_restarted_from_the_last_checkpoint(tmp_path, fault):

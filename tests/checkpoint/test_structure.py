@@ -62,6 +62,7 @@ def load_format_1() -> dict:
     return expected
 
 
+@pytest.mark.distributed
 def test_format_1_is_read_on_any_number_of_ranks():
     expected = json.loads((FORMAT_1 / "expected.json").read_text())
     assert load_format_1() == expected
@@ -194,6 +195,7 @@ def refused_on_every_rank(root: str) -> str:
     return ""
 
 
+@pytest.mark.distributed
 def test_refused_values_are_an_error_on_every_rank(tmp_path):
     assert all(
         "got fractions.Fraction" in each

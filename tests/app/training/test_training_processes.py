@@ -22,6 +22,8 @@ from fused_arcface.app.training.config import TrainConfig
 from fused_arcface.app.training.runs import load_backbone
 from fused_arcface.evaluation import verify
 
+pytestmark = pytest.mark.distributed
+
 
 def start(arguments: list[str], ranks: int = 1, restarts: int = 0) -> subprocess.Popen[str]:
     """The command in processes of its own, which torchrun starts again so many times."""
