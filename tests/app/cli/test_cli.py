@@ -160,6 +160,7 @@ def test_every_command_says_what_it_does() -> None:
     assert all(command.callback.__doc__ for command in app.registered_commands)
 
 
+@pytest.mark.slow
 def test_runs_from_any_directory_and_the_import_is_light(tmp_path: Path) -> None:
     heavy = "{'matplotlib', 'sklearn', 'typer'}"
     check = f"import sys, fused_arcface; loaded = {heavy} & set(sys.modules); assert not loaded, loaded"
