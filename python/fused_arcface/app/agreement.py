@@ -152,12 +152,11 @@ def errors_against_fp64(backend: str | None, dtype: torch.dtype, problem: Proble
     def results(dtype: torch.dtype, backend: str | None) -> list[Tensor]:
         leaves = [tensor.to(dtype).requires_grad_() for tensor in (embeddings, weight)]
         # A margin with a state starts from the same one.
-        options = {"margin": copy.deepcopy(problem.margin), "scale": problem.scale, "reduction": "none"}
-        options |= problem.options
-        function = reference.margin_softmax_loss
+        options: dict[str, Any] = {"margin": copy.deepcopy(problem.margin), **problem.options}
+        function: Any = reference.margin_softmax_loss
         if backend is not None:
             function, options["backend"] = margin_softmax_loss, backend
-        rows: Any = function(*leaves, problem.target, **options)
+        rows = function(*leaves, problem.target, scale=problem.scale, reduction="none", **options)
         return [rows.detach(), *torch.autograd.grad(rows.mean(), leaves)]
 
     expected = results(torch.float64, None)
