@@ -325,3 +325,12 @@ def test_bad_arguments():
         insightface.PartialFC_V2(0.5, D, CLASSES)
     with pytest.raises(ValueError, match=r"m1 must be 1\.0 unless m3 > 0"):
         insightface.CombinedMarginLoss(64.0, 1.35, 0.5, 0.0)
+
+
+def test_exports_what_is_insightfaces_alone() -> None:
+    own = {
+        name
+        for name, value in vars(insightface).items()
+        if not name.startswith("_") and getattr(value, "__module__", "").startswith("fused_arcface")
+    }
+    assert own == set(insightface.__all__) == {"ArcFace", "CombinedMarginLoss", "CosFace", "PartialFC_V2"}

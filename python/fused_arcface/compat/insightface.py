@@ -1,13 +1,18 @@
-"""What insightface's ``recognition/arcface_torch`` has in ``partial_fc_v2.py`` and ``losses.py``: change the import,
-keep the script::
+"""Replacements for insightface's ``partial_fc_v2.py`` and ``losses.py`` in ``recognition/arcface_torch``.
+
+A training script changes its import only::
 
     from fused_arcface.compat.insightface import PartialFC_V2, CombinedMarginLoss
 
-Its conventions hold: ArcFace's gradient is straight-through and has no boundary at ``θ + m = π``; the embeddings'
-gradient is W times the derivative, which data parallelism divides by W; the centers' gradient is dense and unscaled;
-``state_dict`` is ``{"weight": (num_local, D)}``, as its ``checkpoint_gpu_{rank}.pt`` hold it. Its limits do not:
-batches may differ between ranks, a group and CUDA are not needed, a row's loss is not cut at 69.08, samples and initial
-centers do not depend on the number of ranks.
+insightface's conventions are kept:
+
+- ArcFace's gradient is straight-through, and there is no boundary at ``θ + m = π``.
+- The embeddings' gradient is W times the derivative, which data parallelism divides by W.
+- The centers' gradient is dense and unscaled.
+- ``state_dict`` is ``{"weight": (num_local, D)}``, as in its ``checkpoint_gpu_{rank}.pt``.
+
+Its limits are not: batches may differ between ranks, a process group and CUDA are not needed, a row's loss is not cut
+at 69.08, and samples and initial centers do not depend on the number of ranks.
 """
 
 from __future__ import annotations
@@ -21,29 +26,33 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..base.checks import check_scale
-from ..base.normalize import unit_rows
-from ..margins.angular import CombinedMargin
+from ..base.checks import check_scale as _check_scale
+from ..base.normalize import unit_rows as _unit_rows
+from ..margins.angular import CombinedMargin as _CombinedMargin
 from ..margins.angular import CosFace as _CosFaceMargin
-from ..margins.hard_negatives import InterclassFilter
-from ..parallel.ranks import JointBatch, Ranks
-from ..partial_fc import PartialFC
+from ..margins.hard_negatives import InterclassFilter as _InterclassFilter
+from ..parallel.ranks import JointBatch as _JointBatch
+from ..parallel.ranks import Ranks as _Ranks
+from ..partial_fc import PartialFC as _PartialFC
+
+__all__ = ["ArcFace", "CombinedMarginLoss", "CosFace", "PartialFC_V2"]
 
 
 class CombinedMarginLoss(nn.Module):
-    """Margins of insightface's ``CombinedMarginLoss``: ArcFace for ``m1 == 1, m3 == 0``, CosFace for ``m3 > 0``, which
-    ignores m1 and m2 as insightface does.
+    """insightface's ``CombinedMarginLoss``: ArcFace if ``m1 == 1`` and ``m3 == 0``, CosFace if ``m3 > 0``.
+
+    CosFace ignores m1 and m2, as insightface does.
 
     Args:
         s: scale of the logits.
         m1: 1, unless ``m3 > 0``.
-        m2: added to the angle, in radians.
-        m3: taken from the cosine.
-        interclass_filtering_threshold: negatives with a greater cosine count as cosine 0; 0 for none. See
+        m2: angle in radians that is added.
+        m3: number that is subtracted from the cosine.
+        interclass_filtering_threshold: cosine above which a negative counts as cosine 0; 0 for no filter. See
             :class:`fused_arcface.InterclassFilter` for the backends that have it.
 
     Raises:
-        ValueError: ``m1 != 1`` without m3.
+        ValueError: if ``m1 != 1`` and ``m3 <= 0``.
 
     >>> margin_loss = CombinedMarginLoss(64, 1.0, 0.5, 0.0)
     >>> margin_loss(torch.tensor([[0.5, 0.1]]), torch.tensor([[0]]))  # 64·cos(60° + 0.5), 64·0.1
@@ -57,8 +66,12 @@ class CombinedMarginLoss(nn.Module):
         self.interclass_filtering_threshold = interclass_filtering_threshold
 
     def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Scaled logits (N, C) with the margin from cosines (N, C) and labels (N, 1), -1 where the class is
-        elsewhere."""
+        """Return scaled logits (N, C) with the margin.
+
+        Args:
+            logits: (N, C) cosines.
+            labels: (N, 1) columns of the targets, -1 if the class is in another shard.
+        """
         _check_m1(self.m1, self.m3)
         logits = _filtered(logits, labels, self.interclass_filtering_threshold)
         return _with_margin(logits, labels, _combined(self.m2, self.m3)) * self.s
@@ -76,7 +89,7 @@ class ArcFace(nn.Module):
         self.s, self.margin = s, margin
 
     def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """See :meth:`CombinedMarginLoss.forward`."""
+        """Return scaled logits (N, C), as :meth:`CombinedMarginLoss.forward`."""
         return _with_margin(logits, labels, _combined(self.margin, 0.0)) * self.s
 
 
@@ -92,12 +105,12 @@ class CosFace(nn.Module):
         self.s, self.m = s, m
 
     def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """See :meth:`CombinedMarginLoss.forward`."""
+        """Return scaled logits (N, C), as :meth:`CombinedMarginLoss.forward`."""
         return _with_margin(logits, labels, _combined(0.0, self.m)) * self.s
 
 
 def _combined(m2: float, m3: float) -> Callable[[Tensor], Tensor]:
-    return _CosFaceMargin(m3) if m3 > 0 else CombinedMargin(1.0, m2, 0.0, boundary="none", gradient="straight_through")
+    return _CosFaceMargin(m3) if m3 > 0 else _CombinedMargin(1.0, m2, 0.0, boundary="none", gradient="straight_through")
 
 
 def _filtered(logits: Tensor, labels: Tensor, threshold: float) -> Tensor:
@@ -114,7 +127,7 @@ def _with_margin(logits: Tensor, labels: Tensor, margin: Callable[[Tensor], Tens
 
 
 class _Fused(NamedTuple):
-    """What the fused kernels need of a margin module that they can stand in for."""
+    """The margin and scale with which the fused kernels compute the same as a margin module."""
 
     margin: Callable[[Tensor], Tensor]
     scale: float
@@ -124,10 +137,10 @@ _OWN_FORWARDS: dict[type[nn.Module], Any] = {each: each.forward for each in (Com
 
 
 def _fused(margin_loss: Callable[..., Tensor]) -> _Fused | None:
-    """Return the margin and scale that this module has now, or None if the fused kernels can't stand in for it.
+    """Return the current margin and scale of a margin module, or None if the fused kernels can't replace it.
 
-    This module's classes are known. A class of another module with one of their names is insightface's own or a
-    version of it: it is known if it computes the same values and derivatives as ours does.
+    They replace the classes of this file. A class of another file with one of their names is insightface's own or a
+    version of it: they replace it if it computes the same values and derivatives as the class here.
     """
     if not isinstance(margin_loss, nn.Module) or not _is_plain(margin_loss):
         return None
@@ -139,7 +152,7 @@ def _fused(margin_loss: Callable[..., Tensor]) -> _Fused | None:
 
 
 def _is_plain(margin_loss: nn.Module) -> bool:
-    """Whether the module has numbers and texts alone: no tensor, submodule, hook or forward of its instance."""
+    """Return whether the instance has only numbers and texts: no tensor, submodule, hook or own forward."""
     values = vars(margin_loss).values()
     return all(isinstance(each, (int, float, str, type(None))) or _is_empty(each) for each in values)
 
@@ -149,8 +162,10 @@ def _is_empty(value: object) -> bool:
 
 
 def _numbers(margin_loss: nn.Module) -> _Fused | None:
-    """Read margin and scale from the attributes that a class of this name has; None if it lacks one, or if their
-    values are none that the fused kernels take."""
+    """Return margin and scale, read from the attributes that a class of this name has.
+
+    The result is None if an attribute is missing or the fused kernels don't take its value.
+    """
     name = next((each.__name__ for each in type(margin_loss).__mro__ if each.__name__ in _NAMES), "")
     values: list[Any] = [getattr(margin_loss, each, None) for each in _NAMES.get(name, ("",))]
     if not all(isinstance(value, (int, float)) for value in values):
@@ -163,11 +178,11 @@ def _numbers(margin_loss: nn.Module) -> _Fused | None:
         if m3 <= 0 and m1 != 1.0:
             return None
     try:
-        check_scale(scale)
+        _check_scale(scale)
         margin = _combined(m2, m3)
     except ValueError:
         return None
-    return _Fused(InterclassFilter(margin, threshold) if 0 < threshold < 1 else margin, scale)
+    return _Fused(_InterclassFilter(margin, threshold) if 0 < threshold < 1 else margin, scale)
 
 
 _NAMES = {
@@ -175,7 +190,7 @@ _NAMES = {
     "ArcFace": ("s", "margin"),
     "CosFace": ("s", "m"),
 }
-"""Scale and margin of each class, by its attributes."""
+"""The attributes of each class that hold its scale and margin."""
 
 
 def _check_m1(m1: float, m3: float) -> None:
@@ -184,14 +199,14 @@ def _check_m1(m1: float, m3: float) -> None:
 
 
 def _computes(margin_loss: nn.Module, numbers: _Fused) -> bool:
-    """Whether the module has these numbers' values and derivatives on a grid of cosines, also past θ + m = π."""
+    """Return whether the module has these values and derivatives on a grid of cosines, also past θ + m = π."""
     fp64 = {"dtype": torch.float64, "device": "cpu"}
     grid = torch.linspace(-0.999, 0.999, 67, **fp64)  # type: ignore[call-overload]
     cosines = torch.stack([grid, grid.flip(0), grid.roll(20)], 1)  # (67, 3): each value as target and as negative
     labels = (torch.arange(67, device="cpu") % 4 - 1)[:, None]  # -1: the class is in another shard
     upstream = torch.linspace(-1, 2, 201, **fp64).reshape(67, 3)  # type: ignore[call-overload]
     margin, threshold = numbers.margin, 0.0
-    if isinstance(numbers.margin, InterclassFilter):
+    if isinstance(numbers.margin, _InterclassFilter):
         margin, threshold = numbers.margin.margin, numbers.margin.threshold
 
     def run(function: Callable[[Tensor, Tensor], Tensor]) -> tuple[Tensor, Tensor]:
@@ -204,41 +219,46 @@ def _computes(margin_loss: nn.Module, numbers: _Fused) -> bool:
     def ours(given: Tensor, labels: Tensor) -> Tensor:
         return _with_margin(_filtered(given, labels, threshold), labels, margin) * numbers.scale
 
-    try:  # on a copy, with the generator put back: a margin that draws or counts is not disturbed
+    try:  # on a copy, and restoring the generator: a margin that draws or counts keeps its state
         with torch.random.fork_rng(devices=[]):
             found = run(copy.deepcopy(margin_loss))
-    except Exception:  # it takes no such input, so it is none of these
+    except Exception:  # it does not take this input, so it is another function
         return False
     tolerance = 1e-5 * numbers.scale
     return all(torch.allclose(a, b, rtol=1e-5, atol=tolerance) for a, b in zip(found, run(ours), strict=True))
 
 
 def _key(margin_loss: Callable[..., Tensor]) -> Any:
-    """Return what must be unchanged for :func:`_fused` to give the same again; None: unknown."""
+    """Return a value that changes if the result of :func:`_fused` may have changed; None if that is unknown."""
     if not isinstance(margin_loss, nn.Module) or not _is_plain(margin_loss):
         return None
     forward = type(margin_loss).forward
     return id(forward), _numbers(margin_loss), repr(sorted(vars(margin_loss).items()))
 
 
-class PartialFC_V2(PartialFC):
-    """insightface's ``PartialFC_V2`` over the fused head; over any number of ranks, or none.
+class PartialFC_V2(_PartialFC):
+    """insightface's ``PartialFC_V2`` over the fused head, for any number of ranks, or without a process group.
+
+    Two kinds of margins are accepted:
+
+    - A margin of this file or of insightface is fused. Its attributes, such as m2 and s, are read in each forward, so
+      they may change between steps. A class that is called ``CombinedMarginLoss``, ``ArcFace`` or ``CosFace`` is fused
+      if its values and derivatives are those of the class here. The exact-gradient version of early 2022 is not.
+    - Any other callable from cosines (N, C) and labels (N, 1), -1 if the class is in another shard, to logits (N, C).
+      The logits are stored then, and a warning says so.
 
     Args:
-        margin_loss: one of this module's or of insightface's margins; or any callable from cosines (N, C) and labels
-            (N, 1), -1 where the class is in another shard, to logits (N, C): that takes the slow path, which stores
-            them. Attributes such as m2 and s are read in each forward, so they may change between steps. A class that
-            is called ``CombinedMarginLoss``, ``ArcFace`` or ``CosFace`` is fused if values and derivatives are those
-            of this module's; the exact-gradient one of early 2022 takes the slow path.
+        margin_loss: the margin.
         embedding_size: D.
-        num_classes: over all ranks.
+        num_classes: C_total, over all ranks.
         sample_rate: fraction of the classes used in a step.
-        fp16: accepted; the products follow the embeddings' dtype and autocast, and are summed in fp32.
+        fp16: accepted without effect; products follow the embeddings' dtype and autocast, and are summed in fp32.
 
     Attributes:
-        weight, num_local, class_start: as of :class:`fused_arcface.PartialFC`.
+        weight: as for :class:`fused_arcface.PartialFC`, as num_local and class_start.
         weight_index: (K,) rows of weight that the last step used; only with ``sample_rate < 1``, as in insightface.
-        num_sample, rank, world_size, embedding_size, sample_rate, fp16, margin_softmax: insightface's.
+        margin_softmax: the margin. As in insightface, as num_sample, rank, world_size, embedding_size, sample_rate and
+            fp16.
 
     >>> head = PartialFC_V2(CombinedMarginLoss(64, 1.0, 0.5, 0.0), embedding_size=8, num_classes=100)
     >>> loss = head(torch.randn(4, 8), torch.tensor([0, 1, 2, 99]))
@@ -254,7 +274,7 @@ class PartialFC_V2(PartialFC):
         sample_rate: float = 1.0,
         fp16: bool = False,
     ) -> None:
-        with Ranks().together("PartialFC_V2"):
+        with _Ranks().together("PartialFC_V2"):
             if isinstance(margin_loss, type):
                 raise TypeError(f"margin_loss must be an instance; got the class {margin_loss.__name__}")
             if not callable(margin_loss):
@@ -279,8 +299,10 @@ class PartialFC_V2(PartialFC):
         return {}  # the state_dict is insightface's
 
     def _resolve(self) -> bool:
-        """Whether the fused kernels can stand in for ``margin_softmax`` as it is now, whose margin and scale this head
-        then has: schedules change them between steps."""
+        """Return whether ``margin_softmax`` is fused in this step, and take over its current margin and scale.
+
+        Schedules change them between steps.
+        """
         key = _key(self.margin_softmax)
         if key is None or key != self._resolved[0]:
             self._resolved = key, _fused(self.margin_softmax)
@@ -291,7 +313,12 @@ class PartialFC_V2(PartialFC):
 
     @torch.compiler.disable
     def forward(self, local_embeddings: Tensor, local_labels: Tensor) -> Tensor:
-        """Mean loss over all ranks' rows, of this rank's embeddings (b, D) and labels (b,) or (b, 1)."""
+        """Return the mean loss over all ranks' rows.
+
+        Args:
+            local_embeddings: (b, D) of this rank.
+            local_labels: (b,) or (b, 1) global labels of this rank.
+        """
         labels = local_labels.reshape(-1)
         if self._resolve():
             loss = super().forward(local_embeddings, labels)
@@ -309,11 +336,11 @@ class PartialFC_V2(PartialFC):
             agreement = self._step_agreement(f"forward() with {type(self.margin_softmax).__name__}", -100)
         embeddings, batch, _ = self._gather(local_embeddings, labels, agreement)
         rows = _AllRows.apply(embeddings, batch, self.ranks) if batch.requires_grad else batch.embeddings
-        target = torch.ops.fused_arcface.local_target(batch.target, self.num_classes, -100)
+        target = torch.ops.fused_arcface.local_target(batch.labels, self.num_classes, -100)
         classes, local = self._choose_classes(target)
         weight = self.weight if classes is None else self.weight.index_select(0, classes)
         dtype = torch.promote_types(torch.promote_types(rows.dtype, weight.dtype), torch.float32)
-        cosines = F.linear(unit_rows(rows.to(dtype)), unit_rows(weight.to(dtype))).clamp(-1, 1)
+        cosines = F.linear(_unit_rows(rows.to(dtype)), _unit_rows(weight.to(dtype))).clamp(-1, 1)
         logits = self.margin_softmax(cosines, local[:, None])
         loss = _DistributedCrossEntropy.apply(logits, local, self.ranks)
         counted = target >= 0
@@ -321,10 +348,10 @@ class PartialFC_V2(PartialFC):
 
 
 class _AllRows(torch.autograd.Function):
-    """All ranks' embeddings (N, D) from this rank's (n, D); the gradient is summed over the ranks, times W."""
+    """All ranks' embeddings (N, D) from this rank's (n, D). The gradient is W times its sum over the ranks."""
 
     @staticmethod
-    def forward(ctx: Any, embeddings: Tensor, batch: JointBatch, ranks: Ranks) -> Tensor:
+    def forward(ctx: Any, embeddings: Tensor, batch: _JointBatch, ranks: _Ranks) -> Tensor:
         ctx.batch, ctx.ranks = batch, ranks
         return batch.embeddings.clone()
 
@@ -335,11 +362,13 @@ class _AllRows(torch.autograd.Function):
 
 
 class _DistributedCrossEntropy(torch.autograd.Function):
-    """Each row's cross-entropy (N,) over all shards' logits, of which this rank has (N, C) and the target's column (N,)
-    or -1."""
+    """Each row's cross-entropy (N,) over the logits of all shards.
+
+    This rank has the logits (N, C) of its shard and the target's column (N,), -1 if it is in another shard.
+    """
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, target: Tensor, ranks: Ranks) -> Tensor:
+    def forward(ctx: Any, logits: Tensor, target: Tensor, ranks: _Ranks) -> Tensor:
         rows = (target >= 0).nonzero().squeeze(1)
         local = logits.new_full((logits.shape[0],), -torch.inf) if logits.shape[1] == 0 else logits.amax(1)
         maximum = ranks.max(local)
