@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..base.checks import check_scale
+from ..base.compiler import not_compiled
 from ..base.normalize import unit_rows
 from ..margins.angular import CombinedMargin
 from ..margins.angular import CosFace as _CosFaceMargin
@@ -289,7 +290,7 @@ class PartialFC_V2(PartialFC):
             self.margin, self.scale = fused
         return fused is not None
 
-    @torch.compiler.disable
+    @not_compiled
     def forward(self, local_embeddings: Tensor, local_labels: Tensor) -> Tensor:
         """Mean loss over all ranks' rows, of this rank's embeddings (b, D) and labels (b,) or (b, 1)."""
         labels = local_labels.reshape(-1)

@@ -27,7 +27,7 @@ _WRONG_USAGE = 2
 RESUME = "last"  # as the value of --resume without one
 
 
-class TrainCommand(TyperCommand):
+class Command(TyperCommand):
     """``train``, whose --resume may stand alone: typer knows no option with a value that can be left out."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
