@@ -7,6 +7,7 @@ import ast
 import importlib
 import re
 
+from ..base.suggest import did_you_mean
 from ..head import MarginHead
 from ..partial_fc import PartialFC
 from .angular import Margin
@@ -58,9 +59,10 @@ def imported_module(text: str) -> str | None:
 def _named(text: str) -> object:
     try:
         return _value(ast.parse(text.strip(), mode="eval").body)
-    except _UnknownMargin:
-        listed = ", ".join(each.__name__ for each in _margins().values())
-        raise ValueError(f"margin must be one of {listed}, or MODULE:NAME; got {text!r}") from None
+    except _UnknownMargin as unknown:
+        names = [each.__name__ for each in _margins().values()]
+        near = did_you_mean(str(unknown), names)
+        raise ValueError(f"margin must be one of {', '.join(names)}, or MODULE:NAME; got {text!r}{near}") from None
     except (SyntaxError, TypeError, ValueError) as error:
         raise ValueError(f"margin {text!r}: {error}") from None
 
@@ -77,7 +79,7 @@ def _value(node: ast.expr) -> object:
     name = node.func if isinstance(node, ast.Call) else node
     known = _margins()
     if not isinstance(name, ast.Name) or name.id.lower() not in known:
-        raise _UnknownMargin
+        raise _UnknownMargin(ast.unparse(name))
     make = known[name.id.lower()]
     if isinstance(node, ast.Name):
         return make()

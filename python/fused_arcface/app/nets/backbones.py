@@ -11,6 +11,7 @@ from torch import nn
 from fused_arcface.base import torch_files
 from fused_arcface.base.extras import require
 from fused_arcface.base.reading import DataError
+from fused_arcface.base.suggest import did_you_mean
 
 from ..data.images import ImageSpec
 from .iresnet import LAYERS, IResNet
@@ -32,7 +33,7 @@ def check_backbone(name: str) -> None:
         if not known.is_model(name.removeprefix(_TIMM)):
             raise ValueError(f"backbone must be a model of timm {known.__version__}; got {name!r}")
     elif name not in NAMES[:-1]:
-        raise ValueError(f"backbone must be one of {', '.join(NAMES)}; got {name!r}")
+        raise ValueError(f"backbone must be one of {', '.join(NAMES)}; got {name!r}{did_you_mean(name, NAMES)}")
 
 
 def build_backbone(name: str, embedding_dim: int, spec: ImageSpec) -> nn.Module:

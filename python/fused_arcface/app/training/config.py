@@ -4,7 +4,6 @@ the run's folder all take them from here."""
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
 import sys
 from collections.abc import Mapping
@@ -16,6 +15,7 @@ from fused_arcface import backends
 from fused_arcface.base.extras import require
 from fused_arcface.base.files import write_bytes
 from fused_arcface.base.reading import DataError, file_errors, read_bytes
+from fused_arcface.base.suggest import did_you_mean
 from fused_arcface.base.text import decode, encode
 from fused_arcface.margins.text import check_margin
 
@@ -174,8 +174,7 @@ class TrainConfig:
         """
         for name in changes:
             if name not in rules():
-                near = difflib.get_close_matches(name, rules(), 1)
-                hint = f"; did you mean {near[0]}?" if near else f"; there are {', '.join(rules())}"
+                hint = did_you_mean(name, rules()) or f"; there are {', '.join(rules())}"
                 raise ValueError(f"no option is called {name}{hint}")
         return dataclasses.replace(self, **changes)
 
