@@ -4,7 +4,7 @@
 #   make PYTHON=python3.12 test      another interpreter, for a new .venv
 #   make TORCH="torch==2.9.1" test   another torch, for a new .venv
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all test-oldest test-newest lint format bench bench-check bench-record clean distclean
+.PHONY: help demo test test-fast test-all test-oldest test-newest lint format bench bench-check bench-record clean distclean
 
 PYTHON ?= python3
 ARGS ?=
@@ -21,11 +21,16 @@ help:  ## Show this list
 demo: .venv/.installed  ## Train on images with the fused and the reference head, compare and verify
 	$(run) fused_arcface demo $(ARGS)
 
-test: .venv/.installed  ## Run the tests, without the full grids
-	$(run) pytest -m "not full" $(ARGS)
+# Two processes, then the tests of time and memory alone. On two quiet cores it takes some five minutes.
+test: .venv/.installed  ## Run the tests, without the full grids: at most 9 minutes
+	.venv/bin/python tests/run.py --limit 540 -m "not full" $(ARGS)
 
-test-all: .venv/.installed  ## Run all the tests
-	$(run) pytest $(ARGS)
+test-fast: .venv/.installed  ## Run the quick tests: a minute, for the daily loop
+	$(run) pytest -q -n 2 --dist worksteal --durations=5 $(ARGS) tests \
+	  -m "not (full or slow or distributed or emulation or interpreter or serial)"
+
+test-all: .venv/.installed  ## Run all the tests, hours
+	.venv/bin/python tests/run.py $(ARGS)
 
 # Versions that the range in pyproject.toml allows, each in an environment of its own. The oldest torch is there only with
 # gigabytes of CUDA libraries. `make clean` leaves these environments, `make distclean` removes them.
@@ -33,10 +38,10 @@ OLDEST := torch==2.8.0 triton==3.4.0 numpy==1.23.5
 NEWEST := --upgrade torch triton numpy
 
 test-oldest: .venv-oldest/.installed  ## Run the tests with the oldest supported torch, Triton and numpy
-	.venv-oldest/bin/python -m pytest -m "not full" $(ARGS)
+	.venv-oldest/bin/python tests/run.py -m "not full" $(ARGS)
 
 test-newest: .venv-newest/.installed  ## Run the tests with the newest torch, Triton and numpy
-	.venv-newest/bin/python -m pytest -m "not full" $(ARGS)
+	.venv-newest/bin/python tests/run.py -m "not full" $(ARGS)
 
 .venv-oldest/.installed: versions = $(OLDEST)
 .venv-newest/.installed: versions = $(NEWEST)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -20,6 +21,15 @@ if importlib.util.find_spec("hypothesis") is not None:  # a machine with a GPU m
     # The same examples at each run: a red test stays red until it is mended.
     settings.register_profile("reproducible", deadline=None, derandomize=True, max_examples=25)
     settings.load_profile("reproducible")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip the interpreter's tests in a session without the interpreter, and all other tests in one with it."""
+    interpreting = os.environ.get("TRITON_INTERPRET") == "1"
+    reason = "Triton's compiler is off" if interpreting else "run by TRITON_INTERPRET=1 pytest -m interpreter"
+    for item in items:
+        if (item.get_closest_marker("interpreter") is not None) != interpreting:
+            item.add_marker(pytest.mark.skip(reason=reason))
 
 
 @pytest.fixture(autouse=True)

@@ -112,6 +112,7 @@ def train(steps: int, options: dict) -> tuple[list[float], torch.Tensor]:
     return losses, head.full_weight()
 
 
+@pytest.mark.distributed
 @pytest.mark.parametrize("backend", [pytest.param("reference", marks=pytest.mark.full), "auto"])
 @pytest.mark.parametrize("sample_rate", [1.0, 0.1])
 def test_any_number_of_ranks_trains_alike(backend, sample_rate):
@@ -250,6 +251,7 @@ def poisoned(kind: str, options: dict) -> tuple[list[bool], float]:
     return [*unchanged, not torch.equal(head.weight, before["weight"])], loss.item()
 
 
+@pytest.mark.distributed
 @pytest.mark.parametrize("options", [{}, {"sample_rate": 0.5}, {"dtype": torch.bfloat16}], ids=str)
 def test_nan_on_one_rank_skips_the_update_on_all(options):
     for kept, loss in distributed_helpers.run_ranks(2, poisoned, "nan", options):
@@ -391,6 +393,7 @@ print((peak - before) / (num_classes * 512))
 """
 
 
+@pytest.mark.serial
 @pytest.mark.parametrize(
     ("dtype", "momentum_dtype", "most"),
     [

@@ -24,6 +24,7 @@ def free_gib() -> float:
 
 pytestmark = [
     pytest.mark.full,
+    pytest.mark.serial,
     pytest.mark.timeout(1200),
     pytest.mark.skipif(free_gib() < 12, reason="needs 12 GiB of free memory"),
 ]

@@ -1,4 +1,7 @@
-"""The boundary contract of docs/architecture.md: each layer imports only the layers below it."""
+"""The boundary contract of docs/architecture.md: each layer imports only the layers below it.
+
+The same for the tests: one imports the package and tests/support, and no other test.
+"""
 
 from __future__ import annotations
 
@@ -85,3 +88,35 @@ def test_only_the_registry_imports_a_backend() -> None:
 def test_every_layer_is_named_by_its_folder() -> None:
     folders = {path.name for path in PACKAGE.iterdir() if path.is_dir() and path.name != "__pycache__"}
     assert folders == (BELOW.keys() - {"heads", "reference"}) | {"app"}
+
+
+TESTS = Path(__file__).parent
+
+
+def _imported_from_tests(path: Path) -> set[str]:
+    """Return the names of test files that a file imports."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names |= {node.module or "", *(f"{node.module}.{alias.name}" for alias in node.names)}
+    files = {each.stem for each in TESTS.rglob("test_*.py")}
+    return {part for name in names for part in name.split(".")} & files
+
+
+@pytest.mark.parametrize("path", sorted(TESTS.rglob("*.py")), ids=lambda path: str(path.relative_to(TESTS)))
+def test_no_test_imports_another(path: Path) -> None:
+    assert _imported_from_tests(path) == set(), "move what they share into tests/support"
+
+
+def test_test_files_have_names_of_their_own() -> None:
+    """pytest imports them by their names alone, and so do the ranks that a test starts."""
+    names = [path.stem for path in TESTS.rglob("test_*.py")]
+    assert sorted(names) == sorted(set(names))
+
+
+def test_a_folder_of_tests_is_a_folder_of_the_package() -> None:
+    ours = {path.parent.relative_to(TESTS) for path in TESTS.rglob("test_*.py")}
+    theirs = {path.parent.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py")}
+    assert ours <= theirs

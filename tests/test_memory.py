@@ -59,6 +59,8 @@ def peak(n, c, d, dtype, backward, options="plain"):
 print(json.dumps([peak(*case) for case in json.loads(sys.argv[1])]))
 """
 
+pytestmark = pytest.mark.serial
+
 linux = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="only Linux can reset a process's peak")
 
 

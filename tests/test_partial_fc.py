@@ -6,59 +6,12 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from support import distributed_helpers
+from support.head_training import STEPS, D, batches, own_rows, train_head
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 
 import fused_arcface as fa
 from fused_arcface import backends
-
-D = 7
-STEPS = 10
-
-
-def batches(
-    num_classes: int, rows: int, dtype: torch.dtype, steps: int = STEPS
-) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    generator = torch.Generator().manual_seed(3)
-    return [
-        (
-            torch.randn(rows, D, generator=generator, dtype=torch.float64).to(dtype),
-            torch.randint(0, num_classes, (rows,), generator=generator),
-        )
-        for _ in range(steps)
-    ]
-
-
-def own_rows(world_size: int, rank: int, rows: int, step: int) -> slice:
-    """Uneven local batches: the shares change every step and one rank's is empty every other."""
-    weights = [(rank + step) % world_size + (1 if step % 2 else 0) for rank in range(world_size)]
-    if sum(weights) == 0:
-        weights = [1] * world_size
-    ends = [rows * sum(weights[: rank + 1]) // sum(weights) for rank in range(world_size)]
-    return slice(ends[rank - 1] if rank else 0, ends[rank])
-
-
-def train_head(
-    num_classes: int, rows: int, dtype: torch.dtype, options: dict, backend: str, steps: int = STEPS
-) -> dict:
-    """A few SGD steps of the head alone: losses, gradients by all ranks' embeddings, centers before and after,
-    samples."""
-    head = fa.PartialFC(D, num_classes, dtype=dtype, backend=backend, seed=5, **options)
-    world_size, rank = head.ranks.world_size, head.ranks.rank
-    result = {"initial": head.full_weight(), "losses": [], "gradients": [], "sampled": []}
-    for step, (x, y) in enumerate(batches(num_classes, rows, dtype, steps)):
-        part = own_rows(world_size, rank, rows, step)
-        x = x[part].requires_grad_()
-        loss = head(x, y[part])
-        loss.backward()
-        with torch.no_grad():
-            head.weight -= 0.1 * head.weight.grad.to_dense()
-        head.weight.grad = None
-        result["losses"].append(loss.item())
-        result["gradients"].append(x.grad / world_size)
-        result["sampled"].append(head.sampled)
-    result["final"] = head.full_weight()
-    return result
 
 
 def joined(results: list[dict]) -> dict:
@@ -88,6 +41,7 @@ def assert_same_training(actual: dict, expected: dict, tolerance: float) -> None
     assert_near(actual["final"], expected["final"], tolerance)
 
 
+@pytest.mark.distributed
 @pytest.mark.parametrize("backend", ["reference", "auto"])
 @pytest.mark.parametrize("sample_rate", [1.0, 0.3])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-5)])
@@ -101,6 +55,7 @@ def test_any_number_of_ranks_trains_alike(backend, sample_rate, dtype, tolerance
         assert_same_training(actual, expected, tolerance)
 
 
+@pytest.mark.distributed
 @pytest.mark.full
 @pytest.mark.parametrize("backend", ["reference", "auto"])
 @pytest.mark.parametrize("scale", [64.0, 128.0, 1000.0])
@@ -162,6 +117,7 @@ def state_of(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
     return [(name, value.detach()) for name, value in model.state_dict().items()]
 
 
+@pytest.mark.distributed
 @pytest.mark.parametrize(
     ("kind", "world_size", "options"),
     [
@@ -224,6 +180,7 @@ def inspect_head(num_classes: int, rows: int) -> dict:
     }
 
 
+@pytest.mark.distributed
 def test_statistics_logits_and_topk_over_all_shards():
     (expected,) = [inspect_head(10, 9)]
     ((x, y),) = batches(10, 9, torch.float64, 1)

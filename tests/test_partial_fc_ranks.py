@@ -6,11 +6,13 @@ import pytest
 import torch
 import torch.distributed as dist
 from support import distributed_helpers
-from test_partial_fc import D, batches, own_rows, train_head
+from support.head_training import D, batches, own_rows, train_head
 
 import fused_arcface as fa
 from fused_arcface.parallel import ranks as fused_distributed
 from fused_arcface.parallel.agreement import Header
+
+pytestmark = pytest.mark.distributed
 
 
 def fewer_classes_than_ranks() -> list:

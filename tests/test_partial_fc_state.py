@@ -243,5 +243,6 @@ def on_a_rank(folder: Path) -> bool:
     return True
 
 
+@pytest.mark.distributed
 def test_each_rank_has_its_shard(tmp_path: Path) -> None:
     assert distributed_helpers.run_ranks(2, on_a_rank, tmp_path) == [True, True]

@@ -234,11 +234,13 @@ def _train_shard_by_index(index: int, *args: Any) -> dict[str, Tensor]:
     return train_shard(VARIANTS[index], *args)
 
 
+@pytest.mark.distributed
 @every_variant
 def test_two_ranks_equal_one_process(variant: Variant) -> None:
     check_ranks(variant, {})
 
 
+@pytest.mark.distributed
 @pytest.mark.parametrize("variant", [BY_ROWS[1], SMOOTHED[0], SUB_CENTERS[2]], ids=str)
 def test_a_rank_without_rows(variant: Variant) -> None:
     check_ranks(variant, {}, (0, 9))
@@ -247,6 +249,7 @@ def test_a_rank_without_rows(variant: Variant) -> None:
 unsmoothed = pytest.mark.parametrize("variant", [v for v in VARIANTS if "label_smoothing" not in v.options], ids=str)
 
 
+@pytest.mark.distributed
 @unsmoothed
 def test_two_ranks_with_samples_and_fused_optimizer(variant: Variant) -> None:
     check_ranks(variant, {"sample_rate": 0.5, "center_optimizer": fa.CenterSGD(lr=0.1)})

@@ -39,7 +39,10 @@ def emulated_kernels() -> ModuleType:
 
 
 @pytest.fixture(
-    params=[pytest.param("cpu", id="emulated", marks=needs_emulation), pytest.param("cuda", id="gpu", marks=needs_gpu)]
+    params=[
+        pytest.param("cpu", id="emulated", marks=[pytest.mark.emulation, needs_emulation]),
+        pytest.param("cuda", id="gpu", marks=[pytest.mark.gpu, needs_gpu]),
+    ]
 )
 def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """Where the backend runs. Emulated, its memory is NaN before it is written, and nothing beside it is written."""
@@ -353,6 +356,7 @@ def test_deterministic_to_the_bit(device: str, monkeypatch: pytest.MonkeyPatch) 
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 
+@pytest.mark.emulation
 @needs_emulation
 @pytest.mark.parametrize(("precision", "code"), [("bfloat16", 2), ("float16", 3), ("tf32", 0), ("float32", 0)])
 def test_workspace_is_small_whatever_the_classes(precision: str, code: int, emulated_kernels: ModuleType) -> None:
@@ -417,6 +421,7 @@ def test_import_needs_no_driver() -> None:
     assert result.returncode == 0 and result.stdout.strip() not in ("", "None"), result.stderr
 
 
+@pytest.mark.gpu
 @needs_gpu
 @pytest.mark.parametrize("dtypes", [BF16, FP16, ("float32", "float32"), ("bfloat16", "float32")])
 @pytest.mark.parametrize("D", [128, 512])

@@ -13,7 +13,10 @@ from pathlib import Path
 import pytest
 from support import cuda_emulated
 
-pytestmark = pytest.mark.skipif(cuda_emulated.missing() is not None, reason=str(cuda_emulated.missing()))
+pytestmark = [
+    pytest.mark.emulation,
+    pytest.mark.skipif(cuda_emulated.missing() is not None, reason=str(cuda_emulated.missing())),
+]
 
 
 def _run(program: Path, *arguments: str) -> subprocess.CompletedProcess[str]:

@@ -14,6 +14,8 @@ from support.cases import Case, inputs_on
 import fused_arcface as fa
 from fused_arcface import backends
 
+pytestmark = pytest.mark.gpu
+
 ALGORITHMS = {"cuda": ("cuda", None), "triton-chunks": ("triton", "chunks"), "triton-flash": ("triton", "flash")}
 
 

@@ -1,68 +1,28 @@
-"""The Triton backend: its kernels in the interpreter on any machine, and on a GPU where there is one.
+"""The Triton backend's host code, and its kernels on a GPU where there is one.
 
-The interpreter needs a process of its own (triton_interpreted.py says why). Tests that need a GPU are skipped without.
+test_triton_interpreted.py tests the kernels on any machine.
 """
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from packaging.version import Version  # pytest needs it too
 
 import fused_arcface as fa
 from fused_arcface import backends
 from fused_arcface.backends import triton as backend
 
-triton = pytest.importorskip("triton", reason="Triton is not installed here")
+pytest.importorskip("triton", reason="Triton is not installed here")
 
-from support.cases import Case  # noqa: E402
-from support.triton_cases import BF16, CORE, FULL, Setting, check, force  # noqa: E402
+from support.cases import Case
+from support.triton_cases import BF16, CORE, FULL, Setting, check, force
 
 needs_gpu = pytest.mark.skipif(
     backend.unavailable() is not None, reason=f"backend 'triton' cannot run here: {backend.unavailable()}"
 )
-
-versions = f"Triton {triton.__version__} and NumPy {np.__version__}"
-needs_interpreter = pytest.mark.skipif(
-    Version(triton.__version__) < Version("3.7") and Version(np.__version__) >= Version("2.4"),
-    reason=f"Triton's interpreter before 3.7 makes numbers of arrays, which NumPy 2.4 refuses: {versions} are here",
-)
-
-
-def _interpret(*arguments: str) -> None:
-    tests = Path(__file__).parents[1]
-    files = [str(tests / "support" / name) for name in ("triton_interpreted.py", "triton_interpreted_updates.py")]
-    # Without pytest's cache, which belongs to the session around this one.
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files, *arguments]
-    result = subprocess.run(
-        command,
-        cwd=tests.parent,
-        env=os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
-        capture_output=True,
-        text=True,
-    )
-    print(result.stdout[-2000:])
-    assert result.returncode == 0, result.stdout[-8000:] + result.stderr[-2000:]
-
-
-@needs_interpreter
-@pytest.mark.timeout(600)
-def test_kernels_in_the_interpreter() -> None:
-    _interpret("-m", "not full")
-
-
-@needs_interpreter
-@pytest.mark.full
-@pytest.mark.timeout(3600)
-def test_kernels_in_the_interpreter_over_the_full_grid() -> None:
-    _interpret("-m", "full")
 
 
 @pytest.mark.skipif(backend.unavailable() is None, reason="the backend can run here")
@@ -126,6 +86,7 @@ def gpu() -> Iterator[str]:
     torch.cuda.synchronize()
 
 
+@pytest.mark.gpu
 @needs_gpu
 @pytest.mark.parametrize("setting", CORE, ids=str)
 def test_agrees_with_the_reference_on_a_gpu(setting: Setting, gpu: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -133,6 +94,7 @@ def test_agrees_with_the_reference_on_a_gpu(setting: Setting, gpu: str, monkeypa
     check(setting, gpu)
 
 
+@pytest.mark.gpu
 @needs_gpu
 @pytest.mark.full
 @pytest.mark.parametrize("setting", FULL, ids=str)
@@ -143,6 +105,7 @@ def test_agrees_with_the_reference_over_the_full_grid_on_a_gpu(
     check(setting, gpu)
 
 
+@pytest.mark.gpu
 @needs_gpu
 @pytest.mark.parametrize(
     ("algorithm", "dtypes", "D"),

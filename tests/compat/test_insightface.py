@@ -99,6 +99,7 @@ def test_one_rank_equals_the_operations_of_insightface(name):
     torch.testing.assert_close(ours["d_weight"], weight.grad, rtol=1e-8, atol=1e-7)
 
 
+@pytest.mark.distributed
 @pytest.mark.parametrize(
     ("name", "sample_rate"), [("arcface", 1.0), ("filtered", 0.5), ("callable", 1.0), ("in place", 0.5)]
 )
@@ -313,6 +314,7 @@ def uneven() -> float:
     return head(x[rows].float(), y[rows]).item()
 
 
+@pytest.mark.distributed
 def test_batches_of_any_size():
     losses = distributed_helpers.run_ranks(2, uneven)
     assert losses[0] == losses[1] and math.isfinite(losses[0])

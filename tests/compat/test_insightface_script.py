@@ -15,6 +15,8 @@ from torch import distributed, nn
 from fused_arcface.checkpoint import convert
 from fused_arcface.compat.insightface import ArcFace, CombinedMarginLoss, PartialFC_V2
 
+pytestmark = pytest.mark.distributed
+
 EMBEDDING_SIZE, NUM_CLASSES, BATCH, STEPS_PER_EPOCH = 8, 21, 6, 4
 
 

@@ -21,6 +21,8 @@ from support import distributed_helpers
 import fused_arcface as fa
 from fused_arcface.compat import insightface
 
+pytestmark = pytest.mark.distributed
+
 D, CLASSES = 4, 11
 LIMIT = 10  # seconds
 

@@ -19,6 +19,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 import fused_arcface as fa
 
+pytestmark = pytest.mark.distributed
+
 D, CLASSES, STEPS, LR = 6, 12, 4, 0.5
 
 

@@ -1,5 +1,6 @@
-"""Rows of extreme norms, and gradients past fp16's range: what every backend has to make of them. Used by test_norms.py
-(the oracle and the backends of a CPU), triton_interpreted.py and test_cuda.py."""
+"""Rows of extreme norms and gradients past fp16's range: the results that every backend has to give.
+
+Used by test_normalize.py (the oracle and the backends of a CPU), test_triton_interpreted.py and test_cuda.py."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""What the Triton kernels must agree with the fp64 reference over, in the interpreter and on a GPU: cases.py's grid.
+"""The cases over which the Triton kernels must agree with the fp64 reference, in the interpreter and on a GPU.
 
-Used by triton_interpreted.py (CPU tensors, TRITON_INTERPRET=1) and by test_triton.py (a GPU).
+Used by test_triton_interpreted*.py (CPU tensors, TRITON_INTERPRET=1) and by test_triton.py (a GPU).
 """
 
 from __future__ import annotations
@@ -8,9 +8,11 @@ from __future__ import annotations
 import itertools
 from dataclasses import dataclass
 
+import numpy as np
 import pytest
 import torch
-from support.cases import ARCFACES, GEOMETRIES, LAYOUTS, MARGINS, Case, compare, inputs_on, run
+import triton
+from packaging.version import Version  # pytest needs it too
 from torch import Tensor
 
 import fused_arcface as fa
@@ -18,6 +20,18 @@ from fused_arcface.engine.autograd import negatives_and_target
 from fused_arcface.engine.ops import IGNORED
 from fused_arcface.engine.tail import loss_of_rows
 from fused_arcface.margins import Margin
+from support.cases import ARCFACES, GEOMETRIES, LAYOUTS, MARGINS, Case, compare, inputs_on, run
+
+INTERPRETED = [
+    pytest.mark.interpreter,
+    pytest.mark.skipif(
+        Version(triton.__version__) < Version("3.7") and Version(np.__version__) >= Version("2.4"),
+        reason="Triton's interpreter before 3.7 makes numbers of arrays, which NumPy 2.4 refuses: "
+        f"Triton {triton.__version__} and NumPy {np.__version__} are here",
+    ),
+    pytest.mark.filterwarnings("ignore:(overflow|invalid value|divide by zero) encountered:RuntimeWarning"),
+]
+"""The marks of a module whose tests run in the interpreter."""
 
 
 @dataclass(frozen=True)

@@ -15,20 +15,19 @@ from typing import Any
 import pytest
 import torch
 import typer
+from support.benchmark_reports import CPU, TINY, synthetic_report
 
 from fused_arcface import ArcFace, NormSoftmax, reference
 from fused_arcface.app.benchmark import cost_model, memory, plots, runner
 from fused_arcface.app.benchmark import providers as providers_module
 from fused_arcface.app.benchmark.cases import NAMES, PASSES, Case, cases_named, make_inputs
 from fused_arcface.app.benchmark.providers import Provider, all_providers, select
-from fused_arcface.app.benchmark.report import FIELDS, Measurement, Report, Skip, read_report
+from fused_arcface.app.benchmark.report import FIELDS, read_report
 from fused_arcface.app.benchmark.truth import Outcome, error_of, truth
 from fused_arcface.app.cli.bench import bench
 from fused_arcface.app.measure.child import Child, ChildFailed
 from fused_arcface.app.measure.timing import Timing, time_interleaved
 
-CPU = torch.device("cpu")
-TINY = Case(6, 300, 16)
 # torch.compile takes as long as all these tests together; the benchmark itself checks it at each run.
 QUICK = [each for each in all_providers() if each.name != "compiled" and each.reason_against(TINY, CPU) is None]
 
@@ -228,23 +227,6 @@ def test_rows_have_the_fields_and_survive_a_round_trip(tmp_path: Path) -> None:
     assert [each.products for each in again.measurements] == [each.products for each in report.measurements]
 
 
-def synthetic_report() -> Report:
-    """Three providers over a series of C and one of N, the time and the memory in proportion to the logits."""
-    context = {"device": "a device", "torch": "2.0", "commit": "abc", "date": "2026-01-01T00:00:00+00:00"}
-    machine = {"flops_per_second": {"float32": 1e11}, "copy_bytes_per_second": 1e12, "memory_bytes": 2**34}
-    report = Report(context, [], [Skip("liger", "triton", TINY, "not installed")], machine)
-    cases = [Case(64, c) for c in (1000, 10_000, 100_000)] + [Case(n, 10_000) for n in (16, 256)]
-    for case in cases:
-        for name, factor in (("fused_arcface", 1), ("eager", 4), ("products", 2)):
-            for index, pass_name in enumerate(PASSES):
-                ms = factor * (1 + index) * case.N * case.C * 1e-6
-                timing, peak = Timing((ms, 1.1 * ms)), None if case.N == 16 else (factor - 1) * case.N * case.C * 4
-                backend = "cpu" if factor == 1 else "torch"
-                measurement = Measurement(name, backend, pass_name, case, timing, 1e-6, 2 + 4 * index, peak)
-                report.measurements.append(measurement)
-    return report
-
-
 def test_pictures_are_drawn(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     paths = plots.write_plots(synthetic_report(), tmp_path)
@@ -255,6 +237,7 @@ def test_pictures_are_drawn(tmp_path: Path) -> None:
     assert all(path.stat().st_size > 10_000 for path in paths)
 
 
+@pytest.mark.serial
 def test_memory_of_a_pass_is_seen_from_outside(child: Child) -> None:
     if not memory.can_measure(CPU):
         pytest.skip("this system does not let a process reset its peak of resident memory")

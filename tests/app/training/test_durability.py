@@ -24,7 +24,7 @@ from typing import Any
 import pytest
 import torch
 from support.image_files import write_folder
-from test_training import TINY, losses, weights
+from support.training_runs import TINY, losses, weights
 
 from fused_arcface.app.cli import run as run_command
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_training import TINY, run, weights
+from support.training_runs import TINY, run, weights
 from torch import Tensor
 
 from fused_arcface.app.data import DataError

@@ -3,7 +3,6 @@ micro-batches, with bad data."""
 
 from __future__ import annotations
 
-import json
 import os
 import pickle
 import re
@@ -16,6 +15,7 @@ import pytest
 import torch
 from PIL import Image
 from support.image_files import encoded, picture, write_folder, write_records
+from support.training_runs import TINY, losses, run, weights
 from torch import nn
 
 import fused_arcface as fa
@@ -35,34 +35,6 @@ from fused_arcface.base.extras import MissingExtra
 from fused_arcface.evaluation import pair_scores, verify_scores
 
 NONE = "none of BMP, DIB, GIF, JPEG, JPEG2000, PNG, PPM, TGA, TIFF, WEBP"
-TINY = TrainConfig(
-    data="identities:6x4", epochs=3, batch_size=8, image_size=16, workers=0, device="cpu", verify_every=9
-)
-
-
-def run(
-    config: TrainConfig, output: Path, resume: bool = False, stop_at: int = 0, by: int = signal.SIGINT
-) -> tuple[Outcome, list[events.Event]]:
-    """A run's outcome and events; ``stop_at`` is the step at which this process gets a signal."""
-    heard: list[events.Event] = []
-
-    def listen(event: events.Event) -> None:
-        heard.append(event)
-        if isinstance(event, Stepped) and event.step == stop_at - 1:
-            os.kill(os.getpid(), by)
-
-    return train(config, output, resume=resume, listener=listen), heard
-
-
-def losses(output: Path) -> list[float]:
-    steps = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
-    steps = [step for step in steps if "loss" in step]
-    assert [step["step"] for step in steps] == list(range(1, len(steps) + 1))
-    return [step["loss"] for step in steps]
-
-
-def weights(output: Path) -> dict[str, torch.Tensor]:
-    return load_backbone(output)[0].state_dict()
 
 
 @pytest.mark.parametrize(

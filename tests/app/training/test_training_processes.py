@@ -14,13 +14,15 @@ from pathlib import Path
 import pytest
 import torch
 from support.image_files import write_folder
-from test_training import TINY, losses, run
+from support.training_runs import TINY, losses, run
 
 from fused_arcface.app.data import ImageSpec, read_folder, read_image
 from fused_arcface.app.nets.small import embed
 from fused_arcface.app.training.config import TrainConfig
 from fused_arcface.app.training.runs import load_backbone
 from fused_arcface.evaluation import verify
+
+pytestmark = pytest.mark.distributed
 
 
 def start(arguments: list[str], ranks: int = 1, restarts: int = 0) -> subprocess.Popen[str]:

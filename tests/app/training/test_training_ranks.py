@@ -10,15 +10,18 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from support.distributed_helpers import run_ranks
 from support.image_files import write_folder
-from test_training import TINY, losses
+from support.training_runs import TINY, losses
 
 from fused_arcface.app.training import events, trainer
 from fused_arcface.app.training.config import TrainConfig
 from fused_arcface.app.training.world import World
+
+pytestmark = pytest.mark.distributed
 
 KINDS = (("L", 20, 20, "png"),)
 CONFIG = TINY.replace({"batch_size": 8, "image_size": 16, "channels": 1, "epochs": 2, "lr": 0.1, "scale": 16.0})

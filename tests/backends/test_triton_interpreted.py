@@ -1,30 +1,29 @@
-"""Every Triton kernel in Triton's interpreter, on CPU tensors: run by test_triton.py in a process with
-TRITON_INTERPRET=1.
+"""Every Triton kernel in Triton's interpreter, on CPU tensors.
 
-The variable must be there before Triton is imported, and would turn off the compiler for every other test. bf16
-products are taken in fp32 here, as the interpreter multiplies their bit patterns (backends/triton/common.py);
-barriers and races it does not model.
+TRITON_INTERPRET=1 must be set before Triton is imported, and it turns the compiler off for every other test. So these
+tests run in a session of their own, as ``make test`` does: ``TRITON_INTERPRET=1 pytest -m interpreter tests/backends``.
+Products of bf16 are taken in fp32 here, because the interpreter multiplies their bit patterns
+(backends/triton/common.py). The interpreter does not model barriers and races.
 """
 
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterator
 
 import pytest
 import torch
+
+pytest.importorskip("triton", reason="Triton is not installed here")
+
 from support import extreme_rows
 from support.cases import Case, make_inputs
-from support.triton_cases import BF16, CORE, FULL, Setting, check, force, loss
+from support.triton_cases import BF16, CORE, FULL, INTERPRETED, Setting, check, force, loss
 
 import fused_arcface as fa
 from fused_arcface.backends import plain_torch, triton
 
-if os.environ.get("TRITON_INTERPRET") != "1":  # the search for doctests imports this file too
-    pytest.skip("run by test_triton.py in a process with TRITON_INTERPRET=1", allow_module_level=True)
-
-pytestmark = pytest.mark.filterwarnings("ignore:(overflow|invalid value|divide by zero) encountered:RuntimeWarning")
+pytestmark = INTERPRETED
 
 
 @pytest.fixture(autouse=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from support.checkpoint_loaders import ERROR, load_file
-from test_checkpoint_trust import FORMAT_1
+from support.checkpointed_training import FORMAT_1
 from torch import nn
 
 import fused_arcface as fa

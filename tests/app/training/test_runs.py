@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from support.image_files import encoded, picture, write_folder, write_records
-from test_training import TINY, losses, run
+from support.training_runs import TINY, losses, run
 
 from fused_arcface.app.cli import run as run_command
 from fused_arcface.app.data.folders import read_folder

@@ -1,14 +1,17 @@
-"""CenterSGD's update and the heads over the Triton kernels in the interpreter: run as triton_interpreted.py is."""
+"""CenterSGD's update and the heads over the Triton kernels in the interpreter; see test_triton_interpreted.py."""
 
 from __future__ import annotations
 
 import itertools
-import os
 from collections.abc import Iterator
 
 import pytest
 import torch
 from torch import Tensor
+
+pytest.importorskip("triton", reason="Triton is not installed here")
+
+from support.triton_cases import INTERPRETED
 
 import fused_arcface as fa
 from fused_arcface import backends, partial_fc
@@ -16,10 +19,7 @@ from fused_arcface.backends import plain_torch, triton
 from fused_arcface.engine import ops
 from fused_arcface.engine.ops import CenterStep
 
-if os.environ.get("TRITON_INTERPRET") != "1":  # the search for doctests imports this file too
-    pytest.skip("run by test_triton.py in a process with TRITON_INTERPRET=1", allow_module_level=True)
-
-pytestmark = pytest.mark.filterwarnings("ignore:(overflow|invalid value|divide by zero) encountered:RuntimeWarning")
+pytestmark = INTERPRETED
 
 FP64, FP32, BF16, INT8 = torch.float64, torch.float32, torch.bfloat16, torch.int8
 

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from support import distributed_helpers
+from support.checkpointed_training import FORMAT_1
 from torch import nn
 from torch.distributed.checkpoint import save as dcp_save
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
@@ -22,9 +23,6 @@ from torch.distributed.checkpoint.filesystem import FileSystemWriter
 import fused_arcface as fa
 from fused_arcface import checkpoint
 from fused_arcface.checkpoint.structure import split, to_json
-
-FORMAT_1 = Path(__file__).parents[1] / "data" / "checkpoint_format_1"
-"""Written by two ranks with torch 2.13, before format 2; what it holds stands in expected.json."""
 
 
 class Bomb:
@@ -64,6 +62,7 @@ def load_format_1() -> dict:
     return expected
 
 
+@pytest.mark.distributed
 def test_format_1_is_read_on_any_number_of_ranks():
     expected = json.loads((FORMAT_1 / "expected.json").read_text())
     assert load_format_1() == expected
@@ -196,6 +195,7 @@ def refused_on_every_rank(root: str) -> str:
     return ""
 
 
+@pytest.mark.distributed
 def test_refused_values_are_an_error_on_every_rank(tmp_path):
     assert all(
         "got fractions.Fraction" in each

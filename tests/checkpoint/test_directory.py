@@ -122,6 +122,7 @@ def damaged_on_two_ranks(root: str) -> tuple[str, bool]:
     return "", False
 
 
+@pytest.mark.distributed
 def test_damage_that_one_rank_reads_is_an_error_on_all(tmp_path):
     head, net = make()
     checkpoint.save(tmp_path, head, net=net)
@@ -237,6 +238,7 @@ def save_own_buffers(root: str) -> None:
     checkpoint.save(root, head, net=Buffers(rank), note={"rank": rank}, tensor=torch.tensor(rank))
 
 
+@pytest.mark.distributed
 def test_what_differs_between_ranks_is_rank_0s(tmp_path):
     distributed_helpers.run_ranks(3, save_own_buffers, str(tmp_path))
     net = checkpoint.load_state(tmp_path, "net")
@@ -264,6 +266,7 @@ def sharded(root: str, save: bool) -> bool:
     return all(torch.equal(found[name], tensor) for name, tensor in expected.state_dict().items())
 
 
+@pytest.mark.distributed
 def test_sharded_nets_on_another_number_of_ranks(tmp_path):
     assert all(distributed_helpers.run_ranks(3, sharded, str(tmp_path), True))
     assert len(list(tmp_path.glob("step_*/*.distcp"))) == 3
@@ -287,6 +290,7 @@ def refused_on_two_ranks(root: str) -> list[str]:
     return [*messages, str(head.step)]
 
 
+@pytest.mark.distributed
 def test_a_disk_that_is_full_for_one_rank_is_an_error_on_all(tmp_path):
     found = distributed_helpers.run_ranks(2, refused_on_two_ranks, str(tmp_path))
     for first, second, at in found:

@@ -6,12 +6,13 @@ import math
 from pathlib import Path
 
 import pytest
-from test_benchmark import CPU, synthetic_report
+from support.benchmark_reports import CPU, synthetic_report
 
 from fused_arcface.app.benchmark import capacity, cost_model, memory, ranks
 from fused_arcface.app.measure.child import Child
 
 
+@pytest.mark.serial
 def test_a_trial_cannot_take_more_than_its_budget(child: Child) -> None:
     if not memory.can_measure(CPU):
         pytest.skip("this system does not limit a process's data")
@@ -23,6 +24,7 @@ def test_a_trial_cannot_take_more_than_its_budget(child: Child) -> None:
     assert capacity.try_step(recipe, (8, 1_000_000, 64), CPU, 2**28, child) is None
 
 
+@pytest.mark.serial
 def test_an_update_in_the_backward_needs_no_gradient(child: Child) -> None:
     if not memory.can_measure(CPU):
         pytest.skip("this system does not let a process reset its peak of resident memory")
@@ -120,6 +122,7 @@ def test_cost_model_gives_back_the_rate_that_it_was_given(tmp_path: Path) -> Non
     assert predicted == pytest.approx(row["ms"])
 
 
+@pytest.mark.distributed
 def test_cost_model_beside_two_processes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Whether they agree is for a quiet machine to say; here, that a group runs and that the inputs make sense."""
     progress: list[str] = []

@@ -160,6 +160,7 @@ def _on_ranks() -> dict[str, list[Tensor]]:
     return results
 
 
+@pytest.mark.distributed
 def test_ranks_train_as_one_process_does() -> None:
     first, second = run_ranks(2, _on_ranks)
     for name in MARGINS:

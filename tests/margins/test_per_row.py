@@ -235,6 +235,7 @@ def _options_differ() -> None:
     fa.PartialFC(4, 5, margin=fa.AdaFace(0.3 + 0.1 * torch.distributed.get_rank()))
 
 
+@pytest.mark.distributed
 def test_ranks_must_agree_on_the_options() -> None:
     with pytest.raises(ValueError, match=r"margin must be the same on every rank; got rank 0: AdaFace\(margin=0.3"):
         run_ranks(2, _options_differ)
