@@ -16,6 +16,7 @@ if TYPE_CHECKING:  # the same names again, for type checkers and editors; a test
     from . import evaluation as evaluation
     from . import margins as margins
     from . import reference as reference
+    from .app.embedder import load_embedder as load_embedder
     from .center_sgd import CenterSGD as CenterSGD
     from .center_sgd import CenterUpdateError as CenterUpdateError
     from .engine.tail import MarginSoftmaxStats as MarginSoftmaxStats
@@ -40,6 +41,7 @@ _MODULES = ("backends", "checkpoint", "compat", "evaluation", "margins", "refere
 """The public modules of the package."""
 
 _NAMES = {
+    "app.embedder": ("load_embedder",),
     "center_sgd": ("CenterSGD", "CenterUpdateError"),
     "engine.tail": ("MarginSoftmaxStats",),
     "functional": ("margin_softmax_loss",),

@@ -18,7 +18,8 @@ from fused_arcface.margins.text import parse_margin
 from fused_arcface.partial_fc import PartialFC
 
 from ..data.images import ImageSpec
-from ..nets.backbones import build_backbone, load_weights
+from ..nets.backbones import build_backbone
+from ..nets.weights import load_weights
 from .buffers import SavedBuffers
 from .config import OptionError, TrainConfig
 from .joint_step import JointStep, StepResult, Timer
