@@ -1,5 +1,8 @@
-"""What holds for the wider family, margins, sub-centers and label smoothing alike: gradients by finite differences,
-agreement with the reference over adversarial inputs, one process and two ranks, torch.compile."""
+"""Tests that margins by row and by negatives, sub-centers and label smoothing have in common.
+
+Gradients by finite differences, agreement with the reference over adversarial inputs, one process and two ranks,
+torch.compile.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ import copy
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import pytest
@@ -17,7 +21,7 @@ from support.distributed_helpers import run_ranks
 from torch import Tensor
 
 import fused_arcface as fa
-from fused_arcface.margins import Margin
+from fused_arcface.margins import Margin, registry
 
 
 @dataclass(frozen=True)
@@ -31,45 +35,24 @@ class Variant:
         return "-".join([type(self.make()).__name__, *(f"{name}={value}" for name, value in self.options.items())])
 
 
-def _started(make: Callable[[], torch.nn.Module], **state: float) -> Callable[[], torch.nn.Module]:
-    """A margin that has been trained for a while."""
-
-    def started() -> torch.nn.Module:
-        margin = make()
-        for name, value in state.items():
-            margin.get_buffer(name).fill_(value)
-        return margin
-
-    return started
-
-
 SUB_CENTERS = [
     Variant(lambda: fa.ArcFace(0.5, "fold"), {"sub_centers": 3}),
     Variant(lambda: fa.CosFace(), {"sub_centers": 5}),
-    Variant(_started(fa.CurricularFace, t=0.4), {"sub_centers": 2}),
-]
-MODULATED = [
-    Variant(_started(fa.CurricularFace, t=0.5)),
-    Variant(lambda: fa.MVSoftmax(fa.CosFace(0.35), t=1.5)),
-    Variant(lambda: fa.MVSoftmax(t=1.5, kind="fixed")),
-    Variant(lambda: fa.InterclassFilter(fa.ArcFace(), 0.2)),
+    Variant(lambda: registry.trained(fa.CurricularFace(), t=0.4), {"sub_centers": 2}),
 ]
 SMOOTHED = [
     Variant(lambda: fa.ArcFace(), {"label_smoothing": 0.1}),
     Variant(lambda: fa.MagFace(lower_norm=1, upper_norm=6, boundary="hard"), {"label_smoothing": 1.0}),
 ]
-BY_ROWS = [
-    Variant(_started(fa.AdaFace, norm_mean=4.0, norm_std=2.0)),
-    Variant(lambda: fa.MagFace(lower_norm=1, upper_norm=6, boundary="hard")),
-    Variant(lambda: fa.ElasticFace(0.5, 0.1)),
-    Variant(lambda: fa.ElasticFace(0.35, 0.1, kind="cos", plus=True)),
-]
+BY_ROWS, MODULATED = (
+    [Variant(partial(copy.deepcopy, margin)) for margin in registry.examples(kind)] for kind in ("row", "negatives")
+)
 VARIANTS = [*BY_ROWS, *MODULATED, *SUB_CENTERS, *SMOOTHED]
 every_variant = pytest.mark.parametrize("variant", VARIANTS, ids=str)
 
 
 def with_sub_centers(case: Case, variant: Variant, seed: int = 0) -> Inputs:
-    """Inputs of the case's sizes, with rows of weight for each class's sub-centers; each target one of the classes."""
+    """Return inputs of the case's sizes, with a row of weight for each sub-center."""
     inputs = make_inputs(case, seed)
     count = variant.options.get("sub_centers", 1)
     if count == 1:
@@ -83,8 +66,10 @@ def with_sub_centers(case: Case, variant: Variant, seed: int = 0) -> Inputs:
 def to_differentiate(
     variant: Variant, case: Case, scale: float, function: Callable[..., Tensor], **options: str
 ) -> tuple[Callable[[Tensor, Tensor], Tensor], tuple[Tensor, Tensor]]:
-    """``function`` of embeddings and weight, and these. What is taken as given is held: a margin's state, and the norms
-    where they have no gradient (AdaFace)."""
+    """Return ``function`` of embeddings and weight, and the two.
+
+    A margin's state is held fixed. So are the norms if they have no gradient (AdaFace).
+    """
     inputs = with_sub_centers(case, variant)
     margin = variant.make()
     if isinstance(margin, torch.nn.Module):
@@ -117,7 +102,7 @@ def test_reference_is_twice_differentiable(variant: Variant) -> None:
 
 
 def outcomes(variant: Variant, inputs: Inputs, scale: float, backend: str = "cpu") -> tuple[Outcome, Outcome, Outcome]:
-    """``backend``'s, the fp64 reference's and the reference's in the inputs' own dtypes."""
+    """Return the results of the backend, of the reference in fp64 and of the reference in the inputs' dtypes."""
     exact = inputs._replace(embeddings=inputs.embeddings.double(), weight=inputs.weight.double())
     options = {"scale": scale, **variant.options}
     got = run(fa.margin_softmax_loss, inputs, margin=variant.make(), backend=backend, **options)
@@ -148,7 +133,7 @@ def close(got: Tensor, right: Tensor, allowed: float, name: str) -> None:
 
 
 def is_defined(variant: Variant, case: Case) -> bool:
-    """Which of equal target cosines has the larger of ElasticFace+'s draws is any."""
+    """Return false for ElasticFace+ where target cosines are equal: the order of its draws is then arbitrary."""
     return not (getattr(variant.make(), "plus", False) and case.geometry in ("aligned", "opposed", "duplicates"))
 
 
@@ -184,7 +169,7 @@ def test_other_dtypes(variant: Variant, dtype: str, geometry: str, isa: str) -> 
 
 
 def train_shard(variant: Variant, inputs: Inputs, counts: list[int], head_options: dict[str, Any]) -> dict[str, Tensor]:
-    """Two steps of this rank's rows; the loss and gradients of the second, and the state after it."""
+    """Take two steps with this rank's rows; return the loss and gradients of the second, and the state after it."""
     world = len(counts)
     rank = torch.distributed.get_rank() if world > 1 else 0
     rows = slice(sum(counts[:rank]), sum(counts[: rank + 1]))
@@ -222,7 +207,8 @@ def check_ranks(variant: Variant, head_options: dict[str, Any], counts: tuple[in
     alone = train_shard(variant, inputs, [9], head_options)
     parts = run_ranks(2, _train_shard_by_index, VARIANTS.index(variant), inputs, list(counts), head_options)
     for name, right in alone.items():
-        whole = name == "loss" or name.startswith("state.margin")
+        # A loss, a step and settings are the same on every rank; of the others each rank has some rows.
+        whole = right.ndim == 0 or name.endswith(".settings")
         got = parts[0][name] if whole else torch.cat([part[name] for part in parts])
         torch.testing.assert_close(got, right, rtol=1e-6, atol=1e-9, msg=lambda text, name=name: f"{name}: {text}")
         if whole:
@@ -230,7 +216,7 @@ def check_ranks(variant: Variant, head_options: dict[str, Any], counts: tuple[in
 
 
 def _train_shard_by_index(index: int, *args: Any) -> dict[str, Tensor]:
-    """A variant's function cannot be sent to another process."""
+    """Call :func:`train_shard` with a variant's index: its function cannot be sent to another process."""
     return train_shard(VARIANTS[index], *args)
 
 
@@ -329,8 +315,8 @@ def test_nan_row_poisons_itself_alone(variant: Variant) -> None:
         assert all(buffer.isfinite().all() for buffer in margin.buffers())
 
 
-def test_plain_arcface_is_none_of_it() -> None:
-    """sub_centers=1 and label_smoothing=0 are what was there before, to the bit."""
+def test_plain_arcface_is_unchanged() -> None:
+    """With sub_centers=1 and label_smoothing=0 the result is the same, to the bit."""
     inputs = make_inputs(Case(9, 97, 33))
     plain = run(fa.margin_softmax_loss, inputs, margin=ARCFACES[1], backend="cpu")
     same = run(fa.margin_softmax_loss, inputs, margin=ARCFACES[1], backend="cpu", sub_centers=1, label_smoothing=0)

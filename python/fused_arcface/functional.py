@@ -11,11 +11,11 @@ from . import backends
 from .base.checks import check_inputs
 from .base.normalize import norms_of
 from .engine.autograd import ONE_DEVICE, Shard, cosines_of_targets, negatives_and_target
+from .engine.margin_step import in_step
 from .engine.ops import IGNORED, compute_dtype
 from .engine.smoothing import smoothing, two_uses
 from .engine.tail import MarginSoftmaxStats, loss_of_rows
 from .margins.angular import ArcFace, Margin, for_rows, modulates, modulation
-from .margins.state import in_step
 
 
 def margin_softmax_loss(

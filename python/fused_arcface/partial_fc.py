@@ -356,7 +356,7 @@ class PartialFC(nn.Module):
             check_loss_weight(loss_weight)
             agreement = self._step_agreement("forward()", ignore_index, loss_weight)
         embeddings, batch, backend = self._gather(embeddings, target, agreement, ignore_index, return_stats)
-        target = torch.ops.fused_arcface.local_target(batch.target, self.num_classes, ignore_index)
+        target = torch.ops.fused_arcface.local_target(batch.labels, self.num_classes, ignore_index)
         # A gradient has a size, for which one waits; CenterSGD needs none.
         padded = self.center_optimizer is not None and _is_waited_for(target.device) and backends.knows_padding(backend)
         classes, local = self._choose_classes(target, padded)

@@ -6,27 +6,23 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import FunctionType
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 import fused_arcface as fa
-from fused_arcface.margins import Margin
+from fused_arcface.margins import Boundary, Margin, registry
 
-BOUNDARIES = ("none", "hard", "fold", "clip", "easy")
+BOUNDARIES = get_args(Boundary)
 ARCFACES = tuple(fa.ArcFace(0.5, boundary) for boundary in BOUNDARIES)
-COMBINED = tuple(fa.CombinedMargin(1.3, 0.4, 0.1, boundary) for boundary in BOUNDARIES)
 MARGINS: tuple[Margin, ...] = (
-    *ARCFACES,
-    *COMBINED,
+    *(margin for margin in registry.examples("angular") if getattr(margin, "gradient", "exact") == "exact"),
     fa.CombinedMargin(4.0, 3.0, 1.9, "fold"),
-    fa.SphereFace(1.7),
     fa.SphereFace(4.0),
-    fa.CosFace(0.35),
-    fa.NormSoftmax(),
 )
+"""Every margin of the target's cosine alone, with its exact gradient, and the limits of their arguments."""
 
 
 def named(value: object) -> str | None:

@@ -55,7 +55,10 @@ CORE = (
     *(Setting(_case(140, 300, 40, dtypes=d), chunks=chunks) for d in (FP32, BF16, FP16) for chunks in (True, False)),
     *(Setting(_case(4, 5, D, dtypes=d)) for d in (FP32, BF16) for D in (512, 513)),
     *(Setting(_case(dtypes=d, geometry=g), "high") for d in (FP32, MIXED[0]) for g in ("random", "late", "huge")),
-    *(Setting(_case(margin=margin, geometry="late")) for margin in (*ARCFACES, *MARGINS[-3:])),
+    *(
+        Setting(_case(margin=margin, geometry="late"))
+        for margin in (*ARCFACES, fa.SphereFace(4.0), fa.CosFace(0.35), fa.NormSoftmax())
+    ),
 )
 
 FULL = {

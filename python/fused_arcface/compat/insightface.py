@@ -310,7 +310,7 @@ class PartialFC_V2(PartialFC):
             agreement = self._step_agreement(f"forward() with {type(self.margin_softmax).__name__}", -100)
         embeddings, batch, _ = self._gather(local_embeddings, labels, agreement)
         rows = _AllRows.apply(embeddings, batch, self.ranks) if batch.requires_grad else batch.embeddings
-        target = torch.ops.fused_arcface.local_target(batch.target, self.num_classes, -100)
+        target = torch.ops.fused_arcface.local_target(batch.labels, self.num_classes, -100)
         classes, local = self._choose_classes(target)
         weight = self.weight if classes is None else self.weight.index_select(0, classes)
         dtype = torch.promote_types(torch.promote_types(rows.dtype, weight.dtype), torch.float32)

@@ -1,4 +1,7 @@
-"""The margin family. Users name its members as ``fused_arcface.ArcFace`` and so on."""
+"""The margins. Users name them as ``fused_arcface.ArcFace`` and so on; :mod:`.registry` lists them.
+
+The names here are for margins of users' own: the protocol that the heads know, and the parts of the angular margins.
+"""
 
 from .angular import (
     SIN_FLOOR,
@@ -7,13 +10,11 @@ from .angular import (
     CombinedMargin,
     CosFace,
     GradientMode,
-    Margin,
-    Modulation,
     NormSoftmax,
-    RowMargin,
     SphereFace,
     parameters,
 )
+from .protocol import Margin, Modulation, RowMargin
 
 __all__ = [
     "SIN_FLOOR",

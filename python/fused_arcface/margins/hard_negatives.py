@@ -1,7 +1,7 @@
-"""Margins that change the negatives as well: those above a threshold, which depends on the row's target cosine.
+"""Margins that also change the negatives above a threshold, which depends on the row's target cosine.
 
-Each has ``modulate``, see :class:`fused_arcface.margins.Modulation`. They need a backend that takes such negatives; the
-others say so. With ``backend="auto"`` on a GPU that is the reference, which stores the N×C logits.
+Each has a method ``modulate``, see :class:`fused_arcface.margins.Modulation`. A backend that does not support them
+raises an error. On a GPU ``backend="auto"`` then selects plain PyTorch, which stores the N×C logits.
 """
 
 from __future__ import annotations
@@ -13,26 +13,16 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from .angular import (
-    ArcFace,
-    Boundary,
-    CombinedMargin,
-    CosFace,
-    Form,
-    GradientMode,
-    Margin,
-    Modulation,
-    check_angle,
-    check_choice,
-    check_number,
-)
+from .angular import ArcFace, Boundary, CombinedMargin, CosFace, Form, GradientMode
+from .checks import check_angle, check_choice, check_number, check_rate
+from .protocol import Margin, Modulation
 from .state import StatefulMargin
 
 Kind = Literal["adaptive", "fixed"]
 
 
 def _check_target_margin(owner: object, margin: object) -> None:
-    """The margin of the target inside another: a function of its cosine alone."""
+    """Check that a margin inside another is a function of the target's cosine alone."""
     wrong = not callable(margin) or isinstance(margin, (nn.Module, type))
     if wrong or hasattr(margin, "for_rows") or hasattr(margin, "modulate"):
         rule = "must be a function of the target's cosine alone, such as ArcFace or CosFace"
@@ -41,27 +31,31 @@ def _check_target_margin(owner: object, margin: object) -> None:
 
 
 def _without_boundary(margin: Margin) -> Margin:
-    """Return the margin's formula as it stands, also past π: what public codes compare negatives with."""
+    """Return the margin with its formula also past π, as public codes use it in the comparison with negatives."""
     if type(margin) is ArcFace or type(margin) is CombinedMargin:  # a subclass may compute something else
         return replace(margin, boundary="none")
     return margin
 
 
 def _coefficients(like: Tensor, a: Tensor | float, b: Tensor | float, d: Tensor | float) -> Tensor:
+    """Return the three coefficients of a :class:`Modulation`, on the device of ``like``."""
     values = [torch.as_tensor(value, dtype=torch.float64, device=like.device) for value in (a, b, d)]
     return torch.stack(values)
 
 
 @dataclass(frozen=True)
 class MVSoftmax:
-    """A margin ``f`` on the target, and more weight for negatives with ``cos θ_j > f(θ_y)``, the misclassified ones
-    (MV-Softmax, arXiv:1912.00833).
+    """A margin ``f`` on the target, and more weight for the misclassified negatives (MV-Softmax, arXiv:1912.00833).
 
-    In the paper their exponential ``e^(s·cos θ_j)`` is multiplied by ``h``, adaptive
-    ``h = e^(s·(t - 1)·(cos θ_j + 1))`` or fixed ``h = e^(s·(t - 1))``: the logit becomes ``s·(t·cos θ_j + t - 1)`` or
-    ``s·(cos θ_j + t - 1)``. With ``t = 1`` nothing changes.
+    Misclassified are negatives with ``cos θ_j > f(θ_y)``. The paper multiplies their exponential ``e^(s·cos θ_j)`` by
+    ``h``:
 
-    ``form`` names which of two published forms of ``f`` is meant:
+    - adaptive: ``h = e^(s·(t - 1)·(cos θ_j + 1))``, so the logit becomes ``s·(t·cos θ_j + t - 1)``;
+    - fixed: ``h = e^(s·(t - 1))``, so the logit becomes ``s·(cos θ_j + t - 1)``.
+
+    With ``t = 1`` nothing changes.
+
+    ``form`` selects one of two published forms of ``f``:
 
     - ``"code"``, the authors' code in FaceX-Zoo. CosFace leaves its margin off targets with ``cos θ_y <= m``, and
       negatives are compared with ``cos θ_y - m`` there too. Negatives of ArcFace and CombinedMargin are compared with
@@ -73,14 +67,14 @@ class MVSoftmax:
     ``"code"``, whose target stays 0.2, and 12.22 with ``"paper"``, whose target becomes -0.15.
 
     Args:
-        margin: ``f``, of the target: a function of its cosine alone.
+        margin: ``f``, a function of the target's cosine alone.
         t: weight of the hard negatives, in [1, 4].
         kind: ``"adaptive"`` or ``"fixed"``.
         form: ``"code"`` or ``"paper"``.
 
     Raises:
-        TypeError: a margin that is none, or depends on more than a cosine; a weight that is not a number.
-        ValueError: a weight out of its range, or another kind or form.
+        TypeError: if ``margin`` is not a function of the cosine alone, or t is not a number.
+        ValueError: if t is out of its range, or kind or form is none of those listed.
 
     >>> import torch, fused_arcface as fa
     >>> x, w = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.6, 0.8], [0.8, 0.6]])
@@ -101,14 +95,14 @@ class MVSoftmax:
         check_choice(self, "form", self.form, Form)
 
     def __call__(self, target_cosine: Tensor) -> Tensor:
-        """Modified cosines (N,) of target cosines (N,)."""
+        """Return modified cosines (N,) of target cosines (N,)."""
         modified = self.margin(target_cosine)
         if self.form == "code" and type(self.margin) is CosFace:
             return torch.where(target_cosine > self.margin.margin, modified, target_cosine)
         return modified
 
     def modulate(self, target_cosine: Tensor, counted: Tensor) -> Modulation:
-        """See :class:`fused_arcface.margins.Modulation`."""
+        """Return the batch's :class:`fused_arcface.margins.Modulation`."""
         slope = self.t if self.kind == "adaptive" else 1.0
         coefficients = _coefficients(target_cosine, 0, slope, self.t - 1)
         compared = _without_boundary(self.margin) if self.form == "code" else self.margin
@@ -117,16 +111,18 @@ class MVSoftmax:
 
 @dataclass(frozen=True)
 class InterclassFilter:
-    """A margin on the target, and cosine 0 for negatives above a threshold: these may be the same person under another
-    label (insightface's ``interclass_filtering_threshold``).
+    """A margin on the target, and cosine 0 for negatives above a threshold.
+
+    Such negatives may be the same person under another label. insightface calls the threshold
+    ``interclass_filtering_threshold``.
 
     Args:
-        margin: of the target: a function of its cosine alone.
-        threshold: in (-1, 1).
+        margin: margin of the target, a function of its cosine alone.
+        threshold: cosine in (-1, 1).
 
     Raises:
-        TypeError: a margin that is none, or depends on more than a cosine; a threshold that is not a number.
-        ValueError: a threshold out of its range.
+        TypeError: if ``margin`` is not a function of the cosine alone, or the threshold is not a number.
+        ValueError: if the threshold is out of its range.
 
     >>> import torch, fused_arcface as fa
     >>> x, w = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.6, 0.8], [0.8, 0.6]])
@@ -143,37 +139,38 @@ class InterclassFilter:
         check_number(self, "threshold", self.threshold, "(-1, 1)", math.nextafter(-1, 0), 1, closed=False)
 
     def __call__(self, target_cosine: Tensor) -> Tensor:
-        """Modified cosines (N,) of target cosines (N,)."""
+        """Return modified cosines (N,) of target cosines (N,)."""
         return self.margin(target_cosine)
 
     def modulate(self, target_cosine: Tensor, counted: Tensor) -> Modulation:
-        """See :class:`fused_arcface.margins.Modulation`."""
+        """Return the batch's :class:`fused_arcface.margins.Modulation`."""
         threshold = torch.full_like(target_cosine, self.threshold)
         return Modulation(threshold, _coefficients(target_cosine, 0, 0, 0), 1.0, 1.0)
 
 
 class CurricularFace(StatefulMargin):
-    """ArcFace on the target, and ``s·cos θ_j·(t + cos θ_j)`` for negatives with ``cos θ_j > cos(θ_y + m)``
-    (CurricularFace, arXiv:2004.00288).
+    """ArcFace on the target, and a weight for hard negatives that grows in training (CurricularFace, arXiv:2004.00288).
 
-    Negatives are compared with ``cos(θ_y + m)`` past π as well, whatever the boundary gives the target there. Both
-    public codes, the authors' and FaceX-Zoo's, do so.
+    Negatives with ``cos θ_j > cos(θ_y + m)`` get the logit ``s·cos θ_j·(t + cos θ_j)``. The comparison uses
+    ``cos(θ_y + m)`` past π as well, whatever the boundary gives the target there. Both public codes, the authors' and
+    FaceX-Zoo's, do so.
 
-    ``t ← (1 - rate)·t + rate·mean(cos θ_y)`` in training, before a batch is judged, without a gradient; rows that are
-    ignored or not finite do not count. It starts at 0, where hard negatives weigh little, and grows as the targets come
-    nearer.
+    In training each batch first updates ``t ← (1 - rate)·t + rate·mean(cos θ_y)``, without a gradient. The mean leaves
+    out rows that are ignored or not finite. t starts at 0, where hard negatives have little weight, and grows as the
+    embeddings approach their centers.
 
     Args:
-        margin: of the target, in radians; in [0, π).
-        rate: of the running mean, in (0, 1].
-        boundary, gradient: as of :class:`fused_arcface.ArcFace`.
+        margin: angle in radians that is added to the target's, in [0, π).
+        rate: rate of the running mean, in (0, 1].
+        boundary: as for :class:`fused_arcface.ArcFace`.
+        gradient: as for :class:`fused_arcface.ArcFace`.
 
     Attributes:
-        t: 0-dim fp32 buffer.
+        t: 0-dim fp32 buffer, the running mean.
 
     Raises:
-        TypeError: an argument that is not a number.
-        ValueError: a value out of its range.
+        TypeError: if margin or rate is not a number.
+        ValueError: if an argument is out of its range.
 
     >>> import torch, fused_arcface as fa
     >>> head = fa.MarginHead(8, 100, margin=CurricularFace())
@@ -193,25 +190,26 @@ class CurricularFace(StatefulMargin):
     ) -> None:
         super().__init__()
         check_angle(self, "margin", margin)
-        check_number(self, "rate", rate, "(0, 1]", math.ulp(0), 1, closed=True)
+        check_rate(self, "rate", rate)
         self.of_target, self.rate = ArcFace(margin, boundary, gradient), rate
         self.register_buffer("t", torch.tensor(0.0))
 
     def forward(self, target_cosine: Tensor) -> Tensor:
-        """Modified cosines (N,) of target cosines (N,)."""
+        """Return modified cosines (N,) of target cosines (N,)."""
         return self.of_target(target_cosine)
 
     def modulate(self, target_cosine: Tensor, counted: Tensor) -> Modulation:
-        """See :class:`fused_arcface.margins.Modulation`."""
+        """Return the batch's :class:`fused_arcface.margins.Modulation`."""
         if self.training:
             counted = counted & target_cosine.isfinite()
             mean = target_cosine.masked_fill(~counted, 0).sum() / counted.sum()
             self.t.copy_(torch.where(counted.any(), (1 - self.rate) * self.t + self.rate * mean, self.t))
-        # Where t cannot be read without waiting for it, the greatest that it may be.
+        # If reading t would wait for a GPU, its upper bound.
         t = 1.0 if torch.compiler.is_compiling() or self.t.device.type != "cpu" else abs(float(self.t))
         threshold = _without_boundary(self.of_target)(target_cosine)
         return Modulation(threshold, _coefficients(target_cosine, 1, self.t, 0), 1 + t, 2 + t)
 
     def extra_repr(self) -> str:
+        """Return the arguments, for the repr."""
         margin, boundary, gradient = self.of_target.margin, self.of_target.boundary, self.of_target.gradient
         return f"margin={margin}, rate={self.rate}, boundary={boundary!r}, gradient={gradient!r}"

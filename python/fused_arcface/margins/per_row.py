@@ -1,9 +1,8 @@
-"""Margins that differ from row to row: by the embedding's norm, or by chance.
+"""Margins that differ from row to row: they depend on the embedding's norm, or are drawn at random.
 
-Each has ``for_rows``, see :class:`fused_arcface.margins.RowMargin`. Called on cosines alone they give the curve of a
-row in the middle: of the mean norm, or with the mean margin. Those with a state are modules: as the ``margin`` of a
-head they are part of its ``state_dict``, follow its ``train()`` and ``eval()``, and are the same on every rank, since
-every rank sees all ranks' rows.
+Each has a method ``for_rows``, see :class:`fused_arcface.margins.RowMargin`. Called on cosines alone they use the mean
+norm or the mean margin. Those with a state are modules. A head's margin is part of its ``state_dict`` and follows its
+``train()`` and ``eval()``. The state is the same on every rank, since every rank gets all ranks' rows.
 """
 
 from __future__ import annotations
@@ -17,34 +16,36 @@ from torch import Tensor
 
 from ..base.checks import check_size
 from ..base.keyed_random import MARGINS, fold, fold_each, normal_rows
-from .angular import Boundary, Form, RowMargin, angle, check_angle, check_choice, check_number, past_boundary
+from .angular import Boundary, Form, angle, past_boundary
+from .checks import check_angle, check_choice, check_difference, check_number, check_rate
+from .protocol import RowMargin
 from .state import StatefulMargin
 
 Kind = Literal["arc", "cos"]
 
-# AdaFace's ε: of the angles that are clipped to [ε, π - ε] and of the deviation that norms are divided by.
+# AdaFace's ε: angles are clipped to [ε, π - ε], and ε is added to the deviation.
 _EPSILON = 1e-3
 
 
 class AdaFace(StatefulMargin):
-    """``s·(cos(clip(θ - m·ẑ, ε, π - ε)) - (m + m·ẑ))``: the better an image, the more is asked of it (AdaFace,
-    arXiv:2204.00964).
+    """``s·(cos(clip(θ - m·ẑ, ε, π - ε)) - (m + m·ẑ))``: a margin by image quality (AdaFace, arXiv:2204.00964).
 
-    ``ẑ = clip(h·(|x| - μ)/(σ + ε), -1, 1)`` stands for the image's quality, with ``ε = 1e-3``, norms clipped to [1e-3,
-    100] and without a gradient, μ and σ the running mean and deviation of the norms. They are updated by each batch in
-    training, before it is judged; rows that are ignored or not finite do not count.
+    The norm of the embedding measures the quality: ``ẑ = clip(h·(|x| - μ)/(σ + ε), -1, 1)`` with ``ε = 1e-3``. Norms
+    are clipped to [1e-3, 100] and have no gradient. μ and σ are the running mean and deviation of the norms. In
+    training each batch updates them before they are used. Rows that are ignored or not finite are left out.
 
     Args:
-        margin: ``m``, in radians and in units of the cosine; in [0, π).
-        h: how many deviations make the margin's full range; finite and >= 0.
-        rate: of the running mean and deviation, ``μ ← (1 - rate)·μ + rate·mean``; in (0, 1].
+        margin: ``m``, in radians for the angle and in units of the cosine, in [0, π).
+        h: factor of the quality, finite and >= 0: a norm of ``1/h`` deviations above the mean has quality 1.
+        rate: rate of the running mean and deviation, ``μ ← (1 - rate)·μ + rate·mean``, in (0, 1].
 
     Attributes:
-        norm_mean, norm_std: 0-dim fp32 buffers, μ and σ, at first 20 and 100.
+        norm_mean: 0-dim fp32 buffer, μ, initially 20.
+        norm_std: 0-dim fp32 buffer, σ, initially 100.
 
     Raises:
-        TypeError: an argument that is not a number.
-        ValueError: one out of its range.
+        TypeError: if an argument is not a number.
+        ValueError: if an argument is out of its range.
 
     >>> import torch, fused_arcface as fa
     >>> head = fa.MarginHead(8, 100, margin=AdaFace())
@@ -58,19 +59,19 @@ class AdaFace(StatefulMargin):
 
     def __init__(self, margin: float = 0.4, h: float = 0.333, rate: float = 0.01) -> None:
         super().__init__()
-        check_number(self, "margin", margin, "[0, π) radians", 0, math.pi, closed=False)
+        check_angle(self, "margin", margin)
         check_number(self, "h", h, "[0, inf)", 0, math.inf, closed=False)
-        check_number(self, "rate", rate, "(0, 1]", math.ulp(0), 1, closed=True)
+        check_rate(self, "rate", rate)
         self.margin, self.h, self.rate = margin, h, rate
         self.register_buffer("norm_mean", torch.tensor(20.0))
         self.register_buffer("norm_std", torch.tensor(100.0))
 
     def forward(self, target_cosine: Tensor) -> Tensor:
-        """Modified cosines (N,) of target cosines (N,) for embeddings of the mean norm."""
+        """Return modified cosines (N,) of target cosines (N,), for embeddings of the mean norm."""
         return self._modify(target_cosine, 0.0)
 
     def for_rows(self, norms: Tensor, counted: Tensor) -> RowMargin:
-        """See :class:`fused_arcface.margins.RowMargin`."""
+        """Return the batch's :class:`fused_arcface.margins.RowMargin`."""
         counted, norms = counted & norms.isfinite(), norms.detach().clamp(1e-3, 100)
         if self.training:
             self._update(norms, counted)
@@ -84,7 +85,7 @@ class AdaFace(StatefulMargin):
 
     @torch.no_grad()
     def _update(self, norms: Tensor, counted: Tensor) -> None:
-        """The running statistics after a batch; the deviation (with n - 1) only if it has two rows."""
+        """Update the running statistics; the deviation, with n - 1, only if there are two rows."""
         count = counted.sum()
         mean = norms.masked_fill(~counted, 0).sum() / count
         std = ((norms - mean).masked_fill(~counted, 0).square().sum() / (count - 1)).sqrt()
@@ -92,29 +93,31 @@ class AdaFace(StatefulMargin):
             running.copy_(torch.where(count >= least, (1 - self.rate) * running + self.rate * batch, running))
 
     def extra_repr(self) -> str:
+        """Return the arguments, for the repr."""
         return f"margin={self.margin}, h={self.h}, rate={self.rate}"
 
 
 @dataclass(frozen=True)
 class MagFace:
-    """``s·cos(θ + m(a))`` with a margin and a penalty that depend on the embedding's norm (MagFace,
-    arXiv:2103.06627).
+    """``s·cos(θ + m(a))``: a margin and a penalty by the embedding's norm (MagFace, arXiv:2103.06627).
 
-    With ``a`` the norm clipped to [lower_norm, upper_norm], ``m(a)`` rises linearly from lower_margin to upper_margin,
-    and ``λ·(a / upper_norm² + 1/a)`` is added to each row's loss. Both have a gradient through the norm, which is what
-    teaches it to tell an image's quality; past the limits there is none.
+    ``a`` is the norm clipped to [lower_norm, upper_norm]. ``m(a)`` rises linearly from lower_margin to upper_margin.
+    ``λ·(a / upper_norm² + 1/a)`` is added to each row's loss. Both have a gradient through the norm, so the norm learns
+    to measure the image's quality. Outside of the limits the norm has no gradient.
 
     Args:
-        lower_margin, upper_margin: in radians, 0 <= lower <= upper < π.
-        lower_norm, upper_norm: 0 < lower < upper, finite.
+        lower_margin: angle in radians at lower_norm, in [0, π).
+        upper_margin: angle in radians at upper_norm, in [lower_margin, π).
+        lower_norm: lower limit of the norm, finite and > 0.
+        upper_norm: upper limit of the norm, finite and > lower_norm.
         penalty: ``λ``, finite and >= 0; 35 in the paper.
-        boundary: see :mod:`fused_arcface.margins`. The default ``"easy"`` is the authors' code's: no margin on targets
-            past 90°. ``"hard"`` has the margin there: at 100° and a norm of 60 the target's cosine becomes -0.717
-            instead of -0.174.
+        boundary: continuation past π, see :mod:`fused_arcface.margins.angular`. The default ``"easy"`` is that of the
+            authors' code: no margin on targets past 90°. ``"hard"`` has the margin there: at 100° and a norm of 60 the
+            target's cosine becomes -0.717 instead of -0.174.
 
     Raises:
-        TypeError: a number that is none.
-        ValueError: a value out of its range.
+        TypeError: if an argument is not a number.
+        ValueError: if an argument is out of its range.
 
     >>> import torch
     >>> norms, counted = torch.tensor([10.0, 110.0]), torch.tensor([True, True])
@@ -140,12 +143,12 @@ class MagFace:
         check_choice(self, "boundary", self.boundary, Boundary)
 
     def __call__(self, target_cosine: Tensor) -> Tensor:
-        """Modified cosines (N,) of target cosines (N,) for norms in the middle of their range."""
+        """Return modified cosines (N,) of target cosines (N,), for norms in the middle of their range."""
         middle = (self.lower_norm + self.upper_norm) / 2
         return self._modify(target_cosine, torch.full_like(target_cosine, middle))
 
     def for_rows(self, norms: Tensor, counted: Tensor) -> RowMargin:
-        """See :class:`fused_arcface.margins.RowMargin`."""
+        """Return the batch's :class:`fused_arcface.margins.RowMargin`."""
         clipped = norms.clamp(self.lower_norm, self.upper_norm)
         penalty = self.penalty * (clipped / self.upper_norm**2 + 1 / clipped)
         return RowMargin(lambda target_cosine: self._modify(target_cosine, clipped), penalty)
@@ -157,31 +160,30 @@ class MagFace:
 
 
 class ElasticFace(StatefulMargin):
-    """``s·cos(θ + m)`` or ``s·(cos θ - m)`` with ``m`` drawn from N(margin, std²) for each row of each training step
-    (ElasticFace, arXiv:2109.09416).
+    """``s·cos(θ + m)`` or ``s·(cos θ - m)`` with a random margin m (ElasticFace, arXiv:2109.09416).
 
-    A draw is a function of seed, step and the row's place among all ranks' rows: every rank draws the same. In
-    ``eval()`` each row has the mean margin.
+    m is drawn from N(margin, std²) for each row in each training step. A draw depends on the seed, the step and the
+    row's index among all ranks' rows, so every rank draws the same. In ``eval()`` each row has the mean margin.
 
     Args:
-        margin: the mean; an angle in [0, π) radians, or for ``kind="cos"`` in [0, 2).
-        std: deviation; finite and >= 0.
-        kind: ``"arc"`` or ``"cos"``.
-        plus: hand out the batch's draws by the rows' target cosines (ElasticFace+).
-        form: which row gets which draw with ``plus``. ``"paper"``: the smaller a target's cosine, the larger its
-            margin. ``"code"``: what the authors' code does. It gives row i the k-th smallest draw, where k is the row
-            that has the i-th largest cosine: the inverse of the assignment in the paper. With draws 0.4, 0.5, 0.6 and
+        margin: mean of m, an angle in [0, π) radians, or in [0, 2) for ``kind="cos"``.
+        std: deviation of m, finite and >= 0.
+        kind: ``"arc"`` for ``cos(θ + m)``, ``"cos"`` for ``cos θ - m``.
+        plus: whether the batch's draws are assigned by the rows' target cosines (ElasticFace+).
+        boundary: continuation past ``θ + m = π`` with ``kind="arc"``, see :mod:`fused_arcface.margins.angular`. The
+            default is that of the paper.
+        seed: seed of the draws, in [0, 2^63).
+        form: assignment of the draws with ``plus``. ``"paper"``: the smaller a target's cosine, the larger its margin.
+            ``"code"``: as in the authors' code. It gives row i the k-th smallest draw, where k is the row that has the
+            i-th largest cosine, which is the inverse of the assignment in the paper. With draws 0.4, 0.5, 0.6 and
             cosines 0.1, 0.9, 0.5 the paper's margins are 0.6, 0.4, 0.5, the code's 0.5, 0.6, 0.4.
-        boundary: with ``kind="arc"``, what happens past ``θ + m = π``, see :mod:`fused_arcface.margins`. The default
-            is the paper's.
-        seed: of the draws; in [0, 2^63).
 
     Attributes:
-        step: 0-dim int64 buffer, training steps so far.
+        step: 0-dim int64 buffer, number of training steps.
 
     Raises:
-        TypeError: an argument of a wrong type.
-        ValueError: one out of its range.
+        TypeError: if an argument has a wrong type.
+        ValueError: if an argument is out of its range.
 
     >>> import torch, fused_arcface as fa
     >>> head = fa.MarginHead(8, 100, margin=ElasticFace(0.5, 0.05))
@@ -208,7 +210,7 @@ class ElasticFace(StatefulMargin):
         if kind == "arc":
             check_angle(self, "margin", margin)
         else:
-            check_number(self, "margin", margin, "[0, 2)", 0, 2, closed=False)
+            check_difference(self, "margin", margin)
         check_number(self, "std", std, "[0, inf)", 0, math.inf, closed=False)
         check_choice(self, "boundary", boundary, Boundary)
         check_size("ElasticFace: seed", seed, least=0)
@@ -217,11 +219,11 @@ class ElasticFace(StatefulMargin):
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
 
     def forward(self, target_cosine: Tensor) -> Tensor:
-        """Modified cosines (N,) of target cosines (N,) with the mean margin."""
+        """Return modified cosines (N,) of target cosines (N,) with the mean margin."""
         return self._modify(target_cosine, torch.full_like(target_cosine, self.margin))
 
     def for_rows(self, norms: Tensor, counted: Tensor) -> RowMargin:
-        """See :class:`fused_arcface.margins.RowMargin`."""
+        """Return the batch's :class:`fused_arcface.margins.RowMargin`."""
         if not self.training:
             return RowMargin(self)
         self.step.add_(1)
@@ -242,16 +244,17 @@ class ElasticFace(StatefulMargin):
         return past_boundary(angle(target_cosine) + margins, target_cosine, margins * margins.sin(), self.boundary)
 
     def extra_repr(self) -> str:
+        """Return the arguments, for the repr."""
         names = ("margin", "std", "kind", "plus", "boundary", "seed", "form")
         return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
 
 
 def _by_difficulty(margins: Tensor, target_cosine: Tensor, counted: Tensor, form: Form) -> Tensor:
-    """Hand out the counted rows' margins (N,) anew, by target cosine; the other rows keep theirs."""
-    # Counted rows come first, by falling cosine, and so do their margins, ascending.
+    """Assign margins (N,) to rows by target cosine. Ignored rows keep theirs."""
+    # The rows that are not ignored come first, by descending cosine, and so do their margins, ascending.
     order = target_cosine.detach().masked_fill(~counted, -torch.inf).argsort(descending=True, stable=True)
     ascending = margins.masked_fill(~counted, torch.inf).sort().values
     if form == "paper":
         return torch.where(counted, torch.empty_like(margins).scatter(0, order, ascending), margins)
-    place = (counted.cumsum(0) - 1).clamp(min=0)  # of a row among the counted ones
-    return torch.where(counted, ascending[place[order[place]]], margins)
+    index = (counted.cumsum(0) - 1).clamp(min=0)  # of a row among those that are not ignored
+    return torch.where(counted, ascending[index[order[index]]], margins)

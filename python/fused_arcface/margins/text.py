@@ -1,5 +1,7 @@
-"""A margin as text: what command lines and configuration files hold. ``ArcFace(0.5, boundary='fold')`` is a margin's
-own repr."""
+"""Margins as text, for command lines and configuration files.
+
+A margin's own repr, such as ``ArcFace(0.5, boundary='fold')``, is its text.
+"""
 
 from __future__ import annotations
 
@@ -8,17 +10,19 @@ import importlib
 import re
 
 from ..base.suggest import did_you_mean
-from ..head import MarginHead
-from ..partial_fc import PartialFC
-from .angular import Margin
+from .protocol import Margin
+from .registry import REGISTRY
 
 
 def parse_margin(text: str) -> Margin:
-    """The margin that a text names: one of this package's with its arguments, its name in any case, or ``MODULE:NAME``
-    for a callable of one's own.
+    """Return the margin that a text names.
+
+    Args:
+        text: a margin of this package with its arguments, or its name alone, in any case; or ``MODULE:NAME`` of a
+            user's own callable. A class is called without arguments.
 
     Raises:
-        ValueError: no such margin, or arguments that it does not take.
+        ValueError: if there is no such margin, or it does not take the arguments.
 
     >>> parse_margin("cosface(0.4)")
     CosFace(margin=0.4)
@@ -34,10 +38,10 @@ def parse_margin(text: str) -> Margin:
 
 
 def check_margin(text: str) -> None:
-    """Check a margin's text as :func:`parse_margin` would, but import nothing: of ``MODULE:NAME`` the form alone.
+    """Check a margin's text without an import: of ``MODULE:NAME`` only the form is checked.
 
     Raises:
-        ValueError: see there.
+        ValueError: as :func:`parse_margin`.
     """
     if ":" not in text or "(" in text:
         parse_margin(text)
@@ -57,10 +61,11 @@ def imported_module(text: str) -> str | None:
 
 
 def _named(text: str) -> object:
+    """Return the margin of this package that a text names."""
     try:
         return _value(ast.parse(text.strip(), mode="eval").body)
     except _UnknownMargin as unknown:
-        names = [each.__name__ for each in _margins().values()]
+        names = [entry.name for entry in REGISTRY]
         near = did_you_mean(str(unknown), names)
         raise ValueError(f"margin must be one of {', '.join(names)}, or MODULE:NAME; got {text!r}{near}") from None
     except (SyntaxError, TypeError, ValueError) as error:
@@ -68,16 +73,16 @@ def _named(text: str) -> object:
 
 
 class _UnknownMargin(Exception):
-    """A name that is no margin's."""
+    """Raised for a name that no margin has."""
 
 
 def _value(node: ast.expr) -> object:
-    """A margin, made of its name or its call, also inside another's; or a number, a text, None."""
+    """Return the margin of a name or a call, also inside another call; or a literal's value."""
     if not isinstance(node, (ast.Call, ast.Name)):
         value: object = ast.literal_eval(node)
         return value
     name = node.func if isinstance(node, ast.Call) else node
-    known = _margins()
+    known = {entry.name.lower(): entry.margin for entry in REGISTRY}
     if not isinstance(name, ast.Name) or name.id.lower() not in known:
         raise _UnknownMargin(ast.unparse(name))
     make = known[name.id.lower()]
@@ -86,22 +91,8 @@ def _value(node: ast.expr) -> object:
     return make(*map(_value, node.args), **{str(each.arg): _value(each.value) for each in node.keywords})
 
 
-def _margins() -> dict[str, type]:
-    """The package's margins by their names in small letters."""
-    import fused_arcface as package
-
-    public = [getattr(package, name) for name in package.__all__]
-    return {each.__name__.lower(): each for each in public if _makes_margins(each)}
-
-
-def _makes_margins(public: object) -> bool:
-    """Whether a public name is a class whose instances are called with cosines: margins are, and heads with rows."""
-    if not isinstance(public, type) or issubclass(public, (MarginHead, PartialFC)):
-        return False
-    return any("__call__" in vars(base) for base in public.__mro__)
-
-
 def _own(text: str) -> object:
+    """Return the callable that ``MODULE:NAME`` names, an instance if it is a class."""
     module, _, name = text.partition(":")
     try:
         found: object = getattr(importlib.import_module(module), name)

@@ -1,1 +1,1 @@
-"""Ranks: who holds which classes, which classes a step samples, and the collectives between ranks."""
+"""Ranks: their shards of the classes, the sample of a step, their collectives and what they must agree on."""

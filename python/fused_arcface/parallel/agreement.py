@@ -1,7 +1,7 @@
-"""What the ranks of a head tell each other before a step, and what must be the same on all of them.
+"""The agreement of the ranks: values that must be the same on all of them are compared before each step.
 
 Each rank sends a :class:`Header`, a few numbers, along with its rows. All ranks read the same headers, so all go on or
-all raise the same error. :mod:`fused_arcface.parallel.ranks` carries the headers.
+all raise the same error. :mod:`fused_arcface.parallel.ranks` sends the headers.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from torch import Tensor
 from ..base.checks import FLOAT_DTYPES
 
 Agreement = dict[str, str]
-"""By name, the text of each value that must be the same on every rank."""
+"""The text of each value that must be the same on every rank, by its name."""
 
 REFUSED = -1
-"""As :attr:`Header.rows`: this rank's arguments are wrong, and it raises."""
+"""Value of :attr:`Header.rows` on a rank that raises because its arguments are wrong."""
 
-# Rows of a shard that stand for the whole of it. A broadcast makes all rows equal, so a few show it.
+# Number of rows of a shard that are compared. A broadcast makes all rows equal, so a few are enough.
 _COMPARED_ROWS = 64
 
 
@@ -29,28 +29,28 @@ class Header(NamedTuple):
     """The numbers of one rank, each an int64."""
 
     rows: int
-    """Rows of the batch, or :data:`REFUSED`."""
+    """Number of rows of the batch, or :data:`REFUSED`."""
     requires_grad: int = 0
-    """1 if this rank wants the gradient by its embeddings."""
+    """1 if this rank needs the gradient by its embeddings."""
     return_stats: int = 0
-    """1 if this rank wants the statistics of its rows."""
+    """1 if this rank asks for the statistics of its rows."""
     dtype: int = -1
     """Index of the embeddings' dtype in ``FLOAT_DTYPES``; -1 without embeddings."""
     agreement: int = 0
     """:func:`digest` of the agreement."""
     shard: int = 0
-    """:func:`digest_of_shard`; 0: not to be compared."""
+    """:func:`digest_of_shard`, or 0 if the shard is not to be compared."""
 
 
 def digest(agreement: Agreement) -> int:
-    """Return a number of 64 bits, signed, that differs if a name or a value of the agreement does."""
+    """Return a signed number of 64 bits. It differs if a name or a value of the agreement does."""
     return _digest(repr(agreement).encode())
 
 
 def digest_of_shard(weight: Tensor) -> int:
-    """Return a number of 64 bits, signed, of the first rows of a shard (C, D).
+    """Return a signed number of 64 bits that depends on the first rows of a shard (C, D).
 
-    It is 0 where equal shards prove nothing: for fewer than two rows, and for rows that are all the same.
+    It is 0 where equal shards are no sign of a fault: for fewer than two rows, and if all rows are the same.
     """
     rows = weight.detach()[:_COMPARED_ROWS].cpu()
     if rows.shape[0] < 2 or bool((rows == rows[0]).all()):
@@ -63,11 +63,11 @@ def _digest(data: bytes) -> int:
 
 
 def check_headers(headers: Sequence[Header]) -> None:
-    """Check what the headers of all ranks show by themselves; every rank raises the same error.
+    """Check the headers of all ranks. Every rank raises the same error.
 
     Raises:
-        RuntimeError: a rank has refused its arguments.
-        TypeError: the embeddings' dtypes differ.
+        RuntimeError: if a rank has refused its arguments.
+        TypeError: if the embeddings' dtypes differ.
     """
     refused = [rank for rank, header in enumerate(headers) if header.rows == REFUSED]
     if refused:
@@ -78,7 +78,7 @@ def check_headers(headers: Sequence[Header]) -> None:
 
 
 def refusal(refused: list[int]) -> str:
-    """Return the message for the ranks whose own arguments were right."""
+    """Return the error message for the ranks with valid arguments."""
     return f"rank(s) {', '.join(map(str, refused))} refused the arguments of this step: see the error there"
 
 
@@ -92,7 +92,7 @@ def check_agreements(owner: str, agreements: Sequence[Agreement]) -> None:
 
 
 def equal_shards(headers: Sequence[Header]) -> list[int]:
-    """Return the first ranks found to hold the same class centers, bit for bit; empty if there are none."""
+    """Return the first ranks that hold the same class centers, bit for bit; empty if there are none."""
     ranks: dict[int, list[int]] = {}
     for rank, header in enumerate(headers):
         if header.shard != 0:

@@ -1,7 +1,7 @@
-"""The collectives of the head, all in this file.
+"""All collectives of the heads.
 
-:mod:`fused_arcface.engine.autograd` and :mod:`fused_arcface.partial_fc` call them between the stages. One process
-without a group is the group of one: each collective then returns what it was given.
+``engine/`` and :mod:`fused_arcface.partial_fc` call them between the stages. A process without a group is a group of
+one: each collective then returns its argument.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from .wrappers import copied_shards
 _all_gather: Any = getattr(dist, "all_gather_single", None) or getattr(dist, "all_gather_into_tensor", None)
 _reduce_scatter: Any = getattr(dist, "reduce_scatter_single", None) or getattr(dist, "reduce_scatter_tensor", None)
 
-_ALIGNMENT = 16  # bytes: each part of the buffer is viewed as its own dtype
+_ALIGNMENT = 16  # bytes: each part of the buffer is viewed with a dtype of its own
 
 
 class _Room(NamedTuple):
-    """What a rank's part of the gathered buffer has room for. All ranks learn it from the same headers."""
+    """The size of a rank's part of the gathered buffer. All ranks compute it from the same headers."""
 
     rows: int = 0
     dim: int = 0
@@ -36,28 +36,30 @@ class _Room(NamedTuple):
 
 @dataclass(frozen=True)
 class JointBatch:
-    """The rows of all ranks, in rank order: N of them, of which ``count`` from ``first`` on are this rank's."""
+    """The N rows of all ranks, in rank order."""
 
     embeddings: Tensor
     """(N, D), without a gradient."""
-    target: Tensor
-    """(N,) int64 labels as the users gave them."""
+    labels: Tensor
+    """(N,) int64: global class ids or the ignore_index, as the ranks passed them."""
     counts: list[int]
-    """Rows of each rank."""
+    """Number of rows of each rank."""
     first: int
+    """Index of this rank's first row."""
     count: int
+    """Number of this rank's rows."""
     requires_grad: bool
-    """Whether any rank wants the gradient by its embeddings: the collectives of the backward pass need all or none."""
+    """True if any rank needs the gradient by its embeddings. All ranks then join its collectives."""
     return_stats: bool = False
-    """Whether any rank wants the statistics of its rows: they need a collective more."""
+    """True if any rank asks for the statistics of its rows. All ranks then join their collective."""
 
     def own(self, rows: Tensor) -> Tensor:
-        """This rank's part of a tensor over all rows, (N, ...) to (count, ...)."""
+        """Return this rank's part of a tensor over all rows, (N, ...) to (count, ...)."""
         return rows.narrow(0, self.first, self.count)
 
 
 class Ranks:
-    """The ranks that hold the classes between them.
+    """The ranks that share the classes of a head.
 
     Args:
         group: a process group, a one-dimensional ``DeviceMesh``, or None: the default group where torch.distributed is
@@ -78,17 +80,17 @@ class Ranks:
         self.group = group
         self.rank = 0 if group is None else dist.get_rank(group)
         self.world_size = 1 if group is None else dist.get_world_size(group)
-        # The largest local batch so far, so that a step costs one all-gather, and a second one only when some batch has
-        # outgrown all before or has another dtype.
+        # The largest local batch so far. A step costs one all-gather, and a second one only when a batch is larger than
+        # all before or has another dtype.
         self._room = _Room()
 
     def __deepcopy__(self, memo: object) -> Ranks:
-        return self  # a group is a connection: there is nothing to copy
+        return self  # a group is a connection and cannot be copied
 
     def gather_batch(
         self,
         embeddings: Tensor,
-        target: Tensor,
+        labels: Tensor,
         owner: str,
         agreement: Agreement,
         *,
@@ -98,45 +100,49 @@ class Ranks:
     ) -> JointBatch:
         """Gather all ranks' embeddings (n, D) and labels (n,); n may differ between ranks and be 0.
 
-        One all-gather. With more than one rank the host waits for the device once, to read how many rows each rank has;
-        where the group has a backend for the CPU as well, the headers travel there and the host waits for the other
-        hosts alone. A single rank does not wait.
+        This takes one all-gather. With several ranks the host waits for the device once, to read each rank's number of
+        rows. If the group has a backend for the CPU too, the headers are sent over it, and the host waits for the other
+        hosts only. A single rank does not wait.
 
         Args:
-            owner: the name of the head, for errors.
+            embeddings: (n, D) of this rank.
+            labels: (n,) global labels of any integer dtype.
+            owner: name of the head, for errors.
             agreement: values that must be the same on every rank.
-            requires_grad: this rank wants the gradient by its embeddings.
-            return_stats: this rank wants the statistics of its rows.
+            requires_grad: whether this rank needs the gradient by its embeddings.
+            return_stats: whether this rank asks for the statistics of its rows.
             shard: :func:`fused_arcface.parallel.agreement.digest_of_shard` of the class centers, or 0.
 
-        Raises, on every rank alike:
-            RuntimeError: a rank has refused its arguments; two ranks hold the same class centers.
-            TypeError, ValueError: dtypes or values of the agreement that differ between ranks.
+        Raises:
+            RuntimeError: if a rank has refused its arguments, or two ranks hold the same class centers. As the others,
+                raised on every rank.
+            TypeError: if the embeddings' dtypes differ between ranks.
+            ValueError: if a value of the agreement differs between ranks.
         """
-        target, count = target.long(), embeddings.shape[0]
+        labels, count = labels.long(), embeddings.shape[0]
         if self.world_size == 1:
-            return JointBatch(embeddings, target, [count], 0, count, requires_grad, return_stats)
+            return JointBatch(embeddings, labels, [count], 0, count, requires_grad, return_stats)
         dtype = FLOAT_DTYPES.index(embeddings.dtype)
         own = Header(count, int(requires_grad), int(return_stats), dtype, digest(agreement), shard)
         if self._headers_travel_apart(embeddings.device):
             headers = self._gather_headers(own, embeddings.device)
             self._compare(headers, owner, agreement)
             self._make_room(headers, embeddings)
-            _, labels, rows = self._gather_padded(own, embeddings, target)
+            _, all_labels, rows = self._gather_padded(own, embeddings, labels)
         else:
             while True:
-                numbers, labels, rows = self._gather_padded(own, embeddings, target)
+                numbers, all_labels, rows = self._gather_padded(own, embeddings, labels)
                 headers = _headers(numbers)
                 self._compare(headers, owner, agreement)
                 if not self._make_room(headers, embeddings):
                     break
         counts = [header.rows for header in headers]
         if min(counts) < self._room.rows:
-            labels = torch.cat([part[:count] for part, count in zip(labels, counts, strict=True)])
+            all_labels = torch.cat([part[:count] for part, count in zip(all_labels, counts, strict=True)])
             rows = torch.cat([part[:count] for part, count in zip(rows, counts, strict=True)])
         return JointBatch(
             rows.reshape(-1, embeddings.shape[1]),
-            labels.reshape(-1),
+            all_labels.reshape(-1),
             counts,
             sum(counts[: self.rank]),
             counts[self.rank],
@@ -145,14 +151,19 @@ class Ranks:
         )
 
     def meet(self, owner: str, agreement: Agreement, device: torch.device) -> None:
-        """In place of :meth:`gather_batch` in a collective without a batch, with the same errors."""
+        """Begin a collective without a batch: check the agreement as :meth:`gather_batch` does."""
         if self.world_size > 1:
             headers = self._gather_headers(Header(0, agreement=digest(agreement)), device)
             self._compare(headers, owner, agreement)
 
     def refuse_batch(self, device: torch.device) -> None:
-        """In place of :meth:`gather_batch` on a rank whose arguments are wrong, so that the others raise too and do not
-        wait. ``device`` is that of the class centers: the group may have no backend for another."""
+        """Tell the other ranks that this rank's arguments are wrong, so that they raise too and do not wait.
+
+        A rank calls this in place of :meth:`gather_batch`.
+
+        Args:
+            device: device of the class centers: the group may have no backend for another.
+        """
         if self.world_size > 1:
             self._gather_headers(Header(REFUSED), device)
 
@@ -172,12 +183,12 @@ class Ranks:
         return self._room != old
 
     def _headers_travel_apart(self, device: torch.device) -> bool:
-        """Whether to send headers over the group's backend for the CPU: not to wait for a GPU."""
+        """Return whether to send headers over the group's backend for the CPU, so as not to wait for a GPU."""
         group: Any = self.group
         return device.type != "cpu" and torch.device("cpu") in group._device_types
 
     def _gather_headers(self, own: Header, device: torch.device) -> list[Header]:
-        """All ranks' headers, without rows."""
+        """Return all ranks' headers, without gathering rows."""
         if not self._headers_travel_apart(device):
             return _headers(self._gather_padded(own, torch.empty(0, device=device))[0])
         numbers = torch.empty(self.world_size, len(own), dtype=torch.int64)
@@ -185,10 +196,12 @@ class Ranks:
         return _headers(numbers)
 
     def _gather_padded(
-        self, own: Header, embeddings: Tensor, target: Tensor | None = None
+        self, own: Header, embeddings: Tensor, labels: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Headers (W, 6), labels (W, room) and embeddings (W, room, D) of all ranks in one collective. The header is
-        always whole; rows that do not fit stay zero."""
+        """Return headers (W, 6), labels (W, room) and embeddings (W, room, D) of all ranks, by one collective.
+
+        Headers are always complete. If this rank's rows do not fit, zeros are sent in their place.
+        """
         room = self._room
         sizes = [8 * len(own), 8 * room.rows, room.dtype.itemsize * room.rows * room.dim]
         ends = [0]
@@ -203,34 +216,37 @@ class Ranks:
             ]
 
         send = torch.zeros(1, ends[-1], dtype=torch.uint8, device=embeddings.device)
-        header, labels, rows = parts(send)
-        # Number by number: to copy a tensor from the host would be to wait for the device.
+        header, all_labels, rows = parts(send)
+        # One number at a time: copying a tensor from the host would wait for the device.
         for column, value in enumerate(own):
             if value != 0:
                 header[:, column] = value
-        if target is not None and 0 < own.rows <= room.rows and embeddings.dtype == room.dtype:
-            labels[0, : own.rows] = target
+        if labels is not None and 0 < own.rows <= room.rows and embeddings.dtype == room.dtype:
+            all_labels[0, : own.rows] = labels
             rows.view(room.rows, room.dim)[: own.rows] = embeddings
         received = send.new_empty(self.world_size, ends[-1])
         _all_gather(received, send, group=self.group)
-        header, labels, rows = parts(received)
-        return header, labels, rows.unflatten(1, (room.rows, room.dim))
+        header, all_labels, rows = parts(received)
+        return header, all_labels, rows.unflatten(1, (room.rows, room.dim))
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """Sum over the ranks, in place."""
+        """Sum a tensor over the ranks, in place."""
         if self.world_size > 1:
             dist.all_reduce(tensor, group=self.group)
         return tensor
 
     def max(self, tensor: Tensor) -> Tensor:
-        """Elementwise maximum over the ranks, in place; NaN counts for nothing on some backends."""
+        """Take the elementwise maximum over the ranks, in place. Some backends skip NaN."""
         if self.world_size > 1:
             dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.group)
         return tensor
 
     def start_scatter(self, rows: Tensor, batch: JointBatch) -> Callable[[], Tensor]:
-        """Starts summing (N, D) over the ranks; the function returned waits for this rank's rows of the sum, (count,
-        D)."""
+        """Start to sum rows (N, D) over the ranks.
+
+        Returns:
+            A function that waits for the sum and returns this rank's rows of it, (count, D).
+        """
         if self.world_size == 1:
             return lambda: rows
         room = max(batch.counts)
@@ -248,13 +264,13 @@ class Ranks:
         def wait() -> Tensor:
             nonlocal rows
             work.wait()
-            del rows  # held until here: the collective reads it
+            del rows  # kept alive until here: the collective reads it
             return result[: batch.count]
 
         return wait
 
     def gather_rows(self, rows: Tensor, counts: list[int]) -> list[Tensor]:
-        """Every rank's (counts[rank], ...) tensor, in rank order."""
+        """Return every rank's (counts[rank], ...) tensor, in rank order."""
         if self.world_size == 1:
             return [rows]
         room = max(counts)
@@ -264,7 +280,7 @@ class Ranks:
         return [part[:count] for part, count in zip(received.split(room), counts, strict=True)]
 
     def gather_objects(self, value: Any) -> list[Any]:
-        """Every rank's picklable ``value``, in rank order."""
+        """Return every rank's picklable ``value``, in rank order."""
         if self.world_size == 1:
             return [value]
         values: list[Any] = [None] * self.world_size
@@ -272,17 +288,17 @@ class Ranks:
         return values
 
     def check_agreement(self, owner: str, agreement: Agreement) -> None:
-        """Raise ValueError on every rank alike when a value differs between ranks."""
+        """Raise the same ValueError on every rank if a value differs between ranks."""
         check_agreements(owner, self.gather_objects(agreement))
 
     @contextlib.contextmanager
     def together(self, what: str) -> Iterator[None]:
-        """Run a block of each rank's own work; if it raises on one rank, raise RuntimeError on the others.
+        """Run a block of each rank's own work. If it raises on one rank, raise RuntimeError on the others.
 
-        A collective: no rank goes on before all have come to the end of the block.
+        A collective: every rank waits at the end of the block for all others.
 
         Args:
-            what: is done here, for the error.
+            what: name of the work, for the error.
         """
         try:
             yield
@@ -296,10 +312,10 @@ class Ranks:
 
 
 def _headers(numbers: Tensor) -> list[Header]:
-    """(W, 6) int64 as headers. Reads the values: on a GPU this waits for it."""
+    """Return (W, 6) int64 as headers. Reading the values waits for a GPU."""
     return [Header(*each) for each in numbers.tolist()]
 
 
 ALONE = Ranks.__new__(Ranks)
 ALONE.group, ALONE.rank, ALONE.world_size = None, 0, 1
-"""This process by itself, whatever torch.distributed has initialized."""
+"""This process alone, even if torch.distributed is initialized."""

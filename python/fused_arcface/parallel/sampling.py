@@ -1,10 +1,9 @@
-"""Which classes a step uses when it does not use all: every class of the batch, and others drawn by a keyed
-permutation.
+"""The classes of a sampled step: every class of the batch, and others drawn by a keyed permutation.
 
-``rank(j)`` is a pseudorandom permutation of the *global* class ids, another one each step. Class j is used if it is
-some row's target, or if ``rank(j) < cut``, with the cut such that ``round(sample_rate·C_total)`` classes are used over
-all shards together (more only if the batch has more). Each shard asks this of its own ids alone: no sort, no exchange,
-and the same classes whatever the number of shards.
+``order(j)`` is a pseudorandom permutation of the *global* class ids, a new one in each step. Class j is used if some
+row has its label, or if ``order(j) < cut``. The cut is such that ``round(sample_rate·C_total)`` classes are used over
+all shards together, more only if the batch has more. Each shard evaluates this for its own ids. It needs neither a sort
+nor an exchange, and gives the same classes for any number of shards.
 """
 
 from __future__ import annotations
@@ -22,12 +21,11 @@ _ROUNDS = 6  # three full Feistel rounds; with two, neighboring ids are drawn to
 
 
 class Permutation:
-    """A keyed permutation of ``0..size-1``: an unbalanced Feistel network over the cells of an ``a × b`` grid just
-    larger.
+    """A keyed permutation of ``0..size-1``: an unbalanced Feistel network over the cells of an ``a × b`` grid.
 
-    Its round functions are tables of the key's own random numbers, a or b entries (about √size). The fewer than a cells
-    that lie past ``size`` are walked through: such a cell is mapped again until the result is an id. Where each of them
-    leads is tabled as well, so that nothing here depends on a value and a GPU need not be waited for.
+    The grid has at least ``size`` cells, and fewer than a cells more. The round functions are tables of random numbers
+    of the key, with a or b entries (about √size). A cell past ``size`` is mapped again until the result is an id. A
+    table holds that result for each such cell, so no value is read and a GPU is not waited for.
     """
 
     def __init__(self, size: int, key: int, device: torch.device) -> None:
@@ -41,7 +39,7 @@ class Permutation:
             self._tables.append(((words >> 32) & 0x7FFFFFFF) % outputs)
         cells = self.a * self.b
         self._beyond = self._map(torch.arange(size, cells, device=device))
-        # Each turn doubles the steps that an entry has walked, and no walk has more steps than there are such cells.
+        # Each turn doubles the steps of an entry's walk, and no walk is longer than the number of such cells.
         for _ in range((cells - size).bit_length()):
             self._beyond = self._walk(self._beyond)
 
@@ -57,20 +55,20 @@ class Permutation:
         return left * self.b + right
 
     def _walk(self, cells: Tensor) -> Tensor:
-        """Cells with those past ``size`` replaced by where the table has them."""
+        """Return the cells, with those past ``size`` replaced by the ids in the table."""
         if len(self._beyond) == 0:
             return cells
         further = self._beyond.index_select(0, (cells - self.size).clamp_(min=0))
         return torch.where(cells < self.size, cells, further)
 
     def __call__(self, ids: Tensor) -> Tensor:
-        """Ids (K,) int64 in [0, size) to their images."""
+        """Return the images of ids (K,) int64 in [0, size)."""
         return self._walk(self._map(ids))
 
 
 @dataclass(frozen=True)
 class Sampler:
-    """``sample_rate`` of ``sharding``'s classes each step; a function of seed and step."""
+    """Draws the classes of each step, as a function of seed and step."""
 
     sharding: Sharding
     sample_rate: float
@@ -78,59 +76,65 @@ class Sampler:
 
     @property
     def count(self) -> int:
-        """Classes used over all shards, unless the batch has more."""
+        """Number of classes used over all shards, unless the batch has more."""
         return max(1, round(self.sample_rate * self.sharding.num_classes))
 
-    def __call__(self, step: int, target: Tensor) -> Tensor:
-        """(K,) int64 ascending rows of this shard to use, for all ranks' labels (N,), where negative ones are of no
-        class."""
-        return self._used(step, target).nonzero().squeeze(1)
+    def __call__(self, step: int, labels: Tensor) -> Tensor:
+        """Return the classes of this shard to use, (K,) int64 local indices, ascending.
 
-    def padded(self, step: int, target: Tensor) -> Tensor:
-        """The same rows without waiting for a GPU to count them, followed by ``num_local``, the row of no class.
-
-        (K,) of a size that depends on that of ``target`` alone.
+        Args:
+            step: number of the training step.
+            labels: (N,) global labels of all ranks; negative ones are ignored.
         """
-        places = self._used(step, target).cumsum(0)
-        # The k-th row that is used is the first by which k have been.
-        wanted = torch.arange(1, self._most(target.shape[0]) + 1, device=target.device)
-        return torch.searchsorted(places, wanted)
+        return self._used(step, labels).nonzero().squeeze(1)
+
+    def padded(self, step: int, labels: Tensor) -> Tensor:
+        """Return the same classes, padded at the end with ``num_local``, without waiting for a GPU to count them.
+
+        The size K depends on the number of labels alone.
+        """
+        used_so_far = self._used(step, labels).cumsum(0)
+        # The k-th used class is the first one at which the count is k.
+        wanted = torch.arange(1, self._most(labels.shape[0]) + 1, device=labels.device)
+        return torch.searchsorted(used_so_far, wanted)
 
     def _most(self, num_rows: int) -> int:
-        """How many rows this shard may have to use for a batch of ``num_rows``: never more over all shards, and with a
-        probability below 1e-22 more in one of several (the row's loss is NaN then).
+        """Return the largest number of classes that this shard uses for a batch of ``num_rows``.
 
-        Of n others drawn, a shard has a hypergeometric number with a mean of μ, which exceeds μ + t with a probability
-        of at most exp(-t²/(2μ + 2t/3)) (Bernstein; Hoeffding, 1963, section 6): t = 10·√μ + 34 makes that e^-50.
+        It is exact for a single shard. One of several shards exceeds it with a probability below 1e-22; the loss of the
+        rows concerned is then NaN.
+
+        The number of drawn classes in a shard is hypergeometric, with mean μ. It exceeds μ + t with a probability of at
+        most exp(-t²/(2μ + 2t/3)) (Bernstein; Hoeffding, 1963, section 6). With t = 10·√μ + 34 that is e^-50.
         """
         total, num_local = max(self.count, num_rows), self.sharding.num_local
         mean = self.count * num_local / self.sharding.num_classes
         return min(num_local, total, num_rows + math.ceil(mean + 10 * math.sqrt(mean) + 34))
 
-    def _used(self, step: int, target: Tensor) -> Tensor:
-        """(num_local,) bool."""
-        order = Permutation(self.sharding.num_classes, fold(self.seed, SAMPLE, step), target.device)
-        cut = self._cut(order, target)
-        # One more, for the labels that are of other shards or of no class.
-        used = torch.empty(self.sharding.num_local + 1, dtype=torch.bool, device=target.device)
+    def _used(self, step: int, labels: Tensor) -> Tensor:
+        """Return whether each class of this shard is used, (num_local,) bool."""
+        order = Permutation(self.sharding.num_classes, fold(self.seed, SAMPLE, step), labels.device)
+        cut = self._cut(order, labels)
+        # The last element takes the labels of other shards and the ignored ones.
+        used = torch.empty(self.sharding.num_local + 1, dtype=torch.bool, device=labels.device)
         for start, part in chunks(used[:-1]):
             first = self.sharding.class_start + start
-            torch.lt(order(torch.arange(first, first + len(part), device=target.device)), cut, out=part)
-        local = self.sharding.localize(target)
+            torch.lt(order(torch.arange(first, first + len(part), device=labels.device)), cut, out=part)
+        local = self.sharding.localize(labels)
         used.index_fill_(0, torch.where(local < 0, self.sharding.num_local, local), True)
         return used[:-1]
 
-    def _cut(self, order: Permutation, target: Tensor) -> Tensor:
-        """0-dim: classes of a lower rank are used, so many that with the batch's own there are ``count``.
+    def _cut(self, order: Permutation, labels: Tensor) -> Tensor:
+        """Return the cut, 0-dim: the classes below it and the batch's own are ``count`` together.
 
-        With m others wanted, the m-th rank that no class of the batch has is ``m - 1`` plus those of the batch below
-        it.
+        If m others are wanted, the cut is m plus the number of the batch's classes below it.
         """
-        labels = target.sort().values
+        labels = labels.sort().values
         first = (labels >= 0) & (labels != labels.roll(1))
         first[:1] = labels[:1] >= 0
         others = self.count - first.sum()
-        # Labels that repeat or are of no class get a rank past all.
-        ranks = torch.where(first, order(labels.clamp(min=0)), 2 * self.sharding.num_classes).sort().values
-        below = (ranks - torch.arange(len(ranks), device=target.device) < others) & (ranks < self.sharding.num_classes)
+        # Repeated and ignored labels come after all classes.
+        images = torch.where(first, order(labels.clamp(min=0)), 2 * self.sharding.num_classes).sort().values
+        below = images - torch.arange(len(images), device=labels.device) < others
+        below &= images < self.sharding.num_classes
         return torch.where(others > 0, others + below.sum(), 0)

@@ -1,5 +1,4 @@
-"""Which rank holds which classes: contiguous ranges of global class ids, the first ``C_total % W`` ranks hold one class
-more."""
+"""The shards: each rank holds a contiguous range of class ids, and the first ``C_total % W`` ranks hold one more."""
 
 from __future__ import annotations
 
@@ -11,7 +10,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Sharding:
-    """``num_classes`` (C_total) class centers over ``world_size`` (W) ranks, seen from ``rank``.
+    """The shard of one rank, when ``num_classes`` (C_total) class centers are split over ``world_size`` (W) ranks.
 
     >>> [Sharding(10, 4, rank).num_local for rank in range(4)]
     [3, 3, 2, 2]
@@ -28,15 +27,18 @@ class Sharding:
 
     @property
     def num_local(self) -> int:
-        """Classes in this shard."""
+        """Number of classes in this shard."""
         return self.num_classes // self.world_size + (self.rank < self.num_classes % self.world_size)
 
     def counts(self) -> list[int]:
-        """Classes in each rank's shard."""
+        """Return the number of classes in each rank's shard."""
         return [Sharding(self.num_classes, self.world_size, rank).num_local for rank in range(self.world_size)]
 
-    def localize(self, target: Tensor) -> Tensor:
-        """Global labels (N,) as rows of this shard, -1 where the class is in another; negative labels stay."""
-        local = target - self.class_start
+    def localize(self, labels: Tensor) -> Tensor:
+        """Return global labels (N,) as indices of this shard's classes, -1 for another shard's.
+
+        Negative labels stay as they are.
+        """
+        local = labels - self.class_start
         here = (local >= 0) & (local < self.num_local)
-        return torch.where(here, local, target.clamp(max=-1))
+        return torch.where(here, local, labels.clamp(max=-1))

@@ -1,8 +1,8 @@
-"""What is said and looked for where a wrapper that makes all ranks' parameters alike has got hold of a shard.
+"""Detection of wrappers that treat a rank's shard as if all ranks had the same parameter.
 
-``DistributedDataParallel`` broadcasts rank 0's class centers and averages their gradients; FSDP cuts each rank's shard
-and joins the pieces of different shards. Lightning and Accelerate do one or the other. Training would go on, with wrong
-centers.
+``DistributedDataParallel`` broadcasts rank 0's class centers and averages their gradients. FSDP cuts each rank's shard
+and joins pieces of different shards. Lightning and Accelerate do one or the other. Without an error, training would go
+on with wrong centers.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def _message(owner: str, fault: str, name: str = "head.weight") -> str:
 
 
 def copied_shards(owner: str, ranks: list[int]) -> str:
-    """Return the message for ranks whose shards are equal, bit for bit."""
+    """Return the error message for ranks with equal shards, bit for bit."""
     listed = ", ".join(map(str, ranks))
     return _message(
         owner,
@@ -36,12 +36,12 @@ def copied_shards(owner: str, ranks: list[int]) -> str:
 
 
 def check_plain(owner: str, weight: object) -> None:
-    """Check a new ``weight`` of a head.
+    """Check that a new ``weight`` of a head is an ordinary tensor.
 
     Raises:
-        RuntimeError: it is a DTensor, as fully_shard and parallelize_module make of parameters.
+        RuntimeError: if it is a DTensor, which fully_shard and parallelize_module make of parameters.
     """
-    tensors: Any = sys.modules.get("torch.distributed.tensor")  # whoever has not imported it has no DTensor
+    tensors: Any = sys.modules.get("torch.distributed.tensor")  # if it is not imported, there is no DTensor
     if tensors is not None and isinstance(weight, tensors.DTensor):
         raise RuntimeError(_message(owner, "fully_shard or another wrapper has made weight a DTensor"))
 
@@ -50,13 +50,13 @@ def check_unwrapped(owner: str, head: nn.Module, shape: tuple[int, int], group: 
     """Check that this rank's shard is its own, as far as one rank can see.
 
     Args:
-        owner: the head's name, for errors.
-        head: has the shard as ``weight``.
-        shape: of the shard.
-        group: the process group that holds the classes; None: this process alone.
+        owner: name of the head, for errors.
+        head: module with the shard as its ``weight``.
+        shape: shape of the shard.
+        group: process group that shares the classes; None for this process alone.
 
     Raises:
-        RuntimeError: a wrapper holds the shard.
+        RuntimeError: if a wrapper has changed or registered the shard.
     """
     weight: Any = head.weight
     check_plain(owner, weight)
@@ -73,15 +73,15 @@ def check_unwrapped(owner: str, head: nn.Module, shape: tuple[int, int], group: 
 
 
 def _share_ranks(one: Any, other: Any) -> bool:
-    """Whether the groups have two ranks in common. A wrapper over replicas of the same shard may hold it."""
+    """Return whether two groups have two ranks in common. A wrapper over replicas of one shard may have it."""
     return len(set(dist.get_process_group_ranks(one)) & set(dist.get_process_group_ranks(other))) > 1
 
 
 def check_built_in_time(owner: str, group: Any) -> None:
-    """Check that a head without a group is not one of several processes.
+    """Check that a head without a group belongs to a single process.
 
     Raises:
-        RuntimeError: torch.distributed has been initialized since the head was built.
+        RuntimeError: if torch.distributed has been initialized since the head was built.
     """
     if group is None and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         raise RuntimeError(

@@ -79,7 +79,7 @@ def _processor(threads: int) -> str:
 
 
 def _instruction_set() -> str:
-    """The one in use, and what else the compiled module has for this machine."""
+    """Return the instruction set in use, and the others that the compiled module has for this machine."""
     from fused_arcface import backends
 
     if backends.available()["cpu"] is not None:
@@ -91,11 +91,14 @@ def _instruction_set() -> str:
 
 
 def _trial(name: str) -> str | None:
-    """Loss and gradients of one small batch with a backend that says it is usable: None if they are right, else what
-    is wrong."""
+    """Try loss and gradients of one small batch with an available backend.
+
+    Returns:
+        None if they are right, otherwise the fault.
+    """
     import torch
 
-    from .gradcheck import device_of, errors_against_fp64, sample_problem
+    from ..agreement import device_of, errors_against_fp64, sample_problem
 
     try:
         problem = sample_problem(rows=9, classes=33, dim=24, device=device_of(name))

@@ -7,9 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fused_arcface import reference
+from fused_arcface.engine.margin_step import in_step
 from fused_arcface.engine.tail import MarginSoftmaxStats
 from fused_arcface.head import MarginHead
-from fused_arcface.margins.state import in_step
 
 
 class SoftmaxHead(nn.Module):

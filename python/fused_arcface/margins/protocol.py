@@ -1,0 +1,103 @@
+"""What a margin is to the heads: a function of the target's cosine, and two methods that it may have besides.
+
+The heads call :func:`for_rows` and :func:`modulation`; margins return :class:`RowMargin` and :class:`Modulation`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from torch import Tensor
+
+from ..base.checks import check_margin_rows
+
+Margin = Callable[[Tensor], Tensor]
+"""Any map of target cosines (N,) to modified cosines (N,) that autograd can differentiate."""
+
+
+class RowMargin(NamedTuple):
+    """The margin of one batch's rows, returned by ``for_rows``.
+
+    A margin that depends on more than a cosine has a method ``for_rows(norms, counted) -> RowMargin``. The heads call
+    it once in each forward pass and use the result in the margin's place. It gets the rows of all ranks, on every rank:
+
+    - norms: (N,) norms of the embeddings, differentiable, fp32 (fp64 if an input is).
+    - counted: (N,) bool, false for ignored rows.
+
+    :class:`fused_arcface.AdaFace`, ``MagFace`` and ``ElasticFace`` are examples. A margin with running statistics
+    derives from :class:`fused_arcface.margins.state.StatefulMargin`, which keeps them in fp32.
+    """
+
+    modify: Margin
+    """Target cosines (N,) to modified cosines (N,)."""
+    penalty: Tensor | None = None
+    """(N,) added to the rows' losses."""
+
+
+class Modulation(NamedTuple):
+    """The change of one batch's negatives: a cosine ``c`` above its row's threshold becomes ``a·c² + b·c + d``.
+
+    A margin that changes the negatives has a method ``modulate(target_cosine, counted) -> Modulation``. The heads call
+    it once in each forward pass, before the products with the class centers. It gets the rows of all ranks, on every
+    rank:
+
+    - target_cosine: (N,) without a gradient.
+    - counted: (N,) bool, false for ignored rows.
+
+    The comparison with the threshold has no gradient. :class:`fused_arcface.CurricularFace`, ``MVSoftmax`` and
+    ``InterclassFilter`` are examples.
+    """
+
+    threshold: Tensor
+    """(N,)"""
+    coefficients: Tensor
+    """(3,) fp64: a, b, d."""
+    greatest: float
+    """Upper bound of the modulated cosines. The lower bound is -1."""
+    steepest: float
+    """Upper bound of the derivative's magnitude."""
+
+
+def for_rows(margin: Margin, norms: Callable[[], Tensor], counted: Tensor) -> RowMargin:
+    """Return the margin of a batch's rows.
+
+    Args:
+        margin: any margin; without a method ``for_rows`` it is returned as it is.
+        norms: function that returns the rows' norms (N,), called only for a margin that needs them.
+        counted: (N,) bool, false for ignored rows.
+
+    Raises:
+        TypeError, ValueError: the margin's penalty is not a tensor (N,) on the rows' device.
+    """
+    own: Callable[[Tensor, Tensor], RowMargin] | None = getattr(margin, "for_rows", None)
+    if own is None:
+        return RowMargin(margin)
+    of_rows = own(norms(), counted)
+    if of_rows.penalty is not None:
+        check_margin_rows("penalty", of_rows.penalty, counted)
+    return of_rows
+
+
+def modulates(margin: Margin) -> bool:
+    """Return whether the margin changes the negatives."""
+    return hasattr(margin, "modulate")
+
+
+def modulation(margin: Margin, target_cosine: Tensor, counted: Tensor) -> Modulation | None:
+    """Return the change of a batch's negatives, None if the margin leaves them alone.
+
+    Args:
+        margin: any margin.
+        target_cosine: (N,) without a gradient.
+        counted: (N,) bool, false for ignored rows.
+
+    Raises:
+        TypeError, ValueError: the margin's threshold is not a tensor (N,) on the rows' device.
+    """
+    own: Callable[[Tensor, Tensor], Modulation] | None = getattr(margin, "modulate", None)
+    if own is None:
+        return None
+    change = own(target_cosine, counted)
+    check_margin_rows("threshold", change.threshold, counted)
+    return change

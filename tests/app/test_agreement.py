@@ -1,0 +1,33 @@
+"""The comparison of a backend with the reference in fp64: what it lets pass and what it finds."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import fused_arcface as fa
+from fused_arcface.app import agreement
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
+def test_a_right_backend_passes(dtype: torch.dtype) -> None:
+    found = agreement.check("cpu", fa.ArcFace(0.5, "fold"), dtype)
+    assert found.passed and found.numerical is (True if dtype == torch.float64 else None)
+
+
+def test_finite_differences_find_a_wrong_derivative() -> None:
+    class Wrong:
+        """A straight-through gradient that claims to be exact."""
+
+        def __call__(self, target_cosine: torch.Tensor) -> torch.Tensor:
+            return fa.ArcFace(gradient="straight_through")(target_cosine)
+
+    assert agreement.finite_differences("cpu", Wrong()) is False
+    assert agreement.finite_differences("cpu", fa.ArcFace(gradient="straight_through")) is None
+
+
+def test_nan_does_not_pass() -> None:
+    errors = dict.fromkeys(agreement.QUANTITIES, 0.0)
+    assert agreement.Agreement(errors, errors, None).passed
+    assert not agreement.Agreement(errors | {"d_weight": float("nan")}, errors, None).passed
+    assert not agreement.Agreement(errors, errors, False).passed
