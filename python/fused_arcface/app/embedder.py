@@ -67,7 +67,9 @@ class Embedder(nn.Module):
         if isinstance(images, Tensor) and images.is_floating_point():
             batch = images[None] if images.dim() == 3 else images
             if batch.dim() != 4 or tuple(batch.shape[1:]) != self.spec.shape:
-                raise ValueError(f"images must be (N, {', '.join(map(str, self.spec.shape))}); got {tuple(images.shape)}")
+                raise ValueError(
+                    f"images must be (N, {', '.join(map(str, self.spec.shape))}); got {tuple(images.shape)}"
+                )
             return batch
         device = next((each.device for each in self.net.parameters()), torch.device("cpu"))
         parts = [self._read(image) for image in _as_list(images)]
@@ -148,7 +150,9 @@ def load_embedder(
     path = Path(source)
     if path.is_dir() or not path.exists():
         if backbone is not None:
-            raise ValueError(f"a run knows its backbone; {path} is a folder or missing, and backbone={backbone!r} is for files")
+            raise ValueError(
+                f"a run knows its backbone; {path} is a folder or missing, and backbone={backbone!r} is for files"
+            )
         net, spec = load_backbone(path, device, trust=trust)
         return Embedder(net, spec, read_thresholds(RunFolder(path).thresholds))
     if backbone is None:

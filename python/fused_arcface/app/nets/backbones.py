@@ -1,4 +1,4 @@
-"""Embedding nets by name: ``small``, ``iresnet18`` to ``iresnet200``, ``mbf``, ``vit_t`` to ``vit_h``, ``timm:NAME``."""
+"""Embedding nets by name: the small one, IResNet, MobileFaceNet, vision transformers, and timm's."""
 
 from __future__ import annotations
 

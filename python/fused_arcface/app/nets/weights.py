@@ -6,7 +6,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from fused_arcface.base import torch_files
@@ -52,7 +51,7 @@ def load_weights(net: nn.Module, path: Path) -> list[str]:
     Raises:
         DataError: the file cannot be read, or lacks a tensor of the net, or has one of another shape.
 
-    >>> import tempfile
+    >>> import tempfile, torch
     >>> file = Path(tempfile.mkdtemp()) / "net.pt"
     >>> torch.save({"state_dict": {"module.weight": torch.ones(1, 2), "module.extra": torch.ones(3)}}, file)
     >>> net = nn.Linear(2, 1, bias=False)
