@@ -8,12 +8,14 @@ import os
 import re
 import runpy
 import shlex
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from fused_arcface.app.cli import COMMANDS, load_command, run
@@ -56,8 +58,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     folder = tmp_path_factory.mktemp("reader")
     options = ["--data", "identities:8x4", "--epochs", "1", "--batch-size", "8", "--image-size", "32", "--workers", "0"]
-    with contextlib.chdir(folder) if hasattr(contextlib, "chdir") else contextlib.nullcontext():
-        assert run(["train", "--output", str(folder / "runs/first"), *options]) == 0
+    assert run(["train", "--output", str(folder / "runs/first"), *options]) == 0
     for name in ("ann.jpg", "bob.jpg"):
         Image.effect_noise((40, 40), 60).save(folder / name)
     return folder
@@ -66,8 +67,19 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 PYTHON_PAGES = [name for name in NAMES if blocks(name, "python") and name != "docs/migration.md"]
 
 
+@pytest.fixture
+def process_group() -> Iterator[None]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
 @pytest.mark.parametrize("page", PYTHON_PAGES)
-def test_python_blocks_run(page: str, trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_python_blocks_run(
+    page: str, trained: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    if page == "docs/frameworks.md":
+        request.getfixturevalue("process_group")
     monkeypatch.chdir(trained)
     names = names_for(page)
     with contextlib.redirect_stdout(io.StringIO()):
