@@ -5,8 +5,8 @@
 
 A block reads ``<!-- bench: NAME FOLDER -->`` … ``<!-- /bench -->``, FOLDER one of bench/results/; the names:
 
-    headline    the largest shape at which eager ran: our fastest backend and every peer
-    providers   the same shape: every provider, all backends and instruction sets of ours included
+    figures     the three figures of the README: time, memory and identities, beside other heads
+    providers   the largest shape at which eager ran: every provider, all backends and instruction sets of ours included
     shapes      milliseconds of every shape, forward + backward, a column for each of a few providers
     capacity    most identities within a memory budget
     pictures    the run's pictures
@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import re
 import sys
@@ -25,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from fused_arcface.app.benchmark import cost_model, plots
-from fused_arcface.app.benchmark.cases import PASSES
+from fused_arcface.app.benchmark.cases import PASSES, Case
 from fused_arcface.app.benchmark.report import Measurement, Report, read_report
 
 BENCH = Path(__file__).resolve().parent
@@ -58,12 +59,44 @@ def _fwd_bwd(report: Report) -> list[Measurement]:
     return [each for each in report.measurements if each.pass_name == "fwd+bwd"]
 
 
-def headline(report: Report, every: bool) -> str:
-    """A row for each provider, fastest first; ours by its fastest backend alone unless ``every``."""
-    case = max(
-        (each.case for each in report.measurements if each.provider == "eager"),
-        key=lambda case: case.N * case.C * case.D,
-    )
+def _largest_case(report: Report) -> Case:
+    """Return the largest problem that the plain PyTorch head was measured at."""
+    cases = [each.case for each in report.measurements if each.provider == "eager"]
+    return max(cases, key=lambda case: case.N * case.C * case.D)
+
+
+def figures(folder: Path, file: Path) -> str:
+    """Return a table of time, memory and identities: this package's head beside three others, and a picture."""
+    report = read_report(folder)
+    case = _largest_case(report)
+    fastest: dict[str, Measurement] = {}
+    for each in sorted(_fwd_bwd(report), key=lambda each: each.ms):
+        if each.case == case:
+            fastest.setdefault(each.provider, each)
+    capacities: dict[str, int] = {}
+    rows = json.loads((folder / "capacity.json").read_text())
+    for row in rows:
+        name = row["recipe"].partition(" ")[0]
+        capacities[name] = max(row["max_C"], capacities.get(name, 0))
+    columns = ("fused_arcface", "insightface", "pytorch-metric-learning", "eager")
+    peaks = {name: fastest[name].peak_bytes or math.nan for name in columns}
+    budget = f"{rows[0]['budget_bytes'] / 2**30:g} GiB"
+    table = [
+        [f"time of a step, N={case.N}, C={case.C:,}", *(f"{_number(fastest[name].ms)} ms" for name in columns)],
+        [
+            "memory beside inputs and gradients",
+            *(f"{_number(fastest[name].peak_bytes / 2**20)} MiB" for name in columns),
+        ],
+        [f"identities that train within {budget}", *(f"{capacities[name] / 1e6:.1f} million" for name in columns)],
+    ]
+    heads = ["", "**fused_arcface**", "insightface", "pytorch-metric-learning", "plain PyTorch"]
+    picture = os.path.relpath(folder / "memory_by_classes.png", file.parent)
+    return "\n".join([*_table(heads, table), "", _provenance(report.context), "", f"![Memory by classes]({picture})"])
+
+
+def providers(report: Report) -> str:
+    """Return a row for each provider at the largest problem, fastest first."""
+    case = _largest_case(report)
     found: dict[str, dict[tuple[str, str], Measurement]] = {name: {} for name in PASSES}
     for each in report.measurements:
         if each.case == case:
@@ -75,8 +108,6 @@ def headline(report: Report, every: bool) -> str:
     heads += ["of ceiling", "peak extra memory, MiB", "error"]
     rows = []
     for each in both:
-        if each.is_ours and each is not ours and not every:
-            continue
         forward = found["fwd"][each.provider, each.backend]
         name = f"{each.provider} ({each.backend})" if each.is_ours else each.provider
         figures = [_number(forward.ms), f"{forward.ms / ours_forward.ms:.2f}", _number(each.ms)]
@@ -165,9 +196,11 @@ def block(kind: str, name: str, file: Path, write: bool) -> str:
     needed = folder / {"capacity": "capacity.json", "ranks": "ranks.json"}.get(kind, "rows.json")
     if not needed.exists():
         return "Not yet measured."
-    if kind in ("headline", "providers", "shapes"):
+    if kind == "figures":
+        return figures(folder, file)
+    if kind in ("providers", "shapes"):
         report = read_report(folder)
-        return shapes(report) if kind == "shapes" else headline(report, every=kind == "providers")
+        return shapes(report) if kind == "shapes" else providers(report)
     if kind == "ranks":
         return ranks(folder)
     if kind == "capacity":

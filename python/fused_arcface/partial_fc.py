@@ -23,6 +23,7 @@ from .base.checks import (
     check_sub_centers,
     check_target,
 )
+from .base.compiler import not_compiled
 from .base.keyed_random import fill_normal
 from .center_sgd import CenterOptimizer, CenterSGD, CentersUpdatedInBackward, describe_tensor
 from .engine.autograd import Shard
@@ -320,7 +321,7 @@ class PartialFC(nn.Module):
             self.center_optimizer.load_run_state(self.weight, of_optimizer, assign)
 
     # torch.compile calls it between its graphs: a step has a number and sizes that only the data tell.
-    @torch.compiler.disable
+    @not_compiled
     def forward(
         self,
         embeddings: Tensor,

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import fused_arcface as fa
-from fused_arcface.app.cli import run
+from fused_arcface.app.cli import load_command, run
 
 TEXT = (Path(fa.__file__).parent / "compat" / "MIGRATION.md").read_text(encoding="utf-8")
 SECTIONS = {
@@ -103,12 +103,8 @@ def test_checkpoints_are_converted_and_loaded(tmp_path: Path, monkeypatch: pytes
 
 def test_verify_on_the_page_is_a_command() -> None:
     (command,) = re.findall(r"`fused-arcface (verify .*?)`", TEXT.replace("\n", " "))
-    from typer.main import get_command
-
-    from fused_arcface.app.cli import app
-
     arguments = shlex.split(command)
-    options = {option for parameter in get_command(app).commands["verify"].params for option in parameter.opts}  # type: ignore[attr-defined]
+    options = {option for parameter in load_command("verify").params for option in parameter.opts}
     assert {argument for argument in arguments if argument.startswith("--")} <= options
 
 

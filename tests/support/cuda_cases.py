@@ -14,7 +14,7 @@ from fused_arcface.engine.autograd import negatives_and_target
 from fused_arcface.engine.ops import IGNORED
 from fused_arcface.engine.tail import loss_of_rows
 from fused_arcface.margins import Margin
-from support.cases import ARCFACES, GEOMETRIES, LAYOUTS, MARGINS, Case, compare, inputs_on, run
+from support.cases import ARCFACES, GEOMETRIES, LAYOUTS, Case, compare, inputs_on, run
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,8 @@ from types import ModuleType
 
 import torch
 
+from fused_arcface.base.compiler import constant_result
+
 NAMES = ("reference", "cpu", "triton", "cuda")
 _DEVICE_TYPES = {"cpu": "cpu", "triton": "cuda", "cuda": "cuda"}
 
@@ -28,7 +30,7 @@ def load(name: str) -> ModuleType:
     return importlib.import_module(f".{'plain_torch' if name == 'reference' else name}", __name__)
 
 
-@torch.compiler.assume_constant_result  # torch.compile need not trace an import
+@constant_result  # torch.compile need not trace an import
 def _unavailable(name: str) -> str | None:
     reason: str | None = load(name).unavailable()
     return reason
@@ -43,7 +45,7 @@ def available() -> dict[str, str | None]:
     return {name: _unavailable(name) for name in NAMES}
 
 
-@torch.compiler.assume_constant_result
+@constant_result
 def _reference_for_want_of(able: tuple[str, ...]) -> str:
     """The reference, which stores the logits: where that is only for a backend that cannot run here, with a warning."""
     for name in able:

@@ -15,6 +15,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from .compiler import constant_result
+
 _MASK = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15
 _MIX1, _MIX2 = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
@@ -63,7 +65,7 @@ def _made_quantiles(device: torch.device) -> Tensor:
 
 
 # A compiled program takes the table as it is: it would make it anew in each step, with its compiler's rounding.
-@torch.compiler.assume_constant_result
+@constant_result
 def _quantiles(device: torch.device) -> Tensor:
     return _made_quantiles(device)
 

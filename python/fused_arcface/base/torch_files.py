@@ -37,7 +37,7 @@ def load(path: str | os.PathLike[str]) -> Any:
     except TensorFileError:
         raise
     except pickle.UnpicklingError as error:
-        if "Unsupported" not in str(error):
+        if "Unsupported" not in str(error) or "Unsupported operand" in str(error):  # the latter: bytes of no pickle
             raise TensorFileError(f"{path} cannot be read as a file of tensors: another kind, or damaged") from None
         raise TensorFileError(
             f"{path} holds other objects than tensors, which are not loaded: save the state_dict() of what is in it"

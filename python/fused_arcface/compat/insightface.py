@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..base.checks import check_scale as _check_scale
+from ..base.compiler import not_compiled as _not_compiled
 from ..base.normalize import unit_rows as _unit_rows
 from ..margins.angular import CombinedMargin as _CombinedMargin
 from ..margins.angular import CosFace as _CosFaceMargin
@@ -311,7 +312,7 @@ class PartialFC_V2(_PartialFC):
             self.margin, self.scale = fused
         return fused is not None
 
-    @torch.compiler.disable
+    @_not_compiled
     def forward(self, local_embeddings: Tensor, local_labels: Tensor) -> Tensor:
         """Return the mean loss over all ranks' rows.
 

@@ -9,6 +9,7 @@ import ast
 import importlib
 import re
 
+from ..base.suggest import did_you_mean
 from .protocol import Margin
 from .registry import REGISTRY
 
@@ -63,9 +64,10 @@ def _named(text: str) -> object:
     """Return the margin of this package that a text names."""
     try:
         return _value(ast.parse(text.strip(), mode="eval").body)
-    except _UnknownMargin:
-        listed = ", ".join(entry.name for entry in REGISTRY)
-        raise ValueError(f"margin must be one of {listed}, or MODULE:NAME; got {text!r}") from None
+    except _UnknownMargin as unknown:
+        names = [entry.name for entry in REGISTRY]
+        near = did_you_mean(str(unknown), names)
+        raise ValueError(f"margin must be one of {', '.join(names)}, or MODULE:NAME; got {text!r}{near}") from None
     except (SyntaxError, TypeError, ValueError) as error:
         raise ValueError(f"margin {text!r}: {error}") from None
 
@@ -82,7 +84,7 @@ def _value(node: ast.expr) -> object:
     name = node.func if isinstance(node, ast.Call) else node
     known = {entry.name.lower(): entry.margin for entry in REGISTRY}
     if not isinstance(name, ast.Name) or name.id.lower() not in known:
-        raise _UnknownMargin
+        raise _UnknownMargin(ast.unparse(name))
     make = known[name.id.lower()]
     if isinstance(node, ast.Name):
         return make()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -12,7 +13,9 @@ from torch import nn
 from fused_arcface.app.data import ImageSpec
 from fused_arcface.app.nets.backbones import build_backbone, own_embedding_dim, own_spec
 from fused_arcface.app.nets.iresnet import IResNet
+from fused_arcface.app.nets.weights import load_weights
 from fused_arcface.base.extras import MissingExtra
+from fused_arcface.base.reading import DataError
 
 
 def insightface_keys(blocks: tuple[int, ...]) -> set[str]:
@@ -110,3 +113,85 @@ def test_timm_is_named_where_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setitem(sys.modules, "timm", None)
     with pytest.raises(MissingExtra, match=r'pip install "fused_arcface\[timm\]"'):
         build_backbone("timm:vit", 8, ImageSpec(8, 1))
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters", "tensors", "shapes"),
+    # Numbers and shapes of insightface's own modules, built from its mobilefacenet.py and vit.py.
+    [
+        ("mbf", 2059520, 333, {"layers.1.layers.0.weight": (128, 2, 3, 3), "features.layers.2.weight": (512, 512)}),
+        (
+            "mbf_large",
+            6314880,
+            606,
+            {
+                "layers.1.layers.1.layers.2.layers.0.weight": (256, 128, 1, 1),
+                "features.layers.0.layers.0.weight": (512, 1, 7, 7),
+            },
+        ),
+        (
+            "vit_t",
+            19137792,
+            150,
+            {"pos_embed": (1, 144, 256), "mask_token": (1, 1, 256), "feature.0.weight": (256, 36864)},
+        ),
+        (
+            "vit_b",
+            113833472,
+            282,
+            {"blocks.23.attn.qkv.weight": (1536, 512), "blocks.0.mlp.fc1.bias": (2048,), "feature.2.weight": (512, 512)},
+        ),
+    ],
+)
+def test_mbf_and_vit_have_insightfaces_parameters(name: str, parameters: int, tensors: int, shapes: dict) -> None:
+    with torch.device("meta"):
+        net = build_backbone(name, 512, ImageSpec(112, 3))
+    state = net.state_dict()
+    assert sum(each.numel() for each in net.parameters()) == parameters and len(state) == tensors
+    assert {each: tuple(state[each].shape) for each in shapes} == shapes
+
+
+def test_a_vision_transformer_leaves_patches_out_in_training_alone() -> None:
+    """With nothing between the patches and the end, each place has its own patch or the token of a masked one."""
+    net = build_backbone("vit_t", 8, ImageSpec(90, 3))
+    net.blocks, net.norm, net.feature = nn.ModuleList(), nn.Identity(), nn.Identity()
+    images = torch.randn(3, 3, 90, 90)
+    whole = net.eval()(images).unflatten(1, (100, 256))
+    expected = net.patch_embed.proj(images).flatten(2).transpose(1, 2) + net.pos_embed
+    assert torch.equal(whole, expected)
+    masked = net.train()(images).unflatten(1, (100, 256))
+    own, token = (masked == expected).all(2), (masked == net.mask_token).all(2)
+    assert (own ^ token).all() and token.sum(1).tolist() == [10, 10, 10] and (token[0] != token[1]).any()
+
+
+def test_weights_are_found_under_the_names_of_training_loops(tmp_path: Path) -> None:
+    net = build_backbone("small", 8, ImageSpec(16, 1))
+    state = net.state_dict()
+
+    def saved(value: object) -> Path:
+        torch.save(value, tmp_path / "net.pt")
+        return tmp_path / "net.pt"
+
+    for value in (
+        {f"module.{name}": tensor for name, tensor in state.items()},
+        {"state_dict": {f"module._orig_mod.{name}": tensor for name, tensor in state.items()}, "epoch": 3},
+        {"state_dict_backbone": state, "state_optimizer": {"state": {}}},
+        # A Lightning module: the net beside a head, whose weights are left out.
+        {"state_dict": {**{f"backbone.{name}": each for name, each in state.items()}, "head.weight": torch.ones(3, 8)}},
+    ):
+        other = build_backbone("small", 8, ImageSpec(16, 1))
+        assert load_weights(other, saved(value)) == []
+        assert all(torch.equal(other.state_dict()[name], state[name]) for name in state)
+    (note,) = load_weights(net, saved({**state, "extra.weight": torch.ones(1)}))
+    assert note.endswith(
+        f"1 of its {len(state) + 1} tensors are not used, because the net has none of that name: extra.weight"
+    )
+    before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    few = {name: torch.zeros_like(tensor) for name, tensor in state.items() if "projection.1" not in name}
+    with pytest.raises(
+        DataError, match=r"has no weights of this net: projection\.1\.weight is missing$"
+    ):
+        load_weights(net, saved(few))
+    assert all(torch.equal(net.state_dict()[name], before[name]) for name in before)
+    with pytest.raises(DataError, match="it must hold tensors by name"):
+        load_weights(net, saved([1.0]))

@@ -150,7 +150,7 @@ def test_a_disk_that_is_full_at_the_model(tmp_path: Path, monkeypatch: pytest.Mo
     TINY.save(tmp_path / "options.toml")
     command = ["train", "--config", str(tmp_path / "options.toml"), "--output", str(output), "--resume", "auto"]
     with monkeypatch.context() as patch:
-        patch.setattr(trainer, "write_bytes", refuse)
+        patch.setattr(best, "write_bytes", refuse)
         assert run_command(command) == 1
     said = capsys.readouterr().err
     assert f"{output / 'model.pt'} cannot be written: No space left on device; make room there and go on with:" in said

@@ -1,74 +1,141 @@
-"""The command line: one module for each command, and a line here that names it. Heavy imports stand inside the
-commands."""
+"""The command line: one module for each command. A command's module is imported when the command is called."""
 
 from __future__ import annotations
 
+import ast
+import importlib
 import io
 import sys
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand, TyperGroup
+from typer.main import get_command
 
-from fused_arcface.base.extras import MissingExtra
-from fused_arcface.base.reading import DataError
+import fused_arcface
 
-from .bench import bench
-from .compare import compare
-from .convert import convert
-from .demo import demo
-from .doctor import doctor
-from .gradcheck import gradcheck
-from .identify import identify
-from .terminal import terminal
-from .train import TrainCommand, train
-from .verify import verify
+COMMANDS = ("doctor", "gradcheck", "demo", "bench", "convert", "train", "verify", "identify", "compare")
+"""Names of the commands, in the order of ``--help``. Each is a function in the module of the same name; the class
+``Command`` of that module, if there is one, parses its arguments."""
 
+_WRONG_USAGE = 2
 _INTERRUPTED = 130
+# typer brings a click of its own, or imports the one that is installed; this is the error of whichever it uses.
+_UsageError: Any = typer.BadParameter.__base__
+
+
+def load_command(name: str) -> TyperCommand:
+    """Import a command and return what typer makes of it."""
+    module = importlib.import_module(f".{name}", __name__)
+    single = typer.Typer(add_completion=False)
+    single.command(name, cls=getattr(module, "Command", TyperCommand))(getattr(module, name))
+    command = get_command(single)
+    assert isinstance(command, TyperCommand)
+    return command
+
+
+class _Unloaded(TyperCommand):
+    """A command in the list of ``--help``, which does not import it."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name, help=_summary(name))
+
+    def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
+        """Import the command and let it parse its arguments."""
+        assert self.name is not None
+        return load_command(self.name).make_context(info_name, args, parent, **extra)
+
+
+def _summary(name: str) -> str:
+    """Return the first line of a command's docstring, from its source."""
+    tree = ast.parse((Path(__file__).parent / f"{name}.py").read_text(encoding="utf-8"))
+    (function,) = (each for each in tree.body if isinstance(each, ast.FunctionDef) and each.name == name)
+    return (ast.get_docstring(function) or "").partition("\n")[0]
+
+
+class _Commands(TyperGroup):
+    """The commands, each of them unloaded until it is called."""
+
+    def __init__(self, **attributes: Any) -> None:
+        attributes["commands"] = {name: _Unloaded(name) for name in COMMANDS}
+        super().__init__(**attributes)
+
 
 app = typer.Typer(
     name="fused-arcface",
-    help="The fused margin-softmax head: look it over, check it, see it train, measure it.",
-    no_args_is_help=True,
-    add_completion=False,
+    cls=_Commands,
+    context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
 )
-app.command()(doctor)
-app.command()(gradcheck)
-app.command()(demo)
-app.command()(bench)
-app.command()(convert)
-app.command(cls=TrainCommand)(train)
-app.command()(verify)
-app.command()(identify)
-app.command()(compare)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(f"fused-arcface {fused_arcface.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Train, evaluate, check and measure the fused margin-softmax head.
+
+    `fused-arcface COMMAND --help` lists a command's options.
+    """
 
 
 def run(arguments: Sequence[str] | None = None) -> int:
-    """Run a command line, the process's own by default; what a user can put right ends in one line, not in a traceback.
+    """Run a command line, by default that of the process. Errors that a user can mend are one line, not a traceback.
 
     Returns:
-        The exit status: 0, 1 for a failed check, a missing library or a file that cannot be used, 2 for wrong usage,
-        130 after Ctrl-C.
+        The exit status: 0; 1 for a failed check, a missing library or a file that cannot be used; 2 for a wrong
+        argument, a path that does not exist included; 130 after Ctrl-C.
     """
     for stream in (sys.stdout, sys.stderr):
-        # A name or a sign that the terminal's encoding does not have is shown as an escape; it ends nothing.
+        # A character that the terminal's encoding does not have is shown as an escape.
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-    error = terminal(stderr=True, soft_wrap=True)
+    given = sys.argv[1:] if arguments is None else list(arguments)
     try:
-        app(args=None if arguments is None else list(arguments), prog_name="fused-arcface")
-    except SystemExit as exit_:
-        if exit_.code == _INTERRUPTED:  # typer ends a command after Ctrl-C with this status and without a word
-            error.print("Interrupted.", style="bold red")
-        return exit_.code if isinstance(exit_.code, int) else int(exit_.code is not None)
-    except (MissingExtra, DataError) as wrong:
-        error.print(str(wrong), style="bold red", markup=False)
-        return 1
-    except OSError as failed:
-        said = str(failed) if failed.filename is None else f"{failed.filename}: {failed.strerror}"
-        error.print(said, style="bold red", markup=False)
-        return 1
-    except KeyboardInterrupt:
-        error.print("Interrupted.", style="bold red")
-        return _INTERRUPTED
-    return 0
+        status = app(args=given or ["--help"], prog_name="fused-arcface", standalone_mode=False)
+    except SystemExit as ended:
+        return ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+    except (Exception, KeyboardInterrupt) as error:
+        return _explain(error)
+    if status == _INTERRUPTED:  # typer ends a command after Ctrl-C with this status and without a word
+        return _explain(KeyboardInterrupt())
+    return status if isinstance(status, int) else 0
+
+
+def _explain(error: BaseException) -> int:
+    """Print an error that a user can mend and return its exit status. Raise any other error again."""
+    from fused_arcface.base.extras import MissingExtra
+    from fused_arcface.base.reading import DataError
+    from fused_arcface.base.suggest import missing_path
+
+    from .terminal import terminal
+
+    hint, status = "", 1
+    if isinstance(error, _UsageError):
+        command = error.ctx.command_path if error.ctx is not None else "fused-arcface"
+        text, hint, status = error.format_message(), f"See {command} --help", _WRONG_USAGE
+    elif isinstance(error, KeyboardInterrupt):
+        text, status = "Interrupted.", _INTERRUPTED
+    elif isinstance(error, (MissingExtra, DataError)):
+        text = str(error)
+    elif isinstance(error, FileNotFoundError) and error.filename is not None:
+        text, status = missing_path(error.filename), _WRONG_USAGE
+    elif isinstance(error, OSError):
+        text = str(error) if error.filename is None else f"{error.filename}: {error.strerror}"
+    else:
+        raise error
+    console = terminal(stderr=True, soft_wrap=True)
+    console.print(text, style="bold red", markup=False)
+    if hint:
+        console.print(hint, markup=False, highlight=False)
+    return status

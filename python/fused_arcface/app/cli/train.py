@@ -15,20 +15,21 @@ from fused_arcface.checkpoint import CheckpointError
 from fused_arcface.margins.text import imported_module
 
 from ..data import DataError
-from ..training.config import OptionError, TrainConfig, read_options, rules
+from ..training.config import OptionError, Rule, TrainConfig, read_options, rules
 from ..training.failures import TrainingError
 from ..training.runs import RunError, RunFolder
 from ..training.trainer import train as train_run
+from ..training.trainer import try_out
 from ..training.world import is_first_rank, resume_command
 from .terminal import terminal
-from .training_progress import TrainingProgress
+from .training_progress import TrainingProgress, explain_end, explain_trial
 
 _WRONG_USAGE = 2
 RESUME = "last"  # as the value of --resume without one
 
 
-class TrainCommand(TyperCommand):
-    """``train``, whose --resume may stand alone: typer knows no option with a value that can be left out."""
+class Command(TyperCommand):
+    """``train`` with a --resume that may stand alone: typer knows no option with a value that can be left out."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         following = [*args[1:], ""]
@@ -40,8 +41,7 @@ class TrainCommand(TyperCommand):
 
 
 def _with_options(command: Callable[..., None]) -> Callable[..., None]:
-    """``command`` as typer is to see it: in place of its keywords an option for each field of ``TrainConfig``, None
-    where it is not given."""
+    """Give ``command`` an option for each field of ``TrainConfig`` in place of its keywords, None if not given."""
     parameters = [
         each
         for each in inspect.signature(command, eval_str=True).parameters.values()
@@ -51,37 +51,60 @@ def _with_options(command: Callable[..., None]) -> Callable[..., None]:
     for name, (rule, types) in rules().items():
         default = getattr(defaults, name)
         kind = next(each for each in types if each is not type(None))
-        shown = "" if default in (None, "") else f" Default: {str(default).lower() if kind is bool else default}."
         optional: Any = kind | None
-        annotation = Annotated[optional, typer.Option(help=rule.help + shown, show_default=False)]
+        option = typer.Option(help=_help(rule, default), show_default=False, rich_help_panel=rule.group)
+        annotation = Annotated[optional, option]
         parameters.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation))
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     command.__annotations__ = {each.name: each.annotation for each in parameters}
     return command
 
 
+def _help(rule: Rule, default: Any) -> str:
+    """Return an option's sentences, its choices and its default; rich takes square brackets for its own."""
+    text = rule.help
+    if rule.choices:
+        text += f" One of {', '.join(rule.choices)}."
+    if default not in (None, ""):
+        shown = {True: "yes", False: "no"}[default] if isinstance(default, bool) else default
+        text += f" Default: {shown}."
+    return text
+
+
 @_with_options
 def train(
-    output: Annotated[Path, typer.Option(help="The run's folder: options, log, checkpoints, the finished net.")],
-    config: Annotated[Path | None, typer.Option(help="TOML file of options; those on the command line win.")] = None,
+    output: Annotated[
+        Path, typer.Option(help="Folder of the run: options, log, checkpoints and the finished net. Required.")
+    ],
+    config: Annotated[
+        Path | None, typer.Option(help="TOML file of options. Options on the command line win over it.")
+    ] = None,
     resume: Annotated[
         str,
         typer.Option(
             "--resume",
             metavar="[auto]",
-            help="Go on with the run in --output, on any number of ranks; auto: or begin one, if there is none.",
+            help="Continue the run in --output, on any number of ranks. --resume auto begins one if there is none.",
             show_default=False,
         ),
     ] = "",
     trust: Annotated[
         bool, typer.Option("--trust", help="Import the margin MODULE:NAME that the resumed run or --config names.")
     ] = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="Check everything, make the first step, print options, time and memory, and write nothing.",
+        ),
+    ] = False,
     **options: Any,
 ) -> None:
     """Train an embedding net with a margin-softmax head on a folder, a RecordIO file or generated images.
 
     Several processes train together under torchrun: torchrun --nproc-per-node 8
-    -m fused_arcface train ... Ctrl-C saves and says how to go on.
+    -m fused_arcface train ... On Ctrl-C or SIGTERM the run saves a checkpoint and
+    prints the command to resume.
     """
     console, error = terminal(soft_wrap=True), terminal(stderr=True, soft_wrap=True)
     try:
@@ -91,12 +114,14 @@ def train(
         given = {name: value for name, value in options.items() if value is not None}
         chosen = _choose(output, config, goes_on, given)
         _check_trust(chosen.margin, trust or "margin" in given)
-        outcome = train_run(
-            chosen,
-            output,
-            resume="auto" if resume == "auto" else goes_on,
-            listener=TrainingProgress(console, error, chosen.epochs),
-        )
+        listener = TrainingProgress(console, error, chosen.epochs)
+        how: Any = "auto" if resume == "auto" else goes_on
+        if dry_run:
+            trial = try_out(chosen, output, resume=how, listener=listener)
+            if is_first_rank():
+                explain_trial(console, trial)
+            return
+        outcome = train_run(chosen, output, resume=how, listener=listener)
     except KeyboardInterrupt:
         if is_first_rank() and RunFolder(output).config.exists():
             error.print("Interrupted before all was saved. To go on from the last checkpoint:", markup=False)
@@ -111,11 +136,11 @@ def train(
             error.print(f"  {resume_command(output)}", style="bold", markup=False, highlight=False)
         raise typer.Exit(128 + outcome.signal)
     if is_first_rank():
-        console.print(f"{outcome.step} steps are done; the net is in {RunFolder(output).model}", markup=False)
+        explain_end(console, RunFolder(output), outcome.step)
 
 
 def _choose(output: Path, file: Path | None, resume: bool, given: dict[str, Any]) -> TrainConfig:
-    """The command line over the file over the resumed run's options over the defaults."""
+    """Return the options: those of the command line, then of the file, then of the resumed run, then the defaults."""
     chosen = RunFolder(output).read_config() if resume else TrainConfig()
     if file is not None:
         chosen = _replace(chosen, read_options(file), f"{file}: ")

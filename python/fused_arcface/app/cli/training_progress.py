@@ -1,36 +1,45 @@
-"""A training on the terminal: a bar while it runs, a line for each epoch and for what should be known."""
+"""Show a training on the terminal: what is trained, a bar while it runs, a line for each epoch, and what to do next."""
 
 from __future__ import annotations
 
+import dataclasses
+import shlex
 import statistics
 import time
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+from rich.progress import MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
 from ..training.events import Began, Ended, Event, Noted, Saved, Stepped, Verified
+from ..training.runs import RunFolder
+from ..training.trainer import Trial
 
 _REPEATED = 20  # notes that are shown one by one
+_SECONDS = 30.0  # between two lines within an epoch, where the output is no terminal
 
 
 class TrainingProgress:
-    """Listens to a training; see :mod:`fused_arcface.app.training.events`."""
+    """Listens to a training; see :mod:`fused_arcface.app.training.events`.
+
+    A terminal gets a bar that fits 80 columns. A pipe or a file gets a line for each epoch, and in longer epochs one
+    every 30 seconds.
+    """
 
     def __init__(self, console: Console, error: Console, epochs: int) -> None:
         self._console, self._error, self._epochs = console, error, epochs
         self._bar = Progress(
             SpinnerColumn(),
-            TextColumn("epoch {task.fields[epoch]}"),
-            BarColumn(bar_width=20),
+            TextColumn("epoch {task.fields[epoch]}  step"),
             MofNCompleteColumn(),
             TextColumn("{task.fields[figures]}"),
-            TimeRemainingColumn(),
+            TimeRemainingColumn(compact=True),
             console=console,
             transient=True,
         )
         self._task = self._bar.add_task("", total=None, epoch=f"-/{epochs}", figures="")
-        self._shown = 0.0
+        self._shown = time.monotonic()
         self._epoch: list[Stepped] = []
+        self._steps = 0
         self._notes = 0
 
     def __call__(self, event: Event) -> None:
@@ -42,7 +51,8 @@ class TrainingProgress:
             case Verified():
                 self._end_epoch()
                 rates = ", ".join(f"TAR {rate:.3f} at FAR {far:g}" for far, rate in event.found.tar.items())
-                self._say(f"               verification: accuracy {event.found.accuracy:.3f}, {rates}")
+                best = "; the best until now, kept in best.pt" if event.best else ""
+                self._say(f"               verification: accuracy {event.found.accuracy:.3f}, {rates}{best}")
             case Noted():
                 self._note(event.text)
             case Saved():
@@ -51,8 +61,14 @@ class TrainingProgress:
                 self._end()
 
     def _begin(self, event: Began) -> None:
+        self._steps = event.steps
+        channels, size, _ = event.image
         net = f"a net of {event.parameters / 1e6:.2f} M parameters"
-        what = f"{event.images} images of {event.identities} identities, {net}"
+        what = (
+            f"{event.device}: {event.images} images of {event.identities} identities, {size} × {size} "
+            f"{'gray' if channels == 1 else 'color'}, {net}, {event.steps} steps of {event.batch_size} images, "
+            f"scale {event.scale:g}, {_bytes(event.memory)} of memory for weights and optimizers"
+        )
         self._say(what + (f", resumed after step {event.step} of {event.steps}" if event.step else ""))
         self._bar.update(self._task, total=event.steps, completed=event.step)
         if self._console.is_terminal:
@@ -64,9 +80,14 @@ class TrainingProgress:
         self._epoch.append(event)
         self._bar.advance(self._task)
         now = time.monotonic()
-        if now - self._shown > 0.1:  # formatting at every step would cost as much as a small head
+        if not self._console.is_terminal:
+            if now - self._shown > _SECONDS:
+                self._shown = now
+                self._say(f"step {event.step}/{self._steps}  {_figures([event])}")
+        elif now - self._shown > 0.1:  # formatting at every step would cost as much as a small head
             self._shown = now
-            self._bar.update(self._task, epoch=f"{event.epoch}/{self._epochs}", figures=_figures([event]))
+            figures = f"loss {event.loss:.3f}  {event.images_per_second:.0f} images/s"
+            self._bar.update(self._task, epoch=f"{event.epoch}/{self._epochs}", figures=figures)
 
     def _end_epoch(self) -> None:
         if self._epoch:
@@ -87,8 +108,47 @@ class TrainingProgress:
         self._bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
+def explain_end(console: Console, folder: RunFolder, steps: int) -> None:
+    """Print what a finished run has in its folder, and the commands that use it."""
+    run = shlex.quote(str(folder.root))
+    lines = [f"{steps} steps are done; the net is in {folder.model}", ""]
+    files = [(folder.model, "the weights of the finished net, a state_dict for torch.load")]
+    if folder.best.is_file():
+        files.append((folder.best, "the same of the net with the best verification"))
+    if folder.thresholds.is_file():
+        files.append((folder.thresholds, "cosines from which on two images show one person"))
+    files.append((folder.log, "a JSON object for each step and verification"))
+    if folder.tensorboard.is_dir():
+        files.append((folder.tensorboard, "the same as curves"))
+    lines += [f"  {path.name:<16} {text}" for path, text in files]
+    lines += ["", "Next:"]
+    lines += [f"  fused-arcface similarity A.jpg B.jpg --checkpoint {run}"]
+    lines += [f"  fused-arcface embed IMAGES --checkpoint {run} --output embeddings.npz"]
+    lines += [f"  fused-arcface verify --data PEOPLE --checkpoint {run}"]
+    lines += [f"  fused-arcface export --checkpoint {run} --output net.onnx"]
+    if folder.tensorboard.is_dir():
+        lines += [f"  tensorboard --logdir {shlex.quote(str(folder.tensorboard))}"]
+    else:
+        lines += ['  pip install "fused_arcface[tensorboard]"   # curves of the next run, in a browser']
+    for line in lines:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def explain_trial(console: Console, trial: Trial) -> None:
+    """Print the options of a dry run and the figures of its one step."""
+    for name, value in dataclasses.asdict(trial.config).items():
+        if value not in (None, ""):
+            console.print(f"  {name} = {value!r}", markup=False, highlight=False, soft_wrap=True)
+    console.print(
+        f"The first step took {trial.seconds:.2f} s, its warm-up included; loss {trial.loss:.3f}. Nothing was written.",
+        markup=False,
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
 def _figures(steps: list[Stepped]) -> str:
-    """Means over some steps."""
+    """Return the means over some steps; with the epoch before them they fit 80 columns."""
 
     def mean(name: str) -> float:
         return statistics.fmean(getattr(step, name) for step in steps)
@@ -98,3 +158,12 @@ def _figures(steps: list[Stepped]) -> str:
         f"loss {mean('loss'):.3f}  angle {mean('target_angle'):.1f}°  accuracy {mean('accuracy'):.3f}  "
         f"{rate:.0f} images/s  head {mean('head_share'):.0%}"
     )
+
+
+def _bytes(count: int) -> str:
+    """Return a number of bytes for people.
+
+    >>> _bytes(3_500_000), _bytes(12_000_000_000)
+    ('3.5 MB', '12.0 GB')
+    """
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"

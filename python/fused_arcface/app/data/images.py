@@ -96,11 +96,20 @@ def read_image(source: Path | bytes, spec: ImageSpec, max_pixels: int = MAX_PIXE
              [1., 1.]]])
     """
     with _opened(source, max_pixels) as image:
-        pil, ops = require("PIL.Image", "train"), require("PIL.ImageOps", "train")
-        ops.exif_transpose(image, in_place=True)
-        plain = _as_plain(image, "L" if spec.channels == 1 else "RGB")
-        plain = ops.fit(plain, (spec.size, spec.size), method=pil.Resampling.BILINEAR)
-        pixels = torch.from_numpy(np.array(plain, dtype=np.float32))
+        require("PIL.ImageOps", "train").exif_transpose(image, in_place=True)
+        return fit_image(image, spec)
+
+
+def fit_image(image: Any, spec: ImageSpec) -> Tensor:
+    """Return an upright image of Pillow, of any size and mode, as :func:`read_image` does.
+
+    Raises:
+        ValueError: a pixel that is not finite.
+    """
+    pil, ops = require("PIL.Image", "train"), require("PIL.ImageOps", "train")
+    plain = _as_plain(image, "L" if spec.channels == 1 else "RGB")
+    plain = ops.fit(plain, (spec.size, spec.size), method=pil.Resampling.BILINEAR)
+    pixels = torch.from_numpy(np.array(plain, dtype=np.float32))
     pixels = pixels[None] if pixels.dim() == 2 else pixels.permute(2, 0, 1)
     return (pixels / 127.5 - 1).expand(spec.shape).contiguous()
 

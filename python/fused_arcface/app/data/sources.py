@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fused_arcface.base.reading import DataError
+from fused_arcface.base.suggest import missing_path
 
 from .digits import TRAINED, UNSEEN, digit_images
 from .folders import LabeledFolder, read_folder
@@ -137,7 +138,8 @@ def open_source(data: str, max_pixels: int = MAX_PIXELS) -> ImageSource:
         return MemoryImages(identity_images(*counts))
     if data == "digits":
         return MemoryImages(digit_images(TRAINED))
-    raise DataError(f"data must be a folder, a .rec file, identities, identities:IDSxIMAGES or digits; got {data!r}")
+    rule = "data must be a folder, a .rec file, identities, identities:IDSxIMAGES or digits"
+    raise DataError(f"{rule}; got {data!r}: {missing_path(path)}")
 
 
 def unseen_source(data: str) -> ImageSource | None:

@@ -1,27 +1,26 @@
-"""Embedding nets by name: ``small``, ``iresnet18`` to ``iresnet200``, ``timm:NAME``."""
+"""Embedding nets by name: the small one, IResNet, MobileFaceNet, vision transformers, and timm's."""
 
 from __future__ import annotations
 
-import re
-from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from fused_arcface.base import torch_files
 from fused_arcface.base.extras import require
-from fused_arcface.base.reading import DataError
+from fused_arcface.base.suggest import did_you_mean
 
 from ..data.images import ImageSpec
+from . import mobilefacenet, vit
 from .iresnet import LAYERS, IResNet
 from .small import SmallNet
 
 _TIMM = "timm:"
-NAMES = ("small", *(f"iresnet{depth}" for depth in LAYERS), f"{_TIMM}NAME")
+_IRESNETS = {f"iresnet{depth}": depth for depth in LAYERS}
+NAMES = ("small", *_IRESNETS, *mobilefacenet.SIZES, *vit.SIZES, f"{_TIMM}NAME")
 
 
 def check_backbone(name: str) -> None:
-    """Raises unless ``name`` is one of :data:`NAMES`.
+    """Raise unless ``name`` is one of :data:`NAMES`.
 
     Raises:
         ValueError: it is none.
@@ -32,11 +31,11 @@ def check_backbone(name: str) -> None:
         if not known.is_model(name.removeprefix(_TIMM)):
             raise ValueError(f"backbone must be a model of timm {known.__version__}; got {name!r}")
     elif name not in NAMES[:-1]:
-        raise ValueError(f"backbone must be one of {', '.join(NAMES)}; got {name!r}")
+        raise ValueError(f"backbone must be one of {', '.join(NAMES)}; got {name!r}{did_you_mean(name, NAMES)}")
 
 
 def build_backbone(name: str, embedding_dim: int, spec: ImageSpec) -> nn.Module:
-    """A new net from images ``(N, *spec.shape)`` to embeddings ``(N, embedding_dim)``.
+    """Return a new net from images ``(N, *spec.shape)`` to embeddings ``(N, embedding_dim)``.
 
     Raises:
         ValueError, MissingExtra: see :func:`check_backbone`.
@@ -56,25 +55,14 @@ def build_backbone(name: str, embedding_dim: int, spec: ImageSpec) -> nn.Module:
         return net
     if name == "small":
         return SmallNet(embedding_dim, spec.channels)
-    return IResNet(_depth(name), embedding_dim, spec.size, spec.channels)
-
-
-def load_weights(net: nn.Module, path: Path) -> None:
-    """Sets a net to the weights in a file: a run's ``model.pt``, insightface's ``backbone.pth``. Nothing but tensors is
-    read from it.
-
-    Raises:
-        DataError: it cannot be read, or has the weights of another net.
-    """
-    # Any error: the file may be of any kind, and hold texts or numbers in place of names and tensors.
-    try:
-        net.load_state_dict(torch_files.load(path))
-    except Exception as error:
-        raise DataError(f"{path} has no weights of this net: {error}") from None
+    if name in _IRESNETS:
+        return IResNet(_IRESNETS[name], embedding_dim, spec.size, spec.channels)
+    kind = mobilefacenet.MobileFaceNet if name in mobilefacenet.SIZES else vit.VisionTransformer
+    return kind(name, embedding_dim, spec.size, spec.channels)
 
 
 def own_spec(name: str) -> ImageSpec | None:
-    """What images a net was designed for; None if it takes any."""
+    """Return the images that a net was designed for; None if it takes any."""
     if name.startswith(_TIMM):
         channels, size, _ = _timm_config(name.removeprefix(_TIMM)).get("input_size", (3, 224, 224))
         return ImageSpec(size, channels)
@@ -82,12 +70,8 @@ def own_spec(name: str) -> ImageSpec | None:
 
 
 def own_embedding_dim(name: str) -> int:
-    """D that suits a net: 512 as in the papers, less for the small one."""
+    """Return the D that suits a net: 512 as in the papers, less for the small one."""
     return 128 if name == "small" else 512
-
-
-def _depth(name: str) -> int:
-    return int(re.sub("[^0-9]", "", name))
 
 
 def _timm_config(name: str) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from fused_arcface.base.reading import DataError
 
 from ..data.images import ImageError, ImageSpec
 from ..data.sources import LabeledReader
+from .augment import augment
 from .interrupt import ignore_interrupts
 
 _MOST_UNREADABLE = 100  # in a row: then it is the source that is wrong, not an image
@@ -39,6 +40,8 @@ class Item(NamedTuple):
 
     place: int
     mirrored: bool
+    key: int = 0
+    """Of the random numbers of :func:`~fused_arcface.app.training.augment.augment`."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,8 @@ class BatchPlan:
     """Images of a joint batch; all of them if there are fewer."""
     seed: int
     flip: bool
+    labels: Tensor | None = None
+    """(num_images,) int64, from 0 to C - 1, each at least once: draw all classes equally often. None: all images."""
 
     @property
     def rows(self) -> int:
@@ -64,10 +69,24 @@ class BatchPlan:
     def epoch(self, epoch: int) -> list[list[Item]]:
         """The batches of one epoch, counted from 0."""
         generator = torch.Generator().manual_seed(fold(self.seed, BATCH, epoch) >> 1)
-        order = torch.randperm(self.num_images, generator=generator)[: self.steps_per_epoch * self.rows]
+        shuffled = torch.randperm(self.num_images, generator=generator)
+        order = self._balanced(shuffled, generator) if self.labels is not None else shuffled
+        order = order[: self.steps_per_epoch * self.rows]
         mirrored = (torch.rand(len(order), generator=generator) < 0.5) & self.flip
-        items = list(map(Item, order.tolist(), mirrored.tolist()))
+        keys = torch.randint(2**63 - 1, (len(order),), generator=generator)
+        items = list(map(Item, order.tolist(), mirrored.tolist(), keys.tolist()))
         return [items[start : start + self.rows] for start in range(0, len(items), self.rows)]
+
+    def _balanced(self, shuffled: Tensor, generator: torch.Generator) -> Tensor:
+        """Return as many images, (num_images,), of which every C one after another are of C classes."""
+        assert self.labels is not None
+        by_class = shuffled[self.labels[shuffled].argsort(stable=True)]  # within a class in random order
+        counts = self.labels.bincount()
+        first = counts.cumsum(0) - counts
+        rounds = range(-(-self.num_images // len(counts)))
+        # In each round every class gives its next image, the first one again after the last.
+        turns = [(first + place % counts)[torch.randperm(len(counts), generator=generator)] for place in rounds]
+        return by_class[torch.cat(turns)[: self.num_images]]
 
     def from_step(self, step: int, steps: int, share: slice) -> Iterator[list[Item]]:
         """A share of the batches from ``step`` to the last one before ``steps``, both counted from 0 over all
@@ -91,8 +110,8 @@ def share_bounds(rows: int, parts: int) -> list[int]:
 class _ReadImages(Dataset[Batch]):
     """Reads one item; the loader's workers call it."""
 
-    def __init__(self, source: LabeledReader, spec: ImageSpec) -> None:
-        self._source, self._spec = source, spec
+    def __init__(self, source: LabeledReader, spec: ImageSpec, level: str) -> None:
+        self._source, self._spec, self._level = source, spec, level
 
     def __getitem__(self, item: Item) -> Batch:
         problems: list[str] = []
@@ -105,7 +124,8 @@ class _ReadImages(Dataset[Batch]):
             except (ValueError, OSError) as error:
                 problems.append(str(error))
                 continue
-            return Batch(image.flip(-1) if item.mirrored else image, self._source.labels[index], problems)
+            image = augment(image.flip(-1) if item.mirrored else image, self._level, item.key)
+            return Batch(image, self._source.labels[index], problems)
         problems.append(f"{len(problems)} images in a row cannot be read; the last: {problems[-1]}")
         return Batch(torch.zeros(self._spec.shape), torch.tensor(_GIVEN_UP), problems)
 
@@ -116,15 +136,22 @@ def _collate(samples: list[Batch]) -> Batch:
 
 
 def load_batches(
-    source: LabeledReader, spec: ImageSpec, items: Iterator[list[Item]], workers: int, pin_memory: bool = False
+    source: LabeledReader,
+    spec: ImageSpec,
+    items: Iterator[list[Item]],
+    workers: int,
+    *,
+    pin_memory: bool = False,
+    level: str = "none",
 ) -> Iterator[Batch]:
-    """Reads batches one after another, ahead of their use in ``workers`` processes if there are any.
+    """Yield batches one after another, read ahead of their use in ``workers`` processes if there are any, and changed
+    at random as :func:`~fused_arcface.app.training.augment.augment` does at this level.
 
     Raises:
         DataError: nothing can be read.
     """
     loader = DataLoader(
-        _ReadImages(source, spec),
+        _ReadImages(source, spec, level),
         batch_sampler=items,
         num_workers=workers,
         collate_fn=_collate,

@@ -4,8 +4,8 @@ the run's folder all take them from here."""
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
+import re
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,11 +16,17 @@ from fused_arcface import backends
 from fused_arcface.base.extras import require
 from fused_arcface.base.files import write_bytes
 from fused_arcface.base.reading import DataError, file_errors, read_bytes
+from fused_arcface.base.suggest import did_you_mean
 from fused_arcface.base.text import decode, encode
 from fused_arcface.margins.text import check_margin
 
 from ..data.images import MAX_PIXELS
 from ..nets.backbones import NAMES, check_backbone
+from .augment import LEVELS
+
+DATA, NET, TUNING, HEAD = "Data", "Net", "Fine-tuning", "Head"
+OPTIMIZATION, RUN = "Optimization", "Verification and run"
+"""Groups of options, in the order of the help."""
 
 _MOST_BYTES = 1 << 16
 """Of a TOML file of options."""
@@ -36,7 +42,10 @@ class OptionError(ValueError):
 class Rule:
     """What an option must be, and what it is for."""
 
+    group: str
+    """Heading of the help under which it stands."""
     help: str
+    """Whole sentences with the unit and the meaning; the default is added by the command line."""
     least: float = -math.inf
     most: float = math.inf
     above: bool = False
@@ -71,8 +80,8 @@ class Rule:
         return low if self.most == math.inf else f"{low} and {'<' if self.below else '<='} {self.most:g}"
 
 
-def _option(default: Any, help: str, **rule: Any) -> Any:
-    return dataclasses.field(default=default, metadata={"rule": Rule(help, **rule)})
+def _option(default: Any, group: str, help: str, **rule: Any) -> Any:
+    return dataclasses.field(default=default, metadata={"rule": Rule(group, help, **rule)})
 
 
 @dataclass(frozen=True)
@@ -89,67 +98,168 @@ class TrainConfig:
     ValueError: batch_size must be >= 2; got 0
     """
 
-    data: str = _option("", "Folder of one folder an identity; .rec file or its folder; identities[:IDSxIMAGES].")
-    epochs: int = _option(20, "Passes over the images.", least=1)
+    data: str = _option(
+        "",
+        DATA,
+        "Images to train on: a folder with one folder for each identity, a .rec file or the folder of one, or "
+        "identities:IDSxIMAGES for generated ones. Required.",
+    )
     bad_data: str = _option(
         "skip",
-        "What happens at an unreadable image, a bad record, an empty class or a gap: skip reports it and goes on, stop "
-        "ends with it.",
+        DATA,
+        "What to do about an unreadable image, a bad record, an empty class or a gap: skip reports it and goes on, "
+        "stop ends the run.",
         choices=("skip", "stop"),
     )
-    verify_data: str = _option("", "1:1 verification: a .bin set, file of pairs or labeled images, of other people.")
-    verify_every: int = _option(1, "Epochs from one verification to the next; the last epoch has one.", least=1)
-    image_size: int | None = _option(None, "Side in pixels; the net's own or the images'.", least=1, fixed=True)
-    channels: int | None = _option(None, "1 or 3; the net's own or the images'.", least=1, most=3, fixed=True)
-    flip: bool = _option(True, "Mirror every other image, drawn anew each epoch.", fixed=True)
-    max_pixels: int = _option(MAX_PIXELS, "Pixels of the largest image that is decoded; others are bad.", least=1)
-    workers: int = _option(2, "Processes that read images; 0 for none.", least=0)
+    image_size: int | None = _option(
+        None,
+        DATA,
+        "Side of the images in pixels. Default: the net's own size, else the median size of the data, from 32 to 112.",
+        least=1,
+        fixed=True,
+    )
+    channels: int | None = _option(
+        None,
+        DATA,
+        "1 for gray images, 3 for color. Default: the net's own number, else 3 if any image looked at has color.",
+        least=1,
+        most=3,
+        fixed=True,
+    )
+    flip: bool = _option(True, DATA, "Mirror every other image, drawn anew in each epoch.", fixed=True)
+    augment: str = _option(
+        "none",
+        DATA,
+        "Random changes of the images: light shifts, turns, zooms and changes the light a little; strong does more, "
+        "and lowers the resolution, removes color or erases a part of some.",
+        choices=LEVELS,
+        fixed=True,
+    )
+    balanced: bool = _option(
+        False,
+        DATA,
+        "Draw all identities equally often, however many images each has. An epoch keeps its number of steps.",
+        fixed=True,
+    )
+    max_pixels: int = _option(
+        MAX_PIXELS, DATA, "Largest image that is decoded, in pixels; larger ones count as unreadable.", least=1
+    )
+    workers: int = _option(
+        2, DATA, "Processes that read images on each rank; 0 reads in the training process.", least=0
+    )
 
-    backbone: str = _option("small", f"One of {', '.join(NAMES)}.", fixed=True)
-    embedding_dim: int | None = _option(None, "D; 128 for the small net, else 512.", least=1, fixed=True)
+    backbone: str = _option("small", NET, f"The embedding net: one of {', '.join(NAMES)}.", fixed=True)
+    embedding_dim: int | None = _option(
+        None, NET, "Dimension of the embeddings. Default: 128 for the small net, otherwise 512.", least=1, fixed=True
+    )
+    precision: str = _option(
+        "fp32",
+        NET,
+        "Number format of the net under autocast; fp16 comes with a gradient scaler.",
+        choices=("fp32", "bf16", "fp16"),
+        fixed=True,
+    )
 
-    init: str = _option("", "Weights to start from: a run's model.pt, or insightface's backbone.pth.")
+    init: str = _option(
+        "",
+        TUNING,
+        "File of weights that the net starts from: a run's model.pt, or insightface's backbone.pth. Prefixes such as "
+        "module. and backbone. are removed.",
+    )
+    centers: str = _option(
+        "",
+        TUNING,
+        "Class centers to start from: a run, a checkpoint or a file of centers. Identities are matched by name, or by "
+        "order where the source has no classes.txt; new identities begin anew.",
+    )
+    freeze: str = _option(
+        "",
+        TUNING,
+        "backbone trains the class centers alone; backbone:E does so for the first E epochs, and then trains both.",
+    )
 
-    margin: str = _option("ArcFace(0.5)", "A margin of fused_arcface with its arguments, or MODULE:NAME.")
+    margin: str = _option(
+        "ArcFace(0.5)", HEAD, "The margin: a class of fused_arcface with its arguments, or MODULE:NAME for your own."
+    )
     scale: float | None = _option(
-        None, "Of the logits; 16 below 1000 identities, 32 below 10 000, 64 from there.", least=0, above=True
+        None,
+        HEAD,
+        "Scale of the logits. Default: 16 for fewer than 1,000 identities, 32 for fewer than 10,000, otherwise 64.",
+        least=0,
+        above=True,
     )
-    sub_centers: int = _option(1, "Centers of each class, the nearest of which counts.", least=1, fixed=True)
+    sub_centers: int = _option(
+        1, HEAD, "Centers of each class; an image is compared with the nearest.", least=1, fixed=True
+    )
     label_smoothing: float = _option(
-        0.0, "Share of the target that all classes get; needs joint class centers.", least=0, most=1
+        0.0,
+        HEAD,
+        "Share of the target, from 0 to 1, that is spread over all classes. Needs --center-optimizer joint.",
+        least=0,
+        most=1,
     )
-    sample_rate: float = _option(1.0, "Fraction of the classes in a step.", least=0, above=True, most=1)
-    backend: str = _option("auto", "Of the head: auto, reference, cpu, triton or cuda.")
+    sample_rate: float = _option(
+        1.0, HEAD, "Fraction of the classes that a step uses, above 0 and at most 1.", least=0, above=True, most=1
+    )
+    backend: str = _option(
+        "auto", HEAD, "Backend of the head: auto, reference, cpu, triton or cuda; fused-arcface doctor lists them."
+    )
 
-    batch_size: int = _option(128, "Images of a step, over all ranks and micro-batches.", least=2, fixed=True)
-    accumulation: int = _option(1, "Micro-batches that each rank's share of a batch is cut into.", least=1)
-    optimizer: str = _option("sgd", "Of the backbone: sgd or adamw.", choices=("sgd", "adamw"), fixed=True)
+    epochs: int = _option(20, OPTIMIZATION, "Passes over the images.", least=1)
+    batch_size: int = _option(
+        128, OPTIMIZATION, "Images of a step, over all ranks and micro-batches.", least=2, fixed=True
+    )
+    accumulation: int = _option(
+        1, OPTIMIZATION, "Micro-batches that each rank's share of a batch is cut into, to save memory.", least=1
+    )
+    optimizer: str = _option("sgd", OPTIMIZATION, "Optimizer of the backbone.", choices=("sgd", "adamw"), fixed=True)
     center_optimizer: str = _option(
         "fused",
-        "fused: the class centers by CenterSGD inside the backward pass; joint: by the backbone's optimizer.",
+        OPTIMIZATION,
+        "Optimizer of the class centers: fused is CenterSGD inside the backward pass, joint is the backbone's.",
         choices=("fused", "joint"),
         fixed=True,
     )
-    lr: float | None = _option(None, "Greatest learning rate; 0.1 with sgd, 0.001 with adamw.", least=0)
-    center_lr: float = _option(0.1, "Greatest learning rate of CenterSGD.", least=0)
-    momentum: float = _option(0.9, "Of SGD and CenterSGD.", least=0, most=1, below=True)
-    weight_decay: float = _option(5e-4, "Of all optimizers.", least=0)
-    clip_norm: float = _option(5.0, "Greatest norm of the backbone's gradient; 0 for any.", least=0)
-    schedule: str = _option(
-        "cosine", "How the learning rates fall after the warm-up.", choices=("cosine", "polynomial", "constant")
+    lr: float | None = _option(
+        None, OPTIMIZATION, "Highest learning rate of the backbone. Default: 0.1 with sgd, 0.001 with adamw.", least=0
     )
-    power: float = _option(2.0, "Of the polynomial schedule.", least=0, above=True)
-    warm_up: float = _option(0.1, "Share of the steps in which the learning rates rise.", least=0, most=1)
-    precision: str = _option(
-        "fp32", "Of the autocast; fp16 with a gradient scaler.", choices=("fp32", "bf16", "fp16"), fixed=True
+    center_lr: float = _option(0.1, OPTIMIZATION, "Highest learning rate of CenterSGD.", least=0)
+    momentum: float = _option(
+        0.9, OPTIMIZATION, "Momentum of SGD and of CenterSGD, at least 0 and below 1.", least=0, most=1, below=True
+    )
+    weight_decay: float = _option(5e-4, OPTIMIZATION, "Weight decay of all optimizers.", least=0)
+    clip_norm: float = _option(
+        5.0,
+        OPTIMIZATION,
+        "Largest norm of the backbone's gradient; larger ones are scaled down. 0 for no limit.",
+        least=0,
+    )
+    schedule: str = _option(
+        "cosine",
+        OPTIMIZATION,
+        "How the learning rates fall after the warm-up.",
+        choices=("cosine", "polynomial", "constant"),
+    )
+    power: float = _option(2.0, OPTIMIZATION, "Exponent of the polynomial schedule.", least=0, above=True)
+    warm_up: float = _option(
+        0.1, OPTIMIZATION, "Share of all steps, from 0 to 1, in which the learning rates rise.", least=0, most=1
     )
 
-    seed: int = _option(0, "Of weights, class centers, batches and samples.", least=0, most=2**63 - 1, fixed=True)
-    device: str = _option("auto", "auto, cpu, cuda or cuda:N.")
-    save_every: int = _option(
-        0, "Steps from one checkpoint to the next, beside that of each epoch; 0 for none.", least=0
+    verify_data: str = _option(
+        "",
+        RUN,
+        "People to verify on, who must not be in --data: a .bin set, a file of pairs or a folder of identities. "
+        "Default: none, or unseen ones for generated data.",
     )
-    keep: int = _option(2, "Checkpoints that are kept.", least=1)
+    verify_every: int = _option(1, RUN, "Epochs from one verification to the next; the last epoch has one.", least=1)
+    save_every: int = _option(
+        0, RUN, "Steps from one checkpoint to the next, in addition to one after each epoch; 0 for none.", least=0
+    )
+    keep: int = _option(2, RUN, "Number of checkpoints that are kept.", least=1)
+    seed: int = _option(
+        0, RUN, "Seed of the weights, class centers, batches and samples.", least=0, most=2**63 - 1, fixed=True
+    )
+    device: str = _option("auto", RUN, "Device to train on: cpu, cuda, cuda:N, or auto for a GPU if there is one.")
 
     def __post_init__(self) -> None:
         for name, (rule, types) in rules().items():
@@ -165,6 +275,21 @@ class TrainConfig:
         backends.check_name(self.backend)
         check_backbone(self.backbone)
         check_margin(self.margin)
+        _ = self.frozen_epochs  # its form is checked there
+
+    @property
+    def frozen_epochs(self) -> int:
+        """Epochs at the start in which the backbone is frozen.
+
+        Raises:
+            ValueError: ``freeze`` is not of the form ``backbone[:EPOCHS]``.
+        """
+        found = re.fullmatch("backbone(?::([1-9][0-9]{0,8}))?", self.freeze)
+        if self.freeze and found is None:
+            raise ValueError(f"freeze must be backbone or backbone:EPOCHS; got {self.freeze!r}")
+        if found is None:
+            return 0
+        return int(found[1]) if found[1] else self.epochs
 
     def replace(self, changes: Mapping[str, Any]) -> TrainConfig:
         """This configuration with other values.
@@ -174,8 +299,7 @@ class TrainConfig:
         """
         for name in changes:
             if name not in rules():
-                near = difflib.get_close_matches(name, rules(), 1)
-                hint = f"; did you mean {near[0]}?" if near else f"; there are {', '.join(rules())}"
+                hint = did_you_mean(name, rules()) or f"; there are {', '.join(rules())}"
                 raise ValueError(f"no option is called {name}{hint}")
         return dataclasses.replace(self, **changes)
 

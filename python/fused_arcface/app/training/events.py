@@ -24,6 +24,15 @@ class Began:
     identities: int
     parameters: int
     """Of the backbone."""
+    device: str
+    image: tuple[int, int, int]
+    """(channels, size, size)"""
+    batch_size: int
+    """Images of a step, over all ranks."""
+    scale: float
+    """Of the logits."""
+    memory: int
+    """Bytes on this rank of weights, gradients and optimizer states, without activations."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +64,8 @@ class Verified:
     step: int
     epoch: int
     found: Verification
+    best: bool = False
+    """Its accuracy is the highest until now; the net was kept."""
 
 
 @dataclass(frozen=True)

@@ -59,14 +59,19 @@ class JointStep:
         self._bare: nn.Module = net.module if isinstance(net, DistributedDataParallel) else net
         self._dtype = AUTOCAST[precision]
 
-    def __call__(self, parts: list[Tensor], target: Tensor, number: int) -> StepResult:
-        """Gradients of the net in place, class centers by the head's optimizer.
+    def __call__(self, parts: list[Tensor], target: Tensor, number: int, *, frozen: bool = False) -> StepResult:
+        """Compute the net's gradients in place; the head's optimizer updates the class centers.
 
         Args:
             parts: this rank's images (n, channels, size, size), cut into micro-batches.
             target: (n,) their labels.
             number: of the step.
+            frozen: train the class centers alone: the net, which is in evaluation mode then, gets no gradient.
         """
+        if frozen:
+            with torch.no_grad():
+                embedded = [self._embed(self._bare, parts, place, number) for place in range(len(parts))]
+            return self._head_step(torch.cat(embedded), target)[1]
         before = SavedBuffers(self._bare) if len(parts) > 1 else SavedBuffers()
         with torch.no_grad():
             embeddings = [self._embed(self._bare, parts, place, number) for place in range(len(parts) - 1)]
@@ -74,19 +79,24 @@ class JointStep:
             before.restore()
         with self._without_exchange(len(parts) > 1):
             last = self._embed(self._net, parts, len(parts) - 1, number)
-            cut = torch.cat([*embeddings, last.detach()]).requires_grad_()
-            timer = Timer(cut.device)
-            with self._autocast(cut.device):
-                loss, stats = self._head(cut, target, return_stats=True)
-            self._scaler.scale(loss).backward()
-            timer.stop()
-            assert cut.grad is not None
-            gradients = cut.grad.split([len(part) for part in parts])
+            gradient, result = self._head_step(torch.cat([*embeddings, last.detach()]), target)
+            gradients = gradient.split([len(part) for part in parts])
             last.backward(gradients[-1])
         for place in range(len(parts) - 1):
             with self._without_exchange(place < len(parts) - 2):
                 self._embed(self._net, parts, place, number).backward(gradients[place])
-        return StepResult(loss.item(), stats, timer.seconds())
+        return result
+
+    def _head_step(self, embeddings: Tensor, target: Tensor) -> tuple[Tensor, StepResult]:
+        """Run the head forward and backward; return the gradient by the embeddings (n, D) and the figures."""
+        cut = embeddings.requires_grad_()
+        timer = Timer(cut.device)
+        with self._autocast(cut.device):
+            loss, stats = self._head(cut, target, return_stats=True)
+        self._scaler.scale(loss).backward()
+        timer.stop()
+        assert cut.grad is not None
+        return cut.grad, StepResult(loss.item(), stats, timer.seconds())
 
     def _embed(self, net: nn.Module, parts: list[Tensor], place: int, number: int) -> Tensor:
         """Embeddings (n, D) of a micro-batch, in fp32: their gradient must not overflow in half precision."""

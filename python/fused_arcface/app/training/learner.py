@@ -18,8 +18,10 @@ from fused_arcface.margins.text import parse_margin
 from fused_arcface.partial_fc import PartialFC
 
 from ..data.images import ImageSpec
-from ..nets.backbones import build_backbone, load_weights
+from ..nets.backbones import build_backbone
+from ..nets.weights import load_weights
 from .buffers import SavedBuffers
+from .centers import load_centers
 from .config import OptionError, TrainConfig
 from .joint_step import JointStep, StepResult, Timer
 from .schedule import Schedule
@@ -44,6 +46,9 @@ class Learner:
         assert config.image_size and config.channels and config.embedding_dim and config.scale and config.lr is not None
         self.config, self.world = config, world
         self.updates = 0  # steps that were not skipped
+        self.notes: list[str] = []
+        """What there is to say of the weights and class centers that the training started from."""
+        self._frozen_steps = config.frozen_epochs * (steps // config.epochs)
         self.spec = ImageSpec(config.image_size, config.channels)
         self.head = _build_head(config, num_classes, world.device)
         with torch.random.fork_rng(devices=[]):
@@ -68,6 +73,18 @@ class Learner:
         rate: float = self.optimizer.param_groups[0]["lr"]
         return rate
 
+    @property
+    def memory(self) -> int:
+        """Bytes on this rank of weights, gradients and optimizer states of net and class centers, without activations.
+
+        CenterSGD keeps a momentum beside the centers, and no gradient.
+        """
+        states = 2 if self.config.optimizer == "adamw" else int(self.config.momentum > 0)
+        net = sum(each.numel() * each.element_size() for each in self.backbone.parameters())
+        centers = self.head.weight.numel() * self.head.weight.element_size()
+        fused = self.head.center_optimizer is not None
+        return net * (2 + states) + centers * (2 if fused else 2 + states)
+
     def learn(self, images: Tensor, labels: Tensor, sizes: list[int], number: int) -> StepResult:
         """One step, counted from 0, on this rank's images (n, channels, size, size) and labels (n,), in micro-batches
         of these sizes.
@@ -75,7 +92,9 @@ class Learner:
         A step whose loss or gradient is not finite on any rank is skipped on all: weights, buffers, optimizers and the
         margin's state stay as they were. So they do if an error is raised.
         """
-        self.backbone.train()
+        frozen = number < self._frozen_steps
+        # A frozen net keeps its running statistics too, and drops nothing out.
+        self.backbone.train(not frozen)
         self._set_options(number)
         device = self.world.device
         images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
@@ -84,10 +103,11 @@ class Learner:
         buffers = SavedBuffers(self.backbone, *([margin] if isinstance(margin, nn.Module) else []))
         if centers is not None:
             centers.hold()  # the backbone's gradient, which comes after the head's, may not be finite
+        idle = frozen and centers is not None  # nothing has a gradient that the backbone's optimizer would use
         updated = False
         try:
-            result = self._step(list(images.split(sizes)), labels, number)
-            updated = self._finish_gradients(result.loss)
+            result = self._step(list(images.split(sizes)), labels, number, frozen=frozen)
+            updated = self._finish_gradients(result.loss, idle)
         except BaseException:
             self.head.step = head_steps
             raise
@@ -99,13 +119,17 @@ class Learner:
                 centers.release(apply=updated)
             timer.stop()
         if updated:
-            self._scaler.step(self.optimizer)
+            if not idle:
+                self._scaler.step(self.optimizer)
             self.updates += 1
-        self._scaler.update()  # lowers its factor where it has met a gradient that is not finite
+        if not idle:
+            self._scaler.update()  # lowers its factor where it has met a gradient that is not finite
         return result._replace(updated=updated, head_seconds=result.head_seconds + timer.seconds())
 
-    def _finish_gradients(self, loss: float) -> bool:
+    def _finish_gradients(self, loss: float, idle: bool) -> bool:
         """Unscale and clip the gradients; return whether they and the loss are finite on all ranks."""
+        if idle:
+            return math.isfinite(loss)
         self._scaler.unscale_(self.optimizer)
         norm = nn.utils.clip_grad_norm_(self._trained, self.config.clip_norm or float("inf"))
         finite = math.isfinite(loss) and bool(norm.isfinite())  # the same on every rank: loss and gradients are
@@ -133,17 +157,25 @@ class Learner:
         values = {"step": step, "updates": self.updates}
         return checkpoint.save(root, self.head, keep=self.config.keep, **values, **self._objects())
 
-    def start(self) -> int:
-        """At the beginning, from the weights that the options name; returns 0 steps.
+    def start(self, names: list[str]) -> int:
+        """Begin, from the weights and class centers that the options name; return 0 steps.
+
+        Args:
+            names: (C_total,) of the identities.
 
         Raises:
-            OptionError: they are none of this net's.
+            OptionError: they cannot be read, or do not fit.
         """
-        if self.config.init:
+        for option, path in (("init", self.config.init), ("centers", self.config.centers)):
+            if not path:
+                continue
             try:
-                load_weights(self.backbone, Path(self.config.init))
-            except ValueError as error:
-                raise OptionError(f"init: {error}") from None
+                if option == "init":
+                    self.notes += [f"init: {note}" for note in load_weights(self.backbone, Path(path))]
+                else:
+                    self.notes += load_centers(self.head, names, Path(path))
+            except (ValueError, checkpoint.CheckpointError) as error:
+                raise OptionError(f"{option}: {error}") from None
         return 0
 
     def load(self, root: Path) -> int:

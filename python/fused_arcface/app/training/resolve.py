@@ -70,6 +70,7 @@ def resolve(config: TrainConfig, source: ImageSource, world: World) -> TrainConf
         "data": _absolute(config.data),
         "verify_data": _absolute(config.verify_data),
         "init": _absolute(config.init),
+        "centers": _absolute(config.centers),
         "embedding_dim": config.embedding_dim or own_embedding_dim(config.backbone),
         "lr": _LR[config.optimizer] if config.lr is None else config.lr,
         "scale": config.scale or _scale(len(source.names)),

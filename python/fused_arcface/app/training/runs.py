@@ -10,6 +10,9 @@
     RUN/checkpoints/    see :mod:`fused_arcface.checkpoint`
     RUN/tensorboard/    the same for TensorBoard, where it is installed
     RUN/model.pt        the finished backbone's state_dict
+    RUN/best.pt         the state_dict of the backbone with the highest verification accuracy
+    RUN/thresholds.json cosine thresholds of the last verification, see :mod:`fused_arcface.app.thresholds`
+    RUN/best.json       the same of best.pt
 """
 
 from __future__ import annotations
@@ -73,6 +76,18 @@ class RunFolder:
     def model(self) -> Path:
         return self.root / "model.pt"
 
+    @property
+    def best(self) -> Path:
+        return self.root / "best.pt"
+
+    @property
+    def thresholds(self) -> Path:
+        return self.root / "thresholds.json"
+
+    @property
+    def best_thresholds(self) -> Path:
+        return self.root / "best.json"
+
     def lock(self) -> FolderLock:
         """Make the folder, if it is missing, and lock it for this process.
 
@@ -118,6 +133,18 @@ class RunFolder:
             return config
         except (TypeError, ValueError) as error:
             raise RunError(f"{self.config}: {error}") from None
+
+    def build_net(self) -> tuple[nn.Module, ImageSpec]:
+        """Build the run's net with new weights, in evaluation mode, and return it with the images it takes.
+
+        Raises:
+            RunError: the run has no options, or options that name no net.
+        """
+        config = self.read_config()
+        if config.image_size is None or config.channels is None or config.embedding_dim is None:
+            raise RunError(f"{self.config} must have image_size, channels and embedding_dim, as a run writes it")
+        spec = ImageSpec(config.image_size, config.channels)
+        return build_backbone(config.backbone, config.embedding_dim, spec).eval(), spec
 
 
 def check_run(folder: RunFolder, config: TrainConfig, classes: list[str], data: Fingerprint, resume: bool) -> None:
@@ -191,11 +218,7 @@ def load_backbone(run: Path, device: torch.device | str = "cpu", *, trust: bool 
         MissingExtra: the net is timm's, and timm is not installed.
     """
     folder = RunFolder(Path(run))
-    config = folder.read_config()
-    if config.image_size is None or config.channels is None or config.embedding_dim is None:
-        raise RunError(f"{folder.config} must have image_size, channels and embedding_dim, as a run writes it")
-    spec = ImageSpec(config.image_size, config.channels)
-    backbone = build_backbone(config.backbone, config.embedding_dim, spec)
+    backbone, spec = folder.build_net()
     try:
         state = checkpoint.load_state(folder.checkpoints, "backbone", trust=trust)
         if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):

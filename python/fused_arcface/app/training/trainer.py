@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import math
 import signal
 import time
@@ -13,15 +12,15 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
-import torch
 from torch.distributed.checkpoint.api import CheckpointException
 
-from fused_arcface.base.files import write_bytes
 from fused_arcface.base.reading import DataError
 from fused_arcface.checkpoint import CheckpointError
 
 from ..data.sources import ImageSource
+from ..thresholds import KeptThresholds
 from .batches import Batch, BatchPlan, load_batches, share_bounds
+from .best import BestNet, write_net
 from .config import OptionError, TrainConfig, rules
 from .events import Began, Ended, Event, Listener, Noted, Saved, Stepped, Verified, folder_listeners
 from .failures import TrainingError, disk_error
@@ -46,7 +45,18 @@ class Outcome:
     """What interrupted it."""
 
 
-_OF_ONE_RANK = ("data", "verify_data", "init", "workers", "device")
+@dataclass(frozen=True)
+class Trial:
+    """The first step of a training that writes nothing."""
+
+    config: TrainConfig
+    """Every option as it was resolved."""
+    loss: float
+    seconds: float
+    """Of the step, with the reading of its images."""
+
+
+_OF_ONE_RANK = ("data", "verify_data", "init", "centers", "workers", "device")
 """Options that may differ between ranks: paths, and what a machine has."""
 
 
@@ -78,12 +88,8 @@ def train(config: TrainConfig, output: Path, *, resume: bool | Literal["auto"] =
     Outcome(step=4, steps=4, signal=None)
     """
     folder, lock = RunFolder(output), None
-    with join_world(config.device) as world, Interrupt() as interrupt, contextlib.ExitStack() as held:
-        with world.together():
-            source = open_data(config)
-            config = resolve(config, source, world)
-            data = Fingerprint.of(source)
-        _check_ranks(world, config, data)
+    with _opened(config) as (world, interrupt, config, source), contextlib.ExitStack() as held:
+        data = _agreed(world, config, source)
         with world.together():
             if world.rank == 0:
                 lock = held.enter_context(folder.lock())
@@ -99,8 +105,43 @@ def train(config: TrainConfig, output: Path, *, resume: bool | Literal["auto"] =
             trainer.tell(Ended())
 
 
+def try_out(config: TrainConfig, output: Path, *, resume: bool | Literal["auto"] = False, listener: Listener) -> Trial:
+    """Do all that comes before the first step of a training, and that step; write nothing.
+
+    Args and errors are those of :func:`train`.
+
+    >>> config = TrainConfig(data="identities:4x4", batch_size=8, image_size=16, workers=0, device="cpu")
+    >>> try_out(config, Path("run"), listener=lambda event: None).config.scale, Path("run").exists()
+    (16.0, False)
+    """
+    folder = RunFolder(output)
+    with _opened(config) as (world, interrupt, config, source):
+        data = _agreed(world, config, source)
+        with world.together():
+            check_run(folder, config, source.names, data, folder.config.exists() if resume == "auto" else resume)
+        return Trainer(config, folder, None, world, source, interrupt, listener, write=False).try_out()
+
+
+@contextlib.contextmanager
+def _opened(config: TrainConfig) -> Iterator[tuple[World, Interrupt, TrainConfig, ImageSource]]:
+    """Join the other ranks, open the data and resolve the options."""
+    with join_world(config.device) as world, Interrupt() as interrupt:
+        with world.together():
+            source = open_data(config)
+            config = resolve(config, source, world)
+        yield world, interrupt, config, source
+
+
+def _agreed(world: World, config: TrainConfig, source: ImageSource) -> Fingerprint:
+    """Return the fingerprint of the data, which all ranks have alike, with the same options."""
+    with world.together():
+        data = Fingerprint.of(source)
+    _check_ranks(world, config, data)
+    return data
+
+
 def _check_ranks(world: World, config: TrainConfig, data: Fingerprint) -> None:
-    """Raises on every rank alike where options or data differ between ranks."""
+    """Raise on every rank alike where options or data differ between ranks."""
     try:
         world.check_agreement("options", {name: getattr(config, name) for name in rules() if name not in _OF_ONE_RANK})
     except ValueError as error:
@@ -123,10 +164,12 @@ class Trainer:
         source: ImageSource,
         interrupt: Interrupt,
         listener: Listener,
+        write: bool = True,
     ) -> None:
         self._config, self._folder, self._lock, self._world, self._source = config, folder, lock, world, source
         self._interrupt = interrupt
-        self._plan = BatchPlan(len(source), config.batch_size, config.seed, config.flip)
+        balanced = source.labels if config.balanced else None
+        self._plan = BatchPlan(len(source), config.batch_size, config.seed, config.flip, balanced)
         self._steps = config.epochs * self._plan.steps_per_epoch
         self._learner = Learner(config, len(source.names), self._steps, world)
         self._listeners = [listener]
@@ -134,7 +177,7 @@ class Trainer:
         self._failure: Exception | None = None
         self._verifier: Verifier | None = None
         if world.rank == 0:
-            self._files = folder_listeners(folder.log, folder.tensorboard)
+            self._files = folder_listeners(folder.log, folder.tensorboard) if write else []
             pairs = open_verification(config)
             self._verifier = Verifier(pairs, config.batch_size, config.workers) if pairs is not None else None
         self._stopped_by: signal.Signals | None = None
@@ -156,22 +199,12 @@ class Trainer:
         self._failure = self._failure or failure
 
     def run(self) -> Outcome:
-        """Trains until the last step or an interruption."""
-        resumed, learner = self._folder.has_checkpoint, self._learner
-        first = step = self._saved = learner.load(self._folder.checkpoints) if resumed else learner.start()
+        """Train until the last step or an interruption."""
+        learner = self._learner
+        first = step = self._saved = self._begin()
         updates = learner.updates
-        parameters = sum(each.numel() for each in self._learner.backbone.parameters())
-        self.tell(Began(step, self._steps, len(self._source), len(self._source.names), parameters))
-        if self._world.rank == 0:
-            for note in [*self._source.notes, *(f"{problem}; skipped" for problem in self._source.problems)]:
-                self.tell(Noted(note))
-            for problem in self._verifier.problems if self._verifier is not None else ():
-                self.tell(Noted(f"verification: {problem}; skipped"))
-        bounds = self._share()
-        sizes = [end - start for start, end in pairwise(bounds)]
-        items = self._plan.from_step(step, self._steps, slice(bounds[0], bounds[-1]))
-        pin_memory = self._world.device.type == "cuda"
-        batches = load_batches(self._source, self._learner.spec, items, self._config.workers, pin_memory)
+        self._best = BestNet(self._folder, step)
+        sizes, batches = self._batches(step)
         batch = self._next_batch(batches) if step < self._steps else None
         self._world.share(self._failure)
         start = time.perf_counter()
@@ -197,6 +230,62 @@ class Trainer:
                 )
             self._write_model()
         return Outcome(step, self._steps, self._stopped_by)
+
+    def try_out(self) -> Trial:
+        """Make the first step, and keep nothing of it."""
+        step = self._begin()
+        sizes, batches = self._batches(min(step, self._steps - 1))
+        start = time.perf_counter()
+        batch = self._next_batch(batches)
+        self._world.share(self._failure)
+        assert batch is not None
+        self._note_problems(batch)
+        loss = self._learner.learn(batch.images, batch.labels, sizes, step).loss
+        return Trial(self._config, loss, time.perf_counter() - start)
+
+    def _begin(self) -> int:
+        """Bring weights and class centers to where the training begins or goes on; tell of it and return the step."""
+        config, learner, source = self._config, self._learner, self._source
+        if self._folder.has_checkpoint:
+            step = learner.load(self._folder.checkpoints)
+        else:
+            with self._world.together():
+                step = learner.start(source.names)
+        assert config.scale is not None
+        self.tell(
+            Began(
+                step=step,
+                steps=self._steps,
+                images=len(source),
+                identities=len(source.names),
+                parameters=sum(each.numel() for each in learner.backbone.parameters()),
+                device=str(self._world.device),
+                image=learner.spec.shape,
+                batch_size=self._plan.rows,
+                scale=config.scale,
+                memory=learner.memory,
+            )
+        )
+        if self._world.rank == 0:
+            for note in [*learner.notes, *source.notes, *(f"{problem}; skipped" for problem in source.problems)]:
+                self.tell(Noted(note))
+            for problem in self._verifier.problems if self._verifier is not None else ():
+                self.tell(Noted(f"verification: {problem}; skipped"))
+        return step
+
+    def _batches(self, step: int) -> tuple[list[int], Iterator[Batch]]:
+        """Return the sizes of this rank's micro-batches, and its share of the batches from a step on."""
+        bounds = self._share()
+        items = self._plan.from_step(step, self._steps, slice(bounds[0], bounds[-1]))
+        batches = load_batches(
+            self._source,
+            self._learner.spec,
+            items,
+            self._config.workers,
+            pin_memory=self._world.device.type == "cuda",
+            level=self._config.augment,
+        )
+        return [end - start for start, end in pairwise(bounds)], batches
 
     def _next_batch(self, batches: Iterator[Batch]) -> Batch | None:
         """The next batch; None, and a failure noted, if it cannot be trained on."""
@@ -261,11 +350,18 @@ class Trainer:
         epoch = step // self._plan.steps_per_epoch
         due = epoch % self._config.verify_every == 0 or epoch == self._config.epochs
         if self._verifier is not None and due and self._stopped_by is None:
-            found, problems = self._verifier(self._learner.backbone, self._learner.spec, self._world.device)
+            checked, problems = self._verifier(self._learner.backbone, self._learner.spec, self._world.device)
             for problem in problems:
                 self.tell(Noted(f"verification: {problem}"))
-            if found is not None:
-                self.tell(Verified(step, epoch, found))
+            if checked is not None:
+                name = Path(self._config.verify_data or f"unseen {self._config.data}").name
+                kept = KeptThresholds(name, checked.found.accuracy, checked.thresholds, step)
+                best = False
+                try:
+                    best = self._best.keep(self._learner.backbone, kept)
+                except OSError as error:
+                    self._fail(disk_error(self._folder.root, error, self._way_back()))
+                self.tell(Verified(step, epoch, checked.found, best))
         self._world.wait()
 
     def _save(self, step: int) -> None:
@@ -292,10 +388,8 @@ class Trainer:
         """The finished net in a file of its own, by the first rank."""
         with self._world.together():
             if self._world.rank == 0:
-                content = io.BytesIO()
-                torch.save(self._learner.backbone.state_dict(), content)
                 try:
-                    write_bytes(self._folder.model, content.getvalue())
+                    write_net(self._learner.backbone, self._folder.model)
                 except OSError as error:
                     raise disk_error(self._folder.model, error, self._way_back()) from None
 

@@ -3,24 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from fused_arcface.evaluation import Pairs, Verification, pair_scores, verify_scores
+from fused_arcface.evaluation.thresholds import OperatingPoint, operating_points
 from fused_arcface.evaluation.verification import FARS
 
 from ..data.images import ImageSpec
 from ..data.pair_sets import ImageSet
 from ..nets.small import embed
+from ..thresholds import of_cosine_distance
 from .batches import Item, load_batches
 from .config import OptionError
 
 _FARS = FARS[:3]
 
 
+class Checked(NamedTuple):
+    """One verification."""
+
+    found: Verification
+    thresholds: list[OperatingPoint]
+    """Cosines."""
+
+
 class Verifier:
-    """Called with a net at the end of an epoch.
+    """Verifies a net at the end of an epoch.
 
     Args:
         images: a set with pairs.
@@ -42,9 +53,12 @@ class Verifier:
         except ValueError as error:
             raise OptionError(f"verify_data: {error}") from None
 
-    def __call__(self, net: nn.Module, spec: ImageSpec, device: torch.device) -> tuple[Verification | None, list[str]]:
-        """The figures, None if there are none, and what went wrong: a pair with an image that cannot be read is left
-        out, and a verification that cannot be made does not end the training."""
+    def __call__(self, net: nn.Module, spec: ImageSpec, device: torch.device) -> tuple[Checked | None, list[str]]:
+        """Verify a net; return the figures, None if there are none, and what went wrong.
+
+        A pair with an image that cannot be read is left out. A verification that cannot be made does not end the
+        training.
+        """
         embeddings: list[Tensor] = []
         numbers: list[Tensor] = []
         problems: list[str] = []
@@ -86,5 +100,6 @@ def _with_both(pairs: Pairs, numbers: Tensor) -> Pairs:
     return Pairs(pairs.first[kept], pairs.second[kept], pairs.same[kept])
 
 
-def _verify(embeddings: Tensor, pairs: Pairs) -> Verification:
-    return verify_scores(pairs.same.numpy(), pair_scores(embeddings, pairs), fars=_FARS)
+def _verify(embeddings: Tensor, pairs: Pairs) -> Checked:
+    same, scores = pairs.same.numpy(), pair_scores(embeddings, pairs)
+    return Checked(verify_scores(same, scores, fars=_FARS), of_cosine_distance(operating_points(same, scores)))

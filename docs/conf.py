@@ -1,0 +1,34 @@
+"""Sphinx: the pages of this folder as a site, `make docs`."""
+
+import posixpath
+import re
+
+import fused_arcface
+
+project = "fused_arcface"
+author = "fused_arcface contributors"
+copyright = author
+release = version = fused_arcface.__version__
+
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+exclude_patterns = ["_build"]
+html_theme = "furo"
+html_title = f"fused_arcface {release}"
+
+nitpicky = False
+myst_heading_anchors = 3
+autodoc_member_order = "bysource"
+autodoc_typehints = "none"  # the docstrings say shapes and dtypes, which types cannot
+
+_PAGE = re.compile(r"\]\((\.\./[^)#\s]+)(#[^)]*)?\)")
+
+
+def _repository_links(app, docname, source):
+    """Leave links to files of the repository, which are no pages of the site, as their paths."""
+    source[0] = _PAGE.sub(lambda link: f"](path:{posixpath.normpath(posixpath.join('docs', link[1]))})", source[0])
+    source[0] = re.sub(r"\[([^\]]*)\]\(path:([^)]*)\)", r"\1 (`\2`)", source[0])
+
+
+def setup(app):
+    """Register what runs before a page is parsed."""
+    app.connect("source-read", _repository_links)

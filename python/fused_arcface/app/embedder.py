@@ -1,0 +1,208 @@
+"""A trained net in use: images in, unit embeddings out. ``fa.load_embedder`` and the commands ``embed``,
+``similarity`` and ``export`` come here; ``verify`` and ``identify`` take the net alone."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fused_arcface.base.extras import require
+from fused_arcface.base.reading import DataError
+
+from .data.images import ImageSpec, fit_image, read_image
+from .nets.backbones import build_backbone, own_spec
+from .nets.weights import fit_state, read_state
+from .thresholds import KeptThresholds, read_thresholds
+from .training.runs import RunFolder, load_backbone
+
+
+class Embedder(nn.Module):
+    """A net with its preprocessing: images to embeddings of norm 1.
+
+    Args:
+        net: images ``(N, *spec.shape)`` fp32 in [-1, 1] to embeddings ``(N, D)``; put into evaluation mode.
+        spec: the images that the net takes.
+        thresholds: of a verification of the net, if one was kept.
+
+    >>> embedder = Embedder(nn.Flatten(), ImageSpec(size=2, channels=1))
+    >>> embedder(np.full((5, 7), 255, np.uint8))
+    tensor([[0.5000, 0.5000, 0.5000, 0.5000]])
+    """
+
+    def __init__(self, net: nn.Module, spec: ImageSpec, thresholds: KeptThresholds | None = None) -> None:
+        super().__init__()
+        self.net, self.spec, self.thresholds = net, spec, thresholds
+        self.eval()
+
+    def forward(self, images: Any) -> Tensor:
+        """Return embeddings ``(N, D)`` of norm 1, fp32, on the net's device.
+
+        Args:
+            images: one image or a sequence of images, each of these kinds:
+
+                - a path, or the bytes of an image file;
+                - an image of Pillow, of any size and mode;
+                - an array of uint8, ``(height, width)`` or ``(height, width, 1, 3 or 4)``, RGB, of any size; one with a
+                  further axis in front is a batch;
+                - a tensor of uint8, ``(1 or 3, height, width)``, of any size; with a further axis in front, a batch;
+                - a floating-point tensor ``(channels, size, size)`` or ``(N, channels, size, size)`` in [-1, 1], which
+                  the net takes as it is.
+
+        Raises:
+            ImageError: a file that cannot be read as an image.
+            TypeError, ValueError: an image of another kind, dtype or shape.
+        """
+        pixels = self.preprocess(images)
+        return F.normalize(self.net(pixels).float())
+
+    def preprocess(self, images: Any) -> Tensor:
+        """Return images of the kinds that :meth:`forward` takes as the net's input ``(N, *spec.shape)``."""
+        if isinstance(images, Tensor) and images.is_floating_point():
+            batch = images[None] if images.dim() == 3 else images
+            if batch.dim() != 4 or tuple(batch.shape[1:]) != self.spec.shape:
+                raise ValueError(
+                    f"images must be (N, {', '.join(map(str, self.spec.shape))}); got {tuple(images.shape)}"
+                )
+            return batch
+        device = next((each.device for each in self.net.parameters()), torch.device("cpu"))
+        parts = [self._read(image) for image in _as_list(images)]
+        return torch.stack(parts).to(device) if parts else torch.zeros(0, *self.spec.shape, device=device)
+
+    def _read(self, image: Any) -> Tensor:
+        if isinstance(image, (str, os.PathLike)):
+            return read_image(Path(image), self.spec)
+        if isinstance(image, bytes):
+            return read_image(image, self.spec)
+        if isinstance(image, Tensor):
+            if image.is_floating_point():
+                return self.preprocess(image)[0].cpu()
+            image = np.ascontiguousarray(image.cpu().movedim(0, -1).numpy())
+        if isinstance(image, np.ndarray):
+            image = _of_array(image)
+        pil = require("PIL.Image", "train")
+        if not isinstance(image, pil.Image):
+            raise TypeError(f"images must be paths, images of Pillow, arrays or tensors; got {type(image).__name__}")
+        return fit_image(require("PIL.ImageOps", "train").exif_transpose(image), self.spec)
+
+
+def _as_list(images: Any) -> Sequence[Any]:
+    """Return one image, a batch or a sequence of images as a sequence of images."""
+    if isinstance(images, Tensor):
+        return list(images) if images.dim() == 4 else [images]
+    if isinstance(images, np.ndarray):
+        return list(images) if images.ndim == 4 else [images]
+    return images if isinstance(images, (list, tuple)) else [images]
+
+
+def _of_array(image: np.ndarray[Any, Any]) -> Any:
+    """Return an array of uint8 as an image of Pillow."""
+    if image.dtype != np.uint8:
+        raise TypeError(f"an image's array must be of dtype uint8; got {image.dtype}")
+    if image.ndim == 3 and image.shape[2] == 1:
+        image = image[:, :, 0]
+    if not (image.ndim == 2 or (image.ndim == 3 and image.shape[2] in (3, 4))) or not image.size:
+        raise ValueError(f"an image must be (height, width) or (height, width, 1, 3 or 4); got {image.shape}")
+    return require("PIL.Image", "train").fromarray(image)
+
+
+def load_embedder(
+    source: str | os.PathLike[str],
+    backbone: str | None = None,
+    *,
+    device: torch.device | str = "cpu",
+    image_size: int | None = None,
+    trust: bool = False,
+) -> Embedder:
+    """Load a trained net with its preprocessing.
+
+    Args:
+        source: a run's folder, whose newest checkpoint is taken; a file of a run, ``model.pt`` or ``best.pt``; or any
+            file of a net's weights, such as insightface's ``backbone.pth``.
+        backbone: the net's name, see ``fused-arcface train --help``; needed for a file that does not lie in a run's
+            folder.
+        device: where the net goes.
+        image_size: side in pixels of the images that a file's net takes; None: the net's own, 112 for insightface's.
+        trust: run the code that a checkpoint of format 1 may hold. Give it only for files of people you trust.
+
+    Returns:
+        A module from paths, images of Pillow, arrays or tensors to embeddings ``(N, D)`` of norm 1; see
+        :meth:`Embedder.forward`.
+
+    Raises:
+        RunError: a folder that is no run, or has no checkpoint yet.
+        DataError: a file that cannot be read, or has the weights of another net.
+        ValueError: a backbone that is unknown or not named, or a device that cannot be used.
+
+    ::
+
+        embedder = fa.load_embedder("runs/faces")
+        first, second = embedder(["ann.jpg", "bob.jpg"])
+        cosine = first @ second
+    """
+    check_device(device)
+    path = Path(source)
+    if path.is_dir() or not path.exists():
+        if backbone is not None:
+            raise ValueError(
+                f"a run knows its backbone; {path} is a folder or missing, and backbone={backbone!r} is for files"
+            )
+        net, spec = load_backbone(path, device, trust=trust)
+        return Embedder(net, spec, read_thresholds(RunFolder(path).thresholds))
+    if backbone is None:
+        return _of_run_file(path, device)
+    state = read_state(path)
+    spec = _spec_of(state, backbone, image_size, path)
+    return Embedder(_fitted(state, backbone, spec, path).to(device), spec)
+
+
+def check_device(device: torch.device | str) -> None:
+    """Raise unless tensors can be made on a device.
+
+    Raises:
+        ValueError: there is no such device.
+    """
+    try:
+        torch.empty(0, device=device)
+    except (AssertionError, NotImplementedError, RuntimeError) as error:
+        raise ValueError(f"device {device} cannot be used: {str(error).splitlines()[0]}") from None
+
+
+def _of_run_file(path: Path, device: torch.device | str) -> Embedder:
+    folder = RunFolder(path.parent)
+    if not folder.config.is_file():
+        raise ValueError(
+            f"{path} does not lie in a run's folder, so its net must be named: backbone must be one of the names in "
+            "fused-arcface train --help, iresnet50 for example"
+        )
+    net, spec = folder.build_net()
+    fit_state(net, read_state(path), path)
+    kept = folder.best_thresholds if path.name == folder.best.name else folder.thresholds
+    return Embedder(net.to(device), spec, read_thresholds(kept))
+
+
+def _spec_of(state: dict[str, Tensor], backbone: str, image_size: int | None, path: Path) -> ImageSpec:
+    """Return the images of a net: channels from its first convolution, the size from the option or the net's own."""
+    own = own_spec(backbone)
+    if image_size is None and own is None:
+        raise ValueError(f"backbone {backbone} takes images of any size: image_size must be given for {path}")
+    channels = next((value.shape[1] for value in state.values() if value.dim() == 4), 3)
+    if channels not in (1, 3):
+        raise DataError(f"{path} has no weights of an image net: its first convolution takes {channels} channels")
+    return ImageSpec(image_size or (own.size if own is not None else 0), channels)
+
+
+def _fitted(state: dict[str, Tensor], backbone: str, spec: ImageSpec, path: Path) -> nn.Module:
+    # All nets here end in batch normalization or a linear map, whose vectors have D elements.
+    vectors = [value.numel() for value in state.values() if value.dim() == 1]
+    if not vectors:
+        raise DataError(f"{path} has no weights of this net: it has no vectors")
+    net = build_backbone(backbone, vectors[-1], spec)
+    fit_state(net, state, path)
+    return net.eval()

@@ -1,0 +1,55 @@
+"""How long the package and its command line take to start, in processor time of a fresh process.
+
+``python -m fused_arcface.app.measure.startup`` prints the figures.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from typing import NamedTuple
+
+_SCRIPT = """
+import json, sys, time
+{first}
+start = time.process_time()
+try:
+    {measured}
+except SystemExit:
+    pass
+seconds = time.process_time() - start
+print()
+print(json.dumps([seconds, sorted(sys.modules)]))
+"""
+_PARTS = {
+    "import fused_arcface": ("import torch", "import fused_arcface as fa"),
+    "import fused_arcface, both heads": ("import torch", "import fused_arcface as fa; fa.MarginHead, fa.PartialFC"),
+    "fused-arcface --help": ("sys.argv[1:] = ['--help']", "from fused_arcface.__main__ import main; main()"),
+    "fused-arcface --version": ("sys.argv[1:] = ['--version']", "from fused_arcface.__main__ import main; main()"),
+}
+PARTS = tuple(_PARTS)
+"""What :func:`measure` can measure. The imports are measured beyond ``import torch``."""
+
+
+class Start(NamedTuple):
+    """The cost of one start."""
+
+    seconds: float
+    modules: frozenset[str]
+    """All modules that the process had imported in the end."""
+
+
+def measure(part: str) -> Start:
+    """Return the processor time of one of :data:`PARTS` in a fresh process, and the modules that it imported."""
+    first, measured = _PARTS[part]
+    command = [sys.executable, "-c", _SCRIPT.format(first=first, measured=measured)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    seconds, modules = json.loads(done.stdout.splitlines()[-1])
+    return Start(seconds, frozenset(modules))
+
+
+if __name__ == "__main__":
+    for part in PARTS:
+        fastest = min(measure(part).seconds for _ in range(3))
+        print(f"{part:<36} {fastest * 1e3:6.0f} ms")

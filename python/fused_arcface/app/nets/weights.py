@@ -1,0 +1,84 @@
+"""Weights of embedding nets in files: a run's ``model.pt``, insightface's ``backbone.pth``, and the same tensors as
+``DataParallel``, ``torch.compile`` and training loops save them, under longer names."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from fused_arcface.base import torch_files
+from fused_arcface.base.reading import DataError
+
+_CONTAINERS = ("state_dict", "state_dict_backbone", "backbone", "model")
+"""Keys under which training loops keep the net's state beside other things."""
+_PREFIXES = ("module.", "_orig_mod.", "state_dict.", "backbone.")
+_COUNTERS = ".num_batches_tracked"
+"""Counters of batch normalization, which files from before torch 0.4.1 do not have and evaluation does not use."""
+
+
+def read_state(path: Path) -> dict[str, Tensor]:
+    """Return the tensors of a net's file by their plain names. Nothing but tensors is read from the file.
+
+    The state may lie under ``state_dict``, ``state_dict_backbone``, ``backbone`` or ``model``. The prefixes
+    ``module.``, ``_orig_mod.``, ``state_dict.`` and ``backbone.`` are removed, in any order. Where some names begin
+    with ``backbone.``, the others are another module's and are left out.
+
+    Raises:
+        DataError: the file cannot be read, or holds no named tensors.
+    """
+    found: Any = torch_files.load(path)
+    while isinstance(found, dict) and (key := next((k for k in _CONTAINERS if isinstance(found.get(k), dict)), None)):
+        found = found[key]
+    if not isinstance(found, dict) or not any(isinstance(value, Tensor) for value in found.values()):
+        raise DataError(f"{path} has no weights of a net: it must hold tensors by name, as net.state_dict() gives them")
+    state = {str(name): value for name, value in found.items() if isinstance(value, Tensor)}
+    while prefix := next((p for p in _PREFIXES if any(name.startswith(p) for name in state)), None):
+        of_net = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+        state = of_net if prefix == "backbone." else {name.removeprefix(prefix): state[name] for name in state}
+    for name, value in state.items():
+        torch_files.check_stored(path, name, value)
+    return state
+
+
+def load_weights(net: nn.Module, path: Path) -> list[str]:
+    """Set a net to the weights in a file; see :func:`read_state`.
+
+    Returns:
+        Notes for the user: one line that names the tensors of the file that the net does not have, if there are any.
+
+    Raises:
+        DataError: the file cannot be read, or lacks a tensor of the net, or has one of another shape.
+
+    >>> import tempfile, torch
+    >>> file = Path(tempfile.mkdtemp()) / "net.pt"
+    >>> torch.save({"state_dict": {"module.weight": torch.ones(1, 2), "module.extra": torch.ones(3)}}, file)
+    >>> net = nn.Linear(2, 1, bias=False)
+    >>> [note.partition(": ")[2] for note in load_weights(net, file)]
+    ['1 of its 2 tensors are not used, because the net has none of that name: extra']
+    """
+    return fit_state(net, read_state(path), path)
+
+
+def fit_state(net: nn.Module, state: dict[str, Tensor], path: Path) -> list[str]:
+    """Set a net to the tensors of :func:`read_state`; see :func:`load_weights` for the result and the errors."""
+    own = net.state_dict()
+    wrong = [f"{name} is missing" for name in own if name not in state and not name.endswith(_COUNTERS)]
+    wrong += [
+        f"{name} must be {tuple(own[name].shape)}; it is {tuple(state[name].shape)}"
+        for name in own
+        if name in state and own[name].shape != state[name].shape
+    ]
+    if wrong:
+        more = f"; and {len(wrong) - 3} more tensors do not fit" if len(wrong) > 3 else ""
+        raise DataError(f"{path} has no weights of this net: {'; '.join(wrong[:3])}{more}")
+    net.load_state_dict({name: state.get(name, own[name]) for name in own})
+    unused = [name for name in state if name not in own]
+    if not unused:
+        return []
+    more = f" and {len(unused) - 5} more" if len(unused) > 5 else ""
+    return [
+        f"{path}: {len(unused)} of its {len(state)} tensors are not used, because the net has none of that name: "
+        f"{', '.join(unused[:5])}{more}"
+    ]

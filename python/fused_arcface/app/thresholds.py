@@ -1,0 +1,79 @@
+"""The thresholds that a run keeps of its last verification, in ``thresholds.json``: what ``similarity`` judges by.
+Training and ``verify`` write them."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from fused_arcface.base.files import write_text
+from fused_arcface.base.reading import DataError, file_errors, read_bytes
+from fused_arcface.evaluation.thresholds import BEST_ACCURACY, OperatingPoint, far_name
+
+_MOST_BYTES = 1 << 16
+
+
+@dataclass(frozen=True)
+class KeptThresholds:
+    """Cosine thresholds of one net."""
+
+    data: str
+    """Name of the set that they were chosen on."""
+    accuracy: float
+    """Mean accuracy over the folds of that set."""
+    points: list[OperatingPoint]
+    """Their ``threshold`` is a cosine, from -1 to 1; infinite where no pair may be accepted."""
+    step: int | None = None
+    """Steps of training behind the net; None if it is not known."""
+
+    def at(self, far: float | None = None) -> OperatingPoint:
+        """Return the point of the best accuracy, or that of a false accept rate.
+
+        Raises:
+            ValueError: there is none for this rate.
+        """
+        name = BEST_ACCURACY if far is None else far_name(far)
+        found = next((point for point in self.points if point.name == name), None)
+        if found is None:
+            there = ", ".join(point.name.removeprefix("FAR ") for point in self.points if point.name.startswith("FAR"))
+            raise ValueError(f"far must be one of {there}; got {far}")
+        return found
+
+    def save(self, path: Path) -> None:
+        """Write the thresholds as JSON, which :func:`read_thresholds` reads."""
+        values = asdict(self)
+        for point in values["points"]:
+            if math.isinf(point["threshold"]):
+                point["threshold"] = None
+        write_text(path, json.dumps(values, indent=1) + "\n")
+
+
+def of_cosine_distance(points: Sequence[OperatingPoint]) -> list[OperatingPoint]:
+    """Return points whose thresholds are scores of the cosine distance, cos - 1, with cosines as thresholds."""
+    return [OperatingPoint(**{**asdict(point), "threshold": 1 + point.threshold}) for point in points]
+
+
+def read_thresholds(path: Path) -> KeptThresholds | None:
+    """Return the thresholds in a file, None if there is no such file.
+
+    Raises:
+        DataError: the file is damaged.
+    """
+    if not path.is_file():
+        return None
+    content = read_bytes(path, _MOST_BYTES)
+    try:
+        with file_errors(path):
+            values: dict[str, Any] = json.loads(content)
+            points = [OperatingPoint(**point) for point in values.pop("points")]
+            points = [
+                OperatingPoint(**{**asdict(point), "threshold": math.inf}) if point.threshold is None else point
+                for point in points
+            ]
+            return KeptThresholds(points=points, **values)
+    except DataError as error:
+        raise DataError(f"{error}; remove the file to go on without thresholds") from None

@@ -1,0 +1,79 @@
+"""Thresholds of 1:1 verification: from which score on a pair counts as one person, and what that costs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from .verification import FARS, roc
+
+BEST_ACCURACY = "best accuracy"
+EQUAL_ERROR_RATE = "equal error rate"
+
+
+@dataclass(frozen=True)
+class OperatingPoint:
+    """A threshold and its rates on the pairs that it was chosen on."""
+
+    name: str
+    """``"best accuracy"``, ``"equal error rate"`` or ``"FAR 0.001"``."""
+    threshold: float
+    """Pairs of at least this score are accepted; infinite if none may be."""
+    false_accept_rate: float
+    """Share of the pairs of two people that are accepted."""
+    true_accept_rate: float
+    """Share of the pairs of one person that are accepted."""
+    accuracy: float
+    """Share of all pairs that are judged rightly."""
+
+
+def far_name(far: float) -> str:
+    """Return the name of the point at a false accept rate.
+
+    >>> far_name(1e-3)
+    'FAR 0.001'
+    """
+    return f"FAR {far:g}"
+
+
+def operating_points(
+    same: npt.ArrayLike, scores: npt.ArrayLike, *, fars: Sequence[float] = FARS
+) -> list[OperatingPoint]:
+    """Return the thresholds that people act on: best accuracy, equal error rate, and one for each false accept rate.
+
+    A threshold is a score of one of the pairs. Of equally good ones the greatest is taken. The threshold of a false
+    accept rate is that of :func:`fused_arcface.evaluation.tar_at_far`: its rate is not above, nothing is interpolated.
+
+    Args:
+        same: (P,) bool, true for pairs of one person.
+        scores: (P,), greater for more similar pairs.
+        fars: false accept rates, in [0, 1].
+
+    Raises:
+        ValueError: all pairs are of one kind, a score is not finite, or a rate is outside [0, 1].
+        MissingExtra: scikit-learn is not installed.
+
+    >>> points = operating_points([True, True, False, False], [0.9, 0.4, 0.5, 0.1], fars=[0.01])
+    >>> [(point.name, point.threshold) for point in points]
+    [('best accuracy', 0.9), ('equal error rate', 0.5), ('FAR 0.01', 0.9)]
+    """
+    if not all(0 <= far <= 1 for far in fars):
+        raise ValueError(f"fars must be in [0, 1]; got {list(fars)}")
+    same = np.asarray(same, dtype=bool)
+    false_accepts, true_accepts, thresholds = roc(same, scores)
+    ones = same.mean()
+    accuracy = ones * true_accepts + (1 - ones) * (1 - false_accepts)
+
+    def point(name: str, place: int) -> OperatingPoint:
+        rates = (float(each[place]) for each in (thresholds, false_accepts, true_accepts, accuracy))
+        return OperatingPoint(name, *rates)
+
+    closest = int(np.argmin(np.abs(1 - true_accepts - false_accepts)))
+    found = [point(BEST_ACCURACY, int(np.argmax(accuracy))), point(EQUAL_ERROR_RATE, closest)]
+    for far in fars:
+        allowed = np.where(false_accepts <= far, true_accepts, -1.0)
+        found.append(point(far_name(far), int(np.argmax(allowed))))
+    return found

@@ -1,0 +1,45 @@
+"""Start-up: the package resolves its names lazily, and the command line shows its help without torch."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import fused_arcface as fa
+from fused_arcface.app.measure.startup import PARTS, measure
+
+BOUND = 0.3  # seconds
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_a_start_is_quick(part: str) -> None:
+    start = measure(part)
+    heavy = {"matplotlib", "sklearn", "sympy", "torch._dynamo", "torch.distributed.checkpoint", "typer"}
+    if part.startswith("fused-arcface"):
+        heavy = heavy - {"typer"} | {"torch", "numpy"}
+    assert heavy & start.modules == set()
+    # The processor is slower while others use it; imports and modules alone would not be worth a second try.
+    assert min([start.seconds, *(measure(part).seconds for _ in range(2) if start.seconds > BOUND)]) <= BOUND
+
+
+def test_every_public_name_resolves() -> None:
+    assert all(getattr(fa, name) is not None for name in fa.__all__)
+    assert set(fa.__all__) <= set(dir(fa))
+    with pytest.raises(AttributeError, match=r"^module 'fused_arcface' has no attribute 'ArcFase'$"):
+        fa.ArcFase  # noqa: B018
+
+
+def test_type_checkers_see_the_public_names() -> None:
+    tree = ast.parse(Path(fa.__file__).read_text(encoding="utf-8"))
+    (block,) = (each for each in tree.body if isinstance(each, ast.If))
+    imported = [alias.asname for each in block.body if isinstance(each, ast.ImportFrom) for alias in each.names]
+    assert sorted(map(str, imported)) == fa.__all__
+
+
+def test_a_star_import_brings_the_public_names() -> None:
+    code = "from fused_arcface import *; ArcFace(), MarginHead(4, 3), margins.parameters, reference"
+    subprocess.run([sys.executable, "-c", code], check=True)
