@@ -176,6 +176,7 @@ class Report:
 
 
 def write_csv(path: Path, rows: Iterable[dict[str, Any]], fields: Sequence[str]) -> Path:
+    """Write rows with these columns; return the path."""
     text = io.StringIO()
     writer = csv.DictWriter(text, fields, lineterminator="\n")
     writer.writeheader()
@@ -185,6 +186,7 @@ def write_csv(path: Path, rows: Iterable[dict[str, Any]], fields: Sequence[str])
 
 
 def write_json(path: Path, value: Any) -> Path:
+    """Write a value without NaN or infinity; return the path."""
     write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
     return path
 
