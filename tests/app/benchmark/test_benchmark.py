@@ -26,6 +26,7 @@ from fused_arcface.app.benchmark.truth import Outcome, error_of, truth
 from fused_arcface.app.cli.bench import bench
 from fused_arcface.app.measure.child import Child, ChildFailed
 from fused_arcface.app.measure.timing import Timing, time_interleaved
+from fused_arcface.base.precision import allows_tf32
 
 CPU = torch.device("cpu")
 TINY = Case(6, 300, 16)
@@ -110,11 +111,11 @@ def test_unknown_provider_is_named() -> None:
 def test_settings_are_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("FUSED_ARCFACE_ISA", raising=False)
     provider = replace(provider_named("fused_arcface"), environment={"FUSED_ARCFACE_ISA": "portable"}, tf32=True)
-    before = torch.get_float32_matmul_precision()
+    assert not allows_tf32()
     with provider.settings():
         assert providers_module.backends.load("cpu").isa() == "portable"
-        assert torch.get_float32_matmul_precision() == "high"
-    assert torch.get_float32_matmul_precision() == before
+        assert allows_tf32()
+    assert not allows_tf32()
     assert "FUSED_ARCFACE_ISA" not in providers_module.os.environ
 
 
@@ -156,6 +157,14 @@ def test_samples_are_taken_in_turn() -> None:
     for timing in timings.values():
         assert len(timing.samples) >= 3
         assert 0 < timing.least <= timing.quantile(0.2) <= timing.median <= timing.quantile(0.8)
+
+
+def test_a_short_run_is_warm_before_its_samples_count() -> None:
+    """The first call takes 40 ms, each later one next to nothing: no sample may hold the first."""
+    calls = itertools.count()
+    timings = time_interleaved({"a": lambda: time.sleep(0.04 if next(calls) == 0 else 0)}, CPU, seconds=0.02)
+    assert next(calls) > 100  # a sample holds as many calls as a clock can tell, though the first took long
+    assert timings["a"].quantile(1) < 4
 
 
 def test_a_run_that_fails_later_leaves_the_others() -> None:

@@ -177,7 +177,7 @@ def test_an_interrupted_run_goes_on(tmp_path: Path) -> None:
     assert again.trainings == 0
     with pytest.raises(ComparisonError, match="holds another comparison"):
         Folder(tmp_path / "a", replace(plan, seeds=(0,)))
-    with pytest.raises(ValueError, match=r"criteria must be among softmax, .*; got hinge"):
+    with pytest.raises(ValueError, match=r"criteria must be among softmax; .*; got hinge"):
         run_comparison(plan, Folder(tmp_path / "c", plan), Quiet(), ("hinge",))
 
     _check_figures(whole.rows)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fused_arcface import backends
+from fused_arcface.base.precision import fp32_products
 from fused_arcface.functional import margin_softmax_loss
 
 from . import peers
@@ -51,15 +52,13 @@ class Provider:
 
     @contextlib.contextmanager
     def settings(self) -> Iterator[None]:
-        """The process settings that its runs need, put back afterwards."""
+        """Make the process settings that its runs need, and put them back afterwards."""
         environment = {name: os.environ.get(name) for name in self.environment}
-        precision = torch.get_float32_matmul_precision()
         os.environ.update(self.environment)
-        torch.set_float32_matmul_precision("high" if self.tf32 else "highest")
         try:
-            yield
+            with fp32_products(self.tf32):
+                yield
         finally:
-            torch.set_float32_matmul_precision(precision)
             for name, value in environment.items():
                 os.environ.pop(name) if value is None else os.environ.update({name: value})
 

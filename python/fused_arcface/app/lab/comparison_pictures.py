@@ -15,7 +15,7 @@ from fused_arcface.margins.per_row import AdaFace, ElasticFace, MagFace
 
 from .comparison import Comparison
 from .criteria import SCALE, Criterion, criteria
-from .pictures import UNSEEN, over_seeds, write_pictures
+from .pictures import over_seeds, write_pictures
 from .record import ANGLE_BINS, ROC_FARS, mean_and_deviation
 
 # Okabe and Ito's colors, which stay apart for color-blind readers; more people than colors repeat them.
@@ -44,6 +44,11 @@ def _shown(found: Comparison) -> list[Criterion]:
     return [criterion for name, criterion in criteria().items() if name in names]
 
 
+def _title(found: Comparison, several: str = "") -> str:
+    seeds = len(found.plan.seeds)
+    return f"people never seen in training, {several if seeds > 1 else ''}{over_seeds(seeds)}"
+
+
 def _tar(plt: Any, found: Comparison) -> Any:
     """Draw a line for each criterion: its seeds as dots, their mean and deviation as a bar."""
     shown = _shown(found)
@@ -62,12 +67,8 @@ def _tar(plt: Any, found: Comparison) -> Any:
     if len(found.plan.seeds) > 1:
         axis.errorbar([], [], xerr=[], color=_GRAY, fmt="|", ms=16, capsize=4, label="mean ± standard deviation")
     figure.legend(loc="outside lower center", ncols=2, frameon=False)
-    axis.set(xlabel="true accept rate at a false accept rate of 0.01", title=f"{UNSEEN}, {_seeds(found)}")
+    axis.set(xlabel="true accept rate at a false accept rate of 0.01", title=_title(found))
     return figure
-
-
-def _seeds(found: Comparison) -> str:
-    return over_seeds(len(found.plan.seeds))
 
 
 def _roc(plt: Any, found: Comparison) -> Any:
@@ -80,7 +81,7 @@ def _roc(plt: Any, found: Comparison) -> Any:
     # Below one false accept there is nothing to see.
     least = max(ROC_FARS[0], *(1 / sum(row.different_angles) for row in found.rows))
     axis.set(xscale="log", xlim=(least, 1), ylim=(0, 1.01))
-    axis.set(xlabel="false accept rate", ylabel="true accept rate", title=f"{UNSEEN}, mean over {_seeds(found)}")
+    axis.set(xlabel="false accept rate", ylabel="true accept rate", title=_title(found, "mean over "))
     axis.grid(alpha=0.3)
     axis.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
@@ -113,7 +114,7 @@ def _angles(plt: Any, found: Comparison) -> Any:
         axis.set(xlim=(0, 150), yticks=[], xticks=range(0, 151, 30))
         axis.tick_params(labelbottom=True)  # also above an empty place of the grid
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=2, frameon=False)
-    figure.supxlabel(f"angle between two embeddings, degrees; {UNSEEN}, {_seeds(found)}", fontsize=10)
+    figure.supxlabel(f"angle between two embeddings, degrees; {_title(found)}", fontsize=10)
     figure.supylabel("share of the pairs", fontsize=10)
     return figure
 

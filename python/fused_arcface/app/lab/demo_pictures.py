@@ -13,7 +13,7 @@ from ..data import identity_images
 from .agreement import CURVE_BOUND, CURVE_STEPS
 from .criteria import ARCFACE, criteria
 from .demo import PIXELS, REFERENCE, Demo, TaskResult
-from .pictures import UNSEEN, over_seeds, write_pictures
+from .pictures import over_seeds, write_pictures
 
 
 def draw_pictures(demo: Demo, folder: Path) -> list[Path]:
@@ -64,7 +64,7 @@ def _roc(plt: Any, demo: Demo) -> Any:
         axis.axvline(1e-2, color="black", linewidth=0.8, linestyle=":", label="FAR 0.01")
         axis.set(xscale="log", xlim=(_least_rate(result), 1), ylim=(0, 1.01))
         seeds = len(demo.plan.seeds)
-        title = f"{result.task.name}: {UNSEEN},\n{over_seeds(seeds)}{', a line for each' if seeds > 1 else ''}"
+        title = f"{result.task.name}: unseen identities, {over_seeds(seeds)}{', a line for each' if seeds > 1 else ''}"
         axis.set(xlabel="false accept rate (FAR)", ylabel="true accept rate (TAR)", title=title)
         axis.grid(alpha=0.3)
         # Where no curve is: below good ones, above poor ones. matplotlib's own search takes a second.

@@ -8,8 +8,6 @@ from typing import Any, TypeVar
 
 from fused_arcface.base.extras import pyplot, save_figure
 
-UNSEEN = "people never seen in training"
-
 _STYLE = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False}
 
 Found = TypeVar("Found")
