@@ -22,7 +22,7 @@ from fused_arcface.app.benchmark import providers as providers_module
 from fused_arcface.app.benchmark.cases import NAMES, PASSES, Case, cases_named, make_inputs
 from fused_arcface.app.benchmark.providers import Provider, all_providers, select
 from fused_arcface.app.benchmark.report import FIELDS, Measurement, Report, Skip, read_report
-from fused_arcface.app.benchmark.truth import Outcome, error_of, truth
+from fused_arcface.app.benchmark.truth import PassResult, error_of, truth
 from fused_arcface.app.cli.bench import bench
 from fused_arcface.app.measure.child import Child, ChildFailed
 from fused_arcface.app.measure.timing import Timing, time_interleaved
@@ -42,7 +42,7 @@ def no_ceiling(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def provider_named(name: str) -> Provider:
-    return next(each for each in all_providers() if each.name == name and each.backend != "reference")
+    return next(each for each in all_providers() if each.name == name and (each.is_fused or not each.is_ours))
 
 
 @pytest.mark.parametrize("chunk", [2**23, 1000])
@@ -57,7 +57,7 @@ def test_truth_is_the_reference(formula: str, chunk: int, monkeypatch: pytest.Mo
         margin = ArcFace(0.5) if formula == "margin" else ArcFace(0.5, boundary="none", gradient="straight_through")
         loss = reference.margin_softmax_loss(x, w, inputs.target, margin=margin, scale=64.0)
     loss.backward()
-    assert error_of(Outcome(loss, x.grad, w.grad), truth(inputs, formula)) < 1e-12
+    assert error_of(PassResult(loss, x.grad, w.grad), truth(inputs, formula)) < 1e-12
 
 
 @pytest.mark.parametrize("provider", QUICK, ids=str)
@@ -77,14 +77,14 @@ def test_truth_tells_the_formulas_apart() -> None:
     for other in ("straight_through", "linear"):
         assert error_of(truth(inputs, other), right) > 0.1
     without = reference.margin_softmax_loss(*inputs, margin=NormSoftmax())
-    assert error_of(Outcome(without), right) > 0.1
+    assert error_of(PassResult(without), right) > 0.1
 
 
 def test_error_of_sees_a_nan_and_a_wrong_shape() -> None:
-    right = Outcome(torch.tensor(1.0), torch.ones(2, 3))
-    assert math.isnan(error_of(Outcome(torch.tensor(1.0), torch.tensor([[1.0, math.nan, 1.0]] * 2)), right))
+    right = PassResult(torch.tensor(1.0), torch.ones(2, 3))
+    assert math.isnan(error_of(PassResult(torch.tensor(1.0), torch.tensor([[1.0, math.nan, 1.0]] * 2)), right))
     with pytest.raises(ValueError, match="d_embeddings"):
-        error_of(Outcome(torch.tensor(1.0), torch.ones(3, 2)), right)
+        error_of(PassResult(torch.tensor(1.0), torch.ones(3, 2)), right)
 
 
 def test_cases_are_distinct_and_ascend_in_classes() -> None:
@@ -124,7 +124,7 @@ def test_wrong_failing_and_missing_providers_do_not_stop_the_rest() -> None:
     ours = provider_named("fused_arcface")
 
     def wrong(inputs):
-        return lambda backward: Outcome(torch.tensor(0.0))
+        return lambda backward: PassResult(torch.tensor(0.0))
 
     def failing(inputs):
         raise RuntimeError("no such luck")
