@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
@@ -36,7 +37,7 @@ def fp32_products(tf32: bool) -> Iterator[None]:
         finally:
             torch.set_float32_matmul_precision(before)
         return
-    settings = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+    settings: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
     earlier = [each.fp32_precision for each in settings]
     for each in settings:
         each.fp32_precision = "tf32" if tf32 else "ieee"

@@ -166,7 +166,7 @@ def rank_in_this_process(rank: int, ranks: int, store: str) -> tuple[float, floa
 
 
 def _network(ranks: int) -> tuple[float, float]:
-    """Measure latency for each doubling of the ranks, and bytes per second, as :class:`~.cost_model.Network` has them."""
+    """Measure latency for each doubling of the ranks, and bytes per second; see :class:`~.cost_model.Network`."""
     seconds = []
     for size in (_SMALL_BYTES, _LARGE_BYTES):
         own = torch.zeros(size, dtype=torch.uint8)

@@ -17,9 +17,9 @@ from fused_arcface.margins.angular import ArcFace, Margin, NormSoftmax
 from .cases import Inputs
 
 Formula = Literal["margin", "straight_through", "linear", "products"]
-"""The formula that a provider computes. ``margin``: ArcFace, exact gradient. ``straight_through``: ArcFace without a boundary, with
-ψ' = 1. ``linear``: cross-entropy of x·wᵀ, neither normalized nor with a margin. ``products``: S = x·wᵀ, S·w and
-Sᵀ·x."""
+"""The formula that a provider computes. ``margin``: ArcFace, exact gradient. ``straight_through``: ArcFace without a
+boundary, with ψ' = 1. ``linear``: cross-entropy of x·wᵀ, neither normalized nor with a margin. ``products``: S = x·wᵀ,
+S·w and Sᵀ·x."""
 
 MARGIN = ArcFace(0.5)
 SCALE = 64.0

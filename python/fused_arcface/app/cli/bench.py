@@ -112,8 +112,8 @@ def bench(
     elif budget is not None:
         _run_capacity(console, on, int(budget * 2**30), names, backend, output, resume)
     else:
-        options = {"seconds": seconds, "with_memory": with_memory}
-        options["earlier"] = _interrupted_run(output, on) if resume else None
+        earlier = _interrupted_run(output, on) if resume else None
+        options = {"seconds": seconds, "with_memory": with_memory, "earlier": earlier}
         _run_cases(console, output, (shapes, chosen, on), options)
 
 

@@ -164,7 +164,7 @@ def _target_logits(plt: Any, found: Comparison) -> Any:
     degrees = torch.linspace(0, 180, 721)
     cosine = degrees.deg2rad().cos()
 
-    def plot(axis: Any, margin: angular.Margin, label: str, color: str, line: str = "-", width: float = 1.5) -> None:
+    def plot(axis: Any, margin: angular.Margin, label: str, color: str, line: Any = "-", width: float = 1.5) -> None:
         axis.plot(degrees, SCALE * margin(cosine), label=label, color=color, linestyle=line, linewidth=width)
 
     for axis in axes[:2]:
@@ -188,11 +188,11 @@ def _target_logits(plt: Any, found: Comparison) -> Any:
     band = f"ElasticFace: {elastic.margin:g} ± 2·{elastic.std:g}"
     axes[1].fill_between(degrees, many, few, color="#0072B2", alpha=0.3, label=band, lw=0)
 
-    styles = zip((":", "-", "--", "-.", (0, (1, 1, 4, 1)), "-"), _PEOPLE, strict=False)
-    for boundary, (line, color) in zip(get_args(angular.Boundary), styles, strict=False):
+    lines = (":", "-", "--", "-.", (0, (1, 1, 4, 1)), (0, (6, 2)))
+    for boundary, style, color in zip(get_args(angular.Boundary), lines, _PEOPLE, strict=False):
         default = boundary == arc.boundary
         label = f"{boundary} (default)" if default else boundary
-        plot(axes[2], angular.ArcFace(boundary=boundary), label, color, line, 2.5 if default else 1.5)
+        plot(axes[2], angular.ArcFace(boundary=boundary), label, color, style, 2.5 if default else 1.5)
     titles = ("margins of the angle, defaults", "margins of the row, defaults", "ArcFace past θ + 0.5 = π, by boundary")
     for axis, title in zip(axes, titles, strict=True):
         axis.set(xlabel="θ, degrees", xlim=(0, 180), xticks=range(0, 181, 30), ylim=(-3 * SCALE, 1.05 * SCALE))
