@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import inspect
 import itertools
 import json
 from dataclasses import replace
@@ -20,6 +21,7 @@ pytest.importorskip("matplotlib")
 
 import fused_arcface as fa
 from fused_arcface.app.cli import run
+from fused_arcface.app.cli.compare import compare
 from fused_arcface.app.data import LabeledImages, identity_images
 from fused_arcface.app.lab import comparison
 from fused_arcface.app.lab.batches import identity_batches, random_view, two_view_batches
@@ -272,3 +274,10 @@ def test_images_of_files_are_announced_as_small_and_gray() -> None:
     assert task.images.describe() == (
         "images of faces, each brought to 32 × 32 pixels in gray; 30% of the identities held out"
     )
+
+
+def test_the_help_lists_every_criterion_and_says_that_images_are_small_and_gray() -> None:
+    options = inspect.signature(compare, eval_str=True).parameters
+    texts = {name: option.annotation.__metadata__[0].help for name, option in options.items()}
+    assert "; ".join(criteria()) in texts["criteria"]
+    assert "32 × 32 pixels and gray" in texts["data"]

@@ -73,8 +73,8 @@ def bench(
 ) -> None:
     """Measure throughput and memory of the head beside other libraries.
 
-    Each result is checked against fp64 before it is timed. The exit status is 1 if a result of this package is wrong
-    or nothing could be measured.
+    Each result is checked against fp64 before it is timed. The exit status
+    is 1 if a result of this package is wrong or nothing could be measured.
     """
     import torch
 

@@ -28,8 +28,9 @@ def compare(
     criteria: Annotated[
         str,
         typer.Option(
-            help='Losses to compare, separated by semicolons, for example "softmax; ArcFace". The names are those in '
-            "the printed table. Default: all of them."
+            help="Losses to compare, separated by semicolons, in any case: softmax; contrastive; contrastive, two "
+            "views; triplet, semi-hard; triplet, batch-hard; center loss; NormSoftmax; SphereFace; CosFace; ArcFace; "
+            "AdaFace. Default: all of them."
         ),
     ] = "",
     seeds: Annotated[int, typer.Option(min=1, help="Number of trainings of each loss.")] = 3,
@@ -39,11 +40,13 @@ def compare(
         bool, typer.Option("--quick", help="Run a few steps on tiny sets. This shows that it works, nothing more.")
     ] = False,
 ) -> None:
-    """Train one small net with each loss of the field and evaluate it on identities never seen in training.
+    """Train one small net with each loss of the field and evaluate it on unseen identities.
 
-    The losses are softmax, contrastive (supervised and self-supervised), triplet, center loss, NormSoftmax,
-    SphereFace, CosFace, ArcFace and AdaFace. The net takes gray images of 32 × 32 pixels, so the results rank losses
-    but say little about a large net. This takes some minutes on two cores.
+    The losses are softmax, contrastive (supervised and self-supervised),
+    triplet, center loss, NormSoftmax, SphereFace, CosFace, ArcFace and
+    AdaFace. The net takes gray images of 32 × 32 pixels, so the results
+    rank losses but say little about a large net. This takes some minutes
+    on two cores.
     """
     from fused_arcface.base.extras import pyplot, require
 

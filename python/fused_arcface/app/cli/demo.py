@@ -21,8 +21,9 @@ def demo(
 ) -> None:
     """Train with the fused and with the reference head, compare them, and verify unseen identities.
 
-    Softmax, NormSoftmax and ArcFace are trained on generated identities and on handwritten digits, three times each.
-    This takes about two minutes on two cores. The exit status is 1 if fused and reference do not agree.
+    Softmax, NormSoftmax and ArcFace are trained on generated identities and
+    on handwritten digits, three times each. This takes about two minutes on
+    two cores. The exit status is 1 if fused and reference do not agree.
     """
     from fused_arcface.base.extras import pyplot, require
 
