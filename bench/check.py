@@ -1,5 +1,4 @@
-"""Compare this machine's ratios with bench/baseline.json: exit status 1 if ours has become slower or larger than it
-was.
+"""Compare this machine's ratios with bench/baseline.json; exit status 1 if the package became slower or larger.
 
     python bench/check.py             compare
     python bench/check.py --update    record
@@ -36,14 +35,14 @@ SLACK = {"time": 0.0, "memory": 0.05}
 
 
 def kind_of(device: torch.device) -> str:
-    """What a baseline belongs to: the GPU's name, or the instruction set in use and the number of threads."""
+    """Return the key of a baseline: the GPU's name, or the instruction set in use and the number of threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{backends.load('cpu').isa()}, {torch.get_num_threads()} threads"
 
 
 def ratios_of(report: Report) -> dict[str, float]:
-    """By name, "time …" and "memory …": each of our measurements as a multiple of its yardstick."""
+    """Return each of our measurements as a multiple of its yardstick, by name, "time …" and "memory …"."""
     products = {(each.case, each.pass_name): each for each in report.measurements if each.provider == "products"}
     ratios = {}
     for each in report.measurements:
@@ -59,7 +58,7 @@ def ratios_of(report: Report) -> dict[str, float]:
 
 
 def regressions(measured: dict[str, float], baseline: dict[str, float]) -> list[str]:
-    """A line for each ratio that exceeds its baseline by more than the tolerance, and for each that is missing."""
+    """Return a line for each ratio that exceeds its baseline by more than the tolerance, and for each missing one."""
     lines = [f"{name}: no longer measured" for name in baseline if name not in measured]
     for name, ratio in measured.items():
         before, kind = baseline.get(name), name.split()[0]
@@ -69,12 +68,12 @@ def regressions(measured: dict[str, float], baseline: dict[str, float]) -> list[
 
 
 def measure(device: torch.device) -> dict[str, float]:
-    """This machine's ratios now.
+    """Measure this machine's ratios.
 
     Raises:
-        SystemExit: a result is wrong.
+        SystemExit: if a result is wrong.
     """
-    providers = [each for each in select(["ours", "products"]) if each.backend != "reference"]
+    providers = [each for each in select(["ours", "products"]) if each.is_fused or not each.is_ours]
     cases = CUDA_CASES if device.type == "cuda" else CPU_CASES
     report = run_benchmark(cases, providers, device, seconds=6.0)
     for skip in report.skips:
@@ -84,6 +83,7 @@ def measure(device: torch.device) -> dict[str, float]:
 
 
 def main() -> int:
+    """Compare or record; return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--update", action="store_true", help="record this machine's ratios as its baseline")
     update = parser.parse_args().update

@@ -23,11 +23,13 @@ SHAPES = (
 
 @pytest.fixture
 def device() -> torch.device:
+    """Return the device to measure on."""
     return DEVICE
 
 
 @pytest.fixture(params=SHAPES, ids=str)
 def case(request: pytest.FixtureRequest) -> Iterator[Case]:
+    """Yield each shape."""
     yield request.param
     if DEVICE.type == "cuda":
         torch.cuda.empty_cache()
@@ -35,12 +37,13 @@ def case(request: pytest.FixtureRequest) -> Iterator[Case]:
 
 @pytest.fixture
 def inputs(case: Case, device: torch.device) -> Inputs:
+    """Make the inputs of a shape."""
     return make_inputs(case, device)
 
 
 @pytest.fixture(autouse=True)
 def group_by_shape(request: pytest.FixtureRequest) -> None:
-    """One table of pytest-benchmark for each shape and test, so that what stands together can be compared."""
+    """Make one table of pytest-benchmark for each shape and test, so that its rows can be compared."""
     if {"benchmark", "case"} <= set(request.fixturenames):
         passes = request.getfixturevalue("pass_name") if "pass_name" in request.fixturenames else ""
         group = f"{request.node.originalname}: {request.getfixturevalue('case')} {passes}".strip()

@@ -1,4 +1,4 @@
-"""The GPU part of gpu_verify.sh: our GPU backends and the peers at the sizes that matter, right before fast.
+"""The GPU part of gpu_verify.sh: measure our GPU backends and the peers at the sizes that matter.
 
     python bench/gpu_benchmark.py FOLDER [SECONDS]
 
@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 from fused_arcface.app.benchmark.cases import Case
+from fused_arcface.app.benchmark.names import is_ours
 from fused_arcface.app.benchmark.providers import Provider, select
 from fused_arcface.app.benchmark.report import FIELDS, Report, write_csv, write_json
 from fused_arcface.app.benchmark.runner import run_benchmark
@@ -34,7 +35,7 @@ CASES = (
 
 
 def _algorithms() -> list[Provider]:
-    """The Triton backend with each algorithm made to run; ``fused_arcface`` is the one that configs.pick takes."""
+    """Return the Triton backend with each algorithm forced; ``fused_arcface`` is the one that configs.pick takes."""
     (ours,) = select(["fused_arcface"], "triton")
     return [
         dataclasses.replace(ours, name=f"fused_arcface-{name}", environment={"FUSED_ARCFACE_TRITON_ALGORITHM": name})
@@ -52,12 +53,14 @@ def _write(report: Report, folder: Path) -> None:
 
 
 def main() -> None:
+    """Measure each case until the time is over."""
     folder, budget = Path(sys.argv[1]), float(sys.argv[2]) if len(sys.argv) > 2 else 120.0
     folder.mkdir(parents=True, exist_ok=True)
     device = torch.device("cuda")
     arch = 10 * torch.cuda.get_device_capability()[0] + torch.cuda.get_device_capability()[1]
     peers = select(["insightface", "insightface-tf32", "insightface-fp16", "eager", "products"])
-    ours = [each for backend in ("triton", "cuda") for each in select(["fused_arcface", "fused_arcface-tf32"], backend)]
+    every = select(["fused_arcface", "fused_arcface-tf32"])
+    ours = [each for each in every if each.is_fused and each.backend != "cpu"]
     providers = [*ours, *_algorithms(), *peers]
     end = time.monotonic() + budget
     whole: Report | None = None
@@ -71,14 +74,14 @@ def main() -> None:
         found = [each for each in whole.measurements if each.case == case]
         for each in sorted(found, key=lambda each: (each.pass_name, each.ms)):
             extra = "" if each.peak_bytes is None else f"  {each.peak_bytes / 1e6:9,.0f} MB beyond"
-            name = f"{each.provider} ({each.backend})"
+            name = each.label
             print(f"  {each.pass_name:8}{name:32}{each.ms:10.3f} ms {each.ps_per_logit:8.2f} ps a logit{extra}")
         for skip in whole.skips:
             if skip.case in (case, None):
                 print(f"  {skip.provider} ({skip.backend}): {skip.reason}")
         sys.stdout.flush()
     wrong = [] if whole is None else [skip for skip in whole.skips if skip.reason.startswith("wrong")]
-    if any(skip.provider.startswith("fused_arcface") for skip in wrong):
+    if any(is_ours(skip.provider) for skip in wrong):
         sys.exit("a result of this package is wrong: see above")
 
 

@@ -1,4 +1,4 @@
-"""Memory of a training step over millions of identities, the class centers' construction included, on one CPU.
+"""Measure the memory of a training step over millions of identities on one CPU, construction of the centers included.
 
     python bench/many_identities.py                                   a million classes; insightface's operations beside
     python bench/many_identities.py --classes 8000000 --kinds bfloat16/int8 --steps 1
@@ -31,13 +31,13 @@ _LR, _WEIGHT_DECAY = 0.1, 5e-4
 
 
 def resident(name: str) -> int:
-    """``VmRSS`` or its peak ``VmHWM``, bytes. Of this process: ru_maxrss would count the one that started it, too."""
+    """Return ``VmRSS`` or its peak ``VmHWM`` of this process in bytes; ru_maxrss would count the parent, too."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
 
 
 def exact_loss(x: torch.Tensor, weight: torch.Tensor, y: torch.Tensor, margin: fa.ArcFace) -> float:
-    """In fp64, over chunks of so few classes that they do not count in the peak."""
+    """Return the loss in fp64, over chunks of so few classes that they do not count in the peak."""
     unit, negatives = F.normalize(x.double()), torch.full((len(y),), -torch.inf, dtype=torch.float64)
     for start in range(0, len(weight), 1024):
         logits = 64 * unit @ F.normalize(weight[start : start + 1024].double()).T
@@ -49,7 +49,7 @@ def exact_loss(x: torch.Tensor, weight: torch.Tensor, y: torch.Tensor, margin: f
 
 @torch.no_grad()
 def run(kind: str, C: int, D: int, N: int, steps: int) -> dict[str, Any]:
-    """What is measured of ``"float32/int8"`` and its like, centers and momentum, or of ``"insightface"``."""
+    """Measure one kind: dtypes of centers and momentum such as ``"float32/int8"``, or ``"insightface"``."""
     torch.manual_seed(0)
     x, y = torch.randn(N, D, requires_grad=True), torch.randint(0, C, (N,))
     before, start = resident("VmRSS"), time.perf_counter()
@@ -98,8 +98,9 @@ def run(kind: str, C: int, D: int, N: int, steps: int) -> dict[str, Any]:
 
 
 def main() -> None:
+    """Measure each kind in a process of its own."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--classes", type=int, default=1_000_000)
+    parser.add_argument("--classes", type=int, default=1_000_000, help="number of class centers C; default %(default)s")
     parser.add_argument("--dim", type=int, default=512)
     parser.add_argument("--rows", type=int, default=64)
     parser.add_argument("--steps", type=int, default=2, help="the first one also meets fresh memory")

@@ -1,9 +1,8 @@
-"""The tests in several processes at once, on a machine that has pytest and perhaps none of its plugins.
+"""Run the tests in several processes at once, on a machine that has pytest and perhaps none of its plugins.
 
     python bench/parallel_tests.py FOLDER PROCESSES PYTEST-ARGUMENTS...
 
-A file of tests that needs a package which is not here is named and left out. FOLDER gets a log and a JUnit file of each
-process.
+A test file that needs a missing package is named and left out. Each process writes a log and a JUnit file to FOLDER.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ PYTEST = [sys.executable, "-m", "pytest", "-o", "addopts=", "-p", "no:cacheprovi
 
 
 def missing_packages(path: Path) -> set[str]:
-    """Those that a file imports at its head and that are not installed."""
+    """Return the packages that a file imports at its top and that are not installed."""
     names = set()
     for node in ast.parse(path.read_text()).body:
         if isinstance(node, ast.Import):
@@ -33,6 +32,7 @@ def missing_packages(path: Path) -> set[str]:
 
 
 def main() -> int:
+    """Run the tests; return the exit status."""
     folder, processes, arguments = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3:]
     folder.mkdir(parents=True, exist_ok=True)
     left_out = []

@@ -1,4 +1,4 @@
-"""Whole passes of the head, ours and the peers', each checked against fp64 first."""
+"""Time whole passes of the head, ours and the peers', each checked against fp64 first."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from fused_arcface.app.benchmark.truth import error_of, truth
 
 @pytest.fixture(params=all_providers(), ids=str)
 def provider(request: pytest.FixtureRequest, case: Case, device: torch.device) -> Provider:
+    """Return each provider that can run the case."""
     reason = request.param.reason_against(case, device)
     if reason is not None:
         pytest.skip(reason)
@@ -21,6 +22,7 @@ def provider(request: pytest.FixtureRequest, case: Case, device: torch.device) -
 
 @pytest.mark.parametrize("pass_name", list(PASSES))
 def test_head(benchmark, provider: Provider, case: Case, inputs: Inputs, pass_name: str, device: torch.device) -> None:
+    """Time one pass."""
     backward = PASSES[pass_name]
     with provider.settings():
         run = provider.open(inputs)

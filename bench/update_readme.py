@@ -1,4 +1,4 @@
-"""Put measured tables into README.md and bench/README.md, between their markers, from what lies under bench/results/.
+"""Put measured tables from bench/results/ into README.md and bench/README.md, between their markers.
 
     python bench/update_readme.py            write
     python bench/update_readme.py --check    exit status 1 if a file would change
@@ -27,6 +27,7 @@ from typing import Any
 
 from fused_arcface.app.benchmark import cost_model, plots
 from fused_arcface.app.benchmark.cases import PASSES, Case
+from fused_arcface.app.benchmark.names import is_ours, label
 from fused_arcface.app.benchmark.report import Measurement, Report, read_report
 
 BENCH = Path(__file__).resolve().parent
@@ -51,7 +52,7 @@ def _table(heads: list[str], rows: list[list[str]], left: tuple[int, ...] = (0,)
 
 
 def _provenance(measured: dict[str, Any]) -> str:
-    """Of a report's context, or of a row, which has the same."""
+    """Return the origin of a report, given its context or a row, which has the same."""
     return f"{measured['device']}; torch {measured['torch']}; commit {measured['commit']}, {measured['date'][:10]}."
 
 
@@ -109,7 +110,7 @@ def providers(report: Report) -> str:
     rows = []
     for each in both:
         forward = found["fwd"][each.provider, each.backend]
-        name = f"{each.provider} ({each.backend})" if each.is_ours else each.provider
+        name = each.label
         figures = [_number(forward.ms), f"{forward.ms / ours_forward.ms:.2f}", _number(each.ms)]
         share = report.share_of_ceiling(each)
         figures += [f"{each.ms / ours.ms:.2f}", "—" if share is None else f"{share:.0%}"]
@@ -132,35 +133,38 @@ def providers(report: Report) -> str:
 
 
 def shapes(report: Report) -> str:
+    """Return the milliseconds of every shape, a column for each of a few providers."""
     columns = ("fused_arcface", "eager", "compiled", "insightface", "pytorch-metric-learning", "products")
     rows = []
     for case in dict.fromkeys(each.case for each in _fwd_bwd(report)):
         fastest: dict[str, float] = {}
         for each in _fwd_bwd(report):
-            if each.case == case and not (each.provider == "fused_arcface" and each.backend == "reference"):
+            if each.case == case and (each.is_fused or not each.is_ours):
                 fastest[each.provider] = min(each.ms, fastest.get(each.provider, each.ms))
         rows.append([str(case), *(_number(fastest[name]) if name in fastest else "—" for name in columns)])
     return "\n".join(["Milliseconds, forward + backward.", "", *_table(["", *columns], rows)])
 
 
 def capacity(folder: Path) -> str:
+    """Return the most identities within a memory budget."""
     found = sorted(json.loads((folder / "capacity.json").read_text()), key=lambda row: -row["max_C"])
     first = found[0]
     budget = f"{first['budget_bytes'] / 2**30:g} GiB"
     what = f"A training step (N={first['N']}, D={first['D']}, SGD with momentum) within {budget}"
     heads = ["head", "centers", "momentum", "most identities", "÷ best peer", "bytes for each", "step, ms", ""]
-    peer = max((row["max_C"] for row in found if not row["recipe"].startswith("fused_arcface")), default=None)
+    peer = max((row["max_C"] for row in found if not is_ours(row["recipe"])), default=None)
     rows = []
     for row in found:
         step = "—" if row["step_ms"] is None else _number(row["step_ms"])
         ratio = "—" if peer is None else f"{row['max_C'] / peer:.2f}"
-        name = f"{row['recipe']} ({row['backend']})" if row["recipe"].startswith("fused_arcface") else row["recipe"]
+        name = label(row["recipe"], row["backend"])
         figures = [f"{row['max_C']:,}", ratio, _number(row["bytes_per_class"]), step, row["how"]]
         rows.append([name, row["weight_dtype"], row["momentum_dtype"], *figures])
     return "\n".join([f"{what}. {_provenance(first)}", "", *_table(heads, rows, left=(0, 1, 2, 7))])
 
 
 def ranks(folder: Path) -> str:
+    """Return the cost model beside runs on several processes."""
     found = json.loads((folder / "ranks.json").read_text())
     heads = ["ranks", "N", "identities", "predicted, ms", "measured, ms", "measured ÷ predicted", "limited by"]
     rows = []
@@ -172,11 +176,13 @@ def ranks(folder: Path) -> str:
 
 
 def pictures(folder: Path, file: Path) -> str:
+    """Return links to the run's pictures."""
     found = [folder / name for name in _PICTURES if (folder / name).exists()]
     return "\n\n".join(f"![{path.stem.replace('_', ' ')}]({os.path.relpath(path, file.parent)})" for path in found)
 
 
 def model(name: str, file: Path, write: bool) -> str:
+    """Return the cost model of many devices, and draw it if ``write``."""
     device = cost_model.H200 if name == "H200" else cost_model.Device.from_report(RESULTS / name)
     parts = []
     for storage in (cost_model.FUSED_BF16_INT8, cost_model.SGD_FP32):
@@ -189,7 +195,7 @@ def model(name: str, file: Path, write: bool) -> str:
 
 
 def block(kind: str, name: str, file: Path, write: bool) -> str:
-    """The Markdown of one block; a line that says so where nothing has been measured yet."""
+    """Return the Markdown of one block; a line that says so if nothing has been measured yet."""
     folder = RESULTS / name
     if kind == "model" and name == "H200":
         return model(name, file, write)
@@ -213,6 +219,7 @@ def block(kind: str, name: str, file: Path, write: bool) -> str:
 
 
 def main() -> int:
+    """Write or check every block; return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="change nothing, exit 1 if something would change")
     check = parser.parse_args().check

@@ -1,4 +1,4 @@
-"""Time of a step with each margin of the wider family beside ArcFace's, taken in turn, on the machine's CPU.
+"""Time a step with each margin of the wider family beside ArcFace's, in turn, on the machine's CPU.
 
     python bench/wider_margins.py                             N = 256, D = 512, a hundred thousand class centers, fp32
     python bench/wider_margins.py --centers 20000 --seconds 20
@@ -21,7 +21,7 @@ BASE = "ArcFace"
 
 
 def variants() -> dict[str, dict[str, Any]]:
-    """Options of the loss, by name."""
+    """Return options of the loss, by name."""
     return {
         BASE: {"margin": fa.ArcFace()},
         "AdaFace": {"margin": fa.AdaFace(0.4)},
@@ -36,7 +36,7 @@ def variants() -> dict[str, dict[str, Any]]:
 
 
 def step(options: dict[str, Any], rows: int, centers: int, dim: int) -> Timed:
-    """Forward and backward of one variant on the CPU kernel."""
+    """Make a step, forward and backward, of one variant on the CPU kernel."""
     generator = torch.Generator().manual_seed(0)
     classes = options.get("sub_centers", 1)
     x = torch.randn(rows, dim, generator=generator, requires_grad=True)
@@ -51,6 +51,7 @@ def step(options: dict[str, Any], rows: int, centers: int, dim: int) -> Timed:
 
 
 def main() -> None:
+    """Print a row for each margin."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=256, help="N")
     parser.add_argument("--centers", type=int, default=100_000, help="rows of weight")

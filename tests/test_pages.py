@@ -90,7 +90,9 @@ def test_python_blocks_run(
 
 
 def test_only_lines_for_gpus_are_left_out() -> None:
-    left_out = [block for name in NAMES for block in re.findall(r"^```python .*?\n(.*?)^```", text_of(name), re.S | re.M)]
+    left_out = [
+        block for name in NAMES for block in re.findall(r"^```python .*?\n(.*?)^```", text_of(name), re.S | re.M)
+    ]
     assert len(left_out) == 1 and all('"cuda"' in block for block in left_out)
 
 

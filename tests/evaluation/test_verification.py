@@ -211,3 +211,19 @@ def test_the_distance_decides() -> None:
     pairs = Pairs(torch.tensor([0, 0]), torch.tensor([1, 2]), torch.tensor([True, False]))
     assert tar_at_far(pairs.same, pair_scores(embeddings, pairs, Cosine()), 0) == 1
     assert tar_at_far(pairs.same, pair_scores(embeddings, pairs, Euclidean()), 0) == 0
+
+
+def test_scores_may_be_tensors_of_any_kind() -> None:
+    """Tensors with a gradient or in bf16 give what lists give."""
+    same, scores = [True, False] * 10, [0.5, 0.25] * 9 + [0.125, 0.75]
+    expected = verify_scores(same, scores)
+    for dtype in (torch.float64, torch.bfloat16):  # the scores are exact in both
+        found = verify_scores(torch.tensor(same), torch.tensor(scores, dtype=dtype, requires_grad=True))
+        assert found.tar == expected.tar and found.eer == expected.eer and found.accuracy == expected.accuracy
+
+
+def test_shapes_that_do_not_fit_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"same and scores must be \(P,\); got \(2,\) and \(3,\)"):
+        verify_scores([True, False], [0.1, 0.2, 0.3])
+    with pytest.raises(ValueError, match=r"embeddings and labels must be \(M, D\) and \(M,\); got \(6, 2\) and \(5,\)"):
+        verify(torch.randn(6, 2), torch.tensor([0, 0, 1, 1, 2]))

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..base.precision import allows_tf32
 from ..engine.ops import CenterStep
 from . import native, nvidia
 
@@ -59,18 +60,7 @@ def _precision(embeddings: Tensor, weight: Tensor) -> str:
     """The precision of the products; what it keeps of the operands is what they are stored with, but for tf32."""
     if embeddings.dtype == weight.dtype != torch.float32:
         return "bfloat16" if weight.dtype == torch.bfloat16 else "float16"
-    return "tf32" if _allows_tf32() else "float32"
-
-
-def _allows_tf32() -> bool:
-    """Return what torch is told of fp32 products: by ``fp32_precision`` where it has that, else by the older setting.
-
-    The older one cannot be read once the newer was written.
-    """
-    newer = [getattr(each, "fp32_precision", None) for each in (torch.backends.cuda.matmul, torch.backends)]
-    if newer[0] is None:  # torch 2.8
-        return torch.get_float32_matmul_precision() != "highest"
-    return next((each for each in newer if each not in (None, "none")), "ieee") == "tf32"
+    return "tf32" if allows_tf32() else "float32"
 
 
 _Run = Callable[[tuple[int, int, int], int, tuple[int, int]], int]

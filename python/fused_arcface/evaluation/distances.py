@@ -1,7 +1,7 @@
-"""Distances between embeddings: what ``verify`` and ``identify`` compare with. Smaller means more alike.
+"""Distances between embeddings, for ``verify`` and ``identify``. Smaller means more alike.
 
-Each is a map of single embeddings (:meth:`Distance.transform`: a normalization, a whitening) followed by a Minkowski
-distance or an inner product of what it gives; so that searching, on whatever engine, needs to know only those two.
+Each distance maps single embeddings (:meth:`Distance.transform`: a normalization, a whitening) and then takes a
+Minkowski distance or an inner product. A search engine needs to know only those two.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ NAMES = ("cosine", "euclidean", "p-norm", "inner-product", "mahalanobis")
 
 @dataclass(frozen=True)
 class Distance:
-    """A distance; its subclasses are the ones to use.
+    """Base class of the distances; use its subclasses.
 
     >>> x, y = torch.tensor([[3.0, 4.0]]), torch.tensor([[0.0, 0.0], [3.0, 0.0]])
     >>> Euclidean()(x, y[1:])
@@ -31,18 +31,18 @@ class Distance:
 
     @property
     def p(self) -> float | None:
-        """Of the Minkowski distance between transformed embeddings; None for their inner product."""
+        """Order of the Minkowski distance between transformed embeddings; None for their inner product."""
         return 2.0
 
     def transform(self, x: Tensor) -> Tensor:
-        """What is compared of embeddings ``(M, D)``, ``(M, D)``."""
+        """Return what is compared, ``(M, D)``, of embeddings ``(M, D)``."""
         return x
 
     def __call__(self, x: Tensor, y: Tensor) -> Tensor:
-        """Distances ``(P,)`` of rows ``(P, D)`` and ``(P, D)``, one pair each.
+        """Return the distances ``(P,)`` of pairs of rows ``(P, D)`` and ``(P, D)``.
 
         Raises:
-            ValueError: shapes that differ, or are not ``(P, D)``.
+            ValueError: if the shapes differ or are not ``(P, D)``.
         """
         _check_rows(x, y)
         if x.shape != y.shape:
@@ -50,25 +50,25 @@ class Distance:
         return self.of_transformed(self.transform(x), self.transform(y))
 
     def of_transformed(self, x: Tensor, y: Tensor) -> Tensor:
-        """Distances ``(P,)`` of transformed rows ``(P, D)``."""
+        """Return the distances ``(P,)`` of pairs of transformed rows ``(P, D)``."""
         if self.p is None:
             return self._from_inner((x * y).sum(1))
         return torch.linalg.vector_norm(x - y, ord=self.p, dim=1)
 
     def matrix(self, x: Tensor, y: Tensor) -> Tensor:
-        """Distances ``(M, K)`` of each row ``(M, D)`` to each row ``(K, D)``.
+        """Return the distances ``(M, K)`` of each row ``(M, D)`` to each row ``(K, D)``.
 
         Raises:
-            ValueError: shapes other than ``(M, D)`` and ``(K, D)``.
+            ValueError: if the shapes are not ``(M, D)`` and ``(K, D)``.
         """
         _check_rows(x, y)
         return self.matrix_of_transformed(self.transform(x), self.transform(y))
 
     def matrix_of_transformed(self, x: Tensor, y: Tensor) -> Tensor:
-        """Distances ``(M, K)`` of transformed rows."""
+        """Return the distances ``(M, K)`` of transformed rows."""
         if self.p is None:
             return self._from_inner(x @ y.T)
-        # Differences, not ‖x‖² + ‖y‖² − 2⟨x, y⟩, which cancels where x and y are close: just where it matters.
+        # Differences, not ‖x‖² + ‖y‖² − 2⟨x, y⟩, which cancels where x and y are close.
         return torch.cdist(x, y, p=self.p, compute_mode="donot_use_mm_for_euclid_dist")
 
     def _from_inner(self, inner: Tensor) -> Tensor:
@@ -89,10 +89,11 @@ class PNorm(Distance):
     """``(Σ |x_i − y_i|^p)^(1/p)``, the Minkowski distance.
 
     Args:
-        order: p, at least 1; ``math.inf`` gives the greatest difference.
+        order: the order p, at least 1; ``math.inf`` gives the greatest difference.
 
     Raises:
-        ValueError: an order below 1: it would be no norm.
+        TypeError: if the order is not a number.
+        ValueError: if the order is below 1, which gives no norm.
 
     >>> PNorm(1)(torch.tensor([[1.0, 2.0]]), torch.tensor([[0.0, 4.0]]))
     tensor([3.])
@@ -157,18 +158,19 @@ class Mahalanobis(Distance):
 
     @classmethod
     def fit(cls, gallery: Tensor, shrinkage: float | None = None) -> Mahalanobis:
-        """With the covariance of a gallery's embeddings ``(M, D)``, whoever they show.
+        """Fit the covariance to a gallery's embeddings ``(M, D)``; labels are not used.
 
         ``Σ = (1 − a)·S + a·(tr S / D)·I``, S the empirical covariance (divided by M). Without shrinkage S is singular
         for M <= D, and badly conditioned long after.
 
         Args:
-            gallery: (M, D), M >= 2.
-            shrinkage: a, in [0, 1]; None chooses it by Ledoit and Wolf's formula (2004, as in scikit-learn).
+            gallery: embeddings (M, D), M >= 2.
+            shrinkage: share a of the identity, in [0, 1]; None chooses it by Ledoit and Wolf's formula (2004,
+                as in scikit-learn).
 
         Raises:
-            ValueError: a gallery of another shape, a shrinkage out of its range, or a Σ that is not positive definite.
-            MissingExtra: scikit-learn is not installed.
+            ValueError: if the gallery has another shape, the shrinkage is out of range, or Σ is not positive definite.
+            MissingExtra: if scikit-learn is not installed.
 
         >>> distance = Mahalanobis.fit(torch.tensor([[-1.0, 0], [1, 0], [0, 2], [0, -2]]), shrinkage=0.0)
         >>> distance(torch.tensor([[0.0, 0.0]]), torch.tensor([[0.0, 2.0]]))  # two over a deviation of √2
@@ -206,16 +208,16 @@ class Mahalanobis(Distance):
 def make_distance(
     name: str, *, order: float = 3.0, gallery: Tensor | None = None, shrinkage: float | None = None
 ) -> Distance:
-    """The distance of a name, as the command line spells it.
+    """Return the distance of a name, as the command line spells it.
 
     Args:
         name: one of :data:`NAMES`.
-        order: of ``"p-norm"``.
-        gallery: (M, D) that ``"mahalanobis"`` is fitted on.
-        shrinkage: of its covariance, see :meth:`Mahalanobis.fit`.
+        order: the order of ``"p-norm"``.
+        gallery: embeddings (M, D) that ``"mahalanobis"`` is fitted on.
+        shrinkage: shrinkage of its covariance, see :meth:`Mahalanobis.fit`.
 
     Raises:
-        ValueError: another name, or no gallery where one is needed.
+        ValueError: if the name is unknown, or a gallery is missing.
 
     >>> make_distance("p-norm", order=1)
     PNorm(order=1)

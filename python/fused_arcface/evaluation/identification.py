@@ -1,7 +1,7 @@
-"""1:N identification: who is it? Ranks, the cumulative match characteristic, and the open set.
+"""1:N identification (who is it?): ranks, the cumulative match characteristic, and the open set.
 
-A gallery holds known people; a probe is mated when its identity is in the gallery. Of the images of one identity in the
-gallery, the nearest counts.
+A gallery holds known people. A probe is mated if its identity is in the gallery. If the gallery has several images of
+an identity, the nearest counts.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ class Identification:
     num_identities: int
     """Identities in the gallery."""
     num_mated: int
-    """Probes whose identity is in the gallery."""
+    """Number of probes with an identity that is in the gallery."""
     num_unmated: int
-    """Probes whose identity is not."""
+    """Number of probes with another identity."""
     engine: str
-    """Who searched: ``"torch"`` or ``"faiss"``."""
+    """The library that searched: ``"torch"`` or ``"faiss"``."""
 
     def rank(self, r: int) -> float:
-        """Rank-r identification rate; with fewer identities than r it is that of the last rank."""
+        """Return the rank-r identification rate; with fewer identities than r, that of the last rank."""
         return float(self.cmc[min(r, len(self.cmc)) - 1])
 
 
@@ -62,19 +62,19 @@ def identify(
     """Search every probe in a gallery.
 
     Args:
-        gallery: (G, D).
-        gallery_labels: (G,) int64.
-        probes: (N, D).
-        probe_labels: (N,) int64; one that is not among ``gallery_labels`` is not mated.
-        distance: that embeddings are compared by.
-        max_rank: last rank of the curve; the number of identities where it is more.
+        gallery: embeddings (G, D).
+        gallery_labels: identities (G,) int64.
+        probes: embeddings (N, D).
+        probe_labels: identities (N,) int64; a probe with a label that is not among ``gallery_labels`` is not mated.
+        distance: distance that embeddings are compared by.
+        max_rank: last rank of the curve, at most the number of identities.
         fpirs: false positive identification rates to report.
-        engine: of the search, see :func:`fused_arcface.evaluation.nearest`.
+        engine: search engine, see :func:`fused_arcface.evaluation.nearest`.
 
     An identity at the same distance as the right one counts as nearer: embeddings that are all alike identify nobody.
 
     Raises:
-        ValueError: shapes that do not fit, no mated probe, or a rate outside [0, 1].
+        ValueError: if shapes do not fit, no probe is mated, or a rate is outside [0, 1].
 
     >>> people = torch.eye(3)
     >>> identify(people, torch.arange(3), people + 0.1, torch.arange(3)).rank(1)
@@ -92,7 +92,7 @@ def identify(
         raise ValueError("probes must hold one of the gallery's identities or more")
     _, images_of = gallery_labels.unique(return_counts=True)
     max_rank = min(max_rank, len(images_of))
-    # So many images show max_rank + 1 identities or all, so that a miss within the list is one.
+    # This many images show max_rank + 1 identities or all, so no match within max_rank is cut off.
     k = max_rank * int(images_of.max()) + 1
     distances, rows = nearest(probes, gallery, k, distance, engine)
     identities = gallery_labels[rows]
@@ -111,7 +111,7 @@ def identify(
 
 
 def _ranks(distances: Tensor, identities: Tensor, labels: Tensor) -> Tensor:
-    """Rank ``(N,)`` of the right identity in the lists ``(N, k)``, ascending; k + 1 where it is missing."""
+    """Return the rank ``(N,)`` of the right identity in the ascending lists ``(N, k)``; k + 1 where it is missing."""
     right = identities == labels[:, None]
     own = distances.masked_fill(~right, torch.inf).amin(1)
     none = torch.iinfo(torch.int64).min
@@ -123,8 +123,10 @@ def _ranks(distances: Tensor, identities: Tensor, labels: Tensor) -> Tensor:
 
 
 def _tpir(mated: Tensor, right: Tensor, unmated: Tensor, fpirs: Sequence[float]) -> dict[float, float]:
-    """From the best scores of mated ``(N,)`` and non-mated probes ``(U,)``; ``right`` where the best is the right
-    one."""
+    """Return the rates, given the best scores of mated ``(N,)`` and non-mated probes ``(U,)``.
+
+    ``right`` ``(N,)`` marks the mated probes with the right identity first.
+    """
     falsely = unmated.sort(descending=True).values
     rates = {}
     for fpir in fpirs:
@@ -141,14 +143,14 @@ def split_gallery(
     """Split labeled images into gallery and probes: rows ``(G,)`` and ``(N,)`` int64.
 
     Args:
-        labels: (M,).
-        gallery_images: of each known identity, drawn at random; the others are mated probes. An identity that has no
-            more than these is left unknown.
-        unknown: share of the identities kept out of the gallery, so that their images are non-mated probes; in [0, 1).
-        seed: of both choices.
+        labels: identities (M,).
+        gallery_images: number of images of each known identity in the gallery, drawn at random; the others are mated
+            probes. An identity without further images is left unknown.
+        unknown: share of the identities to keep out of the gallery, in [0, 1); their images are non-mated probes.
+        seed: seed of both choices.
 
     Raises:
-        ValueError: options out of range, or labels that leave no mated probe.
+        ValueError: if an option is out of range, or no mated probe is left.
 
     >>> gallery, probes = split_gallery(torch.tensor([0, 0, 1, 1]), unknown=0.5)
     >>> len(gallery), len(probes)

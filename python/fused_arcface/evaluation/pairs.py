@@ -17,22 +17,22 @@ class Pairs(NamedTuple):
     """
 
     first: Tensor
-    """(P,) int64."""
+    """Numbers of the first images, (P,) int64."""
     second: Tensor
-    """(P,) int64."""
+    """Numbers of the second images, (P,) int64."""
     same: Tensor
     """(P,) bool: both show the same identity."""
 
 
 def balanced_pairs(labels: Tensor, most: int = 20_000, seed: int = 0) -> Pairs:
-    """As many pairs of one identity as of two, in random order, none twice.
+    """Choose as many pairs of one identity as of two, in random order, none twice.
 
-    Time and memory grow with the images and the chosen pairs, not with all pairs there are.
+    Time and memory grow with the images and the chosen pairs, not with the number of all pairs.
 
     Args:
-        labels: (M,) who is on each image.
-        most: pairs of each kind at most; fewer where there are not so many.
-        seed: of the choice.
+        labels: identities (M,).
+        most: greatest number of pairs of each kind.
+        seed: seed of the choice.
 
     Raises:
         ValueError: no identity has two images, or there is only one identity.

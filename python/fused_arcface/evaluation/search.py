@@ -1,4 +1,4 @@
-"""Exact nearest neighbors: every probe against the whole gallery, block by block, by torch or by faiss."""
+"""Exact nearest neighbors: every probe against the whole gallery, block by block, with torch or faiss."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ _HELD = 2**24
 
 
 def choose_engine(engine: str, distance: Distance) -> Literal["torch", "faiss"]:
-    """Who searches: what was asked for; with ``"auto"`` faiss where it is installed and knows the distance.
+    """Return the engine to search with; ``"auto"`` takes faiss if it is installed and knows the distance.
 
     Raises:
-        ValueError: another engine, or faiss for a p-norm.
-        MissingExtra: faiss was asked for and is not installed.
+        ValueError: if the engine is unknown, or faiss does not know the distance.
+        MissingExtra: if faiss was named and is not installed.
     """
     if engine not in ("auto", "torch", "faiss"):
         raise ValueError(f"engine must be auto, torch or faiss; got {engine!r}")
@@ -36,6 +36,7 @@ def choose_engine(engine: str, distance: Distance) -> Literal["torch", "faiss"]:
 
 
 def faiss_installed() -> bool:
+    """Return whether faiss is installed."""
     return importlib.util.find_spec("faiss") is not None
 
 
@@ -43,21 +44,22 @@ def faiss_installed() -> bool:
 def nearest(
     probes: Tensor, gallery: Tensor, k: int, distance: Distance, engine: Engine = "auto"
 ) -> tuple[Tensor, Tensor]:
-    """The k nearest of a gallery for each probe, none missed.
+    """Find the k nearest of a gallery for each probe, exactly.
 
     Args:
-        probes: (N, D).
-        gallery: (G, D), G >= 1.
-        k: at least 1; G where it is more.
-        distance: see :mod:`fused_arcface.evaluation.distances`.
-        engine: ``"torch"``, ``"faiss"`` (IndexFlat, on the CPU), or ``"auto"``: see :func:`choose_engine`.
+        probes: embeddings (N, D).
+        gallery: embeddings (G, D), G >= 1.
+        k: number of neighbors, at least 1; at most G are found.
+        distance: distance to compare by, see :mod:`fused_arcface.evaluation.distances`.
+        engine: library to search with: ``"torch"``, ``"faiss"`` (IndexFlat, on the CPU), or ``"auto"``, see
+            :func:`choose_engine`.
 
     Returns:
-        Distances ``(N, k)``, ascending, and rows of the gallery ``(N, k)`` int64. Both engines' distances are computed
-        anew for the chosen rows from differences, so that they agree to rounding.
+        Distances ``(N, k)``, ascending, and rows of the gallery ``(N, k)`` int64. The distances of the
+        chosen rows are computed anew from differences, so both engines agree to rounding.
 
     Raises:
-        ValueError: wrong shapes, k or engine, or embeddings that are not finite.
+        ValueError: if shapes, k or engine are wrong, or embeddings are not finite.
 
     >>> from fused_arcface.evaluation import Euclidean
     >>> nearest(torch.tensor([[1.0]]), torch.tensor([[5.0], [2.0], [0.5]]), 2, Euclidean())

@@ -16,7 +16,7 @@ from fused_arcface.app.measure.child import Child
 def test_a_trial_cannot_take_more_than_its_budget(child: Child) -> None:
     if not memory.can_measure(CPU):
         pytest.skip("this system does not limit a process's data")
-    (recipe,) = (r for r in capacity.recipes() if r.key == ("fused_arcface", "cpu", "float32", "float32"))
+    (recipe,) = (r for r in capacity.setups() if r.key == ("fused_arcface", "cpu", "float32", "float32"))
     shape = (8, 200_000, 64)  # 51 MB of class centers; with gradient, momentum and decay 205 MB
     trial = capacity.try_step(recipe, shape, CPU, 2**28, child)
     assert trial is not None and 3 * 51.2e6 < trial.peak_bytes < 2**28
@@ -28,7 +28,7 @@ def test_a_trial_cannot_take_more_than_its_budget(child: Child) -> None:
 def test_an_update_in_the_backward_needs_no_gradient(child: Child) -> None:
     if not memory.can_measure(CPU):
         pytest.skip("this system does not let a process reset its peak of resident memory")
-    (recipe,) = (r for r in capacity.recipes() if r.key == ("fused_arcface + CenterSGD", "cpu", "bfloat16", "int8"))
+    (recipe,) = (r for r in capacity.setups() if r.key == ("fused_arcface + CenterSGD", "cpu", "bfloat16", "int8"))
     trial = capacity.try_step(recipe, (8, 200_000, 64), CPU, 2**28, child)
     assert trial is not None
     # Two bytes of a class center, one and a sixteenth of its momentum.
@@ -70,7 +70,7 @@ def test_capacity_goes_on_with_an_interrupted_run(monkeypatch: pytest.MonkeyPatc
     """The first run ends after one recipe was verified; the second verifies the other and repeats nothing."""
     tried: list[tuple[str, int]] = []
 
-    def step(recipe: capacity.Recipe, shape: tuple[int, int, int], *_: object) -> capacity.Trial:
+    def step(recipe: capacity.TrainingSetup, shape: tuple[int, int, int], *_: object) -> capacity.Trial:
         if tried and recipe.key != tried[0][0] and shape[1] > 10_000:
             raise KeyboardInterrupt
         tried.append((recipe.key, shape[1]))

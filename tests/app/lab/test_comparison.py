@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import inspect
 import itertools
 import json
 from dataclasses import replace
@@ -18,16 +19,19 @@ pytest.importorskip("sklearn")
 pytest.importorskip("pytorch_metric_learning")
 pytest.importorskip("matplotlib")
 
+import fused_arcface as fa
 from fused_arcface.app.cli import run
+from fused_arcface.app.cli.compare import compare
 from fused_arcface.app.data import LabeledImages, identity_images
 from fused_arcface.app.lab import comparison
 from fused_arcface.app.lab.batches import identity_batches, random_view, two_view_batches
 from fused_arcface.app.lab.comparison import run_comparison
 from fused_arcface.app.lab.comparison_pictures import draw_pictures
-from fused_arcface.app.lab.comparison_record import ROC_FARS, ComparisonError, Folder, Row
 from fused_arcface.app.lab.criteria import criteria
 from fused_arcface.app.lab.losses import CenterLossHead, contrastive, triplet_batch_hard, triplet_semi_hard
-from fused_arcface.app.lab.plan import QUICK
+from fused_arcface.app.lab.plans import QUICK_COMPARISON as QUICK
+from fused_arcface.app.lab.plans import comparison_plan
+from fused_arcface.app.lab.record import ROC_FARS, ComparisonError, Folder, Row
 
 EMBEDDINGS = torch.randn(12, 5, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
 LABELS = torch.tensor([0, 0, 0, 1, 1, 2, 2, 2, 3, 3, 4, 4])
@@ -140,7 +144,7 @@ class Quiet:
     def step(self, loss: float) -> None:
         pass
 
-    def finished(self, row: Row) -> None:
+    def ended(self, name: str, first_loss: float, last_loss: float, steps: int, seconds: float) -> None:
         if self.rows is not None:
             self.rows -= 1
             if self.rows == 0:
@@ -161,23 +165,23 @@ def no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_an_interrupted_run_goes_on(tmp_path: Path) -> None:
     plan = replace(QUICK, seeds=(0, 1))
     with pytest.raises(KeyboardInterrupt):
-        run_comparison(plan, tmp_path / "a", Quiet(rows=4), NAMES)
+        run_comparison(plan, Folder(tmp_path / "a", plan), Quiet(rows=4), NAMES)
     assert len(list((tmp_path / "a" / "rows").glob("*.json"))) == 4
     rest = Quiet()
-    resumed = run_comparison(plan, tmp_path / "a", rest, NAMES)
+    resumed = run_comparison(plan, Folder(tmp_path / "a", plan), rest, NAMES)
     assert rest.trainings == 2 + 3  # two rows were missing, and the two-dimensional nets
-    whole = run_comparison(plan, tmp_path / "b", Quiet(), NAMES)
+    whole = run_comparison(plan, Folder(tmp_path / "b", plan), Quiet(), NAMES)
     for a, b in zip(resumed.rows, whole.rows, strict=True):
         timeless = {"seconds": 0.0, "head_milliseconds": 0.0, "peak_bytes": 0}
         assert replace(a, **timeless) == replace(b, **timeless)
     assert [row.criterion for row in whole.rows] == [name for name in NAMES for _ in plan.seeds]
     again = Quiet()
-    run_comparison(plan, tmp_path / "a", again, NAMES)
+    run_comparison(plan, Folder(tmp_path / "a", plan), again, NAMES)
     assert again.trainings == 0
     with pytest.raises(ComparisonError, match="holds another comparison"):
-        run_comparison(replace(plan, seeds=(0,)), tmp_path / "a", Quiet(), NAMES)
-    with pytest.raises(ValueError, match=r"criteria must be among softmax, .*; got hinge"):
-        run_comparison(plan, tmp_path / "c", Quiet(), ("hinge",))
+        Folder(tmp_path / "a", replace(plan, seeds=(0,)))
+    with pytest.raises(ValueError, match=r"criteria must be among softmax; .*; got hinge"):
+        run_comparison(plan, Folder(tmp_path / "c", plan), Quiet(), ("hinge",))
 
     _check_figures(whole.rows)
     pictures = draw_pictures(whole, tmp_path)
@@ -240,3 +244,43 @@ def test_files_are_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert "batch_size must be <= the number of images 42; got 64" in capsys.readouterr().err
     assert run(["compare", "--data", str(tmp_path / "nobody"), "--output", str(tmp_path / "new2")]) == 1
     assert run(["compare", "--criteria", "hinge"]) == 2
+
+
+PLAN_BEFORE = {
+    "seeds": [0],
+    "recipe": {"steps": 8, "batch_size": 32, "learning_rate": 0.02, "warm_up": 0.25, "weight_decay": 5e-4},
+    "toy": {"steps": 5, "batch_size": 16, "learning_rate": 0.01, "warm_up": 0.25, "weight_decay": 5e-4},
+    "identities": 12, "samples": 8, "unseen": 8, "toy_identities": 4, "toy_samples": 6, "embedding_dim": 64,
+    "data": None, "held_out": 0.3, "image_size": 32,
+}  # fmt: skip
+"""What plan.json of ``compare --quick`` held before demo and comparison shared one plan."""
+
+
+@pytest.mark.parametrize(("change", "resumes"), [({}, True), ({"identities": 13}, False), ({"data": "x"}, False)])
+def test_a_folder_of_an_earlier_commit_is_resumed(tmp_path: Path, change: dict, resumes: bool) -> None:
+    before = {"fused_arcface": fa.__version__, "torch": torch.__version__, "plan": {**PLAN_BEFORE, **change}}
+    (tmp_path / "plan.json").write_text(json.dumps(before, indent=1) + "\n")
+    if resumes:
+        Folder(tmp_path, QUICK)
+    else:
+        with pytest.raises(ComparisonError, match="holds another comparison"):
+            Folder(tmp_path, QUICK)
+    files = comparison_plan(quick=True, data="x", seeds=1, steps=None, batch_size=None)
+    if change.get("data") == "x":  # of files, the numbers of generated identities do not matter
+        Folder(tmp_path, files)
+
+
+def test_images_of_files_are_announced_as_small_and_gray() -> None:
+    plan = comparison_plan(quick=False, data="faces", seeds=2, steps=7, batch_size=None)
+    (task,) = plan.tasks
+    assert plan.seeds == (0, 1) and (task.recipe.steps, task.recipe.batch_size) == (7, 128)
+    assert task.images.describe() == (
+        "images of faces, each brought to 32 × 32 pixels in gray; 30% of the identities held out"
+    )
+
+
+def test_the_help_lists_every_criterion_and_says_that_images_are_small_and_gray() -> None:
+    options = inspect.signature(compare, eval_str=True).parameters
+    texts = {name: option.annotation.__metadata__[0].help for name, option in options.items()}
+    assert "; ".join(criteria()) in texts["criteria"]
+    assert "32 × 32 pixels and gray" in texts["data"]

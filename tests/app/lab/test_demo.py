@@ -18,9 +18,10 @@ from fused_arcface.app.cli import run
 from fused_arcface.app.data import LabeledImages, identity_images
 from fused_arcface.app.lab import agreement, demo
 from fused_arcface.app.lab.agreement import StepAgreement, curve_broken, curve_difference
+from fused_arcface.app.lab.batches import shuffled_batches
 from fused_arcface.app.lab.heads import ReferenceHead, SoftmaxHead
-from fused_arcface.app.lab.problems import QUICK
-from fused_arcface.app.lab.steps import Recipe, one_cycle, shuffled_batches, training_steps
+from fused_arcface.app.lab.plans import QUICK_DEMO, Plan
+from fused_arcface.app.lab.training import Recipe, one_cycle, training_steps
 from fused_arcface.app.nets.small import SmallNet, embed
 
 
@@ -29,15 +30,15 @@ class Shown:
 
     def __init__(self) -> None:
         self.losses: list[float] = []
-        self.trained_: list[demo.Training] = []
+        self.names: list[str] = []
 
     def begin(self, what: str, steps: int = 0) -> None: ...
 
     def step(self, loss: float) -> None:
         self.losses.append(loss)
 
-    def trained(self, training: demo.Training) -> None:
-        self.trained_.append(training)
+    def ended(self, name: str, first_loss: float, last_loss: float, steps: int, seconds: float) -> None:
+        self.names.append(name)
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +59,7 @@ def test_writes_pictures_and_numbers(quick: tuple[Path, dict]) -> None:
     for name in ("loss_curves.png", "roc.png", "identities.png"):
         assert (folder / name).read_bytes().startswith(b"\x89PNG") and (folder / name).stat().st_size > 10_000
     assert numbers["broken"] == [] and numbers["fused_arcface"] == fa.__version__
-    assert set(numbers["problems"]) == {"digits", "identities"}
+    assert list(numbers["problems"]) == ["identities", "digits"]  # the set where margins win comes first
     for found in numbers["problems"].values():
         assert all(error <= 1e-5 for error in found["agreement"]["same_embeddings_worst_relative"].values())
         assert found["agreement"]["curves_greatest_difference"] <= 1e-2
@@ -81,33 +82,35 @@ def test_time_and_memory_of_the_head_are_measured(quick: tuple[Path, dict]) -> N
 
 
 @pytest.fixture
-def small_plan(monkeypatch: pytest.MonkeyPatch) -> demo.Plan:
+def small_plan(monkeypatch: pytest.MonkeyPatch) -> Plan:
     """Identities alone, without the measurements of time and memory."""
     monkeypatch.setattr(demo, "head_costs", lambda cases, seconds: [])
-    return demo.Plan((QUICK.problems[1],), (3,), QUICK.large, 0.0)
+    return Plan((QUICK_DEMO.tasks[0],), (3,))
 
 
 @pytest.mark.slow
-def test_is_the_same_to_the_bit_and_leaves_random_state_alone(small_plan: demo.Plan) -> None:
+def test_is_the_same_to_the_bit_and_leaves_random_state_alone(small_plan: Plan) -> None:
     first, second, state = Shown(), Shown(), torch.get_rng_state()
     found = demo.run_demo(small_plan, first)
     torch.manual_seed(1)
     demo.run_demo(small_plan, second)
-    assert first.losses == second.losses and len(first.losses) == 4 * small_plan.problems[0].recipe.steps
+    assert first.losses == second.losses and len(first.losses) == 4 * small_plan.tasks[0].recipe.steps
     torch.manual_seed(0)
     assert torch.get_rng_state().equal(state)
-    assert found.broken() == [] and [each.seed for each in first.trained_] == [3] * 4
+    assert found.broken() == []
+    criteria = ("softmax", "NormSoftmax", "ArcFace", "ArcFace, reference")
+    assert first.names == [f"identities, {criterion}, seed 3" for criterion in criteria]
 
 
 @pytest.mark.slow
 def test_a_broken_bound_ends_the_command_with_an_error(
-    small_plan: demo.Plan,
+    small_plan: Plan,
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(agreement, "STEP_BOUND", 1e-12)
-    monkeypatch.setattr("fused_arcface.app.lab.problems.QUICK", small_plan)
+    monkeypatch.setattr("fused_arcface.app.lab.plans.QUICK_DEMO", small_plan)
     assert run(["demo", "--quick", "--output", str(tmp_path)]) == 1
     assert "FAILED: identities: d_weight of fused and reference differ by" in capsys.readouterr().err
     assert json.loads((tmp_path / "numbers.json").read_text())["broken"]
@@ -129,17 +132,17 @@ class WrongHead(fa.MarginHead):
 
 @pytest.mark.parametrize(("kind", "right"), [(fa.MarginHead, True), (WrongHead, False)])
 def test_step_agreement_tells_right_from_wrong(kind: type[fa.MarginHead], right: bool) -> None:
-    check = StepAgreement(kind(16, 40, scale=16.0))
-    check(torch.randn(8, 16), torch.randint(40, (8,)))
+    check, head = StepAgreement(), kind(16, 40, scale=16.0)
+    check(head, torch.randn(8, 16), torch.randint(40, (8,)))
     assert (check.broken() == []) is right
     assert check.worst()["loss"] == pytest.approx(0 if right else 1e-3, abs=1e-6)
-    assert check.head.weight.grad is None
+    assert head.weight.grad is None
 
 
 def test_a_nan_breaks_the_bounds() -> None:
-    check = StepAgreement(fa.MarginHead(16, 40))
-    check(torch.full((2, 16), torch.nan), torch.tensor([0, 1]))
-    check(torch.randn(8, 16), torch.randint(40, (8,)))
+    check, head = StepAgreement(), fa.MarginHead(16, 40)
+    check(head, torch.full((2, 16), torch.nan), torch.tensor([0, 1]))
+    check(head, torch.randn(8, 16), torch.randint(40, (8,)))
     assert len(check.broken()) == 3
     assert curve_broken(curve_difference([1.0, math.nan], [1.0, 2.0])) and not curve_broken(0.01)
     assert curve_difference([1.0] * 50 + [9.0], [1.25] * 50 + [1.0]) == 0.25  # the first steps alone
@@ -184,7 +187,12 @@ def test_steps_are_plain_training() -> None:
     optimizer, scheduler = one_cycle(parameters, recipe)
     steps = list(
         training_steps(
-            net, head, optimizer, scheduler, shuffled_batches(data, 8, 3, seed=0), lambda x, y: seen.append(x.shape)
+            net,
+            head,
+            optimizer,
+            scheduler,
+            shuffled_batches(data, 8, 3, seed=0),
+            lambda head, x, y: seen.append(x.shape),
         )
     )
     plain_net, plain_head, plain_parameters = make()

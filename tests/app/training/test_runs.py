@@ -13,7 +13,6 @@ from support.training_runs import TINY, losses, run
 from fused_arcface.app.cli import run as run_command
 from fused_arcface.app.data.folders import read_folder
 from fused_arcface.app.data.sources import FolderImages
-from fused_arcface.app.training import trainer
 from fused_arcface.app.training.events import Event, Stepped
 from fused_arcface.app.training.failures import TrainingError
 from fused_arcface.app.training.fingerprint import Fingerprint

@@ -1,9 +1,9 @@
-"""Most identities that fit: the largest C whose full training step (forward, backward, SGD with momentum) stays within
-a budget.
+"""Find the most identities that fit: the largest C with a training step that stays within a budget of memory.
 
-First predicted from the bytes per class of small trials, then verified by a step close to the budget. Each trial runs
-in another process, which cannot allocate far beyond the budget: on a CPU by a limit on its data, on a GPU by torch's
-limit on its allocator. What counts is the measured peak, class centers, gradient and momentum included.
+A step is forward, backward and SGD with momentum. C is first predicted from the bytes per class of small trials, then
+verified by a step close to the budget. Each trial runs in another process, which cannot allocate far beyond the
+budget: a CPU process has a limit on its data, a GPU process torch's limit on its allocator. The measured peak counts,
+class centers, gradient and momentum included.
 """
 
 from __future__ import annotations
@@ -26,11 +26,12 @@ from ..measure import machine
 from ..measure.child import Child, ChildFailed
 from . import memory
 from .cases import REPEATED, Case, draw_centers, make_inputs
+from .names import is_ours
 from .providers import HeadRun, Provider, all_providers
 from .report import Skip, write_csv, write_json
 
-Step = Callable[[], None]
-"""One training step over the inputs that it was made for."""
+TakeStep = Callable[[], None]
+"""Takes one training step over the inputs that it was made for."""
 
 # The share of the answer by which the search may be short of the largest C.
 _PRECISION = 0.02
@@ -57,25 +58,25 @@ FIELDS = (
     "commit",
     "date",
 )
-"""Of a capacity row. ``how``: "measured" close to the budget, or "extrapolated" from the bytes per class of small
+"""The fields of a row. ``how`` is "measured" close to the budget, or "extrapolated" from the bytes per class of small
 problems."""
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """A way to take training steps: a head, the dtype of its class centers and its optimizer."""
+class TrainingSetup:
+    """A way to take training steps: a head, the dtype of its class centers, and its optimizer."""
 
     name: str
     backend: str
     weight_dtype: str
     momentum_dtype: str
-    make: Callable[[Case, torch.device], Step]
-    """Allocates inputs, class centers and what else stays between steps, the last of it in the first step."""
+    make: Callable[[Case, torch.device], TakeStep]
+    """Allocates inputs, class centers and all else that stays between steps; the first step allocates the rest."""
     reason_against: Callable[[Case, torch.device], str | None]
 
     @property
     def is_ours(self) -> bool:
-        return self.name.startswith("fused_arcface")
+        return is_ours(self.name)
 
     @property
     def key(self) -> tuple[str, str, str, str]:
@@ -88,32 +89,32 @@ class Recipe:
         return Case(N, C, D, self.weight_dtype, self.weight_dtype)
 
 
-# Of the class centers and their momentum, where the update happens in the backward.
+# Dtypes of the class centers and their momentum, where the update happens in the backward.
 _FUSED_DTYPES = tuple(itertools.product(("float32", "bfloat16"), ("float32", "bfloat16", "int8")))
 # As arcface_torch trains.
 _LR, _MOMENTUM, _WEIGHT_DECAY = 0.1, 0.9, 5e-4
 
 
-def recipes() -> tuple[Recipe, ...]:
-    """Every recipe: a head followed by torch.optim.SGD, ours and each peer's; ours with the update in its backward."""
+def setups() -> tuple[TrainingSetup, ...]:
+    """Return every setup: each head followed by torch.optim.SGD, and ours with the update in its backward."""
     plain = ("fused_arcface", "eager", "compiled", "insightface", "insightface-fp16", "pytorch-metric-learning")
     found = []
     for provider in all_providers():
-        if provider.name not in plain or provider.backend == "reference":
+        if provider.name not in plain or (provider.is_ours and not provider.is_fused):
             continue
         name, backend, reason = provider.name, provider.backend, provider.reason_against
         for dtype in ("float32", "bfloat16") if provider.is_ours else ("float32",):
-            found.append(Recipe(name, backend, dtype, dtype, _with_sgd(provider), reason))
+            found.append(TrainingSetup(name, backend, dtype, dtype, _with_sgd(provider), reason))
         for dtype, momentum in _FUSED_DTYPES if provider.is_ours else ():
             fused = _with_center_sgd(provider.backend, momentum)
-            found.append(Recipe(f"{name} + CenterSGD", backend, dtype, momentum, fused, reason))
+            found.append(TrainingSetup(f"{name} + CenterSGD", backend, dtype, momentum, fused, reason))
     return tuple(found)
 
 
-def _with_sgd(provider: Provider) -> Callable[[Case, torch.device], Step]:
-    """A provider's pass, then torch.optim.SGD over its class centers."""
+def _with_sgd(provider: Provider) -> Callable[[Case, torch.device], TakeStep]:
+    """Make steps of a provider's pass followed by torch.optim.SGD over its class centers."""
 
-    def make(case: Case, device: torch.device) -> Step:
+    def make(case: Case, device: torch.device) -> TakeStep:
         run = provider.open(make_inputs(case, device, distinct=False))
         assert isinstance(run, HeadRun)
         optimizer = torch.optim.SGD([run.weight], _LR, _MOMENTUM, weight_decay=_WEIGHT_DECAY)
@@ -130,19 +131,19 @@ def _with_sgd(provider: Provider) -> Callable[[Case, torch.device], Step]:
 
 
 class _RepeatedCenters(PartialFC):
-    """PartialFC whose initial centers cost seconds instead of minutes at 10⁷ of them."""
+    """PartialFC with repeated initial centers: drawing 10⁷ of them takes minutes."""
 
     def reset_parameters(self) -> None:
         draw_centers(self.weight, REPEATED)
 
 
-def _with_center_sgd(backend: str, momentum_dtype: str) -> Callable[[Case, torch.device], Step]:
-    """PartialFC of one shard, whose backward updates the class centers: their gradient is never stored."""
+def _with_center_sgd(backend: str, momentum_dtype: str) -> Callable[[Case, torch.device], TakeStep]:
+    """Make steps of PartialFC with one shard, which updates the class centers in its backward."""
 
-    def make(case: Case, device: torch.device) -> Step:
-        recipe = CenterSGD(_LR, _MOMENTUM, _WEIGHT_DECAY, momentum_dtype=getattr(torch, momentum_dtype))
+    def make(case: Case, device: torch.device) -> TakeStep:
+        optimizer = CenterSGD(_LR, _MOMENTUM, _WEIGHT_DECAY, momentum_dtype=getattr(torch, momentum_dtype))
         dtype = case.torch_weight_dtype
-        head = _RepeatedCenters(case.D, case.C, center_optimizer=recipe, backend=backend, device=device, dtype=dtype)
+        head = _RepeatedCenters(case.D, case.C, center_optimizer=optimizer, backend=backend, device=device, dtype=dtype)
         embeddings = torch.randn(case.N, case.D, device=device).to(dtype).requires_grad_()
         target = torch.randint(case.C, (case.N,), device=device)
 
@@ -160,7 +161,7 @@ def _with_center_sgd(backend: str, momentum_dtype: str) -> Callable[[Case, torch
 
 @dataclass(frozen=True)
 class Trial:
-    """A training step that was taken: its peak, class centers and all, and the time of its second one."""
+    """Two training steps: their peak memory, class centers included, and the time of the second."""
 
     peak_bytes: int
     step_ms: float
@@ -173,9 +174,9 @@ def try_in_this_process(
     budget_bytes: int,
     threads: int,
 ) -> tuple[int, float]:
-    """What :func:`try_step` asks its child process for: peak bytes and milliseconds of the second step."""
+    """Return peak bytes and milliseconds of the second step, for :func:`try_step` in its child process."""
     torch.set_num_threads(threads)
-    (chosen,) = (each for each in recipes() if each.key == tuple(key))
+    (chosen,) = (each for each in setups() if each.key == tuple(key))
     N, C, D = shape
     on = torch.device(device)
     chosen.make(chosen.case(8, 128, D), on)()  # libraries' code and threads are no part of the step
@@ -193,17 +194,17 @@ def try_in_this_process(
 
 
 def try_step(
-    recipe: Recipe, shape: tuple[int, int, int], device: torch.device, budget_bytes: int, child: Child
+    setup: TrainingSetup, shape: tuple[int, int, int], device: torch.device, budget_bytes: int, child: Child
 ) -> Trial | None:
-    """Two training steps of (N, C, D) in a child process; None if they need far more than the budget.
+    """Take two training steps of (N, C, D) in a child process; return None if they need far more than the budget.
 
     Raises:
-        ChildFailed: it failed for another reason than its memory.
+        ChildFailed: if it failed for another reason than its memory.
     """
     try:
         result = child.call(
             "benchmark.capacity:try_in_this_process",
-            key=recipe.key,
+            key=setup.key,
             shape=shape,
             device=str(device),
             budget_bytes=budget_bytes,
@@ -216,8 +217,7 @@ def try_step(
 
 @dataclass(frozen=True)
 class Capacity:
-    """The answer: the largest C found to fit, its bytes a class, and the step there (None where it was
-    extrapolated)."""
+    """The largest C that fits, its bytes per class, and the step there, None where it was extrapolated."""
 
     max_C: int
     bytes_per_class: float
@@ -225,10 +225,10 @@ class Capacity:
 
 
 def extrapolate(attempt: Callable[[int], Trial | None], budget_bytes: int, start: int) -> Capacity:
-    """The largest C by the bytes per class between ``start`` classes and twice as many.
+    """Extrapolate the largest C from the bytes per class between ``start`` classes and twice as many.
 
     Raises:
-        MemoryError: these do not fit.
+        MemoryError: if twice as many do not fit.
     """
     small, large = attempt(start), attempt(2 * start)
     if small is None or large is None or large.peak_bytes > budget_bytes:
@@ -238,15 +238,15 @@ def extrapolate(attempt: Callable[[int], Trial | None], budget_bytes: int, start
 
 
 def verify(attempt: Callable[[int], Trial | None], budget_bytes: int, guess: int) -> Capacity:
-    """The largest C that a trial was seen to fit with, to 2 %, searched from ``guess`` on.
+    """Search the largest C that a trial fits with, to 2 %.
 
     Args:
-        attempt: a trial of C classes, None if it took far too much.
-        budget_bytes: what C may take.
-        guess: where to look first.
+        attempt: takes a trial of C classes; returns None if it took far too much.
+        budget_bytes: memory that a trial may take.
+        guess: C of the first trial.
 
     Raises:
-        MemoryError: nothing was seen to fit.
+        MemoryError: if no trial fits.
     """
     fits, best, fails = 0, None, math.inf
     guess = int(guess * (1 - _PRECISION / 2))
@@ -280,24 +280,24 @@ def run_capacity(
     progress: Callable[[str], None] = lambda text: None,
     on_row: Callable[[list[dict[str, Any]]], object] = lambda rows: None,
 ) -> tuple[list[dict[str, Any]], list[Skip]]:
-    """A row (see :data:`FIELDS`) for each recipe that can run here, and why the others cannot.
+    """Return a row (see :data:`FIELDS`) for each setup that can run here, and the reasons why others cannot.
 
-    All recipes are extrapolated first; then each is verified, if the machine has the memory that the budget asks for.
+    All setups are extrapolated first. Then each is verified, if the machine has the memory that the budget asks for.
 
     Args:
-        device: where to train.
-        budget_bytes: for class centers, gradient, momentum and all that a step takes.
+        device: the device to train on.
+        budget_bytes: memory for class centers, gradient, momentum and all else of a step.
         N: rows of a batch.
         D: dimensions.
-        names: of recipes; all if None, ``"ours"`` for all of ours.
-        backend: of ours; all if None.
+        names: names of setups, ``"ours"`` for all of ours; all if None.
+        backend: name of the backend to measure of ours; all if None.
         earlier: rows of an interrupted run, which are kept; those that were extrapolated are verified.
-        progress: told each trial.
+        progress: told of each trial.
         on_row: called with all rows whenever one has been found.
 
     Raises:
-        ValueError: a name that no recipe has.
-        RuntimeError: this system does not tell a process's peak memory.
+        ValueError: if a name is unknown.
+        RuntimeError: if this system does not tell a process's peak memory.
     """
     if not memory.can_measure(device):
         raise RuntimeError("this system does not tell a process's peak of resident memory; Linux does")
@@ -307,50 +307,50 @@ def run_capacity(
     with Child() as child:
         chosen = _chosen(names, backend)
 
-        def attempting(recipe: Recipe) -> Callable[[int], Trial | None]:
+        def attempting(setup: TrainingSetup) -> Callable[[int], Trial | None]:
             def attempt(C: int) -> Trial | None:
-                progress(f"{recipe}: {C:,} classes")
-                return try_step(recipe, (N, C, D), device, budget_bytes, child)
+                progress(f"{setup}: {C:,} classes")
+                return try_step(setup, (N, C, D), device, budget_bytes, child)
 
             return attempt
 
-        def found(recipe: Recipe, capacity: Capacity) -> None:
-            rows[recipe.key] = _row(recipe, N, D, budget_bytes, capacity, context)
+        def found(setup: TrainingSetup, capacity: Capacity) -> None:
+            rows[setup.key] = _row(setup, N, D, budget_bytes, capacity, context)
             on_row([*rows.values()])
 
-        for recipe in chosen:
-            case = recipe.case(N, 1, D)
-            reason = recipe.reason_against(case, device)
-            if reason is None and recipe.key not in rows:
+        for setup in chosen:
+            case = setup.case(N, 1, D)
+            reason = setup.reason_against(case, device)
+            if reason is None and setup.key not in rows:
                 start = max(1024, budget_bytes // (128 * D * case.torch_weight_dtype.itemsize))
                 try:
-                    found(recipe, extrapolate(attempting(recipe), budget_bytes, start))
+                    found(setup, extrapolate(attempting(setup), budget_bytes, start))
                 except (MemoryError, ChildFailed) as error:
                     reason = str(error)
             if reason is not None:
-                skips.append(Skip(recipe.name, recipe.backend, None, reason))
-        for recipe in chosen:
-            row = rows.get(recipe.key)
+                skips.append(Skip(setup.name, setup.backend, None, reason))
+        for setup in chosen:
+            row = rows.get(setup.key)
             if row is None or row["how"] == "measured" or budget_bytes > memory.available_bytes(device):
                 continue
             try:
-                found(recipe, verify(attempting(recipe), budget_bytes, row["max_C"]))
+                found(setup, verify(attempting(setup), budget_bytes, row["max_C"]))
             except (MemoryError, ChildFailed) as error:
-                skips.append(Skip(recipe.name, recipe.backend, recipe.case(N, row["max_C"], D), str(error)))
+                skips.append(Skip(setup.name, setup.backend, setup.case(N, row["max_C"], D), str(error)))
     return [*rows.values()], skips
 
 
-def _chosen(names: Sequence[str] | None, backend: str | None) -> list[Recipe]:
-    every = recipes()
-    known = {"ours", *(recipe.name for recipe in every)}
+def _chosen(names: Sequence[str] | None, backend: str | None) -> list[TrainingSetup]:
+    every = setups()
+    known = {"ours", *(setup.name for setup in every)}
     unknown = sorted(set(names or ()) - known)
     if unknown:
         raise ValueError(f"providers must be among {', '.join(sorted(known))}; got {', '.join(unknown)}")
     return [
-        recipe
-        for recipe in every
-        if (names is None or recipe.name in names or ("ours" in names and recipe.is_ours))
-        and (backend is None or not recipe.is_ours or recipe.backend == backend)
+        setup
+        for setup in every
+        if (names is None or setup.name in names or ("ours" in names and setup.is_ours))
+        and (backend is None or not setup.is_ours or setup.backend == backend)
     ]
 
 
@@ -359,14 +359,14 @@ def _key_of(row: dict[str, Any]) -> tuple[str, str, str, str]:
 
 
 def _row(
-    recipe: Recipe, N: int, D: int, budget_bytes: int, capacity: Capacity, context: dict[str, str]
+    setup: TrainingSetup, N: int, D: int, budget_bytes: int, capacity: Capacity, context: dict[str, str]
 ) -> dict[str, Any]:
     values = {
-        "recipe": recipe.name,
-        "backend": recipe.backend,
-        "dtype": recipe.weight_dtype,
-        "weight_dtype": recipe.weight_dtype,
-        "momentum_dtype": recipe.momentum_dtype,
+        "recipe": setup.name,
+        "backend": setup.backend,
+        "dtype": setup.weight_dtype,
+        "weight_dtype": setup.weight_dtype,
+        "momentum_dtype": setup.momentum_dtype,
         "N": N,
         "D": D,
         "budget_bytes": budget_bytes,
@@ -380,16 +380,16 @@ def _row(
 
 
 def write(folder: Path, rows: list[dict[str, Any]]) -> list[Path]:
-    """Write capacity.csv and capacity.json into ``folder``; their paths."""
+    """Write capacity.csv and capacity.json into ``folder``; return their paths."""
     return [write_csv(folder / "capacity.csv", rows, FIELDS), write_json(folder / "capacity.json", rows)]
 
 
 def read(folder: Path, budget_bytes: int, device: torch.device) -> list[dict[str, Any]]:
-    """The rows that :func:`write` wrote.
+    """Return the rows that :func:`write` wrote.
 
     Raises:
-        FileNotFoundError: there are none.
-        ValueError: they are of another budget or machine.
+        FileNotFoundError: if there are none.
+        ValueError: if they are of another budget or machine.
     """
     rows: list[dict[str, Any]] = json.loads((folder / "capacity.json").read_text(encoding="utf-8"))
     here = {"budget_bytes": budget_bytes, "device": machine.device_name(device), "torch": torch.__version__}

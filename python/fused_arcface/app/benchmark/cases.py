@@ -30,7 +30,7 @@ class Case:
 
     @property
     def weight_bytes(self) -> int:
-        """Of the class centers, and of their gradient."""
+        """Size of the class centers, and of their gradient."""
         return self.C * self.D * self.torch_weight_dtype.itemsize
 
     def __str__(self) -> str:
@@ -88,12 +88,12 @@ NAMES = ("quick", "full", "scaling")
 
 
 def cases_named(name: str, device_type: str) -> tuple[Case, ...]:
-    """The cases of a name in :data:`NAMES`, chosen for a kind of device.
+    """Return the cases of a name in :data:`NAMES` for a type of device, fewest classes first.
 
-    Fewest classes come first: what runs out of memory in a series need not be tried at more.
+    A provider that runs out of memory in a series need not be tried at more classes.
 
     Raises:
-        ValueError: an unknown name.
+        ValueError: if the name is unknown.
 
     >>> [str(case) for case in cases_named("quick", "cpu")]
     ['N=64 C=10 000 D=512 float32', 'N=64 C=30 000 D=512 float32']
@@ -105,7 +105,7 @@ def cases_named(name: str, device_type: str) -> tuple[Case, ...]:
 
 
 class Inputs(NamedTuple):
-    """What every provider is given: the same tensors, of which it makes the leaves that it differentiates by."""
+    """The tensors that every provider is given; it makes of them the leaves that it differentiates by."""
 
     embeddings: Tensor
     """(N, D)"""
@@ -118,7 +118,7 @@ class Inputs(NamedTuple):
 # Beyond this many elements on a CPU, centers are drawn once and repeated: drawing 10⁷ × 512 takes a minute.
 _DRAWN_ELEMENTS = 2**28
 REPEATED = 65536
-"""Class centers that are enough to measure memory with, repeated."""
+"""Number of class centers that are drawn and then repeated, where only memory is measured."""
 
 
 @torch.no_grad()
@@ -131,15 +131,15 @@ def draw_centers(weight: Tensor, rows: int, generator: torch.Generator | None = 
 
 
 def make_inputs(case: Case, device: torch.device | str, seed: int = 0, distinct: bool = True) -> Inputs:
-    """Inputs as in mid-training: embeddings at about 53° from their class center, norms between 5 and 25.
+    """Make inputs as in mid-training: embeddings at about 53° from their class center, norms between 5 and 25.
 
     Random embeddings alone would all be at 90°, where no margin reaches past π and every provider agrees.
 
     Args:
         case: the shape.
-        device: where.
-        seed: of the draw; the same seed gives the same inputs on one kind of device.
-        distinct: draw every class center; without it :data:`REPEATED` of them.
+        device: the device to make them on.
+        seed: seed of the draw; the same seed gives the same inputs on one type of device.
+        distinct: if true, draw every class center, else :data:`REPEATED` of them.
     """
     device = torch.device(device)
     generator = torch.Generator(device).manual_seed(seed)

@@ -1,4 +1,4 @@
-"""A model of the head's training step on many devices: what a step takes, what a device holds, and what sets the limit.
+"""A model of the head's training step on many devices: its time, the memory of a device, and the limiting factor.
 
 Model-parallel layout: W devices hold C / W class centers each; every device's N / W embeddings are gathered by all,
 each device computes all N rows against its own classes, and the embeddings' gradient is summed back to its owner. The
@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .names import OURS, PLAIN, is_ours
+
 _GIB = 2**30
 
 
@@ -27,28 +29,28 @@ class Device:
 
     name: str
     seconds_per_mac: float
-    """Of forward and backward, for one logit and one dimension: time / (N·C·D)."""
+    """Time of forward and backward for one logit and one dimension: time / (N·C·D)."""
     bytes_per_second: float
-    """Of its memory, read or written."""
+    """Rate at which its memory is read or written."""
     memory_bytes: float
     measured: bool
     step_seconds: float = 0.0
-    """Of a step besides what grows with its size: launches, the host's program."""
+    """Time of a step that does not grow with its size: launches, the host's program."""
     overlap: float = 1.0
-    """Of what could run at once, the share that does: 1 where copies, collectives and arithmetic have hardware of their
-    own, 0 on a thread that does one after the other."""
+    """Share of concurrent work that overlaps: 1 where copies, collectives and arithmetic have separate hardware, 0 on a
+    thread that does one after the other."""
 
     @classmethod
     def from_report(cls, folder: Path) -> Device:
-        """From a run's files: the fastest of our own passes with gradients over the run's largest problem.
+        """Read a run's files: the fastest of our passes with gradients over the run's largest problem.
 
         Raises:
-            FileNotFoundError: no run is there.
-            ValueError: the run has no such row.
+            FileNotFoundError: if no run is there.
+            ValueError: if the run has no such row.
         """
         rows = json.loads((folder / "rows.json").read_text(encoding="utf-8"))
         run = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-        ours = [row for row in rows if row["provider"].startswith("fused_arcface") and row["pass"] == "fwd+bwd"]
+        ours = [row for row in rows if is_ours(row["provider"]) and row["pass"] == "fwd+bwd"]
         if not ours:
             raise ValueError(f"{folder} must hold a fwd+bwd row of fused_arcface; it has none")
         work = max(row["N"] * row["C"] * row["D"] for row in ours)
@@ -72,11 +74,13 @@ class Network:
     node_bytes_per_second: float = 450e9
     bytes_per_second: float = 50e9
     latency_seconds: float = 10e-6
-    """Of one collective for each doubling of the devices, launch included."""
+    """Latency of one collective for each doubling of the devices, launch included."""
 
     def seconds(self, total_bytes: float, devices: int) -> tuple[float, float]:
-        """Latency and transfer of a gather or a scatter of ``total_bytes`` over all devices; every device moves its (W
-        - 1) / W."""
+        """Return latency and transfer time of a gather or a scatter of ``total_bytes`` over all W devices.
+
+        Every device moves (W - 1) / W of the bytes.
+        """
         if devices == 1:
             return 0.0, 0.0
         rate = self.node_bytes_per_second if devices <= self.devices_per_node else self.bytes_per_second
@@ -107,7 +111,7 @@ FUSED_BF16_INT8 = Storage(
 
 
 @dataclass(frozen=True)
-class Step:
+class ModeledStep:
     """One modeled training step of the head, in seconds and bytes of each device."""
 
     identities: int
@@ -116,7 +120,7 @@ class Step:
     arithmetic_seconds: float
     memory_bytes: float
     limit: str
-    """What takes most of it: ``arithmetic``, ``memory traffic``, ``network``, ``latency`` or ``launches``; ``does not
+    """The largest part: ``arithmetic``, ``memory traffic``, ``network``, ``latency`` or ``launches``; ``does not
     fit`` if it cannot be held."""
 
     @property
@@ -135,8 +139,8 @@ def predict(
     storage: Storage = FUSED_BF16_INT8,
     embedding_bytes: int = 2,
     network: Network = Network(),
-) -> Step:
-    """The step of ``identities`` classes over ``devices``, each with ``batch`` embeddings of ``D`` dimensions.
+) -> ModeledStep:
+    """Predict the step of ``identities`` classes over ``devices``, each with ``batch`` embeddings of ``D`` dimensions.
 
     The forward is half of the arithmetic (4NDC of 8NDC) and streams the centers once, as the backward does, where the
     optimizer's traffic adds. Arithmetic and traffic of a pass overlap; so does the scatter of the embeddings' gradient
@@ -170,12 +174,14 @@ def predict(
     # Centers and optimizer; gathered embeddings, the sums of centers in fp32 and the gradient that is scattered.
     held = elements * storage.held_bytes + rows * D * (embedding_bytes + 8)
     limit = "does not fit" if held > device.memory_bytes else max(parts, key=lambda name: parts[name])
-    return Step(identities, devices, sum(parts.values()), 2 * arithmetic, held, limit)
+    return ModeledStep(identities, devices, sum(parts.values()), 2 * arithmetic, held, limit)
 
 
 def _overlapped(overlap: float, parts: dict[str, float]) -> dict[str, float]:
-    """What each of some parts that could run at once adds to their time: the longest all of its own, another what is
-    not hidden behind it."""
+    """Return what each of some concurrent parts adds to their time.
+
+    The longest adds all of its time, each other what is not hidden behind it.
+    """
     longest = max(parts, key=lambda name: parts[name])
     return {name: seconds if name == longest else (1 - overlap) * seconds for name, seconds in parts.items()}
 
@@ -184,13 +190,13 @@ IDENTITIES = (10**6, 10**7, 10**8, 10**9)
 DEVICES = (1, 8, 64, 256, 1024)
 
 
-def grid(device: Device, devices: Sequence[int] = DEVICES, **options: Any) -> list[Step]:
-    """Steps of each number of identities on each number of devices."""
+def grid(device: Device, devices: Sequence[int] = DEVICES, **options: Any) -> list[ModeledStep]:
+    """Return the steps of each number of identities on each number of devices."""
     return [predict(device, identities, count, **options) for identities in IDENTITIES for count in devices]
 
 
-def table(steps: Iterable[Step], device: Device, storage: Storage = FUSED_BF16_INT8) -> str:
-    """A Markdown table of modeled steps, with a line before it that says what is measured."""
+def table(steps: Iterable[ModeledStep], device: Device, storage: Storage = FUSED_BF16_INT8) -> str:
+    """Return a Markdown table of modeled steps, after a line that says whether the rate was measured."""
     source = "measured by this benchmark" if device.measured else "a model, not yet measured"
     lines = [
         f"Rate of one {device.name}: {source}. 128 embeddings of 512 dimensions a device; {storage.name}.",
@@ -213,11 +219,13 @@ def table(steps: Iterable[Step], device: Device, storage: Storage = FUSED_BF16_I
 
 
 def predicted_beside_measured(device: Device, rows: Iterable[dict[str, Any]]) -> list[tuple[dict[str, Any], float]]:
-    """Our own rows with gradients, each with the milliseconds that the model gives a single device for it (without an
-    optimizer)."""
+    """Return our rows with gradients, each with the milliseconds that the model predicts for one device.
+
+    The step is without an optimizer.
+    """
     compared = []
     for row in rows:
-        if row["provider"] == "fused_arcface" and row["backend"] != "reference" and row["pass"] == "fwd+bwd":
+        if row["provider"] == OURS and row["backend"] not in PLAIN and row["pass"] == "fwd+bwd":
             element_bytes = 2 if "16" in row["weight_dtype"] else 4
             storage = Storage("no optimizer", element_bytes, 2 * element_bytes, optimizer_bytes=element_bytes)
             step = predict(device, row["C"], 1, batch=row["N"], D=row["D"], storage=storage)

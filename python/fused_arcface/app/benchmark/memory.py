@@ -1,5 +1,4 @@
-"""Peak extra memory of a pass: beyond its inputs, the class centers and the two gradients, which every head must
-hold."""
+"""Measure the peak memory of a pass beyond inputs, class centers and the two gradients, which every head holds."""
 
 from __future__ import annotations
 
@@ -20,11 +19,13 @@ _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 def peaks_of(provider: Provider, case: Case, device: torch.device, child: Child) -> dict[str, int]:
-    """Peak extra bytes of each of :data:`PASSES`: by CUDA's allocator, or on a CPU by the resident memory of ``child``.
+    """Return the peak extra bytes of each of :data:`PASSES`.
+
+    They are counted by CUDA's allocator, or on a CPU as the resident memory of ``child``.
 
     Raises:
-        MemoryError, torch.OutOfMemoryError: it did not fit.
-        ChildFailed: anything else went wrong there.
+        MemoryError, torch.OutOfMemoryError: if it did not fit.
+        ChildFailed: if anything else went wrong there.
     """
     if device.type == "cuda":
         return _measure(provider, case, device)
@@ -36,7 +37,7 @@ def peaks_of(provider: Provider, case: Case, device: torch.device, child: Child)
 
 
 def peaks_in_this_process(name: list[str], case: dict[str, int | str], threads: int) -> dict[str, int]:
-    """What :func:`peaks_of` asks its child process for."""
+    """Measure for :func:`peaks_of`, in its child process."""
     torch.set_num_threads(threads)
     (chosen,) = (each for each in all_providers() if [each.name, each.backend] == name)
     return _measure(chosen, Case(**case), torch.device("cpu"))  # type: ignore[arg-type]
@@ -45,9 +46,8 @@ def peaks_in_this_process(name: list[str], case: dict[str, int | str], threads: 
 def _measure(provider: Provider, case: Case, device: torch.device) -> dict[str, int]:
     peaks = {}
     with provider.settings():
-        # First a tiny pass: libraries' code and threads are no part of the measured one. Full-size buffers that a
-        # library keeps after its first call are, and the tiny pass makes none. What torch.compile needs to compile is
-        # no part of it either.
+        # A tiny pass comes first, so that libraries' code and threads do not count. Full-size buffers that a library
+        # keeps after its first call do count, and the tiny pass makes none. Memory for compiling does not count.
         tiny = Case(min(case.N, 8), min(case.C, 128), case.D, case.dtype, case.weight_dtype)
         warm_up = provider.open(make_inputs(case if provider.name == "compiled" else tiny, device))
         for backward in PASSES.values():
@@ -63,22 +63,21 @@ def _measure(provider: Provider, case: Case, device: torch.device) -> dict[str, 
 
 
 def _held_by_all(provider: Provider, case: Case, backward: bool) -> int:
-    """Bytes that a pass allocates and that do not count: the gradients, and its own layout of the class centers."""
+    """Return the bytes of a pass that do not count: the gradients, and another layout of the class centers."""
     gradients = case.weight_bytes + case.N * case.D * case.torch_dtype.itemsize if backward else 0
     return gradients + (case.weight_bytes if provider.own_weight else 0)
 
 
 def can_measure(device: torch.device) -> bool:
-    """Whether peaks can be measured: on a GPU, and where the system tells a process's peak of resident memory and lets
-    it be reset (Linux does)."""
+    """Return whether peaks can be measured: on a GPU, and where the peak of resident memory can be reset (Linux)."""
     return device.type == "cuda" or (_STATUS.exists() and _CLEAR.exists())
 
 
 def reset_peak(device: torch.device) -> int:
-    """Start a new peak of this process's memory on a device; the bytes held now.
+    """Start a new peak of this process's memory on a device; return the bytes held now.
 
     Raises:
-        OSError: this system has no such peak.
+        OSError: if this system has no such peak.
     """
     if device.type == "cuda":
         synchronize(device)
@@ -89,7 +88,7 @@ def reset_peak(device: torch.device) -> int:
 
 
 def peak_since_reset(device: torch.device) -> int:
-    """Greatest bytes of this process since :func:`reset_peak`: of CUDA's allocator, or resident on a CPU.
+    """Return the greatest bytes of this process since :func:`reset_peak`: of CUDA's allocator, or resident on a CPU.
 
     ``getrusage`` would be no substitute: its peak cannot be reset, and a child's starts from its parent's.
     """
@@ -100,14 +99,14 @@ def peak_since_reset(device: torch.device) -> int:
 
 
 def synchronize(device: torch.device) -> None:
+    """Wait until a GPU has done its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 @contextlib.contextmanager
 def limited(device: torch.device, more_bytes: int) -> Iterator[None]:
-    """Let this process allocate at most ``more_bytes`` beyond what it has: what asks for more fails, and the machine
-    stays up."""
+    """Let this process allocate at most ``more_bytes`` more: a larger request fails, and the machine stays up."""
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         held = torch.cuda.memory_reserved(device)
@@ -128,7 +127,7 @@ def limited(device: torch.device, more_bytes: int) -> Iterator[None]:
 
 
 def status_bytes(name: str) -> int:
-    """A size in /proc/self/status (Linux), in bytes."""
+    """Return a size in /proc/self/status (Linux), in bytes."""
     for line in _STATUS.read_text(encoding="utf-8", errors="replace").splitlines():
         if line.startswith(f"{name}:"):
             return int(line.split()[1]) * 1024
@@ -136,19 +135,18 @@ def status_bytes(name: str) -> int:
 
 
 def available_bytes(device: torch.device) -> int:
-    """Memory that a measurement may take: what is free on the device now, or on a CPU four fifths of what the system
-    has left."""
+    """Return the bytes that a measurement may take: the free ones of a GPU, or four fifths of the system's."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     meminfo = Path("/proc/meminfo")
-    if not meminfo.exists():  # what is free cannot be read: half of what there is
+    if not meminfo.exists():  # free memory cannot be read: half of all
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
     fields = dict(line.split(":") for line in meminfo.read_text(encoding="ascii").splitlines())
     return int(fields["MemAvailable"].split()[0]) * 1024 * 4 // 5
 
 
 def release(device: torch.device) -> None:
-    """Give back what is cached between cases, so that the next one finds the device's memory free."""
+    """Free cached memory between cases."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()

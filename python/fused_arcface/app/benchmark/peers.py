@@ -1,5 +1,4 @@
-"""The peers' heads, each as the operations that its users run. Every one takes leaves and returns a mean loss; none is
-ours."""
+"""The heads of other libraries, each as the operations that its users run: from leaves to the mean loss."""
 
 from __future__ import annotations
 
@@ -17,11 +16,11 @@ from fused_arcface import reference
 from .truth import MARGIN, SCALE
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""(embeddings (N, D), weight (C, D), target (N,)) to the mean loss ()."""
+"""Maps embeddings (N, D), weight (C, D) and target (N,) to the mean loss ()."""
 
 
 def eager(embeddings: Tensor, weight: Tensor, target: Tensor) -> Tensor:
-    """The head in plain PyTorch: this package's reference."""
+    """Compute the head in plain PyTorch: this package's reference."""
     loss = reference.margin_softmax_loss(embeddings, weight, target, margin=MARGIN, scale=SCALE)
     assert isinstance(loss, Tensor)
     return loss
@@ -29,8 +28,10 @@ def eager(embeddings: Tensor, weight: Tensor, target: Tensor) -> Tensor:
 
 @functools.cache
 def compiled() -> Loss:
-    """The reference through torch.compile. Its check of the labels' range reads a value: one break, before anything of
-    size N×C."""
+    """Return the reference through torch.compile.
+
+    Its check of the labels' range reads a value, which breaks the graph once, before anything of size N×C.
+    """
     # One graph for each of: gradients or none, dtypes, static or dynamic shapes. Past the limit it would fall back to
     # eager in silence.
     torch._dynamo.config.recompile_limit = 64
@@ -40,8 +41,7 @@ def compiled() -> Loss:
 
 
 class _ShardSoftmax(torch.autograd.Function):
-    """Cross-entropy of one shard's logits (N, C), which it overwrites with the probabilities and then with their
-    gradient."""
+    """Cross-entropy of one shard's logits (N, C), overwritten with the probabilities and then with their gradient."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, target: Tensor) -> Tensor:
@@ -67,10 +67,10 @@ class _ShardSoftmax(torch.autograd.Function):
 
 
 def insightface(embeddings: Tensor, weight: Tensor, target: Tensor, fp16: bool = False) -> Tensor:
-    """The operations of arcface_torch's PartialFC_V2 with ArcFace on one rank, in its order, so with its traffic and
-    its peak.
+    """Run the operations of arcface_torch's PartialFC_V2 with ArcFace on one rank.
 
-    The margin is put on the angles of the whole matrix, and no gradient passes through it.
+    They are in its order, so memory traffic and peak are its own. The margin is put on the angles of the whole matrix,
+    and no gradient passes through it.
     """
     target = torch.where((target >= 0) & (target < weight.shape[0]), target, -1)  # the classes of this shard
     with torch.autocast(embeddings.device.type, dtype=torch.float16, enabled=fp16):
@@ -89,7 +89,7 @@ def insightface(embeddings: Tensor, weight: Tensor, target: Tensor, fp16: bool =
 
 
 def metric_learning(weight: Tensor) -> tuple[Tensor, Loss]:
-    """pytorch-metric-learning's ArcFaceLoss over a copy of the class centers: its parameter (D, C) and its loss."""
+    """Return the parameter (D, C) and the loss of pytorch-metric-learning's ArcFaceLoss, with a copy of the centers."""
     from pytorch_metric_learning.losses import ArcFaceLoss
 
     # Built for one class and then given its centers: drawing initial ones, C × D of them, would be thrown away.
@@ -105,16 +105,20 @@ def metric_learning(weight: Tensor) -> tuple[Tensor, Loss]:
 
 
 def linear_cross_entropy(embeddings: Tensor, weight: Tensor, target: Tensor, chunked: bool = False) -> Tensor:
-    """torch's cross-entropy of a linear layer: no normalization, no margin. Chunked, it holds the logits of a few rows
-    at a time."""
+    """Run torch's cross-entropy of a linear layer: no normalization, no margin.
+
+    If ``chunked``, it holds the logits of a few rows at a time.
+    """
     options = torch.nn.LinearCrossEntropyOptions() if chunked else None
     loss: Tensor = F.linear_cross_entropy(embeddings, weight, target, options=options)
     return loss
 
 
 def cut_cross_entropy(embeddings: Tensor, weight: Tensor, target: Tensor) -> Tensor:
-    """apple/ml-cross-entropy: the linear layer's cross-entropy without its logits. ``filter_eps=None``: no gradient is
-    skipped."""
+    """Run apple/ml-cross-entropy: the linear layer's cross-entropy without its logits.
+
+    With ``filter_eps=None`` no gradient is skipped.
+    """
     from cut_cross_entropy import linear_cross_entropy as loss  # type: ignore[import-not-found, unused-ignore]
 
     value: Tensor = loss(embeddings, weight, target, filter_eps=None)
@@ -122,7 +126,7 @@ def cut_cross_entropy(embeddings: Tensor, weight: Tensor, target: Tensor) -> Ten
 
 
 def liger(embeddings: Tensor, weight: Tensor, target: Tensor) -> Tensor:
-    """Liger's linear cross-entropy: logits of one chunk of rows at a time."""
+    """Run Liger's linear cross-entropy: logits of one chunk of rows at a time."""
     from liger_kernel.transformers import (  # type: ignore[import-not-found, unused-ignore]
         LigerFusedLinearCrossEntropyLoss,
     )

@@ -1,6 +1,6 @@
-"""Pictures of a run: time and memory against C, time against N, the roofline; and of the cost model and of capacities.
+"""Pictures of a run (time, memory, roofline), of the cost model and of capacities.
 
-matplotlib is asked for only here: the package's extra ``bench`` brings it.
+matplotlib is needed here alone; the package's extra ``bench`` brings it.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ from typing import Any
 
 from fused_arcface.base.extras import pyplot, save_figure
 
-from .cost_model import Device, Step
+from .cost_model import Device, ModeledStep
+from .names import is_ours
 from .report import Measurement, Report
 
 # Ours in one strong color; peers apart from each other and from ours for color-blind eyes as well (Okabe and Ito's
@@ -22,10 +23,10 @@ _MARKERS = "osv^D<>PX*"
 
 
 def write_plots(report: Report, folder: Path) -> list[Path]:
-    """Write every picture that the run has the measurements for; their paths.
+    """Draw every picture that the run has measurements for; return their paths.
 
     Raises:
-        MissingExtra: matplotlib is not installed.
+        MissingExtra: if matplotlib is not installed.
     """
     plt = pyplot()
     folder.mkdir(parents=True, exist_ok=True)
@@ -55,8 +56,7 @@ def _save(plt: Any, figure: Any, path: Path) -> Path:
 
 
 def _longest_series(report: Report, axis: str) -> list[Measurement]:
-    """The measurements with gradients whose cases differ in ``axis`` alone, of the series with the most cases; [] below
-    two."""
+    """Return the longest series with gradients in which ``axis`` alone differs; [] if it has less than two cases."""
     series: dict[tuple[object, ...], list[Measurement]] = {}
     for each in report.measurements:
         if each.pass_name == "fwd+bwd":
@@ -66,19 +66,15 @@ def _longest_series(report: Report, axis: str) -> list[Measurement]:
     return longest if len({each.case for each in longest}) > 1 else []
 
 
-def _label(each: Measurement) -> str:
-    return f"{each.provider} ({each.backend})" if each.is_ours else each.provider
-
-
 def _styles(measurements: Iterable[Measurement]) -> dict[str, dict[str, Any]]:
-    """A style for each label; those of ours share a color, and only the default instruction set is drawn thick."""
+    """Return a style for each label; ours share a color, and only the default instruction set is drawn thick."""
     styles: dict[str, dict[str, Any]] = {}
     peers = 0
     for each in measurements:
-        label = _label(each)
+        label = each.label
         if label in styles:
             continue
-        if each.is_ours and each.backend != "reference":
+        if each.is_fused:
             variants = sum(style["color"] == _OURS for style in styles.values())
             width, line = (2.6, "-") if variants == 0 else (1.4, (":", "--", "-.")[variants % 3])
             styles[label] = {"color": _OURS, "lw": width, "ls": line, "zorder": 5}
@@ -90,25 +86,15 @@ def _styles(measurements: Iterable[Measurement]) -> dict[str, dict[str, Any]]:
 
 
 def _lines(axes: Any, report: Report, series: Sequence[Measurement], axis: str, value: str) -> None:
-    """A line for each provider: milliseconds, or peak memory in MiB, over C or N; over C with the place where memory
-    ends."""
-    memory, limit = value == "peak_bytes", report.machine.get("memory_bytes")
-    ended = False
+    """Draw a line for each provider: milliseconds, or peak memory in MiB, over C or N."""
+    memory = value == "peak_bytes"
     for label, style in _styles(report.measurements).items():
-        mine = (each for each in series if _label(each) == label and not (memory and each.peak_bytes is None))
+        mine = (each for each in series if each.label == label and not (memory and each.peak_bytes is None))
         points = sorted(mine, key=lambda each: getattr(each.case, axis))
-        if not points:
-            continue
-        xs = [getattr(each.case, axis) for each in points]
-        ys = [_mebibytes(each.peak_bytes or 0) if memory else each.ms for each in points]
-        axes.plot(xs, ys, label=label, **style)
-        end = _end_of_memory(points, limit) if axis == "C" and limit else None
-        if end is not None and end[0] > xs[-1]:
-            x, peak = end
-            y = _mebibytes(peak) if memory else ys[-1] * x / xs[-1]
-            axes.plot([xs[-1], x], [ys[-1], y], color=style["color"], lw=0.8, ls=":", zorder=1)
-            axes.plot([x], [y], marker="x", ms=8, mew=2, color=style["color"], ls="", zorder=6)
-            ended = True
+        if points:
+            xs = [getattr(each.case, axis) for each in points]
+            ys = [_mebibytes(each.peak_bytes or 0) if memory else each.ms for each in points]
+            axes.plot(xs, ys, label=label, **style)
     case = series[0].case
     fixed = ", ".join(f"{name}={getattr(case, name):,}" for name in "NCD" if name != axis)
     axes.set(xscale="log", yscale="log", xlabel={"C": "classes C", "N": "rows N"}[axis])
@@ -117,11 +103,8 @@ def _lines(axes: Any, report: Report, series: Sequence[Measurement], axis: str, 
         axes.set_xticks(rows, [str(N) for N in rows])
         axes.set_xticks([], minor=True)
     axes.set_ylabel("peak memory beyond inputs and gradients, MiB (at least 1)" if memory else "forward + backward, ms")
-    title = f"{fixed}, {case.dtype}"
-    if ended:
-        assert limit is not None
-        title += f"; ×: centers, gradient and peak fill the {limit / 2**30:.0f} GiB that were free (extrapolated)"
-    axes.set_title(f"{title}\n{report.context['device']}, {report.context['commit']}", fontsize=9)
+    what = "Peak memory" if memory else "Time"
+    axes.set_title(f"{what}, {fixed}, {case.dtype}\n{report.context['device']}, {report.context['commit']}", fontsize=9)
     axes.grid(True, which="both", alpha=0.2)
     # In the order in which the lines end, from above, to be read across.
     lines = sorted(zip(*axes.get_legend_handles_labels(), strict=True), key=lambda pair: -pair[0].get_ydata()[-1])
@@ -133,26 +116,12 @@ def _legend(axes: Any, *handles_and_labels: Any) -> None:
 
 
 def _mebibytes(peak_bytes: float) -> float:
-    """At least one: below it the pages of libraries are what is seen."""
+    """Return MiB, at least one: less than that is the pages of libraries."""
     return max(peak_bytes / 2**20, 1.0)
 
 
-def _end_of_memory(points: Sequence[Measurement], limit: float) -> tuple[float, float] | None:
-    """C at which class centers, their gradient and the peak come to ``limit`` bytes, and that peak: along the last two
-    points."""
-    measured = [each for each in points if each.peak_bytes is not None]
-    if len(measured) < 2:
-        return None
-    before, last = measured[-2], measured[-1]
-    C, peak = last.case.C, last.peak_bytes or 0
-    slope = max(0.0, (peak - (before.peak_bytes or 0)) / (C - before.case.C))
-    held = 2 * last.case.weight_bytes / C
-    end = C + (limit - peak - held * C) / (slope + held)
-    return end, peak + slope * (end - C)
-
-
 def _traffic(each: Measurement) -> float:
-    """Bytes that a pass must move: the centers once a pass, the gradient once; for bare products S as well."""
+    """Return the bytes that a pass must move: centers once a pass, gradient once; for bare products S as well."""
     backward = each.pass_name == "fwd+bwd"
     logits = each.case.N * each.case.C * each.case.torch_dtype.itemsize if not each.is_ours else 0
     return (3 if backward else 1) * (each.case.weight_bytes + logits)
@@ -160,11 +129,7 @@ def _traffic(each: Measurement) -> float:
 
 def _roofline(axes: Any, report: Report) -> None:
     copy = report.machine["copy_bytes_per_second"]
-    shown = [
-        each
-        for each in report.measurements
-        if (each.is_ours and each.backend != "reference") or each.provider == "products"
-    ]
+    shown = [each for each in report.measurements if each.is_fused or each.provider == "products"]
     xs_all = [each.flops_per_second * each.ms * 1e-3 / _traffic(each) for each in shown]
     knees = [peak / copy for peak in report.machine["flops_per_second"].values()]
     low, high = min(*xs_all, *knees) / 2, max(*xs_all, *knees) * 2
@@ -182,7 +147,7 @@ def _roofline(axes: Any, report: Report) -> None:
     styles = _styles(report.measurements)
     seen: set[tuple[str, str]] = set()
     for each, x in zip(shown, xs_all, strict=True):
-        label, filled = _label(each), each.pass_name == "fwd+bwd"
+        label, filled = each.label, each.pass_name == "fwd+bwd"
         named = f"{label}, {each.pass_name}" if (label, each.pass_name) not in seen else None
         seen.add((label, each.pass_name))
         style = {
@@ -199,12 +164,12 @@ def _roofline(axes: Any, report: Report) -> None:
 
 
 def write_capacity_plot(rows: Sequence[dict[str, Any]], path: Path) -> Path:
-    """A bar for each recipe's largest number of identities."""
+    """Draw a bar for each setup's largest number of identities; return the path."""
     plt = pyplot()
     ordered = sorted(rows, key=lambda row: row["max_C"])
     figure, axes = plt.subplots(figsize=(8.5, 0.42 * len(ordered) + 1.3), layout="constrained")
     labels = [f"{row['recipe']} ({row['backend']}), {row['weight_dtype']} + {row['momentum_dtype']}" for row in ordered]
-    colors = [_OURS if row["recipe"].startswith("fused_arcface") else _COLORS[0] for row in ordered]
+    colors = [_OURS if is_ours(row["recipe"]) else _COLORS[0] for row in ordered]
     bars = axes.barh(labels, [row["max_C"] / 1e6 for row in ordered], color=colors)
     texts = [
         f" {row['max_C'] / 1e6:.3g} M" + ("" if row["how"] == "measured" else " (extrapolated)") for row in ordered
@@ -222,9 +187,11 @@ def write_capacity_plot(rows: Sequence[dict[str, Any]], path: Path) -> Path:
     return _save(plt, figure, path)
 
 
-def write_cost_plot(steps: Sequence[Step], device: Device, path: Path) -> Path:
-    """Step time and memory against the number of devices, a line for each number of identities, a marker for what
-    limits."""
+def write_cost_plot(steps: Sequence[ModeledStep], device: Device, path: Path) -> Path:
+    """Draw step time and memory over the number of devices; return the path.
+
+    There is a line for each number of identities, and markers show the largest part of a step.
+    """
     plt = pyplot()
     markers = {
         "arithmetic": "o",

@@ -1,5 +1,4 @@
-"""Who is measured: one entry for each implementation, with what it needs, what it computes and how many products it
-takes."""
+"""The implementations that are measured, each with its requirements, its formula and its number of products."""
 
 from __future__ import annotations
 
@@ -13,14 +12,16 @@ import torch
 from torch import Tensor
 
 from fused_arcface import backends
+from fused_arcface.base.precision import fp32_products
 from fused_arcface.functional import margin_softmax_loss
 
 from . import peers
 from .cases import Case, Inputs
-from .truth import MARGIN, SCALE, Formula, Outcome
+from .names import OURS, PLAIN, is_fused, is_ours
+from .truth import MARGIN, SCALE, Formula, PassResult
 
-Run = Callable[[bool], Outcome]
-"""One pass over its inputs: with gradients (True) or the loss alone."""
+Run = Callable[[bool], PassResult]
+"""Runs one pass over its inputs: with gradients (True) or the loss alone."""
 
 
 @dataclass(frozen=True)
@@ -29,43 +30,46 @@ class Provider:
 
     name: str
     backend: str
-    """Ours: the backend's name. Others: the library that computes."""
+    """The backend's name of ours; of others the library that computes."""
     formula: Formula
     open: Callable[[Inputs], Run]
-    """Prepares a run over inputs (its own layout of the class centers, say): what is here is not timed."""
+    """Prepares a run over inputs, for example another layout of the class centers; this is not timed."""
     reason_against: Callable[[Case, torch.device], str | None]
-    """Why it cannot run a case on a device, or None."""
+    """Returns the reason why it cannot run a case on a device, or None."""
     products: tuple[int, int] = (2, 6)
     """Flops of its matrix products in units of N·C·D, without and with gradients."""
     environment: dict[str, str] = field(default_factory=dict)
     tf32: bool = False
     own_weight: bool = False
-    """Whether a run holds the class centers in a layout of its own, in the place of the inputs'."""
+    """If true, a run holds the class centers in another layout in place of the inputs'."""
 
     @property
     def is_ours(self) -> bool:
-        return self.name.startswith("fused_arcface")
+        return is_ours(self.name)
+
+    @property
+    def is_fused(self) -> bool:
+        """Whether it is ours and does not store the logits."""
+        return is_fused(self.name, self.backend)
 
     def __str__(self) -> str:
         return f"{self.name} ({self.backend})"
 
     @contextlib.contextmanager
     def settings(self) -> Iterator[None]:
-        """The process settings that its runs need, put back afterwards."""
+        """Make the process settings that its runs need, and put them back afterwards."""
         environment = {name: os.environ.get(name) for name in self.environment}
-        precision = torch.get_float32_matmul_precision()
         os.environ.update(self.environment)
-        torch.set_float32_matmul_precision("high" if self.tf32 else "highest")
         try:
-            yield
+            with fp32_products(self.tf32):
+                yield
         finally:
-            torch.set_float32_matmul_precision(precision)
             for name, value in environment.items():
                 os.environ.pop(name) if value is None else os.environ.update({name: value})
 
 
 def _differentiated(loss: peers.Loss) -> Callable[[Inputs], Run]:
-    """Runs of a loss over leaves that share the inputs' memory."""
+    """Open runs of a loss over leaves that share the inputs' memory."""
 
     def open_run(inputs: Inputs) -> Run:
         return HeadRun(loss, inputs.embeddings, inputs.weight, inputs.target)
@@ -74,7 +78,7 @@ def _differentiated(loss: peers.Loss) -> Callable[[Inputs], Run]:
 
 
 class HeadRun:
-    """Passes of a loss over leaves of its own, which share the inputs' memory."""
+    """Passes of a loss over new leaves that share the inputs' memory."""
 
     def __init__(self, loss: peers.Loss, embeddings: Tensor, weight: Tensor, target: Tensor, transposed: bool = False):
         self._loss, self._target, self._transposed = loss, target, transposed
@@ -82,20 +86,20 @@ class HeadRun:
         self.weight = weight if weight.requires_grad else weight.detach().requires_grad_()
         """The class centers, (C, D) or, transposed, (D, C): the leaf that an optimizer updates."""
 
-    def __call__(self, backward: bool) -> Outcome:
+    def __call__(self, backward: bool) -> PassResult:
         if not backward:
             with torch.no_grad():
-                return Outcome(self._loss(self._embeddings, self.weight, self._target))
+                return PassResult(self._loss(self._embeddings, self.weight, self._target))
         self._embeddings.grad = self.weight.grad = None
         value = self.backward()
-        outcome = Outcome(value, self._embeddings.grad, self.weight.grad)
+        outcome = PassResult(value, self._embeddings.grad, self.weight.grad)
         self._embeddings.grad = self.weight.grad = None
         if self._transposed and outcome.d_weight is not None:
             return outcome._replace(d_weight=outcome.d_weight.T)
         return outcome
 
     def backward(self) -> Tensor:
-        """The mean loss (), its gradients left where an optimizer looks for them."""
+        """Return the mean loss (); leave its gradients where an optimizer looks for them."""
         value = self._loss(self._embeddings, self.weight, self._target)
         value.backward()
         return value.detach()
@@ -109,9 +113,9 @@ def _open_metric_learning(inputs: Inputs) -> Run:
 def _open_products(inputs: Inputs) -> Run:
     x, w = inputs.embeddings, inputs.weight
 
-    def run(backward: bool) -> Outcome:
+    def run(backward: bool) -> PassResult:
         scores = x @ w.T
-        return Outcome(scores[:, :64], scores @ w, scores.T @ x) if backward else Outcome(scores[:, :64])
+        return PassResult(scores[:, :64], scores @ w, scores.T @ x) if backward else PassResult(scores[:, :64])
 
     return run
 
@@ -120,14 +124,14 @@ def _open_products_preallocated(inputs: Inputs) -> Run:
     x, w = inputs.embeddings, inputs.weight
     kept: list[Tensor] = []
 
-    def run(backward: bool) -> Outcome:
+    def run(backward: bool) -> PassResult:
         if not kept:  # in the first pass, which warms up
             kept.extend((x.new_empty(x.shape[0], w.shape[0]), torch.empty_like(x), torch.empty_like(w)))
         scores, d_x, d_w = kept
         torch.mm(x, w.T, out=scores)
         if not backward:
-            return Outcome(scores[:, :64])
-        return Outcome(scores[:, :64], torch.mm(scores, w, out=d_x), torch.mm(scores.T, x, out=d_w))
+            return PassResult(scores[:, :64])
+        return PassResult(scores[:, :64], torch.mm(scores, w, out=d_x), torch.mm(scores.T, x, out=d_w))
 
     return run
 
@@ -151,8 +155,8 @@ def _needs(
     return reason
 
 
-# Beyond so many logits the reference backend would take a tenth of the whole run to say once more what eager says.
-_REFERENCE_LOGITS = 4_000_000
+# With more logits the plain backend would take a tenth of the whole run, and eager computes the same.
+_PLAIN_LOGITS = 4_000_000
 
 
 def _ours(name: str, backend: str, environment: dict[str, str] | None = None, tf32: bool = False) -> Provider:
@@ -169,7 +173,7 @@ def _ours(name: str, backend: str, environment: dict[str, str] | None = None, tf
             backends.select(backend, device)
         except (RuntimeError, ValueError) as error:
             return str(error)
-        if backend == "reference" and case.N * case.C > _REFERENCE_LOGITS:
+        if backend in PLAIN and case.N * case.C > _PLAIN_LOGITS:
             return "does what eager does, slower; measured at small shapes"
         return "tf32 is a way to compute fp32" if tf32 and case.dtype != "float32" else None
 
@@ -177,16 +181,17 @@ def _ours(name: str, backend: str, environment: dict[str, str] | None = None, tf
 
 
 def _all_ours() -> Iterator[Provider]:
-    for backend in backends.NAMES:
-        yield _ours("fused_arcface", backend)
+    for backend in backends.available():
+        yield _ours(OURS, backend)
     for isa in _slower_isas():
-        yield _ours(f"fused_arcface-{isa}", "cpu", {"FUSED_ARCFACE_ISA": isa})
-    for backend in ("triton", "cuda"):
-        yield _ours("fused_arcface-tf32", backend, tf32=True)
+        yield _ours(f"{OURS}-{isa}", "cpu", {"FUSED_ARCFACE_ISA": isa})
+    for backend in backends.available():
+        if backend not in ("cpu", *PLAIN):  # a way to compute that only GPUs have
+            yield _ours(f"{OURS}-tf32", backend, tf32=True)
 
 
 def _slower_isas() -> Sequence[str]:
-    """The CPU backend's instruction sets on this machine but the one that it takes by itself."""
+    """Return the instruction sets of the CPU backend on this machine, without the one that it chooses itself."""
     if backends.available()["cpu"] is not None:
         return ()
     from fused_arcface import _native
@@ -195,7 +200,7 @@ def _slower_isas() -> Sequence[str]:
 
 
 def all_providers() -> tuple[Provider, ...]:
-    """Every provider that this package knows, usable here or not, ours first."""
+    """Return every provider that this package knows, usable here or not, ours first."""
     fp32 = _needs(same_dtype=True, weight_dtype="float32")
     fp32_cuda = _needs(same_dtype=True, weight_dtype="float32", device="cuda")
     same = _needs(same_dtype=True)
@@ -256,22 +261,26 @@ def all_providers() -> tuple[Provider, ...]:
 
 
 def select(names: Sequence[str] | None = None, backend: str | None = None) -> tuple[Provider, ...]:
-    """The providers of these names (``"ours"``: all of ours), all if None; of ours only those of ``backend``, if it is
-    given.
+    """Return the providers of some names.
+
+    Args:
+        names: their names, ``"ours"`` for all of ours; all providers if None.
+        backend: name of the backend to measure of ours; all if None.
 
     Raises:
-        ValueError: a name that no provider has, with the names that exist.
+        ValueError: if a name is unknown; the message lists the names that exist.
 
-    >>> [str(provider) for provider in select(["ours", "eager"], backend="reference")]
-    ['fused_arcface (reference)', 'eager (torch)']
+    >>> [str(provider) for provider in select(["fused_arcface", "eager"], backend="cpu")]
+    ['fused_arcface (cpu)', 'eager (torch)']
     """
     every = all_providers()
     known = {"ours", *(provider.name for provider in every)}
     unknown = sorted(set(names or ()) - known)
     if unknown:
         raise ValueError(f"providers must be among {', '.join(sorted(known))}; got {', '.join(unknown)}")
-    if backend is not None and backend not in backends.NAMES:
-        raise ValueError(f"backend must be one of {', '.join(backends.NAMES)}; got {backend!r}")
+    known_backends = backends.available()
+    if backend is not None and backend not in known_backends:
+        raise ValueError(f"backend must be one of {', '.join(known_backends)}; got {backend!r}")
     return tuple(
         provider
         for provider in every

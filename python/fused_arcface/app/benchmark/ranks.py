@@ -1,9 +1,9 @@
-"""The cost model beside real runs: a training step on several gloo ranks of this machine, predicted and measured.
+"""Predict and measure a training step on several gloo ranks of this machine.
 
-What a prediction is made of is measured apart from what it predicts: the time that a row more costs one process, at a
-number of classes of its own, its copies, a step over hardly any classes, and the collectives alone. Each rank is a
-process of one thread, which does one thing after the other; where there are more ranks than processors they share them,
-and so does the model.
+The inputs of a prediction are measured apart from what it predicts: the time that one more row costs one process, with
+another number of classes; its copies; a step over hardly any classes; and the collectives alone. Each rank is a
+process of one thread, which does one thing after the other. If there are more ranks than processors, they share them,
+and the model takes that into account.
 """
 
 from __future__ import annotations
@@ -49,15 +49,15 @@ FIELDS = (
     "commit",
     "date",
 )
-"""Of a row. ``N``: rows of all ranks together. ``arithmetic_ms``: of the prediction. ``limit``: what takes most of
-it."""
+"""The fields of a row. ``N`` counts the rows of all ranks. ``arithmetic_ms`` and ``limit``, the largest part, are the
+prediction's."""
 
 WORLD_SIZES = (1, 2, 4)
 IDENTITIES = (2_000, 20_000, 200_000)
 _BATCH, _D = 64, 512
-# Whose steps give the rate of one process, what a row more costs; and hardly any classes, for what a step costs at all.
+# Steps of few and of many rows give the cost of one more row; hardly any classes give the fixed cost of a step.
 _FEW_ROWS, _MANY_ROWS, _RATE_C, _FEW_CLASSES = 32, 192, 12_000, 64
-# Of the collectives alone: one message that is all latency, and one that is all transfer.
+# The collectives alone: one message that is all latency, and one that is all transfer.
 _SMALL_BYTES, _LARGE_BYTES = 2**10, 2**22
 _SAMPLES, _TIMEOUT = 7, timedelta(seconds=120)
 
@@ -65,10 +65,10 @@ _SAMPLES, _TIMEOUT = 7, timedelta(seconds=120)
 def run_ranks(
     world_sizes: Sequence[int] = WORLD_SIZES, progress: Callable[[str], None] = lambda text: None
 ) -> list[dict[str, Any]]:
-    """A row (see :data:`FIELDS`) for each number of ranks and of :data:`IDENTITIES`.
+    """Return a row (see :data:`FIELDS`) for each number of ranks and each of :data:`IDENTITIES`.
 
     Raises:
-        ChildFailed, MemoryError: a rank failed.
+        ChildFailed, MemoryError: if a rank failed.
     """
     context = machine.context(torch.device("cpu")) | {
         "device": machine.device_name(torch.device("cpu"), threads=1) + " a rank"
@@ -118,19 +118,20 @@ def run_ranks(
 
 
 def write(folder: Path, rows: list[dict[str, Any]]) -> list[Path]:
-    """Write ranks.csv and ranks.json into ``folder``; their paths."""
+    """Write ranks.csv and ranks.json into ``folder``; return their paths."""
     return [write_csv(folder / "ranks.csv", rows, FIELDS), write_json(folder / "ranks.json", rows)]
 
 
 def _run_world(ranks: int) -> tuple[float, float, list[float]]:
-    """Seconds of latency, bytes per second, and the seconds of a step for each of :data:`IDENTITIES`, the slowest
-    rank's."""
+    """Return latency in seconds, bytes per second, and the slowest rank's seconds of a step for :data:`IDENTITIES`."""
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory())
         children = [stack.enter_context(Child()) for _ in range(ranks)]
         pool = stack.enter_context(ThreadPoolExecutor(ranks))
         calls = [
-            pool.submit(child.call, "ranks:rank_in_this_process", rank=rank, ranks=ranks, store=f"{folder}/store")
+            pool.submit(
+                child.call, "benchmark.ranks:rank_in_this_process", rank=rank, ranks=ranks, store=f"{folder}/store"
+            )
             for rank, child in enumerate(children)
         ]
         found = [call.result() for call in calls]
@@ -139,8 +140,7 @@ def _run_world(ranks: int) -> tuple[float, float, list[float]]:
 
 
 def rates_of_this_process() -> tuple[float, float, float]:
-    """Seconds of a row more for each class and dimension, bytes copied per second, and the seconds of a step over
-    hardly any classes, with one thread."""
+    """Measure one thread: seconds per row, class and dimension, bytes copied per second, fixed seconds of a step."""
     torch.set_num_threads(1)
     few, many = (_median_seconds(_training_step(rows, _RATE_C)) for rows in (_FEW_ROWS, _MANY_ROWS))
     fixed = _median_seconds(_training_step(_BATCH, _FEW_CLASSES))
@@ -149,8 +149,7 @@ def rates_of_this_process() -> tuple[float, float, float]:
 
 
 def rank_in_this_process(rank: int, ranks: int, store: str) -> tuple[float, float, list[float]]:
-    """What one rank of a group finds: latency, bytes per second, and the seconds of a step for each of
-    :data:`IDENTITIES`."""
+    """Return what one rank measures: latency, bytes per second, and the seconds of a step for :data:`IDENTITIES`."""
     torch.set_num_threads(1)
     # The loopback interface: gloo would otherwise look the machine's name up, which need not lead anywhere.
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
@@ -167,7 +166,7 @@ def rank_in_this_process(rank: int, ranks: int, store: str) -> tuple[float, floa
 
 
 def _network(ranks: int) -> tuple[float, float]:
-    """Latency for each doubling of the ranks, and bytes per second, as :class:`~.cost_model.Network` counts them."""
+    """Measure latency for each doubling of the ranks, and bytes per second; see :class:`~.cost_model.Network`."""
     seconds = []
     for size in (_SMALL_BYTES, _LARGE_BYTES):
         own = torch.zeros(size, dtype=torch.uint8)
@@ -183,7 +182,7 @@ def _network(ranks: int) -> tuple[float, float]:
 
 
 def _training_step(rows: int, classes: int) -> Callable[[], None]:
-    """Forward and backward of ``rows`` embeddings on this rank, the class centers updated in the backward."""
+    """Make a step of ``rows`` embeddings on this rank, with the class centers updated in the backward."""
     head = PartialFC(_D, classes, center_optimizer=CenterSGD(0.1, weight_decay=5e-4))
     embeddings = torch.randn(rows, _D, requires_grad=True)
     target = torch.randint(classes, (rows,))

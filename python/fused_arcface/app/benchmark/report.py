@@ -1,5 +1,4 @@
-"""Rows: one flat record for each provider, case and pass, in CSV and JSON, and the fuller record of a run beside
-them."""
+"""Rows: one flat record for each provider, case and pass, in CSV and JSON, beside the fuller record of a run."""
 
 from __future__ import annotations
 
@@ -7,7 +6,7 @@ import csv
 import io
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from fused_arcface.base.files import write_text
 
 from ..measure.timing import Timing
 from .cases import Case
+from .names import is_fused, is_ours, label
 
 FIELDS = (
     "provider",
@@ -66,19 +66,25 @@ class Measurement:
 
     @property
     def ceiling(self) -> str:
-        """The key of its ceiling in the machine's ``flops_per_second``: the dtype that its products are computed in."""
+        """The dtype that its products are computed in, which is the key of the machine's ``flops_per_second``."""
         suffix = self.provider.rpartition("-")[2]
         return {"tf32": "tf32", "fp16": "float16"}.get(suffix, self.case.dtype)
 
     @property
     def is_ours(self) -> bool:
-        return self.provider.startswith("fused_arcface")
+        return is_ours(self.provider)
 
-    def with_peak(self, peak_bytes: int | None) -> Measurement:
-        return replace(self, peak_bytes=peak_bytes)
+    @property
+    def is_fused(self) -> bool:
+        """Whether it is ours and does not store the logits."""
+        return is_fused(self.provider, self.backend)
+
+    @property
+    def label(self) -> str:
+        return label(self.provider, self.backend)
 
     def row(self, context: dict[str, str]) -> dict[str, Any]:
-        """The flat record; ``context`` holds device, torch, commit and date."""
+        """Return the flat record; ``context`` holds device, torch, commit and date."""
         case = self.case
         values = {
             "provider": self.provider,
@@ -98,7 +104,7 @@ class Measurement:
         return {name: values[name] for name in FIELDS}
 
     def detail(self) -> dict[str, Any]:
-        """The samples behind the row and what is derived from them: least, p20 and p80 in milliseconds."""
+        """Return the samples behind the row and what is derived from them: least, p20 and p80 in milliseconds."""
         return {
             "provider": self.provider,
             "backend": self.backend,
@@ -114,7 +120,7 @@ class Measurement:
 
 @dataclass(frozen=True)
 class Skip:
-    """A provider that did not run a case (all cases if it is None), and why."""
+    """A provider that did not run a case, or all cases if that is None, and the reason."""
 
     provider: str
     backend: str
@@ -124,7 +130,7 @@ class Skip:
 
 @dataclass
 class Report:
-    """What a run found."""
+    """All that a run found."""
 
     context: dict[str, str]
     """device, torch, commit, date"""
@@ -135,7 +141,7 @@ class Report:
     ``fma_flops_per_second`` (fp32, in registers alone), and the ``memory_bytes`` that were free."""
 
     def skip(self, provider: str, backend: str, case: Case | None, reason: str) -> None:
-        """Note a skip, once: a run that goes on with an interrupted one meets the same again."""
+        """Note a skip once: a resumed run meets the same again."""
         found = Skip(provider, backend, case, reason)
         if found not in self.skips:
             self.skips.append(found)
@@ -143,23 +149,34 @@ class Report:
     def rows(self) -> list[dict[str, Any]]:
         return [measurement.row(self.context) for measurement in self.measurements]
 
+    def has_wrong_result_of_ours(self) -> bool:
+        """Return whether a result of this package did not agree with fp64."""
+        return any(skip.reason.startswith("wrong") and is_ours(skip.provider) for skip in self.skips)
+
+    def has_measured(self) -> bool:
+        """Return whether anything but the machine's ceilings was measured."""
+        return not all(each.provider.startswith("ceiling") for each in self.measurements)
+
     def share_of_ceiling(self, each: Measurement) -> float | None:
-        """A measurement's flops per second over what the machine reached at most in that dtype: in a large square
-        product, or on a CPU in registers alone, as a library's product need not use the widest instructions."""
+        """Return a measurement's flops per second as a share of the most that the machine reached in that dtype.
+
+        That is in a large square product, or on a CPU in registers alone, as a library's product need not use the
+        widest instructions.
+        """
         product = self.machine["flops_per_second"].get(each.ceiling)
         registers = self.machine.get("fma_flops_per_second") if each.ceiling == "float32" else None
         reached = max((rate for rate in (product, registers) if rate is not None), default=None)
         return None if reached is None else each.flops_per_second / reached
 
     def products_ms(self, case: Case, pass_name: str) -> float | None:
-        """Milliseconds of the bare matrix products of a case, the yardstick that a library's user would take."""
+        """Return the milliseconds of the bare matrix products of a case, or None."""
         for each in self.measurements:
             if (each.provider, each.case, each.pass_name) == ("products", case, pass_name):
                 return each.ms
         return None
 
     def write(self, folder: Path) -> list[Path]:
-        """Write rows.csv, rows.json and run.json (samples, skips, ceilings) into ``folder``; their paths."""
+        """Write rows.csv, rows.json and run.json (samples, skips, ceilings) into ``folder``; return their paths."""
         folder.mkdir(parents=True, exist_ok=True)
         rows = self.rows()
         run = {
@@ -176,6 +193,7 @@ class Report:
 
 
 def write_csv(path: Path, rows: Iterable[dict[str, Any]], fields: Sequence[str]) -> Path:
+    """Write rows with these columns; return the path."""
     text = io.StringIO()
     writer = csv.DictWriter(text, fields, lineterminator="\n")
     writer.writeheader()
@@ -185,15 +203,16 @@ def write_csv(path: Path, rows: Iterable[dict[str, Any]], fields: Sequence[str])
 
 
 def write_json(path: Path, value: Any) -> Path:
+    """Write a value without NaN or infinity; return the path."""
     write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
     return path
 
 
 def read_report(folder: Path) -> Report:
-    """A report from the files that :meth:`Report.write` wrote.
+    """Read a report from the files that :meth:`Report.write` wrote.
 
     Raises:
-        FileNotFoundError: one of them is not there.
+        FileNotFoundError: if one of them is missing.
     """
     rows = json.loads((folder / "rows.json").read_text(encoding="utf-8"))
     run = json.loads((folder / "run.json").read_text(encoding="utf-8"))

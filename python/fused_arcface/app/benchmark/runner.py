@@ -1,4 +1,4 @@
-"""One run: for each case, check every provider against the truth, time them in turn, and measure their memory."""
+"""Run the benchmark: check every provider against the truth, time them in turn, and measure their memory."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from . import memory
 from .cases import PASSES, Case, Inputs, make_inputs
 from .providers import Provider
 from .report import Measurement, Report
-from .truth import TOLERANCE, Formula, Outcome, error_of, truth
+from .truth import TOLERANCE, Formula, PassResult, error_of, truth
 
 _COARSEST_FIRST = ("float16", "bfloat16", "float32", "float64")
 
 Progress = Callable[[str, str], None]
-"""Called with (case, what is being done); the case alone begins a new one."""
+"""Called with a case and what is done with it; an empty text begins a case."""
 
 
 def tolerance(provider: Provider, case: Case) -> float:
-    """Largest relative error at which a provider's result counts as right."""
+    """Return the largest relative error at which a provider's result counts as right."""
     if provider.tf32:
         return TOLERANCE["tf32"]
     dtypes = {case.dtype, case.weight_dtype} | ({"float16"} if provider.name.endswith("fp16") else set())
@@ -44,14 +44,14 @@ def run_benchmark(
     """Measure each provider on each case, both passes.
 
     Args:
-        cases: shapes; within a series that differs in C alone, ascending.
-        providers: whom to measure.
-        device: on which.
-        seconds: that the samples of one case and pass should take together.
-        with_memory: measure peak memory as well, where the system tells it.
-        earlier: an interrupted run to go on with, see :func:`check_same_machine`: its cases are not measured again.
+        cases: shapes; in a series that differs in C alone, C ascends.
+        providers: the implementations to measure.
+        device: the device to measure on.
+        seconds: time that the samples of one case and pass should take together.
+        with_memory: if true, measure peak memory as well, where the system tells it.
+        earlier: an interrupted run to resume, see :func:`check_same_machine`; its cases are not measured again.
         progress: told what is being done.
-        on_case: called after each case with what has been found so far.
+        on_case: called after each case with all that has been found so far.
     """
     report = earlier or Report(machine.context(device), [], [], {"flops_per_second": {}})
     report.machine["memory_bytes"] = memory.available_bytes(device)
@@ -78,10 +78,10 @@ def run_benchmark(
 
 
 def check_same_machine(report: Report, device: torch.device) -> None:
-    """Whether rows measured here and now can stand beside an earlier report's.
+    """Check that new rows can be compared with those of an earlier report.
 
     Raises:
-        ValueError: it is of another device, torch or commit.
+        ValueError: if it is of another device, torch or commit.
     """
     here = machine.context(device)
     for name in ("device", "torch", "commit"):
@@ -140,7 +140,7 @@ def _measure_case(
     fitting.sort(key=lambda provider: provider.formula)  # one truth after the other: each holds a (C, D) gradient
     inputs = make_inputs(case, device)
     errors: dict[int, dict[str, float]] = {}
-    rights: dict[Formula, Outcome] = {}
+    rights: dict[Formula, PassResult] = {}
     for index, provider in enumerate(fitting):
         progress(str(case), f"checking {provider}")
         try:
@@ -194,7 +194,7 @@ def _measure_case(
             report.measurements.append(measured)
 
 
-def _errors(provider: Provider, inputs: Inputs, right: Outcome) -> dict[str, float]:
+def _errors(provider: Provider, inputs: Inputs, right: PassResult) -> dict[str, float]:
     with provider.settings():
         run = provider.open(inputs)
         return {name: error_of(run(backward), right) for name, backward in PASSES.items()}
@@ -211,8 +211,10 @@ def _timed(provider: Provider, inputs: Inputs, backward: bool) -> Callable[[], o
 
 
 def _lacks_memory(provider: Provider, case: Case, report: Report) -> str | None:
-    """Why a case will not fit, from the same provider's measured peak at fewer classes (it is linear in them), or
-    None."""
+    """Return the reason why a case will not fit, or None.
+
+    It is told from the same provider's measured peak at fewer classes, which is linear in their number.
+    """
     smaller = [
         each
         for each in report.measurements

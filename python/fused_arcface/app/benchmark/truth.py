@@ -1,4 +1,4 @@
-"""What is right: each formula in fp64, over chunks of classes, so that a case of any size can be checked.
+"""The right results: each formula in fp64, over chunks of classes, so that a case of any size can be checked.
 
 The margin formulas are those of :mod:`fused_arcface.reference`, which holds the logits; a test compares the two.
 """
@@ -17,9 +17,9 @@ from fused_arcface.margins.angular import ArcFace, Margin, NormSoftmax
 from .cases import Inputs
 
 Formula = Literal["margin", "straight_through", "linear", "products"]
-"""What a provider computes. ``margin``: ArcFace, exact gradient. ``straight_through``: ArcFace without a boundary, with
-ψ' = 1. ``linear``: cross-entropy of x·wᵀ, neither normalized nor with a margin. ``products``: S = x·wᵀ, S·w and
-Sᵀ·x."""
+"""The formula that a provider computes. ``margin``: ArcFace, exact gradient. ``straight_through``: ArcFace without a
+boundary, with ψ' = 1. ``linear``: cross-entropy of x·wᵀ, neither normalized nor with a margin. ``products``: S = x·wᵀ,
+S·w and Sᵀ·x."""
 
 MARGIN = ArcFace(0.5)
 SCALE = 64.0
@@ -32,8 +32,8 @@ TOLERANCE = {"float64": 1e-9, "float32": 1e-3, "tf32": 5e-2, "bfloat16": 6e-2, "
 _CHUNK_ELEMENTS = 2**23
 
 
-class Outcome(NamedTuple):
-    """What one pass computed. A gradient is None in a pass without gradients."""
+class PassResult(NamedTuple):
+    """The results of one pass. A gradient is None in a pass without gradients."""
 
     loss: Tensor
     """() mean loss; for the products the first columns of S."""
@@ -44,13 +44,13 @@ class Outcome(NamedTuple):
 
 
 @torch.no_grad()
-def truth(inputs: Inputs, formula: Formula) -> Outcome:
-    """Loss and both gradients in fp64; the gradient by the class centers, the large one, is then kept in fp32."""
+def truth(inputs: Inputs, formula: Formula) -> PassResult:
+    """Return loss and both gradients in fp64; the large gradient, by the class centers, is kept in fp32."""
     return _products(inputs) if formula == "products" else _cross_entropy(inputs, formula)
 
 
 def _chunks(inputs: Inputs) -> range:
-    """Starts of the chunks, whose logits (N, chunk) and centers (chunk, D) are of about the same size."""
+    """Return the starts of the chunks, with logits (N, chunk) and centers (chunk, D) of about the same size."""
     longest = max(inputs.target.numel(), inputs.weight.shape[1])
     return range(0, inputs.weight.shape[0], max(1, _CHUNK_ELEMENTS // longest))
 
@@ -60,7 +60,7 @@ def _large(inputs: Inputs) -> Tensor:
     return torch.empty(inputs.weight.shape, dtype=dtype, device=inputs.weight.device)
 
 
-def _products(inputs: Inputs) -> Outcome:
+def _products(inputs: Inputs) -> PassResult:
     x, chunks = inputs.embeddings.double(), _chunks(inputs)
     d_x, d_weight = torch.zeros_like(x), _large(inputs)
     for start in chunks:
@@ -68,10 +68,10 @@ def _products(inputs: Inputs) -> Outcome:
         scores = x @ w.T
         d_x += scores @ w
         d_weight[start : start + chunks.step] = scores.T @ x
-    return Outcome(x @ inputs.weight[:64].double().T, d_x, d_weight)
+    return PassResult(x @ inputs.weight[:64].double().T, d_x, d_weight)
 
 
-def _cross_entropy(inputs: Inputs, formula: Formula) -> Outcome:
+def _cross_entropy(inputs: Inputs, formula: Formula) -> PassResult:
     margin: Margin = {"margin": MARGIN, "straight_through": _STRAIGHT_THROUGH}.get(formula, NormSoftmax())
     normalized, scale = (formula != "linear"), (1.0 if formula == "linear" else SCALE)
     target, chunks = inputs.target, _chunks(inputs)
@@ -108,13 +108,13 @@ def _cross_entropy(inputs: Inputs, formula: Formula) -> Outcome:
         d_weight[start : start + chunks.step] = unit_gradient(d_w, rows) if normalized else d_w
     if normalized:
         d_x = unit_gradient(d_x, inputs.embeddings.double())
-    return Outcome(loss.detach(), d_x, d_weight)
+    return PassResult(loss.detach(), d_x, d_weight)
 
 
-def error_of(outcome: Outcome, right: Outcome) -> float:
-    """Largest of max |a - b| / max |b| over the loss and the gradients that ``outcome`` has; NaN if it has a NaN."""
+def error_of(outcome: PassResult, right: PassResult) -> float:
+    """Return the largest of max |a - b| / max |b| over the loss and the gradients; NaN if there is a NaN."""
     worst = 0.0
-    for name, mine, theirs in zip(Outcome._fields, outcome, right, strict=True):
+    for name, mine, theirs in zip(PassResult._fields, outcome, right, strict=True):
         if mine is None or theirs is None:
             continue
         if mine.shape != theirs.shape:

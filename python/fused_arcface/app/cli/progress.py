@@ -1,15 +1,17 @@
-"""The bar of a command that trains small nets one after another."""
+"""The progress bars of the commands that run for minutes."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 
 class TrainingBar:
-    """The bar of the training under way, above it a line for each that has ended."""
+    """Shows a bar for the current training and a line for each that has ended; see ``lab.training.Reporter``."""
 
     def __init__(self, console: Console) -> None:
         self._bars = Progress(
@@ -33,11 +35,9 @@ class TrainingBar:
         self._bars.stop()
 
     def begin(self, what: str, steps: int = 0) -> None:
-        """A piece of work begins; ``steps`` of training, or one without steps."""
         self._bars.reset(self._task, description=what, total=steps or None, loss="-")
 
     def step(self, loss: float) -> None:
-        """A step of training was made."""
         # Formatting at every step would cost as much as a small head.
         now = time.monotonic()
         if now - self._shown > 0.1:
@@ -46,6 +46,14 @@ class TrainingBar:
         self._bars.advance(self._task)
 
     def ended(self, name: str, first_loss: float, last_loss: float, steps: int, seconds: float) -> None:
-        """A training has ended: its line."""
         line = f"  {name:<40}loss {first_loss:6.2f} → {last_loss:6.3f}  in {steps} steps, {seconds:.1f} s"
         self._bars.console.print(line, highlight=False, soft_wrap=True)
+
+
+@contextmanager
+def spinner(console: Console) -> Iterator[Callable[[str], None]]:
+    """Show a spinner with the elapsed time and a text; yield a function that sets the text."""
+    columns = (SpinnerColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("starting", total=None)
+        yield lambda text: progress.update(task, description=text)

@@ -1,17 +1,19 @@
-"""What the commands' tables share."""
+"""The parts of printed results that commands share."""
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
+from pathlib import Path
 
+from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 
 def plain_table(title: str, *columns: str) -> Table:
-    """A table without lines, its first column for names, the others for numbers."""
-    # A title may have a file's name in it, whose brackets are no markup.
+    """Make a table without lines, its first column for names, the others for numbers."""
+    # A title may have a file's name in it, so its brackets are not markup.
     table = Table(title=Text(title), title_justify="left", title_style="bold", box=None, padding=(0, 2, 0, 0))
     table.add_column("", no_wrap=True)
     for column in columns:
@@ -20,6 +22,22 @@ def plain_table(title: str, *columns: str) -> Table:
 
 
 def spread(values: Sequence[float]) -> str:
-    """Mean and population deviation."""
+    """Return mean and population standard deviation as text; of a single value the value."""
     mean = f"{statistics.fmean(values):.3f}"
     return f"{mean} ± {statistics.pstdev(values):.3f}" if len(values) > 1 else mean
+
+
+def digits(value: float) -> str:
+    """Return three digits of a positive number, or its whole part.
+
+    >>> digits(1.2345), digits(12345.6)
+    ('1.23', '12346')
+    """
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def say_written(console: Console, folder: Path, paths: Sequence[Path], seconds: float | None = None) -> None:
+    """Print which files were written where, and how long all took."""
+    took = "" if seconds is None else f"Took {seconds:.0f} s. "
+    names = ", ".join(path.name for path in paths)
+    console.print(f"\n{took}Written to {folder.resolve()}: {names}", highlight=False, markup=False, soft_wrap=True)

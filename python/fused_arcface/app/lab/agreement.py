@@ -1,4 +1,4 @@
-"""How far fused and reference head are apart: on the same embeddings at each step, and between two trainings."""
+"""Compare the fused with the reference head: on the same embeddings at each step, and between two trainings."""
 
 from __future__ import annotations
 
@@ -7,45 +7,42 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fused_arcface import reference
 from fused_arcface.head import MarginHead
 
-from .problems import CURVE_BOUND, CURVE_STEPS, STEP_BOUND
+STEP_BOUND = 1e-5
+"""Most that fused and reference may differ on the same embeddings: the loss, and the norm of each gradient's
+difference, relative to the reference's."""
+
+CURVE_BOUND, CURVE_STEPS = 1e-2, 50
+"""Most that the losses of two separate trainings may differ, and the first steps for which that holds."""
 
 QUANTITIES = ("loss", "d_embeddings", "d_weight")
 
 
 @dataclass
 class StepAgreement:
-    """Compares a fused head with the reference in the same dtype, called by the training before each update."""
+    """Compares a fused head with the reference in the same dtype; see :data:`~.training.BeforeUpdate`."""
 
-    head: MarginHead
     errors: dict[str, list[float]] = field(default_factory=lambda: {quantity: [] for quantity in QUANTITIES})
     """By quantity, one for each step: the norm of the difference, relative to the norm of the reference's."""
 
-    def __call__(self, embeddings: Tensor, target: Tensor) -> None:
-        weight = self.head.weight
-        found = self._gradients(embeddings, target, self.head(embeddings.requires_grad_(), target))
-        expected = self._gradients(
-            embeddings,
-            target,
-            reference.margin_softmax_loss(embeddings, weight, target, margin=self.head.margin, scale=self.head.scale),
-        )
-        for quantity, a, b in zip(QUANTITIES, found, expected, strict=True):
+    def __call__(self, head: nn.Module, embeddings: Tensor, target: Tensor) -> None:
+        assert isinstance(head, MarginHead)
+        leaves = (embeddings.requires_grad_(), head.weight)
+        expected = reference.margin_softmax_loss(*leaves, target, margin=head.margin, scale=head.scale)
+        found, right = (_with_gradients(loss, leaves) for loss in (head(embeddings, target), expected))
+        for quantity, a, b in zip(QUANTITIES, found, right, strict=True):
             self.errors[quantity].append(float((a - b).norm() / b.norm()))
 
-    def _gradients(self, embeddings: Tensor, target: Tensor, loss: object) -> list[Tensor]:
-        assert isinstance(loss, Tensor)
-        return [loss.detach(), *torch.autograd.grad(loss, (embeddings, self.head.weight))]
-
     def worst(self) -> dict[str, float]:
-        """Over all steps; NaN if any is."""
+        """Return the largest error of each quantity over all steps; NaN if one is NaN."""
         return {quantity: float(np.max(errors)) for quantity, errors in self.errors.items()}
 
     def broken(self) -> list[str]:
-        """The bounds that are not kept, in words."""
+        """Describe each bound that is not kept."""
         return [
             f"{quantity} of fused and reference differ by {error:.1e} on the same embeddings, {STEP_BOUND:.0e} allowed"
             for quantity, error in self.worst().items()
@@ -53,13 +50,18 @@ class StepAgreement:
         ]
 
 
+def _with_gradients(loss: object, leaves: tuple[Tensor, ...]) -> list[Tensor]:
+    assert isinstance(loss, Tensor)
+    return [loss.detach(), *torch.autograd.grad(loss, leaves)]
+
+
 def curve_difference(fused: Sequence[float], expected: Sequence[float]) -> float:
-    """Greatest absolute difference of two loss curves over the first steps."""
+    """Return the greatest absolute difference of two loss curves over the first :data:`CURVE_STEPS`."""
     return float(np.max(np.abs(np.subtract(fused[:CURVE_STEPS], expected[:CURVE_STEPS]))))
 
 
 def curve_broken(difference: float) -> list[str]:
-    """The bound on the curves in words, if it is not kept."""
+    """Describe the bound on the curves if it is not kept."""
     if difference <= CURVE_BOUND:
         return []
     return [

@@ -1,4 +1,4 @@
-"""Batches for losses of pairs: several images of each identity, or two views of each image."""
+"""Batches: shuffled ones, several images of each identity, and two views of each image."""
 
 from __future__ import annotations
 
@@ -10,17 +10,41 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..data import LabeledImages
-from .steps import shuffled_batches
+
+
+def shuffled_batches(data: LabeledImages, batch_size: int, steps: int, seed: int) -> Iterator[LabeledImages]:
+    """Yield batches of exactly ``batch_size`` images, the same for the same seed.
+
+    Images are drawn without replacement until too few are left for a batch, then all of them are shuffled anew.
+
+    Raises:
+        ValueError: if there are fewer images than a batch holds.
+
+    >>> data = LabeledImages(torch.zeros(9, 1, 2, 2), torch.arange(9))
+    >>> [len(batch.labels) for batch in shuffled_batches(data, batch_size=4, steps=3, seed=0)]
+    [4, 4, 4]
+    """
+    total = len(data.labels)
+    if total < batch_size:
+        raise ValueError(f"batch_size must be <= the number of images {total}; got {batch_size}")
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.empty(0, dtype=torch.int64)
+    for _ in range(steps):
+        if len(order) < batch_size:
+            order = torch.randperm(total, generator=generator)
+        rows, order = order[:batch_size], order[batch_size:]
+        yield LabeledImages(data.images[rows], data.labels[rows])
 
 
 def identity_batches(
     data: LabeledImages, batch_size: int, steps: int, seed: int, least_each: int = 4
 ) -> Iterator[LabeledImages]:
-    """Batches of as many identities as go with ``least_each`` images of each or more, all with as many; of an identity
-    with fewer, some twice.
+    """Yield batches with as many images of one identity as of another, at least ``least_each``.
+
+    A batch holds as many identities as that allows. An identity with too few images has some of them twice.
 
     Raises:
-        ValueError: a batch that does not hold two identities.
+        ValueError: if a batch does not hold two identities.
 
     >>> data = LabeledImages(torch.zeros(9, 1, 2, 2), torch.arange(9) // 3)
     >>> next(identity_batches(data, 4, steps=1, seed=0, least_each=2)).labels.bincount().sort().values
@@ -46,8 +70,10 @@ def identity_batches(
 
 
 def two_view_batches(data: LabeledImages, batch_size: int, steps: int, seed: int) -> Iterator[LabeledImages]:
-    """Two random views of each of ``batch_size / 2`` images, the label the image's number in the batch: whom it shows
-    plays no part."""
+    """Yield two random views of each of ``batch_size / 2`` images.
+
+    A label is the image's number in the batch; the identities are not used.
+    """
     generator = torch.Generator().manual_seed(seed)
     for images, _ in shuffled_batches(data, batch_size // 2, steps, seed):
         views = [random_view(images, generator) for _ in range(2)]
@@ -55,9 +81,9 @@ def two_view_batches(data: LabeledImages, batch_size: int, steps: int, seed: int
 
 
 def random_view(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Images ``(N, channels, height, width)`` turned, stretched, moved and with noise, each in its own way.
+    """Turn, stretch, move and add noise to images ``(N, channels, height, width)``, each in its own way.
 
-    Deviations: 0.15 radians, 0.1 of the linear map, 0.08 of the half-side, 0.1 of the pixels.
+    Standard deviations: 0.15 radians, 0.1 for each entry of the linear map, 0.08 of half the side, 0.1 of a pixel.
     """
     normal = torch.randn(len(images), 7, generator=generator)
     angle = 0.15 * normal[:, 0]

@@ -1,7 +1,8 @@
-"""Time and peak extra memory of the head, fused and reference: the benchmark's measurements at the demo's shapes."""
+"""Time and memory: of the head, fused and reference, and of whole training steps, in a process of their own."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
@@ -10,41 +11,46 @@ import torch
 from fused_arcface import backends
 
 from ..benchmark.cases import Case, make_inputs
-from ..benchmark.memory import peaks_of
+from ..benchmark.memory import can_measure, peak_since_reset, peaks_of, reset_peak
 from ..benchmark.providers import Provider, all_providers
+from ..data import LabeledImages
 from ..measure.child import Child, ChildFailed
 from ..measure.timing import time_interleaved
+from ..nets.small import SmallNet
+from .criteria import criteria
+from .training import Recipe, one_cycle, training_steps
 
-_DEVICE = torch.device("cpu")
+_CPU = torch.device("cpu")
+_WARM_STEPS, _MEASURED_STEPS = 2, 4
 
 
 @dataclass(frozen=True)
-class Cost:
-    """Of the head's forward and backward pass, by ``"fused"`` and ``"reference"``."""
+class HeadCost:
+    """Cost of the head's forward and backward pass, by ``"fused"`` and ``"reference"``."""
 
     case: Case
     milliseconds: dict[str, float]
-    """Median, both taken in turn."""
+    """Medians of warm passes, taken in turn."""
     peak_bytes: dict[str, int | None]
-    """Resident memory of a process of its own beyond inputs, class centers and the two gradients; None where it is
-    not measured."""
+    """Resident memory of a separate process beyond inputs, class centers and the two gradients; None where it was not
+    measured."""
     problem: str = ""
-    """Why not."""
+    """Reason why something was not measured."""
 
     def as_json(self) -> dict[str, object]:
-        """For the demo's file of numbers."""
+        """Return the record for the demo's file of numbers."""
         return {**asdict(self), "problem": self.problem or None}
 
 
-def head_costs(cases: Sequence[Case], seconds: float) -> list[Cost]:
+def head_costs(cases: Sequence[Case], seconds: float) -> list[HeadCost]:
     """Measure both heads at some shapes.
 
     Args:
-        cases: the shapes, smallest first: what an earlier one left with the allocator of its process cannot hold a
-            larger one. seconds: to spend on the times of each.
+        cases: the shapes, smallest first: what a smaller one leaves with its process's allocator cannot hold a larger.
+        seconds: time to spend on the samples of each shape.
     """
     heads = {
-        "fused": _provider("fused_arcface", backends.select("auto", _DEVICE)),
+        "fused": _provider("fused_arcface", backends.select("auto", _CPU)),
         "reference": _provider("eager", "torch"),
     }
     milliseconds = [_milliseconds(heads, case, seconds) for case in cases]
@@ -54,23 +60,69 @@ def head_costs(cases: Sequence[Case], seconds: float) -> list[Cost]:
         with Child() as child:
             for index, case in enumerate(cases):
                 try:
-                    peaks[index][name] = peaks_of(provider, case, _DEVICE, child)["fwd+bwd"]
+                    peaks[index][name] = peaks_of(provider, case, _CPU, child)["fwd+bwd"]
                 except (MemoryError, ChildFailed, OSError) as error:
                     problems[index] = f"memory of the {name} head at {case} not measured: {error}"
-    return [Cost(*measured) for measured in zip(cases, milliseconds, peaks, problems, strict=True)]
+    return [HeadCost(*measured) for measured in zip(cases, milliseconds, peaks, problems, strict=True)]
 
 
 def _milliseconds(heads: Mapping[str, Provider], case: Case, seconds: float) -> dict[str, float]:
-    inputs = make_inputs(case, _DEVICE)
+    inputs = make_inputs(case, _CPU)
 
     def timed(provider: Provider) -> Callable[[], object]:
         run = provider.open(inputs)
         return lambda: run(True)
 
-    timings = time_interleaved({name: timed(provider) for name, provider in heads.items()}, _DEVICE, seconds)
+    timings = time_interleaved({name: timed(provider) for name, provider in heads.items()}, _CPU, seconds)
     return {name: timing.median for name, timing in timings.items()}
 
 
 def _provider(name: str, backend: str) -> Provider:
     (found,) = (each for each in all_providers() if (each.name, each.backend) == (name, backend))
     return found
+
+
+def peak_of_steps(criterion: str, batch_size: int, embedding_dim: int, data: LabeledImages, child: Child) -> int | None:
+    """Return the peak bytes of training steps beyond images, parameters and optimizer; None where it is not told.
+
+    Args:
+        criterion: its name.
+        batch_size: images of a step.
+        embedding_dim: D.
+        data: images of the shape, and identities of the number, to measure with.
+        child: the process that measures.
+    """
+    if not can_measure(_CPU):
+        return None
+    peak: int = child.call(
+        "lab.cost:peak_in_this_process",
+        criterion=criterion,
+        batch_size=batch_size,
+        embedding_dim=embedding_dim,
+        image_shape=list(data.images.shape[1:]),
+        num_classes=data.num_identities,
+    )
+    return peak
+
+
+def peak_in_this_process(
+    criterion: str, batch_size: int, embedding_dim: int, image_shape: list[int], num_classes: int
+) -> int:
+    """Measure for :func:`peak_of_steps`, in its child process."""
+    torch.set_num_threads(1)
+    chosen = criteria()[criterion]
+    images = torch.rand(4 * max(num_classes, batch_size), *image_shape)
+    data = LabeledImages(images, torch.arange(len(images)) % num_classes)
+    net = SmallNet(embedding_dim, image_shape[0])
+    head = chosen.make_head(embedding_dim, num_classes)
+    steps = _WARM_STEPS + _MEASURED_STEPS
+    optimizer, scheduler = one_cycle([*net.parameters(), *head.parameters()], Recipe(steps, batch_size, 0.01))
+    run = training_steps(net, head, optimizer, scheduler, chosen.batches(data, batch_size, steps, 0))
+    # The first steps make what is made once: the optimizer's state, the libraries' code.
+    for _ in itertools.islice(run, _WARM_STEPS):
+        pass
+    optimizer.zero_grad()
+    before = reset_peak(_CPU)
+    for _ in run:
+        pass
+    return max(0, peak_since_reset(_CPU) - before)

@@ -1,4 +1,4 @@
-"""What is compared: every loss of the field by the name that tables and pictures call it."""
+"""Every loss that is compared, by the name that tables and pictures call it."""
 
 from __future__ import annotations
 
@@ -12,19 +12,21 @@ from fused_arcface.margins.angular import ArcFace, CosFace, Margin, NormSoftmax,
 from fused_arcface.margins.per_row import AdaFace
 
 from ..data import LabeledImages
-from .batches import identity_batches, two_view_batches
+from .batches import identity_batches, shuffled_batches, two_view_batches
 from .heads import SoftmaxHead
 from .losses import CenterLossHead, contrastive, triplet_batch_hard, triplet_semi_hard
-from .steps import shuffled_batches
 
 SOFTMAX, ARCFACE = "softmax", "ArcFace"
 
+MARGIN = ArcFace(0.5)
+"""The ArcFace paper's margin."""
+
 SCALE = 16.0
-"""Of the margin heads. The papers' 64 suits 10⁵ identities; with some hundred a softmax is sharp enough at 16, and
-learns faster."""
+"""Scale of the margin heads. The papers' 64 suits 10⁵ identities; with some hundred a softmax is sharp enough at 16,
+and learns faster."""
 
 Batches = Callable[[LabeledImages, int, int, int], Iterator[LabeledImages]]
-"""From images, batch size, steps and seed."""
+"""Yields batches, given images, batch size, steps and seed."""
 
 
 @dataclass(frozen=True)
@@ -33,18 +35,18 @@ class Criterion:
 
     name: str
     source: str
-    """Who proposed it."""
+    """Year or origin."""
     make_head: Callable[[int, int], nn.Module]
-    """From (D, C) to a module ``head(embeddings, target) -> loss``."""
+    """Makes a module ``head(embeddings, target) -> loss``, given D and C."""
     batches: Batches = shuffled_batches
     color: str = "#555555"
     line: str = "-"
 
 
 def criteria() -> dict[str, Criterion]:
-    """Every criterion by name, in the order of the field's history.
+    """Return every criterion by name, in the order of the field's history.
 
-    Margins and scales are the papers', but for the scale. The margins of contrastive and triplet loss are in squared
+    The margins are the papers'; the scale is :data:`SCALE`. The margins of contrastive and triplet loss are in squared
     distances of unit embeddings, from 0 to 4; FaceNet's is 0.2.
 
     >>> criteria()["ArcFace"].make_head(8, 100)
@@ -82,7 +84,7 @@ def criteria() -> dict[str, Criterion]:
         _margin("NormSoftmax", "2017", NormSoftmax, "#000000"),
         _margin("SphereFace", "2017", lambda: SphereFace(1.7), "#56B4E9"),
         _margin("CosFace", "2018", lambda: CosFace(0.35), "#009E73"),
-        _margin(ARCFACE, "2019", lambda: ArcFace(0.5), "#0072B2"),
+        _margin(ARCFACE, "2019", lambda: MARGIN, "#0072B2"),
         # The paper's rate of 0.01 is for long trainings: here the norms' mean would be found only at their end.
         _margin("AdaFace", "2022", lambda: AdaFace(0.4, rate=0.1), "#8C6D00"),
     ]
@@ -90,7 +92,7 @@ def criteria() -> dict[str, Criterion]:
 
 
 MARGINS = ("SphereFace", "CosFace", ARCFACE, "AdaFace")
-"""Those with a margin: they are expected above softmax on people never seen in training."""
+"""The criteria with a margin; they are expected above softmax on people never seen in training."""
 
 
 def _margin(name: str, source: str, make_margin: Callable[[], Margin], color: str) -> Criterion:

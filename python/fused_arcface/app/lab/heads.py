@@ -1,5 +1,4 @@
-"""Heads to train beside :class:`fused_arcface.MarginHead`, called alike: the field's baseline, and the oracle as a
-head."""
+"""Heads to train beside :class:`fused_arcface.MarginHead` and called like it: plain softmax, and the oracle."""
 
 from __future__ import annotations
 
@@ -29,7 +28,7 @@ class SoftmaxHead(nn.Module):
         self.linear = nn.Linear(embedding_dim, num_classes)
 
     def forward(self, embeddings: Tensor, target: Tensor) -> Tensor:
-        """Mean loss of embeddings (N, D) with labels (N,)."""
+        """Return the mean loss of embeddings (N, D) with labels (N,)."""
         return F.cross_entropy(self.linear(embeddings), target)
 
 
@@ -44,7 +43,7 @@ class ReferenceHead(MarginHead):
     def forward(
         self, embeddings: Tensor, target: Tensor, *, ignore_index: int = -100, return_stats: bool = False
     ) -> Tensor | tuple[Tensor, MarginSoftmaxStats]:
-        """As the fused head's; ``backend`` plays no part."""
+        """Compute what the fused head computes; ``backend`` is ignored."""
         return reference.margin_softmax_loss(
             embeddings,
             self.weight,

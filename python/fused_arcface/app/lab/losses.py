@@ -1,5 +1,7 @@
-"""Losses that are compared with the margins: center loss, which is ours, and those of pairs and triplets, which are
-pytorch-metric-learning's. All are heads: ``head(embeddings, target) -> loss``."""
+"""Losses that are compared with the margins, each a module ``head(embeddings, target) -> loss``.
+
+Center loss is this package's; those of pairs and triplets are pytorch-metric-learning's.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +16,8 @@ from .heads import SoftmaxHead
 class CenterLossHead(SoftmaxHead):
     """Softmax cross-entropy and ``λ/2·‖f - c_y‖²``, both the mean over the batch (Wen et al., 2016, eq. 5).
 
-    The centers c, one for each class, are learned by the optimizer as all else is; the paper moves them by a rate of
-    their own.
+    The optimizer learns the centers c, one for each class, as it learns all else; the paper moves them at a separate
+    rate.
 
     Args:
         embedding_dim: D.
@@ -33,20 +35,22 @@ class CenterLossHead(SoftmaxHead):
         self.centers = nn.Parameter(torch.zeros(num_classes, embedding_dim))
 
     def forward(self, embeddings: Tensor, target: Tensor) -> Tensor:
-        """Mean loss of embeddings (N, D) with labels (N,)."""
+        """Return the mean loss of embeddings (N, D) with labels (N,)."""
         return super().forward(embeddings, target) + self.pull_to_centers(embeddings, target)
 
     def pull_to_centers(self, embeddings: Tensor, target: Tensor) -> Tensor:
-        """The second term alone."""
+        """Return the second term alone."""
         return self.pull / 2 * (embeddings - self.centers[target]).square().sum(1).mean()
 
 
 def contrastive(margin: float) -> nn.Module:
-    """``Y·D² + max(0, m - D²)·(1 - Y)`` over all pairs of the batch, D the distance of normalized embeddings (Chopra,
-    Hadsell and LeCun, 2005); of pairs of one kind the mean of those that are not 0.
+    """Return contrastive loss, ``Y·D² + max(0, m - D²)·(1 - Y)`` over all pairs of the batch.
+
+    D is the distance of normalized embeddings, and Y is 1 for a pair of one identity (Chopra, Hadsell and LeCun,
+    2005). Of each kind of pairs the mean of the terms that are not 0 is taken.
 
     Raises:
-        MissingExtra: pytorch-metric-learning is not installed.
+        MissingExtra: if pytorch-metric-learning is not installed.
     """
     loss: nn.Module = require("pytorch_metric_learning.losses", "compare").ContrastiveLoss(
         pos_margin=0, neg_margin=margin, distance=_squared_distance()
@@ -70,20 +74,20 @@ class _MinedTriplets(nn.Module):
 
 
 def triplet_semi_hard(margin: float) -> nn.Module:
-    """FaceNet's loss (Schroff et al., 2015): negatives farther than the positive, by less than the margin.
+    """Return FaceNet's loss (Schroff et al., 2015): negatives farther than the positive, by less than the margin.
 
     Raises:
-        MissingExtra: pytorch-metric-learning is not installed.
+        MissingExtra: if pytorch-metric-learning is not installed.
     """
     miners = require("pytorch_metric_learning.miners", "compare")
     return _MinedTriplets(margin, miners.TripletMarginMiner(margin, "semihard", distance=_squared_distance()))
 
 
 def triplet_batch_hard(margin: float) -> nn.Module:
-    """For each image its farthest positive and its nearest negative of the batch (Hermans et al., 2017).
+    """Return the loss of each image's farthest positive and nearest negative in the batch (Hermans et al., 2017).
 
     Raises:
-        MissingExtra: pytorch-metric-learning is not installed.
+        MissingExtra: if pytorch-metric-learning is not installed.
     """
     miners = require("pytorch_metric_learning.miners", "compare")
     return _MinedTriplets(margin, miners.BatchHardMiner(distance=_squared_distance()))

@@ -1,4 +1,4 @@
-"""A child process that runs this package's functions, where one measurement's memory can be told from all else."""
+"""A child process that runs this package's functions, so that a measurement's memory is seen apart from all else."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ _ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "6553
 
 
 class ChildFailed(RuntimeError):
-    """The child raised, or ended: the message says which."""
+    """Raised when the child raised or ended; the message says which."""
 
 
 class Child:
-    """Call ``"module:function"`` in another process; ``close`` or ``with`` ends it.
+    """Calls ``"module:function"`` in another process; ``close`` or ``with`` ends it.
 
     The module's name is relative to ``fused_arcface.app``. Arguments and result are JSON.
 
@@ -38,11 +38,11 @@ class Child:
         self.close()
 
     def call(self, function: str, **arguments: Any) -> Any:
-        """The function's result.
+        """Call a function and return its result.
 
         Raises:
-            MemoryError: it ran out of memory.
-            ChildFailed: it raised anything else, or the process ended.
+            MemoryError: if it ran out of memory.
+            ChildFailed: if it raised anything else, or the process ended.
         """
         process = self._process or self._start()
         assert process.stdin and process.stdout
@@ -66,6 +66,7 @@ class Child:
         return value
 
     def close(self) -> None:
+        """End the process."""
         if self._process is not None:
             assert self._process.stdin and self._process.stdout
             self._process.stdin.close()
@@ -90,7 +91,10 @@ class Child:
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether an allocation failed. On a CPU torch raises a RuntimeError that only its text tells from others."""
+    """Return whether an allocation failed.
+
+    On a CPU torch raises a RuntimeError that differs from others in its text alone.
+    """
     text = str(error).lower()
     return isinstance(error, MemoryError) or "out of memory" in text or "allocate memory" in text or "bad_alloc" in text
 

@@ -1,4 +1,4 @@
-"""The machine: its name, its measured ceilings, and what else a figure must carry to be read later."""
+"""The machine: its name, its measured ceilings, and the context that every figure carries."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from fused_arcface import __version__, backends
+from fused_arcface.base.precision import fp32_products
 
 from .timing import Timing, time_interleaved
 
@@ -24,7 +25,7 @@ _COPY_BYTES = 2**28
 
 @dataclass(frozen=True)
 class Ceiling:
-    """The fastest square matrix product of the machine's libraries, and its copy."""
+    """The fastest square matrix product of the machine's libraries, and the speed of a copy."""
 
     library: str
     size: int
@@ -36,14 +37,14 @@ class Ceiling:
 
     @property
     def flops_per_second(self) -> float:
-        """By the fastest sample: a ceiling is what was reached, and a busy moment does not lower it."""
+        """The rate of the fastest sample: a busy moment does not lower what was reached."""
         return 2 * self.size**3 / (self.timing.least * 1e-3)
 
 
 def measure_ceiling(device: torch.device, dtype: str = "float32", seconds: float = 2.0) -> Ceiling:
-    """What a large square product in ``dtype``, or ``"tf32"``, reaches here: torch's, or numpy's (CPU, fp32) if faster.
+    """Measure a large square product in ``dtype``, or ``"tf32"``: torch's, or numpy's (CPU, fp32) if that is faster.
 
-    It stands somewhat below the processor's FMA peak, which only a loop in registers reaches; no head built on a
+    It is somewhat below the processor's FMA peak, which only a loop in registers reaches. No head that is built on a
     library's products can pass it.
     """
     size = _CUDA_SIZE if device.type == "cuda" else _CPU_SIZE
@@ -53,10 +54,8 @@ def measure_ceiling(device: torch.device, dtype: str = "float32", seconds: float
     result = torch.empty_like(a)
 
     def with_torch() -> None:
-        precision = torch.get_float32_matmul_precision()
-        torch.set_float32_matmul_precision("high" if dtype == "tf32" else "highest")
-        torch.mm(a, a, out=result)
-        torch.set_float32_matmul_precision(precision)
+        with fp32_products(tf32=dtype == "tf32"):
+            torch.mm(a, a, out=result)
 
     runs: dict[str, Callable[[], None]] = {"torch": with_torch}
     # numpy takes every processor it may run on, whatever torch was told: comparable only when torch takes them all.
@@ -80,7 +79,7 @@ def measure_ceiling(device: torch.device, dtype: str = "float32", seconds: float
 
 
 def fma_flops_per_second(seconds: float = 0.5) -> float | None:
-    """The processor's fp32 multiply-adds in registers, the fastest within ``seconds``; None without the CPU backend."""
+    """Measure fp32 multiply-adds in registers, the fastest within ``seconds``; None without the CPU backend."""
     if backends.available()["cpu"] is not None:
         return None
     multiply_adds = backends.load("cpu").multiply_adds
@@ -90,7 +89,7 @@ def fma_flops_per_second(seconds: float = 0.5) -> float | None:
 
 
 def copy_bytes_per_second(device: torch.device, seconds: float) -> float:
-    """Bytes read and written per second by a copy that no cache holds, the fastest within ``seconds``."""
+    """Measure bytes read and written per second by a copy that no cache holds, the fastest within ``seconds``."""
     source = torch.ones(_COPY_BYTES, dtype=torch.int8, device=device)
     copy = torch.empty_like(source)
     copied = time_interleaved({"copy": lambda: copy.copy_(source)}, device, seconds)["copy"]
@@ -98,12 +97,12 @@ def copy_bytes_per_second(device: torch.device, seconds: float) -> float:
 
 
 def processors() -> int:
-    """Processors that this process may run on."""
+    """Return the number of processors that this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def device_name(device: torch.device, threads: int | None = None) -> str:
-    """The GPU's name, or the processor's with the number of threads, torch's own if not given."""
+    """Return the GPU's name, or the processor's with the number of threads; None is torch's number."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     name = platform.processor() or platform.machine()
@@ -117,8 +116,10 @@ def device_name(device: torch.device, threads: int | None = None) -> str:
 
 
 def commit() -> str:
-    """The commit of the checkout that this package runs from, "-dirty" if the sources have changed since; the version
-    where it is none."""
+    """Return the commit of the checkout that this package runs from; outside one, the version.
+
+    The commit ends in "-dirty" if the sources have changed since.
+    """
     package = Path(__file__).resolve().parents[2]
 
     def git(*arguments: str) -> str:
@@ -128,7 +129,7 @@ def commit() -> str:
     try:
         # A wheel may lie in an environment inside some other repository: ask whether that one knows this file.
         git("ls-files", "--error-unmatch", __file__)
-        # Results and notes that have changed since are no other code.
+        # Changed results and notes do not count.
         changed = git("status", "--porcelain", "--untracked-files=no", "--", str(package), ":(top)csrc")
         return git("rev-parse", "--short=10", "HEAD") + ("-dirty" if changed else "")
     except (OSError, subprocess.SubprocessError):
@@ -136,10 +137,10 @@ def commit() -> str:
 
 
 def context(device: torch.device) -> dict[str, str]:
-    """What every row carries: device, torch, commit and date."""
+    """Return what every row carries: device, torch, commit and date."""
     return {"device": device_name(device), "torch": torch.__version__, "commit": commit(), "date": now()}
 
 
 def now() -> str:
-    """The time in UTC, ISO 8601, to the second."""
+    """Return the time in UTC, ISO 8601, to the second."""
     return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")

@@ -1,4 +1,4 @@
-"""Times of several runs taken in turn, so that a slow minute of the machine falls on all of them alike."""
+"""Time several runs in turn, so that a slow minute of the machine affects all of them alike."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ import torch
 # Short passes are repeated until a sample takes this long: a clock and a scheduler are no finer.
 _SAMPLE_SECONDS = 5e-3
 _LEAST_SAMPLES, _MOST_SAMPLES = 3, 50
+# A short run is warmed up until one of these is reached; a pass that takes longer is run once.
+_WARM_SECONDS, _MOST_WARM_PASSES = 0.05, 5
 # Bytes that are overwritten before each pass on a GPU: more than any last-level cache, so that none starts with its
 # inputs there.
 _FLUSH_BYTES = 256 * 2**20
@@ -19,7 +21,7 @@ _FLUSH_BYTES = 256 * 2**20
 
 @dataclass(frozen=True)
 class Timing:
-    """Milliseconds of one pass."""
+    """Milliseconds of one pass, a number for each sample."""
 
     samples: tuple[float, ...]
 
@@ -32,7 +34,7 @@ class Timing:
         return min(self.samples)
 
     def quantile(self, q: float) -> float:
-        """Linear between the samples; q in [0, 1].
+        """Return a quantile, linear between the samples; q in [0, 1].
 
         >>> Timing((1.0, 2.0, 4.0)).quantile(0.25)
         1.5
@@ -54,24 +56,23 @@ def time_interleaved(
     on_sample: Callable[[str], None] = lambda name: None,
     on_failure: Callable[[str, Exception], None] | None = None,
 ) -> dict[str, Timing]:
-    """Time each run, one sample of each in turn, after a pass of each that is not counted.
+    """Time each run, one sample of each in turn, after passes that warm it up and are not counted.
 
     Args:
         runs: what to call, by name.
-        device: on which they run; a GPU is timed by its own events.
-        seconds: what all samples together should take. A run that has had its share stops, but not before its third
-            sample, unless
-            it alone has taken twice the whole.
+        device: the device that they run on; a GPU is timed by its own events.
+        seconds: time that all samples together should take. A run that has used its share stops, but not before its
+            third sample, unless it alone has taken twice the whole.
         on_sample: called with the run's name after each sample.
-        on_failure: called with the name and the error of a run that raises; it is left out of the result. Without this
-            the error is raised.
+        on_failure: called with the name and the error of a run that raises, which is then left out of the result.
+            Without it the error is raised.
     """
     sample = _cuda_sampler(device) if device.type == "cuda" else _cpu_sample
     repeats, spent = dict.fromkeys(runs, 1), dict.fromkeys(runs, 0.0)
     samples: dict[str, list[float]] = {name: [] for name in runs}
 
     def take(name: str) -> float | None:
-        """Milliseconds of one sample; None if it failed, and this was told."""
+        """Return the milliseconds of one sample; None if it failed and ``on_failure`` was called."""
         try:
             return sample(runs[name], repeats[name])
         except Exception as error:
@@ -82,9 +83,16 @@ def time_interleaved(
             return None
 
     for name in runs:
-        once = take(name)
-        if once is not None and device.type != "cuda":  # a GPU's events are fine enough for one pass
-            repeats[name] = max(1, int(_SAMPLE_SECONDS * 1e3 / max(once, 1e-6)))
+        # The first pass loads and compiles, and tells nothing of the time of the next.
+        end = time.perf_counter() + _WARM_SECONDS
+        for _ in range(_MOST_WARM_PASSES):
+            once = take(name)
+            if once is None:
+                break
+            if device.type != "cuda":  # a GPU's events are fine enough for one pass
+                repeats[name] = max(1, int(_SAMPLE_SECONDS * 1e3 / max(once, 1e-6)))
+            if time.perf_counter() > end:
+                break
     for round_ in range(_MOST_SAMPLES):
         share = 2 * seconds if round_ < _LEAST_SAMPLES else seconds / len(runs)
         going = [name for name in samples if round_ == 0 or spent[name] < share]

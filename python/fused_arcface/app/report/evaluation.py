@@ -1,4 +1,4 @@
-"""Curves of one evaluation as pictures, drawn with matplotlib into files."""
+"""Pictures of one evaluation: ROC, DET and CMC curves."""
 
 from __future__ import annotations
 
@@ -16,20 +16,22 @@ _COLOR = "#0072B2"
 
 
 def draw_verification(found: Verification, folder: Path, name: str) -> list[Path]:
-    """``roc.png``, the true against the false accept rate, and ``det.png``, the false reject against the false accept
-    rate on normal-deviate axes.
+    """Draw ``roc.png`` and ``det.png`` into a folder; return their paths.
+
+    The first shows the true over the false accept rate, the second the false reject over the false accept rate on
+    normal-deviate axes.
 
     Args:
-        found: what is drawn.
-        folder: made if it is missing.
-        name: in the title.
+        found: figures of the verification.
+        folder: folder for the pictures, made if it is missing.
+        name: title of the pictures.
 
     Raises:
-        MissingExtra: matplotlib or scikit-learn is not installed.
+        MissingExtra: if matplotlib or scikit-learn is not installed.
     """
     plt = pyplot()
     folder.mkdir(parents=True, exist_ok=True)
-    least = 1 / found.num_pairs[1]  # below it no false accept is left
+    least = 1 / found.num_pairs[1]  # there are no false accepts below it
     with plt.rc_context(_STYLE):
         roc, axis = plt.subplots(figsize=(6, 4.6), layout="constrained")
         # Nothing is interpolated: a rate holds until the next point.
@@ -64,10 +66,10 @@ def draw_verification(found: Verification, folder: Path, name: str) -> list[Path
 
 
 def draw_identification(found: Identification, folder: Path, name: str) -> list[Path]:
-    """``cmc.png``, the identification rate by rank.
+    """Draw ``cmc.png``, the identification rate by rank, into a folder; return its path.
 
     Raises:
-        MissingExtra: matplotlib is not installed.
+        MissingExtra: if matplotlib is not installed.
     """
     plt = pyplot()
     folder.mkdir(parents=True, exist_ok=True)
@@ -86,5 +88,5 @@ def draw_identification(found: Identification, folder: Path, name: str) -> list[
 
 
 def _set_title(axis: Any, name: str) -> None:
-    """Set a file's name as title: bytes that are no text as escapes, and dollars as they are, not as formulas."""
+    """Set a file's name as title, with bytes that are not text as escapes, and dollars not read as formulas."""
     axis.set_title(name.encode(errors="backslashreplace").decode(), parse_math=False)

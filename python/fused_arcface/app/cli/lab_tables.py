@@ -1,0 +1,133 @@
+"""The printed results of ``demo`` and ``compare``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from statistics import fmean
+
+import torch
+from rich.console import Console
+
+from fused_arcface import backends
+
+from ..lab.agreement import CURVE_BOUND, CURVE_STEPS, STEP_BOUND
+from ..lab.comparison import WITH_DISTANCES, Comparison
+from ..lab.cost import HeadCost
+from ..lab.criteria import ARCFACE, MARGINS, SOFTMAX
+from ..lab.demo import PIXELS, Demo, TaskResult
+from ..lab.plans import Plan
+from .tables import digits, plain_table, spread
+
+
+def print_plan(console: Console, plan: Plan) -> None:
+    """Print what will be trained, on what, and how."""
+    backend = backends.select("auto", torch.device("cpu"))
+    text = f"The fused head runs on the {backend} backend. Nets are trained on one thread, from "
+    text += f"{len(plan.seeds)} seed{'s' if len(plan.seeds) > 1 else ''}."
+    for task in plan.tasks:
+        recipe = task.recipe
+        text += f"\n{task.name}: {task.images.describe()}; {recipe.steps} steps of {recipe.batch_size} images."
+    console.print(text, highlight=False, markup=False)
+
+
+def print_demo(console: Console, found: Demo) -> None:
+    """Print agreement and verification of each task, then the costs of the head."""
+    for result in found.results:
+        _print_agreement(console, result)
+        _print_verification(console, result, found.plan.seeds)
+    _print_costs(console, found.costs)
+
+
+def _print_agreement(console: Console, result: TaskResult) -> None:
+    table = plain_table(f"{result.task.name}: fused and reference head", "worst", "bound")
+    steps = len(result.agreement.errors["loss"])
+    for quantity, worst in result.agreement.worst().items():
+        table.add_row(f"{quantity}, relative, same embeddings, {steps} steps", f"{worst:.1e}", f"{STEP_BOUND:.0e}")
+    shown = f"loss of two trainings, first {min(CURVE_STEPS, steps)} steps"
+    table.add_row(shown, f"{result.curve_difference:.1e}", f"{CURVE_BOUND:.0e}")
+    console.print(table)
+
+
+def _print_verification(console: Console, result: TaskResult, seeds: Sequence[int]) -> None:
+    rates = [f"seed {seed}" for seed in seeds] if len(seeds) > 1 else []
+    table = plain_table(f"{result.task.name}: verification of unseen identities", "accuracy", "TAR at FAR 0.01", *rates)
+    tars = {}
+    for name, verifications in result.verifications().items():
+        tars[name] = [each.tar[1e-2] for each in verifications]
+        per_seed = [f"{tar:.3f}" for tar in tars[name]] if rates else []
+        table.add_row(name, spread([each.accuracy for each in verifications]), spread(tars[name]), *per_seed)
+    console.print(table)
+    _print_gain(console, ARCFACE, SOFTMAX, tars)
+    _print_gain(console, ARCFACE, PIXELS, tars)
+    console.print(*filter(None, [result.task.remark]), "", sep="\n", highlight=False)
+
+
+def _print_gain(console: Console, name: str, base: str, tars: dict[str, list[float]]) -> None:
+    """Print how often and by how much one TAR is above another."""
+    gains = [a - b for a, b in zip(tars[name], tars[base], strict=True)]
+    above, mean = sum(gain > 0 for gain in gains), fmean(gains)
+    seeds = f"{above} of {len(gains)} seed{'s' if len(gains) > 1 else ''}"
+    size = f"its mean TAR is {abs(mean):.3f} {'higher' if mean > 0 else 'lower'}"
+    console.print(f"{name} is above {base} in {seeds}; {size}.", highlight=False)
+
+
+def _print_costs(console: Console, costs: Sequence[HeadCost]) -> None:
+    names = ("fused", "reference")
+    columns = [f"{name}, {unit}" for unit in ("ms", "MB") for name in names]
+    table = plain_table("the head: time and peak extra memory, forward and backward", *columns)
+    for cost in costs:
+        peaks = (cost.peak_bytes[name] for name in names)
+        memory = ("-" if peak is None else f"{peak / 1e6:.1f}" for peak in peaks)
+        table.add_row(str(cost.case), *(digits(cost.milliseconds[name]) for name in names), *memory)
+    console.print(table)
+    console.print(
+        "ms: median of warm passes, both heads in turn. MB: peak beyond embeddings, class centers and their gradients.",
+        highlight=False,
+    )
+    for cost in costs:
+        if cost.problem:
+            console.print(cost.problem, style="yellow", markup=False)
+
+
+def print_comparison(console: Console, found: Comparison) -> None:
+    """Print the table of the criteria, their gains over softmax, and the tables by distance."""
+    _print_criteria(console, found)
+    for name in WITH_DISTANCES:
+        rows = found.of(name)
+        if rows:
+            table = plain_table(f"\n{name}: embeddings compared by distance", "accuracy", "TAR", "rank 1")
+            for distance in rows[0].distances:
+                figures = [row.distances[distance] for row in rows]
+                cells = (spread([each[key] for each in figures]) for key in ("accuracy", "tar", "rank1"))
+                table.add_row(distance, *cells)
+            console.print(table)
+
+
+def _print_criteria(console: Console, found: Comparison) -> None:
+    seeds = len(found.plan.seeds)
+    over = f", mean ± deviation over {seeds} seeds" if seeds > 1 else ""
+    table = plain_table(f"\npeople never seen in training{over}", "accuracy", "TAR", "rank 1", "s", "ms", "MB")
+    table.padding = (0, 1, 0, 0)
+    tars = {}
+    for name in dict.fromkeys(row.criterion for row in found.rows):
+        rows = found.of(name)
+        tars[name] = [row.tar["0.01"] for row in rows]
+        table.add_row(
+            name,
+            spread([row.accuracy for row in rows]),
+            spread(tars[name]),
+            spread([row.rank1 for row in rows]),
+            f"{fmean(row.seconds for row in rows):.1f}",
+            f"{fmean(row.head_milliseconds for row in rows):.1f}",
+            "-" if rows[0].peak_bytes is None else f"{rows[0].peak_bytes / 1e6:.0f}",
+        )
+    console.print(table)
+    console.print(
+        "Verification: accuracy over 10 folds, TAR at FAR 0.01. Identification: rank 1,\n"
+        "one image a person in the gallery. s: a training; ms: the loss's forward and\n"
+        "backward pass; MB: peak of training steps beyond images, weights, optimizer.\n",
+        highlight=False,
+    )
+    for name in MARGINS:
+        if name in tars and SOFTMAX in tars:
+            _print_gain(console, name, SOFTMAX, tars)

@@ -1,0 +1,263 @@
+"""The experiments' files: the demo's numbers, and a comparison's folder, which a later run resumes.
+
+::
+
+    OUTPUT/numbers.json     all that a demo found
+    OUTPUT/plan.json        what is compared, and with which versions
+    OUTPUT/rows/*.json      one file for each finished training
+    OUTPUT/toy/*.npz        one file for each two-dimensional training: embeddings (M, 2), labels (M,)
+    OUTPUT/rows.csv, summary.json, *.png    written when all trainings are there
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from fused_arcface import __version__, backends
+from fused_arcface.base.files import replacing, write_text
+from fused_arcface.evaluation import Verification
+
+from ..benchmark.report import write_csv
+from ..measure import machine
+from .agreement import CURVE_BOUND, CURVE_STEPS, STEP_BOUND
+from .criteria import MARGIN, SCALE, criteria
+from .plans import Generated, Plan
+
+if TYPE_CHECKING:
+    from .demo import Demo, TaskResult
+
+_CPU = torch.device("cpu")
+
+
+class ComparisonError(ValueError):
+    """Raised when a folder holds something else than this comparison's results."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One training, and how well its net verifies and identifies unseen people."""
+
+    criterion: str
+    seed: int
+    accuracy: float
+    """Verification, mean over ten folds."""
+    eer: float
+    tar: dict[str, float]
+    """True accept rate by false accept rate."""
+    rank1: float
+    """Identification rate with one image a person in the gallery."""
+    rank5: float
+    tpir: float
+    """True positive identification rate at an FPIR of 0.1, with a fifth of the people not in the gallery."""
+    seconds: float
+    """Time of the training."""
+    head_milliseconds: float
+    """Median time of the loss's forward and backward pass."""
+    peak_bytes: int | None
+    """Resident memory that training steps need beyond the images and parameters; None where it cannot be measured."""
+    first_loss: float
+    last_loss: float
+    roc: list[float]
+    """True accept rates at :data:`ROC_FARS`."""
+    same_angles: list[int]
+    """Numbers of pairs of one person by the angle between their embeddings, from 0 to 180 degrees in even bins."""
+    different_angles: list[int]
+    """The same of pairs of two people."""
+    distances: dict[str, dict[str, float]]
+    """By distance, without normalizing the embeddings: accuracy, TAR at FAR 0.01, rank 1. Empty for most criteria."""
+
+
+TAR_FARS = (1e-1, 1e-2, 1e-3)
+ROC_FARS = tuple(np.logspace(-3, 0, 61).tolist())
+ANGLE_BINS = 90
+
+
+class Folder:
+    """A comparison's folder.
+
+    Raises:
+        ComparisonError: if it holds another comparison's results.
+        OSError: if it cannot be made.
+    """
+
+    def __init__(self, root: Path, plan: Plan) -> None:
+        self.root, self._rows, self._toys = root, root / "rows", root / "toy"
+        for folder in (root, self._rows, self._toys):
+            folder.mkdir(parents=True, exist_ok=True)
+        described = {"fused_arcface": __version__, "torch": torch.__version__, "plan": _described(plan)}
+        file = root / "plan.json"
+        if not file.exists():
+            _write(file, described, indent=1)
+        elif not _holds(json.loads(file.read_text(encoding="utf-8")), json.loads(json.dumps(described))):
+            raise ComparisonError(
+                f"{root} holds another comparison (see {file}): name another folder, or remove it first"
+            )
+
+    def row(self, criterion: str, seed: int) -> Row | None:
+        """Return a finished training's row, or None."""
+        file = self._row_file(criterion, seed)
+        return Row(**json.loads(file.read_text(encoding="utf-8"))) if file.exists() else None
+
+    def add(self, row: Row) -> None:
+        """Keep a row."""
+        _write(self._row_file(row.criterion, row.seed), asdict(row))
+
+    def toy(self, criterion: str) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]] | None:
+        """Return embeddings (M, 2) and labels (M,), or None."""
+        file = self._toy_file(criterion)
+        if not file.exists():
+            return None
+        with np.load(file) as stored:
+            return stored["embeddings"], stored["labels"]
+
+    def add_toy(self, criterion: str, embeddings: npt.NDArray[np.float32], labels: npt.NDArray[np.int64]) -> None:
+        """Keep embeddings (M, 2) and labels (M,)."""
+        file = self._toy_file(criterion)
+        with replacing(file) as opened:
+            np.savez(opened, embeddings=embeddings, labels=labels)
+
+    def write_summary(self, rows: Sequence[Row], seconds: float) -> list[Path]:
+        """Write rows.csv and summary.json; return their paths."""
+        flat = [_flat(row) for row in rows]
+        figures = {
+            "device": machine.device_name(_CPU),
+            "date": machine.now(),
+            "backend": backends.select("auto", _CPU),
+            "seconds": round(seconds, 1),
+            "criteria": {name: {"source": criteria()[name].source, **found} for name, found in summaries(rows).items()},
+        }
+        table = write_csv(self.root / "rows.csv", flat, list(flat[0]))
+        return [table, _write(self.root / "summary.json", figures, indent=1)]
+
+    def _row_file(self, criterion: str, seed: int) -> Path:
+        return self._rows / f"{_slug(criterion)}-seed{seed}.json"
+
+    def _toy_file(self, criterion: str) -> Path:
+        return self._toys / f"{_slug(criterion)}.npz"
+
+
+def _write(path: Path, value: Any, indent: int | None = None) -> Path:
+    """Write a value as JSON, a NaN of a training that failed as ``NaN``."""
+    write_text(path, json.dumps(value, indent=indent) + "\n")
+    return path
+
+
+def _described(plan: Plan) -> dict[str, Any]:
+    """Return the facts that decide a comparison's results, as plan.json has them."""
+    (task,), toy = plan.tasks, plan.toy
+    assert toy is not None and isinstance(toy.images, Generated)
+    facts: dict[str, Any] = {"data": None, **asdict(task.images)}  # type: ignore[call-overload]
+    if "path" in facts:
+        facts["data"] = facts.pop("path")
+    return {
+        "seeds": plan.seeds,
+        "recipe": asdict(task.recipe),
+        "toy": asdict(toy.recipe),
+        "toy_identities": toy.images.identities,
+        "toy_samples": toy.images.samples,
+        "embedding_dim": task.embedding_dim,
+        **facts,
+    }
+
+
+def _holds(stored: Any, facts: Any) -> bool:
+    """Return whether ``stored`` agrees with all of ``facts``; earlier releases stored more."""
+    if isinstance(stored, dict) and isinstance(facts, dict):
+        return all(name in stored and _holds(stored[name], fact) for name, fact in facts.items())
+    return bool(stored == facts)
+
+
+def mean_and_deviation(values: Iterable[float]) -> dict[str, float]:
+    """Return mean and population standard deviation."""
+    listed = list(values)
+    return {"mean": statistics.fmean(listed), "deviation": statistics.pstdev(listed)}
+
+
+def summaries(rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
+    """Return mean and deviation over the seeds of every number in the rows, by criterion."""
+    found: dict[str, dict[str, Any]] = {}
+    for criterion in dict.fromkeys(row.criterion for row in rows):
+        flat = [_flat(row) for row in rows if row.criterion == criterion]
+        numbers = [name for name, value in flat[0].items() if name not in ("criterion", "seed") and value != ""]
+        found[criterion] = {name: mean_and_deviation(float(each[name]) for each in flat) for name in numbers}
+    return found
+
+
+def _flat(row: Row) -> dict[str, Any]:
+    """Return a row without its curves, one level deep."""
+    flat: dict[str, Any] = {}
+    for field in fields(row):
+        value = getattr(row, field.name)
+        if field.name == "tar":
+            flat |= {f"tar_at_far_{far}": rate for far, rate in value.items()}
+        elif field.name not in ("roc", "same_angles", "different_angles", "distances"):
+            flat[field.name] = "" if value is None else value
+    return flat
+
+
+def _slug(name: str) -> str:
+    return re.sub("[^A-Za-z0-9]+", "-", name).strip("-").lower()
+
+
+def write_numbers(demo: Demo, path: Path) -> None:
+    """Write all that a demo found, but for the points of the ROC."""
+    numbers = {
+        "fused_arcface": __version__,
+        "torch": torch.__version__,
+        "device": machine.device_name(_CPU),
+        "date": machine.now(),
+        "backend": backends.select("auto", _CPU),
+        "margin": repr(MARGIN),
+        "scale": SCALE,
+        "seeds": demo.plan.seeds,
+        "bounds": {"step_relative": STEP_BOUND, "curve_absolute": CURVE_BOUND, "curve_steps": CURVE_STEPS},
+        "broken": demo.broken(),
+        "problems": {result.task.name: _task_result(result, demo.plan.seeds) for result in demo.results},
+        "head": [cost.as_json() for cost in demo.costs],
+        "seconds": round(demo.seconds, 2),
+    }
+    _write(path, numbers, indent=1)
+
+
+def _task_result(result: TaskResult, seeds: tuple[int, ...]) -> dict[str, object]:
+    return {
+        "description": result.task.images.describe(),
+        "recipe": asdict(result.task.recipe),
+        "embedding_dim": result.task.embedding_dim,
+        "identities": result.num_identities,
+        "agreement": {
+            "same_embeddings_worst_relative": result.agreement.worst(),
+            "curves_greatest_difference": result.curve_difference,
+        },
+        "pixels_without_a_net": [
+            {"seed": seed, "accuracy": found.accuracy, "tar_at_far": _rates(found)}
+            for seed, found in zip(seeds, result.pixels, strict=True)
+        ],
+        "trainings": [
+            {
+                "criterion": net.criterion,
+                "seed": net.seed,
+                "accuracy": net.verification.accuracy,
+                "accuracy_deviation_over_folds": net.verification.accuracy_deviation,
+                "tar_at_far": _rates(net.verification),
+                "head_milliseconds": net.trained.head_milliseconds,
+                "seconds": round(net.trained.seconds, 3),
+                "losses": net.trained.losses,
+            }
+            for net in result.nets
+        ],
+    }
+
+
+def _rates(found: Verification) -> dict[str, float]:
+    return {f"{far:g}": tar for far, tar in found.tar.items()}

@@ -1,0 +1,189 @@
+"""Train one net: its recipe, its steps, and the reporter that is told of them. Demo and comparison both train here."""
+
+from __future__ import annotations
+
+import contextlib
+import statistics
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler, OneCycleLR
+
+from ..data.images import LabeledImages
+from ..nets.small import SmallNet
+from .criteria import Criterion
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a net is trained: AdamW with a learning rate that rises and falls once."""
+
+    steps: int
+    batch_size: int
+    learning_rate: float
+    """The greatest."""
+    warm_up: float = 0.25
+    """Share of the steps in which the learning rate rises."""
+    weight_decay: float = 5e-4
+
+
+class StepRecord(NamedTuple):
+    """What is known after one training step."""
+
+    loss: float
+    head_seconds: float
+    """Time of the head alone: forward, and backward to the gradients by embeddings and class centers."""
+
+
+class Reporter(Protocol):
+    """Is told what an experiment does."""
+
+    def begin(self, what: str, steps: int = 0) -> None:
+        """Begin a piece of work: a training of ``steps``, or something without steps if it is 0."""
+
+    def step(self, loss: float) -> None:
+        """Count one training step."""
+
+    def ended(self, name: str, first_loss: float, last_loss: float, steps: int, seconds: float) -> None:
+        """Note a training that has ended, in this run or, where an earlier run is resumed, in that one."""
+
+
+BeforeUpdate = Callable[[nn.Module, Tensor, Tensor], None]
+"""Called with the head, the embeddings (N, D), detached, and the labels (N,), before the parameters change."""
+
+
+@dataclass(frozen=True)
+class TrainedNet:
+    """A net and the record of its training."""
+
+    net: nn.Module
+    steps: list[StepRecord]
+    seconds: float
+
+    @property
+    def losses(self) -> list[float]:
+        return [step.loss for step in self.steps]
+
+    @property
+    def head_milliseconds(self) -> float:
+        """Median time of the head's forward and backward pass, on one thread."""
+        return statistics.median(step.head_seconds for step in self.steps) * 1e3
+
+
+def train(
+    criterion: Criterion,
+    recipe: Recipe,
+    embedding_dim: int,
+    data: LabeledImages,
+    seed: int,
+    reporter: Reporter,
+    before_update: BeforeUpdate | None = None,
+) -> TrainedNet:
+    """Train a fresh net with one criterion.
+
+    The net is made before the head, so all criteria start from the same net. The caller's random state is left as it
+    was.
+
+    Args:
+        criterion: gives the head and the batches.
+        recipe: optimizer, steps and batch size.
+        embedding_dim: D.
+        data: images and labels to train on.
+        seed: of the initial weights and of the batches.
+        reporter: told of each step.
+        before_update: a check of the head that runs in each step, see :data:`BeforeUpdate`.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        net = SmallNet(embedding_dim, data.images.shape[1])
+        head = criterion.make_head(embedding_dim, data.num_identities)
+        optimizer, scheduler = one_cycle([*net.parameters(), *head.parameters()], recipe)
+        batches = criterion.batches(data, recipe.batch_size, recipe.steps, seed)
+        start, steps = time.perf_counter(), []
+        for step in training_steps(net, head, optimizer, scheduler, batches, before_update):
+            steps.append(step)
+            reporter.step(step.loss)
+    return TrainedNet(net, steps, time.perf_counter() - start)
+
+
+def one_cycle(parameters: Iterable[nn.Parameter], recipe: Recipe) -> tuple[Optimizer, LRScheduler]:
+    """Return the recipe's optimizer and learning-rate schedule.
+
+    >>> recipe = Recipe(steps=10, batch_size=4, learning_rate=1.0)
+    >>> optimizer, scheduler = one_cycle(nn.Linear(2, 2).parameters(), recipe)
+    >>> f"{optimizer.param_groups[0]['lr']:.2f}"  # it rises from here
+    '0.04'
+    """
+    optimizer = torch.optim.AdamW(parameters, recipe.learning_rate, weight_decay=recipe.weight_decay)
+    return optimizer, OneCycleLR(
+        optimizer, recipe.learning_rate, total_steps=max(2, recipe.steps), pct_start=recipe.warm_up
+    )
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Let torch compute on one thread within the block.
+
+    A step of a small net has too little in each operation to share: one thread takes 1.3 times as long as two on a
+    quiet machine, and a third of the time where another process wants a processor. It also makes results independent
+    of the number of processors.
+
+    >>> with one_thread():
+    ...     torch.get_num_threads()
+    1
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def training_steps(
+    net: nn.Module,
+    head: nn.Module,
+    optimizer: Optimizer,
+    scheduler: LRScheduler,
+    batches: Iterable[LabeledImages],
+    before_update: BeforeUpdate | None = None,
+) -> Iterator[StepRecord]:
+    """Yield the record of one step for each batch; a step is made when it is asked for.
+
+    Args:
+        net: maps images to embeddings.
+        head: ``head(embeddings, target)`` gives the loss.
+        optimizer: of both.
+        scheduler: stepped after each batch.
+        batches: images and labels.
+        before_update: called while the parameters are still those that the loss was computed with.
+
+    >>> from fused_arcface.app.lab.batches import shuffled_batches
+    >>> from fused_arcface.app.lab.heads import SoftmaxHead
+    >>> data = LabeledImages(torch.rand(8, 1, 8, 8), torch.arange(8) % 2)
+    >>> net, head = SmallNet(4), SoftmaxHead(4, 2)
+    >>> optimizer, scheduler = one_cycle([*net.parameters(), *head.parameters()], Recipe(3, 4, 0.01))
+    >>> len(list(training_steps(net, head, optimizer, scheduler, shuffled_batches(data, 4, steps=3, seed=0))))
+    3
+    """
+    net.train()
+    for images, target in batches:
+        embeddings = net(images)
+        optimizer.zero_grad()
+        # The head's backward pass stops at the embeddings, so that its time can be told from the net's.
+        cut = embeddings.detach().requires_grad_()
+        start = time.perf_counter()
+        loss = head(cut, target)
+        loss.backward()
+        head_seconds = time.perf_counter() - start
+        if before_update is not None:
+            before_update(head, embeddings.detach(), target)
+        embeddings.backward(cut.grad)
+        optimizer.step()
+        scheduler.step()
+        yield StepRecord(loss.item(), head_seconds)
