@@ -17,8 +17,11 @@ from .compare import compare
 from .convert import convert
 from .demo import demo
 from .doctor import doctor
+from .embed import embed
+from .export import export
 from .gradcheck import gradcheck
 from .identify import identify
+from .similarity import similarity
 from .terminal import terminal
 from .train import TrainCommand, train
 from .verify import verify
@@ -38,6 +41,9 @@ app.command()(demo)
 app.command()(bench)
 app.command()(convert)
 app.command(cls=TrainCommand)(train)
+app.command()(embed)
+app.command()(similarity)
+app.command()(export)
 app.command()(verify)
 app.command()(identify)
 app.command()(compare)
