@@ -13,12 +13,15 @@ from test_training import TINY, losses, run, weights
 
 import fused_arcface as fa
 from fused_arcface.app.cli import run as run_command
+from fused_arcface.app.data import open_source
+from fused_arcface.app.nets.small import embed
 from fused_arcface.app.training import events
 from fused_arcface.app.training.augment import augment
 from fused_arcface.app.training.batches import BatchPlan
 from fused_arcface.app.training.centers import load_centers
 from fused_arcface.app.training.config import OptionError, TrainConfig
 from fused_arcface.app.training.events import Noted, Stepped
+from fused_arcface.app.training.runs import load_backbone
 from fused_arcface.base.text import encode_names
 from fused_arcface.checkpoint import convert
 
@@ -72,8 +75,23 @@ def test_centers_without_names_are_the_first_classes(tmp_path: Path) -> None:
         run(TINY.replace({"centers": str(tmp_path / "nothing")}), tmp_path / "run")
 
 
-@pytest.mark.parametrize("options", [{}, {"center_optimizer": "joint", "accumulation": 2}, {"precision": "fp16"}])
-def test_a_frozen_backbone_does_not_move(tmp_path: Path, options: dict) -> None:
+def _first_loss(output: Path, config: TrainConfig) -> float:
+    """The loss of the first batch with new class centers, by the oracle, of the net in evaluation mode."""
+    net, spec = load_backbone(output)
+    source = open_source(config.data)
+    items = BatchPlan(24, 8, config.seed, config.flip).epoch(0)[0]
+    images = torch.stack([source.read(item.place, spec).flip([-1] if item.mirrored else []) for item in items])
+    labels = source.labels[[item.place for item in items]]
+    centers = fa.PartialFC(128, 6, seed=config.seed).weight
+    embeddings = embed(net, images, normalize=False)
+    return fa.reference.margin_softmax_loss(embeddings, centers, labels, scale=16.0).item()
+
+
+@pytest.mark.parametrize(
+    ("options", "tolerance"),
+    [({}, 1e-5), ({"center_optimizer": "joint", "accumulation": 2}, 1e-5), ({"precision": "fp16"}, 1e-2)],
+)
+def test_a_frozen_backbone_does_not_move(tmp_path: Path, options: dict, tolerance: float) -> None:
     """Not its running statistics either; after the frozen epochs it learns."""
     config = TINY.replace({**options, "epochs": 2})
     run(config.replace({"lr": 0.0, "weight_decay": 0.0, "epochs": 1}), tmp_path / "start")
@@ -83,15 +101,14 @@ def test_a_frozen_backbone_does_not_move(tmp_path: Path, options: dict) -> None:
     frozen = weights(tmp_path / "frozen")
     assert all(torch.equal(start[name], frozen[name]) for name in start)
     assert not torch.equal(centers_of(tmp_path / "frozen"), centers_of(tmp_path / "start"))
-    assert losses(tmp_path / "frozen")[-1] < losses(tmp_path / "frozen")[0]
+    assert losses(tmp_path / "frozen")[0] == pytest.approx(_first_loss(tmp_path / "start", config), rel=tolerance)
     run(config.replace({**init, "freeze": "backbone:1"}), tmp_path / "thawed")
     thawed = weights(tmp_path / "thawed")
-    assert losses(tmp_path / "thawed")[:4] == losses(tmp_path / "frozen")[:4]  # the 4th is of the net before its step
-    assert (
-        thawed["projection.2.num_batches_tracked"]
-        == start["projection.2.num_batches_tracked"] + 3 * config.accumulation
-    )
-    assert not torch.equal(thawed["projection.1.weight"], start["projection.1.weight"])
+    assert losses(tmp_path / "thawed")[:3] == losses(tmp_path / "frozen")[:3]
+    if config.precision == "fp32":  # in fp16 the scaler leaves the first steps out
+        counted = thawed["projection.2.num_batches_tracked"] - start["projection.2.num_batches_tracked"]
+        assert counted == 3 * config.accumulation
+        assert not torch.equal(thawed["projection.1.weight"], start["projection.1.weight"])
 
 
 def test_balanced_batches_have_every_class_equally_often() -> None:
