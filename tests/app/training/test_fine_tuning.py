@@ -160,8 +160,8 @@ def test_a_dry_run_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[
     command += ["--image-size", "16", "--workers", "0", "--device", "cpu", "--dry-run"]
     assert run_command(command) == 0
     shown = capsys.readouterr().out
-    # The small net has 16, 32 and 64 channels and a projection; there are 6 centers of 128. SGD keeps two more copies of
-    # the net, CenterSGD one of the centers.
+    # The small net has 16, 32 and 64 channels and a projection; there are 6 centers of 128. SGD keeps two more copies
+    # of the net, CenterSGD one of the centers.
     net = 9 * (16 + 16 * 32 + 32 * 64) + 2 * (16 + 32 + 64) + 1024 * 128 + 2 * 128
     assert shown.splitlines()[0] == (
         f"cpu: 24 images of 6 identities, 16 × 16 gray, a net of {net / 1e6:.2f} M parameters, 60 steps of 8 images, "
