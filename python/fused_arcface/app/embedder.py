@@ -133,7 +133,7 @@ def load_embedder(
 
     Returns:
         A module from paths, images of Pillow, arrays or tensors to embeddings ``(N, D)`` of norm 1; see
-        :meth:`Embedder.forward`.
+        :meth:`Embedder.forward`. Its parameters need no gradient; images may have one.
 
     Raises:
         RunError: a folder that is no run, or has no checkpoint yet.
@@ -146,8 +146,13 @@ def load_embedder(
         first, second = embedder(["ann.jpg", "bob.jpg"])
         cosine = first @ second
     """
+    return _load(Path(source), backbone, device, image_size, trust).requires_grad_(False)
+
+
+def _load(
+    path: Path, backbone: str | None, device: torch.device | str, image_size: int | None, trust: bool
+) -> Embedder:
     check_device(device)
-    path = Path(source)
     if path.is_dir() or not path.exists():
         if backbone is not None:
             raise ValueError(

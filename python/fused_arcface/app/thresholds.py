@@ -45,11 +45,14 @@ class KeptThresholds:
 
     def save(self, path: Path) -> None:
         """Write the thresholds as JSON, which :func:`read_thresholds` reads."""
-        values = asdict(self)
-        for point in values["points"]:
-            if math.isinf(point["threshold"]):
-                point["threshold"] = None
+        values = {**asdict(self), "points": as_json(self.points)}
         write_text(path, json.dumps(values, indent=1) + "\n")
+
+
+def as_json(points: Sequence[OperatingPoint]) -> list[dict[str, Any]]:
+    """Return points as JSON has them: a threshold that accepts nobody, an infinite one, is null."""
+    rows = [asdict(point) for point in points]
+    return [{**row, "threshold": None if math.isinf(row["threshold"]) else row["threshold"]} for row in rows]
 
 
 def of_cosine_distance(points: Sequence[OperatingPoint]) -> list[OperatingPoint]:

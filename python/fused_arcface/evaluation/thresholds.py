@@ -64,8 +64,9 @@ def operating_points(
         raise ValueError(f"fars must be in [0, 1]; got {list(fars)}")
     same = np.asarray(same, dtype=bool)
     false_accepts, true_accepts, thresholds = roc(same, scores)
-    ones = same.mean()
-    accuracy = ones * true_accepts + (1 - ones) * (1 - false_accepts)
+    # Counted in whole pairs: of equally good thresholds rounding must not choose.
+    ones, others = int(same.sum()), int((~same).sum())
+    accuracy = np.rint(ones * true_accepts + others * (1 - false_accepts)) / len(same)
 
     def point(name: str, place: int) -> OperatingPoint:
         rates = (float(each[place]) for each in (thresholds, false_accepts, true_accepts, accuracy))

@@ -13,11 +13,13 @@ from support.training_runs import TINY, losses, run
 from fused_arcface.app.cli import run as run_command
 from fused_arcface.app.data.folders import read_folder
 from fused_arcface.app.data.sources import FolderImages
+from fused_arcface.app.training import best
 from fused_arcface.app.training.events import Event, Stepped
 from fused_arcface.app.training.failures import TrainingError
 from fused_arcface.app.training.fingerprint import Fingerprint
 from fused_arcface.app.training.runs import RunError
 from fused_arcface.app.training.trainer import Outcome, train
+from fused_arcface.base.files import write_bytes
 
 KINDS = (("L", 20, 20, "png"),)
 
@@ -143,7 +145,9 @@ def test_a_folder_moved_away_and_back_goes_on(tmp_path: Path) -> None:
 
 def test_a_disk_that_is_full_at_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     def refuse(path: Path, data: bytes) -> None:
-        raise OSError(28, "No space left on device", str(path))
+        if path.name == "model.pt":
+            raise OSError(28, "No space left on device", str(path))
+        write_bytes(path, data)
 
     output = tmp_path / "run"
     TINY.save(tmp_path / "options.toml")

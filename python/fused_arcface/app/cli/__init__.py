@@ -16,7 +16,20 @@ from typer.main import get_command
 
 import fused_arcface
 
-COMMANDS = ("doctor", "gradcheck", "demo", "bench", "convert", "train", "verify", "identify", "compare")
+COMMANDS = (
+    "doctor",
+    "gradcheck",
+    "demo",
+    "bench",
+    "convert",
+    "train",
+    "embed",
+    "similarity",
+    "verify",
+    "identify",
+    "export",
+    "compare",
+)
 """Names of the commands, in the order of ``--help``. Each is a function in the module of the same name; the class
 ``Command`` of that module, if there is one, parses its arguments."""
 

@@ -21,7 +21,12 @@ if TYPE_CHECKING:
     from ..data.embedding_sets import EmbeddingSet
     from ..data.pair_sets import ImageSet
 
-Checkpoint = Annotated[Path | None, typer.Option(help="Folder of a training run, whose newest net is evaluated.")]
+Checkpoint = Annotated[
+    Path | None, typer.Option(help="Folder of a run, whose newest net is evaluated; or a file of a net's weights.")
+]
+Backbone = Annotated[
+    str | None, typer.Option(help="Name of the net whose weights the file has, iresnet50 for example.")
+]
 DistanceName = Annotated[
     str, typer.Option("--distance", help="cosine, euclidean, p-norm, inner-product or mahalanobis.")
 ]
@@ -74,6 +79,7 @@ def embed_images(
     batch_size: int,
     workers: int,
     trust: bool,
+    backbone: str | None = None,
 ) -> list[EmbeddingSet]:
     """Embeddings of sets of images by a run's net, with a bar.
 
@@ -84,8 +90,8 @@ def embed_images(
 
     from ..data import DataError
     from ..data.embedding_sets import embed_set
+    from ..embedder import load_embedder
     from ..training.resolve import stopped_by
-    from ..training.runs import load_backbone
 
     try:
         torch.empty(0, device=device)
@@ -95,7 +101,7 @@ def embed_images(
         RuntimeError,
     ) as error:  # torch's for a device that is none, or missing
         raise typer.BadParameter(f"--device {device} cannot be used: {str(error).splitlines()[0]}") from None
-    net, spec = load_backbone(checkpoint, device, trust=trust)
+    embedder = load_embedder(checkpoint, backbone, device=device, trust=trust)
     console = terminal(stderr=True, soft_wrap=True)
     told = 0
 
@@ -115,9 +121,9 @@ def embed_images(
         task = bar.add_task("images", total=sum(len(images) for images in sets))
         found = [
             embed_set(
-                net,
+                embedder.net,
                 images,
-                spec,
+                embedder.spec,
                 flip=flip,
                 batch_size=batch_size,
                 device=device,

@@ -26,6 +26,7 @@ def identify(
         str | None, typer.Option(help="Images in a folder for each identity; split into gallery and probes.")
     ] = None,
     checkpoint: shared.Checkpoint = None,
+    backbone: shared.Backbone = None,
     gallery: Annotated[str | None, typer.Option(help="Labeled images of the known, instead of --data.")] = None,
     probes: Annotated[
         str | None, typer.Option(help="Labeled images to look for; people are the same by their folder's name.")
@@ -81,7 +82,7 @@ def identify(
         if save_embeddings is not None:
             check_suffix(save_embeddings)
         options: dict[str, Any] = {"flip": flip, "device": device, "batch_size": batch_size, "workers": workers}
-        options["trust"] = trust
+        options |= {"trust": trust, "backbone": backbone}
         options["bad_data"] = bad_data
         if gallery is not None and probes is not None and checkpoint is not None:
             split = _two_sets(checkpoint, gallery, probes, max_pixels, options)

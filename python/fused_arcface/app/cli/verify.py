@@ -35,6 +35,7 @@ def verify(
         typer.Option(help="A .bin set; a .txt, .csv or .tsv file of pairs; or images in a folder for each identity."),
     ] = None,
     checkpoint: shared.Checkpoint = None,
+    backbone: shared.Backbone = None,
     images: Annotated[Path | None, typer.Option(help="Folder that a file of pairs names images in.")] = None,
     embeddings: Annotated[
         Path | None, typer.Option(help="Saved ones to score, instead of --data and --checkpoint.")
@@ -49,6 +50,7 @@ def verify(
     ] = None,
     normalize: shared.Normalize = True,
     flip: shared.Flip = False,
+    folds: Annotated[int, typer.Option(min=2, help="Folds of the cross-validated accuracy.")] = 10,
     pairs: Annotated[int, typer.Option(min=1, help="Of each kind, made from labeled images at most.")] = 20_000,
     seed: Annotated[int, typer.Option(help="Of their choice.")] = 0,
     bad_data: shared.BadData = "skip",
@@ -60,7 +62,7 @@ def verify(
     trust: shared.Trust = False,
     max_pixels: shared.MaxPixels = MAX_PIXELS,
 ) -> None:
-    """Verify pairs of people never seen in training: 10-fold accuracy, TAR at FAR, EER.
+    """Verify pairs of people never seen in training: accuracy over folds, TAR at FAR, EER, thresholds.
 
     TAR at FAR is strict: the greatest true accept rate whose false accept
     rate is not above. Embeddings are normalized unless --raw is given.
@@ -70,6 +72,8 @@ def verify(
 
     from ..data.embedding_sets import EmbeddingSet, check_suffix
     from ..data.pair_sets import read_pair_set
+    from ..thresholds import KeptThresholds
+    from .thresholds import keep_thresholds, print_thresholds, threshold_figures, threshold_points
 
     if (embeddings is None) == (data is None or checkpoint is None):
         raise typer.BadParameter("--data and --checkpoint must be given, or --embeddings alone")
@@ -85,7 +89,7 @@ def verify(
         else:
             assert data is not None and checkpoint is not None
             options: dict[str, Any] = {"flip": flip, "device": device, "batch_size": batch_size, "workers": workers}
-            options |= {"bad_data": bad_data, "trust": trust}
+            options |= {"bad_data": bad_data, "trust": trust, "backbone": backbone}
             read = read_pair_set(data, images, most=pairs, seed=seed, max_pixels=max_pixels)
             (scored,) = shared.embed_images(checkpoint, [read], **options)
         if save_embeddings is not None:
@@ -97,11 +101,16 @@ def verify(
         scores = pair_scores(rows, scored.pairs, chosen)
         same = scored.pairs.same.numpy()
         # Rates compare the two kinds; of one kind there are scores alone.
-        found = verify_scores(same, scores) if same.any() and not same.all() else None
+        found = verify_scores(same, scores, folds=folds) if same.any() and not same.all() else None
+        cosine = distance == "cosine" and normalize
+        points = threshold_points(same, scores, cosine) if found is not None else []
         name = Path(data or str(embeddings)).name
         console = terminal()
         means = mean_scores(same, scores)
         _print(console, found, same, means, f"{name}, {distance}")
+        print_thresholds(console, points, cosine)
+        if found is not None and checkpoint is not None and cosine and not flip:
+            keep_thresholds(console, checkpoint, KeptThresholds(name, found.accuracy, points))
         if json is not None:
             how = shared.described(chosen, distance, normalize)
             about = {
@@ -109,7 +118,10 @@ def verify(
                 "checkpoint": checkpoint and str(checkpoint),
                 "embeddings": embeddings and str(embeddings),
             }
-            shared.write_json(json, {**about, "flip": flip, **how, **_figures(found, same, means)})
+            shared.write_json(
+                json,
+                {**about, "flip": flip, **how, **_figures(found, same, means), **threshold_figures(points, cosine)},
+            )
         if pictures is not None and found is not None:
             from ..report.evaluation import draw_verification
 
@@ -159,7 +171,9 @@ def _print(console: Console, found: Verification | None, same: Bools, means: Mea
         if mean is not None:
             table.add_row(f"mean score, {kind}", f"{mean:.4f}")
     if found is not None:
-        table.add_row("accuracy, 10 folds", f"{found.accuracy:.4f} ± {found.accuracy_deviation:.4f}")
+        table.add_row(
+            f"accuracy, {len(found.fold_accuracy)} folds", f"{found.accuracy:.4f} ± {found.accuracy_deviation:.4f}"
+        )
         table.add_row("equal error rate", f"{found.eer:.4f}")
         for far, tar in found.tar.items():
             table.add_row(f"TAR at FAR {far:g}", f"{tar:.4f}{'  no false accept' if far < 1 / different else ''}")

@@ -1,0 +1,79 @@
+"""``embed``: embeddings of images, in a file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.progress import Progress
+
+from ..data.images import MAX_PIXELS
+from . import use
+from .terminal import terminal
+
+_SAID = 20  # problems that are told one by one
+
+
+def embed(
+    images: Annotated[
+        list[str],
+        typer.Argument(
+            help="Images; folders of images, at any depth; a .txt list with a path on each line; a .rec file."
+        ),
+    ],
+    checkpoint: use.Checkpoint,
+    output: Annotated[
+        Path, typer.Option(help="File for the embeddings and the names: .npz, .safetensors or .csv. Required.")
+    ],
+    backbone: use.Backbone = None,
+    image_size: use.ImageSize = None,
+    flip: Annotated[bool, typer.Option("--flip", help="Add the embedding of the mirrored image.")] = False,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images that the net sees at once.")] = 64,
+    workers: Annotated[int, typer.Option(min=0, help="Processes that read images; 0 reads in this one.")] = 0,
+    max_pixels: Annotated[
+        int, typer.Option(min=1, help="Largest image that is decoded, in pixels; larger ones are left out.")
+    ] = MAX_PIXELS,
+    device: use.Device = "cpu",
+    trust: use.Trust = False,
+) -> None:
+    """Embed images: a vector of length 1 for each, with the image's name.
+
+    Interrupted, the same command goes on where it was. Images that cannot be
+    read are reported and left out.
+    """
+    from ..data.unlabeled import read_images
+    from ..embedding import check_output, embed_to_file
+
+    console, error = terminal(soft_wrap=True), terminal(stderr=True, soft_wrap=True)
+    told = 0
+
+    def tell(problem: str) -> None:
+        nonlocal told
+        told += 1
+        if told <= _SAID:
+            error.print(f"{problem}; left out", style="yellow", markup=False, highlight=False)
+
+    with use.explained():
+        check_output(output)
+        embedder = use.load(checkpoint, backbone, image_size, device, trust)
+        found = read_images(images, max_pixels=max_pixels)
+        for problem in found.problems:
+            tell(problem)
+        with Progress(console=error, transient=True) as bar:
+            task = bar.add_task("images", total=len(found))
+            embedded = embed_to_file(
+                embedder,
+                found,
+                output,
+                flip=flip,
+                batch_size=batch_size,
+                workers=workers,
+                done=lambda count: bar.advance(task, count),
+                unreadable=tell,
+            )
+    if told > _SAID:
+        error.print(f"and {told - _SAID} more such problems; left out", style="yellow")
+    count, dim = embedded.embeddings.shape
+    lost = f", {len(found) - count} left out" if count < len(found) else ""
+    console.print(f"{count} embeddings of dimension {dim} in {output}{lost}", markup=False, highlight=False)

@@ -1,0 +1,44 @@
+"""``export``: a trained net for other programs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from . import use
+from .terminal import terminal
+
+
+def export(
+    checkpoint: use.Checkpoint,
+    output: Annotated[
+        Path,
+        typer.Option(help="File for the net: .onnx, or .pt2 for a program that torch.export.load reads. Required."),
+    ],
+    backbone: use.Backbone = None,
+    image_size: use.ImageSize = None,
+    trust: use.Trust = False,
+) -> None:
+    """Export a net: any number of images in, unit embeddings out, checked against PyTorch.
+
+    The input "images" is (N, channels, size, size) fp32 in [-1, 1], the output
+    "embeddings" (N, D). Nothing is written if the check finds a difference
+    above 1e-5. ONNX needs pip install "fused_arcface\\[export]".
+    """
+    from ..export import check_suffix
+    from ..export import export as export_net
+
+    console = terminal(soft_wrap=True)
+    with use.explained():
+        check_suffix(output)
+        embedder = use.load(checkpoint, backbone, image_size, "cpu", trust)
+        difference = export_net(embedder, output)
+    channels, size, _ = embedder.spec.shape
+    shape = f"(N, {channels}, {size}, {size})"
+    console.print(
+        f"{output}: images {shape} in [-1, 1] to unit embeddings; at most {difference:.1e} from PyTorch",
+        markup=False,
+        highlight=False,
+    )

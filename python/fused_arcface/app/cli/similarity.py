@@ -1,0 +1,73 @@
+"""``similarity``: do two images show one person?"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from . import use
+from .terminal import terminal
+
+
+def similarity(
+    first: Annotated[Path, typer.Argument(metavar="A", help="An image.")],
+    second: Annotated[Path, typer.Argument(metavar="B", help="Another image.")],
+    checkpoint: use.Checkpoint,
+    backbone: use.Backbone = None,
+    image_size: use.ImageSize = None,
+    threshold: Annotated[
+        float | None,
+        typer.Option(
+            min=-1,
+            max=1,
+            help="Cosine from which on two images show one person. Default: that of the run's last verification.",
+            show_default=False,
+        ),
+    ] = None,
+    far: Annotated[
+        float | None,
+        typer.Option(
+            help="Take the run's threshold for this false accept rate, 0.001 for example. Default: the threshold of "
+            "the best accuracy.",
+            show_default=False,
+        ),
+    ] = None,
+    device: use.Device = "cpu",
+    trust: use.Trust = False,
+) -> None:
+    """Compare two images: the cosine of their embeddings, and whether they show one person.
+
+    The verdict needs a threshold: a run that was verified has kept some, and
+    verify --checkpoint RUN gives a run new ones.
+    """
+    with use.explained():
+        if threshold is not None and far is not None:
+            raise ValueError("--threshold and --far exclude each other")
+        embedder = use.load(checkpoint, backbone, image_size, device, trust)
+        one, other = embedder([first, second]).double().cpu()
+        cosine = float(one @ other)
+        lines = [f"cosine {cosine:.4f}"]
+        kept = embedder.thresholds
+        if threshold is None and kept is not None:
+            point = kept.at(far)
+            threshold = point.threshold
+            source = (
+                f"{point.name} on {kept.data}: {point.accuracy:.1%} of its pairs right, "
+                f"{point.false_accept_rate:.2%} of two people accepted"
+            )
+        else:
+            source = "as given"
+        if threshold is None and far is not None:
+            raise ValueError(f"{checkpoint} has no thresholds to take --far from; verify it first")
+        if threshold is None:
+            lines.append(
+                "No verdict: this net has no threshold. Name one with --threshold, or verify the run on labeled "
+                f"images: fused-arcface verify --data PEOPLE --checkpoint {checkpoint}"
+            )
+        else:
+            verdict = "one person" if cosine >= threshold else "two people"
+            lines.append(f"{verdict}: threshold {threshold:.4f} ({source})")
+    for line in lines:
+        terminal(soft_wrap=True).print(line, markup=False, highlight=False)

@@ -1,0 +1,65 @@
+"""How ``verify`` shows the thresholds that it finds, and leaves them with the run."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy.typing as npt
+from rich.console import Console
+
+from fused_arcface.evaluation.thresholds import OperatingPoint, operating_points
+
+from ..thresholds import KeptThresholds, as_json, of_cosine_distance
+from .tables import plain_table
+
+if TYPE_CHECKING:
+    import numpy as np
+
+
+def threshold_points(same: npt.ArrayLike, scores: npt.NDArray[np.float64], cosine: bool) -> list[OperatingPoint]:
+    """Return the operating points of scored pairs.
+
+    Args:
+        same: (P,) bool.
+        scores: (P,) negated distances.
+        cosine: the distance is 1 - cos, and thresholds are to be cosines.
+    """
+    points = operating_points(same, scores)
+    return of_cosine_distance(points) if cosine else points
+
+
+def print_thresholds(console: Console, points: list[OperatingPoint], cosine: bool) -> None:
+    """Print a table of the points, if there are any."""
+    if not points:
+        return
+    table = plain_table("Thresholds", "cosine >=" if cosine else "score >=", "accuracy", "FAR", "TAR")
+    for point in points:
+        threshold = "none" if math.isinf(point.threshold) else f"{point.threshold:.4f}"
+        rates = (point.accuracy, point.false_accept_rate, point.true_accept_rate)
+        table.add_row(point.name, threshold, *(f"{rate:.4f}" for rate in rates))
+    console.print(table)
+
+
+def threshold_figures(points: list[OperatingPoint], cosine: bool) -> dict[str, Any]:
+    """Return the points for the file of figures; a threshold that accepts nobody is null."""
+    if not points:
+        return {}
+    return {"thresholds": {"of": "cosine" if cosine else "score", "points": as_json(points)}}
+
+
+def keep_thresholds(console: Console, checkpoint: Path, kept: KeptThresholds) -> None:
+    """Leave thresholds with a run, and say so; a folder that cannot be written is no error."""
+    from ..training.runs import RunFolder
+
+    folder = RunFolder(checkpoint)
+    if not folder.config.is_file():
+        return
+    try:
+        kept.save(folder.thresholds)
+    except OSError as error:
+        said = f"{folder.thresholds} cannot be written: {error.strerror}; the run keeps its thresholds"
+    else:
+        said = f"similarity uses these thresholds from now on: {folder.thresholds}"
+    console.print(said, highlight=False, soft_wrap=True, markup=False)

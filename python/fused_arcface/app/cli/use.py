@@ -1,0 +1,72 @@
+"""What ``embed``, ``similarity`` and ``export`` share: how a net is named, and how these commands fail."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from .terminal import terminal
+
+if TYPE_CHECKING:
+    from ..embedder import Embedder
+
+NET = "Net"
+
+Checkpoint = Annotated[
+    Path,
+    typer.Option(
+        help="The net: folder of a run, its model.pt or best.pt, or a file of weights with --backbone. Required.",
+        rich_help_panel=NET,
+    ),
+]
+Backbone = Annotated[
+    str | None,
+    typer.Option(
+        help="Name of the net whose weights the file has, iresnet50 for example. Default: as the run says.",
+        rich_help_panel=NET,
+        show_default=False,
+    ),
+]
+ImageSize = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        help="Side in pixels of the images that a file's net takes. Default: the net's own, 112 for insightface's.",
+        rich_help_panel=NET,
+        show_default=False,
+    ),
+]
+Device = Annotated[str, typer.Option(help="Device of the net: cpu, cuda or cuda:N.", rich_help_panel=NET)]
+Trust = Annotated[
+    bool,
+    typer.Option(
+        "--trust",
+        help="Run the code that a checkpoint of an old format may hold, whoever made it.",
+        rich_help_panel=NET,
+    ),
+]
+
+
+def load(checkpoint: Path, backbone: str | None, image_size: int | None, device: str, trust: bool) -> Embedder:
+    """Load the net that the options name."""
+    from ..embedder import load_embedder
+
+    return load_embedder(checkpoint, backbone, device=device, image_size=image_size, trust=trust)
+
+
+@contextlib.contextmanager
+def explained() -> Iterator[None]:
+    """End the command with the message of an error in what the user gave, and with status 1."""
+    from fused_arcface.checkpoint import CheckpointError
+
+    from ..export import ExportError
+
+    try:
+        yield
+    except (CheckpointError, ExportError, ValueError, TypeError) as wrong:  # DataError and RunError are ValueErrors
+        terminal(stderr=True, soft_wrap=True).print(str(wrong), style="bold red", markup=False)
+        raise typer.Exit(1) from None

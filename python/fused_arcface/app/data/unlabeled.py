@@ -1,0 +1,118 @@
+"""Images to embed, whatever is known of them: folders of any depth, lists, single files, RecordIO, in one set."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fused_arcface.base.reading import DataError, file_errors, read_bytes
+from fused_arcface.base.text import lines
+
+from .folders import SUFFIXES, read_folder
+from .images import MAX_PIXELS, ImageSpec, read_image
+from .pair_sets import ImageSet, read_labeled
+
+_LISTS = (".txt", ".lst", ".list")
+_MOST_BYTES = 1 << 30
+"""Of a list of images."""
+
+
+def read_images(sources: Sequence[str], *, max_pixels: int = MAX_PIXELS) -> ImageSet:
+    """Return the images that are named, in the order of their names.
+
+    Args:
+        sources: each one is an image; a list, a ``.txt`` or ``.lst`` file with a path on each line, relative to the
+            list's folder, and a label behind it or not; a folder, in which images lie at any depth; or one source of
+            labeled images, see :func:`fused_arcface.app.data.pair_sets.read_labeled`.
+        max_pixels: of an image, see :func:`fused_arcface.app.data.read_image`.
+
+    Returns:
+        A set with labels if a single source gives them: a folder of one folder for each identity, a list with labels,
+        or RecordIO.
+
+    Raises:
+        DataError: nothing of that name, or no image in it.
+
+    >>> read_images(["identities:3x2"]).labels
+    tensor([0, 0, 1, 1, 2, 2])
+    """
+    if not sources:
+        raise DataError("there must be something to embed: a folder, a list, or images")
+    if len(sources) == 1 and (labeled := _labeled(sources[0], max_pixels)) is not None:
+        return labeled
+    found = [each for source in sources for each in _files_of(source)]
+    files = [file for file, _ in found]
+    texts = [label for _, label in found]
+    labels, names = None, []
+    if len(sources) == 1 and all(text is not None for text in texts):
+        names = sorted({text for text in texts if text is not None}, key=_by_number)
+        number = {name: place for place, name in enumerate(names)}
+        labels = torch.tensor([number[text] for text in texts if text is not None])
+    paths = [str(file) for file in files]
+    return ImageSet(paths, partial(_read_file, files, max_pixels), labels, names=names)
+
+
+def _read_file(files: Sequence[Path], max_pixels: int, index: int, spec: ImageSpec) -> Tensor:
+    return read_image(files[index], spec, max_pixels)
+
+
+def _labeled(source: str, max_pixels: int) -> ImageSet | None:
+    """Return labeled images, None if the source is images alone."""
+    path = Path(source)
+    if path.is_dir() and not (path / "train.rec").is_file():
+        try:
+            folder = read_folder(path)
+        except DataError:  # a flat one
+            return None
+        # Images beside the identities' folders are embedded as well, and then nobody is labeled.
+        loose = any(file.suffix.lower() in SUFFIXES for file in path.iterdir() if file.is_file())
+        return None if loose else replace(read_labeled(source, max_pixels=max_pixels), problems=folder.problems)
+    if path.suffix.lower() in (*SUFFIXES, *_LISTS):
+        return None
+    return read_labeled(source, max_pixels=max_pixels)
+
+
+def _files_of(source: str) -> list[tuple[Path, str | None]]:
+    path = Path(source)
+    if path.is_dir():
+        found = sorted(
+            Path(place) / name
+            for place, folders, files in os.walk(path)
+            for name in files
+            if Path(name).suffix.lower() in SUFFIXES and not name.startswith(".")
+        )
+        if not found:
+            raise DataError(f"{path} has no images, at any depth")
+        return [(file, None) for file in found]
+    if path.suffix.lower() in _LISTS:
+        return _read_list(path)
+    if not path.is_file():
+        raise DataError(f"there is no {source}")
+    return [(path, None)]
+
+
+def _read_list(path: Path) -> list[tuple[Path, str | None]]:
+    """Read a list: on each line a path, and a label behind a tab, or behind a blank where the whole line is no file."""
+    content = read_bytes(path, _MOST_BYTES)
+    found: list[tuple[Path, str | None]] = []
+    with file_errors(path):
+        for line in lines(content):
+            if not (line := line.strip()):
+                continue
+            name, tab, label = line.rpartition("\t")
+            if not tab and not (path.parent / line).is_file():
+                name, tab, label = line.rpartition(" ")
+            found.append((path.parent / name.strip(), label.strip()) if tab else (path.parent / line, None))
+    if not found:
+        raise DataError(f"{path} must have a path on each line; it is empty")
+    return found
+
+
+def _by_number(text: str) -> tuple[int, int, str]:
+    return (0, int(text), "") if text.isascii() and text.isdigit() and len(text) < 19 else (1, 0, text)

@@ -1,0 +1,193 @@
+"""Embeddings of many images into one file, in parts: an interrupted work goes on where it was. The command ``embed``
+calls it."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fused_arcface.base.files import replacing, write_text
+from fused_arcface.base.reading import DataError, file_errors, read_bytes
+from fused_arcface.base.text import encode, encode_names
+
+from .data.embedding_files import SUFFIXES
+from .data.embedding_sets import EmbeddingSet, embed_set
+from .data.images import ImageSpec
+from .data.pair_sets import ImageSet, Read
+from .embedder import Embedder
+
+_PART = 1024
+"""Images of a part: what an interruption may cost."""
+_MOST_BYTES = 1 << 20
+_CSV = ".csv"
+
+
+def check_output(path: Path) -> None:
+    """Raise unless embeddings can be written to a file of this name.
+
+    Raises:
+        ValueError: another suffix than ``.npz``, ``.safetensors`` or ``.csv``.
+    """
+    if path.suffix not in (*SUFFIXES, _CSV):
+        raise ValueError(f"embeddings must go to a .npz, .safetensors or .csv file; got {path}")
+
+
+def embed_to_file(
+    embedder: Embedder,
+    images: ImageSet,
+    output: Path,
+    *,
+    flip: bool = False,
+    batch_size: int = 64,
+    workers: int = 0,
+    part: int = _PART,
+    done: Callable[[int], None] = lambda count: None,
+    unreadable: Callable[[str], None] = lambda problem: None,
+) -> EmbeddingSet:
+    """Embed images and write the embeddings, of norm 1, with the images' names and labels.
+
+    Parts lie in a folder beside the file, ``OUTPUT.parts``, until all are there. If the same images are embedded by the
+    same net again, finished parts are taken from it; parts of anything else are replaced.
+
+    Args:
+        embedder: the net with its preprocessing.
+        images: the images.
+        output: a ``.npz`` or ``.safetensors`` file, see :meth:`EmbeddingSet.save`, or a ``.csv`` file with a line for
+            each image: its name, its label if there is one, and D numbers.
+        flip: add the embedding of the mirrored image.
+        batch_size: images that the net sees at once.
+        workers: processes that read images; 0 reads in this one.
+        part: images of a part.
+        done: called with a number of images, also for those of finished parts.
+        unreadable: called with what is wrong with an image that cannot be read; it is left out.
+
+    Returns:
+        What was written.
+
+    Raises:
+        DataError: no image can be read.
+        ValueError: the output has another suffix.
+        OSError: a file cannot be written.
+    """
+    check_output(output)
+    if not len(images):
+        raise DataError("there are no images to embed")
+    folder = output.with_name(f"{output.name}.parts")
+    _begin(folder, _key(embedder, images, flip, part))
+    device = next((each.device for each in embedder.net.parameters()), torch.device("cpu"))
+    found: list[EmbeddingSet] = []
+    for start in range(0, len(images), part):
+        numbers = range(start, min(start + part, len(images)))
+        file, empty = folder / f"{start:012d}.npz", folder / f"{start:012d}.empty"
+        if file.is_file():
+            found.append(EmbeddingSet.load(file))
+            done(len(numbers))
+        elif empty.is_file():
+            done(len(numbers))
+        else:
+            problems: list[str] = []
+            try:
+                embedded = embed_set(
+                    embedder.net,
+                    _part_of(images, numbers),
+                    embedder.spec,
+                    flip=flip,
+                    batch_size=batch_size,
+                    device=device,
+                    workers=workers,
+                    done=done,
+                    unreadable=problems.append,
+                )
+            except DataError:
+                if len(problems) < len(numbers):
+                    raise
+                write_text(empty, "")
+            else:
+                rows = torch.nn.functional.normalize(embedded.embeddings)
+                found.append(replace(embedded, embeddings=rows))
+                found[-1].save(file)
+            for problem in problems:
+                unreadable(problem)
+    if not found:
+        raise DataError("no image can be read")
+    labels = [each.labels for each in found if each.labels is not None]
+    whole = EmbeddingSet(
+        torch.cat([each.embeddings for each in found]),
+        [path for each in found for path in each.paths],
+        torch.cat(labels) if labels else None,
+    )
+    if output.suffix == _CSV:
+        _write_csv(output, whole, images.names)
+    else:
+        whole.save(output)
+    shutil.rmtree(folder)
+    return whole
+
+
+def _part_of(images: ImageSet, numbers: range) -> ImageSet:
+    first = numbers.start
+    return ImageSet(
+        images.paths[first : numbers.stop],
+        partial(_read_from, images.read, first),
+        None if images.labels is None else images.labels[first : numbers.stop],
+    )
+
+
+def _read_from(read: Read, first: int, index: int, spec: ImageSpec) -> Tensor:
+    return read(first + index, spec)
+
+
+def _key(embedder: Embedder, images: ImageSet, flip: bool, part: int) -> str:
+    """Return a text that is another one for other images, another net or other options."""
+    names = hashlib.sha256(encode_names(images.paths))
+    weights = hashlib.sha256()
+    for name, tensor in embedder.net.state_dict().items():
+        weights.update(name.encode())
+        weights.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    values = {"images": names.hexdigest(), "net": weights.hexdigest(), "flip": flip, "part": part}
+    return json.dumps({**values, "size": embedder.spec.shape}, sort_keys=True)
+
+
+def _begin(folder: Path, key: str) -> None:
+    """Make the folder of the parts, or keep the one that is there if its parts belong to the same work."""
+    about = folder / "about.json"
+    if about.is_file():
+        with file_errors(about):
+            if read_bytes(about, _MOST_BYTES).decode() == key:
+                return
+    if folder.exists():
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True)
+    write_text(about, key)
+
+
+def _write_csv(path: Path, found: EmbeddingSet, names: list[str]) -> None:
+    labels: list[str] | None = None
+    if found.labels is not None:
+        labels = [names[label] if label < len(names) else str(label) for label in found.labels.tolist()]
+    head = ["image", *(["label"] if labels is not None else [])]
+    with replacing(path) as file:
+        file.write(_csv_line([*head, *(f"e{i}" for i in range(found.embeddings.shape[1]))]))
+        for place, row in enumerate(found.embeddings):
+            about = [found.paths[place], *([labels[place]] if labels is not None else [])]
+            file.write(_csv_line([*about, *_numbers(row)]))
+
+
+def _numbers(row: Tensor) -> list[str]:
+    return [f"{value:.9g}" for value in row.tolist()]  # 9 digits give back every fp32 number
+
+
+def _csv_line(values: list[str]) -> bytes:
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerow(values)
+    return encode(text.getvalue())
