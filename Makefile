@@ -23,15 +23,15 @@ help:  ## Show this list
 demo: .venv/.installed  ## Train on images with the fused and the reference head, compare and verify
 	$(run) fused_arcface demo $(ARGS)
 
-# Two processes, then the tests of time and memory alone. On two quiet cores it takes some five minutes.
+# Two processes, then the tests of time and memory alone.
 test: .venv/.installed  ## Run the tests, without the full grids: at most 9 minutes
 	.venv/bin/python tests/run.py --limit $(LIMIT) -m "not full" $(ARGS)
 
-test-fast: .venv/.installed  ## Run the quick tests: a minute, for the daily loop
+test-fast: .venv/.installed  ## Run the quick tests, for the daily loop
 	$(run) pytest -q -n 2 --dist worksteal --durations=5 $(ARGS) tests \
 	  -m "not (full or slow or distributed or emulation or interpreter or serial)"
 
-test-all: .venv/.installed  ## Run all the tests, hours
+test-all: .venv/.installed  ## Run all the tests
 	.venv/bin/python tests/run.py $(ARGS)
 
 # Versions that the range in pyproject.toml allows, each in an environment of its own. The oldest torch is there only with

@@ -63,6 +63,7 @@ def _chunks(setting: Setting, patch: pytest.MonkeyPatch) -> None:
         patch.setattr(cuda, "CHUNKS", cuda.ChunkConfig(0, 0))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("setting", CORE, ids=str)
 def test_agrees_with_the_reference(setting: Setting, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     _chunks(setting, monkeypatch)
@@ -430,6 +431,7 @@ def test_real_sizes_on_a_gpu(dtypes: tuple[str, str], D: int) -> None:
     check(Setting(Case(1500, 40_007, D, *dtypes, geometry="late"), chunks=False), "cuda")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "lines",
     [

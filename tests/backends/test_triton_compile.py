@@ -125,6 +125,7 @@ def _check_all(steps: list[Callable[[], None]], arch: int) -> None:
     print("\n" + "\n".join(rows))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", list(DEFAULT_STEPS))
 def test_default_configurations(arch: int) -> None:
     _check_all([functools.partial(_step, **options) for options in DEFAULT_STEPS[arch]], arch)

@@ -100,6 +100,7 @@ TRAINED = (
 )
 
 
+@pytest.mark.slow
 def test_a_run_on_odd_names_is_trained_resumed_and_evaluated(tmp_path: Path, capsys) -> None:
     data, output = odd_folder(tmp_path / "data\udce9\n張"), tmp_path / "run\udce9\u2028"
     assert run(["train", "--data", str(data), "--output", str(output), *TRAINED]) == 0, capsys.readouterr().err

@@ -397,6 +397,7 @@ def test_a_full_disk_at_calls_that_write(tmp_path, monkeypatch, distance):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="kill -9 is POSIX")
 @pytest.mark.parametrize("distance", [2, pytest.param(1, marks=pytest.mark.full)])
 def test_kill_9_at_calls_that_change_files(tmp_path, distance):

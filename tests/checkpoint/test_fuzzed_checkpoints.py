@@ -33,6 +33,7 @@ def mutated(data: bytes, draw: random.Random) -> bytes:
     return bytes(changed)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("count", [40, pytest.param(2_500, marks=pytest.mark.full)])  # of each of some four files
 @pytest.mark.parametrize("version", [1, 2])
