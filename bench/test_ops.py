@@ -39,22 +39,22 @@ def assert_close(mine: torch.Tensor, right: torch.Tensor) -> None:
 
 def test_class_max(benchmark, inputs: Inputs, backend: str, device: torch.device) -> None:
     arguments = (*inputs, backend)
-    assert_close(ops.class_max(*arguments), ops.class_max(*inputs, "reference"))
+    assert_close(ops.class_max(*arguments), ops.class_max(*inputs, "torch"))
     benchmark(run(lambda: ops.class_max(*arguments), device))
 
 
 @pytest.mark.parametrize("with_center_sum", [False, True], ids=["sums", "center_sum"])
 def test_class_stats(benchmark, inputs: Inputs, backend: str, with_center_sum: bool, device: torch.device) -> None:
     arguments = (*inputs, SCALE, None, with_center_sum)
-    mine, right = ops.class_stats(*arguments, backend), ops.class_stats(*arguments, "reference")
+    mine, right = ops.class_stats(*arguments, backend), ops.class_stats(*arguments, "torch")
     for one, other in zip(mine[: 2 + with_center_sum], right, strict=False):
         assert_close(one, other)
     benchmark(run(lambda: ops.class_stats(*arguments, backend), device))
 
 
 def test_weight_grad(benchmark, inputs: Inputs, backend: str, device: torch.device) -> None:
-    total, _, _ = ops.class_stats(*inputs, SCALE, None, False, "reference")
+    total, _, _ = ops.class_stats(*inputs, SCALE, None, False, "torch")
     coefficient = torch.full_like(total, SCALE / total.numel())
     arguments = (*inputs, SCALE, total.double().log(), coefficient, -coefficient)
-    assert_close(ops.weight_grad(*arguments, backend), ops.weight_grad(*arguments, "reference"))
+    assert_close(ops.weight_grad(*arguments, backend), ops.weight_grad(*arguments, "torch"))
     benchmark(run(lambda: ops.weight_grad(*arguments, backend), device))

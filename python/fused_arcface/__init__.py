@@ -1,8 +1,8 @@
 """The fused margin-softmax head for face recognition and metric learning: ArcFace and its family without N×C logits."""
 
 from . import backends, checkpoint, compat, reference
+from .base.statistics import MarginSoftmaxStats
 from .center_sgd import CenterSGD, CenterUpdateError
-from .engine.tail import MarginSoftmaxStats
 from .functional import margin_softmax_loss
 from .head import MarginHead
 from .margins.angular import ArcFace, CombinedMargin, CosFace, NormSoftmax, SphereFace

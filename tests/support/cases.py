@@ -15,6 +15,9 @@ from torch import Tensor
 import fused_arcface as fa
 from fused_arcface.margins import Margin
 
+BACKENDS = [each.name for each in fa.backends.BACKENDS if each.device_type in (None, "cpu")]
+"""The backends that run on a CPU."""
+
 BOUNDARIES = ("none", "hard", "fold", "clip", "easy")
 ARCFACES = tuple(fa.ArcFace(0.5, boundary) for boundary in BOUNDARIES)
 COMBINED = tuple(fa.CombinedMargin(1.3, 0.4, 0.1, boundary) for boundary in BOUNDARIES)

@@ -14,12 +14,14 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+
+import fused_arcface as fa
+from fused_arcface.backends import torch as plain_torch
+from fused_arcface.backends import triton
+from fused_arcface.engine.terms import RowGradients
 from support import extreme_rows
 from support.cases import Case, make_inputs
 from support.triton_cases import BF16, CORE, FULL, Setting, check, force, loss
-
-import fused_arcface as fa
-from fused_arcface.backends import plain_torch, triton
 
 if os.environ.get("TRITON_INTERPRET") != "1":  # the search for doctests imports this file too
     pytest.skip("run by test_triton.py in a process with TRITON_INTERPRET=1", allow_module_level=True)
@@ -108,7 +110,7 @@ def test_offsets_past_32_bits(algorithm: str, monkeypatch: pytest.MonkeyPatch) -
     torch.use_deterministic_algorithms(True)
     target[0] = 11
     rows = torch.ones(4)
-    arguments = target, 64.0, torch.full((4,), 60.0, dtype=torch.float64), rows, rows
+    arguments = target, RowGradients(64.0, torch.full((4,), 60.0, dtype=torch.float64), rows, rows)
     torch.testing.assert_close(
         triton.class_stats(x, far, target, 64.0, None, True), triton.class_stats(x, w, target, 64.0, None, True)
     )

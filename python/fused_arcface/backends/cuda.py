@@ -1,4 +1,4 @@
-"""The stages on NVIDIA GPUs: the compiled kernels of csrc/cuda, given raw addresses. Shapes: backends/reference.py.
+"""The stages on NVIDIA GPUs: the compiled kernels of csrc/cuda, given raw addresses. Shapes: backends/torch.py.
 
 For compute capability 8.0 and later; Triton is not needed. Products are bf16 or fp16 where both inputs are stored so,
 else fp32: three tf32 products in place of one, or one where ``torch.set_float32_matmul_precision`` is ``"high"`` or
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..engine.ops import CenterStep
+from ..engine.terms import CenterStep, RowGradients
 from . import native, nvidia
 
 _kernels: Any = None if native.unavailable() else getattr(native.module, "cuda", None)
@@ -154,16 +154,12 @@ def weight_grad(
     embeddings: Tensor,
     weight: Tensor,
     target: Tensor,
-    scale: float,
-    lse: Tensor,
-    negative_coefficient: Tensor,
-    target_coefficient: Tensor,
+    gradients: RowGradients,
 ) -> Tensor:
     precision = _precision(embeddings, weight)
     if embeddings.shape[0] == 0:
         return torch.zeros_like(weight)
-    target, lse = target.contiguous(), lse.contiguous()
-    negative_coefficient, target_coefficient = negative_coefficient.contiguous(), target_coefficient.contiguous()
+    target, gradients = target.contiguous(), gradients.contiguous()
     d_weight = torch.empty_like(weight)
 
     def run(options: tuple[int, int, int], workspace: int, stream: tuple[int, int]) -> int:
@@ -172,10 +168,7 @@ def weight_grad(
             native.matrix(embeddings),
             native.matrix(weight),
             target.data_ptr(),
-            scale,
-            lse.data_ptr(),
-            negative_coefficient.data_ptr(),
-            target_coefficient.data_ptr(),
+            *native.row_gradients(gradients),
             native.matrix(d_weight),
             options,
             workspace,
@@ -190,15 +183,11 @@ def update_centers(
     embeddings: Tensor,
     weight: Tensor,
     target: Tensor,
-    scale: float,
-    lse: Tensor,
-    negative_coefficient: Tensor,
-    target_coefficient: Tensor,
+    gradients: RowGradients,
     step: CenterStep,
 ) -> None:
     precision = _precision(embeddings, weight)
-    target, lse = target.contiguous(), lse.contiguous()
-    negative_coefficient, target_coefficient = negative_coefficient.contiguous(), target_coefficient.contiguous()
+    target, gradients = target.contiguous(), gradients.contiguous()
     native_step = native.center_step(step, weight)
 
     def run(options: tuple[int, int, int], workspace: int, stream: tuple[int, int]) -> int:
@@ -207,10 +196,7 @@ def update_centers(
             native.matrix(embeddings),
             native.matrix(weight),
             target.data_ptr(),
-            scale,
-            lse.data_ptr(),
-            negative_coefficient.data_ptr(),
-            target_coefficient.data_ptr(),
+            *native.row_gradients(gradients),
             native_step,
             step.active.data_ptr(),
             options,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..engine.ops import CenterStep
+from ..engine.terms import CenterStep, RowGradients
 
 _import_error = None
 try:
@@ -40,6 +40,12 @@ def matrix(tensor: Tensor) -> tuple[int, int, int, int, int, int]:
         torch.float16: module.FLOAT16,
     }[tensor.dtype]
     return (tensor.data_ptr(), code, *tensor.shape, *tensor.stride())
+
+
+def row_gradients(gradients: RowGradients) -> tuple[float, int, int, int]:
+    """Return the scale and the addresses of the rows' numbers, in the order that the kernels take them."""
+    scale, lse, negative_coefficient, target_coefficient = gradients
+    return scale, lse.data_ptr(), negative_coefficient.data_ptr(), target_coefficient.data_ptr()
 
 
 def center_step(step: CenterStep, weight: Tensor) -> tuple[int, int, int, int, int, float, float, float, int, int]:

@@ -21,8 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..base.checks import check_scale
 from ..base.normalize import unit_rows
+from ..base.ranges import POSITIVE, check_number
 from ..margins.angular import CombinedMargin
 from ..margins.angular import CosFace as _CosFaceMargin
 from ..margins.hard_negatives import InterclassFilter
@@ -163,7 +163,7 @@ def _numbers(margin_loss: nn.Module) -> _Fused | None:
         if m3 <= 0 and m1 != 1.0:
             return None
     try:
-        check_scale(scale)
+        check_number("scale", scale, POSITIVE)
         margin = _combined(m2, m3)
     except ValueError:
         return None

@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..base.dtypes import compute_dtype
 from ..base.normalize import stored_gradient, unit_gradient, unit_rows, without_autocast
 from ..base.once_differentiable import once_differentiable
-from .autograd import Shard
-from .ops import compute_dtype
+from .shard import Shard
 
 # Class centers worked on at once: 2 MiB at D = 512 in fp32, which stays in a core's cache (16 MiB took ten times as
 # long); on a GPU, where each chunk is some launches, 64 times as many.

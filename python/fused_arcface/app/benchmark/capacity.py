@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from fused_arcface import backends
 from fused_arcface.center_sgd import CenterSGD
 from fused_arcface.partial_fc import PartialFC
 
@@ -99,7 +100,7 @@ def recipes() -> tuple[Recipe, ...]:
     plain = ("fused_arcface", "eager", "compiled", "insightface", "insightface-fp16", "pytorch-metric-learning")
     found = []
     for provider in all_providers():
-        if provider.name not in plain or provider.backend == "reference":
+        if provider.name not in plain or (provider.is_ours and provider.backend == "torch"):
             continue
         name, backend, reason = provider.name, provider.backend, provider.reason_against
         for dtype in ("float32", "bfloat16") if provider.is_ours else ("float32",):
@@ -341,7 +342,7 @@ def run_capacity(
 
 
 def _chosen(names: Sequence[str] | None, backend: str | None) -> list[Recipe]:
-    every = recipes()
+    every, backend = recipes(), backend and backends.canonical(backend)
     known = {"ours", *(recipe.name for recipe in every)}
     unknown = sorted(set(names or ()) - known)
     if unknown:

@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fused_arcface.backends import canonical
+
 _GIB = 2**30
 
 
@@ -217,7 +219,7 @@ def predicted_beside_measured(device: Device, rows: Iterable[dict[str, Any]]) ->
     optimizer)."""
     compared = []
     for row in rows:
-        if row["provider"] == "fused_arcface" and row["backend"] != "reference" and row["pass"] == "fwd+bwd":
+        if row["provider"] == "fused_arcface" and canonical(row["backend"]) != "torch" and row["pass"] == "fwd+bwd":
             element_bytes = 2 if "16" in row["weight_dtype"] else 4
             storage = Storage("no optimizer", element_bytes, 2 * element_bytes, optimizer_bytes=element_bytes)
             step = predict(device, row["C"], 1, batch=row["N"], D=row["D"], storage=storage)

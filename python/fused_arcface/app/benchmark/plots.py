@@ -78,7 +78,7 @@ def _styles(measurements: Iterable[Measurement]) -> dict[str, dict[str, Any]]:
         label = _label(each)
         if label in styles:
             continue
-        if each.is_ours and each.backend != "reference":
+        if each.is_ours and each.backend != "torch":
             variants = sum(style["color"] == _OURS for style in styles.values())
             width, line = (2.6, "-") if variants == 0 else (1.4, (":", "--", "-.")[variants % 3])
             styles[label] = {"color": _OURS, "lw": width, "ls": line, "zorder": 5}
@@ -163,7 +163,7 @@ def _roofline(axes: Any, report: Report) -> None:
     shown = [
         each
         for each in report.measurements
-        if (each.is_ours and each.backend != "reference") or each.provider == "products"
+        if (each.is_ours and each.backend != "torch") or each.provider == "products"
     ]
     xs_all = [each.flops_per_second * each.ms * 1e-3 / _traffic(each) for each in shown]
     knees = [peak / copy for peak in report.machine["flops_per_second"].values()]

@@ -169,7 +169,7 @@ def _ours(name: str, backend: str, environment: dict[str, str] | None = None, tf
             backends.select(backend, device)
         except (RuntimeError, ValueError) as error:
             return str(error)
-        if backend == "reference" and case.N * case.C > _REFERENCE_LOGITS:
+        if backend == "torch" and case.N * case.C > _REFERENCE_LOGITS:
             return "does what eager does, slower; measured at small shapes"
         return "tf32 is a way to compute fp32" if tf32 and case.dtype != "float32" else None
 
@@ -262,14 +262,15 @@ def select(names: Sequence[str] | None = None, backend: str | None = None) -> tu
     Raises:
         ValueError: a name that no provider has, with the names that exist.
 
-    >>> [str(provider) for provider in select(["ours", "eager"], backend="reference")]
-    ['fused_arcface (reference)', 'eager (torch)']
+    >>> [str(provider) for provider in select(["ours", "eager"], backend="torch")]
+    ['fused_arcface (torch)', 'eager (torch)']
     """
     every = all_providers()
     known = {"ours", *(provider.name for provider in every)}
     unknown = sorted(set(names or ()) - known)
     if unknown:
         raise ValueError(f"providers must be among {', '.join(sorted(known))}; got {', '.join(unknown)}")
+    backend = None if backend is None else backends.canonical(backend)
     if backend is not None and backend not in backends.NAMES:
         raise ValueError(f"backend must be one of {', '.join(backends.NAMES)}; got {backend!r}")
     return tuple(

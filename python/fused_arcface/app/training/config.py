@@ -119,7 +119,7 @@ class TrainConfig:
         0.0, "Share of the target that all classes get; needs joint class centers.", least=0, most=1
     )
     sample_rate: float = _option(1.0, "Fraction of the classes in a step.", least=0, above=True, most=1)
-    backend: str = _option("auto", "Of the head: auto, reference, cpu, triton or cuda.")
+    backend: str = _option("auto", "Of the head: auto, torch, cpu, triton or cuda.")
 
     batch_size: int = _option(128, "Images of a step, over all ranks and micro-batches.", least=2, fixed=True)
     accumulation: int = _option(1, "Micro-batches that each rank's share of a batch is cut into.", least=1)

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fused_arcface.engine.ops import MOMENTUM_BLOCK, CenterStep
+from fused_arcface.engine.terms import MOMENTUM_BLOCK, CenterStep
 
 from .common import block_width, divide, launch, reciprocal, rows_per_block, to
 from .targets import by_row, projection

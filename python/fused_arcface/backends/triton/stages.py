@@ -1,4 +1,4 @@
-"""The stage functions of this backend, by the contract of backends/reference.py. Names, shapes and results are given
+"""The stage functions of this backend, by the contract of backends/torch.py. Names, shapes and results are given
 there.
 
 Every step is launches on the current stream: no value is read back and no shape depends on one, so a CUDA graph can
@@ -10,7 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fused_arcface.engine.ops import CenterStep, compute_dtype
+from fused_arcface.base.dtypes import compute_dtype
+from fused_arcface.engine.terms import CenterStep, RowGradients
 
 from . import chunks, flash
 from .center_sgd import update_rows
@@ -91,15 +92,12 @@ def weight_grad(
     embeddings: Tensor,
     weight: Tensor,
     target: Tensor,
-    scale: float,
-    lse: Tensor,
-    negative_coefficient: Tensor,
-    target_coefficient: Tensor,
+    gradients: RowGradients,
 ) -> Tensor:
     d_weight = torch.empty_like(weight)
     if embeddings.shape[0] == 0:
         return d_weight.zero_()
-    algorithm, x, terms = _backward(embeddings, weight, scale, lse, negative_coefficient, target_coefficient)
+    algorithm, x, terms = _backward(embeddings, weight, gradients)
     if algorithm == "flash":
         flash.weight_grad(x, Centers(weight), target.contiguous(), terms, d_weight)
     else:
@@ -116,10 +114,7 @@ def update_centers(
     embeddings: Tensor,
     weight: Tensor,
     target: Tensor,
-    scale: float,
-    lse: Tensor,
-    negative_coefficient: Tensor,
-    target_coefficient: Tensor,
+    gradients: RowGradients,
     step: CenterStep,
 ) -> None:
     centers = Centers(weight, step.classes)
@@ -128,25 +123,18 @@ def update_centers(
         d_unit = weight.new_zeros(1, weight.shape[1], dtype=compute_dtype(embeddings, weight))
         update_rows(d_unit.expand(centers.count, -1), weight, step, 0)
         return
-    algorithm, x, terms = _backward(embeddings, weight, scale, lse, negative_coefficient, target_coefficient)
+    algorithm, x, terms = _backward(embeddings, weight, gradients)
     module = flash if algorithm == "flash" else chunks
     module.unit_gradients(
         x, centers, target.contiguous(), terms, lambda d_unit, start: update_rows(d_unit, weight, step, start)
     )
 
 
-def _backward(
-    embeddings: Tensor,
-    weight: Tensor,
-    scale: float,
-    lse: Tensor,
-    negative_coefficient: Tensor,
-    target_coefficient: Tensor,
-) -> tuple[str, UnitRows, RowTerms]:
+def _backward(embeddings: Tensor, weight: Tensor, gradients: RowGradients) -> tuple[str, UnitRows, RowTerms]:
     """The algorithm of a backward pass, the embeddings ready for it, and the rows' terms."""
     algorithm = _algorithm(embeddings, weight)
     x = _unit_rows(embeddings, weight, algorithm)
-    coefficients = negative_coefficient, target_coefficient
+    scale, lse, coefficients = gradients.scale, gradients.lse, gradients[2:]
     return algorithm, x, row_terms(x.inverse[: embeddings.shape[0]], scale, lse, coefficients)
 
 

@@ -1,7 +1,7 @@
 """The stages in plain PyTorch, logits materialized: any device, and the definition of what a backend computes.
 
 Shapes, in every backend: embeddings (N, D), weight (C, D), target (N,) int64, an index into this weight, or negative
-where the row's target is not here (``ops.IGNORED``, ``ops.INVALID``). Results have the compute dtype: the promoted one
+where the row's target is not here (``ABSENT``, ``INVALID``). Results have the compute dtype: the promoted one
 of both, at least fp32.
 """
 
@@ -15,9 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..base.dtypes import compute_dtype
 from ..base.keyed_random import rounding_bits
 from ..base.normalize import stored_gradient, unit_gradient, unit_rows, without_autocast
-from ..engine.ops import IGNORED, INVALID, MOMENTUM_BLOCK, PLAIN, CenterStep, Negatives, compute_dtype
+from ..engine.terms import ABSENT, INVALID, MOMENTUM_BLOCK, PLAIN, CenterStep, Negatives, RowGradients
 from ..margins.angular import CombinedMargin
 
 _P = ParamSpec("_P")
@@ -118,10 +119,7 @@ def weight_grad(
     embeddings: Tensor,
     weight: Tensor,
     target: Tensor,
-    scale: float,
-    lse: Tensor,
-    negative_coefficient: Tensor,
-    target_coefficient: Tensor,
+    gradients: RowGradients,
     negatives: Negatives = PLAIN,
 ) -> Tensor:
     """(C, D) gradient by the class centers, in weight's dtype, from each row's coefficients (N,) and lse (N,) fp64.
@@ -129,9 +127,7 @@ def weight_grad(
     The derivative by ``cos_ij`` is ``negative_coefficient_i·exp(scale·cos_ij - lse_i)``, the target's
     ``target_coefficient_i``; for f and its derivative see :func:`class_stats`.
     """
-    gradient = _exact_weight_grad(
-        embeddings, weight, target, scale, lse, negative_coefficient, target_coefficient, negatives
-    )
+    gradient = _exact_weight_grad(embeddings, weight, target, gradients, negatives)
     return stored_gradient(gradient, weight)
 
 
@@ -139,13 +135,11 @@ def _exact_weight_grad(
     embeddings: Tensor,
     weight: Tensor,
     target: Tensor,
-    scale: float,
-    lse: Tensor,
-    negative_coefficient: Tensor,
-    target_coefficient: Tensor,
+    gradients: RowGradients,
     negatives: Negatives = PLAIN,
 ) -> Tensor:
     """:func:`weight_grad` in the compute dtype."""
+    scale, lse, negative_coefficient, target_coefficient = gradients
     unit_x, _, cosine, is_target = _cosines(embeddings, weight, target)
     value, slope = _values(cosine, target, negatives)
     probability = (scale * value.double() - lse[:, None]).exp().to(cosine.dtype).masked_fill(value == -torch.inf, 0)
@@ -158,10 +152,7 @@ def update_centers(
     embeddings: Tensor,
     weight: Tensor,
     target: Tensor,
-    scale: float,
-    lse: Tensor,
-    negative_coefficient: Tensor,
-    target_coefficient: Tensor,
+    gradients: RowGradients,
     step: CenterStep,
     negatives: Negatives = PLAIN,
 ) -> None:
@@ -178,9 +169,7 @@ def update_centers(
         tensor[rows] = torch.where(active, values, tensor[rows])
 
     centers = weight[rows]
-    gradient = _exact_weight_grad(
-        embeddings, centers, target, scale, lse, negative_coefficient, target_coefficient, negatives
-    )
+    gradient = _exact_weight_grad(embeddings, centers, target, gradients, negatives)
     value = centers.to(gradient.dtype)
     velocity = gradient[entry] + step.weight_decay * value
     bits = rounding_bits(step.rounding_key, rows + step.class_start, dim)
@@ -229,10 +218,10 @@ def _unit_targets(weight: Tensor, target: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def target_cosine(embeddings: Tensor, weight: Tensor, target: Tensor) -> Tensor:
-    """(N,) cosine of each row with its target's center; 0 where target is ``IGNORED``, NaN where it is ``INVALID``."""
+    """(N,) cosine of each row with its target's center; 0 where target is ``ABSENT``, NaN where it is ``INVALID``."""
     dtype = compute_dtype(embeddings, weight)
     cosine = (unit_rows(embeddings.to(dtype)) * _unit_targets(weight, target, dtype)).sum(1).clamp(-1, 1)
-    return cosine.masked_fill(target == IGNORED, 0).masked_fill(target == INVALID, torch.nan)
+    return cosine.masked_fill(target == ABSENT, 0).masked_fill(target == INVALID, torch.nan)
 
 
 def unit_embedding_grad(
