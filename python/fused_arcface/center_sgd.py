@@ -1,5 +1,6 @@
-"""SGD on the class centers inside the backward pass: each center is updated where its gradient is made, which is never
-stored.
+"""SGD on the class centers inside the backward pass: each center is updated where its gradient is made.
+
+The gradient is never stored.
 
 :class:`CenterSGD` is the recipe that users write, :class:`CenterOptimizer` what a head makes of it, a
 ``torch.optim.Optimizer`` that schedulers drive. Each forward pass takes a :class:`PendingUpdate` from it, which the
@@ -36,7 +37,10 @@ _GRAD: Any = torch.Tensor.grad
 
 
 class CenterUpdateError(RuntimeError):
-    """A use of autograd that an update inside the backward pass cannot mean. The message says what to use instead."""
+    """Raised when autograd is used in a way that conflicts with updating class centers in the backward pass.
+
+    The message says what to use instead.
+    """
 
 
 @dataclass(frozen=True)
@@ -148,7 +152,7 @@ class CenterOptimizer(torch.optim.Optimizer):
         self._held = None
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Nothing: the backward pass has updated the centers. Call it once after each, or never.
+        """Do nothing: the backward pass has updated the centers. Call it once after each, or never.
 
         Raises:
             CenterUpdateError: more than one backward pass since the last call, which was meant as gradient
@@ -174,7 +178,8 @@ class CenterOptimizer(torch.optim.Optimizer):
     def release(self, apply: bool) -> None:
         """Make the updates that were kept since :meth:`hold`, or drop them.
 
-        A training loop decides once it has seen the backbone's gradient."""
+        A training loop decides once it has seen the backbone's gradient.
+        """
         held, self._held = self._held, None
         for update in held or ():
             if apply:
@@ -242,8 +247,11 @@ class CenterOptimizer(torch.optim.Optimizer):
             self.param_groups[0].update(zip(_SETTINGS, given["settings"].tolist(), strict=True))
 
     def bind(self, weight: Tensor) -> dict[str, Tensor]:
-        """The momentum of the head's ``weight``, by name. Another parameter may have taken the place of the one that
-        this optimizer was made for: ``to_empty()`` and ``load_state_dict(assign=True)`` put one there."""
+        """Return the momentum of the head's ``weight``, by name.
+
+        It may be another parameter than the one that this optimizer was made for: ``to_empty()`` and
+        ``load_state_dict(assign=True)`` make a new one.
+        """
         old = self._weight
         if weight is not old:
             self.param_groups[0]["params"] = [weight]
@@ -270,8 +278,10 @@ class CenterOptimizer(torch.optim.Optimizer):
             raise CenterUpdateError(f"in an earlier step, which changed no class center, {_refusal(factor)}")
 
     def prepare(self, step: int, weight: Tensor, margin: Margin) -> PendingUpdate:
-        """The update of the head's ``weight`` that belongs to forward pass number ``step``; see :meth:`check`. The
-        margin has not seen the step yet."""
+        """Return the update of the head's ``weight`` for forward pass number ``step``.
+
+        Call :meth:`check` first, and this before the margin changes its state.
+        """
         update = PendingUpdate(self, step, weight, copy_of_state(margin))
         if torch.is_grad_enabled():
             self._pending.add(update)
@@ -307,13 +317,17 @@ class PendingUpdate(CenterUpdate):
         self._done = False
 
     def watch(self, loss: Tensor) -> Tensor:
-        """The loss, watched: :meth:`start` is called with its gradient first of all in the backward pass."""
+        """Return the loss, watched: the backward pass begins with :meth:`start` of its gradient."""
         self._loss = loss.detach()
         watched: Tensor = _Watch.apply(loss, self)
         return watched
 
     def start(self, loss_gradient: Tensor) -> None:
-        """Raises, before anything is computed or changed, where the update would not be what the user means."""
+        """Take the loss's gradient, before anything is computed or changed.
+
+        Raises:
+            CenterUpdateError: if the update would not be what the user means.
+        """
         if self._done:
             raise CenterUpdateError(
                 "a second backward pass through the same loss (retain_graph=True): CenterSGD has already updated the "

@@ -38,7 +38,7 @@ def margin_softmax_loss(
             :class:`fused_arcface.margins.RowMargin` and :class:`fused_arcface.margins.Modulation`.
         scale: ``s``, finite and > 0. From 1e7 on fp32 has no digits left for the logits: they may even become NaN.
         reduction: ``"mean"`` (over the rows that count; NaN if none do), ``"sum"`` or ``"none"``.
-        ignore_index: label of rows that take no part: loss and gradients 0.
+        ignore_index: label of rows that are ignored: their loss and gradients are 0.
         backend: ``"auto"``, or a name in :func:`fused_arcface.backends.available`; a named one never falls back.
         return_stats: also return :class:`~fused_arcface.MarginSoftmaxStats`, at no cost over the classes.
         sub_centers: K centers for each class, in [1, 16]: weight is (C·K, D) with a class's rows adjacent, and a

@@ -89,21 +89,23 @@ class MarginHead(nn.Module):
     def forward(
         self, embeddings: Tensor, target: Tensor, *, ignore_index: int = -100, return_stats: bool = False
     ) -> Tensor | tuple[Tensor, MarginSoftmaxStats]:
-        """Mean loss of embeddings (N, D) with labels (N,); with ``return_stats`` the rows' statistics beside it."""
+        """Return the mean loss of embeddings (N, D) with labels (N,), and the rows' statistics if asked for."""
         options = self.options
         return loss_on_one_device(
             embeddings, self.weight, target, options, self.backend, "mean", ignore_index, return_stats
         )
 
     def logits(self, embeddings: Tensor) -> Tensor:
-        """``s·cos θ`` of embeddings (N, D) with every class, (N, C) in the loss's dtype, without a margin;
-        differentiable."""
+        """Return ``s·cos θ`` (N, C) of embeddings (N, D) with every class, without a margin; differentiable.
+
+        The result has the loss's dtype.
+        """
         check_embeddings(embeddings, self.weight)
         return self.scale * cosines_of(as_autocast(embeddings), self.weight, self.sub_centers)
 
     @torch.no_grad()
     def topk(self, embeddings: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """The k nearest class centers of embeddings (N, D): cosines (N, k), descending, and class ids (N, k) int64.
+        """Return the cosines (N, k), descending, and ids (N, k) int64 of the k nearest classes to embeddings (N, D).
 
         Raises:
             ValueError: k outside [1, C], or embeddings of a wrong shape or device.
@@ -121,16 +123,16 @@ class MarginHead(nn.Module):
 
 
 def place_margin(margin: Margin, device: torch.device) -> None:
-    """A head's margin with a state lives where its class centers do."""
+    """Move a margin with a state to the device of the class centers."""
     if isinstance(margin, nn.Module):
         margin.to(device)
 
 
 def cosines_of(rows: Tensor, weight: Tensor, sub_centers: int = 1) -> Tensor:
-    """Cosines (R, C) of rows (R, D) with the classes of weight (C·sub_centers, D), of a class's several the greatest.
+    """Return the cosines (R, C) of rows (R, D) with the classes of weight (C·sub_centers, D).
 
-    In the dtype that the loss keeps its sums in, autocast or not: rounded to bf16 they would be 0.004 off, which is
-    more than neighboring classes differ by.
+    A class's cosine is the greatest of its centers'. The dtype is that of the loss's sums, autocast or not: in bf16
+    cosines would be 0.004 off, more than neighboring classes differ by.
     """
     dtype = compute_dtype(rows, weight)
     with without_autocast(rows.device):
@@ -139,8 +141,10 @@ def cosines_of(rows: Tensor, weight: Tensor, sub_centers: int = 1) -> Tensor:
 
 
 def nearest_classes(embeddings: Tensor, weight: Tensor, k: int, sub_centers: int = 1) -> tuple[Tensor, Tensor]:
-    """Cosines (N, min(k, C)), descending, and classes (N, min(k, C)) int64, for embeddings (N, D) and weight
-    (C·sub_centers, D)."""
+    """Return the cosines (N, min(k, C)), descending, and ids of the nearest classes, int64.
+
+    Embeddings are (N, D), weight is (C·sub_centers, D).
+    """
     embeddings = as_autocast(embeddings)
     cosines = embeddings.new_empty(embeddings.shape[0], 0, dtype=compute_dtype(embeddings, weight))
     classes = torch.empty(embeddings.shape[0], 0, dtype=torch.int64, device=embeddings.device)

@@ -213,12 +213,15 @@ class PartialFC(JointCalls, RunState):
         return_stats: bool = False,
         loss_weight: float = 1.0,
     ) -> Tensor | tuple[Tensor, MarginSoftmaxStats]:
-        """Mean loss over all ranks' rows, equal on every rank, of this rank's embeddings (n, D) and global labels (n,).
+        """Return the mean loss over all ranks' rows, equal on every rank.
 
-        With ``return_stats`` also this rank's rows' :class:`~fused_arcface.MarginSoftmaxStats`. A collective: every
-        rank calls it, with n = 0 if it has no rows.
+        A collective: every rank calls it, with n = 0 if it has no rows.
 
         Args:
+            embeddings: (n, D), this rank's rows.
+            target: (n,) global labels of any integer dtype.
+            ignore_index: The label of rows that are ignored.
+            return_stats: If true, also return the :class:`~fused_arcface.MarginSoftmaxStats` of this rank's rows.
             loss_weight: factor of the returned loss, finite and >= 0, the same on every rank: the weight of this head
                 among several losses. :class:`~fused_arcface.CenterSGD` follows the weighted loss. A factor that the
                 loss is multiplied by afterwards does not reach its centers.
@@ -304,13 +307,13 @@ class PartialFC(JointCalls, RunState):
 
     @torch.no_grad()
     def full_weight(self) -> Tensor:
-        """All class centers, (C_total, D), on every rank. A collective."""
+        """Return all class centers, (C_total, D), on every rank. A collective."""
         self._meet("full_weight()")
         return torch.cat(self.ranks.gather_rows(self.weight, self.row_counts()))
 
     @torch.no_grad()
     def load_full_weight(self, tensor: Tensor) -> None:
-        """Sets each shard from all class centers (C_total, D), which every rank passes alike. A collective.
+        """Set each shard from all class centers (C_total, D), which every rank passes alike. A collective.
 
         Raises:
             ValueError: a wrong shape, on any rank.
@@ -326,8 +329,10 @@ class PartialFC(JointCalls, RunState):
 
     @torch.no_grad()
     def logits(self, embeddings: Tensor) -> Tensor:
-        """``s·cos θ`` of this rank's embeddings (n, D) with every class, (n, C_total), without a margin or a gradient.
-        A collective."""
+        """Return ``s·cos θ`` (n, C_total) of this rank's embeddings (n, D) with every class, without a margin.
+
+        A collective. The result has no gradient.
+        """
         with self._refusing():
             agreement = self._agreement("logits()")
         _, rows, _ = self._gather(embeddings, None, agreement)
@@ -336,8 +341,9 @@ class PartialFC(JointCalls, RunState):
 
     @torch.no_grad()
     def topk(self, embeddings: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """The k nearest class centers over all shards of this rank's embeddings (n, D): cosines (n, k), descending, and
-        global class ids (n, k) int64. A collective, with the same k on every rank.
+        """Return the cosines (n, k), descending, and ids (n, k) int64 of the k nearest classes over all shards.
+
+        A collective, for this rank's embeddings (n, D), with the same k on every rank. The ids are global.
 
         Raises:
             ValueError: k outside [1, C_total], or embeddings of a wrong shape or device.

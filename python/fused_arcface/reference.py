@@ -47,7 +47,7 @@ def margin_softmax_loss(
     sub_centers: int = 1,
     label_smoothing: float = 0.0,
 ) -> Tensor | tuple[Tensor, MarginSoftmaxStats]:
-    """What :func:`fused_arcface.margin_softmax_loss` computes, from the formulas as they stand.
+    """Compute :func:`fused_arcface.margin_softmax_loss` from the formulas as they stand.
 
     Args, result and errors are that function's; this one has no ``backend`` and stores the ``(N, C)`` logits.
 

@@ -16,6 +16,7 @@ from .torch import embedding_grad, margin_loss, target_cosine, unit_embedding_gr
 
 
 def unavailable() -> str | None:
+    """Return why this backend cannot run here, or None."""
     if native.unavailable() is not None:
         return native.unavailable()
     asked, isas = os.environ.get("FUSED_ARCFACE_ISA", ""), native.module.isas()
@@ -25,7 +26,7 @@ def unavailable() -> str | None:
 
 
 def isa() -> str:
-    """The instruction set in use: the best of this machine, or the one named in the environment's FUSED_ARCFACE_ISA."""
+    """Return the instruction set in use: the one that FUSED_ARCFACE_ISA names, or the best of this machine."""
     return os.environ.get("FUSED_ARCFACE_ISA") or native.module.isas()[0]
 
 
@@ -81,6 +82,7 @@ def _run_class_stats(
 
 
 def class_max(embeddings: Tensor, weight: Tensor, target: Tensor, negatives: Negatives = PLAIN) -> Tensor:
+    """Implement :func:`fused_arcface.backends.torch.class_max`."""
     maximum = torch.empty(embeddings.shape[0], dtype=compute_dtype(embeddings, weight))
     if embeddings.shape[0] > 0:
         _run_class_stats(embeddings, weight, target, 1.0, None, maximum, None, None, negatives)
@@ -96,6 +98,7 @@ def class_stats(
     with_center_sum: bool,
     negatives: Negatives = PLAIN,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """Implement :func:`fused_arcface.backends.torch.class_stats`."""
     dtype = compute_dtype(embeddings, weight)
     total, maximum = torch.empty(embeddings.shape[0], dtype=dtype), torch.empty(embeddings.shape[0], dtype=dtype)
     center_sum = torch.empty(embeddings.shape if with_center_sum else 0, dtype=dtype)
@@ -112,6 +115,7 @@ def weight_grad(
     gradients: RowGradients,
     negatives: Negatives = PLAIN,
 ) -> Tensor:
+    """Implement :func:`fused_arcface.backends.torch.weight_grad`."""
     if embeddings.shape[0] == 0:
         return torch.zeros_like(weight)
     target, gradients = target.contiguous(), gradients.contiguous()
@@ -139,6 +143,7 @@ def update_centers(
     step: CenterStep,
     negatives: Negatives = PLAIN,
 ) -> None:
+    """Implement :func:`fused_arcface.backends.torch.update_centers`."""
     if not step.active:
         return
     target, gradients = target.contiguous(), gradients.contiguous()

@@ -38,6 +38,7 @@ CHUNKS = ChunkConfig(exponential_bytes=24 << 20, center_bytes=8 << 20)
 
 
 def unavailable() -> str | None:
+    """Return why this backend cannot run here, or None."""
     if native.unavailable() is not None:
         return native.unavailable()
     if _kernels is None:
@@ -56,7 +57,7 @@ def _device(tensor: Tensor) -> tuple[tuple[int, int], int]:
 
 
 def _precision(embeddings: Tensor, weight: Tensor) -> str:
-    """The precision of the products; what it keeps of the operands is what they are stored with, but for tf32."""
+    """Return the precision of the products. Only tf32 keeps less of the operands than their dtype does."""
     if embeddings.dtype == weight.dtype != torch.float32:
         return "bfloat16" if weight.dtype == torch.bfloat16 else "float16"
     return "tf32" if _allows_tf32() else "float32"
@@ -77,7 +78,7 @@ _Run = Callable[[tuple[int, int, int], int, tuple[int, int]], int]
 
 
 def _run_pass(run: _Run, device: torch.device) -> None:
-    """A pass over the classes in a workspace of torch's: first it says how much it needs, then it has it."""
+    """Run a pass over the classes in a workspace of torch's: the first call asks how many bytes it needs."""
     probe = torch.empty(0, device=device)
     stream, multiprocessors = _device(probe)
     options = (CHUNKS.exponential_bytes, CHUNKS.center_bytes, multiprocessors)
@@ -126,6 +127,7 @@ def _empty_rows(embeddings: Tensor) -> Tensor:
 
 
 def class_max(embeddings: Tensor, weight: Tensor, target: Tensor, class_count: Tensor | None = None) -> Tensor:
+    """Implement :func:`fused_arcface.backends.torch.class_max`."""
     maximum = _empty_rows(embeddings)
     if embeddings.shape[0] > 0:
         _class_stats(embeddings, weight, target, 1.0, None, maximum, None, None, class_count)
@@ -141,6 +143,7 @@ def class_stats(
     with_center_sum: bool,
     class_count: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """Implement :func:`fused_arcface.backends.torch.class_stats`."""
     total, maximum = _empty_rows(embeddings), _empty_rows(embeddings)
     shape = embeddings.shape if with_center_sum else (0,)
     center_sum = torch.empty(shape, dtype=torch.float32, device=embeddings.device)
@@ -156,6 +159,7 @@ def weight_grad(
     target: Tensor,
     gradients: RowGradients,
 ) -> Tensor:
+    """Implement :func:`fused_arcface.backends.torch.weight_grad`."""
     precision = _precision(embeddings, weight)
     if embeddings.shape[0] == 0:
         return torch.zeros_like(weight)
@@ -186,6 +190,7 @@ def update_centers(
     gradients: RowGradients,
     step: CenterStep,
 ) -> None:
+    """Implement :func:`fused_arcface.backends.torch.update_centers`."""
     precision = _precision(embeddings, weight)
     target, gradients = target.contiguous(), gradients.contiguous()
     native_step = native.center_step(step, weight)
@@ -208,6 +213,7 @@ def update_centers(
 
 
 def target_cosine(embeddings: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+    """Implement :func:`fused_arcface.backends.torch.target_cosine`."""
     cosine, target = _empty_rows(embeddings), target.contiguous()
     stream, _ = _device(embeddings)
     _kernels.target_cosine(
@@ -219,6 +225,7 @@ def target_cosine(embeddings: Tensor, weight: Tensor, target: Tensor) -> Tensor:
 def unit_embedding_grad(
     weight: Tensor, target: Tensor, mean_center: Tensor, negative_coefficient: Tensor, target_coefficient: Tensor
 ) -> Tensor:
+    """Implement :func:`fused_arcface.backends.torch.unit_embedding_grad`."""
     target, mean_center = target.contiguous(), mean_center.contiguous()
     negative_coefficient, target_coefficient = negative_coefficient.contiguous(), target_coefficient.contiguous()
     d_unit = torch.empty_like(mean_center)
@@ -237,6 +244,7 @@ def unit_embedding_grad(
 
 
 def embedding_grad(d_unit: Tensor, embeddings: Tensor) -> Tensor:
+    """Implement :func:`fused_arcface.backends.torch.embedding_grad`."""
     d_unit, d_embeddings = d_unit.contiguous(), torch.empty_like(embeddings)
     stream, _ = _device(embeddings)
     _kernels.embedding_grad(d_unit.data_ptr(), native.matrix(embeddings), native.matrix(d_embeddings), stream)
@@ -253,6 +261,7 @@ def margin_loss(
     boundary: str,
     gradient: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Implement :func:`fused_arcface.backends.torch.margin_loss`."""
     negative_lse, target_cosine = negative_lse.contiguous(), target_cosine.contiguous()
     loss, lse, d_lse, d_cosine = results = tuple(torch.empty_like(negative_lse) for _ in range(4))
     stream, _ = _device(negative_lse)

@@ -22,7 +22,7 @@ def _check_tensor(name: str, tensor: object, dtypes: tuple[torch.dtype, ...]) ->
 
 
 def check_embeddings(embeddings: object, weight: Tensor) -> None:
-    """Embeddings ``(N, D)`` against class centers ``(C, D)``; the message calls the centers by the rule they set."""
+    """Check embeddings ``(N, D)`` against class centers ``(C, D)``."""
     _check_tensor("embeddings", embeddings, FLOAT_DTYPES)
     assert isinstance(embeddings, Tensor)
     if embeddings.dim() != 2 or embeddings.shape[1] != weight.shape[1]:
@@ -32,7 +32,7 @@ def check_embeddings(embeddings: object, weight: Tensor) -> None:
 
 
 def check_target(target: object, embeddings: Tensor, ignore_index: object) -> None:
-    """Labels ``(N,)`` of embeddings ``(N, D)``, without reading them."""
+    """Check labels ``(N,)`` of embeddings ``(N, D)``, without reading them."""
     _check_tensor("target", target, INTEGER_DTYPES)
     assert isinstance(target, Tensor)
     if target.shape != embeddings.shape[:1]:
@@ -46,6 +46,7 @@ def check_target(target: object, embeddings: Tensor, ignore_index: object) -> No
 
 
 def check_margin(margin: object) -> None:
+    """Check that a margin can be called and is not a class."""
     if isinstance(margin, type):
         name = margin.__name__
         raise TypeError(f"margin must be an instance, not the class {name}: write {name}(); got the class")
@@ -54,7 +55,7 @@ def check_margin(margin: object) -> None:
 
 
 def check_size(name: str, value: object, least: int = 1) -> int:
-    """The size as an int: it may come as one of NumPy's, as ``labels.max() + 1`` does."""
+    """Return a size as an int. It may be one of NumPy's, as ``labels.max() + 1`` is."""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"{name} must be an int; got {type(value).__name__}")
     if value < least:
@@ -77,6 +78,7 @@ MAX_SUB_CENTERS = 16
 
 
 def check_sub_centers(sub_centers: object) -> None:
+    """Check the number of centers of each class."""
     check_size("sub_centers", sub_centers)
     if isinstance(sub_centers, int) and sub_centers > MAX_SUB_CENTERS:
         raise ValueError(f"sub_centers must be in [1, {MAX_SUB_CENTERS}]; got {sub_centers}")
@@ -123,7 +125,7 @@ def check_written_in_place(name: str, tensor: Tensor) -> None:
 
 
 def check_target_range(target: Tensor, num_classes: int, ignore_index: int) -> None:
-    """Labels ``(N,)`` int64: each a class or ``ignore_index``. Reads the values: on a GPU this waits for it."""
+    """Check that each label (N,) int64 is a class or ``ignore_index``. On a GPU this waits for the values."""
     wrong = ((target < 0) | (target >= num_classes)) & (target != ignore_index)
     if not target.is_meta and wrong.any():
         row = int(wrong.nonzero()[0])
@@ -132,7 +134,7 @@ def check_target_range(target: Tensor, num_classes: int, ignore_index: int) -> N
 
 
 def check_margin_rows(name: str, values: object, target: Tensor) -> None:
-    """What a margin gives for each row besides: ``(N,)``, on the rows' device."""
+    """Check the numbers that a margin returns for each row: ``(N,)``, on the rows' device."""
     if not isinstance(values, Tensor):
         raise TypeError(f"margin's {name} must be a torch.Tensor; got {type(values).__name__}")
     if values.shape != target.shape:
@@ -142,7 +144,7 @@ def check_margin_rows(name: str, values: object, target: Tensor) -> None:
 
 
 def check_margin_output(modified: object, target_cosine: Tensor) -> None:
-    """A margin's result: ``(N,)``, of the cosines' dtype and device."""
+    """Check a margin's result: ``(N,)``, of the cosines' dtype and device."""
     if not isinstance(modified, Tensor):
         raise TypeError(f"margin must return a torch.Tensor; got {type(modified).__name__}")
     if modified.shape != target_cosine.shape:

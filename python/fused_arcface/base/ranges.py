@@ -15,13 +15,6 @@ class Range(NamedTuple):
     has_low: bool = True
     has_high: bool = False
 
-    def __contains__(self, value: object) -> bool:
-        assert isinstance(value, (int, float))
-        # Comparisons, not math.isfinite: under torch.compile a number may be symbolic.
-        return (self.low < value or (self.has_low and self.low == value)) and (
-            value < self.high or (self.has_high and value == self.high)
-        )
-
 
 POSITIVE = Range("finite and > 0", 0, math.inf, has_low=False)
 NOT_NEGATIVE = Range("finite and >= 0", 0, math.inf)
@@ -40,5 +33,7 @@ def check_number(name: str, value: object, allowed: Range) -> None:
     """
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number; got {type(value).__name__}")
-    if value not in allowed:
+    # Comparisons, not math.isfinite: under torch.compile a number may be symbolic.
+    above = allowed.low < value or (allowed.has_low and value == allowed.low)
+    if not (above and (value < allowed.high or (allowed.has_high and value == allowed.high))):
         raise ValueError(f"{name} must be {allowed.rule}; got {value}")

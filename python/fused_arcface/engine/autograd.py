@@ -29,7 +29,7 @@ _ops = torch.ops.fused_arcface
 def needs_shift(
     scale: float, num_classes: int, dtype: torch.dtype, greatest: float = 1.0, steepest: float = 1.0
 ) -> bool:
-    """Whether ``Σ exp(scale·cos)·ŵ`` over ``num_classes`` classes can leave the range of ``dtype`` at either end.
+    """Return true if ``Σ exp(scale·cos)·ŵ`` over ``num_classes`` classes can leave the range of ``dtype``.
 
     Inside it (s = 64 up to 2.6e10 classes in fp32) sums need no running maximum: logits are bounded by the scale. At
     the lower end ``exp(-scale)`` times a small component must still be a normal number: 24 (53) bits above the least.
@@ -113,8 +113,9 @@ class NegativesAndTarget(torch.autograd.Function):
 def cosines_of_targets(
     embeddings: Tensor, weight: Tensor, target: Tensor, backend: str, shard: Shard, sub_centers: int
 ) -> tuple[Tensor, Tensor]:
-    """Ahead of :func:`negatives_and_target`, without a gradient: cosines (N,) of all ranks' rows with their targets,
-    and the targets as rows of the centers that take part (N,), from those as classes: of several centers the nearest.
+    """Return the cosines (N,) of all ranks' rows with their targets, and the targets as rows of the centers (N,).
+
+    Of a class's several centers the row is the nearest. Neither has a gradient; :func:`negatives_and_target` follows.
     """
     with torch.no_grad():
         rows = shard.all_rows(embeddings)
@@ -137,13 +138,13 @@ def negatives_and_target(
     sub_centers: int = 1,
     modulation: Modulation | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Each row's negative log-sum-exp, target cosine (both differentiable) and greatest negative cosine, all ``(N,)``.
+    """Return each row's negative log-sum-exp and target cosine, differentiable, and greatest negative cosine, ``(N,)``.
 
     Args:
         embeddings: (n, D), this rank's rows. Their gradient is W times the derivative, W the number of ranks.
         weight: (C, D), this rank's classes.
-        target: (N,) int64, all ranks' rows: index into the centers that take part; ``IGNORED``: no target here, all
-            classes are negatives, and without a target on any rank the cosine is 0; or ``INVALID``: the cosine is NaN.
+        target: (N,) int64, all ranks' rows: an index into the centers that the step uses; ``ABSENT``: no target here,
+            all classes are negatives, and without a target on any rank the cosine is 0; ``INVALID``: the cosine is NaN.
         scale: of the logits.
         backend: a name that :func:`fused_arcface.backends.select` returned.
         shard: what is held here of the classes, and how to reach the rest.

@@ -56,7 +56,7 @@ class JointCalls(nn.Module):
         return {**self.options.describe(), **{name: str(getattr(self, name)) for name in names}}
 
     def _agreement(self, call: str, **more: Any) -> Agreement:
-        """What every rank must have alike when it makes this call, a collective. Checks this rank's shard as well.
+        """Check this rank's shard, and return the values that must be the same on every rank in this call.
 
         Raises:
             RuntimeError: another's wrapper holds the class centers.
@@ -71,7 +71,7 @@ class JointCalls(nn.Module):
         return {"call": call, **self._options(), **{name: str(value) for name, value in own.items()}}
 
     def _step_agreement(self, call: str, ignore_index: int, loss_weight: float = 1.0) -> Agreement:
-        """What every rank must have alike for a forward pass, and for the backward pass that follows."""
+        """Return the values that must be the same on every rank in a forward pass and the backward pass after it."""
         check_built_in_time(type(self).__name__, self.ranks.group)
         more: dict[str, Any] = {
             "training": self.training,
@@ -96,8 +96,14 @@ class JointCalls(nn.Module):
         ignore_index: int = -100,
         return_stats: bool = False,
     ) -> tuple[Tensor, JointBatch, str]:
-        """All checks of this rank's embeddings (n, D) and labels (n,), if it has any; then the embeddings as autocast
-        wants them, the joint batch and the backend. Raises on every rank if one is given what it refuses."""
+        """Check this rank's embeddings (n, D) and labels (n,), and gather those of all ranks.
+
+        Returns:
+            The embeddings as autocast wants them, the joint batch and the backend.
+
+        Raises:
+            TypeError, ValueError, RuntimeError: on every rank, if one of them refuses its arguments.
+        """
         with self._refusing():
             check_embeddings(embeddings, self.weight)
             if target is None:
@@ -122,8 +128,8 @@ class JointCalls(nn.Module):
         )
         self._compared.add(self.training)
         if batch.requires_grad and torch.is_grad_enabled() and not embeddings.requires_grad:
-            # Another rank's embeddings need a gradient: this rank's loss has a backward pass as well, which takes part
-            # in the collectives of that one's.
+            # Another rank's embeddings need a gradient. This rank's loss needs a backward pass as well, for the
+            # collectives in it.
             embeddings = embeddings.detach().clone().requires_grad_()
         return embeddings, batch, backend
 

@@ -20,7 +20,7 @@ class RunState(nn.Module):
     center_optimizer: Any
 
     def _run_state(self) -> dict[str, Tensor]:
-        """What ``state_dict()`` holds beside weight, to continue a run: tensors, as safetensors stores nothing else."""
+        """Return what ``state_dict()`` holds beside weight: tensors alone, as safetensors stores nothing else."""
         state = {"step": torch.tensor(self.step, device="cpu")}
         if self.center_optimizer is not None:
             of_optimizer = self.center_optimizer.run_state(self.weight)

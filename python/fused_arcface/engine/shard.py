@@ -13,7 +13,7 @@ from .terms import PLAIN, Negatives, RowGradients
 
 
 class CenterUpdate:
-    """What :class:`Shard` asks of a fused optimizer: one update of the class centers, made in the backward pass.
+    """One update of the class centers that a fused optimizer makes in the backward pass.
 
     :mod:`fused_arcface.center_sgd` has the only one.
     """
@@ -36,7 +36,7 @@ class CenterUpdate:
 
 @dataclass(frozen=True, eq=False)
 class Shard:
-    """What a step over one shard of the classes needs beside its tensors. The default is the head on one device."""
+    """The facts about one shard of the classes in a step. The default is the head on one device."""
 
     ranks: Ranks = ALONE
     batch: JointBatch | None = None
@@ -44,26 +44,28 @@ class Shard:
     num_classes: int | None = None
     """Classes over all shards, C_total; None: those of the weight."""
     classes: Tensor | None = None
-    """(K,) int64 ascending rows of weight that take part in this step; None: all of them."""
+    """(K,) int64 ascending rows of weight that this step uses; None: all of them."""
     class_count: Tensor | None = None
-    """0-dim int64: those of ``classes`` from there on are padding, ``C``; None: all take part."""
+    """0-dim int64: the entries of ``classes`` from there on are padding, ``C``; None: none are."""
     dense_grad: bool = False
     """With ``classes``: the gradient by weight as a dense (C, D) tensor, not a sparse one."""
     with_max: bool = False
-    """Whether each row's greatest negative cosine is wanted over all shards, not over this one."""
+    """If true, reduce each row's largest negative cosine over all shards."""
     update: CenterUpdate | None = None
-    """In place of a gradient by weight."""
+    """If given, it is applied in place of a gradient by weight."""
 
     def all_rows(self, embeddings: Tensor) -> Tensor:
-        """(N, D) of all ranks from this one's (n, D)."""
+        """Return all ranks' rows (N, D) from this one's (n, D)."""
         return embeddings if self.batch is None else self.batch.embeddings
 
     def own_rows(self, rows: Tensor) -> Tensor:
         return rows if self.batch is None else self.batch.own(rows)
 
     def joint(self, own: Tensor, every: Callable[[Tensor], Tensor]) -> Tensor:
-        """(N, ...) of all ranks' rows: ``own`` (n, ...) in this rank's places, with W times the gradient (see
-        :meth:`start_scatter`; every rank computes the whole loss), ``every`` of all embeddings (N, D) in the others."""
+        """Return (N, ...) of all ranks' rows: this rank's are ``own`` (n, ...), the others ``every`` of the embeddings.
+
+        The gradient by ``own`` is W times the derivative, see :meth:`start_scatter`. Every rank computes the loss.
+        """
         if self.batch is None or self.ranks.world_size == 1:
             return own
         first, last = self.batch.first, self.batch.first + self.batch.count
@@ -72,27 +74,27 @@ class Shard:
         return torch.cat([rows[:first], own, rows[last:]])
 
     def centers(self, weight: Tensor) -> Tensor:
-        """(K, D) centers that take part in this step."""
+        """Return the centers (K, D) that this step uses."""
         if self.classes is None:
             return weight
         rows = self.classes if self.class_count is None else self.classes.clamp(max=weight.shape[0] - 1)
         return weight.index_select(0, rows)
 
     def target_rows(self, target: Tensor) -> Tensor:
-        """Indices into the centers that take part (N,) as rows of weight; negative ones stay."""
+        """Return indices into the centers that the step uses (N,) as rows of weight; negative ones stay."""
         if self.classes is None or self.classes.shape[0] == 0:
             return target
         return torch.where(target < 0, target, self.classes.index_select(0, target.clamp(min=0)))
 
     def start_scatter(self, rows: Tensor) -> Callable[[], Tensor]:
-        """See :meth:`Ranks.start_scatter`; times W, as data-parallel wrappers of the backbone divide by it."""
+        """Call :meth:`Ranks.start_scatter`, times W, as data-parallel wrappers of the backbone divide by it."""
         if self.batch is None:
             return lambda: rows
         wait = self.ranks.start_scatter(rows, self.batch)
         return lambda: wait() * self.ranks.world_size
 
     def weight_gradient(self, d_centers: Tensor, weight: Tensor) -> Tensor:
-        """The gradient by weight (C, D) from that by the centers that took part (K, D)."""
+        """Return the gradient by weight (C, D) from that by the centers that the step used (K, D)."""
         if self.classes is None:
             return d_centers
         if self.dense_grad:

@@ -20,8 +20,7 @@ from .smoothing import Smoothing
 
 
 class _FusedMarginLoss(torch.autograd.Function):
-    """Row losses and full log-sum-exps, (N,) each, the former differentiable, by one launch of a backend's
-    margin_loss."""
+    """Compute row losses, differentiable, and full log-sum-exps by one launch of a backend's margin_loss."""
 
     @staticmethod
     def forward(
@@ -51,7 +50,7 @@ class _FusedMarginLoss(torch.autograd.Function):
 
 
 def reduce_loss(loss: Tensor, ignored: Tensor, reduction: str) -> Tensor:
-    """Row losses ``(N,)`` reduced as ``cross_entropy`` does: ignored rows count neither in the sum nor in the mean."""
+    """Reduce row losses ``(N,)`` as ``cross_entropy`` does: without the ignored rows, in the sum and in the mean."""
     loss = loss.masked_fill(ignored, 0)
     if reduction == "none":
         return loss
@@ -71,13 +70,16 @@ def loss_of_rows(
     penalty: Tensor | None = None,
     smoothed: Smoothing | None = None,
 ) -> tuple[Tensor, MarginSoftmaxStats]:
-    """Reduced loss, differentiable, and the rows' statistics.
+    """Return the reduced loss, differentiable, and the rows' statistics.
 
     Args:
         negative_lse: (N,) log-sum-exp of the row's negative logits over all shards.
         target_cosine: (N,).
         negative_max: (N,) greatest cosine among the row's negatives.
         ignored: (N,) bool.
+        margin: The map of target cosines to modified cosines.
+        scale: The factor of the logits.
+        reduction: ``"mean"``, ``"sum"`` or ``"none"``.
         backend: that of the other stages; one that fuses this tail does so for the margins of this package.
         penalty: (N,) added to the rows' losses.
         smoothed: label smoothing.

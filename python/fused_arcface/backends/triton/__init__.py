@@ -46,6 +46,7 @@ if _compiler_reason is None:
 
 
 def unavailable() -> str | None:
+    """Return why this backend cannot run here, or None."""
     return nvidia.unavailable() or _compiler_reason
 
 
