@@ -13,7 +13,7 @@ import fused_arcface as fa
 from fused_arcface.base import keyed_random
 
 D = 70  # more than one block of an int8 momentum, and not a multiple of one
-BACKENDS = ["reference", "auto"]
+BACKENDS = ["torch", "auto"]
 
 
 def batch(step: int, num_classes: int, rows: int = 12, dtype: torch.dtype = torch.float32) -> tuple:
@@ -79,7 +79,7 @@ def test_compiled_equals_reference_in_every_storage(dtype, momentum_dtype, sampl
     if fa.backends.available()["cpu"] is not None:
         pytest.skip(fa.backends.available()["cpu"])
     options = {"dtype": dtype, "sample_rate": sample_rate, "recipe": {"momentum_dtype": momentum_dtype}}
-    one, other = (head_of(backend=backend, **options) for backend in ("reference", "cpu"))
+    one, other = (head_of(backend=backend, **options) for backend in ("torch", "cpu"))
     for step in range(4):
         x, y = batch(step, 300)
         states = [head.center_optimizer.state[head.weight] for head in (one, other)]
@@ -113,7 +113,7 @@ def train(steps: int, options: dict) -> tuple[list[float], torch.Tensor]:
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("backend", [pytest.param("reference", marks=pytest.mark.full), "auto"])
+@pytest.mark.parametrize("backend", [pytest.param("torch", marks=pytest.mark.full), "auto"])
 @pytest.mark.parametrize("sample_rate", [1.0, 0.1])
 def test_any_number_of_ranks_trains_alike(backend, sample_rate):
     options = {"dtype": torch.float64, "backend": backend, "sample_rate": sample_rate}

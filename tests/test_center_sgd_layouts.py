@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support.cases import LAYOUTS
+from support.cases import BACKENDS, LAYOUTS
 from torch import Tensor
 
 import fused_arcface as fa
@@ -29,7 +29,7 @@ def _train(head: fa.PartialFC, steps: int = 3) -> Tensor:
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("options", [{}, {"sample_rate": 0.5, "momentum_dtype": torch.int8}], ids=["all", "sampled"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("how", ["assign", "data"])
 def test_a_step_honors_strides(how: str, backend: str, dtype: torch.dtype, options: dict, layout: str) -> None:
     if fa.backends.available()[backend] is not None:
@@ -45,38 +45,52 @@ def test_a_step_honors_strides(how: str, backend: str, dtype: torch.dtype, optio
     torch.testing.assert_close(_train(head), expected, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(
-    ("weight", "message"),
+    ("weight", "error", "message"),
     [
-        (torch.randn(1, D).expand(C, D), r"share memory between its elements.*got strides \(0, 1\) for \(30, 70\)"),
-        (torch.randn(C, 1).expand(C, D), r"share memory .*got strides \(1, 0\)"),
-        (torch.randn(C + D).unfold(0, D, 1)[:C], r"share memory .*got strides \(1, 1\)"),
-        (torch.randn(C + 2, D), r"momentum_buffer must be contiguous and \(32, 70\)"),
+        (
+            torch.randn(1, D).expand(C, D),
+            ValueError,
+            r"share memory between its elements.*got strides \(0, 1\) for \(30, 70\)",
+        ),
+        (torch.randn(C, 1).expand(C, D), ValueError, r"share memory .*got strides \(1, 0\)"),
+        (torch.randn(C + D).unfold(0, D, 1)[:C], ValueError, r"share memory .*got strides \(1, 1\)"),
+        (torch.randn(C + 2, D), RuntimeError, r"weight must be this rank's \(30, 70\); got \(32, 70\)"),
     ],
     ids=["one row", "one column", "windows", "more rows"],
 )
-def test_memory_that_a_step_cannot_write_is_refused(backend: str, weight: Tensor, message: str) -> None:
+def test_memory_that_a_step_cannot_write_is_refused(
+    backend: str, weight: Tensor, error: type[Exception], message: str
+) -> None:
     head = _head(backend)
     head.weight.data = weight
     before, step = weight.clone(), head.step
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(error, match=message):
         head(torch.randn(4, D), torch.arange(4))
     assert torch.equal(weight, before) and head.step == step
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
-def test_a_momentum_that_is_not_contiguous_is_refused(backend: str) -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    ("momentum", "message"),
+    [
+        (torch.zeros(D, C).T, r"momentum_buffer must be contiguous.*strides \(1, 30\)"),
+        (torch.zeros(C + 2, D), r"momentum_buffer must be contiguous and \(30, 70\) .*got \(32, 70\)"),
+    ],
+    ids=["transposed", "more rows"],
+)
+def test_a_momentum_that_is_not_contiguous_is_refused(backend: str, momentum: Tensor, message: str) -> None:
     head = _head(backend)
     loss = head(torch.randn(4, D), torch.arange(4))
     before = head.weight.detach().clone()
-    head.center_optimizer.state[head.weight]["momentum_buffer"] = torch.zeros(D, C).T
-    with pytest.raises(ValueError, match=r"momentum_buffer must be contiguous.*strides \(1, 30\)"):
+    head.center_optimizer.state[head.weight]["momentum_buffer"] = momentum
+    with pytest.raises(ValueError, match=message):
         loss.backward()
     assert torch.equal(head.weight, before)
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_negated_views_are_read_as_what_they_mean(backend: str) -> None:
     """The memory of such a view holds the numbers with the other sign."""
     numbers = torch.randn(4, D), torch.randn(C, D)

@@ -7,14 +7,14 @@ import math
 import pytest
 import torch
 from support import scalar
-from support.cases import MARGINS, Case, Inputs, make_inputs, named, run
+from support.cases import BACKENDS, MARGINS, Case, Inputs, make_inputs, named, run
 
 import fused_arcface as fa
 
 FUNCTIONS = {
     "reference": fa.reference.margin_softmax_loss,
     "fused": lambda *args, **options: fa.margin_softmax_loss(*args, backend="cpu", **options),
-    "fused on reference": lambda *args, **options: fa.margin_softmax_loss(*args, backend="reference", **options),
+    "fused on reference": lambda *args, **options: fa.margin_softmax_loss(*args, backend="torch", **options),
 }
 every_function = pytest.mark.parametrize("function", FUNCTIONS.values(), ids=FUNCTIONS)
 
@@ -160,7 +160,7 @@ def test_ignored_rows_have_no_gradient(function: object) -> None:
     torch.testing.assert_close(got.d_weight, run(function, alone).d_weight, rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_autocast(backend: str) -> None:
     """Embeddings are rounded as for a matrix product, the fp32 class centers are not."""
     x, w, target, _ = make_inputs(Case())
@@ -195,7 +195,7 @@ def test_backends_agree(margin: object) -> None:
     torch.testing.assert_close(one.stats, other.stats, rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("geometry", ["aligned", "opposed"])
 def test_target_cosines_are_cosines(geometry: str, dtype: str, backend: str) -> None:

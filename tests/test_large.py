@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fused_arcface as fa
-from fused_arcface.backends.plain_torch import unit_gradient
+from fused_arcface.backends.torch import unit_gradient
 
 
 def free_gib() -> float:

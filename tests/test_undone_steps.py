@@ -92,7 +92,7 @@ def _weight(head: fa.PartialFC) -> None:
 STEPS = (_nan_row, _inf_row, _nothing_counts, _overflow, _nan_center, _small_factor, _label, _shape, _weight)
 
 
-@pytest.mark.parametrize("backend", ["reference", "auto"])
+@pytest.mark.parametrize("backend", ["torch", "auto"])
 @pytest.mark.parametrize("storage", STORAGE)
 @pytest.mark.parametrize("margin", MARGINS)
 @pytest.mark.parametrize("step", STEPS, ids=lambda step: step.__name__[1:])

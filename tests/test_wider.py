@@ -85,7 +85,7 @@ def to_differentiate(
 
 
 @every_variant
-@pytest.mark.parametrize("backend", ["reference", "cpu", "oracle"])
+@pytest.mark.parametrize("backend", ["torch", "cpu", "oracle"])
 def test_gradcheck(variant: Variant, backend: str) -> None:
     """In fp64."""
     oracle = backend == "oracle"

@@ -17,9 +17,9 @@ if TYPE_CHECKING:  # the same names again, for type checkers and editors; a test
     from . import margins as margins
     from . import reference as reference
     from .app.embedder import load_embedder as load_embedder
+    from .base.statistics import MarginSoftmaxStats as MarginSoftmaxStats
     from .center_sgd import CenterSGD as CenterSGD
     from .center_sgd import CenterUpdateError as CenterUpdateError
-    from .engine.tail import MarginSoftmaxStats as MarginSoftmaxStats
     from .functional import margin_softmax_loss as margin_softmax_loss
     from .head import MarginHead as MarginHead
     from .margins.angular import ArcFace as ArcFace
@@ -42,8 +42,8 @@ _MODULES = ("backends", "checkpoint", "compat", "evaluation", "margins", "refere
 
 _NAMES = {
     "app.embedder": ("load_embedder",),
+    "base.statistics": ("MarginSoftmaxStats",),
     "center_sgd": ("CenterSGD", "CenterUpdateError"),
-    "engine.tail": ("MarginSoftmaxStats",),
     "functional": ("margin_softmax_loss",),
     "head": ("MarginHead",),
     "margins.angular": ("ArcFace", "CombinedMargin", "CosFace", "NormSoftmax", "SphereFace"),

@@ -1,5 +1,6 @@
-"""SGD on the class centers inside the backward pass: each center is updated where its gradient is made, which is never
-stored.
+"""SGD on the class centers inside the backward pass: each center is updated where its gradient is made.
+
+The gradient is never stored.
 
 :class:`CenterSGD` is the recipe that users write, :class:`CenterOptimizer` what a head makes of it, a
 ``torch.optim.Optimizer`` that schedulers drive. Each forward pass takes a :class:`PendingUpdate` from it, which the
@@ -8,7 +9,6 @@ backward pass applies.
 
 from __future__ import annotations
 
-import math
 import sys
 import weakref
 from collections.abc import Callable
@@ -19,15 +19,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .base.checks import describe_tensor
+from .base.dtypes import CENTER_DTYPES, MOMENTUM_DTYPES, compute_dtype
 from .base.keyed_random import rounding_key
-from .engine.autograd import CenterUpdate
+from .base.ranges import FROM_0, FROM_0_BELOW_1, check_number
 from .engine.loss_factor import RefusedFactors, is_refused
-from .engine.ops import MOMENTUM_BLOCK, PLAIN, CenterStep, Negatives, check_update, compute_dtype
+from .engine.shard import CenterUpdate
+from .engine.terms import MOMENTUM_BLOCK, PLAIN, CenterStep, Negatives, RowGradients, check_update
 from .margins.angular import Margin
 from .margins.state import copy_of_state
-
-_WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
-_MOMENTUM_DTYPES = (torch.float32, torch.bfloat16, torch.int8, torch.float64)
 
 _SETTINGS = ("lr", "momentum", "weight_decay")
 
@@ -37,7 +37,10 @@ _GRAD: Any = torch.Tensor.grad
 
 
 class CenterUpdateError(RuntimeError):
-    """A use of autograd that an update inside the backward pass cannot mean. The message says what to use instead."""
+    """Raised when autograd is used in a way that conflicts with updating class centers in the backward pass.
+
+    The message says what to use instead.
+    """
 
 
 @dataclass(frozen=True)
@@ -79,14 +82,10 @@ class CenterSGD:
     momentum_dtype: torch.dtype | None = None
 
     def __post_init__(self) -> None:
-        for name, high in (("lr", math.inf), ("momentum", 1.0), ("weight_decay", math.inf)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)):
-                raise TypeError(f"CenterSGD: {name} must be a number; got {type(value).__name__}")
-            if not 0 <= value < high:
-                raise ValueError(f"CenterSGD: {name} must be in [0, {high}); got {value}")
-        if self.momentum_dtype is not None and self.momentum_dtype not in _MOMENTUM_DTYPES:
-            listed = ", ".join(map(str, _MOMENTUM_DTYPES))
+        for name, allowed in (("lr", FROM_0), ("momentum", FROM_0_BELOW_1), ("weight_decay", FROM_0)):
+            check_number(f"CenterSGD: {name}", getattr(self, name), allowed)
+        if self.momentum_dtype is not None and self.momentum_dtype not in MOMENTUM_DTYPES:
+            listed = ", ".join(map(str, MOMENTUM_DTYPES))
             raise TypeError(f"CenterSGD: momentum_dtype must be one of {listed}; got {self.momentum_dtype}")
 
 
@@ -153,7 +152,7 @@ class CenterOptimizer(torch.optim.Optimizer):
         self._held = None
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Nothing: the backward pass has updated the centers. Call it once after each, or never.
+        """Do nothing: the backward pass has updated the centers. Call it once after each, or never.
 
         Raises:
             CenterUpdateError: more than one backward pass since the last call, which was meant as gradient
@@ -179,7 +178,8 @@ class CenterOptimizer(torch.optim.Optimizer):
     def release(self, apply: bool) -> None:
         """Make the updates that were kept since :meth:`hold`, or drop them.
 
-        A training loop decides once it has seen the backbone's gradient."""
+        A training loop decides once it has seen the backbone's gradient.
+        """
         held, self._held = self._held, None
         for update in held or ():
             if apply:
@@ -247,8 +247,11 @@ class CenterOptimizer(torch.optim.Optimizer):
             self.param_groups[0].update(zip(_SETTINGS, given["settings"].tolist(), strict=True))
 
     def bind(self, weight: Tensor) -> dict[str, Tensor]:
-        """The momentum of the head's ``weight``, by name. Another parameter may have taken the place of the one that
-        this optimizer was made for: ``to_empty()`` and ``load_state_dict(assign=True)`` put one there."""
+        """Return the momentum of the head's ``weight``, by name.
+
+        It may be another parameter than the one that this optimizer was made for: ``to_empty()`` and
+        ``load_state_dict(assign=True)`` make a new one.
+        """
         old = self._weight
         if weight is not old:
             self.param_groups[0]["params"] = [weight]
@@ -275,8 +278,10 @@ class CenterOptimizer(torch.optim.Optimizer):
             raise CenterUpdateError(f"in an earlier step, which changed no class center, {_refusal(factor)}")
 
     def prepare(self, step: int, weight: Tensor, margin: Margin) -> PendingUpdate:
-        """The update of the head's ``weight`` that belongs to forward pass number ``step``; see :meth:`check`. The
-        margin has not seen the step yet."""
+        """Return the update of the head's ``weight`` for forward pass number ``step``.
+
+        Call :meth:`check` first, and this before the margin changes its state.
+        """
         update = PendingUpdate(self, step, weight, copy_of_state(margin))
         if torch.is_grad_enabled():
             self._pending.add(update)
@@ -292,13 +297,9 @@ def _refusal(factor: float) -> str:
 
 
 def _check_weight(weight: Tensor) -> None:
-    if weight.dtype not in _WEIGHT_DTYPES:
-        listed = ", ".join(map(str, _WEIGHT_DTYPES))
+    if weight.dtype not in CENTER_DTYPES:
+        listed = ", ".join(map(str, CENTER_DTYPES))
         raise TypeError(f"CenterSGD needs class centers of dtype {listed}; got {weight.dtype}")
-
-
-def describe_tensor(tensor: Tensor | None) -> str:
-    return "none" if tensor is None else f"{tuple(tensor.shape)} {tensor.dtype}"
 
 
 class PendingUpdate(CenterUpdate):
@@ -316,13 +317,17 @@ class PendingUpdate(CenterUpdate):
         self._done = False
 
     def watch(self, loss: Tensor) -> Tensor:
-        """The loss, watched: :meth:`start` is called with its gradient first of all in the backward pass."""
+        """Return the loss, watched: the backward pass begins with :meth:`start` of its gradient."""
         self._loss = loss.detach()
         watched: Tensor = _Watch.apply(loss, self)
         return watched
 
     def start(self, loss_gradient: Tensor) -> None:
-        """Raises, before anything is computed or changed, where the update would not be what the user means."""
+        """Take the loss's gradient, before anything is computed or changed.
+
+        Raises:
+            CenterUpdateError: if the update would not be what the user means.
+        """
         if self._done:
             raise CenterUpdateError(
                 "a second backward pass through the same loss (retain_graph=True): CenterSGD has already updated the "
@@ -345,19 +350,13 @@ class PendingUpdate(CenterUpdate):
     def apply(
         self,
         embeddings: Tensor,
-        weight: Tensor,
         classes: Tensor | None,
         target: Tensor,
-        scale: float,
-        lse: Tensor,
-        negative_coefficient: Tensor,
-        target_coefficient: Tensor,
+        gradients: RowGradients,
         backend: str,
         negatives: Negatives = PLAIN,
     ) -> None:
-        weight = self._weight  # what autograd has saved may be a copy: saved-tensor hooks offload
-        coefficients = lse, negative_coefficient, target_coefficient
-        update = partial(self._update, embeddings, weight, target, scale, *coefficients, classes, backend, negatives)
+        update = partial(self._update, embeddings, classes, target, gradients, backend, negatives)
         if self._optimizer._held is None:
             update()
         else:
@@ -370,28 +369,24 @@ class PendingUpdate(CenterUpdate):
     def _update(
         self,
         embeddings: Tensor,
-        weight: Tensor,
-        target: Tensor,
-        scale: float,
-        lse: Tensor,
-        negative_coefficient: Tensor,
-        target_coefficient: Tensor,
         classes: Tensor | None,
+        target: Tensor,
+        gradients: RowGradients,
         backend: str,
         negatives: Negatives,
     ) -> None:
-        optimizer = self._optimizer
+        optimizer, weight = self._optimizer, self._weight
+        lse, *coefficients = gradients[1:]
         group, state = optimizer.param_groups[0], optimizer.bind(weight)
         for name, tensor in state.items():
             if tensor.device != weight.device:  # the head was moved, or built without memory (device="meta")
                 moved = torch.zeros_like(tensor, device=weight.device) if tensor.is_meta else tensor.to(weight.device)
                 state[name] = moved
         if self._loss_gradient is not None:
-            negative_coefficient = negative_coefficient / self._loss_gradient
-            target_coefficient = target_coefficient / self._loss_gradient
+            coefficients = [each / self._loss_gradient for each in coefficients]
         # The same numbers on every rank, so all go on or none. An lse of -inf is a row without negatives; the loss of a
         # batch whose rows are all ignored is NaN, though its coefficients are zero.
-        finite = negative_coefficient.isfinite().all() & target_coefficient.isfinite().all()
+        finite = coefficients[0].isfinite().all() & coefficients[1].isfinite().all()
         if self._loss is not None:
             finite &= self._loss.isfinite()
         if self._loss_gradient is not None:
@@ -413,10 +408,9 @@ class PendingUpdate(CenterUpdate):
             embeddings,
             weight,
             target,
-            scale,
+            gradients.scale,
             lse,
-            negative_coefficient,
-            target_coefficient,
+            *coefficients,
             *step,
             backend,
             **negatives._asdict(),

@@ -1,21 +1,13 @@
-"""The functional head: checks, the choice of a backend, and the straight line from there to the loss."""
+"""The loss as a function: checks, the choice of a backend, and one step."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
-import torch
 from torch import Tensor
 
-from . import backends
-from .base.checks import check_inputs
-from .base.normalize import norms_of
-from .engine.autograd import ONE_DEVICE, Shard, cosines_of_targets, negatives_and_target
-from .engine.margin_step import in_step
-from .engine.ops import IGNORED, compute_dtype
-from .engine.smoothing import smoothing, two_uses
-from .engine.tail import MarginSoftmaxStats, loss_of_rows
-from .margins.angular import ArcFace, Margin, for_rows, modulates, modulation
+from .base.options import HeadOptions
+from .base.statistics import MarginSoftmaxStats
+from .engine.step import loss_on_one_device
+from .margins.angular import ArcFace, Margin
 
 
 def margin_softmax_loss(
@@ -46,7 +38,7 @@ def margin_softmax_loss(
             :class:`fused_arcface.margins.RowMargin` and :class:`fused_arcface.margins.Modulation`.
         scale: ``s``, finite and > 0. From 1e7 on fp32 has no digits left for the logits: they may even become NaN.
         reduction: ``"mean"`` (over the rows that count; NaN if none do), ``"sum"`` or ``"none"``.
-        ignore_index: label of rows that take no part: loss and gradients 0.
+        ignore_index: label of rows that are ignored: their loss and gradients are 0.
         backend: ``"auto"``, or a name in :func:`fused_arcface.backends.available`; a named one never falls back.
         return_stats: also return :class:`~fused_arcface.MarginSoftmaxStats`, at no cost over the classes.
         sub_centers: K centers for each class, in [1, 16]: weight is (C·K, D) with a class's rows adjacent, and a
@@ -71,73 +63,5 @@ def margin_softmax_loss(
     >>> margin_softmax_loss(x, w, torch.tensor([0, 0]), scale=1.0, margin=lambda c: c, reduction="none")
     tensor([0.3133, 1.3133])
     """
-    check_inputs(embeddings, weight, target, margin, scale, reduction, ignore_index, sub_centers, label_smoothing)
-    needs = unusual_negatives(margin, sub_centers)
-    backend = backends.select(backend, embeddings.device, compute_dtype(embeddings, weight), needs)
-    embeddings = as_autocast(embeddings)
-    num_classes = weight.shape[0] // sub_centers
-    local_target = torch.ops.fused_arcface.local_target(target, num_classes, ignore_index)
-    ignored = local_target == IGNORED
-    options = HeadOptions(margin, float(scale), sub_centers, float(label_smoothing))
-    loss, stats = loss_over_classes(embeddings, weight, local_target, ignored, options, reduction, backend)
-    return (loss, stats) if return_stats else loss
-
-
-class HeadOptions(NamedTuple):
-    """What defines a head's loss; see :func:`margin_softmax_loss`."""
-
-    margin: Margin
-    scale: float
-    sub_centers: int = 1
-    label_smoothing: float = 0.0
-
-
-def unusual_negatives(margin: Margin, sub_centers: int) -> str | None:
-    """What only some backends have of this, for an error; None where every backend will do."""
-    if modulates(margin):
-        return f"the modulated negatives of {type(margin).__name__}"
-    return f"sub_centers={sub_centers}" if sub_centers > 1 else None
-
-
-def loss_over_classes(
-    embeddings: Tensor,
-    weight: Tensor,
-    target: Tensor,
-    ignored: Tensor,
-    options: HeadOptions,
-    reduction: str,
-    backend: str,
-    shard: Shard = ONE_DEVICE,
-) -> tuple[Tensor, MarginSoftmaxStats]:
-    """Reduced loss over all ranks' rows, and their statistics: what every head ends in.
-
-    Args are those of :func:`fused_arcface.engine.autograd.negatives_and_target`; target (N,) counts the classes that
-    take part, not their rows; ignored (N,) bool.
-    """
-    margin, scale, sub_centers, label_smoothing = options
-    x, w = embeddings, weight
-    if label_smoothing > 0:
-        (embeddings, x), (weight, w) = two_uses(embeddings), two_uses(weight)
-    dtype = compute_dtype(embeddings, weight)
-    # A margin with a state changes it once in a step, before the loss is computed.
-    margin = in_step(margin, embeddings, alone=shard.batch is not None)
-    own = for_rows(
-        margin,
-        lambda: shard.joint(norms_of(embeddings.to(dtype)), lambda rows: norms_of(rows.to(dtype))).squeeze(1),
-        ~ignored,
-    )
-    change = None
-    if modulates(margin) or sub_centers > 1:
-        cosine, target = cosines_of_targets(embeddings, weight, target, backend, shard, sub_centers)
-        change = modulation(margin, cosine, ~ignored)
-    rows = negatives_and_target(embeddings, weight, target, scale, backend, shard, sub_centers, change)
-    smoothed = smoothing(x, w, label_smoothing, shard.num_classes or weight.shape[0], shard)
-    return loss_of_rows(*rows, ignored, own.modify, scale, reduction, backend, own.penalty, smoothed)
-
-
-def as_autocast(embeddings: Tensor) -> Tensor:
-    """Embeddings as autocast would hand them to a matrix product. The class centers are master weights: never cast."""
-    device = embeddings.device.type
-    if embeddings.is_meta or embeddings.dtype != torch.float32 or not torch.is_autocast_enabled(device):
-        return embeddings
-    return embeddings.to(torch.get_autocast_dtype(device))
+    options = HeadOptions(margin, scale, sub_centers, label_smoothing)
+    return loss_on_one_device(embeddings, weight, target, options, backend, reduction, ignore_index, return_stats)

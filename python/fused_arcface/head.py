@@ -7,19 +7,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import backends
-from .base.checks import (
-    FLOAT_DTYPES,
-    check_embeddings,
-    check_label_smoothing,
-    check_margin,
-    check_scale,
-    check_size,
-    check_sub_centers,
-)
+from .base.checks import check_center_dtype, check_embeddings, check_size
+from .base.dtypes import compute_dtype
 from .base.normalize import unit_rows, without_autocast
-from .engine.ops import compute_dtype
-from .engine.tail import MarginSoftmaxStats
-from .functional import as_autocast, margin_softmax_loss
+from .base.options import HeadOptions
+from .base.statistics import MarginSoftmaxStats
+from .engine.step import as_autocast, loss_on_one_device
 from .margins.angular import ArcFace, Margin
 
 # Classes whose cosines topk holds at once: (N, 16384) floats, 16 MiB at N = 256.
@@ -75,18 +68,19 @@ class MarginHead(nn.Module):
         super().__init__()
         embedding_dim = check_size("embedding_dim", embedding_dim)
         num_classes = check_size("num_classes", num_classes)
-        check_margin(margin)
-        check_scale(scale)
-        check_sub_centers(sub_centers)
-        check_label_smoothing(label_smoothing, margin, sub_centers)
-        backends.check_name(backend)
-        if (dtype or torch.get_default_dtype()) not in FLOAT_DTYPES:
-            raise TypeError(f"dtype must be a floating-point one; got {dtype}")
-        self.margin, self.scale, self.backend = margin, float(scale), backend
-        self.sub_centers, self.label_smoothing = sub_centers, float(label_smoothing)
+        options = HeadOptions(margin, scale, sub_centers, label_smoothing)
+        check_center_dtype(dtype)
+        self.backend = backends.check_name(backend)
+        self.margin, self.scale = options.margin, options.scale
+        self.sub_centers, self.label_smoothing = options.sub_centers, options.label_smoothing
         self.weight = nn.Parameter(torch.empty(num_classes * sub_centers, embedding_dim, device=device, dtype=dtype))
         place_margin(margin, self.weight.device)
         self.reset_parameters()
+
+    @property
+    def options(self) -> HeadOptions:
+        """The options of the loss, as they are now."""
+        return HeadOptions(self.margin, self.scale, self.sub_centers, self.label_smoothing)
 
     def reset_parameters(self) -> None:
         """Draw the class centers anew from N(0, 0.01²)."""
@@ -95,29 +89,23 @@ class MarginHead(nn.Module):
     def forward(
         self, embeddings: Tensor, target: Tensor, *, ignore_index: int = -100, return_stats: bool = False
     ) -> Tensor | tuple[Tensor, MarginSoftmaxStats]:
-        """Mean loss of embeddings (N, D) with labels (N,); with ``return_stats`` the rows' statistics beside it."""
-        return margin_softmax_loss(
-            embeddings,
-            self.weight,
-            target,
-            margin=self.margin,
-            scale=self.scale,
-            ignore_index=ignore_index,
-            backend=self.backend,
-            return_stats=return_stats,
-            sub_centers=self.sub_centers,
-            label_smoothing=self.label_smoothing,
+        """Return the mean loss of embeddings (N, D) with labels (N,), and the rows' statistics if asked for."""
+        options = self.options
+        return loss_on_one_device(
+            embeddings, self.weight, target, options, self.backend, "mean", ignore_index, return_stats
         )
 
     def logits(self, embeddings: Tensor) -> Tensor:
-        """``s·cos θ`` of embeddings (N, D) with every class, (N, C) in the loss's dtype, without a margin;
-        differentiable."""
+        """Return ``s·cos θ`` (N, C) of embeddings (N, D) with every class, without a margin; differentiable.
+
+        The result has the loss's dtype.
+        """
         check_embeddings(embeddings, self.weight)
         return self.scale * cosines_of(as_autocast(embeddings), self.weight, self.sub_centers)
 
     @torch.no_grad()
     def topk(self, embeddings: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """The k nearest class centers of embeddings (N, D): cosines (N, k), descending, and class ids (N, k) int64.
+        """Return the cosines (N, k), descending, and ids (N, k) int64 of the k nearest classes to embeddings (N, D).
 
         Raises:
             ValueError: k outside [1, C], or embeddings of a wrong shape or device.
@@ -131,30 +119,20 @@ class MarginHead(nn.Module):
 
     def extra_repr(self) -> str:
         rows, embedding_dim = self.weight.shape
-        options = describe_options(self.margin, self.scale, self.sub_centers, self.label_smoothing)
-        return f"{embedding_dim}, {rows // self.sub_centers}, {options}, backend={self.backend!r}"
+        return f"{embedding_dim}, {rows // self.sub_centers}, {self.options}, backend={self.backend!r}"
 
 
 def place_margin(margin: Margin, device: torch.device) -> None:
-    """A head's margin with a state lives where its class centers do."""
+    """Move a margin with a state to the device of the class centers."""
     if isinstance(margin, nn.Module):
         margin.to(device)
 
 
-def describe_options(margin: Margin, scale: float, sub_centers: int, label_smoothing: float) -> str:
-    """For a head's repr; of the rarer options those that are in use. A module among the margins is listed by itself."""
-    parts = [] if isinstance(margin, nn.Module) else [f"margin={margin}"]
-    parts.append(f"scale={scale}")
-    parts += [f"sub_centers={sub_centers}"] if sub_centers > 1 else []
-    parts += [f"label_smoothing={label_smoothing}"] if label_smoothing > 0 else []
-    return ", ".join(parts)
-
-
 def cosines_of(rows: Tensor, weight: Tensor, sub_centers: int = 1) -> Tensor:
-    """Cosines (R, C) of rows (R, D) with the classes of weight (C·sub_centers, D), of a class's several the greatest.
+    """Return the cosines (R, C) of rows (R, D) with the classes of weight (C·sub_centers, D).
 
-    In the dtype that the loss keeps its sums in, autocast or not: rounded to bf16 they would be 0.004 off, which is
-    more than neighboring classes differ by.
+    A class's cosine is the greatest of its centers'. The dtype is that of the loss's sums, autocast or not: in bf16
+    cosines would be 0.004 off, more than neighboring classes differ by.
     """
     dtype = compute_dtype(rows, weight)
     with without_autocast(rows.device):
@@ -163,8 +141,10 @@ def cosines_of(rows: Tensor, weight: Tensor, sub_centers: int = 1) -> Tensor:
 
 
 def nearest_classes(embeddings: Tensor, weight: Tensor, k: int, sub_centers: int = 1) -> tuple[Tensor, Tensor]:
-    """Cosines (N, min(k, C)), descending, and classes (N, min(k, C)) int64, for embeddings (N, D) and weight
-    (C·sub_centers, D)."""
+    """Return the cosines (N, min(k, C)), descending, and ids of the nearest classes, int64.
+
+    Embeddings are (N, D), weight is (C·sub_centers, D).
+    """
     embeddings = as_autocast(embeddings)
     cosines = embeddings.new_empty(embeddings.shape[0], 0, dtype=compute_dtype(embeddings, weight))
     classes = torch.empty(embeddings.shape[0], 0, dtype=torch.int64, device=embeddings.device)

@@ -2,46 +2,32 @@
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from . import backends
-from .base.checks import (
-    FLOAT_DTYPES,
-    check_embeddings,
-    check_label_smoothing,
-    check_loss_weight,
-    check_margin,
-    check_sample_rate,
-    check_scale,
-    check_size,
-    check_sub_centers,
-    check_target,
-)
+from .base.checks import check_center_dtype, check_size
 from .base.compiler import not_compiled
 from .base.keyed_random import fill_normal
-from .center_sgd import CenterOptimizer, CenterSGD, CentersUpdatedInBackward, describe_tensor
-from .engine.autograd import Shard
-from .engine.ops import IGNORED, INVALID, compute_dtype
-from .engine.tail import MarginSoftmaxStats
-from .functional import HeadOptions, as_autocast, loss_over_classes, unusual_negatives
-from .head import cosines_of, describe_options, nearest_classes, place_margin
+from .base.options import HeadOptions
+from .base.ranges import ABOVE_0_TO_1, NOT_NEGATIVE, check_number
+from .base.statistics import MarginSoftmaxStats
+from .center_sgd import CenterOptimizer, CenterSGD, CentersUpdatedInBackward
+from .engine.joint_calls import JointCalls
+from .engine.run_state import RunState
+from .engine.shard import Shard
+from .engine.step import loss_over_classes
+from .engine.terms import IGNORED, INVALID
+from .head import cosines_of, nearest_classes, place_margin
 from .margins.angular import ArcFace, Margin
-from .parallel.agreement import Agreement, digest_of_shard
-from .parallel.ranks import JointBatch, Ranks
 from .parallel.sampling import Sampler
 from .parallel.sharding import Sharding
-from .parallel.wrappers import check_built_in_time, check_plain, check_unwrapped
-
-_OPTIMIZER = "center_optimizer."  # before the names of its state in the head's state_dict
+from .parallel.wrappers import check_plain
 
 
-class PartialFC(nn.Module):
+class PartialFC(JointCalls, RunState):
     """Margin-softmax head whose class centers are split over the ranks of a group: ``loss = head(embeddings, target)``.
 
     Every rank passes its own batch, of any size, and gets the mean loss over all ranks' rows. Without torch.distributed
@@ -139,14 +125,12 @@ class PartialFC(nn.Module):
         sub_centers: int = 1,
         label_smoothing: float = 0.0,
     ) -> None:
-        super().__init__()
-        self.ranks = Ranks(group)
+        super().__init__(group)
         with self.ranks.together(type(self).__name__):
             embedding_dim = check_size("embedding_dim", embedding_dim)
             num_classes = check_size("num_classes", num_classes)
-            check_margin(margin)
-            check_scale(scale)
-            check_sample_rate(sample_rate)
+            options = HeadOptions(margin, scale, sub_centers, label_smoothing)
+            check_number("sample_rate", sample_rate, ABOVE_0_TO_1)
             seed = check_size("seed", seed, least=0)
             if seed >= 1 << 63:
                 raise ValueError(f"seed must be in [0, 2^63); got {seed}")
@@ -154,27 +138,22 @@ class PartialFC(nn.Module):
                 raise TypeError(f"dense_grad must be a bool; got {type(dense_grad).__name__}")
             if center_optimizer is not None and not isinstance(center_optimizer, CenterSGD):
                 raise TypeError(f"center_optimizer must be a CenterSGD or None; got {type(center_optimizer).__name__}")
-            check_sub_centers(sub_centers)
-            check_label_smoothing(label_smoothing, margin, sub_centers)
             if label_smoothing > 0 and (sample_rate < 1 or center_optimizer is not None):
                 option = f"sample_rate={sample_rate}" if sample_rate < 1 else "a center_optimizer"
                 raise ValueError(
                     f"label_smoothing must be 0 with {option}: its gradient reaches every class center in each step; "
                     f"use sample_rate=1 and an ordinary optimizer over weight.grad; got {label_smoothing}"
                 )
-            backends.check_name(backend)
-            dtype = dtype or torch.get_default_dtype()
-            if dtype not in FLOAT_DTYPES:
-                raise TypeError(f"dtype must be a floating-point one; got {dtype}")
-        self.margin, self.scale, self.backend = margin, float(scale), backend
+            check_center_dtype(dtype)
+            self.backend = backends.check_name(backend)
+        self.margin, self.scale = options.margin, options.scale
         self.sample_rate, self.seed, self.dense_grad, self.step = float(sample_rate), seed, dense_grad, 0
-        self.sub_centers, self.label_smoothing = sub_centers, float(label_smoothing)
+        self.sub_centers, self.label_smoothing = options.sub_centers, options.label_smoothing
         self.embedding_dim = embedding_dim
         self.sharding = Sharding(num_classes, self.ranks.world_size, self.ranks.rank)
-        own = {"center_optimizer": repr(center_optimizer), "dtype": str(dtype)}
+        own = {"center_optimizer": repr(center_optimizer), "dtype": str(dtype or torch.get_default_dtype())}
         self.ranks.check_agreement(type(self).__name__, {**self._options(), **own})
         self._sampled: Tensor | None = None
-        self._compared: set[bool] = set()
         parameter = nn.Parameter if center_optimizer is None else CentersUpdatedInBackward
         self.weight = parameter(torch.empty(self.num_local * sub_centers, embedding_dim, device=device, dtype=dtype))
         place_margin(margin, self.weight.device)
@@ -187,54 +166,6 @@ class PartialFC(nn.Module):
         if name == "weight":
             check_plain(type(self).__name__, value)
         super().__setattr__(name, value)
-
-    def _options(self) -> Agreement:
-        """The head's options as they are now, which every rank must have alike."""
-        return {
-            "embedding_dim": str(self.embedding_dim),
-            "num_classes": str(self.num_classes),
-            "margin": _describe(self.margin),
-            "scale": str(self.scale),
-            "sample_rate": str(self.sample_rate),
-            "seed": str(self.seed),
-            "backend": self.backend,
-            "dense_grad": str(self.dense_grad),
-            "sub_centers": str(self.sub_centers),
-            "label_smoothing": str(self.label_smoothing),
-        }
-
-    def _agreement(self, call: str, **more: Any) -> Agreement:
-        """What every rank must have alike when it makes this call, a collective. Checks this rank's shard as well.
-
-        Raises:
-            RuntimeError: another's wrapper holds the class centers.
-        """
-        shape = (self.num_local * self.sub_centers, self.embedding_dim)
-        check_unwrapped(type(self).__name__, self, shape, self.ranks.group)
-        if self.ranks.world_size == 1:
-            return {}
-        own = {"weight.dtype": self.weight.dtype, **more}
-        if isinstance(self.margin, nn.Module) and not self._compared:  # later it is the same steps that change it
-            own["margin.state"] = {name: tensor.tolist() for name, tensor in self.margin.state_dict().items()}
-        return {"call": call, **self._options(), **{name: str(value) for name, value in own.items()}}
-
-    def _step_agreement(self, call: str, ignore_index: int, loss_weight: float = 1.0) -> Agreement:
-        """What every rank must have alike for a forward pass, and for the backward pass that follows."""
-        check_built_in_time(type(self).__name__, self.ranks.group)
-        more: dict[str, Any] = {
-            "training": self.training,
-            "torch.is_grad_enabled()": torch.is_grad_enabled(),
-            "weight.requires_grad": self.weight.requires_grad,
-            "step": self.step,
-            "ignore_index": ignore_index,
-            "loss_weight": loss_weight,
-        }
-        if isinstance(self.margin, nn.Module):
-            more["margin.training"] = self.margin.training
-        if self.center_optimizer is not None:
-            group = self.center_optimizer.param_groups[0]
-            more |= {f"center_optimizer.{name}": group[name] for name in ("lr", "momentum", "weight_decay")}
-        return self._agreement(call, **more)
 
     @property
     def num_classes(self) -> int:
@@ -272,54 +203,6 @@ class PartialFC(nn.Module):
         """Draw the class centers anew: the same ones, for the same seed."""
         fill_normal(self.weight, self.seed, self.row_start, std=0.01)
 
-    def _run_state(self) -> dict[str, Tensor]:
-        """What ``state_dict()`` holds beside weight, to continue a run: tensors, as safetensors stores nothing else."""
-        state = {"step": torch.tensor(self.step, device="cpu")}
-        if self.center_optimizer is not None:
-            of_optimizer = self.center_optimizer.run_state(self.weight)
-            state |= {_OPTIMIZER + name: tensor for name, tensor in of_optimizer.items()}
-        return state
-
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination |= {prefix + name: tensor for name, tensor in self._run_state().items()}
-
-    def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        local_metadata: dict[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        """Load weight and, where the dict has it, the state of a run. With weight alone a run begins."""
-        own = self._run_state()
-        given = {name: state_dict[prefix + name] for name in own if prefix + name in state_dict}
-        if given:
-            missing_keys += [prefix + name for name in own.keys() - given.keys()]
-            wrong = [
-                f"{prefix}{name} must be {describe_tensor(own[name])}; got {describe_tensor(tensor)}"
-                for name, tensor in given.items()
-                if describe_tensor(own[name]) != describe_tensor(tensor)
-            ]
-            if wrong:
-                error_msgs += wrong
-                return
-        errors = len(error_msgs)
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
-        unexpected_keys[:] = [key for key in unexpected_keys if key not in {prefix + name for name in given}]
-        if len(error_msgs) > errors or not (given or prefix + "weight" in state_dict):
-            return
-        self.step = int(given.pop("step", 0))
-        if self.center_optimizer is not None:
-            assign = bool(local_metadata.get("assign_to_params_buffers", False))
-            of_optimizer = {name.removeprefix(_OPTIMIZER): tensor for name, tensor in given.items()}
-            self.center_optimizer.load_run_state(self.weight, of_optimizer, assign)
-
     # torch.compile calls it between its graphs: a step has a number and sizes that only the data tell.
     @not_compiled
     def forward(
@@ -331,12 +214,15 @@ class PartialFC(nn.Module):
         return_stats: bool = False,
         loss_weight: float = 1.0,
     ) -> Tensor | tuple[Tensor, MarginSoftmaxStats]:
-        """Mean loss over all ranks' rows, equal on every rank, of this rank's embeddings (n, D) and global labels (n,).
+        """Return the mean loss over all ranks' rows, equal on every rank.
 
-        With ``return_stats`` also this rank's rows' :class:`~fused_arcface.MarginSoftmaxStats`. A collective: every
-        rank calls it, with n = 0 if it has no rows.
+        A collective: every rank calls it, with n = 0 if it has no rows.
 
         Args:
+            embeddings: (n, D), this rank's rows.
+            target: (n,) global labels of any integer dtype.
+            ignore_index: The label of rows that are ignored.
+            return_stats: If true, also return the :class:`~fused_arcface.MarginSoftmaxStats` of this rank's rows.
             loss_weight: factor of the returned loss, finite and >= 0, the same on every rank: the weight of this head
                 among several losses. :class:`~fused_arcface.CenterSGD` follows the weighted loss. A factor that the
                 loss is multiplied by afterwards does not reach its centers.
@@ -353,13 +239,14 @@ class PartialFC(nn.Module):
                 "Keep the head outside of torch.utils.checkpoint; it stores no logits that would be worth it"
             )
         with self._refusing():
-            check_loss_weight(loss_weight)
+            check_number("loss_weight", loss_weight, NOT_NEGATIVE)
             agreement = self._step_agreement("forward()", ignore_index, loss_weight)
         embeddings, batch, backend = self._gather(embeddings, target, agreement, ignore_index, return_stats)
-        target = torch.ops.fused_arcface.local_target(batch.labels, self.num_classes, ignore_index)
-        # A gradient has a size, for which one waits; CenterSGD needs none.
-        padded = self.center_optimizer is not None and _is_waited_for(target.device) and backends.knows_padding(backend)
-        classes, local = self._choose_classes(target, padded)
+        target_class = torch.ops.fused_arcface.local_target(batch.labels, self.num_classes, ignore_index)
+        # A gradient has a size, and to read it from a GPU is to wait; CenterSGD needs none.
+        on_gpu = target_class.device.type != "cpu"
+        padded = self.center_optimizer is not None and on_gpu and backends.has(backend, "padding")
+        classes, chosen_class = self._choose_classes(target_class, padded)
         weight: Tensor = self.weight
         update = None
         if self.center_optimizer is not None:
@@ -377,91 +264,37 @@ class PartialFC(nn.Module):
             with_max=batch.return_stats,
             update=update,
         )
-        options = HeadOptions(self.margin, self.scale, self.sub_centers, self.label_smoothing)
-        loss, stats = loss_over_classes(embeddings, weight, local, target == IGNORED, options, "mean", backend, shard)
+        ignored = target_class == IGNORED
+        loss, stats = loss_over_classes(embeddings, weight, chosen_class, ignored, self.options, "mean", backend, shard)
         loss = loss * loss_weight
         if update is not None:
             loss = update.watch(loss)
         return (loss, MarginSoftmaxStats(*map(batch.own, stats))) if return_stats else loss
 
-    def _gather(
-        self,
-        embeddings: Tensor,
-        target: Tensor | None,
-        agreement: Agreement,
-        ignore_index: int = -100,
-        return_stats: bool = False,
-    ) -> tuple[Tensor, JointBatch, str]:
-        """All checks of this rank's embeddings (n, D) and labels (n,), if it has any; then the embeddings as autocast
-        wants them, the joint batch and the backend. Raises on every rank if one is given what it refuses."""
-        with self._refusing():
-            check_embeddings(embeddings, self.weight)
-            if target is None:
-                target = embeddings.new_zeros(embeddings.shape[0], dtype=torch.int64)
-            elif self.center_optimizer is not None and self.training:
-                self.center_optimizer.check(self.weight)
-            check_target(target, embeddings, ignore_index)
-            if not isinstance(return_stats, bool):
-                raise TypeError(f"return_stats must be a bool; got {type(return_stats).__name__}")
-            needs = unusual_negatives(self.margin, self.sub_centers)
-            dtype = compute_dtype(embeddings, self.weight)
-            backend = backends.select(self.backend, embeddings.device, dtype, needs)
-            embeddings = as_autocast(embeddings)
-            shard = self._digest_of_shard()
-        batch = self.ranks.gather_batch(
-            embeddings.detach(),
-            target,
-            type(self).__name__,
-            agreement,
-            requires_grad=torch.is_grad_enabled() and embeddings.requires_grad,
-            return_stats=return_stats,
-            shard=shard,
-        )
-        self._compared.add(self.training)
-        if batch.requires_grad and torch.is_grad_enabled() and not embeddings.requires_grad:
-            # Another rank's embeddings need a gradient: this rank's loss has a backward pass as well, which takes part
-            # in the collectives of that one's.
-            embeddings = embeddings.detach().clone().requires_grad_()
-        return embeddings, batch, backend
+    def _choose_classes(self, target_class: Tensor, padded: bool = False) -> tuple[Tensor | None, Tensor]:
+        """Count a training step and draw its classes of this shard.
 
-    @contextlib.contextmanager
-    def _refusing(self) -> Iterator[None]:
-        """Run this rank's own checks before a collective; if they raise, every rank raises."""
-        try:
-            yield
-        except Exception:
-            self.ranks.refuse_batch(self.weight.device)
-            raise
+        Args:
+            target_class: (N,) int64 global classes, or negative.
+            padded: If true, draw the classes as :meth:`Sampler.padded` does.
 
-    def _meet(self, call: str) -> None:
-        """Begin a collective without a batch: raise on every rank if they make different calls, or on none."""
-        with self._refusing():
-            agreement = self._agreement(call)
-        self.ranks.meet(type(self).__name__, agreement, self.weight.device)
-
-    def _digest_of_shard(self) -> int:
-        """Return the digest of the shard for :class:`~fused_arcface.parallel.agreement.Header`.
-
-        It costs a copy of some rows, so it is taken in the first call of each mode and is 0 later.
+        Returns:
+            The classes (K,) of this shard, None for all, and each row's target as an index into them (N,), negative if
+            it is in another shard.
         """
-        if self.ranks.world_size == 1 or self.training in self._compared:
-            return 0
-        return digest_of_shard(self.weight)
-
-    def _choose_classes(self, target: Tensor, padded: bool = False) -> tuple[Tensor | None, Tensor]:
-        """This step's classes of this shard (K,), None for all, and each row's target as an index into them, negative
-        where it is not here. ``padded``: as :meth:`Sampler.padded` has them."""
-        local = self.sharding.localize(target)
+        local_class = self.sharding.localize(target_class)
         self._sampled = None
         if not self.training:
-            return None, local
+            return None, local_class
         self.step += 1
         if self.sample_rate == 1:
-            return None, local
+            return None, local_class
         sampler = Sampler(self.sharding, self.sample_rate, self.seed)
-        self._sampled = sampler.padded(self.step, target) if padded else sampler(self.step, target)
-        place = torch.where(local < 0, local, torch.searchsorted(self._sampled, local))
-        return self._sampled, place.masked_fill_(place >= len(self._sampled), INVALID) if padded else place
+        self._sampled = sampler.padded(self.step, target_class) if padded else sampler(self.step, target_class)
+        chosen_class = torch.where(local_class < 0, local_class, torch.searchsorted(self._sampled, local_class))
+        if padded:
+            chosen_class.masked_fill_(chosen_class >= len(self._sampled), INVALID)
+        return self._sampled, chosen_class
 
     def _rows_of(self, classes: Tensor) -> Tensor:
         """Rows of weight (K·sub_centers,) of this shard's classes (K,)."""
@@ -475,13 +308,13 @@ class PartialFC(nn.Module):
 
     @torch.no_grad()
     def full_weight(self) -> Tensor:
-        """All class centers, (C_total, D), on every rank. A collective."""
+        """Return all class centers, (C_total, D), on every rank. A collective."""
         self._meet("full_weight()")
         return torch.cat(self.ranks.gather_rows(self.weight, self.row_counts()))
 
     @torch.no_grad()
     def load_full_weight(self, tensor: Tensor) -> None:
-        """Sets each shard from all class centers (C_total, D), which every rank passes alike. A collective.
+        """Set each shard from all class centers (C_total, D), which every rank passes alike. A collective.
 
         Raises:
             ValueError: a wrong shape, on any rank.
@@ -497,8 +330,10 @@ class PartialFC(nn.Module):
 
     @torch.no_grad()
     def logits(self, embeddings: Tensor) -> Tensor:
-        """``s·cos θ`` of this rank's embeddings (n, D) with every class, (n, C_total), without a margin or a gradient.
-        A collective."""
+        """Return ``s·cos θ`` (n, C_total) of this rank's embeddings (n, D) with every class, without a margin.
+
+        A collective. The result has no gradient.
+        """
         with self._refusing():
             agreement = self._agreement("logits()")
         _, rows, _ = self._gather(embeddings, None, agreement)
@@ -507,8 +342,9 @@ class PartialFC(nn.Module):
 
     @torch.no_grad()
     def topk(self, embeddings: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """The k nearest class centers over all shards of this rank's embeddings (n, D): cosines (n, k), descending, and
-        global class ids (n, k) int64. A collective, with the same k on every rank.
+        """Return the cosines (n, k), descending, and ids (n, k) int64 of the k nearest classes over all shards.
+
+        A collective, for this rank's embeddings (n, D), with the same k on every rank. The ids are global.
 
         Raises:
             ValueError: k outside [1, C_total], or embeddings of a wrong shape or device.
@@ -529,19 +365,6 @@ class PartialFC(nn.Module):
     def extra_repr(self) -> str:
         return (
             f"{self.weight.shape[1]}, {self.num_classes}, "
-            f"{describe_options(self.margin, self.scale, self.sub_centers, self.label_smoothing)}, "
+            f"{self.options}, "
             f"sample_rate={self.sample_rate}, rank {self.ranks.rank} of {self.ranks.world_size}"
         )
-
-
-def _is_waited_for(device: torch.device) -> bool:
-    """Whether to read a value of a tensor there means to wait for the work that is queued before it."""
-    return device.type != "cpu"
-
-
-def _describe(margin: Margin) -> str:
-    """A margin's text for comparison between ranks: a dataclass's or module's values, of any other callable the name
-    alone."""
-    if dataclasses.is_dataclass(margin) or isinstance(margin, nn.Module):
-        return repr(margin)
-    return getattr(margin, "__qualname__", type(margin).__qualname__)

@@ -10,8 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .base.checks import check_inputs, check_margin_output, check_target_range
+from .base.dtypes import compute_dtype
 from .base.normalize import without_autocast
-from .engine.tail import MarginSoftmaxStats, reduce_loss
+from .base.options import HeadOptions
+from .base.statistics import MarginSoftmaxStats
 from .margins.angular import ArcFace, Margin, for_rows, modulation
 
 
@@ -45,7 +47,7 @@ def margin_softmax_loss(
     sub_centers: int = 1,
     label_smoothing: float = 0.0,
 ) -> Tensor | tuple[Tensor, MarginSoftmaxStats]:
-    """What :func:`fused_arcface.margin_softmax_loss` computes, from the formulas as they stand.
+    """Compute :func:`fused_arcface.margin_softmax_loss` from the formulas as they stand.
 
     Args, result and errors are that function's; this one has no ``backend`` and stores the ``(N, C)`` logits.
 
@@ -54,11 +56,26 @@ def margin_softmax_loss(
     >>> margin_softmax_loss(x, w, torch.tensor([0, 0]), scale=1.0, margin=lambda c: c, reduction="none")
     tensor([0.3133, 1.3133])
     """
-    check_inputs(embeddings, weight, target, margin, scale, reduction, ignore_index, sub_centers, label_smoothing)
+    options = HeadOptions(margin, scale, sub_centers, label_smoothing)
+    return loss_with(options, embeddings, weight, target, reduction, ignore_index, return_stats)
+
+
+def loss_with(
+    options: HeadOptions,
+    embeddings: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    reduction: str = "mean",
+    ignore_index: int = -100,
+    return_stats: bool = False,
+) -> Tensor | tuple[Tensor, MarginSoftmaxStats]:
+    """Return :func:`margin_softmax_loss` with options that are checked already."""
+    margin, scale, sub_centers = options.margin, options.scale, options.sub_centers
+    check_inputs(embeddings, weight, target, sub_centers, reduction, ignore_index)
     target = target.long()
     num_classes = weight.shape[0] // sub_centers
     check_target_range(target, num_classes, ignore_index)
-    dtype = torch.promote_types(torch.promote_types(embeddings.dtype, weight.dtype), torch.float32)
+    dtype = compute_dtype(embeddings, weight)
     with without_autocast(embeddings.device):
         cosine = _unit_rows(embeddings.to(dtype)) @ _unit_rows(weight.to(dtype)).T  # (N, C·K)
     if sub_centers > 1:
@@ -80,13 +97,15 @@ def margin_softmax_loss(
         changed = torch.where(negatives > threshold[:, None], (a * cosine + b) * cosine + d, negatives).to(dtype)
     negative_lse = (scale * changed).logsumexp(1)
     loss = F.softplus(negative_lse - scale * modified, threshold=40)
-    if label_smoothing > 0:
+    if options.label_smoothing > 0:
         logits = scale * torch.where(is_target, modified[:, None], cosine)
         uniform = (logits.logsumexp(1, keepdim=True) - logits).mean(1)
-        loss = (1 - label_smoothing) * loss + label_smoothing * uniform
+        loss = (1 - options.label_smoothing) * loss + options.label_smoothing * uniform
     if of_rows.penalty is not None:
         loss = loss + of_rows.penalty
-    result = reduce_loss(loss, ignored, reduction)
+    result = loss.masked_fill(ignored, 0)
+    if reduction != "none":
+        result = result.sum() if reduction == "sum" else result.sum() / (~ignored).sum()
     if not return_stats:
         return result
     stats = MarginSoftmaxStats(

@@ -21,11 +21,12 @@ from support.cuda_cases import BF16, CORE, FP16, FP32, FULL, Setting, check, los
 
 import fused_arcface as fa
 from fused_arcface import _native, backends, partial_fc
-from fused_arcface.backends import cuda, plain_torch
+from fused_arcface.backends import cuda
+from fused_arcface.backends import torch as plain_torch
 from fused_arcface.base import keyed_random
 from fused_arcface.center_sgd import PendingUpdate
 from fused_arcface.engine import ops
-from fused_arcface.engine.ops import CenterStep
+from fused_arcface.engine.terms import CenterStep, RowGradients
 
 needs_gpu = pytest.mark.skipif(
     cuda.unavailable() is not None, reason=f"backend 'cuda' cannot run here: {cuda.unavailable()}"
@@ -149,7 +150,7 @@ def test_no_rows(device: str) -> None:
 
 
 def test_fp64_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backends, "_unavailable", lambda name: None)
+    monkeypatch.setattr(backends.registry, "_unavailable", lambda name: None)
     with pytest.raises(TypeError) as raised:
         backends.select("cuda", torch.device("cuda", 0), torch.float64)
     assert str(raised.value) == (
@@ -232,7 +233,8 @@ def _update_problem(
         classes, buffer, units, 0.1, 0.9, 5e-4, keyed_random.rounding_key(3, 4), 1000, torch.tensor(True, device=device)
     )
     rows = torch.linspace(-1, 1, 12, device=device)
-    return (x, w, target, 16.0, torch.full((12,), 3.0, dtype=torch.float64, device=device), rows, -rows), step
+    lse = torch.full((12,), 3.0, dtype=torch.float64, device=device)
+    return (x, w, target, RowGradients(16.0, lse, rows, -rows)), step
 
 
 def _copied(step: CenterStep) -> CenterStep:
@@ -280,8 +282,8 @@ def test_update_agrees_with_the_reference(
 
 def test_update_without_rows(device: str) -> None:
     """Momentum and weight decay go on."""
-    (x, w, target, scale, *rows), step = _update_problem(torch.float32, torch.float32, "all", device)
-    nothing = x[:0], target[:0], scale, *(each[:0] for each in rows)
+    (x, w, target, gradients), step = _update_problem(torch.float32, torch.float32, "all", device)
+    nothing = x[:0], target[:0], RowGradients(gradients.scale, *(each[:0] for each in gradients[1:]))
     results = []
     for backend in (cuda, plain_torch):
         weight, copy = w.clone(), _copied(step)
@@ -295,12 +297,14 @@ def test_update_without_rows(device: str) -> None:
 @pytest.mark.parametrize("momentum_dtype", [torch.float32, torch.bfloat16, torch.int8])
 def test_stochastic_rounding_has_the_bits_of_keyed(momentum_dtype: torch.dtype, device: str) -> None:
     """Without a gradient the step is the same arithmetic everywhere: the results agree to the bit."""
-    (x, w, target, scale, lse, rows, _), step = _update_problem(torch.bfloat16, momentum_dtype, "all", device)
+    (x, w, target, gradients), step = _update_problem(torch.bfloat16, momentum_dtype, "all", device)
     step = step._replace(weight_decay=0.0)
+    nothing = torch.zeros_like(gradients.target_coefficient)
+    gradients = gradients._replace(negative_coefficient=nothing, target_coefficient=nothing)
     expected_w, expected = w.clone(), _copied(step)
-    plain_torch.update_centers(x, expected_w, target, scale, lse, 0 * rows, 0 * rows, expected)
+    plain_torch.update_centers(x, expected_w, target, gradients, expected)
     got = _copied(step)
-    cuda.update_centers(x, w, target, scale, lse, 0 * rows, 0 * rows, got)
+    cuda.update_centers(x, w, target, gradients, got)
     assert torch.equal(got.momentum_buffer, expected.momentum_buffer)
     # w - lr·m may be fused into one rounding or not: a last bit of fp32, which is a carry of bf16 once in 2¹⁶ elements.
     assert (w != expected_w).sum() <= 2
@@ -326,7 +330,7 @@ def test_sampled_step_waits_for_nothing(
     monkeypatch.setattr(PendingUpdate, "start", lambda self, gradient: setattr(self, "_loss_gradient", gradient))
     recipe = fa.CenterSGD(lr=0.1, weight_decay=1e-3, momentum_dtype=momentum_dtype)
     options = {"sample_rate": 0.1, "scale": scale, "center_optimizer": recipe, "seed": 4, "device": device}
-    heads = [fa.PartialFC(16, 300, backend=backend, **options) for backend in ("cuda", "reference")]
+    heads = [fa.PartialFC(16, 300, backend=backend, **options) for backend in ("cuda", "torch")]
     for step, rows in enumerate((40, 8, 1, 0)):  # more classes than the sample's 30 in the first
         generator = torch.Generator().manual_seed(step)
         x = torch.randn(rows, 16, generator=generator).to(device)
@@ -398,15 +402,15 @@ def test_a_build_without_kernels_says_how_to_get_them(monkeypatch: pytest.Monkey
 def test_auto_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """The order of the table, and the next one where the first cannot run or has no kernels for the dtype."""
     missing = {"triton": None, "cuda": None}
-    monkeypatch.setattr(backends, "_unavailable", lambda name: missing.get(name))
+    monkeypatch.setattr(backends.registry, "_unavailable", lambda name: missing.get(name))
     gpu = torch.device("cuda", 0)
     assert backends.select("auto", gpu) == "triton"
     assert backends.select("auto", gpu, torch.float64) == "triton"
     missing["triton"] = "no compiler"
     assert backends.select("auto", gpu) == "cuda"
-    assert backends.select("auto", gpu, torch.float64) == "reference"
+    assert backends.select("auto", gpu, torch.float64) == "torch"
     missing["cuda"] = "not built"
-    assert backends.select("auto", gpu) == "reference"
+    assert backends.select("auto", gpu) == "torch"
 
 
 @pytest.mark.skipif(not hasattr(_native, "cuda"), reason="this build has no CUDA kernels: no nvcc where it was built")

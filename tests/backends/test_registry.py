@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import platform
 
 import pytest
@@ -11,12 +12,14 @@ from support.cases import Case, make_inputs
 import fused_arcface as fa
 from fused_arcface import _native, backends
 from fused_arcface.backends import cpu, native
+from fused_arcface.base.options import HeadOptions
 
 
 def test_available() -> None:
     found = fa.backends.available()
-    assert list(found) == ["reference", "cpu", "triton", "cuda"]
-    assert found["reference"] is None and found["cpu"] is None
+    assert list(found) == ["torch", "cpu", "triton", "cuda"]
+    assert found["torch"] is None and found["cpu"] is None
+    assert found["reference"] is None  # the earlier name
     for name in ("triton", "cuda"):
         if not torch.cuda.is_available():
             assert isinstance(found[name], str) and found[name]
@@ -56,8 +59,10 @@ def test_compiled_part_missing(monkeypatch: pytest.MonkeyPatch) -> None:
         "the compiled module fused_arcface._native cannot be imported: no such file"
     )
     x, w, target, _ = make_inputs(Case())
-    with pytest.warns(UserWarning, match="backend 'reference' is used, as 'cpu' is not available: "):
-        assert backends.select("auto", x.device) == "reference"
+    with pytest.warns(
+        UserWarning, match=r"backend 'torch' is used, which stores the \(N, C\) logits, as 'cpu' is not available: "
+    ):
+        assert backends.select("auto", x.device) == "torch"
     torch.testing.assert_close(
         fa.margin_softmax_loss(x, w, target), fa.reference.margin_softmax_loss(x, w, target), rtol=1e-6, atol=0
     )
@@ -67,7 +72,55 @@ def test_compiled_part_missing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_auto_takes_the_kernels() -> None:
     assert backends.select("auto", torch.device("cpu")) == "cpu"
-    assert backends.select("auto", torch.device("meta")) == "reference"
+    assert backends.select("auto", torch.device("meta")) == "torch"
+
+
+def test_the_earlier_name_of_the_plain_backend(recwarn: pytest.WarningsRecorder) -> None:
+    x, w, target, _ = make_inputs(Case())
+    expected = fa.margin_softmax_loss(x, w, target, backend="torch")
+    assert torch.equal(fa.margin_softmax_loss(x, w, target, backend="reference"), expected)
+    for make in (fa.MarginHead, fa.PartialFC):
+        head = make(x.shape[1], w.shape[0], backend="reference")
+        assert head.backend == "torch"
+        head.backend = "reference"
+        assert head(x, target).isfinite()
+    assert backends.load("reference") is backends.load("torch") and backends.has("reference", "sub_centers")
+    assert not recwarn.list
+
+
+@pytest.mark.parametrize("row", backends.BACKENDS, ids=lambda row: row.name)
+def test_a_row_of_the_registry(row: backends.registry.Backend, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a row says is what the backend's functions take, and what ``select`` goes by."""
+    module = backends.load(row.name)
+    assert row.features <= backends.FEATURES.keys()
+    monkeypatch.setattr(backends.registry, "_unavailable", lambda name: None)
+    device = torch.device(row.device_type or "cpu")
+    for feature in backends.FEATURES:
+        if feature in row.features:
+            assert backends.select(row.name, device, needs={feature: "it"}) == row.name
+        else:
+            with pytest.raises(ValueError, match=f"^backend '{row.name}' does not have it: .* do$"):
+                backends.select(row.name, device, needs={feature: "it"})
+    if hasattr(module, "class_stats"):  # Triton's functions need its compiler
+        parameters = inspect.signature(module.class_stats).parameters
+        assert ("negatives" in parameters) == ("sub_centers" in row.features)
+        assert ("class_count" in parameters) == ("padding" in row.features)
+    fastest = max(
+        (each for each in backends.BACKENDS if each.device_type == row.device_type), key=lambda each: each.priority
+    )
+    assert row.device_type is None or backends.select("auto", device) == fastest.name
+
+
+def test_falling_back_names_each_feature(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends.registry, "_unavailable", lambda name: None)
+    needs = HeadOptions(fa.MVSoftmax(), sub_centers=2).needs()
+    with pytest.warns(UserWarning, match="which stores") as warned:
+        assert backends.select("auto", torch.device("cuda"), needs=needs) == "torch"
+    assert [str(each.message) for each in warned] == [
+        f"backend 'torch' is used, which stores the (N, C) logits, as {name!r} does not have "
+        "the modulated negatives of MVSoftmax and sub_centers=2"
+        for name in ("triton", "cuda")
+    ]
 
 
 def test_named_backend_on_another_device() -> None:
@@ -81,7 +134,7 @@ def test_unknown_name(name: object) -> None:
     x, w, target, _ = make_inputs(Case())
     with pytest.raises(ValueError) as raised:  # noqa: PT011
         fa.margin_softmax_loss(x, w, target, backend=name)
-    assert str(raised.value) == f"backend must be one of 'auto', 'reference', 'cpu', 'triton', 'cuda'; got {name!r}"
+    assert str(raised.value) == f"backend must be one of 'auto', 'torch', 'cpu', 'triton', 'cuda'; got {name!r}"
 
 
 def test_native_refuses_an_unknown_instruction_set() -> None:

@@ -21,7 +21,7 @@ pytest.importorskip("triton", reason="Triton is not installed here")
 from support.triton_aot import SHARED_LIMIT, Launch, compiled, recorded
 
 from fused_arcface.backends.triton import chunks, stages
-from fused_arcface.engine.ops import CenterStep
+from fused_arcface.engine.terms import CenterStep, RowGradients
 from fused_arcface.margins import CombinedMargin, CosFace, parameters
 
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
@@ -64,7 +64,7 @@ def _step(
             numbers = parameters(margin)
             assert numbers is not None
             stages.margin_loss(total, cosine, 64.0, *numbers)
-        backward = x, w, target, 64.0, total.double(), total, cosine
+        backward = x, w, target, RowGradients(64.0, total.double(), total, cosine)
         if momentum is None:
             stages.weight_grad(*backward)
         else:

@@ -21,7 +21,9 @@ from support.cases import Case, make_inputs
 from support.triton_cases import BF16, CORE, FULL, INTERPRETED, Setting, check, force, loss
 
 import fused_arcface as fa
-from fused_arcface.backends import plain_torch, triton
+from fused_arcface.backends import torch as plain_torch
+from fused_arcface.backends import triton
+from fused_arcface.engine.terms import RowGradients
 
 pytestmark = INTERPRETED
 
@@ -107,7 +109,7 @@ def test_offsets_past_32_bits(algorithm: str, monkeypatch: pytest.MonkeyPatch) -
     torch.use_deterministic_algorithms(True)
     target[0] = 11
     rows = torch.ones(4)
-    arguments = target, 64.0, torch.full((4,), 60.0, dtype=torch.float64), rows, rows
+    arguments = target, RowGradients(64.0, torch.full((4,), 60.0, dtype=torch.float64), rows, rows)
     torch.testing.assert_close(
         triton.class_stats(x, far, target, 64.0, None, True), triton.class_stats(x, w, target, 64.0, None, True)
     )

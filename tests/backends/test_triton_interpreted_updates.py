@@ -15,9 +15,10 @@ from support.triton_cases import INTERPRETED
 
 import fused_arcface as fa
 from fused_arcface import backends, partial_fc
-from fused_arcface.backends import plain_torch, triton
+from fused_arcface.backends import torch as plain_torch
+from fused_arcface.backends import triton
 from fused_arcface.engine import ops
-from fused_arcface.engine.ops import CenterStep
+from fused_arcface.engine.terms import CenterStep, RowGradients
 
 pytestmark = INTERPRETED
 
@@ -61,7 +62,7 @@ def _updated(
     weight = weight.clone(memory_format=torch.preserve_format)
     buffer, units = (None if each is None else each.clone() for each in (step.momentum_buffer, step.momentum_scale))
     step = step._replace(momentum_buffer=buffer, momentum_scale=units)
-    backend.update_centers(x, weight, target, 20.0, *coefficients, step)  # type: ignore[attr-defined]
+    backend.update_centers(x, weight, target, RowGradients(20.0, *coefficients), step)  # type: ignore[attr-defined]
     return weight, buffer, units
 
 
@@ -133,7 +134,7 @@ def test_partial_fc_trains_as_the_reference_does(name: str, monkeypatch: pytest.
     monkeypatch.setattr(ops, "check_target_range", lambda *_: None)  # on a GPU nobody waits for it
     monkeypatch.setattr(partial_fc, "_is_waited_for", lambda _: True)
     for D, rows in ((70, 9), (1, 3), (513, 1), (7, 0)):
-        heads = [fa.PartialFC(D, 60, backend=backend, seed=D, **HEADS[name]) for backend in ("triton", "reference")]
+        heads = [fa.PartialFC(D, 60, backend=backend, seed=D, **HEADS[name]) for backend in ("triton", "torch")]
         for invalid in (60, 5):
             x, y = torch.randn(rows, D), torch.randint(0, 60, (rows,))
             if rows > 3:
@@ -166,7 +167,7 @@ def test_training_with_center_sgd(storage: tuple[torch.dtype, torch.dtype], rate
     recipe = fa.CenterSGD(lr=0.5, momentum_dtype=storage[1])
     x, y = torch.randn(12, 32).bfloat16(), torch.arange(12) * 3
     losses = []
-    for backend in ("triton", "reference"):
+    for backend in ("triton", "torch"):
         head = fa.PartialFC(
             32, 40, scale=16, sample_rate=rate, center_optimizer=recipe, dtype=storage[0], backend=backend
         )

@@ -11,7 +11,7 @@ import fused_arcface as fa
 from fused_arcface.base.normalize import norms_of
 
 NORMS = [1e-25, 1e-13, 1.0, 1e19, 1e25, 1e37, 9e37, 5e38]
-BACKENDS = ["oracle", "reference", "cpu"]
+BACKENDS = ["oracle", "torch", "cpu"]
 
 
 def _loss(backend: str, **options: object) -> extreme_rows.Loss:

@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 import torch
 from support import scalar
-from support.cases import MARGINS, TARGET_COSINES, Case, make_inputs, named, rows_at
+from support.cases import BACKENDS, MARGINS, TARGET_COSINES, Case, make_inputs, named, rows_at
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -16,7 +16,7 @@ from fused_arcface.backends import cpu
 from fused_arcface.engine.autograd import needs_shift
 
 every_margin = pytest.mark.parametrize("margin", MARGINS, ids=named)
-every_backend = pytest.mark.parametrize("backend", ["cpu", "reference"])
+every_backend = pytest.mark.parametrize("backend", BACKENDS)
 
 
 def own_margin(cosine: Tensor) -> Tensor:

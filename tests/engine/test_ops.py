@@ -6,12 +6,12 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from support.cases import Case, make_inputs
+from support.cases import BACKENDS, Case, make_inputs
 from torch import Tensor
 
 import fused_arcface as fa
 from fused_arcface.engine import ops as ops_module
-from fused_arcface.engine.ops import CenterStep
+from fused_arcface.engine.terms import CenterStep
 
 ops = torch.ops.fused_arcface
 
@@ -50,14 +50,14 @@ NEGATIVES = {
 @pytest.mark.parametrize("name", list(arguments(Case())))
 def test_opcheck_with_other_negatives(name: str, negatives: str) -> None:
     operator, given = getattr(ops, name.split()[0]), arguments(Case(N=8, C=12, D=6, scale=8.0))[name]
-    for backend in ("cpu", "reference"):
+    for backend in ("cpu", "torch"):
         torch.library.opcheck(operator.default, (*given, backend), NEGATIVES[negatives])
-    got, right = (operator(*given, backend, **NEGATIVES[negatives]) for backend in ("cpu", "reference"))
+    got, right = (operator(*given, backend, **NEGATIVES[negatives]) for backend in ("cpu", "torch"))
     for mine, theirs in [(got, right)] if isinstance(got, Tensor) else zip(got, right, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=2e-5, atol=2e-6)
 
 
-@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", list(arguments(Case())))
 @pytest.mark.parametrize(
     "case",
@@ -73,7 +73,7 @@ def test_opcheck_local_target() -> None:
         torch.library.opcheck(ops.local_target.default, (torch.tensor([0, 3, 1], dtype=dtype), 3, 3))
 
 
-@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("label", [97, -1, 10**12])
 def test_invalid_label_where_labels_are_not_read(label: int, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU: that row's loss is NaN, the other rows' losses and gradients are as if it were not there."""
@@ -114,7 +114,7 @@ def center_step(device: str, momentum_dtype: torch.dtype) -> tuple:
 
 @pytest.mark.parametrize("momentum_dtype", [torch.float32, torch.int8])
 @pytest.mark.parametrize(
-    "backend", ["cpu", "reference", *(pytest.param(name, id=f"{name}_on_a_gpu") for name in ("triton", "cuda"))]
+    "backend", ["cpu", "torch", *(pytest.param(name, id=f"{name}_on_a_gpu") for name in ("triton", "cuda"))]
 )
 def test_opcheck_update_centers(backend: str, momentum_dtype: torch.dtype) -> None:
     reason = fa.backends.available()[backend]
@@ -127,7 +127,7 @@ def test_opcheck_update_centers(backend: str, momentum_dtype: torch.dtype) -> No
 @pytest.mark.parametrize("name", list(arguments(Case())))
 def test_operators_of_the_backends_agree(name: str) -> None:
     operator, given = getattr(ops, name.split()[0]), arguments(Case(scale=8.0))[name]
-    got, right = operator(*given, "cpu"), operator(*given, "reference")
+    got, right = operator(*given, "cpu"), operator(*given, "torch")
     pairs = [(got, right)] if isinstance(got, Tensor) else zip(got, right, strict=True)
     for mine, theirs in pairs:
         torch.testing.assert_close(mine, theirs, rtol=2e-5, atol=2e-6)

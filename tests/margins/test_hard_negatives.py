@@ -17,7 +17,7 @@ from fused_arcface.margins import Margin
 
 EVERYWHERE = [
     pytest.param(fa.reference.margin_softmax_loss, {}, id="oracle"),
-    pytest.param(fa.margin_softmax_loss, {"backend": "reference"}, id="reference"),
+    pytest.param(fa.margin_softmax_loss, {"backend": "torch"}, id="torch"),
     pytest.param(fa.margin_softmax_loss, {"backend": "cpu"}, id="cpu"),
 ]
 everywhere = pytest.mark.parametrize(("loss", "options"), EVERYWHERE)
@@ -262,7 +262,7 @@ def test_any_number_of_threads(sub_centers: int) -> None:
     ids=["MVSoftmax", "CurricularFace", "sub_centers"],
 )
 def test_backends_without_them_say_so(name: str, options: dict[str, object], what: str) -> None:
-    expected = f"^backend {name!r} does not have {what}: 'reference' and 'cpu' do$"
+    expected = f"^backend {name!r} does not have {what}: 'torch' and 'cpu' do$"
     x, w, y = torch.randn(2, 4), torch.randn(6, 4), torch.tensor([0, 1])
     with pytest.raises(ValueError, match=expected):
         fa.margin_softmax_loss(x, w, y, backend=name, **options)
@@ -272,10 +272,12 @@ def test_backends_without_them_say_so(name: str, options: dict[str, object], wha
 
 
 def test_auto_takes_a_backend_that_has_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backends, "_unavailable", lambda name: None)
+    monkeypatch.setattr(backends.registry, "_unavailable", lambda name: None)
     assert backends.select("auto", torch.device("cuda")) == "triton"
-    assert backends.select("auto", torch.device("cuda"), needs="sub_centers=3") == "reference"
-    assert backends.select("auto", torch.device("cpu"), needs="sub_centers=3") == "cpu"
+    needs = {"sub_centers": "sub_centers=3"}
+    with pytest.warns(UserWarning, match=r"which stores the \(N, C\) logits, as 'triton' does not have sub_centers=3"):
+        assert backends.select("auto", torch.device("cuda"), needs=needs) == "torch"
+    assert backends.select("auto", torch.device("cpu"), needs=needs) == "cpu"
 
 
 def test_state_belongs_to_the_head() -> None:

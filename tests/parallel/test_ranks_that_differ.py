@@ -59,7 +59,7 @@ CHANGED_HEADS: dict[str, tuple[Callable[[fa.PartialFC], Any], str]] = {
     "sample_rate": (lambda head: setattr(head, "sample_rate", 0.5), "sample_rate"),
     "seed": (lambda head: setattr(head, "seed", 7), "seed"),
     "step": (lambda head: setattr(head, "step", 7), "step"),
-    "backend": (lambda head: setattr(head, "backend", "reference"), "backend"),
+    "backend": (lambda head: setattr(head, "backend", "torch"), "backend"),
     "label_smoothing": (lambda head: setattr(head, "label_smoothing", 0.1), "label_smoothing"),
     "dense_grad": (lambda head: setattr(head, "dense_grad", True), "dense_grad"),
     "eval": (lambda head: head.eval(), "training"),

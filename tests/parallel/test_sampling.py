@@ -103,7 +103,7 @@ def test_a_sampled_step_waits_for_nothing_on_a_gpu(momentum_dtype, scale, monkey
     monkeypatch.setattr(ops_module, "check_target_range", lambda *_: None)  # the CPU's check alone
     monkeypatch.setattr(PendingUpdate, "start", lambda self, gradient: setattr(self, "_loss_gradient", gradient))
     recipe = fa.CenterSGD(lr=0.1, weight_decay=1e-3, momentum_dtype=momentum_dtype)
-    options = {"sample_rate": 0.1, "scale": scale, "center_optimizer": recipe, "backend": "reference", "seed": 4}
+    options = {"sample_rate": 0.1, "scale": scale, "center_optimizer": recipe, "backend": "torch", "seed": 4}
     usual, padded = (fa.PartialFC(16, 300, **options) for _ in range(2))
     for step in range(4):
         generator = torch.Generator().manual_seed(step)

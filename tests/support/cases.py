@@ -15,6 +15,9 @@ from torch import Tensor
 import fused_arcface as fa
 from fused_arcface.margins import Boundary, Margin, registry
 
+BACKENDS = [each.name for each in fa.backends.BACKENDS if each.device_type in (None, "cpu")]
+"""The backends that run on a CPU."""
+
 BOUNDARIES = get_args(Boundary)
 ARCFACES = tuple(fa.ArcFace(0.5, boundary) for boundary in BOUNDARIES)
 MARGINS: tuple[Margin, ...] = (

@@ -11,8 +11,8 @@ from torch import Tensor
 
 import fused_arcface as fa
 from fused_arcface.engine.autograd import negatives_and_target
-from fused_arcface.engine.ops import IGNORED
 from fused_arcface.engine.tail import loss_of_rows
+from fused_arcface.engine.terms import IGNORED
 from fused_arcface.margins import Margin
 from support.cases import ARCFACES, GEOMETRIES, LAYOUTS, Case, compare, inputs_on, run
 

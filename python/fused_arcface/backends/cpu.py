@@ -1,4 +1,4 @@
-"""The stages on the CPU: the compiled kernels of csrc/cpu, given raw addresses. Shapes as in backends/reference.py."""
+"""The stages on the CPU: the compiled kernels of csrc/cpu, given raw addresses. Shapes as in backends/torch.py."""
 
 from __future__ import annotations
 
@@ -7,14 +7,16 @@ import os
 import torch
 from torch import Tensor
 
-from ..engine.ops import PLAIN, CenterStep, Negatives, compute_dtype
+from ..base.dtypes import compute_dtype
+from ..engine.terms import PLAIN, CenterStep, Negatives, RowGradients
 from . import native
 
 # O(N·D) and less: PyTorch does these as well as a kernel would.
-from .plain_torch import embedding_grad, margin_loss, target_cosine, unit_embedding_grad  # noqa: F401
+from .torch import embedding_grad, margin_loss, target_cosine, unit_embedding_grad  # noqa: F401
 
 
 def unavailable() -> str | None:
+    """Return why this backend cannot run here, or None."""
     if native.unavailable() is not None:
         return native.unavailable()
     asked, isas = os.environ.get("FUSED_ARCFACE_ISA", ""), native.module.isas()
@@ -24,8 +26,13 @@ def unavailable() -> str | None:
 
 
 def isa() -> str:
-    """The instruction set in use: the best of this machine, or the one named in the environment's FUSED_ARCFACE_ISA."""
+    """Return the instruction set in use: the one that FUSED_ARCFACE_ISA names, or the best of this machine."""
     return os.environ.get("FUSED_ARCFACE_ISA") or native.module.isas()[0]
+
+
+def describe() -> str:
+    """Return the instruction set in use, and the others that this machine has kernels for."""
+    return f"{isa()} (on this machine: {', '.join(native.module.isas())}; FUSED_ARCFACE_ISA chooses)"
 
 
 def multiply_adds(rounds: int) -> int:
@@ -75,6 +82,7 @@ def _run_class_stats(
 
 
 def class_max(embeddings: Tensor, weight: Tensor, target: Tensor, negatives: Negatives = PLAIN) -> Tensor:
+    """Implement :func:`fused_arcface.backends.torch.class_max`."""
     maximum = torch.empty(embeddings.shape[0], dtype=compute_dtype(embeddings, weight))
     if embeddings.shape[0] > 0:
         _run_class_stats(embeddings, weight, target, 1.0, None, maximum, None, None, negatives)
@@ -90,6 +98,7 @@ def class_stats(
     with_center_sum: bool,
     negatives: Negatives = PLAIN,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """Implement :func:`fused_arcface.backends.torch.class_stats`."""
     dtype = compute_dtype(embeddings, weight)
     total, maximum = torch.empty(embeddings.shape[0], dtype=dtype), torch.empty(embeddings.shape[0], dtype=dtype)
     center_sum = torch.empty(embeddings.shape if with_center_sum else 0, dtype=dtype)
@@ -103,28 +112,22 @@ def weight_grad(
     embeddings: Tensor,
     weight: Tensor,
     target: Tensor,
-    scale: float,
-    lse: Tensor,
-    negative_coefficient: Tensor,
-    target_coefficient: Tensor,
+    gradients: RowGradients,
     negatives: Negatives = PLAIN,
 ) -> Tensor:
+    """Implement :func:`fused_arcface.backends.torch.weight_grad`."""
     if embeddings.shape[0] == 0:
         return torch.zeros_like(weight)
-    target, lse = target.contiguous(), lse.contiguous()
-    negative_coefficient, target_coefficient = negative_coefficient.contiguous(), target_coefficient.contiguous()
-    threshold = _thresholds(negatives, negative_coefficient.dtype)
+    target, gradients = target.contiguous(), gradients.contiguous()
+    threshold = _thresholds(negatives, gradients.negative_coefficient.dtype)
     d_weight = torch.empty_like(weight)
     native.module.weight_grad(
         isa(),
-        negative_coefficient.dtype == torch.float64,
+        gradients.negative_coefficient.dtype == torch.float64,
         native.matrix(embeddings),
         native.matrix(weight),
         target.data_ptr(),
-        scale,
-        lse.data_ptr(),
-        negative_coefficient.data_ptr(),
-        target_coefficient.data_ptr(),
+        *native.row_gradients(gradients),
         native.matrix(d_weight),
         torch.get_num_threads(),
         _native_negatives(negatives, threshold),
@@ -136,28 +139,22 @@ def update_centers(
     embeddings: Tensor,
     weight: Tensor,
     target: Tensor,
-    scale: float,
-    lse: Tensor,
-    negative_coefficient: Tensor,
-    target_coefficient: Tensor,
+    gradients: RowGradients,
     step: CenterStep,
     negatives: Negatives = PLAIN,
 ) -> None:
+    """Implement :func:`fused_arcface.backends.torch.update_centers`."""
     if not step.active:
         return
-    target, lse = target.contiguous(), lse.contiguous()
-    negative_coefficient, target_coefficient = negative_coefficient.contiguous(), target_coefficient.contiguous()
-    threshold = _thresholds(negatives, negative_coefficient.dtype)
+    target, gradients = target.contiguous(), gradients.contiguous()
+    threshold = _thresholds(negatives, gradients.negative_coefficient.dtype)
     native.module.update_centers(
         isa(),
-        negative_coefficient.dtype == torch.float64,
+        gradients.negative_coefficient.dtype == torch.float64,
         native.matrix(embeddings),
         native.matrix(weight),
         target.data_ptr(),
-        scale,
-        lse.data_ptr(),
-        negative_coefficient.data_ptr(),
-        target_coefficient.data_ptr(),
+        *native.row_gradients(gradients),
         native.center_step(step, weight),
         torch.get_num_threads(),
         _native_negatives(negatives, threshold),

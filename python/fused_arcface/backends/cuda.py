@@ -1,4 +1,4 @@
-"""The stages on NVIDIA GPUs: the compiled kernels of csrc/cuda, given raw addresses. Shapes: backends/reference.py.
+"""The stages on NVIDIA GPUs: the compiled kernels of csrc/cuda, given raw addresses. Shapes: backends/torch.py.
 
 For compute capability 8.0 and later; Triton is not needed. Products are bf16 or fp16 where both inputs are stored so,
 else fp32: three tf32 products in place of one, or one where ``torch.set_float32_matmul_precision`` is ``"high"`` or
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..base.precision import allows_tf32
-from ..engine.ops import CenterStep
+from ..engine.terms import CenterStep, RowGradients
 from . import native, nvidia
 
 _kernels: Any = None if native.unavailable() else getattr(native.module, "cuda", None)
@@ -39,6 +39,7 @@ CHUNKS = ChunkConfig(exponential_bytes=24 << 20, center_bytes=8 << 20)
 
 
 def unavailable() -> str | None:
+    """Return why this backend cannot run here, or None."""
     if native.unavailable() is not None:
         return native.unavailable()
     if _kernels is None:
@@ -57,7 +58,7 @@ def _device(tensor: Tensor) -> tuple[tuple[int, int], int]:
 
 
 def _precision(embeddings: Tensor, weight: Tensor) -> str:
-    """The precision of the products; what it keeps of the operands is what they are stored with, but for tf32."""
+    """Return the precision of the products. Only tf32 keeps less of the operands than their dtype does."""
     if embeddings.dtype == weight.dtype != torch.float32:
         return "bfloat16" if weight.dtype == torch.bfloat16 else "float16"
     return "tf32" if allows_tf32() else "float32"
@@ -67,7 +68,7 @@ _Run = Callable[[tuple[int, int, int], int, tuple[int, int]], int]
 
 
 def _run_pass(run: _Run, device: torch.device) -> None:
-    """A pass over the classes in a workspace of torch's: first it says how much it needs, then it has it."""
+    """Run a pass over the classes in a workspace of torch's: the first call asks how many bytes it needs."""
     probe = torch.empty(0, device=device)
     stream, multiprocessors = _device(probe)
     options = (CHUNKS.exponential_bytes, CHUNKS.center_bytes, multiprocessors)
@@ -116,6 +117,7 @@ def _empty_rows(embeddings: Tensor) -> Tensor:
 
 
 def class_max(embeddings: Tensor, weight: Tensor, target: Tensor, class_count: Tensor | None = None) -> Tensor:
+    """Implement :func:`fused_arcface.backends.torch.class_max`."""
     maximum = _empty_rows(embeddings)
     if embeddings.shape[0] > 0:
         _class_stats(embeddings, weight, target, 1.0, None, maximum, None, None, class_count)
@@ -131,6 +133,7 @@ def class_stats(
     with_center_sum: bool,
     class_count: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """Implement :func:`fused_arcface.backends.torch.class_stats`."""
     total, maximum = _empty_rows(embeddings), _empty_rows(embeddings)
     shape = embeddings.shape if with_center_sum else (0,)
     center_sum = torch.empty(shape, dtype=torch.float32, device=embeddings.device)
@@ -144,16 +147,13 @@ def weight_grad(
     embeddings: Tensor,
     weight: Tensor,
     target: Tensor,
-    scale: float,
-    lse: Tensor,
-    negative_coefficient: Tensor,
-    target_coefficient: Tensor,
+    gradients: RowGradients,
 ) -> Tensor:
+    """Implement :func:`fused_arcface.backends.torch.weight_grad`."""
     precision = _precision(embeddings, weight)
     if embeddings.shape[0] == 0:
         return torch.zeros_like(weight)
-    target, lse = target.contiguous(), lse.contiguous()
-    negative_coefficient, target_coefficient = negative_coefficient.contiguous(), target_coefficient.contiguous()
+    target, gradients = target.contiguous(), gradients.contiguous()
     d_weight = torch.empty_like(weight)
 
     def run(options: tuple[int, int, int], workspace: int, stream: tuple[int, int]) -> int:
@@ -162,10 +162,7 @@ def weight_grad(
             native.matrix(embeddings),
             native.matrix(weight),
             target.data_ptr(),
-            scale,
-            lse.data_ptr(),
-            negative_coefficient.data_ptr(),
-            target_coefficient.data_ptr(),
+            *native.row_gradients(gradients),
             native.matrix(d_weight),
             options,
             workspace,
@@ -180,15 +177,12 @@ def update_centers(
     embeddings: Tensor,
     weight: Tensor,
     target: Tensor,
-    scale: float,
-    lse: Tensor,
-    negative_coefficient: Tensor,
-    target_coefficient: Tensor,
+    gradients: RowGradients,
     step: CenterStep,
 ) -> None:
+    """Implement :func:`fused_arcface.backends.torch.update_centers`."""
     precision = _precision(embeddings, weight)
-    target, lse = target.contiguous(), lse.contiguous()
-    negative_coefficient, target_coefficient = negative_coefficient.contiguous(), target_coefficient.contiguous()
+    target, gradients = target.contiguous(), gradients.contiguous()
     native_step = native.center_step(step, weight)
 
     def run(options: tuple[int, int, int], workspace: int, stream: tuple[int, int]) -> int:
@@ -197,10 +191,7 @@ def update_centers(
             native.matrix(embeddings),
             native.matrix(weight),
             target.data_ptr(),
-            scale,
-            lse.data_ptr(),
-            negative_coefficient.data_ptr(),
-            target_coefficient.data_ptr(),
+            *native.row_gradients(gradients),
             native_step,
             step.active.data_ptr(),
             options,
@@ -212,6 +203,7 @@ def update_centers(
 
 
 def target_cosine(embeddings: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+    """Implement :func:`fused_arcface.backends.torch.target_cosine`."""
     cosine, target = _empty_rows(embeddings), target.contiguous()
     stream, _ = _device(embeddings)
     _kernels.target_cosine(
@@ -223,6 +215,7 @@ def target_cosine(embeddings: Tensor, weight: Tensor, target: Tensor) -> Tensor:
 def unit_embedding_grad(
     weight: Tensor, target: Tensor, mean_center: Tensor, negative_coefficient: Tensor, target_coefficient: Tensor
 ) -> Tensor:
+    """Implement :func:`fused_arcface.backends.torch.unit_embedding_grad`."""
     target, mean_center = target.contiguous(), mean_center.contiguous()
     negative_coefficient, target_coefficient = negative_coefficient.contiguous(), target_coefficient.contiguous()
     d_unit = torch.empty_like(mean_center)
@@ -241,6 +234,7 @@ def unit_embedding_grad(
 
 
 def embedding_grad(d_unit: Tensor, embeddings: Tensor) -> Tensor:
+    """Implement :func:`fused_arcface.backends.torch.embedding_grad`."""
     d_unit, d_embeddings = d_unit.contiguous(), torch.empty_like(embeddings)
     stream, _ = _device(embeddings)
     _kernels.embedding_grad(d_unit.data_ptr(), native.matrix(embeddings), native.matrix(d_embeddings), stream)
@@ -257,6 +251,7 @@ def margin_loss(
     boundary: str,
     gradient: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Implement :func:`fused_arcface.backends.torch.margin_loss`."""
     negative_lse, target_cosine = negative_lse.contiguous(), target_cosine.contiguous()
     loss, lse, d_lse, d_cosine = results = tuple(torch.empty_like(negative_lse) for _ in range(4))
     stream, _ = _device(negative_lse)

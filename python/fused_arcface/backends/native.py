@@ -1,6 +1,6 @@
-"""The compiled module as the backends ``cpu`` and ``cuda`` share it: whether it can be imported, and how tensors and a
-step of the optimizer are written for it (csrc/tuples.h): numbers, raw addresses among them.
+"""The compiled module, as the backends ``cpu`` and ``cuda`` share it.
 
+Tensors and a step of the optimizer are passed to it as numbers, raw addresses among them (csrc/tuples.h).
 An address is no reference: whoever passes one keeps its tensor bound to a name until the kernel has read it.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..engine.ops import CenterStep
+from ..engine.terms import CenterStep, RowGradients
 
 _import_error = None
 try:
@@ -21,18 +21,19 @@ except ImportError as error:  # unavailable() reports it: the package is of use 
 
 
 def unavailable() -> str | None:
-    """Why the compiled module cannot be imported, or None."""
+    """Return why the compiled module cannot be imported, or None."""
     if _import_error is None:
         return None
     return f"the compiled module fused_arcface._native cannot be imported: {_import_error}"
 
 
 def address(tensor: Tensor | None) -> int:
+    """Return the address of a tensor's memory, 0 without a tensor."""
     return 0 if tensor is None else tensor.data_ptr()
 
 
 def matrix(tensor: Tensor) -> tuple[int, int, int, int, int, int]:
-    """A matrix (rows, columns) of any strides, as ``MatrixTuple``."""
+    """Return a matrix (rows, columns) of any strides as ``MatrixTuple``."""
     code = {
         torch.float32: module.FLOAT32,
         torch.float64: module.FLOAT64,
@@ -42,8 +43,14 @@ def matrix(tensor: Tensor) -> tuple[int, int, int, int, int, int]:
     return (tensor.data_ptr(), code, *tensor.shape, *tensor.stride())
 
 
+def row_gradients(gradients: RowGradients) -> tuple[float, int, int, int]:
+    """Return the scale and the addresses of the rows' numbers, in the order that the kernels take them."""
+    scale, lse, negative_coefficient, target_coefficient = gradients
+    return scale, lse.data_ptr(), negative_coefficient.data_ptr(), target_coefficient.data_ptr()
+
+
 def center_step(step: CenterStep, weight: Tensor) -> tuple[int, int, int, int, int, float, float, float, int, int]:
-    """A step on the rows of weight (C, D), as ``CenterStepTuple``."""
+    """Return a step on the rows of weight (C, D) as ``CenterStepTuple``."""
     buffer, classes = step.momentum_buffer, step.classes
     types = {
         torch.float64: module.MOMENTUM_FLOAT64,

@@ -1,4 +1,4 @@
-"""What the backends on NVIDIA GPUs need of torch and the machine, whichever compiler makes their kernels."""
+"""The demands of all backends on NVIDIA GPUs on torch and the machine."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ _LEAST_CAPABILITY = (8, 0)
 
 
 def unavailable() -> str | None:
-    """Why no such backend can run here, and what would help; None if they can."""
+    """Return why no such backend can run here and what would help, or None if they can."""
     if torch.version.hip is not None:
         return "the kernels are for NVIDIA GPUs; this torch is built for AMD's"
     needed = ".".join(map(str, _LEAST_CAPABILITY))

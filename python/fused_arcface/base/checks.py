@@ -2,41 +2,27 @@
 
 from __future__ import annotations
 
-import math
 import numbers
 
 import torch
 from torch import Tensor
 
-FLOAT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-INTEGER_DTYPES = (
-    torch.int64,
-    torch.int32,
-    torch.int16,
-    torch.int8,
-    torch.uint64,
-    torch.uint32,
-    torch.uint16,
-    torch.uint8,
-)
+from .dtypes import FLOAT_DTYPES, INTEGER_DTYPES, names
+
 REDUCTIONS = ("mean", "sum", "none")
-
-
-def _names(dtypes: tuple[torch.dtype, ...]) -> str:
-    return ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
 
 
 def _check_tensor(name: str, tensor: object, dtypes: tuple[torch.dtype, ...]) -> None:
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor; got {type(tensor).__name__}")
     if tensor.dtype not in dtypes:
-        raise TypeError(f"{name} must have one of the dtypes {_names(dtypes)}; got {_names((tensor.dtype,))}")
+        raise TypeError(f"{name} must have one of the dtypes {names(dtypes)}; got {names((tensor.dtype,))}")
     if tensor.layout is not torch.strided:
         raise ValueError(f"{name} must be a dense tensor; got layout {tensor.layout}")
 
 
 def check_embeddings(embeddings: object, weight: Tensor) -> None:
-    """Embeddings ``(N, D)`` against class centers ``(C, D)``; the message calls the centers by the rule they set."""
+    """Check embeddings ``(N, D)`` against class centers ``(C, D)``."""
     _check_tensor("embeddings", embeddings, FLOAT_DTYPES)
     assert isinstance(embeddings, Tensor)
     if embeddings.dim() != 2 or embeddings.shape[1] != weight.shape[1]:
@@ -45,29 +31,8 @@ def check_embeddings(embeddings: object, weight: Tensor) -> None:
         raise ValueError(f"embeddings must be on weight's device {weight.device}; got {embeddings.device}")
 
 
-def check_scale(scale: object) -> None:
-    if isinstance(scale, bool) or not isinstance(scale, (int, float)):
-        raise TypeError(f"scale must be a number; got {type(scale).__name__}")
-    if not 0 < scale < math.inf:  # not math.isfinite: under torch.compile a scale may be symbolic
-        raise ValueError(f"scale must be finite and > 0; got {scale}")
-
-
-def check_loss_weight(loss_weight: object) -> None:
-    if isinstance(loss_weight, bool) or not isinstance(loss_weight, (int, float)):
-        raise TypeError(f"loss_weight must be a number; got {type(loss_weight).__name__}")
-    if not 0 <= loss_weight < math.inf:
-        raise ValueError(f"loss_weight must be finite and >= 0; got {loss_weight}")
-
-
-def check_sample_rate(sample_rate: object) -> None:
-    if isinstance(sample_rate, bool) or not isinstance(sample_rate, (int, float)):
-        raise TypeError(f"sample_rate must be a number; got {type(sample_rate).__name__}")
-    if not 0 < sample_rate <= 1:
-        raise ValueError(f"sample_rate must be in (0, 1]; got {sample_rate}")
-
-
 def check_target(target: object, embeddings: Tensor, ignore_index: object) -> None:
-    """Labels ``(N,)`` of embeddings ``(N, D)``, without reading them."""
+    """Check labels ``(N,)`` of embeddings ``(N, D)``, without reading them."""
     _check_tensor("target", target, INTEGER_DTYPES)
     assert isinstance(target, Tensor)
     if target.shape != embeddings.shape[:1]:
@@ -81,6 +46,7 @@ def check_target(target: object, embeddings: Tensor, ignore_index: object) -> No
 
 
 def check_margin(margin: object) -> None:
+    """Check that a margin can be called and is not a class."""
     if isinstance(margin, type):
         name = margin.__name__
         raise TypeError(f"margin must be an instance, not the class {name}: write {name}(); got the class")
@@ -89,7 +55,7 @@ def check_margin(margin: object) -> None:
 
 
 def check_size(name: str, value: object, least: int = 1) -> int:
-    """The size as an int: it may come as one of NumPy's, as ``labels.max() + 1`` does."""
+    """Return a size as an int. It may be one of NumPy's, as ``labels.max() + 1`` is."""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"{name} must be an int; got {type(value).__name__}")
     if value < least:
@@ -97,40 +63,36 @@ def check_size(name: str, value: object, least: int = 1) -> int:
     return int(value)
 
 
+def check_center_dtype(dtype: torch.dtype | None) -> None:
+    """Check the dtype of class centers; None is torch's default dtype."""
+    if (dtype or torch.get_default_dtype()) not in FLOAT_DTYPES:
+        raise TypeError(f"dtype must be a floating-point one; got {dtype}")
+
+
+def describe_tensor(tensor: Tensor | None) -> str:
+    """Return the shape and dtype of a tensor for error messages, "none" without one."""
+    return "none" if tensor is None else f"{tuple(tensor.shape)} {tensor.dtype}"
+
+
 MAX_SUB_CENTERS = 16
 
 
 def check_sub_centers(sub_centers: object) -> None:
+    """Check the number of centers of each class."""
     check_size("sub_centers", sub_centers)
     if isinstance(sub_centers, int) and sub_centers > MAX_SUB_CENTERS:
         raise ValueError(f"sub_centers must be in [1, {MAX_SUB_CENTERS}]; got {sub_centers}")
-
-
-def check_label_smoothing(label_smoothing: object, margin: object, sub_centers: int) -> None:
-    if isinstance(label_smoothing, bool) or not isinstance(label_smoothing, (int, float)):
-        raise TypeError(f"label_smoothing must be a number; got {type(label_smoothing).__name__}")
-    if not 0 <= label_smoothing <= 1:
-        raise ValueError(f"label_smoothing must be in [0, 1]; got {label_smoothing}")
-    if label_smoothing > 0 and (sub_centers > 1 or hasattr(margin, "modulate")):
-        what = f"sub_centers={sub_centers}" if sub_centers > 1 else type(margin).__name__
-        raise ValueError(
-            f"label_smoothing must be 0 with {what}: a row's logits are then no linear function of the class centers, "
-            f"whose sum it is made of; got {label_smoothing}"
-        )
 
 
 def check_inputs(
     embeddings: object,
     weight: object,
     target: object,
-    margin: object,
-    scale: object,
+    sub_centers: int,
     reduction: object,
     ignore_index: object,
-    sub_centers: object = 1,
-    label_smoothing: object = 0.0,
 ) -> None:
-    """Everything about the arguments of ``margin_softmax_loss`` that can be told without reading a tensor's values."""
+    """Check the tensors of ``margin_softmax_loss`` and the arguments beside its options, without reading values."""
     _check_tensor("embeddings", embeddings, FLOAT_DTYPES)
     _check_tensor("weight", weight, FLOAT_DTYPES)
     _check_tensor("target", target, INTEGER_DTYPES)
@@ -144,13 +106,8 @@ def check_inputs(
     if weight.device != embeddings.device:
         raise ValueError(f"weight must be on embeddings' device {embeddings.device}; got {weight.device}")
     check_target(target, embeddings, ignore_index)
-    check_margin(margin)
-    check_scale(scale)
-    check_sub_centers(sub_centers)
-    assert isinstance(sub_centers, int)
     if weight.shape[0] % sub_centers > 0:
         raise ValueError(f"weight must have a multiple of sub_centers={sub_centers} rows; got {tuple(weight.shape)}")
-    check_label_smoothing(label_smoothing, margin, sub_centers)
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction must be one of {', '.join(map(repr, REDUCTIONS))}; got {reduction!r}")
 
@@ -168,7 +125,7 @@ def check_written_in_place(name: str, tensor: Tensor) -> None:
 
 
 def check_target_range(target: Tensor, num_classes: int, ignore_index: int) -> None:
-    """Labels ``(N,)`` int64: each a class or ``ignore_index``. Reads the values: on a GPU this waits for it."""
+    """Check that each label (N,) int64 is a class or ``ignore_index``. On a GPU this waits for the values."""
     wrong = ((target < 0) | (target >= num_classes)) & (target != ignore_index)
     if not target.is_meta and wrong.any():
         row = int(wrong.nonzero()[0])
@@ -177,7 +134,7 @@ def check_target_range(target: Tensor, num_classes: int, ignore_index: int) -> N
 
 
 def check_margin_rows(name: str, values: object, target: Tensor) -> None:
-    """What a margin gives for each row besides: ``(N,)``, on the rows' device."""
+    """Check the numbers that a margin returns for each row: ``(N,)``, on the rows' device."""
     if not isinstance(values, Tensor):
         raise TypeError(f"margin's {name} must be a torch.Tensor; got {type(values).__name__}")
     if values.shape != target.shape:
@@ -187,13 +144,13 @@ def check_margin_rows(name: str, values: object, target: Tensor) -> None:
 
 
 def check_margin_output(modified: object, target_cosine: Tensor) -> None:
-    """A margin's result: ``(N,)``, of the cosines' dtype and device."""
+    """Check a margin's result: ``(N,)``, of the cosines' dtype and device."""
     if not isinstance(modified, Tensor):
         raise TypeError(f"margin must return a torch.Tensor; got {type(modified).__name__}")
     if modified.shape != target_cosine.shape:
         raise ValueError(f"margin must return (N={target_cosine.shape[0]},); got {tuple(modified.shape)}")
     if modified.dtype != target_cosine.dtype:
-        rule = f"margin must return the target cosines' dtype {_names((target_cosine.dtype,))}"
-        raise TypeError(f"{rule}; got {_names((modified.dtype,))}")
+        rule = f"margin must return the target cosines' dtype {names((target_cosine.dtype,))}"
+        raise TypeError(f"{rule}; got {names((modified.dtype,))}")
     if modified.device != target_cosine.device:
         raise ValueError(f"margin must return a tensor on {target_cosine.device}; got {modified.device}")

@@ -1,5 +1,4 @@
-"""Libraries that only some commands need, asked for where they are used: a missing one names the extra that brings
-it."""
+"""Libraries that only some commands need. The error for a missing one names the extra that brings it."""
 
 from __future__ import annotations
 
@@ -46,7 +45,7 @@ def require(module: str, extra: str = "demo") -> Any:
 
 
 def pyplot() -> Any:
-    """matplotlib's pyplot, drawing to files: no display is needed."""
+    """Matplotlib's pyplot, drawing to files: no display is needed."""
     require("matplotlib").use("Agg")
     return require("matplotlib.pyplot")
 

@@ -1,5 +1,6 @@
-"""Random numbers that are functions of a key, not of a generator's state: the same for any number of ranks, in any
-order.
+"""Random numbers that are functions of a key, not of a generator's state.
+
+They are the same for any number of ranks, in any order.
 
 The generator is SplitMix64 (Steele, Lea, Flood: Fast splittable pseudorandom number generators, OOPSLA 2014): number
 ``n`` under ``key`` is ``mix(key + (n + 1)·golden)``. csrc/cpu/center_sgd.h has the same functions; a test compares
@@ -38,7 +39,7 @@ def _shift_right(x: Tensor, bits: int) -> Tensor:
 
 
 def fold(key: int, *numbers: int) -> int:
-    """A key of its own for each sequence of numbers under ``key``; all in [0, 2^64)."""
+    """Return a key for each sequence of numbers under ``key``; all are in [0, 2^64)."""
     for number in numbers:
         x = (key + (number + 1) * _GOLDEN) & _MASK
         x = ((x ^ (x >> 30)) * _MIX1) & _MASK
@@ -57,9 +58,10 @@ def fold_each(key: int | Tensor, numbers: Tensor) -> Tensor:
 
 @functools.cache
 def _made_quantiles(device: torch.device) -> Tensor:
-    """(65536,) fp32: the standard normal distribution's quantiles at ``(i + 1/2) / 65536``, out to ±4.3. A table, so
-    that the numbers are the same bits on every device: logarithms and cosines differ in the last place between
-    libraries."""
+    """Return (65536,) fp32, the standard normal distribution's quantiles at ``(i + 1/2) / 65536``, out to ±4.3.
+
+    A table has the same bits on every device. Logarithms and cosines differ in the last place between libraries.
+    """
     levels = (torch.arange(65536, dtype=torch.float64) + 0.5) / 65536
     return (math.sqrt(2) * torch.erfinv(2 * levels - 1)).float().to(device)
 
@@ -71,7 +73,7 @@ def _quantiles(device: torch.device) -> Tensor:
 
 
 def normal_rows(key: int | Tensor, ids: Tensor, dim: int) -> Tensor:
-    """(R, dim) fp32 standard normal numbers, row by row a function of key and id: four of each 64-bit word."""
+    """Return standard normal numbers (R, dim) fp32, a function of key and id: four of each 64-bit word."""
     words = fold_each(fold_each(key, ids)[:, None], torch.arange((dim + 3) // 4, device=ids.device))
     levels = words.view(torch.int16)[:, :dim].int() + 32768
     return _quantiles(ids.device).index_select(0, levels.flatten()).view(levels.shape)
@@ -79,8 +81,10 @@ def normal_rows(key: int | Tensor, ids: Tensor, dim: int) -> Tensor:
 
 @torch.no_grad()
 def fill_normal(rows: Tensor, seed: int, first_id: int, std: float) -> None:
-    """Fills rows (R, D) of any float dtype with N(0, std²), row r a function of ``(seed, first_id + r)`` and D
-    alone."""
+    """Fill rows (R, D) of any float dtype with N(0, std²).
+
+    Row r is a function of ``(seed, first_id + r)`` and D alone.
+    """
     key = fold(seed, CENTERS)
     for start, part in chunks(rows):
         ids = torch.arange(first_id + start, first_id + start + len(part), device=rows.device)
@@ -88,7 +92,7 @@ def fill_normal(rows: Tensor, seed: int, first_id: int, std: float) -> None:
 
 
 def chunks(tensor: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """(first row, rows) pieces of few enough elements to be worked on at once."""
+    """Yield (first row, rows) pieces of few enough elements to be worked on at once."""
     elements = max(1, math.prod(tensor.shape[1:]))
     step = max(1, (_CPU_CHUNK if tensor.device.type == "cpu" else _GPU_CHUNK) // elements)
     for start in range(0, tensor.shape[0], step):
@@ -96,12 +100,12 @@ def chunks(tensor: Tensor) -> Iterator[tuple[int, Tensor]]:
 
 
 def rounding_key(seed: int, step: int) -> int:
-    """The key of a step's stochastic rounding, as a signed 64-bit number."""
+    """Return the key of a step's stochastic rounding, as a signed 64-bit number."""
     return _signed(fold(seed, ROUNDING, step))
 
 
 def rounding_bits(key: int, ids: Tensor, dim: int) -> Tensor:
-    """(R, dim) int64 in [0, 2^32): random bits for stochastic rounding, a function of key, class id (R,) and column.
+    """Return random bits (R, dim) int64 in [0, 2^32), a function of key, class id (R,) and column.
 
     32-bit arithmetic from a 64-bit key per row, so that a vector unit makes them: the finalizer is lowbias32 (C.
     Wellons).

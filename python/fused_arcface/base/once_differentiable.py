@@ -28,7 +28,7 @@ class _FirstDerivative(torch.autograd.Function):
 
 
 def once_differentiable(backward: Callable[..., Gradients]) -> Callable[..., Gradients]:
-    """Makes it an error to differentiate the result of a :class:`torch.autograd.Function`'s ``backward``.
+    """Make it an error to differentiate the result of a :class:`torch.autograd.Function`'s ``backward``.
 
     PyTorch's decorator of this name detaches the result from the inputs, so that ``.backward()`` alone meets its error:
     ``torch.autograd.grad`` calls the input unused, and ``torch.autograd.functional.hessian`` returns zeros.

@@ -24,8 +24,9 @@ def encode(text: str) -> bytes:
 
 
 def decode(data: bytes) -> str:
-    """Return the text of a file's bytes, the opposite of :func:`encode`. A byte order mark is left out; UTF-16 is known
-    by its own.
+    """Return the text of a file's bytes, the opposite of :func:`encode`.
+
+    A byte order mark is left out. UTF-16 is known by its own.
 
     Raises:
         UnicodeDecodeError: UTF-16 that is damaged.
@@ -39,8 +40,9 @@ def decode(data: bytes) -> str:
 
 
 def lines(data: bytes) -> list[str]:
-    """Return the lines of a text file, without their ends: line feeds, with a carriage return before them or not, or
-    carriage returns in a file without line feeds.
+    """Return the lines of a text file, without their ends.
+
+    Lines end with a line feed, after a carriage return or not, or with a carriage return in a file without line feeds.
 
     >>> lines("a\\x85b\\u2028c\\r\\nd\\n".encode())
     ['a\\x85b\\u2028c', 'd']
@@ -52,8 +54,10 @@ def lines(data: bytes) -> list[str]:
 
 
 def encode_names(names: Iterable[str]) -> bytes:
-    """Return a list of names as text, a line each. A name that a reader might cut into lines, or that begins with a
-    quotation mark, is written as a JSON string; so the file is the same in every locale.
+    """Return a list of names as text, a line each.
+
+    A name that a reader might cut into lines, or that begins with a quotation mark, is written as a JSON string. So the
+    file is the same in every locale.
 
     >>> encode_names(["ann", "a;b"])
     b'ann\\na;b\\n'

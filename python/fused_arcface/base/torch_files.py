@@ -1,5 +1,7 @@
-"""Tensors from torch's ``.pt`` files of any version, and the class centers that other projects keep in them. Nothing
-but tensors and plain containers is taken from such a file."""
+"""Tensors from torch's ``.pt`` files of any version, and the class centers that other projects keep in them.
+
+Only tensors and plain containers are taken from such a file.
+"""
 
 from __future__ import annotations
 

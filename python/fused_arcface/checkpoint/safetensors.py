@@ -20,16 +20,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from ..base.dtypes import DTYPES
 from ..base.reading import DataError, check_regular, file_errors
 
-_NAMES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.bfloat16: "BF16",
-    torch.float16: "F16",
-    torch.int8: "I8",
-    torch.int64: "I64",
-}
 _MOST_TENSORS = 10_000
 
 
@@ -79,7 +72,7 @@ class Writer:
         offset = 0
         for name, (dtype, shape) in tensors.items():
             end = offset + dtype.itemsize * math.prod(shape)
-            header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
+            header[name] = {"dtype": DTYPES[dtype].safetensors, "shape": list(shape), "data_offsets": [offset, end]}
             offset = end
         text = json.dumps(header).encode()
         text += b" " * (-len(text) % 8)  # so that the first tensor is aligned

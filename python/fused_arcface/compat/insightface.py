@@ -26,9 +26,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..base.checks import check_scale as _check_scale
 from ..base.compiler import not_compiled as _not_compiled
 from ..base.normalize import unit_rows as _unit_rows
+from ..base.ranges import POSITIVE as _POSITIVE
+from ..base.ranges import check_number as _check_number
 from ..margins.angular import CombinedMargin as _CombinedMargin
 from ..margins.angular import CosFace as _CosFaceMargin
 from ..margins.hard_negatives import InterclassFilter as _InterclassFilter
@@ -179,7 +180,7 @@ def _numbers(margin_loss: nn.Module) -> _Fused | None:
         if m3 <= 0 and m1 != 1.0:
             return None
     try:
-        _check_scale(scale)
+        _check_number("scale", scale, _POSITIVE)
         margin = _combined(m2, m3)
     except ValueError:
         return None

@@ -11,17 +11,17 @@ case is a shard whose collectives return what they were given.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..base.dtypes import compute_dtype
 from ..base.once_differentiable import once_differentiable
 from ..margins.angular import Modulation
-from ..parallel.ranks import ALONE, JointBatch, Ranks
-from .ops import PLAIN, Negatives, compute_dtype
+from . import ops  # noqa: F401  (registers the operators)
+from .shard import ONE_DEVICE, Shard
+from .terms import Negatives, RowGradients
 
 _ops = torch.ops.fused_arcface
 
@@ -29,7 +29,7 @@ _ops = torch.ops.fused_arcface
 def needs_shift(
     scale: float, num_classes: int, dtype: torch.dtype, greatest: float = 1.0, steepest: float = 1.0
 ) -> bool:
-    """Whether ``Σ exp(scale·cos)·ŵ`` over ``num_classes`` classes can leave the range of ``dtype`` at either end.
+    """Return true if ``Σ exp(scale·cos)·ŵ`` over ``num_classes`` classes can leave the range of ``dtype``.
 
     Inside it (s = 64 up to 2.6e10 classes in fp32) sums need no running maximum: logits are bounded by the scale. At
     the lower end ``exp(-scale)`` times a small component must still be a normal number: 24 (53) bits above the least.
@@ -37,100 +37,6 @@ def needs_shift(
     """
     lowest, highest = (670, 709) if dtype == torch.float64 else (70, 88)
     return scale > lowest or scale * greatest + math.log(num_classes * steepest) >= highest
-
-
-class CenterUpdate:
-    """What :class:`Shard` asks of a fused optimizer: one update of the class centers, made in the backward pass.
-
-    :mod:`fused_arcface.center_sgd` has the only one.
-    """
-
-    def apply(
-        self,
-        embeddings: Tensor,
-        weight: Tensor,
-        classes: Tensor | None,
-        target: Tensor,
-        scale: float,
-        lse: Tensor,
-        negative_coefficient: Tensor,
-        target_coefficient: Tensor,
-        backend: str,
-        negatives: Negatives = PLAIN,
-    ) -> None:
-        """Updates rows ``classes`` (K,) of weight, all if None, in place. Arguments as of ``ops.weight_grad``."""
-        raise NotImplementedError
-
-
-@dataclass(frozen=True, eq=False)
-class Shard:
-    """What a step over one shard of the classes needs beside its tensors. The default is the head on one device."""
-
-    ranks: Ranks = ALONE
-    batch: JointBatch | None = None
-    """All ranks' rows; None where this process is alone and its embeddings are all there are."""
-    num_classes: int | None = None
-    """Classes over all shards, C_total; None: those of the weight."""
-    classes: Tensor | None = None
-    """(K,) int64 ascending rows of weight that take part in this step; None: all of them."""
-    class_count: Tensor | None = None
-    """0-dim int64: those of ``classes`` from there on are padding, ``C``; None: all take part."""
-    dense_grad: bool = False
-    """With ``classes``: the gradient by weight as a dense (C, D) tensor, not a sparse one."""
-    with_max: bool = False
-    """Whether each row's greatest negative cosine is wanted over all shards, not over this one."""
-    update: CenterUpdate | None = None
-    """In place of a gradient by weight."""
-
-    def all_rows(self, embeddings: Tensor) -> Tensor:
-        """(N, D) of all ranks from this one's (n, D)."""
-        return embeddings if self.batch is None else self.batch.embeddings
-
-    def own_rows(self, rows: Tensor) -> Tensor:
-        return rows if self.batch is None else self.batch.own(rows)
-
-    def joint(self, own: Tensor, every: Callable[[Tensor], Tensor]) -> Tensor:
-        """(N, ...) of all ranks' rows: ``own`` (n, ...) in this rank's places, with W times the gradient (see
-        :meth:`start_scatter`; every rank computes the whole loss), ``every`` of all embeddings (N, D) in the others."""
-        if self.batch is None or self.ranks.world_size == 1:
-            return own
-        first, last = self.batch.first, self.batch.first + self.batch.count
-        rows = every(self.batch.embeddings)
-        own = own + (self.ranks.world_size - 1) * (own - own.detach())
-        return torch.cat([rows[:first], own, rows[last:]])
-
-    def centers(self, weight: Tensor) -> Tensor:
-        """(K, D) centers that take part in this step."""
-        if self.classes is None:
-            return weight
-        rows = self.classes if self.class_count is None else self.classes.clamp(max=weight.shape[0] - 1)
-        return weight.index_select(0, rows)
-
-    def target_rows(self, target: Tensor) -> Tensor:
-        """Indices into the centers that take part (N,) as rows of weight; negative ones stay."""
-        if self.classes is None or self.classes.shape[0] == 0:
-            return target
-        return torch.where(target < 0, target, self.classes.index_select(0, target.clamp(min=0)))
-
-    def start_scatter(self, rows: Tensor) -> Callable[[], Tensor]:
-        """See :meth:`Ranks.start_scatter`; times W, as data-parallel wrappers of the backbone divide by it."""
-        if self.batch is None:
-            return lambda: rows
-        wait = self.ranks.start_scatter(rows, self.batch)
-        return lambda: wait() * self.ranks.world_size
-
-    def weight_gradient(self, d_centers: Tensor, weight: Tensor) -> Tensor:
-        """The gradient by weight (C, D) from that by the centers that took part (K, D)."""
-        if self.classes is None:
-            return d_centers
-        if self.dense_grad:
-            return torch.zeros_like(weight).index_copy_(0, self.classes, d_centers)
-        return torch.sparse_coo_tensor(
-            self.classes[None], d_centers, weight.shape, is_coalesced=True, check_invariants=False
-        )
-
-
-ONE_DEVICE = Shard()
 
 
 class NegativesAndTarget(torch.autograd.Function):
@@ -182,7 +88,7 @@ class NegativesAndTarget(torch.autograd.Function):
         embeddings, weight, target, lse, mean_center = saved
         rows = shard.all_rows(embeddings)
         negative_coefficient = ctx.scale * d_lse
-        coefficients = ctx.scale, lse, negative_coefficient, d_target_cosine
+        gradients = RowGradients(ctx.scale, lse, negative_coefficient, d_target_cosine)
         d_embeddings = d_weight = None
         if ctx.with_center_sum:
             d_unit = _ops.unit_embedding_grad(
@@ -191,12 +97,10 @@ class NegativesAndTarget(torch.autograd.Function):
             finish = shard.start_scatter(d_unit)
         # The weight pass runs while the embeddings' gradient is on its way between the ranks.
         if shard.update is not None:
-            shard.update.apply(
-                rows, weight, shard.classes, target, *coefficients, ctx.backend, Negatives(**ctx.negatives)
-            )
+            shard.update.apply(rows, shard.classes, target, gradients, ctx.backend, Negatives(**ctx.negatives))
         elif ctx.needs_input_grad[1]:
             d_weight = shard.weight_gradient(
-                _ops.weight_grad(rows, shard.centers(weight), target, *coefficients, ctx.backend, **ctx.negatives),
+                _ops.weight_grad(rows, shard.centers(weight), target, *gradients, ctx.backend, **ctx.negatives),
                 weight,
             )
         if ctx.with_center_sum:
@@ -209,8 +113,9 @@ class NegativesAndTarget(torch.autograd.Function):
 def cosines_of_targets(
     embeddings: Tensor, weight: Tensor, target: Tensor, backend: str, shard: Shard, sub_centers: int
 ) -> tuple[Tensor, Tensor]:
-    """Ahead of :func:`negatives_and_target`, without a gradient: cosines (N,) of all ranks' rows with their targets,
-    and the targets as rows of the centers that take part (N,), from those as classes: of several centers the nearest.
+    """Return the cosines (N,) of all ranks' rows with their targets, and the targets as rows of the centers (N,).
+
+    Of a class's several centers the row is the nearest. Neither has a gradient; :func:`negatives_and_target` follows.
     """
     with torch.no_grad():
         rows = shard.all_rows(embeddings)
@@ -233,13 +138,13 @@ def negatives_and_target(
     sub_centers: int = 1,
     modulation: Modulation | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Each row's negative log-sum-exp, target cosine (both differentiable) and greatest negative cosine, all ``(N,)``.
+    """Return each row's negative log-sum-exp and target cosine, differentiable, and greatest negative cosine, ``(N,)``.
 
     Args:
         embeddings: (n, D), this rank's rows. Their gradient is W times the derivative, W the number of ranks.
         weight: (C, D), this rank's classes.
-        target: (N,) int64, all ranks' rows: index into the centers that take part; ``IGNORED``: no target here, all
-            classes are negatives, and without a target on any rank the cosine is 0; or ``INVALID``: the cosine is NaN.
+        target: (N,) int64, all ranks' rows: an index into the centers that the step uses; ``ABSENT``: no target here,
+            all classes are negatives, and without a target on any rank the cosine is 0; ``INVALID``: the cosine is NaN.
         scale: of the logits.
         backend: a name that :func:`fused_arcface.backends.select` returned.
         shard: what is held here of the classes, and how to reach the rest.

@@ -1,5 +1,7 @@
-"""The factor that a loss is multiplied by before ``backward()``, which :mod:`fused_arcface.center_sgd` divides out: one
-below 1 is refused. On a GPU it is read when the GPU has got there, so that nobody waits for it."""
+"""The factor that a loss is multiplied by before ``backward()``. :mod:`fused_arcface.center_sgd` divides it out.
+
+A factor below 1 is refused. On a GPU it is read when the GPU has got there, so that nobody waits for it.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,7 @@ from torch import Tensor
 
 
 def is_refused(factor: Tensor) -> Tensor:
-    """0-dim bool: a finite factor below 1. One that is not finite is an overflow, and the step is skipped."""
+    """Return 0-dim bool: true for a finite factor below 1. If it is not finite, the step is skipped as an overflow."""
     return (factor < 1) & (factor > -math.inf)
 
 
@@ -37,14 +39,14 @@ class RefusedFactors:
         self._unread: deque[Callable[[], float | None]] = deque(maxlen=1000)
 
     def see(self, factor: Tensor) -> float | None:
-        """The factor, if it is to be refused now; on a GPU :meth:`overdue` will give it."""
+        """Return the factor if it is to be refused now; on a GPU :meth:`overdue` returns it later."""
         if factor.is_cuda:
             self._unread.append(read_later(factor))
             return None
         return float(factor) if is_refused(factor) else None
 
     def overdue(self) -> float | None:
-        """The first factor of an earlier step that was refused, of those that have arrived; None if there is none."""
+        """Return the first refused factor of an earlier step among those that have arrived, or None."""
         while self._unread:
             factor = self._unread[0]()
             if factor is None:

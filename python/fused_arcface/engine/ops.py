@@ -1,23 +1,22 @@
 """The leaf stages as ``torch.library`` operators: schemas and fakes once, implementations by backend name.
 
 :mod:`fused_arcface.engine.autograd` calls ``torch.ops.fused_arcface.*``. The operators have no derivative of their own.
-:mod:`fused_arcface.backends.plain_torch` gives their shapes and meanings.
+:mod:`fused_arcface.backends.torch` gives their shapes and meanings.
 """
 
 from __future__ import annotations
 
 import functools
 import os
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import backends
-from ..base.checks import check_target_range, check_written_in_place
-
-IGNORED, INVALID = -1, -2
-"""Targets of rows that take no part, or whose class is in another shard; and of rows whose label is no class."""
+from ..base.checks import check_target_range
+from ..base.dtypes import compute_dtype
+from .terms import IGNORED, INVALID, PLAIN, CenterStep, Negatives, RowGradients, check_update
 
 _ROWS = "Tensor embeddings, Tensor weight, Tensor target"
 _COEFFICIENTS = "Tensor lse, Tensor negative_coefficient, Tensor target_coefficient"
@@ -46,31 +45,6 @@ for _name, _schema in _SCHEMAS.items():
     torch.library.define(f"fused_arcface::{_name}", _schema)
 
 
-class Negatives(NamedTuple):
-    """How a row's negatives enter its sum, where it is not by their cosines as they are: keyword arguments of the
-    stages over the classes. Only backends for which :func:`fused_arcface.backends.has_negatives` take them."""
-
-    sub_centers: int = 1
-    """K rows of weight for each class, adjacent; a class's cosine is the greatest of theirs, and its gradient that
-    row's. A target is the row of its class that is the greatest."""
-    threshold: Tensor | None = None
-    """(N,) or None: a cosine c above its row's threshold becomes ``a·c² + b·c + d``."""
-    coefficients: Tensor | None = None
-    """(3,) fp64: a, b, d."""
-
-    @property
-    def plain(self) -> bool:
-        return self.sub_centers == 1 and self.threshold is None
-
-
-PLAIN = Negatives()
-
-
-def compute_dtype(embeddings: Tensor, weight: Tensor) -> torch.dtype:
-    """The dtype that sums are kept in: fp64 if either input is, else fp32."""
-    return torch.promote_types(torch.promote_types(embeddings.dtype, weight.dtype), torch.float32)
-
-
 @torch.library.impl("fused_arcface::local_target", "default")
 def _local_target(target: Tensor, num_classes: int, ignore_index: int) -> Tensor:
     """Labels (N,) of any integer dtype as int64, -1 for ignored rows, -2 for those out of range.
@@ -91,8 +65,10 @@ def _local_target_fake(target: Tensor, num_classes: int, ignore_index: int) -> T
 
 
 def _run(name: str, *arguments: Any, class_count: Tensor | None = None, negatives: Negatives = PLAIN) -> Any:
-    """The stage of that name by the backend that the last argument names. A backend without padding or other negatives
-    (``backends.knows_padding``, ``backends.has_negatives``) need not know of them."""
+    """Run the stage of that name by the backend that the last argument names.
+
+    A backend without the features padding, sub-centers and modulated negatives need not have those parameters.
+    """
     *inputs, backend = arguments
     rarer: dict[str, Any] = {} if class_count is None else {"class_count": class_count}
     if not negatives.plain:
@@ -202,16 +178,13 @@ def _weight_grad(
     embeddings: Tensor,
     weight: Tensor,
     target: Tensor,
-    scale: float,
-    lse: Tensor,
-    negative_coefficient: Tensor,
-    target_coefficient: Tensor,
-    backend: str,
+    *gradients_and_backend: Any,
     **negatives: Any,
 ) -> Tensor:
+    *gradients, backend = gradients_and_backend
     if weight.shape[0] == 0:
         return torch.empty_like(weight)
-    arguments = embeddings, weight, target, scale, lse, negative_coefficient, target_coefficient, backend
+    arguments = embeddings, weight, target, RowGradients(*gradients), backend
     result: Tensor = _run("weight_grad", *arguments, negatives=Negatives(**negatives))
     return result
 
@@ -221,69 +194,22 @@ def _weight_grad_fake(embeddings: Tensor, weight: Tensor, *rest: object, **_: ob
     return torch.empty_like(weight)
 
 
-MOMENTUM_BLOCK = 64
-"""Columns of a row that share one unit of an int8 momentum: 1/16 byte an element for it."""
-
-
-class CenterStep(NamedTuple):
-    """What a step of SGD on the class centers needs beside what their gradient is made of. Row r of weight, with
-    gradient g_r, becomes ``w_r - lr·m_r`` with the new momentum ``m_r = momentum·m_r + (g_r + weight_decay·w_r)``."""
-
-    classes: Tensor | None
-    """(K,) int64 ascending rows of weight that take part; None: all. The target indexes into them. Others are not
-    touched. ``C``, for backends that know padding, is no row."""
-    momentum_buffer: Tensor | None
-    """Like weight, fp64, fp32, bf16 or int8; None without momentum."""
-    momentum_scale: Tensor | None
-    """(C, ceil(D / 64)) fp32: the units of an int8 momentum, one for 64 columns of a row."""
-    lr: float
-    momentum: float
-    weight_decay: float
-    rounding_key: int
-    """Of seed and step, as int64, for :func:`fused_arcface.base.keyed_random.rounding_bits`, which rounds storage below
-    fp32."""
-    class_start: int
-    """Global id of weight's first row."""
-    active: Tensor
-    """0-dim bool: where false nothing is changed. A tensor, so that nobody waits for a GPU to read it."""
-
-
-def check_update(weight: Tensor, momentum_buffer: Tensor | None, momentum_scale: Tensor | None) -> None:
-    """Check the memory that a step of SGD writes to: kernels get its raw addresses.
-
-    Raises:
-        ValueError: elements of weight share memory; a momentum of another shape than weight's, or not contiguous.
-    """
-    check_written_in_place("weight", weight)
-    num_rows, dim = weight.shape
-    shapes = {"momentum_buffer": (num_rows, dim), "momentum_scale": (num_rows, -(-dim // MOMENTUM_BLOCK))}
-    for (name, shape), tensor in zip(shapes.items(), (momentum_buffer, momentum_scale), strict=True):
-        if tensor is not None and (tensor.shape != shape or not tensor.is_contiguous()):
-            raise ValueError(
-                f"{name} must be contiguous and {shape} beside weight {(num_rows, dim)}; got {tuple(tensor.shape)} "
-                f"with strides {tensor.stride()}"
-            )
-
-
 @torch.library.impl("fused_arcface::update_centers", "default")
 def _update_centers(
     embeddings: Tensor,
     weight: Tensor,
     target: Tensor,
-    scale: float,
-    lse: Tensor,
-    negative_coefficient: Tensor,
-    target_coefficient: Tensor,
-    *step_and_backend: Any,
+    *terms_and_backend: Any,
     **negatives: Any,
 ) -> None:
-    step, backend = CenterStep(*step_and_backend[:-1]), step_and_backend[-1]
+    *terms, backend = terms_and_backend
+    width = len(RowGradients._fields)
+    gradients, step = RowGradients(*terms[:width]), CenterStep(*terms[width:])
     check_update(weight, step.momentum_buffer, step.momentum_scale)
     if step.classes is not None:
         step = step._replace(classes=step.classes.contiguous())
     if (weight if step.classes is None else step.classes).shape[0] > 0:
-        arguments = embeddings, weight, target, scale, lse, negative_coefficient, target_coefficient, step, backend
-        _run("update_centers", *arguments, negatives=Negatives(**negatives))
+        _run("update_centers", embeddings, weight, target, gradients, step, backend, negatives=Negatives(**negatives))
 
 
 @torch.library.register_fake("fused_arcface::update_centers")

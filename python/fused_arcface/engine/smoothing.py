@@ -1,5 +1,8 @@
-"""Label smoothing without logits: the uniform part of the loss needs only the sum of a row's cosines with all classes,
-``Σ_j cos_ij = ⟨x̂_i, Σ_j ŵ_j⟩``, so it costs O((N + C)·D)."""
+"""Label smoothing without logits, at a cost of O((N + C)·D).
+
+The uniform part of the loss needs only the sum of a row's cosines with all classes,
+``Σ_j cos_ij = ⟨x̂_i, Σ_j ŵ_j⟩``.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +11,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..base.dtypes import compute_dtype
 from ..base.normalize import stored_gradient, unit_gradient, unit_rows, without_autocast
 from ..base.once_differentiable import once_differentiable
-from .autograd import Shard
-from .ops import compute_dtype
+from .shard import Shard
 
 # Class centers worked on at once: 2 MiB at D = 512 in fp32, which stays in a core's cache (16 MiB took ten times as
 # long); on a GPU, where each chunk is some launches, 64 times as many.
@@ -23,7 +26,7 @@ def _chunks(weight: Tensor) -> tuple[Tensor, ...]:
 
 
 class Smoothing(NamedTuple):
-    """What a loss with label smoothing needs to know of its rows beside what every loss does."""
+    """The numbers that only a loss with label smoothing needs."""
 
     amount: float
     """``ε``: the loss is ``1 - ε`` of the usual one and ``ε`` of its mean over all classes taken for the target."""
@@ -33,8 +36,10 @@ class Smoothing(NamedTuple):
     """(N,) ``Σ_j cos_ij`` over all classes, the target's without a margin among them."""
 
     def loss(self, loss: Tensor, target_cosine: Tensor, target_logit: Tensor, scale: float) -> Tensor:
-        """Smoothed row losses (N,) from the usual ones: with z the target's logit and ``lse = loss + z``,
-        ``(1 - ε)·(lse - z) + ε/C·Σ_j (lse - z_j)``."""
+        """Return smoothed row losses (N,) from the usual ones.
+
+        With z the target's logit and ``lse = loss + z`` they are ``(1 - ε)·(lse - z) + ε/C·Σ_j (lse - z_j)``.
+        """
         negatives = scale * (self.cosine_sum - target_cosine)
         return loss + self.amount * (target_logit - (target_logit + negatives) / self.num_classes)
 
@@ -75,14 +80,17 @@ class _TwoUses(torch.autograd.Function):
 
 
 def two_uses(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows (R, D) for the usual loss and for its smoothing. Their gradients are added, which fp16 has no range for: two
-    that saturate would make an infinity, and two infinities a NaN."""
+    """Return rows (R, D) for the usual loss and for its smoothing.
+
+    Their gradients are added, and fp16 has no range for that: two that saturate would make an infinity, and two
+    infinities a NaN.
+    """
     result: tuple[Tensor, Tensor] = _TwoUses.apply(rows) if rows.dtype == torch.float16 else (rows, rows)
     return result
 
 
 def smoothing(embeddings: Tensor, weight: Tensor, amount: float, num_classes: int, shard: Shard) -> Smoothing | None:
-    """For embeddings (n, D), this rank's rows, and weight (C, D), its classes; None where nothing is smoothed."""
+    """Return the smoothing of embeddings (n, D), this rank's rows, and weight (C, D), its classes; None without any."""
     if amount == 0:
         return None
     dtype = compute_dtype(embeddings, weight)

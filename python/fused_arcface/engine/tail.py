@@ -5,7 +5,7 @@ Plain PyTorch, so autograd carries any margin through it; every backend, and one
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,27 +14,13 @@ from torch import Tensor
 from .. import backends
 from ..base.checks import check_margin_output
 from ..base.once_differentiable import once_differentiable
+from ..base.statistics import MarginSoftmaxStats
 from ..margins.angular import Margin, parameters
 from .smoothing import Smoothing
 
 
-class MarginSoftmaxStats(NamedTuple):
-    """What a step knows of each row, detached. Ignored rows have loss 0 and are not correct; their other two
-    numbers say nothing."""
-
-    loss: Tensor
-    """(N,) loss, unreduced."""
-    lse: Tensor
-    """(N,) log-sum-exp of all the row's logits: its negatives' and its target's, the latter with the margin."""
-    target_cosine: Tensor
-    """(N,) cosine between the embedding and its class center, without the margin."""
-    correct: Tensor
-    """(N,) bool: the target is the nearest class center, without the margin (a tie is not correct)."""
-
-
 class _FusedMarginLoss(torch.autograd.Function):
-    """Row losses and full log-sum-exps, (N,) each, the former differentiable, by one launch of a backend's
-    margin_loss."""
+    """Compute row losses, differentiable, and full log-sum-exps by one launch of a backend's margin_loss."""
 
     @staticmethod
     def forward(
@@ -64,7 +50,7 @@ class _FusedMarginLoss(torch.autograd.Function):
 
 
 def reduce_loss(loss: Tensor, ignored: Tensor, reduction: str) -> Tensor:
-    """Row losses ``(N,)`` reduced as ``cross_entropy`` does: ignored rows count neither in the sum nor in the mean."""
+    """Reduce row losses ``(N,)`` as ``cross_entropy`` does: without the ignored rows, in the sum and in the mean."""
     loss = loss.masked_fill(ignored, 0)
     if reduction == "none":
         return loss
@@ -80,22 +66,25 @@ def loss_of_rows(
     margin: Margin,
     scale: float,
     reduction: str,
-    backend: str = "reference",
+    backend: str = "torch",
     penalty: Tensor | None = None,
     smoothed: Smoothing | None = None,
 ) -> tuple[Tensor, MarginSoftmaxStats]:
-    """Reduced loss, differentiable, and the rows' statistics.
+    """Return the reduced loss, differentiable, and the rows' statistics.
 
     Args:
         negative_lse: (N,) log-sum-exp of the row's negative logits over all shards.
         target_cosine: (N,).
         negative_max: (N,) greatest cosine among the row's negatives.
         ignored: (N,) bool.
+        margin: The map of target cosines to modified cosines.
+        scale: The factor of the logits.
+        reduction: ``"mean"``, ``"sum"`` or ``"none"``.
         backend: that of the other stages; one that fuses this tail does so for the margins of this package.
         penalty: (N,) added to the rows' losses.
         smoothed: label smoothing.
     """
-    fuses = backends.fuses_margin(backend) and negative_lse.dtype == torch.float32 and smoothed is None
+    fuses = backends.has(backend, "fused_margin") and negative_lse.dtype == torch.float32 and smoothed is None
     numbers = parameters(margin) if fuses else None
     if numbers is not None:
         loss, lse = _FusedMarginLoss.apply(negative_lse, target_cosine, float(scale), *numbers, backend)

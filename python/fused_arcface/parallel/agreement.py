@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..base.checks import FLOAT_DTYPES
+from ..base.dtypes import FLOAT_DTYPES
 
 Agreement = dict[str, str]
 """The text of each value that must be the same on every rank, by its name."""

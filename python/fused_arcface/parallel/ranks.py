@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..base.checks import FLOAT_DTYPES
+from ..base.dtypes import FLOAT_DTYPES
 from .agreement import REFUSED, Agreement, Header, check_agreements, check_headers, digest, equal_shards
 from .wrappers import copied_shards
 

@@ -173,7 +173,7 @@ def _ours(name: str, backend: str, environment: dict[str, str] | None = None, tf
             backends.select(backend, device)
         except (RuntimeError, ValueError) as error:
             return str(error)
-        if backend in PLAIN and case.N * case.C > _PLAIN_LOGITS:
+        if backend == "torch" and case.N * case.C > _PLAIN_LOGITS:
             return "does what eager does, slower; measured at small shapes"
         return "tf32 is a way to compute fp32" if tf32 and case.dtype != "float32" else None
 
@@ -279,6 +279,7 @@ def select(names: Sequence[str] | None = None, backend: str | None = None) -> tu
     if unknown:
         raise ValueError(f"providers must be among {', '.join(sorted(known))}; got {', '.join(unknown)}")
     known_backends = backends.available()
+    backend = None if backend is None else backends.canonical(backend)
     if backend is not None and backend not in known_backends:
         raise ValueError(f"backend must be one of {', '.join(known_backends)}; got {backend!r}")
     return tuple(

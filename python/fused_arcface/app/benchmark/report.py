@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fused_arcface.backends import canonical
 from fused_arcface.base.files import write_text
 
 from ..measure.timing import Timing
@@ -221,7 +222,16 @@ def read_report(folder: Path) -> Report:
         case = Case(row["N"], row["C"], row["D"], row["dtype"], row["weight_dtype"])
         timing = Timing(tuple(detail["samples_ms"]))
         products = round(detail["flops_per_second"] * timing.median * 1e-3 / (case.N * case.C * case.D))
-        fields = (row["provider"], row["backend"], row["pass"], case, timing, row["error"], products, row["peak_bytes"])
+        fields = (
+            row["provider"],
+            canonical(row["backend"]),
+            row["pass"],
+            case,
+            timing,
+            row["error"],
+            products,
+            row["peak_bytes"],
+        )
         measurements.append(Measurement(*fields))
     skips = [Skip(**{**skip, "case": skip["case"] and Case(**skip["case"])}) for skip in run["skips"]]
     context = {name: run[name] for name in ("device", "torch", "commit", "date")}

@@ -62,7 +62,7 @@ def doctor() -> None:
     console.print(
         f'"auto" takes on the CPU: {fused_arcface.backends.select("auto", torch.device("cpu"))}', highlight=False
     )
-    if not works["reference"]:
+    if not works["torch"]:
         raise typer.Exit(1)
 
 
@@ -82,12 +82,7 @@ def _instruction_set() -> str:
     """Return the instruction set in use, and the others that the compiled module has for this machine."""
     from fused_arcface import backends
 
-    if backends.available()["cpu"] is not None:
-        return "none"
-    from fused_arcface import _native
-    from fused_arcface.backends import cpu
-
-    return f"{cpu.isa()} (on this machine: {', '.join(_native.isas())}; FUSED_ARCFACE_ISA chooses)"
+    return "none" if backends.available()["cpu"] is not None else backends.describe("cpu")
 
 
 def _trial(name: str) -> str | None:

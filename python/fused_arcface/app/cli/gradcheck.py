@@ -34,10 +34,11 @@ def gradcheck(
     import torch
 
     from fused_arcface import backends
-    from fused_arcface.functional import unusual_negatives
+    from fused_arcface.base.options import HeadOptions
 
     from .. import agreement
 
+    backend = backend if backend == "all" else backends.canonical(backend)
     available = backends.available()
     if backend != "all" and backend not in available:
         raise typer.BadParameter(f"--backend must be all or one of {', '.join(available)}; got {backend}")
@@ -53,7 +54,7 @@ def gradcheck(
         (name, margin, options, each)
         for name in usable
         for margin, options in agreement.subjects()
-        if backends.has_negatives(name) or unusual_negatives(margin, options.get("sub_centers", 1)) is None
+        if all(backends.has(name, feature) for feature in HeadOptions(margin, **options).needs())
         for each in chosen
     ]
     tables = {name: _table(name, agreement.QUANTITIES) for name in usable}

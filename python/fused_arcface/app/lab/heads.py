@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fused_arcface import reference
+from fused_arcface.base.statistics import MarginSoftmaxStats
 from fused_arcface.engine.margin_step import in_step
-from fused_arcface.engine.tail import MarginSoftmaxStats
 from fused_arcface.head import MarginHead
 
 
@@ -44,14 +46,7 @@ class ReferenceHead(MarginHead):
         self, embeddings: Tensor, target: Tensor, *, ignore_index: int = -100, return_stats: bool = False
     ) -> Tensor | tuple[Tensor, MarginSoftmaxStats]:
         """Compute what the fused head computes; ``backend`` is ignored."""
-        return reference.margin_softmax_loss(
-            embeddings,
-            self.weight,
-            target,
-            margin=in_step(self.margin, embeddings, alone=False),
-            scale=self.scale,
-            ignore_index=ignore_index,
-            return_stats=return_stats,
-            sub_centers=self.sub_centers,
-            label_smoothing=self.label_smoothing,
+        options = dataclasses.replace(self.options, margin=in_step(self.margin, embeddings, alone=False))
+        return reference.loss_with(
+            options, embeddings, self.weight, target, ignore_index=ignore_index, return_stats=return_stats
         )

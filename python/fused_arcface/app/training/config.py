@@ -202,7 +202,7 @@ class TrainConfig:
         1.0, HEAD, "Fraction of the classes that a step uses, above 0 and at most 1.", least=0, above=True, most=1
     )
     backend: str = _option(
-        "auto", HEAD, "Backend of the head: auto, reference, cpu, triton or cuda; fused-arcface doctor lists them."
+        "auto", HEAD, "Backend of the head: auto, torch, cpu, triton or cuda; fused-arcface doctor lists them."
     )
 
     epochs: int = _option(20, OPTIMIZATION, "Passes over the images.", least=1)

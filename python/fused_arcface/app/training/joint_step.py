@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from fused_arcface.base.keyed_random import NET, fold
-from fused_arcface.engine.tail import MarginSoftmaxStats
+from fused_arcface.base.statistics import MarginSoftmaxStats
 from fused_arcface.partial_fc import PartialFC
 
 from .buffers import SavedBuffers

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from fused_arcface import backends
+from fused_arcface.base.options import HeadOptions
 from fused_arcface.base.reading import DataError
-from fused_arcface.functional import unusual_negatives
 from fused_arcface.margins.text import parse_margin
 
 from ..data.images import ImageSpec
@@ -90,7 +90,7 @@ def resolve(config: TrainConfig, source: ImageSource, world: World) -> TrainConf
             "class centers would make that rank alone leave the step out"
         )
     try:
-        needs = unusual_negatives(parse_margin(config.margin), config.sub_centers)
+        needs = HeadOptions(parse_margin(config.margin), sub_centers=config.sub_centers).needs()
         backends.select(config.backend, world.device, needs=needs)
     except (RuntimeError, ValueError) as error:
         raise OptionError(str(error)) from None

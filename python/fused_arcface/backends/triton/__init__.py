@@ -1,4 +1,4 @@
-"""The stages on NVIDIA GPUs, in Triton. Shapes as in backends/reference.py; what runs where is in stages.py.
+"""The stages on NVIDIA GPUs, in Triton. Shapes as in backends/torch.py; what runs where is in stages.py.
 
 ``import triton`` in this package is absolute and means the compiler of that name, never this package. Without that
 compiler the package still imports, so that :func:`unavailable` can say what is missing.
@@ -46,6 +46,7 @@ if _compiler_reason is None:
 
 
 def unavailable() -> str | None:
+    """Return why this backend cannot run here, or None."""
     return nvidia.unavailable() or _compiler_reason
 
 

@@ -1,5 +1,7 @@
-"""The step of SGD on the class centers, made where a panel's gradient by the unit centers has just been summed: project
-it, add decay and momentum, write center and momentum back. No gradient larger than a panel exists.
+"""The step of SGD on the class centers, made where a panel's gradient by the unit centers has just been summed.
+
+It projects the gradient, adds decay and momentum, and writes center and momentum back. No gradient larger than a panel
+exists.
 
 csrc/cpu/center_sgd.h in Triton; fused_arcface.base.keyed_random defines the random bits, and a test compares the two.
 """
@@ -12,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fused_arcface.engine.ops import MOMENTUM_BLOCK, CenterStep
+from fused_arcface.engine.terms import MOMENTUM_BLOCK, CenterStep
 
 from .common import block_width, divide, launch, reciprocal, rows_per_block, to
 from .targets import by_row, projection
@@ -38,7 +40,7 @@ def rounding_bits(row_keys, columns):
 
 @triton.jit
 def _stored(x, bits, dtype: tl.constexpr):
-    """x in dtype; in bf16 up with the probability of its distance from the value below, by 16 bits."""
+    """Return x in dtype, rounded stochastically by 16 bits if that is bf16."""
     if dtype == tl.bfloat16:
         word = x.to(tl.float32).to(tl.uint32, bitcast=True)
         finite = (word & 0x7F800000) != 0x7F800000
@@ -49,14 +51,14 @@ def _stored(x, bits, dtype: tl.constexpr):
 
 @triton.jit
 def _spread(units, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, MOMENTUM_BLOCK: tl.constexpr):
-    """(BLOCK_N, BLOCK_D): each of the units (BLOCK_N, BLOCK_D / MOMENTUM_BLOCK) over its columns."""
+    """Return (BLOCK_N, BLOCK_D): each of the units (BLOCK_N, BLOCK_D / MOMENTUM_BLOCK) over its columns."""
     shape: tl.constexpr = (BLOCK_N, BLOCK_D // MOMENTUM_BLOCK, MOMENTUM_BLOCK)
     return tl.reshape(tl.broadcast_to(units[:, :, None], shape), (BLOCK_N, BLOCK_D))
 
 
 @triton.jit
 def _float64(bits):
-    """The number with these bits: a Python float reaches a kernel as fp32."""
+    """Return the number with these bits: a Python float reaches a kernel as fp32."""
     return bits.to(tl.int64).to(tl.float64, bitcast=True)
 
 
@@ -86,6 +88,7 @@ def update_centers_kernel(
     BLOCK_D: tl.constexpr,
     MOMENTUM_BLOCK: tl.constexpr,
 ):
+    """Make one step of SGD on a block of class centers."""
     COMPUTE: tl.constexpr = d_unit_ptr.dtype.element_ty
     offs_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     # No scalar bool spread over the block: Triton's interpreter makes integers of it, and since 3.9 refuses such masks.
@@ -140,7 +143,7 @@ def _bits(number: float) -> int:
 
 
 def update_rows(d_unit: Tensor, weight: Tensor, step: CenterStep, start: int) -> None:
-    """The step of the centers from place ``start`` on, from the gradient by their unit vectors d_unit (R, >= D)."""
+    """Make the step of the centers from index ``start`` on, from the gradient by their unit vectors (R, >= D)."""
     num_rows, (num_classes, width) = d_unit.shape[0], weight.shape
     buffer, units = step.momentum_buffer, step.momentum_scale
     # Whole units of an int8 momentum.

@@ -49,7 +49,7 @@ class _Loop:
         return self.panel.values.shape[0] // self.config.BLOCK_C
 
     def turns(self) -> Iterator[tuple[int, int]]:
-        """The first class of each turn, and how many there are in it; the panel is made of them."""
+        """Yield the first class of each turn and their number; the panel is made of them."""
         for start in range(0, self.centers.count, self.panel.values.shape[0]):
             yield start, self.centers.fill(start, self.panel)
 
@@ -108,8 +108,10 @@ def class_stats(
 def unit_gradients(
     x: UnitRows, centers: Centers, target: Tensor, terms: RowTerms, finish: Callable[[Tensor, int], None]
 ) -> None:
-    """Calls ``finish(gradient, start)`` once a turn, with the gradient by the unit centers from place ``start`` on, (R,
-    width), given the rows' terms with their coefficients."""
+    """Call ``finish(gradient, start)`` once a turn.
+
+    The gradient (R, width) is that by the unit centers from index ``start`` on, by the terms' coefficients.
+    """
     num_rows, width = x.values.shape
     loop = _Loop.create(x, centers, True)
     d_unit = x.inverse.new_empty(loop.panel.values.shape[0], width)

@@ -17,7 +17,7 @@ INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET", "0") == "1")
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
-    """Runs ``kernel`` on its tensors' device, on PyTorch's current stream there; a grid without blocks is no launch."""
+    """Run ``kernel`` on its tensors' device, on PyTorch's current stream there; a grid without blocks is no launch."""
     if 0 in grid:
         return
     device = next(arg.device for arg in args if isinstance(arg, Tensor))
@@ -73,7 +73,7 @@ def _library_adds_to_fp32(device: torch.device) -> bool:
 
 @triton.jit
 def divide(a, b):
-    """a / b, rounded to nearest: Triton's own fp32 division may be two units off, which a cosine would have thrice."""
+    """Return a / b rounded to nearest. Triton's own fp32 division may be two units off, in a cosine three times."""
     if b.dtype == tl.float32:
         return tl.div_rn(a, b)
     return a / b
@@ -95,8 +95,11 @@ def square_root(x):
 
 @triton.jit
 def floored(norm, power):
-    """max(norm, 1e-12·power): with :func:`row_norms`'s results, power times what a row is divided by, as in
-    ``torch.nn.functional.normalize``; NaN stays NaN."""
+    """Return max(norm, 1e-12·power); NaN stays NaN.
+
+    With :func:`row_norms`'s results it is power times the number that a row is divided by, as in
+    ``torch.nn.functional.normalize``.
+    """
     # Spelled out in norm's dtype: a bare constant is fp32 to Triton, and fp64 would have nine of its digits.
     epsilon = tl.full(norm.shape, 1e-12, norm.dtype) * power
     return tl.where(norm < epsilon, epsilon, norm)
@@ -149,7 +152,7 @@ def row_norms(
 
 @triton.jit
 def to(x, dtype: tl.constexpr):
-    """x rounded to dtype, to nearest even."""
+    """Return x rounded to dtype, to nearest even."""
     # The interpreter truncates to bf16, which would bias every sum of such numbers; it is right at everything else.
     if INTERPRETED and dtype == tl.bfloat16:
         bits = x.to(tl.float32).to(tl.uint32, bitcast=True)
@@ -160,8 +163,10 @@ def to(x, dtype: tl.constexpr):
 
 @triton.jit
 def to_gradient(x, is_short, dtype: tl.constexpr):
-    """x rounded to a gradient's dtype. In fp16 an overflow is infinite, but for rows shorter than ε, which ``is_short``
-    says: their finite numbers saturate."""
+    """Return x rounded to a gradient's dtype.
+
+    In fp16 an overflow is infinite. In rows shorter than ε, marked by ``is_short``, finite numbers saturate.
+    """
     if dtype == tl.float16:
         saturated = tl.minimum(tl.maximum(x, -65504.0), 65504.0)
         x = tl.where(is_short & (tl.abs(x) < float("inf")), saturated, x)
@@ -170,7 +175,7 @@ def to_gradient(x, is_short, dtype: tl.constexpr):
 
 @triton.jit
 def dot(a, b, accumulator):
-    """accumulator (M, K) fp32 + a (M, D) @ b (D, K), a and b of one 16-bit dtype."""
+    """Return accumulator (M, K) fp32 + a (M, D) @ b (D, K), a and b of one 16-bit dtype."""
     # The interpreter holds bf16 numbers as their bits in uint16 and would multiply those.
     if INTERPRETED:
         return tl.dot(a.to(tl.float32), b.to(tl.float32), accumulator, input_precision="ieee")

@@ -108,12 +108,15 @@ exponentials (16 MiB of centers, 16 384 classes of 512): its products last 6 µs
 
 
 def is_wide(arch: int) -> bool:
-    """Whether ``arch`` (compute capability × 10) has 227 KiB of shared memory a block: data-center Hopper and
-    Blackwell."""
+    """Return true if ``arch`` (compute capability × 10) has 227 KiB of shared memory a block.
+
+    Data-center Hopper and Blackwell have.
+    """
     return arch in (90, 100, 103)
 
 
 def product_config(arch: int) -> ProductConfig:
+    """Return the tiles of the product kernel for ``arch`` (compute capability × 10)."""
     return _PRODUCT_SM90 if is_wide(arch) else _PRODUCT_PORTABLE
 
 
@@ -163,8 +166,9 @@ def panel_classes(config: PanelConfig, N: int, C: int, row_bytes: int, exponenti
 
 
 def row_splits(row_tiles: int, class_tiles: int, split_bytes: int, multiprocessors: int) -> int:
-    """Into how many ranges of classes the flash forward cuts a panel, so that its blocks fill the multiprocessors
-    evenly.
+    """Return the number of ranges that the flash forward cuts a panel's classes into.
+
+    Its blocks then fill the multiprocessors evenly.
 
     Each split has its own (N, D) fp32 sums of ``split_bytes``: 64 MiB of them at most.
     """

@@ -1,5 +1,6 @@
-"""The class-chunk algorithm's kernels: from scores ``S = X·Wᵀ`` of one panel of classes to exponentials, their rows'
-sums and maxima.
+"""The class-chunk algorithm's kernels: from scores of one panel of classes to exponentials, row sums and maxima.
+
+The scores are ``S = X·Wᵀ``.
 
 ``PRODUCT``: the kernel multiplies 16-bit operands itself and S never leaves the registers, because writing and
 reading an fp32 S would cost 8 bytes a logit of L2 traffic beside the 4 of the exponentials (1.5 ps a logit and pass,
@@ -34,8 +35,10 @@ def _scores(
     BLOCK_C: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """(BLOCK_N, BLOCK_C) scores of one tile; x_ptr and w_ptr at its first rows. Panels are padded: only batch rows
-    need a mask."""
+    """Return the scores (BLOCK_N, BLOCK_C) of one tile; x_ptr and w_ptr are at its first rows.
+
+    Panels are padded: only batch rows need a mask.
+    """
     if PRODUCT:
         offs_d = tl.arange(0, BLOCK_D)
         x_ptrs = x_ptr + (tl.arange(0, BLOCK_N)[:, None] * WIDTH + offs_d[None, :])
@@ -59,8 +62,10 @@ def _scores(
 
 @triton.jit
 def _tile(num_tiles_n, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Which tile of classes, and the tile's first row (64-bit) and class. Blocks that run together share their
-    classes' tile."""
+    """Return the index of the tile of classes, and the tile's first row (64-bit) and class.
+
+    Blocks that run together share their classes' tile.
+    """
     pid = tl.program_id(0)
     tile_c = pid // num_tiles_n
     return tile_c, (pid % num_tiles_n).to(tl.int64) * BLOCK_N, tile_c * BLOCK_C
@@ -93,6 +98,7 @@ def class_stats_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
+    """Sum a tile's exponentials and take its maxima, and store the exponentials if asked."""
     tile_c, first_n, first_c = _tile(num_tiles_n, BLOCK_N, BLOCK_C)
     offs_n = first_n + tl.arange(0, BLOCK_N)
     offs_c = first_c + tl.arange(0, BLOCK_C)
@@ -157,6 +163,7 @@ def class_gradient_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
+    """Store a tile's derivatives by the cosines."""
     _, first_n, first_c = _tile(num_tiles_n, BLOCK_N, BLOCK_C)
     offs_n = first_n + tl.arange(0, BLOCK_N)
     offs_c = first_c + tl.arange(0, BLOCK_C)
@@ -215,7 +222,7 @@ def launch_class_stats(
     store: bool,
     config: ProductConfig | ElementConfig,
 ) -> None:
-    """Adds one panel to the rows' partial ``total`` and ``maximum`` (tiles, N), and stores its exponentials if asked.
+    """Add one panel to the rows' partial ``total`` and ``maximum`` (tiles, N), and stores its exponentials if asked.
 
     x (N, width), panel (P, width), exponentials (N, P); without ``terms`` only the maximum is taken.
     """

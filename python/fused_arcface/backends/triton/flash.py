@@ -1,5 +1,4 @@
-"""The flash passes: the second product taken in the same kernel as the first, so that nothing of size N×C is stored
-at all.
+"""The flash passes: one kernel takes both products, so that nothing of size N×C is stored at all.
 
 Softmax is attention with K = V = W. Forward: a block owns ``OUTER`` embeddings and their sum of centers, and streams
 the classes of its range past them. Backward: a block owns ``OUTER`` classes and their gradient, streams the batch
@@ -48,6 +47,7 @@ def flash_stats_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
+    """Sum exponentials and the centers weighted by them over a range of classes."""
     first_row = tl.program_id(0).to(tl.int64) * BLOCK_N
     split = tl.program_id(1)
     offs_n = first_row + tl.arange(0, BLOCK_N)
@@ -117,6 +117,7 @@ def flash_gradient_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
+    """Sum the gradient by a block of unit centers over the batch."""
     offs_c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     offs_d = tl.arange(0, WIDTH)
     # Within a tile, and within a panel, offsets fit 32 bits.
@@ -230,7 +231,7 @@ def class_stats(
 
 
 def weight_grad(x: UnitRows, centers: Centers, target: Tensor, terms: RowTerms, out: Tensor) -> None:
-    """The gradient by the centers (K, D) into ``out``; x of padded rows, target and terms (N,)."""
+    """Write the gradient by the centers (K, D) into ``out``; x has padded rows, target and terms are (N,)."""
     panel = _panel(x, centers, _config(x.values.shape[1], x.values.device).OUTER)
     for start in range(0, centers.count, panel.values.shape[0]):
         num_classes = centers.fill(start, panel)

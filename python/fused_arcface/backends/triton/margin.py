@@ -1,5 +1,4 @@
-"""The finalizing kernel: from each row's negative log-sum-exp and target cosine to its loss and both derivatives, in
-one launch.
+"""The finalizing kernel: one launch from each row's log-sum-exp and target cosine to loss and both derivatives.
 
 fused_arcface.margins in Triton, its functions' names in its order; tests/test_triton.py compares the two point by
 point. The same O(N) tail in PyTorch is some forty launches of a few microseconds each, as much as the passes over 100
@@ -100,6 +99,7 @@ def margin_loss_kernel(
     STRAIGHT_THROUGH: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
+    """Compute the losses and their derivatives of a block of rows."""
     offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = offs_n < num_rows
     lse = tl.load(lse_ptr + offs_n, mask_n, 0.0)

@@ -61,6 +61,7 @@ def unit_rows_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
+    """Write a block of rows, and the inverses of their norms."""
     COMPUTE: tl.constexpr = inverse_ptr.dtype.element_ty
     VALUES: tl.constexpr = values_ptr.dtype.element_ty
     offs_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -136,7 +137,7 @@ class Centers:
         return self.weight.shape[0] if self.classes is None else self.classes.shape[0]
 
     def fill(self, start: int, panel: UnitRows) -> int:
-        """The panel of those from ``start`` on; how many there are."""
+        """Fill the panel with the centers from index ``start`` on, and return their number."""
         stop = min(start + panel.values.shape[0], self.count)
         if self.classes is None:
             fill_unit_rows(self.weight[start:stop], panel)
@@ -162,6 +163,7 @@ def row_terms_kernel(
     HAS_COEFFICIENTS: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
+    """Write the numbers of a block of rows that the passes over the classes take."""
     COMPUTE: tl.constexpr = inverse_ptr.dtype.element_ty
     offs_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = offs_n < num_rows

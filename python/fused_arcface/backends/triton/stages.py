@@ -1,5 +1,4 @@
-"""The stage functions of this backend, by the contract of backends/reference.py. Names, shapes and results are given
-there.
+"""The stage functions of this backend. Names, shapes and results are those of backends/torch.py.
 
 Every step is launches on the current stream: no value is read back and no shape depends on one, so a CUDA graph can
 capture it.
@@ -10,7 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fused_arcface.engine.ops import CenterStep, compute_dtype
+from fused_arcface.base.dtypes import compute_dtype
+from fused_arcface.engine.terms import CenterStep, RowGradients
 
 from . import chunks, flash
 from .center_sgd import update_rows
@@ -25,8 +25,10 @@ to."""
 
 
 def _operand_dtype(embeddings: Tensor, weight: Tensor) -> torch.dtype:
-    """What products take: the embeddings' dtype, as autocast would. fp32 embeddings keep full precision beside 16-bit
-    centers."""
+    """Return the dtype of the products' operands: the embeddings', as autocast would choose.
+
+    fp32 embeddings keep full precision beside 16-bit centers.
+    """
     return torch.float64 if torch.float64 in (embeddings.dtype, weight.dtype) else embeddings.dtype
 
 
@@ -49,6 +51,7 @@ def _unit_rows(embeddings: Tensor, weight: Tensor, algorithm: str) -> UnitRows:
 
 
 def class_max(embeddings: Tensor, weight: Tensor, target: Tensor, class_count: Tensor | None = None) -> Tensor:
+    """Implement :func:`fused_arcface.backends.torch.class_max`."""
     x = _unit_rows(embeddings, weight, "chunks")
     if embeddings.shape[0] == 0:
         return torch.empty_like(x.inverse)
@@ -65,6 +68,7 @@ def class_stats(
     with_center_sum: bool,
     class_count: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """Implement :func:`fused_arcface.backends.torch.class_stats`."""
     num_rows, D = embeddings.shape
     algorithm = _algorithm(embeddings, weight)
     x = _unit_rows(embeddings, weight, algorithm)
@@ -91,15 +95,13 @@ def weight_grad(
     embeddings: Tensor,
     weight: Tensor,
     target: Tensor,
-    scale: float,
-    lse: Tensor,
-    negative_coefficient: Tensor,
-    target_coefficient: Tensor,
+    gradients: RowGradients,
 ) -> Tensor:
+    """Implement :func:`fused_arcface.backends.torch.weight_grad`."""
     d_weight = torch.empty_like(weight)
     if embeddings.shape[0] == 0:
         return d_weight.zero_()
-    algorithm, x, terms = _backward(embeddings, weight, scale, lse, negative_coefficient, target_coefficient)
+    algorithm, x, terms = _backward(embeddings, weight, gradients)
     if algorithm == "flash":
         flash.weight_grad(x, Centers(weight), target.contiguous(), terms, d_weight)
     else:
@@ -116,51 +118,45 @@ def update_centers(
     embeddings: Tensor,
     weight: Tensor,
     target: Tensor,
-    scale: float,
-    lse: Tensor,
-    negative_coefficient: Tensor,
-    target_coefficient: Tensor,
+    gradients: RowGradients,
     step: CenterStep,
 ) -> None:
+    """Implement :func:`fused_arcface.backends.torch.update_centers`."""
     centers = Centers(weight, step.classes)
     if embeddings.shape[0] == 0:
         # Decay and momentum are there without a gradient; a panel's worth of it would be all zeros, however large.
         d_unit = weight.new_zeros(1, weight.shape[1], dtype=compute_dtype(embeddings, weight))
         update_rows(d_unit.expand(centers.count, -1), weight, step, 0)
         return
-    algorithm, x, terms = _backward(embeddings, weight, scale, lse, negative_coefficient, target_coefficient)
+    algorithm, x, terms = _backward(embeddings, weight, gradients)
     module = flash if algorithm == "flash" else chunks
     module.unit_gradients(
         x, centers, target.contiguous(), terms, lambda d_unit, start: update_rows(d_unit, weight, step, start)
     )
 
 
-def _backward(
-    embeddings: Tensor,
-    weight: Tensor,
-    scale: float,
-    lse: Tensor,
-    negative_coefficient: Tensor,
-    target_coefficient: Tensor,
-) -> tuple[str, UnitRows, RowTerms]:
-    """The algorithm of a backward pass, the embeddings ready for it, and the rows' terms."""
+def _backward(embeddings: Tensor, weight: Tensor, gradients: RowGradients) -> tuple[str, UnitRows, RowTerms]:
+    """Return the algorithm of a backward pass, the embeddings ready for it, and the rows' terms."""
     algorithm = _algorithm(embeddings, weight)
     x = _unit_rows(embeddings, weight, algorithm)
-    coefficients = negative_coefficient, target_coefficient
+    scale, lse, coefficients = gradients.scale, gradients.lse, gradients[2:]
     return algorithm, x, row_terms(x.inverse[: embeddings.shape[0]], scale, lse, coefficients)
 
 
 def target_cosine(embeddings: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+    """Implement :func:`fused_arcface.backends.torch.target_cosine`."""
     return target_cosines(embeddings, weight, target, compute_dtype(embeddings, weight))
 
 
 def unit_embedding_grad(
     weight: Tensor, target: Tensor, mean_center: Tensor, negative_coefficient: Tensor, target_coefficient: Tensor
 ) -> Tensor:
+    """Implement :func:`fused_arcface.backends.torch.unit_embedding_grad`."""
     return unit_embedding_grads(weight, target, mean_center, negative_coefficient, target_coefficient)
 
 
 def embedding_grad(d_unit: Tensor, embeddings: Tensor) -> Tensor:
+    """Implement :func:`fused_arcface.backends.torch.embedding_grad`."""
     d_embeddings = torch.empty_like(embeddings)
     project(d_unit.contiguous(), embeddings, d_embeddings)
     return d_embeddings
@@ -176,4 +172,5 @@ def margin_loss(
     boundary: str,
     gradient: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Implement :func:`fused_arcface.backends.torch.margin_loss`."""
     return margin_losses(negative_lse, target_cosine, scale, (m1, m2, m3), boundary, gradient)

@@ -1,6 +1,7 @@
-"""Kernels of O(rows·D), bound by memory, before and after the passes over the classes: target cosines, the embedding
-gradient, and
-the projection through the rows' normalization. Offsets of rows are 64-bit.
+"""Kernels of O(rows·D), bound by memory, before and after the passes over the classes.
+
+They make the target cosines, the embedding gradient, and the projection through the rows' normalization. Offsets of
+rows are 64-bit.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ def target_cosine_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
+    """Compute the target cosines of a block of rows."""
     COMPUTE: tl.constexpr = cosine_ptr.dtype.element_ty
     offs_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = offs_n < num_rows
@@ -54,6 +56,7 @@ def target_cosine_kernel(
 
 
 def target_cosines(embeddings: Tensor, weight: Tensor, target: Tensor, compute: torch.dtype) -> Tensor:
+    """Return the cosine (N,) of each row with its target's center."""
     num_rows, width = embeddings.shape
     cosine = torch.empty(num_rows, dtype=compute, device=embeddings.device)
     block_n = rows_per_block(width)
@@ -91,6 +94,7 @@ def unit_embedding_grad_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
+    """Compute the gradient by a block of unit embeddings."""
     COMPUTE: tl.constexpr = out_ptr.dtype.element_ty
     offs_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = offs_n < num_rows
@@ -114,6 +118,7 @@ def unit_embedding_grad_kernel(
 def unit_embedding_grads(
     weight: Tensor, target: Tensor, mean_center: Tensor, negative_coefficient: Tensor, target_coefficient: Tensor
 ) -> Tensor:
+    """Return the gradient (N, D) by the unit embeddings."""
     num_rows, width = mean_center.shape
     mean_center = mean_center.contiguous()
     out = torch.empty_like(mean_center)
@@ -149,8 +154,11 @@ def projection(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """p, f, a and s, (BLOCK_N,) each: with the unit row u = row·p·f, ``(d_unit - u·a)·f·p`` is the gradient by a row
-    (normalize.unit_gradient), and s says that the row is shorter than ε. p is a power of two."""
+    """Return p, f, a and s, (BLOCK_N,) each.
+
+    With the unit row u = row·p·f, ``(d_unit - u·a)·f·p`` is the gradient by a row (normalize.unit_gradient). p is a
+    power of two. s is true if the row is shorter than ε.
+    """
     norm, power = row_norms(rows_ptr, stride_d, mask_n, D, COMPUTE, WIDTH, BLOCK_N, BLOCK_D)
     is_short = norm < floored(norm, power)
     factor = reciprocal(floored(norm, power))
@@ -167,7 +175,7 @@ def projection(
 
 @triton.jit
 def by_row(d_unit, row, power, factor, along):
-    """The gradient (BLOCK_N, BLOCK_D) by columns of the rows, from :func:`projection`'s results."""
+    """Return the gradient (BLOCK_N, BLOCK_D) by columns of the rows, from :func:`projection`'s results."""
     unit = row * power[:, None] * factor[:, None]
     return (d_unit - unit * along[:, None]) * factor[:, None] * power[:, None]
 
@@ -188,6 +196,7 @@ def project_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
+    """Project a block of gradients by unit rows to gradients by the rows."""
     COMPUTE: tl.constexpr = d_unit_ptr.dtype.element_ty
     offs_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = offs_n < num_rows
@@ -207,8 +216,10 @@ def project_kernel(
 
 
 def project(d_unit: Tensor, rows: Tensor, out: Tensor) -> None:
-    """Gradient by rows (R, D) into ``out`` from d_unit (R, >= D), that by their unit vectors
-    (reference.unit_gradient)."""
+    """Write the gradient by rows (R, D) into ``out``, from d_unit (R, >= D), that by their unit vectors.
+
+    It is :func:`fused_arcface.base.normalize.unit_gradient`.
+    """
     num_rows, width = rows.shape
     block_n = rows_per_block(width)
     launch(

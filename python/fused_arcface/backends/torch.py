@@ -1,7 +1,7 @@
 """The stages in plain PyTorch, logits materialized: any device, and the definition of what a backend computes.
 
 Shapes, in every backend: embeddings (N, D), weight (C, D), target (N,) int64, an index into this weight, or negative
-where the row's target is not here (``ops.IGNORED``, ``ops.INVALID``). Results have the compute dtype: the promoted one
+if the row's target is not among its rows (``ABSENT``, ``INVALID``). Results have the compute dtype: the promoted one
 of both, at least fp32.
 """
 
@@ -15,9 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..base.dtypes import compute_dtype
 from ..base.keyed_random import rounding_bits
 from ..base.normalize import stored_gradient, unit_gradient, unit_rows, without_autocast
-from ..engine.ops import IGNORED, INVALID, MOMENTUM_BLOCK, PLAIN, CenterStep, Negatives, compute_dtype
+from ..engine.terms import ABSENT, INVALID, MOMENTUM_BLOCK, PLAIN, CenterStep, Negatives, RowGradients
 from ..margins.angular import CombinedMargin
 
 _P = ParamSpec("_P")
@@ -25,11 +26,12 @@ _R = TypeVar("_R")
 
 
 def unavailable() -> str | None:
+    """Return why this backend cannot run here, or None."""
     return None
 
 
 def _in_full_precision(stage: Callable[_P, _R]) -> Callable[_P, _R]:
-    """The stage with autocast off."""
+    """Wrap a stage so that it runs with autocast off."""
 
     @functools.wraps(stage)
     def run(*args: _P.args, **kwargs: _P.kwargs) -> _R:
@@ -42,7 +44,7 @@ def _in_full_precision(stage: Callable[_P, _R]) -> Callable[_P, _R]:
 
 
 def _cosines(embeddings: Tensor, weight: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Unit embeddings (N, D), unit centers (C, D), their cosines (N, C) and where those are a row's target (N, C)."""
+    """Return unit embeddings (N, D) and centers (C, D), their cosines (N, C), and a mask of the targets (N, C)."""
     dtype = compute_dtype(embeddings, weight)
     unit_x, unit_w = unit_rows(embeddings.to(dtype)), unit_rows(weight.to(dtype))
     is_target = target[:, None] == torch.arange(weight.shape[0], device=target.device)
@@ -52,7 +54,7 @@ def _cosines(embeddings: Tensor, weight: Tensor, target: Tensor) -> tuple[Tensor
 def _values(
     cosine: Tensor, target: Tensor, negatives: Negatives, class_count: Tensor | None = None
 ) -> tuple[Tensor, Tensor | float]:
-    """What each row of weight counts for among the negatives, (N, C), and its derivative by the cosine.
+    """Return the value of each row of weight among the negatives, (N, C), and its derivative by the cosine.
 
     The value is -inf for the target's class, for sub-centers that are not their class's nearest, and for padding.
     """
@@ -81,8 +83,11 @@ def class_max(
     class_count: Tensor | None = None,
     negatives: Negatives = PLAIN,
 ) -> Tensor:
-    """(N,) greatest cosine, as ``negatives`` has it, of each row with a class that is not its target; -inf where there
-    is none. With ``class_count``, a 0-dim int64 tensor, the rows of weight from there on are padding: no classes."""
+    """Return the greatest cosine (N,) of each row with a class that is not its target, -inf if there is none.
+
+    ``negatives`` may change the cosines. With ``class_count``, a 0-dim int64 tensor, the rows of weight from there on
+    are padding: no classes.
+    """
     _, _, cosine, _ = _cosines(embeddings, weight, target)
     return _values(cosine, target, negatives, class_count)[0].amax(1)
 
@@ -98,7 +103,7 @@ def class_stats(
     class_count: Tensor | None = None,
     negatives: Negatives = PLAIN,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Statistics of each row's negatives: sum and maximum, and the sum of the class centers weighted alike.
+    """Return each row's sum over the negatives, their maximum, and the sum of the class centers weighted alike.
 
     With ``e_ij = exp(scale·cos_ij - shift_i)`` for ``j != target_i`` (shift ``(N,)`` fp64, none is zero), else 0:
     ``Σ_j e_ij`` (N,), ``max_j cos_ij`` (N,), ``Σ_j e_ij ŵ_j`` (N, D), the last empty unless asked for. ``class_count``
@@ -118,20 +123,14 @@ def weight_grad(
     embeddings: Tensor,
     weight: Tensor,
     target: Tensor,
-    scale: float,
-    lse: Tensor,
-    negative_coefficient: Tensor,
-    target_coefficient: Tensor,
+    gradients: RowGradients,
     negatives: Negatives = PLAIN,
 ) -> Tensor:
-    """(C, D) gradient by the class centers, in weight's dtype, from each row's coefficients (N,) and lse (N,) fp64.
+    """Return the gradient (C, D) by the class centers, in weight's dtype.
 
-    The derivative by ``cos_ij`` is ``negative_coefficient_i·exp(scale·cos_ij - lse_i)``, the target's
-    ``target_coefficient_i``; for f and its derivative see :func:`class_stats`.
+    With ``negatives`` a derivative has the factor f' as well, see :func:`class_stats`.
     """
-    gradient = _exact_weight_grad(
-        embeddings, weight, target, scale, lse, negative_coefficient, target_coefficient, negatives
-    )
+    gradient = _exact_weight_grad(embeddings, weight, target, gradients, negatives)
     return stored_gradient(gradient, weight)
 
 
@@ -139,13 +138,11 @@ def _exact_weight_grad(
     embeddings: Tensor,
     weight: Tensor,
     target: Tensor,
-    scale: float,
-    lse: Tensor,
-    negative_coefficient: Tensor,
-    target_coefficient: Tensor,
+    gradients: RowGradients,
     negatives: Negatives = PLAIN,
 ) -> Tensor:
     """:func:`weight_grad` in the compute dtype."""
+    scale, lse, negative_coefficient, target_coefficient = gradients
     unit_x, _, cosine, is_target = _cosines(embeddings, weight, target)
     value, slope = _values(cosine, target, negatives)
     probability = (scale * value.double() - lse[:, None]).exp().to(cosine.dtype).masked_fill(value == -torch.inf, 0)
@@ -158,14 +155,11 @@ def update_centers(
     embeddings: Tensor,
     weight: Tensor,
     target: Tensor,
-    scale: float,
-    lse: Tensor,
-    negative_coefficient: Tensor,
-    target_coefficient: Tensor,
+    gradients: RowGradients,
     step: CenterStep,
     negatives: Negatives = PLAIN,
 ) -> None:
-    """One step on the class centers in place of :func:`weight_grad`, whose other arguments these are."""
+    """Make one step on the class centers in place of :func:`weight_grad`, which has the same other arguments."""
     num_classes, dim = weight.shape
     classes = torch.arange(num_classes, device=weight.device) if step.classes is None else step.classes
     # Padding repeats the step of the first row: the same numbers are written once more, and no value decides a shape.
@@ -178,9 +172,7 @@ def update_centers(
         tensor[rows] = torch.where(active, values, tensor[rows])
 
     centers = weight[rows]
-    gradient = _exact_weight_grad(
-        embeddings, centers, target, scale, lse, negative_coefficient, target_coefficient, negatives
-    )
+    gradient = _exact_weight_grad(embeddings, centers, target, gradients, negatives)
     value = centers.to(gradient.dtype)
     velocity = gradient[entry] + step.weight_decay * value
     bits = rounding_bits(step.rounding_key, rows + step.class_start, dim)
@@ -200,8 +192,10 @@ def update_centers(
 
 
 def _round_stochastically(values: Tensor, dtype: torch.dtype, bits: Tensor) -> Tensor:
-    """Values (R, D) in ``dtype``; in bf16 up with the probability of the distance from the value below, by 16 bits (R,
-    D)."""
+    """Return values (R, D) in ``dtype``, rounded stochastically by 16 bits (R, D) each if that is bf16.
+
+    A value is rounded up with the probability of its distance from the value below.
+    """
     if dtype != torch.bfloat16:
         return values.to(dtype)
     words = values.float().view(torch.int32)
@@ -209,8 +203,10 @@ def _round_stochastically(values: Tensor, dtype: torch.dtype, bits: Tensor) -> T
 
 
 def _quantize(values: Tensor, bits: Tensor) -> tuple[Tensor, Tensor]:
-    """int8 (R, D) and the units (R, ceil(D / 64)) fp32 of each 64 columns: the largest magnitude over 127; rounded by
-    ``bits``."""
+    """Return int8 (R, D), rounded by ``bits``, and the units (R, ceil(D / 64)) fp32.
+
+    The unit of 64 columns is their largest magnitude over 127.
+    """
     dim = values.shape[1]
     blocks = torch.nn.functional.pad(values, (0, -dim % MOMENTUM_BLOCK)).unflatten(1, (-1, MOMENTUM_BLOCK))
     largest = blocks.abs().amax(2)
@@ -221,7 +217,7 @@ def _quantize(values: Tensor, bits: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _unit_targets(weight: Tensor, target: Tensor, dtype: torch.dtype) -> Tensor:
-    """The unit centers of the rows' targets, (N, D); zeros where the target is not here."""
+    """Return the unit centers of the rows' targets (N, D), zeros where the target is absent."""
     if weight.shape[0] == 0:
         return weight.new_zeros(target.shape[0], weight.shape[1], dtype=dtype)
     unit_w = unit_rows(weight.index_select(0, target.clamp(min=0)).to(dtype))
@@ -229,16 +225,19 @@ def _unit_targets(weight: Tensor, target: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def target_cosine(embeddings: Tensor, weight: Tensor, target: Tensor) -> Tensor:
-    """(N,) cosine of each row with its target's center; 0 where target is ``IGNORED``, NaN where it is ``INVALID``."""
+    """Return the cosine (N,) of each row with its target's center.
+
+    It is 0 where target is ``ABSENT`` and NaN where it is ``INVALID``.
+    """
     dtype = compute_dtype(embeddings, weight)
     cosine = (unit_rows(embeddings.to(dtype)) * _unit_targets(weight, target, dtype)).sum(1).clamp(-1, 1)
-    return cosine.masked_fill(target == IGNORED, 0).masked_fill(target == INVALID, torch.nan)
+    return cosine.masked_fill(target == ABSENT, 0).masked_fill(target == INVALID, torch.nan)
 
 
 def unit_embedding_grad(
     weight: Tensor, target: Tensor, mean_center: Tensor, negative_coefficient: Tensor, target_coefficient: Tensor
 ) -> Tensor:
-    """(N, D) gradient by the unit embeddings, as far as these classes make it, in mean_center's dtype.
+    """Return these classes' share of the gradient (N, D) by the unit embeddings, in mean_center's dtype.
 
     mean_center (N, D) is the softmax-weighted mean of the unit centers over the row's negatives; the coefficients
     (N,) are those of :func:`weight_grad`.
@@ -249,7 +248,7 @@ def unit_embedding_grad(
 
 
 def embedding_grad(d_unit: Tensor, embeddings: Tensor) -> Tensor:
-    """(N, D) gradient by the embeddings, in their dtype, from that by the unit embeddings.
+    """Return the gradient (N, D) by the embeddings, in their dtype, from that by the unit embeddings.
 
     In fp16 it overflows to infinity, but for rows of a norm below 1e-12, where finite numbers saturate; so does
     :func:`weight_grad`.
@@ -267,9 +266,9 @@ def margin_loss(
     boundary: str,
     gradient: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Each row's loss, its full log-sum-exp, and the loss's derivatives by negative_lse and by target_cosine, all (N,).
+    """Return each row's loss and full log-sum-exp, and the loss's derivatives by negative_lse and target_cosine.
 
-    The margin by its numbers (:func:`fused_arcface.margins.parameters`).
+    All are (N,). The margin is given by its numbers (:func:`fused_arcface.margins.parameters`).
     """
     with torch.enable_grad():
         lse, cosine = negative_lse.detach().requires_grad_(), target_cosine.detach().requires_grad_()

@@ -1,0 +1,185 @@
+"""The backends: a row for each that says what it is and can do, and the choice between them.
+
+A backend is a module with the functions of :mod:`fused_arcface.backends.torch` (same names, arguments and results) and
+``unavailable()``, which returns the reason why it cannot run here, or None. Nothing else in the package imports one.
+"""
+
+from __future__ import annotations
+
+import importlib
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType, ModuleType
+
+import torch
+
+from ..base.compiler import constant_result
+from ..base.dtypes import FLOAT_DTYPES
+
+_NO_FP64 = tuple(each for each in FLOAT_DTYPES if each != torch.float64)
+
+
+@dataclass(frozen=True)
+class Backend:
+    """The facts about one backend."""
+
+    name: str
+    device_type: str | None
+    """The type of device that it runs on; None: any."""
+    priority: int
+    """``"auto"`` takes the usable backend with the greatest. 0: only if there is no other."""
+    features: frozenset[str]
+    """Subset of ``FEATURES``."""
+    dtypes: tuple[torch.dtype, ...] = FLOAT_DTYPES
+    """The dtypes of embeddings and class centers that it has kernels for."""
+
+
+FEATURES = {
+    "sub_centers": "several centers for each class",
+    "modulated_negatives": "margins that change the negatives",
+    "padding": "a sample of the classes whose number only the device knows",
+    "fused_margin": "a margin_loss in one launch; elsewhere plain PyTorch is as good and takes any margin",
+}
+"""The features that not every backend has."""
+
+# The priorities are from bench/NOTES.md on the CPU. On GPUs they are not measured yet: Triton reaches Hopper's own
+# tensor core instructions, csrc/cuda those of Ampere.
+BACKENDS = (
+    Backend("torch", None, 0, frozenset({"sub_centers", "modulated_negatives", "padding"})),
+    Backend("cpu", "cpu", 1, frozenset({"sub_centers", "modulated_negatives"})),
+    Backend("triton", "cuda", 2, frozenset({"padding", "fused_margin"})),
+    # Tensor cores for fp64 are few, and a graphics card has none.
+    Backend("cuda", "cuda", 1, frozenset({"padding", "fused_margin"}), _NO_FP64),
+)
+ALIASES = {"reference": "torch"}
+"""Earlier names of backends, which are accepted everywhere."""
+
+NAMES = tuple(each.name for each in BACKENDS)
+_ROWS = {each.name: each for each in BACKENDS}
+_BY_PRIORITY = tuple(sorted(BACKENDS, key=lambda each: -each.priority))
+_NOTHING: Mapping[str, str] = MappingProxyType({})
+
+
+class _ByName(dict[str, str | None]):
+    """A table by the names of backends that knows the earlier names as well."""
+
+    def __missing__(self, name: str) -> str | None:
+        return self[ALIASES[name]]
+
+
+def load(name: str) -> ModuleType:
+    """Return the backend's module. It is imported when it is first asked for."""
+    return importlib.import_module(f".{canonical(name)}", __package__)
+
+
+@constant_result  # torch.compile need not trace an import
+def _unavailable(name: str) -> str | None:
+    reason: str | None = load(name).unavailable()
+    return reason
+
+
+def available() -> dict[str, str | None]:
+    """Return each backend's name with None if it can be used on this machine, else with the reason why not.
+
+    >>> available()["torch"] is None
+    True
+    """
+    return _ByName({name: _unavailable(name) for name in NAMES})
+
+
+def describe(name: str) -> str:
+    """Return what a backend that is available says of itself on this machine; "" if it says nothing."""
+    module = load(name)
+    return str(module.describe()) if hasattr(module, "describe") else ""
+
+
+def canonical(name: str) -> str:
+    """Return today's name of a backend that may be given by an earlier one."""
+    return ALIASES.get(name, name)
+
+
+def has(name: str, feature: str) -> bool:
+    """Return true if the backend has the feature, one of ``FEATURES``."""
+    return feature in _ROWS[canonical(name)].features
+
+
+def check_name(name: object) -> str:
+    """Return today's name of a backend, or ``"auto"``.
+
+    Raises:
+        ValueError: if no backend has the name.
+    """
+    if not isinstance(name, str) or (name != "auto" and canonical(name) not in NAMES):
+        listed = ", ".join(map(repr, ("auto", *NAMES)))
+        raise ValueError(f"backend must be one of {listed}; got {name!r}")
+    return canonical(name)
+
+
+@constant_result
+def _fall_back(reasons: tuple[str, ...]) -> str:
+    """Return the backend that runs everywhere and stores the logits, with a warning for each reason."""
+    for reason in reasons:
+        warnings.warn(f"backend 'torch' is used, which stores the (N, C) logits, as {reason}", stacklevel=4)
+    return "torch"
+
+
+def _lacks(row: Backend, needs: Mapping[str, str]) -> list[str]:
+    """Return the texts of the features that a call needs and the backend does not have."""
+    return [text for feature, text in needs.items() if feature not in row.features]
+
+
+def _fastest(device: torch.device, dtype: torch.dtype, needs: Mapping[str, str]) -> str:
+    """Return the usable backend with the greatest priority that has what the call needs."""
+    reasons: list[str] = []
+    for row in _BY_PRIORITY:
+        if row.device_type != device.type or dtype not in row.dtypes:
+            continue
+        lacks = _lacks(row, needs)
+        reason = None if lacks else _unavailable(row.name)
+        if lacks:
+            reasons.append(f"{row.name!r} does not have {' and '.join(lacks)}")
+        elif reason is not None:
+            reasons.append(f"{row.name!r} is not available: {reason}")
+        else:
+            return row.name
+    return _fall_back(tuple(reasons))
+
+
+def select(
+    name: str,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+    needs: Mapping[str, str] = _NOTHING,
+) -> str:
+    """Return the name of the backend to run on ``device``: the one named, or for ``"auto"`` the fastest usable one.
+
+    Args:
+        name: A backend's name or ``"auto"``.
+        device: The device of the tensors.
+        dtype: The dtype that sums are kept in, as :func:`fused_arcface.base.dtypes.compute_dtype` returns it.
+        needs: The features that the call needs, of ``FEATURES``, with the text that messages have for them.
+
+    Raises:
+        TypeError: if a named backend has no kernels for ``dtype``.
+        ValueError: if the name is unknown, or the backend cannot run on this device or lacks a feature.
+        RuntimeError: if a named backend cannot run on this machine, with the reason.
+    """
+    name = check_name(name)
+    if name == "auto":
+        return _fastest(device, dtype, needs)
+    row = _ROWS[name]
+    lacks = _lacks(row, needs)
+    if lacks:
+        able = " and ".join([repr(each.name) for each in BACKENDS if not _lacks(each, needs)])
+        raise ValueError(f"backend {name!r} does not have {' and '.join(lacks)}: {able} do")
+    reason = _unavailable(name)
+    if reason is not None:
+        raise RuntimeError(f"backend {name!r} is not available: {reason}")
+    if row.device_type not in (None, device.type):
+        raise ValueError(f"backend {name!r} needs tensors on {row.device_type}; got {device}")
+    if dtype not in row.dtypes:
+        # Sums are kept in fp64 or fp32, and every backend has fp32.
+        listed = "float32, bfloat16 or float16"
+        raise TypeError(f"backend {name!r} needs embeddings and weight of {listed}; got float64")
+    return name

@@ -1,0 +1,79 @@
+"""The options that define a head's loss: the one place that checks them, shows them and names what they need."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from .checks import check_margin, check_sub_centers
+from .ranges import FROM_0_TO_1, POSITIVE, check_number
+
+
+@dataclass(frozen=True)
+class HeadOptions:
+    """The options of the loss. The heads, the function and the oracle check theirs by building one.
+
+    Args:
+        margin: A margin of this package, or a differentiable map of target cosines (N,) to modified cosines (N,).
+        scale: The factor of the logits, finite and > 0.
+        sub_centers: The centers of each class, in [1, 16].
+        label_smoothing: The smoothing in [0, 1], as in ``cross_entropy``.
+
+    Raises:
+        TypeError: if an option has a wrong type.
+        ValueError: if an option is out of its range, or two of them cannot be combined.
+    """
+
+    margin: Callable[[Tensor], Tensor]
+    scale: float = 64.0
+    sub_centers: int = 1
+    label_smoothing: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_margin(self.margin)
+        check_number("scale", self.scale, POSITIVE)
+        check_sub_centers(self.sub_centers)
+        check_number("label_smoothing", self.label_smoothing, FROM_0_TO_1)
+        if self.label_smoothing > 0 and self.needs():
+            beside = next(iter(self.needs().values())).removeprefix("the modulated negatives of ")
+            raise ValueError(
+                f"label_smoothing must be 0 with {beside}: a row's logits are then no linear function of the class "
+                f"centers, whose sum it is made of; got {self.label_smoothing}"
+            )
+        for name in ("scale", "label_smoothing"):
+            object.__setattr__(self, name, float(getattr(self, name)))
+
+    def needs(self) -> dict[str, str]:
+        """Return the features that not every backend has, by name, with the text that error messages have for them."""
+        needs = {}
+        if hasattr(self.margin, "modulate"):
+            needs["modulated_negatives"] = f"the modulated negatives of {type(self.margin).__name__}"
+        if self.sub_centers > 1:
+            needs["sub_centers"] = f"sub_centers={self.sub_centers}"
+        return needs
+
+    def describe(self) -> dict[str, str]:
+        """Return each option as text, for a repr and to compare between ranks.
+
+        A dataclass or a module among the margins is described by its values, any other callable by its name.
+        """
+        texts = {field.name: str(getattr(self, field.name)) for field in dataclasses.fields(self)}
+        if not (dataclasses.is_dataclass(self.margin) or isinstance(self.margin, nn.Module)):
+            texts["margin"] = getattr(self.margin, "__qualname__", type(self.margin).__qualname__)
+        return texts
+
+    def __str__(self) -> str:
+        """Return the text for a head's repr: margin and scale, and the rarer options that are in use.
+
+        A module among the margins is left out, as the head's repr lists it as a child.
+        """
+        usual = {"sub_centers": "1", "label_smoothing": "0.0"}
+        texts = {name: text for name, text in self.describe().items() if text != usual.get(name)}
+        if isinstance(self.margin, nn.Module):
+            del texts["margin"]
+        else:
+            texts["margin"] = str(self.margin)
+        return ", ".join(f"{name}={text}" for name, text in texts.items())

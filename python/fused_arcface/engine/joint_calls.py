@@ -1,0 +1,158 @@
+"""The collective calls of a head that is split over ranks: what every rank compares, checks and gathers in each."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import backends
+from ..base.checks import check_embeddings, check_target
+from ..base.dtypes import compute_dtype
+from ..base.options import HeadOptions
+from ..margins.angular import Margin
+from ..parallel.agreement import Agreement, digest_of_shard
+from ..parallel.ranks import JointBatch, Ranks
+from ..parallel.sharding import Sharding
+from ..parallel.wrappers import check_built_in_time, check_unwrapped
+from .step import as_autocast
+
+
+class JointCalls(nn.Module):
+    """A head whose ranks make each call together, with the same options.
+
+    :class:`fused_arcface.PartialFC` sets the attributes.
+    """
+
+    weight: nn.Parameter
+    ranks: Ranks
+    sharding: Sharding
+    margin: Margin
+    scale: float
+    sub_centers: int
+    label_smoothing: float
+    embedding_dim: int
+    backend: str
+    step: int
+    center_optimizer: Any
+    _compared: set[bool]
+
+    def __init__(self, group: Any) -> None:
+        super().__init__()
+        self.ranks = Ranks(group)
+        self._compared = set()
+
+    @property
+    def options(self) -> HeadOptions:
+        """The options of the loss, as they are now."""
+        return HeadOptions(self.margin, self.scale, self.sub_centers, self.label_smoothing)
+
+    def _options(self) -> Agreement:
+        """Return the head's options as they are now, which must be the same on every rank."""
+        names = ("embedding_dim", "num_classes", "sample_rate", "seed", "backend", "dense_grad")
+        return {**self.options.describe(), **{name: str(getattr(self, name)) for name in names}}
+
+    def _agreement(self, call: str, **more: Any) -> Agreement:
+        """Check this rank's shard, and return the values that must be the same on every rank in this call.
+
+        Raises:
+            RuntimeError: another's wrapper holds the class centers.
+        """
+        shape = (self.sharding.num_local * self.sub_centers, self.embedding_dim)
+        check_unwrapped(type(self).__name__, self, shape, self.ranks.group)
+        if self.ranks.world_size == 1:
+            return {}
+        own = {"weight.dtype": self.weight.dtype, **more}
+        if isinstance(self.margin, nn.Module) and not self._compared:  # later it is the same steps that change it
+            own["margin.state"] = {name: tensor.tolist() for name, tensor in self.margin.state_dict().items()}
+        return {"call": call, **self._options(), **{name: str(value) for name, value in own.items()}}
+
+    def _step_agreement(self, call: str, ignore_index: int, loss_weight: float = 1.0) -> Agreement:
+        """Return the values that must be the same on every rank in a forward pass and the backward pass after it."""
+        check_built_in_time(type(self).__name__, self.ranks.group)
+        more: dict[str, Any] = {
+            "training": self.training,
+            "torch.is_grad_enabled()": torch.is_grad_enabled(),
+            "weight.requires_grad": self.weight.requires_grad,
+            "step": self.step,
+            "ignore_index": ignore_index,
+            "loss_weight": loss_weight,
+        }
+        if isinstance(self.margin, nn.Module):
+            more["margin.training"] = self.margin.training
+        if self.center_optimizer is not None:
+            group = self.center_optimizer.param_groups[0]
+            more |= {f"center_optimizer.{name}": group[name] for name in ("lr", "momentum", "weight_decay")}
+        return self._agreement(call, **more)
+
+    def _gather(
+        self,
+        embeddings: Tensor,
+        target: Tensor | None,
+        agreement: Agreement,
+        ignore_index: int = -100,
+        return_stats: bool = False,
+    ) -> tuple[Tensor, JointBatch, str]:
+        """Check this rank's embeddings (n, D) and labels (n,), and gather those of all ranks.
+
+        Returns:
+            The embeddings as autocast wants them, the joint batch and the backend.
+
+        Raises:
+            TypeError, ValueError, RuntimeError: on every rank, if one of them refuses its arguments.
+        """
+        with self._refusing():
+            check_embeddings(embeddings, self.weight)
+            if target is None:
+                target = embeddings.new_zeros(embeddings.shape[0], dtype=torch.int64)
+            elif self.center_optimizer is not None and self.training:
+                self.center_optimizer.check(self.weight)
+            check_target(target, embeddings, ignore_index)
+            if not isinstance(return_stats, bool):
+                raise TypeError(f"return_stats must be a bool; got {type(return_stats).__name__}")
+            dtype = compute_dtype(embeddings, self.weight)
+            backend = backends.select(self.backend, embeddings.device, dtype, self.options.needs())
+            embeddings = as_autocast(embeddings)
+            shard = self._digest_of_shard()
+        batch = self.ranks.gather_batch(
+            embeddings.detach(),
+            target,
+            type(self).__name__,
+            agreement,
+            requires_grad=torch.is_grad_enabled() and embeddings.requires_grad,
+            return_stats=return_stats,
+            shard=shard,
+        )
+        self._compared.add(self.training)
+        if batch.requires_grad and torch.is_grad_enabled() and not embeddings.requires_grad:
+            # Another rank's embeddings need a gradient. This rank's loss needs a backward pass as well, for the
+            # collectives in it.
+            embeddings = embeddings.detach().clone().requires_grad_()
+        return embeddings, batch, backend
+
+    @contextlib.contextmanager
+    def _refusing(self) -> Iterator[None]:
+        """Run this rank's own checks before a collective; if they raise, every rank raises."""
+        try:
+            yield
+        except Exception:
+            self.ranks.refuse_batch(self.weight.device)
+            raise
+
+    def _meet(self, call: str) -> None:
+        """Begin a collective without a batch: raise on every rank if they make different calls, or on none."""
+        with self._refusing():
+            agreement = self._agreement(call)
+        self.ranks.meet(type(self).__name__, agreement, self.weight.device)
+
+    def _digest_of_shard(self) -> int:
+        """Return the digest of the shard for :class:`~fused_arcface.parallel.agreement.Header`.
+
+        It costs a copy of some rows, so it is taken in the first call of each mode and is 0 later.
+        """
+        if self.ranks.world_size == 1 or self.training in self._compared:
+            return 0
+        return digest_of_shard(self.weight)

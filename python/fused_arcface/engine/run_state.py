@@ -1,0 +1,68 @@
+"""The state of a run in a head's ``state_dict()``: its step, and the optimizer's momentum and settings."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..base.checks import describe_tensor
+
+_OPTIMIZER = "center_optimizer."  # before the names of its state in the head's state_dict
+
+
+class RunState(nn.Module):
+    """A head that its ``state_dict()`` continues a run with. :class:`fused_arcface.PartialFC` sets the attributes."""
+
+    weight: nn.Parameter
+    step: int
+    center_optimizer: Any
+
+    def _run_state(self) -> dict[str, Tensor]:
+        """Return what ``state_dict()`` holds beside weight: tensors alone, as safetensors stores nothing else."""
+        state = {"step": torch.tensor(self.step, device="cpu")}
+        if self.center_optimizer is not None:
+            of_optimizer = self.center_optimizer.run_state(self.weight)
+            state |= {_OPTIMIZER + name: tensor for name, tensor in of_optimizer.items()}
+        return state
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination |= {prefix + name: tensor for name, tensor in self._run_state().items()}
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """Load weight and, where the dict has it, the state of a run. With weight alone a run begins."""
+        own = self._run_state()
+        given = {name: state_dict[prefix + name] for name in own if prefix + name in state_dict}
+        if given:
+            missing_keys += [prefix + name for name in own.keys() - given.keys()]
+            wrong = [
+                f"{prefix}{name} must be {describe_tensor(own[name])}; got {describe_tensor(tensor)}"
+                for name, tensor in given.items()
+                if describe_tensor(own[name]) != describe_tensor(tensor)
+            ]
+            if wrong:
+                error_msgs += wrong
+                return
+        errors = len(error_msgs)
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        unexpected_keys[:] = [key for key in unexpected_keys if key not in {prefix + name for name in given}]
+        if len(error_msgs) > errors or not (given or prefix + "weight" in state_dict):
+            return
+        self.step = int(given.pop("step", 0))
+        if self.center_optimizer is not None:
+            assign = bool(local_metadata.get("assign_to_params_buffers", False))
+            of_optimizer = {name.removeprefix(_OPTIMIZER): tensor for name, tensor in given.items()}
+            self.center_optimizer.load_run_state(self.weight, of_optimizer, assign)

@@ -1,0 +1,107 @@
+"""The terms that the engine and the backends speak in: sentinels of targets, and the named tuples that stages take."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from ..base.checks import check_written_in_place
+
+IGNORED = -1
+"""In place of a class: the row is ignored."""
+INVALID = -2
+"""In place of a class or of a row of weight: the label is no class. The row's loss is NaN."""
+ABSENT = -1
+"""In place of a row of weight: none of the rows at hand is the target. Equal to ``IGNORED``, which stays as it is when
+classes become rows."""
+
+MOMENTUM_BLOCK = 64
+"""Columns of a row that share one unit of an int8 momentum: 1/16 byte an element for it."""
+
+
+class Negatives(NamedTuple):
+    """The rule by which a row's negatives enter its sum, if not by their cosines alone.
+
+    Keyword arguments of the stages over the classes. Only backends with the features ``sub_centers`` and
+    ``modulated_negatives`` take them.
+    """
+
+    sub_centers: int = 1
+    """K rows of weight for each class, adjacent. A class's cosine is the greatest of theirs, and its gradient goes to
+    that row alone. A target is its class's row with the greatest cosine."""
+    threshold: Tensor | None = None
+    """(N,) or None: a cosine c above its row's threshold becomes ``a·c² + b·c + d``."""
+    coefficients: Tensor | None = None
+    """(3,) fp64: a, b, d."""
+
+    @property
+    def plain(self) -> bool:
+        return self.sub_centers == 1 and self.threshold is None
+
+
+PLAIN = Negatives()
+
+
+class RowGradients(NamedTuple):
+    """The numbers that the gradient by the class centers is made of, for each row of the embeddings.
+
+    The derivative of the loss by ``cos_ij`` is ``negative_coefficient_i·exp(scale·cos_ij - lse_i)`` for a negative and
+    ``target_coefficient_i`` for the target.
+    """
+
+    scale: float
+    lse: Tensor
+    """(N,) fp64 log-sum-exp of the row's negative logits."""
+    negative_coefficient: Tensor
+    """(N,)."""
+    target_coefficient: Tensor
+    """(N,)."""
+
+    def contiguous(self) -> RowGradients:
+        """Return the same numbers in contiguous memory, for kernels that read raw addresses."""
+        return RowGradients(self.scale, *(each.contiguous() for each in self[1:]))
+
+
+class CenterStep(NamedTuple):
+    """The numbers of one step of SGD on the class centers, beside those that their gradient is made of.
+
+    Row r of weight, with gradient g_r, becomes ``w_r - lr·m_r`` with the new momentum
+    ``m_r = momentum·m_r + (g_r + weight_decay·w_r)``.
+    """
+
+    classes: Tensor | None
+    """(K,) int64 ascending rows of weight that the step uses; None: all. The target indexes into them. Other rows are
+    not touched. The number ``C``, for backends that know padding, is no row."""
+    momentum_buffer: Tensor | None
+    """Like weight, fp64, fp32, bf16 or int8; None without momentum."""
+    momentum_scale: Tensor | None
+    """(C, ceil(D / 64)) fp32: the units of an int8 momentum, one for 64 columns of a row."""
+    lr: float
+    momentum: float
+    weight_decay: float
+    rounding_key: int
+    """Made of seed and step, int64. :func:`fused_arcface.base.keyed_random.rounding_bits` takes it to round storage
+    below fp32."""
+    class_start: int
+    """Global id of weight's first row."""
+    active: Tensor
+    """0-dim bool: if false, nothing is changed. It is a tensor, so that nobody waits for a GPU to read it."""
+
+
+def check_update(weight: Tensor, momentum_buffer: Tensor | None, momentum_scale: Tensor | None) -> None:
+    """Check the memory that a step of SGD writes to: kernels get its raw addresses.
+
+    Raises:
+        ValueError: if elements of weight share memory, or a momentum has another shape than weight or is not
+            contiguous.
+    """
+    check_written_in_place("weight", weight)
+    num_rows, dim = weight.shape
+    shapes = {"momentum_buffer": (num_rows, dim), "momentum_scale": (num_rows, -(-dim // MOMENTUM_BLOCK))}
+    for (name, shape), tensor in zip(shapes.items(), (momentum_buffer, momentum_scale), strict=True):
+        if tensor is not None and (tensor.shape != shape or not tensor.is_contiguous()):
+            raise ValueError(
+                f"{name} must be contiguous and {shape} beside weight {(num_rows, dim)}; got {tuple(tensor.shape)} "
+                f"with strides {tensor.stride()}"
+            )
