@@ -18,7 +18,8 @@ D, CLASSES = 8, 21
 
 class TheirArcFace(nn.Module):
     """The operations of insightface's ArcFace in their order, in this test's own words: arccos and cos outside
-    autograd."""
+    autograd.
+    """
 
     def __init__(self, s: float = 64.0, m2: float = 0.5) -> None:
         super().__init__()

@@ -1,5 +1,6 @@
 """A training script as users of insightface's arcface_torch have it, with nothing changed but the import: two ranks,
-checkpoint files by rank, resumed, and compared with insightface's operations in one process."""
+checkpoint files by rank, resumed, and compared with insightface's operations in one process.
+"""
 
 from __future__ import annotations
 

@@ -59,7 +59,8 @@ def test_curricularface_by_hand(loss: Callable[..., Tensor], options: dict[str, 
 @pytest.mark.parametrize("boundary", ["none", "hard", "fold", "clip", "easy"])
 def test_curricularface_past_pi(loss: Callable[..., Tensor], options: dict[str, str], boundary: str) -> None:
     """The target's center is at 175°, so θ + m lies past π by 23.6°: cos(θ + m) = -0.916. The negatives at 168°
-    (-0.978) and 150° (-0.866) are compared with that: the first is easy, the second is hard."""
+    (-0.978) and 150° (-0.866) are compared with that: the first is easy, the second is hard.
+    """
     theta, m, t, s = math.radians(175), 0.5, 0.25, 64.0
     angles = torch.tensor([theta, math.radians(168), math.radians(150)], dtype=torch.float64)
     x = torch.tensor([[1.0, 0.0]], dtype=torch.float64, requires_grad=True)
@@ -88,7 +89,8 @@ def test_curricularface_past_pi(loss: Callable[..., Tensor], options: dict[str, 
 def test_curricularface_at_the_authors_number(loss: Callable[..., Tensor], options: dict[str, str]) -> None:
     """x = (-1, 0), centers at 5° and -12°, t = 0, s = 64. The target's logit is 64·(-cos 5° - 0.5·sin 0.5) = -79.098,
     the negative's 64·(-cos 12°) = -62.601: their code's cross-entropy is 16.497. Compared with the target's own
-    -1.236, the negative would be hard and the loss 140.33."""
+    -1.236, the negative would be hard and the loss 140.33.
+    """
     angles = torch.deg2rad(torch.tensor([5.0, -12.0], dtype=torch.float64))
     x, w = torch.tensor([[-1.0, 0.0]], dtype=torch.float64), torch.stack([angles.cos(), angles.sin()], 1)
     got = loss(x, w, torch.tensor([0]), margin=started(0.0), scale=64.0, **options)
@@ -117,7 +119,8 @@ def test_mv_softmax_is_the_authors_code(
     loss: Callable[..., Tensor], options: dict[str, str], degrees: int, is_am: bool
 ) -> None:
     """FaceX-Zoo's MV_Softmax in this test's words: the target keeps its cosine where that is at most m (is_am) or 0,
-    but negatives are compared with cos θ - m or cos(θ + m) everywhere."""
+    but negatives are compared with cos θ - m or cos(θ + m) everywhere.
+    """
     m, t, s = 0.35, 1.12, 32.0
     angles = torch.deg2rad(torch.tensor([degrees, 20, 60, 95, 120, 160, 179], dtype=torch.float64))
     x = torch.tensor([[1.0, 0.0]], dtype=torch.float64, requires_grad=True)
@@ -155,7 +158,8 @@ def test_mv_softmax_at_a_published_point(
 ) -> None:
     """With cosines 0.6 of the target, 0.8 and 0 of the negatives, f = 0.6 - 0.3 = 0.3, s = 5, t = 1.3: the first
     negative is misclassified, the second is not. Its e^(5·0.8) is multiplied by h = e^(5·0.3·1.8) = e^2.7 or by
-    e^(5·0.3) = e^1.5: over e^(5·0.3) of the target e^(4 + 2.7 - 1.5) = e^5.2 or e^(4 + 1.5 - 1.5) = e^4."""
+    e^(5·0.3) = e^1.5: over e^(5·0.3) of the target e^(4 + 2.7 - 1.5) = e^5.2 or e^(4 + 1.5 - 1.5) = e^4.
+    """
     x = torch.tensor([[1.0, 0.0]], dtype=torch.float64)
     w = torch.tensor([[0.6, 0.8], [0.8, 0.6], [0.0, 1.0]], dtype=torch.float64)
     right = math.log(1 + math.exp(hard) + math.exp(-1.5))

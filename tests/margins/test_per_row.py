@@ -166,7 +166,8 @@ def test_elasticface_plus_gives_more_to_the_harder() -> None:
 @pytest.mark.parametrize("ignored", [None, 1])
 def test_elasticface_plus_forms(ignored: int | None) -> None:
     """The paper's assignment, and the authors' code's: ``sorted(margins)[argsort(-cosines)]`` over the rows that
-    count. The numbers without an ignored row are the docstring's."""
+    count. The numbers without an ignored row are the docstring's.
+    """
     cosine, draws, counted = [0.1, 0.9, 0.5], [0.5, 0.4, 0.6], [True, True, True]
     if ignored is not None:
         for values, value in ((cosine, 0.7), (draws, 0.45), (counted, False)):

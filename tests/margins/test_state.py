@@ -65,7 +65,8 @@ def _state(head: torch.nn.Module) -> list[Tensor]:
 @pytest.mark.parametrize("name", ["AdaFace", "CurricularFace", "ElasticFace"])
 def test_running_statistics_stay_in_fp32_through_a_cast(name: str, cast: torch.dtype) -> None:
     """The state follows from the batches alone: after 50 of them it is that of a head in fp32, to the rounding of its
-    inputs."""
+    inputs.
+    """
     heads = [_head(name), _head(name).to(cast)]
     with torch.no_grad():
         for step in range(50):

@@ -51,7 +51,8 @@ def test_steps_and_seeds_differ():
 @pytest.mark.parametrize("num_classes", [20, 1000])
 def test_negatives_are_drawn_evenly_and_independently(num_classes):
     """Chi-squared tests at a confidence of 1e-6: each class as often, and neighbors (ids 1 and √C apart) as often
-    together."""
+    together.
+    """
     none, steps, rate = torch.empty(0, dtype=torch.int64), 1500, 0.3
     used = torch.zeros(steps, num_classes, dtype=torch.bool)
     for step in range(steps):
@@ -99,7 +100,8 @@ def test_the_mode_sees_what_waits():
 @pytest.mark.parametrize(("momentum_dtype", "scale"), [(torch.float32, 64.0), (torch.int8, 1000.0)])
 def test_a_sampled_step_waits_for_nothing_on_a_gpu(momentum_dtype, scale, monkeypatch):
     """The line as it runs on a GPU, on the CPU with the reference's stages: the same step, to the bit, as the usual one
-    there, and no value is read."""
+    there, and no value is read.
+    """
     monkeypatch.setattr(ops_module, "check_target_range", lambda *_: None)  # the CPU's check alone
     monkeypatch.setattr(PendingUpdate, "start", lambda self, gradient: setattr(self, "_loss_gradient", gradient))
     recipe = fa.CenterSGD(lr=0.1, weight_decay=1e-3, momentum_dtype=momentum_dtype)

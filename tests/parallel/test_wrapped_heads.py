@@ -1,5 +1,6 @@
 """A model with a PartialFC inside a wrapper that makes all ranks' parameters alike: an error that names the cure; and
-with the cure, the training of one process."""
+with the cure, the training of one process.
+"""
 
 from __future__ import annotations
 

@@ -118,7 +118,8 @@ def sample_problem(
         dim: D.
         scale: scale of the logits.
         device: device of the tensors.
-        angles: angles in radians, repeated over the rows.
+        angles: angles in radians, repeated over the rows with a shift, so that no two rows have the same cosine:
+            ElasticFace+ orders its draws by them.
     """
     generator = torch.Generator().manual_seed(0)
 
@@ -131,6 +132,7 @@ def sample_problem(
     aside = normal(rows, dim)
     aside = F.normalize(aside - (aside * center).sum(1, keepdim=True) * center)
     theta = torch.tensor(angles, dtype=torch.float64).repeat(rows // len(angles) + 1)[:rows, None]
+    theta += 0.005 * (torch.arange(rows) // len(angles))[:, None]
     norm = 0.5 + 1.5 * torch.rand(rows, 1, generator=generator, dtype=torch.float64)
     embeddings = norm * (theta.cos() * center + theta.sin() * aside)
     tensors = embeddings.to(device), weight.to(device), target.to(device)
