@@ -18,11 +18,19 @@ namespace {
 
 using fa::CentreStepTuple;
 using fa::MatrixTuple;
-using fa::NegativesTuple;
 using fa::pointer;
 using fa::to_centre_step;
 using fa::to_matrix;
-using fa::to_negatives;
+
+// (sub-centres, address of thresholds or 0, a, b, d)
+using NegativesTuple = std::tuple<int64_t, uintptr_t, double, double, double>;
+
+fa::Negatives to_negatives(const NegativesTuple& n) {
+  const auto& [sub_centres, threshold, a, b, d] = n;
+  if (sub_centres < 1 || sub_centres > fa::kMaxSubCentres)
+    throw std::invalid_argument("sub-centres out of range: " + std::to_string(sub_centres));
+  return {sub_centres, pointer<const void>(threshold), a, b, d};
+}
 
 const fa::Kernels& kernels(const std::string& isa) {
   const fa::Kernels* found = fa::find_kernels(isa.c_str());
@@ -34,18 +42,13 @@ void class_stats(const std::string& isa, bool fp64, const MatrixTuple& embedding
                  uintptr_t target, double scale, uintptr_t shift, uintptr_t negative_max, uintptr_t negative_sum,
                  uintptr_t centre_sum, int threads, const NegativesTuple& negatives) {
   const fa::Kernels& chosen = kernels(isa);
-  const fa::ClassStatsArgs args{to_matrix(embeddings),
-                                to_matrix(weight),
-                                pointer<const int64_t>(target),
-                                scale,
-                                pointer<const double>(shift),
-                                pointer<void>(negative_max),
-                                pointer<void>(negative_sum),
-                                pointer<void>(centre_sum),
-                                threads,
-                                to_negatives(negatives)};
+  const fa::ClassStatsArgs args{to_matrix(embeddings),          to_matrix(weight),
+                                pointer<const int64_t>(target), scale,
+                                pointer<const double>(shift),   pointer<void>(negative_max),
+                                pointer<void>(negative_sum),    pointer<void>(centre_sum)};
+  const fa::PassOptions options{threads, to_negatives(negatives)};
   const py::gil_scoped_release release;
-  (fp64 ? chosen.class_stats_fp64 : chosen.class_stats_fp32)(args);
+  (fp64 ? chosen.class_stats_fp64 : chosen.class_stats_fp32)(args, options);
 }
 
 void weight_grad(const std::string& isa, bool fp64, const MatrixTuple& embeddings, const MatrixTuple& weight,
@@ -60,11 +63,10 @@ void weight_grad(const std::string& isa, bool fp64, const MatrixTuple& embedding
                                 pointer<const double>(lse),
                                 pointer<const void>(negative_coefficient),
                                 pointer<const void>(target_coefficient),
-                                to_matrix(d_weight),
-                                threads,
-                                to_negatives(negatives)};
+                                to_matrix(d_weight)};
+  const fa::PassOptions options{threads, to_negatives(negatives)};
   const py::gil_scoped_release release;
-  (fp64 ? chosen.weight_grad_fp64 : chosen.weight_grad_fp32)(args);
+  (fp64 ? chosen.weight_grad_fp64 : chosen.weight_grad_fp32)(args, options);
 }
 
 void update_centres(const std::string& isa, bool fp64, const MatrixTuple& embeddings, const MatrixTuple& weight,
@@ -79,12 +81,11 @@ void update_centres(const std::string& isa, bool fp64, const MatrixTuple& embedd
                                 pointer<const double>(lse),
                                 pointer<const void>(negative_coefficient),
                                 pointer<const void>(target_coefficient),
-                                {},
-                                threads,
-                                to_negatives(negatives)};
+                                {}};
+  const fa::PassOptions options{threads, to_negatives(negatives)};
   const fa::CentreStep step = to_centre_step(centre_step);
   const py::gil_scoped_release release;
-  (fp64 ? chosen.update_centres_fp64 : chosen.update_centres_fp32)(args, step);
+  (fp64 ? chosen.update_centres_fp64 : chosen.update_centres_fp32)(args, step, options);
 }
 
 int64_t multiply_adds(const std::string& isa, int64_t rounds, int threads) {

@@ -2,8 +2,6 @@
 #pragma once
 
 #include <cstdint>
-#include <stdexcept>
-#include <string>
 #include <tuple>
 
 #include "arguments.h"
@@ -40,16 +38,6 @@ inline CentreStep to_centre_step(const CentreStepTuple& step) {
           weight_decay,
           key,
           class_start};
-}
-
-// (sub-centres, address of thresholds or 0, a, b, d)
-using NegativesTuple = std::tuple<int64_t, uintptr_t, double, double, double>;
-
-inline Negatives to_negatives(const NegativesTuple& n) {
-  const auto& [sub_centres, threshold, a, b, d] = n;
-  if (sub_centres < 1 || sub_centres > kMaxSubCentres)
-    throw std::invalid_argument("sub-centres out of range: " + std::to_string(sub_centres));
-  return {sub_centres, pointer<const void>(threshold), a, b, d};
 }
 
 }  // namespace fa

@@ -6,12 +6,13 @@
 #include "kernels.h"
 
 #include <algorithm>
+#include <limits>
 #include <memory>
 
 #include "center_sgd.h"
 #include "gemm.h"
 #include "negatives.h"
-#include "pack.h"
+#include "packing.h"
 #include "parallel.h"
 #include "peak.h"
 #include "simd.h"
@@ -168,16 +169,16 @@ void exponentiate(T* tile, int64_t stride, int64_t count, int64_t lanes, int64_t
 }
 
 template <typename T>
-void class_stats(const ClassStatsArgs& args) {
+void class_stats(const ClassStatsArgs& args, const PassOptions& options) {
   const FlushSubnormals flush;
   const int64_t N = args.embeddings.rows, D = args.embeddings.columns, C = args.weight.rows;
-  const int threads = useful_threads(args.threads, static_cast<double>(N) * C * D);
+  const int threads = useful_threads(options.threads, static_cast<double>(N) * C * D);
   const Batch<T> batch(args.embeddings, args.target, threads);
   const Offsets<T> shift(args.shift, N, batch.padded_rows);
   const T log2_scale = static_cast<T>(args.scale * kLog2e);
-  const int64_t block_size = class_block(args.negatives);
-  const bool plain = args.negatives.plain();
-  const GeneralNegatives<T> negatives(args.negatives, N, plain ? 0 : batch.padded_rows);
+  const int64_t block_size = class_block(options.negatives);
+  const bool plain = options.negatives.plain();
+  const GeneralNegatives<T> negatives(options.negatives, N, plain ? 0 : batch.padded_rows);
 
   // A task is a group of rows against a slice of the classes. Slices come first, since each class is then read and
   // packed by one core; their number is bounded by the memory of their centre sums, rows are split for the cores left
@@ -267,10 +268,11 @@ void differentiate(T* tile, int64_t stride, int64_t count, int64_t lanes, int64_
 // finish(j, gradient) for each of the C classes that args.weight or, through an index, some of its rows stand for: the
 // gradient (D,) by that row, which is no one else's then.
 template <typename T, typename Finish>
-void weight_pass(const WeightGradArgs& args, const int64_t* index, int64_t C, const Finish& finish) {
+void weight_pass(const WeightGradArgs& args, const PassOptions& options, const int64_t* index, int64_t C,
+                 const Finish& finish) {
   const FlushSubnormals flush;
   const int64_t N = args.embeddings.rows, D = args.embeddings.columns;
-  const int threads = useful_threads(args.threads, static_cast<double>(N) * C * D);
+  const int threads = useful_threads(options.threads, static_cast<double>(N) * C * D);
   const Batch<T> batch(args.embeddings, args.target, threads);
   const Offsets<T> lse(args.lse, N, batch.padded_rows);
   const T log2_scale = static_cast<T>(args.scale * kLog2e);
@@ -281,9 +283,9 @@ void weight_pass(const WeightGradArgs& args, const int64_t* index, int64_t C, co
     positive.get()[i] = i < N ? static_cast<const T*>(args.target_coefficient)[i] : 0;
   }
 
-  const int64_t block_size = class_block(args.negatives);
-  const bool plain = args.negatives.plain();
-  const GeneralNegatives<T> negatives(args.negatives, N, plain ? 0 : batch.padded_rows);
+  const int64_t block_size = class_block(options.negatives);
+  const bool plain = options.negatives.plain();
+  const GeneralNegatives<T> negatives(options.negatives, N, plain ? 0 : batch.padded_rows);
 
   const auto workspaces = make_workspaces(threads, batch);
   const Scratch<T> gradients(threads * kClassBlock * batch.stride);
@@ -319,15 +321,16 @@ void weight_pass(const WeightGradArgs& args, const int64_t* index, int64_t C, co
 }
 
 template <typename T>
-void weight_grad(const WeightGradArgs& args) {
+void weight_grad(const WeightGradArgs& args, const PassOptions& options) {
   advise_huge_pages(args.d_weight);
-  weight_pass<T>(args, nullptr, args.weight.rows, [&](int64_t j, const T* row) { write_row(args.d_weight, j, row); });
+  weight_pass<T>(args, options, nullptr, args.weight.rows,
+                 [&](int64_t j, const T* row) { write_row(args.d_weight, j, row); });
 }
 
 template <typename T>
-void update_centres(const WeightGradArgs& args, const CentreStep& step) {
+void update_centres(const WeightGradArgs& args, const CentreStep& step, const PassOptions& options) {
   const int64_t* const rows = step.rows;
-  weight_pass<T>(args, rows, step.classes, [&](int64_t j, const T* gradient) {
+  weight_pass<T>(args, options, rows, step.classes, [&](int64_t j, const T* gradient) {
     step_row(args.weight, step, rows != nullptr ? rows[j] : j, gradient);
   });
 }
