@@ -38,24 +38,32 @@ const fa::Kernels& kernels(const std::string& isa) {
   return *found;
 }
 
-void class_stats(const std::string& isa, bool fp64, const MatrixTuple& embeddings, const MatrixTuple& weight,
+// The pass of that name whose products are taken in a dtype.
+template <typename Pass>
+Pass* in_dtype(Pass* const (&passes)[fa::kDtypes], int product) {
+  if (product < 0 || product >= fa::kDtypes || passes[product] == nullptr)
+    throw std::invalid_argument("no products in the dtype of this code: " + std::to_string(product));
+  return passes[product];
+}
+
+void class_stats(const std::string& isa, int product, const MatrixTuple& embeddings, const MatrixTuple& weight,
                  uintptr_t target, double scale, uintptr_t shift, uintptr_t negative_max, uintptr_t negative_sum,
                  uintptr_t centre_sum, int threads, const NegativesTuple& negatives) {
-  const fa::Kernels& chosen = kernels(isa);
+  const auto pass = in_dtype(kernels(isa).class_stats, product);
   const fa::ClassStatsArgs args{to_matrix(embeddings),          to_matrix(weight),
                                 pointer<const int64_t>(target), scale,
                                 pointer<const double>(shift),   pointer<void>(negative_max),
                                 pointer<void>(negative_sum),    pointer<void>(centre_sum)};
   const fa::PassOptions options{threads, to_negatives(negatives)};
   const py::gil_scoped_release release;
-  (fp64 ? chosen.class_stats_fp64 : chosen.class_stats_fp32)(args, options);
+  pass(args, options);
 }
 
-void weight_grad(const std::string& isa, bool fp64, const MatrixTuple& embeddings, const MatrixTuple& weight,
+void weight_grad(const std::string& isa, int product, const MatrixTuple& embeddings, const MatrixTuple& weight,
                  uintptr_t target, double scale, uintptr_t lse, uintptr_t negative_coefficient,
                  uintptr_t target_coefficient, const MatrixTuple& d_weight, int threads,
                  const NegativesTuple& negatives) {
-  const fa::Kernels& chosen = kernels(isa);
+  const auto pass = in_dtype(kernels(isa).weight_grad, product);
   const fa::WeightGradArgs args{to_matrix(embeddings),
                                 to_matrix(weight),
                                 pointer<const int64_t>(target),
@@ -66,14 +74,14 @@ void weight_grad(const std::string& isa, bool fp64, const MatrixTuple& embedding
                                 to_matrix(d_weight)};
   const fa::PassOptions options{threads, to_negatives(negatives)};
   const py::gil_scoped_release release;
-  (fp64 ? chosen.weight_grad_fp64 : chosen.weight_grad_fp32)(args, options);
+  pass(args, options);
 }
 
-void update_centres(const std::string& isa, bool fp64, const MatrixTuple& embeddings, const MatrixTuple& weight,
+void update_centres(const std::string& isa, int product, const MatrixTuple& embeddings, const MatrixTuple& weight,
                     uintptr_t target, double scale, uintptr_t lse, uintptr_t negative_coefficient,
                     uintptr_t target_coefficient, const CentreStepTuple& centre_step, int threads,
                     const NegativesTuple& negatives) {
-  const fa::Kernels& chosen = kernels(isa);
+  const auto pass = in_dtype(kernels(isa).update_centres, product);
   const fa::WeightGradArgs args{to_matrix(embeddings),
                                 to_matrix(weight),
                                 pointer<const int64_t>(target),
@@ -85,13 +93,13 @@ void update_centres(const std::string& isa, bool fp64, const MatrixTuple& embedd
   const fa::PassOptions options{threads, to_negatives(negatives)};
   const fa::CentreStep step = to_centre_step(centre_step);
   const py::gil_scoped_release release;
-  (fp64 ? chosen.update_centres_fp64 : chosen.update_centres_fp32)(args, step, options);
+  pass(args, step, options);
 }
 
-int64_t multiply_adds(const std::string& isa, int64_t rounds, int threads) {
-  const fa::Kernels& chosen = kernels(isa);
+int64_t multiply_adds(const std::string& isa, int product, int64_t rounds, int threads) {
+  const auto pass = in_dtype(kernels(isa).multiply_adds, product);
   const py::gil_scoped_release release;
-  return chosen.multiply_adds_fp32(rounds, threads);
+  return pass(rounds, threads);
 }
 
 }  // namespace
@@ -104,9 +112,12 @@ PYBIND11_MODULE(_native, m) {
   m.attr("FLOAT16") = static_cast<int>(fa::Dtype::kFloat16);
   m.def("isas", [] {
     py::list names;
-    for (const char* isa : {"avx512", "avx2", "portable"})
+    for (const char* isa : {"avx512_bf16", "avx512", "avx2", "portable"})
       if (fa::find_kernels(isa) != nullptr) names.append(isa);
     return names;
+  });
+  m.def("has_products", [](const std::string& isa, int product) {
+    return product >= 0 && product < fa::kDtypes && kernels(isa).class_stats[product] != nullptr;
   });
   m.def("class_stats", &class_stats);
   m.def("weight_grad", &weight_grad);

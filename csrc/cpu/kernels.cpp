@@ -10,9 +10,8 @@
 #include <memory>
 
 #include "center_sgd.h"
-#include "gemm.h"
 #include "negatives.h"
-#include "packing.h"
+#include "operands.h"
 #include "parallel.h"
 #include "peak.h"
 #include "simd.h"
@@ -20,16 +19,6 @@
 namespace fa::FA_ISA {
 
 namespace {
-
-// Block sizes, in rows of the operands at D = 512, chosen so that one core's working set stays in a 1 MiB L2 and mostly
-// in a 512 KiB one: packed classes 96 * 2 KiB, logits 96 * 0.5 KiB, row block 128 * 2 KiB. bench/NOTES.md has the scan.
-constexpr int64_t kClassBlock = 96;
-constexpr int64_t kRowBlock = 128;
-// Depth of one accumulation: a panel of embeddings so deep (16 KiB) stays in L1 while all classes of a block pass it.
-constexpr int64_t kDepthBlock = 128;
-// A block holds whole classes.
-int64_t class_block(const Negatives& negatives) { return kClassBlock / negatives.sub_centres * negatives.sub_centres; }
-static_assert(kMaxSubCentres <= kClassBlock);
 
 // Below this many multiply-adds a second thread costs more than it brings.
 constexpr double kWorkPerThread = 2e6;
@@ -40,84 +29,6 @@ constexpr double kLog2e = 1.4426950408889634;
 
 int useful_threads(int threads, double multiply_adds) {
   return static_cast<int>(std::clamp(multiply_adds / kWorkPerThread, 1.0, static_cast<double>(std::max(threads, 1))));
-}
-
-// The batch, normalised once per call and laid out twice: by rows, and in transposed panels (D, kColumns) of its rows.
-template <typename T>
-struct Batch {
-  int64_t rows, padded_rows, depth, padded_depth, stride;
-  Scratch<T> by_rows, transposed;
-  Scratch<Index<T>> target;  // (padded_rows,)
-
-  Batch(const Matrix& embeddings, const int64_t* targets, int threads)
-      : rows(embeddings.rows),
-        padded_rows(round_up(rows, kColumns<T>)),
-        depth(embeddings.columns),
-        padded_depth(round_up(depth, kColumns<T>)),
-        stride(padded_stride<T>(padded_depth)),
-        by_rows(padded_rows * stride),
-        transposed(padded_rows * depth),
-        target(padded_rows) {
-    for (int64_t i = 0; i < padded_rows; ++i) target.get()[i] = static_cast<Index<T>>(i < rows ? targets[i] : -1);
-    for_each_task(threads, padded_rows / kColumns<T>, [&](int64_t panel, int) {
-      const int64_t first = panel * kColumns<T>, count = std::min<int64_t>(kColumns<T>, rows - first);
-      T* packed = by_rows.get() + first * stride;
-      T inverse_norm[kColumns<T>];
-      pack_rows<T>(embeddings, first, count, packed, stride, padded_depth, inverse_norm);
-      std::fill(packed + count * stride, packed + kColumns<T> * stride, T(0));
-      T* to = transposed.get() + first * depth;
-      for (int64_t d = 0; d < depth; ++d)
-        for (int r = 0; r < kColumns<T>; ++r) to[d * kColumns<T> + r] = packed[r * stride + d];
-    });
-  }
-};
-
-// One core's scratch: a block of packed classes and the tile of cosines over it, (classes, rows).
-template <typename T>
-struct Workspace {
-  static constexpr int64_t kTileStride = padded_stride<T>(kRowBlock);
-  int64_t stride, padded_depth;
-  Scratch<T> classes, inverse_norm, tile;
-  Prefetch next_classes;
-
-  explicit Workspace(const Batch<T>& batch)
-      : stride(batch.stride),
-        padded_depth(batch.padded_depth),
-        classes(kClassBlock * stride),
-        inverse_norm(kClassBlock),
-        tile(kClassBlock * kTileStride) {}
-
-  // Packs classes [first, first + count), and has those after them, up to `last`, fetched while the next `rows` rows
-  // are multiplied: a core that waited for memory at each block would lose 8 % (bench/NOTES.md).
-  // With an index, class j is row index[j]; those are not fetched ahead.
-  void pack(const Matrix& weight, int64_t first, int64_t count, int64_t last, int64_t rows,
-            const int64_t* index = nullptr) {
-    pack_rows<T>(weight, first, count, classes.get(), stride, padded_depth, inverse_norm.get(), index);
-    const int64_t row_bytes = weight.row_stride * element_size(weight.dtype);
-    const int64_t next = first + count, next_count = std::min(kClassBlock, last - next);
-    if (weight.column_stride != 1 || weight.row_stride != weight.columns || next_count <= 0 || index != nullptr) return;
-    const int64_t panels = (rows + kColumns<T> - 1) / kColumns<T> * ((weight.columns + kDepthBlock - 1) / kDepthBlock);
-    next_classes = Prefetch(static_cast<const char*>(weight.data) + next * row_bytes, next_count * row_bytes,
-                            panels * std::max<int64_t>(1, count / kRows));
-  }
-
-  // tile = cosines of the packed classes [0, count) with the batch's rows [first_row, first_row + lanes)
-  void cosines(const Batch<T>& batch, int64_t count, int64_t first_row, int64_t lanes) {
-    for (int64_t k = 0; k < batch.depth; k += kDepthBlock) {
-      const int64_t depth = std::min(kDepthBlock, batch.depth - k);
-      for (int64_t r = 0; r < lanes; r += kColumns<T>)
-        multiply_panel<T, Layout::kRowMajor>(count, depth, classes.get() + k, stride,
-                                             batch.transposed.get() + (first_row + r) * batch.depth + k * kColumns<T>,
-                                             kColumns<T>, tile.get() + r, kTileStride, k > 0, next_classes);
-    }
-  }
-};
-
-template <typename T>
-std::vector<std::unique_ptr<Workspace<T>>> make_workspaces(int threads, const Batch<T>& batch) {
-  std::vector<std::unique_ptr<Workspace<T>>> all;
-  for (int t = 0; t < threads; ++t) all.push_back(std::make_unique<Workspace<T>>(batch));
-  return all;
 }
 
 // Rows of logits' offsets in base 2: shift * log2(e) is rounded to T, which at a scale of 1000 would cost 3e-5 of every
@@ -168,12 +79,13 @@ void exponentiate(T* tile, int64_t stride, int64_t count, int64_t lanes, int64_t
   }
 }
 
-template <typename T>
+template <typename P>
 void class_stats(const ClassStatsArgs& args, const PassOptions& options) {
+  using T = typename P::Sum;
   const FlushSubnormals flush;
   const int64_t N = args.embeddings.rows, D = args.embeddings.columns, C = args.weight.rows;
   const int threads = useful_threads(options.threads, static_cast<double>(N) * C * D);
-  const Batch<T> batch(args.embeddings, args.target, threads);
+  const Batch<P> batch(args.embeddings, args.target, threads);
   const Offsets<T> shift(args.shift, N, batch.padded_rows);
   const T log2_scale = static_cast<T>(args.scale * kLog2e);
   const int64_t block_size = class_block(options.negatives);
@@ -197,8 +109,7 @@ void class_stats(const ClassStatsArgs& args, const PassOptions& options) {
   for_each_task(threads, groups * slices, [&](int64_t task, int worker) {
     const FlushSubnormals flush_here;
     const int64_t slice = task / groups, begin = task % groups * group, end = std::min(begin + group, N);
-    Workspace<T>& work = *workspaces[worker];
-    Prefetch none;
+    Workspace<P>& work = *workspaces[worker];
     T* centre_sum = centre_sums.get() + slice * sum_size;
     if (sum_size > 0) std::fill(centre_sum + begin * batch.stride, centre_sum + end * batch.stride, T(0));
 
@@ -206,10 +117,10 @@ void class_stats(const ClassStatsArgs& args, const PassOptions& options) {
     for (int64_t first_class = class_blocks * slice / slices * block_size; first_class < last_class;
          first_class += block_size) {
       const int64_t count = std::min(block_size, last_class - first_class);
-      work.pack(args.weight, first_class, count, last_class, end - begin);
+      work.pack(args.weight, first_class, count, last_class, end - begin, sum_size > 0);
       for (int64_t row = begin; row < end; row += kRowBlock) {
         const int64_t rows = std::min(kRowBlock, end - row), lanes = round_up(rows, kColumns<T>);
-        work.cosines(batch, count, row, lanes);
+        work.first_product(batch, count, row, lanes);
         RowStats* const row_stats = stats.data() + slice * batch.padded_rows + row;
         if (plain)
           exponentiate<T>(work.tile.get(), work.kTileStride, count, lanes, first_class, batch.target.get() + row,
@@ -219,10 +130,7 @@ void class_stats(const ClassStatsArgs& args, const PassOptions& options) {
                                   batch.target.get() + row, negatives.threshold.get() + row, shift.log2.get() + row,
                                   log2_scale, args.negative_sum != nullptr, row_stats);
         if (sum_size > 0)
-          for (int64_t d = 0; d < batch.padded_depth; d += kColumns<T>)
-            multiply_panel<T, Layout::kTransposed>(rows, count, work.tile.get(), work.kTileStride,
-                                                   work.classes.get() + d, batch.stride,
-                                                   centre_sum + row * batch.stride + d, batch.stride, true, none);
+          work.second_product_over_classes(count, rows, lanes, centre_sum + row * batch.stride, batch.stride);
       }
     }
   });
@@ -265,15 +173,16 @@ void differentiate(T* tile, int64_t stride, int64_t count, int64_t lanes, int64_
   }
 }
 
-// finish(j, gradient) for each of the C classes that args.weight or, through an index, some of its rows stand for: the
+// receive(j, gradient) for each of the C classes that args.weight or, through an index, some of its rows stand for: the
 // gradient (D,) by that row, which is no one else's then.
-template <typename T, typename Finish>
+template <typename P, typename Receive>
 void weight_pass(const WeightGradArgs& args, const PassOptions& options, const int64_t* index, int64_t C,
-                 const Finish& finish) {
+                 const Receive& receive) {
+  using T = typename P::Sum;
   const FlushSubnormals flush;
   const int64_t N = args.embeddings.rows, D = args.embeddings.columns;
   const int threads = useful_threads(options.threads, static_cast<double>(N) * C * D);
-  const Batch<T> batch(args.embeddings, args.target, threads);
+  const Batch<P> batch(args.embeddings, args.target, threads);
   const Offsets<T> lse(args.lse, N, batch.padded_rows);
   const T log2_scale = static_cast<T>(args.scale * kLog2e);
   const Scratch<T> negative(batch.padded_rows), positive(batch.padded_rows);
@@ -288,18 +197,17 @@ void weight_pass(const WeightGradArgs& args, const PassOptions& options, const i
   const GeneralNegatives<T> negatives(options.negatives, N, plain ? 0 : batch.padded_rows);
 
   const auto workspaces = make_workspaces(threads, batch);
-  const Scratch<T> gradients(threads * kClassBlock * batch.stride);
+  const Scratch<T> gradients(threads * kClassBlock * batch.stride), unit_rows(threads * batch.padded_columns);
 
   for_each_task(threads, (C + block_size - 1) / block_size, [&](int64_t block, int worker) {
     const FlushSubnormals flush_here;
     const int64_t first_class = block * block_size, count = std::min(block_size, C - first_class);
-    Workspace<T>& work = *workspaces[worker];
-    Prefetch none;
+    Workspace<P>& work = *workspaces[worker];
     T* gradient = gradients.get() + worker * kClassBlock * batch.stride;
-    work.pack(args.weight, first_class, count, C, N, index);
+    work.pack(args.weight, first_class, count, C, N, false, index);
     for (int64_t row = 0; row < N; row += kRowBlock) {
       const int64_t rows = std::min(kRowBlock, N - row), lanes = round_up(rows, kColumns<T>);
-      work.cosines(batch, count, row, lanes);
+      work.first_product(batch, count, row, lanes);
       if (plain)
         differentiate<T>(work.tile.get(), work.kTileStride, count, lanes, first_class, batch.target.get() + row,
                          lse.log2.get() + row, negative.get() + row, positive.get() + row, log2_scale);
@@ -307,30 +215,29 @@ void weight_pass(const WeightGradArgs& args, const PassOptions& options, const i
         differentiate_general<T>(negatives, work.tile.get(), work.kTileStride, count, lanes, first_class,
                                  batch.target.get() + row, negatives.threshold.get() + row, lse.log2.get() + row,
                                  negative.get() + row, positive.get() + row, log2_scale);
-      for (int64_t d = 0; d < batch.padded_depth; d += kColumns<T>)
-        multiply_panel<T, Layout::kRowMajor>(count, rows, work.tile.get(), work.kTileStride,
-                                             batch.by_rows.get() + row * batch.stride + d, batch.stride, gradient + d,
-                                             batch.stride, row > 0, none);
+      work.second_product_over_rows(batch, count, row, rows, lanes, gradient);
     }
     for (int64_t j = 0; j < count; ++j) {
       T* row = gradient + j * batch.stride;
-      project(row, work.classes.get() + j * batch.stride, work.inverse_norm.get()[j], batch.padded_depth);
-      finish(first_class + j, row);
+      const T* const unit = unit_row(P(), work.first.get() + j * work.first_stride, work.inverse.get()[j],
+                                     batch.padded_columns, unit_rows.get() + worker * batch.padded_columns);
+      project(row, unit, work.reciprocal.get()[j], batch.padded_columns);
+      receive(first_class + j, row);
     }
   });
 }
 
-template <typename T>
+template <typename P>
 void weight_grad(const WeightGradArgs& args, const PassOptions& options) {
   advise_huge_pages(args.d_weight);
-  weight_pass<T>(args, options, nullptr, args.weight.rows,
-                 [&](int64_t j, const T* row) { write_row(args.d_weight, j, row); });
+  weight_pass<P>(args, options, nullptr, args.weight.rows,
+                 [&](int64_t j, const typename P::Sum* row) { write_row(args.d_weight, j, row); });
 }
 
-template <typename T>
+template <typename P>
 void update_centres(const WeightGradArgs& args, const CentreStep& step, const PassOptions& options) {
   const int64_t* const rows = step.rows;
-  weight_pass<T>(args, options, rows, step.classes, [&](int64_t j, const T* gradient) {
+  weight_pass<P>(args, options, rows, step.classes, [&](int64_t j, const typename P::Sum* gradient) {
     step_row(args.weight, step, rows != nullptr ? rows[j] : j, gradient);
   });
 }
@@ -339,8 +246,13 @@ void update_centres(const WeightGradArgs& args, const CentreStep& step, const Pa
 
 #define FA_STRING(x) #x
 #define FA_NAME(x) FA_STRING(x)
-extern const Kernels kKernels = {FA_NAME(FA_ISA),        class_stats<float>,  class_stats<double>,
-                                 weight_grad<float>,     weight_grad<double>, update_centres<float>,
-                                 update_centres<double>, multiply_adds<float>};
+#if defined(__AVX512BF16__)
+#define FA_BF16(pass) pass<BFloat16Pairs>
+#else
+#define FA_BF16(pass) nullptr
+#endif
+#define FA_PASSES(pass) {pass<Full<float>>, pass<Full<double>>, FA_BF16(pass), nullptr}
+extern const Kernels kKernels = {FA_NAME(FA_ISA), FA_PASSES(class_stats), FA_PASSES(weight_grad),
+                                 FA_PASSES(update_centres), FA_PASSES(multiply_adds)};
 
 }  // namespace fa::FA_ISA

@@ -1,4 +1,4 @@
-// What the bindings call and every instruction set provides: two passes over the classes, each in fp32 and fp64.
+// What the bindings call and every instruction set provides: the passes over the classes.
 #pragma once
 
 #include <cstdint>
@@ -27,16 +27,16 @@ struct PassOptions {
   Negatives negatives;
 };
 
+// Passes are found under the Dtype of their products: fp32 and fp64 everywhere, bf16 (with sums in fp32) where the
+// processor multiplies it; null elsewhere.
+constexpr int kDtypes = 4;
 struct Kernels {
   const char* isa;
-  void (*class_stats_fp32)(const ClassStatsArgs&, const PassOptions&);
-  void (*class_stats_fp64)(const ClassStatsArgs&, const PassOptions&);
-  void (*weight_grad_fp32)(const WeightGradArgs&, const PassOptions&);
-  void (*weight_grad_fp64)(const WeightGradArgs&, const PassOptions&);
-  void (*update_centres_fp32)(const WeightGradArgs&, const CentreStep&,
-                              const PassOptions&);  // writes weight, not d_weight
-  void (*update_centres_fp64)(const WeightGradArgs&, const CentreStep&, const PassOptions&);
-  int64_t (*multiply_adds_fp32)(int64_t rounds, int threads);  // see peak.h
+  void (*class_stats[kDtypes])(const ClassStatsArgs&, const PassOptions&);
+  void (*weight_grad[kDtypes])(const WeightGradArgs&, const PassOptions&);
+  // Writes weight, not d_weight.
+  void (*update_centres[kDtypes])(const WeightGradArgs&, const CentreStep&, const PassOptions&);
+  int64_t (*multiply_adds[kDtypes])(int64_t rounds, int threads);  // see peak.h
 };
 
 namespace portable {
@@ -49,6 +49,11 @@ extern const Kernels kKernels;
 namespace avx512 {
 extern const Kernels kKernels;
 }
+#if FA_AVX512_BF16
+namespace avx512_bf16 {
+extern const Kernels kKernels;
+}
+#endif
 #endif
 
 // The kernels for an instruction set by name, or null when this processor or this build lacks it; the best one for "".

@@ -2,11 +2,12 @@
 // are projected.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 
 #include "conversion.h"
 #include "memory.h"
-#include "simd.h"
+#include "product.h"
 
 namespace fa::FA_ISA {
 
@@ -35,36 +36,127 @@ inline double norm(const T* row, int64_t padded, T squares) {
   return std::sqrt(sum);
 }
 
-// Rows [first, first + count) of m, or with an index rows index[first] and on, divided by max(|row|, epsilon),
-// zero-padded to `padded` elements, to `out` with the given stride. `inverse_norm` (count,) becomes 1 / max(|row|,
-// epsilon), with a minus sign where epsilon was the greater: such a row takes no part in the projection of its
-// gradient. One step after the other over all rows, not all steps row by row: the latency of one row's norm is hidden
-// behind the next row's (bench/NOTES.md).
+// What norms leave for later, per row: with v the stored row, v * inverse is the unit row (BFloat16Pairs alone; Full
+// stores unit rows); reciprocal is 1 / max(|row|, epsilon), with a minus sign where epsilon is the greater: such a row
+// takes no part in the projection of its gradient.
 template <typename T>
-inline void pack_rows(const Matrix& m, int64_t first, int64_t count, T* out, int64_t stride, int64_t padded,
-                      T* inverse_norm, const int64_t* index = nullptr) {
+struct Norms {
+  T *inverse, *reciprocal;
+};
+
+template <typename T>
+inline T reciprocal_of(double length) {
+  return static_cast<T>(length < kNormEpsilon ? -1 / kNormEpsilon : 1 / length);
+}
+
+// Rows [first, first + count) of m, or with an index rows index[first] and on, divided by max(|row|, epsilon),
+// zero-padded to `padded` numbers, to `out` with the given stride in elements. One step after the other over all rows,
+// not all steps row by row: the latency of one row's norm is hidden behind the next row's (bench/NOTES.md).
+template <typename T>
+inline void pack_rows(Full<T>, const Matrix& m, int64_t first, int64_t count, T* out, int64_t stride, int64_t padded,
+                      const Norms<T>& norms, const int64_t* index = nullptr) {
   for (int64_t r = 0; r < count; ++r) {
     T* row = out + r * stride;
     read_row(m, index != nullptr ? index[first + r] : first + r, row);
     for (int64_t d = m.columns; d < padded; ++d) row[d] = 0;
-    inverse_norm[r] = dot(row, row, padded);
+    norms.reciprocal[r] = dot(row, row, padded);
   }
-  for (int64_t r = 0; r < count; ++r) {
-    const double length = norm(out + r * stride, padded, inverse_norm[r]);
-    inverse_norm[r] = static_cast<T>(length < kNormEpsilon ? -1 / kNormEpsilon : 1 / length);
-  }
+  for (int64_t r = 0; r < count; ++r)
+    norms.reciprocal[r] = reciprocal_of<T>(norm(out + r * stride, padded, norms.reciprocal[r]));
   for (int64_t r = 0; r < count; ++r) {
     T* row = out + r * stride;
-    const T factor = inverse_norm[r] < 0 ? -inverse_norm[r] : inverse_norm[r];
+    const T factor = std::abs(norms.reciprocal[r]);
     for (int64_t d = 0; d < padded; d += kLanes<T>) store<T>(row + d, load(row + d) * factor);
   }
 }
 
+// Rows of kDepth numbers an element become elements of kDepth rows: what is deep in the second product. `to` has
+// round_up(count, kDepth) / kDepth rows of `padded` elements. A row that is missing counts as zeros.
+template <typename T>
+inline void pack_depth(Full<T>, const T*, int64_t, int64_t, int64_t, T*, int64_t) {}
+
+// The unit row that an operand's row stands for, as the projection takes it.
+template <typename T>
+inline const T* unit_row(Full<T>, const T* row, T, int64_t, T*) {
+  return row;
+}
+
+#if defined(__AVX512BF16__)
+
+inline void round_row(const float* numbers, int64_t padded, float factor, uint32_t* out) {
+  for (int64_t d = 0; d < padded; d += 32) {
+    const Vec<float> first = load(numbers + d) * factor, second = load(numbers + d + 16) * factor;
+    _mm512_storeu_si512(out + d / 2, BFloat16Pairs::concatenate(first, second));
+  }
+}
+
+// |row|^2 of a packed row.
+inline float squares_of(const uint32_t* row, int64_t padded) {
+  Vec<float> sums[2] = {};
+  for (int64_t d = 0; d < padded; d += 32) {
+    const auto pairs = BFloat16Pairs::load(row + d / 2);
+    sums[d / 32 % 2] = BFloat16Pairs::multiply_add(sums[d / 32 % 2], pairs, pairs);
+  }
+  return sum_lanes<float>(sums[0] + sums[1]);
+}
+
+// As above, as bf16 numbers, kDepth of them in an element; norms are those of the rounded rows, so no cosine leaves
+// [-1, 1]. Rows whose squares leave fp32's range are multiplied by a power of two first: no 16-bit number changes by
+// that, and products neither over- nor underflow.
+inline void pack_rows(BFloat16Pairs, const Matrix& m, int64_t first, int64_t count, uint32_t* out, int64_t stride,
+                      int64_t padded, const Norms<float>& norms, const int64_t* index = nullptr) {
+  const bool stored_so = m.dtype == Dtype::kBFloat16 && m.column_stride == 1;
+  const Scratch<float> numbers(padded);
+  std::fill(numbers.get() + m.columns, numbers.get() + padded, 0.0f);
+  for (int64_t r = 0; r < count; ++r) {
+    const int64_t in_matrix = index != nullptr ? index[first + r] : first + r;
+    uint32_t* const row = out + r * stride;
+    if (stored_so) {
+      std::memcpy(row, static_cast<const BFloat16*>(m.data) + in_matrix * m.row_stride, 2 * m.columns);
+      std::memset(reinterpret_cast<BFloat16*>(row) + m.columns, 0, 2 * (padded - m.columns));
+    } else {
+      read_row(m, in_matrix, numbers.get());
+      round_row(numbers.get(), padded, 1, row);
+    }
+    norms.inverse[r] = squares_of(row, padded);
+  }
+  for (int64_t r = 0; r < count; ++r) {
+    double squares = norms.inverse[r], power = 1;
+    if (!(squares > 1e-20 && squares < 1e20)) {
+      read_row(m, index != nullptr ? index[first + r] : first + r, numbers.get());
+      const double length = norm(numbers.get(), padded, 0.0f);
+      if (length > 0 && std::isfinite(length)) power = std::ldexp(1.0, std::clamp(-std::ilogb(length), -120, 120));
+      round_row(numbers.get(), padded, static_cast<float>(power), out + r * stride);
+      squares = squares_of(out + r * stride, padded);
+    }
+    const double length = std::sqrt(squares);
+    norms.reciprocal[r] = reciprocal_of<float>(length / power);
+    norms.inverse[r] = static_cast<float>(1 / (length / power < kNormEpsilon ? kNormEpsilon * power : length));
+  }
+}
+
+inline void pack_depth(BFloat16Pairs, const uint32_t* rows, int64_t stride, int64_t count, int64_t padded, uint32_t* to,
+                       int64_t to_stride) {
+  const Scratch<uint32_t> zeros(count % 2 > 0 ? padded / 2 : 0);
+  if (count % 2 > 0) std::fill(zeros.get(), zeros.get() + padded / 2, 0u);
+  for (int64_t r = 0; r < count; r += 2)
+    BFloat16Pairs::interleave_rows(rows + r * stride, r + 1 < count ? rows + (r + 1) * stride : zeros.get(), padded,
+                                   to + r / 2 * to_stride);
+}
+
+inline const float* unit_row(BFloat16Pairs, const uint32_t* row, float inverse, int64_t padded, float* numbers) {
+  const BFloat16* const stored = reinterpret_cast<const BFloat16*>(row);
+  for (int64_t d = 0; d < padded; ++d) numbers[d] = to_float(stored[d]) * inverse;
+  return numbers;
+}
+
+#endif
+
 // d_row = J d_unit with J the Jacobian of w -> unit = w / max(|w|, epsilon): in place in d_unit.
 template <typename T>
-inline void project(T* d_unit, const T* unit, T inverse_norm, int64_t padded) {
-  const T along = inverse_norm < 0 ? T(0) : dot(d_unit, unit, padded);
-  const T factor = inverse_norm < 0 ? -inverse_norm : inverse_norm;
+inline void project(T* d_unit, const T* unit, T reciprocal, int64_t padded) {
+  const T along = reciprocal < 0 ? T(0) : dot(d_unit, unit, padded);
+  const T factor = std::abs(reciprocal);
   for (int64_t d = 0; d < padded; d += kLanes<T>)
     store<T>(d_unit + d, (load(d_unit + d) - load(unit + d) * along) * factor);
 }

@@ -9,9 +9,10 @@ BFLOAT16: int
 FLOAT16: int
 
 def isas() -> list[str]: ...
+def has_products(isa: str, product: int) -> bool: ...
 def class_stats(
     isa: str,
-    fp64: bool,
+    product: int,
     embeddings: _Matrix,
     weight: _Matrix,
     target: int,
@@ -25,7 +26,7 @@ def class_stats(
 ) -> None: ...
 def weight_grad(
     isa: str,
-    fp64: bool,
+    product: int,
     embeddings: _Matrix,
     weight: _Matrix,
     target: int,
@@ -46,7 +47,7 @@ MOMENTUM_INT8: int
 
 def update_centres(
     isa: str,
-    fp64: bool,
+    product: int,
     embeddings: _Matrix,
     weight: _Matrix,
     target: int,
@@ -58,4 +59,4 @@ def update_centres(
     threads: int,
     negatives: _Negatives,
 ) -> None: ...
-def multiply_adds(isa: str, rounds: int, threads: int) -> int: ...
+def multiply_adds(isa: str, product: int, rounds: int, threads: int) -> int: ...

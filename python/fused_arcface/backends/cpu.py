@@ -28,9 +28,26 @@ def isa() -> str:
     return os.environ.get("FUSED_ARCFACE_ISA") or native.module.isas()[0]
 
 
-def multiply_adds(rounds: int) -> int:
-    """Flops of ``rounds`` vector multiply-adds on all of torch's threads, in registers alone: timed, the FMA peak."""
-    return native.module.multiply_adds(isa(), rounds, torch.get_num_threads())
+def multiply_adds(rounds: int, dtype: torch.dtype = torch.float32) -> int:
+    """Flops of ``rounds`` vector multiply-adds on all of torch's threads, in registers alone: timed, the peak of
+    products in ``dtype``."""
+    return native.module.multiply_adds(isa(), native.dtype_code(dtype), rounds, torch.get_num_threads())
+
+
+allow_bf16_products = True
+"""Whether products of bf16 embeddings are taken in bf16, where the processor multiplies it (``FUSED_ARCFACE_ISA`` may
+name an instruction set that does not). If false, 16-bit rows are converted and multiplied in fp32."""
+
+
+def multiplies_bf16() -> bool:
+    """Whether the instruction set in use multiplies bf16 and :data:`allow_bf16_products` lets it."""
+    return allow_bf16_products and native.module.has_products(isa(), native.module.BFLOAT16)
+
+
+def _product_code(embeddings: Tensor, compute: torch.dtype) -> int:
+    """The dtype, as a code, that the products of these embeddings are taken in; sums are in ``compute``."""
+    in_bf16 = embeddings.dtype == torch.bfloat16 and compute == torch.float32 and multiplies_bf16()
+    return native.dtype_code(torch.bfloat16 if in_bf16 else compute)
 
 
 def _native_negatives(negatives: Negatives, threshold: Tensor | None) -> tuple[int, int, float, float, float]:
@@ -60,7 +77,7 @@ def _run_class_stats(
     threshold = _thresholds(negatives, maximum.dtype)
     native.module.class_stats(
         isa(),
-        maximum.dtype == torch.float64,
+        _product_code(embeddings, maximum.dtype),
         native.matrix(embeddings),
         native.matrix(weight),
         target.data_ptr(),
@@ -117,7 +134,7 @@ def weight_grad(
     d_weight = torch.empty_like(weight)
     native.module.weight_grad(
         isa(),
-        negative_coefficient.dtype == torch.float64,
+        _product_code(embeddings, negative_coefficient.dtype),
         native.matrix(embeddings),
         native.matrix(weight),
         target.data_ptr(),
@@ -150,7 +167,7 @@ def update_centres(
     threshold = _thresholds(negatives, negative_coefficient.dtype)
     native.module.update_centres(
         isa(),
-        negative_coefficient.dtype == torch.float64,
+        _product_code(embeddings, negative_coefficient.dtype),
         native.matrix(embeddings),
         native.matrix(weight),
         target.data_ptr(),

@@ -31,15 +31,19 @@ def address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def matrix(tensor: Tensor) -> tuple[int, int, int, int, int, int]:
-    """A matrix (rows, columns) of any strides, as ``MatrixTuple``."""
-    code = {
+def dtype_code(dtype: torch.dtype) -> int:
+    """A dtype of embeddings and centers, as ``Dtype``."""
+    return {
         torch.float32: module.FLOAT32,
         torch.float64: module.FLOAT64,
         torch.bfloat16: module.BFLOAT16,
         torch.float16: module.FLOAT16,
-    }[tensor.dtype]
-    return (tensor.data_ptr(), code, *tensor.shape, *tensor.stride())
+    }[dtype]
+
+
+def matrix(tensor: Tensor) -> tuple[int, int, int, int, int, int]:
+    """A matrix (rows, columns) of any strides, as ``MatrixTuple``."""
+    return (tensor.data_ptr(), dtype_code(tensor.dtype), *tensor.shape, *tensor.stride())
 
 
 def centre_step(step: CentreStep, weight: Tensor) -> tuple[int, int, int, int, int, float, float, float, int, int]:

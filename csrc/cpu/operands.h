@@ -1,0 +1,190 @@
+// Both operands of the products: the batch, packed once per call, and one core's block of classes with the tile of
+// cosines between them, and the two products themselves. kernels.cpp alone includes this file.
+#pragma once
+
+#include <memory>
+#include <vector>
+
+#include "gemm.h"
+#include "kernels.h"
+#include "packing.h"
+#include "parallel.h"
+
+namespace fa::FA_ISA {
+
+// Block sizes, in rows of the operands at D = 512, chosen so that one core's working set stays in a 1 MiB L2 and mostly
+// in a 512 KiB one: packed classes 96 * 2 KiB, logits 96 * 0.5 KiB, row block 128 * 2 KiB. bench/NOTES.md has the scan.
+constexpr int64_t kClassBlock = 96;
+constexpr int64_t kRowBlock = 128;
+// Depth of one accumulation: a panel of embeddings so deep (16 KiB) stays in L1 while all classes of a block pass it.
+constexpr int64_t kDepthBlock = 128;
+// A block holds whole classes.
+inline int64_t class_block(const Negatives& negatives) {
+  return kClassBlock / negatives.sub_centres * negatives.sub_centres;
+}
+static_assert(kMaxSubCentres <= kClassBlock);
+
+// The batch, packed once per call and laid out twice.
+template <typename P>
+struct Batch {
+  using T = typename P::Sum;
+  using Element = typename P::Element;
+  int64_t rows, padded_rows, depth;  // depth: elements of a row
+  int64_t padded_columns;            // numbers of a row, whole tiles of columns
+  int64_t stride;                    // of `second`
+  Scratch<Element> first;            // transposed panels (depth, kColumns) of rows, for the first product
+  Scratch<Element> second;           // (padded_rows / P::kDepth, padded_columns), for the second product of weight_pass
+  Scratch<T> inverse;                // (padded_rows,), see Norms
+  Scratch<Index<T>> target;          // (padded_rows,)
+
+  Batch(const Matrix& embeddings, const int64_t* targets, int threads)
+      : rows(embeddings.rows),
+        padded_rows(round_up(rows, kColumns<T>)),
+        depth((embeddings.columns + P::kDepth - 1) / P::kDepth),
+        padded_columns(round_up(embeddings.columns, kColumns<T>)),
+        stride(padded_stride<T>(padded_columns)),
+        first(padded_rows * depth),
+        second(padded_rows / P::kDepth * stride),
+        inverse(padded_rows),
+        target(padded_rows) {
+    for (int64_t i = 0; i < padded_rows; ++i) target.get()[i] = static_cast<Index<T>>(i < rows ? targets[i] : -1);
+    for_each_task(threads, padded_rows / kColumns<T>, [&](int64_t panel, int) {
+      const int64_t begin = panel * kColumns<T>, count = std::min<int64_t>(kColumns<T>, rows - begin);
+      // Full's rows are the second operand as they are; pairs along the columns become pairs of rows afterwards.
+      const Scratch<Element> pairs(P::kDepth > 1 ? kColumns<T> * stride : 0);
+      Element* const packed = P::kDepth > 1 ? pairs.get() : second.get() + begin * stride;
+      T reciprocal[kColumns<T>];
+      std::fill(packed + count * stride, packed + kColumns<T> * stride, Element(0));
+      std::fill(inverse.get() + begin, inverse.get() + begin + kColumns<T>, T(0));
+      pack_rows(P(), embeddings, begin, count, packed, stride, padded_columns, {inverse.get() + begin, reciprocal});
+      pack_depth(P(), packed, stride, kColumns<T>, padded_columns, second.get() + begin / P::kDepth * stride, stride);
+      Element* to = first.get() + begin * depth;
+      for (int64_t d = 0; d < depth; ++d)
+        for (int r = 0; r < kColumns<T>; ++r) to[d * kColumns<T> + r] = packed[r * stride + d];
+    });
+  }
+};
+
+// One core's scratch: a block of packed classes and the tile of cosines over it, (classes, rows).
+template <typename P>
+struct Workspace {
+  using T = typename P::Sum;
+  using Element = typename P::Element;
+  static constexpr int64_t kTileStride = padded_stride<T>(kRowBlock);
+  int64_t first_stride, second_stride, padded_columns;
+  Scratch<Element> first, second;  // (classes, depth) and (classes / P::kDepth, padded_columns), in Full the same
+  Scratch<T> inverse, reciprocal;  // (classes,)
+  Scratch<T> tile;
+  Scratch<Element> second_tile;  // the tile as an operand of the second product, in Full the same
+  Prefetch next_classes;
+
+  explicit Workspace(const Batch<P>& batch)
+      : first_stride(P::kDepth > 1 ? padded_stride<Element>(batch.padded_columns / P::kDepth) : batch.stride),
+        second_stride(batch.stride),
+        padded_columns(batch.padded_columns),
+        first(kClassBlock * first_stride),
+        second(P::kDepth > 1 ? kClassBlock / P::kDepth * second_stride : 0),
+        inverse(kClassBlock),
+        reciprocal(kClassBlock),
+        tile(kClassBlock * kTileStride),
+        second_tile(P::kDepth > 1 ? kClassBlock * kTileStride : 0) {}
+
+  // Packs classes [begin, begin + count), and has those after them, up to `last`, fetched while the next `rows` rows
+  // are multiplied: a core that waited for memory at each block would lose 8 % (bench/NOTES.md).
+  // With an index, class j is row index[j]; those are not fetched ahead.
+  void pack(const Matrix& weight, int64_t begin, int64_t count, int64_t last, int64_t rows, bool for_second,
+            const int64_t* index = nullptr) {
+    pack_rows(P(), weight, begin, count, first.get(), first_stride, padded_columns, {inverse.get(), reciprocal.get()},
+              index);
+    if (for_second) pack_depth(P(), first.get(), first_stride, count, padded_columns, second.get(), second_stride);
+    const int64_t row_bytes = weight.row_stride * element_size(weight.dtype);
+    const int64_t next = begin + count, next_count = std::min(kClassBlock, last - next);
+    if (weight.column_stride != 1 || weight.row_stride != weight.columns || next_count <= 0 || index != nullptr) return;
+    const int64_t depth = (weight.columns + P::kDepth - 1) / P::kDepth;
+    const int64_t panels = (rows + kColumns<T> - 1) / kColumns<T> * ((depth + kDepthBlock - 1) / kDepthBlock);
+    next_classes = Prefetch(static_cast<const char*>(weight.data) + next * row_bytes, next_count * row_bytes,
+                            panels * std::max<int64_t>(1, count / kRows));
+  }
+
+  // tile = cosines of the packed classes [0, count) with the batch's rows [row, row + lanes)
+  void first_product(const Batch<P>& batch, int64_t count, int64_t row, int64_t lanes) {
+    for (int64_t k = 0; k < batch.depth; k += kDepthBlock) {
+      const int64_t depth = std::min(kDepthBlock, batch.depth - k);
+      for (int64_t r = 0; r < lanes; r += kColumns<T>) {
+        Finish<T> finish{k > 0, nullptr, nullptr};
+        if (P::kDepth > 1 && k + depth == batch.depth) {
+          finish.row_factor = inverse.get();
+          finish.column_factor = batch.inverse.get() + row + r;
+        }
+        multiply_panel<P, Layout::kRowMajor>(count, depth, first.get() + k, first_stride,
+                                             batch.first.get() + (row + r) * batch.depth + k * kColumns<T>, kColumns<T>,
+                                             tile.get() + r, kTileStride, finish, next_classes);
+      }
+    }
+  }
+
+  // sums (rows, columns) += tile' (rows, classes) * unit classes (classes, columns)
+  void second_product_over_classes(int64_t count, int64_t rows, int64_t lanes, T* sums, int64_t sums_stride) {
+    Prefetch none;
+    const Element* const operand = pair_classes(count, lanes);
+    const Element* const classes = P::kDepth > 1 ? second.get() : first.get();
+    for (int64_t d = 0; d < padded_columns; d += kColumns<T>)
+      multiply_panel<P, Layout::kTransposed>(rows, (count + P::kDepth - 1) / P::kDepth, operand, kTileStride,
+                                             classes + d, second_stride, sums + d, sums_stride, {true}, none);
+  }
+
+  // gradient (classes, columns) (+)= tile (classes, rows) * unit batch rows [row, row + rows) (rows, columns)
+  void second_product_over_rows(const Batch<P>& batch, int64_t count, int64_t row, int64_t rows, int64_t lanes,
+                                T* gradient) {
+    Prefetch none;
+    const Element* const operand = pair_rows(batch, count, row, lanes);
+    for (int64_t d = 0; d < padded_columns; d += kColumns<T>)
+      multiply_panel<P, Layout::kRowMajor>(count, (rows + P::kDepth - 1) / P::kDepth, operand, kTileStride,
+                                           batch.second.get() + row / P::kDepth * batch.stride + d, batch.stride,
+                                           gradient + d, batch.stride, {row > 0}, none);
+  }
+
+ private:
+  // The tile with its classes' inverse norms, as elements of kDepth classes: (count / kDepth, lanes).
+  const Element* pair_classes(int64_t count, int64_t lanes) {
+    if constexpr (P::kDepth == 1) {
+      return tile.get();
+    } else {
+      for (int64_t j = 0; j < count; j += 2) {
+        const T low = inverse.get()[j], high = j + 1 < count ? inverse.get()[j + 1] : 0;
+        const T* const from = tile.get() + j * kTileStride;
+        const T* const below = j + 1 < count ? from + kTileStride : from;
+        for (int64_t i = 0; i < lanes; i += kLanes<T>)
+          _mm512_storeu_si512(second_tile.get() + j / 2 * kTileStride + i,
+                              P::interleave(load(from + i) * low, j + 1 < count ? load(below + i) * high : Vec<T>{}));
+      }
+      return second_tile.get();
+    }
+  }
+
+  // The tile with its rows' inverse norms, as elements of kDepth rows: (count, lanes / kDepth).
+  const Element* pair_rows(const Batch<P>& batch, int64_t count, int64_t row, int64_t lanes) {
+    if constexpr (P::kDepth == 1) {
+      return tile.get();
+    } else {
+      for (int64_t i = 0; i < lanes; i += 2 * kLanes<T>) {
+        const Vec<T> low = load(batch.inverse.get() + row + i), high = load(batch.inverse.get() + row + i + kLanes<T>);
+        for (int64_t j = 0; j < count; ++j) {
+          const T* const from = tile.get() + j * kTileStride + i;
+          _mm512_storeu_si512(second_tile.get() + j * kTileStride + i / 2,
+                              P::concatenate(load(from) * low, load(from + kLanes<T>) * high));
+        }
+      }
+      return second_tile.get();
+    }
+  }
+};
+
+template <typename P>
+std::vector<std::unique_ptr<Workspace<P>>> make_workspaces(int threads, const Batch<P>& batch) {
+  std::vector<std::unique_ptr<Workspace<P>>> all;
+  for (int t = 0; t < threads; ++t) all.push_back(std::make_unique<Workspace<P>>(batch));
+  return all;
+}
+
+}  // namespace fa::FA_ISA
