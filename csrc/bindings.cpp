@@ -96,6 +96,40 @@ void update_centres(const std::string& isa, int product, const MatrixTuple& embe
   pass(args, step, options);
 }
 
+void target_cosine(const std::string& isa, int compute, const MatrixTuple& embeddings, const MatrixTuple& weight,
+                   uintptr_t target, uintptr_t cosine, int threads) {
+  const auto stage = in_dtype(kernels(isa).target_cosine, compute);
+  const py::gil_scoped_release release;
+  stage(to_matrix(embeddings), to_matrix(weight), pointer<const int64_t>(target), pointer<void>(cosine), threads);
+}
+
+void unit_embedding_grad(const std::string& isa, int compute, const MatrixTuple& weight, uintptr_t target,
+                         uintptr_t mean_centre, uintptr_t negative_coefficient, uintptr_t target_coefficient,
+                         int64_t rows, uintptr_t d_unit, int threads) {
+  const auto stage = in_dtype(kernels(isa).unit_embedding_grad, compute);
+  const fa::UnitGradArgs args{rows, pointer<const void>(mean_centre), pointer<const void>(negative_coefficient),
+                              pointer<const void>(target_coefficient), pointer<void>(d_unit)};
+  const py::gil_scoped_release release;
+  stage(to_matrix(weight), pointer<const int64_t>(target), args, threads);
+}
+
+void embedding_grad(const std::string& isa, int compute, uintptr_t d_unit, const MatrixTuple& embeddings,
+                    const MatrixTuple& d_embeddings, int threads) {
+  const auto stage = in_dtype(kernels(isa).embedding_grad, compute);
+  const py::gil_scoped_release release;
+  stage(pointer<const void>(d_unit), to_matrix(embeddings), to_matrix(d_embeddings), threads);
+}
+
+void margin_loss(const std::string& isa, int compute, uintptr_t negative_lse, uintptr_t target_cosine, int64_t rows,
+                 double scale, const std::tuple<double, double, double>& factors, const std::string& boundary,
+                 bool straight_through, const std::tuple<uintptr_t, uintptr_t, uintptr_t, uintptr_t>& out) {
+  const auto& [m1, m2, m3] = factors;
+  const auto& [loss, lse, d_lse, d_cosine] = out;
+  in_dtype(kernels(isa).margin_loss, compute)(
+      {rows, pointer<const void>(negative_lse), pointer<const void>(target_cosine), scale, m1, m2, m3, boundary,
+       straight_through, pointer<void>(loss), pointer<void>(lse), pointer<void>(d_lse), pointer<void>(d_cosine)});
+}
+
 int64_t multiply_adds(const std::string& isa, int product, int64_t rounds, int threads) {
   const auto pass = in_dtype(kernels(isa).multiply_adds, product);
   const py::gil_scoped_release release;
@@ -127,6 +161,10 @@ PYBIND11_MODULE(_native, m) {
   m.attr("MOMENTUM_BFLOAT16") = static_cast<int>(fa::MomentumType::kBFloat16);
   m.attr("MOMENTUM_INT8") = static_cast<int>(fa::MomentumType::kInt8);
   m.def("update_centres", &update_centres);
+  m.def("target_cosine", &target_cosine);
+  m.def("unit_embedding_grad", &unit_embedding_grad);
+  m.def("embedding_grad", &embedding_grad);
+  m.def("margin_loss", &margin_loss);
   m.def("multiply_adds", &multiply_adds);
 #if FA_CUDA
   fa::cuda::bind(m.def_submodule("cuda"));

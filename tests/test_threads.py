@@ -14,7 +14,7 @@ from cases import Case, Inputs, Outcome, check, make_inputs, run
 import fused_arcface as fa
 
 # Enough multiply-adds for three threads, each with several blocks of classes.
-LARGE = Case(N=70, C=1500, D=64, geometry="late")
+LARGE = Case(N=70, C=11_000, D=64, geometry="late")
 
 
 def compute(inputs: Inputs) -> Outcome:
@@ -31,14 +31,14 @@ def assert_identical(got: Outcome, right: Outcome) -> None:
 def test_right_with_any_number_of_threads(threads: int) -> None:
     torch.set_num_threads(threads)
     check(LARGE, "cpu")
-    check(Case(N=300, C=50, D=300), "cpu")  # fewer blocks of classes than threads: rows are split
+    check(Case(N=1500, C=50, D=450), "cpu")  # fewer blocks of classes than threads: rows are split
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
 def test_bitwise_reproducible(dtype: str, threads: int, isa: str) -> None:
     torch.set_num_threads(threads)
-    inputs = make_inputs(Case(N=70, C=1500, D=64, x_dtype=dtype, w_dtype=dtype))
+    inputs = make_inputs(Case(N=70, C=11_000, D=64, x_dtype=dtype, w_dtype=dtype))
     right = compute(inputs)
     for _ in range(3):
         assert_identical(compute(inputs), right)

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "arguments.h"
+#include "product.h"
 #include "sixteen_bit.h"
 
 namespace fa::FA_ISA {
@@ -72,12 +73,26 @@ inline void read_row(const Matrix& m, int64_t row, T* out) {
   });
 }
 
+#if defined(__AVX512BF16__)
+// Whole vectors of a row in bf16, to nearest even; how many numbers that were.
+inline int64_t convert_vectors(const float* from, int64_t count, BFloat16* to) {
+  int64_t d = 0;
+  for (; d + 32 <= count; d += 32)
+    _mm512_storeu_si512(to + d, BFloat16Pairs::concatenate(load(from + d), load(from + d + 16)));
+  return d;
+}
+#endif
+template <typename T, typename Stored>
+inline int64_t convert_vectors(const T*, int64_t, Stored*) {
+  return 0;
+}
+
 template <typename T>
 inline void write_row(const Matrix& m, int64_t row, const T* values) {
   visit_dtype(m, [&](auto* data) {
     auto* to = data + row * m.row_stride;
     if (m.column_stride == 1)
-      for (int64_t d = 0; d < m.columns; ++d) convert(values[d], to + d);
+      for (int64_t d = convert_vectors(values, m.columns, to); d < m.columns; ++d) convert(values[d], to + d);
     else
       for (int64_t d = 0; d < m.columns; ++d) convert(values[d], to + d * m.column_stride);
   });

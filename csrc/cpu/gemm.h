@@ -34,12 +34,13 @@ inline void multiply_tile(int64_t depth, const typename P::Element* a, int64_t a
                           int64_t b_stride, typename P::Sum* c, int64_t c_stride,
                           const Finish<typename P::Sum>& finish) {
   using T = typename P::Sum;
-  Vec<T> acc[rows][kVectors];
+  // Earlier sums are fetched now and added at the end: no multiplication waits for them (bench/NOTES.md).
+  if (finish.accumulate)
 #pragma GCC unroll 16
-  for (int r = 0; r < rows; ++r)
+    for (int r = 0; r < rows; ++r)
 #pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v)
-      acc[r][v] = finish.accumulate ? load(c + r * c_stride + v * kLanes<T>) : Vec<T>{};
+      for (int v = 0; v < kVectors; ++v) __builtin_prefetch(c + r * c_stride + v * kLanes<T>, 1, 3);
+  Vec<T> acc[rows][kVectors] = {};
 
   for (int64_t k = 0; k < depth; ++k) {
     typename P::Operand row[kVectors];
@@ -55,6 +56,11 @@ inline void multiply_tile(int64_t depth, const typename P::Element* a, int64_t a
     b += b_stride;
   }
 
+  if (finish.accumulate)
+#pragma GCC unroll 16
+    for (int r = 0; r < rows; ++r)
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) acc[r][v] += load(c + r * c_stride + v * kLanes<T>);
   if constexpr (P::kDepth > 1) {
     if (finish.row_factor != nullptr)
 #pragma GCC unroll 16

@@ -14,69 +14,23 @@
 #include "operands.h"
 #include "parallel.h"
 #include "peak.h"
+#include "row_stages.h"
 #include "simd.h"
+#include "tile.h"
 
 namespace fa::FA_ISA {
 
 namespace {
 
-// Below this many multiply-adds a second thread costs more than it brings.
-constexpr double kWorkPerThread = 2e6;
+// Below this many multiply-adds of each product a second thread costs more than it brings: starting one takes 20 to 50
+// microseconds, and as much again where the other core sleeps (bench/NOTES.md).
+constexpr double kWorkPerThread = 16e6;
 
 // All slices' centre sums together, whatever the number of threads.
 constexpr int64_t kCentreSumBytes = 16 << 20;
-constexpr double kLog2e = 1.4426950408889634;
 
 int useful_threads(int threads, double multiply_adds) {
   return static_cast<int>(std::clamp(multiply_adds / kWorkPerThread, 1.0, static_cast<double>(std::max(threads, 1))));
-}
-
-// Rows of logits' offsets in base 2: shift * log2(e) is rounded to T, which at a scale of 1000 would cost 3e-5 of every
-// exponential; `correction` is what the rounding took, 2^(rounded - exact).
-template <typename T>
-struct Offsets {
-  Scratch<T> log2;                 // (padded_rows,)
-  std::vector<double> correction;  // (padded_rows,)
-  Offsets(const double* offset, int64_t rows, int64_t padded_rows) : log2(padded_rows), correction(padded_rows, 1.0) {
-    for (int64_t i = 0; i < padded_rows; ++i) {
-      const double exact = offset != nullptr && i < rows ? offset[i] * kLog2e : 0;
-      log2.get()[i] = static_cast<T>(exact);
-      if (std::isfinite(exact)) correction[i] = std::exp2(log2.get()[i] - exact);
-    }
-  }
-};
-
-// Running statistics of the rows, kept in fp64: a million fp32 terms added one by one would lose four digits.
-struct RowStats {
-  double sum = 0, max = -std::numeric_limits<double>::infinity();
-};
-
-// The cosines of one tile become exp(scale * cos - shift), 0 in the target's place, and count in the rows' statistics.
-template <typename T>
-void exponentiate(T* tile, int64_t stride, int64_t count, int64_t lanes, int64_t first_class, const Index<T>* target,
-                  const T* log2_shift, T log2_scale, bool want_sum, RowStats* stats) {
-  constexpr T kInfinity = std::numeric_limits<T>::infinity();
-  for (int64_t i = 0; i < lanes; i += kLanes<T>) {
-    const Mask<T> own = load_index<T>(target + i) - static_cast<Index<T>>(first_class);
-    const Vec<T> row_shift = load(log2_shift + i);
-    Vec<T> sum = {}, max = broadcast(-kInfinity);
-    for (int64_t j = 0; j < count; ++j) {
-      T* at = tile + j * stride + i;
-      const Vec<T> cosine = load(at);
-      const Mask<T> is_target = own == static_cast<Index<T>>(j);
-      const Vec<T> negative = is_target ? broadcast(-kInfinity) : cosine;
-      max = negative > max ? negative : max;
-      if (want_sum) {
-        const Vec<T> e = is_target ? Vec<T>{} : exp2<T>(cosine * log2_scale - row_shift);
-        sum += e;
-        store<T>(at, e);
-      }
-    }
-    for (int lane = 0; lane < kLanes<T>; ++lane) {
-      stats[i + lane].sum += sum[lane];
-      stats[i + lane].max = std::max<double>(stats[i + lane].max, max[lane]);
-    }
-  }
 }
 
 template <typename P>
@@ -153,22 +107,6 @@ void class_stats(const ClassStatsArgs& args, const PassOptions& options) {
         for (int64_t s = 0; s < slices; ++s) sum += centre_sums.get()[s * sum_size + i * batch.stride + d];
         out[d] = sum * correction;
       }
-    }
-  }
-}
-
-// The cosines of one tile become the gradient by them: G of WeightGradArgs.
-template <typename T>
-void differentiate(T* tile, int64_t stride, int64_t count, int64_t lanes, int64_t first_class, const Index<T>* target,
-                   const T* log2_lse, const T* negative_coefficient, const T* target_coefficient, T log2_scale) {
-  for (int64_t i = 0; i < lanes; i += kLanes<T>) {
-    const Mask<T> own = load_index<T>(target + i) - static_cast<Index<T>>(first_class);
-    const Vec<T> lse = load(log2_lse + i), negative = load(negative_coefficient + i);
-    const Vec<T> positive = load(target_coefficient + i);
-    for (int64_t j = 0; j < count; ++j) {
-      T* at = tile + j * stride + i;
-      const Vec<T> probability = exp2<T>(load(at) * log2_scale - lse);
-      store<T>(at, own == static_cast<Index<T>>(j) ? positive : negative * probability);
     }
   }
 }
@@ -252,7 +190,10 @@ void update_centres(const WeightGradArgs& args, const CentreStep& step, const Pa
 #define FA_BF16(pass) nullptr
 #endif
 #define FA_PASSES(pass) {pass<Full<float>>, pass<Full<double>>, FA_BF16(pass), nullptr}
-extern const Kernels kKernels = {FA_NAME(FA_ISA), FA_PASSES(class_stats), FA_PASSES(weight_grad),
-                                 FA_PASSES(update_centres), FA_PASSES(multiply_adds)};
+#define FA_STAGES(stage) {stage<float>, stage<double>, nullptr, nullptr}
+extern const Kernels kKernels = {
+    FA_NAME(FA_ISA),          FA_PASSES(class_stats),   FA_PASSES(weight_grad),         FA_PASSES(update_centres),
+    FA_PASSES(multiply_adds), FA_STAGES(target_cosine), FA_STAGES(unit_embedding_grad), FA_STAGES(embedding_grad),
+    FA_STAGES(margin_loss)};
 
 }  // namespace fa::FA_ISA

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <string>
 
 #include "arguments.h"
 
@@ -27,6 +28,23 @@ struct PassOptions {
   Negatives negatives;
 };
 
+// unit_embedding_grad: mean_centre and d_unit (N, D) contiguous, coefficients (N,), all of the compute type.
+struct UnitGradArgs {
+  int64_t rows;
+  const void *mean_centre, *negative_coefficient, *target_coefficient;
+  void* d_unit;
+};
+
+// margin_loss: (N,) each, of the compute type.
+struct MarginLossArgs {
+  int64_t rows;
+  const void *negative_lse, *target_cosine;
+  double scale, m1, m2, m3;
+  std::string boundary;
+  bool straight_through;
+  void *loss, *lse, *d_lse, *d_cosine;
+};
+
 // Passes are found under the Dtype of their products: fp32 and fp64 everywhere, bf16 (with sums in fp32) where the
 // processor multiplies it; null elsewhere.
 constexpr int kDtypes = 4;
@@ -37,6 +55,14 @@ struct Kernels {
   // Writes weight, not d_weight.
   void (*update_centres[kDtypes])(const WeightGradArgs&, const CentreStep&, const PassOptions&);
   int64_t (*multiply_adds[kDtypes])(int64_t rounds, int threads);  // see peak.h
+
+  // The stages over the rows (row_stages.h), under the compute type.
+  void (*target_cosine[kDtypes])(const Matrix& embeddings, const Matrix& weight, const int64_t* target, void* cosine,
+                                 int threads);
+  void (*unit_embedding_grad[kDtypes])(const Matrix& weight, const int64_t* target, const UnitGradArgs&, int threads);
+  void (*embedding_grad[kDtypes])(const void* d_unit, const Matrix& embeddings, const Matrix& d_embeddings,
+                                  int threads);
+  void (*margin_loss[kDtypes])(const MarginLossArgs&);
 };
 
 namespace portable {

@@ -1,8 +1,8 @@
 // The kernels' own memory, and advice to the system about the caller's.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
-#include <new>
 
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -10,6 +10,17 @@
 
 #include "arguments.h"
 
+namespace fa {
+
+// Memory for a Scratch and back. Small blocks are kept for the next call, at most 24 of 2 MiB: fresh memory costs a
+// page fault every 4 KiB, which is what a small problem would mostly do. Any thread may call these, and a forked
+// process.
+void* take_scratch(size_t bytes);
+void give_scratch(void* memory);
+
+}  // namespace fa
+
+#if defined(FA_ISA)
 namespace fa::FA_ISA {
 
 // Cache-line aligned memory, uninitialised, for the time of one call.
@@ -17,8 +28,10 @@ template <typename T>
 class Scratch {
  public:
   explicit Scratch(int64_t size)
-      : data_(static_cast<T*>(::operator new(sizeof(T) * (size > 0 ? size : 1), std::align_val_t{64}))) {}
-  ~Scratch() { ::operator delete(data_, std::align_val_t{64}); }
+      : data_(size > 0 ? static_cast<T*>(take_scratch(sizeof(T) * static_cast<size_t>(size))) : nullptr) {}
+  ~Scratch() {
+    if (data_ != nullptr) give_scratch(data_);
+  }
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
   T* get() const { return data_; }
@@ -54,3 +67,4 @@ inline void advise_huge_pages(const Matrix& m) {
 }
 
 }  // namespace fa::FA_ISA
+#endif

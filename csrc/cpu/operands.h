@@ -48,7 +48,8 @@ struct Batch {
         inverse(padded_rows),
         target(padded_rows) {
     for (int64_t i = 0; i < padded_rows; ++i) target.get()[i] = static_cast<Index<T>>(i < rows ? targets[i] : -1);
-    for_each_task(threads, padded_rows / kColumns<T>, [&](int64_t panel, int) {
+    const bool large = rows * embeddings.columns > kNumbersPerThread;
+    for_each_task(large ? threads : 1, padded_rows / kColumns<T>, [&](int64_t panel, int) {
       const int64_t begin = panel * kColumns<T>, count = std::min<int64_t>(kColumns<T>, rows - begin);
       // Full's rows are the second operand as they are; pairs along the columns become pairs of rows afterwards.
       const Scratch<Element> pairs(P::kDepth > 1 ? kColumns<T> * stride : 0);

@@ -59,4 +59,34 @@ def update_centres(
     threads: int,
     negatives: _Negatives,
 ) -> None: ...
+def target_cosine(
+    isa: str, compute: int, embeddings: _Matrix, weight: _Matrix, target: int, cosine: int, threads: int
+) -> None: ...
+def unit_embedding_grad(
+    isa: str,
+    compute: int,
+    weight: _Matrix,
+    target: int,
+    mean_centre: int,
+    negative_coefficient: int,
+    target_coefficient: int,
+    rows: int,
+    d_unit: int,
+    threads: int,
+) -> None: ...
+def embedding_grad(
+    isa: str, compute: int, d_unit: int, embeddings: _Matrix, d_embeddings: _Matrix, threads: int
+) -> None: ...
+def margin_loss(
+    isa: str,
+    compute: int,
+    negative_lse: int,
+    target_cosine: int,
+    rows: int,
+    scale: float,
+    factors: tuple[float, float, float],
+    boundary: str,
+    straight_through: bool,
+    out: tuple[int, int, int, int],
+) -> None: ...
 def multiply_adds(isa: str, product: int, rounds: int, threads: int) -> int: ...

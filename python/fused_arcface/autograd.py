@@ -160,13 +160,15 @@ class NegativesAndTarget(torch.autograd.Function):
             rows, centres, target, scale, shift, with_centre_sum, backend, shard.class_count, **negatives
         )
         target_cosine = _ops.target_cosine(rows, weight, shard.target_rows(target), backend)
-        total, target_cosine = shard.ranks.sum(torch.stack([total, target_cosine])).unbind()
+        total, target_cosine = shard.ranks.sum_rows(total, target_cosine)
         if shard.with_max:
             maximum = shard.ranks.max(maximum)
         # fp64: at s = 1000 an fp32 rounding of it would cost 3e-5 of every probability in the backward pass.
-        lse = total.double().log() if shift is None else total.double().log() + shift
-        if with_centre_sum:  # the softmax-weighted mean of the centres; a row without negatives has none
-            centre_sum = centre_sum / total.masked_fill(total == 0, 1)[:, None]
+        lse = total.double().log_()
+        if shift is not None:
+            lse += shift
+        if with_centre_sum:  # the softmax-weighted mean of the centres; a row without negatives has none: 0 / tiny
+            centre_sum /= total.clamp(min=torch.finfo(total.dtype).tiny)[:, None]
         ctx.save_for_backward(embeddings, weight, target, lse, centre_sum)
         ctx.scale, ctx.with_centre_sum, ctx.backend, ctx.shard = scale, with_centre_sum, backend, shard
         ctx.negatives = negatives

@@ -64,8 +64,8 @@ class _FusedMarginLoss(torch.autograd.Function):
 
 
 def reduce_loss(loss: Tensor, ignored: Tensor, reduction: str) -> Tensor:
-    """Row losses ``(N,)`` reduced as ``cross_entropy`` does: ignored rows count neither in the sum nor in the mean."""
-    loss = loss.masked_fill(ignored, 0)
+    """Row losses ``(N,)``, 0 where ignored, reduced as ``cross_entropy`` does: ignored rows count neither in the sum
+    nor in the mean."""
     if reduction == "none":
         return loss
     total = loss.sum()
@@ -95,7 +95,7 @@ def loss_of_rows(
         penalty: (N,) added to the rows' losses.
         smoothed: label smoothing.
     """
-    fuses = backends.fuses_margin(backend) and negative_lse.dtype == torch.float32 and smoothed is None
+    fuses = backends.fuses_margin(backend, negative_lse.dtype) and smoothed is None
     numbers = parameters(margin) if fuses else None
     if numbers is not None:
         loss, lse = _FusedMarginLoss.apply(negative_lse, target_cosine, float(scale), *numbers, backend)
@@ -111,11 +111,8 @@ def loss_of_rows(
             loss = smoothed.loss(loss, target_cosine, target_logit, scale)
     if penalty is not None:
         loss = loss + penalty
-    with torch.no_grad():
-        stats = MarginSoftmaxStats(
-            loss=loss.masked_fill(ignored, 0),
-            lse=lse,
-            target_cosine=target_cosine.detach(),
-            correct=(target_cosine > negative_max) & ~ignored,
-        )
+    loss = loss.masked_fill(ignored, 0)
+    cosine = target_cosine.detach()
+    # For booleans a > b is a and not b.
+    stats = MarginSoftmaxStats(loss.detach(), lse, cosine, correct=(cosine > negative_max) > ignored)
     return reduce_loss(loss, ignored, reduction), stats

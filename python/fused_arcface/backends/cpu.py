@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 
 import torch
@@ -10,22 +11,25 @@ from torch import Tensor
 from ..ops import PLAIN, CentreStep, Negatives, compute_dtype
 from . import native
 
-# O(N·D) and less: PyTorch does these as well as a kernel would.
-from .reference import embedding_grad, margin_loss, target_cosine, unit_embedding_grad  # noqa: F401
-
 
 def unavailable() -> str | None:
     if native.unavailable() is not None:
         return native.unavailable()
-    asked, isas = os.environ.get("FUSED_ARCFACE_ISA", ""), native.module.isas()
-    if asked and asked not in isas:
-        return f"FUSED_ARCFACE_ISA={asked} names none of this machine's instruction sets: {', '.join(isas)}"
+    asked = os.environ.get("FUSED_ARCFACE_ISA")
+    if asked and asked not in _isas():
+        return f"FUSED_ARCFACE_ISA={asked} names none of this machine's instruction sets: {', '.join(_isas())}"
     return None
+
+
+@functools.cache
+def _isas() -> list[str]:
+    """This machine's instruction sets, the best first."""
+    return native.module.isas()
 
 
 def isa() -> str:
     """The instruction set in use: the best of this machine, or the one named in the environment's FUSED_ARCFACE_ISA."""
-    return os.environ.get("FUSED_ARCFACE_ISA") or native.module.isas()[0]
+    return os.environ.get("FUSED_ARCFACE_ISA") or _isas()[0]
 
 
 def multiply_adds(rounds: int, dtype: torch.dtype = torch.float32) -> int:
@@ -89,6 +93,82 @@ def _run_class_stats(
         torch.get_num_threads(),
         _native_negatives(negatives, threshold),
     )
+
+
+def target_cosine(embeddings: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+    dtype, target = compute_dtype(embeddings, weight), target.contiguous()
+    cosine = torch.empty(embeddings.shape[0], dtype=dtype)
+    native.module.target_cosine(
+        isa(),
+        native.dtype_code(dtype),
+        native.matrix(embeddings),
+        native.matrix(weight),
+        target.data_ptr(),
+        cosine.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return cosine
+
+
+def unit_embedding_grad(
+    weight: Tensor, target: Tensor, mean_centre: Tensor, negative_coefficient: Tensor, target_coefficient: Tensor
+) -> Tensor:
+    target, mean_centre = target.contiguous(), mean_centre.contiguous()
+    negative_coefficient, target_coefficient = negative_coefficient.contiguous(), target_coefficient.contiguous()
+    d_unit = torch.empty_like(mean_centre)
+    native.module.unit_embedding_grad(
+        isa(),
+        native.dtype_code(mean_centre.dtype),
+        native.matrix(weight),
+        target.data_ptr(),
+        mean_centre.data_ptr(),
+        negative_coefficient.data_ptr(),
+        target_coefficient.data_ptr(),
+        mean_centre.shape[0],
+        d_unit.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return d_unit
+
+
+def embedding_grad(d_unit: Tensor, embeddings: Tensor) -> Tensor:
+    d_unit, d_embeddings = d_unit.contiguous(), torch.empty_like(embeddings)
+    native.module.embedding_grad(
+        isa(),
+        native.dtype_code(d_unit.dtype),
+        d_unit.data_ptr(),
+        native.matrix(embeddings),
+        native.matrix(d_embeddings),
+        torch.get_num_threads(),
+    )
+    return d_embeddings
+
+
+def margin_loss(
+    negative_lse: Tensor,
+    target_cosine: Tensor,
+    scale: float,
+    m1: float,
+    m2: float,
+    m3: float,
+    boundary: str,
+    gradient: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    negative_lse, target_cosine = negative_lse.contiguous(), target_cosine.contiguous()
+    loss, lse, d_lse, d_cosine = (torch.empty_like(negative_lse) for _ in range(4))
+    native.module.margin_loss(
+        isa(),
+        native.dtype_code(negative_lse.dtype),
+        negative_lse.data_ptr(),
+        target_cosine.data_ptr(),
+        negative_lse.shape[0],
+        scale,
+        (m1, m2, m3),
+        boundary,
+        gradient == "straight_through",
+        (loss.data_ptr(), lse.data_ptr(), d_lse.data_ptr(), d_cosine.data_ptr()),
+    )
+    return loss, lse, d_lse, d_cosine
 
 
 def class_max(embeddings: Tensor, weight: Tensor, target: Tensor, negatives: Negatives = PLAIN) -> Tensor:

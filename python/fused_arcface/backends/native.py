@@ -6,6 +6,8 @@ An address is no reference: whoever passes one keeps its tensor bound to a name 
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -33,12 +35,17 @@ def address(tensor: Tensor | None) -> int:
 
 def dtype_code(dtype: torch.dtype) -> int:
     """A dtype of embeddings and centers, as ``Dtype``."""
+    return _dtype_codes()[dtype]
+
+
+@functools.cache
+def _dtype_codes() -> dict[torch.dtype, int]:
     return {
         torch.float32: module.FLOAT32,
         torch.float64: module.FLOAT64,
         torch.bfloat16: module.BFLOAT16,
         torch.float16: module.FLOAT16,
-    }[dtype]
+    }
 
 
 def matrix(tensor: Tensor) -> tuple[int, int, int, int, int, int]:

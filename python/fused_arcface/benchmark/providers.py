@@ -40,6 +40,8 @@ class Provider:
     tf32: bool = False
     own_weight: bool = False
     """Whether a run holds the class centres in a layout of its own, in the place of the inputs'."""
+    tolerance: float | None = None
+    """Relative error at which its result counts as right; None: by the dtypes. bf16 cosines cost 0.1 of a logit."""
 
     @property
     def is_ours(self) -> bool:
@@ -150,6 +152,8 @@ def _needs(
     return reason
 
 
+_OF_BF16_COSINES = 0.5  # times a logit's error at s = 64; a wrong formula is off by more in fp32, where it is tested
+
 # Beyond so many logits the reference backend would take a tenth of the whole run to say once more what eager says.
 _REFERENCE_LOGITS = 4_000_000
 
@@ -220,6 +224,15 @@ def all_providers() -> tuple[Provider, ...]:
     return (
         *_all_ours(),
         Provider("eager", "torch", "margin", _differentiated(peers.eager), _needs()),
+        Provider("plain", "torch", "margin", _differentiated(peers.plain), same, tolerance=_OF_BF16_COSINES),
+        Provider(
+            "plain-autocast",
+            "torch",
+            "margin",
+            _differentiated(peers.plain_under_autocast),
+            _needs(weight_dtype="bfloat16"),
+            tolerance=_OF_BF16_COSINES,
+        ),
         Provider("compiled", "torch", "margin", _differentiated(lazily_compiled), _needs()),
         Provider("insightface", "torch", straight, _differentiated(peers.insightface), fp32),
         Provider("insightface-tf32", "torch", straight, _differentiated(peers.insightface), fp32_cuda, tf32=True),
