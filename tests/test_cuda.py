@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from types import ModuleType
 
 import cuda_emulated
+import extreme_rows
 import pytest
 import torch
 from cases import Case, inputs_on
@@ -176,6 +177,26 @@ def test_small_losses_keep_their_digits(device: str) -> None:
     rows = torch.tensor([[-30.0], [0.5]], device=device)
     small, *_ = cuda.margin_loss(*rows, 1.0, 1.0, 0.0, 0.0, "linear", "exact")
     torch.testing.assert_close(small.cpu(), torch.tensor([math.exp(-30.5)]), rtol=1e-5, atol=0)
+
+
+def loss_on(device: str) -> extreme_rows.Loss:
+    def plain_loss(x: torch.Tensor, w: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        if x.dtype == torch.float64:  # for which there are no kernels
+            return extreme_rows.plain(fa.reference.margin_softmax_loss)(x, w, target)
+        moved = (each.to(device) for each in (x, w, target))
+        options = {"margin": fa.NormSoftmax(), "scale": extreme_rows.SCALE, "reduction": "none"}
+        return loss(*moved, **options)[0].cpu()  # type: ignore[arg-type]
+
+    return plain_loss
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-6), (torch.bfloat16, 2**-6)])
+def test_rows_of_any_norm(dtype: torch.dtype, tolerance: float, device: str) -> None:
+    extreme_rows.check_norms(loss_on(device), dtype, tolerance)
+
+
+def test_gradients_that_overflow_in_fp16(device: str) -> None:
+    extreme_rows.check_overflow(loss_on(device))
 
 
 def test_zero_row_in_fp16_saturates(device: str) -> None:

@@ -12,6 +12,7 @@ import math
 import os
 from collections.abc import Iterator
 
+import extreme_rows
 import pytest
 import torch
 from cases import Case, make_inputs
@@ -149,6 +150,30 @@ def test_small_losses_keep_their_digits() -> None:
     """Not log(exp z + Z) - z, which is off by 11 % when the loss is small."""
     small, *_ = triton.margin_loss(torch.tensor([-30.0]), torch.tensor([0.5]), 1.0, 1.0, 0.0, 0.0, "linear", "exact")
     torch.testing.assert_close(small, torch.tensor([math.exp(-30.5)]), rtol=1e-5, atol=0)
+
+
+def _plain_loss(x: torch.Tensor, w: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    return loss(x, w, target, margin=fa.NormSoftmax(), scale=extreme_rows.SCALE, reduction="none")[0]
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "dtype", "tolerance"),
+    [
+        ("chunks", torch.float32, 2e-6),
+        ("chunks", torch.float64, 1e-13),
+        ("chunks", torch.bfloat16, 2**-6),
+        ("flash", torch.bfloat16, 2**-6),
+    ],
+)
+def test_rows_of_any_norm(
+    algorithm: str, dtype: torch.dtype, tolerance: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FUSED_ARCFACE_TRITON_ALGORITHM", algorithm)
+    extreme_rows.check_norms(_plain_loss, dtype, tolerance)
+
+
+def test_gradients_that_overflow_in_fp16() -> None:
+    extreme_rows.check_overflow(_plain_loss)
 
 
 def test_zero_row_in_fp16_saturates() -> None:

@@ -19,14 +19,15 @@ struct RowBlock {
   uint32_t random[kMomentumBlock];  // 16 bits each
 };
 
+// `stride`: between neighbouring columns.
 template <typename Storage, typename T>
-void store_block(const RowBlock<T>& block, int64_t count, Storage* to) {
-  for (int64_t i = 0; i < count; ++i) convert(block.values[i], to + i);
+void store_block(const RowBlock<T>& block, int64_t count, Storage* to, int64_t stride) {
+  for (int64_t i = 0; i < count; ++i) convert(block.values[i], to + i * stride);
 }
 template <typename T>
-void store_block(const RowBlock<T>& block, int64_t count, BFloat16* to) {
+void store_block(const RowBlock<T>& block, int64_t count, BFloat16* to, int64_t stride) {
   for (int64_t i = 0; i < count; ++i)
-    to[i] = round_stochastically(static_cast<float>(block.values[i]), block.random[i]);
+    to[i * stride] = round_stochastically(static_cast<float>(block.values[i]), block.random[i]);
 }
 // int8 in units of the block's largest magnitude over 127.
 template <typename T>
@@ -44,8 +45,8 @@ void store_block(const RowBlock<T>& block, int64_t count, int8_t* to, float* sca
 inline float to_float(int8_t x) { return x; }
 
 template <typename Storage, typename T>
-void load_block(const Storage* from, int64_t count, T unit, RowBlock<T>* block) {
-  for (int64_t i = 0; i < count; ++i) block->values[i] = static_cast<T>(to_float(from[i])) * unit;
+void load_block(const Storage* from, int64_t stride, int64_t count, T unit, RowBlock<T>* block) {
+  for (int64_t i = 0; i < count; ++i) block->values[i] = static_cast<T>(to_float(from[i * stride])) * unit;
 }
 
 template <typename Fn>
@@ -63,7 +64,7 @@ void visit_momentum(const CentreStep& step, const Fn& fn) {
       return fn(static_cast<int8_t*>(step.momentum));
   }
 }
-// Updates row `row` of weight (contiguous) and of the momentum, from the gradient by that row.
+// Updates row `row` of weight (any strides) and of the momentum (contiguous), from the gradient by that row.
 template <typename T>
 void step_row(const Matrix& weight, const CentreStep& step, int64_t row, const T* gradient) {
   const int64_t columns = weight.columns, blocks = (columns + kMomentumBlock - 1) / kMomentumBlock;
@@ -80,25 +81,25 @@ void step_row(const Matrix& weight, const CentreStep& step, int64_t row, const T
       velocity.random[i] = bits >> 16;
     }
     visit_dtype(weight, [&](auto* data) {
-      auto* const at = data + row * columns + first;
-      load_block(at, count, T(1), &centre);
+      auto* const at = data + row * weight.row_stride + first * weight.column_stride;
+      load_block(at, weight.column_stride, count, T(1), &centre);
       for (int64_t i = 0; i < count; ++i) velocity.values[i] = gradient[first + i] + weight_decay * centre.values[i];
       visit_momentum(step, [&](auto* all) {
         auto* const buffer = all + row * columns + first;
         RowBlock<T> old;
         if constexpr (std::is_same_v<decltype(all), int8_t*>) {
           float* const scale = step.momentum_scale + row * blocks + first / kMomentumBlock;
-          load_block(buffer, count, static_cast<T>(*scale), &old);
+          load_block(buffer, 1, count, static_cast<T>(*scale), &old);
           for (int64_t i = 0; i < count; ++i) velocity.values[i] += momentum * old.values[i];
           store_block(velocity, count, buffer, scale);
         } else {
-          load_block(buffer, count, T(1), &old);
+          load_block(buffer, 1, count, T(1), &old);
           for (int64_t i = 0; i < count; ++i) velocity.values[i] += momentum * old.values[i];
-          store_block(velocity, count, buffer);
+          store_block(velocity, count, buffer, 1);
         }
       });
       for (int64_t i = 0; i < count; ++i) centre.values[i] -= lr * velocity.values[i];
-      store_block(centre, count, at);
+      store_block(centre, count, at, weight.column_stride);
     });
   }
 }

@@ -1,6 +1,8 @@
 // Numbers between the caller's memory (any dtype, any strides) and the compute type.
 #pragma once
 
+#include <cmath>
+
 #include "arguments.h"
 #include "product.h"
 #include "sixteen_bit.h"
@@ -28,15 +30,12 @@ inline void convert(float x, BFloat16* to) {
   to->bits = static_cast<uint16_t>(nan ? bits >> 16 | 0x40u : (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
 }
 inline void convert(float x, Float16* to) {
-  // Finite numbers past fp16's range saturate: the gradient of a zero row, 1 / epsilon large, has to stay finite.
   const uint32_t bits = float_bits(x), sign = bits >> 16 & 0x8000u, magnitude = bits & 0x7fffffffu;
   uint32_t half;
   if (magnitude > 0x7f800000u)
     half = 0x7e00u;  // NaN
-  else if (magnitude == 0x7f800000u)
-    half = 0x7c00u;  // infinity
   else if (magnitude >= 0x477ff000u)
-    half = 0x7bffu;
+    half = 0x7c00u;                  // infinity, from 65520 on: a GradScaler has to see a gradient's overflow
   else if (magnitude < 0x38800000u)  // subnormal in fp16: adding 0.5 leaves it, rounded, in the lowest bits
     half = float_bits(float_of(magnitude) + 0.5f) - 0x3f000000u;
   else
@@ -96,6 +95,16 @@ inline void write_row(const Matrix& m, int64_t row, const T* values) {
     else
       for (int64_t d = 0; d < m.columns; ++d) convert(values[d], to + d * m.column_stride);
   });
+}
+
+// Finite numbers of a row within the range of m's dtype, in place: for the gradient of a row that epsilon divides, 1e12
+// large in fp16, which has to stay finite.
+template <typename T>
+inline void saturate(const Matrix& m, T* row) {
+  constexpr T kMost = 65504;
+  if (m.dtype != Dtype::kFloat16) return;
+  for (int64_t d = 0; d < m.columns; ++d)
+    if (std::isfinite(row[d])) row[d] = row[d] > kMost ? kMost : row[d] < -kMost ? -kMost : row[d];
 }
 
 }  // namespace fa::FA_ISA

@@ -111,8 +111,8 @@ void class_stats(const ClassStatsArgs& args, const PassOptions& options) {
   }
 }
 
-// receive(j, gradient) for each of the C classes that args.weight or, through an index, some of its rows stand for: the
-// gradient (D,) by that row, which is no one else's then.
+// receive(j, gradient, is_short) for each of the C classes that args.weight or, through an index, some of its rows
+// stand for: the gradient (D,) by that row, which is no one else's then, and whether the row is shorter than epsilon.
 template <typename P, typename Receive>
 void weight_pass(const WeightGradArgs& args, const PassOptions& options, const int64_t* index, int64_t C,
                  const Receive& receive) {
@@ -157,10 +157,11 @@ void weight_pass(const WeightGradArgs& args, const PassOptions& options, const i
     }
     for (int64_t j = 0; j < count; ++j) {
       T* row = gradient + j * batch.stride;
-      const T* const unit = unit_row(P(), work.first.get() + j * work.first_stride, work.inverse.get()[j],
+      const InverseNorm<T> inverse_norm = work.inverse_norm.get()[j];
+      const T* const unit = unit_row(P(), work.first.get() + j * work.first_stride, work.to_unit.get()[j],
                                      batch.padded_columns, unit_rows.get() + worker * batch.padded_columns);
-      project(row, unit, work.reciprocal.get()[j], batch.padded_columns);
-      receive(first_class + j, row);
+      project(row, unit, inverse_norm, batch.padded_columns);
+      receive(first_class + j, row, inverse_norm.is_short());
     }
   });
 }
@@ -168,14 +169,16 @@ void weight_pass(const WeightGradArgs& args, const PassOptions& options, const i
 template <typename P>
 void weight_grad(const WeightGradArgs& args, const PassOptions& options) {
   advise_huge_pages(args.d_weight);
-  weight_pass<P>(args, options, nullptr, args.weight.rows,
-                 [&](int64_t j, const typename P::Sum* row) { write_row(args.d_weight, j, row); });
+  weight_pass<P>(args, options, nullptr, args.weight.rows, [&](int64_t j, typename P::Sum* row, bool is_short) {
+    if (is_short) saturate(args.d_weight, row);
+    write_row(args.d_weight, j, row);
+  });
 }
 
 template <typename P>
 void update_centres(const WeightGradArgs& args, const CentreStep& step, const PassOptions& options) {
   const int64_t* const rows = step.rows;
-  weight_pass<P>(args, options, rows, step.classes, [&](int64_t j, const typename P::Sum* gradient) {
+  weight_pass<P>(args, options, rows, step.classes, [&](int64_t j, const typename P::Sum* gradient, bool) {
     step_row(args.weight, step, rows != nullptr ? rows[j] : j, gradient);
   });
 }

@@ -34,7 +34,7 @@ struct Batch {
   int64_t stride;                    // of `second`
   Scratch<Element> first;            // transposed panels (depth, kColumns) of rows, for the first product
   Scratch<Element> second;           // (padded_rows / P::kDepth, padded_columns), for the second product of weight_pass
-  Scratch<T> inverse;                // (padded_rows,), see Norms
+  Scratch<T> to_unit;                // (padded_rows,), see Norms
   Scratch<Index<T>> target;          // (padded_rows,)
 
   Batch(const Matrix& embeddings, const int64_t* targets, int threads)
@@ -45,7 +45,7 @@ struct Batch {
         stride(padded_stride<T>(padded_columns)),
         first(padded_rows * depth),
         second(padded_rows / P::kDepth * stride),
-        inverse(padded_rows),
+        to_unit(padded_rows),
         target(padded_rows) {
     for (int64_t i = 0; i < padded_rows; ++i) target.get()[i] = static_cast<Index<T>>(i < rows ? targets[i] : -1);
     const bool large = rows * embeddings.columns > kNumbersPerThread;
@@ -54,10 +54,10 @@ struct Batch {
       // Full's rows are the second operand as they are; pairs along the columns become pairs of rows afterwards.
       const Scratch<Element> pairs(P::kDepth > 1 ? kColumns<T> * stride : 0);
       Element* const packed = P::kDepth > 1 ? pairs.get() : second.get() + begin * stride;
-      T reciprocal[kColumns<T>];
+      InverseNorm<T> unused[kColumns<T>];
       std::fill(packed + count * stride, packed + kColumns<T> * stride, Element(0));
-      std::fill(inverse.get() + begin, inverse.get() + begin + kColumns<T>, T(0));
-      pack_rows(P(), embeddings, begin, count, packed, stride, padded_columns, {inverse.get() + begin, reciprocal});
+      std::fill(to_unit.get() + begin, to_unit.get() + begin + kColumns<T>, T(0));
+      pack_rows(P(), embeddings, begin, count, packed, stride, padded_columns, {unused, to_unit.get() + begin});
       pack_depth(P(), packed, stride, kColumns<T>, padded_columns, second.get() + begin / P::kDepth * stride, stride);
       Element* to = first.get() + begin * depth;
       for (int64_t d = 0; d < depth; ++d)
@@ -74,7 +74,8 @@ struct Workspace {
   static constexpr int64_t kTileStride = padded_stride<T>(kRowBlock);
   int64_t first_stride, second_stride, padded_columns;
   Scratch<Element> first, second;  // (classes, depth) and (classes / P::kDepth, padded_columns), in Full the same
-  Scratch<T> inverse, reciprocal;  // (classes,)
+  Scratch<InverseNorm<T>> inverse_norm;
+  Scratch<T> to_unit;  // (classes,)
   Scratch<T> tile;
   Scratch<Element> second_tile;  // the tile as an operand of the second product, in Full the same
   Prefetch next_classes;
@@ -85,8 +86,8 @@ struct Workspace {
         padded_columns(batch.padded_columns),
         first(kClassBlock * first_stride),
         second(P::kDepth > 1 ? kClassBlock / P::kDepth * second_stride : 0),
-        inverse(kClassBlock),
-        reciprocal(kClassBlock),
+        inverse_norm(kClassBlock),
+        to_unit(kClassBlock),
         tile(kClassBlock * kTileStride),
         second_tile(P::kDepth > 1 ? kClassBlock * kTileStride : 0) {}
 
@@ -95,7 +96,7 @@ struct Workspace {
   // With an index, class j is row index[j]; those are not fetched ahead.
   void pack(const Matrix& weight, int64_t begin, int64_t count, int64_t last, int64_t rows, bool for_second,
             const int64_t* index = nullptr) {
-    pack_rows(P(), weight, begin, count, first.get(), first_stride, padded_columns, {inverse.get(), reciprocal.get()},
+    pack_rows(P(), weight, begin, count, first.get(), first_stride, padded_columns, {inverse_norm.get(), to_unit.get()},
               index);
     if (for_second) pack_depth(P(), first.get(), first_stride, count, padded_columns, second.get(), second_stride);
     const int64_t row_bytes = weight.row_stride * element_size(weight.dtype);
@@ -114,8 +115,8 @@ struct Workspace {
       for (int64_t r = 0; r < lanes; r += kColumns<T>) {
         Finish<T> finish{k > 0, nullptr, nullptr};
         if (P::kDepth > 1 && k + depth == batch.depth) {
-          finish.row_factor = inverse.get();
-          finish.column_factor = batch.inverse.get() + row + r;
+          finish.row_factor = to_unit.get();
+          finish.column_factor = batch.to_unit.get() + row + r;
         }
         multiply_panel<P, Layout::kRowMajor>(count, depth, first.get() + k, first_stride,
                                              batch.first.get() + (row + r) * batch.depth + k * kColumns<T>, kColumns<T>,
@@ -146,13 +147,13 @@ struct Workspace {
   }
 
  private:
-  // The tile with its classes' inverse norms, as elements of kDepth classes: (count / kDepth, lanes).
+  // The tile times its classes' to_unit, as elements of kDepth classes: (count / kDepth, lanes).
   const Element* pair_classes(int64_t count, int64_t lanes) {
     if constexpr (P::kDepth == 1) {
       return tile.get();
     } else {
       for (int64_t j = 0; j < count; j += 2) {
-        const T low = inverse.get()[j], high = j + 1 < count ? inverse.get()[j + 1] : 0;
+        const T low = to_unit.get()[j], high = j + 1 < count ? to_unit.get()[j + 1] : 0;
         const T* const from = tile.get() + j * kTileStride;
         const T* const below = j + 1 < count ? from + kTileStride : from;
         for (int64_t i = 0; i < lanes; i += kLanes<T>)
@@ -163,13 +164,13 @@ struct Workspace {
     }
   }
 
-  // The tile with its rows' inverse norms, as elements of kDepth rows: (count, lanes / kDepth).
+  // The tile times its rows' to_unit, as elements of kDepth rows: (count, lanes / kDepth).
   const Element* pair_rows(const Batch<P>& batch, int64_t count, int64_t row, int64_t lanes) {
     if constexpr (P::kDepth == 1) {
       return tile.get();
     } else {
       for (int64_t i = 0; i < lanes; i += 2 * kLanes<T>) {
-        const Vec<T> low = load(batch.inverse.get() + row + i), high = load(batch.inverse.get() + row + i + kLanes<T>);
+        const Vec<T> low = load(batch.to_unit.get() + row + i), high = load(batch.to_unit.get() + row + i + kLanes<T>);
         for (int64_t j = 0; j < count; ++j) {
           const T* const from = tile.get() + j * kTileStride + i;
           _mm512_storeu_si512(second_tile.get() + j * kTileStride + i / 2,

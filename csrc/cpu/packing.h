@@ -36,17 +36,37 @@ inline double norm(const T* row, int64_t padded, T squares) {
   return std::sqrt(sum);
 }
 
-// What norms leave for later, per row: with v the stored row, v * inverse is the unit row (BFloat16Pairs alone; Full
-// stores unit rows); reciprocal is 1 / max(|row|, epsilon), with a minus sign where epsilon is the greater: such a row
-// takes no part in the projection of its gradient.
+// Longer rows are shortened first, by a power of two: their squares, their norm or its inverse may pass T's range, and
+// their gradients be subnormal. What is left of them is still longer than epsilon.
 template <typename T>
-struct Norms {
-  T *inverse, *reciprocal;
+constexpr double kLongest = sizeof(T) == 8 ? 0x1p512 : 0x1p64;
+template <typename T>
+constexpr double kShortening = sizeof(T) == 8 ? 0x1p-540 : 0x1p-92;
+
+// 1 / max(|row|, epsilon) = factor * power. The factor has a minus sign where epsilon was the greater: such a row takes
+// no part in the projection of its gradient. The power is 1 but for rows past kLongest.
+template <typename T>
+struct InverseNorm {
+  T factor, power;
+  bool is_short() const { return factor < 0; }
 };
 
 template <typename T>
-inline T reciprocal_of(double length) {
+inline T inverse_of(double length) {
   return static_cast<T>(length < kNormEpsilon ? -1 / kNormEpsilon : 1 / length);
+}
+
+// What norms leave for later, for each row: its inverse norm, and the factor that makes the stored row a unit row
+// (BFloat16Pairs alone; Full stores unit rows).
+template <typename T>
+struct Norms {
+  InverseNorm<T>* inverse;
+  T* to_unit;
+};
+
+template <typename T>
+inline void scale(T* row, int64_t padded, T factor) {
+  for (int64_t d = 0; d < padded; d += kLanes<T>) store<T>(row + d, load(row + d) * factor);
 }
 
 // Rows [first, first + count) of m, or with an index rows index[first] and on, divided by max(|row|, epsilon),
@@ -59,15 +79,20 @@ inline void pack_rows(Full<T>, const Matrix& m, int64_t first, int64_t count, T*
     T* row = out + r * stride;
     read_row(m, index != nullptr ? index[first + r] : first + r, row);
     for (int64_t d = m.columns; d < padded; ++d) row[d] = 0;
-    norms.reciprocal[r] = dot(row, row, padded);
+    norms.inverse[r].factor = dot(row, row, padded);
   }
-  for (int64_t r = 0; r < count; ++r)
-    norms.reciprocal[r] = reciprocal_of<T>(norm(out + r * stride, padded, norms.reciprocal[r]));
   for (int64_t r = 0; r < count; ++r) {
     T* row = out + r * stride;
-    const T factor = std::abs(norms.reciprocal[r]);
-    for (int64_t d = 0; d < padded; d += kLanes<T>) store<T>(row + d, load(row + d) * factor);
+    T power = 1;
+    double length = norm(row, padded, norms.inverse[r].factor);
+    if (length > kLongest<T>) {
+      power = static_cast<T>(kShortening<T>);
+      scale(row, padded, power);
+      length = norm(row, padded, dot(row, row, padded));
+    }
+    norms.inverse[r] = {inverse_of<T>(length), power};
   }
+  for (int64_t r = 0; r < count; ++r) scale(out + r * stride, padded, std::abs(norms.inverse[r].factor));
 }
 
 // Rows of kDepth numbers an element become elements of kDepth rows: what is deep in the second product. `to` has
@@ -118,10 +143,10 @@ inline void pack_rows(BFloat16Pairs, const Matrix& m, int64_t first, int64_t cou
       read_row(m, in_matrix, numbers.get());
       round_row(numbers.get(), padded, 1, row);
     }
-    norms.inverse[r] = squares_of(row, padded);
+    norms.to_unit[r] = squares_of(row, padded);
   }
   for (int64_t r = 0; r < count; ++r) {
-    double squares = norms.inverse[r], power = 1;
+    double squares = norms.to_unit[r], power = 1;
     if (!(squares > 1e-20 && squares < 1e20)) {
       read_row(m, index != nullptr ? index[first + r] : first + r, numbers.get());
       const double length = norm(numbers.get(), padded, 0.0f);
@@ -129,9 +154,13 @@ inline void pack_rows(BFloat16Pairs, const Matrix& m, int64_t first, int64_t cou
       round_row(numbers.get(), padded, static_cast<float>(power), out + r * stride);
       squares = squares_of(out + r * stride, padded);
     }
+    // The stored row is `power` times as long as the row.
     const double length = std::sqrt(squares);
-    norms.reciprocal[r] = reciprocal_of<float>(length / power);
-    norms.inverse[r] = static_cast<float>(1 / (length / power < kNormEpsilon ? kNormEpsilon * power : length));
+    if (power < 1)
+      norms.inverse[r] = {static_cast<float>(1 / length), static_cast<float>(power)};
+    else
+      norms.inverse[r] = {inverse_of<float>(length / power), 1};
+    norms.to_unit[r] = static_cast<float>(1 / (length / power < kNormEpsilon ? kNormEpsilon * power : length));
   }
 }
 
@@ -144,9 +173,9 @@ inline void pack_depth(BFloat16Pairs, const uint32_t* rows, int64_t stride, int6
                                    to + r / 2 * to_stride);
 }
 
-inline const float* unit_row(BFloat16Pairs, const uint32_t* row, float inverse, int64_t padded, float* numbers) {
+inline const float* unit_row(BFloat16Pairs, const uint32_t* row, float to_unit, int64_t padded, float* numbers) {
   const BFloat16* const stored = reinterpret_cast<const BFloat16*>(row);
-  for (int64_t d = 0; d < padded; ++d) numbers[d] = to_float(stored[d]) * inverse;
+  for (int64_t d = 0; d < padded; ++d) numbers[d] = to_float(stored[d]) * to_unit;
   return numbers;
 }
 
@@ -154,11 +183,15 @@ inline const float* unit_row(BFloat16Pairs, const uint32_t* row, float inverse, 
 
 // d_row = J d_unit with J the Jacobian of w -> unit = w / max(|w|, epsilon): in place in d_unit.
 template <typename T>
-inline void project(T* d_unit, const T* unit, T reciprocal, int64_t padded) {
-  const T along = reciprocal < 0 ? T(0) : dot(d_unit, unit, padded);
-  const T factor = std::abs(reciprocal);
+inline void project(T* d_unit, const T* unit, InverseNorm<T> inverse_norm, int64_t padded) {
+  const T along = inverse_norm.is_short() ? T(0) : dot(d_unit, unit, padded);
+  const T factor = std::abs(inverse_norm.factor);
   for (int64_t d = 0; d < padded; d += kLanes<T>)
     store<T>(d_unit + d, (load(d_unit + d) - load(unit + d) * along) * factor);
+  if (inverse_norm.power < 1) {
+    const KeepSubnormals keep;  // so small is what is left of the gradient
+    scale(d_unit, padded, inverse_norm.power);
+  }
 }
 
 }  // namespace fa::FA_ISA

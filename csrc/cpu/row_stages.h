@@ -17,12 +17,12 @@ template <typename T>
 struct UnitRow {
   Scratch<T> values;  // (padded,)
   int64_t padded;
-  T reciprocal;  // see Norms
+  InverseNorm<T> inverse_norm;
 
   explicit UnitRow(int64_t columns) : values(round_up(columns, kColumns<T>)), padded(round_up(columns, kColumns<T>)) {}
   const T* read(const Matrix& m, int64_t row) {
     T unused;
-    pack_rows(Full<T>(), m, row, 1, values.get(), padded, padded, {&unused, &reciprocal});
+    pack_rows(Full<T>(), m, row, 1, values.get(), padded, padded, {&inverse_norm, &unused});
     return values.get();
   }
 };
@@ -82,7 +82,8 @@ void embedding_grad(const void* d_unit, const Matrix& embeddings, const Matrix& 
     std::copy(from, from + D, row);
     std::fill(row + D, row + gradient.padded, T(0));
     const T* const unit = x.read(embeddings, i);
-    project(row, unit, x.reciprocal, x.padded);
+    project(row, unit, x.inverse_norm, x.padded);
+    if (x.inverse_norm.is_short()) saturate(d_embeddings, row);
     write_row(d_embeddings, i, row);
   });
 }

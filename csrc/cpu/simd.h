@@ -172,16 +172,20 @@ inline Vec<T> exp2(Vec<T> t) {
 
 #endif
 
-// Subnormal operands cost hundreds of cycles on some processors and carry nothing here: flush them while a kernel runs.
-class [[maybe_unused]] FlushSubnormals {
+// Whether subnormal numbers count as zero, for the time of a scope. Such operands cost hundreds of cycles on some
+// processors and carry nothing for most of a kernel.
+template <bool flushed>
+class [[maybe_unused]] Subnormals {
  public:
 #if defined(__SSE__)
-  FlushSubnormals() : saved_(_mm_getcsr()) { _mm_setcsr(saved_ | 0x8040); }
-  ~FlushSubnormals() { _mm_setcsr(saved_); }
+  Subnormals() : saved_(_mm_getcsr()) { _mm_setcsr(flushed ? saved_ | 0x8040 : saved_ & ~0x8040u); }
+  ~Subnormals() { _mm_setcsr(saved_); }
 
  private:
   unsigned saved_;
 #endif
 };
+using FlushSubnormals = Subnormals<true>;
+using KeepSubnormals = Subnormals<false>;
 
 }  // namespace fa::FA_ISA

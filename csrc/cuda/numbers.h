@@ -46,14 +46,15 @@ __device__ __forceinline__ void convert(float x, double* to) { *to = x; }
 __device__ __forceinline__ void convert(float x, BFloat16* to) { *to = to_bf16(x); }
 __device__ __forceinline__ void convert(float x, Float16* to) { *to = to_fp16(x); }
 
-// As a gradient: in fp16 finite numbers saturate, as a zero row's would overflow.
+// As a gradient. In fp16 an overflow is infinite, but for rows shorter than epsilon, which `is_short` says: their finite
+// numbers saturate.
 template <typename T>
-__device__ __forceinline__ void convert_gradient(float x, T* to) {
+__device__ __forceinline__ void convert_gradient(float x, bool, T* to) {
   convert(x, to);
 }
-__device__ __forceinline__ void convert_gradient(float x, Float16* to) {
+__device__ __forceinline__ void convert_gradient(float x, bool is_short, Float16* to) {
   constexpr float kMost = 65504, kLargest = 3.402823466e38f;
-  if (fabsf(x) <= kLargest) x = fminf(fmaxf(x, -kMost), kMost);
+  if (is_short && fabsf(x) <= kLargest) x = fminf(fmaxf(x, -kMost), kMost);
   convert(x, to);
 }
 

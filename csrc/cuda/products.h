@@ -83,7 +83,7 @@ __global__ void __launch_bounds__(kThreads, 2)
       visit_dtype(out.d_weight, [&](auto* data) {
         store_four(data + in_weight * out.d_weight.row_stride + d * out.d_weight.column_stride,
                    out.d_weight.column_stride, count, by_row,
-                   [](float value, auto* to, int) { convert_gradient(value, to); });
+                   [reciprocal](float value, auto* to, int) { convert_gradient(value, reciprocal < 0, to); });
       });
     }
   });

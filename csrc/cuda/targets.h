@@ -76,7 +76,7 @@ static __global__ void __launch_bounds__(kRowThreads)
     const double unit = load(embeddings, i, d) * reciprocal;
     const float value = static_cast<float>((d_unit[i * embeddings.columns + d] - unit * along) * reciprocal);
     visit_dtype(d_embeddings, [&](auto* data) {
-      convert_gradient(value, &data[i * d_embeddings.row_stride + d * d_embeddings.column_stride]);
+      convert_gradient(value, norm < kNormEpsilon, &data[i * d_embeddings.row_stride + d * d_embeddings.column_stride]);
     });
   }
 }

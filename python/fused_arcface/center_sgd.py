@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from .autograd import CentreUpdate
 from .keyed import rounding_key
-from .ops import MOMENTUM_BLOCK, PLAIN, CentreStep, Negatives, compute_dtype
+from .loss_factor import RefusedFactors, is_refused
+from .ops import MOMENTUM_BLOCK, PLAIN, CentreStep, Negatives, check_update, compute_dtype
 
 _WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 _MOMENTUM_DTYPES = (torch.float32, torch.bfloat16, torch.int8, torch.float64)
@@ -42,9 +43,12 @@ class CenterSGD:
     ``sample_rate < 1`` for the rows of the step's sample alone, the others keep centre and momentum to the bit. It
     happens in ``loss.backward()``: no gradient of the centres exists, ``weight.grad`` stays None.
 
-    The step follows the loss that the head returned: a factor of 1 or more that it is multiplied by before
-    ``backward()`` is taken for a ``GradScaler``'s and divided out, one below 1 is refused. Where the loss or its
-    gradient is not finite, no rank changes anything.
+    The step follows the loss that the head returned, ``loss_weight`` among its arguments included: weight this loss
+    among others there. A factor of 1 or more that the loss is multiplied by before ``backward()`` is taken for a
+    ``GradScaler``'s and divided out. One below 1 is a :class:`CenterUpdateError`: on a CPU in that backward pass, on a
+    GPU, where to read it would be to wait, that step changes no center and the head's next forward pass or the
+    optimizer's ``step()`` that finds it read raises. Inside of a CUDA graph the steps are left out without an error.
+    Where the loss or its gradient is not finite, no rank changes anything.
 
     Args:
         lr: learning rate, >= 0; ``head.center_optimizer.param_groups[0]["lr"]`` from then on.
@@ -116,6 +120,7 @@ class CenterOptimizer(torch.optim.Optimizer):
         super().__init__([weight], {"lr": recipe.lr, "momentum": recipe.momentum, "weight_decay": recipe.weight_decay})
         self._seed, self._class_start = seed, class_start
         self._updates_since_step = 0
+        self.factors = RefusedFactors()
         self._pending: weakref.WeakSet[PendingUpdate] = weakref.WeakSet()
         if recipe.momentum > 0:
             dtype = recipe.momentum_dtype or compute_dtype(weight, weight)
@@ -136,6 +141,7 @@ class CenterOptimizer(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self.factors = RefusedFactors()
         self._pending = weakref.WeakSet()
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -143,8 +149,9 @@ class CenterOptimizer(torch.optim.Optimizer):
 
         Raises:
             CenterUpdateError: more than one backward pass since the last call, which was meant as gradient
-                accumulation.
+                accumulation; or an earlier step was refused on a GPU, see :class:`CenterSGD`.
         """
+        self._check_factors()
         result = None
         if closure is not None:
             with torch.enable_grad():
@@ -183,18 +190,40 @@ class CenterOptimizer(torch.optim.Optimizer):
         state: dict[str, Tensor] = self.state[weight]
         return state
 
-    def prepare(self, step: int, weight: Tensor) -> PendingUpdate:
-        """The update of the head's ``weight`` that belongs to forward pass number ``step``.
+    def check(self, weight: Tensor) -> None:
+        """Check that the head's ``weight`` can be updated.
 
         Raises:
-            TypeError: the head has been converted to a dtype that centres cannot be updated in.
+            TypeError: the head has been converted to a dtype that centers cannot be updated in.
+            ValueError: elements of the weight share memory, or its shape is no longer the momentum's.
+            CenterUpdateError: an earlier step was refused on a GPU, see :class:`CenterSGD`.
         """
         _check_weight(weight)
-        self.bind(weight)
+        state = self.bind(weight)
+        check_update(weight, state.get("momentum_buffer"), state.get("momentum_scale"))
+        self._check_factors()
+
+    def _check_factors(self) -> None:
+        factor = self.factors.overdue()
+        if factor is not None:
+            raise CenterUpdateError(
+                f"in an earlier step, which left the class centers as they were, {_refusal(factor)}"
+            )
+
+    def prepare(self, step: int, weight: Tensor) -> PendingUpdate:
+        """The update of the head's ``weight`` that belongs to forward pass number ``step``; see :meth:`check`."""
         update = PendingUpdate(self, step, weight)
         if torch.is_grad_enabled():
             self._pending.add(update)
         return update
+
+
+def _refusal(factor: float) -> str:
+    return (
+        f"the loss was multiplied by {factor:g} before backward(): CenterSGD takes such a factor for a GradScaler's, "
+        "which is 1 or more, and divides it out. Weight this loss among others by the head's argument loss_weight; do not "
+        "accumulate gradients, pass the whole batch at once"
+    )
 
 
 def _check_weight(weight: Tensor) -> None:
@@ -236,11 +265,9 @@ class PendingUpdate(CentreUpdate):
                 "class centres under them. Call backward after each forward, concatenate the batches, or evaluate "
                 "under torch.no_grad()"
             )
-        if loss_gradient.device.type == "cpu" and -math.inf < loss_gradient < 1:
-            raise CenterUpdateError(
-                f"the loss was multiplied by {float(loss_gradient):g} before backward(): CenterSGD neither accumulates "
-                "gradients nor weights the loss. Pass the whole batch at once; weight by the learning rate"
-            )
+        refused = self._optimizer.factors.see(loss_gradient)
+        if refused is not None:
+            raise CenterUpdateError(_refusal(refused))
         self._loss_gradient = loss_gradient
 
     def apply(
@@ -271,6 +298,8 @@ class PendingUpdate(CentreUpdate):
         finite = negative_coefficient.isfinite().all() & target_coefficient.isfinite().all()
         if self._loss is not None:
             finite &= self._loss.isfinite()
+        if self._loss_gradient is not None:
+            finite &= ~is_refused(self._loss_gradient)
         step = CentreStep(
             classes,
             state.get("momentum_buffer"),

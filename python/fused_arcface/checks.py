@@ -52,6 +52,13 @@ def check_scale(scale: object) -> None:
         raise ValueError(f"scale must be finite and > 0; got {scale}")
 
 
+def check_loss_weight(loss_weight: object) -> None:
+    if isinstance(loss_weight, bool) or not isinstance(loss_weight, (int, float)):
+        raise TypeError(f"loss_weight must be a number; got {type(loss_weight).__name__}")
+    if not 0 <= loss_weight < math.inf:
+        raise ValueError(f"loss_weight must be finite and >= 0; got {loss_weight}")
+
+
 def check_sample_rate(sample_rate: object) -> None:
     if isinstance(sample_rate, bool) or not isinstance(sample_rate, (int, float)):
         raise TypeError(f"sample_rate must be a number; got {type(sample_rate).__name__}")
@@ -74,6 +81,9 @@ def check_target(target: object, embeddings: Tensor, ignore_index: object) -> No
 
 
 def check_margin(margin: object) -> None:
+    if isinstance(margin, type):
+        name = margin.__name__
+        raise TypeError(f"margin must be an instance, not the class {name}: write {name}(); got the class")
     if not callable(margin):
         raise TypeError(f"margin must be a margin of fused_arcface or a callable; got {type(margin).__name__}")
 
@@ -143,6 +153,18 @@ def check_inputs(
     check_label_smoothing(label_smoothing, margin, sub_centers)
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction must be one of {', '.join(map(repr, REDUCTIONS))}; got {reduction!r}")
+
+
+def check_written_in_place(name: str, tensor: Tensor) -> None:
+    """Check that no two elements of a matrix share memory. The strides themselves may be any."""
+    span = 0
+    for stride, size in sorted((stride, size) for size, stride in zip(tensor.shape, tensor.stride(), strict=True)):
+        if size > 1 and stride <= span:
+            raise ValueError(
+                f"{name} must not share memory between its elements, as it is updated in place: use "
+                f"{name}.contiguous(); got strides {tensor.stride()} for {tuple(tensor.shape)}"
+            )
+        span += (size - 1) * stride
 
 
 def check_target_range(target: Tensor, num_classes: int, ignore_index: int) -> None:

@@ -14,7 +14,7 @@ from .loss import MarginSoftmaxStats, loss_of_rows
 from .margins import ArcFace, Margin, for_rows, modulates, modulation
 from .normalise import norms_of
 from .ops import IGNORED, compute_dtype
-from .smoothing import smoothing
+from .smoothing import smoothing, two_uses
 
 
 def margin_softmax_loss(
@@ -114,6 +114,9 @@ def loss_over_classes(
     part, not their rows; ignored (N,) bool.
     """
     margin, scale, sub_centers, label_smoothing = options
+    x, w = embeddings, weight
+    if label_smoothing > 0:
+        (embeddings, x), (weight, w) = two_uses(embeddings), two_uses(weight)
     dtype = compute_dtype(embeddings, weight)
     # A margin with a state changes it once in a step, before the loss is computed.
     own = for_rows(
@@ -126,7 +129,7 @@ def loss_over_classes(
         cosine, target = cosines_of_targets(embeddings, weight, target, backend, shard, sub_centers)
         change = modulation(margin, cosine, ~ignored)
     rows = negatives_and_target(embeddings, weight, target, scale, backend, shard, sub_centers, change)
-    smoothed = smoothing(embeddings, weight, label_smoothing, shard.num_classes or weight.shape[0], shard)
+    smoothed = smoothing(x, w, label_smoothing, shard.num_classes or weight.shape[0], shard)
     return loss_of_rows(*rows, ignored, own.modify, scale, reduction, backend, own.penalty, smoothed)
 
 

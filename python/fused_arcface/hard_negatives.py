@@ -13,6 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from .checks import check_margin
 from .margins import ArcFace, Boundary, GradientMode, Margin, Modulation, check_angle, check_choice, check_number
 
 Kind = Literal["adaptive", "fixed"]
@@ -20,6 +21,7 @@ Kind = Literal["adaptive", "fixed"]
 
 def _check_target_margin(owner: object, margin: object) -> None:
     """The margin of the target inside another: a function of its cosine alone."""
+    check_margin(margin)
     wrong = not callable(margin) or isinstance(margin, nn.Module)
     if wrong or hasattr(margin, "for_rows") or hasattr(margin, "modulate"):
         rule = "must be a function of the target's cosine alone, such as ArcFace or CosFace"

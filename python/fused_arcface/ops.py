@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import backends
-from .checks import check_target_range
+from .checks import check_target_range, check_written_in_place
 
 IGNORED, INVALID = -1, -2
 """Targets of rows that take no part, or whose class is in another shard; and of rows whose label is no class."""
@@ -252,6 +252,23 @@ class CentreStep(NamedTuple):
     """0-dim bool: where false nothing is changed. A tensor, so that nobody waits for a GPU to read it."""
 
 
+def check_update(weight: Tensor, momentum_buffer: Tensor | None, momentum_scale: Tensor | None) -> None:
+    """Check the memory that a step of SGD writes to: kernels get its raw addresses.
+
+    Raises:
+        ValueError: elements of weight share memory; a momentum of another shape than weight's, or not contiguous.
+    """
+    check_written_in_place("weight", weight)
+    num_rows, dim = weight.shape
+    shapes = {"momentum_buffer": (num_rows, dim), "momentum_scale": (num_rows, -(-dim // MOMENTUM_BLOCK))}
+    for (name, shape), tensor in zip(shapes.items(), (momentum_buffer, momentum_scale), strict=True):
+        if tensor is not None and (tensor.shape != shape or not tensor.is_contiguous()):
+            raise ValueError(
+                f"{name} must be contiguous and {shape} beside weight {(num_rows, dim)}; got {tuple(tensor.shape)} "
+                f"with strides {tensor.stride()}"
+            )
+
+
 @torch.library.impl("fused_arcface::update_centres", "default")
 def _update_centres(
     embeddings: Tensor,
@@ -265,6 +282,9 @@ def _update_centres(
     **negatives: Any,
 ) -> None:
     step, backend = CentreStep(*step_and_backend[:-1]), step_and_backend[-1]
+    check_update(weight, step.momentum_buffer, step.momentum_scale)
+    if step.classes is not None:
+        step = step._replace(classes=step.classes.contiguous())
     if (weight if step.classes is None else step.classes).shape[0] > 0:
         arguments = embeddings, weight, target, scale, lse, negative_coefficient, target_coefficient, step, backend
         _run("update_centres", *arguments, negatives=Negatives(**negatives))

@@ -15,6 +15,7 @@ from .checks import (
     FLOAT_DTYPES,
     check_embeddings,
     check_label_smoothing,
+    check_loss_weight,
     check_margin,
     check_sample_rate,
     check_scale,
@@ -205,12 +206,23 @@ class PartialFC(nn.Module):
     # torch.compile calls it between its graphs: a step has a number and sizes that only the data tell.
     @torch.compiler.disable
     def forward(
-        self, embeddings: Tensor, target: Tensor, *, ignore_index: int = -100, return_stats: bool = False
+        self,
+        embeddings: Tensor,
+        target: Tensor,
+        *,
+        ignore_index: int = -100,
+        return_stats: bool = False,
+        loss_weight: float = 1.0,
     ) -> Tensor | tuple[Tensor, MarginSoftmaxStats]:
         """Mean loss over all ranks' rows, equal on every rank, of this rank's embeddings (n, D) and global labels (n,).
 
         With ``return_stats`` also this rank's rows' :class:`~fused_arcface.MarginSoftmaxStats`. A collective: every
         rank calls it, with n = 0 if it has no rows.
+
+        Args:
+            loss_weight: factor of the returned loss, finite and >= 0, the same on every rank: the weight of this head
+                among several losses. :class:`~fused_arcface.CenterSGD` follows the weighted loss. A factor that the
+                loss is multiplied by afterwards does not reach its centers.
 
         Raises:
             TypeError, ValueError: as :func:`fused_arcface.margin_softmax_loss`; a wrong label raises on every rank.
@@ -221,7 +233,7 @@ class PartialFC(nn.Module):
                 "PartialFC cannot be recomputed in a backward pass: it would be another step, with another sample. "
                 "Keep the head outside of torch.utils.checkpoint; it stores no logits that would be worth it"
             )
-        embeddings, batch, backend = self._gather(embeddings, target, ignore_index)
+        embeddings, batch, backend = self._gather(embeddings, target, ignore_index, loss_weight)
         target = torch.ops.fused_arcface.local_target(batch.target, self.num_classes, ignore_index)
         # A gradient has a size, for which one waits; CenterSGD needs none.
         padded = self.center_optimizer is not None and _is_waited_for(target.device) and backends.knows_padding(backend)
@@ -245,19 +257,23 @@ class PartialFC(nn.Module):
         )
         options = HeadOptions(self.margin, self.scale, self.sub_centers, self.label_smoothing)
         loss, stats = loss_over_classes(embeddings, weight, local, target == IGNORED, options, "mean", backend, shard)
+        loss = loss * loss_weight
         if update is not None:
             loss = update.watch(loss)
         return (loss, MarginSoftmaxStats(*map(batch.own, stats))) if return_stats else loss
 
     def _gather(
-        self, embeddings: Tensor, target: Tensor | None, ignore_index: int = -100
+        self, embeddings: Tensor, target: Tensor | None, ignore_index: int = -100, loss_weight: float = 1.0
     ) -> tuple[Tensor, JointBatch, str]:
         """All checks of this rank's embeddings (n, D) and labels (n,), if it has any; then the embeddings as autocast
         wants them, the joint batch and the backend. Raises on every rank if one is given what it refuses."""
         try:
             check_embeddings(embeddings, self.weight)
+            check_loss_weight(loss_weight)
             if target is None:
                 target = embeddings.new_zeros(embeddings.shape[0], dtype=torch.int64)
+            elif self.center_optimizer is not None and self.training:
+                self.center_optimizer.check(self.weight)
             check_target(target, embeddings, ignore_index)
             needs = unusual_negatives(self.margin, self.sub_centers)
             dtype = compute_dtype(embeddings, self.weight)

@@ -1,7 +1,6 @@
 """The oracle of record: the margin-softmax head in plain PyTorch, straight from the formulas, logits materialised.
 
 Any float dtype, every margin, twice differentiable, ``O(N·C)`` memory. All else in this package is compared with it.
-Squares of its own dtype: in fp32, rows of norms from 1e19 on are too long for it (the backends take any).
 """
 
 from __future__ import annotations
@@ -14,6 +13,23 @@ from .checks import check_inputs, check_margin_output, check_target_range
 from .loss import MarginSoftmaxStats, reduce_loss
 from .margins import ArcFace, Margin, for_rows, modulation
 from .normalise import without_autocast
+
+
+def _unit(rows: Tensor) -> Tensor:
+    """(R, 1) what each of rows (R, D) is divided by before its squares are taken: a large row's largest magnitude."""
+    largest = rows.detach().abs().amax(1, keepdim=True)
+    return torch.where(largest > 1e15, largest, 1)
+
+
+def _norms(rows: Tensor) -> Tensor:
+    """(R, 1) norms of rows (R, D)."""
+    unit = _unit(rows)
+    return torch.linalg.vector_norm(rows / unit, dim=1, keepdim=True) * unit
+
+
+def _unit_rows(rows: Tensor) -> Tensor:
+    """Rows (R, D) divided by ``max(norm, 1e-12)``."""
+    return F.normalize(rows / _unit(rows), eps=1e-12)
 
 
 def margin_softmax_loss(
@@ -44,7 +60,7 @@ def margin_softmax_loss(
     check_target_range(target, num_classes, ignore_index)
     dtype = torch.promote_types(torch.promote_types(embeddings.dtype, weight.dtype), torch.float32)
     with without_autocast(embeddings.device):
-        cosine = F.normalize(embeddings.to(dtype)) @ F.normalize(weight.to(dtype)).T  # (N, C·K)
+        cosine = _unit_rows(embeddings.to(dtype)) @ _unit_rows(weight.to(dtype)).T  # (N, C·K)
     if sub_centers > 1:
         cosine = cosine.unflatten(1, (num_classes, sub_centers)).max(2).values  # (N, C)
 
@@ -53,7 +69,7 @@ def margin_softmax_loss(
     is_target = F.one_hot(index, num_classes).bool()  # (N, C)
     negatives = cosine.masked_fill(is_target, -torch.inf)
     target_cosine = cosine.gather(1, index[:, None]).squeeze(1)
-    of_rows = for_rows(margin, lambda: torch.linalg.vector_norm(embeddings.to(dtype), dim=1), ~ignored)
+    of_rows = for_rows(margin, lambda: _norms(embeddings.to(dtype)).squeeze(1), ~ignored)
     modified = of_rows.modify(target_cosine.clone())  # a copy: a user's margin may work in place
     check_margin_output(modified, target_cosine)
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .autograd import Shard
-from .normalise import EPSILON, norms_of, unit_gradient, unit_rows, without_autocast
+from .normalise import stored_gradient, unit_gradient, unit_rows, without_autocast
 from .once_differentiable import once_differentiable
 from .ops import compute_dtype
 
@@ -47,8 +47,7 @@ class _CentreSum(torch.autograd.Function):
         ctx.save_for_backward(weight)
         total = weight.new_zeros(weight.shape[1], dtype=torch.float64)
         for part in _chunks(weight):
-            rows = part.to(dtype)
-            total += norms_of(rows).clamp(min=EPSILON).reciprocal().squeeze(1) @ rows
+            total += unit_rows(part.to(dtype)).sum(0)
         return shard.ranks.sum(total).to(dtype)
 
     @staticmethod
@@ -57,8 +56,29 @@ class _CentreSum(torch.autograd.Function):
         (weight,) = saved
         d_weight = torch.empty_like(weight)
         for into, part in zip(_chunks(d_weight), _chunks(weight), strict=True):
-            into.copy_(unit_gradient(d_total, part.to(d_total.dtype)))
+            into.copy_(stored_gradient(unit_gradient(d_total, part.to(d_total.dtype)), part))
         return d_weight, None, None
+
+
+class _TwoUses(torch.autograd.Function):
+    """See :func:`two_uses`."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(rows)
+        return rows.view_as(rows), rows.float()
+
+    @staticmethod
+    def backward(ctx: Any, usual: Tensor, smoothed: Tensor) -> Tensor:
+        (rows,) = ctx.saved_tensors
+        return stored_gradient(usual.float() + smoothed, rows)
+
+
+def two_uses(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows (R, D) for the usual loss and for its smoothing. Their gradients are added, which fp16 has no range for: two
+    that saturate would make an infinity, and two infinities a NaN."""
+    result: tuple[Tensor, Tensor] = _TwoUses.apply(rows) if rows.dtype == torch.float16 else (rows, rows)
+    return result
 
 
 def smoothing(embeddings: Tensor, weight: Tensor, amount: float, num_classes: int, shard: Shard) -> Smoothing | None:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..keyed import rounding_bits
 from ..margins import CombinedMargin
-from ..normalise import unit_gradient, unit_rows, without_autocast
+from ..normalise import stored_gradient, unit_gradient, unit_rows, without_autocast
 from ..ops import IGNORED, INVALID, MOMENTUM_BLOCK, PLAIN, CentreStep, Negatives, compute_dtype
 
 _P = ParamSpec("_P")
@@ -132,7 +132,7 @@ def weight_grad(
     gradient = _exact_weight_grad(
         embeddings, weight, target, scale, lse, negative_coefficient, target_coefficient, negatives
     )
-    return torch.empty_like(weight).copy_(gradient)  # laid out like weight, as the operator's fake has it
+    return stored_gradient(gradient, weight)
 
 
 def _exact_weight_grad(
@@ -251,13 +251,10 @@ def unit_embedding_grad(
 def embedding_grad(d_unit: Tensor, embeddings: Tensor) -> Tensor:
     """(N, D) gradient by the embeddings, in their dtype, from that by the unit embeddings.
 
-    In fp16 finite numbers saturate, as a zero row's would overflow.
+    In fp16 it overflows to infinity, but for rows of a norm below 1e-12, where finite numbers saturate; so does
+    :func:`weight_grad`.
     """
-    gradient = unit_gradient(d_unit, embeddings.to(d_unit.dtype))
-    if embeddings.dtype == torch.float16:
-        limit = torch.finfo(torch.float16).max
-        gradient = torch.where(gradient.isfinite(), gradient.clamp(-limit, limit), gradient)
-    return torch.empty_like(embeddings).copy_(gradient)
+    return stored_gradient(unit_gradient(d_unit, embeddings.to(d_unit.dtype)), embeddings)
 
 
 def margin_loss(

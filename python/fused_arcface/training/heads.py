@@ -52,4 +52,6 @@ class ReferenceHead(MarginHead):
             scale=self.scale,
             ignore_index=ignore_index,
             return_stats=return_stats,
+            sub_centers=self.sub_centers,
+            label_smoothing=self.label_smoothing,
         )

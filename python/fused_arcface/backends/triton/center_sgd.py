@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ...ops import MOMENTUM_BLOCK, CentreStep
 from .common import block_width, divide, launch, reciprocal, rows_per_block, to
-from .targets import projection
+from .targets import by_row, projection
 
 
 @triton.jit
@@ -94,7 +94,9 @@ def update_centres_kernel(
         mask_n = mask_n & (rows < num_classes)
     weight_ptr += rows[:, None] * stride_c
     d_unit_ptr += offs_n[:, None] * d_unit_stride
-    factor, along = projection(weight_ptr, stride_d, d_unit_ptr, mask_n, D, COMPUTE, WIDTH, BLOCK_N, BLOCK_D)
+    power, factor, along, _ = projection(
+        weight_ptr, stride_d, d_unit_ptr, mask_n, D, COMPUTE, WIDTH, BLOCK_N, BLOCK_D
+    )
     row_keys = _fold(rounding_key.to(tl.uint64), (rows + class_start).to(tl.uint64))
 
     for start in range(0, WIDTH, BLOCK_D):
@@ -103,7 +105,7 @@ def update_centres_kernel(
         w_ptrs = weight_ptr + offs_d[None, :] * stride_d
         w = tl.load(w_ptrs, mask, 0.0).to(COMPUTE)
         d_unit = tl.load(d_unit_ptr + offs_d[None, :], mask, 0.0)
-        gradient = (d_unit - w * factor[:, None] * along[:, None]) * factor[:, None]
+        gradient = by_row(d_unit, w, power, factor, along)
         velocity = gradient + _float64(weight_decay).to(COMPUTE) * w
         bits = rounding_bits(row_keys, offs_d)
         if momentum_ptr is not None:

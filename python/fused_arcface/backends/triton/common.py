@@ -94,19 +94,26 @@ def square_root(x):
 
 
 @triton.jit
-def floored(norm):
-    """max(norm, 1e-12), what a row is divided by, as in ``torch.nn.functional.normalize``; NaN stays NaN."""
+def floored(norm, power):
+    """max(norm, 1e-12·power): with :func:`row_norms`'s results, power times what a row is divided by, as in
+    ``torch.nn.functional.normalize``; NaN stays NaN."""
     # Spelt out in norm's dtype: a bare constant is fp32 to Triton, and fp64 would have nine of its digits.
-    epsilon = tl.full(norm.shape, 1e-12, norm.dtype)
+    epsilon = tl.full(norm.shape, 1e-12, norm.dtype) * power
     return tl.where(norm < epsilon, epsilon, norm)
 
 
 @triton.jit
 def reciprocal_power_of_two(x):
-    """2^-k for fp32 x in [2^k, 2^(k+1)), kept within the normal numbers."""
-    exponent = (x.to(tl.int32, bitcast=True) >> 23) & 255
-    exponent = tl.minimum(tl.maximum(exponent, 1), 253)
-    return ((254 - exponent) << 23).to(tl.float32, bitcast=True)
+    """2^-k for x in [2^k, 2^(k+1)), fp32 or fp64, kept within the normal numbers."""
+    if x.dtype == tl.float64:
+        exponent = (x.to(tl.int64, bitcast=True) >> 52) & 2047
+        exponent = tl.minimum(tl.maximum(exponent, 1), 2045)
+        power = ((2046 - exponent) << 52).to(tl.float64, bitcast=True)
+    else:
+        exponent = (x.to(tl.int32, bitcast=True) >> 23) & 255
+        exponent = tl.minimum(tl.maximum(exponent, 1), 253)
+        power = ((254 - exponent) << 23).to(tl.float32, bitcast=True)
+    return power
 
 
 @triton.jit
@@ -120,22 +127,24 @@ def row_norms(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """(BLOCK_N,) norms in the compute dtype. In fp32 rows are scaled first: from 2e19 on their squares overflow."""
-    factor = tl.full([BLOCK_N], 1.0, compute)
-    if compute == tl.float32:
-        largest = tl.zeros([BLOCK_N], tl.float32)
-        for start in range(0, WIDTH, BLOCK_D):
-            offs_d = start + tl.arange(0, BLOCK_D).to(tl.int64)
-            row = tl.load(rows_ptr + offs_d[None, :] * stride_d, mask[:, None] & (offs_d < D)[None, :], 0.0)
-            largest = tl.maximum(largest, tl.max(tl.abs(row.to(tl.float32)), 1))
-        factor = reciprocal_power_of_two(largest)
+    """(BLOCK_N,) norms of the rows times a power of two each, and those powers (BLOCK_N,), in the compute dtype.
+
+    The power brings a row's largest magnitude into [1, 2). Squares, norm and its inverse may leave the dtype's range
+    without it.
+    """
+    largest = tl.zeros([BLOCK_N], compute)
+    for start in range(0, WIDTH, BLOCK_D):
+        offs_d = start + tl.arange(0, BLOCK_D).to(tl.int64)
+        row = tl.load(rows_ptr + offs_d[None, :] * stride_d, mask[:, None] & (offs_d < D)[None, :], 0.0)
+        largest = tl.maximum(largest, tl.max(tl.abs(row.to(compute)), 1))
+    power = reciprocal_power_of_two(largest)
     squares = tl.zeros([BLOCK_N], compute)
     for start in range(0, WIDTH, BLOCK_D):
         offs_d = start + tl.arange(0, BLOCK_D).to(tl.int64)
         row = tl.load(rows_ptr + offs_d[None, :] * stride_d, mask[:, None] & (offs_d < D)[None, :], 0.0)
-        row = row.to(compute) * factor[:, None]
+        row = row.to(compute) * power[:, None]
         squares += tl.sum(row * row, 1)
-    return divide(square_root(squares), factor)
+    return square_root(squares), power
 
 
 @triton.jit
@@ -150,10 +159,12 @@ def to(x, dtype: tl.constexpr):
 
 
 @triton.jit
-def to_gradient(x, dtype: tl.constexpr):
-    """x rounded to a gradient's dtype; in fp16 finite numbers saturate, as a zero row's would overflow."""
+def to_gradient(x, is_short, dtype: tl.constexpr):
+    """x rounded to a gradient's dtype. In fp16 an overflow is infinite, but for rows shorter than ε, which ``is_short``
+    says: their finite numbers saturate."""
     if dtype == tl.float16:
-        x = tl.where(tl.abs(x) < float("inf"), tl.minimum(tl.maximum(x, -65504.0), 65504.0), x)
+        saturated = tl.minimum(tl.maximum(x, -65504.0), 65504.0)
+        x = tl.where(is_short & (tl.abs(x) < float("inf")), saturated, x)
     return to(x, dtype)
 
 

@@ -126,6 +126,7 @@ def flash_gradient_kernel(
     inverse = tl.load(inverse_ptr + offs_c)
 
     d_unit = tl.zeros([BLOCK_C, WIDTH], tl.float32)
+    is_short = tl.zeros([BLOCK_C], tl.int1)
     along = tl.zeros([BLOCK_C], tl.float32)
     for tile in range(0, num_tiles_n):
         offs_n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -149,12 +150,13 @@ def flash_gradient_kernel(
     if PROJECT:
         reciprocal = tl.load(reciprocal_ptr + offs_c)
         # A centre shorter than 1e-12 is divided by that constant: its norm has no derivative.
-        along = tl.where(reciprocal >= 1e12, 0.0, along) * inverse
+        is_short = reciprocal >= 1e12
+        along = tl.where(is_short, 0.0, along) * inverse
         w = tl.load(w_ptrs).to(tl.float32)
         d_unit = (d_unit - w * along[:, None]) * reciprocal[:, None]
     mask = (offs_c < num_classes)[:, None] & (offs_d < D)[None, :]
     out_ptrs = out_ptr + offs_c.to(tl.int64)[:, None] * stride_c + offs_d.to(tl.int64)[None, :] * stride_d
-    tl.store(out_ptrs, to_gradient(d_unit, out_ptr.dtype.element_ty), mask)
+    tl.store(out_ptrs, to_gradient(d_unit, is_short[:, None], out_ptr.dtype.element_ty), mask)
 
 
 def _config(width: int, device: torch.device) -> FlashConfig:

@@ -71,7 +71,8 @@ def unit_rows_kernel(
         mask_n = mask_n & (row < num_source)
     x_ptr += row[:, None] * stride_n
 
-    norm = floored(row_norms(x_ptr, stride_d, mask_n, D, COMPUTE, WIDTH, BLOCK_N, BLOCK_D))
+    norm, power = row_norms(x_ptr, stride_d, mask_n, D, COMPUTE, WIDTH, BLOCK_N, BLOCK_D)
+    norm = floored(norm, power)
 
     if VALUES == COMPUTE:
         factor = reciprocal(norm)
@@ -86,14 +87,14 @@ def unit_rows_kernel(
     for start in range(0, WIDTH, BLOCK_D):
         offs_d = start + tl.arange(0, BLOCK_D).to(tl.int64)
         mask = mask_n[:, None] & (offs_d < D)[None, :]
-        x = tl.load(x_ptr + offs_d[None, :] * stride_d, mask, 0.0).to(COMPUTE) * factor[:, None]
+        x = tl.load(x_ptr + offs_d[None, :] * stride_d, mask, 0.0).to(COMPUTE) * power[:, None] * factor[:, None]
         to_offs = offs_n[:, None] * WIDTH + offs_d[None, :]
         mask = mask_padded[:, None] & (offs_d < WIDTH)[None, :]
         tl.store(values_ptr + to_offs, to(x, VALUES), mask)
         if HAS_SECOND:
             tl.store(second_ptr + to_offs, to(x, second_ptr.dtype.element_ty), mask)
     tl.store(inverse_ptr + offs_n, inverse, mask_padded)
-    tl.store(reciprocal_ptr + offs_n, reciprocal(norm), mask_padded)
+    tl.store(reciprocal_ptr + offs_n, reciprocal(norm) * power, mask_padded)
 
 
 def fill_unit_rows(x: Tensor, out: UnitRows, index: Tensor | None = None) -> None:

@@ -36,15 +36,17 @@ def target_cosine_kernel(
     present = target >= 0
     x_ptr += offs_n[:, None] * x_stride_n
     w_ptr += target[:, None] * w_stride_c
-    x_factor = reciprocal(floored(row_norms(x_ptr, x_stride_d, present, D, COMPUTE, WIDTH, BLOCK_N, BLOCK_D)))
-    w_factor = reciprocal(floored(row_norms(w_ptr, w_stride_d, present, D, COMPUTE, WIDTH, BLOCK_N, BLOCK_D)))
+    x_norm, x_power = row_norms(x_ptr, x_stride_d, present, D, COMPUTE, WIDTH, BLOCK_N, BLOCK_D)
+    w_norm, w_power = row_norms(w_ptr, w_stride_d, present, D, COMPUTE, WIDTH, BLOCK_N, BLOCK_D)
+    x_factor, w_factor = reciprocal(floored(x_norm, x_power)), reciprocal(floored(w_norm, w_power))
     cosine = tl.zeros([BLOCK_N], COMPUTE)
     for start in range(0, WIDTH, BLOCK_D):
         offs_d = start + tl.arange(0, BLOCK_D).to(tl.int64)
         mask = present[:, None] & (offs_d < D)[None, :]
         x = tl.load(x_ptr + offs_d[None, :] * x_stride_d, mask, 0.0).to(COMPUTE)
         w = tl.load(w_ptr + offs_d[None, :] * w_stride_d, mask, 0.0).to(COMPUTE)
-        cosine += tl.sum((x * x_factor[:, None]) * (w * w_factor[:, None]), 1)
+        x = x * x_power[:, None] * x_factor[:, None]
+        cosine += tl.sum(x * (w * w_power[:, None] * w_factor[:, None]), 1)
     # Comparisons, not minimum and maximum: those would turn a NaN into a bound.
     cosine = tl.where(cosine > 1, 1.0, tl.where(cosine < -1, -1.0, cosine))
     cosine = tl.where(target < -1, float("nan"), cosine)
@@ -95,14 +97,15 @@ def unit_embedding_grad_kernel(
     target = tl.load(target_ptr + offs_n, mask_n, -1)
     present = target >= 0
     w_ptr += target[:, None] * stride_c
-    norm = floored(row_norms(w_ptr, stride_d, present, D, COMPUTE, WIDTH, BLOCK_N, BLOCK_D))
+    norm, power = row_norms(w_ptr, stride_d, present, D, COMPUTE, WIDTH, BLOCK_N, BLOCK_D)
     negative = tl.load(negative_ptr + offs_n, mask_n, 0.0)
-    of_target = divide(tl.load(coefficient_ptr + offs_n, mask_n, 0.0), norm)
+    of_target = divide(tl.load(coefficient_ptr + offs_n, mask_n, 0.0), floored(norm, power))
     of_target = tl.where(present, of_target, 0.0)
     for start in range(0, WIDTH, BLOCK_D):
         offs_d = start + tl.arange(0, BLOCK_D).to(tl.int64)
         mask_d = (offs_d < D)[None, :]
         w = tl.load(w_ptr + offs_d[None, :] * stride_d, present[:, None] & mask_d, 0.0).to(COMPUTE)
+        w = w * power[:, None]
         offs = offs_n[:, None] * D + offs_d[None, :]
         mean = tl.load(mean_ptr + offs, mask_n[:, None] & mask_d, 0.0)
         tl.store(out_ptr + offs, negative[:, None] * mean + of_target[:, None] * w, mask_n[:, None] & mask_d)
@@ -146,18 +149,27 @@ def projection(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """f and a, (BLOCK_N,) each, that make ``(d_unit - row·f·a)·f`` the gradient by a row (reference.unit_gradient)."""
-    norm = row_norms(rows_ptr, stride_d, mask_n, D, COMPUTE, WIDTH, BLOCK_N, BLOCK_D)
-    factor = reciprocal(floored(norm))
+    """p, f, a and s, (BLOCK_N,) each: with the unit row u = row·p·f, ``(d_unit - u·a)·f·p`` is the gradient by a row
+    (normalise.unit_gradient), and s says that the row is shorter than ε. p is a power of two."""
+    norm, power = row_norms(rows_ptr, stride_d, mask_n, D, COMPUTE, WIDTH, BLOCK_N, BLOCK_D)
+    is_short = norm < floored(norm, power)
+    factor = reciprocal(floored(norm, power))
     along = tl.zeros([BLOCK_N], COMPUTE)
     for start in range(0, WIDTH, BLOCK_D):
         offs_d = start + tl.arange(0, BLOCK_D).to(tl.int64)
         mask = mask_n[:, None] & (offs_d < D)[None, :]
         row = tl.load(rows_ptr + offs_d[None, :] * stride_d, mask, 0.0).to(COMPUTE)
         d_unit = tl.load(d_unit_ptr + offs_d[None, :], mask, 0.0)
-        along += tl.sum((row * factor[:, None]) * d_unit, 1)
+        along += tl.sum((row * power[:, None] * factor[:, None]) * d_unit, 1)
     # A row shorter than ε is divided by that constant: its norm has no derivative.
-    return factor, tl.where(norm < floored(norm), 0.0, along)
+    return power, factor, tl.where(is_short, 0.0, along), is_short
+
+
+@triton.jit
+def by_row(d_unit, row, power, factor, along):
+    """The gradient (BLOCK_N, BLOCK_D) by columns of the rows, from :func:`projection`'s results."""
+    unit = row * power[:, None] * factor[:, None]
+    return (d_unit - unit * along[:, None]) * factor[:, None] * power[:, None]
 
 
 @triton.jit
@@ -181,15 +193,17 @@ def project_kernel(
     mask_n = offs_n < num_rows
     row_ptr += offs_n[:, None] * stride_n
     d_unit_ptr += offs_n[:, None] * d_unit_stride
-    factor, along = projection(row_ptr, stride_d, d_unit_ptr, mask_n, D, COMPUTE, WIDTH, BLOCK_N, BLOCK_D)
+    power, factor, along, is_short = projection(
+        row_ptr, stride_d, d_unit_ptr, mask_n, D, COMPUTE, WIDTH, BLOCK_N, BLOCK_D
+    )
     for start in range(0, WIDTH, BLOCK_D):
         offs_d = start + tl.arange(0, BLOCK_D).to(tl.int64)
         mask = mask_n[:, None] & (offs_d < D)[None, :]
         row = tl.load(row_ptr + offs_d[None, :] * stride_d, mask, 0.0).to(COMPUTE)
         d_unit = tl.load(d_unit_ptr + offs_d[None, :], mask, 0.0)
-        result = (d_unit - row * factor[:, None] * along[:, None]) * factor[:, None]
+        result = by_row(d_unit, row, power, factor, along)
         out_offs = offs_n[:, None] * out_stride_n + offs_d[None, :] * out_stride_d
-        tl.store(out_ptr + out_offs, to_gradient(result, out_ptr.dtype.element_ty), mask)
+        tl.store(out_ptr + out_offs, to_gradient(result, is_short[:, None], out_ptr.dtype.element_ty), mask)
 
 
 def project(d_unit: Tensor, rows: Tensor, out: Tensor) -> None:
