@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import multiprocessing
 import platform
+import shutil
+import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
+from pathlib import Path
 
 import pytest
 import torch
@@ -101,3 +104,15 @@ def test_forked_workers() -> None:
         for worker, _ in workers:
             worker.kill()
     assert_identical(compute(inputs), right)
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
+def test_a_thread_that_cannot_be_started_is_done_without(tmp_path: Path) -> None:
+    """Memory is refused at the list of threads (nothing has begun: an exception) or at a thread (the others do all)."""
+    here = Path(__file__).parent
+    program = tmp_path / "failing"
+    source, include = here / "threads" / "failing.cpp", here.parent / "csrc" / "cpu"
+    subprocess.run(["c++", "-std=c++17", "-pthread", f"-I{include}", source, "-o", program], check=True)
+    for allocations, expected in ((0, "bad_alloc"), (1, "1000"), (2, "1000"), (3, "1000"), (4, "1000"), (-1, "1000")):
+        result = subprocess.run([program, str(allocations)], capture_output=True, text=True, timeout=20)
+        assert (result.returncode, result.stdout.strip()) == (0, expected), (allocations, result)

@@ -4,7 +4,7 @@
 
 #include <atomic>
 #include <cstdint>
-#include <system_error>
+#include <exception>
 #include <thread>
 #include <vector>
 
@@ -29,8 +29,9 @@ void for_each_task(int threads, int64_t tasks, const Fn& fn) {
   others.reserve(threads > 1 ? threads - 1 : 0);
   try {
     for (int worker = 1; worker < threads && worker < tasks; ++worker) others.emplace_back(work, worker);
-  } catch (const std::system_error&) {
-    // No more threads to be had: those that started, and this one, do all the tasks.
+  } catch (const std::exception&) {
+    // No more threads or no memory for one: those that started, and this one, do all the tasks. Nothing may leave this
+    // function while they run: the end of a thread that was not joined ends the process.
   }
   work(0);
   for (std::thread& thread : others) thread.join();
