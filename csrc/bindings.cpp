@@ -103,6 +103,20 @@ void target_cosine(const std::string& isa, int compute, const MatrixTuple& embed
   stage(to_matrix(embeddings), to_matrix(weight), pointer<const int64_t>(target), pointer<void>(cosine), threads);
 }
 
+void finish_negatives(const std::string& isa, int compute, int64_t rows, int64_t columns, uintptr_t negative_sum,
+                      uintptr_t shift, uintptr_t centre_sum, uintptr_t lse, uintptr_t mean_centre) {
+  const auto stage = in_dtype(kernels(isa).finish_negatives, compute);
+  const fa::FinishArgs args{rows,
+                            columns,
+                            pointer<const void>(negative_sum),
+                            pointer<const void>(centre_sum),
+                            pointer<const double>(shift),
+                            pointer<double>(lse),
+                            pointer<void>(mean_centre)};
+  const py::gil_scoped_release release;
+  stage(args);
+}
+
 void unit_embedding_grad(const std::string& isa, int compute, const MatrixTuple& weight, uintptr_t target,
                          uintptr_t mean_centre, uintptr_t negative_coefficient, uintptr_t target_coefficient,
                          int64_t rows, uintptr_t d_unit, int threads) {
@@ -162,6 +176,7 @@ PYBIND11_MODULE(_native, m) {
   m.attr("MOMENTUM_INT8") = static_cast<int>(fa::MomentumType::kInt8);
   m.def("update_centres", &update_centres);
   m.def("target_cosine", &target_cosine);
+  m.def("finish_negatives", &finish_negatives);
   m.def("unit_embedding_grad", &unit_embedding_grad);
   m.def("embedding_grad", &embedding_grad);
   m.def("margin_loss", &margin_loss);

@@ -195,8 +195,8 @@ void update_centres(const WeightGradArgs& args, const CentreStep& step, const Pa
 #define FA_PASSES(pass) {pass<Full<float>>, pass<Full<double>>, FA_BF16(pass), nullptr}
 #define FA_STAGES(stage) {stage<float>, stage<double>, nullptr, nullptr}
 extern const Kernels kKernels = {
-    FA_NAME(FA_ISA),          FA_PASSES(class_stats),   FA_PASSES(weight_grad),         FA_PASSES(update_centres),
-    FA_PASSES(multiply_adds), FA_STAGES(target_cosine), FA_STAGES(unit_embedding_grad), FA_STAGES(embedding_grad),
-    FA_STAGES(margin_loss)};
+    FA_NAME(FA_ISA),           FA_PASSES(class_stats),   FA_PASSES(weight_grad),      FA_PASSES(update_centres),
+    FA_PASSES(multiply_adds),  FA_STAGES(target_cosine), FA_STAGES(finish_negatives), FA_STAGES(unit_embedding_grad),
+    FA_STAGES(embedding_grad), FA_STAGES(margin_loss)};
 
 }  // namespace fa::FA_ISA

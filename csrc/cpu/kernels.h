@@ -28,6 +28,17 @@ struct PassOptions {
   Negatives negatives;
 };
 
+// finish_negatives: sums of class_stats, over all shards, to lse_i = log(negative_sum_i) + shift_i and mean_center_i =
+// centre_sum_i / negative_sum_i; a row without negatives has the mean 0.
+struct FinishArgs {
+  int64_t rows, columns;
+  const void* negative_sum;  // (rows,), like the next of the compute type
+  const void* centre_sum;    // (rows, columns) contiguous
+  const double* shift;       // (rows,) or null: zero
+  double* lse;               // (rows,)
+  void* mean_centre;         // (rows, columns) contiguous
+};
+
 // unit_embedding_grad: mean_centre and d_unit (N, D) contiguous, coefficients (N,), all of the compute type.
 struct UnitGradArgs {
   int64_t rows;
@@ -59,6 +70,7 @@ struct Kernels {
   // The stages over the rows (row_stages.h), under the compute type.
   void (*target_cosine[kDtypes])(const Matrix& embeddings, const Matrix& weight, const int64_t* target, void* cosine,
                                  int threads);
+  void (*finish_negatives[kDtypes])(const FinishArgs&);
   void (*unit_embedding_grad[kDtypes])(const Matrix& weight, const int64_t* target, const UnitGradArgs&, int threads);
   void (*embedding_grad[kDtypes])(const void* d_unit, const Matrix& embeddings, const Matrix& d_embeddings,
                                   int threads);

@@ -54,6 +54,18 @@ void target_cosine(const Matrix& embeddings, const Matrix& weight, const int64_t
   });
 }
 
+template <typename T>
+void finish_negatives(const FinishArgs& args) {
+  for (int64_t i = 0; i < args.rows; ++i) {
+    const T sum = static_cast<const T*>(args.negative_sum)[i];
+    args.lse[i] = std::log(static_cast<double>(sum)) + (args.shift != nullptr ? args.shift[i] : 0);
+    const T* const from = static_cast<const T*>(args.centre_sum) + i * args.columns;
+    T* const to = static_cast<T*>(args.mean_centre) + i * args.columns;
+    const T divisor = sum == 0 ? T(1) : sum;
+    for (int64_t d = 0; d < args.columns; ++d) to[d] = from[d] / divisor;
+  }
+}
+
 // d_unit_i = negative_coefficient_i * mean_center_i + target_coefficient_i * (unit center of the target), (N, D).
 template <typename T>
 void unit_embedding_grad(const Matrix& weight, const int64_t* target, const UnitGradArgs& args, int threads) {

@@ -62,6 +62,17 @@ def update_centres(
 def target_cosine(
     isa: str, compute: int, embeddings: _Matrix, weight: _Matrix, target: int, cosine: int, threads: int
 ) -> None: ...
+def finish_negatives(
+    isa: str,
+    compute: int,
+    rows: int,
+    columns: int,
+    negative_sum: int,
+    shift: int,
+    centre_sum: int,
+    lse: int,
+    mean_centre: int,
+) -> None: ...
 def unit_embedding_grad(
     isa: str,
     compute: int,

@@ -163,26 +163,26 @@ class NegativesAndTarget(torch.autograd.Function):
         total, target_cosine = shard.ranks.sum_rows(total, target_cosine)
         if shard.with_max:
             maximum = shard.ranks.max(maximum)
-        # fp64: at s = 1000 an fp32 rounding of it would cost 3e-5 of every probability in the backward pass.
-        lse = total.double().log_()
-        if shift is not None:
-            lse += shift
-        if with_centre_sum:  # the softmax-weighted mean of the centres; a row without negatives has none: 0 / tiny
-            centre_sum /= total.clamp(min=torch.finfo(total.dtype).tiny)[:, None]
-        ctx.save_for_backward(embeddings, weight, target, lse, centre_sum)
+        lse, mean_centre = _ops.finish_negatives(total, shift, centre_sum, backend)
+        ctx.save_for_backward(embeddings, weight, target, lse, mean_centre)
         ctx.scale, ctx.with_centre_sum, ctx.backend, ctx.shard = scale, with_centre_sum, backend, shard
         ctx.negatives = negatives
         ctx.mark_non_differentiable(maximum)
+        ctx.set_materialize_grads(False)
         return lse.to(target_cosine.dtype), target_cosine, maximum
 
     @staticmethod
     @once_differentiable
     def backward(
-        ctx: Any, saved: tuple[Any, ...], d_lse: Tensor, d_target_cosine: Tensor, _: Tensor
+        ctx: Any, saved: tuple[Any, ...], d_lse: Tensor | None, d_target_cosine: Tensor | None, _: None
     ) -> tuple[Tensor | None, ...]:
         shard = ctx.shard
         embeddings, weight, target, lse, mean_centre = saved
         rows = shard.all_rows(embeddings)
+        # A gradient is None where the loss does not depend on the output.
+        dtype = compute_dtype(rows, weight)
+        d_lse = torch.zeros_like(lse, dtype=dtype) if d_lse is None else d_lse
+        d_target_cosine = torch.zeros_like(lse, dtype=dtype) if d_target_cosine is None else d_target_cosine
         negative_coefficient = ctx.scale * d_lse
         coefficients = ctx.scale, lse, negative_coefficient, d_target_cosine
         d_embeddings = d_weight = None

@@ -54,11 +54,12 @@ class _FusedMarginLoss(torch.autograd.Function):
         )
         ctx.save_for_backward(d_lse, d_cosine)
         ctx.mark_non_differentiable(lse)
+        ctx.set_materialize_grads(False)
         return loss, lse
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, saved: tuple[Tensor, ...], d_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, saved: tuple[Tensor, ...], d_loss: Tensor, _: None) -> tuple[Tensor | None, ...]:
         d_lse, d_cosine = saved
         return d_loss * d_lse, d_loss * d_cosine, None, None, None, None, None, None, None
 

@@ -110,6 +110,24 @@ def target_cosine(embeddings: Tensor, weight: Tensor, target: Tensor) -> Tensor:
     return cosine
 
 
+def finish_negatives(negative_sum: Tensor, shift: Tensor | None, centre_sum: Tensor) -> tuple[Tensor, Tensor]:
+    shift = None if shift is None else shift.contiguous()
+    negative_sum, centre_sum = negative_sum.contiguous(), centre_sum.contiguous()
+    lse, mean = torch.empty(negative_sum.shape[0], dtype=torch.float64), torch.empty_like(centre_sum)
+    native.module.finish_negatives(
+        isa(),
+        native.dtype_code(negative_sum.dtype),
+        negative_sum.shape[0],
+        centre_sum.shape[1] if centre_sum.dim() == 2 else 0,
+        negative_sum.data_ptr(),
+        native.address(shift),
+        centre_sum.data_ptr(),
+        lse.data_ptr(),
+        mean.data_ptr(),
+    )
+    return lse, mean
+
+
 def unit_embedding_grad(
     weight: Tensor, target: Tensor, mean_centre: Tensor, negative_coefficient: Tensor, target_coefficient: Tensor
 ) -> Tensor:

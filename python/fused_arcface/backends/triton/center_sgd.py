@@ -94,9 +94,7 @@ def update_centres_kernel(
         mask_n = mask_n & (rows < num_classes)
     weight_ptr += rows[:, None] * stride_c
     d_unit_ptr += offs_n[:, None] * d_unit_stride
-    power, factor, along, _ = projection(
-        weight_ptr, stride_d, d_unit_ptr, mask_n, D, COMPUTE, WIDTH, BLOCK_N, BLOCK_D
-    )
+    power, factor, along, _ = projection(weight_ptr, stride_d, d_unit_ptr, mask_n, D, COMPUTE, WIDTH, BLOCK_N, BLOCK_D)
     row_keys = _fold(rounding_key.to(tl.uint64), (rows + class_start).to(tl.uint64))
 
     for start in range(0, WIDTH, BLOCK_D):
