@@ -2,6 +2,7 @@
 // allocation and lifetimes (python/fused_arcface/backends/cpu.py is the only caller).
 #include <pybind11/pybind11.h>
 
+#include <cstdlib>
 #include <stdexcept>
 #include <string>
 
@@ -32,9 +33,13 @@ fa::Negatives to_negatives(const NegativesTuple& n) {
   return {sub_centres, pointer<const void>(threshold), a, b, d};
 }
 
-const fa::Kernels& kernels(const std::string& isa) {
-  const fa::Kernels* found = fa::find_kernels(isa.c_str());
-  if (found == nullptr) throw std::invalid_argument("instruction set not available on this machine: " + isa);
+// Those of the instruction set that the environment's FUSED_ARCFACE_ISA names, else the best. Python holds its lock
+// here, so nothing changes the environment meanwhile.
+const fa::Kernels& kernels() {
+  const char* const asked = std::getenv("FUSED_ARCFACE_ISA");
+  const fa::Kernels* found = fa::find_kernels(asked != nullptr ? asked : "");
+  if (found == nullptr)
+    throw std::invalid_argument(std::string("instruction set not available on this machine: ") + asked);
   return *found;
 }
 
@@ -46,10 +51,10 @@ Pass* in_dtype(Pass* const (&passes)[fa::kDtypes], int product) {
   return passes[product];
 }
 
-void class_stats(const std::string& isa, int product, const MatrixTuple& embeddings, const MatrixTuple& weight,
-                 uintptr_t target, double scale, uintptr_t shift, uintptr_t negative_max, uintptr_t negative_sum,
-                 uintptr_t centre_sum, int threads, const NegativesTuple& negatives) {
-  const auto pass = in_dtype(kernels(isa).class_stats, product);
+void class_stats(int product, const MatrixTuple& embeddings, const MatrixTuple& weight, uintptr_t target, double scale,
+                 uintptr_t shift, uintptr_t negative_max, uintptr_t negative_sum, uintptr_t centre_sum, int threads,
+                 const NegativesTuple& negatives) {
+  const auto pass = in_dtype(kernels().class_stats, product);
   const fa::ClassStatsArgs args{to_matrix(embeddings),          to_matrix(weight),
                                 pointer<const int64_t>(target), scale,
                                 pointer<const double>(shift),   pointer<void>(negative_max),
@@ -59,11 +64,10 @@ void class_stats(const std::string& isa, int product, const MatrixTuple& embeddi
   pass(args, options);
 }
 
-void weight_grad(const std::string& isa, int product, const MatrixTuple& embeddings, const MatrixTuple& weight,
-                 uintptr_t target, double scale, uintptr_t lse, uintptr_t negative_coefficient,
-                 uintptr_t target_coefficient, const MatrixTuple& d_weight, int threads,
-                 const NegativesTuple& negatives) {
-  const auto pass = in_dtype(kernels(isa).weight_grad, product);
+void weight_grad(int product, const MatrixTuple& embeddings, const MatrixTuple& weight, uintptr_t target, double scale,
+                 uintptr_t lse, uintptr_t negative_coefficient, uintptr_t target_coefficient,
+                 const MatrixTuple& d_weight, int threads, const NegativesTuple& negatives) {
+  const auto pass = in_dtype(kernels().weight_grad, product);
   const fa::WeightGradArgs args{to_matrix(embeddings),
                                 to_matrix(weight),
                                 pointer<const int64_t>(target),
@@ -77,11 +81,10 @@ void weight_grad(const std::string& isa, int product, const MatrixTuple& embeddi
   pass(args, options);
 }
 
-void update_centres(const std::string& isa, int product, const MatrixTuple& embeddings, const MatrixTuple& weight,
-                    uintptr_t target, double scale, uintptr_t lse, uintptr_t negative_coefficient,
-                    uintptr_t target_coefficient, const CentreStepTuple& centre_step, int threads,
-                    const NegativesTuple& negatives) {
-  const auto pass = in_dtype(kernels(isa).update_centres, product);
+void update_centres(int product, const MatrixTuple& embeddings, const MatrixTuple& weight, uintptr_t target,
+                    double scale, uintptr_t lse, uintptr_t negative_coefficient, uintptr_t target_coefficient,
+                    const CentreStepTuple& centre_step, int threads, const NegativesTuple& negatives) {
+  const auto pass = in_dtype(kernels().update_centres, product);
   const fa::WeightGradArgs args{to_matrix(embeddings),
                                 to_matrix(weight),
                                 pointer<const int64_t>(target),
@@ -96,16 +99,16 @@ void update_centres(const std::string& isa, int product, const MatrixTuple& embe
   pass(args, step, options);
 }
 
-void target_cosine(const std::string& isa, int compute, const MatrixTuple& embeddings, const MatrixTuple& weight,
-                   uintptr_t target, uintptr_t cosine, int threads) {
-  const auto stage = in_dtype(kernels(isa).target_cosine, compute);
+void target_cosine(int compute, const MatrixTuple& embeddings, const MatrixTuple& weight, uintptr_t target,
+                   uintptr_t cosine, int threads) {
+  const auto stage = in_dtype(kernels().target_cosine, compute);
   const py::gil_scoped_release release;
   stage(to_matrix(embeddings), to_matrix(weight), pointer<const int64_t>(target), pointer<void>(cosine), threads);
 }
 
-void finish_negatives(const std::string& isa, int compute, int64_t rows, int64_t columns, uintptr_t negative_sum,
-                      uintptr_t shift, uintptr_t centre_sum, uintptr_t lse, uintptr_t mean_centre) {
-  const auto stage = in_dtype(kernels(isa).finish_negatives, compute);
+void finish_negatives(int compute, int64_t rows, int64_t columns, uintptr_t negative_sum, uintptr_t shift,
+                      uintptr_t centre_sum, uintptr_t lse, uintptr_t mean_centre) {
+  const auto stage = in_dtype(kernels().finish_negatives, compute);
   const fa::FinishArgs args{rows,
                             columns,
                             pointer<const void>(negative_sum),
@@ -117,35 +120,35 @@ void finish_negatives(const std::string& isa, int compute, int64_t rows, int64_t
   stage(args);
 }
 
-void unit_embedding_grad(const std::string& isa, int compute, const MatrixTuple& weight, uintptr_t target,
-                         uintptr_t mean_centre, uintptr_t negative_coefficient, uintptr_t target_coefficient,
-                         int64_t rows, uintptr_t d_unit, int threads) {
-  const auto stage = in_dtype(kernels(isa).unit_embedding_grad, compute);
+void unit_embedding_grad(int compute, const MatrixTuple& weight, uintptr_t target, uintptr_t mean_centre,
+                         uintptr_t negative_coefficient, uintptr_t target_coefficient, int64_t rows, uintptr_t d_unit,
+                         int threads) {
+  const auto stage = in_dtype(kernels().unit_embedding_grad, compute);
   const fa::UnitGradArgs args{rows, pointer<const void>(mean_centre), pointer<const void>(negative_coefficient),
                               pointer<const void>(target_coefficient), pointer<void>(d_unit)};
   const py::gil_scoped_release release;
   stage(to_matrix(weight), pointer<const int64_t>(target), args, threads);
 }
 
-void embedding_grad(const std::string& isa, int compute, uintptr_t d_unit, const MatrixTuple& embeddings,
-                    const MatrixTuple& d_embeddings, int threads) {
-  const auto stage = in_dtype(kernels(isa).embedding_grad, compute);
+void embedding_grad(int compute, uintptr_t d_unit, const MatrixTuple& embeddings, const MatrixTuple& d_embeddings,
+                    int threads) {
+  const auto stage = in_dtype(kernels().embedding_grad, compute);
   const py::gil_scoped_release release;
   stage(pointer<const void>(d_unit), to_matrix(embeddings), to_matrix(d_embeddings), threads);
 }
 
-void margin_loss(const std::string& isa, int compute, uintptr_t negative_lse, uintptr_t target_cosine, int64_t rows,
-                 double scale, const std::tuple<double, double, double>& factors, const std::string& boundary,
-                 bool straight_through, const std::tuple<uintptr_t, uintptr_t, uintptr_t, uintptr_t>& out) {
+void margin_loss(int compute, uintptr_t negative_lse, uintptr_t target_cosine, int64_t rows, double scale,
+                 const std::tuple<double, double, double>& factors, const std::string& boundary, bool straight_through,
+                 const std::tuple<uintptr_t, uintptr_t, uintptr_t, uintptr_t>& out) {
   const auto& [m1, m2, m3] = factors;
   const auto& [loss, lse, d_lse, d_cosine] = out;
-  in_dtype(kernels(isa).margin_loss, compute)(
-      {rows, pointer<const void>(negative_lse), pointer<const void>(target_cosine), scale, m1, m2, m3, boundary,
-       straight_through, pointer<void>(loss), pointer<void>(lse), pointer<void>(d_lse), pointer<void>(d_cosine)});
+  in_dtype(kernels().margin_loss, compute)({rows, pointer<const void>(negative_lse), pointer<const void>(target_cosine),
+                                            scale, m1, m2, m3, boundary, straight_through, pointer<void>(loss),
+                                            pointer<void>(lse), pointer<void>(d_lse), pointer<void>(d_cosine)});
 }
 
-int64_t multiply_adds(const std::string& isa, int product, int64_t rounds, int threads) {
-  const auto pass = in_dtype(kernels(isa).multiply_adds, product);
+int64_t multiply_adds(int product, int64_t rounds, int threads) {
+  const auto pass = in_dtype(kernels().multiply_adds, product);
   const py::gil_scoped_release release;
   return pass(rounds, threads);
 }
@@ -164,9 +167,9 @@ PYBIND11_MODULE(_native, m) {
       if (fa::find_kernels(isa) != nullptr) names.append(isa);
     return names;
   });
-  m.def("has_products", [](const std::string& isa, int product) {
-    return product >= 0 && product < fa::kDtypes && kernels(isa).class_stats[product] != nullptr;
-  });
+  m.def("isa", [] { return kernels().isa; });
+  m.def("has_products",
+        [](int product) { return product >= 0 && product < fa::kDtypes && kernels().class_stats[product] != nullptr; });
   m.def("class_stats", &class_stats);
   m.def("weight_grad", &weight_grad);
   m.attr("NO_MOMENTUM") = static_cast<int>(fa::MomentumType::kNone);

@@ -9,9 +9,9 @@ BFLOAT16: int
 FLOAT16: int
 
 def isas() -> list[str]: ...
-def has_products(isa: str, product: int) -> bool: ...
+def isa() -> str: ...
+def has_products(product: int) -> bool: ...
 def class_stats(
-    isa: str,
     product: int,
     embeddings: _Matrix,
     weight: _Matrix,
@@ -25,7 +25,6 @@ def class_stats(
     negatives: _Negatives,
 ) -> None: ...
 def weight_grad(
-    isa: str,
     product: int,
     embeddings: _Matrix,
     weight: _Matrix,
@@ -46,7 +45,6 @@ MOMENTUM_BFLOAT16: int
 MOMENTUM_INT8: int
 
 def update_centres(
-    isa: str,
     product: int,
     embeddings: _Matrix,
     weight: _Matrix,
@@ -59,11 +57,9 @@ def update_centres(
     threads: int,
     negatives: _Negatives,
 ) -> None: ...
-def target_cosine(
-    isa: str, compute: int, embeddings: _Matrix, weight: _Matrix, target: int, cosine: int, threads: int
+def target_cosine( compute: int, embeddings: _Matrix, weight: _Matrix, target: int, cosine: int, threads: int
 ) -> None: ...
 def finish_negatives(
-    isa: str,
     compute: int,
     rows: int,
     columns: int,
@@ -74,7 +70,6 @@ def finish_negatives(
     mean_centre: int,
 ) -> None: ...
 def unit_embedding_grad(
-    isa: str,
     compute: int,
     weight: _Matrix,
     target: int,
@@ -85,11 +80,9 @@ def unit_embedding_grad(
     d_unit: int,
     threads: int,
 ) -> None: ...
-def embedding_grad(
-    isa: str, compute: int, d_unit: int, embeddings: _Matrix, d_embeddings: _Matrix, threads: int
+def embedding_grad( compute: int, d_unit: int, embeddings: _Matrix, d_embeddings: _Matrix, threads: int
 ) -> None: ...
 def margin_loss(
-    isa: str,
     compute: int,
     negative_lse: int,
     target_cosine: int,
@@ -100,4 +93,4 @@ def margin_loss(
     straight_through: bool,
     out: tuple[int, int, int, int],
 ) -> None: ...
-def multiply_adds(isa: str, product: int, rounds: int, threads: int) -> int: ...
+def multiply_adds(product: int, rounds: int, threads: int) -> int: ...

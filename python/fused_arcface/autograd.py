@@ -153,17 +153,17 @@ class NegativesAndTarget(torch.autograd.Function):
         rows, centres = shard.all_rows(embeddings), shard.centres(weight)
         shift = None
         if needs_shift(scale, shard.num_classes or weight.shape[0], compute_dtype(rows, centres), *bounds):
-            maximum = _ops.class_max(rows, centres, target, backend, shard.class_count, **negatives)
+            maximum = _ops.class_max.default(rows, centres, target, backend, shard.class_count, **negatives)
             maximum = shard.ranks.max(maximum)
             shift = (scale * maximum.double()).masked_fill(maximum == -torch.inf, 0)
-        total, maximum, centre_sum = _ops.class_stats(
+        total, maximum, centre_sum = _ops.class_stats.default(
             rows, centres, target, scale, shift, with_centre_sum, backend, shard.class_count, **negatives
         )
-        target_cosine = _ops.target_cosine(rows, weight, shard.target_rows(target), backend)
+        target_cosine = _ops.target_cosine.default(rows, weight, shard.target_rows(target), backend)
         total, target_cosine = shard.ranks.sum_rows(total, target_cosine)
         if shard.with_max:
             maximum = shard.ranks.max(maximum)
-        lse, mean_centre = _ops.finish_negatives(total, shift, centre_sum, backend)
+        lse, mean_centre = _ops.finish_negatives.default(total, shift, centre_sum, backend)
         ctx.save_for_backward(embeddings, weight, target, lse, mean_centre)
         ctx.scale, ctx.with_centre_sum, ctx.backend, ctx.shard = scale, with_centre_sum, backend, shard
         ctx.negatives = negatives
@@ -187,7 +187,7 @@ class NegativesAndTarget(torch.autograd.Function):
         coefficients = ctx.scale, lse, negative_coefficient, d_target_cosine
         d_embeddings = d_weight = None
         if ctx.with_centre_sum:
-            d_unit = _ops.unit_embedding_grad(
+            d_unit = _ops.unit_embedding_grad.default(
                 weight, shard.target_rows(target), mean_centre, negative_coefficient, d_target_cosine, ctx.backend
             )
             finish = shard.start_scatter(d_unit)
@@ -198,13 +198,13 @@ class NegativesAndTarget(torch.autograd.Function):
             )
         elif ctx.needs_input_grad[1]:
             d_weight = shard.weight_gradient(
-                _ops.weight_grad(rows, shard.centres(weight), target, *coefficients, ctx.backend, **ctx.negatives),
+                _ops.weight_grad.default(rows, shard.centres(weight), target, *coefficients, ctx.backend, **ctx.negatives),
                 weight,
             )
         if ctx.with_centre_sum:
             d_unit = finish()
             if ctx.needs_input_grad[0]:
-                d_embeddings = _ops.embedding_grad(d_unit, shard.own_rows(rows), ctx.backend)
+                d_embeddings = _ops.embedding_grad.default(d_unit, shard.own_rows(rows), ctx.backend)
         return d_embeddings, d_weight, *(None for _ in range(9))
 
 
@@ -218,7 +218,7 @@ def cosines_of_targets(
         rows = shard.all_rows(embeddings)
         candidates = [torch.where(target < 0, target, target * sub_centers + k) for k in range(sub_centers)]
         cosines = torch.stack(
-            [_ops.target_cosine(rows, weight, shard.target_rows(each), backend) for each in candidates]
+            [_ops.target_cosine.default(rows, weight, shard.target_rows(each), backend) for each in candidates]
         )
         cosine, nearest = cosines.max(0)
         target = torch.stack(candidates).gather(0, nearest[None]).squeeze(0)

@@ -29,13 +29,13 @@ def _isas() -> list[str]:
 
 def isa() -> str:
     """The instruction set in use: the best of this machine, or the one named in the environment's FUSED_ARCFACE_ISA."""
-    return os.environ.get("FUSED_ARCFACE_ISA") or _isas()[0]
+    return native.module.isa()
 
 
 def multiply_adds(rounds: int, dtype: torch.dtype = torch.float32) -> int:
     """Flops of ``rounds`` vector multiply-adds on all of torch's threads, in registers alone: timed, the peak of
     products in ``dtype``."""
-    return native.module.multiply_adds(isa(), native.dtype_code(dtype), rounds, torch.get_num_threads())
+    return native.module.multiply_adds(native.dtype_code(dtype), rounds, torch.get_num_threads())
 
 
 allow_bf16_products = True
@@ -45,7 +45,7 @@ name an instruction set that does not). If false, 16-bit rows are converted and 
 
 def multiplies_bf16() -> bool:
     """Whether the instruction set in use multiplies bf16 and :data:`allow_bf16_products` lets it."""
-    return allow_bf16_products and native.module.has_products(isa(), native.module.BFLOAT16)
+    return allow_bf16_products and native.module.has_products(native.module.BFLOAT16)
 
 
 def _product_code(embeddings: Tensor, compute: torch.dtype) -> int:
@@ -80,7 +80,6 @@ def _run_class_stats(
     shift = None if shift is None else shift.contiguous()
     threshold = _thresholds(negatives, maximum.dtype)
     native.module.class_stats(
-        isa(),
         _product_code(embeddings, maximum.dtype),
         native.matrix(embeddings),
         native.matrix(weight),
@@ -99,7 +98,6 @@ def target_cosine(embeddings: Tensor, weight: Tensor, target: Tensor) -> Tensor:
     dtype, target = compute_dtype(embeddings, weight), target.contiguous()
     cosine = torch.empty(embeddings.shape[0], dtype=dtype)
     native.module.target_cosine(
-        isa(),
         native.dtype_code(dtype),
         native.matrix(embeddings),
         native.matrix(weight),
@@ -115,7 +113,6 @@ def finish_negatives(negative_sum: Tensor, shift: Tensor | None, centre_sum: Ten
     negative_sum, centre_sum = negative_sum.contiguous(), centre_sum.contiguous()
     lse, mean = torch.empty(negative_sum.shape[0], dtype=torch.float64), torch.empty_like(centre_sum)
     native.module.finish_negatives(
-        isa(),
         native.dtype_code(negative_sum.dtype),
         negative_sum.shape[0],
         centre_sum.shape[1] if centre_sum.dim() == 2 else 0,
@@ -135,7 +132,6 @@ def unit_embedding_grad(
     negative_coefficient, target_coefficient = negative_coefficient.contiguous(), target_coefficient.contiguous()
     d_unit = torch.empty_like(mean_centre)
     native.module.unit_embedding_grad(
-        isa(),
         native.dtype_code(mean_centre.dtype),
         native.matrix(weight),
         target.data_ptr(),
@@ -152,7 +148,6 @@ def unit_embedding_grad(
 def embedding_grad(d_unit: Tensor, embeddings: Tensor) -> Tensor:
     d_unit, d_embeddings = d_unit.contiguous(), torch.empty_like(embeddings)
     native.module.embedding_grad(
-        isa(),
         native.dtype_code(d_unit.dtype),
         d_unit.data_ptr(),
         native.matrix(embeddings),
@@ -175,7 +170,6 @@ def margin_loss(
     negative_lse, target_cosine = negative_lse.contiguous(), target_cosine.contiguous()
     loss, lse, d_lse, d_cosine = (torch.empty_like(negative_lse) for _ in range(4))
     native.module.margin_loss(
-        isa(),
         native.dtype_code(negative_lse.dtype),
         negative_lse.data_ptr(),
         target_cosine.data_ptr(),
@@ -231,7 +225,6 @@ def weight_grad(
     threshold = _thresholds(negatives, negative_coefficient.dtype)
     d_weight = torch.empty_like(weight)
     native.module.weight_grad(
-        isa(),
         _product_code(embeddings, negative_coefficient.dtype),
         native.matrix(embeddings),
         native.matrix(weight),
@@ -264,7 +257,6 @@ def update_centres(
     negative_coefficient, target_coefficient = negative_coefficient.contiguous(), target_coefficient.contiguous()
     threshold = _thresholds(negatives, negative_coefficient.dtype)
     native.module.update_centres(
-        isa(),
         _product_code(embeddings, negative_coefficient.dtype),
         native.matrix(embeddings),
         native.matrix(weight),

@@ -6,8 +6,6 @@ An address is no reference: whoever passes one keeps its tensor bound to a name 
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from torch import Tensor
 
@@ -20,6 +18,10 @@ try:
     module = _native
 except ImportError as error:  # unavailable() reports it: the package is of use without its compiled part
     _import_error = str(error)
+
+
+# As csrc/arguments.h numbers them; a dictionary at hand, since a small problem asks for a dozen codes a step.
+_DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 
 
 def unavailable() -> str | None:
@@ -35,22 +37,12 @@ def address(tensor: Tensor | None) -> int:
 
 def dtype_code(dtype: torch.dtype) -> int:
     """A dtype of embeddings and centers, as ``Dtype``."""
-    return _dtype_codes()[dtype]
-
-
-@functools.cache
-def _dtype_codes() -> dict[torch.dtype, int]:
-    return {
-        torch.float32: module.FLOAT32,
-        torch.float64: module.FLOAT64,
-        torch.bfloat16: module.BFLOAT16,
-        torch.float16: module.FLOAT16,
-    }
+    return _DTYPE_CODES[dtype]
 
 
 def matrix(tensor: Tensor) -> tuple[int, int, int, int, int, int]:
     """A matrix (rows, columns) of any strides, as ``MatrixTuple``."""
-    return (tensor.data_ptr(), dtype_code(tensor.dtype), *tensor.shape, *tensor.stride())
+    return (tensor.data_ptr(), _DTYPE_CODES[tensor.dtype], *tensor.shape, *tensor.stride())
 
 
 def centre_step(step: CentreStep, weight: Tensor) -> tuple[int, int, int, int, int, float, float, float, int, int]:
