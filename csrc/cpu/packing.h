@@ -70,29 +70,34 @@ inline void scale(T* row, int64_t padded, T factor) {
 }
 
 // Rows [first, first + count) of m, or with an index rows index[first] and on, divided by max(|row|, epsilon),
-// zero-padded to `padded` numbers, to `out` with the given stride in elements. One step after the other over all rows,
-// not all steps row by row: the latency of one row's norm is hidden behind the next row's (bench/NOTES.md).
+// zero-padded to `padded` numbers, to `out` with the given stride in elements. A few rows at a time, one step after the
+// other over all of them: the latency of one row's norm is hidden behind the next row's, and they stay in L1
+// (bench/NOTES.md).
 template <typename T>
 inline void pack_rows(Full<T>, const Matrix& m, int64_t first, int64_t count, T* out, int64_t stride, int64_t padded,
-                      const Norms<T>& norms, const int64_t* index = nullptr) {
-  for (int64_t r = 0; r < count; ++r) {
-    T* row = out + r * stride;
-    read_row(m, index != nullptr ? index[first + r] : first + r, row);
-    for (int64_t d = m.columns; d < padded; ++d) row[d] = 0;
-    norms.inverse[r].factor = dot(row, row, padded);
-  }
-  for (int64_t r = 0; r < count; ++r) {
-    T* row = out + r * stride;
-    T power = 1;
-    double length = norm(row, padded, norms.inverse[r].factor);
-    if (length > kLongest<T>) {
-      power = static_cast<T>(kShortening<T>);
-      scale(row, padded, power);
-      length = norm(row, padded, dot(row, row, padded));
+                      const Norms<T>& norms, T*, const int64_t* index = nullptr) {
+  constexpr int64_t kAtATime = 8;
+  for (int64_t begin = 0; begin < count; begin += kAtATime) {
+    const int64_t end = std::min(begin + kAtATime, count);
+    for (int64_t r = begin; r < end; ++r) {
+      T* row = out + r * stride;
+      read_row(m, index != nullptr ? index[first + r] : first + r, row);
+      for (int64_t d = m.columns; d < padded; ++d) row[d] = 0;
+      norms.inverse[r].factor = dot(row, row, padded);
     }
-    norms.inverse[r] = {inverse_of<T>(length), power};
+    for (int64_t r = begin; r < end; ++r) {
+      T* row = out + r * stride;
+      T power = 1;
+      double length = norm(row, padded, norms.inverse[r].factor);
+      if (length > kLongest<T>) {
+        power = static_cast<T>(kShortening<T>);
+        scale(row, padded, power);
+        length = norm(row, padded, dot(row, row, padded));
+      }
+      norms.inverse[r] = {inverse_of<T>(length), power};
+    }
+    for (int64_t r = begin; r < end; ++r) scale(out + r * stride, padded, std::abs(norms.inverse[r].factor));
   }
-  for (int64_t r = 0; r < count; ++r) scale(out + r * stride, padded, std::abs(norms.inverse[r].factor));
 }
 
 // Rows of kDepth numbers an element become elements of kDepth rows: what is deep in the second product. `to` has
@@ -127,31 +132,32 @@ inline float squares_of(const uint32_t* row, int64_t padded) {
 
 // As above, as bf16 numbers, kDepth of them in an element; norms are those of the rounded rows, so no cosine leaves
 // [-1, 1]. Rows whose squares leave fp32's range are multiplied by a power of two first: no 16-bit number changes by
-// that, and products neither over- nor underflow.
+// that, and products neither over- nor underflow. `numbers`: room for `padded` of them.
 inline void pack_rows(BFloat16Pairs, const Matrix& m, int64_t first, int64_t count, uint32_t* out, int64_t stride,
-                      int64_t padded, const Norms<float>& norms, const int64_t* index = nullptr) {
+                      int64_t padded, const Norms<float>& norms, float* numbers, const int64_t* index = nullptr) {
   const bool stored_so = m.dtype == Dtype::kBFloat16 && m.column_stride == 1;
-  const Scratch<float> numbers(padded);
-  std::fill(numbers.get() + m.columns, numbers.get() + padded, 0.0f);
+  std::fill(numbers + m.columns, numbers + padded, 0.0f);
   for (int64_t r = 0; r < count; ++r) {
     const int64_t in_matrix = index != nullptr ? index[first + r] : first + r;
     uint32_t* const row = out + r * stride;
     if (stored_so) {
       std::memcpy(row, static_cast<const BFloat16*>(m.data) + in_matrix * m.row_stride, 2 * m.columns);
       std::memset(reinterpret_cast<BFloat16*>(row) + m.columns, 0, 2 * (padded - m.columns));
+    } else if (m.dtype == Dtype::kFloat32 && m.column_stride == 1 && m.columns == padded) {
+      round_row(static_cast<const float*>(m.data) + in_matrix * m.row_stride, padded, 1, row);
     } else {
-      read_row(m, in_matrix, numbers.get());
-      round_row(numbers.get(), padded, 1, row);
+      read_row(m, in_matrix, numbers);
+      round_row(numbers, padded, 1, row);
     }
     norms.to_unit[r] = squares_of(row, padded);
   }
   for (int64_t r = 0; r < count; ++r) {
     double squares = norms.to_unit[r], power = 1;
     if (!(squares > 1e-20 && squares < 1e20)) {
-      read_row(m, index != nullptr ? index[first + r] : first + r, numbers.get());
-      const double length = norm(numbers.get(), padded, 0.0f);
+      read_row(m, index != nullptr ? index[first + r] : first + r, numbers);
+      const double length = norm(numbers, padded, 0.0f);
       if (length > 0 && std::isfinite(length)) power = std::ldexp(1.0, std::clamp(-std::ilogb(length), -120, 120));
-      round_row(numbers.get(), padded, static_cast<float>(power), out + r * stride);
+      round_row(numbers, padded, static_cast<float>(power), out + r * stride);
       squares = squares_of(out + r * stride, padded);
     }
     // The stored row is `power` times as long as the row.
@@ -166,10 +172,8 @@ inline void pack_rows(BFloat16Pairs, const Matrix& m, int64_t first, int64_t cou
 
 inline void pack_depth(BFloat16Pairs, const uint32_t* rows, int64_t stride, int64_t count, int64_t padded, uint32_t* to,
                        int64_t to_stride) {
-  const Scratch<uint32_t> zeros(count % 2 > 0 ? padded / 2 : 0);
-  if (count % 2 > 0) std::fill(zeros.get(), zeros.get() + padded / 2, 0u);
   for (int64_t r = 0; r < count; r += 2)
-    BFloat16Pairs::interleave_rows(rows + r * stride, r + 1 < count ? rows + (r + 1) * stride : zeros.get(), padded,
+    BFloat16Pairs::interleave_rows(rows + r * stride, r + 1 < count ? rows + (r + 1) * stride : nullptr, padded,
                                    to + r / 2 * to_stride);
 }
 

@@ -54,13 +54,14 @@ struct BFloat16Pairs {
     return (__m512i)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first);
   }
   // Rows `low` and `high` of bf16 pairs along the columns become pairs down the rows: to[c] = (low[c], high[c]) for
-  // `columns` numbers, a multiple of 32.
+  // `columns` numbers, a multiple of 32. Without a row `high` its numbers are 0.
   static void interleave_rows(const uint32_t* low, const uint32_t* high, int64_t columns, uint32_t* to) {
     const __m512i left = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6,
                                           37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
     const __m512i right = _mm512_add_epi16(left, _mm512_set1_epi16(16));
     for (int64_t c = 0; c < columns; c += 32) {
-      const __m512i a = _mm512_loadu_si512(low + c / 2), b = _mm512_loadu_si512(high + c / 2);
+      const __m512i a = _mm512_loadu_si512(low + c / 2),
+                    b = high != nullptr ? _mm512_loadu_si512(high + c / 2) : _mm512_setzero_si512();
       _mm512_storeu_si512(to + c, _mm512_permutex2var_epi16(a, left, b));
       _mm512_storeu_si512(to + c + 16, _mm512_permutex2var_epi16(a, right, b));
     }

@@ -12,29 +12,30 @@ namespace fa::FA_ISA {
 // Rows of one task.
 constexpr int64_t kRowsPerTask = 64;
 
-// Room for rows in the compute type, and how to normalize into it.
+// Room for a row in the compute type, and how to normalize into it.
 template <typename T>
 struct UnitRow {
-  Scratch<T> values;  // (padded,)
+  T* values;  // (padded,)
   int64_t padded;
   InverseNorm<T> inverse_norm;
 
-  explicit UnitRow(int64_t columns) : values(round_up(columns, kColumns<T>)), padded(round_up(columns, kColumns<T>)) {}
   const T* read(const Matrix& m, int64_t row) {
     T unused;
-    pack_rows(Full<T>(), m, row, 1, values.get(), padded, padded, {&inverse_norm, &unused});
-    return values.get();
+    pack_rows(Full<T>(), m, row, 1, values, padded, padded, {&inverse_norm, &unused}, static_cast<T*>(nullptr));
+    return values;
   }
 };
 
-// fn(row, room for it) for every row, some of them at a time on each thread.
+// fn(row, room for it, room for another) for every row, some of them at a time on each thread.
 template <typename T, typename Fn>
 void for_each_row(int threads, int64_t rows, int64_t columns, const Fn& fn) {
   const FlushSubnormals flush;
   const int64_t useful = std::clamp<int64_t>(rows * columns / kNumbersPerThread, 1, std::max(threads, 1));
-  for_each_task(static_cast<int>(useful), (rows + kRowsPerTask - 1) / kRowsPerTask, [&](int64_t task, int) {
+  const int64_t padded = round_up(columns, kColumns<T>);
+  const Scratch<T> room(2 * useful * padded);
+  for_each_task(static_cast<int>(useful), (rows + kRowsPerTask - 1) / kRowsPerTask, [&](int64_t task, int worker) {
     const FlushSubnormals flush_here;
-    UnitRow<T> first(columns), second(columns);
+    UnitRow<T> first{room.get() + 2 * worker * padded, padded, {}}, second{first.values + padded, padded, {}};
     const int64_t end = std::min(rows, (task + 1) * kRowsPerTask);
     for (int64_t i = task * kRowsPerTask; i < end; ++i) fn(i, first, second);
   });
@@ -90,7 +91,7 @@ void embedding_grad(const void* d_unit, const Matrix& embeddings, const Matrix& 
   const int64_t D = embeddings.columns;
   for_each_row<T>(threads, embeddings.rows, D, [&](int64_t i, UnitRow<T>& x, UnitRow<T>& gradient) {
     const T* const from = static_cast<const T*>(d_unit) + i * D;
-    T* const row = gradient.values.get();
+    T* const row = gradient.values;
     std::copy(from, from + D, row);
     std::fill(row + D, row + gradient.padded, T(0));
     const T* const unit = x.read(embeddings, i);
