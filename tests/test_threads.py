@@ -6,6 +6,7 @@ import multiprocessing
 import platform
 import shutil
 import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -116,3 +117,58 @@ def test_a_thread_that_cannot_be_started_is_done_without(tmp_path: Path) -> None
     for allocations, expected in ((0, "bad_alloc"), (1, "1000"), (2, "1000"), (3, "1000"), (4, "1000"), (-1, "1000")):
         result = subprocess.run([program, str(allocations)], capture_output=True, text=True, timeout=20)
         assert (result.returncode, result.stdout.strip()) == (0, expected), (allocations, result)
+
+
+@pytest.mark.full
+@pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
+def test_no_data_race(tmp_path: Path) -> None:
+    """The portable kernels under ThreadSanitizer, several callers at once."""
+    here = Path(__file__).parent
+    csrc = here.parent / "csrc"
+    program = tmp_path / "passes"
+    sources = [here / "threads" / "passes.cpp", csrc / "cpu" / "kernels.cpp", csrc / "cpu" / "scratch.cpp"]
+    flags = ["-std=c++17", "-O1", "-fsanitize=thread", "-pthread", "-DFA_ISA=portable", f"-I{csrc}"]
+    built = subprocess.run(["c++", *flags, *map(str, sources), "-o", program], capture_output=True, text=True)
+    if "tsan" in built.stderr:
+        pytest.skip("this compiler has no ThreadSanitizer")
+    assert built.returncode == 0, built.stderr[-4000:]
+    result = subprocess.run([program], capture_output=True, text=True, timeout=280)
+    assert (result.returncode, result.stdout) == (0, "0 wrong\n"), result.stderr[-4000:]
+    assert "WARNING" not in result.stderr
+
+
+AT_EXIT = """
+import threading, time, torch, fused_arcface as fa
+torch.set_num_threads(2)
+x, w = torch.randn(64, 64), torch.randn(20000, 64, requires_grad=True)
+target = torch.arange(64)
+
+def train():
+    while True:
+        fa.margin_softmax_loss(x, w, target, backend="cpu").backward()
+
+threading.Thread(target=train, daemon=True).start()
+time.sleep(0.3)
+print("end")
+"""
+
+
+def test_the_interpreter_may_end_meanwhile() -> None:
+    """A daemon thread is inside the kernels: the process ends by itself, with status 0."""
+    for _ in range(3):
+        result = subprocess.run([sys.executable, "-c", AT_EXIT], capture_output=True, text=True, timeout=60)
+        assert (result.returncode, result.stdout, result.stderr) == (0, "end\n", "")
+
+
+def test_set_num_threads_between_the_passes() -> None:
+    """The backward pass takes as many threads as there are by then."""
+    inputs = make_inputs(LARGE)
+    right = compute(inputs)
+    x, w = inputs.embeddings.clone().requires_grad_(), inputs.weight.clone().requires_grad_()
+    for forward, backward in ((1, 3), (3, 1)):
+        torch.set_num_threads(forward)
+        loss = fa.margin_softmax_loss(x, w, inputs.target, reduction="none", backend="cpu")
+        torch.set_num_threads(backward)
+        (d_weight,) = torch.autograd.grad(loss, w, inputs.upstream.to(loss.dtype))
+        allowed = 1e-5 * right.d_weight.abs().max().item()
+        torch.testing.assert_close(d_weight.double(), right.d_weight, rtol=0, atol=allowed)

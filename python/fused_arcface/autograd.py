@@ -198,7 +198,9 @@ class NegativesAndTarget(torch.autograd.Function):
             )
         elif ctx.needs_input_grad[1]:
             d_weight = shard.weight_gradient(
-                _ops.weight_grad.default(rows, shard.centres(weight), target, *coefficients, ctx.backend, **ctx.negatives),
+                _ops.weight_grad.default(
+                    rows, shard.centres(weight), target, *coefficients, ctx.backend, **ctx.negatives
+                ),
                 weight,
             )
         if ctx.with_centre_sum:

@@ -33,8 +33,8 @@ class MarginSoftmaxStats(NamedTuple):
 
 
 class _FusedMarginLoss(torch.autograd.Function):
-    """The reduced loss, differentiable, the row losses and full log-sum-exps, (N,) each, by a backend's margin_loss: one
-    node in the graph instead of one for each operator."""
+    """The reduced loss, differentiable, and the row losses and full log-sum-exps, (N,) each, by a backend's margin_loss.
+    One node in the graph stands for all of it."""
 
     @staticmethod
     def forward(

@@ -174,6 +174,8 @@ def _ours(name: str, backend: str, environment: dict[str, str] | None = None, tf
             return str(error)
         if backend == "reference" and case.N * case.C > _REFERENCE_LOGITS:
             return "does what eager does, slower; measured at small shapes"
+        if (environment or {}).get("FUSED_ARCFACE_ISA") == "avx512" and case.dtype != "bfloat16":
+            return "has the same kernels as avx512_bf16" if backends.load("cpu").isa() == "avx512_bf16" else None
         return "tf32 is a way to compute fp32" if tf32 and case.dtype != "float32" else None
 
     return Provider(name, backend, "margin", _differentiated(loss), reason, (2, 8), environment or {}, tf32)
