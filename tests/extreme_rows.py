@@ -38,7 +38,9 @@ def _rows(norms: Tensor, dtype: torch.dtype, seed: int) -> tuple[Tensor, Tensor]
 def _unit(rows: Tensor, norms: Tensor) -> Tensor:
     """What rows times norms are after their division by max(norm, ε), in fp64."""
     lengths = rows.norm(dim=1)
-    return torch.where((lengths * norms < EPSILON)[:, None], rows * (norms.clamp(max=EPSILON) / EPSILON)[:, None], F.normalize(rows))
+    return torch.where(
+        (lengths * norms < EPSILON)[:, None], rows * (norms.clamp(max=EPSILON) / EPSILON)[:, None], F.normalize(rows)
+    )
 
 
 def check_norms(loss: Loss, dtype: torch.dtype, tolerance: float, smoothing: float = 0.0) -> None:
@@ -80,11 +82,11 @@ def check_overflow(loss: Loss) -> None:
         assert got[zeros].isfinite().all() and got[zeros].abs().max() == 65504
         others = torch.ones(len(got), dtype=torch.bool).index_fill_(0, torch.tensor(zeros), False)
         got, right = got[others].double(), right[others]
-        over, under = right.abs() > 67000, right.abs() < 50000
-        assert over.sum() > 10 and under.sum() > 10
+        allowed = 2**-6 * right.abs().amax(1, keepdim=True)  # second products of 16-bit operands
+        over, under = right.abs() > 67000 + allowed, right.abs() < 50000 - allowed
+        assert over.sum() > 5 and under.sum() > 5
         assert torch.equal(got[over], torch.inf * right[over].sign())
-        assert got[under].isfinite().all()
-        torch.testing.assert_close(got[under], right[under], rtol=2e-2, atol=1e-2 * 50000)
+        assert ((got - right).abs() <= allowed)[under].all()
 
 
 def plain(function: Callable[..., Tensor], **options: object) -> Loss:

@@ -48,6 +48,11 @@ BAD = {
         TypeError,
         "margin must be a margin of fused_arcface or a callable; got float",
     ),
+    "margin class": (
+        {"margin": fa.ArcFace},
+        TypeError,
+        "margin must be an instance, not the class ArcFace: write ArcFace(); got the class",
+    ),
     "reduction": (
         {"reduction": "avg"},
         ValueError,

@@ -15,6 +15,7 @@ from cases import Case, make_inputs
 
 import fused_arcface as fa
 from fused_arcface import head as head_module
+from fused_arcface.training.heads import ReferenceHead
 
 PLAIN = Case()
 
@@ -190,6 +191,15 @@ HEAD = fa.MarginHead(8, 5)
             TypeError,
             "margin must be a margin of fused_arcface or a callable; got str",
         ),
+        *(
+            (
+                lambda head=head, margin=margin: head(8, 5, margin=margin),
+                TypeError,
+                f"margin must be an instance, not the class {name}: write {name}(); got the class",
+            )
+            for head in (fa.MarginHead, fa.PartialFC)
+            for name, margin in (("ArcFace", fa.ArcFace), ("AdaFace", fa.AdaFace))
+        ),
         (
             lambda: fa.MarginHead(8, 5, backend="gpu"),
             ValueError,
@@ -237,3 +247,15 @@ def test_shapes_without_data(options: dict[str, Any]) -> None:
     assert loss.is_meta and loss.dtype == torch.float32 and stats.correct.shape == (4,)
     assert x.grad.shape == x.shape and head.weight.grad.shape == head.weight.shape
     assert head.logits(x).shape == (4, 10) and head.topk(x, 3)[1].shape == (4, 3)
+
+
+@pytest.mark.parametrize("options", [{"sub_centers": 3}, {"label_smoothing": 0.2}, {"sub_centers": 2, "scale": 20.0}])
+def test_the_reference_head_has_every_option(options: dict) -> None:
+    """The heads take the same options to the same loss, and each option changes it."""
+    losses = []
+    for make, chosen in ((fa.MarginHead, options), (ReferenceHead, options), (ReferenceHead, {})):
+        torch.manual_seed(0)
+        head = make(8, 5, dtype=torch.float64, **chosen)
+        losses.append(head(torch.linspace(-1, 1, 32, dtype=torch.float64).sin().view(4, 8), torch.tensor([0, 1, 2, 4])))
+    torch.testing.assert_close(losses[1], losses[0], rtol=1e-12, atol=0)
+    assert abs(losses[2] - losses[0]) > 0.1

@@ -21,6 +21,8 @@ from torch import Tensor, nn
 from .autograd import CentreUpdate
 from .keyed import rounding_key
 from .loss_factor import RefusedFactors, is_refused
+from .margin_state import copy_of_state
+from .margins import Margin
 from .ops import MOMENTUM_BLOCK, PLAIN, CentreStep, Negatives, check_update, compute_dtype
 
 _WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
@@ -48,7 +50,8 @@ class CenterSGD:
     ``GradScaler``'s and divided out. One below 1 is a :class:`CenterUpdateError`: on a CPU in that backward pass, on a
     GPU, where to read it would be to wait, that step changes no center and the head's next forward pass or the
     optimizer's ``step()`` that finds it read raises. Inside of a CUDA graph the steps are left out without an error.
-    Where the loss or its gradient is not finite, no rank changes anything.
+    Where the loss or its gradient is not finite, no rank changes anything. A margin with a state gets that of before
+    the step back as well.
 
     Args:
         lr: learning rate, >= 0; ``head.center_optimizer.param_groups[0]["lr"]`` from then on.
@@ -206,13 +209,12 @@ class CenterOptimizer(torch.optim.Optimizer):
     def _check_factors(self) -> None:
         factor = self.factors.overdue()
         if factor is not None:
-            raise CenterUpdateError(
-                f"in an earlier step, which left the class centers as they were, {_refusal(factor)}"
-            )
+            raise CenterUpdateError(f"in an earlier step, which changed no class center, {_refusal(factor)}")
 
-    def prepare(self, step: int, weight: Tensor) -> PendingUpdate:
-        """The update of the head's ``weight`` that belongs to forward pass number ``step``; see :meth:`check`."""
-        update = PendingUpdate(self, step, weight)
+    def prepare(self, step: int, weight: Tensor, margin: Margin) -> PendingUpdate:
+        """The update of the head's ``weight`` that belongs to forward pass number ``step``; see :meth:`check`. The
+        margin has not seen the step yet."""
+        update = PendingUpdate(self, step, weight, copy_of_state(margin))
         if torch.is_grad_enabled():
             self._pending.add(update)
         return update
@@ -221,8 +223,8 @@ class CenterOptimizer(torch.optim.Optimizer):
 def _refusal(factor: float) -> str:
     return (
         f"the loss was multiplied by {factor:g} before backward(): CenterSGD takes such a factor for a GradScaler's, "
-        "which is 1 or more, and divides it out. Weight this loss among others by the head's argument loss_weight; do not "
-        "accumulate gradients, pass the whole batch at once"
+        "which is 1 or more, and divides it out. Weight this loss among others by the head's argument loss_weight; do "
+        "not accumulate gradients, pass the whole batch at once"
     )
 
 
@@ -237,10 +239,15 @@ def _describe(tensor: Tensor | None) -> str:
 
 
 class PendingUpdate(CentreUpdate):
-    """The update of one forward pass, until its backward pass makes it."""
+    """The update of one forward pass, until its backward pass makes it.
 
-    def __init__(self, optimizer: CenterOptimizer, step: int, weight: Tensor) -> None:
-        self._optimizer, self._step, self._weight = optimizer, step, weight
+    Where it changes nothing, the margin gets back the state that it had before the step (buffers and their copies).
+    """
+
+    def __init__(
+        self, optimizer: CenterOptimizer, step: int, weight: Tensor, margin_state: list[tuple[Tensor, Tensor]]
+    ) -> None:
+        self._optimizer, self._step, self._weight, self._margin_state = optimizer, step, weight, margin_state
         self._loss: Tensor | None = None
         self._loss_gradient: Tensor | None = None
         self._done = False
@@ -267,6 +274,8 @@ class PendingUpdate(CentreUpdate):
             )
         refused = self._optimizer.factors.see(loss_gradient)
         if refused is not None:
+            for buffer, before in self._margin_state:
+                buffer.copy_(before)
             raise CenterUpdateError(_refusal(refused))
         self._loss_gradient = loss_gradient
 
@@ -311,6 +320,8 @@ class PendingUpdate(CentreUpdate):
             optimizer._class_start,
             finite & ~(lse.isnan() | (lse == torch.inf)).any(),
         )
+        for buffer, before in self._margin_state:
+            buffer.copy_(torch.where(step.active, buffer, before))
         torch.ops.fused_arcface.update_centres(
             embeddings,
             weight,

@@ -11,6 +11,7 @@ from . import backends
 from .autograd import ONE_DEVICE, Shard, cosines_of_targets, negatives_and_target
 from .checks import check_inputs
 from .loss import MarginSoftmaxStats, loss_of_rows
+from .margin_state import in_step
 from .margins import ArcFace, Margin, RowMargin, for_rows, modulates, modulation
 from .normalise import norms_of
 from .ops import IGNORED, compute_dtype
@@ -118,9 +119,10 @@ def loss_over_classes(
     if label_smoothing > 0:
         (embeddings, x), (weight, w) = two_uses(embeddings), two_uses(weight)
     dtype = compute_dtype(embeddings, weight)
+    # A margin with a state changes it once in a step, before the loss is computed.
+    margin = in_step(margin, embeddings, alone=shard.batch is not None)
     own = RowMargin(margin)
     if hasattr(margin, "for_rows"):
-        # A margin with a state changes it once in a step, before the loss is computed.
         own = for_rows(
             margin,
             lambda: shard.joint(norms_of(embeddings.to(dtype)), lambda rows: norms_of(rows.to(dtype))).squeeze(1),

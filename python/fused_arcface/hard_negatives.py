@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from .checks import check_margin
+from .margin_state import StatefulMargin
 from .margins import ArcFace, Boundary, GradientMode, Margin, Modulation, check_angle, check_choice, check_number
 
 Kind = Literal["adaptive", "fixed"]
@@ -21,11 +21,11 @@ Kind = Literal["adaptive", "fixed"]
 
 def _check_target_margin(owner: object, margin: object) -> None:
     """The margin of the target inside another: a function of its cosine alone."""
-    check_margin(margin)
-    wrong = not callable(margin) or isinstance(margin, nn.Module)
+    wrong = not callable(margin) or isinstance(margin, (nn.Module, type))
     if wrong or hasattr(margin, "for_rows") or hasattr(margin, "modulate"):
         rule = "must be a function of the target's cosine alone, such as ArcFace or CosFace"
-        raise TypeError(f"{type(owner).__name__}: margin {rule}; got {type(margin).__name__}")
+        got = f"the class {margin.__name__}" if isinstance(margin, type) else type(margin).__name__
+        raise TypeError(f"{type(owner).__name__}: margin {rule}; got {got}")
 
 
 def _coefficients(like: Tensor, a: Tensor | float, b: Tensor | float, d: Tensor | float) -> Tensor:
@@ -117,7 +117,7 @@ class InterclassFilter:
         return Modulation(threshold, _coefficients(target_cosine, 0, 0, 0), 1.0, 1.0)
 
 
-class CurricularFace(nn.Module):
+class CurricularFace(StatefulMargin):
     """ArcFace on the target, and ``s·cos θ_j·(t + cos θ_j)`` for negatives with ``cos θ_j`` above the target's modified
     cosine (CurricularFace, arXiv:2004.00288).
 

@@ -242,7 +242,7 @@ class PartialFC(nn.Module):
         update = None
         if self.center_optimizer is not None:
             if self.training and weight.requires_grad:
-                update = self.center_optimizer.prepare(self.step, weight)
+                update = self.center_optimizer.prepare(self.step, weight, self.margin)
             else:  # neither an update nor a gradient
                 weight = weight.detach()
         shard = Shard(

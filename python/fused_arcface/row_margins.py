@@ -13,10 +13,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .checks import check_size
 from .keyed import MARGINS, fold, fold_each, normal_rows
+from .margin_state import StatefulMargin
 from .margins import Boundary, RowMargin, angle, check_angle, check_choice, check_number, past_boundary
 
 Kind = Literal["arc", "cos"]
@@ -25,7 +26,7 @@ Kind = Literal["arc", "cos"]
 _EPSILON = 1e-3
 
 
-class AdaFace(nn.Module):
+class AdaFace(StatefulMargin):
     """``s·(cos(clip(θ - m·ẑ, ε, π - ε)) - (m + m·ẑ))``: the better an image, the more is asked of it (AdaFace,
     arXiv:2204.00964).
 
@@ -153,7 +154,7 @@ class MagFace:
         return past_boundary(angle(target_cosine) + margin, target_cosine, margin * margin.sin(), self.boundary)
 
 
-class ElasticFace(nn.Module):
+class ElasticFace(StatefulMargin):
     """``s·cos(θ + m)`` or ``s·(cos θ - m)`` with ``m`` drawn from N(margin, std²) for each row of each training step
     (ElasticFace, arXiv:2109.09416).
 

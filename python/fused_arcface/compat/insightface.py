@@ -24,6 +24,7 @@ from ..distributed import JointBatch, Ranks
 from ..hard_negatives import InterclassFilter
 from ..margins import CombinedMargin
 from ..margins import CosFace as _CosFaceMargin
+from ..normalise import unit_rows
 from ..partial_fc import PartialFC
 
 
@@ -155,6 +156,8 @@ class PartialFC_V2(PartialFC):
         sample_rate: float = 1.0,
         fp16: bool = False,
     ) -> None:
+        if isinstance(margin_loss, type):
+            raise TypeError(f"margin_loss must be an instance; got the class {margin_loss.__name__}")
         if not callable(margin_loss):
             raise TypeError(f"margin_loss must be callable; got {type(margin_loss).__name__}")
         fused = _fused_margin(margin_loss)
@@ -194,7 +197,7 @@ class PartialFC_V2(PartialFC):
         classes, local = self._choose_classes(target)
         weight = self.weight if classes is None else self.weight.index_select(0, classes)
         dtype = torch.promote_types(torch.promote_types(rows.dtype, weight.dtype), torch.float32)
-        cosines = F.linear(F.normalize(rows.to(dtype)), F.normalize(weight.to(dtype))).clamp(-1, 1)
+        cosines = F.linear(unit_rows(rows.to(dtype)), unit_rows(weight.to(dtype))).clamp(-1, 1)
         logits = self.margin_softmax(cosines, local[:, None])
         loss = _DistributedCrossEntropy.apply(logits, local, self.ranks)
         counted = target >= 0

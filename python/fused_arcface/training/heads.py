@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from .. import reference
 from ..head import MarginHead
 from ..loss import MarginSoftmaxStats
+from ..margin_state import in_step
 
 
 class SoftmaxHead(nn.Module):
@@ -48,7 +49,7 @@ class ReferenceHead(MarginHead):
             embeddings,
             self.weight,
             target,
-            margin=self.margin,
+            margin=in_step(self.margin, embeddings, alone=False),
             scale=self.scale,
             ignore_index=ignore_index,
             return_stats=return_stats,
