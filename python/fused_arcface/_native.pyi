@@ -57,7 +57,8 @@ def update_centres(
     threads: int,
     negatives: _Negatives,
 ) -> None: ...
-def target_cosine( compute: int, embeddings: _Matrix, weight: _Matrix, target: int, cosine: int, threads: int
+def target_cosine(
+    compute: int, embeddings: _Matrix, weight: _Matrix, target: int, cosine: int, threads: int
 ) -> None: ...
 def finish_negatives(
     compute: int,
@@ -80,8 +81,7 @@ def unit_embedding_grad(
     d_unit: int,
     threads: int,
 ) -> None: ...
-def embedding_grad( compute: int, d_unit: int, embeddings: _Matrix, d_embeddings: _Matrix, threads: int
-) -> None: ...
+def embedding_grad(compute: int, d_unit: int, embeddings: _Matrix, d_embeddings: _Matrix, threads: int) -> None: ...
 def margin_loss(
     compute: int,
     negative_lse: int,

@@ -33,7 +33,7 @@ class MarginSoftmaxStats(NamedTuple):
 
 
 class _FusedMarginLoss(torch.autograd.Function):
-    """The reduced loss, differentiable, and the row losses and full log-sum-exps, (N,) each, by a backend's margin_loss.
+    """The reduced loss, differentiable, and the rows' losses and full log-sum-exps by a backend's margin_loss.
     One node in the graph stands for all of it."""
 
     @staticmethod
