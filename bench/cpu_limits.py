@@ -2,7 +2,7 @@
 
     python bench/cpu_limits.py                        # everything, some two minutes on two quiet cores
     python bench/cpu_limits.py small                  # only that part: fp32, bf16 or small
-    python bench/cpu_limits.py --before PYTHONPATH    # besides: the fp32 step of an earlier build, in the same run
+    python bench/cpu_limits.py --before FOLDER        # beside the fp32 step of an earlier build (pip install --target)
 
 Everything runs in turn in one process (an earlier build in a process of its own, which waits while the others run), and
 of each the least of many runs counts, so that a busy minute falls on all alike. Ratios carry over to other machines,
@@ -90,16 +90,37 @@ def judge(name: str, value: float, limit: float, at_least: bool = False) -> None
         MISSED.append(name)
 
 
+# A program by itself: the earlier package may lack what this script imports.
+WORKER = """
+import sys
+sys.meta_path[:] = [each for each in sys.meta_path if "ScikitBuild" not in type(each).__name__]  # an editable install
+sys.path.insert(0, sys.argv[1])
+import torch
+import fused_arcface as fa
+from fused_arcface.benchmark.cases import HEADLINE, make_inputs
+torch.set_num_threads(int(sys.argv[2]))
+x, w, target = make_inputs(HEADLINE, "cpu")
+x.requires_grad_()
+w.requires_grad_()
+print(fa.__file__, flush=True)
+for _ in sys.stdin:
+    x.grad = w.grad = None
+    fa.margin_softmax_loss(x, w, target, backend="cpu").backward()
+    x.grad = w.grad = None
+    print("done", flush=True)
+"""
+
+
 class Earlier:
     """The fp32 step of another build of this package, in a process that runs it when it is told."""
 
-    def __init__(self, path: str) -> None:
-        environment = {**os.environ, "PYTHONPATH": path}
-        command = [sys.executable, __file__, "--worker"]
+    def __init__(self, path: str, isa: str = "") -> None:
+        command = [sys.executable, "-c", WORKER, path, str(torch.get_num_threads())]
+        environment = {**os.environ, **({"FUSED_ARCFACE_ISA": isa} if isa else {})}
         self._process = subprocess.Popen(
             command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
-        print(f"earlier build: {self._ask()}")
+        print(f"earlier build: {self._ask()} {isa}")
 
     def _ask(self) -> str:
         assert self._process.stdout is not None
@@ -114,26 +135,17 @@ class Earlier:
         self._process.communicate("")
 
 
-def work() -> None:
-    """An earlier build's side of :class:`Earlier`. Its package may lack what this script imports besides."""
-    run = ours(make_inputs(HEADLINE, "cpu"))
-    print(fa.__file__, flush=True)
-    for _ in sys.stdin:
-        run()
-        print("done", flush=True)
-
-
 def flops(case: Case) -> float:
     return 8.0 * case.N * case.C * case.D
 
 
-def fp32(rounds: int, earlier: Earlier | None) -> None:
+def fp32(rounds: int, before: str | None) -> None:
     inputs = make_inputs(HEADLINE, "cpu")
     runs = {"ours": ours(inputs), "eager": step(peers.plain, inputs), "products": products(inputs)}
     if "avx2" in _slower():
         runs["avx2"] = ours(inputs, "avx2")
-    if earlier is not None:
-        runs["earlier"] = earlier
+    earlier = [Earlier(before), Earlier(before, "avx2")] if before and "avx2" in runs else []
+    runs.update(zip(("earlier", "earlier avx2"), earlier, strict=False))
     ceiling = max(machine.fma_flops_per_second() or 0 for _ in range(3))
     ms = least(runs, rounds)
     ceiling = max(ceiling, *(machine.fma_flops_per_second() or 0 for _ in range(3)))
@@ -141,9 +153,14 @@ def fp32(rounds: int, earlier: Earlier | None) -> None:
     judge("fp32: share of the multiply-adds in registers", flops(HEADLINE) / ms["ours"] * 1e3 / ceiling, 0.75, True)
     judge("fp32: of torch's three bare products", ms["ours"] / ms["products"], 0.60)
     judge("fp32: times as fast as the plain eager head", ms["eager"] / ms["ours"], 4.5, True)
+    if earlier:
+        judge("fp32, FUSED_ARCFACE_ISA=avx2: of the earlier build's time", ms["avx2"] / ms["earlier avx2"], 1.03)
+        judge("fp32: of the earlier build's time", ms["ours"] / ms["earlier"], 1.0)
+    for each in earlier:
+        each.close()
 
 
-def bf16(rounds: int, earlier: Earlier | None) -> None:
+def bf16(rounds: int, before: str | None) -> None:
     case = Case(HEADLINE.N, HEADLINE.C, HEADLINE.D, "bfloat16", "bfloat16")
     inputs, mixed = make_inputs(case, "cpu"), make_inputs(HEADLINE, "cpu")
 
@@ -158,6 +175,7 @@ def bf16(rounds: int, earlier: Earlier | None) -> None:
         "eager": step(peers.plain, inputs),
         "eager, autocast": step(peers.plain_under_autocast, mixed),
     }
+    earlier = Earlier(before) if before else None
     if earlier is not None:
         runs["earlier"] = earlier
     ms = least(runs, rounds)
@@ -167,6 +185,8 @@ def bf16(rounds: int, earlier: Earlier | None) -> None:
         judge(f"{name} in bf16: times as fast as eager in bf16", ms["eager"] / ms[name], 4.5, True)
         if earlier is not None:
             judge(f"{name} in bf16: times as fast as the earlier fp32 step", ms["earlier"] / ms[name], 1.7, True)
+    if earlier is not None:
+        earlier.close()
 
 
 def small(rounds: int) -> None:
@@ -191,26 +211,22 @@ def _rounded(ms: dict[str, float]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", choices=[[], "fp32", "bf16", "small"])
-    parser.add_argument("--before", help="a folder that has the fused_arcface of an earlier build")
+    parser.add_argument(
+        "--before", help="a folder that an earlier build was installed into: pip install --target FOLDER"
+    )
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--threads", type=int)
-    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)
-    if options.worker:
-        return work()
     parts = options.parts or ["small", "fp32", "bf16"]
     print(f"{machine.device_name(torch.device('cpu'))}; {backends.load('cpu').isa()}; load {os.getloadavg()[0]:.1f}")
-    earlier = Earlier(options.before) if options.before else None
     if "small" in parts:
         small(options.rounds)
     if "fp32" in parts:
-        fp32(options.rounds, earlier)
+        fp32(options.rounds, options.before)
     if "bf16" in parts:
-        bf16(options.rounds, earlier)
-    if earlier is not None:
-        earlier.close()
+        bf16(options.rounds, options.before)
     sys.exit(1 if MISSED else 0)
 
 

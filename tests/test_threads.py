@@ -157,7 +157,7 @@ threading.Thread(target=train, args=(40,)).start()
 
 @pytest.mark.skipif(platform.system() != "Linux", reason="threads are counted in /proc")
 def test_no_thread_outlives_a_call_and_the_interpreter_may_end() -> None:
-    """The main thread ends while another is inside the kernels: Python waits for it, and nothing is left to wait for."""
+    """The main thread ends while another is inside the kernels: Python waits for that one, and no more."""
     result = subprocess.run([sys.executable, "-c", AT_EXIT], capture_output=True, text=True, timeout=100)
     assert (result.returncode, result.stdout, result.stderr) == (0, "0\n", "")
 
