@@ -211,9 +211,7 @@ def _rounded(ms: dict[str, float]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", choices=[[], "fp32", "bf16", "small"])
-    parser.add_argument(
-        "--before", help="a folder that an earlier build was installed into: pip install --target FOLDER"
-    )
+    parser.add_argument("--before", help="where an earlier build is: pip install --target BEFORE")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--threads", type=int)
     options = parser.parse_args()
