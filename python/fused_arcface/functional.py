@@ -14,7 +14,7 @@ from .engine.autograd import ONE_DEVICE, Shard, cosines_of_targets, negatives_an
 from .engine.ops import IGNORED, compute_dtype
 from .engine.smoothing import smoothing, two_uses
 from .engine.tail import MarginSoftmaxStats, loss_of_rows
-from .margins.angular import ArcFace, Margin, for_rows, modulates, modulation
+from .margins.angular import ArcFace, Margin, RowMargin, for_rows, modulates, modulation
 from .margins.state import in_step
 
 
@@ -76,7 +76,7 @@ def margin_softmax_loss(
     backend = backends.select(backend, embeddings.device, compute_dtype(embeddings, weight), needs)
     embeddings = as_autocast(embeddings)
     num_classes = weight.shape[0] // sub_centers
-    local_target = torch.ops.fused_arcface.local_target(target, num_classes, ignore_index)
+    local_target = torch.ops.fused_arcface.local_target.default(target, num_classes, ignore_index)
     ignored = local_target == IGNORED
     options = HeadOptions(margin, float(scale), sub_centers, float(label_smoothing))
     loss, stats = loss_over_classes(embeddings, weight, local_target, ignored, options, reduction, backend)
@@ -121,11 +121,13 @@ def loss_over_classes(
     dtype = compute_dtype(embeddings, weight)
     # A margin with a state changes it once in a step, before the loss is computed.
     margin = in_step(margin, embeddings, alone=shard.batch is not None)
-    own = for_rows(
-        margin,
-        lambda: shard.joint(norms_of(embeddings.to(dtype)), lambda rows: norms_of(rows.to(dtype))).squeeze(1),
-        ~ignored,
-    )
+    own = RowMargin(margin)
+    if hasattr(margin, "for_rows"):
+        own = for_rows(
+            margin,
+            lambda: shard.joint(norms_of(embeddings.to(dtype)), lambda rows: norms_of(rows.to(dtype))).squeeze(1),
+            ~ignored,
+        )
     change = None
     if modulates(margin) or sub_centers > 1:
         cosine, target = cosines_of_targets(embeddings, weight, target, backend, shard, sub_centers)

@@ -86,11 +86,12 @@ def margin_softmax_loss(
         loss = (1 - label_smoothing) * loss + label_smoothing * uniform
     if of_rows.penalty is not None:
         loss = loss + of_rows.penalty
+    loss = loss.masked_fill(ignored, 0)
     result = reduce_loss(loss, ignored, reduction)
     if not return_stats:
         return result
     stats = MarginSoftmaxStats(
-        loss=loss.detach().masked_fill(ignored, 0),
+        loss=loss.detach(),
         lse=torch.logaddexp(negative_lse, scale * modified).detach(),
         target_cosine=target_cosine.detach(),
         correct=(target_cosine > negatives.amax(1)).detach() & ~ignored,

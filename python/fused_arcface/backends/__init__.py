@@ -6,6 +6,7 @@ Each is a module with the functions of :mod:`fused_arcface.backends.plain_torch`
 
 from __future__ import annotations
 
+import functools
 import importlib
 import warnings
 from types import ModuleType
@@ -23,6 +24,7 @@ _NO_FP64 = ("cuda",)
 """Backends without fp64: tensor cores of such numbers are few, and none of a graphics card's."""
 
 
+@functools.cache
 def load(name: str) -> ModuleType:
     """The backend's module, imported when first asked for."""
     return importlib.import_module(f".{name}", __name__)
@@ -51,9 +53,10 @@ def _reference_for_want_of(able: tuple[str, ...]) -> str:
     return "reference"
 
 
-def fuses_margin(name: str) -> bool:
-    """Whether the backend's ``margin_loss`` saves launches; otherwise plain PyTorch is as good and takes any margin."""
-    return name in ("triton", "cuda")
+def fuses_margin(name: str, dtype: torch.dtype) -> bool:
+    """Whether the backend's ``margin_loss`` computes in ``dtype`` and saves launches; otherwise plain PyTorch is as
+    good and takes any margin."""
+    return name == "cpu" or (name in ("triton", "cuda") and dtype == torch.float32)
 
 
 def has_negatives(name: str) -> bool:

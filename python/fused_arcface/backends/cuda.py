@@ -18,6 +18,9 @@ from torch import Tensor
 from ..engine.ops import CenterStep
 from . import native, nvidia
 
+# O(N·D): plain PyTorch's launches do.
+from .plain_torch import finish_negatives  # noqa: F401
+
 _kernels: Any = None if native.unavailable() else getattr(native.module, "cuda", None)
 
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def bench(
-    cases: Annotated[str, typer.Option(help="Shapes: quick, full or scaling.")] = "quick",
+    cases: Annotated[str, typer.Option(help="Shapes: quick, full, small or scaling.")] = "quick",
     providers: Annotated[
         str | None, typer.Option(help='Comma-separated names; "ours" stands for all of this package. All if not given.')
     ] = None,
