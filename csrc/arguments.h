@@ -1,5 +1,5 @@
 // What Python hands over, whichever device computes: plain structs of pointers and sizes. Python owns every buffer
-// named here and has checked every size.
+// named here and has checked every size. What only one kind of device takes is in its own kernels.h.
 #pragma once
 
 #include <cstdint>
@@ -14,18 +14,6 @@ struct Matrix {
   Dtype dtype;
   int64_t rows, columns, row_stride, column_stride;
 };
-
-// How the negatives enter the sums, where it is not by the cosines of weight's rows as they are. With these, class c of
-// embedding i has the cosine c_ic = max_k cos(x_i, w_r), r = c * sub_centers + k, its derivative is that of the
-// greatest (the first of equals), and its logit is scale * f_i(c_ic), where f_i(c) = a c^2 + b c + d for c >
-// threshold_i, else c. A target is the row of its class that is the greatest; the class's other rows get no gradient.
-struct Negatives {
-  int64_t sub_centers = 1;          // rows of weight that each class has, adjacent; weight's rows are a multiple of it
-  const void* threshold = nullptr;  // (N,) of the compute type, or null: f_i(c) = c
-  double a = 0, b = 1, d = 0;
-  bool plain() const { return sub_centers == 1 && threshold == nullptr; }
-};
-constexpr int64_t kMaxSubCenters = 16;
 
 // The negatives' statistics of each embedding against all classes of this shard. With theta_ij the angle between
 // embedding i and center j and every sum and maximum over the classes j != target_i:
@@ -43,12 +31,6 @@ struct ClassStatsArgs {
   void* negative_max;   // (N,), like the next two of the compute type
   void* negative_sum;   // (N,) or null: only the maximum is wanted
   void* center_sum;     // (N, D) contiguous, or null: not wanted
-  int threads;          // of a CPU
-  // On a CPU, if not plain: exp(scale * f(c)) in both sums, times f'(c) in the latter; negative_max is the greatest
-  // f(c) where only the maximum is wanted, else the greatest c.
-  Negatives negatives;
-  // On a GPU: how many of weight's rows are classes, the others padding; null: all.
-  const int64_t* class_count = nullptr;
 };
 
 // d_weight_j = J_j sum_i G_ij x_i / |x_i|, J_j the Jacobian of w -> w / max(|w|, eps), and
@@ -63,8 +45,6 @@ struct WeightGradArgs {
   const void* negative_coefficient;  // (N,), like the next of the compute type
   const void* target_coefficient;    // (N,)
   Matrix d_weight;                   // (C, D), written
-  int threads;                       // of a CPU
-  Negatives negatives;  // on a CPU, if not plain: negative_coefficient_i * exp(scale * f(c) - lse_i) * f'(c)
 };
 
 enum class MomentumType : int { kNone, kFloat64, kFloat32, kBFloat16, kInt8 };

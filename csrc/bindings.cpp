@@ -2,6 +2,7 @@
 // allocation and lifetimes (python/fused_arcface/backends/cpu.py is the only caller).
 #include <pybind11/pybind11.h>
 
+#include <cstdlib>
 #include <stdexcept>
 #include <string>
 
@@ -18,60 +19,55 @@ namespace {
 
 using fa::CenterStepTuple;
 using fa::MatrixTuple;
-using fa::NegativesTuple;
 using fa::pointer;
 using fa::to_center_step;
 using fa::to_matrix;
-using fa::to_negatives;
 
-const fa::Kernels& kernels(const std::string& isa) {
-  const fa::Kernels* found = fa::find_kernels(isa.c_str());
-  if (found == nullptr) throw std::invalid_argument("instruction set not available on this machine: " + isa);
+// (sub-centers, address of thresholds or 0, a, b, d)
+using NegativesTuple = std::tuple<int64_t, uintptr_t, double, double, double>;
+
+fa::Negatives to_negatives(const NegativesTuple& n) {
+  const auto& [sub_centers, threshold, a, b, d] = n;
+  if (sub_centers < 1 || sub_centers > fa::kMaxSubCenters)
+    throw std::invalid_argument("sub-centers out of range: " + std::to_string(sub_centers));
+  return {sub_centers, pointer<const void>(threshold), a, b, d};
+}
+
+// Those of the instruction set that the environment's FUSED_ARCFACE_ISA names, else the best. Python holds its lock
+// here, so nothing changes the environment meanwhile.
+const fa::Kernels& kernels() {
+  const char* const asked = std::getenv("FUSED_ARCFACE_ISA");
+  const fa::Kernels* found = fa::find_kernels(asked != nullptr ? asked : "");
+  if (found == nullptr)
+    throw std::invalid_argument(std::string("instruction set not available on this machine: ") + asked);
   return *found;
 }
 
-void class_stats(const std::string& isa, bool fp64, const MatrixTuple& embeddings, const MatrixTuple& weight,
-                 uintptr_t target, double scale, uintptr_t shift, uintptr_t negative_max, uintptr_t negative_sum,
-                 uintptr_t center_sum, int threads, const NegativesTuple& negatives) {
-  const fa::Kernels& chosen = kernels(isa);
-  const fa::ClassStatsArgs args{to_matrix(embeddings),
-                                to_matrix(weight),
-                                pointer<const int64_t>(target),
-                                scale,
-                                pointer<const double>(shift),
-                                pointer<void>(negative_max),
-                                pointer<void>(negative_sum),
-                                pointer<void>(center_sum),
-                                threads,
-                                to_negatives(negatives)};
-  const py::gil_scoped_release release;
-  (fp64 ? chosen.class_stats_fp64 : chosen.class_stats_fp32)(args);
+// The pass of that name whose products are taken in a dtype.
+template <typename Pass>
+Pass* in_dtype(Pass* const (&passes)[fa::kDtypes], int product) {
+  if (product < 0 || product >= fa::kDtypes || passes[product] == nullptr)
+    throw std::invalid_argument("no products in the dtype of this code: " + std::to_string(product));
+  return passes[product];
 }
 
-void weight_grad(const std::string& isa, bool fp64, const MatrixTuple& embeddings, const MatrixTuple& weight,
-                 uintptr_t target, double scale, uintptr_t lse, uintptr_t negative_coefficient,
-                 uintptr_t target_coefficient, const MatrixTuple& d_weight, int threads,
+void class_stats(int product, const MatrixTuple& embeddings, const MatrixTuple& weight, uintptr_t target, double scale,
+                 uintptr_t shift, uintptr_t negative_max, uintptr_t negative_sum, uintptr_t center_sum, int threads,
                  const NegativesTuple& negatives) {
-  const fa::Kernels& chosen = kernels(isa);
-  const fa::WeightGradArgs args{to_matrix(embeddings),
-                                to_matrix(weight),
-                                pointer<const int64_t>(target),
-                                scale,
-                                pointer<const double>(lse),
-                                pointer<const void>(negative_coefficient),
-                                pointer<const void>(target_coefficient),
-                                to_matrix(d_weight),
-                                threads,
-                                to_negatives(negatives)};
+  const auto pass = in_dtype(kernels().class_stats, product);
+  const fa::ClassStatsArgs args{to_matrix(embeddings),          to_matrix(weight),
+                                pointer<const int64_t>(target), scale,
+                                pointer<const double>(shift),   pointer<void>(negative_max),
+                                pointer<void>(negative_sum),    pointer<void>(center_sum)};
+  const fa::PassOptions options{threads, to_negatives(negatives)};
   const py::gil_scoped_release release;
-  (fp64 ? chosen.weight_grad_fp64 : chosen.weight_grad_fp32)(args);
+  pass(args, options);
 }
 
-void update_centers(const std::string& isa, bool fp64, const MatrixTuple& embeddings, const MatrixTuple& weight,
-                    uintptr_t target, double scale, uintptr_t lse, uintptr_t negative_coefficient,
-                    uintptr_t target_coefficient, const CenterStepTuple& center_step, int threads,
-                    const NegativesTuple& negatives) {
-  const fa::Kernels& chosen = kernels(isa);
+void weight_grad(int product, const MatrixTuple& embeddings, const MatrixTuple& weight, uintptr_t target, double scale,
+                 uintptr_t lse, uintptr_t negative_coefficient, uintptr_t target_coefficient,
+                 const MatrixTuple& d_weight, int threads, const NegativesTuple& negatives) {
+  const auto pass = in_dtype(kernels().weight_grad, product);
   const fa::WeightGradArgs args{to_matrix(embeddings),
                                 to_matrix(weight),
                                 pointer<const int64_t>(target),
@@ -79,18 +75,82 @@ void update_centers(const std::string& isa, bool fp64, const MatrixTuple& embedd
                                 pointer<const double>(lse),
                                 pointer<const void>(negative_coefficient),
                                 pointer<const void>(target_coefficient),
-                                {},
-                                threads,
-                                to_negatives(negatives)};
+                                to_matrix(d_weight)};
+  const fa::PassOptions options{threads, to_negatives(negatives)};
+  const py::gil_scoped_release release;
+  pass(args, options);
+}
+
+void update_centers(int product, const MatrixTuple& embeddings, const MatrixTuple& weight, uintptr_t target,
+                    double scale, uintptr_t lse, uintptr_t negative_coefficient, uintptr_t target_coefficient,
+                    const CenterStepTuple& center_step, int threads, const NegativesTuple& negatives) {
+  const auto pass = in_dtype(kernels().update_centers, product);
+  const fa::WeightGradArgs args{to_matrix(embeddings),
+                                to_matrix(weight),
+                                pointer<const int64_t>(target),
+                                scale,
+                                pointer<const double>(lse),
+                                pointer<const void>(negative_coefficient),
+                                pointer<const void>(target_coefficient),
+                                {}};
+  const fa::PassOptions options{threads, to_negatives(negatives)};
   const fa::CenterStep step = to_center_step(center_step);
   const py::gil_scoped_release release;
-  (fp64 ? chosen.update_centers_fp64 : chosen.update_centers_fp32)(args, step);
+  pass(args, step, options);
 }
 
-int64_t multiply_adds(const std::string& isa, int64_t rounds, int threads) {
-  const fa::Kernels& chosen = kernels(isa);
+void target_cosine(int compute, const MatrixTuple& embeddings, const MatrixTuple& weight, uintptr_t target,
+                   uintptr_t cosine, int threads) {
+  const auto stage = in_dtype(kernels().target_cosine, compute);
   const py::gil_scoped_release release;
-  return chosen.multiply_adds_fp32(rounds, threads);
+  stage(to_matrix(embeddings), to_matrix(weight), pointer<const int64_t>(target), pointer<void>(cosine), threads);
+}
+
+void finish_negatives(int compute, int64_t rows, int64_t columns, uintptr_t negative_sum, uintptr_t shift,
+                      uintptr_t center_sum, uintptr_t lse, uintptr_t mean_center) {
+  const auto stage = in_dtype(kernels().finish_negatives, compute);
+  const fa::FinishArgs args{rows,
+                            columns,
+                            pointer<const void>(negative_sum),
+                            pointer<const void>(center_sum),
+                            pointer<const double>(shift),
+                            pointer<double>(lse),
+                            pointer<void>(mean_center)};
+  const py::gil_scoped_release release;
+  stage(args);
+}
+
+void unit_embedding_grad(int compute, const MatrixTuple& weight, uintptr_t target, uintptr_t mean_center,
+                         uintptr_t negative_coefficient, uintptr_t target_coefficient, int64_t rows, uintptr_t d_unit,
+                         int threads) {
+  const auto stage = in_dtype(kernels().unit_embedding_grad, compute);
+  const fa::UnitGradArgs args{rows, pointer<const void>(mean_center), pointer<const void>(negative_coefficient),
+                              pointer<const void>(target_coefficient), pointer<void>(d_unit)};
+  const py::gil_scoped_release release;
+  stage(to_matrix(weight), pointer<const int64_t>(target), args, threads);
+}
+
+void embedding_grad(int compute, uintptr_t d_unit, const MatrixTuple& embeddings, const MatrixTuple& d_embeddings,
+                    int threads) {
+  const auto stage = in_dtype(kernels().embedding_grad, compute);
+  const py::gil_scoped_release release;
+  stage(pointer<const void>(d_unit), to_matrix(embeddings), to_matrix(d_embeddings), threads);
+}
+
+void margin_loss(int compute, uintptr_t negative_lse, uintptr_t target_cosine, int64_t rows, double scale,
+                 const std::tuple<double, double, double>& factors, const std::string& boundary, bool straight_through,
+                 const std::tuple<uintptr_t, uintptr_t, uintptr_t, uintptr_t>& out) {
+  const auto& [m1, m2, m3] = factors;
+  const auto& [loss, lse, d_lse, d_cosine] = out;
+  in_dtype(kernels().margin_loss, compute)({rows, pointer<const void>(negative_lse), pointer<const void>(target_cosine),
+                                            scale, m1, m2, m3, boundary, straight_through, pointer<void>(loss),
+                                            pointer<void>(lse), pointer<void>(d_lse), pointer<void>(d_cosine)});
+}
+
+int64_t multiply_adds(int product, int64_t rounds, int threads) {
+  const auto pass = in_dtype(kernels().multiply_adds, product);
+  const py::gil_scoped_release release;
+  return pass(rounds, threads);
 }
 
 }  // namespace
@@ -103,10 +163,13 @@ PYBIND11_MODULE(_native, m) {
   m.attr("FLOAT16") = static_cast<int>(fa::Dtype::kFloat16);
   m.def("isas", [] {
     py::list names;
-    for (const char* isa : {"avx512", "avx2", "portable"})
+    for (const char* isa : {"avx512_bf16", "avx512", "avx2", "portable"})
       if (fa::find_kernels(isa) != nullptr) names.append(isa);
     return names;
   });
+  m.def("isa", [] { return kernels().isa; });
+  m.def("has_products",
+        [](int product) { return product >= 0 && product < fa::kDtypes && kernels().class_stats[product] != nullptr; });
   m.def("class_stats", &class_stats);
   m.def("weight_grad", &weight_grad);
   m.attr("NO_MOMENTUM") = static_cast<int>(fa::MomentumType::kNone);
@@ -115,6 +178,11 @@ PYBIND11_MODULE(_native, m) {
   m.attr("MOMENTUM_BFLOAT16") = static_cast<int>(fa::MomentumType::kBFloat16);
   m.attr("MOMENTUM_INT8") = static_cast<int>(fa::MomentumType::kInt8);
   m.def("update_centers", &update_centers);
+  m.def("target_cosine", &target_cosine);
+  m.def("finish_negatives", &finish_negatives);
+  m.def("unit_embedding_grad", &unit_embedding_grad);
+  m.def("embedding_grad", &embedding_grad);
+  m.def("margin_loss", &margin_loss);
   m.def("multiply_adds", &multiply_adds);
 #if FA_CUDA
   fa::cuda::bind(m.def_submodule("cuda"));

@@ -2,8 +2,6 @@
 #pragma once
 
 #include <cstdint>
-#include <stdexcept>
-#include <string>
 #include <tuple>
 
 #include "arguments.h"
@@ -40,16 +38,6 @@ inline CenterStep to_center_step(const CenterStepTuple& step) {
           weight_decay,
           key,
           class_start};
-}
-
-// (sub-centers, address of thresholds or 0, a, b, d)
-using NegativesTuple = std::tuple<int64_t, uintptr_t, double, double, double>;
-
-inline Negatives to_negatives(const NegativesTuple& n) {
-  const auto& [sub_centers, threshold, a, b, d] = n;
-  if (sub_centers < 1 || sub_centers > kMaxSubCenters)
-    throw std::invalid_argument("sub-centers out of range: " + std::to_string(sub_centers));
-  return {sub_centers, pointer<const void>(threshold), a, b, d};
 }
 
 }  // namespace fa

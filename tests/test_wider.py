@@ -21,6 +21,7 @@ from support.distributed_helpers import run_ranks
 from torch import Tensor
 
 import fused_arcface as fa
+from fused_arcface.backends import cpu
 from fused_arcface.margins import Margin, registry
 
 
@@ -158,14 +159,20 @@ def test_fp64_agrees_with_the_reference(variant: Variant, case: Case, poison: No
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("geometry", ["random", "late"])
 def test_other_dtypes(variant: Variant, dtype: str, geometry: str, isa: str) -> None:
-    """The error is at most twice that of plain PyTorch in the same dtypes plus the rounding of a logit."""
+    """The error is at most twice that of plain PyTorch in the same dtypes plus the rounding of a logit.
+
+    Beside bf16 embeddings the fp32 centers are rounded to bf16, where the processor multiplies it: 2⁻⁹ a number, and
+    40 of them take turns in a cosine. A probability has that error of a logit, beside those of the loss's own.
+    """
     case = Case(70, 203, 40, dtype, "float32", geometry=geometry)
+    rounded = 64 * 2.0**-9 / 40**0.5 if dtype == "bfloat16" and cpu.multiplies_bf16() else 0.0
     got, truth, eager = outcomes(variant, with_sub_centers(case, variant), case.scale)
     for name in ("loss", "d_embeddings", "d_weight"):
         right = getattr(truth, name)
         of_eager = ((getattr(eager, name) - right).abs().max() / right.abs().max()).item()
         stored = 2.0**-8 if dtype == "bfloat16" and name == "d_embeddings" else 0.0
-        close(getattr(got, name), right, 2 * of_eager + 64 * 2.0**-21 + stored, name)
+        centers = rounded if name == "loss" else 2 * rounded
+        close(getattr(got, name), right, 2 * of_eager + 64 * 2.0**-21 + stored + centers, name)
 
 
 def train_shard(variant: Variant, inputs: Inputs, counts: list[int], head_options: dict[str, Any]) -> dict[str, Tensor]:

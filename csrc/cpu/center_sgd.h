@@ -1,41 +1,16 @@
 // One row's step of SGD with momentum, made where weight_pass leaves the row's gradient: read the center and its
 // momentum, update, write both back. Storage below fp32 is rounded stochastically, with random bits that are functions
-// of seed, step, global class id and column; python/fused_arcface/keyed.py has the same functions. kernels.cpp alone
-// includes this file.
+// of seed, step, global class id and column. kernels.cpp alone includes this file.
 #pragma once
 
 #include <algorithm>
 #include <cmath>
 
+#include "conversion.h"
 #include "kernels.h"
-#include "pack.h"
+#include "random.h"
 
 namespace fa::FA_ISA {
-
-// SplitMix64's number n under a key.
-inline uint64_t fold(uint64_t key, uint64_t n) {
-  uint64_t x = key + (n + 1) * 0x9E3779B97F4A7C15u;
-  x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9u;
-  x = (x ^ (x >> 27)) * 0x94D049BB133111EBu;
-  return x ^ (x >> 31);
-}
-
-// 32 random bits for a column under a row's key: lowbias32 of a counter, in 32-bit arithmetic so that loops over it
-// vectorize.
-inline uint32_t random_bits(uint64_t row_key, uint32_t column) {
-  uint32_t x = static_cast<uint32_t>(row_key) + column * 0x9E3779B9u;
-  x = (x ^ (x >> 16)) * 0x7FEB352Du;
-  x = (x ^ (x >> 15)) * 0x846CA68Bu;
-  return (x ^ (x >> 16)) ^ static_cast<uint32_t>(row_key >> 32);
-}
-
-// x to bf16, up with the probability of its distance from the value below; `random` has 16 bits. Infinities and NaN
-// stay.
-inline BFloat16 round_stochastically(float x, uint32_t random) {
-  const uint32_t bits = float_bits(x);
-  const bool finite = (bits & 0x7f800000u) != 0x7f800000u;
-  return {static_cast<uint16_t>((bits + (finite ? random : 0u)) >> 16)};
-}
 
 // Up to kMomentumBlock columns of a row, in the compute type, between their storage and the update.
 template <typename T>

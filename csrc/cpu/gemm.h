@@ -1,10 +1,11 @@
 // The register-blocked product that every pass is made of: one tile C (kRows, kVectors * lanes) += A (kRows, depth) B,
-// held in vector registers over the whole depth. B's rows are the vectorized side; A's elements are broadcast.
+// held in vector registers over the whole depth. B's rows are the vectorized side; A's elements are broadcast. Depths
+// and strides of A and B count elements of the product P (product.h).
 #pragma once
 
 #include <algorithm>
 
-#include "simd.h"
+#include "product.h"
 
 namespace fa::FA_ISA {
 
@@ -20,29 +21,54 @@ constexpr int kColumns = kVectors * kLanes<T>;
 // How A lies in memory: element (r, k) at r * stride + k, or, transposed, at k * stride + r.
 enum class Layout { kRowMajor, kTransposed };
 
-template <typename T, int rows, Layout layout>
-inline void multiply_tile(int64_t depth, const T* a, int64_t a_stride, const T* b, int64_t b_stride, T* c,
-                          int64_t c_stride, bool accumulate) {
-  Vec<T> acc[rows][kVectors];
+// What becomes of the sums at the end: C = sums, C = earlier sums + sums, and that times a factor for each row and each
+// column (of the whole C, at `row_factor` and `column_factor`; BFloat16Pairs alone).
+template <typename T>
+struct Finish {
+  bool accumulate = false;
+  const T *row_factor = nullptr, *column_factor = nullptr;
+};
+
+template <typename P, int rows, Layout layout>
+inline void multiply_tile(int64_t depth, const typename P::Element* a, int64_t a_stride, const typename P::Element* b,
+                          int64_t b_stride, typename P::Sum* c, int64_t c_stride,
+                          const Finish<typename P::Sum>& finish) {
+  using T = typename P::Sum;
+  // Earlier sums are fetched now and added at the end: no multiplication waits for them (bench/NOTES.md).
+  if (finish.accumulate)
 #pragma GCC unroll 16
-  for (int r = 0; r < rows; ++r)
+    for (int r = 0; r < rows; ++r)
 #pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) acc[r][v] = accumulate ? load(c + r * c_stride + v * kLanes<T>) : Vec<T>{};
+      for (int v = 0; v < kVectors; ++v) __builtin_prefetch(c + r * c_stride + v * kLanes<T>, 1, 3);
+  Vec<T> acc[rows][kVectors] = {};
 
   for (int64_t k = 0; k < depth; ++k) {
-    Vec<T> row[kVectors];
+    typename P::Operand row[kVectors];
 #pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) row[v] = load(b + v * kLanes<T>);
+    for (int v = 0; v < kVectors; ++v) row[v] = P::load(b + v * kLanes<T>);
 #pragma GCC unroll 16
     for (int r = 0; r < rows; ++r) {
-      const Vec<T> element = broadcast(layout == Layout::kRowMajor ? a[r * a_stride] : a[r]);
+      const typename P::Operand element = P::broadcast(layout == Layout::kRowMajor ? a[r * a_stride] : a[r]);
 #pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v) acc[r][v] += element * row[v];
+      for (int v = 0; v < kVectors; ++v) acc[r][v] = P::multiply_add(acc[r][v], element, row[v]);
     }
     a += layout == Layout::kRowMajor ? 1 : a_stride;
     b += b_stride;
   }
 
+  if (finish.accumulate)
+#pragma GCC unroll 16
+    for (int r = 0; r < rows; ++r)
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) acc[r][v] += load(c + r * c_stride + v * kLanes<T>);
+  if constexpr (P::kDepth > 1) {
+    if (finish.row_factor != nullptr)
+#pragma GCC unroll 16
+      for (int r = 0; r < rows; ++r)
+#pragma GCC unroll 4
+        for (int v = 0; v < kVectors; ++v)
+          acc[r][v] *= finish.row_factor[r] * load(finish.column_factor + v * kLanes<T>);
+  }
 #pragma GCC unroll 16
   for (int r = 0; r < rows; ++r)
 #pragma GCC unroll 4
@@ -68,29 +94,31 @@ class Prefetch {
 };
 
 // C (rows, kColumns) for any number of rows: full tiles of kRows, then one narrower tile.
-template <typename T, Layout layout, int remainder = kRows - 1>
-inline void multiply_last_rows(int rows, int64_t depth, const T* a, int64_t a_stride, const T* b, int64_t b_stride,
-                               T* c, int64_t c_stride, bool accumulate) {
+template <typename P, Layout layout, int remainder = kRows - 1>
+inline void multiply_last_rows(int rows, int64_t depth, const typename P::Element* a, int64_t a_stride,
+                               const typename P::Element* b, int64_t b_stride, typename P::Sum* c, int64_t c_stride,
+                               const Finish<typename P::Sum>& finish) {
   if constexpr (remainder > 0) {
     if (rows == remainder)
-      multiply_tile<T, remainder, layout>(depth, a, a_stride, b, b_stride, c, c_stride, accumulate);
+      multiply_tile<P, remainder, layout>(depth, a, a_stride, b, b_stride, c, c_stride, finish);
     else
-      multiply_last_rows<T, layout, remainder - 1>(rows, depth, a, a_stride, b, b_stride, c, c_stride, accumulate);
+      multiply_last_rows<P, layout, remainder - 1>(rows, depth, a, a_stride, b, b_stride, c, c_stride, finish);
   }
 }
 
-template <typename T, Layout layout>
-inline void multiply_panel(int64_t rows, int64_t depth, const T* a, int64_t a_stride, const T* b, int64_t b_stride,
-                           T* c, int64_t c_stride, bool accumulate, Prefetch& ahead) {
+template <typename P, Layout layout>
+inline void multiply_panel(int64_t rows, int64_t depth, const typename P::Element* a, int64_t a_stride,
+                           const typename P::Element* b, int64_t b_stride, typename P::Sum* c, int64_t c_stride,
+                           Finish<typename P::Sum> finish, Prefetch& ahead) {
   const int64_t a_step = layout == Layout::kRowMajor ? a_stride : 1;
   int64_t r = 0;
   for (; r + kRows <= rows; r += kRows) {
     ahead.step();
-    multiply_tile<T, kRows, layout>(depth, a + r * a_step, a_stride, b, b_stride, c + r * c_stride, c_stride,
-                                    accumulate);
+    multiply_tile<P, kRows, layout>(depth, a + r * a_step, a_stride, b, b_stride, c + r * c_stride, c_stride, finish);
+    if (P::kDepth > 1 && finish.row_factor != nullptr) finish.row_factor += kRows;
   }
-  multiply_last_rows<T, layout>(static_cast<int>(rows - r), depth, a + r * a_step, a_stride, b, b_stride,
-                                c + r * c_stride, c_stride, accumulate);
+  multiply_last_rows<P, layout>(static_cast<int>(rows - r), depth, a + r * a_step, a_stride, b, b_stride,
+                                c + r * c_stride, c_stride, finish);
 }
 
 }  // namespace fa::FA_ISA

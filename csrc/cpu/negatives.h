@@ -7,7 +7,7 @@
 #include <limits>
 
 #include "kernels.h"
-#include "pack.h"
+#include "memory.h"
 #include "simd.h"
 
 namespace fa::FA_ISA {

@@ -10,10 +10,17 @@
 
 namespace fa {
 
+// Of work that is bound by memory: below this many numbers a second thread costs more than it brings.
+constexpr int64_t kNumbersPerThread = 1 << 20;
+
 // fn(task, worker) for every task in [0, tasks), worker in [0, threads). Tasks are handed out as workers become free,
 // so a result must depend on its task alone. fn must not throw: scratch memory is taken before.
 template <typename Fn>
 void for_each_task(int threads, int64_t tasks, const Fn& fn) {
+  if (threads <= 1 || tasks <= 1) {
+    for (int64_t task = 0; task < tasks; ++task) fn(task, 0);
+    return;
+  }
   std::atomic<int64_t> next{0};
   const auto work = [&](int worker) {
     for (int64_t task = next++; task < tasks; task = next++) fn(task, worker);

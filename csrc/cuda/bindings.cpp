@@ -1,6 +1,5 @@
 #include "bindings.h"
 
-#include <cmath>
 #include <stdexcept>
 #include <string>
 #include <tuple>
@@ -41,20 +40,14 @@ int64_t class_stats(const std::string& precision, const MatrixTuple& embeddings,
                     uintptr_t target, double scale, uintptr_t shift, uintptr_t negative_max, uintptr_t negative_sum,
                     uintptr_t center_sum, uintptr_t class_count, const OptionsTuple& options, uintptr_t workspace,
                     const StreamTuple& stream) {
-  const ClassStatsArgs args{to_matrix(embeddings),
-                            to_matrix(weight),
-                            pointer<const int64_t>(target),
-                            scale,
-                            pointer<const double>(shift),
-                            pointer<void>(negative_max),
-                            pointer<void>(negative_sum),
-                            pointer<void>(center_sum),
-                            0,
-                            {},
-                            pointer<const int64_t>(class_count)};
+  const ClassStatsArgs args{to_matrix(embeddings),          to_matrix(weight),
+                            pointer<const int64_t>(target), scale,
+                            pointer<const double>(shift),   pointer<void>(negative_max),
+                            pointer<void>(negative_sum),    pointer<void>(center_sum)};
   const py::gil_scoped_release release;
   return visit_precision(precision, [&](auto passes) {
-    return passes.class_stats(args, to_options(options), pointer<void>(workspace), to_stream(stream));
+    return passes.class_stats(args, pointer<const int64_t>(class_count), to_options(options), pointer<void>(workspace),
+                              to_stream(stream));
   });
 }
 
@@ -69,9 +62,7 @@ int64_t weight_grad(const std::string& precision, const MatrixTuple& embeddings,
                             pointer<const double>(lse),
                             pointer<const void>(negative_coefficient),
                             pointer<const void>(target_coefficient),
-                            to_matrix(d_weight),
-                            0,
-                            {}};
+                            to_matrix(d_weight)};
   const py::gil_scoped_release release;
   return visit_precision(precision, [&](auto passes) {
     return passes.weight_grad(args, nullptr, nullptr, to_options(options), pointer<void>(workspace), to_stream(stream));
@@ -89,8 +80,6 @@ int64_t update_centers(const std::string& precision, const MatrixTuple& embeddin
                             pointer<const double>(lse),
                             pointer<const void>(negative_coefficient),
                             pointer<const void>(target_coefficient),
-                            {},
-                            0,
                             {}};
   const CenterStep step = to_center_step(center_step);
   const py::gil_scoped_release release;
@@ -98,13 +87,6 @@ int64_t update_centers(const std::string& precision, const MatrixTuple& embeddin
     return passes.weight_grad(args, &step, pointer<const bool>(active), to_options(options), pointer<void>(workspace),
                               to_stream(stream));
   });
-}
-
-Boundary to_boundary(const std::string& name) {
-  const char* const names[] = {"none", "hard", "fold", "clip", "easy", "linear"};
-  for (int i = 0; i < 6; ++i)
-    if (name == names[i]) return static_cast<Boundary>(i);
-  throw std::invalid_argument("boundary must be none, hard, fold, clip, easy or linear; got " + name);
 }
 
 }  // namespace
@@ -136,9 +118,7 @@ void bind(py::module_ m) {
            const std::tuple<uintptr_t, uintptr_t, uintptr_t, uintptr_t>& out, const StreamTuple& stream) {
           const auto& [m1, m2, m3] = factors;
           const auto& [loss, lse, d_lse, d_cosine] = out;
-          const Margin margin{static_cast<float>(m1), static_cast<float>(m2),
-                              static_cast<float>(m3), static_cast<float>(m2 * std::sin(m2)),
-                              to_boundary(boundary),  straight_through};
+          const auto margin = make_margin<float>(m1, m2, m3, boundary, straight_through);
           margin_loss(pointer<const float>(negative_lse), pointer<const float>(target_cosine), rows, scale, margin,
                       pointer<float>(loss), pointer<float>(lse), pointer<float>(d_lse), pointer<float>(d_cosine),
                       to_stream(stream));

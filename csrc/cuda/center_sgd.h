@@ -1,27 +1,12 @@
 // A step of SGD with momentum on four neighboring columns of a class center, made where their gradient is: read center
 // and momentum, update, write both back. Storage below fp32 is rounded stochastically, with random bits that are
-// functions of seed, step, global class id and column, the same as csrc/cpu/center_sgd.h's and keyed.py's.
+// functions of seed, step, global class id and column.
 #pragma once
 
 #include "numbers.h"
+#include "random.h"
 
 namespace fa::cuda {
-
-// SplitMix64's number n under a key.
-__device__ __forceinline__ uint64_t fold(uint64_t key, uint64_t n) {
-  uint64_t x = key + (n + 1) * 0x9E3779B97F4A7C15u;
-  x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9u;
-  x = (x ^ (x >> 27)) * 0x94D049BB133111EBu;
-  return x ^ (x >> 31);
-}
-
-// 32 random bits for a column under a row's key: lowbias32 of a counter.
-__device__ __forceinline__ uint32_t random_bits(uint64_t row_key, uint32_t column) {
-  uint32_t x = static_cast<uint32_t>(row_key) + column * 0x9E3779B9u;
-  x = (x ^ (x >> 16)) * 0x7FEB352Du;
-  x = (x ^ (x >> 15)) * 0x846CA68Bu;
-  return (x ^ (x >> 16)) ^ static_cast<uint32_t>(row_key >> 32);
-}
 
 // x in its storage; to bf16 up with the probability of its distance from the value below, by 16 random bits. Infinities
 // and NaN stay.
@@ -30,9 +15,7 @@ __device__ __forceinline__ void round_stochastically(float x, T* to, uint32_t) {
   convert(x, to);
 }
 __device__ __forceinline__ void round_stochastically(float x, BFloat16* to, uint32_t random) {
-  const uint32_t bits = __float_as_uint(x);
-  const bool finite = (bits & 0x7f800000u) != 0x7f800000u;
-  to->bits = static_cast<uint16_t>((bits + (finite ? random : 0u)) >> 16);
+  *to = fa::round_stochastically(x, random);
 }
 
 template <typename T>

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "arguments.h"
+#include "margin.h"
 
 namespace fa::cuda {
 
@@ -15,15 +16,6 @@ struct Stream {
   void* handle;
 };
 
-// fused_arcface.margins: what happens past m1 * theta + m2 = pi; kLinear leaves the angle alone, cos - m3.
-enum class Boundary : int { kNone, kHard, kFold, kClip, kEasy, kLinear };
-struct Margin {
-  float m1, m2, m3;
-  float hard_value;  // m2 * sin(m2)
-  Boundary boundary;
-  bool straight_through;  // derivative 1
-};
-
 // What Python chooses for a pass over the classes.
 struct PassOptions {
   int64_t exponential_bytes;  // of one chunk's exponentials, (N, classes)
@@ -34,8 +26,9 @@ struct PassOptions {
 // The passes in one precision. `workspace` has the bytes that a call without one returns, aligned to 256.
 template <Precision precision>
 struct Passes {
-  static int64_t class_stats(const ClassStatsArgs& args, const PassOptions& options, void* workspace,
-                             const Stream& stream);
+  // class_count: how many of weight's rows are classes, the others padding; null: all.
+  static int64_t class_stats(const ClassStatsArgs& args, const int64_t* class_count, const PassOptions& options,
+                             void* workspace, const Stream& stream);
   // args.d_weight is written; with a step, the weight is updated instead where *active is true.
   static int64_t weight_grad(const WeightGradArgs& args, const CenterStep* step, const bool* active,
                              const PassOptions& options, void* workspace, const Stream& stream);
@@ -48,6 +41,7 @@ void unit_embedding_grad(const Matrix& weight, const int64_t* target, const floa
                          const Stream& stream);
 void embedding_grad(const float* d_unit, const Matrix& embeddings, const Matrix& d_embeddings, const Stream& stream);
 void margin_loss(const float* negative_lse, const float* target_cosine, int64_t rows, double scale,
-                 const Margin& margin, float* loss, float* lse, float* d_lse, float* d_cosine, const Stream& stream);
+                 const Margin<float>& margin, float* loss, float* lse, float* d_lse, float* d_cosine,
+                 const Stream& stream);
 
 }  // namespace fa::cuda

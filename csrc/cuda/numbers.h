@@ -39,7 +39,6 @@ struct alignas(4 * sizeof(T)) Four {
 __device__ __forceinline__ float to_float(float x) { return x; }
 __device__ __forceinline__ float to_float(double x) { return static_cast<float>(x); }
 __device__ __forceinline__ float to_float(int8_t x) { return x; }
-__device__ __forceinline__ float to_float(BFloat16 x) { return __uint_as_float(static_cast<uint32_t>(x.bits) << 16); }
 __device__ __forceinline__ float to_float(Float16 x) { return from_fp16(x); }
 
 __device__ __forceinline__ void convert(float x, float* to) { *to = x; }

@@ -98,12 +98,12 @@ struct Pass {
 };
 
 template <Precision precision>
-int64_t Passes<precision>::class_stats(const ClassStatsArgs& args, const PassOptions& options, void* workspace,
-                                       const Stream& stream) {
+int64_t Passes<precision>::class_stats(const ClassStatsArgs& args, const int64_t* class_count,
+                                       const PassOptions& options, void* workspace, const Stream& stream) {
   using Second = typename Operands<precision>::Second;
   const bool stored = args.center_sum != nullptr;
   const int64_t N = args.embeddings.rows, D = args.embeddings.columns, C = args.weight.rows;
-  Pass<precision> pass(args.embeddings, args.weight, {0, C, nullptr, args.class_count, C}, stored, options, workspace,
+  Pass<precision> pass(args.embeddings, args.weight, {0, C, nullptr, class_count, C}, stored, options, workspace,
                        stream);
   const Panel& x = pass.x;
   const int64_t slots = 2 * pass.w.rows / kTile;

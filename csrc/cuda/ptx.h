@@ -3,17 +3,7 @@
 #pragma once
 
 #include "runtime.h"
-
-namespace fa::cuda {
-
-struct BFloat16 {
-  uint16_t bits;
-};
-struct Float16 {
-  uint16_t bits;
-};
-
-}  // namespace fa::cuda
+#include "sixteen_bit.h"
 
 #if !defined(__CUDACC__)
 #include "ptx_emulation.h"

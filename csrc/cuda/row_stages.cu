@@ -1,5 +1,5 @@
 // The stages over the rows.
-#include "margin.h"
+#include "margin_loss.h"
 #include "targets.h"
 
 namespace fa::cuda {
@@ -26,7 +26,8 @@ void embedding_grad(const float* d_unit, const Matrix& embeddings, const Matrix&
 }
 
 void margin_loss(const float* negative_lse, const float* target_cosine, int64_t rows, double scale,
-                 const Margin& margin, float* loss, float* lse, float* d_lse, float* d_cosine, const Stream& stream) {
+                 const Margin<float>& margin, float* loss, float* lse, float* d_lse, float* d_cosine,
+                 const Stream& stream) {
   use(stream);
   launch("margin_loss", margin_loss_kernel, {ceil_div(rows, kMarginThreads)}, kMarginThreads, 0, stream, negative_lse,
          target_cosine, rows, static_cast<float>(scale), margin, loss, lse, d_lse, d_cosine);

@@ -9,9 +9,10 @@ BFLOAT16: int
 FLOAT16: int
 
 def isas() -> list[str]: ...
+def isa() -> str: ...
+def has_products(product: int) -> bool: ...
 def class_stats(
-    isa: str,
-    fp64: bool,
+    product: int,
     embeddings: _Matrix,
     weight: _Matrix,
     target: int,
@@ -24,8 +25,7 @@ def class_stats(
     negatives: _Negatives,
 ) -> None: ...
 def weight_grad(
-    isa: str,
-    fp64: bool,
+    product: int,
     embeddings: _Matrix,
     weight: _Matrix,
     target: int,
@@ -45,8 +45,7 @@ MOMENTUM_BFLOAT16: int
 MOMENTUM_INT8: int
 
 def update_centers(
-    isa: str,
-    fp64: bool,
+    product: int,
     embeddings: _Matrix,
     weight: _Matrix,
     target: int,
@@ -58,4 +57,40 @@ def update_centers(
     threads: int,
     negatives: _Negatives,
 ) -> None: ...
-def multiply_adds(isa: str, rounds: int, threads: int) -> int: ...
+def target_cosine(
+    compute: int, embeddings: _Matrix, weight: _Matrix, target: int, cosine: int, threads: int
+) -> None: ...
+def finish_negatives(
+    compute: int,
+    rows: int,
+    columns: int,
+    negative_sum: int,
+    shift: int,
+    center_sum: int,
+    lse: int,
+    mean_center: int,
+) -> None: ...
+def unit_embedding_grad(
+    compute: int,
+    weight: _Matrix,
+    target: int,
+    mean_center: int,
+    negative_coefficient: int,
+    target_coefficient: int,
+    rows: int,
+    d_unit: int,
+    threads: int,
+) -> None: ...
+def embedding_grad(compute: int, d_unit: int, embeddings: _Matrix, d_embeddings: _Matrix, threads: int) -> None: ...
+def margin_loss(
+    compute: int,
+    negative_lse: int,
+    target_cosine: int,
+    rows: int,
+    scale: float,
+    factors: tuple[float, float, float],
+    boundary: str,
+    straight_through: bool,
+    out: tuple[int, int, int, int],
+) -> None: ...
+def multiply_adds(product: int, rounds: int, threads: int) -> int: ...

@@ -109,7 +109,7 @@ def loss_with(
     if not return_stats:
         return result
     stats = MarginSoftmaxStats(
-        loss=loss.detach().masked_fill(ignored, 0),
+        loss=loss.detach(),
         lse=torch.logaddexp(negative_lse, scale * modified).detach(),
         target_cosine=target_cosine.detach(),
         correct=(target_cosine > negatives.amax(1)).detach() & ~ignored,

@@ -35,11 +35,11 @@ def test_instruction_sets() -> None:
 
 def test_environment_chooses_the_instruction_set(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FUSED_ARCFACE_ISA", "portable")
-    asked = []
-    monkeypatch.setattr(_native, "class_stats", lambda isa, *_: asked.append(isa))
-    x, w, target, _ = make_inputs(Case())
-    fa.margin_softmax_loss(x, w, target, backend="cpu")
-    assert asked == ["portable"]
+    assert cpu.isa() == "portable"
+    # Two flops a lane: the portable kernels hold 6 × 2 vectors of 16 bytes.
+    assert cpu.multiply_adds(10) == 2 * 10 * 12 * 4
+    monkeypatch.delenv("FUSED_ARCFACE_ISA")
+    assert cpu.isa() == _native.isas()[0]
 
 
 def test_instruction_set_that_is_not_here(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -137,6 +137,19 @@ def test_unknown_name(name: object) -> None:
     assert str(raised.value) == f"backend must be one of 'auto', 'torch', 'cpu', 'triton', 'cuda'; got {name!r}"
 
 
-def test_native_refuses_an_unknown_instruction_set() -> None:
+def test_native_refuses_an_unknown_instruction_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FUSED_ARCFACE_ISA", "avx1024")
     with pytest.raises(ValueError, match="instruction set not available on this machine: avx1024"):
-        _native.weight_grad("avx1024", False, (0,) * 6, (0,) * 6, 0, 1.0, 0, 0, 0, (0,) * 6, 1, (1, 0, 0.0, 1.0, 0.0))
+        _native.weight_grad(0, (0,) * 6, (0,) * 6, 0, 1.0, 0, 0, 0, (0,) * 6, 1, (1, 0, 0.0, 1.0, 0.0))
+
+
+def test_native_refuses_products_that_there_are_not() -> None:
+    assert not _native.has_products(_native.FLOAT16)
+    for code in (_native.FLOAT16, -1, 4):
+        with pytest.raises(ValueError, match=f"no products in the dtype of this code: {code}"):
+            _native.weight_grad(code, (0,) * 6, (0,) * 6, 0, 1.0, 0, 0, 0, (0,) * 6, 1, (1, 0, 0.0, 1.0, 0.0))
+
+
+def test_codes_of_dtypes_are_those_of_the_kernels() -> None:
+    for name in ("float32", "float64", "bfloat16", "float16"):
+        assert native.dtype_code(getattr(torch, name)) == getattr(_native, name.upper())

@@ -6,6 +6,7 @@ import multiprocessing
 import platform
 import shutil
 import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -17,7 +18,7 @@ from support.cases import Case, Inputs, Outcome, check, make_inputs, run
 import fused_arcface as fa
 
 # Enough multiply-adds for three threads, each with several blocks of classes.
-LARGE = Case(N=70, C=1500, D=64, geometry="late")
+LARGE = Case(N=70, C=11_000, D=64, geometry="late")
 
 
 def compute(inputs: Inputs) -> Outcome:
@@ -34,14 +35,14 @@ def assert_identical(got: Outcome, right: Outcome) -> None:
 def test_right_with_any_number_of_threads(threads: int) -> None:
     torch.set_num_threads(threads)
     check(LARGE, "cpu")
-    check(Case(N=300, C=50, D=300), "cpu")  # fewer blocks of classes than threads: rows are split
+    check(Case(N=1500, C=50, D=450), "cpu")  # fewer blocks of classes than threads: rows are split
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
 def test_bitwise_reproducible(dtype: str, threads: int, isa: str) -> None:
     torch.set_num_threads(threads)
-    inputs = make_inputs(Case(N=70, C=1500, D=64, x_dtype=dtype, w_dtype=dtype))
+    inputs = make_inputs(Case(N=70, C=11_000, D=64, x_dtype=dtype, w_dtype=dtype))
     right = compute(inputs)
     for _ in range(3):
         assert_identical(compute(inputs), right)
@@ -116,3 +117,60 @@ def test_a_thread_that_cannot_be_started_is_done_without(tmp_path: Path) -> None
     for allocations, expected in ((0, "bad_alloc"), (1, "1000"), (2, "1000"), (3, "1000"), (4, "1000"), (-1, "1000")):
         result = subprocess.run([program, str(allocations)], capture_output=True, text=True, timeout=20)
         assert (result.returncode, result.stdout.strip()) == (0, expected), (allocations, result)
+
+
+@pytest.mark.full
+@pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
+def test_no_data_race(tmp_path: Path) -> None:
+    """The portable kernels under ThreadSanitizer, several callers at once."""
+    here = Path(__file__).parent
+    csrc = here.parent / "csrc"
+    program = tmp_path / "passes"
+    sources = [here / "threads" / "passes.cpp", csrc / "cpu" / "kernels.cpp", csrc / "cpu" / "scratch.cpp"]
+    flags = ["-std=c++17", "-O1", "-fsanitize=thread", "-pthread", "-DFA_ISA=portable", f"-I{csrc}"]
+    built = subprocess.run(["c++", *flags, *map(str, sources), "-o", program], capture_output=True, text=True)
+    if "tsan" in built.stderr:
+        pytest.skip("this compiler has no ThreadSanitizer")
+    assert built.returncode == 0, built.stderr[-4000:]
+    result = subprocess.run([program], capture_output=True, text=True, timeout=280)
+    assert (result.returncode, result.stdout) == (0, "0 wrong\n"), result.stderr[-4000:]
+    assert "WARNING" not in result.stderr
+
+
+AT_EXIT = """
+import os, threading, torch, fused_arcface as fa
+torch.set_num_threads(3)
+x, w = torch.randn(64, 64), torch.randn(20000, 64, requires_grad=True)
+target = torch.arange(64)
+
+def train(steps):
+    for _ in range(steps):
+        fa.margin_softmax_loss(x, w, target, backend="cpu").backward()
+
+train(2)
+before = len(os.listdir("/proc/self/task"))
+train(3)
+print(len(os.listdir("/proc/self/task")) - before)
+threading.Thread(target=train, args=(40,)).start()
+"""
+
+
+@pytest.mark.skipif(platform.system() != "Linux", reason="threads are counted in /proc")
+def test_no_thread_outlives_a_call_and_the_interpreter_may_end() -> None:
+    """The main thread ends while another is inside the kernels: Python waits for that one, and no more."""
+    result = subprocess.run([sys.executable, "-c", AT_EXIT], capture_output=True, text=True, timeout=100)
+    assert (result.returncode, result.stdout, result.stderr) == (0, "0\n", "")
+
+
+def test_set_num_threads_between_the_passes() -> None:
+    """The backward pass takes as many threads as there are by then."""
+    inputs = make_inputs(LARGE)
+    right = compute(inputs)
+    x, w = inputs.embeddings.clone().requires_grad_(), inputs.weight.clone().requires_grad_()
+    for forward, backward in ((1, 3), (3, 1)):
+        torch.set_num_threads(forward)
+        loss = fa.margin_softmax_loss(x, w, inputs.target, reduction="none", backend="cpu")
+        torch.set_num_threads(backward)
+        (d_weight,) = torch.autograd.grad(loss, w, inputs.upstream.to(loss.dtype))
+        allowed = 1e-5 * right.d_weight.abs().max().item()
+        torch.testing.assert_close(d_weight.double(), right.d_weight, rtol=0, atol=allowed)

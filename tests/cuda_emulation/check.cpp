@@ -129,29 +129,22 @@ void check(const Problem& p, const std::vector<Stored>& x, const std::vector<Sto
   const fa::Matrix w_matrix{w_rows, dtype, C, D, stride, 1}, padded{w_rows, dtype, C + kPadding, D, stride, 1};
   const int64_t class_count = C;
   std::vector<float> got_max(N, NAN), got_sum(N, NAN), got_center_sum(N * D, NAN);
-  fa::ClassStatsArgs stats{x_matrix,       padded,         p.target.data(),       kScale, nullptr,
-                           got_max.data(), got_sum.data(), got_center_sum.data(), 0,      {},
-                           &class_count};
-  std::vector<char> workspace(Passes<precision>::class_stats(stats, options, nullptr, stream) + 256, '\xff');
+  fa::ClassStatsArgs stats{x_matrix, padded,         p.target.data(), kScale,
+                           nullptr,  got_max.data(), got_sum.data(),  got_center_sum.data()};
+  std::vector<char> workspace(Passes<precision>::class_stats(stats, &class_count, options, nullptr, stream) + 256,
+                              '\xff');
   const auto aligned = [&] {
     return reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(workspace.data()) + 255) / 256 * 256);
   };
-  Passes<precision>::class_stats(stats, options, aligned(), stream);
+  Passes<precision>::class_stats(stats, &class_count, options, aligned(), stream);
   compare("negative_sum", got_sum, sum, 2e-6);
   compare("negative_max", got_max, largest, 1e-6);
   compare("center_sum", got_center_sum, center_sum, tolerance);
 
   float* const gradient_rows = reinterpret_cast<float*>(gradient_memory.start());
-  fa::WeightGradArgs args{x_matrix,
-                          w_matrix,
-                          p.target.data(),
-                          kScale,
-                          lse.data(),
-                          negative.data(),
-                          positive.data(),
-                          {gradient_rows, fa::Dtype::kFloat32, C, D, stride, 1},
-                          0,
-                          {}};
+  fa::WeightGradArgs args{
+      x_matrix,   w_matrix,        p.target.data(), kScale,
+      lse.data(), negative.data(), positive.data(), {gradient_rows, fa::Dtype::kFloat32, C, D, stride, 1}};
   workspace.assign(Passes<precision>::weight_grad(args, nullptr, nullptr, options, nullptr, stream) + 256, '\xff');
   Passes<precision>::weight_grad(args, nullptr, nullptr, options, aligned(), stream);
   std::vector<float> got_gradient(C * D);

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 
 import torch
@@ -11,33 +12,53 @@ from ..base.dtypes import compute_dtype
 from ..engine.terms import PLAIN, CenterStep, Negatives, RowGradients
 from . import native
 
-# O(N·D) and less: PyTorch does these as well as a kernel would.
-from .torch import embedding_grad, margin_loss, target_cosine, unit_embedding_grad  # noqa: F401
-
 
 def unavailable() -> str | None:
     """Return why this backend cannot run here, or None."""
     if native.unavailable() is not None:
         return native.unavailable()
-    asked, isas = os.environ.get("FUSED_ARCFACE_ISA", ""), native.module.isas()
-    if asked and asked not in isas:
-        return f"FUSED_ARCFACE_ISA={asked} names none of this machine's instruction sets: {', '.join(isas)}"
+    asked = os.environ.get("FUSED_ARCFACE_ISA")
+    if asked and asked not in _isas():
+        return f"FUSED_ARCFACE_ISA={asked} names none of this machine's instruction sets: {', '.join(_isas())}"
     return None
 
 
+@functools.cache
+def _isas() -> list[str]:
+    """This machine's instruction sets, the best first."""
+    return native.module.isas()
+
+
 def isa() -> str:
-    """Return the instruction set in use: the one that FUSED_ARCFACE_ISA names, or the best of this machine."""
-    return os.environ.get("FUSED_ARCFACE_ISA") or native.module.isas()[0]
+    """The instruction set in use: the best of this machine, or the one named in the environment's FUSED_ARCFACE_ISA."""
+    return native.module.isa()
 
 
 def describe() -> str:
     """Return the instruction set in use, and the others that this machine has kernels for."""
-    return f"{isa()} (on this machine: {', '.join(native.module.isas())}; FUSED_ARCFACE_ISA chooses)"
+    return f"{isa()} (on this machine: {', '.join(_isas())}; FUSED_ARCFACE_ISA chooses)"
 
 
-def multiply_adds(rounds: int) -> int:
-    """Flops of ``rounds`` vector multiply-adds on all of torch's threads, in registers alone: timed, the FMA peak."""
-    return native.module.multiply_adds(isa(), rounds, torch.get_num_threads())
+def multiply_adds(rounds: int, dtype: torch.dtype = torch.float32) -> int:
+    """Flops of ``rounds`` vector multiply-adds on all of torch's threads, in registers alone: timed, the peak of
+    products in ``dtype``."""
+    return native.module.multiply_adds(native.dtype_code(dtype), rounds, torch.get_num_threads())
+
+
+allow_bf16_products = True
+"""Whether products of bf16 embeddings are taken in bf16, where the processor multiplies it (``FUSED_ARCFACE_ISA`` may
+name an instruction set that does not). If false, 16-bit rows are converted and multiplied in fp32."""
+
+
+def multiplies_bf16() -> bool:
+    """Whether the instruction set in use multiplies bf16 and :data:`allow_bf16_products` lets it."""
+    return allow_bf16_products and native.module.has_products(native.module.BFLOAT16)
+
+
+def _product_code(embeddings: Tensor, compute: torch.dtype) -> int:
+    """The dtype, as a code, that the products of these embeddings are taken in; sums are in ``compute``."""
+    in_bf16 = embeddings.dtype == torch.bfloat16 and compute == torch.float32 and multiplies_bf16()
+    return native.dtype_code(torch.bfloat16 if in_bf16 else compute)
 
 
 def _native_negatives(negatives: Negatives, threshold: Tensor | None) -> tuple[int, int, float, float, float]:
@@ -66,8 +87,7 @@ def _run_class_stats(
     shift = None if shift is None else shift.contiguous()
     threshold = _thresholds(negatives, maximum.dtype)
     native.module.class_stats(
-        isa(),
-        maximum.dtype == torch.float64,
+        _product_code(embeddings, maximum.dtype),
         native.matrix(embeddings),
         native.matrix(weight),
         target.data_ptr(),
@@ -79,6 +99,95 @@ def _run_class_stats(
         torch.get_num_threads(),
         _native_negatives(negatives, threshold),
     )
+
+
+def target_cosine(embeddings: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+    dtype, target = compute_dtype(embeddings, weight), target.contiguous()
+    cosine = torch.empty(embeddings.shape[0], dtype=dtype)
+    native.module.target_cosine(
+        native.dtype_code(dtype),
+        native.matrix(embeddings),
+        native.matrix(weight),
+        target.data_ptr(),
+        cosine.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return cosine
+
+
+def finish_negatives(negative_sum: Tensor, shift: Tensor | None, center_sum: Tensor) -> tuple[Tensor, Tensor]:
+    shift = None if shift is None else shift.contiguous()
+    negative_sum, center_sum = negative_sum.contiguous(), center_sum.contiguous()
+    lse, mean = torch.empty(negative_sum.shape[0], dtype=torch.float64), torch.empty_like(center_sum)
+    native.module.finish_negatives(
+        native.dtype_code(negative_sum.dtype),
+        negative_sum.shape[0],
+        center_sum.shape[1] if center_sum.dim() == 2 else 0,
+        negative_sum.data_ptr(),
+        native.address(shift),
+        center_sum.data_ptr(),
+        lse.data_ptr(),
+        mean.data_ptr(),
+    )
+    return lse, mean
+
+
+def unit_embedding_grad(
+    weight: Tensor, target: Tensor, mean_center: Tensor, negative_coefficient: Tensor, target_coefficient: Tensor
+) -> Tensor:
+    target, mean_center = target.contiguous(), mean_center.contiguous()
+    negative_coefficient, target_coefficient = negative_coefficient.contiguous(), target_coefficient.contiguous()
+    d_unit = torch.empty_like(mean_center)
+    native.module.unit_embedding_grad(
+        native.dtype_code(mean_center.dtype),
+        native.matrix(weight),
+        target.data_ptr(),
+        mean_center.data_ptr(),
+        negative_coefficient.data_ptr(),
+        target_coefficient.data_ptr(),
+        mean_center.shape[0],
+        d_unit.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return d_unit
+
+
+def embedding_grad(d_unit: Tensor, embeddings: Tensor) -> Tensor:
+    d_unit, d_embeddings = d_unit.contiguous(), torch.empty_like(embeddings)
+    native.module.embedding_grad(
+        native.dtype_code(d_unit.dtype),
+        d_unit.data_ptr(),
+        native.matrix(embeddings),
+        native.matrix(d_embeddings),
+        torch.get_num_threads(),
+    )
+    return d_embeddings
+
+
+def margin_loss(
+    negative_lse: Tensor,
+    target_cosine: Tensor,
+    scale: float,
+    m1: float,
+    m2: float,
+    m3: float,
+    boundary: str,
+    gradient: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    negative_lse, target_cosine = negative_lse.contiguous(), target_cosine.contiguous()
+    loss, lse, d_lse, d_cosine = (torch.empty_like(negative_lse) for _ in range(4))
+    native.module.margin_loss(
+        native.dtype_code(negative_lse.dtype),
+        negative_lse.data_ptr(),
+        target_cosine.data_ptr(),
+        negative_lse.shape[0],
+        scale,
+        (m1, m2, m3),
+        boundary,
+        gradient == "straight_through",
+        (loss.data_ptr(), lse.data_ptr(), d_lse.data_ptr(), d_cosine.data_ptr()),
+    )
+    return loss, lse, d_lse, d_cosine
 
 
 def class_max(embeddings: Tensor, weight: Tensor, target: Tensor, negatives: Negatives = PLAIN) -> Tensor:
@@ -122,8 +231,7 @@ def weight_grad(
     threshold = _thresholds(negatives, gradients.negative_coefficient.dtype)
     d_weight = torch.empty_like(weight)
     native.module.weight_grad(
-        isa(),
-        gradients.negative_coefficient.dtype == torch.float64,
+        _product_code(embeddings, gradients.negative_coefficient.dtype),
         native.matrix(embeddings),
         native.matrix(weight),
         target.data_ptr(),
@@ -149,8 +257,7 @@ def update_centers(
     target, gradients = target.contiguous(), gradients.contiguous()
     threshold = _thresholds(negatives, gradients.negative_coefficient.dtype)
     native.module.update_centers(
-        isa(),
-        gradients.negative_coefficient.dtype == torch.float64,
+        _product_code(embeddings, gradients.negative_coefficient.dtype),
         native.matrix(embeddings),
         native.matrix(weight),
         target.data_ptr(),

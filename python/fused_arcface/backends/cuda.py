@@ -19,6 +19,9 @@ from ..base.precision import allows_tf32
 from ..engine.terms import CenterStep, RowGradients
 from . import native, nvidia
 
+# O(N·D): plain PyTorch's launches do.
+from .torch import finish_negatives  # noqa: F401
+
 _kernels: Any = None if native.unavailable() else getattr(native.module, "cuda", None)
 
 

@@ -20,6 +20,10 @@ except ImportError as error:  # unavailable() reports it: the package is of use 
     _import_error = str(error)
 
 
+# As csrc/arguments.h numbers them; a dictionary at hand, since a small problem asks for a dozen codes a step.
+_DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+
+
 def unavailable() -> str | None:
     """Return why the compiled module cannot be imported, or None."""
     if _import_error is None:
@@ -32,15 +36,14 @@ def address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
+def dtype_code(dtype: torch.dtype) -> int:
+    """A dtype of embeddings and centers, as ``Dtype``."""
+    return _DTYPE_CODES[dtype]
+
+
 def matrix(tensor: Tensor) -> tuple[int, int, int, int, int, int]:
     """Return a matrix (rows, columns) of any strides as ``MatrixTuple``."""
-    code = {
-        torch.float32: module.FLOAT32,
-        torch.float64: module.FLOAT64,
-        torch.bfloat16: module.BFLOAT16,
-        torch.float16: module.FLOAT16,
-    }[tensor.dtype]
-    return (tensor.data_ptr(), code, *tensor.shape, *tensor.stride())
+    return (tensor.data_ptr(), _DTYPE_CODES[tensor.dtype], *tensor.shape, *tensor.stride())
 
 
 def row_gradients(gradients: RowGradients) -> tuple[float, int, int, int]:

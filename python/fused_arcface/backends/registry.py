@@ -6,6 +6,7 @@ A backend is a module with the functions of :mod:`fused_arcface.backends.torch` 
 
 from __future__ import annotations
 
+import functools
 import importlib
 import warnings
 from collections.abc import Mapping
@@ -40,6 +41,7 @@ FEATURES = {
     "modulated_negatives": "margins that change the negatives",
     "padding": "a sample of the classes whose number only the device knows",
     "fused_margin": "a margin_loss in one launch; elsewhere plain PyTorch is as good and takes any margin",
+    "fused_margin_fp64": "the same in fp64",
 }
 """The features that not every backend has."""
 
@@ -47,7 +49,7 @@ FEATURES = {
 # tensor core instructions, csrc/cuda those of Ampere.
 BACKENDS = (
     Backend("torch", None, 0, frozenset({"sub_centers", "modulated_negatives", "padding"})),
-    Backend("cpu", "cpu", 1, frozenset({"sub_centers", "modulated_negatives"})),
+    Backend("cpu", "cpu", 1, frozenset({"sub_centers", "modulated_negatives", "fused_margin", "fused_margin_fp64"})),
     Backend("triton", "cuda", 2, frozenset({"padding", "fused_margin"})),
     # Tensor cores for fp64 are few, and a graphics card has none.
     Backend("cuda", "cuda", 1, frozenset({"padding", "fused_margin"}), _NO_FP64),
@@ -68,6 +70,7 @@ class _ByName(dict[str, str | None]):
         return self[ALIASES[name]]
 
 
+@functools.cache
 def load(name: str) -> ModuleType:
     """Return the backend's module. It is imported when it is first asked for."""
     return importlib.import_module(f".{canonical(name)}", __package__)

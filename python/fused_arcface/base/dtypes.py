@@ -58,4 +58,6 @@ def names(dtypes: tuple[torch.dtype, ...]) -> str:
 
 def compute_dtype(embeddings: Tensor, weight: Tensor) -> torch.dtype:
     """Return the dtype that sums are kept in: fp64 if either input is, else fp32."""
+    if embeddings.dtype == weight.dtype == torch.float32:
+        return torch.float32
     return torch.promote_types(torch.promote_types(embeddings.dtype, weight.dtype), torch.float32)

@@ -3,7 +3,7 @@
 They are the same for any number of ranks, in any order.
 
 The generator is SplitMix64 (Steele, Lea, Flood: Fast splittable pseudorandom number generators, OOPSLA 2014): number
-``n`` under ``key`` is ``mix(key + (n + 1)·golden)``. csrc/cpu/center_sgd.h has the same functions; a test compares
+``n`` under ``key`` is ``mix(key + (n + 1)·golden)``. csrc/random.h has the same functions; a test compares
 them. 64-bit words are int64 tensors, whose arithmetic wraps, or Python ints in [0, 2^64).
 """
 

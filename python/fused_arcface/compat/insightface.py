@@ -314,7 +314,7 @@ class PartialFC_V2(_PartialFC):
         return fused is not None
 
     @_not_compiled
-    def forward(self, local_embeddings: Tensor, local_labels: Tensor) -> Tensor:
+    def forward(self, local_embeddings: Tensor, local_labels: Tensor) -> Tensor:  # type: ignore[override]
         """Return the mean loss over all ranks' rows.
 
         Args:

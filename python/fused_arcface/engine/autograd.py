@@ -59,39 +59,41 @@ class NegativesAndTarget(torch.autograd.Function):
         rows, centers = shard.all_rows(embeddings), shard.centers(weight)
         shift = None
         if needs_shift(scale, shard.num_classes or weight.shape[0], compute_dtype(rows, centers), *bounds):
-            maximum = _ops.class_max(rows, centers, target, backend, shard.class_count, **negatives)
+            maximum = _ops.class_max.default(rows, centers, target, backend, shard.class_count, **negatives)
             maximum = shard.ranks.max(maximum)
             shift = (scale * maximum.double()).masked_fill(maximum == -torch.inf, 0)
-        total, maximum, center_sum = _ops.class_stats(
+        total, maximum, center_sum = _ops.class_stats.default(
             rows, centers, target, scale, shift, with_center_sum, backend, shard.class_count, **negatives
         )
-        target_cosine = _ops.target_cosine(rows, weight, shard.target_rows(target), backend)
-        total, target_cosine = shard.ranks.sum(torch.stack([total, target_cosine])).unbind()
+        target_cosine = _ops.target_cosine.default(rows, weight, shard.target_rows(target), backend)
+        total, target_cosine = shard.ranks.sum_rows(total, target_cosine)
         if shard.with_max:
             maximum = shard.ranks.max(maximum)
-        # fp64: at s = 1000 an fp32 rounding of it would cost 3e-5 of every probability in the backward pass.
-        lse = total.double().log() if shift is None else total.double().log() + shift
-        if with_center_sum:  # the softmax-weighted mean of the centers; a row without negatives has none
-            center_sum = center_sum / total.masked_fill(total == 0, 1)[:, None]
-        ctx.save_for_backward(embeddings, weight, target, lse, center_sum)
+        lse, mean_center = _ops.finish_negatives.default(total, shift, center_sum, backend)
+        ctx.save_for_backward(embeddings, weight, target, lse, mean_center)
         ctx.scale, ctx.with_center_sum, ctx.backend, ctx.shard = scale, with_center_sum, backend, shard
         ctx.negatives = negatives
         ctx.mark_non_differentiable(maximum)
+        ctx.set_materialize_grads(False)
         return lse.to(target_cosine.dtype), target_cosine, maximum
 
     @staticmethod
     @once_differentiable
     def backward(
-        ctx: Any, saved: tuple[Any, ...], d_lse: Tensor, d_target_cosine: Tensor, _: Tensor
+        ctx: Any, saved: tuple[Any, ...], d_lse: Tensor | None, d_target_cosine: Tensor | None, _: None
     ) -> tuple[Tensor | None, ...]:
         shard = ctx.shard
         embeddings, weight, target, lse, mean_center = saved
         rows = shard.all_rows(embeddings)
+        # A gradient is None where the loss does not depend on the output.
+        dtype = compute_dtype(rows, weight)
+        d_lse = torch.zeros_like(lse, dtype=dtype) if d_lse is None else d_lse
+        d_target_cosine = torch.zeros_like(lse, dtype=dtype) if d_target_cosine is None else d_target_cosine
         negative_coefficient = ctx.scale * d_lse
         gradients = RowGradients(ctx.scale, lse, negative_coefficient, d_target_cosine)
         d_embeddings = d_weight = None
         if ctx.with_center_sum:
-            d_unit = _ops.unit_embedding_grad(
+            d_unit = _ops.unit_embedding_grad.default(
                 weight, shard.target_rows(target), mean_center, negative_coefficient, d_target_cosine, ctx.backend
             )
             finish = shard.start_scatter(d_unit)
@@ -100,13 +102,13 @@ class NegativesAndTarget(torch.autograd.Function):
             shard.update.apply(rows, shard.classes, target, gradients, ctx.backend, Negatives(**ctx.negatives))
         elif ctx.needs_input_grad[1]:
             d_weight = shard.weight_gradient(
-                _ops.weight_grad(rows, shard.centers(weight), target, *gradients, ctx.backend, **ctx.negatives),
+                _ops.weight_grad.default(rows, shard.centers(weight), target, *gradients, ctx.backend, **ctx.negatives),
                 weight,
             )
         if ctx.with_center_sum:
             d_unit = finish()
             if ctx.needs_input_grad[0]:
-                d_embeddings = _ops.embedding_grad(d_unit, shard.own_rows(rows), ctx.backend)
+                d_embeddings = _ops.embedding_grad.default(d_unit, shard.own_rows(rows), ctx.backend)
         return d_embeddings, d_weight, *(None for _ in range(9))
 
 
@@ -121,7 +123,7 @@ def cosines_of_targets(
         rows = shard.all_rows(embeddings)
         candidates = [torch.where(target < 0, target, target * sub_centers + k) for k in range(sub_centers)]
         cosines = torch.stack(
-            [_ops.target_cosine(rows, weight, shard.target_rows(each), backend) for each in candidates]
+            [_ops.target_cosine.default(rows, weight, shard.target_rows(each), backend) for each in candidates]
         )
         cosine, nearest = cosines.max(0)
         target = torch.stack(candidates).gather(0, nearest[None]).squeeze(0)

@@ -35,6 +35,7 @@ _SCHEMAS = {
     f"str backend, {_NEGATIVES}) -> ()",
     # O(N·D) and O(N), over the rows
     "target_cosine": f"({_ROWS}, str backend) -> Tensor",
+    "finish_negatives": "(Tensor negative_sum, Tensor? shift, Tensor center_sum, str backend) -> (Tensor, Tensor)",
     "margin_loss": "(Tensor negative_lse, Tensor target_cosine, Scalar scale, float m1, float m2, float m3,"
     " str boundary, str gradient, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
     "unit_embedding_grad": "(Tensor weight, Tensor target, Tensor mean_center, Tensor negative_coefficient,"
@@ -53,7 +54,12 @@ def _local_target(target: Tensor, num_classes: int, ignore_index: int) -> Tensor
     loss is NaN (the backends' target_cosine), unless FUSED_ARCFACE_DEBUG=1 asks for the check.
     """
     target = target.long()
-    if target.device.type == "cpu" or os.environ.get("FUSED_ARCFACE_DEBUG") == "1":
+    on_cpu = target.device.type == "cpu"
+    if on_cpu and target.numel() > 0:
+        low, high = torch.aminmax(target)
+        if low >= 0 and high < num_classes and not 0 <= ignore_index < num_classes:  # all rows count
+            return target.clone()
+    if on_cpu or os.environ.get("FUSED_ARCFACE_DEBUG") == "1":
         check_target_range(target, num_classes, ignore_index)
     valid = torch.where((target >= 0) & (target < num_classes), target, INVALID)
     return torch.where(target == ignore_index, IGNORED, valid)
@@ -77,13 +83,20 @@ def _run(name: str, *arguments: Any, class_count: Tensor | None = None, negative
 
 
 # The stages over the rows are the backend's own functions; those over the classes below know of a shard without any.
-for _name in ("target_cosine", "margin_loss", "unit_embedding_grad", "embedding_grad"):
+for _name in ("target_cosine", "finish_negatives", "margin_loss", "unit_embedding_grad", "embedding_grad"):
     torch.library.impl(f"fused_arcface::{_name}", "default", functools.partial(_run, _name))
 
 
 @torch.library.register_fake("fused_arcface::target_cosine")
 def _target_cosine_fake(embeddings: Tensor, weight: Tensor, target: Tensor, backend: str) -> Tensor:
     return embeddings.new_empty(embeddings.shape[0], dtype=compute_dtype(embeddings, weight))
+
+
+@torch.library.register_fake("fused_arcface::finish_negatives")
+def _finish_negatives_fake(
+    negative_sum: Tensor, shift: Tensor | None, center_sum: Tensor, backend: str
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(negative_sum, dtype=torch.float64), torch.empty_like(center_sum)
 
 
 @torch.library.register_fake("fused_arcface::margin_loss")

@@ -11,9 +11,9 @@ from ..base.dtypes import compute_dtype
 from ..base.normalize import norms_of
 from ..base.options import HeadOptions
 from ..base.statistics import MarginSoftmaxStats
-from ..margins.angular import for_rows, modulates, modulation
-from .margin_step import in_step
+from ..margins.protocol import RowMargin, for_rows, modulates, modulation
 from .autograd import cosines_of_targets, negatives_and_target
+from .margin_step import in_step
 from .shard import ONE_DEVICE, Shard
 from .smoothing import smoothing, two_uses
 from .tail import loss_of_rows
@@ -35,7 +35,7 @@ def loss_on_one_device(
     backend = backends.select(backend, embeddings.device, compute_dtype(embeddings, weight), options.needs())
     embeddings = as_autocast(embeddings)
     num_classes = weight.shape[0] // options.sub_centers
-    target_class = torch.ops.fused_arcface.local_target(target, num_classes, ignore_index)
+    target_class = torch.ops.fused_arcface.local_target.default(target, num_classes, ignore_index)
     ignored = target_class == IGNORED
     loss, stats = loss_over_classes(embeddings, weight, target_class, ignored, options, reduction, backend)
     return (loss, stats) if return_stats else loss
@@ -70,11 +70,13 @@ def loss_over_classes(
     dtype = compute_dtype(embeddings, weight)
     # A margin with a state changes it once in a step, before the loss is computed.
     margin = in_step(options.margin, embeddings, alone=shard.batch is not None)
-    own = for_rows(
-        margin,
-        lambda: shard.joint(norms_of(embeddings.to(dtype)), lambda rows: norms_of(rows.to(dtype))).squeeze(1),
-        ~ignored,
-    )
+    own = RowMargin(margin)
+    if hasattr(margin, "for_rows"):
+        own = for_rows(
+            margin,
+            lambda: shard.joint(norms_of(embeddings.to(dtype)), lambda rows: norms_of(rows.to(dtype))).squeeze(1),
+            ~ignored,
+        )
     target_row, change = target_class, None
     if modulates(margin) or sub_centers > 1:
         cosine, target_row = cosines_of_targets(embeddings, weight, target_class, backend, shard, sub_centers)

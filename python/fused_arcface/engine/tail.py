@@ -20,13 +20,18 @@ from .smoothing import Smoothing
 
 
 class _FusedMarginLoss(torch.autograd.Function):
-    """Compute row losses, differentiable, and full log-sum-exps by one launch of a backend's margin_loss."""
+    """Compute the reduced loss, differentiable, and the rows' losses and full log-sum-exps by a backend's margin_loss.
+
+    One node in the graph stands for all of it.
+    """
 
     @staticmethod
     def forward(
         ctx: Any,
         negative_lse: Tensor,
         target_cosine: Tensor,
+        ignored: Tensor,
+        reduction: str,
         scale: float,
         m1: float,
         m2: float,
@@ -34,24 +39,36 @@ class _FusedMarginLoss(torch.autograd.Function):
         boundary: str,
         gradient: str,
         backend: str,
-    ) -> tuple[Tensor, Tensor]:
-        loss, lse, d_lse, d_cosine = torch.ops.fused_arcface.margin_loss(
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        loss, lse, d_lse, d_cosine = torch.ops.fused_arcface.margin_loss.default(
             negative_lse, target_cosine, scale, m1, m2, m3, boundary, gradient, backend
         )
-        ctx.save_for_backward(d_lse, d_cosine)
-        ctx.mark_non_differentiable(lse)
-        return loss, lse
+        loss = loss.masked_fill_(ignored, 0)
+        count = (~ignored).sum() if reduction == "mean" else None
+        ctx.save_for_backward(d_lse, d_cosine, ignored, count)
+        reduced = loss.clone() if reduction == "none" else loss.sum() if count is None else loss.sum() / count
+        ctx.mark_non_differentiable(loss, lse)
+        ctx.set_materialize_grads(False)
+        return reduced, loss, lse
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, saved: tuple[Tensor, ...], d_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        d_lse, d_cosine = saved
-        return d_loss * d_lse, d_loss * d_cosine, None, None, None, None, None, None, None
+    def backward(
+        ctx: Any, saved: tuple[Any, ...], d_reduced: Tensor | None, _loss: None, _lse: None
+    ) -> tuple[Tensor | None, ...]:
+        if d_reduced is None:
+            return (None,) * 11
+        d_lse, d_cosine, ignored, count = saved
+        d_loss = d_reduced if count is None else d_reduced / count
+        d_loss = d_loss.expand_as(d_lse).masked_fill(ignored, 0)
+        return d_loss * d_lse, d_loss * d_cosine, *(None for _ in range(9))
 
 
 def reduce_loss(loss: Tensor, ignored: Tensor, reduction: str) -> Tensor:
-    """Reduce row losses ``(N,)`` as ``cross_entropy`` does: without the ignored rows, in the sum and in the mean."""
-    loss = loss.masked_fill(ignored, 0)
+    """Reduce row losses ``(N,)``, 0 where ignored, as ``cross_entropy`` does.
+
+    Ignored rows are neither in the sum nor in the number that the mean divides by.
+    """
     if reduction == "none":
         return loss
     total = loss.sum()
@@ -84,10 +101,13 @@ def loss_of_rows(
         penalty: (N,) added to the rows' losses.
         smoothed: label smoothing.
     """
-    fuses = backends.has(backend, "fused_margin") and negative_lse.dtype == torch.float32 and smoothed is None
+    feature = "fused_margin_fp64" if negative_lse.dtype == torch.float64 else "fused_margin"
+    fuses = backends.has(backend, feature) and smoothed is None and penalty is None
     numbers = parameters(margin) if fuses else None
     if numbers is not None:
-        loss, lse = _FusedMarginLoss.apply(negative_lse, target_cosine, float(scale), *numbers, backend)
+        reduced, loss, lse = _FusedMarginLoss.apply(
+            negative_lse, target_cosine, ignored, reduction, float(scale), *numbers, backend
+        )
     else:
         modified = margin(target_cosine.clone())  # a copy: a user's margin may work in place
         check_margin_output(modified, target_cosine)
@@ -98,13 +118,11 @@ def loss_of_rows(
         lse = torch.logaddexp(negative_lse.detach(), target_logit.detach())
         if smoothed is not None:
             loss = smoothed.loss(loss, target_cosine, target_logit, scale)
-    if penalty is not None:
-        loss = loss + penalty
-    with torch.no_grad():
-        stats = MarginSoftmaxStats(
-            loss=loss.masked_fill(ignored, 0),
-            lse=lse,
-            target_cosine=target_cosine.detach(),
-            correct=(target_cosine > negative_max) & ~ignored,
-        )
-    return reduce_loss(loss, ignored, reduction), stats
+        if penalty is not None:
+            loss = loss + penalty
+        loss = loss.masked_fill(ignored, 0)
+        reduced = reduce_loss(loss, ignored, reduction)
+    cosine = target_cosine.detach()
+    # For booleans a > b is a and not b.
+    stats = MarginSoftmaxStats(loss.detach(), lse, cosine, correct=(cosine > negative_max) > ignored)
+    return reduced, stats

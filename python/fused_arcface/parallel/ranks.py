@@ -235,6 +235,10 @@ class Ranks:
             dist.all_reduce(tensor, group=self.group)
         return tensor
 
+    def sum_rows(self, *rows: Tensor) -> tuple[Tensor, ...]:
+        """Sums over the ranks of several (N,) tensors of one dtype, in one collective."""
+        return self.sum(torch.stack(rows)).unbind() if self.world_size > 1 else rows
+
     def max(self, tensor: Tensor) -> Tensor:
         """Take the elementwise maximum over the ranks, in place. Some backends skip NaN."""
         if self.world_size > 1:

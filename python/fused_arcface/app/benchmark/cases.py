@@ -48,6 +48,25 @@ PASSES = {"fwd": False, "fwd+bwd": True}
 
 HEADLINE = Case(256, 100_000)
 
+_BF16 = ("bfloat16", "bfloat16")
+_BF16_BESIDE_FP32 = ("bfloat16", "float32")  # as autocast hands them over
+
+SMALL = tuple(
+    Case(*shape)
+    for shape in (
+        (16, 2, 64),
+        (64, 7, 64),
+        (32, 100, 128),
+        (128, 500, 64),
+        (16, 5000, 512),
+        (64, 1000, 256),
+        (128, 1000, 512),
+        (256, 1000, 128),
+        (256, 5000, 512),
+    )
+)
+"""Where what is done once a call counts, not what is done for each logit."""
+
 # Two processors' minutes are short: shapes at which the slowest provider takes about a second.
 _CPU_QUICK = (Case(64, 10_000), Case(64, 30_000))
 _CPU: dict[str, tuple[Case, ...]] = {
@@ -58,7 +77,9 @@ _CPU: dict[str, tuple[Case, ...]] = {
         Case(64, 30_000, 512, "float32", "bfloat16"),
         *(Case(N, 30_000) for N in (16, 256)),
         HEADLINE,
+        *(Case(HEADLINE.N, HEADLINE.C, HEADLINE.D, *dtypes) for dtypes in (_BF16, _BF16_BESIDE_FP32)),
     ),
+    "small": SMALL,
     "scaling": (
         *(Case(64, C) for C in (10_000, 30_000, 100_000, 300_000, 1_000_000, 3_000_000, 10_000_000)),
         *(Case(N, 30_000) for N in (16, 256, 1024)),
@@ -74,6 +95,7 @@ _CUDA: dict[str, tuple[Case, ...]] = {
         *_CUDA_QUICK,
         *(Case(N, 1_000_000, 512, *dtypes) for dtypes in _GPU_DTYPES for N in (1024, 4096)),
     ),
+    "small": SMALL,
     "scaling": (
         *(
             Case(1024, C, 512, *dtypes)
@@ -84,7 +106,7 @@ _CUDA: dict[str, tuple[Case, ...]] = {
     ),
 }
 
-NAMES = ("quick", "full", "scaling")
+NAMES = ("quick", "full", "small", "scaling")
 
 
 def cases_named(name: str, device_type: str) -> tuple[Case, ...]:

@@ -26,6 +26,20 @@ def eager(embeddings: Tensor, weight: Tensor, target: Tensor) -> Tensor:
     return loss
 
 
+def plain(embeddings: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+    """The head as its users write it: normalize, linear, acos, cos, scatter, cross_entropy. In bf16 the cosines are."""
+    cosine = F.linear(F.normalize(embeddings), F.normalize(weight))
+    of_target = cosine.gather(1, target[:, None]).float().clamp(-1 + 1e-7, 1 - 1e-7)
+    modified = (of_target.acos() + MARGIN.margin).cos()
+    logits = SCALE * cosine.scatter(1, target[:, None], modified.to(cosine.dtype))
+    return F.cross_entropy(logits.float(), target)
+
+
+def plain_under_autocast(embeddings: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+    with torch.autocast(embeddings.device.type, torch.bfloat16):
+        return plain(embeddings, weight, target)
+
+
 @functools.cache
 def compiled() -> Loss:
     """Return the reference through torch.compile.

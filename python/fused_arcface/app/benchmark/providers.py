@@ -42,6 +42,8 @@ class Provider:
     tf32: bool = False
     own_weight: bool = False
     """If true, a run holds the class centers in another layout in place of the inputs'."""
+    tolerance: float | None = None
+    """Relative error at which its result counts as right; None: by the dtypes. bf16 cosines cost 0.1 of a logit."""
 
     @property
     def is_ours(self) -> bool:
@@ -155,6 +157,8 @@ def _needs(
     return reason
 
 
+_OF_BF16_COSINES = 0.5  # times a logit's error at s = 64; a wrong formula is off by more in fp32, where it is tested
+
 # With more logits the plain backend would take a tenth of the whole run, and eager computes the same.
 _PLAIN_LOGITS = 4_000_000
 
@@ -175,6 +179,8 @@ def _ours(name: str, backend: str, environment: dict[str, str] | None = None, tf
             return str(error)
         if backend == "torch" and case.N * case.C > _PLAIN_LOGITS:
             return "does what eager does, slower; measured at small shapes"
+        if (environment or {}).get("FUSED_ARCFACE_ISA") == "avx512" and case.dtype != "bfloat16":
+            return "has the same kernels as avx512_bf16" if backends.load("cpu").isa() == "avx512_bf16" else None
         return "tf32 is a way to compute fp32" if tf32 and case.dtype != "float32" else None
 
     return Provider(name, backend, "margin", _differentiated(loss), reason, (2, 8), environment or {}, tf32)
@@ -226,6 +232,15 @@ def all_providers() -> tuple[Provider, ...]:
     return (
         *_all_ours(),
         Provider("eager", "torch", "margin", _differentiated(peers.eager), _needs()),
+        Provider("plain", "torch", "margin", _differentiated(peers.plain), same, tolerance=_OF_BF16_COSINES),
+        Provider(
+            "plain-autocast",
+            "torch",
+            "margin",
+            _differentiated(peers.plain_under_autocast),
+            _needs(weight_dtype="bfloat16"),
+            tolerance=_OF_BF16_COSINES,
+        ),
         Provider("compiled", "torch", "margin", _differentiated(lazily_compiled), _needs()),
         Provider("insightface", "torch", straight, _differentiated(peers.insightface), fp32),
         Provider("insightface-tf32", "torch", straight, _differentiated(peers.insightface), fp32_cuda, tf32=True),

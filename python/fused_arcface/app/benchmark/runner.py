@@ -24,6 +24,8 @@ Progress = Callable[[str, str], None]
 
 def tolerance(provider: Provider, case: Case) -> float:
     """Return the largest relative error at which a provider's result counts as right."""
+    if provider.tolerance is not None and case.dtype == "bfloat16":
+        return provider.tolerance
     if provider.tf32:
         return TOLERANCE["tf32"]
     dtypes = {case.dtype, case.weight_dtype} | ({"float16"} if provider.name.endswith("fp16") else set())

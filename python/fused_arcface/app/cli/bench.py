@@ -25,8 +25,8 @@ def bench(
     cases: Annotated[
         str,
         typer.Option(
-            help="Set of shapes: quick, full or scaling. On two cores quick takes about one minute, full six minutes, "
-            "scaling an hour."
+            help="Set of shapes: quick, full, small or scaling. On two cores quick takes about one minute, full six "
+            "minutes, scaling an hour."
         ),
     ] = "quick",
     providers: Annotated[

@@ -84,8 +84,9 @@ def fma_flops_per_second(seconds: float = 0.5) -> float | None:
         return None
     multiply_adds = backends.load("cpu").multiply_adds
     rounds = 2_000_000
+    done = multiply_adds(rounds)
     fastest = time_interleaved({"fma": lambda: multiply_adds(rounds)}, torch.device("cpu"), seconds)["fma"].least
-    return float(multiply_adds(rounds) / (fastest * 1e-3))
+    return float(done / (fastest * 1e-3))
 
 
 def copy_bytes_per_second(device: torch.device, seconds: float) -> float:

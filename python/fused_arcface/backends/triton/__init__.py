@@ -10,6 +10,7 @@ import importlib
 from importlib.metadata import PackageNotFoundError, version
 
 from .. import nvidia
+from ..torch import finish_negatives
 
 _LEAST_TRITON = (3, 4)
 """Oldest Triton that the kernels are compiled with in the tests' reach."""
@@ -54,6 +55,7 @@ __all__ = [
     "class_max",
     "class_stats",
     "embedding_grad",
+    "finish_negatives",
     "margin_loss",
     "target_cosine",
     "unavailable",

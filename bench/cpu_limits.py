@@ -1,0 +1,235 @@
+"""How near the CPU kernels are to what the processor can do, and to what their users would write instead.
+
+    python bench/cpu_limits.py                        # everything, some two minutes on two quiet cores
+    python bench/cpu_limits.py small                  # only that part: fp32, bf16 or small
+    python bench/cpu_limits.py --before FOLDER        # beside the fp32 step of an earlier build (pip install --target)
+
+Everything runs in turn in one process (an earlier build in a process of its own, which waits while the others run), and
+of each the least of many runs counts, so that a busy minute falls on all alike. Ratios carry over to other machines,
+milliseconds do not. Each line ends with the limit that it is held against; the exit status is 1 if one is missed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+
+import torch
+
+import fused_arcface as fa
+from fused_arcface import backends
+from fused_arcface.app.benchmark import peers
+from fused_arcface.app.benchmark.cases import HEADLINE, SMALL, Case, Inputs, make_inputs
+from fused_arcface.app.benchmark.providers import HeadRun
+from fused_arcface.app.measure import machine
+
+Run = Callable[[], object]
+MISSED: list[str] = []
+
+
+def least(runs: dict[str, Run], rounds: int, repeats: int = 1) -> dict[str, float]:
+    """Milliseconds of each run, the least of ``rounds`` times ``repeats``, taken in turn after one run of each."""
+    best = dict.fromkeys(runs, float("inf"))
+    for run in runs.values():
+        run()
+    for _ in range(rounds):
+        for name, run in runs.items():
+            for _ in range(repeats):
+                start = time.perf_counter()
+                run()
+                best[name] = min(best[name], (time.perf_counter() - start) * 1e3)
+    return best
+
+
+def step(loss: peers.Loss, inputs: Inputs) -> Run:
+    """A forward and a backward pass."""
+    head = HeadRun(loss, *inputs)
+    return lambda: head(True)
+
+
+def ours(inputs: Inputs, isa: str = "") -> Run:
+    run = step(lambda x, w, y: fa.margin_softmax_loss(x, w, y, backend="cpu"), inputs)  # type: ignore[arg-type, return-value]
+
+    def with_isa() -> object:
+        with _environment(isa):
+            return run()
+
+    return with_isa if isa else run
+
+
+@contextlib.contextmanager
+def _environment(isa: str) -> Iterator[None]:
+    os.environ["FUSED_ARCFACE_ISA"] = isa
+    try:
+        yield
+    finally:
+        del os.environ["FUSED_ARCFACE_ISA"]
+
+
+def products(inputs: Inputs) -> Run:
+    x, w, _ = inputs
+
+    def run() -> None:
+        scores = x @ w.T
+        scores @ w
+        scores.T @ x
+
+    return run
+
+
+def judge(name: str, value: float, limit: float, at_least: bool = False) -> None:
+    met = value >= limit if at_least else value <= limit
+    print(
+        f"  {name:<66}{value:6.2f}   {'>=' if at_least else '<='} {limit:.2f}   {'' if met else 'MISSED'}", flush=True
+    )
+    if not met:
+        MISSED.append(name)
+
+
+# A program by itself: the earlier package may lack what this script imports.
+WORKER = """
+import sys
+sys.meta_path[:] = [each for each in sys.meta_path if "ScikitBuild" not in type(each).__name__]  # an editable install
+sys.path.insert(0, sys.argv[1])
+import torch
+import fused_arcface as fa
+from fused_arcface.app.benchmark.cases import HEADLINE, make_inputs
+torch.set_num_threads(int(sys.argv[2]))
+x, w, target = make_inputs(HEADLINE, "cpu")
+x.requires_grad_()
+w.requires_grad_()
+print(fa.__file__, flush=True)
+for _ in sys.stdin:
+    x.grad = w.grad = None
+    fa.margin_softmax_loss(x, w, target, backend="cpu").backward()
+    x.grad = w.grad = None
+    print("done", flush=True)
+"""
+
+
+class Earlier:
+    """The fp32 step of another build of this package, in a process that runs it when it is told."""
+
+    def __init__(self, path: str, isa: str = "") -> None:
+        command = [sys.executable, "-c", WORKER, path, str(torch.get_num_threads())]
+        environment = {**os.environ, **({"FUSED_ARCFACE_ISA": isa} if isa else {})}
+        self._process = subprocess.Popen(
+            command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        print(f"earlier build: {self._ask()} {isa}")
+
+    def _ask(self) -> str:
+        assert self._process.stdout is not None
+        return self._process.stdout.readline().strip()
+
+    def __call__(self) -> None:
+        assert self._process.stdin is not None
+        print("step", file=self._process.stdin, flush=True)
+        self._ask()
+
+    def close(self) -> None:
+        self._process.communicate("")
+
+
+def flops(case: Case) -> float:
+    return 8.0 * case.N * case.C * case.D
+
+
+def fp32(rounds: int, before: str | None) -> None:
+    inputs = make_inputs(HEADLINE, "cpu")
+    runs = {"ours": ours(inputs), "eager": step(peers.plain, inputs), "products": products(inputs)}
+    if "avx2" in _slower():
+        runs["avx2"] = ours(inputs, "avx2")
+    earlier = [Earlier(before), Earlier(before, "avx2")] if before and "avx2" in runs else []
+    runs.update(zip(("earlier", "earlier avx2"), earlier, strict=False))
+    ceiling = max(machine.fma_flops_per_second() or 0 for _ in range(3))
+    ms = least(runs, rounds)
+    ceiling = max(ceiling, *(machine.fma_flops_per_second() or 0 for _ in range(3)))
+    print(f"{HEADLINE}: multiply-adds in registers {ceiling / 1e9:.0f} GFLOP/s; ms", _rounded(ms))
+    judge("fp32: share of the multiply-adds in registers", flops(HEADLINE) / ms["ours"] * 1e3 / ceiling, 0.75, True)
+    judge("fp32: of torch's three bare products", ms["ours"] / ms["products"], 0.60)
+    judge("fp32: times as fast as the plain eager head", ms["eager"] / ms["ours"], 4.5, True)
+    if earlier:
+        judge("fp32, FUSED_ARCFACE_ISA=avx2: of the earlier build's time", ms["avx2"] / ms["earlier avx2"], 1.03)
+        judge("fp32: of the earlier build's time", ms["ours"] / ms["earlier"], 1.0)
+    for each in earlier:
+        each.close()
+
+
+def bf16(rounds: int, before: str | None) -> None:
+    case = Case(HEADLINE.N, HEADLINE.C, HEADLINE.D, "bfloat16", "bfloat16")
+    inputs, mixed = make_inputs(case, "cpu"), make_inputs(HEADLINE, "cpu")
+
+    def under_autocast(x: torch.Tensor, w: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return fa.margin_softmax_loss(x, w, y, backend="cpu")  # type: ignore[return-value]
+
+    runs = {
+        "ours": ours(inputs),
+        "ours, autocast": step(under_autocast, mixed),
+        "products": products(inputs),
+        "eager": step(peers.plain, inputs),
+        "eager, autocast": step(peers.plain_under_autocast, mixed),
+    }
+    earlier = Earlier(before) if before else None
+    if earlier is not None:
+        runs["earlier"] = earlier
+    ms = least(runs, rounds)
+    print(f"{case}: ms", _rounded(ms))
+    for name in ("ours", "ours, autocast"):
+        judge(f"{name} in bf16: of torch's three bare bf16 products", ms[name] / ms["products"], 1.5)
+        judge(f"{name} in bf16: times as fast as eager in bf16", ms["eager"] / ms[name], 4.5, True)
+        if earlier is not None:
+            judge(f"{name} in bf16: times as fast as the earlier fp32 step", ms["earlier"] / ms[name], 1.7, True)
+    if earlier is not None:
+        earlier.close()
+
+
+def small(rounds: int) -> None:
+    for case in SMALL:
+        inputs = make_inputs(case, "cpu")
+        runs = {"ours": ours(inputs), "eager": step(peers.plain, inputs)}
+        ms = least(runs, max(rounds, 5) * 8, repeats=5)
+        limit = 0.6 if (case.N, case.C, case.D) == (128, 1000, 512) and torch.get_num_threads() > 1 else 1.05
+        judge(f"{case}: {ms['ours']:.3f} ms of eager's {ms['eager']:.3f}", ms["ours"] / ms["eager"], limit)
+
+
+def _slower() -> list[str]:
+    from fused_arcface import _native
+
+    return [isa for isa in _native.isas() if isa != backends.load("cpu").isa()]
+
+
+def _rounded(ms: dict[str, float]) -> str:
+    return ", ".join(f"{name} {each:.0f}" for name, each in ms.items())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", choices=[[], "fp32", "bf16", "small"])
+    parser.add_argument(
+        "--before", help="a folder that an earlier build was installed into: pip install --target FOLDER"
+    )
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--threads", type=int)
+    options = parser.parse_args()
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    parts = options.parts or ["small", "fp32", "bf16"]
+    print(f"{machine.device_name(torch.device('cpu'))}; {backends.load('cpu').isa()}; load {os.getloadavg()[0]:.1f}")
+    if "small" in parts:
+        small(options.rounds)
+    if "fp32" in parts:
+        fp32(options.rounds, options.before)
+    if "bf16" in parts:
+        bf16(options.rounds, options.before)
+    sys.exit(1 if MISSED else 0)
+
+
+if __name__ == "__main__":
+    main()
