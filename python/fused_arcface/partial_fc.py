@@ -243,9 +243,9 @@ class PartialFC(JointCalls, RunState):
             agreement = self._step_agreement("forward()", ignore_index, loss_weight)
         embeddings, batch, backend = self._gather(embeddings, target, agreement, ignore_index, return_stats)
         target_class = torch.ops.fused_arcface.local_target(batch.labels, self.num_classes, ignore_index)
-        # A gradient has a size, and to read it from a GPU is to wait; CenterSGD needs none.
-        on_gpu = target_class.device.type != "cpu"
-        padded = self.center_optimizer is not None and on_gpu and backends.has(backend, "padding")
+        # A gradient has a size, for which the host waits; CenterSGD needs none.
+        waits = self.center_optimizer is not None and _is_waited_for(target_class.device)
+        padded = waits and backends.has(backend, "padding")
         classes, chosen_class = self._choose_classes(target_class, padded)
         weight: Tensor = self.weight
         update = None
@@ -368,3 +368,8 @@ class PartialFC(JointCalls, RunState):
             f"{self.options}, "
             f"sample_rate={self.sample_rate}, rank {self.ranks.rank} of {self.ranks.world_size}"
         )
+
+
+def _is_waited_for(device: torch.device) -> bool:
+    """Return true if the host waits for the work that is queued on the device before it can read a tensor there."""
+    return device.type != "cpu"

@@ -4,6 +4,7 @@ is one. Emulated, everything runs as users call it but for the device: backends/
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 import shutil
@@ -324,7 +325,8 @@ def test_sampled_step_waits_for_nothing(
 ) -> None:
     """PartialFC with its sample padded, as on a GPU: the reference's steps, and no value is read on the way."""
     monkeypatch.setattr(cuda, "unavailable", lambda: None)
-    monkeypatch.setitem(backends._DEVICE_TYPES, "cuda", device)
+    row = dataclasses.replace(backends.registry._ROWS["cuda"], device_type=device)
+    monkeypatch.setitem(backends.registry._ROWS, "cuda", row)
     monkeypatch.setattr(partial_fc, "_is_waited_for", lambda _: True)
     monkeypatch.setattr(ops, "check_target_range", lambda *_: None)  # the CPU's check alone
     monkeypatch.setattr(PendingUpdate, "start", lambda self, gradient: setattr(self, "_loss_gradient", gradient))

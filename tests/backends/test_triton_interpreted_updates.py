@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Iterator
 
@@ -29,7 +30,8 @@ FP64, FP32, BF16, INT8 = torch.float64, torch.float32, torch.bfloat16, torch.int
 def _triton_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The public names take ``backend="triton"`` here, and torch.empty gives NaN."""
     monkeypatch.setattr(triton, "unavailable", lambda: None)
-    monkeypatch.setitem(backends._DEVICE_TYPES, "triton", "cpu")
+    row = dataclasses.replace(backends.registry._ROWS["triton"], device_type="cpu")
+    monkeypatch.setitem(backends.registry._ROWS, "triton", row)
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)

@@ -15,23 +15,23 @@ from collections.abc import Iterable
 
 
 def encode(text: str) -> bytes:
-    """Return the bytes of text with names in it, each name as the system has it.
+    r"""Return the bytes of text with names in it, each name as the system has it.
 
-    >>> encode("caf\\udce9")
-    b'caf\\xe9'
+    >>> encode("caf\udce9")
+    b'caf\xe9'
     """
     return os.fsencode(text)
 
 
 def decode(data: bytes) -> str:
-    """Return the text of a file's bytes, the opposite of :func:`encode`.
+    r"""Return the text of a file's bytes, the opposite of :func:`encode`.
 
     A byte order mark is left out. UTF-16 is known by its own.
 
     Raises:
         UnicodeDecodeError: UTF-16 that is damaged.
 
-    >>> decode(b"\\xef\\xbb\\xbfone"), decode("one".encode("utf-16"))
+    >>> decode(b"\xef\xbb\xbfone"), decode("one".encode("utf-16"))
     ('one', 'one')
     """
     if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
@@ -40,12 +40,12 @@ def decode(data: bytes) -> str:
 
 
 def lines(data: bytes) -> list[str]:
-    """Return the lines of a text file, without their ends.
+    r"""Return the lines of a text file, without their ends.
 
     Lines end with a line feed, after a carriage return or not, or with a carriage return in a file without line feeds.
 
-    >>> lines("a\\x85b\\u2028c\\r\\nd\\n".encode())
-    ['a\\x85b\\u2028c', 'd']
+    >>> lines("a\x85b\u2028c\r\nd\n".encode())
+    ['a\x85b\u2028c', 'd']
     """
     text = decode(data)
     end = "\n" if "\n" in text else "\r"
@@ -54,13 +54,13 @@ def lines(data: bytes) -> list[str]:
 
 
 def encode_names(names: Iterable[str]) -> bytes:
-    """Return a list of names as text, a line each.
+    r"""Return a list of names as text, a line each.
 
     A name that a reader might cut into lines, or that begins with a quotation mark, is written as a JSON string. So the
     file is the same in every locale.
 
     >>> encode_names(["ann", "a;b"])
-    b'ann\\na;b\\n'
+    b'ann\na;b\n'
     """
     return b"".join(_encode_name(name) + b"\n" for name in names)
 
