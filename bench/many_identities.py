@@ -4,7 +4,7 @@
     python bench/many_identities.py --classes 8000000 --kinds bfloat16/int8 --steps 1
     python bench/many_identities.py --output bench/results/cpu        also adds its rows to identities.csv and .json
 
-A line for each kind of centers and momentum, each in a process of its own: seconds of construction and of the last
+A line for each kind of centers and momentum, each in a separate process: seconds of construction and of the last
 step, and the process's peak over what it had before the head was built. Linux only.
 """
 
@@ -98,7 +98,7 @@ def run(kind: str, C: int, D: int, N: int, steps: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Measure each kind in a process of its own."""
+    """Measure each kind in a separate process."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--classes", type=int, default=1_000_000, help="number of class centers C; default %(default)s")
     parser.add_argument("--dim", type=int, default=512)

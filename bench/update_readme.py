@@ -11,7 +11,7 @@ A block reads ``<!-- bench: NAME FOLDER -->`` … ``<!-- /bench -->``, FOLDER on
     capacity    most identities within a memory budget
     pictures    the run's pictures
     ranks       the cost model beside multi-process runs
-    model       the cost model of many devices (FOLDER: of a run whose rate to use, or "H200" for the modeled rate)
+    model       the cost model of many devices (FOLDER: a run that gives the rate, or "H200" for the modeled rate)
 """
 
 from __future__ import annotations

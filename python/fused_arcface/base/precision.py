@@ -1,4 +1,4 @@
-"""Whether fp32 matrix products may round their operands to tf32: torch's setting, read and set.
+"""Read and set whether fp32 matrix products may round their operands to tf32.
 
 torch has two interfaces for it. The older, ``torch.get_float32_matmul_precision``, raises once the newer,
 ``fp32_precision``, was written; so the newer is used wherever torch has it.

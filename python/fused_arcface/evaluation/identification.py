@@ -28,7 +28,7 @@ class Identification:
     """The figures of one identification."""
 
     cmc: Floats
-    """(ranks,): share of the mated probes whose identity is among the first 1, 2, … of the gallery; the closed set."""
+    """Closed set, (ranks,): share of the mated probes with their identity among the first 1, 2, … of the gallery."""
     tpir: dict[float, float]
     """Open set, true positive identification rate (rank 1, above the threshold) by false positive identification rate;
     empty without non-mated probes."""

@@ -40,7 +40,7 @@ def balanced_pairs(labels: Tensor, most: int = 20_000, seed: int = 0) -> Pairs:
     >>> balanced_pairs(torch.tensor([0, 0, 1])).same.sort().values
     tensor([False,  True])
     """
-    # Sorted by label, image i pairs with those after it: first the ones of its own identity, which end at group_end[i],
+    # Sorted by label, image i pairs with those after it: first those of the same identity, which end at group_end[i],
     # then all of others. So both kinds of pairs can be numbered, and a choice of numbers is a choice of pairs.
     order = np.argsort(labels.cpu().numpy(), kind="stable")
     ordered = labels.cpu().numpy()[order]

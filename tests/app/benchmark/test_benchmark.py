@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import csv
+import importlib
 import itertools
 import json
 import math
+import re
 import runpy
 import time
 from dataclasses import replace
@@ -172,7 +174,8 @@ def test_a_run_that_fails_later_leaves_the_others() -> None:
     calls = itertools.count()
 
     def fails_at_last() -> None:
-        if next(calls) >= 2:
+        time.sleep(0.006)
+        if next(calls) >= 6:  # five passes warm it up
             raise RuntimeError("no memory is left")
 
     told: list[str] = []
@@ -260,6 +263,19 @@ def test_memory_of_a_pass_is_seen_from_outside(child: Child) -> None:
     fused = memory.peaks_of(provider_named("fused_arcface"), case, CPU, child)["fwd+bwd"]
     assert 3 * logits < eager < 8 * logits
     assert fused < logits / 4
+
+
+def test_what_children_are_asked_to_call_exists() -> None:
+    app = Path(runner.machine.__file__).parents[1]
+    named = {
+        found
+        for path in app.rglob("*.py")
+        if path.name != "child.py"
+        for found in re.findall(r'"([a-z_.]+):([a-z_]+_in_this_process|[a-z_]+_of_this_process)"', path.read_text())
+    }
+    assert len(named) == 5
+    for module, function in named:
+        assert callable(getattr(importlib.import_module(f"fused_arcface.app.{module}"), function))
 
 
 @pytest.mark.slow

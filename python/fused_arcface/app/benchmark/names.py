@@ -1,4 +1,4 @@
-"""How the benchmark's rows name who was measured: a provider and its backend."""
+"""The names in the benchmark's rows: a provider and its backend."""
 
 from __future__ import annotations
 

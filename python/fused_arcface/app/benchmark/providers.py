@@ -51,7 +51,7 @@ class Provider:
 
     @property
     def is_fused(self) -> bool:
-        """Whether it is ours and does not store the logits."""
+        """True if it is ours and does not store the logits."""
         return is_fused(self.name, self.backend)
 
     def __str__(self) -> str:

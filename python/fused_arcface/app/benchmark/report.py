@@ -77,7 +77,7 @@ class Measurement:
 
     @property
     def is_fused(self) -> bool:
-        """Whether it is ours and does not store the logits."""
+        """True if it is ours and does not store the logits."""
         return is_fused(self.provider, self.backend)
 
     @property

@@ -73,7 +73,7 @@ def skip_tables(skips: list[Skip]) -> list[Table]:
 
 def capacity_table(rows: list[dict[str, Any]], budget_bytes: int) -> Table:
     """Make a table of the most identities that fit, most first."""
-    title = f"Most identities whose training step fits into {budget_bytes / 2**30:.3g} GiB"
+    title = f"Most identities with a training step that fits into {budget_bytes / 2**30:.3g} GiB"
     table = _table(title)
     for column in ("recipe", "centers", "momentum"):
         table.add_column(column)

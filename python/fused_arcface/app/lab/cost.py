@@ -1,4 +1,4 @@
-"""Time and memory: of the head, fused and reference, and of whole training steps, in a process of their own."""
+"""Measure time and memory of the head, fused and reference, and memory of whole training steps."""
 
 from __future__ import annotations
 

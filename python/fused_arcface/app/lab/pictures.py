@@ -1,4 +1,4 @@
-"""What the pictures of both experiments share: their style, and how they are written."""
+"""The style of both experiments' pictures, and the function that writes them."""
 
 from __future__ import annotations
 

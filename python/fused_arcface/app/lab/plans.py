@@ -1,4 +1,4 @@
-"""What the experiments train on and for how long: every number that was chosen, with its reason."""
+"""The plans of the experiments: images, recipes and seeds, every chosen number with its reason."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ class Task:
     recipe: Recipe
     embedding_dim: int = 64
     remark: str = ""
-    """What a reader of the results must know."""
+    """A note that is printed below the results."""
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from .criteria import Criterion
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a net is trained: AdamW with a learning rate that rises and falls once."""
+    """The settings of a training: AdamW with a learning rate that rises and falls once."""
 
     steps: int
     batch_size: int
@@ -33,7 +33,7 @@ class Recipe:
 
 
 class StepRecord(NamedTuple):
-    """What is known after one training step."""
+    """The record of one training step."""
 
     loss: float
     head_seconds: float

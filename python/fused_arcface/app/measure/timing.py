@@ -12,8 +12,10 @@ import torch
 # Short passes are repeated until a sample takes this long: a clock and a scheduler are no finer.
 _SAMPLE_SECONDS = 5e-3
 _LEAST_SAMPLES, _MOST_SAMPLES = 3, 50
-# A short run is warmed up until one of these is reached; a pass that takes longer is run once.
-_WARM_SECONDS, _MOST_WARM_PASSES = 0.05, 5
+# A run is warmed up by two passes, a short one by more, until one of these is reached.
+_WARM_SECONDS, _MOST_WARM_PASSES = 0.1, 5
+# Milliseconds of a pass that needs no second one to warm it up.
+_LONG_PASS = 500.0
 # Bytes that are overwritten before each pass on a GPU: more than any last-level cache, so that none starts with its
 # inputs there.
 _FLUSH_BYTES = 256 * 2**20
@@ -85,13 +87,13 @@ def time_interleaved(
     for name in runs:
         # The first pass loads and compiles, and tells nothing of the time of the next.
         end = time.perf_counter() + _WARM_SECONDS
-        for _ in range(_MOST_WARM_PASSES):
+        for passes in range(1, _MOST_WARM_PASSES + 1):
             once = take(name)
-            if once is None:
+            if once is None or once > _LONG_PASS:
                 break
             if device.type != "cuda":  # a GPU's events are fine enough for one pass
                 repeats[name] = max(1, int(_SAMPLE_SECONDS * 1e3 / max(once, 1e-6)))
-            if time.perf_counter() > end:
+            if passes > 1 and time.perf_counter() > end:
                 break
     for round_ in range(_MOST_SAMPLES):
         share = 2 * seconds if round_ < _LEAST_SAMPLES else seconds / len(runs)
