@@ -4,7 +4,7 @@
 #   make PYTHON=python3.12 test      another interpreter, for a new .venv
 #   make TORCH="torch==2.9.1" test   another torch, for a new .venv
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast test-all test-oldest test-newest lint format bench bench-check bench-record clean distclean
+.PHONY: docs help demo test test-fast test-all test-oldest test-newest lint format bench bench-check bench-record clean distclean
 
 PYTHON ?= python3
 ARGS ?=
@@ -62,6 +62,10 @@ bench-record: .venv/.installed  ## Measure this machine anew and put the figures
 	$(run) fused_arcface bench --ranks 1,2,4 --output bench/results/cpu
 	.venv/bin/python bench/check.py --update
 	.venv/bin/python bench/update_readme.py
+
+docs: .venv/.installed  ## Build the documentation as a site: docs/_build/html/index.html
+	@$(run) pip install --quiet --disable-pip-version-check "fused-arcface[docs]"
+	$(run) sphinx -q -W --keep-going -b html docs docs/_build/html
 
 lint: .venv/.linters  ## Check style and types
 	$(run) ruff check

@@ -41,7 +41,9 @@ def draw(path: Path) -> None:
         (slope,) = torch.autograd.grad(modified.sum(), cosines)
         for axis, values in zip(axes, (modified.detach(), slope), strict=True):
             axis.plot(angles.rad2deg().numpy(), values.numpy(), label=name)
-    axes[0].set(xlabel="angle θ to the class center, degrees", ylabel="modified cosine f(θ)", title="target's logit ÷ s")
+    axes[0].set(
+        xlabel="angle θ to the class center, degrees", ylabel="modified cosine f(θ)", title="target's logit ÷ s"
+    )
     axes[1].set(xlabel="angle θ to the class center, degrees", ylabel="df / d cos θ", title="derivative", ylim=(-1, 6))
     for axis in axes:
         axis.grid(alpha=0.3)

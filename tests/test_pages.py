@@ -1,4 +1,4 @@
-"""README and docs: their Python blocks run, their commands exist, their links lead somewhere, their tables are current."""
+"""README and docs: Python blocks run, commands exist, links lead somewhere, tables are current."""
 
 from __future__ import annotations
 
@@ -90,7 +90,9 @@ def test_python_blocks_run(
 
 
 def test_only_lines_for_gpus_are_left_out() -> None:
-    left_out = [block for name in NAMES for block in re.findall(r"^```python .*?\n(.*?)^```", text_of(name), re.S | re.M)]
+    left_out = [
+        block for name in NAMES for block in re.findall(r"^```python .*?\n(.*?)^```", text_of(name), re.S | re.M)
+    ]
     assert len(left_out) == 1 and all('"cuda"' in block for block in left_out)
 
 
