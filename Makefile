@@ -3,11 +3,13 @@
 #   make test ARGS="-k margins"      more arguments for the command behind a target
 #   make PYTHON=python3.12 test      another interpreter, for a new .venv
 #   make TORCH="torch==2.9.1" test   another torch, for a new .venv
+#   make LIMIT=1800 test             more seconds than make test may take, on a slow or busy machine
 .DEFAULT_GOAL := help
 .PHONY: docs help demo test test-fast test-all test-oldest test-newest lint format bench bench-check bench-record clean distclean
 
 PYTHON ?= python3
 ARGS ?=
+LIMIT ?= 540
 # Without a GPU a CPU build of torch is enough, and the newest torch may come with gigabytes of CUDA libraries. It brings no
 # Triton, whose interpreter and compiler the tests use: the one that belongs to this torch.
 TORCH ?= $(if $(shell nvidia-smi -L 2>/dev/null | grep '^GPU'),torch,torch==2.13.0 triton==3.7.1)
@@ -23,7 +25,7 @@ demo: .venv/.installed  ## Train on images with the fused and the reference head
 
 # Two processes, then the tests of time and memory alone. On two quiet cores it takes some five minutes.
 test: .venv/.installed  ## Run the tests, without the full grids: at most 9 minutes
-	.venv/bin/python tests/run.py --limit 540 -m "not full" $(ARGS)
+	.venv/bin/python tests/run.py --limit $(LIMIT) -m "not full" $(ARGS)
 
 test-fast: .venv/.installed  ## Run the quick tests: a minute, for the daily loop
 	$(run) pytest -q -n 2 --dist worksteal --durations=5 $(ARGS) tests \

@@ -243,6 +243,7 @@ def test_pickled_heads_go_on_alike():
     assert torch.equal(head.weight, twin.weight) and torch.equal(head.sampled, twin.sampled)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sample_rate", [1.0, 0.5])
 @pytest.mark.parametrize("optimizer", [None, fa.CenterSGD(1)])
 def test_a_compiled_step_trains_alike(optimizer, sample_rate):

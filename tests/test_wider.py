@@ -258,6 +258,7 @@ def test_fused_optimizer_is_sgd(variant: Variant) -> None:
     torch.testing.assert_close(heads[0].weight, heads[1].weight, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("error:Dynamo")
 @every_variant
 def test_compiles(variant: Variant) -> None:

@@ -17,6 +17,7 @@ from support.image_files import encoded, picture, write_folder
 from fused_arcface.app.cli import run
 
 
+@pytest.mark.slow
 def test_train_then_verify_then_identify(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Gray, color and transparent images of several sizes; the people that are evaluated are none of the trained."""
     write_folder(tmp_path / "train", 24, 10)

@@ -162,6 +162,7 @@ OPTIONS = {
 }
 
 
+@pytest.mark.slow
 @compiles
 @pytest.mark.parametrize("name", OPTIONS)
 def test_compile_function(name: str) -> None:
@@ -186,6 +187,7 @@ def test_compile_head_after_a_backbone() -> None:
     assert_compiles(lambda: compiled(x), lambda: head(backbone(x), target), x, head.weight)
 
 
+@pytest.mark.slow
 @compiles
 def test_compile_with_statistics() -> None:
     x, w, target, _ = make_inputs(Case())
@@ -197,6 +199,7 @@ def test_compile_with_statistics() -> None:
         torch.testing.assert_close(getattr(stats, name), getattr(right[1], name))
 
 
+@pytest.mark.slow
 @compiles
 def test_compile_once_for_other_sizes_and_scales() -> None:
     """Batches and scales that change are traced as symbols at their second value: no break in the graph there."""
@@ -208,6 +211,7 @@ def test_compile_once_for_other_sizes_and_scales() -> None:
         )
 
 
+@pytest.mark.slow
 @compiles
 def test_a_scale_that_changes_does_not_make_a_graph_each() -> None:
     """Two graphs for any number of scales, the first value's and one for all others; a third where sums need a shift.

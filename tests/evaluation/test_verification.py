@@ -42,6 +42,7 @@ def greatest_rate(same: np.ndarray, scores: np.ndarray, far: float) -> float:
     return max(rates)
 
 
+@pytest.mark.slow
 @given(scored_pairs, st.sampled_from([0, 0.01, 0.1, 0.25, 1 / 3, 0.5, 1]))
 def test_tar_at_far_is_the_greatest_rate_allowed(pairs: list[tuple[bool, int]], far: float) -> None:
     same, scores = np.array([p[0] for p in pairs]), np.array([p[1] for p in pairs], dtype=float)
@@ -157,6 +158,7 @@ def test_all_pairs_are_found_when_all_are_asked_for() -> None:
     assert expected < found and len(found) == 4
 
 
+@pytest.mark.slow
 def test_random_scores_against_a_computation_by_hand() -> None:
     rng = np.random.default_rng(0)
     same = rng.random(1000) < 0.4

@@ -47,6 +47,7 @@ def test_steps_and_seeds_differ():
     assert len({tuple(draw.tolist()) for draw in draws}) == 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_classes", [20, 1000])
 def test_negatives_are_drawn_evenly_and_independently(num_classes):
     """Chi-squared tests at a confidence of 1e-6: each class as often, and neighbors (ids 1 and √C apart) as often

@@ -117,6 +117,7 @@ def test_settings_are_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "FUSED_ARCFACE_ISA" not in providers_module.os.environ
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_ceiling")
 def test_wrong_failing_and_missing_providers_do_not_stop_the_rest() -> None:
     ours = provider_named("fused_arcface")
@@ -137,6 +138,7 @@ def test_wrong_failing_and_missing_providers_do_not_stop_the_rest() -> None:
     assert reasons["missing"] == "not installed"
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_ceiling")
 def test_what_cannot_fit_is_not_tried(child: Child, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "peaks_of", lambda provider, case, *_: dict.fromkeys(PASSES, 100 * case.C))
@@ -172,6 +174,7 @@ def test_a_run_that_fails_later_leaves_the_others() -> None:
         time_interleaved({"b": fails_at_last}, CPU, 0.05)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_ceiling")
 def test_an_interrupted_run_keeps_its_cases_and_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -227,6 +230,7 @@ def test_rows_have_the_fields_and_survive_a_round_trip(tmp_path: Path) -> None:
     assert [each.products for each in again.measurements] == [each.products for each in report.measurements]
 
 
+@pytest.mark.slow
 def test_pictures_are_drawn(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     paths = plots.write_plots(synthetic_report(), tmp_path)
@@ -249,6 +253,7 @@ def test_memory_of_a_pass_is_seen_from_outside(child: Child) -> None:
     assert fused < logits / 4
 
 
+@pytest.mark.slow
 def test_child_reports_errors_and_comes_back(child: Child) -> None:
     with pytest.raises(ChildFailed, match="ValueError"):
         child.call("benchmark.cases:cases_named", name="huge", device_type="cpu")
@@ -259,6 +264,7 @@ def test_child_reports_errors_and_comes_back(child: Child) -> None:
     assert isinstance(child.call("measure.machine:commit"), str)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_ceiling")
 def test_command_measures_and_writes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -286,6 +292,7 @@ def test_command_refuses_what_it_does_not_know(tmp_path: Path) -> None:
             bench(**{"device": "cpu", "output": tmp_path, **wrong})
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_ceiling")
 def test_command_fails_when_it_measures_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(typer.Exit) as exit_:
@@ -310,6 +317,7 @@ def test_regressions_are_found() -> None:
     assert regressions({"time of ours": 0.5}, before) == ["memory of ours: no longer measured"]
 
 
+@pytest.mark.slow
 def test_the_readme_shows_what_was_recorded(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -111,6 +111,7 @@ def test_cost_model_keeps_its_own_laws() -> None:
         assert step.limit not in ("network", "latency")
 
 
+@pytest.mark.slow
 def test_cost_model_gives_back_the_rate_that_it_was_given(tmp_path: Path) -> None:
     report = synthetic_report()
     report.write(tmp_path)

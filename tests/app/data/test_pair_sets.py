@@ -186,6 +186,7 @@ def test_state_that_numpy_would_believe_is_refused(content: Any, message: str, t
         read_pickled_pairs(tmp_path / "lfw.bin")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("code", "message"),
     [

@@ -156,6 +156,7 @@ def no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(comparison, "peak_of_steps", lambda *_: 0)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_memory")
 def test_an_interrupted_run_goes_on(tmp_path: Path) -> None:
     plan = replace(QUICK, seeds=(0, 1))
@@ -206,6 +207,7 @@ def _check_figures(rows: list[Row]) -> None:
             assert row.distances["cosine"]["rank1"] == row.rank1
 
 
+@pytest.mark.slow
 def test_every_criterion_by_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["compare", "--quick", "--output", str(tmp_path)]) == 0
     shown = capsys.readouterr().out
@@ -220,6 +222,7 @@ def test_every_criterion_by_the_command(tmp_path: Path, capsys: pytest.CaptureFi
         assert all(0 < row["peak_bytes"] < 2**30 for row in rows)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_memory")
 def test_files_are_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     image = pytest.importorskip("PIL.Image")

@@ -52,6 +52,7 @@ def quick(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict]:
     return folder, json.loads((folder / "numbers.json").read_text())
 
 
+@pytest.mark.slow
 def test_writes_pictures_and_numbers(quick: tuple[Path, dict]) -> None:
     folder, numbers = quick
     for name in ("loss_curves.png", "roc.png", "identities.png"):
@@ -86,6 +87,7 @@ def small_plan(monkeypatch: pytest.MonkeyPatch) -> demo.Plan:
     return demo.Plan((QUICK.problems[1],), (3,), QUICK.large, 0.0)
 
 
+@pytest.mark.slow
 def test_is_the_same_to_the_bit_and_leaves_random_state_alone(small_plan: demo.Plan) -> None:
     first, second, state = Shown(), Shown(), torch.get_rng_state()
     found = demo.run_demo(small_plan, first)
@@ -97,6 +99,7 @@ def test_is_the_same_to_the_bit_and_leaves_random_state_alone(small_plan: demo.P
     assert found.broken() == [] and [each.seed for each in first.trained_] == [3] * 4
 
 
+@pytest.mark.slow
 def test_a_broken_bound_ends_the_command_with_an_error(
     small_plan: demo.Plan,
     monkeypatch: pytest.MonkeyPatch,

@@ -37,6 +37,7 @@ from fused_arcface.evaluation import pair_scores, verify_scores
 NONE = "none of BMP, DIB, GIF, JPEG, JPEG2000, PNG, PPM, TGA, TIFF, WEBP"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [
@@ -181,6 +182,7 @@ def test_what_cannot_be_verified_is_said_first(tmp_path: Path) -> None:
         run(TINY.replace({"verify_data": str(tmp_path / "few")}), tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_verification_on_an_insightface_set_without_its_unreadable_images(tmp_path: Path) -> None:
     """The figures are those of the pairs of whose images both can be read, and ``verify`` gives the same."""
     images = [encoded(picture(100 + i // 2, i)) for i in range(48)]
