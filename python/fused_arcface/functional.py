@@ -9,6 +9,7 @@ from torch import Tensor
 
 from . import backends
 from .base.checks import check_inputs
+from .base.compiler import check_not_transformed
 from .base.normalize import norms_of
 from .engine.autograd import ONE_DEVICE, Shard, cosines_of_targets, negatives_and_target
 from .engine.margin_step import in_step
@@ -71,6 +72,7 @@ def margin_softmax_loss(
     >>> margin_softmax_loss(x, w, torch.tensor([0, 0]), scale=1.0, margin=lambda c: c, reduction="none")
     tensor([0.3133, 1.3133])
     """
+    check_not_transformed("margin_softmax_loss")
     check_inputs(embeddings, weight, target, margin, scale, reduction, ignore_index, sub_centers, label_smoothing)
     needs = unusual_negatives(margin, sub_centers)
     backend = backends.select(backend, embeddings.device, compute_dtype(embeddings, weight), needs)

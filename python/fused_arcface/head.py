@@ -16,6 +16,7 @@ from .base.checks import (
     check_size,
     check_sub_centers,
 )
+from .base.compiler import NotScriptable
 from .base.normalize import unit_rows, without_autocast
 from .engine.ops import compute_dtype
 from .engine.tail import MarginSoftmaxStats
@@ -26,7 +27,7 @@ from .margins.angular import ArcFace, Margin
 _TOPK_CLASSES = 16384
 
 
-class MarginHead(nn.Module):
+class MarginHead(NotScriptable, nn.Module):
     """Classification head with a margin: ``loss = head(embeddings, target)`` for any backbone.
 
     A margin with a state, such as :class:`~fused_arcface.AdaFace`, gets the rows of all ranks in ``train()`` where

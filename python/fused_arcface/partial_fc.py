@@ -23,7 +23,7 @@ from .base.checks import (
     check_sub_centers,
     check_target,
 )
-from .base.compiler import not_compiled
+from .base.compiler import NotScriptable, check_not_transformed, not_compiled
 from .base.keyed_random import fill_normal
 from .center_sgd import CenterOptimizer, CenterSGD, CentersUpdatedInBackward, describe_tensor
 from .engine.autograd import Shard
@@ -41,7 +41,7 @@ from .parallel.wrappers import check_built_in_time, check_plain, check_unwrapped
 _OPTIMIZER = "center_optimizer."  # before the names of its state in the head's state_dict
 
 
-class PartialFC(nn.Module):
+class PartialFC(NotScriptable, nn.Module):
     """Margin-softmax head whose class centers are split over the ranks of a group: ``loss = head(embeddings, target)``.
 
     Every rank passes its own batch, of any size, and gets the mean loss over all ranks' rows. Without torch.distributed
@@ -353,6 +353,7 @@ class PartialFC(nn.Module):
                 "Keep the head outside of torch.utils.checkpoint; it stores no logits that would be worth it"
             )
         with self._refusing():
+            check_not_transformed(type(self).__name__)
             check_loss_weight(loss_weight)
             agreement = self._step_agreement("forward()", ignore_index, loss_weight)
         embeddings, batch, backend = self._gather(embeddings, target, agreement, ignore_index, return_stats)

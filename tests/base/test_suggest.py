@@ -32,7 +32,11 @@ def test_data_that_does_not_exist_says_so(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("options", "meant"),
-    [({"backbone": "resnet50"}, "iresnet50"), ({"margin": "ArcFase(0.4)"}, "ArcFace"), ({"batchsize": 9}, "batch_size")],
+    [
+        ({"backbone": "resnet50"}, "iresnet50"),
+        ({"margin": "ArcFase(0.4)"}, "ArcFace"),
+        ({"batchsize": 9}, "batch_size"),
+    ],
 )
 def test_options_suggest_the_name_that_was_meant(options: dict[str, object], meant: str) -> None:
     with pytest.raises(ValueError, match=rf"; did you mean {meant}\?$"):

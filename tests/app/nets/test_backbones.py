@@ -139,7 +139,11 @@ def test_timm_is_named_where_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> N
             "vit_b",
             113833472,
             282,
-            {"blocks.23.attn.qkv.weight": (1536, 512), "blocks.0.mlp.fc1.bias": (2048,), "feature.2.weight": (512, 512)},
+            {
+                "blocks.23.attn.qkv.weight": (1536, 512),
+                "blocks.0.mlp.fc1.bias": (2048,),
+                "feature.2.weight": (512, 512),
+            },
         ),
     ],
 )
@@ -188,9 +192,7 @@ def test_weights_are_found_under_the_names_of_training_loops(tmp_path: Path) -> 
     )
     before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
     few = {name: torch.zeros_like(tensor) for name, tensor in state.items() if "projection.1" not in name}
-    with pytest.raises(
-        DataError, match=r"has no weights of this net: projection\.1\.weight is missing$"
-    ):
+    with pytest.raises(DataError, match=r"has no weights of this net: projection\.1\.weight is missing$"):
         load_weights(net, saved(few))
     assert all(torch.equal(net.state_dict()[name], before[name]) for name in before)
     with pytest.raises(DataError, match="it must hold tensors by name"):

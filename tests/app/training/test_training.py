@@ -252,7 +252,10 @@ def test_a_run_starts_from_weights_in_a_file(tmp_path: Path) -> None:
         (tmp_path / "other.pt").write_bytes(content)
         with pytest.raises(OptionError, match=r"init: .*other\.pt cannot be read as a file of tensors: "):
             run(config.replace({"init": str(tmp_path / "other.pt")}), tmp_path / "third")
-    with pytest.raises(OptionError, match=r"init: .*model\.pt has no weights of this net: projection\.1\.weight must be \(7, .*; it is \(128, "):
+    with pytest.raises(
+        OptionError,
+        match=r"init: .*model\.pt has no weights of this net: projection\.1\.weight must be \(7, .*; it is \(128, ",
+    ):
         run(config.replace({"embedding_dim": 7}), tmp_path / "third")
 
 
