@@ -96,7 +96,7 @@ distclean: clean  ## Remove .venv and the demo's results as well
 
 .venv/.installed: .venv/.created pyproject.toml CMakeLists.txt $(csrc)
 	@echo "==> Building fused_arcface and installing it with its dependencies into .venv (the first time takes minutes)"
-	@$(run) pip install --quiet --disable-pip-version-check $(TORCH) -e ".[test,demo,bench,train,eval,compare,faiss,integrations]"
+	@$(run) pip install --quiet --disable-pip-version-check $(TORCH) -e ".[test,demo,bench,train,eval,compare,faiss,integrations,dev]"
 	@touch $@
 
 # The package is there already, so this fetches what its extra names and nothing else.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -19,6 +19,29 @@ from .engine.tail import MarginSoftmaxStats, loss_of_rows
 from .margins.angular import ArcFace, Margin, for_rows, modulates, modulation
 
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from .calls import LossAndStats, LossOptions
+
+
+@overload
+def margin_softmax_loss(
+    embeddings: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    *,
+    return_stats: Literal[False] = ...,
+    **options: Unpack[LossOptions],
+) -> Tensor: ...
+@overload
+def margin_softmax_loss(
+    embeddings: Tensor, weight: Tensor, target: Tensor, *, return_stats: Literal[True], **options: Unpack[LossOptions]
+) -> LossAndStats: ...
+@overload
+def margin_softmax_loss(
+    embeddings: Tensor, weight: Tensor, target: Tensor, *, return_stats: bool, **options: Unpack[LossOptions]
+) -> Tensor | LossAndStats: ...
 def margin_softmax_loss(
     embeddings: Tensor,
     weight: Tensor,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -22,6 +24,9 @@ from .engine.ops import compute_dtype
 from .engine.tail import MarginSoftmaxStats
 from .functional import as_autocast, margin_softmax_loss
 from .margins.angular import ArcFace, Margin
+
+if TYPE_CHECKING:
+    from .calls import HeadCall
 
 # Classes whose cosines topk holds at once: (N, 16384) floats, 16 MiB at N = 256.
 _TOPK_CLASSES = 16384
@@ -59,6 +64,8 @@ class MarginHead(NotScriptable, nn.Module):
     """
 
     weight: nn.Parameter
+    if TYPE_CHECKING:
+        __call__: HeadCall
 
     def __init__(
         self,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +37,9 @@ from .parallel.ranks import JointBatch, Ranks
 from .parallel.sampling import Sampler
 from .parallel.sharding import Sharding
 from .parallel.wrappers import check_built_in_time, check_plain, check_unwrapped
+
+if TYPE_CHECKING:
+    from .calls import PartialFCCall
 
 _OPTIMIZER = "center_optimizer."  # before the names of its state in the head's state_dict
 
@@ -120,6 +123,8 @@ class PartialFC(NotScriptable, nn.Module):
     """
 
     weight: nn.Parameter
+    if TYPE_CHECKING:
+        __call__: PartialFCCall
 
     def __init__(
         self,
