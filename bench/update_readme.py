@@ -85,7 +85,7 @@ def figures(folder: Path, file: Path) -> str:
         [f"time of a step, N={case.N}, C={case.C:,}", *(f"{_number(fastest[name].ms)} ms" for name in columns)],
         [
             "memory beside inputs and gradients",
-            *(f"{_number(fastest[name].peak_bytes / 2**20)} MiB" for name in columns),
+            *(f"{_number(peaks[name] / 2**20)} MiB" for name in columns),
         ],
         [f"identities that train within {budget}", *(f"{capacities[name] / 1e6:.1f} million" for name in columns)],
     ]

@@ -35,7 +35,7 @@ def test_every_public_name_resolves() -> None:
 
 def test_type_checkers_see_the_public_names() -> None:
     tree = ast.parse(Path(fa.__file__).read_text(encoding="utf-8"))
-    (block,) = (each for each in tree.body if isinstance(each, ast.If))
+    block = next(each for each in tree.body if isinstance(each, ast.If))
     imported = [alias.asname for each in block.body if isinstance(each, ast.ImportFrom) for alias in each.names]
     assert sorted(map(str, imported)) == fa.__all__
 

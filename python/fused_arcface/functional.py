@@ -18,7 +18,6 @@ from .engine.smoothing import smoothing, two_uses
 from .engine.tail import MarginSoftmaxStats, loss_of_rows
 from .margins.angular import ArcFace, Margin, for_rows, modulates, modulation
 
-
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 

@@ -1,5 +1,7 @@
-"""What the package tells torch.compile, torch.func and torch.jit. Importing this does not import torch's compiler, which
-takes seconds."""
+"""What the package tells torch.compile, torch.func and torch.jit.
+
+Importing this does not import torch's compiler, which takes seconds.
+"""
 
 from __future__ import annotations
 
