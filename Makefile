@@ -5,7 +5,7 @@
 #   make TORCH="torch==2.9.1" test   another torch, for a new .venv
 #   make LIMIT=1800 test             more seconds than make test may take, on a slow or busy machine
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast test-all test-oldest test-newest lint format bench bench-check bench-record clean distclean
+.PHONY: docs help demo test test-fast test-all test-oldest test-newest lint format bench bench-check bench-record clean distclean
 
 PYTHON ?= python3
 ARGS ?=
@@ -65,6 +65,10 @@ bench-record: .venv/.installed  ## Measure this machine anew and put the figures
 	.venv/bin/python bench/check.py --update
 	.venv/bin/python bench/update_readme.py
 
+docs: .venv/.installed  ## Build the documentation as a site: docs/_build/html/index.html
+	@$(run) pip install --quiet --disable-pip-version-check "fused-arcface[docs]"
+	$(run) sphinx -q -W --keep-going -b html docs docs/_build/html
+
 lint: .venv/.linters  ## Check style and types
 	$(run) ruff check
 	$(run) ruff format --check
@@ -92,7 +96,7 @@ distclean: clean  ## Remove .venv and the demo's results as well
 
 .venv/.installed: .venv/.created pyproject.toml CMakeLists.txt $(csrc)
 	@echo "==> Building fused_arcface and installing it with its dependencies into .venv (the first time takes minutes)"
-	@$(run) pip install --quiet --disable-pip-version-check $(TORCH) -e ".[test,demo,bench,train,eval,compare,faiss,integrations]"
+	@$(run) pip install --quiet --disable-pip-version-check $(TORCH) -e ".[test,demo,bench,train,eval,compare,faiss,integrations,dev]"
 	@touch $@
 
 # The package is there already, so this fetches what its extra names and nothing else.

@@ -79,12 +79,13 @@ def figures(folder: Path, file: Path) -> str:
         name = row["recipe"].partition(" ")[0]
         capacities[name] = max(row["max_C"], capacities.get(name, 0))
     columns = ("fused_arcface", "insightface", "pytorch-metric-learning", "eager")
+    peaks = {name: fastest[name].peak_bytes or math.nan for name in columns}
     budget = f"{rows[0]['budget_bytes'] / 2**30:g} GiB"
     table = [
         [f"time of a step, N={case.N}, C={case.C:,}", *(f"{_number(fastest[name].ms)} ms" for name in columns)],
         [
             "memory beside inputs and gradients",
-            *(f"{_number(fastest[name].peak_bytes / 2**20)} MiB" for name in columns),
+            *(f"{_number(peaks[name] / 2**20)} MiB" for name in columns),
         ],
         [f"identities that train within {budget}", *(f"{capacities[name] / 1e6:.1f} million" for name in columns)],
     ]

@@ -1,4 +1,4 @@
-"""README and docs: their Python blocks run, their commands and links exist, their tables are current."""
+"""README and docs: Python blocks run, commands exist, links lead somewhere, tables are current."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ def test_every_public_name_resolves() -> None:
 
 def test_type_checkers_see_the_public_names() -> None:
     tree = ast.parse(Path(fa.__file__).read_text(encoding="utf-8"))
-    (block,) = (each for each in tree.body if isinstance(each, ast.If))
+    block = next(each for each in tree.body if isinstance(each, ast.If))
     imported = [alias.asname for each in block.body if isinstance(each, ast.ImportFrom) for alias in each.names]
     assert sorted(map(str, imported)) == fa.__all__
 
@@ -43,3 +43,8 @@ def test_type_checkers_see_the_public_names() -> None:
 def test_a_star_import_brings_the_public_names() -> None:
     code = "from fused_arcface import *; ArcFace(), MarginHead(4, 3), margins.parameters, reference"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(("name", "module"), [("data", "app.data"), ("safetensors", "checkpoint.safetensors")])
+def test_earlier_names_of_modules_still_work(name: str, module: str) -> None:
+    assert getattr(fa, name).__name__ == f"fused_arcface.{module}"

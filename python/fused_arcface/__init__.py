@@ -40,6 +40,9 @@ __version__ = "0.1.0"
 _MODULES = ("backends", "checkpoint", "compat", "evaluation", "margins", "reference")
 """The public modules of the package."""
 
+_MOVED = {"data": "app.data", "safetensors": "checkpoint.safetensors", "training": "app.training"}
+"""Modules that ``from fused_arcface import NAME`` still finds under their earlier names."""
+
 _NAMES = {
     "app.embedder": ("load_embedder",),
     "base.statistics": ("MarginSoftmaxStats",),
@@ -58,14 +61,16 @@ _SOURCES = {name: module for module, names in _NAMES.items() for name in names}
 __all__ = sorted((*_MODULES, *_SOURCES))  # pyright: ignore[reportUnsupportedDunderAll]
 
 
-def __getattr__(name: str) -> Any:
-    """Import a public name or module when it is first used (PEP 562)."""
-    if name in _MODULES:
-        return importlib.import_module(f".{name}", __name__)
-    if name not in _SOURCES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = globals()[name] = getattr(importlib.import_module(f".{_SOURCES[name]}", __name__), name)
-    return value
+if not TYPE_CHECKING:  # a checker that saw it would take any name for one of the package
+
+    def __getattr__(name: str) -> Any:
+        """Import a public name or module when it is first used (PEP 562)."""
+        if name in _MODULES or name in _MOVED:
+            return importlib.import_module(f".{_MOVED.get(name, name)}", __name__)
+        if name not in _SOURCES:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        value = globals()[name] = getattr(importlib.import_module(f".{_SOURCES[name]}", __name__), name)
+        return value
 
 
 def __dir__() -> list[str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Literal, overload
+
 from torch import Tensor
 
 from .base.options import HeadOptions
@@ -9,7 +11,29 @@ from .base.statistics import MarginSoftmaxStats
 from .engine.step import loss_on_one_device
 from .margins.angular import ArcFace, Margin
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
+    from .calls import LossAndStats, LossOptions
+
+
+@overload
+def margin_softmax_loss(
+    embeddings: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    *,
+    return_stats: Literal[False] = ...,
+    **options: Unpack[LossOptions],
+) -> Tensor: ...
+@overload
+def margin_softmax_loss(
+    embeddings: Tensor, weight: Tensor, target: Tensor, *, return_stats: Literal[True], **options: Unpack[LossOptions]
+) -> LossAndStats: ...
+@overload
+def margin_softmax_loss(
+    embeddings: Tensor, weight: Tensor, target: Tensor, *, return_stats: bool, **options: Unpack[LossOptions]
+) -> Tensor | LossAndStats: ...
 def margin_softmax_loss(
     embeddings: Tensor,
     weight: Tensor,

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import backends
 from .base.checks import check_center_dtype, check_embeddings, check_size
+from .base.compiler import NotScriptable
 from .base.dtypes import compute_dtype
 from .base.normalize import unit_rows, without_autocast
 from .base.options import HeadOptions
@@ -15,11 +18,14 @@ from .base.statistics import MarginSoftmaxStats
 from .engine.step import as_autocast, loss_on_one_device
 from .margins.angular import ArcFace, Margin
 
+if TYPE_CHECKING:
+    from .calls import HeadCall
+
 # Classes whose cosines topk holds at once: (N, 16384) floats, 16 MiB at N = 256.
 _TOPK_CLASSES = 16384
 
 
-class MarginHead(nn.Module):
+class MarginHead(NotScriptable, nn.Module):
     """Classification head with a margin: ``loss = head(embeddings, target)`` for any backbone.
 
     A margin with a state, such as :class:`~fused_arcface.AdaFace`, gets the rows of all ranks in ``train()`` where
@@ -51,6 +57,8 @@ class MarginHead(nn.Module):
     """
 
     weight: nn.Parameter
+    if TYPE_CHECKING:
+        __call__: HeadCall
 
     def __init__(
         self,

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from . import backends
 from .base.checks import check_center_dtype, check_size
-from .base.compiler import not_compiled
+from .base.compiler import NotScriptable, check_not_transformed, not_compiled
 from .base.keyed_random import fill_normal
 from .base.options import HeadOptions
 from .base.ranges import ABOVE_0_TO_1, NOT_NEGATIVE, check_number
@@ -26,8 +26,11 @@ from .parallel.sampling import Sampler
 from .parallel.sharding import Sharding
 from .parallel.wrappers import check_plain
 
+if TYPE_CHECKING:
+    from .calls import PartialFCCall
 
-class PartialFC(JointCalls, RunState):
+
+class PartialFC(NotScriptable, JointCalls, RunState):
     """Margin-softmax head whose class centers are split over the ranks of a group: ``loss = head(embeddings, target)``.
 
     Every rank passes its own batch, of any size, and gets the mean loss over all ranks' rows. Without torch.distributed
@@ -106,6 +109,8 @@ class PartialFC(JointCalls, RunState):
     """
 
     weight: nn.Parameter
+    if TYPE_CHECKING:
+        __call__: PartialFCCall
 
     def __init__(
         self,
@@ -239,6 +244,7 @@ class PartialFC(JointCalls, RunState):
                 "Keep the head outside of torch.utils.checkpoint; it stores no logits that would be worth it"
             )
         with self._refusing():
+            check_not_transformed(type(self).__name__)
             check_number("loss_weight", loss_weight, NOT_NEGATIVE)
             agreement = self._step_agreement("forward()", ignore_index, loss_weight)
         embeddings, batch, backend = self._gather(embeddings, target, agreement, ignore_index, return_stats)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import re
 import shlex
 from pathlib import Path
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 import fused_arcface as fa
 from fused_arcface.app.cli import load_command, run
 
-TEXT = (Path(fa.__file__).parent / "compat" / "MIGRATION.md").read_text(encoding="utf-8")
+TEXT = (Path(__file__).parents[2] / "docs" / "migration.md").read_text(encoding="utf-8")
 SECTIONS = {
     title: re.findall(r"```(\w+)\n(.*?)```", body, re.DOTALL)
     for title, body in re.findall(r"^### (.*?)\n(.*?)(?=^##|\Z)", TEXT, re.DOTALL | re.MULTILINE)
@@ -33,6 +34,7 @@ def namespace() -> dict[str, Any]:
     generator = torch.Generator().manual_seed(0)
     backbone = nn.Linear(6, D)
     return {
+        "math": math,
         "torch": torch,
         "backbone": backbone,
         "embeddings": backbone(torch.randn(N, 6, generator=generator)),
@@ -42,14 +44,14 @@ def namespace() -> dict[str, Any]:
 
 
 def execute(code: str, names: dict[str, Any]) -> dict[str, Any]:
-    exec(compile(code, "MIGRATION.md", "exec"), names)
+    exec(compile(code, "docs/migration.md", "exec"), names)
     return names
 
 
 def test_the_page_has_what_is_tested() -> None:
     blocks = [code for section in SECTIONS.values() for language, code in section if language == "python"]
     assert all(code.startswith(("# before\n", "# after\n")) for code in blocks)
-    assert sum(code.startswith("# after") for code in blocks) == 8
+    assert sum(code.startswith("# after") for code in blocks) == 9
 
 
 @pytest.mark.parametrize("section", [name for name in SECTIONS if name != "Checkpoints"])
@@ -131,3 +133,14 @@ def test_before_and_after_agree(section: str) -> None:
     ]
     torch.testing.assert_close(gradients[1][0], gradients[0][0], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(gradients[1][1], gradients[0][1].T, rtol=1e-4, atol=1e-5)
+
+
+def test_the_head_of_speaker_toolkits_agrees() -> None:
+    names = namespace()
+    before = execute(block("AAM-softmax", "before"), dict(names))
+    made, _, used = block("AAM-softmax", "after").partition("loss = head")
+    after = execute(made, dict(names))
+    with torch.no_grad():
+        after["head"].weight.copy_(before["weight"])
+    execute(f"loss = head{used}", after)
+    torch.testing.assert_close(after["loss"], before["loss"], rtol=1e-5, atol=1e-5)

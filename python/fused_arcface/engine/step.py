@@ -7,6 +7,7 @@ from torch import Tensor
 
 from .. import backends
 from ..base.checks import check_inputs
+from ..base.compiler import check_not_transformed
 from ..base.dtypes import compute_dtype
 from ..base.normalize import norms_of
 from ..base.options import HeadOptions
@@ -31,6 +32,7 @@ def loss_on_one_device(
     return_stats: bool = False,
 ) -> Tensor | tuple[Tensor, MarginSoftmaxStats]:
     """Check the tensors, choose the backend and return the loss: :func:`fused_arcface.margin_softmax_loss`."""
+    check_not_transformed("margin_softmax_loss")
     check_inputs(embeddings, weight, target, options.sub_centers, reduction, ignore_index)
     backend = backends.select(backend, embeddings.device, compute_dtype(embeddings, weight), options.needs())
     embeddings = as_autocast(embeddings)

@@ -165,8 +165,8 @@ _PLAIN_LOGITS = 4_000_000
 
 def _ours(name: str, backend: str, environment: dict[str, str] | None = None, tf32: bool = False) -> Provider:
     def loss(embeddings: Tensor, weight: Tensor, target: Tensor) -> Tensor:
-        value = margin_softmax_loss(embeddings, weight, target, margin=MARGIN, scale=SCALE, backend=backend)
-        assert isinstance(value, Tensor)
+        options: Any = {"margin": MARGIN, "scale": SCALE, "backend": backend}
+        value: Tensor = margin_softmax_loss(embeddings, weight, target, **options)
         return value
 
     def reason(case: Case, device: torch.device) -> str | None:

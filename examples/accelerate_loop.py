@@ -1,0 +1,39 @@
+"""Accelerate: the backbone and its optimizer go through `prepare()`, the head never does.
+
+python examples/accelerate_loop.py, or accelerate launch examples/accelerate_loop.py
+"""
+
+import argparse
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import fused_arcface as fa
+
+IDENTITIES, DIM = 1000, 64
+
+
+def main(steps: int) -> None:
+    """Train for some steps."""
+    torch.manual_seed(0)
+    accelerator = Accelerator()  # makes the process group; build the head after it
+    backbone = nn.Linear(32, DIM)
+    optimizer = torch.optim.SGD(backbone.parameters(), lr=0.1, momentum=0.9)
+    rows = TensorDataset(torch.randn(64 * steps, 32), torch.randint(IDENTITIES, (64 * steps,)))
+    backbone, optimizer, loader = accelerator.prepare(backbone, optimizer, DataLoader(rows, batch_size=64))
+    head = fa.PartialFC(DIM, IDENTITIES, center_optimizer=fa.CenterSGD(lr=0.1), device=accelerator.device)
+    for images, labels in loader:
+        loss = head(backbone(images), labels)
+        optimizer.zero_grad()
+        accelerator.backward(loss)
+        accelerator.clip_grad_norm_(backbone.parameters(), 5.0)
+        optimizer.step()
+    accelerator.print(f"{len(loader)} steps, loss {loss.item():.3f}")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--steps", type=int, default=30)
+    main(parser.parse_args().steps)
