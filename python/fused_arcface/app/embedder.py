@@ -145,6 +145,12 @@ def load_embedder(
         embedder = fa.load_embedder("runs/faces")
         first, second = embedder(["ann.jpg", "bob.jpg"])
         cosine = first @ second
+
+    >>> import tempfile
+    >>> file = Path(tempfile.mkdtemp()) / "net.pt"
+    >>> torch.save(build_backbone("small", 64, ImageSpec(size=32, channels=1)).state_dict(), file)
+    >>> load_embedder(file, "small", image_size=32)(np.zeros((50, 40), np.uint8)).shape
+    torch.Size([1, 64])
     """
     return _load(Path(source), backbone, device, image_size, trust).requires_grad_(False)
 
