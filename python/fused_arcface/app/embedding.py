@@ -1,5 +1,7 @@
-"""Embeddings of many images into one file, in parts: an interrupted work goes on where it was. The command ``embed``
-calls it."""
+"""Embeddings of many images in one file, made in parts, so that an interrupted command goes on where it was.
+
+The command ``embed`` calls it.
+"""
 
 from __future__ import annotations
 

@@ -37,12 +37,12 @@ from .world import World, join_world, resume_command
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a training ended."""
+    """The end of a training."""
 
     step: int
     steps: int
     signal: signal.Signals | None = None
-    """What interrupted it."""
+    """Signal that interrupted it."""
 
 
 @dataclass(frozen=True)
@@ -61,26 +61,26 @@ _OF_ONE_RANK = ("data", "verify_data", "init", "centers", "workers", "device")
 
 
 def train(config: TrainConfig, output: Path, *, resume: bool | Literal["auto"] = False, listener: Listener) -> Outcome:
-    """Train as the options say, in a folder of its own; resumed, on any number of ranks, it goes on as if it had never
-    been interrupted.
+    """Train as the options say, and write a run's folder.
 
-    SIGINT (Ctrl-C) and SIGTERM end it after the step under way, saved.
+    A resumed run, on any number of ranks, gives the result of an uninterrupted one. On SIGINT (Ctrl-C) and SIGTERM the
+    run saves a checkpoint after the step in progress and ends.
 
     Args:
-        config: the options; None among them are chosen here.
-        output: the run's folder, made if it is missing. It is locked: one training at a time writes into it.
-        resume: go on from the newest checkpoint in it, or from the start if there is none yet; ``"auto"``: do so if the
-            folder holds a run, else begin one.
-        listener: is told what goes on.
+        config: options; those that are None are chosen here.
+        output: folder of the run, made if it is missing. It is locked: one training at a time writes into it.
+        resume: true to continue from the newest checkpoint in it, or from the start if there is none yet; ``"auto"`` to
+            do so if the folder holds a run, and begin one otherwise.
+        listener: called with each event of the training.
 
     Raises:
-        RunError: the folder holds a run and ``resume`` is not set, one with other fixed options or other data, or one
-            that another process trains in.
-        DataError: nothing to train on; data that differ between ranks; or a problem in the data, with
-            ``bad_data="stop"``.
-        OptionError: options that do not fit each other, the data or the machine, or differ between ranks.
-        TrainingError: the folder was removed or cannot be written, or every step was skipped.
-        MissingExtra: a library is not installed.
+        RunError: if the folder holds a run and ``resume`` is not set, if that run has other fixed options or other
+            data, or if another process trains in it.
+        DataError: if there is nothing to train on, data differ between ranks, or the data have a problem and
+            ``bad_data`` is ``"stop"``.
+        OptionError: if options do not fit each other, the data or the machine, or differ between ranks.
+        TrainingError: if the folder was removed or cannot be written, or every step was skipped.
+        MissingExtra: if a library is not installed.
 
     >>> import tempfile
     >>> config = TrainConfig(data="identities:4x4", epochs=2, batch_size=8, image_size=16, workers=0, device="cpu")
@@ -184,7 +184,7 @@ class Trainer:
         self._saved = -1
 
     def tell(self, event: Event) -> None:
-        """Tells the listeners; on ranks but the first of problems alone."""
+        """Tell the listeners; on other ranks than the first, of notes alone."""
         if self._world.rank == 0 or isinstance(event, Noted):
             for listener in self._listeners:
                 listener(event)
@@ -195,7 +195,7 @@ class Trainer:
                 self._fail(disk_error(self._folder.root, error, self._way_back()))
 
     def _fail(self, failure: Exception) -> None:
-        """Notes this rank's first failure; all ranks raise it at the end of the step."""
+        """Note this rank's first failure; all ranks raise it at the end of the step."""
         self._failure = self._failure or failure
 
     def run(self) -> Outcome:
@@ -288,7 +288,7 @@ class Trainer:
         return [end - start for start, end in pairwise(bounds)], batches
 
     def _next_batch(self, batches: Iterator[Batch]) -> Batch | None:
-        """The next batch; None, and a failure noted, if it cannot be trained on."""
+        """Return the next batch; note a failure and return None if there is a problem with it."""
         try:
             batch = next(batches)
             if batch.problems and self._config.bad_data == "stop":
@@ -303,14 +303,16 @@ class Trainer:
             self.tell(Noted(f"{problem}; the next image is taken instead"))
 
     def _share(self) -> list[int]:
-        """Where this rank's micro-batches begin and end in the joint batch. Ranks times micro-batches count: a run
-        whose ranks have become micro-batches, or the other way round, is the same."""
+        """Return the rows of the joint batch at which this rank's micro-batches begin and end.
+
+        Only ranks times micro-batches matter: a run with half the ranks and twice the micro-batches is the same.
+        """
         parts = self._config.accumulation
         bounds = share_bounds(self._plan.rows, self._world.world_size * parts)
         return bounds[self._world.rank * parts : (self._world.rank + 1) * parts + 1]
 
     def _conclude(self, step: int, result: StepResult, seconds: float) -> None:
-        """Figures over all ranks, and whether any of them was asked to stop: then all do, at the same step."""
+        """Sum up figures over all ranks; if one of them was asked to stop, all stop at this step."""
         received = self._interrupt.received
         self._check_folder()
         angles = result.stats.target_cosine.double().clamp(-1, 1).acos()
@@ -346,7 +348,7 @@ class Trainer:
             )
 
     def _verify(self, step: int) -> None:
-        """At the end of an epoch, by the first rank; the others wait."""
+        """Verify the net at the end of an epoch, on the first rank; the others wait."""
         epoch = step // self._plan.steps_per_epoch
         due = epoch % self._config.verify_every == 0 or epoch == self._config.epochs
         if self._verifier is not None and due and self._stopped_by is None:
@@ -385,7 +387,7 @@ class Trainer:
         self.tell(Saved(step, path))
 
     def _write_model(self) -> None:
-        """The finished net in a file of its own, by the first rank."""
+        """Write the finished net into a file, on the first rank."""
         with self._world.together():
             if self._world.rank == 0:
                 try:
@@ -394,7 +396,7 @@ class Trainer:
                     raise disk_error(self._folder.model, error, self._way_back()) from None
 
     def _check_folder(self) -> None:
-        """Notes a failure if the run's folder is no longer the one that this process has locked."""
+        """Note a failure if the run's folder is no longer the one that this process has locked."""
         if self._lock is not None and not self._lock.is_in_place():
             root = self._folder.root
             self._fail(
