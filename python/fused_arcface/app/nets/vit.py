@@ -1,8 +1,8 @@
 """Vision transformers for faces (Dosovitskiy et al., arXiv:2010.11929).
 
-Sizes and names of parameters are those of insightface's ``vit_*``, so their ``backbone.pth`` loads. All patches together
-give the embedding; there is no class token. In training a share of the patches may be left out and replaced by one
-learned token at the end (as He et al. mask, arXiv:2111.06377).
+Sizes and names of parameters are those of insightface's ``vit_*``, so their ``backbone.pth`` loads. All patches
+together give the embedding; there is no class token. In training a share of the patches may be left out and replaced by
+one learned token at the end (as He et al. mask, arXiv:2111.06377).
 """
 
 from __future__ import annotations
