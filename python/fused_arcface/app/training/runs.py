@@ -194,8 +194,10 @@ def write_run(folder: RunFolder, config: TrainConfig, classes: list[str], data: 
     """
     try:
         # What a killed process had not finished: the lock says that there is no other.
-        for unfinished in folder.root.glob(".partial-*"):
-            unfinished.unlink()
+        for place in (folder.root, folder.checkpoints):
+            for unfinished in place.glob(".partial-*"):
+                if unfinished.is_file():
+                    unfinished.unlink()
         write_bytes(folder.classes, encode_names(classes))
         write_text(folder.data, data.to_json())
         config.save(folder.config)
