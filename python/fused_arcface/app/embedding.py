@@ -27,7 +27,7 @@ from .data.pair_sets import ImageSet, Read
 from .embedder import Embedder
 from .predictions import csv_line
 
-_PART = 1024
+_PART = 256
 """Images of a part: what an interruption may cost."""
 _MOST_BYTES = 1 << 20
 _CSV = ".csv"
