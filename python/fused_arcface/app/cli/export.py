@@ -15,7 +15,7 @@ def export(
     checkpoint: use.Checkpoint,
     output: Annotated[
         Path,
-        typer.Option(help="File for the net: .onnx, or .pt2 for a program that torch.export.load reads. Required."),
+        typer.Option(help="File for the net: .onnx, or .pt2 for a program that torch.export.load reads."),
     ],
     backbone: use.Backbone = None,
     image_size: use.ImageSize = None,

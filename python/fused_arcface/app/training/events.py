@@ -72,7 +72,7 @@ class Verified:
 
 
 @dataclass(frozen=True)
-class Saved:
+class Checkpointed:
     """A checkpoint was written."""
 
     step: int
@@ -91,7 +91,7 @@ class Ended:
     """The training has ended; no event follows."""
 
 
-Event = Began | Stepped | Verified | Saved | Noted | Ended
+Event = Began | Stepped | Verified | Checkpointed | Noted | Ended
 Listener = Callable[[Event], None]
 """Called with each event on the first rank, and with notes alone on the others."""
 

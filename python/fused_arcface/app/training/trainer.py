@@ -7,7 +7,7 @@ import math
 import signal
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Literal
@@ -19,12 +19,12 @@ from fused_arcface.checkpoint import CheckpointError
 
 from ..data.sources import ImageSource
 from ..thresholds import KeptThresholds
+from .agreement import agreed_fingerprint
 from .batches import Batch, BatchPlan, load_batches, share_bounds
 from .best import BestNet, write_net
-from .config import OptionError, TrainConfig, rules
-from .events import Began, Ended, Event, Listener, Noted, Saved, Stepped, Verified, folder_listeners
+from .config import TrainConfig
+from .events import Began, Checkpointed, Ended, Event, Listener, Noted, Stepped, Verified, folder_listeners
 from .failures import TrainingError, disk_error
-from .fingerprint import Fingerprint
 from .interrupt import Interrupt
 from .joint_step import StepResult
 from .learner import Learner
@@ -36,7 +36,7 @@ from .world import World, join_world, resume_command
 
 
 @dataclass(frozen=True)
-class Outcome:
+class TrainingOutcome:
     """The end of a training."""
 
     step: int
@@ -46,7 +46,7 @@ class Outcome:
 
 
 @dataclass(frozen=True)
-class Trial:
+class DryRun:
     """The first step of a training that writes nothing."""
 
     config: TrainConfig
@@ -56,11 +56,9 @@ class Trial:
     """Of the step, with the reading of its images."""
 
 
-_OF_ONE_RANK = ("data", "verify_data", "init", "centers", "workers", "device")
-"""Options that may differ between ranks: paths, and what a machine has."""
-
-
-def train(config: TrainConfig, output: Path, *, resume: bool | Literal["auto"] = False, listener: Listener) -> Outcome:
+def train(
+    config: TrainConfig, output: Path, *, resume: bool | Literal["auto"] = False, listener: Listener
+) -> TrainingOutcome:
     """Train as the options say, and write a run's folder.
 
     A resumed run, on any number of ranks, gives the result of an uninterrupted one. On SIGINT (Ctrl-C) and SIGTERM the
@@ -85,11 +83,11 @@ def train(config: TrainConfig, output: Path, *, resume: bool | Literal["auto"] =
     >>> import tempfile
     >>> config = TrainConfig(data="identities:4x4", epochs=2, batch_size=8, image_size=16, workers=0, device="cpu")
     >>> train(config, Path(tempfile.mkdtemp()) / "run", listener=lambda event: None)
-    Outcome(step=4, steps=4, signal=None)
+    TrainingOutcome(step=4, steps=4, signal=None)
     """
     folder, lock = RunFolder(output), None
     with _opened(config) as (world, interrupt, config, source), contextlib.ExitStack() as held:
-        data = _agreed(world, config, source)
+        data = agreed_fingerprint(world, config, source)
         with world.together():
             if world.rank == 0:
                 lock = held.enter_context(folder.lock())
@@ -105,7 +103,7 @@ def train(config: TrainConfig, output: Path, *, resume: bool | Literal["auto"] =
             trainer.tell(Ended())
 
 
-def try_out(config: TrainConfig, output: Path, *, resume: bool | Literal["auto"] = False, listener: Listener) -> Trial:
+def try_out(config: TrainConfig, output: Path, *, resume: bool | Literal["auto"] = False, listener: Listener) -> DryRun:
     """Do all that comes before the first step of a training, and that step; write nothing.
 
     Args and errors are those of :func:`train`.
@@ -116,7 +114,7 @@ def try_out(config: TrainConfig, output: Path, *, resume: bool | Literal["auto"]
     """
     folder = RunFolder(output)
     with _opened(config) as (world, interrupt, config, source):
-        data = _agreed(world, config, source)
+        data = agreed_fingerprint(world, config, source)
         with world.together():
             check_run(folder, config, source.names, data, folder.config.exists() if resume == "auto" else resume)
         return Trainer(config, folder, None, world, source, interrupt, listener, write=False).try_out()
@@ -130,26 +128,6 @@ def _opened(config: TrainConfig) -> Iterator[tuple[World, Interrupt, TrainConfig
             source = open_data(config)
             config = resolve(config, source, world)
         yield world, interrupt, config, source
-
-
-def _agreed(world: World, config: TrainConfig, source: ImageSource) -> Fingerprint:
-    """Return the fingerprint of the data, which all ranks have alike, with the same options."""
-    with world.together():
-        data = Fingerprint.of(source)
-    _check_ranks(world, config, data)
-    return data
-
-
-def _check_ranks(world: World, config: TrainConfig, data: Fingerprint) -> None:
-    """Raise on every rank alike where options or data differ between ranks."""
-    try:
-        world.check_agreement("options", {name: getattr(config, name) for name in rules() if name not in _OF_ONE_RANK})
-    except ValueError as error:
-        raise OptionError(str(error)) from None
-    try:
-        world.check_agreement("data", asdict(data))
-    except ValueError as error:
-        raise DataError(str(error)) from None
 
 
 class Trainer:
@@ -198,7 +176,7 @@ class Trainer:
         """Note this rank's first failure; all ranks raise it at the end of the step."""
         self._failure = self._failure or failure
 
-    def run(self) -> Outcome:
+    def run(self) -> TrainingOutcome:
         """Train until the last step or an interruption."""
         learner = self._learner
         first = step = self._saved = self._begin()
@@ -229,9 +207,9 @@ class Trainer:
                     "images, at the weights of --init, and try a smaller learning rate or precision fp32"
                 )
             self._write_model()
-        return Outcome(step, self._steps, self._stopped_by)
+        return TrainingOutcome(step, self._steps, self._stopped_by)
 
-    def try_out(self) -> Trial:
+    def try_out(self) -> DryRun:
         """Make the first step, and keep nothing of it."""
         step = self._begin()
         sizes, batches = self._batches(min(step, self._steps - 1))
@@ -241,7 +219,7 @@ class Trainer:
         assert batch is not None
         self._note_problems(batch)
         loss = self._learner.learn(batch.images, batch.labels, sizes, step).loss
-        return Trial(self._config, loss, time.perf_counter() - start)
+        return DryRun(self._config, loss, time.perf_counter() - start)
 
     def _begin(self) -> int:
         """Bring weights and class centers to where the training begins or goes on; tell of it and return the step."""
@@ -384,7 +362,7 @@ class Trainer:
         except CheckpointError as error:
             raise TrainingError(f"{error}; {self._way_back()}") from None
         self._saved = step
-        self.tell(Saved(step, path))
+        self.tell(Checkpointed(step, path))
 
     def _write_model(self) -> None:
         """Write the finished net into a file, on the first rank."""
