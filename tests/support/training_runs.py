@@ -13,7 +13,7 @@ from fused_arcface.app.training import events
 from fused_arcface.app.training.config import TrainConfig
 from fused_arcface.app.training.events import Stepped
 from fused_arcface.app.training.runs import load_backbone
-from fused_arcface.app.training.trainer import Outcome, train
+from fused_arcface.app.training.trainer import TrainingOutcome, train
 
 TINY = TrainConfig(
     data="identities:6x4", epochs=3, batch_size=8, image_size=16, workers=0, device="cpu", verify_every=9
@@ -22,7 +22,7 @@ TINY = TrainConfig(
 
 def run(
     config: TrainConfig, output: Path, resume: bool = False, stop_at: int = 0, by: int = signal.SIGINT
-) -> tuple[Outcome, list[events.Event]]:
+) -> tuple[TrainingOutcome, list[events.Event]]:
     """Return a run's outcome and events; at step ``stop_at`` this process gets the signal ``by``."""
     heard: list[events.Event] = []
 

@@ -1,5 +1,7 @@
-"""A trained net in use: images in, unit embeddings out. ``fa.load_embedder`` and the commands ``embed``,
-``similarity`` and ``export`` come here; ``verify`` and ``identify`` take the net alone."""
+"""A trained net in use: images in, unit embeddings out.
+
+``fa.load_embedder`` and the commands ``embed``, ``similarity``, ``export``, ``verify`` and ``identify`` call it.
+"""
 
 from __future__ import annotations
 

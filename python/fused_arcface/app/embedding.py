@@ -1,11 +1,11 @@
-"""Embeddings of many images into one file, in parts: an interrupted work goes on where it was. The command ``embed``
-calls it."""
+"""Embeddings of many images in one file, made in parts, so that an interrupted command goes on where it was.
+
+The command ``embed`` calls it.
+"""
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import io
 import json
 import shutil
 from collections.abc import Callable
@@ -18,15 +18,16 @@ from torch import Tensor
 
 from fused_arcface.base.files import replacing, write_text
 from fused_arcface.base.reading import DataError, file_errors, read_bytes
-from fused_arcface.base.text import encode, encode_names
+from fused_arcface.base.text import encode_names
 
 from .data.embedding_files import SUFFIXES
 from .data.embedding_sets import EmbeddingSet, embed_set
 from .data.images import ImageSpec
 from .data.pair_sets import ImageSet, Read
 from .embedder import Embedder
+from .predictions import csv_line
 
-_PART = 1024
+_PART = 256
 """Images of a part: what an interruption may cost."""
 _MOST_BYTES = 1 << 20
 _CSV = ".csv"
@@ -177,17 +178,11 @@ def _write_csv(path: Path, found: EmbeddingSet, names: list[str]) -> None:
         labels = [names[label] if label < len(names) else str(label) for label in found.labels.tolist()]
     head = ["image", *(["label"] if labels is not None else [])]
     with replacing(path) as file:
-        file.write(_csv_line([*head, *(f"e{i}" for i in range(found.embeddings.shape[1]))]))
+        file.write(csv_line([*head, *(f"e{i}" for i in range(found.embeddings.shape[1]))]))
         for place, row in enumerate(found.embeddings):
             about = [found.paths[place], *([labels[place]] if labels is not None else [])]
-            file.write(_csv_line([*about, *_numbers(row)]))
+            file.write(csv_line([*about, *_numbers(row)]))
 
 
 def _numbers(row: Tensor) -> list[str]:
     return [f"{value:.9g}" for value in row.tolist()]  # 9 digits give back every fp32 number
-
-
-def _csv_line(values: list[str]) -> bytes:
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerow(values)
-    return encode(text.getvalue())

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import tempfile
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -77,8 +80,7 @@ def export(embedder: Embedder, path: Path) -> float:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / f"net{path.suffix}"
         if path.suffix == _ONNX:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of torch and onnxscript, about their own insides
+            with _quiet():
                 torch.onnx.export(
                     program,
                     f=str(file),
@@ -102,6 +104,19 @@ def export(embedder: Embedder, path: Path) -> float:
         with replacing(path) as written:
             written.write(file.read_bytes())
     return difference
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence warnings of torch and onnxscript about their own parts and about libraries that a net does not need."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
 
 
 def _difference(file: Path, net: nn.Module, images: Tensor) -> float:

@@ -1,5 +1,7 @@
-"""The thresholds that a run keeps of its last verification, in ``thresholds.json``: what ``similarity`` judges by.
-Training and ``verify`` write them."""
+"""The thresholds of a run's last verification, in ``thresholds.json``.
+
+Training and ``verify`` write them, ``similarity`` takes its verdict from them.
+"""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ from fused_arcface.app.training.events import Event, Stepped
 from fused_arcface.app.training.failures import TrainingError
 from fused_arcface.app.training.fingerprint import Fingerprint
 from fused_arcface.app.training.runs import RunError
-from fused_arcface.app.training.trainer import Outcome, train
+from fused_arcface.app.training.trainer import TrainingOutcome, train
 from fused_arcface.base.files import write_bytes
 
 KINDS = (("L", 20, 20, "png"),)
@@ -54,7 +54,7 @@ def test_auto_takes_what_a_kill_has_left_of_a_beginning(tmp_path: Path) -> None:
     for name in ("run.lock", "classes.txt", "data.json"):  # as they are written: the options last
         (tmp_path / "run" / name).touch()
         outcome = train(config, tmp_path / "run", resume="auto", listener=lambda event: None)
-        assert outcome == Outcome(3, 3) and losses(tmp_path / "run") == losses(tmp_path / "whole")
+        assert outcome == TrainingOutcome(3, 3) and losses(tmp_path / "run") == losses(tmp_path / "whole")
         shutil.rmtree(tmp_path / "run" / "checkpoints")
         (tmp_path / "run" / "config.toml").unlink()
 
@@ -139,7 +139,7 @@ def test_a_folder_moved_away_and_back_goes_on(tmp_path: Path) -> None:
         train(TINY, output, listener=move)
     away.rename(output)
     run(TINY, tmp_path / "whole")
-    assert run(TINY, output, resume=True)[0] == Outcome(9, 9)
+    assert run(TINY, output, resume=True)[0] == TrainingOutcome(9, 9)
     assert losses(output) == losses(tmp_path / "whole")
 
 

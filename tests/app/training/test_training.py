@@ -30,7 +30,7 @@ from fused_arcface.app.training.events import Noted, Stepped, Verified
 from fused_arcface.app.training.failures import TrainingError
 from fused_arcface.app.training.joint_step import JointStep
 from fused_arcface.app.training.runs import RunError, load_backbone
-from fused_arcface.app.training.trainer import Outcome, train
+from fused_arcface.app.training.trainer import TrainingOutcome, train
 from fused_arcface.base.extras import MissingExtra
 from fused_arcface.evaluation import pair_scores, verify_scores
 
@@ -50,12 +50,12 @@ NONE = "none of BMP, DIB, GIF, JPEG, JPEG2000, PNG, PPM, TGA, TIFF, WEBP"
 )
 def test_an_interrupted_run_goes_on_as_if_it_had_not_been(tmp_path: Path, options: dict) -> None:
     config = TINY.replace(options)
-    assert run(config, tmp_path / "whole")[0] == Outcome(9, 9)
+    assert run(config, tmp_path / "whole")[0] == TrainingOutcome(9, 9)
     outcome, _ = run(config, tmp_path / "parts", stop_at=4)  # within the second epoch
-    assert outcome == Outcome(4, 9, signal.SIGINT)
+    assert outcome == TrainingOutcome(4, 9, signal.SIGINT)
     outcome, _ = run(config, tmp_path / "parts", resume=True, stop_at=7, by=signal.SIGTERM)
-    assert outcome == Outcome(7, 9, signal.SIGTERM)
-    assert run(config, tmp_path / "parts", resume=True)[0] == Outcome(9, 9)
+    assert outcome == TrainingOutcome(7, 9, signal.SIGTERM)
+    assert run(config, tmp_path / "parts", resume=True)[0] == TrainingOutcome(9, 9)
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
     whole, parts = weights(tmp_path / "whole"), weights(tmp_path / "parts")
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
@@ -134,7 +134,9 @@ def test_unreadable_images_and_empty_identities(tmp_path: Path, bad: str) -> Non
     else:
         outcome, heard = run(config, tmp_path / "run")
         notes = [event.text for event in heard if isinstance(event, Noted)]
-        assert outcome == Outcome(2, 2) and all(event.loss < 100 for event in heard if isinstance(event, Stepped))
+        assert outcome == TrainingOutcome(2, 2) and all(
+            event.loss < 100 for event in heard if isinstance(event, Stepped)
+        )
         assert notes == [f"{broken} cannot be read as an image: {NONE}; the next image is taken instead"]
     (root / "person_9").mkdir()
     if bad == "stop":
@@ -215,7 +217,7 @@ def test_a_verification_that_fails_does_not_end_the_training(tmp_path: Path) -> 
         images[2 * i + 1] = b"no image"
     (tmp_path / "lfw.bin").write_bytes(pickle.dumps((images, [i % 2 == 0 for i in range(20)])))
     outcome, heard = run(TINY.replace({"epochs": 1, "verify_data": str(tmp_path / "lfw.bin")}), tmp_path / "run")
-    assert outcome == Outcome(3, 3) and not any(isinstance(event, Verified) for event in heard)
+    assert outcome == TrainingOutcome(3, 3) and not any(isinstance(event, Verified) for event in heard)
     assert [e.text for e in heard if isinstance(e, Noted)][-1].startswith("verification: no figures, ")
 
 
@@ -293,7 +295,7 @@ def test_a_run_is_neither_overwritten_nor_mixed_up(tmp_path: Path) -> None:
     outcome, heard = run(
         TINY.replace({"lr": 0.01, "epochs": 4, "schedule": "constant", "warm_up": 0.0}), tmp_path, resume=True
     )
-    assert outcome == Outcome(12, 12) and {event.lr for event in heard if isinstance(event, Stepped)} == {0.01}
+    assert outcome == TrainingOutcome(12, 12) and {event.lr for event in heard if isinstance(event, Stepped)} == {0.01}
 
 
 def test_options_that_do_not_go_together(tmp_path: Path) -> None:

@@ -23,9 +23,7 @@ def embed(
         ),
     ],
     checkpoint: use.Checkpoint,
-    output: Annotated[
-        Path, typer.Option(help="File for the embeddings and the names: .npz, .safetensors or .csv. Required.")
-    ],
+    output: Annotated[Path, typer.Option(help="File for the embeddings and the names: .npz, .safetensors or .csv.")],
     backbone: use.Backbone = None,
     image_size: use.ImageSize = None,
     flip: Annotated[bool, typer.Option("--flip", help="Add the embedding of the mirrored image.")] = False,

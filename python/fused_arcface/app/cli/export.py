@@ -15,17 +15,17 @@ def export(
     checkpoint: use.Checkpoint,
     output: Annotated[
         Path,
-        typer.Option(help="File for the net: .onnx, or .pt2 for a program that torch.export.load reads. Required."),
+        typer.Option(help="File for the net: .onnx, or .pt2 for a program that torch.export.load reads."),
     ],
     backbone: use.Backbone = None,
     image_size: use.ImageSize = None,
     trust: use.Trust = False,
 ) -> None:
-    """Export a net: any number of images in, unit embeddings out, checked against PyTorch.
+    r"""Export a net: any number of images in, unit embeddings out, checked against PyTorch.
 
     The input "images" is (N, channels, size, size) fp32 in [-1, 1], the output
     "embeddings" (N, D). Nothing is written if the check finds a difference
-    above 1e-5. ONNX needs pip install "fused_arcface\\[export]".
+    above 1e-5. ONNX needs pip install "fused_arcface\[export]".
     """
     from ..export import check_suffix
     from ..export import export as export_net

@@ -14,11 +14,10 @@ from .tables import plain_table
 from .terminal import terminal
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from fused_arcface.evaluation import Identification
 
     from ..data.embedding_sets import EmbeddingSet
+    from ..predictions import Search
 
 
 def identify(
@@ -50,6 +49,9 @@ def identify(
     shrinkage: shared.Shrinkage = None,
     normalize: shared.Normalize = True,
     flip: shared.Flip = False,
+    predictions: Annotated[
+        Path | None, typer.Option(help="A .csv file for each probe's nearest images of the gallery, with their scores.")
+    ] = None,
     json: shared.Json = None,
     pictures: shared.Pictures = None,
     device: shared.Device = "cpu",
@@ -68,6 +70,7 @@ def identify(
     from fused_arcface.evaluation import make_distance
 
     from ..data.embedding_sets import EmbeddingSet, check_suffix
+    from ..predictions import write_predictions
 
     given = [data is not None, gallery is not None and probes is not None, embeddings is not None]
     if sum(given) != 1 or (embeddings is None) == (checkpoint is None) or (gallery is None) != (probes is None):
@@ -95,14 +98,13 @@ def identify(
             if save_embeddings is not None:
                 labeled.save(save_embeddings)
             split = _split(labeled, gallery_images, unknown, seed)
-        known, known_labels, sought, sought_labels = split
-        known, sought = shared.prepared(known, normalize), shared.prepared(sought, normalize)
+        known, sought = shared.prepared(split.gallery, normalize), shared.prepared(split.probes, normalize)
         chosen = make_distance(distance, order=p, gallery=known, shrinkage=shrinkage)
         found = search(
             known,
-            known_labels,
+            split.gallery_labels,
             sought,
-            sought_labels,
+            split.probe_labels,
             distance=chosen,
             max_rank=ranks,
             engine=engine,  # type: ignore[arg-type]
@@ -115,6 +117,8 @@ def identify(
             about |= {"checkpoint": checkpoint and str(checkpoint), "embeddings": embeddings and str(embeddings)}
             how = shared.described(chosen, distance, normalize)
             shared.write_json(json, {**about, "flip": flip, **how, **_figures(found)})
+        if predictions is not None:
+            write_predictions(predictions, split._replace(gallery=known, probes=sought), chosen, engine)  # type: ignore[arg-type]
         if pictures is not None:
             from ..report.evaluation import draw_identification
 
@@ -130,28 +134,27 @@ def _embed(data: str, checkpoint: Path | None, max_pixels: int, options: dict[st
     return found
 
 
-def _split(
-    labeled: EmbeddingSet, gallery_images: int, unknown: float, seed: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gallery and its labels, probes and theirs, out of one set."""
+def _split(labeled: EmbeddingSet, gallery_images: int, unknown: float, seed: int) -> Search:
+    """Split one set into gallery and probes."""
     from fused_arcface.evaluation import split_gallery
 
     from ..data import DataError
+    from ..predictions import Search
 
     if labeled.labels is None:
         raise DataError("embeddings must have labels (M,) to be split into gallery and probes")
     known, sought = split_gallery(labeled.labels, gallery_images=gallery_images, unknown=unknown, seed=seed)
-    rows, labels = labeled.embeddings, labeled.labels
-    return rows[known], labels[known], rows[sought], labels[sought]
+    rows, labels, paths = labeled.embeddings, labeled.labels, labeled.paths
+    names = ([paths[row] for row in each.tolist()] for each in (known, sought))
+    return Search(rows[known], labels[known], rows[sought], labels[sought], *names)
 
 
-def _two_sets(
-    checkpoint: Path, gallery: str, probes: str, max_pixels: int, options: dict[str, Any]
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gallery and probes from two sources, whose people are the same where their names are."""
+def _two_sets(checkpoint: Path, gallery: str, probes: str, max_pixels: int, options: dict[str, Any]) -> Search:
+    """Read gallery and probes from two sources, whose people are the same where their names are."""
     import torch
 
     from ..data.pair_sets import read_labeled
+    from ..predictions import Search
 
     sources = [read_labeled(each, max_pixels=max_pixels) for each in (gallery, probes)]
     files = [{str(Path(path).resolve()) for path in source.paths} for source in sources]
@@ -167,7 +170,8 @@ def _two_sets(
         assert embedded.labels is not None
         numbers = torch.tensor([number_of.setdefault(name, len(number_of)) for name in source.names])
         labels.append(numbers[embedded.labels])
-    return found[0].embeddings, labels[0], found[1].embeddings, labels[1]
+    one, other = found
+    return Search(one.embeddings, labels[0], other.embeddings, labels[1], one.paths, other.paths)
 
 
 def _figures(found: Identification) -> dict[str, Any]:

@@ -73,9 +73,7 @@ def _help(rule: Rule, default: Any) -> str:
 
 @_with_options
 def train(
-    output: Annotated[
-        Path, typer.Option(help="Folder of the run: options, log, checkpoints and the finished net. Required.")
-    ],
+    output: Annotated[Path, typer.Option(help="Folder of the run: options, log, checkpoints and the finished net.")],
     config: Annotated[
         Path | None, typer.Option(help="TOML file of options. Options on the command line win over it.")
     ] = None,

@@ -10,9 +10,9 @@ import time
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
-from ..training.events import Began, Ended, Event, Noted, Saved, Stepped, Verified
+from ..training.events import Began, Checkpointed, Ended, Event, Noted, Stepped, Verified
 from ..training.runs import RunFolder
-from ..training.trainer import Trial
+from ..training.trainer import DryRun
 
 _REPEATED = 20  # notes that are shown one by one
 _SECONDS = 30.0  # between two lines within an epoch, where the output is no terminal
@@ -55,7 +55,7 @@ class TrainingProgress:
                 self._say(f"               verification: accuracy {event.found.accuracy:.3f}, {rates}{best}")
             case Noted():
                 self._note(event.text)
-            case Saved():
+            case Checkpointed():
                 self._end_epoch()
             case Ended():
                 self._end()
@@ -134,7 +134,7 @@ def explain_end(console: Console, folder: RunFolder, steps: int) -> None:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
-def explain_trial(console: Console, trial: Trial) -> None:
+def explain_trial(console: Console, trial: DryRun) -> None:
     """Print the options of a dry run and the figures of its one step."""
     for name, value in dataclasses.asdict(trial.config).items():
         if value not in (None, ""):

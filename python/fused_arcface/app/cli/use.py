@@ -19,7 +19,7 @@ NET = "Net"
 Checkpoint = Annotated[
     Path,
     typer.Option(
-        help="The net: folder of a run, its model.pt or best.pt, or a file of weights with --backbone. Required.",
+        help="The net: folder of a run, its model.pt or best.pt, or a file of weights with --backbone.",
         rich_help_panel=NET,
     ),
 ]

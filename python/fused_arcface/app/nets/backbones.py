@@ -23,8 +23,8 @@ def check_backbone(name: str) -> None:
     """Raise unless ``name`` is one of :data:`NAMES`.
 
     Raises:
-        ValueError: it is none.
-        MissingExtra: it is timm's, and timm is not installed.
+        ValueError: if there is no net of this name.
+        MissingExtra: if the net is timm's and timm is not installed.
     """
     if name.startswith(_TIMM):
         known = require("timm", "timm")

@@ -1,6 +1,8 @@
-"""IResNet: the residual nets that face recognition is trained with (Deng et al., ArcFace, arXiv:1801.07698; Duta et
-al., Improved Residual Networks, arXiv:2004.04989). Parameters are named as in insightface's ``iresnet.py``, so its
-``backbone.pth`` and ``model.pt`` load."""
+"""IResNet: the residual nets that face recognition is trained with.
+
+See Deng et al., ArcFace, arXiv:1801.07698, and Duta et al., Improved Residual Networks, arXiv:2004.04989. Parameters
+are named as in insightface's ``iresnet.py``, so its ``backbone.pth`` and ``model.pt`` load.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,7 @@ _EPS = 1e-5
 
 
 class IResNetBlock(nn.Module):
-    """BN, 3×3 convolution, BN, PReLU, strided 3×3 convolution, BN; and the input beside it."""
+    """A residual block: BN, 3×3 convolution, BN, PReLU, strided 3×3 convolution, BN, and a shortcut."""
 
     def __init__(self, inplanes: int, planes: int, stride: int) -> None:
         super().__init__()
@@ -42,14 +44,14 @@ class IResNet(nn.Module):
     """Images ``(N, channels, size, size)`` to embeddings ``(N, D)``, not normalized.
 
     Args:
-        depth: 18, 34, 50, 100 or 200.
+        depth: number of layers: 18, 34, 50, 100 or 200.
         embedding_dim: D.
         size: side of the images in pixels; insightface's nets have 112.
-        channels: of the images.
-        dropout: before the last linear map.
+        channels: number of channels of the images.
+        dropout: probability of dropout before the last linear map.
 
     Raises:
-        ValueError: another depth.
+        ValueError: if the depth is not one of these.
 
     >>> IResNet(18, embedding_dim=512)(torch.zeros(2, 3, 112, 112)).shape
     torch.Size([2, 512])
@@ -92,6 +94,6 @@ class IResNet(nn.Module):
 
 
 def _stage(inplanes: int, planes: int, blocks: int) -> nn.Sequential:
-    """Blocks of which the first halves the image."""
+    """Return a stage of blocks; the first one halves the image."""
     first = IResNetBlock(inplanes, planes, 2)
     return nn.Sequential(first, *(IResNetBlock(planes, planes, 1) for _ in range(blocks - 1)))

@@ -1,5 +1,7 @@
-"""MobileFaceNet: a small net of separable convolutions (Chen et al., MobileFaceNets, arXiv:1804.07573), with the widths
-and the names of parameters of insightface's ``mbf`` and ``mbf_large``, so that their ``backbone.pth`` loads."""
+"""MobileFaceNet: a small net of separable convolutions (Chen et al., MobileFaceNets, arXiv:1804.07573).
+
+Widths and names of parameters are those of insightface's ``mbf`` and ``mbf_large``, so their ``backbone.pth`` loads.
+"""
 
 from __future__ import annotations
 
@@ -34,10 +36,10 @@ class MobileFaceNet(nn.Module):
     """Images ``(N, channels, size, size)`` to embeddings ``(N, D)``, not normalized.
 
     Args:
-        name: ``"mbf"`` or ``"mbf_large"``.
+        name: key of :data:`SIZES`.
         embedding_dim: D.
         size: side of the images in pixels; insightface's nets have 112.
-        channels: of the images.
+        channels: number of channels of the images.
 
     >>> import torch
     >>> MobileFaceNet("mbf", 8).eval()(torch.zeros(2, 3, 112, 112)).shape

@@ -12,8 +12,8 @@ class SmallNet(nn.Module):
 
     Args:
         embedding_dim: D.
-        channels: of the images.
-        width: channels of the first convolution; the others have twice and four times as many.
+        channels: number of channels of the images.
+        width: number of channels of the first convolution; the others have twice and four times as many.
 
     Images ``(N, channels, height, width)`` of any size from 1×1 give embeddings ``(N, D)``, not normalized: heads do
     that.
@@ -30,8 +30,7 @@ class SmallNet(nn.Module):
         self.convolutions = nn.Sequential(
             _block(channels, width), _block(width, 2 * width), _block(2 * width, 4 * width), nn.AdaptiveAvgPool2d(4)
         )
-        # Normalized without a bias after it, as margin-softmax nets are: every dimension of the embedding has its
-        # share of the angle.
+        # The embedding is batch-normalized, so every dimension has its share of the angle.
         self.projection = nn.Sequential(
             nn.Flatten(), nn.Linear(64 * width, embedding_dim, bias=False), nn.BatchNorm1d(embedding_dim)
         )
@@ -51,8 +50,9 @@ def _block(channels_in: int, channels_out: int) -> nn.Sequential:
 
 @torch.no_grad()
 def embed(net: nn.Module, images: Tensor, batch_size: int = 512, normalize: bool = True) -> Tensor:
-    """Embeddings ``(M, D)`` of images ``(M, channels, height, width)``, of norm 1 unless ``normalize`` is false; the
-    net is in evaluation mode meanwhile.
+    """Return embeddings ``(M, D)`` of images ``(M, channels, height, width)``.
+
+    They have norm 1 unless ``normalize`` is false. The net is in evaluation mode meanwhile.
 
     >>> embed(nn.Flatten(), torch.ones(1, 1, 2, 2))
     tensor([[0.5000, 0.5000, 0.5000, 0.5000]])

@@ -1,8 +1,8 @@
-"""Vision transformers for faces (Dosovitskiy et al., arXiv:2010.11929), with the sizes and the names of parameters of
-insightface's ``vit_*``, so that their ``backbone.pth`` loads.
+"""Vision transformers for faces (Dosovitskiy et al., arXiv:2010.11929).
 
-All patches together give the embedding, there is no class token. In training a share of the patches may be left out and
-replaced by one learned token at the end (as He et al. mask, arXiv:2111.06377).
+Sizes and names of parameters are those of insightface's ``vit_*``, so their ``backbone.pth`` loads. All patches
+together give the embedding; there is no class token. In training a share of the patches may be left out and replaced by
+one learned token at the end (as He et al. mask, arXiv:2111.06377).
 """
 
 from __future__ import annotations
@@ -103,10 +103,10 @@ class VisionTransformer(nn.Module):
         name: key of :data:`SIZES`.
         embedding_dim: D.
         size: side of the images in pixels, >= 9; insightface's nets have 112.
-        channels: of the images.
+        channels: number of channels of the images.
 
     Raises:
-        ValueError: an image smaller than a patch.
+        ValueError: if an image is smaller than a patch.
 
     >>> VisionTransformer("vit_t", 8, size=18).eval()(torch.zeros(2, 3, 18, 18)).shape
     torch.Size([2, 8])

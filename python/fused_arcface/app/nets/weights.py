@@ -1,5 +1,7 @@
-"""Weights of embedding nets in files: a run's ``model.pt``, insightface's ``backbone.pth``, and the same tensors as
-``DataParallel``, ``torch.compile`` and training loops save them, under longer names."""
+"""Weights of embedding nets in files: a run's ``model.pt`` and insightface's ``backbone.pth``.
+
+The same tensors are read under the longer names that ``DataParallel``, ``torch.compile`` and training loops give them.
+"""
 
 from __future__ import annotations
 

@@ -1,2 +1,5 @@
-"""Training runs on files, from :class:`~fused_arcface.app.training.config.TrainConfig` to
-:func:`fused_arcface.app.training.trainer.train`."""
+"""Training runs on files.
+
+They begin with a :class:`~fused_arcface.app.training.config.TrainConfig` and end in
+:func:`fused_arcface.app.training.trainer.train`.
+"""

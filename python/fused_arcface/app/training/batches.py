@@ -1,5 +1,7 @@
-"""Which images each step trains on, and their reading. The batches are a function of the seed alone: neither the number
-of ranks nor an interruption changes them."""
+"""The images of each step, and their reading.
+
+Batches are a function of the seed alone: neither the number of ranks nor an interruption changes them.
+"""
 
 from __future__ import annotations
 
@@ -19,9 +21,9 @@ from ..data.sources import LabeledReader
 from .augment import augment
 from .interrupt import ignore_interrupts
 
-_MOST_UNREADABLE = 100  # in a row: then it is the source that is wrong, not an image
+_MOST_UNREADABLE = 100  # unreadable images in a row; more mean that the source is wrong, not an image
 
-_GIVEN_UP = -1  # as the label of an image that could not be read, nor any after it
+_GIVEN_UP = -1  # label for an image that could not be read, when none after it could be read either
 
 
 class Batch(NamedTuple):
@@ -32,7 +34,7 @@ class Batch(NamedTuple):
     labels: Tensor
     """(n,) int64."""
     problems: list[str]
-    """Images that could not be read, each with its place; the next readable one is in the batch instead."""
+    """Messages about images that could not be read; the next readable image is in the batch instead."""
 
 
 class Item(NamedTuple):
@@ -46,12 +48,15 @@ class Item(NamedTuple):
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """The joint batches of all ranks: each epoch a new order of all images, cut into whole batches; what is left over
-    waits for the next epoch's order."""
+    """The joint batches of all ranks.
+
+    Each epoch has a new order of all images, cut into whole batches. The images left over at its end are not used in
+    that epoch.
+    """
 
     num_images: int
     batch_size: int
-    """Images of a joint batch; all of them if there are fewer."""
+    """Images of a joint batch; if there are fewer, a batch has all images."""
     seed: int
     flip: bool
     labels: Tensor | None = None
@@ -59,7 +64,7 @@ class BatchPlan:
 
     @property
     def rows(self) -> int:
-        """Images that a batch really has."""
+        """Number of images that a batch really has."""
         return min(self.batch_size, self.num_images)
 
     @property
@@ -67,7 +72,7 @@ class BatchPlan:
         return self.num_images // self.rows
 
     def epoch(self, epoch: int) -> list[list[Item]]:
-        """The batches of one epoch, counted from 0."""
+        """Return the batches of one epoch; the first epoch is 0."""
         generator = torch.Generator().manual_seed(fold(self.seed, BATCH, epoch) >> 1)
         shuffled = torch.randperm(self.num_images, generator=generator)
         order = self._balanced(shuffled, generator) if self.labels is not None else shuffled
@@ -89,8 +94,10 @@ class BatchPlan:
         return by_class[torch.cat(turns)[: self.num_images]]
 
     def from_step(self, step: int, steps: int, share: slice) -> Iterator[list[Item]]:
-        """A share of the batches from ``step`` to the last one before ``steps``, both counted from 0 over all
-        epochs."""
+        """Yield a share of the batches from ``step`` to the last one before ``steps``.
+
+        Both are counted from 0 over all epochs.
+        """
         while step < steps:
             epoch, within = divmod(step, self.steps_per_epoch)
             for batch in self.epoch(epoch)[within : within + steps - step]:
@@ -99,7 +106,7 @@ class BatchPlan:
 
 
 def share_bounds(rows: int, parts: int) -> list[int]:
-    """Where a joint batch is cut into ``parts`` micro-batches: ``parts + 1`` rows.
+    """Return the ``parts + 1`` rows at which a joint batch is cut into ``parts`` micro-batches.
 
     >>> share_bounds(10, 4)
     [0, 2, 5, 7, 10]
@@ -108,7 +115,7 @@ def share_bounds(rows: int, parts: int) -> list[int]:
 
 
 class _ReadImages(Dataset[Batch]):
-    """Reads one item; the loader's workers call it."""
+    """Reads single items, in the loader's workers."""
 
     def __init__(self, source: LabeledReader, spec: ImageSpec, level: str) -> None:
         self._source, self._spec, self._level = source, spec, level
@@ -144,11 +151,12 @@ def load_batches(
     pin_memory: bool = False,
     level: str = "none",
 ) -> Iterator[Batch]:
-    """Yield batches one after another, read ahead of their use in ``workers`` processes if there are any, and changed
-    at random as :func:`~fused_arcface.app.training.augment.augment` does at this level.
+    """Yield batches, read ahead in ``workers`` processes if there are any.
+
+    Images are changed at random as :func:`~fused_arcface.app.training.augment.augment` does at this level.
 
     Raises:
-        DataError: nothing can be read.
+        DataError: if no image can be read.
     """
     loader = DataLoader(
         _ReadImages(source, spec, level),

@@ -1,4 +1,4 @@
-"""Buffers of modules as they were: the learner and the joint step put them back where a pass must leave no trace."""
+"""Copies of modules' buffers, which the learner and the joint step put back after a pass that must change nothing."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 
 class SavedBuffers:
-    """Copies of all buffers of some modules, at the time that this is made.
+    """Copies of all buffers of some modules, made by the constructor.
 
     >>> norm = nn.BatchNorm1d(2)
     >>> saved = SavedBuffers(norm)
@@ -26,7 +26,7 @@ class SavedBuffers:
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Put every value back, into the same tensors: a module may also have replaced one."""
+        """Put every value back into the same tensor, which a module may have replaced."""
         for module, name, buffer, value in self._saved:
             buffer.copy_(value)
             module._buffers[name] = buffer

@@ -1,5 +1,7 @@
-"""What a training run is: every option once, with its default, its rule and its help. The command line, TOML files and
-the run's folder all take them from here."""
+"""Options of a training run: each one once, with its default, its rule and its help.
+
+The command line, TOML files and the run's folder take them from here.
+"""
 
 from __future__ import annotations
 
@@ -29,18 +31,18 @@ OPTIMIZATION, RUN = "Optimization", "Verification and run"
 """Groups of options, in the order of the help."""
 
 _MOST_BYTES = 1 << 16
-"""Of a TOML file of options."""
+"""Largest size of a TOML file of options."""
 _MOST_DOTS = 100
-"""The time of Python's reader grows with the square of the parts of a key: 20,000 of them take 20 seconds."""
+"""Most dots in a line. The time of Python's reader grows with the square of a key's parts: 20,000 take 20 seconds."""
 
 
 class OptionError(ValueError):
-    """Options that do not fit each other, the data or the machine; found when a run starts."""
+    """Raised at the start of a run if options do not fit each other, the data or the machine."""
 
 
 @dataclass(frozen=True)
 class Rule:
-    """What an option must be, and what it is for."""
+    """Type, range and purpose of an option."""
 
     group: str
     """Heading of the help under which it stands."""
@@ -54,13 +56,13 @@ class Rule:
     """``most`` itself is not allowed."""
     choices: tuple[str, ...] = ()
     fixed: bool = False
-    """A run that is resumed keeps it: another value would make another net, or other batches."""
+    """A resumed run keeps it: another value would make another net, or other batches."""
 
     def check(self, name: str, value: Any, types: tuple[type, ...]) -> None:
-        """Raises unless ``value`` is of one of ``types`` and in range.
+        """Raise unless ``value`` is of one of ``types`` and in range.
 
         Raises:
-            TypeError, ValueError: with name, rule and what was received.
+            TypeError, ValueError: if it is not; the message has the name, the rule and what was received.
         """
         if value is None and type(None) in types:
             return
@@ -86,11 +88,11 @@ def _option(default: Any, group: str, help: str, **rule: Any) -> Any:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Options of a training run; None is chosen by the data, the net or the machine when the run starts.
+    """Options of a training run; those that are None are chosen when the run starts.
 
     Raises:
-        TypeError, ValueError: an option of a wrong type or out of its range, named, with what was received.
-        MissingExtra: a backbone of timm without timm.
+        TypeError, ValueError: if an option has a wrong type or is out of its range.
+        MissingExtra: if the backbone is timm's and timm is not installed.
 
     >>> TrainConfig(data="identities", batch_size=0)
     Traceback (most recent call last):
@@ -292,10 +294,10 @@ class TrainConfig:
         return int(found[1]) if found[1] else self.epochs
 
     def replace(self, changes: Mapping[str, Any]) -> TrainConfig:
-        """This configuration with other values.
+        """Return this configuration with other values.
 
         Raises:
-            TypeError, ValueError: an unknown option, or a wrong value.
+            TypeError, ValueError: if an option is unknown or its value wrong.
         """
         for name in changes:
             if name not in rules():
@@ -304,13 +306,13 @@ class TrainConfig:
         return dataclasses.replace(self, **changes)
 
     def save(self, path: Path) -> None:
-        """Written as TOML, without the options that are None."""
+        """Write the options as TOML, without those that are None."""
         values = {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
         write_bytes(path, encode(require("tomli_w", "train").dumps(values)))
 
 
 def rules() -> dict[str, tuple[Rule, tuple[type, ...]]]:
-    """Rule and types of each option, in order."""
+    """Return rule and types of each option, in order."""
     hints = get_type_hints(TrainConfig)
     return {
         each.name: (each.metadata["rule"], get_args(hints[each.name]) or (hints[each.name],))
@@ -319,10 +321,10 @@ def rules() -> dict[str, tuple[Rule, tuple[type, ...]]]:
 
 
 def read_options(path: Path) -> dict[str, Any]:
-    """The options that a TOML file sets; hand them to :meth:`TrainConfig.replace`.
+    """Return the options that a TOML file sets; hand them to :meth:`TrainConfig.replace`.
 
     Raises:
-        OptionError: it cannot be read or is no TOML.
+        OptionError: if the file cannot be read or is not TOML.
     """
     # Before Python 3.11 the standard library has no reader, and the package that it came from takes its place.
     toml = require("tomllib" if sys.version_info >= (3, 11) else "tomli", "train")

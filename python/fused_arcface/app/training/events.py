@@ -1,5 +1,8 @@
-"""What a training tells of itself, and who listens in its folder: a log of JSON lines, and TensorBoard where it is
-installed. The terminal's listener is ``cli.training_progress``."""
+"""Events of a training, and the listeners that write them into the run's folder.
+
+These are a log of JSON lines, and TensorBoard where it is installed. The terminal's listener is
+``cli.training_progress``.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ from fused_arcface.evaluation.verification import Verification
 
 @dataclass(frozen=True)
 class Began:
-    """Training begins, behind step ``step`` of ``steps``."""
+    """Training begins after step ``step`` of ``steps``."""
 
     step: int
     steps: int
@@ -48,7 +51,7 @@ class Stepped:
     target_angle: float
     """Mean angle in degrees between an embedding and its class center."""
     accuracy: float
-    """Share of the joint batch whose class center is the nearest of those in use."""
+    """Share of the joint batch for which the own class center is the nearest one in use."""
     lr: float
     """Of the backbone."""
     images_per_second: float
@@ -69,7 +72,7 @@ class Verified:
 
 
 @dataclass(frozen=True)
-class Saved:
+class Checkpointed:
     """A checkpoint was written."""
 
     step: int
@@ -78,24 +81,26 @@ class Saved:
 
 @dataclass(frozen=True)
 class Noted:
-    """Something that the user should know: a problem in the data, for example."""
+    """Text for the user, about a problem in the data for example."""
 
     text: str
 
 
 @dataclass(frozen=True)
 class Ended:
-    """Nothing more will come."""
+    """The training has ended; no event follows."""
 
 
-Event = Began | Stepped | Verified | Saved | Noted | Ended
+Event = Began | Stepped | Verified | Checkpointed | Noted | Ended
 Listener = Callable[[Event], None]
-"""Called with each event: on the first rank with all, on the others with notes alone."""
+"""Called with each event on the first rank, and with notes alone on the others."""
 
 
 class LogFile:
-    """A line of JSON for each step and verification. What a run that went down had written behind its last checkpoint
-    is made again, and replaced."""
+    """Writes a line of JSON for each step and verification.
+
+    A crashed run repeats the steps after its last checkpoint; their lines are replaced.
+    """
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -122,7 +127,7 @@ class LogFile:
 
 
 def _step_of(line: bytes) -> float:
-    """A line that was cut short counts as one of the future."""
+    """Return the step of a line; infinity if the line was cut short."""
     try:
         return int(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):
@@ -130,7 +135,7 @@ def _step_of(line: bytes) -> float:
 
 
 class TensorBoard:
-    """Scalars for TensorBoard."""
+    """Writes scalars for TensorBoard."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -152,7 +157,7 @@ class TensorBoard:
 
 
 def folder_listeners(log: Path, tensorboard: Path) -> list[Listener]:
-    """The log, and TensorBoard if it is installed."""
+    """Return the log, and TensorBoard if it is installed."""
     try:
         require("tensorboard", "tensorboard")
         return [LogFile(log), TensorBoard(tensorboard)]

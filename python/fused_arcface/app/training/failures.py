@@ -1,4 +1,4 @@
-"""How a training that has begun fails, as one error on all ranks."""
+"""The error with which a training that has begun fails, on all ranks alike."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 
 
 class TrainingError(RuntimeError):
-    """A training that cannot go on; the message says why, and how to go on with it where that is possible."""
+    """Raised if a training cannot continue; the message says why, and how to resume if that is possible."""
 
 
 def disk_error(path: object, error: OSError, way_back: str) -> TrainingError:

@@ -1,4 +1,4 @@
-"""What a run remembers of its data, to notice other images under the same names: when resumed, and between ranks."""
+"""Fingerprints of data: a resumed run and its ranks notice other images under the same names."""
 
 from __future__ import annotations
 
@@ -18,8 +18,10 @@ _KEY = 20260101  # of the sample; every run draws the same
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """Numbers and hashes of a source: a change of any name or label shows, and of the stored bytes of any of up to 512
-    images, chosen by a fixed key."""
+    """Numbers and hashes of a source.
+
+    They change with any name or label, and with the stored bytes of up to 512 images that a fixed key chooses.
+    """
 
     images: int
     identities: int

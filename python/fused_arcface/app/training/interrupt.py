@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as a wish to stop at the next step, so that what was trained is saved."""
+"""Ctrl-C and SIGTERM end a training after the step in progress, so that it is saved."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Interrupt:
-    """While it is entered, the first SIGINT or SIGTERM is noted in ``received``; the second acts at once as usual.
+    """A context that notes the first SIGINT or SIGTERM in ``received``; the second one acts as usual.
 
-    Entered outside the main thread it notes nothing: Python handles signals in that one alone.
+    Outside the main thread it notes nothing: Python handles signals in the main thread alone.
     """
 
     def __init__(self) -> None:
@@ -42,6 +42,6 @@ class Interrupt:
 
 
 def ignore_interrupts(_: int) -> None:
-    """For data-loader workers: a terminal's Ctrl-C reaches them too, and the training still needs their batches."""
+    """Ignore Ctrl-C in a data-loader worker: it reaches workers too, and the training still needs their batches."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)

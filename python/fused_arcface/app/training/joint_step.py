@@ -1,5 +1,4 @@
-"""One training step: the net in micro-batches, the head once on the joint batch, the net's backward pass in
-micro-batches.
+"""One training step: the net in micro-batches, and the head once on the joint batch.
 
 The fused optimizer updates the class centers in the head's backward pass, so gradients cannot be accumulated over
 several passes of the head. Instead the embeddings are: all but the last micro-batch are embedded without a graph, the
@@ -29,27 +28,27 @@ AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class StepResult(NamedTuple):
-    """What a step tells."""
+    """Figures of a step."""
 
     loss: float
-    """Over all ranks."""
+    """Mean over all ranks."""
     stats: MarginSoftmaxStats
-    """Of this rank's rows."""
+    """Figures of this rank's rows."""
     head_seconds: float
-    """Of the head alone, forward and backward to the gradients by embeddings and class centers."""
+    """Time of the head, forward and backward, to the gradients by embeddings and class centers."""
     updated: bool = True
     """Loss and gradients were finite: weights and class centers were changed."""
 
 
 class JointStep:
-    """Forward and backward pass of a joint batch; the optimizer's step is the caller's.
+    """Runs the forward and backward pass of a joint batch; the caller steps the optimizer.
 
     Args:
-        net: images to embeddings; under ``DistributedDataParallel`` where there are several ranks.
-        head: called on this rank's embeddings.
-        precision: of the autocast, a key of :data:`AUTOCAST`.
-        scaler: of the loss; disabled unless the precision is fp16.
-        seed: of dropout and the like, keyed by step and micro-batch: a resumed run draws the same.
+        net: module from images to embeddings; in ``DistributedDataParallel`` if there are several ranks.
+        head: the head, called on this rank's embeddings.
+        precision: key of :data:`AUTOCAST`.
+        scaler: gradient scaler; disabled unless the precision is fp16.
+        seed: key of dropout and the like, together with step and micro-batch: a resumed run draws the same.
     """
 
     def __init__(
@@ -65,7 +64,7 @@ class JointStep:
         Args:
             parts: this rank's images (n, channels, size, size), cut into micro-batches.
             target: (n,) their labels.
-            number: of the step.
+            number: number of the step, from 0.
             frozen: train the class centers alone: the net, which is in evaluation mode then, gets no gradient.
         """
         if frozen:
@@ -99,7 +98,7 @@ class JointStep:
         return cut.grad, StepResult(loss.item(), stats, timer.seconds())
 
     def _embed(self, net: nn.Module, parts: list[Tensor], place: int, number: int) -> Tensor:
-        """Embeddings (n, D) of a micro-batch, in fp32: their gradient must not overflow in half precision."""
+        """Return embeddings (n, D) of a micro-batch in fp32: their gradient must not overflow in half precision."""
         part = self._head.ranks.rank * len(parts) + place
         torch.manual_seed(fold(self._seed, NET, number, part) >> 1)
         with self._autocast(parts[place].device):
@@ -110,14 +109,14 @@ class JointStep:
         return torch.autocast(device.type, self._dtype, enabled=self._dtype is not None)
 
     def _without_exchange(self, wanted: bool) -> AbstractContextManager[object]:
-        """Where ``wanted``: gradients stay this rank's own until the step's last backward pass."""
+        """Return a context in which, if ``wanted``, ranks do not exchange gradients."""
         if wanted and isinstance(self._net, DistributedDataParallel):
             return self._net.no_sync()
         return contextlib.nullcontext()
 
 
 class Timer:
-    """Seconds from its making to :meth:`stop`, on the device that does the work."""
+    """Measures seconds from its construction to :meth:`stop`, on the device that does the work."""
 
     def __init__(self, device: torch.device) -> None:
         self._events: list[torch.cuda.Event] = []
@@ -132,7 +131,7 @@ class Timer:
             self._events[1].record()
 
     def seconds(self) -> float:
-        """To be asked when the device has got there."""
+        """Return the seconds; waits until the device has reached :meth:`stop`."""
         if self._events:
             self._events[1].synchronize()
             return self._events[0].elapsed_time(self._events[1]) / 1e3

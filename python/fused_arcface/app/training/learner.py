@@ -1,4 +1,4 @@
-"""What learns: net, head, their optimizers and learning rates, made of a run's options, saved and restored together."""
+"""Net, head, optimizers and learning rates of a run, made from its options, saved and restored together."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ _OWN_STATISTICS: dict[str, Any] = {"forward_sync_buffers" if _NEW_NAME else "bro
 
 
 class Learner:
-    """One process's net and part of the head, and the step that changes them.
+    """One process's net and shard of the head, and the step that changes them.
 
     Args:
-        config: without None: see :func:`fused_arcface.app.training.resolve.resolve`.
+        config: options that :func:`fused_arcface.app.training.resolve.resolve` has completed.
         num_classes: C_total.
-        steps: of the whole training.
+        steps: number of steps of the whole training.
         world: the processes that train together.
     """
 
@@ -47,7 +47,7 @@ class Learner:
         self.config, self.world = config, world
         self.updates = 0  # steps that were not skipped
         self.notes: list[str] = []
-        """What there is to say of the weights and class centers that the training started from."""
+        """Notes on the weights and class centers that the training started from."""
         self._frozen_steps = config.frozen_epochs * (steps // config.epochs)
         self.spec = ImageSpec(config.image_size, config.channels)
         self.head = _build_head(config, num_classes, world.device)
@@ -69,13 +69,13 @@ class Learner:
 
     @property
     def lr(self) -> float:
-        """The backbone's, of the last step."""
+        """Learning rate of the backbone in the last step."""
         rate: float = self.optimizer.param_groups[0]["lr"]
         return rate
 
     @property
     def memory(self) -> int:
-        """Bytes on this rank of weights, gradients and optimizer states of net and class centers, without activations.
+        """Bytes on this rank of weights, gradients and optimizer states, of net and class centers.
 
         CenterSGD keeps a momentum beside the centers, and no gradient.
         """
@@ -86,8 +86,13 @@ class Learner:
         return net * (2 + states) + centers * (2 if fused else 2 + states)
 
     def learn(self, images: Tensor, labels: Tensor, sizes: list[int], number: int) -> StepResult:
-        """One step, counted from 0, on this rank's images (n, channels, size, size) and labels (n,), in micro-batches
-        of these sizes.
+        """Make one step.
+
+        Args:
+            images: (n, channels, size, size), this rank's images.
+            labels: (n,) int64.
+            sizes: sizes of the micro-batches that the images are cut into.
+            number: number of the step, from 0.
 
         A step whose loss or gradient is not finite on any rank is skipped on all: weights, buffers, optimizers and the
         margin's state stay as they were. So they do if an error is raised.
@@ -140,7 +145,7 @@ class Learner:
         return self.world.sum([float(unusable)]) == [0.0] and finite
 
     def _set_options(self, number: int) -> None:
-        """Every step anew, from the options: what a checkpoint has brought back counts for nothing."""
+        """Set the optimizers' options before each step: those of a checkpoint are not used."""
         config, factor = self.config, self._schedule.factor(number)
         assert config.lr is not None
         options = {"lr": config.lr * factor, "weight_decay": config.weight_decay}
@@ -153,7 +158,7 @@ class Learner:
             self.head.center_optimizer.param_groups[0].update(centers)
 
     def save(self, root: Path, step: int) -> Path:
-        """A checkpoint after ``step`` steps; a collective."""
+        """Write a checkpoint after ``step`` steps and return its path. A collective."""
         values = {"step": step, "updates": self.updates}
         return checkpoint.save(root, self.head, keep=self.config.keep, **values, **self._objects())
 
@@ -161,10 +166,10 @@ class Learner:
         """Begin, from the weights and class centers that the options name; return 0 steps.
 
         Args:
-            names: (C_total,) of the identities.
+            names: (C_total,) names of the identities.
 
         Raises:
-            OptionError: they cannot be read, or do not fit.
+            OptionError: if they cannot be read or do not fit.
         """
         for option, path in (("init", self.config.init), ("centers", self.config.centers)):
             if not path:
@@ -179,7 +184,7 @@ class Learner:
         return 0
 
     def load(self, root: Path) -> int:
-        """Goes back to the newest checkpoint; returns how many steps had been made. A collective."""
+        """Go back to the newest checkpoint and return the number of steps made by then. A collective."""
         saved = checkpoint.load(root, self.head, **self._objects())
         step: int = saved["step"]
         self.updates = saved.get("updates", step)

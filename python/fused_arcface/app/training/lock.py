@@ -1,4 +1,4 @@
-"""The lock of a run's folder: one training at a time writes into it."""
+"""The lock of a run's folder: only one training at a time writes into it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _HELD = (errno.EACCES, errno.EAGAIN)
 
 
 class FolderInUse(Exception):
-    """Another process holds the lock; the message names it."""
+    """Raised if another process holds the lock; the message names the process."""
 
 
 class FolderLock:
@@ -24,11 +24,11 @@ class FolderLock:
     system without locks there is none.
 
     Args:
-        folder: an existing one.
+        folder: an existing folder.
 
     Raises:
-        FolderInUse: another process holds the lock.
-        OSError: the file cannot be written.
+        FolderInUse: if another process holds the lock.
+        OSError: if the file cannot be written.
     """
 
     def __init__(self, folder: Path) -> None:

@@ -1,5 +1,7 @@
-"""The options that a run chooses for itself, by its data, its net and its machine; and those that do not go
-together."""
+"""Options that a run chooses for itself, and checks of options that do not go together.
+
+A run chooses by its data, its net and its machine.
+"""
 
 from __future__ import annotations
 
@@ -22,10 +24,10 @@ _LR = {"sgd": 0.1, "adamw": 0.001}
 
 
 def open_data(config: TrainConfig) -> ImageSource:
-    """The images to train on.
+    """Open the images to train on.
 
     Raises:
-        DataError: there are none; or something is wrong with them and ``bad_data`` is ``"stop"``.
+        DataError: if there are none, or something is wrong with them and ``bad_data`` is ``"stop"``.
     """
     if not config.data:
         raise DataError("data must be a folder, a .rec file, identities or digits; got nothing")
@@ -38,15 +40,17 @@ def open_data(config: TrainConfig) -> ImageSource:
 
 
 def stopped_by(problem: str) -> str:
-    """What is said of the problem that ends a run."""
+    """Return the message for a problem that ends a run."""
     return f"{problem}; bad_data is stop: the run ends"
 
 
 def open_verification(config: TrainConfig) -> ImageSet | None:
-    """The pairs to verify on: those named, for data that the package makes unseen ones of its kind, else none.
+    """Open the pairs to verify on.
+
+    These are the ones that the options name, or unseen ones if the package makes the data itself, otherwise None.
 
     Raises:
-        OptionError: they cannot be read, or no pairs can be made of them.
+        OptionError: if they cannot be read, or no pairs can be made of them.
     """
     try:
         if config.verify_data:
@@ -61,10 +65,10 @@ def open_verification(config: TrainConfig) -> ImageSet | None:
 
 
 def resolve(config: TrainConfig, source: ImageSource, world: World) -> TrainConfig:
-    """The options with a value for each.
+    """Return the options with a value for each.
 
     Raises:
-        OptionError: options that do not fit each other, the data or the number of ranks.
+        OptionError: if options do not fit each other, the data or the number of ranks.
     """
     changes: dict[str, Any] = {
         "data": _absolute(config.data),
@@ -98,10 +102,13 @@ def resolve(config: TrainConfig, source: ImageSource, world: World) -> TrainConf
 
 
 def _absolute(data: str) -> str:
-    """A path as it is found from everywhere: a run may be resumed in another folder."""
+    """Return an absolute path if ``data`` is one: a run may be resumed from another folder."""
     return str(Path(data).resolve()) if data and Path(data).exists() else data
 
 
 def _scale(identities: int) -> float:
-    """The papers' 64 suits 10⁵ identities; with some hundred a softmax is sharp enough at 16, and learns faster."""
+    """Return the scale for a number of identities.
+
+    The papers' 64 suits 10⁵ identities. With some hundred, a softmax is sharp enough at 16 and learns faster.
+    """
     return 16.0 if identities < 1000 else 32.0 if identities < 10_000 else 64.0

@@ -1,4 +1,4 @@
-"""The folder of a training run: what lies in it under which name, and a trained net out of it.
+"""The folder of a training run: its files, and the trained net.
 
 ::
 
@@ -35,7 +35,7 @@ from .lock import FolderInUse, FolderLock
 
 
 class RunError(ValueError):
-    """A folder that is no training run, or none that can be used so; the message says what is wrong and what to do."""
+    """Raised for a folder that is no training run or cannot be used; the message says what is wrong and what to do."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ class RunFolder:
         """Make the folder, if it is missing, and lock it for this process.
 
         Raises:
-            RunError: another process trains in it, or it cannot be written.
+            RunError: if another process trains in it, or it cannot be written.
         """
         try:
             self.root.mkdir(parents=True, exist_ok=True)
@@ -105,10 +105,10 @@ class RunFolder:
             raise RunError(f"{self.root} cannot be written: {error.strerror}") from None
 
     def read_fingerprint(self) -> Fingerprint | None:
-        """The data that the run was started with; None in a run of a version before that was written down.
+        """Return the fingerprint of the run's data; None for a run of a version that did not write it.
 
         Raises:
-            RunError: the file is damaged.
+            RunError: if the file is damaged.
         """
         if not self.data.is_file():
             return None
@@ -118,10 +118,10 @@ class RunFolder:
             raise RunError(f"{self.data} cannot be read: {error}; remove it to go on without it") from None
 
     def read_config(self) -> TrainConfig:
-        """The run's options.
+        """Read the run's options.
 
         Raises:
-            RunError: it has none, or they cannot be read.
+            RunError: if there are none or they cannot be read.
         """
         if not self.config.is_file():
             why = "is not a folder" if not self.root.is_dir() else f"is no training run: it has no {self.config.name}"
@@ -148,10 +148,10 @@ class RunFolder:
 
 
 def check_run(folder: RunFolder, config: TrainConfig, classes: list[str], data: Fingerprint, resume: bool) -> None:
-    """Raises unless a training with these options, classes and data may begin in the folder, or go on there.
+    """Check that a training with these options, classes and data may begin in the folder, or continue there.
 
     Raises:
-        RunError: see above.
+        RunError: if it may not.
     """
     if not resume:
         if folder.has_checkpoint and not folder.config.exists():
@@ -187,15 +187,17 @@ def check_run(folder: RunFolder, config: TrainConfig, classes: list[str], data: 
 
 
 def write_run(folder: RunFolder, config: TrainConfig, classes: list[str], data: Fingerprint) -> None:
-    """Writes down what is trained in the folder; its options last of all, since they make it a run.
+    """Write options, classes and fingerprint of a run; the options come last, because they make the folder a run.
 
     Raises:
-        RunError: it cannot be written.
+        RunError: if the folder cannot be written.
     """
     try:
         # What a killed process had not finished: the lock says that there is no other.
-        for unfinished in folder.root.glob(".partial-*"):
-            unfinished.unlink()
+        for place in (folder.root, folder.checkpoints):
+            for unfinished in place.glob(".partial-*"):
+                if unfinished.is_file():
+                    unfinished.unlink()
         write_bytes(folder.classes, encode_names(classes))
         write_text(folder.data, data.to_json())
         config.save(folder.config)
@@ -204,18 +206,18 @@ def write_run(folder: RunFolder, config: TrainConfig, classes: list[str], data: 
 
 
 def load_backbone(run: Path, device: torch.device | str = "cpu", *, trust: bool = False) -> tuple[nn.Module, ImageSpec]:
-    """The net of a training run, from its newest complete checkpoint, in evaluation mode, and the images it takes.
+    """Load the net of a run from its newest complete checkpoint, and return it with the images that it takes.
 
     Args:
-        run: the run's folder, ``--output`` of ``fused-arcface train``. It may still be under way.
-        device: where the net goes.
+        run: folder of the run, ``--output`` of ``fused-arcface train``. The run may still be in progress.
+        device: device of the net.
         trust: run the code that a checkpoint of format 1 may hold. Nothing else of a run is code: its margin is not
             needed, and not imported.
 
     Raises:
-        RunError: the folder is no run, has no checkpoint yet, or one that does not fit its configuration.
-        fused_arcface.checkpoint.CheckpointError: the checkpoint is damaged.
-        MissingExtra: the net is timm's, and timm is not installed.
+        RunError: if the folder is no run, or its checkpoint is missing or does not fit its options.
+        fused_arcface.checkpoint.CheckpointError: if the checkpoint is damaged.
+        MissingExtra: if the net is timm's and timm is not installed.
     """
     folder = RunFolder(Path(run))
     backbone, spec = folder.build_net()

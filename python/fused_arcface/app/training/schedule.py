@@ -1,4 +1,4 @@
-"""The learning rate as a function of the step: nothing to save, and a resumed run follows its options as they are."""
+"""The learning rate as a function of the step: nothing is saved, and a resumed run follows its present options."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ class Schedule:
     """A linear warm-up, then a fall to 0 (or none).
 
     Args:
-        steps: of the whole training.
+        steps: number of steps of the whole training.
         kind: ``"cosine"``; ``"polynomial"``, ``(1 - progress)^power``; or ``"constant"``.
-        power: of the polynomial.
+        power: exponent of the polynomial.
         warm_up: share of the steps in which the rate rises, in [0, 1].
     """
 
@@ -23,7 +23,7 @@ class Schedule:
     warm_up: float = 0.1
 
     def factor(self, step: int) -> float:
-        """What the greatest learning rate is multiplied by in a step, counted from 0.
+        """Return the factor of the highest learning rate in a step; the first step is 0.
 
         >>> [Schedule(steps=8, kind="polynomial", power=1, warm_up=0.5).factor(step) for step in range(8)]
         [0.25, 0.5, 0.75, 1.0, 1.0, 0.75, 0.5, 0.25]

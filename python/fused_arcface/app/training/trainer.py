@@ -7,7 +7,7 @@ import math
 import signal
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Literal
@@ -19,12 +19,12 @@ from fused_arcface.checkpoint import CheckpointError
 
 from ..data.sources import ImageSource
 from ..thresholds import KeptThresholds
+from .agreement import agreed_fingerprint
 from .batches import Batch, BatchPlan, load_batches, share_bounds
 from .best import BestNet, write_net
-from .config import OptionError, TrainConfig, rules
-from .events import Began, Ended, Event, Listener, Noted, Saved, Stepped, Verified, folder_listeners
+from .config import TrainConfig
+from .events import Began, Checkpointed, Ended, Event, Listener, Noted, Stepped, Verified, folder_listeners
 from .failures import TrainingError, disk_error
-from .fingerprint import Fingerprint
 from .interrupt import Interrupt
 from .joint_step import StepResult
 from .learner import Learner
@@ -36,17 +36,17 @@ from .world import World, join_world, resume_command
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """How a training ended."""
+class TrainingOutcome:
+    """The end of a training."""
 
     step: int
     steps: int
     signal: signal.Signals | None = None
-    """What interrupted it."""
+    """Signal that interrupted it."""
 
 
 @dataclass(frozen=True)
-class Trial:
+class DryRun:
     """The first step of a training that writes nothing."""
 
     config: TrainConfig
@@ -56,40 +56,38 @@ class Trial:
     """Of the step, with the reading of its images."""
 
 
-_OF_ONE_RANK = ("data", "verify_data", "init", "centers", "workers", "device")
-"""Options that may differ between ranks: paths, and what a machine has."""
+def train(
+    config: TrainConfig, output: Path, *, resume: bool | Literal["auto"] = False, listener: Listener
+) -> TrainingOutcome:
+    """Train as the options say, and write a run's folder.
 
-
-def train(config: TrainConfig, output: Path, *, resume: bool | Literal["auto"] = False, listener: Listener) -> Outcome:
-    """Train as the options say, in a folder of its own; resumed, on any number of ranks, it goes on as if it had never
-    been interrupted.
-
-    SIGINT (Ctrl-C) and SIGTERM end it after the step under way, saved.
+    A resumed run, on any number of ranks, gives the result of an uninterrupted one. On SIGINT (Ctrl-C) and SIGTERM the
+    run saves a checkpoint after the step in progress and ends.
 
     Args:
-        config: the options; None among them are chosen here.
-        output: the run's folder, made if it is missing. It is locked: one training at a time writes into it.
-        resume: go on from the newest checkpoint in it, or from the start if there is none yet; ``"auto"``: do so if the
-            folder holds a run, else begin one.
-        listener: is told what goes on.
+        config: options; those that are None are chosen here.
+        output: folder of the run, made if it is missing. It is locked: one training at a time writes into it.
+        resume: true to continue from the newest checkpoint in it, or from the start if there is none yet; ``"auto"`` to
+            do so if the folder holds a run, and begin one otherwise.
+        listener: called with each event of the training.
 
     Raises:
-        RunError: the folder holds a run and ``resume`` is not set, one with other fixed options or other data, or one
-            that another process trains in.
-        DataError: nothing to train on; data that differ between ranks; or a problem in the data, with
-            ``bad_data="stop"``.
-        OptionError: options that do not fit each other, the data or the machine, or differ between ranks.
-        TrainingError: the folder was removed or cannot be written, or every step was skipped.
-        MissingExtra: a library is not installed.
+        RunError: if the folder holds a run and ``resume`` is not set, if that run has other fixed options or other
+            data, or if another process trains in it.
+        DataError: if there is nothing to train on, data differ between ranks, or the data have a problem and
+            ``bad_data`` is ``"stop"``.
+        OptionError: if options do not fit each other, the data or the machine, or differ between ranks.
+        TrainingError: if the folder was removed or cannot be written, or every step was skipped.
+        MissingExtra: if a library is not installed.
 
     >>> import tempfile
     >>> config = TrainConfig(data="identities:4x4", epochs=2, batch_size=8, image_size=16, workers=0, device="cpu")
     >>> train(config, Path(tempfile.mkdtemp()) / "run", listener=lambda event: None)
-    Outcome(step=4, steps=4, signal=None)
+    TrainingOutcome(step=4, steps=4, signal=None)
     """
     folder, lock = RunFolder(output), None
     with _opened(config) as (world, interrupt, config, source), contextlib.ExitStack() as held:
-        data = _agreed(world, config, source)
+        data = agreed_fingerprint(world, config, source)
         with world.together():
             if world.rank == 0:
                 lock = held.enter_context(folder.lock())
@@ -105,7 +103,7 @@ def train(config: TrainConfig, output: Path, *, resume: bool | Literal["auto"] =
             trainer.tell(Ended())
 
 
-def try_out(config: TrainConfig, output: Path, *, resume: bool | Literal["auto"] = False, listener: Listener) -> Trial:
+def try_out(config: TrainConfig, output: Path, *, resume: bool | Literal["auto"] = False, listener: Listener) -> DryRun:
     """Do all that comes before the first step of a training, and that step; write nothing.
 
     Args and errors are those of :func:`train`.
@@ -116,7 +114,7 @@ def try_out(config: TrainConfig, output: Path, *, resume: bool | Literal["auto"]
     """
     folder = RunFolder(output)
     with _opened(config) as (world, interrupt, config, source):
-        data = _agreed(world, config, source)
+        data = agreed_fingerprint(world, config, source)
         with world.together():
             check_run(folder, config, source.names, data, folder.config.exists() if resume == "auto" else resume)
         return Trainer(config, folder, None, world, source, interrupt, listener, write=False).try_out()
@@ -130,26 +128,6 @@ def _opened(config: TrainConfig) -> Iterator[tuple[World, Interrupt, TrainConfig
             source = open_data(config)
             config = resolve(config, source, world)
         yield world, interrupt, config, source
-
-
-def _agreed(world: World, config: TrainConfig, source: ImageSource) -> Fingerprint:
-    """Return the fingerprint of the data, which all ranks have alike, with the same options."""
-    with world.together():
-        data = Fingerprint.of(source)
-    _check_ranks(world, config, data)
-    return data
-
-
-def _check_ranks(world: World, config: TrainConfig, data: Fingerprint) -> None:
-    """Raise on every rank alike where options or data differ between ranks."""
-    try:
-        world.check_agreement("options", {name: getattr(config, name) for name in rules() if name not in _OF_ONE_RANK})
-    except ValueError as error:
-        raise OptionError(str(error)) from None
-    try:
-        world.check_agreement("data", asdict(data))
-    except ValueError as error:
-        raise DataError(str(error)) from None
 
 
 class Trainer:
@@ -184,7 +162,7 @@ class Trainer:
         self._saved = -1
 
     def tell(self, event: Event) -> None:
-        """Tells the listeners; on ranks but the first of problems alone."""
+        """Tell the listeners; on other ranks than the first, of notes alone."""
         if self._world.rank == 0 or isinstance(event, Noted):
             for listener in self._listeners:
                 listener(event)
@@ -195,10 +173,10 @@ class Trainer:
                 self._fail(disk_error(self._folder.root, error, self._way_back()))
 
     def _fail(self, failure: Exception) -> None:
-        """Notes this rank's first failure; all ranks raise it at the end of the step."""
+        """Note this rank's first failure; all ranks raise it at the end of the step."""
         self._failure = self._failure or failure
 
-    def run(self) -> Outcome:
+    def run(self) -> TrainingOutcome:
         """Train until the last step or an interruption."""
         learner = self._learner
         first = step = self._saved = self._begin()
@@ -229,9 +207,9 @@ class Trainer:
                     "images, at the weights of --init, and try a smaller learning rate or precision fp32"
                 )
             self._write_model()
-        return Outcome(step, self._steps, self._stopped_by)
+        return TrainingOutcome(step, self._steps, self._stopped_by)
 
-    def try_out(self) -> Trial:
+    def try_out(self) -> DryRun:
         """Make the first step, and keep nothing of it."""
         step = self._begin()
         sizes, batches = self._batches(min(step, self._steps - 1))
@@ -241,7 +219,7 @@ class Trainer:
         assert batch is not None
         self._note_problems(batch)
         loss = self._learner.learn(batch.images, batch.labels, sizes, step).loss
-        return Trial(self._config, loss, time.perf_counter() - start)
+        return DryRun(self._config, loss, time.perf_counter() - start)
 
     def _begin(self) -> int:
         """Bring weights and class centers to where the training begins or goes on; tell of it and return the step."""
@@ -288,7 +266,7 @@ class Trainer:
         return [end - start for start, end in pairwise(bounds)], batches
 
     def _next_batch(self, batches: Iterator[Batch]) -> Batch | None:
-        """The next batch; None, and a failure noted, if it cannot be trained on."""
+        """Return the next batch; note a failure and return None if there is a problem with it."""
         try:
             batch = next(batches)
             if batch.problems and self._config.bad_data == "stop":
@@ -303,14 +281,16 @@ class Trainer:
             self.tell(Noted(f"{problem}; the next image is taken instead"))
 
     def _share(self) -> list[int]:
-        """Where this rank's micro-batches begin and end in the joint batch. Ranks times micro-batches count: a run
-        whose ranks have become micro-batches, or the other way round, is the same."""
+        """Return the rows of the joint batch at which this rank's micro-batches begin and end.
+
+        Only ranks times micro-batches matter: a run with half the ranks and twice the micro-batches is the same.
+        """
         parts = self._config.accumulation
         bounds = share_bounds(self._plan.rows, self._world.world_size * parts)
         return bounds[self._world.rank * parts : (self._world.rank + 1) * parts + 1]
 
     def _conclude(self, step: int, result: StepResult, seconds: float) -> None:
-        """Figures over all ranks, and whether any of them was asked to stop: then all do, at the same step."""
+        """Sum up figures over all ranks; if one of them was asked to stop, all stop at this step."""
         received = self._interrupt.received
         self._check_folder()
         angles = result.stats.target_cosine.double().clamp(-1, 1).acos()
@@ -346,7 +326,7 @@ class Trainer:
             )
 
     def _verify(self, step: int) -> None:
-        """At the end of an epoch, by the first rank; the others wait."""
+        """Verify the net at the end of an epoch, on the first rank; the others wait."""
         epoch = step // self._plan.steps_per_epoch
         due = epoch % self._config.verify_every == 0 or epoch == self._config.epochs
         if self._verifier is not None and due and self._stopped_by is None:
@@ -382,10 +362,10 @@ class Trainer:
         except CheckpointError as error:
             raise TrainingError(f"{error}; {self._way_back()}") from None
         self._saved = step
-        self.tell(Saved(step, path))
+        self.tell(Checkpointed(step, path))
 
     def _write_model(self) -> None:
-        """The finished net in a file of its own, by the first rank."""
+        """Write the finished net into a file, on the first rank."""
         with self._world.together():
             if self._world.rank == 0:
                 try:
@@ -394,7 +374,7 @@ class Trainer:
                     raise disk_error(self._folder.model, error, self._way_back()) from None
 
     def _check_folder(self) -> None:
-        """Notes a failure if the run's folder is no longer the one that this process has locked."""
+        """Note a failure if the run's folder is no longer the one that this process has locked."""
         if self._lock is not None and not self._lock.is_in_place():
             root = self._folder.root
             self._fail(

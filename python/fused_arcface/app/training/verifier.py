@@ -1,4 +1,4 @@
-"""1:1 verification of a net that is being trained, on pairs of people that it is not trained on."""
+"""1:1 verification of a net in training, on pairs of people that it is not trained on."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ class Verifier:
     """Verifies a net at the end of an epoch.
 
     Args:
-        images: a set with pairs.
-        batch_size: images that are embedded at once.
-        workers: processes that read images.
+        images: set of images with pairs.
+        batch_size: number of images that are embedded at once.
+        workers: number of processes that read images.
 
     Raises:
-        OptionError: too few pairs to verify with.
-        MissingExtra: scikit-learn is not installed.
+        OptionError: if there are too few pairs to verify with.
+        MissingExtra: if scikit-learn is not installed.
     """
 
     def __init__(self, images: ImageSet, batch_size: int, workers: int) -> None:
@@ -48,7 +48,7 @@ class Verifier:
         self._images, self._pairs, self._batch_size, self._workers = images, images.pairs, batch_size, workers
         self.problems = images.problems
         try:
-            # With any embeddings: what cannot be verified is said before the hours are spent, not after.
+            # With random embeddings: an error is raised before hours of training, not after them.
             _verify(torch.randn(len(images), 2, generator=torch.Generator().manual_seed(0)), self._pairs)
         except ValueError as error:
             raise OptionError(f"verify_data: {error}") from None
@@ -80,7 +80,7 @@ class Verifier:
 
 
 class _Numbered:
-    """Images whose labels are their numbers: so a batch tells which image stands in for one that cannot be read."""
+    """Images with their numbers as labels: so a batch shows which image replaces one that cannot be read."""
 
     def __init__(self, images: ImageSet) -> None:
         self._images = images
@@ -94,7 +94,7 @@ class _Numbered:
 
 
 def _with_both(pairs: Pairs, numbers: Tensor) -> Pairs:
-    """The pairs of whose images both were read: ``numbers`` (M,) are those of the images in each one's place."""
+    """Return the pairs with two images that were read; ``numbers`` (M,) are those of the images in each place."""
     own = numbers == torch.arange(len(numbers))
     kept = own[pairs.first] & own[pairs.second]
     return Pairs(pairs.first[kept], pairs.second[kept], pairs.same[kept])

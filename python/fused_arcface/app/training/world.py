@@ -1,4 +1,4 @@
-"""The processes that train together: one, or those that torchrun started."""
+"""The processes that train together: a single one, or those that torchrun started."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class World:
     """A gloo group beside the default one: for numbers on the CPU, and for waiting."""
 
     def sum(self, numbers: list[float]) -> list[float]:
-        """Sums over the ranks."""
+        """Return the sums of numbers over the ranks. A collective."""
         if self.world_size == 1:
             return numbers
         tensor: Tensor = torch.tensor(numbers, dtype=torch.float64)
@@ -43,12 +43,12 @@ class World:
         return tensor.tolist()
 
     def wait(self) -> None:
-        """Until all ranks are here."""
+        """Wait until all ranks have called this."""
         if self.world_size > 1:
             dist.barrier(group=self.control)
 
     def share(self, failure: Exception | None) -> None:
-        """Raise on every rank alike if any has failed: the error of the first that did. A collective."""
+        """Raise the error of the first rank that failed, if one has, on every rank. A collective."""
         everyone = ALONE if self.world_size == 1 else Ranks(self.control)
         failures = everyone.gather_objects(_portable(failure))
         for rank, other in enumerate(failures):
@@ -57,7 +57,7 @@ class World:
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
-        """Each rank does its part, without a collective; if one fails, its error is raised on all."""
+        """Run a block without collectives on each rank; if it fails on one, its error is raised on all."""
         failure: Exception | None = None
         try:
             yield
@@ -69,7 +69,7 @@ class World:
         """Raise on every rank alike where a value differs between ranks.
 
         Raises:
-            ValueError: it names the value and what each rank has.
+            ValueError: if one does; the message names the value and what each rank has.
         """
         if self.world_size > 1:
             Ranks(self.control).check_agreement(what, {name: repr(value) for name, value in values.items()})
@@ -77,14 +77,14 @@ class World:
 
 @contextlib.contextmanager
 def join_world(device: str) -> Iterator[World]:
-    """Joins the processes that torchrun started, if it did, and leaves them in the end.
+    """Join the processes that torchrun started, if it did, and leave them in the end.
 
     Args:
         device: ``"auto"`` (CUDA where there is one), or a device's name; under torchrun each rank takes the GPU of its
             local number.
 
     Raises:
-        OptionError: no such device.
+        OptionError: if there is no such device.
     """
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     chosen = _device(device, int(os.environ.get("LOCAL_RANK", 0)) if world_size > 1 else None)
@@ -123,7 +123,7 @@ def _device(name: str, local_rank: int | None) -> torch.device:
 
 
 def _portable(failure: Exception | None) -> Exception | None:
-    """The same error for other ranks, or one that says as much where it cannot be sent."""
+    """Return an error that can be sent to other ranks: the same one, or one with its text."""
     try:
         copy: Exception | None = pickle.loads(pickle.dumps(failure))
         return copy
@@ -132,12 +132,12 @@ def _portable(failure: Exception | None) -> Exception | None:
 
 
 def is_first_rank() -> bool:
-    """Whether this is the process that speaks for all: the one, or the first that torchrun started."""
+    """Return whether this is the only process, or the first that torchrun started: it alone prints."""
     return int(os.environ.get("RANK", 0)) == 0
 
 
 def resume_command(output: Path) -> str:
-    """The command that goes on with a run as it was started: under torchrun, or not."""
+    """Return the command that resumes a run in the way it was started, under torchrun or not."""
     command = f"fused-arcface train --output {shlex.quote(str(output))} --resume{_own_margin(output)}"
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return command
@@ -148,7 +148,7 @@ def resume_command(output: Path) -> str:
 
 
 def _own_margin(output: Path) -> str:
-    """The option that names a margin of the user's own again: a resumed run does not import one unasked."""
+    """Return the option that names a user's margin again, which a resumed run does not import unasked."""
     try:
         margin = RunFolder(output).read_config().margin
     except (OptionError, RunError, MissingExtra):

@@ -1,0 +1,40 @@
+"""Check that all ranks train with the same options on the same data."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+from fused_arcface.base.reading import DataError
+
+from ..data.sources import ImageSource
+from .config import OptionError, TrainConfig, rules
+from .fingerprint import Fingerprint
+from .world import World
+
+_OF_ONE_RANK = ("data", "verify_data", "init", "centers", "workers", "device")
+"""Options that may differ between ranks: paths, and what a machine has."""
+
+
+def agreed_fingerprint(world: World, config: TrainConfig, source: ImageSource) -> Fingerprint:
+    """Return the fingerprint of the data, if all ranks have the same data and options.
+
+    Raises:
+        OptionError: if options differ between ranks.
+        DataError: if data do.
+    """
+    with world.together():
+        data = Fingerprint.of(source)
+    _check_ranks(world, config, data)
+    return data
+
+
+def _check_ranks(world: World, config: TrainConfig, data: Fingerprint) -> None:
+    """Raise on every rank alike where options or data differ between ranks."""
+    try:
+        world.check_agreement("options", {name: getattr(config, name) for name in rules() if name not in _OF_ONE_RANK})
+    except ValueError as error:
+        raise OptionError(str(error)) from None
+    try:
+        world.check_agreement("data", asdict(data))
+    except ValueError as error:
+        raise DataError(str(error)) from None
