@@ -12,9 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .reading import DataError, file_errors, open_regular
-
-_POINTER = b"version https://git-lfs.github.com/spec/"
+from .reading import DataError, check_regular
 
 
 class TensorFileError(DataError):
@@ -25,10 +23,10 @@ def load(path: str | os.PathLike[str]) -> Any:
     """Return what a ``.pt`` file holds: tensors, mapped from the file where torch can do that, in plain containers.
 
     Raises:
-        DataError: it cannot be opened.
-        TensorFileError: a Git LFS pointer, a file of another kind, or one that holds other objects.
+        DataError: if it cannot be opened, or is a Git LFS pointer.
+        TensorFileError: if it is a file of another kind, or holds other objects.
     """
-    check_no_pointer(path)
+    check_regular(path)
     try:
         _check_uncompressed(path)
         # The format from before torch 1.6 is no archive and cannot be mapped, nor can a file whose name is no UTF-8.
@@ -45,18 +43,6 @@ def load(path: str | os.PathLike[str]) -> Any:
     except Exception as error:
         lines = str(error).splitlines() or [type(error).__name__]
         raise TensorFileError(f"{path} cannot be read as a file of tensors: {lines[0]}") from None
-
-
-def check_no_pointer(path: str | os.PathLike[str]) -> None:
-    """Raise for the small text file that stands in a Git repository for a large one.
-
-    Raises:
-        DataError: it cannot be opened.
-        TensorFileError: it is a Git LFS pointer.
-    """
-    with open_regular(path) as file, file_errors(path):
-        if file.read(len(_POINTER)) == _POINTER:
-            raise TensorFileError(f"{path} is a Git LFS pointer, not the file itself; fetch that with: git lfs pull")
 
 
 def _check_uncompressed(path: str | os.PathLike[str]) -> None:

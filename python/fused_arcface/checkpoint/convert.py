@@ -92,7 +92,9 @@ def read(path: str | os.PathLike[str], sub_centers: int | None = None) -> Center
         raise FileNotFoundError(f"there is no {path}")
     try:
         found = _read_directory(path) if path.is_dir() else _read_file(path)
-    except torch_files.TensorFileError as error:
+    except ConvertError:
+        raise
+    except DataError as error:
         raise ConvertError(str(error)) from None
     if sub_centers is not None:
         check_sub_centers(sub_centers)
@@ -120,7 +122,6 @@ def _read_directory(path: Path) -> Centers:
 
 
 def _read_file(path: Path) -> Centers:
-    torch_files.check_no_pointer(path)
     if path.suffix.lower() == ".safetensors":
         return _read_safetensors(path)
     weight, momentum = torch_files.centers(path)
@@ -171,10 +172,7 @@ def _left_out(path: Path) -> list[str]:
 
 
 def _read_safetensors(path: Path) -> Centers:
-    try:
-        tensors, metadata = safetensors.read(path)
-    except DataError as error:
-        raise ConvertError(str(error)) from None
+    tensors, metadata = safetensors.read(path)
     if "weight" not in tensors:
         raise ConvertError(f"{path} has no weight; it has {', '.join(tensors) or 'nothing'}")
     with file_errors(path):

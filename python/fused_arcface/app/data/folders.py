@@ -11,17 +11,7 @@ from pathlib import Path
 
 from fused_arcface.base.reading import DataError, file_errors
 
-_FORMAT_OF = {
-    **dict.fromkeys((".jfif", ".jpe", ".jpeg", ".jpg"), "JPEG"),
-    **dict.fromkeys((".pbm", ".pgm", ".pnm", ".ppm"), "PPM"),
-    **dict.fromkeys((".tif", ".tiff"), "TIFF"),
-    **{".bmp": "BMP", ".dib": "DIB", ".gif": "GIF", ".jp2": "JPEG2000", ".png": "PNG", ".tga": "TGA", ".webp": "WEBP"},
-}
-SUFFIXES = tuple(sorted(_FORMAT_OF))
-"""What the names of images end in, in small letters; other files are left alone."""
-FORMATS = tuple(sorted(set(_FORMAT_OF.values())))
-"""Pillow's names of these formats. No other decoder sees a file, whatever its content looks like."""
-
+from .image_formats import SUFFIXES
 
 SPLITS = frozenset(
     ("train", "training", "val", "valid", "validation", "dev", "test", "testing", "eval", "gallery", "probe", "probes")

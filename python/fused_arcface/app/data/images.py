@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import io
 import math
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import torch
@@ -16,9 +17,9 @@ from torch import Tensor
 
 from fused_arcface.base.checks import check_size
 from fused_arcface.base.extras import MissingExtra, require
-from fused_arcface.base.reading import DataError
+from fused_arcface.base.reading import DataError, open_regular
 
-from .folders import FORMATS
+from .image_formats import FORMATS, gif_sizes
 
 MAX_PIXELS = 2**25
 """Pixels of the largest image that is decoded by default: 5792 × 5792, some 1.3 s and 540 MB of a PNG."""
@@ -77,8 +78,8 @@ def read_image(source: Path | bytes, spec: ImageSpec, max_pixels: int = MAX_PIXE
     Transparent parts lie on white. Gray of 8, 16 or 32 bits keeps its depth; floating-point pixels count from 0 to 1,
     or to 255 where one of them is above 1.
 
-    The content decides on the format, not the name; only the formats of :data:`fused_arcface.app.data.folders.SUFFIXES`
-    are tried. Decoding takes up to 16 bytes a pixel, 24 of JPEG 2000.
+    The content decides on the format, not the name. Only the formats of
+    :data:`fused_arcface.app.data.image_formats.FORMATS` are tried. Decoding takes up to 16 bytes a pixel.
 
     Args:
         source: a file, or the bytes of one.
@@ -127,21 +128,36 @@ def _opened(source: Path | bytes, max_pixels: int) -> Iterator[Any]:
         pil.MAX_IMAGE_PIXELS = max(pil.MAX_IMAGE_PIXELS, max_pixels)
     doing = "read"
     try:
-        with pil.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS) as image:
-            width, height = image.size
-            if width * height > max_pixels:
-                raise ImageError(
-                    f"{_name(source)} must have at most max_pixels={max_pixels} pixels; got {width} × {height}"
-                )
-            doing = "decoded"
-            yield image
+        with warnings.catch_warnings(), _content(source) as file:
+            # Pillow warns of sizes that are checked here, and of damage that is an error or does not matter.
+            warnings.simplefilter("ignore", pil.DecompressionBombWarning)
+            warnings.simplefilter("ignore", UserWarning)
+            for size in gif_sizes(file):
+                _check_size(source, size, max_pixels)
+            file.seek(0)
+            with pil.open(file, formats=FORMATS) as image:
+                _check_size(source, image.size, max_pixels)
+                doing = "decoded"
+                yield image
     except (ImageError, MissingExtra):
         raise
+    except DataError as error:  # of the file
+        raise ImageError(str(error)) from None
     except pil.UnidentifiedImageError:
         raise ImageError(f"{_name(source)} cannot be read as an image: none of {', '.join(FORMATS)}") from None
     except Exception as error:
         why = str(error) or type(error).__name__
         raise ImageError(f"{_name(source)} cannot be {doing} as an image: {why}") from None
+
+
+def _content(source: Path | bytes) -> BinaryIO:
+    return io.BytesIO(source) if isinstance(source, bytes) else open_regular(source)
+
+
+def _check_size(source: Path | bytes, size: tuple[int, int], max_pixels: int) -> None:
+    width, height = size
+    if width * height > max_pixels:
+        raise ImageError(f"{_name(source)} must have at most max_pixels={max_pixels} pixels; got {width} × {height}")
 
 
 def _name(source: Path | bytes) -> str:
