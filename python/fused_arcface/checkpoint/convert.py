@@ -73,7 +73,7 @@ class Centers:
         return self.tensors["weight"].shape[0] // self.sub_centers
 
 
-def read(path: str | os.PathLike[str], sub_centers: int | None = None) -> Centers:
+def read(path: str | os.PathLike[str], sub_centers: int | None = None, *, trust: bool = False) -> Centers:
     """Return the class centers of a training run, a checkpoint (or a root of some), a directory of insightface's
     shards, a safetensors file with ``weight`` (C, D), or a ``.pt`` file, see
     :func:`fused_arcface.base.torch_files.centers`.
@@ -82,6 +82,7 @@ def read(path: str | os.PathLike[str], sub_centers: int | None = None) -> Center
         path: of the source.
         sub_centers: centers of each class, one after another, in a source that does not say so itself:
             pytorch-metric-learning's SubCenterArcFaceLoss does not. None: the source's, or 1.
+        trust: run the code that a checkpoint of format 1 may hold.
 
     Raises:
         FileNotFoundError: nothing is there.
@@ -91,7 +92,7 @@ def read(path: str | os.PathLike[str], sub_centers: int | None = None) -> Center
     if not path.exists():
         raise FileNotFoundError(f"there is no {path}")
     try:
-        found = _read_directory(path) if path.is_dir() else _read_file(path)
+        found = _read_directory(path, trust) if path.is_dir() else _read_file(path)
     except ConvertError:
         raise
     except DataError as error:
@@ -107,7 +108,7 @@ def read(path: str | os.PathLike[str], sub_centers: int | None = None) -> Center
     return found
 
 
-def _read_directory(path: Path) -> Centers:
+def _read_directory(path: Path, trust: bool) -> Centers:
     kinds = {
         kind: {int(match[1]): file for file in path.iterdir() if (match := pattern.fullmatch(file.name))}
         for kind, pattern in _INSIGHTFACE.items()
@@ -118,7 +119,7 @@ def _read_directory(path: Path) -> Centers:
     if present:
         return _read_insightface(path, kinds[present[0]])
     run = path / _RUN_CHECKPOINTS
-    return _read_checkpoint(run if run.is_dir() else path)
+    return _read_checkpoint(run if run.is_dir() else path, trust)
 
 
 def _read_file(path: Path) -> Centers:
@@ -128,8 +129,8 @@ def _read_file(path: Path) -> Centers:
     return Centers({"weight": _whole(weight)}, notes=_left_out(path) if momentum else [])
 
 
-def _read_checkpoint(path: Path) -> Centers:
-    saved = checkpoint.find(path)
+def _read_checkpoint(path: Path, trust: bool) -> Centers:
+    saved = checkpoint.find(path, trust=trust)
     head = checkpoint.head_values(saved)
     tensors = {}
     for key, stored in saved.tensors.items():
@@ -333,6 +334,7 @@ def convert(
     num_classes: int | None = None,
     seed: int | None = None,
     sub_centers: int | None = None,
+    trust: bool = False,
     noted: Callable[[str], None] | None = None,
 ) -> Path:
     """:func:`read` the sources, :func:`merge` and :func:`grow` them, :func:`write` the result.
@@ -343,6 +345,7 @@ def convert(
         num_classes: to grow to; None: as many as the sources have.
         seed: of the new classes' centers and of the head that will resume, in [0, 2^63); None: the source's, or 0.
         sub_centers: see :func:`read`.
+        trust: see :func:`read`.
         noted: is told what the sources have and the result has not, such as momentum.
 
     Raises:
@@ -358,7 +361,7 @@ def convert(
     _is_one_file(Path(destination))
     if seed is not None:
         _checked_seed(seed)
-    centers = merge([read(source, sub_centers) for source in sources])
+    centers = merge([read(source, sub_centers, trust=trust) for source in sources])
     if seed is not None or "seed" not in centers.values:
         centers.values["seed"] = seed or 0
     centers.values["seed"] = _checked_seed(centers.values["seed"])

@@ -11,14 +11,13 @@ from __future__ import annotations
 import contextlib
 import io
 import math
-import pickle
 import sys
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, ClassVar
+from typing import Any, BinaryIO
 
 import torch
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
@@ -32,6 +31,8 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 
+from ..base import pickles
+from ..base.pickles import Admitted, Damaged, Name, Refused
 from .storage import (
     BLOCK,
     METADATA,
@@ -66,70 +67,45 @@ class NeedsTrust(CheckpointError):
     """A checkpoint holds an object that only running its code can bring back."""
 
 
-@dataclass(frozen=True)
-class _Name:
-    """A function or class that a pickle names; never looked up."""
-
-    module: str
-    name: str
-
-
 @dataclass(eq=False)
 class _Made:
     """What a pickle makes by calling ``name`` with ``arguments``, and the attributes that it then sets."""
 
-    name: _Name
+    name: Name
     arguments: Any
     state: Any = None
 
 
-# Values, names and memory; an unknown one is refused.
-_INSTRUCTIONS = {
-    *(pickle.PROTO, pickle.FRAME, pickle.STOP, pickle.MARK, pickle.NONE, pickle.NEWTRUE, pickle.NEWFALSE),
-    *(pickle.MEMOIZE, pickle.BINPUT, pickle.LONG_BINPUT, pickle.BINGET, pickle.LONG_BINGET),
-    *(pickle.BININT, pickle.BININT1, pickle.BININT2, pickle.LONG1, pickle.BINFLOAT),
-    *(pickle.BINUNICODE, pickle.SHORT_BINUNICODE, pickle.BINUNICODE8),
-    *(pickle.BINBYTES, pickle.SHORT_BINBYTES, pickle.BINBYTES8),
-    *(pickle.EMPTY_TUPLE, pickle.TUPLE, pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3),
-    *(pickle.EMPTY_LIST, pickle.APPEND, pickle.APPENDS, pickle.EMPTY_DICT, pickle.SETITEM, pickle.SETITEMS),
-    *(pickle.EMPTY_SET, pickle.ADDITEMS, pickle.FROZENSET, pickle.GLOBAL, pickle.STACK_GLOBAL, pickle.BINPERSID),
-}
+def _made(name: Any, arguments: tuple[Any, ...]) -> _Made:
+    if not isinstance(name, Name):
+        raise Damaged("a call of something that is no name")
+    return _Made(name, arguments)
 
 
-class _Unpickler(pickle._Unpickler):
-    """Python's own interpreter of pickles, without every instruction that calls, imports or looks anything up."""
+def _build(made: Any, state: Any) -> None:
+    if not isinstance(made, _Made):
+        raise Damaged("attributes of something that has none")
+    made.state = state
 
-    def find_class(self, module: str, name: str) -> Any:
-        return _Name(module, name)
 
-    def persistent_load(self, pid: Any) -> Any:
-        return _Made(_Name("torch", "storage"), pid)
-
-    def load_make(self) -> None:
-        arguments, name = self.stack.pop(), self.stack.pop()  # type: ignore[attr-defined]
-        if not isinstance(name, _Name) or not isinstance(arguments, tuple):
-            raise pickle.UnpicklingError("a call of something that is no name")
-        self.append(_Made(name, arguments))  # type: ignore[attr-defined]
-
-    def load_build(self) -> None:
-        state, made = self.stack.pop(), self.stack[-1]  # type: ignore[attr-defined]
-        if not isinstance(made, _Made):
-            raise pickle.UnpicklingError("attributes of something that has none")
-        made.state = state
-
-    dispatch: ClassVar[dict[int, Any]] = {
-        **{code: call for code, call in pickle._Unpickler.dispatch.items() if bytes([code]) in _INSTRUCTIONS},
-        pickle.REDUCE[0]: load_make,
-        pickle.NEWOBJ[0]: load_make,
-        pickle.BUILD[0]: load_build,
-    }
+_ADMITTED = Admitted(
+    kind="checkpoint",
+    instructions=pickles.VALUES | pickles.OBJECTS,
+    name=lambda name: name,
+    call=_made,
+    build=_build,
+    persistent=lambda reference: _Made(Name("torch", "storage"), reference),
+    most_instructions=20_000_000,  # 100,000 parts of tensors have some 5 million
+    most_objects=10_000_000,
+    most_int_bytes=255,
+)
 
 
 def _unpickle(data: bytes, what: str) -> Any:
     try:
-        return _Unpickler(io.BytesIO(data), encoding="latin1").load()
-    except KeyError as error:
-        raise NeedsTrust(f"{what} has an instruction that no checkpoint needs: {error}") from None
+        return pickles.read_pickle(io.BytesIO(data), len(data), _ADMITTED)
+    except Refused as refused:
+        raise NeedsTrust(f"{what} needs code to be read: {refused}") from None
 
 
 class _Values:
@@ -151,7 +127,7 @@ class _Values:
             return type(value)(self.of(item) for item in value)
         if isinstance(value, dict):
             return {self.of(key): self.of(item) for key, item in value.items()}
-        if isinstance(value, _Name):
+        if isinstance(value, Name):
             if value.module == "torch" and value.name in DTYPES:
                 return DTYPES[value.name]
             raise self._refusal(value)
@@ -162,7 +138,7 @@ class _Values:
             return make(self.of(value.arguments), self.of(value.state))
         return value
 
-    def _refusal(self, name: _Name) -> NeedsTrust:
+    def _refusal(self, name: Name) -> NeedsTrust:
         return NeedsTrust(f"{self._what} holds {name.module}.{name.name}, which only running its code can bring back")
 
 
@@ -281,7 +257,7 @@ class Reader(TensorReader):
         """Reads a part to its end: an archive has one checksum for all of it."""
         with self._archive(part.file, part.start, part.length) as archive:
             made = _unpickle(archive.read(_member(archive, "data.pkl")), part.file)
-            if not isinstance(made, _Made) or made.name != _Name("torch._utils", "_rebuild_tensor_v2"):
+            if not isinstance(made, _Made) or made.name != Name("torch._utils", "_rebuild_tensor_v2"):
                 raise NeedsTrust(f"{part.file} has a tensor of another kind than format 1 was written with")
             storage, offset, size, stride = made.arguments[:4]
             _, kind, key, _, _ = storage.arguments
@@ -343,7 +319,7 @@ def _state(made: Any, name: str) -> Any:
 
 
 def _size(made: Any) -> tuple[int, ...]:
-    if not isinstance(made, _Made) or made.name != _Name("torch", "Size"):
+    if not isinstance(made, _Made) or made.name != Name("torch", "Size"):
         raise NeedsTrust(f"{METADATA} has something else in the place of a size")
     return numbers(made.arguments[0])
 

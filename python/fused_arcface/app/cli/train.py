@@ -74,7 +74,12 @@ def train(
         ),
     ] = "",
     trust: Annotated[
-        bool, typer.Option("--trust", help="Import the margin MODULE:NAME that the resumed run or --config names.")
+        bool,
+        typer.Option(
+            "--trust",
+            help="Import the margin MODULE:NAME that the resumed run or --config names, and run the code that a "
+            "resumed checkpoint of an old format may hold. Give it only for runs whose author you trust.",
+        ),
     ] = False,
     **options: Any,
 ) -> None:
@@ -95,6 +100,7 @@ def train(
             chosen,
             output,
             resume="auto" if resume == "auto" else goes_on,
+            trust=trust,
             listener=TrainingProgress(console, error, chosen.epochs),
         )
     except KeyboardInterrupt:

@@ -1,44 +1,22 @@
-"""Reads the few things that a pickled verification set is made of, without running the pickle.
+"""The table of pickled verification sets: what the machine of :mod:`fused_arcface.base.pickles` admits of them.
 
-A pickle is a program for a machine with a stack. :func:`read_pickle` knows the instructions that lists, tuples, bytes,
-numbers and NumPy arrays are written with. It calls nothing that the pickle names: a name is a name, an array is an
-:class:`Array` of a shape, an element type and bytes, each checked here. https://github.com/python/cpython, file
-``Lib/pickletools.py``, describes every instruction.
+A set is made of lists, tuples, bytes, numbers and NumPy arrays. An array is an :class:`Array` of a shape, an element
+type and bytes, each checked here.
 """
 
 from __future__ import annotations
 
-import codecs
 import math
 import re
-import struct
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
 
-_MOST_INSTRUCTIONS = 1_500_000
-"""A set of 10,000 pairs has 40,000 to 350,000; more would take seconds."""
-_MOST_OBJECTS = 300_000
-"""Lists, tuples, arrays and remembered values: each takes 50 to 200 bytes of memory, for one byte in the file."""
-_MOST_DIGITS = 20
-
-
-class Refused(Exception):
-    """The pickle uses something that no verification set needs."""
-
-
-class Damaged(Exception):
-    """The bytes are no pickle, or the pickle ends early or contradicts itself."""
-
-
-class Name(NamedTuple):
-    """The name of a function or class, as the pickle has it; never looked up."""
-
-    module: str
-    name: str
+from fused_arcface.base import pickles
+from fused_arcface.base.pickles import Admitted, Damaged, Name, Refused
 
 
 @dataclass
@@ -69,235 +47,22 @@ class Array:
         return np.frombuffer(self.content, dtype=f"{self.element.order}{kind}{self.element.size}")
 
 
-class _Mark:
-    """Lies on the stack where a list or tuple begins."""
-
-
-_MARK = _Mark()
-
-
-def read_pickle(file: BinaryIO, size: int) -> Any:
-    """Return what a pickle of ``size`` bytes holds: lists, tuples, bytes, str, bool, int, None and :class:`Array`.
+def read_set(file: BinaryIO, size: int) -> Any:
+    """Return the content of a pickle of ``size`` bytes: lists, tuples, bytes, str, bool, int, None and :class:`Array`.
 
     Raises:
-        Refused: it uses an instruction or a name that no verification set needs. Nothing of it is executed.
-        Damaged: it is no pickle, cut short, or contradicts itself.
+        Refused: if it uses an instruction or a name that no verification set needs. Nothing of it is executed.
+        Damaged: if it is not a pickle, is cut short, or contradicts itself.
 
     >>> import io, pickle
     >>> text = pickle.dumps(([b"jpeg"], [True]), 2)
-    >>> read_pickle(io.BytesIO(text), len(text))
+    >>> read_set(io.BytesIO(text), len(text))
     ([b'jpeg'], [True])
     """
-    machine = _Machine(file, size)
-    try:
-        return machine.run()
-    except (IndexError, KeyError, TypeError, ValueError) as error:  # a stack too short, a number that is none
-        raise Damaged(f"{str(error).splitlines()[0] if str(error) else type(error).__name__}") from None
+    return pickles.read_pickle(file, size, _ADMITTED)
 
 
-class _Machine:
-    def __init__(self, file: BinaryIO, size: int) -> None:
-        self._file, self._left = file, size
-        self._stack: list[Any] = []
-        self._memo: dict[int, Any] = {}
-        self._objects = 0
-        self._started = False
-
-    def run(self) -> Any:
-        for _ in range(_MOST_INSTRUCTIONS):
-            code = self._take(1)
-            if code == b".":
-                if len(self._stack) != 1:
-                    raise Damaged(f"it ends with {len(self._stack)} values, not with one")
-                return self._stack[0]
-            instruction = _INSTRUCTIONS.get(code)
-            if instruction is None:
-                if self._started:
-                    raise Refused(f"it uses the instruction {code!r}, which no verification set needs")
-                raise Damaged(f"it begins with {code!r}")
-            instruction(self)
-            self._started = True
-        raise Refused(f"it has more than {_MOST_INSTRUCTIONS} instructions")
-
-    # What the file has.
-
-    def _take(self, length: int) -> bytes:
-        if length > self._left:
-            raise Damaged(f"it ends {length - self._left} byte(s) early")
-        self._left -= length
-        found = self._file.read(length)
-        if len(found) != length:
-            raise Damaged("it became shorter while it was read")
-        return found
-
-    def _number(self, format: str) -> int:
-        found: int = struct.unpack(format, self._take(struct.calcsize(format)))[0]
-        return found
-
-    def _line(self) -> bytes:
-        found = self._file.readline(self._left)
-        self._left -= len(found)
-        if not found.endswith(b"\n"):
-            raise Damaged("it ends within a line")
-        return found[:-1]
-
-    def _decimal(self, line: bytes) -> int:
-        if not re.fullmatch(rb"-?[0-9]{1,%d}" % _MOST_DIGITS, line):
-            raise Damaged(f"{line[:_MOST_DIGITS]!r} is no number")
-        return int(line)
-
-    # Instructions. Each pops what it needs from the stack and pushes its result.
-
-    def _push(self, value: Any) -> None:
-        self._stack.append(value)
-
-    def _pop(self) -> Any:
-        value = self._stack.pop()
-        if value is _MARK:
-            raise Damaged("a value is missing")
-        return value
-
-    def _push_object(self, value: Any) -> None:
-        self._count_object()
-        self._push(value)
-
-    def _count_object(self) -> None:
-        self._objects += 1
-        if self._objects > _MOST_OBJECTS:
-            raise Refused(f"it has more than {_MOST_OBJECTS} lists, tuples, arrays and remembered values")
-
-    def _to_mark(self) -> list[Any]:
-        at = len(self._stack) - 1
-        while self._stack[at] is not _MARK:
-            at -= 1
-            if at < 0:
-                raise Damaged("a mark is missing")
-        found = self._stack[at + 1 :]
-        del self._stack[at:]
-        return found
-
-    def _extend(self, values: list[Any]) -> None:
-        if not isinstance(self._stack[-1], list):
-            raise Damaged("it appends to something else than a list")
-        self._stack[-1].extend(values)
-
-    def _tuple(self, count: int) -> None:
-        values = [self._pop() for _ in range(count)]
-        self._push_object(tuple(reversed(values)))
-
-    def _text_number(self) -> None:
-        line = self._line()
-        self._push({b"00": False, b"01": True}[line] if line in (b"00", b"01") else self._decimal(line))
-
-    def _text_long(self) -> None:
-        self._push(self._decimal(self._line().removesuffix(b"L")))
-
-    def _long(self, length: int) -> None:
-        if length > 8:
-            raise Refused(f"it has a number of {length} bytes")
-        self._push(int.from_bytes(self._take(length), "little", signed=True))
-
-    def _quoted(self) -> None:
-        line = self._line()
-        if len(line) < 2 or line[:1] != line[-1:] or line[:1] not in b"'\"":
-            raise Damaged("a quoted string does not end")
-        self._push(codecs.escape_decode(line[1:-1])[0])
-
-    def _text(self, length: int) -> None:
-        self._push(self._take(length).decode("utf-8", "surrogatepass"))
-
-    def _stack_name(self) -> None:
-        name, module = self._pop(), self._pop()
-        if not isinstance(module, str) or not isinstance(name, str):
-            raise Damaged("a name is no text")
-        self._name(module, name)
-
-    def _name(self, module: str, name: str) -> None:
-        if (module, name) not in _CALLS and (module, name) != _NDARRAY:
-            raise Refused(f"it names {module[:60]}.{name[:60]}, which no verification set needs")
-        self._push(Name(module, name))
-
-    def _reduce(self) -> None:
-        arguments, function = self._pop(), self._pop()
-        if not isinstance(function, Name) or not isinstance(arguments, tuple) or function not in _CALLS:
-            raise Refused("it calls something that is no function of a verification set")
-        self._push_object(_CALLS[function](*arguments))
-
-    def _build(self) -> None:
-        state, value = self._pop(), self._stack[-1]
-        if isinstance(value, ElementType):
-            _set_order(value, state)
-        elif isinstance(value, Array):
-            _fill(value, state)
-        else:
-            raise Refused("it sets attributes of something else than an array")
-
-    def _remember(self, key: int) -> None:
-        if self._stack[-1] is _MARK:
-            raise Damaged("a value is missing")
-        self._count_object()
-        self._memo[key] = self._stack[-1]
-
-
-_INSTRUCTIONS: dict[bytes, Callable[[_Machine], None]] = {
-    b"\x80": lambda m: _check_protocol(m._number("<B")),
-    b"\x95": lambda m: _check_frame(m._number("<Q"), m._left),
-    b"(": lambda m: m._push(_MARK),
-    b"]": lambda m: m._push_object([]),
-    b")": lambda m: m._push(()),
-    b"l": lambda m: m._push_object(m._to_mark()),
-    b"t": lambda m: m._push_object(tuple(m._to_mark())),
-    b"a": lambda m: m._extend([m._pop()]),
-    b"e": lambda m: m._extend(m._to_mark()),
-    b"\x85": lambda m: m._tuple(1),
-    b"\x86": lambda m: m._tuple(2),
-    b"\x87": lambda m: m._tuple(3),
-    b"N": lambda m: m._push(None),
-    b"\x88": lambda m: m._push(True),
-    b"\x89": lambda m: m._push(False),
-    b"I": _Machine._text_number,
-    b"L": _Machine._text_long,
-    b"J": lambda m: m._push(m._number("<i")),
-    b"K": lambda m: m._push(m._number("<B")),
-    b"M": lambda m: m._push(m._number("<H")),
-    b"\x8a": lambda m: m._long(m._number("<B")),
-    b"\x8b": lambda m: m._long(m._number("<I")),
-    b"S": _Machine._quoted,  # Python 2's str, which is bytes; so are T and U
-    b"T": lambda m: m._push(m._take(m._number("<I"))),
-    b"U": lambda m: m._push(m._take(m._number("<B"))),
-    b"V": lambda m: m._push(m._line().decode("raw-unicode-escape")),
-    b"X": lambda m: m._text(m._number("<I")),
-    b"\x8c": lambda m: m._text(m._number("<B")),
-    b"\x8d": lambda m: m._text(m._number("<Q")),
-    b"B": lambda m: m._push(m._take(m._number("<I"))),
-    b"C": lambda m: m._push(m._take(m._number("<B"))),
-    b"\x8e": lambda m: m._push(m._take(m._number("<Q"))),
-    b"\x96": lambda m: m._push(m._take(m._number("<Q"))),  # the buffer of an array
-    b"c": lambda m: m._name(m._line().decode("ascii"), m._line().decode("ascii")),
-    b"\x93": _Machine._stack_name,
-    b"R": _Machine._reduce,
-    b"b": _Machine._build,
-    b"p": lambda m: m._remember(m._decimal(m._line())),
-    b"q": lambda m: m._remember(m._number("<B")),
-    b"r": lambda m: m._remember(m._number("<I")),
-    b"\x94": lambda m: m._remember(len(m._memo)),
-    b"g": lambda m: m._push(m._memo[m._decimal(m._line())]),
-    b"h": lambda m: m._push(m._memo[m._number("<B")]),
-    b"j": lambda m: m._push(m._memo[m._number("<I")]),
-}
-
-
-def _check_protocol(protocol: int) -> None:
-    if protocol > 5:
-        raise Damaged(f"it is of protocol {protocol}; there are 0 to 5")
-
-
-def _check_frame(length: int, left: int) -> None:
-    if length > left:
-        raise Damaged(f"it ends {length - left} byte(s) early")
-
-
-# What stands for the functions that such pickles call.
+# Functions that take the place of those that such pickles call.
 
 
 def _encode(text: Any, encoding: Any) -> bytes:
@@ -381,14 +146,52 @@ def _scalar(element: Any, content: Any) -> bool | int:
     return int(Array((1,), element, content).numbers()[0])
 
 
-_NDARRAY = ("numpy", "ndarray")
+_NDARRAY = Name("numpy", "ndarray")
 _MODULES = ("numpy.core.multiarray", "numpy._core.multiarray", "numpy.core.numeric", "numpy._core.numeric")
-_CALLS: dict[tuple[str, str], Callable[..., Any]] = {
-    ("_codecs", "encode"): _encode,
-    ("builtins", "bytes"): _bytes,
-    ("__builtin__", "bytes"): _bytes,
-    ("numpy", "dtype"): _dtype,
-    **{(module, "_reconstruct"): _reconstruct for module in _MODULES},
-    **{(module, "_frombuffer"): _from_buffer for module in _MODULES},
-    **{(module, "scalar"): _scalar for module in _MODULES},
+_CALLS: dict[Name, Callable[..., Any]] = {
+    Name("_codecs", "encode"): _encode,
+    Name("builtins", "bytes"): _bytes,
+    Name("__builtin__", "bytes"): _bytes,
+    Name("numpy", "dtype"): _dtype,
+    **{Name(module, "_reconstruct"): _reconstruct for module in _MODULES},
+    **{Name(module, "_frombuffer"): _from_buffer for module in _MODULES},
+    **{Name(module, "scalar"): _scalar for module in _MODULES},
 }
+
+
+def _name(name: Name) -> Name:
+    if name not in _CALLS and name != _NDARRAY:
+        raise Refused(f"it names {name.module[:60]}.{name.name[:60]}, which no verification set needs")
+    return name
+
+
+def _call(function: Any, arguments: tuple[Any, ...]) -> Any:
+    if not isinstance(function, Name) or function not in _CALLS:
+        raise Refused("it calls something that is no function of a verification set")
+    return _CALLS[function](*arguments)
+
+
+def _build(value: Any, state: Any) -> None:
+    if isinstance(value, ElementType):
+        _set_order(value, state)
+    elif isinstance(value, Array):
+        _fill(value, state)
+    else:
+        raise Refused("it sets attributes of something else than an array")
+
+
+def _refuse(_: Any) -> Any:
+    raise Refused("it refers to something outside of it")
+
+
+_ADMITTED = Admitted(
+    kind="verification set",
+    instructions=pickles.VALUES | pickles.OLD_VALUES,
+    name=_name,
+    call=_call,
+    build=_build,
+    persistent=_refuse,
+    most_instructions=1_500_000,  # a set of 10,000 pairs has 40,000 to 350,000; more would take seconds
+    most_objects=300_000,
+    most_int_bytes=8,
+)

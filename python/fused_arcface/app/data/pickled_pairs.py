@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from fused_arcface.base.pickles import Damaged, Refused
 from fused_arcface.base.reading import DataError, check_regular, file_errors, open_regular
 
-from .pickle_reader import Array, Damaged, Refused, read_pickle
+from .pickle_reader import Array, read_set
 
 
 class PickledPairs(NamedTuple):
@@ -39,7 +40,7 @@ def read_pickled_pairs(path: str | Path) -> PickledPairs:
     size = check_regular(path)
     with open_regular(path) as file, file_errors(path):
         try:
-            found = read_pickle(file, size)
+            found = read_set(file, size)
         except Refused as refused:
             raise DataError(f"{path} is refused: {refused}; nothing of it was executed") from None
         except Damaged as damaged:

@@ -146,9 +146,9 @@ class Learner:
                 raise OptionError(f"init: {error}") from None
         return 0
 
-    def load(self, root: Path) -> int:
+    def load(self, root: Path, *, trust: bool = False) -> int:
         """Goes back to the newest checkpoint; returns how many steps had been made. A collective."""
-        saved = checkpoint.load(root, self.head, **self._objects())
+        saved = checkpoint.load(root, self.head, trust=trust, **self._objects())
         step: int = saved["step"]
         self.updates = saved.get("updates", step)
         return step

@@ -50,7 +50,14 @@ _OF_ONE_RANK = ("data", "verify_data", "init", "workers", "device")
 """Options that may differ between ranks: paths, and what a machine has."""
 
 
-def train(config: TrainConfig, output: Path, *, resume: bool | Literal["auto"] = False, listener: Listener) -> Outcome:
+def train(
+    config: TrainConfig,
+    output: Path,
+    *,
+    resume: bool | Literal["auto"] = False,
+    trust: bool = False,
+    listener: Listener,
+) -> Outcome:
     """Train as the options say, in a folder of its own; resumed, on any number of ranks, it goes on as if it had never
     been interrupted.
 
@@ -61,6 +68,7 @@ def train(config: TrainConfig, output: Path, *, resume: bool | Literal["auto"] =
         output: the run's folder, made if it is missing. It is locked: one training at a time writes into it.
         resume: go on from the newest checkpoint in it, or from the start if there is none yet; ``"auto"``: do so if the
             folder holds a run, else begin one.
+        trust: run the code that a resumed checkpoint of format 1 may hold.
         listener: is told what goes on.
 
     Raises:
@@ -92,7 +100,7 @@ def train(config: TrainConfig, output: Path, *, resume: bool | Literal["auto"] =
         with world.together():
             if world.rank == 0:
                 write_run(folder, config, source.names, data)
-        trainer = Trainer(config, folder, lock, world, source, interrupt, listener)
+        trainer = Trainer(config, folder, lock, world, source, interrupt, listener, trust)
         try:
             return trainer.run()
         finally:
@@ -123,9 +131,10 @@ class Trainer:
         source: ImageSource,
         interrupt: Interrupt,
         listener: Listener,
+        trust: bool = False,
     ) -> None:
         self._config, self._folder, self._lock, self._world, self._source = config, folder, lock, world, source
-        self._interrupt = interrupt
+        self._interrupt, self._trust = interrupt, trust
         self._plan = BatchPlan(len(source), config.batch_size, config.seed, config.flip)
         self._steps = config.epochs * self._plan.steps_per_epoch
         self._learner = Learner(config, len(source.names), self._steps, world)
@@ -158,7 +167,8 @@ class Trainer:
     def run(self) -> Outcome:
         """Trains until the last step or an interruption."""
         resumed, learner = self._folder.has_checkpoint, self._learner
-        first = step = self._saved = learner.load(self._folder.checkpoints) if resumed else learner.start()
+        first = step = learner.load(self._folder.checkpoints, trust=self._trust) if resumed else learner.start()
+        self._saved = first
         updates = learner.updates
         parameters = sum(each.numel() for each in self._learner.backbone.parameters())
         self.tell(Began(step, self._steps, len(self._source), len(self._source.names), parameters))
