@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,19 +18,13 @@ import torch
 from torch import Tensor
 
 from .. import checkpoint
-from ..base import torch_files
 from ..base.checks import check_size, check_sub_centers
 from ..base.keyed_random import fill_normal
 from ..base.reading import DataError, file_errors
 from ..parallel.sharding import Sharding
-from . import safetensors
+from . import other_projects, safetensors
+from .other_projects import INSIGHTFACE
 
-# What insightface has called its shards: since 2022 all a rank has, its head alone, and before that bare tensors.
-_INSIGHTFACE = {
-    "checkpoint_gpu_{rank}.pt": re.compile(r"checkpoint_gpu_(\d+)\.pt"),
-    "softmax_fc_gpu_{rank}.pt": re.compile(r"softmax_fc_gpu_(\d+)\.pt"),
-    "rank_{rank}_softmax_weight.pt": re.compile(r"rank[_:](\d+)_softmax_weight\.pt"),
-}
 _RUN_CHECKPOINTS = "checkpoints"  # in the folder of a training run
 _NEW_ROWS = 1 << 16  # drawn at once
 
@@ -76,7 +69,7 @@ class Centers:
 def read(path: str | os.PathLike[str], sub_centers: int | None = None, *, trust: bool = False) -> Centers:
     """Return the class centers of a training run, a checkpoint (or a root of some), a directory of insightface's
     shards, a safetensors file with ``weight`` (C, D), or a ``.pt`` file, see
-    :func:`fused_arcface.base.torch_files.centers`.
+    :func:`fused_arcface.checkpoint.other_projects.centers`.
 
     Args:
         path: of the source.
@@ -111,7 +104,7 @@ def read(path: str | os.PathLike[str], sub_centers: int | None = None, *, trust:
 def _read_directory(path: Path, trust: bool) -> Centers:
     kinds = {
         kind: {int(match[1]): file for file in path.iterdir() if (match := pattern.fullmatch(file.name))}
-        for kind, pattern in _INSIGHTFACE.items()
+        for kind, pattern in INSIGHTFACE.items()
     }
     present = [kind for kind, shards in kinds.items() if shards]
     if len(present) > 1:
@@ -125,7 +118,7 @@ def _read_directory(path: Path, trust: bool) -> Centers:
 def _read_file(path: Path) -> Centers:
     if path.suffix.lower() == ".safetensors":
         return _read_safetensors(path)
-    weight, momentum = torch_files.centers(path)
+    weight, momentum = other_projects.centers(path)
     return Centers({"weight": _whole(weight)}, notes=_left_out(path) if momentum else [])
 
 
@@ -157,7 +150,7 @@ def _checkpoint_pieces(saved: checkpoint.Saved, key: str, stored: Any) -> Callab
 def _read_insightface(path: Path, shards: dict[int, Path]) -> Centers:
     if sorted(shards) != list(range(len(shards))):
         raise ConvertError(f"{path} must have the shards of ranks 0 to {max(shards)}; got those of {sorted(shards)}")
-    found = [torch_files.centers(shards[rank]) for rank in range(len(shards))]
+    found = [other_projects.centers(shards[rank]) for rank in range(len(shards))]
     weights = [weight for weight, _ in found]
     num_classes, dim = sum(len(weight) for weight in weights), weights[0].shape[1]
     counts = [len(weight) for weight in weights]
