@@ -2,8 +2,10 @@
 
 A pickle is a program for a machine with a stack: it names functions, and Python's reader calls them. The machine here
 calls nothing that a pickle names. :class:`Admitted` is the table of one kind of pickle: its instructions, its limits,
-and what its names and calls become. The tables are beside the readers of their files: verification sets in
-:mod:`fused_arcface.app.data.pickle_reader`, checkpoints of format 1 in :mod:`fused_arcface.checkpoint.version1`.
+and what its names and calls become. Verification sets have one in
+:mod:`fused_arcface.app.data.formats.pickle_reader`, checkpoints of format 1 in
+:mod:`fused_arcface.checkpoint.version1`.
+
 ``Lib/pickletools.py`` of https://github.com/python/cpython describes every instruction.
 """
 

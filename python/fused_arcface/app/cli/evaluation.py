@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from fused_arcface.evaluation import Distance
 
     from ..data.embedding_sets import EmbeddingSet
-    from ..data.pair_sets import ImageSet
+    from ..data.sources import ImageSet
 
 Checkpoint = Annotated[Path | None, typer.Option(help="Folder of a training run, whose newest net is evaluated.")]
 DistanceName = Annotated[

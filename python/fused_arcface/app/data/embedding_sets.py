@@ -11,10 +11,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fused_arcface.base.reading import DataError
 from fused_arcface.evaluation.pairs import Pairs
 
-from . import DataError, ImageSpec, embedding_files
-from .pair_sets import ImageSet
+from .formats import embeddings as embedding_files
+from .images import ImageSpec
+from .sources import ImageSet
 
 
 @dataclass(frozen=True)

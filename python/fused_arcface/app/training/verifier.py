@@ -11,7 +11,7 @@ from fused_arcface.evaluation import Pairs, Verification, pair_scores, verify_sc
 from fused_arcface.evaluation.verification import FARS
 
 from ..data.images import ImageSpec
-from ..data.pair_sets import ImageSet
+from ..data.sources import ImageSet
 from ..nets.small import embed
 from .batches import Item, load_batches
 from .config import OptionError

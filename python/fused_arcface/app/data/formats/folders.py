@@ -11,7 +11,8 @@ from pathlib import Path
 
 from fused_arcface.base.reading import DataError, file_errors
 
-from .image_formats import SUFFIXES
+from ..image_formats import SUFFIXES
+from ..sources import FileImages
 
 SPLITS = frozenset(
     ("train", "training", "val", "valid", "validation", "dev", "test", "testing", "eval", "gallery", "probe", "probes")
@@ -38,6 +39,18 @@ class LabeledFolder:
     @property
     def num_identities(self) -> int:
         return len(self.names)
+
+
+def is_folder(data: str) -> bool:
+    """Return whether a name is that of a folder, one without ``train.rec``."""
+    path = Path(data)
+    return path.is_dir() and not (path / "train.rec").is_file()
+
+
+def open_folder(data: str, max_pixels: int) -> FileImages:
+    """Open the images of a labeled folder, each with at most ``max_pixels``."""
+    found = read_folder(data)
+    return FileImages(found.files, found.names, found.problems, found.notes, max_pixels)
 
 
 def read_folder(root: str | Path) -> LabeledFolder:

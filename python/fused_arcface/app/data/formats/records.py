@@ -11,14 +11,26 @@ from torch import Tensor
 
 from fused_arcface.base.reading import DataError
 
+from ..images import MAX_PIXELS, ImageError, ImageSpec, image_spec, read_image
 from .folders import missing_numbers
-from .images import MAX_PIXELS, ImageError, ImageSpec, image_spec, read_image
 from .record_index import Heads, Ints, read_heads, read_index, unnamed_ranges
 from .recordio import FIRST, HEAD_BYTES, MOST_BROKEN, ImageRecord, RecordError, RecordFile, too_broken, unpack_image
 
 _SAID = 20  # problems of one kind that are told one by one
 _SAID_OF_THE_REST = 3  # the same for records behind a file's end
 _NONE = np.empty(0, np.int64), np.empty(0, np.int64)
+
+
+def is_records(data: str) -> bool:
+    """Return whether a name is that of a RecordIO file, or of a folder with ``train.rec`` in it."""
+    path = Path(data)
+    return path.is_file() or (path / "train.rec").is_file()
+
+
+def open_records(data: str, max_pixels: int) -> RecordImages:
+    """Open the images of a RecordIO file, each with at most ``max_pixels``."""
+    path = Path(data)
+    return RecordImages(path if path.is_file() else path / "train.rec", max_pixels)
 
 
 class RecordImages:
