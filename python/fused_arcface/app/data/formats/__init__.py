@@ -14,7 +14,7 @@ from fused_arcface.base.reading import DataError
 
 from ..images import MAX_PIXELS
 from ..sources import ImageSet, ImageSource
-from . import folders, generated, pairs_text, pickled_pairs, records
+from . import folders, generated, lists, pairs_text, pickled_pairs, records
 
 PairsOpener = Callable[[str, Path | None, int], ImageSet]
 
@@ -39,6 +39,7 @@ FORMATS = (
     Format("a .bin set", pickled_pairs.is_pickle, open_pairs=pickled_pairs.open_pickle),
     Format("a text file of pairs", pairs_text.is_text, open_pairs=pairs_text.open_pairs),
     Format("a folder", folders.is_folder, folders.open_folder),
+    Format("a list file (.txt, .csv, .tsv, .lst, .list)", lists.is_list, lists.open_list),
     Format("a .rec file", records.is_records, records.open_records),
     Format(
         "identities, identities:IDSxIMAGES",
@@ -55,7 +56,8 @@ def open_source(data: str, max_pixels: int = MAX_PIXELS) -> ImageSource:
     """Open the labeled images that a text names.
 
     Args:
-        data: a folder of one folder for each identity; a ``.rec`` file, or a folder with ``train.rec`` in it;
+        data: a folder of one folder for each identity; a list file of lines ``path label``; a ``.rec`` file, or a
+            folder with ``train.rec`` in it;
             ``identities`` or ``identities:200x10`` for generated ones (200 identities with 10 images each);
             ``digits`` for scikit-learn's.
         max_pixels: of an image in a file, see :func:`fused_arcface.app.data.read_image`.

@@ -76,7 +76,7 @@ def read_folder(root: str | Path) -> LabeledFolder:
         raise DataError(f"{root} is not a folder")
     with file_errors(root):
         entries = [path for path in root.iterdir() if not path.name.startswith(".")]
-    folders = sorted((path for path in entries if path.is_dir()), key=lambda path: _natural(path.name))
+    folders = sorted((path for path in entries if path.is_dir()), key=lambda path: natural(path.name))
     loose = sorted(path for path in entries if _named_as_image(path.name) and not path.is_dir())
     problems = [f"{loose[0]}: {len(loose)} image(s) outside any identity's folder"] if loose else []
     contents = [_Content(folder) for folder in folders]
@@ -143,7 +143,7 @@ def _by_bytes(path: Path) -> list[bytes]:
     return os.fsencode(path).split(os.fsencode(os.sep))
 
 
-def _natural(name: str) -> tuple[int, int, bytes]:
+def natural(name: str) -> tuple[int, int, bytes]:
     """Return a key that sorts numbers by value and before names, names by their bytes: the same in every locale."""
     return (0, int(name), b"") if _is_number(name) else (1, 0, os.fsencode(name))
 
