@@ -280,7 +280,7 @@ def write(centers: Centers, path: str | os.PathLike[str]) -> Path:
     if one_file:
         layout = {name: (rows.dtype, rows.shape) for name, rows in centers.tensors.items()}
         metadata = {"format": "pt", "fused_arcface": json.dumps(centers.values)}
-        with safetensors.Writer(path, layout, metadata) as writer:
+        with safetensors.writing(path, layout, metadata) as writer:
             for name, rows in centers.tensors.items():
                 writer.write(name, rows.pieces())
         return path

@@ -21,29 +21,54 @@ if TYPE_CHECKING:
     from ..data.embedding_sets import EmbeddingSet
     from ..data.sources import ImageSet
 
-Checkpoint = Annotated[Path | None, typer.Option(help="Folder of a training run, whose newest net is evaluated.")]
+Checkpoint = Annotated[
+    Path | None, typer.Option(help="Folder of a training run. The net of its newest checkpoint is evaluated.")
+]
 DistanceName = Annotated[
-    str, typer.Option("--distance", help="cosine, euclidean, p-norm, inner-product or mahalanobis.")
+    str,
+    typer.Option(
+        "--distance",
+        help="How two embeddings are compared: cosine, euclidean, p-norm, inner-product or mahalanobis.",
+    ),
 ]
-Order = Annotated[float, typer.Option("--p", help="Of the p-norm, at least 1.")]
+Order = Annotated[float, typer.Option("--p", help="Order of the p-norm, 1 or more; only --distance p-norm uses it.")]
 Shrinkage = Annotated[
-    float | None, typer.Option(help="Of Mahalanobis' covariance, 0 to 1; Ledoit and Wolf's by default.")
+    float | None,
+    typer.Option(
+        help="Shrinkage of Mahalanobis' covariance, from 0 (none) to 1. Default: as Ledoit and Wolf compute it."
+    ),
 ]
-Normalize = Annotated[bool, typer.Option("--normalize/--raw", help="Embeddings of norm 1, or as the net gives them.")]
-Flip = Annotated[bool, typer.Option("--flip", help="Add the embedding of the mirrored image.")]
-Json = Annotated[Path | None, typer.Option("--json", help="File for the figures.")]
-Pictures = Annotated[Path | None, typer.Option(help="Folder for pictures of the curves.")]
+Normalize = Annotated[
+    bool,
+    typer.Option("--normalize/--raw", help="Scale embeddings to norm 1 before they are compared, or leave them raw."),
+]
+Flip = Annotated[bool, typer.Option("--flip", help="Add the embedding of the mirrored image to that of the image.")]
+Json = Annotated[Path | None, typer.Option("--json", help="JSON file to write the figures to. Default: none.")]
+Pictures = Annotated[
+    Path | None, typer.Option(help="Folder to write pictures of the curves to; made if missing. Default: none.")
+]
 Trust = Annotated[
-    bool, typer.Option("--trust", help="Run the code that a checkpoint of an old format may hold, whoever made it.")
+    bool,
+    typer.Option(
+        "--trust",
+        help="Run the code that a checkpoint of an old format may hold. Give it only for runs whose author you trust.",
+    ),
 ]
-Device = Annotated[str, typer.Option(help="Of the net: cpu, cuda, cuda:1.")]
-BatchSize = Annotated[int, typer.Option(min=1, help="Images that the net sees at once.")]
+Device = Annotated[str, typer.Option(help="Device that the net runs on: cpu, cuda, or one of several, as cuda:1.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Number of images that the net sees at once.")]
 MaxPixels = Annotated[
-    int, typer.Option(min=1, help="Pixels of the largest image that is decoded; others cannot be read.")
+    int,
+    typer.Option(
+        min=1, help="Largest image that is decoded, as width times height in pixels. A larger one counts as unreadable."
+    ),
 ]
-Workers = Annotated[int, typer.Option(min=0, help="Processes that read images.")]
+Workers = Annotated[int, typer.Option(min=0, help="Number of processes that read images; 0 reads in this one.")]
 BadData = Annotated[
-    str, typer.Option(help="skip leaves out images that are missing or cannot be read, and says so; stop ends with it.")
+    str,
+    typer.Option(
+        help="Images that are missing or cannot be read: skip leaves them out and says so; stop ends the command at "
+        "the first."
+    ),
 ]
 
 _SAID = 20  # problems that are told one by one

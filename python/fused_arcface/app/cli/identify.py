@@ -23,27 +23,44 @@ if TYPE_CHECKING:
 
 def identify(
     data: Annotated[
-        str | None, typer.Option(help="Images in a folder for each identity; split into gallery and probes.")
+        str | None,
+        typer.Option(
+            help="Labeled images to split into gallery and probes: a folder for each identity, a .rec file, or a list "
+            "of lines `path label`."
+        ),
     ] = None,
     checkpoint: shared.Checkpoint = None,
-    gallery: Annotated[str | None, typer.Option(help="Labeled images of the known, instead of --data.")] = None,
+    gallery: Annotated[
+        str | None, typer.Option(help="Labeled images of the known people; needs --probes and replaces --data.")
+    ] = None,
     probes: Annotated[
-        str | None, typer.Option(help="Labeled images to look for; people are the same by their folder's name.")
+        str | None,
+        typer.Option(help="Labeled images to look for in --gallery. A label of the same name is the same person."),
     ] = None,
     embeddings: Annotated[
-        Path | None, typer.Option(help="Saved ones with labels to split and score, instead of images.")
+        Path | None,
+        typer.Option(help="Saved embeddings with labels, .npz or .safetensors, to split and score instead of images."),
     ] = None,
     save_embeddings: Annotated[
-        Path | None, typer.Option(help="A .npz or .safetensors file to keep those of --data in.")
+        Path | None,
+        typer.Option(help="File, .npz or .safetensors, to save the embeddings of --data to. Default: none."),
     ] = None,
-    gallery_images: Annotated[int, typer.Option(min=1, help="Of each identity, when the command splits.")] = 1,
+    gallery_images: Annotated[
+        int, typer.Option(min=1, help="Number of images of each identity in the gallery, when the command splits.")
+    ] = 1,
     unknown: Annotated[
-        float, typer.Option(help="Share of identities kept out of the gallery, when the command splits.")
+        float,
+        typer.Option(help="Share of the identities, 0 to 1, kept out of the gallery, when the command splits."),
     ] = 0.2,
-    seed: Annotated[int, typer.Option(help="Of the split.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the split.")] = 0,
     bad_data: shared.BadData = "skip",
-    ranks: Annotated[int, typer.Option(min=1, help="Last rank of the curve.")] = 20,
-    engine: Annotated[str, typer.Option(help="auto, torch or faiss; all are exact.")] = "auto",
+    ranks: Annotated[int, typer.Option(min=1, help="Last rank of the curve of identification rates.")] = 20,
+    engine: Annotated[
+        str,
+        typer.Option(
+            help="Search engine: torch, faiss, or auto (faiss where it is installed and knows the distance). All are exact."
+        ),
+    ] = "auto",
     distance: shared.DistanceName = "cosine",
     p: shared.Order = 3.0,
     shrinkage: shared.Shrinkage = None,

@@ -32,25 +32,38 @@ _LEFT_OUT = ["accuracy", "equal error rate", "TAR at FAR"]
 def verify(
     data: Annotated[
         str | None,
-        typer.Option(help="A .bin set; a .txt, .csv or .tsv file of pairs; or images in a folder for each identity."),
+        typer.Option(
+            help="Pairs to verify: a .bin set, a .txt, .csv or .tsv file of pairs, or labeled images to make pairs of "
+            "(a folder for each identity, a .rec file, a .lst or .list file of lines `path label`)."
+        ),
     ] = None,
     checkpoint: shared.Checkpoint = None,
-    images: Annotated[Path | None, typer.Option(help="Folder that a file of pairs names images in.")] = None,
-    embeddings: Annotated[
-        Path | None, typer.Option(help="Saved ones to score, instead of --data and --checkpoint.")
+    images: Annotated[
+        Path | None,
+        typer.Option(help="Folder of the images that a file of pairs names. Default: the folder of that file."),
     ] = None,
-    save_embeddings: Annotated[Path | None, typer.Option(help="A .npz or .safetensors file to keep them in.")] = None,
+    embeddings: Annotated[
+        Path | None,
+        typer.Option(help="Saved embeddings, .npz or .safetensors, to score instead of --data and --checkpoint."),
+    ] = None,
+    save_embeddings: Annotated[
+        Path | None, typer.Option(help="File, .npz or .safetensors, to save the embeddings to. Default: none.")
+    ] = None,
     distance: shared.DistanceName = "cosine",
     p: shared.Order = 3.0,
     shrinkage: shared.Shrinkage = None,
     gallery: Annotated[
         Path | None,
-        typer.Option(help="Saved embeddings that Mahalanobis' covariance is fitted on; else those that are scored."),
+        typer.Option(
+            help="Saved embeddings to fit Mahalanobis' covariance on. Default: the embeddings that are scored."
+        ),
     ] = None,
     normalize: shared.Normalize = True,
     flip: shared.Flip = False,
-    pairs: Annotated[int, typer.Option(min=1, help="Of each kind, made from labeled images at most.")] = 20_000,
-    seed: Annotated[int, typer.Option(help="Of their choice.")] = 0,
+    pairs: Annotated[
+        int, typer.Option(min=1, help="Largest number of pairs of each kind that are made of labeled images.")
+    ] = 20_000,
+    seed: Annotated[int, typer.Option(help="Seed of the choice of these pairs.")] = 0,
     bad_data: shared.BadData = "skip",
     json: shared.Json = None,
     pictures: shared.Pictures = None,

@@ -49,7 +49,7 @@ def read(path: Path) -> Contents:
 
 def _write_safetensors(path: Path, tensors: dict[str, Tensor], paths: list[str]) -> None:
     layout = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
-    with safetensors.Writer(path, layout, {_PATHS: json.dumps(paths)}) as writer:
+    with safetensors.writing(path, layout, {_PATHS: json.dumps(paths)}) as writer:
         for name, tensor in tensors.items():
             writer.write(name, [tensor])
 

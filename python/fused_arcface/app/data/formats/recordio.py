@@ -20,8 +20,10 @@ import os
 import struct
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import TracebackType
 from typing import Any, NamedTuple
 
+from fused_arcface.base.files import replacing
 from fused_arcface.base.reading import DataError, open_regular
 
 MAGIC = 0xCED7230A
@@ -244,7 +246,7 @@ def too_broken(path: Path) -> DataError:
 
 
 class RecordWriter:
-    """Writes a RecordIO file and its index; a context manager.
+    """Write a RecordIO file and its index; a context manager. Each appears when it is whole, in place of an old one.
 
     >>> import tempfile; path = Path(tempfile.mkdtemp()) / "train.rec"
     >>> with RecordWriter(path) as writer:
@@ -256,12 +258,12 @@ class RecordWriter:
     def __init__(self, path: str | Path) -> None:
         self._files = contextlib.ExitStack()
         path = Path(path)
-        self._records = self._files.enter_context(path.open("wb"))
-        self._index = self._files.enter_context(path.with_suffix(".idx").open("w", encoding="ascii", newline="\n"))
+        self._index = self._files.enter_context(replacing(path.with_suffix(".idx")))
+        self._records = self._files.enter_context(replacing(path))
 
     def write(self, key: int, payload: bytes) -> None:
         """Appends a record."""
-        self._index.write(f"{key}\t{self._records.tell()}\n")
+        self._index.write(f"{key}\t{self._records.tell()}\n".encode("ascii"))
         parts = _split_at_magic(payload)
         for place, part in enumerate(parts):
             if len(part) > MOST:
@@ -269,14 +271,13 @@ class RecordWriter:
             kind = WHOLE if len(parts) == 1 else FIRST if place == 0 else LAST if place == len(parts) - 1 else BETWEEN
             self._records.write(_HEAD.pack(MAGIC, kind << 29 | len(part)) + part + bytes(padded(len(part)) - len(part)))
 
-    def close(self) -> None:
-        self._files.close()
-
     def __enter__(self) -> RecordWriter:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._files.__exit__(kind, error, trace)
 
 
 def _split_at_magic(payload: bytes) -> list[bytes]:
