@@ -15,22 +15,23 @@ from collections.abc import Iterable
 
 
 def encode(text: str) -> bytes:
-    """Return the bytes of text with names in it, each name as the system has it.
+    r"""Return the bytes of text with names in it, each name as the system has it.
 
-    >>> encode("caf\\udce9")
-    b'caf\\xe9'
+    >>> encode("caf\udce9")
+    b'caf\xe9'
     """
     return os.fsencode(text)
 
 
 def decode(data: bytes) -> str:
-    """Return the text of a file's bytes, the opposite of :func:`encode`. A byte order mark is left out; UTF-16 is known
-    by its own.
+    r"""Return the text of a file's bytes, the opposite of :func:`encode`.
+
+    A byte order mark is left out; UTF-16 is recognized by its own.
 
     Raises:
-        UnicodeDecodeError: UTF-16 that is damaged.
+        UnicodeDecodeError: if it is damaged UTF-16.
 
-    >>> decode(b"\\xef\\xbb\\xbfone"), decode("one".encode("utf-16"))
+    >>> decode(b"\xef\xbb\xbfone"), decode("one".encode("utf-16"))
     ('one', 'one')
     """
     if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
@@ -39,11 +40,13 @@ def decode(data: bytes) -> str:
 
 
 def lines(data: bytes) -> list[str]:
-    """Return the lines of a text file, without their ends: line feeds, with a carriage return before them or not, or
-    carriage returns in a file without line feeds.
+    r"""Return the lines of a text file, without their ends.
 
-    >>> lines("a\\x85b\\u2028c\\r\\nd\\n".encode())
-    ['a\\x85b\\u2028c', 'd']
+    A line feed ends a line, with a carriage return before it or not; in a file without line feeds a carriage return
+    does.
+
+    >>> lines("a\x85b\u2028c\r\nd\n".encode())
+    ['a\x85b\u2028c', 'd']
     """
     text = decode(data)
     end = "\n" if "\n" in text else "\r"
@@ -52,11 +55,12 @@ def lines(data: bytes) -> list[str]:
 
 
 def encode_names(names: Iterable[str]) -> bytes:
-    """Return a list of names as text, a line each. A name that a reader might cut into lines, or that begins with a
-    quotation mark, is written as a JSON string; so the file is the same in every locale.
+    r"""Return a list of names as text, a line each, the same in every locale.
+
+    A name that a reader might cut into lines, or that begins with a quotation mark, is written as a JSON string.
 
     >>> encode_names(["ann", "a;b"])
-    b'ann\\na;b\\n'
+    b'ann\na;b\n'
     """
     return b"".join(_encode_name(name) + b"\n" for name in names)
 
@@ -72,7 +76,7 @@ def decode_names(data: bytes) -> list[str]:
     """Return the names that :func:`encode_names` wrote.
 
     Raises:
-        ValueError: a line that begins with a quotation mark and is no JSON string.
+        ValueError: if a line begins with a quotation mark and is not a JSON string.
     """
     return [_decode_name(line) for line in data.split(b"\n") if line]
 

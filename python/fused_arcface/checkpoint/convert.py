@@ -1,5 +1,6 @@
-"""Class centers between kinds of files: this package's checkpoints, one safetensors file of all of them, the shards
-that insightface saves, and pytorch-metric-learning's. Sets of identities can be joined and grown on the way.
+"""Class centers between this package's checkpoints, safetensors files and other projects' files.
+
+Sets of identities can be joined and grown on the way.
 
 Tensors pass in pieces, the shards as they were saved: no more than one of them is in memory at a time (all that is
 written into a checkpoint is mapped from the sources' files).
@@ -55,7 +56,7 @@ class Centers:
     """``step``, ``seed``, ``sub_centers`` and the fused optimizer's ``optimizer`` options, where the source has
     them."""
     notes: list[str] = field(default_factory=list)
-    """What the source has and the result has not."""
+    """Parts of the source that the result lacks, in words."""
 
     @property
     def sub_centers(self) -> int:
@@ -67,9 +68,10 @@ class Centers:
 
 
 def read(path: str | os.PathLike[str], sub_centers: int | None = None, *, trust: bool = False) -> Centers:
-    """Return the class centers of a training run, a checkpoint (or a root of some), a directory of insightface's
-    shards, a safetensors file with ``weight`` (C, D), or a ``.pt`` file, see
-    :func:`fused_arcface.checkpoint.other_projects.centers`.
+    """Return the class centers of a run, a checkpoint, or a file of another kind.
+
+    A source is a training run; a checkpoint or a root of some; a directory of insightface's shards; a safetensors file
+    with ``weight`` (C, D); or a ``.pt`` file, see :func:`fused_arcface.checkpoint.other_projects.centers`.
 
     Args:
         path: of the source.
@@ -78,8 +80,8 @@ def read(path: str | os.PathLike[str], sub_centers: int | None = None, *, trust:
         trust: run the code that a checkpoint of format 1 may hold.
 
     Raises:
-        FileNotFoundError: nothing is there.
-        ConvertError, CheckpointError: it is of no such kind, or incomplete.
+        FileNotFoundError: if nothing is there.
+        ConvertError, CheckpointError: if it is of another kind, or incomplete.
     """
     path = Path(path)
     if not path.exists():
@@ -203,10 +205,10 @@ def _whole(tensor: Tensor) -> Rows:
 
 
 def merge(sources: Sequence[Centers]) -> Centers:
-    """All classes of all sources, each source's ids after those of the one before; only the tensors that all have.
+    """Join all classes of all sources: ids in the order of the sources, and only the tensors that all have.
 
     Raises:
-        ConvertError: sources of different embedding dimensions.
+        ConvertError: if the sources have different embedding dimensions.
     """
     if len(sources) == 1:
         return sources[0]
@@ -234,11 +236,12 @@ def _chain(parts: Sequence[Rows]) -> Callable[[], Iterator[Tensor]]:
 
 
 def grow(source: Centers, num_classes: int, seed: int) -> Centers:
-    """``source`` with new classes after its own, up to ``num_classes``: centers as a new head's, keyed by seed and
-    class id, without momentum. The kept rows are unchanged.
+    """Add new classes after those of ``source``, up to ``num_classes``.
+
+    New centers are those of a new head, keyed by seed and class id, without momentum. The kept rows are unchanged.
 
     Raises:
-        ConvertError: fewer classes than the source has.
+        ConvertError: if ``num_classes`` is less than the source has.
     """
     kept = source.num_classes
     if num_classes < kept:
@@ -264,14 +267,15 @@ def grow(source: Centers, num_classes: int, seed: int) -> Centers:
 
 
 def write(centers: Centers, path: str | os.PathLike[str]) -> Path:
-    """One safetensors file, for a path that ends so; else a checkpoint in the root ``path``. Either appears when it is
-    whole.
+    """Write a safetensors file, if the path ends so, otherwise a checkpoint in the root ``path``.
+
+    Either appears when it is whole.
 
     Returns:
         The file or the checkpoint's directory.
 
     Raises:
-        ConvertError: a path with another suffix that is no folder yet, or a seed that no head takes.
+        ConvertError: if ``path`` has another suffix and is not a folder, or no head takes the seed.
     """
     path = Path(path)
     one_file = _is_one_file(path)
@@ -301,7 +305,7 @@ def _is_one_file(path: Path) -> bool:
     """Return whether a destination is one file; a folder of checkpoints has no suffix, or is there already.
 
     Raises:
-        ConvertError: neither.
+        ConvertError: if it is neither.
     """
     if path.suffix.lower() == ".safetensors":
         return True
@@ -339,11 +343,11 @@ def convert(
         seed: of the new classes' centers and of the head that will resume, in [0, 2^63); None: the source's, or 0.
         sub_centers: see :func:`read`.
         trust: see :func:`read`.
-        noted: is told what the sources have and the result has not, such as momentum.
+        noted: called with each part of the sources that the result lacks, in words, such as momentum.
 
     Raises:
-        FileNotFoundError: a source is not there.
-        ConvertError, CheckpointError: a source of no known kind, or a destination or seed that cannot be.
+        FileNotFoundError: if a source is not there.
+        ConvertError, CheckpointError: if a source is of no known kind, or the destination or seed cannot be.
 
     >>> import tempfile, torch
     >>> folder = Path(tempfile.mkdtemp())

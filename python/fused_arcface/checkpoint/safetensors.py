@@ -33,10 +33,10 @@ _MOST_TENSORS = 10_000
 
 
 def read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors, mapped from the file and read when they are used, and the texts stored beside them.
+    """Return the tensors, mapped from the file and read when they are used, and the texts stored beside them.
 
     Raises:
-        DataError: a file of another kind, a truncated one, or one whose tensors overlap or leave gaps.
+        DataError: if the file is of another kind or truncated, or its tensors overlap or leave gaps.
     """
     check_regular(path)
     with file_errors(path), _foreign(path), safe_open(path, framework="pt") as file:

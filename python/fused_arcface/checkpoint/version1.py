@@ -1,9 +1,9 @@
-"""Reads checkpoints of format 1, which torch.distributed.checkpoint has pickled, without running the pickles.
+"""A reader of checkpoints of format 1, which torch.distributed.checkpoint has pickled, that does not run the pickles.
 
 ``.metadata`` is a pickle; each value and each part of a tensor is a zip archive as ``torch.save`` writes it. A pickle
-is a program: it names functions, and its reader calls them. The reader here calls nothing. A name stays a name, a call
-stays a record of name and arguments, and what they stand for is put together afterwards, from the few names that such
-checkpoints need. What else they hold needs :class:`TrustedReader`.
+is a program: it names functions, and its reader calls them. :mod:`fused_arcface.base.pickles` calls nothing: a name
+stays a name, and a call stays a record of name and arguments. Values are made of these records afterwards, from the
+few names that such checkpoints need. Other objects need :class:`TrustedReader`.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class NeedsTrust(CheckpointError):
 
 @dataclass(eq=False)
 class _Made:
-    """What a pickle makes by calling ``name`` with ``arguments``, and the attributes that it then sets."""
+    """The object that a pickle makes by calling ``name`` with ``arguments``, and the state that it then sets."""
 
     name: Name
     arguments: Any
@@ -109,7 +109,7 @@ def _unpickle(data: bytes, what: str) -> Any:
 
 
 class _Values:
-    """Puts a value together from what a pickle holds.
+    """Make values of the records that a pickle holds.
 
     Args:
         what: its name, for the error.
@@ -166,7 +166,7 @@ _CALLS: dict[tuple[str, str], Callable[[Any, Any], Any]] = {
 
 
 class _Window(io.RawIOBase):
-    """A part of a file as a file of its own."""
+    """A part of a file, as a file of its own."""
 
     def __init__(self, file: BinaryIO, start: int, length: int) -> None:
         self._file, self._start, self._length, self._at = file, start, length, 0
@@ -193,15 +193,15 @@ class _Window(io.RawIOBase):
 
 
 class Reader(TensorReader):
-    """Reads a checkpoint of format 1 without running code.
+    """Read a checkpoint of format 1 without running code.
 
     Args:
         directory: of the checkpoint.
         files: the sizes of its files, as they are on disk.
 
     Raises:
-        NeedsTrust: ``.metadata`` names something that no checkpoint needs.
-        CheckpointError, ValueError, TypeError, KeyError and others: it is damaged, or does not fit the files.
+        NeedsTrust: if ``.metadata`` names something that no checkpoint needs.
+        CheckpointError, ValueError, TypeError, KeyError and others: if it is damaged or does not fit the files.
     """
 
     def __init__(self, directory: Path, files: dict[str, int]) -> None:
@@ -254,7 +254,7 @@ class Reader(TensorReader):
                 pass
 
     def pieces(self, part: Part, begin: int, end: int) -> Iterator[memoryview]:
-        """Reads a part to its end: an archive has one checksum for all of it."""
+        """Yield the bytes of a part, read to its end: an archive has one checksum for all of it."""
         with self._archive(part.file, part.start, part.length) as archive:
             made = _unpickle(archive.read(_member(archive, "data.pkl")), part.file)
             if not isinstance(made, _Made) or made.name != Name("torch._utils", "_rebuild_tensor_v2"):
@@ -289,7 +289,7 @@ class Reader(TensorReader):
 
 
 class TrustedReader(FileSystemReader):
-    """Reads a checkpoint of format 1 as torch.distributed.checkpoint does: it runs what the pickles say."""
+    """Read a checkpoint of format 1 as torch.distributed.checkpoint does: this runs the pickles."""
 
     def __init__(self, directory: Path) -> None:
         super().__init__(directory)
@@ -325,8 +325,10 @@ def _size(made: Any) -> tuple[int, ...]:
 
 
 def _member(archive: zipfile.ZipFile, name: str) -> zipfile.ZipInfo:
-    """Return the member ``name`` of the archive's only folder: stored as it is, so that it has no more bytes than it
-    takes."""
+    """Return the member ``name`` of the archive's only folder.
+
+    It must be stored uncompressed, so that it has no more bytes than it takes.
+    """
     for each in archive.infolist():
         if each.filename.partition("/")[2] == name:
             if each.compress_type != zipfile.ZIP_STORED or each.flag_bits & 1 or each.compress_size != each.file_size:

@@ -1,5 +1,4 @@
-"""``convert``: class centers between checkpoints, one safetensors file, insightface's shards and other libraries'
-files."""
+"""``convert``: class centers between checkpoints, safetensors files and other projects' files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What ``verify`` and ``identify`` share: their options, the embedding of images, and how they end."""
+"""The options that ``verify`` and ``identify`` share, the embedding of images, and the errors that end them."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ _SAID = 20  # problems that are told one by one
 
 @contextlib.contextmanager
 def explained() -> Iterator[None]:
-    """Errors in what the user gave end the command with their message and status 1."""
+    """End the command with a message and status 1 if the block raises an error in the user's data or options."""
     from fused_arcface.checkpoint import CheckpointError
 
     from ..data import DataError, ImageError
@@ -100,10 +100,10 @@ def embed_images(
     workers: int,
     trust: bool,
 ) -> list[EmbeddingSet]:
-    """Embeddings of sets of images by a run's net, with a bar.
+    """Embed sets of images by a run's net, with a progress bar.
 
     Raises:
-        DataError: a problem in the data, if ``bad_data`` is ``"stop"``; or no image can be read.
+        DataError: if there is a problem in the data and ``bad_data`` is ``"stop"``, or no image can be read.
     """
     import torch
 
@@ -177,14 +177,14 @@ def check_bad_data(bad_data: str) -> None:
 
 
 def prepared(embeddings: torch.Tensor, normalize: bool) -> torch.Tensor:
-    """As they are compared."""
+    """Return embeddings as they are compared."""
     import torch.nn.functional as F
 
     return F.normalize(embeddings) if normalize else embeddings
 
 
 def described(distance: Distance, name: str, normalize: bool) -> dict[str, Any]:
-    """How embeddings were compared, for the file of figures."""
+    """Return how embeddings were compared, for the file of figures."""
     from fused_arcface.evaluation import Mahalanobis
 
     found: dict[str, Any] = {"distance": name, "normalized": normalize}
@@ -196,7 +196,7 @@ def described(distance: Distance, name: str, normalize: bool) -> dict[str, Any]:
 
 
 def check_output(json: Path | None) -> None:
-    """The file's folder exists from here on; that it cannot is said before anything is computed."""
+    """Make the folder of the file, so that a folder that cannot be made is an error before anything is computed."""
     if json is None:
         return
     try:
@@ -206,6 +206,7 @@ def check_output(json: Path | None) -> None:
 
 
 def write_json(path: Path, figures: dict[str, Any]) -> None:
+    """Write figures to a JSON file, with the version of this package and the date."""
     from fused_arcface import __version__
     from fused_arcface.base.files import write_text
 

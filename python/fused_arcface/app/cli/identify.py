@@ -58,7 +58,8 @@ def identify(
     engine: Annotated[
         str,
         typer.Option(
-            help="Search engine: torch, faiss, or auto (faiss where it is installed and knows the distance). All are exact."
+            help="Search engine: torch, faiss, or auto (faiss where it is installed and knows the distance). "
+            "All are exact."
         ),
     ] = "auto",
     distance: shared.DistanceName = "cosine",

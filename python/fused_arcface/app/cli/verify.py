@@ -131,7 +131,7 @@ def verify(
 
 
 def _with_pairs(saved: EmbeddingSet, path: Path, most: int, seed: int) -> EmbeddingSet:
-    """Saved embeddings with their pairs, or with some made from their labels."""
+    """Return saved embeddings with their pairs, or with pairs made of their labels."""
     from dataclasses import replace
 
     from fused_arcface.evaluation import balanced_pairs

@@ -1,5 +1,4 @@
-"""Images to train on and to verify with: folders and RecordIO files, and those that come with the package or are made
-by it."""
+"""Images to train on and to evaluate with: files in several formats, and images that the package makes or ships."""
 
 from fused_arcface.base.reading import DataError
 

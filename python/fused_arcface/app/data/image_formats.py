@@ -1,5 +1,7 @@
-"""Formats of images that are decoded, and the sizes that a GIF declares. Pillow decodes; see
-:func:`fused_arcface.app.data.read_image`."""
+"""Formats of images that are decoded, and the sizes that a GIF declares.
+
+Pillow decodes them; see :func:`fused_arcface.app.data.read_image`.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Images: what sources in memory give, and how a file or its bytes become what a net takes."""
+"""Images in memory, and the way from a file or its bytes to the tensor that a net takes."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class ImageError(DataError):
 
 @dataclass(frozen=True)
 class ImageSpec:
-    """What a net takes: square images of one size and number of channels.
+    """The input of a net: square images of one size and number of channels.
 
     Args:
         size: side in pixels, >= 1.
@@ -67,7 +67,7 @@ class ImageSpec:
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """(channels, size, size)"""
+        """(channels, size, size)."""
         return self.channels, self.size, self.size
 
 
@@ -87,8 +87,8 @@ def read_image(source: Path | bytes, spec: ImageSpec, max_pixels: int = MAX_PIXE
         max_pixels: width times height that an image may have; checked before it is decoded.
 
     Raises:
-        ImageError: it cannot be opened or decoded, has too many pixels, or one that is not finite.
-        MissingExtra: Pillow is not installed.
+        ImageError: if it cannot be opened or decoded, has too many pixels, or has one that is not finite.
+        MissingExtra: if Pillow is not installed.
 
     >>> import io; from PIL import Image
     >>> file = io.BytesIO(); Image.new("L", (50, 80), 255).save(file, "png")
@@ -110,7 +110,7 @@ def image_spec(source: Path | bytes, max_pixels: int = MAX_PIXELS) -> ImageSpec:
     """Return shorter side and number of channels of an image, as they are stored; its pixels are not decoded.
 
     Raises:
-        ImageError: it cannot be opened, or has too many pixels.
+        ImageError: if it cannot be opened, or has too many pixels.
     """
     with _opened(source, max_pixels) as image:
         gray = image.mode in ("1", "L", "LA", "F") or image.mode.startswith("I")

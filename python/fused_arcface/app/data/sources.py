@@ -1,4 +1,4 @@
-"""Images with what is known of them, whatever file or format they come from: sources to train on, sets to evaluate.
+"""Images of any format with their labels: sources to train on, and sets to evaluate a net with.
 
 :mod:`fused_arcface.app.data.formats` opens them.
 """
@@ -30,10 +30,10 @@ class LabeledReader(Protocol):
     def __len__(self) -> int: ...
 
     def read(self, index: int, spec: ImageSpec) -> Tensor:
-        """Image ``(channels, size, size)`` fp32, about -1 to 1.
+        """Return an image ``(channels, size, size)`` fp32, about -1 to 1.
 
         Raises:
-            DataError, ImageError: it cannot be read; the message names the place.
+            DataError, ImageError: if it cannot be read; the message names the place.
         """
 
 
@@ -41,24 +41,24 @@ class ImageSource(LabeledReader, Protocol):
     """Images to train on: labels go from 0 to the number of identities - 1, each at least once."""
 
     names: list[str]
-    """Of the identities."""
+    """Names of the identities."""
     problems: list[str]
-    """What was found wrong when the source was opened, with its place: the images of the source do without it."""
+    """Faults found when the source was opened, with their places. Such images are not part of the source."""
     notes: list[str]
-    """What else there is to know of it."""
+    """Other facts that the user should know."""
 
     def stored(self, index: int) -> bytes:
-        """Bytes of an image as it is stored, to tell it from another; of images that the package makes, their shape.
+        """Return the bytes of an image as it is stored, or for one that the package makes its shape, to tell images apart.
 
         Raises:
-            DataError, ImageError, OSError: they cannot be read.
+            DataError, ImageError, OSError: if they cannot be read.
         """
 
     def spec_of(self, index: int) -> ImageSpec:
-        """Shorter side and channels of an image as it is stored.
+        """Return shorter side and channels of an image as it is stored.
 
         Raises:
-            DataError, ImageError: it cannot be read.
+            DataError, ImageError: if it cannot be read.
         """
 
 
@@ -129,21 +129,21 @@ Read = Callable[[int, ImageSpec], Tensor]
 
 @dataclass(frozen=True)
 class ImageSet:
-    """M images, and what is known of them."""
+    """M images, with labels or pairs where they are known."""
 
     paths: list[str]
-    """(M,) what each is called in messages and in saved embeddings."""
+    """(M,) names of the images, in messages and in saved embeddings."""
     read: Read
-    """From a number and what a net takes to an image ``(channels, size, size)`` fp32 in [-1, 1]."""
+    """Return an image ``(channels, size, size)`` fp32 in [-1, 1], from its number and a net's spec."""
     labels: Tensor | None = None
-    """(M,) int64 whom they show."""
+    """(M,) int64, the identity of each."""
     pairs: Pairs | None = None
     names: list[str] = field(default_factory=list)
-    """What labels stand for."""
+    """Names of the identities, by label."""
     problems: list[str] = field(default_factory=list)
-    """What was found wrong with the images when they were looked for, with its place: they are not among the M."""
+    """Faults found when the set was opened, with their places. Such images are not among the M."""
     notes: list[str] = field(default_factory=list)
-    """What else there is to know of them."""
+    """Other facts that the user should know."""
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -157,7 +157,10 @@ def set_of(source: ImageSource, name: str) -> ImageSet:
 
 
 def common_spec(source: ImageSource, least: int = 32, most: int = 112) -> ImageSpec:
-    """What suits a source: gray unless one of the images looked at has color, and their median side within bounds."""
+    """Return a spec that suits a source, from up to 16 of its images.
+
+    It is gray unless one of them has color, and its size is their median side within bounds.
+    """
     specs = []
     for index in torch.linspace(0, len(source) - 1, min(_PROBED, len(source))).long().tolist():
         try:

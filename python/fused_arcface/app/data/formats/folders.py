@@ -1,5 +1,4 @@
-"""A labeled folder: one folder for each identity, in it its images. What ``train``, ``verify`` and ``identify`` read
-when they are given a directory."""
+"""A labeled folder: one folder for each identity, with its images in it."""
 
 from __future__ import annotations
 
@@ -31,8 +30,8 @@ class LabeledFolder:
     names: list[str]
     """Folder of each identity."""
     problems: list[str] = field(default_factory=list)
-    """What is wrong, and images that are not used: empty folders, gaps in numbered ones, images outside any, links to
-    nothing, identities whose images lie in folders of their own."""
+    """Images that are not used, and other faults: empty folders, gaps in numbered ones, images outside of any, links to
+    nothing, identities with several folders of images."""
     notes: list[str] = field(default_factory=list)
     """Number of the other files that are not used."""
 
@@ -54,7 +53,7 @@ def open_folder(data: str, max_pixels: int) -> FileImages:
 
 
 def read_folder(root: str | Path) -> LabeledFolder:
-    """The images of a folder whose sub-folders are identities, found but not opened.
+    """Find the images of a folder whose sub-folders are identities; none is opened.
 
     Sub-folders are identities in the order of their names, numbered ones (``0``, ``1``, ``10``) by number; images lie
     in them at any depth. Hidden files and folders, and links to folders inside an identity's, are not used. A folder
@@ -62,8 +61,8 @@ def read_folder(root: str | Path) -> LabeledFolder:
     without a gap.
 
     Raises:
-        DataError: not a folder, no image in any sub-folder, or sub-folders that are parts of a data set (``train``
-            and ``val``) and hold the identities in their turn.
+        DataError: if it is not a folder, no sub-folder has an image, or the sub-folders are parts of a data set
+            (``train`` and ``val``) which hold the identities.
 
     >>> import tempfile; root = Path(tempfile.mkdtemp())
     >>> for name in ("ann/1.png", "ann/2.png", "bob/1.png"):
@@ -130,7 +129,7 @@ class _Content:
 
     @property
     def is_nested(self) -> bool:
-        """Whether all images lie in folders below, more than one."""
+        """True if the images lie in more than one folder, all of them below this one."""
         parents = {path.parent for path in self.images}
         return len(parents) > 1 and self.folder not in parents
 
@@ -165,5 +164,5 @@ def _gaps(root: Path, folders: list[Path]) -> list[str]:
 
 
 def missing_numbers(before: int, after: int) -> str:
-    """The whole numbers between two, in words: ``3``, or ``3 to 7``."""
+    """Return the whole numbers between two, in words: ``3``, or ``3 to 7``."""
     return str(before + 1) if after == before + 2 else f"{before + 1} to {after - 1}"

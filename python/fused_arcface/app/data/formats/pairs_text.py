@@ -37,7 +37,7 @@ def _read_file(files: list[Path], max_pixels: int, index: int, spec: ImageSpec) 
 
 
 def read_pairs_file(path: Path, root: Path, max_pixels: int = MAX_PIXELS) -> ImageSet:
-    """A text file of pairs, one a line, with spaces, tabs or commas between.
+    """Read a text file of pairs, one a line, with spaces, tabs or commas between the fields.
 
     ``name 1 4`` is images 1 and 4 of one person, ``name 1 other 2`` of two, at ``name/name_0001.jpg`` below ``root``
     (any image's suffix); ``path1 path2 label`` names files, label 1 for one person and 0 for two. LFW's heading,
@@ -46,7 +46,7 @@ def read_pairs_file(path: Path, root: Path, max_pixels: int = MAX_PIXELS) -> Ima
     A pair with an image that is missing is left out, and is one of the set's problems.
 
     Raises:
-        DataError: a line that is none of these, with its number; or no pair whose images are there.
+        DataError: if a line is none of these, with its number; or if no pair has its images.
     """
     with open_regular(path) as file, file_errors(path):
         text = lines(file.read())
@@ -84,11 +84,11 @@ def fields_of(line: str) -> list[str]:
 
 
 def _pair(fields: list[str], root: Path, folders: dict[Path, dict[str, Path]]) -> tuple[Path, Path, bool]:
-    """Files and kind of a line.
+    """Return the two files of a line and whether they show one person.
 
     Raises:
-        ValueError: it is none.
-        FileNotFoundError: a file is missing; its text is the file's name.
+        ValueError: if the line is not a pair.
+        FileNotFoundError: if a file is missing; the text is the file's name.
     """
     if len(fields) == 3 and _is_number(fields[1]) and _is_number(fields[2]):
         one, two = (_lfw_image(root, fields[0], number, folders) for number in fields[1:])

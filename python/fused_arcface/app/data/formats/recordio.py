@@ -57,7 +57,7 @@ class ImageRecord(NamedTuple):
 
 
 def pack_image(labels: float | Sequence[float], id: int, image: bytes) -> bytes:
-    """An image's payload. One label is stored in the header, a sequence of them after it.
+    """Return an image's payload. One label is stored in the header, a sequence of labels after it.
 
     >>> unpack_image(pack_image([3, 0.5], 7, b"jpeg"))
     ImageRecord(labels=(3.0, 0.5), id=7, image=b'jpeg')
@@ -68,10 +68,10 @@ def pack_image(labels: float | Sequence[float], id: int, image: bytes) -> bytes:
 
 
 def unpack_image(payload: bytes) -> ImageRecord:
-    """The opposite of :func:`pack_image`.
+    """Return the parts of an image's payload, the opposite of :func:`pack_image`.
 
     Raises:
-        ValueError: shorter than its header says, or with more than 65536 labels.
+        ValueError: if it is shorter than its header says, or has more than 65536 labels.
 
     >>> unpack_image(pack_image(3, 7, b"jpeg")).labels
     (3.0,)
@@ -246,13 +246,13 @@ def too_broken(path: Path) -> DataError:
 
 
 class RecordWriter:
-    """Write a RecordIO file and its index; a context manager. Each appears when it is whole, in place of an old one.
+    r"""Write a RecordIO file and its index; a context manager. Each appears when it is whole, in place of an old one.
 
     >>> import tempfile; path = Path(tempfile.mkdtemp()) / "train.rec"
     >>> with RecordWriter(path) as writer:
     ...     writer.write(1, pack_image(0, 1, b"jpeg"))
     >>> RecordFile(path).read(0, 1)[-4:], path.with_suffix(".idx").read_text()
-    (b'jpeg', '1\\t0\\n')
+    (b'jpeg', '1\t0\n')
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -262,7 +262,7 @@ class RecordWriter:
         self._records = self._files.enter_context(replacing(path))
 
     def write(self, key: int, payload: bytes) -> None:
-        """Appends a record."""
+        """Append a record."""
         self._index.write(f"{key}\t{self._records.tell()}\n".encode("ascii"))
         parts = _split_at_magic(payload)
         for place, part in enumerate(parts):
@@ -281,7 +281,7 @@ class RecordWriter:
 
 
 def _split_at_magic(payload: bytes) -> list[bytes]:
-    """What lies before, between and after the magic numbers in the payload's aligned words."""
+    """Return the parts before, between and after the magic numbers in the payload's aligned words."""
     parts, start = [], 0
     at = payload.find(_MAGIC_BYTES)
     while at >= 0:
@@ -293,5 +293,5 @@ def _split_at_magic(payload: bytes) -> list[bytes]:
 
 
 def padded(length: int) -> int:
-    """``length`` raised to a multiple of 4."""
+    """Return ``length`` rounded up to a multiple of 4."""
     return -(-length // 4) * 4

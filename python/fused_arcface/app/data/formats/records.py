@@ -1,5 +1,4 @@
-"""Labeled images of a RecordIO file, as insightface's data sets are distributed: which records are images, and whom
-each shows."""
+"""Labeled images of a RecordIO file, the form in which insightface's data sets are distributed."""
 
 from __future__ import annotations
 
@@ -46,7 +45,7 @@ class RecordImages:
         max_pixels: of an image, see :func:`fused_arcface.app.data.read_image`.
 
     Raises:
-        DataError: it cannot be opened, has no image that can be used, or an index that is none.
+        DataError: if it cannot be opened, has no image that can be used, or its index is of another kind.
     """
 
     def __init__(self, path: str | Path, max_pixels: int = MAX_PIXELS) -> None:
@@ -97,7 +96,7 @@ class RecordImages:
         return _place(self.path, self._numbers[index], self._offsets[index])
 
     def _find_records(self) -> tuple[Ints, Heads]:
-        """Number and head of each record, in the order of the numbers."""
+        """Return number and head of each record, in the order of the numbers."""
         index = self.path.with_suffix(".idx")
         if not index.exists():
             found = list(self._file.scan())
@@ -142,7 +141,7 @@ class RecordImages:
             )
 
     def _report_unnamed(self, index: Path, heads: Heads) -> None:
-        """Records that the index does not name."""
+        """Note records that the index does not name."""
         found = [
             offset
             for start, stop in unnamed_ranges(heads, self._file.size)
@@ -156,7 +155,7 @@ class RecordImages:
             )
 
     def _without_header(self, numbers: Ints, heads: Heads) -> tuple[Ints, Heads]:
-        """Of the records those that the header, if there is one, says are images."""
+        """Return the records that are images, as the header says if there is one."""
         if len(numbers) == 0 or numbers[0] != 0:
             return numbers, heads
         try:
@@ -178,7 +177,7 @@ class RecordImages:
         return numbers[images], heads[images]
 
     def _read_labels(self, numbers: Ints, heads: Heads) -> tuple[Ints, Ints, Ints]:
-        """The records that can be read, and the first label of each."""
+        """Return number, offset and first label of the records that can be read."""
         labels, good = heads.label.copy(), heads.complete.copy()
         # Each of these may have parts all over the file, or share them with others.
         limit = self._file.bytes_read + self._file.size
