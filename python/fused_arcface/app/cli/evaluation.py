@@ -14,10 +14,6 @@ from rich.progress import Progress
 from .terminal import terminal
 
 if TYPE_CHECKING:
-    import torch
-
-    from fused_arcface.evaluation import Distance
-
     from ..data.embedding_sets import EmbeddingSet
     from ..data.sources import ImageSet
 
@@ -109,6 +105,7 @@ def embed_images(
 
     from ..data import DataError
     from ..data.embedding_sets import embed_set
+    from ..evaluating import lost
     from ..training.resolve import stopped_by
     from ..training.runs import load_backbone
 
@@ -155,44 +152,15 @@ def embed_images(
     if told > _SAID:
         console.print(f"and {told - _SAID} more such problems; skipped", style="yellow")
     for images, embedded in zip(sets, found, strict=True):
-        if lost := _lost(images, embedded):
-            console.print(f"left out: {lost}", style="yellow", markup=False, highlight=False)
+        if gone := lost(images, embedded):
+            console.print(f"left out: {gone}", style="yellow", markup=False, highlight=False)
     return found
-
-
-def _lost(images: ImageSet, embedded: EmbeddingSet) -> str:
-    """Say how many images of a set could not be read, and how many pairs went with them."""
-    unread = len(images) - len(embedded.paths)
-    text = f"{unread} of {len(images)} images cannot be read" if unread else ""
-    if unread and images.pairs is not None and embedded.pairs is not None:
-        text += f", so that {len(images.pairs.same) - len(embedded.pairs.same)} of {len(images.pairs.same)} pairs are"
-        text += " not scored"
-    return text
 
 
 def check_bad_data(bad_data: str) -> None:
     """Check the option before anything is read."""
     if bad_data not in ("skip", "stop"):
         raise typer.BadParameter(f"--bad-data must be skip or stop; got {bad_data}")
-
-
-def prepared(embeddings: torch.Tensor, normalize: bool) -> torch.Tensor:
-    """Return embeddings as they are compared."""
-    import torch.nn.functional as F
-
-    return F.normalize(embeddings) if normalize else embeddings
-
-
-def described(distance: Distance, name: str, normalize: bool) -> dict[str, Any]:
-    """Return how embeddings were compared, for the file of figures."""
-    from fused_arcface.evaluation import Mahalanobis
-
-    found: dict[str, Any] = {"distance": name, "normalized": normalize}
-    if name == "p-norm":
-        found["p"] = distance.p
-    if isinstance(distance, Mahalanobis):
-        found["shrinkage"] = distance.shrinkage
-    return found
 
 
 def check_output(json: Path | None) -> None:

@@ -14,8 +14,6 @@ from .tables import plain_table
 from .terminal import terminal
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from fused_arcface.evaluation import Identification
 
     from ..data.embedding_sets import EmbeddingSet
@@ -85,6 +83,7 @@ def identify(
     from fused_arcface.evaluation import make_distance
 
     from ..data.embedding_sets import EmbeddingSet, check_suffix
+    from ..evaluating import described, identification_figures, prepared, split_set, two_sets, with_labels_by_name
 
     given = [data is not None, gallery is not None and probes is not None, embeddings is not None]
     if sum(given) != 1 or (embeddings is None) == (checkpoint is None) or (gallery is None) != (probes is None):
@@ -102,7 +101,8 @@ def identify(
         options["trust"] = trust
         options["bad_data"] = bad_data
         if gallery is not None and probes is not None and checkpoint is not None:
-            split = _two_sets(checkpoint, gallery, probes, max_pixels, options)
+            sources = two_sets(gallery, probes, max_pixels)
+            split = with_labels_by_name(sources, shared.embed_images(checkpoint, sources, **options))
         else:
             labeled = (
                 EmbeddingSet.load(embeddings)
@@ -111,9 +111,9 @@ def identify(
             )
             if save_embeddings is not None:
                 labeled.save(save_embeddings)
-            split = _split(labeled, gallery_images, unknown, seed)
+            split = split_set(labeled, gallery_images, unknown, seed)
         known, known_labels, sought, sought_labels = split
-        known, sought = shared.prepared(known, normalize), shared.prepared(sought, normalize)
+        known, sought = prepared(known, normalize), prepared(sought, normalize)
         chosen = make_distance(distance, order=p, gallery=known, shrinkage=shrinkage)
         found = search(
             known,
@@ -130,8 +130,8 @@ def identify(
         if json is not None:
             about: dict[str, Any] = {"data": data, "gallery": gallery, "probes": probes}
             about |= {"checkpoint": checkpoint and str(checkpoint), "embeddings": embeddings and str(embeddings)}
-            how = shared.described(chosen, distance, normalize)
-            shared.write_json(json, {**about, "flip": flip, **how, **_figures(found)})
+            how = described(chosen, distance, normalize)
+            shared.write_json(json, {**about, "flip": flip, **how, **identification_figures(found)})
         if pictures is not None:
             from ..report.evaluation import draw_identification
 
@@ -145,57 +145,6 @@ def _embed(data: str, checkpoint: Path | None, max_pixels: int, options: dict[st
     assert checkpoint is not None
     (found,) = shared.embed_images(checkpoint, [read_labeled(data, max_pixels=max_pixels)], **options)
     return found
-
-
-def _split(
-    labeled: EmbeddingSet, gallery_images: int, unknown: float, seed: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gallery and its labels, probes and theirs, out of one set."""
-    from fused_arcface.evaluation import split_gallery
-
-    from ..data import DataError
-
-    if labeled.labels is None:
-        raise DataError("embeddings must have labels (M,) to be split into gallery and probes")
-    known, sought = split_gallery(labeled.labels, gallery_images=gallery_images, unknown=unknown, seed=seed)
-    rows, labels = labeled.embeddings, labeled.labels
-    return rows[known], labels[known], rows[sought], labels[sought]
-
-
-def _two_sets(
-    checkpoint: Path, gallery: str, probes: str, max_pixels: int, options: dict[str, Any]
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gallery and probes from two sources, whose people are the same where their names are."""
-    import torch
-
-    from ..data.pair_sets import read_labeled
-
-    sources = [read_labeled(each, max_pixels=max_pixels) for each in (gallery, probes)]
-    files = [{str(Path(path).resolve()) for path in source.paths} for source in sources]
-    if shared_files := files[0] & files[1]:
-        raise ValueError(
-            "probes must not hold images of the gallery, where each would find itself; got "
-            f"{len(shared_files)} of them, {min(shared_files)} for one"
-        )
-    found = shared.embed_images(checkpoint, sources, **options)
-    number_of: dict[str, int] = {}
-    labels = []
-    for source, embedded in zip(sources, found, strict=True):
-        assert embedded.labels is not None
-        numbers = torch.tensor([number_of.setdefault(name, len(number_of)) for name in source.names])
-        labels.append(numbers[embedded.labels])
-    return found[0].embeddings, labels[0], found[1].embeddings, labels[1]
-
-
-def _figures(found: Identification) -> dict[str, Any]:
-    return {
-        "gallery": {"images": found.num_gallery, "identities": found.num_identities},
-        "probes": {"mated": found.num_mated, "unmated": found.num_unmated},
-        "engine": found.engine,
-        "rank": {str(r): found.rank(r) for r in (1, 5, 10)},
-        "cmc": found.cmc.tolist(),
-        "tpir_at_fpir": {f"{fpir:g}": rate for fpir, rate in found.tpir.items()},
-    }
 
 
 def _print(console: Console, found: Identification, title: str) -> None:

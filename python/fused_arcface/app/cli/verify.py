@@ -19,14 +19,8 @@ if TYPE_CHECKING:
 
     from fused_arcface.evaluation import Verification
 
-    from ..data.embedding_sets import EmbeddingSet
-
     Bools = npt.NDArray[np.bool_]
     Means = tuple[float | None, float | None]
-
-
-_LEFT_OUT = ["accuracy", "equal error rate", "TAR at FAR"]
-"""Figures that need pairs of both kinds."""
 
 
 def verify(
@@ -83,6 +77,7 @@ def verify(
 
     from ..data.embedding_sets import EmbeddingSet, check_suffix
     from ..data.pair_sets import read_pair_set
+    from ..evaluating import described, prepared, verification_figures, with_pairs
 
     if (embeddings is None) == (data is None or checkpoint is None):
         raise typer.BadParameter("--data and --checkpoint must be given, or --embeddings alone")
@@ -94,7 +89,7 @@ def verify(
             if file is not None:
                 check_suffix(file)
         if embeddings is not None:
-            scored = _with_pairs(EmbeddingSet.load(embeddings), embeddings, pairs, seed)
+            scored = with_pairs(EmbeddingSet.load(embeddings), embeddings, pairs, seed)
         else:
             assert data is not None and checkpoint is not None
             options: dict[str, Any] = {"flip": flip, "device": device, "batch_size": batch_size, "workers": workers}
@@ -104,8 +99,8 @@ def verify(
         if save_embeddings is not None:
             scored.save(save_embeddings)
         assert scored.pairs is not None
-        rows = shared.prepared(scored.embeddings, normalize)
-        fitted = rows if gallery is None else shared.prepared(EmbeddingSet.load(gallery).embeddings, normalize)
+        rows = prepared(scored.embeddings, normalize)
+        fitted = rows if gallery is None else prepared(EmbeddingSet.load(gallery).embeddings, normalize)
         chosen = make_distance(distance, order=p, gallery=fitted, shrinkage=shrinkage)
         scores = pair_scores(rows, scored.pairs, chosen)
         same = scored.pairs.same.numpy()
@@ -116,51 +111,18 @@ def verify(
         means = mean_scores(same, scores)
         _print(console, found, same, means, f"{name}, {distance}")
         if json is not None:
-            how = shared.described(chosen, distance, normalize)
+            how = described(chosen, distance, normalize)
             about = {
                 "data": data,
                 "checkpoint": checkpoint and str(checkpoint),
                 "embeddings": embeddings and str(embeddings),
             }
-            shared.write_json(json, {**about, "flip": flip, **how, **_figures(found, same, means)})
+            shared.write_json(json, {**about, "flip": flip, **how, **verification_figures(found, same, means)})
         if pictures is not None and found is not None:
             from ..report.evaluation import draw_verification
 
             for path in draw_verification(found, pictures, name):
                 console.print(f"{path}", highlight=False, soft_wrap=True, markup=False)
-
-
-def _with_pairs(saved: EmbeddingSet, path: Path, most: int, seed: int) -> EmbeddingSet:
-    """Return saved embeddings with their pairs, or with pairs made of their labels."""
-    from dataclasses import replace
-
-    from fused_arcface.evaluation import balanced_pairs
-
-    from ..data import DataError
-
-    if saved.pairs is not None:
-        return saved
-    if saved.labels is None:
-        raise DataError(f"{path} must hold labels (M,), or pairs (P, 2) and same (P,), to be verified")
-    return replace(saved, pairs=balanced_pairs(saved.labels, most, seed))
-
-
-def _figures(found: Verification | None, same: Bools, means: Means) -> dict[str, Any]:
-    figures: dict[str, Any] = {
-        "pairs": {"same": int(same.sum()), "different": int((~same).sum())},
-        "mean_score": {"same": means[0], "different": means[1]},
-    }
-    if found is None:
-        return {**figures, "left_out": _LEFT_OUT}
-    return {
-        **figures,
-        "accuracy": found.accuracy,
-        "accuracy_deviation": found.accuracy_deviation,
-        "accuracy_standard_error": found.accuracy_standard_error,
-        "fold_accuracy": found.fold_accuracy.tolist(),
-        "eer": found.eer,
-        "tar_at_far": {f"{far:g}": tar for far, tar in found.tar.items()},
-    }
 
 
 def _print(console: Console, found: Verification | None, same: Bools, means: Means, title: str) -> None:
@@ -178,6 +140,8 @@ def _print(console: Console, found: Verification | None, same: Bools, means: Mea
             table.add_row(f"TAR at FAR {far:g}", f"{tar:.4f}{'  no false accept' if far < 1 / different else ''}")
     console.print(table)
     if found is None:
+        from ..evaluating import LEFT_OUT
+
         console.print(
-            f"Left out, because all pairs are of one kind: {', '.join(_LEFT_OUT)}.", highlight=False, soft_wrap=True
+            f"Left out, because all pairs are of one kind: {', '.join(LEFT_OUT)}.", highlight=False, soft_wrap=True
         )

@@ -48,7 +48,9 @@ class ImageSource(LabeledReader, Protocol):
     """Other facts that the user should know."""
 
     def stored(self, index: int) -> bytes:
-        """Return the bytes of an image as it is stored, or for one that the package makes its shape, to tell images apart.
+        """Return the bytes of an image as it is stored, or the shape of one that the package makes.
+
+        They tell one image from another.
 
         Raises:
             DataError, ImageError, OSError: if they cannot be read.
