@@ -199,6 +199,22 @@ def test_many_mutated_files(kind: fuzzing.Format, tmp_path: Path) -> None:
     check(kind, tmp_path, 10_000)
 
 
+@pytest.mark.parametrize("mode", ["L", "RGB", "RGBA", "P"])
+@pytest.mark.parametrize("format", IMAGE_FORMATS)
+def test_a_large_image_takes_16_bytes_a_pixel(format: str, mode: str, tmp_path: Path) -> None:
+    side = 1400
+    image = picture(0, 0, "RGB", (side, side)).convert(mode)
+    try:
+        content = encoded(image, format)
+    except (OSError, KeyError):
+        pytest.skip(f"Pillow writes no {format} of mode {mode}")
+    kind = fuzzing.Format(format, lambda root: root, load_image, (), memory=16 * side**2, seconds=10)
+    load_image_of = tmp_path / f"warm.{format}"
+    load_image_of.write_bytes(encoded(picture(0, 0, "RGB", (40, 48)), format))
+    load_image(load_image_of)
+    assert fuzzing.failures(kind, tmp_path / f"large.{format}", [content]) == []
+
+
 def test_the_harness_finds_what_it_looks_for(tmp_path: Path) -> None:
     """A loader that crashes, hangs, takes memory or raises something else is told by name."""
     import ctypes

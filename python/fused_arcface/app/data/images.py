@@ -182,7 +182,9 @@ def _as_plain(image: Any, mode: str) -> Any:
         pixels *= 255 / deepest
         return pil.fromarray(pixels.clip(0, 255, out=pixels))
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
-        if image.mode != "RGBA":
-            image = image.convert("RGBA")
-        image = pil.alpha_composite(pil.new("RGBA", image.size, "white"), image)
+        rgba = image if image.mode == "RGBA" else image.convert("RGBA")
+        white = pil.new("RGBA", image.size, "white")
+        image, background = pil.alpha_composite(white, rgba), (white, rgba)
+        for each in background:
+            each.close()  # Pillow keeps their memory until the next garbage collection
     return image if image.mode == mode else image.convert(mode)
