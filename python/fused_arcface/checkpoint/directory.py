@@ -275,7 +275,8 @@ def _open(directory: Path, trust: bool) -> Saved:
         sizes = {name: numbers([size])[0] for name, size in listed.items()} if first else {}
     for name, size in (sizes or {name: record.size for name, record in records.items()}).items():
         file = directory / name
-        actual = file.stat().st_size if file.is_file() else None
+        with _boundary(directory, _MANIFEST):  # it may have a name that no file has
+            actual = file.stat().st_size if file.is_file() else None
         if actual != size:
             got = "missing" if actual is None else f"{actual} bytes long"
             raise CheckpointError(f"{directory} is truncated: {name} must have {size} bytes; it is {got}")
