@@ -5,7 +5,7 @@
 #   make TORCH="torch==2.9.1" test   another torch, for a new .venv
 #   make LIMIT=1800 test             more seconds than make test may take, on a slow or busy machine
 .DEFAULT_GOAL := help
-.PHONY: docs help demo test test-fast test-all test-oldest test-newest lint format bench bench-check bench-record clean distclean
+.PHONY: docs help demo test test-fast test-all test-sanitized test-oldest test-newest lint format bench bench-check bench-record clean distclean
 
 PYTHON ?= python3
 ARGS ?=
@@ -33,6 +33,19 @@ test-fast: .venv/.installed  ## Run the quick tests, for the daily loop
 
 test-all: .venv/.installed  ## Run all the tests
 	.venv/bin/python tests/run.py $(ARGS)
+
+# A build of its own, which the tests of the compiled module take in place of the installed one. Python is not linked with
+# the C++ library, whose exceptions ASan watches, so both are loaded first. torch keeps memory until the end, so leaks are
+# not looked for.
+sanitizers = $$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)
+native_tests := $(addprefix tests/,backends/test_cpu.py backends/test_threads.py test_properties.py)
+
+test-sanitized: .venv/.installed  ## Run the tests of the compiled CPU kernels under ASan and UBSan
+	CXXFLAGS='-fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer -g1' FUSED_ARCFACE_CUDA=OFF \
+	  $(run) pip install --quiet --no-build-isolation --no-deps --upgrade --target build/sanitized/lib \
+	  --config-settings=build-dir=build/sanitized/build --config-settings=install.strip=false .
+	LD_PRELOAD="$(sanitizers)" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	  .venv/bin/python tests/sanitized.py build/sanitized/lib -m "not full" $(native_tests) $(ARGS)
 
 # Versions that the range in pyproject.toml allows, each in an environment of its own. The oldest torch is there only with
 # gigabytes of CUDA libraries. `make clean` leaves these environments, `make distclean` removes them.

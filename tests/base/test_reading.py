@@ -6,6 +6,7 @@ import json
 import os
 import struct
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,10 @@ import torch
 pytest.importorskip("PIL")
 
 from fused_arcface.app import cli
-from fused_arcface.app.data import DataError
+from fused_arcface.app.data import DataError, ImageSpec, read_image
 from fused_arcface.app.data.embedding_sets import EmbeddingSet
+from fused_arcface.app.data.formats.pickled_pairs import read_pickled_pairs
+from fused_arcface.app.data.formats.records import RecordImages
 from fused_arcface.app.data.pair_sets import read_pair_set
 from fused_arcface.app.nets.backbones import load_weights
 from fused_arcface.app.nets.small import SmallNet
@@ -44,6 +47,27 @@ def test_only_regular_files_are_opened(tmp_path: Path) -> None:
     assert check_regular(tmp_path / "file") == 5 and read_bytes(tmp_path / "file", 5) == b"12345"
     with pytest.raises(DataError, match="file must have <= 4 bytes; it has more"):
         read_bytes(tmp_path / "file", 4)
+
+
+@pytest.mark.parametrize(
+    ("name", "read"),
+    [
+        ("x.png", lambda path: read_image(path, ImageSpec(8, 1))),
+        ("x.rec", RecordImages),
+        ("x.bin", read_pickled_pairs),
+        ("x.npz", EmbeddingSet.load),
+        ("x.safetensors", EmbeddingSet.load),
+        ("x.safetensors", convert.read),
+        ("x.pt", convert.read),
+        ("x.txt", lambda path: read_pair_set(str(path))),
+        ("x.pth", lambda path: load_weights(SmallNet(8), path)),
+    ],
+)
+def test_git_lfs_pointers_are_named(name: str, read: Callable[[Path], object], tmp_path: Path) -> None:
+    pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 132\n"
+    (tmp_path / name).write_text(pointer)
+    with pytest.raises(DataError, match=rf"{name} is a Git LFS pointer, not the file itself; .*: git lfs pull$"):
+        read(tmp_path / name)
 
 
 def test_every_decoders_error_is_a_data_error() -> None:

@@ -133,15 +133,18 @@ def test_files_of_another_kind_are_refused(tmp_path, name, content, message):
 
 def test_truncated_safetensors(tmp_path):
     path = tmp_path / "x.safetensors"
-    with safetensors.Writer(path, {"weight": (torch.float32, (4, 3))}) as writer:
+    with safetensors.writing(path, {"weight": (torch.float32, (4, 3))}) as writer:
         writer.write("weight", [torch.ones(4, 3)])
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(convert.ConvertError, match="is truncated"):
         convert.read(path)
-    short = safetensors.Writer(tmp_path / "y.safetensors", {"weight": (torch.float32, (4, 3))})
+    short = safetensors.writing(tmp_path / "y.safetensors", {"weight": (torch.float32, (4, 3))})
     with pytest.raises(ValueError, match="3 elements are missing"), short as writer:
         writer.write("weight", [torch.ones(3, 3)])
-    assert not list(tmp_path.glob("y*"))
+    unwritten = safetensors.writing(tmp_path / "y.safetensors", {"weight": (torch.float32, (4, 3))})
+    with pytest.raises(ValueError, match="weight must be written before the file is closed"), unwritten:
+        pass
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_command_line(tmp_path, capsys):
@@ -291,7 +294,7 @@ def test_a_seed_or_sub_centers_in_a_file_that_no_head_takes(tmp_path):
         ("[]", "object"),
     ):
         layout = {"weight": (torch.float32, (2, D))}
-        with safetensors.Writer(tmp_path / "x.safetensors", layout, {"fused_arcface": values}) as writer:
+        with safetensors.writing(tmp_path / "x.safetensors", layout, {"fused_arcface": values}) as writer:
             writer.write("weight", [torch.zeros(2, D)])
         with pytest.raises(convert.ConvertError, match=message):
             convert.convert([tmp_path / "x.safetensors"], tmp_path / "out")

@@ -69,3 +69,10 @@ def test_deep_and_long_texts(tmp_path, name, text, version):
         directory = checkpoint.save(tmp_path / "root", fa.PartialFC(4, 7))
     with pytest.raises(ERROR):
         load_file(directory, name, text, tmp_path / "work")
+
+
+def test_a_manifest_with_a_name_that_no_file_has(tmp_path):
+    directory = checkpoint.save(tmp_path / "root", fa.PartialFC(4, 7))
+    text = (directory / "manifest.json").read_bytes()
+    with pytest.raises(ERROR, match=r"manifest\.json cannot be read: .*name too long"):
+        load_file(directory, "manifest.json", text.replace(b"__0_0", b"9" * 400), tmp_path / "work")

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import pickle
+import shutil
 import warnings
 import zipfile
 from collections import Counter, OrderedDict
@@ -22,6 +23,8 @@ from torch.distributed.checkpoint.filesystem import FileSystemWriter
 
 import fused_arcface as fa
 from fused_arcface import checkpoint
+from fused_arcface.app import cli
+from fused_arcface.checkpoint import convert
 from fused_arcface.checkpoint.structure import split, to_json
 
 
@@ -117,6 +120,40 @@ def test_objects_in_format_1_need_trust(tmp_path):
     values = checkpoint.load(tmp_path, head, trust=True)
     assert values["note"] == Fraction(1, 3) and (tmp_path / "ran").exists()
     assert checkpoint.load_state(tmp_path, "note", trust=True) == Fraction(1, 3)
+
+
+def test_centers_in_format_1_are_converted_with_trust(tmp_path, capsys):
+    head = fa.PartialFC(4, 7, center_optimizer=fa.CenterSGD(0.5))
+    head.center_optimizer.param_groups[0]["lr"] = np.float64(0.25)  # an object of NumPy's to a pickle
+    save_format_1(tmp_path / "old", head)
+    command = ["convert", str(tmp_path / "old"), str(tmp_path / "new.safetensors")]
+    assert cli.run(command) == 1
+    assert "which only running its code can bring back. If you trust whoever made it" in capsys.readouterr().err
+    assert not (tmp_path / "new.safetensors").exists()
+    assert cli.run([*command, "--trust"]) == 0
+    found = convert.read(tmp_path / "new.safetensors")
+    assert torch.equal(torch.cat(list(found.tensors["weight"].pieces())), head.full_weight())
+    assert found.values["optimizer"]["lr"] == 0.25
+
+
+def test_a_run_in_format_1_is_resumed_with_trust(tmp_path, capsys):
+    pytest.importorskip("PIL")
+    run, root = str(tmp_path / "run"), tmp_path / "run" / "checkpoints"
+    data = ["--data", "identities:4x4", "--batch-size", "8", "--image-size", "16", "--workers", "0", "--device", "cpu"]
+    assert cli.run(["train", *data, "--epochs", "1", "--output", run]) == 0
+    saved = checkpoint.find(root)
+    head = fa.PartialFC(saved.head["embedding_dim"], 4, seed=saved.head["seed"], center_optimizer=fa.CenterSGD(0.1))
+    checkpoint.load(root, head)
+    others = {name: checkpoint.load_state(root, name) for name in saved.names - {"head"}}
+    shutil.rmtree(root)
+    save_format_1(root, head, **others, note=Bomb(tmp_path / "ran"))
+    capsys.readouterr()
+    assert cli.run(["train", "--resume", "--epochs", "2", "--output", run]) == 1
+    assert (
+        "If you trust whoever made it, say so: --trust" in capsys.readouterr().err and not (tmp_path / "ran").exists()
+    )
+    assert cli.run(["train", "--resume", "--epochs", "2", "--output", run, "--trust"]) == 0
+    assert (tmp_path / "ran").exists() and "4 steps are done" in capsys.readouterr().out
 
 
 def test_a_hostile_table_of_format_1_runs_nothing(tmp_path):

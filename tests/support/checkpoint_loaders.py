@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import zlib
@@ -29,22 +30,36 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def load_file(directory: Path, name: str, data: bytes, work: Path) -> dict[str, Any]:
-    """:func:`load_checkpoint` of a copy in ``work`` of which one file has other content, of either format.
+    """Return what :func:`load_checkpoint` finds in a copy in ``work`` of which one file has other content.
 
-    The manifest is made to fit the content, as a stranger would: it reaches the parser behind the checksums.
+    The checkpoint may be of either format.
     """
     shutil.rmtree(work, ignore_errors=True)
     shutil.copytree(directory, work)
     (work / name).write_bytes(data)
-    if name != "manifest.json":
-        manifest = json.loads((work / "manifest.json").read_bytes())
-        if manifest["version"] == 1:
-            manifest["files"][name] = len(data)
-        else:
-            del manifest["crc32"]
-            blocks = range(0, len(data), BLOCK)
-            sums = [zlib.crc32(data[start : start + BLOCK]) for start in blocks]
-            manifest["files"][name] = {"size": len(data), "crc32": sums}
-            manifest["crc32"] = folder._crc32(manifest)
-        (work / "manifest.json").write_text(json.dumps(manifest))
+    refit_manifest(work / name)
     return load_checkpoint(work)
+
+
+def refit_manifest(changed: Path) -> None:
+    """Make a checkpoint's manifest fit a changed file, as a stranger would, so that a parser sees what has changed.
+
+    A changed manifest stays as it is, but for its own checksum if it still is a JSON object.
+    """
+    file = changed.with_name("manifest.json")
+    try:
+        manifest = json.loads(file.read_bytes())
+    except (ValueError, RecursionError):
+        return
+    if not isinstance(manifest, dict):
+        return
+    data = changed.read_bytes()
+    if changed != file and manifest["version"] == 1:
+        manifest["files"][changed.name] = len(data)
+    elif changed != file:
+        sums = [zlib.crc32(data[start : start + BLOCK]) for start in range(0, len(data), BLOCK)]
+        manifest["files"][changed.name] = {"size": len(data), "crc32": sums}
+    if manifest.pop("crc32", None) is not None:
+        with contextlib.suppress(ValueError, RecursionError):
+            manifest["crc32"] = folder._crc32(manifest)
+    file.write_text(json.dumps(manifest))

@@ -20,10 +20,10 @@ from fused_arcface.base.files import replacing, write_text
 from fused_arcface.base.reading import DataError, file_errors, read_bytes
 from fused_arcface.base.text import encode_names
 
-from .data.embedding_files import SUFFIXES
 from .data.embedding_sets import EmbeddingSet, embed_set
+from .data.formats.embeddings import SUFFIXES
 from .data.images import ImageSpec
-from .data.pair_sets import ImageSet, Read
+from .data.sources import ImageSet, Read
 from .embedder import Embedder
 from .predictions import csv_line
 

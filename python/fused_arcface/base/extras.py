@@ -1,4 +1,4 @@
-"""Libraries that only some commands need. The error for a missing one names the extra that brings it."""
+"""Optional libraries, imported where they are used. The error for a missing one names the extra that brings it."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def require(module: str, extra: str = "demo") -> Any:
         extra: of this package, which brings it.
 
     Raises:
-        MissingExtra: it is not installed.
+        MissingExtra: if it is not installed.
     """
     library = module.partition(".")[0]
     try:
@@ -45,7 +45,7 @@ def require(module: str, extra: str = "demo") -> Any:
 
 
 def pyplot() -> Any:
-    """Matplotlib's pyplot, drawing to files: no display is needed."""
+    """Return matplotlib's pyplot, set to draw to files: no display is needed."""
     require("matplotlib").use("Agg")
     return require("matplotlib.pyplot")
 

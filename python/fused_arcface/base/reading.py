@@ -18,6 +18,7 @@ _KINDS = {
     stat.S_IFCHR: "a device",
     stat.S_IFBLK: "a device",
 }
+_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
 class DataError(ValueError):
@@ -54,41 +55,49 @@ def _said(error: Exception) -> str:
 
 
 def check_regular(path: str | os.PathLike[str]) -> int:
-    """Check that ``path`` is a regular file and return its size in bytes.
+    """Check a file as :func:`open_regular` does, and return its size in bytes.
 
-    For libraries that open files themselves. Opening a named pipe would wait for a writer without an end, and a device
-    has no size.
+    For libraries that open files themselves.
 
     Raises:
-        DataError: nothing is there, or something else than a regular file.
+        DataError: if it cannot be opened, is not a regular file, or is a Git LFS pointer.
 
     >>> check_regular("/dev/null")
     Traceback (most recent call last):
     ...
     fused_arcface.base.reading.DataError: /dev/null must be a regular file; it is a device
     """
-    with file_errors(path):
-        found = os.stat(path)
-    return _regular_size(path, found)
+    with open_regular(path) as file:
+        return os.fstat(file.fileno()).st_size
 
 
 def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
     """Open a regular file for reading bytes.
 
+    Opening a named pipe would wait for a writer without an end, and a device has no size. A Git LFS pointer is the
+    small text file that a Git repository has in the place of a large one.
+
     Raises:
-        DataError: it cannot be opened, or is something else than a regular file.
+        DataError: if it cannot be opened, is not a regular file, or is a Git LFS pointer.
 
     >>> open_regular("/dev")
     Traceback (most recent call last):
     ...
     fused_arcface.base.reading.DataError: /dev must be a regular file; it is a folder
     """
-    check_regular(path)
+    with file_errors(path):
+        found = os.stat(path)
+    _check_kind(path, found)
     with file_errors(path):
         # The file may have been replaced since the check: without O_NONBLOCK a named pipe would wait here.
         file = os.fdopen(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK), "rb")
     try:
-        _regular_size(path, os.fstat(file.fileno()))
+        _check_kind(path, os.fstat(file.fileno()))
+        with file_errors(path):
+            start = file.read(len(_POINTER))
+            file.seek(0)
+        if start == _POINTER:
+            raise DataError(f"{path} is a Git LFS pointer, not the file itself; fetch that with: git lfs pull")
     except DataError:
         file.close()
         raise
@@ -108,8 +117,7 @@ def read_bytes(path: str | os.PathLike[str], most: int) -> bytes:
     return content
 
 
-def _regular_size(path: str | os.PathLike[str], found: os.stat_result) -> int:
+def _check_kind(path: str | os.PathLike[str], found: os.stat_result) -> None:
     if not stat.S_ISREG(found.st_mode):
         kind = _KINDS.get(stat.S_IFMT(found.st_mode), "something else")
         raise DataError(f"{Path(path)} must be a regular file; it is {kind}")
-    return found.st_size

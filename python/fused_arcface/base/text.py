@@ -26,10 +26,10 @@ def encode(text: str) -> bytes:
 def decode(data: bytes) -> str:
     r"""Return the text of a file's bytes, the opposite of :func:`encode`.
 
-    A byte order mark is left out. UTF-16 is known by its own.
+    A byte order mark is left out; UTF-16 is recognized by its own.
 
     Raises:
-        UnicodeDecodeError: UTF-16 that is damaged.
+        UnicodeDecodeError: if it is damaged UTF-16.
 
     >>> decode(b"\xef\xbb\xbfone"), decode("one".encode("utf-16"))
     ('one', 'one')
@@ -42,7 +42,8 @@ def decode(data: bytes) -> str:
 def lines(data: bytes) -> list[str]:
     r"""Return the lines of a text file, without their ends.
 
-    Lines end with a line feed, after a carriage return or not, or with a carriage return in a file without line feeds.
+    A line feed ends a line, with a carriage return before it or not; in a file without line feeds a carriage return
+    does.
 
     >>> lines("a\x85b\u2028c\r\nd\n".encode())
     ['a\x85b\u2028c', 'd']
@@ -54,10 +55,9 @@ def lines(data: bytes) -> list[str]:
 
 
 def encode_names(names: Iterable[str]) -> bytes:
-    r"""Return a list of names as text, a line each.
+    r"""Return a list of names as text, a line each, the same in every locale.
 
-    A name that a reader might cut into lines, or that begins with a quotation mark, is written as a JSON string. So the
-    file is the same in every locale.
+    A name that a reader might cut into lines, or that begins with a quotation mark, is written as a JSON string.
 
     >>> encode_names(["ann", "a;b"])
     b'ann\na;b\n'
@@ -76,7 +76,7 @@ def decode_names(data: bytes) -> list[str]:
     """Return the names that :func:`encode_names` wrote.
 
     Raises:
-        ValueError: a line that begins with a quotation mark and is no JSON string.
+        ValueError: if a line begins with a quotation mark and is not a JSON string.
     """
     return [_decode_name(line) for line in data.split(b"\n") if line]
 

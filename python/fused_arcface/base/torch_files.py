@@ -1,22 +1,16 @@
-"""Tensors from torch's ``.pt`` files of any version, and the class centers that other projects keep in them.
-
-Only tensors and plain containers are taken from such a file.
-"""
+"""Tensors from torch's ``.pt`` files of any version. Nothing but tensors and plain containers is taken from them."""
 
 from __future__ import annotations
 
 import os
 import pickle
 import zipfile
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .reading import DataError, file_errors, open_regular
-
-_POINTER = b"version https://git-lfs.github.com/spec/"
+from .reading import DataError, check_regular
 
 
 class TensorFileError(DataError):
@@ -27,10 +21,10 @@ def load(path: str | os.PathLike[str]) -> Any:
     """Return what a ``.pt`` file holds: tensors, mapped from the file where torch can do that, in plain containers.
 
     Raises:
-        DataError: it cannot be opened.
-        TensorFileError: a Git LFS pointer, a file of another kind, or one that holds other objects.
+        DataError: if it cannot be opened, or is a Git LFS pointer.
+        TensorFileError: if it is a file of another kind, or holds other objects.
     """
-    check_no_pointer(path)
+    check_regular(path)
     try:
         _check_uncompressed(path)
         # The format from before torch 1.6 is no archive and cannot be mapped, nor can a file whose name is no UTF-8.
@@ -47,18 +41,6 @@ def load(path: str | os.PathLike[str]) -> Any:
     except Exception as error:
         lines = str(error).splitlines() or [type(error).__name__]
         raise TensorFileError(f"{path} cannot be read as a file of tensors: {lines[0]}") from None
-
-
-def check_no_pointer(path: str | os.PathLike[str]) -> None:
-    """Raise for the small text file that stands in a Git repository for a large one.
-
-    Raises:
-        DataError: it cannot be opened.
-        TensorFileError: it is a Git LFS pointer.
-    """
-    with open_regular(path) as file, file_errors(path):
-        if file.read(len(_POINTER)) == _POINTER:
-            raise TensorFileError(f"{path} is a Git LFS pointer, not the file itself; fetch that with: git lfs pull")
 
 
 def _check_uncompressed(path: str | os.PathLike[str]) -> None:
@@ -93,57 +75,3 @@ def _is_utf8(path: str | os.PathLike[str]) -> bool:
     except UnicodeEncodeError:
         return False
     return True
-
-
-def centers(path: Path) -> tuple[Tensor, bool]:
-    """Return the class centers ``(rows, D)`` of a ``.pt`` file, and whether it has momentum of them as well.
-
-    Known are pytorch-metric-learning's ``state_dict()`` with ``W`` (D, rows); a dict with ``weight`` (rows, D), or
-    ``weight_activated`` as insightface calls it without sampling, alone or as ``state_dict_softmax_fc``; and the bare
-    tensor of insightface's ``rank_{rank}_softmax_weight.pt``, whose momentum lies in a file beside it.
-
-    Raises:
-        DataError: it cannot be opened.
-        TensorFileError: a file of another kind.
-    """
-    found = load(path)
-    momentum = path.with_name(f"{path.stem}_mom{path.suffix}").is_file()
-    if isinstance(found, dict):
-        state = found.get("state_dict_softmax_fc", found)
-        momentum = momentum or _has_momentum(state, found)
-        found = state
-    weight = _of_state(found) if isinstance(found, dict) else found
-    if not isinstance(weight, Tensor) or weight.dim() != 2 or not weight.is_floating_point() or not weight.numel():
-        keys = f"; it has {', '.join(map(str, list(found)[:10]))}" if isinstance(found, dict) else ""
-        raise TensorFileError(
-            f"{path} must hold floating-point class centers: weight (C, D), pytorch-metric-learning's W (D, C), or a "
-            f"tensor (C, D){keys}"
-        )
-    check_stored(path, "weight", weight)
-    return weight, momentum
-
-
-def _of_state(state: dict[Any, Any]) -> object:
-    if isinstance(state.get("W"), Tensor) and state["W"].dim() == 2:
-        return state["W"].T
-    weights = [state.get(name) for name in ("weight", "weight_activated")]
-    # The one that is not in use is empty.
-    return next((each for each in weights if isinstance(each, Tensor) and each.numel()), None)
-
-
-def _has_momentum(state: Any, found: dict[Any, Any]) -> bool:
-    """Return whether momentum of the centers is saved, in their own state or in an optimizer's beside it."""
-    own = isinstance(state, dict) and any(str(name).endswith("_mom") for name in state)
-    optimizer = found.get("state_optimizer")
-    states = optimizer.get("state") if isinstance(optimizer, dict) else None
-    weight = _of_state(state) if isinstance(state, dict) else None
-    return own or (
-        isinstance(states, dict)
-        and isinstance(weight, Tensor)
-        and any(
-            isinstance(tensor, Tensor) and tensor.shape == weight.shape
-            for each in states.values()
-            if isinstance(each, dict)
-            for tensor in each.values()
-        )
-    )

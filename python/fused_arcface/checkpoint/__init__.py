@@ -1,5 +1,6 @@
-"""Checkpoints of a head and what trains with it, through torch.distributed.checkpoint: saved on any number of ranks,
-resumed on any other.
+"""Checkpoints of a head and what trains with it, saved on any number of ranks and resumed on any other.
+
+torch.distributed.checkpoint plans them.
 
 A root directory holds complete checkpoints only, each a directory of its own::
 
@@ -48,7 +49,7 @@ _HEAD = "head"
 
 
 def head_state(head: PartialFC) -> dict[str, Any]:
-    """What a checkpoint holds of a head, for ``torch.distributed.checkpoint.save`` and ``load`` themselves.
+    """Return the part of a checkpoint that is a head's, for torch.distributed.checkpoint's own ``save`` and ``load``.
 
     Tensors share the head's memory: loading into them loads the head, but for ``step`` and ``optimizer``.
     """
@@ -68,7 +69,7 @@ def _momentum(head: PartialFC) -> dict[str, Tensor]:
 
 
 def _options(head: PartialFC) -> dict[str, Any]:
-    """What must be the same for a resumed run to continue the saved one."""
+    """Return the options that must be the same for a resumed run to continue the saved one."""
     options = {"num_classes": head.num_classes, "embedding_dim": head.weight.shape[1], "seed": head.seed}
     return options | ({"sub_centers": head.sub_centers} if head.sub_centers > 1 else {})
 
@@ -91,8 +92,8 @@ def save(root: str | os.PathLike[str], head: PartialFC, *, keep: int = 2, **othe
         the newest.
 
     Raises:
-        TypeError: a value of another kind: to load it, one would have to run code.
-        CheckpointError: it cannot be written. Those before it are as they were.
+        TypeError: if a value is of another kind: to load it, one would have to run code.
+        CheckpointError: if it cannot be written. Those before it are as they were.
 
     >>> import tempfile, torch, fused_arcface as fa
     >>> head, backbone, root = fa.PartialFC(8, 100), torch.nn.Linear(4, 8), tempfile.mkdtemp()
@@ -138,8 +139,8 @@ def load(path: str | os.PathLike[str], head: PartialFC, *, trust: bool = False, 
         The values that were saved, by name; those with tensors in them are left to :func:`load_state`.
 
     Raises:
-        FileNotFoundError: there is no checkpoint.
-        CheckpointError: it is damaged, foreign or of another head; the message names a whole one before it, if there
+        FileNotFoundError: if there is no checkpoint.
+        CheckpointError: if it is damaged, foreign or of another head; the message names a whole one before it, if there
             is one. Nothing has been loaded then.
 
     >>> import tempfile, fused_arcface as fa
@@ -192,10 +193,10 @@ def load(path: str | os.PathLike[str], head: PartialFC, *, trust: bool = False, 
 
 
 def head_values(saved: Saved) -> dict[str, Any]:
-    """Return what was saved of a head beside its tensors: ``step``, and its margin's and fused optimizer's options.
+    """Return a head's saved values: ``step``, and the options of its margin and its fused optimizer.
 
     Raises:
-        CheckpointError: it is none of a head.
+        CheckpointError: if it is not that of a head.
     """
     values = saved.value(_HEAD)
     if not isinstance(values, dict) or type(values.get("step")) is not int or values["step"] < 0:
@@ -206,7 +207,7 @@ def head_values(saved: Saved) -> dict[str, Any]:
 
 
 def load_state(path: str | os.PathLike[str], name: str, *, trust: bool = False) -> Any:
-    """What one object was saved as, its ``state_dict()`` with tensors on the CPU; no head is needed.
+    """Return the state in which one object was saved, with tensors on the CPU; no head is needed.
 
     Args:
         path: a root (its newest checkpoint is taken) or one checkpoint's directory.
@@ -214,8 +215,8 @@ def load_state(path: str | os.PathLike[str], name: str, *, trust: bool = False) 
         trust: run the code that a checkpoint of format 1 may hold.
 
     Raises:
-        FileNotFoundError: there is no checkpoint.
-        CheckpointError: it is damaged or foreign, or holds nothing of that name.
+        FileNotFoundError: if there is no checkpoint.
+        CheckpointError: if it is damaged or foreign, or holds nothing of that name.
 
     >>> import tempfile, torch, fused_arcface as fa
     >>> root = tempfile.mkdtemp()
@@ -252,7 +253,7 @@ def _check_tensors(saved: Saved, own: dict[str, RowShard]) -> None:
 
 
 def _state_of(value: Any, head: PartialFC) -> Any:
-    """An object's state for saving; an optimizer's tensors that belong to rows of ``head.weight`` as row shards."""
+    """Return an object's state for saving, with tensors that belong to rows of ``head.weight`` as row shards."""
     state = value.state_dict() if hasattr(value, "state_dict") else value
     if isinstance(value, torch.optim.Optimizer):
         state = {"state": dict(state["state"]), "param_groups": state["param_groups"]}
@@ -267,7 +268,7 @@ def _state_of(value: Any, head: PartialFC) -> Any:
 
 
 def _indices_of(head: PartialFC, optimizer: torch.optim.Optimizer) -> set[int]:
-    """Where ``head.weight`` stands in an optimizer's state dict."""
+    """Return the indices of ``head.weight`` in an optimizer's state dict."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     return {index for index, parameter in enumerate(parameters) if parameter is head.weight}
 

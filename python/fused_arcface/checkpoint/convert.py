@@ -1,5 +1,6 @@
-"""Class centers between kinds of files: this package's checkpoints, one safetensors file of all of them, the shards
-that insightface saves, and pytorch-metric-learning's. Sets of identities can be joined and grown on the way.
+"""Class centers between this package's checkpoints, safetensors files and other projects' files.
+
+Sets of identities can be joined and grown on the way.
 
 Tensors pass in pieces, the shards as they were saved: no more than one of them is in memory at a time (all that is
 written into a checkpoint is mapped from the sources' files).
@@ -9,7 +10,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,19 +19,13 @@ import torch
 from torch import Tensor
 
 from .. import checkpoint
-from ..base import torch_files
 from ..base.checks import check_size, check_sub_centers
 from ..base.keyed_random import fill_normal
 from ..base.reading import DataError, file_errors
 from ..parallel.sharding import Sharding
-from . import safetensors
+from . import other_projects, safetensors
+from .other_projects import INSIGHTFACE
 
-# What insightface has called its shards: since 2022 all a rank has, its head alone, and before that bare tensors.
-_INSIGHTFACE = {
-    "checkpoint_gpu_{rank}.pt": re.compile(r"checkpoint_gpu_(\d+)\.pt"),
-    "softmax_fc_gpu_{rank}.pt": re.compile(r"softmax_fc_gpu_(\d+)\.pt"),
-    "rank_{rank}_softmax_weight.pt": re.compile(r"rank[_:](\d+)_softmax_weight\.pt"),
-}
 _RUN_CHECKPOINTS = "checkpoints"  # in the folder of a training run
 _NEW_ROWS = 1 << 16  # drawn at once
 
@@ -62,7 +56,7 @@ class Centers:
     """``step``, ``seed``, ``sub_centers`` and the fused optimizer's ``optimizer`` options, where the source has
     them."""
     notes: list[str] = field(default_factory=list)
-    """What the source has and the result has not."""
+    """Parts of the source that the result lacks, in words."""
 
     @property
     def sub_centers(self) -> int:
@@ -73,26 +67,30 @@ class Centers:
         return self.tensors["weight"].shape[0] // self.sub_centers
 
 
-def read(path: str | os.PathLike[str], sub_centers: int | None = None) -> Centers:
-    """Return the class centers of a training run, a checkpoint (or a root of some), a directory of insightface's
-    shards, a safetensors file with ``weight`` (C, D), or a ``.pt`` file, see
-    :func:`fused_arcface.base.torch_files.centers`.
+def read(path: str | os.PathLike[str], sub_centers: int | None = None, *, trust: bool = False) -> Centers:
+    """Return the class centers of a run, a checkpoint, or a file of another kind.
+
+    A source is a training run; a checkpoint or a root of some; a directory of insightface's shards; a safetensors file
+    with ``weight`` (C, D); or a ``.pt`` file, see :func:`fused_arcface.checkpoint.other_projects.centers`.
 
     Args:
         path: of the source.
         sub_centers: centers of each class, one after another, in a source that does not say so itself:
             pytorch-metric-learning's SubCenterArcFaceLoss does not. None: the source's, or 1.
+        trust: run the code that a checkpoint of format 1 may hold.
 
     Raises:
-        FileNotFoundError: nothing is there.
-        ConvertError, CheckpointError: it is of no such kind, or incomplete.
+        FileNotFoundError: if nothing is there.
+        ConvertError, CheckpointError: if it is of another kind, or incomplete.
     """
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"there is no {path}")
     try:
-        found = _read_directory(path) if path.is_dir() else _read_file(path)
-    except torch_files.TensorFileError as error:
+        found = _read_directory(path, trust) if path.is_dir() else _read_file(path)
+    except ConvertError:
+        raise
+    except DataError as error:
         raise ConvertError(str(error)) from None
     if sub_centers is not None:
         check_sub_centers(sub_centers)
@@ -105,10 +103,10 @@ def read(path: str | os.PathLike[str], sub_centers: int | None = None) -> Center
     return found
 
 
-def _read_directory(path: Path) -> Centers:
+def _read_directory(path: Path, trust: bool) -> Centers:
     kinds = {
         kind: {int(match[1]): file for file in path.iterdir() if (match := pattern.fullmatch(file.name))}
-        for kind, pattern in _INSIGHTFACE.items()
+        for kind, pattern in INSIGHTFACE.items()
     }
     present = [kind for kind, shards in kinds.items() if shards]
     if len(present) > 1:
@@ -116,19 +114,18 @@ def _read_directory(path: Path) -> Centers:
     if present:
         return _read_insightface(path, kinds[present[0]])
     run = path / _RUN_CHECKPOINTS
-    return _read_checkpoint(run if run.is_dir() else path)
+    return _read_checkpoint(run if run.is_dir() else path, trust)
 
 
 def _read_file(path: Path) -> Centers:
-    torch_files.check_no_pointer(path)
     if path.suffix.lower() == ".safetensors":
         return _read_safetensors(path)
-    weight, momentum = torch_files.centers(path)
+    weight, momentum = other_projects.centers(path)
     return Centers({"weight": _whole(weight)}, notes=_left_out(path) if momentum else [])
 
 
-def _read_checkpoint(path: Path) -> Centers:
-    saved = checkpoint.find(path)
+def _read_checkpoint(path: Path, trust: bool) -> Centers:
+    saved = checkpoint.find(path, trust=trust)
     head = checkpoint.head_values(saved)
     tensors = {}
     for key, stored in saved.tensors.items():
@@ -155,7 +152,7 @@ def _checkpoint_pieces(saved: checkpoint.Saved, key: str, stored: Any) -> Callab
 def _read_insightface(path: Path, shards: dict[int, Path]) -> Centers:
     if sorted(shards) != list(range(len(shards))):
         raise ConvertError(f"{path} must have the shards of ranks 0 to {max(shards)}; got those of {sorted(shards)}")
-    found = [torch_files.centers(shards[rank]) for rank in range(len(shards))]
+    found = [other_projects.centers(shards[rank]) for rank in range(len(shards))]
     weights = [weight for weight, _ in found]
     num_classes, dim = sum(len(weight) for weight in weights), weights[0].shape[1]
     counts = [len(weight) for weight in weights]
@@ -171,10 +168,7 @@ def _left_out(path: Path) -> list[str]:
 
 
 def _read_safetensors(path: Path) -> Centers:
-    try:
-        tensors, metadata = safetensors.read(path)
-    except DataError as error:
-        raise ConvertError(str(error)) from None
+    tensors, metadata = safetensors.read(path)
     if "weight" not in tensors:
         raise ConvertError(f"{path} has no weight; it has {', '.join(tensors) or 'nothing'}")
     with file_errors(path):
@@ -211,10 +205,10 @@ def _whole(tensor: Tensor) -> Rows:
 
 
 def merge(sources: Sequence[Centers]) -> Centers:
-    """All classes of all sources, each source's ids after those of the one before; only the tensors that all have.
+    """Join all classes of all sources: ids in the order of the sources, and only the tensors that all have.
 
     Raises:
-        ConvertError: sources of different embedding dimensions.
+        ConvertError: if the sources have different embedding dimensions.
     """
     if len(sources) == 1:
         return sources[0]
@@ -242,11 +236,12 @@ def _chain(parts: Sequence[Rows]) -> Callable[[], Iterator[Tensor]]:
 
 
 def grow(source: Centers, num_classes: int, seed: int) -> Centers:
-    """``source`` with new classes after its own, up to ``num_classes``: centers as a new head's, keyed by seed and
-    class id, without momentum. The kept rows are unchanged.
+    """Add new classes after those of ``source``, up to ``num_classes``.
+
+    New centers are those of a new head, keyed by seed and class id, without momentum. The kept rows are unchanged.
 
     Raises:
-        ConvertError: fewer classes than the source has.
+        ConvertError: if ``num_classes`` is less than the source has.
     """
     kept = source.num_classes
     if num_classes < kept:
@@ -272,14 +267,15 @@ def grow(source: Centers, num_classes: int, seed: int) -> Centers:
 
 
 def write(centers: Centers, path: str | os.PathLike[str]) -> Path:
-    """One safetensors file, for a path that ends so; else a checkpoint in the root ``path``. Either appears when it is
-    whole.
+    """Write a safetensors file, if the path ends so, otherwise a checkpoint in the root ``path``.
+
+    Either appears when it is whole.
 
     Returns:
         The file or the checkpoint's directory.
 
     Raises:
-        ConvertError: a path with another suffix that is no folder yet, or a seed that no head takes.
+        ConvertError: if ``path`` has another suffix and is not a folder, or no head takes the seed.
     """
     path = Path(path)
     one_file = _is_one_file(path)
@@ -288,7 +284,7 @@ def write(centers: Centers, path: str | os.PathLike[str]) -> Path:
     if one_file:
         layout = {name: (rows.dtype, rows.shape) for name, rows in centers.tensors.items()}
         metadata = {"format": "pt", "fused_arcface": json.dumps(centers.values)}
-        with safetensors.Writer(path, layout, metadata) as writer:
+        with safetensors.writing(path, layout, metadata) as writer:
             for name, rows in centers.tensors.items():
                 writer.write(name, rows.pieces())
         return path
@@ -309,7 +305,7 @@ def _is_one_file(path: Path) -> bool:
     """Return whether a destination is one file; a folder of checkpoints has no suffix, or is there already.
 
     Raises:
-        ConvertError: neither.
+        ConvertError: if it is neither.
     """
     if path.suffix.lower() == ".safetensors":
         return True
@@ -335,6 +331,7 @@ def convert(
     num_classes: int | None = None,
     seed: int | None = None,
     sub_centers: int | None = None,
+    trust: bool = False,
     noted: Callable[[str], None] | None = None,
 ) -> Path:
     """:func:`read` the sources, :func:`merge` and :func:`grow` them, :func:`write` the result.
@@ -345,11 +342,12 @@ def convert(
         num_classes: to grow to; None: as many as the sources have.
         seed: of the new classes' centers and of the head that will resume, in [0, 2^63); None: the source's, or 0.
         sub_centers: see :func:`read`.
-        noted: is told what the sources have and the result has not, such as momentum.
+        trust: see :func:`read`.
+        noted: called with each part of the sources that the result lacks, in words, such as momentum.
 
     Raises:
-        FileNotFoundError: a source is not there.
-        ConvertError, CheckpointError: a source of no known kind, or a destination or seed that cannot be.
+        FileNotFoundError: if a source is not there.
+        ConvertError, CheckpointError: if a source is of no known kind, or the destination or seed cannot be.
 
     >>> import tempfile, torch
     >>> folder = Path(tempfile.mkdtemp())
@@ -360,7 +358,7 @@ def convert(
     _is_one_file(Path(destination))
     if seed is not None:
         _checked_seed(seed)
-    centers = merge([read(source, sub_centers) for source in sources])
+    centers = merge([read(source, sub_centers, trust=trust) for source in sources])
     if seed is not None or "seed" not in centers.values:
         centers.values["seed"] = seed or 0
     centers.values["seed"] = _checked_seed(centers.values["seed"])

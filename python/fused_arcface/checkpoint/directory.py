@@ -1,5 +1,7 @@
-"""Checkpoints on disk: each is a directory that is complete, or is not there, and names its step. What it holds is the
-business of :mod:`fused_arcface.checkpoint`."""
+"""Checkpoints on disk: each is a directory that is complete, or is not there, and names its step.
+
+:mod:`fused_arcface.checkpoint` decides on the content.
+"""
 
 from __future__ import annotations
 
@@ -50,14 +52,14 @@ class Saved:
 
     @property
     def names(self) -> set[str]:
-        """Of the objects and values that were saved."""
+        """Names of the objects and values that were saved."""
         return self.reader.names
 
     def value(self, name: str) -> Any:
         """Return the structure of one object, with the keys of its tensors in their places.
 
         Raises:
-            CheckpointError: there is none, or it needs trust.
+            CheckpointError: if there is none, or it needs trust.
         """
         if name not in self.names:
             raise CheckpointError(f"{self.directory} has no {name}")
@@ -68,8 +70,8 @@ class Saved:
         """Fill tensors in place, by key; a collective.
 
         Raises:
-            CheckpointError: they are not there, are of another size, or are damaged, on any rank. Some of the tensors
-                may have been filled.
+            CheckpointError: if they are not there, are of another size, or are damaged, on any rank. Some of the
+                tensors may have been filled.
         """
         try:
             with _quiet(), torch.no_grad():
@@ -97,18 +99,20 @@ def write(
     """Write the newest checkpoint under ``root``; a collective.
 
     Args:
+        root: directory of the checkpoints; made if missing.
         tensors: by key; sharded ones in their parts, all others as the first rank has them.
         values: makes the JSON to store beside them; called on the first rank.
         options: of the head, for the manifest.
         step: names the directory.
-        keep: newest checkpoints that stay.
+        ranks: that write together.
+        keep: number of checkpoints, of the highest steps, that stay.
 
     Returns:
         Its directory, when that is complete and on disk.
 
     Raises:
-        CheckpointError: it cannot be written. Those before it are as they were.
-        TypeError: a value that ``values`` refuses.
+        CheckpointError: if it cannot be written. Those before it are as they were.
+        TypeError: if ``values`` refuses a value.
     """
     try:
         partial, final, texts = on_first(ranks, lambda: _begin(root, step, values))
@@ -233,12 +237,13 @@ def find(path: str | os.PathLike[str], *, ranks: Ranks = ALONE, trust: bool = Fa
     """Open the checkpoint at ``path``, or the newest under it if it is a root; a collective.
 
     Args:
+        path: a root (its newest checkpoint is taken) or one checkpoint's directory.
         ranks: the first of them chooses, so that all take the same.
         trust: run the code that a checkpoint of format 1 may hold.
 
     Raises:
-        FileNotFoundError: there is none.
-        CheckpointError: it is not one of this package, of a later version of it, damaged, or needs trust.
+        FileNotFoundError: if there is none.
+        CheckpointError: if it is not one of this package, of a later version of it, damaged, or needs trust.
     """
 
     def choose() -> Path:
@@ -270,7 +275,8 @@ def _open(directory: Path, trust: bool) -> Saved:
         sizes = {name: numbers([size])[0] for name, size in listed.items()} if first else {}
     for name, size in (sizes or {name: record.size for name, record in records.items()}).items():
         file = directory / name
-        actual = file.stat().st_size if file.is_file() else None
+        with _boundary(directory, _MANIFEST):  # it may have a name that no file has
+            actual = file.stat().st_size if file.is_file() else None
         if actual != size:
             got = "missing" if actual is None else f"{actual} bytes long"
             raise CheckpointError(f"{directory} is truncated: {name} must have {size} bytes; it is {got}")
@@ -361,7 +367,7 @@ def _describe(error: CheckpointException, problem: str) -> str:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without torch's notes that it works in one process, and under an old name."""
+    """Suppress torch's notes that it works in one process, and under an old name."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
         warnings.filterwarnings("ignore", category=FutureWarning)

@@ -11,8 +11,10 @@ from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, Wri
 
 
 class RowShard(Tensor):
-    """Rows ``[start, start + len(rows))`` of a tensor of ``total`` rows that is held in parts, as
-    torch.distributed.checkpoint sees it. Shares the memory of ``rows``."""
+    """Rows ``[start, start + len(rows))`` of a tensor of ``total`` rows that is held in parts.
+
+    It shares the memory of ``rows``, and has the methods that torch.distributed.checkpoint asks for.
+    """
 
     # An ordinary tensor to every operation.
     __torch_function__: Any = torch._C._disabled_torch_function_impl
@@ -28,7 +30,7 @@ class RowShard(Tensor):
 
     @classmethod
     def of_pieces(cls, pieces: list[Tensor]) -> RowShard:
-        """A whole tensor that lies in pieces of some rows each."""
+        """Make a whole tensor of pieces of some rows each."""
         shard = cls(pieces[0], 0, sum(len(piece) for piece in pieces))
         shard.pieces, start = [], 0
         for piece in pieces:
@@ -41,7 +43,7 @@ class RowShard(Tensor):
         return self.pieces[0][1]
 
     def size(self) -> torch.Size:  # type: ignore[override]
-        """Of the whole tensor: torch.distributed.checkpoint compares it with what is stored."""
+        """Return the whole tensor's size: torch.distributed.checkpoint compares it with the stored one."""
         return torch.Size([self.total, *self.rows.shape[1:]])
 
     def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:

@@ -12,25 +12,24 @@ import json
 import math
 import os
 from collections.abc import Iterable, Iterator
-from pathlib import Path
-from types import TracebackType
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..base.dtypes import DTYPES
+from ..base.files import replacing
 from ..base.reading import DataError, check_regular, file_errors
 
 _MOST_TENSORS = 10_000
 
 
 def read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors, mapped from the file and read when they are used, and the texts stored beside them.
+    """Return the tensors, mapped from the file and read when they are used, and the texts stored beside them.
 
     Raises:
-        DataError: a file of another kind, a truncated one, or one whose tensors overlap or leave gaps.
+        DataError: if the file is of another kind or truncated, or its tensors overlap or leave gaps.
     """
     check_regular(path)
     with file_errors(path), _foreign(path), safe_open(path, framework="pt") as file:
@@ -48,25 +47,40 @@ def _foreign(path: str | os.PathLike[str]) -> Iterator[None]:
         raise DataError(f"{path} is not a safetensors file, or it is truncated: {error}") from None
 
 
-class Writer:
-    """Writes tensors of known shapes in pieces, in the order they were named, into a file that appears when it is
-    whole.
+@contextlib.contextmanager
+def writing(
+    path: str | os.PathLike[str],
+    tensors: dict[str, tuple[torch.dtype, tuple[int, ...]]],
+    metadata: dict[str, str] | None = None,
+) -> Iterator[Writer]:
+    """Open a file that appears when it is whole, for tensors of known dtypes and shapes.
+
+    Raises:
+        ValueError: at the end, if a tensor has not been written.
 
     >>> import tempfile, torch
     >>> with tempfile.TemporaryDirectory() as folder:
-    ...     with Writer(folder + "/x.safetensors", {"weight": (torch.float32, (3, 2))}) as writer:
+    ...     with writing(folder + "/x.safetensors", {"weight": (torch.float32, (3, 2))}) as writer:
     ...         writer.write("weight", [torch.zeros(1, 2), torch.ones(2, 2)])
     ...     read(folder + "/x.safetensors")[0]["weight"].sum()
     tensor(4.)
     """
+    with replacing(path) as file:
+        writer = Writer(file, tensors, metadata)
+        yield writer
+        writer.check_complete()
+
+
+class Writer:
+    """Write tensors in pieces, in the order in which they were named; see :func:`writing`."""
 
     def __init__(
         self,
-        path: str | os.PathLike[str],
+        file: BinaryIO,
         tensors: dict[str, tuple[torch.dtype, tuple[int, ...]]],
-        metadata: dict[str, str] | None = None,
+        metadata: dict[str, str] | None,
     ) -> None:
-        self._path, self._partial = Path(path), Path(f"{os.fspath(path)}.partial")
+        self._file = file
         self._expected = [(name, dtype, math.prod(shape)) for name, (dtype, shape) in tensors.items()]
         header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
         offset = 0
@@ -76,11 +90,14 @@ class Writer:
             offset = end
         text = json.dumps(header).encode()
         text += b" " * (-len(text) % 8)  # so that the first tensor is aligned
-        self._file = self._partial.open("wb")
         self._file.write(len(text).to_bytes(8, "little") + text)
 
     def write(self, name: str, pieces: Iterable[Tensor]) -> None:
-        """The next tensor, as pieces of its first dimension in order; converted to the dtype it was named with."""
+        """Write the next tensor, in pieces of its first dimension in order, each converted to the named dtype.
+
+        Raises:
+            ValueError: if another tensor is next, or the pieces do not have as many elements as its shape.
+        """
         expected, dtype, remaining = self._expected.pop(0)
         if name != expected:
             raise ValueError(f"the next tensor must be {expected}; got {name}")
@@ -91,15 +108,7 @@ class Writer:
         if remaining != 0:
             raise ValueError(f"{name} must be written in full; {remaining} elements are missing")
 
-    def __enter__(self) -> Writer:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, _: BaseException | None, __: TracebackType | None) -> None:
-        if kind is None and not self._expected:
-            self._file.flush()
-            os.fsync(self._file.fileno())
-            self._file.close()
-            os.replace(self._partial, self._path)
-        else:
-            self._file.close()
-            self._partial.unlink()
+    def check_complete(self) -> None:
+        """Raise ValueError if a tensor has not been written."""
+        if self._expected:
+            raise ValueError(f"{self._expected[0][0]} must be written before the file is closed")

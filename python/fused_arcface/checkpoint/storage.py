@@ -1,4 +1,4 @@
-"""Tensors of a checkpoint on disk: what torch.distributed.checkpoint plans, written as bytes and read as bytes.
+"""Tensors of a checkpoint on disk, written and read as bytes, as torch.distributed.checkpoint plans it.
 
 Each rank writes one file, ``__RANK_0.distcp``, with its parts of the tensors one behind the other. The first rank
 writes ``.metadata``: JSON of every tensor's dtype, size and parts, and of the values beside the tensors. Reading it
@@ -93,7 +93,7 @@ class _SummedFile:
 
 
 class Writer(StorageWriter):
-    """Writes into a directory that is there.
+    """Write into an existing directory.
 
     Args:
         directory: of the checkpoint.
@@ -104,7 +104,7 @@ class Writer(StorageWriter):
     def __init__(self, directory: Path, rank: int, values: dict[str, Any]) -> None:
         self._directory, self._rank, self._values = directory, rank, values
         self.files: dict[str, FileRecord] = {}
-        """What this process has written."""
+        """Files that this process has written, by name."""
 
     def reset(self, checkpoint_id: Any = None) -> None:
         pass
@@ -167,12 +167,12 @@ def bytes_of(tensor: Any) -> memoryview:
 
 
 class TensorReader(StorageReader):
-    """Fills tensors with the bytes of stored parts, whatever format they are stored in."""
+    """Fill tensors with the bytes of stored parts, whatever format they are stored in."""
 
     metadata: Metadata
     """``storage_data`` has a :class:`Part` for each part of a tensor."""
     names: set[str]
-    """Of the values beside the tensors."""
+    """Names of the values beside the tensors."""
 
     @abstractmethod
     def value(self, name: str) -> Any:
@@ -180,7 +180,7 @@ class TensorReader(StorageReader):
 
     @abstractmethod
     def check(self) -> None:
-        """Read everything. Raises CheckpointError: something is damaged."""
+        """Read everything; raise CheckpointError if something is damaged."""
 
     @abstractmethod
     def pieces(self, part: Part, begin: int, end: int) -> Iterator[memoryview]:
@@ -236,7 +236,7 @@ class TensorReader(StorageReader):
 
 
 class Reader(TensorReader):
-    """Reads what :class:`Writer` wrote.
+    """Read the files of :class:`Writer`.
 
     Args:
         directory: of the checkpoint.
@@ -244,7 +244,7 @@ class Reader(TensorReader):
         block: bytes with one checksum, a multiple of 64.
 
     Raises:
-        CheckpointError, ValueError, TypeError, KeyError: ``.metadata`` is damaged, or does not fit the files.
+        CheckpointError, ValueError, TypeError, KeyError: if ``.metadata`` is damaged, or does not fit the files.
     """
 
     def __init__(self, directory: Path, files: dict[str, FileRecord], block: int) -> None:
@@ -312,7 +312,7 @@ def numbers(values: Any) -> tuple[int, ...]:
     """Return sizes or places as a tuple.
 
     Raises:
-        ValueError: they are no list of integers from 0 to 2⁶³ − 1.
+        ValueError: if they are not a list of integers from 0 to 2⁶³ − 1.
     """
     if not isinstance(values, list | tuple) or not all(type(each) is int and 0 <= each < 2**63 for each in values):
         raise ValueError(f"sizes must be integers >= 0; got {str(values)[:80]}")
@@ -323,7 +323,7 @@ def check_places(parts: list[Part], sizes: dict[str, int]) -> None:
     """Check that parts lie in their files, each in bytes of its own: together they have no more than the files.
 
     Raises:
-        ValueError: they do not.
+        ValueError: if they do not.
     """
     ends: dict[str, int] = {}
     for part in sorted(parts, key=lambda each: (each.file, each.start, each.length)):
@@ -333,10 +333,10 @@ def check_places(parts: list[Part], sizes: dict[str, int]) -> None:
 
 
 def check_tensors(tensors: dict[str, TensorStorageMetadata], parts: int) -> None:
-    """Check that the stored parts, so many, make up the tensors.
+    """Check that the ``parts`` stored parts make up the tensors.
 
     Raises:
-        ValueError: they do not.
+        ValueError: if they do not.
     """
     count = sum(len(tensor.chunks) for tensor in tensors.values())
     if count != parts:

@@ -57,13 +57,14 @@ def join(structure: Any, tensors: dict[str, Any]) -> Any:
 
 
 def to_json(value: Any, name: str) -> Any:
-    """Return a structure that :func:`split` has made as JSON knows it; what JSON lacks becomes ``{"$kind": ...}``.
+    """Return a structure of :func:`split` as JSON; a value that JSON lacks becomes ``{"$kind": ...}``.
 
     Args:
+        value: the structure.
         name: of the value, for the error.
 
     Raises:
-        TypeError: it holds an object of another kind: to bring it back, a reader would have to run code.
+        TypeError: if it holds an object of another kind: to bring it back, a reader would have to run code.
     """
     if value is None or type(value) in (bool, int, str) or (type(value) is float and math.isfinite(value)):
         return value
@@ -84,7 +85,7 @@ def from_json(value: Any) -> Any:
     """Return the structure that :func:`to_json` wrote.
 
     Raises:
-        ValueError, TypeError: it has not written this.
+        ValueError, TypeError: if it has not written this.
     """
     if isinstance(value, list):
         return [from_json(item) for item in value]

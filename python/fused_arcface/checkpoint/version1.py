@@ -1,9 +1,9 @@
-"""Reads checkpoints of format 1, which torch.distributed.checkpoint has pickled, without running the pickles.
+"""A reader of checkpoints of format 1, which torch.distributed.checkpoint has pickled, that does not run the pickles.
 
 ``.metadata`` is a pickle; each value and each part of a tensor is a zip archive as ``torch.save`` writes it. A pickle
-is a program: it names functions, and its reader calls them. The reader here calls nothing. A name stays a name, a call
-stays a record of name and arguments, and what they stand for is put together afterwards, from the few names that such
-checkpoints need. What else they hold needs :class:`TrustedReader`.
+is a program: it names functions, and its reader calls them. :mod:`fused_arcface.base.pickles` calls nothing: a name
+stays a name, and a call stays a record of name and arguments. Values are made of these records afterwards, from the
+few names that such checkpoints need. Other objects need :class:`TrustedReader`.
 """
 
 from __future__ import annotations
@@ -11,14 +11,13 @@ from __future__ import annotations
 import contextlib
 import io
 import math
-import pickle
 import sys
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, ClassVar
+from typing import Any, BinaryIO
 
 import torch
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
@@ -32,6 +31,8 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 
+from ..base import pickles
+from ..base.pickles import Admitted, Damaged, Name, Refused
 from .storage import (
     BLOCK,
     METADATA,
@@ -66,74 +67,49 @@ class NeedsTrust(CheckpointError):
     """A checkpoint holds an object that only running its code can bring back."""
 
 
-@dataclass(frozen=True)
-class _Name:
-    """A function or class that a pickle names; never looked up."""
-
-    module: str
-    name: str
-
-
 @dataclass(eq=False)
 class _Made:
-    """What a pickle makes by calling ``name`` with ``arguments``, and the attributes that it then sets."""
+    """The object that a pickle makes by calling ``name`` with ``arguments``, and the state that it then sets."""
 
-    name: _Name
+    name: Name
     arguments: Any
     state: Any = None
 
 
-# Values, names and memory; an unknown one is refused.
-_INSTRUCTIONS = {
-    *(pickle.PROTO, pickle.FRAME, pickle.STOP, pickle.MARK, pickle.NONE, pickle.NEWTRUE, pickle.NEWFALSE),
-    *(pickle.MEMOIZE, pickle.BINPUT, pickle.LONG_BINPUT, pickle.BINGET, pickle.LONG_BINGET),
-    *(pickle.BININT, pickle.BININT1, pickle.BININT2, pickle.LONG1, pickle.BINFLOAT),
-    *(pickle.BINUNICODE, pickle.SHORT_BINUNICODE, pickle.BINUNICODE8),
-    *(pickle.BINBYTES, pickle.SHORT_BINBYTES, pickle.BINBYTES8),
-    *(pickle.EMPTY_TUPLE, pickle.TUPLE, pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3),
-    *(pickle.EMPTY_LIST, pickle.APPEND, pickle.APPENDS, pickle.EMPTY_DICT, pickle.SETITEM, pickle.SETITEMS),
-    *(pickle.EMPTY_SET, pickle.ADDITEMS, pickle.FROZENSET, pickle.GLOBAL, pickle.STACK_GLOBAL, pickle.BINPERSID),
-}
+def _made(name: Any, arguments: tuple[Any, ...]) -> _Made:
+    if not isinstance(name, Name):
+        raise Damaged("a call of something that is no name")
+    return _Made(name, arguments)
 
 
-class _Unpickler(pickle._Unpickler):
-    """Python's own interpreter of pickles, without every instruction that calls, imports or looks anything up."""
+def _build(made: Any, state: Any) -> None:
+    if not isinstance(made, _Made):
+        raise Damaged("attributes of something that has none")
+    made.state = state
 
-    def find_class(self, module: str, name: str) -> Any:
-        return _Name(module, name)
 
-    def persistent_load(self, pid: Any) -> Any:
-        return _Made(_Name("torch", "storage"), pid)
-
-    def load_make(self) -> None:
-        arguments, name = self.stack.pop(), self.stack.pop()  # type: ignore[attr-defined]
-        if not isinstance(name, _Name) or not isinstance(arguments, tuple):
-            raise pickle.UnpicklingError("a call of something that is no name")
-        self.append(_Made(name, arguments))  # type: ignore[attr-defined]
-
-    def load_build(self) -> None:
-        state, made = self.stack.pop(), self.stack[-1]  # type: ignore[attr-defined]
-        if not isinstance(made, _Made):
-            raise pickle.UnpicklingError("attributes of something that has none")
-        made.state = state
-
-    dispatch: ClassVar[dict[int, Any]] = {
-        **{code: call for code, call in pickle._Unpickler.dispatch.items() if bytes([code]) in _INSTRUCTIONS},
-        pickle.REDUCE[0]: load_make,
-        pickle.NEWOBJ[0]: load_make,
-        pickle.BUILD[0]: load_build,
-    }
+_ADMITTED = Admitted(
+    kind="checkpoint",
+    instructions=pickles.VALUES | pickles.OBJECTS,
+    name=lambda name: name,
+    call=_made,
+    build=_build,
+    persistent=lambda reference: _Made(Name("torch", "storage"), reference),
+    most_instructions=20_000_000,  # 100,000 parts of tensors have some 5 million
+    most_objects=10_000_000,
+    most_int_bytes=255,
+)
 
 
 def _unpickle(data: bytes, what: str) -> Any:
     try:
-        return _Unpickler(io.BytesIO(data), encoding="latin1").load()
-    except KeyError as error:
-        raise NeedsTrust(f"{what} has an instruction that no checkpoint needs: {error}") from None
+        return pickles.read_pickle(io.BytesIO(data), len(data), _ADMITTED)
+    except Refused as refused:
+        raise NeedsTrust(f"{what} needs code to be read: {refused}") from None
 
 
 class _Values:
-    """Puts a value together from what a pickle holds.
+    """Make values of the records that a pickle holds.
 
     Args:
         what: its name, for the error.
@@ -151,7 +127,7 @@ class _Values:
             return type(value)(self.of(item) for item in value)
         if isinstance(value, dict):
             return {self.of(key): self.of(item) for key, item in value.items()}
-        if isinstance(value, _Name):
+        if isinstance(value, Name):
             if value.module == "torch" and value.name in DTYPES:
                 return DTYPES[value.name]
             raise self._refusal(value)
@@ -162,7 +138,7 @@ class _Values:
             return make(self.of(value.arguments), self.of(value.state))
         return value
 
-    def _refusal(self, name: _Name) -> NeedsTrust:
+    def _refusal(self, name: Name) -> NeedsTrust:
         return NeedsTrust(f"{self._what} holds {name.module}.{name.name}, which only running its code can bring back")
 
 
@@ -190,7 +166,7 @@ _CALLS: dict[tuple[str, str], Callable[[Any, Any], Any]] = {
 
 
 class _Window(io.RawIOBase):
-    """A part of a file as a file of its own."""
+    """A part of a file, as a file of its own."""
 
     def __init__(self, file: BinaryIO, start: int, length: int) -> None:
         self._file, self._start, self._length, self._at = file, start, length, 0
@@ -217,15 +193,15 @@ class _Window(io.RawIOBase):
 
 
 class Reader(TensorReader):
-    """Reads a checkpoint of format 1 without running code.
+    """Read a checkpoint of format 1 without running code.
 
     Args:
         directory: of the checkpoint.
         files: the sizes of its files, as they are on disk.
 
     Raises:
-        NeedsTrust: ``.metadata`` names something that no checkpoint needs.
-        CheckpointError, ValueError, TypeError, KeyError and others: it is damaged, or does not fit the files.
+        NeedsTrust: if ``.metadata`` names something that no checkpoint needs.
+        CheckpointError, ValueError, TypeError, KeyError and others: if it is damaged or does not fit the files.
     """
 
     def __init__(self, directory: Path, files: dict[str, int]) -> None:
@@ -278,10 +254,10 @@ class Reader(TensorReader):
                 pass
 
     def pieces(self, part: Part, begin: int, end: int) -> Iterator[memoryview]:
-        """Reads a part to its end: an archive has one checksum for all of it."""
+        """Yield the bytes of a part, read to its end: an archive has one checksum for all of it."""
         with self._archive(part.file, part.start, part.length) as archive:
             made = _unpickle(archive.read(_member(archive, "data.pkl")), part.file)
-            if not isinstance(made, _Made) or made.name != _Name("torch._utils", "_rebuild_tensor_v2"):
+            if not isinstance(made, _Made) or made.name != Name("torch._utils", "_rebuild_tensor_v2"):
                 raise NeedsTrust(f"{part.file} has a tensor of another kind than format 1 was written with")
             storage, offset, size, stride = made.arguments[:4]
             _, kind, key, _, _ = storage.arguments
@@ -313,7 +289,7 @@ class Reader(TensorReader):
 
 
 class TrustedReader(FileSystemReader):
-    """Reads a checkpoint of format 1 as torch.distributed.checkpoint does: it runs what the pickles say."""
+    """Read a checkpoint of format 1 as torch.distributed.checkpoint does: this runs the pickles."""
 
     def __init__(self, directory: Path) -> None:
         super().__init__(directory)
@@ -343,14 +319,16 @@ def _state(made: Any, name: str) -> Any:
 
 
 def _size(made: Any) -> tuple[int, ...]:
-    if not isinstance(made, _Made) or made.name != _Name("torch", "Size"):
+    if not isinstance(made, _Made) or made.name != Name("torch", "Size"):
         raise NeedsTrust(f"{METADATA} has something else in the place of a size")
     return numbers(made.arguments[0])
 
 
 def _member(archive: zipfile.ZipFile, name: str) -> zipfile.ZipInfo:
-    """Return the member ``name`` of the archive's only folder: stored as it is, so that it has no more bytes than it
-    takes."""
+    """Return the member ``name`` of the archive's only folder.
+
+    It must be stored uncompressed, so that it has no more bytes than it takes.
+    """
     for each in archive.infolist():
         if each.filename.partition("/")[2] == name:
             if each.compress_type != zipfile.ZIP_STORED or each.flag_bits & 1 or each.compress_size != each.file_size:

@@ -15,17 +15,20 @@ if sys.platform != "linux":
     pytest.skip("limits and peaks are read from /proc", allow_module_level=True)
 
 from support import fuzzing
+from support.checkpoint_loaders import load_checkpoint, refit_manifest
 from support.image_files import encoded, picture, write_records
 
+import fused_arcface as fa
+from fused_arcface import checkpoint
 from fused_arcface.app.data import DataError, ImageSpec, read_image
 from fused_arcface.app.data.embedding_sets import EmbeddingSet
+from fused_arcface.app.data.formats.pickled_pairs import read_pickled_pairs
+from fused_arcface.app.data.formats.records import RecordImages
 from fused_arcface.app.data.pair_sets import read_pair_set
-from fused_arcface.app.data.pickled_pairs import read_pickled_pairs
-from fused_arcface.app.data.records import RecordImages
 from fused_arcface.app.nets.backbones import load_weights
 from fused_arcface.app.nets.small import SmallNet
 from fused_arcface.app.training.config import OptionError, TrainConfig, read_options
-from fused_arcface.checkpoint import convert
+from fused_arcface.checkpoint import CheckpointError, convert
 from fused_arcface.evaluation import Pairs
 
 SPEC = ImageSpec(16, 3)
@@ -124,6 +127,37 @@ def image(kind: str) -> fuzzing.Callable[[Path], Path]:
     return sample
 
 
+IMAGE_FORMATS = ("bmp", "dib", "gif", "jpeg", "png", "ppm", "tga", "tiff", "webp")
+PIXELS = 1 << 21
+"""Limit of the images: whatever size a changed one declares, 16 bytes for each of so many pixels are enough."""
+
+
+def load_image(path: Path) -> None:
+    read_image(path, SPEC, max_pixels=PIXELS)
+
+
+STORED = ("__0_0.distcp", ".metadata", "manifest.json")
+
+
+def stored(name: str) -> fuzzing.Callable[[Path], Path]:
+    def sample(root: Path) -> Path:
+        torch.manual_seed(0)
+        head, net = fa.PartialFC(4, 7, center_optimizer=fa.CenterSGD(0.1)), torch.nn.Linear(3, 4)
+        directory = checkpoint.save(root, head, net=net, note={1: (2.5, b"x", {3})})
+        return root / name if name == "latest" else directory / name
+
+    return sample
+
+
+def load_stored(path: Path) -> None:
+    refit_manifest(path)
+    load_checkpoint(path.parent)
+
+
+def load_root(path: Path) -> None:
+    load_checkpoint(path.parent)
+
+
 # Another format is a row here: how a valid file is written, and how the package reads it.
 FORMATS = [
     fuzzing.Format("rec", records, load_records, (DataError,)),
@@ -139,7 +173,9 @@ FORMATS = [
     fuzzing.Format("pt weights", weights, lambda path: load_weights(SmallNet(8, 3), path), (DataError,)),
     fuzzing.Format("pairs", pairs_text, lambda path: read_pair_set(str(path)), (DataError,)),
     fuzzing.Format("toml", options, load_options, (OptionError,)),
-    *(fuzzing.Format(kind, image(kind), lambda path: read_image(path, SPEC), (DataError,)) for kind in ("jpeg", "png")),
+    *(fuzzing.Format(kind, image(kind), load_image, (DataError,), memory=16 * PIXELS) for kind in IMAGE_FORMATS),
+    *(fuzzing.Format(name, stored(name), load_stored, (CheckpointError,)) for name in STORED),
+    fuzzing.Format("latest", stored("latest"), load_root, (CheckpointError,)),
 ]
 
 
@@ -161,6 +197,22 @@ def test_mutated_files(kind: fuzzing.Format, tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", FORMATS, ids=lambda kind: kind.name)
 def test_many_mutated_files(kind: fuzzing.Format, tmp_path: Path) -> None:
     check(kind, tmp_path, 10_000)
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB", "RGBA", "P"])
+@pytest.mark.parametrize("format", IMAGE_FORMATS)
+def test_a_large_image_takes_16_bytes_a_pixel(format: str, mode: str, tmp_path: Path) -> None:
+    side = 1400
+    image = picture(0, 0, "RGB", (side, side)).convert(mode)
+    try:
+        content = encoded(image, format)
+    except (OSError, KeyError):
+        pytest.skip(f"Pillow writes no {format} of mode {mode}")
+    kind = fuzzing.Format(format, lambda root: root, load_image, (), memory=16 * side**2, seconds=10)
+    load_image_of = tmp_path / f"warm.{format}"
+    load_image_of.write_bytes(encoded(picture(0, 0, "RGB", (40, 48)), format))
+    load_image(load_image_of)
+    assert fuzzing.failures(kind, tmp_path / f"large.{format}", [content]) == []
 
 
 def test_the_harness_finds_what_it_looks_for(tmp_path: Path) -> None:

@@ -22,8 +22,8 @@ from PIL import Image
 
 from fused_arcface.app.data import DataError, ImageError, ImageSpec
 from fused_arcface.app.data.embedding_sets import EmbeddingSet, embed_set
+from fused_arcface.app.data.formats.pickled_pairs import read_pickled_pairs
 from fused_arcface.app.data.pair_sets import read_labeled, read_pair_set
-from fused_arcface.app.data.pickled_pairs import read_pickled_pairs
 from fused_arcface.evaluation import Pairs
 
 SPEC = ImageSpec(size=8, channels=1)

@@ -15,9 +15,9 @@ import torch
 from support.image_files import encoded, picture, write_records
 
 from fused_arcface.app.data import DataError, ImageSpec, RecordFile, RecordWriter, open_source, pack_image, unpack_image
-from fused_arcface.app.data.record_index import read_index as read_keys_and_offsets
-from fused_arcface.app.data.recordio import RecordError
-from fused_arcface.app.data.records import RecordImages
+from fused_arcface.app.data.formats.record_index import read_index as read_keys_and_offsets
+from fused_arcface.app.data.formats.recordio import RecordError
+from fused_arcface.app.data.formats.records import RecordImages
 
 SPEC = ImageSpec(16, 1)
 MAGIC = b"\x0a\x23\xd7\xce"

@@ -11,8 +11,7 @@ from support.image_files import encoded, picture, write_folder, write_records
 from support.training_runs import TINY, losses, run
 
 from fused_arcface.app.cli import run as run_command
-from fused_arcface.app.data.folders import read_folder
-from fused_arcface.app.data.sources import FolderImages
+from fused_arcface.app.data import open_source
 from fused_arcface.app.training import best
 from fused_arcface.app.training.events import Event, Stepped
 from fused_arcface.app.training.failures import TrainingError
@@ -92,7 +91,7 @@ def test_the_fingerprint_is_of_names_labels_and_bytes(tmp_path: Path) -> None:
     root = write_folder(tmp_path / "faces", 3, 3, KINDS)
 
     def of() -> Fingerprint:
-        return Fingerprint.of(FolderImages(read_folder(root)))
+        return Fingerprint.of(open_source(str(root)))
 
     first = of()
     assert (first.images, first.identities) == (9, 3) and first.difference(of()) is None

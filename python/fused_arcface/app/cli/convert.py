@@ -1,5 +1,4 @@
-"""``convert``: class centers between checkpoints, one safetensors file, insightface's shards and other libraries'
-files."""
+"""``convert``: class centers between checkpoints, safetensors files and other projects' files."""
 
 from __future__ import annotations
 
@@ -12,16 +11,42 @@ from .terminal import terminal
 
 
 def convert(
-    sources: Annotated[list[Path], typer.Argument(help="Where the class centers are; several are joined in order.")],
-    destination: Annotated[Path, typer.Argument(help="A .safetensors file, or a directory of checkpoints.")],
+    sources: Annotated[
+        list[Path],
+        typer.Argument(help="Where the class centers are. The classes of several sources follow in this order."),
+    ],
+    destination: Annotated[
+        Path, typer.Argument(help="A .safetensors file, or a folder of checkpoints, which is made if it is missing.")
+    ],
     classes: Annotated[
-        int | None, typer.Option(help="Grow to this many classes; the new ones are initialized.")
+        int | None,
+        typer.Option(
+            help="Number of classes to grow to; the new ones get initial centers. Default: as many as the sources have."
+        ),
     ] = None,
     sub_centers: Annotated[
         int | None,
-        typer.Option(min=1, help="Centers of each class, where the file has no word of it (SubCenterArcFaceLoss)."),
+        typer.Option(
+            min=1,
+            help="Number of centers of each class, for a file that does not say it (SubCenterArcFaceLoss). "
+            "Default: as the source says, otherwise 1.",
+        ),
     ] = None,
-    seed: Annotated[int | None, typer.Option(help="Of new class centers and of the head that resumes.")] = None,
+    seed: Annotated[
+        int | None,
+        typer.Option(
+            help="Seed of new class centers and of the head that resumes, 0 or more. Default: the source's, otherwise "
+            "0."
+        ),
+    ] = None,
+    trust: Annotated[
+        bool,
+        typer.Option(
+            "--trust",
+            help="Run the code that a checkpoint of an old format may hold. Give it only for files whose author you "
+            "trust.",
+        ),
+    ] = False,
 ) -> None:
     """Convert, join and grow sets of class centers.
 
@@ -42,6 +67,7 @@ def convert(
             num_classes=classes,
             seed=seed,
             sub_centers=sub_centers,
+            trust=trust,
             noted=lambda note: error.print(note, style="yellow", markup=False, highlight=False),
         )
         found = conversion.read(written)

@@ -1,4 +1,4 @@
-"""What ``verify`` and ``identify`` share: their options, the embedding of images, and how they end."""
+"""The options that ``verify`` and ``identify`` share, the embedding of images, and the errors that end them."""
 
 from __future__ import annotations
 
@@ -14,41 +14,61 @@ from rich.progress import Progress
 from .terminal import terminal
 
 if TYPE_CHECKING:
-    import torch
-
-    from fused_arcface.evaluation import Distance
-
     from ..data.embedding_sets import EmbeddingSet
-    from ..data.pair_sets import ImageSet
+    from ..data.sources import ImageSet
 
 Checkpoint = Annotated[
-    Path | None, typer.Option(help="Folder of a run, whose newest net is evaluated; or a file of a net's weights.")
+    Path | None,
+    typer.Option(help="Folder of a training run, whose newest checkpoint is evaluated; or a file of a net's weights."),
 ]
 Backbone = Annotated[
     str | None, typer.Option(help="Name of the net whose weights the file has, iresnet50 for example.")
 ]
 DistanceName = Annotated[
-    str, typer.Option("--distance", help="cosine, euclidean, p-norm, inner-product or mahalanobis.")
+    str,
+    typer.Option(
+        "--distance",
+        help="How two embeddings are compared: cosine, euclidean, p-norm, inner-product or mahalanobis.",
+    ),
 ]
-Order = Annotated[float, typer.Option("--p", help="Of the p-norm, at least 1.")]
+Order = Annotated[float, typer.Option("--p", help="Order of the p-norm, 1 or more; only --distance p-norm uses it.")]
 Shrinkage = Annotated[
-    float | None, typer.Option(help="Of Mahalanobis' covariance, 0 to 1; Ledoit and Wolf's by default.")
+    float | None,
+    typer.Option(
+        help="Shrinkage of Mahalanobis' covariance, from 0 (none) to 1. Default: as Ledoit and Wolf compute it."
+    ),
 ]
-Normalize = Annotated[bool, typer.Option("--normalize/--raw", help="Embeddings of norm 1, or as the net gives them.")]
-Flip = Annotated[bool, typer.Option("--flip", help="Add the embedding of the mirrored image.")]
-Json = Annotated[Path | None, typer.Option("--json", help="File for the figures.")]
-Pictures = Annotated[Path | None, typer.Option(help="Folder for pictures of the curves.")]
+Normalize = Annotated[
+    bool,
+    typer.Option("--normalize/--raw", help="Scale embeddings to norm 1 before they are compared, or leave them raw."),
+]
+Flip = Annotated[bool, typer.Option("--flip", help="Add the embedding of the mirrored image to that of the image.")]
+Json = Annotated[Path | None, typer.Option("--json", help="JSON file to write the figures to. Default: none.")]
+Pictures = Annotated[
+    Path | None, typer.Option(help="Folder to write pictures of the curves to; made if missing. Default: none.")
+]
 Trust = Annotated[
-    bool, typer.Option("--trust", help="Run the code that a checkpoint of an old format may hold, whoever made it.")
+    bool,
+    typer.Option(
+        "--trust",
+        help="Run the code that a checkpoint of an old format may hold. Give it only for runs whose author you trust.",
+    ),
 ]
-Device = Annotated[str, typer.Option(help="Of the net: cpu, cuda, cuda:1.")]
-BatchSize = Annotated[int, typer.Option(min=1, help="Images that the net sees at once.")]
+Device = Annotated[str, typer.Option(help="Device that the net runs on: cpu, cuda, or one of several, as cuda:1.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Number of images that the net sees at once.")]
 MaxPixels = Annotated[
-    int, typer.Option(min=1, help="Pixels of the largest image that is decoded; others cannot be read.")
+    int,
+    typer.Option(
+        min=1, help="Largest image that is decoded, as width times height in pixels. A larger one counts as unreadable."
+    ),
 ]
-Workers = Annotated[int, typer.Option(min=0, help="Processes that read images.")]
+Workers = Annotated[int, typer.Option(min=0, help="Number of processes that read images; 0 reads in this one.")]
 BadData = Annotated[
-    str, typer.Option(help="skip leaves out images that are missing or cannot be read, and says so; stop ends with it.")
+    str,
+    typer.Option(
+        help="Images that are missing or cannot be read: skip leaves them out and says so; stop ends the command at "
+        "the first."
+    ),
 ]
 
 _SAID = 20  # problems that are told one by one
@@ -56,7 +76,7 @@ _SAID = 20  # problems that are told one by one
 
 @contextlib.contextmanager
 def explained() -> Iterator[None]:
-    """Errors in what the user gave end the command with their message and status 1."""
+    """End the command with a message and status 1 if the block raises an error in the user's data or options."""
     from fused_arcface.checkpoint import CheckpointError
 
     from ..data import DataError, ImageError
@@ -81,16 +101,17 @@ def embed_images(
     trust: bool,
     backbone: str | None = None,
 ) -> list[EmbeddingSet]:
-    """Embeddings of sets of images by a run's net, with a bar.
+    """Embed sets of images by a run's net, with a progress bar.
 
     Raises:
-        DataError: a problem in the data, if ``bad_data`` is ``"stop"``; or no image can be read.
+        DataError: if there is a problem in the data and ``bad_data`` is ``"stop"``, or no image can be read.
     """
     import torch
 
     from ..data import DataError
     from ..data.embedding_sets import embed_set
     from ..embedder import load_embedder
+    from ..evaluating import lost
     from ..training.resolve import stopped_by
 
     try:
@@ -136,19 +157,9 @@ def embed_images(
     if told > _SAID:
         console.print(f"and {told - _SAID} more such problems; skipped", style="yellow")
     for images, embedded in zip(sets, found, strict=True):
-        if lost := _lost(images, embedded):
-            console.print(f"left out: {lost}", style="yellow", markup=False, highlight=False)
+        if gone := lost(images, embedded):
+            console.print(f"left out: {gone}", style="yellow", markup=False, highlight=False)
     return found
-
-
-def _lost(images: ImageSet, embedded: EmbeddingSet) -> str:
-    """Say how many images of a set could not be read, and how many pairs went with them."""
-    unread = len(images) - len(embedded.paths)
-    text = f"{unread} of {len(images)} images cannot be read" if unread else ""
-    if unread and images.pairs is not None and embedded.pairs is not None:
-        text += f", so that {len(images.pairs.same) - len(embedded.pairs.same)} of {len(images.pairs.same)} pairs are"
-        text += " not scored"
-    return text
 
 
 def check_bad_data(bad_data: str) -> None:
@@ -157,27 +168,8 @@ def check_bad_data(bad_data: str) -> None:
         raise typer.BadParameter(f"--bad-data must be skip or stop; got {bad_data}")
 
 
-def prepared(embeddings: torch.Tensor, normalize: bool) -> torch.Tensor:
-    """As they are compared."""
-    import torch.nn.functional as F
-
-    return F.normalize(embeddings) if normalize else embeddings
-
-
-def described(distance: Distance, name: str, normalize: bool) -> dict[str, Any]:
-    """How embeddings were compared, for the file of figures."""
-    from fused_arcface.evaluation import Mahalanobis
-
-    found: dict[str, Any] = {"distance": name, "normalized": normalize}
-    if name == "p-norm":
-        found["p"] = distance.p
-    if isinstance(distance, Mahalanobis):
-        found["shrinkage"] = distance.shrinkage
-    return found
-
-
 def check_output(json: Path | None) -> None:
-    """The file's folder exists from here on; that it cannot is said before anything is computed."""
+    """Make the folder of the file, so that a folder that cannot be made is an error before anything is computed."""
     if json is None:
         return
     try:
@@ -187,6 +179,7 @@ def check_output(json: Path | None) -> None:
 
 
 def write_json(path: Path, figures: dict[str, Any]) -> None:
+    """Write figures to a JSON file, with the version of this package and the date."""
     from fused_arcface import __version__
     from fused_arcface.base.files import write_text
 

@@ -17,33 +17,50 @@ if TYPE_CHECKING:
     from fused_arcface.evaluation import Identification
 
     from ..data.embedding_sets import EmbeddingSet
-    from ..predictions import Search
 
 
 def identify(
     data: Annotated[
-        str | None, typer.Option(help="Images in a folder for each identity; split into gallery and probes.")
+        str | None,
+        typer.Option(
+            help="Labeled images to split into gallery and probes: a folder for each identity, a .rec file, or a list "
+            "of lines `path label`."
+        ),
     ] = None,
     checkpoint: shared.Checkpoint = None,
     backbone: shared.Backbone = None,
-    gallery: Annotated[str | None, typer.Option(help="Labeled images of the known, instead of --data.")] = None,
+    gallery: Annotated[
+        str | None, typer.Option(help="Labeled images of the known people; needs --probes and replaces --data.")
+    ] = None,
     probes: Annotated[
-        str | None, typer.Option(help="Labeled images to look for; people are the same by their folder's name.")
+        str | None,
+        typer.Option(help="Labeled images to look for in --gallery. A label of the same name is the same person."),
     ] = None,
     embeddings: Annotated[
-        Path | None, typer.Option(help="Saved ones with labels to split and score, instead of images.")
+        Path | None,
+        typer.Option(help="Saved embeddings with labels, .npz or .safetensors, to split and score instead of images."),
     ] = None,
     save_embeddings: Annotated[
-        Path | None, typer.Option(help="A .npz or .safetensors file to keep those of --data in.")
+        Path | None,
+        typer.Option(help="File, .npz or .safetensors, to save the embeddings of --data to. Default: none."),
     ] = None,
-    gallery_images: Annotated[int, typer.Option(min=1, help="Of each identity, when the command splits.")] = 1,
+    gallery_images: Annotated[
+        int, typer.Option(min=1, help="Number of images of each identity in the gallery, when the command splits.")
+    ] = 1,
     unknown: Annotated[
-        float, typer.Option(help="Share of identities kept out of the gallery, when the command splits.")
+        float,
+        typer.Option(help="Share of the identities, 0 to 1, kept out of the gallery, when the command splits."),
     ] = 0.2,
-    seed: Annotated[int, typer.Option(help="Of the split.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the split.")] = 0,
     bad_data: shared.BadData = "skip",
-    ranks: Annotated[int, typer.Option(min=1, help="Last rank of the curve.")] = 20,
-    engine: Annotated[str, typer.Option(help="auto, torch or faiss; all are exact.")] = "auto",
+    ranks: Annotated[int, typer.Option(min=1, help="Last rank of the curve of identification rates.")] = 20,
+    engine: Annotated[
+        str,
+        typer.Option(
+            help="Search engine: torch, faiss, or auto (faiss where it is installed and knows the distance). "
+            "All are exact."
+        ),
+    ] = "auto",
     distance: shared.DistanceName = "cosine",
     p: shared.Order = 3.0,
     shrinkage: shared.Shrinkage = None,
@@ -70,6 +87,7 @@ def identify(
     from fused_arcface.evaluation import make_distance
 
     from ..data.embedding_sets import EmbeddingSet, check_suffix
+    from ..evaluating import described, identification_figures, prepared, split_set, two_sets, with_labels_by_name
     from ..predictions import write_predictions
 
     given = [data is not None, gallery is not None and probes is not None, embeddings is not None]
@@ -88,7 +106,8 @@ def identify(
         options |= {"trust": trust, "backbone": backbone}
         options["bad_data"] = bad_data
         if gallery is not None and probes is not None and checkpoint is not None:
-            split = _two_sets(checkpoint, gallery, probes, max_pixels, options)
+            sources = two_sets(gallery, probes, max_pixels)
+            split = with_labels_by_name(sources, shared.embed_images(checkpoint, sources, **options))
         else:
             labeled = (
                 EmbeddingSet.load(embeddings)
@@ -97,8 +116,8 @@ def identify(
             )
             if save_embeddings is not None:
                 labeled.save(save_embeddings)
-            split = _split(labeled, gallery_images, unknown, seed)
-        known, sought = shared.prepared(split.gallery, normalize), shared.prepared(split.probes, normalize)
+            split = split_set(labeled, gallery_images, unknown, seed)
+        known, sought = prepared(split.gallery, normalize), prepared(split.probes, normalize)
         chosen = make_distance(distance, order=p, gallery=known, shrinkage=shrinkage)
         found = search(
             known,
@@ -115,8 +134,8 @@ def identify(
         if json is not None:
             about: dict[str, Any] = {"data": data, "gallery": gallery, "probes": probes}
             about |= {"checkpoint": checkpoint and str(checkpoint), "embeddings": embeddings and str(embeddings)}
-            how = shared.described(chosen, distance, normalize)
-            shared.write_json(json, {**about, "flip": flip, **how, **_figures(found)})
+            how = described(chosen, distance, normalize)
+            shared.write_json(json, {**about, "flip": flip, **how, **identification_figures(found)})
         if predictions is not None:
             write_predictions(predictions, split._replace(gallery=known, probes=sought), chosen, engine)  # type: ignore[arg-type]
         if pictures is not None:
@@ -132,57 +151,6 @@ def _embed(data: str, checkpoint: Path | None, max_pixels: int, options: dict[st
     assert checkpoint is not None
     (found,) = shared.embed_images(checkpoint, [read_labeled(data, max_pixels=max_pixels)], **options)
     return found
-
-
-def _split(labeled: EmbeddingSet, gallery_images: int, unknown: float, seed: int) -> Search:
-    """Split one set into gallery and probes."""
-    from fused_arcface.evaluation import split_gallery
-
-    from ..data import DataError
-    from ..predictions import Search
-
-    if labeled.labels is None:
-        raise DataError("embeddings must have labels (M,) to be split into gallery and probes")
-    known, sought = split_gallery(labeled.labels, gallery_images=gallery_images, unknown=unknown, seed=seed)
-    rows, labels, paths = labeled.embeddings, labeled.labels, labeled.paths
-    names = ([paths[row] for row in each.tolist()] for each in (known, sought))
-    return Search(rows[known], labels[known], rows[sought], labels[sought], *names)
-
-
-def _two_sets(checkpoint: Path, gallery: str, probes: str, max_pixels: int, options: dict[str, Any]) -> Search:
-    """Read gallery and probes from two sources, whose people are the same where their names are."""
-    import torch
-
-    from ..data.pair_sets import read_labeled
-    from ..predictions import Search
-
-    sources = [read_labeled(each, max_pixels=max_pixels) for each in (gallery, probes)]
-    files = [{str(Path(path).resolve()) for path in source.paths} for source in sources]
-    if shared_files := files[0] & files[1]:
-        raise ValueError(
-            "probes must not hold images of the gallery, where each would find itself; got "
-            f"{len(shared_files)} of them, {min(shared_files)} for one"
-        )
-    found = shared.embed_images(checkpoint, sources, **options)
-    number_of: dict[str, int] = {}
-    labels = []
-    for source, embedded in zip(sources, found, strict=True):
-        assert embedded.labels is not None
-        numbers = torch.tensor([number_of.setdefault(name, len(number_of)) for name in source.names])
-        labels.append(numbers[embedded.labels])
-    one, other = found
-    return Search(one.embeddings, labels[0], other.embeddings, labels[1], one.paths, other.paths)
-
-
-def _figures(found: Identification) -> dict[str, Any]:
-    return {
-        "gallery": {"images": found.num_gallery, "identities": found.num_identities},
-        "probes": {"mated": found.num_mated, "unmated": found.num_unmated},
-        "engine": found.engine,
-        "rank": {str(r): found.rank(r) for r in (1, 5, 10)},
-        "cmc": found.cmc.tolist(),
-        "tpir_at_fpir": {f"{fpir:g}": rate for fpir, rate in found.tpir.items()},
-    }
 
 
 def _print(console: Console, found: Identification, title: str) -> None:

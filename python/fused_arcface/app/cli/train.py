@@ -87,7 +87,12 @@ def train(
         ),
     ] = "",
     trust: Annotated[
-        bool, typer.Option("--trust", help="Import the margin MODULE:NAME that the resumed run or --config names.")
+        bool,
+        typer.Option(
+            "--trust",
+            help="Import the margin MODULE:NAME that the resumed run or --config names, and run the code that a "
+            "resumed checkpoint of an old format may hold. Give it only for runs whose author you trust.",
+        ),
     ] = False,
     dry_run: Annotated[
         bool,
@@ -119,7 +124,7 @@ def train(
             if is_first_rank():
                 explain_trial(console, trial)
             return
-        outcome = train_run(chosen, output, resume=how, listener=listener)
+        outcome = train_run(chosen, output, resume=how, trust=trust, listener=listener)
     except KeyboardInterrupt:
         if is_first_rank() and RunFolder(output).config.exists():
             error.print("Interrupted before all was saved. To go on from the last checkpoint:", markup=False)

@@ -19,40 +19,47 @@ if TYPE_CHECKING:
 
     from fused_arcface.evaluation import Verification
 
-    from ..data.embedding_sets import EmbeddingSet
-
     Bools = npt.NDArray[np.bool_]
     Means = tuple[float | None, float | None]
-
-
-_LEFT_OUT = ["accuracy", "equal error rate", "TAR at FAR"]
-"""Figures that need pairs of both kinds."""
 
 
 def verify(
     data: Annotated[
         str | None,
-        typer.Option(help="A .bin set; a .txt, .csv or .tsv file of pairs; or images in a folder for each identity."),
+        typer.Option(
+            help="Pairs to verify: a .bin set, a .txt, .csv or .tsv file of pairs, or labeled images to make pairs of "
+            "(a folder for each identity, a .rec file, a .lst or .list file of lines `path label`)."
+        ),
     ] = None,
     checkpoint: shared.Checkpoint = None,
     backbone: shared.Backbone = None,
-    images: Annotated[Path | None, typer.Option(help="Folder that a file of pairs names images in.")] = None,
-    embeddings: Annotated[
-        Path | None, typer.Option(help="Saved ones to score, instead of --data and --checkpoint.")
+    images: Annotated[
+        Path | None,
+        typer.Option(help="Folder of the images that a file of pairs names. Default: the folder of that file."),
     ] = None,
-    save_embeddings: Annotated[Path | None, typer.Option(help="A .npz or .safetensors file to keep them in.")] = None,
+    embeddings: Annotated[
+        Path | None,
+        typer.Option(help="Saved embeddings, .npz or .safetensors, to score instead of --data and --checkpoint."),
+    ] = None,
+    save_embeddings: Annotated[
+        Path | None, typer.Option(help="File, .npz or .safetensors, to save the embeddings to. Default: none.")
+    ] = None,
     distance: shared.DistanceName = "cosine",
     p: shared.Order = 3.0,
     shrinkage: shared.Shrinkage = None,
     gallery: Annotated[
         Path | None,
-        typer.Option(help="Saved embeddings that Mahalanobis' covariance is fitted on; else those that are scored."),
+        typer.Option(
+            help="Saved embeddings to fit Mahalanobis' covariance on. Default: the embeddings that are scored."
+        ),
     ] = None,
     normalize: shared.Normalize = True,
     flip: shared.Flip = False,
-    folds: Annotated[int, typer.Option(min=2, help="Folds of the cross-validated accuracy.")] = 10,
-    pairs: Annotated[int, typer.Option(min=1, help="Of each kind, made from labeled images at most.")] = 20_000,
-    seed: Annotated[int, typer.Option(help="Of their choice.")] = 0,
+    folds: Annotated[int, typer.Option(min=2, help="Number of folds of the cross-validated accuracy.")] = 10,
+    pairs: Annotated[
+        int, typer.Option(min=1, help="Largest number of pairs of each kind that are made of labeled images.")
+    ] = 20_000,
+    seed: Annotated[int, typer.Option(help="Seed of the choice of these pairs.")] = 0,
     bad_data: shared.BadData = "skip",
     json: shared.Json = None,
     pictures: shared.Pictures = None,
@@ -72,6 +79,7 @@ def verify(
 
     from ..data.embedding_sets import EmbeddingSet, check_suffix
     from ..data.pair_sets import read_pair_set
+    from ..evaluating import described, prepared, verification_figures, with_pairs
     from ..thresholds import KeptThresholds
     from .thresholds import keep_thresholds, print_thresholds, threshold_figures, threshold_points
 
@@ -85,7 +93,7 @@ def verify(
             if file is not None:
                 check_suffix(file)
         if embeddings is not None:
-            scored = _with_pairs(EmbeddingSet.load(embeddings), embeddings, pairs, seed)
+            scored = with_pairs(EmbeddingSet.load(embeddings), embeddings, pairs, seed)
         else:
             assert data is not None and checkpoint is not None
             options: dict[str, Any] = {"flip": flip, "device": device, "batch_size": batch_size, "workers": workers}
@@ -95,8 +103,8 @@ def verify(
         if save_embeddings is not None:
             scored.save(save_embeddings)
         assert scored.pairs is not None
-        rows = shared.prepared(scored.embeddings, normalize)
-        fitted = rows if gallery is None else shared.prepared(EmbeddingSet.load(gallery).embeddings, normalize)
+        rows = prepared(scored.embeddings, normalize)
+        fitted = rows if gallery is None else prepared(EmbeddingSet.load(gallery).embeddings, normalize)
         chosen = make_distance(distance, order=p, gallery=fitted, shrinkage=shrinkage)
         scores = pair_scores(rows, scored.pairs, chosen)
         same = scored.pairs.same.numpy()
@@ -112,54 +120,19 @@ def verify(
         if found is not None and checkpoint is not None and cosine and not flip:
             keep_thresholds(console, checkpoint, KeptThresholds(name, found.accuracy, points))
         if json is not None:
-            how = shared.described(chosen, distance, normalize)
+            how = described(chosen, distance, normalize)
             about = {
                 "data": data,
                 "checkpoint": checkpoint and str(checkpoint),
                 "embeddings": embeddings and str(embeddings),
             }
-            shared.write_json(
-                json,
-                {**about, "flip": flip, **how, **_figures(found, same, means), **threshold_figures(points, cosine)},
-            )
+            figures = {**verification_figures(found, same, means), **threshold_figures(points, cosine)}
+            shared.write_json(json, {**about, "flip": flip, **how, **figures})
         if pictures is not None and found is not None:
             from ..report.evaluation import draw_verification
 
             for path in draw_verification(found, pictures, name):
                 console.print(f"{path}", highlight=False, soft_wrap=True, markup=False)
-
-
-def _with_pairs(saved: EmbeddingSet, path: Path, most: int, seed: int) -> EmbeddingSet:
-    """Saved embeddings with their pairs, or with some made from their labels."""
-    from dataclasses import replace
-
-    from fused_arcface.evaluation import balanced_pairs
-
-    from ..data import DataError
-
-    if saved.pairs is not None:
-        return saved
-    if saved.labels is None:
-        raise DataError(f"{path} must hold labels (M,), or pairs (P, 2) and same (P,), to be verified")
-    return replace(saved, pairs=balanced_pairs(saved.labels, most, seed))
-
-
-def _figures(found: Verification | None, same: Bools, means: Means) -> dict[str, Any]:
-    figures: dict[str, Any] = {
-        "pairs": {"same": int(same.sum()), "different": int((~same).sum())},
-        "mean_score": {"same": means[0], "different": means[1]},
-    }
-    if found is None:
-        return {**figures, "left_out": _LEFT_OUT}
-    return {
-        **figures,
-        "accuracy": found.accuracy,
-        "accuracy_deviation": found.accuracy_deviation,
-        "accuracy_standard_error": found.accuracy_standard_error,
-        "fold_accuracy": found.fold_accuracy.tolist(),
-        "eer": found.eer,
-        "tar_at_far": {f"{far:g}": tar for far, tar in found.tar.items()},
-    }
 
 
 def _print(console: Console, found: Verification | None, same: Bools, means: Means, title: str) -> None:
@@ -179,6 +152,8 @@ def _print(console: Console, found: Verification | None, same: Bools, means: Mea
             table.add_row(f"TAR at FAR {far:g}", f"{tar:.4f}{'  no false accept' if far < 1 / different else ''}")
     console.print(table)
     if found is None:
+        from ..evaluating import LEFT_OUT
+
         console.print(
-            f"Left out, because all pairs are of one kind: {', '.join(_LEFT_OUT)}.", highlight=False, soft_wrap=True
+            f"Left out, because all pairs are of one kind: {', '.join(LEFT_OUT)}.", highlight=False, soft_wrap=True
         )

@@ -1,14 +1,14 @@
-"""Images to train on and to verify with: folders and RecordIO files, and those that come with the package or are made
-by it."""
+"""Images to train on and to evaluate with: files in several formats, and images that the package makes or ships."""
 
 from fused_arcface.base.reading import DataError
 
 from .digits import digit_images
-from .folders import LabeledFolder, read_folder
+from .formats import open_source
+from .formats.folders import LabeledFolder, read_folder
+from .formats.recordio import RecordFile, RecordWriter, pack_image, unpack_image
 from .identities import Style, draw, identity_images
 from .images import MAX_PIXELS, ImageError, ImageSpec, LabeledImages, read_image
-from .recordio import RecordFile, RecordWriter, pack_image, unpack_image
-from .sources import ImageSource, open_source
+from .sources import ImageSource
 
 __all__ = [
     "MAX_PIXELS",

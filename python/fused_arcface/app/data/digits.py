@@ -1,5 +1,7 @@
-"""Handwritten digits: the 1797 real images of 8×8 pixels that scikit-learn ships (UCI Optical Recognition of
-Handwritten Digits)."""
+"""Handwritten digits: the 1797 images of 8×8 pixels that scikit-learn ships.
+
+They are the UCI set "Optical Recognition of Handwritten Digits".
+"""
 
 from __future__ import annotations
 
@@ -17,15 +19,15 @@ TRAINED, UNSEEN = (0, 1, 2, 3, 4, 5, 6), (7, 8, 9)
 
 
 def digit_images(digits: Sequence[int], size: int = 32) -> LabeledImages:
-    """All images of some digits, ``(M, 1, size, size)``; the label is the digit's place in ``digits``.
+    """Return all images of some digits, ``(M, 1, size, size)``; the label is the digit's index in ``digits``.
 
     Args:
         digits: from 0 to 9, each once.
         size: side in pixels; the images are enlarged from 8 by bilinear interpolation.
 
     Raises:
-        MissingExtra: scikit-learn is not installed.
-        ValueError: digits that are none, or named twice.
+        MissingExtra: if scikit-learn is not installed.
+        ValueError: if a digit is not in [0, 9] or is named twice.
 
     >>> digit_images([3, 8], size=16).images.shape
     torch.Size([357, 1, 16, 16])

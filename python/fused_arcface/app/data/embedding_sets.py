@@ -11,10 +11,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fused_arcface.base.reading import DataError
 from fused_arcface.evaluation.pairs import Pairs
 
-from . import DataError, ImageSpec, embedding_files
-from .pair_sets import ImageSet
+from .formats import embeddings as embedding_files
+from .images import ImageSpec
+from .sources import ImageSet
 
 
 @dataclass(frozen=True)
@@ -37,11 +39,13 @@ class EmbeddingSet:
     pairs: Pairs | None = None
 
     def save(self, path: str | Path) -> None:
-        """Write a ``.npz`` or ``.safetensors`` file: ``embeddings``, ``paths``, and where they are known ``labels``
-        (M,), ``pairs`` (P, 2) and ``same`` (P,), all int64.
+        """Write a ``.npz`` or ``.safetensors`` file.
+
+        It has ``embeddings``, ``paths``, and where they are known ``labels`` (M,), ``pairs`` (P, 2) and ``same`` (P,),
+        all int64.
 
         Raises:
-            ValueError: another suffix.
+            ValueError: if ``path`` has another suffix.
         """
         path = Path(path)
         check_suffix(path)
@@ -59,8 +63,8 @@ class EmbeddingSet:
         """Read what :meth:`save` wrote; ``embeddings`` alone is enough, with ``labels`` or ``pairs`` and ``same``.
 
         Raises:
-            DataError: a file of another kind, or parts that do not fit.
-            ValueError: another suffix.
+            DataError: if the file is of another kind, or its parts do not fit.
+            ValueError: if ``path`` has another suffix.
         """
         path = Path(path)
         check_suffix(path)
@@ -90,8 +94,12 @@ class EmbeddingSet:
         return cls(embeddings, names, labels, pairs)
 
     def only(self, numbers: Tensor, images: int) -> EmbeddingSet:
-        """Renumber the pairs of a set of ``images`` of which the rows here are those called ``numbers`` (M,), and leave
-        out pairs of others."""
+        """Renumber the pairs for a set that lost some of its ``images``, and leave out the pairs of lost ones.
+
+        Args:
+            numbers: (M,), the number that each row here had in the whole set.
+            images: of the whole set.
+        """
         if self.pairs is None or len(numbers) == images:
             return self
         row_of = torch.full((images,), -1)
@@ -102,8 +110,11 @@ class EmbeddingSet:
 
 
 def check_suffix(path: Path) -> None:
-    """Raises:
-    ValueError: a file that embeddings cannot be kept in, by its name."""
+    """Check that a file of this name can hold embeddings.
+
+    Raises:
+        ValueError: if it has another suffix.
+    """
     if path.suffix not in embedding_files.SUFFIXES:
         raise ValueError(f"embeddings must be in a {' or '.join(embedding_files.SUFFIXES)} file; got {path}")
 
@@ -139,7 +150,7 @@ def embed_set(
         unreadable: called with what is wrong with an image that cannot be read; it is left out, and so are its pairs.
 
     Raises:
-        DataError: an image that cannot be read, if ``unreadable`` is None; or none that can.
+        DataError: if an image cannot be read and ``unreadable`` is None, or no image can be read.
 
     >>> from fused_arcface.app.data.pair_sets import read_labeled
     >>> spec = ImageSpec(size=8, channels=1)

@@ -22,19 +22,19 @@ _PROTOTYPE, _DEFORMATION, _NOISE = 1, 2, 3
 
 
 def _mix(x: Tensor) -> Tensor:
-    """splitmix64's finalizer on int64 tensors, whose products wrap as unsigned ones do."""
+    """Apply splitmix64's finalizer to int64 tensors: their products wrap as unsigned ones do."""
     x = (x ^ _shift(x, 30)) * -0x40A7B892E31B1A47  # 0xBF58476D1CE4E5B9
     x = (x ^ _shift(x, 27)) * -0x6B2FB644ECCEEE15  # 0x94D049BB133111EB
     return x ^ _shift(x, 31)
 
 
 def _shift(x: Tensor, bits: int) -> Tensor:
-    """Logical shift to the right: int64's own one copies the sign."""
+    """Shift to the right and fill with zeros: int64's own shift copies the sign."""
     return (x >> bits) & ((1 << (64 - bits)) - 1)
 
 
 def keyed_uniform(count: int, *key: int | Tensor) -> Tensor:
-    """Uniform fp32 numbers in (0, 1), ``(B, count)``, of the keys: each int, or ``(B,)`` int64 for B rows at once.
+    """Return uniform fp32 numbers in (0, 1), ``(B, count)``, for keys that are ints, or ``(B,)`` int64 for B rows.
 
     >>> keyed_uniform(2, 7, torch.tensor([3, 4]))[1].equal(keyed_uniform(2, 7, torch.tensor([4]))[0])
     True
@@ -48,14 +48,14 @@ def keyed_uniform(count: int, *key: int | Tensor) -> Tensor:
 
 
 def keyed_normal(count: int, *key: int | Tensor) -> Tensor:
-    """Standard normal fp32 numbers, ``(B, count)``, keyed as in :func:`keyed_uniform` (Box-Muller)."""
+    """Return standard normal fp32 numbers, ``(B, count)``, keyed as in :func:`keyed_uniform` (Box-Muller)."""
     radius, turn = keyed_uniform(2 * count, *key).chunk(2, dim=1)
     return (-2 * radius.log()).sqrt() * (2 * math.pi * turn).cos()
 
 
 @dataclass(frozen=True)
 class Style:
-    """How identities look and how much their samples differ. Coordinates run from -1 to 1 over the image's side.
+    """The look of identities, and how much their samples differ. Coordinates run from -1 to 1 over the image's side.
 
     The defaults make a problem on which a small net errs: pairs of unseen identities are told apart far better than by
     chance and far from always, so that training criteria can be compared.
@@ -79,8 +79,13 @@ class Style:
 
 
 def draw(identity: Tensor, sample: Tensor, *, seed: int = 0, style: Style = Style()) -> Tensor:
-    """Images ``(B, 1, size, size)`` fp32, about 0 (paper) to 1 (ink), of identities and samples ``(B,)`` int64, any
-    numbers >= 0.
+    """Return images ``(B, 1, size, size)`` fp32, about 0 (paper) to 1 (ink).
+
+    Args:
+        identity: (B,) int64, any numbers >= 0.
+        sample: (B,) int64, any numbers >= 0; two samples of an identity differ.
+        seed: of all identities.
+        style: of the drawings.
 
     >>> draw(torch.tensor([5, 5]), torch.tensor([0, 1])).shape
     torch.Size([2, 1, 32, 32])
@@ -113,7 +118,7 @@ def draw(identity: Tensor, sample: Tensor, *, seed: int = 0, style: Style = Styl
 def identity_images(
     num_identities: int, samples: int, *, first: int = 0, seed: int = 0, style: Style = Style()
 ) -> LabeledImages:
-    """Every one of ``samples`` samples of the identities ``first`` to ``first + num_identities - 1``.
+    """Return all of ``samples`` samples of the identities ``first`` to ``first + num_identities - 1``.
 
     Returns:
         Images ``(num_identities·samples, 1, size, size)`` fp32, an identity's samples together, and labels, as many,

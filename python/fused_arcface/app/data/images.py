@@ -1,14 +1,15 @@
-"""Images: what sources in memory give, and how a file or its bytes become what a net takes."""
+"""Images in memory, and the way from a file or its bytes to the tensor that a net takes."""
 
 from __future__ import annotations
 
 import contextlib
 import io
 import math
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import torch
@@ -16,9 +17,9 @@ from torch import Tensor
 
 from fused_arcface.base.checks import check_size
 from fused_arcface.base.extras import MissingExtra, require
-from fused_arcface.base.reading import DataError
+from fused_arcface.base.reading import DataError, open_regular
 
-from .folders import FORMATS
+from .image_formats import FORMATS, gif_sizes
 
 MAX_PIXELS = 2**25
 """Pixels of the largest image that is decoded by default: 5792 × 5792, some 1.3 s and 540 MB of a PNG."""
@@ -43,7 +44,7 @@ class ImageError(DataError):
 
 @dataclass(frozen=True)
 class ImageSpec:
-    """What a net takes: square images of one size and number of channels.
+    """The input of a net: square images of one size and number of channels.
 
     Args:
         size: side in pixels, >= 1.
@@ -66,7 +67,7 @@ class ImageSpec:
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """(channels, size, size)"""
+        """(channels, size, size)."""
         return self.channels, self.size, self.size
 
 
@@ -77,8 +78,8 @@ def read_image(source: Path | bytes, spec: ImageSpec, max_pixels: int = MAX_PIXE
     Transparent parts lie on white. Gray of 8, 16 or 32 bits keeps its depth; floating-point pixels count from 0 to 1,
     or to 255 where one of them is above 1.
 
-    The content decides on the format, not the name; only the formats of :data:`fused_arcface.app.data.folders.SUFFIXES`
-    are tried. Decoding takes up to 16 bytes a pixel, 24 of JPEG 2000.
+    The content decides on the format, not the name. Only the formats of
+    :data:`fused_arcface.app.data.image_formats.FORMATS` are tried. Decoding takes up to 16 bytes a pixel.
 
     Args:
         source: a file, or the bytes of one.
@@ -86,8 +87,8 @@ def read_image(source: Path | bytes, spec: ImageSpec, max_pixels: int = MAX_PIXE
         max_pixels: width times height that an image may have; checked before it is decoded.
 
     Raises:
-        ImageError: it cannot be opened or decoded, has too many pixels, or one that is not finite.
-        MissingExtra: Pillow is not installed.
+        ImageError: if it cannot be opened or decoded, has too many pixels, or has one that is not finite.
+        MissingExtra: if Pillow is not installed.
 
     >>> import io; from PIL import Image
     >>> file = io.BytesIO(); Image.new("L", (50, 80), 255).save(file, "png")
@@ -118,7 +119,7 @@ def image_spec(source: Path | bytes, max_pixels: int = MAX_PIXELS) -> ImageSpec:
     """Return shorter side and number of channels of an image, as they are stored; its pixels are not decoded.
 
     Raises:
-        ImageError: it cannot be opened, or has too many pixels.
+        ImageError: if it cannot be opened, or has too many pixels.
     """
     with _opened(source, max_pixels) as image:
         gray = image.mode in ("1", "L", "LA", "F") or image.mode.startswith("I")
@@ -136,21 +137,36 @@ def _opened(source: Path | bytes, max_pixels: int) -> Iterator[Any]:
         pil.MAX_IMAGE_PIXELS = max(pil.MAX_IMAGE_PIXELS, max_pixels)
     doing = "read"
     try:
-        with pil.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS) as image:
-            width, height = image.size
-            if width * height > max_pixels:
-                raise ImageError(
-                    f"{_name(source)} must have at most max_pixels={max_pixels} pixels; got {width} × {height}"
-                )
-            doing = "decoded"
-            yield image
+        with warnings.catch_warnings(), _content(source) as file:
+            # Pillow warns of sizes that are checked here, and of damage that is an error or does not matter.
+            warnings.simplefilter("ignore", pil.DecompressionBombWarning)
+            warnings.simplefilter("ignore", UserWarning)
+            for size in gif_sizes(file):
+                _check_size(source, size, max_pixels)
+            file.seek(0)
+            with pil.open(file, formats=FORMATS) as image:
+                _check_size(source, image.size, max_pixels)
+                doing = "decoded"
+                yield image
     except (ImageError, MissingExtra):
         raise
+    except DataError as error:  # of the file
+        raise ImageError(str(error)) from None
     except pil.UnidentifiedImageError:
         raise ImageError(f"{_name(source)} cannot be read as an image: none of {', '.join(FORMATS)}") from None
     except Exception as error:
         why = str(error) or type(error).__name__
         raise ImageError(f"{_name(source)} cannot be {doing} as an image: {why}") from None
+
+
+def _content(source: Path | bytes) -> BinaryIO:
+    return io.BytesIO(source) if isinstance(source, bytes) else open_regular(source)
+
+
+def _check_size(source: Path | bytes, size: tuple[int, int], max_pixels: int) -> None:
+    width, height = size
+    if width * height > max_pixels:
+        raise ImageError(f"{_name(source)} must have at most max_pixels={max_pixels} pixels; got {width} × {height}")
 
 
 def _name(source: Path | bytes) -> str:
@@ -175,7 +191,9 @@ def _as_plain(image: Any, mode: str) -> Any:
         pixels *= 255 / deepest
         return pil.fromarray(pixels.clip(0, 255, out=pixels))
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
-        if image.mode != "RGBA":
-            image = image.convert("RGBA")
-        image = pil.alpha_composite(pil.new("RGBA", image.size, "white"), image)
+        rgba = image if image.mode == "RGBA" else image.convert("RGBA")
+        white = pil.new("RGBA", image.size, "white")
+        image, background = pil.alpha_composite(white, rgba), (white, rgba)
+        for each in background:
+            each.close()  # Pillow keeps their memory until the next garbage collection
     return image if image.mode == mode else image.convert(mode)

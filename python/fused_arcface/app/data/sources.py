@@ -1,8 +1,12 @@
-"""What can be trained on, opened by one function: a labeled folder, a RecordIO file, images that the package makes."""
+"""Images of any format with their labels: sources to train on, and sets to evaluate a net with.
+
+:mod:`fused_arcface.app.data.formats` opens them.
+"""
 
 from __future__ import annotations
 
-import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
@@ -10,17 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fused_arcface.base.reading import DataError
-from fused_arcface.base.suggest import missing_path
+from fused_arcface.evaluation.pairs import Pairs
 
-from .digits import TRAINED, UNSEEN, digit_images
-from .folders import LabeledFolder, read_folder
-from .identities import identity_images
 from .images import MAX_PIXELS, ImageSpec, LabeledImages, image_spec, read_image
-from .records import RecordImages
 
 _PROBED = 16  # images looked at to tell what the others are like
-_IDENTITIES = (200, 10)
 
 
 class LabeledReader(Protocol):
@@ -32,10 +30,10 @@ class LabeledReader(Protocol):
     def __len__(self) -> int: ...
 
     def read(self, index: int, spec: ImageSpec) -> Tensor:
-        """Image ``(channels, size, size)`` fp32, about -1 to 1.
+        """Return an image ``(channels, size, size)`` fp32, about -1 to 1.
 
         Raises:
-            DataError, ImageError: it cannot be read; the message names the place.
+            DataError, ImageError: if it cannot be read; the message names the place.
         """
 
 
@@ -43,47 +41,64 @@ class ImageSource(LabeledReader, Protocol):
     """Images to train on: labels go from 0 to the number of identities - 1, each at least once."""
 
     names: list[str]
-    """Of the identities."""
+    """Names of the identities."""
     problems: list[str]
-    """What was found wrong when the source was opened, with its place: the images of the source do without it."""
+    """Faults found when the source was opened, with their places. Such images are not part of the source."""
     notes: list[str]
-    """What else there is to know of it."""
+    """Other facts that the user should know."""
 
     def stored(self, index: int) -> bytes:
-        """Bytes of an image as it is stored, to tell it from another; of images that the package makes, their shape.
+        """Return the bytes of an image as it is stored, or the shape of one that the package makes.
+
+        They tell one image from another.
 
         Raises:
-            DataError, ImageError, OSError: they cannot be read.
+            DataError, ImageError, OSError: if they cannot be read.
         """
 
     def spec_of(self, index: int) -> ImageSpec:
-        """Shorter side and channels of an image as it is stored.
+        """Return shorter side and channels of an image as it is stored.
 
         Raises:
-            DataError, ImageError: it cannot be read.
+            DataError, ImageError: if it cannot be read.
         """
 
 
-class FolderImages:
-    """A labeled folder as an :class:`ImageSource`."""
+class FileImages:
+    """Images that are files of their own, as an :class:`ImageSource`.
 
-    def __init__(self, folder: LabeledFolder, max_pixels: int = MAX_PIXELS) -> None:
-        self._files = [path for path, _ in folder.files]
-        self.labels = torch.tensor([identity for _, identity in folder.files])
-        self.names, self.problems, self.notes = folder.names, folder.problems, folder.notes
+    Args:
+        files: (path, identity) of each image, identities from 0 on without gaps.
+        names: of the identities.
+        problems: see :class:`ImageSource`.
+        notes: see :class:`ImageSource`.
+        max_pixels: of an image, see :func:`fused_arcface.app.data.read_image`.
+    """
+
+    def __init__(
+        self,
+        files: list[tuple[Path, int]],
+        names: list[str],
+        problems: list[str],
+        notes: list[str],
+        max_pixels: int = MAX_PIXELS,
+    ) -> None:
+        self.paths = [path for path, _ in files]
+        self.labels = torch.tensor([identity for _, identity in files])
+        self.names, self.problems, self.notes = names, problems, notes
         self._max_pixels = max_pixels
 
     def __len__(self) -> int:
-        return len(self._files)
+        return len(self.paths)
 
     def read(self, index: int, spec: ImageSpec) -> Tensor:
-        return read_image(self._files[index], spec, self._max_pixels)
+        return read_image(self.paths[index], spec, self._max_pixels)
 
     def stored(self, index: int) -> bytes:
-        return self._files[index].read_bytes()
+        return self.paths[index].read_bytes()
 
     def spec_of(self, index: int) -> ImageSpec:
-        return image_spec(self._files[index], self._max_pixels)
+        return image_spec(self.paths[index], self._max_pixels)
 
 
 class MemoryImages:
@@ -111,57 +126,43 @@ class MemoryImages:
         return ImageSpec(self._images.shape[-1], self._images.shape[1])
 
 
-def open_source(data: str, max_pixels: int = MAX_PIXELS) -> ImageSource:
-    """The images that a text names.
-
-    Args:
-        data: a folder of one folder for each identity; a ``.rec`` file, or a folder with ``train.rec`` in it;
-            ``identities`` or ``identities:200x10`` for generated ones (200 identities with 10 images each);
-            ``digits`` for scikit-learn's.
-        max_pixels: of an image in a file, see :func:`fused_arcface.app.data.read_image`.
-
-    Raises:
-        DataError: nothing of that name, or nothing to train on in it.
-        MissingExtra: scikit-learn is not installed.
-
-    >>> source = open_source("identities:3x2")
-    >>> len(source), source.read(0, ImageSpec(size=8, channels=3)).shape
-    (6, torch.Size([3, 8, 8]))
-    """
-    path = Path(data)
-    if path.is_dir():
-        records = path / "train.rec"
-        return RecordImages(records, max_pixels) if records.is_file() else FolderImages(read_folder(path), max_pixels)
-    if path.is_file():
-        return RecordImages(path, max_pixels)
-    if counts := _identity_counts(data):
-        return MemoryImages(identity_images(*counts))
-    if data == "digits":
-        return MemoryImages(digit_images(TRAINED))
-    rule = "data must be a folder, a .rec file, identities, identities:IDSxIMAGES or digits"
-    raise DataError(f"{rule}; got {data!r}: {missing_path(path)}")
+Read = Callable[[int, ImageSpec], Tensor]
 
 
-def unseen_source(data: str) -> ImageSource | None:
-    """For data that the package makes: others of the kind, to verify on, whom :func:`open_source` does not give; None
-    for files."""
-    if Path(data).exists():
-        return None
-    if counts := _identity_counts(data):
-        return MemoryImages(identity_images(max(4, counts[0] // 2), max(4, counts[1]), first=counts[0]))
-    return MemoryImages(digit_images(UNSEEN))
+@dataclass(frozen=True)
+class ImageSet:
+    """M images, with labels or pairs where they are known."""
+
+    paths: list[str]
+    """(M,) names of the images, in messages and in saved embeddings."""
+    read: Read
+    """Return an image ``(channels, size, size)`` fp32 in [-1, 1], from its number and a net's spec."""
+    labels: Tensor | None = None
+    """(M,) int64, the identity of each."""
+    pairs: Pairs | None = None
+    names: list[str] = field(default_factory=list)
+    """Names of the identities, by label."""
+    problems: list[str] = field(default_factory=list)
+    """Faults found when the set was opened, with their places. Such images are not among the M."""
+    notes: list[str] = field(default_factory=list)
+    """Other facts that the user should know."""
+
+    def __len__(self) -> int:
+        return len(self.paths)
 
 
-def _identity_counts(data: str) -> tuple[int, int] | None:
-    """Identities and images of each that ``identities[:IDSxIMAGES]`` asks for."""
-    found = re.fullmatch("identities(?::([1-9][0-9]*)x([1-9][0-9]*))?", data)
-    if found is None:
-        return None
-    return (int(found[1]), int(found[2])) if found[1] else _IDENTITIES
+def set_of(source: ImageSource, name: str) -> ImageSet:
+    """Return a source's images as a set; ``name`` is what messages call those that are not files of their own."""
+    own = source.paths if isinstance(source, FileImages) else None
+    paths = [f"{name}[{index}]" for index in range(len(source))] if own is None else [str(path) for path in own]
+    return ImageSet(paths, source.read, source.labels, names=source.names, problems=source.problems, notes=source.notes)
 
 
 def common_spec(source: ImageSource, least: int = 32, most: int = 112) -> ImageSpec:
-    """What suits a source: gray unless one of the images looked at has color, and their median side within bounds."""
+    """Return a spec that suits a source, from up to 16 of its images.
+
+    It is gray unless one of them has color, and its size is their median side within bounds.
+    """
     specs = []
     for index in torch.linspace(0, len(source) - 1, min(_PROBED, len(source))).long().tolist():
         try:

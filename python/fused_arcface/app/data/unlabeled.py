@@ -14,9 +14,11 @@ from torch import Tensor
 from fused_arcface.base.reading import DataError, file_errors, read_bytes
 from fused_arcface.base.text import lines
 
-from .folders import SUFFIXES, read_folder
+from .formats.folders import read_folder
+from .image_formats import SUFFIXES
 from .images import MAX_PIXELS, ImageSpec, read_image
-from .pair_sets import ImageSet, read_labeled
+from .pair_sets import read_labeled
+from .sources import ImageSet
 
 _LISTS = (".txt", ".lst", ".list")
 _MOST_BYTES = 1 << 30

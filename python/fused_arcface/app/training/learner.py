@@ -183,9 +183,9 @@ class Learner:
                 raise OptionError(f"{option}: {error}") from None
         return 0
 
-    def load(self, root: Path) -> int:
+    def load(self, root: Path, *, trust: bool = False) -> int:
         """Go back to the newest checkpoint and return the number of steps made by then. A collective."""
-        saved = checkpoint.load(root, self.head, **self._objects())
+        saved = checkpoint.load(root, self.head, trust=trust, **self._objects())
         step: int = saved["step"]
         self.updates = saved.get("updates", step)
         return step

@@ -13,9 +13,10 @@ from fused_arcface.base.options import HeadOptions
 from fused_arcface.base.reading import DataError
 from fused_arcface.margins.text import parse_margin
 
+from ..data.formats import open_source, unseen_source
 from ..data.images import ImageSpec
-from ..data.pair_sets import ImageSet, paired, read_pair_set
-from ..data.sources import ImageSource, common_spec, open_source, unseen_source
+from ..data.pair_sets import paired, read_pair_set
+from ..data.sources import ImageSet, ImageSource, common_spec
 from ..nets.backbones import own_embedding_dim, own_spec
 from .config import OptionError, TrainConfig
 from .world import World

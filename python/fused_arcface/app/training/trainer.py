@@ -57,7 +57,12 @@ class DryRun:
 
 
 def train(
-    config: TrainConfig, output: Path, *, resume: bool | Literal["auto"] = False, listener: Listener
+    config: TrainConfig,
+    output: Path,
+    *,
+    resume: bool | Literal["auto"] = False,
+    trust: bool = False,
+    listener: Listener,
 ) -> TrainingOutcome:
     """Train as the options say, and write a run's folder.
 
@@ -69,6 +74,7 @@ def train(
         output: folder of the run, made if it is missing. It is locked: one training at a time writes into it.
         resume: true to continue from the newest checkpoint in it, or from the start if there is none yet; ``"auto"`` to
             do so if the folder holds a run, and begin one otherwise.
+        trust: run the code that a resumed checkpoint of format 1 may hold.
         listener: called with each event of the training.
 
     Raises:
@@ -96,7 +102,7 @@ def train(
         with world.together():
             if world.rank == 0:
                 write_run(folder, config, source.names, data)
-        trainer = Trainer(config, folder, lock, world, source, interrupt, listener)
+        trainer = Trainer(config, folder, lock, world, source, interrupt, listener, trust)
         try:
             return trainer.run()
         finally:
@@ -142,10 +148,11 @@ class Trainer:
         source: ImageSource,
         interrupt: Interrupt,
         listener: Listener,
+        trust: bool = False,
         write: bool = True,
     ) -> None:
         self._config, self._folder, self._lock, self._world, self._source = config, folder, lock, world, source
-        self._interrupt = interrupt
+        self._interrupt, self._trust = interrupt, trust
         balanced = source.labels if config.balanced else None
         self._plan = BatchPlan(len(source), config.batch_size, config.seed, config.flip, balanced)
         self._steps = config.epochs * self._plan.steps_per_epoch
@@ -225,7 +232,7 @@ class Trainer:
         """Bring weights and class centers to where the training begins or goes on; tell of it and return the step."""
         config, learner, source = self._config, self._learner, self._source
         if self._folder.has_checkpoint:
-            step = learner.load(self._folder.checkpoints)
+            step = learner.load(self._folder.checkpoints, trust=self._trust)
         else:
             with self._world.together():
                 step = learner.start(source.names)

@@ -13,7 +13,7 @@ from fused_arcface.evaluation.thresholds import OperatingPoint, operating_points
 from fused_arcface.evaluation.verification import FARS
 
 from ..data.images import ImageSpec
-from ..data.pair_sets import ImageSet
+from ..data.sources import ImageSet
 from ..nets.small import embed
 from ..thresholds import of_cosine_distance
 from .batches import Item, load_batches

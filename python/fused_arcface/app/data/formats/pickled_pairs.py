@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fused_arcface.base.reading import DataError, check_regular, file_errors, open_regular
+import torch
+from torch import Tensor
 
-from .pickle_reader import Array, Damaged, Refused, read_pickle
+from fused_arcface.base.pickles import Damaged, Refused
+from fused_arcface.base.reading import DataError, check_regular, file_errors, open_regular
+from fused_arcface.evaluation.pairs import Pairs
+
+from ..images import ImageError, ImageSpec, read_image
+from ..sources import ImageSet
+from .pickle_reader import Array, read_set
 
 
 class PickledPairs(NamedTuple):
@@ -19,12 +28,17 @@ class PickledPairs(NamedTuple):
     """P: whether both show one person."""
 
 
+def is_pickle(data: str) -> bool:
+    """Return whether a name is that of a pickled set."""
+    return Path(data).suffix.lower() == ".bin"
+
+
 def read_pickled_pairs(path: str | Path) -> PickledPairs:
     """Read a ``.bin`` verification set, of any pickle protocol, Python 2's too.
 
     Images are bytes or uint8 arrays ``(n,)``, ``(n, 1)`` or ``(1, n)`` in a list, a tuple or an array of objects;
     labels are bools or 0 and 1 in a list, a tuple, or an array of bools or integers. Nothing of the file is executed,
-    and memory grows with its size alone; see :mod:`fused_arcface.app.data.pickle_reader`.
+    and memory grows with its size alone; see :mod:`fused_arcface.app.data.formats.pickle_reader`.
 
     Raises:
         DataError: it cannot be read, is damaged, or holds something else.
@@ -39,7 +53,7 @@ def read_pickled_pairs(path: str | Path) -> PickledPairs:
     size = check_regular(path)
     with open_regular(path) as file, file_errors(path):
         try:
-            found = read_pickle(file, size)
+            found = read_set(file, size)
         except Refused as refused:
             raise DataError(f"{path} is refused: {refused}; nothing of it was executed") from None
         except Damaged as damaged:
@@ -59,6 +73,23 @@ def read_pickled_pairs(path: str | Path) -> PickledPairs:
         [_image(path, index, image) for index, image in enumerate(images)],
         [_flag(path, index, flag) for index, flag in enumerate(flags)],
     )
+
+
+def open_pickle(data: str, _: Path | None, max_pixels: int) -> ImageSet:
+    """Open a ``.bin`` set of at most ``max_pixels`` an image."""
+    path = Path(data)
+    found = read_pickled_pairs(path)
+    numbers = torch.arange(len(found.images))
+    names = [f"{path.name}[{i}]" for i in range(len(found.images))]
+    pairs = Pairs(numbers[0::2], numbers[1::2], torch.tensor(found.same))
+    return ImageSet(names, partial(_read_pickled, path.name, found.images, max_pixels), pairs=pairs)
+
+
+def _read_pickled(name: str, images: Sequence[bytes], max_pixels: int, index: int, spec: ImageSpec) -> Tensor:
+    try:
+        return read_image(images[index], spec, max_pixels)
+    except ImageError as error:
+        raise ImageError(f"{name}[{index}]: {error}") from None
 
 
 def _is_vector(value: Any) -> bool:

@@ -8,8 +8,9 @@ from __future__ import annotations
 import json
 import math
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -20,7 +21,8 @@ from fused_arcface.base.files import replacing
 from fused_arcface.base.reading import DataError, check_regular, file_errors, open_regular
 from fused_arcface.checkpoint import safetensors
 
-SUFFIXES = (".npz", ".safetensors")
+Contents = tuple[dict[str, Tensor], list[str] | None]
+"""Tensors by name, and the names of images if the file has them."""
 NAMES = ("embeddings", "labels", "pairs", "same")
 _PATHS = "paths"
 
@@ -30,27 +32,29 @@ _EXPANSION = 8
 
 
 def write(path: Path, tensors: dict[str, Tensor], paths: list[str]) -> None:
-    """Write tensors and the names of images into a file of the kind that its suffix says."""
-    if path.suffix == ".npz":
-        arrays: dict[str, Any] = {name: tensor.numpy() for name, tensor in tensors.items()}
-        with replacing(path) as file:
-            np.savez(file, **arrays, paths=np.array(paths, dtype=np.str_))
-        return
+    """Write tensors and the names of images into a file of the kind that its suffix names."""
+    _FORMATS[path.suffix].write(path, tensors, paths)
+
+
+def read(path: Path) -> Contents:
+    """Read the tensors called as in :data:`NAMES` and the names of images.
+
+    Floating-point tensors become fp32 and whole ones int64.
+
+    Raises:
+        DataError: if the file cannot be read, or has arrays of other kinds under these names.
+    """
+    return _FORMATS[path.suffix].read(path)
+
+
+def _write_safetensors(path: Path, tensors: dict[str, Tensor], paths: list[str]) -> None:
     layout = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
-    with safetensors.Writer(path, layout, {_PATHS: json.dumps(paths)}) as writer:
+    with safetensors.writing(path, layout, {_PATHS: json.dumps(paths)}) as writer:
         for name, tensor in tensors.items():
             writer.write(name, [tensor])
 
 
-def read(path: Path) -> tuple[dict[str, Tensor], list[str] | None]:
-    """Read the tensors called as in :data:`NAMES`, floating-point ones as fp32 and whole ones as int64, and the names
-    of images.
-
-    Raises:
-        DataError: the file cannot be read, or has arrays of other kinds under these names.
-    """
-    if path.suffix == ".npz":
-        return _read_npz(path)
+def _read_safetensors(path: Path) -> Contents:
     found, metadata = safetensors.read(path)
     tensors = {name: _plain(path, name, found[name]) for name in NAMES if name in found}
     with file_errors(path):
@@ -66,7 +70,13 @@ def _plain(path: Path, name: str, tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.is_floating_point() else tensor.long()
 
 
-def _read_npz(path: Path) -> tuple[dict[str, Tensor], list[str] | None]:
+def _write_npz(path: Path, tensors: dict[str, Tensor], paths: list[str]) -> None:
+    arrays: dict[str, Any] = {name: tensor.numpy() for name, tensor in tensors.items()}
+    with replacing(path) as file:
+        np.savez(file, **arrays, paths=np.array(paths, dtype=np.str_))
+
+
+def _read_npz(path: Path) -> Contents:
     limit = _SLACK + _EXPANSION * check_regular(path)
     tensors: dict[str, Tensor] = {}
     paths = None
@@ -105,3 +115,14 @@ def _read_npy(path: Path, archive: zipfile.ZipFile, entry: zipfile.ZipInfo, kind
     with archive.open(entry) as packed:
         array: npt.NDArray[Any] = np.lib.format.read_array(packed, allow_pickle=False)
     return array
+
+
+class _Format(NamedTuple):
+    """How a kind of file is read and written."""
+
+    read: Callable[[Path], Contents]
+    write: Callable[[Path, dict[str, Tensor], list[str]], None]
+
+
+_FORMATS = {".npz": _Format(_read_npz, _write_npz), ".safetensors": _Format(_read_safetensors, _write_safetensors)}
+SUFFIXES = tuple(_FORMATS)

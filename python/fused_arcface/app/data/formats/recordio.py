@@ -20,8 +20,10 @@ import os
 import struct
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import TracebackType
 from typing import Any, NamedTuple
 
+from fused_arcface.base.files import replacing
 from fused_arcface.base.reading import DataError, open_regular
 
 MAGIC = 0xCED7230A
@@ -55,7 +57,7 @@ class ImageRecord(NamedTuple):
 
 
 def pack_image(labels: float | Sequence[float], id: int, image: bytes) -> bytes:
-    """An image's payload. One label is stored in the header, a sequence of them after it.
+    """Return an image's payload. One label is stored in the header, a sequence of labels after it.
 
     >>> unpack_image(pack_image([3, 0.5], 7, b"jpeg"))
     ImageRecord(labels=(3.0, 0.5), id=7, image=b'jpeg')
@@ -66,10 +68,10 @@ def pack_image(labels: float | Sequence[float], id: int, image: bytes) -> bytes:
 
 
 def unpack_image(payload: bytes) -> ImageRecord:
-    """The opposite of :func:`pack_image`.
+    """Return the parts of an image's payload, the opposite of :func:`pack_image`.
 
     Raises:
-        ValueError: shorter than its header says, or with more than 65536 labels.
+        ValueError: if it is shorter than its header says, or has more than 65536 labels.
 
     >>> unpack_image(pack_image(3, 7, b"jpeg")).labels
     (3.0,)
@@ -244,24 +246,24 @@ def too_broken(path: Path) -> DataError:
 
 
 class RecordWriter:
-    """Writes a RecordIO file and its index; a context manager.
+    r"""Write a RecordIO file and its index; a context manager. Each appears when it is whole, in place of an old one.
 
     >>> import tempfile; path = Path(tempfile.mkdtemp()) / "train.rec"
     >>> with RecordWriter(path) as writer:
     ...     writer.write(1, pack_image(0, 1, b"jpeg"))
     >>> RecordFile(path).read(0, 1)[-4:], path.with_suffix(".idx").read_text()
-    (b'jpeg', '1\\t0\\n')
+    (b'jpeg', '1\t0\n')
     """
 
     def __init__(self, path: str | Path) -> None:
         self._files = contextlib.ExitStack()
         path = Path(path)
-        self._records = self._files.enter_context(path.open("wb"))
-        self._index = self._files.enter_context(path.with_suffix(".idx").open("w", encoding="ascii", newline="\n"))
+        self._index = self._files.enter_context(replacing(path.with_suffix(".idx")))
+        self._records = self._files.enter_context(replacing(path))
 
     def write(self, key: int, payload: bytes) -> None:
-        """Appends a record."""
-        self._index.write(f"{key}\t{self._records.tell()}\n")
+        """Append a record."""
+        self._index.write(f"{key}\t{self._records.tell()}\n".encode("ascii"))
         parts = _split_at_magic(payload)
         for place, part in enumerate(parts):
             if len(part) > MOST:
@@ -269,18 +271,17 @@ class RecordWriter:
             kind = WHOLE if len(parts) == 1 else FIRST if place == 0 else LAST if place == len(parts) - 1 else BETWEEN
             self._records.write(_HEAD.pack(MAGIC, kind << 29 | len(part)) + part + bytes(padded(len(part)) - len(part)))
 
-    def close(self) -> None:
-        self._files.close()
-
     def __enter__(self) -> RecordWriter:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._files.__exit__(kind, error, trace)
 
 
 def _split_at_magic(payload: bytes) -> list[bytes]:
-    """What lies before, between and after the magic numbers in the payload's aligned words."""
+    """Return the parts before, between and after the magic numbers in the payload's aligned words."""
     parts, start = [], 0
     at = payload.find(_MAGIC_BYTES)
     while at >= 0:
@@ -292,5 +293,5 @@ def _split_at_magic(payload: bytes) -> list[bytes]:
 
 
 def padded(length: int) -> int:
-    """``length`` raised to a multiple of 4."""
+    """Return ``length`` rounded up to a multiple of 4."""
     return -(-length // 4) * 4

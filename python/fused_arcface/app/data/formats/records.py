@@ -1,5 +1,4 @@
-"""Labeled images of a RecordIO file, as insightface's data sets are distributed: which records are images, and whom
-each shows."""
+"""Labeled images of a RecordIO file, the form in which insightface's data sets are distributed."""
 
 from __future__ import annotations
 
@@ -11,14 +10,26 @@ from torch import Tensor
 
 from fused_arcface.base.reading import DataError
 
+from ..images import MAX_PIXELS, ImageError, ImageSpec, image_spec, read_image
 from .folders import missing_numbers
-from .images import MAX_PIXELS, ImageError, ImageSpec, image_spec, read_image
 from .record_index import Heads, Ints, read_heads, read_index, unnamed_ranges
 from .recordio import FIRST, HEAD_BYTES, MOST_BROKEN, ImageRecord, RecordError, RecordFile, too_broken, unpack_image
 
 _SAID = 20  # problems of one kind that are told one by one
 _SAID_OF_THE_REST = 3  # the same for records behind a file's end
 _NONE = np.empty(0, np.int64), np.empty(0, np.int64)
+
+
+def is_records(data: str) -> bool:
+    """Return whether a name is that of a RecordIO file, or of a folder with ``train.rec`` in it."""
+    path = Path(data)
+    return path.is_file() or (path / "train.rec").is_file()
+
+
+def open_records(data: str, max_pixels: int) -> RecordImages:
+    """Open the images of a RecordIO file, each with at most ``max_pixels``."""
+    path = Path(data)
+    return RecordImages(path if path.is_file() else path / "train.rec", max_pixels)
 
 
 class RecordImages:
@@ -34,7 +45,7 @@ class RecordImages:
         max_pixels: of an image, see :func:`fused_arcface.app.data.read_image`.
 
     Raises:
-        DataError: it cannot be opened, has no image that can be used, or an index that is none.
+        DataError: if it cannot be opened, has no image that can be used, or its index is of another kind.
     """
 
     def __init__(self, path: str | Path, max_pixels: int = MAX_PIXELS) -> None:
@@ -85,7 +96,7 @@ class RecordImages:
         return _place(self.path, self._numbers[index], self._offsets[index])
 
     def _find_records(self) -> tuple[Ints, Heads]:
-        """Number and head of each record, in the order of the numbers."""
+        """Return number and head of each record, in the order of the numbers."""
         index = self.path.with_suffix(".idx")
         if not index.exists():
             found = list(self._file.scan())
@@ -130,7 +141,7 @@ class RecordImages:
             )
 
     def _report_unnamed(self, index: Path, heads: Heads) -> None:
-        """Records that the index does not name."""
+        """Note records that the index does not name."""
         found = [
             offset
             for start, stop in unnamed_ranges(heads, self._file.size)
@@ -144,7 +155,7 @@ class RecordImages:
             )
 
     def _without_header(self, numbers: Ints, heads: Heads) -> tuple[Ints, Heads]:
-        """Of the records those that the header, if there is one, says are images."""
+        """Return the records that are images, as the header says if there is one."""
         if len(numbers) == 0 or numbers[0] != 0:
             return numbers, heads
         try:
@@ -166,7 +177,7 @@ class RecordImages:
         return numbers[images], heads[images]
 
     def _read_labels(self, numbers: Ints, heads: Heads) -> tuple[Ints, Ints, Ints]:
-        """The records that can be read, and the first label of each."""
+        """Return number, offset and first label of the records that can be read."""
         labels, good = heads.label.copy(), heads.complete.copy()
         # Each of these may have parts all over the file, or share them with others.
         limit = self._file.bytes_read + self._file.size

@@ -1,5 +1,4 @@
-"""A labeled folder: one folder for each identity, in it its images. What ``train``, ``verify`` and ``identify`` read
-when they are given a directory."""
+"""A labeled folder: one folder for each identity, with its images in it."""
 
 from __future__ import annotations
 
@@ -11,17 +10,8 @@ from pathlib import Path
 
 from fused_arcface.base.reading import DataError, file_errors
 
-_FORMAT_OF = {
-    **dict.fromkeys((".jfif", ".jpe", ".jpeg", ".jpg"), "JPEG"),
-    **dict.fromkeys((".pbm", ".pgm", ".pnm", ".ppm"), "PPM"),
-    **dict.fromkeys((".tif", ".tiff"), "TIFF"),
-    **{".bmp": "BMP", ".dib": "DIB", ".gif": "GIF", ".jp2": "JPEG2000", ".png": "PNG", ".tga": "TGA", ".webp": "WEBP"},
-}
-SUFFIXES = tuple(sorted(_FORMAT_OF))
-"""What the names of images end in, in small letters; other files are left alone."""
-FORMATS = tuple(sorted(set(_FORMAT_OF.values())))
-"""Pillow's names of these formats. No other decoder sees a file, whatever its content looks like."""
-
+from ..image_formats import SUFFIXES
+from ..sources import FileImages
 
 SPLITS = frozenset(
     ("train", "training", "val", "valid", "validation", "dev", "test", "testing", "eval", "gallery", "probe", "probes")
@@ -40,8 +30,8 @@ class LabeledFolder:
     names: list[str]
     """Folder of each identity."""
     problems: list[str] = field(default_factory=list)
-    """What is wrong, and images that are not used: empty folders, gaps in numbered ones, images outside any, links to
-    nothing, identities whose images lie in folders of their own."""
+    """Images that are not used, and other faults: empty folders, gaps in numbered ones, images outside of any, links to
+    nothing, identities with several folders of images."""
     notes: list[str] = field(default_factory=list)
     """Number of the other files that are not used."""
 
@@ -50,8 +40,20 @@ class LabeledFolder:
         return len(self.names)
 
 
+def is_folder(data: str) -> bool:
+    """Return whether a name is that of a folder, one without ``train.rec``."""
+    path = Path(data)
+    return path.is_dir() and not (path / "train.rec").is_file()
+
+
+def open_folder(data: str, max_pixels: int) -> FileImages:
+    """Open the images of a labeled folder, each with at most ``max_pixels``."""
+    found = read_folder(data)
+    return FileImages(found.files, found.names, found.problems, found.notes, max_pixels)
+
+
 def read_folder(root: str | Path) -> LabeledFolder:
-    """The images of a folder whose sub-folders are identities, found but not opened.
+    """Find the images of a folder whose sub-folders are identities; none is opened.
 
     Sub-folders are identities in the order of their names, numbered ones (``0``, ``1``, ``10``) by number; images lie
     in them at any depth. Hidden files and folders, and links to folders inside an identity's, are not used. A folder
@@ -59,8 +61,8 @@ def read_folder(root: str | Path) -> LabeledFolder:
     without a gap.
 
     Raises:
-        DataError: not a folder, no image in any sub-folder, or sub-folders that are parts of a data set (``train``
-            and ``val``) and hold the identities in their turn.
+        DataError: if it is not a folder, no sub-folder has an image, or the sub-folders are parts of a data set
+            (``train`` and ``val``) which hold the identities.
 
     >>> import tempfile; root = Path(tempfile.mkdtemp())
     >>> for name in ("ann/1.png", "ann/2.png", "bob/1.png"):
@@ -73,7 +75,7 @@ def read_folder(root: str | Path) -> LabeledFolder:
         raise DataError(f"{root} is not a folder")
     with file_errors(root):
         entries = [path for path in root.iterdir() if not path.name.startswith(".")]
-    folders = sorted((path for path in entries if path.is_dir()), key=lambda path: _natural(path.name))
+    folders = sorted((path for path in entries if path.is_dir()), key=lambda path: natural(path.name))
     loose = sorted(path for path in entries if _named_as_image(path.name) and not path.is_dir())
     problems = [f"{loose[0]}: {len(loose)} image(s) outside any identity's folder"] if loose else []
     contents = [_Content(folder) for folder in folders]
@@ -127,7 +129,7 @@ class _Content:
 
     @property
     def is_nested(self) -> bool:
-        """Whether all images lie in folders below, more than one."""
+        """True if the images lie in more than one folder, all of them below this one."""
         parents = {path.parent for path in self.images}
         return len(parents) > 1 and self.folder not in parents
 
@@ -140,7 +142,7 @@ def _by_bytes(path: Path) -> list[bytes]:
     return os.fsencode(path).split(os.fsencode(os.sep))
 
 
-def _natural(name: str) -> tuple[int, int, bytes]:
+def natural(name: str) -> tuple[int, int, bytes]:
     """Return a key that sorts numbers by value and before names, names by their bytes: the same in every locale."""
     return (0, int(name), b"") if _is_number(name) else (1, 0, os.fsencode(name))
 
@@ -162,5 +164,5 @@ def _gaps(root: Path, folders: list[Path]) -> list[str]:
 
 
 def missing_numbers(before: int, after: int) -> str:
-    """The whole numbers between two, in words: ``3``, or ``3 to 7``."""
+    """Return the whole numbers between two, in words: ``3``, or ``3 to 7``."""
     return str(before + 1) if after == before + 2 else f"{before + 1} to {after - 1}"

@@ -1,0 +1,62 @@
+"""List files: a line ``path label`` for each image. The label is a name or a number, whatever tells people apart."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from fused_arcface.base.reading import DataError, file_errors, open_regular
+from fused_arcface.base.text import lines
+
+from ..images import MAX_PIXELS
+from ..sources import FileImages
+from .folders import natural
+from .pairs_text import TEXTS, fields_of
+
+_SUFFIXES = (*TEXTS, ".lst", ".list")
+_SAID = 20  # problems that are told one by one
+
+
+def is_list(data: str) -> bool:
+    """Return whether a name is that of a list file."""
+    return Path(data).suffix.lower() in _SUFFIXES
+
+
+def open_list(data: str, max_pixels: int = MAX_PIXELS) -> FileImages:
+    """Open a list file.
+
+    Tabs, commas or spaces separate the two fields; in a line of spaces the last one does, so that paths may hold
+    spaces. Paths are relative to the list's folder. Identities are in the order of their labels, numbers by value.
+    Missing images are problems, and so are images that are named again.
+
+    Raises:
+        DataError: if a line is no ``path label``, with its number; or if no image is there.
+    """
+    path = Path(data)
+    with open_regular(path) as file, file_errors(path):
+        text = lines(file.read())
+    label_of: dict[Path, str] = {}
+    problems: list[str] = []
+    for number, line in enumerate(text, start=1):
+        fields = fields_of(line)
+        if not fields:
+            continue
+        if "\t" not in line and "," not in line:
+            fields = [each for each in line.strip(" ").rsplit(" ", 1) if each]
+        if len(fields) != 2:
+            raise DataError(f"{path}, line {number}: must be `path label`; got {line[:100]!r}")
+        image = path.parent / fields[0].strip(" ")
+        if image in label_of:
+            problems.append(f"{path}, line {number}: {image} is named again")
+        elif not os.path.isfile(image):
+            problems.append(f"{path}, line {number}: {image} is missing")
+        else:
+            label_of[image] = fields[1]
+    if not label_of:
+        raise DataError(f"{path} names no image that is there{f': {problems[0]}' if problems else ''}")
+    if (unsaid := len(problems) - _SAID) > 0:
+        problems[_SAID:] = [f"{path}: {unsaid} more lines are not used"]
+    names = sorted(set(label_of.values()), key=lambda name: (natural(name), name))
+    identity_of = {name: identity for identity, name in enumerate(names)}
+    files = sorted(((image, identity_of[label]) for image, label in label_of.items()), key=lambda each: each[1])
+    return FileImages(files, names, problems, [], max_pixels)
