@@ -1,5 +1,4 @@
-"""Training runs inside this process, told to stop by signals at steps of the test's choice: interrupted and resumed, in
-micro-batches, with bad data."""
+"""Training runs inside this process: interrupted by signals and resumed, in micro-batches, with bad data."""
 
 from __future__ import annotations
 
@@ -43,7 +42,7 @@ TINY = TrainConfig(
 def run(
     config: TrainConfig, output: Path, resume: bool = False, stop_at: int = 0, by: int = signal.SIGINT
 ) -> tuple[TrainingOutcome, list[events.Event]]:
-    """A run's outcome and events; ``stop_at`` is the step at which this process gets a signal."""
+    """Return a run's outcome and events; ``stop_at`` is the step at which this process gets a signal."""
     heard: list[events.Event] = []
 
     def listen(event: events.Event) -> None:
