@@ -22,7 +22,7 @@ from fused_arcface.app.nets.backbones import build_backbone
 
 
 def write_bin(path: Path, people: int, first: int = 0) -> None:
-    """A set of pairs as insightface's: color JPEG, a pair of one person and one of two for each person."""
+    """Write a set of pairs as insightface's: color JPEG, a pair of one person and one of two for each person."""
     listed, same = [], []
     for place in range(people):
         for other in (place, (place + 1) % people):

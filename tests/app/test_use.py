@@ -31,7 +31,7 @@ from fused_arcface.evaluation.thresholds import OperatingPoint
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run with a verification."""
+    """Train a run with a verification to its end."""
     output = tmp_path_factory.mktemp("runs") / "run"
     config = TrainConfig(data="identities:6x4", epochs=2, batch_size=8, image_size=16, workers=0, device="cpu")
     train(config, output, listener=lambda event: None)

@@ -142,17 +142,12 @@ def load_embedder(
         DataError: a file that cannot be read, or has the weights of another net.
         ValueError: a backbone that is unknown or not named, or a device that cannot be used.
 
-    ::
-
-        embedder = fa.load_embedder("runs/faces")
-        first, second = embedder(["ann.jpg", "bob.jpg"])
-        cosine = first @ second
-
-    >>> import tempfile
-    >>> file = Path(tempfile.mkdtemp()) / "net.pt"
-    >>> torch.save(build_backbone("small", 64, ImageSpec(size=32, channels=1)).state_dict(), file)
-    >>> load_embedder(file, "small", image_size=32)(np.zeros((50, 40), np.uint8)).shape
-    torch.Size([1, 64])
+    >>> import tempfile; file = Path(tempfile.mkdtemp()) / "backbone.pth"
+    >>> torch.save(build_backbone("small", 64, ImageSpec(size=16, channels=1)).state_dict(), file)
+    >>> embedder = load_embedder(file, "small", image_size=16)
+    >>> first, second = embedder([np.zeros((20, 30), np.uint8), np.ones((40, 40, 3), np.uint8)])
+    >>> bool(-1.001 < first @ second < 1.001)  # the cosine
+    True
     """
     return _load(Path(source), backbone, device, image_size, trust).requires_grad_(False)
 

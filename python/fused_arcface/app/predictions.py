@@ -67,10 +67,10 @@ def write_predictions(
 
 
 def csv_line(values: list[str]) -> bytes:
-    """Return a line of a CSV file; names of files keep their own bytes.
+    r"""Return a line of a CSV file; names of files keep their own bytes.
 
     >>> csv_line(["a,b", "1"])
-    b'"a,b",1\\n'
+    b'"a,b",1\n'
     """
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerow(values)

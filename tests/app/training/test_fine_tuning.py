@@ -76,7 +76,7 @@ def test_centers_without_names_are_the_first_classes(tmp_path: Path) -> None:
 
 
 def _first_loss(output: Path, config: TrainConfig) -> float:
-    """The loss of the first batch with new class centers, by the oracle, of the net in evaluation mode."""
+    """Return the oracle's loss of the first batch with new class centers, of the net in evaluation mode."""
     net, spec = load_backbone(output)
     source = open_source(config.data)
     items = BatchPlan(24, 8, config.seed, config.flip).epoch(0)[0]

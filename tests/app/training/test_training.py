@@ -1,5 +1,4 @@
-"""Training runs inside this process, told to stop by signals at steps of the test's choice: interrupted and resumed, in
-micro-batches, with bad data."""
+"""Training runs inside this process: interrupted by signals and resumed, in micro-batches, with bad data."""
 
 from __future__ import annotations
 
