@@ -6,6 +6,7 @@ The commands ``gradcheck`` and ``doctor`` use it.
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -154,7 +155,7 @@ def errors_against_fp64(backend: str | None, dtype: torch.dtype, problem: Proble
         # A margin with a state starts from the same one.
         options = {"margin": copy.deepcopy(problem.margin), "scale": problem.scale, "reduction": "none"}
         options |= problem.options
-        function = reference.margin_softmax_loss
+        function: Callable[..., Any] = reference.margin_softmax_loss
         if backend is not None:
             function, options["backend"] = margin_softmax_loss, backend
         rows: Any = function(*leaves, problem.target, **options)

@@ -27,7 +27,7 @@ def not_compiled(function: _Function) -> _Function:
 
     The compiler is imported in the first call, as it is by torch's optimizers.
     """
-    return cast(_Function, torch._disable_dynamo(function))
+    return cast(_Function, torch._disable_dynamo(function))  # type: ignore[attr-defined]
 
 
 def check_not_transformed(caller: str) -> None:

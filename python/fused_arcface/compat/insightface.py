@@ -291,7 +291,7 @@ class PartialFC_V2(PartialFC):
         return fused is not None
 
     @not_compiled
-    def forward(self, local_embeddings: Tensor, local_labels: Tensor) -> Tensor:
+    def forward(self, local_embeddings: Tensor, local_labels: Tensor) -> Tensor:  # type: ignore[override]
         """Mean loss over all ranks' rows, of this rank's embeddings (b, D) and labels (b,) or (b, 1)."""
         labels = local_labels.reshape(-1)
         if self._resolve():
