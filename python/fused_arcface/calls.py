@@ -14,7 +14,8 @@ from .margins import Margin
 
 LossAndStats = tuple[Tensor, MarginSoftmaxStats]
 Reduction = Literal["mean", "sum", "none"]
-Backend = Literal["auto", "torch", "reference", "cpu", "triton", "cuda"]
+# Editors offer these; a name out of ``backends.available()`` is a str.
+Backend = Literal["auto", "torch", "reference", "cpu", "triton", "cuda"] | str
 
 
 class LossOptions(TypedDict, total=False):
