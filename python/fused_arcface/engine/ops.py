@@ -56,7 +56,7 @@ def _local_target(target: Tensor, num_classes: int, ignore_index: int) -> Tensor
     target = target.long()
     on_cpu = target.device.type == "cpu"
     if on_cpu and target.numel() > 0:
-        low, high = torch.aminmax(target)
+        low, high = (int(each) for each in torch.aminmax(target))
         if low >= 0 and high < num_classes and not 0 <= ignore_index < num_classes:  # all rows count
             return target.clone()
     if on_cpu or os.environ.get("FUSED_ARCFACE_DEBUG") == "1":
