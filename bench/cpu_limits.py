@@ -33,7 +33,7 @@ MISSED: list[str] = []
 
 
 def least(runs: dict[str, Run], rounds: int, repeats: int = 1) -> dict[str, float]:
-    """Milliseconds of each run, the least of ``rounds`` times ``repeats``, taken in turn after one run of each."""
+    """Return the least milliseconds of each run over ``rounds`` times ``repeats``, in turn after one run of each."""
     best = dict.fromkeys(runs, float("inf"))
     for run in runs.values():
         run()
@@ -47,12 +47,13 @@ def least(runs: dict[str, Run], rounds: int, repeats: int = 1) -> dict[str, floa
 
 
 def step(loss: peers.Loss, inputs: Inputs) -> Run:
-    """A forward and a backward pass."""
+    """Return a run of a forward and a backward pass."""
     head = HeadRun(loss, *inputs)
     return lambda: head(True)
 
 
 def ours(inputs: Inputs, isa: str = "") -> Run:
+    """Return a run of this package's step, with one instruction set if it is named."""
     run = step(lambda x, w, y: fa.margin_softmax_loss(x, w, y, backend="cpu"), inputs)  # type: ignore[arg-type, return-value]
 
     def with_isa() -> object:
@@ -72,6 +73,7 @@ def _environment(isa: str) -> Iterator[None]:
 
 
 def products(inputs: Inputs) -> Run:
+    """Return a run of torch's three bare products."""
     x, w, _ = inputs
 
     def run() -> None:
@@ -83,6 +85,7 @@ def products(inputs: Inputs) -> Run:
 
 
 def judge(name: str, value: float, limit: float, at_least: bool = False) -> None:
+    """Print a figure beside its limit."""
     met = value >= limit if at_least else value <= limit
     print(
         f"  {name:<66}{value:6.2f}   {'>=' if at_least else '<='} {limit:.2f}   {'' if met else 'MISSED'}", flush=True
@@ -137,10 +140,12 @@ class Earlier:
 
 
 def flops(case: Case) -> float:
+    """Return the floating-point operations of a step, 8NDC."""
     return 8.0 * case.N * case.C * case.D
 
 
 def fp32(rounds: int, before: str | None) -> None:
+    """Measure the fp32 step."""
     inputs = make_inputs(HEADLINE, "cpu")
     runs = {"ours": ours(inputs), "eager": step(peers.plain, inputs), "products": products(inputs)}
     if "avx2" in _slower():
@@ -162,6 +167,7 @@ def fp32(rounds: int, before: str | None) -> None:
 
 
 def bf16(rounds: int, before: str | None) -> None:
+    """Measure the bf16 step, and the fp32 step under autocast."""
     case = Case(HEADLINE.N, HEADLINE.C, HEADLINE.D, "bfloat16", "bfloat16")
     inputs, mixed = make_inputs(case, "cpu"), make_inputs(HEADLINE, "cpu")
 
@@ -191,6 +197,7 @@ def bf16(rounds: int, before: str | None) -> None:
 
 
 def small(rounds: int) -> None:
+    """Measure small problems beside a plain head."""
     for case in SMALL:
         inputs = make_inputs(case, "cpu")
         runs = {"ours": ours(inputs), "eager": step(peers.plain, inputs)}
@@ -210,6 +217,7 @@ def _rounded(ms: dict[str, float]) -> str:
 
 
 def main() -> None:
+    """Measure what the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", choices=[[], "fp32", "bf16", "small"])
     parser.add_argument(

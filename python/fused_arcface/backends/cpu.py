@@ -25,12 +25,12 @@ def unavailable() -> str | None:
 
 @functools.cache
 def _isas() -> list[str]:
-    """This machine's instruction sets, the best first."""
+    """Return this machine's instruction sets, the best first."""
     return native.module.isas()
 
 
 def isa() -> str:
-    """The instruction set in use: the best of this machine, or the one named in the environment's FUSED_ARCFACE_ISA."""
+    """Return the instruction set in use: the one that FUSED_ARCFACE_ISA names, or the best of this machine."""
     return native.module.isa()
 
 
@@ -40,23 +40,25 @@ def describe() -> str:
 
 
 def multiply_adds(rounds: int, dtype: torch.dtype = torch.float32) -> int:
-    """Flops of ``rounds`` vector multiply-adds on all of torch's threads, in registers alone: timed, the peak of
-    products in ``dtype``."""
+    """Make ``rounds`` vector multiply-adds in registers on all of torch's threads, and return their flops.
+
+    Their time gives the peak of products in ``dtype``.
+    """
     return native.module.multiply_adds(native.dtype_code(dtype), rounds, torch.get_num_threads())
 
 
 allow_bf16_products = True
-"""Whether products of bf16 embeddings are taken in bf16, where the processor multiplies it (``FUSED_ARCFACE_ISA`` may
-name an instruction set that does not). If false, 16-bit rows are converted and multiplied in fp32."""
+"""If true, bf16 embeddings are multiplied in bf16 where the instruction set has such products. If false, 16-bit rows
+are converted and multiplied in fp32."""
 
 
 def multiplies_bf16() -> bool:
-    """Whether the instruction set in use multiplies bf16 and :data:`allow_bf16_products` lets it."""
+    """Return true if the instruction set in use multiplies bf16 and :data:`allow_bf16_products` allows it."""
     return allow_bf16_products and native.module.has_products(native.module.BFLOAT16)
 
 
 def _product_code(embeddings: Tensor, compute: torch.dtype) -> int:
-    """The dtype, as a code, that the products of these embeddings are taken in; sums are in ``compute``."""
+    """Return the code of the dtype of these embeddings' products. Their sums are in ``compute``."""
     in_bf16 = embeddings.dtype == torch.bfloat16 and compute == torch.float32 and multiplies_bf16()
     return native.dtype_code(torch.bfloat16 if in_bf16 else compute)
 
@@ -102,6 +104,7 @@ def _run_class_stats(
 
 
 def target_cosine(embeddings: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+    """Implement :func:`fused_arcface.backends.torch.target_cosine`."""
     dtype, target = compute_dtype(embeddings, weight), target.contiguous()
     cosine = torch.empty(embeddings.shape[0], dtype=dtype)
     native.module.target_cosine(
@@ -116,6 +119,7 @@ def target_cosine(embeddings: Tensor, weight: Tensor, target: Tensor) -> Tensor:
 
 
 def finish_negatives(negative_sum: Tensor, shift: Tensor | None, center_sum: Tensor) -> tuple[Tensor, Tensor]:
+    """Implement :func:`fused_arcface.backends.torch.finish_negatives`."""
     shift = None if shift is None else shift.contiguous()
     negative_sum, center_sum = negative_sum.contiguous(), center_sum.contiguous()
     lse, mean = torch.empty(negative_sum.shape[0], dtype=torch.float64), torch.empty_like(center_sum)
@@ -135,6 +139,7 @@ def finish_negatives(negative_sum: Tensor, shift: Tensor | None, center_sum: Ten
 def unit_embedding_grad(
     weight: Tensor, target: Tensor, mean_center: Tensor, negative_coefficient: Tensor, target_coefficient: Tensor
 ) -> Tensor:
+    """Implement :func:`fused_arcface.backends.torch.unit_embedding_grad`."""
     target, mean_center = target.contiguous(), mean_center.contiguous()
     negative_coefficient, target_coefficient = negative_coefficient.contiguous(), target_coefficient.contiguous()
     d_unit = torch.empty_like(mean_center)
@@ -153,6 +158,7 @@ def unit_embedding_grad(
 
 
 def embedding_grad(d_unit: Tensor, embeddings: Tensor) -> Tensor:
+    """Implement :func:`fused_arcface.backends.torch.embedding_grad`."""
     d_unit, d_embeddings = d_unit.contiguous(), torch.empty_like(embeddings)
     native.module.embedding_grad(
         native.dtype_code(d_unit.dtype),
@@ -174,6 +180,7 @@ def margin_loss(
     boundary: str,
     gradient: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Implement :func:`fused_arcface.backends.torch.margin_loss`."""
     negative_lse, target_cosine = negative_lse.contiguous(), target_cosine.contiguous()
     loss, lse, d_lse, d_cosine = (torch.empty_like(negative_lse) for _ in range(4))
     native.module.margin_loss(

@@ -37,7 +37,7 @@ def address(tensor: Tensor | None) -> int:
 
 
 def dtype_code(dtype: torch.dtype) -> int:
-    """A dtype of embeddings and centers, as ``Dtype``."""
+    """Return the code of a dtype of embeddings and centers, as ``Dtype`` numbers it."""
     return _DTYPE_CODES[dtype]
 
 

@@ -235,10 +235,11 @@ def target_cosine(embeddings: Tensor, weight: Tensor, target: Tensor) -> Tensor:
 
 
 def finish_negatives(negative_sum: Tensor, shift: Tensor | None, center_sum: Tensor) -> tuple[Tensor, Tensor]:
-    """From the sums of :func:`class_stats` over all shards, the rows' log-sum-exps (N,) fp64 and softmax-weighted means
-    of the unit centers, shape and dtype of ``center_sum``; a row without negatives has the mean 0.
+    """Return the rows' log-sum-exps (N,) and softmax-weighted means of the unit centers.
 
-    fp64: at s = 1000 an fp32 rounding of it would cost 3e-5 of every probability in the backward pass.
+    They come from the sums of :func:`class_stats` over all shards. The means have the shape and the dtype of
+    ``center_sum``; a row without negatives has the mean 0. The log-sum-exps are fp64: at s = 1000 an fp32 rounding
+    would cost 3e-5 of every probability in the backward pass.
     """
     lse = negative_sum.double().log()
     least = torch.finfo(negative_sum.dtype).tiny  # in place of 0

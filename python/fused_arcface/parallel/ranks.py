@@ -236,7 +236,7 @@ class Ranks:
         return tensor
 
     def sum_rows(self, *rows: Tensor) -> tuple[Tensor, ...]:
-        """Sums over the ranks of several (N,) tensors of one dtype, in one collective."""
+        """Return the sums over the ranks of several (N,) tensors of one dtype, in one collective."""
         return self.sum(torch.stack(rows)).unbind() if self.world_size > 1 else rows
 
     def max(self, tensor: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ def eager(embeddings: Tensor, weight: Tensor, target: Tensor) -> Tensor:
 
 
 def plain(embeddings: Tensor, weight: Tensor, target: Tensor) -> Tensor:
-    """The head as its users write it: normalize, linear, acos, cos, scatter, cross_entropy. In bf16 the cosines are."""
+    """Compute the loss as users write it: normalize, linear, acos, cos, scatter, cross_entropy."""
     cosine = F.linear(F.normalize(embeddings), F.normalize(weight))
     of_target = cosine.gather(1, target[:, None]).float().clamp(-1 + 1e-7, 1 - 1e-7)
     modified = (of_target.acos() + MARGIN.margin).cos()
@@ -36,6 +36,7 @@ def plain(embeddings: Tensor, weight: Tensor, target: Tensor) -> Tensor:
 
 
 def plain_under_autocast(embeddings: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+    """Compute the same under autocast to bf16."""
     with torch.autocast(embeddings.device.type, torch.bfloat16):
         return plain(embeddings, weight, target)
 
