@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from walks import walks
 
 import fused_arcface as fa
 
@@ -121,12 +120,3 @@ def test_a_folder_of_tests_is_a_folder_of_the_package() -> None:
     ours = {path.parent.relative_to(TESTS) for path in TESTS.rglob("test_*.py")}
     theirs = {path.parent.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py")}
     assert ours <= theirs
-
-
-@pytest.mark.parametrize(
-    ("name", "first", "most"), [("margin_softmax_loss", "functional.py", 5), ("PartialFC.forward", "partial_fc.py", 7)]
-)
-def test_the_walk_to_the_kernel_is_short(name: str, first: str, most: int) -> None:
-    down = walks()[name].down
-    assert down[0] == first and down[-1] == "backends/cpu.py"
-    assert len(down) <= most and len(down) == len(set(down)), "each file occurs once"

@@ -16,6 +16,8 @@ from .base.options import HeadOptions
 from .base.statistics import MarginSoftmaxStats
 from .margins.angular import ArcFace, Margin, for_rows, modulation
 
+__all__ = ["margin_softmax_loss"]
+
 
 def _unit(rows: Tensor) -> Tensor:
     """(R, 1) what each of rows (R, D) is divided by before its squares are taken: a large row's largest magnitude."""
@@ -103,9 +105,10 @@ def loss_with(
         loss = (1 - options.label_smoothing) * loss + options.label_smoothing * uniform
     if of_rows.penalty is not None:
         loss = loss + of_rows.penalty
-    result = loss.masked_fill(ignored, 0)
+    loss = loss.masked_fill(ignored, 0)
+    result = loss
     if reduction != "none":
-        result = result.sum() if reduction == "sum" else result.sum() / (~ignored).sum()
+        result = loss.sum() if reduction == "sum" else loss.sum() / (~ignored).sum()
     if not return_stats:
         return result
     stats = MarginSoftmaxStats(

@@ -11,6 +11,7 @@ from support.cases import LAYOUTS
 import fused_arcface as fa
 from fused_arcface.backends import cpu
 from fused_arcface.backends import torch as plain_torch
+from fused_arcface.base.dtypes import compute_dtype
 
 pytestmark = pytest.mark.usefixtures("isa", "poison")
 
@@ -49,7 +50,7 @@ def test_stages_agree_with_the_reference(x_dtype: torch.dtype, w_dtype: torch.dt
         target = torch.randint(C, (N,))
         target[::5] = -1
         target[3::7] = -2
-        dtype = fa.ops.compute_dtype(x, w)
+        dtype = compute_dtype(x, w)
         mean, negative, positive = (
             torch.randn(N, D, dtype=dtype),
             torch.randn(N, dtype=dtype),

@@ -22,8 +22,8 @@ from fused_arcface.app.data.embedding_sets import EmbeddingSet
 from fused_arcface.app.data.formats.pickled_pairs import read_pickled_pairs
 from fused_arcface.app.data.formats.records import RecordImages
 from fused_arcface.app.data.pair_sets import read_pair_set
-from fused_arcface.app.nets.backbones import load_weights
 from fused_arcface.app.nets.small import SmallNet
+from fused_arcface.app.nets.weights import load_weights
 from fused_arcface.base.reading import check_regular, file_errors, open_regular, read_bytes
 from fused_arcface.checkpoint import convert, safetensors
 

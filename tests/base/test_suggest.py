@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from fused_arcface.app.data.sources import open_source
+from fused_arcface.app.data import open_source
 from fused_arcface.app.training.config import TrainConfig
 from fused_arcface.base.reading import DataError
 from fused_arcface.base.suggest import did_you_mean, missing_path

@@ -25,8 +25,8 @@ from fused_arcface.app.data.embedding_sets import EmbeddingSet
 from fused_arcface.app.data.formats.pickled_pairs import read_pickled_pairs
 from fused_arcface.app.data.formats.records import RecordImages
 from fused_arcface.app.data.pair_sets import read_pair_set
-from fused_arcface.app.nets.backbones import load_weights
 from fused_arcface.app.nets.small import SmallNet
+from fused_arcface.app.nets.weights import load_weights
 from fused_arcface.app.training.config import OptionError, TrainConfig, read_options
 from fused_arcface.checkpoint import CheckpointError, convert
 from fused_arcface.evaluation import Pairs

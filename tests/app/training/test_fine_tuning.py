@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from support.image_files import write_folder
-from test_training import TINY, losses, run, weights
+from support.training_runs import TINY, losses, run, weights
 
 import fused_arcface as fa
 from fused_arcface.app.cli import run as run_command
