@@ -53,7 +53,7 @@ def main(arguments: list[str]) -> int:
     for session in SESSIONS:
         print(f"==> {session.name}", flush=True)
         marks = f"({session.marks}) and ({options.marks})" if options.marks else session.marks
-        command = [sys.executable, "-m", "pytest", "-q", "--durations=15", "-m", marks, *session.options, *others]
+        command = [sys.executable, "-m", "pytest", "-q", "--durations=40", "-m", marks, *session.options, *others]
         start = time.monotonic()
         code = subprocess.run(
             [*command, *([] if named else session.paths)], env=os.environ | session.environment, check=False

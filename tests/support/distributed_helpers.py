@@ -17,6 +17,17 @@ import torch.multiprocessing as mp
 
 _TIMEOUT = timedelta(seconds=60)
 
+PRELOADED = [
+    "torch",
+    "torch._dynamo",
+    "torch.distributed.checkpoint",
+    "fused_arcface.head",
+    "fused_arcface.partial_fc",
+    "fused_arcface.checkpoint",
+    "fused_arcface.app.cli.train",
+]
+"""Modules that the server of forked processes imports once: the package and torch import them when they are used."""
+
 
 def _run_rank(rank: int, world_size: int, directory: str, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
     torch.set_num_threads(1)
@@ -42,7 +53,7 @@ def run_ranks(world_size: int, function: Callable[..., Any], *args: Any) -> list
     """
     with tempfile.TemporaryDirectory() as directory:
         # A server forked once per test session: each rank then starts with torch imported.
-        mp.set_forkserver_preload(["torch", "torch.distributed", "fused_arcface"])
+        mp.set_forkserver_preload(PRELOADED)
         mp.start_processes(
             _run_rank, (world_size, directory, function, args), nprocs=world_size, start_method="forkserver"
         )
