@@ -1,4 +1,4 @@
-"""Accelerate: the backbone and its optimizer go through `prepare()`, the head never does.
+"""Accelerate: pass the backbone and its optimizer to `prepare()`, never the head.
 
 python examples/accelerate_loop.py, or accelerate launch examples/accelerate_loop.py
 """

@@ -1,4 +1,4 @@
-"""Fine-tuning with identities that are new: old centers stay, new ones begin at the mean of their embeddings."""
+"""Fine-tuning with new identities: old centers stay, new ones start at the mean of their embeddings."""
 
 import argparse
 

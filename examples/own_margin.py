@@ -1,4 +1,4 @@
-"""A margin of your own: any differentiable function of the target's cosines, with parameters if you like."""
+"""A margin of your own: any differentiable function of the target's cosines, here with a trained parameter."""
 
 import argparse
 

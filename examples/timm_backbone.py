@@ -1,4 +1,4 @@
-"""A net of timm as the backbone. Needs `pip install ".[timm]"`."""
+"""A timm net as the backbone. Needs `pip install ".[timm]"`."""
 
 import argparse
 

@@ -13,7 +13,7 @@ from .terminal import terminal
 def convert(
     sources: Annotated[
         list[Path],
-        typer.Argument(help="Where the class centers are. The classes of several sources follow in this order."),
+        typer.Argument(help="Files or folders of class centers. Their classes are joined in this order."),
     ],
     destination: Annotated[
         Path, typer.Argument(help="A .safetensors file, or a folder of checkpoints, which is made if it is missing.")
@@ -50,7 +50,7 @@ def convert(
 ) -> None:
     """Convert, join and grow sets of class centers.
 
-    A source is a training run, a checkpoint or a directory of some; a
+    A source is a training run, a checkpoint or a directory of checkpoints; a
     directory of insightface's checkpoint_gpu_{rank}.pt,
     softmax_fc_gpu_{rank}.pt or rank_{rank}_softmax_weight.pt of any number of
     ranks; a safetensors file with weight (C, D); or a .pt file with weight

@@ -19,11 +19,11 @@ def demo(
         bool, typer.Option("--quick", help="Run a few steps on tiny sets. This shows that it works, nothing more.")
     ] = False,
 ) -> None:
-    """Train with the fused and with the reference head, compare them, and verify unseen identities.
+    """Train with the fused head and with plain PyTorch, compare them, and verify unseen identities.
 
     Softmax, NormSoftmax and ArcFace are trained on generated identities and
     on handwritten digits, three times each. This takes about two minutes on
-    two cores. The exit status is 1 if fused and reference do not agree.
+    two cores. The exit status is 1 if the two do not agree.
     """
     from fused_arcface.base.extras import pyplot, require
 

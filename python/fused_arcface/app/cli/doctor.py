@@ -14,7 +14,7 @@ from .terminal import terminal
 
 
 def doctor() -> None:
-    """Show versions, devices and backends; exit status 1 if not even the reference works."""
+    """Show versions, devices and backends; exit status 1 if even plain PyTorch fails."""
     console = terminal()
     try:
         import torch

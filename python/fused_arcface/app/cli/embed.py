@@ -19,26 +19,32 @@ def embed(
     images: Annotated[
         list[str],
         typer.Argument(
-            help="Images; folders of images, at any depth; a .txt list with a path on each line; a .rec file."
+            help="Any number of image files, folders (searched at any depth), .txt lists with a path on each line, and "
+            ".rec files."
         ),
     ],
     checkpoint: use.Checkpoint,
     output: Annotated[Path, typer.Option(help="File for the embeddings and the names: .npz, .safetensors or .csv.")],
     backbone: use.Backbone = None,
     image_size: use.ImageSize = None,
-    flip: Annotated[bool, typer.Option("--flip", help="Add the embedding of the mirrored image.")] = False,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images that the net sees at once.")] = 64,
-    workers: Annotated[int, typer.Option(min=0, help="Processes that read images; 0 reads in this one.")] = 0,
+    flip: Annotated[
+        bool, typer.Option("--flip", help="Add the embedding of the mirrored image to that of the image.")
+    ] = False,
+    batch_size: Annotated[int, typer.Option(min=1, help="Number of images that the net sees at once.")] = 64,
+    workers: Annotated[int, typer.Option(min=0, help="Number of processes that read images; 0 reads in this one.")] = 0,
     max_pixels: Annotated[
-        int, typer.Option(min=1, help="Largest image that is decoded, in pixels; larger ones are left out.")
+        int,
+        typer.Option(
+            min=1, help="Largest image that is decoded, as width times height in pixels. A larger one is left out."
+        ),
     ] = MAX_PIXELS,
     device: use.Device = "cpu",
     trust: use.Trust = False,
 ) -> None:
     """Embed images: a vector of length 1 for each, with the image's name.
 
-    Interrupted, the same command goes on where it was. Images that cannot be
-    read are reported and left out.
+    If the command was interrupted, call it again: it resumes. Images that
+    cannot be read are reported and left out.
     """
     from ..data.unlabeled import read_images
     from ..embedding import check_output, embed_to_file

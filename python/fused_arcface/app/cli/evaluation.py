@@ -19,10 +19,14 @@ if TYPE_CHECKING:
 
 Checkpoint = Annotated[
     Path | None,
-    typer.Option(help="Folder of a training run, whose newest checkpoint is evaluated; or a file of a net's weights."),
+    typer.Option(
+        help="The net: the folder of a training run, its model.pt or best.pt, or any file of weights together with "
+        "--backbone. For a folder, the newest checkpoint is evaluated."
+    ),
 ]
 Backbone = Annotated[
-    str | None, typer.Option(help="Name of the net whose weights the file has, iresnet50 for example.")
+    str | None,
+    typer.Option(help="Name of the net in a file of weights, iresnet50 for example. Default: the run's own net."),
 ]
 DistanceName = Annotated[
     str,
@@ -54,7 +58,7 @@ Trust = Annotated[
         help="Run the code that a checkpoint of an old format may hold. Give it only for runs whose author you trust.",
     ),
 ]
-Device = Annotated[str, typer.Option(help="Device that the net runs on: cpu, cuda, or one of several, as cuda:1.")]
+Device = Annotated[str, typer.Option(help="Device that the net runs on: cpu, cuda, or cuda:N for one of several GPUs.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Number of images that the net sees at once.")]
 MaxPixels = Annotated[
     int,
@@ -66,8 +70,8 @@ Workers = Annotated[int, typer.Option(min=0, help="Number of processes that read
 BadData = Annotated[
     str,
     typer.Option(
-        help="Images that are missing or cannot be read: skip leaves them out and says so; stop ends the command at "
-        "the first."
+        help="What to do about an image that is missing or cannot be read: skip leaves it out and says so, stop ends "
+        "the command."
     ),
 ]
 

@@ -15,7 +15,7 @@ def export(
     checkpoint: use.Checkpoint,
     output: Annotated[
         Path,
-        typer.Option(help="File for the net: .onnx, or .pt2 for a program that torch.export.load reads."),
+        typer.Option(help="File for the net: .onnx for ONNX, or .pt2 for torch.export.load."),
     ],
     backbone: use.Backbone = None,
     image_size: use.ImageSize = None,
@@ -23,8 +23,8 @@ def export(
 ) -> None:
     r"""Export a net: any number of images in, unit embeddings out, checked against PyTorch.
 
-    The input "images" is (N, channels, size, size) fp32 in [-1, 1], the output
-    "embeddings" (N, D). Nothing is written if the check finds a difference
+    The input "images" is (N, channels, size, size), fp32 in [-1, 1]. The
+    output "embeddings" is (N, D). Nothing is written if the check finds a difference
     above 1e-5. ONNX needs pip install "fused_arcface\[export]".
     """
     from ..export import check_suffix

@@ -19,16 +19,16 @@ DTYPES = {"float64": "fp64", "float32": "fp32", "bfloat16": "bf16", "float16": "
 
 
 def gradcheck(
-    backend: Annotated[str, typer.Option(help="A backend's name, or all usable ones.")] = "all",
-    dtype: Annotated[str, typer.Option(help=f"One of {', '.join(DTYPES)}, or all.")] = "all",
+    backend: Annotated[str, typer.Option(help="Name of a backend, or all for every usable one.")] = "all",
+    dtype: Annotated[str, typer.Option(help=f"Dtype to check: one of {', '.join(DTYPES)}, or all.")] = "all",
     failures: Annotated[bool, typer.Option("--failures", help="List only what fails.")] = False,
 ) -> None:
     """Check loss and gradients of every margin, boundary, backend and dtype; exit status 1 if one fails.
 
-    An error is the largest difference to the fp64 reference on the same
-    inputs, relative to the largest value. Twice the error of the reference
-    computed in that dtype is allowed, plus a few roundings. In fp64, exact
-    gradients are compared with finite differences as well
+    An error is the largest difference from plain PyTorch in fp64 on the same
+    inputs, relative to the largest value. The limit is twice the error of
+    plain PyTorch in the checked dtype, plus a few roundings. In fp64, exact
+    gradients are also compared with finite differences
     (torch.autograd.gradcheck).
     """
     import torch

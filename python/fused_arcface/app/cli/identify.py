@@ -34,7 +34,7 @@ def identify(
     ] = None,
     probes: Annotated[
         str | None,
-        typer.Option(help="Labeled images to look for in --gallery. A label of the same name is the same person."),
+        typer.Option(help="Labeled images to look for in --gallery. Images with the same label show the same person."),
     ] = None,
     embeddings: Annotated[
         Path | None,
@@ -67,7 +67,8 @@ def identify(
     normalize: shared.Normalize = True,
     flip: shared.Flip = False,
     predictions: Annotated[
-        Path | None, typer.Option(help="A .csv file for each probe's nearest images of the gallery, with their scores.")
+        Path | None,
+        typer.Option(help=".csv file to write each probe's nearest gallery images and their scores to. Default: none."),
     ] = None,
     json: shared.Json = None,
     pictures: shared.Pictures = None,
@@ -79,8 +80,8 @@ def identify(
 ) -> None:
     """Identify people never seen in training: rank 1, 5 and 10, open-set TPIR at FPIR.
 
-    The closed set counts the probes whose identity is in the gallery; the
-    open set's threshold comes from those whose identity is not. Mahalanobis'
+    The ranks count the probes of people in the gallery. The threshold of
+    the open set comes from the probes of other people. Mahalanobis'
     covariance is fitted on the gallery.
     """
     from fused_arcface.evaluation import identify as search

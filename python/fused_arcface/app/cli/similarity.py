@@ -22,15 +22,16 @@ def similarity(
         typer.Option(
             min=-1,
             max=1,
-            help="Cosine from which on two images show one person. Default: that of the run's last verification.",
+            help="Smallest cosine, from -1 to 1, at which two images count as one person. Default: the "
+            "threshold of the run's last verification.",
             show_default=False,
         ),
     ] = None,
     far: Annotated[
         float | None,
         typer.Option(
-            help="Take the run's threshold for this false accept rate, 0.001 for example. Default: the threshold of "
-            "the best accuracy.",
+            help="False accept rate, 0.001 for example, for which the run's threshold is taken. Default: the threshold "
+            "of the best accuracy.",
             show_default=False,
         ),
     ] = None,
@@ -39,8 +40,8 @@ def similarity(
 ) -> None:
     """Compare two images: the cosine of their embeddings, and whether they show one person.
 
-    The verdict needs a threshold: a run that was verified has kept some, and
-    verify --checkpoint RUN gives a run new ones.
+    The verdict needs a threshold. A run has some if it was trained with
+    --verify-data; verify --checkpoint RUN replaces them.
     """
     with use.explained():
         if threshold is not None and far is not None:

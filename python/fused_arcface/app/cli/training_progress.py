@@ -116,7 +116,7 @@ def explain_end(console: Console, folder: RunFolder, steps: int) -> None:
     if folder.best.is_file():
         files.append((folder.best, "the same of the net with the best verification"))
     if folder.thresholds.is_file():
-        files.append((folder.thresholds, "cosines from which on two images show one person"))
+        files.append((folder.thresholds, "cosine thresholds for one person, by false accept rate"))
     files.append((folder.log, "a JSON object for each step and verification"))
     if folder.tensorboard.is_dir():
         files.append((folder.tensorboard, "the same as curves"))

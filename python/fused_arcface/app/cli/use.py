@@ -19,14 +19,15 @@ NET = "Net"
 Checkpoint = Annotated[
     Path,
     typer.Option(
-        help="The net: folder of a run, its model.pt or best.pt, or a file of weights with --backbone.",
+        help="The net: the folder of a training run, its model.pt or best.pt, or any file of weights together with "
+        "--backbone.",
         rich_help_panel=NET,
     ),
 ]
 Backbone = Annotated[
     str | None,
     typer.Option(
-        help="Name of the net whose weights the file has, iresnet50 for example. Default: as the run says.",
+        help="Name of the net in a file of weights, iresnet50 for example. Default: the run's own net.",
         rich_help_panel=NET,
         show_default=False,
     ),
@@ -35,7 +36,8 @@ ImageSize = Annotated[
     int | None,
     typer.Option(
         min=1,
-        help="Side in pixels of the images that a file's net takes. Default: the net's own, 112 for insightface's.",
+        help="Side of the net's input images in pixels, for a file of weights. Default: the net's own, 112 for "
+        "insightface's.",
         rich_help_panel=NET,
         show_default=False,
     ),
@@ -45,7 +47,7 @@ Trust = Annotated[
     bool,
     typer.Option(
         "--trust",
-        help="Run the code that a checkpoint of an old format may hold, whoever made it.",
+        help="Run the code that a checkpoint of an old format may hold. Give it only for runs whose author you trust.",
         rich_help_panel=NET,
     ),
 ]

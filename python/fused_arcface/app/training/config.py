@@ -103,8 +103,8 @@ class TrainConfig:
     data: str = _option(
         "",
         DATA,
-        "Images to train on: a folder with one folder for each identity, a .rec file or the folder of one, or "
-        "identities:IDSxIMAGES for generated ones. Required.",
+        "Images to train on: a folder with one folder for each identity, a .rec file or its folder, a list file of "
+        "lines `path label`, or identities:IDSxIMAGES for generated ones. Required.",
     )
     bad_data: str = _option(
         "skip",
@@ -250,7 +250,7 @@ class TrainConfig:
     verify_data: str = _option(
         "",
         RUN,
-        "People to verify on, who must not be in --data: a .bin set, a file of pairs or a folder of identities. "
+        "People to verify on, who must not be in --data: a .bin set, a file of pairs or labeled images. "
         "Default: none, or unseen ones for generated data.",
     )
     verify_every: int = _option(1, RUN, "Epochs from one verification to the next; the last epoch has one.", least=1)
