@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from support.cases import ARCFACES, GEOMETRIES, Case, Inputs, Outcome, make_inputs, run
+from support.cases import ARCFACES, GEOMETRIES, PUBLIC, Case, Inputs, Outcome, make_inputs, run
 from support.distributed_helpers import run_ranks
 from torch import Tensor
 
@@ -48,7 +48,8 @@ SMOOTHED = [
 BY_ROWS, MODULATED = (
     [Variant(partial(copy.deepcopy, margin)) for margin in registry.examples(kind)] for kind in ("row", "negatives")
 )
-VARIANTS = [*BY_ROWS, *MODULATED, *SUB_CENTERS, *SMOOTHED]
+OTHER_ANGLES = [Variant(lambda m=m: m) for m in registry.examples("angular") if fa.margins.parameters(m) is None]
+VARIANTS = [*OTHER_ANGLES, *BY_ROWS, *MODULATED, *SUB_CENTERS, *SMOOTHED]
 every_variant = pytest.mark.parametrize("variant", VARIANTS, ids=str)
 
 
@@ -303,7 +304,7 @@ def test_autocast(variant: Variant) -> None:
 @every_variant
 def test_margins_are_readable(variant: Variant) -> None:
     margin = variant.make()
-    assert repr(eval(repr(margin), vars(fa))) == repr(margin)
+    assert repr(eval(repr(margin), PUBLIC)) == repr(margin)
     assert repr(copy.deepcopy(margin)) == repr(margin)
     hash(margin)
 

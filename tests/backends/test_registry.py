@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import inspect
 import platform
+from typing import get_args
 
 import pytest
 import torch
 from support.cases import Case, make_inputs
 
 import fused_arcface as fa
-from fused_arcface import _native, backends
+from fused_arcface import _native, backends, calls
 from fused_arcface.backends import cpu, native
 from fused_arcface.base.options import HeadOptions
 
 
 def test_available() -> None:
     found = fa.backends.available()
-    assert list(found) == ["torch", "cpu", "triton", "cuda"]
+    assert list(found) == [row.name for row in backends.BACKENDS]
+    assert {"torch", "cpu", "triton", "cuda"} <= found.keys()
     assert found["torch"] is None and found["cpu"] is None
     assert found["reference"] is None  # the earlier name
     for name in ("triton", "cuda"):
@@ -134,7 +136,13 @@ def test_unknown_name(name: object) -> None:
     x, w, target, _ = make_inputs(Case())
     with pytest.raises(ValueError) as raised:  # noqa: PT011
         fa.margin_softmax_loss(x, w, target, backend=name)
-    assert str(raised.value) == f"backend must be one of 'auto', 'torch', 'cpu', 'triton', 'cuda'; got {name!r}"
+    names = ", ".join(map(repr, backends.NAMES))
+    assert str(raised.value) == f"backend must be one of 'auto', {names}; got {name!r}"
+
+
+def test_editors_offer_every_backend() -> None:
+    (literal, _) = get_args(calls.Backend)
+    assert set(get_args(literal)) == {"auto", *backends.NAMES, *backends.registry.ALIASES}
 
 
 def test_native_refuses_an_unknown_instruction_set(monkeypatch: pytest.MonkeyPatch) -> None:

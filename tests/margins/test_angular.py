@@ -10,7 +10,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from support import scalar
-from support.cases import BOUNDARIES, MARGINS, named
+from support.cases import BOUNDARIES, MARGINS, PUBLIC, named
 from torch import Tensor
 
 import fused_arcface as fa
@@ -178,7 +178,7 @@ def test_limits_are_allowed() -> None:
 def test_frozen_hashable_and_readable(margin: object) -> None:
     copy = pickle.loads(pickle.dumps(margin))
     assert copy == margin and hash(copy) == hash(margin)
-    assert eval(repr(margin), vars(fa)) == margin
+    assert eval(repr(margin), PUBLIC) == margin
     for field in dataclasses.fields(margin):
         with pytest.raises(dataclasses.FrozenInstanceError):
             setattr(margin, field.name, 0.1)

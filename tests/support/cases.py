@@ -14,7 +14,7 @@ from torch import Tensor
 
 import fused_arcface as fa
 from fused_arcface.backends import cpu
-from fused_arcface.margins import Boundary, Margin, registry
+from fused_arcface.margins import Boundary, Margin, parameters, registry
 
 BACKENDS = [each.name for each in fa.backends.BACKENDS if each.device_type in (None, "cpu")]
 """The backends that run on a CPU."""
@@ -22,11 +22,17 @@ BACKENDS = [each.name for each in fa.backends.BACKENDS if each.device_type in (N
 BOUNDARIES = get_args(Boundary)
 ARCFACES = tuple(fa.ArcFace(0.5, boundary) for boundary in BOUNDARIES)
 MARGINS: tuple[Margin, ...] = (
-    *(margin for margin in registry.examples("angular") if getattr(margin, "gradient", "exact") == "exact"),
+    *(margin for margin in registry.examples("angular") if (parameters(margin) or ("",))[-1] == "exact"),
     fa.CombinedMargin(4.0, 3.0, 1.9, "fold"),
     fa.SphereFace(4.0),
 )
-"""Every margin of the target's cosine alone, with its exact gradient, and the limits of their arguments."""
+"""The margins that ``scalar.py`` knows: every ``cos(m1·θ + m2) − m3`` with its exact gradient, and its limits.
+
+Angular margins of another form are tested by test_wider.py, and by values of their own in test_angular.py.
+"""
+
+PUBLIC = {name: getattr(fa, name) for name in fa.__all__}
+"""The public names, to evaluate a repr with: ``vars(fa)`` has only those that were used before."""
 
 
 def named(value: object) -> str | None:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fused_arcface import margin_softmax_loss, reference
+from fused_arcface import backends, margin_softmax_loss, reference
 from fused_arcface.margins import Margin
 from fused_arcface.margins.angular import ArcFace
 from fused_arcface.margins.per_row import AdaFace
@@ -73,7 +73,7 @@ def squared(target_cosine: Tensor) -> Tensor:
 
 def device_of(backend: str) -> str:
     """Return the kind of device on which a backend is checked."""
-    return "cuda" if backend in ("triton", "cuda") else "cpu"
+    return backends.device_type(backend) or "cpu"
 
 
 def check(backend: str, margin: Margin, dtype: torch.dtype, options: dict[str, Any] | None = None) -> Agreement:

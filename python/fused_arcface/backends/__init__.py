@@ -1,6 +1,18 @@
 """Backends: implementations of the head's stages, chosen by name. :mod:`fused_arcface.backends.registry` lists them."""
 
-from .registry import BACKENDS, FEATURES, NAMES, available, canonical, check_name, describe, has, load, select
+from .registry import (
+    BACKENDS,
+    FEATURES,
+    NAMES,
+    available,
+    canonical,
+    check_name,
+    describe,
+    device_type,
+    has,
+    load,
+    select,
+)
 
 __all__ = [
     "BACKENDS",
@@ -10,6 +22,7 @@ __all__ = [
     "canonical",
     "check_name",
     "describe",
+    "device_type",
     "has",
     "load",
     "select",

@@ -107,6 +107,11 @@ def has(name: str, feature: str) -> bool:
     return feature in _ROWS[canonical(name)].features
 
 
+def device_type(name: str) -> str | None:
+    """Return the type of device that the backend runs on; None: any."""
+    return _ROWS[canonical(name)].device_type
+
+
 def check_name(name: object) -> str:
     """Return today's name of a backend, or ``"auto"``.
 

@@ -13,7 +13,7 @@ from fused_arcface.base.options import HeadOptions
 from fused_arcface.base.reading import DataError
 from fused_arcface.margins.text import parse_margin
 
-from ..data.formats import open_source, unseen_source
+from ..data.formats import labeled_formats, open_source, unseen_source
 from ..data.images import ImageSpec
 from ..data.pair_sets import paired, read_pair_set
 from ..data.sources import ImageSet, ImageSource, common_spec
@@ -31,7 +31,7 @@ def open_data(config: TrainConfig) -> ImageSource:
         DataError: if there are none, or something is wrong with them and ``bad_data`` is ``"stop"``.
     """
     if not config.data:
-        raise DataError("data must be a folder, a .rec file, identities or digits; got nothing")
+        raise DataError(f"data must be {labeled_formats()}; got nothing")
     source = open_source(config.data, config.max_pixels)
     if config.bad_data == "stop" and source.problems:
         raise DataError(stopped_by(source.problems[0]))

@@ -75,8 +75,13 @@ def open_source(data: str, max_pixels: int = MAX_PIXELS) -> ImageSource:
     for each in FORMATS:
         if each.open is not None and each.matches(data):
             return each.open(data, max_pixels)
+    raise DataError(f"data must be {labeled_formats()}; got {data!r}: {missing_path(data)}")
+
+
+def labeled_formats() -> str:
+    """Return the formats of labeled images in words, for messages."""
     *most, last = [each.described for each in FORMATS if each.open is not None]
-    raise DataError(f"data must be {', '.join(most)} or {last}; got {data!r}: {missing_path(data)}")
+    return f"{', '.join(most)} or {last}"
 
 
 def pairs_opener(data: str) -> PairsOpener | None:
