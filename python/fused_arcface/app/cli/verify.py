@@ -71,8 +71,8 @@ def verify(
 ) -> None:
     """Verify pairs of people never seen in training: accuracy over folds, TAR at FAR, EER, thresholds.
 
-    TAR at FAR is strict: the greatest true accept rate whose false accept
-    rate is not above. Embeddings are normalized unless --raw is given.
+    TAR at FAR is strict: the greatest true accept rate at a false accept rate
+    of at most the named one. Embeddings are normalized unless --raw is given.
     """
     from fused_arcface.base.extras import require
     from fused_arcface.evaluation import make_distance, mean_scores, pair_scores, verify_scores
