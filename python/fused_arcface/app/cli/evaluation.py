@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.console import Console
 from rich.progress import Progress
 
 from .terminal import terminal
@@ -160,6 +161,12 @@ def embed_images(
         if gone := lost(images, embedded):
             console.print(f"left out: {gone}", style="yellow", markup=False, highlight=False)
     return found
+
+
+def print_files(console: Console, files: Iterable[Path]) -> None:
+    """Print the names of files that were written, one a line."""
+    for path in files:
+        console.print(str(path), highlight=False, soft_wrap=True, markup=False)
 
 
 def check_bad_data(bad_data: str) -> None:
