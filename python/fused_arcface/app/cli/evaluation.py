@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 from rich.progress import Progress
 
-from .terminal import terminal
+from .terminal import MOST_PROBLEMS, terminal
 
 if TYPE_CHECKING:
     from ..data.embedding_sets import EmbeddingSet
@@ -72,8 +72,6 @@ BadData = Annotated[
     ),
 ]
 
-_SAID = 20  # problems that are told one by one
-
 
 @contextlib.contextmanager
 def explained() -> Iterator[None]:
@@ -132,7 +130,7 @@ def embed_images(
         if bad_data == "stop":
             raise DataError(stopped_by(problem))
         told += 1
-        if told <= _SAID:
+        if told <= MOST_PROBLEMS:
             console.print(f"{problem}; skipped", style="yellow", markup=False, highlight=False)
 
     for note in dict.fromkeys(note for images in sets for note in images.notes):
@@ -155,8 +153,8 @@ def embed_images(
             )
             for images in sets
         ]
-    if told > _SAID:
-        console.print(f"and {told - _SAID} more such problems; skipped", style="yellow")
+    if told > MOST_PROBLEMS:
+        console.print(f"and {told - MOST_PROBLEMS} more such problems; skipped", style="yellow")
     for images, embedded in zip(sets, found, strict=True):
         if gone := lost(images, embedded):
             console.print(f"left out: {gone}", style="yellow", markup=False, highlight=False)
