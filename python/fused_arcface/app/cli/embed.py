@@ -10,9 +10,7 @@ from rich.progress import Progress
 
 from ..data.images import MAX_PIXELS
 from . import use
-from .terminal import terminal
-
-_SAID = 20  # problems that are told one by one
+from .terminal import MOST_PROBLEMS, terminal
 
 
 def embed(
@@ -55,7 +53,7 @@ def embed(
     def tell(problem: str) -> None:
         nonlocal told
         told += 1
-        if told <= _SAID:
+        if told <= MOST_PROBLEMS:
             error.print(f"{problem}; left out", style="yellow", markup=False, highlight=False)
 
     with use.explained():
@@ -76,8 +74,8 @@ def embed(
                 done=lambda count: bar.advance(task, count),
                 unreadable=tell,
             )
-    if told > _SAID:
-        error.print(f"and {told - _SAID} more such problems; left out", style="yellow")
+    if told > MOST_PROBLEMS:
+        error.print(f"and {told - MOST_PROBLEMS} more such problems; left out", style="yellow")
     count, dim = embedded.embeddings.shape
     lost = f", {len(found) - count} left out" if count < len(found) else ""
     console.print(f"{count} embeddings of dimension {dim} in {output}{lost}", markup=False, highlight=False)

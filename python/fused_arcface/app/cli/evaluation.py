@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.console import Console
 from rich.progress import Progress
 
-from .terminal import terminal
+from .terminal import MOST_PROBLEMS, terminal
 
 if TYPE_CHECKING:
     from ..data.embedding_sets import EmbeddingSet
@@ -75,8 +76,6 @@ BadData = Annotated[
     ),
 ]
 
-_SAID = 20  # problems that are told one by one
-
 
 @contextlib.contextmanager
 def explained() -> Iterator[None]:
@@ -135,7 +134,7 @@ def embed_images(
         if bad_data == "stop":
             raise DataError(stopped_by(problem))
         told += 1
-        if told <= _SAID:
+        if told <= MOST_PROBLEMS:
             console.print(f"{problem}; skipped", style="yellow", markup=False, highlight=False)
 
     for note in dict.fromkeys(note for images in sets for note in images.notes):
@@ -158,12 +157,18 @@ def embed_images(
             )
             for images in sets
         ]
-    if told > _SAID:
-        console.print(f"and {told - _SAID} more such problems; skipped", style="yellow")
+    if told > MOST_PROBLEMS:
+        console.print(f"and {told - MOST_PROBLEMS} more such problems; skipped", style="yellow")
     for images, embedded in zip(sets, found, strict=True):
         if gone := lost(images, embedded):
             console.print(f"left out: {gone}", style="yellow", markup=False, highlight=False)
     return found
+
+
+def print_files(console: Console, files: Iterable[Path]) -> None:
+    """Print the names of files that were written, one a line."""
+    for path in files:
+        console.print(str(path), highlight=False, soft_wrap=True, markup=False)
 
 
 def check_bad_data(bad_data: str) -> None:

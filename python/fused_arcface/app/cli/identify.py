@@ -104,8 +104,7 @@ def identify(
         if save_embeddings is not None:
             check_suffix(save_embeddings)
         options: dict[str, Any] = {"flip": flip, "device": device, "batch_size": batch_size, "workers": workers}
-        options |= {"trust": trust, "backbone": backbone}
-        options["bad_data"] = bad_data
+        options |= {"bad_data": bad_data, "trust": trust, "backbone": backbone}
         if gallery is not None and probes is not None and checkpoint is not None:
             sources = two_sets(gallery, probes, max_pixels)
             split = with_labels_by_name(sources, shared.embed_images(checkpoint, sources, **options))
@@ -142,8 +141,7 @@ def identify(
         if pictures is not None:
             from ..report.evaluation import draw_identification
 
-            for path in draw_identification(found, pictures, name):
-                console.print(f"{path}", highlight=False, soft_wrap=True, markup=False)
+            shared.print_files(console, draw_identification(found, pictures, name))
 
 
 def _embed(data: str, checkpoint: Path | None, max_pixels: int, options: dict[str, Any]) -> EmbeddingSet:

@@ -9,6 +9,9 @@ from typing import Any
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.segment import Segment
 
+MOST_PROBLEMS = 20
+"""Number of problems in the data that a command tells one by one."""
+
 # Control characters but the line feed, and those that change the direction of text; surrogates stand for bytes of a
 # file's name that are no UTF-8.
 _UNSAFE = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2028\u2029\u2066-\u2069\ud800-\udfff]")

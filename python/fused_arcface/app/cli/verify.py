@@ -131,8 +131,7 @@ def verify(
         if pictures is not None and found is not None:
             from ..report.evaluation import draw_verification
 
-            for path in draw_verification(found, pictures, name):
-                console.print(f"{path}", highlight=False, soft_wrap=True, markup=False)
+            shared.print_files(console, draw_verification(found, pictures, name))
 
 
 def _print(console: Console, found: Verification | None, same: Bools, means: Means, title: str) -> None:
