@@ -8,6 +8,7 @@ import pytest
 import torch
 from support.cases import BACKENDS, Case, make_inputs
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import fused_arcface as fa
 from fused_arcface.engine import ops as ops_module
@@ -66,6 +67,21 @@ def test_opcheck_with_other_negatives(name: str, negatives: str) -> None:
 )
 def test_opcheck(case: Case, name: str, backend: str) -> None:
     torch.library.opcheck(getattr(ops, name.split()[0]).default, (*arguments(case)[name], backend))
+
+
+def test_a_scale_as_a_tensor_is_the_same_number() -> None:
+    """The overloads that a compiled head calls for a scale that changes."""
+    case = Case(scale=8.3)
+    scale = torch.tensor(case.scale, dtype=torch.float64)
+    cosines = torch.linspace(-0.9, 0.9, 7, dtype=torch.float64)
+    margin = (6 * cosines.flip(0), cosines, case.scale, 1.0, 0.5, 0.0, "hard", "exact")
+    given = {name: each for name, each in arguments(case).items() if name != "class_max"} | {"margin_loss": margin}
+    for name, numbers in given.items():
+        operator = getattr(ops, name.split()[0])
+        tensors = tuple(scale if each is case.scale else each for each in numbers)
+        torch.library.opcheck(operator.tensor_scale, (*tensors, "cpu"))
+        got, right = operator.tensor_scale(*tensors, "cpu"), operator.default(*numbers, "cpu")
+        torch.testing.assert_close(got, right, rtol=0, atol=0)
 
 
 def test_opcheck_local_target() -> None:
@@ -230,6 +246,28 @@ def test_a_scale_that_changes_does_not_make_a_graph_each() -> None:
         head.scale = float(scale)
         assert_compiles(lambda: compiled(x, target), lambda: head(x, target), x, head.weight)
         assert len(graphs) <= (2 if scale < 70 else 3)
+
+
+@pytest.mark.slow
+@compiles
+def test_inductor_makes_one_graph_for_scales_that_change() -> None:
+    """As with another compiler: inductor has no unknown numbers, so the scale reaches the operators as a tensor.
+
+    In fp64, where a scale that was rounded to fp32 on its way would be seen."""
+    count = CompileCounterWithBackend("inductor")
+    head, (x, _, target, _) = fa.MarginHead(33, 97, dtype=torch.float64), make_inputs(Case(x_dtype="float64"))
+    x.requires_grad_()
+    compiled = torch.compile(head, fullgraph=True, backend=count)
+    for scale in (*(14.1 + 4 * step for step in range(14)), 100.3, 200.7):
+        head.scale = scale
+        loss = compiled(x, target)
+        right = fa.reference.margin_softmax_loss(x, head.weight, target, scale=scale)
+        torch.testing.assert_close(loss, right, rtol=1e-12, atol=0)
+        for mine, theirs in zip(
+            torch.autograd.grad(loss, (x, head.weight)), torch.autograd.grad(right, (x, head.weight)), strict=True
+        ):
+            torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-12)
+        assert count.frame_count <= (2 if scale < 70 else 3)
 
 
 @compiles

@@ -19,7 +19,7 @@ from torch import Tensor
 from ..base.dtypes import compute_dtype
 from ..base.once_differentiable import once_differentiable
 from ..margins.angular import Modulation
-from . import ops  # noqa: F401  (registers the operators)
+from . import ops
 from .shard import ONE_DEVICE, Shard
 from .terms import Negatives, RowGradients
 
@@ -62,8 +62,9 @@ class NegativesAndTarget(torch.autograd.Function):
             maximum = _ops.class_max.default(rows, centers, target, backend, shard.class_count, **negatives)
             maximum = shard.ranks.max(maximum)
             shift = (scale * maximum.double()).masked_fill(maximum == -torch.inf, 0)
-        total, maximum, center_sum = _ops.class_stats.default(
-            rows, centers, target, scale, shift, with_center_sum, backend, shard.class_count, **negatives
+        class_stats, factor = ops.for_scale(_ops.class_stats, scale)
+        total, maximum, center_sum = class_stats(
+            rows, centers, target, factor, shift, with_center_sum, backend, shard.class_count, **negatives
         )
         target_cosine = _ops.target_cosine.default(rows, weight, shard.target_rows(target), backend)
         total, target_cosine = shard.ranks.sum_rows(total, target_cosine)
@@ -101,8 +102,9 @@ class NegativesAndTarget(torch.autograd.Function):
         if shard.update is not None:
             shard.update.apply(rows, shard.classes, target, gradients, ctx.backend, Negatives(**ctx.negatives))
         elif ctx.needs_input_grad[1]:
+            weight_grad, factor = ops.for_scale(_ops.weight_grad, ctx.scale)
             d_weight = shard.weight_gradient(
-                _ops.weight_grad.default(rows, shard.centers(weight), target, *gradients, ctx.backend, **ctx.negatives),
+                weight_grad(rows, shard.centers(weight), target, factor, *gradients[1:], ctx.backend, **ctx.negatives),
                 weight,
             )
         if ctx.with_center_sum:

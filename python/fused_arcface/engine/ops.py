@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -44,6 +45,37 @@ _SCHEMAS = {
 }
 for _name, _schema in _SCHEMAS.items():
     torch.library.define(f"fused_arcface::{_name}", _schema)
+
+# Operators with an overload that takes the scale as a 0-dim fp64 tensor on the CPU; see for_scale.
+_OF_SCALE = ("class_stats", "weight_grad", "margin_loss")
+
+
+def for_scale(operator: Any, scale: float) -> tuple[Callable[..., Any], float | Tensor]:
+    """Return the overload of an operator to call, and the scale as that overload takes it.
+
+    A scale that changes is a symbol under torch.compile. Inductor has no number that is unknown until the graph runs: a
+    scale that reaches an operator as a number makes a graph for each value. A product with a tensor may be unknown.
+    """
+    if torch.compiler.is_compiling():
+        from torch.fx.experimental.symbolic_shapes import has_static_value
+
+        if not has_static_value(scale):
+            return operator.tensor_scale, scale * torch.ones((), dtype=torch.float64, device="cpu")
+    return operator.default, scale
+
+
+def _run_with_number(name: str, *arguments: Any, **options: Any) -> Any:
+    """Run an operator of that name with its tensor ``scale`` read. It is on the CPU: this waits for nothing."""
+    operator = getattr(torch.ops.fused_arcface, name).default
+    position = [argument.name for argument in operator._schema.arguments].index("scale")
+    before, scale, after = arguments[:position], arguments[position], arguments[position + 1 :]
+    return operator(*before, scale.item(), *after, **options)
+
+
+for _name in _OF_SCALE:
+    _overload = f"fused_arcface::{_name}.tensor_scale"
+    torch.library.define(_overload, _SCHEMAS[_name].replace("Scalar scale", "Tensor scale"))
+    torch.library.impl(_overload, "default", functools.partial(_run_with_number, _name))
 
 
 @torch.library.impl("fused_arcface::local_target", "default")
@@ -99,6 +131,7 @@ def _finish_negatives_fake(
     return torch.empty_like(negative_sum, dtype=torch.float64), torch.empty_like(center_sum)
 
 
+@torch.library.register_fake("fused_arcface::margin_loss.tensor_scale")
 @torch.library.register_fake("fused_arcface::margin_loss")
 def _margin_loss_fake(
     negative_lse: Tensor, target_cosine: Tensor, *numbers: object
@@ -168,6 +201,7 @@ def _class_stats(
     return result
 
 
+@torch.library.register_fake("fused_arcface::class_stats.tensor_scale")
 @torch.library.register_fake("fused_arcface::class_stats")
 def _class_stats_fake(
     embeddings: Tensor,
@@ -202,6 +236,7 @@ def _weight_grad(
     return result
 
 
+@torch.library.register_fake("fused_arcface::weight_grad.tensor_scale")
 @torch.library.register_fake("fused_arcface::weight_grad")
 def _weight_grad_fake(embeddings: Tensor, weight: Tensor, *rest: object, **_: object) -> Tensor:
     return torch.empty_like(weight)
