@@ -46,6 +46,7 @@ def test_kernels_agree_with_plain_loops() -> None:
 
 
 @needs_thread_sanitizer
+@pytest.mark.full
 def test_no_data_race() -> None:
     """A block's threads as threads of the system, ordered by nothing but its barriers."""
     result = _run(cuda_emulated.checker(threads=True), "quick")
@@ -75,14 +76,14 @@ OPERANDS_BARRIER = "__syncthreads();  // all warps are done with the operands th
 SWAPPED = "b[n][0] = pair[0], b[n][1] = pair[1], b[n + 1][0] = pair[2], b[n + 1][1] = pair[3];"
 MUTANTS = (
     Mutant("no barrier between stages", "gemm.h", STAGE_BARRIER, "", full=False),
-    Mutant("no barrier between stages, as a race", "gemm.h", STAGE_BARRIER, "", races=True, full=False),
+    Mutant("no barrier between stages, as a race", "gemm.h", STAGE_BARRIER, "", races=True),
     Mutant("no barrier before the tile is staged", "gemm.h", OPERANDS_BARRIER, ""),
     Mutant("no barrier before the tile is staged, as a race", "gemm.h", OPERANDS_BARRIER, "", races=True),
     Mutant(
         "no barrier after the tile is staged", "gemm.h",
         "      }\n  __syncthreads();\n  const int warp", "}const int warp"
     ),
-    Mutant("a wait for one copy less", "gemm.h", "copy_wait<kStages - 2>", "copy_wait<kStages - 1>", full=False),
+    Mutant("a wait for one copy less", "gemm.h", "copy_wait<kStages - 2>", "copy_wait<kStages - 1>"),
     Mutant("no wait", "gemm.h", "copy_wait<kStages - 2>();", ""),
     Mutant("a stage copied too far ahead", "gemm.h", "copy_stage(stage + kStages - 1);",
            "copy_stage(stage + kStages);"),

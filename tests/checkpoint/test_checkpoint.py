@@ -185,7 +185,7 @@ dist.destroy_process_group()
 
 @pytest.mark.distributed
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="kill -9 is POSIX")
-@pytest.mark.parametrize("fault", ["step", "save"])
+@pytest.mark.parametrize("fault", [pytest.param("step", marks=pytest.mark.full), "save"])
 def test_a_rank_killed_is_restarted_from_the_last_checkpoint(tmp_path, fault):
     """kill -9 of rank 1 in a step, or in a save: torchrun starts both anew and the losses are those of a run
     without."""

@@ -124,6 +124,7 @@ def test_cost_model_gives_back_the_rate_that_it_was_given(tmp_path: Path) -> Non
 
 
 @pytest.mark.distributed
+@pytest.mark.full
 def test_cost_model_beside_two_processes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Whether they agree is for a quiet machine to say; here, that a group runs and that the inputs make sense."""
     progress: list[str] = []
