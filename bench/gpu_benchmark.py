@@ -70,7 +70,7 @@ def main() -> None:
             continue
         whole = run_benchmark([case], providers, device, seconds=1.0, earlier=whole)
         _write(whole, folder)
-        print(f"\n{case}: picked {pick(case.N, case.C, case.D, arch, case.torch_dtype)}")
+        print(f"\n{case}: picked {pick(case.D, arch, case.torch_dtype)}")
         found = [each for each in whole.measurements if each.case == case]
         for each in sorted(found, key=lambda each: (each.pass_name, each.ms)):
             extra = "" if each.peak_bytes is None else f"  {each.peak_bytes / 1e6:9,.0f} MB beyond"

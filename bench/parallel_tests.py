@@ -52,7 +52,10 @@ def main() -> int:
     for index in range(min(processes, len(tests))):
         part = tests[index::processes]
         log = (folder / f"part{index}.log").open("w")
-        command = [*PYTEST, "-rfEs", "-s", f"--junitxml={folder / f'part{index}.xml'}", *part]
+        # By a file: the names of thousands of tests are more than a command line may hold.
+        listed = folder / f"part{index}.txt"
+        listed.write_text("\n".join(part))
+        command = [*PYTEST, "-rfEs", "-s", f"--junitxml={folder / f'part{index}.xml'}", f"@{listed}"]
         children.append((subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT), log))
     status = 0
     for child, log in children:

@@ -70,14 +70,14 @@ def test_unknown_algorithm(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setenv("FUSED_ARCFACE_TRITON_ALGORITHM", "fast")
     with pytest.raises(ValueError, match="must be 'flash' or 'chunks'; got 'fast'"):
-        configs.pick(1, 1, 1, 90, torch.bfloat16)
+        configs.pick(1, 90, torch.bfloat16)
 
 
 def test_fp32_and_fp16_are_not_for_the_flash_passes() -> None:
     from fused_arcface.backends.triton import configs
 
     for dtype in (torch.float16, torch.float32, torch.float64):
-        assert configs.pick(64, 1000, 64, 90, dtype) == "chunks"
+        assert configs.pick(64, 90, dtype) == "chunks"
 
 
 @pytest.fixture

@@ -1,4 +1,6 @@
-"""Which algorithm runs, on which tiles, with the reason at each number. No number here was measured on a GPU yet.
+"""The choice of the algorithm and of its tiles, with the reason at each number.
+
+Only the choice of the algorithm was measured on a GPU, an H100; the tiles are the model's.
 
 The models behind them count an H200's 790 TFLOP/s of bf16 products, 132 multiprocessors, about 5.5 TB/s out of L2,
 232 448 bytes of shared memory a block and 65 536 registers a multiprocessor. bench/NOTES.md carries the sums.
@@ -89,23 +91,6 @@ _FLASH_PORTABLE_128 = FlashConfig(OUTER=64, INNER=64, num_warps=4, num_stages=2)
 # Bound by memory: 16 elements a thread in 16-byte accesses; a row's 256 columns are summed within two warps.
 ELEMENTS = ElementConfig(BLOCK_N=16, BLOCK_C=256, num_warps=8)
 
-FLASH_MAX_D = 256
-"""Widest D for which the flash passes are picked.
-
-The chunks write and read each exponential once a pass, 4 bytes a logit, 0.7 ps of L2 traffic whatever D is: against
-0.65 ps of tensor-core time at D = 128 that is half the step, against 2.6 ps at D = 512 a quarter. And a product of
-depth 128 spends more of its time filling and draining its pipeline than in its loop. At D = 512 the flash passes have
-the fewer bytes (128 flop a byte of L2 traffic against 85) but one block per multiprocessor with nothing to overlap
-its exponentials and its 255 registers spill a little, while half of the chunks' work runs at a library product's
-rate: the model gives the chunks 8.4 ps a logit, the flash passes 5.8 and whatever their exponentials add, which it
-cannot tell. So the chunks, whose library half is the safer bet, stay until a GPU has timed both.
-"""
-
-SMALL_BATCH = 256
-"""Up to this N the flash passes are picked at any D they can take: a turn of the chunks is then bound by its centers,
-not by its
-exponentials (16 MiB of centers, 16 384 classes of 512): its products last 6 µs or less, and launches dominate it."""
-
 
 def is_wide(arch: int) -> bool:
     """Return true if ``arch`` (compute capability × 10) has 227 KiB of shared memory a block.
@@ -134,14 +119,17 @@ def flash_width(D: int) -> int:
     return max(16, 1 << (D - 1).bit_length())
 
 
-def pick(N: int, C: int, D: int, arch: int, dtype: torch.dtype) -> str:
-    """``"flash"`` or ``"chunks"``, for operands of ``dtype`` on ``arch`` (compute capability × 10).
+def pick(D: int, arch: int, dtype: torch.dtype) -> str:
+    """Return ``"flash"`` or ``"chunks"``, for operands of ``dtype`` on ``arch`` (compute capability × 10).
+
+    The flash passes run wherever they can: on an H100 they took 0.54 to 0.61 of the chunks' time at D = 512 and 0.13
+    at D = 128 and 256 (N = 1024 and 4096, C = 1 000 000, bf16, forward and backward; bench/NOTES.md).
 
     ``FUSED_ARCFACE_TRITON_ALGORITHM`` in the environment overrides it where the named algorithm can run at all:
     benchmarks compare the two with it.
 
-    >>> pick(4096, 1_000_000, 512, 90, torch.bfloat16), pick(4096, 1_000_000, 128, 90, torch.bfloat16)
-    ('chunks', 'flash')
+    >>> pick(512, 90, torch.bfloat16), pick(512, 90, torch.float32)
+    ('flash', 'chunks')
     """
     # One operand dtype for both products: fp16 cannot hold unshifted exponentials. And fp32 products belong to the
     # library, which follows torch.get_float32_matmul_precision and whose fp32 kernels beat Triton's.
@@ -151,7 +139,7 @@ def pick(N: int, C: int, D: int, arch: int, dtype: torch.dtype) -> str:
         raise ValueError(f"FUSED_ARCFACE_TRITON_ALGORITHM must be 'flash' or 'chunks'; got {asked!r}")
     if asked:
         return "flash" if asked == "flash" and possible else "chunks"
-    return "flash" if possible and (D <= FLASH_MAX_D or N <= SMALL_BATCH) else "chunks"
+    return "flash" if possible else "chunks"
 
 
 def panel_classes(config: PanelConfig, N: int, C: int, row_bytes: int, exponential_size: int, multiple: int) -> int:

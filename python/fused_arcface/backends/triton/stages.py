@@ -34,8 +34,7 @@ def _operand_dtype(embeddings: Tensor, weight: Tensor) -> torch.dtype:
 
 def _algorithm(embeddings: Tensor, weight: Tensor) -> str:
     arch, _ = device_limits(weight.device)
-    num_classes, D = weight.shape
-    return pick(embeddings.shape[0], num_classes, D, arch, _operand_dtype(embeddings, weight))
+    return pick(weight.shape[1], arch, _operand_dtype(embeddings, weight))
 
 
 def _unit_rows(embeddings: Tensor, weight: Tensor, algorithm: str) -> UnitRows:
