@@ -103,7 +103,7 @@ class NegativesAndTarget(torch.autograd.Function):
             shard.update.apply(rows, shard.classes, target, gradients, ctx.backend, Negatives(**ctx.negatives))
         elif ctx.needs_input_grad[1]:
             weight_grad, factor = ops.for_scale(_ops.weight_grad, ctx.scale)
-            _, *of_rows = gradients
+            _factor, *of_rows = gradients
             d_weight = shard.weight_gradient(
                 weight_grad(rows, shard.centers(weight), target, factor, *of_rows, ctx.backend, **ctx.negatives),
                 weight,
