@@ -199,6 +199,7 @@ def test_many_mutated_files(kind: fuzzing.Format, tmp_path: Path) -> None:
     check(kind, tmp_path, 10_000)
 
 
+@pytest.mark.serial  # the memory that a fork begins with counts, and grows with the tests before it
 @pytest.mark.parametrize("mode", ["L", "RGB", "RGBA", "P"])
 @pytest.mark.parametrize("format", IMAGE_FORMATS)
 def test_a_large_image_takes_16_bytes_a_pixel(format: str, mode: str, tmp_path: Path) -> None:
