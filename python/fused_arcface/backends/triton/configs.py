@@ -122,8 +122,8 @@ def flash_width(D: int) -> int:
 def pick(D: int, arch: int, dtype: torch.dtype) -> str:
     """Return ``"flash"`` or ``"chunks"``, for operands of ``dtype`` on ``arch`` (compute capability × 10).
 
-    The flash passes run wherever they can: on an H100 they took 0.54 to 0.61 of the chunks' time at D = 512 and 0.13
-    at D = 128 and 256 (N = 1024 and 4096, C = 1 000 000, bf16, forward and backward; bench/NOTES.md).
+    The flash passes run wherever they can. On an H100 they took 0.63 of the chunks' time at D = 512, 0.21 at D = 256
+    and 0.14 at D = 128 (N = 4096, C = 1 000 000, bf16, forward and backward; bench/results/h100).
 
     ``FUSED_ARCFACE_TRITON_ALGORITHM`` in the environment overrides it where the named algorithm can run at all:
     benchmarks compare the two with it.
