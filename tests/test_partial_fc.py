@@ -50,7 +50,7 @@ def test_any_number_of_ranks_trains_alike(backend, sample_rate, dtype, tolerance
     steps = 4 if (backend, dtype) == ("torch", torch.float32) else STEPS
     arguments = (23, 12, dtype, {"sample_rate": sample_rate}, backend, steps)
     expected = train_head(*arguments)
-    for world_size in (2, 3, 4) if backend == "auto" and dtype == torch.float64 else (3,):
+    for world_size in (2, 3, 4) if backend == "auto" else (3,):
         actual = joined(distributed_helpers.run_ranks(world_size, train_head, *arguments))
         assert_same_training(actual, expected, tolerance)
 
