@@ -114,15 +114,21 @@ def test_a_row_of_the_registry(row: backends.registry.Backend, monkeypatch: pyte
 
 
 def test_falling_back_names_each_feature(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backends.registry, "_unavailable", lambda name: None)
+    """Two backends that can run and lack the features; Triton's, which has them, cannot run."""
+    reasons = {"triton": "no compiler", "cuda": None}
+    monkeypatch.setattr(backends.registry, "_unavailable", reasons.get)
     needs = HeadOptions(fa.MVSoftmax(), sub_centers=2).needs()
     with pytest.warns(UserWarning, match="which stores") as warned:
         assert backends.select("auto", torch.device("cuda"), needs=needs) == "torch"
-    assert [str(each.message) for each in warned] == [
-        f"backend 'torch' is used, which stores the (N, C) logits, as {name!r} does not have "
-        "the modulated negatives of MVSoftmax and sub_centers=2"
-        for name in ("triton", "cuda")
+    assert [
+        str(each.message).removeprefix("backend 'torch' is used, which stores the (N, C) logits, as ")
+        for each in warned
+    ] == [
+        "'triton' is not available: no compiler",
+        "'cuda' does not have the modulated negatives of MVSoftmax and sub_centers=2",
     ]
+    monkeypatch.setitem(reasons, "triton", None)
+    assert backends.select("auto", torch.device("cuda"), needs=needs) == "triton"
 
 
 def test_named_backend_on_another_device() -> None:

@@ -21,15 +21,18 @@ pytest.importorskip("triton", reason="Triton is not installed here")
 from support.triton_aot import SHARED_LIMIT, Launch, compiled, recorded
 
 from fused_arcface.backends.triton import chunks, stages
-from fused_arcface.engine.terms import CenterStep, RowGradients
+from fused_arcface.engine.terms import CenterStep, Negatives, RowGradients
 from fused_arcface.margins import CombinedMargin, CosFace, parameters
 
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 
 TENSOR_CORES = {80: r"mma\.sync", 86: r"mma\.sync", 90: r"wgmma\.mma_async", 100: r"tcgen05\.mma"}
 
-MOST_STACK = 448
+MOST_STACK = 576
 """Bytes. The flash passes of D > 128 hold an accumulator of 128 registers a thread and spill around their loops."""
+
+MOST_LOCAL_IN_LOOP = 40
+"""Reloads of spilled registers in one turn of the flash gradient at D = 512: a turn has some 1200 instructions."""
 
 MARGIN = CombinedMargin(1.2, 0.3, 0.1, "fold")
 
@@ -47,6 +50,8 @@ def _step(
     N: int = 4096,
     C: int = 1_000_000,
     momentum: torch.dtype | None = None,
+    sub_centers: int = 1,
+    changed: bool = False,
 ) -> None:
     """A training step, on tensors without memory; given the dtype of its momentum a sampled one with CenterSGD."""
     x = torch.empty(N, D, dtype=dtype, device="meta")
@@ -54,11 +59,14 @@ def _step(
     target = torch.empty(N, dtype=torch.int64, device="meta")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FUSED_ARCFACE_TRITON_ALGORITHM", algorithm)
+        threshold = torch.empty(N, device="meta") if changed else None
+        change = torch.empty(3, dtype=FP64, device="meta") if changed else None
+        negatives = Negatives(sub_centers, threshold, change)
         if shifted:
-            stages.class_max(x, w, target)
+            stages.class_max(x, w, target, None, negatives)
         shift = torch.empty(N, dtype=FP64, device="meta") if shifted else None
         count = None if momentum is None else torch.empty((), dtype=torch.int64, device="meta")
-        total, _, center_sum = stages.class_stats(x, w, target, 64.0, shift, True, count)
+        total, _, center_sum = stages.class_stats(x, w, target, 64.0, shift, True, count, negatives)
         cosine = stages.target_cosine(x, w, target)
         if total.dtype == FP32:
             numbers = parameters(margin)
@@ -66,10 +74,10 @@ def _step(
             stages.margin_loss(total, cosine, 64.0, *numbers)
         backward = x, w, target, RowGradients(64.0, total.double(), total, cosine)
         if momentum is None:
-            stages.weight_grad(*backward)
+            stages.weight_grad(*backward, negatives)
         else:
-            stages.class_max(x, w, target, count)
-            stages.update_centers(*backward, _center_step(w, momentum))
+            stages.class_max(x, w, target, count, negatives)
+            stages.update_centers(*backward, _center_step(w, momentum), negatives)
         stages.embedding_grad(stages.unit_embedding_grad(w, target, center_sum, total, cosine), x)
 
 
@@ -90,6 +98,9 @@ DEFAULT_STEPS = {
         {"algorithm": "flash", "D": 256},
         {"algorithm": "flash", "D": 256, "weight_dtype": FP32, "momentum": FP32},
         {"algorithm": "chunks", "D": 512, "dtype": FP32, "weight_dtype": FP32},
+        {"algorithm": "flash", "D": 512, "changed": True},
+        {"algorithm": "chunks", "D": 512, "changed": True},
+        {"algorithm": "flash", "D": 512, "sub_centers": 3, "changed": True, "C": 999_999},
     ],
     80: [{"algorithm": "chunks", "D": 512}],
     100: [{"algorithm": "chunks", "D": 512}],
@@ -108,11 +119,13 @@ def _check(launch: Launch, arch: int) -> str:
     """Compiles a launch, checks what it takes, and gives its row of the table."""
     resources = compiled(launch, arch)
     row = f"sm_{arch:<4}{resources.registers:>4} registers {resources.stack:>4} B stack {resources.shared:>7} B shared"
-    row += f"  {launch.label}"
+    row += f" {resources.local_in_loop:>3} local in loop  {launch.label}"
     assert resources.shared <= SHARED_LIMIT[arch], row
     assert resources.stack <= (MOST_STACK if launch.has_dot else LEAST_STACK), row
     if launch.has_dot:
         assert resources.has_instruction(TENSOR_CORES[arch]), row
+    wide = launch.kernel.__name__ == "flash_gradient_kernel" and dict(launch.constants)["WIDTH"] == 512
+    assert resources.local_in_loop <= (MOST_LOCAL_IN_LOOP if wide else 0), row
     if launch.has_loop:
         assert resources.has_instruction(r"cp\.async"), f"operands are not loaded ahead: {row}"
     return row
@@ -155,6 +168,11 @@ def test_all_configurations(arch: int) -> None:
         for D in (7, 128, 513)
         for momentum in (FP32, BF16, torch.int8)
         if algorithm == "chunks" or D < 513
+    ]
+    steps += [
+        functools.partial(_step, algorithm, dtype, dtype, D, shifted, sub_centers=count, changed=True, C=999_999)
+        for algorithm, dtype in (("chunks", BF16), ("chunks", FP16), ("chunks", FP32), ("flash", BF16))
+        for D, shifted, count in ((512, False, 1), (128, True, 1), (512, True, 3))
     ]
     _check_all(steps, arch)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 from collections.abc import Iterator
 
@@ -12,10 +11,10 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="Triton is not installed here")
 
-from support.triton_cases import INTERPRETED
+from support.triton_cases import INTERPRETED, on_the_cpu
 
 import fused_arcface as fa
-from fused_arcface import backends, partial_fc
+from fused_arcface import partial_fc
 from fused_arcface.backends import torch as plain_torch
 from fused_arcface.backends import triton
 from fused_arcface.engine import ops
@@ -28,13 +27,8 @@ FP64, FP32, BF16, INT8 = torch.float64, torch.float32, torch.bfloat16, torch.int
 
 @pytest.fixture(autouse=True)
 def _triton_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The public names take ``backend="triton"`` here, and torch.empty gives NaN."""
-    monkeypatch.setattr(triton, "unavailable", lambda: None)
-    row = dataclasses.replace(backends.registry._ROWS["triton"], device_type="cpu")
-    monkeypatch.setitem(backends.registry._ROWS, "triton", row)
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
+    with on_the_cpu(monkeypatch):
+        yield
 
 
 def _step(weight: Tensor, momentum_dtype: torch.dtype | None, classes: Tensor | None, active: bool) -> CenterStep:

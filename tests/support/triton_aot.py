@@ -103,6 +103,8 @@ class Resources:
     stack: int
     shared: int
     ptx: str
+    local_in_loop: int
+    """Accesses to local memory, so spilled registers, in one turn of the loops that have tensor-core products."""
 
     def has_instruction(self, pattern: str) -> bool:
         return re.search(pattern, self.ptx) is not None
@@ -127,16 +129,36 @@ def compiled(launch: Launch, arch: int) -> Resources:
     attributes = {(index,): [["tt.divisibility", 16]] for index in launch.divisible}
     source = ASTSource(launch.kernel, dict(launch.signature), dict(launch.constants), attributes)
     kernel = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=dict(launch.options))
-    usage = _resource_usage(kernel.asm["cubin"])
-    return Resources(usage["REG"], usage["STACK"], kernel.metadata.shared, kernel.asm["ptx"])
+    report = _tool(kernel.asm["cubin"], "cuobjdump", "--dump-resource-usage").splitlines()[-1]
+    usage = {name: int(value) for name, value in re.findall(r"(\w+):(\d+)", report)}
+    local = _local_in_loops(_tool(kernel.asm["cubin"], "nvdisasm", "-c")) if launch.has_dot else 0
+    return Resources(usage["REG"], usage["STACK"], kernel.metadata.shared, kernel.asm["ptx"], local)
 
 
-def _resource_usage(cubin: bytes) -> dict[str, int]:
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+def _tool(cubin: bytes, name: str, option: str) -> str:
+    """Return what one of Triton's copies of NVIDIA's tools prints about a compiled kernel."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        report = subprocess.run(
-            [tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
-        ).stdout
-    return {name: int(value) for name, value in re.findall(r"(\w+):(\d+)", report.splitlines()[-1])}
+        return subprocess.run([tool, option, file.name], capture_output=True, text=True, check=True).stdout
+
+
+def _local_in_loops(listing: str) -> int:
+    """Count loads and stores of local memory between a backward branch and its target, if a product is there."""
+    labels: dict[str, int] = {}
+    instructions: list[str] = []
+    for line in listing.splitlines():
+        if label := re.match(r"\s*(\.L_x_\d+):", line):
+            labels[label[1]] = len(instructions)
+        elif instruction := re.match(r"\s*/\*[0-9a-f]+\*/\s+(.*)", line):
+            instructions.append(instruction[1])
+    assert instructions, "the listing has another form than expected"
+    local = set()
+    for last, instruction in enumerate(instructions):
+        branch = re.search(r"BRA.*`\((\.L_x_\d+)\)", instruction)
+        first = labels.get(branch[1], last + 1) if branch else last + 1
+        body = instructions[first : last + 1]
+        if any("MMA" in each for each in body):
+            local |= {first + i for i, each in enumerate(body) if re.search(r"\b(LDL|STL)\b", each)}
+    return len(local)

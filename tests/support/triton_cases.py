@@ -5,7 +5,10 @@ Used by test_triton_interpreted*.py (CPU tensors, TRITON_INTERPRET=1) and by tes
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,6 +19,7 @@ from packaging.version import Version  # pytest needs it too
 from torch import Tensor
 
 import fused_arcface as fa
+from fused_arcface import backends
 from fused_arcface.engine.autograd import negatives_and_target
 from fused_arcface.engine.tail import loss_of_rows
 from fused_arcface.engine.terms import IGNORED
@@ -134,3 +138,14 @@ def force(setting: Setting, patch: pytest.MonkeyPatch) -> None:
         small = configs.PanelConfig(exponential_bytes=0, center_bytes=0, max_rows=64)
         patch.setattr(chunks, "CHUNKS", small)
         patch.setattr(flash, "FLASH_PANEL", small)
+
+
+@contextlib.contextmanager
+def on_the_cpu(patch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The public names take ``backend="triton"`` for tensors on the CPU, and torch.empty gives NaN."""
+    patch.setattr(backends.load("triton"), "unavailable", lambda: None)
+    row = dataclasses.replace(backends.registry._ROWS["triton"], device_type="cpu")
+    patch.setitem(backends.registry._ROWS, "triton", row)
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)

@@ -50,7 +50,7 @@ FEATURES = {
 BACKENDS = (
     Backend("torch", None, 0, frozenset({"sub_centers", "modulated_negatives", "padding"})),
     Backend("cpu", "cpu", 1, frozenset({"sub_centers", "modulated_negatives", "fused_margin", "fused_margin_fp64"})),
-    Backend("triton", "cuda", 2, frozenset({"padding", "fused_margin"})),
+    Backend("triton", "cuda", 2, frozenset({"sub_centers", "modulated_negatives", "padding", "fused_margin"})),
     # Tensor cores for fp64 are few, and a graphics card has none.
     Backend("cuda", "cuda", 1, frozenset({"padding", "fused_margin"}), _NO_FP64),
 )

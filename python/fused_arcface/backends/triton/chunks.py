@@ -7,6 +7,7 @@ one panel. Any D; fp16, bf16, fp32 and fp64.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -16,6 +17,7 @@ from torch import Tensor
 from .common import multiply
 from .configs import CHUNKS, ELEMENTS, ElementConfig, ProductConfig, device_limits, panel_classes, product_config
 from .exponentials import launch_class_gradient, launch_class_stats
+from .negatives import RowRule
 from .rows import Centers, RowTerms, UnitRows
 
 
@@ -27,22 +29,30 @@ class _Loop:
     config: ProductConfig | ElementConfig
     panel: UnitRows
     scores: Tensor
-    """(rows of a block, P): exponentials, or their gradient."""
+    """(rows of a block, P): what a library product writes; nobody reads it where the kernel multiplies."""
+    results: Tensor
+    """(rows of a block, P): exponentials, or their gradient. The same memory as ``scores`` where a kernel needs no
+    score but its own."""
 
     @staticmethod
-    def create(x: UnitRows, centers: Centers, stored: bool) -> _Loop:
+    def create(x: UnitRows, centers: Centers, stored: bool, sub_centers: int) -> _Loop:
         num_rows, width = x.values.shape
         device = x.values.device
-        product = x.values.dtype in (torch.float16, torch.bfloat16)
+        several = sub_centers > 1
+        product = x.values.dtype in (torch.float16, torch.bfloat16) and not several
         config = product_config(device_limits(device)[0]) if product else ELEMENTS
         # Without a library product and with nothing to store for one, the scores never exist.
         stored = stored or not product
         row_bytes, size = width * x.values.element_size(), x.second.element_size()
-        classes = panel_classes(CHUNKS, num_rows, centers.count, row_bytes, size if stored else 0, config.BLOCK_C)
+        logit_bytes = (size if stored else 0) + (x.inverse.element_size() if several else 0)
+        # All centers of a class are in one panel.
+        multiple = math.lcm(config.BLOCK_C, sub_centers)
+        classes = panel_classes(CHUNKS, num_rows, centers.count, row_bytes, logit_bytes, multiple)
         panel = UnitRows.empty(classes, width, x.values.dtype, x.inverse.dtype, device)
         rows = min(num_rows, CHUNKS.max_rows) if stored else 0
-        scores = torch.empty(rows, classes, dtype=x.second.dtype, device=device)
-        return _Loop(centers, config, panel, scores)
+        results = torch.empty(rows, classes, dtype=x.second.dtype, device=device)
+        scores = torch.empty_like(results, dtype=x.inverse.dtype) if several else results
+        return _Loop(centers, config, panel, scores, results)
 
     @property
     def tiles(self) -> int:
@@ -54,7 +64,7 @@ class _Loop:
             yield start, self.centers.fill(start, self.panel)
 
     def scores_of(self, x: UnitRows) -> Tensor:
-        """(rows, P) to be filled by a kernel, holding the scores already where the kernel does not multiply itself."""
+        """Return memory (rows, P) for the scores. It holds them already where the kernel does not multiply itself."""
         scores = self.scores[: x.values.shape[0]]
         if not isinstance(self.config, ProductConfig):
             multiply(scores, x.values, self.panel.values.T, accumulate=False)
@@ -70,6 +80,7 @@ def class_stats(
     centers: Centers,
     target: Tensor,
     terms: RowTerms | None,
+    rule: RowRule,
     with_center_sum: bool,
     class_count: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -78,20 +89,22 @@ def class_stats(
     Without ``terms`` the maxima alone.
     """
     num_rows, width = x.values.shape
-    loop = _Loop.create(x, centers, with_center_sum)
+    loop = _Loop.create(x, centers, with_center_sum, rule.sub_centers)
     total = torch.zeros(loop.tiles, num_rows, dtype=x.inverse.dtype, device=target.device)
     maximum = torch.full_like(total, -torch.inf)
     center_sum = total.new_empty(num_rows, width) if with_center_sum else None
     for start, num_classes in loop.turns():
         for rows in _row_blocks(num_rows):
             block = x.row_slice(rows.start, rows.stop)
-            scores = loop.scores_of(block)
+            scores, exponentials = loop.scores_of(block), loop.results[: block.values.shape[0]]
             launch_class_stats(
                 block,
                 loop.panel,
                 target[rows],
                 None if terms is None else terms.row_slice(rows.start, rows.stop),
+                rule.row_slice(rows.start, rows.stop),
                 scores,
+                exponentials,
                 total[:, rows],
                 maximum[:, rows],
                 class_count,
@@ -101,29 +114,36 @@ def class_stats(
                 loop.config,
             )
             if center_sum is not None:
-                multiply(center_sum[rows], scores, loop.panel.second, accumulate=start > 0)
+                multiply(center_sum[rows], exponentials, loop.panel.second, accumulate=start > 0)
     return total, maximum, center_sum
 
 
 def unit_gradients(
-    x: UnitRows, centers: Centers, target: Tensor, terms: RowTerms, finish: Callable[[Tensor, int], None]
+    x: UnitRows,
+    centers: Centers,
+    target: Tensor,
+    terms: RowTerms,
+    rule: RowRule,
+    finish: Callable[[Tensor, int], None],
 ) -> None:
     """Call ``finish(gradient, start)`` once a turn.
 
     The gradient (R, width) is that by the unit centers from index ``start`` on, by the terms' coefficients.
     """
     num_rows, width = x.values.shape
-    loop = _Loop.create(x, centers, True)
+    loop = _Loop.create(x, centers, True, rule.sub_centers)
     d_unit = x.inverse.new_empty(loop.panel.values.shape[0], width)
     for start, num_classes in loop.turns():
         for rows in _row_blocks(num_rows):
             block = x.row_slice(rows.start, rows.stop)
-            gradient = loop.scores_of(block)
+            scores, gradient = loop.scores_of(block), loop.results[: block.values.shape[0]]
             launch_class_gradient(
                 block,
                 loop.panel,
                 target[rows],
                 terms.row_slice(rows.start, rows.stop),
+                rule.row_slice(rows.start, rows.stop),
+                scores,
                 gradient,
                 num_classes,
                 start,

@@ -4,8 +4,9 @@ The scores are ``S = X·Wᵀ``.
 
 ``PRODUCT``: the kernel multiplies 16-bit operands itself and S never leaves the registers, because writing and
 reading an fp32 S would cost 8 bytes a logit of L2 traffic beside the 4 of the exponentials (1.5 ps a logit and pass,
-against 1.3 for the product itself). Otherwise S lies in the output already, put there by a library product in fp32
-(tf32, if PyTorch is told so) or fp64.
+against 1.3 for the product itself). Otherwise a library product in fp32 (tf32, if PyTorch is told so) or fp64 has put S
+into the output, or into memory of its own if a class has several centers, because a column then needs its
+neighbors' scores.
 
 The target is masked in the tile; exponentials are not shifted unless a shift is given, and so need bf16's range, not
 fp16's. Each block adds to its own row of partial sums, so that no atomics are needed and a result never depends on
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from .common import dot, launch, to
 from .configs import ELEMENTS, ElementConfig, ProductConfig
+from .negatives import RowRule, change_numbers, changed_cosine, is_beaten
 from .rows import RowTerms, UnitRows
 
 
@@ -72,25 +74,42 @@ def _tile(num_tiles_n, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr):
 
 
 @triton.jit
+def _is_other(offs_c, target, SUB_CENTERS: tl.constexpr):
+    """Return true (BLOCK_N, BLOCK_C) for a center that does not belong to the row's own class.
+
+    ``target`` (BLOCK_N,) is the row's column in the panel, of which one may lie outside.
+    """
+    if SUB_CENTERS == 1:
+        return offs_c[None, :] != target[:, None]
+    own = tl.where(target >= 0, target // SUB_CENTERS, -1)
+    return (offs_c // SUB_CENTERS)[None, :] != own[:, None]
+
+
+@triton.jit
 def class_stats_kernel(
     x_ptr,  # (N, WIDTH)
     w_ptr,  # (P, WIDTH)
     inverse_ptr,  # (P,)
+    row_inverse_ptr,  # (N,)
     target_ptr,  # (N,) int64
     scale_ptr,  # (N,)
     shift_ptr,  # (N,)
-    exponentials_ptr,  # (N, P), rows exponentials_stride apart
+    threshold_ptr,  # (N,); None: no cosine is changed
+    change_ptr,  # (3,) fp64 coefficients of the change
+    scores_ptr,  # (N, P), rows scores_stride apart; not read if the kernel multiplies
+    exponentials_ptr,  # (N, P), rows as far apart
     total_ptr,  # (tiles of P, N): added to
     maximum_ptr,  # (tiles of P, N): raised
     class_count_ptr,  # () int64: classes over all panels, known to the device alone; or None
     num_rows,
     num_classes,  # of the panel, without its padding
     first_class,  # of the panel
-    exponentials_stride,
+    scores_stride,
     num_tiles_n,
     partial_stride,
     WIDTH: tl.constexpr,
     PRODUCT: tl.constexpr,
+    SUB_CENTERS: tl.constexpr,
     HAS_SHIFT: tl.constexpr,
     MAX_ONLY: tl.constexpr,
     STORE: tl.constexpr,
@@ -106,12 +125,13 @@ def class_stats_kernel(
     if class_count_ptr is not None:
         num_classes = tl.minimum(num_classes, (tl.load(class_count_ptr) - first_class).to(tl.int32))
     # One 64-bit address for the tile, 32-bit offsets within it: half the registers.
-    tile_ptr = exponentials_ptr + first_n * exponentials_stride + first_c
-    tile_ptrs = tile_ptr + (tl.arange(0, BLOCK_N)[:, None] * exponentials_stride + tl.arange(0, BLOCK_C)[None, :])
+    row_offs = tl.arange(0, BLOCK_N)[:, None] * scores_stride
+    tile_offs = row_offs + tl.arange(0, BLOCK_C)[None, :]
+    scores_ptr += first_n * scores_stride
     scores = _scores(
         x_ptr + first_n * WIDTH,
         w_ptr + first_c.to(tl.int64) * WIDTH,
-        tile_ptrs,
+        scores_ptr + first_c + tile_offs,
         mask_n,
         WIDTH,
         PRODUCT,
@@ -122,14 +142,23 @@ def class_stats_kernel(
     inverse = tl.load(inverse_ptr + offs_c)
     scores = scores * inverse[None, :]  # now the cosines, but for the embedding's factor
     target = (tl.load(target_ptr + offs_n, mask_n, -1) - first_class).to(tl.int32)
-    negative = (offs_c < num_classes)[None, :] & (offs_c[None, :] != target[:, None])
+    negative = (offs_c < num_classes)[None, :] & _is_other(offs_c, target, SUB_CENTERS)
+    if SUB_CENTERS > 1:
+        negative = negative & ~is_beaten(scores, scores_ptr + row_offs, inverse_ptr, offs_c, mask_n, SUB_CENTERS)
+    value = scores
+    if threshold_ptr is not None:
+        cosine = scores * tl.load(row_inverse_ptr + offs_n, mask_n, 0.0)[:, None]
+        threshold = tl.load(threshold_ptr + offs_n, mask_n, 0.0)
+        a, b, d = change_numbers(change_ptr, cosine.dtype)
+        value, slope = changed_cosine(cosine, threshold[:, None], a, b, d)
 
     partial = tile_c.to(tl.int64) * partial_stride + offs_n
-    maximum = tl.max(tl.where(negative, scores, float("-inf")), 1)
+    # The statistics want the greatest cosine, the shift the greatest value.
+    maximum = tl.max(tl.where(negative, value if MAX_ONLY else scores, float("-inf")), 1)
     maximum = tl.maximum(maximum, tl.load(maximum_ptr + partial, mask_n, 0.0))
     tl.store(maximum_ptr + partial, maximum, mask_n)
     if not MAX_ONLY:
-        exponents = scores * tl.load(scale_ptr + offs_n, mask_n, 0.0)[:, None]
+        exponents = value * tl.load(scale_ptr + offs_n, mask_n, 0.0)[:, None]
         if HAS_SHIFT:
             exponents -= tl.load(shift_ptr + offs_n, mask_n, 0.0)[:, None]
         exponentials = tl.where(negative, tl.exp2(exponents), 0.0)
@@ -137,8 +166,12 @@ def class_stats_kernel(
         tl.store(total_ptr + partial, total, mask_n)
         if STORE:
             # The second product takes the centers as they are stored: their inverse norms go here.
-            exponentials = to(exponentials * inverse[None, :], exponentials_ptr.dtype.element_ty)
-            tl.store(tile_ptrs, exponentials, mask_n[:, None])
+            exponentials = exponentials * inverse[None, :]
+            if threshold_ptr is not None:
+                exponentials = exponentials * slope
+            tile_ptr = exponentials_ptr + first_n * scores_stride + first_c
+            exponentials = to(exponentials, exponentials_ptr.dtype.element_ty)
+            tl.store(tile_ptr + tile_offs, exponentials, mask_n[:, None])
 
 
 @triton.jit
@@ -146,19 +179,24 @@ def class_gradient_kernel(
     x_ptr,  # (N, WIDTH)
     w_ptr,  # (P, WIDTH)
     inverse_ptr,  # (P,)
+    row_inverse_ptr,  # (N,)
     target_ptr,  # (N,) int64
     scale_ptr,  # (N,)
     shift_ptr,  # (N,)
     factor_ptr,  # (N,)
     coefficient_ptr,  # (N,)
-    gradient_ptr,  # (N, P), rows gradient_stride apart
+    threshold_ptr,  # (N,); None: no cosine is changed
+    change_ptr,  # (3,) fp64 coefficients of the change
+    scores_ptr,  # (N, P), rows scores_stride apart; not read if the kernel multiplies
+    gradient_ptr,  # (N, P), rows as far apart
     num_rows,
     num_classes,
     first_class,
-    gradient_stride,
+    scores_stride,
     num_tiles_n,
     WIDTH: tl.constexpr,
     PRODUCT: tl.constexpr,
+    SUB_CENTERS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -168,12 +206,13 @@ def class_gradient_kernel(
     offs_n = first_n + tl.arange(0, BLOCK_N)
     offs_c = first_c + tl.arange(0, BLOCK_C)
     mask_n = offs_n < num_rows
-    tile_ptr = gradient_ptr + first_n * gradient_stride + first_c
-    tile_ptrs = tile_ptr + (tl.arange(0, BLOCK_N)[:, None] * gradient_stride + tl.arange(0, BLOCK_C)[None, :])
+    row_offs = tl.arange(0, BLOCK_N)[:, None] * scores_stride
+    tile_offs = row_offs + tl.arange(0, BLOCK_C)[None, :]
+    scores_ptr += first_n * scores_stride
     scores = _scores(
         x_ptr + first_n * WIDTH,
         w_ptr + first_c.to(tl.int64) * WIDTH,
-        tile_ptrs,
+        scores_ptr + first_c + tile_offs,
         mask_n,
         WIDTH,
         PRODUCT,
@@ -187,11 +226,23 @@ def class_gradient_kernel(
     factor = tl.load(factor_ptr + offs_n, mask_n, 0.0)
     coefficient = tl.load(coefficient_ptr + offs_n, mask_n, 0.0)
     target = (tl.load(target_ptr + offs_n, mask_n, -1) - first_class).to(tl.int32)
-    gradient = factor[:, None] * tl.exp2(scores * scale[:, None] - shift[:, None])
+    value = scores
+    if threshold_ptr is not None:
+        cosine = scores * tl.load(row_inverse_ptr + offs_n, mask_n, 0.0)[:, None]
+        threshold = tl.load(threshold_ptr + offs_n, mask_n, 0.0)
+        a, b, d = change_numbers(change_ptr, cosine.dtype)
+        value, slope = changed_cosine(cosine, threshold[:, None], a, b, d)
+    gradient = factor[:, None] * tl.exp2(value * scale[:, None] - shift[:, None])
+    if threshold_ptr is not None:
+        gradient = gradient * slope
+    if SUB_CENTERS > 1:
+        beaten = is_beaten(scores, scores_ptr + row_offs, inverse_ptr, offs_c, mask_n, SUB_CENTERS)
+        gradient = tl.where(_is_other(offs_c, target, SUB_CENTERS) & ~beaten, gradient, 0.0)
     gradient = tl.where(offs_c[None, :] == target[:, None], coefficient[:, None], gradient)
     # A row without negatives has a shift of -inf: what is not there must not be multiplied, but masked.
     gradient = tl.where((offs_c < num_classes)[None, :], gradient, 0.0)
-    tl.store(tile_ptrs, to(gradient, gradient_ptr.dtype.element_ty), mask_n[:, None])
+    tile_ptr = gradient_ptr + first_n * scores_stride + first_c
+    tl.store(tile_ptr + tile_offs, to(gradient, gradient_ptr.dtype.element_ty), mask_n[:, None])
 
 
 def _meta(config: ProductConfig | ElementConfig, width: int) -> dict[str, int | bool]:
@@ -213,6 +264,8 @@ def launch_class_stats(
     panel: UnitRows,
     target: Tensor,
     terms: RowTerms | None,
+    rule: RowRule,
+    scores: Tensor,
     exponentials: Tensor,
     total: Tensor,
     maximum: Tensor,
@@ -222,9 +275,9 @@ def launch_class_stats(
     store: bool,
     config: ProductConfig | ElementConfig,
 ) -> None:
-    """Add one panel to the rows' partial ``total`` and ``maximum`` (tiles, N), and stores its exponentials if asked.
+    """Add one panel to the rows' partial ``total`` and ``maximum`` (tiles, N), and store its exponentials if asked.
 
-    x (N, width), panel (P, width), exponentials (N, P); without ``terms`` only the maximum is taken.
+    x (N, width), panel (P, width), scores and exponentials (N, P); without ``terms`` only the maximum is taken.
     """
     num_rows, width = x.values.shape
     tiles_n, tiles_c = triton.cdiv(num_rows, config.BLOCK_N), panel.values.shape[0] // config.BLOCK_C
@@ -234,9 +287,13 @@ def launch_class_stats(
         x.values,
         panel.values,
         panel.inverse,
+        x.inverse,
         target,
         x.inverse if terms is None else terms.scale,
         x.inverse if terms is None or terms.shift is None else terms.shift,
+        rule.threshold,
+        rule.coefficients,
+        scores,
         exponentials,
         total,
         maximum,
@@ -244,9 +301,10 @@ def launch_class_stats(
         num_rows,
         num_classes,
         first_class,
-        exponentials.stride(0),
+        scores.stride(0),
         tiles_n,
         total.stride(0),
+        SUB_CENTERS=rule.sub_centers,
         HAS_SHIFT=terms is not None and terms.shift is not None,
         MAX_ONLY=terms is None,
         STORE=store,
@@ -259,6 +317,8 @@ def launch_class_gradient(
     panel: UnitRows,
     target: Tensor,
     terms: RowTerms,
+    rule: RowRule,
+    scores: Tensor,
     gradient: Tensor,
     num_classes: int,
     first_class: int,
@@ -273,16 +333,21 @@ def launch_class_gradient(
         x.values,
         panel.values,
         panel.inverse,
+        x.inverse,
         target,
         terms.scale,
         terms.shift,
         terms.factor,
         terms.target,
+        rule.threshold,
+        rule.coefficients,
+        scores,
         gradient,
         num_rows,
         num_classes,
         first_class,
-        gradient.stride(0),
+        scores.stride(0),
         tiles_n,
+        SUB_CENTERS=rule.sub_centers,
         **_meta(config, width),
     )

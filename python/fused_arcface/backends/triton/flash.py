@@ -20,6 +20,7 @@ from torch import Tensor
 
 from .common import dot, launch, to, to_gradient
 from .configs import FLASH_PANEL, FlashConfig, device_limits, flash_config, flash_width, panel_classes, row_splits
+from .negatives import RowRule, change_numbers, changed_cosine
 from .rows import Centers, RowTerms, UnitRows
 
 
@@ -28,9 +29,12 @@ def flash_stats_kernel(
     x_ptr,  # (N padded, WIDTH)
     w_ptr,  # (P, WIDTH)
     inverse_ptr,  # (P,)
+    row_inverse_ptr,  # (N,)
     target_ptr,  # (N,) int64
     scale_ptr,  # (N,)
     shift_ptr,  # (N,)
+    threshold_ptr,  # (N,); None: no cosine is changed
+    change_ptr,  # (3,) fp64 coefficients of the change
     center_sum_ptr,  # (splits, N padded, WIDTH): added to
     total_ptr,  # (splits, N padded): added to
     maximum_ptr,  # (splits, N padded): raised
@@ -62,6 +66,10 @@ def flash_stats_kernel(
     scale = tl.load(scale_ptr + offs_n, mask_n, 0.0)
     if HAS_SHIFT:
         shift = tl.load(shift_ptr + offs_n, mask_n, 0.0)
+    if threshold_ptr is not None:
+        row_inverse = tl.load(row_inverse_ptr + offs_n, mask_n, 0.0)
+        threshold = tl.load(threshold_ptr + offs_n, mask_n, 0.0)
+        a, b, d = change_numbers(change_ptr, tl.float32)
 
     total = tl.zeros([BLOCK_N], tl.float32)
     maximum = tl.full([BLOCK_N], float("-inf"), tl.float32)
@@ -76,13 +84,19 @@ def flash_stats_kernel(
         scores = dot(x, tl.trans(w), tl.zeros([BLOCK_N, BLOCK_C], tl.float32)) * inverse[None, :]
         negative = (offs_c < num_classes)[None, :] & (offs_c[None, :] != target[:, None])
         maximum = tl.maximum(maximum, tl.max(tl.where(negative, scores, float("-inf")), 1))
-        exponents = scores * scale[:, None]
+        value = scores
+        if threshold_ptr is not None:
+            value, slope = changed_cosine(scores * row_inverse[:, None], threshold[:, None], a, b, d)
+        exponents = value * scale[:, None]
         if HAS_SHIFT:
             exponents -= shift[:, None]
         exponentials = tl.where(negative, tl.exp2(exponents), 0.0)
         total += tl.sum(exponentials, 1)
         if WITH_SUM:
-            center_sum = dot(to(exponentials * inverse[None, :], tl.bfloat16), w, center_sum)
+            weights = exponentials * inverse[None, :]
+            if threshold_ptr is not None:
+                weights = weights * slope
+            center_sum = dot(to(weights, tl.bfloat16), w, center_sum)
 
     first_partial = split.to(tl.int64) * num_padded + first_row
     partial = first_partial + tl.arange(0, BLOCK_N)
@@ -99,11 +113,14 @@ def flash_gradient_kernel(
     w_ptr,  # (P, WIDTH)
     inverse_ptr,  # (P,)
     reciprocal_ptr,  # (P,)
+    row_inverse_ptr,  # (N,)
     target_ptr,  # (N,) int64
     scale_ptr,  # (N,)
     shift_ptr,  # (N,)
     factor_ptr,  # (N,)
     coefficient_ptr,  # (N,)
+    threshold_ptr,  # (N,); None: no cosine is changed
+    change_ptr,  # (3,) fp64 coefficients of the change
     out_ptr,  # (P, D), any strides: the gradient by the centers, or by the unit centers
     stride_c,
     stride_d,
@@ -129,6 +146,8 @@ def flash_gradient_kernel(
     d_unit = tl.zeros([BLOCK_C, WIDTH], tl.float32)
     is_short = tl.zeros([BLOCK_C], tl.int1)
     along = tl.zeros([BLOCK_C], tl.float32)
+    if threshold_ptr is not None:
+        a, b, d = change_numbers(change_ptr, tl.float32)
     for tile in range(0, num_tiles_n):
         offs_n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
         mask_n = offs_n < num_rows
@@ -140,7 +159,14 @@ def flash_gradient_kernel(
         shift = tl.load(shift_ptr + offs_n, mask_n, 0.0)
         factor = tl.load(factor_ptr + offs_n, mask_n, 0.0)
         coefficient = tl.load(coefficient_ptr + offs_n, mask_n, 0.0)
-        gradient = factor[None, :] * tl.exp2(scores * scale[None, :] - shift[None, :])
+        value = scores
+        if threshold_ptr is not None:
+            row_inverse = tl.load(row_inverse_ptr + offs_n, mask_n, 0.0)
+            threshold = tl.load(threshold_ptr + offs_n, mask_n, 0.0)
+            value, slope = changed_cosine(scores * row_inverse[None, :], threshold[None, :], a, b, d)
+        gradient = factor[None, :] * tl.exp2(value * scale[None, :] - shift[None, :])
+        if threshold_ptr is not None:
+            gradient = gradient * slope
         gradient = tl.where(offs_c[:, None] == target[None, :], coefficient[None, :], gradient)
         gradient = to(tl.where(mask_n[None, :], gradient, 0.0), tl.bfloat16)
         # ⟨ŵ, Σ g·x⟩ from the rounded g that the product takes, so that what it subtracts is what the product put in.
@@ -183,6 +209,7 @@ def class_stats(
     centers: Centers,
     target: Tensor,
     terms: RowTerms,
+    rule: RowRule,
     with_center_sum: bool,
     class_count: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -206,9 +233,12 @@ def class_stats(
             x.values,
             panel.values,
             panel.inverse,
+            x.inverse,
             target,
             terms.scale,
             terms.scale if terms.shift is None else terms.shift,
+            rule.threshold,
+            rule.coefficients,
             center_sum,
             total,
             maximum,
@@ -230,16 +260,21 @@ def class_stats(
     return total, maximum, center_sum.sum(0) if with_center_sum else None
 
 
-def weight_grad(x: UnitRows, centers: Centers, target: Tensor, terms: RowTerms, out: Tensor) -> None:
+def weight_grad(x: UnitRows, centers: Centers, target: Tensor, terms: RowTerms, rule: RowRule, out: Tensor) -> None:
     """Write the gradient by the centers (K, D) into ``out``; x has padded rows, target and terms are (N,)."""
     panel = _panel(x, centers, _config(x.values.shape[1], x.values.device).OUTER)
     for start in range(0, centers.count, panel.values.shape[0]):
         num_classes = centers.fill(start, panel)
-        _launch_gradient(x, panel, target, terms, out[start : start + num_classes], start, project=True)
+        _launch_gradient(x, panel, target, terms, rule, out[start : start + num_classes], start, project=True)
 
 
 def unit_gradients(
-    x: UnitRows, centers: Centers, target: Tensor, terms: RowTerms, finish: Callable[[Tensor, int], None]
+    x: UnitRows,
+    centers: Centers,
+    target: Tensor,
+    terms: RowTerms,
+    rule: RowRule,
+    finish: Callable[[Tensor, int], None],
 ) -> None:
     """As chunks.unit_gradients; x of padded rows, target and terms (N,)."""
     width = x.values.shape[1]
@@ -247,12 +282,19 @@ def unit_gradients(
     d_unit = x.inverse.new_empty(panel.values.shape[0], width)
     for start in range(0, centers.count, panel.values.shape[0]):
         rows = d_unit[: centers.fill(start, panel)]
-        _launch_gradient(x, panel, target, terms, rows, start, project=False)
+        _launch_gradient(x, panel, target, terms, rule, rows, start, project=False)
         finish(rows, start)
 
 
 def _launch_gradient(
-    x: UnitRows, panel: UnitRows, target: Tensor, terms: RowTerms, out: Tensor, first_class: int, project: bool
+    x: UnitRows,
+    panel: UnitRows,
+    target: Tensor,
+    terms: RowTerms,
+    rule: RowRule,
+    out: Tensor,
+    first_class: int,
+    project: bool,
 ) -> None:
     num_padded, width = x.values.shape
     config = _config(width, x.values.device)
@@ -263,11 +305,14 @@ def _launch_gradient(
         panel.values,
         panel.inverse,
         panel.reciprocal,
+        x.inverse,
         target,
         terms.scale,
         terms.shift,
         terms.factor,
         terms.target,
+        rule.threshold,
+        rule.coefficients,
         out,
         *out.stride(),
         target.shape[0],

@@ -152,13 +152,14 @@ def row_terms_kernel(
     shift_ptr,  # (N,) fp64: what is taken from scale·cos before the exponential
     negative_ptr,  # (N,)
     target_ptr,  # (N,)
-    scale_ptr_out,  # (N,) factor of (values·w) for a base-2 exponent
+    scale_ptr_out,  # (N,) factor of (values·w), or of the cosine, for a base-2 exponent
     shift_ptr_out,  # (N,) base-2, rounded
     negative_ptr_out,  # (N,) factor of the exponentials
     target_ptr_out,  # (N,)
     scale_high,
     scale_low,
     num_rows,
+    OF_COSINE: tl.constexpr,
     HAS_SHIFT: tl.constexpr,
     HAS_COEFFICIENTS: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -170,7 +171,9 @@ def row_terms_kernel(
     inverse = tl.load(inverse_ptr + offs_n, mask_n, 0.0)
     # A Python float reaches a kernel as fp32; two of them carry scale·log2(e) to 48 bits.
     scale = tl.zeros([BLOCK_N], tl.float64) + scale_high + scale_low
-    tl.store(scale_ptr_out + offs_n, (inverse.to(tl.float64) * scale).to(COMPUTE), mask_n)
+    if not OF_COSINE:
+        scale = inverse.to(tl.float64) * scale
+    tl.store(scale_ptr_out + offs_n, scale.to(COMPUTE), mask_n)
     if HAS_SHIFT:
         exact = tl.load(shift_ptr + offs_n, mask_n, 0.0) * 1.4426950408889634
         rounded = exact.to(COMPUTE)
@@ -190,7 +193,10 @@ def row_terms_kernel(
 
 @dataclass(frozen=True)
 class RowTerms:
-    """What the exponentials' kernels know of each batch row: ``e = factor·2^(scale·(x·ŵ) - shift)``, all (N,)."""
+    """The numbers of each batch row that the exponentials' kernels take: ``e = factor·2^(scale·(x·ŵ) - shift)``.
+
+    All are (N,). Where the margin changes the negatives' cosines, the scale is that of the changed cosine.
+    """
 
     scale: Tensor
     shift: Tensor | None
@@ -210,8 +216,12 @@ def row_terms(
     scale: float,
     shift: Tensor | None = None,
     coefficients: tuple[Tensor, Tensor] | None = None,
+    of_cosine: bool = False,
 ) -> RowTerms:
-    """See :class:`RowTerms`; shift (N,) fp64, coefficients (N,) of the negatives and of the target."""
+    """See :class:`RowTerms`; shift (N,) fp64, coefficients (N,) of the negatives and of the target.
+
+    With ``of_cosine`` the scale is the factor of a cosine, which has the embedding's inverse norm already.
+    """
     num_rows = inverse.shape[0]
     exact = scale * 1.4426950408889634
     high = ctypes.c_float(exact).value
@@ -228,6 +238,7 @@ def row_terms(
         high,
         exact - high,
         num_rows,
+        OF_COSINE=of_cosine,
         HAS_SHIFT=shift is not None,
         HAS_COEFFICIENTS=coefficients is not None,
         BLOCK_N=1024,

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from fused_arcface.base.dtypes import compute_dtype
-from fused_arcface.engine.terms import CenterStep, RowGradients
+from fused_arcface.engine.terms import PLAIN, CenterStep, Negatives, RowGradients
 
 from . import chunks, flash
 from .center_sgd import update_rows
 from .configs import device_limits, pick
 from .margin import margin_losses
+from .negatives import RowRule
 from .rows import Centers, RowTerms, UnitRows, fill_unit_rows, row_terms
 from .targets import project, target_cosines, unit_embedding_grads
 
@@ -32,7 +33,10 @@ def _operand_dtype(embeddings: Tensor, weight: Tensor) -> torch.dtype:
     return torch.float64 if torch.float64 in (embeddings.dtype, weight.dtype) else embeddings.dtype
 
 
-def _algorithm(embeddings: Tensor, weight: Tensor) -> str:
+def _algorithm(embeddings: Tensor, weight: Tensor, negatives: Negatives) -> str:
+    # The nearest of several centers is found among scores in memory, and the flash passes store none.
+    if negatives.sub_centers > 1:
+        return "chunks"
     arch, _ = device_limits(weight.device)
     return pick(weight.shape[1], arch, _operand_dtype(embeddings, weight))
 
@@ -49,13 +53,21 @@ def _unit_rows(embeddings: Tensor, weight: Tensor, algorithm: str) -> UnitRows:
     return x
 
 
-def class_max(embeddings: Tensor, weight: Tensor, target: Tensor, class_count: Tensor | None = None) -> Tensor:
+def class_max(
+    embeddings: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    class_count: Tensor | None = None,
+    negatives: Negatives = PLAIN,
+) -> Tensor:
     """Implement :func:`fused_arcface.backends.torch.class_max`."""
     x = _unit_rows(embeddings, weight, "chunks")
     if embeddings.shape[0] == 0:
         return torch.empty_like(x.inverse)
-    _, maximum, _ = chunks.class_stats(x, Centers(weight), target.contiguous(), None, False, class_count)
-    return maximum.amax(0) * x.inverse
+    rule = RowRule.create(negatives, x.inverse.dtype)
+    _, maximum, _ = chunks.class_stats(x, Centers(weight), target.contiguous(), None, rule, False, class_count)
+    greatest = maximum.amax(0)
+    return greatest if rule.changes_cosines else greatest * x.inverse
 
 
 def class_stats(
@@ -66,19 +78,21 @@ def class_stats(
     shift: Tensor | None,
     with_center_sum: bool,
     class_count: Tensor | None = None,
+    negatives: Negatives = PLAIN,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Implement :func:`fused_arcface.backends.torch.class_stats`."""
     num_rows, D = embeddings.shape
-    algorithm = _algorithm(embeddings, weight)
+    algorithm = _algorithm(embeddings, weight, negatives)
     x = _unit_rows(embeddings, weight, algorithm)
     center_sum = x.inverse.new_empty(embeddings.shape if with_center_sum else 0)
     if num_rows == 0:
         return torch.empty_like(x.inverse), torch.empty_like(x.inverse), center_sum
     inverse = x.inverse[:num_rows]
-    terms = row_terms(inverse, scale, shift)
+    rule = RowRule.create(negatives, inverse.dtype)
+    terms = row_terms(inverse, scale, shift, of_cosine=rule.changes_cosines)
     module = flash if algorithm == "flash" else chunks
     totals, maxima, sums = module.class_stats(
-        x, Centers(weight), target.contiguous(), terms, with_center_sum, class_count
+        x, Centers(weight), target.contiguous(), terms, rule, with_center_sum, class_count
     )
     total, maximum = totals.sum(0)[:num_rows], maxima.amax(0)[:num_rows] * inverse
     if terms.factor is not None:
@@ -95,21 +109,22 @@ def weight_grad(
     weight: Tensor,
     target: Tensor,
     gradients: RowGradients,
+    negatives: Negatives = PLAIN,
 ) -> Tensor:
     """Implement :func:`fused_arcface.backends.torch.weight_grad`."""
     d_weight = torch.empty_like(weight)
     if embeddings.shape[0] == 0:
         return d_weight.zero_()
-    algorithm, x, terms = _backward(embeddings, weight, gradients)
+    algorithm, x, terms, rule = _backward(embeddings, weight, gradients, negatives)
     if algorithm == "flash":
-        flash.weight_grad(x, Centers(weight), target.contiguous(), terms, d_weight)
+        flash.weight_grad(x, Centers(weight), target.contiguous(), terms, rule, d_weight)
     else:
 
         def finish(d_unit: Tensor, start: int) -> None:
             rows = slice(start, start + d_unit.shape[0])
             project(d_unit, weight[rows], d_weight[rows])
 
-        chunks.unit_gradients(x, Centers(weight), target.contiguous(), terms, finish)
+        chunks.unit_gradients(x, Centers(weight), target.contiguous(), terms, rule, finish)
     return d_weight
 
 
@@ -119,6 +134,7 @@ def update_centers(
     target: Tensor,
     gradients: RowGradients,
     step: CenterStep,
+    negatives: Negatives = PLAIN,
 ) -> None:
     """Implement :func:`fused_arcface.backends.torch.update_centers`."""
     centers = Centers(weight, step.classes)
@@ -127,19 +143,23 @@ def update_centers(
         d_unit = weight.new_zeros(1, weight.shape[1], dtype=compute_dtype(embeddings, weight))
         update_rows(d_unit.expand(centers.count, -1), weight, step, 0)
         return
-    algorithm, x, terms = _backward(embeddings, weight, gradients)
+    algorithm, x, terms, rule = _backward(embeddings, weight, gradients, negatives)
     module = flash if algorithm == "flash" else chunks
     module.unit_gradients(
-        x, centers, target.contiguous(), terms, lambda d_unit, start: update_rows(d_unit, weight, step, start)
+        x, centers, target.contiguous(), terms, rule, lambda d_unit, start: update_rows(d_unit, weight, step, start)
     )
 
 
-def _backward(embeddings: Tensor, weight: Tensor, gradients: RowGradients) -> tuple[str, UnitRows, RowTerms]:
-    """Return the algorithm of a backward pass, the embeddings ready for it, and the rows' terms."""
-    algorithm = _algorithm(embeddings, weight)
+def _backward(
+    embeddings: Tensor, weight: Tensor, gradients: RowGradients, negatives: Negatives
+) -> tuple[str, UnitRows, RowTerms, RowRule]:
+    """Return the algorithm of a backward pass, the embeddings ready for it, the rows' terms, and their rule."""
+    algorithm = _algorithm(embeddings, weight, negatives)
     x = _unit_rows(embeddings, weight, algorithm)
     scale, lse, coefficients = gradients.scale, gradients.lse, gradients[2:]
-    return algorithm, x, row_terms(x.inverse[: embeddings.shape[0]], scale, lse, coefficients)
+    rule = RowRule.create(negatives, x.inverse.dtype)
+    terms = row_terms(x.inverse[: embeddings.shape[0]], scale, lse, coefficients, rule.changes_cosines)
+    return algorithm, x, terms, rule
 
 
 def target_cosine(embeddings: Tensor, weight: Tensor, target: Tensor) -> Tensor:
