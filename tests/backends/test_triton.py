@@ -19,6 +19,7 @@ pytest.importorskip("triton", reason="Triton is not installed here")
 
 from support.cases import Case
 from support.triton_cases import BF16, CORE, FULL, Setting, check, force
+from support.triton_negatives import NEGATIVES, NegativesSetting, check_negatives
 
 needs_gpu = pytest.mark.skipif(
     backend.unavailable() is not None, reason=f"backend 'triton' cannot run here: {backend.unavailable()}"
@@ -92,6 +93,13 @@ def gpu() -> Iterator[str]:
 def test_agrees_with_the_reference_on_a_gpu(setting: Setting, gpu: str, monkeypatch: pytest.MonkeyPatch) -> None:
     force(setting, monkeypatch)
     check(setting, gpu)
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("setting", NEGATIVES, ids=str)
+def test_negatives_on_a_gpu(setting: NegativesSetting, gpu: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    check_negatives(setting, monkeypatch, gpu)
 
 
 @pytest.mark.gpu

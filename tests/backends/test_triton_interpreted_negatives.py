@@ -9,22 +9,21 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 pytest.importorskip("triton", reason="Triton is not installed here")
 
 from support.cases import GEOMETRIES, Case, Outcome, make_inputs, run, tolerance
 from support.triton_cases import INTERPRETED, Setting, force, on_the_cpu
+from support.triton_negatives import NEGATIVES, NegativesSetting, check_negatives
 
 import fused_arcface as fa
-from fused_arcface.backends import torch as plain_torch
 from fused_arcface.backends import triton
 from fused_arcface.engine.terms import Negatives, RowGradients
 from fused_arcface.margins import Margin, registry
 
 pytestmark = INTERPRETED
 
-FP64, FP32, FP16, BF16 = torch.float64, torch.float32, torch.float16, torch.bfloat16
+FP64, FP32, BF16 = torch.float64, torch.float32, torch.bfloat16
 
 
 @pytest.fixture(autouse=True)
@@ -33,78 +32,9 @@ def _triton_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         yield
 
 
-ALGORITHMS = [
-    ("chunks", FP64, FP64, 1e-12),
-    ("chunks", FP32, FP32, 2e-5),
-    # Rows in 16 bits enter as they are. The exponentials of the second product are rounded, 2⁻⁹ a term.
-    ("chunks", BF16, BF16, 2.0**-7),
-    ("chunks", FP16, FP16, 2.0**-7),
-    ("flash", BF16, BF16, 2.0**-7),
-]
-STAGES = [
-    (*algorithm, sub_centers, changed, panels)
-    for algorithm in ALGORITHMS
-    for sub_centers, changed, panels in ((1, True, False), (3, False, False), (3, True, False), (3, True, True))
-    if not (algorithm[0] == "flash" and sub_centers > 1) and not (panels and algorithm[1] in (FP64, FP16))
-] + [("flash", BF16, BF16, 2.0**-7, 1, True, True), ("chunks", BF16, BF16, 2.0**-7, 1, True, True)]
-
-
-def _negatives(rows: int, sub_centers: int, changed: bool, dtype: torch.dtype) -> Negatives:
-    if not changed:
-        return Negatives(sub_centers)
-    threshold = torch.linspace(-0.2, 0.25, rows, dtype=dtype)
-    return Negatives(sub_centers, threshold, torch.tensor([1.0, 0.3, 0.01], dtype=FP64))
-
-
-def _close(got: Tensor, right: Tensor, tolerance: float, name: str) -> None:
-    """Compare with an error relative to the tensor's largest finite number."""
-    finite = right[right.isfinite()].double().abs()
-    size = finite.max().item() if finite.numel() else 1.0
-    text = f"{name}: error above {tolerance:g} of {size:g}"
-    torch.testing.assert_close(got.double(), right.double(), rtol=0, atol=tolerance * size, msg=text)
-
-
-@pytest.mark.parametrize(
-    ("algorithm", "x_dtype", "w_dtype", "tolerance", "sub_centers", "changed", "panels"), STAGES, ids=str
-)
-def test_stages_equal_plain_pytorch(
-    algorithm: str,
-    x_dtype: torch.dtype,
-    w_dtype: torch.dtype,
-    tolerance: float,
-    sub_centers: int,
-    changed: bool,
-    panels: bool,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """Targets here and elsewhere, padding, and sub-centers that are equal. With ``panels`` several turns of tiles."""
-    force(Setting(Case(), algorithm, panels), monkeypatch)
-    classes = 400 if panels else 31
-    x, weight = torch.randn(9, 24).to(x_dtype), torch.randn(classes * sub_centers, 24).to(w_dtype)
-    weight[sub_centers : 2 * sub_centers] = weight[sub_centers].clone()
-    target = torch.randint(len(weight), (9,))
-    target[::4] = -1
-    target[1] = len(weight) - 1
-    count = torch.tensor(len(weight) - sub_centers) if changed else None
-    compute = FP64 if x_dtype == FP64 else FP32
-    negatives = _negatives(9, sub_centers, changed, compute)
-    exact = x.double(), weight.double(), target
-
-    greatest = triton.class_max(x, weight, target, count, negatives)
-    _close(greatest, plain_torch.class_max(*exact, count, negatives), min(tolerance, 1e-5), "class_max")
-    shift = 20.0 * greatest.double()
-    for each in (None, shift):
-        got = triton.class_stats(x, weight, target, 20.0, each, True, count, negatives)
-        right = plain_torch.class_stats(*exact, 20.0, each, True, count, negatives)
-        limits = min(tolerance, 1e-4), min(tolerance, 1e-5), tolerance
-        for name, mine, theirs, allowed in zip(("sum", "maximum", "center sum"), got, right, limits, strict=True):
-            _close(mine, theirs, allowed, name)
-
-    lse = plain_torch.class_stats(*exact, 20.0, None, False, None, negatives)[0].log()
-    rows = torch.randn(2, 9, dtype=compute)
-    got = triton.weight_grad(x, weight, target, RowGradients(20.0, lse, *rows), negatives)
-    right = plain_torch.weight_grad(*exact, RowGradients(20.0, lse, *rows.double()), negatives)
-    _close(got, right, tolerance, "weight_grad")
+@pytest.mark.parametrize("setting", NEGATIVES, ids=str)
+def test_stages_equal_plain_pytorch(setting: NegativesSetting, monkeypatch: pytest.MonkeyPatch) -> None:
+    check_negatives(setting, monkeypatch)
 
 
 def test_nan_reaches_the_sums() -> None:
