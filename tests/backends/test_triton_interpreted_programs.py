@@ -1,0 +1,88 @@
+"""The programs of a Triton launch are independent: no shared memory, any order; see test_triton_interpreted.py.
+
+Panels of several tiles of classes and several tiles of rows, as real sizes have them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="Triton is not installed here")
+
+import triton as compiler
+import triton.language as tl
+from support.cases import Case, make_inputs, run
+from support.triton_cases import BF16, INTERPRETED, Setting, check, force, loss
+from support.triton_programs import forbid_races, reverse
+
+from fused_arcface.backends.triton import chunks, configs, exponentials, flash
+
+pytestmark = INTERPRETED
+
+FP32 = ("float32", "float32")
+SETTINGS = [
+    Setting(Case(140, 700, 40, *BF16, geometry="late"), "chunks"),
+    Setting(Case(140, 700, 40, *FP32, geometry="late"), "chunks"),
+    Setting(Case(140, 700, 40, "float16", "float16"), "chunks"),
+    Setting(Case(140, 300, 40, *BF16, geometry="late"), "flash"),
+]
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_memory() -> Iterator[None]:
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("setting", SETTINGS, ids=str)
+def test_panels_of_several_tiles(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One panel holds all classes: three tiles of them, beside two of rows."""
+    force(setting, monkeypatch)
+    forbid_races(monkeypatch)
+    check(setting)
+
+
+@pytest.mark.parametrize("algorithm", ["chunks", "flash"])
+def test_several_panels_of_several_tiles(algorithm: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two panels of two tiles, the last of them short, with blocks of 64 rows."""
+    setting = Setting(Case(140, 900, 40, *BF16, geometry="late", scale=1000.0), algorithm)
+    force(setting, monkeypatch)
+    forbid_races(monkeypatch)
+    two_tiles = configs.PanelConfig(exponential_bytes=1 << 40, center_bytes=512 * 2 * 48, max_rows=64)
+    monkeypatch.setattr(chunks, "CHUNKS", two_tiles)
+    monkeypatch.setattr(flash, "FLASH_PANEL", two_tiles)
+    check(setting)
+
+
+@pytest.mark.parametrize("setting", [SETTINGS[0], SETTINGS[3]], ids=str)
+def test_any_order_of_programs_gives_the_same_numbers(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    force(setting, monkeypatch)
+    inputs = make_inputs(setting.case)
+    results = []
+    for change in (None, reverse):
+        if change is not None:
+            change(monkeypatch)
+        results.append(run(loss, inputs, margin=setting.case.margin, scale=64.0))
+    for first, second in zip(*(result[:3] for result in results), strict=True):
+        assert torch.equal(first, second)
+
+
+@compiler.jit
+def _first_tile(num_tiles_n, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Send every block of a column of tiles to the first classes."""
+    block = tl.program_id(0)
+    return block * 0, (block % num_tiles_n).to(tl.int64) * BLOCK_N, block * 0
+
+
+def test_the_check_finds_blocks_of_the_same_tile(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(exponentials, "_tile", _first_tile)
+    force(SETTINGS[0], monkeypatch)
+    with pytest.raises(AssertionError, match=r"^loss: error"):
+        check(SETTINGS[0])
+    forbid_races(monkeypatch)
+    with pytest.raises(AssertionError, match=r"^class_stats_kernel: two programs write the same memory$"):
+        check(SETTINGS[0])

@@ -1,0 +1,92 @@
+"""The programs of one launch in Triton's interpreter: the memory that each touches, and the order in which they run.
+
+The interpreter runs one program after the other. On a GPU they run side by side, in any order.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from triton.runtime import interpreter
+
+
+class _Touched:
+    """The addresses that the programs of a launch read or wrote, and the program of each."""
+
+    def __init__(self) -> None:
+        self.addresses: list[np.ndarray] = []
+        self.programs: list[np.ndarray] = []
+
+    def add(self, pointers: Any, mask: Any, program: int) -> None:
+        used = np.asarray(pointers.data)[np.asarray(mask.data).astype(bool)].ravel().astype(np.uint64)
+        self.addresses.append(used)
+        self.programs.append(np.full(len(used), program))
+
+    def by_address(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return the addresses in ascending order, and the program of each."""
+        if not self.addresses:
+            return np.empty(0, np.uint64), np.empty(0, np.int64)
+        addresses, programs = np.concatenate(self.addresses), np.concatenate(self.programs)
+        order = np.argsort(addresses, kind="stable")
+        return addresses[order], programs[order]
+
+
+def _conflict(reads: _Touched, writes: _Touched) -> str | None:
+    """Name the kind of conflict between programs, or return None."""
+    written, writers = writes.by_address()
+    if len(written) == 0:
+        return None
+    if ((written[1:] == written[:-1]) & (writers[1:] != writers[:-1])).any():
+        return "two programs write the same memory"
+    read, readers = reads.by_address()
+    place = np.minimum(np.searchsorted(written, read), len(written) - 1)
+    if ((written[place] == read) & (writers[place] != readers)).any():
+        return "a program reads what another one writes"
+    return None
+
+
+def forbid_races(patch: pytest.MonkeyPatch) -> None:
+    """Make a launch an AssertionError if two of its programs touch the same memory and one of them writes it."""
+    builder = type(interpreter.interpreter_builder)
+    load, store, set_index = builder.create_masked_load, builder.create_masked_store, builder.set_grid_idx
+    run = interpreter.GridExecutor.__call__
+    program, reads, writes = 0, _Touched(), _Touched()
+
+    def set_program(self: Any, x: int, y: int, z: int) -> None:
+        nonlocal program
+        program = (x * self.grid_dim[1] + y) * self.grid_dim[2] + z
+        set_index(self, x, y, z)
+
+    def checked_load(self: Any, pointers: Any, mask: Any, *rest: Any) -> Any:
+        reads.add(pointers, mask, program)
+        return load(self, pointers, mask, *rest)
+
+    def checked_store(self: Any, pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
+        writes.add(pointers, mask, program)
+        return store(self, pointers, value, mask, *rest)
+
+    def launch(self: Any, *arguments: Any, **options: Any) -> Any:
+        nonlocal reads, writes
+        reads, writes = _Touched(), _Touched()
+        result = run(self, *arguments, **options)
+        conflict = _conflict(reads, writes)
+        assert conflict is None, f"{self.fn.__name__}: {conflict}"
+        return result
+
+    patch.setattr(builder, "set_grid_idx", set_program)
+    patch.setattr(builder, "create_masked_load", checked_load)
+    patch.setattr(builder, "create_masked_store", checked_store)
+    patch.setattr(interpreter.GridExecutor, "__call__", launch)
+
+
+def reverse(patch: pytest.MonkeyPatch) -> None:
+    """Make each launch run its last program first."""
+    builder = type(interpreter.interpreter_builder)
+    set_index = builder.set_grid_idx
+
+    def set_reversed(self: Any, *index: int) -> None:
+        set_index(self, *(size - 1 - each for size, each in zip(self.grid_dim, index, strict=True)))
+
+    patch.setattr(builder, "set_grid_idx", set_reversed)
