@@ -11,7 +11,7 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 
 import fused_arcface as fa
-from fused_arcface import backends
+from fused_arcface import backends, partial_fc
 
 
 def joined(results: list[dict]) -> dict:
@@ -300,3 +300,21 @@ def test_copies_and_state():
 def test_bad_options(options, error, message):
     with pytest.raises(error, match=message):
         fa.PartialFC(**{"embedding_dim": 4, "num_classes": 10, **options})
+
+
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [({"sample_rate": 0.5}, "sample_rate < 1"), ({"center_optimizer": fa.CenterSGD(lr=0.1)}, "CenterSGD")],
+)
+def test_a_cuda_graph_of_steps_that_differ_is_refused(
+    options: dict[str, object], name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    head = fa.PartialFC(4, 10, **options)
+    x, y = torch.randn(3, 4), torch.tensor([0, 1, 2])
+    monkeypatch.setattr(partial_fc, "_is_captured", lambda device: True)
+    with pytest.raises(RuntimeError, match=f"^PartialFC with {name} cannot be captured in a CUDA graph"):
+        head(x, y)
+    assert head.step == 0
+    head.eval()
+    head(x, y)
+    fa.PartialFC(4, 10)(x, y)

@@ -236,7 +236,8 @@ class PartialFC(NotScriptable, JointCalls, RunState):
             TypeError, ValueError: as :func:`fused_arcface.margin_softmax_loss`; a wrong label raises on every rank. An
                 option, mode, dtype or call that differs between ranks raises on every rank.
             RuntimeError: another rank refused its arguments; a wrapper of all ranks' parameters holds the class
-                centers; the head is older than the process group; a backward pass that recomputes the step.
+                centers; the head is older than the process group; a backward pass that recomputes the step; a CUDA
+                graph that captures a sampled step, or one with CenterSGD.
         """
         if self.training and torch._C._current_graph_task_id() != -1:
             raise RuntimeError(
@@ -245,6 +246,7 @@ class PartialFC(NotScriptable, JointCalls, RunState):
             )
         with self._refusing():
             check_not_transformed(type(self).__name__)
+            self._check_not_captured()
             check_number("loss_weight", loss_weight, NOT_NEGATIVE)
             agreement = self._step_agreement("forward()", ignore_index, loss_weight)
         embeddings, batch, backend = self._gather(embeddings, target, agreement, ignore_index, return_stats)
@@ -276,6 +278,17 @@ class PartialFC(NotScriptable, JointCalls, RunState):
         if update is not None:
             loss = update.watch(loss)
         return (loss, MarginSoftmaxStats(*map(batch.own, stats))) if return_stats else loss
+
+    def _check_not_captured(self) -> None:
+        """Check that no CUDA graph records a step that must differ in each replay."""
+        if not (self.training and _is_captured(self.weight.device)):
+            return
+        for name, is_used in (("sample_rate < 1", self.sample_rate < 1), ("CenterSGD", self.center_optimizer)):
+            if is_used:
+                raise RuntimeError(
+                    f"PartialFC with {name} cannot be captured in a CUDA graph: its step has a number, and every "
+                    "replay would draw the same random numbers. Capture the backbone alone"
+                )
 
     def _choose_classes(self, target_class: Tensor, padded: bool = False) -> tuple[Tensor | None, Tensor]:
         """Count a training step and draw its classes of this shard.
@@ -374,6 +387,11 @@ class PartialFC(NotScriptable, JointCalls, RunState):
             f"{self.options}, "
             f"sample_rate={self.sample_rate}, rank {self.ranks.rank} of {self.ranks.world_size}"
         )
+
+
+def _is_captured(device: torch.device) -> bool:
+    """Return true if a CUDA graph records the work on the device."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def _is_waited_for(device: torch.device) -> bool:

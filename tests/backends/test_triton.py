@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -48,6 +49,25 @@ def test_a_missing_compiler_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setitem(sys.modules, "triton", None)
     reason = backend._missing_compiler()
     assert reason is not None and reason.startswith("the package triton (>= 3.4) cannot be imported")
+
+
+def test_a_missing_c_compiler_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton would raise in the first forward pass. "auto" goes on to the next backend instead."""
+
+    def no_compiler() -> None:
+        raise RuntimeError("Failed to find C compiler. Please specify via CC environment variable")
+
+    class Driver:
+        utils = property(lambda self: no_compiler())
+
+    monkeypatch.setattr("fused_arcface.backends.nvidia.unavailable", lambda: None)
+    monkeypatch.setattr("triton.runtime.driver", SimpleNamespace(active=Driver()))
+    reason = backend.unavailable()
+    assert reason is not None
+    assert reason.startswith("Triton cannot start here: RuntimeError: Failed to find C compiler.")
+    assert "gcc or clang" in reason
+    monkeypatch.setattr(backends.registry, "_unavailable", {"triton": reason, "cuda": None}.get)
+    assert backends.select("auto", torch.device("cuda")) == "cuda"
 
 
 def test_every_size_has_panels_and_splits() -> None:

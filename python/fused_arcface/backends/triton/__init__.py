@@ -46,9 +46,21 @@ if _compiler_reason is None:
     )
 
 
+def _driver_reason() -> str | None:
+    """Return why Triton cannot start on this machine, or None: it builds a small C library for its first launch."""
+    try:
+        _ = importlib.import_module("triton").runtime.driver.active.utils
+    except Exception as error:  # the compiler's and the driver's own errors have many types
+        return (
+            f"Triton cannot start here: {type(error).__name__}: {error}. It needs a C compiler (gcc or clang, on the "
+            "PATH or named by CC), Python's headers, and NVIDIA's driver"
+        )
+    return None
+
+
 def unavailable() -> str | None:
     """Return why this backend cannot run here, or None."""
-    return nvidia.unavailable() or _compiler_reason
+    return nvidia.unavailable() or _compiler_reason or _driver_reason()
 
 
 __all__ = [
