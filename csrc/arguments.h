@@ -61,6 +61,7 @@ struct CenterStep {
   double lr, momentum_factor, weight_decay;
   uint64_t rounding_key;  // of seed and step
   int64_t class_start;    // global id of weight's first row
+  const int64_t* ids;     // (rows of weight,) global ids, or null: those from class_start on
 };
 
 }  // namespace fa

@@ -22,12 +22,12 @@ inline Matrix to_matrix(const MatrixTuple& m) {
 }
 
 // (rows or 0, classes, MomentumType code, momentum or 0, its scale or 0, lr, momentum factor, weight decay, rounding
-// key, class start)
+// key, class start, global ids or 0)
 using CenterStepTuple =
-    std::tuple<uintptr_t, int64_t, int, uintptr_t, uintptr_t, double, double, double, uint64_t, int64_t>;
+    std::tuple<uintptr_t, int64_t, int, uintptr_t, uintptr_t, double, double, double, uint64_t, int64_t, uintptr_t>;
 
 inline CenterStep to_center_step(const CenterStepTuple& step) {
-  const auto& [rows, classes, type, momentum, momentum_scale, lr, factor, weight_decay, key, class_start] = step;
+  const auto& [rows, classes, type, momentum, momentum_scale, lr, factor, weight_decay, key, class_start, ids] = step;
   return {pointer<const int64_t>(rows),
           classes,
           static_cast<MomentumType>(type),
@@ -37,7 +37,8 @@ inline CenterStep to_center_step(const CenterStepTuple& step) {
           factor,
           weight_decay,
           key,
-          class_start};
+          class_start,
+          pointer<const int64_t>(ids)};
 }
 
 }  // namespace fa

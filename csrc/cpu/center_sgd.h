@@ -68,7 +68,8 @@ void visit_momentum(const CenterStep& step, const Fn& fn) {
 template <typename T>
 void step_row(const Matrix& weight, const CenterStep& step, int64_t row, const T* gradient) {
   const int64_t columns = weight.columns, blocks = (columns + kMomentumBlock - 1) / kMomentumBlock;
-  const uint64_t row_key = fold(step.rounding_key, static_cast<uint64_t>(step.class_start + row));
+  const int64_t id = step.ids != nullptr ? step.ids[row] : step.class_start + row;
+  const uint64_t row_key = fold(step.rounding_key, static_cast<uint64_t>(id));
   const T lr = static_cast<T>(step.lr), momentum = static_cast<T>(step.momentum_factor);
   const T weight_decay = static_cast<T>(step.weight_decay);
 

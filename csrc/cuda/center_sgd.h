@@ -57,7 +57,8 @@ __device__ __forceinline__ void add_momentum(int8_t* buffer, float* unit, int co
 // Columns [d, d + 4), of which `count` exist (none if it is not positive), of row `row` of the weight and its momentum.
 __device__ __forceinline__ void step_center(const Matrix& weight, const CenterStep& step, int64_t row, int d, int count,
                                             const float (&gradient)[4]) {
-  const uint64_t row_key = fold(step.rounding_key, static_cast<uint64_t>(step.class_start + row));
+  const int64_t id = step.ids != nullptr ? step.ids[row] : step.class_start + row;
+  const uint64_t row_key = fold(step.rounding_key, static_cast<uint64_t>(id));
   const float lr = static_cast<float>(step.lr), momentum = static_cast<float>(step.momentum_factor);
   const float weight_decay = static_cast<float>(step.weight_decay);
   uint32_t random[4];

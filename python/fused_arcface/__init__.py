@@ -19,7 +19,7 @@ if TYPE_CHECKING:  # the same names again, for type checkers and editors; a test
     from .app.embedder import load_embedder as load_embedder
     from .base.statistics import MarginSoftmaxStats as MarginSoftmaxStats
     from .center_sgd import CenterSGD as CenterSGD
-    from .center_sgd import CenterUpdateError as CenterUpdateError
+    from .center_update import CenterUpdateError as CenterUpdateError
     from .functional import margin_softmax_loss as margin_softmax_loss
     from .head import MarginHead as MarginHead
     from .margins.angular import ArcFace as ArcFace
@@ -46,7 +46,8 @@ _MOVED = {"data": "app.data", "safetensors": "checkpoint.safetensors", "training
 _NAMES = {
     "app.embedder": ("load_embedder",),
     "base.statistics": ("MarginSoftmaxStats",),
-    "center_sgd": ("CenterSGD", "CenterUpdateError"),
+    "center_sgd": ("CenterSGD",),
+    "center_update": ("CenterUpdateError",),
     "functional": ("margin_softmax_loss",),
     "head": ("MarginHead",),
     "margins.angular": ("ArcFace", "CombinedMargin", "CosFace", "NormSoftmax", "SphereFace"),

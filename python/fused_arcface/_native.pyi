@@ -53,7 +53,7 @@ def update_centers(
     lse: int,
     negative_coefficient: int,
     target_coefficient: int,
-    center_step: tuple[int, int, int, int, int, float, float, float, int, int],
+    center_step: tuple[int, int, int, int, int, float, float, float, int, int, int],
     threads: int,
     negatives: _Negatives,
 ) -> None: ...

@@ -3,8 +3,8 @@
 The gradient is never stored.
 
 :class:`CenterSGD` is the recipe that users write, :class:`CenterOptimizer` what a head makes of it, a
-``torch.optim.Optimizer`` that schedulers drive. Each forward pass takes a :class:`PendingUpdate` from it, which the
-backward pass applies.
+``torch.optim.Optimizer`` that schedulers drive. Each forward pass takes a
+:class:`~fused_arcface.center_update.PendingUpdate` from it, which the backward pass applies.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import sys
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -21,11 +20,10 @@ from torch import Tensor, nn
 
 from .base.checks import describe_tensor
 from .base.dtypes import CENTER_DTYPES, MOMENTUM_DTYPES, compute_dtype
-from .base.keyed_random import rounding_key
 from .base.ranges import FROM_0, FROM_0_BELOW_1, check_number
-from .engine.loss_factor import RefusedFactors, is_refused
-from .engine.shard import CenterUpdate
-from .engine.terms import MOMENTUM_BLOCK, PLAIN, CenterStep, Negatives, RowGradients, check_update
+from .center_update import CenterUpdateError, PendingUpdate, refusal
+from .engine.loss_factor import RefusedFactors
+from .engine.terms import MOMENTUM_BLOCK, check_update
 from .margins.angular import Margin
 from .margins.state import copy_of_state
 
@@ -34,13 +32,6 @@ _SETTINGS = ("lr", "momentum", "weight_decay")
 # Functions of torch.nn.utils that look for gradients to clip; by name, as they offer no hook.
 _CLIPPING = {"clip_grad_norm_", "clip_grad_value_"}
 _GRAD: Any = torch.Tensor.grad
-
-
-class CenterUpdateError(RuntimeError):
-    """Raised when autograd is used in a way that conflicts with updating class centers in the backward pass.
-
-    The message says what to use instead.
-    """
 
 
 @dataclass(frozen=True)
@@ -275,7 +266,7 @@ class CenterOptimizer(torch.optim.Optimizer):
     def _check_factors(self) -> None:
         factor = self.factors.overdue()
         if factor is not None:
-            raise CenterUpdateError(f"in an earlier step, which changed no class center, {_refusal(factor)}")
+            raise CenterUpdateError(f"in an earlier step, which changed no class center, {refusal(factor)}")
 
     def prepare(self, step: int, weight: Tensor, margin: Margin) -> PendingUpdate:
         """Return the update of the head's ``weight`` for forward pass number ``step``.
@@ -288,144 +279,7 @@ class CenterOptimizer(torch.optim.Optimizer):
         return update
 
 
-def _refusal(factor: float) -> str:
-    return (
-        f"the loss was multiplied by {factor:g} before backward(): CenterSGD takes such a factor for a GradScaler's, "
-        "which is 1 or more, and divides it out. Weight this loss among others by the head's argument loss_weight; do "
-        "not accumulate gradients, pass the whole batch at once"
-    )
-
-
 def _check_weight(weight: Tensor) -> None:
     if weight.dtype not in CENTER_DTYPES:
         listed = ", ".join(map(str, CENTER_DTYPES))
         raise TypeError(f"CenterSGD needs class centers of dtype {listed}; got {weight.dtype}")
-
-
-class PendingUpdate(CenterUpdate):
-    """The update of one forward pass, until its backward pass makes it.
-
-    Where it changes nothing, the margin gets back the state that it had before the step (buffers and their copies).
-    """
-
-    def __init__(
-        self, optimizer: CenterOptimizer, step: int, weight: Tensor, margin_state: list[tuple[Tensor, Tensor]]
-    ) -> None:
-        self._optimizer, self._step, self._weight, self._margin_state = optimizer, step, weight, margin_state
-        self._loss: Tensor | None = None
-        self._loss_gradient: Tensor | None = None
-        self._done = False
-
-    def watch(self, loss: Tensor) -> Tensor:
-        """Return the loss, watched: the backward pass begins with :meth:`start` of its gradient."""
-        self._loss = loss.detach()
-        watched: Tensor = _Watch.apply(loss, self)
-        return watched
-
-    def start(self, loss_gradient: Tensor) -> None:
-        """Take the loss's gradient, before anything is computed or changed.
-
-        Raises:
-            CenterUpdateError: if the update would not be what the user means.
-        """
-        if self._done:
-            raise CenterUpdateError(
-                "a second backward pass through the same loss (retain_graph=True): CenterSGD has already updated the "
-                "class centers. Call backward once, on the sum of the losses"
-            )
-        others = len(self._optimizer._pending) - (self in self._optimizer._pending)
-        if others > 0:
-            raise CenterUpdateError(
-                f"{others} other forward pass(es) of this head await their backward pass: CenterSGD would change the "
-                "class centers under them. Call backward after each forward, concatenate the batches, or evaluate "
-                "under torch.no_grad()"
-            )
-        refused = self._optimizer.factors.see(loss_gradient)
-        if refused is not None:
-            for buffer, before in self._margin_state:
-                buffer.copy_(before)
-            raise CenterUpdateError(_refusal(refused))
-        self._loss_gradient = loss_gradient
-
-    def apply(
-        self,
-        embeddings: Tensor,
-        classes: Tensor | None,
-        target: Tensor,
-        gradients: RowGradients,
-        backend: str,
-        negatives: Negatives = PLAIN,
-    ) -> None:
-        update = partial(self._update, embeddings, classes, target, gradients, backend, negatives)
-        if self._optimizer._held is None:
-            update()
-        else:
-            self._optimizer._held.append(update)
-        self._done = True
-        self._optimizer._pending.discard(self)
-        self._optimizer._updates_since_step += 1
-
-    @torch.no_grad()
-    def _update(
-        self,
-        embeddings: Tensor,
-        classes: Tensor | None,
-        target: Tensor,
-        gradients: RowGradients,
-        backend: str,
-        negatives: Negatives,
-    ) -> None:
-        optimizer, weight = self._optimizer, self._weight
-        lse, *coefficients = gradients[1:]
-        group, state = optimizer.param_groups[0], optimizer.bind(weight)
-        for name, tensor in state.items():
-            if tensor.device != weight.device:  # the head was moved, or built without memory (device="meta")
-                moved = torch.zeros_like(tensor, device=weight.device) if tensor.is_meta else tensor.to(weight.device)
-                state[name] = moved
-        if self._loss_gradient is not None:
-            coefficients = [each / self._loss_gradient for each in coefficients]
-        # The same numbers on every rank, so all go on or none. An lse of -inf is a row without negatives; the loss of a
-        # batch whose rows are all ignored is NaN, though its coefficients are zero.
-        finite = coefficients[0].isfinite().all() & coefficients[1].isfinite().all()
-        if self._loss is not None:
-            finite &= self._loss.isfinite()
-        if self._loss_gradient is not None:
-            finite &= ~is_refused(self._loss_gradient)
-        step = CenterStep(
-            classes,
-            state.get("momentum_buffer"),
-            state.get("momentum_scale"),
-            float(group["lr"]),
-            float(group["momentum"]),
-            float(group["weight_decay"]),
-            rounding_key(optimizer._seed, self._step),
-            optimizer._class_start,
-            finite & ~(lse.isnan() | (lse == torch.inf)).any(),
-        )
-        for buffer, before in self._margin_state:
-            buffer.copy_(torch.where(step.active, buffer, before))
-        torch.ops.fused_arcface.update_centers(
-            embeddings,
-            weight,
-            target,
-            gradients.scale,
-            lse,
-            *coefficients,
-            *step,
-            backend,
-            **negatives._asdict(),
-        )
-        # A graph that has saved the centers as they were now says so instead of using them as they are.
-        torch.autograd.graph.increment_version(weight)
-
-
-class _Watch(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, loss: Tensor, update: PendingUpdate) -> Tensor:
-        ctx.update = update
-        return loss.view_as(loss)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        ctx.update.start(gradient)
-        return gradient, None

@@ -15,8 +15,8 @@ from support.triton_cases import INTERPRETED, on_the_cpu
 
 import fused_arcface as fa
 from fused_arcface import partial_fc
+from fused_arcface.backends import cpu, triton
 from fused_arcface.backends import torch as plain_torch
-from fused_arcface.backends import triton
 from fused_arcface.engine import ops
 from fused_arcface.engine.terms import CenterStep, RowGradients
 
@@ -88,6 +88,26 @@ def test_step_of_the_same_gradient_is_the_same_to_the_bit(
                 assert (mine is None) == (theirs is None)
                 assert mine is None or torch.equal(mine, theirs), f"{name}, D = {D}"
             assert torch.equal(right[0], weight) != active
+
+
+def test_copies_of_rows_are_rounded_as_the_rows_themselves() -> None:
+    """Rounding is keyed by the ids that come with the copies, not by their place."""
+    x, weight, target = torch.randn(3, 70).to(BF16), torch.randn(11, 70).to(BF16), torch.tensor([0, 2, -1])
+    none = torch.zeros(3)
+    coefficients = torch.zeros(3, dtype=FP64), none, none
+    rows = torch.tensor([7, 0, 10, 3])
+    whole = _step(weight, INT8, rows.sort().values, True)
+    assert whole.momentum_buffer is not None and whole.momentum_scale is not None
+    copies = whole._replace(
+        classes=None,
+        momentum_buffer=whole.momentum_buffer[rows],
+        momentum_scale=whole.momentum_scale[rows],
+        row_ids=rows + whole.class_start,
+    )
+    for backend in (triton, plain_torch, cpu):
+        right = _updated(backend, (x, weight, target), coefficients, whole)
+        for mine, theirs in zip(_updated(backend, (x, weight[rows], target), coefficients, copies), right, strict=True):
+            assert mine is not None and theirs is not None and torch.equal(mine, theirs[rows])
 
 
 @pytest.mark.parametrize("chosen", CLASSES)

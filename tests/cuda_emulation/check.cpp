@@ -159,7 +159,7 @@ void check(const Problem& p, const std::vector<Stored>& x, const std::vector<Sto
   std::vector<int64_t> index(C + kPadding, C);
   std::iota(index.begin(), index.begin() + C, 0);
   const fa::CenterStep step{
-      index.data(), C + kPadding, fa::MomentumType::kInt8, momentum.data(), units.data(), 0.5, 0.9, 0, 7, 3};
+      index.data(), C + kPadding, fa::MomentumType::kInt8, momentum.data(), units.data(), 0.5, 0.9, 0, 7, 3, nullptr};
   args.d_weight = {};
   workspace.assign(Passes<precision>::weight_grad(args, &step, &active, options, nullptr, stream) + 256, '\xff');
   Passes<precision>::weight_grad(args, &step, &active, options, aligned(), stream);

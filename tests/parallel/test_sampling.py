@@ -8,7 +8,7 @@ from scipy import stats
 import fused_arcface as fa
 from fused_arcface import partial_fc
 from fused_arcface.base import keyed_random
-from fused_arcface.center_sgd import PendingUpdate
+from fused_arcface.center_update import PendingUpdate
 from fused_arcface.engine import ops as ops_module
 from fused_arcface.parallel.sampling import Permutation, Sampler
 from fused_arcface.parallel.sharding import Sharding
@@ -23,6 +23,40 @@ def sample(world_size: int, num_classes: int, rate: float, step: int, target: to
 def test_permutation_is_one(size):
     image = Permutation(size, keyed_random.fold(1, size), torch.device("cpu"))(torch.arange(size))
     assert torch.equal(image.sort().values, torch.arange(size))
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7, 10, 16, 100, 1000, 99_991])
+def test_the_inverse_finds_the_ids_of_all_images(size):
+    order = Permutation(size, keyed_random.fold(1, size), torch.device("cpu"))
+    assert torch.equal(order.inverse(order(torch.arange(size))), torch.arange(size))
+    assert torch.equal(order(order.inverse(torch.arange(size))), torch.arange(size))
+
+
+@pytest.mark.parametrize(("num_classes", "rate", "rows"), [(1000, 0.1, 30), (37, 0.5, 60), (50_000, 0.001, 9)])
+def test_classes_are_those_that_a_rank_of_every_class_gives(num_classes, rate, rows):
+    """By the definition: the batch's classes, then the others in the order of their images until there are enough."""
+    for step in (1, 2, 3):
+        target = torch.randint(-2, num_classes, (rows,))
+        order = Permutation(num_classes, keyed_random.fold(6, keyed_random.SAMPLE, step), torch.device("cpu"))
+        used = set(target[target >= 0].tolist())
+        for each in order(torch.arange(num_classes)).argsort().tolist():
+            if len(used) >= max(1, round(rate * num_classes)):
+                break
+            used.add(each)
+        assert sample(1, num_classes, rate, step, target, seed=6)[0].tolist() == sorted(used)
+
+
+def test_a_sample_of_very_many_classes_costs_the_sample_alone():
+    """A hundred billion classes: a byte for each would be 100 GB."""
+    num_classes = 10**11
+    target = torch.tensor([num_classes - 1, 5, 5, -1])
+    parts = sample(3, num_classes, 1e-8, 1, target)
+    drawn = torch.cat(parts)
+    assert len(drawn) == 1000 and {5, num_classes - 1} <= set(drawn.tolist())
+    assert torch.equal(drawn, sample(1, num_classes, 1e-8, 1, target)[0])
+    sampler = Sampler(Sharding(num_classes, 3, 1), 1e-8, 0)
+    candidates = sampler.candidates(sampler.draw(1, torch.device("cpu"))) + sampler.sharding.class_start
+    assert set(parts[1].tolist()) <= set(candidates.tolist()) | {5}
 
 
 @pytest.mark.parametrize(("num_classes", "rate"), [(1000, 0.1), (37, 0.5), (5, 0.01), (10_000, 0.999)])

@@ -52,7 +52,7 @@ def row_gradients(gradients: RowGradients) -> tuple[float, int, int, int]:
     return scale, lse.data_ptr(), negative_coefficient.data_ptr(), target_coefficient.data_ptr()
 
 
-def center_step(step: CenterStep, weight: Tensor) -> tuple[int, int, int, int, int, float, float, float, int, int]:
+def center_step(step: CenterStep, weight: Tensor) -> tuple[int, int, int, int, int, float, float, float, int, int, int]:
     """Return a step on the rows of weight (C, D) as ``CenterStepTuple``."""
     buffer, classes = step.momentum_buffer, step.classes
     types = {
@@ -72,4 +72,5 @@ def center_step(step: CenterStep, weight: Tensor) -> tuple[int, int, int, int, i
         step.weight_decay,
         step.rounding_key % 2**64,
         step.class_start,
+        address(step.row_ids),
     )

@@ -175,7 +175,7 @@ def update_centers(
     gradient = _exact_weight_grad(embeddings, centers, target, gradients, negatives)
     value = centers.to(gradient.dtype)
     velocity = gradient[entry] + step.weight_decay * value
-    bits = rounding_bits(step.rounding_key, rows + step.class_start, dim)
+    bits = rounding_bits(step.rounding_key, step.ids(rows), dim)
     if step.momentum_buffer is not None:
         buffer, scales = step.momentum_buffer, step.momentum_scale
         old = buffer[rows].to(value.dtype)

@@ -33,7 +33,7 @@ _SCHEMAS = {
     "update_centers": "(Tensor embeddings, Tensor(a!) weight, Tensor target, Scalar scale, "
     f"{_COEFFICIENTS}, Tensor? classes, Tensor(b!)? momentum_buffer, Tensor(c!)? momentum_scale, float lr, "
     "float momentum, float weight_decay, int rounding_key, int class_start, Tensor active, "
-    f"str backend, {_NEGATIVES}) -> ()",
+    f"Tensor? row_ids, str backend, {_NEGATIVES}) -> ()",
     # O(N·D) and O(N), over the rows
     "target_cosine": f"({_ROWS}, str backend) -> Tensor",
     "finish_negatives": "(Tensor negative_sum, Tensor? shift, Tensor center_sum, str backend) -> (Tensor, Tensor)",

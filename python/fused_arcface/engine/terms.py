@@ -87,6 +87,13 @@ class CenterStep(NamedTuple):
     """Global id of weight's first row."""
     active: Tensor
     """0-dim bool: if false, nothing is changed. It is a tensor, so that nobody waits for a GPU to read it."""
+    row_ids: Tensor | None = None
+    """(C,) int64 contiguous global ids of weight's rows, where they are copies of some of them; None: those from
+    class_start on."""
+
+    def ids(self, rows: Tensor) -> Tensor:
+        """Return the global ids of rows of weight (R,), by which their rounding is keyed."""
+        return rows + self.class_start if self.row_ids is None else self.row_ids[rows]
 
 
 def check_update(weight: Tensor, momentum_buffer: Tensor | None, momentum_scale: Tensor | None) -> None:

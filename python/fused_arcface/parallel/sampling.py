@@ -2,8 +2,9 @@
 
 ``order(j)`` is a pseudorandom permutation of the *global* class ids, a new one in each step. Class j is used if some
 row has its label, or if ``order(j) < cut``. The cut is such that ``round(sample_rate·C_total)`` classes are used over
-all shards together, more only if the batch has more. Each shard evaluates this for its own ids. It needs neither a sort
-nor an exchange, and gives the same classes for any number of shards.
+all shards together, more only if the batch has more. The inverse permutation gives the classes below the cut, so a
+step costs time and memory of the sample, and √C_total, not of all classes. Each shard keeps its own ids of them. There
+is no exchange, and the classes are the same for any number of shards.
 """
 
 from __future__ import annotations
@@ -18,6 +19,9 @@ from ..base.keyed_random import SAMPLE, chunks, fold, fold_each
 from .sharding import Sharding
 
 _ROUNDS = 6  # three full Feistel rounds; with two, neighboring ids are drawn together measurably more often
+
+# Classes for each one of a sample up to which a byte for each class is marked: faster than to sort the sample.
+_MARKED_CLASSES = 64
 
 
 class Permutation:
@@ -37,11 +41,9 @@ class Permutation:
             inputs, outputs = (self.b, self.a) if step % 2 == 0 else (self.a, self.b)
             words = fold_each(fold(key, step), torch.arange(inputs, device=device))
             self._tables.append(((words >> 32) & 0x7FFFFFFF) % outputs)
-        cells = self.a * self.b
-        self._beyond = self._map(torch.arange(size, cells, device=device))
-        # Each turn doubles the steps of an entry's walk, and no walk is longer than the number of such cells.
-        for _ in range((cells - size).bit_length()):
-            self._beyond = self._walk(self._beyond)
+        beyond = torch.arange(size, self.a * self.b, device=device)
+        self._beyond = self._ends(self._map(beyond))
+        self._beyond_inverse = self._ends(self._map_back(beyond))
 
     def _map(self, cells: Tensor) -> Tensor:
         left, right = cells // self.b, cells % self.b
@@ -54,16 +56,47 @@ class Permutation:
                 right -= self.b * (right >= self.b)
         return left * self.b + right
 
-    def _walk(self, cells: Tensor) -> Tensor:
-        """Return the cells, with those past ``size`` replaced by the ids in the table."""
-        if len(self._beyond) == 0:
+    def _map_back(self, cells: Tensor) -> Tensor:
+        left, right = cells // self.b, cells % self.b
+        for step, table in reversed(list(enumerate(self._tables))):
+            if step % 2 == 0:
+                left = left - table.index_select(0, right)
+                left += self.a * (left < 0)
+            else:
+                right = right - table.index_select(0, left)
+                right += self.b * (right < 0)
+        return left * self.b + right
+
+    def _ends(self, images: Tensor) -> Tensor:
+        """Return the ids at which the walks of the cells past ``size`` end, from the images of these cells."""
+        # Each turn doubles the steps of an entry's walk, and no walk is longer than the number of such cells.
+        for _ in range(len(images).bit_length()):
+            images = self._walk(images, images)
+        return images
+
+    def _walk(self, cells: Tensor, beyond: Tensor) -> Tensor:
+        """Return the cells, with those past ``size`` replaced by their entries of the table ``beyond``."""
+        if len(beyond) == 0:
             return cells
-        further = self._beyond.index_select(0, (cells - self.size).clamp_(min=0))
+        further = beyond.index_select(0, (cells - self.size).clamp_(min=0))
         return torch.where(cells < self.size, cells, further)
 
     def __call__(self, ids: Tensor) -> Tensor:
         """Return the images of ids (K,) int64 in [0, size)."""
-        return self._walk(self._map(ids))
+        return self._walk(self._map(ids), self._beyond)
+
+    def inverse(self, images: Tensor) -> Tensor:
+        """Return the ids with these images (K,) int64 in [0, size)."""
+        return self._walk(self._map_back(images), self._beyond_inverse)
+
+
+@dataclass(frozen=True)
+class Draw:
+    """The part of a step's sample that is known before its labels."""
+
+    order: Permutation
+    drawn: Tensor
+    """(count,) int64 global classes in the order of the draw. The step uses the first of them, as many as the cut."""
 
 
 @dataclass(frozen=True)
@@ -79,24 +112,37 @@ class Sampler:
         """Number of classes used over all shards, unless the batch has more."""
         return max(1, round(self.sample_rate * self.sharding.num_classes))
 
-    def __call__(self, step: int, labels: Tensor) -> Tensor:
+    def draw(self, step: int, device: torch.device) -> Draw:
+        """Return the draw of a training step."""
+        order = Permutation(self.sharding.num_classes, fold(self.seed, SAMPLE, step), device)
+        drawn = torch.arange(self.count, device=device)
+        for _, part in chunks(drawn):
+            part.copy_(order.inverse(part))
+        return Draw(order, drawn)
+
+    def candidates(self, draw: Draw) -> Tensor:
+        """Return this shard's drawn classes (K,), int64 local indices, ascending.
+
+        The step uses no others but those of the labels.
+        """
+        return self._ascending(self._local(draw.drawn))
+
+    def __call__(self, step: int, labels: Tensor, draw: Draw | None = None) -> Tensor:
         """Return the classes of this shard to use, (K,) int64 local indices, ascending.
 
         Args:
             step: number of the training step.
             labels: (N,) global labels of all ranks; negative ones are ignored.
+            draw: :meth:`draw` of this step, if it is at hand.
         """
-        return self._used(step, labels).nonzero().squeeze(1)
+        return self._ascending(self._used(step, labels, draw))
 
-    def padded(self, step: int, labels: Tensor) -> Tensor:
+    def padded(self, step: int, labels: Tensor, draw: Draw | None = None) -> Tensor:
         """Return the same classes, padded at the end with ``num_local``, without waiting for a GPU to count them.
 
         The size K depends on the number of labels alone.
         """
-        used_so_far = self._used(step, labels).cumsum(0)
-        # The k-th used class is the first one at which the count is k.
-        wanted = torch.arange(1, self._most(labels.shape[0]) + 1, device=labels.device)
-        return torch.searchsorted(used_so_far, wanted)
+        return self._used(step, labels, draw).sort().values[: self._most(labels.shape[0])]
 
     def _most(self, num_rows: int) -> int:
         """Return the largest number of classes that this shard uses for a batch of ``num_rows``.
@@ -111,30 +157,43 @@ class Sampler:
         mean = self.count * num_local / self.sharding.num_classes
         return min(num_local, total, num_rows + math.ceil(mean + 10 * math.sqrt(mean) + 34))
 
-    def _used(self, step: int, labels: Tensor) -> Tensor:
-        """Return whether each class of this shard is used, (num_local,) bool."""
-        order = Permutation(self.sharding.num_classes, fold(self.seed, SAMPLE, step), labels.device)
-        cut = self._cut(order, labels)
-        # The last element takes the labels of other shards and the ignored ones.
-        used = torch.empty(self.sharding.num_local + 1, dtype=torch.bool, device=labels.device)
-        for start, part in chunks(used[:-1]):
-            first = self.sharding.class_start + start
-            torch.lt(order(torch.arange(first, first + len(part), device=labels.device)), cut, out=part)
-        local = self.sharding.localize(labels)
-        used.index_fill_(0, torch.where(local < 0, self.sharding.num_local, local), True)
-        return used[:-1]
-
-    def _cut(self, order: Permutation, labels: Tensor) -> Tensor:
-        """Return the cut, 0-dim: the classes below it and the batch's own are ``count`` together.
-
-        If m others are wanted, the cut is m plus the number of the batch's classes below it.
-        """
+    def _used(self, step: int, labels: Tensor, draw: Draw | None) -> Tensor:
+        """Return the classes of this shard that are used, each once, and ``num_local`` for all others, (count + N,)."""
+        draw = draw or self.draw(step, labels.device)
         labels = labels.sort().values
         first = (labels >= 0) & (labels != labels.roll(1))
         first[:1] = labels[:1] >= 0
         others = self.count - first.sum()
         # Repeated and ignored labels come after all classes.
-        images = torch.where(first, order(labels.clamp(min=0)), 2 * self.sharding.num_classes).sort().values
-        below = images - torch.arange(len(images), device=labels.device) < others
+        images = torch.where(first, draw.order(labels.clamp(min=0)), 2 * self.sharding.num_classes)
+        cut = self._cut(images.sort().values, others)
+        drawn = torch.where(torch.arange(self.count, device=labels.device) < cut, draw.drawn, -1)
+        # Classes of the batch that are not drawn anyway.
+        return self._local(torch.cat([drawn, torch.where(first & (images >= cut), labels, -1)]))
+
+    def _cut(self, images: Tensor, others: Tensor) -> Tensor:
+        """Return the cut, 0-dim: the classes below it and the batch's own are ``count`` together.
+
+        If m others are wanted, the cut is m plus the number of the batch's classes below it.
+
+        Args:
+            images: (N,) of the batch's classes, ascending.
+            others: 0-dim, m.
+        """
+        below = images - torch.arange(len(images), device=images.device) < others
         below &= images < self.sharding.num_classes
         return torch.where(others > 0, others + below.sum(), 0)
+
+    def _local(self, ids: Tensor) -> Tensor:
+        """Return global ids (K,) as local indices, ``num_local`` for negative ids and other shards'."""
+        local = self.sharding.localize(ids)
+        return torch.where(local < 0, self.sharding.num_local, local)
+
+    def _ascending(self, local: Tensor) -> Tensor:
+        """Return local indices (K,) in ascending order, without ``num_local``."""
+        num_local = self.sharding.num_local
+        if num_local > _MARKED_CLASSES * len(local):
+            ids = local.sort().values
+            return ids[: int((ids < num_local).sum())]
+        marked = torch.zeros(num_local + 1, dtype=torch.bool, device=local.device).index_fill_(0, local, True)
+        return marked[:-1].nonzero().squeeze(1)

@@ -78,6 +78,7 @@ def update_centers_kernel(
     weight_decay,
     rounding_key,
     class_start,  # global id of weight's first row
+    ids_ptr,  # (C,) int64 global ids of weight's rows, or None: those from class_start on
     first_class,
     num_rows,
     num_classes,
@@ -100,7 +101,10 @@ def update_centers_kernel(
     weight_ptr += rows[:, None] * stride_c
     d_unit_ptr += offs_n[:, None] * d_unit_stride
     power, factor, along, _ = projection(weight_ptr, stride_d, d_unit_ptr, mask_n, D, COMPUTE, WIDTH, BLOCK_N, BLOCK_D)
-    row_keys = _fold(rounding_key.to(tl.uint64), (rows + class_start).to(tl.uint64))
+    ids = rows + class_start
+    if ids_ptr is not None:
+        ids = tl.load(ids_ptr + rows, mask_n, 0)
+    row_keys = _fold(rounding_key.to(tl.uint64), ids.to(tl.uint64))
 
     for start in range(0, WIDTH, BLOCK_D):
         offs_d = start + tl.arange(0, BLOCK_D).to(tl.int64)
@@ -165,6 +169,7 @@ def update_rows(d_unit: Tensor, weight: Tensor, step: CenterStep, start: int) ->
         _bits(step.weight_decay),
         step.rounding_key,
         step.class_start,
+        step.row_ids,
         start,
         num_rows,
         num_classes,
