@@ -120,7 +120,7 @@ class PendingUpdate(CenterUpdate):
             coefficients = [each / self._loss_gradient for each in coefficients]
         # The same numbers on every rank, so all go on or none. An lse of -inf is a row without negatives; the loss of a
         # batch whose rows are all ignored is NaN, though its coefficients are zero.
-        finite = coefficients[0].isfinite().all() & coefficients[1].isfinite().all()
+        finite = torch.stack(coefficients).isfinite().all() & (lse < torch.inf).all()
         if self._loss is not None:
             finite &= self._loss.isfinite()
         if self._loss_gradient is not None:
@@ -134,7 +134,7 @@ class PendingUpdate(CenterUpdate):
             float(group["weight_decay"]),
             rounding_key(optimizer._seed, self._step),
             optimizer._class_start,
-            finite & ~(lse.isnan() | (lse == torch.inf)).any(),
+            finite,
         )
         for buffer, before in self._margin_state:
             buffer.copy_(torch.where(step.active, buffer, before))

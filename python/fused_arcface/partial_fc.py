@@ -22,7 +22,7 @@ from .engine.step import loss_over_classes
 from .engine.terms import IGNORED, INVALID
 from .head import cosines_of, nearest_classes, place_margin
 from .margins.angular import ArcFace, Margin
-from .parallel.sampling import Sampler
+from .parallel.sampling import KeyedPermutation, Permutation, Sampler
 from .parallel.sharding import Sharding
 from .parallel.wrappers import check_plain
 
@@ -254,7 +254,8 @@ class PartialFC(NotScriptable, JointCalls, RunState):
         # A gradient has a size, for which the host waits; CenterSGD needs none.
         waits = self.center_optimizer is not None and _is_waited_for(target_class.device)
         padded = waits and backends.has(backend, "padding")
-        classes, chosen_class = self._choose_classes(target_class, padded)
+        permutation = backends.load(backend).Permutation if backends.has(backend, "permutation") else Permutation
+        classes, chosen_class = self._choose_classes(target_class, padded, permutation)
         weight: Tensor = self.weight
         update = None
         if self.center_optimizer is not None:
@@ -290,12 +291,15 @@ class PartialFC(NotScriptable, JointCalls, RunState):
                     "replay would draw the same random numbers. Capture the backbone alone"
                 )
 
-    def _choose_classes(self, target_class: Tensor, padded: bool = False) -> tuple[Tensor | None, Tensor]:
+    def _choose_classes(
+        self, target_class: Tensor, padded: bool = False, permutation: type[KeyedPermutation] = Permutation
+    ) -> tuple[Tensor | None, Tensor]:
         """Count a training step and draw its classes of this shard.
 
         Args:
             target_class: (N,) int64 global classes, or negative.
             padded: If true, draw the classes as :meth:`Sampler.padded` does.
+            permutation: The implementation of the draw.
 
         Returns:
             The classes (K,) of this shard, None for all, and each row's target as an index into them (N,), negative if
@@ -308,7 +312,7 @@ class PartialFC(NotScriptable, JointCalls, RunState):
         self.step += 1
         if self.sample_rate == 1:
             return None, local_class
-        sampler = Sampler(self.sharding, self.sample_rate, self.seed)
+        sampler = Sampler(self.sharding, self.sample_rate, self.seed, permutation)
         self._sampled = sampler.padded(self.step, target_class) if padded else sampler(self.step, target_class)
         chosen_class = torch.where(local_class < 0, local_class, torch.searchsorted(self._sampled, local_class))
         if padded:
@@ -323,7 +327,8 @@ class PartialFC(NotScriptable, JointCalls, RunState):
 
     def _count_rows(self, classes: Tensor) -> Tensor:
         """0-dim: the rows of weight of padded classes (K,)."""
-        return (classes < self.num_local).sum() * self.sub_centers
+        count = (classes < self.num_local).sum()
+        return count if self.sub_centers == 1 else count * self.sub_centers
 
     @torch.no_grad()
     def full_weight(self) -> Tensor:

@@ -17,8 +17,10 @@ import fused_arcface as fa
 from fused_arcface import partial_fc
 from fused_arcface.backends import cpu, triton
 from fused_arcface.backends import torch as plain_torch
+from fused_arcface.base.keyed_random import fold
 from fused_arcface.engine import ops
 from fused_arcface.engine.terms import CenterStep, RowGradients
+from fused_arcface.parallel.sampling import Permutation
 
 pytestmark = INTERPRETED
 
@@ -131,6 +133,18 @@ def test_step_equals_the_reference(
     no_rows = (x[:0], weight, target[:0]), tuple(each[:0] for each in coefficients)
     for mine, theirs in zip(_updated(triton, *no_rows, step), _updated(plain_torch, *no_rows, step), strict=True):
         assert mine is None or torch.equal(mine, theirs)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7, 100, 1001, 20_000, 10**9 + 7])
+def test_permutation_equals_that_of_tables(size: int) -> None:
+    """In both directions, for keys of 64 bits; more ids than a block has, and none."""
+    ids = torch.arange(size) if size < 2000 else torch.randint(size, (300,))
+    for key in (fold(1, size), (1 << 63) + 5, 0):
+        mine, tables = triton.Permutation(size, key, ids.device), Permutation(size, key, ids.device)
+        images = tables(ids)
+        assert torch.equal(mine(ids), images)
+        assert torch.equal(mine.inverse(images), ids)
+        assert len(mine(ids[:0])) == 0
 
 
 HEADS = {

@@ -40,6 +40,7 @@ FEATURES = {
     "sub_centers": "several centers for each class",
     "modulated_negatives": "margins that change the negatives",
     "padding": "a sample of the classes whose number only the device knows",
+    "permutation": "the keyed permutation of a sampled step in one launch",
     "fused_margin": "a margin_loss in one launch; elsewhere plain PyTorch is as good and takes any margin",
     "fused_margin_fp64": "the same in fp64",
 }
@@ -50,7 +51,9 @@ FEATURES = {
 BACKENDS = (
     Backend("torch", None, 0, frozenset({"sub_centers", "modulated_negatives", "padding"})),
     Backend("cpu", "cpu", 1, frozenset({"sub_centers", "modulated_negatives", "fused_margin", "fused_margin_fp64"})),
-    Backend("triton", "cuda", 2, frozenset({"sub_centers", "modulated_negatives", "padding", "fused_margin"})),
+    Backend(
+        "triton", "cuda", 2, frozenset({"sub_centers", "modulated_negatives", "padding", "permutation", "fused_margin"})
+    ),
     # Tensor cores for fp64 are few, and a graphics card has none.
     Backend("cuda", "cuda", 1, frozenset({"padding", "fused_margin"}), _NO_FP64),
 )

@@ -30,7 +30,8 @@ _CPU_CHUNK, _GPU_CHUNK = 1 << 14, 1 << 24
 CENTERS, SAMPLE, ROUNDING, BATCH, NET, MARGINS = 1, 2, 3, 4, 5, 6
 
 
-def _signed(word: int) -> int:
+def signed(word: int) -> int:
+    """Return a word in [0, 2^64) as the int64 with the same bits."""
     return word - (1 << 64) if word >> 63 > 0 else word
 
 
@@ -50,9 +51,9 @@ def fold(key: int, *numbers: int) -> int:
 
 def fold_each(key: int | Tensor, numbers: Tensor) -> Tensor:
     """:func:`fold` of one number per element, int64 tensors; ``key`` an int or a tensor that broadcasts."""
-    x = (numbers + 1) * _signed(_GOLDEN) + (key if isinstance(key, Tensor) else _signed(key))
-    x = (x ^ _shift_right(x, 30)) * _signed(_MIX1)
-    x = (x ^ _shift_right(x, 27)) * _signed(_MIX2)
+    x = (numbers + 1) * signed(_GOLDEN) + (key if isinstance(key, Tensor) else signed(key))
+    x = (x ^ _shift_right(x, 30)) * signed(_MIX1)
+    x = (x ^ _shift_right(x, 27)) * signed(_MIX2)
     return x ^ _shift_right(x, 31)
 
 
@@ -101,7 +102,7 @@ def chunks(tensor: Tensor) -> Iterator[tuple[int, Tensor]]:
 
 def rounding_key(seed: int, step: int) -> int:
     """Return the key of a step's stochastic rounding, as a signed 64-bit number."""
-    return _signed(fold(seed, ROUNDING, step))
+    return signed(fold(seed, ROUNDING, step))
 
 
 def rounding_bits(key: int, ids: Tensor, dim: int) -> Tensor:

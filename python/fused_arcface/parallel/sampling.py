@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -18,10 +19,30 @@ from torch import Tensor
 from ..base.keyed_random import SAMPLE, chunks, fold, fold_each
 from .sharding import Sharding
 
-_ROUNDS = 6  # three full Feistel rounds; with two, neighboring ids are drawn together measurably more often
+ROUNDS = 6  # three full Feistel rounds; with two, neighboring ids are drawn together measurably more often
 
 # Classes for each one of a sample up to which a byte for each class is marked: faster than to sort the sample.
 _MARKED_CLASSES = 64
+
+
+def grid_of(size: int) -> tuple[int, int]:
+    """Return a and b of the ``a × b`` grid whose cells a permutation of ``0..size-1`` maps."""
+    a = math.isqrt(size - 1) + 1
+    return a, -(-size // a)
+
+
+class KeyedPermutation(Protocol):
+    """A pseudorandom permutation of ``0..size-1``. All implementations give the same numbers for a key."""
+
+    def __init__(self, size: int, key: int, device: torch.device) -> None: ...
+
+    def __call__(self, ids: Tensor) -> Tensor:
+        """Return the images of ids (K,) int64 in [0, size)."""
+        ...
+
+    def inverse(self, images: Tensor) -> Tensor:
+        """Return the ids with these images (K,) int64 in [0, size)."""
+        ...
 
 
 class Permutation:
@@ -34,10 +55,9 @@ class Permutation:
 
     def __init__(self, size: int, key: int, device: torch.device) -> None:
         self.size = size
-        self.a = math.isqrt(size - 1) + 1
-        self.b = -(-size // self.a)
+        self.a, self.b = grid_of(size)
         self._tables = []
-        for step in range(_ROUNDS):
+        for step in range(ROUNDS):
             inputs, outputs = (self.b, self.a) if step % 2 == 0 else (self.a, self.b)
             words = fold_each(fold(key, step), torch.arange(inputs, device=device))
             self._tables.append(((words >> 32) & 0x7FFFFFFF) % outputs)
@@ -94,7 +114,7 @@ class Permutation:
 class Draw:
     """The part of a step's sample that is known before its labels."""
 
-    order: Permutation
+    order: KeyedPermutation
     drawn: Tensor
     """(count,) int64 global classes in the order of the draw. The step uses the first of them, as many as the cut."""
 
@@ -106,6 +126,7 @@ class Sampler:
     sharding: Sharding
     sample_rate: float
     seed: int
+    permutation: type[KeyedPermutation] = Permutation
 
     @property
     def count(self) -> int:
@@ -114,7 +135,7 @@ class Sampler:
 
     def draw(self, step: int, device: torch.device) -> Draw:
         """Return the draw of a training step."""
-        order = Permutation(self.sharding.num_classes, fold(self.seed, SAMPLE, step), device)
+        order = self.permutation(self.sharding.num_classes, fold(self.seed, SAMPLE, step), device)
         drawn = torch.arange(self.count, device=device)
         for _, part in chunks(drawn):
             part.copy_(order.inverse(part))

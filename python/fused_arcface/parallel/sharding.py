@@ -39,6 +39,8 @@ class Sharding:
 
         Negative labels stay as they are.
         """
+        if self.num_local == self.num_classes:
+            return labels
         local = labels - self.class_start
         here = (local >= 0) & (local < self.num_local)
         return torch.where(here, local, labels.clamp(max=-1))

@@ -34,6 +34,7 @@ def _missing_compiler() -> str | None:
 _compiler_reason = _missing_compiler()
 
 if _compiler_reason is None:
+    from .permutation import Permutation
     from .stages import (
         class_max,
         class_stats,
@@ -64,6 +65,7 @@ def unavailable() -> str | None:
 
 
 __all__ = [
+    "Permutation",
     "class_max",
     "class_stats",
     "embedding_grad",

@@ -17,25 +17,8 @@ from torch import Tensor
 from fused_arcface.engine.terms import MOMENTUM_BLOCK, CenterStep
 
 from .common import block_width, divide, launch, reciprocal, rows_per_block, to
+from .keyed_random import fold, rounding_bits
 from .targets import by_row, projection
-
-
-@triton.jit
-def _fold(key, n):
-    """SplitMix64's number n under a key, uint64."""
-    x = key + (n + 1) * 0x9E3779B97F4A7C15
-    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9
-    x = (x ^ (x >> 27)) * 0x94D049BB133111EB
-    return x ^ (x >> 31)
-
-
-@triton.jit
-def rounding_bits(row_keys, columns):
-    """(BLOCK_N, BLOCK_D) uint32 of the rows' keys (BLOCK_N,) uint64 and the columns (BLOCK_D,): keyed.rounding_bits."""
-    x = row_keys.to(tl.uint32)[:, None] + columns.to(tl.uint32)[None, :] * 0x9E3779B9
-    x = (x ^ (x >> 16)) * 0x7FEB352D
-    x = (x ^ (x >> 15)) * 0x846CA68B
-    return (x ^ (x >> 16)) ^ (row_keys >> 32).to(tl.uint32)[:, None]
 
 
 @triton.jit
@@ -104,7 +87,7 @@ def update_centers_kernel(
     ids = rows + class_start
     if ids_ptr is not None:
         ids = tl.load(ids_ptr + rows, mask_n, 0)
-    row_keys = _fold(rounding_key.to(tl.uint64), ids.to(tl.uint64))
+    row_keys = fold(rounding_key.to(tl.uint64), ids.to(tl.uint64))
 
     for start in range(0, WIDTH, BLOCK_D):
         offs_d = start + tl.arange(0, BLOCK_D).to(tl.int64)
