@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .. import checkpoint
 from ..base.checks import check_size, check_sub_centers
-from ..base.keyed_random import fill_normal
+from ..base.keyed_random import CENTER_STD, fill_normal
 from ..base.reading import DataError, file_errors
 from ..parallel.sharding import Sharding
 from . import other_projects, safetensors
@@ -254,7 +254,7 @@ def grow(source: Centers, num_classes: int, seed: int) -> Centers:
             for start in range(first, last, _NEW_ROWS):
                 piece = torch.zeros(min(_NEW_ROWS, last - start), *rows.shape[1:], dtype=rows.dtype)
                 if name == "weight":
-                    fill_normal(piece, seed, start, std=0.01)
+                    fill_normal(piece, seed, start, CENTER_STD)
                 yield piece
 
         return pieces
