@@ -256,7 +256,9 @@ class PartialFC(NotScriptable, ShardedEvaluation, RunState):
         updates = self.training and weight.requires_grad
         if store is not None and rows is not None:
             targets = self._rows_of(self.sharding.localize(chosen_on))
-            sampled = store.take(self._held(), self.step, rows, targets, updates, self._upcoming(chosen_on.device))
+            sampled = store.take(
+                self._held(), self.step, rows, targets, updates, self._upcoming(chosen_on.device, padded)
+            )
             weight, rows = sampled.tensors["weight"].detach().requires_grad_(updates), None
             chosen_class = chosen_class.to(target_class.device, non_blocking=True)
         if self.center_optimizer is not None:
@@ -306,10 +308,10 @@ class PartialFC(NotScriptable, ShardedEvaluation, RunState):
             chosen_class.masked_fill_(chosen_class >= len(self._sampled), INVALID)
         return self._sampled, chosen_class
 
-    def _upcoming(self, device: torch.device) -> Callable[[], Tensor]:
+    def _upcoming(self, device: torch.device, padded: bool) -> Callable[[], Tensor]:
         """Return a function that gives the rows of weight which the next step draws, whatever its labels."""
         sampler, step = Sampler(self.sharding, self.sample_rate, self.seed), self.step + 1
-        return lambda: self._rows_of(sampler.candidates(sampler.draw(step, device)))
+        return lambda: self._rows_of(sampler.candidates(sampler.draw(step, device), padded))
 
     def _check_reachable(self) -> None:
         """Check that the rows of a step can be had.

@@ -129,16 +129,23 @@ def check_state(folder: Path, state: int) -> None:
 
 
 class Snapshot:
-    """The rows of a store in one of its states, for reading. The store stays as it is, and locked until :meth:`close`.
+    """Rows of a store in one of its states, for reading. The store stays as it is, and they are locked until the end.
+
+    Args:
+        folder: of the store.
+        state: that a checkpoint names.
+        first: first row.
+        last: the row behind the last one; None: all.
 
     Raises:
-        StoreError: if the store is in use, or has not kept the state.
+        StoreError: if the rows are in use, or the store has not kept the state.
     """
 
-    def __init__(self, folder: Path, state: int) -> None:
+    def __init__(self, folder: Path, state: int, first: int = 0, last: int | None = None) -> None:
         self.layout = layout_of(folder)
         check_state(folder, state)
-        self._lock = RowLock(folder, 0, self.layout.num_rows)
+        self.first, self.last = first, self.layout.num_rows if last is None else last
+        self._lock = RowLock(folder, self.first, self.last)
         self._records = Records(folder / ROWS, self.layout.columns, self.layout.num_rows, self.layout.seed)
         self._since = {number: paths for number, paths in journals(folder).items() if number >= state}
 
@@ -155,11 +162,17 @@ class Snapshot:
         self._records.fill_untouched(rows, markers, out)
         return out
 
-    def pieces(self, first: int, last: int) -> Iterator[tuple[int, Tensors]]:
-        """Yield (first row, rows) of the rows ``[first, last)`` in order."""
-        for start in range(first, last, self.piece_rows):
-            yield start, self.read(start, min(start + self.piece_rows, last))
+    def pieces(self) -> Iterator[tuple[int, Tensors]]:
+        """Yield (first row, rows) of all rows in order."""
+        for start in range(self.first, self.last, self.piece_rows):
+            yield start, self.read(start, min(start + self.piece_rows, self.last))
 
     def close(self) -> None:
         self._records.close()
         self._lock.close()
+
+    def __enter__(self) -> Snapshot:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
