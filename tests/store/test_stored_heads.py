@@ -108,7 +108,7 @@ def test_the_way_of_a_gpu_with_the_cpu_in_its_place(storage, dtypes, tmp_path, m
     for head in heads:
         head.backend = "torch"
     monkeypatch.setattr(centers, "waits", lambda _: True)
-    # For the rows of a file the labels are on the host. Padding may change the last bit of a product, so both are padded.
+    # For the rows of a file the labels are on the host. Both are padded: padding may change the last bit of a product.
     monkeypatch.setattr(partial_fc, "_is_waited_for", lambda _: storage == "host")
     for step in range(8):
         results = []
