@@ -80,7 +80,7 @@ class ShardedEvaluation(JointCalls):
             return
         with self.ranks.together("load_full_weight()"):
             for start, stop in self._pieces():
-                self.center_store.replace(start, own[start:stop])
+                self.center_store.replace(torch.arange(start, stop), own[start:stop])
 
     @torch.no_grad()
     def logits(self, embeddings: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
@@ -81,7 +82,8 @@ class CenterStore:
     def close(self) -> None:
         """Wait for all work, and release what is held."""
         if self._pipeline is not None:
-            self._pipeline.drain()
+            with contextlib.suppress(StoreError):  # what a checkpoint does not name is undone anyway
+                self._pipeline.drain()
             self._pipeline.close()
             self._pipeline = None
 
@@ -265,11 +267,13 @@ class FileCenters(CenterStore):
         self.drain()
         return self.rows.snapshot_piece(start, stop)
 
-    def replace(self, start: int, weight: Tensor) -> None:
-        """Replace class centers ``start, start + 1, ...`` of the shard; their momentum stays."""
-        rows = self.piece(start, start + len(weight))
-        rows["weight"].copy_(weight)
-        self.rows.load(start, rows)
+    def replace(self, rows: Tensor, weight: Tensor) -> None:
+        """Replace class centers (K,) int64 of the shard, ascending, by (K, D); their momentum stays."""
+        self.drain()
+        tensors = self.rows.columns.empty(len(rows))
+        self.rows.read(rows, tensors, keep=True)
+        tensors["weight"].copy_(weight)
+        self.rows.write(rows, tensors)
 
     def view(self, weight: Tensor) -> Tensor | CenterView:
         return CenterView(

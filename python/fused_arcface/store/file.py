@@ -203,3 +203,7 @@ class FileRows:
             self._records.close()
             self._lock.close()
             self._journal = None
+
+    def __del__(self) -> None:
+        if getattr(self, "_journal", None) is not None:
+            self.close()
