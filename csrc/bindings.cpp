@@ -1,12 +1,14 @@
 // fused_arcface._native: the compiled kernels over raw addresses. No torch here: Python owns dtypes, shapes, checks,
-// allocation and lifetimes (python/fused_arcface/backends/cpu.py is the only caller).
+// allocation and lifetimes (python/fused_arcface/backends/cpu.py and store/records.py are the only callers).
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <cstdlib>
 #include <stdexcept>
 #include <string>
 
 #include "cpu/kernels.h"
+#include "rows_io.h"
 #include "tuples.h"
 
 #if FA_CUDA
@@ -153,6 +155,15 @@ int64_t multiply_adds(int product, int64_t rounds, int threads) {
   return pass(rounds, threads);
 }
 
+// fields: (address, bytes of a row) each
+int transfer_records(bool write, int file, int64_t record_bytes, uintptr_t rows, int64_t count,
+                     const std::vector<std::tuple<uintptr_t, int64_t>>& fields, int threads) {
+  fa::Records records{file, record_bytes, pointer<const int64_t>(rows), count, {}};
+  for (const auto& [data, bytes] : fields) records.fields.push_back({pointer<char>(data), bytes});
+  const py::gil_scoped_release release;
+  return write ? fa::write_records(records, threads) : fa::read_records(records, threads);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_native, m) {
@@ -184,6 +195,7 @@ PYBIND11_MODULE(_native, m) {
   m.def("embedding_grad", &embedding_grad);
   m.def("margin_loss", &margin_loss);
   m.def("multiply_adds", &multiply_adds);
+  m.def("transfer_records", &transfer_records);
 #if FA_CUDA
   fa::cuda::bind(m.def_submodule("cuda"));
 #endif

@@ -19,17 +19,18 @@ BELOW = {
     "base": (),
     "margins": ("base",),
     "parallel": ("base",),
+    "store": ("base", "parallel"),
     "engine": ("base", "margins", "parallel", "backends"),
     "backends": ("base", "margins", "engine"),
-    "heads": ("base", "margins", "parallel", "engine", "backends"),
+    "heads": ("base", "margins", "parallel", "store", "engine", "backends"),
     "reference": ("base", "margins"),
-    "checkpoint": ("base", "margins", "parallel", "engine", "backends", "heads"),
+    "checkpoint": ("base", "margins", "parallel", "store", "engine", "backends", "heads"),
     "compat": ("base", "margins", "parallel", "engine", "backends", "heads"),
     "evaluation": ("base", "margins", "parallel", "engine", "backends", "heads"),
 }
 """Each layer and the layers that it may import. The applications, ``app``, may import all of them."""
 
-HEADS = ("functional", "head", "partial_fc", "center_sgd", "center_update", "calls")
+HEADS = ("functional", "head", "partial_fc", "center_sgd", "center_update", "sharded_evaluation", "calls")
 """The modules at the top of the package that form one layer."""
 
 

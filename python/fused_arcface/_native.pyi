@@ -1,4 +1,5 @@
-# csrc/bindings.cpp: the compiled kernels over raw addresses, for fused_arcface.backends.cpu. A build with CUDA has a
+# csrc/bindings.cpp: the compiled kernels over raw addresses, for fused_arcface.backends.cpu, and the rows of files, for
+# fused_arcface.store. A build with CUDA has a
 # submodule `cuda` besides (csrc/cuda/bindings.cpp), for fused_arcface.backends.cuda.
 _Matrix = tuple[int, int, int, int, int, int]  # address, dtype code, rows, columns, row stride, column stride
 _Negatives = tuple[int, int, float, float, float]  # sub-centers, address of thresholds or 0, a, b, d
@@ -94,3 +95,6 @@ def margin_loss(
     out: tuple[int, int, int, int],
 ) -> None: ...
 def multiply_adds(product: int, rounds: int, threads: int) -> int: ...
+def transfer_records(
+    write: bool, file: int, record_bytes: int, rows: int, count: int, fields: list[tuple[int, int]], threads: int
+) -> int: ...

@@ -26,6 +26,7 @@ from .engine.loss_factor import RefusedFactors
 from .engine.terms import MOMENTUM_BLOCK, check_update
 from .margins.angular import Margin
 from .margins.state import copy_of_state
+from .store import SampledRows
 
 _SETTINGS = ("lr", "momentum", "weight_decay")
 
@@ -250,6 +251,15 @@ class CenterOptimizer(torch.optim.Optimizer):
         state: dict[str, Tensor] = self.state[weight]
         return state
 
+    def bind_on_device(self, weight: Tensor) -> dict[str, Tensor]:
+        """Return :meth:`bind`'s momentum, moved to the device of the head's ``weight``."""
+        state = self.bind(weight)
+        for name, tensor in state.items():
+            if tensor.device != weight.device:  # the head was moved, or built without memory (device="meta")
+                moved = torch.zeros_like(tensor, device=weight.device) if tensor.is_meta else tensor.to(weight.device)
+                state[name] = moved
+        return state
+
     def check(self, weight: Tensor) -> None:
         """Check that the head's ``weight`` can be updated.
 
@@ -268,12 +278,12 @@ class CenterOptimizer(torch.optim.Optimizer):
         if factor is not None:
             raise CenterUpdateError(f"in an earlier step, which changed no class center, {refusal(factor)}")
 
-    def prepare(self, step: int, weight: Tensor, margin: Margin) -> PendingUpdate:
-        """Return the update of the head's ``weight`` for forward pass number ``step``.
+    def prepare(self, step: int, weight: Tensor, margin: Margin, sampled: SampledRows | None = None) -> PendingUpdate:
+        """Return the update of the head's ``weight``, or of copies of its rows, for forward pass number ``step``.
 
         Call :meth:`check` first, and this before the margin changes its state.
         """
-        update = PendingUpdate(self, step, weight, copy_of_state(margin))
+        update = PendingUpdate(self, step, weight, copy_of_state(margin), sampled)
         if torch.is_grad_enabled():
             self._pending.add(update)
         return update

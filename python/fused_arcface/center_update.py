@@ -15,6 +15,7 @@ from .base.keyed_random import rounding_key
 from .engine.loss_factor import is_refused
 from .engine.shard import CenterUpdate
 from .engine.terms import PLAIN, CenterStep, Negatives, RowGradients
+from .store import SampledRows
 
 if TYPE_CHECKING:
     from .center_sgd import CenterOptimizer
@@ -40,12 +41,19 @@ class PendingUpdate(CenterUpdate):
     """The update of one forward pass, until its backward pass makes it.
 
     Where it changes nothing, the margin gets back the state that it had before the step (buffers and their copies).
+    With ``sampled`` it changes these copies of the step's rows, and gives them back to the store.
     """
 
     def __init__(
-        self, optimizer: CenterOptimizer, step: int, weight: Tensor, margin_state: list[tuple[Tensor, Tensor]]
+        self,
+        optimizer: CenterOptimizer,
+        step: int,
+        weight: Tensor,
+        margin_state: list[tuple[Tensor, Tensor]],
+        sampled: SampledRows | None = None,
     ) -> None:
         self._optimizer, self._step, self._weight, self._margin_state = optimizer, step, weight, margin_state
+        self._sampled = sampled
         self._loss: Tensor | None = None
         self._loss_gradient: Tensor | None = None
         self._done = False
@@ -109,13 +117,13 @@ class PendingUpdate(CenterUpdate):
         backend: str,
         negatives: Negatives,
     ) -> None:
-        optimizer, weight = self._optimizer, self._weight
+        optimizer, sampled = self._optimizer, self._sampled
         lse, *coefficients = gradients[1:]
-        group, state = optimizer.param_groups[0], optimizer.bind(weight)
-        for name, tensor in state.items():
-            if tensor.device != weight.device:  # the head was moved, or built without memory (device="meta")
-                moved = torch.zeros_like(tensor, device=weight.device) if tensor.is_meta else tensor.to(weight.device)
-                state[name] = moved
+        group = optimizer.param_groups[0]
+        if sampled is None:
+            weight, state = self._weight, optimizer.bind_on_device(self._weight)
+        else:
+            weight, state = sampled.tensors["weight"], sampled.tensors
         if self._loss_gradient is not None:
             coefficients = [each / self._loss_gradient for each in coefficients]
         # The same numbers on every rank, so all go on or none. An lse of -inf is a row without negatives; the loss of a
@@ -135,6 +143,7 @@ class PendingUpdate(CenterUpdate):
             rounding_key(optimizer._seed, self._step),
             optimizer._class_start,
             finite,
+            None if sampled is None else sampled.ids,
         )
         for buffer, before in self._margin_state:
             buffer.copy_(torch.where(step.active, buffer, before))
@@ -151,6 +160,8 @@ class PendingUpdate(CenterUpdate):
         )
         # A graph that has saved the centers as they were now says so instead of using them as they are.
         torch.autograd.graph.increment_version(weight)
+        if sampled is not None:
+            sampled.write_back()
 
 
 class _Watch(torch.autograd.Function):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,27 +11,28 @@ from torch import Tensor, nn
 from . import backends
 from .base.checks import check_center_dtype, check_size
 from .base.compiler import NotScriptable, check_not_transformed, not_compiled
-from .base.keyed_random import fill_normal
+from .base.keyed_random import CENTER_STD, fill_normal
 from .base.options import HeadOptions
 from .base.ranges import ABOVE_0_TO_1, NOT_NEGATIVE, check_number
 from .base.statistics import MarginSoftmaxStats
 from .center_sgd import CenterOptimizer, CenterSGD, CentersUpdatedInBackward
-from .engine.joint_calls import JointCalls
 from .engine.run_state import RunState
 from .engine.shard import Shard
 from .engine.step import loss_over_classes
 from .engine.terms import IGNORED, INVALID
-from .head import cosines_of, nearest_classes, place_margin
+from .head import place_margin
 from .margins.angular import ArcFace, Margin
 from .parallel.sampling import KeyedPermutation, Permutation, Sampler
 from .parallel.sharding import Sharding
 from .parallel.wrappers import check_plain
+from .sharded_evaluation import ShardedEvaluation
+from .store import CenterStorage, check_storage, make_store, weight_device
 
 if TYPE_CHECKING:
     from .calls import PartialFCCall
 
 
-class PartialFC(NotScriptable, JointCalls, RunState):
+class PartialFC(NotScriptable, ShardedEvaluation, RunState):
     """Margin-softmax head whose class centers are split over the ranks of a group: ``loss = head(embeddings, target)``.
 
     Every rank passes its own batch, of any size, and gets the mean loss over all ranks' rows. Without torch.distributed
@@ -86,6 +88,9 @@ class PartialFC(NotScriptable, JointCalls, RunState):
             are on one rank. Where a shape here says C_total or num_local rows, there are K times as many.
         label_smoothing: in [0, 1]; only with all classes in each step and an ordinary optimizer: its gradient reaches
             every class center.
+        center_storage: ``"device"``; ``"host"``, host memory, of which ``device`` gets each step's sample; or the path
+            of a folder for a file, where rows take space once they are used. The last two need ``sample_rate < 1`` and
+            a CenterSGD, and train the same centers.
 
     Attributes:
         weight: (num_local, D) parameter, this rank's class centers, initially N(0, 0.01²) keyed by seed and global
@@ -94,6 +99,7 @@ class PartialFC(NotScriptable, JointCalls, RunState):
         num_local: how many they are: ``C_total // W``, one more on the first ``C_total % W`` ranks.
         center_optimizer: the :class:`~fused_arcface.center_sgd.CenterOptimizer` made of the recipe, for schedulers; or
             None.
+        center_store: the :class:`~fused_arcface.store.CenterStore` of another ``center_storage`` than ``"device"``.
         sampled: (K,) int64, ascending global ids of the classes that this shard used in the last step.
         step: training steps so far, as the samples and the rounding count them.
 
@@ -129,6 +135,7 @@ class PartialFC(NotScriptable, JointCalls, RunState):
         dense_grad: bool = False,
         sub_centers: int = 1,
         label_smoothing: float = 0.0,
+        center_storage: CenterStorage = "device",
     ) -> None:
         super().__init__(group)
         with self.ranks.together(type(self).__name__):
@@ -150,22 +157,29 @@ class PartialFC(NotScriptable, JointCalls, RunState):
                     f"use sample_rate=1 and an ordinary optimizer over weight.grad; got {label_smoothing}"
                 )
             check_center_dtype(dtype)
+            storage = check_storage(center_storage, sample_rate, center_optimizer is not None)
             self.backend = backends.check_name(backend)
         self.margin, self.scale = options.margin, options.scale
         self.sample_rate, self.seed, self.dense_grad, self.step = float(sample_rate), seed, dense_grad, 0
         self.sub_centers, self.label_smoothing = options.sub_centers, options.label_smoothing
         self.embedding_dim = embedding_dim
         self.sharding = Sharding(num_classes, self.ranks.world_size, self.ranks.rank)
-        own = {"center_optimizer": repr(center_optimizer), "dtype": str(dtype or torch.get_default_dtype())}
+        own = {
+            "center_optimizer": repr(center_optimizer),
+            "dtype": str(dtype or torch.get_default_dtype()),
+            "center_storage": storage,
+        }
         self.ranks.check_agreement(type(self).__name__, {**self._options(), **own})
         self._sampled: Tensor | None = None
         parameter = nn.Parameter if center_optimizer is None else CentersUpdatedInBackward
-        self.weight = parameter(torch.empty(self.num_local * sub_centers, embedding_dim, device=device, dtype=dtype))
-        place_margin(margin, self.weight.device)
-        self.reset_parameters()
+        place, shape = weight_device(storage, device), (self.num_local * sub_centers, embedding_dim)
+        self.weight = parameter(torch.empty(shape, device=place, dtype=dtype))
         self.center_optimizer = (
             None if center_optimizer is None else CenterOptimizer(center_optimizer, self.weight, seed, self.row_start)
         )
+        self.center_store = make_store(storage, self._held(), device, self.num_rows, self.row_start, seed, self.ranks)
+        place_margin(margin, self.device)
+        self.reset_parameters()
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "weight":
@@ -173,40 +187,19 @@ class PartialFC(NotScriptable, JointCalls, RunState):
         super().__setattr__(name, value)
 
     @property
-    def num_classes(self) -> int:
-        return self.sharding.num_classes
-
-    @property
-    def class_start(self) -> int:
-        return self.sharding.class_start
-
-    @property
-    def num_local(self) -> int:
-        return self.sharding.num_local
-
-    @property
-    def row_start(self) -> int:
-        """Global number of this shard's first row of weight; class_start but for sub-centers."""
-        return self.class_start * self.sub_centers
-
-    @property
-    def num_rows(self) -> int:
-        """Rows of weight over all ranks; num_classes but for sub-centers."""
-        return self.num_classes * self.sub_centers
-
-    def row_counts(self) -> list[int]:
-        """Rows of weight on each rank."""
-        return [count * self.sub_centers for count in self.sharding.counts()]
-
-    @property
     def sampled(self) -> Tensor:
         if self._sampled is None:
-            return torch.arange(self.class_start, self.class_start + self.num_local, device=self.weight.device)
+            return torch.arange(self.class_start, self.class_start + self.num_local, device=self.device)
         return self._sampled[self._sampled < self.num_local] + self.class_start
+
+    def _held(self) -> dict[str, Tensor]:
+        """Return weight and the fused optimizer's momentum, by name."""
+        return {"weight": self.weight, **(self.center_optimizer.bind(self.weight) if self.center_optimizer else {})}
 
     def reset_parameters(self) -> None:
         """Draw the class centers anew: the same ones, for the same seed."""
-        fill_normal(self.weight, self.seed, self.row_start, std=0.01)
+        if self.center_store is None or self.center_store.in_memory:
+            fill_normal(self.weight, self.seed, self.row_start, CENTER_STD)
 
     # torch.compile calls it between its graphs: a step has a number and sizes that only the data tell.
     @not_compiled
@@ -244,31 +237,45 @@ class PartialFC(NotScriptable, JointCalls, RunState):
                 "PartialFC cannot be recomputed in a backward pass: it would be another step, with another sample. "
                 "Keep the head outside of torch.utils.checkpoint; it stores no logits that would be worth it"
             )
+        store = self.center_store if self.training else None
         with self._refusing():
             check_not_transformed(type(self).__name__)
             self._check_not_captured()
             check_number("loss_weight", loss_weight, NOT_NEGATIVE)
+            self._check_reachable()
             agreement = self._step_agreement("forward()", ignore_index, loss_weight)
         embeddings, batch, backend = self._gather(embeddings, target, agreement, ignore_index, return_stats)
         target_class = torch.ops.fused_arcface.local_target(batch.labels, self.num_classes, ignore_index)
         # A gradient has a size, for which the host waits; CenterSGD needs none.
-        waits = self.center_optimizer is not None and _is_waited_for(target_class.device)
+        chosen_on = target_class if store is None else store.place(target_class)
+        waits = self.center_optimizer is not None and _is_waited_for(chosen_on.device)
         padded = waits and backends.has(backend, "padding")
-        permutation = backends.load(backend).Permutation if backends.has(backend, "permutation") else Permutation
-        classes, chosen_class = self._choose_classes(target_class, padded, permutation)
+        is_fused = chosen_on is target_class and backends.has(backend, "permutation")
+        permutation = backends.load(backend).Permutation if is_fused else Permutation
+        classes, chosen_class = self._choose_classes(chosen_on, padded, permutation)
+        rows = None if classes is None else self._rows_of(classes)
+        count = self._count_rows(classes) if padded and classes is not None else None
         weight: Tensor = self.weight
-        update = None
+        update = sampled = None
+        updates = self.training and weight.requires_grad
+        if store is not None and rows is not None:
+            targets = self._rows_of(self.sharding.localize(chosen_on))
+            sampled = store.take(
+                self._held(), self.step, rows, targets, updates, self._upcoming(chosen_on.device, padded)
+            )
+            weight, rows = sampled.tensors["weight"].detach().requires_grad_(updates), None
+            chosen_class = chosen_class.to(target_class.device, non_blocking=True)
         if self.center_optimizer is not None:
-            if self.training and weight.requires_grad:
-                update = self.center_optimizer.prepare(self.step, weight, self.margin)
+            if updates:
+                update = self.center_optimizer.prepare(self.step, self.weight, self.margin, sampled)
             else:  # neither an update nor a gradient
                 weight = weight.detach()
         shard = Shard(
             ranks=self.ranks,
             batch=batch,
             num_classes=self.num_classes,
-            classes=None if classes is None else self._rows_of(classes),
-            class_count=self._count_rows(classes) if padded and classes is not None else None,
+            classes=rows,
+            class_count=count,
             dense_grad=self.dense_grad,
             with_max=batch.return_stats,
             update=update,
@@ -319,8 +326,44 @@ class PartialFC(NotScriptable, JointCalls, RunState):
             chosen_class.masked_fill_(chosen_class >= len(self._sampled), INVALID)
         return self._sampled, chosen_class
 
+    def _upcoming(self, device: torch.device, padded: bool) -> Callable[[], Tensor]:
+        """Return a function that gives the rows of weight which the next step draws, whatever its labels."""
+        sampler, step = Sampler(self.sharding, self.sample_rate, self.seed), self.step + 1
+        return lambda: self._rows_of(sampler.candidates(sampler.draw(step, device), padded))
+
+    def _check_reachable(self) -> None:
+        """Check that the rows of a step can be had.
+
+        Raises:
+            RuntimeError: if they cannot, see :class:`fused_arcface.store.StoreError`, or the step needs all of them.
+        """
+        if self.center_store is None:
+            return
+        self.center_store.check()
+        if not self.training and self.weight.device != self.device:
+            size = self.num_local * self.sub_centers * self.embedding_dim * self.weight.element_size() / 2**30
+            raise RuntimeError(
+                f"in eval() the loss uses all class centers, {size:.1f} GiB on {self.device}, which center_storage "
+                "keeps elsewhere: use topk() or logits(), which read them in pieces, or train() under torch.no_grad()"
+            )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PartialFC:
+        """Convert or move the head. Stored class centers stay where they are; the computing device changes."""
+        if self.center_store is None:
+            super()._apply(fn, recurse)
+            return self
+        made = fn(torch.empty(0, dtype=self.weight.dtype, device=self.device))
+        if made.dtype != self.weight.dtype:
+            raise TypeError(
+                f"class centers outside of the device keep their dtype {self.weight.dtype}; got {made.dtype}"
+            )
+        for module in self.children():
+            module._apply(fn, recurse)
+        self.center_store.move(made.device)
+        return self
+
     def _rows_of(self, classes: Tensor) -> Tensor:
-        """Rows of weight (K·sub_centers,) of this shard's classes (K,)."""
+        """Rows of weight (K·sub_centers,) of this shard's classes (K,); negative ones of negative classes."""
         if self.sub_centers == 1:
             return classes
         return (classes[:, None] * self.sub_centers + torch.arange(self.sub_centers, device=classes.device)).flatten()
@@ -329,62 +372,6 @@ class PartialFC(NotScriptable, JointCalls, RunState):
         """0-dim: the rows of weight of padded classes (K,)."""
         count = (classes < self.num_local).sum()
         return count if self.sub_centers == 1 else count * self.sub_centers
-
-    @torch.no_grad()
-    def full_weight(self) -> Tensor:
-        """Return all class centers, (C_total, D), on every rank. A collective."""
-        self._meet("full_weight()")
-        return torch.cat(self.ranks.gather_rows(self.weight, self.row_counts()))
-
-    @torch.no_grad()
-    def load_full_weight(self, tensor: Tensor) -> None:
-        """Set each shard from all class centers (C_total, D), which every rank passes alike. A collective.
-
-        Raises:
-            ValueError: a wrong shape, on any rank.
-        """
-        self._meet("load_full_weight()")
-        shape = tuple(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
-        shapes = self.ranks.gather_objects(shape)
-        wrong = [each for each in shapes if each != (self.num_rows, self.embedding_dim)]
-        if wrong:
-            rows = "C_total" if self.sub_centers == 1 else "C_total·sub_centers"
-            raise ValueError(f"tensor must be ({rows}={self.num_rows}, D={self.embedding_dim}); got {wrong[0]}")
-        self.weight.copy_(tensor[self.row_start : self.row_start + self.weight.shape[0]])
-
-    @torch.no_grad()
-    def logits(self, embeddings: Tensor) -> Tensor:
-        """Return ``s·cos θ`` (n, C_total) of this rank's embeddings (n, D) with every class, without a margin.
-
-        A collective. The result has no gradient.
-        """
-        with self._refusing():
-            agreement = self._agreement("logits()")
-        _, rows, _ = self._gather(embeddings, None, agreement)
-        local = self.scale * cosines_of(rows.embeddings, self.weight, self.sub_centers).T  # (C, N)
-        return torch.cat([rows.own(part.T) for part in self.ranks.gather_rows(local, self.sharding.counts())], 1)
-
-    @torch.no_grad()
-    def topk(self, embeddings: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """Return the cosines (n, k), descending, and ids (n, k) int64 of the k nearest classes over all shards.
-
-        A collective, for this rank's embeddings (n, D), with the same k on every rank. The ids are global.
-
-        Raises:
-            ValueError: k outside [1, C_total], or embeddings of a wrong shape or device.
-        """
-        with self._refusing():
-            k = check_size("k", k)
-            if k > self.num_classes:
-                raise ValueError(f"k must be <= C_total={self.num_classes}; got {k}")
-            agreement = self._agreement("topk()", k=k)
-        _, rows, _ = self._gather(embeddings, None, agreement)
-        cosines, classes = nearest_classes(rows.embeddings, self.weight, k, self.sub_centers)
-        counts = [min(k, count) for count in self.sharding.counts()]
-        cosines = torch.cat([rows.own(part.T) for part in self.ranks.gather_rows(cosines.T, counts)], 1)
-        ids = self.ranks.gather_rows((classes + self.class_start).T, counts)
-        cosines, best = cosines.topk(k)
-        return cosines, torch.cat([rows.own(part.T) for part in ids], 1).gather(1, best)
 
     def extra_repr(self) -> str:
         return (

@@ -151,8 +151,8 @@ def test_each_byte_is_read_once(tmp_path, monkeypatch):
     assert sum(read) <= 100 * 64 * 4 + 2 * 4096
     saved = checkpoint.find(tmp_path)
     read.clear()
-    whole = [checkpoint.RowShard(torch.empty(20, 64), start, 300) for start in range(0, 300, 20)]
-    pieces = checkpoint.RowShard.of_pieces([shard.rows for shard in whole])
+    pieces = checkpoint.RowShard(torch.empty(20, 64), 0, 300)
+    pieces.pieces = [(start, torch.empty(20, 64)) for start in range(0, 300, 20)]
     saved.read({"head.weight": pieces})
     assert torch.equal(torch.cat([rows for _, rows in pieces.pieces]), head.weight)
     assert sum(read) == 300 * 64 * 4

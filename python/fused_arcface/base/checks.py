@@ -21,14 +21,15 @@ def _check_tensor(name: str, tensor: object, dtypes: tuple[torch.dtype, ...]) ->
         raise ValueError(f"{name} must be a dense tensor; got layout {tensor.layout}")
 
 
-def check_embeddings(embeddings: object, weight: Tensor) -> None:
-    """Check embeddings ``(N, D)`` against class centers ``(C, D)``."""
+def check_embeddings(embeddings: object, weight: Tensor, device: torch.device | None = None) -> None:
+    """Check embeddings ``(N, D)`` against class centers ``(C, D)``, whose device is weight's if ``device`` is None."""
     _check_tensor("embeddings", embeddings, FLOAT_DTYPES)
     assert isinstance(embeddings, Tensor)
     if embeddings.dim() != 2 or embeddings.shape[1] != weight.shape[1]:
         raise ValueError(f"embeddings must be (N, D={weight.shape[1]}); got {tuple(embeddings.shape)}")
-    if embeddings.device != weight.device:
-        raise ValueError(f"embeddings must be on weight's device {weight.device}; got {embeddings.device}")
+    device = device or weight.device
+    if embeddings.device != device:
+        raise ValueError(f"embeddings must be on weight's device {device}; got {embeddings.device}")
 
 
 def check_target(target: object, embeddings: Tensor, ignore_index: object) -> None:

@@ -29,6 +29,7 @@ from ..partial_fc import PartialFC
 from .directory import Saved, find, latest, write
 from .row_shard import RowShard
 from .storage import CheckpointError
+from .stored import STORE, file_of, held_by, load_rows, reference_of, save_rows
 from .structure import join, split, to_json
 
 __all__ = [
@@ -51,9 +52,10 @@ _HEAD = "head"
 def head_state(head: PartialFC) -> dict[str, Any]:
     """Return the part of a checkpoint that is a head's, for torch.distributed.checkpoint's own ``save`` and ``load``.
 
-    Tensors share the head's memory: loading into them loads the head, but for ``step`` and ``optimizer``.
+    Tensors share the head's memory: loading into them loads the head, but for ``step`` and ``optimizer``. There are
+    none of class centers in a file.
     """
-    tensors = {"weight": head.weight, **_momentum(head)}
+    tensors = held_by(head) if file_of(head) is None else {}
     state: dict[str, Any] = {name: RowShard(tensor, head.row_start, head.num_rows) for name, tensor in tensors.items()}
     state["step"] = head.step
     if isinstance(head.margin, torch.nn.Module):  # a few numbers, the same on every rank
@@ -62,10 +64,6 @@ def head_state(head: PartialFC) -> dict[str, Any]:
         groups = head.center_optimizer.state_dict()["param_groups"]
         state["optimizer"] = {name: value for name, value in groups[0].items() if name != "params"}
     return state
-
-
-def _momentum(head: PartialFC) -> dict[str, Tensor]:
-    return {} if head.center_optimizer is None else dict(head.center_optimizer.bind(head.weight))
 
 
 def _options(head: PartialFC) -> dict[str, Any]:
@@ -110,7 +108,13 @@ def save(root: str | os.PathLike[str], head: PartialFC, *, keep: int = 2, **othe
             name: split(_state_of(value, head), name, tensors)
             for name, value in {_HEAD: head_state(head), **others}.items()
         }
-    return write(Path(root), tensors, lambda: _to_json(values), _options(head), head.step, head.ranks, keep)
+    store = file_of(head)
+    if store is not None:
+        values[_HEAD][STORE] = save_rows(store, root)
+    path = write(Path(root), tensors, lambda: _to_json(values), _options(head), head.step, head.ranks, keep)
+    if store is not None:
+        store.rows.saved(values[_HEAD][STORE]["state"], keep)
+    return path
 
 
 def save_centers(
@@ -162,6 +166,12 @@ def load(path: str | os.PathLike[str], head: PartialFC, *, trust: bool = False, 
         plain = saved.names - {_HEAD} - {key.partition(".")[0] for key in saved.tensors}
         structures = {name: saved.value(name) for name in plain | others.keys()}
         targets = {f"{_HEAD}.{name}": shard for name, shard in head_state(head).items() if isinstance(shard, RowShard)}
+        reference, store = reference_of(saved, values), file_of(head)
+        if store is not None and reference is None:
+            columns = {f"{_HEAD}.{name}": tensor for name, tensor in held_by(head).items()}
+            targets = {key: RowShard(tensor, head.row_start, head.num_rows) for key, tensor in columns.items()}
+        elif reference is not None:  # the tensors are not in the checkpoint
+            targets = {}
         imported = "optimizer" not in values and values["step"] == 0
         if imported:  # centers alone: a fused optimizer starts as a new one
             targets = {key: shard for key, shard in targets.items() if key == f"{_HEAD}.weight"}
@@ -170,6 +180,7 @@ def load(path: str | os.PathLike[str], head: PartialFC, *, trust: bool = False, 
         tensors: dict[str, Any] = {
             key: RowShard(torch.empty_like(shard.rows, device="cpu"), head.row_start, shard.total)
             for key, shard in targets.items()
+            if store is None
         }
         for name, value in others.items():
             tensors |= _receivers(name, value, saved, head)
@@ -177,16 +188,20 @@ def load(path: str | os.PathLike[str], head: PartialFC, *, trust: bool = False, 
     states = {name: _joined(saved, name, structures[name], tensors) for name in others}
     for name, value in others.items():
         value.load_state_dict(states[name])
-    for key, shard in targets.items():
-        shard.rows.copy_(tensors[key].rows)
+    if store is not None or reference is not None:
+        load_rows(head, reference, saved, list(targets), imported)
+    else:
+        for key, shard in targets.items():
+            shard.rows.copy_(tensors[key].rows)
     torch.autograd.graph.increment_version(head.weight)
     head.step = values["step"]
     if isinstance(head.margin, torch.nn.Module):  # another margin than the saved one keeps its own state
         kept = values.get("margin", {})
         head.margin.load_state_dict({name: torch.tensor(value) for name, value in kept.items()}, strict=False)
     if imported:
-        for tensor in _momentum(head).values():
-            tensor.zero_()
+        for name, tensor in held_by(head).items():
+            if name != "weight":
+                tensor.zero_()
     elif head.center_optimizer is not None:
         head.center_optimizer.param_groups[0].update(values["optimizer"])
     return {name: value for name, value in structures.items() if name not in others}

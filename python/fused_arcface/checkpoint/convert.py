@@ -2,8 +2,7 @@
 
 Sets of identities can be joined and grown on the way.
 
-Tensors pass in pieces, the shards as they were saved: no more than one of them is in memory at a time (all that is
-written into a checkpoint is mapped from the sources' files).
+Tensors pass in pieces: no more than some of them are in memory at a time.
 """
 
 from __future__ import annotations
@@ -20,11 +19,13 @@ from torch import Tensor
 
 from .. import checkpoint
 from ..base.checks import check_size, check_sub_centers
-from ..base.keyed_random import fill_normal
+from ..base.keyed_random import CENTER_STD, fill_normal
 from ..base.reading import DataError, file_errors
 from ..parallel.sharding import Sharding
-from . import other_projects, safetensors
+from ..store.folder import layout_of
+from . import other_projects, safetensors, stored
 from .other_projects import INSIGHTFACE
+from .row_shard import StreamedRows
 
 _RUN_CHECKPOINTS = "checkpoints"  # in the folder of a training run
 _NEW_ROWS = 1 << 16  # drawn at once
@@ -128,11 +129,17 @@ def _read_checkpoint(path: Path, trust: bool) -> Centers:
     saved = checkpoint.find(path, trust=trust)
     head = checkpoint.head_values(saved)
     tensors = {}
-    for key, stored in saved.tensors.items():
+    for key, each in saved.tensors.items():
         if key.startswith("head."):
             tensors[key.removeprefix("head.")] = Rows(
-                stored.properties.dtype, tuple(stored.size), _checkpoint_pieces(saved, key, stored)
+                each.properties.dtype, tuple(each.size), _checkpoint_pieces(saved, key, each)
             )
+    reference = stored.reference_of(saved, head)
+    if reference is not None:
+        layout = layout_of(reference.folder())
+        for column in layout.columns.each:
+            pieces = stored.pieces_of(reference, column.name)
+            tensors[column.name] = Rows(column.dtype, (layout.num_rows, column.width), pieces)
     values = {"seed": saved.head["seed"], "step": head["step"], "sub_centers": saved.head.get("sub_centers", 1)}
     if "optimizer" in head:
         values["optimizer"] = head["optimizer"]
@@ -254,7 +261,7 @@ def grow(source: Centers, num_classes: int, seed: int) -> Centers:
             for start in range(first, last, _NEW_ROWS):
                 piece = torch.zeros(min(_NEW_ROWS, last - start), *rows.shape[1:], dtype=rows.dtype)
                 if name == "weight":
-                    fill_normal(piece, seed, start, std=0.01)
+                    fill_normal(piece, seed, start, CENTER_STD)
                 yield piece
 
         return pieces
@@ -266,10 +273,10 @@ def grow(source: Centers, num_classes: int, seed: int) -> Centers:
     return Centers(tensors, dict(source.values), source.notes)
 
 
-def write(centers: Centers, path: str | os.PathLike[str]) -> Path:
+def write(centers: Centers, path: str | os.PathLike[str], center_storage: str | os.PathLike[str] | None = None) -> Path:
     """Write a safetensors file, if the path ends so, otherwise a checkpoint in the root ``path``.
 
-    Either appears when it is whole.
+    Either appears when it is whole. A new folder ``center_storage`` gets the rows that belong to a checkpoint.
 
     Returns:
         The file or the checkpoint's directory.
@@ -279,6 +286,8 @@ def write(centers: Centers, path: str | os.PathLike[str]) -> Path:
     """
     path = Path(path)
     one_file = _is_one_file(path)
+    if one_file and center_storage is not None:
+        raise ConvertError(f"center_storage goes with a folder of checkpoints; the destination is {path}")
     seed = _checked_seed(centers.values.get("seed", 0))
     path.parent.mkdir(parents=True, exist_ok=True)
     if one_file:
@@ -294,10 +303,15 @@ def write(centers: Centers, path: str | os.PathLike[str]) -> Path:
         "seed": seed,
         **({"sub_centers": centers.sub_centers} if centers.sub_centers > 1 else {}),
     }
-    shards = {}
-    for name, rows in centers.tensors.items():
-        shards[name] = checkpoint.RowShard.of_pieces([piece.to(rows.dtype).contiguous() for piece in rows.pieces()])
+    tensors = centers.tensors
+    shards: dict[str, checkpoint.RowShard] = {}
+    if center_storage is None:
+        shards = {name: StreamedRows(rows.pieces(), rows.dtype, rows.shape) for name, rows in tensors.items()}
     values = {name: value for name, value in centers.values.items() if name not in ("seed", "sub_centers")}
+    if center_storage is not None:
+        columns = {name: (rows.dtype, rows.shape[1], rows.pieces()) for name, rows in tensors.items()}
+        num_rows = tensors["weight"].shape[0]
+        values[stored.STORE] = stored.make_store(Path(center_storage), columns, num_rows, seed, path)
     return checkpoint.save_centers(path, shards, {"step": 0, **values}, options)
 
 
@@ -332,6 +346,7 @@ def convert(
     seed: int | None = None,
     sub_centers: int | None = None,
     trust: bool = False,
+    center_storage: str | os.PathLike[str] | None = None,
     noted: Callable[[str], None] | None = None,
 ) -> Path:
     """:func:`read` the sources, :func:`merge` and :func:`grow` them, :func:`write` the result.
@@ -343,6 +358,7 @@ def convert(
         seed: of the new classes' centers and of the head that will resume, in [0, 2^63); None: the source's, or 0.
         sub_centers: see :func:`read`.
         trust: see :func:`read`.
+        center_storage: see :func:`write`.
         noted: called with each part of the sources that the result lacks, in words, such as momentum.
 
     Raises:
@@ -367,4 +383,4 @@ def convert(
             noted(note)
     if num_classes is not None:
         centers = grow(centers, num_classes, centers.values["seed"])
-    return write(centers, destination)
+    return write(centers, destination, center_storage)

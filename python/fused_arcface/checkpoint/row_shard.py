@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
+
+_PIECE_BYTES, _MOST_PIECES = 64 << 20, 1000  # torch's planner compares each piece with others
 
 
 class RowShard(Tensor):
@@ -26,16 +30,6 @@ class RowShard(Tensor):
     def __new__(cls, rows: Tensor, start: int, total: int) -> RowShard:
         shard: RowShard = Tensor._make_subclass(cls, rows.detach())
         shard.pieces, shard.total = [(start, rows.detach())], total
-        return shard
-
-    @classmethod
-    def of_pieces(cls, pieces: list[Tensor]) -> RowShard:
-        """Make a whole tensor of pieces of some rows each."""
-        shard = cls(pieces[0], 0, sum(len(piece) for piece in pieces))
-        shard.pieces, start = [], 0
-        for piece in pieces:
-            shard.pieces.append((start, piece))
-            start += len(piece)
         return shard
 
     @property
@@ -67,3 +61,37 @@ class RowShard(Tensor):
     def __get_tensor_shard__(self, index: MetadataIndex) -> Tensor:
         first = index.offset[0] if index.offset else 0
         return next(rows for start, rows in self.pieces if start == first)
+
+
+class StreamedRows(RowShard):
+    """A whole tensor that comes in pieces while it is saved, each when it is written: one is in memory at a time."""
+
+    _stream: Iterator[tuple[int, Tensor]]
+
+    def __new__(cls, pieces: Iterable[Tensor], dtype: torch.dtype, shape: tuple[int, ...]) -> StreamedRows:
+        """Make the tensor of pieces of any numbers of rows, in order, together ``shape``."""
+        total, row_bytes = shape[0], dtype.itemsize * math.prod(shape[1:])
+        step = max(1, _PIECE_BYTES // max(row_bytes, 1), -(-total // _MOST_PIECES))
+        starts = range(0, total, step)
+        sizes = [min(step, total - start) for start in starts]
+        shapes = [torch.empty(size, *shape[1:], dtype=dtype, device="meta") for size in sizes]
+        shard: StreamedRows = Tensor._make_subclass(cls, shapes[0])
+        shard.pieces, shard.total = list(zip(starts, shapes, strict=True)), total
+        shard._stream = zip(starts, cut_rows(pieces, sizes, dtype), strict=True)
+        return shard
+
+    def __get_tensor_shard__(self, index: MetadataIndex) -> Tensor:
+        start, rows = next(self._stream)
+        assert index.offset is not None and start == index.offset[0]  # they are written in the order of the plan
+        return rows
+
+
+def cut_rows(pieces: Iterable[Tensor], sizes: list[int], dtype: torch.dtype) -> Iterator[Tensor]:
+    """Yield the rows of the pieces as pieces of other sizes."""
+    stream, held = iter(pieces), list[Tensor]()
+    for size in sizes:
+        while sum(map(len, held)) < size:
+            held.append(next(stream))
+        rows = held[0] if len(held) == 1 else torch.cat(held)
+        yield rows[:size].to(dtype).contiguous()
+        held = [rows[size:]]

@@ -38,6 +38,7 @@ class JointCalls(nn.Module):
     backend: str
     step: int
     center_optimizer: Any
+    center_store: Any
     _compared: set[bool]
 
     def __init__(self, group: Any) -> None:
@@ -46,9 +47,41 @@ class JointCalls(nn.Module):
         self._compared = set()
 
     @property
+    def num_classes(self) -> int:
+        return self.sharding.num_classes
+
+    @property
+    def class_start(self) -> int:
+        return self.sharding.class_start
+
+    @property
+    def num_local(self) -> int:
+        return self.sharding.num_local
+
+    @property
+    def row_start(self) -> int:
+        """Global number of this shard's first row of weight; class_start but for sub-centers."""
+        return self.class_start * self.sub_centers
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of weight over all ranks; num_classes but for sub-centers."""
+        return self.num_classes * self.sub_centers
+
+    def row_counts(self) -> list[int]:
+        """Rows of weight on each rank."""
+        return [count * self.sub_centers for count in self.sharding.counts()]
+
+    @property
     def options(self) -> HeadOptions:
         """The options of the loss, as they are now."""
         return HeadOptions(self.margin, self.scale, self.sub_centers, self.label_smoothing)
+
+    @property
+    def device(self) -> torch.device:
+        """The computing device: that of weight, unless the class centers are stored elsewhere."""
+        device: torch.device = self.weight.device if self.center_store is None else self.center_store.device
+        return device
 
     def _options(self) -> Agreement:
         """Return the head's options as they are now, which must be the same on every rank."""
@@ -105,7 +138,7 @@ class JointCalls(nn.Module):
             TypeError, ValueError, RuntimeError: on every rank, if one of them refuses its arguments.
         """
         with self._refusing():
-            check_embeddings(embeddings, self.weight)
+            check_embeddings(embeddings, self.weight, self.device)
             if target is None:
                 target = embeddings.new_zeros(embeddings.shape[0], dtype=torch.int64)
             elif self.center_optimizer is not None and self.training:
@@ -139,20 +172,20 @@ class JointCalls(nn.Module):
         try:
             yield
         except Exception:
-            self.ranks.refuse_batch(self.weight.device)
+            self.ranks.refuse_batch(self.device)
             raise
 
     def _meet(self, call: str) -> None:
         """Begin a collective without a batch: raise on every rank if they make different calls, or on none."""
         with self._refusing():
             agreement = self._agreement(call)
-        self.ranks.meet(type(self).__name__, agreement, self.weight.device)
+        self.ranks.meet(type(self).__name__, agreement, self.device)
 
     def _digest_of_shard(self) -> int:
         """Return the digest of the shard for :class:`~fused_arcface.parallel.agreement.Header`.
 
         It costs a copy of some rows, so it is taken in the first call of each mode and is 0 later.
         """
-        if self.ranks.world_size == 1 or self.training in self._compared:
+        if self.ranks.world_size == 1 or self.training in self._compared or self.weight.is_meta:
             return 0
         return digest_of_shard(self.weight)

@@ -18,6 +18,7 @@ class RunState(nn.Module):
     weight: nn.Parameter
     step: int
     center_optimizer: Any
+    center_store: Any
 
     def _run_state(self) -> dict[str, Tensor]:
         """Return what ``state_dict()`` holds beside weight: tensors alone, as safetensors stores nothing else."""
@@ -27,7 +28,16 @@ class RunState(nn.Module):
             state |= {_OPTIMIZER + name: tensor for name, tensor in of_optimizer.items()}
         return state
 
+    def _check_in_memory(self, call: str) -> None:
+        """Raise RuntimeError if the class centers are in a file: a state dict would hold none of them."""
+        if self.center_store is not None and not self.center_store.in_memory:
+            raise RuntimeError(
+                f"{call} has no class centers, as center_storage keeps them in a file: use "
+                "fused_arcface.checkpoint.save and load"
+            )
+
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        self._check_in_memory("state_dict()")
         super()._save_to_state_dict(destination, prefix, keep_vars)
         destination |= {prefix + name: tensor for name, tensor in self._run_state().items()}
 
@@ -42,6 +52,7 @@ class RunState(nn.Module):
         error_msgs: list[str],
     ) -> None:
         """Load weight and, where the dict has it, the state of a run. With weight alone a run begins."""
+        self._check_in_memory("load_state_dict()")
         own = self._run_state()
         given = {name: state_dict[prefix + name] for name in own if prefix + name in state_dict}
         if given:

@@ -141,12 +141,13 @@ class Sampler:
             part.copy_(order.inverse(part))
         return Draw(order, drawn)
 
-    def candidates(self, draw: Draw) -> Tensor:
+    def candidates(self, draw: Draw, padded: bool = False) -> Tensor:
         """Return this shard's drawn classes (K,), int64 local indices, ascending.
 
-        The step uses no others but those of the labels.
+        The step uses no others but those of the labels. ``padded`` is that of :meth:`padded`, of a size that is known.
         """
-        return self._ascending(self._local(draw.drawn))
+        local = self._local(draw.drawn)
+        return local.sort().values[: self._most(0)] if padded else self._ascending(local)
 
     def __call__(self, step: int, labels: Tensor, draw: Draw | None = None) -> Tensor:
         """Return the classes of this shard to use, (K,) int64 local indices, ascending.

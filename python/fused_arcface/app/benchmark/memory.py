@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import os
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
+
+from fused_arcface.base.memory import available_bytes as available_bytes
 
 from ..measure.child import Child
 from .cases import PASSES, Case, make_inputs
@@ -132,17 +133,6 @@ def status_bytes(name: str) -> int:
         if line.startswith(f"{name}:"):
             return int(line.split()[1]) * 1024
     raise KeyError(name)
-
-
-def available_bytes(device: torch.device) -> int:
-    """Return the bytes that a measurement may take: the free ones of a GPU, or four fifths of the system's."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    meminfo = Path("/proc/meminfo")
-    if not meminfo.exists():  # free memory cannot be read: half of all
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
-    fields = dict(line.split(":") for line in meminfo.read_text(encoding="ascii").splitlines())
-    return int(fields["MemAvailable"].split()[0]) * 1024 * 4 // 5
 
 
 def release(device: torch.device) -> None:

@@ -179,11 +179,13 @@ def _run_capacity(
 
     from ..benchmark import capacity, memory
     from ..benchmark.plots import write_capacity_plot
+    from ..benchmark.stored_model import computed_rows
     from .bench_tables import capacity_table, skip_tables
 
     memory.release(device)
     try:
         earlier = capacity.read(output, budget_bytes, device) if resume else []
+        earlier = [row for row in earlier if row["how"] != "computed"]
         with spinner(console) as tell:
             rows, skips = capacity.run_capacity(
                 device,
@@ -201,10 +203,12 @@ def _run_capacity(
     except KeyboardInterrupt:
         console.print(f"Interrupted. What was found is in {output}; --resume continues after it.", markup=False)
         raise typer.Exit(130) from None
-    console.print(capacity_table(rows, budget_bytes), *skip_tables(skips))
     if not rows:
+        console.print(*skip_tables(skips))
         raise typer.Exit(1)
-    written = capacity.write(output, rows)
+    every = [*rows, *computed_rows(device, budget_bytes, rows[0]["N"], rows[0]["D"], output)]
+    console.print(capacity_table(every, budget_bytes), *skip_tables(skips))
+    written = capacity.write(output, every)
     try:
         written.append(write_capacity_plot(rows, output / "capacity.png"))
     except MissingExtra as missing:

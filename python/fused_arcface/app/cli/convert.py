@@ -39,6 +39,13 @@ def convert(
             "0."
         ),
     ] = None,
+    center_storage: Annotated[
+        Path | None,
+        typer.Option(
+            help="With a folder of checkpoints: a new folder for a file of the class centers, as train "
+            "--center-storage uses it. Default: they are in the checkpoint."
+        ),
+    ] = None,
     trust: Annotated[
         bool,
         typer.Option(
@@ -68,6 +75,7 @@ def convert(
             seed=seed,
             sub_centers=sub_centers,
             trust=trust,
+            center_storage=center_storage,
             noted=lambda note: error.print(note, style="yellow", markup=False, highlight=False),
         )
         found = conversion.read(written)

@@ -13,6 +13,7 @@ from typer.core import TyperCommand
 
 from fused_arcface.checkpoint import CheckpointError
 from fused_arcface.margins.text import imported_module
+from fused_arcface.store import StoreError
 
 from ..data import DataError
 from ..training.config import OptionError, Rule, TrainConfig, read_options, rules
@@ -130,7 +131,7 @@ def train(
             error.print("Interrupted before all was saved. To go on from the last checkpoint:", markup=False)
             error.print(f"  {resume_command(output)}", style="bold", markup=False, highlight=False)
         raise
-    except (CheckpointError, DataError, OptionError, RunError, TrainingError) as wrong:
+    except (CheckpointError, DataError, OptionError, RunError, StoreError, TrainingError) as wrong:
         error.print(str(wrong), style="bold red", markup=False)
         raise typer.Exit(_WRONG_USAGE if isinstance(wrong, (OptionError, RunError)) else 1) from None
     if outcome.signal is not None:

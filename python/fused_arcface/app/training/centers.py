@@ -89,5 +89,9 @@ def _fill(head: PartialFC, found: Centers, target: torch.Tensor) -> None:
     for piece in found.tensors["weight"].pieces():
         places = to[start : start + len(piece)]
         own = (places >= first) & (places < last)
-        head.weight[(places[own] - first).to(head.weight.device)] = piece[own].to(head.weight)
+        if head.center_store is None or head.center_store.in_memory:
+            head.weight[(places[own] - first).to(head.weight.device)] = piece[own].to(head.weight)
+        else:
+            order = places[own].argsort()
+            head.center_store.replace(places[own][order] - first, piece[own][order].to(head.weight.dtype))
         start += len(piece)

@@ -203,6 +203,12 @@ class TrainConfig:
     sample_rate: float = _option(
         1.0, HEAD, "Fraction of the classes that a step uses, above 0 and at most 1.", least=0, above=True, most=1
     )
+    center_storage: str = _option(
+        "device",
+        HEAD,
+        "Place of the class centers and their momentum: device, host (host memory, of which the device gets each "
+        "step's sample), or the folder of a file. The last two need --sample-rate below 1 and the fused optimizer.",
+    )
     backend: str = _option(
         "auto", HEAD, "Backend of the head: auto, torch, cpu, triton or cuda; fused-arcface doctor lists them."
     )

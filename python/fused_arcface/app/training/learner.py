@@ -16,6 +16,8 @@ from fused_arcface.base.keyed_random import NET, fold
 from fused_arcface.center_sgd import CenterSGD
 from fused_arcface.margins.text import parse_margin
 from fused_arcface.partial_fc import PartialFC
+from fused_arcface.store import StoreError
+from fused_arcface.store.estimate import Estimate, estimate
 
 from ..data.images import ImageSpec
 from ..nets.backbones import build_backbone
@@ -50,6 +52,9 @@ class Learner:
         """Notes on the weights and class centers that the training started from."""
         self._frozen_steps = config.frozen_epochs * (steps // config.epochs)
         self.spec = ImageSpec(config.image_size, config.channels)
+        self._storage = estimate_for(config, num_classes, world.world_size)
+        if config.center_storage != "device":
+            self.notes.append(self._storage.describe(config.center_storage))
         self.head = _build_head(config, num_classes, world.device)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(fold(config.seed, NET) >> 1)
@@ -81,6 +86,8 @@ class Learner:
         """
         states = 2 if self.config.optimizer == "adamw" else int(self.config.momentum > 0)
         net = sum(each.numel() * each.element_size() for each in self.backbone.parameters())
+        if self.head.center_store is not None:
+            return net * (2 + states) + self._storage.device_bytes
         centers = self.head.weight.numel() * self.head.weight.element_size()
         fused = self.head.center_optimizer is not None
         return net * (2 + states) + centers * (2 if fused else 2 + states)
@@ -195,6 +202,15 @@ class Learner:
         return {"backbone": self.backbone, "optimizer": self.optimizer, **scaler}
 
 
+def estimate_for(config: TrainConfig, num_classes: int, ranks: int) -> Estimate:
+    """Return the memory and disk of each rank's class centers, fp32 with fp32 momentum."""
+    assert config.embedding_dim
+    row_bytes = 4 * config.embedding_dim * (2 if config.momentum > 0 else 1)
+    rows = num_classes * config.sub_centers
+    sample = round(config.sample_rate * rows) + config.batch_size * config.sub_centers
+    return estimate(-(-rows // ranks), min(-(-sample // ranks), rows), row_bytes)
+
+
 def _build_head(config: TrainConfig, num_classes: int, device: torch.device) -> PartialFC:
     assert config.embedding_dim and config.scale
     recipe = CenterSGD(config.center_lr, config.momentum, config.weight_decay)
@@ -213,6 +229,7 @@ def _build_head(config: TrainConfig, num_classes: int, device: torch.device) -> 
             dense_grad=True,
             sub_centers=config.sub_centers,
             label_smoothing=config.label_smoothing,
+            center_storage=config.center_storage,
         )
-    except (TypeError, ValueError) as error:  # options that the head does not take together
+    except (TypeError, ValueError, StoreError) as error:  # options that the head does not take together
         raise OptionError(str(error)) from None

@@ -5,6 +5,9 @@ A run chooses by its data, its net and its machine.
 
 from __future__ import annotations
 
+import contextlib
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +79,7 @@ def resolve(config: TrainConfig, source: ImageSource, world: World) -> TrainConf
         "verify_data": _absolute(config.verify_data),
         "init": _absolute(config.init),
         "centers": _absolute(config.centers),
+        "center_storage": _absolute_folder(config.center_storage),
         "embedding_dim": config.embedding_dim or own_embedding_dim(config.backbone),
         "lr": _LR[config.optimizer] if config.lr is None else config.lr,
         "scale": config.scale or _scale(len(source.names)),
@@ -105,6 +109,30 @@ def resolve(config: TrainConfig, source: ImageSource, world: World) -> TrainConf
 def _absolute(data: str) -> str:
     """Return an absolute path if ``data`` is one: a run may be resumed from another folder."""
     return str(Path(data).resolve()) if data and Path(data).exists() else data
+
+
+def _absolute_folder(storage: str) -> str:
+    """Return the place of the class centers, a folder by its absolute path; it need not be there yet."""
+    return storage if storage in ("device", "host", "") else str(Path(storage).resolve())
+
+
+@contextlib.contextmanager
+def temporary_centers(config: TrainConfig, world: World, goes_on: bool) -> Iterator[TrainConfig]:
+    """Yield options for a dry run, which writes nothing: class centers of a file are in a temporary one.
+
+    Raises:
+        OptionError: if the dry run would go on with those of a file, or share them between ranks.
+    """
+    if config.center_storage in ("device", "host"):
+        yield config
+        return
+    with world.together():
+        if goes_on or world.world_size > 1:
+            raise OptionError(
+                "with center_storage in a folder a dry run must begin anew, on one rank: it would write there"
+            )
+    with tempfile.TemporaryDirectory() as folder:
+        yield config.replace({"center_storage": folder})
 
 
 def _scale(identities: int) -> float:

@@ -29,7 +29,7 @@ from .interrupt import Interrupt
 from .joint_step import StepResult
 from .learner import Learner
 from .lock import FolderLock
-from .resolve import open_data, open_verification, resolve, stopped_by
+from .resolve import open_data, open_verification, resolve, stopped_by, temporary_centers
 from .runs import RunFolder, check_run, write_run
 from .verifier import Verifier
 from .world import World, join_world, resume_command
@@ -103,6 +103,7 @@ def train(
             if world.rank == 0:
                 write_run(folder, config, source.names, data)
         trainer = Trainer(config, folder, lock, world, source, interrupt, listener, trust)
+        held.callback(trainer.close)
         try:
             return trainer.run()
         finally:
@@ -123,7 +124,10 @@ def try_out(config: TrainConfig, output: Path, *, resume: bool | Literal["auto"]
         data = agreed_fingerprint(world, config, source)
         with world.together():
             check_run(folder, config, source.names, data, folder.config.exists() if resume == "auto" else resume)
-        return Trainer(config, folder, None, world, source, interrupt, listener, write=False).try_out()
+        with temporary_centers(config, world, folder.has_checkpoint) as config:
+            trainer = Trainer(config, folder, None, world, source, interrupt, listener, write=False)
+            with contextlib.closing(trainer):
+                return trainer.try_out()
 
 
 @contextlib.contextmanager
@@ -178,6 +182,11 @@ class Trainer:
                     listener(event)
             except OSError as error:
                 self._fail(disk_error(self._folder.root, error, self._way_back()))
+
+    def close(self) -> None:
+        """Let go of what the class centers are kept in."""
+        if self._learner.head.center_store is not None:
+            self._learner.head.center_store.close()
 
     def _fail(self, failure: Exception) -> None:
         """Note this rank's first failure; all ranks raise it at the end of the step."""

@@ -1,0 +1,119 @@
+"""The cost model of class centers beyond the device: the bytes that a step moves, and how many identities fit.
+
+A step computes on its sample as :func:`fused_arcface.app.benchmark.cost_model.predict` has it. Beside that it reads the
+sample's rows and writes them back: over the bus to host memory, or from and to a disk, where the journal takes the rows
+once more. Reading and writing are ahead of and behind the computation, so the longest of them is the step. The rates
+are nominal, and nothing here is measured.
+"""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fused_arcface.store.estimate import estimate
+
+from ..measure import machine
+from .cost_model import FUSED_BF16_INT8, H200, Device, predict
+
+
+@dataclass(frozen=True)
+class Link:
+    """The way between the computing device and the rows at rest."""
+
+    name: str
+    read_bytes_per_second: float
+    write_bytes_per_second: float
+    together: bool
+    """Whether both directions share one rate."""
+    times_written: int = 1
+    """How often a changed row is written: a second time for the journal."""
+
+
+# PCIe 5.0 x16 at four fifths of its 63 GB/s, each direction; an NVMe drive's random reads and writes of 4 KiB.
+PCIE = Link("host", 50e9, 50e9, together=False)
+NVME = Link("file", 4e9, 2e9, together=True, times_written=2)
+
+
+@dataclass(frozen=True)
+class StoredStep:
+    """One modeled step, in seconds and bytes."""
+
+    seconds: float
+    compute_seconds: float
+    read_bytes: float
+    written_bytes: float
+    limit: str
+    """``compute`` or ``transfer``."""
+
+
+def row_bytes(D: int, weight_bytes: float = 2, momentum_bytes: float = 17 / 16) -> int:
+    """Return the bytes of center and momentum; bf16 and int8 if not given."""
+    return round(D * (weight_bytes + momentum_bytes))
+
+
+def predict_stored(
+    identities: int, sample_rate: float, link: Link, device: Device = H200, *, batch: int = 1024, D: int = 512
+) -> StoredStep:
+    """Predict a step of bf16 centers with int8 momentum that are not on the device.
+
+    >>> step = predict_stored(10**8, 0.01, PCIE)
+    >>> f"{step.seconds * 1e3:.1f} ms, {step.read_bytes / 1e9:.2f} GB each way, {step.limit}"
+    '31.4 ms, 1.57 GB each way, transfer'
+    """
+    sample = round(identities * sample_rate)
+    compute = predict(device, sample, 1, batch=batch, D=D, storage=FUSED_BF16_INT8).seconds
+    read = sample * row_bytes(D)
+    written = read * link.times_written
+    ways = read / link.read_bytes_per_second, written / link.write_bytes_per_second
+    transfer = sum(ways) if link.together else max(ways)
+    limit = "compute" if compute > transfer else "transfer"
+    return StoredStep(max(compute, transfer), compute, read, written, limit)
+
+
+def most_identities(host_bytes: float, device_bytes: float, sample_rate: float, D: int = 512) -> int:
+    """Return the most identities in host memory, whose samples fit on the device as well.
+
+    >>> most_identities(0.25e12, 24e9, 0.01)
+    143494897
+    """
+    row = row_bytes(D)
+    buffers = estimate(10**6, round(10**6 * sample_rate), row).device_bytes / 10**6  # for each identity
+    return int(min(0.9 * host_bytes / row, 0.9 * device_bytes / buffers))
+
+
+def computed_rows(device: torch.device, budget_bytes: int, N: int, D: int, folder: Path) -> list[dict[str, Any]]:
+    """Return rows of ``bench --budget`` for centers in host memory and in a file; computed, not measured.
+
+    Args:
+        device: that is measured.
+        budget_bytes: taken as host memory for ``host``.
+        N: rows of a batch.
+        D: dimensions.
+        folder: on the disk whose free room counts for ``file``.
+    """
+    row = row_bytes(D)
+    record = estimate(1, 0, row).file_bytes
+    found = {"host": (budget_bytes // row, row), "file": (shutil.disk_usage(folder).free // record, record)}
+    return [
+        {
+            "recipe": f"fused_arcface + CenterSGD, {where}",
+            "backend": "auto",
+            "dtype": "bfloat16",
+            "weight_dtype": "bfloat16",
+            "momentum_dtype": "int8",
+            "N": N,
+            "D": D,
+            "budget_bytes": budget_bytes,
+            "max_C": count,
+            "bytes_per_class": each,
+            "step_ms": None,
+            "how": "computed",
+            **machine.context(device),
+        }
+        for where, (count, each) in found.items()
+    ]

@@ -1,0 +1,213 @@
+"""Checkpoints of class centers in a file: a checkpoint names a state of the store, whose rows stay where they are."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..parallel.ranks import ALONE
+from ..partial_fc import PartialFC
+from ..store import FileCenters, StoreError
+from ..store.columns import Column, Columns
+from ..store.file import FileRows
+from ..store.folder import Snapshot, layout_of
+from .directory import Saved
+from .row_shard import RowShard, cut_rows
+from .storage import CheckpointError
+
+STORE = "store"
+"""Name of the reference among a head's values."""
+
+
+def file_of(head: PartialFC) -> FileCenters | None:
+    """Return the store of a head whose class centers are in a file."""
+    return head.center_store if isinstance(head.center_store, FileCenters) else None
+
+
+def save_rows(store: FileCenters, root: str | os.PathLike[str]) -> dict[str, Any]:
+    """Put all rows on disk, and return the reference to their state that the checkpoint holds. A collective."""
+    store.drain()
+    return reference_to(store.rows, root)
+
+
+def reference_to(rows: FileRows, root: str | os.PathLike[str]) -> dict[str, Any]:
+    """Save the rows of a store, and return what names this state in a checkpoint under ``root``."""
+    state, folder = rows.save(), os.path.abspath(rows.folder)
+    return {
+        "folder": folder,
+        "from_root": os.path.relpath(folder, os.path.abspath(root)),  # if both are moved together
+        "identity": rows.layout.identity,
+        "state": state,
+    }
+
+
+class Reference:
+    """The reference to a state of a store that a checkpoint holds.
+
+    Raises:
+        CheckpointError: if it is damaged.
+    """
+
+    def __init__(self, saved: Saved, content: Any) -> None:
+        self._saved = saved
+        names = {"folder": str, "from_root": str, "identity": str, "state": int}
+        if not isinstance(content, dict) or any(type(content.get(name)) is not kind for name, kind in names.items()):
+            raise CheckpointError(f"{saved.directory} is damaged: the place of its class centers cannot be read")
+        self.state: int = content["state"]
+        self.identity: str = content["identity"]
+        self._folders = [Path(content["folder"]), saved.directory.parent / content["from_root"]]
+
+    def is_of(self, store: FileCenters | None) -> bool:
+        """Return whether it is a state of this store."""
+        return store is not None and store.rows.layout.identity == self.identity
+
+    def folder(self) -> Path:
+        """Return the folder of the store.
+
+        Raises:
+            CheckpointError: if the store is not where it was.
+        """
+        for folder in self._folders:
+            with contextlib.suppress(StoreError):
+                if layout_of(folder).identity == self.identity:
+                    return folder
+        raise CheckpointError(
+            f"{self._saved.directory}: its class centers are in a store that is no longer in {self._folders[0]}: put "
+            "it back, or name its place as center_storage"
+        )
+
+
+def reference_of(saved: Saved, values: dict[str, Any]) -> Reference | None:
+    """Return a checkpoint's reference to a store, None if it holds the class centers itself."""
+    return Reference(saved, values[STORE]) if STORE in values else None
+
+
+@contextlib.contextmanager
+def _as_checkpoint_error() -> Iterator[None]:
+    try:
+        yield
+    except StoreError as error:
+        raise CheckpointError(str(error)) from error
+
+
+def load_rows(head: PartialFC, reference: Reference | None, saved: Saved, keys: list[str], zeros: bool) -> None:
+    """Load the class centers where a store has a part in it: that of the head, of the checkpoint, or both.
+
+    A collective. A head's own store is brought back to the state; any other rows are copied in pieces.
+
+    Args:
+        head: the head.
+        reference: of the checkpoint.
+        saved: the checkpoint.
+        keys: names of the tensors that it holds for the head.
+        zeros: If true, the momentum that the checkpoint does not hold becomes zero.
+    """
+    own = file_of(head)
+    if reference is not None and reference.is_of(own):
+        assert own is not None
+        own.drain()
+        with _as_checkpoint_error():
+            own.rows.go_back(reference.state)
+        return
+    if own is not None:
+        with _as_checkpoint_error(), head.ranks.together("checkpoint.load"):
+            own.rows.check_begun()
+    count = head.weight.shape[0]
+    if reference is not None:
+        with _as_checkpoint_error(), head.ranks.together("checkpoint.load"):
+            first = head.row_start
+            with Snapshot(reference.folder(), reference.state, first, first + count) as snapshot:
+                columns = Columns.of(held_by(head))
+                if snapshot.layout.columns != columns:
+                    rule = f"{columns}; this checkpoint's store has {snapshot.layout.columns}"
+                    raise CheckpointError(f"{saved.directory}: the head must have {rule}")
+                for start, tensors in snapshot.pieces():
+                    _put(head, start - first, tensors)
+        return
+    assert own is not None
+    # Every rank makes as many steps as the largest shard needs: reading is a collective.
+    step = max(1, (64 << 20) // own.rows.columns.row_bytes)
+    for start in range(0, max(head.row_counts()), step):
+        size = min(step, max(0, count - start))
+        tensors = own.rows.columns.empty(size)
+        if zeros:
+            for name in tensors.keys() - {"weight"}:
+                tensors[name].zero_()
+        begin = min(start, count)
+        shards = {key: RowShard(tensors[key.partition(".")[2]], head.row_start + begin, head.num_rows) for key in keys}
+        saved.read(shards, head.ranks)
+        with _as_checkpoint_error(), head.ranks.together("checkpoint.load"):
+            _put(head, begin, tensors)
+
+
+def held_by(head: PartialFC) -> dict[str, Tensor]:
+    """Return a head's weight and momentum, by name."""
+    momentum = {} if head.center_optimizer is None else dict(head.center_optimizer.bind(head.weight))
+    return {"weight": head.weight, **momentum}
+
+
+@torch.no_grad()
+def _put(head: PartialFC, start: int, tensors: dict[str, Tensor]) -> None:
+    """Set rows ``start, start + 1, ...`` of a shard."""
+    own = file_of(head)
+    if len(tensors["weight"]) == 0:
+        return
+    if own is not None:
+        own.rows.load(start, tensors)
+        return
+    for name, tensor in held_by(head).items():
+        tensor[start : start + len(tensors[name])] = tensors[name].to(tensor.device)
+
+
+def pieces_of(reference: Reference, name: str) -> Callable[[], Iterator[Tensor]]:
+    """Return a function that yields one column of a store's state in pieces. The store is open only while it reads."""
+
+    def pieces() -> Iterator[Tensor]:
+        start, last = 0, 1
+        while start < last:
+            with _as_checkpoint_error(), Snapshot(reference.folder(), reference.state) as snapshot:
+                last = snapshot.last
+                piece = snapshot.read(start, min(start + snapshot.piece_rows, last))[name]
+            yield piece
+            start += len(piece)
+
+    return pieces
+
+
+def make_store(
+    folder: Path, columns: dict[str, tuple[torch.dtype, int, Iterator[Tensor]]], num_rows: int, seed: int, root: Path
+) -> dict[str, Any]:
+    """Make a store of all rows, and return its reference; see ``convert``.
+
+    Args:
+        folder: of the store, new or empty.
+        columns: by name, dtype, width and pieces of any numbers of rows.
+        num_rows: rows of each column.
+        seed: of the head.
+        root: of the checkpoint.
+
+    Raises:
+        CheckpointError: if it cannot be written, or something is in the folder.
+    """
+    if folder.exists() and any(folder.iterdir()):
+        raise CheckpointError(f"center_storage must be a new or an empty folder; got {folder}")
+    layout = Columns(tuple(Column(name, dtype, width) for name, (dtype, width, _) in columns.items()))
+    step = max(1, (64 << 20) // layout.row_bytes)
+    sizes = [min(step, num_rows - start) for start in range(0, num_rows, step)]
+    with _as_checkpoint_error():
+        rows = FileRows(folder, layout, num_rows, 0, num_rows, seed, ALONE)
+        try:
+            streams = [cut_rows(pieces, sizes, dtype) for dtype, _, pieces in columns.values()]
+            for start, *tensors in zip(range(0, num_rows, step), *streams, strict=True):
+                rows.load(start, dict(zip(columns, tensors, strict=True)))
+            reference = reference_to(rows, root)
+            rows.saved(reference["state"], keep=1)
+        finally:
+            rows.close()
+    return reference

@@ -1,0 +1,120 @@
+"""The calls of a head of many ranks that look at all class centers: in pieces where those are not at hand."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .base.checks import check_size
+from .base.memory import available_bytes
+from .engine.joint_calls import JointCalls
+from .head import cosines_of, nearest_classes
+
+_CLASSES_AT_ONCE = 16384  # whose class centers are read from a store
+
+
+class ShardedEvaluation(JointCalls):
+    """Full weight, logits and nearest classes. :class:`fused_arcface.PartialFC` sets the attributes."""
+
+    @torch.no_grad()
+    def full_weight(self) -> Tensor:
+        """Return all class centers, (C_total, D), on every rank. A collective.
+
+        Class centers in host memory or in a file come as a tensor on the CPU.
+
+        Raises:
+            MemoryError: if those of a file are more than this machine has room for. ``convert`` writes them in pieces.
+        """
+        self._meet("full_weight()")
+        with self.ranks.together("full_weight()"):
+            rows = self._all_rows()
+        return torch.cat(self.ranks.gather_rows(rows, self.row_counts()))
+
+    def _all_rows(self) -> Tensor:
+        """Return this shard's class centers as one tensor."""
+        if self.center_store is None or self.center_store.in_memory:
+            return self.weight
+        # A tensor of all and, on its way there, this shard's.
+        needed = (self.num_rows + self.weight.shape[0]) * self.embedding_dim * self.weight.element_size()
+        room = available_bytes(torch.device("cpu"))
+        if needed > room:
+            raise MemoryError(
+                f"full_weight() needs {needed / 2**30:.1f} GiB of host memory; there are {room / 2**30:.1f} GiB: use "
+                "topk() or logits(), which read pieces, or write a checkpoint as a file with the command convert"
+            )
+        rows = torch.empty(self.weight.shape, dtype=self.weight.dtype)
+        for start, stop in self._pieces():
+            rows[start:stop] = self.center_store.piece(start, stop)["weight"]
+        return rows
+
+    def _pieces(self) -> Iterator[tuple[int, int]]:
+        """Yield the first row and the row behind the last one of each piece of this shard: whole classes."""
+        num_rows, step = self.weight.shape[0], _CLASSES_AT_ONCE * self.sub_centers
+        for start in range(0, num_rows, step):
+            yield start, min(start + step, num_rows)
+
+    def _view(self) -> Any:
+        """Return this shard's class centers on the computing device, as a tensor or in pieces."""
+        return self.weight if self.center_store is None else self.center_store.view(self.weight)
+
+    @torch.no_grad()
+    def load_full_weight(self, tensor: Tensor) -> None:
+        """Set each shard from all class centers (C_total, D), which every rank passes alike. A collective.
+
+        Raises:
+            ValueError: a wrong shape, on any rank.
+        """
+        self._meet("load_full_weight()")
+        shape = tuple(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
+        shapes = self.ranks.gather_objects(shape)
+        wrong = [each for each in shapes if each != (self.num_rows, self.embedding_dim)]
+        if wrong:
+            rows = "C_total" if self.sub_centers == 1 else "C_total·sub_centers"
+            raise ValueError(f"tensor must be ({rows}={self.num_rows}, D={self.embedding_dim}); got {wrong[0]}")
+        own = tensor[self.row_start : self.row_start + self.weight.shape[0]]
+        if self.center_store is None or self.center_store.in_memory:
+            self.weight.copy_(own)
+            return
+        with self.ranks.together("load_full_weight()"):
+            for start, stop in self._pieces():
+                self.center_store.replace(torch.arange(start, stop), own[start:stop])
+
+    @torch.no_grad()
+    def logits(self, embeddings: Tensor) -> Tensor:
+        """Return ``s·cos θ`` (n, C_total) of this rank's embeddings (n, D) with every class, without a margin.
+
+        A collective. The result has no gradient.
+        """
+        with self._refusing():
+            agreement = self._agreement("logits()")
+        _, rows, _ = self._gather(embeddings, None, agreement)
+        view = self._view()
+        pieces = [(0, view.shape[0])] if isinstance(view, Tensor) else self._pieces()
+        cosines = [cosines_of(rows.embeddings, view[start:stop], self.sub_centers) for start, stop in pieces]
+        local = self.scale * (cosines[0] if len(cosines) == 1 else torch.cat(cosines, 1)).T  # (C, N)
+        return torch.cat([rows.own(part.T) for part in self.ranks.gather_rows(local, self.sharding.counts())], 1)
+
+    @torch.no_grad()
+    def topk(self, embeddings: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """Return the cosines (n, k), descending, and ids (n, k) int64 of the k nearest classes over all shards.
+
+        A collective, for this rank's embeddings (n, D), with the same k on every rank. The ids are global.
+
+        Raises:
+            ValueError: k outside [1, C_total], or embeddings of a wrong shape or device.
+        """
+        with self._refusing():
+            k = check_size("k", k)
+            if k > self.num_classes:
+                raise ValueError(f"k must be <= C_total={self.num_classes}; got {k}")
+            agreement = self._agreement("topk()", k=k)
+        _, rows, _ = self._gather(embeddings, None, agreement)
+        cosines, classes = nearest_classes(rows.embeddings, self._view(), k, self.sub_centers)
+        counts = [min(k, count) for count in self.sharding.counts()]
+        cosines = torch.cat([rows.own(part.T) for part in self.ranks.gather_rows(cosines.T, counts)], 1)
+        ids = self.ranks.gather_rows((classes + self.class_start).T, counts)
+        cosines, best = cosines.topk(k)
+        return cosines, torch.cat([rows.own(part.T) for part in ids], 1).gather(1, best)

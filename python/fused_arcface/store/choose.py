@@ -1,0 +1,88 @@
+"""The argument ``center_storage`` of a head: its check, and the store that it asks for."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .centers import CenterStore, FileCenters, HostCenters
+
+if TYPE_CHECKING:
+    from ..parallel.ranks import Ranks
+    from .columns import Tensors
+
+CenterStorage = str | os.PathLike[str]
+"""``"device"``, ``"host"``, or the path of a folder."""
+
+
+def check_storage(center_storage: object, sample_rate: float, fused: bool) -> str:
+    """Check where a head's class centers are to be, and return it as text.
+
+    Args:
+        center_storage: ``"device"``, ``"host"`` or a path.
+        sample_rate: of the head.
+        fused: whether the head has a fused optimizer.
+
+    Raises:
+        TypeError: if it is neither a text nor a path.
+        ValueError: if the head's options do not go with it.
+    """
+    if not isinstance(center_storage, str | os.PathLike):
+        kind = type(center_storage).__name__
+        raise TypeError(f"center_storage must be 'device', 'host' or the path of a folder; got {kind}")
+    storage = os.fspath(center_storage)
+    if storage == "":
+        raise ValueError("center_storage must be 'device', 'host' or the path of a folder; got ''")
+    if storage == "device":
+        return storage
+    if not fused:
+        raise ValueError(
+            "center_storage must be 'device' without a CenterSGD as center_optimizer: another optimizer needs all "
+            f"class centers, and their gradient, on one device; got {storage!r}"
+        )
+    if sample_rate == 1:
+        raise ValueError(
+            "center_storage must be 'device' with sample_rate=1: each step uses all class centers, so all would have "
+            f"to be on the computing device in each step; got {storage!r}"
+        )
+    return storage
+
+
+def weight_device(storage: str, device: torch.device | str | None) -> torch.device | str | None:
+    """Return the device of a head's ``weight``, which is ``meta`` if a file has the rows."""
+    return {"device": device, "host": "cpu"}.get(storage, "meta")
+
+
+def make_store(
+    storage: str,
+    held: Tensors,
+    device: torch.device | str | None,
+    num_rows: int,
+    row_start: int,
+    seed: int,
+    ranks: Ranks,
+) -> CenterStore | None:
+    """Return the store of a head's shard, None for ``"device"``. A collective.
+
+    Args:
+        storage: as :func:`check_storage` returned it.
+        held: the head's weight and momentum.
+        device: on which steps are computed; torch's default device if None.
+        num_rows: rows of weight over all ranks.
+        row_start: global number of this shard's first row.
+        seed: of the initial centers.
+        ranks: of the head.
+    """
+    if storage == "device":
+        return None
+    # Of "cuda" the number, with which devices are compared.
+    computing: Any = torch.empty(0, device=device).device
+    count = held["weight"].shape[0]
+    if storage == "host":
+        return HostCenters(computing, count, row_start)
+    return FileCenters(
+        Path(storage), held, device=computing, num_rows=num_rows, row_start=row_start, seed=seed, ranks=ranks
+    )

@@ -1,0 +1,209 @@
+"""One rank's rows of a store in a file: read, kept in the journal before they change, written, saved, brought back."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..base import files
+from ..parallel.ranks import Ranks
+from . import folder as folders
+from .columns import Columns, Tensors
+from .journal import Journal, journals, undo
+from .lock import RowLock
+from .records import Records, StoreError
+
+
+class FileRows:
+    """The rows of one shard in the file of a store.
+
+    To open a store is a collective. A store that is not there is made, with no row touched. One that is there has the
+    rows of some run: it is opened for :meth:`go_back`, and nothing else until then; unless no checkpoint has been saved
+    of that run, which then begins anew.
+
+    Args:
+        folder: of the store, on a file system that all ranks see.
+        columns: of a row.
+        num_rows: rows over all shards.
+        first: first row of this shard.
+        count: rows of this shard.
+        seed: of the initial centers.
+        ranks: that share the store.
+
+    Raises:
+        StoreError: if the store is in use, damaged, or of other rows.
+    """
+
+    def __init__(
+        self, folder: Path, columns: Columns, num_rows: int, first: int, count: int, seed: int, ranks: Ranks
+    ) -> None:
+        self.folder, self.columns, self.first, self.count, self._ranks = folder, columns, first, count, ranks
+        wanted = folders.Layout(columns, num_rows, seed)
+        with ranks.together("center_storage"):
+            if ranks.rank == 0 and not folders.exists(folder):
+                folders.make(folder, wanted)
+        with ranks.together("center_storage"):
+            self.layout = folders.layout_of(folder)
+            if not self.layout.same_rows(wanted):
+                raise StoreError(f"{folder} holds {self.layout.describe()}; this head has {wanted.describe()}")
+            self._lock = RowLock(folder, first, first + count)
+            self._records = Records(folder / folders.ROWS, columns, num_rows, seed)
+        self._guard = threading.Lock()  # of the journal: two threads read rows that will change
+        self._journal: Journal | None = None
+        self._begun = False
+        self._begin_journal(self._newest() + 1)
+        if not ranks.gather_objects(folders.states(folder))[0]:
+            self.go_back(min(journals(folder)))
+
+    def _newest(self) -> int:
+        """Return the number of the newest journal, the same on every rank. A collective."""
+        return max(self._ranks.gather_objects(max(journals(self.folder), default=0)))
+
+    def _begin_journal(self, number: int) -> None:
+        """Keep rows in a new journal from now on. A collective."""
+        with self._ranks.together("center_storage"):
+            new = Journal(self.folder, number, self.first, self.first + self.count, self.columns)
+            files.sync_directory(self.folder)
+        if self._journal is not None:
+            self._journal.close()
+        self._journal = new
+
+    @property
+    def _current(self) -> Journal:
+        if self._journal is None:
+            raise StoreError(f"{self.folder} has been closed")
+        return self._journal
+
+    def check_begun(self) -> None:
+        """Raise StoreError if the rows are those of a run whose checkpoint has not been loaded."""
+        if not self._begun:
+            raise StoreError(
+                f"{self.folder} holds the class centers of a run that has saved checkpoints: load one of them with "
+                "fused_arcface.checkpoint.load first, or name another folder"
+            )
+
+    def read(self, rows: Tensor, out: Tensors, keep: bool) -> None:
+        """Fill ``out`` with rows (K,) int64 of this shard, ascending.
+
+        Args:
+            rows: indices into this shard.
+            out: K rows.
+            keep: If true, the rows are about to change: put those that have not been kept since the last checkpoint
+                into the journal, and make room in the file for those that were never touched.
+
+        Raises:
+            StoreError: if the file cannot be read, or the disk is full. No row has changed.
+        """
+        self.check_begun()
+        numbers, journal = rows + self.first, self._current
+        markers = self._records.read(numbers, out)
+        untouched = self._records.fill_untouched(numbers, markers, out)
+        if not keep:
+            return
+        with self._guard:
+            kept = ((markers != journal.number) & (markers != 0)).nonzero().squeeze(1)
+            former = {name: tensor[kept] for name, tensor in out.items()} if len(kept) < len(rows) else out
+            journal.add(numbers[kept], markers[kept], former, numbers[untouched])
+            if len(untouched) > 0:  # as they are: to write them again will need no room
+                initial = {name: tensor[untouched] for name, tensor in out.items()}
+                self._records.write(numbers[untouched], initial, journal.number)
+
+    def write(self, rows: Tensor, tensors: Tensors) -> None:
+        """Write rows (K,) of this shard that :meth:`read` has kept.
+
+        Raises:
+            StoreError: if the disk fails. Then some of the rows may have been written.
+        """
+        journal = self._current
+        with self._guard:
+            journal.sync()  # on disk before the rows that it has: the machine may go down as well
+        self._records.write(rows + self.first, tensors, journal.number)
+
+    def load(self, first: int, tensors: Tensors) -> None:
+        """Replace rows ``first, first + 1, ...`` of this shard, as a change that the journal undoes."""
+        rows = torch.arange(first, first + len(tensors["weight"]))
+        self.read(rows, self.columns.empty(len(rows)), keep=True)
+        self.write(rows, tensors)
+
+    def begin(self) -> None:
+        """Take the rows as they are for those of this head, which has loaded them."""
+        self._begun = True
+
+    def save(self) -> int:
+        """Put all changes on disk and return the number of this state, for a checkpoint to name. A collective."""
+        self.check_begun()
+        with self._ranks.together("center_storage"), self._guard:
+            self._current.sync()
+            self._records.sync()
+        self._begin_journal(self._newest() + 1)
+        return self._current.number
+
+    def saved(self, state: int, keep: int) -> None:
+        """Remember a state that a checkpoint on disk names, and forget all but ``keep`` of them. A collective."""
+        self._on_first(lambda: self._forget(state, keep))
+
+    def _forget(self, state: int, keep: int) -> None:
+        kept = [*(each for each in folders.states(self.folder) if each != state), state][-max(1, keep) :]
+        folders.remember(self.folder, kept)
+        for number, paths in journals(self.folder).items():
+            if number < kept[0]:
+                for path in paths:
+                    path.unlink()
+
+    def go_back(self, state: int) -> None:
+        """Bring all rows back to a state. A collective. If the process dies in it, call it again.
+
+        Raises:
+            StoreError: if the store has not kept the state. Nothing has changed.
+        """
+        with self._ranks.together("center_storage"):
+            folders.check_state(self.folder, state)
+        self._begin_journal(self._newest() + 1)
+        number = self._current.number
+        since = {each: paths for each, paths in journals(self.folder).items() if state <= each < number}
+        with self._ranks.together("center_storage"):
+            undo(self._records, since, self.first, self.first + self.count)
+            self._records.sync()
+        self._on_first(lambda: self._drop(state, since))
+        self._begun = True
+
+    def _drop(self, state: int, since: dict[int, list[Path]]) -> None:
+        """Remove journals that have been undone. The oldest stays, empty: its number is the state's."""
+        for number in sorted(since, reverse=True):
+            for path in since[number]:
+                if number > state:
+                    path.unlink()
+                else:
+                    files.write_bytes(path, b"")
+        kept = [each for each in folders.states(self.folder) if each <= state]
+        if kept:
+            folders.remember(self.folder, kept if kept[-1] == state else [*kept, state])
+
+    def _on_first(self, function: object) -> None:
+        """Call a function on the first rank, when all have come here, and go on when it is done. A collective."""
+        assert callable(function)
+        self._ranks.gather_objects(None)
+        with self._ranks.together("center_storage"):
+            if self._ranks.rank == 0:
+                function()
+
+    def snapshot_piece(self, first: int, last: int) -> Tensors:
+        """Return rows ``[first, last)`` of this shard as they are now."""
+        out = self.columns.empty(last - first)
+        self.read(torch.arange(first, last), out, keep=False)
+        return out
+
+    def close(self) -> None:
+        """Close the files and release the lock. What was not saved is undone when the store is opened again."""
+        if self._journal is not None:
+            self._journal.close()
+            self._records.close()
+            self._lock.close()
+            self._journal = None
+
+    def __del__(self) -> None:
+        if getattr(self, "_journal", None) is not None:
+            self.close()

@@ -1,0 +1,178 @@
+"""The folder of a store: what it holds, which states it can go back to, and reading one of them.
+
+::
+
+    store.json             columns of a row, number of rows, seed: written when the store is made
+    states.json            the states that checkpoints name, from the oldest to the newest
+    rows.bin               :mod:`fused_arcface.store.records`
+    journal_NUMBER.A-B     :mod:`fused_arcface.store.journal`, of rows [A, B)
+    lock                   :mod:`fused_arcface.store.lock`
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..base import files
+from ..base.dtypes import DTYPES
+from .columns import Column, Columns, Tensors
+from .journal import journals, overlay
+from .lock import RowLock
+from .records import Records, StoreError
+
+_FORMAT, _VERSION = "fused_arcface.store", 1
+_LAYOUT, _STATES, ROWS = "store.json", "states.json", "rows.bin"
+_PIECE_BYTES = 64 << 20  # of rows that are read at once
+_NAMES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The facts about a store that never change."""
+
+    columns: Columns
+    num_rows: int
+    """Rows over all shards."""
+    seed: int
+    """Of the initial centers."""
+    identity: str = ""
+    """A random text, by which a checkpoint knows its store when the folder has been moved."""
+
+    def same_rows(self, other: Layout) -> bool:
+        return (self.columns, self.num_rows, self.seed) == (other.columns, other.num_rows, other.seed)
+
+    def describe(self) -> str:
+        """Return the layout for error messages."""
+        columns = ", ".join(f"{name} {dtype} {width}".replace("torch.", "") for name, dtype, width in self.columns.each)
+        return f"{self.num_rows} rows of {columns}, seed {self.seed}"
+
+
+def exists(folder: Path) -> bool:
+    """Return whether a store has been made in a folder."""
+    return (folder / _LAYOUT).exists()
+
+
+def make(folder: Path, layout: Layout) -> None:
+    """Make an empty store. It is there when its layout is, which is written last.
+
+    Raises:
+        StoreError: if it cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        Records(folder / ROWS, layout.columns, layout.num_rows, layout.seed, create=True).close()
+        content = {
+            "format": _FORMAT,
+            "version": _VERSION,
+            "identity": secrets.token_hex(16),
+            "num_rows": layout.num_rows,
+            "seed": layout.seed,
+            "columns": [[name, str(dtype).removeprefix("torch."), width] for name, dtype, width in layout.columns.each],
+        }
+        files.write_text(folder / _LAYOUT, json.dumps(content, indent=2) + "\n")
+    except OSError as error:
+        raise StoreError(f"{folder}: the store of class centers cannot be made: {error}") from error
+
+
+def layout_of(folder: Path) -> Layout:
+    """Read the layout of a store.
+
+    Raises:
+        StoreError: if there is none, or it is damaged.
+    """
+    content = _read_json(folder / _LAYOUT)
+    try:
+        if content["format"] != _FORMAT or content["version"] != _VERSION:
+            raise ValueError(f"format {content['format']} {content['version']}")
+        columns = tuple(Column(str(name), _NAMES[dtype], int(width)) for name, dtype, width in content["columns"])
+        found = Layout(Columns(columns), int(content["num_rows"]), int(content["seed"]), str(content["identity"]))
+        if columns[0].name != "weight" or min(column.width for column in columns) < 1 or found.num_rows < 1:
+            raise ValueError("columns")
+    except (KeyError, ValueError, TypeError, IndexError) as error:
+        raise StoreError(f"{folder / _LAYOUT} is not the layout of a store of class centers: {error}") from None
+    return found
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise StoreError(f"{path} cannot be read: {error}") from None
+
+
+def states(folder: Path) -> list[int]:
+    """Return the states that checkpoints name, from the oldest to the newest; empty if none does."""
+    path = folder / _STATES
+    found = _read_json(path) if path.exists() else []
+    if not isinstance(found, list) or not all(type(each) is int for each in found):
+        raise StoreError(f"{path} must be a list of numbers")
+    return found
+
+
+def remember(folder: Path, found: list[int]) -> None:
+    """Replace the list of states."""
+    files.write_text(folder / _STATES, json.dumps(found) + "\n")
+
+
+def check_state(folder: Path, state: int) -> None:
+    """Raise StoreError unless the store can go back to a state."""
+    if state not in journals(folder):
+        kept = ", ".join(map(str, states(folder))) or "none"
+        raise StoreError(f"{folder} has no state {state} to go back to; it has kept {kept}")
+
+
+class Snapshot:
+    """Rows of a store in one of its states, for reading. The store stays as it is, and they are locked until the end.
+
+    Args:
+        folder: of the store.
+        state: that a checkpoint names.
+        first: first row.
+        last: the row behind the last one; None: all.
+
+    Raises:
+        StoreError: if the rows are in use, or the store has not kept the state.
+    """
+
+    def __init__(self, folder: Path, state: int, first: int = 0, last: int | None = None) -> None:
+        self.layout = layout_of(folder)
+        check_state(folder, state)
+        self.first, self.last = first, self.layout.num_rows if last is None else last
+        self._lock = RowLock(folder, self.first, self.last)
+        self._records = Records(folder / ROWS, self.layout.columns, self.layout.num_rows, self.layout.seed)
+        self._since = {number: paths for number, paths in journals(folder).items() if number >= state}
+
+    @property
+    def piece_rows(self) -> int:
+        """Rows of a piece, but for the last."""
+        return max(1, _PIECE_BYTES // self.layout.columns.row_bytes)
+
+    def read(self, first: int, last: int) -> Tensors:
+        """Return rows ``[first, last)``."""
+        rows, out = torch.arange(first, last), self.layout.columns.empty(last - first)
+        markers = self._records.read(rows, out)
+        overlay(self._since, self.layout.columns, first, markers, out)
+        self._records.fill_untouched(rows, markers, out)
+        return out
+
+    def pieces(self) -> Iterator[tuple[int, Tensors]]:
+        """Yield (first row, rows) of all rows in order."""
+        for start in range(self.first, self.last, self.piece_rows):
+            yield start, self.read(start, min(start + self.piece_rows, self.last))
+
+    def close(self) -> None:
+        self._records.close()
+        self._lock.close()
+
+    def __enter__(self) -> Snapshot:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

@@ -1,0 +1,195 @@
+"""The journal of a store: each row as it was at a checkpoint, kept once before its first change after it.
+
+A journal has a number. Its rows undo all changes made since it was begun; the journals from some number on, undone from
+the newest to the oldest, bring back the rows at the moment when that one was begun. That moment is a *state*; a
+checkpoint names it.
+
+A file is a list of batches, each with a checksum. A process that is killed leaves half a batch at most, at the end. No
+row is changed before the batch that has it is whole, so half a batch is of no consequence.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import struct
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .columns import Columns, Tensors
+from .records import Records, StoreError
+
+_HEADER = struct.Struct("<8sqqI4x")  # magic, rows with a former content, rows that were never touched, CRC-32
+_MAGIC = b"faROWS01"
+_NAME = re.compile(r"journal_(\d{12})\.(\d+)-(\d+)")
+
+
+def journals(folder: Path) -> dict[int, list[Path]]:
+    """Return the files of each journal in a folder, by its number, in ascending order."""
+    found: dict[int, list[Path]] = {}
+    for path in sorted(folder.iterdir()):
+        match = _NAME.fullmatch(path.name)
+        if match:
+            found.setdefault(int(match[1]), []).append(path)
+    return dict(sorted(found.items()))
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Some rows of a journal."""
+
+    path: Path
+    start: int
+    """First byte of the former rows."""
+    rows: Tensor
+    """(K,) int64 global numbers, ascending, of rows with a former content."""
+    untouched: Tensor
+    """(U,) those of rows that were never touched."""
+    columns: Columns
+
+    def former(self, begin: int, end: int) -> tuple[Tensor, Tensors]:
+        """Return markers and columns of the rows ``[begin, end)`` of the batch."""
+        with self.path.open("rb") as file:
+
+            def part(offset: int, width: int, dtype: torch.dtype) -> Tensor:
+                file.seek(self.start + offset * len(self.rows) + begin * width * dtype.itemsize)
+                data = bytearray(file.read((end - begin) * width * dtype.itemsize))
+                return torch.frombuffer(data, dtype=dtype).view(end - begin, width) if data else torch.empty(0, width)
+
+            markers, offset, tensors = part(0, 1, torch.int64).squeeze(1), 8, {}
+            for column in self.columns.each:
+                tensors[column.name] = part(offset, column.width, column.dtype)
+                offset += column.bytes
+        return markers, tensors
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    array: Any = tensor.contiguous().view(-1).view(torch.uint8).numpy()
+    return memoryview(array)
+
+
+class Journal:
+    """A new journal of some rows, to which batches are added.
+
+    Args:
+        folder: of the store.
+        number: greater than that of every journal before it.
+        first: first row that may be added, for the name.
+        last: the row behind the last one.
+        columns: of a row.
+    """
+
+    def __init__(self, folder: Path, number: int, first: int, last: int, columns: Columns) -> None:
+        self.number, self._columns = number, columns
+        self._path = folder / f"journal_{number:012d}.{first}-{last}"
+        self._file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        self._size, self._synced = 0, 0
+
+    def add(self, rows: Tensor, markers: Tensor, tensors: Tensors, untouched: Tensor) -> None:
+        """Add the former content of rows (K,), and the numbers of rows that were never touched (U,).
+
+        Raises:
+            StoreError: if there is no room. The journal is as it was.
+        """
+        if len(rows) + len(untouched) == 0:
+            return
+        arrays = [rows, untouched, markers, *(tensors[column.name] for column in self._columns.each)]
+        data = [_bytes_of(each) for each in arrays if each.numel() > 0]
+        checksum = 0
+        for part in data:
+            checksum = zlib.crc32(part, checksum)
+        position = self._size
+        try:
+            for part in [memoryview(_HEADER.pack(_MAGIC, len(rows), len(untouched), checksum)), *data]:
+                while part:
+                    written = os.pwrite(self._file, part, position)
+                    position, part = position + written, part[written:]
+        except OSError as error:
+            os.ftruncate(self._file, self._size)
+            raise StoreError(f"{self._path}: there is no room for rows that will change: {error}") from error
+        self._size = position
+
+    def sync(self) -> None:
+        """Put the batches so far on disk."""
+        size = self._size
+        if size > self._synced:
+            os.fdatasync(self._file) if hasattr(os, "fdatasync") else os.fsync(self._file)
+            self._synced = size
+
+    def close(self) -> None:
+        os.close(self._file)
+
+
+def batches(path: Path, columns: Columns) -> Iterator[Batch]:
+    """Yield the whole batches of a journal's file, in order."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        position = 0
+        while position + _HEADER.size <= size:
+            file.seek(position)
+            magic, kept, untouched, checksum = _HEADER.unpack(file.read(_HEADER.size))
+            length = 8 * (kept + untouched) + kept * (8 + columns.row_bytes)
+            start = position + _HEADER.size
+            position = start + length
+            if magic != _MAGIC or kept < 0 or untouched < 0 or position > size:
+                return
+            numbers = file.read(8 * (kept + untouched))
+            found, remaining = zlib.crc32(numbers), kept * (8 + columns.row_bytes)
+            while remaining > 0:
+                part = file.read(min(remaining, 1 << 24))
+                found, remaining = zlib.crc32(part, found), remaining - len(part)
+            if found != checksum:
+                return
+            ids = torch.frombuffer(bytearray(numbers), dtype=torch.int64)
+            yield Batch(path, start + len(numbers), ids[:kept], ids[kept:], columns)
+
+
+def undoing(files: dict[int, list[Path]], columns: Columns, first: int, last: int) -> Iterator[Batch]:
+    """Yield the batches of journals with rows in ``[first, last)``, in the order in which they are to be undone."""
+    for number in sorted(files, reverse=True):
+        for path in files[number]:
+            for batch in reversed(list(batches(path, columns))):
+                kept, untouched = (_between(each, first, last) for each in (batch.rows, batch.untouched))
+                if kept[0] < kept[1] or untouched[0] < untouched[1]:
+                    yield batch
+
+
+def _between(rows: Tensor, first: int, last: int) -> tuple[int, int]:
+    begin, end = torch.searchsorted(rows, torch.tensor([first, last])).tolist()
+    return begin, end
+
+
+def undo(records: Records, files: dict[int, list[Path]], first: int, last: int) -> None:
+    """Bring rows ``[first, last)`` back to what they were when the oldest of the journals was begun."""
+    for batch in undoing(files, records.columns, first, last):
+        begin, end = _between(batch.rows, first, last)
+        if begin < end:
+            markers, tensors = batch.former(begin, end)
+            records.write(batch.rows[begin:end], tensors, markers)
+        begin, end = _between(batch.untouched, first, last)
+        if begin < end:
+            records.clear(batch.untouched[begin:end])
+
+
+def overlay(files: dict[int, list[Path]], columns: Columns, first: int, markers: Tensor, out: Tensors) -> None:
+    """Change rows ``first, first + 1, ...`` that have been read into what :func:`undo` would have made of them."""
+    last = first + len(markers)
+    for batch in undoing(files, columns, first, last):
+        begin, end = _between(batch.rows, first, last)
+        if begin < end:
+            places = batch.rows[begin:end] - first
+            former, tensors = batch.former(begin, end)
+            markers[places] = former
+            for name, tensor in tensors.items():
+                out[name][places] = tensor
+        begin, end = _between(batch.untouched, first, last)
+        places = batch.untouched[begin:end] - first
+        markers[places] = 0
+        for name in out:
+            out[name][places] = 0

@@ -1,0 +1,56 @@
+"""The lock of a store: a row belongs to one open store at a time."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+from pathlib import Path
+
+from .records import StoreError
+
+_HELD = (errno.EACCES, errno.EAGAIN)
+_open_here: set[tuple[int, int]] = set()
+"""Device and inode of each lock file that this process holds."""
+
+
+def _key(status: os.stat_result) -> tuple[int, int]:
+    return status.st_dev, status.st_ino
+
+
+class RowLock:
+    """The lock of rows ``[first, last)`` of a store, until :meth:`close` or the end of this process, however it ends.
+
+    It is a POSIX record lock, one byte for each row, as the lock of a run's folder is one: the kernel releases it, and
+    forked processes do not inherit it. Ranks lock their own rows.
+
+    Args:
+        folder: of the store.
+        first: first row.
+        last: the row behind the last one.
+
+    Raises:
+        StoreError: if another process or another store of this process holds one of the rows.
+    """
+
+    def __init__(self, folder: Path, first: int, last: int) -> None:
+        path = folder / "lock"
+        # Before it is opened: to close the file again would release the locks that this process has of it.
+        if path.exists() and _key(os.stat(path)) in _open_here:
+            raise StoreError(f"{folder} is open in this process: call close() on the head's center_store first")
+        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        self._key = _key(os.fstat(file))
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, max(last - first, 1), first)
+        except OSError as error:
+            os.close(file)
+            if error.errno in _HELD:
+                raise StoreError(f"{folder} is in use by another process") from None
+            raise StoreError(f"{folder} cannot be locked: {error}") from error
+        self._file = file
+        _open_here.add(self._key)
+
+    def close(self) -> None:
+        """Release the lock."""
+        _open_here.discard(self._key)
+        os.close(self._file)

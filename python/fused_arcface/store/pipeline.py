@@ -1,0 +1,247 @@
+"""The way of a step's rows: from a store into one contiguous buffer on the computing device, and back.
+
+The classes that step t+1 draws are known while step t computes, so their rows are fetched meanwhile. When its labels
+come, the rows of their classes are read as well. A row that step t has changed is taken from the buffer of step t: the
+store may not have it yet.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from .columns import Buffers, Columns, Tensors
+from .lanes import StreamLane, ThreadLane, Wait
+from .records import StoreError
+
+
+class Source(Protocol):
+    """The rows of one shard at rest."""
+
+    columns: Columns
+
+    def read(self, rows: Tensor, out: Tensors, keep: bool) -> None:
+        """Fill ``out`` with rows (K,); ``keep``: they are about to change."""
+
+    def write(self, rows: Tensor, tensors: Tensors) -> None:
+        """Replace rows (K,)."""
+
+
+@dataclass
+class Traffic:
+    """Bytes that have gone between a store and the buffers of the steps."""
+
+    read: int = 0
+    written: int = 0
+
+
+@dataclass(eq=False)
+class SampledRows:
+    """Copies of the rows of one step, in memory of their own."""
+
+    rows: Tensor
+    """(K,) int64 indices into the shard, ascending; from some place on the number of its rows, which is padding."""
+    ids: Tensor
+    """(K,) int64 global numbers of the rows."""
+    tensors: Tensors
+    """K rows of each column, contiguous."""
+    write_back: Callable[[], None]
+    """Gives the rows back to the store, after they have been changed. To be called once at most."""
+    turn: int = 0
+    ready: Wait = lambda: None
+    """Waits until the tensors can be read."""
+
+
+@dataclass(eq=False)
+class _Fetched:
+    """The rows that a step will draw, on their way."""
+
+    key: tuple[int, bool]
+    wait: Wait
+    found: list[tuple[Tensor, Tensors]]
+
+
+class Pipeline:
+    """Takes the rows of steps from a source, and gives them back.
+
+    Args:
+        source: of the rows.
+        num_rows: of the shard.
+        row_start: global number of the first of them.
+        device: of the buffers.
+        lane: for the work beside the computation; None: all is done at once, and nothing is fetched ahead.
+        pinned: whether the buffers are pinned memory.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        num_rows: int,
+        row_start: int,
+        device: torch.device,
+        lane: ThreadLane | StreamLane | None,
+        pinned: bool = False,
+    ) -> None:
+        self._source, self._num_rows, self._row_start, self._lane = source, num_rows, row_start, lane
+        self._on_thread = isinstance(lane, ThreadLane)
+        self._buffers, self._ahead, self._labeled = (Buffers(source.columns, device, pinned) for _ in range(3))
+        self._fetched: _Fetched | None = None
+        self._last: SampledRows | None = None
+        self._writes: list[Wait | None] = [None, None]
+        self._failed: Exception | None = None
+        self._turn = 0
+        self.traffic = Traffic()
+
+    def check(self) -> None:
+        """Wait for what was fetched ahead, and raise what has gone wrong so far, before a step begins.
+
+        Raises:
+            StoreError: if the rows of the next step cannot be read or kept, or those of an earlier one written.
+        """
+        if self._failed is not None:
+            raise StoreError(
+                f"the rows of an earlier step could not be written: {self._failed}. Load the last checkpoint"
+            ) from self._failed
+        if self._fetched is not None and self._on_thread:
+            fetched = self._fetched
+            self._fetched = None
+            fetched.wait()
+            self._fetched = fetched
+
+    def take(
+        self, step: int, rows: Tensor, targets: Tensor, update: bool, upcoming: Callable[[], Tensor] | None
+    ) -> SampledRows:
+        """Return copies of the rows of a step.
+
+        Args:
+            step: number of the step.
+            rows: (K,) as :class:`SampledRows` has them.
+            targets: rows of the batch's classes, in any order; others than this shard's are negative.
+            update: If true, the step changes the rows.
+            upcoming: returns the rows (J,) that the next step draws, ascending; it may be called on another thread.
+        """
+        self.check()
+        self._turn += 1
+        if self._last is not None and (self._turn - self._last.turn) % 2 == 0:  # its buffer is the next one
+            self.drain()
+        self._wait_for_write(self._turn)
+        room = self._buffers.rows(self._turn, len(rows) + 1)  # one more, for what belongs nowhere
+        tensors = {name: tensor[: len(rows)] for name, tensor in room.items()}
+        ahead = self._arrived((step, update))
+        if ahead is None:
+            self.drain()
+            self._read(rows, tensors, update)
+        else:
+            at = torch.searchsorted(ahead[0], rows).clamp_(max=len(ahead[0]) - 1)
+            for name, tensor in tensors.items():
+                torch.index_select(ahead[1][name], 0, at, out=tensor)
+            self._read_targets(rows, targets, ahead[0], room, update)
+            self._take_from_last(rows, tensors)
+        if self._lane is not None and upcoming is not None:
+            self._fetch(step + 1, update, upcoming)
+        sampled = SampledRows(rows, rows + self._row_start, tensors, lambda: None, self._turn)
+        sampled.write_back = lambda: self.give_back(sampled)
+        return sampled
+
+    def _read(self, rows: Tensor, out: Tensors, keep: bool) -> None:
+        self._source.read(rows, out, keep)
+        self.traffic.read += len(rows) * self._source.columns.row_bytes
+
+    def _fetch(self, step: int, update: bool, upcoming: Callable[[], Tensor]) -> None:
+        assert self._lane is not None
+        found: list[tuple[Tensor, Tensors]] = []
+
+        def work() -> None:
+            rows = upcoming()
+            tensors = self._ahead.rows(0, len(rows))
+            self._read(rows, tensors, update)
+            found.append((rows, tensors))
+
+        self._fetched = _Fetched((step, update), self._lane.start(work), found)
+
+    def _arrived(self, key: tuple[int, bool]) -> tuple[Tensor, Tensors] | None:
+        """Return the rows that were fetched for a step, None if they were fetched for another one."""
+        fetched, self._fetched = self._fetched, None
+        if fetched is None:
+            return None
+        fetched.wait()
+        return fetched.found[0] if fetched.key == key and len(fetched.found[0][0]) > 0 else None
+
+    def _read_targets(self, rows: Tensor, targets: Tensor, fetched: Tensor, room: Tensors, keep: bool) -> None:
+        """Read the rows of the batch's classes into their places in the buffer, which has one place too many."""
+        targets = torch.where(targets < 0, self._num_rows, targets).sort().values
+        if targets.device.type == "cpu" and not self._is_stream:  # only those that are not there yet
+            targets = targets.unique()
+            at = torch.searchsorted(fetched, targets).clamp_(max=len(fetched) - 1)
+            targets = targets[(fetched[at] != targets) & (targets < self._num_rows)]
+        if len(targets) == 0:
+            return
+        read = self._labeled.rows(0, len(targets))
+        self._read(targets, read, keep)
+        places = torch.searchsorted(rows, targets)
+        for name, tensor in read.items():
+            room[name].index_copy_(0, places, tensor)
+
+    @property
+    def _is_stream(self) -> bool:
+        return isinstance(self._lane, StreamLane)
+
+    def _take_from_last(self, rows: Tensor, tensors: Tensors) -> None:
+        """Replace the rows that the last step has changed."""
+        last = self._last
+        if last is None or len(last.rows) == 0:
+            return
+        last.ready()
+        at = torch.searchsorted(last.rows, rows).clamp_(max=len(last.rows) - 1)
+        changed = last.rows[at] == rows
+        if self._is_stream:  # their number is not known to the host
+            for name, tensor in tensors.items():
+                newest = last.tensors[name].index_select(0, at)
+                tensor.copy_(torch.where(changed[:, None], newest, tensor))
+            return
+        places = changed.nonzero().squeeze(1)
+        for name, tensor in tensors.items():
+            tensor.index_copy_(0, places, last.tensors[name].index_select(0, at[places]))
+
+    def give_back(self, sampled: SampledRows) -> None:
+        """Write the rows of a step into the store, now or on the thread."""
+
+        def write() -> None:
+            sampled.ready()
+            try:
+                self._source.write(sampled.rows, sampled.tensors)
+            except Exception as error:
+                self._failed = error
+                raise
+            self.traffic.written += len(sampled.rows) * self._source.columns.row_bytes
+
+        self._last = sampled
+        if self._on_thread:
+            assert self._lane is not None
+            self._writes[sampled.turn % 2] = self._lane.start(write)
+        else:
+            write()
+
+    def _wait_for_write(self, turn: int) -> None:
+        wait, self._writes[turn % 2] = self._writes[turn % 2], None
+        if wait is not None:
+            wait()
+
+    def drain(self) -> None:
+        """Wait until the store has all rows, and forget those that were fetched ahead."""
+        if self._fetched is not None and self._on_thread:
+            with contextlib.suppress(StoreError):  # the step that needs the rows reads them itself, and raises
+                self._fetched.wait()
+        self._fetched = None
+        self._wait_for_write(0)
+        self._wait_for_write(1)
+        self._last = None
+
+    def close(self) -> None:
+        if self._lane is not None:
+            self._lane.close()

@@ -1,0 +1,122 @@
+"""The file of the rows: one record for each row of weight, in the order of their global numbers.
+
+A record begins with a marker: the number of the journal that last kept the row, 0 for a row that was never touched. The
+file is sparse. A row that was never touched takes no space, and its center is a function of the seed and its number.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..base.keyed_random import CENTER_STD, fill_normal_rows
+from .columns import Columns, Tensors
+
+try:
+    from .. import _native
+except ImportError:  # without its compiled part the package has no stores in files; the head says so
+    _native = None  # type: ignore[assignment]
+
+MARKER_BYTES = 8
+_THREADS = 4  # a disk answers several reads at once
+
+
+class StoreError(RuntimeError):
+    """Raised if a store of class centers cannot be used, or cannot be written.
+
+    The message says what was changed, which is nothing unless it says so, and how to go on.
+    """
+
+
+def unavailable() -> str | None:
+    """Return why class centers cannot be kept in a file here, or None."""
+    return "the compiled module fused_arcface._native cannot be imported" if _native is None else None
+
+
+class Records:
+    """An open file of rows.
+
+    Args:
+        path: of the file.
+        columns: of a row.
+        num_rows: rows over all shards.
+        seed: of the initial centers.
+        create: make the file, with no row touched.
+    """
+
+    def __init__(self, path: Path, columns: Columns, num_rows: int, seed: int, create: bool = False) -> None:
+        self.path, self.columns, self.num_rows, self._seed = path, columns, num_rows, seed
+        self.record_bytes = MARKER_BYTES + columns.row_bytes
+        self._file = os.open(path, os.O_RDWR | os.O_CLOEXEC | (os.O_CREAT if create else 0), 0o666)
+        try:
+            if create:
+                os.ftruncate(self._file, num_rows * self.record_bytes)
+            size = os.fstat(self._file).st_size
+            if size != num_rows * self.record_bytes:
+                rule = f"{num_rows} records of {self.record_bytes} bytes"
+                raise StoreError(f"{path} must have {rule}; it is {size} bytes long")
+            if hasattr(os, "posix_fadvise"):  # rows are far apart: to read ahead of each would be in vain
+                os.posix_fadvise(self._file, 0, 0, os.POSIX_FADV_RANDOM)
+        except BaseException:
+            os.close(self._file)
+            raise
+
+    def read(self, rows: Tensor, out: Tensors) -> Tensor:
+        """Fill ``out`` with rows (K,) int64 global numbers, and return their markers (K,) int64.
+
+        A row that was never touched is zero; see :meth:`fill_untouched`.
+
+        Raises:
+            StoreError: if the file cannot be read.
+        """
+        markers = torch.empty(len(rows), dtype=torch.int64)
+        self._transfer(False, rows, markers, out)
+        return markers
+
+    def fill_untouched(self, rows: Tensor, markers: Tensor, out: Tensors) -> Tensor:
+        """Draw the centers of rows that were never touched; return their places (U,). Their momentum is zero."""
+        untouched = (markers == 0).nonzero().squeeze(1)
+        if len(untouched) > 0:
+            weight = out["weight"]
+            initial = torch.empty(len(untouched), weight.shape[1], dtype=weight.dtype)
+            fill_normal_rows(initial, self._seed, rows[untouched], CENTER_STD)
+            weight[untouched] = initial
+        return untouched
+
+    def write(self, rows: Tensor, tensors: Tensors, marker: int | Tensor) -> None:
+        """Write rows (K,) and their markers.
+
+        Raises:
+            StoreError: if the file cannot be written. Some of the rows may have been.
+        """
+        markers = marker if isinstance(marker, Tensor) else torch.full((len(rows),), marker, dtype=torch.int64)
+        self._transfer(True, rows, markers, tensors)
+
+    def clear(self, rows: Tensor) -> None:
+        """Make rows (K,) untouched."""
+        zeros = {column.name: torch.zeros(len(rows), column.width, dtype=column.dtype) for column in self.columns.each}
+        self.write(rows, zeros, 0)
+
+    def _transfer(self, write: bool, rows: Tensor, markers: Tensor, tensors: Tensors) -> None:
+        assert _native is not None
+        rows = rows.contiguous()
+        arrays = [markers, *(tensors[column.name] for column in self.columns.each)]
+        sizes = [MARKER_BYTES, *(column.bytes for column in self.columns.each)]
+        assert all(each.is_contiguous() and len(each) == len(rows) for each in arrays)
+        fields = [(each.data_ptr(), size) for each, size in zip(arrays, sizes, strict=True)]
+        error = _native.transfer_records(
+            write, self._file, self.record_bytes, rows.data_ptr(), len(rows), fields, _THREADS
+        )
+        if error != 0:
+            what = "written" if write else "read"
+            raise StoreError(f"{self.path} cannot be {what}: {os.strerror(error)}")
+
+    def sync(self) -> None:
+        """Put what was written on disk."""
+        os.fsync(self._file)
+
+    def close(self) -> None:
+        os.close(self._file)
