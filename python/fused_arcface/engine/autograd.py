@@ -62,7 +62,7 @@ class NegativesAndTarget(torch.autograd.Function):
             maximum = _ops.class_max.default(rows, centers, target, backend, shard.class_count, **negatives)
             maximum = shard.ranks.max(maximum)
             shift = (scale * maximum.double()).masked_fill(maximum == -torch.inf, 0)
-        class_stats, factor = ops.for_scale(_ops.class_stats, scale)
+        class_stats, (factor,) = ops.for_numbers(_ops.class_stats, scale)
         total, maximum, center_sum = class_stats(
             rows, centers, target, factor, shift, with_center_sum, backend, shard.class_count, **negatives
         )
@@ -102,7 +102,7 @@ class NegativesAndTarget(torch.autograd.Function):
         if shard.update is not None:
             shard.update.apply(rows, shard.classes, target, gradients, ctx.backend, Negatives(**ctx.negatives))
         elif ctx.needs_input_grad[1]:
-            weight_grad, factor = ops.for_scale(_ops.weight_grad, ctx.scale)
+            weight_grad, (factor,) = ops.for_numbers(_ops.weight_grad, ctx.scale)
             _factor, *of_rows = gradients
             d_weight = shard.weight_gradient(
                 weight_grad(rows, shard.centers(weight), target, factor, *of_rows, ctx.backend, **ctx.negatives),

@@ -16,7 +16,7 @@ from ..base.checks import check_margin_output
 from ..base.once_differentiable import once_differentiable
 from ..base.statistics import MarginSoftmaxStats
 from ..margins.angular import Margin, parameters
-from .ops import for_scale
+from .ops import for_numbers
 from .smoothing import Smoothing
 
 
@@ -41,10 +41,8 @@ class _FusedMarginLoss(torch.autograd.Function):
         gradient: str,
         backend: str,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        margin_loss, factor = for_scale(torch.ops.fused_arcface.margin_loss, scale)
-        loss, lse, d_lse, d_cosine = margin_loss(
-            negative_lse, target_cosine, factor, m1, m2, m3, boundary, gradient, backend
-        )
+        margin_loss, numbers = for_numbers(torch.ops.fused_arcface.margin_loss, scale, m1, m2, m3)
+        loss, lse, d_lse, d_cosine = margin_loss(negative_lse, target_cosine, *numbers, boundary, gradient, backend)
         loss = loss.masked_fill_(ignored, 0)
         count = (~ignored).sum() if reduction == "mean" else None
         ctx.save_for_backward(d_lse, d_cosine, ignored, count)
