@@ -15,6 +15,7 @@ from .angular import (
     parameters,
 )
 from .protocol import Margin, Modulation, RowMargin
+from .schedule import Rise, at_strength
 
 __all__ = [
     "SIN_FLOOR",
@@ -26,7 +27,9 @@ __all__ = [
     "Margin",
     "Modulation",
     "NormSoftmax",
+    "Rise",
     "RowMargin",
     "SphereFace",
+    "at_strength",
     "parameters",
 ]
