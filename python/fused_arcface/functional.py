@@ -47,6 +47,7 @@ def margin_softmax_loss(
     return_stats: bool = False,
     sub_centers: int = 1,
     label_smoothing: float = 0.0,
+    sample_weight: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, MarginSoftmaxStats]:
     """Softmax cross-entropy over ``scale·cos θ`` with a margin on the target, never storing the ``(N, C)`` logits.
 
@@ -69,6 +70,9 @@ def margin_softmax_loss(
             class's cosine is the greatest of theirs, which alone has a gradient (Sub-center ArcFace, ECCV 2020).
         label_smoothing: in [0, 1], as in ``cross_entropy``: uniform over all classes, of which the target's logit has
             the margin. Only with ``sub_centers=1`` and a margin that leaves the negatives alone.
+        sample_weight: (N,) factors of the rows' losses, finite and >= 0, without a gradient, or None. The mean divides
+            by their sum over the rows that count, as ``cross_entropy(weight=...)`` does. Weights of classes are
+            ``class_weight[target]``. The statistics' losses are without them.
 
     Returns:
         The loss, a scalar or (N,), fp32 (fp64 if an input is), or ``(loss, stats)``. Gradients have their input's
@@ -77,7 +81,8 @@ def margin_softmax_loss(
     Raises:
         TypeError: an argument of a wrong type or dtype.
         ValueError: a wrong shape, device, range or option. Out-of-range labels: on a GPU the row's loss is NaN instead,
-            unless the environment has ``FUSED_ARCFACE_DEBUG=1``.
+            unless the environment has ``FUSED_ARCFACE_DEBUG=1``. Values of sample_weight are read under the same
+            conditions.
             A named backend without sub-centers or modulated negatives, where they are asked for.
         RuntimeError: a named backend that is not available; a second backward through the same loss; a derivative of
             its gradient (:mod:`fused_arcface.reference` is twice differentiable).
@@ -88,4 +93,6 @@ def margin_softmax_loss(
     tensor([0.3133, 1.3133])
     """
     options = HeadOptions(margin, scale, sub_centers, label_smoothing)
-    return loss_on_one_device(embeddings, weight, target, options, backend, reduction, ignore_index, return_stats)
+    return loss_on_one_device(
+        embeddings, weight, target, options, backend, reduction, ignore_index, return_stats, sample_weight
+    )

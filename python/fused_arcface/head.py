@@ -95,12 +95,22 @@ class MarginHead(NotScriptable, nn.Module):
         nn.init.normal_(self.weight, std=0.01)
 
     def forward(
-        self, embeddings: Tensor, target: Tensor, *, ignore_index: int = -100, return_stats: bool = False
+        self,
+        embeddings: Tensor,
+        target: Tensor,
+        *,
+        ignore_index: int = -100,
+        return_stats: bool = False,
+        sample_weight: Tensor | None = None,
+        reduction: str = "mean",
     ) -> Tensor | tuple[Tensor, MarginSoftmaxStats]:
-        """Return the mean loss of embeddings (N, D) with labels (N,), and the rows' statistics if asked for."""
+        """Return the loss of embeddings (N, D) with labels (N,), and the rows' statistics if asked for.
+
+        sample_weight and reduction are those of :func:`fused_arcface.margin_softmax_loss`, as are the errors.
+        """
         options = self.options
         return loss_on_one_device(
-            embeddings, self.weight, target, options, self.backend, "mean", ignore_index, return_stats
+            embeddings, self.weight, target, options, self.backend, reduction, ignore_index, return_stats, sample_weight
         )
 
     def logits(self, embeddings: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from . import backends
-from .base.checks import check_center_dtype, check_size
+from .base.checks import check_center_dtype, check_reduction, check_size
 from .base.compiler import NotScriptable, check_not_transformed, not_compiled
 from .base.keyed_random import fill_normal
 from .base.options import HeadOptions
@@ -17,9 +17,10 @@ from .base.statistics import MarginSoftmaxStats
 from .center_sgd import CenterOptimizer, CenterSGD, CentersUpdatedInBackward
 from .engine.joint_calls import JointCalls
 from .engine.run_state import RunState
-from .engine.shard import Shard
+from .engine.shard import Shard, own_losses
 from .engine.step import loss_over_classes
-from .engine.terms import IGNORED, INVALID
+from .engine.targets import Rows, Target
+from .engine.terms import INVALID
 from .head import cosines_of, nearest_classes, place_margin
 from .margins.angular import ArcFace, Margin
 from .parallel.sampling import Sampler
@@ -218,8 +219,10 @@ class PartialFC(NotScriptable, JointCalls, RunState):
         ignore_index: int = -100,
         return_stats: bool = False,
         loss_weight: float = 1.0,
+        sample_weight: Tensor | None = None,
+        reduction: str = "mean",
     ) -> Tensor | tuple[Tensor, MarginSoftmaxStats]:
-        """Return the mean loss over all ranks' rows, equal on every rank.
+        """Return the loss over all ranks' rows, equal on every rank.
 
         A collective: every rank calls it, with n = 0 if it has no rows.
 
@@ -231,6 +234,10 @@ class PartialFC(NotScriptable, JointCalls, RunState):
             loss_weight: factor of the returned loss, finite and >= 0, the same on every rank: the weight of this head
                 among several losses. :class:`~fused_arcface.CenterSGD` follows the weighted loss. A factor that the
                 loss is multiplied by afterwards does not reach its centers.
+            sample_weight: (n,) factors of this rank's row losses, finite and >= 0, without a gradient; on every rank or
+                on none. The mean divides by their sum over all ranks' rows that count.
+            reduction: ``"mean"`` or ``"sum"`` over all ranks' rows, or ``"none"``: the losses (n,) of this rank's rows.
+                The gradients are then those of the sum over the ranks of what each makes of its rows.
 
         Raises:
             TypeError, ValueError: as :func:`fused_arcface.margin_softmax_loss`; a wrong label raises on every rank. An
@@ -246,8 +253,11 @@ class PartialFC(NotScriptable, JointCalls, RunState):
         with self._refusing():
             check_not_transformed(type(self).__name__)
             check_number("loss_weight", loss_weight, NOT_NEGATIVE)
-            agreement = self._step_agreement("forward()", ignore_index, loss_weight)
-        embeddings, batch, backend = self._gather(embeddings, target, agreement, ignore_index, return_stats)
+            self._check_reduction(reduction)
+            agreement = self._step_agreement("forward()", ignore_index, loss_weight, reduction, sample_weight)
+        embeddings, batch, backend = self._gather(
+            embeddings, target, agreement, ignore_index, return_stats, sample_weight
+        )
         target_class = torch.ops.fused_arcface.local_target(batch.labels, self.num_classes, ignore_index)
         # A gradient has a size, for which the host waits; CenterSGD needs none.
         waits = self.center_optimizer is not None and _is_waited_for(target_class.device)
@@ -270,12 +280,24 @@ class PartialFC(NotScriptable, JointCalls, RunState):
             with_max=batch.return_stats,
             update=update,
         )
-        ignored = target_class == IGNORED
-        loss, stats = loss_over_classes(embeddings, weight, chosen_class, ignored, self.options, "mean", backend, shard)
+        rows = Rows(Target(target_class, chosen_class), *batch.numbers)
+        loss, stats = loss_over_classes(embeddings, weight, rows, self.options, reduction, backend, shard)
         loss = loss * loss_weight
+        if reduction == "none":
+            loss = own_losses(loss, batch, self.ranks)
         if update is not None:
             loss = update.watch(loss)
         return (loss, MarginSoftmaxStats(*map(batch.own, stats))) if return_stats else loss
+
+    def _check_reduction(self, reduction: str) -> None:
+        """Check the reduction of a step: an update of the centers in the backward pass follows a single loss."""
+        check_reduction(reduction)
+        updates = self.center_optimizer is not None and self.training and self.weight.requires_grad
+        if reduction == "none" and updates:
+            raise ValueError(
+                "reduction must be 'mean' or 'sum' with a center_optimizer, which follows the loss that the head "
+                "returns: weight the rows by the argument sample_weight, or use an ordinary optimizer; got 'none'"
+            )
 
     def _choose_classes(self, target_class: Tensor, padded: bool = False) -> tuple[Tensor | None, Tensor]:
         """Count a training step and draw its classes of this shard.

@@ -5,11 +5,13 @@ Any float dtype, every margin, twice differentiable, ``O(N·C)`` memory. All els
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .base.checks import check_inputs, check_margin_output, check_target_range
+from .base.checks import check_inputs, check_margin_output, check_row_factors, check_target_range
 from .base.dtypes import compute_dtype
 from .base.normalize import without_autocast
 from .base.options import HeadOptions
@@ -48,6 +50,7 @@ def margin_softmax_loss(
     return_stats: bool = False,
     sub_centers: int = 1,
     label_smoothing: float = 0.0,
+    sample_weight: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, MarginSoftmaxStats]:
     """Compute :func:`fused_arcface.margin_softmax_loss` from the formulas as they stand.
 
@@ -59,7 +62,7 @@ def margin_softmax_loss(
     tensor([0.3133, 1.3133])
     """
     options = HeadOptions(margin, scale, sub_centers, label_smoothing)
-    return loss_with(options, embeddings, weight, target, reduction, ignore_index, return_stats)
+    return loss_with(options, embeddings, weight, target, reduction, ignore_index, return_stats, sample_weight)
 
 
 def loss_with(
@@ -70,10 +73,11 @@ def loss_with(
     reduction: str = "mean",
     ignore_index: int = -100,
     return_stats: bool = False,
+    sample_weight: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, MarginSoftmaxStats]:
     """Return :func:`margin_softmax_loss` with options that are checked already."""
     margin, scale, sub_centers = options.margin, options.scale, options.sub_centers
-    check_inputs(embeddings, weight, target, sub_centers, reduction, ignore_index)
+    check_inputs(embeddings, weight, target, sub_centers, reduction, ignore_index, sample_weight)
     target = target.long()
     num_classes = weight.shape[0] // sub_centers
     check_target_range(target, num_classes, ignore_index)
@@ -106,9 +110,14 @@ def loss_with(
     if of_rows.penalty is not None:
         loss = loss + of_rows.penalty
     loss = loss.masked_fill(ignored, 0)
-    result = loss
+    factors = torch.ones_like(loss)
+    if sample_weight is not None:
+        check_row_factors("sample_weight", sample_weight, math.inf)
+        factors = sample_weight.to(dtype)
+    result = factors * loss
     if reduction != "none":
-        result = loss.sum() if reduction == "sum" else loss.sum() / (~ignored).sum()
+        total = result.sum()
+        result = total if reduction == "sum" else total / factors[~ignored].sum()
     if not return_stats:
         return result
     stats = MarginSoftmaxStats(

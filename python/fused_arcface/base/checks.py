@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import numbers
 
 import torch
@@ -91,6 +92,7 @@ def check_inputs(
     sub_centers: int,
     reduction: object,
     ignore_index: object,
+    sample_weight: object = None,
 ) -> None:
     """Check the tensors of ``margin_softmax_loss`` and the arguments beside its options, without reading values."""
     _check_tensor("embeddings", embeddings, FLOAT_DTYPES)
@@ -108,6 +110,37 @@ def check_inputs(
     check_target(target, embeddings, ignore_index)
     if weight.shape[0] % sub_centers > 0:
         raise ValueError(f"weight must have a multiple of sub_centers={sub_centers} rows; got {tuple(weight.shape)}")
+    check_reduction(reduction)
+    if sample_weight is not None:
+        check_row_tensor("sample_weight", sample_weight, embeddings)
+
+
+def check_row_tensor(name: str, values: object, embeddings: Tensor) -> None:
+    """Check numbers for each row of embeddings ``(N, D)``: floats ``(N,)`` without a gradient. They are not read."""
+    _check_tensor(name, values, FLOAT_DTYPES)
+    assert isinstance(values, Tensor)
+    if values.shape != embeddings.shape[:1]:
+        raise ValueError(f"{name} must be (N={embeddings.shape[0]},); got {tuple(values.shape)}")
+    if values.device != embeddings.device:
+        raise ValueError(f"{name} must be on embeddings' device {embeddings.device}; got {values.device}")
+    if values.requires_grad:
+        raise ValueError(
+            f"{name} must not require a gradient, as the loss has none by it: pass {name}.detach(), or multiply the "
+            "row losses of reduction='none'; got requires_grad=True"
+        )
+
+
+def check_row_factors(name: str, values: Tensor, greatest: float) -> None:
+    """Check that each of the factors ``(N,)`` is finite, >= 0 and at most ``greatest``. On a GPU this is a wait."""
+    wrong = ~((values >= 0) & (values <= greatest) & values.isfinite())
+    if not values.is_meta and wrong.any():
+        row = int(wrong.nonzero()[0])
+        rule = "finite and >= 0" if greatest == math.inf else f"in [0, {greatest:g}]"
+        raise ValueError(f"{name} must be {rule}; got {values[row].item():g} at row {row}")
+
+
+def check_reduction(reduction: object) -> None:
+    """Check the name of a reduction."""
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction must be one of {', '.join(map(repr, REDUCTIONS))}; got {reduction!r}")
 

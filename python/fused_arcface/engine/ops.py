@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .. import backends
-from ..base.checks import check_target_range
+from ..base.checks import check_row_factors, check_target_range
 from ..base.dtypes import compute_dtype
 from .terms import IGNORED, INVALID, PLAIN, CenterStep, Negatives, RowGradients, check_update
 
@@ -25,6 +25,7 @@ _COEFFICIENTS = "Tensor lse, Tensor negative_coefficient, Tensor target_coeffici
 _NEGATIVES = "*, int sub_centers=1, Tensor? threshold=None, Tensor? coefficients=None"
 _SCHEMAS = {
     "local_target": "(Tensor target, int num_classes, int ignore_index) -> Tensor",
+    "row_factors": "(Tensor values, str name, float greatest) -> Tensor",
     # O(N·C·D), over the classes
     # class_count: 0-dim int64, the rows of weight from there on are padding; a tensor, so that nobody waits for a GPU
     "class_max": f"({_ROWS}, str backend, Tensor? class_count=None, {_NEGATIVES}) -> Tensor",
@@ -111,6 +112,23 @@ def _local_target(target: Tensor, num_classes: int, ignore_index: int) -> Tensor
 @torch.library.register_fake("fused_arcface::local_target")
 def _local_target_fake(target: Tensor, num_classes: int, ignore_index: int) -> Tensor:
     return torch.empty_like(target, dtype=torch.int64)
+
+
+@torch.library.impl("fused_arcface::row_factors", "default")
+def _row_factors(values: Tensor, name: str, greatest: float) -> Tensor:
+    """Factors (N,) as they are; an error if one is not finite, below 0 or above ``greatest``.
+
+    An operator for the same reason as local_target. On a GPU the values are not read either, unless
+    FUSED_ARCFACE_DEBUG=1 asks for it.
+    """
+    if values.device.type == "cpu" or os.environ.get("FUSED_ARCFACE_DEBUG") == "1":
+        check_row_factors(name, values, greatest)
+    return values.clone()
+
+
+@torch.library.register_fake("fused_arcface::row_factors")
+def _row_factors_fake(values: Tensor, name: str, greatest: float) -> Tensor:
+    return torch.empty_like(values)
 
 
 def _run(name: str, *arguments: Any, class_count: Tensor | None = None, negatives: Negatives = PLAIN) -> Any:

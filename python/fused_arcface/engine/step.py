@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -18,7 +20,7 @@ from .margin_step import in_step
 from .shard import ONE_DEVICE, Shard
 from .smoothing import smoothing, two_uses
 from .tail import loss_of_rows
-from .terms import IGNORED
+from .targets import Rows, Target
 
 
 def loss_on_one_device(
@@ -30,24 +32,32 @@ def loss_on_one_device(
     reduction: str = "mean",
     ignore_index: int = -100,
     return_stats: bool = False,
+    sample_weight: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, MarginSoftmaxStats]:
     """Check the tensors, choose the backend and return the loss: :func:`fused_arcface.margin_softmax_loss`."""
     check_not_transformed("margin_softmax_loss")
-    check_inputs(embeddings, weight, target, options.sub_centers, reduction, ignore_index)
+    check_inputs(embeddings, weight, target, options.sub_centers, reduction, ignore_index, sample_weight)
     backend = backends.select(backend, embeddings.device, compute_dtype(embeddings, weight), options.needs())
     embeddings = as_autocast(embeddings)
     num_classes = weight.shape[0] // options.sub_centers
     target_class = torch.ops.fused_arcface.local_target.default(target, num_classes, ignore_index)
-    ignored = target_class == IGNORED
-    loss, stats = loss_over_classes(embeddings, weight, target_class, ignored, options, reduction, backend)
+    rows = Rows(Target(target_class, target_class), checked_weights(sample_weight))
+    loss, stats = loss_over_classes(embeddings, weight, rows, options, reduction, backend)
     return (loss, stats) if return_stats else loss
+
+
+def checked_weights(sample_weight: Tensor | None) -> Tensor | None:
+    """Return the rows' weights (N,), after a check of the values where that is no wait."""
+    if sample_weight is None:
+        return None
+    checked: Tensor = torch.ops.fused_arcface.row_factors.default(sample_weight, "sample_weight", math.inf)
+    return checked
 
 
 def loss_over_classes(
     embeddings: Tensor,
     weight: Tensor,
-    target_class: Tensor,
-    ignored: Tensor,
+    rows: Rows,
     options: HeadOptions,
     reduction: str,
     backend: str,
@@ -58,8 +68,7 @@ def loss_over_classes(
     Args:
         embeddings: (n, D), this rank's rows.
         weight: (C·sub_centers, D), this rank's class centers.
-        target_class: (N,) int64, all ranks' rows: an index into the classes that the step uses here, or negative.
-        ignored: (N,) bool.
+        rows: The targets and weights of all ranks' rows.
         options: The options of the loss.
         reduction: ``"mean"``, ``"sum"`` or ``"none"``.
         backend: A name that :func:`fused_arcface.backends.select` returned.
@@ -69,7 +78,7 @@ def loss_over_classes(
     x, w = embeddings, weight
     if label_smoothing > 0:
         (embeddings, x), (weight, w) = two_uses(embeddings), two_uses(weight)
-    dtype = compute_dtype(embeddings, weight)
+    dtype, ignored, target_class = compute_dtype(embeddings, weight), rows.ignored, rows.target.local
     # A margin with a state changes it once in a step, before the loss is computed.
     margin = in_step(options.margin, embeddings, alone=shard.batch is not None)
     own = RowMargin(margin)
@@ -83,9 +92,10 @@ def loss_over_classes(
     if modulates(margin) or sub_centers > 1:
         cosine, target_row = cosines_of_targets(embeddings, weight, target_class, backend, shard, sub_centers)
         change = modulation(margin, cosine, ~ignored)
-    rows = negatives_and_target(embeddings, weight, target_row, scale, backend, shard, sub_centers, change)
+    found = negatives_and_target(embeddings, weight, target_row, scale, backend, shard, sub_centers, change)
     smoothed = smoothing(x, w, label_smoothing, shard.num_classes or weight.shape[0], shard)
-    return loss_of_rows(*rows, ignored, own.modify, scale, reduction, backend, own.penalty, smoothed)
+    factors = None if rows.sample_weight is None else rows.sample_weight.to(found[0].dtype)
+    return loss_of_rows(*found, ignored, own.modify, scale, reduction, backend, own.penalty, smoothed, factors)
 
 
 def as_autocast(embeddings: Tensor) -> Tensor:

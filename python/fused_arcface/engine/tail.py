@@ -32,6 +32,7 @@ class _FusedMarginLoss(torch.autograd.Function):
         negative_lse: Tensor,
         target_cosine: Tensor,
         ignored: Tensor,
+        sample_weight: Tensor | None,
         reduction: str,
         scale: float,
         m1: float,
@@ -44,9 +45,12 @@ class _FusedMarginLoss(torch.autograd.Function):
         margin_loss, numbers = for_numbers(torch.ops.fused_arcface.margin_loss, scale, m1, m2, m3)
         loss, lse, d_lse, d_cosine = margin_loss(negative_lse, target_cosine, *numbers, boundary, gradient, backend)
         loss = loss.masked_fill_(ignored, 0)
-        count = (~ignored).sum() if reduction == "mean" else None
-        ctx.save_for_backward(d_lse, d_cosine, ignored, count)
-        reduced = loss.clone() if reduction == "none" else loss.sum() if count is None else loss.sum() / count
+        weighted = loss.clone() if sample_weight is None else loss * sample_weight
+        divisor = divisor_of_mean(ignored, sample_weight) if reduction == "mean" else None
+        ctx.save_for_backward(d_lse, d_cosine, ignored, sample_weight, divisor)
+        reduced = weighted if reduction == "none" else weighted.sum()
+        if divisor is not None:
+            reduced = reduced / divisor
         ctx.mark_non_differentiable(loss, lse)
         ctx.set_materialize_grads(False)
         return reduced, loss, lse
@@ -57,22 +61,31 @@ class _FusedMarginLoss(torch.autograd.Function):
         ctx: Any, saved: tuple[Any, ...], d_reduced: Tensor | None, _loss: None, _lse: None
     ) -> tuple[Tensor | None, ...]:
         if d_reduced is None:
-            return (None,) * 11
-        d_lse, d_cosine, ignored, count = saved
-        d_loss = d_reduced if count is None else d_reduced / count
+            return (None,) * 12
+        d_lse, d_cosine, ignored, sample_weight, divisor = saved
+        d_loss = d_reduced if divisor is None else d_reduced / divisor
         d_loss = d_loss.expand_as(d_lse).masked_fill(ignored, 0)
-        return d_loss * d_lse, d_loss * d_cosine, *(None for _ in range(9))
+        if sample_weight is not None:
+            d_loss = d_loss * sample_weight
+        return d_loss * d_lse, d_loss * d_cosine, *(None for _ in range(10))
 
 
-def reduce_loss(loss: Tensor, ignored: Tensor, reduction: str) -> Tensor:
-    """Reduce row losses ``(N,)``, 0 where ignored, as ``cross_entropy`` does.
+def divisor_of_mean(ignored: Tensor, sample_weight: Tensor | None) -> Tensor:
+    """Return the number, or the weights' sum, of the rows that are not ignored: the mean loss divides by it."""
+    return (~ignored).sum() if sample_weight is None else sample_weight.masked_fill(ignored, 0).sum()
+
+
+def reduce_loss(loss: Tensor, ignored: Tensor, reduction: str, sample_weight: Tensor | None) -> Tensor:
+    """Reduce row losses ``(N,)``, 0 where ignored, as ``cross_entropy(weight=...)`` does.
 
     Ignored rows are neither in the sum nor in the number that the mean divides by.
     """
+    if sample_weight is not None:
+        loss = loss * sample_weight
     if reduction == "none":
         return loss
     total = loss.sum()
-    return total / (~ignored).sum() if reduction == "mean" else total
+    return total / divisor_of_mean(ignored, sample_weight) if reduction == "mean" else total
 
 
 def loss_of_rows(
@@ -86,6 +99,7 @@ def loss_of_rows(
     backend: str = "torch",
     penalty: Tensor | None = None,
     smoothed: Smoothing | None = None,
+    sample_weight: Tensor | None = None,
 ) -> tuple[Tensor, MarginSoftmaxStats]:
     """Return the reduced loss, differentiable, and the rows' statistics.
 
@@ -100,13 +114,14 @@ def loss_of_rows(
         backend: that of the other stages; one that fuses this tail does so for the margins of this package.
         penalty: (N,) added to the rows' losses.
         smoothed: label smoothing.
+        sample_weight: (N,) factors of the rows' losses, or None. The statistics' losses are without them.
     """
     feature = "fused_margin_fp64" if negative_lse.dtype == torch.float64 else "fused_margin"
     fuses = backends.has(backend, feature) and smoothed is None and penalty is None
     numbers = parameters(margin) if fuses else None
     if numbers is not None:
         reduced, loss, lse = _FusedMarginLoss.apply(
-            negative_lse, target_cosine, ignored, reduction, float(scale), *numbers, backend
+            negative_lse, target_cosine, ignored, sample_weight, reduction, float(scale), *numbers, backend
         )
     else:
         modified = margin(target_cosine.clone())  # a copy: a user's margin may work in place
@@ -121,7 +136,7 @@ def loss_of_rows(
         if penalty is not None:
             loss = loss + penalty
         loss = loss.masked_fill(ignored, 0)
-        reduced = reduce_loss(loss, ignored, reduction)
+        reduced = reduce_loss(loss, ignored, reduction, sample_weight)
     cosine = target_cosine.detach()
     # For booleans a > b is a and not b.
     stats = MarginSoftmaxStats(loss.detach(), lse, cosine, correct=(cosine > negative_max) > ignored)
