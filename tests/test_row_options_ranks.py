@@ -1,4 +1,4 @@
-"""Options of each row (weights, reduction) on two and four ranks: the training of one process, to 1e-10.
+"""Options of each row (weights, reduction, margins by label) on two and four ranks: the training of one process.
 
 All cases run in one set of processes for each number of ranks.
 """
@@ -14,10 +14,17 @@ from support.head_training import D, own_rows
 from torch import Tensor
 
 import fused_arcface as fa
+from fused_arcface.margins import LabelMargin
 
 pytestmark = pytest.mark.distributed
 
 ROWS, CLASSES, STEPS = 12, 23, 3
+
+
+def by_label(cosine: Tensor, labels: Tensor) -> Tensor:
+    return cosine - 0.02 * labels * cosine**2
+
+
 UPDATED = {"center_optimizer": fa.CenterSGD(0.1, momentum=0.9, weight_decay=0.01)}
 
 # Options of the head, and the arguments of each call that the rows share out.
@@ -27,6 +34,9 @@ CASES: dict[str, tuple[dict[str, Any], list[str]]] = {
     "weights, updated": (UPDATED | {"sample_rate": 0.4}, ["sample_weight"]),
     "rows": ({}, ["sample_weight", "none"]),
     "sum, updated": (UPDATED, ["sample_weight", "sum"]),
+    "class margins": ({"margin": fa.ClassMargin(torch.linspace(0, 0.5, CLASSES))}, []),
+    "class margins, sampled": ({"margin": fa.ClassMargin(torch.linspace(0, 0.5, CLASSES)), "sample_rate": 0.4}, []),
+    "function of labels, updated": (UPDATED | {"margin": LabelMargin(by_label), "sample_rate": 0.4}, []),
 }
 
 

@@ -77,6 +77,7 @@ class MarginHead(NotScriptable, nn.Module):
         embedding_dim = check_size("embedding_dim", embedding_dim)
         num_classes = check_size("num_classes", num_classes)
         options = HeadOptions(margin, scale, sub_centers, label_smoothing)
+        options.check_classes(num_classes)
         check_center_dtype(dtype)
         self.backend = backends.check_name(backend)
         self.margin, self.scale = options.margin, options.scale

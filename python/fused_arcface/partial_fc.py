@@ -136,6 +136,7 @@ class PartialFC(NotScriptable, JointCalls, RunState):
             embedding_dim = check_size("embedding_dim", embedding_dim)
             num_classes = check_size("num_classes", num_classes)
             options = HeadOptions(margin, scale, sub_centers, label_smoothing)
+            options.check_classes(num_classes)
             check_number("sample_rate", sample_rate, ABOVE_0_TO_1)
             seed = check_size("seed", seed, least=0)
             if seed >= 1 << 63:
@@ -254,6 +255,7 @@ class PartialFC(NotScriptable, JointCalls, RunState):
             check_not_transformed(type(self).__name__)
             check_number("loss_weight", loss_weight, NOT_NEGATIVE)
             self._check_reduction(reduction)
+            self.options.check_classes(self.num_classes)
             agreement = self._step_agreement("forward()", ignore_index, loss_weight, reduction, sample_weight)
         embeddings, batch, backend = self._gather(
             embeddings, target, agreement, ignore_index, return_stats, sample_weight

@@ -81,6 +81,7 @@ def loss_with(
     target = target.long()
     num_classes = weight.shape[0] // sub_centers
     check_target_range(target, num_classes, ignore_index)
+    options.check_classes(num_classes)
     dtype = compute_dtype(embeddings, weight)
     with without_autocast(embeddings.device):
         cosine = _unit_rows(embeddings.to(dtype)) @ _unit_rows(weight.to(dtype)).T  # (N, C·K)
@@ -92,7 +93,7 @@ def loss_with(
     is_target = F.one_hot(index, num_classes).bool()  # (N, C)
     negatives = cosine.masked_fill(is_target, -torch.inf)
     target_cosine = cosine.gather(1, index[:, None]).squeeze(1)
-    of_rows = for_rows(margin, lambda: _norms(embeddings.to(dtype)).squeeze(1), ~ignored)
+    of_rows = for_rows(margin, lambda: _norms(embeddings.to(dtype)).squeeze(1), index, ~ignored)
     modified = of_rows.modify(target_cosine.clone())  # a copy: a user's margin may work in place
     check_margin_output(modified, target_cosine)
 

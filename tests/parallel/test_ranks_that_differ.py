@@ -25,6 +25,8 @@ pytestmark = pytest.mark.distributed
 
 D, CLASSES = 4, 11
 LIMIT = 10  # seconds
+# Of the same range, so that their reprs differ in the digest alone.
+CLASS_MARGINS = [fa.ClassMargin([0.1, middle, *[0.4] * (CLASSES - 2)]) for middle in (0.2, 0.3)]
 
 
 def rows(rank: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -56,6 +58,7 @@ class Rank:
 CHANGED_HEADS: dict[str, tuple[Callable[[fa.PartialFC], Any], str]] = {
     "scale": (lambda head: setattr(head, "scale", 30.0), "scale"),
     "margin": (lambda head: setattr(head, "margin", fa.CosFace()), "margin"),
+    "class margins": (lambda head: setattr(head, "margin", CLASS_MARGINS[1]), "margin"),
     "sample_rate": (lambda head: setattr(head, "sample_rate", 0.5), "sample_rate"),
     "seed": (lambda head: setattr(head, "seed", 7), "seed"),
     "step": (lambda head: setattr(head, "step", 7), "step"),
@@ -89,7 +92,7 @@ def run_matrix(directory: str) -> dict[str, Any]:
         return head
 
     for name, (change, _) in CHANGED_HEADS.items():
-        head = after_a_step(rank.head(), change)
+        head = after_a_step(rank.head(margin=CLASS_MARGINS[0] if name == "class margins" else fa.ArcFace()), change)
         record(name, lambda head=head: rank.step(head))
     for name in CHANGED_GROUPS:
         head = rank.head(center_optimizer=fa.CenterSGD(0.1))

@@ -55,6 +55,17 @@ class HeadOptions:
             needs["sub_centers"] = f"sub_centers={self.sub_centers}"
         return needs
 
+    def check_classes(self, num_classes: int) -> None:
+        """Check that a margin with a number for each class is made for so many classes.
+
+        Raises:
+            ValueError: if it is not.
+        """
+        own = getattr(self.margin, "num_classes", num_classes)
+        if own != num_classes:
+            name = type(self.margin).__name__
+            raise ValueError(f"{name}: margins must be one for each of the C={num_classes} classes; got {own}")
+
     def describe(self) -> dict[str, str]:
         """Return each option as text, for a repr and to compare between ranks.
 

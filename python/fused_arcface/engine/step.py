@@ -14,7 +14,7 @@ from ..base.dtypes import compute_dtype
 from ..base.normalize import norms_of
 from ..base.options import HeadOptions
 from ..base.statistics import MarginSoftmaxStats
-from ..margins.protocol import RowMargin, for_rows, modulates, modulation
+from ..margins.protocol import for_rows, modulates, modulation
 from .autograd import cosines_of_targets, negatives_and_target
 from .margin_step import in_step
 from .shard import ONE_DEVICE, Shard
@@ -40,6 +40,7 @@ def loss_on_one_device(
     backend = backends.select(backend, embeddings.device, compute_dtype(embeddings, weight), options.needs())
     embeddings = as_autocast(embeddings)
     num_classes = weight.shape[0] // options.sub_centers
+    options.check_classes(num_classes)
     target_class = torch.ops.fused_arcface.local_target.default(target, num_classes, ignore_index)
     rows = Rows(Target(target_class, target_class), checked_weights(sample_weight))
     loss, stats = loss_over_classes(embeddings, weight, rows, options, reduction, backend)
@@ -81,13 +82,12 @@ def loss_over_classes(
     dtype, ignored, target_class = compute_dtype(embeddings, weight), rows.ignored, rows.target.local
     # A margin with a state changes it once in a step, before the loss is computed.
     margin = in_step(options.margin, embeddings, alone=shard.batch is not None)
-    own = RowMargin(margin)
-    if hasattr(margin, "for_rows"):
-        own = for_rows(
-            margin,
-            lambda: shard.joint(norms_of(embeddings.to(dtype)), lambda rows: norms_of(rows.to(dtype))).squeeze(1),
-            ~ignored,
-        )
+    own = for_rows(
+        margin,
+        lambda: shard.joint(norms_of(embeddings.to(dtype)), lambda rows: norms_of(rows.to(dtype))).squeeze(1),
+        rows.target.label,
+        ~ignored,
+    )
     target_row, change = target_class, None
     if modulates(margin) or sub_centers > 1:
         cosine, target_row = cosines_of_targets(embeddings, weight, target_class, backend, shard, sub_centers)

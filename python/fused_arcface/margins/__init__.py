@@ -14,6 +14,7 @@ from .angular import (
     SphereFace,
     parameters,
 )
+from .by_label import LabelMargin
 from .protocol import Margin, Modulation, RowMargin
 from .schedule import Rise, at_strength
 
@@ -24,6 +25,7 @@ __all__ = [
     "CombinedMargin",
     "CosFace",
     "GradientMode",
+    "LabelMargin",
     "Margin",
     "Modulation",
     "NormSoftmax",
