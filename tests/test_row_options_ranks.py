@@ -1,4 +1,4 @@
-"""Options of each row (weights, reduction, margins by label) on two and four ranks: the training of one process.
+"""Options of each row (weights, mixed labels, margins by label) on two and four ranks: the training of one process.
 
 All cases run in one set of processes for each number of ranks.
 """
@@ -34,6 +34,11 @@ CASES: dict[str, tuple[dict[str, Any], list[str]]] = {
     "weights, updated": (UPDATED | {"sample_rate": 0.4}, ["sample_weight"]),
     "rows": ({}, ["sample_weight", "none"]),
     "sum, updated": (UPDATED, ["sample_weight", "sum"]),
+    "mixed": ({}, ["mixed"]),
+    "mixed, weights": ({"label_smoothing": 0.1}, ["mixed", "sample_weight"]),
+    "mixed, sampled": ({"sample_rate": 0.8, "sub_centers": 2}, ["mixed"]),
+    "mixed, updated": (UPDATED, ["mixed"]),
+    "mixed, updated, sampled": (UPDATED | {"sample_rate": 0.8, "sub_centers": 2}, ["mixed", "sample_weight"]),
     "class margins": ({"margin": fa.ClassMargin(torch.linspace(0, 0.5, CLASSES))}, []),
     "class margins, sampled": ({"margin": fa.ClassMargin(torch.linspace(0, 0.5, CLASSES)), "sample_rate": 0.4}, []),
     "function of labels, updated": (UPDATED | {"margin": LabelMargin(by_label), "sample_rate": 0.4}, []),
@@ -46,15 +51,22 @@ def arguments(names: list[str], step: int) -> tuple[Tensor, Any, dict[str, Any],
     x = torch.randn(ROWS, D, generator=generator, dtype=torch.float64)
     y = torch.randint(0, CLASSES, (ROWS,), generator=generator)
     y[step] = -100
+    target: Any = y
+    if "mixed" in names:
+        second = y.roll(1)
+        second[5] = y[5]
+        target = (y, second, torch.rand(ROWS, generator=generator, dtype=torch.float64))
     given: dict[str, Any] = {}
     if "sample_weight" in names:
         given["sample_weight"] = torch.rand(ROWS, generator=generator, dtype=torch.float64)
     given["reduction"] = next((name for name in names if name in ("sum", "none")), "mean")
-    return x, y, given, torch.rand(ROWS, generator=generator, dtype=torch.float64)
+    return x, target, given, torch.rand(ROWS, generator=generator, dtype=torch.float64)
 
 
 def cut(value: Any, part: slice) -> Any:
-    return value[part] if isinstance(value, Tensor) and value.dim() else value
+    if isinstance(value, tuple):
+        return tuple(cut(each, part) for each in value)
+    return value[part] if isinstance(value, Tensor) else value
 
 
 def train(name: str) -> dict[str, Any]:

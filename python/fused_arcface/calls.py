@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal, Protocol, TypedDict, overload
 from torch import Tensor
 
 from .base.statistics import MarginSoftmaxStats
+from .engine.targets import Labels
 from .margins import Margin
 
 if TYPE_CHECKING:
@@ -55,18 +56,18 @@ class HeadCall(Protocol):
     def __call__(
         self,
         embeddings: Tensor,
-        target: Tensor,
+        target: Labels,
         *,
         return_stats: Literal[False] = ...,
         **options: Unpack[HeadOptionsOfCall],
     ) -> Tensor: ...
     @overload
     def __call__(
-        self, embeddings: Tensor, target: Tensor, *, return_stats: Literal[True], **options: Unpack[HeadOptionsOfCall]
+        self, embeddings: Tensor, target: Labels, *, return_stats: Literal[True], **options: Unpack[HeadOptionsOfCall]
     ) -> LossAndStats: ...
     @overload
     def __call__(
-        self, embeddings: Tensor, target: Tensor, *, return_stats: bool, **options: Unpack[HeadOptionsOfCall]
+        self, embeddings: Tensor, target: Labels, *, return_stats: bool, **options: Unpack[HeadOptionsOfCall]
     ) -> Tensor | LossAndStats: ...
 
 
@@ -77,7 +78,7 @@ class PartialFCCall(Protocol):
     def __call__(
         self,
         embeddings: Tensor,
-        target: Tensor,
+        target: Labels,
         *,
         return_stats: Literal[False] = ...,
         **options: Unpack[PartialFCOptionsOfCall],
@@ -86,12 +87,12 @@ class PartialFCCall(Protocol):
     def __call__(
         self,
         embeddings: Tensor,
-        target: Tensor,
+        target: Labels,
         *,
         return_stats: Literal[True],
         **options: Unpack[PartialFCOptionsOfCall],
     ) -> LossAndStats: ...
     @overload
     def __call__(
-        self, embeddings: Tensor, target: Tensor, *, return_stats: bool, **options: Unpack[PartialFCOptionsOfCall]
+        self, embeddings: Tensor, target: Labels, *, return_stats: bool, **options: Unpack[PartialFCOptionsOfCall]
     ) -> Tensor | LossAndStats: ...

@@ -24,8 +24,9 @@ from .base.dtypes import CENTER_DTYPES, MOMENTUM_DTYPES, compute_dtype
 from .base.keyed_random import rounding_key
 from .base.ranges import FROM_0, FROM_0_BELOW_1, check_number
 from .engine.loss_factor import RefusedFactors, is_refused
+from .engine.mixed import update_both
 from .engine.shard import CenterUpdate
-from .engine.terms import MOMENTUM_BLOCK, PLAIN, CenterStep, Negatives, RowGradients, check_update
+from .engine.terms import MOMENTUM_BLOCK, PLAIN, CenterStep, Negatives, RowGradients, SecondTarget, check_update
 from .margins.angular import Margin
 from .margins.state import copy_of_state
 
@@ -355,8 +356,9 @@ class PendingUpdate(CenterUpdate):
         gradients: RowGradients,
         backend: str,
         negatives: Negatives = PLAIN,
+        second: SecondTarget | None = None,
     ) -> None:
-        update = partial(self._update, embeddings, classes, target, gradients, backend, negatives)
+        update = partial(self._update, embeddings, classes, target, gradients, backend, negatives, second)
         if self._optimizer._held is None:
             update()
         else:
@@ -374,9 +376,12 @@ class PendingUpdate(CenterUpdate):
         gradients: RowGradients,
         backend: str,
         negatives: Negatives,
+        second: SecondTarget | None,
     ) -> None:
         optimizer, weight = self._optimizer, self._weight
         lse, *coefficients = gradients[1:]
+        if second is not None:
+            coefficients.append(second.coefficient)
         group, state = optimizer.param_groups[0], optimizer.bind(weight)
         for name, tensor in state.items():
             if tensor.device != weight.device:  # the head was moved, or built without memory (device="meta")
@@ -386,7 +391,7 @@ class PendingUpdate(CenterUpdate):
             coefficients = [each / self._loss_gradient for each in coefficients]
         # The same numbers on every rank, so all go on or none. An lse of -inf is a row without negatives; the loss of a
         # batch whose rows are all ignored is NaN, though its coefficients are zero.
-        finite = coefficients[0].isfinite().all() & coefficients[1].isfinite().all()
+        finite = torch.stack([each.isfinite().all() for each in coefficients]).all()
         if self._loss is not None:
             finite &= self._loss.isfinite()
         if self._loss_gradient is not None:
@@ -404,17 +409,9 @@ class PendingUpdate(CenterUpdate):
         )
         for buffer, before in self._margin_state:
             buffer.copy_(torch.where(step.active, buffer, before))
-        torch.ops.fused_arcface.update_centers(
-            embeddings,
-            weight,
-            target,
-            gradients.scale,
-            lse,
-            *coefficients,
-            *step,
-            backend,
-            **negatives._asdict(),
-        )
+        gradients = RowGradients(gradients.scale, lse, *coefficients[:2])
+        second = None if second is None else SecondTarget(second.row, coefficients[2])
+        update_both(embeddings, weight, target, gradients, step, backend, negatives, second)
         # A graph that has saved the centers as they were now says so instead of using them as they are.
         torch.autograd.graph.increment_version(weight)
 

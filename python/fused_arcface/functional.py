@@ -9,6 +9,7 @@ from torch import Tensor
 from .base.options import HeadOptions
 from .base.statistics import MarginSoftmaxStats
 from .engine.step import loss_on_one_device
+from .engine.targets import Labels
 from .margins.angular import ArcFace, Margin
 
 if TYPE_CHECKING:
@@ -21,23 +22,23 @@ if TYPE_CHECKING:
 def margin_softmax_loss(
     embeddings: Tensor,
     weight: Tensor,
-    target: Tensor,
+    target: Labels,
     *,
     return_stats: Literal[False] = ...,
     **options: Unpack[LossOptions],
 ) -> Tensor: ...
 @overload
 def margin_softmax_loss(
-    embeddings: Tensor, weight: Tensor, target: Tensor, *, return_stats: Literal[True], **options: Unpack[LossOptions]
+    embeddings: Tensor, weight: Tensor, target: Labels, *, return_stats: Literal[True], **options: Unpack[LossOptions]
 ) -> LossAndStats: ...
 @overload
 def margin_softmax_loss(
-    embeddings: Tensor, weight: Tensor, target: Tensor, *, return_stats: bool, **options: Unpack[LossOptions]
+    embeddings: Tensor, weight: Tensor, target: Labels, *, return_stats: bool, **options: Unpack[LossOptions]
 ) -> Tensor | LossAndStats: ...
 def margin_softmax_loss(
     embeddings: Tensor,
     weight: Tensor,
-    target: Tensor,
+    target: Labels,
     *,
     margin: Margin = ArcFace(),
     scale: float = 64.0,
@@ -57,7 +58,11 @@ def margin_softmax_loss(
     Args:
         embeddings: (N, D) fp32, fp64, bf16 or fp16, of any norm; rows are normalized by ``max(|x|, 1e-12)``.
         weight: (C, D) class centers, likewise; its dtype may differ.
-        target: (N,) labels of any integer dtype, in [0, C) or ``ignore_index``.
+        target: (N,) labels of any integer dtype, in [0, C) or ``ignore_index``; or mixed labels of mixup and CutMix,
+            ``(first, second, share)``: two labels (N,), and the share of the first one, a number or (N,) in [0, 1].
+            The loss of a row is ``share·CE(first) + (1 - share)·CE(second)``, each with its own margin, in one pass
+            over the classes. A part whose label is ignored has no loss and does not count in the mean. The statistics
+            are those of the first label, but for the loss.
         margin: a margin of this package, or any differentiable map of target cosines (N,) to modified cosines (N,).
             One that knows the rows' norms or changes the negatives has a method more, see
             :class:`fused_arcface.margins.RowMargin` and :class:`fused_arcface.margins.Modulation`.

@@ -16,6 +16,7 @@ from .base.normalize import unit_rows, without_autocast
 from .base.options import HeadOptions
 from .base.statistics import MarginSoftmaxStats
 from .engine.step import as_autocast, loss_on_one_device
+from .engine.targets import Labels
 from .margins.angular import ArcFace, Margin
 
 if TYPE_CHECKING:
@@ -98,7 +99,7 @@ class MarginHead(NotScriptable, nn.Module):
     def forward(
         self,
         embeddings: Tensor,
-        target: Tensor,
+        target: Labels,
         *,
         ignore_index: int = -100,
         return_stats: bool = False,
@@ -107,7 +108,7 @@ class MarginHead(NotScriptable, nn.Module):
     ) -> Tensor | tuple[Tensor, MarginSoftmaxStats]:
         """Return the loss of embeddings (N, D) with labels (N,), and the rows' statistics if asked for.
 
-        sample_weight and reduction are those of :func:`fused_arcface.margin_softmax_loss`, as are the errors.
+        target, sample_weight and reduction are those of :func:`fused_arcface.margin_softmax_loss`, as are the errors.
         """
         options = self.options
         return loss_on_one_device(

@@ -19,7 +19,7 @@ from .engine.joint_calls import JointCalls
 from .engine.run_state import RunState
 from .engine.shard import Shard, own_losses
 from .engine.step import loss_over_classes
-from .engine.targets import Rows, Target
+from .engine.targets import Labels, Rows, Target
 from .engine.terms import INVALID
 from .head import cosines_of, nearest_classes, place_margin
 from .margins.angular import ArcFace, Margin
@@ -215,7 +215,7 @@ class PartialFC(NotScriptable, JointCalls, RunState):
     def forward(
         self,
         embeddings: Tensor,
-        target: Tensor,
+        target: Labels,
         *,
         ignore_index: int = -100,
         return_stats: bool = False,
@@ -229,7 +229,7 @@ class PartialFC(NotScriptable, JointCalls, RunState):
 
         Args:
             embeddings: (n, D), this rank's rows.
-            target: (n,) global labels of any integer dtype.
+            target: (n,) global labels of any integer dtype, or mixed labels ``(first, second, share)``.
             ignore_index: The label of rows that are ignored.
             return_stats: If true, also return the :class:`~fused_arcface.MarginSoftmaxStats` of this rank's rows.
             loss_weight: factor of the returned loss, finite and >= 0, the same on every rank: the weight of this head
@@ -256,11 +256,16 @@ class PartialFC(NotScriptable, JointCalls, RunState):
             check_number("loss_weight", loss_weight, NOT_NEGATIVE)
             self._check_reduction(reduction)
             self.options.check_classes(self.num_classes)
-            agreement = self._step_agreement("forward()", ignore_index, loss_weight, reduction, sample_weight)
+            self.options.check_target(target)
+            agreement = self._step_agreement("forward()", ignore_index, loss_weight, reduction, sample_weight, target)
         embeddings, batch, backend = self._gather(
             embeddings, target, agreement, ignore_index, return_stats, sample_weight
         )
-        target_class = torch.ops.fused_arcface.local_target(batch.labels, self.num_classes, ignore_index)
+        numbers = iter(batch.numbers)
+        factors = None if sample_weight is None else next(numbers)
+        second, share = next(numbers, None), next(numbers, None)
+        labels = batch.labels if second is None else torch.cat([batch.labels, second])
+        target_class = torch.ops.fused_arcface.local_target(labels, self.num_classes, ignore_index)
         # A gradient has a size, for which the host waits; CenterSGD needs none.
         waits = self.center_optimizer is not None and _is_waited_for(target_class.device)
         padded = waits and backends.has(backend, "padding")
@@ -282,7 +287,8 @@ class PartialFC(NotScriptable, JointCalls, RunState):
             with_max=batch.return_stats,
             update=update,
         )
-        rows = Rows(Target(target_class, chosen_class), *batch.numbers)
+        first, *of_second = map(Target, target_class.split(len(batch.labels)), chosen_class.split(len(batch.labels)))
+        rows = Rows(first, factors, of_second[0] if of_second else None, share)
         loss, stats = loss_over_classes(embeddings, weight, rows, self.options, reduction, backend, shard)
         loss = loss * loss_weight
         if reduction == "none":

@@ -129,6 +129,8 @@ def record_calls(rank: Rank, record: Callable[[str, Callable[[], Any]], None]) -
     weights = torch.ones(3)
     record("sample_weight", lambda: head(x, y, sample_weight=None if rank.differs else weights))
     record("sample_weight refused", lambda: head(x, y, sample_weight=-weights if rank.differs else weights))
+    record("target", lambda: head(x, (y, y, 0.5) if rank.differs else y))
+    record("share refused", lambda: head(x, (y, y, 2.0 if rank.differs else 0.5)))
     record("reduction", lambda: head(x, y, reduction="none" if rank.differs else "mean"))
     record("loss_weight", lambda: head(x, y, loss_weight=2.0 if rank.differs else 1.0))
     record("ignore_index", lambda: head(x, y, ignore_index=-1 if rank.differs else -100))
@@ -254,6 +256,7 @@ def both(outcomes: list[dict[str, Any]], name: str) -> tuple[Any, Any]:
         ("ignore_index", "ignore_index"),
         ("sample_weight", "sample_weight"),
         ("reduction", "reduction"),
+        ("target", "target"),
         ("loss_weight", "loss_weight"),
         ("no_grad", "torch.is_grad_enabled()"),
         ("inference_mode", "torch.is_grad_enabled()"),
@@ -284,6 +287,7 @@ def test_another_dtype_is_refused_on_both(outcomes, case):
         ("logits refused", "ValueError: embeddings must be (N, D=4); got (4,)"),
         ("target refused", "TypeError: target must have one of the dtypes"),
         ("device refused", "ValueError: embeddings must be on weight's device cpu; got meta"),
+        ("share refused", "ValueError: target[2] must be in [0, 1]; got 2.0"),
         ("sample_weight refused", "ValueError: sample_weight must be finite and >= 0; got -1 at row 0"),
         ("return_stats type", "TypeError: return_stats must be a bool; got str"),
     ],

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .dtypes import FLOAT_DTYPES, INTEGER_DTYPES, names
+from .ranges import FROM_0_TO_1, check_number
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -32,18 +33,48 @@ def check_embeddings(embeddings: object, weight: Tensor) -> None:
         raise ValueError(f"embeddings must be on weight's device {weight.device}; got {embeddings.device}")
 
 
+_INSTEAD = (
+    "for two labels a row pass target=(first, second, share); for soft or multi-hot labels take "
+    "torch.nn.functional.cross_entropy over head.logits(embeddings)"
+)
+
+
 def check_target(target: object, embeddings: Tensor, ignore_index: object) -> None:
-    """Check labels ``(N,)`` of embeddings ``(N, D)``, without reading them."""
-    _check_tensor("target", target, INTEGER_DTYPES)
-    assert isinstance(target, Tensor)
-    if target.shape != embeddings.shape[:1]:
-        raise ValueError(f"target must be (N={embeddings.shape[0]},); got {tuple(target.shape)}")
-    if target.device != embeddings.device:
-        raise ValueError(f"target must be on embeddings' device {embeddings.device}; got {target.device}")
+    """Check labels ``(N,)`` of embeddings ``(N, D)``, or mixed labels ``(first, second, share)``; they are not read."""
+    if not isinstance(target, (tuple, list)):
+        _check_labels("target", target, embeddings)
+    elif len(target) != 3:
+        raise ValueError(
+            f"target must be labels (N,), or (first, second, share) for mixed labels; got {len(target)} items"
+        )
+    else:
+        _check_labels("target[0]", target[0], embeddings)
+        _check_labels("target[1]", target[1], embeddings)
+        _check_share("target[2]", target[2], embeddings)
     if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
         raise TypeError(f"ignore_index must be an int; got {type(ignore_index).__name__}")
     if not -(1 << 63) <= ignore_index < 1 << 63:
         raise ValueError(f"ignore_index must be in [-2^63, 2^63); got {ignore_index}")
+
+
+def _check_labels(name: str, labels: object, embeddings: Tensor) -> None:
+    if isinstance(labels, Tensor) and labels.is_floating_point():
+        rule = f"{name} must have one of the dtypes {names(INTEGER_DTYPES)}"
+        raise TypeError(f"{rule}; got {names((labels.dtype,))}: {_INSTEAD}")
+    _check_tensor(name, labels, INTEGER_DTYPES)
+    assert isinstance(labels, Tensor)
+    if labels.shape != embeddings.shape[:1]:
+        instead = f": {_INSTEAD}" if labels.dim() == 2 else ""
+        raise ValueError(f"{name} must be (N={embeddings.shape[0]},); got {tuple(labels.shape)}{instead}")
+    if labels.device != embeddings.device:
+        raise ValueError(f"{name} must be on embeddings' device {embeddings.device}; got {labels.device}")
+
+
+def _check_share(name: str, share: object, embeddings: Tensor) -> None:
+    if not isinstance(share, Tensor):
+        check_number(name, share, FROM_0_TO_1)
+    else:
+        check_row_tensor(name, share.expand(embeddings.shape[0]) if share.dim() == 0 else share, embeddings)
 
 
 def check_margin(margin: object) -> None:
@@ -97,8 +128,7 @@ def check_inputs(
     """Check the tensors of ``margin_softmax_loss`` and the arguments beside its options, without reading values."""
     _check_tensor("embeddings", embeddings, FLOAT_DTYPES)
     _check_tensor("weight", weight, FLOAT_DTYPES)
-    _check_tensor("target", target, INTEGER_DTYPES)
-    assert isinstance(embeddings, Tensor) and isinstance(weight, Tensor) and isinstance(target, Tensor)
+    assert isinstance(embeddings, Tensor) and isinstance(weight, Tensor)
     if embeddings.dim() != 2 or embeddings.shape[1] == 0:
         raise ValueError(f"embeddings must be (N, D) with D >= 1; got {tuple(embeddings.shape)}")
     if weight.dim() != 2 or weight.shape[1] != embeddings.shape[1]:

@@ -55,6 +55,18 @@ class HeadOptions:
             needs["sub_centers"] = f"sub_centers={self.sub_centers}"
         return needs
 
+    def check_target(self, target: object) -> None:
+        """Check that these options can be combined with a target.
+
+        Raises:
+            ValueError: for mixed labels and a margin that changes the negatives.
+        """
+        if isinstance(target, (tuple, list)) and hasattr(self.margin, "modulate"):
+            raise ValueError(
+                f"target must be labels (N,) with {type(self.margin).__name__}, which compares the negatives with one "
+                "target; got (first, second, share)"
+            )
+
     def check_classes(self, num_classes: int) -> None:
         """Check that a margin with a number for each class is made for so many classes.
 

@@ -19,6 +19,7 @@ from ..parallel.ranks import JointBatch, Ranks
 from ..parallel.sharding import Sharding
 from ..parallel.wrappers import check_built_in_time, check_unwrapped
 from .step import as_autocast, checked_weights
+from .targets import Labels, labels_and_share
 
 
 class JointCalls(nn.Module):
@@ -77,6 +78,7 @@ class JointCalls(nn.Module):
         loss_weight: float = 1.0,
         reduction: str = "mean",
         sample_weight: Tensor | None = None,
+        target: Labels | None = None,
     ) -> Agreement:
         """Return the values that must be the same on every rank in a forward pass and the backward pass after it."""
         check_built_in_time(type(self).__name__, self.ranks.group)
@@ -88,6 +90,7 @@ class JointCalls(nn.Module):
             "ignore_index": ignore_index,
             "loss_weight": loss_weight,
             "reduction": reduction,
+            "target": "mixed" if isinstance(target, (tuple, list)) else "labels",
             "sample_weight": "none" if sample_weight is None else "given",
         }
         if isinstance(self.margin, nn.Module):
@@ -100,7 +103,7 @@ class JointCalls(nn.Module):
     def _gather(
         self,
         embeddings: Tensor,
-        target: Tensor | None,
+        target: Labels | None,
         agreement: Agreement,
         ignore_index: int = -100,
         return_stats: bool = False,
@@ -126,19 +129,20 @@ class JointCalls(nn.Module):
             if sample_weight is not None:
                 check_row_tensor("sample_weight", sample_weight, embeddings)
             sample_weight = checked_weights(sample_weight)
+            labels, second, share = labels_and_share(target)
             dtype = compute_dtype(embeddings, self.weight)
             backend = backends.select(self.backend, embeddings.device, dtype, self.options.needs())
             embeddings = as_autocast(embeddings)
             shard = self._digest_of_shard()
         batch = self.ranks.gather_batch(
             embeddings.detach(),
-            target,
+            labels,
             type(self).__name__,
             agreement,
             requires_grad=torch.is_grad_enabled() and embeddings.requires_grad,
             return_stats=return_stats,
             shard=shard,
-            numbers=() if sample_weight is None else (sample_weight,),
+            numbers=[each for each in (sample_weight, second, share) if each is not None],
         )
         self._compared.add(self.training)
         if batch.requires_grad and torch.is_grad_enabled() and not embeddings.requires_grad:

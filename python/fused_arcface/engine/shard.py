@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..base.once_differentiable import once_differentiable
 from ..parallel.ranks import ALONE, JointBatch, Ranks
-from .terms import PLAIN, Negatives, RowGradients
+from .terms import PLAIN, Negatives, RowGradients, SecondTarget
 
 
 class CenterUpdate:
@@ -28,10 +28,12 @@ class CenterUpdate:
         gradients: RowGradients,
         backend: str,
         negatives: Negatives = PLAIN,
+        second: SecondTarget | None = None,
     ) -> None:
         """Update rows ``classes`` (K,) of the class centers, all if None, in place.
 
-        The other arguments are those of ``weight_grad``, see :mod:`fused_arcface.backends.torch`.
+        The other arguments are those of ``weight_grad``, see :mod:`fused_arcface.backends.torch`, and the rows' second
+        targets.
         """
         raise NotImplementedError
 

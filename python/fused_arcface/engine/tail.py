@@ -18,6 +18,8 @@ from ..base.statistics import MarginSoftmaxStats
 from ..margins.angular import Margin, parameters
 from .ops import for_numbers
 from .smoothing import Smoothing
+from .targets import Rows
+from .terms import IGNORED
 
 
 class _FusedMarginLoss(torch.autograd.Function):
@@ -46,7 +48,7 @@ class _FusedMarginLoss(torch.autograd.Function):
         loss, lse, d_lse, d_cosine = margin_loss(negative_lse, target_cosine, *numbers, boundary, gradient, backend)
         loss = loss.masked_fill_(ignored, 0)
         weighted = loss.clone() if sample_weight is None else loss * sample_weight
-        divisor = divisor_of_mean(ignored, sample_weight) if reduction == "mean" else None
+        divisor = divisor_of_mean(~ignored, sample_weight) if reduction == "mean" else None
         ctx.save_for_backward(d_lse, d_cosine, ignored, sample_weight, divisor)
         reduced = weighted if reduction == "none" else weighted.sum()
         if divisor is not None:
@@ -70,22 +72,36 @@ class _FusedMarginLoss(torch.autograd.Function):
         return d_loss * d_lse, d_loss * d_cosine, *(None for _ in range(10))
 
 
-def divisor_of_mean(ignored: Tensor, sample_weight: Tensor | None) -> Tensor:
-    """Return the number, or the weights' sum, of the rows that are not ignored: the mean loss divides by it."""
-    return (~ignored).sum() if sample_weight is None else sample_weight.masked_fill(ignored, 0).sum()
+def divisor_of_mean(counted: Tensor, sample_weight: Tensor | None) -> Tensor:
+    """Return the number that the mean loss divides by: of the rows that count, or the sum of their weights."""
+    return counted.sum() if sample_weight is None else (sample_weight * counted).sum()
 
 
-def reduce_loss(loss: Tensor, ignored: Tensor, reduction: str, sample_weight: Tensor | None) -> Tensor:
+def reduce_loss(loss: Tensor, counted: Tensor, reduction: str, sample_weight: Tensor | None) -> Tensor:
     """Reduce row losses ``(N,)``, 0 where ignored, as ``cross_entropy(weight=...)`` does.
 
-    Ignored rows are neither in the sum nor in the number that the mean divides by.
+    ``counted`` (N,) is true for rows that are not ignored, or the part of the row that is not.
     """
     if sample_weight is not None:
         loss = loss * sample_weight
     if reduction == "none":
         return loss
     total = loss.sum()
-    return total / divisor_of_mean(ignored, sample_weight) if reduction == "mean" else total
+    return total / divisor_of_mean(counted, sample_weight) if reduction == "mean" else total
+
+
+def row_losses(
+    negative_lse: Tensor, target_cosine: Tensor, margin: Margin, scale: float, smoothed: Smoothing | None
+) -> tuple[Tensor, Tensor]:
+    """Return the rows' losses (N,), differentiable, and their full log-sum-exps (N,), for any margin."""
+    modified = margin(target_cosine.clone())  # a copy: a user's margin may work in place
+    check_margin_output(modified, target_cosine)
+    target_logit = scale * modified
+    # softplus, not log(exp + exp) - z, which cancels for well-classified rows; past 40 it is linear to fp64's last bit.
+    loss = F.softplus(negative_lse - target_logit, threshold=40)
+    if smoothed is not None:
+        loss = smoothed.loss(loss, target_cosine, target_logit, scale)
+    return loss, torch.logaddexp(negative_lse.detach(), target_logit.detach())
 
 
 def loss_of_rows(
@@ -124,20 +140,56 @@ def loss_of_rows(
             negative_lse, target_cosine, ignored, sample_weight, reduction, float(scale), *numbers, backend
         )
     else:
-        modified = margin(target_cosine.clone())  # a copy: a user's margin may work in place
-        check_margin_output(modified, target_cosine)
-        target_logit = scale * modified
-        # softplus, not log(exp + exp) - z, which cancels for well-classified rows; past 40 it is linear to fp64's
-        # last bit.
-        loss = F.softplus(negative_lse - target_logit, threshold=40)
-        lse = torch.logaddexp(negative_lse.detach(), target_logit.detach())
-        if smoothed is not None:
-            loss = smoothed.loss(loss, target_cosine, target_logit, scale)
+        loss, lse = row_losses(negative_lse, target_cosine, margin, scale, smoothed)
         if penalty is not None:
             loss = loss + penalty
         loss = loss.masked_fill(ignored, 0)
-        reduced = reduce_loss(loss, ignored, reduction, sample_weight)
+        reduced = reduce_loss(loss, ~ignored, reduction, sample_weight)
     cosine = target_cosine.detach()
     # For booleans a > b is a and not b.
     stats = MarginSoftmaxStats(loss.detach(), lse, cosine, correct=(cosine > negative_max) > ignored)
     return reduced, stats
+
+
+def loss_of_mixed_rows(
+    of_labels: tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]],
+    margins: tuple[Margin, Margin],
+    rows: Rows,
+    correct: Tensor,
+    scale: float,
+    reduction: str,
+    penalty: Tensor | None = None,
+    smoothed: Smoothing | None = None,
+    sample_weight: Tensor | None = None,
+) -> tuple[Tensor, MarginSoftmaxStats]:
+    """Return the reduced loss of rows with two labels, differentiable, and the statistics of the rows' first labels.
+
+    A row is two rows with weights: its share for the first label, the rest for the second one. A part whose label is
+    ignored neither has a loss nor counts in a mean.
+
+    Args:
+        of_labels: negative_lse (N,) and target_cosine (N,) of the first label, and of the second.
+        margins: the margin for each of them.
+        rows: the labels and the shares.
+        correct: (N,) bool, the statistic of the first label.
+        scale: The factor of the logits.
+        reduction: as in :func:`loss_of_rows`.
+        penalty: likewise.
+        smoothed: likewise.
+        sample_weight: likewise.
+    """
+    assert rows.second is not None and rows.share is not None
+    share = rows.share.to(of_labels[0][0].dtype)
+    parts = (
+        share.masked_fill(rows.target.label == IGNORED, 0),
+        (1 - share).masked_fill(rows.second.label == IGNORED, 0),
+    )
+    (first, lse), (second, _) = (
+        row_losses(*each, margin, scale, smoothed) for each, margin in zip(of_labels, margins, strict=True)
+    )
+    loss = parts[0] * first + parts[1] * second
+    if penalty is not None:
+        loss = loss + penalty
+    loss = loss.masked_fill(rows.ignored, 0)
+    reduced = reduce_loss(loss, parts[0] + parts[1], reduction, sample_weight)
+    return reduced, MarginSoftmaxStats(loss.detach(), lse, of_labels[0][1].detach(), correct)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from fused_arcface import reference
 from fused_arcface.base.statistics import MarginSoftmaxStats
 from fused_arcface.engine.margin_step import in_step
+from fused_arcface.engine.targets import Labels
 from fused_arcface.head import MarginHead
 
 
@@ -45,7 +46,7 @@ class ReferenceHead(MarginHead):
     def forward(
         self,
         embeddings: Tensor,
-        target: Tensor,
+        target: Labels,
         *,
         ignore_index: int = -100,
         return_stats: bool = False,
