@@ -27,6 +27,7 @@ if TYPE_CHECKING:  # the same names again, for type checkers and editors; a test
     from .margins.angular import CosFace as CosFace
     from .margins.angular import NormSoftmax as NormSoftmax
     from .margins.angular import SphereFace as SphereFace
+    from .margins.by_label import ClassMargin as ClassMargin
     from .margins.hard_negatives import CurricularFace as CurricularFace
     from .margins.hard_negatives import InterclassFilter as InterclassFilter
     from .margins.hard_negatives import MVSoftmax as MVSoftmax
@@ -52,6 +53,7 @@ _NAMES = {
     "head": ("MarginHead",),
     "margins.angular": ("ArcFace", "CombinedMargin", "CosFace", "NormSoftmax", "SphereFace"),
     "margins.hard_negatives": ("CurricularFace", "InterclassFilter", "MVSoftmax"),
+    "margins.by_label": ("ClassMargin",),
     "margins.per_row": ("AdaFace", "ElasticFace", "MagFace"),
     "partial_fc": ("PartialFC",),
 }

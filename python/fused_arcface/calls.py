@@ -5,12 +5,16 @@ Type checkers read these; nothing here is needed at run time.
 
 from __future__ import annotations
 
-from typing import Literal, Protocol, TypedDict, overload
+from typing import TYPE_CHECKING, Literal, Protocol, TypedDict, overload
 
 from torch import Tensor
 
 from .base.statistics import MarginSoftmaxStats
+from .engine.targets import Labels
 from .margins import Margin
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 LossAndStats = tuple[Tensor, MarginSoftmaxStats]
 Reduction = Literal["mean", "sum", "none"]
@@ -28,6 +32,21 @@ class LossOptions(TypedDict, total=False):
     backend: Backend
     sub_centers: int
     label_smoothing: float
+    sample_weight: Tensor | None
+
+
+class HeadOptionsOfCall(TypedDict, total=False):
+    """The options of a :class:`fused_arcface.MarginHead`'s call but ``return_stats``."""
+
+    ignore_index: int
+    sample_weight: Tensor | None
+    reduction: Reduction
+
+
+class PartialFCOptionsOfCall(HeadOptionsOfCall, total=False):
+    """The options of a :class:`fused_arcface.PartialFC`'s call but ``return_stats``."""
+
+    loss_weight: float
 
 
 class HeadCall(Protocol):
@@ -35,15 +54,20 @@ class HeadCall(Protocol):
 
     @overload
     def __call__(
-        self, embeddings: Tensor, target: Tensor, *, ignore_index: int = ..., return_stats: Literal[False] = ...
+        self,
+        embeddings: Tensor,
+        target: Labels,
+        *,
+        return_stats: Literal[False] = ...,
+        **options: Unpack[HeadOptionsOfCall],
     ) -> Tensor: ...
     @overload
     def __call__(
-        self, embeddings: Tensor, target: Tensor, *, ignore_index: int = ..., return_stats: Literal[True]
+        self, embeddings: Tensor, target: Labels, *, return_stats: Literal[True], **options: Unpack[HeadOptionsOfCall]
     ) -> LossAndStats: ...
     @overload
     def __call__(
-        self, embeddings: Tensor, target: Tensor, *, ignore_index: int = ..., return_stats: bool
+        self, embeddings: Tensor, target: Labels, *, return_stats: bool, **options: Unpack[HeadOptionsOfCall]
     ) -> Tensor | LossAndStats: ...
 
 
@@ -54,29 +78,21 @@ class PartialFCCall(Protocol):
     def __call__(
         self,
         embeddings: Tensor,
-        target: Tensor,
+        target: Labels,
         *,
-        ignore_index: int = ...,
         return_stats: Literal[False] = ...,
-        loss_weight: float = ...,
+        **options: Unpack[PartialFCOptionsOfCall],
     ) -> Tensor: ...
     @overload
     def __call__(
         self,
         embeddings: Tensor,
-        target: Tensor,
+        target: Labels,
         *,
-        ignore_index: int = ...,
         return_stats: Literal[True],
-        loss_weight: float = ...,
+        **options: Unpack[PartialFCOptionsOfCall],
     ) -> LossAndStats: ...
     @overload
     def __call__(
-        self,
-        embeddings: Tensor,
-        target: Tensor,
-        *,
-        ignore_index: int = ...,
-        return_stats: bool,
-        loss_weight: float = ...,
+        self, embeddings: Tensor, target: Labels, *, return_stats: bool, **options: Unpack[PartialFCOptionsOfCall]
     ) -> Tensor | LossAndStats: ...

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from .base.keyed_random import rounding_key
 from .engine.loss_factor import is_refused
+from .engine.mixed import update_both
 from .engine.shard import CenterUpdate
-from .engine.terms import PLAIN, CenterStep, Negatives, RowGradients
+from .engine.terms import PLAIN, CenterStep, Negatives, RowGradients, SecondTarget
 from .store import SampledRows
 
 if TYPE_CHECKING:
@@ -97,8 +98,9 @@ class PendingUpdate(CenterUpdate):
         gradients: RowGradients,
         backend: str,
         negatives: Negatives = PLAIN,
+        second: SecondTarget | None = None,
     ) -> None:
-        update = partial(self._update, embeddings, classes, target, gradients, backend, negatives)
+        update = partial(self._update, embeddings, classes, target, gradients, backend, negatives, second)
         if self._optimizer._held is None:
             update()
         else:
@@ -116,9 +118,12 @@ class PendingUpdate(CenterUpdate):
         gradients: RowGradients,
         backend: str,
         negatives: Negatives,
+        second: SecondTarget | None,
     ) -> None:
         optimizer, sampled = self._optimizer, self._sampled
         lse, *coefficients = gradients[1:]
+        if second is not None:
+            coefficients.append(second.coefficient)
         group = optimizer.param_groups[0]
         if sampled is None:
             weight, state = self._weight, optimizer.bind_on_device(self._weight)
@@ -147,17 +152,9 @@ class PendingUpdate(CenterUpdate):
         )
         for buffer, before in self._margin_state:
             buffer.copy_(torch.where(step.active, buffer, before))
-        torch.ops.fused_arcface.update_centers(
-            embeddings,
-            weight,
-            target,
-            gradients.scale,
-            lse,
-            *coefficients,
-            *step,
-            backend,
-            **negatives._asdict(),
-        )
+        gradients = RowGradients(gradients.scale, lse, *coefficients[:2])
+        second = None if second is None else SecondTarget(second.row, coefficients[2])
+        update_both(embeddings, weight, target, gradients, step, backend, negatives, second)
         # A graph that has saved the centers as they were now says so instead of using them as they are.
         torch.autograd.graph.increment_version(weight)
         if sampled is not None:

@@ -9,6 +9,7 @@ from torch import Tensor
 from .base.options import HeadOptions
 from .base.statistics import MarginSoftmaxStats
 from .engine.step import loss_on_one_device
+from .engine.targets import Labels
 from .margins.angular import ArcFace, Margin
 
 if TYPE_CHECKING:
@@ -21,23 +22,23 @@ if TYPE_CHECKING:
 def margin_softmax_loss(
     embeddings: Tensor,
     weight: Tensor,
-    target: Tensor,
+    target: Labels,
     *,
     return_stats: Literal[False] = ...,
     **options: Unpack[LossOptions],
 ) -> Tensor: ...
 @overload
 def margin_softmax_loss(
-    embeddings: Tensor, weight: Tensor, target: Tensor, *, return_stats: Literal[True], **options: Unpack[LossOptions]
+    embeddings: Tensor, weight: Tensor, target: Labels, *, return_stats: Literal[True], **options: Unpack[LossOptions]
 ) -> LossAndStats: ...
 @overload
 def margin_softmax_loss(
-    embeddings: Tensor, weight: Tensor, target: Tensor, *, return_stats: bool, **options: Unpack[LossOptions]
+    embeddings: Tensor, weight: Tensor, target: Labels, *, return_stats: bool, **options: Unpack[LossOptions]
 ) -> Tensor | LossAndStats: ...
 def margin_softmax_loss(
     embeddings: Tensor,
     weight: Tensor,
-    target: Tensor,
+    target: Labels,
     *,
     margin: Margin = ArcFace(),
     scale: float = 64.0,
@@ -47,6 +48,7 @@ def margin_softmax_loss(
     return_stats: bool = False,
     sub_centers: int = 1,
     label_smoothing: float = 0.0,
+    sample_weight: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, MarginSoftmaxStats]:
     """Softmax cross-entropy over ``scale·cos θ`` with a margin on the target, never storing the ``(N, C)`` logits.
 
@@ -56,7 +58,11 @@ def margin_softmax_loss(
     Args:
         embeddings: (N, D) fp32, fp64, bf16 or fp16, of any norm; rows are normalized by ``max(|x|, 1e-12)``.
         weight: (C, D) class centers, likewise; its dtype may differ.
-        target: (N,) labels of any integer dtype, in [0, C) or ``ignore_index``.
+        target: (N,) labels of any integer dtype, in [0, C) or ``ignore_index``; or mixed labels of mixup and CutMix,
+            ``(first, second, share)``: two labels (N,), and the share of the first one, a number or (N,) in [0, 1].
+            The loss of a row is ``share·CE(first) + (1 - share)·CE(second)``, each with its own margin, in one pass
+            over the classes. A part whose label is ignored has no loss and does not count in the mean. The statistics
+            are those of the first label, but for the loss.
         margin: a margin of this package, or any differentiable map of target cosines (N,) to modified cosines (N,).
             One that knows the rows' norms or changes the negatives has a method more, see
             :class:`fused_arcface.margins.RowMargin` and :class:`fused_arcface.margins.Modulation`.
@@ -69,6 +75,9 @@ def margin_softmax_loss(
             class's cosine is the greatest of theirs, which alone has a gradient (Sub-center ArcFace, ECCV 2020).
         label_smoothing: in [0, 1], as in ``cross_entropy``: uniform over all classes, of which the target's logit has
             the margin. Only with ``sub_centers=1`` and a margin that leaves the negatives alone.
+        sample_weight: (N,) factors of the rows' losses, finite and >= 0, without a gradient, or None. The mean divides
+            by their sum over the rows that count, as ``cross_entropy(weight=...)`` does. Weights of classes are
+            ``class_weight[target]``. The statistics' losses are without them.
 
     Returns:
         The loss, a scalar or (N,), fp32 (fp64 if an input is), or ``(loss, stats)``. Gradients have their input's
@@ -77,7 +86,8 @@ def margin_softmax_loss(
     Raises:
         TypeError: an argument of a wrong type or dtype.
         ValueError: a wrong shape, device, range or option. Out-of-range labels: on a GPU the row's loss is NaN instead,
-            unless the environment has ``FUSED_ARCFACE_DEBUG=1``.
+            unless the environment has ``FUSED_ARCFACE_DEBUG=1``. Values of sample_weight are read under the same
+            conditions.
             A named backend without sub-centers or modulated negatives, where they are asked for.
         RuntimeError: a named backend that is not available; a second backward through the same loss; a derivative of
             its gradient (:mod:`fused_arcface.reference` is twice differentiable).
@@ -88,4 +98,6 @@ def margin_softmax_loss(
     tensor([0.3133, 1.3133])
     """
     options = HeadOptions(margin, scale, sub_centers, label_smoothing)
-    return loss_on_one_device(embeddings, weight, target, options, backend, reduction, ignore_index, return_stats)
+    return loss_on_one_device(
+        embeddings, weight, target, options, backend, reduction, ignore_index, return_stats, sample_weight
+    )

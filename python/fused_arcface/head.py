@@ -16,6 +16,7 @@ from .base.normalize import unit_rows, without_autocast
 from .base.options import HeadOptions
 from .base.statistics import MarginSoftmaxStats
 from .engine.step import as_autocast, loss_on_one_device
+from .engine.targets import Labels
 from .margins.angular import ArcFace, Margin
 
 if TYPE_CHECKING:
@@ -77,6 +78,7 @@ class MarginHead(NotScriptable, nn.Module):
         embedding_dim = check_size("embedding_dim", embedding_dim)
         num_classes = check_size("num_classes", num_classes)
         options = HeadOptions(margin, scale, sub_centers, label_smoothing)
+        options.check_classes(num_classes)
         check_center_dtype(dtype)
         self.backend = backends.check_name(backend)
         self.margin, self.scale = options.margin, options.scale
@@ -95,12 +97,22 @@ class MarginHead(NotScriptable, nn.Module):
         nn.init.normal_(self.weight, std=0.01)
 
     def forward(
-        self, embeddings: Tensor, target: Tensor, *, ignore_index: int = -100, return_stats: bool = False
+        self,
+        embeddings: Tensor,
+        target: Labels,
+        *,
+        ignore_index: int = -100,
+        return_stats: bool = False,
+        sample_weight: Tensor | None = None,
+        reduction: str = "mean",
     ) -> Tensor | tuple[Tensor, MarginSoftmaxStats]:
-        """Return the mean loss of embeddings (N, D) with labels (N,), and the rows' statistics if asked for."""
+        """Return the loss of embeddings (N, D) with labels (N,), and the rows' statistics if asked for.
+
+        target, sample_weight and reduction are those of :func:`fused_arcface.margin_softmax_loss`, as are the errors.
+        """
         options = self.options
         return loss_on_one_device(
-            embeddings, self.weight, target, options, self.backend, "mean", ignore_index, return_stats
+            embeddings, self.weight, target, options, self.backend, reduction, ignore_index, return_stats, sample_weight
         )
 
     def logits(self, embeddings: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from . import backends
-from .base.checks import check_center_dtype, check_size
+from .base.checks import check_center_dtype, check_reduction, check_size
 from .base.compiler import NotScriptable, check_not_transformed, not_compiled
 from .base.keyed_random import CENTER_STD, fill_normal
 from .base.options import HeadOptions
@@ -17,9 +17,10 @@ from .base.ranges import ABOVE_0_TO_1, NOT_NEGATIVE, check_number
 from .base.statistics import MarginSoftmaxStats
 from .center_sgd import CenterOptimizer, CenterSGD, CentersUpdatedInBackward
 from .engine.run_state import RunState
-from .engine.shard import Shard
+from .engine.shard import Shard, own_losses
 from .engine.step import loss_over_classes
-from .engine.terms import IGNORED, INVALID
+from .engine.targets import Labels, Rows, Target
+from .engine.terms import INVALID
 from .head import place_margin
 from .margins.angular import ArcFace, Margin
 from .parallel.sampling import KeyedPermutation, Permutation, Sampler
@@ -142,6 +143,7 @@ class PartialFC(NotScriptable, ShardedEvaluation, RunState):
             embedding_dim = check_size("embedding_dim", embedding_dim)
             num_classes = check_size("num_classes", num_classes)
             options = HeadOptions(margin, scale, sub_centers, label_smoothing)
+            options.check_classes(num_classes)
             check_number("sample_rate", sample_rate, ABOVE_0_TO_1)
             seed = check_size("seed", seed, least=0)
             if seed >= 1 << 63:
@@ -206,24 +208,30 @@ class PartialFC(NotScriptable, ShardedEvaluation, RunState):
     def forward(
         self,
         embeddings: Tensor,
-        target: Tensor,
+        target: Labels,
         *,
         ignore_index: int = -100,
         return_stats: bool = False,
         loss_weight: float = 1.0,
+        sample_weight: Tensor | None = None,
+        reduction: str = "mean",
     ) -> Tensor | tuple[Tensor, MarginSoftmaxStats]:
-        """Return the mean loss over all ranks' rows, equal on every rank.
+        """Return the loss over all ranks' rows, equal on every rank.
 
         A collective: every rank calls it, with n = 0 if it has no rows.
 
         Args:
             embeddings: (n, D), this rank's rows.
-            target: (n,) global labels of any integer dtype.
+            target: (n,) global labels of any integer dtype, or mixed labels ``(first, second, share)``.
             ignore_index: The label of rows that are ignored.
             return_stats: If true, also return the :class:`~fused_arcface.MarginSoftmaxStats` of this rank's rows.
             loss_weight: factor of the returned loss, finite and >= 0, the same on every rank: the weight of this head
                 among several losses. :class:`~fused_arcface.CenterSGD` follows the weighted loss. A factor that the
                 loss is multiplied by afterwards does not reach its centers.
+            sample_weight: (n,) factors of this rank's row losses, finite and >= 0, without a gradient; on every rank or
+                on none. The mean divides by their sum over all ranks' rows that count.
+            reduction: ``"mean"`` or ``"sum"`` over all ranks' rows, or ``"none"``: the losses (n,) of this rank's rows.
+                The gradients are then those of the sum over the ranks of what each makes of its rows.
 
         Raises:
             TypeError, ValueError: as :func:`fused_arcface.margin_softmax_loss`; a wrong label raises on every rank. An
@@ -243,9 +251,18 @@ class PartialFC(NotScriptable, ShardedEvaluation, RunState):
             self._check_not_captured()
             check_number("loss_weight", loss_weight, NOT_NEGATIVE)
             self._check_reachable()
-            agreement = self._step_agreement("forward()", ignore_index, loss_weight)
-        embeddings, batch, backend = self._gather(embeddings, target, agreement, ignore_index, return_stats)
-        target_class = torch.ops.fused_arcface.local_target(batch.labels, self.num_classes, ignore_index)
+            self._check_reduction(reduction)
+            self.options.check_classes(self.num_classes)
+            self.options.check_target(target)
+            agreement = self._step_agreement("forward()", ignore_index, loss_weight, reduction, sample_weight, target)
+        embeddings, batch, backend = self._gather(
+            embeddings, target, agreement, ignore_index, return_stats, sample_weight
+        )
+        numbers = iter(batch.numbers)
+        factors = None if sample_weight is None else next(numbers)
+        second, share = next(numbers, None), next(numbers, None)
+        labels = batch.labels if second is None else torch.cat([batch.labels, second])
+        target_class = torch.ops.fused_arcface.local_target(labels, self.num_classes, ignore_index)
         # A gradient has a size, for which the host waits; CenterSGD needs none.
         chosen_on = target_class if store is None else store.place(target_class)
         waits = self.center_optimizer is not None and _is_waited_for(chosen_on.device)
@@ -280,9 +297,12 @@ class PartialFC(NotScriptable, ShardedEvaluation, RunState):
             with_max=batch.return_stats,
             update=update,
         )
-        ignored = target_class == IGNORED
-        loss, stats = loss_over_classes(embeddings, weight, chosen_class, ignored, self.options, "mean", backend, shard)
+        first, *of_second = map(Target, target_class.split(len(batch.labels)), chosen_class.split(len(batch.labels)))
+        of_rows = Rows(first, factors, of_second[0] if of_second else None, share)
+        loss, stats = loss_over_classes(embeddings, weight, of_rows, self.options, reduction, backend, shard)
         loss = loss * loss_weight
+        if reduction == "none":
+            loss = own_losses(loss, batch, self.ranks)
         if update is not None:
             loss = update.watch(loss)
         return (loss, MarginSoftmaxStats(*map(batch.own, stats))) if return_stats else loss
@@ -297,6 +317,16 @@ class PartialFC(NotScriptable, ShardedEvaluation, RunState):
                     f"PartialFC with {name} cannot be captured in a CUDA graph: its step has a number, and every "
                     "replay would draw the same random numbers. Capture the backbone alone"
                 )
+
+    def _check_reduction(self, reduction: str) -> None:
+        """Check the reduction of a step: an update of the centers in the backward pass follows a single loss."""
+        check_reduction(reduction)
+        updates = self.center_optimizer is not None and self.training and self.weight.requires_grad
+        if reduction == "none" and updates:
+            raise ValueError(
+                "reduction must be 'mean' or 'sum' with a center_optimizer, which follows the loss that the head "
+                "returns: weight the rows by the argument sample_weight, or use an ordinary optimizer; got 'none'"
+            )
 
     def _choose_classes(
         self, target_class: Tensor, padded: bool = False, permutation: type[KeyedPermutation] = Permutation

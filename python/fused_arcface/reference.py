@@ -5,11 +5,13 @@ Any float dtype, every margin, twice differentiable, ``O(N·C)`` memory. All els
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .base.checks import check_inputs, check_margin_output, check_target_range
+from .base.checks import check_inputs, check_margin_output, check_row_factors, check_target_range
 from .base.dtypes import compute_dtype
 from .base.normalize import without_autocast
 from .base.options import HeadOptions
@@ -39,7 +41,7 @@ def _unit_rows(rows: Tensor) -> Tensor:
 def margin_softmax_loss(
     embeddings: Tensor,
     weight: Tensor,
-    target: Tensor,
+    target: Tensor | tuple[Tensor, Tensor, Tensor | float],
     *,
     margin: Margin = ArcFace(),
     scale: float = 64.0,
@@ -48,6 +50,7 @@ def margin_softmax_loss(
     return_stats: bool = False,
     sub_centers: int = 1,
     label_smoothing: float = 0.0,
+    sample_weight: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, MarginSoftmaxStats]:
     """Compute :func:`fused_arcface.margin_softmax_loss` from the formulas as they stand.
 
@@ -59,62 +62,88 @@ def margin_softmax_loss(
     tensor([0.3133, 1.3133])
     """
     options = HeadOptions(margin, scale, sub_centers, label_smoothing)
-    return loss_with(options, embeddings, weight, target, reduction, ignore_index, return_stats)
+    return loss_with(options, embeddings, weight, target, reduction, ignore_index, return_stats, sample_weight)
 
 
 def loss_with(
     options: HeadOptions,
     embeddings: Tensor,
     weight: Tensor,
-    target: Tensor,
+    target: Tensor | tuple[Tensor, Tensor, Tensor | float],
     reduction: str = "mean",
     ignore_index: int = -100,
     return_stats: bool = False,
+    sample_weight: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, MarginSoftmaxStats]:
     """Return :func:`margin_softmax_loss` with options that are checked already."""
-    margin, scale, sub_centers = options.margin, options.scale, options.sub_centers
-    check_inputs(embeddings, weight, target, sub_centers, reduction, ignore_index)
-    target = target.long()
-    num_classes = weight.shape[0] // sub_centers
-    check_target_range(target, num_classes, ignore_index)
-    dtype = compute_dtype(embeddings, weight)
+    margin, sub_centers = options.margin, options.sub_centers
+    check_inputs(embeddings, weight, target, sub_centers, reduction, ignore_index, sample_weight)
+    options.check_target(target)
+    num_classes, dtype = weight.shape[0] // sub_centers, compute_dtype(embeddings, weight)
+    options.check_classes(num_classes)
+    labels = [each.long() for each in ((target,) if isinstance(target, Tensor) else target[:2])]
+    for each in labels:
+        check_target_range(each, num_classes, ignore_index)
     with without_autocast(embeddings.device):
         cosine = _unit_rows(embeddings.to(dtype)) @ _unit_rows(weight.to(dtype)).T  # (N, C·K)
     if sub_centers > 1:
         cosine = cosine.unflatten(1, (num_classes, sub_centers)).max(2).values  # (N, C)
 
-    ignored = target == ignore_index
-    index = target.masked_fill(ignored, 0)
+    # One part of the loss for each label of a row: its share, and 0 where it is ignored.
+    share = torch.ones_like(labels[0], dtype=dtype)
+    if not isinstance(target, Tensor):
+        share = torch.as_tensor(target[2], dtype=dtype, device=share.device).expand_as(share)
+        check_row_factors("target[2]", share, 1.0)
+    parts = [part.masked_fill(each == ignore_index, 0) for part, each in zip((share, 1 - share), labels, strict=False)]
+    counted = torch.stack([each != ignore_index for each in labels]).any(0)
+    norms = _norms(embeddings.to(dtype)).squeeze(1)
+    own = for_rows(margin, lambda: norms, labels[0].masked_fill(labels[0] == ignore_index, 0), counted)
+    of_labels = []
+    for each in labels:
+        index = each.masked_fill(each == ignore_index, 0)
+        with_labels = for_rows(margin, lambda: norms, index, counted) if hasattr(margin, "for_labels") else own
+        of_labels.append(_of_label(options, cosine, index, with_labels.modify, counted))
+    loss = torch.stack([part * each.loss for part, each in zip(parts, of_labels, strict=True)]).sum(0)
+    if own.penalty is not None:
+        loss = loss + own.penalty
+    loss = loss.masked_fill(~counted, 0)
+    factors = torch.ones_like(loss)
+    if sample_weight is not None:
+        check_row_factors("sample_weight", sample_weight, math.inf)
+        factors = sample_weight.to(dtype)
+    result = factors * loss
+    if reduction != "none":
+        total = result.sum()
+        result = total if reduction == "sum" else total / (factors * torch.stack(parts).sum(0))[counted].sum()
+    if not return_stats:
+        return result
+    _, lse, target_cosine, correct = of_labels[0]
+    correct = correct & (labels[0] != ignore_index)
+    return result, MarginSoftmaxStats(loss.detach(), lse, target_cosine, correct)
+
+
+def _of_label(
+    options: HeadOptions, cosine: Tensor, index: Tensor, modify: Margin, counted: Tensor
+) -> MarginSoftmaxStats:
+    """Return the losses of rows with cosines (N, C) and classes (N,), differentiable, and their other statistics."""
+    margin, scale, num_classes = options.margin, options.scale, cosine.shape[1]
     is_target = F.one_hot(index, num_classes).bool()  # (N, C)
     negatives = cosine.masked_fill(is_target, -torch.inf)
     target_cosine = cosine.gather(1, index[:, None]).squeeze(1)
-    of_rows = for_rows(margin, lambda: _norms(embeddings.to(dtype)).squeeze(1), ~ignored)
-    modified = of_rows.modify(target_cosine.clone())  # a copy: a user's margin may work in place
+    modified = modify(target_cosine.clone())  # a copy: a user's margin may work in place
     check_margin_output(modified, target_cosine)
 
     changed = negatives
-    change = modulation(margin, target_cosine.detach(), ~ignored)
+    change = modulation(margin, target_cosine.detach(), counted)
     if change is not None:
         threshold, (a, b, d), *_ = change
-        changed = torch.where(negatives > threshold[:, None], (a * cosine + b) * cosine + d, negatives).to(dtype)
+        changed = torch.where(negatives > threshold[:, None], (a * cosine + b) * cosine + d, negatives).to(cosine.dtype)
     negative_lse = (scale * changed).logsumexp(1)
     loss = F.softplus(negative_lse - scale * modified, threshold=40)
     if options.label_smoothing > 0:
         logits = scale * torch.where(is_target, modified[:, None], cosine)
         uniform = (logits.logsumexp(1, keepdim=True) - logits).mean(1)
         loss = (1 - options.label_smoothing) * loss + options.label_smoothing * uniform
-    if of_rows.penalty is not None:
-        loss = loss + of_rows.penalty
-    loss = loss.masked_fill(ignored, 0)
-    result = loss
-    if reduction != "none":
-        result = loss.sum() if reduction == "sum" else loss.sum() / (~ignored).sum()
-    if not return_stats:
-        return result
-    stats = MarginSoftmaxStats(
-        loss=loss.detach(),
-        lse=torch.logaddexp(negative_lse, scale * modified).detach(),
-        target_cosine=target_cosine.detach(),
-        correct=(target_cosine > negatives.amax(1)).detach() & ~ignored,
-    )
-    return result, stats
+    lse = torch.logaddexp(negative_lse, scale * modified).detach()
+    correct = (target_cosine > negatives.amax(1)).detach()
+    return MarginSoftmaxStats(loss, lse, target_cosine.detach(), correct)

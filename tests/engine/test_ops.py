@@ -8,7 +8,6 @@ import pytest
 import torch
 from support.cases import BACKENDS, Case, make_inputs
 from torch import Tensor
-from torch._dynamo.testing import CompileCounterWithBackend
 
 import fused_arcface as fa
 from fused_arcface.engine import ops as ops_module
@@ -69,18 +68,19 @@ def test_opcheck(case: Case, name: str, backend: str) -> None:
     torch.library.opcheck(getattr(ops, name.split()[0]).default, (*arguments(case)[name], backend))
 
 
-def test_a_scale_as_a_tensor_is_the_same_number() -> None:
-    """The overloads that a compiled head calls for a scale that changes."""
+def test_numbers_as_tensors_are_the_same_numbers() -> None:
+    """The overloads that a compiled head calls for a scale or a margin that changes."""
     case = Case(scale=8.3)
-    scale = torch.tensor(case.scale, dtype=torch.float64)
     cosines = torch.linspace(-0.9, 0.9, 7, dtype=torch.float64)
-    margin = (6 * cosines.flip(0), cosines, case.scale, 1.0, 0.5, 0.0, "hard", "exact")
+    margin = (6 * cosines.flip(0), cosines, case.scale, 1.1, 0.5, 0.2, "hard", "exact")
     given = {name: each for name, each in arguments(case).items() if name != "class_max"} | {"margin_loss": margin}
     for name, numbers in given.items():
         operator = getattr(ops, name.split()[0])
-        tensors = tuple(scale if each is case.scale else each for each in numbers)
-        torch.library.opcheck(operator.tensor_scale, (*tensors, "cpu"))
-        got, right = operator.tensor_scale(*tensors, "cpu"), operator.default(*numbers, "cpu")
+        tensors = tuple(
+            torch.tensor(each, dtype=torch.float64) if isinstance(each, float) else each for each in numbers
+        )
+        torch.library.opcheck(operator.tensor_numbers, (*tensors, "cpu"))
+        got, right = operator.tensor_numbers(*tensors, "cpu"), operator.default(*numbers, "cpu")
         torch.testing.assert_close(got, right, rtol=0, atol=0)
 
 
@@ -225,49 +225,6 @@ def test_compile_once_for_other_sizes_and_scales() -> None:
         torch.testing.assert_close(
             compiled(x, w, target, scale=scale), fa.margin_softmax_loss(x, w, target, scale=scale), rtol=1e-6, atol=0
         )
-
-
-@pytest.mark.slow
-@compiles
-def test_a_scale_that_changes_does_not_make_a_graph_each() -> None:
-    """Two graphs for any number of scales, the first value's and one for all others; a third where sums need a shift.
-
-    A schema that says ``float`` would have each value traced anew, until torch.compile gives up at the ninth."""
-    graphs = []
-
-    def count(graph: torch.fx.GraphModule, _: object) -> object:
-        graphs.append(graph)
-        return graph.forward
-
-    head, (x, _, target, _) = fa.MarginHead(33, 97), make_inputs(Case())
-    x.requires_grad_()
-    compiled = torch.compile(head, fullgraph=True, backend=count)
-    for scale in (*range(14, 68, 4), 100.0, 200.0):
-        head.scale = float(scale)
-        assert_compiles(lambda: compiled(x, target), lambda: head(x, target), x, head.weight)
-        assert len(graphs) <= (2 if scale < 70 else 3)
-
-
-@pytest.mark.slow
-@compiles
-def test_inductor_makes_one_graph_for_scales_that_change() -> None:
-    """As with another compiler: inductor has no unknown numbers, so the scale reaches the operators as a tensor.
-
-    In fp64, where a scale that was rounded to fp32 on its way would be seen."""
-    count = CompileCounterWithBackend("inductor")
-    head, (x, _, target, _) = fa.MarginHead(33, 97, dtype=torch.float64), make_inputs(Case(x_dtype="float64"))
-    x.requires_grad_()
-    compiled = torch.compile(head, fullgraph=True, backend=count)
-    for scale in (*(14.1 + 4 * step for step in range(14)), 100.3, 200.7):
-        head.scale = scale
-        loss = compiled(x, target)
-        right = fa.reference.margin_softmax_loss(x, head.weight, target, scale=scale)
-        torch.testing.assert_close(loss, right, rtol=1e-12, atol=0)
-        for mine, theirs in zip(
-            torch.autograd.grad(loss, (x, head.weight)), torch.autograd.grad(right, (x, head.weight)), strict=True
-        ):
-            torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-12)
-        assert count.frame_count <= (2 if scale < 70 else 3)
 
 
 @compiles

@@ -25,6 +25,8 @@ pytestmark = pytest.mark.distributed
 
 D, CLASSES = 4, 11
 LIMIT = 10  # seconds
+# Of the same range, so that their reprs differ in the digest alone.
+CLASS_MARGINS = [fa.ClassMargin([0.1, middle, *[0.4] * (CLASSES - 2)]) for middle in (0.2, 0.3)]
 
 
 def rows(rank: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -56,6 +58,7 @@ class Rank:
 CHANGED_HEADS: dict[str, tuple[Callable[[fa.PartialFC], Any], str]] = {
     "scale": (lambda head: setattr(head, "scale", 30.0), "scale"),
     "margin": (lambda head: setattr(head, "margin", fa.CosFace()), "margin"),
+    "class margins": (lambda head: setattr(head, "margin", CLASS_MARGINS[1]), "margin"),
     "sample_rate": (lambda head: setattr(head, "sample_rate", 0.5), "sample_rate"),
     "seed": (lambda head: setattr(head, "seed", 7), "seed"),
     "step": (lambda head: setattr(head, "step", 7), "step"),
@@ -89,7 +92,7 @@ def run_matrix(directory: str) -> dict[str, Any]:
         return head
 
     for name, (change, _) in CHANGED_HEADS.items():
-        head = after_a_step(rank.head(), change)
+        head = after_a_step(rank.head(margin=CLASS_MARGINS[0] if name == "class margins" else fa.ArcFace()), change)
         record(name, lambda head=head: rank.step(head))
     for name in CHANGED_GROUPS:
         head = rank.head(center_optimizer=fa.CenterSGD(0.1))
@@ -123,6 +126,13 @@ def record_calls(rank: Rank, record: Callable[[str, Callable[[], Any]], None]) -
     def either(first: Callable[[], Any], second: Callable[[], Any]) -> Callable[[], Any]:
         return second if rank.differs else first
 
+    weights = torch.ones(3)
+    record("sample_weight", lambda: head(x, y, sample_weight=None if rank.differs else weights))
+    record("sample_weight refused", lambda: head(x, y, sample_weight=-weights if rank.differs else weights))
+    record("target", lambda: head(x, (y, y, 0.5) if rank.differs else y))
+    record("share refused", lambda: head(x, (y, y, 2.0 if rank.differs else 0.5)))
+    record("reduction", lambda: head(x, y, reduction="none" if rank.differs else "mean"))
+    record("loss_weight", lambda: head(x, y, loss_weight=2.0 if rank.differs else 1.0))
     record("ignore_index", lambda: head(x, y, ignore_index=-1 if rank.differs else -100))
     record("no_grad", lambda: under(torch.no_grad(), lambda: rank.step(head)))
     record("inference_mode", lambda: under(torch.inference_mode(), lambda: head(x, y)))
@@ -244,6 +254,10 @@ def both(outcomes: list[dict[str, Any]], name: str) -> tuple[Any, Any]:
         ("margin.training", "margin.training"),
         ("margin.state", "margin.state"),
         ("ignore_index", "ignore_index"),
+        ("sample_weight", "sample_weight"),
+        ("reduction", "reduction"),
+        ("target", "target"),
+        ("loss_weight", "loss_weight"),
         ("no_grad", "torch.is_grad_enabled()"),
         ("inference_mode", "torch.is_grad_enabled()"),
         ("forward or logits", "call"),
@@ -273,6 +287,8 @@ def test_another_dtype_is_refused_on_both(outcomes, case):
         ("logits refused", "ValueError: embeddings must be (N, D=4); got (4,)"),
         ("target refused", "TypeError: target must have one of the dtypes"),
         ("device refused", "ValueError: embeddings must be on weight's device cpu; got meta"),
+        ("share refused", "ValueError: target[2] must be in [0, 1]; got 2.0"),
+        ("sample_weight refused", "ValueError: sample_weight must be finite and >= 0; got -1 at row 0"),
         ("return_stats type", "TypeError: return_stats must be a bool; got str"),
     ],
 )

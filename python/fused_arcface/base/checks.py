@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import numbers
 
 import torch
 from torch import Tensor
 
 from .dtypes import FLOAT_DTYPES, INTEGER_DTYPES, names
+from .ranges import FROM_0_TO_1, check_number
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -32,18 +34,48 @@ def check_embeddings(embeddings: object, weight: Tensor, device: torch.device | 
         raise ValueError(f"embeddings must be on weight's device {device}; got {embeddings.device}")
 
 
+_INSTEAD = (
+    "for two labels a row pass target=(first, second, share); for soft or multi-hot labels take "
+    "torch.nn.functional.cross_entropy over head.logits(embeddings)"
+)
+
+
 def check_target(target: object, embeddings: Tensor, ignore_index: object) -> None:
-    """Check labels ``(N,)`` of embeddings ``(N, D)``, without reading them."""
-    _check_tensor("target", target, INTEGER_DTYPES)
-    assert isinstance(target, Tensor)
-    if target.shape != embeddings.shape[:1]:
-        raise ValueError(f"target must be (N={embeddings.shape[0]},); got {tuple(target.shape)}")
-    if target.device != embeddings.device:
-        raise ValueError(f"target must be on embeddings' device {embeddings.device}; got {target.device}")
+    """Check labels ``(N,)`` of embeddings ``(N, D)``, or mixed labels ``(first, second, share)``; they are not read."""
+    if not isinstance(target, (tuple, list)):
+        _check_labels("target", target, embeddings)
+    elif len(target) != 3:
+        raise ValueError(
+            f"target must be labels (N,), or (first, second, share) for mixed labels; got {len(target)} items"
+        )
+    else:
+        _check_labels("target[0]", target[0], embeddings)
+        _check_labels("target[1]", target[1], embeddings)
+        _check_share("target[2]", target[2], embeddings)
     if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
         raise TypeError(f"ignore_index must be an int; got {type(ignore_index).__name__}")
     if not -(1 << 63) <= ignore_index < 1 << 63:
         raise ValueError(f"ignore_index must be in [-2^63, 2^63); got {ignore_index}")
+
+
+def _check_labels(name: str, labels: object, embeddings: Tensor) -> None:
+    if isinstance(labels, Tensor) and labels.is_floating_point():
+        rule = f"{name} must have one of the dtypes {names(INTEGER_DTYPES)}"
+        raise TypeError(f"{rule}; got {names((labels.dtype,))}: {_INSTEAD}")
+    _check_tensor(name, labels, INTEGER_DTYPES)
+    assert isinstance(labels, Tensor)
+    if labels.shape != embeddings.shape[:1]:
+        instead = f": {_INSTEAD}" if labels.dim() == 2 else ""
+        raise ValueError(f"{name} must be (N={embeddings.shape[0]},); got {tuple(labels.shape)}{instead}")
+    if labels.device != embeddings.device:
+        raise ValueError(f"{name} must be on embeddings' device {embeddings.device}; got {labels.device}")
+
+
+def _check_share(name: str, share: object, embeddings: Tensor) -> None:
+    if not isinstance(share, Tensor):
+        check_number(name, share, FROM_0_TO_1)
+    else:
+        check_row_tensor(name, share.expand(embeddings.shape[0]) if share.dim() == 0 else share, embeddings)
 
 
 def check_margin(margin: object) -> None:
@@ -92,12 +124,12 @@ def check_inputs(
     sub_centers: int,
     reduction: object,
     ignore_index: object,
+    sample_weight: object = None,
 ) -> None:
     """Check the tensors of ``margin_softmax_loss`` and the arguments beside its options, without reading values."""
     _check_tensor("embeddings", embeddings, FLOAT_DTYPES)
     _check_tensor("weight", weight, FLOAT_DTYPES)
-    _check_tensor("target", target, INTEGER_DTYPES)
-    assert isinstance(embeddings, Tensor) and isinstance(weight, Tensor) and isinstance(target, Tensor)
+    assert isinstance(embeddings, Tensor) and isinstance(weight, Tensor)
     if embeddings.dim() != 2 or embeddings.shape[1] == 0:
         raise ValueError(f"embeddings must be (N, D) with D >= 1; got {tuple(embeddings.shape)}")
     if weight.dim() != 2 or weight.shape[1] != embeddings.shape[1]:
@@ -109,6 +141,37 @@ def check_inputs(
     check_target(target, embeddings, ignore_index)
     if weight.shape[0] % sub_centers > 0:
         raise ValueError(f"weight must have a multiple of sub_centers={sub_centers} rows; got {tuple(weight.shape)}")
+    check_reduction(reduction)
+    if sample_weight is not None:
+        check_row_tensor("sample_weight", sample_weight, embeddings)
+
+
+def check_row_tensor(name: str, values: object, embeddings: Tensor) -> None:
+    """Check numbers for each row of embeddings ``(N, D)``: floats ``(N,)`` without a gradient. They are not read."""
+    _check_tensor(name, values, FLOAT_DTYPES)
+    assert isinstance(values, Tensor)
+    if values.shape != embeddings.shape[:1]:
+        raise ValueError(f"{name} must be (N={embeddings.shape[0]},); got {tuple(values.shape)}")
+    if values.device != embeddings.device:
+        raise ValueError(f"{name} must be on embeddings' device {embeddings.device}; got {values.device}")
+    if values.requires_grad:
+        raise ValueError(
+            f"{name} must not require a gradient, as the loss has none by it: pass {name}.detach(), or multiply the "
+            "row losses of reduction='none'; got requires_grad=True"
+        )
+
+
+def check_row_factors(name: str, values: Tensor, greatest: float) -> None:
+    """Check that each of the factors ``(N,)`` is finite, >= 0 and at most ``greatest``. On a GPU this is a wait."""
+    wrong = ~((values >= 0) & (values <= greatest) & values.isfinite())
+    if not values.is_meta and wrong.any():
+        row = int(wrong.nonzero()[0])
+        rule = "finite and >= 0" if greatest == math.inf else f"in [0, {greatest:g}]"
+        raise ValueError(f"{name} must be {rule}; got {values[row].item():g} at row {row}")
+
+
+def check_reduction(reduction: object) -> None:
+    """Check the name of a reduction."""
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction must be one of {', '.join(map(repr, REDUCTIONS))}; got {reduction!r}")
 

@@ -55,6 +55,29 @@ class HeadOptions:
             needs["sub_centers"] = f"sub_centers={self.sub_centers}"
         return needs
 
+    def check_target(self, target: object) -> None:
+        """Check that these options can be combined with a target.
+
+        Raises:
+            ValueError: for mixed labels and a margin that changes the negatives.
+        """
+        if isinstance(target, (tuple, list)) and hasattr(self.margin, "modulate"):
+            raise ValueError(
+                f"target must be labels (N,) with {type(self.margin).__name__}, which compares the negatives with one "
+                "target; got (first, second, share)"
+            )
+
+    def check_classes(self, num_classes: int) -> None:
+        """Check that a margin with a number for each class is made for so many classes.
+
+        Raises:
+            ValueError: if it is not.
+        """
+        own = getattr(self.margin, "num_classes", num_classes)
+        if own != num_classes:
+            name = type(self.margin).__name__
+            raise ValueError(f"{name}: margins must be one for each of the C={num_classes} classes; got {own}")
+
     def describe(self) -> dict[str, str]:
         """Return each option as text, for a repr and to compare between ranks.
 

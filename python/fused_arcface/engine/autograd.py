@@ -20,8 +20,9 @@ from ..base.dtypes import compute_dtype
 from ..base.once_differentiable import once_differentiable
 from ..margins.angular import Modulation
 from . import ops
+from .mixed import add_second_gradient
 from .shard import ONE_DEVICE, Shard
-from .terms import Negatives, RowGradients
+from .terms import Negatives, RowGradients, SecondTarget
 
 _ops = torch.ops.fused_arcface
 
@@ -48,13 +49,14 @@ class NegativesAndTarget(torch.autograd.Function):
         embeddings: Tensor,
         weight: Tensor,
         target: Tensor,
+        second: Tensor | None,
         scale: float,
         with_center_sum: bool,
         backend: str,
         shard: Shard,
         bounds: tuple[float, float],
         *numbers: Any,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         negatives = dict(zip(Negatives._fields, numbers, strict=True))
         rows, centers = shard.all_rows(embeddings), shard.centers(weight)
         shift = None
@@ -62,29 +64,39 @@ class NegativesAndTarget(torch.autograd.Function):
             maximum = _ops.class_max.default(rows, centers, target, backend, shard.class_count, **negatives)
             maximum = shard.ranks.max(maximum)
             shift = (scale * maximum.double()).masked_fill(maximum == -torch.inf, 0)
-        class_stats, factor = ops.for_scale(_ops.class_stats, scale)
+        class_stats, (factor,) = ops.for_numbers(_ops.class_stats, scale)
         total, maximum, center_sum = class_stats(
             rows, centers, target, factor, shift, with_center_sum, backend, shard.class_count, **negatives
         )
         target_cosine = _ops.target_cosine.default(rows, weight, shard.target_rows(target), backend)
-        total, target_cosine = shard.ranks.sum_rows(total, target_cosine)
+        second_cosine = None
+        if second is None:
+            total, target_cosine = shard.ranks.sum_rows(total, target_cosine)
+        else:
+            second_cosine = _ops.target_cosine.default(rows, weight, shard.target_rows(second), backend)
+            total, target_cosine, second_cosine = shard.ranks.sum_rows(total, target_cosine, second_cosine)
         if shard.with_max:
             maximum = shard.ranks.max(maximum)
         lse, mean_center = _ops.finish_negatives.default(total, shift, center_sum, backend)
-        ctx.save_for_backward(embeddings, weight, target, lse, mean_center)
+        ctx.save_for_backward(embeddings, weight, target, second, lse, mean_center)
         ctx.scale, ctx.with_center_sum, ctx.backend, ctx.shard = scale, with_center_sum, backend, shard
         ctx.negatives = negatives
         ctx.mark_non_differentiable(maximum)
         ctx.set_materialize_grads(False)
-        return lse.to(target_cosine.dtype), target_cosine, maximum
+        return lse.to(target_cosine.dtype), target_cosine, maximum, second_cosine
 
     @staticmethod
     @once_differentiable
     def backward(
-        ctx: Any, saved: tuple[Any, ...], d_lse: Tensor | None, d_target_cosine: Tensor | None, _: None
+        ctx: Any,
+        saved: tuple[Any, ...],
+        d_lse: Tensor | None,
+        d_target_cosine: Tensor | None,
+        _: None,
+        d_second_cosine: Tensor | None,
     ) -> tuple[Tensor | None, ...]:
         shard = ctx.shard
-        embeddings, weight, target, lse, mean_center = saved
+        embeddings, weight, target, second_row, lse, mean_center = saved
         rows = shard.all_rows(embeddings)
         # A gradient is None where the loss does not depend on the output.
         dtype = compute_dtype(rows, weight)
@@ -92,27 +104,31 @@ class NegativesAndTarget(torch.autograd.Function):
         d_target_cosine = torch.zeros_like(lse, dtype=dtype) if d_target_cosine is None else d_target_cosine
         negative_coefficient = ctx.scale * d_lse
         gradients = RowGradients(ctx.scale, lse, negative_coefficient, d_target_cosine)
+        second = None if d_second_cosine is None else SecondTarget(second_row, d_second_cosine)
         d_embeddings = d_weight = None
         if ctx.with_center_sum:
             d_unit = _ops.unit_embedding_grad.default(
                 weight, shard.target_rows(target), mean_center, negative_coefficient, d_target_cosine, ctx.backend
             )
+            if second is not None:
+                row, ones = shard.target_rows(second.row), torch.ones_like(d_lse)
+                d_unit = _ops.unit_embedding_grad.default(weight, row, d_unit, ones, second.coefficient, ctx.backend)
             finish = shard.start_scatter(d_unit)
         # The weight pass runs while the embeddings' gradient is on its way between the ranks.
         if shard.update is not None:
-            shard.update.apply(rows, shard.classes, target, gradients, ctx.backend, Negatives(**ctx.negatives))
+            shard.update.apply(rows, shard.classes, target, gradients, ctx.backend, Negatives(**ctx.negatives), second)
         elif ctx.needs_input_grad[1]:
-            weight_grad, factor = ops.for_scale(_ops.weight_grad, ctx.scale)
-            _factor, *of_rows = gradients
-            d_weight = shard.weight_gradient(
-                weight_grad(rows, shard.centers(weight), target, factor, *of_rows, ctx.backend, **ctx.negatives),
-                weight,
-            )
+            weight_grad, (factor,) = ops.for_numbers(_ops.weight_grad, ctx.scale)
+            centers = shard.centers(weight)
+            d_centers = weight_grad(rows, centers, target, factor, *gradients[1:], ctx.backend, **ctx.negatives)
+            if second is not None:
+                add_second_gradient(d_centers, rows, centers, second)
+            d_weight = shard.weight_gradient(d_centers, weight)
         if ctx.with_center_sum:
             d_unit = finish()
             if ctx.needs_input_grad[0]:
                 d_embeddings = _ops.embedding_grad.default(d_unit, shard.own_rows(rows), ctx.backend)
-        return d_embeddings, d_weight, *(None for _ in range(9))
+        return d_embeddings, d_weight, *(None for _ in range(10))
 
 
 def cosines_of_targets(
@@ -142,8 +158,11 @@ def negatives_and_target(
     shard: Shard = ONE_DEVICE,
     sub_centers: int = 1,
     modulation: Modulation | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+    second: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Return each row's negative log-sum-exp and target cosine, differentiable, and greatest negative cosine, ``(N,)``.
+
+    The last result is the cosine with the row's second target, differentiable, None without one.
 
     Args:
         embeddings: (n, D), this rank's rows. Their gradient is W times the derivative, W the number of ranks.
@@ -155,14 +174,16 @@ def negatives_and_target(
         shard: what is held here of the classes, and how to reach the rest.
         sub_centers: rows of weight for each class; the target is then a row of weight.
         modulation: of the negatives' cosines.
+        second: (N,) like target: a second target, which is one of the negatives as well.
     """
     bounds = (1.0, 1.0) if modulation is None else (modulation.greatest, modulation.steepest)
     changed = (None, None) if modulation is None else (modulation.threshold, modulation.coefficients)
     requires_grad = embeddings.requires_grad if shard.batch is None else shard.batch.requires_grad
-    result: tuple[Tensor, Tensor, Tensor] = NegativesAndTarget.apply(
+    result: tuple[Tensor, Tensor, Tensor, Tensor | None] = NegativesAndTarget.apply(
         embeddings,
         weight,
         target,
+        second,
         scale,
         torch.is_grad_enabled() and requires_grad,
         backend,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import backends
-from ..base.checks import check_embeddings, check_target
+from ..base.checks import check_embeddings, check_row_tensor, check_target
 from ..base.dtypes import compute_dtype
 from ..base.options import HeadOptions
 from ..margins.angular import Margin
@@ -18,7 +18,8 @@ from ..parallel.agreement import Agreement, digest_of_shard
 from ..parallel.ranks import JointBatch, Ranks
 from ..parallel.sharding import Sharding
 from ..parallel.wrappers import check_built_in_time, check_unwrapped
-from .step import as_autocast
+from .step import as_autocast, checked_weights
+from .targets import Labels, labels_and_share
 
 
 class JointCalls(nn.Module):
@@ -103,7 +104,15 @@ class JointCalls(nn.Module):
             own["margin.state"] = {name: tensor.tolist() for name, tensor in self.margin.state_dict().items()}
         return {"call": call, **self._options(), **{name: str(value) for name, value in own.items()}}
 
-    def _step_agreement(self, call: str, ignore_index: int, loss_weight: float = 1.0) -> Agreement:
+    def _step_agreement(
+        self,
+        call: str,
+        ignore_index: int,
+        loss_weight: float = 1.0,
+        reduction: str = "mean",
+        sample_weight: Tensor | None = None,
+        target: Labels | None = None,
+    ) -> Agreement:
         """Return the values that must be the same on every rank in a forward pass and the backward pass after it."""
         check_built_in_time(type(self).__name__, self.ranks.group)
         more: dict[str, Any] = {
@@ -113,6 +122,9 @@ class JointCalls(nn.Module):
             "step": self.step,
             "ignore_index": ignore_index,
             "loss_weight": loss_weight,
+            "reduction": reduction,
+            "target": "mixed" if isinstance(target, (tuple, list)) else "labels",
+            "sample_weight": "none" if sample_weight is None else "given",
         }
         if isinstance(self.margin, nn.Module):
             more["margin.training"] = self.margin.training
@@ -124,12 +136,13 @@ class JointCalls(nn.Module):
     def _gather(
         self,
         embeddings: Tensor,
-        target: Tensor | None,
+        target: Labels | None,
         agreement: Agreement,
         ignore_index: int = -100,
         return_stats: bool = False,
+        sample_weight: Tensor | None = None,
     ) -> tuple[Tensor, JointBatch, str]:
-        """Check this rank's embeddings (n, D) and labels (n,), and gather those of all ranks.
+        """Check this rank's embeddings (n, D), labels and weights (n,), and gather those of all ranks.
 
         Returns:
             The embeddings as autocast wants them, the joint batch and the backend.
@@ -146,18 +159,23 @@ class JointCalls(nn.Module):
             check_target(target, embeddings, ignore_index)
             if not isinstance(return_stats, bool):
                 raise TypeError(f"return_stats must be a bool; got {type(return_stats).__name__}")
+            if sample_weight is not None:
+                check_row_tensor("sample_weight", sample_weight, embeddings)
+            sample_weight = checked_weights(sample_weight)
+            labels, second, share = labels_and_share(target)
             dtype = compute_dtype(embeddings, self.weight)
             backend = backends.select(self.backend, embeddings.device, dtype, self.options.needs())
             embeddings = as_autocast(embeddings)
             shard = self._digest_of_shard()
         batch = self.ranks.gather_batch(
             embeddings.detach(),
-            target,
+            labels,
             type(self).__name__,
             agreement,
             requires_grad=torch.is_grad_enabled() and embeddings.requires_grad,
             return_stats=return_stats,
             shard=shard,
+            numbers=[each for each in (sample_weight, second, share) if each is not None],
         )
         self._compared.add(self.training)
         if batch.requires_grad and torch.is_grad_enabled() and not embeddings.requires_grad:

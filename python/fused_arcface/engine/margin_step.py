@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..margins.protocol import Margin, Modulation, RowMargin
-from ..margins.state import Place, state_of
+from ..margins.state import Place, has_state, state_of
 from ..parallel.ranks import JointBatch, Ranks
 
 # Number of forward passes of one margin that can await their recomputation.
@@ -94,8 +94,9 @@ def in_step(margin: Margin, embeddings: Tensor, alone: bool) -> Margin:
         RuntimeError: if a backward pass recomputes a step that is too long ago, or under ``torch.compile`` with several
             ranks.
     """
-    if not isinstance(margin, nn.Module) or not margin.training:
+    if not has_state(margin):
         return margin
+    assert isinstance(margin, nn.Module)
     has_ranks = not alone and _has_ranks()
     if torch.compiler.is_compiling():
         if has_ranks:
@@ -118,6 +119,7 @@ class _InStep:
     """A margin that is used in another's place for one step."""
 
     for_rows: Callable[[Tensor, Tensor], RowMargin]
+    for_labels: Callable[[Tensor, Tensor], RowMargin]
     modulate: Callable[[Tensor, Tensor], Modulation]
 
     def __init__(self, margin: nn.Module, step: _Step) -> None:
@@ -126,6 +128,8 @@ class _InStep:
         # The heads ask which of these methods a margin has.
         if hasattr(margin, "for_rows"):
             self.for_rows = self._for_rows
+        if hasattr(margin, "for_labels"):
+            self.for_labels = self._for_labels
         if hasattr(margin, "modulate"):
             self.modulate = self._modulate
 
@@ -144,7 +148,15 @@ class _InStep:
         return self._own(self._call(self._margin, rows))
 
     def _for_rows(self, norms: Tensor, counted: Tensor) -> RowMargin:
-        modify, penalty = self._call(self._margin.for_rows, *self._joint(norms, counted))
+        return self._of_rows(self._call(self._margin.for_rows, *self._joint(norms, counted)))
+
+    def _for_labels(self, labels: Tensor, counted: Tensor) -> RowMargin:
+        joint, counted = self._joint(labels.double(), counted)
+        return self._of_rows(self._call(self._margin.for_labels, joint.long(), counted))
+
+    def _of_rows(self, joint: RowMargin) -> RowMargin:
+        """Return the margin of this rank's rows."""
+        modify, penalty = joint
         penalty = None if penalty is None else self._own(penalty)
         return RowMargin(lambda cosine: self._own(self._call(modify, self._joint(cosine)[0])), penalty)
 

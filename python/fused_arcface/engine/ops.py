@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .. import backends
-from ..base.checks import check_target_range
+from ..base.checks import check_row_factors, check_target_range
 from ..base.dtypes import compute_dtype
 from .terms import IGNORED, INVALID, PLAIN, CenterStep, Negatives, RowGradients, check_update
 
@@ -24,6 +25,7 @@ _COEFFICIENTS = "Tensor lse, Tensor negative_coefficient, Tensor target_coeffici
 _NEGATIVES = "*, int sub_centers=1, Tensor? threshold=None, Tensor? coefficients=None"
 _SCHEMAS = {
     "local_target": "(Tensor target, int num_classes, int ignore_index) -> Tensor",
+    "row_factors": "(Tensor values, str name, float greatest) -> Tensor",
     # O(N·C·D), over the classes
     # class_count: 0-dim int64, the rows of weight from there on are padding; a tensor, so that nobody waits for a GPU
     "class_max": f"({_ROWS}, str backend, Tensor? class_count=None, {_NEGATIVES}) -> Tensor",
@@ -46,36 +48,46 @@ _SCHEMAS = {
 for _name, _schema in _SCHEMAS.items():
     torch.library.define(f"fused_arcface::{_name}", _schema)
 
-# Operators with an overload that takes the scale as a 0-dim fp64 tensor on the CPU; see for_scale.
-_OF_SCALE = ("class_stats", "weight_grad", "margin_loss")
+# The numbers of an operator that may change from step to step. Its overload takes them as tensors; see for_numbers.
+_NUMBERS = {
+    "class_stats": ("scale",),
+    "weight_grad": ("scale",),
+    "margin_loss": ("scale", "m1", "m2", "m3"),
+}
 
 
-def for_scale(operator: Any, scale: float) -> tuple[Callable[..., Any], float | Tensor]:
-    """Return the overload of an operator to call, and the scale as that overload takes it.
+def for_numbers(operator: Any, *numbers: float) -> tuple[Callable[..., Any], tuple[float | Tensor, ...]]:
+    """Return the overload of an operator to call, and the operator's numbers as that overload takes them.
 
-    A scale that changes is a symbol under torch.compile. Inductor has no number that is unknown until the graph runs: a
-    scale that reaches an operator as a number makes a graph for each value. A product with a tensor may be unknown.
+    A number that changes is a symbol under torch.compile. Inductor has no number that is unknown until the graph runs:
+    one that reaches an operator as a number makes a graph for each value. A product with a tensor may be unknown.
     """
     if torch.compiler.is_compiling():
         from torch.fx.experimental.symbolic_shapes import has_static_value
 
-        if not has_static_value(scale):
-            return operator.tensor_scale, scale * torch.ones((), dtype=torch.float64, device="cpu")
-    return operator.default, scale
+        if not all(has_static_value(each) for each in numbers):
+            one = torch.ones((), dtype=torch.float64, device="cpu")
+            return operator.tensor_numbers, tuple(each * one for each in numbers)
+    return operator.default, numbers
 
 
-def _run_with_number(name: str, *arguments: Any, **options: Any) -> Any:
-    """Run an operator of that name with its tensor ``scale`` read. It is on the CPU: this waits for nothing."""
+def _run_with_numbers(name: str, *arguments: Any, **options: Any) -> Any:
+    """Run an operator of that name with its tensors of one number read. They are on the CPU: this waits for nothing."""
     operator = getattr(torch.ops.fused_arcface, name).default
-    position = [argument.name for argument in operator._schema.arguments].index("scale")
-    before, scale, after = arguments[:position], arguments[position], arguments[position + 1 :]
-    return operator(*before, scale.item(), *after, **options)
+    names = [argument.name for argument in operator._schema.arguments]
+    read = [
+        given.item() if argument in _NUMBERS[name] else given for argument, given in zip(names, arguments, strict=False)
+    ]
+    return operator(*read, **options)
 
 
-for _name in _OF_SCALE:
-    _overload = f"fused_arcface::{_name}.tensor_scale"
-    torch.library.define(_overload, _SCHEMAS[_name].replace("Scalar scale", "Tensor scale"))
-    torch.library.impl(_overload, "default", functools.partial(_run_with_number, _name))
+for _name, _numbers in _NUMBERS.items():
+    _schema = _SCHEMAS[_name]
+    for _number in _numbers:
+        _schema = re.sub(rf"\w+ {_number}\b", f"Tensor {_number}", _schema)
+    _overload = f"fused_arcface::{_name}.tensor_numbers"
+    torch.library.define(_overload, _schema)
+    torch.library.impl(_overload, "default", functools.partial(_run_with_numbers, _name))
 
 
 @torch.library.impl("fused_arcface::local_target", "default")
@@ -100,6 +112,23 @@ def _local_target(target: Tensor, num_classes: int, ignore_index: int) -> Tensor
 @torch.library.register_fake("fused_arcface::local_target")
 def _local_target_fake(target: Tensor, num_classes: int, ignore_index: int) -> Tensor:
     return torch.empty_like(target, dtype=torch.int64)
+
+
+@torch.library.impl("fused_arcface::row_factors", "default")
+def _row_factors(values: Tensor, name: str, greatest: float) -> Tensor:
+    """Factors (N,) as they are; an error if one is not finite, below 0 or above ``greatest``.
+
+    An operator for the same reason as local_target. On a GPU the values are not read either, unless
+    FUSED_ARCFACE_DEBUG=1 asks for it.
+    """
+    if values.device.type == "cpu" or os.environ.get("FUSED_ARCFACE_DEBUG") == "1":
+        check_row_factors(name, values, greatest)
+    return values.clone()
+
+
+@torch.library.register_fake("fused_arcface::row_factors")
+def _row_factors_fake(values: Tensor, name: str, greatest: float) -> Tensor:
+    return torch.empty_like(values)
 
 
 def _run(name: str, *arguments: Any, class_count: Tensor | None = None, negatives: Negatives = PLAIN) -> Any:
@@ -131,7 +160,7 @@ def _finish_negatives_fake(
     return torch.empty_like(negative_sum, dtype=torch.float64), torch.empty_like(center_sum)
 
 
-@torch.library.register_fake("fused_arcface::margin_loss.tensor_scale")
+@torch.library.register_fake("fused_arcface::margin_loss.tensor_numbers")
 @torch.library.register_fake("fused_arcface::margin_loss")
 def _margin_loss_fake(
     negative_lse: Tensor, target_cosine: Tensor, *numbers: object
@@ -201,7 +230,7 @@ def _class_stats(
     return result
 
 
-@torch.library.register_fake("fused_arcface::class_stats.tensor_scale")
+@torch.library.register_fake("fused_arcface::class_stats.tensor_numbers")
 @torch.library.register_fake("fused_arcface::class_stats")
 def _class_stats_fake(
     embeddings: Tensor,
@@ -236,7 +265,7 @@ def _weight_grad(
     return result
 
 
-@torch.library.register_fake("fused_arcface::weight_grad.tensor_scale")
+@torch.library.register_fake("fused_arcface::weight_grad.tensor_numbers")
 @torch.library.register_fake("fused_arcface::weight_grad")
 def _weight_grad_fake(embeddings: Tensor, weight: Tensor, *rest: object, **_: object) -> Tensor:
     return torch.empty_like(weight)

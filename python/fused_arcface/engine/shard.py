@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..base.once_differentiable import once_differentiable
 from ..parallel.ranks import ALONE, JointBatch, Ranks
-from .terms import PLAIN, Negatives, RowGradients
+from .terms import PLAIN, Negatives, RowGradients, SecondTarget
 
 
 class CenterUpdate:
@@ -26,10 +28,12 @@ class CenterUpdate:
         gradients: RowGradients,
         backend: str,
         negatives: Negatives = PLAIN,
+        second: SecondTarget | None = None,
     ) -> None:
         """Update rows ``classes`` (K,) of the class centers, all if None, in place.
 
-        The other arguments are those of ``weight_grad``, see :mod:`fused_arcface.backends.torch`.
+        The other arguments are those of ``weight_grad``, see :mod:`fused_arcface.backends.torch`, and the rows' second
+        targets.
         """
         raise NotImplementedError
 
@@ -102,6 +106,30 @@ class Shard:
         return torch.sparse_coo_tensor(
             self.classes[None], d_centers, weight.shape, is_coalesced=True, check_invariants=False
         )
+
+
+class _OwnRows(torch.autograd.Function):
+    """See :func:`own_losses`."""
+
+    @staticmethod
+    def forward(ctx: Any, losses: Tensor, batch: JointBatch, ranks: Ranks) -> Tensor:
+        ctx.batch, ctx.ranks = batch, ranks
+        return batch.own(losses).clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, _saved: tuple[()], d_own: Tensor) -> tuple[Tensor, None, None]:
+        return torch.cat(ctx.ranks.gather_rows(d_own, ctx.batch.counts)), None, None
+
+
+def own_losses(losses: Tensor, batch: JointBatch, ranks: Ranks) -> Tensor:
+    """Return this rank's (n,) of all ranks' row losses (N,).
+
+    Each rank computes the losses of all rows, and makes what it wants of its own. The backward pass gathers what the
+    others made of theirs: the gradients are those of the sum over the ranks.
+    """
+    own: Tensor = _OwnRows.apply(losses, batch, ranks)
+    return own
 
 
 ONE_DEVICE = Shard()

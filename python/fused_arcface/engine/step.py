@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -12,42 +14,60 @@ from ..base.dtypes import compute_dtype
 from ..base.normalize import norms_of
 from ..base.options import HeadOptions
 from ..base.statistics import MarginSoftmaxStats
-from ..margins.protocol import RowMargin, for_rows, modulates, modulation
+from ..margins.protocol import for_rows, modulates, modulation
 from .autograd import cosines_of_targets, negatives_and_target
 from .margin_step import in_step
+from .mixed import nearer_first, of_both
 from .shard import ONE_DEVICE, Shard
 from .smoothing import smoothing, two_uses
-from .tail import loss_of_rows
+from .tail import loss_of_mixed_rows, loss_of_rows
+from .targets import Labels, Rows, Target, labels_and_share
 from .terms import IGNORED
 
 
 def loss_on_one_device(
     embeddings: Tensor,
     weight: Tensor,
-    target: Tensor,
+    target: Labels,
     options: HeadOptions,
     backend: str = "auto",
     reduction: str = "mean",
     ignore_index: int = -100,
     return_stats: bool = False,
+    sample_weight: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, MarginSoftmaxStats]:
     """Check the tensors, choose the backend and return the loss: :func:`fused_arcface.margin_softmax_loss`."""
     check_not_transformed("margin_softmax_loss")
-    check_inputs(embeddings, weight, target, options.sub_centers, reduction, ignore_index)
+    check_inputs(embeddings, weight, target, options.sub_centers, reduction, ignore_index, sample_weight)
     backend = backends.select(backend, embeddings.device, compute_dtype(embeddings, weight), options.needs())
     embeddings = as_autocast(embeddings)
     num_classes = weight.shape[0] // options.sub_centers
-    target_class = torch.ops.fused_arcface.local_target.default(target, num_classes, ignore_index)
-    ignored = target_class == IGNORED
-    loss, stats = loss_over_classes(embeddings, weight, target_class, ignored, options, reduction, backend)
+    options.check_classes(num_classes)
+    options.check_target(target)
+
+    def of_labels(labels: Tensor) -> Target:
+        label = torch.ops.fused_arcface.local_target.default(labels, num_classes, ignore_index)
+        return Target(label, label)
+
+    first, second, share = labels_and_share(target)
+    two = None if second is None else of_labels(second)
+    rows = Rows(of_labels(first), checked_weights(sample_weight), two, share)
+    loss, stats = loss_over_classes(embeddings, weight, rows, options, reduction, backend)
     return (loss, stats) if return_stats else loss
+
+
+def checked_weights(sample_weight: Tensor | None) -> Tensor | None:
+    """Return the rows' weights (N,), after a check of the values where that is no wait."""
+    if sample_weight is None:
+        return None
+    checked: Tensor = torch.ops.fused_arcface.row_factors.default(sample_weight, "sample_weight", math.inf)
+    return checked
 
 
 def loss_over_classes(
     embeddings: Tensor,
     weight: Tensor,
-    target_class: Tensor,
-    ignored: Tensor,
+    rows: Rows,
     options: HeadOptions,
     reduction: str,
     backend: str,
@@ -58,8 +78,7 @@ def loss_over_classes(
     Args:
         embeddings: (n, D), this rank's rows.
         weight: (C·sub_centers, D), this rank's class centers.
-        target_class: (N,) int64, all ranks' rows: an index into the classes that the step uses here, or negative.
-        ignored: (N,) bool.
+        rows: The targets and weights of all ranks' rows.
         options: The options of the loss.
         reduction: ``"mean"``, ``"sum"`` or ``"none"``.
         backend: A name that :func:`fused_arcface.backends.select` returned.
@@ -69,23 +88,37 @@ def loss_over_classes(
     x, w = embeddings, weight
     if label_smoothing > 0:
         (embeddings, x), (weight, w) = two_uses(embeddings), two_uses(weight)
-    dtype = compute_dtype(embeddings, weight)
+    dtype, ignored = compute_dtype(embeddings, weight), rows.ignored
     # A margin with a state changes it once in a step, before the loss is computed.
     margin = in_step(options.margin, embeddings, alone=shard.batch is not None)
-    own = RowMargin(margin)
-    if hasattr(margin, "for_rows"):
-        own = for_rows(
-            margin,
-            lambda: shard.joint(norms_of(embeddings.to(dtype)), lambda rows: norms_of(rows.to(dtype))).squeeze(1),
-            ~ignored,
-        )
-    target_row, change = target_class, None
-    if modulates(margin) or sub_centers > 1:
-        cosine, target_row = cosines_of_targets(embeddings, weight, target_class, backend, shard, sub_centers)
+
+    def norms() -> Tensor:
+        return shard.joint(norms_of(embeddings.to(dtype)), lambda rows: norms_of(rows.to(dtype))).squeeze(1)
+
+    def nearest(target: Target) -> tuple[Tensor, Tensor]:
+        return cosines_of_targets(embeddings, weight, target.local, backend, shard, sub_centers)
+
+    own = for_rows(margin, norms, rows.target.label, ~ignored)
+    target_row, second_row, order, change = rows.target.local, None, None, None
+    if rows.second is not None:
+        order = nearer_first(rows, nearest(rows.target), nearest(rows.second))
+        target_row, second_row = order.rows, order.others
+    elif modulates(margin) or sub_centers > 1:
+        cosine, target_row = nearest(rows.target)
         change = modulation(margin, cosine, ~ignored)
-    rows = negatives_and_target(embeddings, weight, target_row, scale, backend, shard, sub_centers, change)
+    lse, cosine, greatest, other_cosine = negatives_and_target(
+        embeddings, weight, target_row, scale, backend, shard, sub_centers, change, second_row
+    )
     smoothed = smoothing(x, w, label_smoothing, shard.num_classes or weight.shape[0], shard)
-    return loss_of_rows(*rows, ignored, own.modify, scale, reduction, backend, own.penalty, smoothed)
+    factors = None if rows.sample_weight is None else rows.sample_weight.to(lse.dtype)
+    if rows.second is None or order is None or other_cosine is None:
+        found = lse, cosine, greatest
+        return loss_of_rows(*found, ignored, own.modify, scale, reduction, backend, own.penalty, smoothed, factors)
+    of_second = for_rows(margin, norms, rows.second.label, ~ignored) if hasattr(margin, "for_labels") else own
+    both = of_both(order, lse, cosine, other_cosine, scale)
+    correct = (cosine > greatest).detach() & ~order.swapped & (rows.target.label != IGNORED)
+    margins = own.modify, of_second.modify
+    return loss_of_mixed_rows(both, margins, rows, correct, scale, reduction, own.penalty, smoothed, factors)
 
 
 def as_autocast(embeddings: Tensor) -> Tensor:

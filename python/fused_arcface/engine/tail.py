@@ -16,8 +16,10 @@ from ..base.checks import check_margin_output
 from ..base.once_differentiable import once_differentiable
 from ..base.statistics import MarginSoftmaxStats
 from ..margins.angular import Margin, parameters
-from .ops import for_scale
+from .ops import for_numbers
 from .smoothing import Smoothing
+from .targets import Rows
+from .terms import IGNORED
 
 
 class _FusedMarginLoss(torch.autograd.Function):
@@ -32,6 +34,7 @@ class _FusedMarginLoss(torch.autograd.Function):
         negative_lse: Tensor,
         target_cosine: Tensor,
         ignored: Tensor,
+        sample_weight: Tensor | None,
         reduction: str,
         scale: float,
         m1: float,
@@ -41,14 +44,15 @@ class _FusedMarginLoss(torch.autograd.Function):
         gradient: str,
         backend: str,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        margin_loss, factor = for_scale(torch.ops.fused_arcface.margin_loss, scale)
-        loss, lse, d_lse, d_cosine = margin_loss(
-            negative_lse, target_cosine, factor, m1, m2, m3, boundary, gradient, backend
-        )
+        margin_loss, numbers = for_numbers(torch.ops.fused_arcface.margin_loss, scale, m1, m2, m3)
+        loss, lse, d_lse, d_cosine = margin_loss(negative_lse, target_cosine, *numbers, boundary, gradient, backend)
         loss = loss.masked_fill_(ignored, 0)
-        count = (~ignored).sum() if reduction == "mean" else None
-        ctx.save_for_backward(d_lse, d_cosine, ignored, count)
-        reduced = loss.clone() if reduction == "none" else loss.sum() if count is None else loss.sum() / count
+        weighted = loss.clone() if sample_weight is None else loss * sample_weight
+        divisor = divisor_of_mean(~ignored, sample_weight) if reduction == "mean" else None
+        ctx.save_for_backward(d_lse, d_cosine, ignored, sample_weight, divisor)
+        reduced = weighted if reduction == "none" else weighted.sum()
+        if divisor is not None:
+            reduced = reduced / divisor
         ctx.mark_non_differentiable(loss, lse)
         ctx.set_materialize_grads(False)
         return reduced, loss, lse
@@ -59,22 +63,45 @@ class _FusedMarginLoss(torch.autograd.Function):
         ctx: Any, saved: tuple[Any, ...], d_reduced: Tensor | None, _loss: None, _lse: None
     ) -> tuple[Tensor | None, ...]:
         if d_reduced is None:
-            return (None,) * 11
-        d_lse, d_cosine, ignored, count = saved
-        d_loss = d_reduced if count is None else d_reduced / count
+            return (None,) * 12
+        d_lse, d_cosine, ignored, sample_weight, divisor = saved
+        d_loss = d_reduced if divisor is None else d_reduced / divisor
         d_loss = d_loss.expand_as(d_lse).masked_fill(ignored, 0)
-        return d_loss * d_lse, d_loss * d_cosine, *(None for _ in range(9))
+        if sample_weight is not None:
+            d_loss = d_loss * sample_weight
+        return d_loss * d_lse, d_loss * d_cosine, *(None for _ in range(10))
 
 
-def reduce_loss(loss: Tensor, ignored: Tensor, reduction: str) -> Tensor:
-    """Reduce row losses ``(N,)``, 0 where ignored, as ``cross_entropy`` does.
+def divisor_of_mean(counted: Tensor, sample_weight: Tensor | None) -> Tensor:
+    """Return the number that the mean loss divides by: of the rows that count, or the sum of their weights."""
+    return counted.sum() if sample_weight is None else (sample_weight * counted).sum()
 
-    Ignored rows are neither in the sum nor in the number that the mean divides by.
+
+def reduce_loss(loss: Tensor, counted: Tensor, reduction: str, sample_weight: Tensor | None) -> Tensor:
+    """Reduce row losses ``(N,)``, 0 where ignored, as ``cross_entropy(weight=...)`` does.
+
+    ``counted`` (N,) is true for rows that are not ignored, or the part of the row that is not.
     """
+    if sample_weight is not None:
+        loss = loss * sample_weight
     if reduction == "none":
         return loss
     total = loss.sum()
-    return total / (~ignored).sum() if reduction == "mean" else total
+    return total / divisor_of_mean(counted, sample_weight) if reduction == "mean" else total
+
+
+def row_losses(
+    negative_lse: Tensor, target_cosine: Tensor, margin: Margin, scale: float, smoothed: Smoothing | None
+) -> tuple[Tensor, Tensor]:
+    """Return the rows' losses (N,), differentiable, and their full log-sum-exps (N,), for any margin."""
+    modified = margin(target_cosine.clone())  # a copy: a user's margin may work in place
+    check_margin_output(modified, target_cosine)
+    target_logit = scale * modified
+    # softplus, not log(exp + exp) - z, which cancels for well-classified rows; past 40 it is linear to fp64's last bit.
+    loss = F.softplus(negative_lse - target_logit, threshold=40)
+    if smoothed is not None:
+        loss = smoothed.loss(loss, target_cosine, target_logit, scale)
+    return loss, torch.logaddexp(negative_lse.detach(), target_logit.detach())
 
 
 def loss_of_rows(
@@ -88,6 +115,7 @@ def loss_of_rows(
     backend: str = "torch",
     penalty: Tensor | None = None,
     smoothed: Smoothing | None = None,
+    sample_weight: Tensor | None = None,
 ) -> tuple[Tensor, MarginSoftmaxStats]:
     """Return the reduced loss, differentiable, and the rows' statistics.
 
@@ -102,29 +130,66 @@ def loss_of_rows(
         backend: that of the other stages; one that fuses this tail does so for the margins of this package.
         penalty: (N,) added to the rows' losses.
         smoothed: label smoothing.
+        sample_weight: (N,) factors of the rows' losses, or None. The statistics' losses are without them.
     """
     feature = "fused_margin_fp64" if negative_lse.dtype == torch.float64 else "fused_margin"
     fuses = backends.has(backend, feature) and smoothed is None and penalty is None
     numbers = parameters(margin) if fuses else None
     if numbers is not None:
         reduced, loss, lse = _FusedMarginLoss.apply(
-            negative_lse, target_cosine, ignored, reduction, float(scale), *numbers, backend
+            negative_lse, target_cosine, ignored, sample_weight, reduction, float(scale), *numbers, backend
         )
     else:
-        modified = margin(target_cosine.clone())  # a copy: a user's margin may work in place
-        check_margin_output(modified, target_cosine)
-        target_logit = scale * modified
-        # softplus, not log(exp + exp) - z, which cancels for well-classified rows; past 40 it is linear to fp64's
-        # last bit.
-        loss = F.softplus(negative_lse - target_logit, threshold=40)
-        lse = torch.logaddexp(negative_lse.detach(), target_logit.detach())
-        if smoothed is not None:
-            loss = smoothed.loss(loss, target_cosine, target_logit, scale)
+        loss, lse = row_losses(negative_lse, target_cosine, margin, scale, smoothed)
         if penalty is not None:
             loss = loss + penalty
         loss = loss.masked_fill(ignored, 0)
-        reduced = reduce_loss(loss, ignored, reduction)
+        reduced = reduce_loss(loss, ~ignored, reduction, sample_weight)
     cosine = target_cosine.detach()
     # For booleans a > b is a and not b.
     stats = MarginSoftmaxStats(loss.detach(), lse, cosine, correct=(cosine > negative_max) > ignored)
     return reduced, stats
+
+
+def loss_of_mixed_rows(
+    of_labels: tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]],
+    margins: tuple[Margin, Margin],
+    rows: Rows,
+    correct: Tensor,
+    scale: float,
+    reduction: str,
+    penalty: Tensor | None = None,
+    smoothed: Smoothing | None = None,
+    sample_weight: Tensor | None = None,
+) -> tuple[Tensor, MarginSoftmaxStats]:
+    """Return the reduced loss of rows with two labels, differentiable, and the statistics of the rows' first labels.
+
+    A row is two rows with weights: its share for the first label, the rest for the second one. A part whose label is
+    ignored neither has a loss nor counts in a mean.
+
+    Args:
+        of_labels: negative_lse (N,) and target_cosine (N,) of the first label, and of the second.
+        margins: the margin for each of them.
+        rows: the labels and the shares.
+        correct: (N,) bool, the statistic of the first label.
+        scale: The factor of the logits.
+        reduction: as in :func:`loss_of_rows`.
+        penalty: likewise.
+        smoothed: likewise.
+        sample_weight: likewise.
+    """
+    assert rows.second is not None and rows.share is not None
+    share = rows.share.to(of_labels[0][0].dtype)
+    parts = (
+        share.masked_fill(rows.target.label == IGNORED, 0),
+        (1 - share).masked_fill(rows.second.label == IGNORED, 0),
+    )
+    (first, lse), (second, _) = (
+        row_losses(*each, margin, scale, smoothed) for each, margin in zip(of_labels, margins, strict=True)
+    )
+    loss = parts[0] * first + parts[1] * second
+    if penalty is not None:
+        loss = loss + penalty
+    loss = loss.masked_fill(rows.ignored, 0)
+    reduced = reduce_loss(loss, parts[0] + parts[1], reduction, sample_weight)
+    return reduced, MarginSoftmaxStats(loss.detach(), lse, of_labels[0][1].detach(), correct)

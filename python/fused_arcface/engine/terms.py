@@ -63,6 +63,15 @@ class RowGradients(NamedTuple):
         return RowGradients(self.scale, *(each.contiguous() for each in self[1:]))
 
 
+class SecondTarget(NamedTuple):
+    """A second target of each row, which a pass over the classes takes for a negative. See :mod:`.mixed`."""
+
+    row: Tensor
+    """(N,) row of the centers that the step uses, or ``ABSENT``."""
+    coefficient: Tensor
+    """(N,) the derivative of the loss by the cosine with that row, beside its derivative as a negative."""
+
+
 class CenterStep(NamedTuple):
     """The numbers of one step of SGD on the class centers, beside those that their gradient is made of.
 

@@ -14,7 +14,9 @@ from .angular import (
     SphereFace,
     parameters,
 )
+from .by_label import LabelMargin
 from .protocol import Margin, Modulation, RowMargin
+from .schedule import Rise, at_strength
 
 __all__ = [
     "SIN_FLOOR",
@@ -23,10 +25,13 @@ __all__ = [
     "CombinedMargin",
     "CosFace",
     "GradientMode",
+    "LabelMargin",
     "Margin",
     "Modulation",
     "NormSoftmax",
+    "Rise",
     "RowMargin",
     "SphereFace",
+    "at_strength",
     "parameters",
 ]

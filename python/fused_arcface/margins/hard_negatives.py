@@ -24,7 +24,7 @@ Kind = Literal["adaptive", "fixed"]
 def _check_target_margin(owner: object, margin: object) -> None:
     """Check that a margin inside another is a function of the target's cosine alone."""
     wrong = not callable(margin) or isinstance(margin, (nn.Module, type))
-    if wrong or hasattr(margin, "for_rows") or hasattr(margin, "modulate"):
+    if wrong or any(hasattr(margin, method) for method in ("for_rows", "for_labels", "modulate")):
         rule = "must be a function of the target's cosine alone, such as ArcFace or CosFace"
         got = f"the class {margin.__name__}" if isinstance(margin, type) else type(margin).__name__
         raise TypeError(f"{type(owner).__name__}: margin {rule}; got {got}")

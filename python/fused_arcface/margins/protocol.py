@@ -27,6 +27,15 @@ class RowMargin(NamedTuple):
 
     :class:`fused_arcface.AdaFace`, ``MagFace`` and ``ElasticFace`` are examples. A margin with running statistics
     derives from :class:`fused_arcface.margins.state.StatefulMargin`, which keeps them in fp32.
+
+    A margin that depends on the label has a method ``for_labels(labels, counted) -> RowMargin`` instead. It is called
+    at the same place:
+
+    - labels: (N,) int64 global class ids, on any number of ranks and with a sample of the classes; 0 for ignored rows.
+    - counted: as above.
+
+    :class:`fused_arcface.ClassMargin` is an example; :class:`fused_arcface.margins.LabelMargin` makes one of a function
+    of cosines and labels.
     """
 
     modify: Margin
@@ -59,21 +68,26 @@ class Modulation(NamedTuple):
     """Upper bound of the derivative's magnitude."""
 
 
-def for_rows(margin: Margin, norms: Callable[[], Tensor], counted: Tensor) -> RowMargin:
+def for_rows(margin: Margin, norms: Callable[[], Tensor], labels: Tensor, counted: Tensor) -> RowMargin:
     """Return the margin of a batch's rows.
 
     Args:
-        margin: any margin; without a method ``for_rows`` it is returned as it is.
+        margin: any margin; without a method ``for_rows`` or ``for_labels`` it is returned as it is.
         norms: function that returns the rows' norms (N,), called only for a margin that needs them.
+        labels: (N,) int64 global class ids, negative for rows without a class.
         counted: (N,) bool, false for ignored rows.
 
     Raises:
         TypeError, ValueError: the margin's penalty is not a tensor (N,) on the rows' device.
     """
-    own: Callable[[Tensor, Tensor], RowMargin] | None = getattr(margin, "for_rows", None)
-    if own is None:
+    of_labels: Callable[[Tensor, Tensor], RowMargin] | None = getattr(margin, "for_labels", None)
+    of_norms: Callable[[Tensor, Tensor], RowMargin] | None = getattr(margin, "for_rows", None)
+    if of_labels is not None:
+        of_rows = of_labels(labels.clamp(min=0), counted)
+    elif of_norms is not None:
+        of_rows = of_norms(norms(), counted)
+    else:
         return RowMargin(margin)
-    of_rows = own(norms(), counted)
     if of_rows.penalty is not None:
         check_margin_rows("penalty", of_rows.penalty, counted)
     return of_rows

@@ -1,5 +1,7 @@
 """The list of the margins, one row for each. A new margin is added here, and everything that lists margins follows.
 
+Only margins of a number for each class (:mod:`.by_label`) are left out: they fit one number of classes, and no text.
+
 The command line's margin text, gradcheck, the tests and the table in ``docs/margins.md`` are made of it.
 """
 

@@ -10,14 +10,15 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .protocol import Margin
-
 
 class StatefulMargin(nn.Module):
     """Base of the margins with running statistics.
 
     Floating-point buffers stay fp32 when the head is cast, and when a file with another dtype is loaded.
     """
+
+    changes = True
+    """False for a margin whose buffers are options: a training step leaves them as they are."""
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> StatefulMargin:
         before = dict(self._buffers)
@@ -39,14 +40,20 @@ Place = tuple[nn.Module, str]
 """A module and the name of one of its buffers."""
 
 
-def state_of(margin: Margin) -> dict[Place, Tensor]:
+def has_state(margin: object) -> bool:
+    """Return true if a forward pass may change the margin now: for a module in ``train()``, not in ``eval()``."""
+    return isinstance(margin, nn.Module) and margin.training and getattr(margin, "changes", True)
+
+
+def state_of(margin: object) -> dict[Place, Tensor]:
     """Return the buffers that the next forward pass may change; none for a margin without a state, or in ``eval()``."""
-    if not isinstance(margin, nn.Module) or not margin.training:
+    if not has_state(margin):
         return {}
+    assert isinstance(margin, nn.Module)
     buffers = ((module, name, buffer) for module in margin.modules() for name, buffer in module._buffers.items())
     return {(module, name): buffer for module, name, buffer in buffers if buffer is not None}
 
 
-def copy_of_state(margin: Margin) -> list[tuple[Tensor, Tensor]]:
+def copy_of_state(margin: object) -> list[tuple[Tensor, Tensor]]:
     """Return each buffer of :func:`state_of` and a copy of it, to undo a step."""
     return [(buffer, buffer.clone()) for buffer in state_of(margin).values()]

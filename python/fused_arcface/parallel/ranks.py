@@ -7,7 +7,7 @@ one: each collective then returns its argument.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -32,6 +32,7 @@ class _Room(NamedTuple):
     rows: int = 0
     dim: int = 0
     dtype: torch.dtype = torch.float32
+    numbers: int = 0
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,8 @@ class JointBatch:
     """True if any rank needs the gradient by its embeddings. All ranks then join its collectives."""
     return_stats: bool = False
     """True if any rank asks for the statistics of its rows. All ranks then join their collective."""
+    numbers: tuple[Tensor, ...] = ()
+    """(N,) fp64 or int64 each: what the ranks passed for each row beside its label."""
 
     def own(self, rows: Tensor) -> Tensor:
         """Return this rank's part of a tensor over all rows, (N, ...) to (count, ...)."""
@@ -97,6 +100,7 @@ class Ranks:
         requires_grad: bool = False,
         return_stats: bool = False,
         shard: int = 0,
+        numbers: Sequence[Tensor] = (),
     ) -> JointBatch:
         """Gather all ranks' embeddings (n, D) and labels (n,); n may differ between ranks and be 0.
 
@@ -112,6 +116,7 @@ class Ranks:
             requires_grad: whether this rank needs the gradient by its embeddings.
             return_stats: whether this rank asks for the statistics of its rows.
             shard: :func:`fused_arcface.parallel.agreement.digest_of_shard` of the class centers, or 0.
+            numbers: (n,) each, more numbers for each row, as many on every rank. Floats are gathered in fp64.
 
         Raises:
             RuntimeError: if a rank has refused its arguments, or two ranks hold the same class centers. As the others,
@@ -120,34 +125,38 @@ class Ranks:
             ValueError: if a value of the agreement differs between ranks.
         """
         labels, count = labels.long(), embeddings.shape[0]
+        numbers = [each.double() if each.is_floating_point() else each.long() for each in numbers]
         if self.world_size == 1:
-            return JointBatch(embeddings, labels, [count], 0, count, requires_grad, return_stats)
+            return JointBatch(embeddings, labels, [count], 0, count, requires_grad, return_stats, tuple(numbers))
         dtype = FLOAT_DTYPES.index(embeddings.dtype)
-        own = Header(count, int(requires_grad), int(return_stats), dtype, digest(agreement), shard)
+        own = Header(count, int(requires_grad), int(return_stats), dtype, digest(agreement), shard, len(numbers))
+        columns = torch.stack([labels, *(each.view(torch.int64) for each in numbers)], 1)
         if self._headers_travel_apart(embeddings.device):
             headers = self._gather_headers(own, embeddings.device)
             self._compare(headers, owner, agreement)
             self._make_room(headers, embeddings)
-            _, all_labels, rows = self._gather_padded(own, embeddings, labels)
+            _, all_columns, rows = self._gather_padded(own, embeddings, columns)
         else:
             while True:
-                numbers, all_labels, rows = self._gather_padded(own, embeddings, labels)
-                headers = _headers(numbers)
+                header, all_columns, rows = self._gather_padded(own, embeddings, columns)
+                headers = _headers(header)
                 self._compare(headers, owner, agreement)
                 if not self._make_room(headers, embeddings):
                     break
         counts = [header.rows for header in headers]
         if min(counts) < self._room.rows:
-            all_labels = torch.cat([part[:count] for part, count in zip(all_labels, counts, strict=True)])
+            all_columns = torch.cat([part[:count] for part, count in zip(all_columns, counts, strict=True)])
             rows = torch.cat([part[:count] for part, count in zip(rows, counts, strict=True)])
+        all_labels, *all_numbers = all_columns.reshape(-1, all_columns.shape[-1]).unbind(1)
         return JointBatch(
             rows.reshape(-1, embeddings.shape[1]),
-            all_labels.reshape(-1),
+            all_labels.contiguous(),
             counts,
             sum(counts[: self.rank]),
             counts[self.rank],
             any(header.requires_grad for header in headers),
             any(header.return_stats for header in headers),
+            tuple(every.contiguous().view(own.dtype) for every, own in zip(all_numbers, numbers, strict=False)),
         )
 
     def meet(self, owner: str, agreement: Agreement, device: torch.device) -> None:
@@ -179,7 +188,8 @@ class Ranks:
     def _make_room(self, headers: list[Header], embeddings: Tensor) -> bool:
         """Return whether the batch did not fit into the buffer that is there."""
         old, rows = self._room, max(header.rows for header in headers)
-        self._room = _Room(max(rows, old.rows), embeddings.shape[1], embeddings.dtype)
+        numbers = max(header.numbers for header in headers)
+        self._room = _Room(max(rows, old.rows), embeddings.shape[1], embeddings.dtype, max(numbers, old.numbers))
         return self._room != old
 
     def _headers_travel_apart(self, device: torch.device) -> bool:
@@ -196,14 +206,16 @@ class Ranks:
         return _headers(numbers)
 
     def _gather_padded(
-        self, own: Header, embeddings: Tensor, labels: Tensor | None = None
+        self, own: Header, embeddings: Tensor, columns: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return headers (W, 6), labels (W, room) and embeddings (W, room, D) of all ranks, by one collective.
+        """Return headers (W, 7), columns (W, room, K) and embeddings (W, room, D) of all ranks, by one collective.
 
-        Headers are always complete. If this rank's rows do not fit, zeros are sent in their place.
+        The columns are int64: the label of each row, then the bits of its numbers. Headers are always complete. If this
+        rank's rows do not fit, zeros are sent in their place.
         """
         room = self._room
-        sizes = [8 * len(own), 8 * room.rows, room.dtype.itemsize * room.rows * room.dim]
+        width = 1 + room.numbers
+        sizes = [8 * len(own), 8 * room.rows * width, room.dtype.itemsize * room.rows * room.dim]
         ends = [0]
         for size in sizes:
             ends.append(-(-(ends[-1] + size) // _ALIGNMENT) * _ALIGNMENT)
@@ -216,18 +228,19 @@ class Ranks:
             ]
 
         send = torch.zeros(1, ends[-1], dtype=torch.uint8, device=embeddings.device)
-        header, all_labels, rows = parts(send)
+        header, all_columns, rows = parts(send)
         # One number at a time: copying a tensor from the host would wait for the device.
         for column, value in enumerate(own):
             if value != 0:
                 header[:, column] = value
-        if labels is not None and 0 < own.rows <= room.rows and embeddings.dtype == room.dtype:
-            all_labels[0, : own.rows] = labels
+        fits = own.rows <= room.rows and own.numbers <= room.numbers and embeddings.dtype == room.dtype
+        if columns is not None and own.rows > 0 and fits:
+            all_columns.view(room.rows, width)[: own.rows, : columns.shape[1]] = columns
             rows.view(room.rows, room.dim)[: own.rows] = embeddings
         received = send.new_empty(self.world_size, ends[-1])
         _all_gather(received, send, group=self.group)
-        header, all_labels, rows = parts(received)
-        return header, all_labels, rows.unflatten(1, (room.rows, room.dim))
+        header, all_columns, rows = parts(received)
+        return header, all_columns.unflatten(1, (room.rows, width)), rows.unflatten(1, (room.rows, room.dim))
 
     def sum(self, tensor: Tensor) -> Tensor:
         """Sum a tensor over the ranks, in place."""
@@ -316,7 +329,7 @@ class Ranks:
 
 
 def _headers(numbers: Tensor) -> list[Header]:
-    """Return (W, 6) int64 as headers. Reading the values waits for a GPU."""
+    """Return (W, 7) int64 as headers. Reading the values waits for a GPU."""
     return [Header(*each) for each in numbers.tolist()]
 
 

@@ -17,6 +17,8 @@ def train(backbone: nn.Module, images: Tensor, labels: Tensor) -> float:
     loss: Tensor = head(embeddings, labels)
     loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it without types
     loss, stats = head(embeddings, labels, return_stats=True)
+    loss = head(embeddings, (labels, labels.flip(0), 0.7))
+    loss = head(embeddings, labels, sample_weight=torch.ones(len(labels)), reduction="sum")
     accuracy: Tensor = stats.correct.float().mean()
 
     partial = fa.PartialFC(512, 1000, center_optimizer=fa.CenterSGD(lr=0.1, momentum_dtype=torch.int8))

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from fused_arcface import reference
 from fused_arcface.base.statistics import MarginSoftmaxStats
 from fused_arcface.engine.margin_step import in_step
+from fused_arcface.engine.targets import Labels
 from fused_arcface.head import MarginHead
 
 
@@ -43,10 +44,17 @@ class ReferenceHead(MarginHead):
     """
 
     def forward(
-        self, embeddings: Tensor, target: Tensor, *, ignore_index: int = -100, return_stats: bool = False
+        self,
+        embeddings: Tensor,
+        target: Labels,
+        *,
+        ignore_index: int = -100,
+        return_stats: bool = False,
+        sample_weight: Tensor | None = None,
+        reduction: str = "mean",
     ) -> Tensor | tuple[Tensor, MarginSoftmaxStats]:
         """Compute what the fused head computes; ``backend`` is ignored."""
         options = dataclasses.replace(self.options, margin=in_step(self.margin, embeddings, alone=False))
         return reference.loss_with(
-            options, embeddings, self.weight, target, ignore_index=ignore_index, return_stats=return_stats
+            options, embeddings, self.weight, target, reduction, ignore_index, return_stats, sample_weight
         )

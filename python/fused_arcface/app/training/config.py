@@ -25,6 +25,7 @@ from fused_arcface.margins.text import check_margin
 from ..data.images import MAX_PIXELS
 from ..nets.backbones import NAMES, check_backbone
 from .augment import LEVELS
+from .schedule import parse_rise
 
 DATA, NET, TUNING, HEAD = "Data", "Net", "Fine-tuning", "Head"
 OPTIMIZATION, RUN = "Optimization", "Verification and run"
@@ -190,6 +191,15 @@ class TrainConfig:
         least=0,
         above=True,
     )
+    margin_schedule: str = _option(
+        "",
+        HEAD,
+        "Rise of the margin: exponential:20-40 or linear:20-40 begins without a margin, lets it rise from the start of "
+        "epoch 20 and has all of it from the start of epoch 40; exponential:20-40:0.5 begins with half of it.",
+    )
+    scale_schedule: str = _option(
+        "", HEAD, "Rise of the scale, in the same form: linear:1-10:0.25 begins with a quarter of it."
+    )
     sub_centers: int = _option(
         1, HEAD, "Centers of each class; an image is compared with the nearest.", least=1, fixed=True
     )
@@ -283,6 +293,14 @@ class TrainConfig:
         backends.check_name(self.backend)
         check_backbone(self.backbone)
         check_margin(self.margin)
+        for name in ("margin_schedule", "scale_schedule"):
+            text = getattr(self, name)
+            try:
+                start = parse_rise(text).start if text else 1.0
+            except ValueError as error:
+                raise ValueError(f"{name} {error}") from None
+            if name == "scale_schedule" and start == 0:
+                raise ValueError(f"scale_schedule must begin above 0, as linear:1-10:0.25 does; got {text!r}")
         _ = self.frozen_epochs  # its form is checked there
 
     @property

@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from fused_arcface import checkpoint
 from fused_arcface.base.keyed_random import NET, fold
 from fused_arcface.center_sgd import CenterSGD
+from fused_arcface.margins.schedule import at_strength
 from fused_arcface.margins.text import parse_margin
 from fused_arcface.partial_fc import PartialFC
 from fused_arcface.store import StoreError
@@ -26,7 +27,7 @@ from .buffers import SavedBuffers
 from .centers import load_centers
 from .config import OptionError, TrainConfig
 from .joint_step import JointStep, StepResult, Timer
-from .schedule import Schedule
+from .schedule import Schedule, parse_rise
 from .world import World
 
 # Each rank's running statistics are its own. torch 2.13 gave the option a new name and warns about the old one.
@@ -69,6 +70,9 @@ class Learner:
         else:
             self.optimizer = torch.optim.AdamW(driven, config.lr)
         self._schedule = Schedule(steps, config.schedule, config.power, config.warm_up)
+        self._margin, epoch = self.head.margin, steps // config.epochs
+        self._margin_rise = parse_rise(config.margin_schedule, epoch) if config.margin_schedule else None
+        self._scale_rise = parse_rise(config.scale_schedule, epoch) if config.scale_schedule else None
         self._scaler = torch.amp.GradScaler(world.device.type, enabled=config.precision == "fp16")
         self._step = JointStep(net, self.head, config.precision, self._scaler, config.seed)
 
@@ -152,9 +156,13 @@ class Learner:
         return self.world.sum([float(unusable)]) == [0.0] and finite
 
     def _set_options(self, number: int) -> None:
-        """Set the optimizers' options before each step: those of a checkpoint are not used."""
+        """Set what the schedules change, before each step: the options of a checkpoint are not used."""
         config, factor = self.config, self._schedule.factor(number)
-        assert config.lr is not None
+        assert config.lr is not None and config.scale is not None
+        if self._margin_rise is not None:
+            self.head.margin = at_strength(self._margin, self._margin_rise(number))
+        if self._scale_rise is not None:
+            self.head.scale = config.scale * self._scale_rise(number)
         options = {"lr": config.lr * factor, "weight_decay": config.weight_decay}
         if config.optimizer == "sgd":
             options["momentum"] = config.momentum

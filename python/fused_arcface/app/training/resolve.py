@@ -14,6 +14,7 @@ from typing import Any
 from fused_arcface import backends
 from fused_arcface.base.options import HeadOptions
 from fused_arcface.base.reading import DataError
+from fused_arcface.margins.schedule import at_strength
 from fused_arcface.margins.text import parse_margin
 
 from ..data.formats import labeled_formats, open_source, unseen_source
@@ -99,9 +100,11 @@ def resolve(config: TrainConfig, source: ImageSource, world: World) -> TrainConf
             "class centers would make that rank alone leave the step out"
         )
     try:
-        needs = HeadOptions(parse_margin(config.margin), sub_centers=config.sub_centers).needs()
-        backends.select(config.backend, world.device, needs=needs)
-    except (RuntimeError, ValueError) as error:
+        margin = parse_margin(config.margin)
+        if config.margin_schedule:
+            at_strength(margin, 1.0)
+        backends.select(config.backend, world.device, needs=HeadOptions(margin, sub_centers=config.sub_centers).needs())
+    except (RuntimeError, TypeError, ValueError) as error:
         raise OptionError(str(error)) from None
     return config.replace(changes)
 

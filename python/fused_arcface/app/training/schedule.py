@@ -1,9 +1,16 @@
-"""The learning rate as a function of the step: nothing is saved, and a resumed run follows its present options."""
+"""Learning rate, margin and scale as functions of the step: nothing is saved.
+
+A resumed run follows its present options.
+"""
 
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
+from typing import Any
+
+from fused_arcface.margins.schedule import Rise
 
 
 @dataclass(frozen=True)
@@ -35,3 +42,26 @@ class Schedule:
         if self.kind == "cosine":
             return (1 + math.cos(math.pi * progress)) / 2
         return (1 - progress) ** self.power if self.kind == "polynomial" else 1.0
+
+
+def parse_rise(text: str, steps_per_epoch: int = 1) -> Rise:
+    """Return the rise that a text such as ``exponential:20-40`` or ``linear:1-10:0.5`` names.
+
+    The text is ``SHAPE:FIRST-LAST[:START]``. FIRST and LAST are epochs, counted from 1: the rise begins with epoch
+    FIRST and is complete when epoch LAST begins.
+
+    Raises:
+        ValueError: if the text has another form, or a number is out of its range.
+
+    >>> parse_rise("linear:2-4:0.5", steps_per_epoch=10)
+    Rise(begin=10.0, end=30.0, start=0.5, shape='linear')
+    """
+    number = r"([0-9]{1,9}(?:\.[0-9]{1,9})?)"
+    found = re.fullmatch(rf"(exponential|linear):{number}-{number}(?::{number})?", text)
+    if found is None:
+        raise ValueError(f"must be exponential:FIRST-LAST or linear:FIRST-LAST, with :START or without; got {text!r}")
+    first, last = float(found[2]), float(found[3])
+    if not 1 <= first < last:
+        raise ValueError(f"must have epochs with 1 <= FIRST < LAST; got {text!r}")
+    shape: Any = found[1]
+    return Rise((first - 1) * steps_per_epoch, (last - 1) * steps_per_epoch, float(found[4] or 0), shape)

@@ -1,0 +1,54 @@
+"""The targets of a step's rows and the weights of the rows, as a head hands them to the engine."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .terms import IGNORED
+
+Labels = Tensor | tuple[Tensor, Tensor, Tensor | float]
+"""What a caller gives: labels (N,), or (first, second, share) for mixed labels."""
+
+
+def labels_and_share(target: Labels) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Return the labels (N,) of a target that is checked already, and for mixed labels the second ones and the shares.
+
+    Shares are (N,), between 0 and 1: that is checked here, where it is no wait.
+    """
+    if isinstance(target, Tensor):
+        return target, None, None
+    first, second, share = target
+    if not isinstance(share, Tensor):
+        share = torch.full(first.shape, share, dtype=torch.float64, device=first.device)
+    share = torch.ops.fused_arcface.row_factors.default(share.expand(first.shape), "target[2]", 1.0)
+    return first, second, share
+
+
+class Target(NamedTuple):
+    """One label of each row, for all ranks' rows."""
+
+    label: Tensor
+    """(N,) int64 global class, ``IGNORED`` or ``INVALID``."""
+    local: Tensor
+    """(N,) int64 index into the classes that the step uses on this rank, or negative."""
+
+
+class Rows(NamedTuple):
+    """The facts about all ranks' rows beside their embeddings."""
+
+    target: Target
+    sample_weight: Tensor | None = None
+    """(N,) factor of each row's loss, of any float dtype; None: each row's is 1."""
+    second: Target | None = None
+    """Another label of each row, for mixed labels."""
+    share: Tensor | None = None
+    """(N,) in [0, 1]: the part of the loss that the first label has; with a second label."""
+
+    @property
+    def ignored(self) -> Tensor:
+        """(N,) bool: rows whose loss is 0, and which a mean does not count."""
+        ignored = self.target.label == IGNORED
+        return ignored if self.second is None else ignored & (self.second.label == IGNORED)
