@@ -22,6 +22,9 @@ WIDTH = 4.8
 ONE, TWO = "#0072B2", "#D55E00"
 """Colors of two kinds that are compared: one person and two people, right and wrong."""
 
+COLORS = (ONE, TWO, "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6D00")
+"""Okabe and Ito's colors, which stay apart for color-blind readers. More things than colors repeat them."""
+
 _STYLE = {
     "font.size": 10,
     "axes.titlesize": 10,

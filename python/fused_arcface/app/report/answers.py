@@ -57,8 +57,8 @@ class Answers:
         found = []
         for kind, name in ((wrong, "another person"), (~self.known, "not in the gallery")):
             for place in order[kind[order]][:count]:
-                images = (thumbnail(names[int(place)]) for names in (self.probes, self.matches))
-                found.append(Comparison(*images, f"{name}, {measure(float(self.scores[place]), self.cosine)}"))
+                caption = f"{name}, {measure(float(self.scores[place]), self.cosine)}"
+                found.append(Comparison(thumbnail(self.probes[place]), thumbnail(self.matches[place]), caption))
         return found
 
 

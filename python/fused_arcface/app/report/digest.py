@@ -80,11 +80,38 @@ def read_digest(path: Path) -> Digest | None:
     content = read_bytes(path, _MOST_BYTES)
     with file_errors(path):
         values: dict[str, Any] = json.loads(content)
-        hardest = [
-            HardPair(bool(same), float(score), _checked(*first), _checked(*second))
-            for same, score, first, second in values.pop("hardest")
-        ]
-        return Digest(hardest=hardest, **values)
+        same, different = values["num_pairs"]
+        step = values["step"]
+        return Digest(
+            data=str(values["data"]),
+            cosine=bool(values["cosine"]),
+            num_pairs=(int(same), int(different)),
+            false_accepts=_numbers(values["false_accepts"]),
+            true_accepts=_numbers(values["true_accepts"]),
+            edges=_numbers(values["edges"]),
+            same_counts=[int(count) for count in _numbers(values["same_counts"])],
+            different_counts=[int(count) for count in _numbers(values["different_counts"])],
+            hardest=read_hardest(values["hardest"]),
+            step=None if step is None else int(step),
+        )
+
+
+def _numbers(values: Any) -> list[float]:
+    numbers: list[float] = np.asarray(values, dtype=np.float64).tolist()
+    if not np.isfinite(numbers).all() or np.ndim(numbers) != 1:
+        raise ValueError(f"a curve must be a list of finite numbers; got {str(values)[:40]}")
+    return numbers
+
+
+def read_hardest(values: Any) -> list[HardPair]:
+    """Return pairs from what JSON makes of them.
+
+    Raises:
+        TypeError, ValueError: if they are something else.
+    """
+    return [
+        HardPair(bool(same), float(score), _checked(*first), _checked(*second)) for same, score, first, second in values
+    ]
 
 
 def _checked(name: str, source: str) -> Thumbnail:
@@ -95,7 +122,7 @@ def _checked(name: str, source: str) -> Thumbnail:
     """
     if source and re.fullmatch("data:image/jpeg;base64,[A-Za-z0-9+/]+=*", source) is None:
         raise ValueError(f"a thumbnail must be a JPEG in a data: address; got {source[:40]!r}")
-    return Thumbnail(name, source)
+    return Thumbnail(str(name), source)
 
 
 def digest_pairs(

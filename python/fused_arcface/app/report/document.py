@@ -12,11 +12,10 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from rich.table import Table as TerminalTable
 
 from fused_arcface import __version__
@@ -26,6 +25,9 @@ from fused_arcface.base.text import printable
 
 from ..drawing import Drawing, as_svg
 from ..measure import machine
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
 
 
 class Table(NamedTuple):
@@ -104,6 +106,8 @@ def render(report: Report) -> str:
 
 
 def _environment() -> Environment:
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
     return Environment(
         autoescape=True,
         finalize=lambda value: printable(value) if isinstance(value, str) else value,

@@ -13,7 +13,7 @@ from fused_arcface.base.extras import require
 from fused_arcface.evaluation.identification import Identification
 from fused_arcface.evaluation.verification import Verification
 
-from ..drawing import ONE, TWO, WIDTH, Drawing, set_title
+from ..drawing import ONE, TWO, WIDTH, Drawing, plain_ticks, set_title
 from .answers import Answers
 from .digest import Digest, as_comparisons
 from .document import Comparison, Report, Section, as_table, figures, no_figures, settings, versions
@@ -38,12 +38,13 @@ def roc_drawing(
     def draw(plt: Any) -> Any:
         figure, axis = plt.subplots(figsize=(WIDTH, 3.7), layout="constrained")
         # Nothing is interpolated: a rate holds until the next point.
-        axis.step(false_accepts, true_accepts, where="post", color=ONE, label="this net")
+        axis.step(false_accepts, true_accepts, where="post", color=ONE)
         for far, tar in (marked or {}).items():
             if far >= least:
                 axis.plot(far, tar, "o", color=ONE, ms=5)
                 axis.annotate(f"{tar:.3f}", (far, tar), (4, -13), textcoords="offset points", fontsize=9)
         axis.set(xscale="log", xlim=(least, 1), ylim=(0, 1.02), xlabel="false accept rate", ylabel="true accept rate")
+        plain_ticks(axis.xaxis)
         set_title(axis, title)
         axis.grid(alpha=0.3)
         return figure
@@ -100,7 +101,7 @@ def histogram_drawing(edges: Values, counts: Mapping[str, Values], unit: str, ti
         return figure
 
     kinds = ", ".join(f"{name} ({int(np.sum(each)):,})" for name, each in counts.items())
-    return Drawing("histogram", f"Histogram of the {unit}: {kinds}. Each kind sums to 1.", draw)
+    return Drawing("histogram", f"Histograms of the {unit}: {kinds}. Each kind sums to 1.", draw)
 
 
 def draw_histograms(axis: Any, edges: Values, counts: Mapping[str, Values]) -> None:
