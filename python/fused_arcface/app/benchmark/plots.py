@@ -210,18 +210,12 @@ def _costs(plt: Any, steps: Sequence[ModeledStep], device: Device) -> Any:
             memory.plot([step.devices], [step.memory_bytes / 2**30], **style)
             if step in fitting:
                 time.plot([step.devices], [step.seconds * 1e3], **style)
-    memory.axhline(device.memory_bytes / 2**30, color="#444444", lw=1)
     held = device.memory_bytes / 2**30
+    memory.axhline(held, color="#444444", lw=1)
     memory.annotate(device.name, (max(s.devices for s in steps), held * 1.15), fontsize=8, ha="right")
     for limit in dict.fromkeys(step.limit for step in steps):
-        time.plot(
-            [],
-            [],
-            marker=_LIMITS[limit],
-            ls="",
-            color="#444444",
-            label=limit if limit == "does not fit" else f"limited by {limit}",
-        )
+        name = limit if limit == "does not fit" else f"limited by {limit}"
+        time.plot([], [], marker=_LIMITS[limit], ls="", color="#444444", label=name)
     devices = sorted({step.devices for step in steps})
     for axes, label in ((time, "step of the head, ms"), (memory, "memory of a device, GiB")):
         axes.set(xscale="log", yscale="log", xlabel="devices", ylabel=label, title=label)

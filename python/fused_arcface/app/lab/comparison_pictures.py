@@ -74,7 +74,7 @@ def _tar(plt: Any, found: Comparison) -> Any:
             [math.nan], [math.nan], xerr=[1], color=_GRAY, fmt="|", ms=12, capsize=4, label="mean ± deviation"
         )
     figure.legend(loc="outside lower center", ncols=2)
-    axis.set_xlabel("true accept rate at a false accept rate of 0.01")
+    axis.set_xlabel("true accept rate at FAR 0.01")
     figure.suptitle(_title(found), fontsize=10)
     return figure
 
@@ -109,7 +109,8 @@ def _loss(plt: Any, found: Comparison) -> Any:
             axis.plot(steps, mean, color=criterion.color, linestyle=criterion.line, label=criterion.name, lw=1.3)
     axis.set(xlabel="step", ylabel="loss ÷ first loss", ylim=(0, None), title="loss of the training")
     axis.grid(alpha=0.3)
-    figure.legend(loc="outside lower center", ncols=2)
+    if axis.lines:
+        figure.legend(loc="outside lower center", ncols=2)
     return figure
 
 
@@ -134,9 +135,9 @@ def _angles(plt: Any, found: Comparison) -> Any:
         counts = {"one person": [row.same_angles for row in rows], "two people": [row.different_angles for row in rows]}
         draw_histograms(axis, edges, {name: np.sum(each, axis=0) for name, each in counts.items()})
         axis.set(title=criterion.name, xlim=(0, 150), yticks=[], xticks=range(0, 151, 30))
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    keys = axes[0].get_legend_handles_labels()
+    figure.legend(*keys, loc="outside lower center", ncols=2, title="angle between two embeddings, degrees")
     figure.suptitle(_title(found), fontsize=10)
-    figure.supxlabel("angle between two embeddings, degrees", fontsize=10)
     figure.supylabel("share of the pairs", fontsize=10)
     return figure
 

@@ -18,7 +18,7 @@ from fused_arcface.margins.registry import REGISTRY, Entry, trained
 
 from ..drawing import COLORS, WIDTH, Drawing
 
-_LINES: tuple[Any, ...] = ("-", "--", "-.", ":", (0, (1, 1, 4, 1)), (0, (6, 2)))
+_LINES: tuple[Any, ...] = ("-", "-", "--", "-", "--", "-.", ":")
 NORMS = (5.0, 20.0, 110.0)
 """Norms of a poor, a mean and a good image, where AdaFace has seen a mean of 20 and a deviation of 5. MagFace's own
 range is 10 to 110."""
@@ -61,21 +61,22 @@ def entries(kind: str) -> list[Entry]:
 
 
 def label(entry: Entry) -> str:
-    """Return a margin's name with its numbers.
+    """Return a margin's name with its first numbers, at most three.
 
     >>> label(entries("angular")[3])
     'ArcFace(margin=0.5)'
     """
     parameters = inspect.signature(entry.margin).parameters.values()
-    numbers = [each for each in parameters if type(each.default) is float]
-    return f"{entry.name}({', '.join(f'{each.name}={each.default:g}' for each in numbers)})"
+    numbers = [f"{each.name}={each.default:g}" for each in parameters if type(each.default) is float]
+    return f"{entry.name}({', '.join(numbers[:3])}{', …' if len(numbers) > 3 else ''})"
 
 
 def styles() -> Iterator[dict[str, Any]]:
-    """Yield styles of lines that differ in color and dashes: one margin may lie upon another."""
+    """Yield styles of lines that differ in color and dashes. The first are wide: one margin may lie upon another."""
     place = 0
     while True:
-        yield {"color": COLORS[place % len(COLORS)], "linestyle": _LINES[place % len(_LINES)], "linewidth": 1.6}
+        width = max(1.2, 3.4 - 0.5 * place)
+        yield {"color": COLORS[place % len(COLORS)], "linestyle": _LINES[place % len(_LINES)], "linewidth": width}
         place += 1
 
 
@@ -136,7 +137,6 @@ def _boundary_figure(plt: Any, scale: float) -> Any:
     figure, axis = _axes(plt, f"ArcFace past θ + {default.margin:g} = π", f"target logit at scale {scale:g}")
     for boundary, style in zip(get_args(angular.Boundary), styles(), strict=False):
         name = f"{boundary} (default)" if boundary == default.boundary else boundary
-        style["linewidth"] = 2.6 if boundary == default.boundary else 1.6
         axis.plot(degrees, scale * angular.ArcFace(boundary=boundary)(cosines), label=name, **style)
     return _finish(figure, columns=2)
 
