@@ -127,21 +127,8 @@ def test_no_report(options: tuple[str, ...], written: bool, monkeypatch: pytest.
     assert Path("named.html").is_file()
 
 
-TRAIN = [
-    "train",
-    "--data",
-    "identities:6x4",
-    "--output",
-    "run",
-    "--batch-size",
-    "8",
-    "--image-size",
-    "16",
-    "--workers",
-    "0",
-    "--device",
-    "cpu",
-]
+OPTIONS = "--data identities:6x4 --output run --batch-size 8 --image-size 16 --workers 0 --device cpu"
+TRAIN = ["train", *OPTIONS.split()]
 
 
 @pytest.mark.slow
@@ -155,9 +142,7 @@ def test_train_and_resume(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
     rows = dict(zip(first.texts, first.texts[1:], strict=False))
     assert rows["epochs"] == "2" and rows["identities"] == "6" and rows["images"] == "24"
     assert len(first.photographs) == 24 and len(first.pictures) == 5 + 1 + 2
-    assert {"loss", "learning rate", "angle, degrees"} <= {
-        each for each in first.drawn().split("\n") for each in [each]
-    } or all(label in first.drawn() for label in ("loss", "learning rate", "angle, degrees"))
+    assert all(label in first.drawn() for label in ("loss", "learning rate", "angle, degrees"))
     assert any(text.endswith("step 6, epoch 2 of 2.") for text in first.texts)
 
     Path("run/report.html").unlink()

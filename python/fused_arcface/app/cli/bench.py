@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
 
 def bench(
-    context: typer.Context,
     cases: Annotated[
         str,
         typer.Option(
@@ -80,6 +79,7 @@ def bench(
     Each result is checked against fp64 before it is timed. The exit status
     is 1 if a result of this package is wrong or nothing could be measured.
     """
+    settings = dict(locals())
     import torch
 
     from ..benchmark.cases import cases_named
@@ -122,7 +122,7 @@ def bench(
         earlier = _interrupted_run(output, on) if resume else None
         options = {"seconds": seconds, "with_memory": with_memory, "earlier": earlier}
         written, right = _run_cases(console, output, (shapes, chosen, on), options)
-    written += page.write(lambda: bench_report(output, context.params))
+    written += page.write(lambda: bench_report(output, settings))
     say_written(console, output, written)
     if not right:
         raise typer.Exit(1)

@@ -13,7 +13,6 @@ from .terminal import terminal
 
 
 def compare(
-    context: typer.Context,
     output: Annotated[
         Path,
         typer.Option(
@@ -52,6 +51,7 @@ def compare(
     rank losses but say little about a large net. This takes some minutes
     on two cores.
     """
+    settings = dict(locals())
     from fused_arcface.base.extras import pyplot, require
 
     from ..drawing import write_pictures
@@ -83,7 +83,7 @@ def compare(
         written = write_pictures(comparison_drawings(found), output)
         written += folder.write_summary(found.rows, found.seconds)
         words = [COLUMNS, *comparison_gains(found)]
-        written += page.write(lambda: comparison_report(found, comparison_tables(found), words, context.params))
+        written += page.write(lambda: comparison_report(found, comparison_tables(found), words, settings))
     except (ValueError, OSError) as wrong:
         terminal(stderr=True, soft_wrap=True).print(str(wrong), style="bold red", markup=False)
         raise typer.Exit(1) from wrong

@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
 
 def identify(
-    context: typer.Context,
     data: Annotated[
         str | None,
         typer.Option(
@@ -89,6 +88,7 @@ def identify(
     the open set comes from the probes of other people. Mahalanobis'
     covariance is fitted on the gallery.
     """
+    settings = dict(locals())
     from fused_arcface.evaluation import identify as search
     from fused_arcface.evaluation import make_distance
 
@@ -162,7 +162,7 @@ def identify(
 
             answers = nearest_answers(compared, chosen, engine)  # type: ignore[arg-type]
             hardest = answers.hardest(Thumbnails(sources))
-            return identification_report(name, [table], found, answers, hardest, context.params)
+            return identification_report(name, [table], found, answers, hardest, settings)
 
         reporting.say_report(console, page.write(make_report))
 

@@ -37,6 +37,9 @@ NoReport = Annotated[
     ),
 ]
 
+NAME = "report.html"
+"""Name of the report in a command's folder."""
+
 _SECONDS = 600.0
 
 
@@ -120,7 +123,7 @@ def beside(name: str, json: Path | None, pictures: Path | None) -> Path:
     """
     if json is not None and (json.is_file() or not json.exists()):
         return json.with_suffix(".html")
-    return (pictures or Path("runs", name)) / "report.html"
+    return (pictures or Path("runs", name)) / NAME
 
 
 def say_report(console: Console, written: list[Path]) -> None:

@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 
 
 def verify(
-    context: typer.Context,
     data: Annotated[
         str | None,
         typer.Option(
@@ -81,6 +80,7 @@ def verify(
     TAR at FAR is strict: the greatest true accept rate at a false accept rate
     of at most the named one. Embeddings are normalized unless --raw is given.
     """
+    settings = dict(locals())
     from fused_arcface.base.extras import require
     from fused_arcface.evaluation import make_distance, mean_scores, pair_scores, verify_scores
 
@@ -158,7 +158,7 @@ def verify(
                 digest = digest_pairs(
                     name, found, scores, scored.pairs, scored.paths, thumbnails, cosine=distance == "cosine"
                 )
-            return verification_report(name, tables, digest, found, context.params)
+            return verification_report(name, tables, digest, found, settings)
 
         reporting.say_report(console, page.write(make_report))
 

@@ -91,7 +91,7 @@ def _least_rate(result: TaskResult) -> float:
     return min(1e-2, 10 / result.nets[0].verification.num_pairs[1])
 
 
-def _identities(plt: Any, demo: Demo) -> Any:
+def _identities(plt: Any) -> Any:
     """Draw some generated identities, one in each row."""
     rows, columns = 6, 12
     images = identity_images(rows, columns).images
