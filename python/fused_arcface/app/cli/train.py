@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import shlex
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -118,7 +117,13 @@ def train(
     prints the command to resume.
     """
     console, error = terminal(soft_wrap=True), terminal(stderr=True, soft_wrap=True)
-    page = ReportFile(report, no_report or dry_run, RunFolder(output).report)
+    page = ReportFile(None if dry_run else report, no_report or dry_run, RunFolder(output).report)
+
+    def make_report() -> Report:
+        from ..report.training import training_report
+
+        return training_report(RunFolder(output))
+
     try:
         if resume not in ("", RESUME, "auto"):
             raise OptionError(f"--resume takes auto or nothing; got {resume!r}")
@@ -127,7 +132,7 @@ def train(
         chosen = _choose(output, config, goes_on, given)
         _check_trust(chosen.margin, trust or "margin" in given)
         progress = TrainingProgress(console, error, chosen.epochs)
-        refresh = Refresh(lambda: page.write_or_note(partial(_report, output)))
+        refresh = Refresh(lambda: page.write_or_note(make_report))
 
         def listener(event: Event) -> None:
             progress(event)
@@ -148,7 +153,7 @@ def train(
     except (CheckpointError, DataError, OptionError, RunError, TrainingError) as wrong:
         error.print(str(wrong), style="bold red", markup=False)
         raise typer.Exit(_WRONG_USAGE if isinstance(wrong, (OptionError, RunError)) else 1) from None
-    written = page.write_or_note(partial(_report, output)) if is_first_rank() else []
+    written = page.write_or_note(make_report) if is_first_rank() else []
     if outcome.signal is not None:
         if is_first_rank():
             error.print(f"Saved after step {outcome.step} of {outcome.steps}. To go on:", markup=False)
@@ -157,12 +162,6 @@ def train(
     if is_first_rank():
         explain_end(console, RunFolder(output), outcome.step)
         say_report(console, written)
-
-
-def _report(output: Path) -> Report:
-    from ..report.training import training_report
-
-    return training_report(RunFolder(output))
 
 
 def _choose(output: Path, file: Path | None, resume: bool, given: dict[str, Any]) -> TrainConfig:
