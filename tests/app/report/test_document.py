@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -61,8 +63,6 @@ def test_names_are_never_obeyed() -> None:
 def _jpeg() -> bytes:
     people = read_labeled("identities:1x1")
     _, _, content = Thumbnails([people])(people.paths[0]).source.partition(",")
-    import base64
-
     return base64.b64decode(content)
 
 
@@ -115,8 +115,8 @@ def test_points_of_a_thinned_curve_are_exact() -> None:
     assert rates[0] == 1e-3 and rates[-1] == true_accepts[-1] == 1
 
 
-def _digest(**changes: object) -> Digest:
-    scores = np.array([0.0, -0.5, -1.0, -1.5] * 5)
+def _digest() -> Digest:
+    scores = np.cos(np.radians([1, 61, 91, 121] * 5)) - 1
     same = torch.tensor([True, True, False, False] * 5)
     pairs = Pairs(torch.arange(20), torch.arange(20), same)
     found = verify_scores(same, scores)
@@ -129,10 +129,11 @@ def test_a_digest_is_kept_and_read_again(tmp_path: Path) -> None:
     digest = _digest()
     digest.save(tmp_path / "v.json")
     assert read_digest(tmp_path / "v.json") == digest and read_digest(tmp_path / "none.json") is None
-    # cos 1, 0.5, 0 and -0.5 are 0, 60, 90 and 120 degrees; a bin is 2 degrees wide.
+    # A bin is 2 degrees wide.
     assert [place for place, count in enumerate(digest.same_counts) if count] == [0, 30]
     assert [place for place, count in enumerate(digest.different_counts) if count] == [45, 60]
-    assert [pair.score for pair in digest.hardest] == pytest.approx([0.5] * 5 + [1.0] + [0.0] * 5 + [-0.5])
+    found = [math.degrees(math.acos(pair.score)) for pair in digest.hardest]
+    assert found == pytest.approx([61] * 5 + [1] + [91] * 5 + [121])
     assert all(bool(pair.first.source) == (pair.first.name != "gone.png") for pair in digest.hardest)
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fused_arcface.margins import angular
 from fused_arcface.margins.per_row import AdaFace, ElasticFace
@@ -60,6 +60,12 @@ def entries(kind: str) -> list[Entry]:
     return [entry for entry in REGISTRY if entry.kind == kind]
 
 
+def default(entry: Entry) -> Any:
+    """Return a margin made without arguments; drawing does not change its statistics."""
+    margin = entry.margin()
+    return margin.eval() if isinstance(margin, nn.Module) else margin
+
+
 def label(entry: Entry) -> str:
     """Return a margin's name with its first numbers, at most three.
 
@@ -99,14 +105,14 @@ def _row_figure(plt: Any, scale: float) -> Any:
     figure, axis = _axes(plt, "margins of the row", f"target logit at scale {scale:g}")
     axis.plot(degrees, scale * cosines, color="black", linewidth=1, label="no margin")
     for entry, style in zip(entries("row"), styles(), strict=False):
-        margin: Any = entry.margin()
+        margin = default(entry)
         if isinstance(margin, ElasticFace):
             bounds = (margin.margin + 2 * side * margin.std for side in (-1, 1))
             few, many = (scale * angular.ArcFace(bound, margin.boundary)(cosines) for bound in bounds)
             axis.fill_between(degrees, many, few, color=style["color"], alpha=0.3, lw=0, label=label(entry))
             continue
         if isinstance(margin, AdaFace):
-            margin = trained(margin, norm_mean=20.0, norm_std=5.0).eval()  # type: ignore[attr-defined]
+            margin = trained(margin, norm_mean=20.0, norm_std=5.0)
         for norm, line in zip(NORMS, (":", "-", "--"), strict=True):
             name = label(entry) if line == "-" else None
             values = scale * _of_norm(margin, norm)(cosines)
@@ -122,7 +128,7 @@ def _negative_figure(plt: Any, scale: float) -> Any:
     axis.plot(degrees, scale * cosines, color="black", linewidth=1, label="unchanged")
     target = torch.tensor([TARGET_ANGLE]).deg2rad().cos()
     for entry, style in zip(entries("negatives"), styles(), strict=False):
-        change = entry.margin().modulate(target, torch.tensor([True]))
+        change = default(entry).modulate(target, torch.tensor([True]))
         a, b, d = change.coefficients.tolist()
         hard = cosines > change.threshold
         values = torch.where(hard, a * cosines**2 + b * cosines + d, cosines)
