@@ -57,6 +57,11 @@ def read(path: Path) -> Page:
     return read_page(path.read_text(encoding="utf-8"))
 
 
+def beside(page: Page) -> dict[str, str]:
+    """Return the text after the first of each text: in a table, the cell beside a name."""
+    return dict(zip(page.texts[-2::-1], page.texts[:0:-1], strict=True))
+
+
 def test_verify(files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = ["verify", "--data", str(files / "people"), "--checkpoint", str(files / "run")]
     assert run([*command, "--json", "out/people.json"]) == 0
@@ -65,7 +70,7 @@ def test_verify(files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str])
     page = read(Path("out/people.html"))
     assert page.titles == ["Figures", "Curves", "Hardest pairs", "Settings", "Versions"]
     figures = json.loads(Path("out/people.json").read_text())
-    rows = dict(zip(page.texts, page.texts[1:], strict=False))
+    rows = beside(page)
     assert rows["equal error rate"] == f"{figures['eer']:.4f}" and rows["pairs of one person"] == "36"
     assert rows["batch_size"] == "64" and rows["flip"] == "no" and rows["torch"] == torch.__version__
     # Six pairs of each kind, two images each; three drawings.
@@ -139,7 +144,7 @@ def test_train_and_resume(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
     assert first.titles == [
         "Training", "Verification", "Thresholds", "Curves", "Hardest pairs", "Data", "Settings", "Versions"
     ]  # fmt: skip
-    rows = dict(zip(first.texts, first.texts[1:], strict=False))
+    rows = beside(first)
     assert rows["epochs"] == "2" and rows["identities"] == "6" and rows["images"] == "24"
     assert len(first.photographs) == 24 and len(first.pictures) == 5 + 1 + 2
     assert all(label in first.drawn() for label in ("loss", "learning rate", "angle, degrees"))
