@@ -14,7 +14,7 @@ from PIL import Image
 _VOID = {"meta", "img", "br", "hr", "col", "wbr"}
 _ALLOWED = {
     *_VOID, "html", "head", "title", "style", "body", "header", "main", "section", "nav", "ul", "li", "a", "h1", "h2",
-    "p", "div", "figure", "figcaption", "table", "caption", "thead", "tbody", "tr", "th", "td",
+    "h3", "p", "div", "figure", "figcaption", "table", "thead", "tbody", "tr", "th", "td",
 }  # fmt: skip
 _ADDRESSES = {"src", "href", "srcset", "action", "data", "poster", "background", "formaction", "ping", "cite"}
 

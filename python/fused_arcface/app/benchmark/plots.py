@@ -128,7 +128,8 @@ def _roofline(plt: Any, report: Report) -> Any:
     if fma is not None:
         axes.axhline(fma / 1e9, color="#444444", lw=1.2, ls="--")
         axes.annotate(f"fp32 multiply-adds, {fma / 1e9:,.0f} GFLOP/s", (low, fma / 1e9), va="bottom", fontsize=8)
-    axes.annotate(f" copy, {copy / 1e9:,.0f} GB/s", (low, low * copy / 1e9), va="top", fontsize=8)
+    rate = f"copy, {copy / 1e9:,.0f} GB/s"
+    axes.annotate(rate, (low, low * copy / 1e9), (4, 0), textcoords="offset points", va="top", fontsize=8)
     styles = _styles(report.measurements)
     seen: set[tuple[str, str]] = set()
     for each, x in zip(shown, xs_all, strict=True):
@@ -163,10 +164,8 @@ def _capacity(plt: Any, rows: Sequence[dict[str, Any]]) -> Any:
     labels = [f"{row['recipe']} ({row['backend']})\n{row['weight_dtype']} + {row['momentum_dtype']}" for row in ordered]
     colors = [_OURS if is_ours(row["recipe"]) else _COLORS[0] for row in ordered]
     bars = axes.barh(labels, [row["max_C"] / 1e6 for row in ordered], color=colors)
-    texts = [
-        f" {row['max_C'] / 1e6:.3g} M" + ("" if row["how"] == "measured" else " (extrapolated)") for row in ordered
-    ]
-    axes.bar_label(bars, texts, fontsize=8)
+    texts = [f"{row['max_C'] / 1e6:.3g} M" + ("" if row["how"] == "measured" else " (extrapolated)") for row in ordered]
+    axes.bar_label(bars, texts, padding=3, fontsize=8)
     axes.margins(x=0.3)
     axes.tick_params(labelsize=7.5)
     axes.set_xlabel("identities, millions")

@@ -31,11 +31,13 @@ if TYPE_CHECKING:
 
 
 class Table(NamedTuple):
-    """A table; its first column is text, the others are numbers."""
+    """A table."""
 
     columns: Sequence[str]
     rows: Sequence[Sequence[str]]
     caption: str = ""
+    words: Sequence[int] = (0,)
+    """Places of the columns of text; the others are numbers, which stand to the right and never break."""
 
 
 class Figure(NamedTuple):
@@ -150,17 +152,18 @@ def as_table(shown: TerminalTable) -> Table:
     >>> shown = TerminalTable("", "rate", title="Rates")
     >>> shown.add_row("TAR", "0.5")
     >>> as_table(shown)
-    Table(columns=['', 'rate'], rows=[['TAR', '0.5']], caption='Rates')
+    Table(columns=['', 'rate'], rows=[['TAR', '0.5']], caption='Rates', words=[0, 1])
     """
     columns = [[str(cell) for cell in column.cells] for column in shown.columns]
     rows = [list(row) for row in zip(*columns, strict=True)]
-    return Table([str(column.header) for column in shown.columns], rows, str(shown.title or "").strip())
+    words = [place for place, column in enumerate(shown.columns) if column.justify != "right"]
+    return Table([str(column.header) for column in shown.columns], rows, str(shown.title or "").strip(), words)
 
 
 def settings(options: Mapping[str, Any], title: str = "Settings") -> Section:
     """Return a section with the options of a command; those that are None were left to it."""
     rows = [(name, _value(value)) for name, value in options.items()]
-    return Section(title, tables=[Table(("option", "value"), rows)])
+    return Section(title, tables=[Table(("option", "value"), rows, words=(0, 1))])
 
 
 def _value(value: Any) -> str:
@@ -181,4 +184,4 @@ def versions(device: str | torch.device = "cpu") -> Section:
         ("device", context["device"]),
         ("written", context["date"]),
     ]
-    return Section("Versions", tables=[Table(("", ""), rows)])
+    return Section("Versions", tables=[Table(("", ""), rows, words=(0, 1))])

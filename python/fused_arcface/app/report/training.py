@@ -226,4 +226,4 @@ def _data(folder: RunFolder, config: TrainConfig) -> Section:
     if known is not None:
         rows += [("images", f"{known.images:,}"), ("identities", f"{known.identities:,}")]
     rows.append(("size", f"{config.image_size} × {config.image_size}, {'gray' if config.channels == 1 else 'color'}"))
-    return Section("Data", tables=[Table(("", ""), rows)])
+    return Section("Data", tables=[Table(("", ""), rows, words=(0, 1))])
