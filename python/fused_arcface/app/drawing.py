@@ -52,7 +52,7 @@ class Drawing(NamedTuple):
     name: str
     """File name, without its suffix."""
     caption: str
-    """Whole sentences that say what is seen: the caption in a report, and the text for who cannot see it."""
+    """Sentences that describe the picture: its caption in a report, and its text for a reader who cannot see it."""
     draw: _Draw
 
 

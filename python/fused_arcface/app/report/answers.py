@@ -1,4 +1,4 @@
-"""The nearest gallery image of each probe: what the report of an identification shows of its scores."""
+"""The nearest gallery image of each probe: the scores in the report of an identification."""
 
 from __future__ import annotations
 

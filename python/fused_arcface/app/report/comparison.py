@@ -22,7 +22,7 @@ def comparison_report(
     Args:
         found: the comparison.
         tables: as the terminal showed them, first that of the criteria.
-        words: what the terminal said about it.
+        words: sentences that the terminal showed below the first table.
         options: of the command.
     """
     first, *others = map(as_table, tables)

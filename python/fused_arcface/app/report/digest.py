@@ -1,4 +1,4 @@
-"""What a report shows of scored pairs, small enough to be kept with a run: curves, histograms, the hardest pairs."""
+"""Digests of verifications: curves, histograms and hardest pairs for a report. A digest is kept with its run."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class HardPair(NamedTuple):
 
 @dataclass(frozen=True)
 class Digest:
-    """What is shown of one verification."""
+    """The parts of one verification that a report shows."""
 
     data: str
     """Name of the set."""
@@ -104,7 +104,7 @@ def _numbers(values: Any) -> list[float]:
 
 
 def read_hardest(values: Any) -> list[HardPair]:
-    """Return pairs from what JSON makes of them.
+    """Return pairs that were written as JSON.
 
     Raises:
         TypeError, ValueError: if they are something else.
@@ -136,13 +136,13 @@ def digest_pairs(
     cosine: bool,
     step: int | None = None,
 ) -> Digest:
-    """Return what a report shows of a verification.
+    """Return the digest of a verification.
 
     Args:
         data: name of the set.
         found: its figures.
         scores: (P,) negated distances; those of the cosine distance are cos - 1.
-        pairs: numbers of the images of each pair, and whether they show one person.
+        pairs: numbers of the images of each pair; ``same`` marks the pairs of one person.
         names: (M,) names of the images.
         thumbnail: makes a thumbnail, given a name.
         cosine: the distance is the cosine's.
@@ -202,7 +202,7 @@ def hardest_pairs(
 
     Args:
         scores: (P,), greater for more similar pairs.
-        pairs: numbers of the images of each pair, and whether they show one person.
+        pairs: numbers of the images of each pair; ``same`` marks the pairs of one person.
         names: (M,) names of the images.
         thumbnail: makes a thumbnail, given a name.
         count: pairs of each kind at most.

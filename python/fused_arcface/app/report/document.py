@@ -66,7 +66,7 @@ class Comparison(NamedTuple):
 
 @dataclass(frozen=True)
 class Section:
-    """A part of a report; what it has is shown in the order of the fields."""
+    """A part of a report. Its contents are shown in the order of the fields."""
 
     title: str
     text: str = ""
@@ -84,7 +84,7 @@ class Report:
     """A sentence or two below the title."""
     sections: Sequence[Section]
     notes: Sequence[str] = field(default_factory=tuple)
-    """What the reader must know before the figures."""
+    """Notes for the reader, shown before all sections."""
 
 
 def write_report(report: Report, path: Path) -> None:

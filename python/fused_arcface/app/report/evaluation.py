@@ -170,7 +170,7 @@ def verification_report(
     Args:
         name: of the set.
         tables: as the terminal showed them.
-        digest: what is shown of the pairs; None if all are of one kind.
+        digest: of the verification; None if all pairs are of one kind.
         found: the figures; None if all pairs are of one kind.
         options: of the command.
     """

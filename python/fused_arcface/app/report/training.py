@@ -160,7 +160,7 @@ def curve_drawing(name: str, caption: str, steps: Floats, values: Floats, label:
 def _verification_sections(folder: RunFolder, log: Log, step: int) -> list[Section]:
     """Return the sections about the verifications, none if there was none.
 
-    What belongs to a later step is of a training that was given up.
+    Files of a later step belong to a training that was given up, and are left out.
     """
     sections = []
     if log.verifications:

@@ -31,7 +31,7 @@ class Checked(NamedTuple):
     thresholds: list[OperatingPoint]
     """Cosines."""
     digest: Digest | None = None
-    """What the run's report shows of it."""
+    """For the run's report; None if it could not be made."""
 
 
 class Verifier:
@@ -69,7 +69,7 @@ class Verifier:
             net: images to embeddings.
             spec: images that it takes.
             device: of the net.
-            name: what the set is called.
+            name: of the set.
             step: steps of training behind the net.
         """
         embeddings: list[Tensor] = []
