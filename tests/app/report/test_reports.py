@@ -17,12 +17,14 @@ from support.benchmark_reports import synthetic_report
 from support.report_pages import Page, read_page
 
 import fused_arcface as fa
+from fused_arcface.app import drawing
 from fused_arcface.app.cli import bench_report, reporting, run
 from fused_arcface.app.data import identity_images
 from fused_arcface.app.data.embedding_sets import EmbeddingSet
 from fused_arcface.app.lab import comparison
 from fused_arcface.app.nets.small import SmallNet
 from fused_arcface.app.report import training as training_page
+from fused_arcface.app.report.document import render
 from fused_arcface.app.training import verifier
 from fused_arcface.app.training.config import TrainConfig
 from fused_arcface.app.training.events import Checkpointed
@@ -46,8 +48,8 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     TrainConfig(data="identities", image_size=16, channels=1, embedding_dim=8).save(folder.config)
     torch.manual_seed(7)
     fa.checkpoint.save(folder.checkpoints, fa.PartialFC(8, 4), backbone=SmallNet(8))
-    drawn = identity_images(len(PEOPLE), 4)
-    for number, (pixels, label) in enumerate(zip(drawn.images, drawn.labels.tolist(), strict=True)):
+    faces = identity_images(len(PEOPLE), 4)
+    for number, (pixels, label) in enumerate(zip(faces.images, faces.labels.tolist(), strict=True)):
         path = root / "people" / PEOPLE[label] / f"{number}<i>.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray((255 * pixels[0].clamp(0, 1)).byte().numpy()).save(path)
@@ -89,7 +91,8 @@ def test_saved_embeddings_have_names_alone(tmp_path: Path) -> None:
     EmbeddingSet(rows, [f"<{i}>.png" for i in range(18)], labels).save("saved.npz")
     assert run(["verify", "--embeddings", "saved.npz", "--distance", "euclidean", "--raw"]) == 0
     page = read(Path("runs/verify/report.html"))
-    assert page.photographs == [] and "image not at hand" in page.texts and "<3>.png" in page.texts
+    assert page.photographs == [] and page.texts.count("image not at hand") == 24
+    assert sum(re.fullmatch(r"<\d+>\.png", text) is not None for text in page.texts) == 24
     assert any(re.fullmatch(r"one person, distance [\d.]+", text) for text in page.texts)
     assert "distance between two embeddings" in page.drawn()
 
@@ -199,14 +202,13 @@ def test_long_logs_are_thinned(tmp_path: Path) -> None:
     table = training_page._epochs(log)
     assert 25 <= len(table.rows) <= 30 and table.rows[-1][:2] == ("51", "1")
     loss, *_ = training_page._training_drawings(log)
-    from fused_arcface.app.drawing import as_svg
-
-    assert len(as_svg(loss)) < 60_000 and "mean over several steps" in loss.caption
+    assert len(drawing.as_svg(loss)) < 60_000 and "mean over several steps" in loss.caption
 
 
 @pytest.mark.slow
 def test_compare(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(comparison, "peak_of_steps", lambda *_: 0)
+    monkeypatch.setattr(drawing, "write_pictures", lambda *_: [])  # the same drawings as files: in tests/app/lab
     assert run(["compare", "--quick", "--criteria", "softmax; ArcFace", "--output", "out"]) == 0
     page = read(Path("out/report.html"))
     assert page.titles == [
@@ -215,11 +217,6 @@ def test_compare(monkeypatch: pytest.MonkeyPatch) -> None:
     ]  # fmt: skip
     assert len(page.pictures) == 9 and len(page.photographs) == 2 * 12
     assert "Mahalanobis" in page.texts and "loss ÷ first loss" in page.drawn()
-    before = Path("out/report.html").read_text(encoding="utf-8")
-    Path("out/report.html").unlink()
-    assert run(["compare", "--quick", "--criteria", "softmax; ArcFace", "--output", "out"]) == 0  # from its rows
-    timeless = re.compile(r'written</td>\s*<td class="word">[^<]*')
-    assert timeless.sub("", Path("out/report.html").read_text(encoding="utf-8")) == timeless.sub("", before)
 
 
 def test_bench(tmp_path: Path) -> None:
@@ -230,8 +227,6 @@ def test_bench(tmp_path: Path) -> None:
         "device": "a device", "torch": "2.0", "commit": "abc", "date": "2026-01-01",
     }  # fmt: skip
     (tmp_path / "capacity.json").write_text(json.dumps([capacity]))
-    from fused_arcface.app.report.document import render
-
     page = read_page(render(bench_report.bench_report(tmp_path, {"cases": "quick", "device": "cpu"})))
     assert page.titles == ["Pictures", "Times", "Not measured", "Most identities", "Settings", "Versions"]
     assert len(page.pictures) == 5 and "N=64 C=100 000 D=512 float32, fwd+bwd" in " ".join(page.texts)
