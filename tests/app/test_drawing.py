@@ -17,14 +17,14 @@ from fused_arcface.app.report.evaluation import draw_histograms, roc_drawing
 
 
 def test_names_of_any_script_are_drawn_without_a_warning(tmp_path: Path) -> None:
-    names = ["人物 一", "$x_1^2$ & <b>", "a\u202eb\x1b", "ཨོཾ"]
-    for name in names:
-        drawing = roc_drawing([0.0, 0.5, 1.0], [0.2, 0.8, 1.0], 10, name)
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            (path,) = write_pictures([drawing], tmp_path)
-            as_svg(drawing)
-        assert Image.open(path).size[0] == round(WIDTH * 180)
+    name = "人物 一, $x_1^2$ & <b>, a\u202eb\x1b, ཨོཾ"
+    drawing = roc_drawing([0.0, 0.5, 1.0], [0.2, 0.8, 1.0], 10, name)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        (path,) = write_pictures([drawing], tmp_path)
+        svg = as_svg(drawing).decode()
+    assert Image.open(path).size[0] == round(WIDTH * 180)
+    assert "人物 一, $x_1^2$ &amp; &lt;b&gt;, a\\u202eb\\x1b" in svg
 
 
 def test_the_same_drawing_is_the_same_file() -> None:
