@@ -203,6 +203,9 @@ def test_long_logs_are_thinned(tmp_path: Path) -> None:
     assert 25 <= len(table.rows) <= 30 and table.rows[-1][:2] == ("51", "1")
     loss, *_ = training_page._training_drawings(log)
     assert len(drawing.as_svg(loss)) < 60_000 and "mean over several steps" in loss.caption
+    for skipped in (slice(None, None, 2), slice(None)):  # steps without a finite loss
+        log.steps[skipped, 2] = float("nan")
+        drawing.as_svg(training_page._training_drawings(log)[0])
 
 
 @pytest.mark.slow

@@ -140,11 +140,16 @@ def _training_drawings(log: Log) -> list[Drawing]:
 
 
 def curve_drawing(name: str, caption: str, steps: Floats, values: Floats, label: str) -> Drawing:
-    """Return the drawing of one figure over the steps; of many steps, means and ranges of as many as a pixel shows."""
+    """Return the drawing of one figure over the steps; of many steps, means and ranges of as many as a pixel shows.
+
+    A step whose figure is not finite, such as a skipped one, is left out.
+    """
+    finite = np.isfinite(values)
+    steps, values = steps[finite], values[finite]
 
     def draw(plt: Any) -> Any:
         figure, axis = plt.subplots(figsize=(WIDTH, 2.9), layout="constrained")
-        parts = np.array_split(np.arange(len(steps)), min(_POINTS, len(steps)))
+        parts = np.array_split(np.arange(len(steps)), min(_POINTS, len(steps))) if len(steps) else []
         x, mean = (np.array([each[part].mean() for part in parts]) for each in (steps, values))
         if len(steps) > len(parts):
             low, high = (np.array([bound(values[part]) for part in parts]) for bound in (np.min, np.max))
