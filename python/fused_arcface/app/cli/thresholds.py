@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +11,7 @@ from rich.table import Table
 
 from fused_arcface.evaluation.thresholds import OperatingPoint, operating_points
 
-from ..thresholds import KeptThresholds, as_json, of_cosine_distance
+from ..thresholds import KeptThresholds, as_json, as_text, of_cosine_distance
 from .tables import plain_table
 
 if TYPE_CHECKING:
@@ -36,10 +35,8 @@ def threshold_tables(points: list[OperatingPoint], cosine: bool) -> list[Table]:
     if not points:
         return []
     table = plain_table("Thresholds", "cosine >=" if cosine else "score >=", "accuracy", "FAR", "TAR")
-    for point in points:
-        threshold = "none" if math.isinf(point.threshold) else f"{point.threshold:.4f}"
-        rates = (point.accuracy, point.false_accept_rate, point.true_accept_rate)
-        table.add_row(point.name, threshold, *(f"{rate:.4f}" for rate in rates))
+    for row in as_text(points):
+        table.add_row(*row)
     return [table]
 
 

@@ -14,7 +14,7 @@ import numpy.typing as npt
 from fused_arcface.base.reading import DataError, open_regular
 
 from ..drawing import COLORS, ONE, WIDTH, Drawing
-from ..thresholds import KeptThresholds, read_thresholds
+from ..thresholds import KeptThresholds, as_text, read_thresholds
 from ..training.config import TrainConfig
 from ..training.runs import RunFolder
 from .digest import read_digest
@@ -213,16 +213,9 @@ def _verifications_drawing(found: Sequence[dict[str, Any]]) -> Drawing:
 
 
 def _thresholds(kept: KeptThresholds) -> Section:
-    rows = [
-        (
-            point.name,
-            "none" if np.isinf(point.threshold) else f"{point.threshold:.4f}",
-            *(f"{rate:.4f}" for rate in (point.accuracy, point.false_accept_rate, point.true_accept_rate)),
-        )
-        for point in kept.points
-    ]
     text = f"Cosines from which on two images count as one person, chosen on {kept.data}."
-    return Section("Thresholds", text, tables=[Table(("", "cosine ≥", "accuracy", "FAR", "TAR"), rows)])
+    table = Table(("", "cosine >=", "accuracy", "FAR", "TAR"), as_text(kept.points))
+    return Section("Thresholds", text, tables=[table])
 
 
 def _data(folder: RunFolder, config: TrainConfig) -> Section:
