@@ -198,7 +198,7 @@ def test_long_logs_are_thinned(tmp_path: Path) -> None:
     ]
     (tmp_path / "log.jsonl").write_text("\n".join([*lines, '{"step": 5001, "lo']))
     log = training_page.read_log(tmp_path / "log.jsonl")
-    assert log.steps.shape == (5000, 8) and log.of("loss")[-1] == 1 / 5000
+    assert log.steps.shape == (5000, 7) and log.of("loss")[-1] == 1 / 5000
     table = training_page._epochs(log)
     assert 25 <= len(table.rows) <= 30 and table.rows[-1][:2] == ("51", "1")
     loss, *_ = training_page._training_drawings(log)

@@ -23,7 +23,7 @@ from .evaluation import digest_sections
 
 Floats = npt.NDArray[np.float64]
 
-FIGURES = ("loss", "target_angle", "accuracy", "lr", "images_per_second", "head_share")
+FIGURES = ("loss", "target_angle", "accuracy", "lr", "images_per_second")
 """Figures of each step in the log."""
 _POINTS = 400
 """Points of a curve; each is a mean over as many steps as needed."""
@@ -97,7 +97,7 @@ def training_report(folder: RunFolder) -> Report:
 
 def _epochs(log: Log) -> Table:
     """Return a table with a row for each epoch; of many epochs, for some at even steps and the last."""
-    columns = ("epoch", "steps", "loss", "angle", "accuracy", "images/s", "head")
+    columns = ("epoch", "steps", "loss", "angle", "accuracy", "images/s")
     epochs = np.unique(log.steps[:, 1])
     rows = []
     for epoch in epochs[np.unique(np.linspace(0, len(epochs) - 1, 30).round().astype(int))]:
@@ -112,11 +112,9 @@ def _epochs(log: Log) -> Table:
                 f"{means['target_angle']:.1f}°",
                 f"{means['accuracy']:.3f}",
                 f"{speed:,.0f}",
-                f"{means['head_share']:.0%}",
             )
         )
-    caption = "Means over the steps of an epoch. Angle and accuracy are of training images and class centers."
-    return Table(columns, rows, caption)
+    return Table(columns, rows, "Means over the steps of an epoch", words=())
 
 
 def _training_drawings(log: Log) -> list[Drawing]:
@@ -192,8 +190,8 @@ def _verifications(found: Sequence[dict[str, Any]]) -> Table:
         )
         for each in found[-30:]
     ]
-    caption = "The last 30 verifications." if len(found) > 30 else ""
-    return Table(("step", "accuracy", *(f"TAR at FAR {far}" for far in fars)), rows, caption)
+    caption = "The last 30 verifications" if len(found) > 30 else ""
+    return Table(("step", "accuracy", *(f"TAR at FAR {far}" for far in fars)), rows, caption, words=())
 
 
 def _verifications_drawing(found: Sequence[dict[str, Any]]) -> Drawing:
