@@ -73,8 +73,8 @@ bench-check: .venv/.installed  ## Compare the benchmark's ratios with bench/base
 	.venv/bin/python bench/check.py $(ARGS)
 
 bench-record: .venv/.installed  ## Measure this machine anew and put the figures into README.md and bench/ (ten minutes alone on it)
-	$(run) fused_arcface bench --cases full --output bench/results/cpu $(ARGS)
-	$(run) fused_arcface bench --ranks 1,2,4 --output bench/results/cpu
+	$(run) fused_arcface bench --cases full --output bench/results/cpu --no-report $(ARGS)
+	$(run) fused_arcface bench --ranks 1,2,4 --output bench/results/cpu --no-report
 	.venv/bin/python bench/check.py --update
 	.venv/bin/python bench/update_readme.py
 

@@ -29,6 +29,7 @@ from fused_arcface.app.benchmark import cost_model, plots
 from fused_arcface.app.benchmark.cases import PASSES, Case
 from fused_arcface.app.benchmark.names import is_ours, label
 from fused_arcface.app.benchmark.report import Measurement, Report, read_report
+from fused_arcface.app.drawing import write_pictures
 
 BENCH = Path(__file__).resolve().parent
 RESULTS = BENCH / "results"
@@ -187,10 +188,10 @@ def model(name: str, file: Path, write: bool) -> str:
     parts = []
     for storage in (cost_model.FUSED_BF16_INT8, cost_model.SGD_FP32):
         parts.append(cost_model.table(cost_model.grid(device, storage=storage), device, storage))
-    path = RESULTS / f"model_{name}.png"
+    drawing = plots.cost_drawing(cost_model.grid(device), device, f"model_{name}")
     if write:
-        plots.write_cost_plot(cost_model.grid(device), device, path)
-    parts.append(f"![cost model]({os.path.relpath(path, file.parent)})")
+        write_pictures([drawing], RESULTS)
+    parts.append(f"![cost model]({os.path.relpath(RESULTS / f'{drawing.name}.png', file.parent)})")
     return "\n\n".join(parts)
 
 

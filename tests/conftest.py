@@ -15,6 +15,9 @@ from fused_arcface import _native
 from fused_arcface.app.measure.child import Child
 from fused_arcface.backends import cpu
 
+# Drawing takes longer than most commands of the tests. tests/app/report wants reports.
+os.environ.setdefault("FUSED_ARCFACE_NO_REPORT", "1")
+
 if importlib.util.find_spec("hypothesis") is not None:  # a machine with a GPU may not have it, nor a way to fetch it
     from hypothesis import settings
 

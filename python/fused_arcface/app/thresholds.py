@@ -57,6 +57,20 @@ def as_json(points: Sequence[OperatingPoint]) -> list[dict[str, Any]]:
     return [{**row, "threshold": None if math.isinf(row["threshold"]) else row["threshold"]} for row in rows]
 
 
+def as_text(points: Sequence[OperatingPoint]) -> list[tuple[str, ...]]:
+    """Return the columns of a table of points: name, threshold, accuracy, FAR and TAR.
+
+    >>> as_text([OperatingPoint("FAR 0.1", math.inf, 0.0, 0.25, 0.5)])
+    [('FAR 0.1', 'none', '0.5000', '0.0000', '0.2500')]
+    """
+    rows = []
+    for point in points:
+        threshold = "none" if math.isinf(point.threshold) else f"{point.threshold:.4f}"
+        rates = (point.accuracy, point.false_accept_rate, point.true_accept_rate)
+        rows.append((point.name, threshold, *(f"{rate:.4f}" for rate in rates)))
+    return rows
+
+
 def of_cosine_distance(points: Sequence[OperatingPoint]) -> list[OperatingPoint]:
     """Return points whose thresholds are scores of the cosine distance, cos - 1, with cosines as thresholds."""
     return [OperatingPoint(**{**asdict(point), "threshold": 1 + point.threshold}) for point in points]

@@ -11,7 +11,12 @@ from __future__ import annotations
 import codecs
 import json
 import os
+import re
 from collections.abc import Iterable
+
+# Control characters but the line feed, and those that change the direction of text; surrogates stand for bytes of a
+# file's name that are no UTF-8.
+_UNSAFE = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2028\u2029\u2066-\u2069\ud800-\udfff]")
 
 
 def encode(text: str) -> bytes:
@@ -83,3 +88,14 @@ def decode_names(data: bytes) -> list[str]:
 
 def _decode_name(line: bytes) -> str:
     return decode(json.loads(line).encode("utf-8", "surrogateescape") if line.startswith(b'"') else line)
+
+
+def printable(text: str) -> str:
+    r"""Return ``text`` with the characters that a reader would obey, or could not encode, as Python writes them.
+
+    These are control characters, those that change the direction of text, and surrogates.
+
+    >>> print(printable("evil\x1b[2Jname.png"))
+    evil\x1b[2Jname.png
+    """
+    return _UNSAFE.sub(lambda found: found[0].encode("unicode_escape", "surrogatepass").decode("ascii"), text)

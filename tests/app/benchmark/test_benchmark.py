@@ -27,6 +27,7 @@ from fused_arcface.app.benchmark.providers import Provider, all_providers, selec
 from fused_arcface.app.benchmark.report import FIELDS, read_report
 from fused_arcface.app.benchmark.truth import PassResult, error_of, truth
 from fused_arcface.app.cli.bench import bench
+from fused_arcface.app.drawing import write_pictures
 from fused_arcface.app.measure.child import Child, ChildFailed
 from fused_arcface.app.measure.timing import Timing, time_interleaved
 from fused_arcface.base.precision import allows_tf32
@@ -245,11 +246,12 @@ def test_rows_have_the_fields_and_survive_a_round_trip(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_pictures_are_drawn(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    paths = plots.write_plots(synthetic_report(), tmp_path)
+    drawings = plots.run_drawings(synthetic_report())
+    paths = write_pictures(drawings, tmp_path)
     expected = {"time_by_classes.png", "memory_by_classes.png", "time_by_rows.png", "roofline.png"}
     assert {path.name for path in paths} == expected
     steps = cost_model.grid(cost_model.H200)
-    paths.append(plots.write_cost_plot(steps, cost_model.H200, tmp_path / "model.png"))
+    paths += write_pictures([plots.cost_drawing(steps, cost_model.H200, "model")], tmp_path)
     assert all(path.stat().st_size > 10_000 for path in paths)
 
 

@@ -23,10 +23,11 @@ import fused_arcface as fa
 from fused_arcface.app.cli import run
 from fused_arcface.app.cli.compare import compare
 from fused_arcface.app.data import LabeledImages, identity_images
+from fused_arcface.app.drawing import write_pictures
 from fused_arcface.app.lab import comparison
 from fused_arcface.app.lab.batches import identity_batches, random_view, two_view_batches
 from fused_arcface.app.lab.comparison import run_comparison
-from fused_arcface.app.lab.comparison_pictures import draw_pictures
+from fused_arcface.app.lab.comparison_pictures import comparison_drawings
 from fused_arcface.app.lab.criteria import criteria
 from fused_arcface.app.lab.losses import CenterLossHead, contrastive, triplet_batch_hard, triplet_semi_hard
 from fused_arcface.app.lab.plans import QUICK_COMPARISON as QUICK
@@ -184,9 +185,10 @@ def test_an_interrupted_run_goes_on(tmp_path: Path) -> None:
         run_comparison(plan, Folder(tmp_path / "c", plan), Quiet(), ("hinge",))
 
     _check_figures(whole.rows)
-    pictures = draw_pictures(whole, tmp_path)
+    pictures = write_pictures(comparison_drawings(whole), tmp_path)
     assert {path.name for path in pictures} == {
-        "tar.png", "roc.png", "angles.png", "embeddings_2d.png", "target_logits.png"
+        "tar.png", "roc.png", "loss.png", "angles.png", "embeddings_2d.png", "margins_of_the_angle.png",
+        "margins_of_the_row.png", "margins_of_negatives.png", "boundaries.png"
     }  # fmt: skip
     assert all(path.stat().st_size > 10_000 for path in pictures)
     table, summary = Folder(tmp_path / "b", plan).write_summary(whole.rows, 1.0)

@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 
 from .progress import spinner
+from .reporting import NAME, NoReport, ReportFile, ReportInOutput
 from .tables import say_written
 from .terminal import terminal
 
@@ -70,16 +71,20 @@ def bench(
             "model, instead of timing shapes."
         ),
     ] = None,
+    report: ReportInOutput = None,
+    no_report: NoReport = False,
 ) -> None:
     """Measure throughput and memory of the head beside other libraries.
 
     Each result is checked against fp64 before it is timed. The exit status
     is 1 if a result of this package is wrong or nothing could be measured.
     """
+    settings = dict(locals())
     import torch
 
     from ..benchmark.cases import cases_named
     from ..benchmark.providers import select
+    from .bench_report import bench_report
 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device.partition(":")[0] not in ("cpu", "cuda"):
@@ -107,21 +112,31 @@ def bench(
         tempfile.TemporaryFile(dir=output).close()
     except OSError as error:
         raise typer.BadParameter(f"{output} cannot be written to: {error.strerror}", param_hint="--output") from None
+    page = ReportFile(report, no_report, output / NAME)
+    right = True
     if world_sizes:
-        _run_ranks(console, [*map(int, world_sizes)], output)
+        written = _run_ranks(console, [*map(int, world_sizes)], output)
     elif budget is not None:
-        _run_capacity(console, on, int(budget * 2**30), names, backend, output, resume)
+        written = _run_capacity(console, on, int(budget * 2**30), names, backend, output, resume)
     else:
         earlier = _interrupted_run(output, on) if resume else None
         options = {"seconds": seconds, "with_memory": with_memory, "earlier": earlier}
-        _run_cases(console, output, (shapes, chosen, on), options)
+        written, right = _run_cases(console, output, (shapes, chosen, on), options)
+    written += page.write(lambda: bench_report(output, settings))
+    say_written(console, output, written)
+    if not right:
+        raise typer.Exit(1)
 
 
-def _run_cases(console: Console, output: Path, what: tuple[Any, ...], options: dict[str, Any]) -> None:
+def _run_cases(
+    console: Console, output: Path, what: tuple[Any, ...], options: dict[str, Any]
+) -> tuple[list[Path], bool]:
+    """Return the files, and whether something was measured and no result of this package is wrong."""
     from fused_arcface.base.extras import MissingExtra
 
-    from ..benchmark.plots import write_plots
+    from ..benchmark.plots import run_drawings
     from ..benchmark.runner import run_benchmark
+    from ..drawing import write_pictures
     from .bench_tables import case_tables, ceilings, skip_tables
 
     kept: list[Case] = []
@@ -143,13 +158,11 @@ def _run_cases(console: Console, output: Path, what: tuple[Any, ...], options: d
     console.print(*skip_tables(report.skips))
     written = report.write(output)
     try:
-        written += write_plots(report, output)
+        written += write_pictures(run_drawings(report), output)
     except MissingExtra as missing:
         console.print(f"No pictures: {missing}", markup=False)
     console.print(f"{report.context['device']}, torch {report.context['torch']}; {ceilings(report)}", highlight=False)
-    say_written(console, output, written)
-    if report.has_wrong_result_of_ours() or not report.has_measured():
-        raise typer.Exit(1)
+    return written, report.has_measured() and not report.has_wrong_result_of_ours()
 
 
 def _interrupted_run(folder: Path, device: torch.device) -> Report:
@@ -174,12 +187,13 @@ def _run_capacity(
     backend: str | None,
     output: Path,
     resume: bool,
-) -> None:
+) -> list[Path]:
     from fused_arcface.base.extras import MissingExtra
 
     from ..benchmark import capacity, memory
-    from ..benchmark.plots import write_capacity_plot
+    from ..benchmark.plots import capacity_drawing
     from ..benchmark.stored_model import computed_rows
+    from ..drawing import write_pictures
     from .bench_tables import capacity_table, skip_tables
 
     memory.release(device)
@@ -210,17 +224,17 @@ def _run_capacity(
     console.print(capacity_table(every, budget_bytes), *skip_tables(skips))
     written = capacity.write(output, every)
     try:
-        written.append(write_capacity_plot(rows, output / "capacity.png"))
+        written += write_pictures([capacity_drawing(rows)], output)
     except MissingExtra as missing:
         console.print(f"No picture: {missing}", markup=False)
-    say_written(console, output, written)
+    return written
 
 
-def _run_ranks(console: Console, world_sizes: list[int], output: Path) -> None:
+def _run_ranks(console: Console, world_sizes: list[int], output: Path) -> list[Path]:
     from ..benchmark import ranks
     from .bench_tables import ranks_table
 
     with spinner(console) as tell:
         rows = ranks.run_ranks(world_sizes, tell)
     console.print(ranks_table(rows))
-    say_written(console, output, ranks.write(output, rows))
+    return ranks.write(output, rows)

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from .progress import TrainingBar
+from .reporting import NAME, NoReport, ReportFile, ReportInOutput
 from .terminal import terminal
 
 
@@ -39,6 +40,8 @@ def compare(
     quick: Annotated[
         bool, typer.Option("--quick", help="Run a few steps on tiny sets. This shows that it works, nothing more.")
     ] = False,
+    report: ReportInOutput = None,
+    no_report: NoReport = False,
 ) -> None:
     """Train one small net with each loss of the field and evaluate it on unseen identities.
 
@@ -48,13 +51,16 @@ def compare(
     rank losses but say little about a large net. This takes some minutes
     on two cores.
     """
+    settings = dict(locals())
     from fused_arcface.base.extras import pyplot, require
 
+    from ..drawing import write_pictures
     from ..lab.comparison import chosen_criteria, run_comparison
-    from ..lab.comparison_pictures import draw_pictures
+    from ..lab.comparison_pictures import comparison_drawings
     from ..lab.plans import comparison_plan
     from ..lab.record import Folder
-    from .lab_tables import print_comparison, print_plan
+    from ..report.comparison import comparison_report
+    from .lab_tables import COLUMNS, comparison_gains, comparison_tables, print_comparison, print_plan
     from .tables import say_written
 
     # A missing library is named before the minutes are spent, not after.
@@ -66,6 +72,7 @@ def compare(
         chosen_criteria(names)
     except ValueError as error:
         raise typer.BadParameter(f"--{error}") from None
+    page = ReportFile(report, no_report, output / NAME)
     plan = comparison_plan(quick, None if data is None else str(data), seeds, steps, batch_size)
     console = terminal()
     try:
@@ -73,7 +80,10 @@ def compare(
         print_plan(console, plan)
         with TrainingBar(console) as progress:
             found = run_comparison(plan, folder, progress, names)
-        written = [*draw_pictures(found, output), *folder.write_summary(found.rows, found.seconds)]
+        written = write_pictures(comparison_drawings(found), output)
+        written += folder.write_summary(found.rows, found.seconds)
+        words = [COLUMNS, *comparison_gains(found)]
+        written += page.write(lambda: comparison_report(found, comparison_tables(found), words, settings))
     except (ValueError, OSError) as wrong:
         terminal(stderr=True, soft_wrap=True).print(str(wrong), style="bold red", markup=False)
         raise typer.Exit(1) from wrong

@@ -35,9 +35,10 @@ def demo(
     except OSError as error:
         raise typer.BadParameter(f"--output {output} cannot be made: {error.strerror}") from None
 
+    from ..drawing import write_pictures
     from ..lab import plans
     from ..lab.demo import run_demo
-    from ..lab.demo_pictures import draw_pictures
+    from ..lab.demo_pictures import demo_drawings
     from ..lab.record import write_numbers
     from .lab_tables import print_demo, print_plan
     from .tables import say_written
@@ -48,7 +49,7 @@ def demo(
     with TrainingBar(console) as progress:
         found = run_demo(plan, progress)
     print_demo(console, found)
-    paths = draw_pictures(found, output)
+    paths = write_pictures(demo_drawings(found), output)
     write_numbers(found, output / "numbers.json")
     say_written(console, output, [*paths, output / "numbers.json"], found.seconds)
     for broken in found.broken():

@@ -6,17 +6,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
+from rich.table import Table
 
 from ..data.images import MAX_PIXELS
 from . import evaluation as shared
+from . import reporting
 from .tables import plain_table
 from .terminal import terminal
 
 if TYPE_CHECKING:
     from fused_arcface.evaluation import Identification
 
-    from ..data.embedding_sets import EmbeddingSet
+    from ..data.sources import ImageSet
+    from ..report.document import Report
 
 
 def identify(
@@ -72,6 +74,8 @@ def identify(
     ] = None,
     json: shared.Json = None,
     pictures: shared.Pictures = None,
+    report: reporting.ReportBeside = None,
+    no_report: reporting.NoReport = False,
     device: shared.Device = "cpu",
     batch_size: shared.BatchSize = 64,
     workers: shared.Workers = 0,
@@ -84,10 +88,12 @@ def identify(
     the open set comes from the probes of other people. Mahalanobis'
     covariance is fitted on the gallery.
     """
+    settings = dict(locals())
     from fused_arcface.evaluation import identify as search
     from fused_arcface.evaluation import make_distance
 
     from ..data.embedding_sets import EmbeddingSet, check_suffix
+    from ..data.pair_sets import read_labeled
     from ..evaluating import described, identification_figures, prepared, split_set, two_sets, with_labels_by_name
     from ..predictions import write_predictions
 
@@ -100,6 +106,8 @@ def identify(
         raise typer.BadParameter("--save-embeddings goes with --data")
     shared.check_bad_data(bad_data)
     shared.check_output(json)
+    page = reporting.ReportFile(report, no_report, reporting.beside("identify", json, pictures))
+    sources: list[ImageSet] = []
     with shared.explained():
         if save_embeddings is not None:
             check_suffix(save_embeddings)
@@ -109,11 +117,12 @@ def identify(
             sources = two_sets(gallery, probes, max_pixels)
             split = with_labels_by_name(sources, shared.embed_images(checkpoint, sources, **options))
         else:
-            labeled = (
-                EmbeddingSet.load(embeddings)
-                if embeddings is not None
-                else _embed(str(data), checkpoint, max_pixels, options)
-            )
+            if embeddings is not None:
+                labeled = EmbeddingSet.load(embeddings)
+            else:
+                assert data is not None and checkpoint is not None
+                sources = [read_labeled(data, max_pixels=max_pixels)]
+                (labeled,) = shared.embed_images(checkpoint, sources, **options)
             if save_embeddings is not None:
                 labeled.save(save_embeddings)
             split = split_set(labeled, gallery_images, unknown, seed)
@@ -130,29 +139,35 @@ def identify(
         )
         name = Path(data or probes or str(embeddings)).name
         console = terminal()
-        _print(console, found, f"{name}, {distance}")
+        table = _table(found, f"{name}, {distance}")
+        console.print(table)
         if json is not None:
             about: dict[str, Any] = {"data": data, "gallery": gallery, "probes": probes}
             about |= {"checkpoint": checkpoint and str(checkpoint), "embeddings": embeddings and str(embeddings)}
             how = described(chosen, distance, normalize)
             shared.write_json(json, {**about, "flip": flip, **how, **identification_figures(found)})
+        compared = split._replace(gallery=known, probes=sought)
         if predictions is not None:
-            write_predictions(predictions, split._replace(gallery=known, probes=sought), chosen, engine)  # type: ignore[arg-type]
+            write_predictions(predictions, compared, chosen, engine)  # type: ignore[arg-type]
         if pictures is not None:
-            from ..report.evaluation import draw_identification
+            from ..drawing import write_pictures
+            from ..report.evaluation import identification_drawings
 
-            shared.print_files(console, draw_identification(found, pictures, name))
+            shared.print_files(console, write_pictures(identification_drawings(found, name), pictures))
+
+        def make_report() -> Report:
+            from ..report.answers import nearest_answers
+            from ..report.evaluation import identification_report
+            from ..report.thumbnails import Thumbnails
+
+            answers = nearest_answers(compared, chosen, engine)  # type: ignore[arg-type]
+            hardest = answers.hardest(Thumbnails(sources))
+            return identification_report(name, [table], found, answers, hardest, settings)
+
+        reporting.say_report(console, page.write(make_report))
 
 
-def _embed(data: str, checkpoint: Path | None, max_pixels: int, options: dict[str, Any]) -> EmbeddingSet:
-    from ..data.pair_sets import read_labeled
-
-    assert checkpoint is not None
-    (found,) = shared.embed_images(checkpoint, [read_labeled(data, max_pixels=max_pixels)], **options)
-    return found
-
-
-def _print(console: Console, found: Identification, title: str) -> None:
+def _table(found: Identification, title: str) -> Table:
     table = plain_table(title, "")
     table.add_row("people in the gallery", str(found.num_identities))
     table.add_row("images of them there", str(found.num_gallery))
@@ -162,4 +177,4 @@ def _print(console: Console, found: Identification, title: str) -> None:
         table.add_row(f"rank {r}", f"{found.rank(r):.4f}" if r <= len(found.cmc) else "beyond the curve")
     for fpir, rate in found.tpir.items():
         table.add_row(f"TPIR at FPIR {fpir:g}", f"{rate:.4f}")
-    console.print(table)
+    return table

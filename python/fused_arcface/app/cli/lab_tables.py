@@ -7,6 +7,7 @@ from statistics import fmean
 
 import torch
 from rich.console import Console
+from rich.table import Table
 
 from fused_arcface import backends
 
@@ -57,18 +58,18 @@ def _print_verification(console: Console, result: TaskResult, seeds: Sequence[in
         per_seed = [f"{tar:.3f}" for tar in tars[name]] if rates else []
         table.add_row(name, spread([each.accuracy for each in verifications]), spread(tars[name]), *per_seed)
     console.print(table)
-    _print_gain(console, ARCFACE, SOFTMAX, tars)
-    _print_gain(console, ARCFACE, PIXELS, tars)
+    for base in (SOFTMAX, PIXELS):
+        console.print(_gain(ARCFACE, base, tars), highlight=False)
     console.print(*filter(None, [result.task.remark]), "", sep="\n", highlight=False)
 
 
-def _print_gain(console: Console, name: str, base: str, tars: dict[str, list[float]]) -> None:
-    """Print how often and by how much one TAR is above another."""
+def _gain(name: str, base: str, tars: dict[str, list[float]]) -> str:
+    """Return a sentence: how often and by how much one TAR is above another."""
     gains = [a - b for a, b in zip(tars[name], tars[base], strict=True)]
     above, mean = sum(gain > 0 for gain in gains), fmean(gains)
     seeds = f"{above} of {len(gains)} seed{'s' if len(gains) > 1 else ''}"
     size = f"its mean TAR is {abs(mean):.3f} {'higher' if mean > 0 else 'lower'}"
-    console.print(f"{name} is above {base} in {seeds}; {size}.", highlight=False)
+    return f"{name} is above {base} in {seeds}; {size}."
 
 
 def _print_costs(console: Console, costs: Sequence[HeadCost]) -> None:
@@ -91,43 +92,59 @@ def _print_costs(console: Console, costs: Sequence[HeadCost]) -> None:
 
 def print_comparison(console: Console, found: Comparison) -> None:
     """Print the table of the criteria, their gains over softmax, and the tables by distance."""
-    _print_criteria(console, found)
+    criteria, *distances = comparison_tables(found)
+    console.print(criteria)
+    console.print(COLUMNS + "\n", highlight=False)
+    for line in comparison_gains(found):
+        console.print(line, highlight=False)
+    for table in distances:
+        console.print()
+        console.print(table)
+
+
+COLUMNS = (
+    "Verification: accuracy over 10 folds, TAR at FAR 0.01. Identification: rank 1,\n"
+    "one image a person in the gallery. s: a training; ms: the loss's forward and\n"
+    "backward pass; MB: peak of training steps beyond images, weights, optimizer."
+)
+"""The columns of the first of :func:`comparison_tables`, in words."""
+
+
+def comparison_tables(found: Comparison) -> list[Table]:
+    """Return the table of the criteria, then those by distance."""
+    tables = [_criteria(found)]
     for name in WITH_DISTANCES:
         rows = found.of(name)
         if rows:
-            table = plain_table(f"\n{name}: embeddings compared by distance", "accuracy", "TAR", "rank 1")
+            table = plain_table(f"{name}: embeddings compared by distance", "accuracy", "TAR", "rank 1")
             for distance in rows[0].distances:
                 figures = [row.distances[distance] for row in rows]
                 cells = (spread([each[key] for each in figures]) for key in ("accuracy", "tar", "rank1"))
                 table.add_row(distance, *cells)
-            console.print(table)
+            tables.append(table)
+    return tables
 
 
-def _print_criteria(console: Console, found: Comparison) -> None:
+def comparison_gains(found: Comparison) -> list[str]:
+    """Return a line for each margin: how often and by how much it is above softmax."""
+    tars = {name: [row.tar["0.01"] for row in found.of(name)] for name in {row.criterion for row in found.rows}}
+    return [_gain(name, SOFTMAX, tars) for name in MARGINS if name in tars and SOFTMAX in tars]
+
+
+def _criteria(found: Comparison) -> Table:
     seeds = len(found.plan.seeds)
     over = f", mean ± deviation over {seeds} seeds" if seeds > 1 else ""
-    table = plain_table(f"\npeople never seen in training{over}", "accuracy", "TAR", "rank 1", "s", "ms", "MB")
+    table = plain_table(f"people never seen in training{over}", "accuracy", "TAR", "rank 1", "s", "ms", "MB")
     table.padding = (0, 1, 0, 0)
-    tars = {}
     for name in dict.fromkeys(row.criterion for row in found.rows):
         rows = found.of(name)
-        tars[name] = [row.tar["0.01"] for row in rows]
         table.add_row(
             name,
             spread([row.accuracy for row in rows]),
-            spread(tars[name]),
+            spread([row.tar["0.01"] for row in rows]),
             spread([row.rank1 for row in rows]),
             f"{fmean(row.seconds for row in rows):.1f}",
             f"{fmean(row.head_milliseconds for row in rows):.1f}",
             "-" if rows[0].peak_bytes is None else f"{rows[0].peak_bytes / 1e6:.0f}",
         )
-    console.print(table)
-    console.print(
-        "Verification: accuracy over 10 folds, TAR at FAR 0.01. Identification: rank 1,\n"
-        "one image a person in the gallery. s: a training; ms: the loss's forward and\n"
-        "backward pass; MB: peak of training steps beyond images, weights, optimizer.\n",
-        highlight=False,
-    )
-    for name in MARGINS:
-        if name in tars and SOFTMAX in tars:
-            _print_gain(console, name, SOFTMAX, tars)
+    return table

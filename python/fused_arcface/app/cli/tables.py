@@ -39,5 +39,5 @@ def digits(value: float) -> str:
 def say_written(console: Console, folder: Path, paths: Sequence[Path], seconds: float | None = None) -> None:
     """Print which files were written where, and how long all took."""
     took = "" if seconds is None else f"Took {seconds:.0f} s. "
-    names = ", ".join(path.name for path in paths)
+    names = ", ".join(path.name if path.parent == folder else str(path) for path in paths)
     console.print(f"\n{took}Written to {folder.resolve()}: {names}", highlight=False, markup=False, soft_wrap=True)

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy.typing as npt
 from rich.console import Console
+from rich.table import Table
 
 from fused_arcface.evaluation.thresholds import OperatingPoint, operating_points
 
-from ..thresholds import KeptThresholds, as_json, of_cosine_distance
+from ..thresholds import KeptThresholds, as_json, as_text, of_cosine_distance
 from .tables import plain_table
 
 if TYPE_CHECKING:
@@ -30,16 +30,14 @@ def threshold_points(same: npt.ArrayLike, scores: npt.NDArray[np.float64], cosin
     return of_cosine_distance(points) if cosine else points
 
 
-def print_thresholds(console: Console, points: list[OperatingPoint], cosine: bool) -> None:
-    """Print a table of the points, if there are any."""
+def threshold_tables(points: list[OperatingPoint], cosine: bool) -> list[Table]:
+    """Return a table of the points, if there are any."""
     if not points:
-        return
+        return []
     table = plain_table("Thresholds", "cosine >=" if cosine else "score >=", "accuracy", "FAR", "TAR")
-    for point in points:
-        threshold = "none" if math.isinf(point.threshold) else f"{point.threshold:.4f}"
-        rates = (point.accuracy, point.false_accept_rate, point.true_accept_rate)
-        table.add_row(point.name, threshold, *(f"{rate:.4f}" for rate in rates))
-    console.print(table)
+    for row in as_text(points):
+        table.add_row(*row)
+    return [table]
 
 
 def threshold_figures(points: list[OperatingPoint], cosine: bool) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import inspect
 import shlex
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.core import TyperCommand
@@ -17,13 +17,18 @@ from fused_arcface.store import StoreError
 
 from ..data import DataError
 from ..training.config import OptionError, Rule, TrainConfig, read_options, rules
+from ..training.events import Event
 from ..training.failures import TrainingError
 from ..training.runs import RunError, RunFolder
 from ..training.trainer import train as train_run
 from ..training.trainer import try_out
 from ..training.world import is_first_rank, resume_command
+from .reporting import NoReport, Refresh, ReportFile, ReportInOutput, say_report
 from .terminal import terminal
 from .training_progress import TrainingProgress, explain_end, explain_trial
+
+if TYPE_CHECKING:
+    from ..report.document import Report
 
 _WRONG_USAGE = 2
 RESUME = "last"  # as the value of --resume without one
@@ -102,6 +107,8 @@ def train(
             help="Check everything, make the first step, print options, time and memory, and write nothing.",
         ),
     ] = False,
+    report: ReportInOutput = None,
+    no_report: NoReport = False,
     **options: Any,
 ) -> None:
     """Train an embedding net with a margin-softmax head on a folder, a RecordIO file or generated images.
@@ -111,6 +118,13 @@ def train(
     prints the command to resume.
     """
     console, error = terminal(soft_wrap=True), terminal(stderr=True, soft_wrap=True)
+    page = ReportFile(None if dry_run else report, no_report or dry_run, RunFolder(output).report)
+
+    def make_report() -> Report:
+        from ..report.training import training_report
+
+        return training_report(RunFolder(output))
+
     try:
         if resume not in ("", RESUME, "auto"):
             raise OptionError(f"--resume takes auto or nothing; got {resume!r}")
@@ -118,7 +132,13 @@ def train(
         given = {name: value for name, value in options.items() if value is not None}
         chosen = _choose(output, config, goes_on, given)
         _check_trust(chosen.margin, trust or "margin" in given)
-        listener = TrainingProgress(console, error, chosen.epochs)
+        progress = TrainingProgress(console, error, chosen.epochs)
+        refresh = Refresh(lambda: page.write_or_note(make_report))
+
+        def listener(event: Event) -> None:
+            progress(event)
+            refresh(event)
+
         how: Any = "auto" if resume == "auto" else goes_on
         if dry_run:
             trial = try_out(chosen, output, resume=how, listener=listener)
@@ -134,6 +154,7 @@ def train(
     except (CheckpointError, DataError, OptionError, RunError, StoreError, TrainingError) as wrong:
         error.print(str(wrong), style="bold red", markup=False)
         raise typer.Exit(_WRONG_USAGE if isinstance(wrong, (OptionError, RunError)) else 1) from None
+    written = page.write_or_note(make_report) if is_first_rank() else []
     if outcome.signal is not None:
         if is_first_rank():
             error.print(f"Saved after step {outcome.step} of {outcome.steps}. To go on:", markup=False)
@@ -141,6 +162,7 @@ def train(
         raise typer.Exit(128 + outcome.signal)
     if is_first_rank():
         explain_end(console, RunFolder(output), outcome.step)
+        say_report(console, written)
 
 
 def _choose(output: Path, file: Path | None, resume: bool, given: dict[str, Any]) -> TrainConfig:

@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
+from rich.table import Table
 
 from ..data.images import MAX_PIXELS
 from . import evaluation as shared
+from . import reporting
 from .tables import plain_table
 from .terminal import terminal
 
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from fused_arcface.evaluation import Verification
+
+    from ..data.sources import ImageSet
+    from ..report.document import Report
 
     Bools = npt.NDArray[np.bool_]
     Means = tuple[float | None, float | None]
@@ -63,6 +67,8 @@ def verify(
     bad_data: shared.BadData = "skip",
     json: shared.Json = None,
     pictures: shared.Pictures = None,
+    report: reporting.ReportBeside = None,
+    no_report: reporting.NoReport = False,
     device: shared.Device = "cpu",
     batch_size: shared.BatchSize = 64,
     workers: shared.Workers = 0,
@@ -74,20 +80,23 @@ def verify(
     TAR at FAR is strict: the greatest true accept rate at a false accept rate
     of at most the named one. Embeddings are normalized unless --raw is given.
     """
+    settings = dict(locals())
     from fused_arcface.base.extras import require
     from fused_arcface.evaluation import make_distance, mean_scores, pair_scores, verify_scores
 
     from ..data.embedding_sets import EmbeddingSet, check_suffix
     from ..data.pair_sets import read_pair_set
-    from ..evaluating import described, prepared, verification_figures, with_pairs
+    from ..evaluating import LEFT_OUT, described, prepared, verification_figures, with_pairs
     from ..thresholds import KeptThresholds
-    from .thresholds import keep_thresholds, print_thresholds, threshold_figures, threshold_points
+    from .thresholds import keep_thresholds, threshold_figures, threshold_points, threshold_tables
 
     if (embeddings is None) == (data is None or checkpoint is None):
         raise typer.BadParameter("--data and --checkpoint must be given, or --embeddings alone")
     shared.check_bad_data(bad_data)
     require("sklearn.metrics", "eval")
     shared.check_output(json)
+    page = reporting.ReportFile(report, no_report, reporting.beside("verify", json, pictures))
+    read: ImageSet | None = None
     with shared.explained():
         for file in (save_embeddings, gallery):
             if file is not None:
@@ -115,8 +124,11 @@ def verify(
         name = Path(data or str(embeddings)).name
         console = terminal()
         means = mean_scores(same, scores)
-        _print(console, found, same, means, f"{name}, {distance}")
-        print_thresholds(console, points, cosine)
+        tables = [_table(found, same, means, f"{name}, {distance}"), *threshold_tables(points, cosine)]
+        console.print(*tables)
+        if found is None:
+            left_out = f"Left out, because all pairs are of one kind: {', '.join(LEFT_OUT)}."
+            console.print(left_out, highlight=False, soft_wrap=True)
         if found is not None and checkpoint is not None and cosine and not flip:
             keep_thresholds(console, checkpoint, KeptThresholds(name, found.accuracy, points))
         if json is not None:
@@ -129,12 +141,29 @@ def verify(
             figures = {**verification_figures(found, same, means), **threshold_figures(points, cosine)}
             shared.write_json(json, {**about, "flip": flip, **how, **figures})
         if pictures is not None and found is not None:
-            from ..report.evaluation import draw_verification
+            from ..drawing import write_pictures
+            from ..report.evaluation import verification_drawings
 
-            shared.print_files(console, draw_verification(found, pictures, name))
+            shared.print_files(console, write_pictures(verification_drawings(found, name), pictures))
+
+        def make_report() -> Report:
+            from ..report.digest import digest_pairs
+            from ..report.evaluation import verification_report
+            from ..report.thumbnails import Thumbnails
+
+            assert scored.pairs is not None
+            thumbnails = Thumbnails([] if read is None else [read])
+            digest = None
+            if found is not None:
+                digest = digest_pairs(
+                    name, found, scores, scored.pairs, scored.paths, thumbnails, cosine=distance == "cosine"
+                )
+            return verification_report(name, tables, digest, found, settings)
+
+        reporting.say_report(console, page.write(make_report))
 
 
-def _print(console: Console, found: Verification | None, same: Bools, means: Means, title: str) -> None:
+def _table(found: Verification | None, same: Bools, means: Means, title: str) -> Table:
     different = int((~same).sum())
     table = plain_table(title, "")
     table.add_row("pairs of one person", str(int(same.sum())))
@@ -149,10 +178,4 @@ def _print(console: Console, found: Verification | None, same: Bools, means: Mea
         table.add_row("equal error rate", f"{found.eer:.4f}")
         for far, tar in found.tar.items():
             table.add_row(f"TAR at FAR {far:g}", f"{tar:.4f}{'  no false accept' if far < 1 / different else ''}")
-    console.print(table)
-    if found is None:
-        from ..evaluating import LEFT_OUT
-
-        console.print(
-            f"Left out, because all pairs are of one kind: {', '.join(LEFT_OUT)}.", highlight=False, soft_wrap=True
-        )
+    return table

@@ -29,18 +29,21 @@ from fused_arcface.evaluation import (
 from fused_arcface.evaluation.pairs import Pairs, balanced_pairs
 
 from ..data import LabeledImages
+from ..data.sources import MemoryImages, set_of
 from ..measure.child import Child
 from ..nets.small import embed
+from ..report.digest import angles, hardest_pairs
+from ..report.thumbnails import Thumbnails
 from .cost import peak_of_steps
 from .criteria import ARCFACE, SOFTMAX, Criterion, criteria
 from .plans import Halves, Plan
-from .record import ANGLE_BINS, ROC_FARS, TAR_FARS, Folder, Row
+from .record import ANGLE_BINS, LOSSES, ROC_FARS, TAR_FARS, Folder, Row
 from .training import Reporter, TrainedNet, one_thread, train
 
 _FPIR = 0.1
 
 WITH_DISTANCES = (SOFTMAX, ARCFACE)
-"""Criteria that are evaluated by every distance."""
+"""Criteria that are evaluated by every distance, and with hardest pairs."""
 
 
 Toy = tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]
@@ -144,9 +147,11 @@ def _evaluate(criterion: str, seed: int, trained: TrainedNet, peak: int | None, 
     found = verify_scores(same, scores, fars=TAR_FARS)
     split = split_gallery(labels, seed=seed)
     who = identify(*_split(embeddings, labels, split), fpirs=(_FPIR,))
-    angles = np.degrees(np.arccos(np.clip(1 + scores, -1, 1)))
-    histograms = [np.histogram(angles[same == kind], ANGLE_BINS, (0, 180))[0].tolist() for kind in (True, False)]
-    by_distance = criterion in WITH_DISTANCES
+    spread = angles(scores)
+    histograms = [np.histogram(spread[same == kind], ANGLE_BINS, (0, 180))[0].tolist() for kind in (True, False)]
+    shown = criterion in WITH_DISTANCES
+    people = set_of(MemoryImages(unseen), "unseen")
+    parts = np.array_split(trained.losses, min(LOSSES, len(trained.losses)))
     return Row(
         criterion=criterion,
         seed=seed,
@@ -164,7 +169,9 @@ def _evaluate(criterion: str, seed: int, trained: TrainedNet, peak: int | None, 
         roc=[float(found.true_accepts[found.false_accepts <= far].max()) for far in ROC_FARS],
         same_angles=histograms[0],
         different_angles=histograms[1],
-        distances=_by_distance(net, embeddings, labels, pairs, split, images[0]) if by_distance else {},
+        distances=_by_distance(net, embeddings, labels, pairs, split, images[0]) if shown else {},
+        losses=[float(np.mean(part)) for part in parts],
+        hardest=hardest_pairs(1 + scores, pairs, people.paths, Thumbnails([people]), count=3) if shown else [],
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,67 +9,70 @@ import numpy as np
 from fused_arcface.evaluation import Verification
 
 from ..data import identity_images
+from ..drawing import WIDTH, Drawing, plain_ticks
 from .agreement import CURVE_BOUND, CURVE_STEPS
 from .criteria import ARCFACE, criteria
 from .demo import PIXELS, REFERENCE, Demo, TaskResult
-from .pictures import over_seeds, write_pictures
+from .plans import over_seeds
 
 
-def draw_pictures(demo: Demo, folder: Path) -> list[Path]:
-    """Draw every picture into a folder; return their paths.
-
-    Raises:
-        MissingExtra: if matplotlib is not installed.
-    """
-    pictures = {"loss_curves.png": _loss_curves, "roc.png": _roc, "identities.png": _identities}
-    return write_pictures(pictures, demo, folder)
+def demo_drawings(demo: Demo) -> list[Drawing]:
+    """Return every picture of a demo."""
+    return [
+        Drawing("loss_curves", "ArcFace trained twice, and the difference.", lambda plt: _loss_curves(plt, demo)),
+        Drawing("roc", "ROC of unseen identities, a line for each seed.", lambda plt: _roc(plt, demo)),
+        Drawing("identities", "Generated identities, one in each row.", _identities),
+    ]
 
 
 def _loss_curves(plt: Any, demo: Demo) -> Any:
-    """Draw both ArcFace trainings of the first seed, below them their difference; a column for each task."""
-    columns = len(demo.results)
+    """Draw both ArcFace trainings of the first seed, below them their difference; a pair of panels for each task."""
+    rows = 2 * len(demo.results)
     figure, axes = plt.subplots(
-        2, columns, figsize=(5.5 * columns, 6), sharex="col", height_ratios=(2, 1), squeeze=False, layout="constrained"
+        rows, 1, figsize=(WIDTH, 2.5 * rows), height_ratios=(2, 1.2) * len(demo.results), layout="constrained"
     )
     color = criteria()[ARCFACE].color
-    for (curves, differences), result in zip(axes.T, demo.results, strict=True):
+    for (curves, differences), result in zip(axes.reshape(-1, 2), demo.results, strict=True):
         fused, expected = (result.of(name)[0].trained.losses for name in (ARCFACE, REFERENCE.name))
         steps = np.arange(1, len(fused) + 1)
         curves.plot(steps, fused, color=color, linewidth=3.5, alpha=0.5, label="fused head")
         curves.plot(steps, expected, color=REFERENCE.color, linewidth=1, label="reference head")
         curves.set(title=f"{result.task.name}: ArcFace trained twice, seed {demo.plan.seeds[0]}", ylabel="loss")
-        curves.legend(frameon=False)
+        curves.legend()
         # A logarithmic axis has no zero: no difference is drawn as the rounding of fp32.
         gap = np.maximum(np.abs(np.subtract(fused, expected)), 1e-7)
         differences.semilogy(steps, gap, color=color, linewidth=1, label="difference, at least 1e-7")
         bound = f"bound, {CURVE_BOUND:g} in the first {CURVE_STEPS} steps"
         end = min(CURVE_STEPS, len(steps))
         differences.hlines(CURVE_BOUND, 1, end, color="black", linewidth=1, linestyle="--", label=bound)
-        differences.set(xlabel="step", ylabel="difference of loss", ylim=(5e-8, 1))
-        differences.legend(frameon=False, loc="upper right", ncols=2, fontsize=8)
+        # The axis ends at the bound: no decade is drawn that nothing lies in.
+        differences.set(xlabel="step", ylabel="difference", ylim=(5e-8, 2 * max(CURVE_BOUND, gap.max())))
+        differences.set_title(f"{result.task.name}: difference of the two losses")
+        differences.legend(loc="center right", fontsize=8)
     return figure
 
 
 def _roc(plt: Any, demo: Demo) -> Any:
-    """Draw the true against the false accept rate, a line for each seed; a column for each task."""
-    columns = len(demo.results)
-    figure, axes = plt.subplots(1, columns, figsize=(5.5 * columns, 4.8), squeeze=False, layout="constrained")
+    """Draw the true against the false accept rate, a line for each seed; a panel for each task."""
+    rows = len(demo.results)
+    figure, axes = plt.subplots(rows, 1, figsize=(WIDTH, 4.2 * rows), squeeze=False, layout="constrained")
     colors = {PIXELS: "#BBBBBB", **{name: criterion.color for name, criterion in criteria().items()}}
-    for axis, result in zip(axes[0], demo.results, strict=True):
+    for axis, result in zip(axes[:, 0], demo.results, strict=True):
         curves = result.verifications()
         del curves[REFERENCE.name]  # it would hide the fused head's
         for name, found in curves.items():
             _plot_curves(axis, name, found, colors[name])
         axis.axvline(1e-2, color="black", linewidth=0.8, linestyle=":", label="FAR 0.01")
         axis.set(xscale="log", xlim=(_least_rate(result), 1), ylim=(0, 1.01))
+        plain_ticks(axis.xaxis)
         seeds = len(demo.plan.seeds)
         title = f"{result.task.name}: unseen identities, {over_seeds(seeds)}{', a line for each' if seeds > 1 else ''}"
         axis.set(xlabel="false accept rate (FAR)", ylabel="true accept rate (TAR)", title=title)
         axis.grid(alpha=0.3)
         # Where no curve is: below good ones, above poor ones. matplotlib's own search takes a second.
         good = max(each.tar[1e-1] for found in curves.values() for each in found) > 0.6
-        legend = {"title": "mean TAR at FAR 0.01", "title_fontsize": 9, "fontsize": 9, "framealpha": 0.8}
-        axis.legend(edgecolor="none", loc="lower right" if good else "upper left", **legend)
+        legend = {"title": "mean TAR at FAR 0.01", "title_fontsize": 8, "fontsize": 8, "framealpha": 0.8}
+        axis.legend(frameon=True, edgecolor="none", loc="lower right" if good else "upper left", **legend)
     return figure
 
 
@@ -89,13 +91,13 @@ def _least_rate(result: TaskResult) -> float:
     return min(1e-2, 10 / result.nets[0].verification.num_pairs[1])
 
 
-def _identities(plt: Any, demo: Demo) -> Any:
+def _identities(plt: Any) -> Any:
     """Draw some generated identities, one in each row."""
     rows, columns = 6, 12
     images = identity_images(rows, columns).images
     side = images.shape[-1]
     sheet = images.view(rows, columns, side, side).permute(0, 2, 1, 3).reshape(rows * side, columns * side)
-    figure, axis = plt.subplots(figsize=(8, 4.3), layout="constrained")
+    figure, axis = plt.subplots(figsize=(WIDTH, 2.7), layout="constrained")
     axis.imshow(sheet.numpy(), cmap="gray_r", vmin=0, vmax=1)
     axis.set_title("generated identities, one in each row")
     axis.axis("off")

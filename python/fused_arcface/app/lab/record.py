@@ -15,7 +15,7 @@ import json
 import re
 import statistics
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +29,7 @@ from fused_arcface.evaluation import Verification
 
 from ..benchmark.report import write_csv
 from ..measure import machine
+from ..report.digest import HardPair, read_hardest
 from .agreement import CURVE_BOUND, CURVE_STEPS, STEP_BOUND
 from .criteria import MARGIN, SCALE, criteria
 from .plans import Generated, Plan
@@ -75,11 +76,16 @@ class Row:
     """The same of pairs of two people."""
     distances: dict[str, dict[str, float]]
     """By distance, without normalizing the embeddings: accuracy, TAR at FAR 0.01, rank 1. Empty for most criteria."""
+    losses: list[float] = field(default_factory=list)
+    """Mean losses over :data:`LOSSES` even parts of the training, or of each step if there are fewer."""
+    hardest: list[HardPair] = field(default_factory=list)
+    """The hardest pairs of unseen people; empty for most criteria."""
 
 
 TAR_FARS = (1e-1, 1e-2, 1e-3)
 ROC_FARS = tuple(np.logspace(-3, 0, 61).tolist())
 ANGLE_BINS = 90
+LOSSES = 100
 
 
 class Folder:
@@ -106,7 +112,10 @@ class Folder:
     def row(self, criterion: str, seed: int) -> Row | None:
         """Return a finished training's row, or None."""
         file = self._row_file(criterion, seed)
-        return Row(**json.loads(file.read_text(encoding="utf-8"))) if file.exists() else None
+        if not file.exists():
+            return None
+        values = json.loads(file.read_text(encoding="utf-8"))
+        return Row(**{**values, "hardest": read_hardest(values.get("hardest", []))})
 
     def add(self, row: Row) -> None:
         """Keep a row."""
@@ -196,12 +205,12 @@ def summaries(rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
 def _flat(row: Row) -> dict[str, Any]:
     """Return a row without its curves, one level deep."""
     flat: dict[str, Any] = {}
-    for field in fields(row):
-        value = getattr(row, field.name)
-        if field.name == "tar":
+    for each in fields(row):
+        value = getattr(row, each.name)
+        if each.name == "tar":
             flat |= {f"tar_at_far_{far}": rate for far, rate in value.items()}
-        elif field.name not in ("roc", "same_angles", "different_angles", "distances"):
-            flat[field.name] = "" if value is None else value
+        elif each.name not in ("roc", "same_angles", "different_angles", "distances", "losses", "hardest"):
+            flat[each.name] = "" if value is None else value
     return flat
 
 

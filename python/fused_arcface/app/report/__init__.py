@@ -1,1 +1,1 @@
-"""Pictures and reports of results."""
+"""Reports and pictures of results. ``document`` is the page; the other modules fill it, one for each kind of result."""

@@ -1,92 +1,226 @@
-"""Pictures of one evaluation: ROC, DET and CMC curves."""
+"""Pictures and reports of one evaluation: ROC, DET and CMC curves, histograms, the images that a net finds hardest."""
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
+from rich.table import Table as TerminalTable
 
-from fused_arcface.base.extras import pyplot, require, save_figure
+from fused_arcface.base.extras import require
 from fused_arcface.evaluation.identification import Identification
 from fused_arcface.evaluation.verification import Verification
 
-_STYLE = {"font.size": 11, "axes.spines.top": False, "axes.spines.right": False}
-_COLOR = "#0072B2"
+from ..drawing import ONE, TWO, WIDTH, Drawing, plain_ticks, set_title
+from .answers import Answers
+from .digest import Digest, as_comparisons
+from .document import Comparison, Report, Section, as_table, figures, no_figures, settings, versions
+
+Values = npt.ArrayLike
 
 
-def draw_verification(found: Verification, folder: Path, name: str) -> list[Path]:
-    """Draw ``roc.png`` and ``det.png`` into a folder; return their paths.
-
-    The first shows the true over the false accept rate, the second the false reject over the false accept rate on
-    normal-deviate axes.
+def roc_drawing(
+    false_accepts: Values, true_accepts: Values, others: int, title: str, marked: Mapping[float, float] | None = None
+) -> Drawing:
+    """Return the drawing of a ROC curve.
 
     Args:
-        found: figures of the verification.
-        folder: folder for the pictures, made if it is missing.
-        name: title of the pictures.
-
-    Raises:
-        MissingExtra: if matplotlib or scikit-learn is not installed.
+        false_accepts: (points,) ascending.
+        true_accepts: (points,)
+        others: number of pairs of two people: no rate below one of them is drawn, since none was measured.
+        title: title of the picture.
+        marked: true accept rates to mark, by false accept rate.
     """
-    plt = pyplot()
-    folder.mkdir(parents=True, exist_ok=True)
-    least = 1 / found.num_pairs[1]  # there are no false accepts below it
-    with plt.rc_context(_STYLE):
-        roc, axis = plt.subplots(figsize=(6, 4.6), layout="constrained")
+    least = 1 / others
+
+    def draw(plt: Any) -> Any:
+        figure, axis = plt.subplots(figsize=(WIDTH, 3.7), layout="constrained")
         # Nothing is interpolated: a rate holds until the next point.
-        axis.step(found.false_accepts, found.true_accepts, where="post", color=_COLOR)
-        for far, tar in found.tar.items():
+        axis.step(false_accepts, true_accepts, where="post", color=ONE)
+        for far, tar in (marked or {}).items():
             if far >= least:
-                axis.plot(far, tar, "o", color=_COLOR, ms=5)
+                axis.plot(far, tar, "o", color=ONE, ms=5)
                 axis.annotate(f"{tar:.3f}", (far, tar), (4, -13), textcoords="offset points", fontsize=9)
         axis.set(xscale="log", xlim=(least, 1), ylim=(0, 1.02), xlabel="false accept rate", ylabel="true accept rate")
-        _set_title(axis, name)
+        plain_ticks(axis.xaxis)
+        set_title(axis, title)
         axis.grid(alpha=0.3)
+        return figure
 
-        det, axis = plt.subplots(figsize=(5.4, 5), layout="constrained")
+    caption = (
+        "ROC: the share of the pairs of one person that are accepted, by the share of the pairs of two people that are "
+        f"accepted. It begins at one false accept in {others:,} pairs."
+    )
+    return Drawing("roc", caption, draw)
+
+
+def det_drawing(found: Verification, title: str) -> Drawing:
+    """Return the drawing of a DET curve: the false reject over the false accept rate, on normal-deviate axes."""
+
+    def draw(plt: Any) -> Any:
+        figure, axis = plt.subplots(figsize=(WIDTH, 4.2), layout="constrained")
         rejects = 1 - found.true_accepts
         inner = (found.false_accepts > 0) & (rejects > 0)  # the ends lie infinitely far
         curve = require("sklearn.metrics", "eval").DetCurveDisplay(fpr=found.false_accepts[inner], fnr=rejects[inner])
-        curve.plot(ax=axis, color=_COLOR)
+        curve.plot(ax=axis, color=ONE)
         if 0 < found.eer < 1:
             deviate = require("scipy.stats", "eval").norm.ppf(found.eer)
-            axis.plot(deviate, deviate, "o", color=_COLOR, ms=5)
+            axis.plot(deviate, deviate, "o", color=ONE, ms=5)
             axis.annotate(f"equal, {found.eer:.3f}", (deviate, deviate), (6, 6), textcoords="offset points", fontsize=9)
         axis.set(xlabel="false accept rate", ylabel="false reject rate")
-        _set_title(axis, name)
+        set_title(axis, title)
         axis.grid(alpha=0.3)
         if axis.get_legend() is not None:
             axis.get_legend().remove()
-        paths = [folder / "roc.png", folder / "det.png"]
-        for figure, path in zip((roc, det), paths, strict=True):
-            save_figure(figure, path, dpi=120)
-            plt.close(figure)
-    return paths
+        return figure
+
+    caption = (
+        "DET: the share of the pairs of one person that are rejected, by the share of two people that are accepted."
+    )
+    return Drawing("det", caption, draw)
 
 
-def draw_identification(found: Identification, folder: Path, name: str) -> list[Path]:
-    """Draw ``cmc.png``, the identification rate by rank, into a folder; return its path.
+def histogram_drawing(edges: Values, counts: Mapping[str, Values], unit: str, title: str) -> Drawing:
+    """Return the drawing of overlaid histograms, each as the share of its own kind.
 
-    Raises:
-        MissingExtra: if matplotlib is not installed.
+    Args:
+        edges: (bins + 1,)
+        counts: (bins,) of each kind, by its name in the legend.
+        unit: name of the axis.
+        title: title of the picture.
     """
-    plt = pyplot()
-    folder.mkdir(parents=True, exist_ok=True)
-    with plt.rc_context(_STYLE):
-        figure, axis = plt.subplots(figsize=(6, 4.6), layout="constrained")
+
+    def draw(plt: Any) -> Any:
+        figure, axis = plt.subplots(figsize=(WIDTH, 3.4), layout="constrained")
+        draw_histograms(axis, edges, counts)
+        axis.set(xlabel=unit, ylabel="share of its kind")
+        axis.legend()
+        set_title(axis, title)
+        return figure
+
+    kinds = ", ".join(f"{name} ({int(np.sum(each)):,})" for name, each in counts.items())
+    return Drawing("histogram", f"Histograms of the {unit}: {kinds}. Each kind sums to 1.", draw)
+
+
+def draw_histograms(axis: Any, edges: Values, counts: Mapping[str, Values]) -> None:
+    """Draw overlaid histograms, each as the share of its own kind, on an axis that ends where they do."""
+    bounds = np.asarray(edges)
+    filled = np.flatnonzero(np.sum([np.asarray(each) for each in counts.values()], axis=0))
+    for (name, each), color in zip(counts.items(), (ONE, TWO, "#999999"), strict=False):
+        share = np.asarray(each) / max(np.sum(each), 1)
+        axis.stairs(share, bounds, fill=True, color=color, alpha=0.55, label=name)
+    if len(filled):
+        room = 0.04 * (bounds[filled[-1] + 1] - bounds[filled[0]])
+        axis.set_xlim(max(bounds[0], bounds[filled[0]] - room), min(bounds[-1], bounds[filled[-1] + 1] + room))
+    axis.set_ylim(bottom=0)
+
+
+def verification_drawings(found: Verification, title: str = "") -> list[Drawing]:
+    """Return the pictures of a verification: ``roc`` and ``det``."""
+    roc = roc_drawing(found.false_accepts, found.true_accepts, found.num_pairs[1], title, found.tar)
+    return [roc, det_drawing(found, title)]
+
+
+def identification_drawings(found: Identification, title: str = "") -> list[Drawing]:
+    """Return the picture of an identification: ``cmc``, the identification rate by rank."""
+
+    def draw(plt: Any) -> Any:
+        figure, axis = plt.subplots(figsize=(WIDTH, 3.7), layout="constrained")
         ranks = np.arange(1, len(found.cmc) + 1)
-        axis.plot(ranks, found.cmc, "o-", color=_COLOR, ms=4)
+        axis.plot(ranks, found.cmc, "o-", color=ONE, ms=4)
         axis.set(xlabel="rank", ylabel="identification rate", xlim=(0.5, len(ranks) + 0.5), ylim=(0, 1.02))
-        _set_title(axis, name)
+        set_title(axis, title)
         axis.grid(alpha=0.3)
         axis.xaxis.get_major_locator().set_params(integer=True)
-        path = folder / "cmc.png"
-        save_figure(figure, path, dpi=120)
-        plt.close(figure)
-    return [path]
+        return figure
+
+    caption = f"CMC: the share of {found.num_mated:,} probes whose person is among the first people of the gallery."
+    return [Drawing("cmc", caption, draw)]
 
 
-def _set_title(axis: Any, name: str) -> None:
-    """Set a file's name as title, with bytes that are not text as escapes, and dollars not read as formulas."""
-    axis.set_title(name.encode(errors="backslashreplace").decode(), parse_math=False)
+def digest_sections(digest: Digest, more: Sequence[Drawing] = ()) -> list[Section]:
+    """Return the sections of a verification that do not come from the terminal: curves, and the hardest pairs.
+
+    Args:
+        digest: of the verification.
+        more: drawings to show beside its curve and histograms.
+    """
+    unit = "angle between two embeddings, degrees" if digest.cosine else "distance between two embeddings"
+    kinds = {"one person": digest.same_counts, "two people": digest.different_counts}
+    roc = roc_drawing(digest.false_accepts, digest.true_accepts, digest.num_pairs[1], "ROC")
+    drawings = [roc, histogram_drawing(digest.edges, kinds, unit, "pairs of one person and of two"), *more]
+    rule = "Pairs of one person that look least alike to the net, then pairs of two people that look most alike."
+    return [
+        Section("Curves", figures=figures(drawings)),
+        Section("Hardest pairs", rule, comparisons=as_comparisons(digest.hardest, digest.cosine)),
+    ]
+
+
+def verification_report(
+    name: str,
+    tables: Sequence[TerminalTable],
+    digest: Digest | None,
+    found: Verification | None,
+    options: Mapping[str, Any],
+) -> Report:
+    """Return the report of ``verify``.
+
+    Args:
+        name: of the set.
+        tables: as the terminal showed them.
+        digest: of the verification; None if all pairs are of one kind.
+        found: the figures; None if all pairs are of one kind.
+        options: of the command.
+    """
+    sections = [Section("Figures", tables=[as_table(table) for table in tables])]
+    summary = "1:1 verification. All pairs are of one kind, so there are no rates and no curves."
+    if digest is not None and found is not None:
+        sections += digest_sections(digest, [det_drawing(found, "DET")])
+        same, different = found.num_pairs
+        summary = (
+            f"1:1 verification: accuracy {found.accuracy:.4f}, equal error rate {found.eer:.4f}, on {same:,} pairs of "
+            f"one person and {different:,} of two."
+        )
+    device = options.get("device") or "cpu"
+    return Report(f"Verification on {name}", summary, [*sections, settings(options), versions(device)], no_figures())
+
+
+def identification_report(
+    name: str,
+    tables: Sequence[TerminalTable],
+    found: Identification,
+    answers: Answers,
+    hardest: Sequence[Comparison],
+    options: Mapping[str, Any],
+) -> Report:
+    """Return the report of ``identify``.
+
+    Args:
+        name: of the set.
+        tables: as the terminal showed them.
+        found: the figures.
+        answers: the nearest gallery image of each probe.
+        hardest: probes that were answered wrongly.
+        options: of the command.
+    """
+    unit = "angle to the nearest gallery image, degrees" if answers.cosine else "distance to the nearest gallery image"
+    edges, counts = answers.histograms()
+    drawings = [*identification_drawings(found, "CMC"), histogram_drawing(edges, counts, unit, "nearest gallery image")]
+    rule = (
+        "Each probe with the gallery image that it was taken for: probes of people in the gallery that were taken for "
+        "another person, then probes of people who are not in the gallery. The most alike come first."
+    )
+    sections = [
+        Section("Figures", tables=[as_table(table) for table in tables]),
+        Section("Curves", figures=figures(drawings)),
+        Section("Hardest probes", rule, comparisons=hardest),
+        settings(options),
+        versions(options.get("device") or "cpu"),
+    ]
+    summary = (
+        f"1:N identification: rank 1 {found.rank(1):.4f} of {found.num_mated:,} probes, in a gallery of "
+        f"{found.num_identities:,} people."
+    )
+    return Report(f"Identification on {name}", summary, sections, no_figures())

@@ -13,6 +13,8 @@
     RUN/best.pt         the state_dict of the backbone with the highest verification accuracy
     RUN/thresholds.json cosine thresholds of the last verification, see :mod:`fused_arcface.app.thresholds`
     RUN/best.json       the same of best.pt
+    RUN/verification.json curves and hardest pairs of the last verification, see :mod:`fused_arcface.app.report.digest`
+    RUN/report.html     the report of the run, see :mod:`fused_arcface.app.report.training`
 """
 
 from __future__ import annotations
@@ -87,6 +89,14 @@ class RunFolder:
     @property
     def best_thresholds(self) -> Path:
         return self.root / "best.json"
+
+    @property
+    def verification(self) -> Path:
+        return self.root / "verification.json"
+
+    @property
+    def report(self) -> Path:
+        return self.root / "report.html"
 
     def lock(self) -> FolderLock:
         """Make the folder, if it is missing, and lock it for this process.

@@ -346,15 +346,18 @@ class Trainer:
         epoch = step // self._plan.steps_per_epoch
         due = epoch % self._config.verify_every == 0 or epoch == self._config.epochs
         if self._verifier is not None and due and self._stopped_by is None:
-            checked, problems = self._verifier(self._learner.backbone, self._learner.spec, self._world.device)
+            name = Path(self._config.verify_data or f"unseen {self._config.data}").name
+            learner = self._learner
+            checked, problems = self._verifier(learner.backbone, learner.spec, self._world.device, name, step)
             for problem in problems:
                 self.tell(Noted(f"verification: {problem}"))
             if checked is not None:
-                name = Path(self._config.verify_data or f"unseen {self._config.data}").name
                 kept = KeptThresholds(name, checked.found.accuracy, checked.thresholds, step)
                 best = False
                 try:
-                    best = self._best.keep(self._learner.backbone, kept)
+                    best = self._best.keep(learner.backbone, kept)
+                    if checked.digest is not None:
+                        checked.digest.save(self._folder.verification)
                 except OSError as error:
                     self._fail(disk_error(self._folder.root, error, self._way_back()))
                 self.tell(Verified(step, epoch, checked.found, best))

@@ -15,6 +15,8 @@ from fused_arcface.evaluation.verification import FARS
 from ..data.images import ImageSpec
 from ..data.sources import ImageSet
 from ..nets.small import embed
+from ..report.digest import Digest, digest_pairs
+from ..report.thumbnails import Thumbnails
 from ..thresholds import of_cosine_distance
 from .batches import Item, load_batches
 from .config import OptionError
@@ -28,6 +30,8 @@ class Checked(NamedTuple):
     found: Verification
     thresholds: list[OperatingPoint]
     """Cosines."""
+    digest: Digest | None = None
+    """For the run's report; None if it could not be made."""
 
 
 class Verifier:
@@ -53,11 +57,20 @@ class Verifier:
         except ValueError as error:
             raise OptionError(f"verify_data: {error}") from None
 
-    def __call__(self, net: nn.Module, spec: ImageSpec, device: torch.device) -> tuple[Checked | None, list[str]]:
+    def __call__(
+        self, net: nn.Module, spec: ImageSpec, device: torch.device, name: str, step: int
+    ) -> tuple[Checked | None, list[str]]:
         """Verify a net; return the figures, None if there are none, and what went wrong.
 
         A pair with an image that cannot be read is left out. A verification that cannot be made does not end the
         training.
+
+        Args:
+            net: images to embeddings.
+            spec: images that it takes.
+            device: of the net.
+            name: of the set.
+            step: steps of training behind the net.
         """
         embeddings: list[Tensor] = []
         numbers: list[Tensor] = []
@@ -70,9 +83,18 @@ class Verifier:
             rows = torch.cat(embeddings)
             if not rows.isfinite().all():
                 return None, [*problems, "no figures, the net's embeddings are not finite"]
-            return _verify(rows, _with_both(self._pairs, torch.cat(numbers))), problems
+            pairs = _with_both(self._pairs, torch.cat(numbers))
+            checked = _verify(rows, pairs)
         except ValueError as error:
             return None, [*problems, f"no figures, {error}"]
+        try:
+            return checked._replace(digest=self._digest(checked.found, rows, pairs, name, step)), problems
+        except Exception as error:  # nothing that goes wrong with a report may cost a training
+            return checked, [*problems, f"the report will not show it, {str(error) or type(error).__name__}"]
+
+    def _digest(self, found: Verification, rows: Tensor, pairs: Pairs, name: str, step: int) -> Digest:
+        thumbnails, scores = Thumbnails([self._images]), pair_scores(rows, pairs)
+        return digest_pairs(name, found, scores, pairs, self._images.paths, thumbnails, cosine=True, step=step)
 
     def _items(self) -> Iterator[list[Item]]:
         for start in range(0, len(self._images), self._batch_size):

@@ -1,0 +1,64 @@
+"""The report of ``bench``: all that its folder holds, of this call and of earlier ones."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..benchmark.plots import capacity_drawing, run_drawings
+from ..benchmark.report import Report as Run
+from ..benchmark.report import read_report
+from ..report.document import Report, Section, as_table, figures, no_figures, settings, versions
+from .bench_tables import capacity_table, case_tables, ceilings, ranks_table, skip_tables
+
+
+def bench_report(folder: Path, options: Mapping[str, Any]) -> Report:
+    """Return the report of a folder of ``bench``.
+
+    Args:
+        folder: with ``rows.json`` and ``run.json``, ``capacity.json``, ``ranks.json``, or some of them.
+        options: of the command.
+    """
+    sections = []
+    if (folder / "run.json").is_file():
+        sections += _run(read_report(folder))
+    if capacities := _rows(folder / "capacity.json"):
+        table = as_table(capacity_table(capacities, capacities[0]["budget_bytes"]))
+        drawn = figures([capacity_drawing(capacities)])
+        sections.append(Section("Most identities", _source(capacities[0]), drawn, [table]))
+    if ranks := _rows(folder / "ranks.json"):
+        sections.append(Section("Several processes", _source(ranks[0]), tables=[as_table(ranks_table(ranks))]))
+    summary = (
+        "The head beside other libraries. Every result was compared with fp64 before it was timed; times are medians."
+    )
+    device = options.get("device") or "cpu"
+    return Report("Benchmark", summary, [*sections, settings(options), versions(device)], no_figures())
+
+
+def _run(run: Run) -> list[Section]:
+    cases = dict.fromkeys(each.case for each in run.measurements if not each.provider.startswith("ceiling"))
+    tables = [as_table(table) for case in cases for table in case_tables(run, case)]
+    words = (
+        f"{_source(run.context)} {ceilings(run)}. p20–p80: range of the samples; ÷ products: beside the bare matrix "
+        "products; of ceiling: share of the highest rate that the machine reached; peak: memory beyond inputs, class "
+        "centers and gradients; error: largest relative one to fp64."
+    )
+    skipped = [as_table(table) for table in skip_tables(run.skips)]
+    return [
+        Section("Pictures", figures=figures(run_drawings(run))),
+        Section("Times", words, tables=tables),
+        *([Section("Not measured", tables=skipped)] if skipped else []),
+    ]
+
+
+def _rows(file: Path) -> list[dict[str, Any]]:
+    """Return the rows of an earlier call, none if there was none."""
+    rows: list[dict[str, Any]] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []
+    return rows
+
+
+def _source(measured: Mapping[str, Any]) -> str:
+    """Return where and when figures were measured, given a row or a run's context."""
+    return f"{measured['device']}; torch {measured['torch']}; commit {measured['commit']}, {measured['date'][:10]}."

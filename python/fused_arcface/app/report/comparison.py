@@ -1,0 +1,71 @@
+"""The report of ``compare``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.table import Table as TerminalTable
+
+from ..lab.comparison import WITH_DISTANCES, Comparison
+from ..lab.comparison_pictures import comparison_drawings
+from ..lab.plans import over_seeds
+from .digest import as_comparisons
+from .document import Report, Section, Table, as_table, figures, no_figures, settings, versions
+
+
+def comparison_report(
+    found: Comparison, tables: Sequence[TerminalTable], words: Sequence[str], options: Mapping[str, Any]
+) -> Report:
+    """Return the report of a comparison.
+
+    Args:
+        found: the comparison.
+        tables: as the terminal showed them, first that of the criteria.
+        words: sentences that the terminal showed below the first table.
+        options: of the command.
+    """
+    first, *others = map(as_table, tables)
+    (task,) = found.plan.tasks
+    sections = [
+        Section("Results", " ".join(words), tables=[first]),
+        Section("Pictures", figures=figures(comparison_drawings(found))),
+        *_hardest(found),
+        Section("Losses", tables=[_losses(found)]),
+        Section("Distances", tables=others),
+        settings(options),
+        versions(),
+    ]
+    losses = len({row.criterion for row in found.rows})
+    summary = (
+        f"One net trained with {losses} losses from {over_seeds(len(found.plan.seeds))}: "
+        f"{task.images.describe()}; {task.recipe.steps} steps of {task.recipe.batch_size} images."
+    )
+    return Report("Comparison of losses", summary, sections, no_figures())
+
+
+def _hardest(found: Comparison) -> list[Section]:
+    sections = []
+    for name in WITH_DISTANCES:
+        rows = found.of(name)
+        if rows and rows[0].hardest:
+            text = (
+                f"Seed {rows[0].seed}, people never seen in training: pairs of one person that look least alike to the "
+                "net, then pairs of two people that look most alike."
+            )
+            sections.append(Section(f"Hardest pairs, {name}", text, comparisons=as_comparisons(rows[0].hardest)))
+    return sections
+
+
+def _losses(found: Comparison) -> Table:
+    rows = [
+        (
+            row.criterion,
+            str(row.seed),
+            f"{row.first_loss:.3f}",
+            f"{row.last_loss:.4f}",
+            f"{row.seconds:.1f}",
+        )
+        for row in found.rows
+    ]
+    return Table(("", "seed", "first loss", "last loss", "seconds"), rows)

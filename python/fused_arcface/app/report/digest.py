@@ -1,0 +1,237 @@
+"""Digests of verifications: curves, histograms and hardest pairs for a report. A digest is kept with its run."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from fused_arcface.base.files import write_text
+from fused_arcface.base.reading import file_errors, read_bytes
+from fused_arcface.evaluation import Pairs, Verification
+
+from .document import Comparison, Thumbnail
+
+Floats = npt.NDArray[np.float64]
+Bools = npt.NDArray[np.bool_]
+
+HARDEST = 6
+"""Pairs of each kind that are shown."""
+_POINTS = 300
+"""Points of a thinned curve: more than a phone has pixels for."""
+_BINS = 90
+_MOST_BYTES = 1 << 24
+
+
+class HardPair(NamedTuple):
+    """A pair that a net finds hard."""
+
+    same: bool
+    """Both show one person."""
+    score: float
+    """The cosine, or the negated distance."""
+    first: Thumbnail
+    second: Thumbnail
+
+
+@dataclass(frozen=True)
+class Digest:
+    """The parts of one verification that a report shows."""
+
+    data: str
+    """Name of the set."""
+    cosine: bool
+    """Scores are cosines, and histograms are over angles in degrees; otherwise they are over distances."""
+    num_pairs: tuple[int, int]
+    """Numbers of pairs of one identity and of two."""
+    false_accepts: list[float]
+    """Ascending points of the ROC curve; a rate holds until the next point."""
+    true_accepts: list[float]
+    edges: list[float]
+    """(bins + 1,)"""
+    same_counts: list[int]
+    """(bins,) pairs of one person."""
+    different_counts: list[int]
+    """(bins,) pairs of two people."""
+    hardest: list[HardPair] = field(default_factory=list)
+    """Pairs of one person with the lowest scores, then pairs of two people with the highest."""
+    step: int | None = None
+    """Steps of training behind the net."""
+
+    def save(self, path: Path) -> None:
+        """Write the digest as JSON, which :func:`read_digest` reads."""
+        write_text(path, json.dumps(asdict(self)) + "\n")
+
+
+def read_digest(path: Path) -> Digest | None:
+    """Return the digest in a file, None if there is no such file.
+
+    Raises:
+        DataError: if the file is damaged.
+    """
+    if not path.is_file():
+        return None
+    content = read_bytes(path, _MOST_BYTES)
+    with file_errors(path):
+        values: dict[str, Any] = json.loads(content)
+        same, different = values["num_pairs"]
+        step = values["step"]
+        return Digest(
+            data=str(values["data"]),
+            cosine=bool(values["cosine"]),
+            num_pairs=(int(same), int(different)),
+            false_accepts=_numbers(values["false_accepts"]),
+            true_accepts=_numbers(values["true_accepts"]),
+            edges=_numbers(values["edges"]),
+            same_counts=[int(count) for count in _numbers(values["same_counts"])],
+            different_counts=[int(count) for count in _numbers(values["different_counts"])],
+            hardest=read_hardest(values["hardest"]),
+            step=None if step is None else int(step),
+        )
+
+
+def _numbers(values: Any) -> list[float]:
+    numbers: list[float] = np.asarray(values, dtype=np.float64).tolist()
+    if not np.isfinite(numbers).all() or np.ndim(numbers) != 1:
+        raise ValueError(f"a curve must be a list of finite numbers; got {str(values)[:40]}")
+    return numbers
+
+
+def read_hardest(values: Any) -> list[HardPair]:
+    """Return pairs that were written as JSON.
+
+    Raises:
+        TypeError, ValueError: if they are something else.
+    """
+    return [
+        HardPair(bool(same), float(score), _checked(*first), _checked(*second)) for same, score, first, second in values
+    ]
+
+
+def _checked(name: str, source: str) -> Thumbnail:
+    """Return a thumbnail of a file that anybody may have written: it holds its picture, and points to no other place.
+
+    Raises:
+        ValueError: if it does.
+    """
+    if source and re.fullmatch("data:image/jpeg;base64,[A-Za-z0-9+/]+=*", source) is None:
+        raise ValueError(f"a thumbnail must be a JPEG in a data: address; got {source[:40]!r}")
+    return Thumbnail(str(name), source)
+
+
+def digest_pairs(
+    data: str,
+    found: Verification,
+    scores: Floats,
+    pairs: Pairs,
+    names: Sequence[str],
+    thumbnail: Callable[[str], Thumbnail],
+    *,
+    cosine: bool,
+    step: int | None = None,
+) -> Digest:
+    """Return the digest of a verification.
+
+    Args:
+        data: name of the set.
+        found: its figures.
+        scores: (P,) negated distances; those of the cosine distance are cos - 1.
+        pairs: numbers of the images of each pair; ``same`` marks the pairs of one person.
+        names: (M,) names of the images.
+        thumbnail: makes a thumbnail, given a name.
+        cosine: the distance is the cosine's.
+        step: steps of training behind the net.
+    """
+    same = pairs.same.numpy()
+    spread = angles(scores) if cosine else -scores
+    edges = np.linspace(0, 180, _BINS + 1) if cosine else np.linspace(spread.min(), max(spread.max(), 1e-9), _BINS + 1)
+    false_accepts, true_accepts = thinned_curve(found.false_accepts, found.true_accepts, found.num_pairs[1])
+    counts = [np.histogram(spread[same == kind], edges)[0].tolist() for kind in (True, False)]
+    return Digest(
+        data=data,
+        cosine=cosine,
+        num_pairs=found.num_pairs,
+        false_accepts=false_accepts.tolist(),
+        true_accepts=true_accepts.tolist(),
+        edges=edges.tolist(),
+        same_counts=counts[0],
+        different_counts=counts[1],
+        hardest=hardest_pairs(scores + cosine, pairs, names, thumbnail),
+        step=step,
+    )
+
+
+def angles(scores: Floats) -> Floats:
+    """Return the angles in degrees of scores ``(P,)`` of the cosine distance, cos - 1.
+
+    >>> angles(np.array([0.0, -1.0])).tolist()
+    [0.0, 90.0]
+    """
+    return np.degrees(np.arccos(np.clip(1 + scores, -1, 1)))
+
+
+def thinned_curve(false_accepts: Floats, true_accepts: Floats, others: int) -> tuple[Floats, Floats]:
+    """Return points of a ROC curve at rates evenly spread on a logarithmic axis, from one false accept on.
+
+    Each is exact: the greatest true accept rate with a false accept rate of at most that one.
+
+    Args:
+        false_accepts: (points,) ascending.
+        true_accepts: (points,)
+        others: number of pairs of two people.
+
+    >>> thinned_curve(np.array([0, 0.5, 1]), np.array([0.2, 0.6, 1]), others=2)[1][[0, -1]].tolist()
+    [0.6, 1.0]
+    """
+    rates = np.logspace(-np.log10(others), 0, _POINTS)
+    rates[[0, -1]] = 1 / others, 1.0  # not one rounding below
+    places = np.searchsorted(false_accepts, rates * (1 + 1e-12), side="right") - 1
+    return rates, true_accepts[places]
+
+
+def hardest_pairs(
+    scores: Floats, pairs: Pairs, names: Sequence[str], thumbnail: Callable[[str], Thumbnail], count: int = HARDEST
+) -> list[HardPair]:
+    """Return the pairs of one person with the lowest scores, then those of two people with the highest.
+
+    Args:
+        scores: (P,), greater for more similar pairs.
+        pairs: numbers of the images of each pair; ``same`` marks the pairs of one person.
+        names: (M,) names of the images.
+        thumbnail: makes a thumbnail, given a name.
+        count: pairs of each kind at most.
+    """
+    same = pairs.same.numpy()
+    order = np.argsort(scores, kind="stable")
+    chosen = [*order[same[order]][:count], *order[::-1][~same[order[::-1]]][:count]]
+    found = []
+    for place in chosen:
+        images = (thumbnail(names[int(rows[place])]) for rows in (pairs.first, pairs.second))
+        found.append(HardPair(bool(same[place]), float(scores[place]), *images))
+    return found
+
+
+def as_comparisons(hardest: Sequence[HardPair], cosine: bool = True) -> list[Comparison]:
+    """Return pairs as a report shows them, each with its kind and its score."""
+    return [Comparison(pair.first, pair.second, f"{_kind(pair)}, {measure(pair.score, cosine)}") for pair in hardest]
+
+
+def _kind(pair: HardPair) -> str:
+    return "one person" if pair.same else "two people"
+
+
+def measure(score: float, cosine: bool) -> str:
+    """Return a score in words.
+
+    >>> measure(0.5, cosine=True), measure(-1.25, cosine=False)
+    ('cosine 0.500, 60.0°', 'distance 1.25')
+    """
+    if not cosine:
+        return f"distance {-score:.4g}"
+    return f"cosine {score:.3f}, {float(angles(np.array(score - 1))):.1f}°"

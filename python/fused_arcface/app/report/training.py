@@ -1,0 +1,225 @@
+"""The report of a training run. It is made of the run's folder alone, so a resumed run makes it anew as a whole."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from fused_arcface.base.reading import DataError, open_regular
+
+from ..drawing import COLORS, ONE, WIDTH, Drawing
+from ..thresholds import KeptThresholds, as_text, read_thresholds
+from ..training.config import TrainConfig
+from ..training.runs import RunFolder
+from .digest import read_digest
+from .document import Report, Section, Table, figures, no_figures, settings, versions
+from .evaluation import digest_sections
+
+Floats = npt.NDArray[np.float64]
+
+FIGURES = ("loss", "target_angle", "accuracy", "lr", "images_per_second")
+"""Figures of each step in the log."""
+_POINTS = 400
+"""Points of a curve; each is a mean over as many steps as needed."""
+
+
+class Log(NamedTuple):
+    """The log of a run."""
+
+    steps: Floats
+    """(S, 2 + figures): step, epoch, then :data:`FIGURES`."""
+    verifications: list[dict[str, Any]]
+    """``step``, ``verification_accuracy`` and ``tar_at_far``."""
+
+    def of(self, name: str) -> Floats:
+        """Return a figure of each step ``(S,)``."""
+        return self.steps[:, 2 + FIGURES.index(name)]
+
+
+def read_log(path: Path) -> Log:
+    """Read a run's log; a line that was cut short is left out.
+
+    Raises:
+        DataError: if the file cannot be read.
+    """
+    rows: list[list[float]] = []
+    verifications = []
+    for values in _lines(path):
+        if "verification_accuracy" in values:
+            verifications.append(values)
+        elif "loss" in values:
+            rows.append([float(values[name]) for name in ("step", "epoch", *FIGURES)])
+    return Log(np.array(rows, dtype=np.float64).reshape(-1, 2 + len(FIGURES)), verifications)
+
+
+def _lines(path: Path) -> Iterator[dict[str, Any]]:
+    with open_regular(path) as file:
+        for line in file:
+            try:
+                values = json.loads(line)
+            except ValueError:
+                continue
+            if isinstance(values, dict):
+                yield values
+
+
+def training_report(folder: RunFolder) -> Report:
+    """Return the report of a run, finished or not.
+
+    Raises:
+        RunError: if the folder is no run.
+        DataError: if its log or another file is damaged, or the log has no step yet.
+    """
+    config = folder.read_config()
+    log = read_log(folder.log)
+    if not len(log.steps):
+        raise DataError(f"{folder.log} has no step yet")
+    step, epoch = int(log.steps[-1, 0]), int(log.steps[-1, 1])
+    sections = [
+        Section("Training", figures=figures(_training_drawings(log)), tables=[_epochs(log)]),
+        *_verification_sections(folder, log, step),
+        _data(folder, config),
+        settings(asdict(config)),
+        versions("cpu" if config.device == "auto" else config.device),
+    ]
+    summary = (
+        f"{config.margin} with scale {config.scale:g}, backbone {config.backbone}, on {config.data}: "
+        f"step {step:,}, epoch {epoch} of {config.epochs}."
+    )
+    return Report(f"Training run {folder.root.resolve().name}", summary, sections, no_figures())
+
+
+def _epochs(log: Log) -> Table:
+    """Return a table with a row for each epoch; of many epochs, for some at even steps and the last."""
+    columns = ("epoch", "steps", "loss", "angle", "accuracy", "images/s")
+    epochs = np.unique(log.steps[:, 1])
+    rows = []
+    for epoch in epochs[np.unique(np.linspace(0, len(epochs) - 1, 30).round().astype(int))]:
+        own = Log(log.steps[log.steps[:, 1] == epoch], [])
+        means = {name: float(own.of(name).mean()) for name in FIGURES}
+        speed = len(own.steps) / float((1 / own.of("images_per_second")).sum())
+        rows.append(
+            (
+                f"{epoch:.0f}",
+                f"{len(own.steps):,}",
+                f"{means['loss']:.3f}",
+                f"{means['target_angle']:.1f}°",
+                f"{means['accuracy']:.3f}",
+                f"{speed:,.0f}",
+            )
+        )
+    return Table(columns, rows, "Means over the steps of an epoch", words=())
+
+
+def _training_drawings(log: Log) -> list[Drawing]:
+    steps = log.steps[:, 0]
+    several = "" if len(steps) <= _POINTS else " The line is a mean over several steps, the band their range."
+    captions = {
+        "loss": f"Loss of each step.{several}",
+        "target_angle": f"Mean angle between an embedding and its class center.{several}",
+        "accuracy": f"Share of the batch for which the own class center is the nearest.{several}",
+        "lr": "Learning rate of the backbone.",
+        "images_per_second": f"Speed, with the reading of images.{several}",
+    }
+    labels = {
+        "loss": "loss",
+        "target_angle": "angle, degrees",
+        "accuracy": "accuracy on training images",
+        "lr": "learning rate",
+        "images_per_second": "images per second",
+    }
+    return [curve_drawing(name, captions[name], steps, log.of(name), labels[name]) for name in labels]
+
+
+def curve_drawing(name: str, caption: str, steps: Floats, values: Floats, label: str) -> Drawing:
+    """Return the drawing of one figure over the steps; of many steps, means and ranges of as many as a pixel shows.
+
+    A step whose figure is not finite, such as a skipped one, is left out.
+    """
+    finite = np.isfinite(values)
+    steps, values = steps[finite], values[finite]
+
+    def draw(plt: Any) -> Any:
+        figure, axis = plt.subplots(figsize=(WIDTH, 2.9), layout="constrained")
+        parts = np.array_split(np.arange(len(steps)), min(_POINTS, len(steps))) if len(steps) else []
+        x, mean = (np.array([each[part].mean() for part in parts]) for each in (steps, values))
+        if len(steps) > len(parts):
+            low, high = (np.array([bound(values[part]) for part in parts]) for bound in (np.min, np.max))
+            axis.fill_between(x, low, high, color=ONE, alpha=0.2, lw=0)
+        axis.plot(x, mean, color=ONE, lw=1.3, marker="." if len(steps) == 1 else None)
+        axis.set(xlabel="step", ylabel=label, title=label)
+        axis.grid(alpha=0.3)
+        return figure
+
+    return Drawing(name, caption, draw)
+
+
+def _verification_sections(folder: RunFolder, log: Log, step: int) -> list[Section]:
+    """Return the sections about the verifications, none if there was none.
+
+    Files of a later step belong to a training that was given up, and are left out.
+    """
+    sections = []
+    if log.verifications:
+        drawings = [_verifications_drawing(log.verifications)] if len(log.verifications) > 1 else []
+        sections.append(Section("Verification", figures=figures(drawings), tables=[_verifications(log.verifications)]))
+    thresholds = read_thresholds(folder.thresholds)
+    if thresholds is not None and (thresholds.step or 0) <= step:
+        sections.append(_thresholds(thresholds))
+    digest = read_digest(folder.verification)
+    if digest is not None and (digest.step or 0) <= step:
+        for section in digest_sections(digest):
+            text = f"Of the verification after step {digest.step:,} on {digest.data}. {section.text}"
+            sections.append(Section(section.title, text, section.figures, section.tables, section.comparisons))
+    return sections
+
+
+def _verifications(found: Sequence[dict[str, Any]]) -> Table:
+    fars = list(found[-1]["tar_at_far"])
+    rows = [
+        (
+            f"{each['step']:,}",
+            f"{each['verification_accuracy']:.4f}",
+            *(f"{each['tar_at_far'].get(far, float('nan')):.4f}" for far in fars),
+        )
+        for each in found[-30:]
+    ]
+    caption = "The last 30 verifications" if len(found) > 30 else ""
+    return Table(("step", "accuracy", *(f"TAR at FAR {far}" for far in fars)), rows, caption, words=())
+
+
+def _verifications_drawing(found: Sequence[dict[str, Any]]) -> Drawing:
+    def draw(plt: Any) -> Any:
+        figure, axis = plt.subplots(figsize=(WIDTH, 3.4), layout="constrained")
+        steps = [each["step"] for each in found]
+        axis.plot(steps, [each["verification_accuracy"] for each in found], "o-", ms=4, color="black", label="accuracy")
+        for far, color in zip(found[-1]["tar_at_far"], COLORS, strict=False):
+            rates = [each["tar_at_far"].get(far, float("nan")) for each in found]
+            axis.plot(steps, rates, "o-", ms=4, color=color, label=f"TAR at FAR {far}")
+        axis.set(xlabel="step", ylabel="rate", title="verification of people not trained on", ylim=(0, 1.02))
+        axis.grid(alpha=0.3)
+        figure.legend(loc="outside lower center", ncols=2)
+        return figure
+
+    return Drawing("verification", "Accuracy over folds, and true accept rates, at each verification.", draw)
+
+
+def _thresholds(kept: KeptThresholds) -> Section:
+    text = f"Cosines from which on two images count as one person, chosen on {kept.data}."
+    table = Table(("", "cosine >=", "accuracy", "FAR", "TAR"), as_text(kept.points))
+    return Section("Thresholds", text, tables=[table])
+
+
+def _data(folder: RunFolder, config: TrainConfig) -> Section:
+    known = folder.read_fingerprint()
+    rows = [("trained on", config.data), ("verified on", config.verify_data or "–")]
+    if known is not None:
+        rows += [("images", f"{known.images:,}"), ("identities", f"{known.identities:,}")]
+    rows.append(("size", f"{config.image_size} × {config.image_size}, {'gray' if config.channels == 1 else 'color'}"))
+    return Section("Data", tables=[Table(("", ""), rows, words=(0, 1))])
