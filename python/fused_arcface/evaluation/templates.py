@@ -39,15 +39,18 @@ class Templates(NamedTuple):
         >>> Templates(torch.tensor([3, 7]), torch.eye(2)).rows(torch.tensor([7, 7, 3]))
         tensor([1, 1, 0])
         """
-        known = self.has(ids)
         ids = ids.to(self.ids)
+        known = self.has(ids)
         if not known.all():
             raise ValueError(f"templates must be among the {len(self.ids)} that have images; got {ids[~known][0]}")
         return torch.searchsorted(self.ids, ids)
 
     def has(self, ids: Tensor) -> Tensor:
         """Return which of templates ``(K,)`` are among the T templates, ``(K,)`` bool."""
-        return torch.isin(ids.to(self.ids), self.ids)
+        if not len(self.ids):
+            return torch.zeros_like(ids, dtype=torch.bool)
+        ids = ids.to(self.ids)
+        return self.ids[torch.searchsorted(self.ids, ids).clamp(max=len(self.ids) - 1)] == ids
 
 
 @torch.no_grad()
@@ -73,7 +76,7 @@ def pool_templates(
         ValueError: if the shapes do not fit, or embeddings or weights are not finite.
 
     >>> images = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 1.0], [3.0, 4.0]])
-    >>> pool_templates(images, torch.tensor([5, 5, 5, 2]), torch.tensor([1, 8, 8, 1]))  # a photo and a video of two frames
+    >>> pool_templates(images, torch.tensor([5, 5, 5, 2]), torch.tensor([1, 8, 8, 1]))  # 1: photos, 8: a video
     Templates(ids=tensor([2, 5]), embeddings=tensor([[0.6000, 0.8000],
             [0.7071, 0.7071]]))
     """
@@ -87,7 +90,9 @@ def pool_templates(
     if weights is not None:
         factor = factor * weights.to(factor)
     total = torch.zeros(len(ids), embeddings.shape[1], dtype=torch.float64, device=embeddings.device)
-    for rows, where, factors in zip(*(each.split(_IMAGES_AT_ONCE) for each in (embeddings, place, factor)), strict=True):
+    for rows, where, factors in zip(
+        *(each.split(_IMAGES_AT_ONCE) for each in (embeddings, place, factor)), strict=True
+    ):
         rows = rows.double()
         if normalize:
             rows = F.normalize(rows)
@@ -171,6 +176,4 @@ def identify_templates(
     1.0
     """
     known, sought = (templates.embeddings[templates.rows(ids)] for ids in (gallery, probes))
-    return identify(
-        known, gallery_subjects, sought, probe_subjects, max_rank=max_rank, fpirs=fpirs, engine=engine
-    )
+    return identify(known, gallery_subjects, sought, probe_subjects, max_rank=max_rank, fpirs=fpirs, engine=engine)

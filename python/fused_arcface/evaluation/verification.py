@@ -39,8 +39,11 @@ def pair_scores(embeddings: Tensor, pairs: Pairs, distance: Distance = Cosine())
     array([-1.])
     """
     transformed = distance.transform(embeddings.float())
-    parts = zip(pairs.first.split(_PAIRS_AT_ONCE), pairs.second.split(_PAIRS_AT_ONCE), strict=True)
-    distances = torch.cat([distance.of_transformed(transformed[i], transformed[j]) for i, j in parts])
+    # Filled in place: a list of small results between large temporary ones would tear the heap into holes.
+    distances = torch.empty(len(pairs.first), device=transformed.device)
+    for start in range(0, len(distances), _PAIRS_AT_ONCE):
+        first, second = (each[start : start + _PAIRS_AT_ONCE] for each in (pairs.first, pairs.second))
+        distances[start : start + len(first)] = distance.of_transformed(transformed[first], transformed[second])
     scores: Floats = -distances.double().cpu().numpy()
     return scores
 
