@@ -165,8 +165,14 @@ class TrainConfig:
     init: str = _option(
         "",
         TUNING,
-        "File of weights that the net starts from: a run's model.pt, or insightface's backbone.pth. Prefixes such as "
-        "module. and backbone. are removed.",
+        "Weights that the net starts from: a run, its model.pt or best.pt, or a file such as insightface's "
+        "backbone.pth. Prefixes such as module. and backbone. are removed.",
+    )
+    init_partial: bool = _option(
+        False,
+        TUNING,
+        "Take what fits of the file of --init, and say what does not: tensors that it lacks, or that have another "
+        "shape, begin with new weights. Otherwise these are an error.",
     )
     centers: str = _option(
         "",

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -221,15 +222,25 @@ def load_backbone(run: Path, device: torch.device | str = "cpu", *, trust: bool 
     """
     folder = RunFolder(Path(run))
     backbone, spec = folder.build_net()
+    state = read_backbone(folder, trust=trust)
     try:
-        state = checkpoint.load_state(folder.checkpoints, "backbone", trust=trust)
-        if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
-            raise RuntimeError("its backbone is no state of a net")
         backbone.load_state_dict(state)
-    except FileNotFoundError:
-        raise RunError(f"{run} has no complete checkpoint yet") from None
     except RuntimeError as error:
-        if isinstance(error, checkpoint.CheckpointError):
-            raise
         raise RunError(f"{run}: the checkpoint does not fit {folder.config.name}: {error}") from None
     return backbone.to(device).eval(), spec
+
+
+def read_backbone(folder: RunFolder, *, trust: bool = False) -> dict[str, Any]:
+    """Return the state of a run's net in its newest complete checkpoint.
+
+    Raises:
+        RunError: if the run has no checkpoint, or one without a net.
+        fused_arcface.checkpoint.CheckpointError: if the checkpoint is damaged.
+    """
+    try:
+        state = checkpoint.load_state(folder.checkpoints, "backbone", trust=trust)
+    except FileNotFoundError:
+        raise RunError(f"{folder.root} has no complete checkpoint yet") from None
+    if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
+        raise RunError(f"{folder.root}: the checkpoint's backbone is no state of a net")
+    return state
