@@ -196,7 +196,7 @@ def test_the_end_says_what_there_is_and_what_to_do_next(tmp_path: Path, capsys: 
     assert run_command(command) == 0
     shown = capsys.readouterr().out
     assert "the best until now, kept in best.pt" in shown
-    for file in ("model.pt", "best.pt", "thresholds.json", "log.jsonl"):
+    for file in ("model.pt", "best.pt", "best", "thresholds.json", "log.jsonl"):
         assert re.search(rf"^  {file} +\w", shown, re.M), file
     assert f"  fused-arcface embed IMAGES --checkpoint {tmp_path / 'run'} --output embeddings.npz\n" in shown
     epoch = next(line for line in shown.splitlines() if line.startswith("epoch"))

@@ -264,6 +264,11 @@ class TrainConfig:
         0, RUN, "Steps from one checkpoint to the next, in addition to one after each epoch; 0 for none.", least=0
     )
     keep: int = _option(2, RUN, "Number of checkpoints that are kept.", least=1)
+    keep_best: bool = _option(
+        True,
+        RUN,
+        "Keep the checkpoint with the highest verification accuracy too, with its class centers, in RUN/best.",
+    )
     seed: int = _option(
         0, RUN, "Seed of the weights, class centers, batches and samples.", least=0, most=2**63 - 1, fixed=True
     )

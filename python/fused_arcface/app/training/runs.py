@@ -13,6 +13,7 @@
     RUN/best.pt         the state_dict of the backbone with the highest verification accuracy
     RUN/thresholds.json cosine thresholds of the last verification, see :mod:`fused_arcface.app.thresholds`
     RUN/best.json       the same of best.pt
+    RUN/best/           a run that ends at that verification: its checkpoint with the class centers, and the files above
 """
 
 from __future__ import annotations
@@ -80,6 +81,10 @@ class RunFolder:
     @property
     def best(self) -> Path:
         return self.root / "best.pt"
+
+    @property
+    def best_run(self) -> RunFolder:
+        return RunFolder(self.root / "best")
 
     @property
     def thresholds(self) -> Path:
