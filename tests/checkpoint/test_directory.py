@@ -23,6 +23,7 @@ from torch.distributed.fsdp import fully_shard
 import fused_arcface as fa
 from fused_arcface import checkpoint
 from fused_arcface.checkpoint import storage
+from fused_arcface.checkpoint.directory import keep_alone
 
 D, CLASSES = 6, 37
 
@@ -472,11 +473,11 @@ def test_a_checkpoint_is_kept_alone_under_another_root(tmp_path, monkeypatch):
     head, net = make()
     first = checkpoint.save(tmp_path / "a", head, net=net)
     other = tmp_path / "b"
-    kept = checkpoint.keep_alone(first, other)
+    kept = keep_alone(first, other)
     names = sorted(file.name for file in first.iterdir())
     assert kept == other / first.name and sorted(file.name for file in kept.iterdir()) == names
     assert all(os.path.samefile(first / name, kept / name) for name in names)
-    assert checkpoint.keep_alone(first, other) == kept  # once more changes nothing
+    assert keep_alone(first, other) == kept  # once more changes nothing
     (other / "notes").mkdir()
     (other / "step_0000000007").mkdir()
     shutil.copytree(kept, other / ".partial-step_0000000009")  # of a process that died
@@ -486,7 +487,7 @@ def test_a_checkpoint_is_kept_alone_under_another_root(tmp_path, monkeypatch):
         step(head, net)
         second = checkpoint.save(tmp_path / "a", head, net=net)
         saved = copied(state(head, net))
-        kept = checkpoint.keep_alone(second, other)
+        kept = keep_alone(second, other)
     assert not os.path.samefile(second / "manifest.json", kept / "manifest.json")
     assert {path.name for path in other.iterdir()} == {"notes", "step_0000000007", "latest", kept.name}
     (other / "step_0000000007").rmdir()
@@ -500,13 +501,13 @@ def test_a_checkpoint_is_kept_alone_under_another_root(tmp_path, monkeypatch):
     step(head, net)
     of_same_step = checkpoint.save(tmp_path / "c", head, net=net)
     for source, name in ((of_same_step, f"{second.name}.1"), (older, older.name)):
-        assert checkpoint.keep_alone(source, other) == other / name
+        assert keep_alone(source, other) == other / name
         assert [path.name for path in other.iterdir() if path.name.startswith("step_")] == [name]
 
 
 def test_a_full_disk_while_a_checkpoint_is_kept_alone(tmp_path, monkeypatch):
     head, net = make()
-    kept = checkpoint.keep_alone(checkpoint.save(tmp_path / "a", head, net=net), tmp_path / "b")
+    kept = keep_alone(checkpoint.save(tmp_path / "a", head, net=net), tmp_path / "b")
     before = copied(state(head, net))
     step(head, net)
     second = checkpoint.save(tmp_path / "a", head, net=net)
@@ -514,8 +515,8 @@ def test_a_full_disk_while_a_checkpoint_is_kept_alone(tmp_path, monkeypatch):
         patch.setattr(os, "link", lambda *files: (_ for _ in ()).throw(OSError(errno.EXDEV, "another disk")))
         patch.setattr(shutil, "copyfileobj", lambda *files: (_ for _ in ()).throw(OSError(errno.ENOSPC, "no room")))
         with pytest.raises(OSError, match="no room"):
-            checkpoint.keep_alone(second, tmp_path / "b")
+            keep_alone(second, tmp_path / "b")
     assert checkpoint.latest(tmp_path / "b") == kept
     checkpoint.load(tmp_path / "b", head, net=net)
     assert same(state(head, net), before)
-    assert checkpoint.keep_alone(second, tmp_path / "b") == checkpoint.latest(tmp_path / "b")
+    assert keep_alone(second, tmp_path / "b") == checkpoint.latest(tmp_path / "b")

@@ -26,7 +26,7 @@ from torch.distributed.tensor import DTensor
 
 from ..parallel.ranks import ALONE
 from ..partial_fc import PartialFC
-from .directory import Saved, find, keep_alone, latest, write
+from .directory import Saved, find, latest, write
 from .row_shard import RowShard
 from .storage import CheckpointError
 from .structure import join, split, to_json
@@ -38,7 +38,6 @@ __all__ = [
     "find",
     "head_state",
     "head_values",
-    "keep_alone",
     "latest",
     "load",
     "load_state",

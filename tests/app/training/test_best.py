@@ -14,7 +14,7 @@ import fused_arcface as fa
 from fused_arcface import checkpoint
 from fused_arcface.app.cli import run as run_command
 from fused_arcface.app.thresholds import KeptThresholds, read_thresholds
-from fused_arcface.app.training import trainer
+from fused_arcface.app.training import best
 from fused_arcface.app.training.best import BestNet
 from fused_arcface.app.training.config import TrainConfig
 from fused_arcface.app.training.events import Noted, Verified
@@ -148,7 +148,7 @@ def test_a_full_disk_while_it_is_kept(tmp_path: Path, monkeypatch: pytest.Monkey
         raise OSError(28, "No space left on device", str(tmp_path / "run" / "best"))
 
     with monkeypatch.context() as patch:
-        patch.setattr(trainer.checkpoint, "keep_alone", full)
+        patch.setattr(best, "keep_alone", full)
         with pytest.raises(TrainingError, match="No space left on device; make room there and go on with"):
             run(CONFIG.replace({"epochs": 1}), tmp_path / "run")
     assert not (tmp_path / "run" / "model.pt").exists()

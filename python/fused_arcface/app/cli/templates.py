@@ -49,7 +49,6 @@ def templates(
     ] = True,
     bad_data: shared.BadData = "skip",
     json: shared.Json = None,
-    pictures: shared.Pictures = None,
     device: shared.Device = "cpu",
     batch_size: shared.BatchSize = 64,
     workers: shared.Workers = 0,
@@ -102,14 +101,6 @@ def templates(
                 "norms": norms,
             }
             shared.write_json(json, {**about, **template_figures(found)})
-        if pictures is not None:
-            from ..report.evaluation import draw_identification, draw_verification
-
-            name = Path(data).name
-            if found.rates is not None:
-                shared.print_files(console, draw_verification(found.rates, pictures, name))
-            for gallery, search in found.searches.items():
-                shared.print_files(console, draw_identification(search, pictures / gallery, f"{name}, {gallery}"))
 
 
 def _print(console: Console, found: TemplateFigures, title: str) -> None:

@@ -9,13 +9,13 @@ import numpy as np
 
 from fused_arcface.base.extras import pyplot, require, save_figure
 from fused_arcface.evaluation.identification import Identification
-from fused_arcface.evaluation.verification import Rates
+from fused_arcface.evaluation.verification import Verification
 
 _STYLE = {"font.size": 11, "axes.spines.top": False, "axes.spines.right": False}
 _COLOR = "#0072B2"
 
 
-def draw_verification(found: Rates, folder: Path, name: str) -> list[Path]:
+def draw_verification(found: Verification, folder: Path, name: str) -> list[Path]:
     """Draw ``roc.png`` and ``det.png`` into a folder; return their paths.
 
     The first shows the true over the false accept rate, the second the false reject over the false accept rate on

@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from fused_arcface import checkpoint
 from fused_arcface.base.files import write_bytes
 from fused_arcface.base.reading import DataError
+from fused_arcface.checkpoint.directory import keep_alone
 
 from ..thresholds import KeptThresholds, read_thresholds
 from .runs import RunFolder
@@ -72,7 +72,7 @@ class BestNet:
             return (
                 f"{best.root} was trained in, so it stays as it is; the checkpoint of the best verification is not kept"
             )
-        checkpoint.keep_alone(directory, best.checkpoints)
+        keep_alone(directory, best.checkpoints)
         for file, target in (
             (own.classes, best.classes),
             (own.data, best.data),
