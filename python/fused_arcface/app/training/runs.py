@@ -20,10 +20,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fused_arcface import checkpoint
 from fused_arcface.base.files import write_bytes, write_text
@@ -235,7 +234,7 @@ def load_backbone(run: Path, device: torch.device | str = "cpu", *, trust: bool 
     return backbone.to(device).eval(), spec
 
 
-def read_backbone(folder: RunFolder, *, trust: bool = False) -> dict[str, Any]:
+def read_backbone(folder: RunFolder, *, trust: bool = False) -> dict[str, Tensor]:
     """Return the state of a run's net in its newest complete checkpoint.
 
     Raises:
@@ -246,6 +245,6 @@ def read_backbone(folder: RunFolder, *, trust: bool = False) -> dict[str, Any]:
         state = checkpoint.load_state(folder.checkpoints, "backbone", trust=trust)
     except FileNotFoundError:
         raise RunError(f"{folder.root} has no complete checkpoint yet") from None
-    if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
+    if not isinstance(state, dict) or not all(isinstance(each, Tensor) for each in state.values()):
         raise RunError(f"{folder.root}: the checkpoint's backbone is no state of a net")
-    return state
+    return {str(name): each for name, each in state.items()}

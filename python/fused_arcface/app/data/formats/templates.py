@@ -26,6 +26,7 @@ from torch import Tensor
 
 from fused_arcface.base.reading import DataError, file_errors, open_regular
 from fused_arcface.base.text import lines
+from fused_arcface.evaluation.pairs import Pairs
 
 from ..images import MAX_PIXELS, ImageSpec, read_image
 from ..sources import ImageSet
@@ -48,18 +49,6 @@ class Subjects:
 
 
 @dataclass(frozen=True)
-class TemplatePairs:
-    """Pairs of templates."""
-
-    first: Tensor
-    """(P,) int64."""
-    second: Tensor
-    """(P,) int64."""
-    same: Tensor
-    """(P,) bool: both show one person."""
-
-
-@dataclass(frozen=True)
 class TemplateSet:
     """A set of templates and what is to be compared."""
 
@@ -73,8 +62,8 @@ class TemplateSet:
     """(M,) int64, the photo or video of each face."""
     scores: Tensor | None
     """(M,) fp32, the detector's score of each face, if the set has them."""
-    pairs: TemplatePairs | None
-    """The pairs of 1:1, if the set has them."""
+    pairs: Pairs | None
+    """The pairs of 1:1 by the numbers of their templates, if the set has them."""
     galleries: dict[str, Subjects]
     """The galleries of 1:N by name, ``G1`` for example; empty if the set has none."""
     probes: Subjects | None
@@ -101,9 +90,8 @@ def read_templates(data: str, max_pixels: int = MAX_PIXELS) -> TemplateSet:
     landmarks, scores = _read_detected(detected, files, faces) if detected.is_file() else (None, None)
     images = root / "loose_crop" if (root / "loose_crop").is_dir() else root
     pairs = meta / f"{name}{_PAIRS}"
-    galleries = {
-        file.stem.partition(_GALLERY)[2]: _read_subjects(file) for file in sorted(meta.glob(f"{name}{_GALLERY}*.csv"))
-    }
+    listed = [file for file in sorted(meta.glob(f"*{_GALLERY}*.csv")) if file.name.startswith(name + _GALLERY)]
+    galleries = {file.stem.removeprefix(name + _GALLERY): _read_subjects(file) for file in listed}
     probes = meta / f"{name}{_PROBES}"
     if bool(galleries) != probes.is_file():
         have, lack = (f"{name}{_GALLERY}*.csv", probes.name) if galleries else (probes.name, f"{name}{_GALLERY}*.csv")
@@ -144,15 +132,16 @@ def _list_of_faces(root: Path, meta: Path) -> tuple[str, Path]:
     return found[0].name.removesuffix(_FACES), found[0]
 
 
-def _lines(path: Path) -> list[str]:
+def _lines(path: Path) -> list[tuple[int, str]]:
+    """Return the lines that are not empty, each with its number."""
     with open_regular(path) as file, file_errors(path):
-        return [line for line in lines(file.read()) if line.strip()]
+        return [(number, line) for number, line in enumerate(lines(file.read()), start=1) if line.strip()]
 
 
 def _read_faces(path: Path) -> tuple[list[str], Tensor, Tensor]:
     """Return names, templates and media of the faces."""
     names, numbers = [], []
-    for number, line in enumerate(_lines(path), start=1):
+    for number, line in _lines(path):
         fields = line.rsplit(maxsplit=2)
         if len(fields) != 3 or not (_is_whole(fields[1]) and _is_whole(fields[2])):
             raise DataError(f"{path}, line {number}: must be `image template medium`; got {line[:100]!r}")
@@ -174,22 +163,22 @@ def _read_detected(path: Path, names: list[str], faces: Path) -> tuple[npt.NDArr
     if len(found) != len(names):
         raise DataError(f"{path} must have a line for each of the {len(names)} faces of {faces}; it has {len(found)}")
     numbers = np.empty((len(names), _NUMBERS), dtype=np.float32)
-    for row, (line, name) in enumerate(zip(found, names, strict=True)):
+    for row, ((number, line), name) in enumerate(zip(found, names, strict=True)):
         fields = line.rsplit(maxsplit=_NUMBERS)
         try:
             numbers[row] = [float(field) for field in fields[1:]]
         except ValueError:  # a word, or too few fields
             numbers[row] = np.nan
         if len(fields) != 1 + _NUMBERS or not np.isfinite(numbers[row]).all():
-            raise DataError(f"{path}, line {row + 1}: must be `image x1 y1 … x5 y5 score`; got {line[:150]!r}")
+            raise DataError(f"{path}, line {number}: must be `image x1 y1 … x5 y5 score`; got {line[:150]!r}")
         if fields[0].strip() != name:
             raise DataError(
-                f"{path}, line {row + 1}: must be the face {name}, as in {faces}; got {fields[0].strip()[:100]!r}"
+                f"{path}, line {number}: must be the face {name}, as in {faces}; got {fields[0].strip()[:100]!r}"
             )
     return numbers[:, :-1].reshape(-1, 5, 2), torch.from_numpy(numbers[:, -1].copy())
 
 
-def _read_pairs(path: Path) -> TemplatePairs:
+def _read_pairs(path: Path) -> Pairs:
     first, second, same = _read_numbers(path, 3, None, 0)
     if not ((same == 0) | (same == 1)).all():
         raise DataError(
@@ -197,7 +186,7 @@ def _read_pairs(path: Path) -> TemplatePairs:
         )
     if same.all() or not same.any():
         raise DataError(f"{path} must have pairs of both kinds")
-    return TemplatePairs(first, second, same.bool())
+    return Pairs(first, second, same.bool())
 
 
 def _read_subjects(path: Path) -> Subjects:
