@@ -23,6 +23,7 @@ from torch.distributed.fsdp import fully_shard
 import fused_arcface as fa
 from fused_arcface import checkpoint
 from fused_arcface.checkpoint import storage
+from fused_arcface.checkpoint.directory import keep_alone
 
 D, CLASSES = 6, 37
 
@@ -376,7 +377,7 @@ def test_a_full_disk_at_calls_that_write(tmp_path, monkeypatch, distance):
         number += distance
         root = shutil.copytree(tmp_path / "0", tmp_path / str(number))
         with monkeypatch.context() as patch, warnings.catch_warnings():
-            warnings.filterwarnings("ignore", ".*step_0000000000 is older than the 2 kept, and cannot be removed")
+            warnings.filterwarnings("ignore", ".*step_0000000000 is no longer needed, and cannot be removed")
             tracer = Tracer(patch, number, full_disk)
             message = refusal(checkpoint.save, root, head, keep=2, net=net)
         outcomes.append("refused" if message else "saved")
@@ -465,3 +466,57 @@ def test_a_damaged_manifest_never_loads_other_numbers(tmp_path, distance):
         except checkpoint.CheckpointError:
             continue
         assert {**found, "crc32": meant["crc32"]} == meant
+
+
+def test_a_checkpoint_is_kept_alone_under_another_root(tmp_path, monkeypatch):
+    """By links, or by copies where there are none; what is not a checkpoint of this package stays."""
+    head, net = make()
+    first = checkpoint.save(tmp_path / "a", head, net=net)
+    other = tmp_path / "b"
+    kept = keep_alone(first, other)
+    names = sorted(file.name for file in first.iterdir())
+    assert kept == other / first.name and sorted(file.name for file in kept.iterdir()) == names
+    assert all(os.path.samefile(first / name, kept / name) for name in names)
+    assert keep_alone(first, other) == kept  # once more changes nothing
+    (other / "notes").mkdir()
+    (other / "step_0000000007").mkdir()
+    shutil.copytree(kept, other / ".partial-step_0000000009")  # of a process that died
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "link", lambda *files: (_ for _ in ()).throw(OSError(errno.EPERM, "no links here")))
+        step(head, net)
+        second = checkpoint.save(tmp_path / "a", head, net=net)
+        saved = copied(state(head, net))
+        kept = keep_alone(second, other)
+    assert not os.path.samefile(second / "manifest.json", kept / "manifest.json")
+    assert {path.name for path in other.iterdir()} == {"notes", "step_0000000007", "latest", kept.name}
+    (other / "step_0000000007").rmdir()
+    step(head, net)
+    checkpoint.load(other, head, net=net)
+    assert same(state(head, net), saved)
+
+    # Another training has another checkpoint of the same step, and an older one may take its place.
+    head, net = make(seed=5)
+    older = checkpoint.save(tmp_path / "c", head, net=net)
+    step(head, net)
+    of_same_step = checkpoint.save(tmp_path / "c", head, net=net)
+    for source, name in ((of_same_step, f"{second.name}.1"), (older, older.name)):
+        assert keep_alone(source, other) == other / name
+        assert [path.name for path in other.iterdir() if path.name.startswith("step_")] == [name]
+
+
+def test_a_full_disk_while_a_checkpoint_is_kept_alone(tmp_path, monkeypatch):
+    head, net = make()
+    kept = keep_alone(checkpoint.save(tmp_path / "a", head, net=net), tmp_path / "b")
+    before = copied(state(head, net))
+    step(head, net)
+    second = checkpoint.save(tmp_path / "a", head, net=net)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "link", lambda *files: (_ for _ in ()).throw(OSError(errno.EXDEV, "another disk")))
+        patch.setattr(shutil, "copyfileobj", lambda *files: (_ for _ in ()).throw(OSError(errno.ENOSPC, "no room")))
+        with pytest.raises(OSError, match="no room"):
+            keep_alone(second, tmp_path / "b")
+    assert checkpoint.latest(tmp_path / "b") == kept
+    checkpoint.load(tmp_path / "b", head, net=net)
+    assert same(state(head, net), before)
+    assert keep_alone(second, tmp_path / "b") == checkpoint.latest(tmp_path / "b")

@@ -5,13 +5,16 @@ The command ``embed`` calls it.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,13 +52,14 @@ def embed_to_file(
     output: Path,
     *,
     flip: bool = False,
+    normalize: bool = True,
     batch_size: int = 64,
     workers: int = 0,
     part: int = _PART,
     done: Callable[[int], None] = lambda count: None,
     unreadable: Callable[[str], None] = lambda problem: None,
 ) -> EmbeddingSet:
-    """Embed images and write the embeddings, of norm 1, with the images' names and labels.
+    """Embed images and write the embeddings with the images' names and labels.
 
     Parts lie in a folder beside the file, ``OUTPUT.parts``, until all are there. If the same images are embedded by the
     same net again, finished parts are taken from it; parts of anything else are replaced.
@@ -66,6 +70,7 @@ def embed_to_file(
         output: a ``.npz`` or ``.safetensors`` file, see :meth:`EmbeddingSet.save`, or a ``.csv`` file with a line for
             each image: its name, its label if there is one, and D numbers.
         flip: add the embedding of the mirrored image.
+        normalize: scale the embeddings to norm 1.
         batch_size: images that the net sees at once.
         workers: processes that read images; 0 reads in this one.
         part: images of a part.
@@ -84,7 +89,7 @@ def embed_to_file(
     if not len(images):
         raise DataError("there are no images to embed")
     folder = output.with_name(f"{output.name}.parts")
-    _begin(folder, _key(embedder, images, flip, part))
+    _begin(folder, _key(embedder, images, {"flip": flip, "normalize": normalize, "part": part}))
     device = next((each.device for each in embedder.net.parameters()), torch.device("cpu"))
     found: list[EmbeddingSet] = []
     for start in range(0, len(images), part):
@@ -114,8 +119,9 @@ def embed_to_file(
                     raise
                 write_text(empty, "")
             else:
-                rows = torch.nn.functional.normalize(embedded.embeddings)
-                found.append(replace(embedded, embeddings=rows))
+                if normalize:
+                    embedded = replace(embedded, embeddings=torch.nn.functional.normalize(embedded.embeddings))
+                found.append(embedded)
                 found[-1].save(file)
             for problem in problems:
                 unreadable(problem)
@@ -148,15 +154,26 @@ def _read_from(read: Read, first: int, index: int, spec: ImageSpec) -> Tensor:
     return read(first + index, spec)
 
 
-def _key(embedder: Embedder, images: ImageSet, flip: bool, part: int) -> str:
+def _key(embedder: Embedder, images: ImageSet, options: dict[str, Any]) -> str:
     """Return a text that is another one for other images, another net or other options."""
     names = hashlib.sha256(encode_names(images.paths))
+    for path in images.paths:
+        names.update(_state(path).encode())
     weights = hashlib.sha256()
     for name, tensor in embedder.net.state_dict().items():
         weights.update(name.encode())
         weights.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    values = {"images": names.hexdigest(), "net": weights.hexdigest(), "flip": flip, "part": part}
+    values = {"images": names.hexdigest(), "net": weights.hexdigest(), **options}
     return json.dumps({**values, "size": embedder.spec.shape}, sort_keys=True)
+
+
+def _state(path: str) -> str:
+    """Return size and time of the file that an image lies in: it may have got another content under the same name."""
+    for file in (path, path.rpartition("[")[0]):  # train.rec[7] lies in train.rec
+        with contextlib.suppress(OSError, ValueError):
+            found = os.stat(file)
+            return f"{found.st_size} {found.st_mtime_ns};"
+    return ""
 
 
 def _begin(folder: Path, key: str) -> None:

@@ -185,13 +185,56 @@ def _publish(
     with contextlib.suppress(OSError):  # for people and other programs; nothing here reads it
         files.write_text(final.parent / _LATEST, final.name)
     ours = [path for path in _complete(final.parent) if path != final and _is_ours(path)]
-    for old in ours[: max(0, len(ours) + 1 - keep)]:
+    _remove(ours[: max(0, len(ours) + 1 - keep)])
+
+
+def _remove(checkpoints: list[Path]) -> None:
+    """Remove checkpoints of this package; one that cannot be removed is a warning."""
+    for old in checkpoints:
         try:
             # Half a checkpoint must not look like a whole one, if this process dies here.
             gone = old.rename(old.with_name(_PARTIAL + old.name))
             shutil.rmtree(gone)
         except OSError as error:
-            warnings.warn(f"{old} is older than the {keep} kept, and cannot be removed: {error}", stacklevel=2)
+            warnings.warn(f"{old} is no longer needed, and cannot be removed: {error}", stacklevel=2)
+
+
+def keep_alone(directory: Path, root: Path) -> Path:
+    """Keep a complete checkpoint under another root as well, in place of the checkpoints there; return its new place.
+
+    Its files are linked, which takes no room, or copied where the file system has no links. Called by one process.
+
+    Raises:
+        OSError: if it cannot be written. Those in ``root`` are as they were.
+    """
+    root.mkdir(parents=True, exist_ok=True)
+    _remove_partial(root)
+    step = _order(directory)[0]
+    of_step = [path for path in _complete(root) if _order(path)[0] == step]
+    content = (directory / _MANIFEST).read_bytes()  # it has checksums of all else
+    target = next((path for path in of_step if (path / _MANIFEST).read_bytes() == content), None)
+    if target is None:
+        number = f".{_order(of_step[-1])[1] + 1}" if of_step else ""
+        target = root / f"step_{step:010d}{number}"
+        partial = root / (_PARTIAL + target.name)
+        partial.mkdir()
+        for file in directory.iterdir():
+            _link(file, partial / file.name)
+        files.sync_directory(partial)
+        partial.rename(target)
+        files.sync_directory(root)
+    with contextlib.suppress(OSError):
+        files.write_text(root / _LATEST, target.name)
+    _remove([path for path in _complete(root) if path != target and _is_ours(path)])
+    return target
+
+
+def _link(file: Path, target: Path) -> None:
+    try:
+        os.link(file, target)
+    except OSError:
+        with files.replacing(target) as copy, file.open("rb") as content:
+            shutil.copyfileobj(content, copy, BLOCK)
 
 
 def _remove_partial(root: Path) -> None:

@@ -39,8 +39,11 @@ def pair_scores(embeddings: Tensor, pairs: Pairs, distance: Distance = Cosine())
     array([-1.])
     """
     transformed = distance.transform(embeddings.float())
-    parts = zip(pairs.first.split(_PAIRS_AT_ONCE), pairs.second.split(_PAIRS_AT_ONCE), strict=True)
-    distances = torch.cat([distance.of_transformed(transformed[i], transformed[j]) for i, j in parts])
+    # Filled in place: a list of small results between large temporary ones would tear the heap into holes.
+    distances = torch.empty(len(pairs.first), device=transformed.device)
+    for start in range(0, len(distances), _PAIRS_AT_ONCE):
+        first, second = (each[start : start + _PAIRS_AT_ONCE] for each in (pairs.first, pairs.second))
+        distances[start : start + len(first)] = distance.of_transformed(transformed[first], transformed[second])
     scores: Floats = -distances.double().cpu().numpy()
     return scores
 
@@ -167,21 +170,27 @@ def _right(same: npt.NDArray[np.bool_], scores: Floats, thresholds: Floats) -> n
 
 
 @dataclass(frozen=True)
-class Verification:
-    """The figures of one verification."""
+class Rates:
+    """Accept rates of scored pairs over all thresholds."""
 
-    fold_accuracy: Floats
-    """Accuracy of each fold, (folds,); see :func:`k_fold_accuracy`."""
     tar: dict[float, float]
     """True accept rate by false accept rate."""
     eer: float
     """Equal error rate, see :func:`equal_error_rate`."""
     false_accepts: Floats
-    """False accept rates of the curve, (points,), ascending."""
+    """False accept rates of the curve, (points,), ascending. Points in the middle of a level part are left out."""
     true_accepts: Floats
     """True accept rates of the curve, (points,)."""
     num_pairs: tuple[int, int]
     """Numbers of pairs of one identity and of two. A FAR below one over the second is a FAR of 0."""
+
+
+@dataclass(frozen=True)
+class Verification(Rates):
+    """The figures of one verification: accept rates, and the accuracy over folds."""
+
+    fold_accuracy: Floats
+    """Accuracy of each fold, (folds,); see :func:`k_fold_accuracy`."""
 
     @property
     def accuracy(self) -> float:
@@ -199,17 +208,49 @@ class Verification:
         return float(self.fold_accuracy.std(ddof=1) / len(self.fold_accuracy) ** 0.5)
 
 
+def accept_rates(same: Values, scores: Values, *, fars: Sequence[float] = FARS) -> Rates:
+    """Compute the accept rates of scored pairs.
+
+    Args:
+        same: whether each pair shows one identity, (P,) bool.
+        scores: similarity of each pair, (P,).
+        fars: false accept rates to report, in [0, 1].
+
+    Raises:
+        ValueError: if all pairs are of one kind, a score is not finite, or a rate is outside [0, 1].
+        MissingExtra: if scikit-learn is not installed.
+
+    >>> accept_rates([True, True, False, False], [0.9, 0.4, 0.5, 0.1], fars=[0.01]).tar
+    {0.01: 0.5}
+    """
+    if not all(0 <= far <= 1 for far in fars):
+        raise ValueError(f"fars must be in [0, 1]; got {list(fars)}")
+    same, scores = _scored_pairs(same, scores)
+    false_accepts, true_accepts, _ = roc(same, scores)
+    # Millions of pairs of two identities are as many points, nearly all of them on level parts.
+    rises = np.diff(true_accepts) != 0
+    kept = np.r_[True, rises] | np.r_[rises, True]
+    return Rates(
+        tar={far: _greatest_rate(false_accepts, true_accepts, far) for far in fars},
+        eer=equal_error_rate(false_accepts, true_accepts),
+        false_accepts=false_accepts[kept],
+        true_accepts=true_accepts[kept],
+        num_pairs=(int(same.sum()), int((~same).sum())),
+    )
+
+
 def verify_scores(same: Values, scores: Values, *, fars: Sequence[float] = FARS, folds: int = 10) -> Verification:
     """Compute every figure of scored pairs.
 
     Args:
         same: whether each pair shows one identity, (P,) bool.
         scores: similarity of each pair, (P,).
-        fars: false accept rates to report.
+        fars: false accept rates to report, in [0, 1].
         folds: number of folds of the accuracy.
 
     Raises:
-        ValueError: if all pairs are of one kind, there are fewer than folds, or a score is not finite.
+        ValueError: if all pairs are of one kind, there are fewer than folds, a score is not finite, or a rate is
+            outside [0, 1].
         MissingExtra: if scikit-learn is not installed.
 
     >>> found = verify_scores([True, False] * 10, [0.9, 0.1] * 10)
@@ -217,15 +258,8 @@ def verify_scores(same: Values, scores: Values, *, fars: Sequence[float] = FARS,
     (1.0, 0.0, 1.0)
     """
     same, scores = _scored_pairs(same, scores)
-    false_accepts, true_accepts, _ = roc(same, scores)
-    return Verification(
-        fold_accuracy=k_fold_accuracy(same, scores, folds),
-        tar={far: _greatest_rate(false_accepts, true_accepts, far) for far in fars},
-        eer=equal_error_rate(false_accepts, true_accepts),
-        false_accepts=false_accepts,
-        true_accepts=true_accepts,
-        num_pairs=(int(same.sum()), int((~same).sum())),
-    )
+    rates = accept_rates(same, scores, fars=fars)
+    return Verification(**vars(rates), fold_accuracy=k_fold_accuracy(same, scores, folds))
 
 
 def verify(

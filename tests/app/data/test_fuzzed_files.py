@@ -17,6 +17,7 @@ if sys.platform != "linux":
 from support import fuzzing
 from support.checkpoint_loaders import load_checkpoint, refit_manifest
 from support.image_files import encoded, picture, write_records
+from support.template_files import write_template_set
 
 import fused_arcface as fa
 from fused_arcface import checkpoint
@@ -24,6 +25,7 @@ from fused_arcface.app.data import DataError, ImageSpec, read_image
 from fused_arcface.app.data.embedding_sets import EmbeddingSet
 from fused_arcface.app.data.formats.pickled_pairs import read_pickled_pairs
 from fused_arcface.app.data.formats.records import RecordImages
+from fused_arcface.app.data.formats.templates import read_templates
 from fused_arcface.app.data.pair_sets import read_pair_set
 from fused_arcface.app.nets.small import SmallNet
 from fused_arcface.app.nets.weights import load_weights
@@ -105,6 +107,19 @@ def pairs_text(root: Path) -> Path:
     return root / "pairs.txt"
 
 
+def templates(ending: str) -> fuzzing.Callable[[Path], Path]:
+    def sample(root: Path) -> Path:
+        return write_template_set(root / "IJBC", people=3) / "meta" / f"ijbc_{ending}"
+
+    return sample
+
+
+def load_templates(path: Path) -> None:
+    found = read_templates(str(path.parents[1]), PIXELS)
+    for index in range(min(2, len(found.images))):
+        found.images.read(index, SPEC)
+
+
 def options(root: Path) -> Path:
     (root / "run.toml").write_text(
         'data = "identities:4x4"\nepochs = 3\nlr = 0.5\nflip = true\nmargin = "ArcFace(0.5)"\n'
@@ -158,6 +173,9 @@ def load_root(path: Path) -> None:
     load_checkpoint(path.parent)
 
 
+TEMPLATE_LISTS = ("face_tid_mid.txt", "name_5pts_score.txt", "template_pair_label.txt", "1N_gallery_G1.csv")
+
+
 # Another format is a row here: how a valid file is written, and how the package reads it.
 FORMATS = [
     fuzzing.Format("rec", records, load_records, (DataError,)),
@@ -172,6 +190,7 @@ FORMATS = [
     fuzzing.Format("pt centers", torch_centers, load_centers, (DataError,)),
     fuzzing.Format("pt weights", weights, lambda path: load_weights(SmallNet(8, 3), path), (DataError,)),
     fuzzing.Format("pairs", pairs_text, lambda path: read_pair_set(str(path)), (DataError,)),
+    *(fuzzing.Format(ending, templates(ending), load_templates, (DataError,)) for ending in TEMPLATE_LISTS),
     fuzzing.Format("toml", options, load_options, (OptionError,)),
     *(fuzzing.Format(kind, image(kind), load_image, (DataError,), memory=16 * PIXELS) for kind in IMAGE_FORMATS),
     *(fuzzing.Format(name, stored(name), load_stored, (CheckpointError,)) for name in STORED),

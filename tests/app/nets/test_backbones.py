@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,7 +14,7 @@ from torch import nn
 from fused_arcface.app.data import ImageSpec
 from fused_arcface.app.nets.backbones import build_backbone, own_embedding_dim, own_spec
 from fused_arcface.app.nets.iresnet import IResNet
-from fused_arcface.app.nets.weights import load_weights
+from fused_arcface.app.nets.weights import Misfit, load_weights
 from fused_arcface.base.extras import MissingExtra
 from fused_arcface.base.reading import DataError
 
@@ -197,3 +198,42 @@ def test_weights_are_found_under_the_names_of_training_loops(tmp_path: Path) -> 
     assert all(torch.equal(net.state_dict()[name], before[name]) for name in before)
     with pytest.raises(DataError, match="it must hold tensors by name"):
         load_weights(net, saved([1.0]))
+
+
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "backbone.", "module.backbone._orig_mod."])
+@pytest.mark.parametrize("container", [None, "state_dict", "model"])
+def test_every_prefix_is_removed(prefix: str, container: str | None, tmp_path: Path) -> None:
+    state = build_backbone("small", 8, ImageSpec(16, 1)).state_dict()
+    value = {prefix + name: tensor for name, tensor in state.items()}
+    torch.save({container: value, "epoch": 3} if container else value, tmp_path / "net.pt")
+    net = build_backbone("small", 8, ImageSpec(16, 1))
+    assert load_weights(net, tmp_path / "net.pt") == []
+    assert all(torch.equal(net.state_dict()[name], state[name]) for name in state)
+
+
+def test_what_fits_is_taken_where_the_user_allows_it(tmp_path: Path) -> None:
+    """Another embedding dimension, a layer that is missing and one that is too much."""
+    source = build_backbone("small", 16, ImageSpec(16, 1)).state_dict()
+    gone = next(iter(source))
+    torch.save(
+        {**{f"module.{n}": t for n, t in source.items() if n != gone}, "module.old": torch.ones(2)}, tmp_path / "x"
+    )
+    net = build_backbone("small", 8, ImageSpec(16, 1))
+    before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    other = {name for name in before if source[name].shape != before[name].shape} | {gone}
+    with pytest.raises(Misfit, match=re.escape(f"{gone} is missing; ")):
+        load_weights(net, tmp_path / "x")
+    assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
+    (note,) = load_weights(net, tmp_path / "x", partial=True)
+    for name, tensor in net.state_dict().items():
+        assert torch.equal(tensor, before[name] if name in other else source[name]), name
+    assert note.startswith(
+        f"{tmp_path / 'x'}: {len(before) - len(other)} of the net's {len(before)} tensors are taken from it, "
+        f"the others begin anew: {gone} is missing; "
+    )
+    assert len(other) == 6 and note.count(" must be ") == 4 and " and 1 more. " in note
+    assert note.endswith(f". 1 of its {len(source)} tensors are not used, because the net has none of that name: old")
+    torch.save({"other": torch.ones(1)}, tmp_path / "x")
+    with pytest.raises(DataError, match="has no weights of this net") as caught:
+        load_weights(net, tmp_path / "x", partial=True)
+    assert not isinstance(caught.value, Misfit)

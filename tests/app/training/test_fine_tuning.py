@@ -26,6 +26,25 @@ from fused_arcface.base.text import encode_names
 from fused_arcface.checkpoint import convert
 
 
+def test_a_net_of_another_dimension_begins_with_what_fits(tmp_path: Path) -> None:
+    """From a run's folder, whose newest checkpoint counts, and from its file of weights."""
+    still = {"lr": 0.0, "weight_decay": 0.0, "epochs": 1}
+    run(TINY.replace({"epochs": 1}), tmp_path / "start")
+    options = {**still, "embedding_dim": 32, "init": str(tmp_path / "start" / "model.pt")}
+    with pytest.raises(OptionError, match=r"init: .*projection.*must be \(32, .*\. --init-partial takes what fits$"):
+        run(TINY.replace(options), tmp_path / "refused")
+    _, heard = run(TINY.replace({**options, "init_partial": True}), tmp_path / "wider")
+    notes = [event.text for event in heard if isinstance(event, Noted) and event.text.startswith("init: ")]
+    assert len(notes) == 1 and "tensors are taken from it, the others begin anew: projection" in notes[0]
+    start, wider = weights(tmp_path / "start"), weights(tmp_path / "wider")
+    fitting = [name for name in start if start[name].shape == wider[name].shape and "weight" in name]
+    assert len(fitting) >= 6 and all(torch.equal(start[name], wider[name]) for name in fitting)
+    _, heard = run(TINY.replace({**still, "init": str(tmp_path / "start")}), tmp_path / "same")
+    assert all(torch.equal(start[name], weights(tmp_path / "same")[name]) for name in start if "weight" in name)
+    with pytest.raises(OptionError, match=r"init: .* has no complete checkpoint yet"):
+        run(TINY.replace({"init": str(tmp_path)}), tmp_path / "none")
+
+
 def centers_of(output: Path) -> torch.Tensor:
     (piece,) = convert.read(output).tensors["weight"].pieces()
     return piece
@@ -177,7 +196,7 @@ def test_the_end_says_what_there_is_and_what_to_do_next(tmp_path: Path, capsys: 
     assert run_command(command) == 0
     shown = capsys.readouterr().out
     assert "the best until now, kept in best.pt" in shown
-    for file in ("model.pt", "best.pt", "thresholds.json", "log.jsonl"):
+    for file in ("model.pt", "best.pt", "best", "thresholds.json", "log.jsonl"):
         assert re.search(rf"^  {file} +\w", shown, re.M), file
     assert f"  fused-arcface embed IMAGES --checkpoint {tmp_path / 'run'} --output embeddings.npz\n" in shown
     epoch = next(line for line in shown.splitlines() if line.startswith("epoch"))

@@ -27,6 +27,7 @@ COMMANDS = (
     "similarity",
     "verify",
     "identify",
+    "templates",
     "export",
     "compare",
 )

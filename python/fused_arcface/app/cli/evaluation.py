@@ -103,8 +103,12 @@ def embed_images(
     workers: int,
     trust: bool,
     backbone: str | None = None,
+    save: Path | None = None,
 ) -> list[EmbeddingSet]:
     """Embed sets of images by a run's net, with a progress bar.
+
+    With ``save`` the embeddings of the one set go to a file, in parts, so that an interrupted command resumes; see
+    :func:`fused_arcface.app.embedding.embed_to_file`.
 
     Raises:
         DataError: if there is a problem in the data and ``bad_data`` is ``"stop"``, or no image can be read.
@@ -114,6 +118,7 @@ def embed_images(
     from ..data import DataError
     from ..data.embedding_sets import embed_set
     from ..embedder import load_embedder
+    from ..embedding import embed_to_file
     from ..evaluating import lost
     from ..training.resolve import stopped_by
 
@@ -143,20 +148,13 @@ def embed_images(
         tell(problem)
     with Progress(transient=True) as bar:
         task = bar.add_task("images", total=sum(len(images) for images in sets))
-        found = [
-            embed_set(
-                embedder.net,
-                images,
-                embedder.spec,
-                flip=flip,
-                batch_size=batch_size,
-                device=device,
-                workers=workers,
-                done=lambda count: bar.advance(task, count),
-                unreadable=tell,
-            )
-            for images in sets
-        ]
+        how: dict[str, Any] = {"flip": flip, "batch_size": batch_size, "workers": workers, "unreadable": tell}
+        how["done"] = lambda count: bar.advance(task, count)
+        if save is not None:
+            (images,) = sets
+            found = [embed_to_file(embedder, images, save, normalize=False, **how)]
+        else:
+            found = [embed_set(embedder.net, images, embedder.spec, device=device, **how) for images in sets]
     if told > MOST_PROBLEMS:
         console.print(f"and {told - MOST_PROBLEMS} more such problems; skipped", style="yellow")
     for images, embedded in zip(sets, found, strict=True):

@@ -115,6 +115,8 @@ def explain_end(console: Console, folder: RunFolder, steps: int) -> None:
     files = [(folder.model, "the weights of the finished net, a state_dict for torch.load")]
     if folder.best.is_file():
         files.append((folder.best, "the same of the net with the best verification"))
+    if folder.best_run.config.is_file():
+        files.append((folder.best_run.root, "its checkpoint, with class centers; a run of its own"))
     if folder.thresholds.is_file():
         files.append((folder.thresholds, "cosine thresholds for one person, by false accept rate"))
     files.append((folder.log, "a JSON object for each step and verification"))

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -19,6 +20,7 @@ from fused_arcface.base.checks import check_size
 from fused_arcface.base.extras import MissingExtra, require
 from fused_arcface.base.reading import DataError, open_regular
 
+from .alignment import align
 from .image_formats import FORMATS, gif_sizes
 
 MAX_PIXELS = 2**25
@@ -71,7 +73,12 @@ class ImageSpec:
         return self.channels, self.size, self.size
 
 
-def read_image(source: Path | bytes, spec: ImageSpec, max_pixels: int = MAX_PIXELS) -> Tensor:
+def read_image(
+    source: Path | bytes,
+    spec: ImageSpec,
+    max_pixels: int = MAX_PIXELS,
+    landmarks: npt.NDArray[np.float64] | None = None,
+) -> Tensor:
     """Read an image of any size and mode as a net takes it: ``(channels, size, size)`` fp32 in [-1, 1].
 
     The picture is turned as its EXIF says, scaled so that its shorter side fits, and cut to the square in its middle.
@@ -85,9 +92,12 @@ def read_image(source: Path | bytes, spec: ImageSpec, max_pixels: int = MAX_PIXE
         source: a file, or the bytes of one.
         spec: of the result.
         max_pixels: width times height that an image may have; checked before it is decoded.
+        landmarks: (5, 2) eyes, nose and corners of the mouth, to align the face by in place of scaling and cutting; see
+            :func:`fused_arcface.app.data.alignment.align`.
 
     Raises:
-        ImageError: if it cannot be opened or decoded, has too many pixels, or has one that is not finite.
+        ImageError: if it cannot be opened or decoded, has too many pixels, or has one that is not finite; or if the
+            landmarks are none of a face.
         MissingExtra: if Pillow is not installed.
 
     >>> import io; from PIL import Image
@@ -98,19 +108,22 @@ def read_image(source: Path | bytes, spec: ImageSpec, max_pixels: int = MAX_PIXE
     """
     with _opened(source, max_pixels) as image:
         require("PIL.ImageOps", "train").exif_transpose(image, in_place=True)
-        return fit_image(image, spec)
+        return fit_image(image, spec, landmarks)
 
 
-def fit_image(image: Any, spec: ImageSpec) -> Tensor:
+def fit_image(image: Any, spec: ImageSpec, landmarks: npt.NDArray[np.float64] | None = None) -> Tensor:
     """Return an upright image of Pillow, of any size and mode, as :func:`read_image` does.
 
     Raises:
-        ValueError: a pixel that is not finite.
+        ValueError: if a pixel is not finite, or the landmarks are none of a face.
     """
     pil, ops = require("PIL.Image", "train"), require("PIL.ImageOps", "train")
     plain = _as_plain(image, "L" if spec.channels == 1 else "RGB")
-    plain = ops.fit(plain, (spec.size, spec.size), method=pil.Resampling.BILINEAR)
-    pixels = torch.from_numpy(np.array(plain, dtype=np.float32))
+    if landmarks is None:
+        plain = ops.fit(plain, (spec.size, spec.size), method=pil.Resampling.BILINEAR)
+        pixels = torch.from_numpy(np.array(plain, dtype=np.float32))
+    else:
+        pixels = torch.from_numpy(align(plain, landmarks, spec.size))
     pixels = pixels[None] if pixels.dim() == 2 else pixels.permute(2, 0, 1)
     return (pixels / 127.5 - 1).expand(spec.shape).contiguous()
 

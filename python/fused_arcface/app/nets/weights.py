@@ -20,6 +20,10 @@ _COUNTERS = ".num_batches_tracked"
 """Counters of batch normalization, which files from before torch 0.4.1 do not have and evaluation does not use."""
 
 
+class Misfit(DataError):
+    """Raised for a file of which some tensors fit a net, and others do not or are missing."""
+
+
 def read_state(path: Path) -> dict[str, Tensor]:
     """Return the tensors of a net's file by their plain names. Nothing but tensors is read from the file.
 
@@ -44,14 +48,20 @@ def read_state(path: Path) -> dict[str, Tensor]:
     return state
 
 
-def load_weights(net: nn.Module, path: Path) -> list[str]:
+def load_weights(net: nn.Module, path: Path, *, partial: bool = False) -> list[str]:
     """Set a net to the weights in a file; see :func:`read_state`.
 
+    Args:
+        net: the net.
+        path: the file.
+        partial: take what fits. A tensor of the net that the file lacks, or has in another shape, stays as it is.
+
     Returns:
-        Notes for the user: one line that names the tensors of the file that the net does not have, if there are any.
+        Notes for the user: one line that says what did not fit, if anything did not.
 
     Raises:
-        DataError: the file cannot be read, or lacks a tensor of the net, or has one of another shape.
+        DataError: if the file cannot be read, or no tensor fits.
+        Misfit: if it lacks a tensor of the net or has one of another shape, and ``partial`` is not set.
 
     >>> import tempfile, torch
     >>> file = Path(tempfile.mkdtemp()) / "net.pt"
@@ -60,27 +70,42 @@ def load_weights(net: nn.Module, path: Path) -> list[str]:
     >>> [note.partition(": ")[2] for note in load_weights(net, file)]
     ['1 of its 2 tensors are not used, because the net has none of that name: extra']
     """
-    return fit_state(net, read_state(path), path)
+    return fit_state(net, read_state(path), path, partial=partial)
 
 
-def fit_state(net: nn.Module, state: dict[str, Tensor], path: Path) -> list[str]:
-    """Set a net to the tensors of :func:`read_state`; see :func:`load_weights` for the result and the errors."""
+def fit_state(net: nn.Module, state: dict[str, Tensor], path: Path, *, partial: bool = False) -> list[str]:
+    """Set a net to the tensors of :func:`read_state`; see :func:`load_weights` for arguments, result and errors."""
     own = net.state_dict()
-    wrong = [f"{name} is missing" for name in own if name not in state and not name.endswith(_COUNTERS)]
-    wrong += [
+    fitting = {name for name in own if name in state and own[name].shape == state[name].shape}
+    wrong = [
         f"{name} must be {tuple(own[name].shape)}; it is {tuple(state[name].shape)}"
+        if name in state
+        else f"{name} is missing"
         for name in own
-        if name in state and own[name].shape != state[name].shape
+        if name not in fitting and (name in state or not name.endswith(_COUNTERS))
     ]
+    some = any(not name.endswith(_COUNTERS) for name in fitting)
+    if wrong and not (partial and some):
+        few = _some(wrong, 3, "; ", " more tensors do not fit")
+        raise (Misfit if some else DataError)(f"{path} has no weights of this net: {few}")
+    net.load_state_dict({name: state[name] if name in fitting else own[name] for name in own})
+    notes = []
     if wrong:
-        more = f"; and {len(wrong) - 3} more tensors do not fit" if len(wrong) > 3 else ""
-        raise DataError(f"{path} has no weights of this net: {'; '.join(wrong[:3])}{more}")
-    net.load_state_dict({name: state.get(name, own[name]) for name in own})
-    unused = [name for name in state if name not in own]
-    if not unused:
-        return []
-    more = f" and {len(unused) - 5} more" if len(unused) > 5 else ""
-    return [
-        f"{path}: {len(unused)} of its {len(state)} tensors are not used, because the net has none of that name: "
-        f"{', '.join(unused[:5])}{more}"
-    ]
+        few = _some(wrong, 5, "; ", " more")
+        notes.append(f"{len(fitting)} of the net's {len(own)} tensors are taken from it, the others begin anew: {few}")
+    if unused := [name for name in state if name not in own]:
+        few = _some(unused, 5, ", ", " more")
+        notes.append(
+            f"{len(unused)} of its {len(state)} tensors are not used, because the net has none of that name: {few}"
+        )
+    return [f"{path}: {'. '.join(notes)}"] if notes else []
+
+
+def _some(texts: list[str], most: int, separator: str, more: str) -> str:
+    """Return the first texts, and the number of the others.
+
+    >>> _some(["a", "b", "c"], 2, ", ", " more")
+    'a, b and 1 more'
+    """
+    rest = f" and {len(texts) - most}{more}" if len(texts) > most else ""
+    return separator.join(texts[:most]) + rest

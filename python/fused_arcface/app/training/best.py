@@ -1,4 +1,4 @@
-"""What a run keeps of its verifications: the thresholds of the last one, and the net of the best one."""
+"""What a run keeps of its verifications: the thresholds of the last one, net and checkpoint of the best one."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import nn
 
 from fused_arcface.base.files import write_bytes
 from fused_arcface.base.reading import DataError
+from fused_arcface.checkpoint.directory import keep_alone
 
 from ..thresholds import KeptThresholds, read_thresholds
 from .runs import RunFolder
@@ -18,19 +19,24 @@ from .runs import RunFolder
 class BestNet:
     """Writes ``thresholds.json`` at each verification, ``best.pt`` and ``best.json`` at the best one.
 
+    If the checkpoint of the best verification is to be kept, it goes to ``best/``, which is a run of its own: it can be
+    evaluated, converted, resumed and fine-tuned as any other.
+
     Args:
         folder: of the run.
         step: from which the run goes on; a best net of a later step belongs to a training that was given up.
+        whole: keep the checkpoint of the best verification.
     """
 
-    def __init__(self, folder: RunFolder, step: int) -> None:
-        self._folder = folder
+    def __init__(self, folder: RunFolder, step: int, whole: bool) -> None:
+        self._folder, self._whole = folder, whole
         try:
             before = read_thresholds(folder.best_thresholds)
         except DataError:  # it will be written anew
             before = None
         known = before is not None and before.step is not None and before.step <= step and folder.best.is_file()
         self._accuracy = before.accuracy if before is not None and known else -1.0
+        self._step = before.step if before is not None and known else None
 
     def keep(self, net: nn.Module, found: KeptThresholds) -> bool:
         """Keep a verification of a net; return whether it is the best until now. Of equal ones the first stays.
@@ -43,8 +49,40 @@ class BestNet:
             return False
         write_net(net, self._folder.best)
         found.save(self._folder.best_thresholds)
-        self._accuracy = found.accuracy
+        self._accuracy, self._step = found.accuracy, found.step
         return True
+
+    def keep_checkpoint(self, directory: Path, step: int) -> str:
+        """Keep a checkpoint whole if it is that of the best verification.
+
+        Args:
+            directory: the checkpoint, complete.
+            step: of the training, at which it was written.
+
+        Returns:
+            A note for the user if it cannot be kept because ``best/`` was trained in; otherwise nothing.
+
+        Raises:
+            OSError: a file cannot be written.
+        """
+        own, best = self._folder, self._folder.best_run
+        if not self._whole or step != self._step:
+            return ""
+        if best.log.exists():
+            return (
+                f"{best.root} was trained in, so it stays as it is; the checkpoint of the best verification is not kept"
+            )
+        keep_alone(directory, best.checkpoints)
+        for file, target in (
+            (own.classes, best.classes),
+            (own.data, best.data),
+            (own.best, best.best),
+            (own.best_thresholds, best.best_thresholds),
+            (own.best_thresholds, best.thresholds),
+            (own.config, best.config),  # the last one, because it makes the folder a run
+        ):
+            write_bytes(target, file.read_bytes())
+        return ""
 
 
 def write_net(net: nn.Module, path: Path) -> None:

@@ -166,8 +166,14 @@ class TrainConfig:
     init: str = _option(
         "",
         TUNING,
-        "File of weights that the net starts from: a run's model.pt, or insightface's backbone.pth. Prefixes such as "
-        "module. and backbone. are removed.",
+        "Weights that the net starts from: a run, its model.pt or best.pt, or a file such as insightface's "
+        "backbone.pth. Prefixes such as module. and backbone. are removed.",
+    )
+    init_partial: bool = _option(
+        False,
+        TUNING,
+        "Take what fits of the file of --init, and say what does not: tensors that it lacks, or that have another "
+        "shape, begin with new weights. Otherwise these are an error.",
     )
     centers: str = _option(
         "",
@@ -274,6 +280,11 @@ class TrainConfig:
         0, RUN, "Steps from one checkpoint to the next, in addition to one after each epoch; 0 for none.", least=0
     )
     keep: int = _option(2, RUN, "Number of checkpoints that are kept.", least=1)
+    keep_best: bool = _option(
+        True,
+        RUN,
+        "Keep the checkpoint with the highest verification accuracy too, with its class centers, in RUN/best.",
+    )
     seed: int = _option(
         0, RUN, "Seed of the weights, class centers, batches and samples.", least=0, most=2**63 - 1, fixed=True
     )

@@ -126,6 +126,12 @@ class LogFile:
         self._file.write(json.dumps(values) + "\n")
 
 
+def was_verified(log: Path, step: int) -> bool:
+    """Return whether a log has a verification after ``step`` steps."""
+    lines = log.read_bytes().split(b"\n") if log.exists() else []
+    return any(b'"verification_accuracy"' in line and _step_of(line) == step for line in lines)
+
+
 def _step_of(line: bytes) -> float:
     """Return the step of a line; infinity if the line was cut short."""
     try:

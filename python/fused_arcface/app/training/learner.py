@@ -22,11 +22,12 @@ from fused_arcface.store.estimate import Estimate, estimate
 
 from ..data.images import ImageSpec
 from ..nets.backbones import build_backbone
-from ..nets.weights import load_weights
+from ..nets.weights import Misfit, fit_state, read_state
 from .buffers import SavedBuffers
 from .centers import load_centers
 from .config import OptionError, TrainConfig
 from .joint_step import JointStep, StepResult, Timer
+from .runs import RunFolder, read_backbone
 from .schedule import Schedule, parse_rise
 from .world import World
 
@@ -191,12 +192,18 @@ class Learner:
                 continue
             try:
                 if option == "init":
-                    self.notes += [f"init: {note}" for note in load_weights(self.backbone, Path(path))]
+                    self.notes += [f"init: {note}" for note in self._load_net(Path(path))]
                 else:
                     self.notes += load_centers(self.head, names, Path(path))
             except (ValueError, checkpoint.CheckpointError) as error:
-                raise OptionError(f"{option}: {error}") from None
+                hint = ". --init-partial takes what fits" if isinstance(error, Misfit) else ""
+                raise OptionError(f"{option}: {error}{hint}") from None
         return 0
+
+    def _load_net(self, path: Path) -> list[str]:
+        """Set the net to that of a run's newest checkpoint, or of a file; return notes for the user."""
+        state = read_backbone(RunFolder(path)) if path.is_dir() else read_state(path)
+        return fit_state(self.backbone, state, path, partial=self.config.init_partial)
 
     def load(self, root: Path, *, trust: bool = False) -> int:
         """Go back to the newest checkpoint and return the number of steps made by then. A collective."""

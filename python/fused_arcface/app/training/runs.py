@@ -15,6 +15,7 @@
     RUN/best.json       the same of best.pt
     RUN/verification.json curves and hardest pairs of the last verification, see :mod:`fused_arcface.app.report.digest`
     RUN/report.html     the report of the run, see :mod:`fused_arcface.app.report.training`
+    RUN/best/           a run that ends at that verification: its checkpoint with the class centers, and the files above
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fused_arcface import checkpoint
 from fused_arcface.base.files import write_bytes, write_text
@@ -81,6 +82,10 @@ class RunFolder:
     @property
     def best(self) -> Path:
         return self.root / "best.pt"
+
+    @property
+    def best_run(self) -> RunFolder:
+        return RunFolder(self.root / "best")
 
     @property
     def thresholds(self) -> Path:
@@ -231,15 +236,25 @@ def load_backbone(run: Path, device: torch.device | str = "cpu", *, trust: bool 
     """
     folder = RunFolder(Path(run))
     backbone, spec = folder.build_net()
+    state = read_backbone(folder, trust=trust)
     try:
-        state = checkpoint.load_state(folder.checkpoints, "backbone", trust=trust)
-        if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
-            raise RuntimeError("its backbone is no state of a net")
         backbone.load_state_dict(state)
-    except FileNotFoundError:
-        raise RunError(f"{run} has no complete checkpoint yet") from None
     except RuntimeError as error:
-        if isinstance(error, checkpoint.CheckpointError):
-            raise
         raise RunError(f"{run}: the checkpoint does not fit {folder.config.name}: {error}") from None
     return backbone.to(device).eval(), spec
+
+
+def read_backbone(folder: RunFolder, *, trust: bool = False) -> dict[str, Tensor]:
+    """Return the state of a run's net in its newest complete checkpoint.
+
+    Raises:
+        RunError: if the run has no checkpoint, or one without a net.
+        fused_arcface.checkpoint.CheckpointError: if the checkpoint is damaged.
+    """
+    try:
+        state = checkpoint.load_state(folder.checkpoints, "backbone", trust=trust)
+    except FileNotFoundError:
+        raise RunError(f"{folder.root} has no complete checkpoint yet") from None
+    if not isinstance(state, dict) or not all(isinstance(each, Tensor) for each in state.values()):
+        raise RunError(f"{folder.root}: the checkpoint's backbone is no state of a net")
+    return {str(name): each for name, each in state.items()}

@@ -14,6 +14,7 @@ from typing import Literal
 
 from torch.distributed.checkpoint.api import CheckpointException
 
+from fused_arcface import checkpoint
 from fused_arcface.base.reading import DataError
 from fused_arcface.checkpoint import CheckpointError
 
@@ -23,7 +24,18 @@ from .agreement import agreed_fingerprint
 from .batches import Batch, BatchPlan, load_batches, share_bounds
 from .best import BestNet, write_net
 from .config import TrainConfig
-from .events import Began, Checkpointed, Ended, Event, Listener, Noted, Stepped, Verified, folder_listeners
+from .events import (
+    Began,
+    Checkpointed,
+    Ended,
+    Event,
+    Listener,
+    Noted,
+    Stepped,
+    Verified,
+    folder_listeners,
+    was_verified,
+)
 from .failures import TrainingError, disk_error
 from .interrupt import Interrupt
 from .joint_step import StepResult
@@ -197,7 +209,10 @@ class Trainer:
         learner = self._learner
         first = step = self._saved = self._begin()
         updates = learner.updates
-        self._best = BestNet(self._folder, step)
+        self._best = BestNet(self._folder, step, self._config.keep_best)
+        if step and step % self._plan.steps_per_epoch == 0:
+            self._verify(step, missed=True)
+        self._keep_best(step, checkpoint.latest(self._folder.checkpoints))
         sizes, batches = self._batches(step)
         batch = self._next_batch(batches) if step < self._steps else None
         self._world.share(self._failure)
@@ -216,6 +231,7 @@ class Trainer:
                 self._save(step)
             start = time.perf_counter()
         self._save(step)
+        self._world.share(self._failure)
         if step == self._steps:
             if learner.updates in (0, updates if step > first else -1):
                 raise TrainingError(
@@ -341,11 +357,15 @@ class Trainer:
                 Noted(f"step {step}: loss {result.loss:g}, the gradient is not finite: the net was left as it was")
             )
 
-    def _verify(self, step: int) -> None:
-        """Verify the net at the end of an epoch, on the first rank; the others wait."""
+    def _verify(self, step: int, missed: bool = False) -> None:
+        """Verify the net at the end of an epoch, on the first rank; the others wait.
+
+        A training that is interrupted there saves at once. Resumed, it makes the verification that it ``missed``.
+        """
         epoch = step // self._plan.steps_per_epoch
         due = epoch % self._config.verify_every == 0 or epoch == self._config.epochs
-        if self._verifier is not None and due and self._stopped_by is None:
+        due = due and self._stopped_by is None
+        if self._verifier is not None and due and not (missed and was_verified(self._folder.log, step)):
             name = Path(self._config.verify_data or f"unseen {self._config.data}").name
             learner = self._learner
             checked, problems = self._verifier(learner.backbone, learner.spec, self._world.device, name, step)
@@ -382,6 +402,16 @@ class Trainer:
             raise TrainingError(f"{error}; {self._way_back()}") from None
         self._saved = step
         self.tell(Checkpointed(step, path))
+        self._keep_best(step, path)
+
+    def _keep_best(self, step: int, path: Path | None) -> None:
+        """Keep the checkpoint of a step if its verification is the best, on the first rank."""
+        if self._world.rank == 0 and path is not None:
+            try:
+                if note := self._best.keep_checkpoint(path, step):
+                    self.tell(Noted(note))
+            except OSError as error:
+                self._fail(disk_error(self._folder.root, error, self._way_back()))
 
     def _write_model(self) -> None:
         """Write the finished net into a file, on the first rank."""
