@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -19,6 +20,10 @@ from ..parallel.ranks import JointBatch, Ranks
 from ..parallel.sharding import Sharding
 from ..parallel.wrappers import check_built_in_time, check_unwrapped
 from .step import as_autocast
+
+_COMPARED_CALLS = 2
+"""The first one finds shards that were broadcast when a model was wrapped, the second one those that an optimizer
+(ZeroRedundancyOptimizer) broadcast in its step."""
 
 
 class JointCalls(nn.Module):
@@ -38,12 +43,13 @@ class JointCalls(nn.Module):
     backend: str
     step: int
     center_optimizer: Any
-    _compared: set[bool]
+    _calls: Counter[bool]
+    """Calls until now, in training and in evaluation."""
 
     def __init__(self, group: Any) -> None:
         super().__init__()
         self.ranks = Ranks(group)
-        self._compared = set()
+        self._calls = Counter()
 
     @property
     def options(self) -> HeadOptions:
@@ -66,7 +72,7 @@ class JointCalls(nn.Module):
         if self.ranks.world_size == 1:
             return {}
         own = {"weight.dtype": self.weight.dtype, **more}
-        if isinstance(self.margin, nn.Module) and not self._compared:  # later it is the same steps that change it
+        if isinstance(self.margin, nn.Module) and not self._calls:  # later it is the same steps that change it
             own["margin.state"] = {name: tensor.tolist() for name, tensor in self.margin.state_dict().items()}
         return {"call": call, **self._options(), **{name: str(value) for name, value in own.items()}}
 
@@ -126,7 +132,7 @@ class JointCalls(nn.Module):
             return_stats=return_stats,
             shard=shard,
         )
-        self._compared.add(self.training)
+        self._calls[self.training] += 1
         if batch.requires_grad and torch.is_grad_enabled() and not embeddings.requires_grad:
             # Another rank's embeddings need a gradient. This rank's loss needs a backward pass as well, for the
             # collectives in it.
@@ -151,8 +157,8 @@ class JointCalls(nn.Module):
     def _digest_of_shard(self) -> int:
         """Return the digest of the shard for :class:`~fused_arcface.parallel.agreement.Header`.
 
-        It costs a copy of some rows, so it is taken in the first call of each mode and is 0 later.
+        It costs a copy of some rows, so it is taken in the first calls of each mode and is 0 later.
         """
-        if self.ranks.world_size == 1 or self.training in self._compared:
+        if self.ranks.world_size == 1 or self._calls[self.training] >= _COMPARED_CALLS:
             return 0
         return digest_of_shard(self.weight)
