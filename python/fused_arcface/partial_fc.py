@@ -159,10 +159,12 @@ class PartialFC(NotScriptable, JointCalls, RunState):
         own = {"center_optimizer": repr(center_optimizer), "dtype": str(dtype or torch.get_default_dtype())}
         self.ranks.check_agreement(type(self).__name__, {**self._options(), **own})
         self._sampled: Tensor | None = None
-        parameter = nn.Parameter if center_optimizer is None else CentersUpdatedInBackward
-        self.weight = parameter(torch.empty(self.num_local * sub_centers, embedding_dim, device=device, dtype=dtype))
-        place_margin(margin, self.weight.device)
-        self.reset_parameters()
+        with self.ranks.together(type(self).__name__):  # a rank may lack the device, or memory
+            parameter = nn.Parameter if center_optimizer is None else CentersUpdatedInBackward
+            rows = torch.empty(self.num_local * sub_centers, embedding_dim, device=device, dtype=dtype)
+            self.weight = parameter(rows)
+            place_margin(margin, self.weight.device)
+            self.reset_parameters()
         self.center_optimizer = (
             None if center_optimizer is None else CenterOptimizer(center_optimizer, self.weight, seed, self.row_start)
         )

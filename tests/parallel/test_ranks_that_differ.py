@@ -5,6 +5,7 @@ All cases run in one pair of processes. Each must end within ten seconds.
 
 from __future__ import annotations
 
+import itertools
 import time
 import warnings
 from collections.abc import Callable
@@ -203,7 +204,8 @@ def record_equal(rank: Rank, record: Callable[[str, Callable[[], Any]], None]) -
 
 def record_constructors(rank: Rank, record: Callable[[str, Callable[[], Any]], None]) -> None:
     """Arguments that rank 1's constructor refuses."""
-    for name, value in {"scale": -1.0, "num_classes": 0, "backend": "tpu", "dtype": torch.int32}.items():
+    wrong = {"scale": -1.0, "num_classes": 0, "backend": "tpu", "dtype": torch.int32, "device": "cuda:99"}
+    for name, value in wrong.items():
         options = {"embedding_dim": D, "num_classes": CLASSES, "group": rank.group}
         options |= {name: value} if rank.differs else {}
         record(f"constructor {name}", lambda options=options: fa.PartialFC(**options))
@@ -223,6 +225,10 @@ def record_checkpoints(rank: Rank, record: Callable[[str, Callable[[], Any]], No
     record("load from nowhere", lambda: load(root if rank.differs else directory / "none", head))
     record("load another", lambda: load(root, head, **({"net": torch.nn.Linear(1, 1)} if rank.differs else {})))
     record("load", lambda: load(root, head))
+    calls = [lambda: load(root, head), lambda: save(root, head), head.full_weight, lambda: rank.step(head)]
+    for first, second in itertools.combinations(range(4), 2):
+        record(f"calls {first} or {second}", calls[second if rank.differs else first])
+    record("save to nothing", lambda: save(3.5 if rank.differs else root, head))
 
 
 @pytest.fixture(scope="module")
@@ -294,6 +300,7 @@ def test_a_wrong_full_weight_raises_on_both(outcomes):
         ("num_classes", "ValueError: num_classes must be >= 1; got 0"),
         ("backend", "ValueError: backend must be one of"),
         ("dtype", "TypeError: dtype must be a floating-point one; got torch.int32"),
+        ("device", ""),  # torch's own words
     ],
 )
 def test_what_one_constructor_refuses_raises_on_both(outcomes, name, own):
@@ -331,3 +338,10 @@ def test_checkpoints(outcomes):
     assert first == second and first.startswith("CheckpointError: ")
     assert "file: the checkpoint of step 0 cannot be written: [Errno 17] File exists: " in first
     assert both(outcomes, "load") == ({"epoch": 1}, {"epoch": 1})
+    names = ["checkpoint.load()", "checkpoint.save()", "full_weight()", "forward()"]
+    for one, other in itertools.combinations(range(4), 2):
+        first, second = both(outcomes, f"calls {one} or {other}")
+        made = f"got rank 0: {names[one]}, rank 1: {names[other]}"
+        assert first == second == f"ValueError: PartialFC: call must be the same on every rank; {made}"
+    first, second = both(outcomes, "save to nothing")
+    assert second.startswith("TypeError: ") and first == f"RuntimeError: checkpoint.save failed on rank 1: {second}"

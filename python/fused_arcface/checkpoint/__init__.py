@@ -102,7 +102,9 @@ def save(root: str | os.PathLike[str], head: PartialFC, *, keep: int = 2, **othe
     >>> load(root, head, backbone=backbone)
     {'epoch': 3}
     """
-    agreement = {"root": os.path.abspath(root), "others": ", ".join(sorted(others))}
+    _meet(head, "checkpoint.save()")
+    with head.ranks.together("checkpoint.save"):
+        agreement = {"root": os.path.abspath(root), "others": ", ".join(sorted(others))}
     head.ranks.check_agreement("checkpoint.save", agreement)
     tensors: dict[str, Any] = {}
     with head.ranks.together("checkpoint.save"):
@@ -111,6 +113,11 @@ def save(root: str | os.PathLike[str], head: PartialFC, *, keep: int = 2, **othe
             for name, value in {_HEAD: head_state(head), **others}.items()
         }
     return write(Path(root), tensors, lambda: _to_json(values), _options(head), head.step, head.ranks, keep)
+
+
+def _meet(head: PartialFC, call: str) -> None:
+    """Raise on every rank if one of them makes another call of the head or of this module."""
+    head.ranks.meet(type(head).__name__, {"call": call}, head.weight.device)
 
 
 def save_centers(
@@ -149,6 +156,7 @@ def load(path: str | os.PathLike[str], head: PartialFC, *, trust: bool = False, 
     >>> load(root, fa.PartialFC(8, 100))  # options may differ
     {'epoch': 3}
     """
+    _meet(head, "checkpoint.load()")
     saved = find(path, ranks=head.ranks, trust=trust)
     with head.ranks.together("checkpoint.load"):
         for name, own in {"sub_centers": None, **_options(head)}.items():
