@@ -63,7 +63,7 @@ test-newest: .venv-newest/.installed  ## Run the tests with the newest torch, Tr
 .venv-oldest/.installed .venv-newest/.installed: pyproject.toml CMakeLists.txt $(csrc)
 	@echo "==> Installing fused_arcface with $(versions) into $(@D)"
 	@test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
-	@$(@D)/bin/python -m pip install --quiet --disable-pip-version-check $(versions) -e ".[test,demo,bench,train,eval,compare]"
+	@$(@D)/bin/python -m pip install --quiet --disable-pip-version-check $(versions) -e ".[test,demo,bench,train,eval,compare,faiss,integrations]"
 	@touch $@
 
 bench: .venv/.installed  ## Run the benchmark: every CPU backend and peer at the shapes of the README
