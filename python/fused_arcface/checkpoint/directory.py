@@ -24,6 +24,7 @@ from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
 from ..base import files
+from ..base.reading import check_regular
 from ..parallel.ranks import ALONE, Ranks
 from . import storage, version1
 from .storage import ALIGNMENT, BLOCK, METADATA, CheckpointError, FileRecord, numbers
@@ -182,8 +183,10 @@ def _publish(
     files.write_text(partial / _MANIFEST, json.dumps({**manifest, "crc32": _crc32(manifest)}, indent=2) + "\n")
     partial.rename(final)
     files.sync_directory(final.parent)
-    with contextlib.suppress(OSError):  # for people and other programs; nothing here reads it
-        files.write_text(final.parent / _LATEST, final.name)
+    name = final.parent / _LATEST  # for people and other programs; nothing here reads it
+    if name.is_file() or not name.exists():
+        with contextlib.suppress(OSError):
+            files.write_text(name, final.name)
     ours = [path for path in _complete(final.parent) if path != final and _is_ours(path)]
     for old in ours[: max(0, len(ours) + 1 - keep)]:
         try:
@@ -278,6 +281,9 @@ def _open(directory: Path, trust: bool) -> Saved:
         with _boundary(directory, _MANIFEST):  # it may have a name that no file has
             actual = file.stat().st_size if file.is_file() else None
         if actual != size:
+            if file.exists():
+                with _boundary(directory, name):
+                    check_regular(file)  # it may be a Git LFS pointer, or a pipe
             got = "missing" if actual is None else f"{actual} bytes long"
             raise CheckpointError(f"{directory} is truncated: {name} must have {size} bytes; it is {got}")
     with _boundary(directory, METADATA):
