@@ -13,8 +13,6 @@ import json
 import os
 from collections.abc import Iterable
 
-from .reading import file_errors, open_regular
-
 
 def encode(text: str) -> bytes:
     r"""Return the bytes of text with names in it, each name as the system has it.
@@ -81,16 +79,6 @@ def decode_names(data: bytes) -> list[str]:
         ValueError: if a line begins with a quotation mark and is not a JSON string.
     """
     return [_decode_name(line) for line in data.split(b"\n") if line]
-
-
-def read_names(path: str | os.PathLike[str]) -> list[str]:
-    """Return the names in a file that holds what :func:`encode_names` wrote.
-
-    Raises:
-        DataError: if it cannot be read, or is not a regular file.
-    """
-    with open_regular(path) as file, file_errors(path):
-        return decode_names(file.read())
 
 
 def _decode_name(line: bytes) -> str:

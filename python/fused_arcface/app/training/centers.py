@@ -6,8 +6,7 @@ from pathlib import Path
 
 import torch
 
-from fused_arcface.base.reading import DataError
-from fused_arcface.base.text import read_names
+from fused_arcface.base.reading import DataError, read_names
 from fused_arcface.checkpoint.convert import Centers, read
 from fused_arcface.partial_fc import PartialFC
 
