@@ -93,7 +93,7 @@ def train(
     """
     folder, lock = RunFolder(output), None
     with _opened(config) as (world, interrupt, config, source), contextlib.ExitStack() as held:
-        data = agreed_fingerprint(world, config, source)
+        data = agreed_fingerprint(world, config, source, output=str(output.resolve()), resume=resume, dry_run=False)
         with world.together():
             if world.rank == 0:
                 lock = held.enter_context(folder.lock())
@@ -120,7 +120,7 @@ def try_out(config: TrainConfig, output: Path, *, resume: bool | Literal["auto"]
     """
     folder = RunFolder(output)
     with _opened(config) as (world, interrupt, config, source):
-        data = agreed_fingerprint(world, config, source)
+        data = agreed_fingerprint(world, config, source, output=str(output.resolve()), resume=resume, dry_run=True)
         with world.together():
             check_run(folder, config, source.names, data, folder.config.exists() if resume == "auto" else resume)
         return Trainer(config, folder, None, world, source, interrupt, listener, write=False).try_out()
