@@ -169,9 +169,9 @@ def load_log(path: Path) -> None:
     log(Ended())
 
 
-def image(kind: str, mode: str = "RGB") -> fuzzing.Callable[[Path], Path]:
+def image(kind: str, mode: str = "RGB", **options: Any) -> fuzzing.Callable[[Path], Path]:
     def sample(root: Path) -> Path:
-        (root / f"a.{kind}").write_bytes(encoded(converted(picture(0, 0, "RGB", (40, 48)), mode), kind))
+        converted(picture(0, 0, "RGB", (40, 48)), mode).save(root / f"a.{kind}", kind, **options)
         return root / f"a.{kind}"
 
     return sample
@@ -235,7 +235,17 @@ FORMATS = [
     fuzzing.Format("thresholds.json", of_run("thresholds.json"), read_thresholds, (DataError,)),
     fuzzing.Format("log.jsonl", of_run("log.jsonl"), load_log, ()),
     *(fuzzing.Format(kind, image(kind), load_image, (DataError,), memory=16 * PIXELS) for kind in IMAGE_FORMATS),
-    fuzzing.Format("png of 16 bits", image("png", "I;16"), load_image, (DataError,), memory=16 * PIXELS),
+    *(
+        fuzzing.Format(name, image(kind, mode, **options), load_image, (DataError,), memory=16 * PIXELS)
+        for name, kind, mode, options in (
+            ("png of 16 bits", "png", "I;16", {}),
+            ("png with a palette", "png", "P", {"transparency": 3}),
+            ("jpeg, progressive", "jpeg", "CMYK", {"progressive": True}),
+            ("tiff of LZW", "tiff", "RGBA", {"compression": "tiff_lzw"}),
+            ("tiff of numbers", "tiff", "F", {}),
+            ("webp, lossless", "webp", "RGBA", {"lossless": True}),
+        )
+    ),
     *(fuzzing.Format(name, stored(name), load_stored, (CheckpointError,)) for name in STORED),
     fuzzing.Format("latest", stored("latest"), load_root, (CheckpointError,)),
 ]
