@@ -84,6 +84,7 @@ class Saved:
                     no_dist=ranks.world_size == 1,
                 )
         except CheckpointException as error:  # a BaseException of torch's, on all ranks alike
+            _raise_interrupt(error)
             problem = _describe(error, f"{self.directory} cannot be read")
             raise CheckpointError(problem + on_first(ranks, lambda: way_back(self.directory))) from error
 
@@ -132,6 +133,7 @@ def write(
         written = {name: record for each in ranks.gather_objects(writer.files) for name, record in each.items()}
         on_first(ranks, lambda: _publish(partial, final, written, options, step, keep))
     except CheckpointException as error:
+        _raise_interrupt(error)
         raise CheckpointError(_describe(error, f"{root}: the checkpoint of step {step} cannot be written")) from error
     except OSError as error:
         raise CheckpointError(f"{root}: the checkpoint of step {step} cannot be written: {error}") from error
@@ -158,7 +160,7 @@ def _begin(root: Path, step: int, values: Callable[[], dict[str, Any]]) -> tuple
     """Make the directory to write into; returns it, its later name and the values."""
     texts = values()
     root.mkdir(parents=True, exist_ok=True)
-    _remove_partial(root)  # there may be room for this checkpoint only without it
+    remove_unfinished(root)  # there may be room for this checkpoint only without it
     name = f"step_{step:010d}"
     taken = [_order(path) for path in root.iterdir() if _order(path)[0] == step]
     if taken:
@@ -197,8 +199,11 @@ def _publish(
             warnings.warn(f"{old} is older than the {keep} kept, and cannot be removed: {error}", stacklevel=2)
 
 
-def _remove_partial(root: Path) -> None:
-    """Remove checkpoints that were being written or removed when a process died."""
+def remove_unfinished(root: Path) -> None:
+    """Remove checkpoints that were being written or removed when a process died.
+
+    Nobody else may be writing under ``root``.
+    """
     for path in root.iterdir():
         if _UNFINISHED.fullmatch(path.name):
             shutil.rmtree(path, ignore_errors=True)
@@ -361,6 +366,12 @@ def way_back(directory: Path) -> str:
             continue
         return f". {path}, saved before it, is whole: to go on from that one, remove {directory}"
     return f". No whole checkpoint before it is left in {directory.parent}"
+
+
+def _raise_interrupt(error: CheckpointException) -> None:
+    """Raise KeyboardInterrupt if Ctrl-C ended the work on some rank: torch wraps it as it does any error."""
+    if any(isinstance(cause, KeyboardInterrupt) for cause, _ in error.failures.values()):
+        raise KeyboardInterrupt from None
 
 
 def _describe(error: CheckpointException, problem: str) -> str:

@@ -27,6 +27,7 @@ from fused_arcface import checkpoint
 from fused_arcface.base.files import write_bytes, write_text
 from fused_arcface.base.reading import DataError, check_regular, file_errors, read_bytes, read_names
 from fused_arcface.base.text import encode_names
+from fused_arcface.checkpoint.directory import remove_unfinished
 
 from ..data.images import ImageSpec
 from ..nets.backbones import build_backbone
@@ -220,6 +221,8 @@ def write_run(folder: RunFolder, config: TrainConfig, classes: list[str], data: 
             for unfinished in place.glob(".partial-*"):
                 if unfinished.is_file():
                     unfinished.unlink()
+        if folder.checkpoints.is_dir():
+            remove_unfinished(folder.checkpoints)
         write_bytes(folder.classes, encode_names(classes))
         write_text(folder.data, data.to_json())
         config.save(folder.config)

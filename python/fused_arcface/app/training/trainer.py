@@ -12,8 +12,6 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
-from torch.distributed.checkpoint.api import CheckpointException
-
 from fused_arcface.base.reading import DataError
 from fused_arcface.checkpoint import CheckpointError
 
@@ -360,12 +358,6 @@ class Trainer:
             path = self._learner.save(self._folder.checkpoints, step)
         except OSError as error:
             raise disk_error(self._folder.checkpoints, error, self._way_back()) from None
-        except CheckpointException as error:  # a BaseException of torch's: what was raised on some ranks
-            causes = [wrapped[0] for wrapped in error.failures.values()]
-            if any(isinstance(cause, KeyboardInterrupt) for cause in causes):
-                raise KeyboardInterrupt from None
-            why = "; ".join(map(str, causes))
-            raise TrainingError(f"{self._folder.checkpoints} cannot be written: {why}; {self._way_back()}") from None
         except CheckpointError as error:
             raise TrainingError(f"{error}; {self._way_back()}") from None
         self._saved = step

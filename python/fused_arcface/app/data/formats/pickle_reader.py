@@ -74,7 +74,7 @@ def read_set(file: BinaryIO, size: int) -> Any:
         Damaged: if it is not a pickle, is cut short, or contradicts itself.
 
     >>> import io, pickle
-    >>> text = pickle.dumps(([b"jpeg"], [True]), 2)
+    >>> text = pickle.dumps(([b"jpeg"], [True]), 4)
     >>> read_set(io.BytesIO(text), len(text))
     ([b'jpeg'], [True])
     """
