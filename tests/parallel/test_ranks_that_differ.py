@@ -96,6 +96,14 @@ def run_matrix(directory: str) -> dict[str, Any]:
         head = rank.head(center_optimizer=fa.CenterSGD(0.1))
         after_a_step(head, lambda head, name=name: head.center_optimizer.param_groups[0].update({name: 0.5}))
         record(name, lambda head=head: rank.step(head))
+    recipe = fa.CenterSGD(0.1)
+    for name, change in {
+        "optimizer": lambda head: setattr(head, "center_optimizer", None),
+        "weight alone loaded": lambda head: head.load_state_dict({"weight": head.weight.detach().clone()}),
+        "another weight": lambda head: setattr(head, "weight", torch.nn.Parameter(rows(1)[0])),
+    }.items():
+        changed = after_a_step(rank.head(center_optimizer=None if name == "another weight" else recipe), change)
+        record(name, lambda changed=changed: rank.step(changed))
     stateful = after_a_step(rank.head(margin=fa.AdaFace()), lambda head: head.margin.eval())
     record("margin.training", lambda: rank.step(stateful))
     loaded = rank.head(margin=fa.AdaFace())
@@ -125,6 +133,8 @@ def record_calls(rank: Rank, record: Callable[[str, Callable[[], Any]], None]) -
         return second if rank.differs else first
 
     record("ignore_index", lambda: head(x, y, ignore_index=-1 if rank.differs else -100))
+    record("loss_weight", lambda: head(x, y, loss_weight=2.0 if rank.differs else 1.0))
+    record("loss_weight refused", lambda: head(x, y, loss_weight=-1.0 if rank.differs else 1.0))
     record("no_grad", lambda: under(torch.no_grad(), lambda: rank.step(head)))
     record("inference_mode", lambda: under(torch.inference_mode(), lambda: head(x, y)))
     record("dtype", lambda: rank.step(head, fp32 if rank.differs else None))
@@ -193,6 +203,9 @@ def record_equal(rank: Rank, record: Callable[[str, Callable[[], Any]], None]) -
         return 64 * cosines
 
     record("return_stats", statistics)
+    head = rank.head()
+    own = y.int() if rank.differs else y
+    record("labels of another dtype", lambda: torch.equal(head(x, y).detach(), head(x, own).detach()))
     record("embeddings without gradient", one_needs_no_gradient(rank.head, frozen=False))
     record("nothing to train", one_needs_no_gradient(rank.head, frozen=True))
     warnings.filterwarnings("ignore", "PartialFC_V2: function is no margin")
@@ -250,6 +263,9 @@ def both(outcomes: list[dict[str, Any]], name: str) -> tuple[Any, Any]:
         ("margin.training", "margin.training"),
         ("margin.state", "margin.state"),
         ("ignore_index", "ignore_index"),
+        ("loss_weight", "loss_weight"),
+        ("optimizer", "center_optimizer.lr"),
+        ("weight alone loaded", "step"),
         ("no_grad", "torch.is_grad_enabled()"),
         ("inference_mode", "torch.is_grad_enabled()"),
         ("forward or logits", "call"),
@@ -276,6 +292,8 @@ def test_another_dtype_is_refused_on_both(outcomes, case):
     ("case", "own"),
     [
         ("k refused", "ValueError: k must be >= 1; got 0"),
+        ("loss_weight refused", "ValueError: loss_weight must be finite and >= 0; got -1.0"),
+        ("another weight", "RuntimeError: PartialFC: weight must be this rank's (5, 4); got (3, 4)"),
         ("logits refused", "ValueError: embeddings must be (N, D=4); got (4,)"),
         ("target refused", "TypeError: target must have one of the dtypes"),
         ("device refused", "ValueError: embeddings must be on weight's device cpu; got meta"),
@@ -312,6 +330,7 @@ def test_what_one_constructor_refuses_raises_on_both(outcomes, name, own):
     "case",
     [
         "return_stats",
+        "labels of another dtype",
         "embeddings without gradient",
         "nothing to train",
         "slow path without gradient",
