@@ -60,7 +60,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
         sync_directory(target.parent)
     except OSError as error:
         if error.errno is not None and (error.filename is None or Path(error.filename) == partial):
-            raise type(error)(error.errno, os.strerror(error.errno), os.fspath(path)) from error
+            raise OSError(error.errno, os.strerror(error.errno), os.fspath(path)) from error
         raise
     finally:
         if not done:

@@ -245,7 +245,8 @@ def _fitting(saved: Saved, name: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        raise CheckpointError(f"{saved.directory}: {name} cannot be loaded: {error or type(error).__name__}") from error
+        why = str(error) or type(error).__name__
+        raise CheckpointError(f"{saved.directory}: {name} cannot be loaded: {why}") from error
 
 
 def head_values(saved: Saved) -> dict[str, Any]:

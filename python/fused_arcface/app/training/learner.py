@@ -208,7 +208,7 @@ class Learner:
                 fits = isinstance(value, Tensor) and value.shape in (parameter.shape, torch.Size())
                 if not fits and value is not None:
                     raise checkpoint.CheckpointError(
-                        f"{root}: the optimizer's {name} must be a tensor {tuple(parameter.shape)} or a number"
+                        f"{root}: the optimizer's {name} must be a tensor {tuple(parameter.shape)} or ()"
                     )
         for name, value in self._scaler.state_dict().items():
             if type(value) not in (int, float) or not 0 <= value < math.inf:
