@@ -47,23 +47,30 @@ test-sanitized: .venv/.installed  ## Run the tests of the compiled CPU kernels u
 	LD_PRELOAD="$(sanitizers)" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	  .venv/bin/python tests/sanitized.py build/sanitized/lib -m "not full" $(native_tests) $(ARGS)
 
-# Versions that the range in pyproject.toml allows, each in an environment of its own. The oldest torch is there only with
-# gigabytes of CUDA libraries. `make clean` leaves these environments, `make distclean` removes them.
+# Versions that the range in pyproject.toml allows, each in an environment of its own. A package index has these versions of
+# torch with CUDA libraries only: the environments take 7 and 6 GB of disk. `make clean` leaves them, `make distclean`
+# removes them.
 OLDEST := torch==2.8.0 triton==3.4.0 numpy==1.23.5
 NEWEST := --upgrade torch triton numpy
 
-test-oldest: .venv-oldest/.installed  ## Run the tests with the oldest supported torch, Triton and numpy
+test-oldest: .venv-oldest/.installed  ## Run the tests with the oldest supported torch, Triton and numpy (7 GB of disk)
 	.venv-oldest/bin/python tests/run.py -m "not full" $(ARGS)
 
-test-newest: .venv-newest/.installed  ## Run the tests with the newest torch, Triton and numpy
+# A CUDA build of torch takes the Triton that belongs to it, a CPU build lets pip take the newest one: that one too runs the
+# interpreter's tests.
+test-newest: .venv-newest/.installed  ## Run the tests with the newest torch, Triton and numpy (6 GB of disk)
 	.venv-newest/bin/python tests/run.py -m "not full" $(ARGS)
+	TRITON_INTERPRET=1 PYTHONPATH=.venv-newest/triton .venv-newest/bin/python -m pytest -q -n 2 \
+	  -m "interpreter and not full" $(ARGS) tests/backends
 
 .venv-oldest/.installed: versions = $(OLDEST)
 .venv-newest/.installed: versions = $(NEWEST)
 .venv-oldest/.installed .venv-newest/.installed: pyproject.toml CMakeLists.txt $(csrc)
 	@echo "==> Installing fused_arcface with $(versions) into $(@D)"
 	@test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
-	@$(@D)/bin/python -m pip install --quiet --disable-pip-version-check $(versions) -e ".[test,demo,bench,train,eval,compare]"
+	@$(@D)/bin/python -m pip install --quiet --disable-pip-version-check $(versions) -e ".[test,demo,bench,train,eval,compare,faiss,integrations]"
+	@if [ $(@D) = .venv-newest ]; then $(@D)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps \
+	  --upgrade --target .venv-newest/triton triton; fi
 	@touch $@
 
 bench: .venv/.installed  ## Run the benchmark: every CPU backend and peer at the shapes of the README

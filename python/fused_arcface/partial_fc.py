@@ -173,15 +173,17 @@ class PartialFC(NotScriptable, ShardedEvaluation, RunState):
         }
         self.ranks.check_agreement(type(self).__name__, {**self._options(), **own})
         self._sampled: Tensor | None = None
-        parameter = nn.Parameter if center_optimizer is None else CentersUpdatedInBackward
-        place, shape = weight_device(storage, device), (self.num_local * sub_centers, embedding_dim)
-        self.weight = parameter(torch.empty(shape, device=place, dtype=dtype))
-        self.center_optimizer = (
-            None if center_optimizer is None else CenterOptimizer(center_optimizer, self.weight, seed, self.row_start)
-        )
+        with self.ranks.together(type(self).__name__):  # a rank may lack the device, or memory
+            parameter = nn.Parameter if center_optimizer is None else CentersUpdatedInBackward
+            place, shape = weight_device(storage, device), (self.num_local * sub_centers, embedding_dim)
+            self.weight = parameter(torch.empty(shape, device=place, dtype=dtype))
+            self.center_optimizer = (
+                CenterOptimizer(center_optimizer, self.weight, seed, self.row_start) if center_optimizer else None
+            )
         self.center_store = make_store(storage, self._held(), device, self.num_rows, self.row_start, seed, self.ranks)
-        place_margin(margin, self.device)
-        self.reset_parameters()
+        with self.ranks.together(type(self).__name__):
+            place_margin(margin, self.device)
+            self.reset_parameters()
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "weight":

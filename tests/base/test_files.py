@@ -76,6 +76,7 @@ def test_errors_name_the_file(tmp_path):
     with pytest.raises(FileNotFoundError) as raised:
         files.write_text(tmp_path / "none" / "x", "")
     assert raised.value.filename == str(tmp_path / "none" / "x")
+    assert str(raised.value) == f"[Errno {errno.ENOENT}] {os.strerror(errno.ENOENT)}: {str(tmp_path / 'none' / 'x')!r}"
     if os.path.exists("/dev/full"):
         with pytest.raises(OSError, match="No space left"):
             files.write_text("/dev/full", "x")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import struct
 import zipfile
 from collections.abc import Callable
@@ -209,6 +210,49 @@ def test_npz_of_other_programs(tmp_path: Path) -> None:
 def test_weights_that_are_none(state: Any, tmp_path: Path) -> None:
     torch.save(state, tmp_path / "x.pt")
     with pytest.raises(DataError, match=r"x\.pt (has no weights of (this|a) net|cannot be read as a file of tensors)"):
+        load_weights(SmallNet(8, 1), tmp_path / "x.pt")
+
+
+def test_a_flipped_bit_in_a_net_is_noticed(tmp_path: Path) -> None:
+    net = SmallNet(8, 1)
+    path = tmp_path / "model.pt"
+    torch.save(net.state_dict(), path)
+    whole, draw = path.read_bytes(), random.Random(3)
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    errors = 0
+    for _ in range(60):
+        changed = bytearray(whole)
+        changed[draw.randrange(len(whole))] ^= 1 << draw.randrange(8)
+        path.write_bytes(changed)
+        try:
+            load_weights(net, path)
+        except DataError as error:
+            errors += str(path) in str(error)
+        assert all(torch.equal(net.state_dict()[name], value) for name, value in before.items())
+    assert errors > 40  # the others are in what zip keeps twice, or fills up
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save(net.state_dict(), path)
+    finally:
+        torch.serialization.set_crc32_options(True)
+    load_weights(net, path)
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        torch.zeros(4, 4).to_sparse(),
+        torch.zeros(4, 4).to_sparse_csr(),
+        torch.zeros(4, 4, device="meta"),
+    ],
+    ids=["sparse", "compressed rows", "without values"],
+)
+def test_tensors_that_are_not_dense(tensor: torch.Tensor, tmp_path: Path) -> None:
+    torch.save({"weight": tensor}, tmp_path / "x.pt")
+    with pytest.raises(DataError, match=r"x\.pt(: weight must be a dense tensor; it is| cannot be read as a file of)"):
+        convert.convert([tmp_path / "x.pt"], tmp_path / "y.safetensors")
+    torch.save({**SmallNet(8, 1).state_dict(), "weight": tensor}, tmp_path / "x.pt")
+    with pytest.raises(DataError, match=r"x\.pt(: weight must be a dense tensor; it is| cannot be read as a file of)"):
         load_weights(SmallNet(8, 1), tmp_path / "x.pt")
 
 

@@ -5,6 +5,7 @@ All cases run in one pair of processes. Each must end within ten seconds.
 
 from __future__ import annotations
 
+import itertools
 import time
 import warnings
 from collections.abc import Callable
@@ -98,6 +99,14 @@ def run_matrix(directory: str) -> dict[str, Any]:
         head = rank.head(center_optimizer=fa.CenterSGD(0.1))
         after_a_step(head, lambda head, name=name: head.center_optimizer.param_groups[0].update({name: 0.5}))
         record(name, lambda head=head: rank.step(head))
+    recipe = fa.CenterSGD(0.1)
+    for name, change in {
+        "optimizer": lambda head: setattr(head, "center_optimizer", None),
+        "weight alone loaded": lambda head: head.load_state_dict({"weight": head.weight.detach().clone()}),
+        "another weight": lambda head: setattr(head, "weight", torch.nn.Parameter(rows(1)[0])),
+    }.items():
+        changed = after_a_step(rank.head(center_optimizer=None if name == "another weight" else recipe), change)
+        record(name, lambda changed=changed: rank.step(changed))
     stateful = after_a_step(rank.head(margin=fa.AdaFace()), lambda head: head.margin.eval())
     record("margin.training", lambda: rank.step(stateful))
     loaded = rank.head(margin=fa.AdaFace())
@@ -132,8 +141,9 @@ def record_calls(rank: Rank, record: Callable[[str, Callable[[], Any]], None]) -
     record("target", lambda: head(x, (y, y, 0.5) if rank.differs else y))
     record("share refused", lambda: head(x, (y, y, 2.0 if rank.differs else 0.5)))
     record("reduction", lambda: head(x, y, reduction="none" if rank.differs else "mean"))
-    record("loss_weight", lambda: head(x, y, loss_weight=2.0 if rank.differs else 1.0))
     record("ignore_index", lambda: head(x, y, ignore_index=-1 if rank.differs else -100))
+    record("loss_weight", lambda: head(x, y, loss_weight=2.0 if rank.differs else 1.0))
+    record("loss_weight refused", lambda: head(x, y, loss_weight=-1.0 if rank.differs else 1.0))
     record("no_grad", lambda: under(torch.no_grad(), lambda: rank.step(head)))
     record("inference_mode", lambda: under(torch.inference_mode(), lambda: head(x, y)))
     record("dtype", lambda: rank.step(head, fp32 if rank.differs else None))
@@ -202,6 +212,9 @@ def record_equal(rank: Rank, record: Callable[[str, Callable[[], Any]], None]) -
         return 64 * cosines
 
     record("return_stats", statistics)
+    head = rank.head()
+    own = y.int() if rank.differs else y
+    record("labels of another dtype", lambda: torch.equal(head(x, y).detach(), head(x, own).detach()))
     record("embeddings without gradient", one_needs_no_gradient(rank.head, frozen=False))
     record("nothing to train", one_needs_no_gradient(rank.head, frozen=True))
     warnings.filterwarnings("ignore", "PartialFC_V2: function is no margin")
@@ -213,7 +226,8 @@ def record_equal(rank: Rank, record: Callable[[str, Callable[[], Any]], None]) -
 
 def record_constructors(rank: Rank, record: Callable[[str, Callable[[], Any]], None]) -> None:
     """Arguments that rank 1's constructor refuses."""
-    for name, value in {"scale": -1.0, "num_classes": 0, "backend": "tpu", "dtype": torch.int32}.items():
+    wrong = {"scale": -1.0, "num_classes": 0, "backend": "tpu", "dtype": torch.int32, "device": "cuda:99"}
+    for name, value in wrong.items():
         options = {"embedding_dim": D, "num_classes": CLASSES, "group": rank.group}
         options |= {name: value} if rank.differs else {}
         record(f"constructor {name}", lambda options=options: fa.PartialFC(**options))
@@ -233,6 +247,10 @@ def record_checkpoints(rank: Rank, record: Callable[[str, Callable[[], Any]], No
     record("load from nowhere", lambda: load(root if rank.differs else directory / "none", head))
     record("load another", lambda: load(root, head, **({"net": torch.nn.Linear(1, 1)} if rank.differs else {})))
     record("load", lambda: load(root, head))
+    calls = [lambda: load(root, head), lambda: save(root, head), head.full_weight, lambda: rank.step(head)]
+    for first, second in itertools.combinations(range(4), 2):
+        record(f"calls {first} or {second}", calls[second if rank.differs else first])
+    record("save to nothing", lambda: save(3.5 if rank.differs else root, head))
 
 
 @pytest.fixture(scope="module")
@@ -258,6 +276,8 @@ def both(outcomes: list[dict[str, Any]], name: str) -> tuple[Any, Any]:
         ("reduction", "reduction"),
         ("target", "target"),
         ("loss_weight", "loss_weight"),
+        ("optimizer", "center_optimizer.lr"),
+        ("weight alone loaded", "step"),
         ("no_grad", "torch.is_grad_enabled()"),
         ("inference_mode", "torch.is_grad_enabled()"),
         ("forward or logits", "call"),
@@ -284,6 +304,8 @@ def test_another_dtype_is_refused_on_both(outcomes, case):
     ("case", "own"),
     [
         ("k refused", "ValueError: k must be >= 1; got 0"),
+        ("loss_weight refused", "ValueError: loss_weight must be finite and >= 0; got -1.0"),
+        ("another weight", "RuntimeError: PartialFC: weight must be this rank's (5, 4); got (3, 4)"),
         ("logits refused", "ValueError: embeddings must be (N, D=4); got (4,)"),
         ("target refused", "TypeError: target must have one of the dtypes"),
         ("device refused", "ValueError: embeddings must be on weight's device cpu; got meta"),
@@ -310,6 +332,7 @@ def test_a_wrong_full_weight_raises_on_both(outcomes):
         ("num_classes", "ValueError: num_classes must be >= 1; got 0"),
         ("backend", "ValueError: backend must be one of"),
         ("dtype", "TypeError: dtype must be a floating-point one; got torch.int32"),
+        ("device", ""),  # torch's own words
     ],
 )
 def test_what_one_constructor_refuses_raises_on_both(outcomes, name, own):
@@ -321,6 +344,7 @@ def test_what_one_constructor_refuses_raises_on_both(outcomes, name, own):
     "case",
     [
         "return_stats",
+        "labels of another dtype",
         "embeddings without gradient",
         "nothing to train",
         "slow path without gradient",
@@ -347,3 +371,10 @@ def test_checkpoints(outcomes):
     assert first == second and first.startswith("CheckpointError: ")
     assert "file: the checkpoint of step 0 cannot be written: [Errno 17] File exists: " in first
     assert both(outcomes, "load") == ({"epoch": 1}, {"epoch": 1})
+    names = ["checkpoint.load()", "checkpoint.save()", "full_weight()", "forward()"]
+    for one, other in itertools.combinations(range(4), 2):
+        first, second = both(outcomes, f"calls {one} or {other}")
+        made = f"got rank 0: {names[one]}, rank 1: {names[other]}"
+        assert first == second == f"ValueError: PartialFC: call must be the same on every rank; {made}"
+    first, second = both(outcomes, "save to nothing")
+    assert second.startswith("TypeError: ") and first == f"RuntimeError: checkpoint.save failed on rank 1: {second}"

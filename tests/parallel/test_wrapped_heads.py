@@ -16,6 +16,7 @@ import torch.distributed as dist
 from support import distributed_helpers
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 
 import fused_arcface as fa
@@ -100,12 +101,30 @@ def wrapped(kind: str) -> Any:
         return DistributedDataParallel(Outer())
     if kind == "accelerate":
         return accelerator().prepare(model)
+    if kind == "replicate":
+        from torch.distributed._composable.replicate import replicate
+
+        return replicate(model)
+    if kind == "zero":
+        return after_a_step_of_zero(model)
+    if kind == "ddp, after a step":
+        model(*batch(0)).backward()
     ddp = DistributedDataParallel(model)
+    if kind == "ddp, after a step":
+        return lambda x, y: model.head(ddp.module.backbone(x), y)
     if kind == "ddp, beside it":
         return lambda x, y: model.head(ddp.module.backbone(x), y)
     if kind == "ddp, evaluated":
         return lambda x, _: model.head.topk(ddp.module.backbone(x), 2)
     return torch.compile(ddp, backend="eager") if kind == "ddp, compiled" else ddp
+
+
+def after_a_step_of_zero(model: Model) -> Model:
+    """A model after a step of an optimizer that keeps each parameter's state on one rank, and broadcasts the result."""
+    optimizer = ZeroRedundancyOptimizer(model.parameters(), torch.optim.SGD, lr=LR)
+    model(*batch(0)).backward()
+    optimizer.step()
+    return model
 
 
 def accelerator() -> Any:
@@ -202,6 +221,9 @@ WRAPPED = [
     "fsdp1",
     "fsdp1, original parameters",
     "fsdp1, beside it",
+    "replicate",
+    "zero",
+    "ddp, after a step",
 ]
 CURED = ["ddp", "ddp, CenterSGD", "accelerate", "accelerate, ignored", "fsdp2", "fsdp1"]
 

@@ -88,11 +88,35 @@ def read_thresholds(path: Path) -> KeptThresholds | None:
     try:
         with file_errors(path):
             values: dict[str, Any] = json.loads(content)
-            points = [OperatingPoint(**point) for point in values.pop("points")]
-            points = [
-                OperatingPoint(**{**asdict(point), "threshold": math.inf}) if point.threshold is None else point
-                for point in points
-            ]
-            return KeptThresholds(points=points, **values)
+            step = values.get("step")
+            return KeptThresholds(
+                data=_text(values["data"]),
+                accuracy=_number(values["accuracy"]),
+                points=[_point(point) for point in values["points"]],
+                step=None if step is None else int(_number(step)),
+            )
     except DataError as error:
         raise DataError(f"{error}; remove the file to go on without thresholds") from None
+
+
+def _point(values: dict[str, Any]) -> OperatingPoint:
+    threshold = values["threshold"]
+    return OperatingPoint(
+        name=_text(values["name"]),
+        threshold=math.inf if threshold is None else _number(threshold),
+        false_accept_rate=_number(values["false_accept_rate"]),
+        true_accept_rate=_number(values["true_accept_rate"]),
+        accuracy=_number(values["accuracy"]),
+    )
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{str(value)[:40]} must be a text")
+    return value
+
+
+def _number(value: Any) -> float:
+    if type(value) not in (int, float) or not math.isfinite(value):
+        raise ValueError(f"{str(value)[:40]} must be a finite number")
+    return float(value)

@@ -59,8 +59,8 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
         done = True
         sync_directory(target.parent)
     except OSError as error:
-        if error.filename is None or Path(error.filename) == partial:
-            error.filename, error.filename2 = os.fspath(path), None
+        if error.errno is not None and (error.filename is None or Path(error.filename) == partial):
+            raise OSError(error.errno, os.strerror(error.errno), os.fspath(path)) from error
         raise
     finally:
         if not done:

@@ -14,11 +14,16 @@ from __future__ import annotations
 import codecs
 import re
 import struct
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 _MOST_DIGITS = 20
+_MOST_WIDE = 1 << 16
+"""Bytes of a text with characters beyond Latin-1: each of its characters takes up to four bytes of memory."""
+_WIDE = re.compile(rb"[\xc4-\xff]")
+_WIDE_ESCAPE = re.compile(rb"\\u(?!00)|\\U(?!000000)")
 
 
 class Refused(Exception):
@@ -58,6 +63,8 @@ class Admitted:
     byte in the file."""
     most_int_bytes: int
     """Length of an integer."""
+    room: int
+    """Bytes of memory that all values together may take beyond the pickle's own size."""
 
 
 class _Mark:
@@ -88,6 +95,7 @@ class _Machine:
         self._stack: list[Any] = []
         self._memo: dict[int, Any] = {}
         self._objects = 0
+        self._room = size + admitted.room
         self._started = False
 
     def run(self) -> Any:
@@ -136,7 +144,14 @@ class _Machine:
     # Instructions. Each pops what it needs from the stack and pushes its result.
 
     def _push(self, value: Any) -> None:
+        """Push a value that was made just now."""
+        self._room -= sys.getsizeof(value) + 16
+        if self._room < 0:
+            raise Refused(f"its values take {self._admitted.room >> 20} MiB more than the pickle itself")
         self._stack.append(value)
+
+    def _recall(self, key: int) -> None:
+        self._stack.append(self._memo[key])
 
     def _pop(self) -> Any:
         value = self._stack.pop()
@@ -195,7 +210,14 @@ class _Machine:
         self._push(codecs.escape_decode(line[1:-1])[0])
 
     def _text(self, length: int) -> None:
-        self._push(self._take(length).decode("utf-8", "surrogatepass"))
+        data = self._take(length)
+        _check_width(data, _WIDE)
+        self._push(data.decode("utf-8", "surrogatepass"))
+
+    def _text_line(self) -> None:
+        line = self._line()
+        _check_width(line, _WIDE_ESCAPE)
+        self._push(line.decode("raw-unicode-escape"))
 
     def _set_items(self, values: list[Any]) -> None:
         if not isinstance(self._stack[-1], dict):
@@ -216,7 +238,7 @@ class _Machine:
         self._name(module, name)
 
     def _name(self, module: str, name: str) -> None:
-        self._push(self._admitted.name(Name(module, name)))
+        self._push_object(self._admitted.name(Name(module, name)))
 
     def _call(self) -> None:
         arguments, function = self._pop(), self._pop()
@@ -247,9 +269,9 @@ _VALUES: dict[bytes, Callable[[_Machine], None]] = {
     b"\x85": lambda m: m._tuple(1),
     b"\x86": lambda m: m._tuple(2),
     b"\x87": lambda m: m._tuple(3),
-    b"N": lambda m: m._push(None),
-    b"\x88": lambda m: m._push(True),
-    b"\x89": lambda m: m._push(False),
+    b"N": lambda m: m._stack.append(None),
+    b"\x88": lambda m: m._stack.append(True),
+    b"\x89": lambda m: m._stack.append(False),
     b"J": lambda m: m._push(m._number("<i")),
     b"K": lambda m: m._push(m._number("<B")),
     b"M": lambda m: m._push(m._number("<H")),
@@ -267,8 +289,8 @@ _VALUES: dict[bytes, Callable[[_Machine], None]] = {
     b"q": lambda m: m._remember(m._number("<B")),
     b"r": lambda m: m._remember(m._number("<I")),
     b"\x94": lambda m: m._remember(len(m._memo)),
-    b"h": lambda m: m._push(m._memo[m._number("<B")]),
-    b"j": lambda m: m._push(m._memo[m._number("<I")]),
+    b"h": lambda m: m._recall(m._number("<B")),
+    b"j": lambda m: m._recall(m._number("<I")),
 }
 _OLD_VALUES: dict[bytes, Callable[[_Machine], None]] = {
     b"l": lambda m: m._push_object(m._to_mark()),
@@ -278,10 +300,10 @@ _OLD_VALUES: dict[bytes, Callable[[_Machine], None]] = {
     b"S": _Machine._quoted,  # Python 2's str, which is bytes; so are T and U
     b"T": lambda m: m._push(m._take(m._number("<I"))),
     b"U": lambda m: m._push(m._take(m._number("<B"))),
-    b"V": lambda m: m._push(m._line().decode("raw-unicode-escape")),
+    b"V": _Machine._text_line,
     b"\x96": lambda m: m._push(m._take(m._number("<Q"))),  # the buffer of an array
     b"p": lambda m: m._remember(m._decimal(m._line())),
-    b"g": lambda m: m._push(m._memo[m._decimal(m._line())]),
+    b"g": lambda m: m._recall(m._decimal(m._line())),
 }
 _OBJECTS: dict[bytes, Callable[[_Machine], None]] = {
     b"G": lambda m: m._push(m._real()),
@@ -307,6 +329,11 @@ OBJECTS = frozenset(_OBJECTS)
 def _check_protocol(protocol: int) -> None:
     if protocol > 5:
         raise Damaged(f"it is of protocol {protocol}; there are 0 to 5")
+
+
+def _check_width(data: bytes, wide: re.Pattern[bytes]) -> None:
+    if len(data) > _MOST_WIDE and wide.search(data):
+        raise Refused(f"it has a text of {len(data)} bytes with characters beyond Latin-1")
 
 
 def _check_frame(length: int, left: int) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from .extras import MissingExtra
+from .text import decode_names
 
 _KINDS = {
     stat.S_IFDIR: "a folder",
@@ -115,6 +116,16 @@ def read_bytes(path: str | os.PathLike[str], most: int) -> bytes:
     if len(content) > most:
         raise DataError(f"{path} must have <= {most} bytes; it has more")
     return content
+
+
+def read_names(path: str | os.PathLike[str]) -> list[str]:
+    """Return the names in a file that holds what :func:`fused_arcface.base.text.encode_names` wrote.
+
+    Raises:
+        DataError: if it cannot be read, or is not a regular file.
+    """
+    with open_regular(path) as file, file_errors(path):
+        return decode_names(file.read())
 
 
 def _check_kind(path: str | os.PathLike[str], found: os.stat_result) -> None:

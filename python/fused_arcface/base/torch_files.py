@@ -51,19 +51,44 @@ def _check_uncompressed(path: str | os.PathLike[str]) -> None:
                 raise TensorFileError(f"{path} must have its tensors uncompressed, as torch.save writes them")
 
 
+def check_sums(path: str | os.PathLike[str]) -> None:
+    """Check the checksums that ``torch.save`` writes into an archive; a file from before torch 1.6 has none.
+
+    torch itself does not compare them. This reads the whole file.
+
+    Raises:
+        TensorFileError: if a part of the file has changed since it was written.
+    """
+    if not zipfile.is_zipfile(path):
+        return
+    try:
+        with zipfile.ZipFile(path) as archive:
+            for entry in archive.infolist():
+                if entry.CRC == 0:  # torch.serialization.set_crc32_options(False)
+                    continue
+                with archive.open(entry) as part:
+                    while part.read(1 << 20):
+                        pass
+    except Exception as error:  # zipfile and zlib have errors of many kinds
+        raise TensorFileError(f"{path} is damaged: {error}") from None
+
+
 def check_stored(path: str | os.PathLike[str], name: str, tensor: Tensor) -> None:
-    """Check that the file has an element for each one of a tensor's shape.
+    """Check that a tensor is dense, and that the file has an element for each one of its shape.
 
     By strides of 0 a file of some bytes can claim any size.
 
     Raises:
-        TensorFileError: it has not.
+        TensorFileError: if it is another one: sparse, quantized, or without values.
 
     >>> check_stored("a.pt", "weight", torch.zeros(1, 4).expand(10**12, 4))
     Traceback (most recent call last):
     ...
     fused_arcface.base.torch_files.TensorFileError: a.pt: weight is (1000000000000, 4), of which the file has 16 bytes
     """
+    if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta:
+        kind = "quantized" if tensor.is_quantized else "without values" if tensor.is_meta else str(tensor.layout)
+        raise TensorFileError(f"{path}: {name} must be a dense tensor; it is {kind}")
     stored = tensor.untyped_storage().nbytes()
     if tensor.numel() * tensor.element_size() > stored:
         raise TensorFileError(f"{path}: {name} is {tuple(tensor.shape)}, of which the file has {stored} bytes")

@@ -16,7 +16,9 @@ versions of this package, is pickled; :mod:`fused_arcface.checkpoint.version1` r
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from ..center_sgd import CenterSGD
 from ..parallel.ranks import ALONE
 from ..partial_fc import PartialFC
 from .directory import Saved, find, latest, write
@@ -100,7 +103,9 @@ def save(root: str | os.PathLike[str], head: PartialFC, *, keep: int = 2, **othe
     >>> load(root, head, backbone=backbone)
     {'epoch': 3}
     """
-    agreement = {"root": os.path.abspath(root), "others": ", ".join(sorted(others))}
+    _meet(head, "checkpoint.save()")
+    with head.ranks.together("checkpoint.save"):
+        agreement = {"root": os.path.abspath(root), "others": ", ".join(sorted(others))}
     head.ranks.check_agreement("checkpoint.save", agreement)
     tensors: dict[str, Any] = {}
     with head.ranks.together("checkpoint.save"):
@@ -115,6 +120,11 @@ def save(root: str | os.PathLike[str], head: PartialFC, *, keep: int = 2, **othe
     if store is not None:
         store.rows.saved(values[_HEAD][STORE]["state"], keep)
     return path
+
+
+def _meet(head: PartialFC, call: str) -> None:
+    """Raise on every rank if one of them makes another call of the head or of this module."""
+    head.ranks.meet(type(head).__name__, {"call": call}, head.weight.device)
 
 
 def save_centers(
@@ -145,7 +155,8 @@ def load(path: str | os.PathLike[str], head: PartialFC, *, trust: bool = False, 
     Raises:
         FileNotFoundError: if there is no checkpoint.
         CheckpointError: if it is damaged, foreign or of another head; the message names a whole one before it, if there
-            is one. Nothing has been loaded then.
+            is one. Nothing has been loaded then, unless one of ``others`` itself refuses its state: the message names
+            it, and those before it have theirs. The head is loaded last.
 
     >>> import tempfile, fused_arcface as fa
     >>> root = tempfile.mkdtemp()
@@ -153,6 +164,7 @@ def load(path: str | os.PathLike[str], head: PartialFC, *, trust: bool = False, 
     >>> load(root, fa.PartialFC(8, 100))  # options may differ
     {'epoch': 3}
     """
+    _meet(head, "checkpoint.load()")
     saved = find(path, ranks=head.ranks, trust=trust)
     with head.ranks.together("checkpoint.load"):
         for name, own in {"sub_centers": None, **_options(head)}.items():
@@ -165,6 +177,7 @@ def load(path: str | os.PathLike[str], head: PartialFC, *, trust: bool = False, 
         values = head_values(saved)
         plain = saved.names - {_HEAD} - {key.partition(".")[0] for key in saved.tensors}
         structures = {name: saved.value(name) for name in plain | others.keys()}
+        margin, options = _of_margin(saved, values, head), _of_optimizer(saved, values, head)
         targets = {f"{_HEAD}.{name}": shard for name, shard in head_state(head).items() if isinstance(shard, RowShard)}
         reference, store = reference_of(saved, values), file_of(head)
         if store is not None and reference is None:
@@ -187,7 +200,8 @@ def load(path: str | os.PathLike[str], head: PartialFC, *, trust: bool = False, 
     saved.read(tensors, head.ranks)
     states = {name: _joined(saved, name, structures[name], tensors) for name in others}
     for name, value in others.items():
-        value.load_state_dict(states[name])
+        with _fitting(saved, name):
+            value.load_state_dict(states[name])
     if store is not None or reference is not None:
         load_rows(head, reference, saved, list(targets), imported)
     else:
@@ -195,16 +209,59 @@ def load(path: str | os.PathLike[str], head: PartialFC, *, trust: bool = False, 
             shard.rows.copy_(tensors[key].rows)
     torch.autograd.graph.increment_version(head.weight)
     head.step = values["step"]
-    if isinstance(head.margin, torch.nn.Module):  # another margin than the saved one keeps its own state
-        kept = values.get("margin", {})
-        head.margin.load_state_dict({name: torch.tensor(value) for name, value in kept.items()}, strict=False)
+    if isinstance(head.margin, torch.nn.Module):
+        head.margin.load_state_dict(margin, strict=False)
     if imported:
         for name, tensor in held_by(head).items():
             if name != "weight":
                 tensor.zero_()
     elif head.center_optimizer is not None:
-        head.center_optimizer.param_groups[0].update(values["optimizer"])
+        head.center_optimizer.param_groups[0].update(options)
     return {name: value for name, value in structures.items() if name not in others}
+
+
+def _of_margin(saved: Saved, values: dict[str, Any], head: PartialFC) -> dict[str, Tensor]:
+    """Return the saved state of the head's margin. Another margin than the saved one keeps its own state.
+
+    Raises:
+        CheckpointError: if it has another shape, or is made of something else than numbers.
+    """
+    own = head.margin.state_dict() if isinstance(head.margin, torch.nn.Module) else {}
+    kept = {}
+    for name in own.keys() & values.get("margin", {}).keys():
+        with _fitting(saved, f"the margin's {name}"):
+            kept[name] = torch.tensor(values["margin"][name], dtype=own[name].dtype)
+            if kept[name].shape != own[name].shape:
+                raise ValueError(f"it must be {tuple(own[name].shape)}; it is {tuple(kept[name].shape)}")
+    return kept
+
+
+def _of_optimizer(saved: Saved, values: dict[str, Any], head: PartialFC) -> dict[str, Any]:
+    """Return the saved options of the head's fused optimizer.
+
+    Raises:
+        CheckpointError: if they are missing after a first step, or are not those of a :class:`fused_arcface.CenterSGD`.
+    """
+    if head.center_optimizer is None:
+        return {}
+    if "optimizer" not in values:
+        if values["step"] == 0:
+            return {}
+        raise CheckpointError(f"{saved.directory} is damaged: {_HEAD} has no options of its optimizer")
+    options: dict[str, Any] = {name: value for name, value in values["optimizer"].items() if name != "params"}
+    with _fitting(saved, "the head's optimizer"):
+        CenterSGD(**{name: options[name] for name in ("lr", "momentum", "weight_decay")})
+    return options
+
+
+@contextlib.contextmanager
+def _fitting(saved: Saved, name: str) -> Iterator[None]:
+    """Turn whatever an object raises for a state that is not its own into one error that names it."""
+    try:
+        yield
+    except Exception as error:
+        why = str(error) or type(error).__name__
+        raise CheckpointError(f"{saved.directory}: {name} cannot be loaded: {why}") from error
 
 
 def head_values(saved: Saved) -> dict[str, Any]:
@@ -214,7 +271,7 @@ def head_values(saved: Saved) -> dict[str, Any]:
         CheckpointError: if it is not that of a head.
     """
     values = saved.value(_HEAD)
-    if not isinstance(values, dict) or type(values.get("step")) is not int or values["step"] < 0:
+    if not isinstance(values, dict) or type(values.get("step")) is not int or not 0 <= values["step"] < 2**63:
         raise CheckpointError(f"{saved.directory} is damaged: {_HEAD} has no step")
     if not all(isinstance(values.get(name, {}), dict) for name in ("margin", "optimizer")):
         raise CheckpointError(f"{saved.directory} is damaged: {_HEAD} has no options of a margin or an optimizer")

@@ -140,10 +140,10 @@ def _read_checkpoint(path: Path, trust: bool) -> Centers:
         for column in layout.columns.each:
             pieces = stored.pieces_of(reference, column.name)
             tensors[column.name] = Rows(column.dtype, (layout.num_rows, column.width), pieces)
-    values = {"seed": saved.head["seed"], "step": head["step"], "sub_centers": saved.head.get("sub_centers", 1)}
+    values = {"seed": saved.head.get("seed", 0), "step": head["step"], "sub_centers": saved.head.get("sub_centers", 1)}
     if "optimizer" in head:
         values["optimizer"] = head["optimizer"]
-    return Centers(tensors, values)
+    return _checked(saved.directory, tensors, values)
 
 
 def _checkpoint_pieces(saved: checkpoint.Saved, key: str, stored: Any) -> Callable[[], Iterator[Tensor]]:
@@ -176,22 +176,21 @@ def _left_out(path: Path) -> list[str]:
 
 def _read_safetensors(path: Path) -> Centers:
     tensors, metadata = safetensors.read(path)
-    if "weight" not in tensors:
-        raise ConvertError(f"{path} has no weight; it has {', '.join(tensors) or 'nothing'}")
     with file_errors(path):
         values = json.loads(metadata.get("fused_arcface", "{}"))
-    _check_stored(path, tensors, values)
-    return Centers({name: _whole(tensor) for name, tensor in tensors.items()}, values)
+    return _checked(path, {name: _whole(tensor) for name, tensor in tensors.items()}, values)
 
 
-def _check_stored(path: Path, tensors: dict[str, Tensor], values: Any) -> None:
-    """Check that a file has rows of one count and plain numbers: it may come from anywhere."""
+def _checked(path: Path, tensors: dict[str, Rows], values: Any) -> Centers:
+    """Check that a source has rows of one count and plain numbers: it may come from anywhere."""
+    if "weight" not in tensors:
+        raise ConvertError(f"{path} has no weight; it has {', '.join(tensors) or 'nothing'}")
     weight = tensors["weight"]
-    if weight.dim() != 2 or not weight.is_floating_point() or 0 in weight.shape:
-        raise ConvertError(f"{path}: weight must be numbers (C, D); it is {tuple(weight.shape)} {weight.dtype}")
-    for name, tensor in tensors.items():
-        if tensor.shape[:1] != weight.shape[:1]:
-            raise ConvertError(f"{path}: {name} must have {len(weight)} rows, as weight; it is {tuple(tensor.shape)}")
+    if len(weight.shape) != 2 or not weight.dtype.is_floating_point or 0 in weight.shape:
+        raise ConvertError(f"{path}: weight must be numbers (C, D); it is {weight.shape} {weight.dtype}")
+    for name, rows in tensors.items():
+        if rows.shape[:1] != weight.shape[:1]:
+            raise ConvertError(f"{path}: {name} must have {weight.shape[0]} rows, as weight; it is {rows.shape}")
     if not isinstance(values, dict):
         raise ConvertError(f"{path}: what fused_arcface keeps there must be an object; it is a {type(values).__name__}")
     try:
@@ -205,6 +204,7 @@ def _check_stored(path: Path, tensors: dict[str, Tensor], values: Any) -> None:
     plain = (int, float, str, bool, type(None))
     if not isinstance(optimizer, dict) or not all(isinstance(each, plain) for each in optimizer.values()):
         raise ConvertError(f"{path}: optimizer must be an object of numbers and texts")
+    return Centers(tensors, values)
 
 
 def _whole(tensor: Tensor) -> Rows:

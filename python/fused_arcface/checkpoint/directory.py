@@ -24,6 +24,7 @@ from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
 from ..base import files
+from ..base.reading import check_regular
 from ..parallel.ranks import ALONE, Ranks
 from . import storage, version1
 from .storage import ALIGNMENT, BLOCK, METADATA, CheckpointError, FileRecord, numbers
@@ -83,6 +84,7 @@ class Saved:
                     no_dist=ranks.world_size == 1,
                 )
         except CheckpointException as error:  # a BaseException of torch's, on all ranks alike
+            _raise_interrupt(error)
             problem = _describe(error, f"{self.directory} cannot be read")
             raise CheckpointError(problem + on_first(ranks, lambda: way_back(self.directory))) from error
 
@@ -131,6 +133,7 @@ def write(
         written = {name: record for each in ranks.gather_objects(writer.files) for name, record in each.items()}
         on_first(ranks, lambda: _publish(partial, final, written, options, step, keep))
     except CheckpointException as error:
+        _raise_interrupt(error)
         raise CheckpointError(_describe(error, f"{root}: the checkpoint of step {step} cannot be written")) from error
     except OSError as error:
         raise CheckpointError(f"{root}: the checkpoint of step {step} cannot be written: {error}") from error
@@ -157,7 +160,7 @@ def _begin(root: Path, step: int, values: Callable[[], dict[str, Any]]) -> tuple
     """Make the directory to write into; returns it, its later name and the values."""
     texts = values()
     root.mkdir(parents=True, exist_ok=True)
-    _remove_partial(root)  # there may be room for this checkpoint only without it
+    remove_unfinished(root)  # there may be room for this checkpoint only without it
     name = f"step_{step:010d}"
     taken = [_order(path) for path in root.iterdir() if _order(path)[0] == step]
     if taken:
@@ -182,10 +185,17 @@ def _publish(
     files.write_text(partial / _MANIFEST, json.dumps({**manifest, "crc32": _crc32(manifest)}, indent=2) + "\n")
     partial.rename(final)
     files.sync_directory(final.parent)
-    with contextlib.suppress(OSError):  # for people and other programs; nothing here reads it
-        files.write_text(final.parent / _LATEST, final.name)
+    _name_latest(final)
     ours = [path for path in _complete(final.parent) if path != final and _is_ours(path)]
     _remove(ours[: max(0, len(ours) + 1 - keep)])
+
+
+def _name_latest(directory: Path) -> None:
+    """Write the newest checkpoint's name beside it, for people and other programs: nothing here reads it."""
+    name = directory.parent / _LATEST
+    if name.is_file() or not name.exists():
+        with contextlib.suppress(OSError):
+            files.write_text(name, directory.name)
 
 
 def _remove(checkpoints: list[Path]) -> None:
@@ -208,7 +218,7 @@ def keep_alone(directory: Path, root: Path) -> Path:
         OSError: if it cannot be written. Those in ``root`` are as they were.
     """
     root.mkdir(parents=True, exist_ok=True)
-    _remove_partial(root)
+    remove_unfinished(root)
     step = _order(directory)[0]
     of_step = [path for path in _complete(root) if _order(path)[0] == step]
     content = (directory / _MANIFEST).read_bytes()  # it has checksums of all else
@@ -223,8 +233,7 @@ def keep_alone(directory: Path, root: Path) -> Path:
         files.sync_directory(partial)
         partial.rename(target)
         files.sync_directory(root)
-    with contextlib.suppress(OSError):
-        files.write_text(root / _LATEST, target.name)
+    _name_latest(target)
     _remove([path for path in _complete(root) if path != target and _is_ours(path)])
     return target
 
@@ -237,8 +246,11 @@ def _link(file: Path, target: Path) -> None:
             shutil.copyfileobj(content, copy, BLOCK)
 
 
-def _remove_partial(root: Path) -> None:
-    """Remove checkpoints that were being written or removed when a process died."""
+def remove_unfinished(root: Path) -> None:
+    """Remove checkpoints that were being written or removed when a process died.
+
+    Nobody else may be writing under ``root``.
+    """
     for path in root.iterdir():
         if _UNFINISHED.fullmatch(path.name):
             shutil.rmtree(path, ignore_errors=True)
@@ -321,6 +333,9 @@ def _open(directory: Path, trust: bool) -> Saved:
         with _boundary(directory, _MANIFEST):  # it may have a name that no file has
             actual = file.stat().st_size if file.is_file() else None
         if actual != size:
+            if file.exists():
+                with _boundary(directory, name):
+                    check_regular(file)  # it may be a Git LFS pointer, or a pipe
             got = "missing" if actual is None else f"{actual} bytes long"
             raise CheckpointError(f"{directory} is truncated: {name} must have {size} bytes; it is {got}")
     with _boundary(directory, METADATA):
@@ -398,6 +413,12 @@ def way_back(directory: Path) -> str:
             continue
         return f". {path}, saved before it, is whole: to go on from that one, remove {directory}"
     return f". No whole checkpoint before it is left in {directory.parent}"
+
+
+def _raise_interrupt(error: CheckpointException) -> None:
+    """Raise KeyboardInterrupt if Ctrl-C ended the work on some rank: torch wraps it as it does any error."""
+    if any(isinstance(cause, KeyboardInterrupt) for cause, _ in error.failures.values()):
+        raise KeyboardInterrupt from None
 
 
 def _describe(error: CheckpointException, problem: str) -> str:

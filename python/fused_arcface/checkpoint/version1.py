@@ -98,6 +98,7 @@ _ADMITTED = Admitted(
     most_instructions=20_000_000,  # 100,000 parts of tensors have some 5 million
     most_objects=10_000_000,
     most_int_bytes=255,
+    room=4 << 30,
 )
 
 

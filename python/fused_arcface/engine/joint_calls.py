@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -20,6 +21,10 @@ from ..parallel.sharding import Sharding
 from ..parallel.wrappers import check_built_in_time, check_unwrapped
 from .step import as_autocast, checked_weights
 from .targets import Labels, labels_and_share
+
+_COMPARED_CALLS = 2
+"""The first one finds shards that were broadcast when a model was wrapped, the second one those that an optimizer
+(ZeroRedundancyOptimizer) broadcast in its step."""
 
 
 class JointCalls(nn.Module):
@@ -40,12 +45,13 @@ class JointCalls(nn.Module):
     step: int
     center_optimizer: Any
     center_store: Any
-    _compared: set[bool]
+    _calls: Counter[bool]
+    """Calls until now, in training and in evaluation."""
 
     def __init__(self, group: Any) -> None:
         super().__init__()
         self.ranks = Ranks(group)
-        self._compared = set()
+        self._calls = Counter()
 
     @property
     def num_classes(self) -> int:
@@ -100,7 +106,7 @@ class JointCalls(nn.Module):
         if self.ranks.world_size == 1:
             return {}
         own = {"weight.dtype": self.weight.dtype, **more}
-        if isinstance(self.margin, nn.Module) and not self._compared:  # later it is the same steps that change it
+        if isinstance(self.margin, nn.Module) and not self._calls:  # later it is the same steps that change it
             own["margin.state"] = {name: tensor.tolist() for name, tensor in self.margin.state_dict().items()}
         return {"call": call, **self._options(), **{name: str(value) for name, value in own.items()}}
 
@@ -177,7 +183,7 @@ class JointCalls(nn.Module):
             shard=shard,
             numbers=[each for each in (sample_weight, second, share) if each is not None],
         )
-        self._compared.add(self.training)
+        self._calls[self.training] += 1
         if batch.requires_grad and torch.is_grad_enabled() and not embeddings.requires_grad:
             # Another rank's embeddings need a gradient. This rank's loss needs a backward pass as well, for the
             # collectives in it.
@@ -202,8 +208,9 @@ class JointCalls(nn.Module):
     def _digest_of_shard(self) -> int:
         """Return the digest of the shard for :class:`~fused_arcface.parallel.agreement.Header`.
 
-        It costs a copy of some rows, so it is taken in the first call of each mode and is 0 later.
+        It costs a copy of some rows, so it is taken in the first calls of each mode and is 0 later.
         """
-        if self.ranks.world_size == 1 or self.training in self._compared or self.weight.is_meta:
+        is_compared = self._calls[self.training] >= _COMPARED_CALLS
+        if self.ranks.world_size == 1 or is_compared or self.weight.is_meta:
             return 0
         return digest_of_shard(self.weight)

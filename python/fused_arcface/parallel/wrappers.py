@@ -15,7 +15,8 @@ from torch import nn
 
 _CURE = """\
 Each rank holds its own shard of the class centers, which nothing may broadcast, average or shard. Keep the head
-outside of the wrapper and of Accelerate's prepare(), or name its weight before the model is wrapped:
+outside of the wrapper, of Accelerate's prepare() and of an optimizer that shards its state, or name its weight before
+the model is wrapped:
   DDP, Lightning:  DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, [{name!r}])
   FSDP2:           fully_shard(model, ignored_params={{model.{name}}})
   FSDP1:           FullyShardedDataParallel(model, ignored_states=[model.{name}])"""
@@ -31,7 +32,8 @@ def copied_shards(owner: str, ranks: list[int]) -> str:
     return _message(
         owner,
         f"ranks {listed} hold the same class centers, bit for bit: a wrapper (DistributedDataParallel, Lightning, "
-        "Accelerate) has broadcast them, or they were drawn anew from the same seed",
+        "Accelerate) or an optimizer (ZeroRedundancyOptimizer) has broadcast them, or they were drawn anew from the "
+        "same seed",
     )
 
 
@@ -69,6 +71,8 @@ def check_unwrapped(owner: str, head: nn.Module, shape: tuple[int, int], group: 
         return
     if _share_ranks(wrapper.process_group, group):
         name = next(name for name, parameter in wrapper.module.named_parameters() if parameter is weight)
+        if name.isdigit():  # replicate() wraps a list of the model's parameters
+            name = "head.weight"
         raise RuntimeError(_message(owner, f"DistributedDataParallel holds {name}", name))
 
 

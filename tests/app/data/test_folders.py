@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from fused_arcface.app.data import DataError, open_source, read_folder
+from fused_arcface.app.data.unlabeled import read_images
 
 
 def make(root: Path, *names: str) -> Path:
@@ -58,9 +59,10 @@ def test_links_and_pipes_are_counted(tmp_path: Path) -> None:
     (tmp_path / "ann" / "2.png").symlink_to(tmp_path / "gone.png")
     (tmp_path / "ann" / "3.png").symlink_to(tmp_path / "bob" / "1.png")
     (tmp_path / "ann" / "more").symlink_to(tmp_path / "bob")
+    (tmp_path / "zoe").symlink_to(tmp_path / "gone")
     found = read_folder(tmp_path)
     assert [path.name for path, _ in found.files] == ["1.png", "3.png", "1.png"]
-    assert found.problems == [f"{tmp_path / 'ann' / 'more'}: 3 image(s) or folder(s) that cannot be read or followed"]
+    assert found.problems == [f"{tmp_path / 'zoe'}: 4 image(s) or folder(s) that cannot be read or followed"]
     assert len(found.notes) == 1 and ": 2 file(s) that are no images by their name; not used" in found.notes[0]
     assert open_source(str(tmp_path)).notes == found.notes
 
@@ -85,3 +87,11 @@ def test_a_name_of_many_digits_is_a_name(tmp_path: Path) -> None:
     (tmp_path / ("9" * 200)).mkdir()
     make(tmp_path, "9" * 200 + "/1.png", "10/1.png")
     assert read_folder(tmp_path).names == ["10", "9" * 200]
+
+
+def test_links_to_folders_are_told_when_images_are_embedded(tmp_path: Path) -> None:
+    make(tmp_path, "flat/1.png", "flat/deep/2.png", "other/3.png")
+    (tmp_path / "flat" / "deep" / "more").symlink_to(tmp_path / "other")
+    found = read_images([str(tmp_path / "flat" / "1.png"), str(tmp_path / "flat" / "deep")])
+    assert [Path(path).name for path in found.paths] == ["1.png", "2.png"]
+    assert found.problems == [f"{tmp_path / 'flat' / 'deep' / 'more'}: 1 link(s) to folders, which are not followed"]

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import pickle
+import struct
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +17,7 @@ pytest.importorskip("PIL")
 if sys.platform != "linux":
     pytest.skip("limits and peaks are read from /proc", allow_module_level=True)
 
+from PIL import Image
 from support import fuzzing
 from support.checkpoint_loaders import load_checkpoint, refit_manifest
 from support.image_files import encoded, picture, write_records
@@ -23,15 +27,24 @@ import fused_arcface as fa
 from fused_arcface import checkpoint
 from fused_arcface.app.data import DataError, ImageSpec, read_image
 from fused_arcface.app.data.embedding_sets import EmbeddingSet
+from fused_arcface.app.data.formats.lists import open_list
 from fused_arcface.app.data.formats.pickled_pairs import read_pickled_pairs
 from fused_arcface.app.data.formats.records import RecordImages
 from fused_arcface.app.data.formats.templates import read_templates
 from fused_arcface.app.data.pair_sets import read_pair_set
+from fused_arcface.app.data.unlabeled import read_images
 from fused_arcface.app.nets.small import SmallNet
 from fused_arcface.app.nets.weights import load_weights
+from fused_arcface.app.thresholds import KeptThresholds, read_thresholds
 from fused_arcface.app.training.config import OptionError, TrainConfig, read_options
+from fused_arcface.app.training.events import Began, Ended, LogFile
+from fused_arcface.app.training.fingerprint import Fingerprint
+from fused_arcface.app.training.runs import RunError, RunFolder
+from fused_arcface.base.reading import read_names
+from fused_arcface.base.text import encode_names
 from fused_arcface.checkpoint import CheckpointError, convert
 from fused_arcface.evaluation import Pairs
+from fused_arcface.evaluation.thresholds import OperatingPoint
 
 SPEC = ImageSpec(16, 3)
 IMAGES = [encoded(picture(i, 0), "jpeg") for i in range(4)]
@@ -134,12 +147,53 @@ def load_options(path: Path) -> None:
         raise OptionError(str(error)) from None
 
 
-def image(kind: str) -> fuzzing.Callable[[Path], Path]:
+def list_text(name: str) -> fuzzing.Callable[[Path], Path]:
     def sample(root: Path) -> Path:
-        (root / f"a.{kind}").write_bytes(encoded(picture(0, 0, "RGB", (40, 48)), kind))
+        for number in range(3):
+            (root / f"{number} a.png").write_bytes(IMAGES[number])
+        (root / name).write_text("0 a.png ann\n1 a.png\tbob\n2 a.png,7\n\n")
+        return root / name
+
+    return sample
+
+
+def load_list(path: Path) -> None:
+    """As a source to train on, and as images to embed."""
+    read_images([str(path)])
+    open_list(str(path))
+
+
+def of_run(name: str) -> fuzzing.Callable[[Path], Path]:
+    """Return a file that a run keeps beside its checkpoints."""
+
+    def sample(root: Path) -> Path:
+        run = RunFolder(root)
+        run.classes.write_bytes(encode_names(["ann", "a\x85b", "许"]))
+        run.data.write_text(Fingerprint(3, 2, "aa", "bb", "cc").to_json())
+        point = OperatingPoint("FAR 0.1", 0.25, 0.1, 0.9, 0.875)
+        KeptThresholds("lfw.bin", 0.875, [point, point], 3).save(run.thresholds)
+        run.log.write_text('{"step": 1, "loss": 2.5}\n{"step": 2, "loss": 0.25}\n')
+        return root / name
+
+    return sample
+
+
+def load_log(path: Path) -> None:
+    log = LogFile(path)
+    log(Began(1, 2, 3, 2, 5, "cpu", (1, 16, 16), 2, 64.0, 100))
+    log(Ended())
+
+
+def image(kind: str, mode: str = "RGB", **options: Any) -> fuzzing.Callable[[Path], Path]:
+    def sample(root: Path) -> Path:
+        converted(picture(0, 0, "RGB", (40, 48)), mode).save(root / f"a.{kind}", kind, **options)
         return root / f"a.{kind}"
 
     return sample
+
+
+def converted(image: Image.Image, mode: str) -> Image.Image:
+    return image.convert("L").convert(mode) if mode == "I;16" else image.convert(mode)
 
 
 IMAGE_FORMATS = ("bmp", "dib", "gif", "jpeg", "png", "ppm", "tga", "tiff", "webp")
@@ -192,7 +246,25 @@ FORMATS = [
     fuzzing.Format("pairs", pairs_text, lambda path: read_pair_set(str(path)), (DataError,)),
     *(fuzzing.Format(ending, templates(ending), load_templates, (DataError,)) for ending in TEMPLATE_LISTS),
     fuzzing.Format("toml", options, load_options, (OptionError,)),
+    fuzzing.Format("list", list_text("list.lst"), load_list, (DataError,)),
+    fuzzing.Format("classes.txt", of_run("classes.txt"), read_names, (DataError,)),
+    fuzzing.Format(
+        "data.json", of_run("data.json"), lambda path: RunFolder(path.parent).read_fingerprint(), (RunError,)
+    ),
+    fuzzing.Format("thresholds.json", of_run("thresholds.json"), read_thresholds, (DataError,)),
+    fuzzing.Format("log.jsonl", of_run("log.jsonl"), load_log, ()),
     *(fuzzing.Format(kind, image(kind), load_image, (DataError,), memory=16 * PIXELS) for kind in IMAGE_FORMATS),
+    *(
+        fuzzing.Format(name, image(kind, mode, **options), load_image, (DataError,), memory=16 * PIXELS)
+        for name, kind, mode, options in (
+            ("png of 16 bits", "png", "I;16", {}),
+            ("png with a palette", "png", "P", {"transparency": 3}),
+            ("jpeg, progressive", "jpeg", "CMYK", {"progressive": True}),
+            ("tiff of LZW", "tiff", "RGBA", {"compression": "tiff_lzw"}),
+            ("tiff of numbers", "tiff", "F", {}),
+            ("webp, lossless", "webp", "RGBA", {"lossless": True}),
+        )
+    ),
     *(fuzzing.Format(name, stored(name), load_stored, (CheckpointError,)) for name in STORED),
     fuzzing.Format("latest", stored("latest"), load_root, (CheckpointError,)),
 ]
@@ -218,21 +290,75 @@ def test_many_mutated_files(kind: fuzzing.Format, tmp_path: Path) -> None:
     check(kind, tmp_path, 10_000)
 
 
+def text_of(content: bytes) -> bytes:
+    """The instruction for a text."""
+    return b"X" + struct.pack("<I", len(content)) + content
+
+
+_ENCODED = b"c_codecs\nencode\nq\0%sq\1X\6\0\0\0latin1q\2(" + b"h\0h\1h\2\x86R" * 200
+CRAFTED_PICKLES = {
+    "a text that is encoded again and again": _ENCODED % text_of(b"a" * 1_000_000),
+    "a text of wide characters": text_of(b"a" * 30_000_000 + "😀".encode()),
+    "a line of wide characters": b"V" + b"a" * 30_000_000 + rb"\U0001f600" + b"\n",
+    "many texts": b"(" + text_of(b"ab") * 1_400_000,
+    "many numbers": b"(" + b"\x8a\x08" * 1 + b"\xff" * 8 + b"\x8a\x08\1\2\3\4\5\6\7\x08" * 1_400_000,
+    "many names": b"(" + b"cnumpy\nndarray\n" * 1_400_000,
+    "many arrays": b"(cnumpy.core.multiarray\n_reconstruct\nq\0cnumpy\nndarray\nq\1K\0\x85q\2U\1bq\3"
+    + b"h\0h\1h\2h\3\x87R" * 149_000,
+}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.full if name.startswith("many") else ()) for name in CRAFTED_PICKLES]
+)
+def test_crafted_pickles_take_little_time_and_memory(name: str, tmp_path: Path) -> None:
+    kind = fuzzing.Format(name, lambda root: root, read_pickled_pairs, (DataError,))
+    assert fuzzing.failures(kind, tmp_path / "x.bin", [b"\x80\2" + CRAFTED_PICKLES[name]]) == []
+
+
+def test_a_text_that_many_images_share_is_read_for_each(tmp_path: Path) -> None:
+    (tmp_path / "x.bin").write_bytes(pickle.dumps(([IMAGES[0], IMAGES[1]] * 3, [True] * 3), 2))
+    found = read_pickled_pairs(tmp_path / "x.bin")
+    assert list(found.images) == [IMAGES[0], IMAGES[1]] * 3 and found.images[1:3] == [IMAGES[1], IMAGES[0]]
+
+
+MODES = ("L", "LA", "P", "RGB", "RGBA", "CMYK", "I;16", "F")
+
+
+def written_kinds() -> list[tuple[str, str, dict[str, Any]]]:
+    """Return the formats, modes and options that Pillow writes."""
+    turned = Image.Exif()
+    turned[0x112] = 6  # a copy of the image, turned upright, is one more in memory
+    options = [{}, {"exif": turned}]
+    more = {"jpeg": [{"progressive": True, "exif": turned}], "tiff": [{"compression": "tiff_lzw", "exif": turned}]}
+    found = []
+    for format in IMAGE_FORMATS:
+        for mode in MODES:
+            for each in [*options, *more.get(format, [])]:
+                try:
+                    converted(Image.new("RGB", (8, 8)), mode).save(io.BytesIO(), format, **each)
+                except (OSError, KeyError, ValueError):
+                    continue
+                turns = mode in ("LA", "RGBA", "CMYK") and format in ("jpeg", "png", "tiff", "webp")  # others: no EXIF
+                if not each or turns:
+                    found.append((format, mode, each))
+    return found
+
+
 @pytest.mark.serial  # the memory that a fork begins with counts, and grows with the tests before it
-@pytest.mark.parametrize("mode", ["L", "RGB", "RGBA", "P"])
 @pytest.mark.parametrize("format", IMAGE_FORMATS)
-def test_a_large_image_takes_16_bytes_a_pixel(format: str, mode: str, tmp_path: Path) -> None:
-    side = 1400
-    image = picture(0, 0, "RGB", (side, side)).convert(mode)
-    try:
-        content = encoded(image, format)
-    except (OSError, KeyError):
-        pytest.skip(f"Pillow writes no {format} of mode {mode}")
-    kind = fuzzing.Format(format, lambda root: root, load_image, (), memory=16 * side**2, seconds=10)
-    load_image_of = tmp_path / f"warm.{format}"
-    load_image_of.write_bytes(encoded(picture(0, 0, "RGB", (40, 48)), format))
-    load_image(load_image_of)
-    assert fuzzing.failures(kind, tmp_path / f"large.{format}", [content]) == []
+def test_a_large_image_takes_16_bytes_a_pixel(format: str, tmp_path: Path) -> None:
+    side = 1400  # decoders take some MiB beside the pixels
+    path, color = tmp_path / f"large.{format}", picture(0, 0, "RGB", (side, side))
+    kinds = [(mode, options) for each, mode, options in written_kinds() if each == format]
+    assert len(kinds) >= 3
+    for mode, options in kinds:
+        options = {**{"webp": {"method": 0}, "png": {"compress_level": 1}}.get(format, {}), **options}
+        converted(color.resize((40, 48)), mode).save(path, format, **options)
+        load_image(path)  # warm
+        converted(color, mode).save(path, format, **options)
+        kind = fuzzing.Format(f"{format} {mode}", lambda root: root, load_image, (), memory=16 * side**2, seconds=10)
+        assert fuzzing.failures(kind, path, [path.read_bytes()]) == [], (mode, options)
 
 
 def test_the_harness_finds_what_it_looks_for(tmp_path: Path) -> None:

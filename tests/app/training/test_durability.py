@@ -158,7 +158,7 @@ def interrupt_twice(setting: Setting, output: Path, call: int) -> None:
     status, _, text = finish(setting.go_on(output, at=call, kind="interrupt"), output)
     assert "Traceback" not in text
     assert status in (0, 130), text
-    if status == 130:
+    if status == 130 and (output / "config.toml").exists():  # without it there is nothing to go on with
         assert f"fused-arcface train --output {output} --resume" in text, text
 
 

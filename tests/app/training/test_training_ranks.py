@@ -33,14 +33,21 @@ def join(_: str) -> Iterator[World]:
     yield World(torch.device("cpu"), dist.get_rank(), dist.get_world_size(), dist.new_group(backend="gloo"))
 
 
-def words_of(config: TrainConfig, output: Path, during: Callable[[], Any] = contextlib.nullcontext) -> str:
+def words_of(
+    config: TrainConfig,
+    output: Path,
+    during: Callable[[], Any] = contextlib.nullcontext,
+    resume: Any = False,
+    try_out: bool = False,
+) -> str:
     trainer.join_world = join
+    call = trainer.try_out if try_out else trainer.train
     try:
         with during():
-            outcome = trainer.train(config, output, listener=lambda event: None)
+            outcome = call(config, output, resume=resume, listener=lambda event: None)
     except Exception as error:
         return f"{type(error).__name__}: {error}"
-    return f"{outcome.step} steps"
+    return "tried out" if isinstance(outcome, trainer.DryRun) else f"{outcome.step} steps"
 
 
 @contextlib.contextmanager
@@ -73,6 +80,16 @@ def scenarios(root: Path) -> dict[str, str]:
     bad = CONFIG.replace({"data": str(mine / "bad"), "bad_data": "stop"})
     found["bad"] = words_of(bad, root / "runs" / "bad")
     found["log"] = words_of(same, root / "runs" / "log", full_log)
+    other = dist.get_rank() == 1
+    runs, longer = root / "runs", same.replace({"epochs": 3})
+    found["outputs"] = words_of(same, runs / str(dist.get_rank()))
+    found["outputs, resumed"] = words_of(longer, runs / ("none" if other else "same"), resume="auto")
+    found["resumes"] = words_of(longer, runs / "same", resume="auto" if other else True)
+    for name in ("init", "centers"):
+        source = {name: str(runs / "same" / ("model.pt" if name == "init" else "."))} if other else {}
+        found[name] = words_of(same.replace(source), runs / name)
+    found["trials"] = words_of(same, runs / "trials", try_out=other)
+    found["all tried out"] = words_of(same, runs / "trials", try_out=True)
     return found
 
 
@@ -100,5 +117,17 @@ def test_ranks_that_differ_or_fail_say_so_together(tmp_path: Path) -> None:
     assert first["options"] == "OptionError: options: lr must be the same on every rank; got rank 0: 0.1, rank 1: 1.1"
     assert first["again"].startswith("RunError: ") and "holds a run already" in first["again"]
     assert first["bad"].startswith("DataError: ") and first["bad"].endswith("bad_data is stop: the run ends")
+    runs = tmp_path / "runs"
+    for name, (option, values) in {
+        "outputs": ("output", (str(runs / "0"), str(runs / "1"))),
+        "outputs, resumed": ("output", (str(runs / "same"), str(runs / "none"))),
+        "resumes": ("resume", (True, "auto")),
+        "init": ("use of init", (False, True)),
+        "centers": ("use of centers", (False, True)),
+        "trials": ("dry_run", (False, True)),
+    }.items():
+        got = f"rank 0: {values[0]!r}, rank 1: {values[1]!r}"
+        assert first[name] == f"OptionError: options: {option} must be the same on every rank; got {got}"
+    assert first["all tried out"] == "tried out" and not (runs / "trials").exists()
     log = tmp_path / "runs" / "log" / "log.jsonl"
     assert first["log"].startswith(f"TrainingError: {log} cannot be written: No space left on device; make room")

@@ -49,13 +49,16 @@ def threshold_figures(points: list[OperatingPoint], cosine: bool) -> dict[str, A
 
 def keep_thresholds(console: Console, checkpoint: Path, kept: KeptThresholds) -> None:
     """Leave thresholds with a run, and say so; a folder that cannot be written is no error."""
-    from ..training.runs import RunFolder
+    from ..training.runs import RunError, RunFolder
 
     folder = RunFolder(checkpoint)
     if not folder.config.is_file():
         return
     try:
+        folder.check_files()
         kept.save(folder.thresholds)
+    except RunError as error:
+        said = f"{error}; the thresholds of this verification are not kept"
     except OSError as error:
         said = f"{folder.thresholds} cannot be written: {error.strerror}; the run keeps its thresholds"
     else:

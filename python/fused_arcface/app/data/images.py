@@ -204,9 +204,7 @@ def _as_plain(image: Any, mode: str) -> Any:
         pixels *= 255 / deepest
         return pil.fromarray(pixels.clip(0, 255, out=pixels))
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
-        rgba = image if image.mode == "RGBA" else image.convert("RGBA")
-        white = pil.new("RGBA", image.size, "white")
-        image, background = pil.alpha_composite(white, rgba), (white, rgba)
-        for each in background:
-            each.close()  # Pillow keeps their memory until the next garbage collection
+        above = image if image.mode in ("RGBA", "LA") else image.convert("RGBA")
+        image = pil.new("RGB", image.size, "white")
+        image.paste(above, mask=above)
     return image if image.mode == mode else image.convert(mode)

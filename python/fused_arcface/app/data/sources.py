@@ -14,11 +14,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fused_arcface.base.reading import read_bytes
 from fused_arcface.evaluation.pairs import Pairs
 
 from .images import MAX_PIXELS, ImageSpec, LabeledImages, image_spec, read_image
 
 _PROBED = 16  # images looked at to tell what the others are like
+_MOST_BYTES = 1 << 28
+"""Of an image's file, so that a sparse one of terabytes is not read."""
 
 
 class LabeledReader(Protocol):
@@ -95,7 +98,7 @@ class FileImages:
         return read_image(self.paths[index], spec, self._max_pixels)
 
     def stored(self, index: int) -> bytes:
-        return self.paths[index].read_bytes()
+        return read_bytes(self.paths[index], _MOST_BYTES)
 
     def spec_of(self, index: int) -> ImageSpec:
         return image_spec(self.paths[index], self._max_pixels)

@@ -48,7 +48,8 @@ def read_images(sources: Sequence[str], *, max_pixels: int = MAX_PIXELS) -> Imag
         raise DataError("there must be something to embed: a folder, a list, or images")
     if len(sources) == 1 and (labeled := _labeled(sources[0], max_pixels)) is not None:
         return labeled
-    found = [each for source in sources for each in _files_of(source)]
+    problems: list[str] = []
+    found = [each for source in sources for each in _files_of(source, problems)]
     files = [file for file, _ in found]
     texts = [label for _, label in found]
     labels, names = None, []
@@ -57,7 +58,7 @@ def read_images(sources: Sequence[str], *, max_pixels: int = MAX_PIXELS) -> Imag
         number = {name: place for place, name in enumerate(names)}
         labels = torch.tensor([number[text] for text in texts if text is not None])
     paths = [str(file) for file in files]
-    return ImageSet(paths, partial(_read_file, files, max_pixels), labels, names=names)
+    return ImageSet(paths, partial(_read_file, files, max_pixels), labels, names=names, problems=problems)
 
 
 def _read_file(files: Sequence[Path], max_pixels: int, index: int, spec: ImageSpec) -> Tensor:
@@ -80,15 +81,17 @@ def _labeled(source: str, max_pixels: int) -> ImageSet | None:
     return read_labeled(source, max_pixels=max_pixels)
 
 
-def _files_of(source: str) -> list[tuple[Path, str | None]]:
+def _files_of(source: str, problems: list[str]) -> list[tuple[Path, str | None]]:
+    """Return the files of a source with their labels; add to ``problems`` what is not used of it."""
     path = Path(source)
     if path.is_dir():
-        found = sorted(
-            Path(place) / name
-            for place, folders, files in os.walk(path)
-            for name in files
-            if Path(name).suffix.lower() in SUFFIXES and not name.startswith(".")
-        )
+        found, links = [], []
+        for place, folders, files in os.walk(path):
+            links += [Path(place) / name for name in folders if (Path(place) / name).is_symlink()]
+            found += [Path(place) / name for name in files if Path(name).suffix.lower() in SUFFIXES and name[0] != "."]
+        found.sort()
+        if links:
+            problems.append(f"{min(links)}: {len(links)} link(s) to folders, which are not followed")
         if not found:
             raise DataError(f"{path} has no images, at any depth")
         return [(file, None) for file in found]

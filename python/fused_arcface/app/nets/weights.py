@@ -32,9 +32,10 @@ def read_state(path: Path) -> dict[str, Tensor]:
     with ``backbone.``, the others are another module's and are left out.
 
     Raises:
-        DataError: the file cannot be read, or holds no named tensors.
+        DataError: the file cannot be read, is damaged, or holds no named tensors.
     """
     found: Any = torch_files.load(path)
+    torch_files.check_sums(path)
     while isinstance(found, dict) and (key := next((k for k in _CONTAINERS if isinstance(found.get(k), dict)), None)):
         found = found[key]
     if not isinstance(found, dict) or not any(isinstance(value, Tensor) for value in found.values()):

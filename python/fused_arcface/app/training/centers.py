@@ -6,8 +6,7 @@ from pathlib import Path
 
 import torch
 
-from fused_arcface.base.reading import DataError
-from fused_arcface.base.text import decode_names
+from fused_arcface.base.reading import DataError, read_names
 from fused_arcface.checkpoint.convert import Centers, read
 from fused_arcface.partial_fc import PartialFC
 
@@ -69,10 +68,7 @@ def _names_beside(source: Path, count: int) -> list[str] | None:
     file = next((folder / "classes.txt" for folder in folders if (folder / "classes.txt").is_file()), None)
     if file is None:
         return None
-    try:
-        names = decode_names(file.read_bytes())
-    except (OSError, ValueError) as error:
-        raise DataError(f"{file} cannot be read: {error}") from None
+    names = read_names(file)
     if len(names) != count or len(set(names)) != count:
         raise DataError(f"{file} must name each of {count} classes of {source} once; it has {len(set(names))} names")
     return names

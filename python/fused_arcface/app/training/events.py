@@ -133,10 +133,10 @@ def was_verified(log: Path, step: int) -> bool:
 
 
 def _step_of(line: bytes) -> float:
-    """Return the step of a line; infinity if the line was cut short."""
+    """Return the step of a line; infinity if it is no line of a log, or was cut short."""
     try:
         return int(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
+    except Exception:  # a line that is another program's may raise any error
         return float("inf")
 
 

@@ -208,9 +208,35 @@ class Learner:
     def load(self, root: Path, *, trust: bool = False) -> int:
         """Go back to the newest checkpoint and return the number of steps made by then. A collective."""
         saved = checkpoint.load(root, self.head, trust=trust, **self._objects())
-        step: int = saved["step"]
-        self.updates = saved.get("updates", step)
+        # A step uses the options of the run, never those of a file.
+        for group in self.optimizer.param_groups:
+            group.update(self.optimizer.defaults)
+        step = _count(root, saved, "step")
+        self.updates = _count(root, saved, "updates") if "updates" in saved else step
+        self._check_state(root)
         return step
+
+    def _check_state(self, root: Path) -> None:
+        """Raise unless a step can use what was loaded into the optimizer and the gradient scaler.
+
+        Raises:
+            CheckpointError: if it cannot: both take a state of any kind.
+        """
+        known = {parameter for group in self.optimizer.param_groups for parameter in group["params"]}
+        for parameter, state in self.optimizer.state.items():
+            if parameter not in known or not isinstance(state, dict):
+                raise checkpoint.CheckpointError(f"{root}: the optimizer's state has parts of no parameter of the net")
+            for name, value in state.items():
+                fits = isinstance(value, Tensor) and value.shape in (parameter.shape, torch.Size())
+                if not fits and value is not None:
+                    raise checkpoint.CheckpointError(
+                        f"{root}: the optimizer's {name} must be a tensor {tuple(parameter.shape)} or ()"
+                    )
+        for name, value in self._scaler.state_dict().items():
+            if type(value) not in (int, float) or not 0 <= value < math.inf:
+                raise checkpoint.CheckpointError(
+                    f"{root}: the scaler's {name} must be a number >= 0; got {value!r:.40}"
+                )
 
     def _objects(self) -> dict[str, Any]:
         scaler = {"scaler": self._scaler} if self._scaler.is_enabled() else {}
@@ -224,6 +250,13 @@ def estimate_for(config: TrainConfig, num_classes: int, ranks: int) -> Estimate:
     rows = num_classes * config.sub_centers
     sample = round(config.sample_rate * rows) + config.batch_size * config.sub_centers
     return estimate(-(-rows // ranks), min(-(-sample // ranks), rows), row_bytes)
+
+
+def _count(root: Path, saved: dict[str, Any], name: str) -> int:
+    value = saved.get(name)
+    if type(value) is not int or not 0 <= value < 2**63:
+        raise checkpoint.CheckpointError(f"{root}: {name} must be a whole number >= 0; got {value!r:.40}")
+    return value
 
 
 def _build_head(config: TrainConfig, num_classes: int, device: torch.device) -> PartialFC:

@@ -28,13 +28,18 @@ from torch import Tensor, nn
 
 from fused_arcface import checkpoint
 from fused_arcface.base.files import write_bytes, write_text
-from fused_arcface.base.text import decode_names, encode_names
+from fused_arcface.base.reading import DataError, check_regular, file_errors, read_bytes, read_names
+from fused_arcface.base.text import encode_names
+from fused_arcface.checkpoint.directory import remove_unfinished
 
 from ..data.images import ImageSpec
 from ..nets.backbones import build_backbone
 from .config import TrainConfig, read_options, rules
 from .fingerprint import Fingerprint
 from .lock import FolderInUse, FolderLock
+
+_MOST_BYTES = 1 << 16
+"""Of a fingerprint's file."""
 
 
 class RunError(ValueError):
@@ -119,6 +124,22 @@ class RunFolder:
         except OSError as error:
             raise RunError(f"{self.root} cannot be written: {error.strerror}") from None
 
+    def check_files(self) -> None:
+        """Check that what has the name of one of the run's files is a regular file.
+
+        A training reads and writes them: a named pipe would make it wait without an end.
+
+        Raises:
+            RunError: if one is something else.
+        """
+        thresholds = (self.thresholds, self.best_thresholds)
+        for file in (self.config, self.classes, self.data, self.log, self.model, self.best, *thresholds):
+            if file.exists():
+                try:
+                    check_regular(file)
+                except DataError as error:
+                    raise RunError(f"{error}; remove it or put the run's own back") from None
+
     def read_fingerprint(self) -> Fingerprint | None:
         """Return the fingerprint of the run's data; None for a run of a version that did not write it.
 
@@ -128,9 +149,10 @@ class RunFolder:
         if not self.data.is_file():
             return None
         try:
-            return Fingerprint.from_json(self.data.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise RunError(f"{self.data} cannot be read: {error}; remove it to go on without it") from None
+            with file_errors(self.data):
+                return Fingerprint.from_json(read_bytes(self.data, _MOST_BYTES).decode())
+        except DataError as error:
+            raise RunError(f"{error}; remove it to go on without it") from None
 
     def read_config(self) -> TrainConfig:
         """Read the run's options.
@@ -138,7 +160,7 @@ class RunFolder:
         Raises:
             RunError: if there are none or they cannot be read.
         """
-        if not self.config.is_file():
+        if not self.config.exists():
             why = "is not a folder" if not self.root.is_dir() else f"is no training run: it has no {self.config.name}"
             raise RunError(f"{self.root} {why}; make one with: fused-arcface train --output {self.root}")
         try:
@@ -168,6 +190,7 @@ def check_run(folder: RunFolder, config: TrainConfig, classes: list[str], data: 
     Raises:
         RunError: if it may not.
     """
+    folder.check_files()
     if not resume:
         if folder.has_checkpoint and not folder.config.exists():
             raise RunError(
@@ -183,9 +206,9 @@ def check_run(folder: RunFolder, config: TrainConfig, classes: list[str], data: 
         if rule.fixed and folder.has_checkpoint and own != saved:
             raise RunError(f"{folder.root}: a resumed run keeps its {name}, {saved!r}; got {own!r}")
     try:
-        saved_classes = decode_names(folder.classes.read_bytes()) if folder.classes.exists() else classes
-    except (OSError, ValueError) as error:
-        raise RunError(f"{folder.classes} cannot be read: {error}") from None
+        saved_classes = read_names(folder.classes) if folder.classes.exists() else classes
+    except DataError as error:
+        raise RunError(str(error)) from None
     if folder.has_checkpoint and saved_classes != classes:
         raise RunError(
             f"{folder.root}: a resumed run keeps its {len(saved_classes)} identities; "
@@ -213,6 +236,8 @@ def write_run(folder: RunFolder, config: TrainConfig, classes: list[str], data: 
             for unfinished in place.glob(".partial-*"):
                 if unfinished.is_file():
                     unfinished.unlink()
+        if folder.checkpoints.is_dir():
+            remove_unfinished(folder.checkpoints)
         write_bytes(folder.classes, encode_names(classes))
         write_text(folder.data, data.to_json())
         config.save(folder.config)

@@ -12,8 +12,6 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
-from torch.distributed.checkpoint.api import CheckpointException
-
 from fused_arcface import checkpoint
 from fused_arcface.base.reading import DataError
 from fused_arcface.checkpoint import CheckpointError
@@ -105,7 +103,7 @@ def train(
     """
     folder, lock = RunFolder(output), None
     with _opened(config) as (world, interrupt, config, source), contextlib.ExitStack() as held:
-        data = agreed_fingerprint(world, config, source)
+        data = agreed_fingerprint(world, config, source, output=str(output.resolve()), resume=resume, dry_run=False)
         with world.together():
             if world.rank == 0:
                 lock = held.enter_context(folder.lock())
@@ -133,7 +131,7 @@ def try_out(config: TrainConfig, output: Path, *, resume: bool | Literal["auto"]
     """
     folder = RunFolder(output)
     with _opened(config) as (world, interrupt, config, source):
-        data = agreed_fingerprint(world, config, source)
+        data = agreed_fingerprint(world, config, source, output=str(output.resolve()), resume=resume, dry_run=True)
         with world.together():
             check_run(folder, config, source.names, data, folder.config.exists() if resume == "auto" else resume)
         with temporary_centers(config, world, folder.has_checkpoint) as config:
@@ -392,12 +390,6 @@ class Trainer:
             path = self._learner.save(self._folder.checkpoints, step)
         except OSError as error:
             raise disk_error(self._folder.checkpoints, error, self._way_back()) from None
-        except CheckpointException as error:  # a BaseException of torch's: what was raised on some ranks
-            causes = [wrapped[0] for wrapped in error.failures.values()]
-            if any(isinstance(cause, KeyboardInterrupt) for cause in causes):
-                raise KeyboardInterrupt from None
-            why = "; ".join(map(str, causes))
-            raise TrainingError(f"{self._folder.checkpoints} cannot be written: {why}; {self._way_back()}") from None
         except CheckpointError as error:
             raise TrainingError(f"{error}; {self._way_back()}") from None
         self._saved = step

@@ -92,7 +92,8 @@ def read_folder(root: str | Path) -> LabeledFolder:
             f"{root}: {len(nested)} of {len(names)} identities have their images in several folders of their own, as "
             f"{nested[0].images[0].parent}: each folder of {root} counts as one identity"
         )
-    unreachable = [path for each in contents for path in each.unreachable]
+    unreachable = sorted(path for path in entries if not os.path.exists(path) and not _named_as_image(path.name))
+    unreachable += [path for each in contents for path in each.unreachable]
     if unreachable:
         problems.append(f"{unreachable[0]}: {len(unreachable)} image(s) or folder(s) that cannot be read or followed")
     others = [path for each in contents for path in each.others]

@@ -129,5 +129,5 @@ def _images_by_stem(folder: Path) -> dict[str, Path]:
 
 def _existing(path: Path) -> Path:
     if not os.path.isfile(path):
-        raise FileNotFoundError(str(path))
+        raise FileNotFoundError(str(path)[:1000])
     return path

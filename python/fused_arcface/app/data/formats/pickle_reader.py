@@ -19,6 +19,23 @@ from fused_arcface.base import pickles
 from fused_arcface.base.pickles import Admitted, Damaged, Name, Refused
 
 
+@dataclass(frozen=True, slots=True)
+class Latin1:
+    """Bytes that the pickle has as a text; a copy of them is made when they are used.
+
+    A pickle may name one text any number of times.
+    """
+
+    text: str
+    """Of characters below 256."""
+
+    def __len__(self) -> int:
+        return len(self.text)
+
+    def __bytes__(self) -> bytes:
+        return self.text.encode("latin1")
+
+
 @dataclass
 class ElementType:
     """A NumPy dtype."""
@@ -37,25 +54,27 @@ class Array:
 
     shape: tuple[int, ...] = (0,)
     element: ElementType = field(default_factory=lambda: ElementType("u", 1, "<"))
-    content: bytes | list[Any] = b""
+    content: bytes | Latin1 | list[Any] = b""
     """Elements in order: bytes, or objects if ``element.kind`` is ``O``."""
 
     def numbers(self) -> npt.NDArray[Any]:
         """Return the elements of an array of bools or integers, flat."""
-        assert isinstance(self.content, bytes) and self.element.kind != "O"
+        assert not isinstance(self.content, list)
         kind = "u" if self.element.kind == "b" else self.element.kind
-        return np.frombuffer(self.content, dtype=f"{self.element.order}{kind}{self.element.size}")
+        return np.frombuffer(bytes(self.content), dtype=f"{self.element.order}{kind}{self.element.size}")
 
 
 def read_set(file: BinaryIO, size: int) -> Any:
-    """Return the content of a pickle of ``size`` bytes: lists, tuples, bytes, str, bool, int, None and :class:`Array`.
+    """Return the content of a pickle of ``size`` bytes.
+
+    It is made of lists, tuples, bytes, :class:`Latin1`, str, bool, int, None and :class:`Array`.
 
     Raises:
         Refused: if it uses an instruction or a name that no verification set needs. Nothing of it is executed.
         Damaged: if it is not a pickle, is cut short, or contradicts itself.
 
     >>> import io, pickle
-    >>> text = pickle.dumps(([b"jpeg"], [True]), 2)
+    >>> text = pickle.dumps(([b"jpeg"], [True]), 4)
     >>> read_set(io.BytesIO(text), len(text))
     ([b'jpeg'], [True])
     """
@@ -65,11 +84,16 @@ def read_set(file: BinaryIO, size: int) -> Any:
 # Functions that take the place of those that such pickles call.
 
 
-def _encode(text: Any, encoding: Any) -> bytes:
+_PIECE = 1 << 20  # characters that are checked at once
+
+
+def _encode(text: Any, encoding: Any) -> Latin1:
     """Stand for ``_codecs.encode``, which bytes are written with in old protocols."""
     if encoding not in ("latin1", b"latin1") or not isinstance(text, str):
         raise Refused("it encodes text otherwise than as latin1")
-    return text.encode("latin1")
+    for start in range(0, len(text), _PIECE):
+        text[start : start + _PIECE].encode("latin1")
+    return Latin1(text)
 
 
 def _bytes(*arguments: Any) -> bytes:
@@ -132,7 +156,7 @@ def _set(array: Array, content: Any, element: Any, shape: Any, fortran: bool) ->
     if element.kind == "O":
         if not isinstance(content, list) or len(content) != size:
             raise Damaged(f"an array of shape {shape} has other content")
-    elif not isinstance(content, bytes) or len(content) != size * element.size:
+    elif not isinstance(content, bytes | Latin1) or len(content) != size * element.size:
         raise Damaged(f"an array of shape {shape} has other content")
     array.shape, array.element, array.content = shape, element, content
 
@@ -141,7 +165,7 @@ def _scalar(element: Any, content: Any) -> bool | int:
     """Stand for NumPy's ``scalar``: one number of a list of them."""
     if not isinstance(element, ElementType) or element.kind == "O":
         raise Refused("it has a number of an unknown type")
-    if not isinstance(content, bytes) or len(content) != element.size:
+    if not isinstance(content, bytes | Latin1) or len(content) != element.size:
         raise Damaged("a number has other content")
     return int(Array((1,), element, content).numbers()[0])
 
@@ -194,4 +218,5 @@ _ADMITTED = Admitted(
     most_instructions=1_500_000,  # a set of 10,000 pairs has 40,000 to 350,000; more would take seconds
     most_objects=300_000,
     most_int_bytes=8,
+    room=48 << 20,
 )

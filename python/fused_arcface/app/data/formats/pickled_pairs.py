@@ -16,13 +16,32 @@ from fused_arcface.evaluation.pairs import Pairs
 
 from ..images import ImageError, ImageSpec, read_image
 from ..sources import ImageSet
-from .pickle_reader import Array, read_set
+from .pickle_reader import Array, Latin1, read_set
+
+
+class _Images(Sequence[bytes]):
+    """Images in memory as the file has them; each is copied when it is taken."""
+
+    def __init__(self, stored: list[bytes | Latin1]) -> None:
+        self._stored = stored
+
+    def __len__(self) -> int:
+        return len(self._stored)
+
+    def __getitem__(self, index: Any) -> Any:
+        found = self._stored[index]
+        return [bytes(each) for each in found] if isinstance(found, list) else bytes(found)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and list(self) == list(other)
+
+    __hash__ = None  # type: ignore[assignment]
 
 
 class PickledPairs(NamedTuple):
     """P pairs."""
 
-    images: list[bytes]
+    images: Sequence[bytes]
     """2·P encoded images: pair i is of images 2·i and 2·i + 1."""
     same: list[bool]
     """P: whether both show one person."""
@@ -70,7 +89,7 @@ def read_pickled_pairs(path: str | Path) -> PickledPairs:
         raise DataError(f"{path} must hold two images a pair; it holds {len(images)} and {pairs} pairs")
     flags = same.numbers().tolist() if isinstance(same, Array) else same
     return PickledPairs(
-        [_image(path, index, image) for index, image in enumerate(images)],
+        _Images([_image(path, index, image) for index, image in enumerate(images)]),
         [_flag(path, index, flag) for index, flag in enumerate(flags)],
     )
 
@@ -93,13 +112,13 @@ def _read_pickled(name: str, images: Sequence[bytes], max_pixels: int, index: in
 
 
 def _is_vector(value: Any) -> bool:
-    return isinstance(value, Array) and len(value.shape) == 1 and isinstance(value.content, bytes)
+    return isinstance(value, Array) and len(value.shape) == 1 and not isinstance(value.content, list)
 
 
-def _image(path: Path, index: int, image: Any) -> bytes:
+def _image(path: Path, index: int, image: Any) -> bytes | Latin1:
     if isinstance(image, Array) and _is_uint8(image) and (len(image.shape) == 1 or 1 in image.shape):
         image = image.content
-    if not isinstance(image, bytes):
+    if not isinstance(image, bytes | Latin1):
         raise DataError(f"{path}: image {index} must be bytes or a uint8 array (n,), (n, 1) or (1, n); {_is(image)}")
     return image
 
@@ -122,4 +141,4 @@ def _kind(value: Any) -> str:
     if isinstance(value, Array):
         kind = value.element.kind
         return f"an array {value.shape} of {'objects' if kind == 'O' else f'{kind}{value.element.size}'}"
-    return type(value).__name__
+    return "bytes" if isinstance(value, Latin1) else type(value).__name__
