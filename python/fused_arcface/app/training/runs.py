@@ -132,8 +132,8 @@ class RunFolder:
         Raises:
             RunError: if one is something else.
         """
-        thresholds = (self.thresholds, self.best_thresholds)
-        for file in (self.config, self.classes, self.data, self.log, self.model, self.best, *thresholds):
+        evaluated = (self.thresholds, self.best_thresholds, self.verification, self.report)
+        for file in (self.config, self.classes, self.data, self.log, self.model, self.best, *evaluated):
             if file.exists():
                 try:
                     check_regular(file)
