@@ -144,7 +144,7 @@ def test_sizes_of_one(algorithm: str) -> None:
 def test_all_configurations(arch: int) -> None:
     steps = [functools.partial(_step, *arguments) for arguments in FULL_STEPS]
     margins = [
-        *(CombinedMargin(1.2, 0.3, 0.1, boundary) for boundary in ("none", "hard", "fold", "clip", "easy")),
+        *(CombinedMargin(1.2, 0.3, 0.1, boundary) for boundary in ("none", "hard", "fold", "clip", "easy", "continuous")),
         CombinedMargin(gradient="straight_through"),
         CosFace(),
     ]

@@ -56,7 +56,7 @@ def test_curricularface_by_hand(loss: Callable[..., Tensor], options: dict[str, 
 
 
 @everywhere
-@pytest.mark.parametrize("boundary", ["none", "hard", "fold", "clip", "easy"])
+@pytest.mark.parametrize("boundary", ["none", "hard", "fold", "clip", "easy", "continuous"])
 def test_curricularface_past_pi(loss: Callable[..., Tensor], options: dict[str, str], boundary: str) -> None:
     """The target's center is at 175°, so θ + m lies past π by 23.6°: cos(θ + m) = -0.916. The negatives at 168°
     (-0.978) and 150° (-0.866) are compared with that: the first is easy, the second is hard.
@@ -78,6 +78,7 @@ def test_curricularface_past_pi(loss: Callable[..., Tensor], options: dict[str, 
         "fold": -(target.acos() + m).cos() - 2,
         "clip": torch.tensor(-1.0, dtype=torch.float64),
         "easy": target,
+        "continuous": target - (1 - math.cos(m)),
     }[boundary]
     right = -(s * torch.stack([modified, easy, hard * (t + hard)])).log_softmax(0)[0]
     assert got.item() == pytest.approx(right.item(), rel=1e-9)
