@@ -29,6 +29,7 @@ if TYPE_CHECKING:  # the same names again, for type checkers and editors; a test
     from .margins.angular import SphereFace as SphereFace
     from .margins.hard_negatives import CurricularFace as CurricularFace
     from .margins.hard_negatives import InterclassFilter as InterclassFilter
+    from .margins.hard_negatives import InterTopK as InterTopK
     from .margins.hard_negatives import MVSoftmax as MVSoftmax
     from .margins.per_row import AdaFace as AdaFace
     from .margins.per_row import ElasticFace as ElasticFace
@@ -50,7 +51,7 @@ _NAMES = {
     "functional": ("margin_softmax_loss",),
     "head": ("MarginHead",),
     "margins.angular": ("ArcFace", "CombinedMargin", "CosFace", "NormSoftmax", "SphereFace"),
-    "margins.hard_negatives": ("CurricularFace", "InterclassFilter", "MVSoftmax"),
+    "margins.hard_negatives": ("CurricularFace", "InterTopK", "InterclassFilter", "MVSoftmax"),
     "margins.per_row": ("AdaFace", "ElasticFace", "MagFace"),
     "partial_fc": ("PartialFC",),
 }

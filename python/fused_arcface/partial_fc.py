@@ -16,11 +16,12 @@ from .base.ranges import ABOVE_0_TO_1, NOT_NEGATIVE, check_number
 from .base.statistics import MarginSoftmaxStats
 from .center_sgd import CenterOptimizer, CenterSGD, CentersUpdatedInBackward
 from .engine.joint_calls import JointCalls
+from .engine.nearest import cosines_of, nearest_classes
 from .engine.run_state import RunState
 from .engine.shard import Shard
 from .engine.step import loss_over_classes
 from .engine.terms import IGNORED, INVALID
-from .head import cosines_of, nearest_classes, place_margin
+from .head import place_margin
 from .margins.angular import ArcFace, Margin
 from .parallel.sampling import Sampler
 from .parallel.sharding import Sharding

@@ -14,7 +14,7 @@ from .base.dtypes import compute_dtype
 from .base.normalize import without_autocast
 from .base.options import HeadOptions
 from .base.statistics import MarginSoftmaxStats
-from .margins.angular import ArcFace, Margin, for_rows, modulation
+from .margins.angular import ArcFace, Margin, angle, for_rows, modulation
 
 __all__ = ["margin_softmax_loss"]
 
@@ -93,10 +93,15 @@ def loss_with(
     check_margin_output(modified, target_cosine)
 
     changed = negatives
-    change = modulation(margin, target_cosine.detach(), ~ignored)
+
+    def hardest(count: int) -> Tensor:
+        return F.pad(negatives.detach(), (0, count), value=-torch.inf).topk(count).values
+
+    change = modulation(margin, target_cosine.detach(), ~ignored, hardest)
     if change is not None:
-        threshold, (a, b, d), *_ = change
-        changed = torch.where(negatives > threshold[:, None], (a * cosine + b) * cosine + d, negatives).to(dtype)
+        threshold, (a, b, d, e), *_ = change
+        modulated = (a * cosine + b) * cosine + d + e * angle(cosine).sin()
+        changed = torch.where(negatives > threshold[:, None], modulated, negatives).to(dtype)
     negative_lse = (scale * changed).logsumexp(1)
     loss = F.softplus(negative_lse - scale * modified, threshold=40)
     if options.label_smoothing > 0:

@@ -19,7 +19,7 @@ from ..base.dtypes import compute_dtype
 from ..base.keyed_random import rounding_bits
 from ..base.normalize import stored_gradient, unit_gradient, unit_rows, without_autocast
 from ..engine.terms import ABSENT, INVALID, MOMENTUM_BLOCK, PLAIN, CenterStep, Negatives, RowGradients
-from ..margins.angular import CombinedMargin
+from ..margins.angular import SIN_FLOOR, CombinedMargin
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -69,10 +69,12 @@ def _values(
         left_out |= ~F.one_hot(nearest, sub_centers).bool().flatten(1)
     if threshold is None or coefficients is None:
         return cosine.masked_fill(left_out, -torch.inf), 1.0
-    a, b, d = coefficients.to(cosine.dtype)
+    a, b, d, e = coefficients.to(cosine.dtype)
     hard = cosine > threshold[:, None]
-    value = torch.where(hard, (a * cosine + b) * cosine + d, cosine)
-    return value.masked_fill(left_out, -torch.inf), torch.where(hard, 2 * a * cosine + b, 1)
+    sine = ((1 - cosine) * (1 + cosine)).clamp(min=0).sqrt()
+    value = torch.where(hard, (a * cosine + b) * cosine + d + e * sine, cosine)
+    slope = 2 * a * cosine + b - e * cosine / sine.clamp(min=SIN_FLOOR)
+    return value.masked_fill(left_out, -torch.inf), torch.where(hard, slope, 1)
 
 
 @_in_full_precision

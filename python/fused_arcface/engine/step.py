@@ -15,6 +15,7 @@ from ..base.statistics import MarginSoftmaxStats
 from ..margins.protocol import RowMargin, for_rows, modulates, modulation
 from .autograd import cosines_of_targets, negatives_and_target
 from .margin_step import in_step
+from .nearest import hardest_negatives
 from .shard import ONE_DEVICE, Shard
 from .smoothing import smoothing, two_uses
 from .tail import loss_of_rows
@@ -82,7 +83,11 @@ def loss_over_classes(
     target_row, change = target_class, None
     if modulates(margin) or sub_centers > 1:
         cosine, target_row = cosines_of_targets(embeddings, weight, target_class, backend, shard, sub_centers)
-        change = modulation(margin, cosine, ~ignored)
+
+        def hardest(count: int) -> Tensor:
+            return hardest_negatives(embeddings, weight, target_row, count, sub_centers, shard)
+
+        change = modulation(margin, cosine, ~ignored, hardest)
     rows = negatives_and_target(embeddings, weight, target_row, scale, backend, shard, sub_centers, change)
     smoothed = smoothing(x, w, label_smoothing, shard.num_classes or weight.shape[0], shard)
     return loss_of_rows(*rows, ignored, own.modify, scale, reduction, backend, own.penalty, smoothed)

@@ -31,9 +31,9 @@ class Negatives(NamedTuple):
     """K rows of weight for each class, adjacent. A class's cosine is the greatest of theirs, and its gradient goes to
     that row alone. A target is its class's row with the greatest cosine."""
     threshold: Tensor | None = None
-    """(N,) or None: a cosine c above its row's threshold becomes ``a·c² + b·c + d``."""
+    """(N,) or None: a cosine c above its row's threshold becomes ``a·c² + b·c + d + e·√(1 - c²)``."""
     coefficients: Tensor | None = None
-    """(3,) fp64: a, b, d."""
+    """(4,) fp64: a, b, d, e."""
 
     @property
     def plain(self) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..base.checks import check_margin_rows
@@ -36,7 +37,9 @@ class RowMargin(NamedTuple):
 
 
 class Modulation(NamedTuple):
-    """The change of one batch's negatives: a cosine ``c`` above its row's threshold becomes ``a·c² + b·c + d``.
+    """The change of one batch's negatives.
+
+    A cosine ``c`` above its row's threshold becomes ``a·c² + b·c + d + e·√(1 - c²)``.
 
     A margin that changes the negatives has a method ``modulate(target_cosine, counted) -> Modulation``. The heads call
     it once in each forward pass, before the products with the class centers. It gets the rows of all ranks, on every
@@ -45,6 +48,10 @@ class Modulation(NamedTuple):
     - target_cosine: (N,) without a gradient.
     - counted: (N,) bool, false for ignored rows.
 
+    A margin with an attribute ``num_hardest`` (an int) gets a third argument, at the cost of one more product with the
+    class centers: the ``num_hardest`` greatest cosines of each row's negatives, (N, num_hardest), descending, -inf
+    where there are fewer. :class:`fused_arcface.InterTopK` uses them for its thresholds.
+
     The comparison with the threshold has no gradient. :class:`fused_arcface.CurricularFace`, ``MVSoftmax`` and
     ``InterclassFilter`` are examples.
     """
@@ -52,7 +59,7 @@ class Modulation(NamedTuple):
     threshold: Tensor
     """(N,)"""
     coefficients: Tensor
-    """(3,) fp64: a, b, d."""
+    """(4,) fp64: a, b, d, e; or (3,) where e is 0."""
     greatest: float
     """Upper bound of the modulated cosines. The lower bound is -1."""
     steepest: float
@@ -84,20 +91,25 @@ def modulates(margin: Margin) -> bool:
     return hasattr(margin, "modulate")
 
 
-def modulation(margin: Margin, target_cosine: Tensor, counted: Tensor) -> Modulation | None:
-    """Return the change of a batch's negatives, None if the margin leaves them alone.
+def modulation(
+    margin: Margin, target_cosine: Tensor, counted: Tensor, hardest: Callable[[int], Tensor]
+) -> Modulation | None:
+    """Return the change of a batch's negatives, with four coefficients; None if the margin leaves them alone.
 
     Args:
         margin: any margin.
         target_cosine: (N,) without a gradient.
         counted: (N,) bool, false for ignored rows.
+        hardest: function that returns the greatest cosines (N, count) of each row's negatives, called only for a margin
+            with ``num_hardest``.
 
     Raises:
         TypeError, ValueError: the margin's threshold is not a tensor (N,) on the rows' device.
     """
-    own: Callable[[Tensor, Tensor], Modulation] | None = getattr(margin, "modulate", None)
+    own: Callable[..., Modulation] | None = getattr(margin, "modulate", None)
     if own is None:
         return None
-    change = own(target_cosine, counted)
+    count = getattr(margin, "num_hardest", 0)
+    change = own(target_cosine, counted, *([hardest(count)] if count else []))
     check_margin_rows("threshold", change.threshold, counted)
-    return change
+    return change._replace(coefficients=F.pad(change.coefficients, (0, 4 - len(change.coefficients))))

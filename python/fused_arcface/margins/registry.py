@@ -13,7 +13,7 @@ from typing import Any, get_args
 from torch import nn
 
 from .angular import ArcFace, Boundary, CombinedMargin, CosFace, GradientMode, NormSoftmax, SphereFace
-from .hard_negatives import CurricularFace, InterclassFilter, MVSoftmax
+from .hard_negatives import CurricularFace, InterclassFilter, InterTopK, MVSoftmax
 from .per_row import AdaFace, ElasticFace, MagFace
 from .protocol import Margin
 
@@ -135,6 +135,13 @@ REGISTRY = (
         "insightface, interclass_filtering_threshold",
         lambda: [InterclassFilter(ArcFace(), 0.2)],
         "threshold 0.4; insightface filters only if a threshold is given",
+    ),
+    Entry(
+        InterTopK,
+        "f(θ); the k greatest negatives cos(θ − penalty)",
+        "Inter-TopK, 2110.05042",
+        lambda: [InterTopK(ArcFace(0.2, "continuous"), penalty=0.06, k=2)],
+        'ArcFace(0.5) on the target; WeSpeaker\'s recipes have ArcFace(0.2, "continuous")',
     ),
 )
 """Every margin of this package, angular ones first."""
