@@ -27,6 +27,8 @@ if TYPE_CHECKING:  # the same names again, for type checkers and editors; a test
     from .margins.angular import CosFace as CosFace
     from .margins.angular import NormSoftmax as NormSoftmax
     from .margins.angular import SphereFace as SphereFace
+    from .margins.binary import SphereFace2 as SphereFace2
+    from .margins.binary import UniFace as UniFace
     from .margins.hard_negatives import CurricularFace as CurricularFace
     from .margins.hard_negatives import InterclassFilter as InterclassFilter
     from .margins.hard_negatives import InterTopK as InterTopK
@@ -51,6 +53,7 @@ _NAMES = {
     "functional": ("margin_softmax_loss",),
     "head": ("MarginHead",),
     "margins.angular": ("ArcFace", "CombinedMargin", "CosFace", "NormSoftmax", "SphereFace"),
+    "margins.binary": ("SphereFace2", "UniFace"),
     "margins.hard_negatives": ("CurricularFace", "InterTopK", "InterclassFilter", "MVSoftmax"),
     "margins.per_row": ("AdaFace", "ElasticFace", "MagFace"),
     "partial_fc": ("PartialFC",),

@@ -1,7 +1,7 @@
 # csrc/bindings.cpp: the compiled kernels over raw addresses, for fused_arcface.backends.cpu. A build with CUDA has a
 # submodule `cuda` besides (csrc/cuda/bindings.cpp), for fused_arcface.backends.cuda.
 _Matrix = tuple[int, int, int, int, int, int]  # address, dtype code, rows, columns, row stride, column stride
-_Negatives = tuple[int, int, float, float, float]  # sub-centers, address of thresholds or 0, a, b, d
+_Negatives = tuple[int, int, float, float, float, float]  # sub-centers, address of thresholds or 0, a, b, d, e
 
 FLOAT32: int
 FLOAT64: int

@@ -15,6 +15,7 @@ from .base.normalize import without_autocast
 from .base.options import HeadOptions
 from .base.statistics import MarginSoftmaxStats
 from .margins.angular import ArcFace, Margin, angle, for_rows, modulation
+from .margins.protocol import binary_numbers
 
 __all__ = ["margin_softmax_loss"]
 
@@ -34,6 +35,14 @@ def _norms(rows: Tensor) -> Tensor:
 def _unit_rows(rows: Tensor) -> Tensor:
     """Rows (R, D) divided by ``max(norm, 1e-12)``."""
     return F.normalize(rows / _unit(rows), eps=1e-12)
+
+
+def _negative_losses(cosine: Tensor, numbers: Tensor) -> Tensor:
+    """Losses (N, C) of negatives by the formula of :class:`fused_arcface.margins.BinaryLosses`."""
+    scale, exponent, turn, offset, bias = numbers.to(cosine.dtype)
+    turned = cosine * turn.cos() + angle(cosine).sin() * turn.sin()
+    sharpened = 2 * ((turned + 1) / 2).clamp(min=0) ** exponent - 1
+    return F.softplus(scale * (sharpened + offset) + bias, threshold=40)
 
 
 def margin_softmax_loss(
@@ -108,6 +117,11 @@ def loss_with(
         logits = scale * torch.where(is_target, modified[:, None], cosine)
         uniform = (logits.logsumexp(1, keepdim=True) - logits).mean(1)
         loss = (1 - options.label_smoothing) * loss + options.label_smoothing * uniform
+    lse = torch.logaddexp(negative_lse, scale * modified)
+    numbers = binary_numbers(margin, scale)
+    if numbers is not None:
+        sums = _negative_losses(cosine, numbers).masked_fill(is_target, 0).sum(1)
+        loss, lse = margin.row_losses(target_cosine, sums, scale), sums.log()  # type: ignore[attr-defined]
     if of_rows.penalty is not None:
         loss = loss + of_rows.penalty
     loss = loss.masked_fill(ignored, 0)
@@ -118,7 +132,7 @@ def loss_with(
         return result
     stats = MarginSoftmaxStats(
         loss=loss.detach(),
-        lse=torch.logaddexp(negative_lse, scale * modified).detach(),
+        lse=lse.detach(),
         target_cosine=target_cosine.detach(),
         correct=(target_cosine > negatives.amax(1)).detach() & ~ignored,
     )

@@ -62,7 +62,7 @@ def test_compiled_part_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     x, w, target, _ = make_inputs(Case())
     with pytest.warns(
-        UserWarning, match=r"backend 'torch' is used, which stores the \(N, C\) logits, as 'cpu' is not available: "
+        UserWarning, match="backend 'torch' is used, plain PyTorch by blocks of classes, as 'cpu' is not available: "
     ):
         assert backends.select("auto", x.device) == "torch"
     torch.testing.assert_close(
@@ -116,10 +116,10 @@ def test_a_row_of_the_registry(row: backends.registry.Backend, monkeypatch: pyte
 def test_falling_back_names_each_feature(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backends.registry, "_unavailable", lambda name: None)
     needs = HeadOptions(fa.MVSoftmax(), sub_centers=2).needs()
-    with pytest.warns(UserWarning, match="which stores") as warned:
+    with pytest.warns(UserWarning, match="blocks of classes") as warned:
         assert backends.select("auto", torch.device("cuda"), needs=needs) == "torch"
     assert [str(each.message) for each in warned] == [
-        f"backend 'torch' is used, which stores the (N, C) logits, as {name!r} does not have "
+        f"backend 'torch' is used, plain PyTorch by blocks of classes, as {name!r} does not have "
         "the modulated negatives of MVSoftmax and sub_centers=2"
         for name in ("triton", "cuda")
     ]
@@ -148,14 +148,14 @@ def test_editors_offer_every_backend() -> None:
 def test_native_refuses_an_unknown_instruction_set(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FUSED_ARCFACE_ISA", "avx1024")
     with pytest.raises(ValueError, match="instruction set not available on this machine: avx1024"):
-        _native.weight_grad(0, (0,) * 6, (0,) * 6, 0, 1.0, 0, 0, 0, (0,) * 6, 1, (1, 0, 0.0, 1.0, 0.0))
+        _native.weight_grad(0, (0,) * 6, (0,) * 6, 0, 1.0, 0, 0, 0, (0,) * 6, 1, (1, 0, 0.0, 1.0, 0.0, 0.0))
 
 
 def test_native_refuses_products_that_there_are_not() -> None:
     assert not _native.has_products(_native.FLOAT16)
     for code in (_native.FLOAT16, -1, 4):
         with pytest.raises(ValueError, match=f"no products in the dtype of this code: {code}"):
-            _native.weight_grad(code, (0,) * 6, (0,) * 6, 0, 1.0, 0, 0, 0, (0,) * 6, 1, (1, 0, 0.0, 1.0, 0.0))
+            _native.weight_grad(code, (0,) * 6, (0,) * 6, 0, 1.0, 0, 0, 0, (0,) * 6, 1, (1, 0, 0.0, 1.0, 0.0, 0.0))
 
 
 def test_codes_of_dtypes_are_those_of_the_kernels() -> None:

@@ -346,7 +346,7 @@ def test_auto_takes_a_backend_that_has_them(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(backends.registry, "_unavailable", lambda name: None)
     assert backends.select("auto", torch.device("cuda")) == "triton"
     needs = {"sub_centers": "sub_centers=3"}
-    with pytest.warns(UserWarning, match=r"which stores the \(N, C\) logits, as 'triton' does not have sub_centers=3"):
+    with pytest.warns(UserWarning, match="plain PyTorch by blocks of classes, as 'triton' does not have sub_centers=3"):
         assert backends.select("auto", torch.device("cuda"), needs=needs) == "torch"
     assert backends.select("auto", torch.device("cpu"), needs=needs) == "cpu"
 

@@ -38,7 +38,9 @@ class HeadOptions:
         check_sub_centers(self.sub_centers)
         check_number("label_smoothing", self.label_smoothing, FROM_0_TO_1)
         if self.label_smoothing > 0 and self.needs():
-            beside = next(iter(self.needs().values())).removeprefix("the modulated negatives of ")
+            beside = next(iter(self.needs().values()))
+            for kind in ("the modulated negatives of ", "the binary losses of "):
+                beside = beside.removeprefix(kind)
             raise ValueError(
                 f"label_smoothing must be 0 with {beside}: a row's logits are then no linear function of the class "
                 f"centers, whose sum it is made of; got {self.label_smoothing}"
@@ -51,6 +53,8 @@ class HeadOptions:
         needs = {}
         if hasattr(self.margin, "modulate"):
             needs["modulated_negatives"] = f"the modulated negatives of {type(self.margin).__name__}"
+        if hasattr(self.margin, "binary"):
+            needs["binary_losses"] = f"the binary losses of {type(self.margin).__name__}"
         if self.sub_centers > 1:
             needs["sub_centers"] = f"sub_centers={self.sub_centers}"
         return needs

@@ -12,7 +12,7 @@ from ..base.dtypes import compute_dtype
 from ..base.normalize import norms_of
 from ..base.options import HeadOptions
 from ..base.statistics import MarginSoftmaxStats
-from ..margins.protocol import RowMargin, for_rows, modulates, modulation
+from ..margins.protocol import RowMargin, binary_numbers, for_rows, modulates, modulation
 from .autograd import cosines_of_targets, negatives_and_target
 from .margin_step import in_step
 from .nearest import hardest_negatives
@@ -88,7 +88,8 @@ def loss_over_classes(
             return hardest_negatives(embeddings, weight, target_row, count, sub_centers, shard)
 
         change = modulation(margin, cosine, ~ignored, hardest)
-    rows = negatives_and_target(embeddings, weight, target_row, scale, backend, shard, sub_centers, change)
+    logistic = binary_numbers(margin, scale)
+    rows = negatives_and_target(embeddings, weight, target_row, scale, backend, shard, sub_centers, change, logistic)
     smoothed = smoothing(x, w, label_smoothing, shard.num_classes or weight.shape[0], shard)
     return loss_of_rows(*rows, ignored, own.modify, scale, reduction, backend, own.penalty, smoothed)
 

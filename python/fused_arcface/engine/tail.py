@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import backends
-from ..base.checks import check_margin_output
+from ..base.checks import check_margin_output, check_margin_rows
 from ..base.once_differentiable import once_differentiable
 from ..base.statistics import MarginSoftmaxStats
 from ..margins.angular import Margin, parameters
@@ -110,6 +110,11 @@ def loss_of_rows(
         reduced, loss, lse = _FusedMarginLoss.apply(
             negative_lse, target_cosine, ignored, reduction, float(scale), *numbers, backend
         )
+    elif hasattr(margin, "row_losses"):
+        loss = margin.row_losses(target_cosine.clone(), negative_lse.exp(), scale)
+        check_margin_rows("loss", loss, target_cosine)
+        loss, lse = loss.masked_fill(ignored, 0), negative_lse.detach()
+        reduced = reduce_loss(loss, ignored, reduction)
     else:
         modified = margin(target_cosine.clone())  # a copy: a user's margin may work in place
         check_margin_output(modified, target_cosine)

@@ -14,11 +14,12 @@ from .angular import (
     SphereFace,
     parameters,
 )
-from .protocol import Margin, Modulation, RowMargin
+from .protocol import BinaryLosses, Margin, Modulation, RowMargin
 
 __all__ = [
     "SIN_FLOOR",
     "ArcFace",
+    "BinaryLosses",
     "Boundary",
     "CombinedMargin",
     "CosFace",

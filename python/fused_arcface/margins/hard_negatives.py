@@ -1,7 +1,7 @@
 """Margins that also change the negatives above a threshold, which depends on the row.
 
 Each has a method ``modulate``, see :class:`fused_arcface.margins.Modulation`. A backend that does not support them
-raises an error. On a GPU ``backend="auto"`` then selects plain PyTorch, which stores the N×C logits.
+raises an error. On a GPU ``backend="auto"`` then selects plain PyTorch.
 """
 
 from __future__ import annotations
@@ -158,7 +158,7 @@ class InterTopK:
     is that of its class's nearest center.
 
     To find the k greatest cosines costs one more product with the class centers in the forward pass, in blocks of
-    classes: about a third of a step. Negatives whose cosines differ by less than the rounding of a product may change
+    classes. Negatives whose cosines differ by less than the rounding of a product may change
     places. If the k-th and the next one are equal, neither they nor others equal to them have the penalty.
 
     Args:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -64,6 +65,35 @@ class Modulation(NamedTuple):
     """Upper bound of the modulated cosines. The lower bound is -1."""
     steepest: float
     """Upper bound of the derivative's magnitude."""
+
+
+class BinaryLosses(NamedTuple):
+    """The negatives' losses of a margin that is a sum of logistic losses, one for each class, and no softmax.
+
+    The loss of a negative at the angle θ is ``softplus(scale·(g(cos(θ - angle)) + offset) + bias)`` with
+    ``g(z) = 2·((z + 1)/2)^exponent - 1``; exponent 1 is ``g(z) = z``.
+
+    Such a margin has two methods: ``binary() -> BinaryLosses``, and ``row_losses(target_cosine, negative_sum, scale)``,
+    which returns the rows' losses (N,) from their target cosines (N,) and the sums (N,) of their negatives' losses.
+    :class:`fused_arcface.SphereFace2` and :class:`fused_arcface.UniFace` are examples.
+    """
+
+    exponent: float
+    angle: float
+    """In radians."""
+    offset: float
+    bias: Tensor
+    """0-dim; it may have a gradient."""
+
+
+def binary_numbers(margin: Margin, scale: float) -> Tensor | None:
+    """Return scale, exponent, angle, offset and bias (5,) fp64 of a margin with binary losses; None for another."""
+    own: Callable[[], BinaryLosses] | None = getattr(margin, "binary", None)
+    if own is None:
+        return None
+    *numbers, bias = own()
+    values = [torch.as_tensor(value, dtype=torch.float64, device=bias.device) for value in (scale, *numbers)]
+    return torch.stack([*values, bias.double()])
 
 
 def for_rows(margin: Margin, norms: Callable[[], Tensor], counted: Tensor) -> RowMargin:
