@@ -16,6 +16,7 @@ if TYPE_CHECKING:  # the same names again, for type checkers and editors; a test
     from . import evaluation as evaluation
     from . import margins as margins
     from . import reference as reference
+    from . import sub_centers as sub_centers
     from .app.embedder import load_embedder as load_embedder
     from .base.statistics import MarginSoftmaxStats as MarginSoftmaxStats
     from .center_sgd import CenterSGD as CenterSGD
@@ -40,7 +41,7 @@ if TYPE_CHECKING:  # the same names again, for type checkers and editors; a test
 
 __version__ = "0.1.0"
 
-_MODULES = ("backends", "checkpoint", "compat", "evaluation", "margins", "reference")
+_MODULES = ("backends", "checkpoint", "compat", "evaluation", "margins", "reference", "sub_centers")
 """The public modules of the package."""
 
 _MOVED = {"data": "app.data", "safetensors": "checkpoint.safetensors", "training": "app.training"}
