@@ -21,6 +21,7 @@ if TYPE_CHECKING:  # the same names again, for type checkers and editors; a test
     from .base.statistics import MarginSoftmaxStats as MarginSoftmaxStats
     from .center_sgd import CenterSGD as CenterSGD
     from .center_sgd import CenterUpdateError as CenterUpdateError
+    from .distillation import distillation_loss as distillation_loss
     from .functional import margin_softmax_loss as margin_softmax_loss
     from .head import MarginHead as MarginHead
     from .margins.angular import ArcFace as ArcFace
@@ -51,6 +52,7 @@ _NAMES = {
     "app.embedder": ("load_embedder",),
     "base.statistics": ("MarginSoftmaxStats",),
     "center_sgd": ("CenterSGD", "CenterUpdateError"),
+    "distillation": ("distillation_loss",),
     "functional": ("margin_softmax_loss",),
     "head": ("MarginHead",),
     "margins.angular": ("ArcFace", "CombinedMargin", "CosFace", "NormSoftmax", "SphereFace"),

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from . import backends
-from .base.checks import check_center_dtype, check_embeddings, check_size
+from .base.checks import check_center_dtype, check_embeddings, check_size, check_target
 from .base.compiler import NotScriptable
 from .base.options import HeadOptions
 from .base.statistics import MarginSoftmaxStats
+from .engine.logits import check_size_of_logits, with_margin
 from .engine.nearest import cosines_of, nearest_classes
 from .engine.step import as_autocast, loss_on_one_device
 from .margins.angular import ArcFace, Margin
@@ -98,13 +99,27 @@ class MarginHead(NotScriptable, nn.Module):
             embeddings, self.weight, target, options, self.backend, "mean", ignore_index, return_stats
         )
 
-    def logits(self, embeddings: Tensor) -> Tensor:
-        """Return ``s·cos θ`` (N, C) of embeddings (N, D) with every class, without a margin; differentiable.
+    def logits(self, embeddings: Tensor, target: Tensor | None = None, *, ignore_index: int = -100) -> Tensor:
+        """Return ``s·cos θ`` (N, C) of embeddings (N, D) with every class; differentiable, in the loss's dtype.
 
-        The result has the loss's dtype.
+        Args:
+            embeddings: (N, D).
+            target: (N,) labels: the logits then have the margin, and their ``cross_entropy`` is the loss. A margin with
+                a state is used as in ``eval()``. None: no margin.
+            ignore_index: the label of rows without a margin.
+
+        Raises:
+            ValueError: more than 2^30 numbers (4 GiB in fp32); a margin with binary losses, beside a target.
         """
         check_embeddings(embeddings, self.weight)
-        return self.scale * cosines_of(as_autocast(embeddings), self.weight, self.sub_centers)
+        check_size_of_logits(len(embeddings), len(self.weight) // self.sub_centers)
+        rows = as_autocast(embeddings)
+        cosines = cosines_of(rows, self.weight, self.sub_centers)
+        if target is None:
+            return self.scale * cosines
+        check_target(target, embeddings, ignore_index)
+        target_class = torch.ops.fused_arcface.local_target.default(target, cosines.shape[1], ignore_index)
+        return with_margin(cosines, rows, target_class, self.options)
 
     @torch.no_grad()
     def topk(self, embeddings: Tensor, k: int) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from . import backends
-from .base.checks import check_center_dtype, check_size
+from .base.checks import check_center_dtype, check_embeddings, check_size, check_target
 from .base.compiler import NotScriptable, check_not_transformed, not_compiled
 from .base.keyed_random import fill_normal
 from .base.options import HeadOptions
@@ -16,6 +16,7 @@ from .base.ranges import ABOVE_0_TO_1, NOT_NEGATIVE, check_number
 from .base.statistics import MarginSoftmaxStats
 from .center_sgd import CenterOptimizer, CenterSGD, CentersUpdatedInBackward
 from .engine.joint_calls import JointCalls
+from .engine.logits import all_rows, check_size_of_logits, own_rows, with_margin
 from .engine.nearest import cosines_of, nearest_classes
 from .engine.run_state import RunState
 from .engine.shard import Shard
@@ -335,17 +336,42 @@ class PartialFC(NotScriptable, JointCalls, RunState):
             raise ValueError(f"tensor must be ({rows}={self.num_rows}, D={self.embedding_dim}); got {wrong[0]}")
         self.weight.copy_(tensor[self.row_start : self.row_start + self.weight.shape[0]])
 
-    @torch.no_grad()
-    def logits(self, embeddings: Tensor) -> Tensor:
-        """Return ``s·cos θ`` (n, C_total) of this rank's embeddings (n, D) with every class, without a margin.
+    def logits(self, embeddings: Tensor, target: Tensor | None = None, *, ignore_index: int = -100) -> Tensor:
+        """Return ``s·cos θ`` (n, C_total) of this rank's embeddings (n, D) with every class; differentiable.
 
-        A collective. The result has no gradient.
+        A collective, and so is its backward pass: every rank makes both or neither. The gradients, also that of this
+        rank's class centers, are those of the sum over the ranks of what each makes of its logits. They are not
+        multiplied by the number of ranks. CenterSGD does not follow them: with it the class centers get no gradient.
+
+        Args:
+            embeddings: (n, D).
+            target: (n,) global labels: the logits then have the margin, see :meth:`MarginHead.logits`. None: no margin.
+            ignore_index: the label of rows without a margin.
+
+        Raises:
+            ValueError: more than 2^30 numbers (4 GiB in fp32) over all ranks' rows; a margin with binary losses, beside
+                a target.
         """
         with self._refusing():
-            agreement = self._agreement("logits()")
-        _, rows, _ = self._gather(embeddings, None, agreement)
-        local = self.scale * cosines_of(rows.embeddings, self.weight, self.sub_centers).T  # (C, N)
-        return torch.cat([rows.own(part.T) for part in self.ranks.gather_rows(local, self.sharding.counts())], 1)
+            same = {
+                "torch.is_grad_enabled()": torch.is_grad_enabled(),
+                "weight.requires_grad": self.weight.requires_grad,
+                "target": "none" if target is None else "given",
+            }
+            agreement = self._agreement("logits()", **same)
+            if target is not None:
+                check_embeddings(embeddings, self.weight)
+                check_target(target, embeddings, ignore_index)
+        embeddings, batch, _ = self._gather(embeddings, None, agreement)
+        check_size_of_logits(len(batch.embeddings), self.num_classes)
+        weight = self.weight if self.center_optimizer is None else self.weight.detach()
+        rows = all_rows(embeddings, batch, self.ranks)
+        local = cosines_of(rows, weight, self.sub_centers)  # (N, C)
+        cosines = own_rows(local, batch, self.ranks, self.sharding.counts())
+        if target is None:
+            return self.scale * cosines
+        target_class = torch.ops.fused_arcface.local_target(target, self.num_classes, ignore_index)
+        return with_margin(cosines, embeddings, target_class, self.options)
 
     @torch.no_grad()
     def topk(self, embeddings: Tensor, k: int) -> tuple[Tensor, Tensor]:

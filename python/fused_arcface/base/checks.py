@@ -45,6 +45,14 @@ def check_target(target: object, embeddings: Tensor, ignore_index: object) -> No
         raise ValueError(f"ignore_index must be in [-2^63, 2^63); got {ignore_index}")
 
 
+def check_weight(name: str, weight: object) -> None:
+    """Check class centers ``(C, D)``."""
+    _check_tensor(name, weight, FLOAT_DTYPES)
+    assert isinstance(weight, Tensor)
+    if weight.dim() != 2 or 0 in weight.shape:
+        raise ValueError(f"{name} must be (C, D) with C >= 1 and D >= 1; got {tuple(weight.shape)}")
+
+
 def check_margin(margin: object) -> None:
     """Check that a margin can be called and is not a class."""
     if isinstance(margin, type):

@@ -54,9 +54,16 @@ _CLASSES = 16384
 class _Fused(nn.Module):
     """The part that all five losses share. It stands before the class that it replaces the computation of."""
 
+    # Attributes of the classes that are derived from; checkers do not see them.
     W: nn.Parameter
     distance: Any
     collect_stats: bool
+    margin: Any
+    scale: Any
+    temperature: Any
+    sub_centers: Any
+    get_angles: Any
+    add_weight_regularization_to_loss_dict: Any
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
