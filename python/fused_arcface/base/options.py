@@ -38,7 +38,9 @@ class HeadOptions:
         check_sub_centers(self.sub_centers)
         check_number("label_smoothing", self.label_smoothing, FROM_0_TO_1)
         if self.label_smoothing > 0 and self.needs():
-            beside = next(iter(self.needs().values())).removeprefix("the modulated negatives of ")
+            beside = next(iter(self.needs().values()))
+            for kind in ("the modulated negatives of ", "the turned negatives of ", "the binary losses of "):
+                beside = beside.removeprefix(kind)
             raise ValueError(
                 f"label_smoothing must be 0 with {beside}: a row's logits are then no linear function of the class "
                 f"centers, whose sum it is made of; got {self.label_smoothing}"
@@ -51,6 +53,10 @@ class HeadOptions:
         needs = {}
         if hasattr(self.margin, "modulate"):
             needs["modulated_negatives"] = f"the modulated negatives of {type(self.margin).__name__}"
+        if getattr(self.margin, "turns_negatives", False):
+            needs["turned_negatives"] = f"the turned negatives of {type(self.margin).__name__}"
+        if hasattr(self.margin, "binary"):
+            needs["binary_losses"] = f"the binary losses of {type(self.margin).__name__}"
         if self.sub_centers > 1:
             needs["sub_centers"] = f"sub_centers={self.sub_centers}"
         return needs
@@ -59,13 +65,20 @@ class HeadOptions:
         """Check that these options can be combined with a target.
 
         Raises:
-            ValueError: for mixed labels and a margin that changes the negatives.
+            ValueError: for mixed labels and a margin that changes the negatives or has binary losses.
         """
-        if isinstance(target, (tuple, list)) and hasattr(self.margin, "modulate"):
-            raise ValueError(
-                f"target must be labels (N,) with {type(self.margin).__name__}, which compares the negatives with one "
-                "target; got (first, second, share)"
-            )
+        if not isinstance(target, (tuple, list)):
+            return
+        reasons = {
+            "modulate": "which compares the negatives with one target",
+            "binary": "whose losses of the classes are for one target",
+        }
+        for method, reason in reasons.items():
+            if hasattr(self.margin, method):
+                raise ValueError(
+                    f"target must be labels (N,) with {type(self.margin).__name__}, {reason}; "
+                    "got (first, second, share)"
+                )
 
     def check_classes(self, num_classes: int) -> None:
         """Check that a margin with a number for each class is made for so many classes.

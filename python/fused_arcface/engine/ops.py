@@ -22,7 +22,7 @@ from .terms import IGNORED, INVALID, PLAIN, CenterStep, Negatives, RowGradients,
 
 _ROWS = "Tensor embeddings, Tensor weight, Tensor target"
 _COEFFICIENTS = "Tensor lse, Tensor negative_coefficient, Tensor target_coefficient"
-_NEGATIVES = "*, int sub_centers=1, Tensor? threshold=None, Tensor? coefficients=None"
+_NEGATIVES = "*, int sub_centers=1, Tensor? threshold=None, Tensor? coefficients=None, Tensor? logistic=None"
 _SCHEMAS = {
     "local_target": "(Tensor target, int num_classes, int ignore_index) -> Tensor",
     "row_factors": "(Tensor values, str name, float greatest) -> Tensor",
@@ -36,6 +36,7 @@ _SCHEMAS = {
     f"{_COEFFICIENTS}, Tensor? classes, Tensor(b!)? momentum_buffer, Tensor(c!)? momentum_scale, float lr, "
     "float momentum, float weight_decay, int rounding_key, int class_start, Tensor active, "
     f"Tensor? row_ids, str backend, {_NEGATIVES}) -> ()",
+    "bias_grad": f"({_ROWS}, Tensor lse, Tensor d_lse, str backend, Tensor? class_count=None, {_NEGATIVES}) -> Tensor",
     # O(N·D) and O(N), over the rows
     "target_cosine": f"({_ROWS}, str backend) -> Tensor",
     "finish_negatives": "(Tensor negative_sum, Tensor? shift, Tensor center_sum, str backend) -> (Tensor, Tensor)",
@@ -269,6 +270,31 @@ def _weight_grad(
 @torch.library.register_fake("fused_arcface::weight_grad")
 def _weight_grad_fake(embeddings: Tensor, weight: Tensor, *rest: object, **_: object) -> Tensor:
     return torch.empty_like(weight)
+
+
+@torch.library.impl("fused_arcface::bias_grad", "default")
+def _bias_grad(
+    embeddings: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    lse: Tensor,
+    d_lse: Tensor,
+    backend: str,
+    class_count: Tensor | None = None,
+    **negatives: Any,
+) -> Tensor:
+    if weight.shape[0] == 0:
+        return lse.new_zeros(())
+    arguments = embeddings, weight, target, lse, d_lse, backend
+    result: Tensor = _run("bias_grad", *arguments, class_count=class_count, negatives=Negatives(**negatives))
+    return result
+
+
+@torch.library.register_fake("fused_arcface::bias_grad")
+def _bias_grad_fake(
+    embeddings: Tensor, weight: Tensor, target: Tensor, lse: Tensor, *_: object, **__: object
+) -> Tensor:
+    return lse.new_empty(())
 
 
 @torch.library.impl("fused_arcface::update_centers", "default")

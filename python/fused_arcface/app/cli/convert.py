@@ -32,6 +32,13 @@ def convert(
             "Default: as the source says, otherwise 1.",
         ),
     ] = None,
+    dominant: Annotated[
+        Path | None,
+        typer.Option(
+            help="A .safetensors file with dominant (C,): keep this one of the centers of each class. "
+            "fused_arcface.sub_centers finds it."
+        ),
+    ] = None,
     seed: Annotated[
         int | None,
         typer.Option(
@@ -74,6 +81,7 @@ def convert(
             num_classes=classes,
             seed=seed,
             sub_centers=sub_centers,
+            dominant=dominant,
             trust=trust,
             center_storage=center_storage,
             noted=lambda note: error.print(note, style="yellow", markup=False, highlight=False),
