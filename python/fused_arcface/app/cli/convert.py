@@ -68,7 +68,9 @@ def convert(
     directory of insightface's checkpoint_gpu_{rank}.pt,
     softmax_fc_gpu_{rank}.pt or rank_{rank}_softmax_weight.pt of any number of
     ranks; a safetensors file with weight (C, D); or a .pt file with weight
-    (C, D), pytorch-metric-learning's W (D, C), or one such tensor.
+    (C, D), pytorch-metric-learning's W (D, C), the head of AdaFace,
+    ElasticFace, MagFace, CurricularFace or InsightFace_Pytorch, a checkpoint
+    of Lightning, or one such tensor.
     """
     from fused_arcface.checkpoint import CheckpointError
     from fused_arcface.checkpoint import convert as conversion
