@@ -1,0 +1,173 @@
+// The backward pass in one launch: of 64 classes at a time and all batch rows, the gradient by the class centers,
+// scores made anew and projected in the tile.
+#pragma once
+
+#include "../scores.h"
+#include "prepare.h"
+
+namespace fa::cuda::hopper {
+
+// The batch rows of a tile, as class_gradient takes them.
+struct BatchTerms {
+  struct alignas(16) Row {
+    float scale, shift, factor, target_coefficient;
+  };
+  Row row[kRows];
+  int target[kRows];
+};
+
+template <typename Out>
+struct BackwardArgs {
+  PreparedRows classes;  // of a chunk: from class selection.first on
+  RowSelection selection;
+  const BFloat16* values;  // the chunk's rows as stored, row_stride apart
+  int64_t row_stride;
+  const BatchTerms* batch_terms;
+  int tiles;      // of the batch
+  Out* d_weight;  // (classes of the chunk, 512), out_stride apart
+  int64_t out_stride;
+  const bool* active;  // or null; where false nothing is written
+  bool ordered;
+};
+
+template <typename Out>
+struct Backward {
+  using Terms = BatchTerms;
+  const BackwardArgs<Out>& args;
+  const Terms* terms;
+
+  __device__ __forceinline__ bool is_due(int j, int tiles) const { return j + 1 == tiles; }
+
+  static constexpr int kBatch = 4;
+  __device__ __forceinline__ static void store(float a, float b, float* to) {
+    struct alignas(8) Two {
+      float at[2];
+    };
+    *reinterpret_cast<Two*>(to) = {{a, b}};
+  }
+  __device__ __forceinline__ static void store(float a, float b, BFloat16* to) {
+    *reinterpret_cast<uint32_t*>(to) = pack_bf16(a, b);
+  }
+  // With d the gradient by the unit center w^: (d - w^ <w^, d>) / |w|. `along` has the sums of gradient times score.
+  __device__ __forceinline__ void write(const Sums& u, int block, int half, const Numbers& along) const {
+    const Position at;
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int row = at.row + 8 * h;
+      const int64_t j = static_cast<int64_t>(block) * kRows + row;
+      if (j < args.selection.count) {
+        const float inverse = args.classes.inverse[j], reciprocal = args.classes.reciprocal[j];
+        // <w^, d> w^ of the row as it is stored.
+        const float projection =
+            reciprocal < 0 ? 0.0f : along[row] * inverse * (inverse * reciprocal) * args.classes.factor[j];
+        const float size = fabsf(reciprocal);
+        const int column = half * (kColumns / 2) + at.column;
+        const uint32_t* const center = reinterpret_cast<const uint32_t*>(args.values + j * args.row_stride + column);
+        Out* const out = args.d_weight + j * args.out_stride + column;
+#pragma unroll
+        for (int first = 0; first < 32; first += kBatch) {
+          uint32_t centers[kBatch];
+#pragma unroll
+          for (int k = 0; k < kBatch; ++k) centers[k] = center[(first + k) * 4];
+#pragma unroll
+          for (int k = 0; k < kBatch; ++k) {
+            const int n = first + k;
+            store(u[4 * n + 2 * h] * size - __uint_as_float(centers[k] << 16) * projection,
+                  u[4 * n + 2 * h + 1] * size - __uint_as_float(centers[k] & 0xffff0000u) * projection, out + n * 8);
+          }
+        }
+      }
+    }
+  }
+
+  // What a thread of the first warpgroup keeps of its two classes.
+  struct Rows {
+    const Backward& task;
+    Position at;
+    int first_class;
+    float inverse[2], along[2] = {0, 0};
+
+    __device__ __forceinline__ Rows(const Backward& task, const Walk&, int block, char* slot, Numbers (&)[2])
+        : task(task), first_class(static_cast<int>(task.args.selection.first) + block * kRows) {
+      const float* const factors = task.args.classes.factor + static_cast<int64_t>(block) * kRows;
+      const bool exists = static_cast<int64_t>(block) * kRows < task.args.classes.rows;
+      if (exists && *task.args.classes.odd != 0) mend_rows(slot, factors);
+#pragma unroll
+      for (int h = 0; h < 2; ++h)
+        inverse[h] = exists ? task.args.classes.inverse[static_cast<int64_t>(block) * kRows + at.row + 8 * h] : 0.0f;
+    }
+    __device__ __forceinline__ bool mends(int) const { return false; }
+    __device__ __forceinline__ void mend(int, char*) const {}
+
+    // Few tiles have a row whose target is among these classes.
+    __device__ __forceinline__ void weigh(const Scores& d, const Terms& terms, int, Weights& p, Numbers (&)[2]) {
+      const unsigned first = static_cast<unsigned>(terms.target[at.lane] - first_class);
+      const unsigned second = static_cast<unsigned>(terms.target[at.lane + kWarp] - first_class);
+      if (any_of_warp(first < kRows || second < kRows))
+        weigh_as<true>(d, terms, p);
+      else
+        weigh_as<false>(d, terms, p);
+    }
+    template <bool with_targets>
+    __device__ __forceinline__ void weigh_as(const Scores& d, const Terms& terms, Weights& p) {
+      float sums[2] = {0, 0};
+#pragma unroll
+      for (int n = 0; n < 8; ++n) {
+        const int column = at.column + n * 8;
+        const BatchTerms::Row batch[2] = {terms.row[column], terms.row[column + 1]};
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          float gradient[2];
+#pragma unroll
+          for (int i = 0; i < 2; ++i) {
+            const float exponent = fmaf(d[4 * n + 2 * h + i] * inverse[h], batch[i].scale, -batch[i].shift);
+            gradient[i] = batch[i].factor * exp2_approximate(exponent);
+            if (with_targets && terms.target[column + i] - first_class == at.row + 8 * h)
+              gradient[i] = batch[i].target_coefficient;
+          }
+          const uint32_t both = pack_bf16(gradient[0], gradient[1]);
+          p[2 * n + h] = both;
+          // From the very numbers that the product will take.
+          sums[h] = fmaf(__uint_as_float(both << 16), d[4 * n + 2 * h], sums[h]);
+          sums[h] = fmaf(__uint_as_float(both & 0xffff0000u), d[4 * n + 2 * h + 1], sums[h]);
+        }
+      }
+#pragma unroll
+      for (int h = 0; h < 2; ++h) along[h] += sums[h];
+    }
+
+    __device__ __forceinline__ void finish(Numbers (&to)[2], uint32_t place) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+#pragma unroll
+        for (int mask = 1; mask <= 2; mask *= 2) along[h] += __shfl_xor_sync(0xffffffffu, along[h], mask);
+        if (at.lane % 4 == 0) to[place][at.row + 8 * h] = along[h];
+      }
+    }
+  };
+};
+
+// Grid: as many blocks as run at once; each takes every gridDim.x-th block of classes.
+template <int cluster, typename Out>
+__global__ void __cluster_dims__(cluster, 1, 1) __launch_bounds__(kBlockThreads, 1)
+    weight_grad_kernel(const __grid_constant__ TensorMap classes, const __grid_constant__ TensorMap batch,
+                       const __grid_constant__ BackwardArgs<Out> args) {
+  if (args.active != nullptr && !*args.active) return;
+  const int blocks = static_cast<int>((args.selection.count + kRows - 1) / kRows);
+  const int padded = (blocks + cluster - 1) / cluster * cluster, first = static_cast<int>(blockIdx.x);
+  run<cluster>(Backward<Out>{args, args.batch_terms},
+               {&classes, &batch, first, static_cast<int>(gridDim.x), padded, 0, args.tiles, args.ordered});
+}
+
+// What a tile of batch rows takes with it, from the terms of all rows.
+static __global__ void __launch_bounds__(kRowThreads)
+    batch_terms_kernel(RowTerms terms, int64_t rows, BatchTerms* out) {
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * kRowThreads + threadIdx.x;
+  if (i >= rows) return;
+  BatchTerms& tile = out[i / kRows];
+  tile.row[i % kRows] = {terms.scale[i], terms.shift[i], terms.factor[i], terms.target_coefficient[i]};
+  const int64_t target = terms.target[i];
+  tile.target[i % kRows] = target >= 0 && target <= 0x7fffffff ? static_cast<int>(target) : -1;
+}
+
+}  // namespace fa::cuda::hopper

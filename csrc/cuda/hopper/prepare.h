@@ -1,0 +1,107 @@
+// What the passes need of rows before they begin: norms of all, and copies of those that are no plain bf16 rows.
+#pragma once
+
+#include "../rows.h"
+#include "block.h"
+
+namespace fa::cuda::hopper {
+
+// Rows of 512 bf16 numbers as the passes take them: unit row = inverse * (factor * row as stored).
+struct PreparedRows {
+  BFloat16* values;   // (rows, 512), or null: they are used where they lie
+  float* inverse;     // (rows,) 0 for padding
+  float* reciprocal;  // (rows,) as Panel's: 1 / max(norm, epsilon), negative where epsilon is greater
+  float* factor;      // (rows,) a power of two; 0 for padding, whose numbers may be NaN
+  int* odd;           // whether any factor is neither 0 nor 1
+  int64_t rows;       // a multiple of 64
+};
+
+// Norms for which exponentials (2^93 at a scale of 64) times inverses, and sums of products with batch rows in [1, 2),
+// keep well within bf16's and fp32's range. A zero row does so, too.
+constexpr float kLeastSquares = 0x1p-80f, kMostSquares = 0x1p80f;
+
+// A warp a row. Copies have their largest magnitude in [1, 2) by a power of two, which is exact; what is used where it
+// lies has a factor only where its norm is out of range.
+template <typename Source>
+__global__ void __launch_bounds__(kRowThreads)
+    prepare_rows_kernel(const Source* data, int64_t row_stride, int64_t column_stride, RowSelection selection,
+                        PreparedRows out) {
+  constexpr int kEach = kColumns / kWarp;
+  const int lane = threadIdx.x % kWarp;
+  const int64_t row = static_cast<int64_t>(blockIdx.x) * (kRowThreads / kWarp) + threadIdx.x / kWarp;
+  if (row >= out.rows) return;
+  const int64_t in_matrix = selection.row(row);
+  float x[kEach] = {};
+  if (in_matrix >= 0) {
+    const Source* const from = data + in_matrix * row_stride;
+#pragma unroll
+    for (int i = 0; i < kEach; i += 4) {
+      float four[4];
+      const int d = (i / 4 * kWarp + lane) * 4;
+      load_four(from + d * column_stride, column_stride, kColumns - d, four);
+      // Rounded once to the numbers of the product; bf16 stays as it is.
+#pragma unroll
+      for (int k = 0; k < 4; ++k) x[i + k] = to_float(to_bf16(four[k]));
+    }
+  }
+  float largest = 0, plain_squares = 0;
+#pragma unroll
+  for (int i = 0; i < kEach; ++i) {
+    largest = fmaxf(largest, fabsf(x[i]));
+    plain_squares += x[i] * x[i];
+  }
+  largest = warp_max(largest);
+  plain_squares = warp_sum(plain_squares);
+  const bool in_range = plain_squares >= kLeastSquares && plain_squares <= kMostSquares;
+  const bool as_it_is = out.values == nullptr && (in_range || largest == 0);
+  // 2^-k for `largest` in [2^k, 2^(k+1)), kept within the normal numbers.
+  const uint32_t exponent = __float_as_uint(largest) >> 23;
+  const float scaling = __uint_as_float((254u - (exponent < 1 ? 1 : exponent > 253 ? 253 : exponent)) << 23);
+  const float factor = as_it_is ? 1.0f : scaling;
+  float squares = 0;
+#pragma unroll
+  for (int i = 0; i < kEach; ++i) {
+    x[i] *= factor;
+    squares += x[i] * x[i];
+  }
+  squares = warp_sum(squares);
+  if (out.values != nullptr) {
+#pragma unroll
+    for (int i = 0; i < kEach; i += 4) {
+      const float four[4] = {x[i], x[i + 1], x[i + 2], x[i + 3]};
+      store_four(out.values + row * kColumns + (i / 4 * kWarp + lane) * 4, 1, 4, four,
+                 [](float value, BFloat16* to, int) { convert(value, to); });
+    }
+  }
+  if (lane != 0) return;
+  const bool present = in_matrix >= 0;
+  const double norm = sqrt(static_cast<double>(squares)) / factor;
+  const double floored = norm < kNormEpsilon ? kNormEpsilon : norm;  // NaN stays
+  out.inverse[row] = present ? static_cast<float>(1 / (floored * factor)) : 0.0f;
+  out.reciprocal[row] = present ? static_cast<float>(norm < kNormEpsilon ? -1 / floored : 1 / floored) : 0.0f;
+  out.factor[row] = !present ? 0.0f : out.values != nullptr ? 1.0f : factor;
+  if (present && out.values == nullptr && factor != 1) *out.odd = 1;  // whoever writes it writes this
+}
+
+// A tile or a block of classes in shared memory, row by row times its factor, before a product reads it. All threads of
+// the warpgroup come here.
+__device__ __forceinline__ void mend_rows(char* slot, const float* factors) {
+  const int row = threadIdx.x % kWarpGroup / 2, half = threadIdx.x % 2;
+  const float factor = factors[row];
+  struct alignas(16) Chunk {
+    BFloat16 at[8];
+  };
+  if (factor != 1)
+    for (int i = 0; i < kBoxes / 2 * 8; ++i) {
+      Chunk& chunk =
+          *reinterpret_cast<Chunk*>(slot + (half * (kBoxes / 2) + i / 8) * kBoxBytes + row * 128 + i % 8 * 16);
+      Chunk mended = chunk;
+#pragma unroll
+      for (int k = 0; k < 8; ++k) mended.at[k] = factor == 0 ? BFloat16{0} : to_bf16(to_float(chunk.at[k]) * factor);
+      store_shared(&chunk, mended);
+    }
+  fence_async();
+  named_sync<1, kWarpGroup>();
+}
+
+}  // namespace fa::cuda::hopper
