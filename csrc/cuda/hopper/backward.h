@@ -38,43 +38,40 @@ struct Backward {
 
   __device__ __forceinline__ bool is_due(int j, int tiles) const { return j + 1 == tiles; }
 
-  static constexpr int kBatch = 4;
-  __device__ __forceinline__ static void store(float a, float b, float* to) {
-    struct alignas(8) Two {
-      float at[2];
-    };
-    *reinterpret_cast<Two*>(to) = {{a, b}};
-  }
-  __device__ __forceinline__ static void store(float a, float b, BFloat16* to) {
-    *reinterpret_cast<uint32_t*>(to) = pack_bf16(a, b);
-  }
+  struct alignas(2 * sizeof(Out)) Two {
+    Out at[2];
+  };
+
   // With d the gradient by the unit center w^: (d - w^ <w^, d>) / |w|. `along` has the sums of gradient times score.
   __device__ __forceinline__ void write(const Sums& u, int block, int half, const Numbers& along) const {
     const Position at;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      const int row = at.row + 8 * h;
+      const int row = at.row + 8 * h, column = half * (kColumns / 2) + at.column;
       const int64_t j = static_cast<int64_t>(block) * kRows + row;
-      if (j < args.selection.count) {
-        const float inverse = args.classes.inverse[j], reciprocal = args.classes.reciprocal[j];
-        // <w^, d> w^ of the row as it is stored.
-        const float projection =
-            reciprocal < 0 ? 0.0f : along[row] * inverse * (inverse * reciprocal) * args.classes.factor[j];
-        const float size = fabsf(reciprocal);
-        const int column = half * (kColumns / 2) + at.column;
-        const uint32_t* const center = reinterpret_cast<const uint32_t*>(args.values + j * args.row_stride + column);
-        Out* const out = args.d_weight + j * args.out_stride + column;
+      if (j >= args.selection.count) continue;
+      const float reciprocal = args.classes.reciprocal[j], inverse = args.classes.inverse[j];
+      // <w^, d> w^, of the row as it is stored.
+      const float projection = reciprocal < 0 ? 0.0f : along[row] * inverse * (inverse * args.classes.factor[j]);
+      const float size = fabsf(reciprocal);
+      const uint32_t* const center = reinterpret_cast<const uint32_t*>(args.values + j * args.row_stride + column);
+      Out* const out = args.d_weight + j * args.out_stride + column;
+      constexpr int kBatch = 4;  // loads under way; with more of them the sums' registers would not suffice
 #pragma unroll
-        for (int first = 0; first < 32; first += kBatch) {
-          uint32_t centers[kBatch];
+      for (int first = 0; first < 32; first += kBatch) {
+        uint32_t centers[kBatch];
 #pragma unroll
-          for (int k = 0; k < kBatch; ++k) centers[k] = center[(first + k) * 4];
+        for (int k = 0; k < kBatch; ++k) centers[k] = center[(first + k) * 4];
 #pragma unroll
-          for (int k = 0; k < kBatch; ++k) {
-            const int n = first + k;
-            store(u[4 * n + 2 * h] * size - __uint_as_float(centers[k] << 16) * projection,
-                  u[4 * n + 2 * h + 1] * size - __uint_as_float(centers[k] & 0xffff0000u) * projection, out + n * 8);
-          }
+        for (int k = 0; k < kBatch; ++k) {
+          const int n = first + k;
+          const auto by_row = [&](float d, uint32_t center) {
+            return (d - __uint_as_float(center) * projection) * size;
+          };
+          Two gradient;
+          convert(by_row(u[4 * n + 2 * h], centers[k] << 16), &gradient.at[0]);
+          convert(by_row(u[4 * n + 2 * h + 1], centers[k] & 0xffff0000u), &gradient.at[1]);
+          *reinterpret_cast<Two*>(out + n * 8) = gradient;
         }
       }
     }
