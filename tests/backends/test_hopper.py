@@ -1,5 +1,5 @@
-"""The kernels for compute capability 9.0 (csrc/cuda/hopper): their source on emulated clusters on any machine, and on such
-a GPU where there is one. Emulated, each cluster runs under another schedule of copies, products and warps.
+"""The kernels for compute capability 9.0 (csrc/cuda/hopper): their source on emulated clusters on any machine, and on
+such a GPU where there is one. Emulated, each cluster runs under another schedule of copies, products and warps.
 """
 
 from __future__ import annotations

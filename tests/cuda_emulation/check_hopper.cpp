@@ -2,6 +2,7 @@
 // beside the threads. Exit status 1 and a line for each result that is off. Arguments: none, "quick" (three schedules),
 // "long" (one slice of more classes than a block's accumulators may keep).
 #include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <numeric>
 #include <string>
@@ -131,6 +132,7 @@ void check_all(const Setting& s, int first_schedule, int step) {
     std::fflush(stdout);
     check(s, p, answer, to_bf16(p.w), fa::Dtype::kBFloat16);
     if (!s.odd_rows) check(s, p, answer, to_fp32(p.w), fa::Dtype::kFloat32);
+    if (failures > 0) std::exit(1);
   }
 }
 

@@ -79,6 +79,8 @@ inline char* swizzled_shared() {
   return reinterpret_cast<char*>((start + 1023) / 1024 * 1024);
 }
 
+inline void check_alignment() {}
+
 inline void barrier_init(uint64_t* barrier, int arrivals) { emulation::barrier_init(barrier, arrivals); }
 inline void barrier_init_fence() {}
 inline void barrier_arrive(uint64_t* barrier) { emulation::barrier_arrive(barrier, emulation::self().rank); }
@@ -108,7 +110,10 @@ inline void fence_async() { emulation::fence_async(); }
 
 inline void product_fence() { emulation::product_fence(); }
 inline void product_commit() { emulation::product_commit(); }
-inline void product_wait() { emulation::product_wait(); }
+template <int count>
+inline void product_wait(float (&)[count]) {
+  emulation::product_wait();
+}
 inline void multiply_scores(float (&d)[32], const uint32_t (&a)[4], uint64_t b, bool add) {
   emulation::product({64, d, a, 0, b, add, false});
 }

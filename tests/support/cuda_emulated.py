@@ -108,9 +108,20 @@ def _program(
 def checker(csrc: Path = ROOT / "csrc", *, threads: bool = False, cache: Path = CACHE) -> Path:
     """The program tests/cuda_emulation/check.cpp over the sources in ``csrc``; with ``threads`` under
     ThreadSanitizer."""
-    # The emulation is compiled without it: what it does between a warp's lanes must not look like an order (threads.cpp).
+    # The emulation is compiled without it: what it does between a warp's lanes must not look like an order.
     fixed, more = (_THREADS, ("-fsanitize=thread",)) if threads else (_FIBRES, ())
     return _program("check", fixed, (EMULATION / "check.cpp",), csrc, cache, more)
+
+
+def mutated(folder: Path, file: str, old: str, new: str) -> Path:
+    """A copy of ``csrc`` in a folder, with a change of one file of ``csrc/cuda``."""
+    csrc = folder / "csrc"
+    shutil.copytree(ROOT / "csrc", csrc)
+    path = csrc / "cuda" / file
+    source = path.read_text()
+    assert old in source, f"{file} no longer has {old!r}"
+    path.write_text(source.replace(old, new))
+    return csrc
 
 
 def hopper_checker(csrc: Path = ROOT / "csrc", *, cache: Path = CACHE) -> Path:

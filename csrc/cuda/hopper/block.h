@@ -199,7 +199,7 @@ __device__ __forceinline__ void make_weights(const Task& task, const Walk& walk,
       for (int k = kRegisterSteps; k < kSteps; ++k)
         multiply_scores(d, step(last_at, k - kRegisterSteps), step(tile_at, k));
       product_commit();
-      product_wait();
+      product_wait(d);
       if (at.lane == 0) barrier_arrive(&s.scores_done[turn.place()]);
 
       Weights p;
@@ -257,7 +257,7 @@ __device__ __forceinline__ void add_up(const Task& task, const Walk& walk, Share
       for (int k = 0; k < kRows / 16; ++k)
         multiply_values(u, rows_of_depth(weights_at + k * 32), rows_of_columns(tile_at + k * 16 * 128, kBoxBytes));
       product_commit();
-      product_wait();
+      product_wait(u);
       release<cluster>(&s.empty[slot.place], lane, 1);
       const bool due = task.is_due(j, walk.tiles);
       // The scores of two tiles on may take the weights' place, and of a block on its numbers.
@@ -284,6 +284,7 @@ template <int cluster, typename Task>
 __device__ __forceinline__ void run(const Task& task, const Walk& walk) {
   auto& s = shared_memory<typename Task::Terms>();
   if (threadIdx.x == 0) {
+    check_alignment();
     for (int i = 0; i < kSlots; ++i) {
       barrier_init(&s.full[i][0], 1);
       barrier_init(&s.full[i][1], 1);

@@ -14,10 +14,14 @@ namespace fa::cuda::hopper {
 
 using TensorMap = CUtensorMap;
 
-// The block's dynamic shared memory, aligned for the swizzle: there is no other shared memory that could be before it.
+// The block's dynamic shared memory. It begins at a multiple of 1024 bytes, as the swizzle needs it, since there is no
+// other: the system keeps the first 1024 bytes. check_alignment ends the kernel where that should be otherwise.
 __device__ __forceinline__ char* swizzled_shared() {
   extern __shared__ __align__(1024) char swizzled_memory[];
   return swizzled_memory;
+}
+__device__ __forceinline__ void check_alignment() {
+  if (shared_address(swizzled_shared()) % 1024 != 0) __trap();
 }
 
 // Barriers of arrivals and bytes (mbarrier). A phase ends when all arrivals and all announced bytes have come; the next
@@ -94,7 +98,13 @@ __device__ __forceinline__ void fence_async() { asm volatile("fence.proxy.async.
 // until the wait those registers, and what lies in shared memory, must be left alone.
 __device__ __forceinline__ void product_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void product_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-__device__ __forceinline__ void product_wait() { asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory"); }
+// Until all committed products are done. The accumulators are named, so that the compiler reads none of them before.
+template <int count>
+__device__ __forceinline__ void product_wait(float (&accumulators)[count]) {
+  asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+#pragma unroll
+  for (int i = 0; i < count; ++i) asm volatile("" : "+f"(accumulators[i])::"memory");
+}
 
 // Four 8 x 8 matrices of 16-bit numbers to shared memory, laid out as load_matrices reads them.
 __device__ __forceinline__ void store_matrices(char* row, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
