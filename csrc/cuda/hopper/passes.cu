@@ -57,13 +57,10 @@ struct Batch {
 
   void start(double scale, const double* shift, const int64_t* target, const float* negative_coefficient,
              const float* target_coefficient, const Stream& stream) const {
-    prepare(embeddings, {0, embeddings.rows, nullptr, nullptr, embeddings.rows}, rows_of_all(), stream);
+    prepare(embeddings, {0, embeddings.rows, nullptr, nullptr, embeddings.rows}, rows, stream);
     launch("row_terms", row_terms_kernel, {ceil_div(rows.rows, kRowThreads)}, kRowThreads, 0, stream, as_panel(rows),
            embeddings.rows, scale, shift, target, negative_coefficient, target_coefficient, terms);
   }
-
- private:
-  PreparedRows rows_of_all() const { return rows; }
 };
 
 // fn(classes of a chunk, the map of their rows) for each chunk, prepared.
@@ -83,10 +80,10 @@ void for_each_chunk(const Matrix& weight, RowSelection selection, const Prepared
 }
 
 // As many classes as the budget allows, whole rounds of the multiprocessors.
-int64_t chunk_of(int64_t classes, const PassOptions& options) {
+int64_t chunk_of(int64_t classes, bool copied, bool with_gradient, const PassOptions& options) {
+  const int64_t bytes = kColumns * (copied ? sizeof(BFloat16) : 0) + kColumns * (with_gradient ? sizeof(float) : 0);
   const int64_t round = int64_t{kRows} * options.multiprocessors;
-  const int64_t budget = options.center_bytes / (kColumns * static_cast<int64_t>(sizeof(BFloat16)));
-  return std::min(std::max<int64_t>(budget / round, 1) * round, classes);
+  return std::min(std::max<int64_t>(options.center_bytes / bytes / round, 1) * round, classes);
 }
 
 // Projected gradients (classes of a chunk, 512) into a matrix of any dtype and strides, or a step of the optimizer.
@@ -122,7 +119,7 @@ void launch_weight_grad(const TensorMap& classes, const TensorMap& batch, const 
                         const PassOptions& options, const Stream& stream) {
   const int cluster = options.cluster;
   const int64_t blocks = round_up(ceil_div(args.selection.count, kRows), cluster);
-  const Grid grid{std::min<int64_t>(blocks, options.multiprocessors / cluster * cluster), 1, 1, cluster};
+  const Grid grid{std::min<int64_t>(blocks, std::max(options.multiprocessors / cluster, 1) * cluster), 1, 1, cluster};
   launch("weight_grad", cluster == 2 ? weight_grad_kernel<2, Out> : weight_grad_kernel<1, Out>, grid, kBlockThreads,
          sizeof(Shared<BatchTerms>), stream, classes, batch, args);
 }
@@ -135,7 +132,7 @@ int64_t HopperPasses::class_stats(const ClassStatsArgs& args, const int64_t* cla
   const bool copied = !is_plain(args.weight);
   Arena arena(workspace);
   const Batch batch(arena, args.embeddings, options.cluster);
-  const PreparedRows classes = take_rows(arena, copied ? chunk_of(C, options) : C, copied, batch.odd);
+  const PreparedRows classes = take_rows(arena, copied ? chunk_of(C, true, false, options) : C, copied, batch.odd);
   // One round of blocks; each slice of the classes at least a tile.
   const int64_t slices = std::clamp<int64_t>(options.multiprocessors / batch.blocks(), 1, classes.rows / kRows);
   const int64_t sums = slices * batch.rows.rows;
@@ -176,7 +173,7 @@ int64_t HopperPasses::weight_grad(const WeightGradArgs& args, const CenterStep* 
   const bool written = as_bf16 || as_fp32;  // by the kernel itself
   Arena arena(workspace);
   const Batch batch(arena, args.embeddings, 1);
-  const int64_t chunk = copied || !written ? chunk_of(selection.count, options) : selection.count;
+  const int64_t chunk = copied || !written ? chunk_of(selection.count, copied, !written, options) : selection.count;
   const PreparedRows classes = take_rows(arena, chunk, copied, batch.odd);
   BatchTerms* const batch_terms = arena.take<BatchTerms>(batch.blocks());
   float* const gradient = written ? nullptr : arena.take<float>(classes.rows * kColumns);

@@ -27,6 +27,7 @@ __global__ void __launch_bounds__(kRowThreads)
     prepare_rows_kernel(const Source* data, int64_t row_stride, int64_t column_stride, RowSelection selection,
                         PreparedRows out) {
   constexpr int kEach = kColumns / kWarp;
+  constexpr float kEpsilon = static_cast<float>(kNormEpsilon);
   const int lane = threadIdx.x % kWarp;
   const int64_t row = static_cast<int64_t>(blockIdx.x) * (kRowThreads / kWarp) + threadIdx.x / kWarp;
   if (row >= out.rows) return;
@@ -75,12 +76,23 @@ __global__ void __launch_bounds__(kRowThreads)
   }
   if (lane != 0) return;
   const bool present = in_matrix >= 0;
-  const double norm = sqrt(static_cast<double>(squares)) / factor;
-  const double floored = norm < kNormEpsilon ? kNormEpsilon : norm;  // NaN stays
-  out.inverse[row] = present ? static_cast<float>(1 / (floored * factor)) : 0.0f;
-  out.reciprocal[row] = present ? static_cast<float>(norm < kNormEpsilon ? -1 / floored : 1 / floored) : 0.0f;
-  out.factor[row] = !present ? 0.0f : out.values != nullptr ? 1.0f : factor;
-  if (present && out.values == nullptr && factor != 1) *out.odd = 1;  // whoever writes it writes this
+  if (!present) {
+    out.inverse[row] = out.reciprocal[row] = out.factor[row] = 0;
+    return;
+  }
+  if (factor == 1) {  // most of them, so without fp64
+    const float norm = sqrtf(squares), inverse = 1 / (norm < kEpsilon ? kEpsilon : norm);  // NaN stays
+    out.inverse[row] = inverse;
+    out.reciprocal[row] = norm < kEpsilon ? -inverse : inverse;
+  } else {
+    const double norm = sqrt(static_cast<double>(squares)) / factor;
+    const double floored = norm < kNormEpsilon ? kNormEpsilon : norm;
+    out.inverse[row] = static_cast<float>(1 / (floored * factor));
+    out.reciprocal[row] = static_cast<float>(norm < kNormEpsilon ? -1 / floored : 1 / floored);
+  }
+  const bool mended = out.values == nullptr && factor != 1;
+  out.factor[row] = mended ? factor : 1.0f;
+  if (mended) *out.odd = 1;  // whoever writes it writes this
 }
 
 // A tile or a block of classes in shared memory, row by row times its factor, before a product reads it. All threads of
