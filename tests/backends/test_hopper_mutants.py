@@ -81,10 +81,8 @@ MUTANTS = (
            "rows.finish(s.numbers, 0);"),
     Mutant("no fence after the last box", "block.h", "  fence_async();\n  named_sync<1, kWarpGroup>();\n}\n",
            "  named_sync<1, kWarpGroup>();\n}\n"),
-    Mutant("no barrier of the cluster at the end", "block.h",
-           "  if constexpr (cluster > 1) cluster_sync();  //", "  //"),
     Mutant("no barrier before the first copies", "block.h",
-           "    cluster_sync();\n  else\n    __syncthreads();", "    ;"),
+           "  if constexpr (cluster > 1)\n    cluster_sync();\n  else\n    __syncthreads();\n", ""),
     Mutant("more registers than there are", "block.h", "kScoreRegisters = 184", "kScoreRegisters = 192"),
     # Copies.
     Mutant("fewer bytes expected", "block.h", "barrier_arrive_expecting(full, kTileBytes / 2 +",

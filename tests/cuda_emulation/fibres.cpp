@@ -150,6 +150,11 @@ void run_cluster(int threads, bool backwards, std::mt19937& random) {
 Thread& self() { return current->thread; }
 int number_in_cluster() { return current->number; }
 int threads_of_block() { return block_threads; }
+bool has_ended(int rank) {
+  const auto done = [](const std::unique_ptr<Fibre>& fibre) { return fibre->done; };
+  const auto first = fibres.begin() + rank * block_threads;
+  return std::all_of(first, first + block_threads, done);
+}
 char* shared_of(int rank) { return blocks[rank].shared->start(); }
 
 void until(const std::function<bool()>& condition, const char* what) {

@@ -9,6 +9,8 @@ namespace emulation {
 int number_in_cluster();
 int threads_of_block();
 char* shared_of(int rank);
+// All threads of a block of the cluster: nothing may reach it any more.
+bool has_ended(int rank);
 
 // Holds this thread until the condition is true. `what`: for the report of a deadlock.
 void until(const std::function<bool()>& condition, const char* what);

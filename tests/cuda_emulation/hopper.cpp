@@ -81,6 +81,7 @@ size_t grain(uint32_t address) { return (address - kBase) / 16; }
 Barrier& barrier_at(int rank, uint32_t address) {
   if (address % 8 != 0) fail("a barrier off its alignment");
   if (rank < 0 || rank >= static_cast<int>(blocks.size())) fail("a block that the cluster does not have");
+  if (has_ended(rank)) fail("a copy or an arrival at a block that has ended");
   const auto found = blocks[rank].barriers.find(address);
   if (found == blocks[rank].barriers.end()) fail("a barrier that was not made");
   return found->second;
