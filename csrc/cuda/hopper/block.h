@@ -180,8 +180,9 @@ __device__ __forceinline__ void make_weights(const Task& task, const Walk& walk,
 #pragma unroll 1
     for (int j = 0; j < walk.tiles; ++j) {
       char* const tile = s.ring[slot.place];
-      const uint32_t tile_at = shared_address(tile), last_at = shared_address(s.last_box);
-      const auto step = [](uint32_t at, int k) { return rows_of_depth(at + k / 4 * kBoxBytes + k % 4 * 32); };
+      const uint64_t rows_of_tile = rows_of_depth(shared_address(tile));
+      const uint64_t last_box = rows_of_depth(shared_address(s.last_box));
+      const auto step = [](uint64_t rows, int k) { return further(rows, k / 4 * kBoxBytes + k % 4 * 32); };
       Scores d;
       barrier_wait(&s.full[slot.place][0], slot.parity);
       if (rows.mends(j)) {
@@ -190,14 +191,14 @@ __device__ __forceinline__ void make_weights(const Task& task, const Walk& walk,
       }
       product_fence();
 #pragma unroll
-      for (int k = 0; k < kSteps / 2; ++k) multiply_scores(d, stationary[k], step(tile_at, k), k > 0);
+      for (int k = 0; k < kSteps / 2; ++k) multiply_scores(d, stationary[k], step(rows_of_tile, k), k > 0);
       barrier_wait(&s.full[slot.place][1], slot.parity);
       product_fence();  // the wait's branch has ended the batch
 #pragma unroll
-      for (int k = kSteps / 2; k < kRegisterSteps; ++k) multiply_scores(d, stationary[k], step(tile_at, k), true);
+      for (int k = kSteps / 2; k < kRegisterSteps; ++k) multiply_scores(d, stationary[k], step(rows_of_tile, k), true);
 #pragma unroll
       for (int k = kRegisterSteps; k < kSteps; ++k)
-        multiply_scores(d, step(last_at, k - kRegisterSteps), step(tile_at, k));
+        multiply_scores(d, step(last_box, k - kRegisterSteps), step(rows_of_tile, k));
       product_commit();
       product_wait(d);
       if (at.lane == 0) barrier_arrive(&s.scores_done[turn.place()]);
@@ -250,12 +251,11 @@ __device__ __forceinline__ void add_up(const Task& task, const Walk& walk, Share
       barrier_wait(&s.weights_full[turn.place()], turn.parity());
       const Turn next{turn.count + 1};
       if (walk.ordered && j + 1 < walk.tiles) barrier_wait(&s.scores_done[next.place()], next.parity());
-      const uint32_t weights_at = shared_address(s.weights[turn.place()]);
-      const uint32_t tile_at = shared_address(s.ring[slot.place]) + half * (kTileBytes / 2);
+      const uint64_t weights = rows_of_depth(shared_address(s.weights[turn.place()]));
+      const uint64_t columns = rows_of_columns(shared_address(s.ring[slot.place]) + half * (kTileBytes / 2), kBoxBytes);
       product_fence();
 #pragma unroll
-      for (int k = 0; k < kRows / 16; ++k)
-        multiply_values(u, rows_of_depth(weights_at + k * 32), rows_of_columns(tile_at + k * 16 * 128, kBoxBytes));
+      for (int k = 0; k < kRows / 16; ++k) multiply_values(u, further(weights, k * 32), further(columns, k * 16 * 128));
       product_commit();
       product_wait(u);
       release<cluster>(&s.empty[slot.place], lane, 1);
