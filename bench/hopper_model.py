@@ -37,8 +37,8 @@ class Machine:
     """Of the weights, with the fence."""
     barrier: int = 50
     load_stationary: int = 700
-    epilogue: int = 5000
-    """Of a block's sums: 16 rounds of loads out of L2 and stores."""
+    epilogue: int = 2500
+    """Of a block's sums: four rounds of loads out of L2 and stores."""
     skew: int = 50
     """Of the blocks of a cluster."""
 

@@ -152,6 +152,7 @@ inline int uniform(int value) {
   emulation::collective(emulation::Collective::kFirst, &value, &first);
   return first;
 }
+inline int fresh(int value) { return value; }
 template <int count>
 inline void take_registers() {
   emulation::change_registers(count, true);

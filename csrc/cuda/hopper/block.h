@@ -140,20 +140,19 @@ __device__ __forceinline__ void release(uint64_t* empty, int lane, int times) {
   }
 }
 
-// The stationary rows from a slot into registers, but for the last box, which is copied.
+// The stationary rows from a slot into registers, but for the last box, which is copied. The addresses are computed
+// anew for each block: kept, they would take registers from the loop over the tiles.
 template <typename Terms>
 __device__ __forceinline__ void load_stationary(uint32_t (&rows)[kRegisterSteps][4], const char* slot,
                                                 Shared<Terms>& s) {
-  const Position at;
-  const int row = at.warp * 16 + (at.lane & 15);
+  const int t = fresh(threadIdx.x % kWarpGroup), lane = t % kWarp, row = t / kWarp * 16 + (lane & 15);
   named_sync<1, kWarpGroup>();  // no warp's products of the block before read the last box any more
 #pragma unroll
   for (int k = 0; k < kRegisterSteps; ++k)
-    load_matrices(rows[k], slot + k / 4 * kBoxBytes + chunk_offset(row, k % 4 * 2 + (at.lane >> 4)));
+    load_matrices(rows[k], slot + k / 4 * kBoxBytes + chunk_offset(row, k % 4 * 2 + (lane >> 4)));
   struct alignas(16) Chunk {
     uint32_t word[4];
   };
-  const int t = threadIdx.x % kWarpGroup;
 #pragma unroll
   for (int i = 0; i < kBoxBytes / 16 / kWarpGroup; ++i)
     store_shared(reinterpret_cast<Chunk*>(s.last_box) + i * kWarpGroup + t,

@@ -137,6 +137,12 @@ __device__ __forceinline__ bool any_of_warp(bool value) { return __any_sync(0xff
 // The first lane's, which the compiler then knows to be the same in all lanes.
 __device__ __forceinline__ int uniform(int value) { return __shfl_sync(0xffffffffu, value, 0); }
 
+// The same value, which the compiler takes for another: nothing that follows from it is kept in registers for later.
+__device__ __forceinline__ int fresh(int value) {
+  asm volatile("" : "+r"(value));
+  return value;
+}
+
 // The registers of each thread of this warpgroup from here on: taken from, or given back to, the block's pool.
 template <int count>
 __device__ __forceinline__ void take_registers() {
