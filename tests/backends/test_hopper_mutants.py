@@ -122,7 +122,7 @@ MUTANTS = (
     Mutant("odd rows as they are", "forward.h", "*task.args.classes.odd != 0 ? 0 : ", ""),
     Mutant("targets of the first chunk", "forward.h", " - task.args.selection.first", ""),
     Mutant("the first slice's factors", "forward.h", "factor + task.first_class() + j", "factor + j"),
-    Mutant("center sums of the last chunk", "forward.h", "{{old.at[0] + u[", "{{0 * old.at[0] + u["),
+    Mutant("center sums of the last chunk", "forward.h", "{{old[k].at[0] + sums[0]", "{{sums[0]"),
     Mutant("sums of the last tiles", "forward.h", "totals[h][threadIdx.x] += sum[h]", "totals[h][threadIdx.x] = sum[h]",
            which="long"),
     Mutant("sums handed over twice", "forward.h", " += sum[h], sum[h] = 0;", " += sum[h];", which="long"),

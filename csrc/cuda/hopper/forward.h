@@ -41,13 +41,20 @@ struct Forward {
     struct alignas(8) Two {
       float at[2];
     };
+    constexpr int kBatch = 16;  // loads under way
 #pragma unroll
-    for (int n = 0; n < 32; ++n)
+    for (int h = 0; h < 2; ++h)
 #pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        Two* const to = reinterpret_cast<Two*>(out + h * 8 * kColumns + n * 8);
-        const Two old = *to;
-        *to = {{old.at[0] + u[4 * n + 2 * h], old.at[1] + u[4 * n + 2 * h + 1]}};
+      for (int first = 0; first < 32; first += kBatch) {
+        Two* const to = reinterpret_cast<Two*>(out + h * 8 * kColumns);
+        Two old[kBatch];
+#pragma unroll
+        for (int k = 0; k < kBatch; ++k) old[k] = to[(first + k) * 4];
+#pragma unroll
+        for (int k = 0; k < kBatch; ++k) {
+          const float* const sums = u + 4 * (first + k) + 2 * h;
+          to[(first + k) * 4] = {{old[k].at[0] + sums[0], old[k].at[1] + sums[1]}};
+        }
       }
   }
 
