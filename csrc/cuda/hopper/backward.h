@@ -18,7 +18,7 @@ struct BatchTerms {
 
 template <typename Out>
 struct BackwardArgs {
-  PreparedRows classes;  // of a chunk: from class selection.first on
+  PreparedRows classes;  // of a chunk, from class selection.first on; its terms null: measured where the rows lie
   RowSelection selection;
   const BFloat16* values;  // the chunk's rows as stored, row_stride apart
   int64_t row_stride;
@@ -42,18 +42,15 @@ struct Backward {
     Out at[2];
   };
 
-  // With d the gradient by the unit center w^: (d - w^ <w^, d>) / |w|. `along` has the sums of gradient times score.
-  __device__ __forceinline__ void write(const Sums& u, int block, int half, const Numbers& along) const {
+  // With d the gradient by the unit center w^: (d - w^ <w^, d>) / |w|. `numbers` has what finish says.
+  __device__ __forceinline__ void write(const Sums& u, int block, int half, const Numbers& numbers) const {
     const Position at;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const int row = at.row + 8 * h, column = half * (kColumns / 2) + at.column;
       const int64_t j = static_cast<int64_t>(block) * kRows + row;
       if (j >= args.selection.count) continue;
-      const float reciprocal = args.classes.reciprocal[j], inverse = args.classes.inverse[j];
-      // <w^, d> w^, of the row as it is stored.
-      const float projection = reciprocal < 0 ? 0.0f : along[row] * inverse * (inverse * args.classes.factor[j]);
-      const float size = fabsf(reciprocal);
+      const float projection = numbers[row], size = numbers[kRows + row];
       const uint32_t* const center = reinterpret_cast<const uint32_t*>(args.values + j * args.row_stride + column);
       Out* const out = args.d_weight + j * args.out_stride + column;
       constexpr int kBatch = 16;  // loads under way: half of a row's, as far as registers go
@@ -84,20 +81,31 @@ struct Backward {
     int first_class;
     float inverse[2], along[2] = {0, 0};
 
-    __device__ __forceinline__ Rows(const Backward& task, const Walk&, int block, char* slot, Numbers (&)[2])
+    __device__ __forceinline__ Rows(const Backward& task, const Walk&, int block, char* slot, Shared<Terms>& s)
         : task(task), first_class(static_cast<int>(task.args.selection.first) + block * kRows) {
-      const float* const factors = task.args.classes.factor + static_cast<int64_t>(block) * kRows;
-      const bool exists = static_cast<int64_t>(block) * kRows < task.args.classes.rows;
-      if (exists && *task.args.classes.odd != 0) mend_rows(slot, factors);
+      if (task.args.classes.inverse == nullptr)
+        measure_rows(slot, s.block);
+      else
+        load_terms(static_cast<int64_t>(block) * kRows, s.block);
 #pragma unroll
-      for (int h = 0; h < 2; ++h)
-        inverse[h] = exists ? task.args.classes.inverse[static_cast<int64_t>(block) * kRows + at.row + 8 * h] : 0.0f;
+      for (int h = 0; h < 2; ++h) inverse[h] = s.block.inverse[at.row + 8 * h];
+    }
+    __device__ __forceinline__ void load_terms(int64_t first, BlockTerms& terms) const {
+      const int row = threadIdx.x;
+      if (row < kRows) {
+        const PreparedRows& classes = task.args.classes;
+        const bool exists = first < classes.rows;  // the last block of a cluster may be past the end
+        terms.inverse[row] = exists ? classes.inverse[first + row] : 0.0f;
+        terms.reciprocal[row] = exists ? classes.reciprocal[first + row] : 0.0f;
+        terms.factor[row] = exists ? classes.factor[first + row] : 0.0f;
+      }
+      named_sync<1, kWarpGroup>();
     }
     __device__ __forceinline__ bool mends(int) const { return false; }
     __device__ __forceinline__ void mend(int, char*) const {}
 
     // Few tiles have a row whose target is among these classes.
-    __device__ __forceinline__ void weigh(const Scores& d, const Terms& terms, int, Weights& p, Numbers (&)[2]) {
+    __device__ __forceinline__ void weigh(const Scores& d, const Terms& terms, int, Weights& p, Shared<Terms>&) {
       const unsigned first = static_cast<unsigned>(terms.target[at.lane] - first_class);
       const unsigned second = static_cast<unsigned>(terms.target[at.lane + kWarp] - first_class);
       if (any_of_warp(first < kRows || second < kRows))
@@ -133,12 +141,17 @@ struct Backward {
       for (int h = 0; h < 2; ++h) along[h] += sums[h];
     }
 
-    __device__ __forceinline__ void finish(Numbers (&to)[2], uint32_t place) {
+    // For write: <w^, d> w^ of the row as it is stored, over its numbers; and 1 / |w|.
+    __device__ __forceinline__ void finish(Shared<Terms>& s, uint32_t place) {
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
 #pragma unroll
         for (int mask = 1; mask <= 2; mask *= 2) along[h] += __shfl_xor_sync(0xffffffffu, along[h], mask);
-        if (at.lane % 4 == 0) to[place][at.row + 8 * h] = along[h];
+        if (at.lane % 4 != 0) continue;
+        const int row = at.row + 8 * h;
+        const float reciprocal = s.block.reciprocal[row];
+        s.numbers[place][row] = reciprocal < 0 ? 0.0f : along[h] * inverse[h] * (inverse[h] * s.block.factor[row]);
+        s.numbers[place][kRows + row] = fabsf(reciprocal);
       }
     }
   };

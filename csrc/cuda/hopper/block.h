@@ -38,6 +38,10 @@ using Weights = uint32_t[16];
 // A task's own: of the first warpgroup's threads for themselves, or for those who write a block's sums, in the place of
 // its last weights.
 using Numbers = float[kWarpGroup];
+// Of a block's stationary rows, as PreparedRows has them.
+struct BlockTerms {
+  float inverse[kRows], reciprocal[kRows], factor[kRows];
+};
 
 // Terms: what a task needs to know of a tile's rows.
 template <typename Terms>
@@ -47,6 +51,7 @@ struct alignas(1024) Shared {
   char last_box[kBoxBytes];  // the stationary rows' columns that are not in registers
   Terms terms[kSlots];
   Numbers numbers[2];
+  BlockTerms block;
   uint64_t full[kSlots][2];  // each half of a slot: its bytes
   uint64_t empty[kSlots];    // all warps of the cluster that read it
   uint64_t weights_full[2], weights_empty[2];
@@ -172,7 +177,7 @@ __device__ __forceinline__ void make_weights(const Task& task, const Walk& walk,
   for (int block = walk.first_block; block < walk.end_block; block += walk.block_stride) {
     barrier_wait(&s.full[slot.place][0], slot.parity);
     barrier_wait(&s.full[slot.place][1], slot.parity);
-    typename Task::Rows rows(task, walk, block, s.ring[slot.place], s.numbers);
+    typename Task::Rows rows(task, walk, block, s.ring[slot.place], s);
     load_stationary(stationary, s.ring[slot.place], s);
     release<cluster>(&s.empty[slot.place], at.lane, 2);  // four warps in place of eight
     slot.advance();
@@ -203,14 +208,14 @@ __device__ __forceinline__ void make_weights(const Task& task, const Walk& walk,
       if (at.lane == 0) barrier_arrive(&s.scores_done[turn.place()]);
 
       Weights p;
-      rows.weigh(d, s.terms[slot.place], j, p, s.numbers);
+      rows.weigh(d, s.terms[slot.place], j, p, s);
       barrier_wait(&s.weights_empty[turn.place()], turn.parity() ^ 1);
       const int row = at.warp * 16 + (at.lane & 15);
 #pragma unroll
       for (int q = 0; q < 4; ++q)
         store_matrices(s.weights[turn.place()] + chunk_offset(row, q * 2 + (at.lane >> 4)), p[4 * q], p[4 * q + 1],
                        p[4 * q + 2], p[4 * q + 3]);
-      if (j + 1 == walk.tiles) rows.finish(s.numbers, turn.place());
+      if (j + 1 == walk.tiles) rows.finish(s, turn.place());
       fence_async();
       barrier_arrive(&s.weights_full[turn.place()]);
       ++turn.count;

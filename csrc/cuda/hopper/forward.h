@@ -72,11 +72,11 @@ struct Forward {
     float sum[2] = {0, 0};
     int plain;  // tiles before this one have neither padding nor an odd row
 
-    __device__ __forceinline__ Rows(const Forward& task, const Walk& walk, int, char*, Numbers (&totals)[2])
+    __device__ __forceinline__ Rows(const Forward& task, const Walk& walk, int, char*, Shared<Terms>& s)
         : task(task), plain(*task.args.classes.odd != 0 ? 0 : task.present() / kRows) {
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        totals[h][threadIdx.x] = 0;
+        s.numbers[h][threadIdx.x] = 0;
         const int64_t i = row(h);
         scale[h] = task.args.row_terms.scale[i], shift[h] = task.args.row_terms.shift[i];
         const int64_t in_slice = task.args.row_terms.target[i] - task.args.selection.first - task.first_class();
@@ -95,20 +95,19 @@ struct Forward {
     }
 
     // Few tiles have a row's target or padding.
-    __device__ __forceinline__ void weigh(const Scores& d, const Terms& terms, int j, Weights& p,
-                                          Numbers (&totals)[2]) {
+    __device__ __forceinline__ void weigh(const Scores& d, const Terms& terms, int j, Weights& p, Shared<Terms>& s) {
       const unsigned in_tile[2] = {static_cast<unsigned>(target[0] - j * kRows),
                                    static_cast<unsigned>(target[1] - j * kRows)};
       if (any_of_warp(in_tile[0] < kRows || in_tile[1] < kRows) || j >= plain)
         weigh_as<true>(d, terms, j, p);
       else
         weigh_as<false>(d, terms, j, p);
-      if ((j + 1) % kTilesOfSum == 0) hand_over(totals);
+      if ((j + 1) % kTilesOfSum == 0) hand_over(s);
     }
     // So that no sum has thousands of terms.
-    __device__ __forceinline__ void hand_over(Numbers (&totals)[2]) {
+    __device__ __forceinline__ void hand_over(Shared<Terms>& s) {
 #pragma unroll
-      for (int h = 0; h < 2; ++h) totals[h][threadIdx.x] += sum[h], sum[h] = 0;
+      for (int h = 0; h < 2; ++h) s.numbers[h][threadIdx.x] += sum[h], sum[h] = 0;
     }
     template <bool masked>
     __device__ __forceinline__ void weigh_as(const Scores& d, const Terms& terms, int j, Weights& p) {
@@ -136,11 +135,11 @@ struct Forward {
     }
 
     // The row's other columns lie in the three lanes beside this one.
-    __device__ __forceinline__ void finish(Numbers (&totals)[2], uint32_t) {
-      hand_over(totals);
+    __device__ __forceinline__ void finish(Shared<Terms>& s, uint32_t) {
+      hand_over(s);
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        float total = totals[h][threadIdx.x], maximum = largest[h];
+        float total = s.numbers[h][threadIdx.x], maximum = largest[h];
 #pragma unroll
         for (int mask = 1; mask <= 2; mask *= 2) {
           total += __shfl_xor_sync(0xffffffffu, total, mask);

@@ -70,7 +70,7 @@ void for_each_chunk(const Matrix& weight, RowSelection selection, const Prepared
   const int64_t all = selection.count;
   for (selection.first = 0; selection.first < all; selection.first += rows.rows) {
     selection.count = std::min(rows.rows, all - selection.first);
-    prepare(weight, selection, rows, stream);
+    if (rows.inverse != nullptr) prepare(weight, selection, rows, stream);
     const BFloat16* const values =
         rows.values != nullptr ? rows.values
                                : static_cast<const BFloat16*>(weight.data) + selection.first * weight.row_stride;
@@ -94,7 +94,7 @@ __global__ void __launch_bounds__(kRowThreads)
   const int64_t j = static_cast<int64_t>(blockIdx.x) * (kRowThreads / kWarp) + threadIdx.x / kWarp;
   const int64_t row = j < selection.count ? selection.row(j) : -1;
   if (row < 0) return;  // the whole warp
-  const bool is_short = reciprocal[j] < 0;
+  const bool is_short = reciprocal != nullptr && reciprocal[j] < 0;
   for (int d = 4 * lane; d < kColumns; d += 4 * kWarp) {
     float by_row[4];
     load_four(gradient + j * kColumns + d, 1, 4, by_row);
@@ -174,14 +174,16 @@ int64_t HopperPasses::weight_grad(const WeightGradArgs& args, const CenterStep* 
   Arena arena(workspace);
   const Batch batch(arena, args.embeddings, 1);
   const int64_t chunk = copied || !written ? chunk_of(selection.count, copied, !written, options) : selection.count;
-  const PreparedRows classes = take_rows(arena, chunk, copied, batch.odd);
+  PreparedRows classes{};
+  if (copied)
+    classes = take_rows(arena, chunk, true, batch.odd);
+  else
+    classes.rows = round_up(chunk, kRows);
   BatchTerms* const batch_terms = arena.take<BatchTerms>(batch.blocks());
   float* const gradient = written ? nullptr : arena.take<float>(classes.rows * kColumns);
   if (arena.counting()) return arena.used();
 
   const OnDevice device(stream);
-  launch("start", start_kernel, {1}, kRowThreads, 0, stream, int64_t{0}, RowStats{}, int64_t{0},
-         static_cast<float*>(nullptr), batch.odd);
   batch.start(args.scale, args.lse, args.target, static_cast<const float*>(args.negative_coefficient),
               static_cast<const float*>(args.target_coefficient), stream);
   launch("batch_terms", batch_terms_kernel, {ceil_div(batch.rows.rows, kRowThreads)}, kRowThreads, 0, stream,

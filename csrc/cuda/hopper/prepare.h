@@ -20,6 +20,32 @@ struct PreparedRows {
 // keep well within bf16's and fp32's range. A zero row does so, too.
 constexpr float kLeastSquares = 0x1p-80f, kMostSquares = 0x1p80f;
 
+// Whether a row is used as it lies, by its numbers' squares and largest magnitude.
+__device__ __forceinline__ bool is_ordinary(float squares, float largest) {
+  return (squares >= kLeastSquares && squares <= kMostSquares) || largest == 0;
+}
+// 2^-k for `largest` in [2^k, 2^(k+1)), kept within the normal numbers.
+__device__ __forceinline__ float scaling_of(float largest) {
+  const uint32_t exponent = __float_as_uint(largest) >> 23;
+  return __uint_as_float((254u - (exponent < 1 ? 1 : exponent > 253 ? 253 : exponent)) << 23);
+}
+
+struct Norm {
+  float inverse, reciprocal;  // as in PreparedRows
+};
+// Of a row that `factor` has brought to these squares.
+__device__ __forceinline__ Norm norm_of(float squares, float factor) {
+  constexpr float kEpsilon = static_cast<float>(kNormEpsilon);
+  if (factor == 1) {  // most of them, so without fp64
+    const float norm = sqrtf(squares), inverse = 1 / (norm < kEpsilon ? kEpsilon : norm);  // NaN stays
+    return {inverse, norm < kEpsilon ? -inverse : inverse};
+  }
+  const double norm = sqrt(static_cast<double>(squares)) / factor;
+  const double floored = norm < kNormEpsilon ? kNormEpsilon : norm;
+  return {static_cast<float>(1 / (floored * factor)),
+          static_cast<float>(norm < kNormEpsilon ? -1 / floored : 1 / floored)};
+}
+
 // A warp a row. Copies have their largest magnitude in [1, 2) by a power of two, which is exact; what is used where it
 // lies has a factor only where its norm is out of range.
 template <typename Source>
@@ -27,7 +53,6 @@ __global__ void __launch_bounds__(kRowThreads)
     prepare_rows_kernel(const Source* data, int64_t row_stride, int64_t column_stride, RowSelection selection,
                         PreparedRows out) {
   constexpr int kEach = kColumns / kWarp;
-  constexpr float kEpsilon = static_cast<float>(kNormEpsilon);
   const int lane = threadIdx.x % kWarp;
   const int64_t row = static_cast<int64_t>(blockIdx.x) * (kRowThreads / kWarp) + threadIdx.x / kWarp;
   if (row >= out.rows) return;
@@ -53,12 +78,7 @@ __global__ void __launch_bounds__(kRowThreads)
   }
   largest = warp_max(largest);
   plain_squares = warp_sum(plain_squares);
-  const bool in_range = plain_squares >= kLeastSquares && plain_squares <= kMostSquares;
-  const bool as_it_is = out.values == nullptr && (in_range || largest == 0);
-  // 2^-k for `largest` in [2^k, 2^(k+1)), kept within the normal numbers.
-  const uint32_t exponent = __float_as_uint(largest) >> 23;
-  const float scaling = __uint_as_float((254u - (exponent < 1 ? 1 : exponent > 253 ? 253 : exponent)) << 23);
-  const float factor = as_it_is ? 1.0f : scaling;
+  const float factor = out.values == nullptr && is_ordinary(plain_squares, largest) ? 1.0f : scaling_of(largest);
   float squares = 0;
 #pragma unroll
   for (int i = 0; i < kEach; ++i) {
@@ -80,38 +100,80 @@ __global__ void __launch_bounds__(kRowThreads)
     out.inverse[row] = out.reciprocal[row] = out.factor[row] = 0;
     return;
   }
-  if (factor == 1) {  // most of them, so without fp64
-    const float norm = sqrtf(squares), inverse = 1 / (norm < kEpsilon ? kEpsilon : norm);  // NaN stays
-    out.inverse[row] = inverse;
-    out.reciprocal[row] = norm < kEpsilon ? -inverse : inverse;
-  } else {
-    const double norm = sqrt(static_cast<double>(squares)) / factor;
-    const double floored = norm < kNormEpsilon ? kNormEpsilon : norm;
-    out.inverse[row] = static_cast<float>(1 / (floored * factor));
-    out.reciprocal[row] = static_cast<float>(norm < kNormEpsilon ? -1 / floored : 1 / floored);
-  }
+  const Norm norm = norm_of(squares, factor);
+  out.inverse[row] = norm.inverse;
+  out.reciprocal[row] = norm.reciprocal;
   const bool mended = out.values == nullptr && factor != 1;
   out.factor[row] = mended ? factor : 1.0f;
   if (mended) *out.odd = 1;  // whoever writes it writes this
 }
 
-// A tile or a block of classes in shared memory, row by row times its factor, before a product reads it. All threads of
-// the warpgroup come here.
-__device__ __forceinline__ void mend_rows(char* slot, const float* factors) {
-  const int row = threadIdx.x % kWarpGroup / 2, half = threadIdx.x % 2;
-  const float factor = factors[row];
-  struct alignas(16) Chunk {
-    BFloat16 at[8];
-  };
-  if (factor != 1)
-    for (int i = 0; i < kBoxes / 2 * 8; ++i) {
-      Chunk& chunk =
-          *reinterpret_cast<Chunk*>(slot + (half * (kBoxes / 2) + i / 8) * kBoxBytes + row * 128 + i % 8 * 16);
-      Chunk mended = chunk;
+// Two threads of the first warpgroup have a row of a slot, half of its columns each, in chunks of 16 bytes. All of its
+// threads come to what follows.
+constexpr int kChunks = kColumns / 8 / 2;
+struct alignas(16) Chunk {
+  BFloat16 at[8];
+};
+struct HalfRow {
+  char* slot;
+  int t, row, half;
+  __device__ __forceinline__ explicit HalfRow(char* slot) : slot(slot) {
+    t = fresh(threadIdx.x % kWarpGroup), row = t / 2, half = t % 2;
+  }
+  // In another order for each thread of eight, so that their chunks lie in different banks.
+  __device__ __forceinline__ Chunk* chunk(int i) const {
+    return reinterpret_cast<Chunk*>(slot + (half * (kBoxes / 2) + i / 8) * kBoxBytes + row * 128 + ((i ^ t) & 7) * 16);
+  }
+  __device__ __forceinline__ void multiply(float factor) const {
+    if (factor == 1) return;
+    for (int i = 0; i < kChunks; ++i) {
+      Chunk mended = *chunk(i);
 #pragma unroll
-      for (int k = 0; k < 8; ++k) mended.at[k] = factor == 0 ? BFloat16{0} : to_bf16(to_float(chunk.at[k]) * factor);
-      store_shared(&chunk, mended);
+      for (int k = 0; k < 8; ++k) mended.at[k] = factor == 0 ? BFloat16{0} : to_bf16(to_float(mended.at[k]) * factor);
+      store_shared(chunk(i), mended);
     }
+  }
+};
+
+// A tile of classes, row by row times its factor, before a product reads it.
+__device__ __forceinline__ void mend_rows(char* slot, const float* factors) {
+  const HalfRow mine(slot);
+  mine.multiply(factors[mine.row]);
+  fence_async();
+  named_sync<1, kWarpGroup>();
+}
+
+// The terms of a block of classes, which lie in its slot as they are stored: each is brought into range there.
+__device__ __forceinline__ void measure_rows(char* slot, BlockTerms& terms) {
+  const HalfRow mine(slot);
+  const auto measure = [&](float* squares, float* largest) {
+    *squares = *largest = 0;
+#pragma unroll 4
+    for (int i = 0; i < kChunks; ++i) {
+      const Chunk chunk = *mine.chunk(i);
+#pragma unroll
+      for (int k = 0; k < 8; ++k) {
+        const float x = to_float(chunk.at[k]);
+        *squares = fmaf(x, x, *squares);
+        *largest = fmaxf(*largest, fabsf(x));
+      }
+    }
+    *squares += __shfl_xor_sync(0xffffffffu, *squares, 1);
+    *largest = fmaxf(*largest, __shfl_xor_sync(0xffffffffu, *largest, 1));
+  };
+  float squares, largest;
+  measure(&squares, &largest);
+  const float factor = is_ordinary(squares, largest) ? 1.0f : scaling_of(largest);
+  if (any_of_warp(factor != 1)) {
+    mine.multiply(factor);
+    measure(&squares, &largest);
+  }
+  const Norm norm = norm_of(squares, factor);
+  if (mine.half == 0) {
+    terms.inverse[mine.row] = norm.inverse;
+    terms.reciprocal[mine.row] = norm.reciprocal;
+    terms.factor[mine.row] = factor;
+  }
   fence_async();
   named_sync<1, kWarpGroup>();
 }
