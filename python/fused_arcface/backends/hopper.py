@@ -1,7 +1,7 @@
 """The choice, within the backend ``cuda``, of its kernels for compute capability 9.0 alone (csrc/cuda/hopper).
 
-They take bf16 embeddings of 512 columns. No GPU has run them yet, so they are off unless ``FUSED_ARCFACE_HOPPER`` in the
-environment names a configuration.
+They take bf16 embeddings of 512 columns. No GPU has run them yet, so they are off unless ``FUSED_ARCFACE_HOPPER`` in
+the environment names a configuration.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ class HopperConfig:
     ordered: bool = True
     """If true, a tile's second product waits for the next tile's first, and runs under that one's exponentials."""
     center_bytes: int = 33 << 20
-    """Of one launch's packed centers, where centers are not plain bf16 rows, and of its fp32 gradient, where a step of the
-    optimizer follows. 33,792 packed centers are four blocks of 64 for each of 132 multiprocessors, and 16,896 gradients
-    stay in an L2 of 50 MB until the step reads them."""
+    """Of one launch's packed centers, where centers are not plain bf16 rows, and of its fp32 gradient, where a step of
+    the optimizer follows. 33,792 packed centers are four blocks of 64 for each of 132 multiprocessors, and 16,896
+    gradients stay in an L2 of 50 MB until the step reads them."""
 
 
 CONFIGS = {
