@@ -30,6 +30,29 @@ struct BackwardArgs {
   bool ordered;
 };
 
+// The sums of 32 columns of a row are two neighbors in each of four lanes beside each other, four times. Afterwards
+// each of the lanes has eight neighbors, which it moves at once.
+__device__ __forceinline__ void gather_columns(const Sums& u, int group, int h, int lane, float (&to)[8]) {
+  const bool odd = lane % 2 != 0, upper = lane % 4 >= 2;
+  float pairs[2][4];  // of n = 4 group + 2 k + odd: the columns of this lane and of the one beside it
+#pragma unroll
+  for (int k = 0; k < 2; ++k)
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int n = 4 * group + 2 * k;
+      const float even_n = u[4 * n + 2 * h + i], odd_n = u[4 * n + 4 + 2 * h + i];
+      const float other = __shfl_xor_sync(0xffffffffu, odd ? even_n : odd_n, 1);
+      pairs[k][i] = odd ? other : even_n;
+      pairs[k][2 + i] = odd ? odd_n : other;
+    }
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const float other = __shfl_xor_sync(0xffffffffu, upper ? pairs[0][i] : pairs[1][i], 2);
+    to[i] = upper ? other : pairs[0][i];
+    to[4 + i] = upper ? pairs[1][i] : other;
+  }
+}
+
 template <typename Out>
 struct Backward {
   using Terms = BatchTerms;
@@ -38,8 +61,12 @@ struct Backward {
 
   __device__ __forceinline__ bool is_due(int j, int tiles) const { return j + 1 == tiles; }
 
-  struct alignas(2 * sizeof(Out)) Two {
-    Out at[2];
+  struct alignas(16) Centers {
+    BFloat16 at[8];
+  };
+  // Eight neighbors of a row, in one access of 16 bytes, or two.
+  struct alignas(16) Eight {
+    Out at[8];
   };
 
   // With d the gradient by the unit center w^: (d - w^ <w^, d>) / |w|. `numbers` has what finish says.
@@ -47,28 +74,27 @@ struct Backward {
     const Position at;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      const int row = at.row + 8 * h, column = half * (kColumns / 2) + at.column;
+      const int row = at.row + 8 * h, column = half * (kColumns / 2) + at.lane % 4 * 8;
       const int64_t j = static_cast<int64_t>(block) * kRows + row;
-      if (j >= args.selection.count) continue;
+      const bool present = j < args.selection.count;
+      const int64_t read = present ? j : 0;
       const float projection = numbers[row], size = numbers[kRows + row];
-      const uint32_t* const center = reinterpret_cast<const uint32_t*>(args.values + j * args.row_stride + column);
-      Out* const out = args.d_weight + j * args.out_stride + column;
-      constexpr int kBatch = 16;  // loads under way: half of a row's, as far as registers go
+      const BFloat16* const center = args.values + read * args.row_stride + column;
+      Out* const out = args.d_weight + read * args.out_stride + column;
+      constexpr int kBatch = sizeof(Out) == 2 ? 4 : 2;  // loads under way, as far as registers go
 #pragma unroll
-      for (int first = 0; first < 32; first += kBatch) {
-        uint32_t centers[kBatch];
+      for (int first = 0; first < 8; first += kBatch) {
+        Centers centers[kBatch];
 #pragma unroll
-        for (int k = 0; k < kBatch; ++k) centers[k] = center[(first + k) * 4];
+        for (int k = 0; k < kBatch; ++k) centers[k] = *reinterpret_cast<const Centers*>(center + (first + k) * 32);
 #pragma unroll
         for (int k = 0; k < kBatch; ++k) {
-          const int n = first + k;
-          const auto by_row = [&](float d, uint32_t center) {
-            return (d - __uint_as_float(center) * projection) * size;
-          };
-          Two gradient;
-          convert(by_row(u[4 * n + 2 * h], centers[k] << 16), &gradient.at[0]);
-          convert(by_row(u[4 * n + 2 * h + 1], centers[k] & 0xffff0000u), &gradient.at[1]);
-          *reinterpret_cast<Two*>(out + n * 8) = gradient;
+          float d[8];
+          gather_columns(u, first + k, h, at.lane, d);
+          Eight gradient;
+#pragma unroll
+          for (int i = 0; i < 8; ++i) convert((d[i] - to_float(centers[k].at[i]) * projection) * size, &gradient.at[i]);
+          if (present) *reinterpret_cast<Eight*>(out + (first + k) * 32) = gradient;
         }
       }
     }

@@ -108,10 +108,12 @@ __global__ void __launch_bounds__(kRowThreads)
   }
 }
 
+// Whether the kernel itself can write the gradient, eight neighbors at a time.
 template <typename Out>
 bool fits(const Matrix& m, Dtype dtype) {
-  return m.data != nullptr && m.dtype == dtype && m.column_stride == 1 && m.row_stride % 2 == 0 &&
-         aligned(m.data, 2 * sizeof(Out));
+  constexpr int64_t kEach = 16 / sizeof(Out);
+  return m.data != nullptr && m.dtype == dtype && m.column_stride == 1 && m.row_stride % kEach == 0 &&
+         aligned(m.data, 16);
 }
 
 template <typename Out>
