@@ -116,7 +116,7 @@ MUTANTS = (
            "for (int i = 1; i < 128; ++i) u[i] = 0;\n        __sync"),
     # The forward pass.
     Mutant("no mask of the target", "forward.h", "column != target[h] - j * kRows && ", ""),
-    Mutant("no mask of the padding", "forward.h", " && column < present)", ")"),
+    Mutant("no mask of the padding", "forward.h", " && column < present)", " && (masked || column < present))"),
     Mutant("padding that stays NaN", "forward.h", "bool mends(int j) const { return j >= plain; }",
            "bool mends(int) const { return false; }"),
     Mutant("odd rows as they are", "forward.h", "*task.args.classes.odd != 0 ? 0 : ", ""),

@@ -146,7 +146,7 @@ int main(int argc, char** argv) {
     const bool quick = which == "quick";
     // One slice and several tiles of rows; then slices, the last one short, and chunks.
     check_all({70, 330, 2, 2, true, false}, quick ? 2 : 0, quick ? 3 : 1);
-    check_all({130, 265, 2, 1, true, true}, quick ? 1 : 0, quick ? 3 : 1);
+    check_all({130, 265, 6, 1, true, true}, quick ? 1 : 0, quick ? 3 : 1);
     if (!quick) check_all({5, 263, 3, 1, false, false}, 0, 1);
     if (!quick) check_all({5, 400, 6, 2, false, true}, 0, 1);
   }
