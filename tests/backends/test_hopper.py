@@ -5,7 +5,7 @@ such a GPU where there is one. Emulated, each cluster runs under another schedul
 from __future__ import annotations
 
 from collections.abc import Iterator
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +16,9 @@ from support.cases import Case, inputs_on
 from support.cuda_cases import loss
 from support.hopper_cases import CORE, FULL, check
 
+import fused_arcface as fa
+from fused_arcface.app import cli
+from fused_arcface.app.cli import doctor
 from fused_arcface.backends import cuda, hopper, native
 from fused_arcface.backends import torch as plain_torch
 from fused_arcface.base import keyed_random
@@ -321,3 +324,19 @@ def test_says_why_it_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     assert hopper.describe(True, (9, 0)).startswith("off: FUSED_ARCFACE_HOPPER=1 turns them on")
     monkeypatch.setenv("FUSED_ARCFACE_HOPPER", "1")
     assert hopper.describe(True, (9, 0)).startswith("on for bf16")
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (9, 0)])
+def test_doctor_gives_the_reason(
+    capability: tuple[int, int], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a machine with a GPU: the other checks of ``doctor`` are left out."""
+    monkeypatch.setenv("COLUMNS", "400")
+    monkeypatch.delenv("FUSED_ARCFACE_HOPPER", raising=False)
+    monkeypatch.setattr(fa.backends.registry, "_unavailable", lambda name: None)
+    monkeypatch.setattr(doctor, "_trial", lambda name: None)
+    monkeypatch.setattr(cuda, "unavailable", lambda: None)
+    monkeypatch.setattr(cuda, "_kernels", SimpleNamespace(HOPPER=True))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
+    assert cli.run(["doctor"]) == 0
+    assert f"Hopper kernels {hopper.describe(True, capability)}" in " ".join(capsys.readouterr().out.split())
