@@ -339,4 +339,6 @@ def test_doctor_gives_the_reason(
     monkeypatch.setattr(cuda, "_kernels", SimpleNamespace(HOPPER=True))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
     assert cli.run(["doctor"]) == 0
-    assert f"Hopper kernels {hopper.describe(True, capability)}" in " ".join(capsys.readouterr().out.split())
+    assert f"Hopper kernels {hopper.describe(True, capability)}" in " ".join(
+        capsys.readouterr().out.replace("│", " ").split()
+    )
