@@ -47,7 +47,8 @@ template <typename Stored>
 void check(const Setting& s, const Problem& p, const Answer& answer, const std::vector<Stored>& w, fa::Dtype dtype) {
   const int N = s.N, C = s.C;
   const int64_t stride = D + 8;
-  const fa::cuda::PassOptions options{0, 0, s.multiprocessors, s.cluster, s.ordered};
+  // Chunks of two rounds of blocks and less, where rows are copied.
+  const fa::cuda::PassOptions options{0, 256 << 10, s.multiprocessors, s.cluster, s.ordered};
   const std::vector<uint16_t> x = to_bf16(p.x);
   const emulation::GuardedMemory x_memory(rows_bytes<uint16_t>(N, D, D));
   const emulation::GuardedMemory w_memory(rows_bytes<Stored>(C + kPadding, stride, D));

@@ -116,16 +116,18 @@ struct Backward {
 #pragma unroll
       for (int h = 0; h < 2; ++h) inverse[h] = s.block.inverse[at.row + 8 * h];
     }
+    // Each warp those of its own rows, which it has done with: no other warp reads them here.
     __device__ __forceinline__ void load_terms(int64_t first, BlockTerms& terms) const {
-      const int row = threadIdx.x;
-      if (row < kRows) {
-        const PreparedRows& classes = task.args.classes;
+      const PreparedRows& classes = task.args.classes;
+      __syncwarp();
+      if (at.lane < 16) {
+        const int row = at.warp * 16 + at.lane;
         const bool exists = first < classes.rows;  // the last block of a cluster may be past the end
         terms.inverse[row] = exists ? classes.inverse[first + row] : 0.0f;
         terms.reciprocal[row] = exists ? classes.reciprocal[first + row] : 0.0f;
         terms.factor[row] = exists ? classes.factor[first + row] : 0.0f;
       }
-      named_sync<1, kWarpGroup>();
+      __syncwarp();
     }
     __device__ __forceinline__ bool mends(int) const { return false; }
     __device__ __forceinline__ void mend(int, char*) const {}

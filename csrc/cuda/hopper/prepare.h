@@ -143,7 +143,8 @@ __device__ __forceinline__ void mend_rows(char* slot, const float* factors) {
   named_sync<1, kWarpGroup>();
 }
 
-// The terms of a block of classes, which lie in its slot as they are stored: each is brought into range there.
+// The terms of a block of classes, which lie in its slot as they are stored: each is brought into range there. A warp
+// measures the rows that it reads the terms of afterwards.
 __device__ __forceinline__ void measure_rows(char* slot, BlockTerms& terms) {
   const HalfRow mine(slot);
   const auto measure = [&](float* squares, float* largest) {
