@@ -32,6 +32,7 @@ struct Fibre {
   uint32_t seen = 0;
   const std::function<bool()>* condition = nullptr;  // or what must be true
   const char* what = "";
+  int64_t not_before = 0;  // a round of the scheduler
   jmp_buf where;
   std::unique_ptr<GuardedMemory> stack;
 };
@@ -56,6 +57,8 @@ int block_threads;
 Fibre* current;
 jmp_buf scheduler;
 const std::function<void()>* body;
+int64_t scheduler_round = 0;
+std::mt19937 dice;
 
 // Without the system calls that swapcontext makes.
 void suspend() {
@@ -107,7 +110,7 @@ void meet(Meeting& meeting, int all, const char* what) {
 }
 
 bool can_run(const Fibre& fibre) {
-  if (fibre.done) return false;
+  if (fibre.done || fibre.not_before > scheduler_round) return false;
   if (fibre.condition != nullptr) return (*fibre.condition)();
   return fibre.awaited == nullptr || *fibre.awaited != fibre.seen;
 }
@@ -123,13 +126,21 @@ bool can_run(const Fibre& fibre) {
   fail("a deadlock, or a barrier that not all threads reach");
 }
 
+// In shuffled schedules, now and then: the other warps may overtake this one here.
+void dawdle() {
+  if (!is_shuffled() || dice() % 16 != 0) return;
+  current->not_before = scheduler_round + 1;
+  suspend();
+}
+
 // A warp as far as it comes, then the next. Warps of odd clusters begin with the last, or come in any order.
-void run_cluster(int threads, bool backwards, std::mt19937& random) {
+void run_cluster(int threads, bool backwards) {
   std::vector<int> order(threads / kWarp);
   for (size_t w = 0; w < order.size(); ++w) order[w] = static_cast<int>(backwards ? order.size() - 1 - w : w);
   for (;;) {
     bool any = false, all = true;
-    if (is_shuffled()) std::shuffle(order.begin(), order.end(), random);
+    ++scheduler_round;
+    if (is_shuffled()) std::shuffle(order.begin(), order.end(), dice);
     for (const int w : order)
       for (bool moved = true; moved;) {
         moved = false;
@@ -139,7 +150,10 @@ void run_cluster(int threads, bool backwards, std::mt19937& random) {
             any = moved = true;
           }
       }
-    for (int t = 0; t < threads; ++t) all &= fibres[t]->done;
+    for (int t = 0; t < threads; ++t) {
+      all &= fibres[t]->done;
+      any |= !fibres[t]->done && fibres[t]->not_before > scheduler_round;
+    }
     if (all) return;
     if (!step_asynchronous(!any) && !any) report_deadlock(threads);
   }
@@ -158,6 +172,7 @@ bool has_ended(int rank) {
 char* shared_of(int rank) { return blocks[rank].shared->start(); }
 
 void until(const std::function<bool()>& condition, const char* what) {
+  dawdle();
   if (condition()) return;
   current->condition = &condition;
   current->what = what;
@@ -177,7 +192,7 @@ void run(dim3 grid, int threads, int shared_bytes, const std::function<void()>& 
   block_threads = threads;
   body = &kernel;
   bool backwards = false;
-  std::mt19937 random(1);
+  dice.seed(1);
   for_each_block(grid, [&](dim3 first) {
     if (first.x % static_cast<unsigned>(cluster) != 0) return;
     warps.assign(all / kWarp, Warp{});
@@ -197,7 +212,7 @@ void run(dim3 grid, int threads, int shared_bytes, const std::function<void()>& 
       fibre.done = false;
     }
     begin_asynchronous(cluster, shared_bytes);
-    run_cluster(all, backwards, random);
+    run_cluster(all, backwards);
     end_asynchronous();
     backwards = !backwards;
   });
@@ -213,6 +228,7 @@ void cluster_barrier() {
 void warp_barrier() { meet(warp_meetings[current->number / kWarp], kWarp, "a barrier of the warp"); }
 
 void collective(Collective which, const void* in, void* out) {
+  dawdle();
   Warp& warp = warps[current->number / kWarp];
   warp.bring(current->number % kWarp, which, in, out);
   if (warp.arrived < kWarp) return await(warp.turn, "an instruction of the whole warp");
