@@ -92,10 +92,11 @@ def _program(
     """A program of ``fixed`` sources, which need nothing that a mutant changes, and of others over ``csrc``, which are
     compiled with ``more`` flags."""
     flags = (*_FLAGS, "-O1")  # compiled once a mutant, run for seconds
+    lenient = () if csrc == ROOT / "csrc" else ("-Wno-error",)  # a mutant may leave a variable unused
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         objects = [
             *pool.map(lambda source: _compile(source, flags, ROOT / "csrc", CACHE), fixed),
-            *pool.map(lambda source: _compile(source, (*flags, *more), csrc, cache), changed),
+            *pool.map(lambda source: _compile(source, (*flags, *more, *lenient), csrc, cache), changed),
         ]
     names = hashlib.sha256("".join(path.name for path in objects).encode()).hexdigest()[:24]
     path = cache / f"{name}-{names}"
