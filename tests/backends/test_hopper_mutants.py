@@ -136,7 +136,8 @@ MUTANTS = (
     Mutant("a tile less", "forward.h", "(present + kRows - 1) / kRows - first", "present / kRows - first"),
     Mutant("sums that begin as they are", "forward.h", "center_sum[i] = 0", "center_sum[i] *= 1"),
     # The backward pass.
-    Mutant("no coefficient of the target", "backward.h", "gradient[i] = batch[i].target_coefficient;", "gradient[i] += 0;"),
+    Mutant("no coefficient of the target", "backward.h",
+           "gradient[i] = batch[i].target_coefficient;", "gradient[i] += 0;"),
     Mutant("targets of the first chunk, backward", "backward.h", "static_cast<int>(task.args.selection.first) + ", ""),
     Mutant("no projection", "backward.h", "0.0f : along[h] *", "0.0f : 0 * along[h] *"),
     Mutant("half a quad's projection", "backward.h", "mask <= 2; mask *= 2", "mask < 2; mask *= 2"),
