@@ -231,9 +231,16 @@ def _gradient(x: torch.Tensor, w: torch.Tensor, target: torch.Tensor, gradients:
     return d_weight
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("momentum_dtype", [None, torch.float32, torch.bfloat16, torch.int8])
-@pytest.mark.parametrize("chosen", ["all", "sampled", "padded"])
+CORE_STEPS = ((torch.bfloat16, torch.int8), (torch.float32, torch.float32))
+STEPS = [
+    pytest.param(dtype, momentum, chosen, marks=() if (dtype, momentum) in CORE_STEPS else pytest.mark.full)
+    for dtype in (torch.float32, torch.bfloat16)
+    for momentum in (None, torch.float32, torch.bfloat16, torch.int8)
+    for chosen in ("all", "sampled", "padded")
+]
+
+
+@pytest.mark.parametrize(("dtype", "momentum_dtype", "chosen"), STEPS)
 def test_step_is_the_reference_s_given_its_gradient(
     dtype: torch.dtype, momentum_dtype: torch.dtype | None, chosen: str, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
