@@ -259,7 +259,7 @@ def test_step_is_the_reference_s_given_its_gradient(
     monkeypatch.setattr(plain_torch, "_exact_weight_grad", lambda *_: gradient)
     expected_w, expected = w.clone(), _copied(step)
     plain_torch.update_centers(x, expected_w, target, gradients, expected)
-    # To the bit on a CPU. A GPU fuses a multiplication and an addition into one rounding, so last bits of fp32 differ, and
+    # To the bit on a CPU. A GPU fuses a multiplication and an addition into one rounding: last bits of fp32 differ, and
     # now and then a number that was rounded further.
     for mine, right in ((got_w, expected_w), (got.momentum_buffer, expected.momentum_buffer)):
         if mine is None or right is None:
