@@ -1,4 +1,6 @@
-"""What CMake makes of the CUDA compiler that it finds: configured, not built, with the version that the test names."""
+"""CMake's choice for the CUDA compiler that it finds. It configures, with the version that the test names, and builds
+nothing.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,7 @@ PORTABLE = {"compute_80 sm_80", "compute_90 sm_90", "compute_90 compute_90"}
 
 
 def _code(folder: Path, mode: str, version: str | None) -> tuple[str, set[str]]:
-    """What CMake says of its choice, and the code that it asks the compiler for. Without a version it finds no nvcc."""
+    """CMake's message about its choice, and the code that it asks for. Without a version it finds no nvcc."""
     override = folder / "version.cmake"
     override.write_text("" if version is None else f"set(CMAKE_CUDA_COMPILER_VERSION {version})\n")
     command = [

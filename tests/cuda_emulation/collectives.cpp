@@ -1,4 +1,5 @@
-// What the 32 threads of a warp do together: products, matrices to and from shared memory, shuffles, votes.
+// The operations that the 32 threads of a warp do together: products, matrices to and from shared memory, shuffles,
+// votes.
 #include <cstdio>
 #include <cstdlib>
 

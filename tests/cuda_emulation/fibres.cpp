@@ -1,6 +1,6 @@
 // A GPU's cluster of blocks on a CPU, its threads as fibres of one thread. A warp runs on until something holds it, so
-// that a missing barrier lets it overtake the others by a whole kernel. What copies and products of warpgroups do
-// meanwhile is hopper.cpp's.
+// that a missing barrier lets it overtake the others by a whole kernel. hopper.cpp has the copies
+// and the products of warpgroups, which run meanwhile.
 
 // Its longjmp takes a jump to another fibre's stack for a mistake, and aborts.
 #undef _FORTIFY_SOURCE

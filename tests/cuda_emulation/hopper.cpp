@@ -1,5 +1,6 @@
-// What sm_90a does beside the threads of a cluster, with its asynchrony: copies, barriers of arrivals and bytes,
-// products of warpgroups. What they write is NaN until it is there. A broken rule of the PTX ISA is a failure:
+// The asynchronous part of sm_90a, beside the threads of a cluster: copies, barriers of arrivals and bytes, products of
+// warpgroups. The results of copies and products are NaN until they are there. A broken rule of the PTX ISA is a
+// failure:
 //
 // - a product reads what a thread has written without a fence; or is issued without product_fence, or not by all
 // threads

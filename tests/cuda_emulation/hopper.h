@@ -1,4 +1,4 @@
-// The functions of csrc/cuda/hopper/ptx.h and wgmma.h in C++, which those include. What they mean is said there;
+// The functions of csrc/cuda/hopper/ptx.h and wgmma.h in C++, which those include. Their meaning is said there;
 // hopper.cpp has the copies, the barriers and the products, and the rules that it checks.
 #pragma once
 
@@ -15,7 +15,7 @@ struct TensorMap {
 // Fails where the driver would refuse such a map.
 TensorMap encode(const void* data, int64_t rows, int64_t columns, int64_t stride);
 
-// When products and copies happen: as soon as they may, when nobody can go on without them, or at random. `starved`:
+// The time of products and copies: as soon as they may, when nobody can go on without them, or at random. `starved`:
 // the warpgroup whose products come last of all, or -1.
 enum class When { kEarly, kLate, kRandom };
 struct Schedule {

@@ -41,7 +41,7 @@ struct Problem {
   }
 };
 
-// What the passes are to give, and what the backward pass is given.
+// The right results of the passes, and the arguments of the backward pass.
 struct Answer {
   std::vector<double> sum, largest, center_sum, lse, gradient;
   std::vector<float> negative, positive;  // coefficients of the rows

@@ -7,7 +7,7 @@ namespace emulation {
 
 constexpr int kWarp = 32;
 
-// What each lane brought, and how many have come.
+// The operands of each lane, and the number of lanes that have come.
 struct Warp {
   Collective which;
   const void* in[kWarp];

@@ -1,5 +1,5 @@
-"""What the kernels for Hopper must agree with the fp64 reference over: the CUDA kernels' grid at D = 512, for bf16
-embeddings. Used by test_hopper.py."""
+"""The cases in which the kernels for Hopper must agree with the fp64 reference: the CUDA kernels' grid at D = 512, for
+bf16 embeddings. Used by test_hopper.py."""
 
 from __future__ import annotations
 

@@ -69,7 +69,7 @@ struct Backward {
     Out at[8];
   };
 
-  // With d the gradient by the unit center w^: (d - w^ <w^, d>) / |w|. `numbers` has what finish says.
+  // With d the gradient by the unit center w^: (d - w^ <w^, d>) / |w|. `numbers` is written by finish.
   __device__ __forceinline__ void write(const Sums& u, int block, int half, const Numbers& numbers) const {
     const Position at;
 #pragma unroll
@@ -100,7 +100,7 @@ struct Backward {
     }
   }
 
-  // What a thread of the first warpgroup keeps of its two classes.
+  // The numbers that a thread of the first warpgroup keeps for its two classes.
   struct Rows {
     const Backward& task;
     Position at;
@@ -116,7 +116,7 @@ struct Backward {
 #pragma unroll
       for (int h = 0; h < 2; ++h) inverse[h] = s.block.inverse[at.row + 8 * h];
     }
-    // Each warp those of its own rows, which it has done with: no other warp reads them here.
+    // Each warp loads the terms of its own rows. Another warp may still read those of its rows of the block before.
     __device__ __forceinline__ void load_terms(int64_t first, BlockTerms& terms) const {
       const PreparedRows& classes = task.args.classes;
       __syncwarp();
@@ -169,7 +169,7 @@ struct Backward {
       for (int h = 0; h < 2; ++h) along[h] += sums[h];
     }
 
-    // For write: <w^, d> w^ of the row as it is stored, over its numbers; and 1 / |w|.
+    // Numbers for write: the factor that makes <w^, d> w^ of the row as it is stored, and 1 / |w|.
     __device__ __forceinline__ void finish(Shared<Terms>& s, uint32_t place) {
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
@@ -197,7 +197,7 @@ __global__ void __cluster_dims__(cluster, 1, 1) __launch_bounds__(kBlockThreads,
                {&classes, &batch, first, static_cast<int>(gridDim.x), padded, 0, args.tiles, args.ordered});
 }
 
-// What a tile of batch rows takes with it, from the terms of all rows.
+// The terms of each tile of batch rows, from the terms of all rows.
 static __global__ void __launch_bounds__(kRowThreads)
     batch_terms_kernel(RowTerms terms, int64_t rows, BatchTerms* out) {
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kRowThreads + threadIdx.x;

@@ -1,18 +1,24 @@
-// What both passes are made of: a block of three warpgroups that keeps 64 stationary rows (of the batch going forward,
-// of the classes going back) and lets tiles of 64 streaming rows (the others) come by. For each tile
+// The skeleton of both passes. A block of three warpgroups keeps 64 stationary rows: of the batch in the forward pass,
+// of the classes in the backward pass. Tiles of 64 streaming rows, the other ones, pass by. For each tile the block
+// computes
 //
 //   scores  = stationary rows times the tile's rows, 64 x 64
 //   weights = a function of them, rounded to bf16
 //   sums   += weights times the tile's rows, 64 x 512
 //
-// The first warpgroup makes scores and weights, its stationary rows in registers; the two others hold half of the sums'
-// columns each. Tiles come through a ring of three slots, weights go through two places.
+// The first warpgroup computes scores and weights. It keeps its stationary rows in registers. Each of the two others
+// holds the sums of half of the columns. Tiles are copied into a ring of three slots. Weights are handed over in two
+// places.
 //
-// Why so: keys and values are the same bytes, so a tile is fetched once for both products. Per tile the tensor cores
-// take 1024 clocks for each of them, and shared memory gives 112 of its 128 bytes a clock (140 with the stationary rows
-// there). 184 + 160 + 160 registers are all that a multiprocessor has for three warpgroups; 28 of the 32 steps of the
-// stationary rows' depth fit into 184. The sums of a tile wait for the next tile's scores to be done: so they run
-// beside that tile's exponentials, under which the tensor cores would have nothing to do. bench/NOTES.md has the model.
+// Reasons:
+// - Keys and values are the same bytes, so one copy of a tile serves both products.
+// - A tile takes 1024 clocks of the tensor cores for each product. Shared memory then gives 112 of its 128 bytes a
+//   clock. With the stationary rows in shared memory it would have to give 140.
+// - A multiprocessor has 184 + 160 + 160 registers for the threads of three warpgroups. 28 of the 32 steps of the
+//   stationary rows' depth fit into 184.
+// - The sums of a tile wait for the scores of the next tile. They then run beside the next tile's exponentials, during
+//   which the tensor cores would be idle.
+// bench/NOTES.md has the model.
 #pragma once
 
 #include "../numbers.h"
@@ -24,8 +30,8 @@ constexpr int kRows = 64;      // of a stationary block, of a tile
 constexpr int kColumns = 512;  // of all matrices
 constexpr int kBoxBytes = kRows * 128, kBoxes = kColumns / 64, kTileBytes = kBoxes * kBoxBytes;
 constexpr int kSlots = 3;
-constexpr int kSteps = kColumns / 16,
-              kRegisterSteps = 28;  // of the scores' depth; with the stationary rows in registers
+constexpr int kSteps = kColumns / 16;  // of the scores' depth
+constexpr int kRegisterSteps = 28;     // those whose stationary rows are in registers
 constexpr int kWarpGroup = 128, kBlockThreads = 3 * kWarpGroup;
 constexpr int kScoreRegisters = 184, kSumRegisters = 160;
 constexpr int kSumWarps = 8;
@@ -35,15 +41,15 @@ static_assert(kSteps - kRegisterSteps == 4, "the steps of one box");
 using Scores = float[32];
 using Sums = float[128];
 using Weights = uint32_t[16];
-// A task's own: of the first warpgroup's threads for themselves, or for those who write a block's sums, in the place of
-// its last weights.
+// Numbers of a task. The forward pass keeps two for each thread of the first warpgroup. The backward pass hands two for
+// each stationary row to the warpgroups that write the sums; they lie in the place of the block's last weights.
 using Numbers = float[kWarpGroup];
-// Of a block's stationary rows, as PreparedRows has them.
+// Terms of a block's stationary rows, as in PreparedRows.
 struct BlockTerms {
   float inverse[kRows], reciprocal[kRows], factor[kRows];
 };
 
-// Terms: what a task needs to know of a tile's rows.
+// Terms: the numbers of a tile's rows that a task needs.
 template <typename Terms>
 struct alignas(1024) Shared {
   char ring[kSlots][kTileBytes];
@@ -64,8 +70,8 @@ __device__ __forceinline__ Shared<Terms>& shared_memory() {
   return *reinterpret_cast<Shared<Terms>*>(swizzled_shared());
 }
 
-// What a block of threads goes through: stationary blocks from first_block to end_block, block_stride apart, and for
-// each of them `tiles` tiles from first_tile on. In a cluster all have as many blocks, and the same tiles.
+// The way of a block of threads: stationary blocks from first_block to end_block, block_stride apart, and for each of
+// them `tiles` tiles from first_tile on. All blocks of a cluster have the same number of blocks and the same tiles.
 struct Walk {
   const TensorMap* stationary;
   const TensorMap* streaming;
@@ -89,8 +95,8 @@ struct Turn {
   __device__ __forceinline__ uint32_t parity() const { return count >> 1 & 1; }
 };
 
-// Where this thread's numbers lie in the rows of its warpgroup: rows `row` and row + 8, columns column + 8 n and the
-// next one.
+// The place of this thread's numbers in the rows of its warpgroup: rows `row` and row + 8, columns column + 8 n and
+// column + 8 n + 1.
 struct Position {
   int warp, lane, row, column;
   __device__ __forceinline__ Position()
@@ -103,8 +109,9 @@ struct Position {
 // Of a 16-byte chunk in a swizzled box.
 __device__ __forceinline__ int chunk_offset(int row, int chunk) { return row * 128 + ((chunk ^ (row & 7)) << 4); }
 
-// Brings what comes at `position` of a block's walk (0: the stationary rows, from 1 on tiles) into a slot. The blocks
-// of a cluster fetch a part of each tile for all. A warp comes here, its first lane acts: so the numbers stay uniform.
+// Copies an item of a block's walk into a slot: at position 0 the stationary rows, from position 1 on the tiles. Each
+// block of a cluster copies a part of every tile for all blocks. A whole warp calls this and its first lane acts: so
+// the compiler keeps the numbers in uniform registers.
 template <int cluster, typename Task>
 __device__ __forceinline__ void fill(const Task& task, const Walk& walk, Shared<typename Task::Terms>& s, int slot,
                                      int block, int position) {
@@ -135,7 +142,7 @@ __device__ __forceinline__ void fill(const Task& task, const Walk& walk, Shared<
   __syncwarp();
 }
 
-// One of `times` arrivals of each warp that has read a slot, at all blocks whose copies fill it.
+// Each warp that has read a slot arrives `times` times at all blocks whose copies fill that slot.
 template <int cluster>
 __device__ __forceinline__ void release(uint64_t* empty, int lane, int times) {
   if constexpr (cluster > 1) {
@@ -145,8 +152,8 @@ __device__ __forceinline__ void release(uint64_t* empty, int lane, int times) {
   }
 }
 
-// The stationary rows from a slot into registers, but for the last box, which is copied. The addresses are computed
-// anew for each block: kept, they would take registers from the loop over the tiles.
+// Load the stationary rows from a slot into registers, except for the last box, which is copied. The addresses are
+// computed anew for each block, since the loop over the tiles needs the registers.
 template <typename Terms>
 __device__ __forceinline__ void load_stationary(uint32_t (&rows)[kRegisterSteps][4], const char* slot,
                                                 Shared<Terms>& s) {
@@ -229,7 +236,7 @@ template <int cluster, typename Task>
 __device__ __forceinline__ void add_up(const Task& task, const Walk& walk, Shared<typename Task::Terms>& s) {
   const int lane = threadIdx.x % kWarp, warp = uniform(threadIdx.x / kWarp), half = warp / 4 - 1;
   const bool fills = warp == kWarpGroup / kWarp;
-  // What comes kSlots after `position` of a block's walk.
+  // Fill a slot with the item that comes kSlots after `position` of a block's walk.
   const auto refill = [&](int slot, int block, int position) {
     position += kSlots;
     while (position > walk.tiles) position -= walk.tiles + 1, block += walk.block_stride;
@@ -264,9 +271,9 @@ __device__ __forceinline__ void add_up(const Task& task, const Walk& walk, Share
       product_wait(u);
       release<cluster>(&s.empty[slot.place], lane, 1);
       const bool due = task.is_due(j, walk.tiles);
-      // The scores of two tiles on may take the weights' place, and of a block on its numbers.
+      // This lets the first warpgroup overwrite the weights' place, and the block's numbers, two tiles later.
       if (!due && lane == 0) barrier_arrive(&s.weights_empty[turn.place()]);
-      // Before another tile takes its place, all blocks of the cluster are done with this one.
+      // All blocks of the cluster must be done with this tile before another one takes its place.
       if (fills) {
         barrier_wait(&s.empty[slot.place], slot.parity);
         refill(slot.place, block, j + 1);

@@ -28,7 +28,8 @@ struct Forward {
   const ForwardArgs& args;
   const Terms* terms;
 
-  // Tensor cores truncate sums, which takes 7e-4 of one over 500 000 classes: so they are handed over every 512 tiles.
+  // Tensor cores truncate their sums. A sum over 500 000 classes would lose 7e-4 of its value, so it is handed over
+  // every 512 tiles. The exponentials' sums, which are rounded, are handed over every 64 tiles.
   static constexpr int kTilesAtOnce = 512, kTilesOfSum = 64;
   __device__ __forceinline__ bool is_due(int j, int tiles) const {
     return (j + 1) % kTilesAtOnce == 0 || j + 1 == tiles;
@@ -63,7 +64,7 @@ struct Forward {
     return static_cast<int>(args.selection.present_count()) - first_class();
   }
 
-  // What a thread of the first warpgroup keeps of its two batch rows.
+  // The numbers that a thread of the first warpgroup keeps for its two batch rows.
   struct Rows {
     const Forward& task;
     Position at;
@@ -88,13 +89,13 @@ struct Forward {
       return static_cast<int64_t>(blockIdx.x) * kRows + at.row + 8 * h;
     }
 
-    // Padding may be NaN, which a weight of 0 would keep.
+    // Padding may be NaN, and 0 times NaN is NaN.
     __device__ __forceinline__ bool mends(int j) const { return j >= plain; }
     __device__ __forceinline__ void mend(int j, char* tile) const {
       mend_rows(tile, task.args.classes.factor + task.first_class() + j * kRows);
     }
 
-    // Few tiles have a row's target or padding.
+    // Only few tiles hold a row's target or padding.
     __device__ __forceinline__ void weigh(const Scores& d, const Terms& terms, int j, Weights& p, Shared<Terms>& s) {
       const unsigned in_tile[2] = {static_cast<unsigned>(target[0] - j * kRows),
                                    static_cast<unsigned>(target[1] - j * kRows)};
@@ -104,7 +105,7 @@ struct Forward {
         weigh_as<false>(d, terms, j, p);
       if ((j + 1) % kTilesOfSum == 0) hand_over(s);
     }
-    // So that no sum has thousands of terms.
+    // Keep the number of terms of each sum small.
     __device__ __forceinline__ void hand_over(Shared<Terms>& s) {
 #pragma unroll
       for (int h = 0; h < 2; ++h) s.numbers[h][threadIdx.x] += sum[h], sum[h] = 0;
@@ -154,7 +155,7 @@ struct Forward {
   };
 };
 
-// Grid: (blocks of batch rows, slices). What it adds to begins as nothing: see start_kernel.
+// Grid: (blocks of batch rows, slices). It adds to sums that start_kernel has set to zero.
 template <int cluster>
 __global__ void __cluster_dims__(cluster, 1, 1) __launch_bounds__(kBlockThreads, 1)
     class_sums_kernel(const __grid_constant__ TensorMap batch, const __grid_constant__ TensorMap classes,
@@ -168,7 +169,7 @@ __global__ void __cluster_dims__(cluster, 1, 1) __launch_bounds__(kBlockThreads,
                       args.ordered});
 }
 
-// Nothing, to be added to; and no odd rows yet.
+// Sets the sums to zero, the maxima to -infinity and the flag of odd rows to 0.
 static __global__ void __launch_bounds__(kRowThreads)
     start_kernel(int64_t sums, RowStats stats, int64_t numbers, float* center_sum, int* odd) {
   const int64_t all = static_cast<int64_t>(gridDim.x) * kRowThreads;

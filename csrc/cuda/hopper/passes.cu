@@ -1,5 +1,5 @@
-// The passes on the host. One launch a pass where the centers are plain bf16 rows; others are copied in chunks, and a
-// step of the optimizer is made chunk by chunk, after the gradient of each.
+// The passes on the host. Plain bf16 centers take one launch a pass. Other centers are copied to bf16 in chunks. A step
+// of the optimizer is made chunk by chunk, after the gradient of each.
 #include "../passes.h"
 #include "backward.h"
 #include "forward.h"
@@ -37,7 +37,7 @@ void prepare(const Matrix& m, const RowSelection& selection, PreparedRows rows, 
   if (m.dtype == Dtype::kFloat16) start(static_cast<const Float16*>(m.data), prepare_rows_kernel<Float16>);
 }
 
-// What both passes begin with: the batch, copied, and its terms.
+// The start of both passes: a copy of the batch, and the terms of its rows.
 struct Batch {
   const Matrix& embeddings;
   int* odd;  // of the classes
@@ -63,7 +63,7 @@ struct Batch {
   }
 };
 
-// fn(classes of a chunk, the map of their rows) for each chunk, prepared.
+// Calls fn(selection, values, stride, tensor map) for each chunk of classes, after its rows are prepared.
 template <typename Fn>
 void for_each_chunk(const Matrix& weight, RowSelection selection, const PreparedRows& rows, const Stream& stream,
                     const Fn& fn) {
@@ -79,14 +79,15 @@ void for_each_chunk(const Matrix& weight, RowSelection selection, const Prepared
   }
 }
 
-// As many classes as the budget allows, whole rounds of the multiprocessors.
+// The number of classes of a chunk: as many as the budget allows, in whole rounds of the multiprocessors.
 int64_t chunk_of(int64_t classes, bool copied, bool with_gradient, const PassOptions& options) {
   const int64_t bytes = kColumns * (copied ? sizeof(BFloat16) : 0) + kColumns * (with_gradient ? sizeof(float) : 0);
   const int64_t round = int64_t{kRows} * options.multiprocessors;
   return std::min(std::max<int64_t>(options.center_bytes / bytes / round, 1) * round, classes);
 }
 
-// Projected gradients (classes of a chunk, 512) into a matrix of any dtype and strides, or a step of the optimizer.
+// Writes projected gradients (classes of a chunk, 512) into a matrix of any dtype and strides, or makes a step of the
+// optimizer with them.
 __global__ void __launch_bounds__(kRowThreads)
     finish_gradient_kernel(const float* gradient, RowSelection selection, const float* reciprocal, CenterGradient out) {
   if (out.active != nullptr && !*out.active) return;
@@ -108,7 +109,7 @@ __global__ void __launch_bounds__(kRowThreads)
   }
 }
 
-// Whether the kernel itself can write the gradient, eight neighbors at a time.
+// True if the kernel itself can write the gradient, eight neighbors at a time.
 template <typename Out>
 bool fits(const Matrix& m, Dtype dtype) {
   constexpr int64_t kEach = 16 / sizeof(Out);

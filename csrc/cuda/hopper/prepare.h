@@ -1,4 +1,4 @@
-// What the passes need of rows before they begin: norms of all, and copies of those that are no plain bf16 rows.
+// Rows before the passes: their norms, and bf16 copies of rows that are not plain bf16.
 #pragma once
 
 #include "../rows.h"
@@ -12,15 +12,15 @@ struct PreparedRows {
   float* inverse;     // (rows,) 0 for padding
   float* reciprocal;  // (rows,) as Panel's: 1 / max(norm, epsilon), negative where epsilon is greater
   float* factor;      // (rows,) a power of two; 0 for padding, whose numbers may be NaN
-  int* odd;           // whether any factor is neither 0 nor 1
+  int* odd;           // 1 if any factor is neither 0 nor 1
   int64_t rows;       // a multiple of 64
 };
 
-// Norms for which exponentials (2^93 at a scale of 64) times inverses, and sums of products with batch rows in [1, 2),
-// keep well within bf16's and fp32's range. A zero row does so, too.
+// Norms in [2^-40, 2^40]. There an exponential (at most 2^93 at a scale of 64) times an inverse stays well within
+// bf16's range, and a sum of products with batch rows in [1, 2) within fp32's. So does a zero row.
 constexpr float kLeastSquares = 0x1p-80f, kMostSquares = 0x1p80f;
 
-// Whether a row is used as it lies, by its numbers' squares and largest magnitude.
+// True if a row is used as it is stored, given the sum of its squares and its largest magnitude.
 __device__ __forceinline__ bool is_ordinary(float squares, float largest) {
   return (squares >= kLeastSquares && squares <= kMostSquares) || largest == 0;
 }
@@ -33,7 +33,7 @@ __device__ __forceinline__ float scaling_of(float largest) {
 struct Norm {
   float inverse, reciprocal;  // as in PreparedRows
 };
-// Of a row that `factor` has brought to these squares.
+// Norm of a row whose numbers, times `factor`, have this sum of squares.
 __device__ __forceinline__ Norm norm_of(float squares, float factor) {
   constexpr float kEpsilon = static_cast<float>(kNormEpsilon);
   if (factor == 1) {  // most of them, so without fp64
@@ -46,8 +46,8 @@ __device__ __forceinline__ Norm norm_of(float squares, float factor) {
           static_cast<float>(norm < kNormEpsilon ? -1 / floored : 1 / floored)};
 }
 
-// A warp a row. Copies have their largest magnitude in [1, 2) by a power of two, which is exact; what is used where it
-// lies has a factor only where its norm is out of range.
+// One warp for each row. A power of two brings the largest magnitude of each copied row into [1, 2), which is exact. A
+// row that is used where it is stored has a factor other than 1 only if its norm is out of range.
 template <typename Source>
 __global__ void __launch_bounds__(kRowThreads)
     prepare_rows_kernel(const Source* data, int64_t row_stride, int64_t column_stride, RowSelection selection,
@@ -105,11 +105,11 @@ __global__ void __launch_bounds__(kRowThreads)
   out.reciprocal[row] = norm.reciprocal;
   const bool mended = out.values == nullptr && factor != 1;
   out.factor[row] = mended ? factor : 1.0f;
-  if (mended) *out.odd = 1;  // whoever writes it writes this
+  if (mended) *out.odd = 1;  // all threads that write here write this value
 }
 
-// Two threads of the first warpgroup have a row of a slot, half of its columns each, in chunks of 16 bytes. All of its
-// threads come to what follows.
+// A row of a slot belongs to two threads of the first warpgroup, half of its columns to each, in chunks of 16 bytes.
+// All threads of that warpgroup call the functions below together.
 constexpr int kChunks = kColumns / 8 / 2;
 struct alignas(16) Chunk {
   BFloat16 at[8];
@@ -120,7 +120,7 @@ struct HalfRow {
   __device__ __forceinline__ explicit HalfRow(char* slot) : slot(slot) {
     t = fresh(threadIdx.x % kWarpGroup), row = t / 2, half = t % 2;
   }
-  // In another order for each thread of eight, so that their chunks lie in different banks.
+  // Each of eight neighboring threads has another order, so that their chunks lie in different banks.
   __device__ __forceinline__ Chunk* chunk(int i) const {
     return reinterpret_cast<Chunk*>(slot + (half * (kBoxes / 2) + i / 8) * kBoxBytes + row * 128 + ((i ^ t) & 7) * 16);
   }
@@ -135,7 +135,7 @@ struct HalfRow {
   }
 };
 
-// A tile of classes, row by row times its factor, before a product reads it.
+// Multiplies each row of a tile of classes by its factor, before a product reads the tile.
 __device__ __forceinline__ void mend_rows(char* slot, const float* factors) {
   const HalfRow mine(slot);
   mine.multiply(factors[mine.row]);
@@ -143,8 +143,8 @@ __device__ __forceinline__ void mend_rows(char* slot, const float* factors) {
   named_sync<1, kWarpGroup>();
 }
 
-// The terms of a block of classes, which lie in its slot as they are stored: each is brought into range there. A warp
-// measures the rows that it reads the terms of afterwards.
+// Computes the terms of a block of classes in its slot, and brings rows into range there. Each warp measures the rows
+// whose terms it reads afterwards.
 __device__ __forceinline__ void measure_rows(char* slot, BlockTerms& terms) {
   const HalfRow mine(slot);
   const auto measure = [&](float* squares, float* largest) {

@@ -1,4 +1,4 @@
-// How a matrix is described to the copies, which fetch boxes of it. On the host.
+// Tensor maps: the description of a matrix for copies of its boxes. On the host.
 #pragma once
 
 #include "block.h"
@@ -9,7 +9,7 @@
 
 namespace fa::cuda::hopper {
 
-// What copies demand of rows that they fetch where they lie: 16-byte aligned, and fewer than 2^31.
+// True if tensor maps can describe the matrix: bf16 rows, aligned to 16 bytes.
 inline bool is_plain(const Matrix& m) {
   return m.dtype == Dtype::kBFloat16 && m.column_stride == 1 && aligned(m.data, 16) && m.row_stride % 8 == 0 &&
          m.row_stride > 0 && m.row_stride < int64_t{1} << 38;
@@ -17,7 +17,7 @@ inline bool is_plain(const Matrix& m) {
 
 #if defined(__CUDACC__)
 
-// The driver's function, which the module is not linked with: it must be importable without a driver.
+// The driver's function. The module is not linked with the driver, so that it can be imported without one.
 inline PFN_cuTensorMapEncodeTiled_v12000 encoder() {
   void* function = nullptr;
   cudaDriverEntryPointQueryResult found{};

@@ -9,20 +9,19 @@
 
 namespace fa::cuda::hopper {
 
-// Where an operand lies in shared memory, in the 128-byte swizzle: boxes of 64 rows of 128 bytes, so that groups of
-// eight rows are 1024 bytes apart.
-// Rows hold the depth, which begins at `at`.
+// Descriptors of an operand in shared memory, in the 128-byte swizzle. It lies in boxes of 64 rows of 128 bytes, so
+// groups of eight rows are 1024 bytes apart. The rows hold the depth, which begins at `at`.
 __device__ __forceinline__ uint64_t rows_of_depth(uint32_t at) {
   return static_cast<uint64_t>((at & 0x3ffff) >> 4) | uint64_t{1} << 16 | uint64_t{1024 >> 4} << 32 | uint64_t{1} << 62;
 }
-// Rows are the depth and hold the operand's 64 columns; the next 64 lie `box` bytes on.
+// The rows are the depth. Each holds 64 of the operand's columns; the next 64 columns lie `box` bytes further on.
 __device__ __forceinline__ uint64_t rows_of_columns(uint32_t at, int box) {
   return static_cast<uint64_t>((at & 0x3ffff) >> 4) | static_cast<uint64_t>(box >> 4) << 16 |
          uint64_t{1024 >> 4} << 32 | uint64_t{1} << 62;
 }
 
-// The same operand so many bytes further on. Addresses end below 2^18, so that nothing is carried out of their field:
-// one addition, where the descriptor anew would be four that wait for each other, in less time than a product takes.
+// The same operand `bytes` further on. Addresses end below 2^18, so nothing is carried out of their field. This is one
+// addition. A new descriptor would take four dependent instructions, longer than a product may take.
 __device__ __forceinline__ uint64_t further(uint64_t operand, int bytes) {
   return (operand & 0xffffffff00000000u) | static_cast<uint32_t>(operand + static_cast<uint32_t>(bytes >> 4));
 }

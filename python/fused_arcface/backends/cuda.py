@@ -66,7 +66,7 @@ def _capability(tensor: Tensor) -> tuple[int, int]:
 
 
 def describe() -> str:
-    """Return whether the kernels for Hopper are in use, and why not; "" where the backend cannot run."""
+    """Return a text that says if Hopper's kernels are in use, and the reason if not; "" if the backend cannot run."""
     return "" if unavailable() else hopper.describe(_kernels.HOPPER, torch.cuda.get_device_capability())
 
 

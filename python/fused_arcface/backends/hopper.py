@@ -21,7 +21,7 @@ _MOST_CLASSES = 2**31 - 1
 
 @dataclass(frozen=True)
 class HopperConfig:
-    """What a GPU has to decide by measurement."""
+    """Settings that a measurement on a GPU has to decide."""
 
     cluster: int = 2
     """Blocks that fetch for each other, 1 or 2. Two read half as much out of L2 and wait for each other."""
@@ -39,7 +39,7 @@ CONFIGS = {
     "unordered": HopperConfig(ordered=False),
     "cluster-1-unordered": HopperConfig(cluster=1, ordered=False),
 }
-"""The values of ``FUSED_ARCFACE_HOPPER``. The others than "1" are for benchmarks."""
+"""The values of ``FUSED_ARCFACE_HOPPER``. All but "1" are for benchmarks."""
 
 
 def asked() -> HopperConfig | None:
@@ -62,7 +62,7 @@ def choose(built: bool, capability: tuple[int, int], embeddings: Tensor, weight:
 
 
 def describe(built: bool, capability: tuple[int, int]) -> str:
-    """Return whether the kernels are in use, and why not."""
+    """Return a text that says if the kernels are in use, and the reason if not."""
     if not built:
         return "not built: that takes nvcc 12.0 or later"
     if capability != CAPABILITY:
