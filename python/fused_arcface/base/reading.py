@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from .extras import MissingExtra
+from .suggest import missing_path
 
 _KINDS = {
     stat.S_IFDIR: "a folder",
@@ -23,6 +24,10 @@ _POINTER = b"version https://git-lfs.github.com/spec/"
 
 class DataError(ValueError):
     """Data that cannot be used; the message names the file and the place in it."""
+
+
+class MissingPathError(DataError):
+    """A path that does not exist: the argument is wrong, not what a file holds."""
 
 
 @contextlib.contextmanager
@@ -42,6 +47,8 @@ def file_errors(path: str | os.PathLike[str]) -> Iterator[None]:
         yield
     except (DataError, MissingExtra):
         raise
+    except FileNotFoundError:
+        raise MissingPathError(missing_path(path)) from None
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror or error}") from None
     except Exception as error:

@@ -22,6 +22,7 @@ from .. import checkpoint
 from ..base.checks import check_size, check_sub_centers
 from ..base.keyed_random import fill_normal
 from ..base.reading import DataError, file_errors
+from ..base.suggest import missing_path
 from ..parallel.sharding import Sharding
 from . import other_projects, safetensors
 from .other_projects import INSIGHTFACE
@@ -32,6 +33,10 @@ _NEW_ROWS = 1 << 16  # drawn at once
 
 class ConvertError(DataError):
     """A source that is not what its place or name says, or sources that do not go together."""
+
+
+class ConvertOptionError(ConvertError):
+    """An option that is out of its range, or that the sources do not allow."""
 
 
 @dataclass
@@ -85,7 +90,7 @@ def read(path: str | os.PathLike[str], sub_centers: int | None = None, *, trust:
     """
     path = Path(path)
     if not path.exists():
-        raise FileNotFoundError(f"there is no {path}")
+        raise FileNotFoundError(missing_path(path))
     try:
         found = _read_directory(path, trust) if path.is_dir() else _read_file(path)
     except ConvertError:
@@ -96,9 +101,9 @@ def read(path: str | os.PathLike[str], sub_centers: int | None = None, *, trust:
         check_sub_centers(sub_centers)
         own, rows = found.values.get("sub_centers"), found.tensors["weight"].shape[0]
         if own not in (None, sub_centers):
-            raise ConvertError(f"{path} has sub_centers={own}; got {sub_centers}")
+            raise ConvertOptionError(f"{path} has sub_centers={own}; got {sub_centers}")
         if rows % sub_centers:
-            raise ConvertError(f"{path} must have sub_centers={sub_centers} rows of each class; it has {rows}")
+            raise ConvertOptionError(f"{path} must have sub_centers={sub_centers} rows of each class; it has {rows}")
         found.values["sub_centers"] = sub_centers
     return found
 
@@ -245,7 +250,7 @@ def grow(source: Centers, num_classes: int, seed: int) -> Centers:
     """
     kept = source.num_classes
     if num_classes < kept:
-        raise ConvertError(f"classes must be >= {kept}, those of the source; got {num_classes}")
+        raise ConvertOptionError(f"classes must be >= {kept}, those of the source; got {num_classes}")
 
     first, last = kept * source.sub_centers, num_classes * source.sub_centers
 
@@ -310,7 +315,7 @@ def _is_one_file(path: Path) -> bool:
     if path.suffix.lower() == ".safetensors":
         return True
     if not path.is_dir() and (path.suffix or path.exists()):
-        raise ConvertError(f"the destination must be a .safetensors file or a folder of checkpoints; got {path}")
+        raise ConvertOptionError(f"the destination must be a .safetensors file or a folder of checkpoints; got {path}")
     return False
 
 
@@ -318,9 +323,9 @@ def _checked_seed(seed: object) -> int:
     try:
         checked = check_size("seed", seed, least=0)
     except (TypeError, ValueError) as error:
-        raise ConvertError(str(error)) from None
+        raise ConvertOptionError(str(error)) from None
     if checked >= 1 << 63:
-        raise ConvertError(f"seed must be in [0, 2^63); got {checked}")
+        raise ConvertOptionError(f"seed must be in [0, 2^63); got {checked}")
     return checked
 
 

@@ -29,7 +29,7 @@ def test_one_command_begins_a_run_and_goes_on_with_it(tmp_path: Path, capsys: py
     options = ["--data", "identities:4x4", "--batch-size", "8", "--image-size", "16", "--workers", "0"]
     command = ["train", *options, "--output", str(output), "--epochs", "1", "--resume", "auto"]
     assert run_command(["train", *options, "--output", str(output), "--resume"]) == 2  # without auto: there is none
-    assert "make one with: fused-arcface train" in capsys.readouterr().err
+    assert "does not exist; make a run with: fused-arcface train --data DATA" in capsys.readouterr().err
     assert not output.exists()
     assert run_command(command) == 0
     assert "resumed" not in capsys.readouterr().out

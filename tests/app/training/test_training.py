@@ -261,8 +261,11 @@ def test_a_run_starts_from_weights_in_a_file(tmp_path: Path) -> None:
 
 
 def test_folders_that_are_no_run(tmp_path: Path) -> None:
-    with pytest.raises(RunError, match="is not a folder"):
+    with pytest.raises(RunError, match="missing does not exist; make a run with"):
         load_backbone(tmp_path / "missing")
+    (tmp_path / "file").touch()
+    with pytest.raises(RunError, match="file is not a folder; make a run with"):
+        load_backbone(tmp_path / "file")
     with pytest.raises(RunError, match=r"is no training run: it has no config\.toml"):
         load_backbone(tmp_path)
     TINY.save(tmp_path / "config.toml")
@@ -299,7 +302,10 @@ def test_a_run_is_neither_overwritten_nor_mixed_up(tmp_path: Path) -> None:
 
 def test_options_that_do_not_go_together(tmp_path: Path) -> None:
     for options, message in (
-        ({"accumulation": 5}, "batch_size must be >= 10, two images for each of 1 rank.s. × 5 micro-batch.es."),
+        (
+            {"accumulation": 5},
+            r"batch_size must be >= 10, .* the 1 × 5 parts \(ranks × micro-.* got 8 and 24",
+        ),
         ({"device": "cuda:0"} if not torch.cuda.is_available() else {"device": "gpu"}, "device"),
         ({"device": "abacus"}, "device must be auto, cpu, cuda or cuda:N; got 'abacus'"),
         ({"backend": "cuda"}, "backend 'cuda'"),

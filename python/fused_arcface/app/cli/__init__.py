@@ -33,10 +33,7 @@ COMMANDS = (
 """Names of the commands, in the order of ``--help``. Each is a function in the module of the same name; the class
 ``Command`` of that module, if there is one, parses its arguments."""
 
-_WRONG_USAGE = 2
 _INTERRUPTED = 130
-# typer brings a click of its own, or imports the one that is installed; this is the error of whichever it uses.
-_UsageError: Any = typer.BadParameter.__base__
 
 
 def load_command(name: str) -> TyperCommand:
@@ -126,29 +123,6 @@ def run(arguments: Sequence[str] | None = None) -> int:
 
 
 def _explain(error: BaseException) -> int:
-    """Print an error that a user can mend and return its exit status. Raise any other error again."""
-    from fused_arcface.base.extras import MissingExtra
-    from fused_arcface.base.reading import DataError
-    from fused_arcface.base.suggest import missing_path
+    from .errors import explain  # not needed for the help
 
-    from .terminal import terminal
-
-    hint, status = "", 1
-    if isinstance(error, _UsageError):
-        command = error.ctx.command_path if error.ctx is not None else "fused-arcface"
-        text, hint, status = error.format_message(), f"See {command} --help", _WRONG_USAGE
-    elif isinstance(error, KeyboardInterrupt):
-        text, status = "Interrupted.", _INTERRUPTED
-    elif isinstance(error, (MissingExtra, DataError)):
-        text = str(error)
-    elif isinstance(error, FileNotFoundError) and error.filename is not None:
-        text, status = missing_path(error.filename), _WRONG_USAGE
-    elif isinstance(error, OSError):
-        text = str(error) if error.filename is None else f"{error.filename}: {error.strerror}"
-    else:
-        raise error
-    console = terminal(stderr=True, soft_wrap=True)
-    console.print(text, style="bold red", markup=False)
-    if hint:
-        console.print(hint, markup=False, highlight=False)
-    return status
+    return explain(error)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
+from .errors import WrongOption
 from .progress import spinner
 from .tables import say_written
 from .terminal import terminal
@@ -83,10 +84,10 @@ def bench(
 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device.partition(":")[0] not in ("cpu", "cuda"):
-        raise typer.BadParameter(f"must be cpu or cuda; got {device}", param_hint="--device")
+        raise WrongOption(f"--device must be cpu or cuda; got {device}")
     on = torch.device(device)
     if on.type == "cuda" and not torch.cuda.is_available():
-        raise typer.BadParameter("cuda was asked for; torch sees no GPU here", param_hint="--device")
+        raise WrongOption("--device cuda needs a GPU, and torch sees none here")
     if threads is not None:
         torch.set_num_threads(threads)
     names = None if providers is None else [name.strip() for name in providers.split(",") if name.strip()]
@@ -96,17 +97,17 @@ def bench(
         shapes = cases_named(cases, on.type)
         chosen = select(names if budget is None else None, backend)
     except ValueError as error:
-        raise typer.BadParameter(str(error)) from None
+        raise WrongOption(f"--{error}") from None
     if budget is not None and not 0 < budget < math.inf:
-        raise typer.BadParameter(f"must be > 0 and finite; got {budget}", param_hint="--budget")
+        raise WrongOption(f"--budget must be > 0 and finite; got {budget}")
     world_sizes = [] if ranks is None else [each.strip() for each in ranks.split(",")]
     if not all(each.isdecimal() and int(each) >= 1 for each in world_sizes):
-        raise typer.BadParameter(f"must be numbers >= 1, comma-separated; got {ranks!r}", param_hint="--ranks")
+        raise WrongOption(f"--ranks must be numbers >= 1, comma-separated; got {ranks!r}")
     try:  # said before the minutes are spent, not after
         output.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=output).close()
     except OSError as error:
-        raise typer.BadParameter(f"{output} cannot be written to: {error.strerror}", param_hint="--output") from None
+        raise WrongOption(f"--output {output} cannot be written to: {error.strerror}") from None
     if world_sizes:
         _run_ranks(console, [*map(int, world_sizes)], output)
     elif budget is not None:
@@ -160,9 +161,9 @@ def _interrupted_run(folder: Path, device: torch.device) -> Report:
         report = read_report(folder)
         check_same_machine(report, device)
     except FileNotFoundError:
-        raise typer.BadParameter(f"{folder} holds no run to resume", param_hint="--resume") from None
+        raise WrongOption(f"--resume: {folder} holds no run to resume") from None
     except ValueError as error:
-        raise typer.BadParameter(str(error), param_hint="--resume") from None
+        raise WrongOption(f"--resume: {error}") from None
     return report
 
 
@@ -195,9 +196,9 @@ def _run_capacity(
                 on_row=lambda rows: capacity.write(output, rows),
             )
     except FileNotFoundError:
-        raise typer.BadParameter(f"{output} holds no capacities to resume", param_hint="--resume") from None
+        raise WrongOption(f"--resume: {output} holds no capacities to resume") from None
     except (ValueError, RuntimeError) as error:
-        raise typer.BadParameter(str(error)) from None
+        raise WrongOption(str(error)) from None
     except KeyboardInterrupt:
         console.print(f"Interrupted. What was found is in {output}; --resume continues after it.", markup=False)
         raise typer.Exit(130) from None

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from .errors import WrongOption, explained
 from .progress import TrainingBar
 from .terminal import terminal
 
@@ -65,17 +66,14 @@ def compare(
     try:
         chosen_criteria(names)
     except ValueError as error:
-        raise typer.BadParameter(f"--{error}") from None
+        raise WrongOption(f"--{error}") from None
     plan = comparison_plan(quick, None if data is None else str(data), seeds, steps, batch_size)
     console = terminal()
-    try:
+    with explained():
         folder = Folder(output, plan)
         print_plan(console, plan)
         with TrainingBar(console) as progress:
             found = run_comparison(plan, folder, progress, names)
         written = [*draw_pictures(found, output), *folder.write_summary(found.rows, found.seconds)]
-    except (ValueError, OSError) as wrong:
-        terminal(stderr=True, soft_wrap=True).print(str(wrong), style="bold red", markup=False)
-        raise typer.Exit(1) from wrong
     print_comparison(console, found)
     say_written(console, output, written, found.seconds)

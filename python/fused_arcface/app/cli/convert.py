@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from .errors import explained
 from .terminal import terminal
 
 
@@ -56,11 +57,10 @@ def convert(
     ranks; a safetensors file with weight (C, D); or a .pt file with weight
     (C, D), pytorch-metric-learning's W (D, C), or one such tensor.
     """
-    from fused_arcface.checkpoint import CheckpointError
     from fused_arcface.checkpoint import convert as conversion
 
     error = terminal(stderr=True, soft_wrap=True)
-    try:
+    with explained():
         written = conversion.convert(
             sources,
             destination,
@@ -71,9 +71,6 @@ def convert(
             noted=lambda note: error.print(note, style="yellow", markup=False, highlight=False),
         )
         found = conversion.read(written)
-    except (CheckpointError, conversion.ConvertError, OSError) as wrong:
-        error.print(str(wrong), style="bold red", markup=False)
-        raise typer.Exit(1) from wrong
     for name, rows in found.tensors.items():
         terminal(soft_wrap=True).print(
             f"{written}: {name} {rows.shape} {str(rows.dtype).removeprefix('torch.')}", markup=False

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from .errors import WrongOption
 from .progress import TrainingBar
 from .terminal import terminal
 
@@ -33,7 +34,7 @@ def demo(
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise typer.BadParameter(f"--output {output} cannot be made: {error.strerror}") from None
+        raise WrongOption(f"--output {output} cannot be made: {error.strerror}") from None
 
     from ..lab import plans
     from ..lab.demo import run_demo

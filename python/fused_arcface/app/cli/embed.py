@@ -10,6 +10,7 @@ from rich.progress import Progress
 
 from ..data.images import MAX_PIXELS
 from . import use
+from .errors import explained
 from .terminal import MOST_PROBLEMS, terminal
 
 
@@ -56,7 +57,7 @@ def embed(
         if told <= MOST_PROBLEMS:
             error.print(f"{problem}; left out", style="yellow", markup=False, highlight=False)
 
-    with use.explained():
+    with explained():
         check_output(output)
         embedder = use.load(checkpoint, backbone, image_size, device, trust)
         found = read_images(images, max_pixels=max_pixels)

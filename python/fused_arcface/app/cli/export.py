@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from . import use
+from .errors import explained
 from .terminal import terminal
 
 
@@ -31,7 +32,7 @@ def export(
     from ..export import export as export_net
 
     console = terminal(soft_wrap=True)
-    with use.explained():
+    with explained():
         check_suffix(output)
         embedder = use.load(checkpoint, backbone, image_size, "cpu", trust)
         difference = export_net(embedder, output)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 from rich.console import Console
 
+from fused_arcface.evaluation.search import Engine
+
 from ..data.images import MAX_PIXELS
 from . import evaluation as shared
+from .errors import WrongOption, explained, one_of
 from .tables import plain_table
 from .terminal import terminal
 
@@ -29,6 +32,7 @@ def identify(
     ] = None,
     checkpoint: shared.Checkpoint = None,
     backbone: shared.Backbone = None,
+    image_size: shared.ImageSize = None,
     gallery: Annotated[
         str | None, typer.Option(help="Labeled images of the known people; needs --probes and replaces --data.")
     ] = None,
@@ -49,7 +53,11 @@ def identify(
     ] = 1,
     unknown: Annotated[
         float,
-        typer.Option(help="Share of the identities, 0 to 1, kept out of the gallery, when the command splits."),
+        typer.Option(
+            min=0,
+            max=1,
+            help="Share of the identities, 0 to 1, kept out of the gallery, when the command splits.",
+        ),
     ] = 0.2,
     seed: Annotated[int, typer.Option(help="Seed of the split.")] = 0,
     bad_data: shared.BadData = "skip",
@@ -58,7 +66,8 @@ def identify(
         str,
         typer.Option(
             help="Search engine: torch, faiss, or auto (faiss where it is installed and knows the distance). "
-            "All are exact."
+            "All are exact.",
+            callback=one_of("--engine", get_args(Engine)),
         ),
     ] = "auto",
     distance: shared.DistanceName = "cosine",
@@ -93,18 +102,17 @@ def identify(
 
     given = [data is not None, gallery is not None and probes is not None, embeddings is not None]
     if sum(given) != 1 or (embeddings is None) == (checkpoint is None) or (gallery is None) != (probes is None):
-        raise typer.BadParameter(
+        raise WrongOption(
             "one of --data, --gallery with --probes, and --embeddings must be given, images with --checkpoint"
         )
     if save_embeddings is not None and data is None:
-        raise typer.BadParameter("--save-embeddings goes with --data")
-    shared.check_bad_data(bad_data)
+        raise WrongOption("--save-embeddings goes with --data")
     shared.check_output(json)
-    with shared.explained():
+    with explained():
         if save_embeddings is not None:
             check_suffix(save_embeddings)
         options: dict[str, Any] = {"flip": flip, "device": device, "batch_size": batch_size, "workers": workers}
-        options |= {"bad_data": bad_data, "trust": trust, "backbone": backbone}
+        options |= {"bad_data": bad_data, "trust": trust, "backbone": backbone, "image_size": image_size}
         if gallery is not None and probes is not None and checkpoint is not None:
             sources = two_sets(gallery, probes, max_pixels)
             split = with_labels_by_name(sources, shared.embed_images(checkpoint, sources, **options))

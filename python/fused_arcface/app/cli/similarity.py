@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from . import use
+from .errors import explained
 from .terminal import terminal
 
 
@@ -43,7 +44,7 @@ def similarity(
     The verdict needs a threshold. A run has some if it was trained with
     --verify-data; verify --checkpoint RUN replaces them.
     """
-    with use.explained():
+    with explained():
         if threshold is not None and far is not None:
             raise ValueError("--threshold and --far exclude each other")
         embedder = use.load(checkpoint, backbone, image_size, device, trust)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 import shlex
 from collections.abc import Callable
 from pathlib import Path
@@ -21,10 +22,10 @@ from ..training.runs import RunError, RunFolder
 from ..training.trainer import train as train_run
 from ..training.trainer import try_out
 from ..training.world import is_first_rank, resume_command
+from .errors import ended
 from .terminal import terminal
 from .training_progress import TrainingProgress, explain_end, explain_trial
 
-_WRONG_USAGE = 2
 RESUME = "last"  # as the value of --resume without one
 
 
@@ -32,10 +33,9 @@ class Command(TyperCommand):
     """``train`` with a --resume that may stand alone: typer knows no option with a value that can be left out."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        following = [*args[1:], ""]
         filled = [
-            f"--resume={RESUME}" if each == "--resume" and after != "auto" else each
-            for each, after in zip(args, following, strict=True)
+            f"--resume={RESUME}" if each == "--resume" and after != ["auto"] else each
+            for each, after in ((each, args[place + 1 : place + 2]) for place, each in enumerate(args))
         ]
         return super().parse_args(ctx, filled)
 
@@ -131,8 +131,7 @@ def train(
             error.print(f"  {resume_command(output)}", style="bold", markup=False, highlight=False)
         raise
     except (CheckpointError, DataError, OptionError, RunError, TrainingError) as wrong:
-        error.print(str(wrong), style="bold red", markup=False)
-        raise typer.Exit(_WRONG_USAGE if isinstance(wrong, (OptionError, RunError)) else 1) from None
+        raise ended(wrong, _with_flag(str(wrong))) from None
     if outcome.signal is not None:
         if is_first_rank():
             error.print(f"Saved after step {outcome.step} of {outcome.steps}. To go on:", markup=False)
@@ -140,6 +139,16 @@ def train(
         raise typer.Exit(128 + outcome.signal)
     if is_first_rank():
         explain_end(console, RunFolder(output), outcome.step)
+
+
+def _with_flag(text: str) -> str:
+    """Return the message of an error with the name of the option as it is on the command line.
+
+    >>> _with_flag("batch_size must be >= 2; got 1"), _with_flag("runs/a is in use")
+    ('--batch-size must be >= 2; got 1', 'runs/a is in use')
+    """
+    name = re.match("[a-z_]*", text)[0]  # type: ignore[index]  # it matches an empty text too
+    return f"--{name.replace('_', '-')}{text[len(name) :]}" if name in rules() else text
 
 
 def _choose(output: Path, file: Path | None, resume: bool, given: dict[str, Any]) -> TrainConfig:

@@ -1,15 +1,11 @@
-"""What ``embed``, ``similarity`` and ``export`` share: how a net is named, and how these commands fail."""
+"""The options that name a net, for ``embed``, ``similarity`` and ``export``."""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-
-from .terminal import terminal
 
 if TYPE_CHECKING:
     from ..embedder import Embedder
@@ -58,17 +54,3 @@ def load(checkpoint: Path, backbone: str | None, image_size: int | None, device:
     from ..embedder import load_embedder
 
     return load_embedder(checkpoint, backbone, device=device, image_size=image_size, trust=trust)
-
-
-@contextlib.contextmanager
-def explained() -> Iterator[None]:
-    """End the command with the message of an error in what the user gave, and with status 1."""
-    from fused_arcface.checkpoint import CheckpointError
-
-    from ..export import ExportError
-
-    try:
-        yield
-    except (CheckpointError, ExportError, ValueError, TypeError) as wrong:  # DataError and RunError are ValueErrors
-        terminal(stderr=True, soft_wrap=True).print(str(wrong), style="bold red", markup=False)
-        raise typer.Exit(1) from None

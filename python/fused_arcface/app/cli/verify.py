@@ -10,6 +10,7 @@ from rich.console import Console
 
 from ..data.images import MAX_PIXELS
 from . import evaluation as shared
+from .errors import WrongOption, explained
 from .tables import plain_table
 from .terminal import terminal
 
@@ -33,6 +34,7 @@ def verify(
     ] = None,
     checkpoint: shared.Checkpoint = None,
     backbone: shared.Backbone = None,
+    image_size: shared.ImageSize = None,
     images: Annotated[
         Path | None,
         typer.Option(help="Folder of the images that a file of pairs names. Default: the folder of that file."),
@@ -84,11 +86,10 @@ def verify(
     from .thresholds import keep_thresholds, print_thresholds, threshold_figures, threshold_points
 
     if (embeddings is None) == (data is None or checkpoint is None):
-        raise typer.BadParameter("--data and --checkpoint must be given, or --embeddings alone")
-    shared.check_bad_data(bad_data)
+        raise WrongOption("--data and --checkpoint must be given, or --embeddings alone")
     require("sklearn.metrics", "eval")
     shared.check_output(json)
-    with shared.explained():
+    with explained():
         for file in (save_embeddings, gallery):
             if file is not None:
                 check_suffix(file)
@@ -97,7 +98,7 @@ def verify(
         else:
             assert data is not None and checkpoint is not None
             options: dict[str, Any] = {"flip": flip, "device": device, "batch_size": batch_size, "workers": workers}
-            options |= {"bad_data": bad_data, "trust": trust, "backbone": backbone}
+            options |= {"bad_data": bad_data, "trust": trust, "backbone": backbone, "image_size": image_size}
             read = read_pair_set(data, images, most=pairs, seed=seed, max_pixels=max_pixels)
             (scored,) = shared.embed_images(checkpoint, [read], **options)
         if save_embeddings is not None:

@@ -11,7 +11,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fused_arcface.base.reading import DataError, file_errors, read_bytes
+from fused_arcface.base.reading import DataError, MissingPathError, file_errors, read_bytes
+from fused_arcface.base.suggest import missing_path
 from fused_arcface.base.text import lines
 
 from .formats.folders import read_folder
@@ -95,7 +96,7 @@ def _files_of(source: str) -> list[tuple[Path, str | None]]:
     if path.suffix.lower() in _LISTS:
         return _read_list(path)
     if not path.is_file():
-        raise DataError(f"there is no {source}")
+        raise MissingPathError(missing_path(source))
     return [(path, None)]
 
 

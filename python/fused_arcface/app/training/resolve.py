@@ -28,10 +28,11 @@ def open_data(config: TrainConfig) -> ImageSource:
     """Open the images to train on.
 
     Raises:
+        OptionError: if the option is not given.
         DataError: if there are none, or something is wrong with them and ``bad_data`` is ``"stop"``.
     """
     if not config.data:
-        raise DataError(f"data must be {labeled_formats()}; got nothing")
+        raise OptionError(f"data must be {labeled_formats()}; got nothing")
     source = open_source(config.data, config.max_pixels)
     if config.bad_data == "stop" and source.problems:
         raise DataError(stopped_by(source.problems[0]))
@@ -86,8 +87,8 @@ def resolve(config: TrainConfig, source: ImageSource, world: World) -> TrainConf
     rows, parts = min(config.batch_size, len(source)), world.world_size * config.accumulation
     if rows < 2 * parts:
         raise OptionError(
-            f"batch_size must be >= {2 * parts}, two images for each of {world.world_size} rank(s) × "
-            f"{config.accumulation} micro-batch(es), and so many images be there; got {rows}"
+            f"batch_size must be >= {2 * parts}, and so must the number of images: each of the {world.world_size} × "
+            f"{config.accumulation} parts (ranks × micro-batches) needs two; got {config.batch_size} and {len(source)}"
         )
     if config.precision == "fp16" and config.center_optimizer == "joint" and world.world_size > 1:
         raise OptionError(

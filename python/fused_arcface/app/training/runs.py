@@ -124,8 +124,13 @@ class RunFolder:
             RunError: if there are none or they cannot be read.
         """
         if not self.config.is_file():
-            why = "is not a folder" if not self.root.is_dir() else f"is no training run: it has no {self.config.name}"
-            raise RunError(f"{self.root} {why}; make one with: fused-arcface train --output {self.root}")
+            if not self.root.exists():
+                why = "does not exist"
+            elif self.root.is_dir():
+                why = f"is no training run: it has no {self.config.name}"
+            else:
+                why = "is not a folder"
+            raise RunError(f"{self.root} {why}; make a run with: fused-arcface train --data DATA --output {self.root}")
         try:
             config = TrainConfig().replace(read_options(self.config))
             if not config.data:  # a run has some
