@@ -19,7 +19,7 @@ from .engine.step import as_autocast, loss_on_one_device
 from .margins.angular import ArcFace, Margin
 
 if TYPE_CHECKING:
-    from .calls import HeadCall
+    from .calls import Backend, HeadCall
 
 # Classes whose cosines topk holds at once: (N, 16384) floats, 16 MiB at N = 256.
 _TOPK_CLASSES = 16384
@@ -67,7 +67,7 @@ class MarginHead(NotScriptable, nn.Module):
         *,
         margin: Margin = ArcFace(),
         scale: float = 64.0,
-        backend: str = "auto",
+        backend: Backend = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         sub_centers: int = 1,

@@ -27,7 +27,7 @@ from .parallel.sharding import Sharding
 from .parallel.wrappers import check_plain
 
 if TYPE_CHECKING:
-    from .calls import PartialFCCall
+    from .calls import Backend, PartialFCCall
 
 
 class PartialFC(NotScriptable, JointCalls, RunState):
@@ -123,7 +123,7 @@ class PartialFC(NotScriptable, JointCalls, RunState):
         group: Any = None,
         seed: int = 0,
         center_optimizer: CenterSGD | None = None,
-        backend: str = "auto",
+        backend: Backend = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         dense_grad: bool = False,
@@ -369,10 +369,11 @@ class PartialFC(NotScriptable, JointCalls, RunState):
         return cosines, torch.cat([rows.own(part.T) for part in ids], 1).gather(1, best)
 
     def extra_repr(self) -> str:
+        own = f"center_optimizer={self.center_optimizer.describe()}, " if self.center_optimizer is not None else ""
         return (
             f"{self.weight.shape[1]}, {self.num_classes}, "
             f"{self.options}, "
-            f"sample_rate={self.sample_rate}, rank {self.ranks.rank} of {self.ranks.world_size}"
+            f"sample_rate={self.sample_rate}, {own}rank {self.ranks.rank} of {self.ranks.world_size}"
         )
 
 

@@ -211,7 +211,15 @@ def test_similarity_gives_the_cosine_and_a_verdict(
         (tmp_path / "run" / name).write_bytes((trained / name).read_bytes())
     command = ["similarity", *files, "--checkpoint", str(tmp_path / "run" / "model.pt")]
     assert run(command) == 0
-    assert f"cosine {cosine:.4f}\nNo verdict: this net has no threshold" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert f"cosine {cosine:.4f}\nNo verdict, because {command[-1]} has no thresholds; give one with --thr" in shown
+    assert f"fused-arcface verify --data PEOPLE --checkpoint {tmp_path / 'run'}" in shown
+    assert run([*command, "--far", "0.001"]) == 2
+    assert "has none; give one with --threshold, 0.3 for example, or measure" in capsys.readouterr().err
+    (tmp_path / "bare.pt").write_bytes((trained / "model.pt").read_bytes())
+    bare = ["--checkpoint", str(tmp_path / "bare.pt"), "--backbone", "small", "--image-size", "16"]
+    assert run(["similarity", *files, *bare]) == 0
+    assert capsys.readouterr().out.endswith("bare.pt has no thresholds; give one with --threshold, 0.3 for example\n")
     stricter = OperatingPoint("FAR 0.001", float("inf"), 0.0, 0.0, 0.5)
     KeptThresholds("lfw.bin", 0.875, [point, stricter], 6).save(tmp_path / "run" / "thresholds.json")
     assert run(command) == 0

@@ -26,8 +26,8 @@ class DataError(ValueError):
     """Data that cannot be used; the message names the file and the place in it."""
 
 
-class MissingPathError(DataError):
-    """A path that does not exist: the argument is wrong, not what a file holds."""
+class NoSuchData(DataError):
+    """A path that does not exist, or a text that names no data: the argument is wrong, not what a file holds."""
 
 
 @contextlib.contextmanager
@@ -48,7 +48,7 @@ def file_errors(path: str | os.PathLike[str]) -> Iterator[None]:
     except (DataError, MissingExtra):
         raise
     except FileNotFoundError:
-        raise MissingPathError(missing_path(path)) from None
+        raise NoSuchData(missing_path(path)) from None
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror or error}") from None
     except Exception as error:

@@ -28,8 +28,9 @@ from fused_arcface.app.training.config import OptionError, TrainConfig, read_opt
 from fused_arcface.app.training.events import Noted, Stepped, Verified
 from fused_arcface.app.training.failures import TrainingError
 from fused_arcface.app.training.joint_step import JointStep
+from fused_arcface.app.training.outcomes import TrainingOutcome
 from fused_arcface.app.training.runs import RunError, load_backbone
-from fused_arcface.app.training.trainer import TrainingOutcome, train
+from fused_arcface.app.training.trainer import train
 from fused_arcface.base.extras import MissingExtra
 from fused_arcface.evaluation import pair_scores, verify_scores
 
@@ -316,7 +317,7 @@ def test_options_that_do_not_go_together(tmp_path: Path) -> None:
             run(TINY.replace(options), tmp_path)
     with pytest.raises(DataError, match="must hold two identities or more; got 1"):
         run(TINY.replace({"data": "identities:1x9"}), tmp_path)
-    with pytest.raises(DataError, match="data must be a folder"):
+    with pytest.raises(OptionError, match="data must be a folder"):
         run(TINY.replace({"data": ""}), tmp_path)
 
 
@@ -363,7 +364,7 @@ def test_the_command_takes_a_file_and_the_command_line_wins(tmp_path: Path, caps
     assert (saved.epochs, saved.batch_size, saved.margin, saved.flip) == (2, 8, "CosFace(0.2)", False)
     assert run_command(arguments) == 2 and "holds a run already" in capsys.readouterr().err
     assert run_command(["train", "--output", str(tmp_path / "run"), "--resume"]) == 0  # nothing left to do
-    assert run_command(["train", "--data", "nowhere", "--output", str(tmp_path / "x")]) == 1
+    assert run_command(["train", "--data", "nowhere", "--output", str(tmp_path / "x")]) == 2
     assert "data must be a folder" in capsys.readouterr().err
     assert run_command(["train", "--data", "identities", "--output", str(tmp_path / "x"), "--lr", "-1"]) == 2
     assert "lr must be >= 0; got -1.0" in capsys.readouterr().err

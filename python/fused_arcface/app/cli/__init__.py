@@ -16,6 +16,8 @@ from typer.main import get_command
 
 import fused_arcface
 
+from .look import PlainCommand, give_look
+
 COMMANDS = (
     "doctor",
     "gradcheck",
@@ -40,7 +42,7 @@ def load_command(name: str) -> TyperCommand:
     """Import a command and return what typer makes of it."""
     module = importlib.import_module(f".{name}", __name__)
     single = typer.Typer(add_completion=False)
-    single.command(name, cls=getattr(module, "Command", TyperCommand))(getattr(module, name))
+    single.command(name, cls=getattr(module, "Command", PlainCommand))(getattr(module, name))
     command = get_command(single)
     assert isinstance(command, TyperCommand)
     return command
@@ -71,6 +73,12 @@ class _Commands(TyperGroup):
     def __init__(self, **attributes: Any) -> None:
         attributes["commands"] = {name: _Unloaded(name) for name in COMMANDS}
         super().__init__(**attributes)
+        for option in self.params:
+            give_look(option)
+
+    def get_help_option(self, ctx: Any) -> Any:
+        """Return the option ``--help``."""
+        return give_look(super().get_help_option(ctx))
 
 
 app = typer.Typer(

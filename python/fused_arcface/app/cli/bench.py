@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 
-from .errors import WrongOption
+from .errors import WrongOption, make_folder
 from .progress import spinner
 from .tables import say_written
 from .terminal import terminal
@@ -103,11 +102,7 @@ def bench(
     world_sizes = [] if ranks is None else [each.strip() for each in ranks.split(",")]
     if not all(each.isdecimal() and int(each) >= 1 for each in world_sizes):
         raise WrongOption(f"--ranks must be numbers >= 1, comma-separated; got {ranks!r}")
-    try:  # said before the minutes are spent, not after
-        output.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=output).close()
-    except OSError as error:
-        raise WrongOption(f"--output {output} cannot be written to: {error.strerror}") from None
+    make_folder("--output", output)
     if world_sizes:
         _run_ranks(console, [*map(int, world_sizes)], output)
     elif budget is not None:

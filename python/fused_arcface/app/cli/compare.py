@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .errors import WrongOption, explained
+from .errors import WrongOption, explained, make_folder
 from .progress import TrainingBar
 from .terminal import terminal
 
@@ -67,6 +67,7 @@ def compare(
         chosen_criteria(names)
     except ValueError as error:
         raise WrongOption(f"--{error}") from None
+    make_folder("--output", output)
     plan = comparison_plan(quick, None if data is None else str(data), seeds, steps, batch_size)
     console = terminal()
     with explained():

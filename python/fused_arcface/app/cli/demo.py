@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .errors import WrongOption
+from .errors import make_folder
 from .progress import TrainingBar
 from .terminal import terminal
 
@@ -31,10 +31,7 @@ def demo(
     # A missing library is named before the minutes are spent, not after.
     require("sklearn.metrics")
     pyplot()
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise WrongOption(f"--output {output} cannot be made: {error.strerror}") from None
+    make_folder("--output", output)
 
     from ..lab import plans
     from ..lab.demo import run_demo

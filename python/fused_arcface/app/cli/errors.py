@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import typer
 
 from fused_arcface.base.extras import MissingExtra
-from fused_arcface.base.reading import DataError, MissingPathError
+from fused_arcface.base.reading import DataError, NoSuchData
 from fused_arcface.base.suggest import did_you_mean, missing_path
 
 from .terminal import terminal
@@ -36,6 +38,15 @@ def one_of(option: str, names: Sequence[str]) -> Callable[[str], str]:
         return value
 
     return check
+
+
+def make_folder(option: str, path: Path) -> None:
+    """Make a folder for results; one that cannot be written to is an error before the minutes are spent, not after."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path).close()
+    except OSError as error:
+        raise WrongOption(f"{option} {path} cannot be written to: {error.strerror}") from None
 
 
 @contextlib.contextmanager
@@ -93,10 +104,10 @@ def _text(error: BaseException) -> str:
 
 
 def _status(error: BaseException) -> int:
-    """Return the status of an error: a path that does not exist is a wrong argument, a file that is damaged is not."""
+    """Return the status of an error: a path that does not exist is a wrong argument; a damaged file is not."""
     from fused_arcface.checkpoint.convert import ConvertOptionError
 
-    if isinstance(error, (ConvertOptionError, FileNotFoundError, MissingPathError)):
+    if isinstance(error, (ConvertOptionError, FileNotFoundError, NoSuchData)):
         return WRONG_ARGUMENT
     plain = isinstance(error, (TypeError, ValueError)) and not isinstance(error, DataError)
     return WRONG_ARGUMENT if plain else FAILED

@@ -48,13 +48,13 @@ DistanceName = Annotated[
     ),
 ]
 Order = Annotated[
-    float, typer.Option("--p", min=1, help="Order of the p-norm, 1 or more; only --distance p-norm uses it.")
+    float, typer.Option("--p", min=1.0, help="Order of the p-norm, 1 or more; only --distance p-norm uses it.")
 ]
 Shrinkage = Annotated[
     float | None,
     typer.Option(
-        min=0,
-        max=1,
+        min=0.0,
+        max=1.0,
         help="Shrinkage of Mahalanobis' covariance, from 0 (none) to 1. Default: as Ledoit and Wolf compute it.",
     ),
 ]

@@ -54,8 +54,8 @@ def identify(
     unknown: Annotated[
         float,
         typer.Option(
-            min=0,
-            max=1,
+            min=0.0,
+            max=1.0,
             help="Share of the identities, 0 to 1, kept out of the gallery, when the command splits.",
         ),
     ] = 0.2,

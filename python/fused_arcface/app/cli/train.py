@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperCommand
 
 from fused_arcface.checkpoint import CheckpointError
 from fused_arcface.margins.text import imported_module
@@ -23,13 +22,14 @@ from ..training.trainer import train as train_run
 from ..training.trainer import try_out
 from ..training.world import is_first_rank, resume_command
 from .errors import ended
+from .look import PlainCommand
 from .terminal import terminal
 from .training_progress import TrainingProgress, explain_end, explain_trial
 
 RESUME = "last"  # as the value of --resume without one
 
 
-class Command(TyperCommand):
+class Command(PlainCommand):
     """``train`` with a --resume that may stand alone: typer knows no option with a value that can be left out."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:

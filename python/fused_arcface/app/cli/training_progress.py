@@ -11,8 +11,8 @@ from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
 from ..training.events import Began, Checkpointed, Ended, Event, Noted, Stepped, Verified
+from ..training.outcomes import DryRun
 from ..training.runs import RunFolder
-from ..training.trainer import DryRun
 
 _REPEATED = 20  # notes that are shown one by one
 _SECONDS = 30.0  # between two lines within an epoch, where the output is no terminal
@@ -100,7 +100,8 @@ class TrainingProgress:
             self._error.print(text, style="yellow", markup=False, highlight=False)
 
     def _end(self) -> None:
-        self._bar.stop()
+        if self._console.is_terminal:  # elsewhere rich would print an empty line for a bar that was not shown
+            self._bar.stop()
         if self._notes > _REPEATED:
             self._error.print(f"and {self._notes - _REPEATED} more such notes", style="yellow")
 
@@ -111,7 +112,7 @@ class TrainingProgress:
 def explain_end(console: Console, folder: RunFolder, steps: int) -> None:
     """Print what a finished run has in its folder, and the commands that use it."""
     run = shlex.quote(str(folder.root))
-    lines = [f"{steps} steps are done; the net is in {folder.model}", ""]
+    lines = ["", f"{steps} steps are done. The net is in {folder.model}.", ""]
     files = [(folder.model, "the weights of the finished net, a state_dict for torch.load")]
     if folder.best.is_file():
         files.append((folder.best, "the same of the net with the best verification"))

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fused_arcface.base.reading import DataError, MissingPathError, file_errors, read_bytes
+from fused_arcface.base.reading import DataError, NoSuchData, file_errors, read_bytes
 from fused_arcface.base.suggest import missing_path
 from fused_arcface.base.text import lines
 
@@ -96,7 +96,7 @@ def _files_of(source: str) -> list[tuple[Path, str | None]]:
     if path.suffix.lower() in _LISTS:
         return _read_list(path)
     if not path.is_file():
-        raise MissingPathError(missing_path(source))
+        raise NoSuchData(missing_path(source))
     return [(path, None)]
 
 

@@ -11,9 +11,10 @@ from typing import Any
 from fused_arcface import backends
 from fused_arcface.base.options import HeadOptions
 from fused_arcface.base.reading import DataError
+from fused_arcface.base.suggest import missing_path
 from fused_arcface.margins.text import parse_margin
 
-from ..data.formats import labeled_formats, open_source, unseen_source
+from ..data.formats import generated, labeled_formats, open_source, unseen_source
 from ..data.images import ImageSpec
 from ..data.pair_sets import paired, read_pair_set
 from ..data.sources import ImageSet, ImageSource, common_spec
@@ -72,6 +73,10 @@ def resolve(config: TrainConfig, source: ImageSource, world: World) -> TrainConf
     Raises:
         OptionError: if options do not fit each other, the data or the number of ranks.
     """
+    for name in ("init", "centers", "verify_data"):
+        text = getattr(config, name)
+        if text and not Path(text).exists() and text.partition(":")[0] not in generated.NAMES:
+            raise OptionError(f"{name}: {missing_path(text)}")
     changes: dict[str, Any] = {
         "data": _absolute(config.data),
         "verify_data": _absolute(config.verify_data),

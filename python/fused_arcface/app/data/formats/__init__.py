@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from fused_arcface.base.reading import MissingPathError
+from fused_arcface.base.reading import NoSuchData
 from fused_arcface.base.suggest import did_you_mean, missing_path
 
 from ..images import MAX_PIXELS
@@ -64,7 +64,7 @@ def open_source(data: str, max_pixels: int = MAX_PIXELS) -> ImageSource:
         max_pixels: of an image in a file, see :func:`fused_arcface.app.data.read_image`.
 
     Raises:
-        MissingPathError: if nothing has that name.
+        NoSuchData: if nothing has that name.
         DataError: if there is nothing to train on in it.
         MissingExtra: if scikit-learn is needed and not installed.
 
@@ -79,7 +79,7 @@ def open_source(data: str, max_pixels: int = MAX_PIXELS) -> ImageSource:
     missing = missing_path(data)
     if "did you mean" not in missing:
         missing += did_you_mean(data.partition(":")[0], generated.NAMES) or f"; data must be {labeled_formats()}"
-    raise MissingPathError(missing)
+    raise NoSuchData(missing)
 
 
 def labeled_formats() -> str:

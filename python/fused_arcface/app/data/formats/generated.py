@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from fused_arcface.base.reading import NoSuchData
+
 from ..digits import TRAINED, UNSEEN, digit_images
 from ..identities import identity_images
 from ..sources import MemoryImages
@@ -23,7 +25,7 @@ def open_identities(data: str, _: int) -> MemoryImages:
     """Open generated identities, 200 with 10 images each unless the text says how many.
 
     Raises:
-        ValueError: the text does not say it as ``identities:IDSxIMAGES``.
+        NoSuchData: the text does not say it as ``identities:IDSxIMAGES``.
     """
     identities, images = _counts(data)
     return MemoryImages(identity_images(identities, images))
@@ -54,5 +56,5 @@ def _counts(data: str) -> tuple[int, int]:
     """Return the number of identities and of images of each that ``identities[:IDSxIMAGES]`` asks for."""
     found = re.fullmatch("identities(?::([1-9][0-9]*)x([1-9][0-9]*))?", data)
     if found is None:
-        raise ValueError(f"generated images are identities:IDSxIMAGES, identities:200x10 for example; got {data!r}")
+        raise NoSuchData(f"generated images are identities:IDSxIMAGES, identities:200x10 for example; got {data!r}")
     return (int(found[1]), int(found[2])) if found[1] else _IDENTITIES

@@ -1,0 +1,35 @@
+"""The look of every option in ``--help``: a flag has no type, a range has a short one, a default is a sentence."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from typer.core import TyperCommand
+
+
+class PlainCommand(TyperCommand):
+    """A command whose options have this look."""
+
+    def __init__(self, *args: Any, **attributes: Any) -> None:
+        super().__init__(*args, **attributes)
+        for option in self.params:
+            give_look(option)
+
+    def get_help_option(self, ctx: Any) -> Any:
+        """Return the option ``--help``."""
+        return give_look(super().get_help_option(ctx))
+
+
+def give_look(option: Any) -> Any:
+    """Give an option of typer the look, and return it. Bounds of a number that is no integer are floats."""
+    flag = getattr(option, "is_flag", False)
+    least = getattr(option, "min", None)
+    if flag:
+        option.metavar = ""
+    elif least is not None:
+        option.metavar = "<float>" if isinstance(least, float) else "<int>"
+    if getattr(option, "show_default", False) and option.default is not None and option.default != "":
+        if not flag and option.help:
+            option.help += f" Default: {option.default}."
+        option.show_default = False
+    return option
