@@ -1,4 +1,7 @@
-"""The look of every option in ``--help``: a flag has no type, a range has a short one, a default is a sentence."""
+"""The look of every option in ``--help``: a flag has no type, a range has a short one, a default is a sentence.
+
+The options of the commands that use a net have groups.
+"""
 
 from __future__ import annotations
 
@@ -6,14 +9,25 @@ from typing import Any
 
 from typer.core import TyperCommand
 
+_GROUPS = {
+    "Net": ("checkpoint", "backbone", "image_size", "device", "batch_size", "flip", "trust"),
+    "Comparison": ("distance", "p", "shrinkage", "normalize", "folds", "engine", "threshold", "far"),
+    "Results": ("output", "save_embeddings", "predictions", "json", "pictures", "report", "ranks"),
+}
+_REST = "Data"
+
 
 class PlainCommand(TyperCommand):
     """A command whose options have this look."""
 
     def __init__(self, *args: Any, **attributes: Any) -> None:
         super().__init__(*args, **attributes)
+        names = [option.name for option in self.params]
         for option in self.params:
             give_look(option)
+            if "checkpoint" in names and option.param_type_name == "option" and not option.rich_help_panel:
+                found = (group for group, members in _GROUPS.items() if option.name in members)
+                option.rich_help_panel = next(found, _REST)
 
     def get_help_option(self, ctx: Any) -> Any:
         """Return the option ``--help``."""

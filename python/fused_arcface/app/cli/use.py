@@ -10,21 +10,17 @@ import typer
 if TYPE_CHECKING:
     from ..embedder import Embedder
 
-NET = "Net"
-
 Checkpoint = Annotated[
     Path,
     typer.Option(
         help="The net: the folder of a training run, its model.pt or best.pt, or any file of weights together with "
         "--backbone.",
-        rich_help_panel=NET,
     ),
 ]
 Backbone = Annotated[
     str | None,
     typer.Option(
         help="Name of the net in a file of weights, iresnet50 for example. Default: the run's own net.",
-        rich_help_panel=NET,
         show_default=False,
     ),
 ]
@@ -34,17 +30,15 @@ ImageSize = Annotated[
         min=1,
         help="Side of the net's input images in pixels, for a file of weights. Default: the net's own, 112 for "
         "insightface's.",
-        rich_help_panel=NET,
         show_default=False,
     ),
 ]
-Device = Annotated[str, typer.Option(help="Device of the net: cpu, cuda or cuda:N.", rich_help_panel=NET)]
+Device = Annotated[str, typer.Option(help="Device of the net: cpu, cuda or cuda:N.")]
 Trust = Annotated[
     bool,
     typer.Option(
         "--trust",
         help="Run the code that a checkpoint of an old format may hold. Give it only for runs whose author you trust.",
-        rich_help_panel=NET,
     ),
 ]
 
