@@ -10,8 +10,9 @@ import typer
 from rich.console import Console
 
 from .errors import WrongOption, make_folder
+from .evaluation import write_json
 from .progress import spinner
-from .tables import say_written
+from .tables import digits, plain_table, say_written
 from .terminal import terminal
 
 if TYPE_CHECKING:
@@ -21,12 +22,16 @@ if TYPE_CHECKING:
     from ..benchmark.report import Report
 
 
+START = "start"
+"""The name of the cases that are no shapes: how long the package takes to start."""
+
+
 def bench(
     cases: Annotated[
         str,
         typer.Option(
             help="Set of shapes: quick, full, small or scaling. On two cores quick takes about one minute, full six "
-            "minutes, scaling an hour."
+            "minutes, scaling an hour. Or start, to measure what an import and --help cost."
         ),
     ] = "quick",
     providers: Annotated[
@@ -76,6 +81,10 @@ def bench(
     Each result is checked against fp64 before it is timed. The exit status
     is 1 if a result of this package is wrong or nothing could be measured.
     """
+    if cases == START:
+        make_folder("--output", output)
+        _run_start(terminal(), output)
+        return
     import torch
 
     from ..benchmark.cases import cases_named
@@ -111,6 +120,25 @@ def bench(
         earlier = _interrupted_run(output, on) if resume else None
         options = {"seconds": seconds, "with_memory": with_memory, "earlier": earlier}
         _run_cases(console, output, (shapes, chosen, on), options)
+
+
+def _run_start(console: Console, output: Path) -> None:
+    from ..measure.startup import BOUND, PARTS, fastest
+
+    with spinner(console) as tell:
+        rows = []
+        for part in PARTS:
+            tell(part)
+            rows.append({"part": part, "ms": round(1e3 * fastest(part), 1)})
+    table = plain_table("processor time of a start", "ms")
+    for row in rows:
+        table.add_row(str(row["part"]), digits(float(row["ms"])))
+    console.print(table)
+    console.print("An import is measured beyond `import torch`.", highlight=False)
+    write_json(output / "start.json", {"rows": rows})
+    say_written(console, output, [output / "start.json"])
+    if any(float(row["ms"]) > 1e3 * BOUND for row in rows):
+        raise typer.Exit(1)
 
 
 def _run_cases(console: Console, output: Path, what: tuple[Any, ...], options: dict[str, Any]) -> None:

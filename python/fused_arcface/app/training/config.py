@@ -177,7 +177,7 @@ class TrainConfig:
     freeze: str = _option(
         "",
         TUNING,
-        "backbone trains the class centers alone; backbone:E does so for the first E epochs, and then trains both.",
+        "Part that is not trained: backbone, so that only the class centers are, or backbone:E for the first E epochs.",
     )
 
     margin: str = _option(
