@@ -229,7 +229,7 @@ def test_similarity_gives_the_cosine_and_a_verdict(
     assert run([*command, "--threshold", f"{cosine + 0.01}"]) == 0 and "two people" in capsys.readouterr().out
     assert run([*command, "--far", "0.5"]) == 2 and "far must be one of 0.001; got 0.5" in capsys.readouterr().err
     (tmp_path / "run" / "thresholds.json").write_text("{}")
-    assert run(command) == 1 and "remove the file to go on without thresholds" in capsys.readouterr().err
+    assert run(command) == 1 and "remove the file to continue without thresholds" in capsys.readouterr().err
 
 
 def test_export_gives_what_pytorch_gives(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

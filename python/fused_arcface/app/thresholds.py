@@ -81,4 +81,4 @@ def read_thresholds(path: Path) -> KeptThresholds | None:
             ]
             return KeptThresholds(points=points, **values)
     except DataError as error:
-        raise DataError(f"{error}; remove the file to go on without thresholds") from None
+        raise DataError(f"{error}; remove the file to continue without thresholds") from None

@@ -15,7 +15,7 @@ def test_the_help_of_an_option_is_whole_sentences(name: str) -> None:
     for option in command.params:
         assert re.fullmatch(r"[A-Z0-9.\"`].*[.]", option.help or "", re.DOTALL), (option.name, option.help)
     summary, _, rest = (command.help or "").partition("\n\n")
-    assert re.match("[A-Z][a-z]+ ", summary) and summary.endswith(".") and (not rest or rest.rstrip().endswith("."))
+    assert re.match("[A-Z][a-z]+,? ", summary) and summary.endswith(".") and (not rest or rest.rstrip().endswith("."))
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -34,6 +34,6 @@ def test_help_has_one_look_and_fits_80_columns(
 def test_a_default_is_a_sentence(capsys: pytest.CaptureFixture[str]) -> None:
     texts = {option.name: option.help for option in load_command("verify").params}
     assert texts["distance"] == (
-        "How two embeddings are compared: cosine, euclidean, p-norm, inner-product or mahalanobis. Default: cosine."
+        "Distance between two embeddings: cosine, euclidean, p-norm, inner-product or mahalanobis. Default: cosine."
     )
     assert texts["flip"] == "Add the embedding of the mirrored image to that of the image."

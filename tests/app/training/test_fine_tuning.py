@@ -176,7 +176,7 @@ def test_the_end_says_what_there_is_and_what_to_do_next(tmp_path: Path, capsys: 
     command += ["--image-size", "16", "--workers", "0", "--device", "cpu", "--epochs", "1"]
     assert run_command(command) == 0
     shown = capsys.readouterr().out
-    assert "the best until now, kept in best.pt" in shown
+    assert "the best so far, saved in best.pt" in shown
     for file in ("model.pt", "best.pt", "thresholds.json", "log.jsonl"):
         assert re.search(rf"^  {file} +\w", shown, re.M), file
     assert f"  fused-arcface embed IMAGES --checkpoint {tmp_path / 'run'} --output embeddings.npz\n" in shown

@@ -135,7 +135,7 @@ def test_a_folder_moved_away_and_back_goes_on(tmp_path: Path) -> None:
         if isinstance(event, Stepped) and event.step == 5:
             output.rename(away)
 
-    with pytest.raises(TrainingError, match=f"go on with: fused-arcface train --output {output} --resume"):
+    with pytest.raises(TrainingError, match=f"resume with: fused-arcface train --output {output} --resume"):
         train(TINY, output, listener=move)
     away.rename(output)
     run(TINY, tmp_path / "whole")
@@ -156,6 +156,6 @@ def test_a_disk_that_is_full_at_the_model(tmp_path: Path, monkeypatch: pytest.Mo
         patch.setattr(best, "write_bytes", refuse)
         assert run_command(command) == 1
     said = capsys.readouterr().err
-    assert f"{output / 'model.pt'} cannot be written: No space left on device; make room there and go on with:" in said
+    assert f"{output / 'model.pt'} cannot be written: No space left on device; make room there and resume with:" in said
     assert f"fused-arcface train --output {output} --resume" in said
     assert run_command(command) == 0 and (output / "model.pt").exists()

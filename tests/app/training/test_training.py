@@ -287,7 +287,7 @@ def test_folders_that_are_no_run(tmp_path: Path) -> None:
 
 def test_a_run_is_neither_overwritten_nor_mixed_up(tmp_path: Path) -> None:
     run(TINY, tmp_path, stop_at=2)
-    with pytest.raises(RunError, match="holds a run already: --resume goes on with it"):
+    with pytest.raises(RunError, match="holds a run already: add --resume to continue it"):
         run(TINY, tmp_path)
     with pytest.raises(RunError, match="cannot be written: "):
         run(TINY, tmp_path / "config.toml" / "run")

@@ -53,9 +53,7 @@ def bench(
     threads: Annotated[
         int | None, typer.Option(min=1, help="Number of CPU threads. Default: PyTorch's own number.")
     ] = None,
-    seconds: Annotated[
-        float, typer.Option(min=0.0, help="Seconds to spend on the samples of one shape, forward or both passes.")
-    ] = 3.0,
+    seconds: Annotated[float, typer.Option(min=0.0, help="Time in seconds for measuring one shape and pass.")] = 3.0,
     with_memory: Annotated[
         bool, typer.Option("--memory/--no-memory", help="Measure peak memory as well (Linux or a GPU).")
     ] = True,
@@ -65,7 +63,8 @@ def bench(
     budget: Annotated[
         float | None,
         typer.Option(
-            help="Memory in GiB. Search the most identities with a training step that fits, instead of timing shapes."
+            help="Memory in GiB. Find the largest number of identities whose training step fits into it, instead of "
+            "timing shapes."
         ),
     ] = None,
     ranks: Annotated[

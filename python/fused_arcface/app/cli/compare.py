@@ -38,10 +38,10 @@ def compare(
     steps: Annotated[int | None, typer.Option(min=2, help="Steps of each training. Default: 300.")] = None,
     batch_size: Annotated[int | None, typer.Option(min=8, help="Images in each step. Default: 128.")] = None,
     quick: Annotated[
-        bool, typer.Option("--quick", help="Run a few steps on tiny sets. This shows that it works, nothing more.")
+        bool, typer.Option("--quick", help="Run a few steps on tiny sets, only to see that the command works.")
     ] = False,
 ) -> None:
-    """Train one small net with each loss of the field and evaluate it on unseen identities.
+    """Train a small net with each of many losses and evaluate it on unseen identities.
 
     The losses are softmax, contrastive (supervised and self-supervised),
     triplet, center loss, NormSoftmax, SphereFace, CosFace, ArcFace and

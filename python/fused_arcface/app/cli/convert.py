@@ -29,8 +29,8 @@ def convert(
         int | None,
         typer.Option(
             min=1,
-            help="Number of centers of each class, for a file that does not say it (SubCenterArcFaceLoss). "
-            "Default: as the source says, otherwise 1.",
+            help="Number of centers of each class, for a file that does not store it (SubCenterArcFaceLoss). "
+            "Default: the source's, otherwise 1.",
         ),
     ] = None,
     seed: Annotated[
@@ -44,8 +44,8 @@ def convert(
         bool,
         typer.Option(
             "--trust",
-            help="Run the code that a checkpoint of an old format may hold. Give it only for files whose author you "
-            "trust.",
+            help="Allow a checkpoint of an old format to run code when it is loaded. Use it only if you trust the "
+            "author.",
         ),
     ] = False,
 ) -> None:

@@ -17,7 +17,7 @@ def demo(
         Path, typer.Option(help="Folder for pictures and numbers. It is created if it does not exist.")
     ] = Path("runs/demo"),
     quick: Annotated[
-        bool, typer.Option("--quick", help="Run a few steps on tiny sets. This shows that it works, nothing more.")
+        bool, typer.Option("--quick", help="Run a few steps on tiny sets, only to see that the command works.")
     ] = False,
 ) -> None:
     """Train with the fused head and with plain PyTorch, compare them, and verify unseen identities.

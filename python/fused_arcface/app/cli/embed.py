@@ -40,10 +40,10 @@ def embed(
     device: use.Device = "cpu",
     trust: use.Trust = False,
 ) -> None:
-    """Embed images: a vector of length 1 for each, with the image's name.
+    """Embed images and write the unit vectors and the names of the images to a file.
 
-    If the command was interrupted, call it again: it resumes. Images that
-    cannot be read are reported and left out.
+    An interrupted command resumes when you call it again. Images that cannot
+    be read are reported and left out.
     """
     from ..data.unlabeled import read_images
     from ..embedding import check_output, embed_to_file

@@ -43,7 +43,7 @@ DistanceName = Annotated[
     str,
     typer.Option(
         "--distance",
-        help=f"How two embeddings are compared: {', '.join(DISTANCES[:-1])} or {DISTANCES[-1]}.",
+        help=f"Distance between two embeddings: {', '.join(DISTANCES[:-1])} or {DISTANCES[-1]}.",
         callback=one_of("--distance", DISTANCES),
     ),
 ]
@@ -55,23 +55,25 @@ Shrinkage = Annotated[
     typer.Option(
         min=0.0,
         max=1.0,
-        help="Shrinkage of Mahalanobis' covariance, from 0 (none) to 1. Default: as Ledoit and Wolf compute it.",
+        help="Shrinkage of Mahalanobis' covariance, from 0 (none) to 1. Default: Ledoit and Wolf's estimate.",
     ),
 ]
 Normalize = Annotated[
     bool,
-    typer.Option("--normalize/--raw", help="Scale embeddings to norm 1 before they are compared, or leave them raw."),
+    typer.Option(
+        "--normalize/--raw", help="Normalize the embeddings to length 1 before comparing them, or use them as they are."
+    ),
 ]
 Flip = Annotated[bool, typer.Option("--flip", help="Add the embedding of the mirrored image to that of the image.")]
 Json = Annotated[Path | None, typer.Option("--json", help="JSON file to write the figures to. Default: none.")]
 Pictures = Annotated[
-    Path | None, typer.Option(help="Folder to write pictures of the curves to; made if missing. Default: none.")
+    Path | None, typer.Option(help="Folder for pictures of the curves; it is created if missing. Default: none.")
 ]
 Trust = Annotated[
     bool,
     typer.Option(
         "--trust",
-        help="Run the code that a checkpoint of an old format may hold. Give it only for runs whose author you trust.",
+        help="Allow a checkpoint of an old format to run code when it is loaded. Use it only if you trust the author.",
     ),
 ]
 Device = Annotated[str, typer.Option(help="Device that the net runs on: cpu, cuda, or cuda:N for one of several GPUs.")]
@@ -86,8 +88,8 @@ Workers = Annotated[int, typer.Option(min=0, help="Number of processes that read
 BadData = Annotated[
     str,
     typer.Option(
-        help="What to do about an image that is missing or cannot be read: skip leaves it out and says so, stop ends "
-        "the command.",
+        help="With skip, an image that is missing or cannot be read is reported and left out. With stop, it ends the "
+        "command.",
         callback=one_of("--bad-data", ("skip", "stop")),
     ),
 ]

@@ -61,12 +61,12 @@ def identify(
     ] = 0.2,
     seed: Annotated[int, typer.Option(help="Seed of the split.")] = 0,
     bad_data: shared.BadData = "skip",
-    ranks: Annotated[int, typer.Option(min=1, help="Last rank of the curve of identification rates.")] = 20,
+    ranks: Annotated[int, typer.Option(min=1, help="Highest rank of the identification curve (CMC).")] = 20,
     engine: Annotated[
         str,
         typer.Option(
-            help="Search engine: torch, faiss, or auto (faiss where it is installed and knows the distance). "
-            "All are exact.",
+            help="Search engine: torch, faiss, or auto (faiss if it is installed and supports the "
+            "distance). All are exact.",
             callback=one_of("--engine", get_args(Engine)),
         ),
     ] = "auto",
@@ -89,9 +89,9 @@ def identify(
 ) -> None:
     """Identify people never seen in training: rank 1, 5 and 10, open-set TPIR at FPIR.
 
-    The ranks count the probes of people in the gallery. The threshold of
-    the open set comes from the probes of other people. Mahalanobis'
-    covariance is fitted on the gallery.
+    Rank k counts the probes of people in the gallery whose person is among
+    the k nearest. The probes of other people set the threshold of TPIR at
+    FPIR. Mahalanobis' covariance is fitted on the gallery.
     """
     from fused_arcface.evaluation import identify as search
     from fused_arcface.evaluation import make_distance

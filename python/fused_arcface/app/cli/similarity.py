@@ -42,10 +42,10 @@ def similarity(
     device: use.Device = "cpu",
     trust: use.Trust = False,
 ) -> None:
-    """Compare two images: the cosine of their embeddings, and whether they show one person.
+    """Compute the cosine of two images' embeddings and decide if they show one person.
 
-    The verdict needs a threshold. A run has some if it was trained with
-    --verify-data; verify --checkpoint RUN replaces them.
+    The decision needs a threshold: --threshold, or one that the run keeps
+    from --verify-data or from the command verify.
     """
     with explained():
         if threshold is not None and far is not None:

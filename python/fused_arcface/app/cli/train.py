@@ -75,14 +75,14 @@ def _help(rule: Rule, default: Any) -> str:
 def train(
     output: Annotated[Path, typer.Option(help="Folder of the run: options, log, checkpoints and the finished net.")],
     config: Annotated[
-        Path | None, typer.Option(help="TOML file of options. Options on the command line win over it.")
+        Path | None, typer.Option(help="TOML file of options. Options on the command line override it.")
     ] = None,
     resume: Annotated[
         str,
         typer.Option(
             "--resume",
             metavar="[auto]",
-            help="Continue the run in --output, on any number of ranks. --resume auto begins one if there is none.",
+            help="Resume the run in --output, on any number of ranks. --resume auto starts one if there is none.",
             show_default=False,
         ),
     ] = "",
@@ -90,15 +90,15 @@ def train(
         bool,
         typer.Option(
             "--trust",
-            help="Import the margin MODULE:NAME that the resumed run or --config names, and run the code that a "
-            "resumed checkpoint of an old format may hold. Give it only for runs whose author you trust.",
+            help="Allow the margin MODULE:NAME of a resumed run or of --config, and a checkpoint of an old format, to "
+            "run code. Use it only if you trust the author.",
         ),
     ] = False,
     dry_run: Annotated[
         bool,
         typer.Option(
             "--dry-run",
-            help="Check everything, make the first step, print options, time and memory, and write nothing.",
+            help="Check everything, make the first step, print options, time and memory. Nothing is written.",
         ),
     ] = False,
     **options: Any,
@@ -127,14 +127,14 @@ def train(
         outcome = train_run(chosen, output, resume=how, trust=trust, listener=listener)
     except KeyboardInterrupt:
         if is_first_rank() and RunFolder(output).config.exists():
-            error.print("Interrupted before all was saved. To go on from the last checkpoint:", markup=False)
+            error.print("Interrupted before everything was saved. Resume from the last checkpoint with:", markup=False)
             error.print(f"  {resume_command(output)}", style="bold", markup=False, highlight=False)
         raise
     except (CheckpointError, DataError, OptionError, RunError, TrainingError) as wrong:
         raise ended(wrong, _with_flag(str(wrong))) from None
     if outcome.signal is not None:
         if is_first_rank():
-            error.print(f"Saved after step {outcome.step} of {outcome.steps}. To go on:", markup=False)
+            error.print(f"Saved after step {outcome.step} of {outcome.steps}. Resume with:", markup=False)
             error.print(f"  {resume_command(output)}", style="bold", markup=False, highlight=False)
         raise typer.Exit(128 + outcome.signal)
     if is_first_rank():

@@ -51,7 +51,7 @@ class TrainingProgress:
             case Verified():
                 self._end_epoch()
                 rates = ", ".join(f"TAR {rate:.3f} at FAR {far:g}" for far, rate in event.found.tar.items())
-                best = "; the best until now, kept in best.pt" if event.best else ""
+                best = "; the best so far, saved in best.pt" if event.best else ""
                 self._say(f"               verification: accuracy {event.found.accuracy:.3f}, {rates}{best}")
             case Noted():
                 self._note(event.text)

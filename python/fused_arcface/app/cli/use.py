@@ -38,7 +38,7 @@ Trust = Annotated[
     bool,
     typer.Option(
         "--trust",
-        help="Run the code that a checkpoint of an old format may hold. Give it only for runs whose author you trust.",
+        help="Allow a checkpoint of an old format to run code when it is loaded. Use it only if you trust the author.",
     ),
 ]
 

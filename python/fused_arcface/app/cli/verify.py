@@ -28,8 +28,8 @@ def verify(
     data: Annotated[
         str | None,
         typer.Option(
-            help="Pairs to verify: a .bin set, a .txt, .csv or .tsv file of pairs, or labeled images to make pairs of "
-            "(a folder for each identity, a .rec file, a .lst or .list file of lines `path label`)."
+            help="Pairs to verify: a .bin set, a .txt, .csv or .tsv file of pairs, or labeled images to make pairs "
+            "from (a folder for each identity, a .rec file, a .lst or .list file of lines `path label`)."
         ),
     ] = None,
     checkpoint: shared.Checkpoint = None,
@@ -59,9 +59,12 @@ def verify(
     flip: shared.Flip = False,
     folds: Annotated[int, typer.Option(min=2, help="Number of folds of the cross-validated accuracy.")] = 10,
     pairs: Annotated[
-        int, typer.Option(min=1, help="Largest number of pairs of each kind that are made of labeled images.")
+        int,
+        typer.Option(
+            min=1, help="Maximum number of pairs of one person, and of two people, to make from labeled images."
+        ),
     ] = 20_000,
-    seed: Annotated[int, typer.Option(help="Seed of the choice of these pairs.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed for choosing these pairs.")] = 0,
     bad_data: shared.BadData = "skip",
     json: shared.Json = None,
     pictures: shared.Pictures = None,
@@ -73,8 +76,8 @@ def verify(
 ) -> None:
     """Verify pairs of people never seen in training: accuracy over folds, TAR at FAR, EER, thresholds.
 
-    TAR at FAR is strict: the greatest true accept rate at a false accept rate
-    of at most the named one. Embeddings are normalized unless --raw is given.
+    TAR at FAR x is the highest true accept rate whose false accept rate is at
+    most x. Embeddings are normalized unless --raw is given.
     """
     from fused_arcface.base.extras import require
     from fused_arcface.evaluation import make_distance, mean_scores, pair_scores, verify_scores

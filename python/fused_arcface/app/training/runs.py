@@ -115,7 +115,7 @@ class RunFolder:
         try:
             return Fingerprint.from_json(self.data.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            raise RunError(f"{self.data} cannot be read: {error}; remove it to go on without it") from None
+            raise RunError(f"{self.data} cannot be read: {error}; remove it to continue without it") from None
 
     def read_config(self) -> TrainConfig:
         """Read the run's options.
@@ -165,7 +165,7 @@ def check_run(folder: RunFolder, config: TrainConfig, classes: list[str], data: 
                 "--output"
             )
         if folder.has_checkpoint:
-            raise RunError(f"{folder.root} holds a run already: --resume goes on with it; or name another --output")
+            raise RunError(f"{folder.root} holds a run already: add --resume to continue it, or name another --output")
         return
     before = folder.read_config()
     for name, (rule, _) in rules().items():
@@ -187,7 +187,7 @@ def check_run(folder: RunFolder, config: TrainConfig, classes: list[str], data: 
         raise RunError(
             f"{folder.root}: a resumed run keeps its data; {config.data} has other {what} than the run began with: "
             f"{getattr(saved_data, what)} then, {getattr(data, what)} now. Give it the same images, name another "
-            f"--output, or remove {folder.data} to go on with these"
+            f"--output, or remove {folder.data} to continue with these"
         )
 
 

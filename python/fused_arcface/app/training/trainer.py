@@ -382,9 +382,9 @@ class Trainer:
             self._fail(
                 TrainingError(
                     f"{root} was removed or replaced while the run trained in it. Put the folder back and "
-                    f"go on with: {resume_command(root)}; or begin anew with another --output"
+                    f"resume with: {resume_command(root)}; or start again with another --output"
                 )
             )
 
     def _way_back(self) -> str:
-        return f"make room there and go on with: {resume_command(self._folder.root)}"
+        return f"make room there and resume with: {resume_command(self._folder.root)}"
