@@ -33,8 +33,8 @@ class MarginHead(NotScriptable, nn.Module):
     ``torch.utils.checkpoint`` its step is recomputed from the state that it had.
 
     Args:
-        embedding_dim: D.
-        num_classes: C.
+        embedding_dim: D, the length of an embedding.
+        num_classes: C, the number of classes.
         margin: see :func:`fused_arcface.margin_softmax_loss`; likewise scale and backend.
         scale: ``s`` of the logits, finite and > 0.
         backend: ``"auto"`` or a backend's name.

@@ -67,7 +67,7 @@ class PartialFC(NotScriptable, JointCalls, RunState):
     nor written. In ``eval()`` all classes are used, and a fused optimizer leaves them as they are.
 
     Args:
-        embedding_dim: D.
+        embedding_dim: D, the length of an embedding.
         num_classes: C_total, over all ranks.
         margin: see :func:`fused_arcface.margin_softmax_loss`; likewise scale and backend.
         scale: ``s`` of the logits, finite and > 0.
