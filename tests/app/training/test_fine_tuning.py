@@ -163,10 +163,11 @@ def test_a_dry_run_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[
     # The small net has 16, 32 and 64 channels and a projection; there are 6 centers of 128. SGD keeps two more copies
     # of the net, CenterSGD one of the centers.
     net = 9 * (16 + 16 * 32 + 32 * 64) + 2 * (16 + 32 + 64) + 1024 * 128 + 2 * 128
-    assert shown.splitlines()[0] == (
-        f"cpu: 24 images of 6 identities, 16 × 16 gray, a net of {net / 1e6:.2f} M parameters, 60 steps of 8 images, "
-        f"scale 16, {(3 * net + 2 * 6 * 128) * 4 / 1e6:.1f} MB of memory for weights and optimizers"
-    )
+    assert shown.splitlines()[:2] == [
+        "cpu: 24 images of 6 identities, 16 × 16 gray; 60 steps of 8 images, scale 16",
+        f"a net of {net / 1e6:.2f} M parameters; {(3 * net + 2 * 6 * 128) * 4 / 1e6:.1f} MB of memory for weights and "
+        "optimizers",
+    ]
     assert "  embedding_dim = 128\n" in shown and re.search(r"The first step took .* s, .*; loss \d", shown)
     assert not (tmp_path / "run").exists()
 
@@ -176,7 +177,8 @@ def test_the_end_says_what_there_is_and_what_to_do_next(tmp_path: Path, capsys: 
     command += ["--image-size", "16", "--workers", "0", "--device", "cpu", "--epochs", "1"]
     assert run_command(command) == 0
     shown = capsys.readouterr().out
-    assert "the best so far, saved in best.pt" in shown
+    assert "the best so far, saved in best.pt" in shown and "\x1b" not in shown
+    assert max(len(line) for line in shown.splitlines() if str(tmp_path) not in line) <= 80
     for file in ("model.pt", "best.pt", "thresholds.json", "log.jsonl"):
         assert re.search(rf"^  {file} +\w", shown, re.M), file
     assert f"  fused-arcface embed IMAGES --checkpoint {tmp_path / 'run'} --output embeddings.npz\n" in shown

@@ -358,7 +358,7 @@ def test_the_command_takes_a_file_and_the_command_line_wins(tmp_path: Path, caps
     assert (
         "24 images of 6 identities" in shown
         and re.search(r"epoch +2/2  loss \d", shown)
-        and "verification: accuracy" in shown
+        and "verified  accuracy" in shown
     )
     saved = TrainConfig().replace(read_options(tmp_path / "run" / "config.toml"))
     assert (saved.epochs, saved.batch_size, saved.margin, saved.flip) == (2, 8, "CosFace(0.2)", False)

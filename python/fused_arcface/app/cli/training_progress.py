@@ -50,9 +50,10 @@ class TrainingProgress:
                 self._step(event)
             case Verified():
                 self._end_epoch()
-                rates = ", ".join(f"TAR {rate:.3f} at FAR {far:g}" for far, rate in event.found.tar.items())
-                best = "; the best so far, saved in best.pt" if event.best else ""
-                self._say(f"               verification: accuracy {event.found.accuracy:.3f}, {rates}{best}")
+                rates = ", ".join(f"{far:g}: {rate:.3f}" for far, rate in event.found.tar.items())
+                self._say(f"  verified  accuracy {event.found.accuracy:.3f}  TAR at FAR {rates}")
+                if event.best:
+                    self._say("            the best so far, saved in best.pt")
             case Noted():
                 self._note(event.text)
             case Checkpointed():
@@ -63,13 +64,15 @@ class TrainingProgress:
     def _begin(self, event: Began) -> None:
         self._steps = event.steps
         channels, size, _ = event.image
-        net = f"a net of {event.parameters / 1e6:.2f} M parameters"
-        what = (
-            f"{event.device}: {event.images} images of {event.identities} identities, {size} × {size} "
-            f"{'gray' if channels == 1 else 'color'}, {net}, {event.steps} steps of {event.batch_size} images, "
-            f"scale {event.scale:g}, {_bytes(event.memory)} of memory for weights and optimizers"
+        color = "gray" if channels == 1 else "color"
+        self._say(
+            f"{event.device}: {event.images} images of {event.identities} identities, {size} × {size} {color}; "
+            f"{event.steps} steps of {event.batch_size} images, scale {event.scale:g}"
         )
-        self._say(what + (f", resumed after step {event.step} of {event.steps}" if event.step else ""))
+        net = f"a net of {event.parameters / 1e6:.2f} M parameters"
+        self._say(f"{net}; {_bytes(event.memory)} of memory for weights and optimizers")
+        if event.step:
+            self._say(f"resumed after step {event.step} of {event.steps}")
         self._bar.update(self._task, total=event.steps, completed=event.step)
         if self._console.is_terminal:
             self._bar.start()
