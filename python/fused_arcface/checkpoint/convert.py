@@ -191,7 +191,7 @@ def _check_stored(path: Path, tensors: dict[str, Tensor], values: Any) -> None:
         if tensor.shape[:1] != weight.shape[:1]:
             raise ConvertError(f"{path}: {name} must have {len(weight)} rows, as weight; it is {tuple(tensor.shape)}")
     if not isinstance(values, dict):
-        raise ConvertError(f"{path}: what fused_arcface keeps there must be an object; it is a {type(values).__name__}")
+        raise ConvertError(f"{path}: its metadata of fused_arcface must be an object; it is a {type(values).__name__}")
     try:
         check_sub_centers(values.get("sub_centers", 1))
     except (TypeError, ValueError) as error:

@@ -347,7 +347,7 @@ def test_pairs_of_one_kind_get_counts_and_mean_scores(tmp_path: Path, capsys: py
 
 def test_few_pairs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["verify", "--embeddings", str(saved(tmp_path / "e.npz", [True, False, True]))]) == 2
-    message = "10 folds must be >= 2 and <= the number of pairs; there are 3 pairs"
+    message = "folds must be >= 2 and <= the number of pairs 3; got 10"
     assert capsys.readouterr().err.strip() == message
     # In one fold's training part there is no pair of two people.
     assert run(["verify", "--embeddings", str(saved(tmp_path / "e.npz", [True] * 11 + [False]))]) == 0

@@ -169,7 +169,7 @@ U1 = np.frombuffer(b"x", "u1").dtype
         # An array whose shape says more than its bytes: NumPy would show what lies behind them in memory.
         ((_State(np.zeros(1, "u1"), (1, (10**6,), U1, False, b"1234")), SAME), "shape (1000000,) has other content"),
         ((IMAGES, _State(np.zeros(1, "u1"), (1, (10**12,), U1, False, b""))), "shape (1000000000000,) has other"),
-        ((_State(np.zeros(1, "u1"), (1, (-4,), U1, False, b"1234")), SAME), "an array's shape is none"),
+        ((_State(np.zeros(1, "u1"), (1, (-4,), U1, False, b"1234")), SAME), "an array has an invalid shape"),
         ((_State(np.zeros(1, "u1"), (1, (2, 1, 2), U1, False, b"1234")), SAME), "more than two dimensions"),
         # A dtype of its own size, subtype, fields or flags: NumPy believes them.
         ((_State(np.dtype("u1"), (3, "<", U1, None, None, 8, 1, 63)), SAME), "something else than bools, integers"),
@@ -220,9 +220,9 @@ def test_the_bombs_are_live(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (pickle.dumps((IMAGES, SAME))[:-40], "is no pickle, or a damaged one"),
-        (b"", "is no pickle, or a damaged one"),
-        (b"\xff\xd8 no pickle", "is no pickle, or a damaged one"),
+        (pickle.dumps((IMAGES, SAME))[:-40], "is not a pickle file, or it is damaged"),
+        (b"", "is not a pickle file, or it is damaged"),
+        (b"\xff\xd8 no pickle", "is not a pickle file, or it is damaged"),
         (pickle.dumps(IMAGES), r"must hold \(images, is same\)"),
         (pickle.dumps((IMAGES[:5], SAME)), "must hold two images a pair; it holds 5 and 3 pairs"),
         (pickle.dumps(([], [])), "must hold two images a pair"),

@@ -267,7 +267,7 @@ def test_folders_that_are_no_run(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(RunError, match="file is not a folder; make a run with"):
         load_backbone(tmp_path / "file")
-    with pytest.raises(RunError, match=r"is no training run: it has no config\.toml"):
+    with pytest.raises(RunError, match=r"is not a training run: it has no config\.toml"):
         load_backbone(tmp_path)
     TINY.save(tmp_path / "config.toml")
     with pytest.raises(RunError, match="must have image_size, channels and embedding_dim"):

@@ -46,7 +46,7 @@ def read_images(sources: Sequence[str], *, max_pixels: int = MAX_PIXELS) -> Imag
     tensor([0, 0, 1, 1, 2, 2])
     """
     if not sources:
-        raise DataError("there must be something to embed: a folder, a list, or images")
+        raise DataError("images must be given: a folder, a list, or image files")
     if len(sources) == 1 and (labeled := _labeled(sources[0], max_pixels)) is not None:
         return labeled
     found = [each for source in sources for each in _files_of(source)]

@@ -35,7 +35,7 @@ from .lock import FolderInUse, FolderLock
 
 
 class RunError(ValueError):
-    """Raised for a folder that is no training run or cannot be used; the message says what is wrong and what to do."""
+    """Raised for a folder that is not a training run or cannot be used; the message says what is wrong and what to do."""
 
 
 @dataclass(frozen=True)
@@ -127,14 +127,14 @@ class RunFolder:
             if not self.root.exists():
                 why = "does not exist"
             elif self.root.is_dir():
-                why = f"is no training run: it has no {self.config.name}"
+                why = f"is not a training run: it has no {self.config.name}"
             else:
                 why = "is not a folder"
             raise RunError(f"{self.root} {why}; make a run with: fused-arcface train --data DATA --output {self.root}")
         try:
             config = TrainConfig().replace(read_options(self.config))
             if not config.data:  # a run has some
-                raise ValueError("it names no data, so it is no run's, or damaged: put a whole one back")
+                raise ValueError("it names no data, so it is damaged or not of a run; restore it from a copy")
             return config
         except (TypeError, ValueError) as error:
             raise RunError(f"{self.config}: {error}") from None
@@ -229,7 +229,7 @@ def load_backbone(run: Path, device: torch.device | str = "cpu", *, trust: bool 
     try:
         state = checkpoint.load_state(folder.checkpoints, "backbone", trust=trust)
         if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
-            raise RuntimeError("its backbone is no state of a net")
+            raise RuntimeError("its backbone is not the state of a net")
         backbone.load_state_dict(state)
     except FileNotFoundError:
         raise RunError(f"{run} has no complete checkpoint yet") from None
