@@ -196,7 +196,7 @@ def test_state_that_numpy_would_believe_is_refused(content: Any, message: str, t
         (b"\x80\x02\x8a\xff" + bytes(255) + b".", "a number of 255 bytes"),
         (b"\x80\x04B\xff\xff\xff\xff" + bytes(10), "ends 4294967285 byte(s) early"),
         (b"\x80\x04\x8e" + b"\xff" * 8 + bytes(10), "byte(s) early"),
-        (b"I" + b"9" * 10**6 + b"\n.", "is no number"),
+        (b"I" + b"9" * 10**6 + b"\n.", "is not a number"),
         (b"\x80\x02]q\0h\0ah\0h\0\x86.", "ends with 2 values, not with one"),
         (b"\x80\x02]q\0h\0aK\x01\x86.", "must hold two lists, images and is same; it holds list and int"),
         (b"\x80\x09N.", "it is of protocol 9"),

@@ -44,7 +44,7 @@ def test_one_command_begins_a_run_and_goes_on_with_it(tmp_path: Path, capsys: py
     assert "has checkpoints but no config.toml: put it back and --resume" in capsys.readouterr().err
     (output / "config.toml").touch()  # as a full disk left it in versions before this one
     assert run_command(command) == 2
-    assert "config.toml: it names no data, so it is no run's, or damaged" in capsys.readouterr().err
+    assert "config.toml: it names no data, so it is damaged or not of a run" in capsys.readouterr().err
 
 
 def test_auto_takes_what_a_kill_has_left_of_a_beginning(tmp_path: Path) -> None:

@@ -35,7 +35,7 @@ from .lock import FolderInUse, FolderLock
 
 
 class RunError(ValueError):
-    """Raised for a folder that is not a training run or cannot be used; the message says what is wrong and what to do."""
+    """Raised for a folder that is not a training run, or cannot be used; the message says what to do."""
 
 
 @dataclass(frozen=True)
