@@ -22,8 +22,9 @@ class PlainCommand(TyperCommand):
 
     def __init__(self, *args: Any, **attributes: Any) -> None:
         super().__init__(*args, **attributes)
-        names = [option.name for option in self.params]
-        for option in self.params:
+        options: list[Any] = list(self.params)
+        names = [option.name for option in options]
+        for option in options:
             give_look(option)
             if "checkpoint" in names and option.param_type_name == "option" and not option.rich_help_panel:
                 found = (group for group, members in _GROUPS.items() if option.name in members)
