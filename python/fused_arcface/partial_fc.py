@@ -109,6 +109,8 @@ class PartialFC(NotScriptable, JointCalls, RunState):
     """
 
     weight: nn.Parameter
+    # None without a recipe. With Any, as in typeshed, a checker does not ask for a test before each use.
+    center_optimizer: CenterOptimizer | Any
     if TYPE_CHECKING:
         __call__: PartialFCCall
 
