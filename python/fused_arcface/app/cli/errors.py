@@ -59,7 +59,7 @@ def explained() -> Iterator[None]:
 
     try:
         yield
-    except (CheckpointError, ExportError, TrainingError, OSError, TypeError, ValueError) as wrong:
+    except (CheckpointError, ExportError, TrainingError, OSError, ValueError) as wrong:
         raise ended(wrong) from None
 
 
@@ -109,5 +109,5 @@ def _status(error: BaseException) -> int:
 
     if isinstance(error, (ConvertOptionError, FileNotFoundError, NoSuchData)):
         return WRONG_ARGUMENT
-    plain = isinstance(error, (TypeError, ValueError)) and not isinstance(error, DataError)
+    plain = isinstance(error, ValueError) and not isinstance(error, DataError)
     return WRONG_ARGUMENT if plain else FAILED
