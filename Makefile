@@ -97,7 +97,7 @@ format: .venv/.linters  ## Put the sources into the style that lint checks
 	.venv/bin/clang-format -i $(csrc)
 
 clean:  ## Remove build outputs and caches
-	rm -rf build dist .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf build dist docs/_build .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -path ./.venv -prune -o -name __pycache__ -prune -exec rm -rf {} +
 
 distclean: clean  ## Remove .venv and the demo's results as well
