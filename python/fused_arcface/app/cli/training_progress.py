@@ -133,7 +133,7 @@ def explain_end(console: Console, folder: RunFolder, steps: int) -> None:
     if folder.tensorboard.is_dir():
         lines += [f"  tensorboard --logdir {shlex.quote(str(folder.tensorboard))}"]
     else:
-        lines += ['  pip install "fused_arcface[tensorboard]"   # curves of the next run, in a browser']
+        lines += ['  pip install "fused_arcface[tensorboard]"   # then the next run has curves']
     for line in lines:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
