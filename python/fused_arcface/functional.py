@@ -64,7 +64,7 @@ def margin_softmax_loss(
             over the classes. A part whose label is ignored has no loss and does not count in the mean. The statistics
             are those of the first label, but for the loss.
         margin: a margin of this package, or any differentiable map of target cosines (N,) to modified cosines (N,).
-            One that knows the rows' norms or changes the negatives has a method more, see
+            A margin that uses the rows' norms or changes the negatives has one more method, see
             :class:`fused_arcface.margins.RowMargin` and :class:`fused_arcface.margins.Modulation`.
         scale: ``s``, finite and > 0. From 1e7 on fp32 has no digits left for the logits: they may even become NaN.
         reduction: ``"mean"`` (over the rows that count; NaN if none do), ``"sum"`` or ``"none"``.

@@ -20,7 +20,7 @@ from .engine.targets import Labels
 from .margins.angular import ArcFace, Margin
 
 if TYPE_CHECKING:
-    from .calls import HeadCall
+    from .calls import Backend, HeadCall
 
 # Classes whose cosines topk holds at once: (N, 16384) floats, 16 MiB at N = 256.
 _TOPK_CLASSES = 16384
@@ -34,8 +34,8 @@ class MarginHead(NotScriptable, nn.Module):
     ``torch.utils.checkpoint`` its step is recomputed from the state that it had.
 
     Args:
-        embedding_dim: D.
-        num_classes: C.
+        embedding_dim: D, the length of an embedding.
+        num_classes: C, the number of classes.
         margin: see :func:`fused_arcface.margin_softmax_loss`; likewise scale and backend.
         scale: ``s`` of the logits, finite and > 0.
         backend: ``"auto"`` or a backend's name.
@@ -68,7 +68,7 @@ class MarginHead(NotScriptable, nn.Module):
         *,
         margin: Margin = ArcFace(),
         scale: float = 64.0,
-        backend: str = "auto",
+        backend: Backend = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         sub_centers: int = 1,

@@ -30,7 +30,7 @@ from .sharded_evaluation import ShardedEvaluation
 from .store import CenterStorage, check_storage, make_store, weight_device
 
 if TYPE_CHECKING:
-    from .calls import PartialFCCall
+    from .calls import Backend, PartialFCCall
 
 
 class PartialFC(NotScriptable, ShardedEvaluation, RunState):
@@ -70,7 +70,7 @@ class PartialFC(NotScriptable, ShardedEvaluation, RunState):
     nor written. In ``eval()`` all classes are used, and a fused optimizer leaves them as they are.
 
     Args:
-        embedding_dim: D.
+        embedding_dim: D, the length of an embedding.
         num_classes: C_total, over all ranks.
         margin: see :func:`fused_arcface.margin_softmax_loss`; likewise scale and backend.
         scale: ``s`` of the logits, finite and > 0.
@@ -116,6 +116,8 @@ class PartialFC(NotScriptable, ShardedEvaluation, RunState):
     """
 
     weight: nn.Parameter
+    # None without a recipe. With Any, as in typeshed, a checker does not ask for a test before each use.
+    center_optimizer: CenterOptimizer | Any
     if TYPE_CHECKING:
         __call__: PartialFCCall
 
@@ -130,7 +132,7 @@ class PartialFC(NotScriptable, ShardedEvaluation, RunState):
         group: Any = None,
         seed: int = 0,
         center_optimizer: CenterSGD | None = None,
-        backend: str = "auto",
+        backend: Backend = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         dense_grad: bool = False,
@@ -406,10 +408,11 @@ class PartialFC(NotScriptable, ShardedEvaluation, RunState):
         return count if self.sub_centers == 1 else count * self.sub_centers
 
     def extra_repr(self) -> str:
+        own = f"center_optimizer={self.center_optimizer.describe()}, " if self.center_optimizer is not None else ""
         return (
             f"{self.weight.shape[1]}, {self.num_classes}, "
             f"{self.options}, "
-            f"sample_rate={self.sample_rate}, rank {self.ranks.rank} of {self.ranks.world_size}"
+            f"sample_rate={self.sample_rate}, {own}rank {self.ranks.rank} of {self.ranks.world_size}"
         )
 
 
