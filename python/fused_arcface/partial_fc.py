@@ -13,6 +13,7 @@ from .base.checks import check_center_dtype, check_reduction, check_size
 from .base.compiler import NotScriptable, check_not_transformed, not_compiled
 from .base.keyed_random import CENTER_STD, fill_normal
 from .base.options import HeadOptions
+from .base.permutation import KeyedPermutation, Permutation
 from .base.ranges import ABOVE_0_TO_1, NOT_NEGATIVE, check_number
 from .base.statistics import MarginSoftmaxStats
 from .center_sgd import CenterOptimizer, CenterSGD, CentersUpdatedInBackward
@@ -23,7 +24,7 @@ from .engine.targets import Labels, Rows, Target
 from .engine.terms import INVALID
 from .head import place_margin
 from .margins.angular import ArcFace, Margin
-from .parallel.sampling import KeyedPermutation, Permutation, Sampler
+from .parallel.sampling import Sampler
 from .parallel.sharding import Sharding
 from .parallel.wrappers import check_plain
 from .sharded_evaluation import ShardedEvaluation

@@ -18,9 +18,9 @@ from fused_arcface import partial_fc
 from fused_arcface.backends import cpu, triton
 from fused_arcface.backends import torch as plain_torch
 from fused_arcface.base.keyed_random import fold
+from fused_arcface.base.permutation import Permutation
 from fused_arcface.engine import ops
 from fused_arcface.engine.terms import CenterStep, RowGradients
-from fused_arcface.parallel.sampling import Permutation
 
 pytestmark = INTERPRETED
 

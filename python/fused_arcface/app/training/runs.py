@@ -53,6 +53,11 @@ class RunFolder:
     root: Path
 
     @property
+    def place(self) -> str:
+        """The folder's absolute path, which all ranks must have given."""
+        return str(self.root.resolve())
+
+    @property
     def config(self) -> Path:
         return self.root / "config.toml"
 

@@ -87,7 +87,7 @@ def train(
     """
     folder, lock = RunFolder(Path(output)), None
     with _opened(config) as (world, interrupt, config, source), contextlib.ExitStack() as held:
-        data = agreed_fingerprint(world, config, source, output=str(folder.root.resolve()), resume=resume, dry_run=False)
+        data = agreed_fingerprint(world, config, source, output=folder.place, resume=resume, dry_run=False)
         with world.together():
             if world.rank == 0:
                 lock = held.enter_context(folder.lock())
@@ -121,7 +121,7 @@ def try_out(
     """
     folder = RunFolder(Path(output))
     with _opened(config) as (world, interrupt, config, source):
-        data = agreed_fingerprint(world, config, source, output=str(folder.root.resolve()), resume=resume, dry_run=True)
+        data = agreed_fingerprint(world, config, source, output=folder.place, resume=resume, dry_run=True)
         with world.together():
             check_run(folder, config, source.names, data, folder.config.exists() if resume == "auto" else resume)
         with temporary_centers(config, world, folder.has_checkpoint) as config:
