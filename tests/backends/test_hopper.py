@@ -305,6 +305,28 @@ def test_deterministic_to_the_bit(device: str) -> None:
         assert all(torch.equal(a, b) for a, b in zip(runs[0], run, strict=True))
 
 
+@pytest.mark.emulation
+@needs_emulation
+@pytest.mark.parametrize(("code", "most"), [(2, 60e6), (0, 130e6)])
+def test_workspace_is_small_whatever_the_classes(code: int, most: float, emulated_kernels: ModuleType) -> None:
+    """What a pass asks for, without running it: N = 4096 on 132 multiprocessors, bf16 and fp32 centers."""
+    unread, D = 16, 512
+    rest = (0, (0, hopper.HopperConfig().center_bytes, 132, 2, True), 0, (0, 0))
+    needed = set()
+    for C in (3_000_000, 100_000_000):
+        x, w = (unread, 2, 4096, D, D, 1), (unread, code, C, D, D, 1)
+        step = (0, C, 2, unread, 0, 0.1, 0.9, 0.0, 1, 0)
+        needed.add(
+            (
+                emulated_kernels.class_stats("hopper", x, w, unread, 64.0, *[unread] * 4, *rest),
+                emulated_kernels.weight_grad("hopper", x, w, unread, 64.0, *[unread] * 3, w, *rest[1:]),
+                emulated_kernels.update_centers("hopper", x, w, unread, 64.0, *[unread] * 3, step, unread, *rest[1:]),
+            )
+        )
+    (bytes_of_passes,) = needed
+    assert max(bytes_of_passes) < most
+
+
 @pytest.mark.gpu
 @needs_gpu
 @pytest.mark.parametrize("configuration", list(hopper.CONFIGS))

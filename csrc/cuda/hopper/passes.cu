@@ -1,5 +1,6 @@
-// The passes on the host. Plain bf16 centers take one launch a pass. Other centers are copied to bf16 in chunks. A step
-// of the optimizer is made chunk by chunk, after the gradient of each.
+// The passes on the host. Plain bf16 centers take one launch a pass, and one for each two million classes forward.
+// Other centers are copied to bf16 in chunks. A step of the optimizer is made chunk by chunk, after the gradient of
+// each.
 #include "../passes.h"
 #include "backward.h"
 #include "forward.h"
@@ -10,6 +11,9 @@ namespace fa::cuda {
 using namespace hopper;
 
 namespace {
+
+// Of a forward pass over centers as they are stored, whose norms take 12 bytes a class.
+constexpr int64_t kClassesAtOnce = 1 << 21;
 
 Panel as_panel(const PreparedRows& rows) {
   return {nullptr, nullptr, rows.inverse, rows.reciprocal, rows.rows, kColumns};
@@ -135,7 +139,8 @@ int64_t HopperPasses::class_stats(const ClassStatsArgs& args, const int64_t* cla
   const bool copied = !is_plain(args.weight);
   Arena arena(workspace);
   const Batch batch(arena, args.embeddings, options.cluster);
-  const PreparedRows classes = take_rows(arena, copied ? chunk_of(C, true, false, options) : C, copied, batch.odd);
+  const int64_t chunk = copied ? chunk_of(C, true, false, options) : std::min(C, kClassesAtOnce);
+  const PreparedRows classes = take_rows(arena, chunk, copied, batch.odd);
   // One round of blocks; each slice of the classes at least a tile.
   const int64_t slices = std::clamp<int64_t>(options.multiprocessors / batch.blocks(), 1, classes.rows / kRows);
   const int64_t sums = slices * batch.rows.rows;
