@@ -152,6 +152,19 @@ def test_steps_out_of_order_take_the_rows_as_they_are(storage, tmp_path):
     assert_equal(state(heads[1]), state(heads[0]))
 
 
+@pytest.mark.parametrize("storage", ["host", "file"])
+def test_a_graph_whose_buffer_has_been_used_again_is_refused(storage, tmp_path):
+    head = make("host" if storage == "host" else tmp_path / "s")
+    before = state(head)
+    x, y = batch(1)
+    first = head(x.requires_grad_(), y)
+    for _ in range(2):
+        head(x, y)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        first.backward()
+    assert_equal(state(head), before)
+
+
 def test_full_weight_is_loaded_into_a_file(tmp_path):
     heads = make("device"), make(tmp_path / "s")
     weight = torch.randn(CLASSES, D)

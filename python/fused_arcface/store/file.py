@@ -50,7 +50,11 @@ class FileRows:
             if not self.layout.same_rows(wanted):
                 raise StoreError(f"{folder} holds {self.layout.describe()}; this head has {wanted.describe()}")
             self._lock = RowLock(folder, first, first + count)
-            self._records = Records(folder / folders.ROWS, columns, num_rows, seed)
+            try:
+                self._records = Records(folder / folders.ROWS, columns, num_rows, seed)
+            except BaseException:
+                self._lock.close()
+                raise
         self._guard = threading.Lock()  # of the journal: two threads read rows that will change
         self._journal: Journal | None = None
         self._begun = False
