@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..parallel.ranks import Ranks
-from .columns import Buffers, Columns, Tensors
+from .columns import Buffers, Columns, Tensors, gather, scatter
 from .file import FileRows
 from .lanes import StreamLane, ThreadLane, visible
 from .pipeline import Pipeline, SampledRows, Traffic
@@ -126,11 +126,11 @@ class _HostRows:
 
     def read(self, rows: Tensor, out: Tensors, keep: bool) -> None:
         for name, tensor in self._tensors().items():
-            torch.index_select(tensor, 0, rows, out=out[name])
+            gather(tensor, rows, out[name])
 
     def write(self, rows: Tensor, tensors: Tensors) -> None:
         for name, tensor in self._tensors().items():
-            tensor.index_copy_(0, rows, tensors[name])
+            scatter(tensor, rows, tensors[name])
 
 
 class HostCenters(CenterStore):

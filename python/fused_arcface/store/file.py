@@ -11,7 +11,7 @@ from torch import Tensor
 from ..base import files
 from ..parallel.ranks import Ranks
 from . import folder as folders
-from .columns import Columns, Tensors
+from .columns import Columns, Tensors, some_rows
 from .journal import Journal, journals, undo
 from .lock import RowLock
 from .records import Records, StoreError
@@ -109,11 +109,9 @@ class FileRows:
             return
         with self._guard:
             kept = ((markers != journal.number) & (markers != 0)).nonzero().squeeze(1)
-            former = {name: tensor[kept] for name, tensor in out.items()} if len(kept) < len(rows) else out
-            journal.add(numbers[kept], markers[kept], former, numbers[untouched])
+            journal.add(numbers[kept], markers[kept], some_rows(out, kept), numbers[untouched])
             if len(untouched) > 0:  # as they are: to write them again will need no room
-                initial = {name: tensor[untouched] for name, tensor in out.items()}
-                self._records.write(numbers[untouched], initial, journal.number)
+                self._records.write(numbers[untouched], some_rows(out, untouched), journal.number)
 
     def write(self, rows: Tensor, tensors: Tensors) -> None:
         """Write rows (K,) of this shard that :meth:`read` has kept.
