@@ -60,8 +60,9 @@ def kill_at_random(folder: Path, times: int, longest: float) -> int:
     return steps
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_from_its_last_checkpoint_to_the_bit(tmp_path):
-    assert kill_at_random(tmp_path, 8, 0.25) > 0
+    assert kill_at_random(tmp_path, 6, 0.2) > 0
 
 
 @pytest.mark.full
