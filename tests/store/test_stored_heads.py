@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import pickle
 
 import pytest
 import torch
@@ -196,8 +197,9 @@ def test_calls_that_need_all_rows_say_so(tmp_path, monkeypatch):
     for call in (head.state_dict, lambda: head.load_state_dict({})):
         with pytest.raises(RuntimeError, match=r"center_storage keeps them in a file: use fused_arcface\.checkpoint"):
             call()
-    with pytest.raises(StoreError, match="cannot be copied"):
-        copy.deepcopy(head)
+    for copied in (copy.deepcopy, pickle.dumps):
+        with pytest.raises(StoreError, match="cannot be copied"):
+            copied(head)
     with pytest.raises(TypeError, match=r"keep their dtype torch\.float32; got torch\.bfloat16"):
         head.to(torch.bfloat16)
     monkeypatch.setattr("fused_arcface.sharded_evaluation.available_bytes", lambda _: 100)
@@ -207,6 +209,18 @@ def test_calls_that_need_all_rows_say_so(tmp_path, monkeypatch):
     with pytest.raises(RuntimeError, match=r"in eval\(\) the loss uses all class centers"):
         head(*batch(0))
     assert head.topk(batch(0)[0], 3)[1].shape == (ROWS, 3)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda head: pickle.loads(pickle.dumps(head))])
+def test_a_copy_of_a_head_in_host_memory_trains_apart_from_it(copied):
+    head = make("host")
+    train(head, 2)
+    other = copied(head)
+    before = state(head)
+    train(other, 2)
+    assert_equal(state(head), before)
+    train(head, 2)
+    assert_equal(state(head), state(other))
 
 
 def test_a_state_dict_of_host_memory_is_that_of_the_device():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -144,6 +144,9 @@ class HostCenters(CenterStore):
     def __deepcopy__(self, _: object) -> HostCenters:
         return HostCenters(self.device, self._num_rows, self._row_start)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return HostCenters, (self.device, self._num_rows, self._row_start)
+
     def place(self, target_class: Tensor) -> Tensor:
         return target_class
 
@@ -220,7 +223,8 @@ class FileCenters(CenterStore):
     def __deepcopy__(self, _: object) -> NoReturn:
         raise StoreError(f"a head whose class centers are in a file cannot be copied: {self.rows.folder} has one owner")
 
-    __reduce__ = __deepcopy__  # type: ignore[assignment]
+    def __reduce__(self) -> NoReturn:
+        self.__deepcopy__(None)
 
     def place(self, target_class: Tensor) -> Tensor:
         return target_class.cpu()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -184,9 +185,8 @@ class FileRows:
         if kept:
             folders.remember(self.folder, kept if kept[-1] == state else [*kept, state])
 
-    def _on_first(self, function: object) -> None:
+    def _on_first(self, function: Callable[[], None]) -> None:
         """Call a function on the first rank, when all have come here, and go on when it is done. A collective."""
-        assert callable(function)
         self._ranks.gather_objects(None)
         with self._ranks.together("center_storage"):
             if self._ranks.rank == 0:
