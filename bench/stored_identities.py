@@ -120,12 +120,12 @@ def main() -> None:
             print(f"{storage:8} failed: {done.returncode}")
             continue
         rows.append(json.loads(done.stdout))
-        print(
+        line = (
             "{storage:8} {C:>13,} classes, {sample:,} a step: {construction_s} s construction, {step_ms} ms a step "
-            "(p80 {step_p80_ms}, processor {processor_ms_a_step}), peak resident memory {peak_rss_bytes:,}, disk {disk_bytes:,}".format(
-                **rows[-1]
-            )
+            "(p80 {step_p80_ms}, processor {processor_ms_a_step}), peak resident memory {peak_rss_bytes:,}, "
+            "disk {disk_bytes:,}"
         )
+        print(line.format(**rows[-1]), flush=True)
     if options.output and rows:
         options.output.mkdir(parents=True, exist_ok=True)
         kept = options.output / "stored_identities.json"
