@@ -21,9 +21,8 @@ from .records import Records, StoreError
 class FileRows:
     """The rows of one shard in the file of a store.
 
-    To open a store is a collective. A store that is not there is made, with no row touched. One that is there has the
-    rows of some run: it is opened for :meth:`go_back`, and nothing else until then; unless no checkpoint has been saved
-    of that run, which then begins anew.
+    Opening is a collective. A missing store is made, with no row touched. An existing store has the rows of some run:
+    until :meth:`go_back` nothing else is possible. If no checkpoint of that run was saved, it begins anew.
 
     Args:
         folder: of the store, on a file system that all ranks see.

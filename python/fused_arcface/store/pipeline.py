@@ -45,13 +45,13 @@ class SampledRows:
     """Copies of the rows of one step, in memory of their own."""
 
     rows: Tensor
-    """(K,) int64 indices into the shard, ascending; from some place on the number of its rows, which is padding."""
+    """(K,) int64 indices into the shard, ascending. Padding at the end has the number of its rows."""
     ids: Tensor
     """(K,) int64 global numbers of the rows."""
     tensors: Tensors
     """K rows of each column, contiguous."""
     write_back: Callable[[], None]
-    """Gives the rows back to the store, after they have been changed. To be called once at most."""
+    """Gives the rows back to the store, after they have been changed. Call it once at most."""
     turn: int = 0
     ready: Wait = lambda: None
     """Waits until the tensors can be read."""
