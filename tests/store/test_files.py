@@ -246,6 +246,9 @@ def test_checkpoints_are_loaded_and_converted_between_storages(source, tmp_path)
         other = make(storage, "bf16+int8")
         checkpoint.load(root, other)
         assert_equal(state(other), right)
+    torch.save({"W": torch.randn(D, CLASSES)}, tmp_path / "loss.pt")
+    with pytest.raises(convert.ConvertError, match="center_storage needs a source with the state of a CenterSGD"):
+        convert.convert([tmp_path / "loss.pt"], tmp_path / "again", center_storage=tmp_path / "newer")
     with pytest.raises(checkpoint.CheckpointError, match="must be a new or an empty folder"):
         convert.convert([tmp_path / "run"], tmp_path / "again", center_storage=tmp_path / "new")
 
