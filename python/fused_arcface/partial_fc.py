@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -282,9 +283,10 @@ class PartialFC(NotScriptable, ShardedEvaluation, RunState):
         updates = self.training and weight.requires_grad
         if store is not None and rows is not None:
             targets = self._rows_of(self.sharding.localize(chosen_on))
-            sampled = store.take(
-                self._held(), self.step, rows, targets, updates, self._upcoming(chosen_on.device, padded)
-            )
+            upcoming = self._upcoming(chosen_on.device, padded)
+            # A disk may be full on one rank: then no rank goes on to the next collective.
+            with contextlib.nullcontext() if store.in_memory else self.ranks.together("center_storage"):
+                sampled = store.take(self._held(), self.step, rows, targets, updates, upcoming)
             weight, rows = sampled.tensors["weight"].detach().requires_grad_(updates), None
             chosen_class = chosen_class.to(target_class.device, non_blocking=True)
         if self.center_optimizer is not None:

@@ -293,6 +293,11 @@ def write(centers: Centers, path: str | os.PathLike[str], center_storage: str | 
     one_file = _is_one_file(path)
     if one_file and center_storage is not None:
         raise ConvertError(f"center_storage goes with a folder of checkpoints; the destination is {path}")
+    if center_storage is not None and "optimizer" not in centers.values:
+        raise ConvertError(
+            "center_storage needs a source with the state of a CenterSGD, whose momentum has its place in the file: "
+            "write a checkpoint without center_storage, and load it into a head that has one"
+        )
     seed = _checked_seed(centers.values.get("seed", 0))
     path.parent.mkdir(parents=True, exist_ok=True)
     if one_file:
