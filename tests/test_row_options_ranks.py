@@ -5,13 +5,14 @@ All cases run in one set of processes for each number of ranks.
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
 import torch
 from support import distributed_helpers
 from support.head_training import D, own_rows
-from torch import Tensor
+from torch import Tensor, nn
 
 import fused_arcface as fa
 from fused_arcface.margins import LabelMargin
@@ -39,6 +40,12 @@ CASES: dict[str, tuple[dict[str, Any], list[str]]] = {
     "mixed, sampled": ({"sample_rate": 0.8, "sub_centers": 2}, ["mixed"]),
     "mixed, updated": (UPDATED, ["mixed"]),
     "mixed, updated, sampled": (UPDATED | {"sample_rate": 0.8, "sub_centers": 2}, ["mixed", "sample_weight"]),
+    "learned scale": ({"scale": "learned"}, ["sample_weight"]),
+    "learned scale, mixed, rows": ({"scale": "learned", "sample_rate": 0.8}, ["mixed", "none"]),
+    "learned scale, updated": (UPDATED | {"scale": "learned"}, []),
+    "AdaCos": ({"scale": fa.AdaCos()}, ["sample_weight"]),
+    "AdaCos, updated, sampled": (UPDATED | {"scale": fa.AdaCos(), "sample_rate": 0.4}, []),
+    "AdaCos, delayed": ({"scale": fa.AdaCos(delayed=True)}, []),
     "class margins": ({"margin": fa.ClassMargin(torch.linspace(0, 0.5, CLASSES))}, []),
     "class margins, sampled": ({"margin": fa.ClassMargin(torch.linspace(0, 0.5, CLASSES)), "sample_rate": 0.4}, []),
     "function of labels, updated": (UPDATED | {"margin": LabelMargin(by_label), "sample_rate": 0.4}, []),
@@ -72,7 +79,10 @@ def cut(value: Any, part: slice) -> Any:
 def train(name: str) -> dict[str, Any]:
     """A few steps: losses, this rank's gradients as one process would have them, and the centers at the end."""
     options, names = CASES[name]
-    head = fa.PartialFC(D, CLASSES, dtype=torch.float64, seed=5, scale=16.0, **options)
+    scale = copy.deepcopy(options.get("scale", 16.0))
+    if scale == "learned":
+        scale = nn.Parameter(torch.tensor(9.0, dtype=torch.float64))
+    head = fa.PartialFC(D, CLASSES, dtype=torch.float64, seed=5, **options | {"scale": scale})
     world_size = head.ranks.world_size
     result: dict[str, Any] = {"losses": [], "gradients": []}
     for step in range(STEPS):
@@ -86,12 +96,17 @@ def train(name: str) -> dict[str, Any]:
         else:
             result["losses"].append(loss.item())
         loss.backward()
+        if isinstance(head.scale, nn.Parameter):
+            with torch.no_grad():
+                head.scale -= 0.5 * head.scale.grad
+            head.scale.grad = None
         if head.center_optimizer is None:
             with torch.no_grad():
                 head.weight -= 0.1 * head.weight.grad.to_dense()
             head.weight.grad = None
         result["gradients"].append(x.grad / world_size)
-    return result | {"centers": head.full_weight()}
+    scales = [each for each in head.state_dict().items() if each[0].startswith("scale")]
+    return result | {"centers": head.full_weight(), "scales": dict(scales)}
 
 
 def train_all() -> dict[str, dict[str, Any]]:
@@ -108,6 +123,7 @@ def test_ranks_train_as_one_process(of_ranks: list[dict[str, dict[str, Any]]], n
     expected, results = train(name), [each[name] for each in of_ranks]
     for result in results:
         torch.testing.assert_close(result["losses"], expected["losses"], rtol=1e-10, atol=0)
+        torch.testing.assert_close(result["scales"], expected["scales"], rtol=1e-10, atol=0)
         torch.testing.assert_close(result["centers"], expected["centers"], rtol=1e-10, atol=1e-12)
     joined = [torch.cat(parts) for parts in zip(*(result["gradients"] for result in results), strict=True)]
     torch.testing.assert_close(joined, expected["gradients"], rtol=1e-10, atol=1e-12)

@@ -278,12 +278,12 @@ class CenterOptimizer(torch.optim.Optimizer):
         if factor is not None:
             raise CenterUpdateError(f"in an earlier step, which changed no class center, {_refusal(factor)}")
 
-    def prepare(self, step: int, weight: Tensor, margin: Margin) -> PendingUpdate:
+    def prepare(self, step: int, weight: Tensor, margin: Margin, scale: Any) -> PendingUpdate:
         """Return the update of the head's ``weight`` for forward pass number ``step``.
 
-        Call :meth:`check` first, and this before the margin changes its state.
+        Call :meth:`check` first, and this before margin and scale change their state.
         """
-        update = PendingUpdate(self, step, weight, copy_of_state(margin))
+        update = PendingUpdate(self, step, weight, copy_of_state(margin) + copy_of_state(scale))
         if torch.is_grad_enabled():
             self._pending.add(update)
         return update
@@ -306,7 +306,7 @@ def _check_weight(weight: Tensor) -> None:
 class PendingUpdate(CenterUpdate):
     """The update of one forward pass, until its backward pass makes it.
 
-    Where it changes nothing, the margin gets back the state that it had before the step (buffers and their copies).
+    Where it changes nothing, margin and scale get back the state that they had before the step (buffers and copies).
     """
 
     def __init__(

@@ -23,6 +23,7 @@ from .engine.targets import Labels, Rows, Target
 from .engine.terms import INVALID
 from .head import cosines_of, nearest_classes, place_margin
 from .margins.angular import ArcFace, Margin
+from .margins.scale import Scale
 from .parallel.sampling import Sampler
 from .parallel.sharding import Sharding
 from .parallel.wrappers import check_plain
@@ -71,7 +72,7 @@ class PartialFC(NotScriptable, JointCalls, RunState):
         embedding_dim: D.
         num_classes: C_total, over all ranks.
         margin: see :func:`fused_arcface.margin_softmax_loss`; likewise scale and backend.
-        scale: ``s`` of the logits, finite and > 0.
+        scale: ``s`` of the logits; the gradient of a 0-dim parameter is the same on every rank, the derivative.
         sample_rate: fraction of the classes used in a training step, in (0, 1].
         group: a process group, a one-dimensional ``DeviceMesh``, or None: the default group if torch.distributed is
             initialized.
@@ -119,7 +120,7 @@ class PartialFC(NotScriptable, JointCalls, RunState):
         num_classes: int,
         *,
         margin: Margin = ArcFace(),
-        scale: float = 64.0,
+        scale: Scale = 64.0,
         sample_rate: float = 1.0,
         group: Any = None,
         seed: int = 0,
@@ -164,6 +165,7 @@ class PartialFC(NotScriptable, JointCalls, RunState):
         parameter = nn.Parameter if center_optimizer is None else CentersUpdatedInBackward
         self.weight = parameter(torch.empty(self.num_local * sub_centers, embedding_dim, device=device, dtype=dtype))
         place_margin(margin, self.weight.device)
+        place_margin(scale, self.weight.device)
         self.reset_parameters()
         self.center_optimizer = (
             None if center_optimizer is None else CenterOptimizer(center_optimizer, self.weight, seed, self.row_start)
@@ -274,7 +276,7 @@ class PartialFC(NotScriptable, JointCalls, RunState):
         update = None
         if self.center_optimizer is not None:
             if self.training and weight.requires_grad:
-                update = self.center_optimizer.prepare(self.step, weight, self.margin)
+                update = self.center_optimizer.prepare(self.step, weight, self.margin, self.scale)
             else:  # neither an update nor a gradient
                 weight = weight.detach()
         shard = Shard(
@@ -373,7 +375,8 @@ class PartialFC(NotScriptable, JointCalls, RunState):
         with self._refusing():
             agreement = self._agreement("logits()")
         _, rows, _ = self._gather(embeddings, None, agreement)
-        local = self.scale * cosines_of(rows.embeddings, self.weight, self.sub_centers).T  # (C, N)
+        cosines = cosines_of(rows.embeddings, self.weight, self.sub_centers).T
+        local = (self.options.current_scale(self.num_classes) * cosines).to(cosines.dtype)  # (C, N)
         return torch.cat([rows.own(part.T) for part in self.ranks.gather_rows(local, self.sharding.counts())], 1)
 
     @torch.no_grad()

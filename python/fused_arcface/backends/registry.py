@@ -40,6 +40,7 @@ FEATURES = {
     "sub_centers": "several centers for each class",
     "modulated_negatives": "margins that change the negatives",
     "padding": "a sample of the classes whose number only the device knows",
+    "device_scale": "a scale that is learned or adapts, which only the device knows",
     "fused_margin": "a margin_loss in one launch; elsewhere plain PyTorch is as good and takes any margin",
     "fused_margin_fp64": "the same in fp64",
 }
@@ -48,9 +49,14 @@ FEATURES = {
 # The priorities are measured: on the CPU in bench/NOTES.md, on GPUs by an H100 (bench/results/h100). There Triton is
 # faster than csrc/cuda in bf16 at C = 1 000 000, and 6 % slower in fp32.
 BACKENDS = (
-    Backend("torch", None, 0, frozenset({"sub_centers", "modulated_negatives", "padding"})),
-    Backend("cpu", "cpu", 1, frozenset({"sub_centers", "modulated_negatives", "fused_margin", "fused_margin_fp64"})),
-    Backend("triton", "cuda", 2, frozenset({"padding", "fused_margin"})),
+    Backend("torch", None, 0, frozenset({"sub_centers", "modulated_negatives", "padding", "device_scale"})),
+    Backend(
+        "cpu",
+        "cpu",
+        1,
+        frozenset({"sub_centers", "modulated_negatives", "device_scale", "fused_margin", "fused_margin_fp64"}),
+    ),
+    Backend("triton", "cuda", 2, frozenset({"padding", "device_scale", "fused_margin"})),
     # Tensor cores for fp64 are few, and a graphics card has none.
     Backend("cuda", "cuda", 1, frozenset({"padding", "fused_margin"}), _NO_FP64),
 )

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..base.dtypes import compute_dtype
 from ..base.normalize import stored_gradient, unit_gradient, unit_rows
+from .ops import for_numbers
 from .targets import Rows
 from .terms import ABSENT, IGNORED, CenterStep, Negatives, RowGradients, SecondTarget
 
@@ -104,9 +105,8 @@ def update_both(
     """
 
     def update(embeddings: Tensor, target: Tensor, gradients: RowGradients, step: CenterStep) -> None:
-        torch.ops.fused_arcface.update_centers(
-            embeddings, weight, target, *gradients, *step, backend, **negatives._asdict()
-        )
+        operator, (scale,) = for_numbers(torch.ops.fused_arcface.update_centers, gradients.scale)
+        operator(embeddings, weight, target, scale, *gradients[1:], *step, backend, **negatives._asdict())
 
     if second is None or weight.shape[0] == 0 or target.shape[0] == 0:
         update(embeddings, target, gradients, step)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .. import backends
 from ..base.checks import check_inputs
@@ -18,6 +19,7 @@ from ..margins.protocol import for_rows, modulates, modulation
 from .autograd import cosines_of_targets, negatives_and_target
 from .margin_step import in_step
 from .mixed import nearer_first, of_both
+from .ops import readable
 from .shard import ONE_DEVICE, Shard
 from .smoothing import smoothing, two_uses
 from .tail import loss_of_mixed_rows, loss_of_rows
@@ -84,7 +86,7 @@ def loss_over_classes(
         backend: A name that :func:`fused_arcface.backends.select` returned.
         shard: The classes held here, and the way to reach the rest.
     """
-    scale, sub_centers, label_smoothing = options.scale, options.sub_centers, options.label_smoothing
+    sub_centers, label_smoothing = options.sub_centers, options.label_smoothing
     x, w = embeddings, weight
     if label_smoothing > 0:
         (embeddings, x), (weight, w) = two_uses(embeddings), two_uses(weight)
@@ -106,9 +108,27 @@ def loss_over_classes(
     elif modulates(margin) or sub_centers > 1:
         cosine, target_row = nearest(rows.target)
         change = modulation(margin, cosine, ~ignored)
-    lse, cosine, greatest, other_cosine = negatives_and_target(
-        embeddings, weight, target_row, scale, backend, shard, sub_centers, change, second_row
-    )
+
+    def compare(scale: float | Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        return negatives_and_target(
+            embeddings, weight, target_row, scale, backend, shard, sub_centers, change, second_row
+        )
+
+    scale, adapting = options.scale, None
+    if isinstance(scale, Tensor) and scale.device != embeddings.device:
+        raise ValueError(f"scale must be on embeddings' device {embeddings.device}; got {scale.device}")
+    if isinstance(scale, nn.Module):
+        own_scale: Any = in_step(scale, embeddings, alone=shard.batch is not None)
+        before = own_scale.current(shard.num_classes or weight.shape[0] // sub_centers)
+        adapting = own_scale if scale.training else None
+        if adapting is not None and not scale.delayed:
+            with torch.no_grad():
+                sums, cosines, *_ = compare(before)
+            before, adapting = adapting.rescale(sums, cosines, ~ignored, before), None
+        scale = readable(before)
+    lse, cosine, greatest, other_cosine = compare(scale)
+    if adapting is not None:
+        adapting.rescale(lse.detach(), cosine.detach(), ~ignored, before)
     smoothed = smoothing(x, w, label_smoothing, shard.num_classes or weight.shape[0], shard)
     factors = None if rows.sample_weight is None else rows.sample_weight.to(lse.dtype)
     if rows.second is None or order is None or other_cosine is None:
