@@ -257,8 +257,7 @@ class PartialFC(NotScriptable, JointCalls, RunState):
             check_not_transformed(type(self).__name__)
             check_number("loss_weight", loss_weight, NOT_NEGATIVE)
             self._check_reduction(reduction)
-            self.options.check_classes(self.num_classes)
-            self.options.check_target(target)
+            self.options.check_step(target, self.num_classes, self.weight.device)
             agreement = self._step_agreement("forward()", ignore_index, loss_weight, reduction, sample_weight, target)
         embeddings, batch, backend = self._gather(
             embeddings, target, agreement, ignore_index, return_stats, sample_weight

@@ -79,9 +79,8 @@ def loss_with(
     """Return :func:`margin_softmax_loss` with options that are checked already."""
     margin, sub_centers = options.margin, options.sub_centers
     check_inputs(embeddings, weight, target, sub_centers, reduction, ignore_index, sample_weight)
-    options.check_target(target)
     num_classes, dtype = weight.shape[0] // sub_centers, compute_dtype(embeddings, weight)
-    options.check_classes(num_classes)
+    options.check_step(target, num_classes, embeddings.device)
     labels = [each.long() for each in ((target,) if isinstance(target, Tensor) else target[:2])]
     for each in labels:
         check_target_range(each, num_classes, ignore_index)

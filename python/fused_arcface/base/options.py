@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .checks import check_margin, check_scale, check_sub_centers
@@ -78,12 +79,16 @@ class HeadOptions:
             needs["device_scale"] = self._scale_text()
         return needs
 
-    def check_target(self, target: object) -> None:
-        """Check that these options can be combined with a target.
+    def check_step(self, target: object, num_classes: int, device: torch.device) -> None:
+        """Check that these options fit what a step is called with.
 
         Raises:
-            ValueError: for mixed labels and a margin that changes the negatives.
+            ValueError: for mixed labels and a margin that changes the negatives; a scale on another device; a margin or
+                a scale that does not fit the number of classes.
         """
+        self.check_classes(num_classes)
+        if isinstance(self.scale, Tensor) and self.scale.device != device:
+            raise ValueError(f"scale must be on embeddings' device {device}; got {self.scale.device}")
         if isinstance(target, (tuple, list)) and hasattr(self.margin, "modulate"):
             raise ValueError(
                 f"target must be labels (N,) with {type(self.margin).__name__}, which compares the negatives with one "

@@ -76,10 +76,6 @@ class AdaCos(StatefulMargin):
         self.scale.copy_(new)
         return new
 
-    def forward(self, cosines: Tensor) -> Tensor:
-        """Return logits of cosines, with the scale as it is now; before the first step there is none."""
-        return self.scale.to(cosines.dtype) * cosines
-
     def extra_repr(self) -> str:
         """Return the arguments, for the repr."""
         return f"delayed={self.delayed}" if self.delayed else ""
