@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import fused_arcface as fa
 from fused_arcface.margins import LabelMargin
+from fused_arcface.parallel.ranks import Ranks
 
 pytestmark = pytest.mark.distributed
 
@@ -109,8 +110,22 @@ def train(name: str) -> dict[str, Any]:
     return result | {"centers": head.full_weight(), "scales": dict(scales)}
 
 
+def adapt() -> dict[str, Any]:
+    """A MarginHead on each rank, as DistributedDataParallel has them, with a scale that adapts: the scales."""
+    head = fa.MarginHead(D, CLASSES, dtype=torch.float64, scale=fa.AdaCos())
+    with torch.no_grad():
+        head.weight.copy_(torch.randn(CLASSES, D, generator=torch.Generator().manual_seed(0), dtype=torch.float64))
+    ranks, scales = Ranks(), []
+    for step in range(STEPS):
+        x, y, _, _ = arguments([], step)
+        part = own_rows(ranks.world_size, ranks.rank, ROWS, step)
+        head(x[part], y[part])
+        scales.append(head.scale.scale.clone())
+    return {"scales": torch.cat(scales)}
+
+
 def train_all() -> dict[str, dict[str, Any]]:
-    return {name: train(name) for name in CASES}
+    return {name: train(name) for name in CASES} | {"MarginHead": adapt()}
 
 
 @pytest.fixture(scope="module", params=[2, 4])
@@ -127,3 +142,10 @@ def test_ranks_train_as_one_process(of_ranks: list[dict[str, dict[str, Any]]], n
         torch.testing.assert_close(result["centers"], expected["centers"], rtol=1e-10, atol=1e-12)
     joined = [torch.cat(parts) for parts in zip(*(result["gradients"] for result in results), strict=True)]
     torch.testing.assert_close(joined, expected["gradients"], rtol=1e-10, atol=1e-12)
+
+
+def test_a_margin_head_adapts_its_scale_to_the_rows_of_all_ranks(of_ranks: list[dict[str, dict[str, Any]]]) -> None:
+    expected = adapt()["scales"]
+    assert len(expected.unique()) == STEPS
+    for each in of_ranks:
+        torch.testing.assert_close(each["MarginHead"]["scales"], expected, rtol=1e-10, atol=0)

@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -168,6 +169,21 @@ def test_adacos_is_saved_and_undone_with_the_head() -> None:
     assert torch.equal(other.scale.scale, before)
     other(x.float().detach().requires_grad_(), y.roll(1)).backward()
     assert not torch.equal(other.scale.scale, before)
+
+
+@pytest.mark.parametrize("make", [learned, fa.AdaCos], ids=["learned", "AdaCos"])
+def test_checkpoints_hold_the_scale_to_the_bit(make: Callable[[], Any], tmp_path: Path) -> None:
+    x, _, y = inputs()
+    head, other = (fa.PartialFC(D, C, scale=make(), margin=fa.AdaFace()) for _ in range(2))
+    head(x.float(), y)
+    if isinstance(head.scale, nn.Parameter):
+        with torch.no_grad():
+            head.scale.fill_(1 / 3)
+    fa.checkpoint.save(tmp_path, head)
+    fa.checkpoint.load(tmp_path, other)
+    saved, loaded = head.state_dict(), other.state_dict()
+    assert saved.keys() == loaded.keys() and any(name.startswith("scale") for name in saved)
+    assert all(torch.equal(saved[name], loaded[name]) for name in saved)
 
 
 def test_adacos_in_a_checkpointed_step() -> None:

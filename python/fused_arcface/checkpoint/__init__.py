@@ -56,12 +56,19 @@ def head_state(head: PartialFC) -> dict[str, Any]:
     tensors = {"weight": head.weight, **_momentum(head)}
     state: dict[str, Any] = {name: RowShard(tensor, head.row_start, head.num_rows) for name, tensor in tensors.items()}
     state["step"] = head.step
-    if isinstance(head.margin, torch.nn.Module):  # a few numbers, the same on every rank
-        state["margin"] = {name: tensor.tolist() for name, tensor in head.margin.state_dict().items()}
+    for name, tensors in _numbers(head).items():  # a few, the same on every rank
+        state[name] = {key: tensor.tolist() for key, tensor in tensors.items()}
     if head.center_optimizer is not None:
         groups = head.center_optimizer.state_dict()["param_groups"]
         state["optimizer"] = {name: value for name, value in groups[0].items() if name != "params"}
     return state
+
+
+def _numbers(head: PartialFC) -> dict[str, dict[str, Tensor]]:
+    """Return the state of the margin and of the scale, by name; none for those without a state."""
+    held: dict[str, Any] = {"margin": head.margin, "scale": head.scale}
+    states = {name: each.state_dict() for name, each in held.items() if isinstance(each, torch.nn.Module)}
+    return states | ({"scale": {"value": head.scale.detach()}} if isinstance(head.scale, Tensor) else {})
 
 
 def _momentum(head: PartialFC) -> dict[str, Tensor]:
@@ -181,9 +188,10 @@ def load(path: str | os.PathLike[str], head: PartialFC, *, trust: bool = False, 
         shard.rows.copy_(tensors[key].rows)
     torch.autograd.graph.increment_version(head.weight)
     head.step = values["step"]
-    if isinstance(head.margin, torch.nn.Module):  # another margin than the saved one keeps its own state
-        kept = values.get("margin", {})
-        head.margin.load_state_dict({name: torch.tensor(value) for name, value in kept.items()}, strict=False)
+    for name, own in _numbers(head).items():  # another margin or scale than the saved one keeps its own state
+        kept = values.get(name, {})
+        for key in own.keys() & kept.keys():
+            own[key].copy_(torch.tensor(kept[key], dtype=torch.float64 if own[key].is_floating_point() else None))
     if imported:
         for tensor in _momentum(head).values():
             tensor.zero_()
@@ -193,7 +201,7 @@ def load(path: str | os.PathLike[str], head: PartialFC, *, trust: bool = False, 
 
 
 def head_values(saved: Saved) -> dict[str, Any]:
-    """Return a head's saved values: ``step``, and the options of its margin and its fused optimizer.
+    """Return a head's saved values: ``step``, and the options of its margin, its scale and its fused optimizer.
 
     Raises:
         CheckpointError: if it is not that of a head.
@@ -201,7 +209,7 @@ def head_values(saved: Saved) -> dict[str, Any]:
     values = saved.value(_HEAD)
     if not isinstance(values, dict) or type(values.get("step")) is not int or values["step"] < 0:
         raise CheckpointError(f"{saved.directory} is damaged: {_HEAD} has no step")
-    if not all(isinstance(values.get(name, {}), dict) for name in ("margin", "optimizer")):
+    if not all(isinstance(values.get(name, {}), dict) for name in ("margin", "scale", "optimizer")):
         raise CheckpointError(f"{saved.directory} is damaged: {_HEAD} has no options of a margin or an optimizer")
     return values
 
