@@ -106,6 +106,10 @@ def run_matrix(directory: str) -> dict[str, Any]:
     record("margin.state", lambda: rank.step(loaded))
     learned = rank.head(scale=torch.nn.Parameter(torch.tensor(9.0 if rank.differs else 8.0)))
     record("scale.value", lambda: rank.step(learned))
+    frozen = after_a_step(
+        rank.head(scale=torch.nn.Parameter(torch.tensor(8.0))), lambda head: head.scale.requires_grad_(False)
+    )
+    record("scale.requires_grad", lambda: rank.step(frozen))
     adapting = rank.head(scale=fa.AdaCos())
     if rank.differs:
         adapting.scale.scale.fill_(7)
@@ -262,6 +266,7 @@ def both(outcomes: list[dict[str, Any]], name: str) -> tuple[Any, Any]:
         ("margin.training", "margin.training"),
         ("margin.state", "margin.state"),
         ("scale.value", "scale.value"),
+        ("scale.requires_grad", "scale.requires_grad"),
         ("scale.state", "scale.state"),
         ("scale.training", "scale.training"),
         ("ignore_index", "ignore_index"),

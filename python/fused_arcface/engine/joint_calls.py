@@ -101,6 +101,8 @@ class JointCalls(nn.Module):
         for name, held in (("margin", self.margin), ("scale", self.scale)):
             if isinstance(held, nn.Module):
                 more[f"{name}.training"] = held.training
+            elif isinstance(held, Tensor):
+                more[f"{name}.requires_grad"] = held.requires_grad
         if self.center_optimizer is not None:
             group = self.center_optimizer.param_groups[0]
             more |= {f"center_optimizer.{name}": group[name] for name in ("lr", "momentum", "weight_decay")}
