@@ -288,12 +288,14 @@ class CenterOptimizer(torch.optim.Optimizer):
         if factor is not None:
             raise CenterUpdateError(f"in an earlier step, which changed no class center, {refusal(factor)}")
 
-    def prepare(self, step: int, weight: Tensor, margin: Margin, sampled: SampledRows | None = None) -> PendingUpdate:
+    def prepare(
+        self, step: int, weight: Tensor, margin: Margin, scale: Any, sampled: SampledRows | None = None
+    ) -> PendingUpdate:
         """Return the update of the head's ``weight``, or of copies of its rows, for forward pass number ``step``.
 
-        Call :meth:`check` first, and this before the margin changes its state.
+        Call :meth:`check` first, and this before margin and scale change their state.
         """
-        update = PendingUpdate(self, step, weight, copy_of_state(margin), sampled)
+        update = PendingUpdate(self, step, weight, copy_of_state(margin) + copy_of_state(scale), sampled)
         if torch.is_grad_enabled():
             self._pending.add(update)
         return update

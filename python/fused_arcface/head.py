@@ -18,6 +18,7 @@ from .base.statistics import MarginSoftmaxStats
 from .engine.step import as_autocast, loss_on_one_device
 from .engine.targets import Labels
 from .margins.angular import ArcFace, Margin
+from .margins.scale import Scale
 
 if TYPE_CHECKING:
     from .calls import Backend, HeadCall
@@ -37,7 +38,7 @@ class MarginHead(NotScriptable, nn.Module):
         embedding_dim: D, the length of an embedding.
         num_classes: C, the number of classes.
         margin: see :func:`fused_arcface.margin_softmax_loss`; likewise scale and backend.
-        scale: ``s`` of the logits, finite and > 0.
+        scale: ``s`` of the logits, see :func:`fused_arcface.margin_softmax_loss`.
         backend: ``"auto"`` or a backend's name.
         device: of the class centers.
         dtype: of the class centers; the default dtype if None.
@@ -67,7 +68,7 @@ class MarginHead(NotScriptable, nn.Module):
         num_classes: int,
         *,
         margin: Margin = ArcFace(),
-        scale: float = 64.0,
+        scale: Scale = 64.0,
         backend: Backend = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -85,6 +86,7 @@ class MarginHead(NotScriptable, nn.Module):
         self.sub_centers, self.label_smoothing = options.sub_centers, options.label_smoothing
         self.weight = nn.Parameter(torch.empty(num_classes * sub_centers, embedding_dim, device=device, dtype=dtype))
         place_margin(margin, self.weight.device)
+        place_margin(scale, self.weight.device)
         self.reset_parameters()
 
     @property
@@ -121,7 +123,9 @@ class MarginHead(NotScriptable, nn.Module):
         The result has the loss's dtype.
         """
         check_embeddings(embeddings, self.weight)
-        return self.scale * cosines_of(as_autocast(embeddings), self.weight, self.sub_centers)
+        scale = self.options.current_scale(self.weight.shape[0] // self.sub_centers)
+        cosines = cosines_of(as_autocast(embeddings), self.weight, self.sub_centers)
+        return (scale.to(cosines.dtype) if isinstance(scale, Tensor) else scale) * cosines
 
     @torch.no_grad()
     def topk(self, embeddings: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -142,8 +146,8 @@ class MarginHead(NotScriptable, nn.Module):
         return f"{embedding_dim}, {rows // self.sub_centers}, {self.options}, backend={self.backend!r}"
 
 
-def place_margin(margin: Margin, device: torch.device) -> None:
-    """Move a margin with a state to the device of the class centers."""
+def place_margin(margin: Margin | Scale, device: torch.device) -> None:
+    """Move a margin, or a scale, with a state to the device of the class centers."""
     if isinstance(margin, nn.Module):
         margin.to(device)
 

@@ -25,6 +25,7 @@ from .engine.targets import Labels, Rows, Target
 from .engine.terms import INVALID
 from .head import place_margin
 from .margins.angular import ArcFace, Margin
+from .margins.scale import Scale
 from .parallel.sampling import Sampler
 from .parallel.sharding import Sharding
 from .parallel.wrappers import check_plain
@@ -75,7 +76,7 @@ class PartialFC(NotScriptable, ShardedEvaluation, RunState):
         embedding_dim: D, the length of an embedding.
         num_classes: C_total, over all ranks.
         margin: see :func:`fused_arcface.margin_softmax_loss`; likewise scale and backend.
-        scale: ``s`` of the logits, finite and > 0.
+        scale: ``s`` of the logits; the gradient of a 0-dim parameter is the same on every rank, the derivative.
         sample_rate: fraction of the classes used in a training step, in (0, 1].
         group: a process group, a one-dimensional ``DeviceMesh``, or None: the default group if torch.distributed is
             initialized.
@@ -129,7 +130,7 @@ class PartialFC(NotScriptable, ShardedEvaluation, RunState):
         num_classes: int,
         *,
         margin: Margin = ArcFace(),
-        scale: float = 64.0,
+        scale: Scale = 64.0,
         sample_rate: float = 1.0,
         group: Any = None,
         seed: int = 0,
@@ -187,6 +188,7 @@ class PartialFC(NotScriptable, ShardedEvaluation, RunState):
         self.center_store = make_store(storage, self._held(), device, self.num_rows, self.row_start, seed, self.ranks)
         with self.ranks.together(type(self).__name__):
             place_margin(margin, self.device)
+            place_margin(scale, self.device)
             self.reset_parameters()
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -258,8 +260,7 @@ class PartialFC(NotScriptable, ShardedEvaluation, RunState):
             check_number("loss_weight", loss_weight, NOT_NEGATIVE)
             self._check_reachable()
             self._check_reduction(reduction)
-            self.options.check_classes(self.num_classes)
-            self.options.check_target(target)
+            self.options.check_step(target, self.num_classes, self.weight.device)
             agreement = self._step_agreement("forward()", ignore_index, loss_weight, reduction, sample_weight, target)
         embeddings, batch, backend = self._gather(
             embeddings, target, agreement, ignore_index, return_stats, sample_weight
@@ -291,7 +292,7 @@ class PartialFC(NotScriptable, ShardedEvaluation, RunState):
             chosen_class = chosen_class.to(target_class.device, non_blocking=True)
         if self.center_optimizer is not None:
             if updates:
-                update = self.center_optimizer.prepare(self.step, self.weight, self.margin, sampled)
+                update = self.center_optimizer.prepare(self.step, self.weight, self.margin, self.scale, sampled)
             else:  # neither an update nor a gradient
                 weight = weight.detach()
         shard = Shard(

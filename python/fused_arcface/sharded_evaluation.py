@@ -94,7 +94,8 @@ class ShardedEvaluation(JointCalls):
         view = self._view()
         pieces = [(0, view.shape[0])] if isinstance(view, Tensor) else self._pieces()
         cosines = [cosines_of(rows.embeddings, view[start:stop], self.sub_centers) for start, stop in pieces]
-        local = self.scale * (cosines[0] if len(cosines) == 1 else torch.cat(cosines, 1)).T  # (C, N)
+        every = (cosines[0] if len(cosines) == 1 else torch.cat(cosines, 1)).T
+        local = (self.options.current_scale(self.num_classes) * every).to(every.dtype)  # (C, N)
         return torch.cat([rows.own(part.T) for part in self.ranks.gather_rows(local, self.sharding.counts())], 1)
 
     @torch.no_grad()

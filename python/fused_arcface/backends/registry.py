@@ -41,6 +41,7 @@ FEATURES = {
     "modulated_negatives": "margins that change the negatives",
     "padding": "a sample of the classes whose number only the device knows",
     "permutation": "the keyed permutation of a sampled step in one launch",
+    "device_scale": "a scale that is learned or adapts, which only the device knows",
     "fused_margin": "a margin_loss in one launch; elsewhere plain PyTorch is as good and takes any margin",
     "fused_margin_fp64": "the same in fp64",
 }
@@ -49,10 +50,18 @@ FEATURES = {
 # The priorities are measured: on the CPU in bench/NOTES.md, on GPUs by an H100 (bench/results/h100). There Triton is
 # faster than csrc/cuda in bf16 at C = 1 000 000, and 6 % slower in fp32.
 BACKENDS = (
-    Backend("torch", None, 0, frozenset({"sub_centers", "modulated_negatives", "padding"})),
-    Backend("cpu", "cpu", 1, frozenset({"sub_centers", "modulated_negatives", "fused_margin", "fused_margin_fp64"})),
+    Backend("torch", None, 0, frozenset({"sub_centers", "modulated_negatives", "padding", "device_scale"})),
     Backend(
-        "triton", "cuda", 2, frozenset({"sub_centers", "modulated_negatives", "padding", "permutation", "fused_margin"})
+        "cpu",
+        "cpu",
+        1,
+        frozenset({"sub_centers", "modulated_negatives", "device_scale", "fused_margin", "fused_margin_fp64"}),
+    ),
+    Backend(
+        "triton",
+        "cuda",
+        2,
+        frozenset({"sub_centers", "modulated_negatives", "padding", "permutation", "device_scale", "fused_margin"}),
     ),
     # Tensor cores for fp64 are few, and a graphics card has none.
     Backend("cuda", "cuda", 1, frozenset({"padding", "fused_margin"}), _NO_FP64),
