@@ -15,6 +15,9 @@ LIMIT ?= 540
 TORCH ?= $(if $(shell nvidia-smi -L 2>/dev/null | grep '^GPU'),torch,torch==2.13.0 triton==3.7.1)
 
 run := .venv/bin/python -m
+# Of pip's lines those that take time: large files, the build, the end.
+progress := /Downloading .* MB\)|Using cached .* MB\)|Building editable|Installing collected|Successfully installed/ \
+  { sub(/^ +/, ""); print "    " substr($$0, 1, 100); fflush() }
 csrc := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 help:  ## Show this list
@@ -101,7 +104,7 @@ format: .venv/.linters  ## Put the sources into the style that lint checks
 	.venv/bin/clang-format -i $(csrc)
 
 clean:  ## Remove build outputs and caches
-	rm -rf build dist .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf build dist docs/_build .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -path ./.venv -prune -o -name __pycache__ -prune -exec rm -rf {} +
 
 distclean: clean  ## Remove .venv and the demo's results as well
@@ -116,7 +119,10 @@ distclean: clean  ## Remove .venv and the demo's results as well
 
 .venv/.installed: .venv/.created pyproject.toml CMakeLists.txt $(csrc)
 	@echo "==> Building fused_arcface and installing it with its dependencies into .venv (the first time takes minutes)"
-	@$(run) pip install --quiet --disable-pip-version-check $(TORCH) -e ".[test,demo,bench,train,eval,compare,faiss,integrations,dev]"
+	@rm -f .venv/.failed
+	@{ $(run) pip install --progress-bar off --disable-pip-version-check $(TORCH) \
+	  -e ".[test,demo,bench,train,eval,compare,faiss,integrations,dev]" || touch .venv/.failed; } | awk '$(progress)'
+	@test ! -e .venv/.failed
 	@touch $@
 
 # The package is there already, so this fetches what its extra names and nothing else.

@@ -16,11 +16,13 @@ from pathlib import Path
 
 import torch
 
+from fused_arcface import backends
 from fused_arcface.app.benchmark.cases import Case
 from fused_arcface.app.benchmark.names import is_ours
 from fused_arcface.app.benchmark.providers import Provider, select
 from fused_arcface.app.benchmark.report import FIELDS, Report, write_csv, write_json
 from fused_arcface.app.benchmark.runner import run_benchmark
+from fused_arcface.backends.hopper import CONFIGS
 from fused_arcface.backends.triton.configs import pick
 
 BF16 = ("bfloat16", "bfloat16")
@@ -29,6 +31,7 @@ CASES = (
     *(Case(N, 1_000_000, 512, *dtypes) for dtypes in (BF16, ("bfloat16", "float32")) for N in (4096, 1024)),
     Case(1024, 1_000_000, 512, "float32", "float32"),
     *(Case(4096, 1_000_000, D, *BF16) for D in (256, 128)),
+    Case(512, 1_000_000, 512, *BF16),
     Case(256, 1_000_000, 512, *BF16),
     Case(1024, 100_000, 512, *BF16),
 )
@@ -40,6 +43,33 @@ def _algorithms() -> list[Provider]:
     return [
         dataclasses.replace(ours, name=f"fused_arcface-{name}", environment={"FUSED_ARCFACE_TRITON_ALGORITHM": name})
         for name in ("chunks", "flash")
+    ]
+
+
+HOPPER_CASES = 2
+"""In so many of the first cases each configuration of Hopper's kernels is measured, in the others the first alone."""
+
+
+def _hopper(variants: bool) -> list[Provider]:
+    """Return the CUDA backend with its kernels for Hopper, by configuration: rows ``fused_arcface-hopper``."""
+    described = backends.describe("cuda")
+    if not described or described.startswith("not "):
+        return []
+    (ours,) = select(["fused_arcface"], "cuda")
+
+    def reason(case: Case, on: torch.device) -> str | None:
+        if (case.D, case.dtype) != (512, "bfloat16"):
+            return "Hopper's kernels take bf16 embeddings of 512 columns"
+        return ours.reason_against(case, on)
+
+    return [
+        dataclasses.replace(
+            ours,
+            name="fused_arcface-hopper" + ("" if name == "1" else f"-{name}"),
+            environment={"FUSED_ARCFACE_HOPPER": name},
+            reason_against=reason,
+        )
+        for name in (CONFIGS if variants else ("1",))
     ]
 
 
@@ -61,13 +91,14 @@ def main() -> None:
     peers = select(["insightface", "insightface-tf32", "insightface-fp16", "eager", "products"])
     every = select(["fused_arcface", "fused_arcface-tf32"])
     ours = [each for each in every if each.is_fused and each.backend != "cpu"]
-    providers = [*ours, *_algorithms(), *peers]
+    print(f"Hopper's kernels: {backends.describe('cuda') or 'the backend cuda cannot run'}")
     end = time.monotonic() + budget
     whole: Report | None = None
-    for case in CASES:
+    for number, case in enumerate(CASES):
         if time.monotonic() > end:
             print(f"{case}: not measured, the time of {budget:.0f} s is over")
             continue
+        providers = [*ours, *_hopper(number < HOPPER_CASES), *_algorithms(), *peers]
         whole = run_benchmark([case], providers, device, seconds=1.0, earlier=whole)
         _write(whole, folder)
         print(f"\n{case}: picked {pick(case.D, arch, case.torch_dtype)}")

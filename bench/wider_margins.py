@@ -1,10 +1,10 @@
-"""Time a step with each margin of the wider family beside ArcFace's, in turn, on the machine's CPU.
+"""Time a step with each margin and option of the wider family beside ArcFace's, in turn, on the machine's CPU.
 
     python bench/wider_margins.py                             N = 256, D = 512, a hundred thousand class centers, fp32
-    python bench/wider_margins.py --centers 20000 --seconds 20
+    python bench/wider_margins.py --centers 20000 --seconds 20 --only "AdaCos()" "a learned scale"
 
-A row for each: least and median milliseconds of forward and backward, and the least over ArcFace's. With sub-centers
-there are as many rows of weight and a third of the classes.
+A row for each: least and median milliseconds of forward and backward, and the least over ArcFace's; of a PartialFC with
+CenterSGD over that without the option. With sub-centers there are as many rows of weight and a third of the classes.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ import torch
 import fused_arcface as fa
 from fused_arcface.app.measure.timing import Timed, time_interleaved
 
-BASE = "ArcFace"
+BASE, UPDATED = "ArcFace", "CenterSGD"
 
 
-def variants() -> dict[str, dict[str, Any]]:
+def variants(rows: int, centers: int) -> dict[str, dict[str, Any]]:
     """Return options of the loss, by name."""
     return {
         BASE: {"margin": fa.ArcFace()},
@@ -32,10 +32,21 @@ def variants() -> dict[str, dict[str, Any]]:
         "InterclassFilter": {"margin": fa.InterclassFilter(fa.ArcFace(), 0.4)},
         "sub_centers=3": {"margin": fa.ArcFace(), "sub_centers": 3},
         "label_smoothing=0.1": {"margin": fa.ArcFace(), "label_smoothing": 0.1},
+        "sample_weight": {"sample_weight": torch.rand(rows)},
+        "ClassMargin": {"margin": fa.ClassMargin(torch.rand(centers), kind="arc")},
+        "mixed labels": {"share": 0.3},
+        "a learned scale": {"scale": torch.nn.Parameter(torch.tensor(64.0))},
+        "AdaCos()": {"scale": fa.AdaCos()},
+        "AdaCos(delayed=True)": {"scale": fa.AdaCos(delayed=True)},
     }
 
 
-def step(options: dict[str, Any], rows: int, centers: int, dim: int) -> Timed:
+def updates() -> dict[str, dict[str, Any]]:
+    """Return options of a PartialFC with CenterSGD, by name."""
+    return {UPDATED: {}, "mixed, CenterSGD": {"share": 0.3}}
+
+
+def step(options: dict[str, Any], rows: int, centers: int, dim: int, updated: bool = False) -> Timed:
     """Make a step, forward and backward, of one variant on the CPU kernel."""
     generator = torch.Generator().manual_seed(0)
     classes = options.get("sub_centers", 1)
@@ -43,11 +54,21 @@ def step(options: dict[str, Any], rows: int, centers: int, dim: int) -> Timed:
     w = torch.randn(centers // classes * classes, dim, generator=generator, requires_grad=True)
     y = torch.randint(0, centers // classes, (rows,), generator=generator)
 
+    share, options = options.get("share"), {name: each for name, each in options.items() if name != "share"}
+    target = y if share is None else (y, y.roll(1), share)
+
     def run() -> None:
         x.grad = w.grad = None
-        fa.margin_softmax_loss(x, w, y, backend="cpu", **options).backward()
+        fa.margin_softmax_loss(x, w, target, backend="cpu", **options).backward()
 
-    return run
+    def update() -> None:
+        x.grad = None
+        head(x, target).backward()
+
+    if not updated:
+        return run
+    head = fa.PartialFC(dim, centers, center_optimizer=fa.CenterSGD(0.1), backend="cpu")
+    return update
 
 
 def main() -> None:
@@ -57,12 +78,18 @@ def main() -> None:
     parser.add_argument("--centers", type=int, default=100_000, help="rows of weight")
     parser.add_argument("--dim", type=int, default=512, help="D")
     parser.add_argument("--seconds", type=float, default=30, help="for all samples together")
+    parser.add_argument("--only", nargs="*", metavar="NAME", help="the rows beside ArcFace and CenterSGD")
     given = parser.parse_args()
-    runs = {name: step(options, given.rows, given.centers, given.dim) for name, options in variants().items()}
+    sizes = given.rows, given.centers, given.dim
+    runs = {name: step(options, *sizes) for name, options in variants(given.rows, given.centers).items()}
+    runs |= {name: step(options, *sizes, updated=True) for name, options in updates().items()}
+    if given.only is not None:
+        runs = {name: run for name, run in runs.items() if name in (BASE, UPDATED, *given.only)}
     times = time_interleaved(runs, torch.device("cpu"), given.seconds)
     print(f"{'':20} {'least, ms':>10} {'median, ms':>11} {'÷ ' + BASE:>10}")
     for name, timing in times.items():
-        print(f"{name:20} {timing.least:10.1f} {timing.median:11.1f} {timing.least / times[BASE].least:10.2f}")
+        base = times[UPDATED if name in updates() else BASE]
+        print(f"{name:20} {timing.least:10.1f} {timing.median:11.1f} {timing.least / base.least:10.3f}")
 
 
 if __name__ == "__main__":

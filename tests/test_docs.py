@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import re
+from pathlib import Path
 
 import pytest
 from torch import nn
 
+import fused_arcface as fa
+
+ROOT = Path(__file__).parents[1]
 PACKAGES = ("", ".reference", ".evaluation", ".app.data", ".compat.insightface")
 
 
@@ -24,3 +29,22 @@ def test_public_functions_and_modules_have_an_example(package: str) -> None:
     }
     assert callables
     assert [name for name, value in callables.items() if ">>>" not in (value.__doc__ or "")] == []
+
+
+def test_no_argument_is_described_by_a_letter_alone() -> None:
+    """Sphinx takes "D." for the beginning of a list, and shows nothing."""
+    found = [
+        f"{path.relative_to(ROOT)}: {line.strip()}"
+        for path in (ROOT / "python").rglob("*.py")
+        for line in path.read_text(encoding="utf-8").splitlines()
+        if re.fullmatch(r" +\w+: [A-Z]\.", line)
+    ]
+    assert found == []
+
+
+def test_the_api_reference_is_complete() -> None:
+    page = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    listed = set(re.findall(r"^\.\. auto\w+:: fused_arcface\.([\w.]+)$", page, re.MULTILINE))
+    modules = {name for name in fa.__all__ if inspect.ismodule(getattr(fa, name))}
+    assert set(fa.__all__) - modules - listed == set()
+    assert modules - {name.partition(".")[0] for name in listed} == set()

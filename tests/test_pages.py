@@ -98,7 +98,9 @@ def test_only_lines_for_gpus_are_left_out() -> None:
 
 @cache
 def options_of(command: str) -> set[str]:
-    return {option for parameter in load_command(command).params for option in parameter.opts} | {"--help"}
+    return {
+        option for parameter in load_command(command).params for option in (*parameter.opts, *parameter.secondary_opts)
+    } | {"--help"}
 
 
 @pytest.mark.parametrize("page", NAMES)

@@ -5,16 +5,18 @@ All cases run in one set of processes for each number of ranks.
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
 import torch
 from support import distributed_helpers
 from support.head_training import D, own_rows
-from torch import Tensor
+from torch import Tensor, nn
 
 import fused_arcface as fa
 from fused_arcface.margins import LabelMargin
+from fused_arcface.parallel.ranks import Ranks
 
 pytestmark = pytest.mark.distributed
 
@@ -39,6 +41,12 @@ CASES: dict[str, tuple[dict[str, Any], list[str]]] = {
     "mixed, sampled": ({"sample_rate": 0.8, "sub_centers": 2}, ["mixed"]),
     "mixed, updated": (UPDATED, ["mixed"]),
     "mixed, updated, sampled": (UPDATED | {"sample_rate": 0.8, "sub_centers": 2}, ["mixed", "sample_weight"]),
+    "learned scale": ({"scale": "learned"}, ["sample_weight"]),
+    "learned scale, mixed, rows": ({"scale": "learned", "sample_rate": 0.8}, ["mixed", "none"]),
+    "learned scale, updated": (UPDATED | {"scale": "learned"}, []),
+    "AdaCos": ({"scale": fa.AdaCos()}, ["sample_weight"]),
+    "AdaCos, updated, sampled": (UPDATED | {"scale": fa.AdaCos(), "sample_rate": 0.4}, []),
+    "AdaCos, delayed": ({"scale": fa.AdaCos(delayed=True)}, []),
     "class margins": ({"margin": fa.ClassMargin(torch.linspace(0, 0.5, CLASSES))}, []),
     "class margins, sampled": ({"margin": fa.ClassMargin(torch.linspace(0, 0.5, CLASSES)), "sample_rate": 0.4}, []),
     "function of labels, updated": (UPDATED | {"margin": LabelMargin(by_label), "sample_rate": 0.4}, []),
@@ -72,7 +80,10 @@ def cut(value: Any, part: slice) -> Any:
 def train(name: str) -> dict[str, Any]:
     """A few steps: losses, this rank's gradients as one process would have them, and the centers at the end."""
     options, names = CASES[name]
-    head = fa.PartialFC(D, CLASSES, dtype=torch.float64, seed=5, scale=16.0, **options)
+    scale = copy.deepcopy(options.get("scale", 16.0))
+    if scale == "learned":
+        scale = nn.Parameter(torch.tensor(9.0, dtype=torch.float64))
+    head = fa.PartialFC(D, CLASSES, dtype=torch.float64, seed=5, **options | {"scale": scale})
     world_size = head.ranks.world_size
     result: dict[str, Any] = {"losses": [], "gradients": []}
     for step in range(STEPS):
@@ -86,16 +97,35 @@ def train(name: str) -> dict[str, Any]:
         else:
             result["losses"].append(loss.item())
         loss.backward()
+        if isinstance(head.scale, nn.Parameter):
+            with torch.no_grad():
+                head.scale -= 0.5 * head.scale.grad
+            head.scale.grad = None
         if head.center_optimizer is None:
             with torch.no_grad():
                 head.weight -= 0.1 * head.weight.grad.to_dense()
             head.weight.grad = None
         result["gradients"].append(x.grad / world_size)
-    return result | {"centers": head.full_weight()}
+    scales = [each for each in head.state_dict().items() if each[0].startswith("scale")]
+    return result | {"centers": head.full_weight(), "scales": dict(scales)}
+
+
+def adapt() -> dict[str, Any]:
+    """A MarginHead on each rank, as DistributedDataParallel has them, with a scale that adapts: the scales."""
+    head = fa.MarginHead(D, CLASSES, dtype=torch.float64, scale=fa.AdaCos())
+    with torch.no_grad():
+        head.weight.copy_(torch.randn(CLASSES, D, generator=torch.Generator().manual_seed(0), dtype=torch.float64))
+    ranks, scales = Ranks(), []
+    for step in range(STEPS):
+        x, y, _, _ = arguments([], step)
+        part = own_rows(ranks.world_size, ranks.rank, ROWS, step)
+        head(x[part], y[part])
+        scales.append(head.scale.scale.clone())
+    return {"scales": torch.cat(scales)}
 
 
 def train_all() -> dict[str, dict[str, Any]]:
-    return {name: train(name) for name in CASES}
+    return {name: train(name) for name in CASES} | {"MarginHead": adapt()}
 
 
 @pytest.fixture(scope="module", params=[2, 4])
@@ -108,6 +138,14 @@ def test_ranks_train_as_one_process(of_ranks: list[dict[str, dict[str, Any]]], n
     expected, results = train(name), [each[name] for each in of_ranks]
     for result in results:
         torch.testing.assert_close(result["losses"], expected["losses"], rtol=1e-10, atol=0)
+        torch.testing.assert_close(result["scales"], expected["scales"], rtol=1e-10, atol=0)
         torch.testing.assert_close(result["centers"], expected["centers"], rtol=1e-10, atol=1e-12)
     joined = [torch.cat(parts) for parts in zip(*(result["gradients"] for result in results), strict=True)]
     torch.testing.assert_close(joined, expected["gradients"], rtol=1e-10, atol=1e-12)
+
+
+def test_a_margin_head_adapts_its_scale_to_the_rows_of_all_ranks(of_ranks: list[dict[str, dict[str, Any]]]) -> None:
+    expected = adapt()["scales"]
+    assert len(expected.unique()) == STEPS
+    for each in of_ranks:
+        torch.testing.assert_close(each["MarginHead"]["scales"], expected, rtol=1e-10, atol=0)

@@ -12,27 +12,32 @@ namespace py = pybind11;
 namespace fa::cuda {
 namespace {
 
-// (bytes of a chunk's exponentials, bytes of its centers, multiprocessors), (device index, cudaStream_t)
-using OptionsTuple = std::tuple<int64_t, int64_t, int>;
+// (bytes of a chunk's exponentials, bytes of its centers, multiprocessors, cluster, ordered), (device index,
+// cudaStream_t)
+using OptionsTuple = std::tuple<int64_t, int64_t, int, int, bool>;
 using StreamTuple = std::tuple<int, uintptr_t>;
 
 PassOptions to_options(const OptionsTuple& options) {
-  const auto& [exponential_bytes, center_bytes, multiprocessors] = options;
-  return {exponential_bytes, center_bytes, multiprocessors};
+  const auto& [exponential_bytes, center_bytes, multiprocessors, cluster, ordered] = options;
+  return {exponential_bytes, center_bytes, multiprocessors, cluster, ordered};
 }
 Stream to_stream(const StreamTuple& stream) {
   const auto& [device, handle] = stream;
   return {device, pointer<void>(handle)};
 }
 
-// fn(Passes<precision>) of the precision by name.
+// fn(Passes<precision>) of the precision by name; HopperPasses are one.
 template <typename Fn>
 int64_t visit_precision(const std::string& name, const Fn& fn) {
   if (name == "bfloat16") return fn(Passes<Precision::kBFloat16>());
   if (name == "float16") return fn(Passes<Precision::kFloat16>());
   if (name == "tf32") return fn(Passes<Precision::kTf32>());
   if (name == "float32") return fn(Passes<Precision::kFloat32>());
-  throw std::invalid_argument("precision must be bfloat16, float16, tf32 or float32; got " + name);
+#if defined(FA_HOPPER)
+  if (name == "hopper") return fn(HopperPasses());
+#endif
+  throw std::invalid_argument("precision must be bfloat16, float16, tf32, float32 or hopper (where it is built); got " +
+                              name);
 }
 
 // Both passes return the bytes of workspace that they need, and do nothing else when they are given none.
@@ -93,6 +98,11 @@ int64_t update_centers(const std::string& precision, const MatrixTuple& embeddin
 
 void bind(py::module_ m) {
   m.doc() = "CUDA kernels of fused_arcface over raw addresses; see fused_arcface.backends.cuda.";
+#if defined(FA_HOPPER)
+  m.attr("HOPPER") = true;
+#else
+  m.attr("HOPPER") = false;
+#endif
   m.def("class_stats", &class_stats);
   m.def("weight_grad", &weight_grad);
   m.def("update_centers", &update_centers);

@@ -19,8 +19,10 @@ struct Stream {
 // What Python chooses for a pass over the classes.
 struct PassOptions {
   int64_t exponential_bytes;  // of one chunk's exponentials, (N, classes)
-  int64_t center_bytes;       // of one chunk's packed centers
+  int64_t center_bytes;       // of one chunk's packed centers; of Hopper's passes also of their fp32 gradient
   int multiprocessors;
+  int cluster = 1;      // of Hopper's passes: blocks that fetch for each other, 1 or 2
+  bool ordered = true;  // and whether a tile's second product waits for the next one's first
 };
 
 // The passes in one precision. `workspace` has the bytes that a call without one returns, aligned to 256.
@@ -30,6 +32,15 @@ struct Passes {
   static int64_t class_stats(const ClassStatsArgs& args, const int64_t* class_count, const PassOptions& options,
                              void* workspace, const Stream& stream);
   // args.d_weight is written; with a step, the weight is updated instead where *active is true.
+  static int64_t weight_grad(const WeightGradArgs& args, const CenterStep* step, const bool* active,
+                             const PassOptions& options, void* workspace, const Stream& stream);
+};
+
+// The same on compute capability 9.0 alone (hopper/): embeddings of bf16 and 512 columns; centers of any dtype, which
+// are rounded to bf16. negative_sum and center_sum are wanted.
+struct HopperPasses {
+  static int64_t class_stats(const ClassStatsArgs& args, const int64_t* class_count, const PassOptions& options,
+                             void* workspace, const Stream& stream);
   static int64_t weight_grad(const WeightGradArgs& args, const CenterStep* step, const bool* active,
                              const PassOptions& options, void* workspace, const Stream& stream);
 };

@@ -66,7 +66,7 @@ __device__ __forceinline__ float rounded_operand(float x) {
   return x;
 }
 
-__device__ __forceinline__ bool aligned(const void* at, int bytes) {
+__host__ __device__ __forceinline__ bool aligned(const void* at, int bytes) {
   return reinterpret_cast<uintptr_t>(at) % static_cast<unsigned>(bytes) == 0;
 }
 

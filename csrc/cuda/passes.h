@@ -116,7 +116,7 @@ int64_t Passes<precision>::class_stats(const ClassStatsArgs& args, const int64_t
   float* const partial = stored ? pass.arena.template take<float>(splits * x.rows * x.width) : nullptr;
   if (pass.arena.counting()) return pass.arena.used();
 
-  use(stream);
+  const OnDevice device(stream);
   pass.start(args.scale, args.shift, args.target, nullptr, nullptr);
   pass.for_each_chunk([&](const Chunk& chunk, const Grid& grid) {
     const bool accumulate = chunk.classes.first > 0;
@@ -151,7 +151,7 @@ int64_t Passes<precision>::weight_grad(const WeightGradArgs& args, const CenterS
   Second* const gradient = pass.arena.template take<Second>(x.rows * pass.w.rows);
   if (pass.arena.counting()) return pass.arena.used();
 
-  use(stream);
+  const OnDevice device(stream);
   const CenterGradient out{args.d_weight, args.weight, step != nullptr ? *step : CenterStep{}, active};
   pass.start(args.scale, args.lse, args.target, static_cast<const float*>(args.negative_coefficient),
              static_cast<const float*>(args.target_coefficient));

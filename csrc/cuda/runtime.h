@@ -24,17 +24,28 @@ inline void check(cudaError_t status, const char* what) {
 }
 #endif
 
-// Python restores the device afterwards (torch.cuda.device).
-inline void use(const Stream& stream) {
+// The stream's device is the current one while this lives; afterwards, and when a launch throws, the one before.
+class OnDevice {
+ public:
 #if defined(__CUDACC__)
-  check(cudaSetDevice(stream.device), "cudaSetDevice");
+  explicit OnDevice(const Stream& stream) {
+    check(cudaGetDevice(&before_), "cudaGetDevice");
+    check(cudaSetDevice(stream.device), "cudaSetDevice");
+  }
+  ~OnDevice() { cudaSetDevice(before_); }
+
+ private:
+  int before_ = 0;
 #else
-  (void)stream;
+  explicit OnDevice(const Stream&) {}
 #endif
-}
+  OnDevice(const OnDevice&) = delete;
+  OnDevice& operator=(const OnDevice&) = delete;
+};
 
 struct Grid {
   int64_t x, y = 1, z = 1;
+  int cluster = 1;  // neighbors in x that run together: of the kernel's __cluster_dims__, for the emulation
 };
 
 template <typename... Parameters, typename... Arguments>
@@ -53,7 +64,7 @@ void launch(const char* name, void (*kernel)(Parameters...), const Grid& grid, i
   check(cudaGetLastError(), name);
 #else
   (void)stream;
-  emulation::run(blocks, threads, shared_bytes, [&] { kernel(arguments...); });
+  emulation::run(blocks, threads, shared_bytes, [&] { kernel(arguments...); }, grid.cluster);
 #endif
 }
 

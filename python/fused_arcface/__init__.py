@@ -39,6 +39,7 @@ if TYPE_CHECKING:  # the same names again, for type checkers and editors; a test
     from .margins.per_row import AdaFace as AdaFace
     from .margins.per_row import ElasticFace as ElasticFace
     from .margins.per_row import MagFace as MagFace
+    from .margins.scale import AdaCos as AdaCos
     from .partial_fc import PartialFC as PartialFC
 
 __version__ = "0.1.0"
@@ -61,6 +62,7 @@ _NAMES = {
     "margins.binary": ("SphereFace2", "UniFace"),
     "margins.by_label": ("ClassMargin",),
     "margins.hard_negatives": ("CurricularFace", "InterTopK", "InterclassFilter", "MVSoftmax"),
+    "margins.scale": ("AdaCos",),
     "margins.per_row": ("AdaFace", "ElasticFace", "MagFace"),
     "partial_fc": ("PartialFC",),
 }

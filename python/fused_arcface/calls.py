@@ -12,6 +12,7 @@ from torch import Tensor
 from .base.statistics import MarginSoftmaxStats
 from .engine.targets import Labels
 from .margins import Margin
+from .margins.scale import Scale
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -26,7 +27,7 @@ class LossOptions(TypedDict, total=False):
     """The options of :func:`fused_arcface.margin_softmax_loss` but ``return_stats``."""
 
     margin: Margin
-    scale: float
+    scale: Scale
     reduction: Reduction
     ignore_index: int
     backend: Backend

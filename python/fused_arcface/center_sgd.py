@@ -128,6 +128,16 @@ class CenterOptimizer(torch.optim.Optimizer):
                 units = -(-weight.shape[1] // MOMENTUM_BLOCK)
                 state["momentum_scale"] = torch.zeros(weight.shape[0], units, device=weight.device)
 
+    def describe(self) -> str:
+        """Return the recipe as it is now, for the head's repr.
+
+        >>> import fused_arcface as fa
+        >>> fa.PartialFC(8, 100, center_optimizer=CenterSGD(lr=0.1)).center_optimizer.describe()
+        'CenterSGD(lr=0.1, momentum=0.9, weight_decay=0.0)'
+        """
+        group = self.param_groups[0]
+        return f"CenterSGD({', '.join(f'{name}={group[name]}' for name in ('lr', 'momentum', 'weight_decay'))})"
+
     @property
     def _weight(self) -> nn.Parameter:
         weight: nn.Parameter = self.param_groups[0]["params"][0]
@@ -278,12 +288,14 @@ class CenterOptimizer(torch.optim.Optimizer):
         if factor is not None:
             raise CenterUpdateError(f"in an earlier step, which changed no class center, {refusal(factor)}")
 
-    def prepare(self, step: int, weight: Tensor, margin: Margin, sampled: SampledRows | None = None) -> PendingUpdate:
+    def prepare(
+        self, step: int, weight: Tensor, margin: Margin, scale: Any, sampled: SampledRows | None = None
+    ) -> PendingUpdate:
         """Return the update of the head's ``weight``, or of copies of its rows, for forward pass number ``step``.
 
-        Call :meth:`check` first, and this before the margin changes its state.
+        Call :meth:`check` first, and this before margin and scale change their state.
         """
-        update = PendingUpdate(self, step, weight, copy_of_state(margin), sampled)
+        update = PendingUpdate(self, step, weight, copy_of_state(margin) + copy_of_state(scale), sampled)
         if torch.is_grad_enabled():
             self._pending.add(update)
         return update

@@ -11,6 +11,7 @@ from .base.statistics import MarginSoftmaxStats
 from .engine.step import loss_on_one_device
 from .engine.targets import Labels
 from .margins.angular import ArcFace, Margin
+from .margins.scale import Scale
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -41,7 +42,7 @@ def margin_softmax_loss(
     target: Labels,
     *,
     margin: Margin = ArcFace(),
-    scale: float = 64.0,
+    scale: Scale = 64.0,
     reduction: str = "mean",
     ignore_index: int = -100,
     backend: str = "auto",
@@ -64,9 +65,11 @@ def margin_softmax_loss(
             over the classes. A part whose label is ignored has no loss and does not count in the mean. The statistics
             are those of the first label, but for the loss.
         margin: a margin of this package, or any differentiable map of target cosines (N,) to modified cosines (N,).
-            One that knows the rows' norms or changes the negatives has a method more, see
+            A margin that uses the rows' norms or changes the negatives has one more method, see
             :class:`fused_arcface.margins.RowMargin` and :class:`fused_arcface.margins.Modulation`.
-        scale: ``s``, finite and > 0. From 1e7 on fp32 has no digits left for the logits: they may even become NaN.
+        scale: ``s``, finite and > 0. From 1e7 on fp32 has no digits left for the logits: they may even become NaN. A
+            0-dim parameter is learned, :class:`~fused_arcface.AdaCos` adapts to the batch; neither with a margin that
+            changes the negatives. A GPU does not check that a parameter is > 0.
         reduction: ``"mean"`` (over the rows that count; NaN if none do), ``"sum"`` or ``"none"``.
         ignore_index: label of rows that are ignored: their loss and gradients are 0.
         backend: ``"auto"``, or a name in :func:`fused_arcface.backends.available`; a named one never falls back.

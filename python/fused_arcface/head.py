@@ -12,14 +12,15 @@ from .base.checks import check_center_dtype, check_embeddings, check_labels, che
 from .base.compiler import NotScriptable
 from .base.options import HeadOptions
 from .base.statistics import MarginSoftmaxStats
-from .engine.logits import check_size_of_logits, with_margin
+from .engine.logits import check_size_of_logits, scaled, with_margin
 from .engine.nearest import cosines_of, nearest_classes
 from .engine.step import as_autocast, loss_on_one_device
 from .engine.targets import Labels
 from .margins.angular import ArcFace, Margin
+from .margins.scale import Scale
 
 if TYPE_CHECKING:
-    from .calls import HeadCall
+    from .calls import Backend, HeadCall
 
 
 class MarginHead(NotScriptable, nn.Module):
@@ -30,10 +31,10 @@ class MarginHead(NotScriptable, nn.Module):
     ``torch.utils.checkpoint`` its step is recomputed from the state that it had.
 
     Args:
-        embedding_dim: D.
-        num_classes: C.
+        embedding_dim: D, the length of an embedding.
+        num_classes: C, the number of classes.
         margin: see :func:`fused_arcface.margin_softmax_loss`; likewise scale and backend.
-        scale: ``s`` of the logits, finite and > 0.
+        scale: ``s`` of the logits, see :func:`fused_arcface.margin_softmax_loss`.
         backend: ``"auto"`` or a backend's name.
         device: of the class centers.
         dtype: of the class centers; the default dtype if None.
@@ -63,8 +64,8 @@ class MarginHead(NotScriptable, nn.Module):
         num_classes: int,
         *,
         margin: Margin = ArcFace(),
-        scale: float = 64.0,
-        backend: str = "auto",
+        scale: Scale = 64.0,
+        backend: Backend = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         sub_centers: int = 1,
@@ -81,6 +82,7 @@ class MarginHead(NotScriptable, nn.Module):
         self.sub_centers, self.label_smoothing = options.sub_centers, options.label_smoothing
         self.weight = nn.Parameter(torch.empty(num_classes * sub_centers, embedding_dim, device=device, dtype=dtype))
         place_margin(margin, self.weight.device)
+        place_margin(scale, self.weight.device)
         self.reset_parameters()
 
     @property
@@ -124,14 +126,16 @@ class MarginHead(NotScriptable, nn.Module):
             ValueError: more than 2^30 numbers (4 GiB in fp32); a margin with binary losses, beside a target.
         """
         check_embeddings(embeddings, self.weight)
-        check_size_of_logits(len(embeddings), len(self.weight) // self.sub_centers)
-        rows = as_autocast(embeddings)
+        num_classes = self.weight.shape[0] // self.sub_centers
+        check_size_of_logits(len(embeddings), num_classes)
+        rows, options = as_autocast(embeddings), self.options
         cosines = cosines_of(rows, self.weight, self.sub_centers)
+        scale = options.current_scale(num_classes)
         if target is None:
-            return self.scale * cosines
+            return scaled(cosines, scale)
         check_labels(target, embeddings, ignore_index)
-        target_class = torch.ops.fused_arcface.local_target.default(target, cosines.shape[1], ignore_index)
-        return with_margin(cosines, rows, target_class, self.options)
+        target_class = torch.ops.fused_arcface.local_target.default(target, num_classes, ignore_index)
+        return scaled(with_margin(cosines, rows, target_class, options), scale)
 
     @torch.no_grad()
     def topk(self, embeddings: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -152,7 +156,7 @@ class MarginHead(NotScriptable, nn.Module):
         return f"{embedding_dim}, {rows // self.sub_centers}, {self.options}, backend={self.backend!r}"
 
 
-def place_margin(margin: Margin, device: torch.device) -> None:
-    """Move a margin with a state to the device of the class centers."""
+def place_margin(margin: Margin | Scale, device: torch.device) -> None:
+    """Move a margin, or a scale, with a state to the device of the class centers."""
     if isinstance(margin, nn.Module):
         margin.to(device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ from .base.checks import check_center_dtype, check_reduction, check_size
 from .base.compiler import NotScriptable, check_not_transformed, not_compiled
 from .base.keyed_random import CENTER_STD, fill_normal
 from .base.options import HeadOptions
+from .base.permutation import KeyedPermutation, Permutation
 from .base.ranges import ABOVE_0_TO_1, NOT_NEGATIVE, check_number
 from .base.statistics import MarginSoftmaxStats
 from .center_sgd import CenterOptimizer, CenterSGD, CentersUpdatedInBackward
@@ -23,14 +25,15 @@ from .engine.targets import Labels, Rows, Target
 from .engine.terms import INVALID
 from .head import place_margin
 from .margins.angular import ArcFace, Margin
-from .parallel.sampling import KeyedPermutation, Permutation, Sampler
+from .margins.scale import Scale
+from .parallel.sampling import Sampler
 from .parallel.sharding import Sharding
 from .parallel.wrappers import check_plain
 from .sharded_evaluation import ShardedEvaluation
 from .store import CenterStorage, check_storage, make_store, weight_device
 
 if TYPE_CHECKING:
-    from .calls import PartialFCCall
+    from .calls import Backend, PartialFCCall
 
 
 class PartialFC(NotScriptable, ShardedEvaluation, RunState):
@@ -70,10 +73,10 @@ class PartialFC(NotScriptable, ShardedEvaluation, RunState):
     nor written. In ``eval()`` all classes are used, and a fused optimizer leaves them as they are.
 
     Args:
-        embedding_dim: D.
+        embedding_dim: D, the length of an embedding.
         num_classes: C_total, over all ranks.
         margin: see :func:`fused_arcface.margin_softmax_loss`; likewise scale and backend.
-        scale: ``s`` of the logits, finite and > 0.
+        scale: ``s`` of the logits; the gradient of a 0-dim parameter is the same on every rank, the derivative.
         sample_rate: fraction of the classes used in a training step, in (0, 1].
         group: a process group, a one-dimensional ``DeviceMesh``, or None: the default group if torch.distributed is
             initialized.
@@ -116,6 +119,8 @@ class PartialFC(NotScriptable, ShardedEvaluation, RunState):
     """
 
     weight: nn.Parameter
+    # None without a recipe. With Any, as in typeshed, a checker does not ask for a test before each use.
+    center_optimizer: CenterOptimizer | Any
     if TYPE_CHECKING:
         __call__: PartialFCCall
 
@@ -125,12 +130,12 @@ class PartialFC(NotScriptable, ShardedEvaluation, RunState):
         num_classes: int,
         *,
         margin: Margin = ArcFace(),
-        scale: float = 64.0,
+        scale: Scale = 64.0,
         sample_rate: float = 1.0,
         group: Any = None,
         seed: int = 0,
         center_optimizer: CenterSGD | None = None,
-        backend: str = "auto",
+        backend: Backend = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         dense_grad: bool = False,
@@ -183,6 +188,7 @@ class PartialFC(NotScriptable, ShardedEvaluation, RunState):
         self.center_store = make_store(storage, self._held(), device, self.num_rows, self.row_start, seed, self.ranks)
         with self.ranks.together(type(self).__name__):
             place_margin(margin, self.device)
+            place_margin(scale, self.device)
             self.reset_parameters()
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -254,8 +260,7 @@ class PartialFC(NotScriptable, ShardedEvaluation, RunState):
             check_number("loss_weight", loss_weight, NOT_NEGATIVE)
             self._check_reachable()
             self._check_reduction(reduction)
-            self.options.check_classes(self.num_classes)
-            self.options.check_target(target)
+            self.options.check_step(target, self.num_classes, self.weight.device)
             agreement = self._step_agreement("forward()", ignore_index, loss_weight, reduction, sample_weight, target)
         embeddings, batch, backend = self._gather(
             embeddings, target, agreement, ignore_index, return_stats, sample_weight
@@ -279,14 +284,15 @@ class PartialFC(NotScriptable, ShardedEvaluation, RunState):
         updates = self.training and weight.requires_grad
         if store is not None and rows is not None:
             targets = self._rows_of(self.sharding.localize(chosen_on))
-            sampled = store.take(
-                self._held(), self.step, rows, targets, updates, self._upcoming(chosen_on.device, padded)
-            )
+            upcoming = self._upcoming(chosen_on.device, padded)
+            # A disk may be full on one rank: then no rank goes on to the next collective.
+            with contextlib.nullcontext() if store.in_memory else self.ranks.together("center_storage"):
+                sampled = store.take(self._held(), self.step, rows, targets, updates, upcoming)
             weight, rows = sampled.tensors["weight"].detach().requires_grad_(updates), None
             chosen_class = chosen_class.to(target_class.device, non_blocking=True)
         if self.center_optimizer is not None:
             if updates:
-                update = self.center_optimizer.prepare(self.step, self.weight, self.margin, sampled)
+                update = self.center_optimizer.prepare(self.step, self.weight, self.margin, self.scale, sampled)
             else:  # neither an update nor a gradient
                 weight = weight.detach()
         shard = Shard(
@@ -406,10 +412,11 @@ class PartialFC(NotScriptable, ShardedEvaluation, RunState):
         return count if self.sub_centers == 1 else count * self.sub_centers
 
     def extra_repr(self) -> str:
+        own = f"center_optimizer={self.center_optimizer.describe()}, " if self.center_optimizer is not None else ""
         return (
             f"{self.weight.shape[1]}, {self.num_classes}, "
             f"{self.options}, "
-            f"sample_rate={self.sample_rate}, rank {self.ranks.rank} of {self.ranks.world_size}"
+            f"sample_rate={self.sample_rate}, {own}rank {self.ranks.rank} of {self.ranks.world_size}"
         )
 
 

@@ -18,6 +18,7 @@ from .base.options import HeadOptions
 from .base.statistics import MarginSoftmaxStats
 from .margins.angular import ArcFace, Margin, angle, for_rows, modulation
 from .margins.protocol import binary_numbers
+from .margins.scale import AdaCos, Scale
 
 __all__ = ["margin_softmax_loss"]
 
@@ -53,7 +54,7 @@ def margin_softmax_loss(
     target: Tensor | tuple[Tensor, Tensor, Tensor | float],
     *,
     margin: Margin = ArcFace(),
-    scale: float = 64.0,
+    scale: Scale = 64.0,
     reduction: str = "mean",
     ignore_index: int = -100,
     return_stats: bool = False,
@@ -87,9 +88,8 @@ def loss_with(
     """Return :func:`margin_softmax_loss` with options that are checked already."""
     margin, sub_centers = options.margin, options.sub_centers
     check_inputs(embeddings, weight, target, sub_centers, reduction, ignore_index, sample_weight)
-    options.check_target(target)
     num_classes, dtype = weight.shape[0] // sub_centers, compute_dtype(embeddings, weight)
-    options.check_classes(num_classes)
+    options.check_step(target, num_classes, embeddings.device)
     labels = [each.long() for each in ((target,) if isinstance(target, Tensor) else target[:2])]
     for each in labels:
         check_target_range(each, num_classes, ignore_index)
@@ -107,11 +107,14 @@ def loss_with(
     counted = torch.stack([each != ignore_index for each in labels]).any(0)
     norms = _norms(embeddings.to(dtype)).squeeze(1)
     own = for_rows(margin, lambda: norms, labels[0].masked_fill(labels[0] == ignore_index, 0), counted)
+    scale = options.scale
+    if hasattr(scale, "rescale"):
+        scale = _adapted(scale, cosine.detach(), labels, ignore_index, counted)
     of_labels = []
     for each in labels:
         index = each.masked_fill(each == ignore_index, 0)
         with_labels = for_rows(margin, lambda: norms, index, counted) if hasattr(margin, "for_labels") else own
-        of_labels.append(_of_label(options, cosine, index, with_labels.modify, counted))
+        of_labels.append(_of_label(options, scale, cosine, index, with_labels.modify, counted))
     loss = torch.stack([part * each.loss for part, each in zip(parts, of_labels, strict=True)]).sum(0)
     if own.penalty is not None:
         loss = loss + own.penalty
@@ -132,10 +135,16 @@ def loss_with(
 
 
 def _of_label(
-    options: HeadOptions, cosine: Tensor, index: Tensor, modify: Margin, counted: Tensor
+    options: HeadOptions,
+    scale: float | Tensor,
+    cosine: Tensor,
+    index: Tensor,
+    modify: Margin,
+    counted: Tensor,
 ) -> MarginSoftmaxStats:
     """Return the losses of rows with cosines (N, C) and classes (N,), differentiable, and their other statistics."""
-    margin, scale, num_classes = options.margin, options.scale, cosine.shape[1]
+    margin, num_classes = options.margin, cosine.shape[1]
+    scale = scale.to(cosine.dtype) if isinstance(scale, Tensor) else scale
     is_target = F.one_hot(index, num_classes).bool()  # (N, C)
     negatives = cosine.masked_fill(is_target, -torch.inf)
     target_cosine = cosine.gather(1, index[:, None]).squeeze(1)
@@ -152,7 +161,8 @@ def _of_label(
         threshold, (a, b, d, e), *_ = change
         modulated = (a * cosine + b) * cosine + d + e * angle(cosine).sin()
         changed = torch.where(negatives > threshold[:, None], modulated, negatives).to(cosine.dtype)
-    negative_lse = (scale * changed).logsumexp(1)
+    # The scale may have a gradient: it must not be multiplied by an infinity.
+    negative_lse = (scale * changed.masked_fill(is_target, 0)).masked_fill(is_target, -torch.inf).logsumexp(1)
     loss = F.softplus(negative_lse - scale * modified, threshold=40)
     if options.label_smoothing > 0:
         logits = scale * torch.where(is_target, modified[:, None], cosine)
@@ -165,3 +175,20 @@ def _of_label(
         loss, lse = margin.row_losses(target_cosine, sums, scale), sums.log()  # type: ignore[attr-defined]
     correct = (target_cosine > negatives.amax(1)).detach()
     return MarginSoftmaxStats(loss, lse.detach(), target_cosine.detach(), correct)
+
+
+def _adapted(adapting: AdaCos, cosine: Tensor, labels: list[Tensor], ignore_index: int, counted: Tensor) -> Tensor:
+    """Return the scale of a step with cosines (N, C), after its update in training.
+
+    Of a row's two labels the nearer one is the target.
+    """
+    own = [cosine.gather(1, each.masked_fill(each == ignore_index, 0)[:, None]).squeeze(1) for each in labels]
+    own = [each.masked_fill(label == ignore_index, -torch.inf) for each, label in zip(own, labels, strict=True)]
+    target_cosine, which = torch.stack(own).max(0)
+    target = torch.stack(labels).gather(0, which[None]).squeeze(0).masked_fill(~counted, 0)
+    scale = adapting.current(cosine.shape[1])
+    if not adapting.training:
+        return scale
+    negatives = cosine.masked_fill(F.one_hot(target, cosine.shape[1]).bool(), -torch.inf)
+    updated = adapting.rescale((scale * negatives).logsumexp(1), target_cosine, counted, scale)
+    return scale if adapting.delayed else updated

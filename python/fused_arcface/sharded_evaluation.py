@@ -11,7 +11,7 @@ from torch import Tensor
 from .base.checks import check_embeddings, check_labels, check_size
 from .base.memory import available_bytes
 from .engine.joint_calls import JointCalls
-from .engine.logits import all_rows, check_size_of_logits, own_rows, with_margin
+from .engine.logits import all_rows, check_size_of_logits, own_rows, scaled, with_margin
 from .engine.nearest import cosines_of, nearest_classes
 
 _CLASSES_AT_ONCE = 16384  # whose class centers are read from a store
@@ -89,6 +89,7 @@ class ShardedEvaluation(JointCalls):
         A collective, and so is its backward pass: every rank makes both or neither. The gradients, also that of this
         rank's class centers, are those of the sum over the ranks of what each makes of its logits. They are not
         multiplied by the number of ranks. CenterSGD does not follow them: with it the class centers get no gradient.
+        Nor does a learned scale get one.
 
         Args:
             embeddings: (n, D).
@@ -121,10 +122,12 @@ class ShardedEvaluation(JointCalls):
         parts = [cosines_of(rows, piece, self.sub_centers) for piece in pieces]
         local = parts[0] if len(parts) == 1 else torch.cat(parts, 1)  # (N, C)
         cosines = own_rows(local, batch, self.ranks, self.sharding.counts())
+        scale = self.options.current_scale(self.num_classes)
+        scale = scale.detach() if isinstance(scale, Tensor) else scale  # its gradient would differ between the ranks
         if target is None:
-            return self.scale * cosines
+            return scaled(cosines, scale)
         target_class = torch.ops.fused_arcface.local_target(target, self.num_classes, ignore_index)
-        return with_margin(cosines, embeddings, target_class, self.options)
+        return scaled(with_margin(cosines, embeddings, target_class, self.options), scale)
 
     @torch.no_grad()
     def topk(self, embeddings: Tensor, k: int) -> tuple[Tensor, Tensor]:

@@ -77,7 +77,7 @@ def test_a_backbone_file_of_insightface_is_verified_with_one_command(tmp_path: P
     torch.save(net.state_dict(), tmp_path / "backbone.pth")
     write_bin(tmp_path / "lfw.bin", 10)
     command = ["verify", "--data", str(tmp_path / "lfw.bin"), "--checkpoint", str(tmp_path / "backbone.pth")]
-    assert run(command) == 1  # whose net is it?
+    assert run(command) == 2  # whose net is it?
     assert run([*command, "--backbone", "mbf", "--json", str(tmp_path / "figures.json")]) == 0
     figures = json.loads((tmp_path / "figures.json").read_text())
     assert figures["pairs"] == {"same": 10, "different": 10} and 0 < figures["accuracy"] <= 1

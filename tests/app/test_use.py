@@ -103,9 +103,13 @@ def test_an_embedder_from_each_kind_of_file(trained: Path, tmp_path: Path) -> No
         fa.load_embedder(tmp_path / "moved.pt", "small")
     with pytest.raises(DataError, match="has no weights of this net"):
         fa.load_embedder(tmp_path / "moved.pt", "iresnet18")
-    with pytest.raises(ValueError, match="a run knows its backbone"):
+    with pytest.raises(ValueError, match=r"backbone is for files .* is of a run, which knows its own; got 'small'"):
         fa.load_embedder(trained, "small")
-    with pytest.raises(ValueError, match="device abacus cannot be used"):
+    with pytest.raises(ValueError, match=r"image_size is for files .* is of a run, which knows its own; got 8"):
+        load_embedder(trained / "model.pt", image_size=8)
+    with pytest.raises(ValueError, match=f"^{tmp_path / 'runs'} does not exist$"):
+        fa.load_embedder(tmp_path / "runs")
+    with pytest.raises(ValueError, match="device must be cpu, cuda, cuda:N or another device of torch; got 'abacus'"):
         load_embedder(trained, device="abacus")
 
 
@@ -187,9 +191,10 @@ def test_embed_takes_folders_lists_and_files(
     assert torch.equal(found.embeddings, numbers[[1, 0, 2]])
     assert run([*command, str(tmp_path / "two.npz"), str(names[2]), str(names[0])]) == 0
     assert EmbeddingSet.load(tmp_path / "two.npz").paths == [str(names[2]), str(names[0])]
-    assert run([*command, str(tmp_path / "two.json"), str(flat)]) == 1
+    assert run([*command, str(tmp_path / "two.json"), str(flat)]) == 2
     assert "must go to a .npz, .safetensors or .csv file" in capsys.readouterr().err
-    assert run([*command, str(tmp_path / "x.npz"), str(tmp_path / "nothing")]) == 1
+    assert run([*command, str(tmp_path / "x.npz"), str(tmp_path / "nothing")]) == 2
+    assert f"{tmp_path / 'nothing'} does not exist" in capsys.readouterr().err
 
 
 def test_similarity_gives_the_cosine_and_a_verdict(
@@ -206,7 +211,15 @@ def test_similarity_gives_the_cosine_and_a_verdict(
         (tmp_path / "run" / name).write_bytes((trained / name).read_bytes())
     command = ["similarity", *files, "--checkpoint", str(tmp_path / "run" / "model.pt")]
     assert run(command) == 0
-    assert f"cosine {cosine:.4f}\nNo verdict: this net has no threshold" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert f"cosine {cosine:.4f}\nNo verdict, because {command[-1]} has no thresholds; give one with --thr" in shown
+    assert f"fused-arcface verify --data PEOPLE --checkpoint {tmp_path / 'run'}" in shown
+    assert run([*command, "--far", "0.001"]) == 2
+    assert "has none; give one with --threshold, 0.3 for example, or measure" in capsys.readouterr().err
+    (tmp_path / "bare.pt").write_bytes((trained / "model.pt").read_bytes())
+    bare = ["--checkpoint", str(tmp_path / "bare.pt"), "--backbone", "small", "--image-size", "16"]
+    assert run(["similarity", *files, *bare]) == 0
+    assert capsys.readouterr().out.endswith("bare.pt has no thresholds; give one with --threshold, 0.3 for example\n")
     stricter = OperatingPoint("FAR 0.001", float("inf"), 0.0, 0.0, 0.5)
     KeptThresholds("lfw.bin", 0.875, [point, stricter], 6).save(tmp_path / "run" / "thresholds.json")
     assert run(command) == 0
@@ -214,9 +227,9 @@ def test_similarity_gives_the_cosine_and_a_verdict(
     assert f"one person: threshold {cosine - 0.01:.4f} (best accuracy on lfw.bin: 87.5% of its pairs right" in shown
     assert run([*command, "--far", "0.001"]) == 0 and "two people: threshold inf" in capsys.readouterr().out
     assert run([*command, "--threshold", f"{cosine + 0.01}"]) == 0 and "two people" in capsys.readouterr().out
-    assert run([*command, "--far", "0.5"]) == 1 and "far must be one of 0.001; got 0.5" in capsys.readouterr().err
+    assert run([*command, "--far", "0.5"]) == 2 and "far must be one of 0.001; got 0.5" in capsys.readouterr().err
     (tmp_path / "run" / "thresholds.json").write_text("{}")
-    assert run(command) == 1 and "remove the file to go on without thresholds" in capsys.readouterr().err
+    assert run(command) == 1 and "remove the file to continue without thresholds" in capsys.readouterr().err
 
 
 def test_export_gives_what_pytorch_gives(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -233,7 +246,7 @@ def test_export_gives_what_pytorch_gives(trained: Path, tmp_path: Path, capsys: 
     assert run(["export", "--checkpoint", str(trained), "--output", str(tmp_path / "net.pt2")]) == 0
     found = torch.export.load(tmp_path / "net.pt2").module()(images)
     assert torch.allclose(found, expected, atol=1e-5)
-    assert run(["export", "--checkpoint", str(trained), "--output", str(tmp_path / "net.tflite")]) == 1
+    assert run(["export", "--checkpoint", str(trained), "--output", str(tmp_path / "net.tflite")]) == 2
     assert "must be exported to a .onnx or a .pt2 file" in capsys.readouterr().err
 
 

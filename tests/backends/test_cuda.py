@@ -369,7 +369,7 @@ def test_deterministic_to_the_bit(device: str, monkeypatch: pytest.MonkeyPatch) 
 def test_workspace_is_small_whatever_the_classes(precision: str, code: int, emulated_kernels: ModuleType) -> None:
     """What a pass asks for, without running it: N = 4096, D = 512 on 132 multiprocessors."""
     unread, D = 16, 512
-    options = (cuda.CHUNKS.exponential_bytes, cuda.CHUNKS.center_bytes, 132)
+    options = (cuda.CHUNKS.exponential_bytes, cuda.CHUNKS.center_bytes, 132, 1, True)
     needed = set()
     for C in (1_000_000, 100_000_000):
         x, w = ((unread, code, rows, D, D, 1) for rows in (4096, C))

@@ -4,7 +4,6 @@ mutations, each of which must be noticed. The emulation and the program are in t
 
 from __future__ import annotations
 
-import shutil
 import subprocess
 import tempfile
 from dataclasses import dataclass
@@ -121,13 +120,7 @@ MUTANTS = (
 @pytest.fixture
 def mutated(tmp_path: Path, request: pytest.FixtureRequest) -> Path:
     mutant = request.param
-    csrc = tmp_path / "csrc"
-    shutil.copytree(cuda_emulated.ROOT / "csrc", csrc)
-    path = csrc / "cuda" / mutant.file
-    source = path.read_text()
-    assert mutant.old in source, f"{mutant.name}: {mutant.file} no longer has {mutant.old!r}"
-    path.write_text(source.replace(mutant.old, mutant.new))
-    return csrc
+    return cuda_emulated.mutated(tmp_path, mutant.file, mutant.old, mutant.new)
 
 
 def _cases(races: bool) -> list[object]:

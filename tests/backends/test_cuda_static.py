@@ -1,28 +1,18 @@
 """The machine code of the CUDA kernels as this build ships it: what can be known of it without a GPU.
 
-``pytest -s`` shows the table. Read by the cuobjdump of the CUDA toolkit, or by the one that Triton brings.
+``pytest -s`` shows the table.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import re
-import shutil
 import subprocess
-from pathlib import Path
 
 import pytest
+from support.cuda_binaries import CUOBJDUMP, kernel_name
 
 from fused_arcface import _native
 
-
-def _cuobjdump() -> str | None:
-    triton = importlib.util.find_spec("triton")
-    bundled = triton and triton.origin and Path(triton.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    return shutil.which("cuobjdump") or (str(bundled) if bundled and bundled.exists() else None)
-
-
-CUOBJDUMP = _cuobjdump()
 pytestmark = [
     pytest.mark.skipif(
         not hasattr(_native, "cuda"), reason="this build has no CUDA kernels: no nvcc was found where it was built"
@@ -54,19 +44,13 @@ def _dump(*arguments: str) -> str:
     return subprocess.run([CUOBJDUMP, *arguments, _native.__file__], capture_output=True, text=True, check=True).stdout
 
 
-def _kernel(mangled: str) -> str:
-    match = re.search(r"\d+([a-z_]+_kernel)", mangled)
-    assert match is not None, mangled
-    return match.group(1)
-
-
 @pytest.mark.parametrize("architecture", list(ARCHITECTURES))
 def test_registers_spills_and_shared_memory(architecture: str) -> None:
     report = _dump("--dump-resource-usage", "-arch", architecture)
     usage = re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", report)
     found = dict.fromkeys(PRODUCTS, 0)
     for mangled, *numbers in usage:
-        kernel = _kernel(mangled)
+        kernel = kernel_name(mangled)
         registers, stack, shared, local = map(int, numbers)
         row = f"{architecture} {kernel:<28}{registers:>4} registers {stack:>3} B stack {shared:>5} B static shared"
         print(row)
@@ -86,7 +70,7 @@ def test_tensor_cores_and_asynchronous_copies(architecture: str) -> None:
     for part in re.split(r"\n\s*Function : ", _dump("-sass", "-arch", architecture))[1:]:
         mangled = part.split("\n", 1)[0].strip()
         code[mangled] = part
-    products = {mangled: part for mangled, part in code.items() if _kernel(mangled) in PRODUCTS}
+    products = {mangled: part for mangled, part in code.items() if kernel_name(mangled) in PRODUCTS}
     assert len(products) == sum(PRODUCTS.values())
     kinds = set()
     for mangled, part in products.items():

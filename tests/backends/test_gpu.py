@@ -16,33 +16,47 @@ from fused_arcface import backends
 
 pytestmark = pytest.mark.gpu
 
-ALGORITHMS = {"cuda": ("cuda", None), "triton-chunks": ("triton", "chunks"), "triton-flash": ("triton", "flash")}
+ALGORITHMS: dict[str, tuple[str, dict[str, str]]] = {
+    "cuda": ("cuda", {"FUSED_ARCFACE_HOPPER": "0"}),
+    "cuda-hopper": ("cuda", {"FUSED_ARCFACE_HOPPER": "1"}),
+    "triton-chunks": ("triton", {"FUSED_ARCFACE_TRITON_ALGORITHM": "chunks"}),
+    "triton-flash": ("triton", {"FUSED_ARCFACE_TRITON_ALGORITHM": "flash"}),
+}
+"""Backends, and what the environment tells them."""
+
+
+def _reason_against(name: str) -> str | None:
+    backend, _ = ALGORITHMS[name]
+    reason = backends.available()[backend]
+    if reason is not None:
+        return f"backend {backend!r}: {reason}"
+    described = backends.describe(backend)
+    return described if name == "cuda-hopper" and described.startswith("not ") else None
 
 
 def _param(name: str) -> object:
-    backend, _ = ALGORITHMS[name]
-    reason = backends.available()[backend]
-    return pytest.param(name, marks=pytest.mark.skipif(reason is not None, reason=f"backend {backend!r}: {reason}"))
+    reason = _reason_against(name)
+    return pytest.param(name, marks=pytest.mark.skipif(reason is not None, reason=str(reason)))
 
 
 @pytest.fixture(params=[_param(name) for name in ALGORITHMS])
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    name, algorithm = ALGORITHMS[request.param]
-    if algorithm is not None:
-        monkeypatch.setenv("FUSED_ARCFACE_TRITON_ALGORITHM", algorithm)
+    name, environment = ALGORITHMS[request.param]
+    for variable, value in environment.items():
+        monkeypatch.setenv(variable, value)
     yield name
     torch.cuda.synchronize()
 
 
 def _problem(
-    N: int = 64, C: int = 3000, D: int = 128, dtype: str = "bfloat16", device: str = "cuda"
+    N: int = 64, C: int = 3000, D: int = 512, dtype: str = "bfloat16", device: str = "cuda"
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     x, w, target, _ = inputs_on(Case(N, C, D, dtype, dtype), device)
     return x.requires_grad_(), w.requires_grad_(), target
 
 
 def test_deterministic_to_the_bit_on_a_gpu(backend: str) -> None:
-    x, w, target = _problem(N=256, C=20_000, D=256)
+    x, w, target = _problem(N=256, C=20_000)
     runs = []
     for _ in range(3):
         loss = fa.margin_softmax_loss(x, w, target, backend=backend)
@@ -52,7 +66,7 @@ def test_deterministic_to_the_bit_on_a_gpu(backend: str) -> None:
 
 
 def test_no_synchronization_on_a_gpu(backend: str) -> None:
-    x, w, target = _problem(N=256, C=20_000, D=512)
+    x, w, target = _problem(N=256, C=20_000)
     fa.margin_softmax_loss(x, w, target, backend=backend).backward()
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -63,7 +77,7 @@ def test_no_synchronization_on_a_gpu(backend: str) -> None:
 
 def test_cuda_graph_on_a_gpu(backend: str) -> None:
     """Captured on a side stream, replayed on other embeddings."""
-    x, w, target = _problem(N=256, C=20_000, D=256)
+    x, w, target = _problem(N=256, C=20_000)
 
     def step() -> tuple[torch.Tensor, ...]:
         loss = fa.margin_softmax_loss(x, w, target, backend=backend)

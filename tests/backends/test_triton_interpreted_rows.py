@@ -58,7 +58,7 @@ def test_an_update_with_mixed_labels(momentum_dtype: torch.dtype) -> None:
         step = CenterStep(None, buffer, units, 0.1, 0.9, 0.01, 3, 0, torch.tensor(True))
         with pytest.MonkeyPatch.context() as patch:
             if padded:
-                patch.setattr(mixed, "_counts_for_free", lambda device: False)
+                patch.setattr(mixed, "reads_for_free", lambda numbers: False)
             target = SecondTarget(second, torch.linspace(-1, 1, 6))
             mixed.update_both(x, weight, first, of_rows, step, backend, PLAIN, target)
         results.append((weight, buffer.float() * (1 if units is None else units.repeat_interleave(64, 1)[:, :70])))

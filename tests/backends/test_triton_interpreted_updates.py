@@ -18,9 +18,10 @@ from fused_arcface import partial_fc
 from fused_arcface.backends import cpu, triton
 from fused_arcface.backends import torch as plain_torch
 from fused_arcface.base.keyed_random import fold
+from fused_arcface.base.permutation import Permutation
 from fused_arcface.engine import ops
 from fused_arcface.engine.terms import CenterStep, RowGradients
-from fused_arcface.parallel.sampling import Permutation
+from fused_arcface.store import centers
 
 pytestmark = INTERPRETED
 
@@ -90,6 +91,29 @@ def test_step_of_the_same_gradient_is_the_same_to_the_bit(
                 assert (mine is None) == (theirs is None)
                 assert mine is None or torch.equal(mine, theirs), f"{name}, D = {D}"
             assert torch.equal(right[0], weight) != active
+
+
+def test_class_centers_in_host_memory_train_as_those_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The way of a GPU: a padded sample, whose rows are fetched ahead into a buffer of their own."""
+    monkeypatch.setattr(partial_fc, "_is_waited_for", lambda _: True)
+    monkeypatch.setattr(centers, "waits", lambda _: True)
+    recipe = fa.CenterSGD(0.1, momentum_dtype=INT8)
+    heads = [
+        fa.PartialFC(
+            40, 60, sample_rate=0.2, center_optimizer=recipe, dtype=BF16, backend="triton", center_storage=storage
+        )
+        for storage in ("device", "host")
+    ]
+    for step in range(2):
+        generator = torch.Generator().manual_seed(step)
+        x, y = torch.randn(3, 40, generator=generator).to(BF16), torch.randint(0, 60, (3,), generator=generator)
+        losses = []
+        for head in heads:
+            losses.append(head(x.requires_grad_(), y))
+            losses[-1].backward()
+        assert torch.equal(*losses)
+    for name, tensor in heads[0]._held().items():
+        assert torch.equal(tensor, heads[1]._held()[name])
 
 
 def test_copies_of_rows_are_rounded_as_the_rows_themselves() -> None:

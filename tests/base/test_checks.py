@@ -14,12 +14,16 @@ FUNCTIONS = {"reference": fa.reference.margin_softmax_loss, "fused": fa.margin_s
 X, W, Y = torch.ones(4, 8), torch.ones(5, 8), torch.tensor([0, 1, 2, 4])
 FLOATS = "one of the dtypes float32, float64, bfloat16, float16"
 INTEGERS = "one of the dtypes int64, int32, int16, int8, uint64, uint32, uint16, uint8"
+INSTEAD = (
+    "for two labels a row pass target=(first, second, share); for soft or multi-hot labels take "
+    "torch.nn.functional.cross_entropy over head.logits(embeddings)"
+)
 
 BAD = {
     "list": ({"embeddings": [[1.0]]}, TypeError, "embeddings must be a torch.Tensor; got list"),
     "integer": ({"embeddings": X.long()}, TypeError, f"embeddings must have {FLOATS}; got int64"),
     "fp8": ({"weight": W.to(torch.float8_e4m3fn)}, TypeError, f"weight must have {FLOATS}; got float8_e4m3fn"),
-    "float labels": ({"target": Y.float()}, TypeError, f"target must have {INTEGERS}; got float32"),
+    "float labels": ({"target": Y.float()}, TypeError, f"target must have {INTEGERS}; got float32: {INSTEAD}"),
     "bool labels": ({"target": Y > 0}, TypeError, f"target must have {INTEGERS}; got bool"),
     "labels None": ({"target": None}, TypeError, "target must be a torch.Tensor; got NoneType"),
     "sparse": ({"weight": W.to_sparse()}, ValueError, "weight must be a dense tensor; got layout torch.sparse_coo"),
@@ -29,7 +33,7 @@ BAD = {
     "weight (D,)": ({"weight": W[0]}, ValueError, "weight must be (C, D=8); got (8,)"),
     "C = 0": ({"weight": W[:0]}, ValueError, "weight must hold at least one class; got (0, 8)"),
     "other N": ({"target": Y[:3]}, ValueError, "target must be (N=4,); got (3,)"),
-    "one-hot": ({"target": torch.zeros(4, 5).long()}, ValueError, "target must be (N=4,); got (4, 5)"),
+    "one-hot": ({"target": torch.zeros(4, 5).long()}, ValueError, f"target must be (N=4,); got (4, 5): {INSTEAD}"),
     "scalar label": ({"target": torch.tensor(1)}, ValueError, "target must be (N=4,); got ()"),
     "weight elsewhere": (
         {"weight": W.to("meta")},
@@ -37,7 +41,7 @@ BAD = {
         "weight must be on embeddings' device cpu; got meta",
     ),
     "labels elsewhere": ({"target": Y.to("meta")}, ValueError, "target must be on embeddings' device cpu; got meta"),
-    "scale text": ({"scale": "64"}, TypeError, "scale must be a number; got str"),
+    "scale text": ({"scale": "64"}, TypeError, "scale must be a number, a 0-dim parameter or AdaCos(); got str"),
     "scale bool": ({"scale": True}, TypeError, "scale must be a number; got bool"),
     "scale 0": ({"scale": 0}, ValueError, "scale must be finite and > 0; got 0"),
     "scale < 0": ({"scale": -1.5}, ValueError, "scale must be finite and > 0; got -1.5"),

@@ -42,7 +42,7 @@ def test_only_regular_files_are_opened(tmp_path: Path) -> None:
             with pytest.raises(DataError, match=f"must be a regular file; it is {kind}"):
                 function(tmp_path / name)
     for name in ("nothing", "x" * 300, "a\0b"):
-        with pytest.raises(DataError, match="cannot be read: "):
+        with pytest.raises(DataError, match=r"cannot be read: |nothing does not exist$"):
             open_regular(tmp_path / name)
     (tmp_path / "file").write_bytes(b"12345")
     assert check_regular(tmp_path / "file") == 5 and read_bytes(tmp_path / "file", 5) == b"12345"

@@ -127,7 +127,7 @@ def test_files_of_another_kind_are_refused(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(convert.ConvertError, match=message):
         convert.read(tmp_path / name)
-    with pytest.raises(FileNotFoundError, match="there is no"):
+    with pytest.raises(FileNotFoundError, match="does not exist"):
         convert.read(tmp_path / "nothing")
 
 
@@ -151,8 +151,8 @@ def test_command_line(tmp_path, capsys):
     checkpoint.save(tmp_path / "saved", trained_head())
     assert cli.run(["convert", str(tmp_path / "saved"), str(tmp_path / "full.safetensors"), "--classes", "40"]) == 0
     assert f"weight (40, {D}) bfloat16" in capsys.readouterr().out
-    assert cli.run(["convert", str(tmp_path / "none"), str(tmp_path / "x.safetensors")]) == 1
-    assert "there is no" in capsys.readouterr().err
+    assert cli.run(["convert", str(tmp_path / "none"), str(tmp_path / "x.safetensors")]) == 2
+    assert "does not exist" in capsys.readouterr().err
 
 
 def test_python_package_reads_what_is_written(tmp_path):

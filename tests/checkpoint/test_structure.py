@@ -249,7 +249,7 @@ def test_refused_values_are_an_error_on_every_rank(tmp_path):
         (lambda table: table["tensors"]["head.weight"].update(size=[1 << 40, 4]), "do not make up its size"),
         (lambda table: table["tensors"]["head.weight"].update(dtype="Tensor"), "Tensor"),
         (lambda table: table["tensors"].update(more=table["tensors"]["head.weight"]), "nothing can lie in bytes"),
-        (lambda table: table["values"].update(head={"$os": "x"}), "[$]os is no kind of value"),
+        (lambda table: table["values"].update(head={"$os": "x"}), "[$]os is not a known kind of value"),
         (lambda table: table["values"]["head"].update(step=-1), "head has no step"),
         (lambda table: table["values"]["head"].update(step="0"), "head has no step"),
         (lambda table: table["values"].update(head={"$array": ["|O", [1], ""]}), "no array of numbers"),

@@ -1,5 +1,6 @@
 // CUDA's words in C++17, so that csrc/cuda compiles for the CPU as it stands, and what the runs of its kernels need:
-// see emulation.cpp. csrc/cuda/runtime.h and ptx.h include this directory's headers where nvcc is not the compiler.
+// see fibres.cpp and threads.cpp. csrc/cuda/runtime.h and ptx.h include this directory's headers where nvcc is not the
+// compiler.
 #pragma once
 
 #include <cmath>
@@ -24,6 +25,7 @@ struct Copy {
 // What a thread of a block knows.
 struct Thread {
   dim3 index, block, grid;
+  int rank = 0;  // of the block in its cluster
   char* shared = nullptr;
   std::vector<Copy> open_copies;
   std::deque<std::vector<Copy>> committed_copies;
@@ -31,18 +33,30 @@ struct Thread {
 
 Thread& self();
 
-// Runs every block of a grid, one after the other, with the block's shared memory full of NaN (bytes 0xff) at its start
-// and unmapped pages on both sides of it.
-void run(dim3 grid, int threads, int shared_bytes, const std::function<void()>& kernel);
+// Runs every cluster of a grid, one after the other, with each block's shared memory full of NaN (bytes 0xff) at its
+// start and unmapped pages on both sides of it. A cluster is so many neighbors in x.
+void run(dim3 grid, int threads, int shared_bytes, const std::function<void()>& kernel, int cluster = 1);
 
 void block_barrier();
+void named_barrier(int id, int threads);
+void cluster_barrier();
 void warp_barrier();
 
 // What 32 threads do together. Each gives its `in` and receives its `out`; no memory is ordered by it.
-enum class Collective { kShuffleXor, kMatrices, kMatricesTransposed, kMmaBFloat16, kMmaFloat16, kMmaTf32 };
+enum class Collective {
+  kShuffleXor,
+  kFirst,
+  kAny,
+  kMatrices,
+  kMatricesTransposed,
+  kStoreMatrices,
+  kMmaBFloat16,
+  kMmaFloat16,
+  kMmaTf32
+};
 void collective(Collective which, const void* in, void* out);
 
-// How many matrices of load_matrices had two rows in the same banks of shared memory so far.
+// How many matrices of load_matrices and store_matrices had two rows in the same banks of shared memory so far.
 int64_t bank_conflicts();
 
 struct ShuffleIn {
@@ -53,12 +67,19 @@ struct MatrixRow {
   uintptr_t address;
   char bytes[16];
 };
+struct StoreIn {
+  char* row;
+  uint32_t words[4];
+};
 struct MmaIn {
   uint32_t a[4], b[2];
   float d[4];
 };
 
 [[noreturn]] void fail(const char* why);
+
+// A product's sum as tensor cores keep it: cut off, not rounded.
+float toward_zero(double sum);
 
 template <typename T>
 T shuffle_xor(unsigned lanes, T value, int mask) {
@@ -81,6 +102,8 @@ T shuffle_xor(unsigned lanes, T value, int mask) {
 #define __host__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
+#define __cluster_dims__(...)
+#define __grid_constant__
 #define threadIdx (::emulation::self().index)
 #define blockIdx (::emulation::self().block)
 #define gridDim (::emulation::self().grid)

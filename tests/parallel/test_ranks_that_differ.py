@@ -113,6 +113,18 @@ def run_matrix(directory: str) -> dict[str, Any]:
     if rank.differs:
         loaded.margin.norm_mean.fill_(7)
     record("margin.state", lambda: rank.step(loaded))
+    learned = rank.head(scale=torch.nn.Parameter(torch.tensor(9.0 if rank.differs else 8.0)))
+    record("scale.value", lambda: rank.step(learned))
+    frozen = after_a_step(
+        rank.head(scale=torch.nn.Parameter(torch.tensor(8.0))), lambda head: head.scale.requires_grad_(False)
+    )
+    record("scale.requires_grad", lambda: rank.step(frozen))
+    adapting = rank.head(scale=fa.AdaCos())
+    if rank.differs:
+        adapting.scale.scale.fill_(7)
+    record("scale.state", lambda: rank.step(adapting))
+    adapted = after_a_step(rank.head(scale=fa.AdaCos()), lambda head: head.scale.eval())
+    record("scale.training", lambda: rank.step(adapted))
     record_calls(rank, record)
     record_equal(rank, record)
     record_constructors(rank, record)
@@ -271,6 +283,10 @@ def both(outcomes: list[dict[str, Any]], name: str) -> tuple[Any, Any]:
         *((name, f"center_optimizer.{name}") for name in CHANGED_GROUPS),
         ("margin.training", "margin.training"),
         ("margin.state", "margin.state"),
+        ("scale.value", "scale.value"),
+        ("scale.requires_grad", "scale.requires_grad"),
+        ("scale.state", "scale.state"),
+        ("scale.training", "scale.training"),
         ("ignore_index", "ignore_index"),
         ("sample_weight", "sample_weight"),
         ("reduction", "reduction"),

@@ -8,9 +8,10 @@ from scipy import stats
 import fused_arcface as fa
 from fused_arcface import partial_fc
 from fused_arcface.base import keyed_random
+from fused_arcface.base.permutation import Permutation
 from fused_arcface.center_update import PendingUpdate
 from fused_arcface.engine import ops as ops_module
-from fused_arcface.parallel.sampling import Permutation, Sampler
+from fused_arcface.parallel.sampling import Sampler
 from fused_arcface.parallel.sharding import Sharding
 
 

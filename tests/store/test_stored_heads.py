@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import pickle
 
 import pytest
 import torch
@@ -152,6 +153,19 @@ def test_steps_out_of_order_take_the_rows_as_they_are(storage, tmp_path):
     assert_equal(state(heads[1]), state(heads[0]))
 
 
+@pytest.mark.parametrize("storage", ["host", "file"])
+def test_a_graph_whose_buffer_has_been_used_again_is_refused(storage, tmp_path):
+    head = make("host" if storage == "host" else tmp_path / "s")
+    before = state(head)
+    x, y = batch(1)
+    first = head(x.requires_grad_(), y)
+    for _ in range(2):
+        head(x, y)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        first.backward()
+    assert_equal(state(head), before)
+
+
 def test_full_weight_is_loaded_into_a_file(tmp_path):
     heads = make("device"), make(tmp_path / "s")
     weight = torch.randn(CLASSES, D)
@@ -183,8 +197,9 @@ def test_calls_that_need_all_rows_say_so(tmp_path, monkeypatch):
     for call in (head.state_dict, lambda: head.load_state_dict({})):
         with pytest.raises(RuntimeError, match=r"center_storage keeps them in a file: use fused_arcface\.checkpoint"):
             call()
-    with pytest.raises(StoreError, match="cannot be copied"):
-        copy.deepcopy(head)
+    for copied in (copy.deepcopy, pickle.dumps):
+        with pytest.raises(StoreError, match="cannot be copied"):
+            copied(head)
     with pytest.raises(TypeError, match=r"keep their dtype torch\.float32; got torch\.bfloat16"):
         head.to(torch.bfloat16)
     monkeypatch.setattr("fused_arcface.sharded_evaluation.available_bytes", lambda _: 100)
@@ -194,6 +209,18 @@ def test_calls_that_need_all_rows_say_so(tmp_path, monkeypatch):
     with pytest.raises(RuntimeError, match=r"in eval\(\) the loss uses all class centers"):
         head(*batch(0))
     assert head.topk(batch(0)[0], 3)[1].shape == (ROWS, 3)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda head: pickle.loads(pickle.dumps(head))])
+def test_a_copy_of_a_head_in_host_memory_trains_apart_from_it(copied):
+    head = make("host")
+    train(head, 2)
+    other = copied(head)
+    before = state(head)
+    train(other, 2)
+    assert_equal(state(head), before)
+    train(head, 2)
+    assert_equal(state(head), state(other))
 
 
 def test_a_state_dict_of_host_memory_is_that_of_the_device():

@@ -1,5 +1,5 @@
 """Builds of csrc/cuda for the CPU, over tests/cuda_emulation: the module that stands in for fused_arcface._native.cuda,
-and the program that checks one precision by itself, for ThreadSanitizer and for mutants.
+and the programs that check the kernels by themselves, for ThreadSanitizer and for mutants.
 
 Objects are kept in build/cuda_emulation under a hash of all that they are made of.
 """
@@ -20,7 +20,13 @@ ROOT = Path(__file__).parents[2]
 EMULATION = ROOT / "tests" / "cuda_emulation"
 CACHE = ROOT / "build" / "cuda_emulation"
 CXX = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
-_FLAGS = ("-std=c++17", "-O2", "-g1", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-Wno-unused-function")
+# Distributions' compilers set _FORTIFY_SOURCE by themselves, so it is set everywhere: fibres.cpp must do without it.
+_FLAGS = (
+    *("-std=c++17", "-O2", "-g1", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-Wno-unused-function"),
+    *("-U_FORTIFY_SOURCE", "-D_FORTIFY_SOURCE=2", "-DFA_HOPPER=1"),
+)
+_FIBRES = tuple(EMULATION / name for name in ("collectives.cpp", "fibres.cpp", "hopper.cpp"))
+_THREADS = tuple(EMULATION / name for name in ("collectives.cpp", "threads.cpp"))
 
 
 def missing() -> str | None:
@@ -64,7 +70,7 @@ def module() -> ModuleType:
     includes = tuple(f"-isystem{path}" for path in (pybind11.get_include(), sysconfig.get_path("include")))
     flags = (*_FLAGS, "-fPIC", "-fvisibility=hidden", *includes)
     cuda = csrc / "cuda"
-    sources = [*cuda.glob("*.cu"), cuda / "bindings.cpp", EMULATION / "module.cpp", EMULATION / "emulation.cpp"]
+    sources = [*cuda.rglob("*.cu"), cuda / "bindings.cpp", EMULATION / "module.cpp", *_FIBRES]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         objects = list(pool.map(lambda source: _compile(source, flags, csrc, cache), sources))
     names = hashlib.sha256("".join(sorted(path.name for path in objects)).encode()).hexdigest()[:24]
@@ -80,20 +86,46 @@ def module() -> ModuleType:
     return emulated
 
 
+def _program(
+    name: str, fixed: tuple[Path, ...], changed: tuple[Path, ...], csrc: Path, cache: Path, more: tuple[str, ...] = ()
+) -> Path:
+    """A program of ``fixed`` sources, which need nothing that a mutant changes, and of others over ``csrc``, which are
+    compiled with ``more`` flags."""
+    flags = (*_FLAGS, "-O1")  # compiled once a mutant, run for seconds
+    lenient = () if csrc == ROOT / "csrc" else ("-Wno-error",)  # a mutant may leave a variable unused
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        objects = [
+            *pool.map(lambda source: _compile(source, flags, ROOT / "csrc", CACHE), fixed),
+            *pool.map(lambda source: _compile(source, (*flags, *more, *lenient), csrc, cache), changed),
+        ]
+    names = hashlib.sha256("".join(path.name for path in objects).encode()).hexdigest()[:24]
+    path = cache / f"{name}-{names}"
+    if not path.exists():
+        partial = _link(objects, path.with_suffix(f".{os.getpid()}"), ("-pthread", *more))
+        partial.rename(path)
+    return path
+
+
 def checker(csrc: Path = ROOT / "csrc", *, threads: bool = False, cache: Path = CACHE) -> Path:
     """The program tests/cuda_emulation/check.cpp over the sources in ``csrc``; with ``threads`` under
     ThreadSanitizer."""
-    flags = (*_FLAGS, "-O1")  # compiled once a mutant, run for a second
-    kernel_flags = (*flags, "-DEMULATION_THREADS", "-fsanitize=thread") if threads else flags
-    with ThreadPoolExecutor(2) as pool:
-        # Not the emulation itself: what it does between a warp's lanes must not look like an order (emulation.cpp).
-        emulation = pool.submit(
-            _compile, EMULATION / "emulation.cpp", (*flags, "-DEMULATION_THREADS") if threads else flags, csrc, cache
-        )
-        check = _compile(EMULATION / "check.cpp", kernel_flags, csrc, cache)
-    objects = [check, emulation.result()]
-    names = hashlib.sha256("".join(path.name for path in objects).encode()).hexdigest()[:24]
-    path = cache / f"check-{names}"
-    if not path.exists():
-        path = _link(objects, path, ("-pthread", *(("-fsanitize=thread",) if threads else ())))
-    return path
+    # The emulation is compiled without it: what it does between a warp's lanes must not look like an order.
+    fixed, more = (_THREADS, ("-fsanitize=thread",)) if threads else (_FIBRES, ())
+    return _program("check", fixed, (EMULATION / "check.cpp",), csrc, cache, more)
+
+
+def mutated(folder: Path, file: str, old: str, new: str) -> Path:
+    """A copy of ``csrc`` in a folder, with a change of one file of ``csrc/cuda``."""
+    csrc = folder / "csrc"
+    shutil.copytree(ROOT / "csrc", csrc)
+    path = csrc / "cuda" / file
+    source = path.read_text()
+    assert old in source, f"{file} no longer has {old!r}"
+    path.write_text(source.replace(old, new))
+    return csrc
+
+
+def hopper_checker(csrc: Path = ROOT / "csrc", *, cache: Path = CACHE) -> Path:
+    """The program tests/cuda_emulation/check_hopper.cpp over the sources in ``csrc/cuda/hopper``."""
+    fixed = (*_FIBRES, EMULATION / "check_hopper.cpp")
+    return _program("check_hopper", fixed, (csrc / "cuda" / "hopper" / "passes.cu",), csrc, cache)

@@ -113,9 +113,9 @@ def sample_problem(
     Args:
         margin: any margin; ArcFace if None.
         options: further options of the loss.
-        rows: N.
-        classes: C.
-        dim: D.
+        rows: N, the number of rows.
+        classes: C, the number of classes.
+        dim: D, the length of an embedding.
         scale: scale of the logits.
         device: device of the tensors.
         angles: angles in radians, repeated over the rows with a shift, so that no two rows have the same cosine:

@@ -17,12 +17,13 @@ from torch import Tensor, nn
 
 from fused_arcface.base.extras import require
 from fused_arcface.base.reading import DataError
+from fused_arcface.base.suggest import missing_path
 
 from .data.images import ImageSpec, fit_image, read_image
 from .nets.backbones import build_backbone, own_spec
 from .nets.weights import fit_state, read_state
 from .thresholds import KeptThresholds, read_thresholds
-from .training.runs import RunFolder, load_backbone
+from .training.runs import RunError, RunFolder, load_backbone
 
 
 class Embedder(nn.Module):
@@ -156,11 +157,15 @@ def _load(
     path: Path, backbone: str | None, device: torch.device | str, image_size: int | None, trust: bool
 ) -> Embedder:
     check_device(device)
-    if path.is_dir() or not path.exists():
-        if backbone is not None:
-            raise ValueError(
-                f"a run knows its backbone; {path} is a folder or missing, and backbone={backbone!r} is for files"
-            )
+    if not path.exists():
+        raise RunError(missing_path(path))
+    if backbone is None or path.is_dir():
+        for name, value in (("backbone", backbone), ("image_size", image_size)):
+            if value is not None:
+                raise ValueError(
+                    f"{name} is for files of weights; {path} is of a run, which knows its own; got {value!r}"
+                )
+    if path.is_dir():
         net, spec = load_backbone(path, device, trust=trust)
         return Embedder(net, spec, read_thresholds(RunFolder(path).thresholds))
     if backbone is None:
@@ -176,6 +181,10 @@ def check_device(device: torch.device | str) -> None:
     Raises:
         ValueError: there is no such device.
     """
+    try:
+        torch.device(device)
+    except RuntimeError:  # its text lists twenty devices
+        raise ValueError(f"device must be cpu, cuda, cuda:N or another device of torch; got {device!r}") from None
     try:
         torch.empty(0, device=device)
     except (AssertionError, NotImplementedError, RuntimeError) as error:

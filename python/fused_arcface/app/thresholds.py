@@ -96,7 +96,7 @@ def read_thresholds(path: Path) -> KeptThresholds | None:
                 step=None if step is None else int(_number(step)),
             )
     except DataError as error:
-        raise DataError(f"{error}; remove the file to go on without thresholds") from None
+        raise DataError(f"{error}; remove the file to continue without thresholds") from None
 
 
 def _point(values: dict[str, Any]) -> OperatingPoint:

@@ -2,7 +2,8 @@
 
 For compute capability 8.0 and later; Triton is not needed. Products are bf16 or fp16 where both inputs are stored so,
 else fp32: three tf32 products in place of one, or one where ``torch.set_float32_matmul_precision`` is ``"high"`` or
-``"medium"``. fp64 is refused (backends.select). Every step is launches on the current stream, without a wait and
+``"medium"``. fp64 is refused (backends.select). Compute capability 9.0 has kernels of its own, which
+``FUSED_ARCFACE_HOPPER=1`` turns on (hopper.py). Every step is launches on the current stream, without a wait and
 without an allocation but torch's, and its result is the same to the bit in every run.
 """
 
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from ..base.precision import allows_tf32
 from ..engine.terms import CenterStep, RowGradients
-from . import native, nvidia
+from . import hopper, native, nvidia
 
 # O(N·D): plain PyTorch's launches do.
 from .torch import finish_negatives  # noqa: F401
@@ -60,23 +61,45 @@ def _device(tensor: Tensor) -> tuple[tuple[int, int], int]:
     return (index, stream), torch.cuda.get_device_properties(index).multi_processor_count
 
 
+def _capability(tensor: Tensor) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(tensor.device)
+
+
+def describe() -> str:
+    """Return a text that says if Hopper's kernels are in use, and the reason if not; "" if the backend cannot run."""
+    return "" if unavailable() else hopper.describe(_kernels.HOPPER, torch.cuda.get_device_capability())
+
+
+def _hopper_config(embeddings: Tensor, weight: Tensor) -> hopper.HopperConfig | None:
+    """Return the configuration of Hopper's kernels for a pass with a second product, or None if they do not take it."""
+    if hopper.asked() is None:  # before the device is asked
+        return None
+    return hopper.choose(_kernels.HOPPER, _capability(weight), embeddings, weight)
+
+
 def _precision(embeddings: Tensor, weight: Tensor) -> str:
-    """Return the precision of the products. Only tf32 keeps less of the operands than their dtype does."""
+    """Return the precision of the portable kernels' products. Only tf32 keeps less of the operands than their dtype."""
     if embeddings.dtype == weight.dtype != torch.float32:
         return "bfloat16" if weight.dtype == torch.bfloat16 else "float16"
     return "tf32" if allows_tf32() else "float32"
 
 
-_Run = Callable[[tuple[int, int, int], int, tuple[int, int]], int]
+_Options = tuple[int, int, int, int, bool]
+_Run = Callable[[str, _Options, int, tuple[int, int]], int]
 
 
-def _run_pass(run: _Run, device: torch.device) -> None:
+def _run_pass(run: _Run, embeddings: Tensor, weight: Tensor, with_second_product: bool = True) -> None:
     """Run a pass over the classes in a workspace of torch's: the first call asks how many bytes it needs."""
-    probe = torch.empty(0, device=device)
-    stream, multiprocessors = _device(probe)
-    options = (CHUNKS.exponential_bytes, CHUNKS.center_bytes, multiprocessors)
-    workspace = torch.empty(run(options, 0, stream), dtype=torch.uint8, device=device)
-    run(options, workspace.data_ptr(), stream)
+    stream, multiprocessors = _device(torch.empty(0, device=weight.device))
+    config = _hopper_config(embeddings, weight) if with_second_product else None
+    if config is None:
+        precision = _precision(embeddings, weight)
+        options = (CHUNKS.exponential_bytes, CHUNKS.center_bytes, multiprocessors, 1, True)
+    else:
+        precision = "hopper"
+        options = (0, config.center_bytes, multiprocessors, config.cluster, config.ordered)
+    workspace = torch.empty(run(precision, options, 0, stream), dtype=torch.uint8, device=weight.device)
+    run(precision, options, workspace.data_ptr(), stream)
 
 
 def _class_stats(
@@ -93,9 +116,8 @@ def _class_stats(
     # Bound to names: a temporary's memory would be another's before the kernel reads it.
     target = target.contiguous()
     shift = None if shift is None else shift.contiguous()
-    precision = _precision(embeddings, weight)
 
-    def run(options: tuple[int, int, int], workspace: int, stream: tuple[int, int]) -> int:
+    def run(precision: str, options: _Options, workspace: int, stream: tuple[int, int]) -> int:
         return _kernels.class_stats(
             precision,
             native.matrix(embeddings),
@@ -112,7 +134,7 @@ def _class_stats(
             stream,
         )
 
-    _run_pass(run, weight.device)
+    _run_pass(run, embeddings, weight, center_sum is not None)
 
 
 def _empty_rows(embeddings: Tensor) -> Tensor:
@@ -153,13 +175,12 @@ def weight_grad(
     gradients: RowGradients,
 ) -> Tensor:
     """Implement :func:`fused_arcface.backends.torch.weight_grad`."""
-    precision = _precision(embeddings, weight)
     if embeddings.shape[0] == 0:
         return torch.zeros_like(weight)
     target, gradients = target.contiguous(), gradients.contiguous()
     d_weight = torch.empty_like(weight)
 
-    def run(options: tuple[int, int, int], workspace: int, stream: tuple[int, int]) -> int:
+    def run(precision: str, options: _Options, workspace: int, stream: tuple[int, int]) -> int:
         return _kernels.weight_grad(
             precision,
             native.matrix(embeddings),
@@ -172,7 +193,7 @@ def weight_grad(
             stream,
         )
 
-    _run_pass(run, weight.device)
+    _run_pass(run, embeddings, weight)
     return d_weight
 
 
@@ -184,11 +205,10 @@ def update_centers(
     step: CenterStep,
 ) -> None:
     """Implement :func:`fused_arcface.backends.torch.update_centers`."""
-    precision = _precision(embeddings, weight)
     target, gradients = target.contiguous(), gradients.contiguous()
     native_step = native.center_step(step, weight)
 
-    def run(options: tuple[int, int, int], workspace: int, stream: tuple[int, int]) -> int:
+    def run(precision: str, options: _Options, workspace: int, stream: tuple[int, int]) -> int:
         return _kernels.update_centers(
             precision,
             native.matrix(embeddings),
@@ -202,7 +222,7 @@ def update_centers(
             stream,
         )
 
-    _run_pass(run, weight.device)
+    _run_pass(run, embeddings, weight)
 
 
 def target_cosine(embeddings: Tensor, weight: Tensor, target: Tensor) -> Tensor:

@@ -49,7 +49,7 @@ def matrix(tensor: Tensor) -> tuple[int, int, int, int, int, int]:
 def row_gradients(gradients: RowGradients) -> tuple[float, int, int, int]:
     """Return the scale and the addresses of the rows' numbers, in the order that the kernels take them."""
     scale, lse, negative_coefficient, target_coefficient = gradients
-    return scale, lse.data_ptr(), negative_coefficient.data_ptr(), target_coefficient.data_ptr()
+    return float(scale), lse.data_ptr(), negative_coefficient.data_ptr(), target_coefficient.data_ptr()
 
 
 def center_step(step: CenterStep, weight: Tensor) -> tuple[int, int, int, int, int, float, float, float, int, int, int]:

@@ -43,6 +43,7 @@ FEATURES = {
     "binary_losses": "a logistic loss for each class in place of the softmax",
     "padding": "a sample of the classes whose number only the device knows",
     "permutation": "the keyed permutation of a sampled step in one launch",
+    "device_scale": "a scale that is learned or adapts, which only the device knows",
     "fused_margin": "a margin_loss in one launch; elsewhere plain PyTorch is as good and takes any margin",
     "fused_margin_fp64": "the same in fp64",
 }
@@ -55,16 +56,26 @@ BACKENDS = (
         "torch",
         None,
         0,
-        frozenset({"sub_centers", "modulated_negatives", "turned_negatives", "binary_losses", "padding"}),
+        frozenset(
+            {"sub_centers", "modulated_negatives", "turned_negatives", "binary_losses", "padding", "device_scale"}
+        ),
     ),
     Backend(
         "cpu",
         "cpu",
         1,
-        frozenset({"sub_centers", "modulated_negatives", "turned_negatives", "fused_margin", "fused_margin_fp64"}),
+        frozenset(
+            {
+                *("sub_centers", "modulated_negatives", "turned_negatives", "device_scale"),
+                *("fused_margin", "fused_margin_fp64"),
+            }
+        ),
     ),
     Backend(
-        "triton", "cuda", 2, frozenset({"sub_centers", "modulated_negatives", "padding", "permutation", "fused_margin"})
+        "triton",
+        "cuda",
+        2,
+        frozenset({"sub_centers", "modulated_negatives", "padding", "permutation", "device_scale", "fused_margin"}),
     ),
     # Tensor cores for fp64 are few, and a graphics card has none.
     Backend("cuda", "cuda", 1, frozenset({"padding", "fused_margin"}), _NO_FP64),

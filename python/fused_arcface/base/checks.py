@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .dtypes import FLOAT_DTYPES, INTEGER_DTYPES, names
-from .ranges import FROM_0_TO_1, check_number
+from .ranges import FROM_0_TO_1, POSITIVE, check_number
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -98,6 +98,18 @@ def check_margin(margin: object) -> None:
         raise TypeError(f"margin must be an instance, not the class {name}: write {name}(); got the class")
     if not callable(margin):
         raise TypeError(f"margin must be a margin of fused_arcface or a callable; got {type(margin).__name__}")
+
+
+def check_scale(scale: object) -> None:
+    """Check a scale: a positive number, a 0-dim floating-point tensor, or a module such as AdaCos."""
+    if isinstance(scale, Tensor):
+        if scale.dim() != 0 or scale.dtype not in FLOAT_DTYPES:
+            raise ValueError(f"scale must be 0-dim and floating-point as a tensor; got {describe_tensor(scale)}")
+    elif isinstance(scale, (int, float)):
+        check_number("scale", scale, POSITIVE)
+    elif isinstance(scale, type) or not hasattr(scale, "rescale"):
+        got = f"the class {scale.__name__}" if isinstance(scale, type) else type(scale).__name__
+        raise TypeError(f"scale must be a number, a 0-dim parameter or AdaCos(); got {got}")
 
 
 def check_size(name: str, value: object, least: int = 1) -> int:

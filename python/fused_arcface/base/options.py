@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from .checks import check_margin, check_sub_centers
-from .ranges import FROM_0_TO_1, POSITIVE, check_number
+from .checks import check_margin, check_scale, check_sub_centers
+from .ranges import FROM_0_TO_1, check_number
 
 
 @dataclass(frozen=True)
@@ -18,7 +20,7 @@ class HeadOptions:
 
     Args:
         margin: A margin of this package, or a differentiable map of target cosines (N,) to modified cosines (N,).
-        scale: The factor of the logits, finite and > 0.
+        scale: The factor of the logits: a number, finite and > 0, a 0-dim parameter, or a module that adapts it.
         sub_centers: The centers of each class, in [1, 16].
         label_smoothing: The smoothing in [0, 1], as in ``cross_entropy``.
 
@@ -28,25 +30,43 @@ class HeadOptions:
     """
 
     margin: Callable[[Tensor], Tensor]
-    scale: float = 64.0
+    scale: Any = 64.0
     sub_centers: int = 1
     label_smoothing: float = 0.0
 
     def __post_init__(self) -> None:
         check_margin(self.margin)
-        check_number("scale", self.scale, POSITIVE)
+        check_scale(self.scale)
         check_sub_centers(self.sub_centers)
         check_number("label_smoothing", self.label_smoothing, FROM_0_TO_1)
-        if self.label_smoothing > 0 and self.needs():
-            beside = next(iter(self.needs().values()))
-            for kind in ("the modulated negatives of ", "the turned negatives of ", "the binary losses of "):
+        others = {name: text for name, text in self.needs().items() if name != "device_scale"}
+        if self.label_smoothing > 0 and others:
+            beside = next(iter(others.values()))
+            for kind in ("the modulated negatives of ", "the binary losses of "):
                 beside = beside.removeprefix(kind)
             raise ValueError(
                 f"label_smoothing must be 0 with {beside}: a row's logits are then no linear function of the class "
                 f"centers, whose sum it is made of; got {self.label_smoothing}"
             )
+        for feature in ("modulated_negatives", "binary_losses"):
+            if self.scale_changes and feature in others:
+                raise ValueError(f"scale must be a number with {others[feature]}; got {self._scale_text()}")
         for name in ("scale", "label_smoothing"):
-            object.__setattr__(self, name, float(getattr(self, name)))
+            if name == "label_smoothing" or not self.scale_changes:
+                object.__setattr__(self, name, float(getattr(self, name)))
+
+    @property
+    def scale_changes(self) -> bool:
+        """True if the scale is learned or adapts to the training."""
+        return isinstance(self.scale, (Tensor, nn.Module))
+
+    def _scale_text(self) -> str:
+        return "a learned scale" if isinstance(self.scale, Tensor) else f"scale={type(self.scale).__name__}()"
+
+    def current_scale(self, num_classes: int) -> Any:
+        """Return the scale as it is now: a number, or a 0-dim tensor."""
+        scale: Any = self.scale
+        return scale.current(num_classes) if isinstance(scale, nn.Module) else scale
 
     def needs(self) -> dict[str, str]:
         """Return the features that not every backend has, by name, with the text that error messages have for them."""
@@ -59,14 +79,20 @@ class HeadOptions:
             needs["binary_losses"] = f"the binary losses of {type(self.margin).__name__}"
         if self.sub_centers > 1:
             needs["sub_centers"] = f"sub_centers={self.sub_centers}"
+        if self.scale_changes:
+            needs["device_scale"] = self._scale_text()
         return needs
 
-    def check_target(self, target: object) -> None:
-        """Check that these options can be combined with a target.
+    def check_step(self, target: object, num_classes: int, device: torch.device) -> None:
+        """Check that these options fit what a step is called with.
 
         Raises:
-            ValueError: for mixed labels and a margin that changes the negatives or has binary losses.
+            ValueError: for mixed labels and a margin that changes the negatives or has binary losses; a scale on
+                another device; a margin or a scale that does not fit the number of classes.
         """
+        self.check_classes(num_classes)
+        if isinstance(self.scale, Tensor) and self.scale.device != device:
+            raise ValueError(f"scale must be on embeddings' device {device}; got {self.scale.device}")
         if not isinstance(target, (tuple, list)):
             return
         reasons = {
@@ -81,11 +107,13 @@ class HeadOptions:
                 )
 
     def check_classes(self, num_classes: int) -> None:
-        """Check that a margin with a number for each class is made for so many classes.
+        """Check that the scale, and a margin with a number for each class, fit the number of classes.
 
         Raises:
             ValueError: if it is not.
         """
+        if isinstance(self.scale, nn.Module) and num_classes < 3:
+            raise ValueError(f"{self._scale_text()} needs at least 3 classes; got C={num_classes}")
         own = getattr(self.margin, "num_classes", num_classes)
         if own != num_classes:
             name = type(self.margin).__name__
@@ -97,6 +125,8 @@ class HeadOptions:
         A dataclass or a module among the margins is described by its values, any other callable by its name.
         """
         texts = {field.name: str(getattr(self, field.name)) for field in dataclasses.fields(self)}
+        if isinstance(self.scale, Tensor):  # its value is another one in each step
+            texts["scale"] = self._scale_text()
         if not (dataclasses.is_dataclass(self.margin) or isinstance(self.margin, nn.Module)):
             texts["margin"] = getattr(self.margin, "__qualname__", type(self.margin).__qualname__)
         return texts

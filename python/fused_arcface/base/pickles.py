@@ -138,7 +138,7 @@ class _Machine:
 
     def _decimal(self, line: bytes) -> int:
         if not re.fullmatch(rb"-?[0-9]{1,%d}" % _MOST_DIGITS, line):
-            raise Damaged(f"{line[:_MOST_DIGITS]!r} is no number")
+            raise Damaged(f"{line[:_MOST_DIGITS]!r} is not a number")
         return int(line)
 
     # Instructions. Each pops what it needs from the stack and pushes its result.
@@ -234,7 +234,7 @@ class _Machine:
     def _stack_name(self) -> None:
         name, module = self._pop(), self._pop()
         if not isinstance(module, str) or not isinstance(name, str):
-            raise Damaged("a name is no text")
+            raise Damaged("a name is not text")
         self._name(module, name)
 
     def _name(self, module: str, name: str) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from .extras import MissingExtra
+from .suggest import missing_path
 from .text import decode_names
 
 _KINDS = {
@@ -24,6 +25,10 @@ _POINTER = b"version https://git-lfs.github.com/spec/"
 
 class DataError(ValueError):
     """Data that cannot be used; the message names the file and the place in it."""
+
+
+class NoSuchData(DataError):
+    """A path that does not exist, or a text that names no data: the argument is wrong, not what a file holds."""
 
 
 @contextlib.contextmanager
@@ -43,6 +48,8 @@ def file_errors(path: str | os.PathLike[str]) -> Iterator[None]:
         yield
     except (DataError, MissingExtra):
         raise
+    except FileNotFoundError:
+        raise NoSuchData(missing_path(path)) from None
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror or error}") from None
     except Exception as error:

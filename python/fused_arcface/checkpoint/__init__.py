@@ -61,12 +61,19 @@ def head_state(head: PartialFC) -> dict[str, Any]:
     tensors = held_by(head) if file_of(head) is None else {}
     state: dict[str, Any] = {name: RowShard(tensor, head.row_start, head.num_rows) for name, tensor in tensors.items()}
     state["step"] = head.step
-    if isinstance(head.margin, torch.nn.Module):  # a few numbers, the same on every rank
-        state["margin"] = {name: tensor.tolist() for name, tensor in head.margin.state_dict().items()}
+    for name, tensors in _numbers(head).items():  # a few, the same on every rank
+        state[name] = {key: tensor.tolist() for key, tensor in tensors.items()}
     if head.center_optimizer is not None:
         groups = head.center_optimizer.state_dict()["param_groups"]
         state["optimizer"] = {name: value for name, value in groups[0].items() if name != "params"}
     return state
+
+
+def _numbers(head: PartialFC) -> dict[str, dict[str, Tensor]]:
+    """Return the state of the margin and of the scale, by name; none for those without a state."""
+    held: dict[str, Any] = {"margin": head.margin, "scale": head.scale}
+    states = {name: each.state_dict() for name, each in held.items() if isinstance(each, torch.nn.Module)}
+    return states | ({"scale": {"value": head.scale.detach()}} if isinstance(head.scale, Tensor) else {})
 
 
 def _options(head: PartialFC) -> dict[str, Any]:
@@ -177,7 +184,7 @@ def load(path: str | os.PathLike[str], head: PartialFC, *, trust: bool = False, 
         values = head_values(saved)
         plain = saved.names - {_HEAD} - {key.partition(".")[0] for key in saved.tensors}
         structures = {name: saved.value(name) for name in plain | others.keys()}
-        margin, options = _of_margin(saved, values, head), _of_optimizer(saved, values, head)
+        numbers_of, options = _saved_numbers(saved, values, head), _of_optimizer(saved, values, head)
         targets = {f"{_HEAD}.{name}": shard for name, shard in head_state(head).items() if isinstance(shard, RowShard)}
         reference, store = reference_of(saved, values), file_of(head)
         if store is not None and reference is None:
@@ -209,8 +216,8 @@ def load(path: str | os.PathLike[str], head: PartialFC, *, trust: bool = False, 
             shard.rows.copy_(tensors[key].rows)
     torch.autograd.graph.increment_version(head.weight)
     head.step = values["step"]
-    if isinstance(head.margin, torch.nn.Module):
-        head.margin.load_state_dict(margin, strict=False)
+    for own, kept in numbers_of:
+        own.copy_(kept)
     if imported:
         for name, tensor in held_by(head).items():
             if name != "weight":
@@ -220,20 +227,23 @@ def load(path: str | os.PathLike[str], head: PartialFC, *, trust: bool = False, 
     return {name: value for name, value in structures.items() if name not in others}
 
 
-def _of_margin(saved: Saved, values: dict[str, Any], head: PartialFC) -> dict[str, Tensor]:
-    """Return the saved state of the head's margin. Another margin than the saved one keeps its own state.
+def _saved_numbers(saved: Saved, values: dict[str, Any], head: PartialFC) -> list[tuple[Tensor, Tensor]]:
+    """Return the tensors of the head's margin and scale, each with its saved value.
+
+    Another margin or scale than the saved one keeps its own state.
 
     Raises:
-        CheckpointError: if it has another shape, or is made of something else than numbers.
+        CheckpointError: if a value has another shape, or is made of something else than numbers.
     """
-    own = head.margin.state_dict() if isinstance(head.margin, torch.nn.Module) else {}
-    kept = {}
-    for name in own.keys() & values.get("margin", {}).keys():
-        with _fitting(saved, f"the margin's {name}"):
-            kept[name] = torch.tensor(values["margin"][name], dtype=own[name].dtype)
-            if kept[name].shape != own[name].shape:
-                raise ValueError(f"it must be {tuple(own[name].shape)}; it is {tuple(kept[name].shape)}")
-    return kept
+    found = []
+    for of, own in _numbers(head).items():
+        for name in own.keys() & values.get(of, {}).keys():
+            with _fitting(saved, f"the {of}'s {name}"):
+                kept = torch.tensor(values[of][name], dtype=own[name].dtype)
+                if kept.shape != own[name].shape:
+                    raise ValueError(f"it must be {tuple(own[name].shape)}; it is {tuple(kept.shape)}")
+                found.append((own[name], kept))
+    return found
 
 
 def _of_optimizer(saved: Saved, values: dict[str, Any], head: PartialFC) -> dict[str, Any]:
@@ -265,7 +275,7 @@ def _fitting(saved: Saved, name: str) -> Iterator[None]:
 
 
 def head_values(saved: Saved) -> dict[str, Any]:
-    """Return a head's saved values: ``step``, and the options of its margin and its fused optimizer.
+    """Return a head's saved values: ``step``, and the options of its margin, its scale and its fused optimizer.
 
     Raises:
         CheckpointError: if it is not that of a head.
@@ -273,7 +283,7 @@ def head_values(saved: Saved) -> dict[str, Any]:
     values = saved.value(_HEAD)
     if not isinstance(values, dict) or type(values.get("step")) is not int or not 0 <= values["step"] < 2**63:
         raise CheckpointError(f"{saved.directory} is damaged: {_HEAD} has no step")
-    if not all(isinstance(values.get(name, {}), dict) for name in ("margin", "optimizer")):
+    if not all(isinstance(values.get(name, {}), dict) for name in ("margin", "scale", "optimizer")):
         raise CheckpointError(f"{saved.directory} is damaged: {_HEAD} has no options of a margin or an optimizer")
     return values
 

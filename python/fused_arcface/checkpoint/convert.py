@@ -21,6 +21,7 @@ from .. import checkpoint
 from ..base.checks import check_size, check_sub_centers
 from ..base.keyed_random import CENTER_STD, fill_normal
 from ..base.reading import DataError, file_errors
+from ..base.suggest import missing_path
 from ..parallel.sharding import Sharding
 from ..store.folder import layout_of
 from . import other_projects, safetensors, stored
@@ -33,6 +34,10 @@ _NEW_ROWS = 1 << 16  # drawn at once
 
 class ConvertError(DataError):
     """A source that is not what its place or name says, or sources that do not go together."""
+
+
+class ConvertOptionError(ConvertError):
+    """An option that is out of its range, or that the sources do not allow."""
 
 
 @dataclass
@@ -86,7 +91,7 @@ def read(path: str | os.PathLike[str], sub_centers: int | None = None, *, trust:
     """
     path = Path(path)
     if not path.exists():
-        raise FileNotFoundError(f"there is no {path}")
+        raise FileNotFoundError(missing_path(path))
     try:
         found = _read_directory(path, trust) if path.is_dir() else _read_file(path)
     except ConvertError:
@@ -97,9 +102,9 @@ def read(path: str | os.PathLike[str], sub_centers: int | None = None, *, trust:
         check_sub_centers(sub_centers)
         own, rows = found.values.get("sub_centers"), found.tensors["weight"].shape[0]
         if own not in (None, sub_centers):
-            raise ConvertError(f"{path} has sub_centers={own}; got {sub_centers}")
+            raise ConvertOptionError(f"{path} has sub_centers={own}; got {sub_centers}")
         if rows % sub_centers:
-            raise ConvertError(f"{path} must have sub_centers={sub_centers} rows of each class; it has {rows}")
+            raise ConvertOptionError(f"{path} must have sub_centers={sub_centers} rows of each class; it has {rows}")
         found.values["sub_centers"] = sub_centers
     return found
 
@@ -192,7 +197,7 @@ def _checked(path: Path, tensors: dict[str, Rows], values: Any) -> Centers:
         if rows.shape[:1] != weight.shape[:1]:
             raise ConvertError(f"{path}: {name} must have {weight.shape[0]} rows, as weight; it is {rows.shape}")
     if not isinstance(values, dict):
-        raise ConvertError(f"{path}: what fused_arcface keeps there must be an object; it is a {type(values).__name__}")
+        raise ConvertError(f"{path}: its metadata of fused_arcface must be an object; it is a {type(values).__name__}")
     try:
         check_sub_centers(values.get("sub_centers", 1))
     except (TypeError, ValueError) as error:
@@ -252,7 +257,7 @@ def grow(source: Centers, num_classes: int, seed: int) -> Centers:
     """
     kept = source.num_classes
     if num_classes < kept:
-        raise ConvertError(f"classes must be >= {kept}, those of the source; got {num_classes}")
+        raise ConvertOptionError(f"classes must be >= {kept}, those of the source; got {num_classes}")
 
     first, last = kept * source.sub_centers, num_classes * source.sub_centers
 
@@ -336,6 +341,11 @@ def write(centers: Centers, path: str | os.PathLike[str], center_storage: str | 
     one_file = _is_one_file(path)
     if one_file and center_storage is not None:
         raise ConvertError(f"center_storage goes with a folder of checkpoints; the destination is {path}")
+    if center_storage is not None and "optimizer" not in centers.values:
+        raise ConvertError(
+            "center_storage needs a source with the state of a CenterSGD, whose momentum has its place in the file: "
+            "write a checkpoint without center_storage, and load it into a head that has one"
+        )
     seed = _checked_seed(centers.values.get("seed", 0))
     path.parent.mkdir(parents=True, exist_ok=True)
     if one_file:
@@ -372,7 +382,7 @@ def _is_one_file(path: Path) -> bool:
     if path.suffix.lower() == ".safetensors":
         return True
     if not path.is_dir() and (path.suffix or path.exists()):
-        raise ConvertError(f"the destination must be a .safetensors file or a folder of checkpoints; got {path}")
+        raise ConvertOptionError(f"the destination must be a .safetensors file or a folder of checkpoints; got {path}")
     return False
 
 
@@ -380,9 +390,9 @@ def _checked_seed(seed: object) -> int:
     try:
         checked = check_size("seed", seed, least=0)
     except (TypeError, ValueError) as error:
-        raise ConvertError(str(error)) from None
+        raise ConvertOptionError(str(error)) from None
     if checked >= 1 << 63:
-        raise ConvertError(f"seed must be in [0, 2^63); got {checked}")
+        raise ConvertOptionError(f"seed must be in [0, 2^63); got {checked}")
     return checked
 
 

@@ -323,7 +323,7 @@ def _open(directory: Path, trust: bool) -> Saved:
     listed = manifest["files"]
     with _boundary(directory, _MANIFEST):
         if METADATA not in listed or any(name != os.path.basename(name) for name in listed):
-            raise ValueError("its list of files is none of a checkpoint")
+            raise ValueError("its list of files is not that of a checkpoint")
         first = manifest["version"] == 1
         block = BLOCK if first else _block(manifest)
         records = {} if first else {name: _record(entry, block) for name, entry in listed.items()}
@@ -377,7 +377,7 @@ def _read_manifest(directory: Path) -> dict[str, Any]:
         if version == VERSION and manifest.pop("crc32") != _crc32(manifest):
             raise ValueError("its own checksum differs")
         if version not in (1, VERSION) or not all(isinstance(manifest[key], dict) for key in ("head", "files")):
-            raise ValueError("it is none of a checkpoint")
+            raise ValueError("it is not the manifest of a checkpoint")
     return manifest
 
 

@@ -93,7 +93,7 @@ def from_json(value: Any) -> Any:
         if len(value) == 1 and next(iter(value)).startswith("$"):
             kind, content = next(iter(value.items()))
             if kind[1:] not in _KINDS:
-                raise ValueError(f"{kind} is no kind of value")
+                raise ValueError(f"{kind} is not a known kind of value")
             return _KINDS[kind[1:]][2](from_json(content))
         return {key: from_json(item) for key, item in value.items()}
     return value
@@ -110,7 +110,7 @@ def _pairs(value: dict[Any, Any]) -> list[Any]:
 def _array(content: list[Any]) -> Any:
     dtype, shape, data = np.dtype(str(content[0])), content[1], base64.b64decode(content[2])
     if dtype.hasobject or dtype.names:
-        raise ValueError(f"an array of {dtype} is no array of numbers")
+        raise ValueError(f"an array of {dtype} is not an array of numbers")
     return np.frombuffer(data, dtype).reshape(shape).copy()
 
 

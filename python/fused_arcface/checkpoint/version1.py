@@ -78,7 +78,7 @@ class _Made:
 
 def _made(name: Any, arguments: tuple[Any, ...]) -> _Made:
     if not isinstance(name, Name):
-        raise Damaged("a call of something that is no name")
+        raise Damaged("it calls something that is not a name")
     return _Made(name, arguments)
 
 

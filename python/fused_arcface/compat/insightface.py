@@ -252,7 +252,7 @@ class PartialFC_V2(_PartialFC):
 
     Args:
         margin_loss: the margin.
-        embedding_size: D.
+        embedding_size: D, the length of an embedding.
         num_classes: C_total, over all ranks.
         sample_rate: fraction of the classes used in a step.
         fp16: accepted without effect; products follow the embeddings' dtype and autocast, and are summed in fp32.

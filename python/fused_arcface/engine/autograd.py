@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..base.dtypes import compute_dtype
+from ..base.normalize import unit_rows
 from ..base.once_differentiable import once_differentiable
 from ..margins.angular import Modulation
 from . import ops
@@ -51,7 +52,7 @@ class NegativesAndTarget(torch.autograd.Function):
         weight: Tensor,
         target: Tensor,
         second: Tensor | None,
-        scale: float,
+        scale: float | Tensor,
         with_center_sum: bool,
         backend: str,
         shard: Shard,
@@ -60,10 +61,12 @@ class NegativesAndTarget(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         negatives = dict(zip(Negatives._fields, numbers, strict=True))
         rows, centers = shard.all_rows(embeddings), shard.centers(weight)
-        shift = None
-        # The losses of classes lie far inside of the range of fp32.
-        if negatives["logistic"] is None and needs_shift(
-            scale, shard.num_classes or weight.shape[0], compute_dtype(rows, centers), *bounds
+        shift, given = None, scale
+        scale = ops.readable(scale)
+        is_logistic = negatives["logistic"] is not None  # such losses lie far inside of the range of fp32
+        if isinstance(scale, Tensor) or (
+            not is_logistic
+            and needs_shift(scale, shard.num_classes or weight.shape[0], compute_dtype(rows, centers), *bounds)
         ):
             maximum = _ops.class_max.default(rows, centers, target, backend, shard.class_count, **negatives)
             maximum = shard.ranks.max(maximum)
@@ -82,8 +85,11 @@ class NegativesAndTarget(torch.autograd.Function):
         if shard.with_max:
             maximum = shard.ranks.max(maximum)
         lse, mean_center = _ops.finish_negatives.default(total, shift, center_sum, backend)
-        ctx.save_for_backward(embeddings, weight, target, second, lse, mean_center)
-        ctx.scale, ctx.with_center_sum, ctx.backend, ctx.shard = scale, with_center_sum, backend, shard
+        known = None if isinstance(scale, Tensor) else scale
+        of_device = scale if isinstance(scale, Tensor) else None
+        ctx.save_for_backward(embeddings, weight, target, second, lse, mean_center, of_device)
+        ctx.scale_dtype = given.dtype if isinstance(given, Tensor) else None
+        ctx.scale, ctx.with_center_sum, ctx.backend, ctx.shard = known, with_center_sum, backend, shard
         ctx.negatives = negatives
         ctx.mark_non_differentiable(maximum)
         ctx.set_materialize_grads(False)
@@ -100,16 +106,21 @@ class NegativesAndTarget(torch.autograd.Function):
         d_second_cosine: Tensor | None,
     ) -> tuple[Tensor | None, ...]:
         shard = ctx.shard
-        embeddings, weight, target, second_row, lse, mean_center = saved
+        embeddings, weight, target, second_row, lse, mean_center, of_device = saved
+        scale = ctx.scale if of_device is None else of_device
         rows = shard.all_rows(embeddings)
         # A gradient is None where the loss does not depend on the output.
         dtype = compute_dtype(rows, weight)
         d_lse = torch.zeros_like(lse, dtype=dtype) if d_lse is None else d_lse
         d_target_cosine = torch.zeros_like(lse, dtype=dtype) if d_target_cosine is None else d_target_cosine
-        negative_coefficient = ctx.scale * d_lse
-        gradients = RowGradients(ctx.scale, lse, negative_coefficient, d_target_cosine)
+        negative_coefficient = scale * d_lse
+        gradients = RowGradients(scale, lse, negative_coefficient, d_target_cosine)
         second = None if d_second_cosine is None else SecondTarget(second_row, d_second_cosine)
-        d_embeddings = d_weight = None
+        d_embeddings = d_weight = d_scale = None
+        if ctx.needs_input_grad[4]:
+            # By the scale, lse has the derivative Σ p_j·cos_j, the cosine with the mean of the centers that it sums.
+            along = (unit_rows(rows.to(mean_center.dtype)) * mean_center).sum(1)
+            d_scale = shard.ranks.sum((d_lse.double() * along).sum()).to(ctx.scale_dtype)
         if ctx.with_center_sum:
             d_unit = _ops.unit_embedding_grad.default(
                 weight, shard.target_rows(target), mean_center, negative_coefficient, d_target_cosine, ctx.backend
@@ -127,7 +138,7 @@ class NegativesAndTarget(torch.autograd.Function):
         if shard.update is not None:
             shard.update.apply(rows, shard.classes, target, gradients, ctx.backend, Negatives(**ctx.negatives), second)
         elif ctx.needs_input_grad[1]:
-            weight_grad, (factor,) = ops.for_numbers(_ops.weight_grad, ctx.scale)
+            weight_grad, (factor,) = ops.for_numbers(_ops.weight_grad, scale)
             centers = shard.centers(weight)
             d_centers = weight_grad(rows, centers, target, factor, *gradients[1:], ctx.backend, **ctx.negatives)
             if second is not None:
@@ -138,7 +149,7 @@ class NegativesAndTarget(torch.autograd.Function):
             if ctx.needs_input_grad[0]:
                 d_embeddings = _ops.embedding_grad.default(d_unit, shard.own_rows(rows), ctx.backend)
         d_logistic = None if d_bias is None else F.pad(d_bias[None], (4, 0))
-        return d_embeddings, d_weight, *(None for _ in range(10)), d_logistic
+        return d_embeddings, d_weight, None, None, d_scale, *(None for _ in range(7)), d_logistic
 
 
 def cosines_of_targets(
@@ -163,7 +174,7 @@ def negatives_and_target(
     embeddings: Tensor,
     weight: Tensor,
     target: Tensor,
-    scale: float,
+    scale: float | Tensor,
     backend: str,
     shard: Shard = ONE_DEVICE,
     sub_centers: int = 1,
@@ -180,7 +191,8 @@ def negatives_and_target(
         weight: (C, D), this rank's classes.
         target: (N,) int64, all ranks' rows: an index into the centers that the step uses; ``ABSENT``: no target here,
             all classes are negatives, and without a target on any rank the cosine is 0; ``INVALID``: the cosine is NaN.
-        scale: of the logits.
+        scale: of the logits, a number or 0-dim. Its gradient, the same on every rank, is for negatives that are not
+            modulated.
         backend: a name that :func:`fused_arcface.backends.select` returned.
         shard: what is held here of the classes, and how to reach the rest.
         sub_centers: rows of weight for each class; the target is then a row of weight.
@@ -192,6 +204,7 @@ def negatives_and_target(
     bounds = (1.0, 1.0) if modulation is None else (modulation.greatest, modulation.steepest)
     changed = (None, None) if modulation is None else (modulation.threshold, modulation.coefficients)
     requires_grad = embeddings.requires_grad if shard.batch is None else shard.batch.requires_grad
+    requires_grad |= isinstance(scale, Tensor) and scale.requires_grad
     result: tuple[Tensor, Tensor, Tensor, Tensor | None] = NegativesAndTarget.apply(
         embeddings,
         weight,

@@ -37,7 +37,7 @@ class JointCalls(nn.Module):
     ranks: Ranks
     sharding: Sharding
     margin: Margin
-    scale: float
+    scale: Any
     sub_centers: int
     label_smoothing: float
     embedding_dim: int
@@ -106,8 +106,13 @@ class JointCalls(nn.Module):
         if self.ranks.world_size == 1:
             return {}
         own = {"weight.dtype": self.weight.dtype, **more}
-        if isinstance(self.margin, nn.Module) and not self._calls:  # later it is the same steps that change it
-            own["margin.state"] = {name: tensor.tolist() for name, tensor in self.margin.state_dict().items()}
+        for name, held in (("margin", self.margin), ("scale", self.scale)):
+            if self._calls:  # later it is the same steps that change them
+                break
+            if isinstance(held, nn.Module):
+                own[f"{name}.state"] = {key: tensor.tolist() for key, tensor in held.state_dict().items()}
+            elif isinstance(held, Tensor):
+                own[f"{name}.value"] = held.item()
         return {"call": call, **self._options(), **{name: str(value) for name, value in own.items()}}
 
     def _step_agreement(
@@ -132,8 +137,11 @@ class JointCalls(nn.Module):
             "target": "mixed" if isinstance(target, (tuple, list)) else "labels",
             "sample_weight": "none" if sample_weight is None else "given",
         }
-        if isinstance(self.margin, nn.Module):
-            more["margin.training"] = self.margin.training
+        for name, held in (("margin", self.margin), ("scale", self.scale)):
+            if isinstance(held, nn.Module):
+                more[f"{name}.training"] = held.training
+            elif isinstance(held, Tensor):
+                more[f"{name}.requires_grad"] = held.requires_grad
         if self.center_optimizer is not None:
             group = self.center_optimizer.param_groups[0]
             more |= {f"center_optimizer.{name}": group[name] for name in ("lr", "momentum", "weight_decay")}

@@ -49,7 +49,7 @@ def _resting(margin: Margin) -> Iterator[None]:
 
 
 def with_margin(cosines: Tensor, embeddings: Tensor, target_class: Tensor, options: HeadOptions) -> Tensor:
-    """Return the logits (N, C) with the margin, whose softmax cross-entropy is the loss.
+    """Return the cosines (N, C) with the margin. Times the scale they are logits whose cross-entropy is the loss.
 
     A penalty that the margin adds to the rows' losses (MagFace) is in no logit.
 
@@ -86,7 +86,12 @@ def with_margin(cosines: Tensor, embeddings: Tensor, target_class: Tensor, optio
         sine = ((1 - cosines) * (1 + cosines)).clamp(min=1e-4).sqrt()
         modulated = (a * cosines + b) * cosines + d + e * sine
         cosines = torch.where((negatives > change.threshold[:, None]) & counted[:, None], modulated, cosines)
-    return options.scale * torch.where(is_target, modified[:, None], cosines)
+    return torch.where(is_target, modified[:, None], cosines)
+
+
+def scaled(cosines: Tensor, scale: float | Tensor) -> Tensor:
+    """Return logits (N, C) in the dtype of the cosines, for a scale that is a number or a 0-dim tensor."""
+    return (scale.to(cosines.dtype) if isinstance(scale, Tensor) else scale) * cosines
 
 
 class _AllRows(torch.autograd.Function):

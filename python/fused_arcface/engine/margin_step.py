@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..margins.protocol import Margin, Modulation, RowMargin
+from ..margins.protocol import Modulation, RowMargin
 from ..margins.state import Place, has_state, state_of
 from ..parallel.ranks import JointBatch, Ranks
 
@@ -81,11 +81,11 @@ def _has_ranks() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
-def in_step(margin: Margin, embeddings: Tensor, alone: bool) -> Margin:
+def in_step(margin: Any, embeddings: Tensor, alone: bool) -> Any:
     """Return the margin to use in one forward pass; a margin without a state is returned as it is.
 
     Args:
-        margin: a head's margin.
+        margin: a head's margin, or its scale if that is a module.
         embeddings: (n, D) of this rank.
         alone: whether the embeddings are all rows there are. If false and torch.distributed has several ranks, the
             margin gets the rows of all of them, and every rank of the default group has to make this call.
@@ -121,6 +121,8 @@ class _InStep:
     for_rows: Callable[[Tensor, Tensor], RowMargin]
     for_labels: Callable[[Tensor, Tensor], RowMargin]
     modulate: Callable[[Tensor, Tensor], Modulation]
+    rescale: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+    current: Callable[[int], Tensor]
 
     def __init__(self, margin: nn.Module, step: _Step) -> None:
         self._margin: Any = margin
@@ -132,6 +134,9 @@ class _InStep:
             self.for_labels = self._for_labels
         if hasattr(margin, "modulate"):
             self.modulate = self._modulate
+        if hasattr(margin, "rescale"):
+            self.rescale = self._rescale
+            self.current = self._current
 
     def _call(self, function: Callable[..., Any], *args: Any) -> Any:
         return function(*args)
@@ -163,6 +168,16 @@ class _InStep:
     def _modulate(self, target_cosine: Tensor, counted: Tensor) -> Modulation:
         change: Modulation = self._call(self._margin.modulate, *self._joint(target_cosine, counted))
         return change._replace(threshold=self._own(change.threshold))
+
+    def _current(self, num_classes: int) -> Tensor:
+        scale: Tensor = self._call(self._margin.current, num_classes)
+        return scale
+
+    def _rescale(self, lse: Tensor, target_cosine: Tensor, counted: Tensor, scale: Tensor) -> Tensor:
+        joint, counted = self._joint(lse, counted)
+        cosines, _ = self._joint(target_cosine)
+        result: Tensor = self._call(self._margin.rescale, joint, cosines, counted, scale)
+        return result
 
     def _insert(self, own: Tensor, rows: Tensor) -> Tensor:
         """Return all ranks' rows (N,), with this rank's part replaced by ``own`` (n,), which has a gradient."""

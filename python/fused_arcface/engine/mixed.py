@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..base.dtypes import compute_dtype
 from ..base.normalize import stored_gradient, unit_gradient, unit_rows
+from .ops import for_numbers, reads_for_free
 from .targets import Rows
 from .terms import ABSENT, IGNORED, CenterStep, Negatives, RowGradients, SecondTarget
 
@@ -104,18 +105,17 @@ def update_both(
     """
 
     def update(embeddings: Tensor, target: Tensor, gradients: RowGradients, step: CenterStep) -> None:
-        torch.ops.fused_arcface.update_centers(
-            embeddings, weight, target, *gradients, *step, backend, **negatives._asdict()
-        )
+        operator, (scale,) = for_numbers(torch.ops.fused_arcface.update_centers, gradients.scale)
+        operator(embeddings, weight, target, scale, *gradients[1:], *step, backend, **negatives._asdict())
 
     if second is None or weight.shape[0] == 0 or target.shape[0] == 0:
         update(embeddings, target, gradients, step)
         return
     groups = _ascending(torch.where(second.row < 0, -1, second.row // negatives.sub_centers))
     sub_centers = torch.arange(negatives.sub_centers, device=target.device)
-    chosen = (groups[:, None] * negatives.sub_centers + sub_centers).flatten()  # among the centers of the step
     is_row = (groups < _NONE).repeat_interleave(negatives.sub_centers)
-    row = chosen.masked_fill(~is_row, 0)
+    row = (groups.masked_fill(groups == _NONE, 0)[:, None] * negatives.sub_centers + sub_centers).flatten()
+    chosen = row.masked_fill(~is_row, _NONE)  # among the centers of the step
     row = torch.where(is_row, row if step.classes is None else step.classes.index_select(0, row), weight.shape[0])
     restore = [_keep(each, row) for each in (weight, step.momentum_buffer, step.momentum_scale) if each is not None]
     update(embeddings, target, gradients, step)
@@ -136,17 +136,12 @@ _NONE = 2**62
 """An entry of a list that is padding."""
 
 
-def _counts_for_free(device: torch.device) -> bool:
-    """Return true if the host waits for nothing when it reads a tensor on the device."""
-    return device.type == "cpu"
-
-
 def _ascending(numbers: Tensor) -> Tensor:
     """Return the numbers (N,) that are not negative, ascending and each once.
 
     On a GPU, where their count would be a wait, the end of the list is padding.
     """
-    if _counts_for_free(numbers.device):
+    if reads_for_free(numbers):
         return numbers[numbers >= 0].unique()
     ordered = numbers.sort().values
     repeated = torch.cat([torch.zeros_like(ordered[:1], dtype=torch.bool), ordered[1:] == ordered[:-1]])

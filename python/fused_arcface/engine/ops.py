@@ -18,6 +18,7 @@ from torch import Tensor
 from .. import backends
 from ..base.checks import check_row_factors, check_target_range
 from ..base.dtypes import compute_dtype
+from ..base.ranges import POSITIVE, check_number
 from .terms import IGNORED, INVALID, PLAIN, CenterStep, Negatives, RowGradients, check_update
 
 _ROWS = "Tensor embeddings, Tensor weight, Tensor target"
@@ -53,33 +54,76 @@ for _name, _schema in _SCHEMAS.items():
 _NUMBERS = {
     "class_stats": ("scale",),
     "weight_grad": ("scale",),
+    "update_centers": ("scale",),
     "margin_loss": ("scale", "m1", "m2", "m3"),
 }
 
 
-def for_numbers(operator: Any, *numbers: float) -> tuple[Callable[..., Any], tuple[float | Tensor, ...]]:
+def reads_for_free(number: Tensor) -> bool:
+    """Return true if the host waits for nothing when it reads a tensor."""
+    return number.device.type == "cpu"
+
+
+def readable(scale: float | Tensor) -> float | Tensor:
+    """Return a scale as a number, or as a 0-dim fp64 tensor if the host cannot read it without a wait."""
+    if not isinstance(scale, Tensor):
+        return scale
+    scale = scale.detach()
+    if torch.compiler.is_compiling() or not reads_for_free(scale):
+        return scale.double()
+    number = float(scale)
+    check_number("scale", number, POSITIVE)
+    return number
+
+
+def for_numbers(operator: Any, *numbers: float | Tensor) -> tuple[Callable[..., Any], tuple[float | Tensor, ...]]:
     """Return the overload of an operator to call, and the operator's numbers as that overload takes them.
 
     A number that changes is a symbol under torch.compile. Inductor has no number that is unknown until the graph runs:
     one that reaches an operator as a number makes a graph for each value. A product with a tensor may be unknown.
     """
+    if any(isinstance(each, Tensor) for each in numbers):
+        of_cpu = {"dtype": torch.float64, "device": "cpu"}
+        tensors = [each if isinstance(each, Tensor) else torch.full((), each, **of_cpu) for each in numbers]
+        return operator.tensor_numbers, tuple(tensors)
     if torch.compiler.is_compiling():
         from torch.fx.experimental.symbolic_shapes import has_static_value
 
-        if not all(has_static_value(each) for each in numbers):
+        if not all(isinstance(each, Tensor) or has_static_value(each) for each in numbers):
             one = torch.ones((), dtype=torch.float64, device="cpu")
             return operator.tensor_numbers, tuple(each * one for each in numbers)
     return operator.default, numbers
 
 
 def _run_with_numbers(name: str, *arguments: Any, **options: Any) -> Any:
-    """Run an operator of that name with its tensors of one number read. They are on the CPU: this waits for nothing."""
+    """Run an operator of that name with its tensors of one number read, where the host waits for nothing.
+
+    Others are scales that only the device knows. The backend then has the feature ``device_scale``.
+    """
     operator = getattr(torch.ops.fused_arcface, name).default
     names = [argument.name for argument in operator._schema.arguments]
     read = [
-        given.item() if argument in _NUMBERS[name] else given for argument, given in zip(names, arguments, strict=False)
+        given.item() if argument in _NUMBERS[name] and reads_for_free(given) else given
+        for argument, given in zip(names, arguments, strict=False)
     ]
+    if isinstance(read[names.index("scale")], Tensor):
+        return _OF_DEVICE[name](*read, **options)
     return operator(*read, **options)
+
+
+_OF_DEVICE: dict[str, Callable[..., Any]] = {}
+"""The functions behind the operators that take a scale which only the device knows."""
+
+
+def _implementation(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Register a function as an operator, also for a scale which only the device knows."""
+
+    def register(function: Callable[..., Any]) -> Callable[..., Any]:
+        torch.library.impl(f"fused_arcface::{name}", "default", function)
+        _OF_DEVICE[name] = function
+        return function
+
+    return register
 
 
 for _name, _numbers in _NUMBERS.items():
@@ -208,7 +252,7 @@ def _class_max_fake(
     return _target_cosine_fake(embeddings, weight, target, backend)
 
 
-@torch.library.impl("fused_arcface::class_stats", "default")
+@_implementation("class_stats")
 def _class_stats(
     embeddings: Tensor,
     weight: Tensor,
@@ -250,7 +294,7 @@ def _class_stats_fake(
     return rows, torch.empty_like(rows), center_sum
 
 
-@torch.library.impl("fused_arcface::weight_grad", "default")
+@_implementation("weight_grad")
 def _weight_grad(
     embeddings: Tensor,
     weight: Tensor,
@@ -297,7 +341,7 @@ def _bias_grad_fake(
     return lse.new_empty(())
 
 
-@torch.library.impl("fused_arcface::update_centers", "default")
+@_implementation("update_centers")
 def _update_centers(
     embeddings: Tensor,
     weight: Tensor,
@@ -315,6 +359,7 @@ def _update_centers(
         _run("update_centers", embeddings, weight, target, gradients, step, backend, negatives=Negatives(**negatives))
 
 
+@torch.library.register_fake("fused_arcface::update_centers.tensor_numbers")
 @torch.library.register_fake("fused_arcface::update_centers")
 def _update_centers_fake(*_: object, **__: object) -> None:
     return None

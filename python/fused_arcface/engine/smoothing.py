@@ -35,7 +35,7 @@ class Smoothing(NamedTuple):
     cosine_sum: Tensor
     """(N,) ``Σ_j cos_ij`` over all classes, the target's without a margin among them."""
 
-    def loss(self, loss: Tensor, target_cosine: Tensor, target_logit: Tensor, scale: float) -> Tensor:
+    def loss(self, loss: Tensor, target_cosine: Tensor, target_logit: Tensor, scale: float | Tensor) -> Tensor:
         """Return smoothed row losses (N,) from the usual ones.
 
         With z the target's logit and ``lse = loss + z`` they are ``(1 - ε)·(lse - z) + ε/C·Σ_j (lse - z_j)``.

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .. import backends
 from ..base.checks import check_inputs
@@ -19,11 +21,15 @@ from .autograd import cosines_of_targets, negatives_and_target
 from .margin_step import in_step
 from .mixed import nearer_first, of_both
 from .nearest import hardest_negatives
+from .ops import readable
 from .shard import ONE_DEVICE, Shard
 from .smoothing import smoothing, two_uses
 from .tail import loss_of_mixed_rows, loss_of_rows
 from .targets import Labels, Rows, Target, labels_and_share
 from .terms import IGNORED
+
+_Compared = tuple[Tensor, Tensor, Tensor, Tensor | None]
+"""The results of :func:`negatives_and_target`."""
 
 
 def loss_on_one_device(
@@ -43,8 +49,7 @@ def loss_on_one_device(
     backend = backends.select(backend, embeddings.device, compute_dtype(embeddings, weight), options.needs())
     embeddings = as_autocast(embeddings)
     num_classes = weight.shape[0] // options.sub_centers
-    options.check_classes(num_classes)
-    options.check_target(target)
+    options.check_step(target, num_classes, embeddings.device)
 
     def of_labels(labels: Tensor) -> Target:
         label = torch.ops.fused_arcface.local_target.default(labels, num_classes, ignore_index)
@@ -85,7 +90,7 @@ def loss_over_classes(
         backend: A name that :func:`fused_arcface.backends.select` returned.
         shard: The classes held here, and the way to reach the rest.
     """
-    scale, sub_centers, label_smoothing = options.scale, options.sub_centers, options.label_smoothing
+    sub_centers, label_smoothing = options.sub_centers, options.label_smoothing
     x, w = embeddings, weight
     if label_smoothing > 0:
         (embeddings, x), (weight, w) = two_uses(embeddings), two_uses(weight)
@@ -110,28 +115,54 @@ def loss_over_classes(
     elif modulates(margin) or sub_centers > 1:
         cosine, target_row = nearest(rows.target)
         change = modulation(margin, cosine, ~ignored, hardest)
-    lse, cosine, greatest, other_cosine = negatives_and_target(
-        embeddings,
-        weight,
-        target_row,
-        scale,
-        backend,
-        shard,
-        sub_centers,
-        change,
-        second_row,
-        logistic=binary_numbers(margin, scale),
-    )
-    smoothed = smoothing(x, w, label_smoothing, shard.num_classes or weight.shape[0], shard)
+
+    def compare(scale: float | Tensor) -> _Compared:
+        logistic = binary_numbers(margin, scale)
+        return negatives_and_target(
+            embeddings, weight, target_row, scale, backend, shard, sub_centers, change, second_row, logistic
+        )
+
+    num_classes = shard.num_classes or weight.shape[0] // sub_centers
+    if isinstance(options.scale, nn.Module):
+        step = in_step(options.scale, embeddings, alone=shard.batch is not None)
+        scale, found = _with_adapting_scale(options.scale, step, compare, ~ignored, num_classes)
+    else:
+        scale, found = options.scale, compare(options.scale)
+    lse, cosine, greatest, other_cosine = found
+    smoothed = smoothing(x, w, label_smoothing, num_classes, shard)
     factors = None if rows.sample_weight is None else rows.sample_weight.to(lse.dtype)
     if rows.second is None or order is None or other_cosine is None:
-        found = lse, cosine, greatest
-        return loss_of_rows(*found, ignored, own.modify, scale, reduction, backend, own.penalty, smoothed, factors)
+        row = lse, cosine, greatest
+        return loss_of_rows(*row, ignored, own.modify, scale, reduction, backend, own.penalty, smoothed, factors)
     of_second = for_rows(margin, norms, rows.second.label, ~ignored) if hasattr(margin, "for_labels") else own
     both = of_both(order, lse, cosine, other_cosine, scale)
     correct = (cosine > greatest).detach() & ~order.swapped & (rows.target.label != IGNORED)
     margins = own.modify, of_second.modify
     return loss_of_mixed_rows(both, margins, rows, correct, scale, reduction, own.penalty, smoothed, factors)
+
+
+def _with_adapting_scale(
+    scale: Any, step: Any, compare: Callable[[float | Tensor], _Compared], counted: Tensor, num_classes: int
+) -> tuple[float | Tensor, _Compared]:
+    """Return the scale of a step, and what the pass over the classes gives with it.
+
+    Args:
+        scale: the head's scale, such as AdaCos.
+        step: the same in this step, see :func:`in_step`.
+        compare: the pass over the classes, for a scale.
+        counted: (N,) bool, false for ignored rows.
+        num_classes: over all shards.
+    """
+    value = step.current(num_classes)
+    if scale.training and not scale.delayed:
+        with torch.no_grad():
+            lse, cosine, *_ = compare(value)
+        value = step.rescale(lse, cosine, counted, value)
+    used = readable(value)
+    found = compare(used)
+    if scale.training and scale.delayed:
+        step.rescale(found[0].detach(), found[1].detach(), counted, value)
+    return used, found
 
 
 def as_autocast(embeddings: Tensor) -> Tensor:

@@ -91,7 +91,7 @@ def reduce_loss(loss: Tensor, counted: Tensor, reduction: str, sample_weight: Te
 
 
 def row_losses(
-    negative_lse: Tensor, target_cosine: Tensor, margin: Margin, scale: float, smoothed: Smoothing | None
+    negative_lse: Tensor, target_cosine: Tensor, margin: Margin, scale: float | Tensor, smoothed: Smoothing | None
 ) -> tuple[Tensor, Tensor]:
     """Return the rows' losses (N,), differentiable, and their full log-sum-exps (N,), for any margin.
 
@@ -104,7 +104,7 @@ def row_losses(
         return loss, negative_lse.detach()
     modified = margin(target_cosine.clone())  # a copy: a user's margin may work in place
     check_margin_output(modified, target_cosine)
-    target_logit = scale * modified
+    target_logit = (scale.to(modified.dtype) if isinstance(scale, Tensor) else scale) * modified
     # softplus, not log(exp + exp) - z, which cancels for well-classified rows; past 40 it is linear to fp64's last bit.
     loss = F.softplus(negative_lse - target_logit, threshold=40)
     if smoothed is not None:
@@ -118,7 +118,7 @@ def loss_of_rows(
     negative_max: Tensor,
     ignored: Tensor,
     margin: Margin,
-    scale: float,
+    scale: float | Tensor,
     reduction: str,
     backend: str = "torch",
     penalty: Tensor | None = None,
@@ -141,11 +141,12 @@ def loss_of_rows(
         sample_weight: (N,) factors of the rows' losses, or None. The statistics' losses are without them.
     """
     feature = "fused_margin_fp64" if negative_lse.dtype == torch.float64 else "fused_margin"
-    fuses = backends.has(backend, feature) and smoothed is None and penalty is None
+    plain = isinstance(scale, Tensor) or smoothed is not None or penalty is not None
+    fuses = backends.has(backend, feature) and not plain
     numbers = parameters(margin) if fuses else None
     if numbers is not None:
         reduced, loss, lse = _FusedMarginLoss.apply(
-            negative_lse, target_cosine, ignored, sample_weight, reduction, float(scale), *numbers, backend
+            negative_lse, target_cosine, ignored, sample_weight, reduction, scale, *numbers, backend
         )
     else:
         loss, lse = row_losses(negative_lse, target_cosine, margin, scale, smoothed)
@@ -164,7 +165,7 @@ def loss_of_mixed_rows(
     margins: tuple[Margin, Margin],
     rows: Rows,
     correct: Tensor,
-    scale: float,
+    scale: float | Tensor,
     reduction: str,
     penalty: Tensor | None = None,
     smoothed: Smoothing | None = None,

@@ -53,7 +53,8 @@ class RowGradients(NamedTuple):
     ``target_coefficient_i`` for the target.
     """
 
-    scale: float
+    scale: float | Tensor
+    """A number, or 0-dim fp64 if only the device knows it."""
     lse: Tensor
     """(N,) fp64 log-sum-exp of the row's negative logits."""
     negative_coefficient: Tensor

@@ -150,7 +150,7 @@ def k_fold_accuracy(same: Values, scores: Values, folds: int = 10, thresholds: V
     """
     same, scores = _scored_pairs(same, scores)
     if not 2 <= folds <= len(same):
-        raise ValueError(f"{folds} folds must be >= 2 and <= the number of pairs; there are {len(same)} pairs")
+        raise ValueError(f"folds must be >= 2 and <= the number of pairs {len(same)}; got {folds}")
     accuracies = []
     for test in np.array_split(np.arange(len(same)), folds):
         train = np.ones(len(same), dtype=bool)

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 class StatefulMargin(nn.Module):
     """Base of the margins with running statistics.
 
-    Floating-point buffers stay fp32 when the head is cast, and when a file with another dtype is loaded.
+    Floating-point buffers keep their dtype, fp32 or fp64, when the head is cast, and when a file with another dtype is
+    loaded.
     """
 
     changes = True
@@ -30,10 +31,11 @@ class StatefulMargin(nn.Module):
         return self
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        before = {name: buffer.dtype for name, buffer in self._buffers.items() if buffer is not None}
         super()._load_from_state_dict(*args, **kwargs)
         for name, buffer in self._buffers.items():
             if buffer is not None and buffer.is_floating_point():
-                self._buffers[name] = buffer.float()  # with assign=True it has the file's dtype
+                self._buffers[name] = buffer.to(before[name])  # with assign=True it has the file's dtype
 
 
 Place = tuple[nn.Module, str]

@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
 from ..parallel.ranks import Ranks
-from .columns import Buffers, Columns, Tensors
+from .columns import Buffers, Columns, Tensors, gather, scatter
 from .file import FileRows
 from .lanes import StreamLane, ThreadLane, visible
 from .pipeline import Pipeline, SampledRows, Traffic
@@ -126,11 +126,11 @@ class _HostRows:
 
     def read(self, rows: Tensor, out: Tensors, keep: bool) -> None:
         for name, tensor in self._tensors().items():
-            torch.index_select(tensor, 0, rows, out=out[name])
+            gather(tensor, rows, out[name])
 
     def write(self, rows: Tensor, tensors: Tensors) -> None:
         for name, tensor in self._tensors().items():
-            tensor.index_copy_(0, rows, tensors[name])
+            scatter(tensor, rows, tensors[name])
 
 
 class HostCenters(CenterStore):
@@ -143,6 +143,9 @@ class HostCenters(CenterStore):
 
     def __deepcopy__(self, _: object) -> HostCenters:
         return HostCenters(self.device, self._num_rows, self._row_start)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return HostCenters, (self.device, self._num_rows, self._row_start)
 
     def place(self, target_class: Tensor) -> Tensor:
         return target_class
@@ -220,7 +223,8 @@ class FileCenters(CenterStore):
     def __deepcopy__(self, _: object) -> NoReturn:
         raise StoreError(f"a head whose class centers are in a file cannot be copied: {self.rows.folder} has one owner")
 
-    __reduce__ = __deepcopy__  # type: ignore[assignment]
+    def __reduce__(self) -> NoReturn:
+        self.__deepcopy__(None)
 
     def place(self, target_class: Tensor) -> Tensor:
         return target_class.cpu()

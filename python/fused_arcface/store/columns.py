@@ -66,3 +66,31 @@ class Buffers:
             room = math.ceil(count * 1.1)  # samples differ a little in size
             held = self._sets[turn % 2] = self._columns.empty(room, self._device, self._pinned)
         return {name: tensor[:count] for name, tensor in held.items()}
+
+
+def gather(source: Tensor, rows: Tensor, out: Tensor) -> None:
+    """Fill ``out`` (K, width) with rows (K,) of ``source``."""
+    source, out = _in_words(source, out)
+    torch.index_select(source, 0, rows, out=out)
+
+
+def some_rows(tensors: Tensors, places: Tensor) -> Tensors:
+    """Return the rows at some places (K,), ascending; the tensors themselves if these are all."""
+    if len(places) == len(tensors["weight"]):
+        return tensors
+    return {name: tensor[places] for name, tensor in tensors.items()}
+
+
+def scatter(to: Tensor, rows: Tensor, source: Tensor) -> None:
+    """Replace rows (K,) of ``to`` by ``source`` (K, width)."""
+    to, source = _in_words(to, source)
+    to.index_copy_(0, rows, source)
+
+
+def _in_words(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Return rows as 64-bit words if all have whole ones: torch moves an element at a time, also one of int8."""
+    for tensor in tensors:
+        size = tensor.element_size()
+        if not tensor.is_contiguous() or tensor.shape[1] * size % 8 or tensor.storage_offset() * size % 8:
+            return tensors
+    return tuple(tensor.view(torch.int64) for tensor in tensors)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from ..base import files
 from ..parallel.ranks import Ranks
 from . import folder as folders
-from .columns import Columns, Tensors
+from .columns import Columns, Tensors, some_rows
 from .journal import Journal, journals, undo
 from .lock import RowLock
 from .records import Records, StoreError
@@ -20,9 +21,8 @@ from .records import Records, StoreError
 class FileRows:
     """The rows of one shard in the file of a store.
 
-    To open a store is a collective. A store that is not there is made, with no row touched. One that is there has the
-    rows of some run: it is opened for :meth:`go_back`, and nothing else until then; unless no checkpoint has been saved
-    of that run, which then begins anew.
+    Opening is a collective. A missing store is made, with no row touched. An existing store has the rows of some run:
+    until :meth:`go_back` nothing else is possible. If no checkpoint of that run was saved, it begins anew.
 
     Args:
         folder: of the store, on a file system that all ranks see.
@@ -50,7 +50,11 @@ class FileRows:
             if not self.layout.same_rows(wanted):
                 raise StoreError(f"{folder} holds {self.layout.describe()}; this head has {wanted.describe()}")
             self._lock = RowLock(folder, first, first + count)
-            self._records = Records(folder / folders.ROWS, columns, num_rows, seed)
+            try:
+                self._records = Records(folder / folders.ROWS, columns, num_rows, seed)
+            except BaseException:
+                self._lock.close()
+                raise
         self._guard = threading.Lock()  # of the journal: two threads read rows that will change
         self._journal: Journal | None = None
         self._begun = False
@@ -105,11 +109,9 @@ class FileRows:
             return
         with self._guard:
             kept = ((markers != journal.number) & (markers != 0)).nonzero().squeeze(1)
-            former = {name: tensor[kept] for name, tensor in out.items()} if len(kept) < len(rows) else out
-            journal.add(numbers[kept], markers[kept], former, numbers[untouched])
+            journal.add(numbers[kept], markers[kept], some_rows(out, kept), numbers[untouched])
             if len(untouched) > 0:  # as they are: to write them again will need no room
-                initial = {name: tensor[untouched] for name, tensor in out.items()}
-                self._records.write(numbers[untouched], initial, journal.number)
+                self._records.write(numbers[untouched], some_rows(out, untouched), journal.number)
 
     def write(self, rows: Tensor, tensors: Tensors) -> None:
         """Write rows (K,) of this shard that :meth:`read` has kept.
@@ -182,9 +184,8 @@ class FileRows:
         if kept:
             folders.remember(self.folder, kept if kept[-1] == state else [*kept, state])
 
-    def _on_first(self, function: object) -> None:
+    def _on_first(self, function: Callable[[], None]) -> None:
         """Call a function on the first rank, when all have come here, and go on when it is done. A collective."""
-        assert callable(function)
         self._ranks.gather_objects(None)
         with self._ranks.together("center_storage"):
             if self._ranks.rank == 0:

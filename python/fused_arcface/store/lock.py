@@ -21,8 +21,8 @@ def _key(status: os.stat_result) -> tuple[int, int]:
 class RowLock:
     """The lock of rows ``[first, last)`` of a store, until :meth:`close` or the end of this process, however it ends.
 
-    It is a POSIX record lock, one byte for each row, as the lock of a run's folder is one: the kernel releases it, and
-    forked processes do not inherit it. Ranks lock their own rows.
+    It is a POSIX record lock with one byte for each row. The kernel releases it, and forked processes do not inherit
+    it. Ranks lock their own rows.
 
     Args:
         folder: of the store.

@@ -15,7 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from .columns import Buffers, Columns, Tensors
+from .columns import Buffers, Columns, Tensors, gather, scatter
 from .lanes import StreamLane, ThreadLane, Wait
 from .records import StoreError
 
@@ -45,13 +45,13 @@ class SampledRows:
     """Copies of the rows of one step, in memory of their own."""
 
     rows: Tensor
-    """(K,) int64 indices into the shard, ascending; from some place on the number of its rows, which is padding."""
+    """(K,) int64 indices into the shard, ascending. Padding at the end has the number of its rows."""
     ids: Tensor
     """(K,) int64 global numbers of the rows."""
     tensors: Tensors
     """K rows of each column, contiguous."""
     write_back: Callable[[], None]
-    """Gives the rows back to the store, after they have been changed. To be called once at most."""
+    """Gives the rows back to the store, after they have been changed. Call it once at most."""
     turn: int = 0
     ready: Wait = lambda: None
     """Waits until the tensors can be read."""
@@ -139,7 +139,7 @@ class Pipeline:
         else:
             at = torch.searchsorted(ahead[0], rows).clamp_(max=len(ahead[0]) - 1)
             for name, tensor in tensors.items():
-                torch.index_select(ahead[1][name], 0, at, out=tensor)
+                gather(ahead[1][name], at, tensor)
             self._read_targets(rows, targets, ahead[0], room, update)
             self._take_from_last(rows, tensors)
         if self._lane is not None and upcoming is not None:
@@ -185,7 +185,7 @@ class Pipeline:
         self._read(targets, read, keep)
         places = torch.searchsorted(rows, targets)
         for name, tensor in read.items():
-            room[name].index_copy_(0, places, tensor)
+            scatter(room[name], places, tensor)
 
     @property
     def _is_stream(self) -> bool:
@@ -206,7 +206,7 @@ class Pipeline:
             return
         places = changed.nonzero().squeeze(1)
         for name, tensor in tensors.items():
-            tensor.index_copy_(0, places, last.tensors[name].index_select(0, at[places]))
+            scatter(tensor, places, last.tensors[name].index_select(0, at[places]))
 
     def give_back(self, sampled: SampledRows) -> None:
         """Write the rows of a step into the store, now or on the thread."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..base.keyed_random import CENTER_STD, fill_normal_rows
-from .columns import Columns, Tensors
+from .columns import Columns, Tensors, scatter
 
 try:
     from .. import _native
@@ -79,11 +79,13 @@ class Records:
     def fill_untouched(self, rows: Tensor, markers: Tensor, out: Tensors) -> Tensor:
         """Draw the centers of rows that were never touched; return their places (U,). Their momentum is zero."""
         untouched = (markers == 0).nonzero().squeeze(1)
-        if len(untouched) > 0:
-            weight = out["weight"]
+        weight = out["weight"]
+        if len(untouched) == len(rows):
+            fill_normal_rows(weight, self._seed, rows, CENTER_STD)
+        elif len(untouched) > 0:
             initial = torch.empty(len(untouched), weight.shape[1], dtype=weight.dtype)
             fill_normal_rows(initial, self._seed, rows[untouched], CENTER_STD)
-            weight[untouched] = initial
+            scatter(weight, untouched, initial)
         return untouched
 
     def write(self, rows: Tensor, tensors: Tensors, marker: int | Tensor) -> None:

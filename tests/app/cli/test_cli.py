@@ -109,7 +109,7 @@ def test_gradcheck_fails_on_a_wrong_gradient(
     [
         (["gradcheck", "--backend", "abacus"], "--backend must be all or one of"),
         (["gradcheck", "--backend", "cuda"], "--backend cuda is not available"),
-        (["gradcheck", "--dtype", "int8"], "--dtype must be all or one of"),
+        (["gradcheck", "--dtype", "int8"], "--dtype must be float64, float32, bfloat16, float16 or all; got int8"),
         (["nothing"], "No such command"),
     ],
 )

@@ -201,29 +201,38 @@ def test_identify_probes_in_a_gallery_by_names(files: Path, tmp_path: Path, caps
         (["identify", "--embeddings", "x.npz", "--save-embeddings", "y.npz"], 2, "--save-embeddings goes with --data"),
         (
             ["verify", "--data", "nothing.bin", "--checkpoint", "run"],
-            1,
-            "nothing.bin cannot be read: No such file",
+            2,
+            "nothing.bin does not exist",
         ),
-        (["verify", "--data", "people.bin", "--checkpoint", "nothing"], 1, "nothing"),
-        (["verify", "--data", "people.bin", "--checkpoint", "run", "--distance", "hamming"], 1, "distance must be one"),
+        (["verify", "--data", "people.bin", "--checkpoint", "nothing"], 2, "nothing does not exist"),
+        (["verify", "--data", "people.bin", "--checkpoint", "run", "--distance", "hamming"], 2, "--distance must be"),
+        (["verify", "--data", "people.bin", "--checkpoint", "run", "--p", "0.5"], 2, "--p"),
+        (["verify", "--data", "people.bin", "--checkpoint", "run", "--shrinkage", "2"], 2, "--shrinkage"),
+        (["verify", "--data", "people.bin", "--checkpoint", "run", "--bad-data", "halt"], 2, "--bad-data must be skip"),
         (
             ["verify", "--data", "people", "--checkpoint", "run", "--save-embeddings", "e.txt"],
-            1,
+            2,
             "embeddings must be in",
         ),
         (
             ["verify", "--data", "people", "--checkpoint", "run", "--device", "abacus"],
             2,
-            "--device abacus cannot be used",
+            "device must be cpu, cuda, cuda:N or another device of torch; got 'abacus'",
         ),
-        (["verify", "--embeddings", "missing.npz"], 1, "missing.npz cannot be read"),
+        (["verify", "--embeddings", "missing.npz"], 2, "missing.npz does not exist"),
         (["verify", "--data", "x", "--checkpoint", "run", "--json", "people.bin/x/f.json"], 2, "cannot be written"),
         (
             ["identify", "--gallery", "people", "--probes", "people", "--checkpoint", "run"],
-            1,
+            2,
             "probes must not hold images of the gallery",
         ),
-        (["identify", "--data", "people", "--checkpoint", "run", "--unknown", "1"], 1, r"unknown must be in [0, 1)"),
+        (["identify", "--data", "people", "--checkpoint", "run", "--unknown", "1"], 2, r"unknown must be in [0, 1)"),
+        (["identify", "--data", "people", "--checkpoint", "run", "--unknown", "2"], 2, "--unknown"),
+        (
+            ["identify", "--data", "people", "--checkpoint", "run", "--engine", "fais"],
+            2,
+            "--engine must be auto, torch or faiss; got fais; did you mean faiss?",
+        ),
     ],
 )
 def test_wrong_usage(
@@ -337,8 +346,8 @@ def test_pairs_of_one_kind_get_counts_and_mean_scores(tmp_path: Path, capsys: py
 
 
 def test_few_pairs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(["verify", "--embeddings", str(saved(tmp_path / "e.npz", [True, False, True]))]) == 1
-    message = "10 folds must be >= 2 and <= the number of pairs; there are 3 pairs"
+    assert run(["verify", "--embeddings", str(saved(tmp_path / "e.npz", [True, False, True]))]) == 2
+    message = "folds must be >= 2 and <= the number of pairs 3; got 10"
     assert capsys.readouterr().err.strip() == message
     # In one fold's training part there is no pair of two people.
     assert run(["verify", "--embeddings", str(saved(tmp_path / "e.npz", [True] * 11 + [False]))]) == 0

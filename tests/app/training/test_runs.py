@@ -16,8 +16,9 @@ from fused_arcface.app.training import best
 from fused_arcface.app.training.events import Event, Stepped
 from fused_arcface.app.training.failures import TrainingError
 from fused_arcface.app.training.fingerprint import Fingerprint
+from fused_arcface.app.training.outcomes import TrainingOutcome
 from fused_arcface.app.training.runs import RunError
-from fused_arcface.app.training.trainer import TrainingOutcome, train
+from fused_arcface.app.training.trainer import train
 from fused_arcface.base.files import write_bytes
 
 KINDS = (("L", 20, 20, "png"),)
@@ -29,7 +30,7 @@ def test_one_command_begins_a_run_and_goes_on_with_it(tmp_path: Path, capsys: py
     options = ["--data", "identities:4x4", "--batch-size", "8", "--image-size", "16", "--workers", "0"]
     command = ["train", *options, "--output", str(output), "--epochs", "1", "--resume", "auto"]
     assert run_command(["train", *options, "--output", str(output), "--resume"]) == 2  # without auto: there is none
-    assert "make one with: fused-arcface train" in capsys.readouterr().err
+    assert "does not exist; make a run with: fused-arcface train --data DATA" in capsys.readouterr().err
     assert not output.exists()
     assert run_command(command) == 0
     assert "resumed" not in capsys.readouterr().out
@@ -43,7 +44,7 @@ def test_one_command_begins_a_run_and_goes_on_with_it(tmp_path: Path, capsys: py
     assert "has checkpoints but no config.toml: put it back and --resume" in capsys.readouterr().err
     (output / "config.toml").touch()  # as a full disk left it in versions before this one
     assert run_command(command) == 2
-    assert "config.toml: it names no data, so it is no run's, or damaged" in capsys.readouterr().err
+    assert "config.toml: it names no data, so it is damaged or not of a run" in capsys.readouterr().err
 
 
 def test_auto_takes_what_a_kill_has_left_of_a_beginning(tmp_path: Path) -> None:
@@ -134,7 +135,7 @@ def test_a_folder_moved_away_and_back_goes_on(tmp_path: Path) -> None:
         if isinstance(event, Stepped) and event.step == 5:
             output.rename(away)
 
-    with pytest.raises(TrainingError, match=f"go on with: fused-arcface train --output {output} --resume"):
+    with pytest.raises(TrainingError, match=f"resume with: fused-arcface train --output {output} --resume"):
         train(TINY, output, listener=move)
     away.rename(output)
     run(TINY, tmp_path / "whole")
@@ -155,6 +156,6 @@ def test_a_disk_that_is_full_at_the_model(tmp_path: Path, monkeypatch: pytest.Mo
         patch.setattr(best, "write_bytes", refuse)
         assert run_command(command) == 1
     said = capsys.readouterr().err
-    assert f"{output / 'model.pt'} cannot be written: No space left on device; make room there and go on with:" in said
+    assert f"{output / 'model.pt'} cannot be written: No space left on device; make room there and resume with:" in said
     assert f"fused-arcface train --output {output} --resume" in said
     assert run_command(command) == 0 and (output / "model.pt").exists()

@@ -16,11 +16,11 @@ from fused_arcface.app.training.trainer import train, try_out
 
 def options(storage: str, **more: object) -> TrainConfig:
     return TrainConfig(
-        data="identities:40x4",
+        data="identities:12x4",
         image_size=16,
         channels=1,
         epochs=1,
-        batch_size=16,
+        batch_size=24,
         sample_rate=0.3,
         workers=0,
         device="cpu",
@@ -34,6 +34,7 @@ def losses(folder: Path) -> list[float]:
     return [line["loss"] for line in lines if "loss" in line]
 
 
+@pytest.mark.slow
 def test_a_run_is_the_same_and_goes_on_wherever_the_centers_are(tmp_path):
     notes: list[str] = []
 

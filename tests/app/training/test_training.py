@@ -28,8 +28,9 @@ from fused_arcface.app.training.config import OptionError, TrainConfig, read_opt
 from fused_arcface.app.training.events import Noted, Stepped, Verified
 from fused_arcface.app.training.failures import TrainingError
 from fused_arcface.app.training.joint_step import JointStep
+from fused_arcface.app.training.outcomes import TrainingOutcome
 from fused_arcface.app.training.runs import RunError, load_backbone
-from fused_arcface.app.training.trainer import TrainingOutcome, train
+from fused_arcface.app.training.trainer import train
 from fused_arcface.base.extras import MissingExtra
 from fused_arcface.evaluation import pair_scores, verify_scores
 
@@ -261,9 +262,12 @@ def test_a_run_starts_from_weights_in_a_file(tmp_path: Path) -> None:
 
 
 def test_folders_that_are_no_run(tmp_path: Path) -> None:
-    with pytest.raises(RunError, match="is not a folder"):
+    with pytest.raises(RunError, match="missing does not exist; make a run with"):
         load_backbone(tmp_path / "missing")
-    with pytest.raises(RunError, match=r"is no training run: it has no config\.toml"):
+    (tmp_path / "file").touch()
+    with pytest.raises(RunError, match="file is not a folder; make a run with"):
+        load_backbone(tmp_path / "file")
+    with pytest.raises(RunError, match=r"is not a training run: it has no config\.toml"):
         load_backbone(tmp_path)
     TINY.save(tmp_path / "config.toml")
     with pytest.raises(RunError, match="must have image_size, channels and embedding_dim"):
@@ -283,7 +287,7 @@ def test_folders_that_are_no_run(tmp_path: Path) -> None:
 
 def test_a_run_is_neither_overwritten_nor_mixed_up(tmp_path: Path) -> None:
     run(TINY, tmp_path, stop_at=2)
-    with pytest.raises(RunError, match="holds a run already: --resume goes on with it"):
+    with pytest.raises(RunError, match="holds a run already: add --resume to continue it"):
         run(TINY, tmp_path)
     with pytest.raises(RunError, match="cannot be written: "):
         run(TINY, tmp_path / "config.toml" / "run")
@@ -299,7 +303,10 @@ def test_a_run_is_neither_overwritten_nor_mixed_up(tmp_path: Path) -> None:
 
 def test_options_that_do_not_go_together(tmp_path: Path) -> None:
     for options, message in (
-        ({"accumulation": 5}, "batch_size must be >= 10, two images for each of 1 rank.s. × 5 micro-batch.es."),
+        (
+            {"accumulation": 5},
+            r"batch_size must be >= 10, .* the 1 × 5 parts \(ranks × micro-.* got 8 and 24",
+        ),
         ({"device": "cuda:0"} if not torch.cuda.is_available() else {"device": "gpu"}, "device"),
         ({"device": "abacus"}, "device must be auto, cpu, cuda or cuda:N; got 'abacus'"),
         ({"backend": "cuda"}, "backend 'cuda'"),
@@ -310,7 +317,7 @@ def test_options_that_do_not_go_together(tmp_path: Path) -> None:
             run(TINY.replace(options), tmp_path)
     with pytest.raises(DataError, match="must hold two identities or more; got 1"):
         run(TINY.replace({"data": "identities:1x9"}), tmp_path)
-    with pytest.raises(DataError, match="data must be a folder"):
+    with pytest.raises(OptionError, match="data must be a folder"):
         run(TINY.replace({"data": ""}), tmp_path)
 
 
@@ -351,13 +358,13 @@ def test_the_command_takes_a_file_and_the_command_line_wins(tmp_path: Path, caps
     assert (
         "24 images of 6 identities" in shown
         and re.search(r"epoch +2/2  loss \d", shown)
-        and "verification: accuracy" in shown
+        and "verified  accuracy" in shown
     )
     saved = TrainConfig().replace(read_options(tmp_path / "run" / "config.toml"))
     assert (saved.epochs, saved.batch_size, saved.margin, saved.flip) == (2, 8, "CosFace(0.2)", False)
     assert run_command(arguments) == 2 and "holds a run already" in capsys.readouterr().err
     assert run_command(["train", "--output", str(tmp_path / "run"), "--resume"]) == 0  # nothing left to do
-    assert run_command(["train", "--data", "nowhere", "--output", str(tmp_path / "x")]) == 1
+    assert run_command(["train", "--data", "nowhere", "--output", str(tmp_path / "x")]) == 2
     assert "data must be a folder" in capsys.readouterr().err
     assert run_command(["train", "--data", "identities", "--output", str(tmp_path / "x"), "--lr", "-1"]) == 2
     assert "lr must be >= 0; got -1.0" in capsys.readouterr().err

@@ -24,8 +24,8 @@ def train(backbone: nn.Module, images: Tensor, labels: Tensor) -> float:
     partial = fa.PartialFC(512, 1000, center_optimizer=fa.CenterSGD(lr=0.1, momentum_dtype=torch.int8))
     loss = partial(embeddings, labels, loss_weight=0.5)
     loss, stats = partial(embeddings, labels, return_stats=True, loss_weight=0.5)
-    assert partial.center_optimizer is not None
-    torch.optim.lr_scheduler.StepLR(partial.center_optimizer, 30)
+    scheduler = torch.optim.lr_scheduler.StepLR(partial.center_optimizer, 30)
+    scheduler.step()
 
     each: Tensor = fa.margin_softmax_loss(embeddings, head.weight, labels, margin=fa.CosFace(0.35), reduction="none")
     loss, stats = fa.margin_softmax_loss(embeddings, head.weight, labels, return_stats=True, backend="torch")

@@ -16,6 +16,8 @@ from typer.main import get_command
 
 import fused_arcface
 
+from .look import PlainCommand, give_look
+
 COMMANDS = (
     "doctor",
     "gradcheck",
@@ -34,17 +36,14 @@ COMMANDS = (
 """Names of the commands, in the order of ``--help``. Each is a function in the module of the same name; the class
 ``Command`` of that module, if there is one, parses its arguments."""
 
-_WRONG_USAGE = 2
 _INTERRUPTED = 130
-# typer brings a click of its own, or imports the one that is installed; this is the error of whichever it uses.
-_UsageError: Any = typer.BadParameter.__base__
 
 
 def load_command(name: str) -> TyperCommand:
     """Import a command and return what typer makes of it."""
     module = importlib.import_module(f".{name}", __name__)
     single = typer.Typer(add_completion=False)
-    single.command(name, cls=getattr(module, "Command", TyperCommand))(getattr(module, name))
+    single.command(name, cls=getattr(module, "Command", PlainCommand))(getattr(module, name))
     command = get_command(single)
     assert isinstance(command, TyperCommand)
     return command
@@ -75,6 +74,12 @@ class _Commands(TyperGroup):
     def __init__(self, **attributes: Any) -> None:
         attributes["commands"] = {name: _Unloaded(name) for name in COMMANDS}
         super().__init__(**attributes)
+        for option in self.params:
+            give_look(option)
+
+    def get_help_option(self, ctx: Any) -> Any:
+        """Return the option ``--help``."""
+        return give_look(super().get_help_option(ctx))
 
 
 app = typer.Typer(
@@ -127,29 +132,6 @@ def run(arguments: Sequence[str] | None = None) -> int:
 
 
 def _explain(error: BaseException) -> int:
-    """Print an error that a user can mend and return its exit status. Raise any other error again."""
-    from fused_arcface.base.extras import MissingExtra
-    from fused_arcface.base.reading import DataError
-    from fused_arcface.base.suggest import missing_path
+    from .errors import explain  # not needed for the help
 
-    from .terminal import terminal
-
-    hint, status = "", 1
-    if isinstance(error, _UsageError):
-        command = error.ctx.command_path if error.ctx is not None else "fused-arcface"
-        text, hint, status = error.format_message(), f"See {command} --help", _WRONG_USAGE
-    elif isinstance(error, KeyboardInterrupt):
-        text, status = "Interrupted.", _INTERRUPTED
-    elif isinstance(error, (MissingExtra, DataError)):
-        text = str(error)
-    elif isinstance(error, FileNotFoundError) and error.filename is not None:
-        text, status = missing_path(error.filename), _WRONG_USAGE
-    elif isinstance(error, OSError):
-        text = str(error) if error.filename is None else f"{error.filename}: {error.strerror}"
-    else:
-        raise error
-    console = terminal(stderr=True, soft_wrap=True)
-    console.print(text, style="bold red", markup=False)
-    if hint:
-        console.print(hint, markup=False, highlight=False)
-    return status
+    return explain(error)

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 
+from .errors import WrongOption, make_folder
+from .evaluation import write_json
 from .progress import spinner
 from .reporting import NAME, NoReport, ReportFile, ReportInOutput
-from .tables import say_written
+from .tables import digits, plain_table, say_written
 from .terminal import terminal
 
 if TYPE_CHECKING:
@@ -22,12 +23,16 @@ if TYPE_CHECKING:
     from ..benchmark.report import Report
 
 
+START = "start"
+"""The name of the cases that are no shapes: how long the package takes to start."""
+
+
 def bench(
     cases: Annotated[
         str,
         typer.Option(
             help="Set of shapes: quick, full, small or scaling. On two cores quick takes about one minute, full six "
-            "minutes, scaling an hour."
+            "minutes, scaling an hour. Or start, to measure what an import and --help cost."
         ),
     ] = "quick",
     providers: Annotated[
@@ -49,9 +54,7 @@ def bench(
     threads: Annotated[
         int | None, typer.Option(min=1, help="Number of CPU threads. Default: PyTorch's own number.")
     ] = None,
-    seconds: Annotated[
-        float, typer.Option(min=0.0, help="Seconds to spend on the samples of one shape, forward or both passes.")
-    ] = 3.0,
+    seconds: Annotated[float, typer.Option(min=0.0, help="Time in seconds for measuring one shape and pass.")] = 3.0,
     with_memory: Annotated[
         bool, typer.Option("--memory/--no-memory", help="Measure peak memory as well (Linux or a GPU).")
     ] = True,
@@ -61,7 +64,8 @@ def bench(
     budget: Annotated[
         float | None,
         typer.Option(
-            help="Memory in GiB. Search the most identities with a training step that fits, instead of timing shapes."
+            help="Memory in GiB. Find the largest number of identities whose training step fits into it, instead of "
+            "timing shapes."
         ),
     ] = None,
     ranks: Annotated[
@@ -80,6 +84,10 @@ def bench(
     is 1 if a result of this package is wrong or nothing could be measured.
     """
     settings = dict(locals())
+    if cases == START:
+        make_folder("--output", output)
+        _run_start(terminal(), output)
+        return
     import torch
 
     from ..benchmark.cases import cases_named
@@ -88,10 +96,10 @@ def bench(
 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device.partition(":")[0] not in ("cpu", "cuda"):
-        raise typer.BadParameter(f"must be cpu or cuda; got {device}", param_hint="--device")
+        raise WrongOption(f"--device must be cpu or cuda; got {device}")
     on = torch.device(device)
     if on.type == "cuda" and not torch.cuda.is_available():
-        raise typer.BadParameter("cuda was asked for; torch sees no GPU here", param_hint="--device")
+        raise WrongOption("--device cuda needs a GPU, and torch sees none here")
     if threads is not None:
         torch.set_num_threads(threads)
     names = None if providers is None else [name.strip() for name in providers.split(",") if name.strip()]
@@ -101,17 +109,13 @@ def bench(
         shapes = cases_named(cases, on.type)
         chosen = select(names if budget is None else None, backend)
     except ValueError as error:
-        raise typer.BadParameter(str(error)) from None
+        raise WrongOption(f"--{error}") from None
     if budget is not None and not 0 < budget < math.inf:
-        raise typer.BadParameter(f"must be > 0 and finite; got {budget}", param_hint="--budget")
+        raise WrongOption(f"--budget must be > 0 and finite; got {budget}")
     world_sizes = [] if ranks is None else [each.strip() for each in ranks.split(",")]
     if not all(each.isdecimal() and int(each) >= 1 for each in world_sizes):
-        raise typer.BadParameter(f"must be numbers >= 1, comma-separated; got {ranks!r}", param_hint="--ranks")
-    try:  # said before the minutes are spent, not after
-        output.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=output).close()
-    except OSError as error:
-        raise typer.BadParameter(f"{output} cannot be written to: {error.strerror}", param_hint="--output") from None
+        raise WrongOption(f"--ranks must be numbers >= 1, comma-separated; got {ranks!r}")
+    make_folder("--output", output)
     page = ReportFile(report, no_report, output / NAME)
     right = True
     if world_sizes:
@@ -125,6 +129,25 @@ def bench(
     written += page.write(lambda: bench_report(output, settings))
     say_written(console, output, written)
     if not right:
+        raise typer.Exit(1)
+
+
+def _run_start(console: Console, output: Path) -> None:
+    from ..measure.startup import BOUND, PARTS, fastest
+
+    found: dict[str, float] = {}  # milliseconds
+    with spinner(console) as tell:
+        for part in PARTS:
+            tell(part)
+            found[part] = round(1e3 * fastest(part), 1)
+    table = plain_table("processor time of a start", "ms")
+    for part, milliseconds in found.items():
+        table.add_row(part, digits(milliseconds))
+    console.print(table)
+    console.print("An import is measured beyond `import torch`.", highlight=False)
+    write_json(output / "start.json", {"rows": [{"part": part, "ms": ms} for part, ms in found.items()]})
+    say_written(console, output, [output / "start.json"])
+    if max(found.values()) > 1e3 * BOUND:
         raise typer.Exit(1)
 
 
@@ -173,9 +196,9 @@ def _interrupted_run(folder: Path, device: torch.device) -> Report:
         report = read_report(folder)
         check_same_machine(report, device)
     except FileNotFoundError:
-        raise typer.BadParameter(f"{folder} holds no run to resume", param_hint="--resume") from None
+        raise WrongOption(f"--resume: {folder} holds no run to resume") from None
     except ValueError as error:
-        raise typer.BadParameter(str(error), param_hint="--resume") from None
+        raise WrongOption(f"--resume: {error}") from None
     return report
 
 
@@ -211,9 +234,9 @@ def _run_capacity(
                 on_row=lambda rows: capacity.write(output, rows),
             )
     except FileNotFoundError:
-        raise typer.BadParameter(f"{output} holds no capacities to resume", param_hint="--resume") from None
+        raise WrongOption(f"--resume: {output} holds no capacities to resume") from None
     except (ValueError, RuntimeError) as error:
-        raise typer.BadParameter(str(error)) from None
+        raise WrongOption(str(error)) from None
     except KeyboardInterrupt:
         console.print(f"Interrupted. What was found is in {output}; --resume continues after it.", markup=False)
         raise typer.Exit(130) from None

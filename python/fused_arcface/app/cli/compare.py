@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from .errors import WrongOption, explained, make_folder
 from .progress import TrainingBar
 from .reporting import NAME, NoReport, ReportFile, ReportInOutput
 from .terminal import terminal
@@ -38,12 +39,12 @@ def compare(
     steps: Annotated[int | None, typer.Option(min=2, help="Steps of each training. Default: 300.")] = None,
     batch_size: Annotated[int | None, typer.Option(min=8, help="Images in each step. Default: 128.")] = None,
     quick: Annotated[
-        bool, typer.Option("--quick", help="Run a few steps on tiny sets. This shows that it works, nothing more.")
+        bool, typer.Option("--quick", help="Run a few steps on tiny sets, only to see that the command works.")
     ] = False,
     report: ReportInOutput = None,
     no_report: NoReport = False,
 ) -> None:
-    """Train one small net with each loss of the field and evaluate it on unseen identities.
+    """Train a small net with each of many losses and evaluate it on unseen identities.
 
     The losses are softmax, contrastive (supervised and self-supervised),
     triplet, center loss, NormSoftmax, SphereFace, CosFace, ArcFace and
@@ -71,11 +72,12 @@ def compare(
     try:
         chosen_criteria(names)
     except ValueError as error:
-        raise typer.BadParameter(f"--{error}") from None
+        raise WrongOption(f"--{error}") from None
+    make_folder("--output", output)
     page = ReportFile(report, no_report, output / NAME)
     plan = comparison_plan(quick, None if data is None else str(data), seeds, steps, batch_size)
     console = terminal()
-    try:
+    with explained():
         folder = Folder(output, plan)
         print_plan(console, plan)
         with TrainingBar(console) as progress:
@@ -84,8 +86,5 @@ def compare(
         written += folder.write_summary(found.rows, found.seconds)
         words = [COLUMNS, *comparison_gains(found)]
         written += page.write(lambda: comparison_report(found, comparison_tables(found), words, settings))
-    except (ValueError, OSError) as wrong:
-        terminal(stderr=True, soft_wrap=True).print(str(wrong), style="bold red", markup=False)
-        raise typer.Exit(1) from wrong
     print_comparison(console, found)
     say_written(console, output, written, found.seconds)

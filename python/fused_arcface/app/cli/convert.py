@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from .errors import explained
 from .terminal import terminal
 
 
@@ -28,8 +29,8 @@ def convert(
         int | None,
         typer.Option(
             min=1,
-            help="Number of centers of each class, for a file that does not say it (SubCenterArcFaceLoss). "
-            "Default: as the source says, otherwise 1.",
+            help="Number of centers of each class, for a file that does not store it (SubCenterArcFaceLoss). "
+            "Default: the source's, otherwise 1.",
         ),
     ] = None,
     dominant: Annotated[
@@ -57,8 +58,8 @@ def convert(
         bool,
         typer.Option(
             "--trust",
-            help="Run the code that a checkpoint of an old format may hold. Give it only for files whose author you "
-            "trust.",
+            help="Allow a checkpoint of an old format to run code when it is loaded. Use it only if you trust the "
+            "author.",
         ),
     ] = False,
 ) -> None:
@@ -72,11 +73,10 @@ def convert(
     ElasticFace, MagFace, CurricularFace or InsightFace_Pytorch, a checkpoint
     of Lightning, or one such tensor.
     """
-    from fused_arcface.checkpoint import CheckpointError
     from fused_arcface.checkpoint import convert as conversion
 
     error = terminal(stderr=True, soft_wrap=True)
-    try:
+    with explained():
         written = conversion.convert(
             sources,
             destination,
@@ -89,9 +89,6 @@ def convert(
             noted=lambda note: error.print(note, style="yellow", markup=False, highlight=False),
         )
         found = conversion.read(written)
-    except (CheckpointError, conversion.ConvertError, OSError) as wrong:
-        error.print(str(wrong), style="bold red", markup=False)
-        raise typer.Exit(1) from wrong
     for name, rows in found.tensors.items():
         terminal(soft_wrap=True).print(
             f"{written}: {name} {rows.shape} {str(rows.dtype).removeprefix('torch.')}", markup=False

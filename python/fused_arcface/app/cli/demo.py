@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from .errors import make_folder
 from .progress import TrainingBar
 from .terminal import terminal
 
@@ -16,7 +17,7 @@ def demo(
         Path, typer.Option(help="Folder for pictures and numbers. It is created if it does not exist.")
     ] = Path("runs/demo"),
     quick: Annotated[
-        bool, typer.Option("--quick", help="Run a few steps on tiny sets. This shows that it works, nothing more.")
+        bool, typer.Option("--quick", help="Run a few steps on tiny sets, only to see that the command works.")
     ] = False,
 ) -> None:
     """Train with the fused head and with plain PyTorch, compare them, and verify unseen identities.
@@ -30,10 +31,7 @@ def demo(
     # A missing library is named before the minutes are spent, not after.
     require("sklearn.metrics")
     pyplot()
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise typer.BadParameter(f"--output {output} cannot be made: {error.strerror}") from None
+    make_folder("--output", output)
 
     from ..drawing import write_pictures
     from ..lab import plans

@@ -39,6 +39,8 @@ def doctor() -> None:
         properties = torch.cuda.get_device_properties(index)
         memory = properties.total_memory / 2**30
         facts.add_row(f"cuda:{index}", f"{properties.name}, sm_{properties.major}{properties.minor}, {memory:.0f} GiB")
+    if fused_arcface.backends.available()["cuda"] is None:
+        facts.add_row("Hopper kernels", fused_arcface.backends.describe("cuda"))
     if not torch.cuda.is_available():
         why = (
             f"no device found (torch is built for CUDA {torch.version.cuda})"

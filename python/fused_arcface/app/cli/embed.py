@@ -10,6 +10,7 @@ from rich.progress import Progress
 
 from ..data.images import MAX_PIXELS
 from . import use
+from .errors import explained
 from .terminal import MOST_PROBLEMS, terminal
 
 
@@ -39,10 +40,10 @@ def embed(
     device: use.Device = "cpu",
     trust: use.Trust = False,
 ) -> None:
-    """Embed images: a vector of length 1 for each, with the image's name.
+    """Embed images and write the unit vectors and the names of the images to a file.
 
-    If the command was interrupted, call it again: it resumes. Images that
-    cannot be read are reported and left out.
+    An interrupted command resumes when you call it again. Images that cannot
+    be read are reported and left out.
     """
     from ..data.unlabeled import read_images
     from ..embedding import check_output, embed_to_file
@@ -56,7 +57,7 @@ def embed(
         if told <= MOST_PROBLEMS:
             error.print(f"{problem}; left out", style="yellow", markup=False, highlight=False)
 
-    with use.explained():
+    with explained():
         check_output(output)
         embedder = use.load(checkpoint, backbone, image_size, device, trust)
         found = read_images(images, max_pixels=max_pixels)

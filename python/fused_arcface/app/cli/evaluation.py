@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,6 +11,9 @@ import typer
 from rich.console import Console
 from rich.progress import Progress
 
+from fused_arcface.evaluation.distances import NAMES as DISTANCES
+
+from .errors import WrongOption, one_of
 from .terminal import MOST_PROBLEMS, terminal
 
 if TYPE_CHECKING:
@@ -29,34 +31,49 @@ Backbone = Annotated[
     str | None,
     typer.Option(help="Name of the net in a file of weights, iresnet50 for example. Default: the run's own net."),
 ]
+ImageSize = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        help="Side of the net's input images in pixels, for a file of weights. Default: the net's own, 112 for "
+        "insightface's.",
+    ),
+]
 DistanceName = Annotated[
     str,
     typer.Option(
         "--distance",
-        help="How two embeddings are compared: cosine, euclidean, p-norm, inner-product or mahalanobis.",
+        help=f"Distance between two embeddings: {', '.join(DISTANCES[:-1])} or {DISTANCES[-1]}.",
+        callback=one_of("--distance", DISTANCES),
     ),
 ]
-Order = Annotated[float, typer.Option("--p", help="Order of the p-norm, 1 or more; only --distance p-norm uses it.")]
+Order = Annotated[
+    float, typer.Option("--p", min=1.0, help="Order of the p-norm, 1 or more; only --distance p-norm uses it.")
+]
 Shrinkage = Annotated[
     float | None,
     typer.Option(
-        help="Shrinkage of Mahalanobis' covariance, from 0 (none) to 1. Default: as Ledoit and Wolf compute it."
+        min=0.0,
+        max=1.0,
+        help="Shrinkage of Mahalanobis' covariance, from 0 (none) to 1. Default: Ledoit and Wolf's estimate.",
     ),
 ]
 Normalize = Annotated[
     bool,
-    typer.Option("--normalize/--raw", help="Scale embeddings to norm 1 before they are compared, or leave them raw."),
+    typer.Option(
+        "--normalize/--raw", help="Normalize the embeddings to length 1 before comparing them, or use them as they are."
+    ),
 ]
 Flip = Annotated[bool, typer.Option("--flip", help="Add the embedding of the mirrored image to that of the image.")]
 Json = Annotated[Path | None, typer.Option("--json", help="JSON file to write the figures to. Default: none.")]
 Pictures = Annotated[
-    Path | None, typer.Option(help="Folder to write pictures of the curves to; made if missing. Default: none.")
+    Path | None, typer.Option(help="Folder for pictures of the curves; it is created if missing. Default: none.")
 ]
 Trust = Annotated[
     bool,
     typer.Option(
         "--trust",
-        help="Run the code that a checkpoint of an old format may hold. Give it only for runs whose author you trust.",
+        help="Allow a checkpoint of an old format to run code when it is loaded. Use it only if you trust the author.",
     ),
 ]
 Device = Annotated[str, typer.Option(help="Device that the net runs on: cpu, cuda, or cuda:N for one of several GPUs.")]
@@ -71,25 +88,11 @@ Workers = Annotated[int, typer.Option(min=0, help="Number of processes that read
 BadData = Annotated[
     str,
     typer.Option(
-        help="What to do about an image that is missing or cannot be read: skip leaves it out and says so, stop ends "
-        "the command."
+        help="With skip, an image that is missing or cannot be read is reported and left out. With stop, it ends the "
+        "command.",
+        callback=one_of("--bad-data", ("skip", "stop")),
     ),
 ]
-
-
-@contextlib.contextmanager
-def explained() -> Iterator[None]:
-    """End the command with a message and status 1 if the block raises an error in the user's data or options."""
-    from fused_arcface.checkpoint import CheckpointError
-
-    from ..data import DataError, ImageError
-    from ..training.runs import RunError
-
-    try:
-        yield
-    except (DataError, ImageError, RunError, CheckpointError, OSError, ValueError) as wrong:
-        terminal(stderr=True, soft_wrap=True).print(str(wrong), style="bold red", markup=False)
-        raise typer.Exit(1) from wrong
 
 
 def embed_images(
@@ -104,6 +107,7 @@ def embed_images(
     trust: bool,
     backbone: str | None = None,
     save: Path | None = None,
+    image_size: int | None = None,
 ) -> list[EmbeddingSet]:
     """Embed sets of images by a run's net, with a progress bar.
 
@@ -113,8 +117,6 @@ def embed_images(
     Raises:
         DataError: if there is a problem in the data and ``bad_data`` is ``"stop"``, or no image can be read.
     """
-    import torch
-
     from ..data import DataError
     from ..data.embedding_sets import embed_set
     from ..embedder import load_embedder
@@ -122,15 +124,7 @@ def embed_images(
     from ..evaluating import lost
     from ..training.resolve import stopped_by
 
-    try:
-        torch.empty(0, device=device)
-    except (
-        AssertionError,
-        NotImplementedError,
-        RuntimeError,
-    ) as error:  # torch's for a device that is none, or missing
-        raise typer.BadParameter(f"--device {device} cannot be used: {str(error).splitlines()[0]}") from None
-    embedder = load_embedder(checkpoint, backbone, device=device, trust=trust)
+    embedder = load_embedder(checkpoint, backbone, device=device, image_size=image_size, trust=trust)
     console = terminal(stderr=True, soft_wrap=True)
     told = 0
 
@@ -169,12 +163,6 @@ def print_files(console: Console, files: Iterable[Path]) -> None:
         console.print(str(path), highlight=False, soft_wrap=True, markup=False)
 
 
-def check_bad_data(bad_data: str) -> None:
-    """Check the option before anything is read."""
-    if bad_data not in ("skip", "stop"):
-        raise typer.BadParameter(f"--bad-data must be skip or stop; got {bad_data}")
-
-
 def check_output(json: Path | None) -> None:
     """Make the folder of the file, so that a folder that cannot be made is an error before anything is computed."""
     if json is None:
@@ -182,7 +170,7 @@ def check_output(json: Path | None) -> None:
     try:
         json.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise typer.BadParameter(f"--json {json} cannot be written: {error}") from None
+        raise WrongOption(f"--json {json} cannot be written: {error}") from None
 
 
 def write_json(path: Path, figures: dict[str, Any]) -> None:

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from . import use
+from .errors import explained
 from .terminal import terminal
 
 
@@ -21,7 +22,7 @@ def export(
     image_size: use.ImageSize = None,
     trust: use.Trust = False,
 ) -> None:
-    r"""Export a net: any number of images in, unit embeddings out, checked against PyTorch.
+    r"""Export a net as a file for ONNX or torch.export, and check it against PyTorch.
 
     The input "images" is (N, channels, size, size), fp32 in [-1, 1]. The
     output "embeddings" is (N, D). Nothing is written if the check finds a difference
@@ -31,7 +32,7 @@ def export(
     from ..export import export as export_net
 
     console = terminal(soft_wrap=True)
-    with use.explained():
+    with explained():
         check_suffix(output)
         embedder = use.load(checkpoint, backbone, image_size, "cpu", trust)
         difference = export_net(embedder, output)

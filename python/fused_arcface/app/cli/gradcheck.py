@@ -8,6 +8,7 @@ import typer
 from rich.progress import track
 from rich.table import Table
 
+from .errors import WrongOption, one_of
 from .terminal import terminal
 
 if TYPE_CHECKING:
@@ -20,7 +21,12 @@ DTYPES = {"float64": "fp64", "float32": "fp32", "bfloat16": "bf16", "float16": "
 
 def gradcheck(
     backend: Annotated[str, typer.Option(help="Name of a backend, or all for every usable one.")] = "all",
-    dtype: Annotated[str, typer.Option(help=f"Dtype to check: one of {', '.join(DTYPES)}, or all.")] = "all",
+    dtype: Annotated[
+        str,
+        typer.Option(
+            help=f"Dtype to check: one of {', '.join(DTYPES)}, or all.", callback=one_of("--dtype", (*DTYPES, "all"))
+        ),
+    ] = "all",
     failures: Annotated[bool, typer.Option("--failures", help="List only what fails.")] = False,
 ) -> None:
     """Check loss and gradients of every margin, boundary, backend and dtype; exit status 1 if one fails.
@@ -41,12 +47,10 @@ def gradcheck(
     backend = backend if backend == "all" else backends.canonical(backend)
     available = backends.available()
     if backend != "all" and backend not in available:
-        raise typer.BadParameter(f"--backend must be all or one of {', '.join(available)}; got {backend}")
+        raise WrongOption(f"--backend must be all or one of {', '.join(available)}; got {backend}")
     if backend != "all" and available[backend] is not None:
-        raise typer.BadParameter(f"--backend {backend} is not available: {available[backend]}")
+        raise WrongOption(f"--backend {backend} is not available: {available[backend]}")
     usable = [name for name, reason in available.items() if reason is None and backend in ("all", name)]
-    if dtype != "all" and dtype not in DTYPES:
-        raise typer.BadParameter(f"--dtype must be all or one of {', '.join(DTYPES)}; got {dtype}")
     chosen = tuple(DTYPES) if dtype == "all" else (dtype,)
 
     console = terminal()

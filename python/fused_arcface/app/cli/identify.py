@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 from rich.table import Table
 
+from fused_arcface.evaluation.search import Engine
+
 from ..data.images import MAX_PIXELS
 from . import evaluation as shared
 from . import reporting
+from .errors import WrongOption, explained, one_of
 from .tables import plain_table
 from .terminal import terminal
 
@@ -31,6 +34,7 @@ def identify(
     ] = None,
     checkpoint: shared.Checkpoint = None,
     backbone: shared.Backbone = None,
+    image_size: shared.ImageSize = None,
     gallery: Annotated[
         str | None, typer.Option(help="Labeled images of the known people; needs --probes and replaces --data.")
     ] = None,
@@ -51,16 +55,21 @@ def identify(
     ] = 1,
     unknown: Annotated[
         float,
-        typer.Option(help="Share of the identities, 0 to 1, kept out of the gallery, when the command splits."),
+        typer.Option(
+            min=0.0,
+            max=1.0,
+            help="Share of the identities, 0 to 1, kept out of the gallery, when the command splits.",
+        ),
     ] = 0.2,
     seed: Annotated[int, typer.Option(help="Seed of the split.")] = 0,
     bad_data: shared.BadData = "skip",
-    ranks: Annotated[int, typer.Option(min=1, help="Last rank of the curve of identification rates.")] = 20,
+    ranks: Annotated[int, typer.Option(min=1, help="Highest rank of the identification curve (CMC).")] = 20,
     engine: Annotated[
         str,
         typer.Option(
-            help="Search engine: torch, faiss, or auto (faiss where it is installed and knows the distance). "
-            "All are exact."
+            help="Search engine: torch, faiss, or auto (faiss if it is installed and supports the "
+            "distance). All are exact.",
+            callback=one_of("--engine", get_args(Engine)),
         ),
     ] = "auto",
     distance: shared.DistanceName = "cosine",
@@ -84,9 +93,9 @@ def identify(
 ) -> None:
     """Identify people never seen in training: rank 1, 5 and 10, open-set TPIR at FPIR.
 
-    The ranks count the probes of people in the gallery. The threshold of
-    the open set comes from the probes of other people. Mahalanobis'
-    covariance is fitted on the gallery.
+    Rank k counts the probes of people in the gallery whose person is among
+    the k nearest. The probes of other people set the threshold of TPIR at
+    FPIR. Mahalanobis' covariance is fitted on the gallery.
     """
     settings = dict(locals())
     from fused_arcface.evaluation import identify as search
@@ -99,20 +108,19 @@ def identify(
 
     given = [data is not None, gallery is not None and probes is not None, embeddings is not None]
     if sum(given) != 1 or (embeddings is None) == (checkpoint is None) or (gallery is None) != (probes is None):
-        raise typer.BadParameter(
+        raise WrongOption(
             "one of --data, --gallery with --probes, and --embeddings must be given, images with --checkpoint"
         )
     if save_embeddings is not None and data is None:
-        raise typer.BadParameter("--save-embeddings goes with --data")
-    shared.check_bad_data(bad_data)
+        raise WrongOption("--save-embeddings goes with --data")
     shared.check_output(json)
     page = reporting.ReportFile(report, no_report, reporting.beside("identify", json, pictures))
     sources: list[ImageSet] = []
-    with shared.explained():
+    with explained():
         if save_embeddings is not None:
             check_suffix(save_embeddings)
         options: dict[str, Any] = {"flip": flip, "device": device, "batch_size": batch_size, "workers": workers}
-        options |= {"bad_data": bad_data, "trust": trust, "backbone": backbone}
+        options |= {"bad_data": bad_data, "trust": trust, "backbone": backbone, "image_size": image_size}
         if gallery is not None and probes is not None and checkpoint is not None:
             sources = two_sets(gallery, probes, max_pixels)
             split = with_labels_by_name(sources, shared.embed_images(checkpoint, sources, **options))

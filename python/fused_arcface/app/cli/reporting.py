@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 
 from ..training.events import Checkpointed, Event
+from .errors import WrongOption
 from .terminal import terminal
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ class ReportFile:
         default: the file otherwise.
 
     Raises:
-        typer.BadParameter: the folder of a named file cannot be made. This is said before anything is computed.
+        WrongOption: the folder of a named file cannot be made. This is said before anything is computed.
     """
 
     def __init__(self, asked: Path | None, unwanted: bool, default: Path) -> None:
@@ -62,7 +63,7 @@ class ReportFile:
             try:
                 asked.parent.mkdir(parents=True, exist_ok=True)
             except OSError as error:
-                raise typer.BadParameter(f"--report {asked} cannot be written: {error.strerror}") from None
+                raise WrongOption(f"--report {asked} cannot be written: {error.strerror}") from None
 
     def write(self, make: Callable[[], Report]) -> list[Path]:
         """Make and write the report; return its path, nothing if none is wanted.

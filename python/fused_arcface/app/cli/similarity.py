@@ -7,7 +7,11 @@ from typing import Annotated
 
 import typer
 
+from fused_arcface.base.reading import NoSuchData
+from fused_arcface.base.suggest import missing_path
+
 from . import use
+from .errors import explained
 from .terminal import terminal
 
 
@@ -20,8 +24,8 @@ def similarity(
     threshold: Annotated[
         float | None,
         typer.Option(
-            min=-1,
-            max=1,
+            min=-1.0,
+            max=1.0,
             help="Smallest cosine, from -1 to 1, at which two images count as one person. Default: the "
             "threshold of the run's last verification.",
             show_default=False,
@@ -38,14 +42,17 @@ def similarity(
     device: use.Device = "cpu",
     trust: use.Trust = False,
 ) -> None:
-    """Compare two images: the cosine of their embeddings, and whether they show one person.
+    """Compute the cosine of two images' embeddings and decide if they show one person.
 
-    The verdict needs a threshold. A run has some if it was trained with
-    --verify-data; verify --checkpoint RUN replaces them.
+    The decision needs a threshold: --threshold, or one that the run keeps
+    from --verify-data or from the command verify.
     """
-    with use.explained():
+    with explained():
         if threshold is not None and far is not None:
-            raise ValueError("--threshold and --far exclude each other")
+            raise ValueError("--threshold and --far can't be given together")
+        for image in (first, second):
+            if not image.exists():
+                raise NoSuchData(missing_path(image))
         embedder = use.load(checkpoint, backbone, image_size, device, trust)
         one, other = embedder([first, second]).double().cpu()
         cosine = float(one @ other)
@@ -61,14 +68,20 @@ def similarity(
         else:
             source = "as given"
         if threshold is None and far is not None:
-            raise ValueError(f"{checkpoint} has no thresholds to take --far from; verify it first")
+            raise ValueError(f"--far needs the thresholds of a run, and {checkpoint} has none; {_how(checkpoint)}")
         if threshold is None:
-            lines.append(
-                "No verdict: this net has no threshold. Name one with --threshold, or verify the run on labeled "
-                f"images: fused-arcface verify --data PEOPLE --checkpoint {checkpoint}"
-            )
+            lines.append(f"No verdict, because {checkpoint} has no thresholds; {_how(checkpoint)}")
         else:
             verdict = "one person" if cosine >= threshold else "two people"
             lines.append(f"{verdict}: threshold {threshold:.4f} ({source})")
     for line in lines:
         terminal(soft_wrap=True).print(line, markup=False, highlight=False)
+
+
+def _how(checkpoint: Path) -> str:
+    """Say how a net without thresholds gets one: a run keeps those of ``verify``, other files of weights do not."""
+    run = checkpoint if checkpoint.is_dir() else checkpoint.parent
+    own = "give one with --threshold, 0.3 for example"
+    if not (run / "config.toml").is_file():
+        return own
+    return f"{own}, or measure some on labeled images: fused-arcface verify --data PEOPLE --checkpoint {run}"

@@ -10,6 +10,7 @@ from rich.console import Console
 
 from ..data.images import MAX_PIXELS
 from . import evaluation as shared
+from .errors import WrongOption, explained
 from .tables import plain_table
 from .terminal import terminal
 
@@ -67,13 +68,12 @@ def templates(
     from ..templates import evaluate_templates, template_figures
 
     if (embeddings is None) == (checkpoint is None):
-        raise typer.BadParameter("--checkpoint or --embeddings must be given, not both")
+        raise WrongOption("--checkpoint or --embeddings must be given, not both")
     if save_embeddings is not None and checkpoint is None:
-        raise typer.BadParameter("--save-embeddings goes with --checkpoint")
-    shared.check_bad_data(bad_data)
+        raise WrongOption("--save-embeddings goes with --checkpoint")
     require("sklearn.metrics", "eval")
     shared.check_output(json)
-    with shared.explained():
+    with explained():
         if save_embeddings is not None:
             check_suffix(save_embeddings)
         read = read_templates(data, max_pixels)

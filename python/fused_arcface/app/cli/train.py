@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import inspect
+import re
 import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from typer.core import TyperCommand
 
 from fused_arcface.checkpoint import CheckpointError
 from fused_arcface.margins.text import imported_module
@@ -23,6 +23,8 @@ from ..training.runs import RunError, RunFolder
 from ..training.trainer import train as train_run
 from ..training.trainer import try_out
 from ..training.world import is_first_rank, resume_command
+from .errors import ended
+from .look import PlainCommand
 from .reporting import NoReport, Refresh, ReportFile, ReportInOutput, say_report
 from .terminal import terminal
 from .training_progress import TrainingProgress, explain_end, explain_trial
@@ -30,18 +32,16 @@ from .training_progress import TrainingProgress, explain_end, explain_trial
 if TYPE_CHECKING:
     from ..report.document import Report
 
-_WRONG_USAGE = 2
 RESUME = "last"  # as the value of --resume without one
 
 
-class Command(TyperCommand):
+class Command(PlainCommand):
     """``train`` with a --resume that may stand alone: typer knows no option with a value that can be left out."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        following = [*args[1:], ""]
         filled = [
-            f"--resume={RESUME}" if each == "--resume" and after != "auto" else each
-            for each, after in zip(args, following, strict=True)
+            f"--resume={RESUME}" if each == "--resume" and after != ["auto"] else each
+            for each, after in ((each, args[place + 1 : place + 2]) for place, each in enumerate(args))
         ]
         return super().parse_args(ctx, filled)
 
@@ -81,14 +81,14 @@ def _help(rule: Rule, default: Any) -> str:
 def train(
     output: Annotated[Path, typer.Option(help="Folder of the run: options, log, checkpoints and the finished net.")],
     config: Annotated[
-        Path | None, typer.Option(help="TOML file of options. Options on the command line win over it.")
+        Path | None, typer.Option(help="TOML file of options. Options on the command line override it.")
     ] = None,
     resume: Annotated[
         str,
         typer.Option(
             "--resume",
             metavar="[auto]",
-            help="Continue the run in --output, on any number of ranks. --resume auto begins one if there is none.",
+            help="Resume the run in --output, on any number of ranks. --resume auto starts one if there is none.",
             show_default=False,
         ),
     ] = "",
@@ -96,15 +96,15 @@ def train(
         bool,
         typer.Option(
             "--trust",
-            help="Import the margin MODULE:NAME that the resumed run or --config names, and run the code that a "
-            "resumed checkpoint of an old format may hold. Give it only for runs whose author you trust.",
+            help="Allow the margin MODULE:NAME of a resumed run or of --config, and a checkpoint of an old format, to "
+            "run code. Use it only if you trust the author.",
         ),
     ] = False,
     dry_run: Annotated[
         bool,
         typer.Option(
             "--dry-run",
-            help="Check everything, make the first step, print options, time and memory, and write nothing.",
+            help="Check everything, make the first step, print options, time and memory. Nothing is written.",
         ),
     ] = False,
     report: ReportInOutput = None,
@@ -148,21 +148,30 @@ def train(
         outcome = train_run(chosen, output, resume=how, trust=trust, listener=listener)
     except KeyboardInterrupt:
         if is_first_rank() and RunFolder(output).config.exists():
-            error.print("Interrupted before all was saved. To go on from the last checkpoint:", markup=False)
+            error.print("Interrupted before everything was saved. Resume from the last checkpoint with:", markup=False)
             error.print(f"  {resume_command(output)}", style="bold", markup=False, highlight=False)
         raise
     except (CheckpointError, DataError, OptionError, RunError, StoreError, TrainingError) as wrong:
-        error.print(str(wrong), style="bold red", markup=False)
-        raise typer.Exit(_WRONG_USAGE if isinstance(wrong, (OptionError, RunError)) else 1) from None
+        raise ended(wrong, _with_flag(str(wrong))) from None
     written = page.write_or_note(make_report) if is_first_rank() else []
     if outcome.signal is not None:
         if is_first_rank():
-            error.print(f"Saved after step {outcome.step} of {outcome.steps}. To go on:", markup=False)
+            error.print(f"Saved after step {outcome.step} of {outcome.steps}. Resume with:", markup=False)
             error.print(f"  {resume_command(output)}", style="bold", markup=False, highlight=False)
         raise typer.Exit(128 + outcome.signal)
     if is_first_rank():
         explain_end(console, RunFolder(output), outcome.step)
         say_report(console, written)
+
+
+def _with_flag(text: str) -> str:
+    """Return the message of an error with the name of the option as it is on the command line.
+
+    >>> _with_flag("batch_size must be >= 2; got 1"), _with_flag("runs/a is in use")
+    ('--batch-size must be >= 2; got 1', 'runs/a is in use')
+    """
+    name = re.match("[a-z_]*", text)[0]  # type: ignore[index]  # it matches an empty text too
+    return f"--{name.replace('_', '-')}{text[len(name) :]}" if name in rules() else text
 
 
 def _choose(output: Path, file: Path | None, resume: bool, given: dict[str, Any]) -> TrainConfig:

@@ -11,8 +11,8 @@ from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
 from ..training.events import Began, Checkpointed, Ended, Event, Noted, Stepped, Verified
+from ..training.outcomes import DryRun
 from ..training.runs import RunFolder
-from ..training.trainer import DryRun
 
 _REPEATED = 20  # notes that are shown one by one
 _SECONDS = 30.0  # between two lines within an epoch, where the output is no terminal
@@ -50,9 +50,10 @@ class TrainingProgress:
                 self._step(event)
             case Verified():
                 self._end_epoch()
-                rates = ", ".join(f"TAR {rate:.3f} at FAR {far:g}" for far, rate in event.found.tar.items())
-                best = "; the best until now, kept in best.pt" if event.best else ""
-                self._say(f"               verification: accuracy {event.found.accuracy:.3f}, {rates}{best}")
+                rates = ", ".join(f"{far:g}: {rate:.3f}" for far, rate in event.found.tar.items())
+                self._say(f"  verified  accuracy {event.found.accuracy:.3f}  TAR at FAR {rates}")
+                if event.best:
+                    self._say("            the best so far, saved in best.pt")
             case Noted():
                 self._note(event.text)
             case Checkpointed():
@@ -63,13 +64,15 @@ class TrainingProgress:
     def _begin(self, event: Began) -> None:
         self._steps = event.steps
         channels, size, _ = event.image
-        net = f"a net of {event.parameters / 1e6:.2f} M parameters"
-        what = (
-            f"{event.device}: {event.images} images of {event.identities} identities, {size} × {size} "
-            f"{'gray' if channels == 1 else 'color'}, {net}, {event.steps} steps of {event.batch_size} images, "
-            f"scale {event.scale:g}, {_bytes(event.memory)} of memory for weights and optimizers"
+        color = "gray" if channels == 1 else "color"
+        self._say(
+            f"{event.device}: {event.images} images of {event.identities} identities, {size} × {size} {color}; "
+            f"{event.steps} steps of {event.batch_size} images, scale {event.scale:g}"
         )
-        self._say(what + (f", resumed after step {event.step} of {event.steps}" if event.step else ""))
+        net = f"a net of {event.parameters / 1e6:.2f} M parameters"
+        self._say(f"{net}; {_bytes(event.memory)} of memory for weights and optimizers")
+        if event.step:
+            self._say(f"resumed after step {event.step} of {event.steps}")
         self._bar.update(self._task, total=event.steps, completed=event.step)
         if self._console.is_terminal:
             self._bar.start()
@@ -100,7 +103,8 @@ class TrainingProgress:
             self._error.print(text, style="yellow", markup=False, highlight=False)
 
     def _end(self) -> None:
-        self._bar.stop()
+        if self._console.is_terminal:  # elsewhere rich would print an empty line for a bar that was not shown
+            self._bar.stop()
         if self._notes > _REPEATED:
             self._error.print(f"and {self._notes - _REPEATED} more such notes", style="yellow")
 
@@ -111,7 +115,7 @@ class TrainingProgress:
 def explain_end(console: Console, folder: RunFolder, steps: int) -> None:
     """Print what a finished run has in its folder, and the commands that use it."""
     run = shlex.quote(str(folder.root))
-    lines = [f"{steps} steps are done; the net is in {folder.model}", ""]
+    lines = ["", f"{steps} steps are done. The net is in {folder.model}.", ""]
     files = [(folder.model, "the weights of the finished net, a state_dict for torch.load")]
     if folder.best.is_file():
         files.append((folder.best, "the same of the net with the best verification"))
@@ -131,7 +135,7 @@ def explain_end(console: Console, folder: RunFolder, steps: int) -> None:
     if folder.tensorboard.is_dir():
         lines += [f"  tensorboard --logdir {shlex.quote(str(folder.tensorboard))}"]
     else:
-        lines += ['  pip install "fused_arcface[tensorboard]"   # curves of the next run, in a browser']
+        lines += ['  pip install "fused_arcface[tensorboard]"   # then the next run has curves']
     for line in lines:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 

@@ -1,34 +1,26 @@
-"""What ``embed``, ``similarity`` and ``export`` share: how a net is named, and how these commands fail."""
+"""The options that name a net, for ``embed``, ``similarity`` and ``export``."""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .terminal import terminal
-
 if TYPE_CHECKING:
     from ..embedder import Embedder
-
-NET = "Net"
 
 Checkpoint = Annotated[
     Path,
     typer.Option(
         help="The net: the folder of a training run, its model.pt or best.pt, or any file of weights together with "
         "--backbone.",
-        rich_help_panel=NET,
     ),
 ]
 Backbone = Annotated[
     str | None,
     typer.Option(
         help="Name of the net in a file of weights, iresnet50 for example. Default: the run's own net.",
-        rich_help_panel=NET,
         show_default=False,
     ),
 ]
@@ -38,17 +30,15 @@ ImageSize = Annotated[
         min=1,
         help="Side of the net's input images in pixels, for a file of weights. Default: the net's own, 112 for "
         "insightface's.",
-        rich_help_panel=NET,
         show_default=False,
     ),
 ]
-Device = Annotated[str, typer.Option(help="Device of the net: cpu, cuda or cuda:N.", rich_help_panel=NET)]
+Device = Annotated[str, typer.Option(help="Device of the net: cpu, cuda or cuda:N.")]
 Trust = Annotated[
     bool,
     typer.Option(
         "--trust",
-        help="Run the code that a checkpoint of an old format may hold. Give it only for runs whose author you trust.",
-        rich_help_panel=NET,
+        help="Allow a checkpoint of an old format to run code when it is loaded. Use it only if you trust the author.",
     ),
 ]
 
@@ -58,17 +48,3 @@ def load(checkpoint: Path, backbone: str | None, image_size: int | None, device:
     from ..embedder import load_embedder
 
     return load_embedder(checkpoint, backbone, device=device, image_size=image_size, trust=trust)
-
-
-@contextlib.contextmanager
-def explained() -> Iterator[None]:
-    """End the command with the message of an error in what the user gave, and with status 1."""
-    from fused_arcface.checkpoint import CheckpointError
-
-    from ..export import ExportError
-
-    try:
-        yield
-    except (CheckpointError, ExportError, ValueError, TypeError) as wrong:  # DataError and RunError are ValueErrors
-        terminal(stderr=True, soft_wrap=True).print(str(wrong), style="bold red", markup=False)
-        raise typer.Exit(1) from None

@@ -11,6 +11,7 @@ from rich.table import Table
 from ..data.images import MAX_PIXELS
 from . import evaluation as shared
 from . import reporting
+from .errors import WrongOption, explained
 from .tables import plain_table
 from .terminal import terminal
 
@@ -31,12 +32,13 @@ def verify(
     data: Annotated[
         str | None,
         typer.Option(
-            help="Pairs to verify: a .bin set, a .txt, .csv or .tsv file of pairs, or labeled images to make pairs of "
-            "(a folder for each identity, a .rec file, a .lst or .list file of lines `path label`)."
+            help="Pairs to verify: a .bin set, a .txt, .csv or .tsv file of pairs, or labeled images to make pairs "
+            "from (a folder for each identity, a .rec file, a .lst or .list file of lines `path label`)."
         ),
     ] = None,
     checkpoint: shared.Checkpoint = None,
     backbone: shared.Backbone = None,
+    image_size: shared.ImageSize = None,
     images: Annotated[
         Path | None,
         typer.Option(help="Folder of the images that a file of pairs names. Default: the folder of that file."),
@@ -61,9 +63,12 @@ def verify(
     flip: shared.Flip = False,
     folds: Annotated[int, typer.Option(min=2, help="Number of folds of the cross-validated accuracy.")] = 10,
     pairs: Annotated[
-        int, typer.Option(min=1, help="Largest number of pairs of each kind that are made of labeled images.")
+        int,
+        typer.Option(
+            min=1, help="Maximum number of pairs of one person, and of two people, to make from labeled images."
+        ),
     ] = 20_000,
-    seed: Annotated[int, typer.Option(help="Seed of the choice of these pairs.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed for choosing these pairs.")] = 0,
     bad_data: shared.BadData = "skip",
     json: shared.Json = None,
     pictures: shared.Pictures = None,
@@ -77,8 +82,8 @@ def verify(
 ) -> None:
     """Verify pairs of people never seen in training: accuracy over folds, TAR at FAR, EER, thresholds.
 
-    TAR at FAR is strict: the greatest true accept rate at a false accept rate
-    of at most the named one. Embeddings are normalized unless --raw is given.
+    TAR at FAR x is the highest true accept rate whose false accept rate is at
+    most x. Embeddings are normalized unless --raw is given.
     """
     settings = dict(locals())
     from fused_arcface.base.extras import require
@@ -91,13 +96,12 @@ def verify(
     from .thresholds import keep_thresholds, threshold_figures, threshold_points, threshold_tables
 
     if (embeddings is None) == (data is None or checkpoint is None):
-        raise typer.BadParameter("--data and --checkpoint must be given, or --embeddings alone")
-    shared.check_bad_data(bad_data)
+        raise WrongOption("--data and --checkpoint must be given, or --embeddings alone")
     require("sklearn.metrics", "eval")
     shared.check_output(json)
     page = reporting.ReportFile(report, no_report, reporting.beside("verify", json, pictures))
     read: ImageSet | None = None
-    with shared.explained():
+    with explained():
         for file in (save_embeddings, gallery):
             if file is not None:
                 check_suffix(file)
@@ -106,7 +110,7 @@ def verify(
         else:
             assert data is not None and checkpoint is not None
             options: dict[str, Any] = {"flip": flip, "device": device, "batch_size": batch_size, "workers": workers}
-            options |= {"bad_data": bad_data, "trust": trust, "backbone": backbone}
+            options |= {"bad_data": bad_data, "trust": trust, "backbone": backbone, "image_size": image_size}
             read = read_pair_set(data, images, most=pairs, seed=seed, max_pixels=max_pixels)
             (scored,) = shared.embed_images(checkpoint, [read], **options)
         if save_embeddings is not None:

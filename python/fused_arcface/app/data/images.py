@@ -173,7 +173,11 @@ def _opened(source: Path | bytes, max_pixels: int) -> Iterator[Any]:
 
 
 def _content(source: Path | bytes) -> BinaryIO:
-    return io.BytesIO(source) if isinstance(source, bytes) else open_regular(source)
+    if isinstance(source, bytes):
+        return io.BytesIO(source)
+    if not source.exists():  # said here, without a search for similar names: it may be one of many that are missing
+        raise ImageError(f"{source} does not exist")
+    return open_regular(source)
 
 
 def _check_size(source: Path | bytes, size: tuple[int, int], max_pixels: int) -> None:

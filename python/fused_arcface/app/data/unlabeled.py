@@ -11,7 +11,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fused_arcface.base.reading import DataError, file_errors, read_bytes
+from fused_arcface.base.reading import DataError, NoSuchData, file_errors, read_bytes
+from fused_arcface.base.suggest import missing_path
 from fused_arcface.base.text import lines
 
 from .formats.folders import read_folder
@@ -45,7 +46,7 @@ def read_images(sources: Sequence[str], *, max_pixels: int = MAX_PIXELS) -> Imag
     tensor([0, 0, 1, 1, 2, 2])
     """
     if not sources:
-        raise DataError("there must be something to embed: a folder, a list, or images")
+        raise DataError("images must be given: a folder, a list, or image files")
     if len(sources) == 1 and (labeled := _labeled(sources[0], max_pixels)) is not None:
         return labeled
     problems: list[str] = []
@@ -98,7 +99,7 @@ def _files_of(source: str, problems: list[str]) -> list[tuple[Path, str | None]]
     if path.suffix.lower() in _LISTS:
         return _read_list(path)
     if not path.is_file():
-        raise DataError(f"there is no {source}")
+        raise NoSuchData(missing_path(source))
     return [(path, None)]
 
 

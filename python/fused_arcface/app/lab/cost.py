@@ -88,7 +88,7 @@ def peak_of_steps(criterion: str, batch_size: int, embedding_dim: int, data: Lab
     Args:
         criterion: its name.
         batch_size: images of a step.
-        embedding_dim: D.
+        embedding_dim: D, the length of an embedding.
         data: images of the shape, and identities of the number, to measure with.
         child: the process that measures.
     """

@@ -18,8 +18,8 @@ class SoftmaxHead(nn.Module):
     """The plain softmax classifier: a linear layer with a bias and cross-entropy, nothing normalized.
 
     Args:
-        embedding_dim: D.
-        num_classes: C.
+        embedding_dim: D, the length of an embedding.
+        num_classes: C, the number of classes.
 
     >>> import torch
     >>> SoftmaxHead(8, 5)(torch.randn(4, 8), torch.tensor([0, 1, 2, 4])).shape

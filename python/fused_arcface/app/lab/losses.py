@@ -20,8 +20,8 @@ class CenterLossHead(SoftmaxHead):
     rate.
 
     Args:
-        embedding_dim: D.
-        num_classes: C.
+        embedding_dim: D, the length of an embedding.
+        num_classes: C, the number of classes.
         pull: λ.
 
     >>> head = CenterLossHead(2, 3, pull=0.5)

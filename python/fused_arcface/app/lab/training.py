@@ -92,7 +92,7 @@ def train(
     Args:
         criterion: gives the head and the batches.
         recipe: optimizer, steps and batch size.
-        embedding_dim: D.
+        embedding_dim: D, the length of an embedding.
         data: images and labels to train on.
         seed: of the initial weights and of the batches.
         reporter: told of each step.

@@ -45,7 +45,7 @@ class IResNet(nn.Module):
 
     Args:
         depth: number of layers: 18, 34, 50, 100 or 200.
-        embedding_dim: D.
+        embedding_dim: D, the length of an embedding.
         size: side of the images in pixels; insightface's nets have 112.
         channels: number of channels of the images.
         dropout: probability of dropout before the last linear map.

@@ -37,7 +37,7 @@ class MobileFaceNet(nn.Module):
 
     Args:
         name: key of :data:`SIZES`.
-        embedding_dim: D.
+        embedding_dim: D, the length of an embedding.
         size: side of the images in pixels; insightface's nets have 112.
         channels: number of channels of the images.
 

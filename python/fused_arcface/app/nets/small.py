@@ -11,7 +11,7 @@ class SmallNet(nn.Module):
     """Three strided convolutions and a linear map: an embedding net for small images that trains on a CPU in seconds.
 
     Args:
-        embedding_dim: D.
+        embedding_dim: D, the length of an embedding.
         channels: number of channels of the images.
         width: number of channels of the first convolution; the others have twice and four times as many.
 

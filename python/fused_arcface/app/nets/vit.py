@@ -101,7 +101,7 @@ class VisionTransformer(nn.Module):
 
     Args:
         name: key of :data:`SIZES`.
-        embedding_dim: D.
+        embedding_dim: D, the length of an embedding.
         size: side of the images in pixels, >= 9; insightface's nets have 112.
         channels: number of channels of the images.
 

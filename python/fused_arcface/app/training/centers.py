@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from fused_arcface.base.reading import DataError, read_names
+from fused_arcface.base.reading import DataError, NoSuchData, read_names
 from fused_arcface.checkpoint.convert import Centers, read
 from fused_arcface.partial_fc import PartialFC
 
@@ -32,7 +32,7 @@ def load_centers(head: PartialFC, names: list[str], source: Path) -> list[str]:
     try:
         found = read(source)
     except FileNotFoundError as error:
-        raise DataError(str(error)) from None
+        raise NoSuchData(str(error)) from None
     dim = found.tensors["weight"].shape[1]
     if dim != head.embedding_dim or found.sub_centers != head.sub_centers:
         raise DataError(

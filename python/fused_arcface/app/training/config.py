@@ -110,38 +110,38 @@ class TrainConfig:
     bad_data: str = _option(
         "skip",
         DATA,
-        "What to do about an unreadable image, a bad record, an empty class or a gap: skip reports it and goes on, "
-        "stop ends the run.",
+        "With skip, an unreadable image, a bad record, an empty class or a gap is reported and left out. With stop, it "
+        "ends the run.",
         choices=("skip", "stop"),
     )
     image_size: int | None = _option(
         None,
         DATA,
-        "Side of the images in pixels. Default: the net's own size, else the median size of the data, from 32 to 112.",
+        "Side of the images in pixels. Default: the net's own size, otherwise the median of the data, from 32 to 112.",
         least=1,
         fixed=True,
     )
     channels: int | None = _option(
         None,
         DATA,
-        "1 for gray images, 3 for color. Default: the net's own number, else 3 if any image looked at has color.",
+        "1 for gray images, 3 for color. Default: the net's own number, otherwise 3 if a sampled image has color.",
         least=1,
         most=3,
         fixed=True,
     )
-    flip: bool = _option(True, DATA, "Mirror every other image, drawn anew in each epoch.", fixed=True)
+    flip: bool = _option(True, DATA, "Mirror half of the images, chosen at random in each epoch.", fixed=True)
     augment: str = _option(
         "none",
         DATA,
-        "Random changes of the images: light shifts, turns, zooms and changes the light a little; strong does more, "
-        "and lowers the resolution, removes color or erases a part of some.",
+        "Random changes of the images. With light: small shifts, rotations, zooms and changes of brightness and "
+        "contrast. With strong: larger ones; some images also get a low resolution, no color or an erased part.",
         choices=LEVELS,
         fixed=True,
     )
     balanced: bool = _option(
         False,
         DATA,
-        "Draw all identities equally often, however many images each has. An epoch keeps its number of steps.",
+        "Draw all identities equally often, however many images each one has. The number of steps stays the same.",
         fixed=True,
     )
     max_pixels: int = _option(
@@ -179,12 +179,12 @@ class TrainConfig:
         "",
         TUNING,
         "Class centers to start from: a run, a checkpoint or a file of centers. Identities are matched by name, or by "
-        "order where the source has no classes.txt; new identities begin anew.",
+        "order where the source has no classes.txt. New identities get random centers.",
     )
     freeze: str = _option(
         "",
         TUNING,
-        "backbone trains the class centers alone; backbone:E does so for the first E epochs, and then trains both.",
+        "Part that is not trained: backbone, so that only the class centers are, or backbone:E for the first E epochs.",
     )
 
     margin: str = _option(
@@ -234,7 +234,10 @@ class TrainConfig:
         128, OPTIMIZATION, "Images of a step, over all ranks and micro-batches.", least=2, fixed=True
     )
     accumulation: int = _option(
-        1, OPTIMIZATION, "Micro-batches that each rank's share of a batch is cut into, to save memory.", least=1
+        1,
+        OPTIMIZATION,
+        "Number of micro-batches that each rank splits its part of a batch into. More of them need less memory.",
+        least=1,
     )
     optimizer: str = _option("sgd", OPTIMIZATION, "Optimizer of the backbone.", choices=("sgd", "adamw"), fixed=True)
     center_optimizer: str = _option(
@@ -261,7 +264,7 @@ class TrainConfig:
     schedule: str = _option(
         "cosine",
         OPTIMIZATION,
-        "How the learning rates fall after the warm-up.",
+        "Decay of the learning rates after the warm-up.",
         choices=("cosine", "polynomial", "constant"),
     )
     power: float = _option(2.0, OPTIMIZATION, "Exponent of the polynomial schedule.", least=0, above=True)
@@ -272,14 +275,16 @@ class TrainConfig:
     verify_data: str = _option(
         "",
         RUN,
-        "People to verify on, who must not be in --data: a .bin set, a file of pairs or labeled images. "
-        "Default: none, or unseen ones for generated data.",
+        "Data for verification: a .bin set, a file of pairs, or labeled images. Its people must not be in --data. "
+        "Default: none; for generated data, identities that are not trained on.",
     )
-    verify_every: int = _option(1, RUN, "Epochs from one verification to the next; the last epoch has one.", least=1)
+    verify_every: int = _option(
+        1, RUN, "Number of epochs between verifications. The last epoch always has one.", least=1
+    )
     save_every: int = _option(
-        0, RUN, "Steps from one checkpoint to the next, in addition to one after each epoch; 0 for none.", least=0
+        0, RUN, "Number of steps between checkpoints. Each epoch ends with one; 0 saves only those.", least=0
     )
-    keep: int = _option(2, RUN, "Number of checkpoints that are kept.", least=1)
+    keep: int = _option(2, RUN, "Number of newest checkpoints to keep.", least=1)
     keep_best: bool = _option(
         True,
         RUN,

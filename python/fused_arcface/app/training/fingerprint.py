@@ -59,7 +59,7 @@ class Fingerprint:
         try:
             return Fingerprint(**values)
         except TypeError:
-            raise ValueError("it is no fingerprint of data") from None
+            raise ValueError("it is not a fingerprint of data") from None
 
     def difference(self, other: Fingerprint) -> str | None:
         """Return what differs, in words: ``names``, for example; None if nothing does."""

@@ -14,10 +14,11 @@ from typing import Any
 from fused_arcface import backends
 from fused_arcface.base.options import HeadOptions
 from fused_arcface.base.reading import DataError
+from fused_arcface.base.suggest import missing_path
 from fused_arcface.margins.schedule import at_strength
 from fused_arcface.margins.text import parse_margin
 
-from ..data.formats import labeled_formats, open_source, unseen_source
+from ..data.formats import generated, labeled_formats, open_source, unseen_source
 from ..data.images import ImageSpec
 from ..data.pair_sets import paired, read_pair_set
 from ..data.sources import ImageSet, ImageSource, common_spec
@@ -32,10 +33,11 @@ def open_data(config: TrainConfig) -> ImageSource:
     """Open the images to train on.
 
     Raises:
+        OptionError: if the option is not given.
         DataError: if there are none, or something is wrong with them and ``bad_data`` is ``"stop"``.
     """
     if not config.data:
-        raise DataError(f"data must be {labeled_formats()}; got nothing")
+        raise OptionError(f"data must be {labeled_formats()}; got nothing")
     source = open_source(config.data, config.max_pixels)
     if config.bad_data == "stop" and source.problems:
         raise DataError(stopped_by(source.problems[0]))
@@ -75,6 +77,10 @@ def resolve(config: TrainConfig, source: ImageSource, world: World) -> TrainConf
     Raises:
         OptionError: if options do not fit each other, the data or the number of ranks.
     """
+    for name in ("init", "centers", "verify_data"):
+        text = getattr(config, name)
+        if text and not Path(text).exists() and text.partition(":")[0] not in generated.NAMES:
+            raise OptionError(f"{name}: {missing_path(text)}")
     changes: dict[str, Any] = {
         "data": _absolute(config.data),
         "verify_data": _absolute(config.verify_data),
@@ -91,8 +97,8 @@ def resolve(config: TrainConfig, source: ImageSource, world: World) -> TrainConf
     rows, parts = min(config.batch_size, len(source)), world.world_size * config.accumulation
     if rows < 2 * parts:
         raise OptionError(
-            f"batch_size must be >= {2 * parts}, two images for each of {world.world_size} rank(s) × "
-            f"{config.accumulation} micro-batch(es), and so many images be there; got {rows}"
+            f"batch_size must be >= {2 * parts}, and so must the number of images: each of the {world.world_size} × "
+            f"{config.accumulation} parts (ranks × micro-batches) needs two; got {config.batch_size} and {len(source)}"
         )
     if config.precision == "fp16" and config.center_optimizer == "joint" and world.world_size > 1:
         raise OptionError(

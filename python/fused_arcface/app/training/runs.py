@@ -43,7 +43,7 @@ _MOST_BYTES = 1 << 16
 
 
 class RunError(ValueError):
-    """Raised for a folder that is no training run or cannot be used; the message says what is wrong and what to do."""
+    """Raised for a folder that is not a training run, or cannot be used; the message says what to do."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,11 @@ class RunFolder:
     """Paths of a run."""
 
     root: Path
+
+    @property
+    def place(self) -> str:
+        """The folder's absolute path, which all ranks must have given."""
+        return str(self.root.resolve())
 
     @property
     def config(self) -> Path:
@@ -152,7 +157,7 @@ class RunFolder:
             with file_errors(self.data):
                 return Fingerprint.from_json(read_bytes(self.data, _MOST_BYTES).decode())
         except DataError as error:
-            raise RunError(f"{error}; remove it to go on without it") from None
+            raise RunError(f"{error}; remove it to continue without it") from None
 
     def read_config(self) -> TrainConfig:
         """Read the run's options.
@@ -160,13 +165,18 @@ class RunFolder:
         Raises:
             RunError: if there are none or they cannot be read.
         """
-        if not self.config.exists():
-            why = "is not a folder" if not self.root.is_dir() else f"is no training run: it has no {self.config.name}"
-            raise RunError(f"{self.root} {why}; make one with: fused-arcface train --output {self.root}")
+        if not self.config.is_file():
+            if not self.root.exists():
+                why = "does not exist"
+            elif self.root.is_dir():
+                why = f"is not a training run: it has no {self.config.name}"
+            else:
+                why = "is not a folder"
+            raise RunError(f"{self.root} {why}; make a run with: fused-arcface train --data DATA --output {self.root}")
         try:
             config = TrainConfig().replace(read_options(self.config))
             if not config.data:  # a run has some
-                raise ValueError("it names no data, so it is no run's, or damaged: put a whole one back")
+                raise ValueError("it names no data, so it is damaged or not of a run; restore it from a copy")
             return config
         except (TypeError, ValueError) as error:
             raise RunError(f"{self.config}: {error}") from None
@@ -198,7 +208,7 @@ def check_run(folder: RunFolder, config: TrainConfig, classes: list[str], data: 
                 "--output"
             )
         if folder.has_checkpoint:
-            raise RunError(f"{folder.root} holds a run already: --resume goes on with it; or name another --output")
+            raise RunError(f"{folder.root} holds a run already: add --resume to continue it, or name another --output")
         return
     before = folder.read_config()
     for name, (rule, _) in rules().items():
@@ -220,7 +230,7 @@ def check_run(folder: RunFolder, config: TrainConfig, classes: list[str], data: 
         raise RunError(
             f"{folder.root}: a resumed run keeps its data; {config.data} has other {what} than the run began with: "
             f"{getattr(saved_data, what)} then, {getattr(data, what)} now. Give it the same images, name another "
-            f"--output, or remove {folder.data} to go on with these"
+            f"--output, or remove {folder.data} to continue with these"
         )
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import signal
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Literal
@@ -39,40 +39,20 @@ from .interrupt import Interrupt
 from .joint_step import StepResult
 from .learner import Learner
 from .lock import FolderLock
+from .outcomes import DryRun, TrainingOutcome
 from .resolve import open_data, open_verification, resolve, stopped_by, temporary_centers
 from .runs import RunFolder, check_run, write_run
 from .verifier import Verifier
 from .world import World, join_world, resume_command
 
 
-@dataclass(frozen=True)
-class TrainingOutcome:
-    """The end of a training."""
-
-    step: int
-    steps: int
-    signal: signal.Signals | None = None
-    """Signal that interrupted it."""
-
-
-@dataclass(frozen=True)
-class DryRun:
-    """The first step of a training that writes nothing."""
-
-    config: TrainConfig
-    """Every option as it was resolved."""
-    loss: float
-    seconds: float
-    """Of the step, with the reading of its images."""
-
-
 def train(
     config: TrainConfig,
-    output: Path,
+    output: str | os.PathLike[str],
     *,
     resume: bool | Literal["auto"] = False,
     trust: bool = False,
-    listener: Listener,
+    listener: Listener | None = None,
 ) -> TrainingOutcome:
     """Train as the options say, and write a run's folder.
 
@@ -85,7 +65,10 @@ def train(
         resume: true to continue from the newest checkpoint in it, or from the start if there is none yet; ``"auto"`` to
             do so if the folder holds a run, and begin one otherwise.
         trust: run the code that a resumed checkpoint of format 1 may hold.
-        listener: called with each event of the training.
+        listener: called with each event of the training, see :mod:`fused_arcface.app.training.events`.
+
+    Returns:
+        The steps that were made, and the figures of the last one.
 
     Raises:
         RunError: if the folder holds a run and ``resume`` is not set, if that run has other fixed options or other
@@ -98,12 +81,13 @@ def train(
 
     >>> import tempfile
     >>> config = TrainConfig(data="identities:4x4", epochs=2, batch_size=8, image_size=16, workers=0, device="cpu")
-    >>> train(config, Path(tempfile.mkdtemp()) / "run", listener=lambda event: None)
-    TrainingOutcome(step=4, steps=4, signal=None)
+    >>> outcome = train(config, Path(tempfile.mkdtemp()) / "run")
+    >>> outcome.step, outcome.steps, sorted(outcome.metrics)
+    (4, 4, ['accuracy', 'loss', 'target_angle', 'verification_accuracy', 'verification_eer'])
     """
-    folder, lock = RunFolder(output), None
+    folder, lock = RunFolder(Path(output)), None
     with _opened(config) as (world, interrupt, config, source), contextlib.ExitStack() as held:
-        data = agreed_fingerprint(world, config, source, output=str(output.resolve()), resume=resume, dry_run=False)
+        data = agreed_fingerprint(world, config, source, output=folder.place, resume=resume, dry_run=False)
         with world.together():
             if world.rank == 0:
                 lock = held.enter_context(folder.lock())
@@ -120,18 +104,24 @@ def train(
             trainer.tell(Ended())
 
 
-def try_out(config: TrainConfig, output: Path, *, resume: bool | Literal["auto"] = False, listener: Listener) -> DryRun:
+def try_out(
+    config: TrainConfig,
+    output: str | os.PathLike[str],
+    *,
+    resume: bool | Literal["auto"] = False,
+    listener: Listener | None = None,
+) -> DryRun:
     """Do all that comes before the first step of a training, and that step; write nothing.
 
     Args and errors are those of :func:`train`.
 
     >>> config = TrainConfig(data="identities:4x4", batch_size=8, image_size=16, workers=0, device="cpu")
-    >>> try_out(config, Path("run"), listener=lambda event: None).config.scale, Path("run").exists()
+    >>> try_out(config, "run").config.scale, Path("run").exists()
     (16.0, False)
     """
-    folder = RunFolder(output)
+    folder = RunFolder(Path(output))
     with _opened(config) as (world, interrupt, config, source):
-        data = agreed_fingerprint(world, config, source, output=str(output.resolve()), resume=resume, dry_run=True)
+        data = agreed_fingerprint(world, config, source, output=folder.place, resume=resume, dry_run=True)
         with world.together():
             check_run(folder, config, source.names, data, folder.config.exists() if resume == "auto" else resume)
         with temporary_centers(config, world, folder.has_checkpoint) as config:
@@ -161,7 +151,7 @@ class Trainer:
         world: World,
         source: ImageSource,
         interrupt: Interrupt,
-        listener: Listener,
+        listener: Listener | None,
         trust: bool = False,
         write: bool = True,
     ) -> None:
@@ -171,7 +161,8 @@ class Trainer:
         self._plan = BatchPlan(len(source), config.batch_size, config.seed, config.flip, balanced)
         self._steps = config.epochs * self._plan.steps_per_epoch
         self._learner = Learner(config, len(source.names), self._steps, world)
-        self._listeners = [listener]
+        self._listeners = [] if listener is None else [listener]
+        self._metrics: dict[str, float] = {}
         self._files: list[Listener] = []
         self._failure: Exception | None = None
         self._verifier: Verifier | None = None
@@ -184,6 +175,10 @@ class Trainer:
 
     def tell(self, event: Event) -> None:
         """Tell the listeners; on other ranks than the first, of notes alone."""
+        if isinstance(event, Stepped):
+            self._metrics.update(loss=event.loss, accuracy=event.accuracy, target_angle=event.target_angle)
+        elif isinstance(event, Verified):
+            self._metrics.update(verification_accuracy=event.found.accuracy, verification_eer=event.found.eer)
         if self._world.rank == 0 or isinstance(event, Noted):
             for listener in self._listeners:
                 listener(event)
@@ -237,7 +232,7 @@ class Trainer:
                     "images, at the weights of --init, and try a smaller learning rate or precision fp32"
                 )
             self._write_model()
-        return TrainingOutcome(step, self._steps, self._stopped_by)
+        return TrainingOutcome(step, self._steps, self._stopped_by, self._metrics)
 
     def try_out(self) -> DryRun:
         """Make the first step, and keep nothing of it."""
@@ -421,9 +416,9 @@ class Trainer:
             self._fail(
                 TrainingError(
                     f"{root} was removed or replaced while the run trained in it. Put the folder back and "
-                    f"go on with: {resume_command(root)}; or begin anew with another --output"
+                    f"resume with: {resume_command(root)}; or start again with another --output"
                 )
             )
 
     def _way_back(self) -> str:
-        return f"make room there and go on with: {resume_command(self._folder.root)}"
+        return f"make room there and resume with: {resume_command(self._folder.root)}"

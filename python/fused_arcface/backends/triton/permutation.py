@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fused_arcface.base.keyed_random import signed
-from fused_arcface.parallel.sampling import ROUNDS, grid_of
+from fused_arcface.base.permutation import ROUNDS, grid_of
 
 from .common import launch
 from .keyed_random import fold
@@ -62,7 +62,7 @@ def permute_kernel(
 
 
 class Permutation:
-    """:class:`fused_arcface.parallel.sampling.Permutation`, for ids on a GPU."""
+    """:class:`fused_arcface.base.permutation.Permutation`, for ids on a GPU."""
 
     def __init__(self, size: int, key: int, device: torch.device) -> None:
         self.size, self.key = size, key

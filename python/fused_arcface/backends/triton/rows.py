@@ -213,7 +213,7 @@ class RowTerms:
 
 def row_terms(
     inverse: Tensor,
-    scale: float,
+    scale: float | Tensor,
     shift: Tensor | None = None,
     coefficients: tuple[Tensor, Tensor] | None = None,
     of_cosine: bool = False,
@@ -221,9 +221,10 @@ def row_terms(
     """See :class:`RowTerms`; shift (N,) fp64, coefficients (N,) of the negatives and of the target.
 
     With ``of_cosine`` the scale is the factor of a cosine, which has the embedding's inverse norm already.
+    A scale that only the device knows, 0-dim, is multiplied in afterwards.
     """
     num_rows = inverse.shape[0]
-    exact = scale * 1.4426950408889634
+    exact = (1.0 if isinstance(scale, Tensor) else scale) * 1.4426950408889634
     high = ctypes.c_float(exact).value
     out = torch.empty(4, num_rows, dtype=inverse.dtype, device=inverse.device).unbind()
     negative, target = coefficients if coefficients is not None else (inverse, inverse)
@@ -243,6 +244,8 @@ def row_terms(
         HAS_COEFFICIENTS=coefficients is not None,
         BLOCK_N=1024,
     )
+    if isinstance(scale, Tensor):
+        out[0].mul_(scale)
     return RowTerms(
         out[0],
         None if shift is None else out[1],

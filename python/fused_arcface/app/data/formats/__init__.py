@@ -10,8 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from fused_arcface.base.reading import DataError
-from fused_arcface.base.suggest import missing_path
+from fused_arcface.base.reading import NoSuchData
+from fused_arcface.base.suggest import did_you_mean, missing_path
 
 from ..images import MAX_PIXELS
 from ..sources import ImageSet, ImageSource
@@ -64,7 +64,8 @@ def open_source(data: str, max_pixels: int = MAX_PIXELS) -> ImageSource:
         max_pixels: of an image in a file, see :func:`fused_arcface.app.data.read_image`.
 
     Raises:
-        DataError: if nothing has that name, or there is nothing to train on in it.
+        NoSuchData: if nothing has that name.
+        DataError: if there is nothing to train on in it.
         MissingExtra: if scikit-learn is needed and not installed.
 
     >>> from fused_arcface.app.data import ImageSpec
@@ -75,7 +76,10 @@ def open_source(data: str, max_pixels: int = MAX_PIXELS) -> ImageSource:
     for each in FORMATS:
         if each.open is not None and each.matches(data):
             return each.open(data, max_pixels)
-    raise DataError(f"data must be {labeled_formats()}; got {data!r}: {missing_path(data)}")
+    missing = missing_path(data)
+    if "did you mean" not in missing:
+        missing += did_you_mean(data.partition(":")[0], generated.NAMES) or f"; data must be {labeled_formats()}"
+    raise NoSuchData(missing)
 
 
 def labeled_formats() -> str:

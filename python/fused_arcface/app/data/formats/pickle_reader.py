@@ -118,7 +118,7 @@ def _set_order(element: ElementType, state: Any) -> None:
         raise Refused("it has an array of something else than bools, integers or objects")
     order = state[1].decode("latin1") if isinstance(state[1], bytes) else state[1]
     if order not in ("<", ">", "|", "="):
-        raise Damaged("a byte order is none")
+        raise Damaged("an unknown byte order")
     element.order = ">" if order == ">" else "<"
 
 
@@ -148,7 +148,7 @@ def _set(array: Array, content: Any, element: Any, shape: Any, fortran: bool) ->
     if not isinstance(element, ElementType) or not isinstance(shape, tuple) or len(shape) > 2:
         raise Refused("it has an array of more than two dimensions or of an unknown type")
     if not all(type(side) is int and side >= 0 for side in shape):
-        raise Damaged("an array's shape is none")
+        raise Damaged("an array has an invalid shape")
     # A matrix in Fortran's order has its elements in another order; of a single row or column it is the same.
     if fortran and len(shape) == 2 and 1 not in shape:
         raise Refused("it has a matrix in Fortran's order")
@@ -191,7 +191,7 @@ def _name(name: Name) -> Name:
 
 def _call(function: Any, arguments: tuple[Any, ...]) -> Any:
     if not isinstance(function, Name) or function not in _CALLS:
-        raise Refused("it calls something that is no function of a verification set")
+        raise Refused("it calls something that is not a function of a verification set")
     return _CALLS[function](*arguments)
 
 

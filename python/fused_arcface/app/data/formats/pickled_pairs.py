@@ -76,7 +76,7 @@ def read_pickled_pairs(path: str | Path) -> PickledPairs:
         except Refused as refused:
             raise DataError(f"{path} is refused: {refused}; nothing of it was executed") from None
         except Damaged as damaged:
-            raise DataError(f"{path} is no pickle, or a damaged one: {damaged}") from None
+            raise DataError(f"{path} is not a pickle file, or it is damaged: {damaged}") from None
     if not isinstance(found, (tuple, list)) or len(found) != 2:
         raise DataError(f"{path} must hold (images, is same); it holds {_kind(found)}")
     images, same = found

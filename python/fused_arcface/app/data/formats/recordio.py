@@ -180,7 +180,7 @@ class RecordFile:
             raise self._error(offset, number, "the file became shorter")
         magic, word = _HEAD.unpack(head)
         if magic != MAGIC:
-            raise self._error(offset, number, f"0x{MAGIC:08x} must stand there; got 0x{magic:08x}")
+            raise self._error(offset, number, f"0x{MAGIC:08x} is missing; got 0x{magic:08x}")
         part, length = word >> 29, word & MOST
         if offset + HEAD_BYTES + length > self.size:
             end = offset + HEAD_BYTES + length

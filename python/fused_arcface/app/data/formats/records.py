@@ -207,7 +207,7 @@ class RecordImages:
             place = _place(self.path, numbers[row], heads.offsets[row])
             self.problems.append(f"{place}: its label must be a whole number >= 0; got {labels[row]:g}")
         if len(wrong) > _SAID:
-            self.problems.append(f"{self.path}: {len(wrong) - _SAID} more records have a label that is none")
+            self.problems.append(f"{self.path}: {len(wrong) - _SAID} more records have an invalid label")
         return numbers[whole], heads.offsets[whole], labels[whole].astype(np.int64)
 
     def _label(self, number: np.int64, offset: np.int64) -> float:

@@ -60,8 +60,9 @@ def kill_at_random(folder: Path, times: int, longest: float) -> int:
     return steps
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_from_its_last_checkpoint_to_the_bit(tmp_path):
-    assert kill_at_random(tmp_path, 8, 0.25) > 0
+    assert kill_at_random(tmp_path, 6, 0.2) > 0
 
 
 @pytest.mark.full
@@ -245,6 +246,9 @@ def test_checkpoints_are_loaded_and_converted_between_storages(source, tmp_path)
         other = make(storage, "bf16+int8")
         checkpoint.load(root, other)
         assert_equal(state(other), right)
+    torch.save({"W": torch.randn(D, CLASSES)}, tmp_path / "loss.pt")
+    with pytest.raises(convert.ConvertError, match="center_storage needs a source with the state of a CenterSGD"):
+        convert.convert([tmp_path / "loss.pt"], tmp_path / "again", center_storage=tmp_path / "newer")
     with pytest.raises(checkpoint.CheckpointError, match="must be a new or an empty folder"):
         convert.convert([tmp_path / "run"], tmp_path / "again", center_storage=tmp_path / "new")
 

@@ -1,0 +1,221 @@
+// The passes on the host. Plain bf16 centers take one launch a pass, and one for each two million classes forward.
+// Other centers are copied to bf16 in chunks. A step of the optimizer is made chunk by chunk, after the gradient of
+// each.
+#include "../passes.h"
+#include "backward.h"
+#include "forward.h"
+#include "tensor_map.h"
+
+namespace fa::cuda {
+
+using namespace hopper;
+
+namespace {
+
+// Of a forward pass over centers as they are stored, whose norms take 12 bytes a class.
+constexpr int64_t kClassesAtOnce = 1 << 21;
+
+Panel as_panel(const PreparedRows& rows) {
+  return {nullptr, nullptr, rows.inverse, rows.reciprocal, rows.rows, kColumns};
+}
+
+PreparedRows take_rows(Arena& arena, int64_t count, bool copied, int* odd) {
+  const int64_t rows = round_up(std::max<int64_t>(count, 1), kRows);
+  return {copied ? arena.take<BFloat16>(rows * kColumns) : nullptr,
+          arena.take<float>(rows),
+          arena.take<float>(rows),
+          arena.take<float>(rows),
+          odd,
+          rows};
+}
+
+void prepare(const Matrix& m, const RowSelection& selection, PreparedRows rows, const Stream& stream) {
+  // Of a chunk, which may be the last.
+  rows.rows = std::min(rows.rows, round_up(std::max<int64_t>(selection.count, 1), kRows));
+  const auto start = [&](auto* data, auto* kernel) {
+    launch("prepare_rows", kernel, {ceil_div(rows.rows, kRowThreads / kWarp)}, kRowThreads, 0, stream, data,
+           m.row_stride, m.column_stride, selection, rows);
+  };
+  if (m.dtype == Dtype::kFloat32) start(static_cast<const float*>(m.data), prepare_rows_kernel<float>);
+  if (m.dtype == Dtype::kBFloat16) start(static_cast<const BFloat16*>(m.data), prepare_rows_kernel<BFloat16>);
+  if (m.dtype == Dtype::kFloat16) start(static_cast<const Float16*>(m.data), prepare_rows_kernel<Float16>);
+}
+
+// The start of both passes: a copy of the batch, and the terms of its rows.
+struct Batch {
+  const Matrix& embeddings;
+  int* odd;  // of the classes
+  PreparedRows rows;
+  RowTerms terms;
+
+  Batch(Arena& arena, const Matrix& embeddings, int cluster)
+      : embeddings(embeddings),
+        odd(arena.take<int>(1)),
+        rows(take_rows(arena, round_up(std::max<int64_t>(embeddings.rows, 1), kRows * cluster), true, odd)) {
+    terms = {arena.take<float>(rows.rows), arena.take<float>(rows.rows), arena.take<float>(rows.rows),
+             arena.take<float>(rows.rows), arena.take<int64_t>(rows.rows)};
+  }
+
+  int64_t blocks() const { return rows.rows / kRows; }
+  TensorMap map() const { return make_map(rows.values, rows.rows, kColumns); }
+
+  void start(double scale, const double* shift, const int64_t* target, const float* negative_coefficient,
+             const float* target_coefficient, const Stream& stream) const {
+    prepare(embeddings, {0, embeddings.rows, nullptr, nullptr, embeddings.rows}, rows, stream);
+    launch("row_terms", row_terms_kernel, {ceil_div(rows.rows, kRowThreads)}, kRowThreads, 0, stream, as_panel(rows),
+           embeddings.rows, scale, shift, target, negative_coefficient, target_coefficient, terms);
+  }
+};
+
+// Calls fn(selection, values, stride, tensor map) for each chunk of classes, after its rows are prepared.
+template <typename Fn>
+void for_each_chunk(const Matrix& weight, RowSelection selection, const PreparedRows& rows, const Stream& stream,
+                    const Fn& fn) {
+  const int64_t all = selection.count;
+  for (selection.first = 0; selection.first < all; selection.first += rows.rows) {
+    selection.count = std::min(rows.rows, all - selection.first);
+    if (rows.inverse != nullptr) prepare(weight, selection, rows, stream);
+    const BFloat16* const values =
+        rows.values != nullptr ? rows.values
+                               : static_cast<const BFloat16*>(weight.data) + selection.first * weight.row_stride;
+    const int64_t stride = rows.values != nullptr ? kColumns : weight.row_stride;
+    fn(selection, values, stride, make_map(values, rows.values != nullptr ? rows.rows : selection.count, stride));
+  }
+}
+
+// The number of classes of a chunk: as many as the budget allows, in whole rounds of the multiprocessors.
+int64_t chunk_of(int64_t classes, bool copied, bool with_gradient, const PassOptions& options) {
+  const int64_t bytes = kColumns * (copied ? sizeof(BFloat16) : 0) + kColumns * (with_gradient ? sizeof(float) : 0);
+  const int64_t round = int64_t{kRows} * options.multiprocessors;
+  return std::min(std::max<int64_t>(options.center_bytes / bytes / round, 1) * round, classes);
+}
+
+// Writes projected gradients (classes of a chunk, 512) into a matrix of any dtype and strides, or makes a step of the
+// optimizer with them.
+__global__ void __launch_bounds__(kRowThreads)
+    finish_gradient_kernel(const float* gradient, RowSelection selection, const float* reciprocal, CenterGradient out) {
+  if (out.active != nullptr && !*out.active) return;
+  const int lane = threadIdx.x % kWarp;
+  const int64_t j = static_cast<int64_t>(blockIdx.x) * (kRowThreads / kWarp) + threadIdx.x / kWarp;
+  const int64_t row = j < selection.count ? selection.row(j) : -1;
+  if (row < 0) return;  // the whole warp
+  const bool is_short = reciprocal != nullptr && reciprocal[j] < 0;
+  for (int d = 4 * lane; d < kColumns; d += 4 * kWarp) {
+    float by_row[4];
+    load_four(gradient + j * kColumns + d, 1, 4, by_row);
+    if (out.d_weight.data == nullptr)
+      step_center(out.weight, out.step, row, d, kColumns - d, by_row);
+    else
+      visit_dtype(out.d_weight, [&](auto* data) {
+        store_four(data + row * out.d_weight.row_stride + d * out.d_weight.column_stride, out.d_weight.column_stride, 4,
+                   by_row, [is_short](float value, auto* to, int) { convert_gradient(value, is_short, to); });
+      });
+  }
+}
+
+// True if the kernel itself can write the gradient, eight neighbors at a time.
+template <typename Out>
+bool fits(const Matrix& m, Dtype dtype) {
+  constexpr int64_t kEach = 16 / sizeof(Out);
+  return m.data != nullptr && m.dtype == dtype && m.column_stride == 1 && m.row_stride % kEach == 0 &&
+         aligned(m.data, 16);
+}
+
+template <typename Out>
+void launch_weight_grad(const TensorMap& classes, const TensorMap& batch, const BackwardArgs<Out>& args,
+                        const PassOptions& options, const Stream& stream) {
+  const int cluster = options.cluster;
+  const int64_t blocks = round_up(ceil_div(args.selection.count, kRows), cluster);
+  const Grid grid{std::min<int64_t>(blocks, std::max(options.multiprocessors / cluster, 1) * cluster), 1, 1, cluster};
+  launch("weight_grad", cluster == 2 ? weight_grad_kernel<2, Out> : weight_grad_kernel<1, Out>, grid, kBlockThreads,
+         sizeof(Shared<BatchTerms>), stream, classes, batch, args);
+}
+
+}  // namespace
+
+int64_t HopperPasses::class_stats(const ClassStatsArgs& args, const int64_t* class_count, const PassOptions& options,
+                                  void* workspace, const Stream& stream) {
+  const int64_t N = args.embeddings.rows, C = args.weight.rows;
+  const bool copied = !is_plain(args.weight);
+  Arena arena(workspace);
+  const Batch batch(arena, args.embeddings, options.cluster);
+  const int64_t chunk = copied ? chunk_of(C, true, false, options) : std::min(C, kClassesAtOnce);
+  const PreparedRows classes = take_rows(arena, chunk, copied, batch.odd);
+  // One round of blocks; each slice of the classes at least a tile.
+  const int64_t slices = std::clamp<int64_t>(options.multiprocessors / batch.blocks(), 1, classes.rows / kRows);
+  const int64_t sums = slices * batch.rows.rows;
+  const RowStats stats{arena.take<float>(sums), arena.take<float>(sums), true};
+  float* const partial = arena.take<float>(sums * kColumns);
+  if (arena.counting()) return arena.used();
+
+  const OnDevice device(stream);
+  launch("start", start_kernel, {4 * int64_t{options.multiprocessors}}, kRowThreads, 0, stream, sums, stats,
+         sums * kColumns, partial, batch.odd);
+  batch.start(args.scale, args.shift, args.target, nullptr, nullptr, stream);
+  const TensorMap map = batch.map();
+  for_each_chunk(args.weight, {0, C, nullptr, class_count, C}, classes, stream,
+                 [&](const RowSelection& selection, const BFloat16*, int64_t, const TensorMap& of_classes) {
+                   const int slice = static_cast<int>(ceil_div(ceil_div(selection.count, kRows), slices));
+                   const ForwardArgs forward{classes, selection, batch.terms, batch.rows.rows,
+                                             slice,   stats,     partial,     options.ordered};
+                   launch("class_sums", options.cluster == 2 ? class_sums_kernel<2> : class_sums_kernel<1>,
+                          {batch.blocks(), slices, 1, options.cluster}, kBlockThreads, sizeof(Shared<ClassTerms>),
+                          stream, map, of_classes, forward);
+                 });
+  launch("finish_row_stats", finish_row_stats_kernel, {ceil_div(N, kWarp)}, kRowThreads, kFinishSharedBytes, stream,
+         stats.sums, stats.maxima, static_cast<int>(slices), batch.rows.rows, N, batch.terms, batch.rows.inverse,
+         static_cast<float*>(args.negative_sum), static_cast<float*>(args.negative_max));
+  launch("finish_center_sum", finish_center_sum_kernel, {ceil_div(N, kRowThreads / kWarp)}, kRowThreads, 0, stream,
+         partial, static_cast<int>(slices), batch.rows.rows, int64_t{kColumns}, N, kColumns, batch.terms,
+         static_cast<float*>(args.center_sum));
+  return arena.used();
+}
+
+int64_t HopperPasses::weight_grad(const WeightGradArgs& args, const CenterStep* step, const bool* active,
+                                  const PassOptions& options, void* workspace, const Stream& stream) {
+  RowSelection selection{0, args.weight.rows, nullptr, nullptr, args.weight.rows};
+  if (step != nullptr) selection.index = step->rows, selection.count = step->classes;
+  const bool copied = !is_plain(args.weight) || selection.index != nullptr;
+  const bool as_bf16 = step == nullptr && fits<BFloat16>(args.d_weight, Dtype::kBFloat16);
+  const bool as_fp32 = step == nullptr && fits<float>(args.d_weight, Dtype::kFloat32);
+  const bool written = as_bf16 || as_fp32;  // by the kernel itself
+  Arena arena(workspace);
+  const Batch batch(arena, args.embeddings, 1);
+  const int64_t chunk = copied || !written ? chunk_of(selection.count, copied, !written, options) : selection.count;
+  PreparedRows classes{};
+  if (copied)
+    classes = take_rows(arena, chunk, true, batch.odd);
+  else
+    classes.rows = round_up(chunk, kRows);
+  BatchTerms* const batch_terms = arena.take<BatchTerms>(batch.blocks());
+  float* const gradient = written ? nullptr : arena.take<float>(classes.rows * kColumns);
+  if (arena.counting()) return arena.used();
+
+  const OnDevice device(stream);
+  batch.start(args.scale, args.lse, args.target, static_cast<const float*>(args.negative_coefficient),
+              static_cast<const float*>(args.target_coefficient), stream);
+  launch("batch_terms", batch_terms_kernel, {ceil_div(batch.rows.rows, kRowThreads)}, kRowThreads, 0, stream,
+         batch.terms, batch.rows.rows, batch_terms);
+  const TensorMap map = batch.map();
+  for_each_chunk(
+      args.weight, selection, classes, stream,
+      [&](const RowSelection& selection, const BFloat16* values, int64_t stride, const TensorMap& of_classes) {
+        const auto start = [&](auto* out, int64_t out_stride) {
+          using Out = std::remove_pointer_t<decltype(out)>;
+          launch_weight_grad<Out>(of_classes, map,
+                                  {classes, selection, values, stride, batch_terms, static_cast<int>(batch.blocks()),
+                                   out, out_stride, active, options.ordered},
+                                  options, stream);
+        };
+        const int64_t to = selection.first * args.d_weight.row_stride;
+        if (as_bf16) return start(static_cast<BFloat16*>(args.d_weight.data) + to, args.d_weight.row_stride);
+        if (as_fp32) return start(static_cast<float*>(args.d_weight.data) + to, args.d_weight.row_stride);
+        start(gradient, kColumns);
+        const CenterGradient out{args.d_weight, args.weight, step != nullptr ? *step : CenterStep{}, active};
+        launch("finish_gradient", finish_gradient_kernel, {ceil_div(selection.count, kRowThreads / kWarp)}, kRowThreads,
+               0, stream, gradient, selection, classes.reciprocal, out);
+      });
+  return arena.used();
+}
+
+}  // namespace fa::cuda

@@ -1,0 +1,73 @@
+"""The choice, within the backend ``cuda``, of its kernels for compute capability 9.0 alone (csrc/cuda/hopper).
+
+They take bf16 embeddings of 512 columns. No GPU has run them yet, so they are off unless ``FUSED_ARCFACE_HOPPER`` in
+the environment names a configuration.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+CAPABILITY = (9, 0)
+"""The only compute capability that has their instructions: no other GPU runs machine code for sm_90a."""
+_COLUMNS = 512
+_MOST_CLASSES = 2**31 - 1
+"""The kernels count classes in 32 bits."""
+
+
+@dataclass(frozen=True)
+class HopperConfig:
+    """Settings that a measurement on a GPU has to decide."""
+
+    cluster: int = 2
+    """Blocks that fetch for each other, 1 or 2. Two read half as much out of L2 and wait for each other."""
+    ordered: bool = True
+    """If true, a tile's second product waits for the next tile's first, and runs under that one's exponentials."""
+    center_bytes: int = 33 << 20
+    """Of one launch's packed centers, where centers are not plain bf16 rows, and of its fp32 gradient, where a step of
+    the optimizer follows. 33,792 packed centers are four blocks of 64 for each of 132 multiprocessors, and 16,896
+    gradients stay in an L2 of 50 MB until the step reads them."""
+
+
+CONFIGS = {
+    "1": HopperConfig(),
+    "cluster-1": HopperConfig(cluster=1),
+    "unordered": HopperConfig(ordered=False),
+    "cluster-1-unordered": HopperConfig(cluster=1, ordered=False),
+}
+"""The values of ``FUSED_ARCFACE_HOPPER``. All but "1" are for benchmarks."""
+
+
+def asked() -> HopperConfig | None:
+    """Return the configuration that the environment asks for, or None."""
+    name = os.environ.get("FUSED_ARCFACE_HOPPER", "")
+    if name in ("", "0"):
+        return None
+    if name not in CONFIGS:
+        raise ValueError(f"FUSED_ARCFACE_HOPPER must be 0 or one of {', '.join(CONFIGS)}; got {name!r}")
+    return CONFIGS[name]
+
+
+def choose(built: bool, capability: tuple[int, int], embeddings: Tensor, weight: Tensor) -> HopperConfig | None:
+    """Return the configuration for a pass over these inputs, or None if the portable kernels take it."""
+    config = asked()
+    if config is None or not built or capability != CAPABILITY:
+        return None
+    fits = embeddings.dtype == torch.bfloat16 and weight.shape[1] == _COLUMNS and weight.shape[0] <= _MOST_CLASSES
+    return config if fits else None
+
+
+def describe(built: bool, capability: tuple[int, int]) -> str:
+    """Return a text that says if the kernels are in use, and the reason if not."""
+    if not built:
+        return "not built: that takes nvcc 12.0 or later"
+    if capability != CAPABILITY:
+        needed, found = (".".join(map(str, each)) for each in (CAPABILITY, capability))
+        return f"not used: they need a GPU of compute capability {needed}; this one has {found}"
+    if asked() is None:
+        return "off: FUSED_ARCFACE_HOPPER=1 turns them on for bf16 embeddings of 512 columns"
+    return "on for bf16 embeddings of 512 columns"

@@ -1,0 +1,95 @@
+"""Wrong arguments of every command: one line that names the rule, and exit status 2, before anything is computed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from support.image_files import picture
+
+from fused_arcface.app.cli import run
+from fused_arcface.app.training.config import TrainConfig
+from fused_arcface.app.training.trainer import train
+
+TRAIN = "train --data identities:4x4 --output new"
+NET = "--checkpoint run"
+BARE = "--checkpoint bare.pt --backbone small"
+IDENTITIES = "--data identities:6x4"
+CASES = {
+    "train": "Missing option '--output'.",
+    "train --output new": "--data must be a folder, ",
+    "train --output new --data nowhere": "nowhere does not exist; data must be a folder, ",
+    "train --output new --data identites:4x4": "identites:4x4 does not exist; did you mean identities?",
+    "train --output new --data identities:4": "generated images are identities:IDSxIMAGES, identities:200x10",
+    "train --output new --data bob.pgn": "bob.pgn does not exist; did you mean bob.png?",
+    f"{TRAIN} --batch-size 1": "--batch-size must be >= 2; got 1",
+    f"{TRAIN} --batch-size many": "Invalid value for '--batch-size'",
+    f"{TRAIN} --schedule cosin": "--schedule must be one of cosine, polynomial, constant; got 'cosin'",
+    f"{TRAIN} --margin ArcFase(0.5)": "did you mean ArcFace?",
+    f"{TRAIN} --backbone iresnet5": "did you mean iresnet50?",
+    f"{TRAIN} --device gpu": "--device must be auto, cpu, cuda or cuda:N; got 'gpu'",
+    f"{TRAIN} --backend abacus": "--backend must be one of",
+    f"{TRAIN} --freeze bacbone": "--freeze must be backbone or backbone:EPOCHS; got 'bacbone'",
+    f"{TRAIN} --accumulation 9": "--batch-size must be >= 18, and so must the number of images",
+    f"{TRAIN} --config no.toml": "no.toml does not exist",
+    f"{TRAIN} --init no.pt": "--init: no.pt does not exist",
+    f"{TRAIN} --centers no.pt": "--centers: no.pt does not exist",
+    f"{TRAIN} --verify-data no.bin": "--verify-data: no.bin does not exist",
+    f"{TRAIN} --verify-data bob.pgn": "--verify-data: bob.pgn does not exist; did you mean bob.png?",
+    f"{TRAIN} --resume": "new does not exist; make a run with: fused-arcface train --data DATA --output new",
+    "train --data identities:6x4 --output run": "run holds a run already",
+    f"similarity bob.png bbo.png {NET}": "bbo.png does not exist; did you mean bob.png?",
+    "similarity bob.png bob.png --checkpoint rum": "rum does not exist; did you mean run?",
+    "similarity bob.png bob.png --checkpoint bare.pt": "its net must be named: backbone must be one of",
+    f"similarity bob.png bob.png {BARE}": "image_size must be given",
+    f"similarity bob.png bob.png {NET} --threshold 2": "--threshold",
+    f"similarity bob.png bob.png {NET} --threshold 0 --far 0.1": "--threshold and --far can't be given together",
+    f"similarity bob.png bob.png {NET} --far 0.5": "far must be one of 0.1, ",
+    f"similarity bob.png bob.png {NET} --device abacus": "device must be cpu, cuda, cuda:N or another device of torch;",
+    f"similarity bob.png bob.png {NET} --tresh 0": "No such option: --tresh",
+    f"embed bob.pgn {NET} --output x.npz": "bob.pgn does not exist; did you mean bob.png?",
+    f"embed bob.png {NET} --output x.json": "must go to a .npz, .safetensors or .csv file; got x.json",
+    f"export {NET} --output x.tflite": "must be exported to a .onnx or a .pt2 file; got x.tflite",
+    "convert rum x.safetensors": "rum does not exist; did you mean run?",
+    "convert run x.txt": "the destination must be a .safetensors file or a folder of checkpoints; got x.txt",
+    "convert run x.safetensors --classes 2": "classes must be >= 6, those of the source; got 2",
+    "convert run x.safetensors --seed -1": "seed must be >= 0; got -1",
+    "convert run x.safetensors --sub-centers 3": "run has sub_centers=1; got 3",
+    f"verify --data bob.pgn {NET}": "bob.pgn does not exist; did you mean bob.png?",
+    f"verify {IDENTITIES} --checkpoint rum": "rum does not exist; did you mean run?",
+    f"verify {IDENTITIES} {BARE}": "image_size must be given",
+    f"verify {IDENTITIES} {NET} --image-size 8": "image_size is for files of weights; run is of a run",
+    f"identify {IDENTITIES} {NET} --gallery-images 9": "labels must hold an identity with more than gallery_images=9",
+    "compare --criteria nothing --output new": "--criteria must be among",
+    "compare --output bob.png": "--output bob.png cannot be written to: File exists",
+    "demo --output bob.png": "--output bob.png cannot be written to: File exists",
+    "bench --cases none": "--cases must be one of quick, full, small, scaling; got 'none'",
+    "bench --device tpu": "--device must be cpu or cuda; got tpu",
+    "bench --budget 0": "--budget must be > 0 and finite; got 0.0",
+    "bench --ranks two": "--ranks must be numbers >= 1, comma-separated; got 'two'",
+    "bench --output bob.png": "--output bob.png cannot be written to",
+    "gradcheck --dtype fp32": "--dtype must be float64, float32, bfloat16, float16 or all; got fp32",
+    "doctor now": "Got unexpected extra argument",
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("wrong")
+    config = TrainConfig(data="identities:6x4", epochs=1, batch_size=8, image_size=16, workers=0, device="cpu")
+    train(config, folder / "run")
+    (folder / "bare.pt").write_bytes((folder / "run" / "model.pt").read_bytes())
+    picture(0, 0).save(folder / "bob.png")
+    return folder
+
+
+@pytest.mark.parametrize("command", CASES)
+def test_a_wrong_argument_is_named(
+    command: str, folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder)
+    before = sorted(folder.rglob("*"))
+    assert run(command.split()) == 2
+    shown = capsys.readouterr()
+    assert CASES[command] in shown.err and len(shown.err.splitlines()) <= 2, shown.err
+    assert sorted(folder.rglob("*")) == before
