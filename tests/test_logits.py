@@ -12,8 +12,10 @@ from support.distributed_helpers import run_ranks
 from torch import Tensor
 
 import fused_arcface as fa
+from fused_arcface import sharded_evaluation
 from fused_arcface.engine import logits as logits_module
 from fused_arcface.margins import registry
+from fused_arcface.store.centers import CenterView
 
 MARGINS = [m for m in registry.examples() if not hasattr(m, "binary") and not isinstance(m, fa.MagFace)]
 
@@ -67,6 +69,53 @@ def test_two_ranks_equal_one_process(with_target: bool) -> None:
     assert alone["d_x"].abs().max() > 0
     for name, right in alone.items():
         torch.testing.assert_close(torch.cat([part[name] for part in parts]), right, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("make", [fa.MarginHead, fa.PartialFC])
+def test_a_margin_of_each_class_and_a_scale_that_adapts(make: Any) -> None:
+    x, w, y = problem()
+    margin = fa.ClassMargin(torch.arange(9) / 20)
+    head = make(5, 9, margin=margin, scale=fa.AdaCos(), dtype=torch.float64).eval()
+    head.weight.data.copy_(w)
+    torch.testing.assert_close(F.cross_entropy(head.logits(x, y), y), head(x, y), rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("make", [fa.MarginHead, fa.PartialFC])
+def test_a_learned_scale(make: Any) -> None:
+    """One head alone gives the scale a gradient: over ranks it would be another one on each."""
+    x, w, _ = problem()
+    scale = torch.nn.Parameter(torch.tensor(12.0, dtype=torch.float64))
+    head = make(5, 9, scale=scale, dtype=torch.float64)
+    head.weight.data.copy_(w)
+    logits = head.logits(x)
+    logits.sum().backward()
+    torch.testing.assert_close(logits, 12 * F.normalize(x) @ F.normalize(w).T, rtol=1e-12, atol=1e-12)
+    if make is fa.PartialFC:
+        assert scale.grad is None
+    else:
+        torch.testing.assert_close(scale.grad, logits.detach().sum() / 12)
+
+
+def test_class_centers_in_host_memory_give_the_embeddings_a_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The centers are read in pieces, here of two classes."""
+    monkeypatch.setattr(sharded_evaluation, "_CLASSES_AT_ONCE", 2)
+    x, w, y = problem(sub_centers=2)
+    results = []
+    for storage in ("device", "host"):
+        head = fa.PartialFC(
+            5, 9, margin=fa.CosFace(0.2), sub_centers=2, sample_rate=0.5, center_optimizer=fa.CenterSGD(lr=0.1),
+            dtype=torch.float64, center_storage=storage,
+        )  # fmt: skip
+        head.load_full_weight(w)
+        if storage == "host":  # as on a GPU, where weight is elsewhere
+            view = CenterView(head.weight.shape, head.weight.dtype, head.device, lambda a, b, own=head.weight: own[a:b])
+            monkeypatch.setattr(head, "_view", lambda view=view: view)
+        leaf = x.clone().requires_grad_()
+        logits = head.logits(leaf, y)
+        logits.square().sum().backward()
+        assert head.weight.grad is None
+        results.append((logits.detach(), leaf.grad))
+    torch.testing.assert_close(results[1], results[0], rtol=1e-12, atol=1e-12)
 
 
 def test_center_sgd_gets_no_gradient_from_them() -> None:

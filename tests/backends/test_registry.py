@@ -131,6 +131,15 @@ def test_falling_back_names_each_feature(monkeypatch: pytest.MonkeyPatch) -> Non
     assert backends.select("auto", torch.device("cuda"), needs=needs) == "triton"
 
 
+def test_triton_is_not_taken_for_margins_that_turn_the_negatives(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends.registry, "_unavailable", lambda name: None)
+    needs = HeadOptions(fa.InterTopK()).needs()
+    with pytest.warns(UserWarning, match="as 'triton' does not have the turned negatives of InterTopK"):
+        assert backends.select("auto", torch.device("cuda"), needs=needs) == "torch"
+    with pytest.raises(ValueError, match=r"^backend 'triton' does not have the turned negatives of InterTopK: 'torch'"):
+        backends.select("triton", torch.device("cuda"), needs=needs)
+
+
 def test_named_backend_on_another_device() -> None:
     with pytest.raises(ValueError) as raised:  # noqa: PT011
         backends.select("cpu", torch.device("cuda", 1))

@@ -204,6 +204,30 @@ def test_refused(make: Callable[[], object], error: type[Exception], message: st
     assert str(raised.value) == message
 
 
+def test_weights_of_the_rows() -> None:
+    """A weighted mean by hand, and the gradient by the bias."""
+    x, w, y = problem()
+    weights = torch.arange(7, dtype=torch.float64)
+    results = []
+    for weighted in (False, True):
+        margin = fa.UniFace(0.2, bias=1.0).double()
+        if weighted:
+            loss = fa.margin_softmax_loss(x, w, y, margin=margin, scale=16.0, sample_weight=weights)
+        else:
+            loss = (weights * uniface(margin, x, w, y, 16.0)).sum() / 21
+        loss.backward()
+        results.append((loss.detach(), margin.bias.grad))
+    torch.testing.assert_close(results[1], results[0], rtol=1e-10, atol=0)
+
+
+def test_a_scale_that_changes_is_refused() -> None:
+    x, w, y = problem()
+    learned = torch.nn.Parameter(torch.tensor(16.0))
+    for scale, text in ((learned, "a learned scale"), (fa.AdaCos(), r"scale=AdaCos\(\)")):
+        with pytest.raises(ValueError, match=f"^scale must be a number with the binary losses of UniFace; got {text}$"):
+            fa.margin_softmax_loss(x, w, y, margin=fa.UniFace(), scale=scale)
+
+
 def test_opcheck() -> None:
     x, w, y = problem()
     logistic = torch.tensor([8.0, 3.0, 0.2, 0.1, -1.0], dtype=torch.float64)

@@ -248,7 +248,7 @@ def test_curricularface_running_mean_by_hand() -> None:
     assert margin.t.item() == pytest.approx(0.1 * 0.3)
     modulation = margin.modulate(torch.tensor([0.5, 0.1, 1.0, 0.6]), counted)
     assert margin.t.item() == pytest.approx(0.9 * 0.03 + 0.1 * 0.4)  # before the batch is judged
-    assert modulation.coefficients.tolist() == pytest.approx([1.0, margin.t.item(), 0.0, 0.0])
+    assert modulation.coefficients.tolist() == pytest.approx([1.0, margin.t.item(), 0.0])
     before = margin.t.clone()
     margin.modulate(torch.tensor([0.5]), torch.tensor([False]))
     margin.modulate(torch.empty(0), torch.empty(0, dtype=torch.bool))
@@ -272,7 +272,8 @@ def test_bounds_hold(margin: Margin) -> None:
     """What needs_shift relies on: f lies in [-1, greatest] where it is applied, |f'| under steepest."""
     cosine = torch.linspace(-1, 1, 2001, dtype=torch.float64)
     hardest = [cosine[:, None].expand(-1, margin.num_hardest)] if isinstance(margin, fa.InterTopK) else []
-    _, (a, b, d, e), greatest, steepest = margin.modulate(cosine, torch.ones(2001, dtype=torch.bool), *hardest)
+    _, (a, b, d, *rest), greatest, steepest = margin.modulate(cosine, torch.ones(2001, dtype=torch.bool), *hardest)
+    e = rest[0] if rest else 0
     sine = (1 - cosine**2).sqrt()
     value = (a * cosine + b) * cosine + d + e * sine
     slope = 2 * a * cosine + b - e * cosine / sine.clamp(min=fa.margins.SIN_FLOOR)
@@ -321,32 +322,32 @@ def test_any_number_of_threads(sub_centers: int) -> None:
         torch.testing.assert_close(getattr(five, name), getattr(one, name), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["triton", "cuda"])
 @pytest.mark.parametrize(
-    ("options", "what"),
+    ("options", "what", "others"),
     [
-        ({"margin": fa.MVSoftmax()}, "the modulated negatives of MVSoftmax"),
-        ({"margin": fa.CurricularFace()}, "the modulated negatives of CurricularFace"),
-        ({"margin": fa.InterTopK()}, "the modulated negatives of InterTopK"),
-        ({"sub_centers": 3}, "sub_centers=3"),
+        ({"margin": fa.MVSoftmax()}, "the modulated negatives of MVSoftmax", "'torch', 'cpu' and 'triton'"),
+        ({"margin": fa.CurricularFace()}, "the modulated negatives of CurricularFace", "'torch', 'cpu' and 'triton'"),
+        ({"margin": fa.InterTopK()}, "the turned negatives of InterTopK", "'torch' and 'cpu'"),
+        ({"sub_centers": 3}, "sub_centers=3", "'torch', 'cpu' and 'triton'"),
     ],
     ids=["MVSoftmax", "CurricularFace", "InterTopK", "sub_centers"],
 )
-def test_backends_without_them_say_so(name: str, options: dict[str, object], what: str) -> None:
-    expected = f"^backend {name!r} does not have {what}: 'torch' and 'cpu' do$"
+def test_a_backend_without_them_says_so(options: dict[str, object], what: str, others: str) -> None:
+    expected = f"^backend 'cuda' does not have {what}: {others} do$"
     x, w, y = torch.randn(2, 4), torch.randn(6, 4), torch.tensor([0, 1])
     with pytest.raises(ValueError, match=expected):
-        fa.margin_softmax_loss(x, w, y, backend=name, **options)
+        fa.margin_softmax_loss(x, w, y, backend="cuda", **options)
     for make in (fa.MarginHead, fa.PartialFC):
         with pytest.raises(ValueError, match=expected):
-            make(4, 2, backend=name, **options)(x, y)
+            make(4, 2, backend="cuda", **options)(x, y)
 
 
 def test_auto_takes_a_backend_that_has_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backends.registry, "_unavailable", lambda name: None)
-    assert backends.select("auto", torch.device("cuda")) == "triton"
+    reasons = dict.fromkeys(backends.NAMES) | {"triton": "no compiler"}
+    monkeypatch.setattr(backends.registry, "_unavailable", reasons.get)
+    assert backends.select("auto", torch.device("cuda")) == "cuda"
     needs = {"sub_centers": "sub_centers=3"}
-    with pytest.warns(UserWarning, match="plain PyTorch by blocks of classes, as 'triton' does not have sub_centers=3"):
+    with pytest.warns(UserWarning, match="plain PyTorch by blocks of classes, as 'cuda' does not have sub_centers=3"):
         assert backends.select("auto", torch.device("cuda"), needs=needs) == "torch"
     assert backends.select("auto", torch.device("cpu"), needs=needs) == "cpu"
 
@@ -394,6 +395,10 @@ def test_a_margin_of_ones_own_is_checked() -> None:
         def modulate(self, target_cosine: Tensor, counted: Tensor) -> fa.margins.Modulation:
             return fa.margins.Modulation(target_cosine[:1], torch.zeros(3, dtype=torch.float64), 1.0, 1.0)
 
+    class OwnSine(fa.NormSoftmax):
+        def modulate(self, target_cosine: Tensor, counted: Tensor) -> fa.margins.Modulation:
+            return fa.margins.Modulation(target_cosine, torch.zeros(4, dtype=torch.float64), 1.0, 1.0)
+
     class OwnPenalty(fa.NormSoftmax):
         def for_rows(self, norms: Tensor, counted: Tensor) -> fa.margins.RowMargin:
             return fa.margins.RowMargin(self, norms[:1])
@@ -402,6 +407,10 @@ def test_a_margin_of_ones_own_is_checked() -> None:
     for loss in (fa.margin_softmax_loss, fa.reference.margin_softmax_loss):
         with pytest.raises(ValueError, match=r"margin's threshold must be \(N=9,\); got \(1,\)"):
             loss(x, w, y, margin=Own())
+        with pytest.raises(
+            ValueError, match=r"^OwnSine: modulate must return 3 coefficients, or turns_negatives must be"
+        ):
+            loss(x, w, y, margin=OwnSine())
         with pytest.raises(ValueError, match=r"margin's penalty must be \(N=9,\); got \(1,\)"):
             loss(x, w, y, margin=OwnPenalty())
 

@@ -39,7 +39,7 @@ class Backend:
 FEATURES = {
     "sub_centers": "several centers for each class",
     "modulated_negatives": "margins that change the negatives",
-    "turned_negatives": "margins that change the negatives' angles: the term with the sine of a modulation",
+    "turned_negatives": "margins that change the negatives, with the sine of their angles too",
     "binary_losses": "a logistic loss for each class in place of the softmax",
     "padding": "a sample of the classes whose number only the device knows",
     "permutation": "the keyed permutation of a sampled step in one launch",

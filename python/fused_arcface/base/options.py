@@ -41,14 +41,12 @@ class HeadOptions:
         check_number("label_smoothing", self.label_smoothing, FROM_0_TO_1)
         others = {name: text for name, text in self.needs().items() if name != "device_scale"}
         if self.label_smoothing > 0 and others:
-            beside = next(iter(others.values()))
-            for kind in ("the modulated negatives of ", "the binary losses of "):
-                beside = beside.removeprefix(kind)
+            beside = next(iter(others.values())).rpartition(" of ")[2]
             raise ValueError(
                 f"label_smoothing must be 0 with {beside}: a row's logits are then no linear function of the class "
                 f"centers, whose sum it is made of; got {self.label_smoothing}"
             )
-        for feature in ("modulated_negatives", "binary_losses"):
+        for feature in ("modulated_negatives", "turned_negatives", "binary_losses"):
             if self.scale_changes and feature in others:
                 raise ValueError(f"scale must be a number with {others[feature]}; got {self._scale_text()}")
         for name in ("scale", "label_smoothing"):
@@ -66,15 +64,15 @@ class HeadOptions:
     def current_scale(self, num_classes: int) -> Any:
         """Return the scale as it is now: a number, or a 0-dim tensor."""
         scale: Any = self.scale
-        return scale.current(num_classes) if isinstance(scale, nn.Module) else scale
+        return scale if isinstance(scale, Tensor) or not self.scale_changes else scale.current(num_classes)
 
     def needs(self) -> dict[str, str]:
         """Return the features that not every backend has, by name, with the text that error messages have for them."""
         needs = {}
-        if hasattr(self.margin, "modulate"):
-            needs["modulated_negatives"] = f"the modulated negatives of {type(self.margin).__name__}"
         if getattr(self.margin, "turns_negatives", False):
             needs["turned_negatives"] = f"the turned negatives of {type(self.margin).__name__}"
+        elif hasattr(self.margin, "modulate"):
+            needs["modulated_negatives"] = f"the modulated negatives of {type(self.margin).__name__}"
         if hasattr(self.margin, "binary"):
             needs["binary_losses"] = f"the binary losses of {type(self.margin).__name__}"
         if self.sub_centers > 1:

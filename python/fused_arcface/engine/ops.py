@@ -83,9 +83,8 @@ def for_numbers(operator: Any, *numbers: float | Tensor) -> tuple[Callable[..., 
     one that reaches an operator as a number makes a graph for each value. A product with a tensor may be unknown.
     """
     if any(isinstance(each, Tensor) for each in numbers):
-        of_cpu = {"dtype": torch.float64, "device": "cpu"}
-        tensors = [each if isinstance(each, Tensor) else torch.full((), each, **of_cpu) for each in numbers]
-        return operator.tensor_numbers, tuple(tensors)
+        one = torch.ones((), dtype=torch.float64, device="cpu")
+        return operator.tensor_numbers, tuple(each if isinstance(each, Tensor) else each * one for each in numbers)
     if torch.compiler.is_compiling():
         from torch.fx.experimental.symbolic_shapes import has_static_value
 

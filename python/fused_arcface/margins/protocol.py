@@ -98,7 +98,7 @@ class BinaryLosses(NamedTuple):
     """0-dim; it may have a gradient."""
 
 
-def binary_numbers(margin: Margin, scale: float) -> Tensor | None:
+def binary_numbers(margin: Margin, scale: float | Tensor) -> Tensor | None:
     """Return scale, exponent, angle, offset and bias (5,) fp64 of a margin with binary losses; None for another."""
     own: Callable[[], BinaryLosses] | None = getattr(margin, "binary", None)
     if own is None:
