@@ -325,10 +325,14 @@ def test_any_number_of_threads(sub_centers: int) -> None:
 @pytest.mark.parametrize(
     ("options", "what", "others"),
     [
-        ({"margin": fa.MVSoftmax()}, "the modulated negatives of MVSoftmax", "'torch', 'cpu' and 'triton'"),
-        ({"margin": fa.CurricularFace()}, "the modulated negatives of CurricularFace", "'torch', 'cpu' and 'triton'"),
+        ({"margin": fa.MVSoftmax()}, "the modulated negatives of MVSoftmax", "'torch' and 'cpu' and 'triton'"),
+        (
+            {"margin": fa.CurricularFace()},
+            "the modulated negatives of CurricularFace",
+            "'torch' and 'cpu' and 'triton'",
+        ),
         ({"margin": fa.InterTopK()}, "the turned negatives of InterTopK", "'torch' and 'cpu'"),
-        ({"sub_centers": 3}, "sub_centers=3", "'torch', 'cpu' and 'triton'"),
+        ({"sub_centers": 3}, "sub_centers=3", "'torch' and 'cpu' and 'triton'"),
     ],
     ids=["MVSoftmax", "CurricularFace", "InterTopK", "sub_centers"],
 )
