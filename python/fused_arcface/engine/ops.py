@@ -81,14 +81,12 @@ def for_numbers(operator: Any, *numbers: float | Tensor) -> tuple[Callable[..., 
     A number that changes is a symbol under torch.compile. Inductor has no number that is unknown until the graph runs:
     one that reaches an operator as a number makes a graph for each value. A product with a tensor may be unknown.
     """
-    if any(isinstance(each, Tensor) for each in numbers):
-        of_cpu = {"dtype": torch.float64, "device": "cpu"}
-        tensors = [each if isinstance(each, Tensor) else torch.full((), each, **of_cpu) for each in numbers]
-        return operator.tensor_numbers, tuple(tensors)
+    if all(isinstance(each, Tensor) for each in numbers):
+        return operator.tensor_numbers, numbers
     if torch.compiler.is_compiling():
         from torch.fx.experimental.symbolic_shapes import has_static_value
 
-        if not all(isinstance(each, Tensor) or has_static_value(each) for each in numbers):
+        if not all(has_static_value(each) for each in numbers if not isinstance(each, Tensor)):
             one = torch.ones((), dtype=torch.float64, device="cpu")
             return operator.tensor_numbers, tuple(each * one for each in numbers)
     return operator.default, numbers
