@@ -98,9 +98,8 @@ def test_only_lines_for_gpus_are_left_out() -> None:
 
 @cache
 def options_of(command: str) -> set[str]:
-    return {
-        option for parameter in load_command(command).params for option in (*parameter.opts, *parameter.secondary_opts)
-    } | {"--help"}
+    parameters = load_command(command).params
+    return {option for each in parameters for option in (*each.opts, *each.secondary_opts)} | {"--help"}
 
 
 @pytest.mark.parametrize("page", NAMES)

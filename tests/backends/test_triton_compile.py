@@ -60,7 +60,7 @@ def _step(
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FUSED_ARCFACE_TRITON_ALGORITHM", algorithm)
         threshold = torch.empty(N, device="meta") if changed else None
-        change = torch.empty(3, dtype=FP64, device="meta") if changed else None
+        change = torch.empty(4, dtype=FP64, device="meta") if changed else None
         negatives = Negatives(sub_centers, threshold, change)
         if shifted:
             stages.class_max(x, w, target, None, negatives)

@@ -68,7 +68,7 @@ def check_negatives(setting: NegativesSetting, patch: pytest.MonkeyPatch, device
     if setting.changed:
         count = torch.tensor(len(weight) - sub_centers, device=device)
         threshold = torch.linspace(-0.2, 0.25, rows, dtype=compute, device=device)
-        negatives = Negatives(sub_centers, threshold, torch.tensor([1.0, 0.3, 0.01], dtype=FP64, device=device))
+        negatives = Negatives(sub_centers, threshold, torch.tensor([1.0, 0.3, 0.01, 0.0], dtype=FP64, device=device))
     exact = x.double(), weight.double(), target
 
     greatest = triton.class_max(x, weight, target, count, negatives)

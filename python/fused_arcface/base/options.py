@@ -64,7 +64,7 @@ class HeadOptions:
     def current_scale(self, num_classes: int) -> Any:
         """Return the scale as it is now: a number, or a 0-dim tensor."""
         scale: Any = self.scale
-        return scale if isinstance(scale, Tensor) or not self.scale_changes else scale.current(num_classes)
+        return scale.current(num_classes) if hasattr(scale, "current") else scale
 
     def needs(self) -> dict[str, str]:
         """Return the features that not every backend has, by name, with the text that error messages have for them."""

@@ -149,7 +149,7 @@ def test_a_full_disk_while_it_is_kept(tmp_path: Path, monkeypatch: pytest.Monkey
 
     with monkeypatch.context() as patch:
         patch.setattr(best, "keep_alone", full)
-        with pytest.raises(TrainingError, match="No space left on device; make room there and go on with"):
+        with pytest.raises(TrainingError, match="No space left on device; make room there and resume with"):
             run(CONFIG.replace({"epochs": 1}), tmp_path / "run")
     assert not (tmp_path / "run" / "model.pt").exists()
     run(CONFIG.replace({"epochs": 1}), tmp_path / "run", resume=True)

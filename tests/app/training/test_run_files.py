@@ -84,7 +84,7 @@ def test_a_fingerprint_that_is_none(trained: Path, tmp_path: Path, capsys: pytes
         assert run_command(command) == 2
         said = capsys.readouterr().err
         assert re.search(rf"{output / 'data.json'} (cannot be read: |must have <= 65536 bytes)", said), said
-        assert "remove it to go on without it" in said
+        assert "remove it to continue without it" in said
     (output / "data.json").unlink()
     assert run_command(command) == 0
 
@@ -127,7 +127,7 @@ def test_thresholds_of_other_types_are_an_error(tmp_path: Path, change: dict[str
     if change == {"points": {}}:
         assert read_thresholds(path).points == []  # as a list without any
         return
-    with pytest.raises(DataError, match=r"thresholds\.json cannot be read: .*; remove the file to go on without"):
+    with pytest.raises(DataError, match=r"thresholds\.json cannot be read: .*; remove the file to continue without"):
         read_thresholds(path)
 
 

@@ -20,7 +20,12 @@ if TYPE_CHECKING:
 _WHAT = "HTML file for the report: tables, curves, the hardest images, settings and versions on one page."
 ReportInOutput = Annotated[
     Path | None,
-    typer.Option("--report", help=f"{_WHAT} Default: report.html in --output.", show_default=False),
+    typer.Option(
+        "--report",
+        help=f"{_WHAT} Default: report.html in --output.",
+        show_default=False,
+        rich_help_panel="Results",
+    ),
 ]
 ReportBeside = Annotated[
     Path | None,
@@ -34,7 +39,10 @@ ReportBeside = Annotated[
 NoReport = Annotated[
     bool,
     typer.Option(
-        "--no-report", envvar="FUSED_ARCFACE_NO_REPORT", help="Write no report, unless --report names a file."
+        "--no-report",
+        envvar="FUSED_ARCFACE_NO_REPORT",
+        help="Write no report, unless --report names a file.",
+        rich_help_panel="Results",
     ),
 ]
 

@@ -165,7 +165,7 @@ class RunFolder:
         Raises:
             RunError: if there are none or they cannot be read.
         """
-        if not self.config.is_file():
+        if not self.config.exists():
             if not self.root.exists():
                 why = "does not exist"
             elif self.root.is_dir():

@@ -23,7 +23,7 @@ class RowRule:
     threshold: Tensor | None
     """(N,) in the compute dtype; None: the cosines stay as they are."""
     coefficients: Tensor | None
-    """(3,) fp64."""
+    """(4,) fp64, the last one 0: the kernels have no term with the sine."""
 
     @staticmethod
     def create(negatives: Negatives, compute: torch.dtype) -> RowRule:
@@ -46,7 +46,7 @@ class RowRule:
 
 @triton.jit
 def change_numbers(coefficients_ptr, dtype: tl.constexpr):
-    """Return the three coefficients in the dtype of the cosines."""
+    """Return the first three coefficients in the dtype of the cosines."""
     a, b, d = tl.load(coefficients_ptr), tl.load(coefficients_ptr + 1), tl.load(coefficients_ptr + 2)
     return a.to(dtype), b.to(dtype), d.to(dtype)
 
