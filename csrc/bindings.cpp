@@ -25,14 +25,14 @@ using fa::pointer;
 using fa::to_center_step;
 using fa::to_matrix;
 
-// (sub-centers, address of thresholds or 0, a, b, d)
-using NegativesTuple = std::tuple<int64_t, uintptr_t, double, double, double>;
+// (sub-centers, address of thresholds or 0, a, b, d, e)
+using NegativesTuple = std::tuple<int64_t, uintptr_t, double, double, double, double>;
 
 fa::Negatives to_negatives(const NegativesTuple& n) {
-  const auto& [sub_centers, threshold, a, b, d] = n;
+  const auto& [sub_centers, threshold, a, b, d, e] = n;
   if (sub_centers < 1 || sub_centers > fa::kMaxSubCenters)
     throw std::invalid_argument("sub-centers out of range: " + std::to_string(sub_centers));
-  return {sub_centers, pointer<const void>(threshold), a, b, d};
+  return {sub_centers, pointer<const void>(threshold), a, b, d, e};
 }
 
 // Those of the instruction set that the environment's FUSED_ARCFACE_ISA names, else the best. Python holds its lock

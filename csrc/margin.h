@@ -11,24 +11,30 @@
 namespace fa {
 
 // What happens past m1 * theta + m2 = pi; kLinear leaves the angle alone: cos - m3.
-enum class Boundary : int { kNone, kHard, kFold, kClip, kEasy, kLinear };
+enum class Boundary : int { kNone, kHard, kFold, kClip, kEasy, kContinuous, kLinear };
+
+template <typename T>
+constexpr T kSinFloor = static_cast<T>(1e-2);  // least sine that a derivative is divided by
+template <typename T>
+constexpr T kPi = static_cast<T>(3.14159265358979323846);
 
 template <typename T>
 struct Margin {
   T m1, m2, m3;
-  T hard_value;  // m2 * sin(m2)
+  T drop;  // subtracted from the cosine past pi by kHard and kContinuous
   Boundary boundary;
   bool straight_through;  // derivative 1
 };
 
 template <typename T>
 Margin<T> make_margin(double m1, double m2, double m3, const std::string& boundary, bool straight_through) {
-  const char* const names[] = {"none", "hard", "fold", "clip", "easy", "linear"};
-  for (int i = 0; i < 6; ++i)
+  const char* const names[] = {"none", "hard", "fold", "clip", "easy", "continuous", "linear"};
+  const double drop = boundary == "hard" ? m2 * std::sin(m2) : 1 + std::cos((kPi<double> - m2) / m1);
+  for (int i = 0; i < 7; ++i)
     if (boundary == names[i])
-      return {static_cast<T>(m1),       static_cast<T>(m2), static_cast<T>(m3), static_cast<T>(m2 * std::sin(m2)),
-              static_cast<Boundary>(i), straight_through};
-  throw std::invalid_argument("boundary must be none, hard, fold, clip, easy or linear; got " + boundary);
+      return {static_cast<T>(m1),   static_cast<T>(m2),       static_cast<T>(m3),
+              static_cast<T>(drop), static_cast<Boundary>(i), straight_through};
+  throw std::invalid_argument("boundary must be none, hard, fold, clip, easy, continuous or linear; got " + boundary);
 }
 
 // The mathematical functions under one name for both types: CUDA has the float ones under C's names only.
@@ -47,11 +53,6 @@ FA_BOTH double exponential(double x) { return exp(x); }
 FA_BOTH float log_of_1_plus(float x) { return log1pf(x); }
 FA_BOTH double log_of_1_plus(double x) { return log1p(x); }
 
-template <typename T>
-constexpr T kSinFloor = static_cast<T>(1e-2);  // least sine that a derivative is divided by
-template <typename T>
-constexpr T kPi = static_cast<T>(3.14159265358979323846);
-
 // theta, and the sine that its derivative -1 / sin(theta) is taken with.
 template <typename T>
 FA_BOTH T angle(T cosine, T* sine) {
@@ -67,8 +68,8 @@ FA_BOTH T past_boundary(T phi, T cosine, const Margin<T>& margin, T* by_phi, T* 
   T value = cosine_of(phi);
   *by_phi = -sine_of(phi);
   *by_cosine = 0;
-  if (margin.boundary == Boundary::kHard && !(phi <= kPi<T>)) {
-    value = cosine - margin.hard_value;
+  if ((margin.boundary == Boundary::kHard || margin.boundary == Boundary::kContinuous) && !(phi <= kPi<T>)) {
+    value = cosine - margin.drop;
     *by_phi = 0;
     *by_cosine = 1;
   } else if (margin.boundary == Boundary::kFold) {

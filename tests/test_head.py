@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from support.cases import Case, make_inputs
 
 import fused_arcface as fa
-from fused_arcface import head as head_module
 from fused_arcface.app.lab.heads import ReferenceHead
+from fused_arcface.engine import nearest
 
 PLAIN = Case()
 
@@ -83,7 +83,7 @@ def test_logits(dtypes: tuple[str, str]) -> None:
 @pytest.mark.parametrize("k", [1, 5, 40, 97])
 @pytest.mark.parametrize("classes_at_once", [10, 97, 1000])
 def test_topk_by_brute_force(k: int, classes_at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(head_module, "_TOPK_CLASSES", classes_at_once)
+    monkeypatch.setattr(nearest, "_CLASSES", classes_at_once)
     head, x, _ = make_head(Case(x_dtype="float64", w_dtype="float64"))
     cosines, classes = head.topk(x, k)
     right = F.cosine_similarity(x[:, None], head.weight[None], dim=2).sort(descending=True)

@@ -30,7 +30,10 @@ BELOW = {
 }
 """Each layer and the layers that it may import. The applications, ``app``, may import all of them."""
 
-HEADS = ("functional", "head", "partial_fc", "center_sgd", "center_update", "sharded_evaluation", "calls")
+HEADS = (
+    *("functional", "head", "partial_fc", "center_sgd", "center_update", "sharded_evaluation"),
+    *("sub_centers", "distillation", "calls"),
+)
 """The modules at the top of the package that form one layer."""
 
 

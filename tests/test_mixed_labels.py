@@ -240,5 +240,7 @@ def test_errors_name_what_to_use() -> None:
                 loss(x, w, target)
     with pytest.raises(TypeError, match=re.escape("target[2] must be a number; got str")):
         fa.margin_softmax_loss(x, w, (first, second, "half"))
+    with pytest.raises(ValueError, match=re.escape("target must be labels (N,) with UniFace, whose losses")):
+        fa.margin_softmax_loss(x, w, (first, second, share), margin=fa.UniFace())
     with pytest.raises(ValueError, match=re.escape("target must be labels (N,) with CurricularFace")):
         fa.margin_softmax_loss(x, w, (first, second, share), margin=fa.CurricularFace())

@@ -7,6 +7,7 @@
 #include <limits>
 
 #include "kernels.h"
+#include "margin.h"
 #include "memory.h"
 #include "simd.h"
 
@@ -16,14 +17,15 @@ template <typename T>
 struct GeneralNegatives {
   int64_t sub_centers;
   Scratch<T> threshold;  // (padded_rows,)
-  T a, b, d;
+  T a, b, d, e;
 
   GeneralNegatives(const Negatives& negatives, int64_t rows, int64_t padded_rows)
       : sub_centers(negatives.sub_centers),
         threshold(padded_rows),
         a(static_cast<T>(negatives.a)),
         b(static_cast<T>(negatives.b)),
-        d(static_cast<T>(negatives.d)) {
+        d(static_cast<T>(negatives.d)),
+        e(static_cast<T>(negatives.e)) {
     const T* const from = static_cast<const T*>(negatives.threshold);
     for (int64_t i = 0; i < padded_rows; ++i)
       threshold.get()[i] = from != nullptr && i < rows ? from[i] : std::numeric_limits<T>::infinity();
@@ -53,8 +55,15 @@ inline ClassOfRows<T> read_class(const GeneralNegatives<T>& negatives, const T* 
   }
   c.is_target = (own >= static_cast<Index<T>>(j)) & (own < static_cast<Index<T>>(j + negatives.sub_centers));
   const Mask<T> hard = c.cosine > threshold;
-  c.value = hard ? (c.cosine * negatives.a + negatives.b) * c.cosine + negatives.d : c.cosine;
-  c.slope = hard ? c.cosine * (2 * negatives.a) + negatives.b : broadcast<T>(1);
+  Vec<T> value = (c.cosine * negatives.a + negatives.b) * c.cosine + negatives.d;
+  Vec<T> slope = c.cosine * (2 * negatives.a) + negatives.b;
+  if (negatives.e != 0) {
+    const Vec<T> sine = square_roots<T>(maximum<T>((1 - c.cosine) * (1 + c.cosine), Vec<T>{}));
+    value += negatives.e * sine;
+    slope -= negatives.e * c.cosine / maximum<T>(sine, broadcast(kSinFloor<T>));
+  }
+  c.value = hard ? value : c.cosine;
+  c.slope = hard ? slope : broadcast<T>(1);
   return c;
 }
 

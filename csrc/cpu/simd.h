@@ -5,6 +5,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <cmath>
 #include <cstring>
 
 #if defined(__SSE__)
@@ -80,6 +81,12 @@ inline T sum_lanes(Vec<T> v) {
   for (int step = kLanes<T> / 2; step > 0; step /= 2)
     for (int i = 0; i < step; ++i) lanes[i] += lanes[i + step];
   return lanes[0];
+}
+
+template <typename T>
+inline Vec<T> square_roots(Vec<T> v) {
+  for (int lane = 0; lane < kLanes<T>; ++lane) v[lane] = std::sqrt(v[lane]);
+  return v;
 }
 
 // a > b ? a : b in every lane: b where either is NaN.

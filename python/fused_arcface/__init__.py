@@ -16,10 +16,12 @@ if TYPE_CHECKING:  # the same names again, for type checkers and editors; a test
     from . import evaluation as evaluation
     from . import margins as margins
     from . import reference as reference
+    from . import sub_centers as sub_centers
     from .app.embedder import load_embedder as load_embedder
     from .base.statistics import MarginSoftmaxStats as MarginSoftmaxStats
     from .center_sgd import CenterSGD as CenterSGD
     from .center_update import CenterUpdateError as CenterUpdateError
+    from .distillation import distillation_loss as distillation_loss
     from .functional import margin_softmax_loss as margin_softmax_loss
     from .head import MarginHead as MarginHead
     from .margins.angular import ArcFace as ArcFace
@@ -27,9 +29,12 @@ if TYPE_CHECKING:  # the same names again, for type checkers and editors; a test
     from .margins.angular import CosFace as CosFace
     from .margins.angular import NormSoftmax as NormSoftmax
     from .margins.angular import SphereFace as SphereFace
+    from .margins.binary import SphereFace2 as SphereFace2
+    from .margins.binary import UniFace as UniFace
     from .margins.by_label import ClassMargin as ClassMargin
     from .margins.hard_negatives import CurricularFace as CurricularFace
     from .margins.hard_negatives import InterclassFilter as InterclassFilter
+    from .margins.hard_negatives import InterTopK as InterTopK
     from .margins.hard_negatives import MVSoftmax as MVSoftmax
     from .margins.per_row import AdaFace as AdaFace
     from .margins.per_row import ElasticFace as ElasticFace
@@ -39,7 +44,7 @@ if TYPE_CHECKING:  # the same names again, for type checkers and editors; a test
 
 __version__ = "0.1.0"
 
-_MODULES = ("backends", "checkpoint", "compat", "evaluation", "margins", "reference")
+_MODULES = ("backends", "checkpoint", "compat", "evaluation", "margins", "reference", "sub_centers")
 """The public modules of the package."""
 
 _MOVED = {"data": "app.data", "safetensors": "checkpoint.safetensors", "training": "app.training"}
@@ -50,11 +55,13 @@ _NAMES = {
     "base.statistics": ("MarginSoftmaxStats",),
     "center_sgd": ("CenterSGD",),
     "center_update": ("CenterUpdateError",),
+    "distillation": ("distillation_loss",),
     "functional": ("margin_softmax_loss",),
     "head": ("MarginHead",),
     "margins.angular": ("ArcFace", "CombinedMargin", "CosFace", "NormSoftmax", "SphereFace"),
-    "margins.hard_negatives": ("CurricularFace", "InterclassFilter", "MVSoftmax"),
+    "margins.binary": ("SphereFace2", "UniFace"),
     "margins.by_label": ("ClassMargin",),
+    "margins.hard_negatives": ("CurricularFace", "InterTopK", "InterclassFilter", "MVSoftmax"),
     "margins.scale": ("AdaCos",),
     "margins.per_row": ("AdaFace", "ElasticFace", "MagFace"),
     "partial_fc": ("PartialFC",),

@@ -2,7 +2,7 @@
 # fused_arcface.store. A build with CUDA has a
 # submodule `cuda` besides (csrc/cuda/bindings.cpp), for fused_arcface.backends.cuda.
 _Matrix = tuple[int, int, int, int, int, int]  # address, dtype code, rows, columns, row stride, column stride
-_Negatives = tuple[int, int, float, float, float]  # sub-centers, address of thresholds or 0, a, b, d
+_Negatives = tuple[int, int, float, float, float, float]  # sub-centers, address of thresholds or 0, a, b, d, e
 
 FLOAT32: int
 FLOAT64: int

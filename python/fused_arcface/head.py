@@ -5,16 +5,15 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import backends
-from .base.checks import check_center_dtype, check_embeddings, check_size
+from .base.checks import check_center_dtype, check_embeddings, check_labels, check_size
 from .base.compiler import NotScriptable
-from .base.dtypes import compute_dtype
-from .base.normalize import unit_rows, without_autocast
 from .base.options import HeadOptions
 from .base.statistics import MarginSoftmaxStats
+from .engine.logits import check_size_of_logits, scaled, with_margin
+from .engine.nearest import cosines_of, nearest_classes
 from .engine.step import as_autocast, loss_on_one_device
 from .engine.targets import Labels
 from .margins.angular import ArcFace, Margin
@@ -22,9 +21,6 @@ from .margins.scale import Scale
 
 if TYPE_CHECKING:
     from .calls import Backend, HeadCall
-
-# Classes whose cosines topk holds at once: (N, 16384) floats, 16 MiB at N = 256.
-_TOPK_CLASSES = 16384
 
 
 class MarginHead(NotScriptable, nn.Module):
@@ -117,15 +113,29 @@ class MarginHead(NotScriptable, nn.Module):
             embeddings, self.weight, target, options, self.backend, reduction, ignore_index, return_stats, sample_weight
         )
 
-    def logits(self, embeddings: Tensor) -> Tensor:
-        """Return ``s·cos θ`` (N, C) of embeddings (N, D) with every class, without a margin; differentiable.
+    def logits(self, embeddings: Tensor, target: Tensor | None = None, *, ignore_index: int = -100) -> Tensor:
+        """Return ``s·cos θ`` (N, C) of embeddings (N, D) with every class; differentiable, in the loss's dtype.
 
-        The result has the loss's dtype.
+        Args:
+            embeddings: (N, D).
+            target: (N,) labels: the logits then have the margin, and their ``cross_entropy`` is the loss. A margin with
+                a state is used as in ``eval()``. None: no margin.
+            ignore_index: the label of rows without a margin.
+
+        Raises:
+            ValueError: more than 2^30 numbers (4 GiB in fp32); a margin with binary losses, beside a target.
         """
         check_embeddings(embeddings, self.weight)
-        scale = self.options.current_scale(self.weight.shape[0] // self.sub_centers)
-        cosines = cosines_of(as_autocast(embeddings), self.weight, self.sub_centers)
-        return (scale.to(cosines.dtype) if isinstance(scale, Tensor) else scale) * cosines
+        num_classes = self.weight.shape[0] // self.sub_centers
+        check_size_of_logits(len(embeddings), num_classes)
+        rows, options = as_autocast(embeddings), self.options
+        cosines = cosines_of(rows, self.weight, self.sub_centers)
+        scale = options.current_scale(num_classes)
+        if target is None:
+            return scaled(cosines, scale)
+        check_labels(target, embeddings, ignore_index)
+        target_class = torch.ops.fused_arcface.local_target.default(target, num_classes, ignore_index)
+        return scaled(with_margin(cosines, rows, target_class, options), scale)
 
     @torch.no_grad()
     def topk(self, embeddings: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -139,7 +149,7 @@ class MarginHead(NotScriptable, nn.Module):
         num_classes = self.weight.shape[0] // self.sub_centers
         if k > num_classes:
             raise ValueError(f"k must be <= C={num_classes}; got {k}")
-        return nearest_classes(embeddings, self.weight, k, self.sub_centers)
+        return nearest_classes(as_autocast(embeddings), self.weight, k, self.sub_centers)
 
     def extra_repr(self) -> str:
         rows, embedding_dim = self.weight.shape
@@ -150,33 +160,3 @@ def place_margin(margin: Margin | Scale, device: torch.device) -> None:
     """Move a margin, or a scale, with a state to the device of the class centers."""
     if isinstance(margin, nn.Module):
         margin.to(device)
-
-
-def cosines_of(rows: Tensor, weight: Tensor, sub_centers: int = 1) -> Tensor:
-    """Return the cosines (R, C) of rows (R, D) with the classes of weight (C·sub_centers, D).
-
-    A class's cosine is the greatest of its centers'. The dtype is that of the loss's sums, autocast or not: in bf16
-    cosines would be 0.004 off, more than neighboring classes differ by.
-    """
-    dtype = compute_dtype(rows, weight)
-    with without_autocast(rows.device):
-        cosines = F.linear(unit_rows(rows.to(dtype)), unit_rows(weight.to(dtype)))
-    return cosines if sub_centers == 1 else cosines.unflatten(1, (-1, sub_centers)).amax(2)
-
-
-def nearest_classes(embeddings: Tensor, weight: Tensor, k: int, sub_centers: int = 1) -> tuple[Tensor, Tensor]:
-    """Return the cosines (N, min(k, C)), descending, and ids of the nearest classes, int64.
-
-    Embeddings are (N, D), weight is (C·sub_centers, D).
-    """
-    embeddings = as_autocast(embeddings)
-    cosines = embeddings.new_empty(embeddings.shape[0], 0, dtype=compute_dtype(embeddings, weight))
-    classes = torch.empty(embeddings.shape[0], 0, dtype=torch.int64, device=embeddings.device)
-    step, num_classes = max(_TOPK_CLASSES, k), weight.shape[0] // sub_centers
-    for start in range(0, num_classes, step):
-        chunk = cosines_of(embeddings, weight[start * sub_centers : (start + step) * sub_centers], sub_centers)
-        ids = torch.arange(start, start + chunk.shape[1], device=chunk.device).expand_as(chunk)
-        cosines, classes = torch.cat([cosines, chunk], 1), torch.cat([classes, ids], 1)
-        cosines, best = cosines.topk(min(k, cosines.shape[1]))
-        classes = classes.gather(1, best)
-    return cosines, classes

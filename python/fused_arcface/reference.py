@@ -16,7 +16,8 @@ from .base.dtypes import compute_dtype
 from .base.normalize import without_autocast
 from .base.options import HeadOptions
 from .base.statistics import MarginSoftmaxStats
-from .margins.angular import ArcFace, Margin, for_rows, modulation
+from .margins.angular import ArcFace, Margin, angle, for_rows, modulation
+from .margins.protocol import binary_numbers
 from .margins.scale import AdaCos, Scale
 
 __all__ = ["margin_softmax_loss"]
@@ -37,6 +38,14 @@ def _norms(rows: Tensor) -> Tensor:
 def _unit_rows(rows: Tensor) -> Tensor:
     """Rows (R, D) divided by ``max(norm, 1e-12)``."""
     return F.normalize(rows / _unit(rows), eps=1e-12)
+
+
+def _negative_losses(cosine: Tensor, numbers: Tensor) -> Tensor:
+    """Losses (N, C) of negatives by the formula of :class:`fused_arcface.margins.BinaryLosses`."""
+    scale, exponent, turn, offset, bias = numbers.to(cosine.dtype)
+    turned = cosine * turn.cos() + angle(cosine).sin() * turn.sin()
+    sharpened = 2 * ((turned + 1) / 2).clamp(min=0) ** exponent - 1
+    return F.softplus(scale * (sharpened + offset) + bias, threshold=40)
 
 
 def margin_softmax_loss(
@@ -143,10 +152,15 @@ def _of_label(
     check_margin_output(modified, target_cosine)
 
     changed = negatives
-    change = modulation(margin, target_cosine.detach(), counted)
+
+    def hardest(count: int) -> Tensor:
+        return F.pad(negatives.detach(), (0, count), value=-torch.inf).topk(count).values
+
+    change = modulation(margin, target_cosine.detach(), counted, hardest)
     if change is not None:
-        threshold, (a, b, d), *_ = change
-        changed = torch.where(negatives > threshold[:, None], (a * cosine + b) * cosine + d, negatives).to(cosine.dtype)
+        threshold, (a, b, d, e), *_ = change
+        modulated = (a * cosine + b) * cosine + d + e * angle(cosine).sin()
+        changed = torch.where(negatives > threshold[:, None], modulated, negatives).to(cosine.dtype)
     # The scale may have a gradient: it must not be multiplied by an infinity.
     negative_lse = (scale * changed.masked_fill(is_target, 0)).masked_fill(is_target, -torch.inf).logsumexp(1)
     loss = F.softplus(negative_lse - scale * modified, threshold=40)
@@ -154,9 +168,13 @@ def _of_label(
         logits = scale * torch.where(is_target, modified[:, None], cosine)
         uniform = (logits.logsumexp(1, keepdim=True) - logits).mean(1)
         loss = (1 - options.label_smoothing) * loss + options.label_smoothing * uniform
-    lse = torch.logaddexp(negative_lse, scale * modified).detach()
+    lse = torch.logaddexp(negative_lse, scale * modified)
+    numbers = binary_numbers(margin, scale)
+    if numbers is not None:
+        sums = _negative_losses(cosine, numbers).masked_fill(is_target, 0).sum(1)
+        loss, lse = margin.row_losses(target_cosine, sums, scale), sums.log()  # type: ignore[attr-defined]
     correct = (target_cosine > negatives.amax(1)).detach()
-    return MarginSoftmaxStats(loss, lse, target_cosine.detach(), correct)
+    return MarginSoftmaxStats(loss, lse.detach(), target_cosine.detach(), correct)
 
 
 def _adapted(adapting: AdaCos, cosine: Tensor, labels: list[Tensor], ignore_index: int, counted: Tensor) -> Tensor:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .base.checks import check_size
+from .base.checks import check_embeddings, check_labels, check_size
 from .base.memory import available_bytes
 from .engine.joint_calls import JointCalls
-from .head import cosines_of, nearest_classes
+from .engine.logits import all_rows, check_size_of_logits, own_rows, scaled, with_margin
+from .engine.nearest import cosines_of, nearest_classes
 
 _CLASSES_AT_ONCE = 16384  # whose class centers are read from a store
 
@@ -82,21 +83,51 @@ class ShardedEvaluation(JointCalls):
             for start, stop in self._pieces():
                 self.center_store.replace(torch.arange(start, stop), own[start:stop])
 
-    @torch.no_grad()
-    def logits(self, embeddings: Tensor) -> Tensor:
-        """Return ``s·cos θ`` (n, C_total) of this rank's embeddings (n, D) with every class, without a margin.
+    def logits(self, embeddings: Tensor, target: Tensor | None = None, *, ignore_index: int = -100) -> Tensor:
+        """Return ``s·cos θ`` (n, C_total) of this rank's embeddings (n, D) with every class; differentiable.
 
-        A collective. The result has no gradient.
+        A collective, and so is its backward pass: every rank makes both or neither. The gradients, also that of this
+        rank's class centers, are those of the sum over the ranks of what each makes of its logits. They are not
+        multiplied by the number of ranks. CenterSGD does not follow them: with it the class centers get no gradient.
+        Nor does a learned scale get one.
+
+        Args:
+            embeddings: (n, D).
+            target: (n,) global labels: the logits then have the margin, see :meth:`MarginHead.logits`. None: no margin.
+            ignore_index: the label of rows without a margin.
+
+        Raises:
+            ValueError: more than 2^30 numbers (4 GiB in fp32) over all ranks' rows; a margin with binary losses, beside
+                a target.
         """
         with self._refusing():
-            agreement = self._agreement("logits()")
-        _, rows, _ = self._gather(embeddings, None, agreement)
+            same = {
+                "torch.is_grad_enabled()": torch.is_grad_enabled(),
+                "weight.requires_grad": self.weight.requires_grad,
+                "target": "none" if target is None else "given",
+            }
+            agreement = self._agreement("logits()", **same)
+            if target is not None:
+                check_embeddings(embeddings, self.weight, self.device)
+                check_labels(target, embeddings, ignore_index)
+        embeddings, batch, _ = self._gather(embeddings, None, agreement)
+        check_size_of_logits(len(batch.embeddings), self.num_classes)
         view = self._view()
-        pieces = [(0, view.shape[0])] if isinstance(view, Tensor) else self._pieces()
-        cosines = [cosines_of(rows.embeddings, view[start:stop], self.sub_centers) for start, stop in pieces]
-        every = (cosines[0] if len(cosines) == 1 else torch.cat(cosines, 1)).T
-        local = (self.options.current_scale(self.num_classes) * every).to(every.dtype)  # (C, N)
-        return torch.cat([rows.own(part.T) for part in self.ranks.gather_rows(local, self.sharding.counts())], 1)
+        pieces: Iterable[Tensor]
+        if isinstance(view, Tensor):
+            pieces = [view if self.center_optimizer is None else view.detach()]
+        else:
+            pieces = (view[start:stop].detach() for start, stop in self._pieces())
+        rows = all_rows(embeddings, batch, self.ranks)
+        parts = [cosines_of(rows, piece, self.sub_centers) for piece in pieces]
+        local = parts[0] if len(parts) == 1 else torch.cat(parts, 1)  # (N, C)
+        cosines = own_rows(local, batch, self.ranks, self.sharding.counts())
+        scale = self.options.current_scale(self.num_classes)
+        scale = scale.detach() if isinstance(scale, Tensor) else scale  # its gradient would differ between the ranks
+        if target is None:
+            return scaled(cosines, scale)
+        target_class = torch.ops.fused_arcface.local_target(target, self.num_classes, ignore_index)
+        return scaled(with_margin(cosines, embeddings, target_class, self.options), scale)
 
     @torch.no_grad()
     def topk(self, embeddings: Tensor, k: int) -> tuple[Tensor, Tensor]:

@@ -20,7 +20,7 @@ DTYPES = [(torch.float32, 2e-6), (torch.float64, 4e-15)]
 
 @pytest.mark.parametrize(("dtype", "allowed"), DTYPES, ids=["fp32", "fp64"])
 @pytest.mark.parametrize("gradient", ["exact", "straight_through"])
-@pytest.mark.parametrize("boundary", ["none", "hard", "fold", "clip", "easy", "linear"])
+@pytest.mark.parametrize("boundary", ["none", "hard", "fold", "clip", "easy", "continuous", "linear"])
 def test_margin_agrees_point_by_point(boundary: str, gradient: str, dtype: torch.dtype, allowed: float) -> None:
     """csrc/margin.h against fused_arcface.margins in fp64 over a dense grid with both ends."""
     cosine = torch.cat([torch.linspace(-1, 1, 1021), torch.tensor([-1.0, -0.0, 0.0, 1.0])]).to(dtype)

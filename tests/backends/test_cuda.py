@@ -160,7 +160,7 @@ def test_fp64_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("gradient", ["exact", "straight_through"])
-@pytest.mark.parametrize("boundary", ["none", "hard", "fold", "clip", "easy", "linear"])
+@pytest.mark.parametrize("boundary", ["none", "hard", "fold", "clip", "easy", "continuous", "linear"])
 def test_margin_agrees_point_by_point(boundary: str, gradient: str, device: str) -> None:
     """The finalizing kernel against fused_arcface.margins in fp64 over a dense grid with both ends."""
     cosine = torch.cat([torch.linspace(-1, 1, 1021), torch.tensor([-1.0, -0.0, 0.0, 1.0])]).to(device)

@@ -62,7 +62,7 @@ def test_compiled_part_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     x, w, target, _ = make_inputs(Case())
     with pytest.warns(
-        UserWarning, match=r"backend 'torch' is used, which stores the \(N, C\) logits, as 'cpu' is not available: "
+        UserWarning, match="backend 'torch' is used, plain PyTorch by blocks of classes, as 'cpu' is not available: "
     ):
         assert backends.select("auto", x.device) == "torch"
     torch.testing.assert_close(
@@ -118,10 +118,10 @@ def test_falling_back_names_each_feature(monkeypatch: pytest.MonkeyPatch) -> Non
     reasons = {"triton": "no compiler", "cuda": None}
     monkeypatch.setattr(backends.registry, "_unavailable", reasons.get)
     needs = HeadOptions(fa.MVSoftmax(), sub_centers=2).needs()
-    with pytest.warns(UserWarning, match="which stores") as warned:
+    with pytest.warns(UserWarning, match="blocks of classes") as warned:
         assert backends.select("auto", torch.device("cuda"), needs=needs) == "torch"
     assert [
-        str(each.message).removeprefix("backend 'torch' is used, which stores the (N, C) logits, as ")
+        str(each.message).removeprefix("backend 'torch' is used, plain PyTorch by blocks of classes, as ")
         for each in warned
     ] == [
         "'triton' is not available: no compiler",
@@ -129,6 +129,15 @@ def test_falling_back_names_each_feature(monkeypatch: pytest.MonkeyPatch) -> Non
     ]
     monkeypatch.setitem(reasons, "triton", None)
     assert backends.select("auto", torch.device("cuda"), needs=needs) == "triton"
+
+
+def test_triton_is_not_taken_for_margins_that_turn_the_negatives(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends.registry, "_unavailable", lambda name: None)
+    needs = HeadOptions(fa.InterTopK()).needs()
+    with pytest.warns(UserWarning, match="as 'triton' does not have the turned negatives of InterTopK"):
+        assert backends.select("auto", torch.device("cuda"), needs=needs) == "torch"
+    with pytest.raises(ValueError, match=r"^backend 'triton' does not have the turned negatives of InterTopK: 'torch'"):
+        backends.select("triton", torch.device("cuda"), needs=needs)
 
 
 def test_named_backend_on_another_device() -> None:
@@ -154,14 +163,14 @@ def test_editors_offer_every_backend() -> None:
 def test_native_refuses_an_unknown_instruction_set(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FUSED_ARCFACE_ISA", "avx1024")
     with pytest.raises(ValueError, match="instruction set not available on this machine: avx1024"):
-        _native.weight_grad(0, (0,) * 6, (0,) * 6, 0, 1.0, 0, 0, 0, (0,) * 6, 1, (1, 0, 0.0, 1.0, 0.0))
+        _native.weight_grad(0, (0,) * 6, (0,) * 6, 0, 1.0, 0, 0, 0, (0,) * 6, 1, (1, 0, 0.0, 1.0, 0.0, 0.0))
 
 
 def test_native_refuses_products_that_there_are_not() -> None:
     assert not _native.has_products(_native.FLOAT16)
     for code in (_native.FLOAT16, -1, 4):
         with pytest.raises(ValueError, match=f"no products in the dtype of this code: {code}"):
-            _native.weight_grad(code, (0,) * 6, (0,) * 6, 0, 1.0, 0, 0, 0, (0,) * 6, 1, (1, 0, 0.0, 1.0, 0.0))
+            _native.weight_grad(code, (0,) * 6, (0,) * 6, 0, 1.0, 0, 0, 0, (0,) * 6, 1, (1, 0, 0.0, 1.0, 0.0, 0.0))
 
 
 def test_codes_of_dtypes_are_those_of_the_kernels() -> None:

@@ -10,7 +10,7 @@ import functools
 import itertools
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ from support.triton_aot import SHARED_LIMIT, Launch, compiled, recorded
 
 from fused_arcface.backends.triton import chunks, stages
 from fused_arcface.engine.terms import CenterStep, Negatives, RowGradients
-from fused_arcface.margins import CombinedMargin, CosFace, parameters
+from fused_arcface.margins import Boundary, CombinedMargin, CosFace, parameters
 
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 
@@ -157,7 +157,7 @@ def test_sizes_of_one(algorithm: str) -> None:
 def test_all_configurations(arch: int) -> None:
     steps = [functools.partial(_step, *arguments) for arguments in FULL_STEPS]
     margins = [
-        *(CombinedMargin(1.2, 0.3, 0.1, boundary) for boundary in ("none", "hard", "fold", "clip", "easy")),
+        *(CombinedMargin(1.2, 0.3, 0.1, boundary) for boundary in get_args(Boundary)),
         CombinedMargin(gradient="straight_through"),
         CosFace(),
     ]

@@ -61,7 +61,7 @@ def _outcome(inputs: Any, margin: Margin, backend: str | None, **options: Any) -
     return run(function, inputs, margin=copy.deepcopy(margin), **named, **options)
 
 
-MODULATED = registry.examples("negatives")
+MODULATED = [margin for margin in registry.examples("negatives") if not hasattr(margin, "turns_negatives")]
 VARIANTS = [
     *((margin, 1) for margin in MODULATED),
     (fa.ArcFace(0.5), 3),

@@ -334,4 +334,5 @@ def test_exports_what_is_insightfaces_alone() -> None:
         for name, value in vars(insightface).items()
         if not name.startswith("_") and getattr(value, "__module__", "").startswith("fused_arcface")
     }
-    assert own == set(insightface.__all__) == {"ArcFace", "CombinedMarginLoss", "CosFace", "PartialFC_V2"}
+    older = {"PartialFC", "PartialFCAdamW"}
+    assert own == set(insightface.__all__) == {"ArcFace", "CombinedMarginLoss", "CosFace", "PartialFC_V2"} | older

@@ -36,12 +36,12 @@ NEGATIVES = {
     "sub-centers": {"sub_centers": 2},
     "modulated": {
         "threshold": torch.linspace(-0.5, 0.5, 8),
-        "coefficients": torch.tensor([1.0, 0.3, 0.1], dtype=torch.float64),
+        "coefficients": torch.tensor([1.0, 0.3, 0.1, 0.0], dtype=torch.float64),
     },
     "both": {
         "sub_centers": 4,
         "threshold": torch.full((8,), 0.1),
-        "coefficients": torch.tensor([0.0, 1.2, 0.2], dtype=torch.float64),
+        "coefficients": torch.tensor([0.0, 1.2, 0.2, 0.4], dtype=torch.float64),
     },
 }
 

@@ -81,7 +81,9 @@ def test_bounded_derivative_near_the_ends(margin: Callable[[Tensor], Tensor]) ->
     true = torch.tensor([scalar.derivative(margin, c) for c in cosine.tolist()], dtype=torch.float64)
     m1, m2, _, boundary = scalar.parameters(margin)
     phi = m1 * torch.tensor([math.acos(c) for c in cosine.tolist()], dtype=torch.float64) + m2
-    linear = (cosine <= 0) & (boundary == "easy") | (phi > math.pi) & (boundary == "hard")  # cos θ less a constant
+    linear = (cosine <= 0) & (boundary == "easy")  # cos θ less a constant
+    if boundary in ("hard", "continuous"):
+        linear |= phi > math.pi
     right = torch.where(linear, torch.ones_like(true), true * sine / SIN_FLOOR)
     torch.testing.assert_close(slope(margin, cosine), right, rtol=1e-4, atol=1e-6)
 
@@ -95,13 +97,23 @@ def test_straight_through(margin: Callable[[Tensor], Tensor]) -> None:
     assert torch.equal(slope(through, cosine), torch.ones_like(cosine))
 
 
+@pytest.mark.parametrize("boundary", ["fold", "continuous"])
 @pytest.mark.parametrize("m1", [1.0, 1.7, 4.0])
 @pytest.mark.parametrize("m2", [0.0, 0.5, 3.1])
-def test_fold_is_monotone_and_continuous(m1: float, m2: float) -> None:
+def test_monotone_and_continuous(m1: float, m2: float, boundary: str) -> None:
     theta = torch.linspace(0, math.pi, 20001, dtype=torch.float64)
-    step = -fa.CombinedMargin(m1, m2, 0.0, "fold")(theta.cos()).diff()
+    step = -fa.CombinedMargin(m1, m2, 0.0, boundary)(theta.cos()).diff()
     assert step.min() >= -1e-12
     assert step.max() <= m1 * math.pi / 20000 * 1.001
+
+
+def test_continuous_at_wespeakers_numbers() -> None:
+    """θ = 175°, m = 0.2: past π, as 175° + 11.46° > 180°. WeSpeaker subtracts mmm = 1 + cos(π - 0.2) = 0.0199334."""
+    cosine = torch.tensor([math.cos(math.radians(175)), math.cos(math.radians(90))], dtype=torch.float64)
+    right = torch.tensor([-0.9961947 - 0.0199334, -math.sin(0.2)], dtype=torch.float64)
+    torch.testing.assert_close(fa.ArcFace(0.2, "continuous")(cosine), right, rtol=0, atol=1e-7)
+    hard = fa.ArcFace(0.2, "hard")(cosine)[0].item()
+    assert hard == pytest.approx(-0.9961947 - 0.2 * math.sin(0.2), abs=1e-7)
 
 
 @pytest.mark.parametrize("boundary", [b for b in BOUNDARIES if b != "none"])
@@ -135,7 +147,7 @@ def test_documented_relations() -> None:
         (
             lambda: fa.ArcFace(boundary="soft"),
             ValueError,
-            "ArcFace: boundary must be one of 'none', 'hard', 'fold', 'clip', 'easy'; got 'soft'",
+            "ArcFace: boundary must be one of 'none', 'hard', 'fold', 'clip', 'easy', 'continuous'; got 'soft'",
         ),
         (
             lambda: fa.ArcFace(gradient="approximate"),

@@ -12,6 +12,7 @@ from torch import Tensor
 
 import fused_arcface as fa
 from fused_arcface import backends
+from fused_arcface.engine import nearest
 from fused_arcface.engine.autograd import needs_shift
 from fused_arcface.margins import Margin
 
@@ -56,7 +57,7 @@ def test_curricularface_by_hand(loss: Callable[..., Tensor], options: dict[str, 
 
 
 @everywhere
-@pytest.mark.parametrize("boundary", ["none", "hard", "fold", "clip", "easy"])
+@pytest.mark.parametrize("boundary", ["none", "hard", "fold", "clip", "easy", "continuous"])
 def test_curricularface_past_pi(loss: Callable[..., Tensor], options: dict[str, str], boundary: str) -> None:
     """The target's center is at 175°, so θ + m lies past π by 23.6°: cos(θ + m) = -0.916. The negatives at 168°
     (-0.978) and 150° (-0.866) are compared with that: the first is easy, the second is hard.
@@ -78,6 +79,7 @@ def test_curricularface_past_pi(loss: Callable[..., Tensor], options: dict[str, 
         "fold": -(target.acos() + m).cos() - 2,
         "clip": torch.tensor(-1.0, dtype=torch.float64),
         "easy": target,
+        "continuous": target - (1 - math.cos(m)),
     }[boundary]
     right = -(s * torch.stack([modified, easy, hard * (t + hard)])).log_softmax(0)[0]
     assert got.item() == pytest.approx(right.item(), rel=1e-9)
@@ -185,6 +187,60 @@ def test_filtered_negatives_have_no_gradient(loss: Callable[..., Tensor], option
     assert (w.grad[filtered] == 0).all() and (w.grad[~filtered] != 0).all()
 
 
+def inter_topk(
+    x: Tensor, w: Tensor, y: Tensor, m: float, mp: float, k_top: int, scale: float, sub_centers: int = 1
+) -> Tensor:
+    """WeSpeaker's loss in this test's words: (N,), over all logits of the row."""
+    cosine = (x / x.norm(dim=1, keepdim=True)) @ (w / w.norm(dim=1, keepdim=True)).T
+    cosine = cosine.unflatten(1, (-1, sub_centers)).amax(2)
+    own = torch.nn.functional.one_hot(y, cosine.shape[1]).bool()
+    angle = cosine.acos()
+    with_margin = torch.where(angle + m <= math.pi, (angle + m).cos(), cosine - (1 - math.cos(m)))
+    hardest = cosine.masked_fill(own, -2).topk(k_top).indices
+    nearer = torch.zeros_like(own).scatter(1, hardest, True) & ~own
+    logits = torch.where(own, with_margin, torch.where(nearer, (angle - mp).cos(), cosine))
+    return torch.nn.functional.cross_entropy(scale * logits, y, reduction="none")
+
+
+@everywhere
+@pytest.mark.parametrize(("k", "sub_centers"), [(1, 1), (5, 1), (3, 2), (12, 1), (40, 1)])
+def test_inter_topk_is_the_toolkits_formula(
+    loss: Callable[..., Tensor], options: dict[str, str], k: int, sub_centers: int
+) -> None:
+    """13 classes, so that k = 12 is all negatives and 40 more than there are. Values and gradients in fp64."""
+    generator = torch.Generator().manual_seed(k)
+    x = torch.randn(6, 8, dtype=torch.float64, generator=generator)
+    w = torch.randn(13 * sub_centers, 8, dtype=torch.float64, generator=generator)
+    x[4] = 0.3 * x[4] - w[4 * sub_centers]  # past θ + m = π
+    y = torch.tensor([0, 3, 12, 7, 4, 3])
+    results = []
+    margin = fa.InterTopK(fa.ArcFace(0.2, "continuous"), penalty=0.06, k=k)
+    for run_it in (
+        lambda a, b: loss(a, b, y, margin=margin, scale=32.0, reduction="none", sub_centers=sub_centers, **options),
+        lambda a, b: inter_topk(a, b, y, 0.2, 0.06, min(k, 13), 32.0, sub_centers),
+    ):
+        a, b = x.clone().requires_grad_(), w.clone().requires_grad_()
+        row_losses = run_it(a, b)
+        (row_losses * torch.arange(1, 7)).sum().backward()
+        results.append((row_losses.detach(), a.grad, b.grad))
+    for mine, right in zip(*results, strict=True):
+        torch.testing.assert_close(mine, right, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("size", [7, 16384])
+def test_inter_topk_searches_in_blocks(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By hand: the two greatest of the negatives 0.1·j, j = 0 … 9, without the target's own 0.9."""
+    monkeypatch.setattr(nearest, "_CLASSES", size)
+    cosines = torch.arange(10, dtype=torch.float64) / 10
+    w = torch.stack([cosines, (1 - cosines**2).sqrt()], 1)
+    x, y = torch.tensor([[1.0, 0.0]], dtype=torch.float64), torch.tensor([9])
+    found = torch.ops.fused_arcface.hardest_negatives(x, w, y, 2, 1)
+    torch.testing.assert_close(found, torch.tensor([[0.8, 0.7]], dtype=torch.float64), rtol=0, atol=1e-15)
+    torch.library.opcheck(torch.ops.fused_arcface.hardest_negatives.default, (x, w, y, 2, 1, torch.tensor(4)))
+    padded = torch.ops.fused_arcface.hardest_negatives(x, w, y, 2, 1, torch.tensor(4))
+    torch.testing.assert_close(padded, torch.tensor([[0.3, 0.2]], dtype=torch.float64), rtol=0, atol=1e-15)
+
+
 def test_curricularface_running_mean_by_hand() -> None:
     margin = fa.CurricularFace(rate=0.1)
     counted = torch.tensor([True, True, False, True])
@@ -202,14 +258,25 @@ def test_curricularface_running_mean_by_hand() -> None:
 
 @pytest.mark.parametrize(
     "margin",
-    [started(-0.9), started(0.9), fa.MVSoftmax(t=4.0), fa.MVSoftmax(t=4.0, kind="fixed"), fa.InterclassFilter()],
+    [
+        started(-0.9),
+        started(0.9),
+        fa.MVSoftmax(t=4.0),
+        fa.MVSoftmax(t=4.0, kind="fixed"),
+        fa.InterclassFilter(),
+        fa.InterTopK(penalty=3.0),
+    ],
     ids=repr,
 )
 def test_bounds_hold(margin: Margin) -> None:
     """What needs_shift relies on: f lies in [-1, greatest] where it is applied, |f'| under steepest."""
     cosine = torch.linspace(-1, 1, 2001, dtype=torch.float64)
-    _, (a, b, d), greatest, steepest = margin.modulate(cosine, torch.ones(2001, dtype=torch.bool))
-    value, slope = (a * cosine + b) * cosine + d, 2 * a * cosine + b
+    hardest = [cosine[:, None].expand(-1, margin.num_hardest)] if isinstance(margin, fa.InterTopK) else []
+    _, (a, b, d, *rest), greatest, steepest = margin.modulate(cosine, torch.ones(2001, dtype=torch.bool), *hardest)
+    e = rest[0] if rest else 0
+    sine = (1 - cosine**2).sqrt()
+    value = (a * cosine + b) * cosine + d + e * sine
+    slope = 2 * a * cosine + b - e * cosine / sine.clamp(min=fa.margins.SIN_FLOOR)
     assert value.min() >= -1 - 1e-12 and value.max() <= greatest + 1e-6
     assert slope.abs().max() <= steepest + 1e-6
 
@@ -255,31 +322,36 @@ def test_any_number_of_threads(sub_centers: int) -> None:
         torch.testing.assert_close(getattr(five, name), getattr(one, name), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["triton", "cuda"])
 @pytest.mark.parametrize(
-    ("options", "what"),
+    ("options", "what", "others"),
     [
-        ({"margin": fa.MVSoftmax()}, "the modulated negatives of MVSoftmax"),
-        ({"margin": fa.CurricularFace()}, "the modulated negatives of CurricularFace"),
-        ({"sub_centers": 3}, "sub_centers=3"),
+        ({"margin": fa.MVSoftmax()}, "the modulated negatives of MVSoftmax", "'torch' and 'cpu' and 'triton'"),
+        (
+            {"margin": fa.CurricularFace()},
+            "the modulated negatives of CurricularFace",
+            "'torch' and 'cpu' and 'triton'",
+        ),
+        ({"margin": fa.InterTopK()}, "the turned negatives of InterTopK", "'torch' and 'cpu'"),
+        ({"sub_centers": 3}, "sub_centers=3", "'torch' and 'cpu' and 'triton'"),
     ],
-    ids=["MVSoftmax", "CurricularFace", "sub_centers"],
+    ids=["MVSoftmax", "CurricularFace", "InterTopK", "sub_centers"],
 )
-def test_backends_without_them_say_so(name: str, options: dict[str, object], what: str) -> None:
-    expected = f"^backend {name!r} does not have {what}: 'torch' and 'cpu' do$"
+def test_a_backend_without_them_says_so(options: dict[str, object], what: str, others: str) -> None:
+    expected = f"^backend 'cuda' does not have {what}: {others} do$"
     x, w, y = torch.randn(2, 4), torch.randn(6, 4), torch.tensor([0, 1])
     with pytest.raises(ValueError, match=expected):
-        fa.margin_softmax_loss(x, w, y, backend=name, **options)
+        fa.margin_softmax_loss(x, w, y, backend="cuda", **options)
     for make in (fa.MarginHead, fa.PartialFC):
         with pytest.raises(ValueError, match=expected):
-            make(4, 2, backend=name, **options)(x, y)
+            make(4, 2, backend="cuda", **options)(x, y)
 
 
 def test_auto_takes_a_backend_that_has_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backends.registry, "_unavailable", lambda name: None)
-    assert backends.select("auto", torch.device("cuda")) == "triton"
+    reasons = dict.fromkeys(backends.NAMES) | {"triton": "no compiler"}
+    monkeypatch.setattr(backends.registry, "_unavailable", reasons.get)
+    assert backends.select("auto", torch.device("cuda")) == "cuda"
     needs = {"sub_centers": "sub_centers=3"}
-    with pytest.warns(UserWarning, match=r"which stores the \(N, C\) logits, as 'triton' does not have sub_centers=3"):
+    with pytest.warns(UserWarning, match="plain PyTorch by blocks of classes, as 'cuda' does not have sub_centers=3"):
         assert backends.select("auto", torch.device("cuda"), needs=needs) == "torch"
     assert backends.select("auto", torch.device("cpu"), needs=needs) == "cpu"
 
@@ -308,6 +380,9 @@ OF_COSINE = "must be a function of the target's cosine alone, such as ArcFace or
         (lambda: fa.MVSoftmax(t="1"), TypeError, "MVSoftmax: t must be a number; got str"),
         (lambda: fa.MVSoftmax(fa.AdaFace()), TypeError, f"MVSoftmax: margin {OF_COSINE}; got AdaFace"),
         (lambda: fa.InterclassFilter(0.4), TypeError, f"InterclassFilter: margin {OF_COSINE}; got float"),
+        (lambda: fa.InterTopK(k=0), ValueError, "InterTopK: k must be >= 1; got 0"),
+        (lambda: fa.InterTopK(penalty=-1), ValueError, "InterTopK: penalty must be in [0, π) radians; got -1"),
+        (lambda: fa.InterTopK(fa.AdaFace()), TypeError, f"InterTopK: margin {OF_COSINE}; got AdaFace"),
         (lambda: fa.InterclassFilter(threshold=1), ValueError, "InterclassFilter: threshold must be in (-1, 1); got 1"),
     ],
 )
@@ -324,6 +399,10 @@ def test_a_margin_of_ones_own_is_checked() -> None:
         def modulate(self, target_cosine: Tensor, counted: Tensor) -> fa.margins.Modulation:
             return fa.margins.Modulation(target_cosine[:1], torch.zeros(3, dtype=torch.float64), 1.0, 1.0)
 
+    class OwnSine(fa.NormSoftmax):
+        def modulate(self, target_cosine: Tensor, counted: Tensor) -> fa.margins.Modulation:
+            return fa.margins.Modulation(target_cosine, torch.zeros(4, dtype=torch.float64), 1.0, 1.0)
+
     class OwnPenalty(fa.NormSoftmax):
         def for_rows(self, norms: Tensor, counted: Tensor) -> fa.margins.RowMargin:
             return fa.margins.RowMargin(self, norms[:1])
@@ -332,6 +411,10 @@ def test_a_margin_of_ones_own_is_checked() -> None:
     for loss in (fa.margin_softmax_loss, fa.reference.margin_softmax_loss):
         with pytest.raises(ValueError, match=r"margin's threshold must be \(N=9,\); got \(1,\)"):
             loss(x, w, y, margin=Own())
+        with pytest.raises(
+            ValueError, match=r"^OwnSine: modulate must return 3 coefficients, or turns_negatives must be"
+        ):
+            loss(x, w, y, margin=OwnSine())
         with pytest.raises(ValueError, match=r"margin's penalty must be \(N=9,\); got \(1,\)"):
             loss(x, w, y, margin=OwnPenalty())
 

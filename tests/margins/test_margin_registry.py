@@ -47,7 +47,8 @@ def test_every_margin_is_known_as_text(entry: Entry) -> None:
 def test_kinds() -> None:
     kinds = {entry.name: entry.kind for entry in registry.REGISTRY}
     assert kinds["SphereFace"] == "angular" and kinds["MagFace"] == "row" and kinds["MVSoftmax"] == "negatives"
-    assert len(registry.examples()) == sum(len(registry.examples(kind)) for kind in ("angular", "row", "negatives"))
+    of_kinds = [registry.examples(kind) for kind in ("angular", "row", "negatives", "binary")]
+    assert len(registry.examples()) == sum(map(len, of_kinds))
 
 
 @pytest.mark.parametrize("margin", [m for m in registry.examples("angular") if fa.margins.parameters(m)], ids=repr)

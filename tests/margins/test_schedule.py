@@ -47,6 +47,7 @@ def test_a_part_of_each_margin() -> None:
         fa.NormSoftmax(): fa.NormSoftmax(),
         fa.MVSoftmax(fa.CosFace(0.4), t=1.5): fa.MVSoftmax(fa.CosFace(0.1), t=1.5),
         fa.InterclassFilter(fa.ArcFace(0.4)): fa.InterclassFilter(fa.ArcFace(0.1)),
+        fa.InterTopK(fa.ArcFace(0.4), penalty=0.08, k=3): fa.InterTopK(fa.ArcFace(0.1), penalty=0.02, k=3),
     }
     for whole, part in expected.items():
         assert at_strength(whole, 0.25) == part

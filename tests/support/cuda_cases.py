@@ -78,7 +78,7 @@ def loss(
 ) -> tuple[Tensor, fa.MarginSoftmaxStats]:
     """``fa.margin_softmax_loss`` without its check of the device: emulated kernels take the CPU's tensors."""
     local = torch.ops.fused_arcface.local_target(target, w.shape[0], -100)
-    rows = negatives_and_target(x, w, local, scale, "cuda")
+    *rows, _ = negatives_and_target(x, w, local, scale, "cuda")
     return loss_of_rows(*rows, local == IGNORED, margin, scale, reduction, "cuda")
 
 

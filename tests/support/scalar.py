@@ -40,6 +40,8 @@ def _psi(margin: object, cosine: complex) -> complex:
     phi = m1 * cmath.acos(cosine) + m2
     if boundary == "hard" and phi.real > math.pi:
         return cosine - m2 * math.sin(m2) - m3
+    if boundary == "continuous" and phi.real > math.pi:
+        return cosine - math.cos((math.pi - m2) / m1) - 1 - m3
     if boundary == "fold":
         k = math.floor(phi.real / math.pi)
         return (-1) ** k * cmath.cos(phi) - 2 * k - m3

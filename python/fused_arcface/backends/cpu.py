@@ -63,10 +63,10 @@ def _product_code(embeddings: Tensor, compute: torch.dtype) -> int:
     return native.dtype_code(torch.bfloat16 if in_bf16 else compute)
 
 
-def _native_negatives(negatives: Negatives, threshold: Tensor | None) -> tuple[int, int, float, float, float]:
+def _native_negatives(negatives: Negatives, threshold: Tensor | None) -> tuple[int, int, float, float, float, float]:
     """``threshold``: the row's thresholds in the compute dtype, which the caller keeps alive."""
-    a, b, d = (0.0, 1.0, 0.0) if negatives.coefficients is None else negatives.coefficients.tolist()
-    return negatives.sub_centers, native.address(threshold), a, b, d
+    a, b, d, e = (0.0, 1.0, 0.0, 0.0) if negatives.coefficients is None else negatives.coefficients.tolist()
+    return negatives.sub_centers, native.address(threshold), a, b, d, e
 
 
 def _thresholds(negatives: Negatives, dtype: torch.dtype) -> Tensor | None:

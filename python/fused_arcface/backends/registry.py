@@ -39,6 +39,8 @@ class Backend:
 FEATURES = {
     "sub_centers": "several centers for each class",
     "modulated_negatives": "margins that change the negatives",
+    "turned_negatives": "margins that change the negatives, with the sine of their angles too",
+    "binary_losses": "a logistic loss for each class in place of the softmax",
     "padding": "a sample of the classes whose number only the device knows",
     "permutation": "the keyed permutation of a sampled step in one launch",
     "device_scale": "a scale that is learned or adapts, which only the device knows",
@@ -50,12 +52,24 @@ FEATURES = {
 # The priorities are measured: on the CPU in bench/NOTES.md, on GPUs by an H100 (bench/results/h100). There Triton is
 # faster than csrc/cuda in bf16 at C = 1 000 000, and 6 % slower in fp32.
 BACKENDS = (
-    Backend("torch", None, 0, frozenset({"sub_centers", "modulated_negatives", "padding", "device_scale"})),
+    Backend(
+        "torch",
+        None,
+        0,
+        frozenset(
+            {"sub_centers", "modulated_negatives", "turned_negatives", "binary_losses", "padding", "device_scale"}
+        ),
+    ),
     Backend(
         "cpu",
         "cpu",
         1,
-        frozenset({"sub_centers", "modulated_negatives", "device_scale", "fused_margin", "fused_margin_fp64"}),
+        frozenset(
+            {
+                *("sub_centers", "modulated_negatives", "turned_negatives", "device_scale"),
+                *("fused_margin", "fused_margin_fp64"),
+            }
+        ),
     ),
     Backend(
         "triton",
@@ -138,9 +152,9 @@ def check_name(name: object) -> str:
 
 @constant_result
 def _fall_back(reasons: tuple[str, ...]) -> str:
-    """Return the backend that runs everywhere and stores the logits, with a warning for each reason."""
+    """Return the backend that runs everywhere, with a warning for each reason."""
     for reason in reasons:
-        warnings.warn(f"backend 'torch' is used, which stores the (N, C) logits, as {reason}", stacklevel=4)
+        warnings.warn(f"backend 'torch' is used, plain PyTorch by blocks of classes, as {reason}", stacklevel=4)
     return "torch"
 
 

@@ -1,4 +1,6 @@
-"""The stages in plain PyTorch, logits materialized: any device, and the definition of what a backend computes.
+"""The stages in plain PyTorch: any device, and the definition of what a backend computes.
+
+The stages over the classes take them by blocks, so that no more than some millions of cosines are stored at once.
 
 Shapes, in every backend: embeddings (N, D), weight (C, D), target (N,) int64, an index into this weight, or negative
 if the row's target is not among its rows (``ABSENT``, ``INVALID``). Results have the compute dtype: the promoted one
@@ -8,7 +10,7 @@ of both, at least fp32.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import ParamSpec, TypeVar
 
 import torch
@@ -19,7 +21,7 @@ from ..base.dtypes import compute_dtype
 from ..base.keyed_random import rounding_bits
 from ..base.normalize import stored_gradient, unit_gradient, unit_rows, without_autocast
 from ..engine.terms import ABSENT, INVALID, MOMENTUM_BLOCK, PLAIN, CenterStep, Negatives, RowGradients
-from ..margins.angular import CombinedMargin
+from ..margins.angular import SIN_FLOOR, CombinedMargin
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -51,6 +53,42 @@ def _cosines(embeddings: Tensor, weight: Tensor, target: Tensor) -> tuple[Tensor
     return unit_x, unit_w, unit_x @ unit_w.T, is_target
 
 
+# Cosines of one block: 32 MiB in fp64 on a CPU; on a GPU, where each block is some launches, 16 times as many.
+_CPU_BLOCK, _GPU_BLOCK = 1 << 22, 1 << 26
+
+
+def _blocks(embeddings: Tensor, num_rows: int, sub_centers: int) -> Iterator[tuple[int, int]]:
+    """Yield first and last row (exclusive) of blocks of ``num_rows`` centers; those of a class are in one block."""
+    limit = _CPU_BLOCK if embeddings.device.type == "cpu" else _GPU_BLOCK
+    size = max(limit // max(len(embeddings), 1) // sub_centers, 1) * sub_centers
+    for start in range(0, num_rows, size):
+        yield start, min(start + size, num_rows)
+
+
+def _within(target: Tensor, start: int, stop: int) -> Tensor:
+    """Return targets (N,) as indices into a block, ``ABSENT`` for those outside of it."""
+    return torch.where((target >= start) & (target < stop), target - start, ABSENT)
+
+
+def _logistic(cosine: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return ``v = log(softplus(u))`` of cosines, ``dv/du`` and ``du/dcosine``.
+
+    ``u = scale·(g(cos(θ - angle)) + offset) + bias`` with ``g(z) = 2·((z + 1)/2)^exponent - 1``. v ends where fp32
+    does: a loss below e^-80 counts as e^-80 (in fp64 e^-600).
+    """
+    scale, exponent, angle, offset, bias = numbers.to(cosine.dtype)
+    sine = ((1 - cosine) * (1 + cosine)).clamp(min=0).sqrt()
+    half = ((cosine * angle.cos() + sine * angle.sin() + 1) / 2).clamp(min=0)
+    u = scale * (2 * half**exponent - 1 + offset) + bias
+    turned = angle.cos() - angle.sin() * cosine / sine.clamp(min=SIN_FLOOR)
+    lowest = -600.0 if cosine.dtype == torch.float64 else -80.0
+    loss = F.softplus(u, threshold=40)
+    small = u < -36  # there log(1 + e^u) is e^u to the last bit
+    value = torch.where(small, u.clamp(min=lowest), loss.log())
+    by_u = torch.where(small, (u > lowest).to(u.dtype), u.sigmoid() / loss)
+    return value, by_u, scale * exponent * half ** (exponent - 1) * turned
+
+
 def _values(
     cosine: Tensor, target: Tensor, negatives: Negatives, class_count: Tensor | None = None
 ) -> tuple[Tensor, Tensor | float]:
@@ -58,7 +96,7 @@ def _values(
 
     The value is -inf for the target's class, for sub-centers that are not their class's nearest, and for padding.
     """
-    sub_centers, threshold, coefficients = negatives
+    sub_centers, threshold, coefficients, logistic = negatives
     own = torch.where(target < 0, target, target // sub_centers)
     rows = torch.arange(cosine.shape[1], device=target.device)
     left_out = own[:, None] == rows // sub_centers
@@ -67,12 +105,18 @@ def _values(
     if sub_centers > 1:
         nearest = cosine.unflatten(1, (-1, sub_centers)).argmax(2)
         left_out |= ~F.one_hot(nearest, sub_centers).bool().flatten(1)
+    if logistic is not None:
+        value, by_u, by_cosine = _logistic(cosine, logistic)
+        scale = logistic[0].to(cosine.dtype)
+        return (value / scale).masked_fill(left_out, -torch.inf), by_u * by_cosine / scale
     if threshold is None or coefficients is None:
         return cosine.masked_fill(left_out, -torch.inf), 1.0
-    a, b, d = coefficients.to(cosine.dtype)
+    a, b, d, e = coefficients.to(cosine.dtype)
     hard = cosine > threshold[:, None]
-    value = torch.where(hard, (a * cosine + b) * cosine + d, cosine)
-    return value.masked_fill(left_out, -torch.inf), torch.where(hard, 2 * a * cosine + b, 1)
+    sine = ((1 - cosine) * (1 + cosine)).clamp(min=0).sqrt()
+    value = torch.where(hard, (a * cosine + b) * cosine + d + e * sine, cosine)
+    slope = 2 * a * cosine + b - e * cosine / sine.clamp(min=SIN_FLOOR)
+    return value.masked_fill(left_out, -torch.inf), torch.where(hard, slope, 1)
 
 
 @_in_full_precision
@@ -88,8 +132,12 @@ def class_max(
     ``negatives`` may change the cosines. With ``class_count``, a 0-dim int64 tensor, the rows of weight from there on
     are padding: no classes.
     """
-    _, _, cosine, _ = _cosines(embeddings, weight, target)
-    return _values(cosine, target, negatives, class_count)[0].amax(1)
+    maxima = []
+    for start, stop in _blocks(embeddings, len(weight), negatives.sub_centers):
+        within, count = _within(target, start, stop), None if class_count is None else class_count - start
+        _, _, cosine, _ = _cosines(embeddings, weight[start:stop], within)
+        maxima.append(_values(cosine, within, negatives, count)[0].amax(1))
+    return functools.reduce(torch.maximum, maxima)
 
 
 @_in_full_precision
@@ -110,12 +158,21 @@ def class_stats(
     as in :func:`class_max`. With ``negatives`` that turn a cosine c into f(c), the exponent is ``scale·f``, and the
     last sum has the factor f'(c).
     """
-    _, unit_w, cosine, _ = _cosines(embeddings, weight, target)
-    value, slope = _values(cosine, target, negatives, class_count)
-    logits = scale * value.double() - (0 if shift is None else shift[:, None])
-    exponentials = logits.exp().to(cosine.dtype)
-    center_sum = (exponentials * slope) @ unit_w if with_center_sum else exponentials.new_empty(0)
-    return exponentials.sum(1), cosine.masked_fill(value == -torch.inf, -torch.inf).amax(1), center_sum
+    parts = []
+    for start, stop in _blocks(embeddings, len(weight), negatives.sub_centers):
+        within, count = _within(target, start, stop), None if class_count is None else class_count - start
+        _, unit_w, cosine, _ = _cosines(embeddings, weight[start:stop], within)
+        value, slope = _values(cosine, within, negatives, count)
+        logits = scale * value.double() - (0 if shift is None else shift[:, None])
+        exponentials = logits.exp().to(cosine.dtype)
+        center_sum = (exponentials * slope) @ unit_w if with_center_sum else exponentials.new_empty(0)
+        maximum = cosine.masked_fill(value == -torch.inf, -torch.inf).amax(1)
+        parts.append((exponentials.sum(1), maximum, center_sum))
+    total, maximum, center_sum = parts[0]
+    for other in parts[1:]:
+        total, maximum = total + other[0], torch.maximum(maximum, other[1])
+        center_sum = center_sum + other[2]
+    return total, maximum, center_sum
 
 
 @_in_full_precision
@@ -130,8 +187,38 @@ def weight_grad(
 
     With ``negatives`` a derivative has the factor f' as well, see :func:`class_stats`.
     """
-    gradient = _exact_weight_grad(embeddings, weight, target, gradients, negatives)
-    return stored_gradient(gradient, weight)
+    result = torch.empty_like(weight)
+    for start, stop in _blocks(embeddings, len(weight), negatives.sub_centers):
+        part, within = weight[start:stop], _within(target, start, stop)
+        gradient = _exact_weight_grad(embeddings, part, within, gradients, negatives)
+        result[start:stop] = stored_gradient(gradient, part)
+    return result
+
+
+@_in_full_precision
+def bias_grad(
+    embeddings: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    lse: Tensor,
+    d_lse: Tensor,
+    class_count: Tensor | None = None,
+    negatives: Negatives = PLAIN,
+) -> Tensor:
+    """Return the gradient, 0-dim fp64, by the bias of ``negatives.logistic``.
+
+    ``lse`` (N,) is the logarithm of the negatives' losses, ``d_lse`` (N,) the gradient by it.
+    """
+    assert negatives.logistic is not None
+    total = lse.new_zeros(())
+    for start, stop in _blocks(embeddings, len(weight), negatives.sub_centers):
+        within, count = _within(target, start, stop), None if class_count is None else class_count - start
+        _, _, cosine, _ = _cosines(embeddings, weight[start:stop], within)
+        value, by_u, _ = _logistic(cosine, negatives.logistic)
+        left_out = _values(cosine, within, negatives, count)[0] == -torch.inf
+        share = (value.double() - lse[:, None]).exp().masked_fill(left_out, 0)
+        total = total + (d_lse[:, None] * share * by_u).sum()
+    return total
 
 
 def _exact_weight_grad(
@@ -160,8 +247,23 @@ def update_centers(
     negatives: Negatives = PLAIN,
 ) -> None:
     """Make one step on the class centers in place of :func:`weight_grad`, which has the same other arguments."""
+    classes = torch.arange(len(weight), device=weight.device) if step.classes is None else step.classes
+    for start, stop in _blocks(embeddings, len(classes), negatives.sub_centers):
+        within = _within(target, start, stop)
+        _update_block(embeddings, weight, within, gradients, step, classes[start:stop], negatives)
+
+
+def _update_block(
+    embeddings: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    gradients: RowGradients,
+    step: CenterStep,
+    classes: Tensor,
+    negatives: Negatives,
+) -> None:
+    """:func:`update_centers` for these classes alone, which ``target`` is an index into."""
     num_classes, dim = weight.shape
-    classes = torch.arange(num_classes, device=weight.device) if step.classes is None else step.classes
     # Padding repeats the step of the first row: the same numbers are written once more, and no value decides a shape.
     is_row = classes < num_classes
     entry = torch.where(is_row, torch.arange(len(classes), device=weight.device), 0)

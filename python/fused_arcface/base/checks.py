@@ -43,22 +43,26 @@ _INSTEAD = (
 def check_target(target: object, embeddings: Tensor, ignore_index: object) -> None:
     """Check labels ``(N,)`` of embeddings ``(N, D)``, or mixed labels ``(first, second, share)``; they are not read."""
     if not isinstance(target, (tuple, list)):
-        _check_labels("target", target, embeddings)
-    elif len(target) != 3:
+        check_labels(target, embeddings, ignore_index)
+        return
+    if len(target) != 3:
         raise ValueError(
             f"target must be labels (N,), or (first, second, share) for mixed labels; got {len(target)} items"
         )
-    else:
-        _check_labels("target[0]", target[0], embeddings)
-        _check_labels("target[1]", target[1], embeddings)
-        _check_share("target[2]", target[2], embeddings)
+    check_labels(target[0], embeddings, ignore_index, "target[0]")
+    check_labels(target[1], embeddings, ignore_index, "target[1]")
+    _check_share("target[2]", target[2], embeddings)
+
+
+def _check_ignore_index(ignore_index: object) -> None:
     if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
         raise TypeError(f"ignore_index must be an int; got {type(ignore_index).__name__}")
     if not -(1 << 63) <= ignore_index < 1 << 63:
         raise ValueError(f"ignore_index must be in [-2^63, 2^63); got {ignore_index}")
 
 
-def _check_labels(name: str, labels: object, embeddings: Tensor) -> None:
+def check_labels(labels: object, embeddings: Tensor, ignore_index: object, name: str = "target") -> None:
+    """Check labels ``(N,)`` of embeddings ``(N, D)``, which are not read, and the label of ignored rows."""
     if isinstance(labels, Tensor) and labels.is_floating_point():
         rule = f"{name} must have one of the dtypes {names(INTEGER_DTYPES)}"
         raise TypeError(f"{rule}; got {names((labels.dtype,))}: {_INSTEAD}")
@@ -69,6 +73,7 @@ def _check_labels(name: str, labels: object, embeddings: Tensor) -> None:
         raise ValueError(f"{name} must be (N={embeddings.shape[0]},); got {tuple(labels.shape)}{instead}")
     if labels.device != embeddings.device:
         raise ValueError(f"{name} must be on embeddings' device {embeddings.device}; got {labels.device}")
+    _check_ignore_index(ignore_index)
 
 
 def _check_share(name: str, share: object, embeddings: Tensor) -> None:
@@ -76,6 +81,14 @@ def _check_share(name: str, share: object, embeddings: Tensor) -> None:
         check_number(name, share, FROM_0_TO_1)
     else:
         check_row_tensor(name, share.expand(embeddings.shape[0]) if share.dim() == 0 else share, embeddings)
+
+
+def check_weight(name: str, weight: object) -> None:
+    """Check class centers ``(C, D)``."""
+    _check_tensor(name, weight, FLOAT_DTYPES)
+    assert isinstance(weight, Tensor)
+    if weight.dim() != 2 or 0 in weight.shape:
+        raise ValueError(f"{name} must be (C, D) with C >= 1 and D >= 1; got {tuple(weight.shape)}")
 
 
 def check_margin(margin: object) -> None:

@@ -41,16 +41,14 @@ class HeadOptions:
         check_number("label_smoothing", self.label_smoothing, FROM_0_TO_1)
         others = {name: text for name, text in self.needs().items() if name != "device_scale"}
         if self.label_smoothing > 0 and others:
-            beside = next(iter(others.values())).removeprefix("the modulated negatives of ")
+            beside = next(iter(others.values())).rpartition(" of ")[2]
             raise ValueError(
                 f"label_smoothing must be 0 with {beside}: a row's logits are then no linear function of the class "
                 f"centers, whose sum it is made of; got {self.label_smoothing}"
             )
-        if self.scale_changes and hasattr(self.margin, "modulate"):
-            raise ValueError(
-                f"scale must be a number with the modulated negatives of {type(self.margin).__name__}; "
-                f"got {self._scale_text()}"
-            )
+        for feature in ("modulated_negatives", "turned_negatives", "binary_losses"):
+            if self.scale_changes and feature in others:
+                raise ValueError(f"scale must be a number with {others[feature]}; got {self._scale_text()}")
         for name in ("scale", "label_smoothing"):
             if name == "label_smoothing" or not self.scale_changes:
                 object.__setattr__(self, name, float(getattr(self, name)))
@@ -71,8 +69,12 @@ class HeadOptions:
     def needs(self) -> dict[str, str]:
         """Return the features that not every backend has, by name, with the text that error messages have for them."""
         needs = {}
-        if hasattr(self.margin, "modulate"):
+        if getattr(self.margin, "turns_negatives", False):
+            needs["turned_negatives"] = f"the turned negatives of {type(self.margin).__name__}"
+        elif hasattr(self.margin, "modulate"):
             needs["modulated_negatives"] = f"the modulated negatives of {type(self.margin).__name__}"
+        if hasattr(self.margin, "binary"):
+            needs["binary_losses"] = f"the binary losses of {type(self.margin).__name__}"
         if self.sub_centers > 1:
             needs["sub_centers"] = f"sub_centers={self.sub_centers}"
         if self.scale_changes:
@@ -83,17 +85,24 @@ class HeadOptions:
         """Check that these options fit what a step is called with.
 
         Raises:
-            ValueError: for mixed labels and a margin that changes the negatives; a scale on another device; a margin or
-                a scale that does not fit the number of classes.
+            ValueError: for mixed labels and a margin that changes the negatives or has binary losses; a scale on
+                another device; a margin or a scale that does not fit the number of classes.
         """
         self.check_classes(num_classes)
         if isinstance(self.scale, Tensor) and self.scale.device != device:
             raise ValueError(f"scale must be on embeddings' device {device}; got {self.scale.device}")
-        if isinstance(target, (tuple, list)) and hasattr(self.margin, "modulate"):
-            raise ValueError(
-                f"target must be labels (N,) with {type(self.margin).__name__}, which compares the negatives with one "
-                "target; got (first, second, share)"
-            )
+        if not isinstance(target, (tuple, list)):
+            return
+        reasons = {
+            "modulate": "which compares the negatives with one target",
+            "binary": "whose losses of the classes are for one target",
+        }
+        for method, reason in reasons.items():
+            if hasattr(self.margin, method):
+                raise ValueError(
+                    f"target must be labels (N,) with {type(self.margin).__name__}, {reason}; "
+                    "got (first, second, share)"
+                )
 
     def check_classes(self, num_classes: int) -> None:
         """Check that the scale, and a margin with a number for each class, fit the number of classes.

@@ -278,6 +278,54 @@ def grow(source: Centers, num_classes: int, seed: int) -> Centers:
     return Centers(tensors, dict(source.values), source.notes)
 
 
+def keep_dominant(source: Centers, dominant: Tensor) -> Centers:
+    """Keep one center of each class, with its momentum.
+
+    Args:
+        source: centers with several of each class.
+        dominant: (C,) integers: the center to keep, as :func:`fused_arcface.sub_centers.dominant` returns it.
+
+    Raises:
+        ConvertError: if ``dominant`` does not have one center's number for each class.
+    """
+    count = source.sub_centers
+    if dominant.dim() != 1 or len(dominant) != source.num_classes or dominant.is_floating_point():
+        got = f"{tuple(dominant.shape)} {dominant.dtype}"
+        raise ConvertError(f"dominant must be integers (C={source.num_classes},); got {got}")
+    low, high = (int(each) for each in torch.aminmax(dominant))
+    if low < 0 or high >= count:
+        raise ConvertError(f"dominant must be in [0, sub_centers={count}); got {low if low < 0 else high}")
+    kept = torch.arange(len(dominant)) * count + dominant.long()  # ascending rows of weight
+
+    def chosen(rows: Rows) -> Callable[[], Iterator[Tensor]]:
+        def pieces() -> Iterator[Tensor]:
+            start = 0
+            for piece in rows.pieces():
+                first, last = torch.searchsorted(kept, torch.tensor([start, start + len(piece)])).tolist()
+                yield piece[kept[first:last] - start]
+                start += len(piece)
+
+        return pieces
+
+    tensors = {
+        name: Rows(rows.dtype, (len(dominant), *rows.shape[1:]), chosen(rows)) for name, rows in source.tensors.items()
+    }
+    return Centers(tensors, {**source.values, "sub_centers": 1}, source.notes)
+
+
+def read_dominant(path: str | os.PathLike[str]) -> Tensor:
+    """Return the tensor ``dominant`` (C,) of a safetensors file.
+
+    Raises:
+        ConvertError: if the file has none, or is of another kind.
+    """
+    with file_errors(Path(path)):
+        tensors, _ = safetensors.read(Path(path))
+    if "dominant" not in tensors:
+        raise ConvertError(f"{path} has no tensor 'dominant' (C,); it has {', '.join(tensors) or 'nothing'}")
+    return tensors["dominant"]
+
+
 def write(centers: Centers, path: str | os.PathLike[str], center_storage: str | os.PathLike[str] | None = None) -> Path:
     """Write a safetensors file, if the path ends so, otherwise a checkpoint in the root ``path``.
 
@@ -355,6 +403,7 @@ def convert(
     num_classes: int | None = None,
     seed: int | None = None,
     sub_centers: int | None = None,
+    dominant: str | os.PathLike[str] | None = None,
     trust: bool = False,
     center_storage: str | os.PathLike[str] | None = None,
     noted: Callable[[str], None] | None = None,
@@ -367,6 +416,8 @@ def convert(
         num_classes: to grow to; None: as many as the sources have.
         seed: of the new classes' centers and of the head that will resume, in [0, 2^63); None: the source's, or 0.
         sub_centers: see :func:`read`.
+        dominant: a file that :func:`read_dominant` reads: the one center of each class to keep, see
+            :func:`keep_dominant`.
         trust: see :func:`read`.
         center_storage: see :func:`write`.
         noted: called with each part of the sources that the result lacks, in words, such as momentum.
@@ -391,6 +442,8 @@ def convert(
     if noted is not None:
         for note in centers.notes:
             noted(note)
+    if dominant is not None:
+        centers = keep_dominant(centers, read_dominant(dominant))
     if num_classes is not None:
         centers = grow(centers, num_classes, centers.values["seed"])
     return write(centers, destination, center_storage)

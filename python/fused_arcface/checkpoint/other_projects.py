@@ -1,4 +1,4 @@
-"""Class centers in the files of insightface and pytorch-metric-learning: the names of the files and their layouts."""
+"""Class centers in the files of other projects: the names of the files, of the tensors, and their layouts."""
 
 from __future__ import annotations
 
@@ -17,56 +17,89 @@ INSIGHTFACE = {
 }
 """Names of insightface's shards: all that a rank has, its head alone, and before 2022 the bare tensor."""
 
+_CONTAINERS = ("state_dict_softmax_fc", "HEAD", "state_dict")
+"""Keys that hold the head's state beside other things: of insightface, CurricularFace, and Lightning and MagFace."""
+_OPTIMIZERS = ("state_optimizer", "OPTIMIZER", "optimizer", "optimizer_states")
+"""Keys of the optimizer's state, or a list of them, in the same files."""
+_BY_CLASS = ("weight", "weight_activated", "head.weight")
+"""Names of centers (rows, D)."""
+_BY_COLUMN = ("W", "kernel")
+"""Last parts of the names of centers (D, rows): pytorch-metric-learning's, and those of AdaFace, ElasticFace,
+CurricularFace and InsightFace_Pytorch."""
+
 
 def centers(path: Path) -> tuple[Tensor, bool]:
     """Return the class centers ``(rows, D)`` of a ``.pt`` file, and whether it has momentum of them as well.
 
-    Known are pytorch-metric-learning's ``state_dict()`` with ``W`` (D, rows); a dict with ``weight`` (rows, D), or
-    ``weight_activated`` as insightface calls it without sampling, alone or as ``state_dict_softmax_fc``; and the bare
-    tensor of insightface's ``rank_{rank}_softmax_weight.pt``, whose momentum lies in a file beside it.
+    Known are:
+
+    - pytorch-metric-learning's ``state_dict()`` with ``W`` (D, rows);
+    - a dict with ``weight`` (rows, D), or ``weight_activated`` as insightface calls it without sampling, alone or as
+      ``state_dict_softmax_fc``;
+    - the bare tensor of insightface's ``rank_{rank}_softmax_weight.pt``, whose momentum lies in a file beside it;
+    - ``kernel`` (D, rows) of ElasticFace and InsightFace_Pytorch, of CurricularFace under ``HEAD``, and of AdaFace as
+      ``head.kernel`` in a checkpoint of Lightning;
+    - ``fc.weight`` (D, rows) of MagFace, beside the net's ``features``;
+    - ``head.weight`` (rows, D) in a checkpoint of Lightning.
+
+    Names may begin with ``module.``, as ``DataParallel`` calls them.
 
     Raises:
         DataError: it cannot be opened.
-        TensorFileError: a file of another kind.
+        TensorFileError: a file of another kind, or with several sets of class centers.
     """
     found = torch_files.load(path)
     momentum = path.with_name(f"{path.stem}_mom{path.suffix}").is_file()
+    weight: object = found
     if isinstance(found, dict):
-        state = found.get("state_dict_softmax_fc", found)
-        momentum = momentum or _has_momentum(state, found)
+        state = next((found[key] for key in _CONTAINERS if isinstance(found.get(key), dict)), found)
+        named = _of_state(state)
+        if len(named) > 1:
+            raise torch_files.TensorFileError(f"{path} must hold one set of class centers; it has {', '.join(named)}")
+        weight = next(iter(named.values()), None)
+        momentum = momentum or _has_momentum(state, found, weight)
         found = state
-    weight = _of_state(found) if isinstance(found, dict) else found
     if not isinstance(weight, Tensor) or weight.dim() != 2 or not weight.is_floating_point() or not weight.numel():
         keys = f"; it has {', '.join(map(str, list(found)[:10]))}" if isinstance(found, dict) else ""
         raise torch_files.TensorFileError(
-            f"{path} must hold floating-point class centers: weight (C, D), pytorch-metric-learning's W (D, C), or a "
-            f"tensor (C, D){keys}"
+            f"{path} must hold floating-point class centers: weight (C, D), W or kernel (D, C), or a tensor "
+            f"(C, D){keys}"
         )
     torch_files.check_stored(path, "weight", weight)
     return weight, momentum
 
 
-def _of_state(state: dict[Any, Any]) -> object:
-    if isinstance(state.get("W"), Tensor) and state["W"].dim() == 2:
-        return state["W"].T
-    weights = [state.get(name) for name in ("weight", "weight_activated")]
-    # The one that is not in use is empty.
-    return next((each for each in weights if isinstance(each, Tensor) and each.numel()), None)
+def _of_state(state: dict[Any, Any]) -> dict[str, Tensor]:
+    """Return the class centers (rows, D) among a head's or a model's tensors, by name; empty ones are not in use."""
+    tensors = {
+        str(name).removeprefix("module."): each
+        for name, each in state.items()
+        if isinstance(each, Tensor) and each.dim() == 2 and each.numel()
+    }
+    by_class = {name: each for name, each in tensors.items() if name in _BY_CLASS}
+    by_column = {name: each.T for name, each in tensors.items() if name.rpartition(".")[2] in _BY_COLUMN}
+    # MagFace's net lies under "features"; elsewhere fc is the net's last layer.
+    if (
+        any(re.match(r"(module\.)?features\.(module\.)?conv1\.", str(name)) for name in state)
+        and "fc.weight" in tensors
+    ):
+        by_column["fc.weight"] = tensors["fc.weight"].T
+    return by_column or by_class
 
 
-def _has_momentum(state: Any, found: dict[Any, Any]) -> bool:
+def _has_momentum(state: dict[Any, Any], found: dict[Any, Any], weight: object) -> bool:
     """Return whether momentum of the centers is saved, in their own state or in an optimizer's beside it."""
-    own = isinstance(state, dict) and any(str(name).endswith("_mom") for name in state)
-    optimizer = found.get("state_optimizer")
-    states = optimizer.get("state") if isinstance(optimizer, dict) else None
-    weight = _of_state(state) if isinstance(state, dict) else None
-    return own or (
-        isinstance(states, dict)
-        and isinstance(weight, Tensor)
-        and any(
-            isinstance(tensor, Tensor) and tensor.shape == weight.shape
-            for each in states.values()
-            if isinstance(each, dict)
-            for tensor in each.values()
-        )
+    if any(str(name).endswith("_mom") for name in state):
+        return True
+    if not isinstance(weight, Tensor):
+        return False
+    optimizers = [found.get(key) for key in _OPTIMIZERS]
+    optimizers += [each for listed in optimizers if isinstance(listed, list) for each in listed]
+    states = [each["state"] for each in optimizers if isinstance(each, dict) and isinstance(each.get("state"), dict)]
+    return any(
+        isinstance(tensor, Tensor) and tensor.shape in (weight.shape, weight.T.shape)
+        for of_parameters in states
+        for each in of_parameters.values()
+        if isinstance(each, dict)
+        for tensor in each.values()
     )

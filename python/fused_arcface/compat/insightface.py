@@ -1,4 +1,4 @@
-"""Replacements for insightface's ``partial_fc_v2.py`` and ``losses.py`` in ``recognition/arcface_torch``.
+"""Replacements for insightface's ``partial_fc_v2.py``, ``partial_fc.py`` and ``losses.py`` in its ``arcface_torch``.
 
 A training script changes its import only::
 
@@ -36,8 +36,9 @@ from ..margins.hard_negatives import InterclassFilter as _InterclassFilter
 from ..parallel.ranks import JointBatch as _JointBatch
 from ..parallel.ranks import Ranks as _Ranks
 from ..partial_fc import PartialFC as _PartialFC
+from ._sampled_optimizer import KeptRows as _KeptRows
 
-__all__ = ["ArcFace", "CombinedMarginLoss", "CosFace", "PartialFC_V2"]
+__all__ = ["ArcFace", "CombinedMarginLoss", "CosFace", "PartialFC", "PartialFCAdamW", "PartialFC_V2"]
 
 
 class CombinedMarginLoss(nn.Module):
@@ -347,6 +348,76 @@ class PartialFC_V2(_PartialFC):
         loss = _DistributedCrossEntropy.apply(logits, local, self.ranks)
         counted = target >= 0
         return loss.masked_fill(~counted, 0).sum() / counted.sum()
+
+
+class PartialFC(PartialFC_V2):
+    """insightface's ``PartialFC`` of 2022, which takes the optimizer in each call: ``loss = head(x, y, optimizer)``.
+
+    As there, a step with ``sample_rate < 1`` changes the sampled class centers alone: the others keep their values and
+    momentum, without weight decay. ``parameters()`` has all centers as ``weight``, not a new ``weight_activated`` in
+    each step, so the parameters of the head may be anywhere in the optimizer. A step copies the rows that it keeps;
+    :class:`fused_arcface.PartialFC` with :class:`fused_arcface.CenterSGD` does the same update without that.
+
+    Args, attributes and errors are those of :class:`PartialFC_V2`.
+
+    >>> head = PartialFC(ArcFace(), embedding_size=8, num_classes=100, sample_rate=0.1)
+    >>> optimizer = torch.optim.SGD(head.parameters(), lr=0.1, momentum=0.9)
+    >>> head(torch.randn(4, 8), torch.tensor([0, 1, 2, 99]), optimizer).backward(); optimizer.step()
+    """
+
+    _optimizers: tuple[type[torch.optim.Optimizer], ...] = (torch.optim.SGD,)
+
+    def __init__(
+        self,
+        margin_loss: Callable[..., Tensor],
+        embedding_size: int,
+        num_classes: int,
+        sample_rate: float = 1.0,
+        fp16: bool = False,
+    ) -> None:
+        super().__init__(margin_loss, embedding_size, num_classes, sample_rate, fp16)
+        self._kept_rows = _KeptRows(self.weight, self._others)
+
+    def _others(self) -> Tensor | None:
+        """Rows of weight that the last step did not sample; None if it used all."""
+        if self._sampled is None:
+            return None
+        kept = torch.ones(len(self.weight), dtype=torch.bool, device=self.weight.device)
+        kept[self._sampled] = False
+        return kept.nonzero().squeeze(1)
+
+    @_not_compiled
+    def forward(  # type: ignore[override]
+        self, local_embeddings: Tensor, local_labels: Tensor, optimizer: torch.optim.Optimizer
+    ) -> Tensor:
+        """Return the mean loss over all ranks' rows.
+
+        Args:
+            local_embeddings: (b, D) of this rank.
+            local_labels: (b,) or (b, 1) global labels of this rank.
+            optimizer: the one that updates the class centers; the same in each call.
+
+        Raises:
+            TypeError: if the optimizer is of another kind, on every rank.
+        """
+        with self._refusing():
+            if not isinstance(optimizer, self._optimizers):
+                kinds = " or ".join(each.__name__ for each in self._optimizers)
+                raise TypeError(f"optimizer must be torch.optim.{kinds}; got {type(optimizer).__name__}")
+            if self.sample_rate < 1:
+                self._kept_rows.watch(optimizer)
+        return super().forward(local_embeddings, local_labels)
+
+
+class PartialFCAdamW(PartialFC):
+    """insightface's ``PartialFCAdamW`` of 2022: :class:`PartialFC` for ``torch.optim.Adam`` and ``AdamW``.
+
+    >>> head = PartialFCAdamW(CosFace(), embedding_size=8, num_classes=100, sample_rate=0.1)
+    >>> optimizer = torch.optim.AdamW(head.parameters())
+    >>> head(torch.randn(4, 8), torch.tensor([0, 1, 2, 99]), optimizer).backward(); optimizer.step()
+    """
+
+    _optimizers = (torch.optim.Adam, torch.optim.AdamW)
 
 
 class _AllRows(torch.autograd.Function):

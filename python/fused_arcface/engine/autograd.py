@@ -14,6 +14,7 @@ import math
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..base.dtypes import compute_dtype
@@ -62,8 +63,10 @@ class NegativesAndTarget(torch.autograd.Function):
         rows, centers = shard.all_rows(embeddings), shard.centers(weight)
         shift, given = None, scale
         scale = ops.readable(scale)
-        if isinstance(scale, Tensor) or needs_shift(
-            scale, shard.num_classes or weight.shape[0], compute_dtype(rows, centers), *bounds
+        is_logistic = negatives["logistic"] is not None  # such losses lie far inside of the range of fp32
+        if isinstance(scale, Tensor) or (
+            not is_logistic
+            and needs_shift(scale, shard.num_classes or weight.shape[0], compute_dtype(rows, centers), *bounds)
         ):
             maximum = _ops.class_max.default(rows, centers, target, backend, shard.class_count, **negatives)
             maximum = shard.ranks.max(maximum)
@@ -126,6 +129,11 @@ class NegativesAndTarget(torch.autograd.Function):
                 row, ones = shard.target_rows(second.row), torch.ones_like(d_lse)
                 d_unit = _ops.unit_embedding_grad.default(weight, row, d_unit, ones, second.coefficient, ctx.backend)
             finish = shard.start_scatter(d_unit)
+        d_bias = None
+        if ctx.needs_input_grad[-1]:  # before the centers change
+            centers, count = shard.centers(weight), shard.class_count
+            own = _ops.bias_grad.default(rows, centers, target, lse, d_lse, ctx.backend, count, **ctx.negatives)
+            d_bias = shard.ranks.sum(own)
         # The weight pass runs while the embeddings' gradient is on its way between the ranks.
         if shard.update is not None:
             shard.update.apply(rows, shard.classes, target, gradients, ctx.backend, Negatives(**ctx.negatives), second)
@@ -140,7 +148,8 @@ class NegativesAndTarget(torch.autograd.Function):
             d_unit = finish()
             if ctx.needs_input_grad[0]:
                 d_embeddings = _ops.embedding_grad.default(d_unit, shard.own_rows(rows), ctx.backend)
-        return d_embeddings, d_weight, None, None, d_scale, *(None for _ in range(7))
+        d_logistic = None if d_bias is None else F.pad(d_bias[None], (4, 0))
+        return d_embeddings, d_weight, None, None, d_scale, *(None for _ in range(7)), d_logistic
 
 
 def cosines_of_targets(
@@ -171,6 +180,7 @@ def negatives_and_target(
     sub_centers: int = 1,
     modulation: Modulation | None = None,
     second: Tensor | None = None,
+    logistic: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Return each row's negative log-sum-exp and target cosine, differentiable, and greatest negative cosine, ``(N,)``.
 
@@ -188,6 +198,8 @@ def negatives_and_target(
         sub_centers: rows of weight for each class; the target is then a row of weight.
         modulation: of the negatives' cosines.
         second: (N,) like target: a second target, which is one of the negatives as well.
+        logistic: (5,) as in :class:`Negatives`: the negatives then have losses of their own, and the log-sum-exp is the
+            logarithm of their sum.
     """
     bounds = (1.0, 1.0) if modulation is None else (modulation.greatest, modulation.steepest)
     changed = (None, None) if modulation is None else (modulation.threshold, modulation.coefficients)
@@ -205,5 +217,6 @@ def negatives_and_target(
         bounds,
         sub_centers,
         *changed,
+        logistic,
     )
     return result

@@ -23,7 +23,7 @@ from .terms import IGNORED, INVALID, PLAIN, CenterStep, Negatives, RowGradients,
 
 _ROWS = "Tensor embeddings, Tensor weight, Tensor target"
 _COEFFICIENTS = "Tensor lse, Tensor negative_coefficient, Tensor target_coefficient"
-_NEGATIVES = "*, int sub_centers=1, Tensor? threshold=None, Tensor? coefficients=None"
+_NEGATIVES = "*, int sub_centers=1, Tensor? threshold=None, Tensor? coefficients=None, Tensor? logistic=None"
 _SCHEMAS = {
     "local_target": "(Tensor target, int num_classes, int ignore_index) -> Tensor",
     "row_factors": "(Tensor values, str name, float greatest) -> Tensor",
@@ -37,6 +37,7 @@ _SCHEMAS = {
     f"{_COEFFICIENTS}, Tensor? classes, Tensor(b!)? momentum_buffer, Tensor(c!)? momentum_scale, float lr, "
     "float momentum, float weight_decay, int rounding_key, int class_start, Tensor active, "
     f"Tensor? row_ids, str backend, {_NEGATIVES}) -> ()",
+    "bias_grad": f"({_ROWS}, Tensor lse, Tensor d_lse, str backend, Tensor? class_count=None, {_NEGATIVES}) -> Tensor",
     # O(N·D) and O(N), over the rows
     "target_cosine": f"({_ROWS}, str backend) -> Tensor",
     "finish_negatives": "(Tensor negative_sum, Tensor? shift, Tensor center_sum, str backend) -> (Tensor, Tensor)",
@@ -81,8 +82,9 @@ def for_numbers(operator: Any, *numbers: float | Tensor) -> tuple[Callable[..., 
     A number that changes is a symbol under torch.compile. Inductor has no number that is unknown until the graph runs:
     one that reaches an operator as a number makes a graph for each value. A product with a tensor may be unknown.
     """
-    if all(isinstance(each, Tensor) for each in numbers):
-        return operator.tensor_numbers, numbers
+    if any(isinstance(each, Tensor) for each in numbers):
+        one = torch.ones((), dtype=torch.float64, device="cpu")
+        return operator.tensor_numbers, tuple(each if isinstance(each, Tensor) else each * one for each in numbers)
     if torch.compiler.is_compiling():
         from torch.fx.experimental.symbolic_shapes import has_static_value
 
@@ -311,6 +313,31 @@ def _weight_grad(
 @torch.library.register_fake("fused_arcface::weight_grad")
 def _weight_grad_fake(embeddings: Tensor, weight: Tensor, *rest: object, **_: object) -> Tensor:
     return torch.empty_like(weight)
+
+
+@torch.library.impl("fused_arcface::bias_grad", "default")
+def _bias_grad(
+    embeddings: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    lse: Tensor,
+    d_lse: Tensor,
+    backend: str,
+    class_count: Tensor | None = None,
+    **negatives: Any,
+) -> Tensor:
+    if weight.shape[0] == 0:
+        return lse.new_zeros(())
+    arguments = embeddings, weight, target, lse, d_lse, backend
+    result: Tensor = _run("bias_grad", *arguments, class_count=class_count, negatives=Negatives(**negatives))
+    return result
+
+
+@torch.library.register_fake("fused_arcface::bias_grad")
+def _bias_grad_fake(
+    embeddings: Tensor, weight: Tensor, target: Tensor, lse: Tensor, *_: object, **__: object
+) -> Tensor:
+    return lse.new_empty(())
 
 
 @_implementation("update_centers")

@@ -16,10 +16,11 @@ from ..base.dtypes import compute_dtype
 from ..base.normalize import norms_of
 from ..base.options import HeadOptions
 from ..base.statistics import MarginSoftmaxStats
-from ..margins.protocol import for_rows, modulates, modulation
+from ..margins.protocol import binary_numbers, for_rows, modulates, modulation
 from .autograd import cosines_of_targets, negatives_and_target
 from .margin_step import in_step
 from .mixed import nearer_first, of_both
+from .nearest import hardest_negatives
 from .ops import readable
 from .shard import ONE_DEVICE, Shard
 from .smoothing import smoothing, two_uses
@@ -103,6 +104,9 @@ def loss_over_classes(
     def nearest(target: Target) -> tuple[Tensor, Tensor]:
         return cosines_of_targets(embeddings, weight, target.local, backend, shard, sub_centers)
 
+    def hardest(count: int) -> Tensor:
+        return hardest_negatives(embeddings, weight, target_row, count, sub_centers, shard)
+
     own = for_rows(margin, norms, rows.target.label, ~ignored)
     target_row, second_row, order, change = rows.target.local, None, None, None
     if rows.second is not None:
@@ -110,11 +114,12 @@ def loss_over_classes(
         target_row, second_row = order.rows, order.others
     elif modulates(margin) or sub_centers > 1:
         cosine, target_row = nearest(rows.target)
-        change = modulation(margin, cosine, ~ignored)
+        change = modulation(margin, cosine, ~ignored, hardest)
 
     def compare(scale: float | Tensor) -> _Compared:
+        logistic = binary_numbers(margin, scale)
         return negatives_and_target(
-            embeddings, weight, target_row, scale, backend, shard, sub_centers, change, second_row
+            embeddings, weight, target_row, scale, backend, shard, sub_centers, change, second_row, logistic
         )
 
     num_classes = shard.num_classes or weight.shape[0] // sub_centers

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import backends
-from ..base.checks import check_margin_output
+from ..base.checks import check_margin_output, check_margin_rows
 from ..base.once_differentiable import once_differentiable
 from ..base.statistics import MarginSoftmaxStats
 from ..margins.angular import Margin, parameters
@@ -93,7 +93,15 @@ def reduce_loss(loss: Tensor, counted: Tensor, reduction: str, sample_weight: Te
 def row_losses(
     negative_lse: Tensor, target_cosine: Tensor, margin: Margin, scale: float | Tensor, smoothed: Smoothing | None
 ) -> tuple[Tensor, Tensor]:
-    """Return the rows' losses (N,), differentiable, and their full log-sum-exps (N,), for any margin."""
+    """Return the rows' losses (N,), differentiable, and their full log-sum-exps (N,), for any margin.
+
+    A margin with binary losses computes them from its negatives' sum; there the log-sum-exp is that sum's logarithm.
+    """
+    own = getattr(margin, "row_losses", None)
+    if own is not None:
+        loss = own(target_cosine.clone(), negative_lse.exp(), scale)
+        check_margin_rows("loss", loss, target_cosine)
+        return loss, negative_lse.detach()
     modified = margin(target_cosine.clone())  # a copy: a user's margin may work in place
     check_margin_output(modified, target_cosine)
     target_logit = (scale.to(modified.dtype) if isinstance(scale, Tensor) else scale) * modified

@@ -23,21 +23,24 @@ MOMENTUM_BLOCK = 64
 class Negatives(NamedTuple):
     """The rule by which a row's negatives enter its sum, if not by their cosines alone.
 
-    Keyword arguments of the stages over the classes. Only backends with the features ``sub_centers`` and
-    ``modulated_negatives`` take them.
+    Keyword arguments of the stages over the classes. Only backends with the features ``sub_centers``,
+    ``modulated_negatives`` and ``binary_losses`` take them.
     """
 
     sub_centers: int = 1
     """K rows of weight for each class, adjacent. A class's cosine is the greatest of theirs, and its gradient goes to
     that row alone. A target is its class's row with the greatest cosine."""
     threshold: Tensor | None = None
-    """(N,) or None: a cosine c above its row's threshold becomes ``a·c² + b·c + d``."""
+    """(N,) or None: a cosine c above its row's threshold becomes ``a·c² + b·c + d + e·√(1 - c²)``."""
     coefficients: Tensor | None = None
-    """(3,) fp64: a, b, d."""
+    """(4,) fp64: a, b, d, e."""
+    logistic: Tensor | None = None
+    """(5,) fp64 or None: the scale and the numbers of :class:`fused_arcface.margins.BinaryLosses`. A negative enters
+    the sum by its own logistic loss: ``exp(scale·value)`` is that loss."""
 
     @property
     def plain(self) -> bool:
-        return self.sub_centers == 1 and self.threshold is None
+        return self.sub_centers == 1 and self.threshold is None and self.logistic is None
 
 
 PLAIN = Negatives()

@@ -15,12 +15,13 @@ from .angular import (
     parameters,
 )
 from .by_label import LabelMargin
-from .protocol import Margin, Modulation, RowMargin
+from .protocol import BinaryLosses, Margin, Modulation, RowMargin
 from .schedule import Rise, at_strength
 
 __all__ = [
     "SIN_FLOOR",
     "ArcFace",
+    "BinaryLosses",
     "Boundary",
     "CombinedMargin",
     "CosFace",

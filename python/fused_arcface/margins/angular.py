@@ -3,13 +3,17 @@
 ``θ`` is the angle between an embedding and its own class center, ``φ = m1·θ + m2``. A margin replaces ``cos θ`` by
 ``ψ(θ) - m3``. ``cos φ`` stops falling at ``φ = π``, so an angular margin has a ``boundary``, its continuation there:
 
-========  =============================================  ======================================================
-``none``  ``cos φ``                                      not monotone past π
-``hard``  ``cos φ`` up to π, ``cos θ - m2·sin m2`` past  what most published heads do; it jumps at φ = π
-``fold``  ``(-1)^k cos φ - 2k``, ``k = ⌊φ/π⌋``           monotone and continuous, SphereFace's continuation
-``clip``  ``cos(min(φ, π))``                             constant past π: no gradient there
-``easy``  ``cos φ`` where ``cos θ > 0``, else ``cos θ``  ArcFace's "easy margin"; it jumps at θ = π/2
-========  =============================================  ======================================================
+==============  =============================================  ================================================
+``none``        ``cos φ``                                      not monotone past π
+``hard``        ``cos φ`` up to π, ``cos θ - m2·sin m2`` past  what most published heads do; it jumps at φ = π
+``fold``        ``(-1)^k cos φ - 2k``, ``k = ⌊φ/π⌋``           monotone and continuous, SphereFace's continuation
+``clip``        ``cos(min(φ, π))``                             constant past π: no gradient there
+``easy``        ``cos φ`` where ``cos θ > 0``, else ``cos θ``  ArcFace's "easy margin"; it jumps at θ = π/2
+``continuous``  ``cos φ`` up to π, ``cos θ - d`` past          monotone and continuous, WeSpeaker's continuation
+==============  =============================================  ================================================
+
+``d = 1 + cos((π - m2)/m1)`` makes ``continuous`` so: at φ = π it is -1. Without a factor (m1 = 1) ``d`` is
+``1 - cos m2``.
 
 ``gradient="exact"`` is the derivative ``m1·sin φ / sin θ``. The true derivative is unbounded at 0 and π. Within 0.6° of
 them ``sin θ`` is replaced by :data:`SIN_FLOOR`, so ``|ψ'| <= m1 / SIN_FLOOR`` everywhere.
@@ -35,7 +39,7 @@ from .protocol import for_rows as for_rows
 from .protocol import modulates as modulates
 from .protocol import modulation as modulation
 
-Boundary = Literal["none", "hard", "fold", "clip", "easy"]
+Boundary = Literal["none", "hard", "fold", "clip", "easy", "continuous"]
 GradientMode = Literal["exact", "straight_through"]
 Form = Literal["paper", "code"]
 """The form of a method, where its paper and its authors' code differ."""
@@ -70,11 +74,31 @@ def _straight_through(value: Tensor, cosine: Tensor) -> Tensor:
     return value.detach() + (cosine - cosine.detach())
 
 
+def drop_past_boundary(m1: float, m2: float, boundary: str) -> float:
+    """Return the number that is subtracted from ``cos θ`` past π; 0 for a boundary that subtracts none.
+
+    >>> drop_past_boundary(1.0, 0.5, "hard"), drop_past_boundary(1.0, 0.5, "continuous")
+    (0.2397..., 0.1224...)
+    """
+    if boundary == "hard":
+        return m2 * math.sin(m2)
+    return 1 + math.cos((math.pi - m2) / m1) if boundary == "continuous" else 0.0
+
+
+def with_angle(cosine: Tensor, margin: Tensor, boundary: str) -> Tensor:
+    """Return ``cos(θ + margin)`` (N,) of cosines (N,), for margins (N,) that differ from row to row, in radians."""
+    drop = 1 - margin.cos() if boundary == "continuous" else margin * margin.sin()
+    return past_boundary(angle(cosine) + margin, cosine, drop, boundary)
+
+
 def past_boundary(phi: Tensor, cosine: Tensor, drop: Tensor | float, boundary: str) -> Tensor:
-    """Return ``ψ`` (N,) of ``φ`` (N,), by the table at the top of this module; ``drop`` is ``m2·sin m2``."""
+    """Return ``ψ`` (N,) of ``φ`` (N,), by the table at the top of this module.
+
+    ``drop`` is subtracted from the cosines past π, see :func:`drop_past_boundary`.
+    """
     if boundary == "none":
         return phi.cos()
-    if boundary == "hard":
+    if boundary in ("hard", "continuous"):
         return torch.where(phi <= math.pi, phi.cos(), cosine - drop)
     if boundary == "fold":
         k = (phi.detach() / math.pi).floor()
@@ -92,8 +116,8 @@ class CombinedMargin:
         m1: factor of the angle, in [1, 4].
         m2: angle in radians that is added, in [0, π).
         m3: number that is subtracted from the cosine, in [0, 2).
-        boundary: continuation past ``φ = π``: ``"none"``, ``"hard"``, ``"fold"``, ``"clip"`` or ``"easy"``, see
-            :mod:`fused_arcface.margins.angular`.
+        boundary: continuation past ``φ = π``: ``"none"``, ``"hard"``, ``"fold"``, ``"clip"``, ``"easy"`` or
+            ``"continuous"``, see :mod:`fused_arcface.margins.angular`.
         gradient: ``"exact"`` or ``"straight_through"``.
 
     Raises:
@@ -121,7 +145,8 @@ class CombinedMargin:
     def __call__(self, target_cosine: Tensor) -> Tensor:
         """Return modified cosines (N,) of target cosines (N,)."""
         phi = self.m1 * angle(target_cosine) + self.m2
-        value = past_boundary(phi, target_cosine, self.m2 * math.sin(self.m2), self.boundary) - self.m3
+        drop = drop_past_boundary(self.m1, self.m2, self.boundary)
+        value = past_boundary(phi, target_cosine, drop, self.boundary) - self.m3
         return _straight_through(value, target_cosine) if self.gradient == "straight_through" else value
 
 
@@ -132,7 +157,7 @@ class ArcFace:
     Args:
         margin: angle in radians that is added, in [0, π).
         boundary: continuation past ``θ + margin = π``, see :mod:`fused_arcface.margins.angular`. The default ``"hard"``
-            jumps there, as most published heads do; ``"fold"`` is monotone and continuous.
+            jumps there, as most published heads do; ``"fold"`` and ``"continuous"`` are monotone and continuous.
         gradient: ``"exact"`` or ``"straight_through"``.
 
     Raises:

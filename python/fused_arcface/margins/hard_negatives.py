@@ -1,19 +1,20 @@
-"""Margins that also change the negatives above a threshold, which depends on the row's target cosine.
+"""Margins that also change the negatives above a threshold, which depends on the row.
 
 Each has a method ``modulate``, see :class:`fused_arcface.margins.Modulation`. A backend that does not support them
-raises an error. On a GPU ``backend="auto"`` then selects plain PyTorch, which stores the N×C logits.
+raises an error. On a GPU ``backend="auto"`` then selects plain PyTorch.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
-from .angular import ArcFace, Boundary, CombinedMargin, CosFace, Form, GradientMode
+from ..base.checks import check_size
+from .angular import SIN_FLOOR, ArcFace, Boundary, CombinedMargin, CosFace, Form, GradientMode
 from .checks import check_angle, check_choice, check_number, check_rate
 from .protocol import Margin, Modulation
 from .state import StatefulMargin
@@ -37,9 +38,9 @@ def _without_boundary(margin: Margin) -> Margin:
     return margin
 
 
-def _coefficients(like: Tensor, a: Tensor | float, b: Tensor | float, d: Tensor | float) -> Tensor:
-    """Return the three coefficients of a :class:`Modulation`, on the device of ``like``."""
-    values = [torch.as_tensor(value, dtype=torch.float64, device=like.device) for value in (a, b, d)]
+def _coefficients(like: Tensor, *numbers: Tensor | float) -> Tensor:
+    """Return the coefficients of a :class:`Modulation`, on the device of ``like``."""
+    values = [torch.as_tensor(value, dtype=torch.float64, device=like.device) for value in numbers]
     return torch.stack(values)
 
 
@@ -146,6 +147,64 @@ class InterclassFilter:
         """Return the batch's :class:`fused_arcface.margins.Modulation`."""
         threshold = torch.full_like(target_cosine, self.threshold)
         return Modulation(threshold, _coefficients(target_cosine, 0, 0, 0), 1.0, 1.0)
+
+
+@dataclass(frozen=True)
+class InterTopK:
+    """A margin on the target, and a penalty on the row's k hardest negatives (Inter-TopK, arXiv:2110.05042).
+
+    The k negatives with the greatest cosines get the logit ``s·cos(θ_j - penalty)``: they look nearer than they are.
+    The speaker toolkits WeSpeaker and ESPnet call penalty ``mp`` and k ``k_top``. With sub-centers a negative's cosine
+    is that of its class's nearest center.
+
+    To find the k greatest cosines costs one more product with the class centers in the forward pass, in blocks of
+    classes. Negatives whose cosines differ by less than the rounding of a product may change
+    places. If the k-th and the next one are equal, neither they nor others equal to them have the penalty.
+
+    Args:
+        margin: margin of the target, a function of its cosine alone.
+        penalty: angle in radians that is subtracted, in [0, π).
+        k: number of negatives with the penalty, at least 1; all, if there are fewer.
+
+    Attributes:
+        num_hardest: ``k + 1``, see :class:`fused_arcface.margins.Modulation`.
+
+    Raises:
+        TypeError: if ``margin`` is not a function of the cosine alone, penalty is not a number or k not an int.
+        ValueError: if penalty or k is out of its range.
+
+    >>> import torch, fused_arcface as fa
+    >>> x, w = torch.tensor([[1.0, 0.0]]), torch.tensor([[1.0, 0.0], [0.8, 0.6], [0.6, 0.8]])
+    >>> margin = InterTopK(fa.NormSoftmax(), penalty=0.1, k=1)
+    >>> fa.margin_softmax_loss(x, w, torch.tensor([0]), scale=1.0, margin=margin)  # 0.8 becomes cos(acos 0.8 - 0.1)
+    tensor(0.9306)
+    """
+
+    margin: Margin = ArcFace()
+    penalty: float = 0.06
+    k: int = 5
+
+    def __post_init__(self) -> None:
+        _check_target_margin(self, self.margin)
+        check_angle(self, "penalty", self.penalty)
+        check_size("InterTopK: k", self.k)
+
+    turns_negatives: ClassVar[bool] = True
+
+    @property
+    def num_hardest(self) -> int:
+        return self.k + 1
+
+    def __call__(self, target_cosine: Tensor) -> Tensor:
+        """Return modified cosines (N,) of target cosines (N,)."""
+        return self.margin(target_cosine)
+
+    def modulate(self, target_cosine: Tensor, counted: Tensor, hardest: Tensor) -> Modulation:
+        """Return the batch's :class:`fused_arcface.margins.Modulation`; ``hardest`` is (N, k + 1)."""
+        threshold = hardest[:, -2:].mean(1)  # in the middle, so that rounding does not move a negative over it
+        cosine, sine = math.cos(self.penalty), math.sin(self.penalty)
+        steepest = abs(cosine) + sine / SIN_FLOOR
+        return Modulation(threshold, _coefficients(target_cosine, 0, cosine, 0, sine), 1.0, steepest)
 
 
 class CurricularFace(StatefulMargin):

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..base.checks import check_size
 from ..base.keyed_random import MARGINS, fold, fold_each, normal_rows
-from .angular import Boundary, Form, angle, past_boundary
+from .angular import Boundary, Form, angle, with_angle
 from .checks import check_angle, check_choice, check_difference, check_number, check_rate
 from .protocol import RowMargin
 from .state import StatefulMargin
@@ -156,7 +156,7 @@ class MagFace:
     def _modify(self, target_cosine: Tensor, norms: Tensor) -> Tensor:
         rise = (self.upper_margin - self.lower_margin) / (self.upper_norm - self.lower_norm)
         margin = self.lower_margin + rise * (norms - self.lower_norm)
-        return past_boundary(angle(target_cosine) + margin, target_cosine, margin * margin.sin(), self.boundary)
+        return with_angle(target_cosine, margin, self.boundary)
 
 
 class ElasticFace(StatefulMargin):
@@ -241,7 +241,7 @@ class ElasticFace(StatefulMargin):
     def _modify(self, target_cosine: Tensor, margins: Tensor) -> Tensor:
         if self.kind == "cos":
             return target_cosine - margins
-        return past_boundary(angle(target_cosine) + margins, target_cosine, margins * margins.sin(), self.boundary)
+        return with_angle(target_cosine, margins, self.boundary)
 
     def extra_repr(self) -> str:
         """Return the arguments, for the repr."""

@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..base.checks import check_margin_rows
@@ -45,7 +47,9 @@ class RowMargin(NamedTuple):
 
 
 class Modulation(NamedTuple):
-    """The change of one batch's negatives: a cosine ``c`` above its row's threshold becomes ``a·c² + b·c + d``.
+    """The change of one batch's negatives.
+
+    A cosine ``c`` above its row's threshold becomes ``a·c² + b·c + d + e·√(1 - c²)``.
 
     A margin that changes the negatives has a method ``modulate(target_cosine, counted) -> Modulation``. The heads call
     it once in each forward pass, before the products with the class centers. It gets the rows of all ranks, on every
@@ -54,6 +58,13 @@ class Modulation(NamedTuple):
     - target_cosine: (N,) without a gradient.
     - counted: (N,) bool, false for ignored rows.
 
+    A margin with an attribute ``num_hardest`` (an int) gets a third argument, at the cost of one more product with the
+    class centers: the ``num_hardest`` greatest cosines of each row's negatives, (N, num_hardest), descending, -inf
+    where there are fewer. :class:`fused_arcface.InterTopK` uses them for its thresholds.
+
+    A margin with four coefficients has an attribute ``turns_negatives`` that is true: not every backend has the term
+    with the sine. :class:`fused_arcface.InterTopK` is an example.
+
     The comparison with the threshold has no gradient. :class:`fused_arcface.CurricularFace`, ``MVSoftmax`` and
     ``InterclassFilter`` are examples.
     """
@@ -61,11 +72,40 @@ class Modulation(NamedTuple):
     threshold: Tensor
     """(N,)"""
     coefficients: Tensor
-    """(3,) fp64: a, b, d."""
+    """(3,) fp64: a, b, d, and e is 0; or (4,): a, b, d, e."""
     greatest: float
     """Upper bound of the modulated cosines. The lower bound is -1."""
     steepest: float
     """Upper bound of the derivative's magnitude."""
+
+
+class BinaryLosses(NamedTuple):
+    """The negatives' losses of a margin that is a sum of logistic losses, one for each class, and no softmax.
+
+    The loss of a negative at the angle θ is ``softplus(scale·(g(cos(θ - angle)) + offset) + bias)`` with
+    ``g(z) = 2·((z + 1)/2)^exponent - 1``; exponent 1 is ``g(z) = z``.
+
+    Such a margin has two methods: ``binary() -> BinaryLosses``, and ``row_losses(target_cosine, negative_sum, scale)``,
+    which returns the rows' losses (N,) from their target cosines (N,) and the sums (N,) of their negatives' losses.
+    :class:`fused_arcface.SphereFace2` and :class:`fused_arcface.UniFace` are examples.
+    """
+
+    exponent: float
+    angle: float
+    """In radians."""
+    offset: float
+    bias: Tensor
+    """0-dim; it may have a gradient."""
+
+
+def binary_numbers(margin: Margin, scale: float | Tensor) -> Tensor | None:
+    """Return scale, exponent, angle, offset and bias (5,) fp64 of a margin with binary losses; None for another."""
+    own: Callable[[], BinaryLosses] | None = getattr(margin, "binary", None)
+    if own is None:
+        return None
+    *numbers, bias = own()
+    one = torch.ones((), dtype=torch.float64, device=bias.device)
+    return torch.stack([*(one * value for value in (scale, *numbers)), bias.double()])
 
 
 def for_rows(margin: Margin, norms: Callable[[], Tensor], labels: Tensor, counted: Tensor) -> RowMargin:
@@ -98,20 +138,29 @@ def modulates(margin: Margin) -> bool:
     return hasattr(margin, "modulate")
 
 
-def modulation(margin: Margin, target_cosine: Tensor, counted: Tensor) -> Modulation | None:
-    """Return the change of a batch's negatives, None if the margin leaves them alone.
+def modulation(
+    margin: Margin, target_cosine: Tensor, counted: Tensor, hardest: Callable[[int], Tensor]
+) -> Modulation | None:
+    """Return the change of a batch's negatives, with four coefficients; None if the margin leaves them alone.
 
     Args:
         margin: any margin.
         target_cosine: (N,) without a gradient.
         counted: (N,) bool, false for ignored rows.
+        hardest: function that returns the greatest cosines (N, count) of each row's negatives, called only for a margin
+            with ``num_hardest``.
 
     Raises:
-        TypeError, ValueError: the margin's threshold is not a tensor (N,) on the rows' device.
+        TypeError, ValueError: the margin's threshold is not a tensor (N,) on the rows' device, or it has four
+            coefficients without ``turns_negatives``.
     """
-    own: Callable[[Tensor, Tensor], Modulation] | None = getattr(margin, "modulate", None)
+    own: Callable[..., Modulation] | None = getattr(margin, "modulate", None)
     if own is None:
         return None
-    change = own(target_cosine, counted)
+    count = getattr(margin, "num_hardest", 0)
+    change = own(target_cosine, counted, *([hardest(count)] if count else []))
     check_margin_rows("threshold", change.threshold, counted)
-    return change
+    if len(change.coefficients) > 3 and not getattr(margin, "turns_negatives", False):
+        name = type(margin).__name__
+        raise ValueError(f"{name}: modulate must return 3 coefficients, or turns_negatives must be true; got 4")
+    return change._replace(coefficients=F.pad(change.coefficients, (0, 4 - len(change.coefficients))))

@@ -15,7 +15,8 @@ from typing import Any, get_args
 from torch import nn
 
 from .angular import ArcFace, Boundary, CombinedMargin, CosFace, GradientMode, NormSoftmax, SphereFace
-from .hard_negatives import CurricularFace, InterclassFilter, MVSoftmax
+from .binary import SphereFace2, UniFace
+from .hard_negatives import CurricularFace, InterclassFilter, InterTopK, MVSoftmax
 from .per_row import AdaFace, ElasticFace, MagFace
 from .protocol import Margin
 
@@ -44,7 +45,9 @@ class Entry:
 
     @property
     def kind(self) -> str:
-        """``"angular"``, ``"row"`` or ``"negatives"``: what the margin depends on or changes."""
+        """``"angular"``, ``"row"``, ``"negatives"`` or ``"binary"``: what the margin depends on or changes."""
+        if hasattr(self.margin, "binary"):
+            return "binary"
         if hasattr(self.margin, "modulate"):
             return "negatives"
         return "row" if hasattr(self.margin, "for_rows") else "angular"
@@ -137,6 +140,27 @@ REGISTRY = (
         "insightface, interclass_filtering_threshold",
         lambda: [InterclassFilter(ArcFace(), 0.2)],
         "threshold 0.4; insightface filters only if a threshold is given",
+    ),
+    Entry(
+        InterTopK,
+        "f(θ); the k greatest negatives cos(θ − penalty)",
+        "Inter-TopK, 2110.05042",
+        lambda: [InterTopK(ArcFace(0.2, "continuous"), penalty=0.06, k=2)],
+        'ArcFace(0.5) on the target; WeSpeaker\'s recipes have ArcFace(0.2, "continuous")',
+    ),
+    Entry(
+        SphereFace2,
+        "no softmax: a logistic loss for each class, of g(θ) − m and g(θ) + m",
+        "SphereFace2, 2108.01513",
+        lambda: [SphereFace2(0.2, bias=-4.0), SphereFace2(0.2, 2.0, 0.6, kind="arc", bias=-2.0)],
+        "as WeSpeaker's; the paper's loss is divided by the scale",
+    ),
+    Entry(
+        UniFace,
+        "no softmax: a logistic loss for each class, of cos θ − m − b/s and cos θ − b/s",
+        "UniFace, ICCV 2023",
+        lambda: [UniFace(0.4, bias=3.0), UniFace(0.1, 0.5, bias=6.0)],
+        "bias 0; the authors begin with ln(10·C)",
     ),
 )
 """Every margin of this package, angular ones first."""

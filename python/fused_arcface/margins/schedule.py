@@ -11,7 +11,7 @@ from typing import Literal
 from ..base import ranges
 from .angular import ArcFace, CombinedMargin, CosFace, NormSoftmax, SphereFace
 from .checks import check_choice, check_number
-from .hard_negatives import InterclassFilter, MVSoftmax
+from .hard_negatives import InterclassFilter, InterTopK, MVSoftmax
 from .protocol import Margin
 
 Shape = Literal["exponential", "linear"]
@@ -72,8 +72,8 @@ def at_strength(margin: Margin, share: float) -> Margin:
     result to a head: ``head.margin = at_strength(fa.ArcFace(0.5), rise(step))``.
 
     Args:
-        margin: ArcFace, CosFace, SphereFace, CombinedMargin or NormSoftmax, alone or inside of MVSoftmax or
-            InterclassFilter.
+        margin: ArcFace, CosFace, SphereFace, CombinedMargin or NormSoftmax, alone or inside of MVSoftmax,
+            InterclassFilter or InterTopK, whose penalty is an angle as well.
         share: in [0, 1].
 
     Raises:
@@ -96,7 +96,9 @@ def at_strength(margin: Margin, share: float) -> Margin:
         return replace(margin, m1=1 + share * (margin.m1 - 1), m2=share * margin.m2, m3=share * margin.m3)
     if type(margin) is MVSoftmax or type(margin) is InterclassFilter:
         return replace(margin, margin=at_strength(margin.margin, share))
+    if type(margin) is InterTopK:
+        return replace(margin, margin=at_strength(margin.margin, share), penalty=share * margin.penalty)
     raise TypeError(
         "a margin schedule needs ArcFace, CosFace, SphereFace, CombinedMargin or NormSoftmax, alone or inside of "
-        f"MVSoftmax or InterclassFilter; got {type(margin).__name__}"
+        f"MVSoftmax, InterclassFilter or InterTopK; got {type(margin).__name__}"
     )

@@ -33,6 +33,13 @@ def convert(
             "Default: the source's, otherwise 1.",
         ),
     ] = None,
+    dominant: Annotated[
+        Path | None,
+        typer.Option(
+            help="A .safetensors file with dominant (C,): keep this one of the centers of each class. "
+            "fused_arcface.sub_centers finds it."
+        ),
+    ] = None,
     seed: Annotated[
         int | None,
         typer.Option(
@@ -62,7 +69,9 @@ def convert(
     directory of insightface's checkpoint_gpu_{rank}.pt,
     softmax_fc_gpu_{rank}.pt or rank_{rank}_softmax_weight.pt of any number of
     ranks; a safetensors file with weight (C, D); or a .pt file with weight
-    (C, D), pytorch-metric-learning's W (D, C), or one such tensor.
+    (C, D), pytorch-metric-learning's W (D, C), the head of AdaFace,
+    ElasticFace, MagFace, CurricularFace or InsightFace_Pytorch, a checkpoint
+    of Lightning, or one such tensor.
     """
     from fused_arcface.checkpoint import convert as conversion
 
@@ -74,6 +83,7 @@ def convert(
             num_classes=classes,
             seed=seed,
             sub_centers=sub_centers,
+            dominant=dominant,
             trust=trust,
             center_storage=center_storage,
             noted=lambda note: error.print(note, style="yellow", markup=False, highlight=False),

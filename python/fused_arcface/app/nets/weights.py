@@ -16,6 +16,8 @@ from fused_arcface.base.reading import DataError
 _CONTAINERS = ("state_dict", "state_dict_backbone", "backbone", "model")
 """Keys under which training loops keep the net's state beside other things."""
 _PREFIXES = ("module.", "_orig_mod.", "state_dict.", "backbone.")
+_HEADS = ("head.", "fc.")
+"""Names of other modules beside a net under ``model.`` (AdaFace) or ``features.`` (MagFace)."""
 _COUNTERS = ".num_batches_tracked"
 """Counters of batch normalization, which files from before torch 0.4.1 do not have and evaluation does not use."""
 
@@ -29,7 +31,8 @@ def read_state(path: Path) -> dict[str, Tensor]:
 
     The state may lie under ``state_dict``, ``state_dict_backbone``, ``backbone`` or ``model``. The prefixes
     ``module.``, ``_orig_mod.``, ``state_dict.`` and ``backbone.`` are removed, in any order. Where some names begin
-    with ``backbone.``, the others are another module's and are left out.
+    with ``backbone.``, the others are another module's and are left out. So is AdaFace's ``head.`` beside ``model.``,
+    and MagFace's ``fc.`` beside ``features.conv1.``.
 
     Raises:
         DataError: the file cannot be read, is damaged, or holds no named tensors.
@@ -44,6 +47,11 @@ def read_state(path: Path) -> dict[str, Tensor]:
     while prefix := next((p for p in _PREFIXES if any(name.startswith(p) for name in state)), None):
         of_net = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
         state = of_net if prefix == "backbone." else {name.removeprefix(prefix): state[name] for name in state}
+    for prefix, first in (("model.", "model."), ("features.", "features.conv1."), ("features.", "features.module.")):
+        beside = [name for name in state if not name.startswith(prefix)]
+        if any(name.startswith(first) for name in state) and all(name.startswith(_HEADS) for name in beside):
+            state = {name.removeprefix(prefix): each for name, each in state.items() if name.startswith(prefix)}
+            state = {name.removeprefix("module."): each for name, each in state.items()}
     for name, value in state.items():
         torch_files.check_stored(path, name, value)
     return state

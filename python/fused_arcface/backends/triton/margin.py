@@ -7,14 +7,13 @@ point. The same O(N) tail in PyTorch is some forty launches of a few microsecond
 
 from __future__ import annotations
 
-import math
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from fused_arcface.margins.angular import SIN_FLOOR as _SIN_FLOOR
+from fused_arcface.margins.angular import drop_past_boundary
 
 from .common import launch, square_root
 
@@ -47,14 +46,14 @@ def angle(cosine):
 
 
 @triton.jit
-def past_boundary(phi, cosine, m2, hard_value, BOUNDARY: tl.constexpr):
+def past_boundary(phi, cosine, drop, BOUNDARY: tl.constexpr):
     """ψ of φ, its derivative by φ, and its derivative by the cosine beside that."""
     value = tl.cos(phi)
     by_phi = -tl.sin(phi)
     by_cosine = tl.zeros_like(phi)
-    if BOUNDARY == "hard":
+    if BOUNDARY == "hard" or BOUNDARY == "continuous":
         within = phi <= _PI
-        value = tl.where(within, value, cosine - hard_value)
+        value = tl.where(within, value, cosine - drop)
         by_phi = tl.where(within, by_phi, 0.0)
         by_cosine = tl.where(within, 0.0, 1.0)
     elif BOUNDARY == "fold":
@@ -93,7 +92,7 @@ def margin_loss_kernel(
     m1,
     m2,
     m3,
-    hard_value,
+    drop,
     num_rows,
     BOUNDARY: tl.constexpr,
     STRAIGHT_THROUGH: tl.constexpr,
@@ -109,7 +108,7 @@ def margin_loss_kernel(
         slope = tl.full([BLOCK_N], 1.0, tl.float32)
     else:
         theta, sine = angle(cosine)
-        value, by_phi, by_cosine = past_boundary(m1 * theta + m2, cosine, m2, hard_value, BOUNDARY)
+        value, by_phi, by_cosine = past_boundary(m1 * theta + m2, cosine, drop, BOUNDARY)
         modified = value - m3
         slope = tl.full([BLOCK_N], 1.0, tl.float32) if STRAIGHT_THROUGH else by_cosine - by_phi * m1 / sine
     target_logit = scale * modified
@@ -138,7 +137,6 @@ def margin_losses(
     m1, m2, m3 = factors
     loss, full_lse, d_lse, d_cosine = (torch.empty_like(negative_lse) for _ in range(4))
     num_rows = negative_lse.shape[0]
-    hard_value = m2 * math.sin(m2)
     launch(
         margin_loss_kernel,
         (triton.cdiv(num_rows, 128),),
@@ -152,7 +150,7 @@ def margin_losses(
         float(m1),
         float(m2),
         float(m3),
-        hard_value,
+        drop_past_boundary(m1, m2, boundary),
         num_rows,
         BOUNDARY=boundary,
         STRAIGHT_THROUGH=gradient == "straight_through",

@@ -1,0 +1,166 @@
+"""Distillation over class centers: the divergence between two softmaxes over the same classes, without N×C logits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .base.checks import REDUCTIONS, check_embeddings, check_weight
+from .base.dtypes import compute_dtype
+from .base.normalize import stored_gradient, unit_gradient, unit_rows, without_autocast
+from .base.once_differentiable import once_differentiable
+from .base.ranges import POSITIVE, check_number
+
+# Logits of one block of classes: 32 MiB in fp64 on a CPU; on a GPU, where a block is some launches, 16 times as many.
+_CPU_BLOCK, _GPU_BLOCK = 1 << 22, 1 << 26
+
+
+def distillation_loss(
+    embeddings: Tensor,
+    weight: Tensor,
+    teacher_embeddings: Tensor,
+    teacher_weight: Tensor,
+    *,
+    scale: float = 64.0,
+    teacher_scale: float | None = None,
+    reduction: str = "mean",
+) -> Tensor:
+    """Return the divergence of the student's softmax over the classes from the teacher's, never storing (N, C) logits.
+
+    ``loss_i = Σ_j p_ij·(log p_ij - log q_ij)`` with ``p_i = softmax(teacher_scale·cos(teacher))`` and
+    ``q_i = softmax(scale·cos(student))``, as ``kl_div`` of the logits (Hinton et al., arXiv:1503.02531). A lower scale
+    is a higher temperature. The classes are taken by blocks in plain PyTorch, and again in the backward pass.
+
+    The gradient is exact for all four tensors that require one: detach those of the teacher, or train both.
+
+    Args:
+        embeddings: (N, D) of the student, of any norm; fp32, fp64, bf16 or fp16.
+        weight: (C, D) class centers of the student.
+        teacher_embeddings: (N, E) of the same rows; E may differ from D.
+        teacher_weight: (C, E) centers of the same classes in the same order.
+        scale: of the student's logits, finite and > 0.
+        teacher_scale: of the teacher's; None: ``scale``.
+        reduction: ``"mean"`` over the rows, ``"sum"`` or ``"none"``.
+
+    Returns:
+        The loss, a scalar or (N,), fp32 (fp64 if an input is).
+
+    Raises:
+        TypeError: an argument of a wrong type or dtype.
+        ValueError: a wrong shape, device, range or option.
+
+    >>> import torch
+    >>> x, w = torch.eye(2), torch.eye(2)
+    >>> distillation_loss(x, w, x, w).item(), distillation_loss(x, w, x, -w, scale=1.0)
+    (0.0, tensor(0.4621))
+    """
+    check_weight("weight", weight)
+    check_weight("teacher_weight", teacher_weight)
+    check_embeddings(embeddings, weight)
+    check_embeddings(teacher_embeddings, teacher_weight)
+    if len(teacher_weight) != len(weight):
+        raise ValueError(f"teacher_weight must have the classes of weight, C={len(weight)}; got {len(teacher_weight)}")
+    if len(teacher_embeddings) != len(embeddings):
+        raise ValueError(f"teacher_embeddings must have N={len(embeddings)} rows; got {len(teacher_embeddings)}")
+    if teacher_weight.device != weight.device:
+        raise ValueError(f"teacher_weight must be on weight's device {weight.device}; got {teacher_weight.device}")
+    check_number("scale", scale, POSITIVE)
+    if teacher_scale is not None:
+        check_number("teacher_scale", teacher_scale, POSITIVE)
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction must be one of {', '.join(map(repr, REDUCTIONS))}; got {reduction!r}")
+    scales = float(scale), float(scale if teacher_scale is None else teacher_scale)
+    with without_autocast(embeddings.device):
+        loss: Tensor = _Divergence.apply(embeddings, weight, teacher_embeddings, teacher_weight, scales)
+    if reduction == "none":
+        return loss
+    return loss.sum() if reduction == "sum" else loss.mean()
+
+
+class _Block(NamedTuple):
+    """The logits of a block of classes, and what they are made of; of student and teacher."""
+
+    rows: slice
+    unit: tuple[Tensor, Tensor]
+    """(B, D) and (B, E) unit centers."""
+    logits: tuple[Tensor, Tensor]
+    """(N, B) each."""
+
+
+_Two = tuple[Tensor, Tensor]
+
+
+def _blocks(unit: _Two, weights: _Two, scales: tuple[float, float]) -> Iterator[_Block]:
+    """Yield the classes by blocks, from the unit rows and the centers of student and teacher."""
+    dtype = unit[0].dtype
+    limit = _CPU_BLOCK if unit[0].device.type == "cpu" else _GPU_BLOCK
+    size = max(limit // max(len(unit[0]), 1), 1)
+    for start in range(0, len(weights[0]), size):
+        rows = slice(start, start + size)
+        student, teacher = (unit_rows(each[rows].to(dtype)) for each in weights)
+        logits = scales[0] * (unit[0] @ student.T), scales[1] * (unit[1] @ teacher.T)
+        yield _Block(rows, (student, teacher), logits)
+
+
+class _Divergence(torch.autograd.Function):
+    """The rows' divergences (N,)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, w: Tensor, teacher_x: Tensor, teacher_w: Tensor, scales: tuple[float, float]
+    ) -> Tensor:
+        dtype = torch.promote_types(compute_dtype(x, w), compute_dtype(teacher_x, teacher_w))
+        unit = unit_rows(x.to(dtype)), unit_rows(teacher_x.to(dtype))
+        lowest = x.new_full((len(x),), -torch.inf, dtype=torch.float64)
+        greatest, teacher_greatest = lowest, lowest
+        total, teacher_total, difference = (torch.zeros_like(lowest) for _ in range(3))
+        for block in _blocks(unit, (w, teacher_w), scales):
+            logits, teacher_logits = (each.double() for each in block.logits)
+            # The sums so far are rescaled where a block has a greater logit.
+            new, teacher_new = (
+                torch.maximum(old, each.amax(1))
+                for old, each in ((greatest, logits), (teacher_greatest, teacher_logits))
+            )
+            total = total * (greatest - new).exp() + (logits - new[:, None]).exp().sum(1)
+            shares = (teacher_logits - teacher_new[:, None]).exp()
+            factor = (teacher_greatest - teacher_new).exp()
+            teacher_total = teacher_total * factor + shares.sum(1)
+            difference = difference * factor + (shares * (teacher_logits - logits)).sum(1)
+            greatest, teacher_greatest = new, teacher_new
+        lse, teacher_lse = total.log() + greatest, teacher_total.log() + teacher_greatest
+        mean = difference / teacher_total  # of the logits' difference, under the teacher's softmax
+        ctx.save_for_backward(x, w, teacher_x, teacher_w, lse, teacher_lse, mean)
+        ctx.scales = scales
+        return (mean - teacher_lse + lse).to(dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, saved: tuple[Tensor, ...], d_loss: Tensor) -> tuple[Tensor | None, ...]:
+        x, w, teacher_x, teacher_w, lse, teacher_lse, mean = saved
+        dtype, scales = d_loss.dtype, ctx.scales
+        inputs, weights = (x, teacher_x), (w, teacher_w)
+        unit = unit_rows(x.to(dtype)), unit_rows(teacher_x.to(dtype))
+        d_unit = [torch.zeros_like(each) for each in unit]
+        wanted = ctx.needs_input_grad[1], ctx.needs_input_grad[3]
+        d_weights = [torch.empty_like(each) if want else None for each, want in zip(weights, wanted, strict=True)]
+        for block in _blocks(unit, weights, scales):
+            logits, teacher_logits = (each.double() for each in block.logits)
+            share, teacher_share = (logits - lse[:, None]).exp(), (teacher_logits - teacher_lse[:, None]).exp()
+            d_logits = share - teacher_share, teacher_share * (teacher_logits - logits - mean[:, None])
+            for k in range(2):
+                d_cosine = (scales[k] * d_loss[:, None] * d_logits[k]).to(dtype)
+                d_unit[k] += d_cosine @ block.unit[k]
+                into = d_weights[k]
+                if into is not None:
+                    part = weights[k][block.rows]
+                    into[block.rows] = stored_gradient(unit_gradient(d_cosine.T @ unit[k], part.to(dtype)), part)
+        d_inputs = [
+            stored_gradient(unit_gradient(d_unit[k], inputs[k].to(dtype)), inputs[k])
+            if ctx.needs_input_grad[2 * k]
+            else None
+            for k in range(2)
+        ]
+        return d_inputs[0], d_weights[0], d_inputs[1], d_weights[1], None
