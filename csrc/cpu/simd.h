@@ -3,9 +3,9 @@
 // else does.
 #pragma once
 
+#include <cmath>
 #include <cstddef>
 #include <cstdint>
-#include <cmath>
 #include <cstring>
 
 #if defined(__SSE__)
