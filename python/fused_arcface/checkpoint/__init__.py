@@ -131,7 +131,7 @@ def save(root: str | os.PathLike[str], head: PartialFC, *, keep: int = 2, **othe
 
 def _meet(head: PartialFC, call: str) -> None:
     """Raise on every rank if one of them makes another call of the head or of this module."""
-    head.ranks.meet(type(head).__name__, {"call": call}, head.weight.device)
+    head.ranks.meet(type(head).__name__, {"call": call}, head.device)
 
 
 def save_centers(
