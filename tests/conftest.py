@@ -26,6 +26,10 @@ if importlib.util.find_spec("hypothesis") is not None:  # a machine with a GPU m
     settings.load_profile("reproducible")
 
 
+# A program for a process of its own: it puts a driver in the place of CUDA's.
+collect_ignore = ["support/cuda_driver/steps.py"]
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip the interpreter's tests in a session without the interpreter, and all other tests in one with it."""
     interpreting = os.environ.get("TRITON_INTERPRET") == "1"

@@ -87,7 +87,7 @@ def bad_arguments() -> dict[str, str]:
 def test_bad_arguments_on_one_rank_raise_on_all():
     other, own = distributed_helpers.run_ranks(2, bad_arguments)
     assert own["shape"] == own["logits"] == own["topk"] == "embeddings must be (N, D=4); got (2, 5)"
-    assert own["target"] == "target must be a torch.Tensor; got list"
+    assert own["target"] == "target must be labels (N,), or (first, second, share) for mixed labels; got 2 items"
     assert own["k"] == "k must be <= C_total=10; got 11"
     for name in ("shape", "target", "logits", "topk", "k"):
         assert "rank(s) 1 refused" in other[name]

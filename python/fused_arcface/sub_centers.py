@@ -36,7 +36,7 @@ def own_cosines(embeddings: Tensor, weight: Tensor, labels: Tensor, sub_centers:
         embeddings: (n, D).
         weight: (C·K, D), a class's centers one after another.
         labels: (n,) of any integer dtype, in [0, C).
-        sub_centers: K.
+        sub_centers: K, the number of centers of each class.
 
     Raises:
         TypeError, ValueError: a wrong type, shape, device or label.

@@ -315,7 +315,7 @@ def test_workspace_is_small_whatever_the_classes(code: int, most: float, emulate
     needed = set()
     for C in (3_000_000, 100_000_000):
         x, w = (unread, 2, 4096, D, D, 1), (unread, code, C, D, D, 1)
-        step = (0, C, 2, unread, 0, 0.1, 0.9, 0.0, 1, 0)
+        step = (0, C, 2, unread, 0, 0.1, 0.9, 0.0, 1, 0, 0)
         needed.add(
             (
                 emulated_kernels.class_stats("hopper", x, w, unread, 64.0, *[unread] * 4, *rest),

@@ -252,7 +252,7 @@ def test_refused_values_are_an_error_on_every_rank(tmp_path):
         (lambda table: table["values"].update(head={"$os": "x"}), "[$]os is not a known kind of value"),
         (lambda table: table["values"]["head"].update(step=-1), "head has no step"),
         (lambda table: table["values"]["head"].update(step="0"), "head has no step"),
-        (lambda table: table["values"].update(head={"$array": ["|O", [1], ""]}), "no array of numbers"),
+        (lambda table: table["values"].update(head={"$array": ["|O", [1], ""]}), "not an array of numbers"),
         (lambda table: table["values"].update(head={"$tuple": 5}), "head cannot be read"),
         (lambda table: table.pop("values"), "values"),
     ],

@@ -108,7 +108,8 @@ void check(const Setting& s, const Problem& p, const Answer& answer, const std::
                             0.9,
                             0,
                             7,
-                            3};
+                            3,
+                            nullptr};
   args.d_weight = {};
   args.target = in_index.data();
   Workspace update(HopperPasses::weight_grad(args, &step, &active, options, nullptr, kStream));

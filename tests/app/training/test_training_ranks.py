@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -113,7 +114,7 @@ def test_ranks_that_differ_or_fail_say_so_together(tmp_path: Path) -> None:
         assert first[name].startswith(f"DataError: data: {name} must be the same on every rank; got rank 0: ")
         assert not (tmp_path / "runs" / name).exists()
     assert first["images"].endswith("rank 0: 16, rank 1: 15")
-    assert first["missing"].startswith("DataError: data must be a folder")
+    assert re.match(r"NoSuchData: .*missing does not exist; data must be a folder", first["missing"])
     assert first["options"] == "OptionError: options: lr must be the same on every rank; got rank 0: 0.1, rank 1: 1.1"
     assert first["again"].startswith("RunError: ") and "holds a run already" in first["again"]
     assert first["bad"].startswith("DataError: ") and first["bad"].endswith("bad_data is stop: the run ends")

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from fused_arcface.margins import angular
 from fused_arcface.margins.per_row import AdaFace, ElasticFace
+from fused_arcface.margins.protocol import modulation
 from fused_arcface.margins.registry import REGISTRY, Entry, trained
 
 from ..drawing import COLORS, WIDTH, Drawing
@@ -32,7 +33,7 @@ def margin_drawings(scale: float) -> list[Drawing]:
         Drawing(
             "margins_of_the_angle",
             f"Logit of the target at scale {scale:g}, by the angle to its class center: margins of the angle alone, "
-            "each with its defaults.",
+            "each with its defaults. SphereFace2 and UniFace also add a bias, which is 0 here.",
             lambda plt: _angle_figure(plt, scale),
         ),
         Drawing(
@@ -95,8 +96,9 @@ def _cosines() -> tuple[Tensor, Tensor]:
 def _angle_figure(plt: Any, scale: float) -> Any:
     degrees, cosines = _cosines()
     figure, axis = _axes(plt, "margins of the angle", f"target logit at scale {scale:g}")
-    for entry, style in zip(entries("angular"), styles(), strict=False):
-        axis.plot(degrees, scale * entry.margin()(cosines), label=label(entry), **style)
+    for entry, style in zip([*entries("angular"), *entries("binary")], styles(), strict=False):
+        with torch.no_grad():
+            axis.plot(degrees, scale * default(entry)(cosines), label=label(entry), **style)
     return _finish(figure)
 
 
@@ -128,13 +130,20 @@ def _negative_figure(plt: Any, scale: float) -> Any:
     axis.plot(degrees, scale * cosines, color="black", linewidth=1, label="unchanged")
     target = torch.tensor([TARGET_ANGLE]).deg2rad().cos()
     for entry, style in zip(entries("negatives"), styles(), strict=False):
-        change = default(entry).modulate(target, torch.tensor([True]))
-        a, b, d = change.coefficients.tolist()
+        change = modulation(default(entry), target, torch.tensor([True]), _hardest)
+        assert change is not None
+        a, b, d, e = change.coefficients.tolist()
         hard = cosines > change.threshold
-        values = torch.where(hard, a * cosines**2 + b * cosines + d, cosines)
+        sine = (1 - cosines**2).clamp(min=0).sqrt()
+        values = torch.where(hard, a * cosines**2 + b * cosines + d + e * sine, cosines)
         axis.plot(degrees, scale * values, label=label(entry), **style)
     axis.axvline(TARGET_ANGLE, color="#666666", linewidth=0.8, linestyle=":", label="angle of the target")
     return _finish(figure)
+
+
+def _hardest(count: int) -> torch.Tensor:
+    """Return the greatest cosines (1, count) of the pictured row's negatives: they are evenly spaced down to 75°."""
+    return torch.linspace(TARGET_ANGLE, 75, count).deg2rad().cos()[None]
 
 
 def _boundary_figure(plt: Any, scale: float) -> Any:
