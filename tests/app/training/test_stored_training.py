@@ -51,6 +51,9 @@ def test_a_run_is_the_same_and_goes_on_wherever_the_centers_are(tmp_path):
     try_out(options("host"), tmp_path / "host", listener=listen)
     assert any("class centers in host memory" in note for note in notes)
     assert any(f"class centers in {tmp_path / 'centers'}: up to" in note for note in notes)
+    assert (tmp_path / "device" / "best").is_dir() and (tmp_path / "device" / "best.pt").is_file()
+    # The file drops the states of older checkpoints: a copy of one could not be loaded.
+    assert not (tmp_path / "file" / "best").exists() and (tmp_path / "file" / "best.pt").is_file()
     nets = [checkpoint.load_state(tmp_path / name / "checkpoints", "backbone") for name in storages]
     for name, tensor in nets[0].items():
         assert all(torch.equal(tensor, net[name]) for net in nets[1:])

@@ -288,7 +288,8 @@ class TrainConfig:
     keep_best: bool = _option(
         True,
         RUN,
-        "Keep the checkpoint with the highest verification accuracy too, with its class centers, in RUN/best.",
+        "Keep the checkpoint with the highest verification accuracy too, with its class centers, in RUN/best. Not if "
+        "the centers are in a file: it has the states of the newest checkpoints alone.",
     )
     seed: int = _option(
         0, RUN, "Seed of the weights, class centers, batches and samples.", least=0, most=2**63 - 1, fixed=True
@@ -332,6 +333,11 @@ class TrainConfig:
         if found is None:
             return 0
         return int(found[1]) if found[1] else self.epochs
+
+    @property
+    def keeps_best_run(self) -> bool:
+        """True if the checkpoint of the best verification is kept. A file of centers cannot go back to its state."""
+        return self.keep_best and self.center_storage in ("device", "host")
 
     def replace(self, changes: Mapping[str, Any]) -> TrainConfig:
         """Return this configuration with other values.

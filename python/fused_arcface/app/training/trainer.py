@@ -202,7 +202,7 @@ class Trainer:
         learner = self._learner
         first = step = self._saved = self._begin()
         updates = learner.updates
-        self._best = BestNet(self._folder, step, self._config.keep_best)
+        self._best = BestNet(self._folder, step, self._config.keeps_best_run)
         if step and step % self._plan.steps_per_epoch == 0:
             self._verify(step, missed=True)
         self._keep_best(step, checkpoint.latest(self._folder.checkpoints))
