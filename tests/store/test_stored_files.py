@@ -18,6 +18,7 @@ from fused_arcface import checkpoint
 from fused_arcface.checkpoint import convert
 from fused_arcface.store import StoreError, journal, lock, records
 from fused_arcface.store.columns import Columns
+from fused_arcface.store.folder import layout_of, states
 
 EVERY = 3  # steps between the checkpoints of a run that is killed
 
@@ -278,3 +279,22 @@ def test_an_untouched_row_takes_no_space_and_is_a_new_heads(tmp_path):
     assert_equal(head.full_weight(), make("device").weight.detach())
     assert (tmp_path / "store" / "rows.bin").stat().st_blocks == 0
     assert head.weight.is_meta and head.weight.shape == (CLASSES, D)
+
+
+@pytest.mark.parametrize("name", ["store.json", "states.json"])
+def test_only_regular_files_of_some_size_are_read(tmp_path, name):
+    """A named pipe would make the reader wait without an end."""
+    folder = tmp_path / "store"
+    head = fa.PartialFC(4, 20, sample_rate=0.5, center_optimizer=fa.CenterSGD(lr=0.1), center_storage=str(folder))
+    checkpoint.save(tmp_path / "run", head)
+    head.center_store.close()
+    (folder / name).unlink()
+    os.mkfifo(folder / name)
+    read = layout_of if name == "store.json" else states
+    with pytest.raises(StoreError, match=rf"{name} must be a regular file; it is a named pipe"):
+        read(folder)
+    (folder / name).unlink()
+    for content, why in ((b"[" * 100_000, "cannot be read"), (b" " * ((1 << 20) + 1), "must have <= 1048576 bytes")):
+        (folder / name).write_bytes(content)
+        with pytest.raises(StoreError, match=why):
+            read(folder)

@@ -22,6 +22,7 @@ import torch
 
 from ..base import files
 from ..base.dtypes import DTYPES
+from ..base.reading import DataError, file_errors, read_bytes
 from .columns import Column, Columns, Tensors
 from .journal import journals, overlay
 from .lock import RowLock
@@ -29,6 +30,9 @@ from .records import Records, StoreError
 
 _FORMAT, _VERSION = "fused_arcface.store", 1
 _LAYOUT, _STATES, ROWS = "store.json", "states.json", "rows.bin"
+
+_MOST_BYTES = 1 << 20
+"""Of a file in JSON."""
 _PIECE_BYTES = 64 << 20  # of rows that are read at once
 _NAMES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
 
@@ -102,9 +106,10 @@ def layout_of(folder: Path) -> Layout:
 
 def _read_json(path: Path) -> Any:
     try:
-        return json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise StoreError(f"{path} cannot be read: {error}") from None
+        with file_errors(path):
+            return json.loads(read_bytes(path, _MOST_BYTES))
+    except DataError as error:
+        raise StoreError(str(error)) from None
 
 
 def states(folder: Path) -> list[int]:
