@@ -10,7 +10,7 @@ import torch
 
 import fused_arcface as fa
 from fused_arcface.app.training.batches import BatchPlan
-from fused_arcface.app.training.config import TrainConfig, read_options, rules
+from fused_arcface.app.training.config import OptionError, TrainConfig, read_options, rules
 from fused_arcface.app.training.schedule import Schedule
 from fused_arcface.margins.text import parse_margin
 
@@ -47,10 +47,33 @@ def test_every_option_has_help_and_a_default_that_passes() -> None:
     assert TrainConfig() == TrainConfig().replace({})
 
 
+def test_a_flipped_bit_is_an_error_or_changes_nothing(tmp_path: Path) -> None:
+    file, config = tmp_path / "config.toml", TrainConfig(lr=0.25, epochs=2)
+    config.save(file)
+    content = file.read_bytes()
+    for place in range(8 * len(content)):
+        flipped = bytearray(content)
+        flipped[place // 8] ^= 1 << place % 8
+        file.write_bytes(flipped)
+        try:
+            found = TrainConfig().replace(read_options(file))
+        except OptionError:
+            continue
+        assert found == config, place
+
+
 def test_toml_round_trip(tmp_path: Path) -> None:
     config = TrainConfig(data='a "b"\\c', lr=0.25, embedding_dim=7, flip=False, margin="CosFace(0.4)")
     config.save(tmp_path / "config.toml")
     assert TrainConfig().replace(read_options(tmp_path / "config.toml")) == config
+    text = (tmp_path / "config.toml").read_text()
+    (tmp_path / "config.toml").write_text(text.replace("lr = 0.25", "lr = 0.5"))
+    with pytest.raises(
+        OptionError, match=r"config\.toml does not match its checksum: .*edited it, delete its first line"
+    ):
+        read_options(tmp_path / "config.toml")
+    (tmp_path / "config.toml").write_text(text.replace("lr = 0.25", "lr = 0.5").partition("\n")[2])
+    assert read_options(tmp_path / "config.toml")["lr"] == 0.5
     (tmp_path / "config.toml").write_text("scale = 64\n")
     assert TrainConfig().replace(read_options(tmp_path / "config.toml")).scale == 64.0
     (tmp_path / "config.toml").write_text("scale = \n")

@@ -9,6 +9,7 @@ import dataclasses
 import math
 import re
 import sys
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -352,9 +353,13 @@ class TrainConfig:
         return dataclasses.replace(self, **changes)
 
     def save(self, path: Path) -> None:
-        """Write the options as TOML, without those that are None."""
+        """Write the options as TOML, without those that are None, below a line with their checksum."""
         values = {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
-        write_bytes(path, encode(require("tomli_w", "train").dumps(values)))
+        text = encode(require("tomli_w", "train").dumps(values))
+        write_bytes(path, _CHECKSUM % zlib.crc32(text) + text)
+
+
+_CHECKSUM = b"# checksum %08x of the lines below; delete this line if you edit them\n"
 
 
 def rules() -> dict[str, tuple[Rule, tuple[type, ...]]]:
@@ -370,12 +375,18 @@ def read_options(path: Path) -> dict[str, Any]:
     """Return the options that a TOML file sets; hand them to :meth:`TrainConfig.replace`.
 
     Raises:
-        OptionError: if the file cannot be read or is not TOML.
+        OptionError: if the file cannot be read, is not TOML, or does not match a checksum in its first line.
     """
     # Before Python 3.11 the standard library has no reader, and the package that it came from takes its place.
     toml = require("tomllib" if sys.version_info >= (3, 11) else "tomli", "train")
     try:
         text = read_bytes(path, _MOST_BYTES)
+        first, _, below = text.partition(b"\n")
+        if first.startswith(_CHECKSUM[:11]) and first + b"\n" != _CHECKSUM % zlib.crc32(below):
+            raise DataError(
+                f"{path} does not match its checksum: it was edited, or is damaged. If you edited it, delete its first "
+                "line"
+            )
         if any(line.count(b".") > _MOST_DOTS for line in text.splitlines()):
             raise DataError(f"{path} must have <= {_MOST_DOTS} dots on a line")
         with file_errors(path):
