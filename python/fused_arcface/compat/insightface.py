@@ -30,13 +30,14 @@ from ..base.compiler import not_compiled as _not_compiled
 from ..base.normalize import unit_rows as _unit_rows
 from ..base.ranges import POSITIVE as _POSITIVE
 from ..base.ranges import check_number as _check_number
+from ..engine.logits import all_rows as _all_rows
 from ..margins.angular import CombinedMargin as _CombinedMargin
 from ..margins.angular import CosFace as _CosFaceMargin
 from ..margins.hard_negatives import InterclassFilter as _InterclassFilter
-from ..parallel.ranks import JointBatch as _JointBatch
 from ..parallel.ranks import Ranks as _Ranks
 from ..partial_fc import PartialFC as _PartialFC
 from ._sampled_optimizer import KeptRows as _KeptRows
+from ._split_cross_entropy import SplitCrossEntropy as _SplitCrossEntropy
 
 __all__ = ["ArcFace", "CombinedMarginLoss", "CosFace", "PartialFC", "PartialFCAdamW", "PartialFC_V2"]
 
@@ -338,14 +339,16 @@ class PartialFC_V2(_PartialFC):
         with self._refusing():
             agreement = self._step_agreement(f"forward() with {type(self.margin_softmax).__name__}", -100)
         embeddings, batch, _ = self._gather(local_embeddings, labels, agreement)
-        rows = _AllRows.apply(embeddings, batch, self.ranks) if batch.requires_grad else batch.embeddings
+        # The backbone's gradient is W times the sum over the ranks, as data-parallel wrappers divide by W.
+        more = (self.ranks.world_size - 1) * (embeddings - embeddings.detach())
+        rows = _all_rows(embeddings + more, batch, self.ranks)
         target = torch.ops.fused_arcface.local_target(batch.labels, self.num_classes, -100)
         classes, local = self._choose_classes(target)
         weight = self.weight if classes is None else self.weight.index_select(0, classes)
         dtype = torch.promote_types(torch.promote_types(rows.dtype, weight.dtype), torch.float32)
         cosines = F.linear(_unit_rows(rows.to(dtype)), _unit_rows(weight.to(dtype))).clamp(-1, 1)
         logits = self.margin_softmax(cosines, local[:, None])
-        loss = _DistributedCrossEntropy.apply(logits, local, self.ranks)
+        loss = _SplitCrossEntropy.apply(logits, local, self.ranks)
         counted = target >= 0
         return loss.masked_fill(~counted, 0).sum() / counted.sum()
 
@@ -418,43 +421,3 @@ class PartialFCAdamW(PartialFC):
     """
 
     _optimizers = (torch.optim.Adam, torch.optim.AdamW)
-
-
-class _AllRows(torch.autograd.Function):
-    """All ranks' embeddings (N, D) from this rank's (n, D). The gradient is W times its sum over the ranks."""
-
-    @staticmethod
-    def forward(ctx: Any, embeddings: Tensor, batch: _JointBatch, ranks: _Ranks) -> Tensor:
-        ctx.batch, ctx.ranks = batch, ranks
-        return batch.embeddings.clone()
-
-    @staticmethod
-    def backward(ctx: Any, d_rows: Tensor) -> tuple[Tensor, None, None]:
-        own = ctx.ranks.start_scatter(d_rows.contiguous(), ctx.batch)()
-        return own * ctx.ranks.world_size, None, None
-
-
-class _DistributedCrossEntropy(torch.autograd.Function):
-    """Each row's cross-entropy (N,) over the logits of all shards.
-
-    This rank has the logits (N, C) of its shard and the target's column (N,), -1 if it is in another shard.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor, target: Tensor, ranks: _Ranks) -> Tensor:
-        rows = (target >= 0).nonzero().squeeze(1)
-        local = logits.new_full((logits.shape[0],), -torch.inf) if logits.shape[1] == 0 else logits.amax(1)
-        maximum = ranks.max(local)
-        exponentials = (logits - maximum[:, None]).exp()
-        target_logit = torch.zeros_like(maximum)
-        target_logit[rows] = logits[rows, target[rows]]
-        total, target_logit = ranks.sum(torch.stack([exponentials.sum(1), target_logit])).unbind()
-        ctx.save_for_backward(exponentials / total[:, None], rows, target)
-        return total.log() + maximum - target_logit
-
-    @staticmethod
-    def backward(ctx: Any, d_loss: Tensor) -> tuple[Tensor, None, None]:
-        probabilities, rows, target = ctx.saved_tensors
-        d_logits = probabilities * d_loss[:, None]
-        d_logits[rows, target[rows]] -= d_loss[rows]
-        return d_logits, None, None
