@@ -9,6 +9,7 @@ import tempfile
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn  # an import after init_process_group would keep the group, and gloo's threads, alive
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 

@@ -18,6 +18,7 @@ from torch import nn
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 RANKS = ["ddp_partial_fc", "fsdp2_backbone"]
+RUN_TO_THE_END = Path(__file__).parent / "support" / "run_to_the_end.py"
 SINGLE = sorted({path.stem for path in EXAMPLES.glob("*.py")} - {*RANKS, "timm_backbone"})
 
 
@@ -76,7 +77,8 @@ def test_timm_in_place_of_which_a_small_net_stands(
 @pytest.mark.parametrize("name", RANKS)
 def test_an_example_under_torchrun(name: str) -> None:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [*torchrun, str(EXAMPLES / f"{name}.py"), "--steps", "3"]
+    stay = ["--threads-stay"] if name == "fsdp2_backbone" else []
+    command = [*torchrun, str(RUN_TO_THE_END), *stay, str(EXAMPLES / f"{name}.py"), "--steps", "3"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=110)
     assert done.returncode == 0, done.stderr

@@ -19,6 +19,11 @@ from ..base.dtypes import FLOAT_DTYPES
 from .agreement import REFUSED, Agreement, Header, check_agreements, check_headers, digest, equal_shards
 from .wrappers import copied_shards
 
+if dist.is_available():
+    # Now, and not later inside a training step: the module takes the default group that there is when it is imported.
+    # It would keep that group, and gloo's threads would outlive destroy_process_group and could abort the process.
+    import torch.distributed.nn
+
 # torch 2.13 gave these two new names and warns about the old ones.
 _all_gather: Any = getattr(dist, "all_gather_single", None) or getattr(dist, "all_gather_into_tensor", None)
 _reduce_scatter: Any = getattr(dist, "reduce_scatter_single", None) or getattr(dist, "reduce_scatter_tensor", None)
