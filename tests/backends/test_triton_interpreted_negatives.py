@@ -20,6 +20,7 @@ import fused_arcface as fa
 from fused_arcface.backends import triton
 from fused_arcface.engine.terms import Negatives, RowGradients
 from fused_arcface.margins import Margin, registry
+from fused_arcface.margins.entry import trained
 
 pytestmark = INTERPRETED
 
@@ -66,9 +67,9 @@ VARIANTS = [
     *((margin, 1) for margin in MODULATED),
     (fa.ArcFace(0.5), 3),
     (fa.CosFace(), 5),
-    (registry.trained(fa.CurricularFace(), t=0.4), 2),
+    (trained(fa.CurricularFace(), t=0.4), 2),
 ]
-USUAL = [(registry.trained(fa.CurricularFace(), t=0.4), 1), (fa.ArcFace(0.5), 3)]
+USUAL = [(trained(fa.CurricularFace(), t=0.4), 1), (fa.ArcFace(0.5), 3)]
 GRID = [
     *((each, "chunks", FP32, geometry, 64.0) for each in USUAL for geometry in GEOMETRIES),
     *((each, algorithm, BF16, "late", 64.0) for each in USUAL for algorithm in ("chunks", "flash")),
