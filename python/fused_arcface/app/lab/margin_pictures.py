@@ -1,6 +1,6 @@
 """Pictures of the margins themselves: each margin of the registry as it is without arguments.
 
-``compare`` and ``docs/update_margins.py`` draw them.
+``compare`` and ``docs/update.py`` draw them.
 """
 
 from __future__ import annotations
