@@ -9,6 +9,7 @@ import random
 import re
 import resource
 import signal
+import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -128,8 +129,13 @@ def failures(kind: Format, path: Path, contents: Iterable[bytes]) -> list[str]:
     return wrong
 
 
+_LINUX = pytest.mark.skipif(sys.platform != "linux", reason="limits and peaks are read from /proc")
 counts = pytest.mark.parametrize(
-    "count", [60, pytest.param(10_000, marks=[pytest.mark.full, pytest.mark.timeout(3600)])]
+    "count",
+    [
+        pytest.param(60, marks=_LINUX),
+        pytest.param(10_000, marks=[_LINUX, pytest.mark.full, pytest.mark.timeout(3600)]),
+    ],
 )
 """The numbers of files for :func:`check`, in ``make test`` and in ``make test-all``."""
 
