@@ -23,7 +23,6 @@ from torch import Tensor
 import fused_arcface as fa
 from fused_arcface.backends import cpu
 from fused_arcface.margins import Margin, registry
-from fused_arcface.margins.entry import trained
 
 
 @dataclass(frozen=True)
@@ -45,7 +44,7 @@ class Variant:
 SUB_CENTERS = [
     Variant(lambda: fa.ArcFace(0.5, "fold"), {"sub_centers": 3}),
     Variant(lambda: fa.CosFace(), {"sub_centers": 5}),
-    Variant(lambda: trained(fa.CurricularFace(), t=0.4), {"sub_centers": 2}),
+    Variant(lambda: registry.trained(fa.CurricularFace(), t=0.4), {"sub_centers": 2}),
 ]
 SMOOTHED = [
     Variant(lambda: fa.ArcFace(), {"label_smoothing": 0.1}),

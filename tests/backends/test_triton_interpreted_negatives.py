@@ -20,7 +20,6 @@ import fused_arcface as fa
 from fused_arcface.backends import triton
 from fused_arcface.engine.terms import Negatives, RowGradients
 from fused_arcface.margins import Margin, registry
-from fused_arcface.margins.entry import trained
 
 pytestmark = INTERPRETED
 
@@ -67,9 +66,9 @@ VARIANTS = [
     *((margin, 1) for margin in MODULATED),
     (fa.ArcFace(0.5), 3),
     (fa.CosFace(), 5),
-    (trained(fa.CurricularFace(), t=0.4), 2),
+    (registry.trained(fa.CurricularFace(), t=0.4), 2),
 ]
-USUAL = [(trained(fa.CurricularFace(), t=0.4), 1), (fa.ArcFace(0.5), 3)]
+USUAL = [(registry.trained(fa.CurricularFace(), t=0.4), 1), (fa.ArcFace(0.5), 3)]
 GRID = [
     *((each, "chunks", FP32, geometry, 64.0) for each in USUAL for geometry in GEOMETRIES),
     *((each, algorithm, BF16, "late", 64.0) for each in USUAL for algorithm in ("chunks", "flash")),
