@@ -11,7 +11,7 @@ from typing import Any
 
 from . import angular, binary, hard_negatives, per_row
 from .entry import Entry
-from .entry import trained as trained  # the tests of all margins take it from here
+from .entry import trained as trained  # the tests take it from here
 
 REGISTRY: tuple[Entry, ...] = (*angular.ENTRIES, *per_row.ENTRIES, *hard_negatives.ENTRIES, *binary.ENTRIES)
 """Every margin of this package, angular ones first."""
