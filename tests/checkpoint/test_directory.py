@@ -62,7 +62,7 @@ def refusal(function, *arguments, **options) -> str:
 def test_a_flipped_bit_in_any_file_is_a_named_error_with_the_way_back(tmp_path, monkeypatch):
     """Small blocks, so that the files have several; 40 flips in each file, 10 of them in its first bytes."""
     monkeypatch.setattr(storage, "BLOCK", 256)
-    monkeypatch.setattr(checkpoint.directory, "BLOCK", 256)
+    monkeypatch.setattr(checkpoint.manifest, "BLOCK", 256)
     head, net = make()
     first = checkpoint.save(tmp_path, head, net=net, note=(1, 2))
     step(head, net)
@@ -138,7 +138,7 @@ def test_each_byte_is_read_once(tmp_path, monkeypatch):
     """A tensor over several blocks, read by three ranks' worth of rows: no block is read twice, and only those that
     hold rows which are wanted."""
     monkeypatch.setattr(storage, "BLOCK", 4096)
-    monkeypatch.setattr(checkpoint.directory, "BLOCK", 4096)
+    monkeypatch.setattr(checkpoint.manifest, "BLOCK", 4096)
     head = fa.PartialFC(64, 300)  # 76,800 bytes
     checkpoint.save(tmp_path, head)
     read = []
@@ -163,7 +163,7 @@ def test_blocks_of_another_size_are_read(tmp_path, monkeypatch):
     """The size is in the manifest: that of a later version may be another."""
     head, net = make()
     with monkeypatch.context() as patch:
-        for module in (storage, checkpoint.directory):
+        for module in (storage, checkpoint.manifest):
             patch.setattr(module, "BLOCK", 128)
         checkpoint.save(tmp_path, head, net=net)
     other = make(seed=1)
@@ -462,7 +462,7 @@ def test_a_damaged_manifest_never_loads_other_numbers(tmp_path, distance):
         flipped[bit // 8] ^= 1 << bit % 8
         path.write_bytes(flipped)
         try:
-            found = checkpoint.directory._read_manifest(directory)
+            found = checkpoint.manifest.read_content(directory)
         except checkpoint.CheckpointError:
             continue
         assert {**found, "crc32": meant["crc32"]} == meant

@@ -1,4 +1,4 @@
-"""Class centers as tensors that pass in pieces; sets of them are joined, grown, or left with one center of each class."""
+"""Class centers as tensors that pass in pieces. Sets of them are joined, grown, or left with one center a class."""
 
 from __future__ import annotations
 
