@@ -4,6 +4,7 @@ import posixpath
 import re
 
 import fused_arcface
+from fused_arcface.margins.registry import REGISTRY
 
 project = "fused_arcface"
 author = "fused_arcface contributors"
@@ -20,6 +21,7 @@ myst_heading_anchors = 3
 autodoc_member_order = "bysource"
 autodoc_typehints = "none"  # the docstrings say shapes and dtypes, which types cannot
 
+_MARGINS = "<!-- a class for each margin of the registry; conf.py -->"
 _PAGE = re.compile(r"\]\((\.\./[^)#\s]+)(#[^)]*)?\)")
 
 
@@ -29,6 +31,13 @@ def _repository_links(app, docname, source):
     source[0] = re.sub(r"\[([^\]]*)\]\(path:([^)]*)\)", r"\1 (`\2`)", source[0])
 
 
+def _margins(app, docname, source):
+    """Put the margins of the registry into the API reference."""
+    classes = "".join(f".. autoclass:: fused_arcface.{entry.name}\n" for entry in REGISTRY)
+    source[0] = source[0].replace(_MARGINS, f"```{{eval-rst}}\n{classes}```")
+
+
 def setup(app):
-    """Register what runs before a page is parsed."""
+    """Register the changes of a page before it is parsed."""
     app.connect("source-read", _repository_links)
+    app.connect("source-read", _margins)

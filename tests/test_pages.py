@@ -140,9 +140,11 @@ def test_every_page_is_in_the_index() -> None:
     assert missing == ["index"]
 
 
-def test_the_table_of_margins_is_the_registry() -> None:
-    page = text_of("docs/margins.md")
-    assert runpy.run_path(str(ROOT / "docs" / "update_margins.py"))["with_table"](page) == page
+def test_lists_of_margins_and_formats_are_the_registries() -> None:
+    update = runpy.run_path(str(ROOT / "docs" / "update.py"))
+    pages = {path: path.read_text(encoding="utf-8") for path in (ROOT / "docs").glob("*.md")}
+    assert {path for path, text in pages.items() if update["with_lists"](text) != text} == set()
+    assert [name for name in update["LISTS"] if f"<!-- {name} -->" not in "".join(pages.values())] == []
 
 
 def test_the_readme_starts_with_the_two_commands() -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 import fused_arcface as fa
 from fused_arcface import sub_centers
 from fused_arcface.checkpoint import convert
+from fused_arcface.checkpoint.centers import Rows
 
 
 def at(*degrees: float) -> Tensor:
@@ -75,7 +76,7 @@ def test_convert_keeps_the_dominant_centers(tmp_path: Path) -> None:
     # Pieces that split a class, as shards of ranks may.
     whole = convert.read(source, 2)
     rows = whole.tensors["weight"]
-    pieces = convert.Rows(rows.dtype, rows.shape, lambda: iter(next(rows.pieces()).split([1, 2, 3])))
+    pieces = Rows(rows.dtype, rows.shape, lambda: iter(next(rows.pieces()).split([1, 2, 3])))
     split = convert.keep_dominant(convert.Centers({"weight": pieces}, whole.values), torch.tensor([1, 0, 0]))
     kept = torch.cat(list(split.tensors["weight"].pieces()))
     torch.testing.assert_close(kept, 3 * at(90, 180, 10).float())

@@ -7,6 +7,7 @@ from fused_arcface.app import cli
 from fused_arcface.app.nets.small import SmallNet
 from fused_arcface.app.nets.weights import load_weights
 from fused_arcface.checkpoint import convert, safetensors
+from fused_arcface.checkpoint.centers import Rows
 from fused_arcface.parallel.sharding import Sharding
 
 D, CLASSES = 6, 37
@@ -112,7 +113,7 @@ def head_recipe() -> fa.CenterSGD:
 
 
 def fake(dim: int) -> convert.Centers:
-    return convert.Centers({"weight": convert.Rows(torch.float32, (3, dim), lambda: iter([torch.zeros(3, dim)]))})
+    return convert.Centers({"weight": Rows(torch.float32, (3, dim), lambda: iter([torch.zeros(3, dim)]))})
 
 
 @pytest.mark.parametrize(

@@ -1,21 +1,18 @@
 """Checkpoints on disks that flip bits and fill up, in processes that are killed, beside files of other people."""
 
 import errno
-import io
 import json
 import os
 import random
 import re
 import shutil
-import signal
 import time
-import warnings
 import zlib
-from pathlib import Path
 
 import pytest
 import torch
 from support import distributed_helpers
+from support.small_checkpoints import D, copied, full_disk, make, refusal, same, state, step
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -25,44 +22,11 @@ from fused_arcface import checkpoint
 from fused_arcface.checkpoint import storage
 from fused_arcface.checkpoint.directory import keep_alone
 
-D, CLASSES = 6, 37
-
-
-def make(seed: int = 0, **options) -> tuple[fa.PartialFC, nn.Module]:
-    torch.manual_seed(seed)
-    return fa.PartialFC(D, CLASSES, center_optimizer=fa.CenterSGD(0.1), **options), nn.BatchNorm1d(D)
-
-
-def step(head: fa.PartialFC, net: nn.Module) -> None:
-    head(net(torch.randn(4, D)), torch.arange(4)).backward()
-
-
-def state(head: fa.PartialFC, net: nn.Module) -> list[torch.Tensor]:
-    momentum = head.center_optimizer.state[head.weight]["momentum_buffer"]
-    return [torch.tensor(head.step), head.weight.detach().clone(), momentum.clone(), *net.state_dict().values()]
-
-
-def same(left: list[torch.Tensor], right: list[torch.Tensor]) -> bool:
-    return all(torch.equal(one, other) for one, other in zip(left, right, strict=True))
-
-
-def copied(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
-    return [tensor.clone() for tensor in tensors]
-
-
-def refusal(function, *arguments, **options) -> str:
-    """Return the message of the named error, nothing if there was none."""
-    try:
-        function(*arguments, **options)
-    except checkpoint.CheckpointError as error:
-        return str(error)
-    return ""
-
 
 def test_a_flipped_bit_in_any_file_is_a_named_error_with_the_way_back(tmp_path, monkeypatch):
     """Small blocks, so that the files have several; 40 flips in each file, 10 of them in its first bytes."""
     monkeypatch.setattr(storage, "BLOCK", 256)
-    monkeypatch.setattr(checkpoint.directory, "BLOCK", 256)
+    monkeypatch.setattr(checkpoint.manifest, "BLOCK", 256)
     head, net = make()
     first = checkpoint.save(tmp_path, head, net=net, note=(1, 2))
     step(head, net)
@@ -138,7 +102,7 @@ def test_each_byte_is_read_once(tmp_path, monkeypatch):
     """A tensor over several blocks, read by three ranks' worth of rows: no block is read twice, and only those that
     hold rows which are wanted."""
     monkeypatch.setattr(storage, "BLOCK", 4096)
-    monkeypatch.setattr(checkpoint.directory, "BLOCK", 4096)
+    monkeypatch.setattr(checkpoint.manifest, "BLOCK", 4096)
     head = fa.PartialFC(64, 300)  # 76,800 bytes
     checkpoint.save(tmp_path, head)
     read = []
@@ -163,7 +127,7 @@ def test_blocks_of_another_size_are_read(tmp_path, monkeypatch):
     """The size is in the manifest: that of a later version may be another."""
     head, net = make()
     with monkeypatch.context() as patch:
-        for module in (storage, checkpoint.directory):
+        for module in (storage, checkpoint.manifest):
             patch.setattr(module, "BLOCK", 128)
         checkpoint.save(tmp_path, head, net=net)
     other = make(seed=1)
@@ -300,156 +264,6 @@ def test_a_disk_that_is_full_for_one_rank_is_an_error_on_all(tmp_path):
         assert at == "0"
 
 
-class Tracer:
-    """Counts the calls by which files change: opening for writing, each write, sync, rename, making and removing; acts
-    before the one of number ``at``."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, at: int, act) -> None:
-        self.calls, self._at, self._act = [], at, act
-        for name in ("fsync", "rename", "replace", "mkdir", "unlink", "rmdir"):
-            monkeypatch.setattr(os, name, self._counted(name, getattr(os, name)))
-        own = io.open
-
-        def opened(path, mode="r", *arguments, **options):
-            if not set(mode) & set("wxa+"):
-                return own(path, mode, *arguments, **options)
-            self.call("open")
-            return Written(own(path, mode, *arguments, **options), self)
-
-        monkeypatch.setattr(io, "open", opened)
-
-    def call(self, name: str) -> None:
-        self.calls.append(name)
-        if len(self.calls) == self._at:
-            self._act()
-
-    def _counted(self, name, call):
-        def counted(*arguments, **options):
-            self.call(name)
-            return call(*arguments, **options)
-
-        return counted
-
-
-class Written:
-    """A file that was opened for writing. Every write reaches it at once."""
-
-    def __init__(self, file, tracer: Tracer) -> None:
-        self._file, self._tracer = file, tracer
-
-    def write(self, data):
-        self._tracer.call("write")
-        return self._file.write(data)
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self._file.close()
-
-    def __getattr__(self, name):
-        return getattr(self._file, name)
-
-
-def full_disk() -> None:
-    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-
-def killed() -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def prepared(root: Path):
-    """Two checkpoints that are kept; returns head and net behind the next step, and the exact states."""
-    head, net = make()
-    for _ in range(2):
-        checkpoint.save(root, head, keep=2, net=net)
-        before = copied(state(head, net))
-        step(head, net)
-    return head, net, before, copied(state(head, net))
-
-
-@pytest.mark.parametrize("distance", [2, pytest.param(1, marks=pytest.mark.full)])
-def test_a_full_disk_at_calls_that_write(tmp_path, monkeypatch, distance):
-    outcomes, number, other = [], 0, make(seed=1)
-    head, net, before, after = prepared(tmp_path / "0")
-    while True:
-        number += distance
-        root = shutil.copytree(tmp_path / "0", tmp_path / str(number))
-        with monkeypatch.context() as patch, warnings.catch_warnings():
-            warnings.filterwarnings("ignore", ".*step_0000000000 is no longer needed, and cannot be removed")
-            tracer = Tracer(patch, number, full_disk)
-            message = refusal(checkpoint.save, root, head, keep=2, net=net)
-        outcomes.append("refused" if message else "saved")
-        assert not message or ("cannot be written" in message and "No space left on device" in message)
-        checkpoint.load(root, other[0], net=other[1])
-        # A refused save has left the one before it; or it was complete, and the sync of its folder failed.
-        assert same(state(*other), after) or (outcomes[-1] == "refused" and same(state(*other), before)), number
-        checkpoint.save(root, head, keep=2, net=net)  # there is room again
-        checkpoint.load(root, other[0], net=other[1])
-        assert same(state(*other), after)
-        assert len([path for path in root.iterdir() if path.name.startswith("step_")]) in (2, 3)
-        if len(tracer.calls) < number:
-            break
-    # The root is there, so that making it may fail. Then come the directory; data and table, each opened, written and
-    # synced; the manifest; the rename.
-    assert (
-        outcomes[1 : 16 // distance] == ["refused"] * (16 // distance - 1) and outcomes[-1] == "saved" and number > 30
-    )
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="kill -9 is POSIX")
-@pytest.mark.parametrize("distance", [2, pytest.param(1, marks=pytest.mark.full)])
-def test_kill_9_at_calls_that_change_files(tmp_path, distance):
-    """In a child that is forked for each: the run goes on from the state before or after, to the bit."""
-    found, number, other = [], 0, make(seed=1)
-    head, net, before, after = prepared(tmp_path / "0")
-    while not found or found[-1] != "ended":
-        number += distance
-        root = shutil.copytree(tmp_path / "0", tmp_path / str(number))
-        child = os.fork()
-        if child == 0:
-            Tracer(pytest.MonkeyPatch(), number, killed)
-            checkpoint.save(root, head, keep=2, net=net)
-            os._exit(0)
-        _, status = os.waitpid(child, 0)
-        assert status in (0, signal.SIGKILL)
-        checkpoint.load(root, other[0], net=other[1])
-        loaded = state(*other)
-        assert same(loaded, before) or same(loaded, after), number
-        found.append("ended" if status == 0 else "after" if same(loaded, after) else "before")
-        newest = checkpoint.save(root, head, keep=2, net=net)
-        assert checkpoint.latest(root) == newest
-        assert not [path.name for path in root.iterdir() if path.name.startswith(".partial-step")]
-    # The new checkpoint is there from one call on, and stays.
-    assert found == sorted(found, key=["before", "after", "ended"].index) and number > 30
-    assert found[-2] == "after" and same(loaded, after)
-
-
-@pytest.mark.full
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="kill -9 is POSIX")
-def test_100_kills_at_random_times(tmp_path):
-    """While a child saves again and again: the newest is never an older one than before, and exact."""
-    head, net, before, _ = prepared(tmp_path)
-    states, newest, other = {1: before}, 1, make(seed=1)
-    draw, moved = random.Random(11), 0
-    for _ in range(100):
-        states[head.step] = copied(state(head, net))
-        child = os.fork()
-        if child == 0:
-            while True:
-                checkpoint.save(tmp_path, head, keep=2, net=net)
-        time.sleep(draw.random() * 0.1)
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
-        checkpoint.load(tmp_path, other[0], net=other[1])
-        assert other[0].step >= newest and same(state(*other), states[other[0].step])
-        moved, newest = moved + (other[0].step > newest), other[0].step
-        step(head, net)
-    assert moved > 20
-
-
 @pytest.mark.parametrize("distance", [17, pytest.param(1, marks=pytest.mark.full)])
 def test_a_damaged_manifest_never_loads_other_numbers(tmp_path, distance):
     """Bit after bit of it."""
@@ -462,7 +276,7 @@ def test_a_damaged_manifest_never_loads_other_numbers(tmp_path, distance):
         flipped[bit // 8] ^= 1 << bit % 8
         path.write_bytes(flipped)
         try:
-            found = checkpoint.directory._read_manifest(directory)
+            found = checkpoint.manifest.read_content(directory)
         except checkpoint.CheckpointError:
             continue
         assert {**found, "crc32": meant["crc32"]} == meant

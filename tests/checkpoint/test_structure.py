@@ -259,7 +259,7 @@ def test_refused_values_are_an_error_on_every_rank(tmp_path):
 )
 def test_hostile_tables_of_format_2_are_one_named_error(tmp_path, change, message):
     """Their checksums fit: a stranger can compute them too."""
-    from fused_arcface.checkpoint import directory as folder
+    from fused_arcface.checkpoint import manifest as manifests
 
     head = fa.PartialFC(4, 7)
     directory = checkpoint.save(tmp_path, head)
@@ -269,8 +269,8 @@ def test_hostile_tables_of_format_2_are_one_named_error(tmp_path, change, messag
     (directory / ".metadata").write_bytes(text)
     manifest = json.loads((directory / "manifest.json").read_bytes())
     del manifest["crc32"]
-    manifest["files"][".metadata"] = {"size": len(text), "crc32": [folder.zlib.crc32(text)]}
-    (directory / "manifest.json").write_text(json.dumps({**manifest, "crc32": folder._crc32(manifest)}))
+    manifest["files"][".metadata"] = {"size": len(text), "crc32": [manifests.zlib.crc32(text)]}
+    (directory / "manifest.json").write_text(json.dumps({**manifest, "crc32": manifests.crc32(manifest)}))
     with pytest.raises(checkpoint.CheckpointError, match=message):
         checkpoint.load(tmp_path, head)
 

@@ -7,7 +7,7 @@ import torch
 
 import fused_arcface as fa
 from fused_arcface.margins import Margin, registry
-from fused_arcface.margins.registry import Entry
+from fused_arcface.margins.entry import Entry
 from fused_arcface.margins.text import parse_margin
 
 every_entry = pytest.mark.parametrize("entry", registry.REGISTRY, ids=lambda entry: entry.name)

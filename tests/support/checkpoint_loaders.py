@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fused_arcface import checkpoint
-from fused_arcface.checkpoint import directory as folder
+from fused_arcface.checkpoint import manifest as manifests
 from fused_arcface.checkpoint.storage import BLOCK
 
 ERROR = checkpoint.CheckpointError
@@ -61,5 +61,5 @@ def refit_manifest(changed: Path) -> None:
         manifest["files"][changed.name] = {"size": len(data), "crc32": sums}
     if manifest.pop("crc32", None) is not None:
         with contextlib.suppress(ValueError, RecursionError):
-            manifest["crc32"] = folder._crc32(manifest)
+            manifest["crc32"] = manifests.crc32(manifest)
     file.write_text(json.dumps(manifest))

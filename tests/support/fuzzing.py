@@ -1,4 +1,4 @@
-"""Mutates files and reads them in a forked child with limits. One place for all formats; see test_fuzzing.py."""
+"""Mutates files and reads them in a forked child with limits. A test of a file format calls :func:`check`."""
 
 from __future__ import annotations
 
@@ -9,10 +9,13 @@ import random
 import re
 import resource
 import signal
+import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+
+import pytest
 
 SECONDS = 2.0  # of the processor
 STUCK = 60  # seconds of the clock, on a machine with other work
@@ -124,6 +127,26 @@ def failures(kind: Format, path: Path, contents: Iterable[bytes]) -> list[str]:
         if len(wrong) > 20:
             break
     return wrong
+
+
+_LINUX = pytest.mark.skipif(sys.platform != "linux", reason="limits and peaks are read from /proc")
+counts = pytest.mark.parametrize(
+    "count",
+    [
+        pytest.param(60, marks=_LINUX),
+        pytest.param(10_000, marks=[_LINUX, pytest.mark.full, pytest.mark.timeout(3600)]),
+    ],
+)
+"""The numbers of files for :func:`check`, in ``make test`` and in ``make test-all``."""
+
+
+def check(kind: Format, root: Path, count: int) -> None:
+    """Read a valid file and ``count`` mutations of it; fail with what was wrong."""
+    path = kind.sample(root)
+    content = path.read_bytes()
+    kind.load(path)  # warm, and a valid file is read
+    wrong = failures(kind, path, crafted(content, count, seed=1))
+    assert not wrong, "\n".join(wrong)
 
 
 def _kept(path: Path, content: bytes) -> Path:

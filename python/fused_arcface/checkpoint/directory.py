@@ -6,14 +6,12 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import re
 import shutil
 import warnings
-import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,13 +24,11 @@ from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 from ..base import files
 from ..base.reading import check_regular
 from ..parallel.ranks import ALONE, Ranks
-from . import storage, version1
-from .storage import ALIGNMENT, BLOCK, METADATA, CheckpointError, FileRecord, numbers
+from . import manifest, storage, version1
+from .manifest import STEP_NAME, boundary
+from .storage import BLOCK, METADATA, CheckpointError, FileRecord
 
-FORMAT = "fused_arcface.checkpoint"
-VERSION = 2
-_MANIFEST, _LATEST, _PARTIAL = "manifest.json", "latest", ".partial-"
-_NAME = re.compile(r"step_(\d{10,19})(?:\.(\d{1,9}))?")
+_LATEST, _PARTIAL = "latest", ".partial-"
 _UNFINISHED = re.compile(r"\.partial-step_\d+(\.\d+)?")
 _Result = TypeVar("_Result")
 
@@ -64,7 +60,7 @@ class Saved:
         """
         if name not in self.names:
             raise CheckpointError(f"{self.directory} has no {name}")
-        with _boundary(self.directory, name), _quiet():
+        with boundary(self.directory, name), _quiet():
             return self.reader.value(name)
 
     def read(self, tensors: dict[str, Any], ranks: Ranks = ALONE) -> None:
@@ -174,15 +170,7 @@ def _publish(
     partial: Path, final: Path, written: dict[str, FileRecord], options: dict[str, Any], step: int, keep: int
 ) -> None:
     """Make a completely written directory the newest checkpoint: on disk first, then by one rename."""
-    manifest = {
-        "format": FORMAT,
-        "version": VERSION,
-        "step": step,
-        "head": options,
-        "block": BLOCK,
-        "files": {name: asdict(written[name]) for name in sorted(written)},
-    }
-    files.write_text(partial / _MANIFEST, json.dumps({**manifest, "crc32": _crc32(manifest)}, indent=2) + "\n")
+    manifest.write(partial, step, options, written)
     partial.rename(final)
     files.sync_directory(final.parent)
     _name_latest(final)
@@ -221,8 +209,8 @@ def keep_alone(directory: Path, root: Path) -> Path:
     remove_unfinished(root)
     step = _order(directory)[0]
     of_step = [path for path in _complete(root) if _order(path)[0] == step]
-    content = (directory / _MANIFEST).read_bytes()  # it has checksums of all else
-    target = next((path for path in of_step if (path / _MANIFEST).read_bytes() == content), None)
+    content = (directory / manifest.NAME).read_bytes()  # it has checksums of all else
+    target = next((path for path in of_step if (path / manifest.NAME).read_bytes() == content), None)
     if target is None:
         number = f".{_order(of_step[-1])[1] + 1}" if of_step else ""
         target = root / f"step_{step:010d}{number}"
@@ -258,7 +246,7 @@ def remove_unfinished(root: Path) -> None:
 
 def _order(path: Path) -> tuple[int, int]:
     """Return step and number of a checkpoint's name, (-1, -1) for any other name."""
-    match = _NAME.fullmatch(path.name)
+    match = STEP_NAME.fullmatch(path.name)
     return (int(match[1]), int(match[2] or 0)) if match else (-1, -1)
 
 
@@ -266,18 +254,18 @@ def _complete(root: Path) -> list[Path]:
     """Return the checkpoints under ``root`` from the oldest to the newest: exact names, with what only they hold."""
     if not root.is_dir():
         return []
-    found = [path for path in root.iterdir() if _NAME.fullmatch(path.name) and path.is_dir()]
+    found = [path for path in root.iterdir() if STEP_NAME.fullmatch(path.name) and path.is_dir()]
     return sorted((path for path in found if _has_checkpoint(path)), key=_order)
 
 
 def _has_checkpoint(path: Path) -> bool:
-    return (path / _MANIFEST).exists() or (path / METADATA).exists()
+    return (path / manifest.NAME).exists() or (path / METADATA).exists()
 
 
 def _is_ours(path: Path) -> bool:
     """Return whether a directory may be removed: it has this package's manifest, and is no link to another place."""
     try:
-        return not path.is_symlink() and bool(_read_manifest(path))
+        return not path.is_symlink() and bool(manifest.read_content(path))
     except CheckpointError:
         return False
 
@@ -319,87 +307,22 @@ def find(path: str | os.PathLike[str], *, ranks: Ranks = ALONE, trust: bool = Fa
 
 
 def _open(directory: Path, trust: bool) -> Saved:
-    manifest = _read_manifest(directory)
-    listed = manifest["files"]
-    with _boundary(directory, _MANIFEST):
-        if METADATA not in listed or any(name != os.path.basename(name) for name in listed):
-            raise ValueError("its list of files is not that of a checkpoint")
-        first = manifest["version"] == 1
-        block = BLOCK if first else _block(manifest)
-        records = {} if first else {name: _record(entry, block) for name, entry in listed.items()}
-        sizes = {name: numbers([size])[0] for name, size in listed.items()} if first else {}
-    for name, size in (sizes or {name: record.size for name, record in records.items()}).items():
+    listed = manifest.read(directory)
+    for name, size in listed.sizes.items():
         file = directory / name
-        with _boundary(directory, _MANIFEST):  # it may have a name that no file has
+        with boundary(directory, manifest.NAME):  # it may have a name that no file has
             actual = file.stat().st_size if file.is_file() else None
         if actual != size:
             if file.exists():
-                with _boundary(directory, name):
+                with boundary(directory, name):
                     check_regular(file)  # it may be a Git LFS pointer, or a pipe
             got = "missing" if actual is None else f"{actual} bytes long"
             raise CheckpointError(f"{directory} is truncated: {name} must have {size} bytes; it is {got}")
-    with _boundary(directory, METADATA):
-        if not first:
-            return Saved(directory, manifest["head"], storage.Reader(directory, records, block))
-        reader = version1.TrustedReader(directory) if trust else version1.Reader(directory, sizes)
-        return Saved(directory, manifest["head"], reader)
-
-
-def _block(manifest: dict[str, Any]) -> int:
-    (block,) = numbers([manifest["block"]])
-    if block == 0 or block % ALIGNMENT:
-        raise ValueError(f"block must be a multiple of {ALIGNMENT}; got {block}")
-    return block
-
-
-def _record(entry: dict[str, Any], block: int) -> FileRecord:
-    (size,), sums = numbers([entry["size"]]), list(numbers(entry["crc32"]))
-    if len(sums) != -(-size // block):
-        raise ValueError(f"{size} bytes have {-(-size // block)} checksums; got {len(sums)}")
-    return FileRecord(size, sums)
-
-
-def _read_manifest(directory: Path) -> dict[str, Any]:
-    """Return a manifest, the parts that both formats have checked."""
-    file = directory / _MANIFEST
-    if not file.exists() and not _NAME.fullmatch(directory.name):
-        raise CheckpointError(f"{directory} is a checkpoint of another program: it has no {_MANIFEST}")
-    with _boundary(directory, _MANIFEST):
-        if not file.is_file():
-            raise ValueError("it is no file")
-        manifest = json.loads(file.read_bytes())
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise CheckpointError(f"{directory} is a checkpoint of another program: its {_MANIFEST} does not say {FORMAT}")
-    version = manifest.get("version")
-    if type(version) is int and version > VERSION:
-        raise CheckpointError(f"{directory} was saved by a later version of this package: format {version}")
-    with _boundary(directory, _MANIFEST):
-        if version == VERSION and manifest.pop("crc32") != _crc32(manifest):
-            raise ValueError("its own checksum differs")
-        if version not in (1, VERSION) or not all(isinstance(manifest[key], dict) for key in ("head", "files")):
-            raise ValueError("it is not the manifest of a checkpoint")
-    return manifest
-
-
-def _crc32(manifest: dict[str, Any]) -> int:
-    return zlib.crc32(json.dumps(manifest, sort_keys=True).encode())
-
-
-@contextlib.contextmanager
-def _boundary(directory: Path, name: str) -> Iterator[None]:
-    """Turn whatever goes wrong while bytes become data into one error that names the place."""
-    try:
-        yield
-    except version1.NeedsTrust as error:
-        raise version1.NeedsTrust(
-            f"{directory}: {error}. If you trust whoever made it, say so: --trust, or trust=True"
-        ) from None
-    except CheckpointError:
-        raise
-    # What a parser raises for bytes that are no such file has no end; torch's is a BaseException.
-    except (Exception, CheckpointException) as error:
-        text = str(error) or type(error).__name__
-        raise CheckpointError(f"{directory} is damaged: {name} cannot be read: {text[:300]}") from error
+    with boundary(directory, METADATA):
+        if listed.records is not None:
+            return Saved(directory, listed.head, storage.Reader(directory, listed.records, listed.block))
+        reader = version1.TrustedReader(directory) if trust else version1.Reader(directory, listed.sizes)
+        return Saved(directory, listed.head, reader)
 
 
 def way_back(directory: Path) -> str:
@@ -407,7 +330,7 @@ def way_back(directory: Path) -> str:
     older = [path for path in _complete(directory.parent) if _order(path) < _order(directory)]
     for path in reversed(older):
         try:
-            with _boundary(path, "it"):
+            with boundary(path, "it"):
                 _open(path, trust=False).reader.check()
         except CheckpointError:
             continue

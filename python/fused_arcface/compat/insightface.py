@@ -17,10 +17,10 @@ at 69.08, and samples and initial centers do not depend on the number of ranks.
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from functools import partial as _partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -28,14 +28,15 @@ from torch import Tensor, nn
 
 from ..base.compiler import not_compiled as _not_compiled
 from ..base.normalize import unit_rows as _unit_rows
-from ..base.ranges import POSITIVE as _POSITIVE
-from ..base.ranges import check_number as _check_number
 from ..engine.logits import all_rows as _all_rows
-from ..margins.angular import CombinedMargin as _CombinedMargin
-from ..margins.angular import CosFace as _CosFaceMargin
-from ..margins.hard_negatives import InterclassFilter as _InterclassFilter
 from ..parallel.ranks import Ranks as _Ranks
 from ..partial_fc import PartialFC as _PartialFC
+from ._fused_margins import Fused as _Fused
+from ._fused_margins import combined as _combined
+from ._fused_margins import filtered as _filtered
+from ._fused_margins import find_fused as _find_fused
+from ._fused_margins import state_key as _state_key
+from ._fused_margins import with_margin as _with_margin
 from ._sampled_optimizer import KeptRows as _KeptRows
 from ._split_cross_entropy import SplitCrossEntropy as _SplitCrossEntropy
 
@@ -113,131 +114,13 @@ class CosFace(nn.Module):
         return _with_margin(logits, labels, _combined(0.0, self.m)) * self.s
 
 
-def _combined(m2: float, m3: float) -> Callable[[Tensor], Tensor]:
-    return _CosFaceMargin(m3) if m3 > 0 else _CombinedMargin(1.0, m2, 0.0, boundary="none", gradient="straight_through")
-
-
-def _filtered(logits: Tensor, labels: Tensor, threshold: float) -> Tensor:
-    if threshold <= 0:
-        return logits
-    is_target = labels == torch.arange(logits.shape[1], device=logits.device)
-    return logits.masked_fill((logits.detach() > threshold) & ~is_target, 0)
-
-
-def _with_margin(logits: Tensor, labels: Tensor, margin: Callable[[Tensor], Tensor]) -> Tensor:
-    rows = (labels.flatten() != -1).nonzero().squeeze(1)
-    columns = labels.flatten()[rows]
-    return logits.index_put((rows, columns), margin(logits[rows, columns]))
-
-
-class _Fused(NamedTuple):
-    """The margin and scale with which the fused kernels compute the same as a margin module."""
-
-    margin: Callable[[Tensor], Tensor]
-    scale: float
-
-
 _OWN_FORWARDS: dict[type[nn.Module], Any] = {each: each.forward for each in (CombinedMarginLoss, ArcFace, CosFace)}
-
-
-def _fused(margin_loss: Callable[..., Tensor]) -> _Fused | None:
-    """Return the current margin and scale of a margin module, or None if the fused kernels can't replace it.
-
-    They replace the classes of this file. A class of another file with one of their names is insightface's own or a
-    version of it: they replace it if it computes the same values and derivatives as the class here.
-    """
-    if not isinstance(margin_loss, nn.Module) or not _is_plain(margin_loss):
-        return None
-    own = _OWN_FORWARDS.get(type(margin_loss))
-    if own is not None and type(margin_loss).forward is own:
-        return _numbers(margin_loss)
-    numbers = _numbers(margin_loss)
-    return numbers if numbers is not None and _computes(margin_loss, numbers) else None
-
-
-def _is_plain(margin_loss: nn.Module) -> bool:
-    """Return whether the instance has only numbers and texts: no tensor, submodule, hook or own forward."""
-    values = vars(margin_loss).values()
-    return all(isinstance(each, (int, float, str, type(None))) or _is_empty(each) for each in values)
-
-
-def _is_empty(value: object) -> bool:
-    return isinstance(value, (dict, set)) and len(value) == 0
-
-
-def _numbers(margin_loss: nn.Module) -> _Fused | None:
-    """Return margin and scale, read from the attributes that a class of this name has.
-
-    The result is None if an attribute is missing or the fused kernels don't take its value.
-    """
-    name = next((each.__name__ for each in type(margin_loss).__mro__ if each.__name__ in _NAMES), "")
-    values: list[Any] = [getattr(margin_loss, each, None) for each in _NAMES.get(name, ("",))]
-    if not all(isinstance(value, (int, float)) for value in values):
-        return None
-    scale, *rest = map(float, values)
-    if name != "CombinedMarginLoss":
-        m2, m3, threshold = (rest[0], 0.0, 0.0) if name == "ArcFace" else (0.0, rest[0], 0.0)
-    else:
-        m1, m2, m3, threshold = rest
-        if m3 <= 0 and m1 != 1.0:
-            return None
-    try:
-        _check_number("scale", scale, _POSITIVE)
-        margin = _combined(m2, m3)
-    except ValueError:
-        return None
-    return _Fused(_InterclassFilter(margin, threshold) if 0 < threshold < 1 else margin, scale)
-
-
-_NAMES = {
-    "CombinedMarginLoss": ("s", "m1", "m2", "m3", "interclass_filtering_threshold"),
-    "ArcFace": ("s", "margin"),
-    "CosFace": ("s", "m"),
-}
-"""The attributes of each class that hold its scale and margin."""
+_fused = _partial(_find_fused, known=_OWN_FORWARDS)
 
 
 def _check_m1(m1: float, m3: float) -> None:
     if m3 <= 0 and m1 != 1.0:
         raise ValueError(f"m1 must be 1.0 unless m3 > 0, as in insightface; got m1={m1}, m3={m3}")
-
-
-def _computes(margin_loss: nn.Module, numbers: _Fused) -> bool:
-    """Return whether the module has these values and derivatives on a grid of cosines, also past θ + m = π."""
-    fp64 = {"dtype": torch.float64, "device": "cpu"}
-    grid = torch.linspace(-0.999, 0.999, 67, **fp64)  # type: ignore[call-overload]
-    cosines = torch.stack([grid, grid.flip(0), grid.roll(20)], 1)  # (67, 3): each value as target and as negative
-    labels = (torch.arange(67, device="cpu") % 4 - 1)[:, None]  # -1: the class is in another shard
-    upstream = torch.linspace(-1, 2, 201, **fp64).reshape(67, 3)  # type: ignore[call-overload]
-    margin, threshold = numbers.margin, 0.0
-    if isinstance(numbers.margin, _InterclassFilter):
-        margin, threshold = numbers.margin.margin, numbers.margin.threshold
-
-    def run(function: Callable[[Tensor, Tensor], Tensor]) -> tuple[Tensor, Tensor]:
-        with torch.inference_mode(False), torch.enable_grad():
-            given = cosines.clone().requires_grad_()
-            logits = function(given * 1, labels.clone())  # not a leaf: theirs works in place
-            (gradient,) = torch.autograd.grad(logits, given, upstream.to(logits.dtype))
-        return logits.detach().double(), gradient
-
-    def ours(given: Tensor, labels: Tensor) -> Tensor:
-        return _with_margin(_filtered(given, labels, threshold), labels, margin) * numbers.scale
-
-    try:  # on a copy, and restoring the generator: a margin that draws or counts keeps its state
-        with torch.random.fork_rng(devices=[]):
-            found = run(copy.deepcopy(margin_loss))
-    except Exception:  # it does not take this input, so it is another function
-        return False
-    tolerance = 1e-5 * numbers.scale
-    return all(torch.allclose(a, b, rtol=1e-5, atol=tolerance) for a, b in zip(found, run(ours), strict=True))
-
-
-def _key(margin_loss: Callable[..., Tensor]) -> Any:
-    """Return a value that changes if the result of :func:`_fused` may have changed; None if that is unknown."""
-    if not isinstance(margin_loss, nn.Module) or not _is_plain(margin_loss):
-        return None
-    forward = type(margin_loss).forward
-    return id(forward), _numbers(margin_loss), repr(sorted(vars(margin_loss).items()))
 
 
 class PartialFC_V2(_PartialFC):
@@ -287,7 +170,7 @@ class PartialFC_V2(_PartialFC):
         options = {} if fused is None else fused._asdict()
         super().__init__(embedding_size, num_classes, sample_rate=sample_rate, dense_grad=True, **options)
         self.margin_softmax = margin_loss
-        self._resolved: tuple[Any, _Fused | None] = _key(margin_loss), fused
+        self._resolved: tuple[Any, _Fused | None] = _state_key(margin_loss), fused
         self.embedding_size, self.fp16 = embedding_size, fp16
         self.rank, self.world_size = self.ranks.rank, self.ranks.world_size
         self.num_sample = int(self.sample_rate * self.num_local)
@@ -307,7 +190,7 @@ class PartialFC_V2(_PartialFC):
 
         Schedules change them between steps.
         """
-        key = _key(self.margin_softmax)
+        key = _state_key(self.margin_softmax)
         if key is None or key != self._resolved[0]:
             self._resolved = key, _fused(self.margin_softmax)
         fused = self._resolved[1]

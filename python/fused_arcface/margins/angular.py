@@ -24,12 +24,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from .checks import check_angle, check_choice, check_difference, check_factor
+from .entry import Entry
 
 # Names that lived here before they moved to protocol.py.
 from .protocol import Margin as Margin
@@ -270,3 +271,43 @@ def parameters(margin: object) -> tuple[float, float, float, str, str] | None:
     if type(margin) is CosFace:
         return 1.0, 0.0, margin.margin, "linear", "exact"
     return (1.0, 0.0, 0.0, "linear", "exact") if type(margin) is NormSoftmax else None
+
+
+_MODES = [(boundary, gradient) for gradient in get_args(GradientMode) for boundary in get_args(Boundary)]
+
+ENTRIES = (
+    Entry(
+        NormSoftmax,
+        "cos θ",
+        "NormFace, 1704.06369",
+        lambda: [NormSoftmax()],
+    ),
+    Entry(
+        SphereFace,
+        "cos(m·θ), continued by (−1)^k·cos(m·θ) − 2k",
+        "SphereFace, 1704.08063",
+        lambda: [SphereFace(1.7, gradient) for gradient in get_args(GradientMode)],
+        "m = 1.7; the paper's 4 is trained with an annealed mixture",
+    ),
+    Entry(
+        CosFace,
+        "cos θ − m",
+        "CosFace, 1801.09414",
+        lambda: [CosFace(0.35)],
+    ),
+    Entry(
+        ArcFace,
+        "cos(θ + m)",
+        "ArcFace, 1801.07698",
+        lambda: [ArcFace(0.5, *mode) for mode in _MODES],
+        'boundary "hard" as in most published heads; insightface has boundary="none", gradient="straight_through"',
+    ),
+    Entry(
+        CombinedMargin,
+        "cos(m1·θ + m2) − m3",
+        "ArcFace, 1801.07698, eq. 4",
+        lambda: [CombinedMargin(1.2, 0.4, 0.1, *mode) for mode in _MODES],
+        'as ArcFace; insightface has boundary="none", gradient="straight_through"',
+    ),
+)
+"""The rows of :mod:`.registry` for the margins of this module."""

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..base.checks import check_size
 from .angular import CombinedMargin
 from .checks import check_angle, check_choice, check_difference, check_number
+from .entry import Entry
 from .protocol import BinaryLosses
 
 Kind = Literal["cos", "arc"]
@@ -170,3 +171,22 @@ class UniFace(nn.Module):
     def extra_repr(self) -> str:
         """Return the arguments, for the repr."""
         return f"margin={self.margin}, weight={self.weight}, bias={self.initial_bias}"
+
+
+ENTRIES = (
+    Entry(
+        SphereFace2,
+        "no softmax: a logistic loss for each class, of g(θ) − m and g(θ) + m",
+        "SphereFace2, 2108.01513",
+        lambda: [SphereFace2(0.2, bias=-4.0), SphereFace2(0.2, 2.0, 0.6, kind="arc", bias=-2.0)],
+        "as WeSpeaker's; the paper's loss is divided by the scale",
+    ),
+    Entry(
+        UniFace,
+        "no softmax: a logistic loss for each class, of cos θ − m − b/s and cos θ − b/s",
+        "UniFace, ICCV 2023",
+        lambda: [UniFace(0.4, bias=3.0), UniFace(0.1, 0.5, bias=6.0)],
+        "bias 0; the authors begin with ln(10·C)",
+    ),
+)
+"""The rows of :mod:`.registry` for the margins of this module."""

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..base.checks import check_size
 from .angular import SIN_FLOOR, ArcFace, Boundary, CombinedMargin, CosFace, Form, GradientMode
 from .checks import check_angle, check_choice, check_number, check_rate
+from .entry import Entry, trained
 from .protocol import Margin, Modulation
 from .state import StatefulMargin
 
@@ -272,3 +273,35 @@ class CurricularFace(StatefulMargin):
         """Return the arguments, for the repr."""
         margin, boundary, gradient = self.of_target.margin, self.of_target.boundary, self.of_target.gradient
         return f"margin={margin}, rate={self.rate}, boundary={boundary!r}, gradient={gradient!r}"
+
+
+ENTRIES = (
+    Entry(
+        CurricularFace,
+        "cos(θ + m); negatives above it c·(t + c)",
+        "CurricularFace, 2004.00288",
+        lambda: [trained(CurricularFace(), t=0.4)],
+    ),
+    Entry(
+        MVSoftmax,
+        "f(θ); negatives above it t·c + t − 1 or c + t − 1",
+        "MV-Softmax, 1912.00833",
+        lambda: [MVSoftmax(CosFace(0.35), t=1.5), MVSoftmax(t=1.5, kind="fixed")],
+        "FaceX-Zoo's, the authors' code; the paper's formulas are form=\"paper\"",
+    ),
+    Entry(
+        InterclassFilter,
+        "f(θ); negatives above a threshold 0",
+        "insightface, interclass_filtering_threshold",
+        lambda: [InterclassFilter(ArcFace(), 0.2)],
+        "threshold 0.4; insightface filters only if a threshold is given",
+    ),
+    Entry(
+        InterTopK,
+        "f(θ); the k greatest negatives cos(θ − penalty)",
+        "Inter-TopK, 2110.05042",
+        lambda: [InterTopK(ArcFace(0.2, "continuous"), penalty=0.06, k=2)],
+        'ArcFace(0.5) on the target; WeSpeaker\'s recipes have ArcFace(0.2, "continuous")',
+    ),
+)
+"""The rows of :mod:`.registry` for the margins of this module."""

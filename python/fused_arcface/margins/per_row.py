@@ -18,6 +18,7 @@ from ..base.checks import check_size
 from ..base.keyed_random import MARGINS, fold, fold_each, normal_rows
 from .angular import Boundary, Form, angle, with_angle
 from .checks import check_angle, check_choice, check_difference, check_number, check_rate
+from .entry import Entry, trained
 from .protocol import RowMargin
 from .state import StatefulMargin
 
@@ -258,3 +259,28 @@ def _by_difficulty(margins: Tensor, target_cosine: Tensor, counted: Tensor, form
         return torch.where(counted, torch.empty_like(margins).scatter(0, order, ascending), margins)
     index = (counted.cumsum(0) - 1).clamp(min=0)  # of a row among those that are not ignored
     return torch.where(counted, ascending[index[order[index]]], margins)
+
+
+ENTRIES = (
+    Entry(
+        AdaFace,
+        "cos(θ − m·ẑ) − (m + m·ẑ), ẑ from the norm",
+        "AdaFace, 2204.00964",
+        lambda: [trained(AdaFace(), norm_mean=3.0, norm_std=2.0)],
+    ),
+    Entry(
+        MagFace,
+        "cos(θ + m(a)), plus λ·(a/u² + 1/a) in the loss, a the norm",
+        "MagFace, 2103.06627",
+        lambda: [MagFace(lower_norm=0.7, upper_norm=6.0, boundary=boundary) for boundary in ("easy", "hard")],
+        'boundary "easy" as in the authors\' code; the paper has cos(θ + m) everywhere',
+    ),
+    Entry(
+        ElasticFace,
+        "cos(θ + m) or cos θ − m, m drawn from N(margin, std²)",
+        "ElasticFace, 2109.09416",
+        lambda: [ElasticFace(0.5, 0.1), ElasticFace(0.35, 0.1, kind="cos", plus=True)],
+        "with plus=True the paper's assignment; the authors' code is form=\"code\"",
+    ),
+)
+"""The rows of :mod:`.registry` for the margins of this module."""

@@ -17,8 +17,8 @@ BARE = "--checkpoint bare.pt --backbone small"
 IDENTITIES = "--data identities:6x4"
 CASES = {
     "train": "Missing option '--output'.",
-    "train --output new": "--data must be a folder, ",
-    "train --output new --data nowhere": "nowhere does not exist; data must be a folder, ",
+    "train --output new": "--data must be a folder with one folder for each identity, ",
+    "train --output new --data nowhere": "nowhere does not exist; data must be a folder with one folder ",
     "train --output new --data identites:4x4": "identites:4x4 does not exist; did you mean identities?",
     "train --output new --data identities:4": "generated images are identities:IDSxIMAGES, identities:200x10",
     "train --output new --data bob.pgn": "bob.pgn does not exist; did you mean bob.png?",

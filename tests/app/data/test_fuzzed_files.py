@@ -25,13 +25,13 @@ from support.template_files import write_template_set
 
 import fused_arcface as fa
 from fused_arcface import checkpoint
-from fused_arcface.app.data import DataError, ImageSpec, read_image
+from fused_arcface.app.data import DataError, ImageSpec, formats, read_image
 from fused_arcface.app.data.embedding_sets import EmbeddingSet
 from fused_arcface.app.data.formats.lists import open_list
+from fused_arcface.app.data.formats.pairs_text import open_pairs
 from fused_arcface.app.data.formats.pickled_pairs import read_pickled_pairs
 from fused_arcface.app.data.formats.records import RecordImages
 from fused_arcface.app.data.formats.templates import read_templates
-from fused_arcface.app.data.pair_sets import read_pair_set
 from fused_arcface.app.data.unlabeled import read_images
 from fused_arcface.app.nets.small import SmallNet
 from fused_arcface.app.nets.weights import load_weights
@@ -230,7 +230,8 @@ def load_root(path: Path) -> None:
 TEMPLATE_LISTS = ("face_tid_mid.txt", "name_5pts_score.txt", "template_pair_label.txt", "1N_gallery_G1.csv")
 
 
-# Another format is a row here: how a valid file is written, and how the package reads it.
+# How a valid file of each kind is written, and how the package reads it. A new format of data sets has its row in the
+# test of that format.
 FORMATS = [
     fuzzing.Format("rec", records, load_records, (DataError,)),
     fuzzing.Format("rec scanned", records_without_index, load_records, (DataError,)),
@@ -243,7 +244,7 @@ FORMATS = [
     fuzzing.Format("safetensors centers", centers, load_centers, (DataError,)),
     fuzzing.Format("pt centers", torch_centers, load_centers, (DataError,)),
     fuzzing.Format("pt weights", weights, lambda path: load_weights(SmallNet(8, 3), path), (DataError,)),
-    fuzzing.Format("pairs", pairs_text, lambda path: read_pair_set(str(path)), (DataError,)),
+    fuzzing.Format("pairs", pairs_text, lambda path: open_pairs(str(path), None, PIXELS), (DataError,)),
     *(fuzzing.Format(ending, templates(ending), load_templates, (DataError,)) for ending in TEMPLATE_LISTS),
     fuzzing.Format("toml", options, load_options, (OptionError,)),
     fuzzing.Format("list", list_text("list.lst"), load_list, (DataError,)),
@@ -270,24 +271,19 @@ FORMATS = [
 ]
 
 
-def check(kind: fuzzing.Format, root: Path, count: int) -> None:
-    path = kind.sample(root)
-    content = path.read_bytes()
-    kind.load(path)  # warm, and a valid file is read
-    wrong = fuzzing.failures(kind, path, fuzzing.crafted(content, count, seed=1))
-    assert not wrong, "\n".join(wrong)
-
-
+@fuzzing.counts
 @pytest.mark.parametrize("kind", FORMATS, ids=lambda kind: kind.name)
-def test_mutated_files(kind: fuzzing.Format, tmp_path: Path) -> None:
-    check(kind, tmp_path, 60)
+def test_mutated_files(kind: fuzzing.Format, count: int, tmp_path: Path) -> None:
+    fuzzing.check(kind, tmp_path, count)
 
 
-@pytest.mark.full
-@pytest.mark.timeout(3600)
-@pytest.mark.parametrize("kind", FORMATS, ids=lambda kind: kind.name)
-def test_many_mutated_files(kind: fuzzing.Format, tmp_path: Path) -> None:
-    check(kind, tmp_path, 10_000)
+def test_every_format_of_data_is_fuzzed() -> None:
+    """A format is fuzzed here or in a test of its own. Folders and generated images have no file to damage."""
+    opened = {(each.open or each.open_pairs).__module__ for each in formats.FORMATS}
+    opened -= {formats.folders.__name__, formats.generated.__name__}
+    tests = [path.read_text(encoding="utf-8") for path in Path(__file__).parent.glob("test_*.py")]
+    fuzzed = "".join(text for text in tests if "fuzzing.Format(" in text)
+    assert [module for module in sorted(opened) if f"from {module} import" not in fuzzed] == []
 
 
 def text_of(content: bytes) -> bytes:

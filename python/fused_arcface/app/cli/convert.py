@@ -73,11 +73,12 @@ def convert(
     ElasticFace, MagFace, CurricularFace or InsightFace_Pytorch, a checkpoint
     of Lightning, or one such tensor.
     """
-    from fused_arcface.checkpoint import convert as conversion
+    from fused_arcface.checkpoint.convert import convert as convert_centers
+    from fused_arcface.checkpoint.sources import read
 
     error = terminal(stderr=True, soft_wrap=True)
     with explained():
-        written = conversion.convert(
+        written = convert_centers(
             sources,
             destination,
             num_classes=classes,
@@ -88,7 +89,7 @@ def convert(
             center_storage=center_storage,
             noted=lambda note: error.print(note, style="yellow", markup=False, highlight=False),
         )
-        found = conversion.read(written)
+        found = read(written)
     for name, rows in found.tensors.items():
         terminal(soft_wrap=True).print(
             f"{written}: {name} {rows.shape} {str(rows.dtype).removeprefix('torch.')}", markup=False

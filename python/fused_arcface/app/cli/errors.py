@@ -105,7 +105,7 @@ def _text(error: BaseException) -> str:
 
 def _status(error: BaseException) -> int:
     """Return the status of an error: a path that does not exist is a wrong argument; a damaged file is not."""
-    from fused_arcface.checkpoint.convert import ConvertOptionError
+    from fused_arcface.checkpoint.centers import ConvertOptionError
 
     if isinstance(error, (ConvertOptionError, FileNotFoundError, NoSuchData)):
         return WRONG_ARGUMENT

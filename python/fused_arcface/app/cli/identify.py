@@ -10,6 +10,7 @@ from rich.table import Table
 
 from fused_arcface.evaluation.search import Engine
 
+from ..data import formats
 from ..data.images import MAX_PIXELS
 from . import evaluation as shared
 from . import reporting
@@ -27,10 +28,7 @@ if TYPE_CHECKING:
 def identify(
     data: Annotated[
         str | None,
-        typer.Option(
-            help="Labeled images to split into gallery and probes: a folder for each identity, a .rec file, or a list "
-            "of lines `path label`."
-        ),
+        typer.Option(help=f"Labeled images to split into gallery and probes: {formats.listed()}."),
     ] = None,
     checkpoint: shared.Checkpoint = None,
     backbone: shared.Backbone = None,

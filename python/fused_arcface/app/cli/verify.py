@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
+from ..data import formats
 from ..data.images import MAX_PIXELS
 from . import evaluation as shared
 from . import reporting
@@ -32,8 +33,8 @@ def verify(
     data: Annotated[
         str | None,
         typer.Option(
-            help="Pairs to verify: a .bin set, a .txt, .csv or .tsv file of pairs, or labeled images to make pairs "
-            "from (a folder for each identity, a .rec file, a .lst or .list file of lines `path label`)."
+            help=f"Pairs to verify: {formats.listed(pairs=True)}; or labeled images to make pairs from: "
+            f"{formats.listed()}. A .txt, .csv or .tsv file counts as one of pairs."
         ),
     ] = None,
     checkpoint: shared.Checkpoint = None,

@@ -1,6 +1,6 @@
 """Pictures of the margins themselves: each margin of the registry as it is without arguments.
 
-``compare`` and ``docs/update_margins.py`` draw them.
+``compare`` and ``docs/update.py`` draw them.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from fused_arcface.margins import angular
+from fused_arcface.margins.entry import Entry, trained
 from fused_arcface.margins.per_row import AdaFace, ElasticFace
 from fused_arcface.margins.protocol import modulation
-from fused_arcface.margins.registry import REGISTRY, Entry, trained
+from fused_arcface.margins.registry import REGISTRY
 
 from ..drawing import COLORS, WIDTH, Drawing
 
@@ -57,7 +58,7 @@ def margin_drawings(scale: float) -> list[Drawing]:
 
 
 def entries(kind: str) -> list[Entry]:
-    """Return the registry's margins of one :attr:`~fused_arcface.margins.registry.Entry.kind`."""
+    """Return the registry's margins of one :attr:`~fused_arcface.margins.entry.Entry.kind`."""
     return [entry for entry in REGISTRY if entry.kind == kind]
 
 

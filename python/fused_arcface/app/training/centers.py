@@ -7,7 +7,8 @@ from pathlib import Path
 import torch
 
 from fused_arcface.base.reading import DataError, NoSuchData, read_names
-from fused_arcface.checkpoint.convert import Centers, read
+from fused_arcface.checkpoint.centers import Centers
+from fused_arcface.checkpoint.sources import read
 from fused_arcface.partial_fc import PartialFC
 
 
@@ -20,7 +21,7 @@ def load_centers(head: PartialFC, names: list[str], source: Path) -> list[str]:
     Args:
         head: the head; centers of identities that the source does not have stay as they are.
         names: (C_total,) of the head's classes.
-        source: a run, a checkpoint, or a file of centers, see :func:`fused_arcface.checkpoint.convert.read`.
+        source: a run, a checkpoint, or a file of centers, see :func:`fused_arcface.checkpoint.sources.read`.
 
     Returns:
         One line that says how many identities keep their centers, how many are new, and how many the source has

@@ -23,6 +23,7 @@ from fused_arcface.base.suggest import did_you_mean
 from fused_arcface.base.text import decode, encode
 from fused_arcface.margins.text import check_margin
 
+from ..data import formats
 from ..data.images import MAX_PIXELS
 from ..nets.backbones import NAMES, check_backbone
 from .augment import LEVELS
@@ -105,8 +106,7 @@ class TrainConfig:
     data: str = _option(
         "",
         DATA,
-        "Images to train on: a folder with one folder for each identity, a .rec file or its folder, a list file of "
-        "lines `path label`, or identities:IDSxIMAGES for generated ones. Required.",
+        f"Images to train on: {formats.listed()}. Required.",
     )
     bad_data: str = _option(
         "skip",

@@ -18,7 +18,8 @@ from fused_arcface.base.suggest import missing_path
 from fused_arcface.margins.schedule import at_strength
 from fused_arcface.margins.text import parse_margin
 
-from ..data.formats import generated, labeled_formats, open_source, unseen_source
+from ..data import formats
+from ..data.formats import generated, open_source, unseen_source
 from ..data.images import ImageSpec
 from ..data.pair_sets import paired, read_pair_set
 from ..data.sources import ImageSet, ImageSource, common_spec
@@ -37,7 +38,7 @@ def open_data(config: TrainConfig) -> ImageSource:
         DataError: if there are none, or something is wrong with them and ``bad_data`` is ``"stop"``.
     """
     if not config.data:
-        raise OptionError(f"data must be {labeled_formats()}; got nothing")
+        raise OptionError(f"data must be {formats.listed()}; got nothing")
     source = open_source(config.data, config.max_pixels)
     if config.bad_data == "stop" and source.problems:
         raise DataError(stopped_by(source.problems[0]))

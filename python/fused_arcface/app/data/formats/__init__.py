@@ -1,7 +1,8 @@
 """Formats of data sets: one row for each, and the functions that choose among them by what a user has written.
 
-A new format is a module here that opens it, and a row in :data:`FORMATS`. Embeddings in files have a table of their
-own, in :mod:`fused_arcface.app.data.formats.embeddings`.
+A new format is a module here that opens it, and a row in :data:`FORMATS`. Messages, the help of the commands and the
+lists in ``docs/`` follow from the rows. Embeddings in files have a table of their own, in
+:mod:`fused_arcface.app.data.formats.embeddings`.
 """
 
 from __future__ import annotations
@@ -25,7 +26,9 @@ class Format:
     """A format of data sets. What it cannot give is None."""
 
     described: str
-    """A phrase for messages: ``"a .rec file"``."""
+    """A phrase for messages and help texts: ``"a .rec file"``."""
+    details: str
+    """What the documentation says about the format, in Markdown."""
     matches: Callable[[str], bool]
     """Return whether a text names data in this format."""
     open: Callable[[str, int], ImageSource] | None = None
@@ -37,18 +40,50 @@ class Format:
 
 
 FORMATS = (
-    Format("a .bin set", pickled_pairs.is_pickle, open_pairs=pickled_pairs.open_pickle),
-    Format("a text file of pairs", pairs_text.is_text, open_pairs=pairs_text.open_pairs),
-    Format("a folder", folders.is_folder, folders.open_folder),
-    Format("a list file (.txt, .csv, .tsv, .lst, .list)", lists.is_list, lists.open_list),
-    Format("a .rec file", records.is_records, records.open_records),
+    Format(
+        "a .bin set",
+        "insightface's packed pairs of images; nothing in the file is executed",
+        pickled_pairs.is_pickle,
+        open_pairs=pickled_pairs.open_pickle,
+    ),
+    Format(
+        "a .txt, .csv or .tsv file of pairs",
+        "LFW's `pairs.txt`, or a line `path path 0|1` for each pair",
+        pairs_text.is_text,
+        open_pairs=pairs_text.open_pairs,
+    ),
+    Format(
+        "a folder with one folder for each identity",
+        "images of any size and mode",
+        folders.is_folder,
+        folders.open_folder,
+    ),
+    Format(
+        "a list file (.lst, .list, .txt, .csv, .tsv)",
+        "a line `path label` for each image. Paths are relative to the list's folder. A label is a name or a number",
+        lists.is_list,
+        lists.open_list,
+    ),
+    Format(
+        "a .rec file",
+        "RecordIO with images, with or without an `.idx` file, or a folder with `train.rec`; mxnet is not needed",
+        records.is_records,
+        records.open_records,
+    ),
     Format(
         "identities, identities:IDSxIMAGES",
+        "`identities:500x10` makes images of 500 identities, 10 of each",
         generated.is_identities,
         generated.open_identities,
         unseen=generated.unseen_identities,
     ),
-    Format("digits", generated.is_digits, generated.open_digits, unseen=generated.unseen_digits),
+    Format(
+        "digits",
+        "scikit-learn's handwritten digits",
+        generated.is_digits,
+        generated.open_digits,
+        unseen=generated.unseen_digits,
+    ),
 )
 """The first one counts that matches and gives what is wanted."""
 
@@ -57,10 +92,7 @@ def open_source(data: str, max_pixels: int = MAX_PIXELS) -> ImageSource:
     """Open the labeled images that a text names.
 
     Args:
-        data: a folder of one folder for each identity; a list file of lines ``path label``; a ``.rec`` file, or a
-            folder with ``train.rec`` in it;
-            ``identities`` or ``identities:200x10`` for generated ones (200 identities with 10 images each);
-            ``digits`` for scikit-learn's.
+        data: the name of a file or a folder, or of generated images, in one of :data:`FORMATS`.
         max_pixels: of an image in a file, see :func:`fused_arcface.app.data.read_image`.
 
     Raises:
@@ -78,14 +110,24 @@ def open_source(data: str, max_pixels: int = MAX_PIXELS) -> ImageSource:
             return each.open(data, max_pixels)
     missing = missing_path(data)
     if "did you mean" not in missing:
-        missing += did_you_mean(data.partition(":")[0], generated.NAMES) or f"; data must be {labeled_formats()}"
+        missing += did_you_mean(data.partition(":")[0], generated.NAMES) or f"; data must be {listed()}"
     raise NoSuchData(missing)
 
 
-def labeled_formats() -> str:
-    """Return the formats of labeled images in words, for messages."""
-    *most, last = [each.described for each in FORMATS if each.open is not None]
+def _of(pairs: bool) -> list[Format]:
+    """Return the formats of pairs, or those of labeled images."""
+    return [each for each in FORMATS if (each.open_pairs if pairs else each.open) is not None]
+
+
+def listed(pairs: bool = False) -> str:
+    """Return the formats of labeled images, or of pairs, in words, for messages and help texts."""
+    *most, last = [each.described for each in _of(pairs)]
     return f"{', '.join(most)} or {last}"
+
+
+def as_markdown(pairs: bool = False) -> str:
+    """Return the list of the formats of labeled images, or of pairs, in ``docs/``."""
+    return "".join(f"- {each.described}: {each.details};\n" for each in _of(pairs)).removesuffix(";\n") + ".\n"
 
 
 def pairs_opener(data: str) -> PairsOpener | None:

@@ -1,6 +1,6 @@
-"""Write what docs/margins.md shows of the margins: the table out of the registry, and the picture.
+"""Write what the pages show of the registries: margins as a table and a picture, and the formats of data sets.
 
-python docs/update_margins.py
+python docs/update.py
 """
 
 from __future__ import annotations
@@ -13,17 +13,27 @@ from typing import Any
 import torch
 
 import fused_arcface as fa
+from fused_arcface.app.data import formats
 from fused_arcface.app.drawing import WIDTH, Drawing, write_pictures
 from fused_arcface.app.lab.margin_pictures import entries, label, styles
-from fused_arcface.margins.registry import as_markdown
+from fused_arcface.margins import registry
 
 DOCS = Path(__file__).resolve().parent
+LISTS = {
+    "margins": registry.as_markdown(),
+    "formats of labeled images": formats.as_markdown(),
+    "formats of pairs": formats.as_markdown(pairs=True),
+}
+"""The text for each pair of markers, ``<!-- NAME -->`` and ``<!-- /NAME -->``."""
 
 
-def with_table(page: str) -> str:
-    """Return the page with the registry's table between its markers."""
-    table = as_markdown().strip()
-    return re.sub(r"(<!-- margins -->\n).*?(<!-- /margins -->)", lambda m: f"{m[1]}{table}\n{m[2]}", page, flags=re.S)
+def with_lists(page: str) -> str:
+    """Return the page with the registries' lists between their markers."""
+
+    def current(found: re.Match[str]) -> str:
+        return f"<!-- {found[1]} -->\n{LISTS[found[1]]}<!-- /{found[1]} -->"
+
+    return re.sub(r"<!-- ([\w ]+) -->\n.*?<!-- /\1 -->", current, page, flags=re.S)
 
 
 def draw(plt: Any) -> Any:
@@ -48,6 +58,6 @@ def draw(plt: Any) -> Any:
 
 
 if __name__ == "__main__":
-    page = DOCS / "margins.md"
-    page.write_text(with_table(page.read_text(encoding="utf-8")), encoding="utf-8")
+    for page in DOCS.glob("*.md"):
+        page.write_text(with_lists(page.read_text(encoding="utf-8")), encoding="utf-8")
     write_pictures([Drawing("margins", "Each margin of the angle, by default.", draw)], DOCS)

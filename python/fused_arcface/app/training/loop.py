@@ -1,0 +1,325 @@
+"""The loop over the steps of a training run, in one process. :mod:`.trainer` makes it and lets it run."""
+
+from __future__ import annotations
+
+import math
+import signal
+import time
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+
+from fused_arcface import checkpoint
+from fused_arcface.base.reading import DataError
+from fused_arcface.checkpoint import CheckpointError
+
+from ..data.sources import ImageSource
+from ..thresholds import KeptThresholds
+from .batches import Batch, BatchPlan, load_batches, share_bounds
+from .best import BestNet, write_net
+from .config import TrainConfig
+from .events import (
+    Began,
+    Checkpointed,
+    Event,
+    Listener,
+    Noted,
+    Stepped,
+    Verified,
+    folder_listeners,
+    was_verified,
+)
+from .failures import TrainingError, disk_error
+from .interrupt import Interrupt
+from .joint_step import StepResult
+from .learner import Learner
+from .lock import FolderLock
+from .outcomes import DryRun, TrainingOutcome
+from .resolve import open_verification, stopped_by
+from .runs import RunFolder
+from .verifier import Verifier
+from .world import World, resume_command
+
+
+class TrainingLoop:
+    """One process's part of a training run; see :func:`fused_arcface.app.training.trainer.train`."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        folder: RunFolder,
+        lock: FolderLock | None,
+        world: World,
+        source: ImageSource,
+        interrupt: Interrupt,
+        listener: Listener | None,
+        trust: bool = False,
+        write: bool = True,
+    ) -> None:
+        self._config, self._folder, self._lock, self._world, self._source = config, folder, lock, world, source
+        self._interrupt, self._trust = interrupt, trust
+        balanced = source.labels if config.balanced else None
+        self._plan = BatchPlan(len(source), config.batch_size, config.seed, config.flip, balanced)
+        self._steps = config.epochs * self._plan.steps_per_epoch
+        self._learner = Learner(config, len(source.names), self._steps, world)
+        self._listeners = [] if listener is None else [listener]
+        self._metrics: dict[str, float] = {}
+        self._files: list[Listener] = []
+        self._failure: Exception | None = None
+        self._verifier: Verifier | None = None
+        if world.rank == 0:
+            self._files = folder_listeners(folder.log, folder.tensorboard) if write else []
+            pairs = open_verification(config)
+            self._verifier = Verifier(pairs, config.batch_size, config.workers) if pairs is not None else None
+        self._stopped_by: signal.Signals | None = None
+        self._saved = -1
+
+    def tell(self, event: Event) -> None:
+        """Tell the listeners; on other ranks than the first, of notes alone."""
+        if isinstance(event, Stepped):
+            self._metrics.update(loss=event.loss, accuracy=event.accuracy, target_angle=event.target_angle)
+        elif isinstance(event, Verified):
+            self._metrics.update(verification_accuracy=event.found.accuracy, verification_eer=event.found.eer)
+        if self._world.rank == 0 or isinstance(event, Noted):
+            for listener in self._listeners:
+                listener(event)
+            try:
+                for listener in self._files:
+                    listener(event)
+            except OSError as error:
+                self._fail(disk_error(self._folder.root, error, self._way_back()))
+
+    def close(self) -> None:
+        """Let go of what the class centers are kept in."""
+        if self._learner.head.center_store is not None:
+            self._learner.head.center_store.close()
+
+    def _fail(self, failure: Exception) -> None:
+        """Note this rank's first failure; all ranks raise it at the end of the step."""
+        self._failure = self._failure or failure
+
+    def run(self) -> TrainingOutcome:
+        """Train until the last step or an interruption."""
+        learner = self._learner
+        first = step = self._saved = self._begin()
+        updates = learner.updates
+        self._best = BestNet(self._folder, step, self._config.keeps_best_run)
+        if step and step % self._plan.steps_per_epoch == 0:
+            self._verify(step, missed=True)
+        self._keep_best(step, checkpoint.latest(self._folder.checkpoints))
+        sizes, batches = self._batches(step)
+        batch = self._next_batch(batches) if step < self._steps else None
+        self._world.share(self._failure)
+        start = time.perf_counter()
+        while batch is not None and self._stopped_by is None:
+            self._note_problems(batch)
+            result = self._learner.learn(batch.images, batch.labels, sizes, step)
+            step += 1
+            # Read before the ranks tell each other of the step: one that cannot go on says so at the same time.
+            batch = self._next_batch(batches) if step < self._steps else None
+            self._conclude(step, result, time.perf_counter() - start)
+            if step % self._plan.steps_per_epoch == 0:
+                self._verify(step)
+                self._save(step)
+            elif self._config.save_every and step % self._config.save_every == 0:
+                self._save(step)
+            start = time.perf_counter()
+        self._save(step)
+        self._world.share(self._failure)
+        if step == self._steps:
+            if learner.updates in (0, updates if step > first else -1):
+                raise TrainingError(
+                    f"all {step - first or step} steps were skipped: no loss or gradient was finite. Look at the "
+                    "images, at the weights of --init, and try a smaller learning rate or precision fp32"
+                )
+            self._write_model()
+        return TrainingOutcome(step, self._steps, self._stopped_by, self._metrics)
+
+    def try_out(self) -> DryRun:
+        """Make the first step, and keep nothing of it."""
+        step = self._begin()
+        sizes, batches = self._batches(min(step, self._steps - 1))
+        start = time.perf_counter()
+        batch = self._next_batch(batches)
+        self._world.share(self._failure)
+        assert batch is not None
+        self._note_problems(batch)
+        loss = self._learner.learn(batch.images, batch.labels, sizes, step).loss
+        return DryRun(self._config, loss, time.perf_counter() - start)
+
+    def _begin(self) -> int:
+        """Bring weights and class centers to where the training begins or goes on; tell of it and return the step."""
+        config, learner, source = self._config, self._learner, self._source
+        if self._folder.has_checkpoint:
+            step = learner.load(self._folder.checkpoints, trust=self._trust)
+        else:
+            with self._world.together():
+                step = learner.start(source.names)
+        assert config.scale is not None
+        self.tell(
+            Began(
+                step=step,
+                steps=self._steps,
+                images=len(source),
+                identities=len(source.names),
+                parameters=sum(each.numel() for each in learner.backbone.parameters()),
+                device=str(self._world.device),
+                image=learner.spec.shape,
+                batch_size=self._plan.rows,
+                scale=config.scale,
+                memory=learner.memory,
+            )
+        )
+        if self._world.rank == 0:
+            for note in [*learner.notes, *source.notes, *(f"{problem}; skipped" for problem in source.problems)]:
+                self.tell(Noted(note))
+            for problem in self._verifier.problems if self._verifier is not None else ():
+                self.tell(Noted(f"verification: {problem}; skipped"))
+        return step
+
+    def _batches(self, step: int) -> tuple[list[int], Iterator[Batch]]:
+        """Return the sizes of this rank's micro-batches, and its share of the batches from a step on."""
+        bounds = self._share()
+        items = self._plan.from_step(step, self._steps, slice(bounds[0], bounds[-1]))
+        batches = load_batches(
+            self._source,
+            self._learner.spec,
+            items,
+            self._config.workers,
+            pin_memory=self._world.device.type == "cuda",
+            level=self._config.augment,
+        )
+        return [end - start for start, end in pairwise(bounds)], batches
+
+    def _next_batch(self, batches: Iterator[Batch]) -> Batch | None:
+        """Return the next batch; note a failure and return None if there is a problem with it."""
+        try:
+            batch = next(batches)
+            if batch.problems and self._config.bad_data == "stop":
+                raise DataError(stopped_by(batch.problems[0]))
+        except DataError as error:
+            self._fail(error)
+            return None
+        return batch
+
+    def _note_problems(self, batch: Batch) -> None:
+        for problem in batch.problems:
+            self.tell(Noted(f"{problem}; the next image is taken instead"))
+
+    def _share(self) -> list[int]:
+        """Return the rows of the joint batch at which this rank's micro-batches begin and end.
+
+        Only ranks times micro-batches matter: a run with half the ranks and twice the micro-batches is the same.
+        """
+        parts = self._config.accumulation
+        bounds = share_bounds(self._plan.rows, self._world.world_size * parts)
+        return bounds[self._world.rank * parts : (self._world.rank + 1) * parts + 1]
+
+    def _conclude(self, step: int, result: StepResult, seconds: float) -> None:
+        """Sum up figures over all ranks; if one of them was asked to stop, all stop at this step."""
+        received = self._interrupt.received
+        self._check_folder()
+        angles = result.stats.target_cosine.double().clamp(-1, 1).acos()
+        failed, *asked, angle, correct, rows = self._world.sum(
+            [
+                float(self._failure is not None),
+                float(received == signal.SIGINT),
+                float(received == signal.SIGTERM),
+                float(angles.sum()),
+                float(result.stats.correct.sum()),
+                float(len(angles)),
+            ]
+        )
+        if failed:
+            self._world.share(self._failure)
+        if any(asked):
+            self._stopped_by = signal.SIGINT if asked[0] else signal.SIGTERM
+        self.tell(
+            Stepped(
+                step=step,
+                epoch=1 + (step - 1) // self._plan.steps_per_epoch,
+                loss=result.loss,
+                target_angle=math.degrees(angle / rows),
+                accuracy=correct / rows,
+                lr=self._learner.lr,
+                images_per_second=rows / seconds,
+                head_share=result.head_seconds / seconds,
+            )
+        )
+        if not result.updated and self._world.rank == 0 and self._config.precision != "fp16":
+            self.tell(
+                Noted(f"step {step}: loss {result.loss:g}, the gradient is not finite: the net was left as it was")
+            )
+
+    def _verify(self, step: int, missed: bool = False) -> None:
+        """Verify the net at the end of an epoch, on the first rank; the others wait.
+
+        A training that is interrupted there saves at once. Resumed, it makes the verification that it ``missed``.
+        """
+        epoch = step // self._plan.steps_per_epoch
+        due = epoch % self._config.verify_every == 0 or epoch == self._config.epochs
+        due = due and self._stopped_by is None
+        if self._verifier is not None and due and not (missed and was_verified(self._folder.log, step)):
+            name = Path(self._config.verify_data or f"unseen {self._config.data}").name
+            learner = self._learner
+            checked, problems = self._verifier(learner.backbone, learner.spec, self._world.device, name, step)
+            for problem in problems:
+                self.tell(Noted(f"verification: {problem}"))
+            if checked is not None:
+                kept = KeptThresholds(name, checked.found.accuracy, checked.thresholds, step)
+                best = False
+                try:
+                    best = self._best.keep(learner.backbone, kept)
+                    if checked.digest is not None:
+                        checked.digest.save(self._folder.verification)
+                except OSError as error:
+                    self._fail(disk_error(self._folder.root, error, self._way_back()))
+                self.tell(Verified(step, epoch, checked.found, best))
+        self._world.wait()
+
+    def _save(self, step: int) -> None:
+        if step == self._saved:
+            return
+        self._check_folder()
+        self._world.share(self._failure)
+        try:
+            path = self._learner.save(self._folder.checkpoints, step)
+        except OSError as error:
+            raise disk_error(self._folder.checkpoints, error, self._way_back()) from None
+        except CheckpointError as error:
+            raise TrainingError(f"{error}; {self._way_back()}") from None
+        self._saved = step
+        self.tell(Checkpointed(step, path))
+        self._keep_best(step, path)
+
+    def _keep_best(self, step: int, path: Path | None) -> None:
+        """Keep the checkpoint of a step if its verification is the best, on the first rank."""
+        if self._world.rank == 0 and path is not None:
+            try:
+                if note := self._best.keep_checkpoint(path, step):
+                    self.tell(Noted(note))
+            except OSError as error:
+                self._fail(disk_error(self._folder.root, error, self._way_back()))
+
+    def _write_model(self) -> None:
+        """Write the finished net into a file, on the first rank."""
+        with self._world.together():
+            if self._world.rank == 0:
+                try:
+                    write_net(self._learner.backbone, self._folder.model)
+                except OSError as error:
+                    raise disk_error(self._folder.model, error, self._way_back()) from None
+
+    def _check_folder(self) -> None:
+        """Note a failure if the run's folder is no longer the one that this process has locked."""
+        if self._lock is not None and not self._lock.is_in_place():
+            root = self._folder.root
+            self._fail(
+                TrainingError(
+                    f"{root} was removed or replaced while the run trained in it. Put the folder back and "
+                    f"resume with: {resume_command(root)}; or start again with another --output"
+                )
+            )
+
+    def _way_back(self) -> str:
+        return f"make room there and resume with: {resume_command(self._folder.root)}"

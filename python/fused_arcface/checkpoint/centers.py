@@ -1,0 +1,153 @@
+"""Class centers as tensors that pass in pieces. Sets of them are joined, grown, or left with one center a class."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..base.keyed_random import CENTER_STD, fill_normal
+from ..base.reading import DataError
+
+_NEW_ROWS = 1 << 16  # drawn at once
+
+
+class ConvertError(DataError):
+    """A source that is not what its place or name says, or sources that do not go together."""
+
+
+class ConvertOptionError(ConvertError):
+    """An option that is out of its range, or that the sources do not allow."""
+
+
+@dataclass
+class Rows:
+    """A tensor with as many rows for each class as it has centers."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    """(C_total·sub_centers, ...)"""
+    pieces: Callable[[], Iterator[Tensor]]
+    """Its rows in order."""
+
+
+@dataclass
+class Centers:
+    """Class centers and, from a checkpoint, what else belongs to them."""
+
+    tensors: dict[str, Rows]
+    """``weight`` (C_total·sub_centers, D), the centers of a class one after another, and, of a fused optimizer,
+    ``momentum_buffer`` and ``momentum_scale``."""
+    values: dict[str, Any] = field(default_factory=dict)
+    """``step``, ``seed``, ``sub_centers`` and the fused optimizer's ``optimizer`` options, where the source has
+    them."""
+    notes: list[str] = field(default_factory=list)
+    """Parts of the source that the result lacks, in words."""
+
+    @property
+    def sub_centers(self) -> int:
+        return self.values.get("sub_centers", 1)
+
+    @property
+    def num_classes(self) -> int:
+        return self.tensors["weight"].shape[0] // self.sub_centers
+
+
+def merge(sources: Sequence[Centers]) -> Centers:
+    """Join all classes of all sources: ids in the order of the sources, and only the tensors that all have.
+
+    Raises:
+        ConvertError: if the sources have different embedding dimensions.
+    """
+    if len(sources) == 1:
+        return sources[0]
+    for source in sources[1:]:
+        own, first = source.tensors["weight"].shape[1], sources[0].tensors["weight"].shape[1]
+        if own != first:
+            raise ConvertError(f"sources must have the same embedding dimension; got {first} and {own}")
+        if source.sub_centers != sources[0].sub_centers:
+            both = f"{sources[0].sub_centers} and {source.sub_centers}"
+            raise ConvertError(f"sources must have the same sub_centers; got {both}")
+    tensors = {}
+    for name in set.intersection(*(set(source.tensors) for source in sources)):
+        parts = [source.tensors[name] for source in sources]
+        if all(part.dtype == parts[0].dtype for part in parts) or name == "weight":
+            shape = (sum(part.shape[0] for part in parts), *parts[0].shape[1:])
+            tensors[name] = Rows(parts[0].dtype, shape, _chain(parts))
+    notes = [note for source in sources for note in source.notes]
+    if any(name not in tensors for source in sources for name in source.tensors):
+        notes.append("the momentum of the class centers is left out: not all sources have it in the same dtype")
+    return Centers(tensors, dict(sources[0].values), notes)
+
+
+def _chain(parts: Sequence[Rows]) -> Callable[[], Iterator[Tensor]]:
+    return lambda: (piece for part in parts for piece in part.pieces())
+
+
+def grow(source: Centers, num_classes: int, seed: int) -> Centers:
+    """Add new classes after those of ``source``, up to ``num_classes``.
+
+    New centers are those of a new head, keyed by seed and class id, without momentum. The kept rows are unchanged.
+
+    Raises:
+        ConvertError: if ``num_classes`` is less than the source has.
+    """
+    kept = source.num_classes
+    if num_classes < kept:
+        raise ConvertOptionError(f"classes must be >= {kept}, those of the source; got {num_classes}")
+
+    first, last = kept * source.sub_centers, num_classes * source.sub_centers
+
+    def new_rows(name: str, rows: Rows) -> Callable[[], Iterator[Tensor]]:
+        def pieces() -> Iterator[Tensor]:
+            for start in range(first, last, _NEW_ROWS):
+                piece = torch.zeros(min(_NEW_ROWS, last - start), *rows.shape[1:], dtype=rows.dtype)
+                if name == "weight":
+                    fill_normal(piece, seed, start, CENTER_STD)
+                yield piece
+
+        return pieces
+
+    tensors = {}
+    for name, rows in source.tensors.items():
+        added = Rows(rows.dtype, (last - first, *rows.shape[1:]), new_rows(name, rows))
+        tensors[name] = Rows(rows.dtype, (last, *rows.shape[1:]), _chain([rows, added]))
+    return Centers(tensors, dict(source.values), source.notes)
+
+
+def keep_dominant(source: Centers, dominant: Tensor) -> Centers:
+    """Keep one center of each class, with its momentum.
+
+    Args:
+        source: centers with several of each class.
+        dominant: (C,) integers: the center to keep, as :func:`fused_arcface.sub_centers.dominant` returns it.
+
+    Raises:
+        ConvertError: if ``dominant`` does not have one center's number for each class.
+    """
+    count = source.sub_centers
+    if dominant.dim() != 1 or len(dominant) != source.num_classes or dominant.is_floating_point():
+        got = f"{tuple(dominant.shape)} {dominant.dtype}"
+        raise ConvertError(f"dominant must be integers (C={source.num_classes},); got {got}")
+    low, high = (int(each) for each in torch.aminmax(dominant))
+    if low < 0 or high >= count:
+        raise ConvertError(f"dominant must be in [0, sub_centers={count}); got {low if low < 0 else high}")
+    kept = torch.arange(len(dominant)) * count + dominant.long()  # ascending rows of weight
+
+    def chosen(rows: Rows) -> Callable[[], Iterator[Tensor]]:
+        def pieces() -> Iterator[Tensor]:
+            start = 0
+            for piece in rows.pieces():
+                first, last = torch.searchsorted(kept, torch.tensor([start, start + len(piece)])).tolist()
+                yield piece[kept[first:last] - start]
+                start += len(piece)
+
+        return pieces
+
+    tensors = {
+        name: Rows(rows.dtype, (len(dominant), *rows.shape[1:]), chosen(rows)) for name, rows in source.tensors.items()
+    }
+    return Centers(tensors, {**source.values, "sub_centers": 1}, source.notes)
