@@ -80,7 +80,7 @@ MUTANTS = (
     Mutant("no barrier before the tile is staged, as a race", "gemm.h", OPERANDS_BARRIER, "", races=True),
     Mutant(
         "no barrier after the tile is staged", "gemm.h",
-        "      }\n  __syncthreads();\n  const int warp", "}const int warp"
+        "      }\n  __syncthreads();\n}", "      }\n}"
     ),
     Mutant("a wait for one copy less", "gemm.h", "copy_wait<kStages - 2>", "copy_wait<kStages - 1>"),
     Mutant("no wait", "gemm.h", "copy_wait<kStages - 2>();", ""),
@@ -98,13 +98,18 @@ MUTANTS = (
     Mutant("no coefficient of the target", "scores.h", "is_target ? of_target : ", "false && is_target ? of_target : "),
     Mutant("no mask of the last classes", "scores.h", "first_class + column < present", "present >= 0"),
     Mutant("padding is a class", "scores.h", "chunk.classes.present_count()", "chunk.classes.count", full=False),
-    Mutant("padding is packed", "rows.h", "if (i >= present_count()) return -1;", "if (i >= count) return -1;"),
+    Mutant("padding is packed", "rows.h", "position >= present_count()) return -1;", "position >= count) return -1;"),
     Mutant("a padded index is read", "rows.h", "return row < rows ? row : -1;", "return row;"),
     Mutant("chunks overwrite each other", "scores.h", "stats.accumulate ? stats.sums[at] + sum : sum", "sum"),
     Mutant("halves of a tile share a slot", "scores.h", "static_cast<int64_t>(blockIdx.x) + place.column / kWarpTile;",
            "static_cast<int64_t>(blockIdx.x);"),
     Mutant("half a quad's sum", "scores.h", "for (int mask = 1; mask <= 2; mask *= 2) {",
            "for (int mask = 1; mask < 2; mask *= 2) {"),
+    Mutant("the general stats take the target", "negatives.h", "if (j >= present || rule.is_own(j, target)) continue;",
+           "if (j >= present) continue;"),
+    Mutant("the general gradient has no target", "negatives.h", "derivative = terms.target_coefficient[i];", ";"),
+    Mutant("general slots are shared", "negatives.h", "static_cast<int64_t>(blockIdx.x) * chunk.panel.rows +",
+           "static_cast<int64_t>(0) * chunk.panel.rows +"),
     Mutant("no mask of the last rows", "products.h", "if (in_weight < 0) return;  // the whole warp", ""),
     Mutant("a gradient that is not projected", "products.h", "center[i] * factor", "center[i] * 0 * factor"),
     Mutant("a split of the classes twice", "products.h", "min(begin + share, all)", "min(begin + share + 1, all)"),

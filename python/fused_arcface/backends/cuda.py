@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..base.precision import allows_tf32
-from ..engine.terms import CenterStep, RowGradients
+from ..engine.terms import PLAIN, CenterStep, Negatives, RowGradients
 from . import hopper, native, nvidia
 
 # O(N·D): plain PyTorch's launches do.
@@ -84,20 +84,27 @@ def _precision(embeddings: Tensor, weight: Tensor) -> str:
     return "tf32" if allows_tf32() else "float32"
 
 
-_Options = tuple[int, int, int, int, bool]
+_Options = tuple[int, int, int, int, bool, tuple[int, int, int]]
 _Run = Callable[[str, _Options, int, tuple[int, int]], int]
 
 
-def _run_pass(run: _Run, embeddings: Tensor, weight: Tensor, with_second_product: bool = True) -> None:
+def _run_pass(
+    run: _Run, embeddings: Tensor, weight: Tensor, negatives: Negatives, with_second_product: bool = True
+) -> None:
     """Run a pass over the classes in a workspace of torch's: the first call asks how many bytes it needs."""
     stream, multiprocessors = _device(torch.empty(0, device=weight.device))
-    config = _hopper_config(embeddings, weight) if with_second_product else None
+    # Bound to names: a temporary's memory would be another's before the kernel reads it.
+    threshold, coefficients = negatives.threshold, negatives.coefficients
+    threshold = None if threshold is None else threshold.float().contiguous()
+    coefficients = None if coefficients is None else coefficients.contiguous()
+    rule = (negatives.sub_centers, native.address(threshold), native.address(coefficients))
+    config = _hopper_config(embeddings, weight) if with_second_product and negatives.plain else None
     if config is None:
         precision = _precision(embeddings, weight)
-        options = (CHUNKS.exponential_bytes, CHUNKS.center_bytes, multiprocessors, 1, True)
+        options = (CHUNKS.exponential_bytes, CHUNKS.center_bytes, multiprocessors, 1, True, rule)
     else:
         precision = "hopper"
-        options = (0, config.center_bytes, multiprocessors, config.cluster, config.ordered)
+        options = (0, config.center_bytes, multiprocessors, config.cluster, config.ordered, rule)
     workspace = torch.empty(run(precision, options, 0, stream), dtype=torch.uint8, device=weight.device)
     run(precision, options, workspace.data_ptr(), stream)
 
@@ -112,6 +119,7 @@ def _class_stats(
     total: Tensor | None,
     center_sum: Tensor | None,
     class_count: Tensor | None,
+    negatives: Negatives,
 ) -> None:
     # Bound to names: a temporary's memory would be another's before the kernel reads it.
     target = target.contiguous()
@@ -134,18 +142,24 @@ def _class_stats(
             stream,
         )
 
-    _run_pass(run, embeddings, weight, center_sum is not None)
+    _run_pass(run, embeddings, weight, negatives, center_sum is not None)
 
 
 def _empty_rows(embeddings: Tensor) -> Tensor:
     return torch.empty(embeddings.shape[0], dtype=torch.float32, device=embeddings.device)
 
 
-def class_max(embeddings: Tensor, weight: Tensor, target: Tensor, class_count: Tensor | None = None) -> Tensor:
+def class_max(
+    embeddings: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    class_count: Tensor | None = None,
+    negatives: Negatives = PLAIN,
+) -> Tensor:
     """Implement :func:`fused_arcface.backends.torch.class_max`."""
     maximum = _empty_rows(embeddings)
     if embeddings.shape[0] > 0:
-        _class_stats(embeddings, weight, target, 1.0, None, maximum, None, None, class_count)
+        _class_stats(embeddings, weight, target, 1.0, None, maximum, None, None, class_count, negatives)
     return maximum
 
 
@@ -157,6 +171,7 @@ def class_stats(
     shift: Tensor | None,
     with_center_sum: bool,
     class_count: Tensor | None = None,
+    negatives: Negatives = PLAIN,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Implement :func:`fused_arcface.backends.torch.class_stats`."""
     total, maximum = _empty_rows(embeddings), _empty_rows(embeddings)
@@ -164,7 +179,7 @@ def class_stats(
     center_sum = torch.empty(shape, dtype=torch.float32, device=embeddings.device)
     if embeddings.shape[0] > 0:
         wanted_sum = center_sum if with_center_sum else None
-        _class_stats(embeddings, weight, target, scale, shift, maximum, total, wanted_sum, class_count)
+        _class_stats(embeddings, weight, target, scale, shift, maximum, total, wanted_sum, class_count, negatives)
     return total, maximum, center_sum
 
 
@@ -173,6 +188,7 @@ def weight_grad(
     weight: Tensor,
     target: Tensor,
     gradients: RowGradients,
+    negatives: Negatives = PLAIN,
 ) -> Tensor:
     """Implement :func:`fused_arcface.backends.torch.weight_grad`."""
     if embeddings.shape[0] == 0:
@@ -193,7 +209,7 @@ def weight_grad(
             stream,
         )
 
-    _run_pass(run, embeddings, weight)
+    _run_pass(run, embeddings, weight, negatives)
     return d_weight
 
 
@@ -203,6 +219,7 @@ def update_centers(
     target: Tensor,
     gradients: RowGradients,
     step: CenterStep,
+    negatives: Negatives = PLAIN,
 ) -> None:
     """Implement :func:`fused_arcface.backends.torch.update_centers`."""
     target, gradients = target.contiguous(), gradients.contiguous()
@@ -222,7 +239,7 @@ def update_centers(
             stream,
         )
 
-    _run_pass(run, embeddings, weight)
+    _run_pass(run, embeddings, weight, negatives)
 
 
 def target_cosine(embeddings: Tensor, weight: Tensor, target: Tensor) -> Tensor:
