@@ -30,7 +30,7 @@ struct Negatives {
 
 // What Python chooses for a pass over the classes.
 struct PassOptions {
-  int64_t exponential_bytes;  // of one chunk's exponentials, (N, classes)
+  int64_t exponential_bytes;  // of one chunk's exponentials or of their gradient, (N, classes)
   int64_t center_bytes;       // of one chunk's packed centers; of Hopper's passes also of their fp32 gradient
   int multiprocessors;
   int cluster = 1;           // of Hopper's passes: blocks that fetch for each other, 1 or 2

@@ -8,6 +8,7 @@
 
 #include "negatives.h"
 #include "products.h"
+#include "waves.h"
 
 namespace fa::cuda {
 
@@ -43,7 +44,10 @@ struct Pass {
   Panel x, w;
   RowTerms terms;
 
-  Pass(const Matrix& embeddings, const Matrix& weight, const RowSelection& classes, bool stored,
+  // What a pass does with a chunk's exponentials.
+  enum class Kind { kSummed, kStored, kGradient };
+
+  Pass(const Matrix& embeddings, const Matrix& weight, const RowSelection& classes, Kind kind,
        const PassOptions& options, void* workspace, const Stream& stream)
       : embeddings(embeddings),
         weight(weight),
@@ -55,10 +59,16 @@ struct Pass {
     const int64_t width = round_up(embeddings.columns, kTile);
     // One tile where there are no rows: a step of the centers has momentum and weight decay even so.
     x = take_panel(round_up(std::max<int64_t>(embeddings.rows, 1), kTile), width);
-    // As many classes as the budgets allow, at least one tile of them, at most all.
+    // As many classes as the budgets allow and waves are full, at least one tile of them, at most all.
     int64_t chunk = options.center_bytes / (width * static_cast<int64_t>(sizeof(First)));
-    if (stored) chunk = std::min(chunk, options.exponential_bytes / (x.rows * static_cast<int64_t>(sizeof(Second))));
-    w = take_panel(std::min(tiles_of(classes.count), std::max<int64_t>(chunk / kTile, 1)) * kTile, width);
+    if (kind != Kind::kSummed)
+      chunk = std::min(chunk, options.exponential_bytes / (x.rows * static_cast<int64_t>(sizeof(Second))));
+    // Of the forward pass the first product has the most blocks a tile of classes, and the second is split; of the
+    // backward pass the second has the fewest.
+    const int64_t blocks = kind == Kind::kGradient ? width / kTile : x.rows / kTile;
+    const int64_t tiles =
+        fullest_tiles(blocks, tiles_of(classes.count), std::max<int64_t>(chunk / kTile, 1), options.multiprocessors);
+    w = take_panel(tiles * kTile, width);
     terms = {arena.take<float>(x.rows), arena.take<float>(x.rows),   arena.take<float>(x.rows),
              arena.take<float>(x.rows), arena.take<int64_t>(x.rows), !negatives.plain()};
   }
@@ -117,16 +127,18 @@ int64_t Passes<precision>::class_stats(const ClassStatsArgs& args, const int64_t
   using Second = typename Operands<precision>::Second;
   const bool stored = args.center_sum != nullptr;
   const int64_t N = args.embeddings.rows, D = args.embeddings.columns, C = args.weight.rows;
-  Pass<precision> pass(args.embeddings, args.weight, {0, C, nullptr, class_count, C}, stored, options, workspace,
-                       stream);
+  using Kind = typename Pass<precision>::Kind;
+  Pass<precision> pass(args.embeddings, args.weight, {0, C, nullptr, class_count, C},
+                       stored ? Kind::kStored : Kind::kSummed, options, workspace, stream);
   const Panel& x = pass.x;
   const int64_t slots = pass.slots() * pass.w.rows / kTile;
   float* const sums = pass.arena.template take<float>(slots * x.rows);
   float* const maxima = pass.arena.template take<float>(slots * x.rows);
   Second* const exponentials = stored ? pass.arena.template take<Second>(x.rows * pass.w.rows) : nullptr;
-  // Two blocks a multiprocessor, in as many splits of the classes as that takes; each at least a tile of classes deep.
-  const int64_t tiles = x.rows / kTile * (x.width / kTile);
-  const int64_t splits = std::clamp<int64_t>(2 * options.multiprocessors / tiles, 1, pass.w.rows / kTile);
+  // Splits of the classes: each at least a tile of them deep, and their partial sums within 64 MiB.
+  const int64_t within = (int64_t{64} << 20) / (x.rows * x.width * static_cast<int64_t>(sizeof(float)));
+  const int64_t most = std::clamp<int64_t>(within, 1, pass.w.rows / kTile);
+  const int64_t splits = fullest_splits(x.rows / kTile * (x.width / kTile), most, options.multiprocessors);
   float* const partial = stored ? pass.arena.template take<float>(splits * x.rows * x.width) : nullptr;
   if (pass.arena.counting()) return pass.arena.used();
 
@@ -163,7 +175,8 @@ int64_t Passes<precision>::weight_grad(const WeightGradArgs& args, const CenterS
   const int64_t N = args.embeddings.rows, D = args.embeddings.columns;
   RowSelection classes{0, args.weight.rows, nullptr, nullptr, args.weight.rows};
   if (step != nullptr) classes.index = step->rows, classes.count = step->classes;
-  Pass<precision> pass(args.embeddings, args.weight, classes, true, options, workspace, stream);
+  Pass<precision> pass(args.embeddings, args.weight, classes, Pass<precision>::Kind::kGradient, options, workspace,
+                       stream);
   const Panel& x = pass.x;
   const int64_t slots = pass.slots() * x.rows / kTile;
   float* const along = pass.arena.template take<float>(slots * pass.w.rows);

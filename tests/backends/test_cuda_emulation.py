@@ -44,6 +44,28 @@ def test_kernels_agree_with_plain_loops() -> None:
     assert result.returncode == 0, result.stdout + result.stderr
 
 
+@pytest.mark.parametrize(
+    ("choice", "expected"),
+    [
+        # 128 tiles are N = 4096 and D = 512. Five times as many fill 640 of 648 places, one to four times at most 89 %.
+        ("splits 128 8 108", 5),
+        ("splits 128 8 132", 2),  # 256 of 264; no count up to 8 does better
+        ("splits 4 72 132", 65),  # 260 of 264
+        ("splits 300 1 132", 1),
+        # Four blocks a tile of classes are D = 512.
+        ("tiles 4 7813 72 108", 54),  # 216 of 216
+        ("tiles 4 7813 72 132", 66),  # 264 of 264
+        ("tiles 4 40 72 132", 40),  # all there are
+        ("tiles 32 7813 24 108", 20),  # 640 of 648, where 24 fill 768 of 864
+        ("tiles 4 7813 1 132", 1),
+    ],
+)
+def test_blocks_fill_their_waves(choice: str, expected: int) -> None:
+    """Two blocks on each of 108 or 132 multiprocessors, worked out by hand."""
+    result = _run(cuda_emulated.waves(), *choice.split())
+    assert result.returncode == 0 and int(result.stdout) == expected
+
+
 @needs_thread_sanitizer
 @pytest.mark.full
 def test_no_data_race() -> None:
