@@ -2,8 +2,10 @@
 
     python bench/gpu_benchmark.py FOLDER [SECONDS]
 
-writes rows.csv and rows.json (the benchmark's columns and the versions that compiled the kernels) and run.json into
-FOLDER, after each case: what was measured stays when time runs out. Needs nothing but torch, Triton and this package.
+writes rows.csv, rows.json and run.json into FOLDER, after each case: what was measured stays when time runs out.
+The rows have the benchmark's columns, ``graph_ms`` and the versions that compiled the kernels. ``graph_ms`` is the
+median time of the same pass replayed from a CUDA graph, for our backends: the GPU's share of ``ms``. It is empty where
+the pass was not captured, and the skips in run.json give the reason. Needs nothing but torch, Triton and this package.
 """
 
 from __future__ import annotations
@@ -18,10 +20,12 @@ import torch
 
 from fused_arcface import backends
 from fused_arcface.app.benchmark.cases import Case
+from fused_arcface.app.benchmark.graph_replay import time_replays
 from fused_arcface.app.benchmark.names import is_ours
 from fused_arcface.app.benchmark.providers import Provider, select
 from fused_arcface.app.benchmark.report import FIELDS, Report, write_csv, write_json
 from fused_arcface.app.benchmark.runner import run_benchmark
+from fused_arcface.app.measure.timing import Timing
 from fused_arcface.backends.hopper import CONFIGS
 from fused_arcface.backends.triton.configs import pick
 
@@ -73,12 +77,19 @@ def _hopper(variants: bool) -> list[Provider]:
     ]
 
 
-def _write(report: Report, folder: Path) -> None:
+Replays = dict[tuple[Case, str, str, str], Timing]
+"""Times of the replays by case, provider, backend and pass."""
+
+
+def write(report: Report, replays: Replays, folder: Path) -> None:
+    """Write the report and the times of the replays beside it."""
     report.write(folder)
-    driver = torch.version.cuda or "none"
-    more = {"triton": importlib.metadata.version("triton"), "cuda": driver}
-    rows = [{**row, **more} for row in report.rows()]
-    write_csv(folder / "rows.csv", rows, [*FIELDS, *more])
+    versions = {"triton": importlib.metadata.version("triton"), "cuda": torch.version.cuda or "none"}
+    rows = []
+    for each, row in zip(report.measurements, report.rows(), strict=True):
+        replay = replays.get((each.case, each.provider, each.backend, each.pass_name))
+        rows.append({**row, "graph_ms": None if replay is None else round(replay.median, 4), **versions})
+    write_csv(folder / "rows.csv", rows, [*FIELDS, "graph_ms", *versions])
     write_json(folder / "rows.json", rows)
 
 
@@ -94,18 +105,25 @@ def main() -> None:
     print(f"Hopper's kernels: {backends.describe('cuda') or 'the backend cuda cannot run'}")
     end = time.monotonic() + budget
     whole: Report | None = None
+    replays: Replays = {}
     for number, case in enumerate(CASES):
         if time.monotonic() > end:
             print(f"{case}: not measured, the time of {budget:.0f} s is over")
             continue
         providers = [*ours, *_hopper(number < HOPPER_CASES), *_algorithms(), *peers]
         whole = run_benchmark([case], providers, device, seconds=1.0, earlier=whole)
-        _write(whole, folder)
+        write(whole, replays, folder)
+        fused = [each for each in providers if each.is_fused]
+        found_replays = time_replays(case, fused, device, 0.1, whole)
+        replays |= {(case, *key): timing for key, timing in found_replays.items()}
+        write(whole, replays, folder)
         print(f"\n{case}: picked {pick(case.D, arch, case.torch_dtype)}")
         found = [each for each in whole.measurements if each.case == case]
         for each in sorted(found, key=lambda each: (each.pass_name, each.ms)):
             extra = "" if each.peak_bytes is None else f"  {each.peak_bytes / 1e6:9,.0f} MB beyond"
             name = each.label
+            replay = replays.get((case, each.provider, each.backend, each.pass_name))
+            extra = (f"  replayed {replay.median:10.3f} ms" if replay is not None else "") + extra
             print(f"  {each.pass_name:8}{name:32}{each.ms:10.3f} ms {each.ps_per_logit:8.2f} ps a logit{extra}")
         for skip in whole.skips:
             if skip.case in (case, None):

@@ -199,11 +199,10 @@ __device__ __forceinline__ void multiply_tile(Accumulators& acc, const char* a, 
   }
 }
 
-// Hands the tile out row by row: fn(row, column, values) with four neighbors a lane, a warp a row at a time, so that
-// what fn reads and writes of memory is coalesced. Every thread of the block comes here.
-template <typename Fn>
-__device__ __forceinline__ void for_each_row(const Accumulators& acc, char* shared, const Fn& fn) {
-  constexpr int kRowBytes = kTile * static_cast<int>(sizeof(float));
+constexpr int kStagedRowBytes = kTile * static_cast<int>(sizeof(float));
+
+// Lays the tile out in shared memory, row by row. Every thread of the block comes here.
+__device__ __forceinline__ void stage_tile(const Accumulators& acc, char* shared) {
   const Place place;
   __syncthreads();  // all warps are done with the operands that lie there
 #pragma unroll
@@ -216,15 +215,33 @@ __device__ __forceinline__ void for_each_row(const Accumulators& acc, char* shar
         struct alignas(8) Two {
           float at[2];
         };
-        *reinterpret_cast<Two*>(shared + swizzled<kRowBytes>(row, column / 4) +
+        *reinterpret_cast<Two*>(shared + swizzled<kStagedRowBytes>(row, column / 4) +
                                 column % 4 * 4) = {{acc[m][n][2 * half], acc[m][n][2 * half + 1]}};
       }
   __syncthreads();
+}
+
+// A number of the tile that stage_tile laid out.
+__device__ __forceinline__ float staged(const char* shared, int row, int column) {
+  return *reinterpret_cast<const float*>(shared + swizzled<kStagedRowBytes>(row, column / 4) + column % 4 * 4);
+}
+
+// Hands that tile out row by row: fn(row, column, values) with four neighbors a lane, a warp a row at a time, so that
+// what fn reads and writes of memory is coalesced.
+template <typename Fn>
+__device__ __forceinline__ void for_each_staged_row(const char* shared, const Fn& fn) {
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   for (int row = warp; row < kTile; row += kWarps) {
-    const Four<float> four = *reinterpret_cast<const Four<float>*>(shared + swizzled<kRowBytes>(row, lane));
+    const Four<float> four = *reinterpret_cast<const Four<float>*>(shared + swizzled<kStagedRowBytes>(row, lane));
     fn(row, 4 * lane, four.at);
   }
+}
+
+// Both at once. Every thread of the block comes here.
+template <typename Fn>
+__device__ __forceinline__ void for_each_row(const Accumulators& acc, char* shared, const Fn& fn) {
+  stage_tile(acc, shared);
+  for_each_staged_row(shared, fn);
 }
 
 }  // namespace fa::cuda

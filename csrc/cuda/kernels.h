@@ -16,13 +16,26 @@ struct Stream {
   void* handle;
 };
 
+// How the negatives enter the sums, where it is not by the cosines of weight's rows as they are. Class c has the rows
+// [c * sub_centers, (c + 1) * sub_centers), and its cosine is the greatest of theirs: that row alone enters the sums
+// and has a gradient. With f(c) = c up to the row's threshold and a * c^2 + b * c + d + e * sqrt(1 - c^2) above it, an
+// exponential is exp(scale * f(cos_ij) - shift_i), and center_sum and G_ij have the factor f'(cos_ij).
+struct Negatives {
+  int sub_centers = 1;
+  const float* threshold = nullptr;      // (N,) or null: no cosine is changed
+  const double* coefficients = nullptr;  // (4,) a, b, d, e: known to the device alone
+
+  bool plain() const { return sub_centers == 1 && threshold == nullptr; }
+};
+
 // What Python chooses for a pass over the classes.
 struct PassOptions {
-  int64_t exponential_bytes;  // of one chunk's exponentials, (N, classes)
+  int64_t exponential_bytes;  // of one chunk's exponentials or of their gradient, (N, classes)
   int64_t center_bytes;       // of one chunk's packed centers; of Hopper's passes also of their fp32 gradient
   int multiprocessors;
-  int cluster = 1;      // of Hopper's passes: blocks that fetch for each other, 1 or 2
-  bool ordered = true;  // and whether a tile's second product waits for the next one's first
+  int cluster = 1;           // of Hopper's passes: blocks that fetch for each other, 1 or 2
+  bool ordered = true;       // and whether a tile's second product waits for the next one's first
+  Negatives negatives = {};  // Hopper's passes take plain ones alone
 };
 
 // The passes in one precision. `workspace` has the bytes that a call without one returns, aligned to 256.

@@ -6,7 +6,9 @@
 #include <algorithm>
 #include <type_traits>
 
+#include "negatives.h"
 #include "products.h"
+#include "waves.h"
 
 namespace fa::cuda {
 
@@ -36,24 +38,45 @@ struct Pass {
   const Matrix& embeddings;
   const Matrix& weight;
   RowSelection classes;  // rows of weight that take part
+  const Negatives& negatives;
   const Stream& stream;
   Arena arena;
   Panel x, w;
   RowTerms terms;
 
-  Pass(const Matrix& embeddings, const Matrix& weight, const RowSelection& classes, bool stored,
+  // What a pass does with a chunk's exponentials.
+  enum class Kind { kSummed, kStored, kGradient };
+
+  Pass(const Matrix& embeddings, const Matrix& weight, const RowSelection& classes, Kind kind,
        const PassOptions& options, void* workspace, const Stream& stream)
-      : embeddings(embeddings), weight(weight), classes(classes), stream(stream), arena(workspace) {
+      : embeddings(embeddings),
+        weight(weight),
+        classes(classes),
+        negatives(options.negatives),
+        stream(stream),
+        arena(workspace) {
+    this->classes.per_tile = kTile / negatives.sub_centers * negatives.sub_centers;
     const int64_t width = round_up(embeddings.columns, kTile);
     // One tile where there are no rows: a step of the centers has momentum and weight decay even so.
     x = take_panel(round_up(std::max<int64_t>(embeddings.rows, 1), kTile), width);
-    // As many classes as the budgets allow, at least one tile of them, at most all.
+    // As many classes as the budgets allow and waves are full, at least one tile of them, at most all.
     int64_t chunk = options.center_bytes / (width * static_cast<int64_t>(sizeof(First)));
-    if (stored) chunk = std::min(chunk, options.exponential_bytes / (x.rows * static_cast<int64_t>(sizeof(Second))));
-    w = take_panel(std::min(round_up(classes.count, kTile), std::max<int64_t>(chunk / kTile, 1) * kTile), width);
-    terms = {arena.take<float>(x.rows), arena.take<float>(x.rows), arena.take<float>(x.rows), arena.take<float>(x.rows),
-             arena.take<int64_t>(x.rows)};
+    if (kind != Kind::kSummed)
+      chunk = std::min(chunk, options.exponential_bytes / (x.rows * static_cast<int64_t>(sizeof(Second))));
+    // Of the forward pass the first product has the most blocks a tile of classes, and the second is split; of the
+    // backward pass the second has the fewest.
+    const int64_t blocks = kind == Kind::kGradient ? width / kTile : x.rows / kTile;
+    const int64_t tiles =
+        fullest_tiles(blocks, tiles_of(classes.count), std::max<int64_t>(chunk / kTile, 1), options.multiprocessors);
+    w = take_panel(tiles * kTile, width);
+    terms = {arena.take<float>(x.rows), arena.take<float>(x.rows),   arena.take<float>(x.rows),
+             arena.take<float>(x.rows), arena.take<int64_t>(x.rows), !negatives.plain()};
   }
+
+  // Tiles of a panel for so many rows of weight.
+  int64_t tiles_of(int64_t count) const { return ceil_div(count, classes.per_tile); }
+  // Partial results of a tile's columns: one for each half of it, or one.
+  int64_t slots() const { return negatives.plain() ? 2 : 1; }
 
   Panel take_panel(int64_t rows, int64_t width) {
     char* const values = reinterpret_cast<char*>(arena.take<First>(rows * width));
@@ -88,11 +111,12 @@ struct Pass {
   template <typename Fn>
   void for_each_chunk(const Fn& fn) const {
     Chunk chunk{w, classes};
-    for (int64_t first = 0; first < classes.count; first += w.rows) {
+    const int64_t step = w.rows / kTile * classes.per_tile;
+    for (int64_t first = 0; first < classes.count; first += step) {
       chunk.classes.first = first;
-      chunk.classes.count = std::min(w.rows, classes.count - first);
+      chunk.classes.count = std::min(step, classes.count - first);
       pack(weight, chunk.classes, w);
-      fn(chunk, Grid{x.rows / kTile, ceil_div(chunk.classes.count, kTile)});
+      fn(chunk, Grid{x.rows / kTile, tiles_of(chunk.classes.count)});
     }
   }
 };
@@ -103,16 +127,18 @@ int64_t Passes<precision>::class_stats(const ClassStatsArgs& args, const int64_t
   using Second = typename Operands<precision>::Second;
   const bool stored = args.center_sum != nullptr;
   const int64_t N = args.embeddings.rows, D = args.embeddings.columns, C = args.weight.rows;
-  Pass<precision> pass(args.embeddings, args.weight, {0, C, nullptr, class_count, C}, stored, options, workspace,
-                       stream);
+  using Kind = typename Pass<precision>::Kind;
+  Pass<precision> pass(args.embeddings, args.weight, {0, C, nullptr, class_count, C},
+                       stored ? Kind::kStored : Kind::kSummed, options, workspace, stream);
   const Panel& x = pass.x;
-  const int64_t slots = 2 * pass.w.rows / kTile;
+  const int64_t slots = pass.slots() * pass.w.rows / kTile;
   float* const sums = pass.arena.template take<float>(slots * x.rows);
   float* const maxima = pass.arena.template take<float>(slots * x.rows);
   Second* const exponentials = stored ? pass.arena.template take<Second>(x.rows * pass.w.rows) : nullptr;
-  // Two blocks a multiprocessor, in as many splits of the classes as that takes; each at least a tile of classes deep.
-  const int64_t tiles = x.rows / kTile * (x.width / kTile);
-  const int64_t splits = std::clamp<int64_t>(2 * options.multiprocessors / tiles, 1, pass.w.rows / kTile);
+  // Splits of the classes: each at least a tile of them deep, and their partial sums within 64 MiB.
+  const int64_t within = (int64_t{64} << 20) / (x.rows * x.width * static_cast<int64_t>(sizeof(float)));
+  const int64_t most = std::clamp<int64_t>(within, 1, pass.w.rows / kTile);
+  const int64_t splits = fullest_splits(x.rows / kTile * (x.width / kTile), most, options.multiprocessors);
   float* const partial = stored ? pass.arena.template take<float>(splits * x.rows * x.width) : nullptr;
   if (pass.arena.counting()) return pass.arena.used();
 
@@ -120,15 +146,20 @@ int64_t Passes<precision>::class_stats(const ClassStatsArgs& args, const int64_t
   pass.start(args.scale, args.shift, args.target, nullptr, nullptr);
   pass.for_each_chunk([&](const Chunk& chunk, const Grid& grid) {
     const bool accumulate = chunk.classes.first > 0;
-    launch("class_stats", class_stats_kernel<precision>, grid, kThreads, kSharedBytes, stream, x, chunk,
-           static_cast<int>(D), pass.terms, RowStats{sums, maxima, accumulate}, exponentials);
+    const RowStats stats{sums, maxima, accumulate};
+    if (pass.negatives.plain())
+      launch("class_stats", class_stats_kernel<precision>, grid, kThreads, kSharedBytes, stream, x, chunk,
+             static_cast<int>(D), pass.terms, stats, exponentials);
+    else
+      launch("general_stats", general_stats_kernel<precision>, grid, kThreads, kSharedBytes, stream, x, chunk,
+             static_cast<int>(D), pass.terms, pass.negatives, N, stats, args.negative_sum == nullptr, exponentials);
     if (stored)
       launch("center_sum", center_sum_kernel<precision>, {x.width / kTile, x.rows / kTile, splits}, kThreads,
              kSharedBytes, stream, exponentials, chunk, x.rows, accumulate, partial);
   });
-  const int used_slots = static_cast<int>(2 * ceil_div(std::min(C, pass.w.rows), kTile));
+  const float* const inverse = pass.negatives.plain() ? x.inverse : nullptr;
   launch("finish_row_stats", finish_row_stats_kernel, {ceil_div(N, kWarp)}, kRowThreads, kFinishSharedBytes, stream,
-         sums, maxima, used_slots, x.rows, N, pass.terms, x.inverse, static_cast<float*>(args.negative_sum),
+         sums, maxima, static_cast<int>(slots), x.rows, N, pass.terms, inverse, static_cast<float*>(args.negative_sum),
          static_cast<float*>(args.negative_max));
   if (stored)
     launch("finish_center_sum", finish_center_sum_kernel, {ceil_div(N, kRowThreads / kWarp)}, kRowThreads, 0, stream,
@@ -144,9 +175,10 @@ int64_t Passes<precision>::weight_grad(const WeightGradArgs& args, const CenterS
   const int64_t N = args.embeddings.rows, D = args.embeddings.columns;
   RowSelection classes{0, args.weight.rows, nullptr, nullptr, args.weight.rows};
   if (step != nullptr) classes.index = step->rows, classes.count = step->classes;
-  Pass<precision> pass(args.embeddings, args.weight, classes, true, options, workspace, stream);
+  Pass<precision> pass(args.embeddings, args.weight, classes, Pass<precision>::Kind::kGradient, options, workspace,
+                       stream);
   const Panel& x = pass.x;
-  const int64_t slots = 2 * x.rows / kTile;
+  const int64_t slots = pass.slots() * x.rows / kTile;
   float* const along = pass.arena.template take<float>(slots * pass.w.rows);
   Second* const gradient = pass.arena.template take<Second>(x.rows * pass.w.rows);
   if (pass.arena.counting()) return pass.arena.used();
@@ -156,8 +188,12 @@ int64_t Passes<precision>::weight_grad(const WeightGradArgs& args, const CenterS
   pass.start(args.scale, args.lse, args.target, static_cast<const float*>(args.negative_coefficient),
              static_cast<const float*>(args.target_coefficient));
   pass.for_each_chunk([&](const Chunk& chunk, const Grid& grid) {
-    launch("class_gradient", class_gradient_kernel<precision>, grid, kThreads, kSharedBytes, stream, x, chunk,
-           static_cast<int>(D), pass.terms, along, gradient);
+    if (pass.negatives.plain())
+      launch("class_gradient", class_gradient_kernel<precision>, grid, kThreads, kSharedBytes, stream, x, chunk,
+             static_cast<int>(D), pass.terms, along, gradient);
+    else
+      launch("general_gradient", general_gradient_kernel<precision>, grid, kThreads, kSharedBytes, stream, x, chunk,
+             static_cast<int>(D), pass.terms, pass.negatives, N, along, gradient);
     launch("center_gradient", center_gradient_kernel<precision>, {x.width / kTile, grid.y}, kThreads, kSharedBytes,
            stream, gradient, x, N, chunk, along, static_cast<int>(slots), out);
   });

@@ -17,7 +17,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   using Second = typename Operands<precision>::Second;
   const int64_t first_row = static_cast<int64_t>(blockIdx.y) * kTile, width = chunk.panel.width;
   const int first_column = static_cast<int>(blockIdx.x) * kTile;
-  const int all = stages_of<Second>(chunk.classes.count), share = (all + gridDim.z - 1) / gridDim.z;
+  const int all = stages_of<Second>(chunk.classes.panel_count()), share = (all + gridDim.z - 1) / gridDim.z;
   const int begin = min(static_cast<int>(blockIdx.z) * share, all), end = min(begin + share, all);
   const int64_t first_class = static_cast<int64_t>(begin) * kDepth<Second>;
   const int64_t size = sizeof(Second);

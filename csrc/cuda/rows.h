@@ -27,26 +27,39 @@ struct RowTerms {
   float* factor;              // of the exponentials: 1, or the negatives' coefficient
   float* target_coefficient;  // in place of the target's exponential
   int64_t* target;            // -1: none
+  bool of_cosine = false;     // the scale is that of a cosine, not of values * w^
 };
 
-// The rows of a matrix that a panel takes. What only pads them is known to the device alone: it names no row of the
-// matrix, or lies past *present.
+// The rows of a matrix that a panel takes, `per_tile` of them in each of its tiles: with several centers a class a tile
+// ends with a class. What only pads them is known to the device alone: it names no row of the matrix, or lies past
+// *present.
 struct RowSelection {
   int64_t first, count;    // of the index, or of the matrix's rows
   const int64_t* index;    // or null: the rows in order
   const int64_t* present;  // or null: all
   int64_t rows;            // of the matrix
+  int per_tile = kTile;
 
   __device__ __forceinline__ int64_t present_count() const {
     if (present == nullptr) return count;
     const int64_t left = *present - first;
     return left < 0 ? 0 : left < count ? left : count;
   }
+  // How many of the rows of a panel's tile are there.
+  __device__ __forceinline__ int present_in_tile(int tile) const {
+    const int64_t left = present_count() - static_cast<int64_t>(tile) * per_tile;
+    return static_cast<int>(left < 0 ? 0 : left < per_tile ? left : per_tile);
+  }
   // Of the panel's row i; -1 where that is padding.
   __device__ __forceinline__ int64_t row(int64_t i) const {
-    if (i >= present_count()) return -1;
-    const int64_t row = index != nullptr ? index[first + i] : first + i;
+    const int64_t tile = i / kTile, in_tile = i % kTile, position = tile * per_tile + in_tile;
+    if (in_tile >= per_tile || position >= present_count()) return -1;
+    const int64_t row = index != nullptr ? index[first + position] : first + position;
     return row < rows ? row : -1;
+  }
+  // The panel's rows up to the last one that is not padding for certain.
+  __host__ __device__ __forceinline__ int64_t panel_count() const {
+    return count / per_tile * kTile + count % per_tile;
   }
 };
 
@@ -124,7 +137,8 @@ static __global__ void __launch_bounds__(kRowThreads)
   const float rounded = static_cast<float>(exact);
   const double lost = fabs(exact) <= 1e300 ? static_cast<double>(rounded) - exact : 0;
   const float correction = static_cast<float>(exp2(lost));
-  terms.scale[i] = present ? static_cast<float>(x.inverse[i] * scale * kLog2e) : 0.0f;
+  const double inverse = terms.of_cosine ? 1.0 : x.inverse[i];
+  terms.scale[i] = present ? static_cast<float>(inverse * scale * kLog2e) : 0.0f;
   terms.shift[i] = rounded;
   terms.target[i] = present ? target[i] : -1;
   if (negative_coefficient == nullptr) {
@@ -136,7 +150,7 @@ static __global__ void __launch_bounds__(kRowThreads)
 }
 
 // Sums and maxima (slots, stride) of `count` rows into one each: 32 rows a block, its warps a part of the slots each.
-// The order of the additions depends on the sizes alone.
+// The order of the additions depends on the sizes alone. `inverse`: of the rows, which the maxima still lack, or null.
 constexpr int kFinishSharedBytes = 2 * kRowThreads * static_cast<int>(sizeof(double));
 static __global__ void __launch_bounds__(kRowThreads)
     finish_row_stats_kernel(const float* sums, const float* maxima, int slots, int64_t stride, int64_t count,
@@ -160,7 +174,7 @@ static __global__ void __launch_bounds__(kRowThreads)
     sum += parts[other * kWarp + lane];
     largest = fmax(largest, parts[kRowThreads + other * kWarp + lane]);
   }
-  negative_max[i] = static_cast<float>(largest * inverse[i]);
+  negative_max[i] = static_cast<float>(inverse != nullptr ? largest * inverse[i] : largest);
   if (negative_sum != nullptr) negative_sum[i] = static_cast<float>(sum * terms.factor[i]);
 }
 

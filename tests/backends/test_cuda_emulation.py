@@ -44,6 +44,28 @@ def test_kernels_agree_with_plain_loops() -> None:
     assert result.returncode == 0, result.stdout + result.stderr
 
 
+@pytest.mark.parametrize(
+    ("choice", "expected"),
+    [
+        # 128 tiles are N = 4096 and D = 512. Five times as many fill 640 of 648 places, one to four times at most 89 %.
+        ("splits 128 8 108", 5),
+        ("splits 128 8 132", 2),  # 256 of 264; no count up to 8 does better
+        ("splits 4 72 132", 65),  # 260 of 264
+        ("splits 300 1 132", 1),
+        # Four blocks a tile of classes are D = 512.
+        ("tiles 4 7813 72 108", 54),  # 216 of 216
+        ("tiles 4 7813 72 132", 66),  # 264 of 264
+        ("tiles 4 40 72 132", 40),  # all there are
+        ("tiles 32 7813 24 108", 20),  # 640 of 648, where 24 fill 768 of 864
+        ("tiles 4 7813 1 132", 1),
+    ],
+)
+def test_blocks_fill_their_waves(choice: str, expected: int) -> None:
+    """Two blocks on each of 108 or 132 multiprocessors, worked out by hand."""
+    result = _run(cuda_emulated.waves(), *choice.split())
+    assert result.returncode == 0 and int(result.stdout) == expected
+
+
 @needs_thread_sanitizer
 @pytest.mark.full
 def test_no_data_race() -> None:
@@ -80,7 +102,7 @@ MUTANTS = (
     Mutant("no barrier before the tile is staged, as a race", "gemm.h", OPERANDS_BARRIER, "", races=True),
     Mutant(
         "no barrier after the tile is staged", "gemm.h",
-        "      }\n  __syncthreads();\n  const int warp", "}const int warp"
+        "      }\n  __syncthreads();\n}", "      }\n}"
     ),
     Mutant("a wait for one copy less", "gemm.h", "copy_wait<kStages - 2>", "copy_wait<kStages - 1>"),
     Mutant("no wait", "gemm.h", "copy_wait<kStages - 2>();", ""),
@@ -98,13 +120,18 @@ MUTANTS = (
     Mutant("no coefficient of the target", "scores.h", "is_target ? of_target : ", "false && is_target ? of_target : "),
     Mutant("no mask of the last classes", "scores.h", "first_class + column < present", "present >= 0"),
     Mutant("padding is a class", "scores.h", "chunk.classes.present_count()", "chunk.classes.count", full=False),
-    Mutant("padding is packed", "rows.h", "if (i >= present_count()) return -1;", "if (i >= count) return -1;"),
+    Mutant("padding is packed", "rows.h", "position >= present_count()) return -1;", "position >= count) return -1;"),
     Mutant("a padded index is read", "rows.h", "return row < rows ? row : -1;", "return row;"),
     Mutant("chunks overwrite each other", "scores.h", "stats.accumulate ? stats.sums[at] + sum : sum", "sum"),
     Mutant("halves of a tile share a slot", "scores.h", "static_cast<int64_t>(blockIdx.x) + place.column / kWarpTile;",
            "static_cast<int64_t>(blockIdx.x);"),
     Mutant("half a quad's sum", "scores.h", "for (int mask = 1; mask <= 2; mask *= 2) {",
            "for (int mask = 1; mask < 2; mask *= 2) {"),
+    Mutant("the general stats take the target", "negatives.h", "if (j >= present || rule.is_own(j, target)) continue;",
+           "if (j >= present) continue;"),
+    Mutant("the general gradient has no target", "negatives.h", "derivative = terms.target_coefficient[i];", ";"),
+    Mutant("general slots are shared", "negatives.h", "static_cast<int64_t>(blockIdx.x) * chunk.panel.rows +",
+           "static_cast<int64_t>(0) * chunk.panel.rows +"),
     Mutant("no mask of the last rows", "products.h", "if (in_weight < 0) return;  // the whole warp", ""),
     Mutant("a gradient that is not projected", "products.h", "center[i] * factor", "center[i] * 0 * factor"),
     Mutant("a split of the classes twice", "products.h", "min(begin + share, all)", "min(begin + share + 1, all)"),

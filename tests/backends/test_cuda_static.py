@@ -33,6 +33,8 @@ SHARED, THREADS = 64 << 10, 128
 PRODUCTS = {
     "class_stats_kernel": 4,
     "class_gradient_kernel": 4,
+    "general_stats_kernel": 4,
+    "general_gradient_kernel": 4,
     "center_sum_kernel": 4,
     "center_gradient_kernel": 4,
 }

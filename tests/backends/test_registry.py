@@ -117,7 +117,7 @@ def test_falling_back_names_each_feature(monkeypatch: pytest.MonkeyPatch) -> Non
     """Two backends that can run and lack the features; Triton's, which has them, cannot run."""
     reasons = {"triton": "no compiler", "cuda": None}
     monkeypatch.setattr(backends.registry, "_unavailable", reasons.get)
-    needs = HeadOptions(fa.MVSoftmax(), sub_centers=2).needs()
+    needs = {"permutation": "the permutation of a sample", "device_scale": "scale=AdaCos()"}
     with pytest.warns(UserWarning, match="blocks of classes") as warned:
         assert backends.select("auto", torch.device("cuda"), needs=needs) == "torch"
     assert [
@@ -125,7 +125,7 @@ def test_falling_back_names_each_feature(monkeypatch: pytest.MonkeyPatch) -> Non
         for each in warned
     ] == [
         "'triton' is not available: no compiler",
-        "'cuda' does not have the modulated negatives of MVSoftmax and sub_centers=2",
+        "'cuda' does not have the permutation of a sample and scale=AdaCos()",
     ]
     monkeypatch.setitem(reasons, "triton", None)
     assert backends.select("auto", torch.device("cuda"), needs=needs) == "triton"
@@ -134,9 +134,9 @@ def test_falling_back_names_each_feature(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_triton_is_not_taken_for_margins_that_turn_the_negatives(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backends.registry, "_unavailable", lambda name: None)
     needs = HeadOptions(fa.InterTopK()).needs()
-    with pytest.warns(UserWarning, match="as 'triton' does not have the turned negatives of InterTopK"):
-        assert backends.select("auto", torch.device("cuda"), needs=needs) == "torch"
-    with pytest.raises(ValueError, match=r"^backend 'triton' does not have the turned negatives of InterTopK: 'torch'"):
+    assert backends.select("auto", torch.device("cuda"), needs=needs) == "cuda"
+    expected = r"^backend 'triton' does not have the turned negatives of InterTopK: 'torch' and 'cpu' and 'cuda' do$"
+    with pytest.raises(ValueError, match=expected):
         backends.select("triton", torch.device("cuda"), needs=needs)
 
 

@@ -16,16 +16,19 @@ using namespace plain;
 
 constexpr int kPadding = 3;  // rows past the classes, which only the device is told of; NaN
 
-// `stride`: of the rows of the weight and of its gradient.
+// `stride`: of the rows of the weight and of its gradient. `general`: by the kernels for negatives that are not plain,
+// with thresholds that no cosine exceeds, so that the answer is the same.
 template <Precision precision, typename Stored>
 void check(const Problem& p, const std::vector<Stored>& x, const std::vector<Stored>& w, int64_t stride, bool chunks,
-           fa::Dtype dtype, double tolerance) {
+           bool general, fa::Dtype dtype, double tolerance) {
   const int N = p.N, C = p.C, D = p.D;
   using fa::cuda::Passes;
   const Answer answer(p);
   // Chunks of one tile of classes; or all at once, their second product in several splits.
-  const fa::cuda::PassOptions options =
-      chunks ? fa::cuda::PassOptions{0, 0, 2} : fa::cuda::PassOptions{1 << 30, 1 << 30, 16};
+  fa::cuda::PassOptions options = chunks ? fa::cuda::PassOptions{0, 0, 2} : fa::cuda::PassOptions{1 << 30, 1 << 30, 16};
+  const std::vector<float> threshold(N, 2.0f);
+  const double coefficients[4] = {NAN, NAN, NAN, NAN};
+  if (general) options.negatives = {1, threshold.data(), coefficients};
   const fa::cuda::Stream stream{0, nullptr};
   const emulation::GuardedMemory x_memory(rows_bytes<Stored>(N, D, D));
   const emulation::GuardedMemory w_memory(rows_bytes<Stored>(C + kPadding, stride, D));
@@ -83,11 +86,13 @@ void check(const Problem& p, const std::vector<Stored>& x, const std::vector<Sto
 
 void check_both(int N, int C, int D, int64_t stride, bool chunks) {
   const Problem problem(N, C, D);
-  std::printf("N = %d, C = %d, D = %d\n", N, C, D);
-  check<Precision::kBFloat16>(problem, to_bf16(problem.x), to_bf16(problem.w), stride, chunks, fa::Dtype::kBFloat16,
-                              8e-3);
-  check<Precision::kFloat32>(problem, to_fp32(problem.x), to_fp32(problem.w), stride, chunks, fa::Dtype::kFloat32,
-                             2e-5);
+  for (const bool general : {false, true}) {
+    std::printf("N = %d, C = %d, D = %d%s\n", N, C, D, general ? ", general" : "");
+    check<Precision::kBFloat16>(problem, to_bf16(problem.x), to_bf16(problem.w), stride, chunks, general,
+                                fa::Dtype::kBFloat16, 8e-3);
+    check<Precision::kFloat32>(problem, to_fp32(problem.x), to_fp32(problem.w), stride, chunks, general,
+                               fa::Dtype::kFloat32, 2e-5);
+  }
 }
 
 }  // namespace

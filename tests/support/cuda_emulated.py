@@ -114,6 +114,11 @@ def checker(csrc: Path = ROOT / "csrc", *, threads: bool = False, cache: Path = 
     return _program("check", fixed, (EMULATION / "check.cpp",), csrc, cache, more)
 
 
+def waves() -> Path:
+    """The program tests/cuda_emulation/waves.cpp."""
+    return _program("waves", _FIBRES, (EMULATION / "waves.cpp",), ROOT / "csrc", CACHE)
+
+
 def mutated(folder: Path, file: str, old: str, new: str) -> Path:
     """A copy of ``csrc`` in a folder, with a change of one file of ``csrc/cuda``."""
     csrc = folder / "csrc"

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..base.precision import allows_tf32
-from ..engine.terms import CenterStep, RowGradients
+from ..engine.terms import PLAIN, CenterStep, Negatives, RowGradients
 from . import hopper, native, nvidia
 
 # O(N·D): plain PyTorch's launches do.
@@ -31,15 +31,19 @@ class ChunkConfig:
     """How many classes are worked on at once, in bytes of what is kept of them. Not measured on a GPU yet."""
 
     exponential_bytes: int
-    """Of the (N, classes) exponentials between the two products."""
+    """Of the (N, classes) exponentials between the two products of a forward pass."""
     center_bytes: int
     """Of the packed centers."""
+    gradient_bytes: int = 0
+    """Of the (N, classes) gradient between the two products of a backward pass."""
 
 
-# 24 MiB of exponentials, written once and read once, and 8 MiB of centers stay in the smallest L2 that matters, A100's
-# 40 MB. At D = 512 in bf16 that is 8192 classes: 512 tiles of 128 x 128 at N = 1024, two full waves on 108
-# multiprocessors of two blocks each, and 8.6 GFLOP a product, a dozen launches' worth of time.
-CHUNKS = ChunkConfig(exponential_bytes=24 << 20, center_bytes=8 << 20)
+# 24 MiB of exponentials, written once and read once, and 9 MiB of centers stay in the smallest L2 that matters, A100's
+# 40 MB. At D = 512 in bf16 9 MiB are 72 tiles of 128 classes. The kernels take as many as fill their waves (waves.h):
+# 54 on 108 multiprocessors of two blocks each, 66 on 132. The second product of a backward pass has only four blocks
+# for each of them, so its chunk needs 72 MiB at N = 4096: a gradient of 4 bytes a logit through memory takes 1.3 ps on
+# an H100, under products of some 8 ps, and 96 blocks for 264 places would take twice as long.
+CHUNKS = ChunkConfig(exponential_bytes=24 << 20, center_bytes=9 << 20, gradient_bytes=72 << 20)
 
 
 def unavailable() -> str | None:
@@ -84,20 +88,28 @@ def _precision(embeddings: Tensor, weight: Tensor) -> str:
     return "tf32" if allows_tf32() else "float32"
 
 
-_Options = tuple[int, int, int, int, bool]
+_Options = tuple[int, int, int, int, bool, tuple[int, int, int]]
 _Run = Callable[[str, _Options, int, tuple[int, int]], int]
 
 
-def _run_pass(run: _Run, embeddings: Tensor, weight: Tensor, with_second_product: bool = True) -> None:
-    """Run a pass over the classes in a workspace of torch's: the first call asks how many bytes it needs."""
+def _run_pass(run: _Run, embeddings: Tensor, weight: Tensor, negatives: Negatives, stored_bytes: int | None) -> None:
+    """Run a pass over the classes in a workspace of torch's: the first call asks how many bytes it needs.
+
+    ``stored_bytes``: between its two products; None without a second one.
+    """
     stream, multiprocessors = _device(torch.empty(0, device=weight.device))
-    config = _hopper_config(embeddings, weight) if with_second_product else None
+    # Bound to names: a temporary's memory would be another's before the kernel reads it.
+    threshold, coefficients = negatives.threshold, negatives.coefficients
+    threshold = None if threshold is None else threshold.float().contiguous()
+    coefficients = None if coefficients is None else coefficients.contiguous()
+    rule = (negatives.sub_centers, native.address(threshold), native.address(coefficients))
+    config = _hopper_config(embeddings, weight) if stored_bytes is not None and negatives.plain else None
     if config is None:
         precision = _precision(embeddings, weight)
-        options = (CHUNKS.exponential_bytes, CHUNKS.center_bytes, multiprocessors, 1, True)
+        options = (stored_bytes or 0, CHUNKS.center_bytes, multiprocessors, 1, True, rule)
     else:
         precision = "hopper"
-        options = (0, config.center_bytes, multiprocessors, config.cluster, config.ordered)
+        options = (0, config.center_bytes, multiprocessors, config.cluster, config.ordered, rule)
     workspace = torch.empty(run(precision, options, 0, stream), dtype=torch.uint8, device=weight.device)
     run(precision, options, workspace.data_ptr(), stream)
 
@@ -112,6 +124,7 @@ def _class_stats(
     total: Tensor | None,
     center_sum: Tensor | None,
     class_count: Tensor | None,
+    negatives: Negatives,
 ) -> None:
     # Bound to names: a temporary's memory would be another's before the kernel reads it.
     target = target.contiguous()
@@ -134,18 +147,24 @@ def _class_stats(
             stream,
         )
 
-    _run_pass(run, embeddings, weight, center_sum is not None)
+    _run_pass(run, embeddings, weight, negatives, None if center_sum is None else CHUNKS.exponential_bytes)
 
 
 def _empty_rows(embeddings: Tensor) -> Tensor:
     return torch.empty(embeddings.shape[0], dtype=torch.float32, device=embeddings.device)
 
 
-def class_max(embeddings: Tensor, weight: Tensor, target: Tensor, class_count: Tensor | None = None) -> Tensor:
+def class_max(
+    embeddings: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    class_count: Tensor | None = None,
+    negatives: Negatives = PLAIN,
+) -> Tensor:
     """Implement :func:`fused_arcface.backends.torch.class_max`."""
     maximum = _empty_rows(embeddings)
     if embeddings.shape[0] > 0:
-        _class_stats(embeddings, weight, target, 1.0, None, maximum, None, None, class_count)
+        _class_stats(embeddings, weight, target, 1.0, None, maximum, None, None, class_count, negatives)
     return maximum
 
 
@@ -157,6 +176,7 @@ def class_stats(
     shift: Tensor | None,
     with_center_sum: bool,
     class_count: Tensor | None = None,
+    negatives: Negatives = PLAIN,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Implement :func:`fused_arcface.backends.torch.class_stats`."""
     total, maximum = _empty_rows(embeddings), _empty_rows(embeddings)
@@ -164,7 +184,7 @@ def class_stats(
     center_sum = torch.empty(shape, dtype=torch.float32, device=embeddings.device)
     if embeddings.shape[0] > 0:
         wanted_sum = center_sum if with_center_sum else None
-        _class_stats(embeddings, weight, target, scale, shift, maximum, total, wanted_sum, class_count)
+        _class_stats(embeddings, weight, target, scale, shift, maximum, total, wanted_sum, class_count, negatives)
     return total, maximum, center_sum
 
 
@@ -173,6 +193,7 @@ def weight_grad(
     weight: Tensor,
     target: Tensor,
     gradients: RowGradients,
+    negatives: Negatives = PLAIN,
 ) -> Tensor:
     """Implement :func:`fused_arcface.backends.torch.weight_grad`."""
     if embeddings.shape[0] == 0:
@@ -193,7 +214,7 @@ def weight_grad(
             stream,
         )
 
-    _run_pass(run, embeddings, weight)
+    _run_pass(run, embeddings, weight, negatives, CHUNKS.gradient_bytes)
     return d_weight
 
 
@@ -203,6 +224,7 @@ def update_centers(
     target: Tensor,
     gradients: RowGradients,
     step: CenterStep,
+    negatives: Negatives = PLAIN,
 ) -> None:
     """Implement :func:`fused_arcface.backends.torch.update_centers`."""
     target, gradients = target.contiguous(), gradients.contiguous()
@@ -222,7 +244,7 @@ def update_centers(
             stream,
         )
 
-    _run_pass(run, embeddings, weight)
+    _run_pass(run, embeddings, weight, negatives, CHUNKS.gradient_bytes)
 
 
 def target_cosine(embeddings: Tensor, weight: Tensor, target: Tensor) -> Tensor:

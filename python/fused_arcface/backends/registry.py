@@ -78,7 +78,13 @@ BACKENDS = (
         frozenset({"sub_centers", "modulated_negatives", "padding", "permutation", "device_scale", "fused_margin"}),
     ),
     # Tensor cores for fp64 are few, and a graphics card has none.
-    Backend("cuda", "cuda", 1, frozenset({"padding", "fused_margin"}), _NO_FP64),
+    Backend(
+        "cuda",
+        "cuda",
+        1,
+        frozenset({"sub_centers", "modulated_negatives", "turned_negatives", "padding", "fused_margin"}),
+        _NO_FP64,
+    ),
 )
 ALIASES = {"reference": "torch"}
 """Earlier names of backends, which are accepted everywhere."""

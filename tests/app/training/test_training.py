@@ -310,7 +310,7 @@ def test_options_that_do_not_go_together(tmp_path: Path) -> None:
         ({"device": "cuda:0"} if not torch.cuda.is_available() else {"device": "gpu"}, "device"),
         ({"device": "abacus"}, "device must be auto, cpu, cuda or cuda:N; got 'abacus'"),
         ({"backend": "cuda"}, "backend 'cuda'"),
-        ({"backend": "cuda", "margin": "CurricularFace"}, "backend 'cuda' does not have the modulated negatives"),
+        ({"backend": "triton", "margin": "InterTopK"}, "backend 'triton' does not have the turned negatives"),
         ({"label_smoothing": 0.1}, "label_smoothing must be 0 with a center_optimizer"),
     ):
         with pytest.raises(OptionError, match=message):

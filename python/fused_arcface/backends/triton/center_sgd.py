@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fused_arcface.engine.terms import MOMENTUM_BLOCK, CenterStep
 
-from .common import block_width, divide, launch, reciprocal, rows_per_block, to
+from .common import Repeated, block_width, divide, reciprocal, rows_per_block, to
 from .keyed_random import fold, rounding_bits
 from .targets import by_row, projection
 
@@ -45,11 +45,11 @@ def _float64(bits):
     return bits.to(tl.int64).to(tl.float64, bitcast=True)
 
 
-@triton.jit(do_not_specialize=["lr", "momentum", "weight_decay", "rounding_key", "class_start"])
+@triton.jit(do_not_specialize=["lr", "momentum", "weight_decay", "rounding_key", "class_start", "first", "num_rows"])
 def update_centers_kernel(
     d_unit_ptr,  # (R, >= D), rows d_unit_stride apart
     d_unit_stride,
-    classes_ptr,  # (R,) int64 rows of weight, num_classes for none; or None: those from first_class on
+    classes_ptr,  # (>= first + R,) int64 rows of weight, num_classes for none; or None: all, in order
     weight_ptr,  # (C, D), any strides
     stride_c,
     stride_d,
@@ -62,24 +62,24 @@ def update_centers_kernel(
     rounding_key,
     class_start,  # global id of weight's first row
     ids_ptr,  # (C,) int64 global ids of weight's rows, or None: those from class_start on
-    first_class,
-    num_rows,
     num_classes,
     D,
     num_units,
+    first,
+    num_rows,
     WIDTH: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     MOMENTUM_BLOCK: tl.constexpr,
 ):
-    """Make one step of SGD on a block of class centers."""
+    """Make one step of SGD on a block of the class centers from ``first`` on."""
     COMPUTE: tl.constexpr = d_unit_ptr.dtype.element_ty
     offs_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     # No scalar bool spread over the block: Triton's interpreter makes integers of it, and since 3.9 refuses such masks.
     mask_n = offs_n < tl.where(tl.load(active_ptr), num_rows, 0)
-    rows = first_class + offs_n
+    rows = first + offs_n
     if classes_ptr is not None:
-        rows = tl.load(classes_ptr + offs_n, mask_n, 0)
+        rows = tl.load(classes_ptr + rows, mask_n, 0)
         mask_n = mask_n & (rows < num_classes)
     weight_ptr += rows[:, None] * stride_c
     d_unit_ptr += offs_n[:, None] * d_unit_stride
@@ -129,19 +129,22 @@ def _bits(number: float) -> int:
     return bits
 
 
-def update_rows(d_unit: Tensor, weight: Tensor, step: CenterStep, start: int) -> None:
-    """Make the step of the centers from index ``start`` on, from the gradient by their unit vectors (R, >= D)."""
-    num_rows, (num_classes, width) = d_unit.shape[0], weight.shape
+def updates(d_unit: Tensor, weight: Tensor, step: CenterStep) -> Repeated:
+    """Return launches that make the step of centers from the gradient by their unit vectors (R, >= D).
+
+    They take the index of the first center that d_unit is of, and their number.
+    """
+    num_classes, width = weight.shape
     buffer, units = step.momentum_buffer, step.momentum_scale
     # Whole units of an int8 momentum.
     block_d = max(MOMENTUM_BLOCK, block_width(width))
     block_n = min(rows_per_block(width), rows_per_block(block_d))
-    launch(
+    return Repeated(
         update_centers_kernel,
-        (triton.cdiv(num_rows, block_n),),
+        (triton.cdiv(d_unit.shape[0], block_n),),
         d_unit,
         d_unit.stride(0),
-        None if step.classes is None else step.classes[start : start + num_rows],
+        step.classes,
         weight,
         *weight.stride(),
         buffer,
@@ -153,8 +156,6 @@ def update_rows(d_unit: Tensor, weight: Tensor, step: CenterStep, start: int) ->
         step.rounding_key,
         step.class_start,
         step.row_ids,
-        start,
-        num_rows,
         num_classes,
         width,
         0 if units is None else units.shape[1],

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .common import multiply
+from . import exponentials
+from .common import Repeated, multiply, on_device
 from .configs import CHUNKS, ELEMENTS, ElementConfig, ProductConfig, device_limits, panel_classes, product_config
-from .exponentials import launch_class_gradient, launch_class_stats
 from .negatives import RowRule
 from .rows import Centers, RowTerms, UnitRows
 
@@ -25,7 +25,6 @@ from .rows import Centers, RowTerms, UnitRows
 class _Loop:
     """Sizes and buffers of the loop over panels and, within one, over blocks of rows."""
 
-    centers: Centers
     config: ProductConfig | ElementConfig
     panel: UnitRows
     scores: Tensor
@@ -52,27 +51,33 @@ class _Loop:
         rows = min(num_rows, CHUNKS.max_rows) if stored else 0
         results = torch.empty(rows, classes, dtype=x.second.dtype, device=device)
         scores = torch.empty_like(results, dtype=x.inverse.dtype) if several else results
-        return _Loop(centers, config, panel, scores, results)
+        return _Loop(config, panel, scores, results)
 
     @property
     def tiles(self) -> int:
         return self.panel.values.shape[0] // self.config.BLOCK_C
 
-    def turns(self) -> Iterator[tuple[int, int]]:
-        """Yield the first class of each turn and their number; the panel is made of them."""
-        for start in range(0, self.centers.count, self.panel.values.shape[0]):
-            yield start, self.centers.fill(start, self.panel)
-
-    def scores_of(self, x: UnitRows) -> Tensor:
-        """Return memory (rows, P) for the scores. It holds them already where the kernel does not multiply itself."""
-        scores = self.scores[: x.values.shape[0]]
+    def multiply(self, block: _RowBlock) -> None:
+        """Put a block's scores into the memory for them, unless the kernel multiplies itself."""
         if not isinstance(self.config, ProductConfig):
-            multiply(scores, x.values, self.panel.values.T, accumulate=False)
-        return scores
+            scores = self.scores[: block.results.shape[0]]
+            multiply(scores, block.x.values, self.panel.values.T, accumulate=False)
 
 
-def _row_blocks(num_rows: int) -> list[slice]:
-    return [slice(start, start + CHUNKS.max_rows) for start in range(0, num_rows, CHUNKS.max_rows)]
+@dataclass(frozen=True)
+class _RowBlock:
+    """A block of rows, and what the loop over panels does with it."""
+
+    rows: slice
+    x: UnitRows
+    results: Tensor
+    """(rows, P)."""
+    launch: Repeated
+
+
+def _row_blocks(x: UnitRows) -> Iterator[tuple[slice, UnitRows]]:
+    for start in range(0, x.values.shape[0], CHUNKS.max_rows):
+        yield slice(start, start + CHUNKS.max_rows), x.row_slice(start, start + CHUNKS.max_rows)
 
 
 def class_stats(
@@ -93,28 +98,31 @@ def class_stats(
     total = torch.zeros(loop.tiles, num_rows, dtype=x.inverse.dtype, device=target.device)
     maximum = torch.full_like(total, -torch.inf)
     center_sum = total.new_empty(num_rows, width) if with_center_sum else None
-    for start, num_classes in loop.turns():
-        for rows in _row_blocks(num_rows):
-            block = x.row_slice(rows.start, rows.stop)
-            scores, exponentials = loop.scores_of(block), loop.results[: block.values.shape[0]]
-            launch_class_stats(
-                block,
-                loop.panel,
-                target[rows],
-                None if terms is None else terms.row_slice(rows.start, rows.stop),
-                rule.row_slice(rows.start, rows.stop),
-                scores,
-                exponentials,
-                total[:, rows],
-                maximum[:, rows],
-                class_count,
-                num_classes,
-                start,
-                with_center_sum,
-                loop.config,
-            )
-            if center_sum is not None:
-                multiply(center_sum[rows], exponentials, loop.panel.second, accumulate=start > 0)
+    blocks = []
+    for rows, block in _row_blocks(x):
+        results = loop.results[: block.values.shape[0]]
+        launch = exponentials.class_stats(
+            block,
+            loop.panel,
+            target[rows],
+            None if terms is None else terms.row_slice(rows.start, rows.stop),
+            rule.row_slice(rows.start, rows.stop),
+            loop.scores[: block.values.shape[0]],
+            results,
+            total[:, rows],
+            maximum[:, rows],
+            class_count,
+            with_center_sum,
+            loop.config,
+        )
+        blocks.append(_RowBlock(rows, block, results, launch))
+    with on_device(target.device):
+        for start, num_classes in centers.turns(loop.panel):
+            for each in blocks:
+                loop.multiply(each)
+                each.launch(start, num_classes)
+                if center_sum is not None:
+                    multiply(center_sum[each.rows], each.results, loop.panel.second, accumulate=start > 0)
     return total, maximum, center_sum
 
 
@@ -124,30 +132,35 @@ def unit_gradients(
     target: Tensor,
     terms: RowTerms,
     rule: RowRule,
-    finish: Callable[[Tensor, int], None],
+    finish: Callable[[Tensor], Repeated],
 ) -> None:
-    """Call ``finish(gradient, start)`` once a turn.
+    """Sum the gradient by the unit centers, a panel at a time, and finish it.
 
-    The gradient (R, width) is that by the unit centers from index ``start`` on, by the terms' coefficients.
+    ``finish`` returns launches for the buffer (P, width) of the gradient, by the terms' coefficients. They take the
+    panel's first class and its number of classes.
     """
-    num_rows, width = x.values.shape
+    width = x.values.shape[1]
     loop = _Loop.create(x, centers, True, rule.sub_centers)
     d_unit = x.inverse.new_empty(loop.panel.values.shape[0], width)
-    for start, num_classes in loop.turns():
-        for rows in _row_blocks(num_rows):
-            block = x.row_slice(rows.start, rows.stop)
-            scores, gradient = loop.scores_of(block), loop.results[: block.values.shape[0]]
-            launch_class_gradient(
-                block,
-                loop.panel,
-                target[rows],
-                terms.row_slice(rows.start, rows.stop),
-                rule.row_slice(rows.start, rows.stop),
-                scores,
-                gradient,
-                num_classes,
-                start,
-                loop.config,
-            )
-            multiply(d_unit, gradient.T, block.second, accumulate=rows.start > 0)
-        finish(d_unit[:num_classes], start)
+    finishing = finish(d_unit)
+    blocks = []
+    for rows, block in _row_blocks(x):
+        results = loop.results[: block.values.shape[0]]
+        launch = exponentials.class_gradient(
+            block,
+            loop.panel,
+            target[rows],
+            terms.row_slice(rows.start, rows.stop),
+            rule.row_slice(rows.start, rows.stop),
+            loop.scores[: block.values.shape[0]],
+            results,
+            loop.config,
+        )
+        blocks.append(_RowBlock(rows, block, results, launch))
+    with on_device(target.device):
+        for start, num_classes in centers.turns(loop.panel):
+            for each in blocks:
+                loop.multiply(each)
+                each.launch(start, num_classes)
+                multiply(d_unit, each.results.T, each.x.second, accumulate=each.rows.start > 0)
+            finishing(start, num_classes)

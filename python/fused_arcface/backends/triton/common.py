@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -16,19 +17,45 @@ INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET", "0") == "1")
 :func:`dot`."""
 
 
+def on_device(device: torch.device) -> AbstractContextManager[None]:
+    """Return a context in which Triton launches on ``device``: it does so on the current one."""
+    return torch.cuda.device(device if device.type == "cuda" else -1)
+
+
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
     """Run ``kernel`` on its tensors' device, on PyTorch's current stream there; a grid without blocks is no launch."""
     if 0 in grid:
         return
-    device = next(arg.device for arg in args if isinstance(arg, Tensor))
-    # Triton launches on the current device, which need not be the tensors'.
-    with torch.cuda.device(device if device.type == "cuda" else -1):
+    with on_device(next(arg.device for arg in args if isinstance(arg, Tensor))):
         _run(kernel, grid, args, meta)
 
 
-def _run(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], meta: dict[str, Any]) -> None:
+def _run(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], meta: dict[str, Any]) -> Any:
     """Apart from :func:`launch`, so that tests can compile what would be launched."""
-    kernel[grid](*args, **meta)
+    return kernel[grid](*args, **meta)
+
+
+class Repeated:
+    """Launches of one kernel that differ in their last arguments alone, numbers that it is not specialized for.
+
+    Triton looks at all arguments of the first launch, which is most of its time, and the compiled kernel is kept for
+    the others. The caller stays on the tensors' device (:func:`on_device`).
+    """
+
+    def __init__(self, kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
+        """Take the arguments that stay the same, and the kernel's constants and options."""
+        self._kernel, self._grid, self._args, self._meta = kernel, grid, args, meta
+        self._constants = tuple(meta[name] for name in kernel.arg_names if name in meta)
+        self._again: Any = None
+
+    def __call__(self, *varying: int) -> None:
+        """Launch with the arguments that follow the fixed ones."""
+        if self._again is not None:
+            self._again(*self._args, *varying, *self._constants)
+            return
+        compiled = _run(self._kernel, self._grid, (*self._args, *varying), self._meta)
+        if compiled is not None:  # neither interpreted nor recorded
+            self._again = compiled[(*self._grid, 1, 1)[:3]]
 
 
 def block_width(width: int) -> int:

@@ -143,14 +143,18 @@ def pick(D: int, arch: int, dtype: torch.dtype) -> str:
 
 
 def panel_classes(config: PanelConfig, N: int, C: int, row_bytes: int, exponential_size: int, multiple: int) -> int:
-    """Class centers of one turn: as many as the budgets allow, a multiple of the tile, no more than there are.
+    """Class centers of one turn: as many as the budgets allow in turns of one size, a multiple of the tile.
 
     ``row_bytes`` of one center's copy, ``exponential_size`` of one stored exponential, 0 if none are stored.
     """
-    budgets = [config.center_bytes // row_bytes, -(-C // multiple) * multiple]
+    needed = -(-C // multiple) * multiple
+    budgets = [config.center_bytes // row_bytes, needed]
     if exponential_size > 0:
         budgets.append(config.exponential_bytes // (min(N, config.max_rows) * exponential_size))
-    return max(multiple, min(budgets) // multiple * multiple)
+    most = max(multiple, min(budgets) // multiple * multiple)
+    # As many turns as with the most, and all of them alike: a short last one would be padded to a whole panel.
+    turns = -(-needed // most)
+    return -(-needed // turns // multiple) * multiple
 
 
 def row_splits(row_tiles: int, class_tiles: int, split_bytes: int, multiprocessors: int) -> int:

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import dot, launch, to
+from .common import Repeated, dot, to
 from .configs import ELEMENTS, ElementConfig, ProductConfig
 from .negatives import RowRule, change_numbers, changed_cosine, is_beaten
 from .rows import RowTerms, UnitRows
@@ -85,7 +85,7 @@ def _is_other(offs_c, target, SUB_CENTERS: tl.constexpr):
     return (offs_c // SUB_CENTERS)[None, :] != own[:, None]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_class", "num_classes"])
 def class_stats_kernel(
     x_ptr,  # (N, WIDTH)
     w_ptr,  # (P, WIDTH)
@@ -102,11 +102,11 @@ def class_stats_kernel(
     maximum_ptr,  # (tiles of P, N): raised
     class_count_ptr,  # () int64: classes over all panels, known to the device alone; or None
     num_rows,
-    num_classes,  # of the panel, without its padding
-    first_class,  # of the panel
     scores_stride,
     num_tiles_n,
     partial_stride,
+    first_class,  # of the panel
+    num_classes,  # of the panel, without its padding
     WIDTH: tl.constexpr,
     PRODUCT: tl.constexpr,
     SUB_CENTERS: tl.constexpr,
@@ -174,7 +174,7 @@ def class_stats_kernel(
             tl.store(tile_ptr + tile_offs, exponentials, mask_n[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_class", "num_classes"])
 def class_gradient_kernel(
     x_ptr,  # (N, WIDTH)
     w_ptr,  # (P, WIDTH)
@@ -190,10 +190,10 @@ def class_gradient_kernel(
     scores_ptr,  # (N, P), rows scores_stride apart; not read if the kernel multiplies
     gradient_ptr,  # (N, P), rows as far apart
     num_rows,
-    num_classes,
-    first_class,
     scores_stride,
     num_tiles_n,
+    first_class,
+    num_classes,
     WIDTH: tl.constexpr,
     PRODUCT: tl.constexpr,
     SUB_CENTERS: tl.constexpr,
@@ -259,7 +259,7 @@ def _meta(config: ProductConfig | ElementConfig, width: int) -> dict[str, int | 
     return meta
 
 
-def launch_class_stats(
+def class_stats(
     x: UnitRows,
     panel: UnitRows,
     target: Tensor,
@@ -270,18 +270,17 @@ def launch_class_stats(
     total: Tensor,
     maximum: Tensor,
     class_count: Tensor | None,
-    num_classes: int,
-    first_class: int,
     store: bool,
     config: ProductConfig | ElementConfig,
-) -> None:
-    """Add one panel to the rows' partial ``total`` and ``maximum`` (tiles, N), and store its exponentials if asked.
+) -> Repeated:
+    """Return launches that add a panel to partial ``total`` and ``maximum`` (tiles, N), and store its exponentials.
 
-    x (N, width), panel (P, width), scores and exponentials (N, P); without ``terms`` only the maximum is taken.
+    They take the panel's first class and its number of classes. x (N, width), panel (P, width), scores and exponentials
+    (N, P), stored if ``store`` is true; without ``terms`` only the maximum is taken.
     """
     num_rows, width = x.values.shape
     tiles_n, tiles_c = triton.cdiv(num_rows, config.BLOCK_N), panel.values.shape[0] // config.BLOCK_C
-    launch(
+    return Repeated(
         class_stats_kernel,
         (tiles_n * tiles_c,),
         x.values,
@@ -299,8 +298,6 @@ def launch_class_stats(
         maximum,
         class_count,
         num_rows,
-        num_classes,
-        first_class,
         scores.stride(0),
         tiles_n,
         total.stride(0),
@@ -312,7 +309,7 @@ def launch_class_stats(
     )
 
 
-def launch_class_gradient(
+def class_gradient(
     x: UnitRows,
     panel: UnitRows,
     target: Tensor,
@@ -320,14 +317,15 @@ def launch_class_gradient(
     rule: RowRule,
     scores: Tensor,
     gradient: Tensor,
-    num_classes: int,
-    first_class: int,
     config: ProductConfig | ElementConfig = ELEMENTS,
-) -> None:
-    """One panel's gradient by the cosines into ``gradient`` (N, P), times the embedding's inverse."""
+) -> Repeated:
+    """Return launches that write a panel's gradient by the cosines (N, P), times the embedding's inverse.
+
+    They take the panel's first class and its number of classes.
+    """
     num_rows, width = x.values.shape
     tiles_n, tiles_c = triton.cdiv(num_rows, config.BLOCK_N), panel.values.shape[0] // config.BLOCK_C
-    launch(
+    return Repeated(
         class_gradient_kernel,
         (tiles_n * tiles_c,),
         x.values,
@@ -344,8 +342,6 @@ def launch_class_gradient(
         scores,
         gradient,
         num_rows,
-        num_classes,
-        first_class,
         scores.stride(0),
         tiles_n,
         SUB_CENTERS=rule.sub_centers,

@@ -18,13 +18,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import dot, launch, to, to_gradient
+from .common import Repeated, dot, on_device, to, to_gradient
 from .configs import FLASH_PANEL, FlashConfig, device_limits, flash_config, flash_width, panel_classes, row_splits
 from .negatives import RowRule, change_numbers, changed_cosine
 from .rows import Centers, RowTerms, UnitRows
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_class", "num_classes"])
 def flash_stats_kernel(
     x_ptr,  # (N padded, WIDTH)
     w_ptr,  # (P, WIDTH)
@@ -41,10 +41,10 @@ def flash_stats_kernel(
     class_count_ptr,  # () int64: classes over all panels, known to the device alone; or None
     num_rows,
     num_padded,
-    num_classes,  # of the panel, without its padding
-    first_class,  # of the panel
     tiles_per_split,
     num_tiles_c,
+    first_class,  # of the panel
+    num_classes,  # of the panel, without its padding
     WIDTH: tl.constexpr,
     HAS_SHIFT: tl.constexpr,
     WITH_SUM: tl.constexpr,
@@ -107,7 +107,7 @@ def flash_stats_kernel(
         tl.store(center_sum_ptrs, center_sum + tl.load(center_sum_ptrs))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_class", "num_classes"])
 def flash_gradient_kernel(
     x_ptr,  # (N padded, WIDTH)
     w_ptr,  # (P, WIDTH)
@@ -121,14 +121,14 @@ def flash_gradient_kernel(
     coefficient_ptr,  # (N,)
     threshold_ptr,  # (N,); None: no cosine is changed
     change_ptr,  # (3,) fp64 coefficients of the change
-    out_ptr,  # (P, D), any strides: the gradient by the centers, or by the unit centers
+    out_ptr,  # any strides: (C, D) the gradient by the centers, or (P, D) that by the panel's unit centers
     stride_c,
     stride_d,
     num_rows,
-    num_classes,
-    first_class,
     num_tiles_n,
     D,
+    first_class,
+    num_classes,
     WIDTH: tl.constexpr,
     PROJECT: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -182,7 +182,10 @@ def flash_gradient_kernel(
         w = tl.load(w_ptrs).to(tl.float32)
         d_unit = (d_unit - w * along[:, None]) * reciprocal[:, None]
     mask = (offs_c < num_classes)[:, None] & (offs_d < D)[None, :]
-    out_ptrs = out_ptr + offs_c.to(tl.int64)[:, None] * stride_c + offs_d.to(tl.int64)[None, :] * stride_d
+    rows = offs_c.to(tl.int64)
+    if PROJECT:
+        rows += first_class
+    out_ptrs = out_ptr + rows[:, None] * stride_c + offs_d.to(tl.int64)[None, :] * stride_d
     tl.store(out_ptrs, to_gradient(d_unit, is_short[:, None], out_ptr.dtype.element_ty), mask)
 
 
@@ -225,47 +228,47 @@ def class_stats(
     maximum = torch.full_like(total, -torch.inf)
     shape = (splits, num_padded, width) if with_center_sum else (0,)
     center_sum = torch.zeros(shape, dtype=torch.float32, device=device)
-    for start in range(0, centers.count, panel.values.shape[0]):
-        num_classes = centers.fill(start, panel)
-        launch(
-            flash_stats_kernel,
-            (num_padded // config.OUTER, splits),
-            x.values,
-            panel.values,
-            panel.inverse,
-            x.inverse,
-            target,
-            terms.scale,
-            terms.scale if terms.shift is None else terms.shift,
-            rule.threshold,
-            rule.coefficients,
-            center_sum,
-            total,
-            maximum,
-            class_count,
-            target.shape[0],
-            num_padded,
-            num_classes,
-            start,
-            triton.cdiv(num_tiles_c, splits),
-            num_tiles_c,
-            WIDTH=width,
-            HAS_SHIFT=terms.shift is not None,
-            WITH_SUM=with_center_sum,
-            BLOCK_N=config.OUTER,
-            BLOCK_C=config.INNER,
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
-        )
+    stats = Repeated(
+        flash_stats_kernel,
+        (num_padded // config.OUTER, splits),
+        x.values,
+        panel.values,
+        panel.inverse,
+        x.inverse,
+        target,
+        terms.scale,
+        terms.scale if terms.shift is None else terms.shift,
+        rule.threshold,
+        rule.coefficients,
+        center_sum,
+        total,
+        maximum,
+        class_count,
+        target.shape[0],
+        num_padded,
+        triton.cdiv(num_tiles_c, splits),
+        num_tiles_c,
+        WIDTH=width,
+        HAS_SHIFT=terms.shift is not None,
+        WITH_SUM=with_center_sum,
+        BLOCK_N=config.OUTER,
+        BLOCK_C=config.INNER,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
+    with on_device(device):
+        for start, num_classes in centers.turns(panel):
+            stats(start, num_classes)
     return total, maximum, center_sum.sum(0) if with_center_sum else None
 
 
 def weight_grad(x: UnitRows, centers: Centers, target: Tensor, terms: RowTerms, rule: RowRule, out: Tensor) -> None:
     """Write the gradient by the centers (K, D) into ``out``; x has padded rows, target and terms are (N,)."""
     panel = _panel(x, centers, _config(x.values.shape[1], x.values.device).OUTER)
-    for start in range(0, centers.count, panel.values.shape[0]):
-        num_classes = centers.fill(start, panel)
-        _launch_gradient(x, panel, target, terms, rule, out[start : start + num_classes], start, project=True)
+    gradient = _gradient(x, panel, target, terms, rule, out, project=True)
+    with on_device(out.device):
+        for start, num_classes in centers.turns(panel):
+            gradient(start, num_classes)
 
 
 def unit_gradients(
@@ -274,31 +277,26 @@ def unit_gradients(
     target: Tensor,
     terms: RowTerms,
     rule: RowRule,
-    finish: Callable[[Tensor, int], None],
+    finish: Callable[[Tensor], Repeated],
 ) -> None:
     """As chunks.unit_gradients; x of padded rows, target and terms (N,)."""
     width = x.values.shape[1]
     panel = _panel(x, centers, _config(width, x.values.device).OUTER)
     d_unit = x.inverse.new_empty(panel.values.shape[0], width)
-    for start in range(0, centers.count, panel.values.shape[0]):
-        rows = d_unit[: centers.fill(start, panel)]
-        _launch_gradient(x, panel, target, terms, rule, rows, start, project=False)
-        finish(rows, start)
+    gradient, finishing = _gradient(x, panel, target, terms, rule, d_unit, project=False), finish(d_unit)
+    with on_device(d_unit.device):
+        for start, num_classes in centers.turns(panel):
+            gradient(start, num_classes)
+            finishing(start, num_classes)
 
 
-def _launch_gradient(
-    x: UnitRows,
-    panel: UnitRows,
-    target: Tensor,
-    terms: RowTerms,
-    rule: RowRule,
-    out: Tensor,
-    first_class: int,
-    project: bool,
-) -> None:
+def _gradient(
+    x: UnitRows, panel: UnitRows, target: Tensor, terms: RowTerms, rule: RowRule, out: Tensor, project: bool
+) -> Repeated:
+    """Return launches that take the first class of a panel and their number."""
     num_padded, width = x.values.shape
     config = _config(width, x.values.device)
-    launch(
+    return Repeated(
         flash_gradient_kernel,
         (panel.values.shape[0] // config.OUTER,),
         x.values,
@@ -316,8 +314,6 @@ def _launch_gradient(
         out,
         *out.stride(),
         target.shape[0],
-        out.shape[0],
-        first_class,
         num_padded // config.INNER,
         out.shape[1],
         WIDTH=width,

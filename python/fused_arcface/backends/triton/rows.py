@@ -7,6 +7,7 @@ first are from L1. Offsets of rows are 64-bit: C·D passes 2³¹ at 4.2 million 
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +15,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import block_width, floored, launch, reciprocal, reciprocal_power_of_two, row_norms, rows_per_block, to
+from .common import (
+    Repeated,
+    block_width,
+    floored,
+    launch,
+    on_device,
+    reciprocal,
+    reciprocal_power_of_two,
+    row_norms,
+    rows_per_block,
+    to,
+)
 
 
 @dataclass(frozen=True)
@@ -42,33 +54,34 @@ class UnitRows:
         return UnitRows(values, inverse, reciprocal, second)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first", "num_rows"])
 def unit_rows_kernel(
     x_ptr,  # (num_source, D), any strides
     stride_n,
     stride_d,
-    index_ptr,  # (num_rows,) int64: which rows, those past num_source are none; or None: the first ones
+    index_ptr,  # (>= first + num_rows,) int64: which rows, those past num_source are none; or None: in order
     values_ptr,  # (num_padded, WIDTH)
     second_ptr,  # (num_padded, WIDTH)
     inverse_ptr,  # (num_padded,)
     reciprocal_ptr,  # (num_padded,)
-    num_rows,
     num_source,
     num_padded,
     D,
+    first,
+    num_rows,
     WIDTH: tl.constexpr,
     HAS_SECOND: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Write a block of rows, and the inverses of their norms."""
+    """Write a block of the rows from ``first`` on, and the inverses of their norms."""
     COMPUTE: tl.constexpr = inverse_ptr.dtype.element_ty
     VALUES: tl.constexpr = values_ptr.dtype.element_ty
     offs_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = offs_n < num_rows
-    row = offs_n
+    row = first + offs_n
     if index_ptr is not None:
-        row = tl.load(index_ptr + offs_n, mask_n, 0)
+        row = tl.load(index_ptr + row, mask_n, 0)
         mask_n = mask_n & (row < num_source)
     x_ptr += row[:, None] * stride_n
 
@@ -98,11 +111,14 @@ def unit_rows_kernel(
     tl.store(reciprocal_ptr + offs_n, reciprocal(norm) * power, mask_padded)
 
 
-def fill_unit_rows(x: Tensor, out: UnitRows, index: Tensor | None = None) -> None:
-    """``out`` from x (R', D), or from its rows ``index`` (R'); what lies past R', or past x, is padding: zeros."""
+def unit_rows(x: Tensor, out: UnitRows, index: Tensor | None = None) -> Repeated:
+    """Return launches that fill ``out`` from ``count`` rows of x (R, D), or of its rows ``index``, ``first`` on.
+
+    They take ``first`` and ``count``. Rows past ``count``, or past x, are padding: zeros.
+    """
     num_padded, width = out.values.shape
     block_n = rows_per_block(width)
-    launch(
+    return Repeated(
         unit_rows_kernel,
         (triton.cdiv(num_padded, block_n),),
         x,
@@ -112,7 +128,6 @@ def fill_unit_rows(x: Tensor, out: UnitRows, index: Tensor | None = None) -> Non
         out.second,
         out.inverse,
         out.reciprocal,
-        x.shape[0] if index is None else index.shape[0],
         x.shape[0],
         num_padded,
         x.shape[1],
@@ -121,6 +136,13 @@ def fill_unit_rows(x: Tensor, out: UnitRows, index: Tensor | None = None) -> Non
         BLOCK_N=block_n,
         BLOCK_D=block_width(width),
     )
+
+
+def fill_unit_rows(x: Tensor, out: UnitRows) -> None:
+    """``out`` from x (R, D); what lies past R is padding: zeros."""
+    if out.values.shape[0] > 0:
+        with on_device(x.device):
+            unit_rows(x, out)(0, x.shape[0])
 
 
 @dataclass(frozen=True)
@@ -136,14 +158,13 @@ class Centers:
     def count(self) -> int:
         return self.weight.shape[0] if self.classes is None else self.classes.shape[0]
 
-    def fill(self, start: int, panel: UnitRows) -> int:
-        """Fill the panel with the centers from index ``start`` on, and return their number."""
-        stop = min(start + panel.values.shape[0], self.count)
-        if self.classes is None:
-            fill_unit_rows(self.weight[start:stop], panel)
-        else:
-            fill_unit_rows(self.weight, panel, self.classes[start:stop])
-        return stop - start
+    def turns(self, panel: UnitRows) -> Iterator[tuple[int, int]]:
+        """Fill the panel again and again, and yield the first center's index and their number, until all were there."""
+        fill, size = unit_rows(self.weight, panel, self.classes), panel.values.shape[0]
+        for start in range(0, self.count, size):
+            count = min(size, self.count - start)
+            fill(start, count)
+            yield start, count
 
 
 @triton.jit

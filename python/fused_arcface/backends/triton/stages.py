@@ -13,12 +13,13 @@ from fused_arcface.base.dtypes import compute_dtype
 from fused_arcface.engine.terms import PLAIN, CenterStep, Negatives, RowGradients
 
 from . import chunks, flash
-from .center_sgd import update_rows
+from .center_sgd import updates
+from .common import on_device
 from .configs import device_limits, pick
 from .margin import margin_losses
 from .negatives import RowRule
 from .rows import Centers, RowTerms, UnitRows, fill_unit_rows, row_terms
-from .targets import project, target_cosines, unit_embedding_grads
+from .targets import project, projections, target_cosines, unit_embedding_grads
 
 _DEPTH_MULTIPLE = 16
 """Columns of operands for library products: 32 bytes of 16-bit numbers, which its fastest kernels need rows aligned
@@ -119,12 +120,9 @@ def weight_grad(
     if algorithm == "flash":
         flash.weight_grad(x, Centers(weight), target.contiguous(), terms, rule, d_weight)
     else:
-
-        def finish(d_unit: Tensor, start: int) -> None:
-            rows = slice(start, start + d_unit.shape[0])
-            project(d_unit, weight[rows], d_weight[rows])
-
-        chunks.unit_gradients(x, Centers(weight), target.contiguous(), terms, rule, finish)
+        chunks.unit_gradients(
+            x, Centers(weight), target.contiguous(), terms, rule, lambda d_unit: projections(d_unit, weight, d_weight)
+        )
     return d_weight
 
 
@@ -141,13 +139,13 @@ def update_centers(
     if embeddings.shape[0] == 0:
         # Decay and momentum are there without a gradient; a panel's worth of it would be all zeros, however large.
         d_unit = weight.new_zeros(1, weight.shape[1], dtype=compute_dtype(embeddings, weight))
-        update_rows(d_unit.expand(centers.count, -1), weight, step, 0)
+        if centers.count > 0:
+            with on_device(weight.device):
+                updates(d_unit.expand(centers.count, -1), weight, step)(0, centers.count)
         return
     algorithm, x, terms, rule = _backward(embeddings, weight, gradients, negatives)
     module = flash if algorithm == "flash" else chunks
-    module.unit_gradients(
-        x, centers, target.contiguous(), terms, rule, lambda d_unit, start: update_rows(d_unit, weight, step, start)
-    )
+    module.unit_gradients(x, centers, target.contiguous(), terms, rule, lambda d_unit: updates(d_unit, weight, step))
 
 
 def _backward(

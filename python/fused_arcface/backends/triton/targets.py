@@ -11,7 +11,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import block_width, divide, floored, launch, reciprocal, row_norms, rows_per_block, to_gradient
+from .common import (
+    Repeated,
+    block_width,
+    divide,
+    floored,
+    launch,
+    on_device,
+    reciprocal,
+    row_norms,
+    rows_per_block,
+    to_gradient,
+)
 
 
 @triton.jit
@@ -180,18 +191,19 @@ def by_row(d_unit, row, power, factor, along):
     return (d_unit - unit * along[:, None]) * factor[:, None] * power[:, None]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first", "num_rows"])
 def project_kernel(
     d_unit_ptr,  # (R, >= D), rows d_unit_stride apart
     d_unit_stride,
-    row_ptr,  # (R, D), any strides
+    row_ptr,  # (>= first + R, D), any strides
     stride_n,
     stride_d,
-    out_ptr,  # (R, D), any strides
+    out_ptr,  # (>= first + R, D), any strides
     out_stride_n,
     out_stride_d,
-    num_rows,
     D,
+    first,
+    num_rows,
     WIDTH: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -200,7 +212,8 @@ def project_kernel(
     COMPUTE: tl.constexpr = d_unit_ptr.dtype.element_ty
     offs_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = offs_n < num_rows
-    row_ptr += offs_n[:, None] * stride_n
+    rows = first + offs_n
+    row_ptr += rows[:, None] * stride_n
     d_unit_ptr += offs_n[:, None] * d_unit_stride
     power, factor, along, is_short = projection(
         row_ptr, stride_d, d_unit_ptr, mask_n, D, COMPUTE, WIDTH, BLOCK_N, BLOCK_D
@@ -211,29 +224,36 @@ def project_kernel(
         row = tl.load(row_ptr + offs_d[None, :] * stride_d, mask, 0.0).to(COMPUTE)
         d_unit = tl.load(d_unit_ptr + offs_d[None, :], mask, 0.0)
         result = by_row(d_unit, row, power, factor, along)
-        out_offs = offs_n[:, None] * out_stride_n + offs_d[None, :] * out_stride_d
+        out_offs = rows[:, None] * out_stride_n + offs_d[None, :] * out_stride_d
         tl.store(out_ptr + out_offs, to_gradient(result, is_short[:, None], out_ptr.dtype.element_ty), mask)
 
 
-def project(d_unit: Tensor, rows: Tensor, out: Tensor) -> None:
-    """Write the gradient by rows (R, D) into ``out``, from d_unit (R, >= D), that by their unit vectors.
+def projections(d_unit: Tensor, rows: Tensor, out: Tensor) -> Repeated:
+    """Return launches that write the gradient by rows (C, D) into ``out``, from d_unit (R, >= D), by unit vectors.
 
-    It is :func:`fused_arcface.base.normalize.unit_gradient`.
+    They take the first row that d_unit is of, and their number. The result is
+    :func:`fused_arcface.base.normalize.unit_gradient`'s.
     """
-    num_rows, width = rows.shape
+    width = rows.shape[1]
     block_n = rows_per_block(width)
-    launch(
+    return Repeated(
         project_kernel,
-        (triton.cdiv(num_rows, block_n),),
+        (triton.cdiv(d_unit.shape[0], block_n),),
         d_unit,
         d_unit.stride(0),
         rows,
         *rows.stride(),
         out,
         *out.stride(),
-        num_rows,
         width,
         WIDTH=width,
         BLOCK_N=block_n,
         BLOCK_D=block_width(width),
     )
+
+
+def project(d_unit: Tensor, rows: Tensor, out: Tensor) -> None:
+    """Write the gradient by rows (R, D) into ``out``, from d_unit (R, >= D); see :func:`projections`."""
+    if rows.shape[0] > 0:
+        with on_device(rows.device):
+            projections(d_unit, rows, out)(0, rows.shape[0])
