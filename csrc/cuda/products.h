@@ -71,14 +71,16 @@ __global__ void __launch_bounds__(kThreads, 2)
     for (int slot = lane; slot < slots; slot += kWarp) sum += along[slot * chunk.panel.rows + j];
     const float inverse = chunk.panel.inverse[j], reciprocal = chunk.panel.reciprocal[j];
     const float factor = reciprocal < 0 ? 0.0f : warp_sum(sum) * inverse * inverse;
-    float center[4], by_row[4];
+    float center[4];
+    Columns<1> gradient_columns;
+    float (&by_row)[4] = gradient_columns[0];
     load_four(reinterpret_cast<const First*>(chunk.panel.values) + j * width + d, 1, 4, center);
 #pragma unroll
     for (int i = 0; i < 4; ++i) by_row[i] = (d_unit[i] - center[i] * factor) * fabsf(reciprocal);
 
     const int count = columns - d;
     if (out.d_weight.data == nullptr) {
-      step_center(out.weight, out.step, in_weight, d, count, by_row);
+      step_center<1>(out.weight, out.step, in_weight, d, count, gradient_columns);
     } else {
       visit_dtype(out.d_weight, [&](auto* data) {
         store_four(data + in_weight * out.d_weight.row_stride + d * out.d_weight.column_stride,

@@ -53,6 +53,8 @@ ROOM = "barrier_wait(&s.weights_empty[turn.place()], turn.parity() ^ 1);"
 REFILL = "        barrier_wait(&s.empty[slot.place], slot.parity);\n        refill(slot.place, block, j + 1);"
 REFILL_STATIONARY = "      barrier_wait(&s.empty[slot.place], slot.parity);\n      refill(slot.place, block, 0);"
 SUMS_DONE = "      product_wait(u);\n      release<cluster>(&s.empty[slot.place], lane, 1);"
+WRITTEN = "numbers, mine, kColumns);\n    named_sync<2, 2 * kWarpGroup>();\n"
+STEPPED = "    named_sync<2, 2 * kWarpGroup>();  // before"
 MUTANTS = (
     # Barriers, phases and fences.
     Mutant("no fence after the weights", "block.h", WEIGHTS_DONE, WEIGHTS_DONE.split("\n")[1], full=False),
@@ -141,23 +143,31 @@ MUTANTS = (
     Mutant("targets of the first chunk, backward", "backward.h", "static_cast<int>(task.args.selection.first) + ", ""),
     Mutant("no projection", "backward.h", "0.0f : along[h] *", "0.0f : 0 * along[h] *"),
     Mutant("half a quad's projection", "backward.h", "mask <= 2; mask *= 2", "mask < 2; mask *= 2"),
-    Mutant("rows past the last class", "backward.h",
-           "const bool present = j < args.selection.count;", "const bool present = true;"),
-    Mutant("a gradient's rows without their stride", "backward.h", "read * args.out_stride", "read * kColumns"),
-    Mutant("centers' rows without their stride", "backward.h", "read * args.row_stride", "read * kColumns"),
+    Mutant("rows past the last class", "block_end.h",
+           "const bool present = first + row < count;", "const bool present = true;"),
+    Mutant("a gradient's rows without their stride", "block_end.h", "to + row * stride", "to + row * kColumns"),
+    Mutant("centers' rows without their stride", "block_end.h", "* rows.stride + column", "* kColumns + column"),
+    # The step of CenterSGD in the tile.
+    Mutant("a step before the other half's gradient", "block_end.h", WRITTEN, WRITTEN.split("\n")[0]),
+    Mutant("a gradient of the next block too early", "block_end.h", STEPPED, "    // before", which="all"),
+    Mutant("one gradient for all blocks", "block_end.h", "static_cast<int64_t>(blockIdx.x) * kRows", "int64_t{0}"),
+    Mutant("steps of the first block's rows", "block_end.h", "selection.row(first + row)", "selection.row(row)"),
+    Mutant("steps of half of the rows", "block_end.h", "row += kSumWarps)", "row += 2 * kSumWarps)"),
     Mutant("a projection of odd rows as they are", "backward.h", "(inverse[h] * s.block.factor[row])", "inverse[h]"),
     Mutant("odd rows as they are, backward", "prepare.h", "    mine.multiply(factor);\n    measure", "    measure"),
     # Rows before the passes, chunks.
-    Mutant("no fence after rows are mended", "prepare.h", "  fence_async();\n", ""),
+    Mutant("no fence after rows are mended", "prepare.h",
+           "  mine.multiply(factors[mine.row]);\n  fence_async();", "  mine.multiply(factors[mine.row]);"),
+    Mutant("no fence after rows are measured", "prepare.h", "  }\n  fence_async();", "  }\n"),
     Mutant("padding times zero", "prepare.h", "factor == 0 ? BFloat16{0} : ", ""),
     Mutant("no row is odd", "prepare.h", "|| largest == 0;", "|| largest >= 0;"),
-    Mutant("columns of a quad in another order", "backward.h",
+    Mutant("columns of a quad in another order", "block_end.h",
            "upper ? other : pairs[0][i]", "upper ? pairs[0][i] : other"),
-    Mutant("columns of a pair in another order", "backward.h", "odd ? other : even_n", "odd ? even_n : other"),
+    Mutant("columns of a pair in another order", "block_end.h", "odd ? other : even_n", "odd ? even_n : other"),
     Mutant("half of a row's squares", "prepare.h", "*squares += __shfl_xor_sync(0xffffffffu, *squares, 1);", ""),
     Mutant("another warp's rows", "backward.h", "at.warp * 16 + at.lane;", "(at.warp * 16 + at.lane + 16) % kRows;"),
     Mutant("terms of the first block", "backward.h", "classes.inverse[first + row]", "classes.inverse[row]"),
-    Mutant("every chunk to the first rows", "passes.cu", "selection.first * args.d_weight.row_stride", "int64_t{0}"),
+    Mutant("every chunk to the first rows", "passes.cu", "selection.first * d_weight.row_stride", "int64_t{0}"),
     Mutant("the last chunk as long as the others", "passes.cu", "std::min(rows.rows, all - selection.first)",
            "rows.rows"),
 )  # fmt: skip

@@ -33,8 +33,9 @@ pytestmark = [pytest.mark.slow, pytest.mark.skipif(_missing() is not None, reaso
 
 ENTRY, SCORES, SUMS, THREADS = 168, 184, 160, 128
 """Registers of a thread at a kernel's entry and in the two roles, threads of a warpgroup: csrc/cuda/hopper/block.h."""
-KERNELS = {"class_sums_kernel": 2, "weight_grad_kernel": 4}
-"""The kernels with products, and how many there are of each: by cluster, and by the gradient's dtype."""
+KERNELS = {"class_sums_kernel": 2, "weight_grad_kernel": 6}
+"""The kernels with products, and how many there are of each: by cluster; by a gradient's dtype, and with the step of
+CenterSGD in the tile."""
 
 
 class Assembled(NamedTuple):
@@ -111,6 +112,7 @@ def test_products_and_copies_are_hopper_s() -> None:
         assert re.search(rf"USETMAXREG\.DEALLOC\.CTAPOOL 0x{SUMS:x}", code), mangled
         assert "UTMALDG.2D " in code and "UBLKCP" in code and "LDSM.16.M88.4" in code and "STSM.16.M88.4" in code
         assert ("UTMALDG.2D.MULTICAST" in code) == ("kernelILi2E" in mangled), mangled
+        assert ("UBLKPF.L2" in code) == ("CenterStep" in mangled), mangled
 
 
 def test_nothing_slow_among_the_products() -> None:

@@ -289,6 +289,12 @@ void copy_bytes(void* to, const void* from, int count, uint64_t* barrier) {
              shared_address(barrier));
 }
 
+// Reads the bytes, which must exist.
+void prefetch_bytes(const void* from, int count) {
+  if (reinterpret_cast<uintptr_t>(from) % 16 != 0 || count % 16 != 0) fail("a prefetch off its alignment");
+  std::vector<char>(static_cast<const char*>(from), static_cast<const char*>(from) + count);
+}
+
 void written(const void* to, int bytes) {
   const uint32_t address = shared_address(to);
   for (int i = 0; i < bytes; i += 16) mine().unfenced[grain(address + static_cast<uint32_t>(i))] = number_in_cluster();

@@ -43,6 +43,7 @@ void barrier_wait(uint64_t* barrier, uint32_t parity);
 
 void copy_box(char* to, const TensorMap* map, int column, int row, uint64_t* barrier, unsigned blocks);
 void copy_bytes(void* to, const void* from, int bytes, uint64_t* barrier);
+void prefetch_bytes(const void* from, int bytes);
 
 // This thread has written so many bytes of shared memory, and has not fenced them.
 void written(const void* at, int bytes);
@@ -100,6 +101,7 @@ inline void copy_box_to_all(char* to, const TensorMap* map, int column, int row,
 inline void copy_bytes(void* to, const void* from, int bytes, uint64_t* barrier) {
   emulation::copy_bytes(to, from, bytes, barrier);
 }
+inline void prefetch_bytes(const void* from, int bytes) { emulation::prefetch_bytes(from, bytes); }
 
 template <typename T>
 inline void store_shared(T* to, const T& value) {

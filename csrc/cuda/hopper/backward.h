@@ -1,8 +1,9 @@
-// The backward pass in one launch: of 64 classes at a time and all batch rows, the gradient by the class centers,
-// scores made anew and projected in the tile.
+// The backward pass in one launch: of 64 classes at a time and all batch rows, the gradient by the class centers, from
+// scores made anew. A block of classes ends by one of the ways of block_end.h.
 #pragma once
 
 #include "../scores.h"
+#include "block_end.h"
 #include "prepare.h"
 
 namespace fa::cuda::hopper {
@@ -16,88 +17,30 @@ struct BatchTerms {
   int target[kRows];
 };
 
-template <typename Out>
+// End: what becomes of the gradient by a block of classes, GradientOut or CenterStepOut.
+template <typename End>
 struct BackwardArgs {
   PreparedRows classes;  // of a chunk, from class selection.first on; its terms null: measured where the rows lie
   RowSelection selection;
-  const BFloat16* values;  // the chunk's rows as stored, row_stride apart
-  int64_t row_stride;
+  StoredRows rows;
   const BatchTerms* batch_terms;
-  int tiles;      // of the batch
-  Out* d_weight;  // (classes of the chunk, 512), out_stride apart
-  int64_t out_stride;
+  int tiles;  // of the batch
+  End end;
   const bool* active;  // or null; where false nothing is written
   bool ordered;
 };
 
-// The sums of 32 columns of a row are two neighbors in each of four lanes beside each other, four times. Afterwards
-// each of the lanes has eight neighbors, which it moves at once.
-__device__ __forceinline__ void gather_columns(const Sums& u, int group, int h, int lane, float (&to)[8]) {
-  const bool odd = lane % 2 != 0, upper = lane % 4 >= 2;
-  float pairs[2][4];  // of n = 4 group + 2 k + odd: the columns of this lane and of the one beside it
-#pragma unroll
-  for (int k = 0; k < 2; ++k)
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const int n = 4 * group + 2 * k;
-      const float even_n = u[4 * n + 2 * h + i], odd_n = u[4 * n + 4 + 2 * h + i];
-      const float other = __shfl_xor_sync(0xffffffffu, odd ? even_n : odd_n, 1);
-      pairs[k][i] = odd ? other : even_n;
-      pairs[k][2 + i] = odd ? odd_n : other;
-    }
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const float other = __shfl_xor_sync(0xffffffffu, upper ? pairs[0][i] : pairs[1][i], 2);
-    to[i] = upper ? other : pairs[0][i];
-    to[4 + i] = upper ? pairs[1][i] : other;
-  }
-}
-
-template <typename Out>
+template <typename End>
 struct Backward {
   using Terms = BatchTerms;
-  const BackwardArgs<Out>& args;
+  const BackwardArgs<End>& args;
   const Terms* terms;
 
   __device__ __forceinline__ bool is_due(int j, int tiles) const { return j + 1 == tiles; }
 
-  struct alignas(16) Centers {
-    BFloat16 at[8];
-  };
-  // Eight neighbors of a row, in one access of 16 bytes, or two.
-  struct alignas(16) Eight {
-    Out at[8];
-  };
-
-  // With d the gradient by the unit center w^: (d - w^ <w^, d>) / |w|. `numbers` is written by finish.
+  // `numbers` is written by finish.
   __device__ __forceinline__ void write(const Sums& u, int block, int half, const Numbers& numbers) const {
-    const Position at;
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const int row = at.row + 8 * h, column = half * (kColumns / 2) + at.lane % 4 * 8;
-      const int64_t j = static_cast<int64_t>(block) * kRows + row;
-      const bool present = j < args.selection.count;
-      const int64_t read = present ? j : 0;
-      const float projection = numbers[row], size = numbers[kRows + row];
-      const BFloat16* const center = args.values + read * args.row_stride + column;
-      Out* const out = args.d_weight + read * args.out_stride + column;
-      constexpr int kBatch = sizeof(Out) == 2 ? 4 : 2;  // loads under way, as far as registers go
-#pragma unroll
-      for (int first = 0; first < 8; first += kBatch) {
-        Centers centers[kBatch];
-#pragma unroll
-        for (int k = 0; k < kBatch; ++k) centers[k] = *reinterpret_cast<const Centers*>(center + (first + k) * 32);
-#pragma unroll
-        for (int k = 0; k < kBatch; ++k) {
-          float d[8];
-          gather_columns(u, first + k, h, at.lane, d);
-          Eight gradient;
-#pragma unroll
-          for (int i = 0; i < 8; ++i) convert((d[i] - to_float(centers[k].at[i]) * projection) * size, &gradient.at[i]);
-          if (present) *reinterpret_cast<Eight*>(out + (first + k) * 32) = gradient;
-        }
-      }
-    }
+    args.end.write(u, args.rows, args.selection, static_cast<int64_t>(block) * kRows, half, numbers);
   }
 
   // The numbers that a thread of the first warpgroup keeps for its two classes.
@@ -109,6 +52,7 @@ struct Backward {
 
     __device__ __forceinline__ Rows(const Backward& task, const Walk&, int block, char* slot, Shared<Terms>& s)
         : task(task), first_class(static_cast<int>(task.args.selection.first) + block * kRows) {
+      task.args.end.prefetch(task.args.selection, static_cast<int64_t>(block) * kRows);
       if (task.args.classes.inverse == nullptr)
         measure_rows(slot, s.block);
       else
@@ -186,14 +130,14 @@ struct Backward {
 };
 
 // Grid: as many blocks as run at once; each takes every gridDim.x-th block of classes.
-template <int cluster, typename Out>
+template <int cluster, typename End>
 __global__ void __cluster_dims__(cluster, 1, 1) __launch_bounds__(kBlockThreads, 1)
     weight_grad_kernel(const __grid_constant__ TensorMap classes, const __grid_constant__ TensorMap batch,
-                       const __grid_constant__ BackwardArgs<Out> args) {
+                       const __grid_constant__ BackwardArgs<End> args) {
   if (args.active != nullptr && !*args.active) return;
   const int blocks = static_cast<int>((args.selection.count + kRows - 1) / kRows);
   const int padded = (blocks + cluster - 1) / cluster * cluster, first = static_cast<int>(blockIdx.x);
-  run<cluster>(Backward<Out>{args, args.batch_terms},
+  run<cluster>(Backward<End>{args, args.batch_terms},
                {&classes, &batch, first, static_cast<int>(gridDim.x), padded, 0, args.tiles, args.ordered});
 }
 

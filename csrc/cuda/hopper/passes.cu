@@ -90,26 +90,21 @@ int64_t chunk_of(int64_t classes, bool copied, bool with_gradient, const PassOpt
   return std::min(std::max<int64_t>(options.center_bytes / bytes / round, 1) * round, classes);
 }
 
-// Writes projected gradients (classes of a chunk, 512) into a matrix of any dtype and strides, or makes a step of the
-// optimizer with them.
+// Writes projected gradients (classes of a chunk, 512) into a matrix of any dtype and strides.
 __global__ void __launch_bounds__(kRowThreads)
-    finish_gradient_kernel(const float* gradient, RowSelection selection, const float* reciprocal, CenterGradient out) {
-  if (out.active != nullptr && !*out.active) return;
+    finish_gradient_kernel(const float* gradient, RowSelection selection, const float* reciprocal, Matrix d_weight) {
   const int lane = threadIdx.x % kWarp;
   const int64_t j = static_cast<int64_t>(blockIdx.x) * (kRowThreads / kWarp) + threadIdx.x / kWarp;
-  const int64_t row = j < selection.count ? selection.row(j) : -1;
-  if (row < 0) return;  // the whole warp
+  if (j >= selection.count) return;
+  const int64_t row = selection.first + j;
   const bool is_short = reciprocal != nullptr && reciprocal[j] < 0;
   for (int d = 4 * lane; d < kColumns; d += 4 * kWarp) {
     float by_row[4];
     load_four(gradient + j * kColumns + d, 1, 4, by_row);
-    if (out.d_weight.data == nullptr)
-      step_center(out.weight, out.step, row, d, kColumns - d, by_row);
-    else
-      visit_dtype(out.d_weight, [&](auto* data) {
-        store_four(data + row * out.d_weight.row_stride + d * out.d_weight.column_stride, out.d_weight.column_stride, 4,
-                   by_row, [is_short](float value, auto* to, int) { convert_gradient(value, is_short, to); });
-      });
+    visit_dtype(d_weight, [&](auto* data) {
+      store_four(data + row * d_weight.row_stride + d * d_weight.column_stride, d_weight.column_stride, 4, by_row,
+                 [is_short](float value, auto* to, int) { convert_gradient(value, is_short, to); });
+    });
   }
 }
 
@@ -117,18 +112,21 @@ __global__ void __launch_bounds__(kRowThreads)
 template <typename Out>
 bool fits(const Matrix& m, Dtype dtype) {
   constexpr int64_t kEach = 16 / sizeof(Out);
-  return m.data != nullptr && m.dtype == dtype && m.column_stride == 1 && m.row_stride % kEach == 0 &&
-         aligned(m.data, 16);
+  return m.dtype == dtype && m.column_stride == 1 && m.row_stride % kEach == 0 && aligned(m.data, 16);
 }
 
-template <typename Out>
-void launch_weight_grad(const TensorMap& classes, const TensorMap& batch, const BackwardArgs<Out>& args,
+// As many blocks as run at once, whole clusters.
+int64_t blocks_at_once(int64_t classes, const PassOptions& options) {
+  const int64_t clusters = std::max(options.multiprocessors / options.cluster, 1);
+  return std::min(ceil_div(ceil_div(classes, kRows), options.cluster), clusters) * options.cluster;
+}
+
+template <typename End>
+void launch_weight_grad(const TensorMap& classes, const TensorMap& batch, const BackwardArgs<End>& args,
                         const PassOptions& options, const Stream& stream) {
-  const int cluster = options.cluster;
-  const int64_t blocks = round_up(ceil_div(args.selection.count, kRows), cluster);
-  const Grid grid{std::min<int64_t>(blocks, std::max(options.multiprocessors / cluster, 1) * cluster), 1, 1, cluster};
-  launch("weight_grad", cluster == 2 ? weight_grad_kernel<2, Out> : weight_grad_kernel<1, Out>, grid, kBlockThreads,
-         sizeof(Shared<BatchTerms>), stream, classes, batch, args);
+  const Grid grid{blocks_at_once(args.selection.count, options), 1, 1, options.cluster};
+  launch("weight_grad", options.cluster == 2 ? weight_grad_kernel<2, End> : weight_grad_kernel<1, End>, grid,
+         kBlockThreads, sizeof(Shared<BatchTerms>), stream, classes, batch, args);
 }
 
 }  // namespace
@@ -173,22 +171,23 @@ int64_t HopperPasses::class_stats(const ClassStatsArgs& args, const int64_t* cla
 
 int64_t HopperPasses::weight_grad(const WeightGradArgs& args, const CenterStep* step, const bool* active,
                                   const PassOptions& options, void* workspace, const Stream& stream) {
+  const Matrix& d_weight = args.d_weight;
   RowSelection selection{0, args.weight.rows, nullptr, nullptr, args.weight.rows};
   if (step != nullptr) selection.index = step->rows, selection.count = step->classes;
   const bool copied = !is_plain(args.weight) || selection.index != nullptr;
-  const bool as_bf16 = step == nullptr && fits<BFloat16>(args.d_weight, Dtype::kBFloat16);
-  const bool as_fp32 = step == nullptr && fits<float>(args.d_weight, Dtype::kFloat32);
-  const bool written = as_bf16 || as_fp32;  // by the kernel itself
+  const bool as_bf16 = fits<BFloat16>(d_weight, Dtype::kBFloat16), as_fp32 = fits<float>(d_weight, Dtype::kFloat32);
+  const bool elsewhere = step == nullptr && !as_bf16 && !as_fp32;  // a kernel by rows writes the gradient
   Arena arena(workspace);
   const Batch batch(arena, args.embeddings, 1);
-  const int64_t chunk = copied || !written ? chunk_of(selection.count, copied, !written, options) : selection.count;
+  const int64_t chunk = copied || elsewhere ? chunk_of(selection.count, copied, elsewhere, options) : selection.count;
   PreparedRows classes{};
   if (copied)
     classes = take_rows(arena, chunk, true, batch.odd);
   else
     classes.rows = round_up(chunk, kRows);
   BatchTerms* const batch_terms = arena.take<BatchTerms>(batch.blocks());
-  float* const gradient = written ? nullptr : arena.take<float>(classes.rows * kColumns);
+  const int64_t kept = step != nullptr ? blocks_at_once(chunk, options) * kRows : elsewhere ? classes.rows : 0;
+  float* const gradient = kept > 0 ? arena.take<float>(kept * kColumns) : nullptr;
   if (arena.counting()) return arena.used();
 
   const OnDevice device(stream);
@@ -200,20 +199,21 @@ int64_t HopperPasses::weight_grad(const WeightGradArgs& args, const CenterStep* 
   for_each_chunk(
       args.weight, selection, classes, stream,
       [&](const RowSelection& selection, const BFloat16* values, int64_t stride, const TensorMap& of_classes) {
-        const auto start = [&](auto* out, int64_t out_stride) {
-          using Out = std::remove_pointer_t<decltype(out)>;
-          launch_weight_grad<Out>(of_classes, map,
-                                  {classes, selection, values, stride, batch_terms, static_cast<int>(batch.blocks()),
-                                   out, out_stride, active, options.ordered},
-                                  options, stream);
+        const auto start = [&](const auto& end) {
+          using End = std::decay_t<decltype(end)>;
+          const BackwardArgs<End> backward{
+              classes, selection, {values, stride}, batch_terms, static_cast<int>(batch.blocks()),
+              end,     active,    options.ordered};
+          launch_weight_grad(of_classes, map, backward, options, stream);
         };
-        const int64_t to = selection.first * args.d_weight.row_stride;
-        if (as_bf16) return start(static_cast<BFloat16*>(args.d_weight.data) + to, args.d_weight.row_stride);
-        if (as_fp32) return start(static_cast<float*>(args.d_weight.data) + to, args.d_weight.row_stride);
-        start(gradient, kColumns);
-        const CenterGradient out{args.d_weight, args.weight, step != nullptr ? *step : CenterStep{}, active};
+        const int64_t to = selection.first * d_weight.row_stride;
+        if (step != nullptr) return start(CenterStepOut{args.weight, *step, gradient});
+        if (as_bf16)
+          return start(GradientOut<BFloat16>{static_cast<BFloat16*>(d_weight.data) + to, d_weight.row_stride});
+        if (as_fp32) return start(GradientOut<float>{static_cast<float*>(d_weight.data) + to, d_weight.row_stride});
+        start(GradientOut<float>{gradient, kColumns});
         launch("finish_gradient", finish_gradient_kernel, {ceil_div(selection.count, kRowThreads / kWarp)}, kRowThreads,
-               0, stream, gradient, selection, classes.reciprocal, out);
+               0, stream, gradient, selection, classes.reciprocal, d_weight);
       });
   return arena.used();
 }

@@ -84,6 +84,10 @@ __device__ __forceinline__ void copy_bytes(void* to, const void* from, int bytes
                "l"(from), "r"(bytes), "r"(shared_address(barrier))
                : "memory");
 }
+// From global memory to the L2, with the same alignment.
+__device__ __forceinline__ void prefetch_bytes(const void* from, int bytes) {
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
+}
 
 // To shared memory, before a fence_async: the emulation sees what has to be fenced.
 template <typename T>
