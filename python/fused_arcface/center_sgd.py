@@ -126,7 +126,7 @@ class CenterOptimizer(torch.optim.Optimizer):
             state["momentum_buffer"] = torch.zeros(weight.shape, dtype=dtype, device=weight.device)
             if dtype == torch.int8:
                 units = -(-weight.shape[1] // MOMENTUM_BLOCK)
-                state["momentum_scale"] = torch.zeros(weight.shape[0], units, device=weight.device)
+                state["momentum_scale"] = torch.zeros(weight.shape[0], units, dtype=torch.float32, device=weight.device)
 
     def describe(self) -> str:
         """Return the recipe as it is now, for the head's repr.

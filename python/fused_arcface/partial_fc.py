@@ -177,6 +177,7 @@ class PartialFC(NotScriptable, ShardedEvaluation, RunState):
             "center_storage": storage,
         }
         self.ranks.check_agreement(type(self).__name__, {**self._options(), **own})
+        self.ranks.number_head()
         self._sampled: Tensor | None = None
         with self.ranks.together(type(self).__name__):  # a rank may lack the device, or memory
             parameter = nn.Parameter if center_optimizer is None else CentersUpdatedInBackward

@@ -189,3 +189,18 @@ def test_copies_have_a_state_of_their_own() -> None:
     head(*_batch(1))
     loss.backward()
     assert [int(each.margin.step) for each in (head, other)] == [1, 1]
+
+
+def test_the_default_dtype_changes_no_state():
+    def state() -> dict[str, torch.dtype]:
+        optimizer = fa.CenterSGD(0.1, momentum_dtype=torch.int8)
+        head = fa.PartialFC(D, C, dtype=torch.float32, margin=fa.AdaFace(), center_optimizer=optimizer)
+        modules = [head, fa.CurricularFace(), fa.SphereFace2(), fa.UniFace(), fa.AdaCos()]
+        return {f"{at} {name}": each.dtype for at, one in enumerate(modules) for name, each in one.state_dict().items()}
+
+    expected = state()
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert state() == expected
+    finally:
+        torch.set_default_dtype(torch.float32)

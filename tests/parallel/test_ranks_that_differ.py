@@ -175,6 +175,12 @@ def record_calls(rank: Rank, record: Callable[[str, Callable[[], Any]], None]) -
     if rank.differs:
         other.bfloat16()
     record("full_weight dtype", other.full_weight)
+    wide = fa.PartialFC(16 * D, CLASSES, dtype=torch.float64, group=rank.group)
+    record("another head", either(lambda: head(x, y), lambda: wide(x.repeat(1, 16), y)))
+    record("another head's topk", either(lambda: wide.topk(x.repeat(1, 16), 1), lambda: head.topk(x, 1)))
+    record("a head or its construction", either(lambda: head(x, y), rank.head))
+    record("a head as wide", either(lambda: rank.step(head), lambda other=rank.head(): rank.step(other)))
+    record("heads still together", lambda: wide(x.repeat(1, 16), y).isfinite().item())
     record("still together", lambda: rank.step(head).isfinite().all().item())
 
 
@@ -302,12 +308,21 @@ def both(outcomes: list[dict[str, Any]], name: str) -> tuple[Any, Any]:
         ("full_weight or load", "call"),
         ("k", "k"),
         ("full_weight dtype", "weight.dtype"),
+        ("another head", "head"),
+        ("another head's topk", "head"),
+        ("a head as wide", "head"),
     ],
 )
 def test_what_must_be_alike_is_refused_by_name_on_both(outcomes, case, name):
     first, second = both(outcomes, case)
     assert first == second
     assert first.startswith(f"ValueError: PartialFC: {name} must be the same on every rank; got rank 0: ")
+
+
+def test_a_constructor_meets_no_other_call(outcomes):
+    first, second = both(outcomes, "a head or its construction")
+    assert first == "ValueError: PartialFC: call must be the same on every rank; got rank 0: forward(), rank 1: PartialFC"
+    assert second == first.replace("PartialFC: call", "the ranks: call")
 
 
 @pytest.mark.parametrize("case", ["dtype", "autocast"])
@@ -367,6 +382,7 @@ def test_what_one_constructor_refuses_raises_on_both(outcomes, name, own):
         "no rows",
         "no rows with CenterSGD",
         "still together",
+        "heads still together",
     ],
 )
 def test_what_may_differ_gives_the_right_result_on_both(outcomes, case):

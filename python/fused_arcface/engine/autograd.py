@@ -106,6 +106,8 @@ class NegativesAndTarget(torch.autograd.Function):
         d_second_cosine: Tensor | None,
     ) -> tuple[Tensor | None, ...]:
         shard = ctx.shard
+        if shard.ranks.world_size > 1:
+            shard.ranks.backward_passes += 1
         embeddings, weight, target, second_row, lse, mean_center, of_device = saved
         scale = ctx.scale if of_device is None else of_device
         rows = shard.all_rows(embeddings)

@@ -113,7 +113,9 @@ class JointCalls(nn.Module):
                 own[f"{name}.state"] = {key: tensor.tolist() for key, tensor in held.state_dict().items()}
             elif isinstance(held, Tensor):
                 own[f"{name}.value"] = held.item()
-        return {"call": call, **self._options(), **{name: str(value) for name, value in own.items()}}
+        passes = str(self.ranks.backward_passes)
+        made = {"call": call, "head": f"number {self.ranks.number} of its group", "backward passes": passes}
+        return {**made, **self._options(), **{name: str(value) for name, value in own.items()}}
 
     def _step_agreement(
         self,

@@ -75,7 +75,7 @@ class SphereFace2(nn.Module):
         check_number(self, "bias", bias, "(-inf, inf)", math.nextafter(-math.inf, 0), math.inf, closed=False)
         self.margin, self.exponent, self.share, self.kind = margin, exponent, share, kind
         self.initial_bias = bias
-        self.bias = nn.Parameter(torch.tensor(float(bias)))
+        self.bias = nn.Parameter(torch.tensor(float(bias), dtype=torch.float32))
 
     def bias_for(self, num_classes: int, scale: float) -> float:
         """Return the authors' initial bias: a row whose cosines are all 0 does not change it.
@@ -148,7 +148,7 @@ class UniFace(nn.Module):
         check_number(self, "weight", weight, "(0, inf)", math.ulp(0), math.inf, closed=False)
         check_number(self, "bias", bias, "(-inf, inf)", math.nextafter(-math.inf, 0), math.inf, closed=False)
         self.margin, self.weight, self.initial_bias = margin, weight, bias
-        self.bias = nn.Parameter(torch.tensor(float(bias)))
+        self.bias = nn.Parameter(torch.tensor(float(bias), dtype=torch.float32))
 
     @staticmethod
     def bias_for(num_classes: int, r: float = 1.0) -> float:

@@ -252,7 +252,7 @@ class CurricularFace(StatefulMargin):
         check_angle(self, "margin", margin)
         check_rate(self, "rate", rate)
         self.of_target, self.rate = ArcFace(margin, boundary, gradient), rate
-        self.register_buffer("t", torch.tensor(0.0))
+        self.register_buffer("t", torch.tensor(0.0, dtype=torch.float32))
 
     def forward(self, target_cosine: Tensor) -> Tensor:
         """Return modified cosines (N,) of target cosines (N,)."""

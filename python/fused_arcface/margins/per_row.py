@@ -64,8 +64,8 @@ class AdaFace(StatefulMargin):
         check_number(self, "h", h, "[0, inf)", 0, math.inf, closed=False)
         check_rate(self, "rate", rate)
         self.margin, self.h, self.rate = margin, h, rate
-        self.register_buffer("norm_mean", torch.tensor(20.0))
-        self.register_buffer("norm_std", torch.tensor(100.0))
+        self.register_buffer("norm_mean", torch.tensor(20.0, dtype=torch.float32))
+        self.register_buffer("norm_std", torch.tensor(100.0, dtype=torch.float32))
 
     def forward(self, target_cosine: Tensor) -> Tensor:
         """Return modified cosines (N,) of target cosines (N,), for embeddings of the mean norm."""

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..base.dtypes import FLOAT_DTYPES
 from .agreement import REFUSED, Agreement, Header, check_agreements, check_headers, digest, equal_shards
+from .watch import state_of_group
 from .wrappers import copied_shards
 
 if dist.is_available():
@@ -29,6 +30,7 @@ _all_gather: Any = getattr(dist, "all_gather_single", None) or getattr(dist, "al
 _reduce_scatter: Any = getattr(dist, "reduce_scatter_single", None) or getattr(dist, "reduce_scatter_tensor", None)
 
 _ALIGNMENT = 16  # bytes: each part of the buffer is viewed with a dtype of its own
+_HEADER_BYTES = -(-8 * len(Header._fields) // _ALIGNMENT) * _ALIGNMENT
 
 
 class _Room(NamedTuple):
@@ -91,9 +93,33 @@ class Ranks:
         # The largest local batch so far. A step costs one all-gather, and a second one only when a batch is larger than
         # all before or has another dtype.
         self._room = _Room()
+        self._call = ""
+        self.number = 0
+        """Which head of the group this is, from 1; 0 if it is none."""
+        self.backward_passes = 0
+        """Number of backward passes so far, over all copies of the head."""
 
     def __deepcopy__(self, memo: object) -> Ranks:
         return self  # a group is a connection and cannot be copied
+
+    def number_head(self) -> None:
+        """Give a new head its number among those of the group. A collective."""
+        if self.world_size > 1:
+            state = state_of_group(self.group)
+            self.number = state.heads = 1 + max(self.gather_objects(state.heads))
+
+    def _run(self, device: torch.device, collective: Callable[..., Any], *args: Any, **options: Any) -> None:
+        """Run a collective of tensors on a device to its end, which the host awaits on the CPU alone."""
+        state = state_of_group(self.group)
+        if state.watches(self.group, device):
+            state.start(self.group, self._place(), collective, *args, **options)()
+        else:
+            collective(*args, group=self.group, **options)
+
+    def _place(self) -> str:
+        """Return the name of the call that a collective belongs to."""
+        call = "backward()" if torch._C._current_graph_task_id() != -1 else self._call
+        return f"{call} of head {self.number}" if self.number else call
 
     def gather_batch(
         self,
@@ -129,6 +155,7 @@ class Ranks:
             TypeError: if the embeddings' dtypes differ between ranks.
             ValueError: if a value of the agreement differs between ranks.
         """
+        self._call = agreement.get("call", owner)
         labels, count = labels.long(), embeddings.shape[0]
         numbers = [each.double() if each.is_floating_point() else each.long() for each in numbers]
         if self.world_size == 1:
@@ -167,6 +194,7 @@ class Ranks:
     def meet(self, owner: str, agreement: Agreement, device: torch.device) -> None:
         """Begin a collective without a batch: check the agreement as :meth:`gather_batch` does."""
         if self.world_size > 1:
+            self._call = agreement.get("call", owner)
             headers = self._gather_headers(Header(0, agreement=digest(agreement)), device)
             self._compare(headers, owner, agreement)
 
@@ -185,7 +213,7 @@ class Ranks:
         """Raise on every rank, or on none. The texts are exchanged only where their digests differ."""
         check_headers(headers)
         if len({header.agreement for header in headers}) > 1:
-            self.check_agreement(owner, agreement)
+            check_agreements(owner, self._gather_objects(agreement))
         same = equal_shards(headers)
         if same:
             raise RuntimeError(copied_shards(owner, same))
@@ -199,16 +227,32 @@ class Ranks:
 
     def _headers_travel_apart(self, device: torch.device) -> bool:
         """Return whether to send headers over the group's backend for the CPU, so as not to wait for a GPU."""
+        return device.type != "cpu" and self._has_cpu_backend
+
+    @property
+    def _has_cpu_backend(self) -> bool:
         group: Any = self.group
-        return device.type != "cpu" and torch.device("cpu") in group._device_types
+        return torch.device("cpu") in group._device_types
 
     def _gather_headers(self, own: Header, device: torch.device) -> list[Header]:
         """Return all ranks' headers, without gathering rows."""
-        if not self._headers_travel_apart(device):
+        if not self._has_cpu_backend:
             return _headers(self._gather_padded(own, torch.empty(0, device=device))[0])
-        numbers = torch.empty(self.world_size, len(own), dtype=torch.int64)
-        _all_gather(numbers, torch.tensor([own]), group=self.group)
-        return _headers(numbers)
+        numbers = torch.zeros(1, self._room_for(_HEADER_BYTES) // 8, dtype=torch.int64, device="cpu")
+        numbers[0, : len(own)] = torch.tensor(own, device="cpu")
+        received = numbers.new_empty(self.world_size, numbers.shape[1])
+        self._run(numbers.device, _all_gather, received, numbers)
+        return _headers(received[:, : len(own)])
+
+    def _room_for(self, size: int) -> int:
+        """Return the size of each rank's part of a buffer with a header in front.
+
+        It is the same for all heads of a group. If the ranks make different calls, their buffers fit each other, and
+        the headers say so.
+        """
+        state = state_of_group(self.group)
+        state.buffer_bytes = max(state.buffer_bytes, size)
+        return state.buffer_bytes
 
     def _gather_padded(
         self, own: Header, embeddings: Tensor, columns: Tensor | None = None
@@ -224,6 +268,8 @@ class Ranks:
         ends = [0]
         for size in sizes:
             ends.append(-(-(ends[-1] + size) // _ALIGNMENT) * _ALIGNMENT)
+        device = embeddings.device
+        length = ends[-1] if self._headers_travel_apart(device) else self._room_for(ends[-1])
 
         def parts(buffer: Tensor) -> list[Tensor]:
             dtypes = (torch.int64, torch.int64, room.dtype)
@@ -232,7 +278,7 @@ class Ranks:
                 for start, size, dtype in zip(ends[:-1], sizes, dtypes, strict=True)
             ]
 
-        send = torch.zeros(1, ends[-1], dtype=torch.uint8, device=embeddings.device)
+        send = torch.zeros(1, length, dtype=torch.uint8, device=device)
         header, all_columns, rows = parts(send)
         # One number at a time: copying a tensor from the host would wait for the device.
         for column, value in enumerate(own):
@@ -242,15 +288,15 @@ class Ranks:
         if columns is not None and own.rows > 0 and fits:
             all_columns.view(room.rows, width)[: own.rows, : columns.shape[1]] = columns
             rows.view(room.rows, room.dim)[: own.rows] = embeddings
-        received = send.new_empty(self.world_size, ends[-1])
-        _all_gather(received, send, group=self.group)
+        received = send.new_empty(self.world_size, length)
+        self._run(device, _all_gather, received, send)
         header, all_columns, rows = parts(received)
         return header, all_columns.unflatten(1, (room.rows, width)), rows.unflatten(1, (room.rows, room.dim))
 
     def sum(self, tensor: Tensor) -> Tensor:
         """Sum a tensor over the ranks, in place."""
         if self.world_size > 1:
-            dist.all_reduce(tensor, group=self.group)
+            self._run(tensor.device, dist.all_reduce, tensor)
         return tensor
 
     def sum_rows(self, *rows: Tensor) -> tuple[Tensor, ...]:
@@ -260,7 +306,7 @@ class Ranks:
     def max(self, tensor: Tensor) -> Tensor:
         """Take the elementwise maximum over the ranks, in place. Some backends skip NaN."""
         if self.world_size > 1:
-            dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.group)
+            self._run(tensor.device, dist.all_reduce, tensor, op=dist.ReduceOp.MAX)
         return tensor
 
     def start_scatter(self, rows: Tensor, batch: JointBatch) -> Callable[[], Tensor]:
@@ -280,6 +326,16 @@ class Ranks:
         elif room == 0:  # no rank has a row
             return lambda: rows
         rows = rows.reshape(self.world_size * room, rows.shape[-1]).contiguous()
+        state = state_of_group(self.group)
+        if state.watches(self.group, rows.device):  # gloo scatters a sum in the same way
+            rows = rows.clone()
+            finish = state.start(self.group, self._place(), dist.all_reduce, rows)
+
+            def own_sum() -> Tensor:
+                finish()
+                return rows.narrow(0, self.rank * room, batch.count).clone()
+
+            return own_sum
         result = rows.new_empty(room, rows.shape[1])
         work = _reduce_scatter(result, rows, group=self.group, async_op=True)
 
@@ -298,20 +354,33 @@ class Ranks:
         room = max(counts)
         send = rows if len(rows) == room else torch.cat([rows, rows.new_zeros(room - len(rows), *rows.shape[1:])])
         received = rows.new_empty(self.world_size * room, *rows.shape[1:])
-        _all_gather(received, send.contiguous(), group=self.group)
+        self._run(send.device, _all_gather, received, send.contiguous())
         return [part[:count] for part, count in zip(received.split(room), counts, strict=True)]
 
-    def gather_objects(self, value: Any) -> list[Any]:
-        """Return every rank's picklable ``value``, in rank order."""
+    def gather_objects(self, value: Any, call: str = "") -> list[Any]:
+        """Return every rank's picklable ``value``, in rank order.
+
+        Args:
+            value: of this rank.
+            call: name of the call that needs them, the same on every rank.
+
+        Raises:
+            ValueError: on every rank, if the ranks make different calls.
+        """
         if self.world_size == 1:
             return [value]
+        if self._has_cpu_backend:
+            self.meet("the ranks", {"call": call}, torch.device("cpu"))
+        return self._gather_objects(value)
+
+    def _gather_objects(self, value: Any) -> list[Any]:
         values: list[Any] = [None] * self.world_size
         dist.all_gather_object(values, value, group=self.group)
         return values
 
     def check_agreement(self, owner: str, agreement: Agreement) -> None:
         """Raise the same ValueError on every rank if a value differs between ranks."""
-        check_agreements(owner, self.gather_objects(agreement))
+        check_agreements(owner, self.gather_objects(agreement, owner))
 
     @contextlib.contextmanager
     def together(self, what: str) -> Iterator[None]:
@@ -325,9 +394,9 @@ class Ranks:
         try:
             yield
         except Exception as error:
-            self.gather_objects(f"{type(error).__name__}: {error}")
+            self.gather_objects(f"{type(error).__name__}: {error}", what)
             raise
-        failures = {rank: each for rank, each in enumerate(self.gather_objects(None)) if each is not None}
+        failures = {rank: each for rank, each in enumerate(self.gather_objects(None, what)) if each is not None}
         if failures:
             listed = "; ".join(f"rank {rank}: {each}" for rank, each in failures.items())
             raise RuntimeError(f"{what} failed on {listed}")

@@ -1,0 +1,83 @@
+"""Ranks that wait for each other in different calls: an error on each within seconds, and none for a slow rank."""
+
+from __future__ import annotations
+
+import time
+from datetime import timedelta
+
+import pytest
+import torch
+import torch.distributed as dist
+from support import distributed_helpers
+
+import fused_arcface as fa
+from fused_arcface.parallel import watch
+
+pytestmark = pytest.mark.distributed
+
+
+def message_of(call) -> str:
+    try:
+        call()
+    except (RuntimeError, ValueError) as error:
+        return f"{type(error).__name__}: {error}"
+    return "no error"
+
+
+def forward(head: fa.PartialFC) -> torch.Tensor:
+    return head(torch.ones(2, 4, requires_grad=True), torch.tensor([0, 7]))
+
+
+def skipped_backward() -> list[str]:
+    """Rank 1 leaves a backward pass out: one without a collective of its own, in which nobody waits, then one with."""
+    watch._PATIENCE = timedelta(seconds=0.3)
+    group, messages = dist.new_group(timeout=timedelta(seconds=2)), []
+    for requires_grad in (False, True):
+        head = fa.PartialFC(4, 11, group=group)
+        forward(head).backward()
+        loss = head(torch.ones(2, 4, requires_grad=requires_grad), torch.tensor([0, 7]))
+        messages.append(message_of(lambda: (loss.backward() if dist.get_rank() == 0 else None, forward(head))))
+    return messages
+
+
+def test_a_backward_pass_that_one_rank_leaves_out():
+    first, second = distributed_helpers.run_ranks(2, skipped_backward)
+    assert first == second
+    assert first[0] == "ValueError: PartialFC: backward passes must be the same on every rank; got rank 0: 2, rank 1: 1"
+    assert first[1].startswith(
+        "RuntimeError: the ranks wait for each other in different calls; got rank 0: backward() of head 2, "
+        "rank 1: forward() of head 2. Every rank must make the same calls"
+    )
+
+
+def slow_rank() -> list[str]:
+    """Rank 1 comes late to a forward pass and to a backward pass; nothing is wrong."""
+    watch._PATIENCE, watch._PAUSE = timedelta(seconds=0.1), timedelta(seconds=0.05)
+    head, late = fa.PartialFC(4, 11), 0.5 * dist.get_rank()
+    losses = []
+
+    def step() -> None:
+        time.sleep(late)
+        loss = forward(head)
+        time.sleep(late)
+        loss.backward()
+        losses.append(loss.item())
+
+    messages = [message_of(step), message_of(step)]
+    return [*messages, losses[0] == losses[1]]
+
+
+def test_a_slow_rank_is_waited_for():
+    assert distributed_helpers.run_ranks(2, slow_rank) == [["no error", "no error", True]] * 2
+
+
+def numbers() -> list[int]:
+    half = dist.new_group([0])
+    first = fa.PartialFC(4, 11)
+    if dist.get_rank() == 0:
+        fa.PartialFC(4, 11, group=half)
+    return [first.ranks.number, fa.PartialFC(4, 11).ranks.number]
+
+
+def test_heads_are_numbered_by_group():
+    assert distributed_helpers.run_ranks(2, numbers) == [[1, 2], [1, 2]]
