@@ -43,6 +43,7 @@ NEGATIVES = {
         "threshold": torch.full((8,), 0.1),
         "coefficients": torch.tensor([0.0, 1.2, 0.2, 0.4], dtype=torch.float64),
     },
+    "logistic": {"sub_centers": 2, "logistic": torch.tensor([8.0, 3.0, 0.2, 0.1, -1.0], dtype=torch.float64)},
 }
 
 
