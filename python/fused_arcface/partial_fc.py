@@ -268,8 +268,10 @@ class PartialFC(NotScriptable, ShardedEvaluation, RunState):
         numbers = iter(batch.numbers)
         factors = None if sample_weight is None else next(numbers)
         second, share = next(numbers, None), next(numbers, None)
-        labels = batch.labels if second is None else torch.cat([batch.labels, second])
-        target_class = torch.ops.fused_arcface.local_target(labels, self.num_classes, ignore_index)
+        labels = [batch.labels] if second is None else [batch.labels, second]
+        target_class = torch.cat(
+            [torch.ops.fused_arcface.local_target(each, self.num_classes, ignore_index) for each in labels]
+        )
         # A gradient has a size, for which the host waits; CenterSGD needs none.
         chosen_on = target_class if store is None else store.place(target_class)
         waits = self.center_optimizer is not None and _is_waited_for(chosen_on.device)
