@@ -85,11 +85,6 @@ def test_numbers_as_tensors_are_the_same_numbers() -> None:
         torch.testing.assert_close(got, right, rtol=0, atol=0)
 
 
-def test_opcheck_local_target() -> None:
-    for dtype in (torch.int64, torch.uint8):
-        torch.library.opcheck(ops.local_target.default, (torch.tensor([0, 3, 1], dtype=dtype), 3, 3))
-
-
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("label", [97, -1, 10**12])
 def test_invalid_label_where_labels_are_not_read(label: int, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
