@@ -108,8 +108,8 @@ def _blocks(unit: _Two, weights: _Two, scales: Tensor) -> Iterator[_Block]:
         yield _Block(rows, (student, teacher), logits)
 
 
-# Operators, since a compiled loss would unroll the blocks. The scales, of student and teacher, are (2,) fp64 on the CPU,
-# so that one that changes makes no new graph.
+# Operators, since a compiled loss would unroll the blocks. The scales of student and teacher are (2,) fp64 on the CPU:
+# one that changes makes no new graph.
 torch.library.define(
     "fused_arcface::divergence",
     "(Tensor x, Tensor w, Tensor teacher_x, Tensor teacher_w, Tensor scales) -> (Tensor, Tensor, Tensor, Tensor)",
