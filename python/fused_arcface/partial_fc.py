@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from . import backends
+from .base.assigned import ReplaceableOptions
 from .base.checks import check_center_dtype, check_reduction, check_size
 from .base.compiler import NotScriptable, check_not_transformed, not_compiled
 from .base.keyed_random import CENTER_STD, fill_normal
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
     from .calls import Backend, PartialFCCall
 
 
-class PartialFC(NotScriptable, ShardedEvaluation, RunState):
+class PartialFC(NotScriptable, ReplaceableOptions, ShardedEvaluation, RunState):
     """Margin-softmax head whose class centers are split over the ranks of a group: ``loss = head(embeddings, target)``.
 
     Every rank passes its own batch, of any size, and gets the mean loss over all ranks' rows. Without torch.distributed
