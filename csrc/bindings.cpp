@@ -4,6 +4,7 @@
 #include <pybind11/stl.h>
 
 #include <cstdlib>
+#include <optional>
 #include <stdexcept>
 #include <string>
 
@@ -25,14 +26,23 @@ using fa::pointer;
 using fa::to_center_step;
 using fa::to_matrix;
 
-// (sub-centers, address of thresholds or 0, a, b, d, e)
-using NegativesTuple = std::tuple<int64_t, uintptr_t, double, double, double, double>;
+// (scale, exponent, angle, offset, bias, by bias)
+using LogisticTuple = std::tuple<double, double, double, double, double, bool>;
+// (sub-centers, address of thresholds or 0, (a, b, d, e), logistic or None)
+using NegativesTuple =
+    std::tuple<int64_t, uintptr_t, std::tuple<double, double, double, double>, std::optional<LogisticTuple>>;
 
 fa::Negatives to_negatives(const NegativesTuple& n) {
-  const auto& [sub_centers, threshold, a, b, d, e] = n;
+  const auto& [sub_centers, threshold, coefficients, logistic] = n;
+  const auto& [a, b, d, e] = coefficients;
   if (sub_centers < 1 || sub_centers > fa::kMaxSubCenters)
     throw std::invalid_argument("sub-centers out of range: " + std::to_string(sub_centers));
-  return {sub_centers, pointer<const void>(threshold), a, b, d, e};
+  fa::Negatives negatives{sub_centers, pointer<const void>(threshold), a, b, d, e, std::nullopt};
+  if (logistic) {
+    const auto& [scale, exponent, angle, offset, bias, by_bias] = *logistic;
+    negatives.logistic = fa::Logistic{scale, exponent, angle, offset, bias, by_bias};
+  }
+  return negatives;
 }
 
 // Those of the instruction set that the environment's FUSED_ARCFACE_ISA names, else the best. Python holds its lock

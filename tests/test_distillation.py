@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import fused_arcface as fa
 from fused_arcface import distillation
@@ -70,6 +71,44 @@ def test_other_dtypes_and_a_frozen_teacher(dtype: torch.dtype) -> None:
         again.backward()
     empty = fa.distillation_loss(x[:0], w, tx[:0], tw, reduction="none")
     assert empty.shape == (0,)
+
+
+def test_opcheck() -> None:
+    scales = torch.tensor([8.0, 5.0], dtype=torch.float64)
+    operators = torch.ops.fused_arcface
+    for dtypes in ((torch.float64,) * 4, (torch.bfloat16, torch.float32, torch.float32, torch.float16)):
+        inputs = [each.to(dtype) for each, dtype in zip(problem(), dtypes, strict=True)]
+        torch.library.opcheck(operators.divergence.default, (*inputs, scales))
+        loss, *of_rows = operators.divergence(*inputs, scales)
+        for wanted in ([True] * 4, [True, False, False, True]):
+            arguments = (*inputs, scales, *of_rows, torch.ones_like(loss), wanted)
+            torch.library.opcheck(operators.divergence_grad.default, arguments)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.full)])
+def test_compiled(compiler: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same values and gradients in one graph, by blocks; scales that change make one more graph and no others."""
+    monkeypatch.setattr(distillation, "_CPU_BLOCK", 5 * 4)
+    torch._dynamo.reset()
+    count = CompileCounterWithBackend(compiler)
+    compiled = torch.compile(fa.distillation_loss, fullgraph=True, backend=count)
+    for scale in (8.0, 6.0, 5.0, 4.5):
+        results = []
+        for loss in (compiled, fa.distillation_loss):
+            leaves = [each.requires_grad_() for each in problem()]
+            value = loss(*leaves, scale=scale, teacher_scale=3.0)
+            value.backward()
+            results.append([value.detach(), *(leaf.grad for leaf in leaves)])
+        torch.testing.assert_close(results[0], results[1], rtol=1e-12, atol=1e-14)
+    assert count.frame_count == 2
+    torch._dynamo.reset()
+
+
+def test_transforms_are_refused() -> None:
+    x, *others = problem()
+    with pytest.raises(RuntimeError, match="distillation_loss"):
+        torch.func.grad(lambda x: fa.distillation_loss(x, *others))(x)
 
 
 @pytest.mark.parametrize(

@@ -34,7 +34,12 @@ torch.set_num_threads(2)
 def kilobytes(name):
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(name))
 
-OPTIONS = {"plain": {}, "sub_centers": {"sub_centers": 4}, "CurricularFace": {"margin": fa.CurricularFace()}}
+OPTIONS = {
+    "plain": {},
+    "sub_centers": {"sub_centers": 4},
+    "CurricularFace": {"margin": fa.CurricularFace()},
+    "SphereFace2": {"margin": fa.SphereFace2(kind="arc")},
+}
 
 def step(x, w, target, backward, options):
     x.requires_grad_(backward)
@@ -75,7 +80,7 @@ def test_peak_does_not_grow_with_the_classes() -> None:
 
 
 @linux
-@pytest.mark.parametrize("options", ["sub_centers", "CurricularFace"])
+@pytest.mark.parametrize("options", ["sub_centers", "CurricularFace", "SphereFace2"])
 def test_peak_with_other_negatives(options: str) -> None:
     """With a pass for the maximum as well: none stores logits, which would be 100 MB."""
     (peak,) = run_child(PEAK, json.dumps([(256, 100_000, 64, "float32", True, options)]))

@@ -225,6 +225,8 @@ def test_errors_name_what_to_use() -> None:
     for given in (torch.rand(N, C), F.one_hot(second.clamp(min=0), C), torch.rand(N)):
         with pytest.raises((TypeError, ValueError), match=r"^target must .*" + re.escape(instead)):
             fa.margin_softmax_loss(x, w, given)
+    out_of_range = second.index_fill(0, torch.tensor(3), C)
+    head = fa.PartialFC(D, C, dtype=torch.float64)
     wrong: dict[str, Any] = {
         "target must be labels (N,), or (first, second, share) for mixed labels; got 2 items": (first, second),
         "target[1] must be (N=14,); got (13,)": (first, second[1:], share),
@@ -232,12 +234,14 @@ def test_errors_name_what_to_use() -> None:
         "target[2] must be in [0, 1]; got 1.5 at row 3": (first, second, share.index_fill(0, torch.tensor(3), 1.5)),
         "target[2] must be (N=14,); got (13,)": (first, second, share[1:]),
         "target[2] must not require a gradient": (first, second, share.clone().requires_grad_()),
-        "target must be in [0, C=17) or ignore_index=-100; got 17 at row 0": (first, torch.full((N,), 17), share),
+        "target must be in [0, C=17) or ignore_index=-100; got 17 at row 3": (first, out_of_range, share),
     }
     for message, target in wrong.items():
         for loss in (fa.margin_softmax_loss, fa.reference.margin_softmax_loss):
             with pytest.raises(ValueError, match="^" + re.escape(message)):
                 loss(x, w, target)
+        with pytest.raises(ValueError, match="^" + re.escape(message)):
+            head(x, target)
     with pytest.raises(TypeError, match=re.escape("target[2] must be a number; got str")):
         fa.margin_softmax_loss(x, w, (first, second, "half"))
     with pytest.raises(ValueError, match=re.escape("target must be labels (N,) with UniFace, whose losses")):

@@ -1,4 +1,4 @@
-"""Options of each row (weights, mixed labels, margins by label) on two and four ranks: the training of one process.
+"""Options of each row, scales and the newer margins on one, two and four ranks: the training of one process.
 
 All cases run in one set of processes for each number of ranks.
 """
@@ -50,6 +50,21 @@ CASES: dict[str, tuple[dict[str, Any], list[str]]] = {
     "class margins": ({"margin": fa.ClassMargin(torch.linspace(0, 0.5, CLASSES))}, []),
     "class margins, sampled": ({"margin": fa.ClassMargin(torch.linspace(0, 0.5, CLASSES)), "sample_rate": 0.4}, []),
     "function of labels, updated": (UPDATED | {"margin": LabelMargin(by_label), "sample_rate": 0.4}, []),
+    **{
+        f"{name}{kind}": (options | {"margin": margin}, names)
+        for name, margin in {
+            "continuous": fa.ArcFace(0.9, "continuous"),
+            "InterTopK": fa.InterTopK(fa.CosFace(0.2), penalty=0.1, k=3),
+            "MV-Softmax AM": fa.MVSoftmax(fa.CosFace(0.2), t=1.3),
+            "SphereFace2": fa.SphereFace2(kind="arc", bias=-1.0),
+            "UniFace": fa.UniFace(bias=2.0),
+        }.items()
+        for kind, options, names in (
+            ("", {}, ["sample_weight"]),
+            (", sampled", {"sample_rate": 0.4, "sub_centers": 2}, ["none"]),
+            (", updated", UPDATED | {"sample_rate": 0.4}, ["sample_weight"]),
+        )
+    },
 }
 
 
@@ -83,7 +98,9 @@ def train(name: str) -> dict[str, Any]:
     scale = copy.deepcopy(options.get("scale", 16.0))
     if scale == "learned":
         scale = nn.Parameter(torch.tensor(9.0, dtype=torch.float64))
-    head = fa.PartialFC(D, CLASSES, dtype=torch.float64, seed=5, **options | {"scale": scale})
+    options = options | {"scale": scale, "margin": copy.deepcopy(options.get("margin", fa.ArcFace()))}
+    head = fa.PartialFC(D, CLASSES, dtype=torch.float64, seed=5, **options)
+    own = list(head.margin.parameters()) if isinstance(head.margin, nn.Module) else []
     world_size = head.ranks.world_size
     result: dict[str, Any] = {"losses": [], "gradients": []}
     for step in range(STEPS):
@@ -97,17 +114,18 @@ def train(name: str) -> dict[str, Any]:
         else:
             result["losses"].append(loss.item())
         loss.backward()
-        if isinstance(head.scale, nn.Parameter):
-            with torch.no_grad():
-                head.scale -= 0.5 * head.scale.grad
-            head.scale.grad = None
+        with torch.no_grad():
+            for number in (*own, head.scale):
+                if isinstance(number, nn.Parameter):
+                    number -= 0.5 * number.grad
+                    number.grad = None
         if head.center_optimizer is None:
             with torch.no_grad():
                 head.weight -= 0.1 * head.weight.grad.to_dense()
             head.weight.grad = None
         result["gradients"].append(x.grad / world_size)
-    scales = [each for each in head.state_dict().items() if each[0].startswith("scale")]
-    return result | {"centers": head.full_weight(), "scales": dict(scales)}
+    others = {name: each for name, each in head.state_dict().items() if name.startswith(("scale", "margin"))}
+    return result | {"centers": head.full_weight(), "others": others}
 
 
 def adapt() -> dict[str, Any]:
@@ -128,7 +146,7 @@ def train_all() -> dict[str, dict[str, Any]]:
     return {name: train(name) for name in CASES} | {"MarginHead": adapt()}
 
 
-@pytest.fixture(scope="module", params=[2, 4])
+@pytest.fixture(scope="module", params=[1, 2, 4])
 def of_ranks(request: pytest.FixtureRequest) -> list[dict[str, dict[str, Any]]]:
     return distributed_helpers.run_ranks(request.param, train_all)
 
@@ -138,7 +156,7 @@ def test_ranks_train_as_one_process(of_ranks: list[dict[str, dict[str, Any]]], n
     expected, results = train(name), [each[name] for each in of_ranks]
     for result in results:
         torch.testing.assert_close(result["losses"], expected["losses"], rtol=1e-10, atol=0)
-        torch.testing.assert_close(result["scales"], expected["scales"], rtol=1e-10, atol=0)
+        torch.testing.assert_close(result["others"], expected["others"], rtol=1e-10, atol=0)
         torch.testing.assert_close(result["centers"], expected["centers"], rtol=1e-10, atol=1e-12)
     joined = [torch.cat(parts) for parts in zip(*(result["gradients"] for result in results), strict=True)]
     torch.testing.assert_close(joined, expected["gradients"], rtol=1e-10, atol=1e-12)

@@ -1,12 +1,14 @@
 // The tiles' elementwise passes for negatives that are not plain (Negatives in kernels.h): several centers a class, of
-// which the nearest counts, and cosines above a row's threshold that are replaced. kernels.cpp alone includes this
+// which the nearest counts, cosines above a row's threshold that are replaced, and logistic losses. kernels.cpp alone includes this
 // file; its own passes over plain cosines know nothing of it.
 #pragma once
 
 #include <algorithm>
 #include <limits>
+#include <optional>
 
 #include "kernels.h"
+#include "logistic.h"
 #include "margin.h"
 #include "memory.h"
 #include "simd.h"
@@ -18,6 +20,7 @@ struct GeneralNegatives {
   int64_t sub_centers;
   Scratch<T> threshold;  // (padded_rows,)
   T a, b, d, e;
+  std::optional<LogisticLoss<T>> logistic;
 
   GeneralNegatives(const Negatives& negatives, int64_t rows, int64_t padded_rows)
       : sub_centers(negatives.sub_centers),
@@ -26,6 +29,7 @@ struct GeneralNegatives {
         b(static_cast<T>(negatives.b)),
         d(static_cast<T>(negatives.d)),
         e(static_cast<T>(negatives.e)) {
+    if (negatives.logistic) logistic.emplace(*negatives.logistic);
     const T* const from = static_cast<const T*>(negatives.threshold);
     for (int64_t i = 0; i < padded_rows; ++i)
       threshold.get()[i] = from != nullptr && i < rows ? from[i] : std::numeric_limits<T>::infinity();
@@ -54,6 +58,10 @@ inline ClassOfRows<T> read_class(const GeneralNegatives<T>& negatives, const T* 
     c.winner = wins ? Mask<T>{} + static_cast<Index<T>>(k) : c.winner;
   }
   c.is_target = (own >= static_cast<Index<T>>(j)) & (own < static_cast<Index<T>>(j + negatives.sub_centers));
+  if (negatives.logistic) {
+    logistic_value<T>(*negatives.logistic, c.cosine, &c.value, &c.slope);
+    return c;
+  }
   const Mask<T> hard = c.cosine > threshold;
   Vec<T> value = (c.cosine * negatives.a + negatives.b) * c.cosine + negatives.d;
   Vec<T> slope = c.cosine * (2 * negatives.a) + negatives.b;

@@ -2,7 +2,9 @@
 # fused_arcface.store. A build with CUDA has a
 # submodule `cuda` besides (csrc/cuda/bindings.cpp), for fused_arcface.backends.cuda.
 _Matrix = tuple[int, int, int, int, int, int]  # address, dtype code, rows, columns, row stride, column stride
-_Negatives = tuple[int, int, float, float, float, float]  # sub-centers, address of thresholds or 0, a, b, d, e
+_Logistic = tuple[float, float, float, float, float, bool]  # scale, exponent, angle, offset, bias, by bias
+# sub-centers, address of thresholds or 0, (a, b, d, e), logistic
+_Negatives = tuple[int, int, tuple[float, float, float, float], _Logistic | None]
 
 FLOAT32: int
 FLOAT64: int

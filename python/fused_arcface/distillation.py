@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .base.checks import REDUCTIONS, check_embeddings, check_weight
+from .base.compiler import check_not_transformed
 from .base.dtypes import compute_dtype
 from .base.normalize import stored_gradient, unit_gradient, unit_rows, without_autocast
 from .base.once_differentiable import once_differentiable
@@ -57,6 +58,7 @@ def distillation_loss(
     >>> distillation_loss(x, w, x, w).item(), distillation_loss(x, w, x, -w, scale=1.0)
     (0.0, tensor(0.4621))
     """
+    check_not_transformed("distillation_loss")
     check_weight("weight", weight)
     check_weight("teacher_weight", teacher_weight)
     check_embeddings(embeddings, weight)
@@ -72,7 +74,8 @@ def distillation_loss(
         check_number("teacher_scale", teacher_scale, POSITIVE)
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction must be one of {', '.join(map(repr, REDUCTIONS))}; got {reduction!r}")
-    scales = float(scale), float(scale if teacher_scale is None else teacher_scale)
+    one = torch.ones((), dtype=torch.float64, device="cpu")
+    scales = torch.stack([scale * one, (scale if teacher_scale is None else teacher_scale) * one])
     with without_autocast(embeddings.device):
         loss: Tensor = _Divergence.apply(embeddings, weight, teacher_embeddings, teacher_weight, scales)
     if reduction == "none":
@@ -93,74 +96,136 @@ class _Block(NamedTuple):
 _Two = tuple[Tensor, Tensor]
 
 
-def _blocks(unit: _Two, weights: _Two, scales: tuple[float, float]) -> Iterator[_Block]:
+def _blocks(unit: _Two, weights: _Two, scales: Tensor) -> Iterator[_Block]:
     """Yield the classes by blocks, from the unit rows and the centers of student and teacher."""
-    dtype = unit[0].dtype
+    dtype, (scale, teacher_scale) = unit[0].dtype, scales.tolist()
     limit = _CPU_BLOCK if unit[0].device.type == "cpu" else _GPU_BLOCK
     size = max(limit // max(len(unit[0]), 1), 1)
     for start in range(0, len(weights[0]), size):
         rows = slice(start, start + size)
         student, teacher = (unit_rows(each[rows].to(dtype)) for each in weights)
-        logits = scales[0] * (unit[0] @ student.T), scales[1] * (unit[1] @ teacher.T)
+        logits = scale * (unit[0] @ student.T), teacher_scale * (unit[1] @ teacher.T)
         yield _Block(rows, (student, teacher), logits)
+
+
+# Operators, since a compiled loss would unroll the blocks. The scales of student and teacher are (2,) fp64 on the CPU:
+# one that changes makes no new graph.
+torch.library.define(
+    "fused_arcface::divergence",
+    "(Tensor x, Tensor w, Tensor teacher_x, Tensor teacher_w, Tensor scales) -> (Tensor, Tensor, Tensor, Tensor)",
+)
+torch.library.define(
+    "fused_arcface::divergence_grad",
+    "(Tensor x, Tensor w, Tensor teacher_x, Tensor teacher_w, Tensor scales, Tensor lse, Tensor teacher_lse, "
+    "Tensor mean, Tensor d_loss, bool[] wanted) -> (Tensor, Tensor, Tensor, Tensor)",
+)
+
+
+def _dtype(x: Tensor, w: Tensor, teacher_x: Tensor, teacher_w: Tensor) -> torch.dtype:
+    """Return the dtype of the loss, in which the products are taken."""
+    return torch.promote_types(compute_dtype(x, w), compute_dtype(teacher_x, teacher_w))
+
+
+@torch.library.impl("fused_arcface::divergence", "default")
+def _divergence(
+    x: Tensor, w: Tensor, teacher_x: Tensor, teacher_w: Tensor, scales: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the rows' divergences and three numbers of each row for :func:`_divergence_grad`, (N,) each."""
+    dtype = _dtype(x, w, teacher_x, teacher_w)
+    unit = unit_rows(x.to(dtype)), unit_rows(teacher_x.to(dtype))
+    lowest = x.new_full((len(x),), -torch.inf, dtype=torch.float64)
+    greatest, teacher_greatest = lowest, lowest
+    total, teacher_total, difference = (torch.zeros_like(lowest) for _ in range(3))
+    for block in _blocks(unit, (w, teacher_w), scales):
+        logits, teacher_logits = (each.double() for each in block.logits)
+        # The sums so far are rescaled where a block has a greater logit.
+        new, teacher_new = (
+            torch.maximum(old, each.amax(1)) for old, each in ((greatest, logits), (teacher_greatest, teacher_logits))
+        )
+        total = total * (greatest - new).exp() + (logits - new[:, None]).exp().sum(1)
+        shares = (teacher_logits - teacher_new[:, None]).exp()
+        factor = (teacher_greatest - teacher_new).exp()
+        teacher_total = teacher_total * factor + shares.sum(1)
+        difference = difference * factor + (shares * (teacher_logits - logits)).sum(1)
+        greatest, teacher_greatest = new, teacher_new
+    lse, teacher_lse = total.log() + greatest, teacher_total.log() + teacher_greatest
+    mean = difference / teacher_total  # of the logits' difference, under the teacher's softmax
+    return (mean - teacher_lse + lse).to(dtype), lse, teacher_lse, mean
+
+
+@torch.library.register_fake("fused_arcface::divergence")
+def _divergence_fake(
+    x: Tensor, w: Tensor, teacher_x: Tensor, teacher_w: Tensor, scales: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    loss = x.new_empty(x.shape[0], dtype=_dtype(x, w, teacher_x, teacher_w))
+    lse, teacher_lse, mean = (torch.empty_like(loss, dtype=torch.float64) for _ in range(3))
+    return loss, lse, teacher_lse, mean
+
+
+@torch.library.impl("fused_arcface::divergence_grad", "default")
+def _divergence_grad(
+    x: Tensor,
+    w: Tensor,
+    teacher_x: Tensor,
+    teacher_w: Tensor,
+    scales: Tensor,
+    lse: Tensor,
+    teacher_lse: Tensor,
+    mean: Tensor,
+    d_loss: Tensor,
+    wanted: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the gradients by the first four, (0,) for those that are not wanted."""
+    dtype, inputs, weights = d_loss.dtype, (x, teacher_x), (w, teacher_w)
+    unit = unit_rows(x.to(dtype)), unit_rows(teacher_x.to(dtype))
+    d_unit = [torch.zeros_like(each) for each in unit]
+    d_weights = [
+        torch.empty_like(each) if want else each.new_empty(0) for each, want in zip(weights, wanted[1::2], strict=True)
+    ]
+    for block in _blocks(unit, weights, scales):
+        logits, teacher_logits = (each.double() for each in block.logits)
+        share, teacher_share = (logits - lse[:, None]).exp(), (teacher_logits - teacher_lse[:, None]).exp()
+        d_logits = share - teacher_share, teacher_share * (teacher_logits - logits - mean[:, None])
+        for k in range(2):
+            d_cosine = (scales[k].item() * d_loss[:, None] * d_logits[k]).to(dtype)
+            d_unit[k] += d_cosine @ block.unit[k]
+            if wanted[2 * k + 1]:
+                part = weights[k][block.rows]
+                d_part = unit_gradient(d_cosine.T @ unit[k], part.to(dtype))
+                d_weights[k][block.rows] = stored_gradient(d_part, part)
+    d_x, d_teacher = (
+        stored_gradient(unit_gradient(d_unit[k], inputs[k].to(dtype)), inputs[k])
+        if wanted[2 * k]
+        else inputs[k].new_empty(0)
+        for k in range(2)
+    )
+    return d_x, d_weights[0], d_teacher, d_weights[1]
+
+
+@torch.library.register_fake("fused_arcface::divergence_grad")
+def _divergence_grad_fake(
+    x: Tensor, w: Tensor, teacher_x: Tensor, teacher_w: Tensor, scales: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    one, two, three, four = (
+        torch.empty_like(each) if want else each.new_empty(0)
+        for each, want in zip((x, w, teacher_x, teacher_w), rest[-1], strict=True)
+    )
+    return one, two, three, four
 
 
 class _Divergence(torch.autograd.Function):
     """The rows' divergences (N,)."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, w: Tensor, teacher_x: Tensor, teacher_w: Tensor, scales: tuple[float, float]
-    ) -> Tensor:
-        dtype = torch.promote_types(compute_dtype(x, w), compute_dtype(teacher_x, teacher_w))
-        unit = unit_rows(x.to(dtype)), unit_rows(teacher_x.to(dtype))
-        lowest = x.new_full((len(x),), -torch.inf, dtype=torch.float64)
-        greatest, teacher_greatest = lowest, lowest
-        total, teacher_total, difference = (torch.zeros_like(lowest) for _ in range(3))
-        for block in _blocks(unit, (w, teacher_w), scales):
-            logits, teacher_logits = (each.double() for each in block.logits)
-            # The sums so far are rescaled where a block has a greater logit.
-            new, teacher_new = (
-                torch.maximum(old, each.amax(1))
-                for old, each in ((greatest, logits), (teacher_greatest, teacher_logits))
-            )
-            total = total * (greatest - new).exp() + (logits - new[:, None]).exp().sum(1)
-            shares = (teacher_logits - teacher_new[:, None]).exp()
-            factor = (teacher_greatest - teacher_new).exp()
-            teacher_total = teacher_total * factor + shares.sum(1)
-            difference = difference * factor + (shares * (teacher_logits - logits)).sum(1)
-            greatest, teacher_greatest = new, teacher_new
-        lse, teacher_lse = total.log() + greatest, teacher_total.log() + teacher_greatest
-        mean = difference / teacher_total  # of the logits' difference, under the teacher's softmax
-        ctx.save_for_backward(x, w, teacher_x, teacher_w, lse, teacher_lse, mean)
-        ctx.scales = scales
-        return (mean - teacher_lse + lse).to(dtype)
+    def forward(ctx: Any, x: Tensor, w: Tensor, teacher_x: Tensor, teacher_w: Tensor, scales: Tensor) -> Tensor:
+        inputs = x, w, teacher_x, teacher_w, scales
+        loss, *of_rows = torch.ops.fused_arcface.divergence(*inputs)
+        ctx.save_for_backward(*inputs, *of_rows)
+        return loss
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, saved: tuple[Tensor, ...], d_loss: Tensor) -> tuple[Tensor | None, ...]:
-        x, w, teacher_x, teacher_w, lse, teacher_lse, mean = saved
-        dtype, scales = d_loss.dtype, ctx.scales
-        inputs, weights = (x, teacher_x), (w, teacher_w)
-        unit = unit_rows(x.to(dtype)), unit_rows(teacher_x.to(dtype))
-        d_unit = [torch.zeros_like(each) for each in unit]
-        wanted = ctx.needs_input_grad[1], ctx.needs_input_grad[3]
-        d_weights = [torch.empty_like(each) if want else None for each, want in zip(weights, wanted, strict=True)]
-        for block in _blocks(unit, weights, scales):
-            logits, teacher_logits = (each.double() for each in block.logits)
-            share, teacher_share = (logits - lse[:, None]).exp(), (teacher_logits - teacher_lse[:, None]).exp()
-            d_logits = share - teacher_share, teacher_share * (teacher_logits - logits - mean[:, None])
-            for k in range(2):
-                d_cosine = (scales[k] * d_loss[:, None] * d_logits[k]).to(dtype)
-                d_unit[k] += d_cosine @ block.unit[k]
-                into = d_weights[k]
-                if into is not None:
-                    part = weights[k][block.rows]
-                    into[block.rows] = stored_gradient(unit_gradient(d_cosine.T @ unit[k], part.to(dtype)), part)
-        d_inputs = [
-            stored_gradient(unit_gradient(d_unit[k], inputs[k].to(dtype)), inputs[k])
-            if ctx.needs_input_grad[2 * k]
-            else None
-            for k in range(2)
-        ]
-        return d_inputs[0], d_weights[0], d_inputs[1], d_weights[1], None
+        wanted = list(ctx.needs_input_grad[:4])
+        gradients = torch.ops.fused_arcface.divergence_grad(*saved, d_loss, wanted)
+        return *(each if want else None for each, want in zip(gradients, wanted, strict=True)), None

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from . import backends
+from .base.assigned import ReplaceableOptions
 from .base.checks import check_center_dtype, check_embeddings, check_labels, check_size
 from .base.compiler import NotScriptable
 from .base.options import HeadOptions
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from .calls import Backend, HeadCall
 
 
-class MarginHead(NotScriptable, nn.Module):
+class MarginHead(NotScriptable, ReplaceableOptions, nn.Module):
     """Classification head with a margin: ``loss = head(embeddings, target)`` for any backbone.
 
     A margin with a state, such as :class:`~fused_arcface.AdaFace`, gets the rows of all ranks in ``train()`` where

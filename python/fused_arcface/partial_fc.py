@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from . import backends
+from .base.assigned import ReplaceableOptions
 from .base.checks import check_center_dtype, check_reduction, check_size
 from .base.compiler import NotScriptable, check_not_transformed, not_compiled
 from .base.keyed_random import CENTER_STD, fill_normal
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
     from .calls import Backend, PartialFCCall
 
 
-class PartialFC(NotScriptable, ShardedEvaluation, RunState):
+class PartialFC(NotScriptable, ReplaceableOptions, ShardedEvaluation, RunState):
     """Margin-softmax head whose class centers are split over the ranks of a group: ``loss = head(embeddings, target)``.
 
     Every rank passes its own batch, of any size, and gets the mean loss over all ranks' rows. Without torch.distributed
@@ -269,8 +270,10 @@ class PartialFC(NotScriptable, ShardedEvaluation, RunState):
         numbers = iter(batch.numbers)
         factors = None if sample_weight is None else next(numbers)
         second, share = next(numbers, None), next(numbers, None)
-        labels = batch.labels if second is None else torch.cat([batch.labels, second])
-        target_class = torch.ops.fused_arcface.local_target(labels, self.num_classes, ignore_index)
+        labels = [batch.labels] if second is None else [batch.labels, second]
+        target_class = torch.cat(
+            [torch.ops.fused_arcface.local_target(each, self.num_classes, ignore_index) for each in labels]
+        )
         # A gradient has a size, for which the host waits; CenterSGD needs none.
         chosen_on = target_class if store is None else store.place(target_class)
         waits = self.center_optimizer is not None and _is_waited_for(chosen_on.device)

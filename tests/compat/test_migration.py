@@ -6,11 +6,14 @@ import importlib.util
 import math
 import re
 import shlex
+import sys
+import types
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fused_arcface as fa
@@ -51,7 +54,7 @@ def execute(code: str, names: dict[str, Any]) -> dict[str, Any]:
 def test_the_page_has_what_is_tested() -> None:
     blocks = [code for section in SECTIONS.values() for language, code in section if language == "python"]
     assert all(code.startswith(("# before\n", "# after\n")) for code in blocks)
-    assert sum(code.startswith("# after") for code in blocks) == 10
+    assert sum(code.startswith("# after") for code in blocks) == 12
 
 
 @pytest.mark.parametrize("section", [name for name in SECTIONS if name != "Checkpoints"])
@@ -144,3 +147,94 @@ def test_the_head_of_speaker_toolkits_agrees() -> None:
         after["head"].weight.copy_(before["weight"])
     execute(f"loss = head{used}", after)
     torch.testing.assert_close(after["loss"], before["loss"], rtol=1e-5, atol=1e-5)
+
+
+class Cosines(nn.Module):
+    """SpeechBrain's ECAPA-TDNN classifier without further layers, in this test's words: (N, 1, D) to (N, 1, C)."""
+
+    def __init__(self, input_size: int, out_neurons: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(out_neurons, input_size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(F.normalize(x.squeeze(1)), F.normalize(self.weight)).unsqueeze(1)
+
+
+class AngularLogits:
+    """SpeechBrain's AdditiveAngularMargin: cosines (N, C) and one-hot targets to scaled logits."""
+
+    def __init__(self, margin: float, scale: float) -> None:
+        self.margin, self.scale = margin, scale
+
+    def __call__(self, cosine: Tensor, targets: Tensor) -> Tensor:
+        phi = cosine * math.cos(self.margin) - (1 - cosine**2).sqrt() * math.sin(self.margin)
+        past = cosine - math.sin(math.pi - self.margin) * self.margin
+        phi = torch.where(cosine > math.cos(math.pi - self.margin), phi, past)
+        return self.scale * (targets * phi + (1 - targets) * cosine)
+
+
+class DivergenceLoss:
+    """SpeechBrain's LogSoftmaxWrapper."""
+
+    def __init__(self, logits: AngularLogits) -> None:
+        self.logits = logits
+
+    def __call__(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        outputs = outputs.squeeze(1)
+        one_hot = F.one_hot(targets.squeeze(1), outputs.shape[1]).float()
+        log_probabilities = self.logits(outputs, one_hot).log_softmax(1)
+        return F.kl_div(log_probabilities, one_hot, reduction="sum") / one_hot.sum()
+
+
+class ArcProduct(nn.Module):
+    """WeSpeaker's ArcMarginProduct: logits (N, C), past π less by 1 + cos(π - margin)."""
+
+    def __init__(self, in_features: int, out_features: int, scale: float, margin: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(out_features, in_features))
+        self.scale, self.margin = scale, margin
+
+    def forward(self, x: Tensor, label: Tensor) -> Tensor:
+        cosine = F.linear(F.normalize(x), F.normalize(self.weight))
+        phi = cosine * math.cos(self.margin) - (1 - cosine**2).sqrt() * math.sin(self.margin)
+        past = cosine - (1 + math.cos(math.pi - self.margin))
+        phi = torch.where(cosine > math.cos(math.pi - self.margin), phi, past)
+        one_hot = F.one_hot(label, cosine.shape[1])
+        return self.scale * (one_hot * phi + (1 - one_hot) * cosine)
+
+
+STAND_INS = {
+    "speechbrain.lobes.models.ECAPA_TDNN": {"Classifier": Cosines},
+    "speechbrain.nnet.losses": {"AdditiveAngularMargin": AngularLogits, "LogSoftmaxWrapper": DivergenceLoss},
+    "wespeaker.models.projections": {"ArcMarginProduct": ArcProduct},
+}
+
+
+@pytest.mark.parametrize(("section", "made"), [("SpeechBrain", "classifier"), ("WeSpeaker", "projection")])
+def test_speaker_toolkits_by_name(section: str, made: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both blocks of the page: the same loss and gradients, with targets on both sides of the boundary."""
+    for path, names in STAND_INS.items():
+        for name in [path[:i] for i, each in enumerate(path) if each == "."]:
+            monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+        module = types.ModuleType(path)
+        vars(module).update(names)
+        monkeypatch.setitem(sys.modules, path, module)
+    given = namespace()
+    definition, _, _ = block(section, "before").rpartition("loss = ")
+    use = block(section, "before").removeprefix(definition)
+    before = execute(definition, dict(given))
+    weight = before[made].weight
+    with torch.no_grad():
+        weight[3] = 0.05 * weight[3] - given["embeddings"][3]  # of label 3, opposite to its center
+    execute(use, before)
+    definition, _, used = block(section, "after").partition("loss, stats = head")
+    after = execute(definition, dict(given))
+    after["head"].load_state_dict({"weight": weight})
+    execute(f"loss, stats = head{used}", after)
+    assert after["stats"].target_cosine.min() < -0.99
+    torch.testing.assert_close(after["loss"], before["loss"], rtol=1e-5, atol=1e-5)
+    gradients = [
+        torch.autograd.grad(loss, (given["embeddings"], center), retain_graph=True)
+        for loss, center in ((before["loss"], weight), (after["loss"], after["head"].weight))
+    ]
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-4, atol=1e-5)

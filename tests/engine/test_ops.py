@@ -43,6 +43,7 @@ NEGATIVES = {
         "threshold": torch.full((8,), 0.1),
         "coefficients": torch.tensor([0.0, 1.2, 0.2, 0.4], dtype=torch.float64),
     },
+    "logistic": {"sub_centers": 2, "logistic": torch.tensor([8.0, 3.0, 0.2, 0.1, -1.0], dtype=torch.float64)},
 }
 
 
@@ -82,11 +83,6 @@ def test_numbers_as_tensors_are_the_same_numbers() -> None:
         torch.library.opcheck(operator.tensor_numbers, (*tensors, "cpu"))
         got, right = operator.tensor_numbers(*tensors, "cpu"), operator.default(*numbers, "cpu")
         torch.testing.assert_close(got, right, rtol=0, atol=0)
-
-
-def test_opcheck_local_target() -> None:
-    for dtype in (torch.int64, torch.uint8):
-        torch.library.opcheck(ops.local_target.default, (torch.tensor([0, 3, 1], dtype=dtype), 3, 3))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

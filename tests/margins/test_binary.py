@@ -82,7 +82,8 @@ def test_the_formula(
     results = []
     for loss in (
         lambda m, a, b: formula(m, a, b, y, scale),
-        lambda m, a, b: fa.margin_softmax_loss(a, b, y, margin=m, scale=scale, reduction="none"),
+        lambda m, a, b: fa.margin_softmax_loss(a, b, y, margin=m, scale=scale, reduction="none", backend="torch"),
+        lambda m, a, b: fa.margin_softmax_loss(a, b, y, margin=m, scale=scale, reduction="none", backend="cpu"),
         lambda m, a, b: fa.reference.margin_softmax_loss(a, b, y, margin=m, scale=scale, reduction="none"),
     ):
         margin, a, b = make().double(), x.clone().requires_grad_(), w.clone().requires_grad_()
@@ -165,19 +166,22 @@ def test_training_moves_the_bias() -> None:
     assert losses[-1] < 0.7 * losses[0] and head.margin.bias.item() != -3.0
 
 
-@pytest.mark.parametrize("name", ["cpu", "triton", "cuda"])
+@pytest.mark.parametrize("name", ["triton", "cuda"])
 def test_backends_without_them_say_so(name: str) -> None:
-    expected = f"^backend {name!r} does not have the binary losses of UniFace: 'torch' do$"
+    expected = f"^backend {name!r} does not have the binary losses of UniFace: 'torch' and 'cpu' do$"
     with pytest.raises(ValueError, match=expected):
         fa.margin_softmax_loss(
             torch.randn(2, 4), torch.randn(6, 4), torch.tensor([0, 1]), margin=fa.UniFace(), backend=name
         )
 
 
-def test_auto_takes_plain_torch() -> None:
+def test_auto_takes_the_kernels_on_a_cpu_and_plain_torch_on_a_gpu() -> None:
     needs = {"binary_losses": "the binary losses of UniFace"}
-    with pytest.warns(UserWarning, match="blocks of classes, as 'cpu' does not have the binary losses of UniFace"):
-        assert backends.select("auto", torch.device("cpu"), needs=needs) == "torch"
+    assert backends.select("auto", torch.device("cpu"), needs=needs) == "cpu"
+    with pytest.warns(UserWarning, match="does not have the binary losses of UniFace") as raised:
+        assert backends.select("auto", torch.device("cuda"), needs=needs) == "torch"
+    for name, each in zip(("triton", "cuda"), raised, strict=True):
+        assert f"blocks of classes, as {name!r} does not have the binary losses of UniFace" in str(each.message)
 
 
 @pytest.mark.parametrize(
@@ -226,13 +230,3 @@ def test_a_scale_that_changes_is_refused() -> None:
     for scale, text in ((learned, "a learned scale"), (fa.AdaCos(), r"scale=AdaCos\(\)")):
         with pytest.raises(ValueError, match=f"^scale must be a number with the binary losses of UniFace; got {text}$"):
             fa.margin_softmax_loss(x, w, y, margin=fa.UniFace(), scale=scale)
-
-
-def test_opcheck() -> None:
-    x, w, y = problem()
-    logistic = torch.tensor([8.0, 3.0, 0.2, 0.1, -1.0], dtype=torch.float64)
-    lse = torch.linspace(-1, 2, 7, dtype=torch.float64)
-    operators = torch.ops.fused_arcface
-    torch.library.opcheck(operators.bias_grad.default, (x, w, y, lse, lse, "torch"), {"logistic": logistic})
-    arguments = (x, w, y, 8.0, lse, lse, lse, "torch")
-    torch.library.opcheck(operators.weight_grad.default, arguments, {"logistic": logistic})

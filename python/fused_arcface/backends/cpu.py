@@ -63,10 +63,25 @@ def _product_code(embeddings: Tensor, compute: torch.dtype) -> int:
     return native.dtype_code(torch.bfloat16 if in_bf16 else compute)
 
 
-def _native_negatives(negatives: Negatives, threshold: Tensor | None) -> tuple[int, int, float, float, float, float]:
-    """``threshold``: the row's thresholds in the compute dtype, which the caller keeps alive."""
+_NativeNegatives = tuple[
+    int, int, tuple[float, float, float, float], tuple[float, float, float, float, float, bool] | None
+]
+
+
+def _native_negatives(negatives: Negatives, threshold: Tensor | None, by_bias: bool = False) -> _NativeNegatives:
+    """Return what the kernels take.
+
+    Args:
+        negatives: as in the engine.
+        threshold: the row's thresholds in the compute dtype, which the caller keeps alive.
+        by_bias: sum the derivatives of the logistic losses by their bias in place of the losses.
+    """
     a, b, d, e = (0.0, 1.0, 0.0, 0.0) if negatives.coefficients is None else negatives.coefficients.tolist()
-    return negatives.sub_centers, native.address(threshold), a, b, d, e
+    logistic = None
+    if negatives.logistic is not None:
+        scale, exponent, angle, offset, bias = negatives.logistic.tolist()
+        logistic = scale, exponent, angle, offset, bias, by_bias
+    return negatives.sub_centers, native.address(threshold), (a, b, d, e), logistic
 
 
 def _thresholds(negatives: Negatives, dtype: torch.dtype) -> Tensor | None:
@@ -83,6 +98,7 @@ def _run_class_stats(
     total: Tensor | None,
     center_sum: Tensor | None,
     negatives: Negatives,
+    by_bias: bool = False,
 ) -> None:
     # Bound to names: a temporary's memory would be gone before the kernel reads it.
     target = target.contiguous()
@@ -99,7 +115,7 @@ def _run_class_stats(
         native.address(total),
         native.address(center_sum),
         torch.get_num_threads(),
-        _native_negatives(negatives, threshold),
+        _native_negatives(negatives, threshold, by_bias),
     )
 
 
@@ -222,6 +238,20 @@ def class_stats(
         wanted = center_sum if with_center_sum else None
         _run_class_stats(embeddings, weight, target, scale, shift, maximum, total, wanted, negatives)
     return total, maximum, center_sum
+
+
+def bias_grad(
+    embeddings: Tensor, weight: Tensor, target: Tensor, lse: Tensor, d_lse: Tensor, negatives: Negatives = PLAIN
+) -> Tensor:
+    """Implement :func:`fused_arcface.backends.torch.bias_grad`."""
+    assert negatives.logistic is not None
+    total = torch.empty(embeddings.shape[0], dtype=compute_dtype(embeddings, weight))
+    if embeddings.shape[0] > 0:
+        scale = float(negatives.logistic[0])
+        _run_class_stats(
+            embeddings, weight, target, scale, None, torch.empty_like(total), total, None, negatives, by_bias=True
+        )
+    return (d_lse.double() * (-lse).exp() * total.double()).sum()
 
 
 def weight_grad(

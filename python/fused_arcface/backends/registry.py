@@ -66,7 +66,7 @@ BACKENDS = (
         1,
         frozenset(
             {
-                *("sub_centers", "modulated_negatives", "turned_negatives", "device_scale"),
+                *("sub_centers", "modulated_negatives", "turned_negatives", "binary_losses", "device_scale"),
                 *("fused_margin", "fused_margin_fp64"),
             }
         ),

@@ -1,8 +1,8 @@
 """Losses that judge each class by itself, with a logistic loss of its own: a sum over the classes, and no softmax.
 
 Each has the methods ``binary`` and ``row_losses``, see :class:`fused_arcface.margins.BinaryLosses`. Their bias is a
-parameter that is trained with the backbone: give ``head.margin.parameters()`` to its optimizer. On every backend but
-plain PyTorch they are refused; ``backend="auto"`` takes that one. It works by blocks of classes, without N×C logits.
+parameter that is trained with the backbone: give ``head.margin.parameters()`` to its optimizer. The backends of GPUs
+refuse them; ``backend="auto"`` then takes plain PyTorch, by blocks of classes and without N×C logits.
 """
 
 from __future__ import annotations
