@@ -70,6 +70,26 @@ def test_the_embedder_takes_images_of_every_kind(trained: Path, people: Path) ->
     )
 
 
+def test_the_embedder_takes_generators_and_nets_of_other_dtypes(trained: Path, people: Path) -> None:
+    files = sorted(people.rglob("*.png"))[:3]
+    embedder = fa.load_embedder(trained)
+    expected, pixels = embedder(files), torch.stack([read_image(file, embedder.spec) for file in files])
+    assert torch.equal(embedder(file for file in files), expected)
+    assert torch.allclose(embedder(pixels.double()), expected, atol=1e-6)
+    for dtype, tolerance in ((torch.float64, 1e-6), (torch.float16, 0.01), (torch.bfloat16, 0.05)):
+        other = fa.load_embedder(trained).to(dtype)
+        for images in (files, pixels, list(pixels)):
+            found = other(images)
+            assert found.dtype == torch.float32 and torch.allclose(found, expected, atol=tolerance), dtype
+
+
+def test_the_embedder_itself_can_be_exported(trained: Path) -> None:
+    embedder = fa.load_embedder(trained)
+    pixels = torch.rand(3, 1, 16, 16) * 2 - 1
+    graph = torch.export.export(embedder, (pixels,), dynamic_shapes=({0: torch.export.Dim("N")},)).module()
+    assert torch.allclose(graph(pixels[:1]), embedder(pixels[:1]), atol=1e-6)
+
+
 def _saved(image: Image.Image, exif: Image.Exif, folder: Path) -> Path:
     image.save(folder / "turned.png", exif=exif)
     return folder / "turned.png"
@@ -79,7 +99,10 @@ def test_what_the_embedder_does_not_take(trained: Path) -> None:
     embedder = fa.load_embedder(trained)
     for wrong, error, message in (
         (torch.zeros(1, 3, 16, 16), ValueError, r"images must be \(N, 1, 16, 16\); got \(1, 3, 16, 16\)"),
-        (np.zeros((4, 4)), TypeError, "must be of dtype uint8; got float64"),
+        (torch.full((1, 16, 16), 255.0), ValueError, r"must be in \[-1, 1\]; got values up to 255"),
+        ([torch.full((1, 16, 16), 255.0)], ValueError, r"must be in \[-1, 1\]; got values up to 255"),
+        (np.zeros((4, 4)), TypeError, "must be of dtype uint8, from 0 to 255; got float64"),
+        ({"a": 1}, TypeError, "images must be paths, images of Pillow, arrays or tensors; got dict"),
         (np.zeros((4, 4, 2), np.uint8), ValueError, r"or \(height, width, 1, 3 or 4\); got \(4, 4, 2\)"),
         (7, TypeError, "images must be paths, images of Pillow, arrays or tensors; got int"),
         ("missing.png", DataError, r"missing\.png"),

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,15 +48,15 @@ class Embedder(nn.Module):
         """Return embeddings ``(N, D)`` of norm 1, fp32, on the net's device.
 
         Args:
-            images: one image or a sequence of images, each of these kinds:
+            images: one image, or a list, generator or other iterable of images, each of these kinds:
 
                 - a path, or the bytes of an image file;
                 - an image of Pillow, of any size and mode;
                 - an array of uint8, ``(height, width)`` or ``(height, width, 1, 3 or 4)``, RGB, of any size; one with a
                   further axis in front is a batch;
                 - a tensor of uint8, ``(1 or 3, height, width)``, of any size; with a further axis in front, a batch;
-                - a floating-point tensor ``(channels, size, size)`` or ``(N, channels, size, size)`` in [-1, 1], which
-                  the net takes as it is.
+                - a floating-point tensor ``(channels, size, size)`` or ``(N, channels, size, size)`` in [-1, 1], the
+                  net's own input. It is moved to the net's device and dtype.
 
         Raises:
             ImageError: a file that cannot be read as an image.
@@ -67,16 +67,22 @@ class Embedder(nn.Module):
 
     def preprocess(self, images: Any) -> Tensor:
         """Return images of the kinds that :meth:`forward` takes as the net's input ``(N, *spec.shape)``."""
+        # A net without parameters gets fp32 on the CPU.
+        place = next(self.net.parameters(), torch.empty(0))
         if isinstance(images, Tensor) and images.is_floating_point():
-            batch = images[None] if images.dim() == 3 else images
-            if batch.dim() != 4 or tuple(batch.shape[1:]) != self.spec.shape:
-                raise ValueError(
-                    f"images must be (N, {', '.join(map(str, self.spec.shape))}); got {tuple(images.shape)}"
-                )
-            return batch
-        device = next((each.device for each in self.net.parameters()), torch.device("cpu"))
+            return self._batch(images).to(place)
         parts = [self._read(image) for image in _as_list(images)]
-        return torch.stack(parts).to(device) if parts else torch.zeros(0, *self.spec.shape, device=device)
+        return (torch.stack(parts) if parts else torch.zeros(0, *self.spec.shape)).to(place)
+
+    def _batch(self, images: Tensor) -> Tensor:
+        """Check a floating-point tensor, and return it as a batch."""
+        batch = images[None] if images.dim() == 3 else images
+        if batch.dim() != 4 or tuple(batch.shape[1:]) != self.spec.shape:
+            raise ValueError(f"images must be (N, {', '.join(map(str, self.spec.shape))}); got {tuple(images.shape)}")
+        # Interpolation may overshoot 1 a little, so the limit is 2. A graph cannot hold the check.
+        if not torch.compiler.is_compiling() and batch.numel() and (most := float(batch.detach().abs().max())) > 2:
+            raise ValueError(f"images of a floating-point dtype must be in [-1, 1]; got values up to {most:g}")
+        return batch
 
     def _read(self, image: Any) -> Tensor:
         if isinstance(image, (str, os.PathLike)):
@@ -85,7 +91,7 @@ class Embedder(nn.Module):
             return read_image(image, self.spec)
         if isinstance(image, Tensor):
             if image.is_floating_point():
-                return self.preprocess(image)[0].cpu()
+                return self._batch(image)[0].float().cpu()
             image = np.ascontiguousarray(image.cpu().movedim(0, -1).numpy())
         if isinstance(image, np.ndarray):
             image = _of_array(image)
@@ -101,13 +107,14 @@ def _as_list(images: Any) -> Sequence[Any]:
         return list(images) if images.dim() == 4 else [images]
     if isinstance(images, np.ndarray):
         return list(images) if images.ndim == 4 else [images]
-    return images if isinstance(images, (list, tuple)) else [images]
+    whole = isinstance(images, (str, bytes, os.PathLike, Mapping)) or not isinstance(images, Iterable)
+    return [images] if whole else list(images)
 
 
 def _of_array(image: np.ndarray[Any, Any]) -> Any:
     """Return an array of uint8 as an image of Pillow."""
     if image.dtype != np.uint8:
-        raise TypeError(f"an image's array must be of dtype uint8; got {image.dtype}")
+        raise TypeError(f"an image's array must be of dtype uint8, from 0 to 255; got {image.dtype}")
     if image.ndim == 3 and image.shape[2] == 1:
         image = image[:, :, 0]
     if not (image.ndim == 2 or (image.ndim == 3 and image.shape[2] in (3, 4))) or not image.size:
