@@ -321,7 +321,9 @@ def test_what_must_be_alike_is_refused_by_name_on_both(outcomes, case, name):
 
 def test_a_constructor_meets_no_other_call(outcomes):
     first, second = both(outcomes, "a head or its construction")
-    assert first == "ValueError: PartialFC: call must be the same on every rank; got rank 0: forward(), rank 1: PartialFC"
+    assert (
+        first == "ValueError: PartialFC: call must be the same on every rank; got rank 0: forward(), rank 1: PartialFC"
+    )
     assert second == first.replace("PartialFC: call", "the ranks: call")
 
 

@@ -67,6 +67,7 @@ Result cuDeviceGetAttribute(int* value, int attribute, int device) {
 Result cuDevicePrimaryCtxRetain(void** context, int device) { return *context = (void*)1, SUCCESS; }
 Result cuCtxGetCurrent(void** context) { return *context = (void*)1, SUCCESS; }
 Result cuCtxSetCurrent(void* context) { return SUCCESS; }
+Result cuCtxGetDevice(int* device) { return *device = 0, SUCCESS; }
 Result cuCtxGetLimit(size_t* size, int limit) { return *size = 0, SUCCESS; }
 Result cuCtxSetLimit(int limit, size_t size) { return SUCCESS; }
 Result cuModuleLoadData(void** module, const void* image) { return *module = (void*)image, SUCCESS; }
@@ -95,6 +96,9 @@ typedef struct {
   void* attributes;
   unsigned attribute_count;
 } LaunchConfig;
+
+Result cuModuleUnload(void* module) { return SUCCESS; }
+Result cuStreamIsCapturing(void* stream, int* status) { return *status = 0, SUCCESS; }
 
 Result cuLaunchKernelEx(const LaunchConfig* config, void* function, void** parameters, void** extra) {
   const int fits = config->grid_x <= 2147483647u && config->grid_y <= 65535 && config->grid_z <= 65535 &&
