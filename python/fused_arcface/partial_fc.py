@@ -30,7 +30,8 @@ from .parallel.sampling import Sampler
 from .parallel.sharding import Sharding
 from .parallel.wrappers import check_plain
 from .sharded_evaluation import ShardedEvaluation
-from .store import CenterStorage, check_storage, make_store, weight_device
+from .store import CenterStorage, StepRows, check_storage, make_store, weight_device
+from .store import waits as _is_waited_for
 
 if TYPE_CHECKING:
     from .calls import Backend, PartialFCCall
@@ -287,7 +288,7 @@ class PartialFC(NotScriptable, ShardedEvaluation, RunState):
             upcoming = self._upcoming(chosen_on.device, padded)
             # A disk may be full on one rank: then no rank goes on to the next collective.
             with contextlib.nullcontext() if store.in_memory else self.ranks.together("center_storage"):
-                sampled = store.take(self._held(), self.step, rows, targets, updates, upcoming)
+                sampled = store.take(self._held(), StepRows(self.step, rows, targets, updates, upcoming))
             weight, rows = sampled.tensors["weight"].detach().requires_grad_(updates), None
             chosen_class = chosen_class.to(target_class.device, non_blocking=True)
         if self.center_optimizer is not None:
@@ -423,8 +424,3 @@ class PartialFC(NotScriptable, ShardedEvaluation, RunState):
 def _is_captured(device: torch.device) -> bool:
     """Return true if a CUDA graph records the work on the device."""
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-
-
-def _is_waited_for(device: torch.device) -> bool:
-    """Return true if the host waits for the work that is queued on the device before it can read a tensor there."""
-    return device.type != "cpu"
