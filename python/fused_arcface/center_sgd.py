@@ -48,7 +48,7 @@ class CenterSGD:
     ``GradScaler``'s and divided out. One below 1 is a :class:`CenterUpdateError`: on a CPU in that backward pass, on a
     GPU, where to read it would be to wait, that step changes no center and the head's next forward pass or the
     optimizer's ``step()`` that finds it read raises. Inside of a CUDA graph the steps are left out without an error.
-    Where the loss or its gradient is not finite, no rank changes anything. A margin with a state gets that of before
+    If the loss or its gradient is not finite, no rank changes anything. A margin with a state gets that of before
     the step back as well.
 
     Args:

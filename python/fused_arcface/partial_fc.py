@@ -59,8 +59,8 @@ class PartialFC(NotScriptable, ShardedEvaluation, RunState):
     device either.
 
     **Agreement.** Options and modes are compared between the ranks in each step (scale, margin, learning rate,
-    ``train()``, gradient mode, ``ignore_index`` and so on). A difference raises the same ValueError on every rank. What
-    one rank refuses raises on the others as well. Statistics, or a gradient by the embeddings, may be wanted on some
+    ``train()``, gradient mode, ``ignore_index`` and so on). A difference raises the same ValueError on every rank. An
+    error on one rank raises on the others as well. Statistics, or a gradient by the embeddings, may be wanted on some
     ranks alone.
 
     **State.** ``state_dict()`` continues a run: it has ``weight``, ``step`` and, with a center_optimizer,
@@ -90,7 +90,7 @@ class PartialFC(NotScriptable, ShardedEvaluation, RunState):
         dtype: of the class centers; the default dtype if None.
         dense_grad: give the sampled mode's gradient densely, (num_local, D), for optimizers that take no other.
         sub_centers: K rows of weight for each class, see :func:`fused_arcface.margin_softmax_loss`; those of a class
-            are on one rank. Where a shape here says C_total or num_local rows, there are K times as many.
+            are on one rank. A shape of C_total or num_local rows then has K times as many.
         label_smoothing: in [0, 1]; only with all classes in each step and an ordinary optimizer: its gradient reaches
             every class center.
         center_storage: ``"device"``; ``"host"``, host memory, of which ``device`` gets each step's sample; or the path

@@ -78,7 +78,7 @@ def embed_to_file(
         unreadable: called with what is wrong with an image that cannot be read; it is left out.
 
     Returns:
-        What was written.
+        The embeddings that were written.
 
     Raises:
         DataError: no image can be read.

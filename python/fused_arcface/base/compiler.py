@@ -1,4 +1,4 @@
-"""What the package tells torch.compile, torch.func and torch.jit.
+"""Notes of the package for torch.compile, torch.func and torch.jit.
 
 Importing this does not import torch's compiler, which takes seconds.
 """

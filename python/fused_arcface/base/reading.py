@@ -1,4 +1,4 @@
-"""Where a file from anywhere becomes data: one error for all that can be wrong with it, and regular files only."""
+"""Reading of files from anywhere: one error for all that can be wrong with them, and regular files only."""
 
 from __future__ import annotations
 

@@ -44,8 +44,9 @@ def operating_points(
 ) -> list[OperatingPoint]:
     """Return the thresholds that people act on: best accuracy, equal error rate, and one for each false accept rate.
 
-    A threshold is a score of one of the pairs. Of equally good ones the greatest is taken. The threshold of a false
-    accept rate is that of :func:`fused_arcface.evaluation.tar_at_far`: its rate is not above, nothing is interpolated.
+    A threshold is a score of one of the pairs. If several are equally good, the greatest is taken. The threshold of a
+    false accept rate is that of :func:`fused_arcface.evaluation.tar_at_far`: its rate is not above, and nothing is
+    interpolated.
 
     Args:
         same: (P,) bool, true for pairs of one person.

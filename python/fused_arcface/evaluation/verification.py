@@ -133,7 +133,8 @@ def equal_error_rate(false_accepts: Floats, true_accepts: Floats) -> float:
 def k_fold_accuracy(same: Values, scores: Values, folds: int = 10, thresholds: Values | None = None) -> Floats:
     """Return the accuracy on each fold ``(folds,)`` with the threshold that is best on all others, as LFW is scored.
 
-    The folds are consecutive parts of the pairs as they are given. Of equally good thresholds the greatest is taken.
+    The folds are consecutive parts of the pairs as they are given. If several thresholds are equally good, the greatest
+    is taken.
 
     Args:
         same: whether each pair shows one identity, (P,) bool.

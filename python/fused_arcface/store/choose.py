@@ -78,7 +78,7 @@ def make_store(
     """
     if storage == "device":
         return None
-    # Of "cuda" the number, with which devices are compared.
+    # "cuda" becomes "cuda:0": devices are compared with their number.
     computing: Any = torch.empty(0, device=device).device
     count = held["weight"].shape[0]
     if storage == "host":

@@ -23,7 +23,7 @@ from .sources import ImageSet
 
 _LISTS = (".txt", ".lst", ".list")
 _MOST_BYTES = 1 << 30
-"""Of a list of images."""
+"""Largest size of a list of images."""
 
 
 def read_images(sources: Sequence[str], *, max_pixels: int = MAX_PIXELS) -> ImageSet:

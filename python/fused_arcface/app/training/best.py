@@ -1,4 +1,4 @@
-"""What a run keeps of its verifications: the thresholds of the last one, net and checkpoint of the best one."""
+"""The results of verifications that a run keeps: the thresholds of the last one, net and checkpoint of the best."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class BestNet:
         self._step = before.step if before is not None and known else None
 
     def keep(self, net: nn.Module, found: KeptThresholds) -> bool:
-        """Keep a verification of a net; return whether it is the best until now. Of equal ones the first stays.
+        """Keep a verification of a net; return whether it is the best until now. If two are equal, the first stays.
 
         Raises:
             OSError: a file cannot be written.
