@@ -109,8 +109,8 @@ class PartialFC(NotScriptable, ShardedEvaluation, RunState):
         step: training steps so far, as the samples and the rounding count them.
 
     Raises:
-        TypeError, ValueError: an argument of a wrong type or out of its range; an option that differs between ranks.
-        RuntimeError: another rank refused its arguments.
+        TypeError, ValueError: if an argument has a wrong type or is out of its range, or differs between ranks.
+        RuntimeError: if another rank refused its arguments.
 
     >>> import torch
     >>> head = PartialFC(embedding_dim=8, num_classes=1000, sample_rate=0.1)
@@ -240,14 +240,14 @@ class PartialFC(NotScriptable, ShardedEvaluation, RunState):
             sample_weight: (n,) factors of this rank's row losses, finite and >= 0, without a gradient; on every rank or
                 on none. The mean divides by their sum over all ranks' rows that count.
             reduction: ``"mean"`` or ``"sum"`` over all ranks' rows, or ``"none"``: the losses (n,) of this rank's rows.
-                The gradients are then those of the sum over the ranks of what each makes of its rows.
+                The gradients are then those of the sum over the ranks of the numbers that each computes from its rows.
 
         Raises:
             TypeError, ValueError: as :func:`fused_arcface.margin_softmax_loss`; a wrong label raises on every rank. An
                 option, mode, dtype or call that differs between ranks raises on every rank.
-            RuntimeError: another rank refused its arguments; a wrapper of all ranks' parameters holds the class
-                centers; the head is older than the process group; a backward pass that recomputes the step; a CUDA
-                graph that captures a sampled step, or one with CenterSGD.
+            RuntimeError: if another rank refused its arguments; if a wrapper of all ranks' parameters holds the class
+                centers; if the head is older than the process group; if a backward pass recomputes the step; or if a
+                CUDA graph captures a sampled step, or one with CenterSGD.
         """
         if self.training and torch._C._current_graph_task_id() != -1:
             raise RuntimeError(

@@ -35,7 +35,7 @@ def check_not_transformed(caller: str) -> None:
     """Check that no transform of torch.func is active.
 
     Raises:
-        RuntimeError: one is. The fused operations have derivatives for autograd alone.
+        RuntimeError: if one is. The fused operations have derivatives for autograd alone.
     """
     if torch._C._are_functorch_transforms_active():
         raise RuntimeError(

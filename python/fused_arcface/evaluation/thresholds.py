@@ -54,8 +54,8 @@ def operating_points(
         fars: false accept rates, in [0, 1].
 
     Raises:
-        ValueError: all pairs are of one kind, a score is not finite, or a rate is outside [0, 1].
-        MissingExtra: scikit-learn is not installed.
+        ValueError: if all pairs are of one kind, a score is not finite, or a rate is outside [0, 1].
+        MissingExtra: if scikit-learn is not installed.
 
     >>> points = operating_points([True, True, False, False], [0.9, 0.4, 0.5, 0.1], fars=[0.01])
     >>> [(point.name, point.threshold) for point in points]

@@ -52,7 +52,7 @@ def roc(same: Values, scores: Values) -> tuple[Floats, Floats, Floats]:
     """Return false and true accept rates and their descending thresholds, with every point of the curve.
 
     Args:
-        same: whether each pair shows one identity, (P,) bool.
+        same: true for each pair that shows one identity, (P,) bool.
         scores: similarity of each pair, (P,).
 
     Raises:
@@ -137,7 +137,7 @@ def k_fold_accuracy(same: Values, scores: Values, folds: int = 10, thresholds: V
     is taken.
 
     Args:
-        same: whether each pair shows one identity, (P,) bool.
+        same: true for each pair that shows one identity, (P,) bool.
         scores: similarity of each pair, (P,).
         folds: number of folds, at least 2.
         thresholds: values to choose from; None for every score, which is never worse on the other folds. insightface
@@ -213,7 +213,7 @@ def accept_rates(same: Values, scores: Values, *, fars: Sequence[float] = FARS) 
     """Compute the accept rates of scored pairs.
 
     Args:
-        same: whether each pair shows one identity, (P,) bool.
+        same: true for each pair that shows one identity, (P,) bool.
         scores: similarity of each pair, (P,).
         fars: false accept rates to report, in [0, 1].
 
@@ -244,7 +244,7 @@ def verify_scores(same: Values, scores: Values, *, fars: Sequence[float] = FARS,
     """Compute every figure of scored pairs.
 
     Args:
-        same: whether each pair shows one identity, (P,) bool.
+        same: true for each pair that shows one identity, (P,) bool.
         scores: similarity of each pair, (P,).
         fars: false accept rates to report, in [0, 1].
         folds: number of folds of the accuracy.

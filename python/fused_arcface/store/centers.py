@@ -23,7 +23,7 @@ class CenterStore:
 
     Attributes:
         device: computing device.
-        in_memory: whether the head's ``weight`` and momentum are tensors with all rows.
+        in_memory: True if the head's ``weight`` and momentum are tensors with all rows.
         traffic: bytes moved so far.
     """
 

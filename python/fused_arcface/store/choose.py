@@ -24,7 +24,7 @@ def check_storage(center_storage: object, sample_rate: float, fused: bool) -> st
     Args:
         center_storage: ``"device"``, ``"host"`` or a path.
         sample_rate: of the head.
-        fused: whether the head has a fused optimizer.
+        fused: True if the head has a fused optimizer.
 
     Raises:
         TypeError: if it is neither a text nor a path.

@@ -90,7 +90,7 @@ class Pipeline:
         row_start: global number of the first of them.
         device: of the buffers.
         lane: for the work beside the computation; None: all is done at once, and nothing is fetched ahead.
-        pinned: whether the buffers are pinned memory.
+        pinned: True if the buffers are pinned memory.
     """
 
     def __init__(

@@ -35,7 +35,7 @@ def read_state(path: Path) -> dict[str, Tensor]:
     and MagFace's ``fc.`` beside ``features.conv1.``.
 
     Raises:
-        DataError: the file cannot be read, is damaged, or holds no named tensors.
+        DataError: if the file cannot be read, is damaged, or holds no named tensors.
     """
     found: Any = torch_files.load(path)
     torch_files.check_sums(path)

@@ -185,7 +185,7 @@ class RunFolder:
         """Build the run's net with new weights, in evaluation mode, and return it with the images it takes.
 
         Raises:
-            RunError: the run has no options, or options that name no net.
+            RunError: if the run has no options, or options that name no net.
         """
         config = self.read_config()
         if config.image_size is None or config.channels is None or config.embedding_dim is None:

@@ -32,7 +32,7 @@ def read_index(path: Path, most: int) -> tuple[Ints, Ints]:
         most: lines that it may have.
 
     Raises:
-        DataError: a line that is no ``key <tab> offset``, or too many lines.
+        DataError: if a line is not ``key <tab> offset``, or there are too many lines.
     """
     keys, offsets, count = [], [], 0
     with open_regular(path) as file, file_errors(path):
