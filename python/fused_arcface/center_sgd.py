@@ -48,7 +48,7 @@ class CenterSGD:
     ``GradScaler``'s and divided out. One below 1 is a :class:`CenterUpdateError`: on a CPU in that backward pass, on a
     GPU, where to read it would be to wait, that step changes no center and the head's next forward pass or the
     optimizer's ``step()`` that finds it read raises. Inside of a CUDA graph the steps are left out without an error.
-    Where the loss or its gradient is not finite, no rank changes anything. A margin with a state gets that of before
+    If the loss or its gradient is not finite, no rank changes anything. A margin with a state gets that of before
     the step back as well.
 
     Args:
@@ -60,7 +60,7 @@ class CenterSGD:
             centers, keyed by seed, step and element.
 
     Raises:
-        TypeError, ValueError: an argument of a wrong type or out of its range.
+        TypeError, ValueError: if an argument has a wrong type or is out of its range.
 
     >>> import torch, fused_arcface as fa
     >>> head = fa.PartialFC(8, 100, center_optimizer=CenterSGD(lr=0.1, momentum_dtype=torch.int8))
@@ -157,8 +157,8 @@ class CenterOptimizer(torch.optim.Optimizer):
         """Do nothing: the backward pass has updated the centers. Call it once after each, or never.
 
         Raises:
-            CenterUpdateError: more than one backward pass since the last call, which was meant as gradient
-                accumulation; or an earlier step was refused on a GPU, see :class:`CenterSGD`.
+            CenterUpdateError: if there was more than one backward pass since the last call, meant as gradient
+                accumulation; or if an earlier step was refused on a GPU, see :class:`CenterSGD`.
         """
         self._check_factors()
         result = None
@@ -197,7 +197,7 @@ class CenterOptimizer(torch.optim.Optimizer):
         An earlier version's state has the momentum as well; it is restored in place. Load such a state after the head.
 
         Raises:
-            ValueError: a momentum of another shape or dtype than this one; nothing is changed then.
+            ValueError: if the momentum has another shape or dtype than this one. Nothing is changed then.
         """
         own = dict(self.state[self._weight])
         loaded = state_dict["state"].get(0, {})
@@ -274,9 +274,9 @@ class CenterOptimizer(torch.optim.Optimizer):
         """Check that the head's ``weight`` can be updated.
 
         Raises:
-            TypeError: the head has been converted to a dtype that centers cannot be updated in.
-            ValueError: elements of the weight share memory, or its shape is no longer the momentum's.
-            CenterUpdateError: an earlier step was refused on a GPU, see :class:`CenterSGD`.
+            TypeError: if the head has been converted to a dtype that centers cannot be updated in.
+            ValueError: if elements of the weight share memory, or its shape is no longer the momentum's.
+            CenterUpdateError: if an earlier step was refused on a GPU, see :class:`CenterSGD`.
         """
         _check_weight(weight)
         state = self.bind(weight)

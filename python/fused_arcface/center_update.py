@@ -41,7 +41,7 @@ def refusal(factor: float) -> str:
 class PendingUpdate(CenterUpdate):
     """The update of one forward pass, until its backward pass makes it.
 
-    Where it changes nothing, margin and scale get back the state that they had before the step (buffers and copies).
+    If it changes nothing, margin and scale get back the state that they had before the step (buffers and copies).
     With ``sampled`` it changes these copies of the step's rows, and gives them back to the store.
     """
 

@@ -87,13 +87,13 @@ def margin_softmax_loss(
         dtype. A NaN row of embeddings makes its own loss and gradient NaN, and the whole weight gradient.
 
     Raises:
-        TypeError: an argument of a wrong type or dtype.
-        ValueError: a wrong shape, device, range or option. Out-of-range labels: on a GPU the row's loss is NaN instead,
-            unless the environment has ``FUSED_ARCFACE_DEBUG=1``. Values of sample_weight are read under the same
-            conditions.
-            A named backend without sub-centers or modulated negatives, where they are asked for.
-        RuntimeError: a named backend that is not available; a second backward through the same loss; a derivative of
-            its gradient (:mod:`fused_arcface.reference` is twice differentiable).
+        TypeError: if an argument has a wrong type or dtype.
+        ValueError: if a shape, device, number or option is wrong, or a named backend lacks sub-centers or modulated
+            negatives that the call needs. A label out of range raises on a CPU. On a GPU it makes the row's loss NaN
+            instead, unless the environment has ``FUSED_ARCFACE_DEBUG=1``. Values of sample_weight are read under the
+            same conditions.
+        RuntimeError: if a named backend is not available; in a second backward pass through the same loss; and in a
+            derivative of its gradient (:mod:`fused_arcface.reference` is twice differentiable).
 
     >>> import torch
     >>> x, w = torch.eye(2), torch.eye(2)

@@ -46,7 +46,7 @@ class MarginHead(NotScriptable, ReplaceableOptions, nn.Module):
         weight: (C·sub_centers, D) parameter, the class centers, drawn from N(0, 0.01²).
 
     Raises:
-        TypeError, ValueError: an argument of a wrong type or out of its range.
+        TypeError, ValueError: if an argument has a wrong type or is out of its range.
 
     >>> import torch
     >>> head = MarginHead(embedding_dim=8, num_classes=5)
@@ -124,7 +124,8 @@ class MarginHead(NotScriptable, ReplaceableOptions, nn.Module):
             ignore_index: the label of rows without a margin.
 
         Raises:
-            ValueError: more than 2^30 numbers (4 GiB in fp32); a margin with binary losses, beside a target.
+            ValueError: if there are more than 2^30 numbers (4 GiB in fp32), or a target beside a margin with binary
+                losses.
         """
         check_embeddings(embeddings, self.weight)
         num_classes = self.weight.shape[0] // self.sub_centers
@@ -143,7 +144,7 @@ class MarginHead(NotScriptable, ReplaceableOptions, nn.Module):
         """Return the cosines (N, k), descending, and ids (N, k) int64 of the k nearest classes to embeddings (N, D).
 
         Raises:
-            ValueError: k outside [1, C], or embeddings of a wrong shape or device.
+            ValueError: if k is outside [1, C], or the embeddings have a wrong shape or device.
         """
         check_embeddings(embeddings, self.weight)
         k = check_size("k", k)

@@ -31,7 +31,8 @@ from .parallel.sampling import Sampler
 from .parallel.sharding import Sharding
 from .parallel.wrappers import check_plain
 from .sharded_evaluation import ShardedEvaluation
-from .store import CenterStorage, check_storage, make_store, weight_device
+from .store import CenterStorage, StepRows, check_storage, make_store, weight_device
+from .store import waits as _is_waited_for
 
 if TYPE_CHECKING:
     from .calls import Backend, PartialFCCall
@@ -59,8 +60,8 @@ class PartialFC(NotScriptable, ReplaceableOptions, ShardedEvaluation, RunState):
     device either.
 
     **Agreement.** Options and modes are compared between the ranks in each step (scale, margin, learning rate,
-    ``train()``, gradient mode, ``ignore_index`` and so on). A difference raises the same ValueError on every rank. What
-    one rank refuses raises on the others as well. Statistics, or a gradient by the embeddings, may be wanted on some
+    ``train()``, gradient mode, ``ignore_index`` and so on). A difference raises the same ValueError on every rank. An
+    error on one rank raises on the others as well. Statistics, or a gradient by the embeddings, may be wanted on some
     ranks alone.
 
     **State.** ``state_dict()`` continues a run: it has ``weight``, ``step`` and, with a center_optimizer,
@@ -90,7 +91,7 @@ class PartialFC(NotScriptable, ReplaceableOptions, ShardedEvaluation, RunState):
         dtype: of the class centers; the default dtype if None.
         dense_grad: give the sampled mode's gradient densely, (num_local, D), for optimizers that take no other.
         sub_centers: K rows of weight for each class, see :func:`fused_arcface.margin_softmax_loss`; those of a class
-            are on one rank. Where a shape here says C_total or num_local rows, there are K times as many.
+            are on one rank. A shape of C_total or num_local rows then has K times as many.
         label_smoothing: in [0, 1]; only with all classes in each step and an ordinary optimizer: its gradient reaches
             every class center.
         center_storage: ``"device"``; ``"host"``, host memory, of which ``device`` gets each step's sample; or the path
@@ -109,8 +110,8 @@ class PartialFC(NotScriptable, ReplaceableOptions, ShardedEvaluation, RunState):
         step: training steps so far, as the samples and the rounding count them.
 
     Raises:
-        TypeError, ValueError: an argument of a wrong type or out of its range; an option that differs between ranks.
-        RuntimeError: another rank refused its arguments.
+        TypeError, ValueError: if an argument has a wrong type or is out of its range, or differs between ranks.
+        RuntimeError: if another rank refused its arguments.
 
     >>> import torch
     >>> head = PartialFC(embedding_dim=8, num_classes=1000, sample_rate=0.1)
@@ -241,14 +242,14 @@ class PartialFC(NotScriptable, ReplaceableOptions, ShardedEvaluation, RunState):
             sample_weight: (n,) factors of this rank's row losses, finite and >= 0, without a gradient; on every rank or
                 on none. The mean divides by their sum over all ranks' rows that count.
             reduction: ``"mean"`` or ``"sum"`` over all ranks' rows, or ``"none"``: the losses (n,) of this rank's rows.
-                The gradients are then those of the sum over the ranks of what each makes of its rows.
+                The gradients are then those of the sum over the ranks of the numbers that each computes from its rows.
 
         Raises:
             TypeError, ValueError: as :func:`fused_arcface.margin_softmax_loss`; a wrong label raises on every rank. An
                 option, mode, dtype or call that differs between ranks raises on every rank.
-            RuntimeError: another rank refused its arguments; a wrapper of all ranks' parameters holds the class
-                centers; the head is older than the process group; a backward pass that recomputes the step; a CUDA
-                graph that captures a sampled step, or one with CenterSGD.
+            RuntimeError: if another rank refused its arguments; if a wrapper of all ranks' parameters holds the class
+                centers; if the head is older than the process group; if a backward pass recomputes the step; or if a
+                CUDA graph captures a sampled step, or one with CenterSGD.
         """
         if self.training and torch._C._current_graph_task_id() != -1:
             raise RuntimeError(
@@ -291,7 +292,7 @@ class PartialFC(NotScriptable, ReplaceableOptions, ShardedEvaluation, RunState):
             upcoming = self._upcoming(chosen_on.device, padded)
             # A disk may be full on one rank: then no rank goes on to the next collective.
             with contextlib.nullcontext() if store.in_memory else self.ranks.together("center_storage"):
-                sampled = store.take(self._held(), self.step, rows, targets, updates, upcoming)
+                sampled = store.take(self._held(), StepRows(self.step, rows, targets, updates, upcoming))
             weight, rows = sampled.tensors["weight"].detach().requires_grad_(updates), None
             chosen_class = chosen_class.to(target_class.device, non_blocking=True)
         if self.center_optimizer is not None:
@@ -427,8 +428,3 @@ class PartialFC(NotScriptable, ReplaceableOptions, ShardedEvaluation, RunState):
 def _is_captured(device: torch.device) -> bool:
     """Return true if a CUDA graph records the work on the device."""
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-
-
-def _is_waited_for(device: torch.device) -> bool:
-    """Return true if the host waits for the work that is queued on the device before it can read a tensor there."""
-    return device.type != "cpu"

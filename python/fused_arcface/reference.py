@@ -180,7 +180,7 @@ def _of_label(
 def _adapted(adapting: AdaCos, cosine: Tensor, labels: list[Tensor], ignore_index: int, counted: Tensor) -> Tensor:
     """Return the scale of a step with cosines (N, C), after its update in training.
 
-    Of a row's two labels the nearer one is the target.
+    If a row has two labels, the nearer one is the target.
     """
     own = [cosine.gather(1, each.masked_fill(each == ignore_index, 0)[:, None]).squeeze(1) for each in labels]
     own = [each.masked_fill(label == ignore_index, -torch.inf) for each, label in zip(own, labels, strict=True)]

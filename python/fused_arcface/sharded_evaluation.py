@@ -66,7 +66,7 @@ class ShardedEvaluation(JointCalls):
         """Set each shard from all class centers (C_total, D), which every rank passes alike. A collective.
 
         Raises:
-            ValueError: a wrong shape, on any rank.
+            ValueError: if the shape is wrong, on any rank.
         """
         self._meet("load_full_weight()")
         shape = tuple(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
@@ -97,8 +97,8 @@ class ShardedEvaluation(JointCalls):
             ignore_index: the label of rows without a margin.
 
         Raises:
-            ValueError: more than 2^30 numbers (4 GiB in fp32) over all ranks' rows; a margin with binary losses, beside
-                a target.
+            ValueError: if there are more than 2^30 numbers (4 GiB in fp32) over all ranks' rows, or a target beside a
+                margin with binary losses.
         """
         with self._refusing():
             same = {
@@ -136,7 +136,7 @@ class ShardedEvaluation(JointCalls):
         A collective, for this rank's embeddings (n, D), with the same k on every rank. The ids are global.
 
         Raises:
-            ValueError: k outside [1, C_total], or embeddings of a wrong shape or device.
+            ValueError: if k is outside [1, C_total], or the embeddings have a wrong shape or device.
         """
         with self._refusing():
             k = check_size("k", k)

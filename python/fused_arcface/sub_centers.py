@@ -39,7 +39,7 @@ def own_cosines(embeddings: Tensor, weight: Tensor, labels: Tensor, sub_centers:
         sub_centers: K, the number of centers of each class.
 
     Raises:
-        TypeError, ValueError: a wrong type, shape, device or label.
+        TypeError, ValueError: if a type, shape, device or label is wrong.
     """
     check_sub_centers(sub_centers)
     check_embeddings(embeddings, weight)

@@ -9,10 +9,12 @@ from pathlib import Path
 
 import torch
 
+import fused_arcface as fa
+from fused_arcface.app.nets.small import SmallNet
 from fused_arcface.app.training import events
 from fused_arcface.app.training.config import TrainConfig
 from fused_arcface.app.training.events import Stepped
-from fused_arcface.app.training.runs import load_backbone
+from fused_arcface.app.training.runs import RunFolder, load_backbone
 from fused_arcface.app.training.trainer import TrainingOutcome, train
 
 TINY = TrainConfig(
@@ -45,3 +47,12 @@ def losses(output: Path) -> list[float]:
 def weights(output: Path) -> dict[str, torch.Tensor]:
     """Return the weights of a run's backbone."""
     return load_backbone(output)[0].state_dict()
+
+
+def write_random_run(root: Path, image_size: int = 16) -> None:
+    """Write a run as ``train`` leaves it, with one checkpoint of random weights."""
+    folder = RunFolder(root)
+    folder.root.mkdir()
+    TrainConfig(data="identities", image_size=image_size, channels=1, embedding_dim=8).save(folder.config)
+    torch.manual_seed(7)
+    fa.checkpoint.save(folder.checkpoints, fa.PartialFC(8, 4), backbone=SmallNet(8))

@@ -52,11 +52,11 @@ class Agreement(NamedTuple):
     allowed: dict[str, float]
     """Largest error that is allowed."""
     numerical: bool | None
-    """Whether finite differences agree; None if they were not computed."""
+    """True if finite differences agree; None if they were not computed."""
 
     @property
     def passed(self) -> bool:
-        """Whether all errors are allowed; one that is NaN is not."""
+        """True if all errors are allowed. NaN is not."""
         return all(self.errors[q] <= self.allowed[q] for q in QUANTITIES) and self.numerical is not False
 
 

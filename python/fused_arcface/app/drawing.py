@@ -1,4 +1,4 @@
-"""How the package draws: the style of all pictures, and the way from a drawing to a file or to a report.
+"""Drawing: the style of all pictures, and the way from a drawing to a file or to a report.
 
 Every picture is as wide as the page of a phone, so that its text can be read there. A drawing makes a figure of
 matplotlib, which only this module imports.
@@ -112,7 +112,7 @@ def set_title(axis: Any, name: str) -> None:
 def plain_ticks(axis: Any) -> None:
     """Label a logarithmic axis, ``axes.xaxis`` for example, by plain numbers: 20 and 100, not powers.
 
-    Where it spans less than two decades the 2 and the 5 of each have a label as well.
+    If it spans less than two decades, the 2 and the 5 of each have a label as well.
     """
     ticker = require("matplotlib.ticker")
     low, high = sorted(axis.get_view_interval())

@@ -59,8 +59,8 @@ class Embedder(nn.Module):
                   net's own input. It is moved to the net's device and dtype.
 
         Raises:
-            ImageError: a file that cannot be read as an image.
-            TypeError, ValueError: an image of another kind, dtype or shape.
+            ImageError: if a file cannot be read as an image.
+            TypeError, ValueError: if an image is of another kind, dtype or shape.
         """
         pixels = self.preprocess(images)
         return F.normalize(self.net(pixels).float())
@@ -146,9 +146,9 @@ def load_embedder(
         :meth:`Embedder.forward`. Its parameters need no gradient; images may have one.
 
     Raises:
-        RunError: a folder that is no run, or has no checkpoint yet.
-        DataError: a file that cannot be read, or has the weights of another net.
-        ValueError: a backbone that is unknown or not named, or a device that cannot be used.
+        RunError: if the folder is no run, or has no checkpoint yet.
+        DataError: if the file cannot be read, or has the weights of another net.
+        ValueError: if the backbone is unknown or not named, or the device cannot be used.
 
     >>> import tempfile; file = Path(tempfile.mkdtemp()) / "backbone.pth"
     >>> torch.save(build_backbone("small", 64, ImageSpec(size=16, channels=1)).state_dict(), file)
@@ -186,7 +186,7 @@ def check_device(device: torch.device | str) -> None:
     """Raise unless tensors can be made on a device.
 
     Raises:
-        ValueError: there is no such device.
+        ValueError: if there is no such device.
     """
     try:
         torch.device(device)

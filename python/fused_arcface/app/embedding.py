@@ -40,7 +40,7 @@ def check_output(path: Path) -> None:
     """Raise unless embeddings can be written to a file of this name.
 
     Raises:
-        ValueError: another suffix than ``.npz``, ``.safetensors`` or ``.csv``.
+        ValueError: if the suffix is not ``.npz``, ``.safetensors`` or ``.csv``.
     """
     if path.suffix not in (*SUFFIXES, _CSV):
         raise ValueError(f"embeddings must go to a .npz, .safetensors or .csv file; got {path}")
@@ -78,12 +78,12 @@ def embed_to_file(
         unreadable: called with what is wrong with an image that cannot be read; it is left out.
 
     Returns:
-        What was written.
+        The embeddings that were written.
 
     Raises:
-        DataError: no image can be read.
-        ValueError: the output has another suffix.
-        OSError: a file cannot be written.
+        DataError: if no image can be read.
+        ValueError: if the output has another suffix.
+        OSError: if a file cannot be written.
     """
     check_output(output)
     if not len(images):

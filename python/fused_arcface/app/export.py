@@ -44,7 +44,7 @@ def check_suffix(path: Path) -> None:
     """Raise unless a net can be exported to a file of this name.
 
     Raises:
-        ValueError: another suffix than ``.onnx`` or ``.pt2``.
+        ValueError: if the suffix is not ``.onnx`` or ``.pt2``.
     """
     if path.suffix not in (_ONNX, _PROGRAM):
         raise ValueError(f"a net must be exported to a .onnx or a .pt2 file; got {path}")
@@ -65,9 +65,9 @@ def export(embedder: Embedder, path: Path) -> float:
         The largest difference from PyTorch, over batches of 1 and 3 random images.
 
     Raises:
-        ValueError: the path has another suffix.
-        ExportError: the difference is above :data:`TOLERANCE`.
-        MissingExtra: onnx, onnxscript or onnxruntime is not installed.
+        ValueError: if the path has another suffix.
+        ExportError: if the difference is above :data:`TOLERANCE`.
+        MissingExtra: if onnx, onnxscript or onnxruntime is not installed.
     """
     check_suffix(path)
     if path.suffix == _ONNX:

@@ -37,7 +37,7 @@ class TemplateFigures:
     searches: dict[str, Identification]
     """1:N by the name of the gallery."""
     left_out: list[str]
-    """What could not be compared, in words."""
+    """Parts of the set that could not be compared, in words."""
 
 
 def evaluate_templates(

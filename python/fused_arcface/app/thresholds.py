@@ -36,7 +36,7 @@ class KeptThresholds:
         """Return the point of the best accuracy, or that of a false accept rate.
 
         Raises:
-            ValueError: there is none for this rate.
+            ValueError: if there is none for this rate.
         """
         name = BEST_ACCURACY if far is None else far_name(far)
         found = next((point for point in self.points if point.name == name), None)
@@ -80,7 +80,7 @@ def read_thresholds(path: Path) -> KeptThresholds | None:
     """Return the thresholds in a file, None if there is no such file.
 
     Raises:
-        DataError: the file is damaged.
+        DataError: if the file is damaged.
     """
     if not path.is_file():
         return None

@@ -28,14 +28,14 @@ _kernels: Any = None if native.unavailable() else getattr(native.module, "cuda",
 
 @dataclass(frozen=True)
 class ChunkConfig:
-    """How many classes are worked on at once, in bytes of what is kept of them. Not measured on a GPU yet."""
+    """The number of classes that are worked on at once, as bytes of memory for them. Not measured on a GPU yet."""
 
     exponential_bytes: int
-    """Of the (N, classes) exponentials between the two products of a forward pass."""
+    """Size of the (N, classes) exponentials between the two products of a forward pass."""
     center_bytes: int
-    """Of the packed centers."""
+    """Size of the packed centers."""
     gradient_bytes: int = 0
-    """Of the (N, classes) gradient between the two products of a backward pass."""
+    """Size of the (N, classes) gradient between the two products of a backward pass."""
 
 
 # 24 MiB of exponentials, written once and read once, and 9 MiB of centers stay in the smallest L2 that matters, A100's

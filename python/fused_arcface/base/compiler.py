@@ -1,4 +1,4 @@
-"""What the package tells torch.compile, torch.func and torch.jit.
+"""Notes of the package for torch.compile, torch.func and torch.jit.
 
 Importing this does not import torch's compiler, which takes seconds.
 """
@@ -35,7 +35,7 @@ def check_not_transformed(caller: str) -> None:
     """Check that no transform of torch.func is active.
 
     Raises:
-        RuntimeError: one is. The fused operations have derivatives for autograd alone.
+        RuntimeError: if one is. The fused operations have derivatives for autograd alone.
     """
     if torch._C._are_functorch_transforms_active():
         raise RuntimeError(

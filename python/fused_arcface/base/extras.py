@@ -9,7 +9,7 @@ from typing import Any
 
 from .files import replacing
 
-# Where a module's distribution has another name.
+# Modules whose distribution has another name.
 _DISTRIBUTIONS = {
     "PIL": "pillow",
     "faiss": "faiss-cpu",

@@ -27,7 +27,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     regular file (``/dev/stdout``) is written directly.
 
     Raises:
-        OSError: the file cannot be written; ``filename`` is ``path`` where the system names none (a full disk).
+        OSError: if the file cannot be written; ``filename`` is ``path`` where the system names none (a full disk).
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:

@@ -61,8 +61,8 @@ def unit_gradient(d_unit: Tensor, row: Tensor) -> Tensor:
 def stored_gradient(gradient: Tensor, rows: Tensor) -> Tensor:
     """Return the gradient by rows (R, D) in their dtype, laid out as they are.
 
-    What overflows in fp16 becomes infinite, so that a ``GradScaler`` sees it. A row shorter than 1e-12 is divided by
-    that constant, which no loss scale makes up for: there finite numbers saturate.
+    A number that overflows in fp16 becomes infinite, so that a ``GradScaler`` sees it. A row shorter than 1e-12 is
+    divided by that constant, and no loss scale makes up for it: its finite numbers saturate.
     """
     if rows.dtype == torch.float16:
         limit = torch.finfo(torch.float16).max

@@ -85,8 +85,8 @@ class HeadOptions:
         """Check that these options fit what a step is called with.
 
         Raises:
-            ValueError: for mixed labels and a margin that changes the negatives or has binary losses; a scale on
-                another device; a margin or a scale that does not fit the number of classes.
+            ValueError: if labels are mixed and the margin changes the negatives or has binary losses; if the scale is
+                on another device; or if margin or scale do not fit the number of classes.
         """
         self.check_classes(num_classes)
         if isinstance(self.scale, Tensor) and self.scale.device != device:

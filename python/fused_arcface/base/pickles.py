@@ -114,7 +114,7 @@ class _Machine:
             self._started = True
         raise Refused(f"it has more than {admitted.most_instructions} instructions")
 
-    # What the file has.
+    # Reading from the file.
 
     def _take(self, length: int) -> bytes:
         if length > self._left:

@@ -1,4 +1,4 @@
-"""Where a file from anywhere becomes data: one error for all that can be wrong with it, and regular files only."""
+"""Reading of files from anywhere: one error for all that can be wrong with them, and regular files only."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def read_bytes(path: str | os.PathLike[str], most: int) -> bytes:
     """Return the content of a regular file of at most ``most`` bytes.
 
     Raises:
-        DataError: it cannot be read, or is longer.
+        DataError: if it cannot be read, or is longer.
     """
     with open_regular(path) as file, file_errors(path):
         content = file.read(most + 1)

@@ -1,4 +1,4 @@
-"""The manifest of a checkpoint: what it holds, with a checksum for each block of each file, and one of its own."""
+"""The manifest of a checkpoint: its files, a checksum for each block of them, and one of its own."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def read(directory: Path) -> Manifest:
 
 
 def read_content(directory: Path) -> dict[str, Any]:
-    """Return a manifest, the parts that both formats have checked."""
+    """Return a manifest as it is written. The parts that both formats have are checked."""
     file = directory / NAME
     if not file.exists() and not STEP_NAME.fullmatch(directory.name):
         raise CheckpointError(f"{directory} is a checkpoint of another program: it has no {NAME}")
@@ -113,7 +113,7 @@ def crc32(content: dict[str, Any]) -> int:
 
 @contextlib.contextmanager
 def boundary(directory: Path, name: str) -> Iterator[None]:
-    """Turn whatever goes wrong while bytes become data into one error that names the place."""
+    """Turn any error that arises while bytes become data into one that names the place."""
     try:
         yield
     except version1.NeedsTrust as error:
@@ -122,7 +122,7 @@ def boundary(directory: Path, name: str) -> Iterator[None]:
         ) from None
     except CheckpointError:
         raise
-    # What a parser raises for bytes that are no such file has no end; torch's is a BaseException.
+    # A parser may raise anything for bytes that are no such file; torch's error is a BaseException.
     except (Exception, CheckpointException) as error:
         text = str(error) or type(error).__name__
         raise CheckpointError(f"{directory} is damaged: {name} cannot be read: {text[:300]}") from error

@@ -45,8 +45,8 @@ def centers(path: Path) -> tuple[Tensor, bool]:
     Names may begin with ``module.``, as ``DataParallel`` calls them.
 
     Raises:
-        DataError: it cannot be opened.
-        TensorFileError: a file of another kind, or with several sets of class centers.
+        DataError: if it cannot be opened.
+        TensorFileError: if the file is of another kind, or has several sets of class centers.
     """
     found = torch_files.load(path)
     momentum = path.with_name(f"{path.stem}_mom{path.suffix}").is_file()

@@ -56,7 +56,7 @@ class FileRecord:
 
 @dataclass(frozen=True)
 class Part:
-    """Where a part of a tensor lies."""
+    """The place of a part of a tensor."""
 
     file: str
     start: int

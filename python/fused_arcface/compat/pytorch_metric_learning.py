@@ -6,7 +6,7 @@ Another import is all that changes::
 
 Each class derives from the one it replaces. Constructor, miners, reducers, regularizers, records and ``state_dict`` are
 theirs, with margins in degrees and ``W`` (D, C). The losses of the rows come from this package, which stores no N×C
-logits. What differs by design:
+logits. These differences are intended:
 
 - The gradient is exact and bounded where theirs divides by zero: at a target's cosine of ±1 theirs is NaN before torch 2.14.
 - A small loss keeps its digits: theirs is ``log Σ e^z - z``, which is 0 or several percent off in fp32.

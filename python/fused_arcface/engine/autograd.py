@@ -160,7 +160,8 @@ def cosines_of_targets(
 ) -> tuple[Tensor, Tensor]:
     """Return the cosines (N,) of all ranks' rows with their targets, and the targets as rows of the centers (N,).
 
-    Of a class's several centers the row is the nearest. Neither has a gradient; :func:`negatives_and_target` follows.
+    If a class has several centers, the row is the nearest one. Neither result has a gradient;
+    :func:`negatives_and_target` follows.
     """
     with torch.no_grad():
         rows = shard.all_rows(embeddings)

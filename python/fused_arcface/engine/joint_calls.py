@@ -99,7 +99,7 @@ class JointCalls(nn.Module):
         """Check this rank's shard, and return the values that must be the same on every rank in this call.
 
         Raises:
-            RuntimeError: another's wrapper holds the class centers.
+            RuntimeError: if another wrapper holds the class centers.
         """
         shape = (self.sharding.num_local * self.sub_centers, self.embedding_dim)
         check_unwrapped(type(self).__name__, self, shape, self.ranks.group)

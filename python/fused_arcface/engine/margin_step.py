@@ -87,7 +87,7 @@ def in_step(margin: Any, embeddings: Tensor, alone: bool) -> Any:
     Args:
         margin: a head's margin, or its scale if that is a module.
         embeddings: (n, D) of this rank.
-        alone: whether the embeddings are all rows there are. If false and torch.distributed has several ranks, the
+        alone: True if the embeddings are all rows there are. If false and torch.distributed has several ranks, the
             margin gets the rows of all of them, and every rank of the default group has to make this call.
 
     Raises:

@@ -10,7 +10,7 @@ from torch import Tensor
 from .terms import IGNORED
 
 Labels = Tensor | tuple[Tensor, Tensor, Tensor | float]
-"""What a caller gives: labels (N,), or (first, second, share) for mixed labels."""
+"""Labels as a caller gives them: (N,), or (first, second, share) for mixed labels."""
 
 
 def labels_and_share(target: Labels) -> tuple[Tensor, Tensor | None, Tensor | None]:

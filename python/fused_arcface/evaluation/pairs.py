@@ -35,7 +35,7 @@ def balanced_pairs(labels: Tensor, most: int = 20_000, seed: int = 0) -> Pairs:
         seed: seed of the choice.
 
     Raises:
-        ValueError: no identity has two images, or there is only one identity.
+        ValueError: if no identity has two images, or there is only one identity.
 
     >>> balanced_pairs(torch.tensor([0, 0, 1])).same.sort().values
     tensor([False,  True])

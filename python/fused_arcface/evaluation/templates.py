@@ -129,7 +129,7 @@ def verify_templates(
         templates: embeddings, see :func:`pool_templates`.
         first: first template (P,) of each pair.
         second: second template (P,) of each pair.
-        same: whether both show one person, (P,) bool.
+        same: true for each pair that shows one person, (P,) bool.
         fars: false accept rates to report.
 
     Raises:

@@ -44,8 +44,9 @@ def operating_points(
 ) -> list[OperatingPoint]:
     """Return the thresholds that people act on: best accuracy, equal error rate, and one for each false accept rate.
 
-    A threshold is a score of one of the pairs. Of equally good ones the greatest is taken. The threshold of a false
-    accept rate is that of :func:`fused_arcface.evaluation.tar_at_far`: its rate is not above, nothing is interpolated.
+    A threshold is a score of one of the pairs. If several are equally good, the greatest is taken. The threshold of a
+    false accept rate is that of :func:`fused_arcface.evaluation.tar_at_far`: its rate is not above, and nothing is
+    interpolated.
 
     Args:
         same: (P,) bool, true for pairs of one person.
@@ -53,8 +54,8 @@ def operating_points(
         fars: false accept rates, in [0, 1].
 
     Raises:
-        ValueError: all pairs are of one kind, a score is not finite, or a rate is outside [0, 1].
-        MissingExtra: scikit-learn is not installed.
+        ValueError: if all pairs are of one kind, a score is not finite, or a rate is outside [0, 1].
+        MissingExtra: if scikit-learn is not installed.
 
     >>> points = operating_points([True, True, False, False], [0.9, 0.4, 0.5, 0.1], fars=[0.01])
     >>> [(point.name, point.threshold) for point in points]

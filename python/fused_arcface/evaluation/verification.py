@@ -52,7 +52,7 @@ def roc(same: Values, scores: Values) -> tuple[Floats, Floats, Floats]:
     """Return false and true accept rates and their descending thresholds, with every point of the curve.
 
     Args:
-        same: whether each pair shows one identity, (P,) bool.
+        same: true for each pair that shows one identity, (P,) bool.
         scores: similarity of each pair, (P,).
 
     Raises:
@@ -133,10 +133,11 @@ def equal_error_rate(false_accepts: Floats, true_accepts: Floats) -> float:
 def k_fold_accuracy(same: Values, scores: Values, folds: int = 10, thresholds: Values | None = None) -> Floats:
     """Return the accuracy on each fold ``(folds,)`` with the threshold that is best on all others, as LFW is scored.
 
-    The folds are consecutive parts of the pairs as they are given. Of equally good thresholds the greatest is taken.
+    The folds are consecutive parts of the pairs as they are given. If several thresholds are equally good, the greatest
+    is taken.
 
     Args:
-        same: whether each pair shows one identity, (P,) bool.
+        same: true for each pair that shows one identity, (P,) bool.
         scores: similarity of each pair, (P,).
         folds: number of folds, at least 2.
         thresholds: values to choose from; None for every score, which is never worse on the other folds. insightface
@@ -212,7 +213,7 @@ def accept_rates(same: Values, scores: Values, *, fars: Sequence[float] = FARS) 
     """Compute the accept rates of scored pairs.
 
     Args:
-        same: whether each pair shows one identity, (P,) bool.
+        same: true for each pair that shows one identity, (P,) bool.
         scores: similarity of each pair, (P,).
         fars: false accept rates to report, in [0, 1].
 
@@ -243,7 +244,7 @@ def verify_scores(same: Values, scores: Values, *, fars: Sequence[float] = FARS,
     """Compute every figure of scored pairs.
 
     Args:
-        same: whether each pair shows one identity, (P,) bool.
+        same: true for each pair that shows one identity, (P,) bool.
         scores: similarity of each pair, (P,).
         fars: false accept rates to report, in [0, 1].
         folds: number of folds of the accuracy.

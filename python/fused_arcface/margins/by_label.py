@@ -72,7 +72,7 @@ class ClassMargin(StatefulMargin):
         margins: (C_total,) fp64 buffer. It is an option and no state: ``state_dict()`` does not have it.
 
     Raises:
-        TypeError, ValueError: an argument of a wrong type, shape or range. The head raises ValueError if it has
+        TypeError, ValueError: if an argument has a wrong type, shape or range. The head raises ValueError if it has
             another number of classes.
 
     >>> import torch, fused_arcface as fa
@@ -116,7 +116,7 @@ class ClassMargin(StatefulMargin):
             boundary: likewise.
 
         Raises:
-            TypeError, ValueError: an argument of a wrong type, shape or range.
+            TypeError, ValueError: if an argument has a wrong type, shape or range.
 
         >>> ClassMargin.from_counts([1, 16, 81]).margins
         tensor([0.5000, 0.2500, 0.1667], dtype=torch.float64)

@@ -16,7 +16,7 @@ def check_number(owner: object, name: str, value: object, rule: str, low: float,
         rule: the range as text, for errors.
         low: lower limit, included.
         high: upper limit.
-        closed: whether the upper limit is included.
+        closed: True if the upper limit is included.
 
     Raises:
         TypeError: if the value is not a number.

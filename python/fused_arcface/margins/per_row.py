@@ -170,7 +170,7 @@ class ElasticFace(StatefulMargin):
         margin: mean of m, an angle in [0, π) radians, or in [0, 2) for ``kind="cos"``.
         std: deviation of m, finite and >= 0.
         kind: ``"arc"`` for ``cos(θ + m)``, ``"cos"`` for ``cos θ - m``.
-        plus: whether the batch's draws are assigned by the rows' target cosines (ElasticFace+).
+        plus: True to assign the batch's draws by the rows' target cosines (ElasticFace+).
         boundary: continuation past ``θ + m = π`` with ``kind="arc"``, see :mod:`fused_arcface.margins.angular`. The
             default is that of the paper.
         seed: seed of the draws, in [0, 2^63).

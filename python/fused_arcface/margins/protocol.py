@@ -1,4 +1,4 @@
-"""What a margin is to the heads: a function of the target's cosine, and two methods that it may have besides.
+"""The protocol of margins: a function of the target's cosine, and methods that it may have besides.
 
 The heads call :func:`for_rows` and :func:`modulation`; margins return :class:`RowMargin` and :class:`Modulation`.
 """
@@ -118,7 +118,7 @@ def for_rows(margin: Margin, norms: Callable[[], Tensor], labels: Tensor, counte
         counted: (N,) bool, false for ignored rows.
 
     Raises:
-        TypeError, ValueError: the margin's penalty is not a tensor (N,) on the rows' device.
+        TypeError, ValueError: if the margin's penalty is not a tensor (N,) on the rows' device.
     """
     of_labels: Callable[[Tensor, Tensor], RowMargin] | None = getattr(margin, "for_labels", None)
     of_norms: Callable[[Tensor, Tensor], RowMargin] | None = getattr(margin, "for_rows", None)
@@ -151,7 +151,7 @@ def modulation(
             with ``num_hardest``.
 
     Raises:
-        TypeError, ValueError: the margin's threshold is not a tensor (N,) on the rows' device, or it has four
+        TypeError, ValueError: if the margin's threshold is not a tensor (N,) on the rows' device, or it has four
             coefficients without ``turns_negatives``.
     """
     own: Callable[..., Modulation] | None = getattr(margin, "modulate", None)

@@ -11,7 +11,7 @@ from torch import Tensor
 from .state import StatefulMargin
 
 Scale = Union[float, Tensor, "AdaCos"]
-"""What a head takes as its scale: a number, a 0-dim parameter, or :class:`AdaCos`."""
+"""The scale of a head: a number, a 0-dim parameter, or :class:`AdaCos`."""
 
 
 class AdaCos(StatefulMargin):

@@ -41,7 +41,7 @@ class Header(NamedTuple):
     shard: int = 0
     """:func:`digest_of_shard`, or 0 if the shard is not to be compared."""
     numbers: int = 0
-    """How many numbers each row has beside its label."""
+    """Numbers that each row has beside its label."""
 
 
 def digest(agreement: Agreement) -> int:

@@ -144,8 +144,8 @@ class Ranks:
             labels: (n,) global labels of any integer dtype.
             owner: name of the head, for errors.
             agreement: values that must be the same on every rank.
-            requires_grad: whether this rank needs the gradient by its embeddings.
-            return_stats: whether this rank asks for the statistics of its rows.
+            requires_grad: True if this rank needs the gradient by its embeddings.
+            return_stats: True if this rank asks for the statistics of its rows.
             shard: :func:`fused_arcface.parallel.agreement.digest_of_shard` of the class centers, or 0.
             numbers: (n,) each, more numbers for each row, as many on every rank. Floats are gathered in fp64.
 

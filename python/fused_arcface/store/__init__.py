@@ -5,9 +5,9 @@
 
 from __future__ import annotations
 
-from .centers import CenterStore, CenterView, FileCenters, HostCenters
+from .centers import CenterStore, CenterView, FileCenters, HostCenters, waits
 from .choose import CenterStorage, check_storage, make_store, weight_device
-from .pipeline import SampledRows
+from .pipeline import SampledRows, StepRows
 from .records import StoreError
 
 __all__ = [
@@ -17,8 +17,10 @@ __all__ = [
     "FileCenters",
     "HostCenters",
     "SampledRows",
+    "StepRows",
     "StoreError",
     "check_storage",
     "make_store",
+    "waits",
     "weight_device",
 ]

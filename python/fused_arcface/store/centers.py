@@ -14,7 +14,7 @@ from ..parallel.ranks import Ranks
 from .columns import Buffers, Columns, Tensors, gather, scatter
 from .file import FileRows
 from .lanes import StreamLane, ThreadLane, visible
-from .pipeline import Pipeline, SampledRows, Traffic
+from .pipeline import Pipeline, SampledRows, StepRows, Traffic
 from .records import StoreError, unavailable
 
 
@@ -23,7 +23,7 @@ class CenterStore:
 
     Attributes:
         device: computing device.
-        in_memory: whether the head's ``weight`` and momentum are tensors with all rows.
+        in_memory: True if the head's ``weight`` and momentum are tensors with all rows.
         traffic: bytes moved so far.
     """
 
@@ -38,25 +38,8 @@ class CenterStore:
         """Return the batch's classes (N,) on the device where the rows of a step are chosen."""
         raise NotImplementedError
 
-    def take(
-        self,
-        held: Tensors,
-        step: int,
-        rows: Tensor,
-        targets: Tensor,
-        update: bool,
-        upcoming: Callable[[], Tensor],
-    ) -> SampledRows:
-        """Return copies of the rows of a step on the computing device, see :meth:`Pipeline.take`.
-
-        Args:
-            held: the head's weight and momentum.
-            step: number of the step.
-            rows: (K,) int64 ascending.
-            targets: rows of the batch's classes.
-            update: If true, the step changes the rows.
-            upcoming: returns the rows that the next step draws.
-        """
+    def take(self, held: Tensors, drawn: StepRows) -> SampledRows:
+        """Return copies of the rows of a step on the computing device; ``held``: the head's weight and momentum."""
         raise NotImplementedError
 
     def view(self, weight: Tensor) -> Tensor | CenterView:
@@ -150,15 +133,7 @@ class HostCenters(CenterStore):
     def place(self, target_class: Tensor) -> Tensor:
         return target_class
 
-    def take(
-        self,
-        held: Tensors,
-        step: int,
-        rows: Tensor,
-        targets: Tensor,
-        update: bool,
-        upcoming: Callable[[], Tensor],
-    ) -> SampledRows:
+    def take(self, held: Tensors, drawn: StepRows) -> SampledRows:
         on_device = waits(self.device)
         # On a GPU a row more, which padding is read from and written to.
         held = {name: _with_a_row_more(tensor) if on_device else tensor.detach() for name, tensor in held.items()}
@@ -168,7 +143,7 @@ class HostCenters(CenterStore):
             self._started(Pipeline(self._rows, self._num_rows, self._row_start, self.device, lane))
         assert self._pipeline is not None
         self._rows.held = held
-        return self._pipeline.take(step, rows, targets, update, upcoming)
+        return self._pipeline.take(drawn)
 
     def view(self, weight: Tensor) -> Tensor | CenterView:
         if weight.device == self.device:
@@ -233,15 +208,7 @@ class FileCenters(CenterStore):
         self.rows.check_begun()
         super().check()
 
-    def take(
-        self,
-        held: Tensors,
-        step: int,
-        rows: Tensor,
-        targets: Tensor,
-        update: bool,
-        upcoming: Callable[[], Tensor],
-    ) -> SampledRows:
+    def take(self, held: Tensors, drawn: StepRows) -> SampledRows:
         on_device = waits(self.device)
         if self._pipeline is None:
             cpu = torch.device("cpu")
@@ -250,7 +217,7 @@ class FileCenters(CenterStore):
             self._staging = StreamLane(self.device) if on_device else None
             self._on_device = Buffers(self.rows.columns, self.device)
         assert self._pipeline is not None
-        sampled = self._pipeline.take(step, rows, targets, update, upcoming)
+        sampled = self._pipeline.take(drawn)
         return sampled if self._staging is None else self._uploaded(sampled, self._staging)
 
     def _uploaded(self, sampled: SampledRows, lane: StreamLane) -> SampledRows:

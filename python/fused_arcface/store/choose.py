@@ -24,7 +24,7 @@ def check_storage(center_storage: object, sample_rate: float, fused: bool) -> st
     Args:
         center_storage: ``"device"``, ``"host"`` or a path.
         sample_rate: of the head.
-        fused: whether the head has a fused optimizer.
+        fused: True if the head has a fused optimizer.
 
     Raises:
         TypeError: if it is neither a text nor a path.
@@ -78,7 +78,7 @@ def make_store(
     """
     if storage == "device":
         return None
-    # Of "cuda" the number, with which devices are compared.
+    # "cuda" becomes "cuda:0": devices are compared with their number.
     computing: Any = torch.empty(0, device=device).device
     count = held["weight"].shape[0]
     if storage == "host":

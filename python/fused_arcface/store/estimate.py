@@ -14,13 +14,13 @@ class Estimate:
     """Bytes of one shard."""
 
     all_bytes: int
-    """Of all rows: host memory with ``"host"``."""
+    """Size of all rows, which ``"host"`` keeps in host memory."""
     device_bytes: int
-    """Of the buffers for a step's sample, on the computing device: two, and the rows that are fetched ahead."""
+    """Size of the buffers on the computing device: two samples, and the rows that are fetched ahead."""
     file_bytes: int
-    """Of a file once each row has been used. It begins with none."""
+    """Size of a file once each row has been used. It begins with none."""
     journal_bytes: int
-    """That a step adds to the journal of a file, at most, until the next checkpoint."""
+    """Most bytes that a step adds to the journal of a file, before the next checkpoint."""
 
     def describe(self, storage: str) -> str:
         """Return the estimate as a line, for ``"host"`` or a path."""

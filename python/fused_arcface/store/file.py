@@ -198,7 +198,7 @@ class FileRows:
         return out
 
     def close(self) -> None:
-        """Close the files and release the lock. What was not saved is undone when the store is opened again."""
+        """Close the files and release the lock. Opening the store again undoes the changes after the last save."""
         if self._journal is not None:
             self._journal.close()
             self._records.close()

@@ -32,7 +32,7 @@ _FORMAT, _VERSION = "fused_arcface.store", 1
 _LAYOUT, _STATES, ROWS = "store.json", "states.json", "rows.bin"
 
 _MOST_BYTES = 1 << 20
-"""Of a file in JSON."""
+"""Largest size of a file in JSON."""
 _PIECE_BYTES = 64 << 20  # of rows that are read at once
 _NAMES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
 
@@ -45,7 +45,7 @@ class Layout:
     num_rows: int
     """Rows over all shards."""
     seed: int
-    """Of the initial centers."""
+    """Seed of the initial centers."""
     identity: str = ""
     """A random text, by which a checkpoint knows its store when the folder has been moved."""
 

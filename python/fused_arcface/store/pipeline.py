@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -38,6 +38,21 @@ class Traffic:
 
     read: int = 0
     written: int = 0
+
+
+class StepRows(NamedTuple):
+    """The rows that a step needs."""
+
+    step: int
+    """Number of the step."""
+    rows: Tensor
+    """(K,) as :class:`SampledRows` has them."""
+    targets: Tensor
+    """Rows of the batch's classes, in any order; others than this shard's are negative."""
+    update: bool
+    """If true, the step changes the rows."""
+    upcoming: Callable[[], Tensor]
+    """Returns the rows (J,) that the next step draws, ascending; it may be called on another thread."""
 
 
 @dataclass(eq=False)
@@ -75,7 +90,7 @@ class Pipeline:
         row_start: global number of the first of them.
         device: of the buffers.
         lane: for the work beside the computation; None: all is done at once, and nothing is fetched ahead.
-        pinned: whether the buffers are pinned memory.
+        pinned: True if the buffers are pinned memory.
     """
 
     def __init__(
@@ -113,18 +128,9 @@ class Pipeline:
             fetched.wait()
             self._fetched = fetched
 
-    def take(
-        self, step: int, rows: Tensor, targets: Tensor, update: bool, upcoming: Callable[[], Tensor] | None
-    ) -> SampledRows:
-        """Return copies of the rows of a step.
-
-        Args:
-            step: number of the step.
-            rows: (K,) as :class:`SampledRows` has them.
-            targets: rows of the batch's classes, in any order; others than this shard's are negative.
-            update: If true, the step changes the rows.
-            upcoming: returns the rows (J,) that the next step draws, ascending; it may be called on another thread.
-        """
+    def take(self, drawn: StepRows) -> SampledRows:
+        """Return copies of the rows of a step."""
+        step, rows, targets, update, upcoming = drawn
         self.check()
         self._turn += 1
         if self._last is not None and (self._turn - self._last.turn) % 2 == 0:  # its buffer is the next one

@@ -9,6 +9,7 @@ import pytest
 from support.benchmark_reports import CPU, synthetic_report
 
 from fused_arcface.app.benchmark import capacity, cost_model, memory, ranks
+from fused_arcface.app.benchmark.names import is_fused
 from fused_arcface.app.measure.child import Child
 
 
@@ -117,10 +118,14 @@ def test_cost_model_gives_back_the_rate_that_it_was_given(tmp_path: Path) -> Non
     report.write(tmp_path)
     device = cost_model.Device.from_report(tmp_path)
     assert device.measured
-    compared = cost_model.predicted_beside_measured(device, report.rows())
-    assert len(compared) == 5
-    row, predicted = max(compared, key=lambda pair: pair[0]["N"] * pair[0]["C"])
-    assert predicted == pytest.approx(row["ms"])
+    ours = [row for row in report.rows() if is_fused(row["provider"], row["backend"])]
+    measured = [row for row in ours if row["pass"] == "fwd+bwd"]
+    assert len(measured) == 5
+    largest = max(measured, key=lambda row: row["N"] * row["C"])
+    size = 2 if "16" in largest["weight_dtype"] else 4
+    storage = cost_model.Storage("no optimizer", size, 2 * size, optimizer_bytes=size)
+    step = cost_model.predict(device, largest["C"], 1, batch=largest["N"], D=largest["D"], storage=storage)
+    assert step.seconds * 1e3 == pytest.approx(largest["ms"])
 
 
 @pytest.mark.distributed

@@ -16,14 +16,12 @@ pytest.importorskip("sklearn")
 pytest.importorskip("PIL")
 
 from PIL import Image
+from support.training_runs import write_random_run
 
-import fused_arcface as fa
 from fused_arcface.app.cli import run
 from fused_arcface.app.data import ImageSpec, identity_images
 from fused_arcface.app.data.embedding_sets import EmbeddingSet
-from fused_arcface.app.nets.small import SmallNet
-from fused_arcface.app.training.config import TrainConfig
-from fused_arcface.app.training.runs import RunFolder, load_backbone
+from fused_arcface.app.training.runs import load_backbone
 from fused_arcface.evaluation import (
     Euclidean,
     Pairs,
@@ -41,11 +39,7 @@ PEOPLE, IMAGES = 12, 5
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run as ``train`` leaves it, a folder of identities in PNG, and insightface's .bin of them in JPEG."""
     root = tmp_path_factory.mktemp("evaluate")
-    folder = RunFolder(root / "run")
-    folder.root.mkdir()
-    TrainConfig(data="identities", image_size=16, channels=1, embedding_dim=8).save(folder.config)
-    torch.manual_seed(7)
-    fa.checkpoint.save(folder.checkpoints, fa.PartialFC(8, 4), backbone=SmallNet(8))
+    write_random_run(root / "run")
     drawn = identity_images(PEOPLE, IMAGES)
     encoded = []
     for number, (image, label) in enumerate(zip(drawn.images, drawn.labels.tolist(), strict=True)):

@@ -14,15 +14,13 @@ pytest.importorskip("sklearn")
 pytest.importorskip("PIL")
 
 from support.template_files import write_template_set
+from support.training_runs import write_random_run
 
-import fused_arcface as fa
 from fused_arcface.app import embedding
 from fused_arcface.app.cli import run
 from fused_arcface.app.data.embedding_sets import EmbeddingSet
 from fused_arcface.app.data.formats.templates import read_templates
-from fused_arcface.app.nets.small import SmallNet
-from fused_arcface.app.training.config import TrainConfig
-from fused_arcface.app.training.runs import RunFolder, load_backbone
+from fused_arcface.app.training.runs import load_backbone
 
 PEOPLE = 9
 
@@ -31,11 +29,7 @@ PEOPLE = 9
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run with random weights, and a set of templates."""
     root = tmp_path_factory.mktemp("templates")
-    folder = RunFolder(root / "run")
-    folder.root.mkdir()
-    TrainConfig(data="identities", image_size=24, channels=1, embedding_dim=8).save(folder.config)
-    torch.manual_seed(1)
-    fa.checkpoint.save(folder.checkpoints, fa.PartialFC(8, 4), backbone=SmallNet(8))
+    write_random_run(root / "run", image_size=24)
     write_template_set(root / "IJBC", PEOPLE)
     return root
 

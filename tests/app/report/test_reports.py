@@ -15,6 +15,7 @@ pytest.importorskip("sklearn")
 from PIL import Image
 from support.benchmark_reports import synthetic_report
 from support.report_pages import Page, read_page
+from support.training_runs import write_random_run
 
 import fused_arcface as fa
 from fused_arcface.app import drawing
@@ -22,13 +23,10 @@ from fused_arcface.app.cli import bench_report, reporting, run
 from fused_arcface.app.data import identity_images
 from fused_arcface.app.data.embedding_sets import EmbeddingSet
 from fused_arcface.app.lab import comparison
-from fused_arcface.app.nets.small import SmallNet
 from fused_arcface.app.report import training as training_page
 from fused_arcface.app.report.document import render
 from fused_arcface.app.training import verifier
-from fused_arcface.app.training.config import TrainConfig
 from fused_arcface.app.training.events import Checkpointed
-from fused_arcface.app.training.runs import RunFolder
 
 PEOPLE = ("<script>alert(1)<", "人物 一", "\"'&<b>", "김 철수", "ann", "bob")
 
@@ -43,11 +41,7 @@ def _reports_are_wanted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run's net, and a folder of people with hostile names."""
     root = tmp_path_factory.mktemp("reports")
-    folder = RunFolder(root / "run")
-    folder.root.mkdir()
-    TrainConfig(data="identities", image_size=16, channels=1, embedding_dim=8).save(folder.config)
-    torch.manual_seed(7)
-    fa.checkpoint.save(folder.checkpoints, fa.PartialFC(8, 4), backbone=SmallNet(8))
+    write_random_run(root / "run")
     faces = identity_images(len(PEOPLE), 4)
     for number, (pixels, label) in enumerate(zip(faces.images, faces.labels.tolist(), strict=True)):
         path = root / "people" / PEOPLE[label] / f"{number}<i>.png"

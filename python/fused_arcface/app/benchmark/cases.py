@@ -65,7 +65,7 @@ SMALL = tuple(
         (256, 5000, 512),
     )
 )
-"""Where what is done once a call counts, not what is done for each logit."""
+"""Small cases: the work that is done once in a call takes the time, not the work for each logit."""
 
 # Two processors' minutes are short: shapes at which the slowest provider takes about a second.
 _CPU_QUICK = (Case(64, 10_000), Case(64, 30_000))

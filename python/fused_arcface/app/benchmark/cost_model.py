@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .names import OURS, PLAIN, is_ours
+from .names import is_ours
 
 _GIB = 2**30
 
@@ -216,18 +216,3 @@ def table(steps: Iterable[ModeledStep], device: Device, storage: Storage = FUSED
         )
         lines.append(f"| {name} | {step.devices} | {figures[0]} | {held} | {figures[1]} | {step.limit} |")
     return "\n".join(lines)
-
-
-def predicted_beside_measured(device: Device, rows: Iterable[dict[str, Any]]) -> list[tuple[dict[str, Any], float]]:
-    """Return our rows with gradients, each with the milliseconds that the model predicts for one device.
-
-    The step is without an optimizer.
-    """
-    compared = []
-    for row in rows:
-        if row["provider"] == OURS and row["backend"] not in PLAIN and row["pass"] == "fwd+bwd":
-            element_bytes = 2 if "16" in row["weight_dtype"] else 4
-            storage = Storage("no optimizer", element_bytes, 2 * element_bytes, optimizer_bytes=element_bytes)
-            step = predict(device, row["C"], 1, batch=row["N"], D=row["D"], storage=storage)
-            compared.append((row, step.seconds * 1e3))
-    return compared

@@ -161,8 +161,8 @@ class Report:
     def share_of_ceiling(self, each: Measurement) -> float | None:
         """Return a measurement's flops per second as a share of the most that the machine reached in that dtype.
 
-        That is in a large square product, or on a CPU in registers alone, as a library's product need not use the
-        widest instructions.
+        The most is that of a large square product. On a CPU it may be that of arithmetic in registers, as a library's
+        product need not use the widest instructions.
         """
         product = self.machine["flops_per_second"].get(each.ceiling)
         registers = self.machine.get("fma_flops_per_second") if each.ceiling == "float32" else None

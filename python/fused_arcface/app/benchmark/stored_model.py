@@ -29,9 +29,9 @@ class Link:
     read_bytes_per_second: float
     write_bytes_per_second: float
     together: bool
-    """Whether both directions share one rate."""
+    """If true, both directions share one rate."""
     times_written: int = 1
-    """How often a changed row is written: a second time for the journal."""
+    """Number of times that a changed row is written. The journal is a second time."""
 
 
 # PCIe 5.0 x16 at four fifths of its 63 GB/s, each direction; an NVMe drive's random reads and writes of 4 KiB.

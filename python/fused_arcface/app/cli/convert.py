@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from .errors import explained
+from .evaluation import Trust
 from .terminal import terminal
 
 
@@ -54,14 +55,7 @@ def convert(
             "--center-storage uses it. Default: they are in the checkpoint."
         ),
     ] = None,
-    trust: Annotated[
-        bool,
-        typer.Option(
-            "--trust",
-            help="Allow a checkpoint of an old format to run code when it is loaded. Use it only if you trust the "
-            "author.",
-        ),
-    ] = False,
+    trust: Trust = False,
 ) -> None:
     """Convert, join and grow sets of class centers.
 

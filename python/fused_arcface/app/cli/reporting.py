@@ -79,7 +79,7 @@ class ReportFile:
         A default place that cannot be written is a note, not an error: the user may have wanted the figures alone.
 
         Raises:
-            OSError: a named file cannot be written.
+            OSError: if a named file cannot be written.
         """
         if self.path is None:
             return []

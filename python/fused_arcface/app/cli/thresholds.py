@@ -1,4 +1,4 @@
-"""How ``verify`` shows the thresholds that it finds, and leaves them with the run."""
+"""The thresholds that ``verify`` finds: their tables, and their file in the run."""
 
 from __future__ import annotations
 

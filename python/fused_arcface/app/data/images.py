@@ -53,7 +53,7 @@ class ImageSpec:
         channels: 1 (gray) or 3 (RGB).
 
     Raises:
-        TypeError, ValueError: an argument of a wrong type or out of its range.
+        TypeError, ValueError: if an argument has a wrong type or is out of its range.
 
     >>> ImageSpec(size=112, channels=3).shape
     (3, 112, 112)
@@ -194,7 +194,7 @@ def _as_plain(image: Any, mode: str) -> Any:
     """Return ``image`` in 8-bit ``mode``, or in floating point from 0 to 255 if it is deep gray.
 
     Raises:
-        ValueError: a pixel that is not finite.
+        ValueError: if a pixel is not finite.
     """
     pil = require("PIL.Image", "train")
     if image.mode == "F" or image.mode.startswith("I"):

@@ -49,7 +49,7 @@ def read_pair_set(
         max_pixels: of an image, see :func:`fused_arcface.app.data.read_image`.
 
     Raises:
-        DataError: the file or folder is not what it should be; the message names the place.
+        DataError: if the file or folder is not what it should be; the message names the place.
 
     >>> read_pair_set("identities:4x2").pairs.same.sum()
     tensor(4)

@@ -21,7 +21,7 @@ from .images import MAX_PIXELS, ImageSpec, LabeledImages, image_spec, read_image
 
 _PROBED = 16  # images looked at to tell what the others are like
 _MOST_BYTES = 1 << 28
-"""Of an image's file, so that a sparse one of terabytes is not read."""
+"""Largest size of an image's file. It keeps a sparse file of terabytes from being read."""
 
 
 class LabeledReader(Protocol):

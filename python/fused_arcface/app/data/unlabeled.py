@@ -23,7 +23,7 @@ from .sources import ImageSet
 
 _LISTS = (".txt", ".lst", ".list")
 _MOST_BYTES = 1 << 30
-"""Of a list of images."""
+"""Largest size of a list of images."""
 
 
 def read_images(sources: Sequence[str], *, max_pixels: int = MAX_PIXELS) -> ImageSet:
@@ -40,7 +40,7 @@ def read_images(sources: Sequence[str], *, max_pixels: int = MAX_PIXELS) -> Imag
         or RecordIO.
 
     Raises:
-        DataError: nothing of that name, or no image in it.
+        DataError: if nothing has that name, or it has no image.
 
     >>> read_images(["identities:3x2"]).labels
     tensor([0, 0, 1, 1, 2, 2])

@@ -60,7 +60,7 @@ def _tar(plt: Any, found: Comparison) -> Any:
     for place, criterion in enumerate(shown):
         rates = [row.tar["0.01"] for row in found.of(criterion.name)]
         over = mean_and_deviation(rates)
-        # Of one seed there is no deviation to draw.
+        # One seed has no deviation.
         bar = {"xerr": over["deviation"], "capsize": 4} if len(rates) > 1 else {}
         axis.errorbar(over["mean"], place, color=criterion.color, fmt="|", ms=12, **bar)
         axis.plot(rates, [place] * len(rates), "o", color=criterion.color, alpha=0.5, ms=5)

@@ -69,7 +69,7 @@ def _roc(plt: Any, demo: Demo) -> Any:
         title = f"{result.task.name}: unseen identities, {over_seeds(seeds)}{', a line for each' if seeds > 1 else ''}"
         axis.set(xlabel="false accept rate (FAR)", ylabel="true accept rate (TAR)", title=title)
         axis.grid(alpha=0.3)
-        # Where no curve is: below good ones, above poor ones. matplotlib's own search takes a second.
+        # The legend is below good curves and above poor ones. matplotlib's own search for a place takes a second.
         good = max(each.tar[1e-1] for found in curves.values() for each in found) > 0.6
         legend = {"title": "mean TAR at FAR 0.01", "title_fontsize": 8, "fontsize": 8, "framealpha": 0.8}
         axis.legend(frameon=True, edgecolor="none", loc="lower right" if good else "upper left", **legend)

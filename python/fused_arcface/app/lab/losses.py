@@ -47,7 +47,7 @@ def contrastive(margin: float) -> nn.Module:
     """Return contrastive loss, ``Y·D² + max(0, m - D²)·(1 - Y)`` over all pairs of the batch.
 
     D is the distance of normalized embeddings, and Y is 1 for a pair of one identity (Chopra, Hadsell and LeCun,
-    2005). Of each kind of pairs the mean of the terms that are not 0 is taken.
+    2005). Each kind of pairs contributes the mean of its terms that are not 0.
 
     Raises:
         MissingExtra: if pytorch-metric-learning is not installed.

@@ -101,7 +101,7 @@ def out_of_memory(error: BaseException) -> bool:
 
 def serve() -> None:
     """Answer calls from standard input on standard output until it closes."""
-    # What libraries print must not reach the pipe that the answers go through.
+    # The output of libraries must not reach the pipe of the answers.
     answers = os.fdopen(os.dup(1), "w", encoding="ascii")
     os.dup2(2, 1)
     for line in sys.stdin:

@@ -1,4 +1,4 @@
-"""How long the package and its command line take to start, in processor time of a fresh process.
+"""The time that the package and its command line take to start: processor time of a fresh process.
 
 ``fused-arcface bench --cases start`` prints and writes the figures.
 """
@@ -31,7 +31,7 @@ _PARTS = {
 BOUND = 0.3
 """Most seconds that each part may take."""
 PARTS = tuple(_PARTS)
-"""What :func:`measure` can measure. The imports are measured beyond ``import torch``."""
+"""Parts that :func:`measure` can measure. The imports are measured beyond ``import torch``."""
 
 
 class Start(NamedTuple):

@@ -30,12 +30,12 @@ def read_state(path: Path) -> dict[str, Tensor]:
     """Return the tensors of a net's file by their plain names. Nothing but tensors is read from the file.
 
     The state may lie under ``state_dict``, ``state_dict_backbone``, ``backbone`` or ``model``. The prefixes
-    ``module.``, ``_orig_mod.``, ``state_dict.`` and ``backbone.`` are removed, in any order. Where some names begin
+    ``module.``, ``_orig_mod.``, ``state_dict.`` and ``backbone.`` are removed, in any order. If some names begin
     with ``backbone.``, the others are another module's and are left out. So is AdaFace's ``head.`` beside ``model.``,
     and MagFace's ``fc.`` beside ``features.conv1.``.
 
     Raises:
-        DataError: the file cannot be read, is damaged, or holds no named tensors.
+        DataError: if the file cannot be read, is damaged, or holds no named tensors.
     """
     found: Any = torch_files.load(path)
     torch_files.check_sums(path)

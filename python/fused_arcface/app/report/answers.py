@@ -17,7 +17,7 @@ from .digest import HARDEST, angles, measure
 from .document import Comparison, Thumbnail
 
 MOST = 20_000
-"""Probes that are searched once more for the report. Of more, as many are taken at even steps."""
+"""Number of probes that are searched once more for the report. If there are more, evenly spaced ones are taken."""
 _BINS = 60
 
 

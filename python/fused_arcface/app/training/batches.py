@@ -43,7 +43,7 @@ class Item(NamedTuple):
     place: int
     mirrored: bool
     key: int = 0
-    """Of the random numbers of :func:`~fused_arcface.app.training.augment.augment`."""
+    """Key of the random numbers of :func:`~fused_arcface.app.training.augment.augment`."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What a run keeps of its verifications: the thresholds of the last one, net and checkpoint of the best one."""
+"""The results of verifications that a run keeps: the thresholds of the last one, net and checkpoint of the best."""
 
 from __future__ import annotations
 
@@ -39,10 +39,10 @@ class BestNet:
         self._step = before.step if before is not None and known else None
 
     def keep(self, net: nn.Module, found: KeptThresholds) -> bool:
-        """Keep a verification of a net; return whether it is the best until now. Of equal ones the first stays.
+        """Keep a verification of a net; return whether it is the best until now. If two are equal, the first stays.
 
         Raises:
-            OSError: a file cannot be written.
+            OSError: if a file cannot be written.
         """
         found.save(self._folder.thresholds)
         if found.accuracy <= self._accuracy:
@@ -63,7 +63,7 @@ class BestNet:
             A note for the user if it cannot be kept because ``best/`` was trained in; otherwise nothing.
 
         Raises:
-            OSError: a file cannot be written.
+            OSError: if a file cannot be written.
         """
         own, best = self._folder, self._folder.best_run
         if not self._whole or step != self._step:
@@ -89,7 +89,7 @@ def write_net(net: nn.Module, path: Path) -> None:
     """Write a net's ``state_dict`` as torch saves it, whole or not at all.
 
     Raises:
-        OSError: the file cannot be written.
+        OSError: if the file cannot be written.
     """
     content = io.BytesIO()
     torch.save(net.state_dict(), content)

@@ -28,7 +28,7 @@ def load_centers(head: PartialFC, names: list[str], source: Path) -> list[str]:
         besides.
 
     Raises:
-        DataError, CheckpointError: the source cannot be read, or does not fit the head.
+        DataError, CheckpointError: if the source cannot be read, or does not fit the head.
     """
     try:
         found = read(source)
@@ -63,7 +63,7 @@ def _names_beside(source: Path, count: int) -> list[str] | None:
     """Return the names of a source's classes, None if it has none.
 
     Raises:
-        DataError: the names cannot be read, or are not as many as the classes, or one stands twice.
+        DataError: if the names cannot be read, or are not as many as the classes, or one occurs twice.
     """
     folders = (source, *source.parents[:2]) if source.is_dir() else (source.parent,)
     file = next((folder / "classes.txt" for folder in folders if (folder / "classes.txt").is_file()), None)

@@ -326,7 +326,7 @@ class TrainConfig:
         """Epochs at the start in which the backbone is frozen.
 
         Raises:
-            ValueError: ``freeze`` is not of the form ``backbone[:EPOCHS]``.
+            ValueError: if ``freeze`` is not of the form ``backbone[:EPOCHS]``.
         """
         found = re.fullmatch("backbone(?::([1-9][0-9]{0,8}))?", self.freeze)
         if self.freeze and found is None:

@@ -26,14 +26,14 @@ class Began:
     images: int
     identities: int
     parameters: int
-    """Of the backbone."""
+    """Parameters of the backbone."""
     device: str
     image: tuple[int, int, int]
     """(channels, size, size)"""
     batch_size: int
     """Images of a step, over all ranks."""
     scale: float
-    """Of the logits."""
+    """Scale of the logits."""
     memory: int
     """Bytes on this rank of weights, gradients and optimizer states, without activations."""
 
@@ -53,11 +53,11 @@ class Stepped:
     accuracy: float
     """Share of the joint batch for which the own class center is the nearest one in use."""
     lr: float
-    """Of the backbone."""
+    """Learning rate of the backbone."""
     images_per_second: float
     """Over all ranks, everything counted: reading, net, head, optimizer."""
     head_share: float
-    """Of the step's time, on this rank."""
+    """Share of the head in the step's time, on this rank."""
 
 
 @dataclass(frozen=True)

@@ -53,7 +53,7 @@ class Fingerprint:
         """Return what :meth:`to_json` wrote.
 
         Raises:
-            ValueError: the text is something else.
+            ValueError: if the text is something else.
         """
         values = json.loads(text)
         try:

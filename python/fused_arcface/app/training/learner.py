@@ -152,7 +152,7 @@ class Learner:
         finite = math.isfinite(loss) and bool(norm.isfinite())  # the same on every rank: loss and gradients are
         if self.head.weight.grad is None:
             return finite
-        # Of the class centers each rank has its own.
+        # Each rank has its own class centers.
         unusable = not bool(self.head.weight.grad.isfinite().all())
         return self.world.sum([float(unusable)]) == [0.0] and finite
 

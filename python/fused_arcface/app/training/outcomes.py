@@ -29,4 +29,4 @@ class DryRun:
     """Every option as it was resolved."""
     loss: float
     seconds: float
-    """Of the step, with the reading of its images."""
+    """Time of the step, with the reading of its images."""

@@ -39,7 +39,7 @@ from .fingerprint import Fingerprint
 from .lock import FolderInUse, FolderLock
 
 _MOST_BYTES = 1 << 16
-"""Of a fingerprint's file."""
+"""Largest size of a fingerprint's file."""
 
 
 class RunError(ValueError):
@@ -185,7 +185,7 @@ class RunFolder:
         """Build the run's net with new weights, in evaluation mode, and return it with the images it takes.
 
         Raises:
-            RunError: the run has no options, or options that name no net.
+            RunError: if the run has no options, or options that name no net.
         """
         config = self.read_config()
         if config.image_size is None or config.channels is None or config.embedding_dim is None:
@@ -241,7 +241,7 @@ def write_run(folder: RunFolder, config: TrainConfig, classes: list[str], data: 
         RunError: if the folder cannot be written.
     """
     try:
-        # What a killed process had not finished: the lock says that there is no other.
+        # Files that a killed process had not finished. The lock says that no other process is at work.
         for place in (folder.root, folder.checkpoints):
             for unfinished in place.glob(".partial-*"):
                 if unfinished.is_file():

@@ -1,4 +1,4 @@
-"""What every kernel file shares: launching, rounding, products, and the library products between kernels."""
+"""The parts that all kernel files share: launching, rounding, products, and the library products between kernels."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET", "0") == "1")
-"""Whether kernels run in Triton's interpreter, as the tests have them: it needs help with bf16, in :func:`to` and
+"""True if kernels run in Triton's interpreter, as in the tests. It needs help with bf16, in :func:`to` and
 :func:`dot`."""
 
 
@@ -84,7 +84,7 @@ def multiply(out: Tensor, a: Tensor, b: Tensor, accumulate: bool) -> None:
 
 @functools.lru_cache
 def _library_adds_to_fp32(device: torch.device) -> bool:
-    """Whether addmm adds a product of 16-bit operands to fp32 sums.
+    """Return true if addmm adds a product of 16-bit operands to fp32 sums.
 
     Some versions of torch from 2.8 on want the sums in the operands' dtype (pytorch/pytorch#154086). To try costs one
     product of 16×16, once.

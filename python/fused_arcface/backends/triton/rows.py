@@ -1,4 +1,4 @@
-"""What the products start from: rows made ready for tensor cores, and each batch row's terms of its exponentials.
+"""The inputs of the products: rows made ready for tensor cores, and each batch row's terms of its exponentials.
 
 A row is taken more than once, ``BLOCK_D`` columns at a time, for its norm and for its result; all readings but the
 first are from L1. Offsets of rows are 64-bit: C·D passes 2³¹ at 4.2 million classes of 512.
@@ -216,7 +216,7 @@ def row_terms_kernel(
 class RowTerms:
     """The numbers of each batch row that the exponentials' kernels take: ``e = factor·2^(scale·(x·ŵ) - shift)``.
 
-    All are (N,). Where the margin changes the negatives' cosines, the scale is that of the changed cosine.
+    All are (N,). If the margin changes the negatives' cosines, the scale is that of the changed cosine.
     """
 
     scale: Tensor

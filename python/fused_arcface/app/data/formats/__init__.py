@@ -23,12 +23,12 @@ PairsOpener = Callable[[str, Path | None, int], ImageSet]
 
 @dataclass(frozen=True)
 class Format:
-    """A format of data sets. What it cannot give is None."""
+    """A format of data sets. A function that it does not have is None."""
 
     described: str
     """A phrase for messages and help texts: ``"a .rec file"``."""
     details: str
-    """What the documentation says about the format, in Markdown."""
+    """Text about the format in the documentation, in Markdown."""
     matches: Callable[[str], bool]
     """Return whether a text names data in this format."""
     open: Callable[[str, int], ImageSource] | None = None

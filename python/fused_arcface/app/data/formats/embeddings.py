@@ -118,7 +118,7 @@ def _read_npy(path: Path, archive: zipfile.ZipFile, entry: zipfile.ZipInfo, kind
 
 
 class _Format(NamedTuple):
-    """How a kind of file is read and written."""
+    """The functions that read and write one kind of file."""
 
     read: Callable[[Path], Contents]
     write: Callable[[Path, dict[str, Tensor], list[str]], None]

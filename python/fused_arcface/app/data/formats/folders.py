@@ -103,7 +103,7 @@ def read_folder(root: str | Path) -> LabeledFolder:
 
 
 class _Content:
-    """What lies in the folder of one identity."""
+    """The content of the folder of one identity."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

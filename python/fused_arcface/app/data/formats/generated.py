@@ -25,7 +25,7 @@ def open_identities(data: str, _: int) -> MemoryImages:
     """Open generated identities, 200 with 10 images each unless the text says how many.
 
     Raises:
-        NoSuchData: the text does not say it as ``identities:IDSxIMAGES``.
+        NoSuchData: if the text does not say it as ``identities:IDSxIMAGES``.
     """
     identities, images = _counts(data)
     return MemoryImages(identity_images(identities, images))

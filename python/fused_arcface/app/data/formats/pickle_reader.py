@@ -27,7 +27,7 @@ class Latin1:
     """
 
     text: str
-    """Of characters below 256."""
+    """Its characters are below 256."""
 
     def __len__(self) -> int:
         return len(self.text)

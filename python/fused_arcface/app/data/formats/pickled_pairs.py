@@ -60,7 +60,7 @@ def read_pickled_pairs(path: str | Path) -> PickledPairs:
     and memory grows with its size alone; see :mod:`fused_arcface.app.data.formats.pickle_reader`.
 
     Raises:
-        DataError: it cannot be read, is damaged, or holds something else.
+        DataError: if it cannot be read, is damaged, or holds something else.
 
     >>> import pickle, tempfile
     >>> file = Path(tempfile.mkdtemp()) / "two.bin"

@@ -1,4 +1,4 @@
-"""Where the records of a RecordIO file begin and what their heads say, for millions of them at once."""
+"""The positions and heads of the records of a RecordIO file, for millions of them at once."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def read_index(path: Path, most: int) -> tuple[Ints, Ints]:
         most: lines that it may have.
 
     Raises:
-        DataError: a line that is no ``key <tab> offset``, or too many lines.
+        DataError: if a line is not ``key <tab> offset``, or there are too many lines.
     """
     keys, offsets, count = [], [], 0
     with open_regular(path) as file, file_errors(path):
@@ -68,13 +68,13 @@ def _clipped(numbers: list[int]) -> Ints:
 
 @dataclass(frozen=True)
 class Heads:
-    """What the heads of records at some offsets say, each ``(M,)``."""
+    """The content of the heads of M records, each ``(M,)``."""
 
     offsets: Ints
     part: npt.NDArray[np.int8]
     """Kind of the record's first part; -1 where no record begins, or one that does not end within the file."""
     end: Ints
-    """Where the next record begins, of whole records."""
+    """Offset of the next record, for whole records."""
     label: npt.NDArray[np.float64]
     """First label, where ``complete``."""
     complete: Bools

@@ -111,7 +111,7 @@ class RecordFile:
         path: of the ``.rec``.
 
     Raises:
-        DataError: it cannot be opened, or is no regular file.
+        DataError: if it cannot be opened, or is no regular file.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -139,7 +139,7 @@ class RecordFile:
         """Payload of the record at ``offset``; ``number`` is what messages call it.
 
         Raises:
-            RecordError: no record there, or one that does not end within the file.
+            RecordError: if there is no record, or it does not end within the file.
         """
         part, payload, offset_after = self._part(offset, number)
         if part == WHOLE:
@@ -197,7 +197,7 @@ class RecordFile:
         magic number.
 
         Raises:
-            DataError: more than 10,000 records cannot be read: the file is of another kind.
+            DataError: if more than 10,000 records cannot be read: the file is of another kind.
         """
         offset, number, broken = start, 0, 0
         stop = self.size if stop is None else stop

@@ -35,10 +35,10 @@ def open_records(data: str, max_pixels: int) -> RecordImages:
 class RecordImages:
     """The images of a ``.rec`` file. See :class:`fused_arcface.app.data.sources.ImageSource`.
 
-    Where ``train.idx`` stands beside it, a record's number is its key there; else the file is scanned and records are
+    With a ``train.idx`` beside it, a record's number is its key there. Without one the file is scanned, and records are
     numbered from 0. A first record without an image but with labels is a header, as in insightface's files: its first
-    label ends the images, and what comes after are ranges of identities. A record's first label is whom it shows; the
-    labels found are numbered from 0 on without gaps, ``names`` has those of the file.
+    label ends the images, and ranges of identities follow. A record's first label is its identity. The labels are
+    numbered from 0 on without gaps; ``names`` has those of the file.
 
     Args:
         path: of the ``.rec``.
@@ -191,7 +191,7 @@ class RecordImages:
             if self._file.bytes_read > limit or len(broken) > MOST_BROKEN:
                 raise too_broken(self.path)
         rest = np.flatnonzero(~good & (heads.part != FIRST))
-        # Of a truncated file each record of the rest has the same to say.
+        # In a truncated file all records of the rest have the same problem.
         behind = heads.offsets[rest] > self._file.size - HEAD_BYTES
         for row in (*rest[behind][:_SAID_OF_THE_REST], *rest[~behind][:_SAID]):
             try:

@@ -73,7 +73,7 @@ class TemplateSet:
 def read_templates(data: str, max_pixels: int = MAX_PIXELS) -> TemplateSet:
     """Open a set of templates. Images are looked for in ``loose_crop``, lists in ``meta`` or in the folder itself.
 
-    Where the set has landmarks, faces are aligned by them; see :func:`fused_arcface.app.data.alignment.align`.
+    If the set has landmarks, faces are aligned by them; see :func:`fused_arcface.app.data.alignment.align`.
 
     Args:
         data: the folder.
