@@ -27,7 +27,7 @@ from fused_arcface.app.benchmark.report import FIELDS, Report, write_csv, write_
 from fused_arcface.app.benchmark.runner import run_benchmark
 from fused_arcface.app.measure.timing import Timing
 from fused_arcface.backends.hopper import CONFIGS
-from fused_arcface.backends.triton.configs import pick
+from fused_arcface.backends.triton.configs import ALGORITHMS, pick
 
 BF16 = ("bfloat16", "bfloat16")
 # The sizes of the acceptance bars first, then those at which the two algorithms compete.
@@ -46,7 +46,7 @@ def _algorithms() -> list[Provider]:
     (ours,) = select(["fused_arcface"], "triton")
     return [
         dataclasses.replace(ours, name=f"fused_arcface-{name}", environment={"FUSED_ARCFACE_TRITON_ALGORITHM": name})
-        for name in ("chunks", "flash")
+        for name in ALGORITHMS
     ]
 
 

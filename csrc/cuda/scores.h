@@ -24,6 +24,12 @@ __host__ __device__ constexpr int stages_of(int64_t depth) {
   return static_cast<int>((depth + kDepth<T> - 1) / kDepth<T>);
 }
 
+// The column, or row, of a tile of classes that is a row's target; -1 if the target is elsewhere.
+__device__ __forceinline__ int target_in_tile(const RowTerms& terms, int64_t row, const Chunk& chunk, int first_class) {
+  const int64_t at = terms.target[row] - chunk.classes.first - first_class;
+  return at >= 0 && at < kTile ? static_cast<int>(at) : -1;
+}
+
 // Sums and maxima of exp(scale * cos - shift), and, if wanted, exponentials (x.rows, chunk.panel.rows), each times its
 // center's inverse, for the product with the centers.
 template <Precision precision>
@@ -34,7 +40,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   using Second = typename Operands<precision>::Second;
   const int64_t first_row = static_cast<int64_t>(blockIdx.x) * kTile;
   const int first_class = static_cast<int>(blockIdx.y) * kTile;
-  const int present = static_cast<int>(chunk.classes.present_count());
+  const int present = chunk.classes.present_in_tile(static_cast<int>(blockIdx.y));
   const int64_t row_bytes = x.width * static_cast<int64_t>(sizeof(First));
   char* const shared = dynamic_shared();
   Accumulators acc;
@@ -47,25 +53,37 @@ __global__ void __launch_bounds__(kThreads, 2)
 #pragma unroll
   for (int n = 0; n < kTilesN; ++n)
 #pragma unroll
-    for (int i = 0; i < 2; ++i) inverse[n][i] = chunk.panel.inverse[first_class + place.column + n * 8 + i];
+    for (int i = 0; i < 2; ++i) {
+      const int column = place.column + n * 8 + i;
+      // Any number but padding's zero: a score that does not count is -inf.
+      inverse[n][i] = column < present ? chunk.panel.inverse[first_class + column] : 1.0f;
+    }
 #pragma unroll
   for (int m = 0; m < kTilesM; ++m)
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int64_t row = first_row + place.row + m * 16 + half * 8;
       const float scale = terms.scale[row], shift = terms.shift[row];
-      const int64_t target = terms.target[row] - chunk.classes.first - first_class;
+      const int target = target_in_tile(terms, row, chunk, first_class);
       float sum = 0, largest = -INFINITY;
+      // Rare, so masks cost the other rows nothing.
+      if (target >= 0 || present < kTile) {
+#pragma unroll
+        for (int n = 0; n < kTilesN; ++n)
+#pragma unroll
+          for (int i = 0; i < 2; ++i) {
+            const int column = place.column + n * 8 + i;
+            if (column == target || column >= present) acc[m][n][2 * half + i] = -INFINITY;
+          }
+      }
 #pragma unroll
       for (int n = 0; n < kTilesN; ++n)
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-          const int column = place.column + n * 8 + i;
-          const bool negative = column != target && first_class + column < present;
           float& value = acc[m][n][2 * half + i];
           const float cosine = value * inverse[n][i];
-          if (negative && cosine > largest) largest = cosine;
-          const float exponential = negative ? exp2_approximate(fmaf(cosine, scale, -shift)) : 0.0f;
+          largest = fmaxf(largest, cosine);
+          const float exponential = exp2_approximate(fmaf(cosine, scale, -shift));
           sum += exponential;
           value = exponential * inverse[n][i];
         }
@@ -125,15 +143,27 @@ __global__ void __launch_bounds__(kThreads, 2)
       const int64_t row = first_row + place.column + n * 8 + i;
       const float scale = terms.scale[row], shift = terms.shift[row], factor = terms.factor[row];
       const float of_target = terms.target_coefficient[row];
-      const int64_t target = terms.target[row] - chunk.classes.first - first_class;
+      const int target = target_in_tile(terms, row, chunk, first_class);
+      float derivative[kTilesM][2];
+#pragma unroll
+      for (int m = 0; m < kTilesM; ++m)
+#pragma unroll
+        for (int half = 0; half < 2; ++half)
+          derivative[m][half] =
+              factor * exp2_approximate(fmaf(acc[m][n][2 * half + i] * inverse[m][half], scale, -shift));
+      if (target >= 0) {  // rare
+#pragma unroll
+        for (int m = 0; m < kTilesM; ++m)
+#pragma unroll
+          for (int half = 0; half < 2; ++half)
+            if (place.row + m * 16 + half * 8 == target) derivative[m][half] = of_target;
+      }
 #pragma unroll
       for (int m = 0; m < kTilesM; ++m)
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           float& value = acc[m][n][2 * half + i];
-          const float exponential = exp2_approximate(fmaf(value * inverse[m][half], scale, -shift));
-          const bool is_target = place.row + m * 16 + half * 8 == target;
-          const float rounded = rounded_operand<precision>(is_target ? of_target : factor * exponential);
+          const float rounded = rounded_operand<precision>(derivative[m][half]);
           sums[m][half] += rounded * value;
           value = rounded;
         }

@@ -90,7 +90,7 @@ def test_unknown_algorithm(monkeypatch: pytest.MonkeyPatch) -> None:
     from fused_arcface.backends.triton import configs
 
     monkeypatch.setenv("FUSED_ARCFACE_TRITON_ALGORITHM", "fast")
-    with pytest.raises(ValueError, match="must be 'flash' or 'chunks'; got 'fast'"):
+    with pytest.raises(ValueError, match="must be one of 'flash', 'flash-chained', 'chunks'; got 'fast'"):
         configs.pick(1, 90, torch.bfloat16)
 
 

@@ -81,6 +81,15 @@ class Launch:
         return dict(self.constants).get("PRODUCT", self.kernel.__name__.startswith("flash_"))
 
     @property
+    def multiply_adds(self) -> int:
+        """Those of one tile: both products of the flash passes, one turn over the depth of the chunks'."""
+        constants = dict(self.constants)
+        tile: int = constants["BLOCK_N"] * constants["BLOCK_C"]
+        if self.kernel.__name__.startswith("flash_"):
+            return tile * constants["WIDTH"] * (2 if constants.get("WITH_SUM", True) else 1)
+        return tile * constants["BLOCK_D"]
+
+    @property
     def has_loop(self) -> bool:
         """Whether it multiplies more than one tile in turn, so that the next can be loaded meanwhile."""
         constants = dict(self.constants)
@@ -103,8 +112,38 @@ class Resources:
     stack: int
     shared: int
     ptx: str
+    ttgir: str
+    """Triton's own form of the kernel, which says how warps share a tile."""
     local_in_loop: int
     """Accesses to local memory, so spilled registers, in one turn of the loops that have tensor-core products."""
+    epilogue: int
+    """Instructions after the last product."""
+
+    @property
+    def repeated_tiles(self) -> list[str]:
+        """The products whose result is smaller than the part that their warps share: some of them compute the same."""
+        layouts = {
+            name: tuple(map(int, numbers))
+            for name, *numbers in re.findall(
+                r"(#\w+) = #ttg\.nvidia_mma<\{.*warpsPerCTA = \[(\d+), (\d+)\].*instrShape = \[(\d+), (\d+)", self.ttgir
+            )
+        }
+        found = []
+        for rows, columns, name in re.findall(r"dot [^\n]*-> tensor<(\d+)x(\d+)xf32, (#\w+)>", self.ttgir):
+            down, across, height, width = layouts[name]
+            if down * height > int(rows) or across * width > int(columns):
+                found.append(f"{rows}x{columns} by {down}x{across} warps of {height}x{width}")
+        return found
+
+    @property
+    def pendings(self) -> list[int]:
+        """How many products may be under way after each wait for one, in order."""
+        return [int(number) for number in re.findall(r"warp_group_dot_wait[^\n]*pendings = (\d+)", self.ttgir)]
+
+    def products(self, num_warps: int) -> int:
+        """Return the multiply-adds of the wgmma instructions, each of which a warpgroup of four warps has once."""
+        columns = re.findall(r"wgmma\.mma_async\.sync\.aligned\.m64n(\d+)k16", self.ptx)
+        return sum(64 * int(each) * 16 for each in columns) * num_warps // 4
 
     def has_instruction(self, pattern: str) -> bool:
         return re.search(pattern, self.ptx) is not None
@@ -131,8 +170,16 @@ def compiled(launch: Launch, arch: int) -> Resources:
     kernel = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=dict(launch.options))
     report = _tool(kernel.asm["cubin"], "cuobjdump", "--dump-resource-usage").splitlines()[-1]
     usage = {name: int(value) for name, value in re.findall(r"(\w+):(\d+)", report)}
-    local = _local_in_loops(_tool(kernel.asm["cubin"], "nvdisasm", "-c")) if launch.has_dot else 0
-    return Resources(usage["REG"], usage["STACK"], kernel.metadata.shared, kernel.asm["ptx"], local)
+    listing = _tool(kernel.asm["cubin"], "nvdisasm", "-c") if launch.has_dot else ""
+    return Resources(
+        usage["REG"],
+        usage["STACK"],
+        kernel.metadata.shared,
+        kernel.asm["ptx"],
+        kernel.asm["ttgir"],
+        _local_in_loops(listing) if launch.has_dot else 0,
+        len(re.findall(r"/\*[0-9a-f]{4,}\*/ ", listing[listing.rfind("MMA") :])),
+    )
 
 
 def _tool(cubin: bytes, name: str, option: str) -> str:

@@ -9,6 +9,7 @@ import ctypes
 import dataclasses
 import functools
 import json
+import os
 import re
 import sys
 import time
@@ -98,8 +99,9 @@ def microseconds(run: Callable[[], object]) -> float:
     return min(times) * 1e6
 
 
-def passes(dtype: torch.dtype, N: int, C: int, D: int) -> dict[str, dict[str, float]]:
+def passes(dtype: torch.dtype, N: int, C: int, D: int, algorithm: str = "") -> dict[str, dict[str, float]]:
     """Return launches, library products and time of a forward and of a backward pass over the classes."""
+    os.environ["FUSED_ARCFACE_TRITON_ALGORITHM"] = algorithm
     products = 0
 
     def count(*_: object, **__: object) -> None:
@@ -159,6 +161,8 @@ def main() -> None:
             {
                 "flash": passes(torch.bfloat16, 1024, 1_000_000, 512),
                 "chunks": passes(torch.float32, 1024, 1_000_000, 512),
+                "chunks in bf16": passes(torch.bfloat16, 1024, 1_000_000, 512, "chunks"),
+                "chunks in bf16, N = 4096": passes(torch.bfloat16, 4096, 1_000_000, 512, "chunks"),
                 "all classes": partial_fc_step(1.0),
                 "sampled": partial_fc_step(0.1),
             }

@@ -8,6 +8,7 @@ The models behind them count an H200's 790 TFLOP/s of bf16 products, 132 multipr
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import os
 from dataclasses import dataclass
@@ -15,6 +16,8 @@ from dataclasses import dataclass
 import torch
 
 MIB = 1 << 20
+
+ALGORITHMS = ("flash", "flash-chained", "chunks")
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,9 @@ class FlashConfig:
     INNER: int
     num_warps: int
     num_stages: int
+    split_scores: bool = False
+    """If true, two warpgroups share the columns of a tile's scores, and exchange them through shared memory; else they
+    share the rows, and beside 64 rows both compute all scores."""
 
 
 @dataclass(frozen=True)
@@ -58,9 +64,12 @@ class PanelConfig:
     max_rows: int
 
 
-# 24 MiB of bf16 exponentials, written and read once per turn, stay in an L2 of 50 MB (H100, H200) beside the turn's
-# centers; and 12.6 M logits of D = 512 keep a turn's product at 16 µs of tensor-core time, several times a launch.
-CHUNKS = PanelConfig(exponential_bytes=24 * MIB, center_bytes=16 * MIB, max_rows=8192)
+# A turn should be long beside its launches: a host takes some 35 µs for a forward and a backward turn, its library
+# products among them. At D = 512 in 16 bits a turn is 17 M logits at N = 1024 (16 MiB of centers) and 25 M at
+# N = 4096, 0.15 and 0.2 ms of tensor cores. Exponentials past the L2's 50 MB (H100, H200) go through memory, 4 bytes a
+# logit, 1.2 ps, which run beside products of some 8 ps. With the sums of the centers' gradient a backward pass
+# then holds 84 MB, beside which a library product may want 34 of its own.
+CHUNKS = PanelConfig(exponential_bytes=48 * MIB, center_bytes=16 * MIB, max_rows=8192)
 
 # Nothing but centers: 32 MiB of them fill L2 to two thirds, and at D = 256 and N = 1024 a turn is 67 M logits, 0.2 ms
 # by the model.
@@ -78,7 +87,10 @@ _PRODUCT_PORTABLE = ProductConfig(BLOCK_N=128, BLOCK_C=128, BLOCK_D=32, num_warp
 # 64 rows of a 512-wide fp32 accumulator are 128 registers in each of 256 threads: 128 rows do not fit the register
 # file. The stationary 64×512 tile takes 64 KiB of shared memory and so does each streamed one: two stages of them are
 # the limit. Hopper alone: Blackwell's tensor cores want the probabilities in shared memory too, 262 944 bytes in all.
-_FLASH_512 = FlashConfig(OUTER=64, INNER=64, num_warps=8, num_stages=2)
+# The scores' products are 32 columns wide in either case, so shared memory feeds them at two thirds of the full rate (3
+# KiB in 16 clocks at 128 bytes a clock). Model of a tile in clocks of the tensor cores: with split scores
+# 1536 + 1024, chained 3072 + 1024, and half of the exponentials. No GPU has run the split ones yet.
+_FLASH_512 = FlashConfig(OUTER=64, INNER=64, num_warps=8, num_stages=2, split_scores=True)
 # Half the width: the same registers hold 128 rows, so the streamed tiles are read half as often. These two spill
 # before and after the loop only (sm_90, Triton 3.7).
 _FLASH_256 = FlashConfig(OUTER=128, INNER=64, num_warps=8, num_stages=2)
@@ -110,8 +122,19 @@ def flash_config(width: int, arch: int) -> FlashConfig | None:
     if is_wide(arch):
         if width <= 256:
             return _FLASH_128 if width <= 128 else _FLASH_256
-        return _FLASH_512 if width <= 512 and arch == 90 else None
+        if width > 512 or arch != 90:
+            return None
+        return dataclasses.replace(_FLASH_512, split_scores=_asked() != "flash-chained")
     return _FLASH_PORTABLE_128 if width <= 128 else _FLASH_PORTABLE_256 if width <= 256 else None
+
+
+def _asked() -> str:
+    """Return the algorithm that the environment names, or an empty text."""
+    asked = os.environ.get("FUSED_ARCFACE_TRITON_ALGORITHM", "")
+    if asked not in ("", *ALGORITHMS):
+        names = "', '".join(ALGORITHMS)
+        raise ValueError(f"FUSED_ARCFACE_TRITON_ALGORITHM must be one of '{names}'; got {asked!r}")
+    return asked
 
 
 def flash_width(D: int) -> int:
@@ -126,7 +149,7 @@ def pick(D: int, arch: int, dtype: torch.dtype) -> str:
     and 0.14 at D = 128 (N = 4096, C = 1 000 000, bf16, forward and backward; bench/results/h100).
 
     ``FUSED_ARCFACE_TRITON_ALGORITHM`` in the environment overrides it where the named algorithm can run at all:
-    benchmarks compare the two with it.
+    benchmarks compare them with it. ``flash-chained`` is flash without ``split_scores``.
 
     >>> pick(512, 90, torch.bfloat16), pick(512, 90, torch.float32)
     ('flash', 'chunks')
@@ -134,12 +157,7 @@ def pick(D: int, arch: int, dtype: torch.dtype) -> str:
     # One operand dtype for both products: fp16 cannot hold unshifted exponentials. And fp32 products belong to the
     # library, which follows torch.get_float32_matmul_precision and whose fp32 kernels beat Triton's.
     possible = dtype == torch.bfloat16 and flash_config(flash_width(D), arch) is not None
-    asked = os.environ.get("FUSED_ARCFACE_TRITON_ALGORITHM", "")
-    if asked not in ("", "flash", "chunks"):
-        raise ValueError(f"FUSED_ARCFACE_TRITON_ALGORITHM must be 'flash' or 'chunks'; got {asked!r}")
-    if asked:
-        return "flash" if asked == "flash" and possible else "chunks"
-    return "flash" if possible else "chunks"
+    return "flash" if possible and _asked() != "chunks" else "chunks"
 
 
 def panel_classes(config: PanelConfig, N: int, C: int, row_bytes: int, exponential_size: int, multiple: int) -> int:

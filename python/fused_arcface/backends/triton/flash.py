@@ -24,6 +24,19 @@ from .negatives import RowRule, change_numbers, changed_cosine
 from .rows import Centers, RowTerms, UnitRows
 
 
+@triton.jit
+def _operand(x, num_rows, SPLIT_SCORES: tl.constexpr):
+    """Return x in bf16, the second product's operand.
+
+    Triton gives all warps to the rows of a product whose result reaches another product. Beside 64 rows two warpgroups
+    would then compute the same scores. It does not look for the other product past a branch, and this one, which is
+    always taken, makes the warps share the columns.
+    """
+    if SPLIT_SCORES:
+        return to(x, tl.bfloat16) if num_rows > 0 else tl.zeros(x.shape, tl.bfloat16)
+    return to(x, tl.bfloat16)
+
+
 @triton.jit(do_not_specialize=["first_class", "num_classes"])
 def flash_stats_kernel(
     x_ptr,  # (N padded, WIDTH)
@@ -48,6 +61,7 @@ def flash_stats_kernel(
     WIDTH: tl.constexpr,
     HAS_SHIFT: tl.constexpr,
     WITH_SUM: tl.constexpr,
+    SPLIT_SCORES: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
@@ -96,7 +110,7 @@ def flash_stats_kernel(
             weights = exponentials * inverse[None, :]
             if threshold_ptr is not None:
                 weights = weights * slope
-            center_sum = dot(to(weights, tl.bfloat16), w, center_sum)
+            center_sum = dot(_operand(weights, num_rows, SPLIT_SCORES), w, center_sum)
 
     first_partial = split.to(tl.int64) * num_padded + first_row
     partial = first_partial + tl.arange(0, BLOCK_N)
@@ -131,6 +145,7 @@ def flash_gradient_kernel(
     num_classes,
     WIDTH: tl.constexpr,
     PROJECT: tl.constexpr,
+    SPLIT_SCORES: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -145,7 +160,6 @@ def flash_gradient_kernel(
 
     d_unit = tl.zeros([BLOCK_C, WIDTH], tl.float32)
     is_short = tl.zeros([BLOCK_C], tl.int1)
-    along = tl.zeros([BLOCK_C], tl.float32)
     if threshold_ptr is not None:
         a, b, d = change_numbers(change_ptr, tl.float32)
     for tile in range(0, num_tiles_n):
@@ -168,18 +182,15 @@ def flash_gradient_kernel(
         if threshold_ptr is not None:
             gradient = gradient * slope
         gradient = tl.where(offs_c[:, None] == target[None, :], coefficient[None, :], gradient)
-        gradient = to(tl.where(mask_n[None, :], gradient, 0.0), tl.bfloat16)
-        # ⟨ŵ, Σ g·x⟩ from the rounded g that the product takes, so that what it subtracts is what the product put in.
-        if PROJECT:
-            along += tl.sum(gradient.to(tl.float32) * scores, 1)
-        d_unit = dot(gradient, x, d_unit)
+        gradient = tl.where(mask_n[None, :], gradient, 0.0)
+        d_unit = dot(_operand(gradient, num_rows, SPLIT_SCORES), x, d_unit)
 
     if PROJECT:
         reciprocal = tl.load(reciprocal_ptr + offs_c)
         # A center shorter than 1e-12 is divided by that constant: its norm has no derivative.
         is_short = reciprocal >= 1e12
-        along = tl.where(is_short, 0.0, along) * inverse
-        w = tl.load(w_ptrs).to(tl.float32)
+        w = tl.load(w_ptrs).to(tl.float32) * inverse[:, None]
+        along = tl.where(is_short, 0.0, tl.sum(d_unit * w, 1))
         d_unit = (d_unit - w * along[:, None]) * reciprocal[:, None]
     mask = (offs_c < num_classes)[:, None] & (offs_d < D)[None, :]
     rows = offs_c.to(tl.int64)
@@ -251,6 +262,7 @@ def class_stats(
         WIDTH=width,
         HAS_SHIFT=terms.shift is not None,
         WITH_SUM=with_center_sum,
+        SPLIT_SCORES=config.split_scores,
         BLOCK_N=config.OUTER,
         BLOCK_C=config.INNER,
         num_warps=config.num_warps,
@@ -318,6 +330,7 @@ def _gradient(
         out.shape[1],
         WIDTH=width,
         PROJECT=project,
+        SPLIT_SCORES=config.split_scores,
         BLOCK_C=config.OUTER,
         BLOCK_N=config.INNER,
         num_warps=config.num_warps,
