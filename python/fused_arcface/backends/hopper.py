@@ -64,7 +64,7 @@ def choose(built: bool, capability: tuple[int, int], embeddings: Tensor, weight:
 def describe(built: bool, capability: tuple[int, int]) -> str:
     """Return a text that says if the kernels are in use, and the reason if not."""
     if not built:
-        return "not built: that takes nvcc 12.0 or later"
+        return "not built: that takes nvcc 12.8 or later"
     if capability != CAPABILITY:
         needed, found = (".".join(map(str, each)) for each in (CAPABILITY, capability))
         return f"not used: they need a GPU of compute capability {needed}; this one has {found}"
