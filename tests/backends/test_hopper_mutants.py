@@ -69,7 +69,7 @@ MUTANTS = (
            "#pragma unroll\n      for (int k = 0; k < kSt"),
     Mutant("no wait for the first half", "block.h", FIRST_HALF, "      if (rows.mends(j))"),
     Mutant("no wait for the second half", "block.h", SECOND_HALF, "      product_fence();  //"),
-    Mutant("no wait for the weights' place", "block.h", ROOM, "", full=False),
+    Mutant("no wait for the weights' place", "block.h", ROOM, ""),
     Mutant("the weights' place a phase late", "block.h", ROOM, ROOM.replace(" ^ 1", "")),
     Mutant("no wait for the weights", "block.h", "barrier_wait(&s.weights_full[turn.place()], turn.parity());", "",
            which="all"),
