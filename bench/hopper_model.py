@@ -193,6 +193,9 @@ def utilization(machine: Machine, tiles: int, blocks: int = 1, ordered: bool = T
 # An H100 under this load: 865 TFLOP/s at some 1600 MHz, and a tenth for what the model leaves out. 1 GB of centers is
 # read for its norms in 0.33 ms, before the forward pass.
 TFLOPS, LEFT_OUT, NORMS_MS = 865.0, 0.9, 0.33
+WITH_STEP = 12_000
+"""The end of a block with CenterSGD's step: 2500 clocks, and eight rows a warp of some 600 instructions, two warps on
+each scheduler."""
 
 
 def ps_per_logit(share: float, blocks_in_use: float) -> float:
@@ -218,7 +221,8 @@ def main() -> None:
         print(f"  {field}: " + ", ".join(f"{v} {a}/{b}" for v, (a, b) in zip(values, shares, strict=True)))
     for N in (512, 1024, 4096):
         back = {
-            each: utilization(replace(base, epilogue=each), N // 64, max(3, 300 * 64 // N)) for each in (2500, 5000)
+            each: utilization(replace(base, epilogue=each), N // 64, max(3, 300 * 64 // N))
+            for each in (2500, 5000, WITH_STEP)
         }
         fwd_ps = ps_per_logit(forward, 128 / 132)
         norms = NORMS_MS * 1e9 / (N * 1e6)

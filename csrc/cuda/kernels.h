@@ -31,7 +31,7 @@ struct Negatives {
 // What Python chooses for a pass over the classes.
 struct PassOptions {
   int64_t exponential_bytes;  // of one chunk's exponentials or of their gradient, (N, classes)
-  int64_t center_bytes;       // of one chunk's packed centers; of Hopper's passes also of their fp32 gradient
+  int64_t center_bytes;       // of one chunk's packed centers; of Hopper's passes also of an fp32 gradient to be cast
   int multiprocessors;
   int cluster = 1;           // of Hopper's passes: blocks that fetch for each other, 1 or 2
   bool ordered = true;       // and whether a tile's second product waits for the next one's first

@@ -49,17 +49,18 @@ def _code(folder: Path, mode: str, version: str | None) -> tuple[str, set[str]]:
 
 
 @needs_nvcc
-def test_nvcc_12_builds_the_kernels_for_hopper(tmp_path: Path) -> None:
-    said, code = _code(tmp_path, "AUTO", "12.0.140")
-    assert said.endswith("CUDA 12.0.140 for 80-real;90-real;90-virtual 90a-real")
+def test_nvcc_12_8_builds_the_kernels_for_hopper(tmp_path: Path) -> None:
+    said, code = _code(tmp_path, "AUTO", "12.8.61")
+    assert said.endswith("CUDA 12.8.61 for 80-real;90-real;90-virtual 90a-real")
     assert code == PORTABLE | {"compute_90a sm_90a"}
 
 
 @needs_nvcc
 @pytest.mark.full
-def test_an_older_nvcc_builds_the_others(tmp_path: Path) -> None:
-    said, code = _code(tmp_path, "AUTO", "11.8.89")
-    assert said.endswith("CUDA 11.8.89 for 80-real;90-real;90-virtual") and code == PORTABLE
+@pytest.mark.parametrize("version", ["11.8.89", "12.6.85"])
+def test_an_older_nvcc_builds_the_others(version: str, tmp_path: Path) -> None:
+    said, code = _code(tmp_path, "AUTO", version)
+    assert said.endswith(f"CUDA {version} for 80-real;90-real;90-virtual") and code == PORTABLE
 
 
 @needs_nvcc

@@ -357,7 +357,7 @@ def test_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_says_why_it_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("FUSED_ARCFACE_HOPPER", raising=False)
-    assert hopper.describe(False, (9, 0)) == "not built: that takes nvcc 12.0 or later"
+    assert hopper.describe(False, (9, 0)) == "not built: that takes nvcc 12.8 or later"
     assert hopper.describe(True, (8, 0)) == ("not used: they need a GPU of compute capability 9.0; this one has 8.0")
     assert hopper.describe(True, (9, 0)).startswith("off: FUSED_ARCFACE_HOPPER=1 turns them on")
     monkeypatch.setenv("FUSED_ARCFACE_HOPPER", "1")

@@ -23,9 +23,11 @@ NVCC = shutil.which("nvcc")
 def _missing() -> str | None:
     if NVCC is None:
         return "nvcc is not on the PATH"
-    found = re.search(r"release (\d+)\.", subprocess.run([NVCC, "--version"], capture_output=True, text=True).stdout)
-    if found is None or int(found.group(1)) < 12:
-        return f"nvcc 12.0 or later is needed; {NVCC} is older"
+    found = re.search(
+        r"release (\d+)\.(\d+)", subprocess.run([NVCC, "--version"], capture_output=True, text=True).stdout
+    )
+    if found is None or tuple(map(int, found.groups())) < (12, 8):
+        return f"nvcc 12.8 or later is needed; {NVCC} is older"
     return None if CUOBJDUMP is not None else "cuobjdump is neither on the PATH nor part of an installed Triton"
 
 

@@ -65,7 +65,7 @@ void check(const Problem& p, const std::vector<Stored>& x, const std::vector<Sto
   // A step of SGD with int8 momentum, whose units are shared by the lanes of a warp.
   std::vector<int8_t> momentum(C * D, 50);
   const int blocks = (D + 63) / 64;
-  std::vector<float> units(C * blocks, 0.01f);
+  std::vector<float> units(C * blocks, 1e-6f);  // a momentum no larger than gradients are
   const bool active = true;
   std::vector<int64_t> index(C + kPadding, C);
   std::iota(index.begin(), index.begin() + C, 0);
@@ -78,7 +78,7 @@ void check(const Problem& p, const std::vector<Stored>& x, const std::vector<Sto
   std::vector<double> velocity(C * D);
   for (int j = 0; j < C; ++j)
     for (int d = 0; d < D; ++d) {
-      velocity[j * D + d] = answer.gradient[j * D + d] + 0.9 * 0.5;
+      velocity[j * D + d] = answer.gradient[j * D + d] + 0.9 * 5e-5;
       stored[j * D + d] = static_cast<float>(momentum[j * D + d]) * units[j * blocks + d / 64];
     }
   compare("momentum", stored, velocity, tolerance + 1.0 / 127);

@@ -97,7 +97,7 @@ void check(const Setting& s, const Problem& p, const Answer& answer, const std::
   std::iota(index.begin(), index.end() - kPadding, C / 3);
   for (int i = 0; i < N; ++i) in_index[i] = p.target[i] >= C / 3 ? p.target[i] - C / 3 : -1;
   std::vector<int8_t> momentum(C * D, 50);
-  std::vector<float> units(C * D / 64, 0.01f);
+  std::vector<float> units(C * D / 64, 1e-6f);  // a momentum no larger than gradients are
   bool active = true;
   const fa::CenterStep step{index.data(),
                             static_cast<int64_t>(index.size()),
@@ -118,10 +118,10 @@ void check(const Setting& s, const Problem& p, const Answer& answer, const std::
   std::vector<double> velocity(C * D);
   for (int j = 0; j < C; ++j)
     for (int d = 0; d < D; ++d) {
-      velocity[j * D + d] = j < C / 3 ? 0.5 : answer.gradient[j * D + d] + 0.9 * 0.5;
+      velocity[j * D + d] = j < C / 3 ? 5e-5 : answer.gradient[j * D + d] + 0.9 * 5e-5;
       stored[j * D + d] = static_cast<float>(momentum[j * D + d]) * units[(j * D + d) / 64];
     }
-  compare("momentum", stored, velocity, kTolerance + 1.0 / 127);
+  compare("momentum", stored, velocity, kTolerance + 1.0 / 127, D);
 }
 
 void check_all(const Setting& s, int first_schedule, int step) {
@@ -149,7 +149,7 @@ int main(int argc, char** argv) {
     // One slice and several tiles of rows; then slices, the last one short, and chunks.
     check_all({70, 330, 2, 2, true, false}, quick ? 2 : 0, quick ? 3 : 1);
     check_all({130, 265, 6, 1, true, true}, quick ? 1 : 0, quick ? 3 : 1);
-    if (!quick) check_all({5, 263, 3, 1, false, false}, 0, 1);
+    if (!quick) check_all({5, 263, 2, 1, false, false}, 0, 1);
     if (!quick) check_all({5, 400, 6, 2, false, true}, 0, 1);
   }
   std::printf("bank conflicts: %lld\n", static_cast<long long>(emulation::bank_conflicts()));

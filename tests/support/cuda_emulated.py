@@ -130,6 +130,11 @@ def mutated(folder: Path, file: str, old: str, new: str) -> Path:
     return csrc
 
 
+def layout_checker() -> Path:
+    """The program tests/cuda_emulation/check_layouts.cpp."""
+    return _program("check_layouts", (*_FIBRES, EMULATION / "check_layouts.cpp"), (), ROOT / "csrc", CACHE)
+
+
 def hopper_checker(csrc: Path = ROOT / "csrc", *, cache: Path = CACHE) -> Path:
     """The program tests/cuda_emulation/check_hopper.cpp over the sources in ``csrc/cuda/hopper``."""
     fixed = (*_FIBRES, EMULATION / "check_hopper.cpp")

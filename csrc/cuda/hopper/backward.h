@@ -1,5 +1,5 @@
-// The backward pass in one launch: of 64 classes at a time and all batch rows, the gradient by the class centers, from
-// scores made anew. A block of classes ends by one of the ways of block_end.h.
+// The backward pass in one launch. For 64 classes at a time and all batch rows, a block computes the scores again, and
+// from them the gradient by the class centers. block_end.h has the ways to end a block of classes.
 #pragma once
 
 #include "../scores.h"
@@ -8,7 +8,7 @@
 
 namespace fa::cuda::hopper {
 
-// The batch rows of a tile, as class_gradient takes them.
+// The numbers of a tile's batch rows.
 struct BatchTerms {
   struct alignas(16) Row {
     float scale, shift, factor, target_coefficient;
@@ -20,13 +20,13 @@ struct BatchTerms {
 // End: what becomes of the gradient by a block of classes, GradientOut or CenterStepOut.
 template <typename End>
 struct BackwardArgs {
-  PreparedRows classes;  // of a chunk, from class selection.first on; its terms null: measured where the rows lie
+  PreparedRows classes;  // of a chunk, from class selection.first on; where they have no terms, slots are measured
   RowSelection selection;
   StoredRows rows;
   const BatchTerms* batch_terms;
   int tiles;  // of the batch
   End end;
-  const bool* active;  // or null; where false nothing is written
+  const bool* active;  // or null; if false, nothing is written
   bool ordered;
 };
 

@@ -70,8 +70,9 @@ __device__ __forceinline__ Shared<Terms>& shared_memory() {
   return *reinterpret_cast<Shared<Terms>*>(swizzled_shared());
 }
 
-// The way of a block of threads: stationary blocks from first_block to end_block, block_stride apart, and for each of
-// them `tiles` tiles from first_tile on. All blocks of a cluster have the same number of blocks and the same tiles.
+// The work of a block of threads. It takes stationary blocks from first_block to end_block, block_stride apart, and for
+// each of them `tiles` tiles from first_tile on. All blocks of a cluster have the same number of blocks and the same
+// tiles.
 struct Walk {
   const TensorMap* stationary;
   const TensorMap* streaming;
@@ -88,7 +89,7 @@ struct Slot {
     if (++place == kSlots) place = 0, parity ^= 1;
   }
 };
-// One of the weights' two places, by a count of the tiles.
+// One of the two places of weights, by a count of the tiles, and the parity of its barriers' phase.
 struct Turn {
   uint32_t count = 0;
   __device__ __forceinline__ uint32_t place() const { return count & 1; }
@@ -106,7 +107,7 @@ struct Position {
         column(lane % 4 * 2) {}
 };
 
-// Of a 16-byte chunk in a swizzled box.
+// Bytes from the start of a swizzled box to a 16-byte chunk of a row.
 __device__ __forceinline__ int chunk_offset(int row, int chunk) { return row * 128 + ((chunk ^ (row & 7)) << 4); }
 
 // Copies an item of a block's walk into a slot: at position 0 the stationary rows, from position 1 on the tiles. Each

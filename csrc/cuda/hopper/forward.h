@@ -1,5 +1,5 @@
-// The forward pass in one launch: of 64 batch rows and a slice of the classes, sums and maxima of the exponentials and
-// the sum of the centers that they weigh.
+// The forward pass in one launch. For 64 batch rows and a slice of the classes, a block computes the sums and the
+// maxima of the exponentials, and the sum of the centers weighted by them.
 #pragma once
 
 #include "../scores.h"
@@ -7,7 +7,7 @@
 
 namespace fa::cuda::hopper {
 
-// The classes of a tile, as class_stats takes them.
+// The numbers of a tile's classes.
 struct ClassTerms {
   float inverse[kRows];
 };

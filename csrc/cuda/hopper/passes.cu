@@ -1,6 +1,5 @@
 // The passes on the host. Plain bf16 centers take one launch a pass, and one for each two million classes forward.
-// Other centers are copied to bf16 in chunks. A step of the optimizer is made chunk by chunk, after the gradient of
-// each.
+// Other centers are copied to bf16 in chunks, with a launch for each.
 #include "../passes.h"
 #include "backward.h"
 #include "forward.h"
@@ -12,7 +11,7 @@ using namespace hopper;
 
 namespace {
 
-// Of a forward pass over centers as they are stored, whose norms take 12 bytes a class.
+// A launch of the forward pass takes so many centers as they are stored. Their norms take 12 bytes each.
 constexpr int64_t kClassesAtOnce = 1 << 21;
 
 Panel as_panel(const PreparedRows& rows) {
@@ -30,7 +29,7 @@ PreparedRows take_rows(Arena& arena, int64_t count, bool copied, int* odd) {
 }
 
 void prepare(const Matrix& m, const RowSelection& selection, PreparedRows rows, const Stream& stream) {
-  // Of a chunk, which may be the last.
+  // The last chunk may have fewer rows.
   rows.rows = std::min(rows.rows, round_up(std::max<int64_t>(selection.count, 1), kRows));
   const auto start = [&](auto* data, auto* kernel) {
     launch("prepare_rows", kernel, {ceil_div(rows.rows, kRowThreads / kWarp)}, kRowThreads, 0, stream, data,
@@ -41,7 +40,7 @@ void prepare(const Matrix& m, const RowSelection& selection, PreparedRows rows, 
   if (m.dtype == Dtype::kFloat16) start(static_cast<const Float16*>(m.data), prepare_rows_kernel<Float16>);
 }
 
-// The start of both passes: a copy of the batch, and the terms of its rows.
+// Both passes start with a copy of the batch and the terms of its rows.
 struct Batch {
   const Matrix& embeddings;
   int* odd;  // of the classes
@@ -83,7 +82,7 @@ void for_each_chunk(const Matrix& weight, RowSelection selection, const Prepared
   }
 }
 
-// The number of classes of a chunk: as many as the budget allows, in whole rounds of the multiprocessors.
+// Returns the number of classes of a chunk: as many as the budget allows, in whole rounds of the multiprocessors.
 int64_t chunk_of(int64_t classes, bool copied, bool with_gradient, const PassOptions& options) {
   const int64_t bytes = kColumns * (copied ? sizeof(BFloat16) : 0) + kColumns * (with_gradient ? sizeof(float) : 0);
   const int64_t round = int64_t{kRows} * options.multiprocessors;
@@ -115,7 +114,7 @@ bool fits(const Matrix& m, Dtype dtype) {
   return m.dtype == dtype && m.column_stride == 1 && m.row_stride % kEach == 0 && aligned(m.data, 16);
 }
 
-// As many blocks as run at once, whole clusters.
+// Returns the number of blocks of the backward pass: as many as run at once, in whole clusters.
 int64_t blocks_at_once(int64_t classes, const PassOptions& options) {
   const int64_t clusters = std::max(options.multiprocessors / options.cluster, 1);
   return std::min(ceil_div(ceil_div(classes, kRows), options.cluster), clusters) * options.cluster;

@@ -1,4 +1,4 @@
-// Rows before the passes: their norms, and bf16 copies of rows that are not plain bf16.
+// Preparation of rows for the passes: their norms, and bf16 copies of rows that are not plain bf16.
 #pragma once
 
 #include "../rows.h"
@@ -17,7 +17,7 @@ struct PreparedRows {
 };
 
 // Norms in [2^-40, 2^40]. There an exponential (at most 2^93 at a scale of 64) times an inverse stays well within
-// bf16's range, and a sum of products with batch rows in [1, 2) within fp32's. So does a zero row.
+// bf16's range, and a sum of products with batch rows in [1, 2) within fp32's. Those of a zero row are zero.
 constexpr float kLeastSquares = 0x1p-80f, kMostSquares = 0x1p80f;
 
 // True if a row is used as it is stored, given the sum of its squares and its largest magnitude.
@@ -33,7 +33,7 @@ __device__ __forceinline__ float scaling_of(float largest) {
 struct Norm {
   float inverse, reciprocal;  // as in PreparedRows
 };
-// Norm of a row whose numbers, times `factor`, have this sum of squares.
+// Returns the norm of a row whose numbers, times `factor`, have this sum of squares.
 __device__ __forceinline__ Norm norm_of(float squares, float factor) {
   constexpr float kEpsilon = static_cast<float>(kNormEpsilon);
   if (factor == 1) {  // most of them, so without fp64

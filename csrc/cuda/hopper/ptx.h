@@ -14,8 +14,8 @@ namespace fa::cuda::hopper {
 
 using TensorMap = CUtensorMap;
 
-// The block's dynamic shared memory. It begins at a multiple of 1024 bytes, as the swizzle needs it, since there is no
-// other: the system keeps the first 1024 bytes. check_alignment ends the kernel where that should be otherwise.
+// The block's dynamic shared memory. The swizzle needs a start at a multiple of 1024 bytes. The system keeps the first
+// 1024 bytes and the kernels have no other shared memory, so it begins there. check_alignment ends the kernel if not.
 __device__ __forceinline__ char* swizzled_shared() {
   extern __shared__ __align__(1024) char swizzled_memory[];
   return swizzled_memory;
@@ -36,8 +36,8 @@ __device__ __forceinline__ void barrier_init_fence() {
 __device__ __forceinline__ void barrier_arrive(uint64_t* barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
 }
-// At the same barrier of another block of the cluster. Without .release.cluster, as in CUTLASS: with it a fence of the
-// whole GPU is waited for, and nothing that this thread has written is read there.
+// Arrives at the same barrier of another block of the cluster. There is no .release.cluster, as in CUTLASS: it would
+// wait for a fence of the whole GPU, and the other block reads nothing that this thread has written.
 __device__ __forceinline__ void barrier_arrive_at(uint64_t* barrier, int block) {
   asm volatile(
       "{\n.reg .b32 at;\nmapa.shared::cluster.u32 at, %0, %1;\nmbarrier.arrive.shared::cluster.b64 _, [at];\n}" ::"r"(
@@ -45,12 +45,12 @@ __device__ __forceinline__ void barrier_arrive_at(uint64_t* barrier, int block) 
       "r"(block)
       : "memory");
 }
-// One arrival, and so many bytes that copies will bring in this phase.
+// Arrives, and announces the bytes that copies will bring in this phase.
 __device__ __forceinline__ void barrier_arrive_expecting(uint64_t* barrier, int bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
                : "memory");
 }
-// Until the phase of this parity has ended.
+// Waits until the phase of this parity has ended.
 __device__ __forceinline__ void barrier_wait(uint64_t* barrier, uint32_t parity) {
   asm volatile(
       "{\n.reg .pred ended;\nagain%=:\nmbarrier.try_wait.parity.shared::cta.b64 ended, [%0], %1;\n@ended bra done%=;\n"
@@ -59,8 +59,8 @@ __device__ __forceinline__ void barrier_wait(uint64_t* barrier, uint32_t parity)
       : "memory");
 }
 
-// Copies to shared memory that arrive at `barrier` with their bytes.
-// A box of a tensor map: 64 rows of 64 numbers, zeros where the matrix has none, in the 128-byte swizzle.
+// The copies to shared memory arrive at `barrier` with their bytes.
+// Copies a box of a tensor map: 64 rows of 64 numbers, zeros where the matrix has none, in the 128-byte swizzle.
 __device__ __forceinline__ void copy_box(char* to, const TensorMap* map, int column, int row, uint64_t* barrier) {
   asm volatile(
       "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];" ::
@@ -68,7 +68,8 @@ __device__ __forceinline__ void copy_box(char* to, const TensorMap* map, int col
       "l"(map), "r"(shared_address(barrier)), "r"(column), "r"(row)
       : "memory");
 }
-// The same into the blocks of the cluster that `blocks` has bits of, in each to the same place and barrier.
+// Copies the same to several blocks of the cluster, one for each bit of `blocks`, to the same place and barrier in
+// each.
 __device__ __forceinline__ void copy_box_to_all(char* to, const TensorMap* map, int column, int row, uint64_t* barrier,
                                                 uint16_t blocks) {
   asm volatile(
@@ -77,19 +78,19 @@ __device__ __forceinline__ void copy_box_to_all(char* to, const TensorMap* map, 
       "l"(map), "r"(shared_address(barrier)), "r"(column), "r"(row), "h"(blocks)
       : "memory");
 }
-// `bytes` in a row; both addresses and the size are multiples of 16.
+// Copies consecutive bytes. Both addresses and the size are multiples of 16.
 __device__ __forceinline__ void copy_bytes(void* to, const void* from, int bytes, uint64_t* barrier) {
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
                    shared_address(to)),
                "l"(from), "r"(bytes), "r"(shared_address(barrier))
                : "memory");
 }
-// From global memory to the L2, with the same alignment.
+// Brings bytes of global memory to the L2. The address and the size are multiples of 16.
 __device__ __forceinline__ void prefetch_bytes(const void* from, int bytes) {
   asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
 }
 
-// To shared memory, before a fence_async: the emulation sees what has to be fenced.
+// Stores to shared memory what a product reads later, after a fence_async. The emulation checks that there is one.
 template <typename T>
 __device__ __forceinline__ void store_shared(T* to, const T& value) {
   *to = value;
@@ -102,7 +103,8 @@ __device__ __forceinline__ void fence_async() { asm volatile("fence.proxy.async.
 // until the wait those registers, and what lies in shared memory, must be left alone.
 __device__ __forceinline__ void product_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void product_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-// Until all committed products are done. The accumulators are named, so that the compiler reads none of them before.
+// Waits until all committed products are done. The accumulators are named, so that the compiler reads none of them
+// before.
 template <int count>
 __device__ __forceinline__ void product_wait(float (&accumulators)[count]) {
   asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
@@ -132,16 +134,16 @@ __device__ __forceinline__ int cluster_rank() {
 __device__ __forceinline__ void cluster_sync() {
   asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
-// Of `threads` threads of the block, whole warps; barrier 0 is __syncthreads.
+// A barrier of `threads` threads of the block, which are whole warps. Barrier 0 is __syncthreads.
 template <int barrier, int threads>
 __device__ __forceinline__ void named_sync() {
   asm volatile("bar.sync %0, %1;" ::"n"(barrier), "n"(threads) : "memory");
 }
 __device__ __forceinline__ bool any_of_warp(bool value) { return __any_sync(0xffffffffu, value); }
-// The first lane's, which the compiler then knows to be the same in all lanes.
+// Returns the first lane's value, which the compiler then knows to be the same in all lanes.
 __device__ __forceinline__ int uniform(int value) { return __shfl_sync(0xffffffffu, value, 0); }
 
-// The same value, which the compiler takes for another: nothing that follows from it is kept in registers for later.
+// Returns the same value, which the compiler takes for another. So it keeps nothing in registers that follows from it.
 __device__ __forceinline__ int fresh(int value) {
   asm volatile("" : "+r"(value));
   return value;

@@ -44,7 +44,7 @@ __device__ __forceinline__ uint64_t further(uint64_t operand, int bytes) {
   "%104, %105, %106, %107, %108, %109, %110, %111, %112, %113, %114, %115, %116, %117, %118, " \
   "%119, %120, %121, %122, %123, %124, %125, %126, %127"
 
-// a in registers; `add`: to d, else d is overwritten.
+// Operand a is in registers. With `add` the product is added to d, else it overwrites d.
 __device__ __forceinline__ void multiply_scores(float (&d)[32], const uint32_t (&a)[4], uint64_t b, bool add) {
   asm volatile(
       "{\n.reg .pred add;\nsetp.ne.b32 add, %37, 0;\nwgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 "
@@ -52,7 +52,7 @@ __device__ __forceinline__ void multiply_scores(float (&d)[32], const uint32_t (
       : FA_D16(0), FA_D16(16)
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(add)));
 }
-// a in shared memory, added to d.
+// Operand a is in shared memory. The product is added to d.
 __device__ __forceinline__ void multiply_scores(float (&d)[32], uint64_t a, uint64_t b) {
   asm volatile(
       "{\n.reg .pred add;\nsetp.ne.b32 add, 1, 0;\nwgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 "
@@ -60,7 +60,7 @@ __device__ __forceinline__ void multiply_scores(float (&d)[32], uint64_t a, uint
       : FA_D16(0), FA_D16(16)
       : "l"(a), "l"(b));
 }
-// a in shared memory; b's rows are the depth. Added to d.
+// Operand a is in shared memory, and b's rows are the depth. The product is added to d.
 __device__ __forceinline__ void multiply_values(float (&d)[128], uint64_t a, uint64_t b) {
   asm volatile(
       "{\n.reg .pred add;\nsetp.ne.b32 add, 1, 0;\nwgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16 "

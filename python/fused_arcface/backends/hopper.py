@@ -28,9 +28,9 @@ class HopperConfig:
     ordered: bool = True
     """If true, a tile's second product waits for the next tile's first, and runs under that one's exponentials."""
     center_bytes: int = 33 << 20
-    """Size of one launch's packed centers, if centers are not plain bf16 rows, and of its fp32 gradient, if a step of
-    the optimizer follows. 33,792 packed centers are four blocks of 64 for each of 132 multiprocessors, and 16,896
-    gradients stay in an L2 of 50 MB until the step reads them."""
+    """Size of one launch's packed centers, if centers are not plain bf16 rows, and of its fp32 gradient, if the gradient
+    has a dtype or strides that the kernel does not write. 33,792 packed centers are four blocks of 64 for each of 132
+    multiprocessors."""
 
 
 CONFIGS = {
@@ -64,7 +64,7 @@ def choose(built: bool, capability: tuple[int, int], embeddings: Tensor, weight:
 def describe(built: bool, capability: tuple[int, int]) -> str:
     """Return a text that says if the kernels are in use, and the reason if not."""
     if not built:
-        return "not built: that takes nvcc 12.0 or later"
+        return "not built: that takes nvcc 12.8 or later"
     if capability != CAPABILITY:
         needed, found = (".".join(map(str, each)) for each in (CAPABILITY, capability))
         return f"not used: they need a GPU of compute capability {needed}; this one has {found}"
