@@ -60,6 +60,8 @@ def _check_pickles(path: str | os.PathLike[str]) -> None:
         with zipfile.ZipFile(path) as archive:
             for entry in archive.infolist():
                 if entry.filename.endswith("data.pkl"):
+                    unchecked: Any = entry
+                    unchecked.CRC = entry.CRC or None  # torch.serialization.set_crc32_options(False)
                     with archive.open(entry) as stream:
                         _check_pickle(path, stream, entry.file_size)
         return
