@@ -197,6 +197,11 @@ class PartialFC(NotScriptable, ReplaceableOptions, ShardedEvaluation, RunState):
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "weight":
             check_plain(type(self).__name__, value)
+            if not self._is_in_memory():
+                raise RuntimeError(
+                    "weight has no class centers to replace, as center_storage keeps them in a file: use "
+                    "load_full_weight(), or fused_arcface.checkpoint.load"
+                )
         super().__setattr__(name, value)
 
     @property
@@ -211,8 +216,13 @@ class PartialFC(NotScriptable, ReplaceableOptions, ShardedEvaluation, RunState):
 
     def reset_parameters(self) -> None:
         """Draw the class centers anew: the same ones, for the same seed."""
-        if self.center_store is None or self.center_store.in_memory:
+        if self._is_in_memory():
             fill_normal(self.weight, self.seed, self.row_start, CENTER_STD)
+        elif self._calls or self.step:  # those of a new head are in no need of it
+            raise RuntimeError(
+                "the class centers of center_storage in a file cannot be drawn anew: name a new folder, which has the "
+                "initial ones"
+            )
 
     # torch.compile calls it between its graphs: a step has a number and sizes that only the data tell.
     @not_compiled
@@ -383,6 +393,7 @@ class PartialFC(NotScriptable, ReplaceableOptions, ShardedEvaluation, RunState):
         if self.center_store is None:
             return
         self.center_store.check()
+        check_storage("host" if self.center_store.in_memory else "a file", self.sample_rate, fused=True)
         if not self.training and self.weight.device != self.device:
             size = self.num_local * self.sub_centers * self.embedding_dim * self.weight.element_size() / 2**30
             raise RuntimeError(

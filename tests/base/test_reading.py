@@ -174,6 +174,8 @@ def npy(descr: str, shape: tuple[int, ...], content: bytes = b"") -> bytes:
         (b"no array", "cannot be read"),
         (npy("<f4", (2,), bytes(8)), r"must hold floating-point embeddings \(M, D\)"),
         (npy("<f4", (1, 2), struct.pack("<ff", float("nan"), 1)), "embeddings must be finite"),
+        (npy("<f4", (10**15, 0)), r"must hold embeddings \(M <= 1048\d\d\d, D >= 1\)"),
+        (npy("<f2", (2 << 20, 1), bytes(4 << 20)), r"must hold embeddings \(M <= 1049\d\d\d, D >= 1\)"),
         (npy("|u1", (70 << 20, 1), bytes(70 << 20)), "embeddings must have fewer bytes for a file of this size"),
     ],
 )
@@ -186,6 +188,19 @@ def test_hostile_npz(content: bytes, message: str, tmp_path: Path) -> None:
         archive.writestr("embeddings.npy", npy("<f4", (1, 1), bytes(4)))
     with pytest.raises(DataError, match=r"embeddings\.npy must be stored or deflated"):
         EmbeddingSet.load(tmp_path / "y.npz")
+
+
+@pytest.mark.parametrize(("descr", "count"), [("<U0", 10**9), ("|S0", 10**9), ("|S1", 60_000_000)])
+def test_names_that_take_no_room_in_a_file(descr: str, count: int, tmp_path: Path) -> None:
+    """As texts they would take gigabytes: names for other rows than there are are not made."""
+    with zipfile.ZipFile(tmp_path / "x.npz", "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
+        archive.writestr("embeddings.npy", npy("<f4", (2, 2), bytes(16)))
+        archive.writestr("paths.npy", npy(descr, (count,), bytes(count if descr == "|S1" else 0)))
+    if descr == "|S1":
+        assert EmbeddingSet.load(tmp_path / "x.npz").paths == ["x.npz[0]", "x.npz[1]"]
+    else:
+        with pytest.raises(DataError, match=r"paths\.npy must not have elements of type"):
+            EmbeddingSet.load(tmp_path / "x.npz")
 
 
 def test_npz_of_other_programs(tmp_path: Path) -> None:

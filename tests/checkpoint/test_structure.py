@@ -240,6 +240,16 @@ def test_refused_values_are_an_error_on_every_rank(tmp_path):
     )
 
 
+def parts_of(table: dict, *rows: tuple[int, int]) -> None:
+    """Give the class centers parts of these first rows and numbers of rows, in bytes of their own."""
+    weight = table["tensors"]["head.weight"]
+    (part,) = weight["parts"]
+    weight["parts"] = [
+        {**part, "offsets": [first, 0], "sizes": [count, 4], "start": part["start"] + 16 * sum(n for _, n in rows[:at])}
+        for at, (first, count) in enumerate(rows)
+    ]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -247,6 +257,8 @@ def test_refused_values_are_an_error_on_every_rank(tmp_path):
         (lambda table: table["tensors"]["head.weight"]["parts"][0].update(start=1 << 40), "nothing can lie in bytes"),
         (lambda table: table["tensors"]["head.weight"]["parts"][0].update(file="../../x"), "nothing can lie in bytes"),
         (lambda table: table["tensors"]["head.weight"].update(size=[1 << 40, 4]), "do not make up its size"),
+        (lambda table: parts_of(table, (0, 5), (2, 2)), "do not make up its size"),  # rows 5 and 6 would be any memory
+        (lambda table: parts_of(table, (0, 3), (4, 4)), "lies outside"),
         (lambda table: table["tensors"]["head.weight"].update(dtype="Tensor"), "Tensor"),
         (lambda table: table["tensors"].update(more=table["tensors"]["head.weight"]), "nothing can lie in bytes"),
         (lambda table: table["values"].update(head={"$os": "x"}), "[$]os is not a known kind of value"),

@@ -57,13 +57,14 @@ def kill_at_random(folder: Path, times: int, longest: float) -> int:
         train(right, head.step - right.step)
         assert_equal(state(head), state(right))
         steps = head.step
+        longest *= 1 if steps else 1.5  # a busy machine has not come to the first checkpoint
         head.center_store.close()
     return steps
 
 
 @pytest.mark.slow
 def test_a_killed_run_goes_on_from_its_last_checkpoint_to_the_bit(tmp_path):
-    assert kill_at_random(tmp_path, 6, 0.2) > 0
+    assert kill_at_random(tmp_path, 8, 0.2) > 0
 
 
 @pytest.mark.full

@@ -20,6 +20,8 @@ from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 _MOST_DIGITS = 20
+_MOST_IN_KEY = 64
+"""Values within a key; a key in a checkpoint is a name, a number or a pair of them."""
 _MOST_WIDE = 1 << 16
 """Bytes of a text with characters beyond Latin-1: each of its characters takes up to four bytes of memory."""
 _WIDE = re.compile(rb"[\xc4-\xff]")
@@ -224,11 +226,18 @@ class _Machine:
             raise Damaged("it sets items of something else than a dict")
         if len(values) % 2:
             raise Damaged("a key has no value")
+        check_keys(values[0::2])
         self._stack[-1].update(zip(values[0::2], values[1::2], strict=True))
+
+    def _frozen(self) -> None:
+        values = self._to_mark()
+        check_keys(values)
+        self._push_object(frozenset(values))
 
     def _add_items(self, values: list[Any]) -> None:
         if not isinstance(self._stack[-1], set):
             raise Damaged("it adds items to something else than a set")
+        check_keys(values)
         self._stack[-1].update(values)
 
     def _stack_name(self) -> None:
@@ -312,7 +321,7 @@ _OBJECTS: dict[bytes, Callable[[_Machine], None]] = {
     b"u": lambda m: m._set_items(m._to_mark()),
     b"\x8f": lambda m: m._push_object(set()),
     b"\x90": lambda m: m._add_items(m._to_mark()),
-    b"\x91": lambda m: m._push_object(frozenset(m._to_mark())),
+    b"\x91": _Machine._frozen,
     b"\x81": _Machine._call,
     b"Q": lambda m: m._push_object(m._admitted.persistent(m._pop())),
 }
@@ -334,6 +343,19 @@ def _check_protocol(protocol: int) -> None:
 def _check_width(data: bytes, wide: re.Pattern[bytes]) -> None:
     if len(data) > _MOST_WIDE and wide.search(data):
         raise Refused(f"it has a text of {len(data)} bytes with characters beyond Latin-1")
+
+
+def check_keys(values: list[Any]) -> None:
+    """Refuse a key that is a deep tuple: to take its hash, Python goes down all levels and may end the process."""
+    for value in values:
+        waiting, left = [value], _MOST_IN_KEY
+        while waiting:
+            each = waiting.pop()
+            if isinstance(each, tuple):
+                left -= 1 + len(each)
+                if left < 0:
+                    raise Refused("it has a key that is a deep or a large tuple")
+                waiting.extend(each)
 
 
 def _check_frame(length: int, left: int) -> None:

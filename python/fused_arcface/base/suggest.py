@@ -24,10 +24,14 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 def missing_path(path: str | os.PathLike[str]) -> str:
     """Return the message for a path that does not exist, with a similar path if there is one beside it.
 
+    A path that does exist is of a kind that holds no data: a named pipe, say.
+
     >>> missing_path("/nowhere/at/all")
     '/nowhere/at/all does not exist: there is no folder /nowhere'
     """
     wanted = Path(path)
+    if os.path.exists(wanted):
+        return f"{path} must be a regular file or a folder; it is something else"
     for parent in reversed(wanted.parents):
         if not parent.exists():
             return f"{path} does not exist: there is no folder {parent}"

@@ -349,5 +349,24 @@ def check_tensors(tensors: dict[str, TensorStorageMetadata], parts: int) -> None
                 for offset, size, whole in zip(chunk.offsets, chunk.sizes, tensor.size, strict=True)
             ):
                 raise ValueError(f"a part of {key} lies outside of its size {tuple(tensor.size)}")
-        if sum(math.prod(chunk.sizes) for chunk in tensor.chunks) != math.prod(tensor.size):
+        if not _make_up(tensor):
             raise ValueError(f"the parts of {key} do not make up its size {tuple(tensor.size)}")
+
+
+def _make_up(tensor: TensorStorageMetadata) -> bool:
+    """Return whether the parts, which lie inside of the tensor, have each of its elements once.
+
+    Shards are a grid: each dimension is cut into ranges, and each combination of ranges is a part. A tensor without
+    elements has any parts.
+    """
+    if math.prod(tensor.size) == 0:
+        return sum(math.prod(chunk.sizes) for chunk in tensor.chunks) == 0
+    parts = [chunk for chunk in tensor.chunks if math.prod(chunk.sizes) > 0]
+    count = 1
+    for dim, size in enumerate(tensor.size):
+        ranges = sorted({(chunk.offsets[dim], chunk.offsets[dim] + chunk.sizes[dim]) for chunk in parts})
+        ends = [0, *(end for _, end in ranges)]
+        if [start for start, _ in ranges] != ends[:-1] or ends[-1] != size:
+            return False
+        count *= len(ranges)
+    return count == len(parts) == len({tuple(chunk.offsets) for chunk in parts})

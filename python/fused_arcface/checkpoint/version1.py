@@ -213,7 +213,7 @@ class Reader(TensorReader):
             key, info = _state(index, "MetadataIndex"), _state(info, "_StorageInfo")
             start, length = numbers([info["offset"], info["length"]])
             offset = None if key.get("offset") is None else _size(key["offset"])
-            places[(key["fqn"], offset)] = (str(info["relative_path"]), start, length)
+            places[(_text(key["fqn"]), offset)] = (str(info["relative_path"]), start, length)
         tensors: dict[str, Any] = {}
         parts: dict[MetadataIndex, Part] = {}
         self.names: set[str] = set()
@@ -317,6 +317,12 @@ def _state(made: Any, name: str) -> Any:
     if not isinstance(made, _Made) or made.name.name != name:
         raise NeedsTrust(f"{METADATA} has something else in the place of {name}")
     return made.state
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"the name of a tensor is a {type(value).__name__}")
+    return value
 
 
 def _size(made: Any) -> tuple[int, ...]:

@@ -28,9 +28,14 @@ class RunState(nn.Module):
             state |= {_OPTIMIZER + name: tensor for name, tensor in of_optimizer.items()}
         return state
 
+    def _is_in_memory(self) -> bool:
+        """Return whether ``weight`` has the class centers, which may be in a file."""
+        store = self.__dict__.get("center_store")  # none yet while the head is built
+        return store is None or store.in_memory
+
     def _check_in_memory(self, call: str) -> None:
         """Raise RuntimeError if the class centers are in a file: a state dict would hold none of them."""
-        if self.center_store is not None and not self.center_store.in_memory:
+        if not self._is_in_memory():
             raise RuntimeError(
                 f"{call} has no class centers, as center_storage keeps them in a file: use "
                 "fused_arcface.checkpoint.save and load"

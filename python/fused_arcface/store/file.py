@@ -13,9 +13,13 @@ from ..base import files
 from ..parallel.ranks import Ranks
 from . import folder as folders
 from .columns import Columns, Tensors, some_rows
-from .journal import Journal, journals, undo
+from .journal import SEAL, Journal, all_whole, damaged, journals, undo, undoing
 from .lock import RowLock
 from .records import Records, StoreError
+
+_ROWS_AT_ONCE = 1 << 14
+_SMALL = 1 << 30
+"""Bytes on disk of a file whose markers are read within a second or two."""
 
 
 class FileRows:
@@ -43,7 +47,7 @@ class FileRows:
         self.folder, self.columns, self.first, self.count, self._ranks = folder, columns, first, count, ranks
         wanted = folders.Layout(columns, num_rows, seed)
         with ranks.together("center_storage"):
-            if ranks.rank == 0 and not folders.exists(folder):
+            if ranks.rank == 0:
                 folders.make(folder, wanted)
         with ranks.together("center_storage"):
             self.layout = folders.layout_of(folder)
@@ -59,8 +63,27 @@ class FileRows:
         self._journal: Journal | None = None
         self._begun = False
         self._begin_journal(self._newest() + 1)
-        if not ranks.gather_objects(folders.states(folder))[0]:
+        found = ranks.gather_objects((folders.states(folder), folders.is_announced(folder)))[0]
+        if found == ([], False):
             self.go_back(min(journals(folder)))
+        elif found == ([], True):
+            self._begin_anew()
+
+    def _begin_anew(self) -> None:
+        """Make all rows untouched, as a change that the journal undoes. A collective.
+
+        A process that was killed while it wrote the first checkpoint may have written it or not. If it is loaded, its
+        state is there; else this is a new run.
+        """
+        self._begun = True
+        since = {number: paths for number, paths in journals(self.folder).items() if number < self._current.number}
+        with self._ranks.together("center_storage"):
+            for batch in undoing(since, self.columns, self.first, self.first + self.count):
+                rows = batch.untouched[(batch.untouched >= self.first) & (batch.untouched < self.first + self.count)]
+                for some in rows.split(_ROWS_AT_ONCE):
+                    self.read(some - self.first, self.columns.empty(len(some)), keep=True)
+                    self._current.sync()
+                    self._records.clear(some)
 
     def _newest(self) -> int:
         """Return the number of the newest journal, the same on every rank. A collective."""
@@ -130,17 +153,15 @@ class FileRows:
         self.read(rows, self.columns.empty(len(rows)), keep=True)
         self.write(rows, tensors)
 
-    def begin(self) -> None:
-        """Take the rows as they are for those of this head, which has loaded them."""
-        self._begun = True
-
     def save(self) -> int:
         """Put all changes on disk and return the number of this state, for a checkpoint to name. A collective."""
         self.check_begun()
         with self._ranks.together("center_storage"), self._guard:
+            self._current.seal()
             self._current.sync()
             self._records.sync()
         self._begin_journal(self._newest() + 1)
+        self._on_first(lambda: folders.announce(self.folder))
         return self._current.number
 
     def saved(self, state: int, keep: int) -> None:
@@ -150,6 +171,7 @@ class FileRows:
     def _forget(self, state: int, keep: int) -> None:
         kept = [*(each for each in folders.states(self.folder) if each != state), state][-max(1, keep) :]
         folders.remember(self.folder, kept)
+        folders.withdraw(self.folder)
         for number, paths in journals(self.folder).items():
             if number < kept[0]:
                 for path in paths:
@@ -168,9 +190,24 @@ class FileRows:
         since = {each: paths for each, paths in journals(self.folder).items() if state <= each < number}
         with self._ranks.together("center_storage"):
             undo(self._records, since, self.first, self.first + self.count)
+            self._check_undone(state, since)
             self._records.sync()
         self._on_first(lambda: self._drop(state, since))
         self._begun = True
+
+    def _check_undone(self, state: int, since: dict[int, list[Path]]) -> None:
+        """Check that no row of this shard is newer than a state whose journals have been undone.
+
+        The markers of all rows are read if a journal is damaged, and if the file is small.
+
+        Raises:
+            StoreError: if one is.
+        """
+        if self._records.bytes_on_disk > _SMALL and all_whole(since, self.columns):
+            return
+        newest = self._records.newest_marker(self.first, self.first + self.count)
+        if newest >= state:
+            raise StoreError(damaged(self.folder, newest))
 
     def _drop(self, state: int, since: dict[int, list[Path]]) -> None:
         """Remove journals that have been undone. The oldest stays, empty: its number is the state's."""
@@ -179,10 +216,11 @@ class FileRows:
                 if number > state:
                     path.unlink()
                 else:
-                    files.write_bytes(path, b"")
+                    files.write_bytes(path, SEAL)
         kept = [each for each in folders.states(self.folder) if each <= state]
-        if kept:
-            folders.remember(self.folder, kept if kept[-1] == state else [*kept, state])
+        if kept or folders.is_announced(self.folder):
+            folders.remember(self.folder, kept if kept[-1:] == [state] else [*kept, state])
+            folders.withdraw(self.folder)
 
     def _on_first(self, function: Callable[[], None]) -> None:
         """Call a function on the first rank, when all have come here, and go on when it is done. A collective."""

@@ -5,13 +5,16 @@
     store.json             columns of a row, number of rows, seed: written when the store is made
     states.json            the states that checkpoints name, from the oldest to the newest
     rows.bin               :mod:`fused_arcface.store.records`
+    announced              there while the first checkpoint is written, which names a state that states.json lacks
     journal_NUMBER.A-B     :mod:`fused_arcface.store.journal`, of rows [A, B)
     lock                   :mod:`fused_arcface.store.lock`
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import secrets
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -24,12 +27,12 @@ from ..base import files
 from ..base.dtypes import DTYPES
 from ..base.reading import DataError, file_errors, read_bytes
 from .columns import Column, Columns, Tensors
-from .journal import journals, overlay
+from .journal import damaged, journals, overlay
 from .lock import RowLock
 from .records import Records, StoreError
 
 _FORMAT, _VERSION = "fused_arcface.store", 1
-_LAYOUT, _STATES, ROWS = "store.json", "states.json", "rows.bin"
+_LAYOUT, _STATES, _ANNOUNCED, ROWS = "store.json", "states.json", "announced", "rows.bin"
 
 _MOST_BYTES = 1 << 20
 """Largest size of a file in JSON."""
@@ -58,18 +61,15 @@ class Layout:
         return f"{self.num_rows} rows of {columns}, seed {self.seed}"
 
 
-def exists(folder: Path) -> bool:
-    """Return whether a store has been made in a folder."""
-    return (folder / _LAYOUT).exists()
-
-
 def make(folder: Path, layout: Layout) -> None:
-    """Make an empty store. It is there when its layout is, which is written last.
+    """Make an empty store, if there is none. It is there when its layout is, which is written last.
 
     Raises:
         StoreError: if it cannot be written.
     """
     try:
+        if os.path.lexists(folder / _LAYOUT):
+            return
         folder.mkdir(parents=True, exist_ok=True)
         Records(folder / ROWS, layout.columns, layout.num_rows, layout.seed, create=True).close()
         content = {
@@ -81,7 +81,7 @@ def make(folder: Path, layout: Layout) -> None:
             "columns": [[name, str(dtype).removeprefix("torch."), width] for name, dtype, width in layout.columns.each],
         }
         files.write_text(folder / _LAYOUT, json.dumps(content, indent=2) + "\n")
-    except OSError as error:
+    except (OSError, ValueError) as error:  # no system has a name with a zero byte
         raise StoreError(f"{folder}: the store of class centers cannot be made: {error}") from error
 
 
@@ -126,6 +126,23 @@ def remember(folder: Path, found: list[int]) -> None:
     files.write_text(folder / _STATES, json.dumps(found) + "\n")
 
 
+def announce(folder: Path) -> None:
+    """Note that a checkpoint is about to name a state, if none has yet."""
+    if not states(folder):
+        files.write_bytes(folder / _ANNOUNCED, b"")
+
+
+def is_announced(folder: Path) -> bool:
+    """Return whether a checkpoint may name a state although no state is remembered."""
+    return os.path.lexists(folder / _ANNOUNCED)
+
+
+def withdraw(folder: Path) -> None:
+    """Remove the note of :func:`announce`."""
+    with contextlib.suppress(FileNotFoundError):
+        (folder / _ANNOUNCED).unlink()
+
+
 def check_state(folder: Path, state: int) -> None:
     """Raise StoreError unless the store can go back to a state."""
     if state not in journals(folder):
@@ -150,6 +167,7 @@ class Snapshot:
         self.layout = layout_of(folder)
         check_state(folder, state)
         self.first, self.last = first, self.layout.num_rows if last is None else last
+        self._folder, self._state = folder, state
         self._lock = RowLock(folder, self.first, self.last)
         self._records = Records(folder / ROWS, self.layout.columns, self.layout.num_rows, self.layout.seed)
         self._since = {number: paths for number, paths in journals(folder).items() if number >= state}
@@ -164,6 +182,8 @@ class Snapshot:
         rows, out = torch.arange(first, last), self.layout.columns.empty(last - first)
         markers = self._records.read(rows, out)
         overlay(self._since, self.layout.columns, first, markers, out)
+        if len(markers) > 0 and int(markers.max()) >= self._state:
+            raise StoreError(damaged(self._folder, int(markers.max())))
         self._records.fill_untouched(rows, markers, out)
         return out
 

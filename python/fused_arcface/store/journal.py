@@ -5,28 +5,35 @@ the newest to the oldest, bring back the rows at the moment when that one was be
 checkpoint names it.
 
 A file is a list of batches, each with a checksum. A process that is killed leaves half a batch at most, at the end. No
-row is changed before the batch that has it is whole, so half a batch is of no consequence.
+row is changed before the batch that has it is whole, so half a batch is of no consequence. An empty batch seals a
+journal that gets no more rows. A damaged batch and all behind it are not undone; :meth:`FileRows.go_back` then finds
+rows whose markers are too new.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import struct
 import zlib
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
 
+from ..base.reading import DataError, open_regular
 from .columns import Columns, Tensors
 from .records import Records, StoreError
 
 _HEADER = struct.Struct("<8sqqI4x")  # magic, rows with a former content, rows that were never touched, CRC-32
 _MAGIC = b"faROWS01"
+SEAL = _HEADER.pack(_MAGIC, 0, 0, 0)
+"""The end of a journal: a batch without rows."""
 _NAME = re.compile(r"journal_(\d{12})\.(\d+)-(\d+)")
 
 
@@ -55,7 +62,7 @@ class Batch:
 
     def former(self, begin: int, end: int) -> tuple[Tensor, Tensors]:
         """Return markers and columns of the rows ``[begin, end)`` of the batch."""
-        with self.path.open("rb") as file:
+        with _opened(self.path) as file:
 
             def part(offset: int, width: int, dtype: torch.dtype) -> Tensor:
                 file.seek(self.start + offset * len(self.rows) + begin * width * dtype.itemsize)
@@ -67,6 +74,13 @@ class Batch:
                 tensors[column.name] = part(offset, column.width, column.dtype)
                 offset += column.bytes
         return markers, tensors
+
+
+def _opened(path: Path) -> BinaryIO:
+    try:
+        return open_regular(path)
+    except DataError as error:
+        raise StoreError(str(error)) from None
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:
@@ -115,6 +129,11 @@ class Journal:
             raise StoreError(f"{self._path}: there is no room for rows that will change: {error}") from error
         self._size = position
 
+    def seal(self) -> None:
+        """Note that no more rows come. Without room for the note the journal stays as it is."""
+        with contextlib.suppress(OSError):
+            self._size += os.pwrite(self._file, SEAL, self._size) // len(SEAL) * len(SEAL)
+
     def sync(self) -> None:
         """Put the batches so far on disk."""
         size = self._size
@@ -127,10 +146,10 @@ class Journal:
 
 
 def batches(path: Path, columns: Columns) -> Iterator[Batch]:
-    """Yield the whole batches of a journal's file, in order."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        position = 0
+    """Yield the batches of a journal's file in order, up to the first that is damaged or not whole."""
+    first, last = _range_of(path)
+    with _opened(path) as file:
+        size, position = os.fstat(file.fileno()).st_size, 0
         while position + _HEADER.size <= size:
             file.seek(position)
             magic, kept, untouched, checksum = _HEADER.unpack(file.read(_HEADER.size))
@@ -146,8 +165,51 @@ def batches(path: Path, columns: Columns) -> Iterator[Batch]:
                 found, remaining = zlib.crc32(part, found), remaining - len(part)
             if found != checksum:
                 return
-            ids = torch.frombuffer(bytearray(numbers), dtype=torch.int64)
+            ids = (
+                torch.frombuffer(bytearray(numbers), dtype=torch.int64)
+                if numbers
+                else torch.empty(0, dtype=torch.int64)
+            )
+            if not all(_ascend(each, first, last) for each in (ids[:kept], ids[kept:])):
+                return
             yield Batch(path, start + len(numbers), ids[:kept], ids[kept:], columns)
+
+
+def _range_of(path: Path) -> tuple[int, int]:
+    """Return the first row of a journal's file and the row behind the last one, as its name has them."""
+    match = _NAME.fullmatch(path.name)
+    assert match is not None
+    return int(match[2]), int(match[3])
+
+
+def _ascend(rows: Tensor, first: int, last: int) -> bool:
+    """Return whether rows (K,) ascend within ``[first, last)``."""
+    if len(rows) == 0:
+        return True
+    return first <= int(rows[0]) and int(rows[-1]) < last and bool((rows[1:] > rows[:-1]).all())
+
+
+def damaged(folder: Path, number: int) -> str:
+    """Return the error message for a store with rows that journal ``number`` ought to have kept."""
+    return (
+        f"{folder} is damaged: journal_{number:012d} lacks rows that have changed since the checkpoint. Restore the "
+        "folder from a copy, or begin anew with another one"
+    )
+
+
+def all_whole(files: dict[int, list[Path]], columns: Columns) -> bool:
+    """Return whether no batch of journals is missing or damaged, as far as they say themselves.
+
+    A journal ends with a seal. The newest one may lack it, at the end of its last batch.
+    """
+    for number, paths in files.items():
+        for path in paths:
+            last = next(iter(deque(batches(path, columns), maxlen=1)), None)
+            end = 0 if last is None else last.start + len(last.rows) * (8 + columns.row_bytes)
+            is_sealed = last is not None and len(last.rows) + len(last.untouched) == 0
+            if end != path.stat().st_size or not (is_sealed or number == max(files)):
+                return False
+    return True
 
 
 def undoing(files: dict[int, list[Path]], columns: Columns, first: int, last: int) -> Iterator[Batch]:

@@ -6,6 +6,7 @@ file is sparse. A row that was never touched takes no space, and its center is a
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 
@@ -21,6 +22,7 @@ except ImportError:  # without its compiled part the package has no stores in fi
     _native = None  # type: ignore[assignment]
 
 MARKER_BYTES = 8
+_ROWS_AT_ONCE = 1 << 20
 _THREADS = 4  # a disk answers several reads at once
 
 
@@ -102,13 +104,41 @@ class Records:
         zeros = {column.name: torch.zeros(len(rows), column.width, dtype=column.dtype) for column in self.columns.each}
         self.write(rows, zeros, 0)
 
+    @property
+    def bytes_on_disk(self) -> int:
+        """Bytes that the file takes; rows that were never touched take none."""
+        return os.fstat(self._file).st_blocks * 512
+
+    def newest_marker(self, first: int, last: int) -> int:
+        """Return the greatest marker of rows ``[first, last)``; those in holes of the file are not read."""
+        newest, start = 0, first
+        while start < last:
+            try:
+                begin = os.lseek(self._file, start * self.record_bytes, os.SEEK_DATA)
+                end = os.lseek(self._file, begin, os.SEEK_HOLE)
+            except OSError as error:
+                if error.errno == errno.ENXIO:  # no data behind it
+                    break
+                begin, end = start * self.record_bytes, last * self.record_bytes
+            start = max(start, begin // self.record_bytes)
+            stop = min(last, start + _ROWS_AT_ONCE, -(-end // self.record_bytes))
+            if start < stop:
+                markers = torch.empty(stop - start, dtype=torch.int64)
+                self._read_or_write(False, torch.arange(start, stop), [(markers, MARKER_BYTES)])
+                newest = max(newest, int(markers.max()))
+            start = max(stop, start)
+        return newest
+
     def _transfer(self, write: bool, rows: Tensor, markers: Tensor, tensors: Tensors) -> None:
+        columns = [(tensors[column.name], column.bytes) for column in self.columns.each]
+        self._read_or_write(write, rows, [(markers, MARKER_BYTES), *columns])
+
+    def _read_or_write(self, write: bool, rows: Tensor, parts: list[tuple[Tensor, int]]) -> None:
+        """Transfer the first parts of rows (K,), each with its bytes for a row."""
         assert _native is not None
         rows = rows.contiguous()
-        arrays = [markers, *(tensors[column.name] for column in self.columns.each)]
-        sizes = [MARKER_BYTES, *(column.bytes for column in self.columns.each)]
-        assert all(each.is_contiguous() and len(each) == len(rows) for each in arrays)
-        fields = [(each.data_ptr(), size) for each, size in zip(arrays, sizes, strict=True)]
+        assert all(each.is_contiguous() and len(each) == len(rows) for each, _ in parts)
+        fields = [(each.data_ptr(), size) for each, size in parts]
         error = _native.transfer_records(
             write, self._file, self.record_bytes, rows.data_ptr(), len(rows), fields, _THREADS
         )

@@ -8,6 +8,7 @@ import random
 import struct
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -311,3 +312,28 @@ def test_pipes_do_not_hang(tmp_path: Path) -> None:
         RecordImages(path)
     with pytest.raises(DataError, match=r"a\.idx must be a regular file; it is a named pipe"):
         RecordFile(path.with_suffix(".idx"))
+
+
+def test_a_record_of_endless_parts_is_broken(tmp_path):
+    """A million parts of 8 bytes took seconds, and ten times their size in memory."""
+    whole = _record(0, struct.pack("<IfQQ", 0, 0, 0, 0) + b"jpeg")
+    (tmp_path / "a.rec").write_bytes(_record(1) + _record(2) * 2000 + _record(3) + whole)
+    found = RecordImages(tmp_path / "a.rec")
+    assert len(found) == 1 and "it has more than 1000 parts" in found.problems[0]
+    (tmp_path / "a.idx").write_text(f"1\t0\n2\t{8 * 2002}\n")
+    found = RecordImages(tmp_path / "a.rec")
+    assert len(found) == 1 and "it has more than 1000 parts" in found.problems[0]
+
+
+def test_many_missing_labels_are_told_in_a_few_lines(tmp_path):
+    """Each of 50,000 gaps took a search through all records: minutes."""
+    images = (struct.pack("<IfQQ", 0, 3 * label, 0, 0) + b"jpeg" for label in range(50_000))
+    (tmp_path / "a.rec").write_bytes(b"".join(map(partial(_record, 0), images)))
+    found = RecordImages(tmp_path / "a.rec")
+    assert found.names[-1] == "149997" and len(found.problems) == 21
+    assert found.problems[0].endswith("is the first with label 3: none has label 1 to 2")
+    assert found.problems[-1].endswith("labels are missing at 49979 more places")
+
+
+def _record(part: int, payload: bytes = b"") -> bytes:
+    return MAGIC + struct.pack("<I", part << 29 | len(payload)) + payload + bytes(-len(payload) % 4)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -17,6 +18,9 @@ from fused_arcface.evaluation.pairs import Pairs
 from .formats import embeddings as embedding_files
 from .images import ImageSpec
 from .sources import ImageSet
+
+_ROWS = 1 << 20
+"""Embeddings of a file of any size; more may be in one that has 8 bytes for each."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +79,9 @@ class EmbeddingSet:
         embeddings, labels = tensors.get("embeddings"), tensors.get("labels")
         if embeddings is None or embeddings.dim() != 2 or not embeddings.is_floating_point():
             raise DataError(f"{path} must hold floating-point embeddings (M, D); it holds {_shapes(tensors)}")
-        count = len(embeddings)
+        count, most = len(embeddings), _ROWS + os.path.getsize(path) // 8
+        if count > most or embeddings.shape[1] == 0:  # a row has a name in memory, whatever it takes in the file
+            raise DataError(f"{path} must hold embeddings (M <= {most}, D >= 1); it holds {_shapes(tensors)}")
         if not embeddings.isfinite().all():
             raise DataError(f"{path}: embeddings must be finite")
         if labels is not None and (labels.shape != (count,) or labels.is_floating_point()):

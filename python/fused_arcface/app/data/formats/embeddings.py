@@ -90,7 +90,9 @@ def _read_npz(path: Path) -> Contents:
                 raise DataError(f"{path}: {name} must have fewer bytes for a file of this size; got {entry.file_size}")
             array = _read_npy(path, archive, entry, "US" if name == _PATHS else "biuf")
             if name == _PATHS:
-                paths = [str(each) for each in array.reshape(-1)]
+                rows = tensors["embeddings"].shape[:1] if "embeddings" in tensors else ()
+                if array.shape == rows:  # others are not used, and a text takes more memory here than in the file
+                    paths = [str(each) for each in array]
             else:
                 kind = np.float32 if array.dtype.kind == "f" else np.int64
                 tensors[name] = torch.from_numpy(np.ascontiguousarray(array, kind))
@@ -107,7 +109,7 @@ def _read_npy(path: Path, archive: zipfile.ZipFile, entry: zipfile.ZipInfo, kind
             shape, _, dtype = np.lib.format.read_array_header_1_0(packed)
         else:
             shape, _, dtype = np.lib.format.read_array_header_2_0(packed)
-        if dtype.kind not in kinds or dtype.hasobject:
+        if dtype.kind not in kinds or dtype.hasobject or (dtype.itemsize == 0 and 0 not in shape):
             raise DataError(f"{path}: {entry.filename} must not have elements of type {dtype}")
         left = entry.file_size - packed.tell()
         if math.prod(shape) * dtype.itemsize != left:

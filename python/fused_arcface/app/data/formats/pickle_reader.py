@@ -6,6 +6,7 @@ type and bytes, each checked here.
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from collections.abc import Callable
@@ -78,7 +79,10 @@ def read_set(file: BinaryIO, size: int) -> Any:
     >>> read_set(io.BytesIO(text), len(text))
     ([b'jpeg'], [True])
     """
-    return pickles.read_pickle(file, size, _ADMITTED)
+    try:
+        return pickles.read_pickle(file, size, _ADMITTED)
+    finally:
+        _check_latin1.cache_clear()
 
 
 # Functions that take the place of those that such pickles call.
@@ -91,9 +95,14 @@ def _encode(text: Any, encoding: Any) -> Latin1:
     """Stand for ``_codecs.encode``, which bytes are written with in old protocols."""
     if encoding not in ("latin1", b"latin1") or not isinstance(text, str):
         raise Refused("it encodes text otherwise than as latin1")
+    _check_latin1(text)
+    return Latin1(text)
+
+
+@functools.cache  # a pickle may use one text 100,000 times; its hash is taken once
+def _check_latin1(text: str) -> None:
     for start in range(0, len(text), _PIECE):
         text[start : start + _PIECE].encode("latin1")
-    return Latin1(text)
 
 
 def _bytes(*arguments: Any) -> bytes:

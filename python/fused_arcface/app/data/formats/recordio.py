@@ -39,6 +39,7 @@ _IMAGE = struct.Struct("<IfQQ")
 IMAGE_HEADER_BYTES = _IMAGE.size
 _MAGIC_BYTES = struct.pack("<I", MAGIC)
 _MOST_LABELS = 1 << 16
+_MOST_PARTS = 1000  # an image has the magic number by chance; one of 16 GB would have it once
 _WINDOW = 1 << 12  # bytes read at once for the heads of a scan
 
 
@@ -152,6 +153,8 @@ class RecordFile:
             if part not in (BETWEEN, LAST):
                 raise self._error(offset, number, "its last part is missing")
             parts.append(payload)
+            if len(parts) > _MOST_PARTS:
+                raise self._error(offset, number, f"it has more than {_MOST_PARTS} parts")
         return _MAGIC_BYTES.join(parts)
 
     def _part(self, offset: int, number: int) -> tuple[int, bytes, int]:
@@ -210,10 +213,14 @@ class RecordFile:
                 if part not in (WHOLE, FIRST):
                     raise self._error(offset, number, f"it begins with a part of kind {part}, not with a first one")
                 offset += HEAD_BYTES + padded(length)
+                parts = 1
                 while part not in (WHOLE, LAST):
                     part, length = self.head(offset, number, window)
                     if part not in (BETWEEN, LAST):
                         raise self._error(start, number, "its last part is missing")
+                    parts += 1
+                    if parts > _MOST_PARTS:
+                        raise self._error(start, number, f"it has more than {_MOST_PARTS} parts")
                     offset += HEAD_BYTES + padded(length)
             except RecordError as error:
                 found = error

@@ -58,11 +58,11 @@ class RecordImages:
         if len(found) == 0:
             first = f"; {self.problems[0]}" if self.problems else ""
             raise DataError(f"{self.path} has no record of an image{first}")
-        classes, labels = np.unique(found, return_inverse=True)
+        classes, first_rows, labels = np.unique(found, return_index=True, return_inverse=True)
         self._numbers, self._offsets = numbers, offsets
         self.labels: Tensor = torch.from_numpy(labels.reshape(-1).astype(np.int64))
         self.names = [str(each) for each in classes]
-        self._report_gaps(classes, found)
+        self._report_gaps(classes, first_rows)
 
     def __len__(self) -> int:
         return len(self._offsets)
@@ -217,14 +217,17 @@ class RecordImages:
         except ValueError as error:
             raise RecordError(f"{_place(self.path, number, offset)}: {error}") from None
 
-    def _report_gaps(self, classes: Ints, found: Ints) -> None:
-        for before, after in zip(np.r_[-1, classes[:-1]], classes, strict=True):
-            if after > before + 1:
-                row = int(np.argmax(found == after))
-                self.problems.append(
-                    f"{self._place(row)} is the first with label {after}: none has label "
-                    f"{missing_numbers(int(before), int(after))}"
-                )
+    def _report_gaps(self, classes: Ints, first_rows: Ints) -> None:
+        """Note labels that no record has, for labels (L,) in order and the first row (L,) of each."""
+        before = np.r_[-1, classes[:-1]]
+        gaps = np.flatnonzero(classes > before + 1)
+        for gap in gaps[:_SAID]:
+            self.problems.append(
+                f"{self._place(int(first_rows[gap]))} is the first with label {classes[gap]}: none has label "
+                f"{missing_numbers(int(before[gap]), int(classes[gap]))}"
+            )
+        if len(gaps) > _SAID:
+            self.problems.append(f"{self.path}: labels are missing at {len(gaps) - _SAID} more places")
 
 
 def _place(path: Path, number: int | np.int64, offset: int | np.int64) -> str:
