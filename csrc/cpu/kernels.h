@@ -36,7 +36,12 @@ constexpr int64_t kMaxSubCenters = 16;
 struct PassOptions {
   int threads;
   Negatives negatives;
+  // With plain negatives only. (N, kMoments) or null: class_stats writes sum_j exp(scale * cos_ij - shift_i) cos_ij^k.
+  double* moments = nullptr;
+  // (N, D) contiguous, of the compute type, or null: weight_grad writes sum_j G_ij w_j / |w_j| over j != target_i.
+  void* negative_grad = nullptr;
 };
+constexpr int kMoments = 16;  // MOMENTS of fused_arcface.engine.terms
 
 // finish_negatives: sums of class_stats, over all shards, to lse_i = log(negative_sum_i) + shift_i and mean_center_i =
 // center_sum_i / negative_sum_i; a row without negatives has the mean 0.
