@@ -10,10 +10,12 @@ import functools
 import itertools
 import weakref
 from collections.abc import Callable
+from importlib.metadata import version
 from typing import Any, get_args
 
 import pytest
 import torch
+from packaging.version import Version
 from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton", reason="Triton is not installed here")
@@ -28,11 +30,23 @@ BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.flo
 
 TENSOR_CORES = {80: r"mma\.sync", 86: r"mma\.sync", 90: r"wgmma\.mma_async", 100: r"tcgen05\.mma"}
 
-MOST_STACK = 576
+OLD_TRITON = Version(version("triton")) < Version("3.6")
+
+MOST_STACK = 704 if OLD_TRITON else 576
 """Bytes. The flash passes of D > 128 hold an accumulator of 128 registers a thread and spill around their loops."""
 
-MOST_LOCAL_IN_LOOP = 40
-"""Reloads of spilled registers in one turn of the flash gradient at D = 512: a turn has some 1200 instructions."""
+
+def most_local_in_loop(launch: Launch) -> int:
+    """Return the most reloads of spilled registers that one turn of a loop may have.
+
+    A turn of the flash gradient at D = 512 has some 1200 instructions, 40 of them reloads. Triton 3.4 reloads up to 104
+    in each flash pass of D > 128, Triton 3.6 none in the others.
+    """
+    name, width = launch.kernel.__name__, dict(launch.constants).get("WIDTH", 0)
+    if OLD_TRITON:
+        return 104 if name.startswith("flash_") and width > 128 else 0
+    return 40 if name == "flash_gradient_kernel" and width == 512 else 0
+
 
 MARGIN = CombinedMargin(1.2, 0.3, 0.1, "fold")
 
@@ -124,8 +138,7 @@ def _check(launch: Launch, arch: int) -> str:
     assert resources.stack <= (MOST_STACK if launch.has_dot else LEAST_STACK), row
     if launch.has_dot:
         assert resources.has_instruction(TENSOR_CORES[arch]), row
-    wide = launch.kernel.__name__ == "flash_gradient_kernel" and dict(launch.constants)["WIDTH"] == 512
-    assert resources.local_in_loop <= (MOST_LOCAL_IN_LOOP if wide else 0), row
+    assert resources.local_in_loop <= most_local_in_loop(launch), row
     if launch.has_loop:
         assert resources.has_instruction(r"cp\.async"), f"operands are not loaded ahead: {row}"
     return row

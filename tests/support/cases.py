@@ -270,17 +270,21 @@ def term_sizes(inputs: Inputs, case: Case) -> tuple[Tensor, Tensor]:
     (derivative,) = torch.autograd.grad(modified.sum(), target_cosine)
     sigmoid = (negative_lse - case.scale * modified.detach()).sigmoid()
     probability = (case.scale * cosine - negative_lse[:, None]).exp()
-    terms = torch.where(is_target, derivative.abs()[:, None], probability)
+    # At a cosine of ±1 exactly a margin may give 0 (its clamp) or its limit. The projection takes either away.
+    terms = torch.where(is_target, derivative.abs().clamp(min=1)[:, None], probability)
     terms = case.scale * (upstream.abs() * sigmoid).masked_fill(ignored, 0)[:, None] * terms
     norms = (tensor.norm(dim=1).clamp(min=1e-12) for tensor in (x, w))
     return tuple(terms.sum(dim) / norm for dim, norm in zip((1, 0), norms, strict=True))
 
 
-def errors(got: Tensor, right: Tensor, size: Tensor) -> tuple[float, float]:
-    """Largest error relative to the greatest row's size, and the largest error of a row relative to its own size."""
+def errors(got: Tensor, right: Tensor, size: Tensor, subnormal: float) -> tuple[float, float]:
+    """Largest error relative to the greatest row's size, and the largest error of a row relative to its own size.
+
+    A kernel may write 0 for a number below ``subnormal``, the smallest normal number of the tensor's dtype.
+    """
     if got.numel() == 0:
         return 0.0, 0.0
-    difference = (got - right).abs().reshape(len(got), -1).amax(1)
+    difference = ((got - right).abs() - subnormal).clamp(min=0).reshape(len(got), -1).amax(1)
     # 1e-30: far below what fp32 can tell from zero once it has been through an exponential.
     return (difference.max() / size.max().clamp(min=1e-30)).item(), (difference / size.clamp(min=1e-30)).max().item()
 
@@ -315,11 +319,15 @@ def compare(case: Case, inputs: Inputs, got: Outcome, rounding: tuple[float, flo
     sizes = (truth.loss, *term_sizes(exact, case))
     dtypes = ("float32", case.x_dtype, case.w_dtype)
     for name, dtype, size, more in zip(Outcome._fields, dtypes, sizes, rounding, strict=False):
-        limit = torch.finfo(getattr(torch, dtype)).max  # past it a gradient is infinite, or saturates
+        numbers = torch.finfo(getattr(torch, dtype))
+        limit = numbers.max  # past it a gradient is infinite, or saturates
         mine, theirs, right = (getattr(outcome, name).clamp(-limit, limit) for outcome in (got, eager, truth))
         assert mine.shape == right.shape
         measured = zip(
-            ("of the tensor", "of a row"), errors(mine, right, size), errors(theirs, right, size), strict=True
+            ("of the tensor", "of a row"),
+            errors(mine, right, size, numbers.smallest_normal),
+            errors(theirs, right, size, numbers.smallest_normal),
+            strict=True,
         )
         for kind, error, eager_error in measured:
             assert error <= 2 * eager_error + allowed + more, (

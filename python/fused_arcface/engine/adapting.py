@@ -25,8 +25,8 @@ from .ops import readable
 from .shard import Shard
 
 _LONGEST_STEP = 1.0
-"""Greatest change of the scale that the moments serve. With 16 of them the first one that is missing is at most 5e-14 of
-the sum."""
+"""Greatest change of the scale that the moments serve. The 17th term of the series, which is missing, is then below
+5e-14 of the sum."""
 
 
 class Moments(NamedTuple):

@@ -158,7 +158,8 @@ class NegativesAndTarget(torch.autograd.Function):
             centers = shard.centers(weight)
             if d_centers is None:
                 weight_grad, (factor,) = ops.for_numbers(_ops.weight_grad, scale)
-                d_centers = weight_grad(rows, centers, target, factor, *gradients[1:], ctx.backend, **ctx.negatives)
+                numbers = (factor, lse, negative_coefficient, d_target_cosine)
+                d_centers = weight_grad(rows, centers, target, *numbers, ctx.backend, **ctx.negatives)
             if second is not None:
                 add_second_gradient(d_centers, rows, centers, second)
             d_weight = shard.weight_gradient(d_centers, weight)

@@ -167,7 +167,7 @@ class _InStep:
 
     def _modulate(self, target_cosine: Tensor, counted: Tensor) -> Modulation:
         change: Modulation = self._call(self._margin.modulate, *self._joint(target_cosine, counted))
-        return change._replace(threshold=self._own(change.threshold))
+        return Modulation(self._own(change.threshold), change.coefficients, change.greatest, change.steepest)
 
     def _current(self, num_classes: int) -> Tensor:
         scale: Tensor = self._call(self._margin.current, num_classes)

@@ -26,7 +26,7 @@ from .ops import readable
 from .shard import ONE_DEVICE, Shard
 from .smoothing import smoothing, two_uses
 from .tail import loss_of_mixed_rows, loss_of_rows
-from .targets import Labels, Rows, Target, labels_and_share
+from .targets import Labels, Rows, Target, ignored_rows, labels_and_share
 from .terms import IGNORED
 
 _Compared = tuple[Tensor, Tensor, Tensor, Tensor | None]
@@ -95,7 +95,7 @@ def loss_over_classes(
     x, w = embeddings, weight
     if label_smoothing > 0:
         (embeddings, x), (weight, w) = two_uses(embeddings), two_uses(weight)
-    dtype, ignored = compute_dtype(embeddings, weight), rows.ignored
+    dtype, ignored = compute_dtype(embeddings, weight), ignored_rows(rows)
     # A margin with a state changes it once in a step, before the loss is computed.
     margin = in_step(options.margin, embeddings, alone=shard.batch is not None)
 

@@ -18,7 +18,7 @@ from ..base.statistics import MarginSoftmaxStats
 from ..margins.angular import Margin, parameters
 from .ops import for_numbers
 from .smoothing import Smoothing
-from .targets import Rows
+from .targets import Rows, ignored_rows
 from .terms import IGNORED
 
 
@@ -199,6 +199,6 @@ def loss_of_mixed_rows(
     loss = parts[0] * first + parts[1] * second
     if penalty is not None:
         loss = loss + penalty
-    loss = loss.masked_fill(rows.ignored, 0)
+    loss = loss.masked_fill(ignored_rows(rows), 0)
     reduced = reduce_loss(loss, parts[0] + parts[1], reduction, sample_weight)
     return reduced, MarginSoftmaxStats(loss.detach(), lse, of_labels[0][1].detach(), correct)

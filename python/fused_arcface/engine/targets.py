@@ -47,8 +47,11 @@ class Rows(NamedTuple):
     share: Tensor | None = None
     """(N,) in [0, 1]: the part of the loss that the first label has; with a second label."""
 
-    @property
-    def ignored(self) -> Tensor:
-        """(N,) bool: rows whose loss is 0, and which a mean does not count."""
-        ignored = self.target.label == IGNORED
-        return ignored if self.second is None else ignored & (self.second.label == IGNORED)
+
+def ignored_rows(rows: Rows) -> Tensor:
+    """Return (N,) bool: the rows whose loss is 0, and which a mean does not count.
+
+    It is a function, since torch.compile of torch 2.8 does not follow a property of a NamedTuple.
+    """
+    ignored = rows.target.label == IGNORED
+    return ignored if rows.second is None else ignored & (rows.second.label == IGNORED)

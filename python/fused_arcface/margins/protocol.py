@@ -163,4 +163,6 @@ def modulation(
     if len(change.coefficients) > 3 and not getattr(margin, "turns_negatives", False):
         name = type(margin).__name__
         raise ValueError(f"{name}: modulate must return 3 coefficients, or turns_negatives must be true; got 4")
-    return change._replace(coefficients=F.pad(change.coefficients, (0, 4 - len(change.coefficients))))
+    coefficients = F.pad(change.coefficients, (0, 4 - len(change.coefficients)))
+    # Not by _replace: torch.compile of torch 2.8 does not follow it.
+    return Modulation(change.threshold, coefficients, change.greatest, change.steepest)
