@@ -133,14 +133,14 @@ class NegativesAndTarget(torch.autograd.Function):
             d_scale = shard.ranks.sum((d_lse.double() * along).sum()).to(ctx.scale_dtype)
         d_centers = None
         if ctx.with_center_sum:
-            factor = negative_coefficient
+            of_mean = negative_coefficient
             if not ctx.centers_are_summed:
                 d_centers, mean_center = _ops.both_gradients.default(
                     rows, shard.centers(weight), target, *gradients, ctx.backend
                 )
-                factor = torch.ones_like(d_lse)
+                of_mean = torch.ones_like(d_lse)
             d_unit = _ops.unit_embedding_grad.default(
-                weight, shard.target_rows(target), mean_center, factor, d_target_cosine, ctx.backend
+                weight, shard.target_rows(target), mean_center, of_mean, d_target_cosine, ctx.backend
             )
             if second is not None:
                 row, ones = shard.target_rows(second.row), torch.ones_like(d_lse)
