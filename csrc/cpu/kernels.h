@@ -19,8 +19,8 @@ struct Logistic {
 // How the negatives enter the sums, where it is not by the cosines of weight's rows as they are. With these, class c of
 // embedding i has the cosine c_ic = max_k cos(x_i, w_r), r = c * sub_centers + k, its derivative is that of the
 // greatest (the first of equals), and its logit is scale * f_i(c_ic), where f_i(c) = a c^2 + b c + d + e sqrt(1 - c^2)
-// for c > threshold_i, else c; with logistic losses exp(scale * f(c)) is the loss of c. A target is the row of its class
-// that is the greatest; the class's other rows get no gradient.
+// for c > threshold_i, else c; with logistic losses exp(scale * f(c)) is the loss of c. A target is the row of its
+// class that is the greatest; the class's other rows get no gradient.
 struct Negatives {
   int64_t sub_centers = 1;          // rows of weight that each class has, adjacent; weight's rows are a multiple of it
   const void* threshold = nullptr;  // (N,) of the compute type, or null: f_i(c) = c
