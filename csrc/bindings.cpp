@@ -65,20 +65,20 @@ Pass* in_dtype(Pass* const (&passes)[fa::kDtypes], int product) {
 
 void class_stats(int product, const MatrixTuple& embeddings, const MatrixTuple& weight, uintptr_t target, double scale,
                  uintptr_t shift, uintptr_t negative_max, uintptr_t negative_sum, uintptr_t center_sum, int threads,
-                 const NegativesTuple& negatives) {
+                 const NegativesTuple& negatives, uintptr_t moments) {
   const auto pass = in_dtype(kernels().class_stats, product);
   const fa::ClassStatsArgs args{to_matrix(embeddings),          to_matrix(weight),
                                 pointer<const int64_t>(target), scale,
                                 pointer<const double>(shift),   pointer<void>(negative_max),
                                 pointer<void>(negative_sum),    pointer<void>(center_sum)};
-  const fa::PassOptions options{threads, to_negatives(negatives)};
+  const fa::PassOptions options{threads, to_negatives(negatives), pointer<double>(moments), nullptr};
   const py::gil_scoped_release release;
   pass(args, options);
 }
 
 void weight_grad(int product, const MatrixTuple& embeddings, const MatrixTuple& weight, uintptr_t target, double scale,
                  uintptr_t lse, uintptr_t negative_coefficient, uintptr_t target_coefficient,
-                 const MatrixTuple& d_weight, int threads, const NegativesTuple& negatives) {
+                 const MatrixTuple& d_weight, int threads, const NegativesTuple& negatives, uintptr_t negative_grad) {
   const auto pass = in_dtype(kernels().weight_grad, product);
   const fa::WeightGradArgs args{to_matrix(embeddings),
                                 to_matrix(weight),
@@ -88,7 +88,7 @@ void weight_grad(int product, const MatrixTuple& embeddings, const MatrixTuple& 
                                 pointer<const void>(negative_coefficient),
                                 pointer<const void>(target_coefficient),
                                 to_matrix(d_weight)};
-  const fa::PassOptions options{threads, to_negatives(negatives)};
+  const fa::PassOptions options{threads, to_negatives(negatives), nullptr, pointer<void>(negative_grad)};
   const py::gil_scoped_release release;
   pass(args, options);
 }
@@ -105,7 +105,7 @@ void update_centers(int product, const MatrixTuple& embeddings, const MatrixTupl
                                 pointer<const void>(negative_coefficient),
                                 pointer<const void>(target_coefficient),
                                 {}};
-  const fa::PassOptions options{threads, to_negatives(negatives)};
+  const fa::PassOptions options{threads, to_negatives(negatives), nullptr, nullptr};
   const fa::CenterStep step = to_center_step(center_step);
   const py::gil_scoped_release release;
   pass(args, step, options);

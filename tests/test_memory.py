@@ -39,6 +39,7 @@ OPTIONS = {
     "sub_centers": {"sub_centers": 4},
     "CurricularFace": {"margin": fa.CurricularFace()},
     "SphereFace2": {"margin": fa.SphereFace2(kind="arc")},
+    "AdaCos": {"scale": fa.AdaCos()},
 }
 
 def step(x, w, target, backward, options):
@@ -80,7 +81,7 @@ def test_peak_does_not_grow_with_the_classes() -> None:
 
 
 @linux
-@pytest.mark.parametrize("options", ["sub_centers", "CurricularFace", "SphereFace2"])
+@pytest.mark.parametrize("options", ["sub_centers", "CurricularFace", "SphereFace2", "AdaCos"])
 def test_peak_with_other_negatives(options: str) -> None:
     """With a pass for the maximum as well: none stores logits, which would be 100 MB."""
     (peak,) = run_child(PEAK, json.dumps([(256, 100_000, 64, "float32", True, options)]))

@@ -27,6 +27,13 @@ def by_label(cosine: Tensor, labels: Tensor) -> Tensor:
     return cosine - 0.02 * labels * cosine**2
 
 
+def settled() -> fa.AdaCos:
+    """A scale that changes by less than 1 in the last step of this test, which then makes one pass."""
+    scale = fa.AdaCos()
+    scale.scale.fill_(6.7)
+    return scale
+
+
 UPDATED = {"center_optimizer": fa.CenterSGD(0.1, momentum=0.9, weight_decay=0.01)}
 
 # Options of the head, and the arguments of each call that the rows share out.
@@ -47,6 +54,7 @@ CASES: dict[str, tuple[dict[str, Any], list[str]]] = {
     "AdaCos": ({"scale": fa.AdaCos()}, ["sample_weight"]),
     "AdaCos, updated, sampled": (UPDATED | {"scale": fa.AdaCos(), "sample_rate": 0.4}, []),
     "AdaCos, delayed": ({"scale": fa.AdaCos(delayed=True)}, []),
+    "AdaCos, in one pass": ({"scale": settled(), "sample_rate": 0.8}, ["mixed", "sample_weight"]),
     "class margins": ({"margin": fa.ClassMargin(torch.linspace(0, 0.5, CLASSES))}, []),
     "class margins, sampled": ({"margin": fa.ClassMargin(torch.linspace(0, 0.5, CLASSES)), "sample_rate": 0.4}, []),
     "function of labels, updated": (UPDATED | {"margin": LabelMargin(by_label), "sample_rate": 0.4}, []),

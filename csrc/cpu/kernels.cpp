@@ -33,6 +33,13 @@ int useful_threads(int threads, double multiply_adds) {
   return static_cast<int>(std::clamp(multiply_adds / kWorkPerThread, 1.0, static_cast<double>(std::max(threads, 1))));
 }
 
+// Slices of the classes, one for each thread if there is room for their sums of `sum_size` numbers.
+template <typename T>
+int64_t affordable_slices(int threads, int64_t class_blocks, int64_t sum_size) {
+  const int64_t affordable = kCenterSumBytes / static_cast<int64_t>(sizeof(T)) / (sum_size + 1);
+  return std::min({static_cast<int64_t>(threads), class_blocks, std::max<int64_t>(1, affordable)});
+}
+
 template <typename P>
 void class_stats(const ClassStatsArgs& args, const PassOptions& options) {
   using T = typename P::Sum;
@@ -51,12 +58,12 @@ void class_stats(const ClassStatsArgs& args, const PassOptions& options) {
   // over. Each slice has statistics of its own, added up in order: the same result whoever computed them.
   const int64_t sum_size = args.center_sum != nullptr ? batch.padded_rows * batch.stride : 0;
   const int64_t class_blocks = (C + blocks.classes - 1) / blocks.classes;
-  const int64_t affordable = std::max<int64_t>(1, kCenterSumBytes / static_cast<int64_t>(sizeof(T)) / (sum_size + 1));
-  const int64_t slices = std::min({static_cast<int64_t>(threads), class_blocks, affordable});
+  const int64_t slices = affordable_slices<T>(threads, class_blocks, sum_size);
   const int64_t group = round_up((N * slices + threads - 1) / threads, kColumns<T>);
   const int64_t groups = (N + group - 1) / group;
 
   std::vector<RowStats> stats(slices * batch.padded_rows);
+  std::vector<double> moments(options.moments != nullptr ? slices * batch.padded_rows * kMoments : 0);
   const Scratch<T> center_sums(slices * sum_size);
   const auto workspaces = make_workspaces(threads, batch, blocks);
 
@@ -76,7 +83,11 @@ void class_stats(const ClassStatsArgs& args, const PassOptions& options) {
         const int64_t rows = std::min(blocks.rows, end - row), lanes = round_up(rows, kColumns<T>);
         work.first_product(batch, count, row, lanes);
         RowStats* const row_stats = stats.data() + slice * batch.padded_rows + row;
-        if (plain)
+        if (options.moments != nullptr)
+          sum_moments<T>(work.tile.get(), work.tile_stride, count, lanes, first_class, batch.target.get() + row,
+                         shift.log2.get() + row, log2_scale, row_stats,
+                         moments.data() + (slice * batch.padded_rows + row) * kMoments);
+        else if (plain)
           exponentiate<T>(work.tile.get(), work.tile_stride, count, lanes, first_class, batch.target.get() + row,
                           shift.log2.get() + row, log2_scale, args.negative_sum != nullptr, row_stats);
         else
@@ -95,6 +106,11 @@ void class_stats(const ClassStatsArgs& args, const PassOptions& options) {
       const RowStats& part = stats[s * batch.padded_rows + i];
       total.sum += part.sum;
       total.max = std::max(total.max, part.max);
+    }
+    for (int k = 0; options.moments != nullptr && k < kMoments; ++k) {
+      double sum = 0;
+      for (int64_t s = 0; s < slices; ++s) sum += moments[(s * batch.padded_rows + i) * kMoments + k];
+      options.moments[i * kMoments + k] = sum * shift.correction[i];
     }
     static_cast<T*>(args.negative_max)[i] = static_cast<T>(total.max);
     if (args.negative_sum != nullptr)
@@ -137,22 +153,37 @@ void weight_pass(const WeightGradArgs& args, const PassOptions& options, const i
   const auto workspaces = make_workspaces(threads, batch, blocks);
   const Scratch<T> gradients(threads * blocks.classes * batch.stride);
 
-  for_each_task(threads, (C + blocks.classes - 1) / blocks.classes, [&](int64_t block, int worker) {
-    const FlushSubnormals flush_here;
+  // A task is a block of classes. With the rows' gradient it is as many as make a slice, for sums that are added up in
+  // order.
+  const bool by_rows = options.negative_grad != nullptr;
+  const int64_t class_blocks = (C + blocks.classes - 1) / blocks.classes, sum_size = batch.padded_rows * batch.stride;
+  const int64_t slices = by_rows ? affordable_slices<T>(threads, class_blocks, sum_size) : class_blocks;
+  const Scratch<T> row_sums(by_rows ? slices * sum_size : 0);
+  if (by_rows) std::fill(row_sums.get(), row_sums.get() + slices * sum_size, T(0));
+
+  const auto block_pass = [&](int64_t block, int64_t slice, int worker) {
     const int64_t first_class = block * blocks.classes, count = std::min(blocks.classes, C - first_class);
     Workspace<P>& work = *workspaces[worker];
     T* gradient = gradients.get() + worker * blocks.classes * batch.stride;
-    work.pack(args.weight, first_class, count, C, N, false, index);
+    work.pack(args.weight, first_class, count, C, N, by_rows, index);
     for (int64_t row = 0; row < N; row += blocks.rows) {
       const int64_t rows = std::min(blocks.rows, N - row), lanes = round_up(rows, kColumns<T>);
+      T* const tile = work.tile.get();
+      const Index<T>* const target = batch.target.get() + row;
       work.first_product(batch, count, row, lanes);
-      if (plain)
-        differentiate<T>(work.tile.get(), work.tile_stride, count, lanes, first_class, batch.target.get() + row,
-                         lse.log2.get() + row, negative.get() + row, positive.get() + row, log2_scale);
-      else
-        differentiate_general<T>(negatives, work.tile.get(), work.tile_stride, count, lanes, first_class,
-                                 batch.target.get() + row, negatives.threshold.get() + row, lse.log2.get() + row,
-                                 negative.get() + row, positive.get() + row, log2_scale);
+      if (plain) {
+        differentiate<T>(tile, work.tile_stride, count, lanes, lse.log2.get() + row, negative.get() + row, log2_scale);
+        if (by_rows) {
+          place_targets<T>(tile, work.tile_stride, count, lanes, first_class, target, nullptr);
+          work.second_product_over_classes(count, rows, lanes, row_sums.get() + slice * sum_size + row * batch.stride,
+                                           batch.stride);
+        }
+        place_targets<T>(tile, work.tile_stride, count, lanes, first_class, target, positive.get() + row);
+      } else {
+        differentiate_general<T>(negatives, tile, work.tile_stride, count, lanes, first_class, target,
+                                 negatives.threshold.get() + row, lse.log2.get() + row, negative.get() + row,
+                                 positive.get() + row, log2_scale);
+      }
       // The gradient's own memory is fetched meanwhile: a core that waited for it row by row would lose 10 %.
       Prefetch written;
       if (row + rows == N) written = work.rows_to_write(args.d_weight, first_class, count);
@@ -166,7 +197,19 @@ void weight_pass(const WeightGradArgs& args, const PassOptions& options, const i
       project(row, unit, inverse_norm, batch.padded_columns);
       receive(first_class + j, row, inverse_norm.is_short());
     }
+  };
+  for_each_task(threads, slices, [&](int64_t slice, int worker) {
+    const FlushSubnormals flush_here;
+    for (int64_t block = class_blocks * slice / slices; block < class_blocks * (slice + 1) / slices; ++block)
+      block_pass(block, slice, worker);
   });
+
+  for (int64_t i = 0; by_rows && i < N; ++i)
+    for (int64_t d = 0; d < D; ++d) {
+      T sum = 0;
+      for (int64_t s = 0; s < slices; ++s) sum += row_sums.get()[s * sum_size + i * batch.stride + d];
+      static_cast<T*>(options.negative_grad)[i * D + d] = sum;
+    }
 }
 
 template <typename P>

@@ -19,8 +19,8 @@ struct Logistic {
 // How the negatives enter the sums, where it is not by the cosines of weight's rows as they are. With these, class c of
 // embedding i has the cosine c_ic = max_k cos(x_i, w_r), r = c * sub_centers + k, its derivative is that of the
 // greatest (the first of equals), and its logit is scale * f_i(c_ic), where f_i(c) = a c^2 + b c + d + e sqrt(1 - c^2)
-// for c > threshold_i, else c; with logistic losses exp(scale * f(c)) is the loss of c. A target is the row of its class
-// that is the greatest; the class's other rows get no gradient.
+// for c > threshold_i, else c; with logistic losses exp(scale * f(c)) is the loss of c. A target is the row of its
+// class that is the greatest; the class's other rows get no gradient.
 struct Negatives {
   int64_t sub_centers = 1;          // rows of weight that each class has, adjacent; weight's rows are a multiple of it
   const void* threshold = nullptr;  // (N,) of the compute type, or null: f_i(c) = c
@@ -36,7 +36,12 @@ constexpr int64_t kMaxSubCenters = 16;
 struct PassOptions {
   int threads;
   Negatives negatives;
+  // With plain negatives only. (N, kMoments) or null: class_stats writes sum_j exp(scale * cos_ij - shift_i) cos_ij^k.
+  double* moments = nullptr;
+  // (N, D) contiguous, of the compute type, or null: weight_grad writes sum_j G_ij w_j / |w_j| over j != target_i.
+  void* negative_grad = nullptr;
 };
+constexpr int kMoments = 16;  // MOMENTS of fused_arcface.engine.terms
 
 // finish_negatives: sums of class_stats, over all shards, to lse_i = log(negative_sum_i) + shift_i and mean_center_i =
 // center_sum_i / negative_sum_i; a row without negatives has the mean 0.

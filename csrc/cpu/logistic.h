@@ -1,5 +1,5 @@
-// A logistic loss for each negative (Logistic in kernels.h), as a map f of its cosine: exp(scale * f(c)) is the loss. So
-// the passes of negatives.h serve it as they are. negatives.h alone includes this file.
+// A logistic loss for each negative (Logistic in kernels.h), as a map f of its cosine: exp(scale * f(c)) is the loss.
+// So the passes of negatives.h serve it as they are. negatives.h alone includes this file.
 #pragma once
 
 #include <cmath>

@@ -1,6 +1,6 @@
 // The tiles' elementwise passes for negatives that are not plain (Negatives in kernels.h): several centers a class, of
-// which the nearest counts, cosines above a row's threshold that are replaced, and logistic losses. kernels.cpp alone includes this
-// file; its own passes over plain cosines know nothing of it.
+// which the nearest counts, cosines above a row's threshold that are replaced, and logistic losses. kernels.cpp alone
+// includes this file; its own passes over plain cosines know nothing of it.
 #pragma once
 
 #include <algorithm>

@@ -2,10 +2,12 @@
 // by the cosines. Negatives that are not plain have their own versions in negatives.h.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
 #include <vector>
 
+#include "kernels.h"
 #include "memory.h"
 #include "simd.h"
 
@@ -69,19 +71,55 @@ void exponentiate(T* tile, int64_t stride, int64_t count, int64_t lanes, int64_t
   }
 }
 
-// The cosines of one tile become the gradient by them: G of WeightGradArgs.
+// The statistics of exponentiate() and the sums of exp(scale * cos - shift) * cos^k; the tile stays. `moments` is
+// (rows, kMoments), like `stats` from the first row of the tile on.
 template <typename T>
-void differentiate(T* tile, int64_t stride, int64_t count, int64_t lanes, int64_t first_class, const Index<T>* target,
-                   const T* log2_lse, const T* negative_coefficient, const T* target_coefficient, T log2_scale) {
+void sum_moments(const T* tile, int64_t stride, int64_t count, int64_t lanes, int64_t first_class,
+                 const Index<T>* target, const T* log2_shift, T log2_scale, RowStats* stats, double* moments) {
+  const Vec<T> lowest = broadcast(-std::numeric_limits<T>::infinity());
   for (int64_t i = 0; i < lanes; i += kLanes<T>) {
     const Mask<T> own = load_index<T>(target + i) - static_cast<Index<T>>(first_class);
+    const Vec<T> shift = load(log2_shift + i);
+    Vec<T> sums[kMoments] = {}, max = lowest;
+    for (int64_t j = 0; j < count; ++j) {
+      const Vec<T> cosine = load(tile + j * stride + i);
+      const Mask<T> is_target = own == static_cast<Index<T>>(j);
+      max = maximum<T>(is_target ? lowest : cosine, max);
+      Vec<T> term = is_target ? Vec<T>{} : exp2<T>(cosine * log2_scale - shift);
+#pragma GCC unroll 16
+      for (int k = 0; k < kMoments; ++k) {
+        sums[k] += term;
+        term *= cosine;
+      }
+    }
+    for (int lane = 0; lane < kLanes<T>; ++lane) {
+      stats[i + lane].sum += sums[0][lane];
+      stats[i + lane].max = std::max<double>(stats[i + lane].max, max[lane]);
+      for (int k = 0; k < kMoments; ++k) moments[(i + lane) * kMoments + k] += sums[k][lane];
+    }
+  }
+}
+
+// The cosines of one tile become the gradient by them, G of WeightGradArgs, as if none were a target.
+template <typename T>
+void differentiate(T* tile, int64_t stride, int64_t count, int64_t lanes, const T* log2_lse,
+                   const T* negative_coefficient, T log2_scale) {
+  for (int64_t i = 0; i < lanes; i += kLanes<T>) {
     const Vec<T> lse = load(log2_lse + i), negative = load(negative_coefficient + i);
     for (int64_t j = 0; j < count; ++j) {
       T* const at = tile + j * stride + i;
       store<T>(at, negative * exp2<T>(load(at) * log2_scale - lse));
     }
-    for (int lane = 0; lane < kLanes<T>; ++lane)
-      if (own[lane] >= 0 && own[lane] < count) tile[own[lane] * stride + i + lane] = target_coefficient[i + lane];
+  }
+}
+
+// In the places of the targets in a tile of `count` classes and `lanes` rows: the rows' values.
+template <typename T>
+void place_targets(T* tile, int64_t stride, int64_t count, int64_t lanes, int64_t first_class, const Index<T>* target,
+                   const T* values) {
+  for (int64_t i = 0; i < lanes; ++i) {
+    const int64_t own = static_cast<int64_t>(target[i]) - first_class;
+    if (own >= 0 && own < count) tile[own * stride + i] = values != nullptr ? values[i] : T(0);
   }
 }
 

@@ -26,6 +26,7 @@ def class_stats(
     center_sum: int,
     threads: int,
     negatives: _Negatives,
+    moments: int,
 ) -> None: ...
 def weight_grad(
     product: int,
@@ -39,6 +40,7 @@ def weight_grad(
     d_weight: _Matrix,
     threads: int,
     negatives: _Negatives,
+    negative_grad: int,
 ) -> None: ...
 
 NO_MOMENTUM: int

@@ -56,6 +56,8 @@ def stages(scale: Any) -> dict[str, list[tuple[Any, ...]]]:
 
 OPERATORS: dict[str, list[tuple[Any, ...]]] = {
     "class_max": [(X, W, TARGET)],
+    "class_moments": [(X, W, TARGET, 8.0), (X.bfloat16(), W[:0], TARGET.clamp(max=-1), 8.0)],
+    "both_gradients": [(X, W, TARGET, 8.0, *GRADIENTS), (X, W[:0], TARGET.clamp(max=-1), 8.0, *GRADIENTS)],
     "bias_grad": [(X, W, TARGET, LSE, LSE)],
     "target_cosine": [(X, W, TARGET), (X.bfloat16(), W.double(), TARGET)],
     "finish_negatives": [(ROWS, LSE, MEANS), (ROWS, None, ROWS.new_empty(0))],
@@ -91,12 +93,13 @@ def test_every_operator_is_here() -> None:
     assert defined == {*OPERATORS, *OF_NO_BACKEND}
 
 
-# The heads call margin_loss only where it is fused.
+# The heads call these operators only of backends with a feature.
+FEATURES = {"margin_loss": "fused_margin", "class_moments": "late_scale", "both_gradients": "late_scale"}
 CASES = [
     (name, backend)
     for name in OPERATORS
     for backend in BACKENDS
-    if not name.startswith("margin_loss") or backends.has(backend, "fused_margin")
+    if backends.has(backend, FEATURES.get(name.split(".")[0], "sub_centers"))
 ]
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..base.dtypes import compute_dtype
-from ..engine.terms import PLAIN, CenterStep, Negatives, RowGradients
+from ..engine.terms import MOMENTS, PLAIN, CenterStep, Negatives, RowGradients
 from . import native
 
 
@@ -99,6 +99,7 @@ def _run_class_stats(
     center_sum: Tensor | None,
     negatives: Negatives,
     by_bias: bool = False,
+    moments: Tensor | None = None,
 ) -> None:
     # Bound to names: a temporary's memory would be gone before the kernel reads it.
     target = target.contiguous()
@@ -116,6 +117,7 @@ def _run_class_stats(
         native.address(center_sum),
         torch.get_num_threads(),
         _native_negatives(negatives, threshold, by_bias),
+        native.address(moments),
     )
 
 
@@ -240,6 +242,16 @@ def class_stats(
     return total, maximum, center_sum
 
 
+def class_moments(embeddings: Tensor, weight: Tensor, target: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Return the sums of ``e^(scale·c)·c^k`` over the negatives' cosines c, (N, MOMENTS) fp64, and the maxima (N,)."""
+    maximum = torch.empty(embeddings.shape[0], dtype=compute_dtype(embeddings, weight))
+    total = torch.empty_like(maximum)
+    moments = torch.empty(embeddings.shape[0], MOMENTS, dtype=torch.float64)
+    if embeddings.shape[0] > 0:
+        _run_class_stats(embeddings, weight, target, scale, None, maximum, total, None, PLAIN, moments=moments)
+    return moments, maximum
+
+
 def bias_grad(
     embeddings: Tensor, weight: Tensor, target: Tensor, lse: Tensor, d_lse: Tensor, negatives: Negatives = PLAIN
 ) -> Tensor:
@@ -260,8 +272,13 @@ def weight_grad(
     target: Tensor,
     gradients: RowGradients,
     negatives: Negatives = PLAIN,
+    negative_grad: Tensor | None = None,
 ) -> Tensor:
-    """Implement :func:`fused_arcface.backends.torch.weight_grad`."""
+    """Implement :func:`fused_arcface.backends.torch.weight_grad`.
+
+    With ``negative_grad`` (N, D), of the compute dtype, also write there the gradient by the unit embeddings that they
+    owe to their negatives.
+    """
     if embeddings.shape[0] == 0:
         return torch.zeros_like(weight)
     target, gradients = target.contiguous(), gradients.contiguous()
@@ -276,8 +293,17 @@ def weight_grad(
         native.matrix(d_weight),
         torch.get_num_threads(),
         _native_negatives(negatives, threshold),
+        native.address(negative_grad),
     )
     return d_weight
+
+
+def both_gradients(
+    embeddings: Tensor, weight: Tensor, target: Tensor, gradients: RowGradients
+) -> tuple[Tensor, Tensor]:
+    """Return :func:`weight_grad`, and the part of the gradient by the unit embeddings (N, D) that negatives have."""
+    negative_grad = torch.empty(embeddings.shape, dtype=compute_dtype(embeddings, weight))
+    return weight_grad(embeddings, weight, target, gradients, negative_grad=negative_grad), negative_grad
 
 
 def update_centers(

@@ -44,6 +44,7 @@ FEATURES = {
     "padding": "a sample of the classes whose number only the device knows",
     "permutation": "the keyed permutation of a sampled step in one launch",
     "device_scale": "a scale that is learned or adapts, which only the device knows",
+    "late_scale": "the sums for a scale that is known after the pass over the classes",
     "fused_margin": "a margin_loss in one launch; elsewhere plain PyTorch is as good and takes any margin",
     "fused_margin_fp64": "the same in fp64",
 }
@@ -67,7 +68,7 @@ BACKENDS = (
         frozenset(
             {
                 *("sub_centers", "modulated_negatives", "turned_negatives", "binary_losses", "device_scale"),
-                *("fused_margin", "fused_margin_fp64"),
+                *("late_scale", "fused_margin", "fused_margin_fp64"),
             }
         ),
     ),

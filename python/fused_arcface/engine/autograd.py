@@ -11,7 +11,7 @@ case is a shard whose collectives return what they were given.
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +25,9 @@ from . import ops
 from .mixed import add_second_gradient
 from .shard import ONE_DEVICE, Shard
 from .terms import Negatives, RowGradients, SecondTarget
+
+if TYPE_CHECKING:
+    from .adapting import Moments
 
 _ops = torch.ops.fused_arcface
 
@@ -57,6 +60,7 @@ class NegativesAndTarget(torch.autograd.Function):
         backend: str,
         shard: Shard,
         bounds: tuple[float, float],
+        moments: Moments | None,
         *numbers: Any,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         negatives = dict(zip(Negatives._fields, numbers, strict=True))
@@ -71,10 +75,15 @@ class NegativesAndTarget(torch.autograd.Function):
             maximum = _ops.class_max.default(rows, centers, target, backend, shard.class_count, **negatives)
             maximum = shard.ranks.max(maximum)
             shift = (scale * maximum.double()).masked_fill(maximum == -torch.inf, 0)
-        class_stats, (factor,) = ops.for_numbers(_ops.class_stats, scale)
-        total, maximum, center_sum = class_stats(
-            rows, centers, target, factor, shift, with_center_sum, backend, shard.class_count, **negatives
-        )
+        known = None if moments is None or shift is not None else moments.total(scale)
+        if known is None or moments is None:
+            class_stats, (factor,) = ops.for_numbers(_ops.class_stats, scale)
+            total, maximum, center_sum = class_stats(
+                rows, centers, target, factor, shift, with_center_sum, backend, shard.class_count, **negatives
+            )
+        else:
+            total, maximum = known.to(moments.maximum.dtype), moments.maximum
+            center_sum = total.new_empty(0)
         target_cosine = _ops.target_cosine.default(rows, weight, shard.target_rows(target), backend)
         second_cosine = None
         if second is None:
@@ -85,11 +94,12 @@ class NegativesAndTarget(torch.autograd.Function):
         if shard.with_max:
             maximum = shard.ranks.max(maximum)
         lse, mean_center = _ops.finish_negatives.default(total, shift, center_sum, backend)
-        known = None if isinstance(scale, Tensor) else scale
+        number = None if isinstance(scale, Tensor) else scale
         of_device = scale if isinstance(scale, Tensor) else None
         ctx.save_for_backward(embeddings, weight, target, second, lse, mean_center, of_device)
         ctx.scale_dtype = given.dtype if isinstance(given, Tensor) else None
-        ctx.scale, ctx.with_center_sum, ctx.backend, ctx.shard = known, with_center_sum, backend, shard
+        ctx.scale, ctx.with_center_sum, ctx.backend, ctx.shard = number, with_center_sum, backend, shard
+        ctx.centers_are_summed = known is None
         ctx.negatives = negatives
         ctx.mark_non_differentiable(maximum)
         ctx.set_materialize_grads(False)
@@ -123,9 +133,16 @@ class NegativesAndTarget(torch.autograd.Function):
             # By the scale, lse has the derivative Σ p_j·cos_j, the cosine with the mean of the centers that it sums.
             along = (unit_rows(rows.to(mean_center.dtype)) * mean_center).sum(1)
             d_scale = shard.ranks.sum((d_lse.double() * along).sum()).to(ctx.scale_dtype)
+        d_centers = None
         if ctx.with_center_sum:
+            of_mean = negative_coefficient
+            if not ctx.centers_are_summed:
+                d_centers, mean_center = _ops.both_gradients.default(
+                    rows, shard.centers(weight), target, *gradients, ctx.backend
+                )
+                of_mean = torch.ones_like(d_lse)
             d_unit = _ops.unit_embedding_grad.default(
-                weight, shard.target_rows(target), mean_center, negative_coefficient, d_target_cosine, ctx.backend
+                weight, shard.target_rows(target), mean_center, of_mean, d_target_cosine, ctx.backend
             )
             if second is not None:
                 row, ones = shard.target_rows(second.row), torch.ones_like(d_lse)
@@ -140,10 +157,11 @@ class NegativesAndTarget(torch.autograd.Function):
         if shard.update is not None:
             shard.update.apply(rows, shard.classes, target, gradients, ctx.backend, Negatives(**ctx.negatives), second)
         elif ctx.needs_input_grad[1]:
-            weight_grad, (factor,) = ops.for_numbers(_ops.weight_grad, scale)
             centers = shard.centers(weight)
-            numbers = (factor, lse, negative_coefficient, d_target_cosine)
-            d_centers = weight_grad(rows, centers, target, *numbers, ctx.backend, **ctx.negatives)
+            if d_centers is None:
+                weight_grad, (factor,) = ops.for_numbers(_ops.weight_grad, scale)
+                numbers = (factor, lse, negative_coefficient, d_target_cosine)
+                d_centers = weight_grad(rows, centers, target, *numbers, ctx.backend, **ctx.negatives)
             if second is not None:
                 add_second_gradient(d_centers, rows, centers, second)
             d_weight = shard.weight_gradient(d_centers, weight)
@@ -152,7 +170,7 @@ class NegativesAndTarget(torch.autograd.Function):
             if ctx.needs_input_grad[0]:
                 d_embeddings = _ops.embedding_grad.default(d_unit, shard.own_rows(rows), ctx.backend)
         d_logistic = None if d_bias is None else F.pad(d_bias[None], (4, 0))
-        return d_embeddings, d_weight, None, None, d_scale, *(None for _ in range(7)), d_logistic
+        return d_embeddings, d_weight, None, None, d_scale, *(None for _ in range(8)), d_logistic
 
 
 def cosines_of_targets(
@@ -185,6 +203,7 @@ def negatives_and_target(
     modulation: Modulation | None = None,
     second: Tensor | None = None,
     logistic: Tensor | None = None,
+    moments: Moments | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Return each row's negative log-sum-exp and target cosine, differentiable, and greatest negative cosine, ``(N,)``.
 
@@ -204,6 +223,7 @@ def negatives_and_target(
         second: (N,) like target: a second target, which is one of the negatives as well.
         logistic: (5,) as in :class:`Negatives`: the negatives then have losses of their own, and the log-sum-exp is the
             logarithm of their sum.
+        moments: the sums of an earlier pass in this step. If they serve this scale, no other pass is made.
     """
     bounds = (1.0, 1.0) if modulation is None else (modulation.greatest, modulation.steepest)
     changed = (None, None) if modulation is None else (modulation.threshold, modulation.coefficients)
@@ -219,6 +239,7 @@ def negatives_and_target(
         backend,
         shard,
         bounds,
+        moments,
         sub_centers,
         *changed,
         logistic,

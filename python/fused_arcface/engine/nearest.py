@@ -49,12 +49,15 @@ def nearest_classes(
     step, num_classes = max(_CLASSES, k), weight.shape[0] // sub_centers
     for start in range(0, num_classes, step):
         chunk = cosines_of(embeddings, weight[start * sub_centers : (start + step) * sub_centers], sub_centers)
-        ids = torch.arange(start, start + chunk.shape[1], device=chunk.device).expand_as(chunk)
         if left_out is not None:
-            chunk = chunk.masked_fill(ids == left_out[:, None], -torch.inf)
+            column = (left_out - start).clamp(0, chunk.shape[1] - 1)[:, None]
+            kept = chunk.gather(1, column).masked_fill(column + start == left_out[:, None], -torch.inf)
+            chunk = chunk.scatter(1, column, kept)
         if class_count is not None:
+            ids = torch.arange(start, start + chunk.shape[1], device=chunk.device)
             chunk = chunk.masked_fill(ids * sub_centers >= class_count, -torch.inf)
-        cosines, classes = torch.cat([cosines, chunk], 1), torch.cat([classes, ids], 1)
+        nearest, column = chunk.topk(min(k, chunk.shape[1]))
+        cosines, classes = torch.cat([cosines, nearest], 1), torch.cat([classes, column + start], 1)
         cosines, best = cosines.topk(min(k, cosines.shape[1]))
         classes = classes.gather(1, best)
     return cosines, classes

@@ -19,7 +19,7 @@ from .. import backends
 from ..base.checks import check_row_factors, check_target_range
 from ..base.dtypes import compute_dtype
 from ..base.ranges import POSITIVE, check_number
-from .terms import IGNORED, INVALID, PLAIN, CenterStep, Negatives, RowGradients, check_update
+from .terms import IGNORED, INVALID, MOMENTS, PLAIN, CenterStep, Negatives, RowGradients, check_update
 
 _ROWS = "Tensor embeddings, Tensor weight, Tensor target"
 _COEFFICIENTS = "Tensor lse, Tensor negative_coefficient, Tensor target_coefficient"
@@ -33,6 +33,9 @@ _SCHEMAS = {
     "class_stats": f"({_ROWS}, Scalar scale, Tensor? shift, bool with_center_sum, str backend, "
     f"Tensor? class_count=None, {_NEGATIVES}) -> (Tensor, Tensor, Tensor)",
     "weight_grad": f"({_ROWS}, Scalar scale, {_COEFFICIENTS}, str backend, {_NEGATIVES}) -> Tensor",
+    # for a scale that is known after the pass over the classes, see adapting.py
+    "class_moments": f"({_ROWS}, float scale, str backend) -> (Tensor, Tensor)",
+    "both_gradients": f"({_ROWS}, float scale, {_COEFFICIENTS}, str backend) -> (Tensor, Tensor)",
     "update_centers": "(Tensor embeddings, Tensor(a!) weight, Tensor target, Scalar scale, "
     f"{_COEFFICIENTS}, Tensor? classes, Tensor(b!)? momentum_buffer, Tensor(c!)? momentum_scale, float lr, "
     "float momentum, float weight_decay, int rounding_key, int class_start, Tensor active, "
@@ -313,6 +316,43 @@ def _weight_grad(
 @torch.library.register_fake("fused_arcface::weight_grad")
 def _weight_grad_fake(embeddings: Tensor, weight: Tensor, *rest: object, **_: object) -> Tensor:
     return torch.empty_like(weight)
+
+
+@torch.library.impl("fused_arcface::class_moments", "default")
+def _class_moments(
+    embeddings: Tensor, weight: Tensor, target: Tensor, scale: float, backend: str
+) -> tuple[Tensor, Tensor]:
+    if weight.shape[0] == 0:
+        moments, maximum = _class_moments_fake(embeddings, weight, target, scale, backend)
+        return moments.zero_(), maximum.fill_(-torch.inf)
+    result: tuple[Tensor, Tensor] = _run("class_moments", embeddings, weight, target, scale, backend)
+    return result
+
+
+@torch.library.register_fake("fused_arcface::class_moments")
+def _class_moments_fake(
+    embeddings: Tensor, weight: Tensor, target: Tensor, scale: float, backend: str
+) -> tuple[Tensor, Tensor]:
+    maximum = _target_cosine_fake(embeddings, weight, target, backend)
+    return maximum.new_empty(len(maximum), MOMENTS, dtype=torch.float64), maximum
+
+
+@torch.library.impl("fused_arcface::both_gradients", "default")
+def _both_gradients(
+    embeddings: Tensor, weight: Tensor, target: Tensor, *gradients_and_backend: Any
+) -> tuple[Tensor, Tensor]:
+    *gradients, backend = gradients_and_backend
+    if weight.shape[0] == 0:
+        d_centers, d_unit = _both_gradients_fake(embeddings, weight)
+        return d_centers, d_unit.zero_()
+    arguments = embeddings, weight, target, RowGradients(*gradients), backend
+    result: tuple[Tensor, Tensor] = _run("both_gradients", *arguments)
+    return result
+
+
+@torch.library.register_fake("fused_arcface::both_gradients")
+def _both_gradients_fake(embeddings: Tensor, weight: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(weight), embeddings.new_empty(embeddings.shape, dtype=compute_dtype(embeddings, weight))
 
 
 @torch.library.impl("fused_arcface::bias_grad", "default")

@@ -17,6 +17,7 @@ from ..base.normalize import norms_of
 from ..base.options import HeadOptions
 from ..base.statistics import MarginSoftmaxStats
 from ..margins.protocol import binary_numbers, for_rows, modulates, modulation
+from .adapting import Ahead, Moments, look_ahead
 from .autograd import cosines_of_targets, negatives_and_target
 from .margin_step import in_step
 from .mixed import nearer_first, of_both
@@ -116,16 +117,19 @@ def loss_over_classes(
         cosine, target_row = nearest(rows.target)
         change = modulation(margin, cosine, ~ignored, hardest)
 
-    def compare(scale: float | Tensor) -> _Compared:
+    def compare(scale: float | Tensor, moments: Moments | None = None) -> _Compared:
         logistic = binary_numbers(margin, scale)
         return negatives_and_target(
-            embeddings, weight, target_row, scale, backend, shard, sub_centers, change, second_row, logistic
+            embeddings, weight, target_row, scale, backend, shard, sub_centers, change, second_row, logistic, moments
         )
+
+    def ahead(scale: Tensor) -> Ahead | None:
+        return look_ahead(embeddings, weight, target_row, scale, sub_centers, backend, shard)
 
     num_classes = shard.num_classes or weight.shape[0] // sub_centers
     if isinstance(options.scale, nn.Module):
         step = in_step(options.scale, embeddings, alone=shard.batch is not None)
-        scale, found = _with_adapting_scale(options.scale, step, compare, ~ignored, num_classes)
+        scale, found = _with_adapting_scale(options.scale, step, compare, ahead, ~ignored, num_classes)
     else:
         scale, found = options.scale, compare(options.scale)
     lse, cosine, greatest, other_cosine = found
@@ -142,24 +146,34 @@ def loss_over_classes(
 
 
 def _with_adapting_scale(
-    scale: Any, step: Any, compare: Callable[[float | Tensor], _Compared], counted: Tensor, num_classes: int
+    scale: Any,
+    step: Any,
+    compare: Callable[..., _Compared],
+    ahead: Callable[[Tensor], Ahead | None],
+    counted: Tensor,
+    num_classes: int,
 ) -> tuple[float | Tensor, _Compared]:
     """Return the scale of a step, and what the pass over the classes gives with it.
 
     Args:
         scale: the head's scale, such as AdaCos.
         step: the same in this step, see :func:`in_step`.
-        compare: the pass over the classes, for a scale.
+        compare: the pass over the classes, for a scale and the moments if there are some.
+        ahead: :func:`look_ahead` for a scale.
         counted: (N,) bool, false for ignored rows.
         num_classes: over all shards.
     """
-    value = step.current(num_classes)
+    value, moments = step.current(num_classes), None
     if scale.training and not scale.delayed:
-        with torch.no_grad():
-            lse, cosine, *_ = compare(value)
+        seen = ahead(value)
+        if seen is not None:
+            moments, lse, cosine = seen
+        else:
+            with torch.no_grad():
+                lse, cosine, *_ = compare(value)
         value = step.rescale(lse, cosine, counted, value)
     used = readable(value)
-    found = compare(used)
+    found = compare(used, moments)
     if scale.training and scale.delayed:
         step.rescale(found[0].detach(), found[1].detach(), counted, value)
     return used, found

@@ -19,6 +19,9 @@ classes become rows."""
 MOMENTUM_BLOCK = 64
 """Columns of a row that share one unit of an int8 momentum: 1/16 byte an element for it."""
 
+MOMENTS = 16
+"""Number of moments that a backend with the feature ``late_scale`` sums, see adapting.py."""
+
 
 class Negatives(NamedTuple):
     """The rule by which a row's negatives enter its sum, if not by their cosines alone.

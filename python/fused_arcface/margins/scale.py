@@ -23,8 +23,10 @@ class AdaCos(StatefulMargin):
     not finite are left out. With ``sample_rate < 1`` the sum is over the step's classes. In ``eval()`` the scale stays
     as it is. A result that is not above 0 is dropped: the formula has one where all negatives are far.
 
-    B is of the same batch, so a step makes a second pass over the classes, of half a forward pass. ``delayed=True``
-    saves it: a step then uses the scale that the step before has computed.
+    B is of the same batch, so the scale is known after a pass over the classes. On a CPU that pass is enough if the
+    step changes the scale by at most 1. Otherwise there is a second pass, of half a forward pass; also on a GPU,
+    compiled, with sub-centers, and with ``CenterSGD``. ``delayed=True`` always saves it: a step then uses the scale
+    that the step before has computed.
 
     Args:
         delayed: use each scale one step later, at no cost over the classes.
