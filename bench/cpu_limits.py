@@ -101,11 +101,10 @@ sys.meta_path[:] = [each for each in sys.meta_path if "ScikitBuild" not in type(
 sys.path.insert(0, sys.argv[1])
 import torch
 import fused_arcface as fa
-from fused_arcface.app.benchmark.cases import HEADLINE, make_inputs
-torch.set_num_threads(int(sys.argv[2]))
-x, w, target = make_inputs(HEADLINE, "cpu")
-x.requires_grad_()
-w.requires_grad_()
+threads, N, C, D = map(int, sys.argv[2:])
+torch.set_num_threads(threads)
+x, w = torch.randn(N, D, requires_grad=True), torch.randn(C, D, requires_grad=True)
+target = torch.randint(C, (N,))
 print(fa.__file__, flush=True)
 for _ in sys.stdin:
     x.grad = w.grad = None
@@ -119,7 +118,8 @@ class Earlier:
     """The fp32 step of another build of this package, in a process that runs it when it is told."""
 
     def __init__(self, path: str, isa: str = "") -> None:
-        command = [sys.executable, "-c", WORKER, path, str(torch.get_num_threads())]
+        sizes = torch.get_num_threads(), HEADLINE.N, HEADLINE.C, HEADLINE.D
+        command = [sys.executable, "-c", WORKER, path, *map(str, sizes)]
         environment = {**os.environ, **({"FUSED_ARCFACE_ISA": isa} if isa else {})}
         self._process = subprocess.Popen(
             command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True

@@ -11,6 +11,7 @@
 #include "cpu/kernels.h"
 #include "rows_io.h"
 #include "tuples.h"
+#include "without_gil.h"
 
 #if FA_CUDA
 #include "cuda/bindings.h"
@@ -72,7 +73,7 @@ void class_stats(int product, const MatrixTuple& embeddings, const MatrixTuple& 
                                 pointer<const double>(shift),   pointer<void>(negative_max),
                                 pointer<void>(negative_sum),    pointer<void>(center_sum)};
   const fa::PassOptions options{threads, to_negatives(negatives), pointer<double>(moments), nullptr};
-  const py::gil_scoped_release release;
+  const fa::WithoutGil without_gil;
   pass(args, options);
 }
 
@@ -89,7 +90,7 @@ void weight_grad(int product, const MatrixTuple& embeddings, const MatrixTuple& 
                                 pointer<const void>(target_coefficient),
                                 to_matrix(d_weight)};
   const fa::PassOptions options{threads, to_negatives(negatives), nullptr, pointer<void>(negative_grad)};
-  const py::gil_scoped_release release;
+  const fa::WithoutGil without_gil;
   pass(args, options);
 }
 
@@ -107,14 +108,14 @@ void update_centers(int product, const MatrixTuple& embeddings, const MatrixTupl
                                 {}};
   const fa::PassOptions options{threads, to_negatives(negatives), nullptr, nullptr};
   const fa::CenterStep step = to_center_step(center_step);
-  const py::gil_scoped_release release;
+  const fa::WithoutGil without_gil;
   pass(args, step, options);
 }
 
 void target_cosine(int compute, const MatrixTuple& embeddings, const MatrixTuple& weight, uintptr_t target,
                    uintptr_t cosine, int threads) {
   const auto stage = in_dtype(kernels().target_cosine, compute);
-  const py::gil_scoped_release release;
+  const fa::WithoutGil without_gil;
   stage(to_matrix(embeddings), to_matrix(weight), pointer<const int64_t>(target), pointer<void>(cosine), threads);
 }
 
@@ -128,7 +129,7 @@ void finish_negatives(int compute, int64_t rows, int64_t columns, uintptr_t nega
                             pointer<const double>(shift),
                             pointer<double>(lse),
                             pointer<void>(mean_center)};
-  const py::gil_scoped_release release;
+  const fa::WithoutGil without_gil;
   stage(args);
 }
 
@@ -138,14 +139,14 @@ void unit_embedding_grad(int compute, const MatrixTuple& weight, uintptr_t targe
   const auto stage = in_dtype(kernels().unit_embedding_grad, compute);
   const fa::UnitGradArgs args{rows, pointer<const void>(mean_center), pointer<const void>(negative_coefficient),
                               pointer<const void>(target_coefficient), pointer<void>(d_unit)};
-  const py::gil_scoped_release release;
+  const fa::WithoutGil without_gil;
   stage(to_matrix(weight), pointer<const int64_t>(target), args, threads);
 }
 
 void embedding_grad(int compute, uintptr_t d_unit, const MatrixTuple& embeddings, const MatrixTuple& d_embeddings,
                     int threads) {
   const auto stage = in_dtype(kernels().embedding_grad, compute);
-  const py::gil_scoped_release release;
+  const fa::WithoutGil without_gil;
   stage(pointer<const void>(d_unit), to_matrix(embeddings), to_matrix(d_embeddings), threads);
 }
 
@@ -161,7 +162,7 @@ void margin_loss(int compute, uintptr_t negative_lse, uintptr_t target_cosine, i
 
 int64_t multiply_adds(int product, int64_t rounds, int threads) {
   const auto pass = in_dtype(kernels().multiply_adds, product);
-  const py::gil_scoped_release release;
+  const fa::WithoutGil without_gil;
   return pass(rounds, threads);
 }
 
@@ -170,7 +171,7 @@ int transfer_records(bool write, int file, int64_t record_bytes, uintptr_t rows,
                      const std::vector<std::tuple<uintptr_t, int64_t>>& fields, int threads) {
   fa::Records records{file, record_bytes, pointer<const int64_t>(rows), count, {}};
   for (const auto& [data, bytes] : fields) records.fields.push_back({pointer<char>(data), bytes});
-  const py::gil_scoped_release release;
+  const fa::WithoutGil without_gil;
   return write ? fa::write_records(records, threads) : fa::read_records(records, threads);
 }
 

@@ -12,7 +12,7 @@
 
 namespace fa {
 
-// Memory for a Scratch and back. Small blocks are kept for the next call, at most 24 of 2 MiB: fresh memory costs a
+// Memory for a Scratch and back. Small blocks are kept for the next call, at most 12 MiB in all: fresh memory costs a
 // page fault every 4 KiB, which is what a small problem would mostly do. Any thread may call these, and a forked
 // process.
 void* take_scratch(size_t bytes);

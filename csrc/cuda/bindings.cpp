@@ -6,6 +6,7 @@
 
 #include "kernels.h"
 #include "tuples.h"
+#include "without_gil.h"
 
 namespace py = pybind11;
 
@@ -54,7 +55,7 @@ int64_t class_stats(const std::string& precision, const MatrixTuple& embeddings,
                             pointer<const int64_t>(target), scale,
                             pointer<const double>(shift),   pointer<void>(negative_max),
                             pointer<void>(negative_sum),    pointer<void>(center_sum)};
-  const py::gil_scoped_release release;
+  const fa::WithoutGil without_gil;
   return visit_precision(precision, [&](auto passes) {
     return passes.class_stats(args, pointer<const int64_t>(class_count), to_options(options), pointer<void>(workspace),
                               to_stream(stream));
@@ -73,7 +74,7 @@ int64_t weight_grad(const std::string& precision, const MatrixTuple& embeddings,
                             pointer<const void>(negative_coefficient),
                             pointer<const void>(target_coefficient),
                             to_matrix(d_weight)};
-  const py::gil_scoped_release release;
+  const fa::WithoutGil without_gil;
   return visit_precision(precision, [&](auto passes) {
     return passes.weight_grad(args, nullptr, nullptr, to_options(options), pointer<void>(workspace), to_stream(stream));
   });
@@ -92,7 +93,7 @@ int64_t update_centers(const std::string& precision, const MatrixTuple& embeddin
                             pointer<const void>(target_coefficient),
                             {}};
   const CenterStep step = to_center_step(center_step);
-  const py::gil_scoped_release release;
+  const fa::WithoutGil without_gil;
   return visit_precision(precision, [&](auto passes) {
     return passes.weight_grad(args, &step, pointer<const bool>(active), to_options(options), pointer<void>(workspace),
                               to_stream(stream));

@@ -119,6 +119,18 @@ def test_a_thread_that_cannot_be_started_is_done_without(tmp_path: Path) -> None
         assert (result.returncode, result.stdout.strip()) == (0, expected), (allocations, result)
 
 
+@pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
+def test_little_scratch_memory_is_kept(tmp_path: Path) -> None:
+    """At most 12 MiB between calls, with their headers, so that a call and what is kept stay below 32 MB together."""
+    csrc, program = Path(__file__).parents[2] / "csrc", tmp_path / "scratch"
+    sources = [Path(__file__).parents[1] / "threads" / "scratch.cpp", csrc / "cpu" / "scratch.cpp"]
+    subprocess.run(["c++", "-std=c++17", f"-I{csrc}", *sources, "-o", program], check=True)
+    result = subprocess.run([program], capture_output=True, text=True, timeout=20, check=True)
+    held = [int(line) for line in result.stdout.split()]
+    assert len(held) == 3
+    assert all(0 < each <= 12 * 2**20 + 24 * 64 for each in held), held
+
+
 @pytest.mark.full
 @pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
 def test_no_data_race(tmp_path: Path) -> None:

@@ -40,7 +40,8 @@ MOST_IN_EPILOGUE = {"class_stats_kernel": 2500, "class_gradient_kernel": 1800}
 """Instructions of a thread after the products of a 128x256 tile: 2253 and 1541 with Triton 3.7.1."""
 
 SPILLS_ARE_KNOWN = Version(version("triton")) < Version("3.8")
-"""The bounds above are for Triton 3.4 to 3.7. Newer ones spill more in the flash passes of D > 128: slower, not wrong."""
+"""The bounds above are for Triton 3.4 to 3.7. Newer ones spill more in the flash passes of D > 128:
+slower, not wrong."""
 
 MARGIN = CombinedMargin(1.2, 0.3, 0.1, "fold")
 

@@ -28,8 +28,8 @@ class HopperConfig:
     ordered: bool = True
     """If true, a tile's second product waits for the next tile's first, and runs under that one's exponentials."""
     center_bytes: int = 33 << 20
-    """Size of one launch's packed centers, if centers are not plain bf16 rows, and of its fp32 gradient, if the gradient
-    has a dtype or strides that the kernel does not write. 33,792 packed centers are four blocks of 64 for each of 132
+    """Size of one launch's packed centers, if centers are not plain bf16 rows, and of its fp32 gradient, if the kernel
+    cannot write the gradient's dtype or strides. 33,792 packed centers are four blocks of 64 for each of 132
     multiprocessors."""
 
 

@@ -8,7 +8,8 @@ Each class derives from the one it replaces. Constructor, miners, reducers, regu
 theirs, with margins in degrees and ``W`` (D, C). The losses of the rows come from this package, which stores no N×C
 logits. These differences are intended:
 
-- The gradient is exact and bounded where theirs divides by zero: at a target's cosine of ±1 theirs is NaN before torch 2.14.
+- The gradient is exact and bounded where theirs divides by zero: at a target's cosine of ±1 it is NaN before torch
+  2.14.
 - A small loss keeps its digits: theirs is ``log Σ e^z - z``, which is 0 or several percent off in fp32.
 - ``W`` keeps its dtype. Theirs takes that of the embeddings: after one batch in bf16 it stays in bf16.
 - A label outside [0, C) raises a ValueError that names it.
