@@ -365,7 +365,9 @@ class Trainer:
             for problem in problems:
                 self.tell(Noted(f"verification: {problem}"))
             if checked is not None:
-                kept = KeptThresholds(name, checked.found.accuracy, checked.thresholds, step)
+                kept = KeptThresholds(
+                    name, checked.found.accuracy, checked.thresholds, step, checked.found.num_pairs[1]
+                )
                 best = False
                 try:
                     best = self._best.keep(learner.backbone, kept)

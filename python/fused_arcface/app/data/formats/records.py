@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fused_arcface.base.reading import DataError
 
+from ..image_formats import SUFFIXES
 from ..images import MAX_PIXELS, ImageError, ImageSpec, image_spec, read_image
 from .folders import missing_numbers
 from .record_index import Heads, Ints, read_heads, read_index, unnamed_ranges
@@ -21,9 +22,12 @@ _NONE = np.empty(0, np.int64), np.empty(0, np.int64)
 
 
 def is_records(data: str) -> bool:
-    """Return whether a name is that of a RecordIO file, or of a folder with ``train.rec`` in it."""
+    """Return whether a name is that of a RecordIO file, or of a folder with ``train.rec`` in it.
+
+    The file may have any suffix but those of images.
+    """
     path = Path(data)
-    return path.is_file() or (path / "train.rec").is_file()
+    return (path.is_file() and path.suffix.lower() not in SUFFIXES) or (path / "train.rec").is_file()
 
 
 def open_records(data: str, max_pixels: int) -> RecordImages:
