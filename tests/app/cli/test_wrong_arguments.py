@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 
 import pytest
@@ -79,6 +80,7 @@ CASES = {
     f"verify {IDENTITIES} {NET} --save-embeddings x.txt": "--save-embeddings must be in a .npz or .safetensors file",
     f"verify --data= {NET}": "--data must be a folder, ",
     f"identify {IDENTITIES} {NET} --gallery-images 9": "labels must hold an identity with more than gallery_images=9",
+    "identify --data pairs.bin --checkpoint run": "--data must be a folder, ",
     "compare --criteria nothing --output new": "--criteria must be among",
     "compare --output bob.png": "--output bob.png cannot be written to: File exists",
     "demo --output bob.png": "--output bob.png cannot be written to: File exists",
@@ -90,7 +92,7 @@ CASES = {
     "gradcheck --dtype fp32": "--dtype must be float64, float32, bfloat16, float16 or all; got fp32",
     "doctor now": "Got unexpected extra argument",
 }
-FILES = {
+FILES = {  # options that name a file for results
     "verify": ("--json", "--report", "--save-embeddings"),
     "identify": ("--json", "--report", "--save-embeddings", "--predictions"),
 }
@@ -108,6 +110,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = TrainConfig(data="identities:6x4", epochs=1, batch_size=8, image_size=16, workers=0, device="cpu")
     train(config, folder / "run")
     (folder / "bare.pt").write_bytes((folder / "run" / "model.pt").read_bytes())
+    (folder / "pairs.bin").write_bytes(pickle.dumps(([], [])))
     picture(0, 0).save(folder / "bob.png")
     return folder
 
@@ -122,3 +125,19 @@ def test_a_wrong_argument_is_named(
     shown = capsys.readouterr()
     assert CASES[command] in shown.err and len(shown.err.splitlines()) <= 2, shown.err
     assert sorted(folder.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--center-storage host", "--center-storage must be 'device' with sample_rate=1"),
+        ("--label-smoothing 0.1 --center-optimizer joint --sub-centers 2", "--label-smoothing must be 0 with sub_cent"),
+    ],
+)
+def test_options_that_the_head_refuses_leave_no_run(
+    options: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["train", "--data", "identities:4x4", "--output", str(tmp_path / "run"), "--epochs", "1"]
+    command += ["--batch-size", "8", "--image-size", "16", "--workers", "0", "--no-report"]
+    assert run([*command, *options.split()]) == 2 and message in capsys.readouterr().err
+    assert run(command) == 0  # with other options, into the same folder

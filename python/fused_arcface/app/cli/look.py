@@ -68,7 +68,8 @@ def _name_rules(option: Any) -> None:
     if rule is None or getattr(option, "count", False):
         return
     process = option.process_value
-    bounds = [(sign, getattr(option, name, None)) for name, sign in (("min", ">="), ("max", "<="))]
+    bounded = option if hasattr(option, "min") else option.type  # typer before 0.28 has the types of click
+    bounds = [(sign, getattr(bounded, name, None)) for name, sign in (("min", ">="), ("max", "<="))]
 
     def checked(ctx: Any, value: Any) -> Any:
         import typer
@@ -95,7 +96,7 @@ def _name_rules(option: Any) -> None:
 def _kind(option: Any) -> Any:
     """Return the type of an option's value, or of each of its values: ``Path``, ``int``, ``float`` or another."""
     descriptor = getattr(option, "type_descriptor", None)
-    if descriptor is None:  # typer before 0.28 has the types of click
+    if descriptor is None:
         name = getattr(option.type, "name", "").removesuffix(" range")
         return {"path": Path, "integer": int, "float": float}.get(name)
     return next(iter(get_args(descriptor.annotation)), descriptor.annotation)

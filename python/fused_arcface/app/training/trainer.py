@@ -41,7 +41,7 @@ from .learner import Learner
 from .lock import FolderLock
 from .outcomes import DryRun, TrainingOutcome
 from .resolve import open_data, open_verification, resolve, stopped_by, temporary_centers
-from .runs import RunFolder, check_run, write_run
+from .runs import RunFolder, check_run, remove_run, write_run
 from .verifier import Verifier
 from .world import World, join_world, resume_command
 
@@ -93,10 +93,16 @@ def train(
                 lock = held.enter_context(folder.lock())
         with world.together():  # nobody writes before all have looked
             check_run(folder, config, source.names, data, folder.config.exists() if resume == "auto" else resume)
+        new = not folder.config.exists()
         with world.together():
             if world.rank == 0:
                 write_run(folder, config, source.names, data)
-        trainer = Trainer(config, folder, lock, world, source, interrupt, listener, trust)
+        try:
+            trainer = Trainer(config, folder, lock, world, source, interrupt, listener, trust)
+        except Exception:
+            if new and world.rank == 0:  # options that do not fit each other: the folder can be used again
+                remove_run(folder)
+            raise
         held.callback(trainer.close)
         try:
             return trainer.run()
