@@ -64,8 +64,8 @@ def test_old_identities_keep_their_centers_and_new_ones_begin_anew(tmp_path: Pat
     assert torch.equal(new[1:], old[2:4])
     assert torch.equal(new[:1], fa.PartialFC(128, 3, seed=3).weight[:1])
     assert (
-        f"centers: 2 of 3 identities keep their centers from {tmp_path / 'old'}, matched by name; random centers for 1 new; "
-        "2 of the source are not in the data"
+        f"centers: 2 of 3 identities keep their centers from {tmp_path / 'old'}, matched by name; "
+        "random centers for 1 new; 2 of the source are not in the data"
     ) in [event.text for event in heard if isinstance(event, Noted)]
 
 
@@ -79,9 +79,8 @@ def test_centers_without_names_are_the_first_classes(tmp_path: Path) -> None:
     head = fa.PartialFC(2, 7)
     before = head.weight.detach().clone()
     (note,) = load_centers(head, list("abcdefg"), file)
-    assert (
-        note == f"centers: 6 of 7 identities keep their centers from {file}, matched by order; random centers for 1 new"
-    )
+    kept = f"centers: 6 of 7 identities keep their centers from {file}, matched by order"
+    assert note == f"{kept}; random centers for 1 new"
     assert torch.equal(head.weight[:6], torch.arange(12.0).view(6, 2)) and torch.equal(head.weight[6:], before[6:])
     with pytest.raises(ValueError, match="has 6 classes without names, and the data 5"):
         load_centers(fa.PartialFC(2, 5), list("abcde"), file)
