@@ -83,7 +83,8 @@ def verify(
     """Verify pairs of people never seen in training: accuracy over folds, TAR at FAR, EER, thresholds.
 
     TAR at FAR x is the highest true accept rate whose false accept rate is at
-    most x. Embeddings are normalized unless --raw is given.
+    most x. Embeddings are normalized unless --raw is given. A score is the
+    negated distance; with the cosine distance, thresholds are cosines.
     """
     settings = dict(locals())
     from fused_arcface.base.extras import require
