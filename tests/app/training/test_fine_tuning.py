@@ -171,7 +171,8 @@ def losses_without(folder: Path) -> list[float]:
 
 @pytest.mark.parametrize("freeze", ["head", "backbone:0", "backbone:", "backbone:2.5"])
 def test_what_can_be_frozen(freeze: str) -> None:
-    with pytest.raises(ValueError, match=re.escape(f"freeze must be backbone or backbone:EPOCHS, EPOCHS from 1 on; got {freeze!r}")):
+    rule = "freeze must be backbone or backbone:EPOCHS, EPOCHS from 1 on"
+    with pytest.raises(ValueError, match=re.escape(f"{rule}; got {freeze!r}")):
         TrainConfig(freeze=freeze)
 
 
