@@ -244,11 +244,20 @@ def test_similarity_gives_the_cosine_and_a_verdict(
     assert run(["similarity", *files, *bare]) == 0
     assert capsys.readouterr().out.endswith("bare.pt has no thresholds; give one with --threshold, 0.3 for example\n")
     stricter = OperatingPoint("FAR 0.001", float("inf"), 0.0, 0.0, 0.5)
-    KeptThresholds("lfw.bin", 0.875, [point, stricter], 6).save(tmp_path / "run" / "thresholds.json")
+    KeptThresholds("lfw.bin", 0.875, [point, stricter], 6, pairs_of_two=999).save(tmp_path / "run" / "thresholds.json")
     assert run(command) == 0
     shown = capsys.readouterr().out
     assert f"one person: threshold {cosine - 0.01:.4f} (best accuracy on lfw.bin: 87.5% of its pairs right" in shown
-    assert run([*command, "--far", "0.001"]) == 0 and "two people: threshold inf" in capsys.readouterr().out
+    assert (
+        run([*command, "--far", "0.001"]) == 0
+        and (
+            "two people: threshold accepts nobody (FAR 0.001 on lfw.bin: 50.0% of its pairs right, 0.00% of two people "
+            "accepted; its 999 pairs of two people are too few to measure this rate)"
+        )
+        in capsys.readouterr().out
+    )
+    KeptThresholds("lfw.bin", 0.875, [point, stricter], 6, pairs_of_two=1000).save(tmp_path / "run" / "thresholds.json")
+    assert run([*command, "--far", "0.001"]) == 0 and "too few" not in capsys.readouterr().out
     assert run([*command, "--threshold", f"{cosine + 0.01}"]) == 0 and "two people" in capsys.readouterr().out
     assert run([*command, "--far", "0.5"]) == 2 and "far must be one of 0.001; got 0.5" in capsys.readouterr().err
     (tmp_path / "run" / "thresholds.json").write_text("{}")

@@ -137,7 +137,10 @@ def test_split_is_disjoint_complete_and_reproducible() -> None:
             lambda: identify(torch.eye(2), torch.arange(3), torch.eye(2), torch.arange(2)),
             r"gallery_labels must be \(2,",
         ),
-        (lambda: identify(torch.eye(2), torch.arange(2), torch.eye(2), torch.tensor([5, 6])), "probes must hold one"),
+        (
+            lambda: identify(torch.eye(2), torch.arange(2), torch.eye(2), torch.tensor([5, 6])),
+            "probes must show at least one identity of the gallery; got 2 identities, none of the gallery",
+        ),
         (lambda: identify(*[torch.eye(2), torch.arange(2)] * 2, fpirs=[2]), r"fpirs must be in \[0, 1\]; got \[2\]"),
         (lambda: identify(*[torch.eye(2), torch.arange(2)] * 2, max_rank=0), "max_rank must be >= 1; got 0"),
     ],

@@ -197,8 +197,7 @@ def test_auto_takes_the_kernels_on_a_cpu_and_plain_torch_on_a_gpu() -> None:
         (
             lambda: fa.MarginHead(4, 5, margin=fa.UniFace(), label_smoothing=0.1),
             ValueError,
-            "label_smoothing must be 0 with UniFace: a row's logits are then no linear function of the class "
-            "centers, whose sum it is made of; got 0.1",
+            "label_smoothing must be 0 with UniFace, because the logits must be linear in the class centers; got 0.1",
         ),
     ],
 )

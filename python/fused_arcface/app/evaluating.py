@@ -75,7 +75,7 @@ def two_sets(gallery: str, probes: str, max_pixels: int) -> list[ImageSet]:
     if shared := files[0] & files[1]:
         raise ValueError(
             "probes must not hold images of the gallery, where each would find itself; got "
-            f"{len(shared)} of them, {min(shared)} for one"
+            f"{len(shared)} of them, {min(shared)} for example"
         )
     return sources
 

@@ -55,6 +55,7 @@ def write_predictions(
     head = ["image", "known"]
     for place in range(1, rows.shape[1] + 1):
         head += [f"match_{place}", f"right_{place}", f"score_{place}"]
+    path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as file:
         file.write(csv_line(head))
         for probe, name in enumerate(search.probe_paths):

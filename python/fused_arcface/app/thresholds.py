@@ -31,6 +31,8 @@ class KeptThresholds:
     """Their ``threshold`` is a cosine, from -1 to 1; infinite where no pair may be accepted."""
     step: int | None = None
     """Steps of training behind the net; None if it is not known."""
+    pairs_of_two: int | None = None
+    """Pairs of two people in that set: n of them measure no false accept rate below 1/n. None if it is not known."""
 
     def at(self, far: float | None = None) -> OperatingPoint:
         """Return the point of the best accuracy, or that of a false accept rate.
@@ -88,12 +90,13 @@ def read_thresholds(path: Path) -> KeptThresholds | None:
     try:
         with file_errors(path):
             values: dict[str, Any] = json.loads(content)
-            step = values.get("step")
+            step, pairs_of_two = (values.get(name) for name in ("step", "pairs_of_two"))
             return KeptThresholds(
                 data=_text(values["data"]),
                 accuracy=_number(values["accuracy"]),
                 points=[_point(point) for point in values["points"]],
                 step=None if step is None else int(_number(step)),
+                pairs_of_two=None if pairs_of_two is None else int(_number(pairs_of_two)),
             )
     except DataError as error:
         raise DataError(f"{error}; remove the file to continue without thresholds") from None

@@ -36,7 +36,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     ...     os.listdir(folder)
     ['x']
     """
-    if _is_device(Path(path)):
+    if is_device(path):
         with Path(path).open("wb") as file:
             yield file
         return
@@ -83,8 +83,9 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
     write_bytes(path, text.encode("utf-8", "surrogateescape"))
 
 
-def _is_device(path: Path) -> bool:
+def is_device(path: str | os.PathLike[str]) -> bool:
     """Return whether ``path`` can only be written directly; standard output is, also where it goes to a file."""
+    path = Path(path)
     standard = os.path.abspath(path).startswith(("/dev/std", "/dev/fd/"))
     return standard or (path.exists() and not path.is_file())
 

@@ -43,8 +43,8 @@ class HeadOptions:
         if self.label_smoothing > 0 and others:
             beside = next(iter(others.values())).rpartition(" of ")[2]
             raise ValueError(
-                f"label_smoothing must be 0 with {beside}: a row's logits are then no linear function of the class "
-                f"centers, whose sum it is made of; got {self.label_smoothing}"
+                f"label_smoothing must be 0 with {beside}, because the logits must be linear in the class centers; "
+                f"got {self.label_smoothing}"
             )
         for feature in ("modulated_negatives", "turned_negatives", "binary_losses"):
             if self.scale_changes and feature in others:

@@ -8,8 +8,10 @@ from collections.abc import Iterable
 from pathlib import Path
 
 
-def did_you_mean(name: str, known: Iterable[str]) -> str:
+def did_you_mean(name: str, known: Iterable[str], likeness: float = 0.6) -> str:
     """Return "; did you mean X?" for the known name that is most like ``name``, or an empty text if none is.
+
+    ``likeness`` is the least ratio of :mod:`difflib`, from 0 to 1.
 
     >>> did_you_mean("iresent50", ["iresnet18", "iresnet50", "small"])
     '; did you mean iresnet50?'
@@ -17,7 +19,7 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     ''
     """
     by_lower = {each.lower(): each for each in known}
-    near = difflib.get_close_matches(name.lower(), by_lower, 1)
+    near = difflib.get_close_matches(name.lower(), by_lower, 1, likeness)
     return f"; did you mean {by_lower[near[0]]}?" if near else ""
 
 
@@ -39,4 +41,5 @@ def missing_path(path: str | os.PathLike[str]) -> str:
         beside = [each.name for each in wanted.parent.iterdir()]
     except OSError:
         beside = []
-    return f"{path} does not exist{did_you_mean(wanted.name, beside)}"
+    # Two short names with the same suffix are alike to 0.6.
+    return f"{path} does not exist{did_you_mean(wanted.name, beside, 0.65)}"

@@ -93,6 +93,8 @@ def _is_one_file(path: Path) -> bool:
         return True
     if not path.is_dir() and (path.suffix or path.exists()):
         raise ConvertOptionError(f"the destination must be a .safetensors file or a folder of checkpoints; got {path}")
+    if (path / "config.toml").exists():
+        raise ConvertOptionError(f"the destination must be a folder of checkpoints; {path} is a training run")
     return False
 
 

@@ -89,7 +89,10 @@ def identify(
         raise ValueError(f"fpirs must be in [0, 1]; got {list(fpirs)}")
     mated = torch.isin(probe_labels, gallery_labels)
     if not mated.any():
-        raise ValueError("probes must hold one of the gallery's identities or more")
+        raise ValueError(
+            f"probes must show at least one identity of the gallery; got {len(probe_labels.unique())} identities, none "
+            f"of the gallery's {len(gallery_labels.unique())}"
+        )
     _, images_of = gallery_labels.unique(return_counts=True)
     max_rank = min(max_rank, len(images_of))
     # This many images show max_rank + 1 identities or all, so no match within max_rank is cut off.

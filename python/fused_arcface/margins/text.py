@@ -68,7 +68,9 @@ def _named(text: str) -> object:
         names = [entry.name for entry in REGISTRY]
         near = did_you_mean(str(unknown), names)
         raise ValueError(f"margin must be one of {', '.join(names)}, or MODULE:NAME; got {text!r}{near}") from None
-    except (SyntaxError, TypeError, ValueError) as error:
+    except SyntaxError as error:
+        raise ValueError(f"margin {text!r}: {error.msg}") from None
+    except (TypeError, ValueError) as error:
         raise ValueError(f"margin {text!r}: {error}") from None
 
 

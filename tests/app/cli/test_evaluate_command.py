@@ -94,6 +94,9 @@ def test_verify_a_folder(
     assert found["tar_at_far"] == pytest.approx({f"{far:g}": tar for far, tar in expected.tar.items()})
     assert found["pairs"] == {"same": 120, "different": 120} and found["distance"] == "cosine" and found["normalized"]
     assert f"{expected.accuracy:.4f} ±" in shown and "TAR at FAR 1e-06" in shown
+    one, other = (embeddings[numbers] for numbers in (pairs.first, pairs.second))
+    cosine = float(torch.cosine_similarity(one, other)[pairs.same].double().mean())
+    assert f"mean cosine, one person {cosine:.4f}" in " ".join(shown.split())
     for picture in ("roc.png", "det.png"):
         assert Image.open(Path("out") / picture).size[0] > 400
 
@@ -103,7 +106,7 @@ def test_verify_a_folder(
     assert figures(again) == figures(shown)
     raw = command(capsys, "verify", "--embeddings", "out/e.npz", "--distance", "euclidean", "--raw")
     expected = verify_scores(pairs.same, pair_scores(embeddings, pairs, Euclidean()))
-    assert f"{expected.accuracy:.4f} ±" in raw
+    assert f"{expected.accuracy:.4f} ±" in raw and "mean score, one person  " in raw
 
 
 @pytest.mark.parametrize("distance", ["cosine", "euclidean", "p-norm", "inner-product", "mahalanobis"])
@@ -295,7 +298,10 @@ def test_bad_data_is_skipped_or_stops(
         assert kept.pairs is not None and "pairs are not scored" in shown[2]
         assert (kept.labels[kept.pairs.first] == kept.labels[kept.pairs.second]).equal(kept.pairs.same)
     assert run([*arguments, "--bad-data", "stop"]) == 1
-    assert capsys.readouterr().err.strip() == f"{shown[0].removesuffix('; skipped')}; bad_data is stop: the run ends"
+    assert (
+        capsys.readouterr().err.strip()
+        == f"{shown[0].removesuffix('; skipped')}; bad_data is stop, so this is an error"
+    )
     gone.unlink()
     assert run([*arguments, "--bad-data", "stop"]) == 1
     assert capsys.readouterr().err.startswith(f"{bad} cannot be read as an image")
@@ -341,7 +347,7 @@ def test_pairs_of_one_kind_get_counts_and_mean_scores(tmp_path: Path, capsys: py
 
 def test_few_pairs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["verify", "--embeddings", str(saved(tmp_path / "e.npz", [True, False, True]))]) == 2
-    message = "folds must be >= 2 and <= the number of pairs 3; got 10"
+    message = "--folds must be >= 2 and <= the number of pairs 3; got 10"
     assert capsys.readouterr().err.strip() == message
     # In one fold's training part there is no pair of two people.
     assert run(["verify", "--embeddings", str(saved(tmp_path / "e.npz", [True] * 11 + [False]))]) == 0

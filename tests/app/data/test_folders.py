@@ -50,6 +50,8 @@ def test_folders_without_images(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="is not a folder"):
         read_folder(tmp_path / "missing")
     with pytest.raises(DataError, match="has no images: it must hold a folder for each identity"):
+        read_folder(tmp_path)
+    with pytest.raises(DataError, match=r"has 1 image\(s\) but no folders of images: it must hold a folder"):
         read_folder(make(tmp_path, "loose.png"))
 
 

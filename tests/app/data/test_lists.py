@@ -40,6 +40,17 @@ def test_names_with_spaces_and_labels_that_are_names(tmp_path: Path) -> None:
     assert found.names == ["Ann", "许"] and found.paths == [str(tmp_path / "my photo.png"), str(tmp_path / "b.png")]
 
 
+@pytest.mark.parametrize("separator", [",", "\t", ", "])
+def test_quoted_fields_as_programs_write_them(separator: str, tmp_path: Path) -> None:
+    text = f'path{separator}label\n"a, 1.png"{separator}"Müller, Ann"\n"b.png"{separator}"says ""hi"""\n'
+    found = open_source(write(tmp_path, text, "list.csv", **{"a, 1": 0, "b": 1}))
+    assert found.names == ["Müller, Ann", 'says "hi"'] and [problem[-15:] for problem in found.problems] == [
+        "path is missing"
+    ]
+    (tmp_path / "pairs.csv").write_text(f'"a, 1.png"{separator}"b.png"{separator}"0"\n')
+    assert read_pair_set(str(tmp_path / "pairs.csv")).pairs.same.tolist() == [False]
+
+
 def test_lines_that_are_not_used_are_told(tmp_path: Path) -> None:
     found = open_source(write(tmp_path, "a.png 1\nnone.png 1\na.png 2\nb.png 2\n", a=0, b=0))
     assert found.labels.tolist() == [0, 1] and [text.split(", line ")[1] for text in found.problems] == [

@@ -229,7 +229,7 @@ def test_what_fits_is_taken_where_the_user_allows_it(tmp_path: Path) -> None:
         assert torch.equal(tensor, before[name] if name in other else source[name]), name
     assert note.startswith(
         f"{tmp_path / 'x'}: {len(before) - len(other)} of the net's {len(before)} tensors are taken from it, "
-        f"the others begin anew: {gone} is missing; "
+        f"the others begin with new weights: {gone} is missing; "
     )
     assert len(other) == 6 and note.count(" must be ") == 4 and " and 1 more. " in note
     assert note.endswith(f". 1 of its {len(source)} tensors are not used, because the net has none of that name: old")

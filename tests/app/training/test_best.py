@@ -88,7 +88,7 @@ def test_class_centers_of_the_best_are_a_start(whole: Path, tmp_path: Path) -> N
     _, heard = run(TINY.replace(options), tmp_path / "tuned")
     assert torch.equal(centers_of(tmp_path / "tuned"), centers_of(whole / "best"))
     notes = [event.text for event in heard if isinstance(event, Noted)]
-    assert any(note.startswith("centers: 6 identities keep those of") for note in notes)
+    assert any(note.startswith("centers: 6 of 6 identities keep their centers from") for note in notes)
 
 
 def test_a_run_interrupted_at_its_best_verifies_and_keeps_it_when_it_resumes(

@@ -35,7 +35,7 @@ def test_a_net_of_another_dimension_begins_with_what_fits(tmp_path: Path) -> Non
         run(TINY.replace(options), tmp_path / "refused")
     _, heard = run(TINY.replace({**options, "init_partial": True}), tmp_path / "wider")
     notes = [event.text for event in heard if isinstance(event, Noted) and event.text.startswith("init: ")]
-    assert len(notes) == 1 and "tensors are taken from it, the others begin anew: projection" in notes[0]
+    assert len(notes) == 1 and "tensors are taken from it, the others begin with new weights: projection" in notes[0]
     start, wider = weights(tmp_path / "start"), weights(tmp_path / "wider")
     fitting = [name for name in start if start[name].shape == wider[name].shape and "weight" in name]
     assert len(fitting) >= 6 and all(torch.equal(start[name], wider[name]) for name in fitting)
@@ -64,8 +64,8 @@ def test_old_identities_keep_their_centers_and_new_ones_begin_anew(tmp_path: Pat
     assert torch.equal(new[1:], old[2:4])
     assert torch.equal(new[:1], fa.PartialFC(128, 3, seed=3).weight[:1])
     assert (
-        f"centers: 2 identities keep those of {tmp_path / 'old'}, by name; 1 new ones begin anew; "
-        "2 of the source are not in the data"
+        f"centers: 2 of 3 identities keep their centers from {tmp_path / 'old'}, matched by name; "
+        "random centers for 1 new; 2 of the source are not in the data"
     ) in [event.text for event in heard if isinstance(event, Noted)]
 
 
@@ -79,7 +79,8 @@ def test_centers_without_names_are_the_first_classes(tmp_path: Path) -> None:
     head = fa.PartialFC(2, 7)
     before = head.weight.detach().clone()
     (note,) = load_centers(head, list("abcdefg"), file)
-    assert note == f"centers: 6 identities keep those of {file}, by their order; 1 new ones begin anew"
+    kept = f"centers: 6 of 7 identities keep their centers from {file}, matched by order"
+    assert note == f"{kept}; random centers for 1 new"
     assert torch.equal(head.weight[:6], torch.arange(12.0).view(6, 2)) and torch.equal(head.weight[6:], before[6:])
     with pytest.raises(ValueError, match="has 6 classes without names, and the data 5"):
         load_centers(fa.PartialFC(2, 5), list("abcde"), file)
@@ -170,7 +171,8 @@ def losses_without(folder: Path) -> list[float]:
 
 @pytest.mark.parametrize("freeze", ["head", "backbone:0", "backbone:", "backbone:2.5"])
 def test_what_can_be_frozen(freeze: str) -> None:
-    with pytest.raises(ValueError, match=re.escape(f"freeze must be backbone or backbone:EPOCHS; got {freeze!r}")):
+    rule = "freeze must be backbone or backbone:EPOCHS, EPOCHS from 1 on"
+    with pytest.raises(ValueError, match=re.escape(f"{rule}; got {freeze!r}")):
         TrainConfig(freeze=freeze)
 
 

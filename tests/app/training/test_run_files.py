@@ -111,6 +111,7 @@ KEPT = KeptThresholds("lfw.bin", 0.875, [OperatingPoint("best accuracy", 0.25, 0
         {"accuracy": True},
         {"data": 3},
         {"step": "z"},
+        {"pairs_of_two": "z"},
         {"points": {}},
         {"points": [3]},
         {"points": [{"name": "best accuracy"}]},

@@ -129,7 +129,9 @@ def test_unreadable_images_and_empty_identities(tmp_path: Path, bad: str) -> Non
     broken = root / "person_001" / "01.png"
     broken.write_text("not an image")
     if bad == "stop":
-        with pytest.raises(DataError, match=f"{broken} cannot be read as an image.*; bad_data is stop: the run ends$"):
+        with pytest.raises(
+            DataError, match=f"{broken} cannot be read as an image.*; bad_data is stop, so this is an error$"
+        ):
             run(config, tmp_path / "run")
     else:
         outcome, heard = run(config, tmp_path / "run")
@@ -140,7 +142,9 @@ def test_unreadable_images_and_empty_identities(tmp_path: Path, bad: str) -> Non
         assert notes == [f"{broken} cannot be read as an image: {NONE}; the next image is taken instead"]
     (root / "person_9").mkdir()
     if bad == "stop":
-        with pytest.raises(DataError, match=r"person_9: an identity without images; bad_data is stop: the run ends$"):
+        with pytest.raises(
+            DataError, match=r"person_9: an identity without images; bad_data is stop, so this is an error$"
+        ):
             run(config, tmp_path / "run")
     else:
         _, heard = run(config, tmp_path / "other")

@@ -117,7 +117,7 @@ def test_ranks_that_differ_or_fail_say_so_together(tmp_path: Path) -> None:
     assert re.match(r"NoSuchData: .*missing does not exist; data must be a folder", first["missing"])
     assert first["options"] == "OptionError: options: lr must be the same on every rank; got rank 0: 0.1, rank 1: 1.1"
     assert first["again"].startswith("RunError: ") and "holds a run already" in first["again"]
-    assert first["bad"].startswith("DataError: ") and first["bad"].endswith("bad_data is stop: the run ends")
+    assert first["bad"].startswith("DataError: ") and first["bad"].endswith("bad_data is stop, so this is an error")
     runs = tmp_path / "runs"
     for name, (option, values) in {
         "outputs": ("output", (str(runs / "0"), str(runs / "1"))),

@@ -121,7 +121,7 @@ def cases_named(name: str, device_type: str) -> tuple[Case, ...]:
     ['N=64 C=10 000 D=512 float32', 'N=64 C=30 000 D=512 float32']
     """
     if name not in NAMES:
-        raise ValueError(f"cases must be one of {', '.join(NAMES)}; got {name!r}")
+        raise ValueError(f"cases must be one of {', '.join(NAMES)}, start; got {name!r}")
     cases = (_CUDA if device_type == "cuda" else _CPU)[name]
     return tuple(sorted(cases, key=lambda case: (case.C, case.N)))
 

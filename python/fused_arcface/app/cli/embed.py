@@ -10,7 +10,7 @@ from rich.progress import Progress
 
 from ..data.images import MAX_PIXELS
 from . import use
-from .errors import explained
+from .errors import check_file, explained
 from .terminal import MOST_PROBLEMS, terminal
 
 
@@ -59,11 +59,12 @@ def embed(
 
     with explained():
         check_output(output)
+        check_file("--output", output)
         embedder = use.load(checkpoint, backbone, image_size, device, trust)
         found = read_images(images, max_pixels=max_pixels)
         for problem in found.problems:
             tell(problem)
-        with Progress(console=error, transient=True) as bar:
+        with Progress(console=error, transient=True, disable=not error.is_terminal) as bar:
             task = bar.add_task("images", total=len(found))
             embedded = embed_to_file(
                 embedder,

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import re
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import typer
 
 from fused_arcface.base.extras import MissingExtra
+from fused_arcface.base.files import is_device
 from fused_arcface.base.reading import DataError, NoSuchData
 from fused_arcface.base.suggest import did_you_mean, missing_path
 
@@ -40,6 +43,36 @@ def one_of(option: str, names: Sequence[str]) -> Callable[[str], str]:
     return check
 
 
+def check_file(option: str, path: Path | None) -> None:
+    """Check that a file for results can be written; nothing is written yet, and no folder is made.
+
+    Raises:
+        WrongOption: if the path is a folder, or its folder, or the nearest one that exists, cannot be written to.
+    """
+    if path is None:
+        return
+    if path.is_dir():
+        raise WrongOption(f"{option} must be a file; {path} is a folder")
+    if not is_device(path):
+        check_folder(option, path, Path(os.path.realpath(path)).parent)
+
+
+def check_folder(option: str, path: Path | None, folder: Path | None = None) -> None:
+    """Check that a folder for results can be made and written to: ``folder``, by default ``path`` itself.
+
+    Raises:
+        WrongOption: if it cannot.
+    """
+    if path is None:
+        return
+    wanted = Path(os.path.realpath(folder or path))
+    existing = next(each for each in (wanted, *wanted.parents) if each.exists())
+    try:
+        tempfile.TemporaryFile(dir=existing).close()
+    except OSError as error:
+        raise WrongOption(f"{option} {path} cannot be written to: {error.strerror}") from None
+
+
 def make_folder(option: str, path: Path) -> None:
     """Make a folder for results; one that cannot be written to is an error before the minutes are spent, not after."""
     try:
@@ -47,6 +80,34 @@ def make_folder(option: str, path: Path) -> None:
         tempfile.TemporaryFile(dir=path).close()
     except OSError as error:
         raise WrongOption(f"{option} {path} cannot be written to: {error.strerror}") from None
+
+
+_options: frozenset[str] = frozenset()
+"""Names of the options of the command that runs, with underscores."""
+
+
+@contextlib.contextmanager
+def options_named(names: Iterable[str]) -> Iterator[None]:
+    """Let errors of the library, which name an argument, name the option of the command instead."""
+    global _options
+    before, _options = _options, frozenset(names)
+    try:
+        yield
+    finally:
+        _options = before
+
+
+def with_option(text: str) -> str:
+    """Return the message of an error about an argument with the name of the option, as on the command line.
+
+    >>> with options_named(["batch_size", "data"]):
+    ...     with_option("batch_size must be >= 2; got 1"), with_option("data does not exist")
+    ('--batch-size must be >= 2; got 1', 'data does not exist')
+    """
+    found = re.match(r"([a-z_]+)(:| '| .*\b(?:must|needs|is for|used|available)\b)", text)
+    if found is None or found[1] not in _options or " does not exist" in text.partition(":")[0]:
+        return text
+    return f"--{found[1].replace('_', '-')}{text[found.end(1) :]}"
 
 
 @contextlib.contextmanager
@@ -63,9 +124,9 @@ def explained() -> Iterator[None]:
         raise ended(wrong) from None
 
 
-def ended(error: BaseException, text: str = "") -> typer.Exit:
-    """Print an error, or ``text`` in its place, and return the exit with its status."""
-    _show(text or _text(error))
+def ended(error: BaseException) -> typer.Exit:
+    """Print an error and return the exit with its status."""
+    _show(_text(error))
     return typer.Exit(_status(error))
 
 
@@ -90,7 +151,7 @@ def explain(error: BaseException) -> int:
 def _show(text: str, hint: str = "") -> None:
     """Print an error, and a line of advice below it."""
     console = terminal(stderr=True, soft_wrap=True)
-    console.print(text, style="bold red", markup=False)
+    console.print(with_option(text), style="bold red", markup=False)
     if hint:
         console.print(hint, markup=False, highlight=False)
 

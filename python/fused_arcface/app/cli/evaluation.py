@@ -13,7 +13,7 @@ from rich.progress import Progress
 
 from fused_arcface.evaluation.distances import NAMES as DISTANCES
 
-from .errors import WrongOption, one_of
+from .errors import one_of
 from .terminal import MOST_PROBLEMS, terminal
 
 if TYPE_CHECKING:
@@ -140,7 +140,7 @@ def embed_images(
         console.print(note, style="yellow", markup=False, highlight=False)
     for problem in dict.fromkeys(problem for images in sets for problem in images.problems):
         tell(problem)
-    with Progress(transient=True) as bar:
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("images", total=sum(len(images) for images in sets))
         how: dict[str, Any] = {"flip": flip, "batch_size": batch_size, "workers": workers, "unreadable": tell}
         how["done"] = lambda count: bar.advance(task, count)
@@ -163,16 +163,6 @@ def print_files(console: Console, files: Iterable[Path]) -> None:
         console.print(str(path), highlight=False, soft_wrap=True, markup=False)
 
 
-def check_output(json: Path | None) -> None:
-    """Make the folder of the file, so that a folder that cannot be made is an error before anything is computed."""
-    if json is None:
-        return
-    try:
-        json.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise WrongOption(f"--json {json} cannot be written: {error}") from None
-
-
 def write_json(path: Path, figures: dict[str, Any]) -> None:
     """Write figures to a JSON file, with the version of this package and the date."""
     from fused_arcface import __version__
@@ -180,4 +170,5 @@ def write_json(path: Path, figures: dict[str, Any]) -> None:
 
     from ..measure import machine
 
+    path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, json.dumps({"fused_arcface": __version__, "date": machine.now(), **figures}, indent=1) + "\n")

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from . import use
-from .errors import explained
+from .errors import check_file, explained
 from .terminal import terminal
 
 
@@ -34,6 +34,7 @@ def export(
     console = terminal(soft_wrap=True)
     with explained():
         check_suffix(output)
+        check_file("--output", output)
         embedder = use.load(checkpoint, backbone, image_size, "cpu", trust)
         difference = export_net(embedder, output)
     channels, size, _ = embedder.spec.shape

@@ -14,7 +14,7 @@ from ..data import formats
 from ..data.images import MAX_PIXELS
 from . import evaluation as shared
 from . import reporting
-from .errors import WrongOption, explained, one_of
+from .errors import WrongOption, check_file, check_folder, explained, one_of
 from .tables import plain_table
 from .terminal import terminal
 
@@ -59,7 +59,7 @@ def identify(
             help="Share of the identities, 0 to 1, kept out of the gallery, when the command splits.",
         ),
     ] = 0.2,
-    seed: Annotated[int, typer.Option(help="Seed of the split.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the split.")] = 0,
     bad_data: shared.BadData = "skip",
     ranks: Annotated[int, typer.Option(min=1, help="Highest rank of the identification curve (CMC).")] = 20,
     engine: Annotated[
@@ -111,12 +111,14 @@ def identify(
         )
     if save_embeddings is not None and data is None:
         raise WrongOption("--save-embeddings goes with --data")
-    shared.check_output(json)
+    check_file("--json", json)
+    check_file("--save-embeddings", save_embeddings)
+    check_file("--predictions", predictions)
+    check_folder("--pictures", pictures)
     page = reporting.ReportFile(report, no_report, reporting.beside("identify", json, pictures))
     sources: list[ImageSet] = []
     with explained():
-        if save_embeddings is not None:
-            check_suffix(save_embeddings)
+        check_suffix(save_embeddings, "save_embeddings")
         options: dict[str, Any] = {"flip": flip, "device": device, "batch_size": batch_size, "workers": workers}
         options |= {"bad_data": bad_data, "trust": trust, "backbone": backbone, "image_size": image_size}
         if gallery is not None and probes is not None and checkpoint is not None:

@@ -1,11 +1,12 @@
 """The look of every option in ``--help``: a flag has no type, a range has a short one, a default is a sentence.
 
-The options of the commands that use a net have groups.
+The options of the commands that use a net have groups. All wrong values of paths and numbers are errors of one form.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from pathlib import Path
+from typing import Any, get_args
 
 from typer.core import TyperCommand
 
@@ -34,6 +35,13 @@ class PlainCommand(TyperCommand):
         """Return the option ``--help``."""
         return give_look(super().get_help_option(ctx))
 
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command. An error about an argument names the option."""
+        from .errors import options_named
+
+        with options_named(option.name for option in self.params if option.param_type_name == "option"):
+            return super().invoke(ctx)
+
 
 def give_look(option: Any) -> Any:
     """Give an option of typer the look, and return it. Bounds of a number that is no integer are floats."""
@@ -44,7 +52,51 @@ def give_look(option: Any) -> Any:
     elif least is not None:
         option.metavar = "<float>" if isinstance(least, float) else "<int>"
     if getattr(option, "show_default", False) and option.default is not None and option.default != "":
-        if not flag and option.help:
-            option.help += f" Default: {option.default}."
+        off = getattr(option, "secondary_opts", [])
+        if option.help and (off or not flag):
+            shown = (option.opts if option.default else off)[0] if flag else option.default
+            option.help += f" Default: {shown}."
         option.show_default = False
+    _name_rules(option)
     return option
+
+
+def _name_rules(option: Any) -> None:
+    """Make a wrong value of a path or a number an error with the option's name, its rule and what was received."""
+    kind = _kind(option)
+    rule = {Path: "the name of a file or folder", int: "a whole number", float: "a number"}.get(kind)
+    if rule is None or getattr(option, "count", False):
+        return
+    process = option.process_value
+    bounded = option if hasattr(option, "min") else option.type  # typer before 0.28 has the types of click
+    bounds = [(sign, getattr(bounded, name, None)) for name, sign in (("min", ">="), ("max", "<="))]
+
+    def checked(ctx: Any, value: Any) -> Any:
+        import typer
+
+        from .errors import WrongOption
+
+        each = value if isinstance(value, (list, tuple)) else [value]
+        try:
+            if kind is Path and "" in each:
+                raise typer.BadParameter("an empty text")
+            return process(ctx, value)
+        except typer.BadParameter as error:
+            if isinstance(error, WrongOption) or value in (None, (), []):  # a value that is missing
+                raise
+            limits = " and ".join(f"{sign} {bound:g}" for sign, bound in bounds if bound is not None)
+            shown = ", ".join(repr(text) if text == "" else str(text) for text in each)
+            name = option.opts[0] if option.param_type_name == "option" else option.metavar or option.name
+            must = f"{rule} {limits}" if limits else rule
+            raise WrongOption(f"{name} must be {must}; got {shown}", ctx=ctx, param=option) from None
+
+    option.process_value = checked
+
+
+def _kind(option: Any) -> Any:
+    """Return the type of an option's value, or of each of its values: ``Path``, ``int``, ``float`` or another."""
+    descriptor = getattr(option, "type_descriptor", None)
+    if descriptor is None:
+        name = getattr(option.type, "name", "").removesuffix(" range")
+        return {"path": Path, "integer": int, "float": float}.get(name)
+    return next(iter(get_args(descriptor.annotation)), descriptor.annotation)

@@ -23,6 +23,7 @@ class TrainingBar:
             TimeElapsedColumn(),
             console=console,
             transient=True,
+            disable=not console.is_terminal,
         )
         self._task = self._bars.add_task("", total=None, loss="-")
         self._shown = 0.0
@@ -54,6 +55,6 @@ class TrainingBar:
 def spinner(console: Console) -> Iterator[Callable[[str], None]]:
     """Show a spinner with the elapsed time and a text; yield a function that sets the text."""
     columns = (SpinnerColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
-    with Progress(*columns, console=console, transient=True) as progress:
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("starting", total=None)
         yield lambda text: progress.update(task, description=text)

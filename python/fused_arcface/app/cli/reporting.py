@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 
 from ..training.events import Checkpointed, Event
-from .errors import WrongOption
+from .errors import check_file
 from .terminal import terminal
 
 if TYPE_CHECKING:
@@ -61,17 +61,13 @@ class ReportFile:
         default: the file otherwise.
 
     Raises:
-        WrongOption: the folder of a named file cannot be made. This is said before anything is computed.
+        WrongOption: a named file cannot be written. This is said before anything is computed.
     """
 
     def __init__(self, asked: Path | None, unwanted: bool, default: Path) -> None:
         self.path = asked or (None if unwanted else default)
         self._asked = asked is not None
-        if asked is not None:
-            try:
-                asked.parent.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise WrongOption(f"--report {asked} cannot be written: {error.strerror}") from None
+        check_file("--report", asked)
 
     def write(self, make: Callable[[], Report]) -> list[Path]:
         """Make and write the report; return its path, nothing if none is wanted.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated
 
@@ -53,6 +54,8 @@ def similarity(
         for image in (first, second):
             if not image.exists():
                 raise NoSuchData(missing_path(image))
+            if image.is_dir():
+                raise ValueError(f"{image} must be an image file; it is a folder")
         embedder = use.load(checkpoint, backbone, image_size, device, trust)
         one, other = embedder([first, second]).double().cpu()
         cosine = float(one @ other)
@@ -65,6 +68,8 @@ def similarity(
                 f"{point.name} on {kept.data}: {point.accuracy:.1%} of its pairs right, "
                 f"{point.false_accept_rate:.2%} of two people accepted"
             )
+            if far is not None and kept.pairs_of_two is not None and far * kept.pairs_of_two < 1:
+                source += f"; its {kept.pairs_of_two} pairs of two people are too few to measure this rate"
         else:
             source = "as given"
         if threshold is None and far is not None:
@@ -73,7 +78,8 @@ def similarity(
             lines.append(f"No verdict, because {checkpoint} has no thresholds; {_how(checkpoint)}")
         else:
             verdict = "one person" if cosine >= threshold else "two people"
-            lines.append(f"{verdict}: threshold {threshold:.4f} ({source})")
+            shown = "accepts nobody" if math.isinf(threshold) else f"{threshold:.4f}"
+            lines.append(f"{verdict}: threshold {shown} ({source})")
     for line in lines:
         terminal(soft_wrap=True).print(line, markup=False, highlight=False)
 

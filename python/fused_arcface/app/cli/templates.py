@@ -10,7 +10,7 @@ from rich.console import Console
 
 from ..data.images import MAX_PIXELS
 from . import evaluation as shared
-from .errors import WrongOption, explained
+from .errors import WrongOption, check_file, explained
 from .tables import plain_table
 from .terminal import terminal
 
@@ -27,6 +27,7 @@ def templates(
     ],
     checkpoint: shared.Checkpoint = None,
     backbone: shared.Backbone = None,
+    image_size: shared.ImageSize = None,
     embeddings: Annotated[
         Path | None,
         typer.Option(help="Saved embeddings of the set's faces, .npz or .safetensors, to score without the net."),
@@ -72,10 +73,10 @@ def templates(
     if save_embeddings is not None and checkpoint is None:
         raise WrongOption("--save-embeddings goes with --checkpoint")
     require("sklearn.metrics", "eval")
-    shared.check_output(json)
+    check_file("--json", json)
+    check_file("--save-embeddings", save_embeddings)
     with explained():
-        if save_embeddings is not None:
-            check_suffix(save_embeddings)
+        check_suffix(save_embeddings, "save_embeddings")
         read = read_templates(data, max_pixels)
         if embeddings is not None:
             embedded = EmbeddingSet.load(embeddings)
@@ -83,6 +84,7 @@ def templates(
             assert checkpoint is not None
             options: dict[str, Any] = {"flip": flip, "device": device, "batch_size": batch_size, "workers": workers}
             options |= {"bad_data": bad_data, "trust": trust, "backbone": backbone, "save": save_embeddings}
+            options["image_size"] = image_size
             (embedded,) = shared.embed_images(checkpoint, [read.images], **options)
         found = evaluate_templates(read, embedded, scores=scores, norms=norms)
         console = terminal()

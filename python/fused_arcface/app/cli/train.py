@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import re
 import shlex
 from collections.abc import Callable
 from pathlib import Path
@@ -152,7 +151,7 @@ def train(
             error.print(f"  {resume_command(output)}", style="bold", markup=False, highlight=False)
         raise
     except (CheckpointError, DataError, OptionError, RunError, StoreError, TrainingError) as wrong:
-        raise ended(wrong, _with_flag(str(wrong))) from None
+        raise ended(wrong) from None
     written = page.write_or_note(make_report) if is_first_rank() else []
     if outcome.signal is not None:
         if is_first_rank():
@@ -162,16 +161,6 @@ def train(
     if is_first_rank():
         explain_end(console, RunFolder(output), outcome.step)
         say_report(console, written)
-
-
-def _with_flag(text: str) -> str:
-    """Return the message of an error with the name of the option as it is on the command line.
-
-    >>> _with_flag("batch_size must be >= 2; got 1"), _with_flag("runs/a is in use")
-    ('--batch-size must be >= 2; got 1', 'runs/a is in use')
-    """
-    name = re.match("[a-z_]*", text)[0]  # type: ignore[index]  # it matches an empty text too
-    return f"--{name.replace('_', '-')}{text[len(name) :]}" if name in rules() else text
 
 
 def _choose(output: Path, file: Path | None, resume: bool, given: dict[str, Any]) -> TrainConfig:

@@ -67,7 +67,7 @@ class TrainingProgress:
         color = "gray" if channels == 1 else "color"
         self._say(
             f"{event.device}: {event.images} images of {event.identities} identities, {size} × {size} {color}; "
-            f"{event.steps} steps of {event.batch_size} images, scale {event.scale:g}"
+            f"{event.steps} step{'s' if event.steps != 1 else ''} of {event.batch_size} images, scale {event.scale:g}"
         )
         net = f"a net of {event.parameters / 1e6:.2f} M parameters"
         self._say(f"{net}; {_bytes(event.memory)} of memory for weights and optimizers")
@@ -115,7 +115,7 @@ class TrainingProgress:
 def explain_end(console: Console, folder: RunFolder, steps: int) -> None:
     """Print what a finished run has in its folder, and the commands that use it."""
     run = shlex.quote(str(folder.root))
-    lines = ["", f"{steps} steps are done. The net is in {folder.model}.", ""]
+    lines = ["", f"{steps} step{'s are' if steps != 1 else ' is'} done. The net is in {folder.model}.", ""]
     files = [(folder.model, "the weights of the finished net, a state_dict for torch.load")]
     if folder.best.is_file():
         files.append((folder.best, "the same of the net with the best verification"))

@@ -12,7 +12,7 @@ from ..data import formats
 from ..data.images import MAX_PIXELS
 from . import evaluation as shared
 from . import reporting
-from .errors import WrongOption, explained
+from .errors import WrongOption, check_file, check_folder, explained
 from .tables import plain_table
 from .terminal import terminal
 
@@ -69,7 +69,7 @@ def verify(
             min=1, help="Maximum number of pairs of one person, and of two people, to make from labeled images."
         ),
     ] = 20_000,
-    seed: Annotated[int, typer.Option(help="Seed for choosing these pairs.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed for choosing these pairs.")] = 0,
     bad_data: shared.BadData = "skip",
     json: shared.Json = None,
     pictures: shared.Pictures = None,
@@ -84,7 +84,8 @@ def verify(
     """Verify pairs of people never seen in training: accuracy over folds, TAR at FAR, EER, thresholds.
 
     TAR at FAR x is the highest true accept rate whose false accept rate is at
-    most x. Embeddings are normalized unless --raw is given.
+    most x. Embeddings are normalized unless --raw is given. A score is the
+    negated distance; with the cosine distance, thresholds are cosines.
     """
     settings = dict(locals())
     from fused_arcface.base.extras import require
@@ -99,13 +100,14 @@ def verify(
     if (embeddings is None) == (data is None or checkpoint is None):
         raise WrongOption("--data and --checkpoint must be given, or --embeddings alone")
     require("sklearn.metrics", "eval")
-    shared.check_output(json)
+    check_file("--json", json)
+    check_file("--save-embeddings", save_embeddings)
+    check_folder("--pictures", pictures)
     page = reporting.ReportFile(report, no_report, reporting.beside("verify", json, pictures))
     read: ImageSet | None = None
     with explained():
-        for file in (save_embeddings, gallery):
-            if file is not None:
-                check_suffix(file)
+        check_suffix(save_embeddings, "save_embeddings")
+        check_suffix(gallery, "gallery")
         if embeddings is not None:
             scored = with_pairs(EmbeddingSet.load(embeddings), embeddings, pairs, seed)
         else:
@@ -129,13 +131,14 @@ def verify(
         name = Path(data or str(embeddings)).name
         console = terminal()
         means = mean_scores(same, scores)
-        tables = [_table(found, same, means, f"{name}, {distance}"), *threshold_tables(points, cosine)]
+        tables = [_table(found, same, means, f"{name}, {distance}", cosine), *threshold_tables(points, cosine)]
         console.print(*tables)
         if found is None:
             left_out = f"Left out, because all pairs are of one kind: {', '.join(LEFT_OUT)}."
             console.print(left_out, highlight=False, soft_wrap=True)
         if found is not None and checkpoint is not None and cosine and not flip:
-            keep_thresholds(console, checkpoint, KeptThresholds(name, found.accuracy, points))
+            kept = KeptThresholds(name, found.accuracy, points, pairs_of_two=found.num_pairs[1])
+            keep_thresholds(console, checkpoint, kept)
         if json is not None:
             how = described(chosen, distance, normalize)
             about = {
@@ -168,14 +171,16 @@ def verify(
         reporting.say_report(console, page.write(make_report))
 
 
-def _table(found: Verification | None, same: Bools, means: Means, title: str) -> Table:
+def _table(found: Verification | None, same: Bools, means: Means, title: str, cosine: bool) -> Table:
+    """Return a table of the figures; with ``cosine`` means are of cosines, as the thresholds are."""
     different = int((~same).sum())
     table = plain_table(title, "")
     table.add_row("pairs of one person", str(int(same.sum())))
     table.add_row("pairs of two people", str(different))
     for kind, mean in zip(("one person", "two people"), means, strict=True):
         if mean is not None:
-            table.add_row(f"mean score, {kind}", f"{mean:.4f}")
+            shown = ("cosine", 1 + mean) if cosine else ("score", mean)
+            table.add_row(f"mean {shown[0]}, {kind}", f"{shown[1]:.4f}")
     if found is not None:
         table.add_row(
             f"accuracy, {len(found.fold_accuracy)} folds", f"{found.accuracy:.4f} ± {found.accuracy_deviation:.4f}"

@@ -115,14 +115,14 @@ class EmbeddingSet:
         return replace(self, pairs=Pairs(first[both], second[both], self.pairs.same[both]))
 
 
-def check_suffix(path: Path) -> None:
-    """Check that a file of this name can hold embeddings.
+def check_suffix(path: Path | None, name: str = "embeddings") -> None:
+    """Check that a file of this name can hold embeddings; None is none. ``name`` is the argument's, for the message.
 
     Raises:
         ValueError: if it has another suffix.
     """
-    if path.suffix not in embedding_files.SUFFIXES:
-        raise ValueError(f"embeddings must be in a {' or '.join(embedding_files.SUFFIXES)} file; got {path}")
+    if path is not None and path.suffix not in embedding_files.SUFFIXES:
+        raise ValueError(f"{name} must be in a {' or '.join(embedding_files.SUFFIXES)} file; got {path}")
 
 
 def _shapes(tensors: dict[str, Tensor]) -> str:

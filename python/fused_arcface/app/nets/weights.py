@@ -101,7 +101,8 @@ def fit_state(net: nn.Module, state: dict[str, Tensor], path: Path, *, partial: 
     notes = []
     if wrong:
         few = _some(wrong, 5, "; ", " more")
-        notes.append(f"{len(fitting)} of the net's {len(own)} tensors are taken from it, the others begin anew: {few}")
+        taken = f"{len(fitting)} of the net's {len(own)} tensors are taken from it"
+        notes.append(f"{taken}, the others begin with new weights: {few}")
     if unused := [name for name in state if name not in own]:
         few = _some(unused, 5, ", ", " more")
         notes.append(

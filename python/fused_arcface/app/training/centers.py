@@ -54,8 +54,9 @@ def load_centers(head: PartialFC, names: list[str], source: Path) -> list[str]:
     _fill(head, found, target)
     kept = int((target >= 0).sum())
     unused = found.num_classes - kept
-    how = "by name" if old_names is not None else "by their order"
-    text = f"centers: {kept} identities keep those of {source}, {how}; {len(names) - kept} new ones begin anew"
+    how = "by name" if old_names is not None else "by order"
+    text = f"centers: {kept} of {len(names)} identities keep their centers from {source}, matched {how}"
+    text += f"; random centers for {len(names) - kept} new" if kept < len(names) else ""
     return [text + (f"; {unused} of the source are not in the data" if unused else "")]
 
 

@@ -330,7 +330,7 @@ class TrainConfig:
         """
         found = re.fullmatch("backbone(?::([1-9][0-9]{0,8}))?", self.freeze)
         if self.freeze and found is None:
-            raise ValueError(f"freeze must be backbone or backbone:EPOCHS; got {self.freeze!r}")
+            raise ValueError(f"freeze must be backbone or backbone:EPOCHS, EPOCHS from 1 on; got {self.freeze!r}")
         if found is None:
             return 0
         return int(found[1]) if found[1] else self.epochs

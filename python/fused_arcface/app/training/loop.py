@@ -266,7 +266,8 @@ class TrainingLoop:
             for problem in problems:
                 self.tell(Noted(f"verification: {problem}"))
             if checked is not None:
-                kept = KeptThresholds(name, checked.found.accuracy, checked.thresholds, step)
+                found = checked.found
+                kept = KeptThresholds(name, found.accuracy, checked.thresholds, step, found.num_pairs[1])
                 best = False
                 try:
                     best = self._best.keep(learner.backbone, kept)

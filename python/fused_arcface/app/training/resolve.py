@@ -49,7 +49,7 @@ def open_data(config: TrainConfig) -> ImageSource:
 
 def stopped_by(problem: str) -> str:
     """Return the message for a problem that ends a run."""
-    return f"{problem}; bad_data is stop: the run ends"
+    return f"{problem}; bad_data is stop, so this is an error"
 
 
 def open_verification(config: TrainConfig) -> ImageSet | None:
@@ -95,6 +95,11 @@ def resolve(config: TrainConfig, source: ImageSource, world: World) -> TrainConf
     if config.image_size is None or config.channels is None:
         spec: ImageSpec = own_spec(config.backbone) or common_spec(source)
         changes |= {"image_size": config.image_size or spec.size, "channels": config.channels or spec.channels}
+    if config.label_smoothing and config.center_optimizer == "fused":
+        raise OptionError(
+            "label_smoothing needs center_optimizer joint: its gradient reaches every class center in each step; got "
+            f"label_smoothing {config.label_smoothing} with center_optimizer {config.center_optimizer}"
+        )
     rows, parts = min(config.batch_size, len(source)), world.world_size * config.accumulation
     if rows < 2 * parts:
         raise OptionError(

@@ -20,6 +20,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -253,6 +254,13 @@ def write_run(folder: RunFolder, config: TrainConfig, classes: list[str], data: 
         config.save(folder.config)
     except OSError as error:
         raise RunError(f"{folder.root} cannot be written: {error.strerror}") from None
+
+
+def remove_run(folder: RunFolder) -> None:
+    """Remove what :func:`write_run` wrote, of a run that cannot begin. What cannot be removed stays."""
+    for path in (folder.config, folder.data, folder.classes):
+        with contextlib.suppress(OSError):
+            path.unlink()
 
 
 def load_backbone(run: Path, device: torch.device | str = "cpu", *, trust: bool = False) -> tuple[nn.Module, ImageSpec]:

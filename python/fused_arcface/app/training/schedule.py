@@ -63,5 +63,8 @@ def parse_rise(text: str, steps_per_epoch: int = 1) -> Rise:
     first, last = float(found[2]), float(found[3])
     if not 1 <= first < last:
         raise ValueError(f"must have epochs with 1 <= FIRST < LAST; got {text!r}")
+    start = float(found[4] or 0)
+    if start > 1:
+        raise ValueError(f"must have START from 0 to 1; got {text!r}")
     shape: Any = found[1]
-    return Rise((first - 1) * steps_per_epoch, (last - 1) * steps_per_epoch, float(found[4] or 0), shape)
+    return Rise((first - 1) * steps_per_epoch, (last - 1) * steps_per_epoch, start, shape)

@@ -16,7 +16,7 @@ from .interrupt import Interrupt
 from .loop import TrainingLoop
 from .outcomes import DryRun, TrainingOutcome
 from .resolve import open_data, resolve, temporary_centers
-from .runs import RunFolder, check_run, write_run
+from .runs import RunFolder, check_run, remove_run, write_run
 from .world import World, join_world
 
 
@@ -67,10 +67,16 @@ def train(
                 lock = held.enter_context(folder.lock())
         with world.together():  # nobody writes before all have looked
             check_run(folder, config, source.names, data, folder.config.exists() if resume == "auto" else resume)
+        new = not folder.config.exists()
         with world.together():
             if world.rank == 0:
                 write_run(folder, config, source.names, data)
-        loop = TrainingLoop(config, folder, lock, world, source, interrupt, listener, trust)
+        try:
+            loop = TrainingLoop(config, folder, lock, world, source, interrupt, listener, trust)
+        except Exception:
+            if new and world.rank == 0:  # options that do not fit each other: the folder can be used again
+                remove_run(folder)
+            raise
         held.callback(loop.close)
         try:
             return loop.run()

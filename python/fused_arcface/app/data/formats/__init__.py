@@ -60,7 +60,8 @@ FORMATS = (
     ),
     Format(
         "a list file (.lst, .list, .txt, .csv, .tsv)",
-        "a line `path label` for each image. Paths are relative to the list's folder. A label is a name or a number",
+        "a line `path label` for each image. Paths are relative to the list's folder. A label is a name or a number. "
+        "Fields between commas or tabs may be in quotation marks, as in CSV",
         lists.is_list,
         lists.open_list,
     ),
@@ -105,9 +106,13 @@ def open_source(data: str, max_pixels: int = MAX_PIXELS) -> ImageSource:
     >>> len(source), source.read(0, ImageSpec(size=8, channels=3)).shape
     (6, torch.Size([3, 8, 8]))
     """
+    if not data:
+        raise NoSuchData(f"data must be {listed()}; got an empty text")
     for each in FORMATS:
         if each.open is not None and each.matches(data):
             return each.open(data, max_pixels)
+    if Path(data).exists():
+        raise NoSuchData(f"data must be {listed()}; got {data}")
     missing = missing_path(data)
     if "did you mean" not in missing:
         missing += did_you_mean(data.partition(":")[0], generated.NAMES) or f"; data must be {listed()}"

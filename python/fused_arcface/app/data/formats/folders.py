@@ -82,7 +82,8 @@ def read_folder(root: str | Path) -> LabeledFolder:
     problems += [f"{each.folder}: an identity without images" for each in contents if not each.images]
     identities = [each for each in contents if each.images]
     if not identities:
-        raise DataError(f"{root} has no images: it must hold a folder for each identity, with its images in it")
+        there = f"{len(loose)} image(s) but no folders of images" if loose else "no images"
+        raise DataError(f"{root} has {there}: it must hold a folder for each identity, with its images in it")
     names = [each.folder.name for each in identities]
     nested = [each for each in identities if each.is_nested]
     if len(nested) == len(names) and SPLITS.issuperset(name.lower() for name in names):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import csv
 import os
 import re
 from functools import partial
@@ -77,8 +79,18 @@ def read_pairs_file(path: Path, root: Path, max_pixels: int = MAX_PIXELS) -> Ima
 
 
 def fields_of(line: str) -> list[str]:
-    """Return the fields of a line, which tabs, commas or spaces separate, in this order of preference."""
+    """Return the fields of a line, which tabs, commas or spaces separate, in this order of preference.
+
+    Fields between tabs or commas may be in quotation marks, as in CSV.
+
+    >>> fields_of('"a, b.jpg",Ann')
+    ['a, b.jpg', 'Ann']
+    """
     separator = next((each for each in ("\t", ",") if each in line), " ")
+    if separator != " " and any(field.lstrip(" ").startswith('"') for field in line.split(separator)):
+        with contextlib.suppress(csv.Error):  # a field that is too long; then the marks belong to it
+            quoted = next(csv.reader([line], delimiter=separator, skipinitialspace=True))
+            return [field.strip(" ") for field in quoted if field.strip(" ")]
     # Spaces alone: str.strip() would take other characters away, which stand in names.
     return [field.strip(" ") for field in line.split(separator) if field.strip(" ")]
 

@@ -43,6 +43,15 @@ _MOST_PARTS = 1000  # an image has the magic number by chance; one of 16 GB woul
 _WINDOW = 1 << 12  # bytes read at once for the heads of a scan
 
 
+def begins_as_record(path: Path) -> bool:
+    """Return whether a regular file begins with a record's first bytes."""
+    try:
+        with path.open("rb") as file:
+            return file.read(len(_MAGIC_BYTES)) == _MAGIC_BYTES
+    except OSError:
+        return False
+
+
 class RecordError(DataError):
     """A record that cannot be read; the message has the file, the record's number and its offset in bytes."""
 

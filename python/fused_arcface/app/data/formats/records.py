@@ -13,7 +13,17 @@ from fused_arcface.base.reading import DataError
 from ..images import MAX_PIXELS, ImageError, ImageSpec, image_spec, read_image
 from .folders import missing_numbers
 from .record_index import Heads, Ints, read_heads, read_index, unnamed_ranges
-from .recordio import FIRST, HEAD_BYTES, MOST_BROKEN, ImageRecord, RecordError, RecordFile, too_broken, unpack_image
+from .recordio import (
+    FIRST,
+    HEAD_BYTES,
+    MOST_BROKEN,
+    ImageRecord,
+    RecordError,
+    RecordFile,
+    begins_as_record,
+    too_broken,
+    unpack_image,
+)
 
 _SAID = 20  # problems of one kind that are told one by one
 _SAID_OF_THE_REST = 3  # the same for records behind a file's end
@@ -21,9 +31,14 @@ _NONE = np.empty(0, np.int64), np.empty(0, np.int64)
 
 
 def is_records(data: str) -> bool:
-    """Return whether a name is that of a RecordIO file, or of a folder with ``train.rec`` in it."""
+    """Return whether a name is that of a RecordIO file, or of a folder with ``train.rec`` in it.
+
+    A file with another suffix than ``.rec`` must begin as a record does.
+    """
     path = Path(data)
-    return path.is_file() or (path / "train.rec").is_file()
+    if not path.is_file():
+        return (path / "train.rec").is_file()
+    return path.suffix.lower() == ".rec" or begins_as_record(path)
 
 
 def open_records(data: str, max_pixels: int) -> RecordImages:
