@@ -28,12 +28,12 @@ _kernels: Any = None if native.unavailable() else getattr(native.module, "cuda",
 
 @dataclass(frozen=True)
 class ChunkConfig:
-    """The number of classes that are worked on at once, as bytes of memory for them. Not measured on a GPU yet."""
+    """How many classes are worked on at once, in bytes of what is kept of them. Not measured on a GPU yet."""
 
     exponential_bytes: int
-    """Size of the (N, classes) exponentials between the two products."""
+    """Of the (N, classes) exponentials between the two products."""
     center_bytes: int
-    """Size of the packed centers."""
+    """Of the packed centers."""
 
 
 # 24 MiB of exponentials, written once and read once, and 8 MiB of centers stay in the smallest L2 that matters, A100's

@@ -28,7 +28,7 @@ class HopperConfig:
     ordered: bool = True
     """If true, a tile's second product waits for the next tile's first, and runs under that one's exponentials."""
     center_bytes: int = 33 << 20
-    """Size of one launch's packed centers, if centers are not plain bf16 rows, and of its fp32 gradient, if a step of
+    """Of one launch's packed centers, where centers are not plain bf16 rows, and of its fp32 gradient, where a step of
     the optimizer follows. 33,792 packed centers are four blocks of 64 for each of 132 multiprocessors, and 16,896
     gradients stay in an L2 of 50 MB until the step reads them."""
 

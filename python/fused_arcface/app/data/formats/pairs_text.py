@@ -79,7 +79,7 @@ def read_pairs_file(path: Path, root: Path, max_pixels: int = MAX_PIXELS) -> Ima
 def fields_of(line: str) -> list[str]:
     """Return the fields of a line, which tabs, commas or spaces separate, in this order of preference."""
     separator = next((each for each in ("\t", ",") if each in line), " ")
-    # Spaces alone: str.strip() would take other characters away, which occur in names.
+    # Spaces alone: str.strip() would take other characters away, which stand in names.
     return [field.strip(" ") for field in line.split(separator) if field.strip(" ")]
 
 
