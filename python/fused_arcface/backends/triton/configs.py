@@ -49,12 +49,12 @@ class ElementConfig:
 
 @dataclass(frozen=True)
 class PanelConfig:
-    """The number of class centers and of batch rows in one turn of the host's loop."""
+    """How many class centers, and how many batch rows, one turn of the host's loop takes."""
 
     exponential_bytes: int
-    """Size of the (rows, classes) exponentials of one turn."""
+    """Of the (rows, classes) exponentials of one turn."""
     center_bytes: int
-    """Size of the normalized copy of the turn's centers."""
+    """Of the normalized copy of the turn's centers."""
     max_rows: int
 
 
@@ -79,8 +79,8 @@ _PRODUCT_PORTABLE = ProductConfig(BLOCK_N=128, BLOCK_C=128, BLOCK_D=32, num_warp
 # file. The stationary 64×512 tile takes 64 KiB of shared memory and so does each streamed one: two stages of them are
 # the limit. Hopper alone: Blackwell's tensor cores want the probabilities in shared memory too, 262 944 bytes in all.
 _FLASH_512 = FlashConfig(OUTER=64, INNER=64, num_warps=8, num_stages=2)
-# Half the width: the same registers hold 128 rows, so the streamed tiles are read half as often. These two spill
-# before and after the loop only (sm_90, Triton 3.7).
+# Half the width: the same registers hold 128 rows, so the streamed tiles are read half as often. What these two spill
+# lies before and after the loop, none of it in between (sm_90, Triton 3.7).
 _FLASH_256 = FlashConfig(OUTER=128, INNER=64, num_warps=8, num_stages=2)
 # Room for a third stage, and nothing spills; INNER=128 would spill 48 bytes.
 _FLASH_128 = FlashConfig(OUTER=128, INNER=64, num_warps=8, num_stages=3)
