@@ -3,7 +3,7 @@
 A name is bytes to the system and a ``str`` to Python, which depends on the locale and holds surrogates for bytes that
 the locale does not know. In files names stand with their own bytes, so that a file is the same in every locale and a
 name that is read opens the file that was meant. Only a line feed ends a line: ``str.splitlines`` would also cut at
-characters that stand in names.
+characters that occur in names.
 """
 
 from __future__ import annotations
