@@ -66,6 +66,8 @@ Result cuDeviceGetAttribute(int* value, int attribute, int device) {
 }
 Result cuDevicePrimaryCtxRetain(void** context, int device) { return *context = (void*)1, SUCCESS; }
 Result cuCtxGetCurrent(void** context) { return *context = (void*)1, SUCCESS; }
+Result cuCtxGetDevice(int* device) { return *device = 0, SUCCESS; }
+Result cuStreamIsCapturing(void* stream, int* status) { return *status = 0, SUCCESS; }
 Result cuCtxSetCurrent(void* context) { return SUCCESS; }
 Result cuCtxGetLimit(size_t* size, int limit) { return *size = 0, SUCCESS; }
 Result cuCtxSetLimit(int limit, size_t size) { return SUCCESS; }
