@@ -48,7 +48,7 @@ A turn is a stage of 64 bytes of depth for 64 x 64 scores, 16 x 8 each; in fp32 
 place of one."""
 
 MOST_IN_EPILOGUE = {"class_stats_kernel": 3600, "class_gradient_kernel": 2100}
-"""Instructions after the last product: 3385 and 1933 with nvcc 13.0. Those of class_stats are two epilogues, with and
+"""Instructions after the last product: 3385 and 1856 with nvcc 13.0. Those of class_stats are two epilogues, with and
 without stored exponentials, and each has rare branches for targets."""
 
 
@@ -98,7 +98,7 @@ def test_tensor_cores_and_asynchronous_copies(architecture: str) -> None:
         precision = re.search(r"PrecisionE(\d)", mangled)
         assert precision is not None and len(tensor_cores) == STEPS[precision[1]], (mangled, len(tensor_cores))
         epilogue = len(instructions) - tensor_cores[-1]
-        assert epilogue <= MOST_IN_EPILOGUE.get(kernel_name(mangled), 2500), (mangled, epilogue)
+        assert epilogue <= MOST_IN_EPILOGUE.get(kernel_name(mangled), 3200), (mangled, epilogue)
     for kind in ("BF16", "TF32"):
         assert any(kind in each for each in kinds), kinds
     assert "16816.F32" in kinds, kinds  # fp16's

@@ -72,6 +72,7 @@ Result cuCtxSetCurrent(void* context) { return SUCCESS; }
 Result cuCtxGetLimit(size_t* size, int limit) { return *size = 0, SUCCESS; }
 Result cuCtxSetLimit(int limit, size_t size) { return SUCCESS; }
 Result cuModuleLoadData(void** module, const void* image) { return *module = (void*)image, SUCCESS; }
+Result cuModuleUnload(void* module) { return SUCCESS; }
 Result cuModuleGetFunction(void** function, void* module, const char* name) {
   return *function = strdup(name), SUCCESS;
 }
