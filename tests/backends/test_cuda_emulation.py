@@ -117,7 +117,7 @@ MUTANTS = (
     Mutant("no permutation of chunks", "gemm.h", "chunk ^ permutation", "chunk + 0 * permutation"),
     Mutant("a remainder dropped", "gemm.h", "mma_tf32(acc[m][n], a_low, b_high[n]);", ""),
     Mutant("no mask of the target", "scores.h", "column == target || ", "", full=False),
-    Mutant("no coefficient of the target", "scores.h", "derivative[m][half] = of_target;", ";"),
+    Mutant("no coefficient of the target", "scores.h", "is_target ? of_target : ", "false && is_target ? of_target : "),
     Mutant("no mask of the last classes", "scores.h", " || column >= present) acc", ") acc"),
     Mutant("padding is a class", "scores.h", "chunk.classes.present_in_tile(static_cast<int>(blockIdx.y))", "kTile",
            full=False),

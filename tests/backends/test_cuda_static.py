@@ -41,6 +41,17 @@ PRODUCTS = {
 """Kernels with a product, and the precisions that each is compiled for."""
 
 
+STEPS = {"0": 64, "1": 64, "2": 64, "3": 3 * 32}
+"""Products of a warp in a turn of the loop, by the number of the precision (csrc/cuda/kernels.h).
+
+A turn is a stage of 64 bytes of depth for 64 x 64 scores, 16 x 8 each; in fp32 half a stage, with three products in
+place of one."""
+
+MOST_IN_EPILOGUE = {"class_stats_kernel": 3600, "class_gradient_kernel": 2100}
+"""Instructions after the last product: 3385 and 1856 with nvcc 13.0. Those of class_stats are two epilogues, with and
+without stored exponentials, and each has rare branches for targets."""
+
+
 def _dump(*arguments: str) -> str:
     assert CUOBJDUMP is not None and _native.__file__ is not None
     return subprocess.run([CUOBJDUMP, *arguments, _native.__file__], capture_output=True, text=True, check=True).stdout
@@ -82,6 +93,12 @@ def test_tensor_cores_and_asynchronous_copies(architecture: str) -> None:
         for instruction in (r"LDSM\.16\.M88\.4", r"LDGSTS\.E\.BYPASS\.128", r"BAR\.SYNC"):
             assert re.search(instruction, part), (mangled, instruction)
         assert not re.search(r"\b(STL|LDL)\b", part), mangled
+        instructions = re.findall(r"/\*[0-9a-f]{4,}\*/\s+([^;]*);", part)
+        tensor_cores = [index for index, each in enumerate(instructions) if "HMMA" in each]
+        precision = re.search(r"PrecisionE(\d)", mangled)
+        assert precision is not None and len(tensor_cores) == STEPS[precision[1]], (mangled, len(tensor_cores))
+        epilogue = len(instructions) - tensor_cores[-1]
+        assert epilogue <= MOST_IN_EPILOGUE.get(kernel_name(mangled), 3200), (mangled, epilogue)
     for kind in ("BF16", "TF32"):
         assert any(kind in each for each in kinds), kinds
     assert "16816.F32" in kinds, kinds  # fp16's

@@ -66,11 +66,14 @@ Result cuDeviceGetAttribute(int* value, int attribute, int device) {
 }
 Result cuDevicePrimaryCtxRetain(void** context, int device) { return *context = (void*)1, SUCCESS; }
 Result cuCtxGetCurrent(void** context) { return *context = (void*)1, SUCCESS; }
+Result cuCtxGetDevice(int* device) { return *device = 0, SUCCESS; }
+Result cuStreamIsCapturing(void* stream, int* status) { return *status = 0, SUCCESS; }
 Result cuCtxSetCurrent(void* context) { return SUCCESS; }
 Result cuCtxGetDevice(int* device) { return *device = 0, SUCCESS; }
 Result cuCtxGetLimit(size_t* size, int limit) { return *size = 0, SUCCESS; }
 Result cuCtxSetLimit(int limit, size_t size) { return SUCCESS; }
 Result cuModuleLoadData(void** module, const void* image) { return *module = (void*)image, SUCCESS; }
+Result cuModuleUnload(void* module) { return SUCCESS; }
 Result cuModuleGetFunction(void** function, void* module, const char* name) {
   return *function = strdup(name), SUCCESS;
 }
