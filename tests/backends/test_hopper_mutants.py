@@ -164,7 +164,6 @@ MUTANTS = (
     # Rows before the passes, chunks.
     Mutant("no fence after rows are mended", "prepare.h",
            "  mine.multiply(factors[mine.row]);\n  fence_async();", "  mine.multiply(factors[mine.row]);"),
-    Mutant("no fence after rows are measured", "prepare.h", "  }\n  fence_async();", "  }\n"),
     Mutant("padding times zero", "prepare.h", "factor == 0 ? BFloat16{0} : ", ""),
     Mutant("no row is odd", "prepare.h", "|| largest == 0;", "|| largest >= 0;"),
     Mutant("columns of a quad in another order", "block_end.h",
