@@ -160,17 +160,21 @@ def test_editors_offer_every_backend() -> None:
     assert set(get_args(literal)) == {"auto", *backends.NAMES, *backends.registry.ALIASES}
 
 
+PLAIN = (1, 0, (0.0, 1.0, 0.0, 0.0), None)
+"""Negatives, as the kernels take them."""
+
+
 def test_native_refuses_an_unknown_instruction_set(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FUSED_ARCFACE_ISA", "avx1024")
     with pytest.raises(ValueError, match="instruction set not available on this machine: avx1024"):
-        _native.weight_grad(0, (0,) * 6, (0,) * 6, 0, 1.0, 0, 0, 0, (0,) * 6, 1, (1, 0, 0.0, 1.0, 0.0, 0.0))
+        _native.weight_grad(0, (0,) * 6, (0,) * 6, 0, 1.0, 0, 0, 0, (0,) * 6, 1, PLAIN, 0)
 
 
 def test_native_refuses_products_that_there_are_not() -> None:
     assert not _native.has_products(_native.FLOAT16)
     for code in (_native.FLOAT16, -1, 4):
         with pytest.raises(ValueError, match=f"no products in the dtype of this code: {code}"):
-            _native.weight_grad(code, (0,) * 6, (0,) * 6, 0, 1.0, 0, 0, 0, (0,) * 6, 1, (1, 0, 0.0, 1.0, 0.0, 0.0))
+            _native.weight_grad(code, (0,) * 6, (0,) * 6, 0, 1.0, 0, 0, 0, (0,) * 6, 1, PLAIN, 0)
 
 
 def test_codes_of_dtypes_are_those_of_the_kernels() -> None:
