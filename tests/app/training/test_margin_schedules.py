@@ -41,7 +41,7 @@ def test_the_form_of_a_schedule(tmp_path: Path, capsys: pytest.CaptureFixture[st
     for text in ("20-40", "linear:20", "cosine:1-2", "linear:0-2", "linear:4-4", "linear:1-2:"):
         with pytest.raises(ValueError, match=r"^margin_schedule must"):
             TINY.replace({"margin_schedule": text})
-    with pytest.raises(ValueError, match=r"start must be in \[0, 1\]; got 2"):
+    with pytest.raises(ValueError, match=r"^margin_schedule must have START from 0 to 1; got 'linear:1-2:2'$"):
         TINY.replace({"margin_schedule": "linear:1-2:2"})
     with pytest.raises(ValueError, match=r"^scale_schedule must begin above 0"):
         TINY.replace({"scale_schedule": "linear:1-2"})
