@@ -19,12 +19,12 @@ struct Blocks {
 };
 static_assert(kMaxSubCenters <= Blocks().classes);
 
-// Depth of one accumulation: a panel of embeddings so deep (32 KiB at the most) stays in L1, or in a smaller one for the
-// most part, while all classes of a block pass it. Each accumulation costs some 40 cycles, so it is not shorter.
+// Depth of one accumulation: a panel of embeddings so deep (32 KiB at the most) stays in L1, or in a smaller one for
+// the most part, while all classes of a block pass it. Each accumulation costs some 40 cycles, so it is not shorter.
 constexpr int64_t kDepthBlock = 256;
 
-// Of whole classes, and no larger than the problem; as many blocks for each thread, unless they became less than half as
-// large: 1000 classes are then 12 blocks of 84 for two threads, not 10 of 96 and a rest.
+// Of whole classes, and no larger than the problem; as many blocks for each thread, unless they became less than half
+// as large: 1000 classes are then 12 blocks of 84 for two threads, not 10 of 96 and a rest.
 inline Blocks fitting(const Negatives& negatives, int64_t classes, int64_t rows, int threads) {
   const Blocks largest;
   const int64_t most = largest.classes / negatives.sub_centers * negatives.sub_centers;
