@@ -49,7 +49,7 @@ void class_stats(const ClassStatsArgs& args, const PassOptions& options) {
   const Batch<P> batch(args.embeddings, args.target, threads);
   const Offsets<T> shift(args.shift, N, batch.padded_rows);
   const T log2_scale = static_cast<T>(args.scale * kLog2e);
-  const Blocks blocks = fitting(options.negatives, C, N);
+  const Blocks blocks = fitting(options.negatives, C, N, threads);
   const bool plain = options.negatives.plain();
   const GeneralNegatives<T> negatives(options.negatives, N, plain ? 0 : batch.padded_rows);
 
@@ -146,7 +146,7 @@ void weight_pass(const WeightGradArgs& args, const PassOptions& options, const i
     positive.get()[i] = i < N ? static_cast<const T*>(args.target_coefficient)[i] : 0;
   }
 
-  const Blocks blocks = fitting(options.negatives, C, N);
+  const Blocks blocks = fitting(options.negatives, C, N, threads);
   const bool plain = options.negatives.plain();
   const GeneralNegatives<T> negatives(options.negatives, N, plain ? 0 : batch.padded_rows);
 

@@ -19,13 +19,19 @@ struct Blocks {
 };
 static_assert(kMaxSubCenters <= Blocks().classes);
 
-// Depth of one accumulation: a panel of embeddings so deep (16 KiB) stays in L1 while all classes of a block pass it.
-constexpr int64_t kDepthBlock = 128;
-// No larger than the problem, and of whole classes.
-inline Blocks fitting(const Negatives& negatives, int64_t classes, int64_t rows) {
+// Depth of one accumulation: a panel of embeddings so deep (32 KiB at the most) stays in L1, or in a smaller one for
+// the most part, while all classes of a block pass it. Each accumulation costs some 40 cycles, so it is not shorter.
+constexpr int64_t kDepthBlock = 256;
+
+// Of whole classes, and no larger than the problem; as many blocks for each thread, unless they became less than half
+// as large: 1000 classes are then 12 blocks of 84 for two threads, not 10 of 96 and a rest.
+inline Blocks fitting(const Negatives& negatives, int64_t classes, int64_t rows, int threads) {
   const Blocks largest;
-  const int64_t whole = largest.classes / negatives.sub_centers * negatives.sub_centers;
-  return {std::min(whole, classes), std::min(largest.rows, rows)};
+  const int64_t most = largest.classes / negatives.sub_centers * negatives.sub_centers;
+  const int64_t least = (classes + most - 1) / most;
+  const int64_t count = std::max(least, std::min(round_up(least, threads), classes / (most / 2)));
+  const int64_t each = round_up((classes + count - 1) / count, negatives.sub_centers);
+  return {each, std::min(largest.rows, rows)};
 }
 
 // The batch, packed once per call and laid out twice.

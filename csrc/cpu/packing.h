@@ -13,6 +13,9 @@ namespace fa::FA_ISA {
 
 constexpr double kNormEpsilon = 1e-12;  // as torch.nn.functional.normalize
 
+template <typename T>
+constexpr Dtype kDtypeOf = sizeof(T) == 8 ? Dtype::kFloat64 : Dtype::kFloat32;
+
 // <a, b> over `size` elements, a multiple of the lane count. Four chains hide the latency of the additions.
 template <typename T>
 inline T dot(const T* a, const T* b, int64_t size) {
@@ -64,39 +67,48 @@ struct Norms {
   T* to_unit;
 };
 
+// `from` times a factor, to `to`, which may be `from`.
 template <typename T>
-inline void scale(T* row, int64_t padded, T factor) {
-  for (int64_t d = 0; d < padded; d += kLanes<T>) store<T>(row + d, load(row + d) * factor);
+inline void scale(const T* from, int64_t padded, T factor, T* to) {
+  for (int64_t d = 0; d < padded; d += kLanes<T>) store<T>(to + d, load(from + d) * factor);
 }
 
 // Rows [first, first + count) of m, or with an index rows index[first] and on, divided by max(|row|, epsilon),
 // zero-padded to `padded` numbers, to `out` with the given stride in elements. A few rows at a time, one step after the
 // other over all of them: the latency of one row's norm is hidden behind the next row's, and they stay in L1
-// (bench/NOTES.md).
+// (bench/NOTES.md). Rows that are whole vectors of T already are read where they lie.
 template <typename T>
 inline void pack_rows(Full<T>, const Matrix& m, int64_t first, int64_t count, T* out, int64_t stride, int64_t padded,
                       const Norms<T>& norms, T*, const int64_t* index = nullptr) {
   constexpr int64_t kAtATime = 8;
+  const bool in_place = m.dtype == kDtypeOf<T> && m.column_stride == 1 && m.columns == padded;
   for (int64_t begin = 0; begin < count; begin += kAtATime) {
     const int64_t end = std::min(begin + kAtATime, count);
+    const T* from[kAtATime];
     for (int64_t r = begin; r < end; ++r) {
-      T* row = out + r * stride;
-      read_row(m, index != nullptr ? index[first + r] : first + r, row);
-      for (int64_t d = m.columns; d < padded; ++d) row[d] = 0;
-      norms.inverse[r].factor = dot(row, row, padded);
+      const int64_t in_matrix = index != nullptr ? index[first + r] : first + r;
+      T* const row = out + r * stride;
+      from[r - begin] = in_place ? static_cast<const T*>(m.data) + in_matrix * m.row_stride : row;
+      if (!in_place) {
+        read_row(m, in_matrix, row);
+        for (int64_t d = m.columns; d < padded; ++d) row[d] = 0;
+      }
+      norms.inverse[r].factor = dot(from[r - begin], from[r - begin], padded);
     }
     for (int64_t r = begin; r < end; ++r) {
-      T* row = out + r * stride;
       T power = 1;
-      double length = norm(row, padded, norms.inverse[r].factor);
+      double length = norm(from[r - begin], padded, norms.inverse[r].factor);
       if (length > kLongest<T>) {
+        T* const row = out + r * stride;
         power = static_cast<T>(kShortening<T>);
-        scale(row, padded, power);
+        scale(from[r - begin], padded, power, row);
+        from[r - begin] = row;
         length = norm(row, padded, dot(row, row, padded));
       }
       norms.inverse[r] = {inverse_of<T>(length), power};
     }
-    for (int64_t r = begin; r < end; ++r) scale(out + r * stride, padded, std::abs(norms.inverse[r].factor));
+    for (int64_t r = begin; r < end; ++r)
+      scale(from[r - begin], padded, std::abs(norms.inverse[r].factor), out + r * stride);
   }
 }
 
@@ -194,7 +206,7 @@ inline void project(T* d_unit, const T* unit, InverseNorm<T> inverse_norm, int64
     store<T>(d_unit + d, (load(d_unit + d) - load(unit + d) * along) * factor);
   if (inverse_norm.power < 1) {
     const KeepSubnormals keep;  // so small is what is left of the gradient
-    scale(d_unit, padded, inverse_norm.power);
+    scale(d_unit, padded, inverse_norm.power, d_unit);
   }
 }
 
