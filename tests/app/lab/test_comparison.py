@@ -243,7 +243,7 @@ def test_files_are_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     # Three of ten people are held out: 3·15 pairs of one person.
     assert [sum(row["same_angles"]) for row in rows] == [45, 45]
     assert run(["compare", *options, "--output", str(tmp_path / "new"), "--batch-size", "64"]) == 2
-    assert "batch_size must be <= the number of images 42; got 64" in capsys.readouterr().err
+    assert "--batch-size must be <= the number of images 42; got 64" in capsys.readouterr().err
     assert run(["compare", "--data", str(tmp_path / "nobody"), "--output", str(tmp_path / "new2")]) == 2
     assert run(["compare", "--criteria", "hinge"]) == 2
 
