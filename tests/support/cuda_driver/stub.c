@@ -69,7 +69,6 @@ Result cuCtxGetCurrent(void** context) { return *context = (void*)1, SUCCESS; }
 Result cuCtxGetDevice(int* device) { return *device = 0, SUCCESS; }
 Result cuStreamIsCapturing(void* stream, int* status) { return *status = 0, SUCCESS; }
 Result cuCtxSetCurrent(void* context) { return SUCCESS; }
-Result cuCtxGetDevice(int* device) { return *device = 0, SUCCESS; }
 Result cuCtxGetLimit(size_t* size, int limit) { return *size = 0, SUCCESS; }
 Result cuCtxSetLimit(int limit, size_t size) { return SUCCESS; }
 Result cuModuleLoadData(void** module, const void* image) { return *module = (void*)image, SUCCESS; }
@@ -100,8 +99,6 @@ typedef struct {
   unsigned attribute_count;
 } LaunchConfig;
 
-Result cuModuleUnload(void* module) { return SUCCESS; }
-Result cuStreamIsCapturing(void* stream, int* status) { return *status = 0, SUCCESS; }
 
 Result cuLaunchKernelEx(const LaunchConfig* config, void* function, void** parameters, void** extra) {
   const int fits = config->grid_x <= 2147483647u && config->grid_y <= 65535 && config->grid_z <= 65535 &&
