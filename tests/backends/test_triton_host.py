@@ -69,7 +69,7 @@ def test_launches_of_the_chunk_passes(report: dict[str, Any]) -> None:
 
 def test_launches_of_a_training_step(report: dict[str, Any]) -> None:
     """PartialFC with CenterSGD. The plain permutation would take some 300 launches more."""
-    assert report["all classes"]["torch"] + report["all classes"]["triton"] <= 75
+    assert report["all classes"]["torch"] + report["all classes"]["triton"] <= 76
     assert report["sampled"]["torch"] + report["sampled"]["triton"] <= 130
 
 

@@ -99,7 +99,6 @@ typedef struct {
   unsigned attribute_count;
 } LaunchConfig;
 
-
 Result cuLaunchKernelEx(const LaunchConfig* config, void* function, void** parameters, void** extra) {
   const int fits = config->grid_x <= 2147483647u && config->grid_y <= 65535 && config->grid_z <= 65535 &&
                    config->block_x <= 1024 && config->shared_bytes <= MOST_SHARED_MEMORY;
