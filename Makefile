@@ -45,7 +45,7 @@ native_tests := $(addprefix tests/,backends/test_cpu.py backends/test_threads.py
 
 test-sanitized: .venv/.installed  ## Run the tests of the compiled CPU kernels under ASan and UBSan
 	CXXFLAGS='-fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer -g1' FUSED_ARCFACE_CUDA=OFF \
-	  $(run) pip install --quiet --no-build-isolation --no-deps --upgrade --target build/sanitized/lib \
+	  $(run) pip install --quiet --no-deps --upgrade --target build/sanitized/lib \
 	  --config-settings=build-dir=build/sanitized/build --config-settings=install.strip=false .
 	LD_PRELOAD="$(sanitizers)" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	  .venv/bin/python tests/sanitized.py build/sanitized/lib -m "not full" $(native_tests) $(ARGS)
