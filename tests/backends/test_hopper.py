@@ -344,9 +344,11 @@ def test_real_sizes_on_a_gpu(w_dtype: str, configuration: str, monkeypatch: pyte
 
 def test_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     x, w = torch.empty(2, 512, dtype=torch.bfloat16), torch.empty(3, 512)
-    for value in ("", "0"):
+    monkeypatch.setenv("FUSED_ARCFACE_HOPPER", "0")
+    assert hopper.choose(True, (9, 0), x, w) is None
+    for value in ("", "1"):
         monkeypatch.setenv("FUSED_ARCFACE_HOPPER", value)
-        assert hopper.choose(True, (9, 0), x, w) is None
+        assert hopper.choose(True, (9, 0), x, w) == hopper.HopperConfig()
     monkeypatch.setenv("FUSED_ARCFACE_HOPPER", "cluster-1")
     assert hopper.choose(True, (9, 0), x, w) == hopper.HopperConfig(cluster=1)
     assert hopper.choose(False, (9, 0), x, w) is None and hopper.choose(True, (10, 0), x, w) is None
@@ -359,9 +361,9 @@ def test_says_why_it_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("FUSED_ARCFACE_HOPPER", raising=False)
     assert hopper.describe(False, (9, 0)) == "not built: that takes nvcc 12.8 or later"
     assert hopper.describe(True, (8, 0)) == ("not used: they need a GPU of compute capability 9.0; this one has 8.0")
-    assert hopper.describe(True, (9, 0)).startswith("off: FUSED_ARCFACE_HOPPER=1 turns them on")
-    monkeypatch.setenv("FUSED_ARCFACE_HOPPER", "1")
     assert hopper.describe(True, (9, 0)).startswith("on for bf16")
+    monkeypatch.setenv("FUSED_ARCFACE_HOPPER", "0")
+    assert hopper.describe(True, (9, 0)) == "off: FUSED_ARCFACE_HOPPER=0 is set"
 
 
 @pytest.mark.parametrize("capability", [(8, 0), (9, 0)])

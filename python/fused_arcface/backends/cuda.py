@@ -3,7 +3,7 @@
 For compute capability 8.0 and later; Triton is not needed. Products are bf16 or fp16 where both inputs are stored so,
 else fp32: three tf32 products in place of one, or one where ``torch.set_float32_matmul_precision`` is ``"high"`` or
 ``"medium"``. fp64 is refused (backends.select). Compute capability 9.0 has kernels of its own, which
-``FUSED_ARCFACE_HOPPER=1`` turns on (hopper.py). Every step is launches on the current stream, without a wait and
+``FUSED_ARCFACE_HOPPER=0`` turns off (hopper.py). Every step is launches on the current stream, without a wait and
 without an allocation but torch's, and its result is the same to the bit in every run.
 """
 

@@ -1,7 +1,7 @@
 """The choice, within the backend ``cuda``, of its kernels for compute capability 9.0 alone (csrc/cuda/hopper).
 
-They take bf16 embeddings of 512 columns. No GPU has run them yet, so they are off unless ``FUSED_ARCFACE_HOPPER`` in
-the environment names a configuration.
+They take bf16 embeddings of 512 columns, and are on unless ``FUSED_ARCFACE_HOPPER`` in the environment is 0. On an H100
+they are three to four times as fast as the portable kernels (``bench/results/h100``).
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ CONFIGS = {
     "unordered": HopperConfig(ordered=False),
     "cluster-1-unordered": HopperConfig(cluster=1, ordered=False),
 }
-"""The values of ``FUSED_ARCFACE_HOPPER``. All but "1" are for benchmarks."""
+"""The values of ``FUSED_ARCFACE_HOPPER`` beside 0. "1" is the default, the others are for benchmarks."""
 
 
 def asked() -> HopperConfig | None:
-    """Return the configuration that the environment asks for, or None."""
-    name = os.environ.get("FUSED_ARCFACE_HOPPER", "")
-    if name in ("", "0"):
+    """Return the configuration that the environment asks for, or None if it turns the kernels off."""
+    name = os.environ.get("FUSED_ARCFACE_HOPPER") or "1"
+    if name == "0":
         return None
     if name not in CONFIGS:
         raise ValueError(f"FUSED_ARCFACE_HOPPER must be 0 or one of {', '.join(CONFIGS)}; got {name!r}")
@@ -69,5 +69,5 @@ def describe(built: bool, capability: tuple[int, int]) -> str:
         needed, found = (".".join(map(str, each)) for each in (CAPABILITY, capability))
         return f"not used: they need a GPU of compute capability {needed}; this one has {found}"
     if asked() is None:
-        return "off: FUSED_ARCFACE_HOPPER=1 turns them on for bf16 embeddings of 512 columns"
+        return "off: FUSED_ARCFACE_HOPPER=0 is set"
     return "on for bf16 embeddings of 512 columns"
