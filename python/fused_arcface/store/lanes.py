@@ -1,6 +1,6 @@
 """Work beside the computation: on a thread for files, on a stream of its own for a GPU.
 
-Not yet measured on a GPU. The tests run the same lines with the CPU in the GPU's place.
+The tests run the same lines with the CPU in the GPU's place.
 """
 
 from __future__ import annotations
