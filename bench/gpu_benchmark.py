@@ -55,7 +55,10 @@ HOPPER_CASES = 2
 
 
 def _hopper(variants: bool) -> list[Provider]:
-    """Return the CUDA backend with its kernels for Hopper, by configuration: rows ``fused_arcface-hopper``."""
+    """Return the CUDA backend by configuration of its kernels for Hopper: rows ``fused_arcface-hopper``.
+
+    ``-0`` is the backend without them.
+    """
     described = backends.describe("cuda")
     if not described or described.startswith("not "):
         return []
@@ -73,7 +76,7 @@ def _hopper(variants: bool) -> list[Provider]:
             environment={"FUSED_ARCFACE_HOPPER": name},
             reason_against=reason,
         )
-        for name in (CONFIGS if variants else ("1",))
+        for name in ((*CONFIGS, "0") if variants else ("1", "0"))
     ]
 
 

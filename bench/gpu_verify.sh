@@ -93,7 +93,8 @@ processes=$((cores < 16 ? (cores + 1) / 2 : 8))
 if has pytest; then
   phase tests_gpu 160 "$python" bench/parallel_tests.py "$work/tests_gpu" "$processes" -m "not full" \
     -k "(test_triton or test_cuda or on_a_gpu) and not interpreter and not emulated" \
-    tests/backends/test_gpu.py tests/backends/test_triton.py tests/backends/test_cuda.py tests/backends/test_hopper.py \
+    tests/backends/test_gpu.py tests/backends/test_triton.py tests/backends/test_cuda.py tests/backends/test_cuda_updates.py \
+    tests/backends/test_cuda_negatives.py tests/backends/test_hopper.py \
     tests/test_partial_fc.py tests/engine/test_ops.py
   grep -h "beyond the weight" "$work"/tests_gpu/*.log || true
 else

@@ -9,9 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import PoisoningTorch
-from support import cuda_emulated
 from support.cases import GEOMETRIES
+from support.cuda_places import in_place, places
 from support.negatives_cases import (
     BF16,
     FP32,
@@ -35,41 +34,16 @@ from fused_arcface.margins import Margin
 FP16 = torch.float16
 
 
-@pytest.fixture(
-    params=[
-        pytest.param(
-            "cpu",
-            id="emulated",
-            marks=[
-                pytest.mark.emulation,
-                pytest.mark.skipif(cuda_emulated.missing() is not None, reason=str(cuda_emulated.missing())),
-            ],
-        ),
-        pytest.param(
-            "cuda",
-            id="gpu",
-            marks=[
-                pytest.mark.gpu,
-                pytest.mark.skipif(cuda.unavailable() is not None, reason=f"no GPU: {cuda.unavailable()}"),
-            ],
-        ),
-    ]
-)
+@pytest.fixture(params=places())
 def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """Where the backend runs under its public name."""
-    if request.param == "cuda":
-        yield "cuda"
-        torch.cuda.synchronize()
-        return
-    poisoning = PoisoningTorch()
-    monkeypatch.setattr(cuda, "torch", poisoning)
-    monkeypatch.setattr(cuda, "_kernels", cuda_emulated.module())
-    monkeypatch.setattr(cuda, "_device", lambda tensor: ((0, 0), 4))
-    monkeypatch.setattr(cuda, "unavailable", lambda: None)
-    row = dataclasses.replace(backends.registry._ROWS["cuda"], device_type="cpu")
-    monkeypatch.setitem(backends.registry._ROWS, "cuda", row)
-    yield "cpu"
-    poisoning.check()
+    """Where the backend runs under its public name. Hopper's kernels have plain negatives alone, and are off."""
+    monkeypatch.setenv("FUSED_ARCFACE_HOPPER", "0")
+    if request.param == "cpu":
+        monkeypatch.setattr(cuda, "unavailable", lambda: None)
+        row = dataclasses.replace(backends.registry._ROWS["cuda"], device_type="cpu")
+        monkeypatch.setitem(backends.registry._ROWS, "cuda", row)
+    with in_place(request.param, monkeypatch) as device:
+        yield device
 
 
 ROUNDING = {FP32: 2e-5, BF16: 2.0**-7, FP16: 2.0**-7}

@@ -5,15 +5,15 @@ such a GPU where there is one. Emulated, each cluster runs under another schedul
 from __future__ import annotations
 
 from collections.abc import Iterator
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from conftest import PoisoningTorch
 from support import cuda_emulated
 from support.cases import Case, inputs_on
 from support.cuda_cases import loss
+from support.cuda_places import in_place, needs_emulation, places
 from support.hopper_cases import CORE, FULL, check
 
 import fused_arcface as fa
@@ -33,7 +33,6 @@ def _no_gpu() -> str | None:
 
 
 needs_gpu = pytest.mark.skipif(_no_gpu() is not None, reason=str(_no_gpu()))
-needs_emulation = pytest.mark.skipif(cuda_emulated.missing() is not None, reason=str(cuda_emulated.missing()))
 
 
 class Recording:
@@ -55,34 +54,15 @@ class Recording:
         return recorded
 
 
-@pytest.fixture(scope="session")
-def emulated_kernels() -> ModuleType:
-    return cuda_emulated.module()
-
-
-@pytest.fixture(
-    params=[
-        pytest.param("cpu", id="emulated", marks=[pytest.mark.emulation, needs_emulation]),
-        pytest.param("cuda", id="on_a_gpu", marks=[pytest.mark.gpu, needs_gpu]),
-    ]
-)
+@pytest.fixture(params=places(needs_gpu, "on_a_gpu"))
 def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """Where the backend runs, with Hopper's kernels on. Emulated, its memory is NaN before it is written, and nothing
-    beside it is written."""
+    """Where the backend runs, with Hopper's kernels on."""
     monkeypatch.setenv("FUSED_ARCFACE_HOPPER", "1")
-    if request.param == "cuda":
-        monkeypatch.setattr(cuda, "_kernels", Recording(cuda._kernels))
-        yield "cuda"
-        torch.cuda.synchronize()
-        return
-    poisoning = PoisoningTorch()
-    monkeypatch.setattr(cuda, "torch", poisoning)
-    monkeypatch.setattr(cuda, "_kernels", Recording(request.getfixturevalue("emulated_kernels")))
-    monkeypatch.setattr(cuda, "_device", lambda tensor: ((0, 0), 4))
-    monkeypatch.setattr(cuda, "_capability", lambda tensor: hopper.CAPABILITY)
-    monkeypatch.setitem(hopper.CONFIGS, "1", hopper.HopperConfig(center_bytes=0))
-    yield "cpu"
-    poisoning.check()
+    if request.param == "cpu":
+        monkeypatch.setattr(cuda, "_capability", lambda tensor: hopper.CAPABILITY)
+        monkeypatch.setitem(hopper.CONFIGS, "1", hopper.HopperConfig(center_bytes=0))
+    with in_place(request.param, monkeypatch, Recording) as device:
+        yield device
 
 
 def _precisions() -> set[str]:
@@ -310,19 +290,19 @@ def test_deterministic_to_the_bit(device: str) -> None:
 @pytest.mark.emulation
 @needs_emulation
 @pytest.mark.parametrize(("code", "most"), [(2, 60e6), (0, 100e6)])
-def test_workspace_is_small_whatever_the_classes(code: int, most: float, emulated_kernels: ModuleType) -> None:
+def test_workspace_is_small_whatever_the_classes(code: int, most: float) -> None:
     """What a pass asks for, without running it: N = 4096 on 132 multiprocessors, bf16 and fp32 centers."""
     unread, D = 16, 512
     rest = (0, (0, hopper.HopperConfig().center_bytes, 132, 2, True, (1, 0, 0)), 0, (0, 0))
-    needed = set()
+    kernels, needed = cuda_emulated.module(), set()
     for C in (3_000_000, 100_000_000):
         x, w = (unread, 2, 4096, D, D, 1), (unread, code, C, D, D, 1)
         step = (0, C, 2, unread, 0, 0.1, 0.9, 0.0, 1, 0, 0)
         needed.add(
             (
-                emulated_kernels.class_stats("hopper", x, w, unread, 64.0, *[unread] * 4, *rest),
-                emulated_kernels.weight_grad("hopper", x, w, unread, 64.0, *[unread] * 3, w, *rest[1:]),
-                emulated_kernels.update_centers("hopper", x, w, unread, 64.0, *[unread] * 3, step, unread, *rest[1:]),
+                kernels.class_stats("hopper", x, w, unread, 64.0, *[unread] * 4, *rest),
+                kernels.weight_grad("hopper", x, w, unread, 64.0, *[unread] * 3, w, *rest[1:]),
+                kernels.update_centers("hopper", x, w, unread, 64.0, *[unread] * 3, step, unread, *rest[1:]),
             )
         )
     (bytes_of_passes,) = needed

@@ -6,6 +6,7 @@ Objects are kept in build/cuda_emulation under a hash of all that they are made 
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.util
 import os
@@ -62,6 +63,7 @@ def _link(objects: list[Path], target: Path, flags: tuple[str, ...]) -> Path:
     return target
 
 
+@functools.cache
 def module() -> ModuleType:
     """csrc/cuda on the CPU, with the functions of fused_arcface._native.cuda."""
     import pybind11
