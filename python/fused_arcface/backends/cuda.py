@@ -28,7 +28,7 @@ _kernels: Any = None if native.unavailable() else getattr(native.module, "cuda",
 
 @dataclass(frozen=True)
 class ChunkConfig:
-    """The number of classes that are worked on at once, as bytes of memory for them. Not measured on a GPU yet."""
+    """The number of classes that are worked on at once, as bytes of memory for them."""
 
     exponential_bytes: int
     """Size of the (N, classes) exponentials between the two products of a forward pass."""

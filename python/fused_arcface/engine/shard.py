@@ -17,7 +17,7 @@ from .terms import PLAIN, Negatives, RowGradients, SecondTarget
 class CenterUpdate:
     """One update of the class centers that a fused optimizer makes in the backward pass.
 
-    :mod:`fused_arcface.center_sgd` has the only one.
+    :class:`fused_arcface.center_update.PendingUpdate` is the only one.
     """
 
     def apply(
