@@ -24,7 +24,7 @@ from .alignment import align
 from .image_formats import FORMATS, gif_sizes
 
 MAX_PIXELS = 2**25
-"""Pixels of the largest image that is decoded by default: 5792 × 5792, some 0.9 s and 560 MB of a WebP, which takes the most."""
+"""Pixels of the largest image that is decoded by default: 5792 × 5792, some 0.9 s and 560 MB of a WebP, the most."""
 
 
 class LabeledImages(NamedTuple):
