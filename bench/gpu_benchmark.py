@@ -1,11 +1,12 @@
-"""The GPU part of gpu_verify.sh: measure our GPU backends and the peers at the sizes that matter.
+"""The benchmark of gpu_verify.sh: measure our GPU backends and the peers at the sizes that matter.
 
     python bench/gpu_benchmark.py FOLDER [SECONDS]
 
 writes rows.csv, rows.json and run.json into FOLDER, after each case: what was measured stays when time runs out.
 The rows have the benchmark's columns, ``graph_ms`` and the versions that compiled the kernels. ``graph_ms`` is the
-median time of the same pass replayed from a CUDA graph, for our backends: the GPU's share of ``ms``. It is empty where
-the pass was not captured, and the skips in run.json give the reason. Needs nothing but torch, Triton and this package.
+median time of the same pass replayed from a CUDA graph: the GPU's share of ``ms``. It is empty where the pass was not
+captured, and the skips in run.json give the reason. Needs nothing but torch, Triton and this package; other peers are
+measured if they can be imported, and named among the skips if not.
 """
 
 from __future__ import annotations
@@ -27,22 +28,56 @@ from fused_arcface.app.benchmark.report import FIELDS, Report, write_csv, write_
 from fused_arcface.app.benchmark.runner import run_benchmark
 from fused_arcface.app.measure.timing import Timing
 from fused_arcface.backends.hopper import CONFIGS
-from fused_arcface.backends.triton.configs import ALGORITHMS, pick
+from fused_arcface.backends.triton.configs import ALGORITHMS
 
 BF16 = ("bfloat16", "bfloat16")
-# The sizes of the acceptance bars first, then those at which the two algorithms compete.
-CASES = (
-    *(Case(N, 1_000_000, 512, *dtypes) for dtypes in (BF16, ("bfloat16", "float32")) for N in (4096, 1024)),
-    Case(1024, 1_000_000, 512, "float32", "float32"),
-    *(Case(4096, 1_000_000, D, *BF16) for D in (256, 128)),
-    Case(512, 1_000_000, 512, *BF16),
-    Case(256, 1_000_000, 512, *BF16),
-    Case(1024, 100_000, 512, *BF16),
+BF16_BESIDE_FP32 = ("bfloat16", "float32")
+FP32 = ("float32", "float32")
+MILLION = 1_000_000
+
+
+@dataclasses.dataclass(frozen=True)
+class Turn:
+    """A case, and the implementations that it is measured with."""
+
+    case: Case
+    peers: tuple[str, ...] = ()
+    """Names of other providers."""
+    ours: bool = True
+    """If false, only the peers are measured."""
+    variants: bool = False
+    """If true, each algorithm of Triton and each configuration of the Hopper kernels is measured too."""
+    replayed: tuple[str, ...] = ()
+    """Peers that are replayed from a CUDA graph too, as all of ours are."""
+
+
+INSIGHTFACE = ("insightface", "insightface-tf32", "insightface-fp16")
+# Without normalization and margin: yardsticks.
+LINEAR = ("cut_cross_entropy", "liger", "linear_cross_entropy", "linear_cross_entropy-chunked")
+PLAIN = ("eager", "plain", "compiled", "compiled-plain", "pytorch-metric-learning", "products")
+# A pass of Liger takes seconds at a million classes, as its chunks are one to four rows; so it runs at N=1024 alone.
+# At N=4096 the logits of plain PyTorch nearly fill a GPU of 80 GB, and what torch.compile gives is not measured.
+TURNS = (
+    Turn(
+        Case(4096, MILLION, 512, *BF16),
+        ("products", "eager", "plain", *(each for each in LINEAR if each != "liger")),
+        variants=True,
+    ),
+    Turn(Case(4096, MILLION, 512, *FP32), INSIGHTFACE, ours=False),
+    # So few logits that launching the kernels takes most of the time.
+    Turn(Case(256, 10_000, 512, *BF16), PLAIN, replayed=("eager", "plain", "compiled", "compiled-plain")),
+    Turn(Case(1024, MILLION, 512, *BF16), (*PLAIN, *LINEAR), variants=True),
+    Turn(Case(1024, MILLION, 512, *FP32), (*INSIGHTFACE, "eager", "pytorch-metric-learning", "products")),
+    *(Turn(Case(N, MILLION, 512, *BF16_BESIDE_FP32), ("eager",)) for N in (4096, 1024)),
+    *(Turn(Case(N, MILLION, 512, *BF16), ("eager", "products"), variants=True) for N in (512, 256)),
+    Turn(Case(1024, 100_000, 512, *BF16), ("eager", "products"), variants=True),
+    *(Turn(Case(4096, MILLION, D, *BF16), ("products",), variants=True) for D in (256, 128)),
 )
+"""In order of their value, as time may run out."""
 
 
 def _algorithms() -> list[Provider]:
-    """Return the Triton backend with each algorithm forced; ``fused_arcface`` is the one that configs.pick takes."""
+    """Return the Triton backend with each algorithm forced; ``fused_arcface`` is the one that it picks itself."""
     (ours,) = select(["fused_arcface"], "triton")
     return [
         dataclasses.replace(ours, name=f"fused_arcface-{name}", environment={"FUSED_ARCFACE_TRITON_ALGORITHM": name})
@@ -50,15 +85,8 @@ def _algorithms() -> list[Provider]:
     ]
 
 
-HOPPER_CASES = 2
-"""In so many of the first cases each configuration of Hopper's kernels is measured, in the others the first alone."""
-
-
-def _hopper(variants: bool) -> list[Provider]:
-    """Return the CUDA backend by configuration of its kernels for Hopper: rows ``fused_arcface-hopper``.
-
-    ``-0`` is the backend without them.
-    """
+def _hopper() -> list[Provider]:
+    """Return the CUDA backend with other configurations of its kernels for Hopper, and (``-0``) without them."""
     described = backends.describe("cuda")
     if not described or described.startswith("not "):
         return []
@@ -72,12 +100,24 @@ def _hopper(variants: bool) -> list[Provider]:
     return [
         dataclasses.replace(
             ours,
-            name="fused_arcface-hopper" + ("" if name == "1" else f"-{name}"),
+            name=f"fused_arcface-hopper-{name}",
             environment={"FUSED_ARCFACE_HOPPER": name},
             reason_against=reason,
         )
-        for name in ((*CONFIGS, "0") if variants else ("1", "0"))
+        for name in (*CONFIGS, "0")
+        if name != "1"  # which is the backend as it is
     ]
+
+
+def providers_of(turn: Turn) -> list[Provider]:
+    """Return the providers of a turn, ours first, installed or not."""
+    found: list[Provider] = []
+    if turn.ours:
+        names = ["fused_arcface", *(["fused_arcface-tf32"] if turn.case.dtype == "float32" else [])]
+        found += [each for each in select(names) if each.is_fused and each.backend != "cpu"]
+    if turn.variants:
+        found += [*_hopper(), *_algorithms()]
+    return [*found, *(select(turn.peers) if turn.peers else ())]
 
 
 Replays = dict[tuple[Case, str, str, str], Timing]
@@ -98,43 +138,45 @@ def write(report: Report, replays: Replays, folder: Path) -> None:
 
 def main() -> None:
     """Measure each case until the time is over."""
-    folder, budget = Path(sys.argv[1]), float(sys.argv[2]) if len(sys.argv) > 2 else 120.0
+    folder, budget = Path(sys.argv[1]), float(sys.argv[2]) if len(sys.argv) > 2 else 170.0
     folder.mkdir(parents=True, exist_ok=True)
     device = torch.device("cuda")
-    arch = 10 * torch.cuda.get_device_capability()[0] + torch.cuda.get_device_capability()[1]
-    peers = select(["insightface", "insightface-tf32", "insightface-fp16", "eager", "products"])
-    every = select(["fused_arcface", "fused_arcface-tf32"])
-    ours = [each for each in every if each.is_fused and each.backend != "cpu"]
+    # Each shape is compiled for itself, which is the fastest that torch.compile gives.
+    torch._dynamo.config.automatic_dynamic_shapes = False
     print(f"Hopper's kernels: {backends.describe('cuda') or 'the backend cuda cannot run'}")
     end = time.monotonic() + budget
     whole: Report | None = None
     replays: Replays = {}
-    for number, case in enumerate(CASES):
+    for turn in TURNS:
+        case, providers = turn.case, providers_of(turn)
         if time.monotonic() > end:
             print(f"{case}: not measured, the time of {budget:.0f} s is over")
             continue
-        providers = [*ours, *_hopper(number < HOPPER_CASES), *_algorithms(), *peers]
         whole = run_benchmark([case], providers, device, seconds=1.0, earlier=whole)
         write(whole, replays, folder)
-        fused = [each for each in providers if each.is_fused]
-        found_replays = time_replays(case, fused, device, 0.1, whole)
-        replays |= {(case, *key): timing for key, timing in found_replays.items()}
+        replayed = [each for each in providers if each.is_fused or each.name in turn.replayed]
+        found = time_replays(case, replayed, device, 0.1, whole)
+        replays |= {(case, *key): timing for key, timing in found.items()}
         write(whole, replays, folder)
-        print(f"\n{case}: picked {pick(case.D, arch, case.torch_dtype)}")
-        found = [each for each in whole.measurements if each.case == case]
-        for each in sorted(found, key=lambda each: (each.pass_name, each.ms)):
-            extra = "" if each.peak_bytes is None else f"  {each.peak_bytes / 1e6:9,.0f} MB beyond"
-            name = each.label
-            replay = replays.get((case, each.provider, each.backend, each.pass_name))
-            extra = (f"  replayed {replay.median:10.3f} ms" if replay is not None else "") + extra
-            print(f"  {each.pass_name:8}{name:32}{each.ms:10.3f} ms {each.ps_per_logit:8.2f} ps a logit{extra}")
-        for skip in whole.skips:
-            if skip.case in (case, None):
-                print(f"  {skip.provider} ({skip.backend}): {skip.reason}")
-        sys.stdout.flush()
+        _say(whole, replays, case)
     wrong = [] if whole is None else [skip for skip in whole.skips if skip.reason.startswith("wrong")]
     if any(is_ours(skip.provider) for skip in wrong):
         sys.exit("a result of this package is wrong: see above")
+
+
+def _say(report: Report, replays: Replays, case: Case) -> None:
+    """Print what was found of one case, the fastest first."""
+    print(f"\n{case}")
+    found = [each for each in report.measurements if each.case == case]
+    for each in sorted(found, key=lambda each: (each.pass_name, each.ms)):
+        extra = "" if each.peak_bytes is None else f"  {each.peak_bytes / 1e6:9,.0f} MB beyond"
+        replay = replays.get((case, each.provider, each.backend, each.pass_name))
+        extra = (f"  replayed {replay.median:10.3f} ms" if replay is not None else "") + extra
+        print(f"  {each.pass_name:8}{each.label:32}{each.ms:10.3f} ms {each.ps_per_logit:8.2f} ps a logit{extra}")
+    for skip in report.skips:
+        if skip.case in (case, None):
+            print(f"  {skip.provider} ({skip.backend}): {skip.reason}")
+    sys.stdout.flush()
 
 
 if __name__ == "__main__":

@@ -50,7 +50,7 @@ def _measure(provider: Provider, case: Case, device: torch.device) -> dict[str, 
         # A tiny pass comes first, so that libraries' code and threads do not count. Full-size buffers that a library
         # keeps after its first call do count, and the tiny pass makes none. Memory for compiling does not count.
         tiny = Case(min(case.N, 8), min(case.C, 128), case.D, case.dtype, case.weight_dtype)
-        warm_up = provider.open(make_inputs(case if provider.name == "compiled" else tiny, device))
+        warm_up = provider.open(make_inputs(case if provider.name.startswith("compiled") else tiny, device))
         for backward in PASSES.values():
             warm_up(backward)
         del warm_up

@@ -47,12 +47,22 @@ def compiled() -> Loss:
 
     Its check of the labels' range reads a value, which breaks the graph once, before anything of size N×C.
     """
+    return _compiled(eager)
+
+
+@functools.cache
+def compiled_plain() -> Loss:
+    """Return :func:`plain` through torch.compile: one graph, which reads no value and can be captured as a CUDA graph."""
+    return _compiled(plain)
+
+
+def _compiled(loss: Loss) -> Loss:
     # One graph for each of: gradients or none, dtypes, static or dynamic shapes. Past the limit it would fall back to
     # eager in silence.
     torch._dynamo.config.recompile_limit = 64
     torch._dynamo.config.fail_on_recompile_limit_hit = True
-    loss: Loss = torch.compile(eager)
-    return loss
+    result: Loss = torch.compile(loss)
+    return result
 
 
 class _ShardSoftmax(torch.autograd.Function):
@@ -141,7 +151,12 @@ def cut_cross_entropy(embeddings: Tensor, weight: Tensor, target: Tensor) -> Ten
 
 
 def liger(embeddings: Tensor, weight: Tensor, target: Tensor) -> Tensor:
-    """Run Liger's linear cross-entropy: logits of one chunk of rows at a time."""
+    """Run Liger's linear cross-entropy: logits of one chunk of rows at a time.
+
+    It computes the gradients in the forward pass for each input that asks for one, also where autograd is off.
+    """
+    if not torch.is_grad_enabled():
+        embeddings, weight = embeddings.detach(), weight.detach()
     from liger_kernel.transformers import (  # type: ignore[import-not-found, unused-ignore]
         LigerFusedLinearCrossEntropyLoss,
     )
