@@ -1,9 +1,10 @@
 """Train class centers that are in memory, in host memory beside the step's buffers, or in a file; each in a process.
 
-Construction, the median step and the resident memory of ``PartialFC`` + ``CenterSGD`` on this machine's CPU::
+Construction, the median step and the memory of ``PartialFC`` + ``CenterSGD`` on this machine's CPU, or on a GPU::
 
     python bench/stored_identities.py --storage file --classes 1000000000 --rate 1e-5 --steps 50
     python bench/stored_identities.py --storage device,host --classes 1000000 --rate 0.1
+    python bench/stored_identities.py --device cuda --storage host --classes 30000000 --rate 0.01 --repeated
 
 The folder of a file is removed afterwards. ``--output FOLDER`` adds rows to stored_identities.json and .csv.
 """
@@ -24,7 +25,8 @@ from typing import Any
 import torch
 
 import fused_arcface as fa
-from fused_arcface.app.benchmark.memory import reset_peak, status_bytes
+from fused_arcface.app.benchmark.capacity import RepeatedCenters
+from fused_arcface.app.benchmark.memory import peak_since_reset, reset_peak, status_bytes, synchronize
 from fused_arcface.app.benchmark.report import write_csv, write_json
 from fused_arcface.app.measure import machine
 
@@ -35,24 +37,30 @@ def run(options: argparse.Namespace, storage: str, folder: Path) -> dict[str, An
     """Construct a head, train it, and return what it took."""
     weight_dtype, momentum_dtype = (getattr(torch, name) for name in options.dtypes.split("/"))
     recipe = fa.CenterSGD(0.1, weight_decay=5e-4, momentum_dtype=momentum_dtype)
+    device = torch.device(options.device)
     before = reset_peak(CPU)
+    if device.type == "cuda":
+        reset_peak(device)
     start = time.perf_counter()
-    head = fa.PartialFC(
+    head = (RepeatedCenters if options.repeated else fa.PartialFC)(
         options.dim,
         options.classes,
         sample_rate=options.rate,
         center_optimizer=recipe,
         dtype=weight_dtype,
+        device=device,
         center_storage=str(folder / "store") if storage == "file" else storage,
     )
+    synchronize(device)
     construction = time.perf_counter() - start
     times, processor = [], []
     generator = torch.Generator().manual_seed(0)
     for _ in range(options.steps):
-        x = torch.randn(options.rows, options.dim, generator=generator).to(weight_dtype).requires_grad_()
-        y = torch.randint(options.classes, (options.rows,), generator=generator)
+        x = torch.randn(options.rows, options.dim, generator=generator).to(device, weight_dtype).requires_grad_()
+        y = torch.randint(options.classes, (options.rows,), generator=generator).to(device)
         start, used = time.perf_counter(), time.process_time()
         head(x, y).backward()
+        synchronize(device)
         times.append(time.perf_counter() - start)
         processor.append(time.process_time() - used)
     store = head.center_store
@@ -79,12 +87,13 @@ def run(options: argparse.Namespace, storage: str, folder: Path) -> dict[str, An
         "written_bytes_a_step": 0 if store is None else store.traffic.written // options.steps,
         "peak_rss_bytes": status_bytes("VmHWM"),
         "rss_before_bytes": before,
+        "device_peak_bytes": peak_since_reset(device) if device.type == "cuda" else None,
         "disk_bytes": 512 * sum(path.stat().st_blocks for path in folder.rglob("*") if path.is_file()),
     }
     if store is not None:
         store.close()
     return row | {
-        "device": machine.device_name(CPU),
+        "device": machine.device_name(device),
         "torch": torch.__version__,
         "commit": machine.commit(),
         "date": machine.now(),
@@ -94,6 +103,8 @@ def run(options: argparse.Namespace, storage: str, folder: Path) -> dict[str, An
 def main() -> None:
     """Measure each storage in a separate process."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu", help="cpu or cuda; default %(default)s")
+    parser.add_argument("--repeated", action="store_true", help="repeat 65,536 centers: drawing all takes minutes")
     parser.add_argument("--storage", default="device,host,file", help="comma-separated; default %(default)s")
     parser.add_argument("--classes", type=int, default=1_000_000)
     parser.add_argument("--dim", type=int, default=512)
@@ -131,7 +142,8 @@ def main() -> None:
         kept = options.output / "stored_identities.json"
         rows = [*(json.loads(kept.read_text()) if kept.exists() else []), *rows]
         write_json(kept, rows)
-        write_csv(options.output / "stored_identities.csv", rows, list(rows[0]))
+        # Earlier rows may lack a column.
+        write_csv(options.output / "stored_identities.csv", rows, list(dict.fromkeys(name for row in rows for name in row)))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Put measured tables from bench/results/ into README.md and bench/README.md, between their markers.
+"""Put measured tables from bench/results/ into README.md, bench/README.md and a page of docs/, between their markers.
 
     python bench/update_readme.py            write
     python bench/update_readme.py --check    exit status 1 if a file would change
@@ -9,6 +9,10 @@ A block reads ``<!-- bench: NAME FOLDER -->`` … ``<!-- /bench -->``, FOLDER on
     providers   the largest shape at which eager ran: every provider, all backends and instruction sets of ours included
     shapes      milliseconds of every shape, forward + backward, a column for each of a few providers
     capacity    most identities within a memory budget
+    gpu         the two sizes of the README on a GPU: backends of ours, plain PyTorch, insightface's operations
+    gpu_cases   milliseconds of every case on a GPU, with those of the replay from a CUDA graph
+    launches    the case in which launching the kernels takes most of the time, every provider
+    training    loss curves of every backend beside three seeds of the reference
     pictures    the run's pictures
     ranks       the cost model beside multi-process runs
     model       the cost model of many devices (FOLDER: a run that gives the rate, or "H200" for the modeled rate)
@@ -33,7 +37,7 @@ from fused_arcface.app.drawing import write_pictures
 
 BENCH = Path(__file__).resolve().parent
 RESULTS = BENCH / "results"
-FILES = (BENCH.parent / "README.md", BENCH / "README.md")
+FILES = (BENCH.parent / "README.md", BENCH / "README.md", BENCH.parent / "docs" / "performance.md")
 _BLOCK = re.compile(r"(<!-- bench: (\w+) (\S+) -->\n).*?(<!-- /bench -->)", re.DOTALL)
 _PICTURES = ("time_by_classes.png", "memory_by_classes.png", "time_by_rows.png", "roofline.png", "capacity.png")
 
@@ -164,6 +168,121 @@ def capacity(folder: Path) -> str:
     return "\n".join([f"{what}. {_provenance(first)}", "", *_table(heads, rows, left=(0, 1, 2, 7))])
 
 
+Rows = list[dict[str, Any]]
+
+# A column of the GPU's tables: its head, the providers of which the fastest counts, backend, dtypes of rows and centers.
+# Before the kernels for Hopper were on by default their rows had a name of their own.
+_BF16, _FP32 = ("bfloat16", "bfloat16"), ("float32", "float32")
+_CUDA = ("`cuda`", ("fused_arcface", "fused_arcface-hopper"), "cuda")
+_TRITON = ("`triton`", ("fused_arcface",), "triton")
+_EAGER = ("plain PyTorch", ("eager",), "torch")
+_GPU_COLUMNS = (
+    (*_CUDA, _BF16),
+    (*_TRITON, _BF16),
+    (*_EAGER, _BF16),
+    ("insightface, fp32", ("insightface",), "torch", _FP32),
+    ("TF32", ("insightface-tf32",), "torch", _FP32),
+    ("fp16", ("insightface-fp16",), "torch", _FP32),
+)
+
+
+def _fastest(rows: Rows, case: Case, names: tuple[str, ...], backend: str) -> dict[str, Any] | None:
+    """Return the row of a case and one of some providers with the least time of a forward and a backward pass."""
+    found = [
+        row
+        for row in rows
+        if row["pass"] == "fwd+bwd"
+        and row["provider"] in names
+        and row["backend"] == backend
+        and all(row[name] == value for name, value in vars(case).items())
+    ]
+    return min(found, key=lambda row: float(row["ms"]), default=None)
+
+
+def gpu(folder: Path) -> str:
+    """Return a table of the README's two sizes: a row for time and memory of each, a column for each provider."""
+    rows: Rows = json.loads((folder / "rows.json").read_text())
+    skips = json.loads((folder / "run.json").read_text())["skips"]
+    table = []
+    for what in ("time of a step, N={N}", "memory beside inputs and gradients, N={N}"):
+        for N in (4096, 1024):
+            cells = []
+            for _, names, backend, dtypes in _GPU_COLUMNS:
+                case = Case(N, 1_000_000, 512, *dtypes)
+                row = _fastest(rows, case, names, backend)
+                if row is None:
+                    own = [skip for skip in skips if skip["provider"] in names and skip["case"] == vars(case)]
+                    failed = any(skip["reason"].startswith("out of memory") for skip in own)
+                    cells.append("out of memory" if failed else "—")
+                elif what.startswith("time"):
+                    cells.append(f"{_number(row['ms'])} ms ({_number(row['ps_per_logit'])} ps)")
+                else:
+                    cells.append("—" if row["peak_bytes"] is None else f"{_number(row['peak_bytes'] / 2**20)} MiB")
+            table.append([what.format(N=N), *cells])
+    heads = ["C=1,000,000, D=512, bf16", *(column[0] for column in _GPU_COLUMNS)]
+    return "\n".join([*_table(heads, table), "", f"In brackets: for each logit. {_provenance(rows[0])}"])
+
+
+def gpu_cases(folder: Path) -> str:
+    """Return the milliseconds of every case: our backends, plain PyTorch and the bare products."""
+    rows: Rows = json.loads((folder / "rows.json").read_text())
+    cases = [Case(row["N"], row["C"], row["D"], row["dtype"], row["weight_dtype"]) for row in rows]
+    columns = (_CUDA, _TRITON, _EAGER, ("products", ("products",), "torch"))
+    table = []
+    for case in dict.fromkeys(cases):
+        found = [_fastest(rows, case, names, backend) for _, names, backend in columns]
+        if any(found):
+            table.append([str(case), *("—" if row is None else _with_replay(row) for row in found)])
+    lines = ["Milliseconds, forward + backward; in brackets replayed from a CUDA graph.", ""]
+    return "\n".join([*lines, *_table(["", *(column[0] for column in columns)], table), "", _provenance(rows[0])])
+
+
+def _with_replay(row: dict[str, Any]) -> str:
+    replay = row["graph_ms"]
+    return _number(row["ms"]) + ("" if replay is None else f" ({_number(replay)})")
+
+
+LAUNCHES = Case(256, 10_000, 512, "bfloat16", "bfloat16")
+"""The case of the block ``launches``."""
+
+
+def launches(folder: Path) -> str:
+    """Return a row for each provider of the case that is bound by launches, fastest first."""
+    rows: Rows = json.loads((folder / "rows.json").read_text())
+    providers = dict.fromkeys((row["provider"], row["backend"]) for row in rows)
+    found = [_fastest(rows, LAUNCHES, (name,), backend) for name, backend in providers]
+    measured = sorted((row for row in found if row is not None), key=lambda row: float(row["ms"]))
+    if not measured:
+        return "Not yet measured."
+    table = []
+    for row in measured:
+        replay = "—" if row["graph_ms"] is None else _number(row["graph_ms"])
+        table.append([label(row["provider"], row["backend"]), _number(row["ms"]), replay])
+    heads = ["forward + backward", "ms", "from a CUDA graph, ms"]
+    return "\n".join([f"{LAUNCHES}. {_provenance(measured[0])}", "", *_table(heads, table)])
+
+
+def training(folder: Path, file: Path) -> str:
+    """Return the comparison of loss curves, and its picture."""
+    found = json.loads((folder / "training.json").read_text())
+    what = f"{found['steps']:,} steps, N={found['N']}, C={found['C']:,}, D={found['D']}, {found['dtype']}"
+    heads = ["backend", "last loss", "largest distance ÷ spread", "within", "seconds"]
+    rows = [
+        [
+            f"`{run['backend']}`",
+            _number(run["last_loss"]),
+            f"{run['distance']:.2f}",
+            "yes" if run["within"] else "no",
+            _number(run["seconds"]),
+        ]
+        for run in found["runs"]
+        if run["distance"] is not None
+    ]
+    picture = os.path.relpath(folder / "training.png", file.parent)
+    lines = [f"{what}. {_provenance(found)}", "", *_table(heads, rows, left=(0, 3)), "", f"![Loss curves]({picture})"]
+    return "\n".join(lines)
+
+
 def ranks(folder: Path) -> str:
     """Return the cost model beside runs on several processes."""
     found = json.loads((folder / "ranks.json").read_text())
@@ -200,7 +319,8 @@ def block(kind: str, name: str, file: Path, write: bool) -> str:
     folder = RESULTS / name
     if kind == "model" and name == "H200":
         return model(name, file, write)
-    needed = folder / {"capacity": "capacity.json", "ranks": "ranks.json"}.get(kind, "rows.json")
+    files = {kind: f"{kind}.json" for kind in ("capacity", "ranks", "training")}
+    needed = folder / files.get(kind, "rows.json")
     if not needed.exists():
         return "Not yet measured."
     if kind == "figures":
@@ -212,6 +332,11 @@ def block(kind: str, name: str, file: Path, write: bool) -> str:
         return ranks(folder)
     if kind == "capacity":
         return capacity(folder)
+    of_a_gpu = {"gpu": gpu, "gpu_cases": gpu_cases, "launches": launches}
+    if kind in of_a_gpu:
+        return of_a_gpu[kind](folder)
+    if kind == "training":
+        return training(folder, file)
     if kind == "pictures":
         return pictures(folder, file)
     if kind == "model":

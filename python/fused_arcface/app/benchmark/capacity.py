@@ -130,7 +130,7 @@ def _with_sgd(provider: Provider) -> Callable[[Case, torch.device], TakeStep]:
     return make
 
 
-class _RepeatedCenters(PartialFC):
+class RepeatedCenters(PartialFC):
     """PartialFC with repeated initial centers: drawing 10⁷ of them takes minutes."""
 
     def reset_parameters(self) -> None:
@@ -143,7 +143,7 @@ def _with_center_sgd(backend: str, momentum_dtype: str) -> Callable[[Case, torch
     def make(case: Case, device: torch.device) -> TakeStep:
         optimizer = CenterSGD(_LR, _MOMENTUM, _WEIGHT_DECAY, momentum_dtype=getattr(torch, momentum_dtype))
         dtype = case.torch_weight_dtype
-        head = _RepeatedCenters(case.D, case.C, center_optimizer=optimizer, backend=backend, device=device, dtype=dtype)
+        head = RepeatedCenters(case.D, case.C, center_optimizer=optimizer, backend=backend, device=device, dtype=dtype)
         embeddings = torch.randn(case.N, case.D, device=device).to(dtype).requires_grad_()
         target = torch.randint(case.C, (case.N,), device=device)
 
@@ -276,6 +276,7 @@ def run_capacity(
     D: int = 512,
     names: Sequence[str] | None = None,
     backend: str | None = None,
+    wanted: Callable[[TrainingSetup], bool] = lambda setup: True,
     earlier: Sequence[dict[str, Any]] = (),
     progress: Callable[[str], None] = lambda text: None,
     on_row: Callable[[list[dict[str, Any]]], object] = lambda rows: None,
@@ -291,6 +292,7 @@ def run_capacity(
         D: dimensions.
         names: names of setups, ``"ours"`` for all of ours; all if None.
         backend: name of the backend to measure of ours; all if None.
+        wanted: returns false for a setup to leave out.
         earlier: rows of an interrupted run, which are kept; those that were extrapolated are verified.
         progress: told of each trial.
         on_row: called with all rows whenever one has been found.
@@ -305,7 +307,7 @@ def run_capacity(
     rows = {_key_of(row): row for row in earlier}
     skips: list[Skip] = []
     with Child() as child:
-        chosen = _chosen(names, backend)
+        chosen = [setup for setup in _chosen(names, backend) if wanted(setup)]
 
         def attempting(setup: TrainingSetup) -> Callable[[int], Trial | None]:
             def attempt(C: int) -> Trial | None:

@@ -119,8 +119,11 @@ def device_name(device: torch.device, threads: int | None = None) -> str:
 def commit() -> str:
     """Return the commit of the checkout that this package runs from; outside one, the version.
 
-    The commit ends in "-dirty" if the sources have changed since.
+    The commit ends in "-dirty" if the sources have changed since. ``FUSED_ARCFACE_COMMIT`` in the environment tells the
+    commit of a build that lies outside of its checkout.
     """
+    if told := os.environ.get("FUSED_ARCFACE_COMMIT"):
+        return told
     package = Path(__file__).resolve().parents[2]
 
     def git(*arguments: str) -> str:
