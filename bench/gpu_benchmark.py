@@ -15,6 +15,7 @@ import dataclasses
 import importlib.metadata
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -22,7 +23,6 @@ import torch
 from fused_arcface import backends
 from fused_arcface.app.benchmark.cases import Case
 from fused_arcface.app.benchmark.graph_replay import time_replays
-from fused_arcface.app.benchmark.names import is_ours
 from fused_arcface.app.benchmark.providers import Provider, select
 from fused_arcface.app.benchmark.report import FIELDS, Report, write_csv, write_json
 from fused_arcface.app.benchmark.runner import run_benchmark
@@ -64,8 +64,9 @@ TURNS = (
         variants=True,
     ),
     Turn(Case(4096, MILLION, 512, *FP32), INSIGHTFACE, ours=False),
-    # So few logits that launching the kernels takes most of the time.
-    Turn(Case(256, 10_000, 512, *BF16), PLAIN, replayed=("eager", "plain", "compiled", "compiled-plain")),
+    # So few logits that launching the kernels takes most of the time. The reference reads a value to check the labels,
+    # which a CUDA graph cannot hold, so that neither eager nor compiled is replayed.
+    Turn(Case(256, 10_000, 512, *BF16), PLAIN, replayed=("plain", "compiled-plain")),
     Turn(Case(1024, MILLION, 512, *BF16), (*PLAIN, *LINEAR), variants=True),
     Turn(Case(1024, MILLION, 512, *FP32), (*INSIGHTFACE, "eager", "pytorch-metric-learning", "products")),
     *(Turn(Case(N, MILLION, 512, *BF16_BESIDE_FP32), ("eager",)) for N in (4096, 1024)),
@@ -136,21 +137,15 @@ def write(report: Report, replays: Replays, folder: Path) -> None:
     write_json(folder / "rows.json", rows)
 
 
-def main() -> None:
-    """Measure each case until the time is over."""
-    folder, budget = Path(sys.argv[1]), float(sys.argv[2]) if len(sys.argv) > 2 else 170.0
-    folder.mkdir(parents=True, exist_ok=True)
-    device = torch.device("cuda")
-    # Each shape is compiled for itself, which is the fastest that torch.compile gives.
-    torch._dynamo.config.automatic_dynamic_shapes = False
-    print(f"Hopper's kernels: {backends.describe('cuda') or 'the backend cuda cannot run'}")
-    end = time.monotonic() + budget
+def measure(turns: Iterable[Turn], folder: Path, seconds: float, device: torch.device) -> Report | None:
+    """Measure turns until the time is over, write what was found after each, and return it; None if there is none."""
+    end = time.monotonic() + seconds
     whole: Report | None = None
     replays: Replays = {}
-    for turn in TURNS:
+    for turn in turns:
         case, providers = turn.case, providers_of(turn)
         if time.monotonic() > end:
-            print(f"{case}: not measured, the time of {budget:.0f} s is over")
+            print(f"{case}: not measured, the time of {seconds:.0f} s is over")
             continue
         whole = run_benchmark([case], providers, device, seconds=1.0, earlier=whole)
         write(whole, replays, folder)
@@ -159,8 +154,17 @@ def main() -> None:
         replays |= {(case, *key): timing for key, timing in found.items()}
         write(whole, replays, folder)
         _say(whole, replays, case)
-    wrong = [] if whole is None else [skip for skip in whole.skips if skip.reason.startswith("wrong")]
-    if any(is_ours(skip.provider) for skip in wrong):
+    return whole
+
+
+def main() -> None:
+    """Measure every turn on the GPU; the exit status is 1 if a result of this package is wrong."""
+    folder, seconds = Path(sys.argv[1]), float(sys.argv[2]) if len(sys.argv) > 2 else 170.0
+    # Each shape is compiled for itself, which is the fastest that torch.compile gives.
+    torch._dynamo.config.automatic_dynamic_shapes = False
+    print(f"Hopper's kernels: {backends.describe('cuda') or 'the backend cuda cannot run'}")
+    found = measure(TURNS, folder, seconds, torch.device("cuda"))
+    if found is not None and found.has_wrong_result_of_ours():
         sys.exit("a result of this package is wrong: see above")
 
 

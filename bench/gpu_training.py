@@ -22,6 +22,7 @@ Together about 130 s.
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 import time
 from dataclasses import dataclass
@@ -71,9 +72,7 @@ def train(backend: str, seed: int, options: argparse.Namespace, device: torch.de
     torch.manual_seed(seed)
     net = nn.Sequential(nn.Linear(_LATENT, _HIDDEN), nn.GELU(), nn.Linear(_HIDDEN, D)).to(device)
     centers = fa.CenterSGD(_LR, _MOMENTUM, _WEIGHT_DECAY)
-    head = fa.PartialFC(
-        D, C, center_optimizer=centers, backend=backend, seed=seed, device=device, dtype=torch.bfloat16
-    )
+    head = fa.PartialFC(D, C, center_optimizer=centers, backend=backend, seed=seed, device=device, dtype=torch.bfloat16)
     optimizer = torch.optim.SGD(net.parameters(), _LR, _MOMENTUM, weight_decay=_WEIGHT_DECAY)
     losses = torch.empty(options.steps, device=device)  # read at the end: nothing waits for the GPU before
     start = time.perf_counter()
@@ -97,14 +96,22 @@ def spread(references: list[Run]) -> list[float]:
 
 
 def distance(run: Run, references: list[Run]) -> float:
-    """Return the largest distance of a curve to the reference of the same seed, in units of the spread."""
+    """Return the largest distance of a curve to the reference of the same seed, in units of the spread.
+
+    It is infinite if a loss is not finite.
+    """
+    if not all(map(math.isfinite, run.curve)):
+        return math.inf
     (same,) = (other for other in references if other.seed == run.seed)
     apart = [abs(mine - theirs) for mine, theirs in zip(run.curve, same.curve, strict=True)]
     return max(each / max(width, 1e-12) for each, width in zip(apart, spread(references), strict=True))
 
 
 def summary(runs: list[Run], options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
-    """Return what training.json holds: the runs, and the distance of each that is no reference (None: not decided)."""
+    """Return what training.json holds.
+
+    ``within`` is None for the reference, and for all as long as not all of its seeds have been trained.
+    """
     references = [run for run in runs if run.backend == REFERENCE]
     decided = len(references) == len(SEEDS)
     rows = []
@@ -114,17 +121,21 @@ def summary(runs: list[Run], options: argparse.Namespace, device: torch.device) 
             {
                 "backend": run.backend,
                 "seed": run.seed,
-                "first_loss": round(run.curve[0], 4),
-                "last_loss": round(run.curve[-1], 4),
-                "curve": [round(each, 5) for each in run.curve],
-                "distance": None if apart is None else round(apart, 4),
-                # Not finite is not within: a comparison with NaN is false.
+                "first_loss": _number(run.curve[0]),
+                "last_loss": _number(run.curve[-1]),
+                "curve": [_number(each) for each in run.curve],
+                "distance": None if apart is None else _number(apart),
                 "within": None if apart is None else apart <= 1,
                 "seconds": round(run.seconds, 2),
             }
         )
     sizes = {"steps": options.steps, "N": options.rows, "C": options.classes, "D": options.dim, "dtype": "bfloat16"}
     return {**sizes, "seeds": len(references), **machine.context(device), "runs": rows}
+
+
+def _number(value: float) -> float | None:
+    """Return a number for JSON, which has none that is not finite."""
+    return round(value, 4) if math.isfinite(value) else None
 
 
 def drawing(runs: list[Run], steps: int) -> Drawing:
@@ -199,7 +210,7 @@ def main() -> int:
     for row in found["runs"]:
         if row["backend"] != REFERENCE:
             result = {None: "not decided", True: "within the spread", False: "NOT within the spread"}[row["within"]]
-            apart = "" if row["distance"] is None else f", {row['distance']:.2f} of the spread at most"
+            apart = "" if row["distance"] is None else f", at most {row['distance']:.2f} of it away"
             print(f"{row['backend']}: {result}{apart}")
     return 0 if all(row["within"] for row in found["runs"] if row["backend"] != REFERENCE) else 1
 

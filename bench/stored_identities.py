@@ -143,7 +143,9 @@ def main() -> None:
         rows = [*(json.loads(kept.read_text()) if kept.exists() else []), *rows]
         write_json(kept, rows)
         # Earlier rows may lack a column.
-        write_csv(options.output / "stored_identities.csv", rows, list(dict.fromkeys(name for row in rows for name in row)))
+        write_csv(
+            options.output / "stored_identities.csv", rows, list(dict.fromkeys(name for row in rows for name in row))
+        )
 
 
 if __name__ == "__main__":

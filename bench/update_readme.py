@@ -170,8 +170,8 @@ def capacity(folder: Path) -> str:
 
 Rows = list[dict[str, Any]]
 
-# A column of the GPU's tables: its head, the providers of which the fastest counts, backend, dtypes of rows and centers.
-# Before the kernels for Hopper were on by default their rows had a name of their own.
+# A column of the GPU's tables: its head, the providers of which the fastest counts, backend, dtypes of rows and of
+# centers. Before the kernels for Hopper were on by default their rows had a name of their own.
 _BF16, _FP32 = ("bfloat16", "bfloat16"), ("float32", "float32")
 _CUDA = ("`cuda`", ("fused_arcface", "fused_arcface-hopper"), "cuda")
 _TRITON = ("`triton`", ("fused_arcface",), "triton")
@@ -184,6 +184,8 @@ _GPU_COLUMNS = (
     ("TF32", ("insightface-tf32",), "torch", _FP32),
     ("fp16", ("insightface-fp16",), "torch", _FP32),
 )
+
+_GPU_NOTE = "In brackets: time for each logit. insightface takes fp32 embeddings and centers. —: not measured."
 
 
 def _fastest(rows: Rows, case: Case, names: tuple[str, ...], backend: str) -> dict[str, Any] | None:
@@ -220,7 +222,7 @@ def gpu(folder: Path) -> str:
                     cells.append("—" if row["peak_bytes"] is None else f"{_number(row['peak_bytes'] / 2**20)} MiB")
             table.append([what.format(N=N), *cells])
     heads = ["C=1,000,000, D=512, bf16", *(column[0] for column in _GPU_COLUMNS)]
-    return "\n".join([*_table(heads, table), "", f"In brackets: for each logit. {_provenance(rows[0])}"])
+    return "\n".join([*_table(heads, table), "", f"{_GPU_NOTE} {_provenance(rows[0])}"])
 
 
 def gpu_cases(folder: Path) -> str:
@@ -270,13 +272,12 @@ def training(folder: Path, file: Path) -> str:
     rows = [
         [
             f"`{run['backend']}`",
-            _number(run["last_loss"]),
-            f"{run['distance']:.2f}",
+            *("—" if run[name] is None else _number(run[name]) for name in ("last_loss", "distance")),
             "yes" if run["within"] else "no",
             _number(run["seconds"]),
         ]
         for run in found["runs"]
-        if run["distance"] is not None
+        if run["within"] is not None
     ]
     picture = os.path.relpath(folder / "training.png", file.parent)
     lines = [f"{what}. {_provenance(found)}", "", *_table(heads, rows, left=(0, 3)), "", f"![Loss curves]({picture})"]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import runpy
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +13,11 @@ import torch
 from support.benchmark_reports import CPU
 
 from fused_arcface import backends
-from fused_arcface.app.benchmark import peers
+from fused_arcface.app.benchmark import peers, runner
 from fused_arcface.app.benchmark.cases import Case, make_inputs
 from fused_arcface.app.benchmark.providers import HeadRun, Provider, all_providers
 from fused_arcface.app.benchmark.truth import error_of, truth
+from fused_arcface.app.measure.timing import Timing
 
 BENCH = Path(__file__).parents[3] / "bench"
 GPU = torch.device("cuda")
@@ -106,7 +109,7 @@ def test_each_turn_has_its_providers(script: dict[str, Any]) -> None:
     assert providers("N=4096 C=1 000 000 D=512 float32") == insightface
     assert providers("N=1024 C=1 000 000 D=512 float32") >= ours | insightface | {("fused_arcface-tf32", "triton")}
     few = turns["N=256 C=10 000 D=512 bfloat16"]
-    assert providers(str(few.case)) >= ours | plain and {"compiled", "compiled-plain"} <= {*few.replayed}
+    assert providers(str(few.case)) >= ours | plain and few.replayed == ("plain", "compiled-plain")
     assert {("fused_arcface-flash", "triton"), ("fused_arcface-chunks", "triton")} <= providers(
         "N=4096 C=1 000 000 D=512 bfloat16"
     )
@@ -120,3 +123,29 @@ def test_other_configurations_are_measured_where_the_kernels_are(
     names = {each.name for each in script["providers_of"](script["TURNS"][0])}
     expected = {f"fused_arcface-hopper-{name}" for name in ("0", "cluster-1", "unordered", "cluster-1-unordered")}
     assert {name for name in names if "hopper" in name} == (expected if described.startswith("on") else set())
+
+
+@pytest.mark.slow
+def test_each_turn_is_written_and_said(
+    script: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ceiling = runner.machine.Ceiling("torch", 64, Timing((1.0,)), 0.0, 1e9)
+    monkeypatch.setattr(runner.machine, "measure_ceiling", lambda device, dtype: ceiling)
+    monkeypatch.setattr(runner.memory, "can_measure", lambda device: False)
+    monkeypatch.setitem(script["measure"].__globals__, "run_benchmark", quick(script["run_benchmark"]))
+    turns = [script["Turn"](Case(6, C, 16), ("eager", "compiled-plain"), ours=C == 300) for C in (300, 301)]
+    assert script["measure"](turns, tmp_path, 60, CPU) is not None
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    assert [(row["C"], row["pass"]) for row in rows if row["provider"] == "eager"] == [
+        *((300, "fwd"), (300, "fwd+bwd"), (301, "fwd"), (301, "fwd+bwd"))
+    ]
+    assert all(row["graph_ms"] is None and row["triton"] and row["commit"] for row in rows)
+    said = capsys.readouterr().out
+    assert "compiled-plain (torch): runs on cuda only" in said and "fused_arcface (triton): " in said
+    assert script["measure"](turns, tmp_path / "late", -1, CPU) is None and not (tmp_path / "late").exists()
+    assert "N=6 C=301 D=16 float32: not measured, the time of -1 s is over" in capsys.readouterr().out
+
+
+def quick(run_benchmark: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the benchmark with samples of a few milliseconds."""
+    return lambda *arguments, seconds, **options: run_benchmark(*arguments, seconds=0.01, **options)

@@ -52,7 +52,7 @@ def compiled() -> Loss:
 
 @functools.cache
 def compiled_plain() -> Loss:
-    """Return :func:`plain` through torch.compile: one graph, which reads no value and can be captured as a CUDA graph."""
+    """Return :func:`plain` through torch.compile: one graph, without reading a value, so it can be a CUDA graph."""
     return _compiled(plain)
 
 
