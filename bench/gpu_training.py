@@ -9,7 +9,8 @@ other backend is trained with the first seed, so it sees the batches of the refe
 
 A curve is the mean loss of each of 20 windows of steps. The spread of a window is the largest difference between the
 reference's seeds, there or in the windows beside it. A backend agrees if its distance to the reference of the same
-seed is nowhere larger than the spread. Exit status 1 if one does not, or if three seeds did not fit into --seconds.
+seed is nowhere larger than the spread. Exit status 1 if one does not agree or fails, or if three seeds did not fit into
+--seconds.
 
 Into FOLDER go, after each run, training.csv (a row for each step), training.json, and at the end training.png.
 
@@ -157,8 +158,8 @@ def drawing(runs: list[Run], steps: int) -> Drawing:
     return Drawing("training", "The loss of each backend, and of three seeds of the reference (gray).", draw)
 
 
-def write(runs: list[Run], options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
-    """Write the losses and the comparison; return the comparison."""
+def write(runs: list[Run], options: argparse.Namespace, device: torch.device) -> None:
+    """Write the losses and the comparison."""
     rows = [
         {"backend": run.backend, "seed": run.seed, "step": step, "loss": loss}
         for run in runs
@@ -166,9 +167,7 @@ def write(runs: list[Run], options: argparse.Namespace, device: torch.device) ->
     ]
     options.folder.mkdir(parents=True, exist_ok=True)
     write_csv(options.folder / "training.csv", rows, ["backend", "seed", "step", "loss"])
-    found = summary(runs, options, device)
-    write_json(options.folder / "training.json", found)
-    return found
+    write_json(options.folder / "training.json", summary(runs, options, device))
 
 
 def usable(device: torch.device) -> list[str]:
@@ -191,28 +190,35 @@ def main() -> int:
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     first, *others = SEEDS
     plan = [(REFERENCE, first), *((name, first) for name in usable(device)), *((REFERENCE, seed) for seed in others)]
-    begin, runs, found = time.perf_counter(), [], None
+    begin = time.perf_counter()
+    runs: list[Run] = []
+    right = True
     for backend, seed in plan:
         left = options.seconds - (time.perf_counter() - begin)
-        needed = max((run.seconds for run in runs if run.backend == backend), default=0.0)
-        if needed > left:
-            print(f"{backend}, seed {seed}: not run, it takes {needed:.0f} s and {left:.0f} s are left", flush=True)
+        known = [run.seconds for run in runs if run.backend == backend]
+        if known and max(known) > left:
+            print(f"{backend}, seed {seed}: not run, it takes {max(known):.1f} s and {left:.1f} s are left", flush=True)
             continue
-        runs.append(train(backend, seed, options, device))
-        found = write(runs, options, device)
+        try:
+            runs.append(train(backend, seed, options, device))
+        except Exception as error:  # a backend that fails must not end the others' runs
+            right = False
+            print(f"{backend}, seed {seed}: failed: {type(error).__name__}: {error}", flush=True)
+            continue
+        write(runs, options, device)
         curve = runs[-1].curve
         print(f"{backend}, seed {seed}: loss {curve[0]:.3f} to {curve[-1]:.3f}, {runs[-1].seconds:.1f} s", flush=True)
-    assert found is not None
     try:
         write_pictures([drawing(runs, options.steps)], options.folder)
     except MissingExtra as missing:
         print(f"no picture: {missing}")
-    for row in found["runs"]:
+    for row in summary(runs, options, device)["runs"]:
         if row["backend"] != REFERENCE:
+            right &= row["within"] is True
             result = {None: "not decided", True: "within the spread", False: "NOT within the spread"}[row["within"]]
             apart = "" if row["distance"] is None else f", at most {row['distance']:.2f} of it away"
             print(f"{row['backend']}: {result}{apart}")
-    return 0 if all(row["within"] for row in found["runs"] if row["backend"] != REFERENCE) else 1
+    return 0 if right else 1
 
 
 if __name__ == "__main__":

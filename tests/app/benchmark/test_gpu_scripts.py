@@ -93,10 +93,25 @@ def test_every_backend_is_trained_on_the_same_batches(
     assert (tmp_path / "training.png").stat().st_size > 10_000
     assert "cpu: within the spread" in capsys.readouterr().out
 
-    monkeypatch.setattr("sys.argv", ["gpu_training.py", str(tmp_path), *sizes.split(), "--seconds", "0"])
-    assert training["main"]() == 1
+
+def test_a_run_that_fails_or_comes_too_late_leaves_the_others(
+    training: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def train(backend: str, seed: int, *_: object) -> Any:
+        if backend == "cpu":
+            raise RuntimeError("no such luck")
+        return training["Run"](backend, seed, [1.0 + seed] * 4, 50.0 if seed == 0 else 0.0)
+
+    main = training["main"]
+    monkeypatch.setitem(main.__globals__, "train", train)
+    monkeypatch.setitem(main.__globals__, "write_pictures", lambda drawings, folder: None)
+    monkeypatch.setattr("sys.argv", ["gpu_training.py", str(tmp_path), "--device", "cpu", "--seconds", "40"])
+    assert main() == 1
     said = capsys.readouterr().out
-    assert "torch, seed 1: not run" in said and "cpu: not decided" in said
+    assert "cpu, seed 0: failed: RuntimeError: no such luck" in said
+    assert "torch, seed 1: not run, it takes 50.0 s and " in said
+    found = json.loads((tmp_path / "training.json").read_text())
+    assert [(run["backend"], run["seed"]) for run in found["runs"]] == [("torch", 0)] and found["seeds"] == 1
 
 
 def test_identities_are_searched_until_the_time_is_over(
