@@ -26,6 +26,7 @@ import math
 import os
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -202,27 +203,46 @@ def _fastest(rows: Rows, case: Case, names: tuple[str, ...], backend: str) -> di
 
 
 def gpu(folder: Path) -> str:
-    """Return a table of the README's two sizes: a row for time and memory of each, a column for each provider."""
+    """Return a table of the README's two sizes: time, memory and identities, a column for each provider."""
     rows: Rows = json.loads((folder / "rows.json").read_text())
     skips = json.loads((folder / "run.json").read_text())["skips"]
-    table = []
-    for what in ("time of a step, N={N}", "memory beside inputs and gradients, N={N}"):
-        for N in (4096, 1024):
-            cells = []
-            for _, names, backend, dtypes in _GPU_COLUMNS:
-                case = Case(N, 1_000_000, 512, *dtypes)
-                row = _fastest(rows, case, names, backend)
-                if row is None:
-                    own = [skip for skip in skips if skip["provider"] in names and skip["case"] == vars(case)]
-                    failed = any(skip["reason"].startswith("out of memory") for skip in own)
-                    cells.append("out of memory" if failed else "—")
-                elif what.startswith("time"):
-                    cells.append(f"{_number(row['ms'])} ms ({_number(row['ps_per_logit'])} ps)")
-                else:
-                    cells.append("—" if row["peak_bytes"] is None else f"{_number(row['peak_bytes'] / 2**20)} MiB")
-            table.append([what.format(N=N), *cells])
+
+    def cells(N: int, figure: Callable[[dict[str, Any]], str]) -> list[str]:
+        found = []
+        for _, names, backend, dtypes in _GPU_COLUMNS:
+            case = Case(N, 1_000_000, 512, *dtypes)
+            row = _fastest(rows, case, names, backend)
+            own = [skip for skip in skips if skip["provider"] in names and skip["case"] == vars(case)]
+            failed = any(skip["reason"].startswith("out of memory") for skip in own)
+            found.append(figure(row) if row is not None else "out of memory" if failed else "—")
+        return found
+
+    def times(row: dict[str, Any]) -> str:
+        return f"{_number(row['ms'])} ms ({_number(row['ps_per_logit'])} ps)"
+
+    def mebibytes(row: dict[str, Any]) -> str:
+        return "—" if row["peak_bytes"] is None else f"{_number(row['peak_bytes'] / 2**20)} MiB"
+
+    table = [[f"time of a step, N={N:,}", *cells(N, times)] for N in (4096, 1024)]
+    both = zip(cells(4096, mebibytes), cells(1024, mebibytes), strict=True)
+    table.append(["memory beside inputs and gradients, N=4,096 / 1,024", *map(" / ".join, both)])
+    origin = _provenance(rows[0])
+    if (folder / "capacity.json").exists():
+        found = json.loads((folder / "capacity.json").read_text())
+        table.append(_identities(found))
+        if _provenance(found[0]) != origin:
+            origin += f" Identities: {_provenance(found[0])}"
     heads = ["C=1,000,000, D=512, bf16", *(column[0] for column in _GPU_COLUMNS)]
-    return "\n".join([*_table(heads, table), "", f"{_GPU_NOTE} {_provenance(rows[0])}"])
+    return "\n".join([*_table(heads, table), "", f"{_GPU_NOTE} {origin}"])
+
+
+def _identities(found: Rows) -> list[str]:
+    """Return the row of the most identities whose training step fits."""
+    most = {}
+    for row in sorted(found, key=lambda row: int(row["max_C"])):
+        most[row["recipe"].partition(" ")[0], row["backend"]] = f"{row['max_C'] / 1e6:.1f} million"
+    cells = [most.get((names[0], backend), "—") for _, names, backend, _ in _GPU_COLUMNS]
+    return [f"most identities that train, N={found[0]['N']:,}", *cells]
 
 
 def gpu_cases(folder: Path) -> str:

@@ -193,12 +193,26 @@ def test_the_gpu_table_shows_the_default_backends_and_what_is_missing(folder: Pa
         *("insightface, fp32", "TF32", "fp16"),
     ]
     # 25.006 ms / (4096 · 10⁶) = 6.105 ps; 17 122 816 / 2²⁰ = 16.33 MiB
-    step, one_k, memory, memory_one_k = cells[2:]
-    assert step == ["time of a step, N=4096", "25 ms (6.11 ps)", "59.6 ms (14.5 ps)", "out of memory", "—", "—", "—"]
-    assert one_k == ["time of a step, N=1024", "—", "—", "—", "136 ms (133 ps)", "—", "—"]
-    assert memory[1:4] == ["16.3 MiB", "48 MiB", "out of memory"]
-    assert memory_one_k[4] == "15,634 MiB"
+    step, one_k, memory = cells[2:]
+    assert step == ["time of a step, N=4,096", "25 ms (6.11 ps)", "59.6 ms (14.5 ps)", "out of memory", "—", "—", "—"]
+    assert one_k == ["time of a step, N=1,024", "—", "—", "—", "136 ms (133 ps)", "—", "—"]
+    assert memory[1:5] == ["16.3 MiB / —", "48 MiB / —", "out of memory / —", "— / 15,634 MiB"]
     assert lines[-1].endswith("NVIDIA H100 80GB HBM3; torch 2.11; commit abc, 2026-11-26.")
+
+    found = [
+        {**H100, "commit": "def", "recipe": recipe, "backend": backend, "max_C": max_C, "N": 1024}
+        for recipe, backend, max_C in (
+            ("fused_arcface + CenterSGD", "cuda", 52_123_456),
+            ("fused_arcface", "cuda", 9_000_000),
+            ("insightface-fp16", "torch", 3_250_000),
+        )
+    ]
+    (folder / "capacity.json").write_text(json.dumps(found))
+    lines = script("update_readme.py")["gpu"](folder).splitlines()
+    assert lines[-3] == "| most identities that train, N=1,024 | 52.1 million | — | — | — | — | 3.2 million |"
+    assert lines[-1].endswith(
+        "commit abc, 2026-11-26. Identities: NVIDIA H100 80GB HBM3; torch 2.11; commit def, 2026-11-26."
+    )
 
 
 def test_other_gpu_tables(folder: Path) -> None:
