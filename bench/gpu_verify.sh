@@ -168,7 +168,7 @@ run_pytest() {
   cat "$work/$name"/*.log >>"$out/logs/$name.log" 2>/dev/null || true
 }
 
-run_benchmark() { phase benchmark 200 "$python" bench/gpu_benchmark.py "$out" 170; }
+run_benchmark() { phase benchmark 220 "$python" bench/gpu_benchmark.py "$out" 190; }
 
 run_training() { phase training 180 "$python" bench/gpu_training.py "$out" --seconds 170; }
 

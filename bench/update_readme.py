@@ -11,7 +11,8 @@ A block reads ``<!-- bench: NAME FOLDER -->`` … ``<!-- /bench -->``, FOLDER on
     capacity    most identities within a memory budget
     gpu         the two sizes of the README on a GPU: backends of ours, plain PyTorch, insightface's operations
     gpu_cases   milliseconds of every case on a GPU, with those of the replay from a CUDA graph
-    launches    the case in which launching the kernels takes most of the time, every provider
+    launches    every provider at N=256, C=10,000, where launching the kernels takes most of the time
+    peers       every provider at N=1024, C=1,000,000
     training    loss curves of every backend beside three seeds of the reference
     pictures    the run's pictures
     ranks       the cost model beside multi-process runs
@@ -264,24 +265,30 @@ def _with_replay(row: dict[str, Any]) -> str:
     return _number(row["ms"]) + ("" if replay is None else f" ({_number(replay)})")
 
 
-LAUNCHES = Case(256, 10_000, 512, "bfloat16", "bfloat16")
-"""The case of the block ``launches``."""
+ALL_OF = {
+    "launches": Case(256, 10_000, 512, "bfloat16", "bfloat16"),
+    "peers": Case(1024, 1_000_000, 512, "bfloat16", "bfloat16"),
+}
+"""The blocks that show every provider of one case."""
 
 
-def launches(folder: Path) -> str:
-    """Return a row for each provider of the case that is bound by launches, fastest first."""
+def all_of(folder: Path, case: Case) -> str:
+    """Return a row for each provider of a case, fastest first, without variants of ours."""
     rows: Rows = json.loads((folder / "rows.json").read_text())
     providers = dict.fromkeys((row["provider"], row["backend"]) for row in rows)
-    found = [_fastest(rows, LAUNCHES, (name,), backend) for name, backend in providers]
+    ours = (*_CUDA[1], *_TRITON[1])
+    found = [_fastest(rows, case, (name,), backend) for name, backend in providers if name in ours or not is_ours(name)]
     measured = sorted((row for row in found if row is not None), key=lambda row: float(row["ms"]))
     if not measured:
         return "Not yet measured."
     table = []
     for row in measured:
         replay = "—" if row["graph_ms"] is None else _number(row["graph_ms"])
-        table.append([label(row["provider"], row["backend"]), _number(row["ms"]), replay])
-    heads = ["forward + backward", "ms", "from a CUDA graph, ms"]
-    return "\n".join([f"{LAUNCHES}. {_provenance(measured[0])}", "", *_table(heads, table)])
+        peak = "—" if row["peak_bytes"] is None else _number(row["peak_bytes"] / 2**20)
+        figures = [_number(row["ms"]), replay, peak, f"{row['error']:.0e}"]
+        table.append([label(row["provider"], row["backend"]), *figures])
+    heads = ["forward + backward", "ms", "from a CUDA graph, ms", "peak extra memory, MiB", "error"]
+    return "\n".join([f"{case}. {_provenance(measured[0])}", "", *_table(heads, table)])
 
 
 def training(folder: Path, file: Path) -> str:
@@ -353,9 +360,10 @@ def block(kind: str, name: str, file: Path, write: bool) -> str:
         return ranks(folder)
     if kind == "capacity":
         return capacity(folder)
-    of_a_gpu = {"gpu": gpu, "gpu_cases": gpu_cases, "launches": launches}
-    if kind in of_a_gpu:
-        return of_a_gpu[kind](folder)
+    if kind in ALL_OF:
+        return all_of(folder, ALL_OF[kind])
+    if kind in ("gpu", "gpu_cases"):
+        return gpu(folder) if kind == "gpu" else gpu_cases(folder)
     if kind == "training":
         return training(folder, file)
     if kind == "pictures":

@@ -219,12 +219,13 @@ def test_other_gpu_tables(folder: Path) -> None:
     tables = script("update_readme.py")
     cases = tables["gpu_cases"](folder)
     assert "| N=4096 C=1 000 000 D=512 bfloat16 | 25 | 59.6 | — | — |" in cases
-    launches = tables["launches"](folder).splitlines()
-    assert launches[-2:] == ["| compiled | 0.4 | 0.125 |", "| fused_arcface (cuda) | 0.5 | — |"]
-    for row in (rows := json.loads((folder / "rows.json").read_text())):
-        row["N"] = 1
-    (folder / "rows.json").write_text(json.dumps(rows))
-    assert tables["launches"](folder) == "Not yet measured."
+    few = tables["all_of"](folder, tables["ALL_OF"]["launches"]).splitlines()
+    assert few[0].startswith("N=256 C=10 000 D=512 bfloat16. NVIDIA H100")
+    assert few[-2:] == ["| compiled | 0.4 | 0.125 | — | 0e+00 |", "| fused_arcface (cuda) | 0.5 | — | — | 0e+00 |"]
+    assert tables["all_of"](folder, tables["ALL_OF"]["peers"]) == "Not yet measured."
+    large = tables["all_of"](folder, Case(4096, 1_000_000, 512, "bfloat16", "bfloat16")).splitlines()
+    names = [line.split("|")[1].strip() for line in large[4:]]
+    assert names == ["fused_arcface-hopper (cuda)", "fused_arcface (triton)", "fused_arcface (cuda)"]
 
 
 def test_the_table_of_loss_curves(folder: Path) -> None:
@@ -249,7 +250,7 @@ def test_the_table_of_loss_curves(folder: Path) -> None:
 
 def test_what_a_gpu_has_not_measured_is_said(tmp_path: Path) -> None:
     block = script("update_readme.py")["block"]
-    for kind in ("gpu", "gpu_cases", "launches", "training", "capacity"):
+    for kind in ("gpu", "gpu_cases", "launches", "peers", "training", "capacity"):
         assert block(kind, "no-such-gpu", tmp_path / "README.md", False) == "Not yet measured."
 
 
