@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -12,6 +13,9 @@ from pathlib import Path
 import pytest
 
 BENCH = Path(__file__).parents[3] / "bench"
+pytestmark = pytest.mark.skipif(
+    shutil.which("timeout") is None, reason="the script is for Linux: it needs timeout of the GNU core utilities"
+)
 
 TORCH = """
 from types import SimpleNamespace
