@@ -90,6 +90,15 @@ def _decode_name(line: bytes) -> str:
     return decode(json.loads(line).encode("utf-8", "surrogateescape") if line.startswith(b'"') else line)
 
 
+def counted(count: int, noun: str) -> str:
+    """Return a number of things in words.
+
+    >>> counted(1, "seed"), counted(3, "seed")
+    ('1 seed', '3 seeds')
+    """
+    return f"{count} {noun}{'' if count == 1 else 's'}"
+
+
 def printable(text: str) -> str:
     r"""Return ``text`` with the characters that a reader would obey, or could not encode, as Python writes them.
 
