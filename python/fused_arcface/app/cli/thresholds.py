@@ -13,6 +13,7 @@ from fused_arcface.evaluation.thresholds import OperatingPoint, operating_points
 
 from ..thresholds import KeptThresholds, as_json, as_text, of_cosine_distance
 from .tables import plain_table
+from .terminal import say
 
 if TYPE_CHECKING:
     import numpy as np
@@ -63,4 +64,4 @@ def keep_thresholds(console: Console, checkpoint: Path, kept: KeptThresholds) ->
         said = f"{folder.thresholds} cannot be written: {error.strerror}; the run keeps its thresholds"
     else:
         said = f"similarity uses these thresholds from now on: {folder.thresholds}"
-    console.print(said, highlight=False, soft_wrap=True, markup=False)
+    say(console, said)

@@ -126,15 +126,6 @@ class Plan:
     """Time to spend on the samples of one shape."""
 
 
-def over_seeds(count: int) -> str:
-    """Return a phrase for a title.
-
-    >>> over_seeds(1), over_seeds(3)
-    ('1 seed', '3 seeds')
-    """
-    return f"{count} seed{'s' if count > 1 else ''}"
-
-
 def _listed(digits: Sequence[int]) -> str:
     return f"{', '.join(map(str, digits[:-1]))} and {digits[-1]}"
 
