@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -130,6 +131,15 @@ class MemoryImages:
 
 
 Read = Callable[[int, ImageSpec], Tensor]
+
+
+def files_reader(files: list[Path], max_pixels: int) -> Read:
+    """Return the function that reads image files by their place, in data-loader workers too."""
+    return partial(_read_file, files, max_pixels)
+
+
+def _read_file(files: list[Path], max_pixels: int, index: int, spec: ImageSpec) -> Tensor:
+    return read_image(files[index], spec, max_pixels)
 
 
 @dataclass(frozen=True)

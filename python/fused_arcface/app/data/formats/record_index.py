@@ -83,14 +83,7 @@ class Heads:
     """Complete ones with bytes behind the labels."""
 
     def __getitem__(self, rows: npt.NDArray[np.generic]) -> Heads:
-        return Heads(
-            self.offsets[rows],
-            self.part[rows],
-            self.end[rows],
-            self.label[rows],
-            self.complete[rows],
-            self.has_image[rows],
-        )
+        return Heads(*(each[rows] for each in vars(self).values()))
 
 
 def read_heads(path: Path, size: int, offsets: Ints) -> Heads:
