@@ -15,7 +15,7 @@ from pathlib import Path
 from torch import Tensor
 
 from .. import checkpoint
-from ..base.checks import check_size
+from ..base.checks import check_seed
 from ..base.reading import file_errors
 from . import safetensors, stored
 from .centers import Centers, ConvertError, ConvertOptionError, grow, keep_dominant, merge
@@ -100,12 +100,9 @@ def _is_one_file(path: Path) -> bool:
 
 def _checked_seed(seed: object) -> int:
     try:
-        checked = check_size("seed", seed, least=0)
+        return check_seed(seed)
     except (TypeError, ValueError) as error:
         raise ConvertOptionError(str(error)) from None
-    if checked >= 1 << 63:
-        raise ConvertOptionError(f"seed must be in [0, 2^63); got {checked}")
-    return checked
 
 
 def convert(
