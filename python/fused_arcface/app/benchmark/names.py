@@ -36,12 +36,9 @@ _Chosen = TypeVar("_Chosen", bound=_Named)
 
 
 def chosen(every: Sequence[_Chosen], names: Sequence[str] | None, backend: str | None) -> tuple[_Chosen, ...]:
-    """Return the providers or recipes of some names.
+    """Return the providers or recipes of some names; those of one backend alone, if it is named.
 
-    Args:
-        every: all that there are.
-        names: their names, ``"ours"`` for all of ours; all of them if None.
-        backend: name of the backend to measure of ours; all if None.
+    ``"ours"`` is the name of all of ours. Without names all are chosen.
 
     Raises:
         ValueError: if a name is unknown; the message lists the names that exist.

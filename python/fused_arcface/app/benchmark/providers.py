@@ -270,14 +270,7 @@ def all_providers() -> tuple[Provider, ...]:
 
 
 def select(names: Sequence[str] | None = None, backend: str | None = None) -> tuple[Provider, ...]:
-    """Return the providers of some names.
-
-    Args:
-        names: their names, ``"ours"`` for all of ours; all providers if None.
-        backend: name of the backend to measure of ours; all if None.
-
-    Raises:
-        ValueError: if a name is unknown; the message lists the names that exist.
+    """Return the providers of some names, see :func:`~fused_arcface.app.benchmark.names.chosen`.
 
     >>> [str(provider) for provider in select(["fused_arcface", "eager"], backend="cpu")]
     ['fused_arcface (cpu)', 'eager (torch)']

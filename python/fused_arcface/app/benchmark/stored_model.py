@@ -89,12 +89,7 @@ def most_identities(host_bytes: float, device_bytes: float, sample_rate: float, 
 def computed_rows(device: torch.device, budget_bytes: int, N: int, D: int, folder: Path) -> list[dict[str, Any]]:
     """Return rows of ``bench --budget`` for centers in host memory and in a file; computed, not measured.
 
-    Args:
-        device: that is measured.
-        budget_bytes: taken as host memory for ``host``.
-        N: rows of a batch.
-        D: dimensions.
-        folder: on the disk whose free room counts for ``file``.
+    The budget counts as host memory for ``host``, the free room of the folder's disk for ``file``.
     """
     row = row_bytes(D)
     record = estimate(1, 0, row).file_bytes

@@ -102,10 +102,7 @@ class ReportFile:
 class Refresh:
     """Writes the report of a training anew while it runs: after a checkpoint, at most every ten minutes.
 
-    In a run of millions of steps it takes no more than a twentieth of the time.
-
-    Args:
-        write: writes the report, and never raises.
+    In a run of millions of steps it takes no more than a twentieth of the time. ``write`` never raises.
     """
 
     def __init__(self, write: Callable[[], object]) -> None:

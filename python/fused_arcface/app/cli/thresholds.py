@@ -20,12 +20,9 @@ if TYPE_CHECKING:
 
 
 def threshold_points(same: npt.ArrayLike, scores: npt.NDArray[np.float64], cosine: bool) -> list[OperatingPoint]:
-    """Return the operating points of scored pairs.
+    """Return the operating points of pairs with ``same`` (P,) bool and ``scores`` (P,), negated distances.
 
-    Args:
-        same: (P,) bool.
-        scores: (P,) negated distances.
-        cosine: the distance is 1 - cos, and thresholds are to be cosines.
+    If the distance is 1 - cos (``cosine``), thresholds are cosines.
     """
     points = operating_points(same, scores)
     return of_cosine_distance(points) if cosine else points

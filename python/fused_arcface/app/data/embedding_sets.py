@@ -102,9 +102,7 @@ class EmbeddingSet:
     def only(self, numbers: Tensor, images: int) -> EmbeddingSet:
         """Renumber the pairs for a set that lost some of its ``images``, and leave out the pairs of lost ones.
 
-        Args:
-            numbers: (M,), the number that each row here had in the whole set.
-            images: of the whole set.
+        ``numbers`` (M,) are those that the rows here had in the whole set.
         """
         if self.pairs is None or len(numbers) == images:
             return self

@@ -20,11 +20,7 @@ def comparison_report(
 ) -> Report:
     """Return the report of a comparison.
 
-    Args:
-        found: the comparison.
-        tables: as the terminal showed them, first that of the criteria.
-        words: sentences that the terminal showed below the first table.
-        options: of the command.
+    ``tables`` are those of the terminal, first that of the criteria; ``words`` are the sentences below it.
     """
     first, *others = map(as_table, tables)
     (task,) = found.plan.tasks

@@ -16,13 +16,7 @@ _OF_ONE_RANK = ("data", "verify_data", "init", "centers", "workers", "device")
 
 
 def agreed_fingerprint(world: World, config: TrainConfig, source: ImageSource, **call: object) -> Fingerprint:
-    """Return the fingerprint of the data, if all ranks have the same data and options.
-
-    Args:
-        world: the ranks.
-        config: this rank's options, resolved.
-        source: this rank's data.
-        call: the other arguments of the training, by name.
+    """Return the fingerprint of the data, if all ranks have the same data, options and other arguments (``call``).
 
     Raises:
         OptionError: if options or arguments differ between ranks.
