@@ -112,10 +112,7 @@ class _AsPlanned:
 class Writer(_AsPlanned, StorageWriter):
     """Write into an existing directory.
 
-    Args:
-        directory: of the checkpoint.
-        rank: names this process's file.
-        values: JSON for the first rank to store beside the tensors.
+    ``rank`` names this process's file. The first rank stores the JSON ``values`` beside the tensors.
     """
 
     def __init__(self, directory: Path, rank: int, values: dict[str, Any]) -> None:
