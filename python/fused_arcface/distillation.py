@@ -42,8 +42,8 @@ def distillation_loss(
         weight: (C, D) class centers of the student.
         teacher_embeddings: (N, E) of the same rows; E may differ from D.
         teacher_weight: (C, E) centers of the same classes in the same order.
-        scale: of the student's logits, finite and > 0.
-        teacher_scale: of the teacher's; None: ``scale``.
+        scale: scale of the student's logits, finite and > 0.
+        teacher_scale: scale of the teacher's logits; None: ``scale``.
         reduction: ``"mean"`` over the rows, ``"sum"`` or ``"none"``.
 
     Returns:

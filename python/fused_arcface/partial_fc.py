@@ -79,13 +79,13 @@ class PartialFC(NotScriptable, ReplaceableOptions, StoredCenters):
         sample_rate: fraction of the classes used in a training step, in (0, 1].
         group: a process group, a one-dimensional ``DeviceMesh``, or None: the default group if torch.distributed is
             initialized.
-        seed: of the initial centers, the samples and the rounding; in [0, 2^63).
+        seed: seed of the initial centers, the samples and the rounding, in [0, 2^63).
         center_optimizer: a :class:`fused_arcface.CenterSGD` recipe, or None for an ordinary optimizer over
             ``weight.grad``: dense at ``sample_rate=1``, else sparse COO (``torch.optim.SGD``, ``SparseAdam``,
             ``Adagrad`` take it).
         backend: ``"auto"`` or a backend's name.
-        device: of the class centers.
-        dtype: of the class centers; the default dtype if None.
+        device: device of the class centers.
+        dtype: dtype of the class centers; the default dtype if None.
         dense_grad: give the sampled mode's gradient densely, (num_local, D), for optimizers that take no other.
         sub_centers: K rows of weight for each class, see :func:`fused_arcface.margin_softmax_loss`; those of a class
             are on one rank. A shape of C_total or num_local rows then has K times as many.
@@ -99,7 +99,7 @@ class PartialFC(NotScriptable, ReplaceableOptions, StoredCenters):
         weight: (num_local, D) parameter, this rank's class centers, initially N(0, 0.01²) keyed by seed and global
             class id.
         class_start: global id of the first of them.
-        num_local: how many they are: ``C_total // W``, one more on the first ``C_total % W`` ranks.
+        num_local: their number: ``C_total // W``, one more on the first ``C_total % W`` ranks.
         center_optimizer: the :class:`~fused_arcface.center_sgd.CenterOptimizer` made of the recipe, for schedulers; or
             None.
         center_store: the :class:`~fused_arcface.store.CenterStore` of another ``center_storage`` than ``"device"``.

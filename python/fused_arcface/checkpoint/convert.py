@@ -123,7 +123,7 @@ def convert(
         sources: paths.
         destination: a safetensors file or a checkpoint root.
         num_classes: to grow to; None: as many as the sources have.
-        seed: of the new classes' centers and of the head that will resume, in [0, 2^63); None: the source's, or 0.
+        seed: seed of the new classes' centers and of the head that will resume, in [0, 2^63); None: the source's, or 0.
         sub_centers: see :func:`read`.
         dominant: a file that :func:`read_dominant` reads: the one center of each class to keep, see
             :func:`keep_dominant`.

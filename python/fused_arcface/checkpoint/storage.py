@@ -227,7 +227,7 @@ class Reader(TensorReader):
     """Read the files of :class:`Writer`.
 
     Args:
-        directory: of the checkpoint.
+        directory: directory of the checkpoint.
         files: its files as the manifest has them, of these sizes on disk.
         block: bytes with one checksum, a multiple of 64.
 

@@ -192,7 +192,7 @@ class Reader(TensorReader):
     """Read a checkpoint of format 1 without running code.
 
     Args:
-        directory: of the checkpoint.
+        directory: directory of the checkpoint.
         files: the sizes of its files, as they are on disk.
 
     Raises:

@@ -84,7 +84,7 @@ class Ranks:
         self._room = Room()
         self._call = ""
         self.number = 0
-        """Which head of the group this is, from 1; 0 if it is none."""
+        """The head's number in the group, from 1; 0 if this is no head's."""
         self.backward_passes = 0
         """Number of backward passes so far, over all copies of the head."""
 
@@ -325,7 +325,7 @@ class Ranks:
         """Return every rank's picklable ``value``, in rank order.
 
         Args:
-            value: of this rank.
+            value: this rank's value.
             call: name of the call that needs them, the same on every rank.
 
         Raises:

@@ -292,7 +292,7 @@ def run_capacity(
         names: names of setups, ``"ours"`` for all of ours; all if None.
         backend: name of the backend to measure of ours; all if None.
         earlier: rows of an interrupted run, which are kept; those that were extrapolated are verified.
-        progress: told of each trial.
+        progress: called with a line before each trial.
         on_row: called with all rows whenever one has been found.
 
     Raises:

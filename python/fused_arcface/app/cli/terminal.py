@@ -35,7 +35,7 @@ class Problems:
     """Tells the first problems one by one, and in the end the number of the others.
 
     Args:
-        console: where they are told.
+        console: the console to write to.
         ending: words that follow each problem.
         kind: what the others are called.
     """

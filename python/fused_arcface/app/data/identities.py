@@ -73,8 +73,8 @@ def draw(identity: Tensor, sample: Tensor, *, seed: int = 0, style: Style = Styl
     Args:
         identity: (B,) int64, any numbers >= 0.
         sample: (B,) int64, any numbers >= 0; two samples of an identity differ.
-        seed: of all identities.
-        style: of the drawings.
+        seed: seed of all identities.
+        style: style of the drawings.
 
     >>> draw(torch.tensor([5, 5]), torch.tensor([0, 1])).shape
     torch.Size([2, 1, 32, 32])

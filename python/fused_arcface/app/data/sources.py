@@ -73,10 +73,10 @@ class FileImages:
 
     Args:
         files: (path, identity) of each image, identities from 0 on without gaps.
-        names: of the identities.
+        names: names of the identities.
         problems: see :class:`ImageSource`.
         notes: see :class:`ImageSource`.
-        max_pixels: of an image, see :func:`fused_arcface.app.data.read_image`.
+        max_pixels: limit for an image, see :func:`fused_arcface.app.data.read_image`.
     """
 
     def __init__(

@@ -31,7 +31,7 @@ def read_images(sources: Sequence[str], *, max_pixels: int = MAX_PIXELS) -> Imag
         sources: each one is an image; a list, a ``.txt`` or ``.lst`` file with a path on each line, relative to the
             list's folder, and a label behind it or not; a folder, in which images lie at any depth; or one source of
             labeled images, see :func:`fused_arcface.app.data.pair_sets.read_labeled`.
-        max_pixels: of an image, see :func:`fused_arcface.app.data.read_image`.
+        max_pixels: limit for an image, see :func:`fused_arcface.app.data.read_image`.
 
     Returns:
         A set with labels if a single source gives them: a folder of one folder for each identity, a list with labels,

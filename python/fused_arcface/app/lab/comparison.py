@@ -57,7 +57,7 @@ class Comparison:
     plan: Plan
     rows: list[Row]
     toys: dict[str, Toy]
-    """By criterion."""
+    """The toys by criterion."""
     seconds: float
     """Time of this run; earlier, interrupted ones are not counted."""
 

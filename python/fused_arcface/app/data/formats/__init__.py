@@ -94,7 +94,7 @@ def open_source(data: str, max_pixels: int = MAX_PIXELS) -> ImageSource:
 
     Args:
         data: the name of a file or a folder, or of generated images, in one of :data:`FORMATS`.
-        max_pixels: of an image in a file, see :func:`fused_arcface.app.data.read_image`.
+        max_pixels: limit for an image in a file, see :func:`fused_arcface.app.data.read_image`.
 
     Raises:
         NoSuchData: if nothing has that name.

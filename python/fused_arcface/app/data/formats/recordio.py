@@ -117,7 +117,7 @@ class RecordFile:
     """A RecordIO file, read at any offset; usable after a fork, in another process, and from several threads.
 
     Args:
-        path: of the ``.rec``.
+        path: the ``.rec`` file.
 
     Raises:
         DataError: if it cannot be opened, or is no regular file.
@@ -132,7 +132,7 @@ class RecordFile:
         self._file = open_regular(self.path)
         self.size = os.fstat(self._file.fileno()).st_size
         self.bytes_read = 0
-        """Of records, by :meth:`read`."""
+        """Bytes of records that :meth:`read` has read."""
 
     def __getstate__(self) -> dict[str, Any]:
         return {"path": self.path}

@@ -77,7 +77,7 @@ def read_templates(data: str, max_pixels: int = MAX_PIXELS) -> TemplateSet:
 
     Args:
         data: the folder.
-        max_pixels: of an image, see :func:`fused_arcface.app.data.read_image`.
+        max_pixels: limit for an image, see :func:`fused_arcface.app.data.read_image`.
 
     Raises:
         DataError: if the folder has no such lists, or a list is not what it should be; the message names the place.
