@@ -20,11 +20,6 @@ from ..sources import ImageSet, files_reader
 TEXTS = (".txt", ".csv", ".tsv")
 
 
-def is_text(data: str) -> bool:
-    """Return whether a name is that of a text file."""
-    return Path(data).suffix.lower() in TEXTS
-
-
 def open_pairs(data: str, images: Path | None, max_pixels: int) -> ImageSet:
     """Open a text file of pairs; ``images`` is the folder of the files that it names, its own if None."""
     path = Path(data)
