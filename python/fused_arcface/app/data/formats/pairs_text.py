@@ -14,23 +14,18 @@ from fused_arcface.base.text import is_whole, lines
 from fused_arcface.evaluation.pairs import Pairs
 
 from ..image_formats import SUFFIXES
-from ..images import MAX_PIXELS
 from ..sources import ImageSet, files_reader
 
 TEXTS = (".txt", ".csv", ".tsv")
 
 
 def open_pairs(data: str, images: Path | None, max_pixels: int) -> ImageSet:
-    """Open a text file of pairs; ``images`` is the folder of the files that it names, its own if None."""
-    path = Path(data)
-    return read_pairs_file(path, images if images is not None else path.parent, max_pixels)
+    """Open a text file of pairs, one a line, with spaces, tabs or commas between the fields.
 
+    ``images`` is the folder of the files that it names, its own if None.
 
-def read_pairs_file(path: Path, root: Path, max_pixels: int = MAX_PIXELS) -> ImageSet:
-    """Read a text file of pairs, one a line, with spaces, tabs or commas between the fields.
-
-    ``name 1 4`` is images 1 and 4 of one person, ``name 1 other 2`` of two, at ``name/name_0001.jpg`` below ``root``
-    (any image's suffix); ``path1 path2 label`` names files, label 1 for one person and 0 for two. LFW's heading,
+    ``name 1 4`` is images 1 and 4 of one person, ``name 1 other 2`` of two, at ``name/name_0001.jpg`` below it (any
+    image's suffix); ``path1 path2 label`` names files, label 1 for one person and 0 for two. LFW's heading,
     ``10 300``, is passed over, as are empty lines. Folds are consecutive parts of the file.
 
     A pair with an image that is missing is left out, and is one of the set's problems.
@@ -38,6 +33,8 @@ def read_pairs_file(path: Path, root: Path, max_pixels: int = MAX_PIXELS) -> Ima
     Raises:
         DataError: if a line is none of these, with its number; or if no pair has its images.
     """
+    path = Path(data)
+    root = path.parent if images is None else images
     with open_regular(path) as file, file_errors(path):
         text = lines(file.read())
     number_of: dict[Path, int] = {}
