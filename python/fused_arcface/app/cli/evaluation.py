@@ -20,20 +20,11 @@ if TYPE_CHECKING:
     from ..data.embedding_sets import EmbeddingSet
     from ..data.sources import ImageSet
 
-Checkpoint = Annotated[
-    Path | None,
-    typer.Option(
-        help="The net: the folder of a training run, its model.pt or best.pt, or any file of weights together with "
-        "--backbone. For a folder, the newest checkpoint is evaluated."
-    ),
-]
-OneCheckpoint = Annotated[
-    Path,
-    typer.Option(
-        help="The net: the folder of a training run, its model.pt or best.pt, or any file of weights together with "
-        "--backbone."
-    ),
-]
+_NET = (
+    "The net: the folder of a training run, its model.pt or best.pt, or any file of weights together with --backbone."
+)
+Checkpoint = Annotated[Path | None, typer.Option(help=f"{_NET} For a folder, the newest checkpoint is evaluated.")]
+OneCheckpoint = Annotated[Path, typer.Option(help=_NET)]
 Backbone = Annotated[
     str | None,
     typer.Option(help="Name of the net in a file of weights, iresnet50 for example. Default: the run's own net."),
