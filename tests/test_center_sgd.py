@@ -1,7 +1,5 @@
 import copy
 import gc
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -373,43 +371,3 @@ def test_a_recomputed_step_is_refused(optimizer, use_reentrant):
     with pytest.raises(RuntimeError, match=r"outside of torch\.utils\.checkpoint"):
         loss.backward()
     assert torch.equal(head.weight, before) and head.weight.grad is None
-
-
-_PEAK = """
-import resource, sys, torch, fused_arcface as fa
-num_classes, dtype, momentum_dtype = int(sys.argv[1]), getattr(torch, sys.argv[2]), getattr(torch, sys.argv[3])
-def step(num_classes):
-    recipe = fa.CenterSGD(lr=0.1, momentum_dtype=momentum_dtype)
-    head = fa.PartialFC(512, num_classes, dtype=dtype, center_optimizer=recipe)
-    x = torch.randn(64, 512, requires_grad=True)
-    for _ in range(2):
-        head(x, torch.randint(0, num_classes, (64,))).backward()
-step(1000)  # loads what is loaded at the first use
-before = int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
-step(num_classes)
-# Not ru_maxrss: that counts the process which started this one, too.
-peak = next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmHWM"))
-print((peak - before) / (num_classes * 512))
-"""
-
-
-@pytest.mark.serial
-@pytest.mark.parametrize(
-    ("dtype", "momentum_dtype", "most"),
-    [
-        ("float32", "float32", 8.5),
-        ("bfloat16", "int8", 3.5),
-        pytest.param("float32", "int8", 5.5, marks=pytest.mark.full),
-    ],
-)
-@pytest.mark.skipif(sys.platform != "linux", reason="reads the memory in use from /proc")
-@pytest.mark.parametrize("num_classes", [100_000, pytest.param(1_000_000, marks=pytest.mark.full)])
-def test_peak_memory_per_element(num_classes, dtype, momentum_dtype, most):
-    """Bytes of each weight element at the process's peak, construction and two steps at N = 64 included."""
-    arguments = [sys.executable, "-c", _PEAK, str(num_classes), dtype, momentum_dtype]
-    done = subprocess.run(arguments, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    print(
-        f"{num_classes} classes, {dtype} centers, {momentum_dtype} momentum: {float(done.stdout):.2f} bytes an element"
-    )
-    assert float(done.stdout) <= most

@@ -32,7 +32,7 @@ BELOW = {
 
 HEADS = (
     *("functional", "head", "partial_fc", "center_sgd", "center_update", "sharded_evaluation"),
-    *("sub_centers", "distillation", "calls"),
+    *("stored_centers", "sub_centers", "distillation", "calls"),
 )
 """The modules at the top of the package that form one layer."""
 

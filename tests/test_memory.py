@@ -1,4 +1,4 @@
-"""Peak memory beyond inputs and gradients, and scratch memory read before it is written: each in a fresh process."""
+"""Peak memory of the loss and of CenterSGD, and scratch memory read before it is written: each in a fresh process."""
 
 from __future__ import annotations
 
@@ -97,6 +97,41 @@ def test_peak_at_full_size(shape: tuple[int, int, int], dtype: str) -> None:
     n, _, d = shape
     (peak,) = run_child(PEAK, json.dumps([(*shape, dtype, True)]))
     assert peak <= LIMIT + 8 * max(0, n - 256) * d * 4
+
+
+CENTER_SGD = """
+import json, resource, sys, torch, fused_arcface as fa
+num_classes, dtype, momentum_dtype = int(sys.argv[1]), getattr(torch, sys.argv[2]), getattr(torch, sys.argv[3])
+def step(num_classes):
+    recipe = fa.CenterSGD(lr=0.1, momentum_dtype=momentum_dtype)
+    head = fa.PartialFC(512, num_classes, dtype=dtype, center_optimizer=recipe)
+    x = torch.randn(64, 512, requires_grad=True)
+    for _ in range(2):
+        head(x, torch.randint(0, num_classes, (64,))).backward()
+step(1000)  # loads what is loaded at the first use
+before = int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
+step(num_classes)
+# Not ru_maxrss: that counts the process which started this one, too.
+peak = next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmHWM"))
+print(json.dumps((peak - before) / (num_classes * 512)))
+"""
+
+
+@pytest.mark.parametrize(
+    ("dtype", "momentum_dtype", "most"),
+    [
+        ("float32", "float32", 8.5),
+        ("bfloat16", "int8", 3.5),
+        pytest.param("float32", "int8", 5.5, marks=pytest.mark.full),
+    ],
+)
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the memory in use from /proc")
+@pytest.mark.parametrize("num_classes", [100_000, pytest.param(1_000_000, marks=pytest.mark.full)])
+def test_center_sgd_peak_of_each_element(num_classes: int, dtype: str, momentum_dtype: str, most: float) -> None:
+    """Bytes of each weight element at the process's peak, construction and two steps at N = 64 included."""
+    found = run_child(CENTER_SGD, num_classes, dtype, momentum_dtype)
+    print(f"{num_classes} classes, {dtype} centers, {momentum_dtype} momentum: {found:.2f} bytes an element")
+    assert found <= most
 
 
 SUM = """

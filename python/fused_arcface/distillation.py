@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .base.checks import REDUCTIONS, check_embeddings, check_weight
+from .base.checks import check_embeddings, check_reduction, check_weight
 from .base.compiler import check_not_transformed
 from .base.dtypes import compute_dtype
 from .base.normalize import stored_gradient, unit_gradient, unit_rows, without_autocast
@@ -42,8 +42,8 @@ def distillation_loss(
         weight: (C, D) class centers of the student.
         teacher_embeddings: (N, E) of the same rows; E may differ from D.
         teacher_weight: (C, E) centers of the same classes in the same order.
-        scale: of the student's logits, finite and > 0.
-        teacher_scale: of the teacher's; None: ``scale``.
+        scale: scale of the student's logits, finite and > 0.
+        teacher_scale: scale of the teacher's logits; None: ``scale``.
         reduction: ``"mean"`` over the rows, ``"sum"`` or ``"none"``.
 
     Returns:
@@ -72,8 +72,7 @@ def distillation_loss(
     check_number("scale", scale, POSITIVE)
     if teacher_scale is not None:
         check_number("teacher_scale", teacher_scale, POSITIVE)
-    if reduction not in REDUCTIONS:
-        raise ValueError(f"reduction must be one of {', '.join(map(repr, REDUCTIONS))}; got {reduction!r}")
+    check_reduction(reduction)
     one = torch.ones((), dtype=torch.float64, device="cpu")
     scales = torch.stack([scale * one, (scale if teacher_scale is None else teacher_scale) * one])
     with without_autocast(embeddings.device):

@@ -37,8 +37,8 @@ class MarginHead(NotScriptable, ReplaceableOptions, nn.Module):
         margin: see :func:`fused_arcface.margin_softmax_loss`; likewise scale and backend.
         scale: ``s`` of the logits, see :func:`fused_arcface.margin_softmax_loss`.
         backend: ``"auto"`` or a backend's name.
-        device: of the class centers.
-        dtype: of the class centers; the default dtype if None.
+        device: device of the class centers.
+        dtype: dtype of the class centers; the default dtype if None.
         sub_centers: see :func:`fused_arcface.margin_softmax_loss`; likewise label_smoothing.
         label_smoothing: in [0, 1].
 

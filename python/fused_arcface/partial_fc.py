@@ -11,15 +11,13 @@ from torch import Tensor, nn
 
 from . import backends
 from .base.assigned import ReplaceableOptions
-from .base.checks import check_center_dtype, check_reduction, check_size
+from .base.checks import check_center_dtype, check_reduction, check_seed, check_size
 from .base.compiler import NotScriptable, check_not_transformed, not_compiled
-from .base.keyed_random import CENTER_STD, fill_normal
 from .base.options import HeadOptions
 from .base.permutation import KeyedPermutation, Permutation
 from .base.ranges import ABOVE_0_TO_1, NOT_NEGATIVE, check_number
 from .base.statistics import MarginSoftmaxStats
 from .center_sgd import CenterOptimizer, CenterSGD, CentersUpdatedInBackward
-from .engine.run_state import RunState
 from .engine.shard import Shard, own_losses
 from .engine.step import loss_over_classes
 from .engine.targets import Labels, Rows, Target
@@ -29,16 +27,15 @@ from .margins.angular import ArcFace, Margin
 from .margins.scale import Scale
 from .parallel.sampling import Sampler
 from .parallel.sharding import Sharding
-from .parallel.wrappers import check_plain
-from .sharded_evaluation import ShardedEvaluation
 from .store import CenterStorage, StepRows, check_storage, make_store, weight_device
 from .store import waits as _is_waited_for
+from .stored_centers import StoredCenters
 
 if TYPE_CHECKING:
     from .calls import Backend, PartialFCCall
 
 
-class PartialFC(NotScriptable, ReplaceableOptions, ShardedEvaluation, RunState):
+class PartialFC(NotScriptable, ReplaceableOptions, StoredCenters):
     """Margin-softmax head whose class centers are split over the ranks of a group: ``loss = head(embeddings, target)``.
 
     Every rank passes its own batch, of any size, and gets the mean loss over all ranks' rows. Without torch.distributed
@@ -82,13 +79,13 @@ class PartialFC(NotScriptable, ReplaceableOptions, ShardedEvaluation, RunState):
         sample_rate: fraction of the classes used in a training step, in (0, 1].
         group: a process group, a one-dimensional ``DeviceMesh``, or None: the default group if torch.distributed is
             initialized.
-        seed: of the initial centers, the samples and the rounding; in [0, 2^63).
+        seed: seed of the initial centers, the samples and the rounding, in [0, 2^63).
         center_optimizer: a :class:`fused_arcface.CenterSGD` recipe, or None for an ordinary optimizer over
             ``weight.grad``: dense at ``sample_rate=1``, else sparse COO (``torch.optim.SGD``, ``SparseAdam``,
             ``Adagrad`` take it).
         backend: ``"auto"`` or a backend's name.
-        device: of the class centers.
-        dtype: of the class centers; the default dtype if None.
+        device: device of the class centers.
+        dtype: dtype of the class centers; the default dtype if None.
         dense_grad: give the sampled mode's gradient densely, (num_local, D), for optimizers that take no other.
         sub_centers: K rows of weight for each class, see :func:`fused_arcface.margin_softmax_loss`; those of a class
             are on one rank. A shape of C_total or num_local rows then has K times as many.
@@ -102,7 +99,7 @@ class PartialFC(NotScriptable, ReplaceableOptions, ShardedEvaluation, RunState):
         weight: (num_local, D) parameter, this rank's class centers, initially N(0, 0.01²) keyed by seed and global
             class id.
         class_start: global id of the first of them.
-        num_local: how many they are: ``C_total // W``, one more on the first ``C_total % W`` ranks.
+        num_local: their number: ``C_total // W``, one more on the first ``C_total % W`` ranks.
         center_optimizer: the :class:`~fused_arcface.center_sgd.CenterOptimizer` made of the recipe, for schedulers; or
             None.
         center_store: the :class:`~fused_arcface.store.CenterStore` of another ``center_storage`` than ``"device"``.
@@ -152,9 +149,7 @@ class PartialFC(NotScriptable, ReplaceableOptions, ShardedEvaluation, RunState):
             options = HeadOptions(margin, scale, sub_centers, label_smoothing)
             options.check_classes(num_classes)
             check_number("sample_rate", sample_rate, ABOVE_0_TO_1)
-            seed = check_size("seed", seed, least=0)
-            if seed >= 1 << 63:
-                raise ValueError(f"seed must be in [0, 2^63); got {seed}")
+            seed = check_seed(seed)
             if not isinstance(dense_grad, bool):
                 raise TypeError(f"dense_grad must be a bool; got {type(dense_grad).__name__}")
             if center_optimizer is not None and not isinstance(center_optimizer, CenterSGD):
@@ -194,35 +189,11 @@ class PartialFC(NotScriptable, ReplaceableOptions, ShardedEvaluation, RunState):
             place_margin(scale, self.device)
             self.reset_parameters()
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name == "weight":
-            check_plain(type(self).__name__, value)
-            if not self._is_in_memory():
-                raise RuntimeError(
-                    "weight has no class centers to replace, as center_storage keeps them in a file: use "
-                    "load_full_weight(), or fused_arcface.checkpoint.load"
-                )
-        super().__setattr__(name, value)
-
     @property
     def sampled(self) -> Tensor:
         if self._sampled is None:
             return torch.arange(self.class_start, self.class_start + self.num_local, device=self.device)
         return self._sampled[self._sampled < self.num_local] + self.class_start
-
-    def _held(self) -> dict[str, Tensor]:
-        """Return weight and the fused optimizer's momentum, by name."""
-        return {"weight": self.weight, **(self.center_optimizer.bind(self.weight) if self.center_optimizer else {})}
-
-    def reset_parameters(self) -> None:
-        """Draw the class centers anew: the same ones, for the same seed."""
-        if self._is_in_memory():
-            fill_normal(self.weight, self.seed, self.row_start, CENTER_STD)
-        elif self._calls or self.step:  # those of a new head are in no need of it
-            raise RuntimeError(
-                "the class centers of center_storage in a file cannot be drawn anew: name a new folder, which has the "
-                "initial ones"
-            )
 
     # torch.compile calls it between its graphs: a step has a number and sizes that only the data tell.
     @not_compiled
@@ -383,49 +354,6 @@ class PartialFC(NotScriptable, ReplaceableOptions, ShardedEvaluation, RunState):
         """Return a function that gives the rows of weight which the next step draws, whatever its labels."""
         sampler, step = Sampler(self.sharding, self.sample_rate, self.seed), self.step + 1
         return lambda: self._rows_of(sampler.candidates(sampler.draw(step, device), padded))
-
-    def _check_reachable(self) -> None:
-        """Check that the rows of a step can be had.
-
-        Raises:
-            RuntimeError: if they cannot, see :class:`fused_arcface.store.StoreError`, or the step needs all of them.
-        """
-        if self.center_store is None:
-            return
-        self.center_store.check()
-        check_storage("host" if self.center_store.in_memory else "a file", self.sample_rate, fused=True)
-        if not self.training and self.weight.device != self.device:
-            size = self.num_local * self.sub_centers * self.embedding_dim * self.weight.element_size() / 2**30
-            raise RuntimeError(
-                f"in eval() the loss uses all class centers, {size:.1f} GiB on {self.device}, which center_storage "
-                "keeps elsewhere: use topk() or logits(), which read them in pieces, or train() under torch.no_grad()"
-            )
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PartialFC:
-        """Convert or move the head. Stored class centers stay where they are; the computing device changes."""
-        if self.center_store is None:
-            super()._apply(fn, recurse)
-            return self
-        made = fn(torch.empty(0, dtype=self.weight.dtype, device=self.device))
-        if made.dtype != self.weight.dtype:
-            raise TypeError(
-                f"class centers outside of the device keep their dtype {self.weight.dtype}; got {made.dtype}"
-            )
-        for module in self.children():
-            module._apply(fn, recurse)
-        self.center_store.move(made.device)
-        return self
-
-    def _rows_of(self, classes: Tensor) -> Tensor:
-        """Rows of weight (K·sub_centers,) of this shard's classes (K,); negative ones of negative classes."""
-        if self.sub_centers == 1:
-            return classes
-        return (classes[:, None] * self.sub_centers + torch.arange(self.sub_centers, device=classes.device)).flatten()
-
-    def _count_rows(self, classes: Tensor) -> Tensor:
-        """0-dim: the rows of weight of padded classes (K,)."""
-        count = (classes < self.num_local).sum()
-        return count if self.sub_centers == 1 else count * self.sub_centers
 
     def extra_repr(self) -> str:
         own = f"center_optimizer={self.center_optimizer.describe()}, " if self.center_optimizer is not None else ""

@@ -26,6 +26,7 @@ pytestmark = pytest.mark.distributed
 
 D, CLASSES = 4, 11
 LIMIT = 10  # seconds
+Record = Callable[[str, Callable[[], Any]], None]
 # Of the same range, so that their reprs differ in the digest alone.
 CLASS_MARGINS = [fa.ClassMargin([0.1, middle, *[0.4] * (CLASSES - 2)]) for middle in (0.2, 0.3)]
 
@@ -55,6 +56,10 @@ class Rank:
         return x.grad
 
 
+def learned_scale() -> dict[str, Any]:
+    return {"scale": torch.nn.Parameter(torch.tensor(8.0))}
+
+
 # Each changes rank 1's head, or what it is called with, after a first step that was alike.
 CHANGED_HEADS: dict[str, tuple[Callable[[fa.PartialFC], Any], str]] = {
     "scale": (lambda head: setattr(head, "scale", 30.0), "scale"),
@@ -71,6 +76,16 @@ CHANGED_HEADS: dict[str, tuple[Callable[[fa.PartialFC], Any], str]] = {
     "half": (lambda head: head.bfloat16(), "weight.dtype"),
 }
 CHANGED_GROUPS = ["lr", "momentum", "weight_decay"]
+CHANGED_ARGUMENTS = ["sample_weight", "target", "reduction", "ignore_index", "loss_weight", "k"]
+# Changes of a margin or scale with a state; the error has the case's name.
+CHANGED_STATES: dict[str, tuple[Callable[[], dict[str, Any]], Callable[[fa.PartialFC], Any]]] = {
+    "margin.training": (lambda: {"margin": fa.AdaFace()}, lambda head: head.margin.eval()),
+    "margin.state": (lambda: {"margin": fa.AdaFace()}, lambda head: head.margin.norm_mean.fill_(7)),
+    "scale.value": (learned_scale, lambda head: head.scale.data.fill_(9)),
+    "scale.requires_grad": (learned_scale, lambda head: head.scale.requires_grad_(False)),
+    "scale.state": (lambda: {"scale": fa.AdaCos()}, lambda head: head.scale.scale.fill_(7)),
+    "scale.training": (lambda: {"scale": fa.AdaCos()}, lambda head: head.scale.eval()),
+}
 
 
 def run_matrix(directory: str) -> dict[str, Any]:
@@ -107,24 +122,13 @@ def run_matrix(directory: str) -> dict[str, Any]:
     }.items():
         changed = after_a_step(rank.head(center_optimizer=None if name == "another weight" else recipe), change)
         record(name, lambda changed=changed: rank.step(changed))
-    stateful = after_a_step(rank.head(margin=fa.AdaFace()), lambda head: head.margin.eval())
-    record("margin.training", lambda: rank.step(stateful))
-    loaded = rank.head(margin=fa.AdaFace())
-    if rank.differs:
-        loaded.margin.norm_mean.fill_(7)
-    record("margin.state", lambda: rank.step(loaded))
-    learned = rank.head(scale=torch.nn.Parameter(torch.tensor(9.0 if rank.differs else 8.0)))
-    record("scale.value", lambda: rank.step(learned))
-    frozen = after_a_step(
-        rank.head(scale=torch.nn.Parameter(torch.tensor(8.0))), lambda head: head.scale.requires_grad_(False)
-    )
-    record("scale.requires_grad", lambda: rank.step(frozen))
-    adapting = rank.head(scale=fa.AdaCos())
-    if rank.differs:
-        adapting.scale.scale.fill_(7)
-    record("scale.state", lambda: rank.step(adapting))
-    adapted = after_a_step(rank.head(scale=fa.AdaCos()), lambda head: head.scale.eval())
-    record("scale.training", lambda: rank.step(adapted))
+    for name, (options, change) in CHANGED_STATES.items():
+        head = rank.head(**options())
+        if not name.endswith((".state", ".value")):  # those are compared in the first step
+            rank.step(head)
+        if rank.differs:
+            change(head)
+        record(name, lambda head=head: rank.step(head))
     record_calls(rank, record)
     record_equal(rank, record)
     record_constructors(rank, record)
@@ -132,7 +136,7 @@ def run_matrix(directory: str) -> dict[str, Any]:
     return outcomes
 
 
-def record_calls(rank: Rank, record: Callable[[str, Callable[[], Any]], None]) -> None:
+def record_calls(rank: Rank, record: Record) -> None:
     """Arguments and calls that differ, on one head: the ranks agree again after each error."""
     head, (x, y) = rank.head(), rows(rank.rank)
     rank.step(head)
@@ -185,7 +189,7 @@ def record_calls(rank: Rank, record: Callable[[str, Callable[[], Any]], None]) -
     record("still together", lambda: rank.step(head).isfinite().all().item())
 
 
-def record_equal(rank: Rank, record: Callable[[str, Callable[[], Any]], None]) -> None:
+def record_equal(rank: Rank, record: Record) -> None:
     """What one rank may ask for alone, or not have: the others take part."""
     x, y = rows(rank.rank)
 
@@ -217,8 +221,7 @@ def record_equal(rank: Rank, record: Callable[[str, Callable[[], Any]], None]) -
         nothing = x[:0].clone().requires_grad_()
         loss = head(nothing, y[:0])
         loss.backward()
-        head_after = head.weight.grad.to_dense()
-        return loss.isnan().item() and nothing.grad.shape == (0, D) and not head_after.any().item()
+        return loss.isnan().item() and nothing.grad.shape == (0, D) and not head.weight.grad.to_dense().any().item()
 
     def without_rows_updated() -> Any:
         head = rank.head(center_optimizer=fa.CenterSGD(0.1, weight_decay=0.1))
@@ -227,9 +230,6 @@ def record_equal(rank: Rank, record: Callable[[str, Callable[[], Any]], None]) -
         head(x[:0].clone().requires_grad_(), y[:0]).backward()
         return torch.equal(head.weight, before) and rank.step(head).isfinite().all().item()
 
-    def slow(cosines: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
-        return 64 * cosines
-
     record("return_stats", statistics)
     head = rank.head()
     own = y.int() if rank.differs else y
@@ -237,13 +237,13 @@ def record_equal(rank: Rank, record: Callable[[str, Callable[[], Any]], None]) -
     record("embeddings without gradient", one_needs_no_gradient(rank.head, frozen=False))
     record("nothing to train", one_needs_no_gradient(rank.head, frozen=True))
     warnings.filterwarnings("ignore", "PartialFC_V2: function is no margin")
-    slow_head = partial(insightface.PartialFC_V2, slow, D, CLASSES)  # over the default group
+    slow_head = partial(insightface.PartialFC_V2, lambda cosines, _: 64 * cosines, D, CLASSES)  # over the default group
     record("slow path without gradient", one_needs_no_gradient(slow_head, frozen=False))
     record("no rows", without_rows)
     record("no rows with CenterSGD", without_rows_updated)
 
 
-def record_constructors(rank: Rank, record: Callable[[str, Callable[[], Any]], None]) -> None:
+def record_constructors(rank: Rank, record: Record) -> None:
     """Arguments that rank 1's constructor refuses."""
     wrong = {"scale": -1.0, "num_classes": 0, "backend": "tpu", "dtype": torch.int32, "device": "cuda:99"}
     for name, value in wrong.items():
@@ -252,7 +252,7 @@ def record_constructors(rank: Rank, record: Callable[[str, Callable[[], Any]], N
         record(f"constructor {name}", lambda options=options: fa.PartialFC(**options))
 
 
-def record_checkpoints(rank: Rank, record: Callable[[str, Callable[[], Any]], None], directory: Path) -> None:
+def record_checkpoints(rank: Rank, record: Record, directory: Path) -> None:
     """Checkpoints that one rank cannot write or read, or names otherwise."""
     head = rank.head()
     save, load = fa.checkpoint.save, fa.checkpoint.load
@@ -288,30 +288,16 @@ def both(outcomes: list[dict[str, Any]], name: str) -> tuple[Any, Any]:
     [
         *((case, name) for case, (_, name) in CHANGED_HEADS.items()),
         *((name, f"center_optimizer.{name}") for name in CHANGED_GROUPS),
-        ("margin.training", "margin.training"),
-        ("margin.state", "margin.state"),
-        ("scale.value", "scale.value"),
-        ("scale.requires_grad", "scale.requires_grad"),
-        ("scale.state", "scale.state"),
-        ("scale.training", "scale.training"),
-        ("ignore_index", "ignore_index"),
-        ("sample_weight", "sample_weight"),
-        ("reduction", "reduction"),
-        ("target", "target"),
-        ("loss_weight", "loss_weight"),
+        *((name, name) for name in [*CHANGED_STATES, *CHANGED_ARGUMENTS]),
         ("optimizer", "center_optimizer.lr"),
         ("weight alone loaded", "step"),
-        ("no_grad", "torch.is_grad_enabled()"),
-        ("inference_mode", "torch.is_grad_enabled()"),
+        *((name, "torch.is_grad_enabled()") for name in ("no_grad", "inference_mode")),
         ("forward or logits", "call"),
         ("forward or full_weight", "call"),
         ("logits or topk", "call"),
         ("full_weight or load", "call"),
-        ("k", "k"),
         ("full_weight dtype", "weight.dtype"),
-        ("another head", "head"),
-        ("another head's topk", "head"),
-        ("a head as wide", "head"),
+        *((name, "head") for name in ("another head", "another head's topk", "a head as wide")),
     ],
 )
 def test_what_must_be_alike_is_refused_by_name_on_both(outcomes, case, name):
@@ -354,8 +340,7 @@ def test_what_one_rank_refuses_raises_on_both(outcomes, case, own):
 
 
 def test_a_wrong_full_weight_raises_on_both(outcomes):
-    first, second = both(outcomes, "load refused")
-    assert first == second == "ValueError: tensor must be (C_total=11, D=4); got (11, 5)"
+    assert both(outcomes, "load refused") == ("ValueError: tensor must be (C_total=11, D=4); got (11, 5)",) * 2
 
 
 @pytest.mark.parametrize(
@@ -392,18 +377,18 @@ def test_what_may_differ_gives_the_right_result_on_both(outcomes, case):
 
 
 def test_checkpoints(outcomes):
-    first, second = both(outcomes, "save elsewhere")
-    assert first == second and first.startswith("ValueError: checkpoint.save: root must be the same on every rank")
-    first, second = both(outcomes, "save another")
-    assert first == second and first.startswith("ValueError: checkpoint.save: others must be the same on every rank")
+    for case, message in {
+        "save elsewhere": "ValueError: checkpoint.save: root must be the same on every rank",
+        "save another": "ValueError: checkpoint.save: others must be the same on every rank",
+        "load from nowhere": "FileNotFoundError: no checkpoint in ",
+        "save to a file": "CheckpointError: ",
+    }.items():
+        first, second = both(outcomes, case)
+        assert first == second and first.startswith(message)
+    assert "file: the checkpoint of step 0 cannot be written: [Errno 17] File exists: " in first
     assert both(outcomes, "load from elsewhere") == ({"epoch": 1}, {"epoch": 1})  # the first rank chooses for all
-    first, second = both(outcomes, "load from nowhere")
-    assert first == second and first.startswith("FileNotFoundError: no checkpoint in ")
     first, second = both(outcomes, "load another")
     assert second.endswith(" has no net") and first == f"RuntimeError: checkpoint.load failed on rank 1: {second}"
-    first, second = both(outcomes, "save to a file")
-    assert first == second and first.startswith("CheckpointError: ")
-    assert "file: the checkpoint of step 0 cannot be written: [Errno 17] File exists: " in first
     assert both(outcomes, "load") == ({"epoch": 1}, {"epoch": 1})
     names = ["checkpoint.load()", "checkpoint.save()", "full_weight()", "forward()"]
     for one, other in itertools.combinations(range(4), 2):

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from types import FunctionType
 from typing import NamedTuple, get_args
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -18,6 +19,16 @@ from fused_arcface.margins import Boundary, Margin, parameters, registry
 
 BACKENDS = [each.name for each in fa.backends.BACKENDS if each.device_type in (None, "cpu")]
 """The backends that run on a CPU."""
+
+everywhere = pytest.mark.parametrize(
+    ("loss", "options"),
+    [
+        pytest.param(fa.reference.margin_softmax_loss, {}, id="oracle"),
+        pytest.param(fa.margin_softmax_loss, {"backend": "torch"}, id="torch"),
+        pytest.param(fa.margin_softmax_loss, {"backend": "cpu"}, id="cpu"),
+    ],
+)
+"""For a test of ``loss`` and ``options``: the oracle, and the loss on two backends."""
 
 BOUNDARIES = get_args(Boundary)
 ARCFACES = tuple(fa.ArcFace(0.5, boundary) for boundary in BOUNDARIES)

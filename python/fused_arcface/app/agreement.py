@@ -79,11 +79,7 @@ def device_of(backend: str) -> str:
 def check(backend: str, margin: Margin, dtype: torch.dtype, options: dict[str, Any] | None = None) -> Agreement:
     """Compare a backend with the reference in fp64; in fp64 compare its gradients with finite differences too.
 
-    Args:
-        backend: name of an available backend.
-        margin: any margin.
-        dtype: dtype of embeddings and weight.
-        options: further options of the loss, ``sub_centers`` or ``label_smoothing``.
+    ``options`` of the loss are ``sub_centers`` or ``label_smoothing``.
     """
     problem = sample_problem(margin, options, device=device_of(backend))
     errors = errors_against_fp64(backend, dtype, problem)
@@ -106,20 +102,10 @@ def sample_problem(
     device: str = "cpu",
     angles: tuple[float, ...] = ANGLES,
 ) -> Problem:
-    """Return embeddings at given angles to their class centers, with norms from 0.5 to 2.
+    """Return embeddings ``(rows, dim)`` at given angles to their class centers, with norms from 0.5 to 2.
 
-    The numbers depend on the arguments alone.
-
-    Args:
-        margin: any margin; ArcFace if None.
-        options: further options of the loss.
-        rows: N, the number of rows.
-        classes: C, the number of classes.
-        dim: D, the length of an embedding.
-        scale: scale of the logits.
-        device: device of the tensors.
-        angles: angles in radians, repeated over the rows with a shift, so that no two rows have the same cosine:
-            ElasticFace+ orders its draws by them.
+    The numbers depend on the arguments alone. The angles, in radians, are repeated over the rows with a shift, so that
+    no two rows have the same cosine: ElasticFace+ orders its draws by them. The margin is ArcFace if None.
     """
     generator = torch.Generator().manual_seed(0)
 
@@ -142,12 +128,8 @@ def sample_problem(
 def errors_against_fp64(backend: str | None, dtype: torch.dtype, problem: Problem) -> dict[str, float]:
     """Return the errors of loss and gradients against the reference in fp64, on the same rounded inputs.
 
-    An error is the largest difference, relative to the largest value.
-
-    Args:
-        backend: name of an available backend; None for the reference itself, computed in ``dtype``.
-        dtype: dtype of embeddings and weight.
-        problem: inputs and options.
+    An error is the largest difference, relative to the largest value. Without a backend they are those of the reference
+    itself, computed in ``dtype``.
     """
     embeddings, weight = problem.embeddings.to(dtype), problem.weight.to(dtype)
 

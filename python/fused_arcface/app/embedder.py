@@ -32,7 +32,7 @@ class Embedder(nn.Module):
     Args:
         net: images ``(N, *spec.shape)`` fp32 in [-1, 1] to embeddings ``(N, D)``; put into evaluation mode.
         spec: the images that the net takes.
-        thresholds: of a verification of the net, if one was kept.
+        thresholds: the thresholds of the net's last verification, if they were kept.
 
     >>> embedder = Embedder(nn.Flatten(), ImageSpec(size=2, channels=1))
     >>> embedder(np.full((5, 7), 255, np.uint8))
@@ -137,7 +137,7 @@ def load_embedder(
             file of a net's weights, such as insightface's ``backbone.pth``.
         backbone: the net's name, see ``fused-arcface train --help``; needed for a file that does not lie in a run's
             folder.
-        device: where the net goes.
+        device: device of the net.
         image_size: side in pixels of the images that a file's net takes; None: the net's own, 112 for insightface's.
         trust: run the code that a checkpoint of format 1 may hold. Give it only for files of people you trust.
 

@@ -58,7 +58,7 @@ def export(embedder: Embedder, path: Path) -> float:
     1.
 
     Args:
-        embedder: on any device; its net is exported for the CPU.
+        embedder: the net with its preprocessing, on any device; it is exported for the CPU.
         path: ``.onnx``, or ``.pt2`` for a program that ``torch.export.load`` reads.
 
     Returns:

@@ -121,6 +121,14 @@ def check_size(name: str, value: object, least: int = 1) -> int:
     return int(value)
 
 
+def check_seed(seed: object) -> int:
+    """Return a seed as an int in [0, 2^63)."""
+    checked = check_size("seed", seed, least=0)
+    if checked >= 1 << 63:
+        raise ValueError(f"seed must be in [0, 2^63); got {checked}")
+    return checked
+
+
 def check_center_dtype(dtype: torch.dtype | None) -> None:
     """Check the dtype of class centers; None is torch's default dtype."""
     if (dtype or torch.get_default_dtype()) not in FLOAT_DTYPES:

@@ -28,7 +28,7 @@ def require(module: str, extra: str = "demo") -> Any:
 
     Args:
         module: dotted name, for example ``"sklearn.metrics"``.
-        extra: of this package, which brings it.
+        extra: the extra of this package that brings it.
 
     Raises:
         MissingExtra: if it is not installed.

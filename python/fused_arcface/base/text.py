@@ -90,6 +90,24 @@ def _decode_name(line: bytes) -> str:
     return decode(json.loads(line).encode("utf-8", "surrogateescape") if line.startswith(b'"') else line)
 
 
+def is_whole(text: str, digits: int = 18) -> bool:
+    """Return whether a text is a whole number of at most so many digits; int64 holds each number of 18.
+
+    >>> is_whole("0042"), is_whole("-1"), is_whole("²")
+    (True, False, False)
+    """
+    return text.isascii() and text.isdigit() and len(text) <= digits
+
+
+def counted(count: int, noun: str) -> str:
+    """Return a number of things in words.
+
+    >>> counted(1, "seed"), counted(3, "seed")
+    ('1 seed', '3 seeds')
+    """
+    return f"{count} {noun}{'' if count == 1 else 's'}"
+
+
 def printable(text: str) -> str:
     r"""Return ``text`` with the characters that a reader would obey, or could not encode, as Python writes them.
 

@@ -293,7 +293,7 @@ def load_state(path: str | os.PathLike[str], name: str, *, trust: bool = False) 
 
     Args:
         path: a root (its newest checkpoint is taken) or one checkpoint's directory.
-        name: under which it was saved, for example ``"backbone"``.
+        name: the name it was saved under, for example ``"backbone"``.
         trust: run the code that a checkpoint of format 1 may hold.
 
     Raises:

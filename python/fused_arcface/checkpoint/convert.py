@@ -15,7 +15,7 @@ from pathlib import Path
 from torch import Tensor
 
 from .. import checkpoint
-from ..base.checks import check_size
+from ..base.checks import check_seed
 from ..base.reading import file_errors
 from . import safetensors, stored
 from .centers import Centers, ConvertError, ConvertOptionError, grow, keep_dominant, merge
@@ -100,12 +100,9 @@ def _is_one_file(path: Path) -> bool:
 
 def _checked_seed(seed: object) -> int:
     try:
-        checked = check_size("seed", seed, least=0)
+        return check_seed(seed)
     except (TypeError, ValueError) as error:
         raise ConvertOptionError(str(error)) from None
-    if checked >= 1 << 63:
-        raise ConvertOptionError(f"seed must be in [0, 2^63); got {checked}")
-    return checked
 
 
 def convert(
@@ -126,7 +123,7 @@ def convert(
         sources: paths.
         destination: a safetensors file or a checkpoint root.
         num_classes: to grow to; None: as many as the sources have.
-        seed: of the new classes' centers and of the head that will resume, in [0, 2^63); None: the source's, or 0.
+        seed: seed of the new classes' centers and of the head that will resume, in [0, 2^63); None: the source's, or 0.
         sub_centers: see :func:`read`.
         dominant: a file that :func:`read_dominant` reads: the one center of each class to keep, see
             :func:`keep_dominant`.

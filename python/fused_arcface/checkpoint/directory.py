@@ -100,9 +100,9 @@ def write(
         root: directory of the checkpoints; made if missing.
         tensors: by key; sharded ones in their parts, all others as the first rank has them.
         values: makes the JSON to store beside them; called on the first rank.
-        options: of the head, for the manifest.
+        options: the head's options, for the manifest.
         step: names the directory.
-        ranks: that write together.
+        ranks: the ranks that write together.
         keep: number of checkpoints, of the highest steps, that stay.
 
     Returns:

@@ -31,7 +31,7 @@ def read(path: str | os.PathLike[str], sub_centers: int | None = None, *, trust:
     with ``weight`` (C, D); or a ``.pt`` file, see :func:`fused_arcface.checkpoint.other_projects.centers`.
 
     Args:
-        path: of the source.
+        path: path of the source.
         sub_centers: centers of each class, one after another, in a source that does not say so itself:
             pytorch-metric-learning's SubCenterArcFaceLoss does not. None: the source's, or 1.
         trust: run the code that a checkpoint of format 1 may hold.

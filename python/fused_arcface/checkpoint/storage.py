@@ -92,13 +92,27 @@ class _SummedFile:
         return FileRecord(self.size, self.crc32)
 
 
-class Writer(StorageWriter):
+class _AsPlanned:
+    """The methods of torch's storage that have nothing to do here: the plans stay as they are."""
+
+    def reset(self, checkpoint_id: Any = None) -> None:
+        pass
+
+    def prepare_local_plan(self, plan: Any) -> Any:
+        return plan
+
+    def prepare_global_plan(self, plans: Any) -> Any:
+        return plans
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: Any) -> bool:
+        return True
+
+
+class Writer(_AsPlanned, StorageWriter):
     """Write into an existing directory.
 
-    Args:
-        directory: of the checkpoint.
-        rank: names this process's file.
-        values: JSON for the first rank to store beside the tensors.
+    ``rank`` names this process's file. The first rank stores the JSON ``values`` beside the tensors.
     """
 
     def __init__(self, directory: Path, rank: int, values: dict[str, Any]) -> None:
@@ -106,21 +120,8 @@ class Writer(StorageWriter):
         self.files: dict[str, FileRecord] = {}
         """Files that this process has written, by name."""
 
-    def reset(self, checkpoint_id: Any = None) -> None:
-        pass
-
     def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
         pass
-
-    def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
-        return plan
-
-    def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
-        return plans
-
-    @classmethod
-    def validate_checkpoint_id(cls, checkpoint_id: Any) -> bool:
-        return True
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         results: list[WriteResult] = []
@@ -166,7 +167,7 @@ def bytes_of(tensor: Any) -> memoryview:
     return memoryview(flat.view(torch.uint8).numpy())
 
 
-class TensorReader(StorageReader):
+class TensorReader(_AsPlanned, StorageReader):
     """Fill tensors with the bytes of stored parts, whatever format they are stored in."""
 
     metadata: Metadata
@@ -186,24 +187,11 @@ class TensorReader(StorageReader):
     def pieces(self, part: Part, begin: int, end: int) -> Iterator[memoryview]:
         """Yield the bytes of a part from ``begin`` to ``end``, in order, after they have been checked."""
 
-    def reset(self, checkpoint_id: Any = None) -> None:
-        pass
-
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         return self.metadata
 
     def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
         pass
-
-    def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
-        return plan
-
-    def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
-        return plans
-
-    @classmethod
-    def validate_checkpoint_id(cls, checkpoint_id: Any) -> bool:
-        return True
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
         found = [(self.metadata.storage_data[item.storage_index], item) for item in plan.items]
@@ -239,7 +227,7 @@ class Reader(TensorReader):
     """Read the files of :class:`Writer`.
 
     Args:
-        directory: of the checkpoint.
+        directory: directory of the checkpoint.
         files: its files as the manifest has them, of these sizes on disk.
         block: bytes with one checksum, a multiple of 64.
 

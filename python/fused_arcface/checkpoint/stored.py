@@ -99,14 +99,9 @@ def _as_checkpoint_error() -> Iterator[None]:
 def load_rows(head: PartialFC, reference: Reference | None, saved: Saved, keys: list[str], zeros: bool) -> None:
     """Load the class centers where a store has a part in it: that of the head, of the checkpoint, or both.
 
-    A collective. A head's own store is brought back to the state; any other rows are copied in pieces.
-
-    Args:
-        head: the head.
-        reference: of the checkpoint.
-        saved: the checkpoint.
-        keys: names of the tensors that it holds for the head.
-        zeros: If true, the momentum that the checkpoint does not hold becomes zero.
+    A collective. A head's own store is brought back to the state; any other rows are copied in pieces. ``keys`` are the
+    names of the tensors that the checkpoint holds for the head. If ``zeros`` is true, momentum that it does not hold
+    becomes zero.
     """
     own = file_of(head)
     if reference is not None and reference.is_of(own):
@@ -183,14 +178,10 @@ def pieces_of(reference: Reference, name: str) -> Callable[[], Iterator[Tensor]]
 def make_store(
     folder: Path, columns: dict[str, tuple[torch.dtype, int, Iterator[Tensor]]], num_rows: int, seed: int, root: Path
 ) -> dict[str, Any]:
-    """Make a store of all rows, and return its reference; see ``convert``.
+    """Make a store of all rows in a new or empty folder, and return its reference; see ``convert``.
 
-    Args:
-        folder: of the store, new or empty.
-        columns: by name, dtype, width and pieces of any numbers of rows.
-        num_rows: rows of each column.
-        seed: of the head.
-        root: of the checkpoint.
+    Each column has its dtype, its width, and pieces of any numbers of rows. The head has ``seed``, and the checkpoint
+    lies in ``root``.
 
     Raises:
         CheckpointError: if it cannot be written, or something is in the folder.

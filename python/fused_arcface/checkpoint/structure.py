@@ -59,12 +59,9 @@ def join(structure: Any, tensors: dict[str, Any]) -> Any:
 def to_json(value: Any, name: str) -> Any:
     """Return a structure of :func:`split` as JSON; a value that JSON lacks becomes ``{"$kind": ...}``.
 
-    Args:
-        value: the structure.
-        name: of the value, for the error.
-
     Raises:
-        TypeError: if it holds an object of another kind: to bring it back, a reader would have to run code.
+        TypeError: if it holds an object of another kind: to bring it back, a reader would have to run code. The message
+            has the value's ``name``.
     """
     if value is None or type(value) in (bool, int, str) or (type(value) is float and math.isfinite(value)):
         return value

@@ -110,12 +110,7 @@ def _unpickle(data: bytes, what: str) -> Any:
 
 
 class _Values:
-    """Make values of the records that a pickle holds.
-
-    Args:
-        what: its name, for the error.
-        most: parts it may have.
-    """
+    """Make values of the records that a pickle holds, of at most ``most`` parts; errors call it ``what``."""
 
     def __init__(self, what: str, most: int) -> None:
         self._what, self._left = what, most
@@ -197,7 +192,7 @@ class Reader(TensorReader):
     """Read a checkpoint of format 1 without running code.
 
     Args:
-        directory: of the checkpoint.
+        directory: directory of the checkpoint.
         files: the sizes of its files, as they are on disk.
 
     Raises:

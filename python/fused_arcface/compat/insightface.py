@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from functools import cached_property as _cached_property
 from functools import partial as _partial
 from typing import Any
 
@@ -253,16 +254,9 @@ class PartialFC(PartialFC_V2):
 
     _optimizers: tuple[type[torch.optim.Optimizer], ...] = (torch.optim.SGD,)
 
-    def __init__(
-        self,
-        margin_loss: Callable[..., Tensor],
-        embedding_size: int,
-        num_classes: int,
-        sample_rate: float = 1.0,
-        fp16: bool = False,
-    ) -> None:
-        super().__init__(margin_loss, embedding_size, num_classes, sample_rate, fp16)
-        self._kept_rows = _KeptRows(self.weight, self._others)
+    @_cached_property
+    def _kept_rows(self) -> _KeptRows:
+        return _KeptRows(self.weight, self._others)
 
     def _others(self) -> Tensor | None:
         """Rows of weight that the last step did not sample; None if it used all."""

@@ -79,6 +79,17 @@ class JointCalls(nn.Module):
         """Rows of weight on each rank."""
         return [count * self.sub_centers for count in self.sharding.counts()]
 
+    def _rows_of(self, classes: Tensor) -> Tensor:
+        """Return the rows of weight (K·sub_centers,) of this shard's classes (K,); negative for negative classes."""
+        if self.sub_centers == 1:
+            return classes
+        return (classes[:, None] * self.sub_centers + torch.arange(self.sub_centers, device=classes.device)).flatten()
+
+    def _count_rows(self, classes: Tensor) -> Tensor:
+        """Return the number of rows of weight, 0-dim, of padded classes (K,)."""
+        count = (classes < self.num_local).sum()
+        return count if self.sub_centers == 1 else count * self.sub_centers
+
     @property
     def options(self) -> HeadOptions:
         """The options of the loss, as they are now."""

@@ -57,7 +57,7 @@ def with_margin(cosines: Tensor, embeddings: Tensor, target_class: Tensor, optio
         cosines: (N, C) with all classes.
         embeddings: (N, D).
         target_class: (N,) int64 as ``local_target`` returns it; an ignored row has no margin.
-        options: of the head.
+        options: the head's options.
 
     Raises:
         ValueError: if the margin has binary losses, which are no softmax.

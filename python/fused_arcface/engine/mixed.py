@@ -63,7 +63,7 @@ def of_both(
         lse: (N,) log-sum-exp of the logits of all classes but the nearer target.
         cosine: (N,) of the nearer target.
         other_cosine: (N,) of the other one.
-        scale: of the logits.
+        scale: scale of the logits.
     """
     other_cosine = torch.where(order.two, other_cosine, cosine)
     nearer_logit, other_logit = scale * cosine, scale * other_cosine

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..base.extras import require
+from ..base.ranges import Range, check_number
 
 NAMES = ("cosine", "euclidean", "p-norm", "inner-product", "mahalanobis")
 
@@ -102,10 +103,7 @@ class PNorm(Distance):
     order: float = 3.0
 
     def __post_init__(self) -> None:
-        if isinstance(self.order, bool) or not isinstance(self.order, (int, float)):
-            raise TypeError(f"order must be a number; got {type(self.order).__name__}")
-        if not self.order >= 1:
-            raise ValueError(f"order must be >= 1; got {self.order}")
+        check_number("order", self.order, Range(">= 1", 1, math.inf, has_high=True))
 
     @property
     def p(self) -> float | None:

@@ -29,7 +29,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from .checks import check_angle, check_choice, check_difference, check_factor
+from .checks import ANGLE, DIFFERENCE, FACTOR, check_choice, check_number
 from .entry import Entry
 
 # Names that lived here before they moved to protocol.py.
@@ -137,9 +137,9 @@ class CombinedMargin:
     gradient: GradientMode = "exact"
 
     def __post_init__(self) -> None:
-        check_factor(self, "m1", self.m1)
-        check_angle(self, "m2", self.m2)
-        check_difference(self, "m3", self.m3)
+        check_number(self, "m1", self.m1, FACTOR)
+        check_number(self, "m2", self.m2, ANGLE)
+        check_number(self, "m3", self.m3, DIFFERENCE)
         check_choice(self, "boundary", self.boundary, Boundary)
         check_choice(self, "gradient", self.gradient, GradientMode)
 
@@ -175,7 +175,7 @@ class ArcFace:
     gradient: GradientMode = "exact"
 
     def __post_init__(self) -> None:
-        check_angle(self, "margin", self.margin)
+        check_number(self, "margin", self.margin, ANGLE)
         check_choice(self, "boundary", self.boundary, Boundary)
         check_choice(self, "gradient", self.gradient, GradientMode)
 
@@ -205,7 +205,7 @@ class SphereFace:
     gradient: GradientMode = "exact"
 
     def __post_init__(self) -> None:
-        check_factor(self, "margin", self.margin)
+        check_number(self, "margin", self.margin, FACTOR)
         check_choice(self, "gradient", self.gradient, GradientMode)
 
     def __call__(self, target_cosine: Tensor) -> Tensor:
@@ -232,7 +232,7 @@ class CosFace:
     margin: float = 0.35
 
     def __post_init__(self) -> None:
-        check_difference(self, "margin", self.margin)
+        check_number(self, "margin", self.margin, DIFFERENCE)
 
     def __call__(self, target_cosine: Tensor) -> Tensor:
         """Return modified cosines (N,) of target cosines (N,)."""

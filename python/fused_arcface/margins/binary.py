@@ -15,8 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..base.checks import check_size
+from ..base.ranges import FROM_0_TO_1, Range
 from .angular import CombinedMargin
-from .checks import check_angle, check_choice, check_difference, check_number
+from .checks import ABOVE_0, ANGLE, DIFFERENCE, FINITE, check_choice, check_number
 from .entry import Entry
 from .protocol import BinaryLosses
 
@@ -66,13 +67,10 @@ class SphereFace2(nn.Module):
     ) -> None:
         super().__init__()
         check_choice(self, "kind", kind, Kind)
-        if kind == "arc":
-            check_angle(self, "margin", margin)
-        else:
-            check_difference(self, "margin", margin)
-        check_number(self, "exponent", exponent, "[1, 16]", 1, 16, closed=True)
-        check_number(self, "share", share, "[0, 1]", 0, 1, closed=True)
-        check_number(self, "bias", bias, "(-inf, inf)", math.nextafter(-math.inf, 0), math.inf, closed=False)
+        check_number(self, "margin", margin, ANGLE if kind == "arc" else DIFFERENCE)
+        check_number(self, "exponent", exponent, Range("in [1, 16]", 1, 16, has_high=True))
+        check_number(self, "share", share, FROM_0_TO_1)
+        check_number(self, "bias", bias, FINITE)
         self.margin, self.exponent, self.share, self.kind = margin, exponent, share, kind
         self.initial_bias = bias
         self.bias = nn.Parameter(torch.tensor(float(bias), dtype=torch.float32))
@@ -144,9 +142,9 @@ class UniFace(nn.Module):
 
     def __init__(self, margin: float = 0.4, weight: float = 1.0, bias: float = 0.0) -> None:
         super().__init__()
-        check_difference(self, "margin", margin)
-        check_number(self, "weight", weight, "(0, inf)", math.ulp(0), math.inf, closed=False)
-        check_number(self, "bias", bias, "(-inf, inf)", math.nextafter(-math.inf, 0), math.inf, closed=False)
+        check_number(self, "margin", margin, DIFFERENCE)
+        check_number(self, "weight", weight, ABOVE_0)
+        check_number(self, "bias", bias, FINITE)
         self.margin, self.weight, self.initial_bias = margin, weight, bias
         self.bias = nn.Parameter(torch.tensor(float(bias), dtype=torch.float32))
 

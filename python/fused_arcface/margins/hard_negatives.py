@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from ..base.checks import check_size
+from ..base.ranges import ABOVE_0_TO_1, Range
 from .angular import SIN_FLOOR, ArcFace, Boundary, CombinedMargin, CosFace, Form, GradientMode
-from .checks import check_angle, check_choice, check_number, check_rate
+from .checks import ANGLE, FACTOR, check_choice, check_number
 from .entry import Entry, trained
 from .protocol import Margin, Modulation
 from .state import StatefulMargin
@@ -92,7 +93,7 @@ class MVSoftmax:
 
     def __post_init__(self) -> None:
         _check_target_margin(self, self.margin)
-        check_number(self, "t", self.t, "[1, 4]", 1, 4, closed=True)
+        check_number(self, "t", self.t, FACTOR)
         check_choice(self, "kind", self.kind, Kind)
         check_choice(self, "form", self.form, Form)
 
@@ -138,7 +139,7 @@ class InterclassFilter:
 
     def __post_init__(self) -> None:
         _check_target_margin(self, self.margin)
-        check_number(self, "threshold", self.threshold, "(-1, 1)", math.nextafter(-1, 0), 1, closed=False)
+        check_number(self, "threshold", self.threshold, Range("in (-1, 1)", -1, 1, has_low=False))
 
     def __call__(self, target_cosine: Tensor) -> Tensor:
         """Return modified cosines (N,) of target cosines (N,)."""
@@ -187,7 +188,7 @@ class InterTopK:
 
     def __post_init__(self) -> None:
         _check_target_margin(self, self.margin)
-        check_angle(self, "penalty", self.penalty)
+        check_number(self, "penalty", self.penalty, ANGLE)
         check_size("InterTopK: k", self.k)
 
     turns_negatives: ClassVar[bool] = True
@@ -249,8 +250,8 @@ class CurricularFace(StatefulMargin):
         gradient: GradientMode = "exact",
     ) -> None:
         super().__init__()
-        check_angle(self, "margin", margin)
-        check_rate(self, "rate", rate)
+        check_number(self, "margin", margin, ANGLE)
+        check_number(self, "rate", rate, ABOVE_0_TO_1)
         self.of_target, self.rate = ArcFace(margin, boundary, gradient), rate
         self.register_buffer("t", torch.tensor(0.0, dtype=torch.float32))
 

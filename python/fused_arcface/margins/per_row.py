@@ -16,8 +16,9 @@ from torch import Tensor
 
 from ..base.checks import check_size
 from ..base.keyed_random import MARGINS, fold, fold_each, normal_rows
+from ..base.ranges import ABOVE_0_TO_1, FROM_0, Range
 from .angular import Boundary, Form, angle, with_angle
-from .checks import check_angle, check_choice, check_difference, check_number, check_rate
+from .checks import ABOVE_0, ANGLE, DIFFERENCE, check_choice, check_number
 from .entry import Entry, trained
 from .protocol import RowMargin
 from .state import StatefulMargin
@@ -60,9 +61,9 @@ class AdaFace(StatefulMargin):
 
     def __init__(self, margin: float = 0.4, h: float = 0.333, rate: float = 0.01) -> None:
         super().__init__()
-        check_angle(self, "margin", margin)
-        check_number(self, "h", h, "[0, inf)", 0, math.inf, closed=False)
-        check_rate(self, "rate", rate)
+        check_number(self, "margin", margin, ANGLE)
+        check_number(self, "h", h, FROM_0)
+        check_number(self, "rate", rate, ABOVE_0_TO_1)
         self.margin, self.h, self.rate = margin, h, rate
         self.register_buffer("norm_mean", torch.tensor(20.0, dtype=torch.float32))
         self.register_buffer("norm_std", torch.tensor(100.0, dtype=torch.float32))
@@ -135,12 +136,13 @@ class MagFace:
     boundary: Boundary = "easy"
 
     def __post_init__(self) -> None:
-        check_angle(self, "lower_margin", self.lower_margin)
-        check_number(self, "upper_margin", self.upper_margin, "[lower_margin, π)", self.lower_margin, math.pi, False)
-        check_number(self, "lower_norm", self.lower_norm, "(0, inf)", math.ulp(0), math.inf, closed=False)
-        above = math.nextafter(self.lower_norm, math.inf)
-        check_number(self, "upper_norm", self.upper_norm, "(lower_norm, inf)", above, math.inf, closed=False)
-        check_number(self, "penalty", self.penalty, "[0, inf)", 0, math.inf, closed=False)
+        check_number(self, "lower_margin", self.lower_margin, ANGLE)
+        upper = Range("in [lower_margin, π)", self.lower_margin, math.pi)
+        check_number(self, "upper_margin", self.upper_margin, upper)
+        check_number(self, "lower_norm", self.lower_norm, ABOVE_0)
+        above = Range("in (lower_norm, inf)", self.lower_norm, math.inf, has_low=False)
+        check_number(self, "upper_norm", self.upper_norm, above)
+        check_number(self, "penalty", self.penalty, FROM_0)
         check_choice(self, "boundary", self.boundary, Boundary)
 
     def __call__(self, target_cosine: Tensor) -> Tensor:
@@ -208,11 +210,8 @@ class ElasticFace(StatefulMargin):
         super().__init__()
         check_choice(self, "kind", kind, Kind)
         check_choice(self, "form", form, Form)
-        if kind == "arc":
-            check_angle(self, "margin", margin)
-        else:
-            check_difference(self, "margin", margin)
-        check_number(self, "std", std, "[0, inf)", 0, math.inf, closed=False)
+        check_number(self, "margin", margin, ANGLE if kind == "arc" else DIFFERENCE)
+        check_number(self, "std", std, FROM_0)
         check_choice(self, "boundary", boundary, Boundary)
         check_size("ElasticFace: seed", seed, least=0)
         self.margin, self.std, self.kind, self.plus = margin, std, kind, bool(plus)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from ..base import ranges
+from ..base.ranges import FROM_0_TO_1, Range
 from .angular import ArcFace, CombinedMargin, CosFace, NormSoftmax, SphereFace
 from .checks import check_choice, check_number
 from .hard_negatives import InterclassFilter, InterTopK, MVSoftmax
@@ -49,9 +50,9 @@ class Rise:
     shape: Shape = "exponential"
 
     def __post_init__(self) -> None:
-        check_number(self, "begin", self.begin, "[0, 2^53)", 0, 2**53, closed=False)
-        check_number(self, "end", self.end, "(begin, 2^53)", 0, 2**53, closed=False)
-        check_number(self, "start", self.start, "[0, 1]", 0, 1, closed=True)
+        check_number(self, "begin", self.begin, Range("in [0, 2^53)", 0, 2**53))
+        check_number(self, "end", self.end, Range("in (begin, 2^53)", 0, 2**53))
+        check_number(self, "start", self.start, FROM_0_TO_1)
         check_choice(self, "shape", self.shape, Shape)
         if self.end <= self.begin:
             raise ValueError(f"Rise: end must be > begin={self.begin}; got {self.end}")
@@ -84,7 +85,7 @@ def at_strength(margin: Margin, share: float) -> Margin:
     >>> at_strength(ArcFace(0.5, boundary="fold"), 0.5)
     ArcFace(margin=0.25, boundary='fold', gradient='exact')
     """
-    ranges.check_number("share", share, ranges.FROM_0_TO_1)
+    ranges.check_number("share", share, FROM_0_TO_1)
     # By exact type: a subclass may mean something else by its arguments.
     if type(margin) is NormSoftmax:
         return margin

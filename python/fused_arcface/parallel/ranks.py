@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..base.dtypes import FLOAT_DTYPES
 from .agreement import REFUSED, Agreement, Header, check_agreements, check_headers, digest, equal_shards
+from .room import HEADER_BYTES, Room
 from .watch import state_of_group
 from .wrappers import copied_shards
 
@@ -28,18 +29,6 @@ if dist.is_available():
 # torch 2.13 gave these two new names and warns about the old ones.
 _all_gather: Any = getattr(dist, "all_gather_single", None) or getattr(dist, "all_gather_into_tensor", None)
 _reduce_scatter: Any = getattr(dist, "reduce_scatter_single", None) or getattr(dist, "reduce_scatter_tensor", None)
-
-_ALIGNMENT = 16  # bytes: each part of the buffer is viewed with a dtype of its own
-_HEADER_BYTES = -(-8 * len(Header._fields) // _ALIGNMENT) * _ALIGNMENT
-
-
-class _Room(NamedTuple):
-    """The size of a rank's part of the gathered buffer. All ranks compute it from the same headers."""
-
-    rows: int = 0
-    dim: int = 0
-    dtype: torch.dtype = torch.float32
-    numbers: int = 0
 
 
 @dataclass(frozen=True)
@@ -92,10 +81,10 @@ class Ranks:
         self.world_size = 1 if group is None else dist.get_world_size(group)
         # The largest local batch so far. A step costs one all-gather, and a second one only when a batch is larger than
         # all before or has another dtype.
-        self._room = _Room()
+        self._room = Room()
         self._call = ""
         self.number = 0
-        """Which head of the group this is, from 1; 0 if it is none."""
+        """The head's number in the group, from 1; 0 if this is no head's."""
         self.backward_passes = 0
         """Number of backward passes so far, over all copies of the head."""
 
@@ -220,9 +209,7 @@ class Ranks:
 
     def _make_room(self, headers: list[Header], embeddings: Tensor) -> bool:
         """Return whether the batch did not fit into the buffer that is there."""
-        old, rows = self._room, max(header.rows for header in headers)
-        numbers = max(header.numbers for header in headers)
-        self._room = _Room(max(rows, old.rows), embeddings.shape[1], embeddings.dtype, max(numbers, old.numbers))
+        old, self._room = self._room, self._room.grown(headers, embeddings)
         return self._room != old
 
     def _headers_travel_apart(self, device: torch.device) -> bool:
@@ -238,7 +225,7 @@ class Ranks:
         """Return all ranks' headers, without gathering rows."""
         if not self._has_cpu_backend:
             return _headers(self._gather_padded(own, torch.empty(0, device=device))[0])
-        numbers = torch.zeros(1, self._room_for(_HEADER_BYTES) // 8, dtype=torch.int64, device="cpu")
+        numbers = torch.zeros(1, self._room_for(HEADER_BYTES) // 8, dtype=torch.int64, device="cpu")
         numbers[0, : len(own)] = torch.tensor(own, device="cpu")
         received = numbers.new_empty(self.world_size, numbers.shape[1])
         self._run(numbers.device, _all_gather, received, numbers)
@@ -262,36 +249,13 @@ class Ranks:
         The columns are int64: the label of each row, then the bits of its numbers. Headers are always complete. If this
         rank's rows do not fit, zeros are sent in their place.
         """
-        room = self._room
-        width = 1 + room.numbers
-        sizes = [8 * len(own), 8 * room.rows * width, room.dtype.itemsize * room.rows * room.dim]
-        ends = [0]
-        for size in sizes:
-            ends.append(-(-(ends[-1] + size) // _ALIGNMENT) * _ALIGNMENT)
-        device = embeddings.device
-        length = ends[-1] if self._headers_travel_apart(device) else self._room_for(ends[-1])
-
-        def parts(buffer: Tensor) -> list[Tensor]:
-            dtypes = (torch.int64, torch.int64, room.dtype)
-            return [
-                buffer[:, start : start + size].view(dtype)
-                for start, size, dtype in zip(ends[:-1], sizes, dtypes, strict=True)
-            ]
-
+        room, device = self._room, embeddings.device
+        length = room.length if self._headers_travel_apart(device) else self._room_for(room.length)
         send = torch.zeros(1, length, dtype=torch.uint8, device=device)
-        header, all_columns, rows = parts(send)
-        # One number at a time: copying a tensor from the host would wait for the device.
-        for column, value in enumerate(own):
-            if value != 0:
-                header[:, column] = value
-        fits = own.rows <= room.rows and own.numbers <= room.numbers and embeddings.dtype == room.dtype
-        if columns is not None and own.rows > 0 and fits:
-            all_columns.view(room.rows, width)[: own.rows, : columns.shape[1]] = columns
-            rows.view(room.rows, room.dim)[: own.rows] = embeddings
+        room.fill(send, own, embeddings, columns)
         received = send.new_empty(self.world_size, length)
         self._run(device, _all_gather, received, send)
-        header, all_columns, rows = parts(received)
-        return header, all_columns.unflatten(1, (room.rows, width)), rows.unflatten(1, (room.rows, room.dim))
+        return room.parts(received)
 
     def sum(self, tensor: Tensor) -> Tensor:
         """Sum a tensor over the ranks, in place."""
@@ -361,7 +325,7 @@ class Ranks:
         """Return every rank's picklable ``value``, in rank order.
 
         Args:
-            value: of this rank.
+            value: this rank's value.
             call: name of the call that needs them, the same on every rank.
 
         Raises:

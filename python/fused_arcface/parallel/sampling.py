@@ -62,22 +62,21 @@ class Sampler:
         local = self._local(draw.drawn)
         return local.sort().values[: self._most(0)] if padded else self._ascending(local)
 
-    def __call__(self, step: int, labels: Tensor, draw: Draw | None = None) -> Tensor:
+    def __call__(self, step: int, labels: Tensor) -> Tensor:
         """Return the classes of this shard to use, (K,) int64 local indices, ascending.
 
         Args:
             step: number of the training step.
             labels: (N,) global labels of all ranks; negative ones are ignored.
-            draw: :meth:`draw` of this step, if it is at hand.
         """
-        return self._ascending(self._used(step, labels, draw))
+        return self._ascending(self._used(step, labels))
 
-    def padded(self, step: int, labels: Tensor, draw: Draw | None = None) -> Tensor:
+    def padded(self, step: int, labels: Tensor) -> Tensor:
         """Return the same classes, padded at the end with ``num_local``, without waiting for a GPU to count them.
 
         The size K depends on the number of labels alone.
         """
-        return self._used(step, labels, draw).sort().values[: self._most(labels.shape[0])]
+        return self._used(step, labels).sort().values[: self._most(labels.shape[0])]
 
     def _most(self, num_rows: int) -> int:
         """Return the largest number of classes that this shard uses for a batch of ``num_rows``.
@@ -92,9 +91,9 @@ class Sampler:
         mean = self.count * num_local / self.sharding.num_classes
         return min(num_local, total, num_rows + math.ceil(mean + 10 * math.sqrt(mean) + 34))
 
-    def _used(self, step: int, labels: Tensor, draw: Draw | None) -> Tensor:
+    def _used(self, step: int, labels: Tensor) -> Tensor:
         """Return the classes of this shard that are used, each once, and ``num_local`` for all others, (count + N,)."""
-        draw = draw or self.draw(step, labels.device)
+        draw = self.draw(step, labels.device)
         labels = labels.sort().values
         first = (labels >= 0) & (labels != labels.roll(1))
         first[:1] = labels[:1] >= 0

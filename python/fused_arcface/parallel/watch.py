@@ -1,4 +1,4 @@
-"""What the heads of one process group share, and the watch over their collectives on the CPU.
+"""The state that the heads of one process group share, and the watch over their collectives on the CPU.
 
 Ranks that make different calls wait for each other without an end: one of them has left out a backward pass, say. After
 some seconds of waiting each rank writes into the group's store where it waits, and reads where the others do. If two
@@ -27,7 +27,7 @@ class GroupState:
         self.buffer_bytes = 0
         """Size of each rank's part of the gathered buffer. It only grows, so that two heads' buffers fit each other."""
         self.heads = 0
-        """How many have been built."""
+        """The number of heads that have been built."""
         self._collectives = 0
         self._is_watched: bool | None = None
 
@@ -53,8 +53,8 @@ class GroupState:
             group: the process group.
             place: name of the call that needs the collective, the same on every rank.
             collective: function of torch.distributed with the arguments ``group`` and ``async_op``.
-            args: for it.
-            options: for it.
+            args: its arguments.
+            options: its named arguments.
         """
         self._collectives += 1
         number = self._collectives

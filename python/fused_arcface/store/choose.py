@@ -19,12 +19,7 @@ CenterStorage = str | os.PathLike[str]
 
 
 def check_storage(center_storage: object, sample_rate: float, fused: bool) -> str:
-    """Check where a head's class centers are to be, and return it as text.
-
-    Args:
-        center_storage: ``"device"``, ``"host"`` or a path.
-        sample_rate: of the head.
-        fused: True if the head has a fused optimizer.
+    """Check the place of a head's class centers, ``"device"``, ``"host"`` or a path, and return it as text.
 
     Raises:
         TypeError: if it is neither a text nor a path.
@@ -67,14 +62,9 @@ def make_store(
 ) -> CenterStore | None:
     """Return the store of a head's shard, None for ``"device"``. A collective.
 
-    Args:
-        storage: as :func:`check_storage` returned it.
-        held: the head's weight and momentum.
-        device: on which steps are computed; torch's default device if None.
-        num_rows: rows of weight over all ranks.
-        row_start: global number of this shard's first row.
-        seed: of the initial centers.
-        ranks: of the head.
+    ``storage`` is as :func:`check_storage` returned it, ``held`` are the head's weight and momentum. The shard's rows
+    begin at ``row_start`` of the ``num_rows`` over all ranks. Steps are computed on ``device``, torch's default device
+    if None.
     """
     if storage == "device":
         return None

@@ -37,9 +37,9 @@ def estimate(rows: int, sample: int, row_bytes: int) -> Estimate:
     """Return the estimate for one shard.
 
     Args:
-        rows: of weight in the shard.
+        rows: rows of weight in the shard.
         sample: rows of weight that a step uses there.
-        row_bytes: of center and momentum.
+        row_bytes: bytes of a row's center and momentum.
 
     >>> print(estimate(10**9, 10**4, 1568).describe("host"))
     class centers in host memory: 1460.3 GiB of it for each rank; 44.9 MiB for the samples on each rank's device

@@ -29,13 +29,13 @@ class FileRows:
     until :meth:`go_back` nothing else is possible. If no checkpoint of that run was saved, it begins anew.
 
     Args:
-        folder: of the store, on a file system that all ranks see.
-        columns: of a row.
+        folder: the store's folder, on a file system that all ranks see.
+        columns: the columns of a row.
         num_rows: rows over all shards.
         first: first row of this shard.
         count: rows of this shard.
-        seed: of the initial centers.
-        ranks: that share the store.
+        seed: seed of the initial centers.
+        ranks: the ranks that share the store.
 
     Raises:
         StoreError: if the store is in use, damaged, or of other rows.

@@ -151,13 +151,9 @@ def check_state(folder: Path, state: int) -> None:
 
 
 class Snapshot:
-    """Rows of a store in one of its states, for reading. The store stays as it is, and they are locked until the end.
+    """Rows of a store in a state that a checkpoint names, for reading. The store stays as it is, and they are locked.
 
-    Args:
-        folder: of the store.
-        state: that a checkpoint names.
-        first: first row.
-        last: the row behind the last one; None: all.
+    The rows are ``[first, last)``; all from ``first`` on if ``last`` is None.
 
     Raises:
         StoreError: if the rows are in use, or the store has not kept the state.

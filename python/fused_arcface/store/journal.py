@@ -89,14 +89,9 @@ def _bytes_of(tensor: Tensor) -> memoryview:
 
 
 class Journal:
-    """A new journal of some rows, to which batches are added.
+    """A new journal of rows ``[first, last)``, to which batches are added.
 
-    Args:
-        folder: of the store.
-        number: greater than that of every journal before it.
-        first: first row that may be added, for the name.
-        last: the row behind the last one.
-        columns: of a row.
+    Its number is greater than that of every journal before it.
     """
 
     def __init__(self, folder: Path, number: int, first: int, last: int, columns: Columns) -> None:

@@ -17,6 +17,10 @@ Wait = Callable[[], object]
 """Waits for some work, or makes the device wait for it."""
 
 
+def _at_once() -> None:
+    """Wait for nothing."""
+
+
 class ThreadLane:
     """One thread that does one thing after the other."""
 
@@ -43,14 +47,18 @@ class StreamLane:
 
         The function that is returned makes the current stream wait for the work.
         """
+        done = self._queue(work)
+        return _at_once if done is None else lambda: torch.cuda.current_stream().wait_event(done)
+
+    def _queue(self, work: Callable[[], None]) -> torch.cuda.Event | None:
+        """Queue work and return the event of its end; on a CPU do the work, and return None."""
         if self._stream is None:
             work()
-            return lambda: None
+            return None
         self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
         with torch.cuda.stream(self._stream):
             work()
-            done = self._stream.record_event()
-        return lambda: torch.cuda.current_stream().wait_event(done)
+            return self._stream.record_event()
 
     def download(self, source: dict[str, Tensor], to: dict[str, Tensor]) -> Wait:
         """Copy tensors of the GPU into pinned memory; the function that is returned waits for the bytes."""
@@ -59,14 +67,8 @@ class StreamLane:
             for name, tensor in source.items():
                 to[name].copy_(tensor, non_blocking=True)
 
-        if self._stream is None:
-            copy()
-            return lambda: None
-        self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
-        with torch.cuda.stream(self._stream):
-            copy()
-            done = self._stream.record_event()
-        return done.synchronize
+        done = self._queue(copy)
+        return _at_once if done is None else done.synchronize
 
     def close(self) -> None:
         pass

@@ -24,11 +24,6 @@ class RowLock:
     It is a POSIX record lock with one byte for each row. The kernel releases it, and forked processes do not inherit
     it. Ranks lock their own rows.
 
-    Args:
-        folder: of the store.
-        first: first row.
-        last: the row behind the last one.
-
     Raises:
         StoreError: if another process or another store of this process holds one of the rows.
     """

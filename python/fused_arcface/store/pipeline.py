@@ -84,13 +84,9 @@ class _Fetched:
 class Pipeline:
     """Takes the rows of steps from a source, and gives them back.
 
-    Args:
-        source: of the rows.
-        num_rows: of the shard.
-        row_start: global number of the first of them.
-        device: of the buffers.
-        lane: for the work beside the computation; None: all is done at once, and nothing is fetched ahead.
-        pinned: True if the buffers are pinned memory.
+    The shard has ``num_rows`` rows, from the global row ``row_start`` on. The buffers lie on ``device``, and are pinned
+    memory if ``pinned`` is true. The lane is for the work beside the computation; without one all is done at once, and
+    nothing is fetched ahead.
     """
 
     def __init__(

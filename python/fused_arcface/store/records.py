@@ -39,15 +39,7 @@ def unavailable() -> str | None:
 
 
 class Records:
-    """An open file of rows.
-
-    Args:
-        path: of the file.
-        columns: of a row.
-        num_rows: rows over all shards.
-        seed: of the initial centers.
-        create: make the file, with no row touched.
-    """
+    """An open file of rows, ``num_rows`` over all shards; made with no row touched if ``create`` is true."""
 
     def __init__(self, path: Path, columns: Columns, num_rows: int, seed: int, create: bool = False) -> None:
         self.path, self.columns, self.num_rows, self._seed = path, columns, num_rows, seed

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
-import pickle
-import shutil
 from pathlib import Path
 
 import pytest
@@ -16,15 +13,12 @@ pytest.importorskip("sklearn")
 pytest.importorskip("PIL")
 
 from PIL import Image
-from support.training_runs import write_random_run
+from support.evaluated_people import IMAGES, PEOPLE, embedded, figures, save_pairs, write_people
 
 from fused_arcface.app.cli import run
-from fused_arcface.app.data import ImageSpec, identity_images
 from fused_arcface.app.data.embedding_sets import EmbeddingSet
-from fused_arcface.app.training.runs import load_backbone
 from fused_arcface.evaluation import (
     Euclidean,
-    Pairs,
     balanced_pairs,
     identify,
     pair_scores,
@@ -32,27 +26,11 @@ from fused_arcface.evaluation import (
     verify_scores,
 )
 
-PEOPLE, IMAGES = 12, 5
-
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run as ``train`` leaves it, a folder of identities in PNG, and insightface's .bin of them in JPEG."""
     root = tmp_path_factory.mktemp("evaluate")
-    write_random_run(root / "run")
-    drawn = identity_images(PEOPLE, IMAGES)
-    encoded = []
-    for number, (image, label) in enumerate(zip(drawn.images, drawn.labels.tolist(), strict=True)):
-        gray = Image.fromarray((255 * image[0].clamp(0, 1)).byte().numpy())
-        path = root / "people" / f"person {label:02d}" / f"{number}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        gray.save(path)
-        file = io.BytesIO()
-        gray.convert("RGB").save(file, "jpeg", quality=95)
-        encoded.append(file.getvalue())
-    pairs = balanced_pairs(drawn.labels, 60)
-    listed = [encoded[i] for pair in zip(pairs.first.tolist(), pairs.second.tolist(), strict=True) for i in pair]
-    (root / "people.bin").write_bytes(pickle.dumps((listed, pairs.same.tolist()), 2))
+    write_people(root)
     return root
 
 
@@ -61,23 +39,6 @@ def command(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
     shown = capsys.readouterr()
     assert status == 0, shown.err
     return shown.out
-
-
-def figures(shown: str) -> list[str]:
-    """The table's rows."""
-    kinds = ("pairs", "people in", "images of", "probes", "accuracy", "equal", "TAR", "rank", "TPIR")
-    return [" ".join(line.split()) for line in shown.splitlines() if line.startswith(kinds)]
-
-
-def embedded(files: Path) -> tuple[torch.Tensor, torch.Tensor]:
-    from fused_arcface.app.data.pair_sets import read_labeled
-
-    net, spec = load_backbone(files / "run")
-    assert spec == ImageSpec(16, 1)
-    images = read_labeled(str(files / "people"))
-    assert images.labels is not None
-    with torch.no_grad():
-        return net(torch.stack([images.read(i, spec) for i in range(len(images))])), images.labels
 
 
 def test_verify_a_folder(
@@ -246,92 +207,9 @@ def test_wrong_usage(
     assert message in " ".join(shown.split())
 
 
-def test_an_image_that_cannot_be_read_is_named(files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for person in ("a", "b"):
-        (tmp_path / person).mkdir()
-        for number in (1, 2):
-            (tmp_path / person / f"{number}.png").write_bytes(b"no image")
-    assert run(["verify", "--data", str(tmp_path), "--checkpoint", str(files / "run")]) == 1
-    assert f"{tmp_path / 'a' / '1.png'} cannot be read as an image" in capsys.readouterr().err
-
-
-def test_what_is_wrong_with_labeled_images_is_said(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    empty = files / "people" / "person without images"
-    empty.mkdir()
-    try:
-        for name in ("verify", "identify"):
-            assert run([name, "--data", str(files / "people"), "--checkpoint", str(files / "run")]) == 0
-            shown = capsys.readouterr()
-            assert shown.err.splitlines() == [f"{empty}: an identity without images; skipped"]
-    finally:
-        empty.rmdir()
-
-
-def broken_people(files: Path, root: Path) -> Path:
-    """A copy of six people whose third has an image that is none, and whose fourth has a link to nothing."""
-    for person in range(6):
-        shutil.copytree(files / "people" / f"person {person:02d}", root / f"person {person:02d}")
-    (root / "person 02" / f"{2 * IMAGES}.png").write_bytes(b"no image")
-    (root / "person 03" / f"{3 * IMAGES}.png").unlink()
-    (root / "person 03" / f"{3 * IMAGES}.png").symlink_to(root / "nothing.png")
-    return root
-
-
-@pytest.mark.parametrize("name", ["verify", "identify"])
-def test_bad_data_is_skipped_or_stops(
-    name: str, files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    root = broken_people(files, tmp_path / "people")
-    arguments = [name, "--data", str(root), "--checkpoint", str(files / "run"), "--workers", "1"]
-    assert run([*arguments, "--save-embeddings", str(tmp_path / "e.npz")]) == 0
-    shown = capsys.readouterr().err.splitlines()
-    bad, gone = root / "person 02" / f"{2 * IMAGES}.png", root / "person 03" / f"{3 * IMAGES}.png"
-    assert shown[0] == f"{gone}: 1 image(s) or folder(s) that cannot be read or followed; skipped"
-    assert shown[1].startswith(f"{bad} cannot be read as an image") and shown[1].endswith("; skipped")
-    assert shown[2].startswith("left out: 1 of 29 images cannot be read")
-    kept = EmbeddingSet.load(tmp_path / "e.npz")
-    embeddings, labels = embedded(files)
-    own = torch.tensor([i for i in range(6 * IMAGES) if i not in (2 * IMAGES, 3 * IMAGES)])
-    torch.testing.assert_close(kept.embeddings, embeddings[own])
-    assert kept.labels is not None and kept.labels.equal(labels[own])
-    if name == "verify":  # each pair is still of the images that its label speaks of
-        assert kept.pairs is not None and "pairs are not scored" in shown[2]
-        assert (kept.labels[kept.pairs.first] == kept.labels[kept.pairs.second]).equal(kept.pairs.same)
-    assert run([*arguments, "--bad-data", "stop"]) == 1
-    assert (
-        capsys.readouterr().err.strip()
-        == f"{shown[0].removesuffix('; skipped')}; bad_data is stop, so this is an error"
-    )
-    gone.unlink()
-    assert run([*arguments, "--bad-data", "stop"]) == 1
-    assert capsys.readouterr().err.startswith(f"{bad} cannot be read as an image")
-    assert run([*arguments, "--bad-data", "hope"]) == 2
-
-
-def test_a_file_of_pairs_with_missing_images(files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    lines = [f"person {i:02d}/{IMAGES * i}.png\tperson {i:02d}/{IMAGES * i + 1}.png\t1\n" for i in range(10)]
-    lines += [f"person {i:02d}/{IMAGES * i}.png\tperson {i + 1:02d}/{IMAGES * i + 5}.png\t0\n" for i in range(10)]
-    lines.insert(3, "person 00/0.png\tperson 00/gone.png\t1\n")
-    (tmp_path / "pairs.txt").write_text("".join(lines))
-    arguments = ["verify", "--data", str(tmp_path / "pairs.txt"), "--images", str(files / "people")]
-    arguments += ["--checkpoint", str(files / "run")]
-    assert run(arguments) == 0
-    shown = capsys.readouterr()
-    assert "pairs.txt, line 4: " in shown.err and shown.err.rstrip().endswith("gone.png is missing; skipped")
-    assert {"pairs of one person 10", "pairs of two people 10"} <= set(figures(shown.out))
-    assert run([*arguments, "--bad-data", "stop"]) == 1
-
-
-def saved(path: Path, same: list[bool]) -> Path:
-    numbers = torch.arange(2 * len(same)).view(-1, 2)
-    pairs = Pairs(numbers[:, 0], numbers[:, 1], torch.tensor(same))
-    EmbeddingSet(torch.randn(2 * len(same), 4), [""] * 2 * len(same), pairs=pairs).save(path)
-    return path
-
-
 def test_pairs_of_one_kind_get_counts_and_mean_scores(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for kind in (True, False):
-        file = saved(tmp_path / "e.npz", [kind] * 12)
+        file = save_pairs(tmp_path / "e.npz", [kind] * 12)
         assert run(["verify", "--embeddings", str(file), "--json", str(tmp_path / "v.json")]) == 0
         shown, found = capsys.readouterr(), json.loads((tmp_path / "v.json").read_text())
         rows = torch.nn.functional.normalize(EmbeddingSet.load(file).embeddings).double()
@@ -346,60 +224,11 @@ def test_pairs_of_one_kind_get_counts_and_mean_scores(tmp_path: Path, capsys: py
 
 
 def test_few_pairs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(["verify", "--embeddings", str(saved(tmp_path / "e.npz", [True, False, True]))]) == 2
+    assert run(["verify", "--embeddings", str(save_pairs(tmp_path / "e.npz", [True, False, True]))]) == 2
     message = "--folds must be >= 2 and <= the number of pairs 3; got 10"
     assert capsys.readouterr().err.strip() == message
     # In one fold's training part there is no pair of two people.
-    assert run(["verify", "--embeddings", str(saved(tmp_path / "e.npz", [True] * 11 + [False]))]) == 0
-
-
-def test_names_from_files_do_not_reach_the_terminal_raw(
-    files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    root = broken_people(files, tmp_path / "people")
-    os.rename(root / "person 02", root / "\x1b]0;owned\x07\x1b[2J[red]")
-    assert run(["verify", "--data", str(root), "--checkpoint", str(files / "run")]) == 0
-    shown = capsys.readouterr().err
-    assert "\x1b" not in shown and "\x07" not in shown and r"\x1b]0;owned\x1b[2J[red]" in shown
-    name = tmp_path / "\x1b[1m[bold].npz"
-    saved(name, [True, False] * 6)
-    assert r"\x1b[1m[bold].npz" in command(capsys, "verify", "--embeddings", name)
-
-
-def test_pipes_do_not_hang(files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for suffix in ("npz", "safetensors", "txt", "bin", "toml", "pt"):
-        os.mkfifo(tmp_path / f"x.{suffix}")
-    checkpoint, output = ("--checkpoint", str(files / "run")), ("--output", str(tmp_path / "run"))
-    train = ["train", "--data", "identities:4x4", "--image-size", "16", *output]
-    for arguments in (
-        ["verify", "--embeddings", str(tmp_path / "x.npz")],
-        ["identify", "--embeddings", str(tmp_path / "x.safetensors")],
-        ["verify", "--data", str(tmp_path / "x.txt"), *checkpoint],
-        ["verify", "--data", str(tmp_path / "x.bin"), *checkpoint],
-        [*train, "--config", str(tmp_path / "x.toml")],
-        [*train, "--init", str(tmp_path / "x.pt")],
-        ["convert", str(tmp_path / "x.pt"), str(tmp_path / "y.safetensors")],
-        ["convert", str(tmp_path / "x.safetensors"), str(tmp_path / "y.safetensors")],
-    ):
-        assert run(arguments) in (1, 2)
-        assert "must be a regular file; it is a named pipe" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("data", ["people", "people.bin", "pairs.txt"])
-def test_verify_has_a_pixel_limit(files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], data: str) -> None:
-    for number in (0, 1):
-        Image.new("L", (32, 32)).save(tmp_path / f"{number}.png")
-    pairs = tmp_path / "pairs.txt"
-    pairs.write_text("0.png 0.png 1\n0.png 1.png 0\n" * 10)
-    read = str(pairs if data == "pairs.txt" else files / data)
-    assert run(["verify", "--data", read, "--checkpoint", str(files / "run"), "--max-pixels", "1023"]) == 1
-    assert "must have at most max_pixels=1023 pixels; got 32 × 32" in capsys.readouterr().err
-
-
-def test_identify_has_a_pixel_limit(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    people, checkpoint = str(files / "people"), str(files / "run")
-    assert run(["identify", "--data", people, "--checkpoint", checkpoint, "--max-pixels", "1023"]) == 1
-    assert "must have at most max_pixels=1023 pixels; got 32 × 32" in capsys.readouterr().err
+    assert run(["verify", "--embeddings", str(save_pairs(tmp_path / "e.npz", [True] * 11 + [False]))]) == 0
 
 
 def test_a_terminal_without_a_sign_shows_its_escape(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import io
 import pickle
-import struct
 import sys
 import time
 from pathlib import Path
@@ -291,38 +290,6 @@ def test_every_format_of_data_is_fuzzed() -> None:
     tests = [path.read_text(encoding="utf-8") for path in Path(__file__).parent.glob("test_*.py")]
     fuzzed = "".join(text for text in tests if "fuzzing.Format(" in text)
     assert [module for module in sorted(opened) if f"from {module} import" not in fuzzed] == []
-
-
-def text_of(content: bytes) -> bytes:
-    """The instruction for a text."""
-    return b"X" + struct.pack("<I", len(content)) + content
-
-
-_ENCODED = b"c_codecs\nencode\nq\0%sq\1X\6\0\0\0latin1q\2(" + b"h\0h\1h\2\x86R" * 200
-CRAFTED_PICKLES = {
-    "a text that is encoded again and again": _ENCODED % text_of(b"a" * 1_000_000),
-    "a text of wide characters": text_of(b"a" * 30_000_000 + "😀".encode()),
-    "a line of wide characters": b"V" + b"a" * 30_000_000 + rb"\U0001f600" + b"\n",
-    "many texts": b"(" + text_of(b"ab") * 1_400_000,
-    "many numbers": b"(" + b"\x8a\x08" * 1 + b"\xff" * 8 + b"\x8a\x08\1\2\3\4\5\6\7\x08" * 1_400_000,
-    "many names": b"(" + b"cnumpy\nndarray\n" * 1_400_000,
-    "many arrays": b"(cnumpy.core.multiarray\n_reconstruct\nq\0cnumpy\nndarray\nq\1K\0\x85q\2U\1bq\3"
-    + b"h\0h\1h\2h\3\x87R" * 149_000,
-}
-
-
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.full if name.startswith("many") else ()) for name in CRAFTED_PICKLES]
-)
-def test_crafted_pickles_take_little_time_and_memory(name: str, tmp_path: Path) -> None:
-    kind = fuzzing.Format(name, lambda root: root, read_pickled_pairs, (DataError,))
-    assert fuzzing.failures(kind, tmp_path / "x.bin", [b"\x80\2" + CRAFTED_PICKLES[name]]) == []
-
-
-def test_a_text_that_many_images_share_is_read_for_each(tmp_path: Path) -> None:
-    (tmp_path / "x.bin").write_bytes(pickle.dumps(([IMAGES[0], IMAGES[1]] * 3, [True] * 3), 2))
-    found = read_pickled_pairs(tmp_path / "x.bin")
-    assert list(found.images) == [IMAGES[0], IMAGES[1]] * 3 and found.images[1:3] == [IMAGES[1], IMAGES[0]]
 
 
 MODES = ("L", "LA", "P", "RGB", "RGBA", "CMYK", "I;16", "F")

@@ -26,7 +26,7 @@ from ..measure import machine
 from ..measure.child import Child, ChildFailed
 from . import memory
 from .cases import REPEATED, Case, draw_centers, make_inputs
-from .names import is_ours
+from .names import chosen, is_ours
 from .providers import HeadRun, Provider, all_providers
 from .report import Skip, write_csv, write_json
 
@@ -176,13 +176,13 @@ def try_in_this_process(
 ) -> tuple[int, float]:
     """Return peak bytes and milliseconds of the second step, for :func:`try_step` in its child process."""
     torch.set_num_threads(threads)
-    (chosen,) = (each for each in setups() if each.key == tuple(key))
+    (setup,) = (each for each in setups() if each.key == tuple(key))
     N, C, D = shape
     on = torch.device(device)
-    chosen.make(chosen.case(8, 128, D), on)()  # libraries' code and threads are no part of the step
+    setup.make(setup.case(8, 128, D), on)()  # libraries' code and threads are no part of the step
     with memory.limited(on, min(int(_OVERSHOOT * budget_bytes) + _SLACK_BYTES, memory.available_bytes(on))):
         before = memory.reset_peak(on)
-        step = chosen.make(chosen.case(N, C, D), on)
+        step = setup.make(setup.case(N, C, D), on)
         step()  # allocates the momentum
         memory.synchronize(on)
         start = time.perf_counter()
@@ -294,7 +294,7 @@ def run_capacity(
         backend: name of the backend to measure of ours; all if None.
         wanted: returns false for a setup to leave out.
         earlier: rows of an interrupted run, which are kept; those that were extrapolated are verified.
-        progress: told of each trial.
+        progress: called with a line before each trial.
         on_row: called with all rows whenever one has been found.
 
     Raises:
@@ -307,7 +307,7 @@ def run_capacity(
     rows = {_key_of(row): row for row in earlier}
     skips: list[Skip] = []
     with Child() as child:
-        chosen = [setup for setup in _chosen(names, backend) if wanted(setup)]
+        every = [setup for setup in chosen(setups(), names, backend) if wanted(setup)]
 
         def attempting(setup: TrainingSetup) -> Callable[[int], Trial | None]:
             def attempt(C: int) -> Trial | None:
@@ -320,7 +320,7 @@ def run_capacity(
             rows[setup.key] = _row(setup, N, D, budget_bytes, capacity, context)
             on_row([*rows.values()])
 
-        for setup in chosen:
+        for setup in every:
             case = setup.case(N, 1, D)
             reason = setup.reason_against(case, device)
             if reason is None and setup.key not in rows:
@@ -331,7 +331,7 @@ def run_capacity(
                     reason = str(error)
             if reason is not None:
                 skips.append(Skip(setup.name, setup.backend, None, reason))
-        for setup in chosen:
+        for setup in every:
             row = rows.get(setup.key)
             if row is None or row["how"] == "measured" or budget_bytes > memory.available_bytes(device):
                 continue
@@ -342,20 +342,6 @@ def run_capacity(
     return [*rows.values()], skips
 
 
-def _chosen(names: Sequence[str] | None, backend: str | None) -> list[TrainingSetup]:
-    every = setups()
-    known = {"ours", *(setup.name for setup in every)}
-    unknown = sorted(set(names or ()) - known)
-    if unknown:
-        raise ValueError(f"providers must be among {', '.join(sorted(known))}; got {', '.join(unknown)}")
-    return [
-        setup
-        for setup in every
-        if (names is None or setup.name in names or ("ours" in names and setup.is_ours))
-        and (backend is None or not setup.is_ours or setup.backend == backend)
-    ]
-
-
 def _key_of(row: dict[str, Any]) -> tuple[str, str, str, str]:
     return row["recipe"], row["backend"], row["weight_dtype"], row["momentum_dtype"]
 
@@ -363,7 +349,7 @@ def _key_of(row: dict[str, Any]) -> tuple[str, str, str, str]:
 def _row(
     setup: TrainingSetup, N: int, D: int, budget_bytes: int, capacity: Capacity, context: dict[str, str]
 ) -> dict[str, Any]:
-    values = {
+    return {
         "recipe": setup.name,
         "backend": setup.backend,
         "dtype": setup.weight_dtype,
@@ -378,7 +364,6 @@ def _row(
         "how": "extrapolated" if capacity.trial is None else "measured",
         **context,
     }
-    return {name: values[name] for name in FIELDS}
 
 
 def write(folder: Path, rows: list[dict[str, Any]]) -> list[Path]:

@@ -152,19 +152,15 @@ def draw_centers(weight: Tensor, rows: int, generator: torch.Generator | None = 
         weight[start:stop] = weight[: stop - start]
 
 
-def make_inputs(case: Case, device: torch.device | str, seed: int = 0, distinct: bool = True) -> Inputs:
+def make_inputs(case: Case, device: torch.device | str, distinct: bool = True) -> Inputs:
     """Make inputs as in mid-training: embeddings at about 53° from their class center, norms between 5 and 25.
 
-    Random embeddings alone would all be at 90°, where no margin reaches past π and every provider agrees.
-
-    Args:
-        case: the shape.
-        device: the device to make them on.
-        seed: seed of the draw; the same seed gives the same inputs on one type of device.
-        distinct: if true, draw every class center, else :data:`REPEATED` of them.
+    Random embeddings alone would all be at 90°, where no margin reaches past π and every provider agrees. On one type
+    of device a case always has the same inputs. If ``distinct`` is false, :data:`REPEATED` of the class centers are
+    drawn, and the others repeat them.
     """
     device = torch.device(device)
-    generator = torch.Generator(device).manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(0)
     weight = torch.empty(case.C, case.D, dtype=case.torch_weight_dtype, device=device)
     drawn = case.C
     if not distinct:

@@ -49,17 +49,10 @@ def _capture(provider: Provider, inputs: Inputs, backward: bool) -> tuple[Callab
 def time_replays(
     case: Case, providers: Sequence[Provider], device: torch.device, seconds: float, report: Report
 ) -> dict[tuple[str, str, str], Timing]:
-    """Return the times of the replays of one case by provider, backend and pass.
+    """Return the times of the replays of one case by provider, backend and pass, in ``seconds`` for each pass.
 
     Only passes that the report has measured are captured. A pass that cannot be captured is left out, and the report
     gets its reason.
-
-    Args:
-        case: the shape.
-        providers: the implementations.
-        device: a GPU.
-        seconds: time that the samples of one pass should take together.
-        report: of the passes that are not replayed; it gets a skip for each pass that is left out.
     """
     timings: dict[tuple[str, str, str], Timing] = {}
     measured = {(each.provider, each.backend, each.pass_name) for each in report.measurements if each.case == case}

@@ -7,6 +7,7 @@ import importlib.util
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from fused_arcface.functional import margin_softmax_loss
 
 from . import peers
 from .cases import Case, Inputs
-from .names import OURS, PLAIN, is_fused, is_ours
+from .names import OURS, PLAIN, chosen, is_fused, is_ours
 from .truth import MARGIN, SCALE, Formula, PassResult
 
 Run = Callable[[bool], PassResult]
@@ -73,11 +74,7 @@ class Provider:
 
 def _differentiated(loss: peers.Loss) -> Callable[[Inputs], Run]:
     """Open runs of a loss over leaves that share the inputs' memory."""
-
-    def open_run(inputs: Inputs) -> Run:
-        return HeadRun(loss, inputs.embeddings, inputs.weight, inputs.target)
-
-    return open_run
+    return lambda inputs: HeadRun(loss, *inputs)
 
 
 class HeadRun:
@@ -219,12 +216,8 @@ def all_providers() -> tuple[Provider, ...]:
     def lazily_compiled_plain(embeddings: Tensor, weight: Tensor, target: Tensor) -> Tensor:
         return peers.compiled_plain()(embeddings, weight, target)
 
-    def insightface_fp16(embeddings: Tensor, weight: Tensor, target: Tensor) -> Tensor:
-        return peers.insightface(embeddings, weight, target, fp16=True)
-
-    def chunked(embeddings: Tensor, weight: Tensor, target: Tensor) -> Tensor:
-        return peers.linear_cross_entropy(embeddings, weight, target, chunked=True)
-
+    insightface_fp16 = partial(peers.insightface, fp16=True)
+    chunked = partial(peers.linear_cross_entropy, chunked=True)
     torch_linear = _needs(torch_has="linear_cross_entropy", same_dtype=True)
 
     def torch_linear_chunked(case: Case, device: torch.device) -> str | None:
@@ -291,30 +284,13 @@ def all_providers() -> tuple[Provider, ...]:
 
 
 def select(names: Sequence[str] | None = None, backend: str | None = None) -> tuple[Provider, ...]:
-    """Return the providers of some names.
-
-    Args:
-        names: their names, ``"ours"`` for all of ours; all providers if None.
-        backend: name of the backend to measure of ours; all if None.
-
-    Raises:
-        ValueError: if a name is unknown; the message lists the names that exist.
+    """Return the providers of some names, see :func:`~fused_arcface.app.benchmark.names.chosen`.
 
     >>> [str(provider) for provider in select(["fused_arcface", "eager"], backend="cpu")]
     ['fused_arcface (cpu)', 'eager (torch)']
     """
-    every = all_providers()
-    known = {"ours", *(provider.name for provider in every)}
-    unknown = sorted(set(names or ()) - known)
-    if unknown:
-        raise ValueError(f"providers must be among {', '.join(sorted(known))}; got {', '.join(unknown)}")
-    known_backends = backends.available()
+    known = backends.available()
     backend = None if backend is None else backends.canonical(backend)
-    if backend is not None and backend not in known_backends:
-        raise ValueError(f"backend must be one of {', '.join(known_backends)}; got {backend!r}")
-    return tuple(
-        provider
-        for provider in every
-        if (names is None or provider.name in names or ("ours" in names and provider.is_ours))
-        and (backend is None or not provider.is_ours or provider.backend == backend)
-    )
+    if backend is not None and backend not in known:
+        raise ValueError(f"backend must be one of {', '.join(known)}; got {backend!r}")
+    return chosen(all_providers(), names, backend)

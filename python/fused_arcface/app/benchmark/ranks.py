@@ -83,24 +83,12 @@ def run_ranks(
         latency, rate, steps = _run_world(ranks)
         network = Network(ranks, rate, rate, latency)
         share = max(1.0, ranks / machine.processors())
-        device = replace(
-            one,
-            seconds_per_mac=share * seconds_per_mac,
-            bytes_per_second=copy / share,
-            step_seconds=share * fixed,
-        )
+        shared = {"seconds_per_mac": share * seconds_per_mac, "bytes_per_second": copy / share}
+        device = replace(one, **shared, step_seconds=share * fixed)
         for identities, measured in zip(IDENTITIES, steps, strict=True):
-            step = predict(
-                device,
-                identities,
-                ranks,
-                batch=_BATCH,
-                D=_D,
-                storage=FUSED_FP32,
-                embedding_bytes=4,
-                network=network,
-            )
-            values = {
+            sizes = {"batch": _BATCH, "D": _D, "embedding_bytes": 4}
+            step = predict(device, identities, ranks, storage=FUSED_FP32, network=network, **sizes)
+            row = {
                 "ranks": ranks,
                 "N": _BATCH * ranks,
                 "C": identities,
@@ -113,7 +101,7 @@ def run_ranks(
                 "network_latency_us": round(latency * 1e6, 1) if ranks > 1 else None,
                 **context,
             }
-            rows.append({name: values[name] for name in FIELDS})
+            rows.append(row)
     return rows
 
 

@@ -87,7 +87,7 @@ class Measurement:
     def row(self, context: dict[str, str]) -> dict[str, Any]:
         """Return the flat record; ``context`` holds device, torch, commit and date."""
         case = self.case
-        values = {
+        return {
             "provider": self.provider,
             "backend": self.backend,
             "pass": self.pass_name,
@@ -102,7 +102,6 @@ class Measurement:
             "error": float(f"{self.error:.2e}"),
             **context,
         }
-        return {name: values[name] for name in FIELDS}
 
     def detail(self) -> dict[str, Any]:
         """Return the samples behind the row and what is derived from them: least, p20 and p80 in milliseconds."""
@@ -222,17 +221,8 @@ def read_report(folder: Path) -> Report:
         case = Case(row["N"], row["C"], row["D"], row["dtype"], row["weight_dtype"])
         timing = Timing(tuple(detail["samples_ms"]))
         products = round(detail["flops_per_second"] * timing.median * 1e-3 / (case.N * case.C * case.D))
-        fields = (
-            row["provider"],
-            canonical(row["backend"]),
-            row["pass"],
-            case,
-            timing,
-            row["error"],
-            products,
-            row["peak_bytes"],
-        )
-        measurements.append(Measurement(*fields))
+        names = row["provider"], canonical(row["backend"]), row["pass"]
+        measurements.append(Measurement(*names, case, timing, row["error"], products, row["peak_bytes"]))
     skips = [Skip(**{**skip, "case": skip["case"] and Case(**skip["case"])}) for skip in run["skips"]]
     context = {name: run[name] for name in ("device", "torch", "commit", "date")}
     return Report(context, measurements, skips, run["machine"])

@@ -52,7 +52,7 @@ def run_benchmark(
         seconds: time that the samples of one case and pass should take together.
         with_memory: if true, measure peak memory as well, where the system tells it.
         earlier: an interrupted run to resume, see :func:`check_same_machine`; its cases are not measured again.
-        progress: told what is being done.
+        progress: called with the case and the step that begins.
         on_case: called after each case with all that has been found so far.
     """
     report = earlier or Report(machine.context(device), [], [], {"flops_per_second": {}})

@@ -18,7 +18,7 @@ import torch
 from fused_arcface.store.estimate import estimate
 
 from ..measure import machine
-from .cost_model import FUSED_BF16_INT8, H200, Device, predict
+from .cost_model import FUSED_BF16_INT8, H200, predict
 
 
 @dataclass(frozen=True)
@@ -44,44 +44,41 @@ class StoredStep:
     """One modeled step, in seconds and bytes."""
 
     seconds: float
-    compute_seconds: float
     read_bytes: float
     written_bytes: float
     limit: str
     """``compute`` or ``transfer``."""
 
 
-def row_bytes(D: int, weight_bytes: float = 2, momentum_bytes: float = 17 / 16) -> int:
-    """Return the bytes of center and momentum; bf16 and int8 if not given."""
-    return round(D * (weight_bytes + momentum_bytes))
+def row_bytes(D: int) -> int:
+    """Return the bytes of a center in bf16 and its momentum in int8."""
+    return round(D * (2 + 17 / 16))
 
 
-def predict_stored(
-    identities: int, sample_rate: float, link: Link, device: Device = H200, *, batch: int = 1024, D: int = 512
-) -> StoredStep:
-    """Predict a step of bf16 centers with int8 momentum that are not on the device.
+def predict_stored(identities: int, sample_rate: float, link: Link, *, batch: int = 1024) -> StoredStep:
+    """Predict a step of centers of 512 dimensions that are not on the device, an H200.
 
     >>> step = predict_stored(10**8, 0.01, PCIE)
     >>> f"{step.seconds * 1e3:.1f} ms, {step.read_bytes / 1e9:.2f} GB each way, {step.limit}"
     '31.4 ms, 1.57 GB each way, transfer'
     """
     sample = round(identities * sample_rate)
-    compute = predict(device, sample, 1, batch=batch, D=D, storage=FUSED_BF16_INT8).seconds
-    read = sample * row_bytes(D)
+    compute = predict(H200, sample, 1, batch=batch, D=512, storage=FUSED_BF16_INT8).seconds
+    read = sample * row_bytes(512)
     written = read * link.times_written
     ways = read / link.read_bytes_per_second, written / link.write_bytes_per_second
     transfer = sum(ways) if link.together else max(ways)
     limit = "compute" if compute > transfer else "transfer"
-    return StoredStep(max(compute, transfer), compute, read, written, limit)
+    return StoredStep(max(compute, transfer), read, written, limit)
 
 
-def most_identities(host_bytes: float, device_bytes: float, sample_rate: float, D: int = 512) -> int:
-    """Return the most identities in host memory, whose samples fit on the device as well.
+def most_identities(host_bytes: float, device_bytes: float, sample_rate: float) -> int:
+    """Return the most identities of 512 dimensions in host memory, whose samples fit on the device as well.
 
     >>> most_identities(0.25e12, 24e9, 0.01)
     143494897
     """
-    row = row_bytes(D)
+    row = row_bytes(512)
     buffers = estimate(10**6, round(10**6 * sample_rate), row).device_bytes / 10**6  # for each identity
     return int(min(0.9 * host_bytes / row, 0.9 * device_bytes / buffers))
 
@@ -89,12 +86,7 @@ def most_identities(host_bytes: float, device_bytes: float, sample_rate: float, 
 def computed_rows(device: torch.device, budget_bytes: int, N: int, D: int, folder: Path) -> list[dict[str, Any]]:
     """Return rows of ``bench --budget`` for centers in host memory and in a file; computed, not measured.
 
-    Args:
-        device: that is measured.
-        budget_bytes: taken as host memory for ``host``.
-        N: rows of a batch.
-        D: dimensions.
-        folder: on the disk whose free room counts for ``file``.
+    The budget counts as host memory for ``host``, the free room of the folder's disk for ``file``.
     """
     row = row_bytes(D)
     record = estimate(1, 0, row).file_bytes

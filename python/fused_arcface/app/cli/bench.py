@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from ..benchmark.cases import Case
     from ..benchmark.report import Report
+    from ..drawing import Drawing
 
 
 START = "start"
@@ -155,11 +156,8 @@ def _run_cases(
     console: Console, output: Path, what: tuple[Any, ...], options: dict[str, Any]
 ) -> tuple[list[Path], bool]:
     """Return the files, and whether something was measured and no result of this package is wrong."""
-    from fused_arcface.base.extras import MissingExtra
-
     from ..benchmark.plots import run_drawings
     from ..benchmark.runner import run_benchmark
-    from ..drawing import write_pictures
     from .bench_tables import case_tables, ceilings, skip_tables
 
     kept: list[Case] = []
@@ -179,11 +177,7 @@ def _run_cases(
         console.print(f"Interrupted. {where}", markup=False)
         raise typer.Exit(130) from None
     console.print(*skip_tables(report.skips))
-    written = report.write(output)
-    try:
-        written += write_pictures(run_drawings(report), output)
-    except MissingExtra as missing:
-        console.print(f"No pictures: {missing}", markup=False)
+    written = report.write(output) + _draw(console, run_drawings(report), output)
     console.print(f"{report.context['device']}, torch {report.context['torch']}; {ceilings(report)}", highlight=False)
     return written, report.has_measured() and not report.has_wrong_result_of_ours()
 
@@ -211,12 +205,9 @@ def _run_capacity(
     output: Path,
     resume: bool,
 ) -> list[Path]:
-    from fused_arcface.base.extras import MissingExtra
-
     from ..benchmark import capacity, memory
     from ..benchmark.plots import capacity_drawing
     from ..benchmark.stored_model import computed_rows
-    from ..drawing import write_pictures
     from .bench_tables import capacity_table, skip_tables
 
     memory.release(device)
@@ -245,12 +236,20 @@ def _run_capacity(
         raise typer.Exit(1)
     every = [*rows, *computed_rows(device, budget_bytes, rows[0]["N"], rows[0]["D"], output)]
     console.print(capacity_table(every, budget_bytes), *skip_tables(skips))
-    written = capacity.write(output, every)
+    return capacity.write(output, every) + _draw(console, [capacity_drawing(rows)], output)
+
+
+def _draw(console: Console, drawings: list[Drawing], output: Path) -> list[Path]:
+    """Write pictures; without matplotlib there are none, and a line says so."""
+    from fused_arcface.base.extras import MissingExtra
+
+    from ..drawing import write_pictures
+
     try:
-        written += write_pictures([capacity_drawing(rows)], output)
+        return write_pictures(drawings, output)
     except MissingExtra as missing:
-        console.print(f"No picture: {missing}", markup=False)
-    return written
+        console.print(f"No pictures: {missing}", markup=False)
+        return []
 
 
 def _run_ranks(console: Console, world_sizes: list[int], output: Path) -> list[Path]:

@@ -15,11 +15,9 @@ from .bench_tables import capacity_table, case_tables, ceilings, ranks_table, sk
 
 
 def bench_report(folder: Path, options: Mapping[str, Any]) -> Report:
-    """Return the report of a folder of ``bench``.
+    """Return the report of a folder of ``bench``: ``rows.json`` and ``run.json``, ``capacity.json``, ``ranks.json``.
 
-    Args:
-        folder: with ``rows.json`` and ``run.json``, ``capacity.json``, ``ranks.json``, or some of them.
-        options: of the command.
+    Any of them may be missing.
     """
     sections = []
     if (folder / "run.json").is_file():

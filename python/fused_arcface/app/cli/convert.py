@@ -7,9 +7,11 @@ from typing import Annotated
 
 import typer
 
+from fused_arcface.base.text import counted
+
 from .errors import explained
 from .evaluation import Trust
-from .terminal import terminal
+from .terminal import say, terminal
 
 
 def convert(
@@ -70,7 +72,7 @@ def convert(
     from fused_arcface.checkpoint.convert import convert as convert_centers
     from fused_arcface.checkpoint.sources import read
 
-    error = terminal(stderr=True, soft_wrap=True)
+    console = terminal(soft_wrap=True)
     with explained():
         written = convert_centers(
             sources,
@@ -81,13 +83,9 @@ def convert(
             dominant=dominant,
             trust=trust,
             center_storage=center_storage,
-            noted=lambda note: error.print(note, style="yellow", markup=False, highlight=False),
+            noted=lambda note: say(terminal(stderr=True), note, "yellow"),
         )
         found = read(written)
     for name, rows in found.tensors.items():
-        terminal(soft_wrap=True).print(
-            f"{written}: {name} {rows.shape} {str(rows.dtype).removeprefix('torch.')}", markup=False
-        )
-    terminal(soft_wrap=True).print(
-        f"{found.num_classes} classes of {found.sub_centers} center{'s' if found.sub_centers > 1 else ''}", markup=False
-    )
+        console.print(f"{written}: {name} {rows.shape} {str(rows.dtype).removeprefix('torch.')}", markup=False)
+    console.print(f"{found.num_classes} classes of {counted(found.sub_centers, 'center')}", markup=False)

@@ -1,4 +1,4 @@
-"""The options that ``verify`` and ``identify`` share, the embedding of images, and the errors that end them."""
+"""The options that several commands share, the embedding of images for ``verify`` and its like, and their files."""
 
 from __future__ import annotations
 
@@ -14,19 +14,17 @@ from rich.progress import Progress
 from fused_arcface.evaluation.distances import NAMES as DISTANCES
 
 from .errors import one_of
-from .terminal import MOST_PROBLEMS, terminal
+from .terminal import Problems, say, terminal
 
 if TYPE_CHECKING:
     from ..data.embedding_sets import EmbeddingSet
     from ..data.sources import ImageSet
 
-Checkpoint = Annotated[
-    Path | None,
-    typer.Option(
-        help="The net: the folder of a training run, its model.pt or best.pt, or any file of weights together with "
-        "--backbone. For a folder, the newest checkpoint is evaluated."
-    ),
-]
+_NET = (
+    "The net: the folder of a training run, its model.pt or best.pt, or any file of weights together with --backbone."
+)
+Checkpoint = Annotated[Path | None, typer.Option(help=f"{_NET} For a folder, the newest checkpoint is evaluated.")]
+OneCheckpoint = Annotated[Path, typer.Option(help=_NET)]
 Backbone = Annotated[
     str | None,
     typer.Option(help="Name of the net in a file of weights, iresnet50 for example. Default: the run's own net."),
@@ -126,18 +124,15 @@ def embed_images(
 
     embedder = load_embedder(checkpoint, backbone, device=device, image_size=image_size, trust=trust)
     console = terminal(stderr=True, soft_wrap=True)
-    told = 0
+    problems = Problems(console, "; skipped")
 
     def tell(problem: str) -> None:
-        nonlocal told
         if bad_data == "stop":
             raise DataError(stopped_by(problem))
-        told += 1
-        if told <= MOST_PROBLEMS:
-            console.print(f"{problem}; skipped", style="yellow", markup=False, highlight=False)
+        problems(problem)
 
     for note in dict.fromkeys(note for images in sets for note in images.notes):
-        console.print(note, style="yellow", markup=False, highlight=False)
+        say(console, note, "yellow")
     for problem in dict.fromkeys(problem for images in sets for problem in images.problems):
         tell(problem)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
@@ -149,18 +144,22 @@ def embed_images(
             found = [embed_to_file(embedder, images, save, normalize=False, **how)]
         else:
             found = [embed_set(embedder.net, images, embedder.spec, device=device, **how) for images in sets]
-    if told > MOST_PROBLEMS:
-        console.print(f"and {told - MOST_PROBLEMS} more such problems; skipped", style="yellow")
+    problems.end()
     for images, embedded in zip(sets, found, strict=True):
         if gone := lost(images, embedded):
-            console.print(f"left out: {gone}", style="yellow", markup=False, highlight=False)
+            say(console, f"left out: {gone}", "yellow")
     return found
 
 
 def print_files(console: Console, files: Iterable[Path]) -> None:
     """Print the names of files that were written, one a line."""
     for path in files:
-        console.print(str(path), highlight=False, soft_wrap=True, markup=False)
+        say(console, str(path))
+
+
+def about(**sources: str | Path | None) -> dict[str, str | None]:
+    """Return the names of what was evaluated, for the JSON file."""
+    return {name: None if value is None else str(value) for name, value in sources.items()}
 
 
 def write_json(path: Path, figures: dict[str, Any]) -> None:

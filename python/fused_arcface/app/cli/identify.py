@@ -150,8 +150,9 @@ def identify(
         table = _table(found, f"{name}, {distance}")
         console.print(table)
         if json is not None:
-            about: dict[str, Any] = {"data": data, "gallery": gallery, "probes": probes}
-            about |= {"checkpoint": checkpoint and str(checkpoint), "embeddings": embeddings and str(embeddings)}
+            about = shared.about(
+                data=data, gallery=gallery, probes=probes, checkpoint=checkpoint, embeddings=embeddings
+            )
             how = described(chosen, distance, normalize)
             shared.write_json(json, {**about, "flip": flip, **how, **identification_figures(found)})
         compared = split._replace(gallery=known, probes=sought)

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fused_arcface import backends
+from fused_arcface.base.text import counted
 
 from ..lab.agreement import CURVE_BOUND, CURVE_STEPS, STEP_BOUND
 from ..lab.comparison import WITH_DISTANCES, Comparison
@@ -23,8 +24,8 @@ from .tables import digits, plain_table, spread
 def print_plan(console: Console, plan: Plan) -> None:
     """Print what will be trained, on what, and how."""
     backend = backends.select("auto", torch.device("cpu"))
-    text = f"The fused head runs on the {backend} backend. Nets are trained on one thread, from "
-    text += f"{len(plan.seeds)} seed{'s' if len(plan.seeds) > 1 else ''}."
+    text = f"The fused head runs on the {backend} backend. "
+    text += f"Nets are trained on one thread, from {counted(len(plan.seeds), 'seed')}."
     for task in plan.tasks:
         recipe = task.recipe
         text += f"\n{task.name}: {task.images.describe()}; {recipe.steps} steps of {recipe.batch_size} images."
@@ -67,9 +68,8 @@ def _gain(name: str, base: str, tars: dict[str, list[float]]) -> str:
     """Return a sentence: how often and by how much one TAR is above another."""
     gains = [a - b for a, b in zip(tars[name], tars[base], strict=True)]
     above, mean = sum(gain > 0 for gain in gains), fmean(gains)
-    seeds = f"{above} of {len(gains)} seed{'s' if len(gains) > 1 else ''}"
     size = f"its mean TAR is {abs(mean):.3f} {'higher' if mean > 0 else 'lower'}"
-    return f"{name} is above {base} in {seeds}; {size}."
+    return f"{name} is above {base} in {above} of {counted(len(gains), 'seed')}; {size}."
 
 
 def _print_costs(console: Console, costs: Sequence[HeadCost]) -> None:

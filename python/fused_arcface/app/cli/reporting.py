@@ -12,7 +12,7 @@ from rich.console import Console
 
 from ..training.events import Checkpointed, Event
 from .errors import check_file
-from .terminal import terminal
+from .terminal import say, terminal
 
 if TYPE_CHECKING:
     from ..report.document import Report
@@ -102,10 +102,7 @@ class ReportFile:
 class Refresh:
     """Writes the report of a training anew while it runs: after a checkpoint, at most every ten minutes.
 
-    In a run of millions of steps it takes no more than a twentieth of the time.
-
-    Args:
-        write: writes the report, and never raises.
+    In a run of millions of steps it takes no more than a twentieth of the time. ``write`` never raises.
     """
 
     def __init__(self, write: Callable[[], object]) -> None:
@@ -134,8 +131,8 @@ def beside(name: str, json: Path | None, pictures: Path | None) -> Path:
 def say_report(console: Console, written: list[Path]) -> None:
     """Print where the report is."""
     for path in written:
-        console.print(f"report: {path}", highlight=False, soft_wrap=True, markup=False)
+        say(console, f"report: {path}")
 
 
 def _note(text: str) -> None:
-    terminal(stderr=True, soft_wrap=True).print(text, style="yellow", markup=False, highlight=False)
+    say(terminal(stderr=True), text, "yellow")

@@ -11,17 +11,17 @@ import typer
 from fused_arcface.base.reading import NoSuchData
 from fused_arcface.base.suggest import missing_path
 
-from . import use
+from . import evaluation as shared
 from .errors import explained
-from .terminal import terminal
+from .terminal import say, terminal
 
 
 def similarity(
     first: Annotated[Path, typer.Argument(metavar="A", help="An image.")],
     second: Annotated[Path, typer.Argument(metavar="B", help="Another image.")],
-    checkpoint: use.Checkpoint,
-    backbone: use.Backbone = None,
-    image_size: use.ImageSize = None,
+    checkpoint: shared.OneCheckpoint,
+    backbone: shared.Backbone = None,
+    image_size: shared.ImageSize = None,
     threshold: Annotated[
         float | None,
         typer.Option(
@@ -40,14 +40,16 @@ def similarity(
             show_default=False,
         ),
     ] = None,
-    device: use.Device = "cpu",
-    trust: use.Trust = False,
+    device: shared.Device = "cpu",
+    trust: shared.Trust = False,
 ) -> None:
     """Compute the cosine of two images' embeddings and decide if they show one person.
 
     The decision needs a threshold: --threshold, or one that the run keeps
     from --verify-data or from the command verify.
     """
+    from ..embedder import load_embedder
+
     with explained():
         if threshold is not None and far is not None:
             raise ValueError("--threshold and --far can't be given together")
@@ -56,7 +58,7 @@ def similarity(
                 raise NoSuchData(missing_path(image))
             if image.is_dir():
                 raise ValueError(f"{image} must be an image file; it is a folder")
-        embedder = use.load(checkpoint, backbone, image_size, device, trust)
+        embedder = load_embedder(checkpoint, backbone, device=device, image_size=image_size, trust=trust)
         one, other = embedder([first, second]).double().cpu()
         cosine = float(one @ other)
         lines = [f"cosine {cosine:.4f}"]
@@ -81,7 +83,7 @@ def similarity(
             shown = "accepts nobody" if math.isinf(threshold) else f"{threshold:.4f}"
             lines.append(f"{verdict}: threshold {shown} ({source})")
     for line in lines:
-        terminal(soft_wrap=True).print(line, markup=False, highlight=False)
+        say(terminal(), line)
 
 
 def _how(checkpoint: Path) -> str:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+
+from .terminal import say
 
 
 def plain_table(title: str, *columns: str) -> Table:
@@ -19,6 +21,13 @@ def plain_table(title: str, *columns: str) -> Table:
     for column in columns:
         table.add_column(column, justify="right")
     return table
+
+
+def add_rates(table: Table, eer: float, tar: Mapping[float, float], others: int) -> None:
+    """Add the equal error rate, and the true accept rates of a set with ``others`` pairs of two people."""
+    table.add_row("equal error rate", f"{eer:.4f}")
+    for far, rate in tar.items():
+        table.add_row(f"TAR at FAR {far:g}", f"{rate:.4f}{'  no false accept' if far < 1 / others else ''}")
 
 
 def spread(values: Sequence[float]) -> str:
@@ -40,4 +49,4 @@ def say_written(console: Console, folder: Path, paths: Sequence[Path], seconds: 
     """Print which files were written where, and how long all took."""
     took = "" if seconds is None else f"Took {seconds:.0f} s. "
     names = ", ".join(path.name if path.parent == folder else str(path) for path in paths)
-    console.print(f"\n{took}Written to {folder.resolve()}: {names}", highlight=False, markup=False, soft_wrap=True)
+    say(console, f"\n{took}Written to {folder.resolve()}: {names}")

@@ -11,8 +11,8 @@ from rich.console import Console
 from ..data.images import MAX_PIXELS
 from . import evaluation as shared
 from .errors import WrongOption, check_file, explained
-from .tables import plain_table
-from .terminal import terminal
+from .tables import add_rates, plain_table
+from .terminal import say, terminal
 
 if TYPE_CHECKING:
     from ..templates import TemplateFigures
@@ -90,14 +90,12 @@ def templates(
         console = terminal()
         _print(console, found, f"{Path(data).name}, {len(embedded.paths)} images in {found.num_templates} templates")
         for text in found.left_out:
-            console.print(f"left out: {text}", highlight=False, soft_wrap=True, markup=False)
+            say(console, f"left out: {text}")
         if read.scores is None and scores:
             console.print("The set has no detector's scores: each image counts alike.", highlight=False)
         if json is not None:
             about = {
-                "data": data,
-                "checkpoint": checkpoint and str(checkpoint),
-                "embeddings": embeddings and str(embeddings),
+                **shared.about(data=data, checkpoint=checkpoint, embeddings=embeddings),
                 "flip": flip if embeddings is None else None,
                 "scores": scores and read.scores is not None,
                 "norms": norms,
@@ -113,9 +111,7 @@ def _print(console: Console, found: TemplateFigures, title: str) -> None:
         same, different = found.rates.num_pairs
         table.add_row("pairs of one person", str(same))
         table.add_row("pairs of two people", str(different))
-        table.add_row("equal error rate", f"{found.rates.eer:.4f}")
-        for far, tar in found.rates.tar.items():
-            table.add_row(f"TAR at FAR {far:g}", f"{tar:.4f}{'  no false accept' if far < 1 / different else ''}")
+        add_rates(table, found.rates.eer, found.rates.tar, different)
         console.print(table)
     if found.searches:
         table = plain_table(f"{title}, 1:N", *found.searches, "mean")

@@ -10,7 +10,7 @@ from rich.segment import Segment
 
 from fused_arcface.base.text import printable
 
-MOST_PROBLEMS = 20
+_MOST = 20
 """Number of problems in the data that a command tells one by one."""
 
 
@@ -24,3 +24,33 @@ class _Terminal(Console):
 def terminal(**options: Any) -> Console:
     """Make a console that prints whatever text it is given without obeying it; ``options`` are those of rich."""
     return _Terminal(**options)
+
+
+def say(console: Console, text: str, style: str | None = None) -> None:
+    """Print a text as it is: without markup, without colored numbers, and without breaks that it does not have."""
+    console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
+
+
+class Problems:
+    """Tells the first problems one by one, and in the end the number of the others.
+
+    Args:
+        console: the console to write to.
+        ending: words that follow each problem.
+        kind: what the others are called.
+    """
+
+    def __init__(self, console: Console, ending: str, kind: str = "problems") -> None:
+        self._console, self._ending, self._kind = console, ending, kind
+        self._told = 0
+
+    def __call__(self, problem: str) -> None:
+        """Tell a problem."""
+        self._told += 1
+        if self._told <= _MOST:
+            say(self._console, f"{problem}{self._ending}", "yellow")
+
+    def end(self) -> None:
+        """Tell the number of problems that were not told."""
+        if self._told > _MOST:
+            say(self._console, f"and {self._told - _MOST} more such {self._kind}{self._ending}", "yellow")

@@ -13,18 +13,16 @@ from fused_arcface.evaluation.thresholds import OperatingPoint, operating_points
 
 from ..thresholds import KeptThresholds, as_json, as_text, of_cosine_distance
 from .tables import plain_table
+from .terminal import say
 
 if TYPE_CHECKING:
     import numpy as np
 
 
 def threshold_points(same: npt.ArrayLike, scores: npt.NDArray[np.float64], cosine: bool) -> list[OperatingPoint]:
-    """Return the operating points of scored pairs.
+    """Return the operating points of pairs with ``same`` (P,) bool and ``scores`` (P,), negated distances.
 
-    Args:
-        same: (P,) bool.
-        scores: (P,) negated distances.
-        cosine: the distance is 1 - cos, and thresholds are to be cosines.
+    If the distance is 1 - cos (``cosine``), thresholds are cosines.
     """
     points = operating_points(same, scores)
     return of_cosine_distance(points) if cosine else points
@@ -63,4 +61,4 @@ def keep_thresholds(console: Console, checkpoint: Path, kept: KeptThresholds) ->
         said = f"{folder.thresholds} cannot be written: {error.strerror}; the run keeps its thresholds"
     else:
         said = f"similarity uses these thresholds from now on: {folder.thresholds}"
-    console.print(said, highlight=False, soft_wrap=True, markup=False)
+    say(console, said)

@@ -25,7 +25,7 @@ from ..training.world import is_first_rank, resume_command
 from .errors import ended
 from .look import PlainCommand
 from .reporting import NoReport, Refresh, ReportFile, ReportInOutput, say_report
-from .terminal import terminal
+from .terminal import say, terminal
 from .training_progress import TrainingProgress, explain_end, explain_trial
 
 if TYPE_CHECKING:
@@ -148,7 +148,7 @@ def train(
     except KeyboardInterrupt:
         if is_first_rank() and RunFolder(output).config.exists():
             error.print("Interrupted before everything was saved. Resume from the last checkpoint with:", markup=False)
-            error.print(f"  {resume_command(output)}", style="bold", markup=False, highlight=False)
+            say(error, f"  {resume_command(output)}", "bold")
         raise
     except (CheckpointError, DataError, OptionError, RunError, StoreError, TrainingError) as wrong:
         raise ended(wrong) from None
@@ -156,7 +156,7 @@ def train(
     if outcome.signal is not None:
         if is_first_rank():
             error.print(f"Saved after step {outcome.step} of {outcome.steps}. Resume with:", markup=False)
-            error.print(f"  {resume_command(output)}", style="bold", markup=False, highlight=False)
+            say(error, f"  {resume_command(output)}", "bold")
         raise typer.Exit(128 + outcome.signal)
     if is_first_rank():
         explain_end(console, RunFolder(output), outcome.step)

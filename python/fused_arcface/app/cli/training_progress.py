@@ -10,11 +10,13 @@ import time
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
+from fused_arcface.base.text import counted
+
 from ..training.events import Began, Checkpointed, Ended, Event, Noted, Stepped, Verified
 from ..training.outcomes import DryRun
 from ..training.runs import RunFolder
+from .terminal import Problems, say
 
-_REPEATED = 20  # notes that are shown one by one
 _SECONDS = 30.0  # between two lines within an epoch, where the output is no terminal
 
 
@@ -26,7 +28,7 @@ class TrainingProgress:
     """
 
     def __init__(self, console: Console, error: Console, epochs: int) -> None:
-        self._console, self._error, self._epochs = console, error, epochs
+        self._console, self._notes, self._epochs = console, Problems(error, "", "notes"), epochs
         self._bar = Progress(
             SpinnerColumn(),
             TextColumn("epoch {task.fields[epoch]}  step"),
@@ -40,7 +42,6 @@ class TrainingProgress:
         self._shown = time.monotonic()
         self._epoch: list[Stepped] = []
         self._steps = 0
-        self._notes = 0
 
     def __call__(self, event: Event) -> None:
         match event:
@@ -55,7 +56,7 @@ class TrainingProgress:
                 if event.best:
                     self._say("            the best so far, saved in best.pt")
             case Noted():
-                self._note(event.text)
+                self._notes(event.text)
             case Checkpointed():
                 self._end_epoch()
             case Ended():
@@ -67,7 +68,7 @@ class TrainingProgress:
         color = "gray" if channels == 1 else "color"
         self._say(
             f"{event.device}: {event.images} images of {event.identities} identities, {size} × {size} {color}; "
-            f"{event.steps} step{'s' if event.steps != 1 else ''} of {event.batch_size} images, scale {event.scale:g}"
+            f"{counted(event.steps, 'step')} of {event.batch_size} images, scale {event.scale:g}"
         )
         net = f"a net of {event.parameters / 1e6:.2f} M parameters"
         self._say(f"{net}; {_bytes(event.memory)} of memory for weights and optimizers")
@@ -97,19 +98,13 @@ class TrainingProgress:
             self._say(f"epoch {self._epoch[-1].epoch:>3}/{self._epochs}  {_figures(self._epoch)}")
         self._epoch = []
 
-    def _note(self, text: str) -> None:
-        self._notes += 1
-        if self._notes <= _REPEATED:
-            self._error.print(text, style="yellow", markup=False, highlight=False)
-
     def _end(self) -> None:
         if self._console.is_terminal:  # elsewhere rich would print an empty line for a bar that was not shown
             self._bar.stop()
-        if self._notes > _REPEATED:
-            self._error.print(f"and {self._notes - _REPEATED} more such notes", style="yellow")
+        self._notes.end()
 
     def _say(self, text: str) -> None:
-        self._bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        say(self._bar.console, text)
 
 
 def explain_end(console: Console, folder: RunFolder, steps: int) -> None:
@@ -137,20 +132,16 @@ def explain_end(console: Console, folder: RunFolder, steps: int) -> None:
     else:
         lines += ['  pip install "fused_arcface[tensorboard]"   # then the next run has curves']
     for line in lines:
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+        say(console, line)
 
 
 def explain_trial(console: Console, trial: DryRun) -> None:
     """Print the options of a dry run and the figures of its one step."""
     for name, value in dataclasses.asdict(trial.config).items():
         if value not in (None, ""):
-            console.print(f"  {name} = {value!r}", markup=False, highlight=False, soft_wrap=True)
-    console.print(
-        f"The first step took {trial.seconds:.2f} s, its warm-up included; loss {trial.loss:.3f}. Nothing was written.",
-        markup=False,
-        highlight=False,
-        soft_wrap=True,
-    )
+            say(console, f"  {name} = {value!r}")
+    took = f"The first step took {trial.seconds:.2f} s, its warm-up included; loss {trial.loss:.3f}."
+    say(console, f"{took} Nothing was written.")
 
 
 def _figures(steps: list[Stepped]) -> str:

@@ -13,8 +13,8 @@ from ..data.images import MAX_PIXELS
 from . import evaluation as shared
 from . import reporting
 from .errors import WrongOption, check_file, check_folder, explained
-from .tables import plain_table
-from .terminal import terminal
+from .tables import add_rates, plain_table
+from .terminal import say, terminal
 
 if TYPE_CHECKING:
     import numpy as np
@@ -134,18 +134,13 @@ def verify(
         tables = [_table(found, same, means, f"{name}, {distance}", cosine), *threshold_tables(points, cosine)]
         console.print(*tables)
         if found is None:
-            left_out = f"Left out, because all pairs are of one kind: {', '.join(LEFT_OUT)}."
-            console.print(left_out, highlight=False, soft_wrap=True)
+            say(console, f"Left out, because all pairs are of one kind: {', '.join(LEFT_OUT)}.")
         if found is not None and checkpoint is not None and cosine and not flip:
             kept = KeptThresholds(name, found.accuracy, points, pairs_of_two=found.num_pairs[1])
             keep_thresholds(console, checkpoint, kept)
         if json is not None:
             how = described(chosen, distance, normalize)
-            about = {
-                "data": data,
-                "checkpoint": checkpoint and str(checkpoint),
-                "embeddings": embeddings and str(embeddings),
-            }
+            about = shared.about(data=data, checkpoint=checkpoint, embeddings=embeddings)
             figures = {**verification_figures(found, same, means), **threshold_figures(points, cosine)}
             shared.write_json(json, {**about, "flip": flip, **how, **figures})
         if pictures is not None and found is not None:
@@ -185,7 +180,5 @@ def _table(found: Verification | None, same: Bools, means: Means, title: str, co
         table.add_row(
             f"accuracy, {len(found.fold_accuracy)} folds", f"{found.accuracy:.4f} ± {found.accuracy_deviation:.4f}"
         )
-        table.add_row("equal error rate", f"{found.eer:.4f}")
-        for far, tar in found.tar.items():
-            table.add_row(f"TAR at FAR {far:g}", f"{tar:.4f}{'  no false accept' if far < 1 / different else ''}")
+        add_rates(table, found.eer, found.tar, different)
     return table

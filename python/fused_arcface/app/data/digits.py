@@ -22,7 +22,7 @@ def digit_images(digits: Sequence[int], size: int = 32) -> LabeledImages:
     """Return all images of some digits, ``(M, 1, size, size)``; the label is the digit's index in ``digits``.
 
     Args:
-        digits: from 0 to 9, each once.
+        digits: numbers from 0 to 9, each once.
         size: side in pixels; the images are enlarged from 8 by bilinear interpolation.
 
     Raises:

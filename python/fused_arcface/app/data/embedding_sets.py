@@ -102,9 +102,7 @@ class EmbeddingSet:
     def only(self, numbers: Tensor, images: int) -> EmbeddingSet:
         """Renumber the pairs for a set that lost some of its ``images``, and leave out the pairs of lost ones.
 
-        Args:
-            numbers: (M,), the number that each row here had in the whole set.
-            images: of the whole set.
+        ``numbers`` (M,) are those that the rows here had in the whole set.
         """
         if self.pairs is None or len(numbers) == images:
             return self
@@ -149,8 +147,8 @@ def embed_set(
         images: the set.
         spec: what the net takes.
         flip: add the embedding of the mirrored image, as the field does at test time.
-        batch_size: of the net's input.
-        device: the net's.
+        batch_size: images that the net sees at once.
+        device: the net's device.
         workers: processes that read images; 0 reads in this one.
         done: called after each batch with its size.
         unreadable: called with what is wrong with an image that cannot be read; it is left out, and so are its pairs.

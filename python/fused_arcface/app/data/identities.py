@@ -14,23 +14,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fused_arcface.base.keyed_random import fold_each
+
 from .images import LabeledImages
 
 _POINTS_PER_STROKE = 16
 # The streams of numbers that one key is split into; a prototype's key has no sample in it.
 _PROTOTYPE, _DEFORMATION, _NOISE = 1, 2, 3
-
-
-def _mix(x: Tensor) -> Tensor:
-    """Apply splitmix64's finalizer to int64 tensors: their products wrap as unsigned ones do."""
-    x = (x ^ _shift(x, 30)) * -0x40A7B892E31B1A47  # 0xBF58476D1CE4E5B9
-    x = (x ^ _shift(x, 27)) * -0x6B2FB644ECCEEE15  # 0x94D049BB133111EB
-    return x ^ _shift(x, 31)
-
-
-def _shift(x: Tensor, bits: int) -> Tensor:
-    """Shift to the right and fill with zeros: int64's own shift copies the sign."""
-    return (x >> bits) & ((1 << (64 - bits)) - 1)
 
 
 def keyed_uniform(count: int, *key: int | Tensor) -> Tensor:
@@ -39,11 +29,10 @@ def keyed_uniform(count: int, *key: int | Tensor) -> Tensor:
     >>> keyed_uniform(2, 7, torch.tensor([3, 4]))[1].equal(keyed_uniform(2, 7, torch.tensor([4]))[0])
     True
     """
-    golden = -0x61C8864680B583EB  # 2⁶⁴ / golden ratio, splitmix64's increment
-    state = torch.zeros(1, dtype=torch.int64)
+    zero = state = torch.zeros(1, dtype=torch.int64)
     for part in key:
-        state = _mix(state + golden + torch.as_tensor(part, dtype=torch.int64))
-    bits = _shift(_mix(state[:, None] + golden * torch.arange(1, count + 1)), 41)  # 23 bits
+        state = fold_each(state + torch.as_tensor(part, dtype=torch.int64), zero)
+    bits = (fold_each(state[:, None], torch.arange(count)) >> 41) & (2**23 - 1)
     return (bits.to(torch.float32) + 0.5) / 2**23
 
 
@@ -84,8 +73,8 @@ def draw(identity: Tensor, sample: Tensor, *, seed: int = 0, style: Style = Styl
     Args:
         identity: (B,) int64, any numbers >= 0.
         sample: (B,) int64, any numbers >= 0; two samples of an identity differ.
-        seed: of all identities.
-        style: of the drawings.
+        seed: seed of all identities.
+        style: style of the drawings.
 
     >>> draw(torch.tensor([5, 5]), torch.tensor([0, 1])).shape
     torch.Size([2, 1, 32, 32])

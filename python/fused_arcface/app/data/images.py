@@ -90,7 +90,7 @@ def read_image(
 
     Args:
         source: a file, or the bytes of one.
-        spec: of the result.
+        spec: size and channels of the result.
         max_pixels: width times height that an image may have; checked before it is decoded.
         landmarks: (5, 2) eyes, nose and corners of the mouth, to align the face by in place of scaling and cutting; see
             :func:`fused_arcface.app.data.alignment.align`.

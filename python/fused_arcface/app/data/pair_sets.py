@@ -18,7 +18,7 @@ def read_labeled(data: str, *, max_pixels: int = MAX_PIXELS) -> ImageSet:
 
     Args:
         data: see :func:`fused_arcface.app.data.formats.open_source`.
-        max_pixels: of an image, see :func:`fused_arcface.app.data.read_image`.
+        max_pixels: limit for an image, see :func:`fused_arcface.app.data.read_image`.
 
     Raises:
         DataError: if there are no such images.
@@ -42,11 +42,11 @@ def read_pair_set(
     """Open a set of pairs: a ``.bin`` file, a ``.txt``, ``.csv`` or ``.tsv`` file of pairs, or labeled images.
 
     Args:
-        data: which.
+        data: the name of the file, the folder or the generated images.
         images: folder that a file of pairs names images in; the file's own if None.
         most: pairs of each kind that are made from labeled images at most.
-        seed: of their choice.
-        max_pixels: of an image, see :func:`fused_arcface.app.data.read_image`.
+        seed: seed of their choice.
+        max_pixels: limit for an image, see :func:`fused_arcface.app.data.read_image`.
 
     Raises:
         DataError: if the file or folder is not what it should be; the message names the place.

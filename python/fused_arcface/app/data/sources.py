@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -72,10 +73,10 @@ class FileImages:
 
     Args:
         files: (path, identity) of each image, identities from 0 on without gaps.
-        names: of the identities.
+        names: names of the identities.
         problems: see :class:`ImageSource`.
         notes: see :class:`ImageSource`.
-        max_pixels: of an image, see :func:`fused_arcface.app.data.read_image`.
+        max_pixels: limit for an image, see :func:`fused_arcface.app.data.read_image`.
     """
 
     def __init__(
@@ -130,6 +131,15 @@ class MemoryImages:
 
 
 Read = Callable[[int, ImageSpec], Tensor]
+
+
+def files_reader(files: list[Path], max_pixels: int) -> Read:
+    """Return the function that reads image files by their place, in data-loader workers too."""
+    return partial(_read_file, files, max_pixels)
+
+
+def _read_file(files: list[Path], max_pixels: int, index: int, spec: ImageSpec) -> Tensor:
+    return read_image(files[index], spec, max_pixels)
 
 
 @dataclass(frozen=True)

@@ -5,21 +5,19 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from fused_arcface.base.reading import DataError, NoSuchData, file_errors, read_bytes
 from fused_arcface.base.suggest import missing_path
 from fused_arcface.base.text import lines
 
-from .formats.folders import read_folder
+from .formats.folders import natural, read_folder
 from .image_formats import SUFFIXES
-from .images import MAX_PIXELS, ImageSpec, read_image
+from .images import MAX_PIXELS
 from .pair_sets import read_labeled
-from .sources import ImageSet
+from .sources import ImageSet, files_reader
 
 _LISTS = (".txt", ".lst", ".list")
 _MOST_BYTES = 1 << 30
@@ -33,7 +31,7 @@ def read_images(sources: Sequence[str], *, max_pixels: int = MAX_PIXELS) -> Imag
         sources: each one is an image; a list, a ``.txt`` or ``.lst`` file with a path on each line, relative to the
             list's folder, and a label behind it or not; a folder, in which images lie at any depth; or one source of
             labeled images, see :func:`fused_arcface.app.data.pair_sets.read_labeled`.
-        max_pixels: of an image, see :func:`fused_arcface.app.data.read_image`.
+        max_pixels: limit for an image, see :func:`fused_arcface.app.data.read_image`.
 
     Returns:
         A set with labels if a single source gives them: a folder of one folder for each identity, a list with labels,
@@ -51,19 +49,14 @@ def read_images(sources: Sequence[str], *, max_pixels: int = MAX_PIXELS) -> Imag
         return labeled
     problems: list[str] = []
     found = [each for source in sources for each in _files_of(source, problems)]
-    files = [file for file, _ in found]
-    texts = [label for _, label in found]
+    files, texts = [file for file, _ in found], [label for _, label in found]
     labels, names = None, []
     if len(sources) == 1 and all(text is not None for text in texts):
-        names = sorted({text for text in texts if text is not None}, key=_by_number)
+        names = sorted({text for text in texts if text is not None}, key=lambda name: (natural(name), name))
         number = {name: place for place, name in enumerate(names)}
         labels = torch.tensor([number[text] for text in texts if text is not None])
-    paths = [str(file) for file in files]
-    return ImageSet(paths, partial(_read_file, files, max_pixels), labels, names=names, problems=problems)
-
-
-def _read_file(files: Sequence[Path], max_pixels: int, index: int, spec: ImageSpec) -> Tensor:
-    return read_image(files[index], spec, max_pixels)
+    read = files_reader(files, max_pixels)
+    return ImageSet([str(file) for file in files], read, labels, names=names, problems=problems)
 
 
 def _labeled(source: str, max_pixels: int) -> ImageSet | None:
@@ -118,7 +111,3 @@ def _read_list(path: Path) -> list[tuple[Path, str | None]]:
     if not found:
         raise DataError(f"{path} must have a path on each line; it is empty")
     return found
-
-
-def _by_number(text: str) -> tuple[int, int, str]:
-    return (0, int(text), "") if text.isascii() and text.isdigit() and len(text) < 19 else (1, 0, text)

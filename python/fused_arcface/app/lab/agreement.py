@@ -27,7 +27,7 @@ class StepAgreement:
     """Compares a fused head with the reference in the same dtype; see :data:`~.training.BeforeUpdate`."""
 
     errors: dict[str, list[float]] = field(default_factory=lambda: {quantity: [] for quantity in QUANTITIES})
-    """By quantity, one for each step: the norm of the difference, relative to the norm of the reference's."""
+    """One number for each step, by quantity: the norm of the difference, relative to the norm of the reference's."""
 
     def __call__(self, head: nn.Module, embeddings: Tensor, target: Tensor) -> None:
         assert isinstance(head, MarginHead)

@@ -57,7 +57,7 @@ class Comparison:
     plan: Plan
     rows: list[Row]
     toys: dict[str, Toy]
-    """By criterion."""
+    """The toys by criterion."""
     seconds: float
     """Time of this run; earlier, interrupted ones are not counted."""
 
@@ -84,13 +84,7 @@ def chosen_criteria(names: Sequence[str]) -> list[Criterion]:
 
 
 def run_comparison(plan: Plan, folder: Folder, reporter: Reporter, names: Sequence[str] = ()) -> Comparison:
-    """Run a plan, or what an earlier run of it left undone.
-
-    Args:
-        plan: what to do; its one task is trained.
-        folder: where finished trainings are kept.
-        reporter: told of progress.
-        names: of criteria; all if there are none.
+    """Run a plan of one task, or what an earlier run of it left undone, with the criteria of some names or with all.
 
     Raises:
         ValueError: if a name is unknown.

@@ -7,12 +7,13 @@ from typing import Any
 
 import numpy as np
 
+from fused_arcface.base.text import counted
+
 from ..drawing import COLORS, WIDTH, Drawing, plain_ticks
 from ..report.evaluation import draw_histograms
 from .comparison import Comparison
 from .criteria import SCALE, Criterion, criteria
 from .margin_pictures import margin_drawings
-from .plans import over_seeds
 from .record import ANGLE_BINS, ROC_FARS, mean_and_deviation
 
 _GRAY = "#666666"
@@ -20,7 +21,7 @@ _GRAY = "#666666"
 
 def comparison_drawings(found: Comparison) -> list[Drawing]:
     """Return every picture of a comparison."""
-    seeds = over_seeds(len(found.plan.seeds))
+    seeds = counted(len(found.plan.seeds), "seed")
     several = len(found.plan.seeds) > 1
     mean = f"Mean over {seeds}." if several else f"Of {seeds}."
     bars = "A bar is the mean of the seeds ± their standard deviation." if several else ""
@@ -50,7 +51,7 @@ def _shown(found: Comparison) -> list[Criterion]:
 
 def _title(found: Comparison, several: str = "") -> str:
     seeds = len(found.plan.seeds)
-    return f"people never seen in training, {several if seeds > 1 else ''}{over_seeds(seeds)}"
+    return f"people never seen in training, {several if seeds > 1 else ''}{counted(seeds, 'seed')}"
 
 
 def _tar(plt: Any, found: Comparison) -> Any:

@@ -43,11 +43,9 @@ class HeadCost:
 
 
 def head_costs(cases: Sequence[Case], seconds: float) -> list[HeadCost]:
-    """Measure both heads at some shapes.
+    """Measure both heads at some shapes, in ``seconds`` for each.
 
-    Args:
-        cases: the shapes, smallest first: what a smaller one leaves with its process's allocator cannot hold a larger.
-        seconds: time to spend on the samples of each shape.
+    Pass the smallest shape first: what a smaller one leaves with its process's allocator cannot hold a larger.
     """
     heads = {
         "fused": _provider("fused_arcface", backends.select("auto", _CPU)),
@@ -85,12 +83,7 @@ def _provider(name: str, backend: str) -> Provider:
 def peak_of_steps(criterion: str, batch_size: int, embedding_dim: int, data: LabeledImages, child: Child) -> int | None:
     """Return the peak bytes of training steps beyond images, parameters and optimizer; None where it is not told.
 
-    Args:
-        criterion: its name.
-        batch_size: images of a step.
-        embedding_dim: D, the length of an embedding.
-        data: images of the shape, and identities of the number, to measure with.
-        child: the process that measures.
+    The data give the shape of the images and the number of identities.
     """
     if not can_measure(_CPU):
         return None

@@ -51,7 +51,7 @@ class TaskResult:
     num_identities: int
     nets: list[VerifiedNet]
     pixels: list[Verification]
-    """By seed: verification by the cosine of the images themselves, without a net."""
+    """Verification of each seed by the cosine of the images themselves, without a net."""
     agreement: StepAgreement
 
     @property

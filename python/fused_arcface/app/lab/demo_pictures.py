@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from fused_arcface.base.text import counted
 from fused_arcface.evaluation import Verification
 
 from ..data import identity_images
@@ -13,7 +14,6 @@ from ..drawing import WIDTH, Drawing, plain_ticks
 from .agreement import CURVE_BOUND, CURVE_STEPS
 from .criteria import ARCFACE, criteria
 from .demo import PIXELS, REFERENCE, Demo, TaskResult
-from .plans import over_seeds
 
 
 def demo_drawings(demo: Demo) -> list[Drawing]:
@@ -66,7 +66,8 @@ def _roc(plt: Any, demo: Demo) -> Any:
         axis.set(xscale="log", xlim=(_least_rate(result), 1), ylim=(0, 1.01))
         plain_ticks(axis.xaxis)
         seeds = len(demo.plan.seeds)
-        title = f"{result.task.name}: unseen identities, {over_seeds(seeds)}{', a line for each' if seeds > 1 else ''}"
+        each = ", a line for each" if seeds > 1 else ""
+        title = f"{result.task.name}: unseen identities, {counted(seeds, 'seed')}{each}"
         axis.set(xlabel="false accept rate (FAR)", ylabel="true accept rate (TAR)", title=title)
         axis.grid(alpha=0.3)
         # The legend is below good curves and above poor ones. matplotlib's own search for a place takes a second.

@@ -126,15 +126,6 @@ class Plan:
     """Time to spend on the samples of one shape."""
 
 
-def over_seeds(count: int) -> str:
-    """Return a phrase for a title.
-
-    >>> over_seeds(1), over_seeds(3)
-    ('1 seed', '3 seeds')
-    """
-    return f"{count} seed{'s' if count > 1 else ''}"
-
-
 def _listed(digits: Sequence[int]) -> str:
     return f"{', '.join(map(str, digits[:-1]))} and {digits[-1]}"
 
@@ -181,14 +172,10 @@ QUICK_COMPARISON = Plan((_FEW_IDENTITIES,), seeds=(0,), toy=_toy(4, 6, Recipe(5,
 
 
 def comparison_plan(quick: bool, data: str | None, seeds: int, steps: int | None, batch_size: int | None) -> Plan:
-    """Return a comparison's plan.
+    """Return a comparison's plan; ``quick``: a few steps on tiny sets from one seed.
 
-    Args:
-        quick: a few steps on tiny sets from one seed.
-        data: a labeled folder or RecordIO file; None for generated identities.
-        seeds: how many, unless ``quick``.
-        steps: of each training; None for the plan's number.
-        batch_size: images of a step; None for the plan's number.
+    Data are a labeled folder or RecordIO file, None for generated identities. ``steps`` of each training and
+    ``batch_size`` are the plan's own numbers if None.
     """
     plan = QUICK_COMPARISON if quick else replace(COMPARISON, seeds=tuple(range(seeds)))
     (task,) = plan.tasks

@@ -75,7 +75,7 @@ class Row:
     different_angles: list[int]
     """The same of pairs of two people."""
     distances: dict[str, dict[str, float]]
-    """By distance, without normalizing the embeddings: accuracy, TAR at FAR 0.01, rank 1. Empty for most criteria."""
+    """Accuracy, TAR at FAR 0.01 and rank 1 by distance, of embeddings as they are. Empty for most criteria."""
     losses: list[float] = field(default_factory=list)
     """Mean losses over :data:`LOSSES` even parts of the training, or of each step if there are fewer."""
     hardest: list[HardPair] = field(default_factory=list)

@@ -84,19 +84,10 @@ def train(
     reporter: Reporter,
     before_update: BeforeUpdate | None = None,
 ) -> TrainedNet:
-    """Train a fresh net with one criterion.
+    """Train a fresh net with one criterion; ``seed`` is that of the initial weights and of the batches.
 
     The net is made before the head, so all criteria start from the same net. The caller's random state is left as it
     was.
-
-    Args:
-        criterion: gives the head and the batches.
-        recipe: optimizer, steps and batch size.
-        embedding_dim: D, the length of an embedding.
-        data: images and labels to train on.
-        seed: of the initial weights and of the batches.
-        reporter: told of each step.
-        before_update: a check of the head that runs in each step, see :data:`BeforeUpdate`.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -155,13 +146,8 @@ def training_steps(
 ) -> Iterator[StepRecord]:
     """Yield the record of one step for each batch; a step is made when it is asked for.
 
-    Args:
-        net: maps images to embeddings.
-        head: ``head(embeddings, target)`` gives the loss.
-        optimizer: of both.
-        scheduler: stepped after each batch.
-        batches: images and labels.
-        before_update: called while the parameters are still those that the loss was computed with.
+    ``head(embeddings, target)`` gives the loss, and the optimizer has the parameters of net and head. ``before_update``
+    is called while the parameters are still those that the loss was computed with.
 
     >>> from fused_arcface.app.lab.batches import shuffled_batches
     >>> from fused_arcface.app.lab.heads import SoftmaxHead

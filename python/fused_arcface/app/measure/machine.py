@@ -14,6 +14,7 @@ import torch
 
 from fused_arcface import __version__, backends
 from fused_arcface.base.precision import fp32_products
+from fused_arcface.base.text import counted
 
 from .timing import Timing, time_interleaved
 
@@ -112,8 +113,7 @@ def device_name(device: torch.device, threads: int | None = None) -> str:
         lines = cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines()
         fields = (line.split(":", 1) for line in lines if line.startswith("model name"))
         name = next((value.strip() for _, value in fields), name)
-    threads = threads or torch.get_num_threads()
-    return f"{name}, {platform.machine()}, {threads} thread{'s' if threads != 1 else ''}"
+    return f"{name}, {platform.machine()}, {counted(threads or torch.get_num_threads(), 'thread')}"
 
 
 def commit() -> str:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 # Short passes are repeated until a sample takes this long: a clock and a scheduler are no finer.
@@ -41,11 +42,7 @@ class Timing:
         >>> Timing((1.0, 2.0, 4.0)).quantile(0.25)
         1.5
         """
-        ordered = sorted(self.samples)
-        at = q * (len(ordered) - 1)
-        low = int(at)
-        high = min(low + 1, len(ordered) - 1)
-        return ordered[low] + (at - low) * (ordered[high] - ordered[low])
+        return float(np.quantile(self.samples, q))
 
 
 Timed = Callable[[], object]

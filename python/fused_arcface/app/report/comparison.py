@@ -7,9 +7,10 @@ from typing import Any
 
 from rich.table import Table as TerminalTable
 
+from fused_arcface.base.text import counted
+
 from ..lab.comparison import WITH_DISTANCES, Comparison
 from ..lab.comparison_pictures import comparison_drawings
-from ..lab.plans import over_seeds
 from .digest import as_comparisons
 from .document import Report, Section, Table, as_table, figures, no_figures, settings, versions
 
@@ -19,11 +20,7 @@ def comparison_report(
 ) -> Report:
     """Return the report of a comparison.
 
-    Args:
-        found: the comparison.
-        tables: as the terminal showed them, first that of the criteria.
-        words: sentences that the terminal showed below the first table.
-        options: of the command.
+    ``tables`` are those of the terminal, first that of the criteria; ``words`` are the sentences below it.
     """
     first, *others = map(as_table, tables)
     (task,) = found.plan.tasks
@@ -38,7 +35,7 @@ def comparison_report(
     ]
     losses = len({row.criterion for row in found.rows})
     summary = (
-        f"One net trained with {losses} losses from {over_seeds(len(found.plan.seeds))}: "
+        f"One net trained with {losses} losses from {counted(len(found.plan.seeds), 'seed')}: "
         f"{task.images.describe()}; {task.recipe.steps} steps of {task.recipe.batch_size} images."
     )
     return Report("Comparison of losses", summary, sections, no_figures())

@@ -136,17 +136,9 @@ def digest_pairs(
     cosine: bool,
     step: int | None = None,
 ) -> Digest:
-    """Return the digest of a verification.
+    """Return the digest of a verification of pairs of the images ``names`` (M,); ``scores`` (P,) are negated distances.
 
-    Args:
-        data: name of the set.
-        found: its figures.
-        scores: (P,) negated distances; those of the cosine distance are cos - 1.
-        pairs: numbers of the images of each pair; ``same`` marks the pairs of one person.
-        names: (M,) names of the images.
-        thumbnail: makes a thumbnail, given a name.
-        cosine: the distance is the cosine's.
-        step: steps of training behind the net.
+    Those of the cosine distance are cos - 1. ``step`` is the number of steps of training behind the net.
     """
     same = pairs.same.numpy()
     spread = angles(scores) if cosine else -scores
@@ -179,12 +171,8 @@ def angles(scores: Floats) -> Floats:
 def thinned_curve(false_accepts: Floats, true_accepts: Floats, others: int) -> tuple[Floats, Floats]:
     """Return points of a ROC curve at rates evenly spread on a logarithmic axis, from one false accept on.
 
-    Each is exact: the greatest true accept rate with a false accept rate of at most that one.
-
-    Args:
-        false_accepts: (points,) ascending.
-        true_accepts: (points,)
-        others: number of pairs of two people.
+    Each is exact: the greatest true accept rate with a false accept rate of at most that one. Both rates are
+    ``(points,)``, false accepts ascending; there are ``others`` pairs of two people.
 
     >>> thinned_curve(np.array([0, 0.5, 1]), np.array([0.2, 0.6, 1]), others=2)[1][[0, -1]].tolist()
     [0.6, 1.0]
@@ -200,12 +188,7 @@ def hardest_pairs(
 ) -> list[HardPair]:
     """Return the pairs of one person with the lowest scores, then those of two people with the highest.
 
-    Args:
-        scores: (P,), greater for more similar pairs.
-        pairs: numbers of the images of each pair; ``same`` marks the pairs of one person.
-        names: (M,) names of the images.
-        thumbnail: makes a thumbnail, given a name.
-        count: pairs of each kind at most.
+    There are at most ``count`` of each. The scores are ``(P,)``, the names of the images ``(M,)``.
     """
     same = pairs.same.numpy()
     order = np.argsort(scores, kind="stable")

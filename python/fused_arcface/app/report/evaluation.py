@@ -24,14 +24,10 @@ Values = npt.ArrayLike
 def roc_drawing(
     false_accepts: Values, true_accepts: Values, others: int, title: str, marked: Mapping[float, float] | None = None
 ) -> Drawing:
-    """Return the drawing of a ROC curve.
+    """Return the drawing of a ROC curve of rates ``(points,)``, false accepts ascending.
 
-    Args:
-        false_accepts: (points,) ascending.
-        true_accepts: (points,)
-        others: number of pairs of two people: no rate below one of them is drawn, since none was measured.
-        title: title of the picture.
-        marked: true accept rates to mark, by false accept rate.
+    No rate below one of the ``others``, the pairs of two people, is drawn, since none was measured. ``marked`` are true
+    accept rates by false accept rate.
     """
     least = 1 / others
 
@@ -85,11 +81,7 @@ def det_drawing(found: Verification, title: str) -> Drawing:
 def histogram_drawing(edges: Values, counts: Mapping[str, Values], unit: str, title: str) -> Drawing:
     """Return the drawing of overlaid histograms, each as the share of its own kind.
 
-    Args:
-        edges: (bins + 1,)
-        counts: (bins,) of each kind, by its name in the legend.
-        unit: name of the axis.
-        title: title of the picture.
+    ``edges`` are ``(bins + 1,)``, the counts of each kind ``(bins,)``.
     """
 
     def draw(plt: Any) -> Any:
@@ -143,9 +135,7 @@ def identification_drawings(found: Identification, title: str = "") -> list[Draw
 def digest_sections(digest: Digest, more: Sequence[Drawing] = ()) -> list[Section]:
     """Return the sections of a verification that do not come from the terminal: curves, and the hardest pairs.
 
-    Args:
-        digest: of the verification.
-        more: drawings to show beside its curve and histograms.
+    ``more`` are drawings to show beside its curve and histograms.
     """
     unit = "angle between two embeddings, degrees" if digest.cosine else "distance between two embeddings"
     kinds = {"one person": digest.same_counts, "two people": digest.different_counts}
@@ -165,14 +155,9 @@ def verification_report(
     found: Verification | None,
     options: Mapping[str, Any],
 ) -> Report:
-    """Return the report of ``verify``.
+    """Return the report of ``verify`` on the set ``name``, with the terminal's tables.
 
-    Args:
-        name: of the set.
-        tables: as the terminal showed them.
-        digest: of the verification; None if all pairs are of one kind.
-        found: the figures; None if all pairs are of one kind.
-        options: of the command.
+    Digest and figures are None if all pairs are of one kind.
     """
     sections = [Section("Figures", tables=[as_table(table) for table in tables])]
     summary = "1:1 verification. All pairs are of one kind, so there are no rates and no curves."
@@ -195,15 +180,9 @@ def identification_report(
     hardest: Sequence[Comparison],
     options: Mapping[str, Any],
 ) -> Report:
-    """Return the report of ``identify``.
+    """Return the report of ``identify`` on the set ``name``, with the terminal's tables.
 
-    Args:
-        name: of the set.
-        tables: as the terminal showed them.
-        found: the figures.
-        answers: the nearest gallery image of each probe.
-        hardest: probes that were answered wrongly.
-        options: of the command.
+    ``answers`` are the nearest gallery images of the probes, ``hardest`` the probes that were answered wrongly.
     """
     unit = "angle to the nearest gallery image, degrees" if answers.cosine else "distance to the nearest gallery image"
     edges, counts = answers.histograms()

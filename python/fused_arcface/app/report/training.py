@@ -23,8 +23,14 @@ from .evaluation import digest_sections
 
 Floats = npt.NDArray[np.float64]
 
-FIGURES = ("loss", "target_angle", "accuracy", "lr", "images_per_second")
-"""Figures of each step in the log."""
+FIGURES = {
+    "loss": ("loss", "Loss of each step."),
+    "target_angle": ("angle, degrees", "Mean angle between an embedding and its class center."),
+    "accuracy": ("accuracy on training images", "Share of the batch for which the own class center is the nearest."),
+    "lr": ("learning rate", "Learning rate of the backbone."),
+    "images_per_second": ("images per second", "Speed, with the reading of images."),
+}
+"""Figures of each step in the log: the label of its axis and its caption."""
 _POINTS = 400
 """Points of a curve; each is a mean over as many steps as needed."""
 
@@ -39,7 +45,7 @@ class Log(NamedTuple):
 
     def of(self, name: str) -> Floats:
         """Return a figure of each step ``(S,)``."""
-        return self.steps[:, 2 + FIGURES.index(name)]
+        return self.steps[:, 2 + list(FIGURES).index(name)]
 
 
 def read_log(path: Path) -> Log:
@@ -120,21 +126,10 @@ def _epochs(log: Log) -> Table:
 def _training_drawings(log: Log) -> list[Drawing]:
     steps = log.steps[:, 0]
     several = "" if len(steps) <= _POINTS else " The line is a mean over several steps, the band their range."
-    captions = {
-        "loss": f"Loss of each step.{several}",
-        "target_angle": f"Mean angle between an embedding and its class center.{several}",
-        "accuracy": f"Share of the batch for which the own class center is the nearest.{several}",
-        "lr": "Learning rate of the backbone.",
-        "images_per_second": f"Speed, with the reading of images.{several}",
-    }
-    labels = {
-        "loss": "loss",
-        "target_angle": "angle, degrees",
-        "accuracy": "accuracy on training images",
-        "lr": "learning rate",
-        "images_per_second": "images per second",
-    }
-    return [curve_drawing(name, captions[name], steps, log.of(name), labels[name]) for name in labels]
+    return [
+        curve_drawing(name, caption if name == "lr" else caption + several, steps, log.of(name), label)
+        for name, (label, caption) in FIGURES.items()
+    ]
 
 
 def curve_drawing(name: str, caption: str, steps: Floats, values: Floats, label: str) -> Drawing:

@@ -16,13 +16,7 @@ _OF_ONE_RANK = ("data", "verify_data", "init", "centers", "workers", "device")
 
 
 def agreed_fingerprint(world: World, config: TrainConfig, source: ImageSource, **call: object) -> Fingerprint:
-    """Return the fingerprint of the data, if all ranks have the same data and options.
-
-    Args:
-        world: the ranks.
-        config: this rank's options, resolved.
-        source: this rank's data.
-        call: the other arguments of the training, by name.
+    """Return the fingerprint of the data, if all ranks have the same data, options and other arguments (``call``).
 
     Raises:
         OptionError: if options or arguments differ between ranks.
@@ -30,20 +24,13 @@ def agreed_fingerprint(world: World, config: TrainConfig, source: ImageSource, *
     """
     with world.together():
         data = Fingerprint.of(source)
-    _check_ranks(world, config, data, call)
-    return data
-
-
-def _check_ranks(world: World, config: TrainConfig, data: Fingerprint, call: dict[str, object]) -> None:
-    """Raise on every rank alike where options or data differ between ranks."""
     options = {name: getattr(config, name) for name in rules() if name not in _OF_ONE_RANK}
     # Paths may differ between machines, but not their use.
     used = {f"use of {name}": bool(getattr(config, name)) for name in ("init", "centers")}
-    try:
-        world.check_agreement("options", {**call, **options, **used})
-    except ValueError as error:
-        raise OptionError(str(error)) from None
-    try:
-        world.check_agreement("data", asdict(data))
-    except ValueError as error:
-        raise DataError(str(error)) from None
+    values = {"options": ({**call, **options, **used}, OptionError), "data": (asdict(data), DataError)}
+    for what, (compared, failure) in values.items():
+        try:
+            world.check_agreement(what, compared)
+        except ValueError as error:
+            raise failure(str(error)) from None
+    return data

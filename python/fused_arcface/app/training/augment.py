@@ -22,7 +22,7 @@ def augment(image: Tensor, level: str, key: int) -> Tensor:
         image: (channels, size, size) fp32 in [-1, 1].
         level: ``"none"``; ``"light"``: small shifts, turns and zooms, brightness and contrast; ``"strong"``: more of
             these, and in a fifth of the images each a low resolution, no color, and an erased rectangle.
-        key: of the random numbers, in [0, 2^63).
+        key: key of the random numbers, in [0, 2^63).
 
     Returns:
         An image of the same shape in [-1, 1].

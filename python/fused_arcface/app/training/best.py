@@ -19,13 +19,10 @@ from .runs import RunFolder
 class BestNet:
     """Writes ``thresholds.json`` at each verification, ``best.pt`` and ``best.json`` at the best one.
 
-    If the checkpoint of the best verification is to be kept, it goes to ``best/``, which is a run of its own: it can be
-    evaluated, converted, resumed and fine-tuned as any other.
+    If the checkpoint of the best verification is to be kept (``whole``), it goes to ``best/``, which is a run of its
+    own: it can be evaluated, converted, resumed and fine-tuned as any other.
 
-    Args:
-        folder: of the run.
-        step: from which the run goes on; a best net of a later step belongs to a training that was given up.
-        whole: keep the checkpoint of the best verification.
+    The run goes on from ``step``; a best net of a later step belongs to a training that was given up.
     """
 
     def __init__(self, folder: RunFolder, step: int, whole: bool) -> None:
@@ -53,11 +50,7 @@ class BestNet:
         return True
 
     def keep_checkpoint(self, directory: Path, step: int) -> str:
-        """Keep a checkpoint whole if it is that of the best verification.
-
-        Args:
-            directory: the checkpoint, complete.
-            step: of the training, at which it was written.
+        """Keep a complete checkpoint, written at ``step``, whole if it is that of the best verification.
 
         Returns:
             A note for the user if it cannot be kept because ``best/`` was trained in; otherwise nothing.

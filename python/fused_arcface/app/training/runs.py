@@ -47,6 +47,16 @@ class RunError(ValueError):
     """Raised for a folder that is not a training run, or cannot be used; the message says what to do."""
 
 
+class _Place:
+    """The path of a file or a folder in a run's folder."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __get__(self, folder: RunFolder, _: object) -> Path:
+        return folder.root / self._name
+
+
 @dataclass(frozen=True)
 class RunFolder:
     """Paths of a run."""
@@ -58,61 +68,26 @@ class RunFolder:
         """The folder's absolute path, which all ranks must have given."""
         return str(self.root.resolve())
 
-    @property
-    def config(self) -> Path:
-        return self.root / "config.toml"
-
-    @property
-    def classes(self) -> Path:
-        return self.root / "classes.txt"
-
-    @property
-    def data(self) -> Path:
-        return self.root / "data.json"
-
-    @property
-    def log(self) -> Path:
-        return self.root / "log.jsonl"
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.root / "checkpoints"
-
-    @property
-    def has_checkpoint(self) -> bool:
-        return checkpoint.latest(self.checkpoints) is not None
-
-    @property
-    def tensorboard(self) -> Path:
-        return self.root / "tensorboard"
-
-    @property
-    def model(self) -> Path:
-        return self.root / "model.pt"
-
-    @property
-    def best(self) -> Path:
-        return self.root / "best.pt"
+    config = _Place("config.toml")
+    classes = _Place("classes.txt")
+    data = _Place("data.json")
+    log = _Place("log.jsonl")
+    checkpoints = _Place("checkpoints")
+    tensorboard = _Place("tensorboard")
+    model = _Place("model.pt")
+    best = _Place("best.pt")
+    thresholds = _Place("thresholds.json")
+    best_thresholds = _Place("best.json")
+    verification = _Place("verification.json")
+    report = _Place("report.html")
 
     @property
     def best_run(self) -> RunFolder:
         return RunFolder(self.root / "best")
 
     @property
-    def thresholds(self) -> Path:
-        return self.root / "thresholds.json"
-
-    @property
-    def best_thresholds(self) -> Path:
-        return self.root / "best.json"
-
-    @property
-    def verification(self) -> Path:
-        return self.root / "verification.json"
-
-    @property
-    def report(self) -> Path:
-        return self.root / "report.html"
+    def has_checkpoint(self) -> bool:
+        return checkpoint.latest(self.checkpoints) is not None
 
     def lock(self) -> FolderLock:
         """Make the folder, if it is missing, and lock it for this process.

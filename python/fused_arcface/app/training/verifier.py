@@ -63,14 +63,7 @@ class Verifier:
         """Verify a net; return the figures, None if there are none, and what went wrong.
 
         A pair with an image that cannot be read is left out. A verification that cannot be made does not end the
-        training.
-
-        Args:
-            net: images to embeddings.
-            spec: images that it takes.
-            device: of the net.
-            name: of the set.
-            step: steps of training behind the net.
+        training. The figures keep the set's ``name`` and the ``step``.
         """
         embeddings: list[Tensor] = []
         numbers: list[Tensor] = []

@@ -39,17 +39,22 @@ class Format:
     """Open images of other people, to verify on, that :attr:`open` does not give."""
 
 
+def _files(*suffixes: str) -> Callable[[str], bool]:
+    """Return the function that matches the names of files with these suffixes."""
+    return lambda data: Path(data).suffix.lower() in suffixes
+
+
 FORMATS = (
     Format(
         "a .bin set",
         "insightface's packed pairs of images; nothing in the file is executed",
-        pickled_pairs.is_pickle,
+        _files(".bin"),
         open_pairs=pickled_pairs.open_pickle,
     ),
     Format(
         "a .txt, .csv or .tsv file of pairs",
         "LFW's `pairs.txt`, or a line `path path 0|1` for each pair",
-        pairs_text.is_text,
+        _files(*pairs_text.TEXTS),
         open_pairs=pairs_text.open_pairs,
     ),
     Format(
@@ -62,7 +67,7 @@ FORMATS = (
         "a list file (.lst, .list, .txt, .csv, .tsv)",
         "a line `path label` for each image. Paths are relative to the list's folder. A label is a name or a number. "
         "Fields between commas or tabs may be in quotation marks, as in CSV",
-        lists.is_list,
+        _files(*lists.SUFFIXES),
         lists.open_list,
     ),
     Format(
@@ -94,7 +99,7 @@ def open_source(data: str, max_pixels: int = MAX_PIXELS) -> ImageSource:
 
     Args:
         data: the name of a file or a folder, or of generated images, in one of :data:`FORMATS`.
-        max_pixels: of an image in a file, see :func:`fused_arcface.app.data.read_image`.
+        max_pixels: limit for an image in a file, see :func:`fused_arcface.app.data.read_image`.
 
     Raises:
         NoSuchData: if nothing has that name.

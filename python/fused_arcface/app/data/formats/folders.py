@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-import re
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 
 from fused_arcface.base.reading import DataError, file_errors
+from fused_arcface.base.text import is_whole
 
 from ..image_formats import SUFFIXES
 from ..sources import FileImages
@@ -146,15 +146,11 @@ def _by_bytes(path: Path) -> list[bytes]:
 
 def natural(name: str) -> tuple[int, int, bytes]:
     """Return a key that sorts numbers by value and before names, names by their bytes: the same in every locale."""
-    return (0, int(name), b"") if _is_number(name) else (1, 0, os.fsencode(name))
-
-
-def _is_number(name: str) -> bool:
-    return re.fullmatch("[0-9]{1,18}", name) is not None
+    return (0, int(name), b"") if is_whole(name) else (1, 0, os.fsencode(name))
 
 
 def _gaps(root: Path, folders: list[Path]) -> list[str]:
-    numbers = [int(folder.name) for folder in folders if _is_number(folder.name)]
+    numbers = [int(folder.name) for folder in folders if is_whole(folder.name)]
     if len(numbers) < len(folders):
         return []
     # Numbered from anything on: the first number is no gap.

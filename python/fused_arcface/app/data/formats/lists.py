@@ -13,13 +13,8 @@ from ..sources import FileImages
 from .folders import natural
 from .pairs_text import TEXTS, fields_of
 
-_SUFFIXES = (*TEXTS, ".lst", ".list")
+SUFFIXES = (*TEXTS, ".lst", ".list")
 _SAID = 20  # problems that are told one by one
-
-
-def is_list(data: str) -> bool:
-    """Return whether a name is that of a list file."""
-    return Path(data).suffix.lower() in _SUFFIXES
 
 
 def open_list(data: str, max_pixels: int = MAX_PIXELS) -> FileImages:

@@ -5,44 +5,27 @@ from __future__ import annotations
 import contextlib
 import csv
 import os
-import re
-from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from fused_arcface.base.reading import DataError, file_errors, open_regular
-from fused_arcface.base.text import lines
+from fused_arcface.base.text import is_whole, lines
 from fused_arcface.evaluation.pairs import Pairs
 
 from ..image_formats import SUFFIXES
-from ..images import MAX_PIXELS, ImageSpec, read_image
-from ..sources import ImageSet
+from ..sources import ImageSet, files_reader
 
 TEXTS = (".txt", ".csv", ".tsv")
 
 
-def is_text(data: str) -> bool:
-    """Return whether a name is that of a text file."""
-    return Path(data).suffix.lower() in TEXTS
-
-
 def open_pairs(data: str, images: Path | None, max_pixels: int) -> ImageSet:
-    """Open a text file of pairs; ``images`` is the folder of the files that it names, its own if None."""
-    path = Path(data)
-    return read_pairs_file(path, images if images is not None else path.parent, max_pixels)
+    """Open a text file of pairs, one a line, with spaces, tabs or commas between the fields.
 
+    ``images`` is the folder of the files that it names, its own if None.
 
-def _read_file(files: list[Path], max_pixels: int, index: int, spec: ImageSpec) -> Tensor:
-    return read_image(files[index], spec, max_pixels)
-
-
-def read_pairs_file(path: Path, root: Path, max_pixels: int = MAX_PIXELS) -> ImageSet:
-    """Read a text file of pairs, one a line, with spaces, tabs or commas between the fields.
-
-    ``name 1 4`` is images 1 and 4 of one person, ``name 1 other 2`` of two, at ``name/name_0001.jpg`` below ``root``
-    (any image's suffix); ``path1 path2 label`` names files, label 1 for one person and 0 for two. LFW's heading,
+    ``name 1 4`` is images 1 and 4 of one person, ``name 1 other 2`` of two, at ``name/name_0001.jpg`` below it (any
+    image's suffix); ``path1 path2 label`` names files, label 1 for one person and 0 for two. LFW's heading,
     ``10 300``, is passed over, as are empty lines. Folds are consecutive parts of the file.
 
     A pair with an image that is missing is left out, and is one of the set's problems.
@@ -50,6 +33,8 @@ def read_pairs_file(path: Path, root: Path, max_pixels: int = MAX_PIXELS) -> Ima
     Raises:
         DataError: if a line is none of these, with its number; or if no pair has its images.
     """
+    path = Path(data)
+    root = path.parent if images is None else images
     with open_regular(path) as file, file_errors(path):
         text = lines(file.read())
     number_of: dict[Path, int] = {}
@@ -73,9 +58,7 @@ def read_pairs_file(path: Path, root: Path, max_pixels: int = MAX_PIXELS) -> Ima
         raise DataError(f"{path} has no pairs whose images are there{f': {problems[0]}' if problems else ''}")
     files = list(number_of)
     pairs = Pairs(torch.tensor(first), torch.tensor(second), torch.tensor(same))
-    return ImageSet(
-        [str(file) for file in files], partial(_read_file, files, max_pixels), pairs=pairs, problems=problems
-    )
+    return ImageSet([str(file) for file in files], files_reader(files, max_pixels), pairs=pairs, problems=problems)
 
 
 def fields_of(line: str) -> list[str]:
@@ -102,20 +85,16 @@ def _pair(fields: list[str], root: Path, folders: dict[Path, dict[str, Path]]) -
         ValueError: if the line is not a pair.
         FileNotFoundError: if a file is missing; the text is the file's name.
     """
-    if len(fields) == 3 and _is_number(fields[1]) and _is_number(fields[2]):
+    if len(fields) == 3 and is_whole(fields[1], 9) and is_whole(fields[2], 9):
         one, two = (_lfw_image(root, fields[0], number, folders) for number in fields[1:])
         return one, two, True
-    if len(fields) == 4 and _is_number(fields[1]) and _is_number(fields[3]):
+    if len(fields) == 4 and is_whole(fields[1], 9) and is_whole(fields[3], 9):
         one, two = (_lfw_image(root, fields[at], fields[at + 1], folders) for at in (0, 2))
         return one, two, False
     if len(fields) == 3 and fields[2] in ("0", "1"):
         return _existing(root / fields[0]), _existing(root / fields[1]), fields[2] == "1"
     shown = " ".join(fields)
     raise ValueError(f"must be `name n m`, `name n name m` or `path path 0|1`; got {shown[:100]!r}")
-
-
-def _is_number(text: str) -> bool:
-    return re.fullmatch("[0-9]{1,9}", text) is not None
 
 
 def _lfw_image(root: Path, name: str, number: str, folders: dict[Path, dict[str, Path]]) -> Path:

@@ -47,11 +47,6 @@ class PickledPairs(NamedTuple):
     """P: whether both show one person."""
 
 
-def is_pickle(data: str) -> bool:
-    """Return whether a name is that of a pickled set."""
-    return Path(data).suffix.lower() == ".bin"
-
-
 def read_pickled_pairs(path: str | Path) -> PickledPairs:
     """Read a ``.bin`` verification set, of any pickle protocol, Python 2's too.
 

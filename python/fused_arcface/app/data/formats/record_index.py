@@ -23,13 +23,9 @@ _BLOCK = 1 << 18
 
 
 def read_index(path: Path, most: int) -> tuple[Ints, Ints]:
-    """Read an ``.idx`` file: keys and offsets ``(lines,)``, in the file's order.
+    """Read an ``.idx`` file of at most ``most`` lines: keys and offsets ``(lines,)``, in the file's order.
 
     An offset beyond int64 is -1: MXNet's im2rec writes 2⁶⁴ - 1 for a record that it could not write.
-
-    Args:
-        path: of the file.
-        most: lines that it may have.
 
     Raises:
         DataError: if a line is not ``key <tab> offset``, or there are too many lines.
@@ -83,14 +79,7 @@ class Heads:
     """Complete ones with bytes behind the labels."""
 
     def __getitem__(self, rows: npt.NDArray[np.generic]) -> Heads:
-        return Heads(
-            self.offsets[rows],
-            self.part[rows],
-            self.end[rows],
-            self.label[rows],
-            self.complete[rows],
-            self.has_image[rows],
-        )
+        return Heads(*(each[rows] for each in vars(self).values()))
 
 
 def read_heads(path: Path, size: int, offsets: Ints) -> Heads:

@@ -20,7 +20,6 @@ import os
 import struct
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any, NamedTuple
 
 from fused_arcface.base.files import replacing
@@ -118,7 +117,7 @@ class RecordFile:
     """A RecordIO file, read at any offset; usable after a fork, in another process, and from several threads.
 
     Args:
-        path: of the ``.rec``.
+        path: the ``.rec`` file.
 
     Raises:
         DataError: if it cannot be opened, or is no regular file.
@@ -133,7 +132,7 @@ class RecordFile:
         self._file = open_regular(self.path)
         self.size = os.fstat(self._file.fileno()).st_size
         self.bytes_read = 0
-        """Of records, by :meth:`read`."""
+        """Bytes of records that :meth:`read` has read."""
 
     def __getstate__(self) -> dict[str, Any]:
         return {"path": self.path}
@@ -146,34 +145,33 @@ class RecordFile:
         self._file.close()
 
     def read(self, offset: int, number: int) -> bytes:
-        """Payload of the record at ``offset``; ``number`` is what messages call it.
+        """Return the payload of the record at ``offset``; messages call it by its ``number``.
 
         Raises:
             RecordError: if there is no record, or it does not end within the file.
         """
-        part, payload, offset_after = self._part(offset, number)
-        if part == WHOLE:
-            return payload
-        if part != FIRST:
-            raise self._error(offset, number, f"it begins with a part of kind {part}, not with a first one")
-        parts = [payload]
-        while part != LAST:
-            part, payload, offset_after = self._part(offset_after, number)
-            if part not in (BETWEEN, LAST):
-                raise self._error(offset, number, "its last part is missing")
-            parts.append(payload)
-            if len(parts) > _MOST_PARTS:
-                raise self._error(offset, number, f"it has more than {_MOST_PARTS} parts")
-        return _MAGIC_BYTES.join(parts)
+        payloads = []
+        for start, length in self._parts(offset, number, self._read):
+            self.bytes_read += HEAD_BYTES + length
+            payloads.append(self._read(start, length))
+            if len(payloads[-1]) < length:
+                raise self._error(start - HEAD_BYTES, number, "the file became shorter")
+        return _MAGIC_BYTES.join(payloads)
 
-    def _part(self, offset: int, number: int) -> tuple[int, bytes, int]:
-        """Kind, payload and end of the part at ``offset``."""
-        part, length = self.head(offset, number)
-        self.bytes_read += HEAD_BYTES + length
-        payload = self._read(offset + HEAD_BYTES, length)
-        if len(payload) < length:
-            raise self._error(offset, number, "the file became shorter")
-        return part, payload, offset + HEAD_BYTES + padded(length)
+    def _parts(self, offset: int, number: int, read: _Read) -> Iterator[tuple[int, int]]:
+        """Yield the offset and the length of the payload of each part of the record at ``offset``."""
+        place = offset
+        for count in range(_MOST_PARTS):
+            part, length = self.head(place, number, read)
+            if count == 0 and part not in (WHOLE, FIRST):
+                raise self._error(offset, number, f"it begins with a part of kind {part}, not with a first one")
+            if count > 0 and part not in (BETWEEN, LAST):
+                raise self._error(offset, number, "its last part is missing")
+            yield place + HEAD_BYTES, length
+            if part in (WHOLE, LAST):
+                return
+            place += HEAD_BYTES + padded(length)
+        raise self._error(offset, number, f"it has more than {_MOST_PARTS} parts")
 
     def _read(self, offset: int, length: int) -> bytes:
         try:
@@ -182,7 +180,7 @@ class RecordFile:
             raise DataError(f"{self.path} cannot be read at byte {offset}: {error.strerror}") from None
 
     def head(self, offset: int, number: int, read: _Read | None = None) -> tuple[int, int]:
-        """Kind and length of the part at ``offset``; it ends within the file. ``read`` takes its bytes."""
+        """Return kind and length of the part at ``offset``, which ends within the file. ``read`` takes its bytes."""
         if not 0 <= offset <= self.size - HEAD_BYTES:
             raise self._error(offset, number, f"the file ends at byte {self.size}")
         if offset % 4:
@@ -218,19 +216,8 @@ class RecordFile:
             start = offset
             found: RecordError | None = None
             try:
-                part, length = self.head(offset, number, window)
-                if part not in (WHOLE, FIRST):
-                    raise self._error(offset, number, f"it begins with a part of kind {part}, not with a first one")
-                offset += HEAD_BYTES + padded(length)
-                parts = 1
-                while part not in (WHOLE, LAST):
-                    part, length = self.head(offset, number, window)
-                    if part not in (BETWEEN, LAST):
-                        raise self._error(start, number, "its last part is missing")
-                    parts += 1
-                    if parts > _MOST_PARTS:
-                        raise self._error(start, number, f"it has more than {_MOST_PARTS} parts")
-                    offset += HEAD_BYTES + padded(length)
+                for payload, length in self._parts(offset, number, window):
+                    offset = payload + padded(length)
             except RecordError as error:
                 found = error
                 broken += 1
@@ -241,7 +228,7 @@ class RecordFile:
             number += 1
 
     def _next_magic(self, offset: int, stop: int) -> int:
-        """Offset of the first record that may begin at ``offset`` or after it; ``stop`` if none does before."""
+        """Return the offset of the first record that may begin at ``offset`` or after it; ``stop`` if none does."""
         offset, block = padded(offset), _WINDOW
         while offset < stop:
             data = self._read(offset, block + 4)
@@ -290,10 +277,8 @@ class RecordWriter:
     def __enter__(self) -> RecordWriter:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._files.__exit__(kind, error, trace)
+    def __exit__(self, *error: Any) -> None:
+        self._files.__exit__(*error)
 
 
 def _split_at_magic(payload: bytes) -> list[bytes]:

@@ -56,8 +56,8 @@ class RecordImages:
     numbered from 0 on without gaps; ``names`` has those of the file.
 
     Args:
-        path: of the ``.rec``.
-        max_pixels: of an image, see :func:`fused_arcface.app.data.read_image`.
+        path: the ``.rec`` file.
+        max_pixels: limit for an image, see :func:`fused_arcface.app.data.read_image`.
 
     Raises:
         DataError: if it cannot be opened, has no image that can be used, or its index is of another kind.

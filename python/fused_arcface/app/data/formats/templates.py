@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from fused_arcface.base.reading import DataError, file_errors, open_regular
-from fused_arcface.base.text import lines
+from fused_arcface.base.text import is_whole, lines
 from fused_arcface.evaluation.pairs import Pairs
 
 from ..images import MAX_PIXELS, ImageSpec, read_image
@@ -77,7 +77,7 @@ def read_templates(data: str, max_pixels: int = MAX_PIXELS) -> TemplateSet:
 
     Args:
         data: the folder.
-        max_pixels: of an image, see :func:`fused_arcface.app.data.read_image`.
+        max_pixels: limit for an image, see :func:`fused_arcface.app.data.read_image`.
 
     Raises:
         DataError: if the folder has no such lists, or a list is not what it should be; the message names the place.
@@ -143,7 +143,7 @@ def _read_faces(path: Path) -> tuple[list[str], Tensor, Tensor]:
     names, numbers = [], []
     for number, line in _lines(path):
         fields = line.rsplit(maxsplit=2)
-        if len(fields) != 3 or not (_is_whole(fields[1]) and _is_whole(fields[2])):
+        if len(fields) != 3 or not (is_whole(fields[1]) and is_whole(fields[2])):
             raise DataError(f"{path}, line {number}: must be `image template medium`; got {line[:100]!r}")
         names.append(fields[0].strip())
         numbers.append((int(fields[1]), int(fields[2])))
@@ -151,10 +151,6 @@ def _read_faces(path: Path) -> tuple[list[str], Tensor, Tensor]:
         raise DataError(f"{path} names no faces")
     templates, media = torch.tensor(numbers).T
     return names, templates.contiguous(), media.contiguous()
-
-
-def _is_whole(text: str) -> bool:
-    return text.isascii() and text.isdigit() and len(text) < 19
 
 
 def _read_detected(path: Path, names: list[str], faces: Path) -> tuple[npt.NDArray[np.float32], Tensor]:
