@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
+import re
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -130,7 +132,7 @@ def test_an_embedder_from_each_kind_of_file(trained: Path, tmp_path: Path) -> No
         fa.load_embedder(trained, "small")
     with pytest.raises(ValueError, match=r"image_size is for files .* is of a run, which knows its own; got 8"):
         load_embedder(trained / "model.pt", image_size=8)
-    with pytest.raises(ValueError, match=f"^{tmp_path / 'runs'} does not exist$"):
+    with pytest.raises(ValueError, match=rf"^{re.escape(str(tmp_path / 'runs'))} does not exist$"):
         fa.load_embedder(tmp_path / "runs")
     with pytest.raises(ValueError, match="device must be cpu, cuda, cuda:N or another device of torch; got 'abacus'"):
         load_embedder(trained, device="abacus")
@@ -236,7 +238,7 @@ def test_similarity_gives_the_cosine_and_a_verdict(
     assert run(command) == 0
     shown = capsys.readouterr().out
     assert f"cosine {cosine:.4f}\nNo verdict, because {command[-1]} has no thresholds; give one with --thr" in shown
-    assert f"fused-arcface verify --data PEOPLE --checkpoint {tmp_path / 'run'}" in shown
+    assert f"fused-arcface verify --data PEOPLE --checkpoint {shlex.quote(str(tmp_path / 'run'))}" in shown
     assert run([*command, "--far", "0.001"]) == 2
     assert "has none; give one with --threshold, 0.3 for example, or measure" in capsys.readouterr().err
     (tmp_path / "bare.pt").write_bytes((trained / "model.pt").read_bytes())

@@ -13,6 +13,7 @@ import multiprocessing
 import os
 import re
 import resource
+import shlex
 import signal
 import sys
 import time
@@ -159,7 +160,7 @@ def interrupt_twice(setting: Setting, output: Path, call: int) -> None:
     assert "Traceback" not in text
     assert status in (0, 130), text
     if status == 130 and (output / "config.toml").exists():  # without it there is nothing to go on with
-        assert f"fused-arcface train --output {output} --resume" in text, text
+        assert f"fused-arcface train --output {shlex.quote(str(output))} --resume" in text, text
 
 
 def test_a_run_goes_on_after_kills_full_disks_and_impatient_interrupts(setting: Setting, tmp_path: Path) -> None:
@@ -212,10 +213,8 @@ def test_two_runs_in_one_folder(setting: Setting, tmp_path: Path) -> None:
     for resume in ([], ["--resume", "auto"]):
         status, _, text = finish(start([*arguments, "--output", str(output), *resume], output), output)
         assert status == 2, text
-        owner = (
-            rf"{output} is in use: process {first.pid} on \S+, since \S+ \S+ trains in it; wait for its end or stop it"
-        )
-        assert re.search(owner, text), text
+        owner = rf"process {first.pid} on \S+, since \S+ \S+ trains in it; wait for its end or stop it"
+        assert re.search(re.escape(f"{output} is in use: ") + owner, text), text
     first.kill()
     first.join()
     assert finish(start([*setting.arguments, "--output", str(output), "--resume"], output), output)[0] == 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -74,7 +75,7 @@ def test_end_to_end_on_files_with_ctrl_c_and_two_ranks(tmp_path: Path) -> None:
     wait_for_steps(output, process, 7)
     process.send_signal(signal.SIGINT)
     _, error = process.communicate(timeout=120)
-    assert process.returncode == 130 and f"fused-arcface train --output {output} --resume" in error
+    assert process.returncode == 130 and f"fused-arcface train --output {shlex.quote(str(output))} --resume" in error
     stopped = len(losses(output))
     assert 7 <= stopped < 90 and f"Saved after step {stopped} of 90" in error
 
