@@ -208,7 +208,7 @@ def test_sizes_that_only_the_file_claims(code: bytes, message: str, tmp_path: Pa
     started = time.process_time()
     with pytest.raises(DataError, match=re.escape(message)):
         read_pickled_pairs(tmp_path / "lfw.bin")
-    assert time.process_time() - started < 2
+    assert time.process_time() - started < 20  # a reader without the limit takes minutes
 
 
 def test_the_bombs_are_live(tmp_path: Path) -> None:

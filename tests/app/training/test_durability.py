@@ -89,7 +89,7 @@ def start(arguments: list[str], output: Path, at: int = 0, kind: str = "kill", l
 
 def finish(process: BaseProcess, output: Path) -> tuple[int, int, str]:
     """Exit status, calls and words of a command that came to its end."""
-    process.join(60)
+    process.join(240)
     assert process.exitcode == 0, process.exitcode
     head, text = output.with_name(output.name + ".txt").read_text().split("\n", 1)
     status, calls = map(int, head.split())
@@ -137,7 +137,7 @@ def setting(tmp_path_factory: pytest.TempPathFactory) -> Setting:
 
 def kill_at(setting: Setting, output: Path, call: int) -> None:
     process = setting.go_on(output, at=call)
-    process.join(60)
+    process.join(240)
     assert process.exitcode in (-signal.SIGKILL, 0)
 
 
@@ -145,7 +145,7 @@ def kill_after(setting: Setting, output: Path, seconds: float) -> None:
     process = setting.go_on(output)
     time.sleep(seconds)
     process.kill()
-    process.join(60)
+    process.join(240)
 
 
 def fill_disk(setting: Setting, output: Path, **trouble: int) -> None:
@@ -205,7 +205,7 @@ def test_files_that_may_not_grow(setting: Setting, tmp_path: Path, limit: int) -
 
 def test_two_runs_in_one_folder(setting: Setting, tmp_path: Path) -> None:
     output = tmp_path / "run"
-    arguments = [*setting.arguments, "--epochs", "2000", "--save-every", "0"]
+    arguments = [*setting.arguments, "--epochs", "1000000", "--save-every", "0"]
     first = start([*arguments, "--output", str(output)], output)
     while not (output / "log.jsonl").exists():
         assert first.is_alive()
