@@ -207,14 +207,16 @@ def test_two_runs_in_one_folder(setting: Setting, tmp_path: Path) -> None:
     output = tmp_path / "run"
     arguments = [*setting.arguments, "--epochs", "1000000", "--save-every", "0"]
     first = start([*arguments, "--output", str(output)], output)
-    while not (output / "log.jsonl").exists():
-        assert first.is_alive()
-        time.sleep(0.01)
-    for resume in ([], ["--resume", "auto"]):
-        status, _, text = finish(start([*arguments, "--output", str(output), *resume], output), output)
-        assert status == 2, text
-        owner = rf"process {first.pid} on \S+, since \S+ \S+ trains in it; wait for its end or stop it"
-        assert re.search(re.escape(f"{output} is in use: ") + owner, text), text
-    first.kill()
-    first.join()
+    try:
+        while not (output / "log.jsonl").exists():
+            assert first.is_alive()
+            time.sleep(0.01)
+        for resume in ([], ["--resume", "auto"]):
+            status, _, text = finish(start([*arguments, "--output", str(output), *resume], output), output)
+            assert status == 2, text
+            owner = rf"process {first.pid} on \S+, since \S+ \S+ trains in it; wait for its end or stop it"
+            assert re.search(re.escape(f"{output} is in use: ") + owner, text), text
+    finally:
+        first.kill()  # it would train for hours
+        first.join()
     assert finish(start([*setting.arguments, "--output", str(output), "--resume"], output), output)[0] == 0
