@@ -28,11 +28,12 @@ KINDS = (("L", 20, 20, "png"),)
 
 def test_one_command_begins_a_run_and_goes_on_with_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """As torchrun --max-restarts repeats it."""
-    output = tmp_path / "run"
+    output = tmp_path / "a run"
     options = ["--data", "identities:4x4", "--batch-size", "8", "--image-size", "16", "--workers", "0"]
     command = ["train", *options, "--output", str(output), "--epochs", "1", "--resume", "auto"]
     assert run_command(["train", *options, "--output", str(output), "--resume"]) == 2  # without auto: there is none
-    assert "does not exist; make a run with: fused-arcface train --data DATA" in capsys.readouterr().err
+    made = f"fused-arcface train --data DATA --output {shlex.quote(str(output))}\n"
+    assert f"does not exist; make a run with: {made}" in capsys.readouterr().err
     assert not output.exists()
     assert run_command(command) == 0
     assert "resumed" not in capsys.readouterr().out
