@@ -20,7 +20,7 @@ def run_child(program: str, *arguments: object, **environment: str) -> object:
         env={**os.environ, **environment},
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=600,
         check=False,
     )
     assert child.returncode == 0, child.stderr

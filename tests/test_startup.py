@@ -5,6 +5,8 @@ from __future__ import annotations
 import ast
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,22 @@ import pytest
 import fused_arcface as fa
 from fused_arcface.app.cli import run
 from fused_arcface.app.measure.startup import BOUND, PARTS, measure
+
+YARDSTICK = """
+import time
+start = time.process_time()
+import asyncio, concurrent.futures, ctypes, email.message, http.server, logging.config, unittest.mock, xml.dom.minidom
+print(time.process_time() - start)
+"""
+YARDSTICK_SECONDS = 0.065
+"""Processor time of the yardstick on a machine that ``BOUND`` is for: a slower one may take longer for all."""
+
+
+def slowness() -> float:
+    """Return how much slower than that machine this one imports modules; 1 if it is not."""
+    command = [sys.executable, "-c", YARDSTICK]
+    took = float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    return max(1.0, took / YARDSTICK_SECONDS)
 
 
 @pytest.mark.parametrize("part", PARTS)
@@ -21,8 +39,11 @@ def test_a_start_is_quick(part: str) -> None:
     if part.startswith("fused-arcface"):
         heavy = heavy - {"typer"} | {"torch", "numpy"}
     assert heavy & start.modules == set()
-    # The processor is slower while others use it; imports and modules alone would not be worth a second try.
-    assert min([start.seconds, *(measure(part).seconds for _ in range(2) if start.seconds > BOUND)]) <= BOUND
+    # The processor is slower while others use it, so a start that took long is measured again beside the yardstick.
+    tries = [start.seconds]
+    while tries[-1] > BOUND and len(tries) < 5:
+        tries.append(measure(part).seconds / slowness())
+    assert min(tries) <= BOUND, tries
 
 
 def test_the_benchmark_measures_the_start(

@@ -47,7 +47,6 @@ def basedpyright(*paths: Path) -> dict[str, int]:
     return {path.name: sum(Path(each["file"]).name == path.name for each in errors) for path in paths}
 
 
-@pytest.mark.timeout(280)
 @pytest.mark.parametrize("checker", [mypy, basedpyright])
 def test_a_users_script_type_checks(checker: Callable[..., dict[str, int]], tmp_path: Path) -> None:
     if importlib.util.find_spec(checker.__name__) is None:

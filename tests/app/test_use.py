@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
+import re
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -130,7 +132,7 @@ def test_an_embedder_from_each_kind_of_file(trained: Path, tmp_path: Path) -> No
         fa.load_embedder(trained, "small")
     with pytest.raises(ValueError, match=r"image_size is for files .* is of a run, which knows its own; got 8"):
         load_embedder(trained / "model.pt", image_size=8)
-    with pytest.raises(ValueError, match=f"^{tmp_path / 'runs'} does not exist$"):
+    with pytest.raises(ValueError, match=rf"^{re.escape(str(tmp_path / 'runs'))} does not exist$"):
         fa.load_embedder(tmp_path / "runs")
     with pytest.raises(ValueError, match="device must be cpu, cuda, cuda:N or another device of torch; got 'abacus'"):
         load_embedder(trained, device="abacus")
@@ -229,14 +231,15 @@ def test_similarity_gives_the_cosine_and_a_verdict(
     first, second = fa.load_embedder(trained)(files).double()
     cosine = float(first @ second)
     point = OperatingPoint("best accuracy", cosine - 0.01, 0.125, 0.9, 0.875)
-    (tmp_path / "run").mkdir()
+    copy_of_run = tmp_path / "a run"
+    copy_of_run.mkdir()
     for name in ("config.toml", "model.pt"):
-        (tmp_path / "run" / name).write_bytes((trained / name).read_bytes())
-    command = ["similarity", *files, "--checkpoint", str(tmp_path / "run" / "model.pt")]
+        (copy_of_run / name).write_bytes((trained / name).read_bytes())
+    command = ["similarity", *files, "--checkpoint", str(copy_of_run / "model.pt")]
     assert run(command) == 0
     shown = capsys.readouterr().out
     assert f"cosine {cosine:.4f}\nNo verdict, because {command[-1]} has no thresholds; give one with --thr" in shown
-    assert f"fused-arcface verify --data PEOPLE --checkpoint {tmp_path / 'run'}" in shown
+    assert f"fused-arcface verify --data PEOPLE --checkpoint {shlex.quote(str(copy_of_run))}" in shown
     assert run([*command, "--far", "0.001"]) == 2
     assert "has none; give one with --threshold, 0.3 for example, or measure" in capsys.readouterr().err
     (tmp_path / "bare.pt").write_bytes((trained / "model.pt").read_bytes())
@@ -244,7 +247,7 @@ def test_similarity_gives_the_cosine_and_a_verdict(
     assert run(["similarity", *files, *bare]) == 0
     assert capsys.readouterr().out.endswith("bare.pt has no thresholds; give one with --threshold, 0.3 for example\n")
     stricter = OperatingPoint("FAR 0.001", float("inf"), 0.0, 0.0, 0.5)
-    KeptThresholds("lfw.bin", 0.875, [point, stricter], 6, pairs_of_two=999).save(tmp_path / "run" / "thresholds.json")
+    KeptThresholds("lfw.bin", 0.875, [point, stricter], 6, pairs_of_two=999).save(copy_of_run / "thresholds.json")
     assert run(command) == 0
     shown = capsys.readouterr().out
     assert f"one person: threshold {cosine - 0.01:.4f} (best accuracy on lfw.bin: 87.5% of its pairs right" in shown
@@ -256,11 +259,11 @@ def test_similarity_gives_the_cosine_and_a_verdict(
         )
         in capsys.readouterr().out
     )
-    KeptThresholds("lfw.bin", 0.875, [point, stricter], 6, pairs_of_two=1000).save(tmp_path / "run" / "thresholds.json")
+    KeptThresholds("lfw.bin", 0.875, [point, stricter], 6, pairs_of_two=1000).save(copy_of_run / "thresholds.json")
     assert run([*command, "--far", "0.001"]) == 0 and "too few" not in capsys.readouterr().out
     assert run([*command, "--threshold", f"{cosine + 0.01}"]) == 0 and "two people" in capsys.readouterr().out
     assert run([*command, "--far", "0.5"]) == 2 and "far must be one of 0.001; got 0.5" in capsys.readouterr().err
-    (tmp_path / "run" / "thresholds.json").write_text("{}")
+    (copy_of_run / "thresholds.json").write_text("{}")
     assert run(command) == 1 and "remove the file to continue without thresholds" in capsys.readouterr().err
 
 

@@ -19,7 +19,7 @@ pytestmark = [
 
 
 def _run(program: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([program, *arguments], capture_output=True, text=True, timeout=280)
+    return subprocess.run([program, *arguments], capture_output=True, text=True, timeout=600)
 
 
 def _thread_sanitizer_missing() -> str | None:

@@ -69,7 +69,7 @@ def test_concurrent_calls() -> None:
     right = [compute(inputs) for inputs in all_inputs]
     with ThreadPoolExecutor(4) as pool:
         for got, seed in [(pool.submit(compute, all_inputs[i % 4]), i % 4) for i in range(16)]:
-            assert_identical(got.result(timeout=60), right[seed])
+            assert_identical(got.result(timeout=240), right[seed])
 
 
 def _report(connection: Connection, inputs: Inputs) -> None:
@@ -96,10 +96,10 @@ def test_forked_workers() -> None:
         workers.append((worker, receiver))
     try:
         for worker, receiver in workers:
-            assert receiver.poll(60), "the worker hangs"
+            assert receiver.poll(240), "the worker hangs"
             for got, theirs in zip(receiver.recv(), (right.loss, right.d_embeddings, right.d_weight), strict=True):
                 assert torch.equal(torch.from_numpy(got).double(), theirs)
-            worker.join(60)
+            worker.join(240)
             assert worker.exitcode == 0
     finally:
         for worker, _ in workers:
@@ -115,7 +115,7 @@ def test_a_thread_that_cannot_be_started_is_done_without(tmp_path: Path) -> None
     source, include = here / "threads" / "failing.cpp", here.parent / "csrc" / "cpu"
     subprocess.run(["c++", "-std=c++17", "-pthread", f"-I{include}", source, "-o", program], check=True)
     for allocations, expected in ((0, "bad_alloc"), (1, "1000"), (2, "1000"), (3, "1000"), (4, "1000"), (-1, "1000")):
-        result = subprocess.run([program, str(allocations)], capture_output=True, text=True, timeout=20)
+        result = subprocess.run([program, str(allocations)], capture_output=True, text=True, timeout=120)
         assert (result.returncode, result.stdout.strip()) == (0, expected), (allocations, result)
 
 
@@ -125,7 +125,7 @@ def test_little_scratch_memory_is_kept(tmp_path: Path) -> None:
     csrc, program = Path(__file__).parents[2] / "csrc", tmp_path / "scratch"
     sources = [Path(__file__).parents[1] / "threads" / "scratch.cpp", csrc / "cpu" / "scratch.cpp"]
     subprocess.run(["c++", "-std=c++17", f"-I{csrc}", *sources, "-o", program], check=True)
-    result = subprocess.run([program], capture_output=True, text=True, timeout=20, check=True)
+    result = subprocess.run([program], capture_output=True, text=True, timeout=120, check=True)
     held = [int(line) for line in result.stdout.split()]
     assert len(held) == 3
     assert all(0 < each <= 12 * 2**20 + 24 * 64 for each in held), held
@@ -144,13 +144,13 @@ def test_no_data_race(tmp_path: Path) -> None:
     if "tsan" in built.stderr:
         pytest.skip("this compiler has no ThreadSanitizer")
     assert built.returncode == 0, built.stderr[-4000:]
-    result = subprocess.run([program], capture_output=True, text=True, timeout=280)
+    result = subprocess.run([program], capture_output=True, text=True, timeout=600)
     assert (result.returncode, result.stdout) == (0, "0 wrong\n"), result.stderr[-4000:]
     assert "WARNING" not in result.stderr
 
 
 AT_EXIT = """
-import os, threading, torch, fused_arcface as fa
+import os, threading, time, torch, fused_arcface as fa
 torch.set_num_threads(3)
 x, w = torch.randn(64, 64), torch.randn(20000, 64, requires_grad=True)
 target = torch.arange(64)
@@ -160,9 +160,12 @@ def train(steps):
         fa.margin_softmax_loss(x, w, target, backend="cpu").backward()
 
 train(2)
-before = len(os.listdir("/proc/self/task"))
+before = set(os.listdir("/proc/self/task"))
 train(3)
-print(len(os.listdir("/proc/self/task")) - before)
+end = time.monotonic() + 20  # the system lists a thread for a moment after it has been joined
+while (left := set(os.listdir("/proc/self/task")) - before) and time.monotonic() < end:
+    time.sleep(0.01)
+print(len(left))
 threading.Thread(target=train, args=(40,)).start()
 """
 
@@ -170,7 +173,7 @@ threading.Thread(target=train, args=(40,)).start()
 @pytest.mark.skipif(platform.system() != "Linux", reason="threads are counted in /proc")
 def test_no_thread_outlives_a_call_and_the_interpreter_may_end() -> None:
     """The main thread ends while another is inside the kernels: Python waits for that one, and no more."""
-    result = subprocess.run([sys.executable, "-c", AT_EXIT], capture_output=True, text=True, timeout=100)
+    result = subprocess.run([sys.executable, "-c", AT_EXIT], capture_output=True, text=True, timeout=240)
     assert (result.returncode, result.stdout, result.stderr) == (0, "0\n", "")
 
 

@@ -45,10 +45,12 @@ def test_deep_keys_end_no_process(tmp_path):
     def unpickle(path: Path) -> None:
         version1._unpickle(path.read_bytes(), path.name)
 
-    of_format_1 = fuzzing.Format("format 1", lambda root: root, unpickle, (version1.NeedsTrust, torch_files.DataError))
+    errors, seconds = (version1.NeedsTrust, torch_files.DataError), fuzzing.CRAFTED_SECONDS
+    of_format_1 = fuzzing.Format("format 1", lambda root: root, unpickle, errors, seconds=seconds)
     named = [CASES[name] for name in ("key", "set", "frozenset")]
     assert fuzzing.failures(of_format_1, tmp_path / "a", named) == []
-    of_torch = fuzzing.Format("pt", lambda root: root, torch_files.load, (torch_files.TensorFileError,))
+    errors = (torch_files.TensorFileError,)
+    of_torch = fuzzing.Format("pt", lambda root: root, torch_files.load, errors, seconds=seconds)
     assert fuzzing.failures(of_torch, tmp_path / "a.pt", map(archive, CASES.values())) == []
 
 
@@ -66,5 +68,6 @@ def test_a_text_is_checked_once_however_often_it_is_used(tmp_path):
     content = (
         b"\x80\x02(c_codecs\nencode\nq\x00X" + struct.pack("<I", len(text)) + text + b"q\x01X\x06\0\0\0latin1q\x02"
     )
-    kind = fuzzing.Format("bin", lambda root: root, read_pickled_pairs, (DataError,))
+    seconds = fuzzing.CRAFTED_SECONDS
+    kind = fuzzing.Format("bin", lambda root: root, read_pickled_pairs, (DataError,), seconds=seconds)
     assert fuzzing.failures(kind, tmp_path / "a.bin", [content + uses + b"l]\x86."]) == []

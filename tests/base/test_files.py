@@ -87,7 +87,7 @@ resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 try:
     files.write_bytes(sys.argv[1], bytes(200_000))
 except OSError as error:
-    print(error.errno, error.filename)
+    print(error.errno, error.filename, sep="\\n")
 """
 
 
@@ -95,7 +95,7 @@ def test_a_full_disk_leaves_the_old_content(tmp_path):
     path = tmp_path / "x"
     path.write_text("old")
     done = run_alone(_FULL_DISK, path, check=True)
-    assert done.stdout.split() == [str(errno.EFBIG), str(path)]
+    assert done.stdout.splitlines() == [str(errno.EFBIG), str(path)]
     assert path.read_text() == "old" and os.listdir(tmp_path) == ["x"]
 
 

@@ -201,7 +201,7 @@ def test_a_rank_killed_is_restarted_from_the_last_checkpoint(tmp_path, fault):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--max-restarts=1"]
     command += ["--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0", "--local-addr=127.0.0.1"]
     command += ["--monitor-interval=0.1", str(tmp_path / "worker.py"), str(root), str(log), fault]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     seen = [line.split() for line in log.read_text().splitlines()]
     steps = [int(step) for step, _ in seen]

@@ -55,7 +55,7 @@ def test_mutations_are_data_or_the_one_error(tmp_path, version, count):
             except ERROR:
                 seen[path.name, "error"] += 1
             slowest = max(slowest, time.process_time() - start)
-        assert slowest < 2
+        assert slowest < 20  # of the processor
         assert seen[path.name, "data"] + seen[path.name, "error"] == count
     assert sum(number for (_, outcome), number in seen.items() if outcome == "error") > count
 

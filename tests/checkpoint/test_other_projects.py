@@ -14,8 +14,10 @@ from fused_arcface.app.nets.weights import read_state
 from fused_arcface.base.torch_files import TensorFileError
 from fused_arcface.checkpoint import convert, other_projects
 
-CENTERS = torch.randn(7, 4)
-NET = {"conv1.weight": torch.randn(2, 3, 3, 3), "fc.weight": torch.randn(4, 8), "features.weight": torch.randn(4)}
+DRAW = torch.Generator().manual_seed(0)
+CENTERS = torch.randn(7, 4, generator=DRAW)
+SHAPES = {"conv1.weight": (2, 3, 3, 3), "fc.weight": (4, 8), "features.weight": (4,)}
+NET = {name: torch.randn(shape, generator=DRAW) for name, shape in SHAPES.items()}
 MOMENTUM = {"state": {0: {"momentum_buffer": torch.zeros(4, 7)}}, "param_groups": []}
 
 

@@ -133,7 +133,7 @@ dtypes = pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.f
 
 def on_the_circle(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     labels = torch.randint(10, (180,), generator=torch.Generator().manual_seed(4))
-    return CIRCLE.to(dtype).requires_grad_(), labels
+    return CIRCLE.to(dtype, copy=True).requires_grad_(), labels
 
 
 def unit_logits(loss_func: Any, embeddings: Tensor) -> Tensor:

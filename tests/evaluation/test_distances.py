@@ -12,8 +12,10 @@ from scipy.spatial import distance as distance_of
 
 from fused_arcface.evaluation import Cosine, Distance, Euclidean, InnerProduct, Mahalanobis, PNorm, make_distance
 
-torch.manual_seed(0)
-GALLERY = torch.randn(300, 7, dtype=torch.float64) @ torch.randn(7, 7, dtype=torch.float64)
+DRAW = torch.Generator().manual_seed(0)
+GALLERY = torch.randn(300, 7, generator=DRAW, dtype=torch.float64) @ torch.randn(
+    7, 7, generator=DRAW, dtype=torch.float64
+)
 CASES = {
     "euclidean": (Euclidean(), distance_of.euclidean),
     "1-norm": (PNorm(1), distance_of.cityblock),

@@ -1,6 +1,6 @@
 """One rank of two differs, in each option and each mode: both get the right result, or both the same named error.
 
-All cases run in one pair of processes. Each must end within ten seconds.
+All cases run in one pair of processes. None may wait until the timeout of their group ends it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from fused_arcface.compat import insightface
 pytestmark = pytest.mark.distributed
 
 D, CLASSES = 4, 11
-LIMIT = 10  # seconds
+LIMIT = 60  # seconds: the watch over the collectives takes some three, also on a busy machine
 Record = Callable[[str, Callable[[], Any]], None]
 # Of the same range, so that their reprs differ in the digest alone.
 CLASS_MARGINS = [fa.ClassMargin([0.1, middle, *[0.4] * (CLASSES - 2)]) for middle in (0.2, 0.3)]
@@ -90,7 +90,7 @@ CHANGED_STATES: dict[str, tuple[Callable[[], dict[str, Any]], Callable[[fa.Parti
 
 def run_matrix(directory: str) -> dict[str, Any]:
     """What became of each case: an error's type and text, or a result; and its seconds."""
-    rank = Rank(dist.new_group(timeout=timedelta(seconds=3 * LIMIT)))  # a busy machine breaks no later case
+    rank = Rank(dist.new_group(timeout=timedelta(seconds=3 * LIMIT)))
     outcomes: dict[str, Any] = {}
 
     def record(name: str, case: Callable[[], Any]) -> None:

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-_TIMEOUT = timedelta(seconds=60)
+_TIMEOUT = timedelta(seconds=240)  # ranks of a busy machine start late
 
 PRELOADED = [
     "torch",

@@ -9,10 +9,25 @@ Usage: run_to_the_end.py [--threads-stay] SCRIPT ARGUMENT...
 process then ends without the end of the interpreter.
 """
 
+import contextlib
 import os
 import runpy
 import sys
+import time
 from pathlib import Path
+
+PATIENCE = 20
+"""Seconds for threads that are ending: the system lists one for a moment after it has been joined."""
+
+
+def threads_of_gloo() -> list[str]:
+    """Return the names of this process's threads that belong to gloo."""
+    names = []
+    for task in Path("/proc/self/task").iterdir():
+        with contextlib.suppress(OSError):  # it has just ended
+            names.append((task / "comm").read_text().strip())
+    return [name for name in names if "gloo" in name]
+
 
 if __name__ == "__main__":
     sys.argv = sys.argv[1:]
@@ -22,6 +37,8 @@ if __name__ == "__main__":
     if stay:
         sys.stdout.flush()
         os._exit(0)
-    names = [(task / "comm").read_text().strip() for task in Path("/proc/self/task").glob("*")]
-    if left := [name for name in names if "gloo" in name]:
-        sys.exit(f"threads outlive the process group: {left}")
+    end = time.monotonic() + PATIENCE
+    while left := threads_of_gloo():
+        if time.monotonic() > end:
+            sys.exit(f"threads outlive the process group: {left}")
+        time.sleep(0.01)

@@ -9,7 +9,6 @@ import json
 import math
 import re
 import runpy
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ import pytest
 import torch
 import typer
 from support.benchmark_reports import CPU, TINY, synthetic_report
+from support.clock import Clock
 
 from fused_arcface import ArcFace, NormSoftmax, reference
 from fused_arcface.app.benchmark import cost_model, memory, plots, runner
@@ -28,6 +28,7 @@ from fused_arcface.app.benchmark.report import FIELDS, read_report
 from fused_arcface.app.benchmark.truth import PassResult, error_of, truth
 from fused_arcface.app.cli.bench import bench
 from fused_arcface.app.drawing import write_pictures
+from fused_arcface.app.measure import timing
 from fused_arcface.app.measure.child import Child, ChildFailed
 from fused_arcface.app.measure.timing import Timing, time_interleaved
 from fused_arcface.base.precision import allows_tf32
@@ -153,34 +154,51 @@ def test_what_cannot_fit_is_not_tried(child: Child, monkeypatch: pytest.MonkeyPa
     assert skip.case == replace(TINY, C=3000) and skip.reason.startswith("out of memory")
 
 
-def test_samples_are_taken_in_turn() -> None:
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    """The clock by which ``time_interleaved`` measures."""
+    clock = Clock()
+    monkeypatch.setattr(timing, "time", clock)
+    return clock
+
+
+def test_samples_are_taken_in_turn(clock: Clock) -> None:
+    """Calls of 0.9 and of 2.2 ms: five and two of them are a sample of 5 ms."""
     calls: list[str] = []
-    timings = time_interleaved({name: lambda name=name: calls.append(name) for name in "ab"}, CPU, seconds=0.05)
-    switches = sum(one != other for one, other in itertools.pairwise(calls))
-    assert switches >= 2 * 3 - 1
-    for timing in timings.values():
-        assert len(timing.samples) >= 3
-        assert 0 < timing.least <= timing.quantile(0.2) <= timing.median <= timing.quantile(0.8)
+
+    def run(name: str, seconds: float) -> None:
+        calls.append(name)
+        clock.sleep(seconds)
+
+    runs = {"a": lambda: run("a", 9e-4), "b": lambda: run("b", 2.2e-3)}
+    timings = time_interleaved(runs, CPU, seconds=0.05)
+    turns = [(name, len(list(each))) for name, each in itertools.groupby(calls)]
+    samples = len(timings["a"].samples)
+    assert samples >= 3 and turns[2 : 2 * samples] == [("a", 5), ("b", 2)] * (samples - 1)
+    for name, milliseconds in (("a", 0.9), ("b", 2.2)):
+        assert timings[name].samples == pytest.approx([milliseconds] * len(timings[name].samples), rel=1e-3)
+    mixed = Timing((4.0, 1.0, 2.0))
+    assert 0 < mixed.least <= mixed.quantile(0.2) <= mixed.median <= mixed.quantile(0.8)
 
 
-def test_a_short_run_is_warm_before_its_samples_count() -> None:
-    """The first call takes 40 ms, each later one next to nothing: no sample may hold the first."""
+def test_a_short_run_is_warm_before_its_samples_count(clock: Clock) -> None:
+    """The first call takes 40 ms, each later one 0.01 ms: no sample may hold the first."""
     calls = itertools.count()
-    timings = time_interleaved({"a": lambda: time.sleep(0.04 if next(calls) == 0 else 0)}, CPU, seconds=0.02)
+    timings = time_interleaved({"a": lambda: clock.sleep(0.04 if next(calls) == 0 else 1e-5)}, CPU, seconds=0.02)
     assert next(calls) > 100  # a sample holds as many calls as a clock can tell, though the first took long
-    assert timings["a"].quantile(1) < 4
+    assert timings["a"].quantile(1) == pytest.approx(0.01, rel=1e-2)
 
 
-def test_a_run_that_fails_later_leaves_the_others() -> None:
+def test_a_run_that_fails_later_leaves_the_others(clock: Clock) -> None:
     calls = itertools.count()
 
     def fails_at_last() -> None:
-        time.sleep(0.006)
+        clock.sleep(0.006)
         if next(calls) >= 6:  # five passes warm it up
             raise RuntimeError("no memory is left")
 
     told: list[str] = []
-    runs = {"a": lambda: time.sleep(0.006), "b": fails_at_last}
+    runs = {"a": lambda: clock.sleep(0.006), "b": fails_at_last}
     timings = time_interleaved(runs, CPU, 0.05, on_failure=lambda name, error: told.append(f"{name}: {error}"))
     assert set(timings) == {"a"} and told == ["b: no memory is left"]
     with pytest.raises(RuntimeError, match="no memory"):

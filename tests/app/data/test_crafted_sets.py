@@ -42,7 +42,7 @@ CRAFTED_PICKLES = {
     "name", [pytest.param(name, marks=pytest.mark.full if name.startswith("many") else ()) for name in CRAFTED_PICKLES]
 )
 def test_crafted_pickles_take_little_time_and_memory(name: str, tmp_path: Path) -> None:
-    kind = fuzzing.Format(name, lambda root: root, read_pickled_pairs, (DataError,))
+    kind = fuzzing.Format(name, lambda root: root, read_pickled_pairs, (DataError,), seconds=fuzzing.CRAFTED_SECONDS)
     assert fuzzing.failures(kind, tmp_path / "x.bin", [b"\x80\2" + CRAFTED_PICKLES[name]]) == []
 
 

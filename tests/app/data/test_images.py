@@ -9,6 +9,7 @@ import random
 import struct
 import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from PIL import Image
 from support.image_files import encoded, picture
 
 from fused_arcface.app.data import DataError, ImageError, ImageSpec, read_image
+from fused_arcface.app.data.image_formats import declared_sizes
 from fused_arcface.app.data.images import image_spec
 
 GRAY, COLOR = ImageSpec(8, 1), ImageSpec(8, 3)
@@ -197,6 +199,36 @@ def test_a_gif_of_an_allowed_size_is_read() -> None:
     for length in range(len(whole)):  # cut anywhere
         with contextlib.suppress(ImageError):
             read_image(whole[:length], GRAY)
+
+
+def webp_of(kind: bytes, layout: bytes) -> bytes:
+    """The first 30 bytes of a WebP whose first chunk is of this kind, and has its size in this layout."""
+    return b"RIFF" + struct.pack("<I", 1000) + b"WEBP" + kind + struct.pack("<I", 900) + layout
+
+
+@pytest.mark.parametrize(
+    "webp",
+    [
+        webp_of(b"VP8X", bytes(4) + (12_999).to_bytes(3, "little") * 2),
+        webp_of(b"VP8L", b"\x2f" + struct.pack("<I", 12_999 | 12_999 << 14) + bytes(5)),
+        webp_of(b"VP8 ", b"\0\0\0\x9d\x01\x2a" + struct.pack("<HH", 13_000, 13_000 | 1 << 14)),
+    ],
+    ids=["extended", "lossless", "lossy"],
+)
+def test_a_webps_size_is_checked_before_pillow_takes_memory(webp: bytes, monkeypatch) -> None:
+    monkeypatch.setattr("PIL.Image.open", lambda *_, **__: pytest.fail("Pillow has opened it"))
+    for read in (lambda: read_image(webp, GRAY), lambda: image_spec(webp)):
+        with pytest.raises(ImageError, match=rf"at most max_pixels={2**25} pixels; got 13000 × 13000"):
+            read()
+
+
+@pytest.mark.parametrize("options", [{}, {"lossless": True}, {"exif": b"Exif\0\0"}], ids=str)
+def test_the_size_of_a_webp_is_pillows(options: dict[str, Any]) -> None:
+    for size in ((1, 1), (20, 21), (300, 7), (1, 16_383)):
+        file = io.BytesIO()
+        Image.new("RGB", size).save(file, "webp", **options)
+        file.seek(0)
+        assert list(declared_sizes(file)) == [size]
 
 
 @pytest.mark.filterwarnings("error")

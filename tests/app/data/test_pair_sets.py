@@ -148,7 +148,7 @@ def test_malicious_pickles_are_refused_and_execute_nothing(what: str, protocol: 
         "subclass": _Bomb(np.ndarray.__reduce__, np.zeros(3)),
     }[what]
     file.write_bytes(pickle.dumps(bomb if what == "inside" else (bomb, SAME), protocol))
-    with pytest.raises(DataError, match=rf"^{file} is refused: it .*; nothing of it was executed$"):
+    with pytest.raises(DataError, match=rf"^{re.escape(str(file))} is refused: it .*; nothing of it was executed$"):
         read_pickled_pairs(file)
     assert not victim.exists()
 
@@ -208,7 +208,7 @@ def test_sizes_that_only_the_file_claims(code: bytes, message: str, tmp_path: Pa
     started = time.process_time()
     with pytest.raises(DataError, match=re.escape(message)):
         read_pickled_pairs(tmp_path / "lfw.bin")
-    assert time.process_time() - started < 2
+    assert time.process_time() - started < 20  # a reader without the limit takes minutes
 
 
 def test_the_bombs_are_live(tmp_path: Path) -> None:

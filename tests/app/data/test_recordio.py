@@ -301,7 +301,7 @@ def test_crafted_files_take_no_longer_than_others(name: str, tmp_path: Path) -> 
     started = time.process_time()
     with pytest.raises(DataError, match=r"a\.rec"):
         RecordImages(tmp_path / "a.rec").read(0, SPEC)
-    assert time.process_time() - started < 2
+    assert time.process_time() - started < 20  # a reader without the limit takes minutes
 
 
 def test_pipes_do_not_hang(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import multiprocessing
 import os
 import re
 import resource
+import shlex
 import signal
 import sys
 import time
@@ -88,7 +89,7 @@ def start(arguments: list[str], output: Path, at: int = 0, kind: str = "kill", l
 
 def finish(process: BaseProcess, output: Path) -> tuple[int, int, str]:
     """Exit status, calls and words of a command that came to its end."""
-    process.join(60)
+    process.join(240)
     assert process.exitcode == 0, process.exitcode
     head, text = output.with_name(output.name + ".txt").read_text().split("\n", 1)
     status, calls = map(int, head.split())
@@ -136,7 +137,7 @@ def setting(tmp_path_factory: pytest.TempPathFactory) -> Setting:
 
 def kill_at(setting: Setting, output: Path, call: int) -> None:
     process = setting.go_on(output, at=call)
-    process.join(60)
+    process.join(240)
     assert process.exitcode in (-signal.SIGKILL, 0)
 
 
@@ -144,7 +145,7 @@ def kill_after(setting: Setting, output: Path, seconds: float) -> None:
     process = setting.go_on(output)
     time.sleep(seconds)
     process.kill()
-    process.join(60)
+    process.join(240)
 
 
 def fill_disk(setting: Setting, output: Path, **trouble: int) -> None:
@@ -159,7 +160,7 @@ def interrupt_twice(setting: Setting, output: Path, call: int) -> None:
     assert "Traceback" not in text
     assert status in (0, 130), text
     if status == 130 and (output / "config.toml").exists():  # without it there is nothing to go on with
-        assert f"fused-arcface train --output {output} --resume" in text, text
+        assert f"fused-arcface train --output {shlex.quote(str(output))} --resume" in text, text
 
 
 def test_a_run_goes_on_after_kills_full_disks_and_impatient_interrupts(setting: Setting, tmp_path: Path) -> None:
@@ -204,18 +205,18 @@ def test_files_that_may_not_grow(setting: Setting, tmp_path: Path, limit: int) -
 
 def test_two_runs_in_one_folder(setting: Setting, tmp_path: Path) -> None:
     output = tmp_path / "run"
-    arguments = [*setting.arguments, "--epochs", "2000", "--save-every", "0"]
+    arguments = [*setting.arguments, "--epochs", "1000000", "--save-every", "0"]
     first = start([*arguments, "--output", str(output)], output)
-    while not (output / "log.jsonl").exists():
-        assert first.is_alive()
-        time.sleep(0.01)
-    for resume in ([], ["--resume", "auto"]):
-        status, _, text = finish(start([*arguments, "--output", str(output), *resume], output), output)
-        assert status == 2, text
-        owner = (
-            rf"{output} is in use: process {first.pid} on \S+, since \S+ \S+ trains in it; wait for its end or stop it"
-        )
-        assert re.search(owner, text), text
-    first.kill()
-    first.join()
+    try:
+        while not (output / "log.jsonl").exists():
+            assert first.is_alive()
+            time.sleep(0.01)
+        for resume in ([], ["--resume", "auto"]):
+            status, _, text = finish(start([*arguments, "--output", str(output), *resume], output), output)
+            assert status == 2, text
+            owner = rf"process {first.pid} on \S+, since \S+ \S+ trains in it; wait for its end or stop it"
+            assert re.search(re.escape(f"{output} is in use: ") + owner, text), text
+    finally:
+        first.kill()  # it would train for hours
+        first.join()
     assert finish(start([*setting.arguments, "--output", str(output), "--resume"], output), output)[0] == 0

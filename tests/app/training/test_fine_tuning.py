@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from itertools import pairwise
 from pathlib import Path
 
@@ -202,7 +203,8 @@ def test_the_end_says_what_there_is_and_what_to_do_next(tmp_path: Path, capsys: 
     assert max(len(line) for line in shown.splitlines() if str(tmp_path) not in line) <= 80
     for file in ("model.pt", "best.pt", "best", "thresholds.json", "log.jsonl"):
         assert re.search(rf"^  {file} +\w", shown, re.M), file
-    assert f"  fused-arcface embed IMAGES --checkpoint {tmp_path / 'run'} --output embeddings.npz\n" in shown
+    folder = shlex.quote(str(tmp_path / "run"))
+    assert f"  fused-arcface embed IMAGES --checkpoint {folder} --output embeddings.npz\n" in shown
     epoch = next(line for line in shown.splitlines() if line.startswith("epoch"))
     assert len(epoch) <= 80 and "\x1b" not in shown and "\r" not in shown
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shlex
 import shutil
 from pathlib import Path
 from typing import Any
@@ -26,11 +28,12 @@ KINDS = (("L", 20, 20, "png"),)
 
 def test_one_command_begins_a_run_and_goes_on_with_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """As torchrun --max-restarts repeats it."""
-    output = tmp_path / "run"
+    output = tmp_path / "a run"
     options = ["--data", "identities:4x4", "--batch-size", "8", "--image-size", "16", "--workers", "0"]
     command = ["train", *options, "--output", str(output), "--epochs", "1", "--resume", "auto"]
     assert run_command(["train", *options, "--output", str(output), "--resume"]) == 2  # without auto: there is none
-    assert "does not exist; make a run with: fused-arcface train --data DATA" in capsys.readouterr().err
+    made = f"fused-arcface train --data DATA --output {shlex.quote(str(output))}\n"
+    assert f"does not exist; make a run with: {made}" in capsys.readouterr().err
     assert not output.exists()
     assert run_command(command) == 0
     assert "resumed" not in capsys.readouterr().out
@@ -75,9 +78,8 @@ def test_a_resumed_run_keeps_its_images(tmp_path: Path, form: str) -> None:
     run(config, tmp_path / "run", stop_at=1)
     before = image.read_bytes()
     image.write_bytes(other)
-    match = (
-        f"a resumed run keeps its data; {root} has other bytes than the run began with: [0-9a-f]+ then, [0-9a-f]+ now"
-    )
+    match = re.escape(f"a resumed run keeps its data; {root} has other bytes than the run began with: ")
+    match += "[0-9a-f]+ then, [0-9a-f]+ now"
     with pytest.raises(RunError, match=match):
         run(config, tmp_path / "run", resume=True)
     image.write_bytes(before)
@@ -123,7 +125,7 @@ def test_a_folder_that_is_removed_ends_the_run(tmp_path: Path, anew: bool) -> No
             if anew:
                 output.mkdir()
 
-    with pytest.raises(TrainingError, match=f"{output} was removed or replaced while the run trained in it"):
+    with pytest.raises(TrainingError, match=re.escape(f"{output} was removed or replaced while the run trained in it")):
         train(TINY, output, listener=remove)
     assert not output.exists() or not list(output.iterdir())  # and no half of a run is left in its place
 
@@ -135,7 +137,8 @@ def test_a_folder_moved_away_and_back_goes_on(tmp_path: Path) -> None:
         if isinstance(event, Stepped) and event.step == 5:
             output.rename(away)
 
-    with pytest.raises(TrainingError, match=f"resume with: fused-arcface train --output {output} --resume"):
+    command = f"fused-arcface train --output {shlex.quote(str(output))} --resume"
+    with pytest.raises(TrainingError, match=re.escape(f"resume with: {command}")):
         train(TINY, output, listener=move)
     away.rename(output)
     run(TINY, tmp_path / "whole")
@@ -157,5 +160,5 @@ def test_a_disk_that_is_full_at_the_model(tmp_path: Path, monkeypatch: pytest.Mo
         assert run_command(command) == 1
     said = capsys.readouterr().err
     assert f"{output / 'model.pt'} cannot be written: No space left on device; make room there and resume with:" in said
-    assert f"fused-arcface train --output {output} --resume" in said
+    assert f"fused-arcface train --output {shlex.quote(str(output))} --resume" in said
     assert run_command(command) == 0 and (output / "model.pt").exists()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -51,7 +52,7 @@ def start(arguments: list[str], ranks: int = 1, restarts: int = 0) -> subprocess
 
 
 def wait_for_steps(output: Path, process: subprocess.Popen[str], steps: int) -> None:
-    log, deadline = output / "log.jsonl", time.monotonic() + 120
+    log, deadline = output / "log.jsonl", time.monotonic() + 240
     while not (log.exists() and log.read_text().count('"loss"') >= steps):
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()
         time.sleep(0.005)
@@ -73,8 +74,8 @@ def test_end_to_end_on_files_with_ctrl_c_and_two_ranks(tmp_path: Path) -> None:
     process = start(["--config", str(tmp_path / "options.toml"), "--output", str(output)])
     wait_for_steps(output, process, 7)
     process.send_signal(signal.SIGINT)
-    _, error = process.communicate(timeout=120)
-    assert process.returncode == 130 and f"fused-arcface train --output {output} --resume" in error
+    _, error = process.communicate(timeout=240)
+    assert process.returncode == 130 and f"fused-arcface train --output {shlex.quote(str(output))} --resume" in error
     stopped = len(losses(output))
     assert 7 <= stopped < 90 and f"Saved after step {stopped} of 90" in error
 
@@ -104,12 +105,12 @@ def test_two_ranks_are_interrupted_together_and_resumed_on_two_and_on_one(tmp_pa
         if output == parts:
             wait_for_steps(output, process, 5)
             process.send_signal(signal.SIGTERM)  # torchrun hands it on
-        process.communicate(timeout=120)
+        process.communicate(timeout=240)
     stopped = len(losses(parts))
     assert 5 <= stopped < 70
     shutil.copytree(parts, tmp_path / "on_one")
     process = start(["--output", str(parts), "--resume"], ranks=2)
-    _, error = process.communicate(timeout=120)
+    _, error = process.communicate(timeout=240)
     assert process.returncode == 0, error
     assert losses(parts) == losses(whole)
     _, heard = run(config.replace({"accumulation": 2}), tmp_path / "on_one", resume=True)
@@ -123,12 +124,12 @@ def test_torchrun_restarts_a_fresh_run_whose_rank_was_killed(tmp_path: Path) -> 
     config.save(tmp_path / "options.toml")
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     arguments = ["--config", str(tmp_path / "options.toml"), "--resume", "auto"]
-    assert start([*arguments, "--output", str(whole)], ranks=2).wait(120) == 0
+    assert start([*arguments, "--output", str(whole)], ranks=2).wait(240) == 0
     process = start([*arguments, "--output", str(parts)], ranks=2, restarts=1)
     wait_for_steps(parts, process, 5)
     owner = int(re.match(r"process (\d+) on", (parts / "run.lock").read_text())[1])  # the first rank
     os.kill(owner, signal.SIGKILL)
-    shown, error = process.communicate(timeout=120)
+    shown, error = process.communicate(timeout=240)
     assert process.returncode == 0, error
     assert "resumed after step" in shown
     assert losses(parts) == losses(whole)

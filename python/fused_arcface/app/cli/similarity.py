@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -92,4 +93,5 @@ def _how(checkpoint: Path) -> str:
     own = "give one with --threshold, 0.3 for example"
     if not (run / "config.toml").is_file():
         return own
-    return f"{own}, or measure some on labeled images: fused-arcface verify --data PEOPLE --checkpoint {run}"
+    command = f"fused-arcface verify --data PEOPLE --checkpoint {shlex.quote(str(run))}"
+    return f"{own}, or measure some on labeled images: {command}"

@@ -1,4 +1,4 @@
-"""Formats of images that are decoded, and the sizes that a GIF declares.
+"""Formats of images that are decoded, and the sizes that a GIF or a WebP declares.
 
 Pillow decodes them; see :func:`fused_arcface.app.data.read_image`.
 """
@@ -22,14 +22,43 @@ FORMATS = tuple(sorted(set(_FORMAT_OF.values())))
 """Pillow's names of these formats. No other decoder sees a file, whatever its content looks like."""
 
 
-def gif_sizes(file: BinaryIO) -> Iterator[tuple[int, int]]:
-    """Yield the sizes (width, height) that a GIF declares up to its first image; nothing for another kind of file.
+def declared_sizes(file: BinaryIO) -> Iterator[tuple[int, int]]:
+    """Yield the sizes (width, height) that a GIF or a WebP declares; nothing for another kind of file.
 
-    Pillow fills an area of the first image's size while it opens the file, before it tells the size. The layout is
-    that of the GIF89a specification, https://www.w3.org/Graphics/GIF/spec-gif89a.txt.
+    Pillow takes memory for an area of this size while it opens such a file, before it tells the size.
+    """
+    start = file.read(30)
+    file.seek(0)
+    if start.startswith((b"GIF87a", b"GIF89a")):
+        yield from _gif_sizes(file)
+    elif len(start) == 30 and start[:4] == b"RIFF" and start[8:12] == b"WEBP":
+        yield from _webp_size(start)
+
+
+def _webp_size(start: bytes) -> Iterator[tuple[int, int]]:
+    """Yield the size in the first chunk, whose kind decides on the layout.
+
+    The layouts are in https://developers.google.com/speed/webp/docs/riff_container (``VP8X``), in its specification of
+    the lossless format (``VP8L``), and in RFC 6386, section 9.1 (``VP8``).
+    """
+    kind = start[12:16]
+    if kind == b"VP8X":
+        yield int.from_bytes(start[24:27], "little") + 1, int.from_bytes(start[27:30], "little") + 1
+    elif kind == b"VP8L":
+        (bits,) = struct.unpack_from("<I", start, 21)
+        yield (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
+    elif kind == b"VP8 ":
+        width, height = struct.unpack_from("<HH", start, 26)
+        yield width & 0x3FFF, height & 0x3FFF  # the other two bits scale the picture on a screen
+
+
+def _gif_sizes(file: BinaryIO) -> Iterator[tuple[int, int]]:
+    """Yield the size of the screen and that of the first image.
+
+    The layout is that of the GIF89a specification, https://www.w3.org/Graphics/GIF/spec-gif89a.txt.
     """
     head = file.read(13)
-    if len(head) < 13 or not head.startswith((b"GIF87a", b"GIF89a")):
+    if len(head) < 13:
         return
     width, height = struct.unpack_from("<HH", head, 6)
     yield width, height

@@ -21,7 +21,7 @@ from fused_arcface.base.extras import MissingExtra, require
 from fused_arcface.base.reading import DataError, open_regular
 
 from .alignment import align
-from .image_formats import FORMATS, gif_sizes
+from .image_formats import FORMATS, declared_sizes
 
 MAX_PIXELS = 2**25
 """Pixels of the largest image that is decoded by default: 5792 × 5792, some 0.9 s and 560 MB of a WebP, the most."""
@@ -154,7 +154,7 @@ def _opened(source: Path | bytes, max_pixels: int) -> Iterator[Any]:
             # Pillow warns of sizes that are checked here, and of damage that is an error or does not matter.
             warnings.simplefilter("ignore", pil.DecompressionBombWarning)
             warnings.simplefilter("ignore", UserWarning)
-            for size in gif_sizes(file):
+            for size in declared_sizes(file):
                 _check_size(source, size, max_pixels)
             file.seek(0)
             with pil.open(file, formats=FORMATS) as image:

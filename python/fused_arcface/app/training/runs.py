@@ -21,6 +21,7 @@
 from __future__ import annotations
 
 import contextlib
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -148,7 +149,8 @@ class RunFolder:
                 why = f"is not a training run: it has no {self.config.name}"
             else:
                 why = "is not a folder"
-            raise RunError(f"{self.root} {why}; make a run with: fused-arcface train --data DATA --output {self.root}")
+            command = f"fused-arcface train --data DATA --output {shlex.quote(str(self.root))}"
+            raise RunError(f"{self.root} {why}; make a run with: {command}")
         try:
             config = TrainConfig().replace(read_options(self.config))
             if not config.data:  # a run has some
