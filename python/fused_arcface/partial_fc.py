@@ -296,13 +296,13 @@ class PartialFC(NotScriptable, ReplaceableOptions, ShardedEvaluation, RunState):
         count = self._count_rows(classes) if padded and classes is not None else None
         weight: Tensor = self.weight
         update = sampled = None
-        updates = self.training and weight.requires_grad
+        updates = self.training and weight.requires_grad and torch.is_grad_enabled()
         if store is not None and rows is not None:
             targets = self._rows_of(self.sharding.localize(chosen_on))
-            upcoming = self._upcoming(chosen_on.device, padded)
+            upcoming, draw = self._upcoming(chosen_on.device, padded), (self.sample_rate, self.seed)
             # A disk may be full on one rank: then no rank goes on to the next collective.
             with contextlib.nullcontext() if store.in_memory else self.ranks.together("center_storage"):
-                sampled = store.take(self._held(), StepRows(self.step, rows, targets, updates, upcoming))
+                sampled = store.take(self._held(), StepRows(self.step, draw, rows, targets, updates, upcoming))
             weight, rows = sampled.tensors["weight"].detach().requires_grad_(updates), None
             chosen_class = chosen_class.to(target_class.device, non_blocking=True)
         if self.center_optimizer is not None:
