@@ -313,8 +313,8 @@ class CenterOptimizer(torch.optim.Optimizer):
         _check_weight(weight)
         if weight.requires_grad and not (isinstance(weight, nn.Parameter) and weight.is_leaf):
             raise CenterUpdateError(
-                "weight must be a parameter of the head with CenterSGD, which updates it in place; got a tensor made of "
-                "others, as by parametrize, weight_norm or prune: use an ordinary optimizer (center_optimizer=None)"
+                "weight must be a parameter of the head with CenterSGD, which updates it in place; got a tensor made "
+                "of others, as by parametrize, weight_norm or prune: use an ordinary optimizer (center_optimizer=None)"
             )
         state, settings = self.bind(weight), self.param_groups[0]
         check_update(weight, state.get("momentum_buffer"), state.get("momentum_scale"))
