@@ -273,7 +273,7 @@ class PartialFC(NotScriptable, ReplaceableOptions, ShardedEvaluation, RunState):
             check_number("loss_weight", loss_weight, NOT_NEGATIVE)
             self._check_reachable()
             self._check_reduction(reduction)
-            self.options.check_step(target, self.num_classes, self.weight.device)
+            self.options.check_step(target, self.num_classes, self.device)
             agreement = self._step_agreement("forward()", ignore_index, loss_weight, reduction, sample_weight, target)
         embeddings, batch, backend = self._gather(
             embeddings, target, agreement, ignore_index, return_stats, sample_weight
@@ -332,7 +332,7 @@ class PartialFC(NotScriptable, ReplaceableOptions, ShardedEvaluation, RunState):
 
     def _check_not_captured(self) -> None:
         """Check that no CUDA graph records a step that must differ in each replay."""
-        if not (self.training and _is_captured(self.weight.device)):
+        if not (self.training and _is_captured(self.device)):
             return
         for name, is_used in (("sample_rate < 1", self.sample_rate < 1), ("CenterSGD", self.center_optimizer)):
             if is_used:

@@ -278,3 +278,14 @@ def test_forward_passes_without_a_gradient_leave_the_buffers_of_a_step(storage, 
         head.center_optimizer.step()
         train(head, 2)
     assert_equal(state(heads[1]), state(heads[0]))
+
+
+@pytest.mark.parametrize("storage", ["host", "file"])
+def test_a_learned_scale_is_on_the_computing_device(storage, tmp_path):
+    """The weight of a file is on ``meta``, which is the place of no scale."""
+    gradients = []
+    for where in ("device", "host" if storage == "host" else tmp_path / "s"):
+        head = make(where, scale=torch.nn.Parameter(torch.tensor(20.0)))
+        train(head, 3)
+        gradients.append(head.scale.grad)
+    assert gradients[0] != 0 and torch.equal(gradients[0], gradients[1])
