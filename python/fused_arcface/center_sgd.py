@@ -87,7 +87,7 @@ def check_settings(settings: dict[str, Any]) -> None:
         TypeError, ValueError: if one is missing, not a number, or out of its range.
     """
     for name, allowed in _SETTINGS.items():
-        value = settings.get(name)
+        value: Any = settings.get(name)
         check_number(f"CenterSGD: {name}", value.item() if hasattr(value, "item") else value, allowed)
 
 
