@@ -165,7 +165,8 @@ void weight_pass(const WeightGradArgs& args, const PassOptions& options, const i
     const int64_t first_class = block * blocks.classes, count = std::min(blocks.classes, C - first_class);
     Workspace<P>& work = *workspaces[worker];
     T* gradient = gradients.get() + worker * blocks.classes * batch.stride;
-    work.pack(args.weight, first_class, count, C, N, by_rows, index);
+    work.pack(args.weight, first_class, count, C, std::max<int64_t>(N, 1), by_rows, index);
+    if (N == 0) std::fill(gradient, gradient + count * batch.stride, T(0));  // no block of rows writes it
     for (int64_t row = 0; row < N; row += blocks.rows) {
       const int64_t rows = std::min(blocks.rows, N - row), lanes = round_up(rows, kColumns<T>);
       T* const tile = work.tile.get();

@@ -28,10 +28,10 @@ from .margins.angular import Margin
 from .margins.state import copy_of_state
 from .store import SampledRows
 
-_SETTINGS = ("lr", "momentum", "weight_decay")
+_SETTINGS = {"lr": FROM_0, "momentum": FROM_0_BELOW_1, "weight_decay": FROM_0}
 
 # Functions of torch.nn.utils that look for gradients to clip; by name, as they offer no hook.
-_CLIPPING = {"clip_grad_norm_", "clip_grad_value_"}
+_CLIPPING = {"clip_grad_norm_", "clip_grad_value_", "_clip_grads_with_norm_"}
 _GRAD: Any = torch.Tensor.grad
 
 
@@ -74,11 +74,21 @@ class CenterSGD:
     momentum_dtype: torch.dtype | None = None
 
     def __post_init__(self) -> None:
-        for name, allowed in (("lr", FROM_0), ("momentum", FROM_0_BELOW_1), ("weight_decay", FROM_0)):
-            check_number(f"CenterSGD: {name}", getattr(self, name), allowed)
+        check_settings({name: getattr(self, name) for name in _SETTINGS})
         if self.momentum_dtype is not None and self.momentum_dtype not in MOMENTUM_DTYPES:
             listed = ", ".join(map(str, MOMENTUM_DTYPES))
             raise TypeError(f"CenterSGD: momentum_dtype must be one of {listed}; got {self.momentum_dtype}")
+
+
+def check_settings(settings: dict[str, Any]) -> None:
+    """Check lr, momentum and weight_decay, among other entries. They may be numbers of NumPy or torch.
+
+    Raises:
+        TypeError, ValueError: if one is missing, not a number, or out of its range.
+    """
+    for name, allowed in _SETTINGS.items():
+        value: Any = settings.get(name)
+        check_number(f"CenterSGD: {name}", value.item() if hasattr(value, "item") else value, allowed)
 
 
 class CentersUpdatedInBackward(nn.Parameter):
@@ -127,6 +137,18 @@ class CenterOptimizer(torch.optim.Optimizer):
             if dtype == torch.int8:
                 units = -(-weight.shape[1] // MOMENTUM_BLOCK)
                 state["momentum_scale"] = torch.zeros(weight.shape[0], units, dtype=torch.float32, device=weight.device)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Refuse a second group: this optimizer updates class centers alone.
+
+        Raises:
+            CenterUpdateError: always, once the centers are there.
+        """
+        if self.param_groups:
+            raise CenterUpdateError(
+                "center_optimizer updates the class centers alone: give other parameters to an optimizer of their own"
+            )
+        super().add_param_group(param_group)
 
     def describe(self) -> str:
         """Return the recipe as it is now, for the head's repr.
@@ -197,8 +219,10 @@ class CenterOptimizer(torch.optim.Optimizer):
         An earlier version's state has the momentum as well; it is restored in place. Load such a state after the head.
 
         Raises:
-            ValueError: if the momentum has another shape or dtype than this one. Nothing is changed then.
+            TypeError, ValueError: if the momentum has another shape or dtype than this one, or a setting is out of its
+                range. Nothing is changed then.
         """
+        check_settings(state_dict["param_groups"][0])
         own = dict(self.state[self._weight])
         loaded = state_dict["state"].get(0, {})
         for name in sorted(own.keys() | loaded.keys()) if loaded else ():
@@ -230,6 +254,10 @@ class CenterOptimizer(torch.optim.Optimizer):
         values = [float(self.param_groups[0][name]) for name in _SETTINGS]
         return torch.tensor(values, dtype=torch.float64, device="cpu")
 
+    def check_loaded(self, settings: Tensor) -> None:
+        """Check the :attr:`settings` (3,) of a loaded state. Raises ValueError if one is out of its range."""
+        check_settings(dict(zip(_SETTINGS, settings.tolist(), strict=True)))
+
     @torch.no_grad()
     def load_run_state(self, weight: Tensor, given: dict[str, Tensor], assign: bool) -> None:
         """Restore what :meth:`run_state` returned; a momentum that is not given becomes zero, settings stay.
@@ -254,6 +282,8 @@ class CenterOptimizer(torch.optim.Optimizer):
         It may be another parameter than the one that this optimizer was made for: ``to_empty()`` and
         ``load_state_dict(assign=True)`` make a new one.
         """
+        if type(weight) is nn.Parameter:  # torch makes such a one of the centers in these and other calls
+            weight.__class__ = CentersUpdatedInBackward
         old = self._weight
         if weight is not old:
             self.param_groups[0]["params"] = [weight]
@@ -275,12 +305,25 @@ class CenterOptimizer(torch.optim.Optimizer):
 
         Raises:
             TypeError: if the head has been converted to a dtype that centers cannot be updated in.
-            ValueError: if elements of the weight share memory, or its shape is no longer the momentum's.
-            CenterUpdateError: if an earlier step was refused on a GPU, see :class:`CenterSGD`.
+            ValueError: if elements of the weight share memory, its shape is no longer the momentum's, or a setting is
+                out of its range.
+            CenterUpdateError: if the weight is not a parameter; or if an earlier step was refused on a GPU, see
+                :class:`CenterSGD`.
         """
         _check_weight(weight)
-        state = self.bind(weight)
+        if weight.requires_grad and not (isinstance(weight, nn.Parameter) and weight.is_leaf):
+            raise CenterUpdateError(
+                "weight must be a parameter of the head with CenterSGD, which updates it in place; got a tensor made "
+                "of others, as by parametrize, weight_norm or prune: use an ordinary optimizer (center_optimizer=None)"
+            )
+        state, settings = self.bind(weight), self.param_groups[0]
         check_update(weight, state.get("momentum_buffer"), state.get("momentum_scale"))
+        check_settings(settings)
+        if settings["momentum"] > 0 and "momentum_buffer" not in state:
+            raise ValueError(
+                "CenterSGD: momentum must stay 0 in a head that was built without it, which has no memory for it; got "
+                f"{settings['momentum']}"
+            )
         self._check_factors()
 
     def _check_factors(self) -> None:

@@ -244,7 +244,7 @@ class PartialFC(NotScriptable, ReplaceableOptions, StoredCenters):
             check_number("loss_weight", loss_weight, NOT_NEGATIVE)
             self._check_reachable()
             self._check_reduction(reduction)
-            self.options.check_step(target, self.num_classes, self.weight.device)
+            self.options.check_step(target, self.num_classes, self.device)
             agreement = self._step_agreement("forward()", ignore_index, loss_weight, reduction, sample_weight, target)
         embeddings, batch, backend = self._gather(
             embeddings, target, agreement, ignore_index, return_stats, sample_weight
@@ -267,13 +267,13 @@ class PartialFC(NotScriptable, ReplaceableOptions, StoredCenters):
         count = self._count_rows(classes) if padded and classes is not None else None
         weight: Tensor = self.weight
         update = sampled = None
-        updates = self.training and weight.requires_grad
+        updates = self.training and weight.requires_grad and torch.is_grad_enabled()
         if store is not None and rows is not None:
             targets = self._rows_of(self.sharding.localize(chosen_on))
-            upcoming = self._upcoming(chosen_on.device, padded)
+            upcoming, draw = self._upcoming(chosen_on.device, padded), (self.sample_rate, self.seed)
             # A disk may be full on one rank: then no rank goes on to the next collective.
             with contextlib.nullcontext() if store.in_memory else self.ranks.together("center_storage"):
-                sampled = store.take(self._held(), StepRows(self.step, rows, targets, updates, upcoming))
+                sampled = store.take(self._held(), StepRows(self.step, draw, rows, targets, updates, upcoming))
             weight, rows = sampled.tensors["weight"].detach().requires_grad_(updates), None
             chosen_class = chosen_class.to(target_class.device, non_blocking=True)
         if self.center_optimizer is not None:
@@ -303,7 +303,7 @@ class PartialFC(NotScriptable, ReplaceableOptions, StoredCenters):
 
     def _check_not_captured(self) -> None:
         """Check that no CUDA graph records a step that must differ in each replay."""
-        if not (self.training and _is_captured(self.weight.device)):
+        if not (self.training and _is_captured(self.device)):
             return
         for name, is_used in (("sample_rate < 1", self.sample_rate < 1), ("CenterSGD", self.center_optimizer)):
             if is_used:

@@ -229,3 +229,19 @@ def test_a_scale_that_changes_is_refused() -> None:
     for scale, text in ((learned, "a learned scale"), (fa.AdaCos(), r"scale=AdaCos\(\)")):
         with pytest.raises(ValueError, match=f"^scale must be a number with the binary losses of UniFace; got {text}$"):
             fa.margin_softmax_loss(x, w, y, margin=fa.UniFace(), scale=scale)
+
+
+@pytest.mark.parametrize("backend", ["torch", "auto"])
+@pytest.mark.parametrize("sub_centers", [1, 3])
+def test_the_bias_has_a_gradient_without_negatives(backend: str, sub_centers: int) -> None:
+    """With one class the loss is the target's alone: its derivative by UniFace's bias is ``sigmoid(-logit)``."""
+    generator = torch.Generator().manual_seed(0)
+    x, w = torch.randn(4, 8, generator=generator), torch.randn(sub_centers, 8, generator=generator)
+    margin = fa.UniFace(0.4, bias=3.0)
+    loss = fa.margin_softmax_loss(
+        x, w, torch.zeros(4, dtype=torch.int64), margin=margin, sub_centers=sub_centers, scale=8.0, backend=backend
+    )
+    loss.backward()
+    assert margin.bias.grad is not None
+    expected = (-(8.0 * (cosines(x, w).amax(1) - 0.4) - 3.0)).sigmoid().mean()
+    torch.testing.assert_close(margin.bias.grad, expected)

@@ -223,6 +223,13 @@ def record_equal(rank: Rank, record: Record) -> None:
         loss.backward()
         return loss.isnan().item() and nothing.grad.shape == (0, D) and not head.weight.grad.to_dense().any().item()
 
+    def without_rows_of_its_own() -> Any:
+        head = rank.head(margin=fa.ElasticFace(plus=True))
+        nothing = x[:0].clone().requires_grad_()
+        losses = head(nothing, y[:0], reduction="none")
+        losses.sum().backward()
+        return losses.shape == (0,) and nothing.grad.shape == (0, D) and not head.weight.grad.any().item()
+
     def without_rows_updated() -> Any:
         head = rank.head(center_optimizer=fa.CenterSGD(0.1, weight_decay=0.1))
         rank.step(head)
@@ -240,6 +247,7 @@ def record_equal(rank: Rank, record: Record) -> None:
     slow_head = partial(insightface.PartialFC_V2, lambda cosines, _: 64 * cosines, D, CLASSES)  # over the default group
     record("slow path without gradient", one_needs_no_gradient(slow_head, frozen=False))
     record("no rows", without_rows)
+    record("no rows, their losses", without_rows_of_its_own)
     record("no rows with CenterSGD", without_rows_updated)
 
 
@@ -367,6 +375,7 @@ def test_what_one_constructor_refuses_raises_on_both(outcomes, name, own):
         "nothing to train",
         "slow path without gradient",
         "no rows",
+        "no rows, their losses",
         "no rows with CenterSGD",
         "still together",
         "heads still together",

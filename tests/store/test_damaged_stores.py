@@ -162,3 +162,18 @@ def test_a_kill_right_after_the_first_checkpoint(tmp_path, monkeypatch, loaded):
             again.full_weight()
     else:
         assert torch.equal(again.full_weight(), initial)
+
+
+@pytest.mark.parametrize(("name", "is_folder"), [("rows.bin", True), ("rows.bin", False), ("lock", True)])
+def test_a_missing_file_and_a_folder_in_its_place_are_errors_of_the_store(name, is_folder, tmp_path):
+    head = make(tmp_path / "store")
+    train(head, 2)
+    checkpoint.save(tmp_path / "saved", head)
+    head.center_store.close()
+    (tmp_path / "store" / name).unlink()
+    if is_folder:
+        (tmp_path / "store" / name).mkdir()
+    with pytest.raises(StoreError, match=f"{name} cannot be opened"):
+        make(tmp_path / "store")
+    with pytest.raises(CheckpointError, match=f"{name} cannot be opened"):
+        checkpoint.load(tmp_path / "saved", fa.PartialFC(D, CLASSES, center_optimizer=fa.CenterSGD(0.1)))

@@ -236,3 +236,55 @@ def test_a_state_dict_of_host_memory_is_that_of_the_device():
         head.center_optimizer._seed = 5
         train(head, 3)
     assert_equal(state(other), state(heads[0]))
+
+
+def other_rate(head: fa.PartialFC) -> None:
+    head.sample_rate = 0.4
+
+
+def other_seed(head: fa.PartialFC) -> None:
+    head.seed += 1
+
+
+def an_earlier_step(head: fa.PartialFC) -> None:
+    head.step = 1
+
+
+@pytest.mark.parametrize("change", [other_rate, other_seed, an_earlier_step])
+@pytest.mark.parametrize("storage", ["host", "file"])
+def test_a_change_between_steps_draws_other_rows_than_were_fetched(change, storage, tmp_path):
+    heads = make("device", "fp32"), make("host" if storage == "host" else tmp_path / "s", "fp32")
+    for head in heads:
+        train(head, 3)
+        change(head)
+    right, mine = (train(head, 3) for head in heads)
+    assert_equal(mine, right)
+    assert_equal(state(heads[1]), state(heads[0]))
+
+
+@pytest.mark.parametrize("dtypes", DTYPES)
+@pytest.mark.parametrize("between", [1, 2, 3])
+@pytest.mark.parametrize("storage", ["host", "file"])
+def test_forward_passes_without_a_gradient_leave_the_buffers_of_a_step(storage, between, dtypes, tmp_path):
+    heads = make("device", dtypes), make("host" if storage == "host" else tmp_path / "s", dtypes)
+    for head in heads:
+        train(head, 2)
+        x, y = batch(7)
+        loss = head(x.requires_grad_(), y)
+        with torch.no_grad():
+            for number in range(between):
+                head(*batch(20 + number))
+        loss.backward()
+        train(head, 2)
+    assert_equal(state(heads[1]), state(heads[0]))
+
+
+@pytest.mark.parametrize("storage", ["host", "file"])
+def test_a_learned_scale_is_on_the_computing_device(storage, tmp_path):
+    """The weight of a file is on ``meta``, which is the place of no scale."""
+    gradients = []
+    for where in ("device", "host" if storage == "host" else tmp_path / "s"):
+        head = make(where, scale=torch.nn.Parameter(torch.tensor(20.0)))
+        train(head, 3)
+        gradients.append(head.scale.grad)
+    assert gradients[0] != 0 and torch.equal(gradients[0], gradients[1])

@@ -263,7 +263,8 @@ def bias_grad(
         _run_class_stats(
             embeddings, weight, target, scale, None, torch.empty_like(total), total, None, negatives, by_bias=True
         )
-    return (d_lse.double() * (-lse).exp() * total.double()).sum()
+    by_row = d_lse.double() * (-lse).exp() * total.double()
+    return by_row.masked_fill(total == 0, 0).sum()  # a row without negatives has an lse of -inf
 
 
 def weight_grad(

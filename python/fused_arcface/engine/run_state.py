@@ -46,6 +46,19 @@ class RunState(nn.Module):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         destination |= {prefix + name: tensor for name, tensor in self._run_state().items()}
 
+    def _out_of_range(self, given: dict[str, Tensor], prefix: str) -> list[str]:
+        """Return an error message for each number of a loaded state, of the right shape and dtype, that none can be."""
+        wrong = []
+        if "step" in given and int(given["step"]) < 0:
+            wrong.append(f"{prefix}step must be >= 0; got {int(given['step'])}")
+        settings = given.get(_OPTIMIZER + "settings")
+        if settings is not None:
+            try:
+                self.center_optimizer.check_loaded(settings)
+            except ValueError as error:
+                wrong.append(f"{prefix}{_OPTIMIZER}settings: {error}")
+        return wrong
+
     def _load_from_state_dict(
         self,
         state_dict: dict[str, Any],
@@ -66,7 +79,7 @@ class RunState(nn.Module):
                 f"{prefix}{name} must be {describe_tensor(own[name])}; got {describe_tensor(tensor)}"
                 for name, tensor in given.items()
                 if describe_tensor(own[name]) != describe_tensor(tensor)
-            ]
+            ] or self._out_of_range(given, prefix)
             if wrong:
                 error_msgs += wrong
                 return

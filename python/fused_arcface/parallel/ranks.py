@@ -317,9 +317,9 @@ class Ranks:
             return [rows]
         room = max(counts)
         send = rows if len(rows) == room else torch.cat([rows, rows.new_zeros(room - len(rows), *rows.shape[1:])])
-        received = rows.new_empty(self.world_size * room, *rows.shape[1:])
-        self._run(send.device, _all_gather, received, send.contiguous())
-        return [part[:count] for part, count in zip(received.split(room), counts, strict=True)]
+        received = rows.new_empty(self.world_size, room, *rows.shape[1:])
+        self._run(send.device, _all_gather, received.flatten(0, 1), send.contiguous())
+        return [part[:count] for part, count in zip(received, counts, strict=True)]
 
     def gather_objects(self, value: Any, call: str = "") -> list[Any]:
         """Return every rank's picklable ``value``, in rank order.

@@ -222,7 +222,8 @@ class FileCenters(CenterStore):
 
     def _uploaded(self, sampled: SampledRows, lane: StreamLane) -> SampledRows:
         """Return the rows as copies on the GPU, which go back through the pinned buffer that they came from."""
-        tensors = self._on_device.rows(sampled.turn, len(sampled.rows))
+        count, turn = len(sampled.rows), sampled.turn
+        tensors = self._on_device.rows(turn, count) if turn > 0 else self.rows.columns.empty(count, self.device)
         for name, tensor in tensors.items():
             tensor.copy_(sampled.tensors[name], non_blocking=True)
         ids = sampled.ids.to(self.device, non_blocking=True)

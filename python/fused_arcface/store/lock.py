@@ -33,7 +33,10 @@ class RowLock:
         # Before it is opened: to close the file again would release the locks that this process has of it.
         if path.exists() and _key(os.stat(path)) in _open_here:
             raise StoreError(f"{folder} is open in this process: call close() on the head's center_store first")
-        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        except OSError as error:
+            raise StoreError(f"{path} cannot be opened: {error.strerror}") from error
         self._key = _key(os.fstat(file))
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, max(last - first, 1), first)

@@ -45,6 +45,8 @@ class StepRows(NamedTuple):
 
     step: int
     """Number of the step."""
+    draw: tuple[float, int]
+    """Rate and seed of the sample, which with the step's number decide the rows that are drawn."""
     rows: Tensor
     """(K,) as :class:`SampledRows` has them."""
     targets: Tensor
@@ -68,15 +70,20 @@ class SampledRows:
     write_back: Callable[[], None]
     """Gives the rows back to the store, after they have been changed. Call it once at most."""
     turn: int = 0
+    """Number of the step among those that change rows; 0 for a step that changes none."""
     ready: Wait = lambda: None
     """Waits until the tensors can be read."""
+
+
+_Key = tuple[int, tuple[float, int], bool]
+"""Step, draw and update of :class:`StepRows`."""
 
 
 @dataclass(eq=False)
 class _Fetched:
     """The rows that a step will draw, on their way."""
 
-    key: tuple[int, bool]
+    key: _Key
     wait: Wait
     found: list[tuple[Tensor, Tensors]]
 
@@ -99,6 +106,7 @@ class Pipeline:
         pinned: bool = False,
     ) -> None:
         self._source, self._num_rows, self._row_start, self._lane = source, num_rows, row_start, lane
+        self._device = device
         self._on_thread = isinstance(lane, ThreadLane)
         self._buffers, self._ahead, self._labeled = (Buffers(source.columns, device, pinned) for _ in range(3))
         self._fetched: _Fetched | None = None
@@ -126,15 +134,11 @@ class Pipeline:
 
     def take(self, drawn: StepRows) -> SampledRows:
         """Return copies of the rows of a step."""
-        step, rows, targets, update, upcoming = drawn
+        step, draw, rows, targets, update, upcoming = drawn
         self.check()
-        self._turn += 1
-        if self._last is not None and (self._turn - self._last.turn) % 2 == 0:  # its buffer is the next one
-            self.drain()
-        self._wait_for_write(self._turn)
-        room = self._buffers.rows(self._turn, len(rows) + 1)  # one more, for what belongs nowhere
+        room = self._room(len(rows) + 1, update)  # one more, for what belongs nowhere
         tensors = {name: tensor[: len(rows)] for name, tensor in room.items()}
-        ahead = self._arrived((step, update))
+        ahead = self._arrived((step, draw, update))
         if ahead is None:
             self.drain()
             self._read(rows, tensors, update)
@@ -145,28 +149,41 @@ class Pipeline:
             self._read_targets(rows, targets, ahead[0], room, update)
             self._take_from_last(rows, tensors)
         if self._lane is not None and upcoming is not None:
-            self._fetch(step + 1, update, upcoming)
-        sampled = SampledRows(rows, rows + self._row_start, tensors, lambda: None, self._turn)
+            self._fetch((step + 1, draw, update), upcoming)
+        sampled = SampledRows(rows, rows + self._row_start, tensors, lambda: None, self._turn if update else 0)
         sampled.write_back = lambda: self.give_back(sampled)
         return sampled
+
+    def _room(self, count: int, update: bool) -> Tensors:
+        """Return the buffer of the next step, for ``count`` rows.
+
+        A step that changes no rows gets memory of its own: both buffers may await their backward passes.
+        """
+        if not update:
+            return self._source.columns.empty(count, self._device)
+        self._turn += 1
+        if self._last is not None and (self._turn - self._last.turn) % 2 == 0:  # its buffer is the next one
+            self.drain()
+        self._wait_for_write(self._turn)
+        return self._buffers.rows(self._turn, count)
 
     def _read(self, rows: Tensor, out: Tensors, keep: bool) -> None:
         self._source.read(rows, out, keep)
         self.traffic.read += len(rows) * self._source.columns.row_bytes
 
-    def _fetch(self, step: int, update: bool, upcoming: Callable[[], Tensor]) -> None:
+    def _fetch(self, key: _Key, upcoming: Callable[[], Tensor]) -> None:
         assert self._lane is not None
         found: list[tuple[Tensor, Tensors]] = []
 
         def work() -> None:
             rows = upcoming()
             tensors = self._ahead.rows(0, len(rows))
-            self._read(rows, tensors, update)
+            self._read(rows, tensors, keep=key[-1])
             found.append((rows, tensors))
 
-        self._fetched = _Fetched((step, update), self._lane.start(work), found)
+        self._fetched = _Fetched(key, self._lane.start(work), found)
 
-    def _arrived(self, key: tuple[int, bool]) -> tuple[Tensor, Tensors] | None:
+    def _arrived(self, key: _Key) -> tuple[Tensor, Tensors] | None:
         """Return the rows that were fetched for a step, None if they were fetched for another one."""
         fetched, self._fetched = self._fetched, None
         if fetched is None:

@@ -44,7 +44,10 @@ class Records:
     def __init__(self, path: Path, columns: Columns, num_rows: int, seed: int, create: bool = False) -> None:
         self.path, self.columns, self.num_rows, self._seed = path, columns, num_rows, seed
         self.record_bytes = MARKER_BYTES + columns.row_bytes
-        self._file = os.open(path, os.O_RDWR | os.O_CLOEXEC | (os.O_CREAT if create else 0), 0o666)
+        try:
+            self._file = os.open(path, os.O_RDWR | os.O_CLOEXEC | (os.O_CREAT if create else 0), 0o666)
+        except OSError as error:
+            raise StoreError(f"{path} cannot be opened: {error.strerror}") from error
         try:
             if create:
                 os.ftruncate(self._file, num_rows * self.record_bytes)

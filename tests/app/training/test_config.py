@@ -20,6 +20,9 @@ from fused_arcface.margins.text import parse_margin
     [
         ({"batch_size": 1}, ValueError, "batch_size must be >= 2; got 1"),
         ({"epochs": 0}, ValueError, "epochs must be >= 1; got 0"),
+        # A stranger's run must not ask for more memory than there is.
+        ({"embedding_dim": 1 << 62}, ValueError, f"embedding_dim must be >= 1 and <= 16384; got {1 << 62}"),
+        ({"image_size": 100000}, ValueError, "image_size must be >= 1 and <= 4096; got 100000"),
         ({"epochs": 1.5}, TypeError, "epochs must be of type int; got float"),
         ({"epochs": True}, TypeError, "epochs must be of type int; got bool"),
         ({"flip": 1}, TypeError, "flip must be of type bool; got int"),

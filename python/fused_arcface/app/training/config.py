@@ -120,6 +120,7 @@ class TrainConfig:
         DATA,
         "Side of the images in pixels. Default: the net's own size, otherwise the median of the data, from 32 to 112.",
         least=1,
+        most=4096,
         fixed=True,
     )
     channels: int | None = _option(
@@ -154,7 +155,12 @@ class TrainConfig:
 
     backbone: str = _option("small", NET, f"The embedding net: one of {', '.join(NAMES)}.", fixed=True)
     embedding_dim: int | None = _option(
-        None, NET, "Dimension of the embeddings. Default: 128 for the small net, otherwise 512.", least=1, fixed=True
+        None,
+        NET,
+        "Dimension of the embeddings. Default: 128 for the small net, otherwise 512.",
+        least=1,
+        most=16384,
+        fixed=True,
     )
     precision: str = _option(
         "fp32",
