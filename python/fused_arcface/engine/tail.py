@@ -16,6 +16,7 @@ from ..base.checks import check_margin_output, check_margin_rows
 from ..base.once_differentiable import once_differentiable
 from ..base.statistics import MarginSoftmaxStats
 from ..margins.angular import Margin, parameters
+from .direct import stages
 from .ops import for_numbers
 from .smoothing import Smoothing
 from .targets import Rows, ignored_rows
@@ -44,7 +45,8 @@ class _FusedMarginLoss(torch.autograd.Function):
         gradient: str,
         backend: str,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        margin_loss, numbers = for_numbers(torch.ops.fused_arcface.margin_loss, scale, m1, m2, m3)
+        stage = stages(negative_lse, target_cosine)
+        margin_loss, numbers = for_numbers(stage.margin_loss, scale, m1, m2, m3)
         loss, lse, d_lse, d_cosine = margin_loss(negative_lse, target_cosine, *numbers, boundary, gradient, backend)
         loss = loss.masked_fill_(ignored, 0)
         weighted = loss.clone() if sample_weight is None else loss * sample_weight
