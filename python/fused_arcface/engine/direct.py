@@ -47,11 +47,25 @@ def stages(*tensors: Tensor | None) -> Any:
     return _FUNCTIONS if goes_straight(*tensors) else torch.ops.fused_arcface
 
 
-def goes_straight(*tensors: Tensor | None) -> bool:
-    """Return true if the dispatcher would call a function with these tensors at once, and nothing else would notice.
+def is_readable(tensor: Tensor) -> bool:
+    """Return true if a tensor is on the CPU and has values now.
 
-    They are then plain tensors on the CPU, whose values can be read without a wait.
+    A profiler and a mode that only watches make no difference: torch.utils.checkpoint may run a forward pass with one
+    and again without it, and both must save the same tensors.
     """
+    if torch.compiler.is_compiling() or torch._C._dispatch_keys(tensor).raw_repr() not in _PLAIN_TENSOR:
+        return False
+    thread = torch._C._dispatch_tls_local_include_set()
+    if thread.has(torch._C.DispatchKey.Python):
+        kinds = torch._C._TorchDispatchModeKey
+        if any(torch._C._get_dispatch_mode(kind) for kind in (kinds.FAKE, kinds.PROXY, kinds.FUNCTIONAL)):
+            return False
+        thread = thread.remove(torch._C.DispatchKey.Python).remove(torch._C.DispatchKey.PythonTLSSnapshot)
+    return thread.raw_repr() in _PLAIN_THREAD
+
+
+def goes_straight(*tensors: Tensor | None) -> bool:
+    """Return true if the dispatcher would call a function with these tensors at once, and nothing else would notice."""
     if (
         torch.compiler.is_compiling()
         or torch.overrides.has_torch_function(tensors)
