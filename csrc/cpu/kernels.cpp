@@ -40,6 +40,25 @@ int64_t affordable_slices(int threads, int64_t class_blocks, int64_t sum_size) {
   return std::min({static_cast<int64_t>(threads), class_blocks, std::max<int64_t>(1, affordable)});
 }
 
+// fn for every task, as soon as the batch is packed.
+template <typename P, typename Fn>
+void for_each_task_of(const Batch<P>& batch, int threads, int64_t tasks, const Fn& fn) {
+  const auto pack = [&](int64_t panel, int worker) {
+    const FlushSubnormals flush_here;
+    batch.pack(panel, worker);
+  };
+  for_each_task_in_turn(threads, batch.panels(), pack, tasks, fn);
+}
+
+// Row i of the sum of `slices` matrices (N, stride) that follow each other every `sum_size` numbers, times a factor.
+template <typename T>
+void sum_slices(const T* sums, int64_t slices, int64_t sum_size, int64_t columns, T factor, T* out) {
+  std::copy(sums, sums + columns, out);
+  for (int64_t s = 1; s < slices; ++s)
+    for (int64_t d = 0; d < columns; ++d) out[d] += sums[s * sum_size + d];
+  for (int64_t d = 0; d < columns; ++d) out[d] *= factor;
+}
+
 template <typename P>
 void class_stats(const ClassStatsArgs& args, const PassOptions& options) {
   using T = typename P::Sum;
@@ -67,7 +86,7 @@ void class_stats(const ClassStatsArgs& args, const PassOptions& options) {
   const Scratch<T> center_sums(slices * sum_size);
   const auto workspaces = make_workspaces(threads, batch, blocks);
 
-  for_each_task(threads, groups * slices, [&](int64_t task, int worker) {
+  const auto group_pass = [&](int64_t task, int worker) {
     const FlushSubnormals flush_here;
     const int64_t slice = task / groups, begin = task % groups * group, end = std::min(begin + group, N);
     Workspace<P>& work = *workspaces[worker];
@@ -98,7 +117,8 @@ void class_stats(const ClassStatsArgs& args, const PassOptions& options) {
           work.second_product_over_classes(count, rows, lanes, center_sum + row * batch.stride, batch.stride);
       }
     }
-  });
+  };
+  for_each_task_of(batch, threads, groups * slices, group_pass);
 
   for (int64_t i = 0; i < N; ++i) {
     RowStats total;
@@ -115,15 +135,9 @@ void class_stats(const ClassStatsArgs& args, const PassOptions& options) {
     static_cast<T*>(args.negative_max)[i] = static_cast<T>(total.max);
     if (args.negative_sum != nullptr)
       static_cast<T*>(args.negative_sum)[i] = static_cast<T>(total.sum * shift.correction[i]);
-    if (sum_size > 0) {
-      T* out = static_cast<T*>(args.center_sum) + i * D;
-      const T correction = static_cast<T>(shift.correction[i]);
-      for (int64_t d = 0; d < D; ++d) {
-        T sum = 0;
-        for (int64_t s = 0; s < slices; ++s) sum += center_sums.get()[s * sum_size + i * batch.stride + d];
-        out[d] = sum * correction;
-      }
-    }
+    if (sum_size > 0)
+      sum_slices(center_sums.get() + i * batch.stride, slices, sum_size, D, static_cast<T>(shift.correction[i]),
+                 static_cast<T*>(args.center_sum) + i * D);
   }
 }
 
@@ -199,18 +213,15 @@ void weight_pass(const WeightGradArgs& args, const PassOptions& options, const i
       receive(first_class + j, row, inverse_norm.is_short());
     }
   };
-  for_each_task(threads, slices, [&](int64_t slice, int worker) {
+  for_each_task_of(batch, threads, slices, [&](int64_t slice, int worker) {
     const FlushSubnormals flush_here;
     for (int64_t block = class_blocks * slice / slices; block < class_blocks * (slice + 1) / slices; ++block)
       block_pass(block, slice, worker);
   });
 
   for (int64_t i = 0; by_rows && i < N; ++i)
-    for (int64_t d = 0; d < D; ++d) {
-      T sum = 0;
-      for (int64_t s = 0; s < slices; ++s) sum += row_sums.get()[s * sum_size + i * batch.stride + d];
-      static_cast<T*>(options.negative_grad)[i * D + d] = sum;
-    }
+    sum_slices(row_sums.get() + i * batch.stride, slices, sum_size, D, T(1),
+               static_cast<T*>(options.negative_grad) + i * D);
 }
 
 template <typename P>

@@ -34,7 +34,7 @@ inline Blocks fitting(const Negatives& negatives, int64_t classes, int64_t rows,
   return {each, std::min(largest.rows, rows)};
 }
 
-// The batch, packed once per call and laid out twice.
+// The batch, packed once per call and laid out twice, by the panels of `pack`.
 template <typename P>
 struct Batch {
   using T = typename P::Sum;
@@ -46,6 +46,12 @@ struct Batch {
   Scratch<Element> second;           // (padded_rows / P::kDepth, padded_columns), for the second product of weight_pass
   Scratch<T> to_unit;                // (padded_rows,), see Norms
   Scratch<Index<T>> target;          // (padded_rows,)
+  Matrix embeddings;
+  // Full's rows are the second operand as they are; pairs along the columns become pairs of rows afterwards, in a room
+  // of each thread.
+  int64_t room;
+  Scratch<Element> pairs;
+  Scratch<T> numbers;
 
   Batch(const Matrix& embeddings, const int64_t* targets, int threads)
       : rows(embeddings.rows),
@@ -56,26 +62,28 @@ struct Batch {
         first(padded_rows * depth),
         second(padded_rows / P::kDepth * stride),
         to_unit(padded_rows),
-        target(padded_rows) {
+        target(padded_rows),
+        embeddings(embeddings),
+        room(P::kDepth > 1 ? kColumns<T> * stride : 0),
+        pairs(threads * room),
+        numbers(P::kDepth > 1 ? threads * padded_columns : 0) {
     for (int64_t i = 0; i < padded_rows; ++i) target.get()[i] = static_cast<Index<T>>(i < rows ? targets[i] : -1);
-    const int workers = rows * embeddings.columns > kNumbersPerThread ? std::max(threads, 1) : 1;
-    // Full's rows are the second operand as they are; pairs along the columns become pairs of rows afterwards.
-    const int64_t room = P::kDepth > 1 ? kColumns<T> * stride : 0;
-    const Scratch<Element> pairs(workers * room);
-    const Scratch<T> numbers(P::kDepth > 1 ? workers * padded_columns : 0);
-    for_each_task(workers, padded_rows / kColumns<T>, [&](int64_t panel, int worker) {
-      const int64_t begin = panel * kColumns<T>, count = std::min<int64_t>(kColumns<T>, rows - begin);
-      Element* const packed = P::kDepth > 1 ? pairs.get() + worker * room : second.get() + begin * stride;
-      InverseNorm<T> unused[kColumns<T>];
-      std::fill(packed + count * stride, packed + kColumns<T> * stride, Element(0));
-      std::fill(to_unit.get() + begin, to_unit.get() + begin + kColumns<T>, T(0));
-      pack_rows(P(), embeddings, begin, count, packed, stride, padded_columns, {unused, to_unit.get() + begin},
-                numbers.get() + worker * padded_columns);
-      pack_depth(P(), packed, stride, kColumns<T>, padded_columns, second.get() + begin / P::kDepth * stride, stride);
-      Element* to = first.get() + begin * depth;
-      for (int64_t d = 0; d < depth; ++d)
-        for (int r = 0; r < kColumns<T>; ++r) to[d * kColumns<T> + r] = packed[r * stride + d];
-    });
+  }
+
+  int64_t panels() const { return padded_rows / kColumns<T>; }
+
+  void pack(int64_t panel, int worker) const {
+    const int64_t begin = panel * kColumns<T>, count = std::min<int64_t>(kColumns<T>, rows - begin);
+    Element* const packed = P::kDepth > 1 ? pairs.get() + worker * room : second.get() + begin * stride;
+    InverseNorm<T> unused[kColumns<T>];
+    std::fill(packed + count * stride, packed + kColumns<T> * stride, Element(0));
+    std::fill(to_unit.get() + begin, to_unit.get() + begin + kColumns<T>, T(0));
+    pack_rows(P(), embeddings, begin, count, packed, stride, padded_columns, {unused, to_unit.get() + begin},
+              numbers.get() + worker * padded_columns);
+    pack_depth(P(), packed, stride, kColumns<T>, padded_columns, second.get() + begin / P::kDepth * stride, stride);
+    Element* to = first.get() + begin * depth;
+    for (int64_t d = 0; d < depth; ++d)
+      for (int r = 0; r < kColumns<T>; ++r) to[d * kColumns<T> + r] = packed[r * stride + d];
   }
 };
 

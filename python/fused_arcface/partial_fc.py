@@ -293,13 +293,15 @@ class PartialFC(NotScriptable, ReplaceableOptions, StoredCenters):
         )
         first, *of_second = map(Target, target_class.split(len(batch.labels)), chosen_class.split(len(batch.labels)))
         of_rows = Rows(first, factors, of_second[0] if of_second else None, share)
-        loss, stats = loss_over_classes(embeddings, weight, of_rows, self.options, reduction, backend, shard)
+        loss, stats = loss_over_classes(
+            embeddings, weight, of_rows, self.options, reduction, backend, shard, return_stats
+        )
         loss = loss * loss_weight
         if reduction == "none":
             loss = own_losses(loss, batch, self.ranks)
         if update is not None:
             loss = update.watch(loss)
-        return (loss, MarginSoftmaxStats(*map(batch.own, stats))) if return_stats else loss
+        return loss if stats is None else (loss, MarginSoftmaxStats(*map(batch.own, stats)))
 
     def _check_not_captured(self) -> None:
         """Check that no CUDA graph records a step that must differ in each replay."""

@@ -106,14 +106,14 @@ def loss_with(
     parts = [part.masked_fill(each == ignore_index, 0) for part, each in zip((share, 1 - share), labels, strict=False)]
     counted = torch.stack([each != ignore_index for each in labels]).any(0)
     norms = _norms(embeddings.to(dtype)).squeeze(1)
-    own = for_rows(margin, lambda: norms, labels[0].masked_fill(labels[0] == ignore_index, 0), counted)
+    own = for_rows(margin, lambda: norms, labels[0].masked_fill(labels[0] == ignore_index, 0), lambda: counted)
     scale = options.scale
     if hasattr(scale, "rescale"):
         scale = _adapted(scale, cosine.detach(), labels, ignore_index, counted)
     of_labels = []
     for each in labels:
         index = each.masked_fill(each == ignore_index, 0)
-        with_labels = for_rows(margin, lambda: norms, index, counted) if hasattr(margin, "for_labels") else own
+        with_labels = for_rows(margin, lambda: norms, index, lambda: counted) if hasattr(margin, "for_labels") else own
         of_labels.append(_of_label(options, scale, cosine, index, with_labels.modify, counted))
     loss = torch.stack([part * each.loss for part, each in zip(parts, of_labels, strict=True)]).sum(0)
     if own.penalty is not None:

@@ -17,8 +17,10 @@ def unavailable() -> str | None:
     """Return why this backend cannot run here, or None."""
     if native.unavailable() is not None:
         return native.unavailable()
-    asked = os.environ.get("FUSED_ARCFACE_ISA")
-    if asked and asked not in _isas():
+    try:
+        isa()
+    except ValueError:  # not by os.environ in each step: it takes half a microsecond
+        asked = os.environ.get("FUSED_ARCFACE_ISA")
         return f"FUSED_ARCFACE_ISA={asked} names none of this machine's instruction sets: {', '.join(_isas())}"
     return None
 
@@ -68,6 +70,9 @@ _NativeNegatives = tuple[
 ]
 
 
+_PLAIN: _NativeNegatives = (1, 0, (0.0, 1.0, 0.0, 0.0), None)
+
+
 def _native_negatives(negatives: Negatives, threshold: Tensor | None, by_bias: bool = False) -> _NativeNegatives:
     """Return what the kernels take.
 
@@ -76,6 +81,8 @@ def _native_negatives(negatives: Negatives, threshold: Tensor | None, by_bias: b
         threshold: the row's thresholds in the compute dtype, which the caller keeps alive.
         by_bias: sum the derivatives of the logistic losses by their bias in place of the losses.
     """
+    if negatives.plain:
+        return _PLAIN
     a, b, d, e = (0.0, 1.0, 0.0, 0.0) if negatives.coefficients is None else negatives.coefficients.tolist()
     logistic = None
     if negatives.logistic is not None:

@@ -39,6 +39,14 @@ class HeadOptions:
         check_scale(self.scale)
         check_sub_centers(self.sub_centers)
         check_number("label_smoothing", self.label_smoothing, FROM_0_TO_1)
+        if self.label_smoothing > 0 or self.scale_changes:
+            self._check_beside_others()
+        if not self.scale_changes:
+            object.__setattr__(self, "scale", float(self.scale))
+        object.__setattr__(self, "label_smoothing", float(self.label_smoothing))
+
+    def _check_beside_others(self) -> None:
+        """Check that label smoothing and a scale that changes fit the other options."""
         others = {name: text for name, text in self.needs().items() if name != "device_scale"}
         if self.label_smoothing > 0 and others:
             beside = next(iter(others.values())).rpartition(" of ")[2]
@@ -49,9 +57,6 @@ class HeadOptions:
         for feature in ("modulated_negatives", "turned_negatives", "binary_losses"):
             if self.scale_changes and feature in others:
                 raise ValueError(f"scale must be a number with {others[feature]}; got {self._scale_text()}")
-        for name in ("scale", "label_smoothing"):
-            if name == "label_smoothing" or not self.scale_changes:
-                object.__setattr__(self, name, float(getattr(self, name)))
 
     @property
     def scale_changes(self) -> bool:

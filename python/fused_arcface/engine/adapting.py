@@ -21,6 +21,7 @@ from torch import Tensor
 from .. import backends
 from ..base.dtypes import compute_dtype
 from .autograd import needs_shift
+from .direct import stages
 from .ops import readable
 from .shard import Shard
 
@@ -66,7 +67,7 @@ def look_ahead(
     dtype, num_classes = compute_dtype(rows, centers), shard.num_classes or weight.shape[0]
     if isinstance(known, Tensor) or needs_shift(known + _LONGEST_STEP, num_classes, dtype):
         return None
-    operators = torch.ops.fused_arcface
+    operators = stages(rows, centers, target)
     with torch.no_grad():
         moments = Moments(known, *operators.class_moments.default(rows, centers, target, known, backend))
         cosine = operators.target_cosine.default(rows, weight, shard.target_rows(target), backend)

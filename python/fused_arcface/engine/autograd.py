@@ -22,14 +22,13 @@ from ..base.normalize import unit_rows
 from ..base.once_differentiable import once_differentiable
 from ..margins.angular import Modulation
 from . import ops
+from .direct import stages
 from .mixed import add_second_gradient
 from .shard import ONE_DEVICE, Shard
 from .terms import Negatives, RowGradients, SecondTarget
 
 if TYPE_CHECKING:
     from .adapting import Moments
-
-_ops = torch.ops.fused_arcface
 
 
 def needs_shift(
@@ -65,6 +64,7 @@ class NegativesAndTarget(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         negatives = dict(zip(Negatives._fields, numbers, strict=True))
         rows, centers = shard.all_rows(embeddings), shard.centers(weight)
+        stage = stages(rows, centers, target, second, *numbers[1:])
         shift, given = None, scale
         scale = ops.readable(scale)
         is_logistic = negatives["logistic"] is not None  # such losses lie far inside of the range of fp32
@@ -72,28 +72,28 @@ class NegativesAndTarget(torch.autograd.Function):
             not is_logistic
             and needs_shift(scale, shard.num_classes or weight.shape[0], compute_dtype(rows, centers), *bounds)
         ):
-            maximum = _ops.class_max.default(rows, centers, target, backend, shard.class_count, **negatives)
+            maximum = stage.class_max.default(rows, centers, target, backend, shard.class_count, **negatives)
             maximum = shard.ranks.max(maximum)
             shift = (scale * maximum.double()).masked_fill(maximum == -torch.inf, 0)
         known = None if moments is None or shift is not None else moments.total(scale)
         if known is None or moments is None:
-            class_stats, (factor,) = ops.for_numbers(_ops.class_stats, scale)
+            class_stats, (factor,) = ops.for_numbers(stage.class_stats, scale)
             total, maximum, center_sum = class_stats(
                 rows, centers, target, factor, shift, with_center_sum, backend, shard.class_count, **negatives
             )
         else:
             total, maximum = known.to(moments.maximum.dtype), moments.maximum
             center_sum = total.new_empty(0)
-        target_cosine = _ops.target_cosine.default(rows, weight, shard.target_rows(target), backend)
+        target_cosine = stage.target_cosine.default(rows, weight, shard.target_rows(target), backend)
         second_cosine = None
         if second is None:
             total, target_cosine = shard.ranks.sum_rows(total, target_cosine)
         else:
-            second_cosine = _ops.target_cosine.default(rows, weight, shard.target_rows(second), backend)
+            second_cosine = stage.target_cosine.default(rows, weight, shard.target_rows(second), backend)
             total, target_cosine, second_cosine = shard.ranks.sum_rows(total, target_cosine, second_cosine)
         if shard.with_max:
             maximum = shard.ranks.max(maximum)
-        lse, mean_center = _ops.finish_negatives.default(total, shift, center_sum, backend)
+        lse, mean_center = stage.finish_negatives.default(total, shift, center_sum, backend)
         number = None if isinstance(scale, Tensor) else scale
         of_device = scale if isinstance(scale, Tensor) else None
         ctx.save_for_backward(embeddings, weight, target, second, lse, mean_center, of_device)
@@ -121,6 +121,7 @@ class NegativesAndTarget(torch.autograd.Function):
         embeddings, weight, target, second_row, lse, mean_center, of_device = saved
         scale = ctx.scale if of_device is None else of_device
         rows = shard.all_rows(embeddings)
+        stage = stages(rows, *saved, d_lse, d_target_cosine, d_second_cosine)
         # A gradient is None where the loss does not depend on the output.
         dtype = compute_dtype(rows, weight)
         d_lse = torch.zeros_like(lse, dtype=dtype) if d_lse is None else d_lse
@@ -137,21 +138,21 @@ class NegativesAndTarget(torch.autograd.Function):
         if ctx.with_center_sum:
             of_mean = negative_coefficient
             if not ctx.centers_are_summed:
-                d_centers, mean_center = _ops.both_gradients.default(
+                d_centers, mean_center = stage.both_gradients.default(
                     rows, shard.centers(weight), target, *gradients, ctx.backend
                 )
                 of_mean = torch.ones_like(d_lse)
-            d_unit = _ops.unit_embedding_grad.default(
+            d_unit = stage.unit_embedding_grad.default(
                 weight, shard.target_rows(target), mean_center, of_mean, d_target_cosine, ctx.backend
             )
             if second is not None:
                 row, ones = shard.target_rows(second.row), torch.ones_like(d_lse)
-                d_unit = _ops.unit_embedding_grad.default(weight, row, d_unit, ones, second.coefficient, ctx.backend)
+                d_unit = stage.unit_embedding_grad.default(weight, row, d_unit, ones, second.coefficient, ctx.backend)
             finish = shard.start_scatter(d_unit)
         d_bias = None
         if ctx.needs_input_grad[-1]:  # before the centers change
             centers, count = shard.centers(weight), shard.class_count
-            own = _ops.bias_grad.default(rows, centers, target, lse, d_lse, ctx.backend, count, **ctx.negatives)
+            own = stage.bias_grad.default(rows, centers, target, lse, d_lse, ctx.backend, count, **ctx.negatives)
             d_bias = shard.ranks.sum(own)
         # The weight pass runs while the embeddings' gradient is on its way between the ranks.
         if shard.update is not None:
@@ -159,7 +160,7 @@ class NegativesAndTarget(torch.autograd.Function):
         elif ctx.needs_input_grad[1]:
             centers = shard.centers(weight)
             if d_centers is None:
-                weight_grad, (factor,) = ops.for_numbers(_ops.weight_grad, scale)
+                weight_grad, (factor,) = ops.for_numbers(stage.weight_grad, scale)
                 numbers = (factor, lse, negative_coefficient, d_target_cosine)
                 d_centers = weight_grad(rows, centers, target, *numbers, ctx.backend, **ctx.negatives)
             if second is not None:
@@ -168,7 +169,7 @@ class NegativesAndTarget(torch.autograd.Function):
         if ctx.with_center_sum:
             d_unit = finish()
             if ctx.needs_input_grad[0]:
-                d_embeddings = _ops.embedding_grad.default(d_unit, shard.own_rows(rows), ctx.backend)
+                d_embeddings = stage.embedding_grad.default(d_unit, shard.own_rows(rows), ctx.backend)
         d_logistic = None if d_bias is None else F.pad(d_bias[None], (4, 0))
         return d_embeddings, d_weight, None, None, d_scale, *(None for _ in range(8)), d_logistic
 
@@ -183,9 +184,10 @@ def cosines_of_targets(
     """
     with torch.no_grad():
         rows = shard.all_rows(embeddings)
+        stage = stages(rows, weight, target)
         candidates = [torch.where(target < 0, target, target * sub_centers + k) for k in range(sub_centers)]
         cosines = torch.stack(
-            [_ops.target_cosine.default(rows, weight, shard.target_rows(each), backend) for each in candidates]
+            [stage.target_cosine.default(rows, weight, shard.target_rows(each), backend) for each in candidates]
         )
         cosine, nearest = cosines.max(0)
         target = torch.stack(candidates).gather(0, nearest[None]).squeeze(0)

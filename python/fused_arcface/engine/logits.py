@@ -72,7 +72,7 @@ def with_margin(cosines: Tensor, embeddings: Tensor, target_class: Tensor, optio
     target_cosine = cosines.gather(1, index[:, None]).squeeze(1)
     with _resting(margin):
         rows = embeddings.to(compute_dtype(embeddings, cosines))
-        own = for_rows(margin, lambda: norms_of(rows).squeeze(1), target_class, counted)
+        own = for_rows(margin, lambda: norms_of(rows).squeeze(1), target_class, lambda: counted)
         modified = own.modify(target_cosine.clone())
         check_margin_output(modified, target_cosine)
 

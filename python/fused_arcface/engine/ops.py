@@ -1,6 +1,7 @@
 """The leaf stages as ``torch.library`` operators: schemas and fakes once, implementations by backend name.
 
-:mod:`fused_arcface.engine.autograd` calls ``torch.ops.fused_arcface.*``. The operators have no derivative of their own.
+:mod:`fused_arcface.engine.autograd` calls them through :mod:`fused_arcface.engine.direct`. The operators have no
+derivative of their own.
 :mod:`fused_arcface.backends.torch` gives their shapes and meanings.
 """
 
@@ -109,20 +110,20 @@ def _run_with_numbers(name: str, *arguments: Any, **options: Any) -> Any:
         for argument, given in zip(names, arguments, strict=False)
     ]
     if isinstance(read[names.index("scale")], Tensor):
-        return _OF_DEVICE[name](*read, **options)
+        return FUNCTIONS[name](*read, **options)
     return operator(*read, **options)
 
 
-_OF_DEVICE: dict[str, Callable[..., Any]] = {}
-"""The functions behind the operators that take a scale which only the device knows."""
+FUNCTIONS: dict[str, Callable[..., Any]] = {}
+"""The functions behind the operators, by their names and those of their overloads."""
 
 
 def _implementation(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Register a function as an operator, also for a scale which only the device knows."""
+    """Register a function as an operator."""
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
         torch.library.impl(f"fused_arcface::{name}", "default", function)
-        _OF_DEVICE[name] = function
+        FUNCTIONS[name] = function
         return function
 
     return register
@@ -132,24 +133,29 @@ for _name, _numbers in _NUMBERS.items():
     _schema = _SCHEMAS[_name]
     for _number in _numbers:
         _schema = re.sub(rf"\w+ {_number}\b", f"Tensor {_number}", _schema)
-    _overload = f"fused_arcface::{_name}.tensor_numbers"
-    torch.library.define(_overload, _schema)
-    torch.library.impl(_overload, "default", functools.partial(_run_with_numbers, _name))
+    torch.library.define(f"fused_arcface::{_name}.tensor_numbers", _schema)
+    _implementation(f"{_name}.tensor_numbers")(functools.partial(_run_with_numbers, _name))
 
 
-@torch.library.impl("fused_arcface::local_target", "default")
+def are_all_classes(target: Tensor, num_classes: int, ignore_index: int) -> bool:
+    """Return true if labels (N,) are all classes and none of them is ignored. On a GPU this is a wait."""
+    if target.numel() == 0 or 0 <= ignore_index < num_classes:
+        return False
+    low, high = torch.aminmax(target.long())
+    return int(low) >= 0 and int(high) < num_classes
+
+
+@_implementation("local_target")
 def _local_target(target: Tensor, num_classes: int, ignore_index: int) -> Tensor:
     """Labels (N,) of any integer dtype as int64, -1 for ignored rows, -2 for those out of range.
 
     An operator, since its check reads the values. On a GPU that would wait for the device: there an invalid label's
     loss is NaN (the backends' target_cosine), unless FUSED_ARCFACE_DEBUG=1 asks for the check.
     """
-    target = target.long()
     on_cpu = target.device.type == "cpu"
-    if on_cpu and target.numel() > 0:
-        low, high = (int(each) for each in torch.aminmax(target))
-        if low >= 0 and high < num_classes and not 0 <= ignore_index < num_classes:  # all rows count
-            return target.clone()
+    if on_cpu and are_all_classes(target, num_classes, ignore_index):
+        return target.long().clone()
+    target = target.long()
     if on_cpu or os.environ.get("FUSED_ARCFACE_DEBUG") == "1":
         check_target_range(target, num_classes, ignore_index)
     valid = torch.where((target >= 0) & (target < num_classes), target, INVALID)
@@ -161,7 +167,7 @@ def _local_target_fake(target: Tensor, num_classes: int, ignore_index: int) -> T
     return torch.empty_like(target, dtype=torch.int64)
 
 
-@torch.library.impl("fused_arcface::row_factors", "default")
+@_implementation("row_factors")
 def _row_factors(values: Tensor, name: str, greatest: float) -> Tensor:
     """Factors (N,) as they are; an error if one is not finite, below 0 or above ``greatest``.
 
@@ -192,7 +198,7 @@ def _run(name: str, *arguments: Any, class_count: Tensor | None = None, negative
 
 # The stages over the rows are the backend's own functions; those over the classes below know of a shard without any.
 for _name in ("target_cosine", "finish_negatives", "margin_loss", "unit_embedding_grad", "embedding_grad"):
-    torch.library.impl(f"fused_arcface::{_name}", "default", functools.partial(_run, _name))
+    _implementation(_name)(functools.partial(_run, _name))
 
 
 @torch.library.register_fake("fused_arcface::target_cosine")
@@ -226,7 +232,7 @@ def _embedding_grad_fake(d_unit: Tensor, embeddings: Tensor, backend: str) -> Te
     return torch.empty_like(embeddings)
 
 
-@torch.library.impl("fused_arcface::class_max", "default")
+@_implementation("class_max")
 def _class_max(
     embeddings: Tensor,
     weight: Tensor,
@@ -318,7 +324,7 @@ def _weight_grad_fake(embeddings: Tensor, weight: Tensor, *rest: object, **_: ob
     return torch.empty_like(weight)
 
 
-@torch.library.impl("fused_arcface::class_moments", "default")
+@_implementation("class_moments")
 def _class_moments(
     embeddings: Tensor, weight: Tensor, target: Tensor, scale: float, backend: str
 ) -> tuple[Tensor, Tensor]:
@@ -337,7 +343,7 @@ def _class_moments_fake(
     return maximum.new_empty(len(maximum), MOMENTS, dtype=torch.float64), maximum
 
 
-@torch.library.impl("fused_arcface::both_gradients", "default")
+@_implementation("both_gradients")
 def _both_gradients(
     embeddings: Tensor, weight: Tensor, target: Tensor, *gradients_and_backend: Any
 ) -> tuple[Tensor, Tensor]:
@@ -355,7 +361,7 @@ def _both_gradients_fake(embeddings: Tensor, weight: Tensor, *_: object) -> tupl
     return torch.empty_like(weight), embeddings.new_empty(embeddings.shape, dtype=compute_dtype(embeddings, weight))
 
 
-@torch.library.impl("fused_arcface::bias_grad", "default")
+@_implementation("bias_grad")
 def _bias_grad(
     embeddings: Tensor,
     weight: Tensor,

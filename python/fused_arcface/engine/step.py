@@ -19,14 +19,15 @@ from ..base.statistics import MarginSoftmaxStats
 from ..margins.protocol import binary_numbers, for_rows, modulates, modulation
 from .adapting import Ahead, Moments, look_ahead
 from .autograd import cosines_of_targets, negatives_and_target
+from .direct import is_readable
 from .margin_step import in_step
 from .mixed import nearer_first, of_both
 from .nearest import hardest_negatives
-from .ops import readable
+from .ops import are_all_classes, readable
 from .shard import ONE_DEVICE, Shard
 from .smoothing import smoothing, two_uses
 from .tail import loss_of_mixed_rows, loss_of_rows
-from .targets import Labels, Rows, Target, ignored_rows, labels_and_share
+from .targets import Labels, Rows, Target, counted_rows, ignored_rows, labels_and_share
 from .terms import IGNORED
 
 _Compared = tuple[Tensor, Tensor, Tensor, Tensor | None]
@@ -52,15 +53,20 @@ def loss_on_one_device(
     num_classes = weight.shape[0] // options.sub_centers
     options.check_step(target, num_classes, embeddings.device)
 
+    first, second, share = labels_and_share(target)
+    all_count = second is None and is_readable(first) and are_all_classes(first, num_classes, ignore_index)
+
     def of_labels(labels: Tensor) -> Target:
-        label = torch.ops.fused_arcface.local_target.default(labels, num_classes, ignore_index)
+        if all_count:
+            label = labels.long().clone()
+        else:
+            label = torch.ops.fused_arcface.local_target.default(labels, num_classes, ignore_index)
         return Target(label, label)
 
-    first, second, share = labels_and_share(target)
     two = None if second is None else of_labels(second)
-    rows = Rows(of_labels(first), checked_weights(sample_weight), two, share)
-    loss, stats = loss_over_classes(embeddings, weight, rows, options, reduction, backend)
-    return (loss, stats) if return_stats else loss
+    rows = Rows(of_labels(first), checked_weights(sample_weight), two, share, all_count)
+    loss, stats = loss_over_classes(embeddings, weight, rows, options, reduction, backend, with_stats=return_stats)
+    return loss if stats is None else (loss, stats)
 
 
 def checked_weights(sample_weight: Tensor | None) -> Tensor | None:
@@ -79,7 +85,8 @@ def loss_over_classes(
     reduction: str,
     backend: str,
     shard: Shard = ONE_DEVICE,
-) -> tuple[Tensor, MarginSoftmaxStats]:
+    with_stats: bool = True,
+) -> tuple[Tensor, MarginSoftmaxStats | None]:
     """Return the reduced loss over all ranks' rows, and the rows' statistics.
 
     Args:
@@ -90,17 +97,21 @@ def loss_over_classes(
         reduction: ``"mean"``, ``"sum"`` or ``"none"``.
         backend: A name that :func:`fused_arcface.backends.select` returned.
         shard: The classes held here, and the way to reach the rest.
+        with_stats: If false, return None for the statistics.
     """
     sub_centers, label_smoothing = options.sub_centers, options.label_smoothing
     x, w = embeddings, weight
     if label_smoothing > 0:
         (embeddings, x), (weight, w) = two_uses(embeddings), two_uses(weight)
-    dtype, ignored = compute_dtype(embeddings, weight), ignored_rows(rows)
+    dtype = compute_dtype(embeddings, weight)
     # A margin with a state changes it once in a step, before the loss is computed.
     margin = in_step(options.margin, embeddings, alone=shard.batch is not None)
 
     def norms() -> Tensor:
         return shard.joint(norms_of(embeddings.to(dtype)), lambda rows: norms_of(rows.to(dtype))).squeeze(1)
+
+    def counted() -> Tensor:
+        return counted_rows(rows)
 
     def nearest(target: Target) -> tuple[Tensor, Tensor]:
         return cosines_of_targets(embeddings, weight, target.local, backend, shard, sub_centers)
@@ -108,14 +119,14 @@ def loss_over_classes(
     def hardest(count: int) -> Tensor:
         return hardest_negatives(embeddings, weight, target_row, count, sub_centers, shard)
 
-    own = for_rows(margin, norms, rows.target.label, ~ignored)
+    own = for_rows(margin, norms, rows.target.label, counted)
     target_row, second_row, order, change = rows.target.local, None, None, None
     if rows.second is not None:
         order = nearer_first(rows, nearest(rows.target), nearest(rows.second))
         target_row, second_row = order.rows, order.others
     elif modulates(margin) or sub_centers > 1:
         cosine, target_row = nearest(rows.target)
-        change = modulation(margin, cosine, ~ignored, hardest)
+        change = modulation(margin, cosine, counted(), hardest)
 
     def compare(scale: float | Tensor, moments: Moments | None = None) -> _Compared:
         logistic = binary_numbers(margin, scale)
@@ -129,7 +140,7 @@ def loss_over_classes(
     num_classes = shard.num_classes or weight.shape[0] // sub_centers
     if isinstance(options.scale, nn.Module):
         step = in_step(options.scale, embeddings, alone=shard.batch is not None)
-        scale, found = _with_adapting_scale(options.scale, step, compare, ahead, ~ignored, num_classes)
+        scale, found = _with_adapting_scale(options.scale, step, compare, ahead, counted(), num_classes)
     else:
         scale, found = options.scale, compare(options.scale)
     lse, cosine, greatest, other_cosine = found
@@ -137,12 +148,14 @@ def loss_over_classes(
     factors = None if rows.sample_weight is None else rows.sample_weight.to(lse.dtype)
     if rows.second is None or order is None or other_cosine is None:
         row = lse, cosine, greatest
-        return loss_of_rows(*row, ignored, own.modify, scale, reduction, backend, own.penalty, smoothed, factors)
-    of_second = for_rows(margin, norms, rows.second.label, ~ignored) if hasattr(margin, "for_labels") else own
+        of_rows = *row, ignored_rows(rows), own.modify, scale, reduction, backend, own.penalty, smoothed, factors
+        return loss_of_rows(*of_rows, with_stats)
+    of_second = for_rows(margin, norms, rows.second.label, counted) if hasattr(margin, "for_labels") else own
     both = of_both(order, lse, cosine, other_cosine, scale)
     correct = (cosine > greatest).detach() & ~order.swapped & (rows.target.label != IGNORED)
     margins = own.modify, of_second.modify
-    return loss_of_mixed_rows(both, margins, rows, correct, scale, reduction, own.penalty, smoothed, factors)
+    loss, stats = loss_of_mixed_rows(both, margins, rows, correct, scale, reduction, own.penalty, smoothed, factors)
+    return loss, stats if with_stats else None
 
 
 def _with_adapting_scale(

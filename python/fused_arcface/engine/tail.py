@@ -16,9 +16,10 @@ from ..base.checks import check_margin_output, check_margin_rows
 from ..base.once_differentiable import once_differentiable
 from ..base.statistics import MarginSoftmaxStats
 from ..margins.angular import Margin, parameters
+from .direct import stages
 from .ops import for_numbers
 from .smoothing import Smoothing
-from .targets import Rows, ignored_rows
+from .targets import Rows, counted_rows
 from .terms import IGNORED
 
 
@@ -33,7 +34,7 @@ class _FusedMarginLoss(torch.autograd.Function):
         ctx: Any,
         negative_lse: Tensor,
         target_cosine: Tensor,
-        ignored: Tensor,
+        ignored: Tensor | None,
         sample_weight: Tensor | None,
         reduction: str,
         scale: float,
@@ -44,15 +45,18 @@ class _FusedMarginLoss(torch.autograd.Function):
         gradient: str,
         backend: str,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        margin_loss, numbers = for_numbers(torch.ops.fused_arcface.margin_loss, scale, m1, m2, m3)
+        stage = stages(negative_lse, target_cosine)
+        margin_loss, numbers = for_numbers(stage.margin_loss, scale, m1, m2, m3)
         loss, lse, d_lse, d_cosine = margin_loss(negative_lse, target_cosine, *numbers, boundary, gradient, backend)
-        loss = loss.masked_fill_(ignored, 0)
-        weighted = loss.clone() if sample_weight is None else loss * sample_weight
-        divisor = divisor_of_mean(~ignored, sample_weight) if reduction == "mean" else None
-        ctx.save_for_backward(d_lse, d_cosine, ignored, sample_weight, divisor)
-        reduced = weighted if reduction == "none" else weighted.sum()
-        if divisor is not None:
-            reduced = reduced / divisor
+        if ignored is not None:
+            loss = loss.masked_fill_(ignored, 0)
+        counted = None if ignored is None else ~ignored
+        reduced, divisor = reduce_loss(loss, counted, reduction, sample_weight)
+        if reduced is loss:
+            reduced = loss.clone()
+        ctx.number_of_rows = divisor if isinstance(divisor, int) else None
+        of_rows = None if isinstance(divisor, int) else divisor
+        ctx.save_for_backward(d_lse, d_cosine, ignored, sample_weight, of_rows)
         ctx.mark_non_differentiable(loss, lse)
         ctx.set_materialize_grads(False)
         return reduced, loss, lse
@@ -65,29 +69,42 @@ class _FusedMarginLoss(torch.autograd.Function):
         if d_reduced is None:
             return (None,) * 12
         d_lse, d_cosine, ignored, sample_weight, divisor = saved
+        divisor = ctx.number_of_rows if divisor is None else divisor
         d_loss = d_reduced if divisor is None else d_reduced / divisor
-        d_loss = d_loss.expand_as(d_lse).masked_fill(ignored, 0)
+        if ignored is not None:
+            d_loss = d_loss.expand_as(d_lse).masked_fill(ignored, 0)
         if sample_weight is not None:
             d_loss = d_loss * sample_weight
         return d_loss * d_lse, d_loss * d_cosine, *(None for _ in range(10))
 
 
-def divisor_of_mean(counted: Tensor, sample_weight: Tensor | None) -> Tensor:
-    """Return the number that the mean loss divides by: of the rows that count, or the sum of their weights."""
-    return counted.sum() if sample_weight is None else (sample_weight * counted).sum()
-
-
-def reduce_loss(loss: Tensor, counted: Tensor, reduction: str, sample_weight: Tensor | None) -> Tensor:
+def reduce_loss(
+    loss: Tensor, counted: Tensor | None, reduction: str, sample_weight: Tensor | None
+) -> tuple[Tensor, Tensor | int | None]:
     """Reduce row losses ``(N,)``, 0 where ignored, as ``cross_entropy(weight=...)`` does.
 
-    ``counted`` (N,) is true for rows that are not ignored, or the part of the row that is not.
+    Args:
+        loss: (N,).
+        counted: (N,) true for rows that are not ignored, or the part of the row that is not; None: all rows count.
+        reduction: ``"mean"``, ``"sum"`` or ``"none"``.
+        sample_weight: (N,) or None.
+
+    Returns:
+        The reduced loss, and for a mean the number that it is divided by: the number of rows that count, or the sum of
+        their weights.
     """
+    factors = counted
     if sample_weight is not None:
         loss = loss * sample_weight
+        factors = sample_weight if counted is None else sample_weight * counted
     if reduction == "none":
-        return loss
-    total = loss.sum()
-    return total / divisor_of_mean(counted, sample_weight) if reduction == "mean" else total
+        return loss, None
+    if reduction == "sum":
+        return loss.sum(), None
+    if factors is None:
+        return loss.mean(), len(loss)
+    divisor = factors.sum()
+    return loss.sum() / divisor, divisor
 
 
 def row_losses(
@@ -116,7 +133,7 @@ def loss_of_rows(
     negative_lse: Tensor,
     target_cosine: Tensor,
     negative_max: Tensor,
-    ignored: Tensor,
+    ignored: Tensor | None,
     margin: Margin,
     scale: float | Tensor,
     reduction: str,
@@ -124,14 +141,15 @@ def loss_of_rows(
     penalty: Tensor | None = None,
     smoothed: Smoothing | None = None,
     sample_weight: Tensor | None = None,
-) -> tuple[Tensor, MarginSoftmaxStats]:
+    with_stats: bool = True,
+) -> tuple[Tensor, MarginSoftmaxStats | None]:
     """Return the reduced loss, differentiable, and the rows' statistics.
 
     Args:
         negative_lse: (N,) log-sum-exp of the row's negative logits over all shards.
         target_cosine: (N,).
         negative_max: (N,) greatest cosine among the row's negatives.
-        ignored: (N,) bool.
+        ignored: (N,) bool, or None if all rows count.
         margin: The map of target cosines to modified cosines.
         scale: The factor of the logits.
         reduction: ``"mean"``, ``"sum"`` or ``"none"``.
@@ -139,6 +157,7 @@ def loss_of_rows(
         penalty: (N,) added to the rows' losses.
         smoothed: label smoothing.
         sample_weight: (N,) factors of the rows' losses, or None. The statistics' losses are without them.
+        with_stats: If false, return None for the statistics.
     """
     feature = "fused_margin_fp64" if negative_lse.dtype == torch.float64 else "fused_margin"
     plain = isinstance(scale, Tensor) or smoothed is not None or penalty is not None
@@ -152,12 +171,17 @@ def loss_of_rows(
         loss, lse = row_losses(negative_lse, target_cosine, margin, scale, smoothed)
         if penalty is not None:
             loss = loss + penalty
-        loss = loss.masked_fill(ignored, 0)
-        reduced = reduce_loss(loss, ~ignored, reduction, sample_weight)
+        counted = None
+        if ignored is not None:
+            loss, counted = loss.masked_fill(ignored, 0), ~ignored
+        reduced, _ = reduce_loss(loss, counted, reduction, sample_weight)
+    if not with_stats:
+        return reduced, None
     cosine = target_cosine.detach()
-    # For booleans a > b is a and not b.
-    stats = MarginSoftmaxStats(loss.detach(), lse, cosine, correct=(cosine > negative_max) > ignored)
-    return reduced, stats
+    correct = cosine > negative_max
+    if ignored is not None:
+        correct = correct > ignored  # for booleans: correct and not ignored
+    return reduced, MarginSoftmaxStats(loss.detach(), lse, cosine, correct)
 
 
 def loss_of_mixed_rows(
@@ -199,6 +223,6 @@ def loss_of_mixed_rows(
     loss = parts[0] * first + parts[1] * second
     if penalty is not None:
         loss = loss + penalty
-    loss = loss.masked_fill(ignored_rows(rows), 0)
-    reduced = reduce_loss(loss, parts[0] + parts[1], reduction, sample_weight)
+    loss = loss.masked_fill(~counted_rows(rows), 0)
+    reduced, _ = reduce_loss(loss, parts[0] + parts[1], reduction, sample_weight)
     return reduced, MarginSoftmaxStats(loss.detach(), lse, of_labels[0][1].detach(), correct)

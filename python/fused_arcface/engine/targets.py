@@ -46,12 +46,19 @@ class Rows(NamedTuple):
     """Another label of each row, for mixed labels."""
     share: Tensor | None = None
     """(N,) in [0, 1]: the part of the loss that the first label has; with a second label."""
+    all_count: bool = False
+    """If true, the labels were read and none of them is ignored."""
 
 
-def ignored_rows(rows: Rows) -> Tensor:
-    """Return (N,) bool: the rows whose loss is 0, and which a mean does not count.
+# These are functions, since torch.compile of torch 2.8 does not follow a property of a NamedTuple.
 
-    It is a function, since torch.compile of torch 2.8 does not follow a property of a NamedTuple.
-    """
-    ignored = rows.target.label == IGNORED
-    return ignored if rows.second is None else ignored & (rows.second.label == IGNORED)
+
+def counted_rows(rows: Rows) -> Tensor:
+    """Return (N,) bool: the rows that are not ignored."""
+    counted = rows.target.label != IGNORED
+    return counted if rows.second is None else counted | (rows.second.label != IGNORED)
+
+
+def ignored_rows(rows: Rows) -> Tensor | None:
+    """Return (N,) bool: the rows whose loss is 0, and which a mean does not count. None if it is known to be none."""
+    return None if rows.all_count else ~counted_rows(rows)

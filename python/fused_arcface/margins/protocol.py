@@ -108,14 +108,14 @@ def binary_numbers(margin: Margin, scale: float | Tensor) -> Tensor | None:
     return torch.stack([*(one * value for value in (scale, *numbers)), bias.double()])
 
 
-def for_rows(margin: Margin, norms: Callable[[], Tensor], labels: Tensor, counted: Tensor) -> RowMargin:
+def for_rows(margin: Margin, norms: Callable[[], Tensor], labels: Tensor, counted: Callable[[], Tensor]) -> RowMargin:
     """Return the margin of a batch's rows.
 
     Args:
         margin: any margin; without a method ``for_rows`` or ``for_labels`` it is returned as it is.
         norms: function that returns the rows' norms (N,), called only for a margin that needs them.
         labels: (N,) int64 global class ids, negative for rows without a class.
-        counted: (N,) bool, false for ignored rows.
+        counted: function that returns (N,) bool, false for ignored rows, called only for a margin that needs them.
 
     Raises:
         TypeError, ValueError: if the margin's penalty is not a tensor (N,) on the rows' device.
@@ -123,13 +123,13 @@ def for_rows(margin: Margin, norms: Callable[[], Tensor], labels: Tensor, counte
     of_labels: Callable[[Tensor, Tensor], RowMargin] | None = getattr(margin, "for_labels", None)
     of_norms: Callable[[Tensor, Tensor], RowMargin] | None = getattr(margin, "for_rows", None)
     if of_labels is not None:
-        of_rows = of_labels(labels.clamp(min=0), counted)
+        of_rows = of_labels(labels.clamp(min=0), counted())
     elif of_norms is not None:
-        of_rows = of_norms(norms(), counted)
+        of_rows = of_norms(norms(), counted())
     else:
         return RowMargin(margin)
     if of_rows.penalty is not None:
-        check_margin_rows("penalty", of_rows.penalty, counted)
+        check_margin_rows("penalty", of_rows.penalty, labels)
     return of_rows
 
 
