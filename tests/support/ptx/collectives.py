@@ -4,6 +4,7 @@ tensor cores' matrices.
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -246,9 +247,15 @@ BUILDERS: list[tuple[str, Callable[..., Step]]] = [
 ]
 
 
-def build(around: Surroundings, opcode: str, operands: list[str]) -> Step | None:
-    """The function of an instruction; None for one that is not in this file."""
+@functools.cache
+def _builder(opcode: str) -> tuple[Callable[..., Step], tuple[str, ...]] | None:
     for pattern, builder in BUILDERS:
         if match := re.fullmatch(pattern, opcode):
-            return builder(around, operands, *match.groups())
+            return builder, match.groups()
     return None
+
+
+def build(around: Surroundings, opcode: str, operands: list[str]) -> Step | None:
+    """Return the function of an instruction, or None for one that is not in this file."""
+    found = _builder(opcode)
+    return found and found[0](around, operands, *found[1])

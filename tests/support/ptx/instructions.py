@@ -7,6 +7,7 @@ Each builder takes the modifiers of an opcode and its operands, and returns a fu
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable
 from typing import Any
@@ -249,9 +250,15 @@ BUILDERS: list[tuple[str, Callable[..., Step]]] = [
 ]  # fmt: skip
 
 
-def build(registers: Registers, opcode: str, operands: list[str]) -> Step | None:
-    """The function of an instruction; None for one that is not in this file."""
+@functools.cache
+def _builder(opcode: str) -> tuple[Callable[..., Step], tuple[str, ...]] | None:
     for pattern, builder in BUILDERS:
         if match := re.fullmatch(pattern, opcode):
-            return builder(registers, operands, *match.groups())
+            return builder, match.groups()
     return None
+
+
+def build(registers: Registers, opcode: str, operands: list[str]) -> Step | None:
+    """Return the function of an instruction, or None for one that is not in this file."""
+    found = _builder(opcode)
+    return found and found[0](registers, operands, *found[1])

@@ -13,7 +13,7 @@ from .memory import Fault, Memory, Space
 from .program import Instruction, Kernel
 
 SHARED_START = 1 << 10  # what a block of sm_80 cannot have comes first
-_LONGEST = 200_000  # basic blocks that a block runs through; no small problem needs a tenth
+_LONGEST = 50_000  # basic blocks that a block runs through; a small problem has some hundreds
 
 
 class PtxError(Exception):

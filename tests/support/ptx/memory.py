@@ -129,7 +129,7 @@ class Memory:
         wrong = order.conflicts(times, writer, writer // 32, threads[:, None])
         if wrong.any():
             row, unit = np.argwhere(wrong)[0]
-            raise Fault(int(threads[row]), f"{what} what {_who(int(writer[row, unit]), times[row, unit], order)} wrote")
+            raise _conflict(threads[row], what, writer[row, unit], "wrote", times[row, unit], order)
 
     def _follow_read(self, at: np.ndarray, threads: np.ndarray, order: Order) -> None:
         times = self.read_time[at]
@@ -139,13 +139,14 @@ class Memory:
         wrong = order.conflicts(times, reader, self.reading_warp[at], threads[:, None])
         if wrong.any():
             row, unit = np.argwhere(wrong)[0]
-            raise Fault(int(threads[row]), f"writes what {_who(int(reader[row, unit]), times[row, unit], order)} read")
+            raise _conflict(threads[row], "writes", reader[row, unit], "read", times[row, unit], order)
 
 
-def _who(thread: int, time: int, order: Order) -> str:
+def _conflict(thread: int, what: str, by: int, did: str, time: int, order: Order) -> Fault:
     if time < order.block or time == _SEVERAL_BLOCKS:
-        return "another block"
-    return ("another thread" if thread == _SEVERAL else f"thread {thread}") + " without a barrier between"
+        return Fault(int(thread), f"{what} what another block {did}")
+    who = "another thread" if by == _SEVERAL else f"thread {by}"
+    return Fault(int(thread), f"{what} what {who} {did}, without a barrier between")
 
 
 class Space:
