@@ -168,10 +168,12 @@ def test_threads_that_return_are_not_waited_for() -> None:
  st.global.u32 [%rd3], %r16;
 $L_end:
  ret;"""
-    with pytest.raises(PtxError, match="thread 40 of block .*does not reach the barrier"):
+    with pytest.raises(PtxError, match=r"thread 40 of block .*does not reach the barrier"):
         run(body)
     # A way of the branch that ends by itself does not come back.
-    assert run(body.replace("bra $L_end", "bra $L_out").replace("$L_end:\n", "ret;\n$L_out:\n"))[:40] == [*range(39, -1, -1)]
+    assert run(body.replace("bra $L_end", "bra $L_out").replace("$L_end:\n", "ret;\n$L_out:\n"))[:40] == [
+        *range(39, -1, -1)
+    ]
 
 
 FAULTS = {
@@ -226,7 +228,9 @@ def test_blocks_that_touch_the_same_memory() -> None:
     assert run("ld.global.u32 %r3, [%rd3];\nret;", blocks=3) == [*range(64)]
     with pytest.raises(PtxError, match=r"block \(1, 0, 0\) writes what another block wrote"):
         run("st.global.u32 [%rd3], %r1;\nret;", blocks=2)
-    body = "ld.global.u32 %r3, [%rd1];\nsetp.ne.s32 %p1, %r2, 1;\n@%p1 bra $L_1;\nst.global.u32 [%rd3], %r1;\n$L_1:\nret;"
+    body = (
+        "ld.global.u32 %r3, [%rd1];\nsetp.ne.s32 %p1, %r2, 1;\n@%p1 bra $L_1;\nst.global.u32 [%rd3], %r1;\n$L_1:\nret;"
+    )
     with pytest.raises(PtxError, match=r"thread 0 of block \(1, 0, 0\) writes what another block read"):
         run(body, blocks=2)
 
@@ -241,5 +245,5 @@ def test_memory_that_nothing_wrote() -> None:
     ["add.sat.s32 %r3, %r1, 1;", "ld.global.ca.u32 %r3, [%rd3];", "atom.global.add.u32 %r3, [%rd3], 1;", "bar.sync 1;"],
 )
 def test_unknown_instructions_are_errors(body: str) -> None:
-    with pytest.raises(PtxError, match="does not know|another barrier"):
+    with pytest.raises(PtxError, match=r"does not know|another barrier"):
         run(body + "\nret;")

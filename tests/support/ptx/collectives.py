@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from .instructions import Registers, Step, Where, numpy_type, put, rounded
+from .instructions import Registers, Step, Where, numpy_type, rounded
 from .memory import Fault, Order, Space
 
 LANES = 32

@@ -30,7 +30,7 @@ from conftest import PoisoningTorch
 from fused_arcface.backends import cuda
 
 from ..cuda_emulated import CXX, ROOT
-from .machine import SHARED_START, Machine
+from .machine import Machine
 from .memory import Memory, Order, Space
 from .program import Kernel, parse
 

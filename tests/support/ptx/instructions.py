@@ -207,47 +207,65 @@ def _inserted(registers: Registers, operands: list[str], bits: str) -> Step:
     return _function(registers, operands[:3], f"b{bits}", f"b{bits}", function)
 
 
-_SIMPLE: dict[str, Callable[..., np.ndarray]] = {
-    "add": np.add, "sub": np.subtract, "mul": np.multiply, "and": np.bitwise_and, "or": np.bitwise_or,
-    "xor": np.bitwise_xor, "not": np.invert, "neg": np.negative, "abs": np.absolute, "sqrt": np.sqrt, "div": np.divide,
+_SIMPLE: dict[str, np.ufunc] = {
+    "add": np.add, "sub": np.subtract, "mul": np.multiply, "mul.lo": np.multiply, "div.rn": np.divide,
+    "sqrt.rn": np.sqrt, "neg": np.negative, "abs": np.absolute, "and": np.bitwise_and, "or": np.bitwise_or,
+    "xor": np.bitwise_xor, "not": np.invert,
 }  # fmt: skip
-_FLOAT = {"min": np.fmin, "max": np.fmax}  # a NaN gives way to a number
-_INTEGER = {"min": np.minimum, "max": np.maximum}
+_OF_NUMBERS = {"min": np.fmin, "max": np.fmax}  # a NaN gives way
+_OF_INTEGERS = {"min": np.minimum, "max": np.maximum}
 
+
+def _simple(registers: Registers, operands: list[str], name: str, type_: str) -> Step:
+    return _ufunc(registers, operands, type_, _SIMPLE[name])
+
+
+def _extreme(registers: Registers, operands: list[str], name: str, type_: str) -> Step:
+    return _ufunc(registers, operands, type_, (_OF_NUMBERS if type_[0] == "f" else _OF_INTEGERS)[name])
+
+
+def _of(to: str, of: str, function: Callable[..., np.ndarray]) -> Callable[..., Step]:
+    """The builder of an instruction that is this function; without types, of those that its opcode names."""
+
+    def builder(registers: Registers, operands: list[str], *types: str) -> Step:
+        return _function(registers, operands, to or types[0], of.format(*types[-1:]), function)
+
+    return builder
+
+
+_INTEGER = r"([su]32|[su]64)"
+_REAL = r"(f32|f64)"
 BUILDERS: list[tuple[str, Callable[..., Step]]] = [
-    (r"(add|sub)\.([su]32|[su]64)", lambda r, o, name, t: _ufunc(r, o, t, _SIMPLE[name])),
-    (r"mul\.lo\.([su]32|[su]64)", lambda r, o, t: _ufunc(r, o, t, np.multiply)),
-    (r"(add|sub|mul)(?:\.rn)?\.(f32|f64)", lambda r, o, name, t: _ufunc(r, o, t, _SIMPLE[name])),
-    (r"(div|sqrt)\.rn\.(f32|f64)", lambda r, o, name, t: _ufunc(r, o, t, _SIMPLE[name])),
-    (r"(neg)\.(s32|s64|f32)", lambda r, o, name, t: _ufunc(r, o, t, _SIMPLE[name])),
-    (r"(abs)\.(f32|f64)", lambda r, o, name, t: _ufunc(r, o, t, _SIMPLE[name])),
-    (r"(and|or|xor|not)\.(pred|b16|b32|b64)", lambda r, o, name, t: _ufunc(r, o, t, _SIMPLE[name])),
-    (r"(min|max)\.(f32|f64)", lambda r, o, name, t: _ufunc(r, o, t, _FLOAT[name])),
-    (r"(min|max)\.([su]32|[su]64)", lambda r, o, name, t: _ufunc(r, o, t, _INTEGER[name])),
-    (r"rcp\.rn\.(f32|f64)", lambda r, o, t: _function(r, o, t, t, lambda a: 1 / a)),
-    (r"(div|rem)\.([su]32|[su]64)", _divided),
+    (rf"(add|sub|mul\.lo)\.{_INTEGER}", _simple),
+    (rf"(add|sub|mul)(?:\.rn)?\.{_REAL}", _simple),
+    (rf"(div\.rn|sqrt\.rn|abs)\.{_REAL}", _simple),
+    (r"(neg)\.(s32|s64|f32)", _simple),
+    (r"(and|or|xor|not)\.(pred|b16|b32|b64)", _simple),
+    (r"(min|max)\.([su]32|[su]64|f32|f64)", _extreme),
+    (rf"rcp\.rn\.{_REAL}", _of("", "{}", lambda a: 1 / a)),
+    (rf"(div|rem)\.{_INTEGER}", _divided),
     (r"setp\.(eq|ne|lt|le|gt|ge)\.([su]16|[su]32|[su]64)", _compared),
-    (r"setp\.(eq|lt|le|gt|ge|ltu|leu|gtu|geu)\.(f32|f64)", _compared),
+    (rf"setp\.(eq|lt|le|gt|ge|ltu|leu|gtu|geu)\.{_REAL}", _compared),
     (r"(shl)\.(b32|b64)", _shifted),
-    (r"(shr)\.([su]32|[su]64)", _shifted),
-    (r"fma\.(rn)\.(f32|f64)", _fused),
+    (rf"(shr)\.{_INTEGER}", _shifted),
+    (rf"fma\.(rn)\.{_REAL}", _fused),
     (r"fma\.(rm)\.(f32)", _fused),
-    (r"add\.rz\.f32", lambda r, o: _function(r, o, "f32", "f32", lambda a, b: rounded(a + b.astype("f8"), "f4", 0))),
+    (r"add\.rz\.f32", _of("f32", "f32", lambda a, b: rounded(a + b.astype("f8"), "f4", 0))),
     (r"(mul|mad)\.wide\.([su]16|[su]32)", _wide),
-    (r"selp\.(u16|b32|b64|f32|f64)", lambda r, o, t: _function(r, o, t, f"{t},{t},pred", lambda a, b, c: np.where(c, a, b))),
+    (r"selp\.(u16|b32|b64|f32|f64)", _of("", "{0},{0},pred", lambda a, b, c: np.where(c, a, b))),
     (r"mov\.([bu]16|[bu]32|[bu]64|f32|f64)", _moved),
     (r"cvta(?:\.to)?\.(?:global|local)\.(u64)", _moved),
     (r"bfi\.b(32|64)", _inserted),
-    (r"copysign\.(f32)", lambda r, o, t: _function(r, o, t, t, lambda a, b: np.copysign(b, a))),
-    (r"ex2\.approx\.ftz\.(f32)", lambda r, o, t: _function(r, o, t, t, _exp2)),
-    (r"cvt\.(?:rn\.)?(f16|f32|f64)\.([su]16|[su]32|[su]64|f16|f32|f64)", lambda r, o, to, of: _function(r, o, to, of, np.array)),
-    (r"cvt\.([su]16|[su]32|[su]64)\.([su]8|[su]16|[su]32|[su]64)", lambda r, o, to, of: _function(r, o, to, of, np.array)),
+    (r"copysign\.f32", _of("f32", "f32", lambda a, b: np.copysign(b, a))),
+    (r"ex2\.approx\.ftz\.f32", _of("f32", "f32", _exp2)),
+    (r"cvt(?:\.rn)?\.(f16|f32|f64)\.([su]16|[su]32|[su]64|f16|f32|f64)", _of("", "{}", np.array)),
+    (r"cvt\.([su]16|[su]32|[su]64)\.([su]8|[su]16|[su]32|[su]64)", _of("", "{}", np.array)),
     (r"cvt\.(rzi|rni)\.(s32)\.f32", _to_integer),
-    (r"cvt\.rmi\.(f32)\.f32", lambda r, o, t: _function(r, o, t, t, np.floor)),
-    (r"cvt\.sat\.(f32)\.f32", lambda r, o, t: _function(r, o, t, t, lambda a: np.nan_to_num(np.clip(a, 0, 1), nan=0))),
-    (r"cvt\.rna\.tf32\.f32", lambda r, o: _function(r, o, "b32", "f32", to_tf32)),
-    (r"cvt\.rn\.bf16\.f32", lambda r, o: _function(r, o, "b16", "f32", to_bfloat16)),
-]  # fmt: skip
+    (r"cvt\.rmi\.f32\.f32", _of("f32", "f32", np.floor)),
+    (r"cvt\.sat\.f32\.f32", _of("f32", "f32", lambda a: np.nan_to_num(np.clip(a, 0, 1), nan=0))),
+    (r"cvt\.rna\.tf32\.f32", _of("b32", "f32", to_tf32)),
+    (r"cvt\.rn\.bf16\.f32", _of("b16", "f32", to_bfloat16)),
+]
 
 
 @functools.cache

@@ -50,9 +50,7 @@ class Machine:
             raise PtxError(f"{self.kernel.name}, {instruction}: an instruction that the interpreter does not know")
         return step
 
-    def launch(
-        self, device: Space, grid: tuple[int, int, int], shared_bytes: int, parameters: list[bytes]
-    ) -> None:
+    def launch(self, device: Space, grid: tuple[int, int, int], shared_bytes: int, parameters: list[bytes]) -> None:
         """Run the kernel's blocks over a device's memory."""
         for array in self.constants.values():
             if array.ctypes.data not in device.starts:
