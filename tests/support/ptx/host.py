@@ -48,9 +48,9 @@ def missing() -> str | None:
     return "the PTX interpreter needs a C++ compiler; none was found on the PATH" if CXX is None else None
 
 
-def _made(command: list[str], inputs: list[Path]) -> Path:
-    """A folder with the objects, PTX and libraries that a command makes in it of these files."""
-    contents = [repr(command).encode(), *(path.read_bytes() for path in inputs)]
+def _made(command: list[str], inputs: list[Path], version: bytes = b"") -> Path:
+    """A folder with the objects, PTX and libraries that a command of this version makes in it of these files."""
+    contents = [repr(command).encode(), version, *(path.read_bytes() for path in inputs)]
     target = CACHE / hashlib.sha256(b"".join(contents)).hexdigest()[:24]
     if not target.exists():
         CACHE.mkdir(parents=True, exist_ok=True)
@@ -67,28 +67,27 @@ def _made(command: list[str], inputs: list[Path]) -> Path:
 
 @functools.cache
 def _built() -> tuple[Path, list[Path]]:
-    """The module over runtime.cpp, and the PTX of csrc/cuda's files."""
+    """Return the module over runtime.cpp, and the PTX of csrc/cuda's files."""
     import pybind11
 
     assert NVCC is not None and CXX is not None
     csrc = ROOT / "csrc"
-    headers = sorted(csrc.rglob("*.h"))
-    version = subprocess.run([NVCC, "--version"], capture_output=True, text=True, check=True).stdout
+    headers = [*sorted(csrc.rglob("*.h")), csrc / "cuda" / "bindings.cpp"]
+    version = subprocess.run([NVCC, "--version"], capture_output=True, check=True).stdout
     python = [f"-isystem{path}" for path in (pybind11.get_include(), sysconfig.get_path("include"))]
     gcc = [CXX, "-std=c++17", "-fPIC", "-fvisibility=hidden", f"-I{csrc}", *python]
     nvcc = [
         *(NVCC, "-std=c++17", "-ccbin", CXX, "--generate-code", "arch=compute_80,code=compute_80", f"-I{csrc}"),
-        *("-Xcompiler", "-fPIC,-fvisibility=hidden", f"-DCOMPILER={hashlib.sha256(version.encode()).hexdigest()}"),
-        *("--keep", "--keep-dir", "."),
+        *("-Xcompiler", "-fPIC,-fvisibility=hidden", "--keep", "--keep-dir", "."),
     ]
 
     def compiled(source: Path) -> Path:
         command = nvcc if source.suffix == ".cu" else gcc
-        return _made([*command, "-c", str(source), "-o", f"{source.stem}.o"], [source, *headers])
+        return _made([*command, "-c", str(source), "-o", f"{source.stem}.o"], [source, *headers], version)
 
     cuda_sources = sorted((csrc / "cuda").glob("*.cu"))
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        made = list(pool.map(compiled, [csrc / "cuda" / "bindings.cpp", _RUNTIME, *cuda_sources]))
+        made = list(pool.map(compiled, [_RUNTIME, *cuda_sources]))
     objects = [next(folder.glob("*.o")) for folder in made]
     # -Bsymbolic: a CUDA build of torch has brought functions of the same names.
     link = [CXX, "-shared", "-Wl,-Bsymbolic", *map(str, objects), "-o", "cuda_in_ptx.so"]

@@ -4,7 +4,7 @@
 #include <map>
 #include <string>
 
-#include "cuda/bindings.h"
+#include "cuda/bindings.cpp"  // one unit, since the headers of pybind11 take seconds
 
 namespace {
 
