@@ -253,8 +253,8 @@ class Mutant:
     new: str
     how: str = WRONG
     """A regular expression that the error has."""
-    which: int = 0
-    """Of the places where the text has it; counted from the end where negative."""
+    which: int | None = 0
+    """Of the places where the text has it, counted from the end where negative; None: all."""
     full: bool = True
     shape: tuple[int, int, int] = (5, 40, 136)
 
@@ -263,15 +263,14 @@ class Mutant:
 
     def programs(self) -> host.Programs:
         """nvcc's kernels but for this one."""
-        text = host.texts()["passes_bfloat16"]
-        start = next(m for m in re.finditer(r"\.entry \w*?\d[a-z_]+_kernel\w*\(", text) if self.kernel in m[0]).start()
-        end = text.find(".entry", start + 1) % (len(text) + 1)
-        places = list(re.finditer(self.old, text[start:end]))
+        parts = re.split(r"(?=^\S*\s?\.entry )", host.texts()["passes_bfloat16"], flags=re.MULTILINE)
+        index = next(i for i, part in enumerate(parts) if re.search(rf"\.entry \w*\d{self.kernel}_kernel", part))
+        places = list(re.finditer(self.old, parts[index]))
         assert places, f"{self.kernel} no longer has {self.old}"
-        place = places[self.which]
-        changed = text[: start + place.start()] + place.expand(self.new) + text[start + place.end() :]
-        kernels = parse("mutant", changed)
-        return host.programs().changed({name: each for name, each in kernels.items() if self.kernel in name})
+        for place in reversed(places if self.which is None else [places[self.which]]):
+            changed = place.expand(self.new)
+            parts[index] = parts[index][: place.start()] + changed + parts[index][place.end() :]
+        return host.programs().changed(parse("mutant", parts[0] + parts[index]))
 
 
 LDMATRIX = r"(ldmatrix\S+ \{%r\d+, )(%r\d+)(, )(%r\d+)"
@@ -303,21 +302,21 @@ MUTANTS = [
     Mutant("a wait for one copy less", "class_stats", "wait_group 2", "wait_group 3", OPEN),
     Mutant("no group", "class_stats", r"cp\.async\.commit_group;", "", OPEN, which=1),
     Mutant("no copy", "class_stats", r"cp\.async\.cg.*;", "", "reads what nothing wrote", which=3, full=False),
-    Mutant("a copy to another place", "class_stats", COPY, r"\1+16", "", which=3),
+    Mutant("a copy to another place", "class_stats", COPY, r"\1+16", OPEN + "|at once", which=3),
     Mutant("a copy to an odd place", "class_stats", COPY, r"\1+8", "not a multiple", which=3),
     Mutant("registers of ldmatrix swapped", "class_stats", LDMATRIX, SWAPPED, full=False),
     Mutant("registers of ldmatrix swapped", "center_sum", LDMATRIX, SWAPPED, which=-1),
     Mutant("no transposition", "center_sum", r"x4\.trans", "x4"),
     Mutant("registers of A swapped", "class_stats", MMA_A, SWAPPED, which=2, full=False),
     Mutant("registers of B swapped", "class_gradient", MMA_B, SWAPPED, which=8),
-    Mutant("a sum in another's place", "center_gradient", MMA_C, r"\1\3, \2", which=5),
+    Mutant("a sum in another's place", "center_gradient", MMA_C, r"\1\3, \2", shape=(130, 8, 16)),
     Mutant("a row past the last", "finish_center_sum", r"setp\.ge\.s64", "setp.gt.s64", OUTSIDE, full=False),
     Mutant("a row of padding", "row_terms", r"setp\.ge\.s64(.*%rd1, %rd12;)", r"setp.gt.s64\1", OUTSIDE),
-    Mutant("a class of padding", "class_stats", r"setp\.ge\.s32(.*\n.*or\.pred)", r"setp.gt.s32\1", which=3),
+    Mutant("a class of padding", "class_stats", r"setp\.ge\.s32(.*\n.*or\.pred)", r"setp.gt.s32\1", which=None),
     Mutant("all blocks at tile 0", "class_stats", r"%ctaid\.y", "%ctaid.x", "another block", -1, False, (5, 140, 16)),
     Mutant("half a quad's sum", "class_stats", SHUFFLE, r"mov.u32 \1, \3;", which=2),
     Mutant("a shuffle of half a warp", "class_gradient", r"(mov\.u32 \t%r\d+, )-1;", r"\g<1>65535;", "a whole warp"),
-    Mutant("no exponential", "class_stats", EXPONENTIAL, r"mov.f32 \1, \2;", which=-1),
+    Mutant("no exponential", "class_stats", EXPONENTIAL, r"mov.f32 \1, \2;"),
     Mutant("rounded up", "row_terms", r"cvt\.rn\.f32\.f64", "cvt.rp.f32.f64", "does not know", full=False),
 ]
 
