@@ -263,7 +263,7 @@ class Mutant:
 
     def programs(self) -> host.Programs:
         """nvcc's kernels but for this one."""
-        parts = re.split(r"(?=^\S*\s?\.entry )", host.texts()["passes_bfloat16"], flags=re.MULTILINE)
+        parts = re.split(r"(?=^(?:\.visible )?\.entry )", host.texts()["passes_bfloat16"], flags=re.MULTILINE)
         index = next(i for i, part in enumerate(parts) if re.search(rf"\.entry \w*\d{self.kernel}_kernel", part))
         places = list(re.finditer(self.old, parts[index]))
         assert places, f"{self.kernel} no longer has {self.old}"
@@ -274,6 +274,7 @@ class Mutant:
 
 
 LDMATRIX = r"(ldmatrix\S+ \{%r\d+, )(%r\d+)(, )(%r\d+)"
+TRANSPOSING = LDMATRIX.replace("ldmatrix", r"ldmatrix\S+trans")
 MMA_A = r"(mma\S+ \{[^}]*\}, \{)(%r\d+)(, )(%r\d+)"
 MMA_B = r"(mma\S+ \{[^}]*\}, \{[^}]*\}, \{)(%r\d+)(, )(%r\d+)"
 MMA_C = r"(mma\S+ \{(%f\d+), (%f\d+).*\{)%f\d+, %f\d+"
@@ -305,7 +306,7 @@ MUTANTS = [
     Mutant("a copy to another place", "class_stats", COPY, r"\1+16", OPEN + "|at once", which=3),
     Mutant("a copy to an odd place", "class_stats", COPY, r"\1+8", "not a multiple", which=3),
     Mutant("registers of ldmatrix swapped", "class_stats", LDMATRIX, SWAPPED, full=False),
-    Mutant("registers of ldmatrix swapped", "center_sum", LDMATRIX, SWAPPED, which=-1),
+    Mutant("registers of ldmatrix swapped", "center_sum", TRANSPOSING, SWAPPED),
     Mutant("no transposition", "center_sum", r"x4\.trans", "x4"),
     Mutant("registers of A swapped", "class_stats", MMA_A, SWAPPED, which=2, full=False),
     Mutant("registers of B swapped", "class_gradient", MMA_B, SWAPPED, which=8),
