@@ -228,6 +228,15 @@ def test_sine_and_cosine_of_a_large_angle(gpu: host.Gpu) -> None:
     torch.testing.assert_close(loss.double(), F.softplus(-torch.cos(angle.double())), rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.full
+def test_every_instruction_of_every_kernel_is_known() -> None:
+    kernels = host.programs().kernels
+    # Six products in four precisions, eight ways to pack rows, three kernels that all precisions share, four of rows.
+    assert len(kernels) == 4 * 6 + 8 + 3 + 4
+    for name, kernel in kernels.items():
+        host.programs().machine(name, kernel.most_threads)
+
+
 def test_no_launch_asks_for_more_than_a_block_may_have(gpu: host.Gpu) -> None:
     check_stats(problem(5, 131, 136, BF16), BF16)
     geometry = {re.sub(r".*\d([a-z_]+_kernel).*", r"\1", name): rest for name, rest in gpu.launches}

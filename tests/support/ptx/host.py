@@ -29,6 +29,7 @@ from conftest import PoisoningTorch
 
 from fused_arcface.backends import cuda
 
+from .. import cuda_emulated
 from ..cuda_emulated import CXX, ROOT
 from .machine import Machine
 from .memory import Memory, Order, Space
@@ -45,7 +46,7 @@ def missing() -> str | None:
     """Why nvcc's PTX cannot be had here, or None."""
     if NVCC is None:
         return "the PTX interpreter needs nvcc; none was found on the PATH"
-    return "the PTX interpreter needs a C++ compiler; none was found on the PATH" if CXX is None else None
+    return cuda_emulated.missing()
 
 
 def _made(command: list[str], inputs: list[Path], version: bytes = b"") -> Path:
@@ -53,21 +54,21 @@ def _made(command: list[str], inputs: list[Path], version: bytes = b"") -> Path:
     contents = [repr(command).encode(), version, *(path.read_bytes() for path in inputs)]
     target = CACHE / hashlib.sha256(b"".join(contents)).hexdigest()[:24]
     if not target.exists():
-        CACHE.mkdir(parents=True, exist_ok=True)
         work = Path(tempfile.mkdtemp(dir=CACHE))
         result = subprocess.run(command, capture_output=True, text=True, cwd=work)
         assert result.returncode == 0, f"{' '.join(command)}\n{result.stderr[-8000:]}"
         for each in work.iterdir():
             if each.suffix not in (".o", ".ptx", ".so"):
                 each.unlink()
-        with contextlib.suppress(OSError):  # another process was as quick
-            work.rename(target)
+        work.rename(target)
     return target
 
 
 @functools.cache
 def _built() -> tuple[Path, list[Path]]:
     """Return the module over runtime.cpp, and the PTX of csrc/cuda's files."""
+    import fcntl
+
     import pybind11
 
     assert NVCC is not None and CXX is not None
@@ -86,12 +87,14 @@ def _built() -> tuple[Path, list[Path]]:
         return _made([*command, "-c", str(source), "-o", f"{source.stem}.o"], [source, *headers], version)
 
     cuda_sources = sorted((csrc / "cuda").glob("*.cu"))
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with (CACHE / "lock").open("w") as lock, ThreadPoolExecutor(os.cpu_count()) as pool:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # a second process waits for what the first one makes
         made = list(pool.map(compiled, [_RUNTIME, *cuda_sources]))
-    objects = [next(folder.glob("*.o")) for folder in made]
-    # -Bsymbolic: a CUDA build of torch has brought functions of the same names.
-    link = [CXX, "-shared", "-Wl,-Bsymbolic", *map(str, objects), "-o", "cuda_in_ptx.so"]
-    return _made(link, objects) / "cuda_in_ptx.so", [path for folder in made for path in folder.glob("*.ptx")]
+        objects = [next(folder.glob("*.o")) for folder in made]
+        # -Bsymbolic: a CUDA build of torch has brought functions of the same names.
+        link = [CXX, "-shared", "-Wl,-Bsymbolic", *map(str, objects), "-o", "cuda_in_ptx.so"]
+        return _made(link, objects) / "cuda_in_ptx.so", [path for folder in made for path in folder.glob("*.ptx")]
 
 
 class Programs:
