@@ -4,14 +4,13 @@ tensor cores' matrices.
 
 from __future__ import annotations
 
-import functools
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from .instructions import Registers, Step, Where, numpy_type, rounded
+from .instructions import Builders, Registers, Step, Where, numpy_type, rounded
 from .memory import Fault, Order, Space
 
 LANES = 32
@@ -233,7 +232,7 @@ def _multiplied(around: Surroundings, operands: list[str], depth: str, type_: st
 
 
 _VECTOR = r"(?:\.(v2|v4))?"
-BUILDERS: list[tuple[str, Callable[..., Step]]] = [
+BUILDERS: Builders = (
     (rf"ld\.(param|global|shared|local)(?:\.nc)?{_VECTOR}\.([su]8|u16|[su]32|u64|f32|f64)", _loaded),
     (rf"st\.(global|shared|local){_VECTOR}\.(u8|u16|u32|u64|f32|f64)", _stored),
     (r"cp\.async\.cg\.shared\.global", _copied),
@@ -244,18 +243,4 @@ BUILDERS: list[tuple[str, Callable[..., Step]]] = [
     (r"shfl\.sync\.bfly\.b32", _shuffled),
     (r"ldmatrix\.sync\.aligned\.m8n8\.x4(\.trans)?\.shared\.b16", _matrices),
     (r"mma\.sync\.aligned\.m16n8k(8|16)\.row\.col\.f32\.(tf32|bf16|f16)\.\2\.f32", _multiplied),
-]
-
-
-@functools.cache
-def _builder(opcode: str) -> tuple[Callable[..., Step], tuple[str, ...]] | None:
-    for pattern, builder in BUILDERS:
-        if match := re.fullmatch(pattern, opcode):
-            return builder, match.groups()
-    return None
-
-
-def build(around: Surroundings, opcode: str, operands: list[str]) -> Step | None:
-    """Return the function of an instruction, or None for one that is not in this file."""
-    found = _builder(opcode)
-    return found and found[0](around, operands, *found[1])
+)

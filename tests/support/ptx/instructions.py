@@ -16,6 +16,8 @@ import numpy as np
 
 Where = Any  # True, or (threads,) bool
 Step = Callable[[Where], None]
+Builders = tuple[tuple[str, Callable[..., Step]], ...]
+"""By regular expressions of opcodes; a builder also takes their groups."""
 
 
 def numpy_type(type_: str) -> str:
@@ -235,7 +237,7 @@ def _of(to: str, of: str, function: Callable[..., np.ndarray]) -> Callable[..., 
 
 _INTEGER = r"([su]32|[su]64)"
 _REAL = r"(f32|f64)"
-BUILDERS: list[tuple[str, Callable[..., Step]]] = [
+BUILDERS: Builders = (
     (rf"(add|sub|mul\.lo)\.{_INTEGER}", _simple),
     (rf"(add|sub|mul)(?:\.rn)?\.{_REAL}", _simple),
     (rf"(div\.rn|sqrt\.rn|abs)\.{_REAL}", _simple),
@@ -265,18 +267,16 @@ BUILDERS: list[tuple[str, Callable[..., Step]]] = [
     (r"cvt\.sat\.f32\.f32", _of("f32", "f32", lambda a: np.nan_to_num(np.clip(a, 0, 1), nan=0))),
     (r"cvt\.rna\.tf32\.f32", _of("b32", "f32", to_tf32)),
     (r"cvt\.rn\.bf16\.f32", _of("b16", "f32", to_bfloat16)),
-]
+)
 
 
 @functools.cache
-def _builder(opcode: str) -> tuple[Callable[..., Step], tuple[str, ...]] | None:
-    for pattern, builder in BUILDERS:
-        if match := re.fullmatch(pattern, opcode):
-            return builder, match.groups()
-    return None
+def _found(builders: Builders, opcode: str) -> tuple[Callable[..., Step], tuple[str, ...]] | None:
+    matches = ((builder, re.fullmatch(pattern, opcode)) for pattern, builder in builders)
+    return next(((builder, match.groups()) for builder, match in matches if match), None)
 
 
-def build(registers: Registers, opcode: str, operands: list[str]) -> Step | None:
-    """Return the function of an instruction, or None for one that is not in this file."""
-    found = _builder(opcode)
-    return found and found[0](registers, operands, *found[1])
+def build(context: object, opcode: str, operands: list[str], builders: Builders = BUILDERS) -> Step | None:
+    """Return the function of an instruction, or None if no builder knows it. They get the context: the registers."""
+    found = _found(builders, opcode)
+    return found and found[0](context, operands, *found[1])

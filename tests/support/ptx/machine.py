@@ -42,8 +42,9 @@ class Machine:
 
     def _build(self, instruction: Instruction) -> instructions.Step:
         try:
-            step = instructions.build(self.registers, instruction.opcode, instruction.operands)
-            step = step or collectives.build(self.around, instruction.opcode, instruction.operands)
+            opcode, operands = instruction.opcode, instruction.operands
+            step = instructions.build(self.registers, opcode, operands)
+            step = step or instructions.build(self.around, opcode, operands, collectives.BUILDERS)
         except (ValueError, LookupError) as error:
             raise PtxError(f"{self.kernel.name}, {instruction}: {error}") from error
         if step is None:
