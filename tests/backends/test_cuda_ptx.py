@@ -86,9 +86,10 @@ def compare(name: str, got: Tensor, right: Tensor, tolerance: float) -> None:
     assert error <= tolerance, f"{name}: error {error:.1e}, allowed {tolerance:.1e}"
 
 
-TOLERANCES = {FP32: (2e-6, 2e-5), "tf32": (1e-2, 1e-2), BF16: (2e-6, 2.0**-7), FP16: (2e-6, 2.0**-7)}
+TOLERANCES = {FP32: (1e-5, 2e-5), "tf32": (1e-2, 1e-2), BF16: (2e-6, 2.0**-7), FP16: (2e-6, 2.0**-7)}
 """Of sums and maxima, and of what the second products give: their 16-bit operands are rounded, 2⁻⁹ each. tf32 rounds
-those of the first as well: a cosine to 2⁻¹¹, an exponential by the scale times that."""
+those of the first as well: a cosine to 2⁻¹¹, an exponential by the scale times that. In fp32 a sum is cut off 3·D/8
+times."""
 
 
 def check_stats(given: Formula, precision: str) -> None:
@@ -115,7 +116,7 @@ BATCHES = [
 FULL_BATCHES = [
     (shape, precision, chunks)
     for shape, chunks in (
-        ((1, 1, 1), True),
+        ((1, 2, 3), True),
         ((5, 131, 136), True),
         ((130, 140, 33), False),  # two tiles of rows
         ((17, 257, 65), False),
@@ -193,9 +194,9 @@ def test_negatives_that_are_not_plain(
 )
 def test_step_of_the_centers(momentum_dtype: torch.dtype | None, gpu: host.Gpu) -> None:
     """In place, with padding among the classes. Random bits are the reference's: numbers differ by a unit at most."""
-    given = problem(12, 40, 70, BF16)
+    given = problem(12, 40, 70, FP32)
     classes = torch.tensor([*range(0, 40, 3), 40, 40])
-    w, target = given.w, torch.where(given.target < 0, -1, given.target % 14)
+    w, target = given.w.bfloat16(), torch.where(given.target < 0, -1, given.target % 14)
     buffer = units = None
     if momentum_dtype == torch.int8:
         buffer = torch.randint(-127, 128, w.shape, dtype=torch.int8)
@@ -214,7 +215,8 @@ def test_step_of_the_centers(momentum_dtype: torch.dtype | None, gpu: host.Gpu) 
         if got is not None:
             unit = 1 if got.dtype == torch.int8 else 2.0**-7 * right.abs().max()
             difference = (got.double() - right.double()).abs()
-            assert difference.max() <= unit and (difference > 1e-5).double().mean() < 0.01
+            others = (difference > 1e-5 * right.double().abs() + 1e-6).double().mean()
+            assert difference.max() <= unit and others < 0.01
             assert torch.equal(got[1::3], w[1::3] if got is results[0][0] else buffer[1::3])
     assert not torch.equal(results[0][0], w)
 
