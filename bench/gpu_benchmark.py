@@ -120,7 +120,8 @@ def main() -> None:
         found_replays = time_replays(case, fused, device, 0.1, whole)
         replays |= {(case, *key): timing for key, timing in found_replays.items()}
         write(whole, replays, folder)
-        print(f"\n{case}: picked {pick(case.D, arch, case.torch_dtype)}")
+        picked = [pick(case.N, case.C, case.D, arch, case.torch_dtype, with_sums) for with_sums in (False, True)]
+        print(f"\n{case}: picked {picked[0]} forward, {picked[1]} forward and backward")
         found = [each for each in whole.measurements if each.case == case]
         for each in sorted(found, key=lambda each: (each.pass_name, each.ms)):
             extra = "" if each.peak_bytes is None else f"  {each.peak_bytes / 1e6:9,.0f} MB beyond"

@@ -159,7 +159,7 @@ def main() -> None:
     print(
         json.dumps(
             {
-                "flash": passes(torch.bfloat16, 1024, 1_000_000, 512),
+                "flash": passes(torch.bfloat16, 1024, 1_000_000, 512, "flash"),
                 "chunks": passes(torch.float32, 1024, 1_000_000, 512),
                 "chunks in bf16": passes(torch.bfloat16, 1024, 1_000_000, 512, "chunks"),
                 "chunks in bf16, N = 4096": passes(torch.bfloat16, 4096, 1_000_000, 512, "chunks"),

@@ -34,12 +34,13 @@ def _operand_dtype(embeddings: Tensor, weight: Tensor) -> torch.dtype:
     return torch.float64 if torch.float64 in (embeddings.dtype, weight.dtype) else embeddings.dtype
 
 
-def _algorithm(embeddings: Tensor, weight: Tensor, negatives: Negatives) -> str:
+def _algorithm(embeddings: Tensor, centers: Centers, negatives: Negatives, with_sums: bool) -> str:
     # The nearest of several centers is found among scores in memory, and the flash passes store none.
     if negatives.sub_centers > 1:
         return "chunks"
-    arch, _ = device_limits(weight.device)
-    return pick(weight.shape[1], arch, _operand_dtype(embeddings, weight))
+    arch, _ = device_limits(embeddings.device)
+    dtype = _operand_dtype(embeddings, centers.weight)
+    return pick(embeddings.shape[0], centers.count, embeddings.shape[1], arch, dtype, with_sums)
 
 
 def _unit_rows(embeddings: Tensor, weight: Tensor, algorithm: str) -> UnitRows:
@@ -83,7 +84,8 @@ def class_stats(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Implement :func:`fused_arcface.backends.torch.class_stats`."""
     num_rows, D = embeddings.shape
-    algorithm = _algorithm(embeddings, weight, negatives)
+    centers = Centers(weight)
+    algorithm = _algorithm(embeddings, centers, negatives, with_center_sum)
     x = _unit_rows(embeddings, weight, algorithm)
     center_sum = x.inverse.new_empty(embeddings.shape if with_center_sum else 0)
     if num_rows == 0:
@@ -93,7 +95,7 @@ def class_stats(
     terms = row_terms(inverse, scale, shift, of_cosine=rule.changes_cosines)
     module = flash if algorithm == "flash" else chunks
     totals, maxima, sums = module.class_stats(
-        x, Centers(weight), target.contiguous(), terms, rule, with_center_sum, class_count
+        x, centers, target.contiguous(), terms, rule, with_center_sum, class_count
     )
     total, maximum = totals.sum(0)[:num_rows], maxima.amax(0)[:num_rows] * inverse
     if terms.factor is not None:
@@ -116,12 +118,13 @@ def weight_grad(
     d_weight = torch.empty_like(weight)
     if embeddings.shape[0] == 0:
         return d_weight.zero_()
-    algorithm, x, terms, rule = _backward(embeddings, weight, gradients, negatives)
+    centers = Centers(weight)
+    algorithm, x, terms, rule = _backward(embeddings, centers, gradients, negatives)
     if algorithm == "flash":
-        flash.weight_grad(x, Centers(weight), target.contiguous(), terms, rule, d_weight)
+        flash.weight_grad(x, centers, target.contiguous(), terms, rule, d_weight)
     else:
         chunks.unit_gradients(
-            x, Centers(weight), target.contiguous(), terms, rule, lambda d_unit: projections(d_unit, weight, d_weight)
+            x, centers, target.contiguous(), terms, rule, lambda d_unit: projections(d_unit, weight, d_weight)
         )
     return d_weight
 
@@ -143,17 +146,17 @@ def update_centers(
             with on_device(weight.device):
                 updates(d_unit.expand(centers.count, -1), weight, step)(0, centers.count)
         return
-    algorithm, x, terms, rule = _backward(embeddings, weight, gradients, negatives)
+    algorithm, x, terms, rule = _backward(embeddings, centers, gradients, negatives)
     module = flash if algorithm == "flash" else chunks
     module.unit_gradients(x, centers, target.contiguous(), terms, rule, lambda d_unit: updates(d_unit, weight, step))
 
 
 def _backward(
-    embeddings: Tensor, weight: Tensor, gradients: RowGradients, negatives: Negatives
+    embeddings: Tensor, centers: Centers, gradients: RowGradients, negatives: Negatives
 ) -> tuple[str, UnitRows, RowTerms, RowRule]:
     """Return the algorithm of a backward pass, the embeddings ready for it, the rows' terms, and their rule."""
-    algorithm = _algorithm(embeddings, weight, negatives)
-    x = _unit_rows(embeddings, weight, algorithm)
+    algorithm = _algorithm(embeddings, centers, negatives, True)
+    x = _unit_rows(embeddings, centers.weight, algorithm)
     scale, lse, coefficients = gradients.scale, gradients.lse, gradients[2:]
     rule = RowRule.create(negatives, x.inverse.dtype)
     terms = row_terms(x.inverse[: embeddings.shape[0]], scale, lse, coefficients, rule.changes_cosines)
