@@ -105,6 +105,7 @@ DEFAULT_STEPS = {
     90: [
         {"algorithm": "chunks", "D": 512},
         {"algorithm": "chunks", "D": 512, "momentum": torch.int8},
+        {"algorithm": "chunks-copied", "D": 512},
         {"algorithm": "flash", "D": 256},
         {"algorithm": "flash", "D": 256, "weight_dtype": FP32, "momentum": FP32},
         {"algorithm": "chunks", "D": 512, "dtype": FP32, "weight_dtype": FP32},

@@ -17,7 +17,7 @@ import torch
 
 MIB = 1 << 20
 
-ALGORITHMS = ("flash", "flash-chained", "chunks")
+ALGORITHMS = ("flash", "flash-chained", "flash-copied", "chunks", "chunks-copied")
 
 
 @dataclass(frozen=True)
@@ -74,6 +74,13 @@ CHUNKS = PanelConfig(exponential_bytes=48 * MIB, center_bytes=16 * MIB, max_rows
 # Nothing but centers: 32 MiB of them fill L2 to two thirds, and at D = 256 and N = 1024 a turn is 67 M logits, 0.2 ms
 # by the model.
 FLASH_PANEL = PanelConfig(exponential_bytes=0, center_bytes=32 * MIB, max_rows=1 << 31)
+
+NORMS = 1 << 20
+"""Inverse norms of stored centers that are kept at once: 4 MiB in fp32."""
+
+# Centers as they are stored, whose gradient is written where it belongs: 4 bytes for each norm are all there is.
+# Offsets within a panel fit 32 bits, 2²⁹ numbers at D = 512.
+FLASH_STORED_PANEL = PanelConfig(exponential_bytes=0, center_bytes=4 * NORMS, max_rows=1 << 31)
 
 # Hopper and data-center Blackwell: 128×256 fp32 accumulators are 128 registers in each of 256 threads, and the
 # largest tile whose operands (85 flop a byte) L2 can feed near the tensor cores' rate; three stages of 48 KiB leave
@@ -137,6 +144,11 @@ def _asked() -> str:
     return asked
 
 
+def copies_centers() -> bool:
+    """Return true if all centers are to be copied, also where a kernel could read them as they are stored."""
+    return _asked().endswith("-copied")
+
+
 def flash_width(D: int) -> int:
     """D padded for the flash passes: Triton's tiles are powers of two, its products at least 16 deep."""
     return max(16, 1 << (D - 1).bit_length())
@@ -177,7 +189,8 @@ def pick(N: int, C: int, D: int, arch: int, dtype: torch.dtype, with_sums: bool)
     was measured, so the limits there are taken from D = 512.
 
     ``FUSED_ARCFACE_TRITON_ALGORITHM`` in the environment overrides it where the named algorithm can run at all:
-    benchmarks compare them with it. ``flash-chained`` is flash without ``split_scores``.
+    benchmarks compare them with it. ``flash-chained`` is flash without ``split_scores``; with ``-copied`` no kernel
+    reads the centers where they are stored.
 
     >>> pick(256, 1_000_000, 512, 90, torch.bfloat16, True), pick(4096, 1_000_000, 512, 90, torch.bfloat16, True)
     ('flash', 'chunks')
@@ -188,7 +201,7 @@ def pick(N: int, C: int, D: int, arch: int, dtype: torch.dtype, with_sums: bool)
     if dtype != torch.bfloat16 or flash_config(width, arch) is None:
         return "chunks"
     if asked := _asked():
-        return "chunks" if asked == "chunks" else "flash"
+        return asked.partition("-")[0]
     if arch != 90 or (width, with_sums) not in _CHUNKS_WIN:
         return "flash"
     least_rows, least_logits = _CHUNKS_WIN[width, with_sums]

@@ -18,7 +18,8 @@ from .common import on_device
 from .configs import device_limits, pick
 from .margin import margin_losses
 from .negatives import RowRule
-from .rows import Centers, RowTerms, UnitRows, fill_unit_rows, row_terms
+from .panels import Centers
+from .rows import RowTerms, UnitRows, fill_batch_rows, row_terms
 from .targets import project, projections, target_cosines, unit_embedding_grads
 
 _DEPTH_MULTIPLE = 16
@@ -51,7 +52,7 @@ def _unit_rows(embeddings: Tensor, weight: Tensor, algorithm: str) -> UnitRows:
         width = -(-width // _DEPTH_MULTIPLE) * _DEPTH_MULTIPLE
     compute = compute_dtype(embeddings, weight)
     x = UnitRows.empty(padded, width, _operand_dtype(embeddings, weight), compute, embeddings.device)
-    fill_unit_rows(embeddings, x)
+    fill_batch_rows(embeddings, x)
     return x
 
 
