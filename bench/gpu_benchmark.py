@@ -41,17 +41,22 @@ CASES = (
 )
 
 
-def _algorithms() -> list[Provider]:
-    """Return the Triton backend with each algorithm forced; ``fused_arcface`` is the one that configs.pick takes."""
+def _algorithms(variants: bool) -> list[Provider]:
+    """Return the Triton backend with each algorithm forced; ``fused_arcface`` is the one that configs.pick takes.
+
+    ``-copied`` ones, which copy bf16 centers in the backward pass too, are among the variants.
+    """
     (ours,) = select(["fused_arcface"], "triton")
     return [
         dataclasses.replace(ours, name=f"fused_arcface-{name}", environment={"FUSED_ARCFACE_TRITON_ALGORITHM": name})
         for name in ALGORITHMS
+        if variants or not name.endswith("-copied")
     ]
 
 
-HOPPER_CASES = 2
-"""In so many of the first cases each configuration of Hopper's kernels is measured, in the others the first alone."""
+VARIED_CASES = 2
+"""In so many of the first cases each configuration of Hopper's kernels is measured, in the others the first alone, and
+each variant of the Triton backend."""
 
 
 def _hopper(variants: bool) -> list[Provider]:
@@ -113,7 +118,7 @@ def main() -> None:
         if time.monotonic() > end:
             print(f"{case}: not measured, the time of {budget:.0f} s is over")
             continue
-        providers = [*ours, *_hopper(number < HOPPER_CASES), *_algorithms(), *peers]
+        providers = [*ours, *_hopper(number < VARIED_CASES), *_algorithms(number < VARIED_CASES), *peers]
         whole = run_benchmark([case], providers, device, seconds=1.0, earlier=whole)
         write(whole, replays, folder)
         fused = [each for each in providers if each.is_fused]

@@ -136,7 +136,7 @@ def flash_gradient_kernel(
     x_ptr,  # (N padded, WIDTH)
     w_ptr,  # (P, WIDTH) of the panel; AS_STORED: (C, WIDTH), all centers
     inverse_ptr,  # (P,); AS_STORED: (num_inverses,), a multiple of P
-    reciprocal_ptr,  # as many
+    reciprocal_ptr,  # (P,); AS_STORED: not read, the inverse is the reciprocal
     row_inverse_ptr,  # (N,)
     target_ptr,  # (N,) int64
     scale_ptr,  # (N,)
@@ -170,7 +170,6 @@ def flash_gradient_kernel(
     if AS_STORED:
         w_ptr += first_class.to(tl.int64) * WIDTH
         inverse_ptr += first_class % num_inverses
-        reciprocal_ptr += first_class % num_inverses
         rows_w = tl.minimum(rows_w, num_classes - 1)  # the last one stands in for those that would follow
     w_ptrs = w_ptr + rows_w[:, None] * WIDTH + offs_d[None, :]
     w = tl.load(w_ptrs)
@@ -204,7 +203,9 @@ def flash_gradient_kernel(
         d_unit = dot(_operand(gradient, num_rows, SPLIT_SCORES), x, d_unit)
 
     if PROJECT:
-        reciprocal = tl.load(reciprocal_ptr + offs_c)
+        reciprocal = inverse
+        if not AS_STORED:
+            reciprocal = tl.load(reciprocal_ptr + offs_c)
         # A center shorter than 1e-12 is divided by that constant: its norm has no derivative.
         is_short = reciprocal >= 1e12
         w = tl.load(w_ptrs).to(tl.float32) * inverse[:, None]

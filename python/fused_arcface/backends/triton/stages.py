@@ -62,13 +62,14 @@ def class_max(
     target: Tensor,
     class_count: Tensor | None = None,
     negatives: Negatives = PLAIN,
+    classes: Tensor | None = None,
 ) -> Tensor:
-    """Implement :func:`fused_arcface.backends.torch.class_max`."""
+    """Implement :func:`fused_arcface.backends.torch.class_max`, over the rows ``classes`` (K,) of weight if given."""
     x = _unit_rows(embeddings, weight, "chunks")
     if embeddings.shape[0] == 0:
         return torch.empty_like(x.inverse)
     rule = RowRule.create(negatives, x.inverse.dtype)
-    _, maximum, _ = chunks.class_stats(x, Centers(weight), target.contiguous(), None, rule, False, class_count)
+    _, maximum, _ = chunks.class_stats(x, Centers(weight, classes), target.contiguous(), None, rule, False, class_count)
     greatest = maximum.amax(0)
     return greatest if rule.changes_cosines else greatest * x.inverse
 
@@ -82,10 +83,11 @@ def class_stats(
     with_center_sum: bool,
     class_count: Tensor | None = None,
     negatives: Negatives = PLAIN,
+    classes: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Implement :func:`fused_arcface.backends.torch.class_stats`."""
+    """Implement :func:`fused_arcface.backends.torch.class_stats`, over the rows ``classes`` (K,) of weight if given."""
     num_rows, D = embeddings.shape
-    centers = Centers(weight)
+    centers = Centers(weight, classes)
     algorithm = _algorithm(embeddings, centers, negatives, with_center_sum)
     x = _unit_rows(embeddings, weight, algorithm)
     center_sum = x.inverse.new_empty(embeddings.shape if with_center_sum else 0)
@@ -114,18 +116,19 @@ def weight_grad(
     target: Tensor,
     gradients: RowGradients,
     negatives: Negatives = PLAIN,
+    classes: Tensor | None = None,
 ) -> Tensor:
-    """Implement :func:`fused_arcface.backends.torch.weight_grad`."""
-    d_weight = torch.empty_like(weight)
+    """Implement :func:`fused_arcface.backends.torch.weight_grad`, (K, D) of the rows ``classes`` (K,) if given."""
+    centers = Centers(weight, classes)
+    d_weight = torch.empty_like(weight) if classes is None else weight.new_empty(centers.count, weight.shape[1])
     if embeddings.shape[0] == 0:
         return d_weight.zero_()
-    centers = Centers(weight)
     algorithm, x, terms, rule = _backward(embeddings, centers, gradients, negatives)
     if algorithm == "flash":
         flash.weight_grad(x, centers, target.contiguous(), terms, rule, d_weight)
     else:
         chunks.unit_gradients(
-            x, centers, target.contiguous(), terms, rule, lambda d_unit: projections(d_unit, weight, d_weight)
+            x, centers, target.contiguous(), terms, rule, lambda d_unit: projections(d_unit, weight, d_weight, classes)
         )
     return d_weight
 
