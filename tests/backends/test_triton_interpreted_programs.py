@@ -20,7 +20,7 @@ from support.triton_programs import forbid_races, forbid_reads, reverse
 
 from fused_arcface.backends import torch as plain_torch
 from fused_arcface.backends.triton import chunks, configs, exponentials, flash, panels, stages
-from fused_arcface.engine.terms import RowGradients
+from fused_arcface.engine.terms import CenterStep, RowGradients
 
 pytestmark = INTERPRETED
 
@@ -90,6 +90,30 @@ def test_centers_where_they_are_stored(algorithm: str, monkeypatch: pytest.Monke
     largest = stages.class_max(x, stored, target)
     torch.testing.assert_close(largest, plain_torch.class_max(x, w, target))
     assert made[1].as_stored != algorithm.endswith("-copied")
+
+
+@pytest.mark.parametrize("algorithm", ["chunks", "flash"])
+def test_stored_and_copied_centers_make_the_same_step(algorithm: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To the bit, over three turns that change the centers one after the other: a copy differs by a power of two."""
+    case = Case(9, 600, 64, *BF16, geometry="late")
+    x, w, target, _ = make_inputs(case)
+    w *= torch.logspace(-9, 9, 600)[:, None].to(w.dtype)
+    rows = torch.rand(2, 9, generator=torch.Generator().manual_seed(0)) - 0.5
+    gradients = RowGradients(20.0, torch.full((9,), 8.0, dtype=torch.float64), *rows)
+    monkeypatch.setattr(panels, "NORMS", 512)
+    panel = configs.PanelConfig(exponential_bytes=0, center_bytes=256 * 2 * 64, max_rows=64)
+    monkeypatch.setattr(chunks, "CHUNKS", panel)
+    monkeypatch.setattr(flash, "FLASH_PANEL", panel)
+    results = []
+    for name in (algorithm, f"{algorithm}-copied"):
+        monkeypatch.setenv("FUSED_ARCFACE_TRITON_ALGORITHM", name)
+        weight, momentum = w.clone(), torch.zeros(600, 64)
+        step = CenterStep(None, momentum, None, 0.5, 0.9, 0.01, 3, 0, torch.tensor(True))
+        stages.update_centers(x, weight, target, gradients, step)
+        results.append((weight, momentum, stages.weight_grad(x, w, target, gradients)))
+    for stored, copied in zip(*results, strict=True):
+        assert torch.equal(stored, copied)
+    assert (results[0][0] != w).any(1).all()
 
 
 def test_the_forward_pass_copies_the_centers_that_it_sums(monkeypatch: pytest.MonkeyPatch) -> None:
