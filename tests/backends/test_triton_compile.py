@@ -112,7 +112,6 @@ DEFAULT_STEPS = {
         {"algorithm": "flash", "D": 256, "weight_dtype": FP32, "momentum": FP32},
         {"algorithm": "chunks", "D": 512, "dtype": FP32, "weight_dtype": FP32},
         {"algorithm": "flash", "D": 512, "changed": True},
-        {"algorithm": "flash-tma", "D": 512},
         {"algorithm": "chunks", "D": 512, "changed": True},
         {"algorithm": "flash", "D": 512, "sub_centers": 3, "changed": True, "C": 999_999},
     ],
@@ -144,8 +143,7 @@ def _check(launch: Launch, arch: int) -> str:
     if launch.has_dot and arch == 90:
         _check_products(launch, resources, row)
     if launch.has_loop:
-        copy = r"cp\.async\.bulk\.tensor" if dict(launch.constants).get("BY_TMA") else r"cp\.async"
-        assert resources.has_instruction(copy), f"operands are not loaded ahead: {row}"
+        assert resources.has_instruction(r"cp\.async"), f"operands are not loaded ahead: {row}"
     return row
 
 

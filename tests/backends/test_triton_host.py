@@ -57,8 +57,7 @@ def test_launches_of_the_flash_passes(report: dict[str, Any]) -> None:
     """
     turns = _turns(configs.FLASH_PANEL.center_bytes, 2 * 512)
     copied, stored = report["flash, fp32 centers"], report["flash"]
-    by_tma = report["flash by TMA, fp32 centers"]
-    for each in (*copied.values(), *by_tma.values(), stored["forward"]):
+    for each in (copied["forward"], copied["backward"], stored["forward"]):
         assert each["launches"] == 2 * turns + 2
     assert stored["backward"]["launches"] == 2 + 2
     assert {each["products"] for passes in (copied, stored) for each in passes.values()} == {0}
@@ -96,7 +95,6 @@ PRODUCT = 8.0
     ("name", "N", "most", "others"),
     [
         ("flash, fp32 centers", 1024, 3.0, 2),
-        ("flash by TMA, fp32 centers", 1024, 3.0, 2),
         ("chunks in bf16", 1024, 3.0, 3),
         ("chunks in bf16, N = 4096", 4096, 2.0, 3),
     ],

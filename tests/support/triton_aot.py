@@ -21,7 +21,6 @@ triton = pytest.importorskip("triton", reason="Triton is not installed here")
 
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
-from triton.tools.tensor_descriptor import TensorDescriptor  # noqa: E402
 
 from fused_arcface.backends.triton import chunks, common, flash, stages  # noqa: E402
 
@@ -57,10 +56,7 @@ class Launch:
         names = kernel.arg_names
         signature, constants, divisible = {}, {}, []
         for index, (name, value) in enumerate(zip(names, args, strict=False)):
-            if isinstance(value, TensorDescriptor):
-                rows, columns = value.block_shape
-                signature[name] = f"tensordesc<{_POINTER[value.base.dtype][1:]}[{rows}, {columns}]>"
-            elif isinstance(value, torch.Tensor):
+            if isinstance(value, torch.Tensor):
                 signature[name] = _POINTER[value.dtype]
                 # An allocation is aligned to 512 bytes; a view of it begins where it begins.
                 if value.storage_offset() * value.element_size() % 16 == 0:
@@ -102,7 +98,7 @@ class Launch:
     @property
     def label(self) -> str:
         shown = {"i32", "i64", "fp32", "constexpr"}
-        dtypes = [kind[1:] for _, kind in self.signature if kind not in shown and not kind.startswith("tensordesc")]
+        dtypes = [kind[1:] for _, kind in self.signature if kind not in shown]
         distinct = ",".join(dict.fromkeys(kind for kind in dtypes if kind != "i64"))
         flags = " ".join(f"{name}={value}" for name, value in self.constants if name.isupper())
         return f"{self.kernel.__name__.removesuffix('_kernel')} [{distinct}] {flags}"

@@ -84,7 +84,6 @@ CORE = (
     *(Setting(_case(140, 600, 40, dtypes=dtypes), algorithm, True) for algorithm, dtypes in _BOTH[:6]),
     *(Setting(_case(4, 5, 513, dtypes=dtypes)) for dtypes in (("float32", "float32"), BF16)),
     Setting(_case(4, 5, 512, dtypes=BF16), "flash"),
-    Setting(_case(70, 300, 40, dtypes=BF16, geometry="late"), "flash-tma", True),
     *(Setting(_case(dtypes=dtypes)) for dtypes in (("float32", "bfloat16"), ("float16", "bfloat16"))),
     *(
         Setting(Case(margin=margin, geometry="late"))

@@ -163,7 +163,6 @@ def main() -> None:
             {
                 "flash": passes(torch.bfloat16, torch.bfloat16, 1024, 1_000_000, 512, "flash"),
                 "flash, fp32 centers": passes(torch.bfloat16, torch.float32, 1024, 1_000_000, 512, "flash"),
-                "flash by TMA, fp32 centers": passes(torch.bfloat16, torch.float32, 1024, 1_000_000, 512, "flash-tma"),
                 "chunks": passes(torch.float32, torch.float32, 1024, 1_000_000, 512, "chunks"),
                 "chunks in bf16": passes(torch.bfloat16, torch.bfloat16, 1024, 1_000_000, 512, "chunks"),
                 "chunks in bf16, N = 4096": passes(torch.bfloat16, torch.bfloat16, 4096, 1_000_000, 512, "chunks"),

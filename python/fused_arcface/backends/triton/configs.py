@@ -17,7 +17,7 @@ import torch
 
 MIB = 1 << 20
 
-ALGORITHMS = ("flash", "flash-chained", "flash-copied", "flash-tma", "chunks", "chunks-copied")
+ALGORITHMS = ("flash", "flash-chained", "flash-copied", "chunks", "chunks-copied")
 
 
 @dataclass(frozen=True)
@@ -42,9 +42,6 @@ class FlashConfig:
     split_scores: bool = False
     """If true, two warpgroups share the columns of a tile's scores, and exchange them through shared memory; else they
     share the rows, and beside 64 rows both compute all scores."""
-    by_tma: bool = False
-    """If true, Hopper's copy engine brings the batch rows that stream past in the backward pass, and one thread starts
-    it; else all threads start copies of 16 bytes."""
 
 
 @dataclass(frozen=True)
@@ -130,12 +127,11 @@ def product_config(arch: int) -> ProductConfig:
 def flash_config(width: int, arch: int) -> FlashConfig | None:
     """Tiles for rows of padded width ``width`` (a power of two), or None where none fit ``arch``."""
     if is_wide(arch):
-        if width > 512 or (width > 256 and arch != 90):
+        if width <= 256:
+            return _FLASH_128 if width <= 128 else _FLASH_256
+        if width > 512 or arch != 90:
             return None
-        config = _FLASH_128 if width <= 128 else _FLASH_256 if width <= 256 else _FLASH_512
-        if _asked() == "flash-chained":
-            config = dataclasses.replace(config, split_scores=False)
-        return dataclasses.replace(config, by_tma=arch == 90 and _asked() == "flash-tma")
+        return dataclasses.replace(_FLASH_512, split_scores=_asked() != "flash-chained")
     return _FLASH_PORTABLE_128 if width <= 128 else _FLASH_PORTABLE_256 if width <= 256 else None
 
 
@@ -193,8 +189,8 @@ def pick(N: int, C: int, D: int, arch: int, dtype: torch.dtype, with_sums: bool)
     was measured, so the limits there are taken from D = 512.
 
     ``FUSED_ARCFACE_TRITON_ALGORITHM`` in the environment overrides it where the named algorithm can run at all:
-    benchmarks compare them with it. ``flash-chained`` is flash without ``split_scores``, ``flash-tma`` with
-    ``by_tma``; with ``-copied`` no kernel reads the centers where they are stored.
+    benchmarks compare them with it. ``flash-chained`` is flash without ``split_scores``; with ``-copied`` no kernel
+    reads the centers where they are stored.
 
     >>> pick(256, 1_000_000, 512, 90, torch.bfloat16, True), pick(4096, 1_000_000, 512, 90, torch.bfloat16, True)
     ('flash', 'chunks')

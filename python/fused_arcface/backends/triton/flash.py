@@ -17,7 +17,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .common import Repeated, dot, on_device, to, to_gradient
 from .configs import (
@@ -134,7 +133,7 @@ def flash_stats_kernel(
 
 @triton.jit(do_not_specialize=["first_class", "num_classes"])
 def flash_gradient_kernel(
-    x_ptr,  # (N padded, WIDTH), or BY_TMA its descriptor
+    x_ptr,  # (N padded, WIDTH)
     w_ptr,  # (P, WIDTH) of the panel; AS_STORED: (C, WIDTH), all centers
     inverse_ptr,  # (P,); AS_STORED: (num_inverses,), a multiple of P
     reciprocal_ptr,  # (P,); AS_STORED: not read, the inverse is the reciprocal
@@ -159,7 +158,6 @@ def flash_gradient_kernel(
     AS_STORED: tl.constexpr,
     PROJECT: tl.constexpr,
     SPLIT_SCORES: tl.constexpr,
-    BY_TMA: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -184,11 +182,8 @@ def flash_gradient_kernel(
     for tile in range(0, num_tiles_n):
         offs_n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
         mask_n = offs_n < num_rows
-        if BY_TMA:
-            x = x_ptr.load([tile * BLOCK_N, 0])
-        else:
-            x = tl.load(x_ptr + x_offs)
-            x_ptr += BLOCK_N * WIDTH
+        x = tl.load(x_ptr + x_offs)
+        x_ptr += BLOCK_N * WIDTH
         scores = dot(w, tl.trans(x), tl.zeros([BLOCK_C, BLOCK_N], tl.float32)) * inverse[:, None]
         target = (tl.load(target_ptr + offs_n, mask_n, -1) - first_class).to(tl.int32)
         scale = tl.load(scale_ptr + offs_n, mask_n, 0.0)
@@ -338,7 +333,7 @@ def _gradient(
     return Repeated(
         flash_gradient_kernel,
         (panel.classes // config.OUTER,),
-        TensorDescriptor.from_tensor(x.values, [config.INNER, width]) if config.by_tma else x.values,
+        x.values,
         panel.rows.values,
         panel.rows.inverse,
         panel.rows.reciprocal,
@@ -360,7 +355,6 @@ def _gradient(
         AS_STORED=panel.as_stored,
         PROJECT=project,
         SPLIT_SCORES=config.split_scores,
-        BY_TMA=config.by_tma,
         BLOCK_C=config.OUTER,
         BLOCK_N=config.INNER,
         num_warps=config.num_warps,
