@@ -137,6 +137,7 @@ def partial_fc_step(sample_rate: float) -> dict[str, float]:
         products += 1
 
     chunks.multiply = count
+    os.environ["FUSED_ARCFACE_TRITON_ALGORITHM"] = ""
     recipe = fa.CenterSGD(lr=0.1, momentum_dtype=torch.int8)
     head = fa.PartialFC(
         512, 20_000, sample_rate=sample_rate, center_optimizer=recipe, dtype=torch.bfloat16, backend="triton"
