@@ -107,6 +107,8 @@ def test_a_row_of_the_registry(row: backends.registry.Backend, monkeypatch: pyte
         parameters = inspect.signature(module.class_stats).parameters
         assert ("negatives" in parameters) == ("sub_centers" in row.features)
         assert ("class_count" in parameters) == ("padding" in row.features)
+        for stage in (module.class_max, module.class_stats, module.weight_grad):
+            assert ("classes" in inspect.signature(stage).parameters) == ("gathering" in row.features)
     fastest = max(
         (each for each in backends.BACKENDS if each.device_type == row.device_type), key=lambda each: each.priority
     )

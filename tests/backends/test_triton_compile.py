@@ -75,19 +75,21 @@ def _step(
         if shifted:
             stages.class_max(x, w, target, None, negatives)
         shift = torch.empty(N, dtype=FP64, device="meta") if shifted else None
-        count = None if momentum is None else torch.empty((), dtype=torch.int64, device="meta")
-        total, _, center_sum = stages.class_stats(x, w, target, 64.0, shift, True, count, negatives)
+        step = None if momentum is None else _center_step(w, momentum)
+        count = None if step is None else torch.empty((), dtype=torch.int64, device="meta")
+        classes = None if step is None else step.classes
+        total, _, center_sum = stages.class_stats(x, w, target, 64.0, shift, True, count, negatives, classes)
         cosine = stages.target_cosine(x, w, target)
         if total.dtype == FP32:
             numbers = parameters(margin)
             assert numbers is not None
             stages.margin_loss(total, cosine, 64.0, *numbers)
         backward = x, w, target, RowGradients(64.0, total.double(), total, cosine)
-        if momentum is None:
+        if step is None:
             stages.weight_grad(*backward, negatives)
         else:
-            stages.class_max(x, w, target, count, negatives)
-            stages.update_centers(*backward, _center_step(w, momentum), negatives)
+            stages.class_max(x, w, target, count, negatives, classes)
+            stages.update_centers(*backward, step, negatives)
         stages.embedding_grad(stages.unit_embedding_grad(w, target, center_sum, total, cosine), x)
 
 
@@ -105,6 +107,7 @@ DEFAULT_STEPS = {
     90: [
         {"algorithm": "chunks", "D": 512},
         {"algorithm": "chunks", "D": 512, "momentum": torch.int8},
+        {"algorithm": "chunks-copied", "D": 512},
         {"algorithm": "flash", "D": 256},
         {"algorithm": "flash", "D": 256, "weight_dtype": FP32, "momentum": FP32},
         {"algorithm": "chunks", "D": 512, "dtype": FP32, "weight_dtype": FP32},
@@ -249,3 +252,16 @@ def test_memory_of_a_step_as_planned(
     print(f"\n{algorithm}, {dtype}, N = {N}: {extra / 1e6:.0f} MB beyond the weight and its gradient")
     assert live.largest == weight
     assert 0 < extra <= 120e6 < N * C
+
+
+@pytest.mark.parametrize("algorithm", ["chunks", "flash"])
+@pytest.mark.parametrize("weight_dtype", [BF16, FP32])
+def test_memory_of_a_sampled_step(weight_dtype: torch.dtype, algorithm: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step of CenterSGD on half of the classes copies none but a panel's: all 500 000 would be 0.5 or 1 GB."""
+    monkeypatch.setattr(chunks, "multiply", lambda *_, **__: None)
+    C, D, N = 1_000_000, 512, 1024
+    with _Live() as live:
+        assert recorded(functools.partial(_step, algorithm, BF16, weight_dtype, D, N=N, C=C, momentum=torch.int8), 90)
+    given = C * D * (weight_dtype.itemsize + 1) + C * D // 64 * 4 + (C // 2 + 1) * 8 + N * D * 2
+    print(f"\n{algorithm}, centers in {weight_dtype}: {(live.most - given) / 1e6:.0f} MB beyond centers and momentum")
+    assert 0 < live.most - given <= 120e6

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Iterator
 
@@ -14,12 +15,13 @@ pytest.importorskip("triton", reason="Triton is not installed here")
 from support.triton_cases import INTERPRETED, on_the_cpu
 
 import fused_arcface as fa
-from fused_arcface import partial_fc
+from fused_arcface import backends, partial_fc
 from fused_arcface.backends import cpu, triton
 from fused_arcface.backends import torch as plain_torch
 from fused_arcface.base.keyed_random import fold
 from fused_arcface.base.permutation import Permutation
 from fused_arcface.engine import ops
+from fused_arcface.engine.shard import Shard
 from fused_arcface.engine.terms import CenterStep, RowGradients
 from fused_arcface.store import centers
 
@@ -212,6 +214,33 @@ def test_partial_fc_trains_as_the_reference_does(name: str, monkeypatch: pytest.
                 atol = 2e-6 * heads[0].scale * size if mine.is_floating_point() else 0
                 torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=atol, equal_nan=True)
             assert rows < 4 or results[0][1].isnan().tolist() == [False, invalid == 60] + [False] * (rows - 2)
+
+
+@pytest.mark.parametrize("recipe", [None, fa.CenterSGD(lr=0.1, momentum_dtype=INT8)], ids=["ordinary", "fused"])
+@pytest.mark.parametrize("scale", [64.0, 1000.0])
+def test_a_sampled_step_copies_no_centers(
+    scale: float, recipe: fa.CenterSGD | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernels gather the sample's rows in every stage, also with both flash passes and with a pass for maxima."""
+    results = []
+    for gathers in (True, False):
+        with monkeypatch.context() as patch:
+            if gathers:
+                patch.setattr(Shard, "centers", lambda *_: pytest.fail("the centers are copied"))
+            else:
+                row = backends.registry._ROWS["triton"]
+                row = dataclasses.replace(row, features=row.features - {"gathering"})
+                patch.setitem(backends.registry._ROWS, "triton", row)
+            head = fa.PartialFC(
+                32, 60, scale=scale, sample_rate=0.3, center_optimizer=recipe, dtype=BF16, backend="triton"
+            )
+            x = torch.randn(5, 32, generator=torch.Generator().manual_seed(0)).to(BF16).requires_grad_()
+            loss = head(x, torch.tensor([0, 7, -100, 59, 7]))
+            loss.backward()
+            gradient = None if head.weight.grad is None else head.weight.grad.to_dense()
+            results.append((loss, x.grad, head.weight.detach(), gradient))
+    for mine, theirs in zip(*results, strict=True):
+        assert mine is theirs is None or torch.equal(mine, theirs)
 
 
 @pytest.mark.parametrize(("storage", "rate"), list(itertools.product([(FP32, INT8), (BF16, BF16)], [1.0, 0.3])))

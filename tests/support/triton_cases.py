@@ -138,6 +138,7 @@ def force(setting: Setting, patch: pytest.MonkeyPatch) -> None:
         small = configs.PanelConfig(exponential_bytes=0, center_bytes=0, max_rows=64)
         patch.setattr(chunks, "CHUNKS", small)
         patch.setattr(flash, "FLASH_PANEL", small)
+        patch.setattr(flash, "FLASH_STORED_PANEL", small)
 
 
 @contextlib.contextmanager

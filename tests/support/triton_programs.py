@@ -81,6 +81,19 @@ def forbid_races(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(interpreter.GridExecutor, "__call__", launch)
 
 
+def forbid_reads(patch: pytest.MonkeyPatch, first: int, last: int) -> None:
+    """Make it an AssertionError if a program reads an address from ``first`` on and before ``last``."""
+    builder = type(interpreter.interpreter_builder)
+    load = builder.create_masked_load
+
+    def checked_load(self: Any, pointers: Any, mask: Any, *rest: Any) -> Any:
+        used = np.asarray(pointers.data)[np.asarray(mask.data).astype(bool)].astype(np.uint64)
+        assert not ((used >= first) & (used < last)).any(), "a program reads memory that it must not touch"
+        return load(self, pointers, mask, *rest)
+
+    patch.setattr(builder, "create_masked_load", checked_load)
+
+
 def reverse(patch: pytest.MonkeyPatch) -> None:
     """Make each launch run its last program first."""
     builder = type(interpreter.interpreter_builder)

@@ -42,6 +42,7 @@ FEATURES = {
     "turned_negatives": "margins that change the negatives, with the sine of their angles too",
     "binary_losses": "a logistic loss for each class in place of the softmax",
     "padding": "a sample of the classes whose number only the device knows",
+    "gathering": "a sample of the class centers read where they are, without a copy of them all",
     "permutation": "the keyed permutation of a sampled step in one launch",
     "device_scale": "a scale that is learned or adapts, which only the device knows",
     "late_scale": "the sums for a scale that is known after the pass over the classes",
@@ -76,7 +77,12 @@ BACKENDS = (
         "triton",
         "cuda",
         2,
-        frozenset({"sub_centers", "modulated_negatives", "padding", "permutation", "device_scale", "fused_margin"}),
+        frozenset(
+            {
+                *("sub_centers", "modulated_negatives", "padding", "gathering", "permutation", "device_scale"),
+                "fused_margin",
+            }
+        ),
     ),
     # Tensor cores for fp64 are few, and a graphics card has none.
     Backend(

@@ -63,7 +63,7 @@ class NegativesAndTarget(torch.autograd.Function):
         *numbers: Any,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         negatives = dict(zip(Negatives._fields, numbers, strict=True))
-        rows, centers = shard.all_rows(embeddings), shard.centers(weight)
+        rows, (centers, classes) = shard.all_rows(embeddings), shard.operands(weight, backend)
         stage = stages(rows, centers, target, second, *numbers[1:])
         shift, given = None, scale
         scale = ops.readable(scale)
@@ -72,14 +72,15 @@ class NegativesAndTarget(torch.autograd.Function):
             not is_logistic
             and needs_shift(scale, shard.num_classes or weight.shape[0], compute_dtype(rows, centers), *bounds)
         ):
-            maximum = stage.class_max.default(rows, centers, target, backend, shard.class_count, **negatives)
+            maximum = stage.class_max.default(rows, centers, target, backend, shard.class_count, classes, **negatives)
             maximum = shard.ranks.max(maximum)
             shift = (scale * maximum.double()).masked_fill(maximum == -torch.inf, 0)
         known = None if moments is None or shift is not None else moments.total(scale)
         if known is None or moments is None:
             class_stats, (factor,) = ops.for_numbers(stage.class_stats, scale)
             total, maximum, center_sum = class_stats(
-                rows, centers, target, factor, shift, with_center_sum, backend, shard.class_count, **negatives
+                *(rows, centers, target, factor, shift, with_center_sum, backend, shard.class_count, classes),
+                **negatives,
             )
         else:
             total, maximum = known.to(moments.maximum.dtype), moments.maximum
@@ -158,13 +159,13 @@ class NegativesAndTarget(torch.autograd.Function):
         if shard.update is not None:
             shard.update.apply(rows, shard.classes, target, gradients, ctx.backend, Negatives(**ctx.negatives), second)
         elif ctx.needs_input_grad[1]:
-            centers = shard.centers(weight)
             if d_centers is None:
+                centers, classes = shard.operands(weight, ctx.backend)
                 weight_grad, (factor,) = ops.for_numbers(stage.weight_grad, scale)
                 numbers = (factor, lse, negative_coefficient, d_target_cosine)
-                d_centers = weight_grad(rows, centers, target, *numbers, ctx.backend, **ctx.negatives)
+                d_centers = weight_grad(rows, centers, target, *numbers, ctx.backend, classes, **ctx.negatives)
             if second is not None:
-                add_second_gradient(d_centers, rows, centers, second)
+                add_second_gradient(d_centers, rows, shard.centers(weight), second)
             d_weight = shard.weight_gradient(d_centers, weight)
         if ctx.with_center_sum:
             d_unit = finish()

@@ -29,11 +29,13 @@ _SCHEMAS = {
     "local_target": "(Tensor target, int num_classes, int ignore_index) -> Tensor",
     "row_factors": "(Tensor values, str name, float greatest) -> Tensor",
     # O(N·C·D), over the classes
-    # class_count: 0-dim int64, the rows of weight from there on are padding; a tensor, so that nobody waits for a GPU
-    "class_max": f"({_ROWS}, str backend, Tensor? class_count=None, {_NEGATIVES}) -> Tensor",
+    # class_count: 0-dim int64, the centers from there on are padding; a tensor, so that nobody waits for a GPU
+    # classes: (K,) int64 rows of weight, C for padding: the centers, to which target refers; else all rows are
+    "class_max": f"({_ROWS}, str backend, Tensor? class_count=None, Tensor? classes=None, {_NEGATIVES}) -> Tensor",
     "class_stats": f"({_ROWS}, Scalar scale, Tensor? shift, bool with_center_sum, str backend, "
-    f"Tensor? class_count=None, {_NEGATIVES}) -> (Tensor, Tensor, Tensor)",
-    "weight_grad": f"({_ROWS}, Scalar scale, {_COEFFICIENTS}, str backend, {_NEGATIVES}) -> Tensor",
+    f"Tensor? class_count=None, Tensor? classes=None, {_NEGATIVES}) -> (Tensor, Tensor, Tensor)",
+    "weight_grad": f"({_ROWS}, Scalar scale, {_COEFFICIENTS}, str backend, Tensor? classes=None, {_NEGATIVES})"
+    " -> Tensor",
     # for a scale that is known after the pass over the classes, see adapting.py
     "class_moments": f"({_ROWS}, float scale, str backend) -> (Tensor, Tensor)",
     "both_gradients": f"({_ROWS}, float scale, {_COEFFICIENTS}, str backend) -> (Tensor, Tensor)",
@@ -184,13 +186,22 @@ def _row_factors_fake(values: Tensor, name: str, greatest: float) -> Tensor:
     return torch.empty_like(values)
 
 
-def _run(name: str, *arguments: Any, class_count: Tensor | None = None, negatives: Negatives = PLAIN) -> Any:
+def _run(
+    name: str,
+    *arguments: Any,
+    class_count: Tensor | None = None,
+    classes: Tensor | None = None,
+    negatives: Negatives = PLAIN,
+) -> Any:
     """Run the stage of that name by the backend that the last argument names.
 
-    A backend without the features padding, sub-centers and modulated negatives need not have those parameters.
+    A backend without the features padding, gathering, sub-centers and modulated negatives need not have those
+    parameters.
     """
     *inputs, backend = arguments
     rarer: dict[str, Any] = {} if class_count is None else {"class_count": class_count}
+    if classes is not None:
+        rarer["classes"] = classes.contiguous()
     if not negatives.plain:
         rarer["negatives"] = negatives
     return getattr(backends.load(backend), name)(*inputs, **rarer)
@@ -232,6 +243,11 @@ def _embedding_grad_fake(d_unit: Tensor, embeddings: Tensor, backend: str) -> Te
     return torch.empty_like(embeddings)
 
 
+def _centers(weight: Tensor, classes: Tensor | None) -> Tensor:
+    """Return a tensor with as many rows as a stage has centers."""
+    return weight if classes is None else classes
+
+
 @_implementation("class_max")
 def _class_max(
     embeddings: Tensor,
@@ -239,12 +255,14 @@ def _class_max(
     target: Tensor,
     backend: str,
     class_count: Tensor | None = None,
+    classes: Tensor | None = None,
     **negatives: Any,
 ) -> Tensor:
-    if weight.shape[0] == 0:
+    if _centers(weight, classes).shape[0] == 0:
         return embeddings.new_full(embeddings.shape[:1], -torch.inf, dtype=compute_dtype(embeddings, weight))
     arguments = embeddings, weight, target, backend
-    result: Tensor = _run("class_max", *arguments, class_count=class_count, negatives=Negatives(**negatives))
+    options: dict[str, Any] = {"class_count": class_count, "classes": classes, "negatives": Negatives(**negatives)}
+    result: Tensor = _run("class_max", *arguments, **options)
     return result
 
 
@@ -254,8 +272,8 @@ def _class_max_fake(
     weight: Tensor,
     target: Tensor,
     backend: str,
-    class_count: Tensor | None = None,
-    **_: object,
+    *_: object,
+    **__: object,
 ) -> Tensor:
     return _target_cosine_fake(embeddings, weight, target, backend)
 
@@ -270,16 +288,17 @@ def _class_stats(
     with_center_sum: bool,
     backend: str,
     class_count: Tensor | None = None,
+    classes: Tensor | None = None,
     **negatives: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if weight.shape[0] == 0:  # a shard whose step samples none of its classes; no backend need know of it
+    # A shard whose step samples none of its classes; no backend need know of it.
+    if _centers(weight, classes).shape[0] == 0:
         rows = embeddings.new_zeros(embeddings.shape[0], dtype=compute_dtype(embeddings, weight))
         center_sum = rows.new_zeros(embeddings.shape if with_center_sum else (0,))
         return rows, torch.full_like(rows, -torch.inf), center_sum
     arguments = embeddings, weight, target, scale, shift, with_center_sum, backend
-    result: tuple[Tensor, Tensor, Tensor] = _run(
-        "class_stats", *arguments, class_count=class_count, negatives=Negatives(**negatives)
-    )
+    options: dict[str, Any] = {"class_count": class_count, "classes": classes, "negatives": Negatives(**negatives)}
+    result: tuple[Tensor, Tensor, Tensor] = _run("class_stats", *arguments, **options)
     return result
 
 
@@ -293,8 +312,8 @@ def _class_stats_fake(
     shift: Tensor | None,
     with_center_sum: bool,
     backend: str,
-    class_count: Tensor | None = None,
-    **_: object,
+    *_: object,
+    **__: object,
 ) -> tuple[Tensor, Tensor, Tensor]:
     dtype = compute_dtype(embeddings, weight)
     rows = embeddings.new_empty(embeddings.shape[0], dtype=dtype)
@@ -307,21 +326,37 @@ def _weight_grad(
     embeddings: Tensor,
     weight: Tensor,
     target: Tensor,
-    *gradients_and_backend: Any,
+    scale: float,
+    lse: Tensor,
+    negative_coefficient: Tensor,
+    target_coefficient: Tensor,
+    backend: str,
+    classes: Tensor | None = None,
     **negatives: Any,
 ) -> Tensor:
-    *gradients, backend = gradients_and_backend
-    if weight.shape[0] == 0:
-        return torch.empty_like(weight)
-    arguments = embeddings, weight, target, RowGradients(*gradients), backend
-    result: Tensor = _run("weight_grad", *arguments, negatives=Negatives(**negatives))
+    if _centers(weight, classes).shape[0] == 0:
+        return weight.new_empty(0, weight.shape[1])
+    gradients = RowGradients(scale, lse, negative_coefficient, target_coefficient)
+    options: dict[str, Any] = {"classes": classes, "negatives": Negatives(**negatives)}
+    result: Tensor = _run("weight_grad", embeddings, weight, target, gradients, backend, **options)
     return result
 
 
 @torch.library.register_fake("fused_arcface::weight_grad.tensor_numbers")
 @torch.library.register_fake("fused_arcface::weight_grad")
-def _weight_grad_fake(embeddings: Tensor, weight: Tensor, *rest: object, **_: object) -> Tensor:
-    return torch.empty_like(weight)
+def _weight_grad_fake(
+    embeddings: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    scale: float,
+    lse: Tensor,
+    negative_coefficient: Tensor,
+    target_coefficient: Tensor,
+    backend: str,
+    classes: Tensor | None = None,
+    **_: object,
+) -> Tensor:
+    return torch.empty_like(weight) if classes is None else weight.new_empty(len(classes), weight.shape[1])
 
 
 @_implementation("class_moments")
@@ -400,7 +435,7 @@ def _update_centers(
     check_update(weight, step.momentum_buffer, step.momentum_scale)
     if step.classes is not None:
         step = step._replace(classes=step.classes.contiguous())
-    if (weight if step.classes is None else step.classes).shape[0] > 0:
+    if _centers(weight, step.classes).shape[0] > 0:
         _run("update_centers", embeddings, weight, target, gradients, step, backend, negatives=Negatives(**negatives))
 
 

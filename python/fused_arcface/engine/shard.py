@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..backends import has
 from ..base.once_differentiable import once_differentiable
 from ..parallel.ranks import ALONE, JointBatch, Ranks
 from .terms import PLAIN, Negatives, RowGradients, SecondTarget
@@ -83,6 +84,15 @@ class Shard:
             return weight
         rows = self.classes if self.class_count is None else self.classes.clamp(max=weight.shape[0] - 1)
         return weight.index_select(0, rows)
+
+    def operands(self, weight: Tensor, backend: str) -> tuple[Tensor, Tensor | None]:
+        """Return the tensor with this step's centers, and their rows in it (K,), None for all.
+
+        It is the weight itself if the backend can gather the rows, else a copy of them.
+        """
+        if self.classes is not None and has(backend, "gathering"):
+            return weight, self.classes
+        return self.centers(weight), None
 
     def target_rows(self, target: Tensor) -> Tensor:
         """Return indices into the centers that the step uses (N,) as rows of weight; negative ones stay."""

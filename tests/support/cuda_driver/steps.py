@@ -114,7 +114,9 @@ def microseconds(run: Callable[[], object]) -> tuple[float, float]:
     return min(times[0]) * 1e6, min(times[1]) * 1e6 / 100
 
 
-def passes(dtype: torch.dtype, N: int, C: int, D: int, algorithm: str = "") -> dict[str, dict[str, float]]:
+def passes(
+    dtype: torch.dtype, weight_dtype: torch.dtype, N: int, C: int, D: int, algorithm: str
+) -> dict[str, dict[str, float]]:
     """Return launches, library products and time of a forward and of a backward pass over the classes."""
     os.environ["FUSED_ARCFACE_TRITON_ALGORITHM"] = algorithm
     products = 0
@@ -124,7 +126,7 @@ def passes(dtype: torch.dtype, N: int, C: int, D: int, algorithm: str = "") -> d
         products += 1
 
     chunks.multiply = count
-    x, w = torch.empty(N, D, dtype=dtype), torch.empty(C, D, dtype=dtype)
+    x, w = torch.empty(N, D, dtype=dtype), torch.empty(C, D, dtype=weight_dtype)
     target, lse = torch.empty(N, dtype=torch.int64), torch.empty(N, dtype=torch.float64)
     gradients = RowGradients(64.0, lse, *torch.empty(2, N).unbind())
     runs: dict[str, Callable[[], object]] = {
@@ -151,6 +153,7 @@ def partial_fc_step(sample_rate: float) -> dict[str, float]:
         products += 1
 
     chunks.multiply = count
+    os.environ["FUSED_ARCFACE_TRITON_ALGORITHM"] = ""
     recipe = fa.CenterSGD(lr=0.1, momentum_dtype=torch.int8)
     head = fa.PartialFC(
         512, 20_000, sample_rate=sample_rate, center_optimizer=recipe, dtype=torch.bfloat16, backend="triton"
@@ -175,10 +178,11 @@ def main() -> None:
     print(
         json.dumps(
             {
-                "flash": passes(torch.bfloat16, 1024, 1_000_000, 512),
-                "chunks": passes(torch.float32, 1024, 1_000_000, 512),
-                "chunks in bf16": passes(torch.bfloat16, 1024, 1_000_000, 512, "chunks"),
-                "chunks in bf16, N = 4096": passes(torch.bfloat16, 4096, 1_000_000, 512, "chunks"),
+                "flash": passes(torch.bfloat16, torch.bfloat16, 1024, 1_000_000, 512, "flash"),
+                "flash, fp32 centers": passes(torch.bfloat16, torch.float32, 1024, 1_000_000, 512, "flash"),
+                "chunks": passes(torch.float32, torch.float32, 1024, 1_000_000, 512, "chunks"),
+                "chunks in bf16": passes(torch.bfloat16, torch.bfloat16, 1024, 1_000_000, 512, "chunks"),
+                "chunks in bf16, N = 4096": passes(torch.bfloat16, torch.bfloat16, 4096, 1_000_000, 512, "chunks"),
                 "all classes": partial_fc_step(1.0),
                 "sampled": partial_fc_step(0.1),
             }

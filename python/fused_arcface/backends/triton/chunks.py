@@ -18,7 +18,8 @@ from . import exponentials
 from .common import Repeated, multiply, on_device
 from .configs import CHUNKS, ELEMENTS, ElementConfig, ProductConfig, device_limits, panel_classes, product_config
 from .negatives import RowRule
-from .rows import Centers, RowTerms, UnitRows
+from .panels import Centers, Panel
+from .rows import RowTerms, UnitRows
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class _Loop:
     """Sizes and buffers of the loop over panels and, within one, over blocks of rows."""
 
     config: ProductConfig | ElementConfig
-    panel: UnitRows
+    panel: Panel
     scores: Tensor
     """(rows of a block, P): what a library product writes; nobody reads it where the kernel multiplies."""
     results: Tensor
@@ -34,7 +35,8 @@ class _Loop:
     score but its own."""
 
     @staticmethod
-    def create(x: UnitRows, centers: Centers, stored: bool, sub_centers: int) -> _Loop:
+    def create(x: UnitRows, centers: Centers, stored: bool, sub_centers: int, multiplied_again: bool) -> _Loop:
+        """Return what a loop needs: with results to store, and with centers that a second product takes."""
         num_rows, width = x.values.shape
         device = x.values.device
         several = sub_centers > 1
@@ -47,7 +49,7 @@ class _Loop:
         # All centers of a class are in one panel.
         multiple = math.lcm(config.BLOCK_C, sub_centers)
         classes = panel_classes(CHUNKS, num_rows, centers.count, row_bytes, logit_bytes, multiple)
-        panel = UnitRows.empty(classes, width, x.values.dtype, x.inverse.dtype, device)
+        panel = Panel.create(centers, classes, x, product and not multiplied_again and centers.are_operands(x))
         rows = min(num_rows, CHUNKS.max_rows) if stored else 0
         results = torch.empty(rows, classes, dtype=x.second.dtype, device=device)
         scores = torch.empty_like(results, dtype=x.inverse.dtype) if several else results
@@ -55,13 +57,13 @@ class _Loop:
 
     @property
     def tiles(self) -> int:
-        return self.panel.values.shape[0] // self.config.BLOCK_C
+        return self.panel.classes // self.config.BLOCK_C
 
     def multiply(self, block: _RowBlock) -> None:
         """Put a block's scores into the memory for them, unless the kernel multiplies itself."""
         if not isinstance(self.config, ProductConfig):
             scores = self.scores[: block.results.shape[0]]
-            multiply(scores, block.x.values, self.panel.values.T, accumulate=False)
+            multiply(scores, block.x.values, self.panel.rows.values.T, accumulate=False)
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,7 @@ def class_stats(
     Without ``terms`` the maxima alone.
     """
     num_rows, width = x.values.shape
-    loop = _Loop.create(x, centers, with_center_sum, rule.sub_centers)
+    loop = _Loop.create(x, centers, with_center_sum, rule.sub_centers, with_center_sum)
     total = torch.zeros(loop.tiles, num_rows, dtype=x.inverse.dtype, device=target.device)
     maximum = torch.full_like(total, -torch.inf)
     center_sum = total.new_empty(num_rows, width) if with_center_sum else None
@@ -117,12 +119,12 @@ def class_stats(
         )
         blocks.append(_RowBlock(rows, block, results, launch))
     with on_device(target.device):
-        for start, num_classes in centers.turns(loop.panel):
+        for start, num_classes in loop.panel.turns():
             for each in blocks:
                 loop.multiply(each)
                 each.launch(start, num_classes)
                 if center_sum is not None:
-                    multiply(center_sum[each.rows], each.results, loop.panel.second, accumulate=start > 0)
+                    multiply(center_sum[each.rows], each.results, loop.panel.rows.second, accumulate=start > 0)
     return total, maximum, center_sum
 
 
@@ -140,8 +142,8 @@ def unit_gradients(
     panel's first class and its number of classes.
     """
     width = x.values.shape[1]
-    loop = _Loop.create(x, centers, True, rule.sub_centers)
-    d_unit = x.inverse.new_empty(loop.panel.values.shape[0], width)
+    loop = _Loop.create(x, centers, True, rule.sub_centers, False)
+    d_unit = x.inverse.new_empty(loop.panel.classes, width)
     finishing = finish(d_unit)
     blocks = []
     for rows, block in _row_blocks(x):
@@ -158,7 +160,7 @@ def unit_gradients(
         )
         blocks.append(_RowBlock(rows, block, results, launch))
     with on_device(target.device):
-        for start, num_classes in centers.turns(loop.panel):
+        for start, num_classes in loop.panel.turns():
             for each in blocks:
                 loop.multiply(each)
                 each.launch(start, num_classes)

@@ -1,6 +1,6 @@
 """The choice of the algorithm and of its tiles, with the reason at each number.
 
-Only the choice of the algorithm was measured on a GPU, an H100; the tiles are the model's.
+Only the choice of the algorithm was measured on GPUs, an H100 and an H200; the tiles are the model's.
 
 The models behind them count an H200's 790 TFLOP/s of bf16 products, 132 multiprocessors, about 5.5 TB/s out of L2,
 232 448 bytes of shared memory a block and 65 536 registers a multiprocessor. bench/NOTES.md carries the sums.
@@ -17,7 +17,7 @@ import torch
 
 MIB = 1 << 20
 
-ALGORITHMS = ("flash", "flash-chained", "chunks")
+ALGORITHMS = ("flash", "flash-chained", "flash-copied", "chunks", "chunks-copied")
 
 
 @dataclass(frozen=True)
@@ -74,6 +74,13 @@ CHUNKS = PanelConfig(exponential_bytes=48 * MIB, center_bytes=16 * MIB, max_rows
 # Nothing but centers: 32 MiB of them fill L2 to two thirds, and at D = 256 and N = 1024 a turn is 67 M logits, 0.2 ms
 # by the model.
 FLASH_PANEL = PanelConfig(exponential_bytes=0, center_bytes=32 * MIB, max_rows=1 << 31)
+
+NORMS = 1 << 20
+"""Inverse norms of stored centers that are kept at once: 4 MiB in fp32."""
+
+# Centers as they are stored, whose gradient is written where it belongs: 4 bytes for each norm are all there is.
+# Offsets within a panel fit 32 bits, 2²⁹ numbers at D = 512.
+FLASH_STORED_PANEL = PanelConfig(exponential_bytes=0, center_bytes=4 * NORMS, max_rows=1 << 31)
 
 # Hopper and data-center Blackwell: 128×256 fp32 accumulators are 128 registers in each of 256 threads, and the
 # largest tile whose operands (85 flop a byte) L2 can feed near the tensor cores' rate; three stages of 48 KiB leave
@@ -137,28 +144,68 @@ def _asked() -> str:
     return asked
 
 
+def copies_centers() -> bool:
+    """Return true if all centers are to be copied, also where a kernel could read them as they are stored."""
+    return _asked().endswith("-copied")
+
+
 def flash_width(D: int) -> int:
     """D padded for the flash passes: Triton's tiles are powers of two, its products at least 16 deep."""
     return max(16, 1 << (D - 1).bit_length())
 
 
-def pick(D: int, arch: int, dtype: torch.dtype) -> str:
+_CHUNKS_WIN = {
+    (512, True): (1024, 1 << 29),
+    (512, False): (512, 1 << 28),
+    (256, False): (1024, 1 << 29),
+}
+"""By flash width, and whether center sums or gradients are wanted: the least N and the least N·C of a pass from which
+the chunks are faster on Hopper. Other widths have no such N."""
+
+
+def pick(N: int, C: int, D: int, arch: int, dtype: torch.dtype, with_sums: bool) -> str:
     """Return ``"flash"`` or ``"chunks"``, for operands of ``dtype`` on ``arch`` (compute capability × 10).
 
-    The flash passes run wherever they can. On an H100 they took 0.63 of the chunks' time at D = 256, 0.49 at D = 128
-    and 1.27 at D = 512 (N = 4096, C = 1 000 000, bf16, forward and backward; bench/results/h100). On an H200 they took
-    0.98 at D = 512 and N = 512, and 0.59 at N = 256.
+    ``with_sums``: the pass has a second product, into the sum of centers or into the gradient by the centers.
+
+    The chunks' time divided by flash's in bf16, C = 1 000 000 unless named, on an H100, in rows 3 to 5 on an H200
+    (bench/results):
+
+    ========== ============== ================== ==============
+    D          N              forward + backward forward alone
+    ========== ============== ================== ==============
+    512        4096           0.78               0.65
+    512        1024           0.91               0.67
+    512        512            1.02               0.74
+    512        256            1.69               1.13
+    512        1024, C = 10⁵  1.35               1.05
+    256        4096           1.59               0.89
+    128        4096           2.04               1.76
+    ========== ============== ================== ==============
+
+    At D = 512 the GPU's share of the chunks' time is nowhere more than that of the flash passes (``graph_ms``). But the
+    host needs longer for their turns, so the turns must be large, and a step must be long beside its other launches. A
+    step of CenterSGD on a sample of 100 000 classes took 1.26 of flash's time at N = 4096. At D = 256 only N = 4096
+    was measured, so the limits there are taken from D = 512.
 
     ``FUSED_ARCFACE_TRITON_ALGORITHM`` in the environment overrides it where the named algorithm can run at all:
-    benchmarks compare them with it. ``flash-chained`` is flash without ``split_scores``.
+    benchmarks compare them with it. ``flash-chained`` is flash without ``split_scores``; with ``-copied`` no kernel
+    reads the centers where they are stored.
 
-    >>> pick(512, 90, torch.bfloat16), pick(512, 90, torch.float32)
+    >>> pick(256, 1_000_000, 512, 90, torch.bfloat16, True), pick(4096, 1_000_000, 512, 90, torch.bfloat16, True)
     ('flash', 'chunks')
     """
     # One operand dtype for both products: fp16 cannot hold unshifted exponentials. And fp32 products belong to the
     # library, which follows torch.get_float32_matmul_precision and whose fp32 kernels beat Triton's.
-    possible = dtype == torch.bfloat16 and flash_config(flash_width(D), arch) is not None
-    return "flash" if possible and _asked() != "chunks" else "chunks"
+    width = flash_width(D)
+    if dtype != torch.bfloat16 or flash_config(width, arch) is None:
+        return "chunks"
+    if asked := _asked():
+        return asked.partition("-")[0]
+    if arch != 90 or (width, with_sums) not in _CHUNKS_WIN:
+        return "flash"
+    least_rows, least_logits = _CHUNKS_WIN[width, with_sums]
+    return "chunks" if least_rows <= N and least_logits <= N * C else "flash"
 
 
 def panel_classes(config: PanelConfig, N: int, C: int, row_bytes: int, exponential_size: int, multiple: int) -> int:

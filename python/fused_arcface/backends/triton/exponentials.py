@@ -22,6 +22,7 @@ from torch import Tensor
 from .common import Repeated, dot, to
 from .configs import ELEMENTS, ElementConfig, ProductConfig
 from .negatives import RowRule, change_numbers, changed_cosine, is_beaten
+from .panels import Panel
 from .rows import RowTerms, UnitRows
 
 
@@ -29,22 +30,28 @@ from .rows import RowTerms, UnitRows
 def _scores(
     x_ptr,
     w_ptr,
+    last_w,
     scores_ptrs,
     mask_n,
     WIDTH: tl.constexpr,
     PRODUCT: tl.constexpr,
+    AS_STORED: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     """Return the scores (BLOCK_N, BLOCK_C) of one tile; x_ptr and w_ptr are at its first rows.
 
-    Panels are padded: only batch rows need a mask.
+    Copies are padded: only batch rows need a mask. Of stored centers the last one, ``last_w`` rows from the tile's
+    first, stands in for those that would follow.
     """
     if PRODUCT:
         offs_d = tl.arange(0, BLOCK_D)
+        offs_w = tl.arange(0, BLOCK_C)
+        if AS_STORED:
+            offs_w = tl.minimum(offs_w, last_w)
         x_ptrs = x_ptr + (tl.arange(0, BLOCK_N)[:, None] * WIDTH + offs_d[None, :])
-        w_ptrs = w_ptr + (tl.arange(0, BLOCK_C)[None, :] * WIDTH + offs_d[:, None])
+        w_ptrs = w_ptr + (offs_w[None, :] * WIDTH + offs_d[:, None])
         scores = tl.zeros([BLOCK_N, BLOCK_C], tl.float32)
         for start in range(0, WIDTH, BLOCK_D):
             if WIDTH % BLOCK_D == 0:
@@ -88,8 +95,8 @@ def _is_other(offs_c, target, SUB_CENTERS: tl.constexpr):
 @triton.jit(do_not_specialize=["first_class", "num_classes"])
 def class_stats_kernel(
     x_ptr,  # (N, WIDTH)
-    w_ptr,  # (P, WIDTH)
-    inverse_ptr,  # (P,)
+    w_ptr,  # (P, WIDTH) of the panel; AS_STORED: (C, WIDTH), all centers
+    inverse_ptr,  # (P,); AS_STORED: (num_inverses,), a multiple of P
     row_inverse_ptr,  # (N,)
     target_ptr,  # (N,) int64
     scale_ptr,  # (N,)
@@ -105,10 +112,12 @@ def class_stats_kernel(
     scores_stride,
     num_tiles_n,
     partial_stride,
+    num_inverses,
     first_class,  # of the panel
     num_classes,  # of the panel, without its padding
     WIDTH: tl.constexpr,
     PRODUCT: tl.constexpr,
+    AS_STORED: tl.constexpr,
     SUB_CENTERS: tl.constexpr,
     HAS_SHIFT: tl.constexpr,
     MAX_ONLY: tl.constexpr,
@@ -122,6 +131,10 @@ def class_stats_kernel(
     offs_n = first_n + tl.arange(0, BLOCK_N)
     offs_c = first_c + tl.arange(0, BLOCK_C)
     mask_n = offs_n < num_rows
+    last_w = num_classes - 1 - first_c
+    if AS_STORED:
+        w_ptr += first_class.to(tl.int64) * WIDTH
+        inverse_ptr += first_class % num_inverses
     if class_count_ptr is not None:
         num_classes = tl.minimum(num_classes, (tl.load(class_count_ptr) - first_class).to(tl.int32))
     # One 64-bit address for the tile, 32-bit offsets within it: half the registers.
@@ -131,10 +144,12 @@ def class_stats_kernel(
     scores = _scores(
         x_ptr + first_n * WIDTH,
         w_ptr + first_c.to(tl.int64) * WIDTH,
+        last_w,
         scores_ptr + first_c + tile_offs,
         mask_n,
         WIDTH,
         PRODUCT,
+        AS_STORED,
         BLOCK_N,
         BLOCK_C,
         BLOCK_D,
@@ -177,8 +192,8 @@ def class_stats_kernel(
 @triton.jit(do_not_specialize=["first_class", "num_classes"])
 def class_gradient_kernel(
     x_ptr,  # (N, WIDTH)
-    w_ptr,  # (P, WIDTH)
-    inverse_ptr,  # (P,)
+    w_ptr,  # (P, WIDTH) of the panel; AS_STORED: (C, WIDTH), all centers
+    inverse_ptr,  # (P,); AS_STORED: (num_inverses,), a multiple of P
     row_inverse_ptr,  # (N,)
     target_ptr,  # (N,) int64
     scale_ptr,  # (N,)
@@ -192,10 +207,12 @@ def class_gradient_kernel(
     num_rows,
     scores_stride,
     num_tiles_n,
+    num_inverses,
     first_class,
     num_classes,
     WIDTH: tl.constexpr,
     PRODUCT: tl.constexpr,
+    AS_STORED: tl.constexpr,
     SUB_CENTERS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -206,16 +223,22 @@ def class_gradient_kernel(
     offs_n = first_n + tl.arange(0, BLOCK_N)
     offs_c = first_c + tl.arange(0, BLOCK_C)
     mask_n = offs_n < num_rows
+    last_w = num_classes - 1 - first_c
+    if AS_STORED:
+        w_ptr += first_class.to(tl.int64) * WIDTH
+        inverse_ptr += first_class % num_inverses
     row_offs = tl.arange(0, BLOCK_N)[:, None] * scores_stride
     tile_offs = row_offs + tl.arange(0, BLOCK_C)[None, :]
     scores_ptr += first_n * scores_stride
     scores = _scores(
         x_ptr + first_n * WIDTH,
         w_ptr + first_c.to(tl.int64) * WIDTH,
+        last_w,
         scores_ptr + first_c + tile_offs,
         mask_n,
         WIDTH,
         PRODUCT,
+        AS_STORED,
         BLOCK_N,
         BLOCK_C,
         BLOCK_D,
@@ -245,10 +268,11 @@ def class_gradient_kernel(
     tl.store(tile_ptr + tile_offs, to(gradient, gradient_ptr.dtype.element_ty), mask_n[:, None])
 
 
-def _meta(config: ProductConfig | ElementConfig, width: int) -> dict[str, int | bool]:
+def _meta(config: ProductConfig | ElementConfig, width: int, panel: Panel) -> dict[str, int | bool]:
     meta: dict[str, int | bool] = {
         "WIDTH": width,
         "PRODUCT": isinstance(config, ProductConfig),
+        "AS_STORED": panel.as_stored,
         "BLOCK_N": config.BLOCK_N,
         "BLOCK_C": config.BLOCK_C,
         "BLOCK_D": 16,
@@ -261,7 +285,7 @@ def _meta(config: ProductConfig | ElementConfig, width: int) -> dict[str, int | 
 
 def class_stats(
     x: UnitRows,
-    panel: UnitRows,
+    panel: Panel,
     target: Tensor,
     terms: RowTerms | None,
     rule: RowRule,
@@ -275,17 +299,17 @@ def class_stats(
 ) -> Repeated:
     """Return launches that add a panel to partial ``total`` and ``maximum`` (tiles, N), and store its exponentials.
 
-    They take the panel's first class and its number of classes. x (N, width), panel (P, width), scores and exponentials
+    They take the panel's first class and its number of classes. x (N, width), scores and exponentials
     (N, P), stored if ``store`` is true; without ``terms`` only the maximum is taken.
     """
     num_rows, width = x.values.shape
-    tiles_n, tiles_c = triton.cdiv(num_rows, config.BLOCK_N), panel.values.shape[0] // config.BLOCK_C
+    tiles_n, tiles_c = triton.cdiv(num_rows, config.BLOCK_N), panel.classes // config.BLOCK_C
     return Repeated(
         class_stats_kernel,
         (tiles_n * tiles_c,),
         x.values,
-        panel.values,
-        panel.inverse,
+        panel.rows.values,
+        panel.rows.inverse,
         x.inverse,
         target,
         x.inverse if terms is None else terms.scale,
@@ -301,17 +325,18 @@ def class_stats(
         scores.stride(0),
         tiles_n,
         total.stride(0),
+        panel.rows.inverse.shape[0],
         SUB_CENTERS=rule.sub_centers,
         HAS_SHIFT=terms is not None and terms.shift is not None,
         MAX_ONLY=terms is None,
         STORE=store,
-        **_meta(config, width),
+        **_meta(config, width, panel),
     )
 
 
 def class_gradient(
     x: UnitRows,
-    panel: UnitRows,
+    panel: Panel,
     target: Tensor,
     terms: RowTerms,
     rule: RowRule,
@@ -324,13 +349,13 @@ def class_gradient(
     They take the panel's first class and its number of classes.
     """
     num_rows, width = x.values.shape
-    tiles_n, tiles_c = triton.cdiv(num_rows, config.BLOCK_N), panel.values.shape[0] // config.BLOCK_C
+    tiles_n, tiles_c = triton.cdiv(num_rows, config.BLOCK_N), panel.classes // config.BLOCK_C
     return Repeated(
         class_gradient_kernel,
         (tiles_n * tiles_c,),
         x.values,
-        panel.values,
-        panel.inverse,
+        panel.rows.values,
+        panel.rows.inverse,
         x.inverse,
         target,
         terms.scale,
@@ -344,6 +369,7 @@ def class_gradient(
         num_rows,
         scores.stride(0),
         tiles_n,
+        panel.rows.inverse.shape[0],
         SUB_CENTERS=rule.sub_centers,
-        **_meta(config, width),
+        **_meta(config, width, panel),
     )

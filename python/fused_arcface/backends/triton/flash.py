@@ -19,9 +19,19 @@ import triton.language as tl
 from torch import Tensor
 
 from .common import Repeated, dot, on_device, to, to_gradient
-from .configs import FLASH_PANEL, FlashConfig, device_limits, flash_config, flash_width, panel_classes, row_splits
+from .configs import (
+    FLASH_PANEL,
+    FLASH_STORED_PANEL,
+    FlashConfig,
+    device_limits,
+    flash_config,
+    flash_width,
+    panel_classes,
+    row_splits,
+)
 from .negatives import RowRule, change_numbers, changed_cosine
-from .rows import Centers, RowTerms, UnitRows
+from .panels import Centers, Panel
+from .rows import RowTerms, UnitRows
 
 
 @triton.jit
@@ -124,9 +134,9 @@ def flash_stats_kernel(
 @triton.jit(do_not_specialize=["first_class", "num_classes"])
 def flash_gradient_kernel(
     x_ptr,  # (N padded, WIDTH)
-    w_ptr,  # (P, WIDTH)
-    inverse_ptr,  # (P,)
-    reciprocal_ptr,  # (P,)
+    w_ptr,  # (P, WIDTH) of the panel; AS_STORED: (C, WIDTH), all centers
+    inverse_ptr,  # (P,); AS_STORED: (num_inverses,), a multiple of P
+    reciprocal_ptr,  # (P,); AS_STORED: not read, the inverse is the reciprocal
     row_inverse_ptr,  # (N,)
     target_ptr,  # (N,) int64
     scale_ptr,  # (N,)
@@ -141,9 +151,11 @@ def flash_gradient_kernel(
     num_rows,
     num_tiles_n,
     D,
+    num_inverses,
     first_class,
     num_classes,
     WIDTH: tl.constexpr,
+    AS_STORED: tl.constexpr,
     PROJECT: tl.constexpr,
     SPLIT_SCORES: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -154,7 +166,12 @@ def flash_gradient_kernel(
     offs_d = tl.arange(0, WIDTH)
     # Within a tile, and within a panel, offsets fit 32 bits.
     x_offs = tl.arange(0, BLOCK_N)[:, None] * WIDTH + offs_d[None, :]
-    w_ptrs = w_ptr + offs_c[:, None] * WIDTH + offs_d[None, :]
+    rows_w = offs_c
+    if AS_STORED:
+        w_ptr += first_class.to(tl.int64) * WIDTH
+        inverse_ptr += first_class % num_inverses
+        rows_w = tl.minimum(rows_w, num_classes - 1)  # the last one stands in for those that would follow
+    w_ptrs = w_ptr + rows_w[:, None] * WIDTH + offs_d[None, :]
     w = tl.load(w_ptrs)
     inverse = tl.load(inverse_ptr + offs_c)
 
@@ -186,7 +203,9 @@ def flash_gradient_kernel(
         d_unit = dot(_operand(gradient, num_rows, SPLIT_SCORES), x, d_unit)
 
     if PROJECT:
-        reciprocal = tl.load(reciprocal_ptr + offs_c)
+        reciprocal = inverse
+        if not AS_STORED:
+            reciprocal = tl.load(reciprocal_ptr + offs_c)
         # A center shorter than 1e-12 is divided by that constant: its norm has no derivative.
         is_short = reciprocal >= 1e12
         w = tl.load(w_ptrs).to(tl.float32) * inverse[:, None]
@@ -212,10 +231,12 @@ def padded_shape(N: int, D: int, device: torch.device) -> tuple[int, int]:
     return -(-N // outer) * outer, flash_width(D)
 
 
-def _panel(x: UnitRows, centers: Centers, tile: int) -> UnitRows:
+def _panel(x: UnitRows, centers: Centers, tile: int, as_stored: bool = False, has_buffer: bool = True) -> Panel:
+    """Return a panel of whole tiles; ``has_buffer``: something as large as its centers is kept for a turn."""
     num_rows, width = x.values.shape
-    classes = panel_classes(FLASH_PANEL, num_rows, centers.count, 2 * width, 0, tile)
-    return UnitRows.empty(classes, width, torch.bfloat16, torch.float32, x.values.device)
+    budget, row_bytes = (FLASH_PANEL, 2 * width) if has_buffer else (FLASH_STORED_PANEL, 4)
+    classes = panel_classes(budget, num_rows, centers.count, row_bytes, 0, tile)
+    return Panel.create(centers, classes, x, as_stored)
 
 
 def class_stats(
@@ -232,7 +253,7 @@ def class_stats(
     device = x.values.device
     config = _config(width, device)
     panel = _panel(x, centers, config.OUTER)
-    num_tiles_c = panel.values.shape[0] // config.INNER
+    num_tiles_c = panel.classes // config.INNER
     split_bytes = 4 * num_padded * width if with_center_sum else 0
     splits = row_splits(num_padded // config.OUTER, num_tiles_c, split_bytes, device_limits(device)[1])
     total = torch.zeros(splits, num_padded, dtype=torch.float32, device=device)
@@ -243,8 +264,8 @@ def class_stats(
         flash_stats_kernel,
         (num_padded // config.OUTER, splits),
         x.values,
-        panel.values,
-        panel.inverse,
+        panel.rows.values,
+        panel.rows.inverse,
         x.inverse,
         target,
         terms.scale,
@@ -269,17 +290,18 @@ def class_stats(
         num_stages=config.num_stages,
     )
     with on_device(device):
-        for start, num_classes in centers.turns(panel):
+        for start, num_classes in panel.turns():
             stats(start, num_classes)
     return total, maximum, center_sum.sum(0) if with_center_sum else None
 
 
 def weight_grad(x: UnitRows, centers: Centers, target: Tensor, terms: RowTerms, rule: RowRule, out: Tensor) -> None:
     """Write the gradient by the centers (K, D) into ``out``; x has padded rows, target and terms are (N,)."""
-    panel = _panel(x, centers, _config(x.values.shape[1], x.values.device).OUTER)
+    as_stored = centers.are_operands(x)
+    panel = _panel(x, centers, _config(x.values.shape[1], x.values.device).OUTER, as_stored, has_buffer=not as_stored)
     gradient = _gradient(x, panel, target, terms, rule, out, project=True)
     with on_device(out.device):
-        for start, num_classes in centers.turns(panel):
+        for start, num_classes in panel.turns():
             gradient(start, num_classes)
 
 
@@ -293,28 +315,28 @@ def unit_gradients(
 ) -> None:
     """As chunks.unit_gradients; x of padded rows, target and terms (N,)."""
     width = x.values.shape[1]
-    panel = _panel(x, centers, _config(width, x.values.device).OUTER)
-    d_unit = x.inverse.new_empty(panel.values.shape[0], width)
+    panel = _panel(x, centers, _config(width, x.values.device).OUTER, centers.are_operands(x))
+    d_unit = x.inverse.new_empty(panel.classes, width)
     gradient, finishing = _gradient(x, panel, target, terms, rule, d_unit, project=False), finish(d_unit)
     with on_device(d_unit.device):
-        for start, num_classes in centers.turns(panel):
+        for start, num_classes in panel.turns():
             gradient(start, num_classes)
             finishing(start, num_classes)
 
 
 def _gradient(
-    x: UnitRows, panel: UnitRows, target: Tensor, terms: RowTerms, rule: RowRule, out: Tensor, project: bool
+    x: UnitRows, panel: Panel, target: Tensor, terms: RowTerms, rule: RowRule, out: Tensor, project: bool
 ) -> Repeated:
     """Return launches that take the first class of a panel and their number."""
     num_padded, width = x.values.shape
     config = _config(width, x.values.device)
     return Repeated(
         flash_gradient_kernel,
-        (panel.values.shape[0] // config.OUTER,),
+        (panel.classes // config.OUTER,),
         x.values,
-        panel.values,
-        panel.inverse,
-        panel.reciprocal,
+        panel.rows.values,
+        panel.rows.inverse,
+        panel.rows.reciprocal,
         x.inverse,
         target,
         terms.scale,
@@ -328,7 +350,9 @@ def _gradient(
         target.shape[0],
         num_padded // config.INNER,
         out.shape[1],
+        panel.rows.inverse.shape[0],
         WIDTH=width,
+        AS_STORED=panel.as_stored,
         PROJECT=project,
         SPLIT_SCORES=config.split_scores,
         BLOCK_C=config.OUTER,

@@ -7,7 +7,6 @@ first are from L1. Offsets of rows are 64-bit: C·D passes 2³¹ at 4.2 million 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -70,6 +69,7 @@ def unit_rows_kernel(
     first,
     num_rows,
     WIDTH: tl.constexpr,
+    LENGTH: tl.constexpr,  # a power of two: 16-bit rows are from it to twice as long
     HAS_SECOND: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -92,9 +92,9 @@ def unit_rows_kernel(
         factor = reciprocal(norm)
         inverse = tl.full([BLOCK_N], 1.0, COMPUTE)
     else:
-        # A power of two brings the norm into [1, 2): a 16-bit row stays exact, where its unit row would be rounded
-        # once more.
-        factor = reciprocal_power_of_two(norm)
+        # A power of two brings the norm into [LENGTH, 2·LENGTH): a 16-bit row stays exact, where its unit row would be
+        # rounded once more.
+        factor = reciprocal_power_of_two(norm) * LENGTH
         inverse = reciprocal(norm * factor)
 
     mask_padded = offs_n < num_padded
@@ -111,10 +111,11 @@ def unit_rows_kernel(
     tl.store(reciprocal_ptr + offs_n, reciprocal(norm) * power, mask_padded)
 
 
-def unit_rows(x: Tensor, out: UnitRows, index: Tensor | None = None) -> Repeated:
+def unit_rows(x: Tensor, out: UnitRows, index: Tensor | None = None, length: float = 1.0) -> Repeated:
     """Return launches that fill ``out`` from ``count`` rows of x (R, D), or of its rows ``index``, ``first`` on.
 
-    They take ``first`` and ``count``. Rows past ``count``, or past x, are padding: zeros.
+    They take ``first`` and ``count``. Rows past ``count``, or past x, are padding: zeros. 16-bit rows are ``length`` to
+    twice as long, a power of two.
     """
     num_padded, width = out.values.shape
     block_n = rows_per_block(width)
@@ -132,39 +133,23 @@ def unit_rows(x: Tensor, out: UnitRows, index: Tensor | None = None) -> Repeated
         num_padded,
         x.shape[1],
         WIDTH=width,
+        LENGTH=length,
         HAS_SECOND=out.second is not out.values and out.second.dtype != out.values.dtype,
         BLOCK_N=block_n,
         BLOCK_D=block_width(width),
     )
 
 
-def fill_unit_rows(x: Tensor, out: UnitRows) -> None:
-    """``out`` from x (R, D); what lies past R is padding: zeros."""
+_BATCH_LENGTH = 2.0**-16
+"""Batch rows in bf16 are so short that their products with stored centers stay within fp32: those of 512 columns can be
+7.7e39 long. Centers shorter than 1e-12 have cosines near 0, so nothing is lost at the other end."""
+
+
+def fill_batch_rows(x: Tensor, out: UnitRows) -> None:
+    """``out`` from the embeddings x (N, D); what lies past N is padding: zeros."""
     if out.values.shape[0] > 0:
         with on_device(x.device):
-            unit_rows(x, out)(0, x.shape[0])
-
-
-@dataclass(frozen=True)
-class Centers:
-    """The class centers that a pass takes, some of a weight's rows or all."""
-
-    weight: Tensor
-    """(C, D)."""
-    classes: Tensor | None = None
-    """(K,) int64 rows of weight, ``C`` for none; None: all of them."""
-
-    @property
-    def count(self) -> int:
-        return self.weight.shape[0] if self.classes is None else self.classes.shape[0]
-
-    def turns(self, panel: UnitRows) -> Iterator[tuple[int, int]]:
-        """Fill the panel again and again, and yield the first center's index and their number, until all were there."""
-        fill, size = unit_rows(self.weight, panel, self.classes), panel.values.shape[0]
-        for start in range(0, self.count, size):
-            count = min(size, self.count - start)
-            fill(start, count)
-            yield start, count
+            unit_rows(x, out, length=_BATCH_LENGTH if out.values.dtype == torch.bfloat16 else 1.0)(0, x.shape[0])
 
 
 @triton.jit

@@ -18,7 +18,8 @@ from .common import on_device
 from .configs import device_limits, pick
 from .margin import margin_losses
 from .negatives import RowRule
-from .rows import Centers, RowTerms, UnitRows, fill_unit_rows, row_terms
+from .panels import Centers
+from .rows import RowTerms, UnitRows, fill_batch_rows, row_terms
 from .targets import project, projections, target_cosines, unit_embedding_grads
 
 _DEPTH_MULTIPLE = 16
@@ -34,12 +35,13 @@ def _operand_dtype(embeddings: Tensor, weight: Tensor) -> torch.dtype:
     return torch.float64 if torch.float64 in (embeddings.dtype, weight.dtype) else embeddings.dtype
 
 
-def _algorithm(embeddings: Tensor, weight: Tensor, negatives: Negatives) -> str:
+def _algorithm(embeddings: Tensor, centers: Centers, negatives: Negatives, with_sums: bool) -> str:
     # The nearest of several centers is found among scores in memory, and the flash passes store none.
     if negatives.sub_centers > 1:
         return "chunks"
-    arch, _ = device_limits(weight.device)
-    return pick(weight.shape[1], arch, _operand_dtype(embeddings, weight))
+    arch, _ = device_limits(embeddings.device)
+    dtype = _operand_dtype(embeddings, centers.weight)
+    return pick(embeddings.shape[0], centers.count, embeddings.shape[1], arch, dtype, with_sums)
 
 
 def _unit_rows(embeddings: Tensor, weight: Tensor, algorithm: str) -> UnitRows:
@@ -50,7 +52,7 @@ def _unit_rows(embeddings: Tensor, weight: Tensor, algorithm: str) -> UnitRows:
         width = -(-width // _DEPTH_MULTIPLE) * _DEPTH_MULTIPLE
     compute = compute_dtype(embeddings, weight)
     x = UnitRows.empty(padded, width, _operand_dtype(embeddings, weight), compute, embeddings.device)
-    fill_unit_rows(embeddings, x)
+    fill_batch_rows(embeddings, x)
     return x
 
 
@@ -60,13 +62,14 @@ def class_max(
     target: Tensor,
     class_count: Tensor | None = None,
     negatives: Negatives = PLAIN,
+    classes: Tensor | None = None,
 ) -> Tensor:
-    """Implement :func:`fused_arcface.backends.torch.class_max`."""
+    """Implement :func:`fused_arcface.backends.torch.class_max`, over the rows ``classes`` (K,) of weight if given."""
     x = _unit_rows(embeddings, weight, "chunks")
     if embeddings.shape[0] == 0:
         return torch.empty_like(x.inverse)
     rule = RowRule.create(negatives, x.inverse.dtype)
-    _, maximum, _ = chunks.class_stats(x, Centers(weight), target.contiguous(), None, rule, False, class_count)
+    _, maximum, _ = chunks.class_stats(x, Centers(weight, classes), target.contiguous(), None, rule, False, class_count)
     greatest = maximum.amax(0)
     return greatest if rule.changes_cosines else greatest * x.inverse
 
@@ -80,10 +83,12 @@ def class_stats(
     with_center_sum: bool,
     class_count: Tensor | None = None,
     negatives: Negatives = PLAIN,
+    classes: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Implement :func:`fused_arcface.backends.torch.class_stats`."""
+    """Implement :func:`fused_arcface.backends.torch.class_stats`, over the rows ``classes`` (K,) of weight if given."""
     num_rows, D = embeddings.shape
-    algorithm = _algorithm(embeddings, weight, negatives)
+    centers = Centers(weight, classes)
+    algorithm = _algorithm(embeddings, centers, negatives, with_center_sum)
     x = _unit_rows(embeddings, weight, algorithm)
     center_sum = x.inverse.new_empty(embeddings.shape if with_center_sum else 0)
     if num_rows == 0:
@@ -93,7 +98,7 @@ def class_stats(
     terms = row_terms(inverse, scale, shift, of_cosine=rule.changes_cosines)
     module = flash if algorithm == "flash" else chunks
     totals, maxima, sums = module.class_stats(
-        x, Centers(weight), target.contiguous(), terms, rule, with_center_sum, class_count
+        x, centers, target.contiguous(), terms, rule, with_center_sum, class_count
     )
     total, maximum = totals.sum(0)[:num_rows], maxima.amax(0)[:num_rows] * inverse
     if terms.factor is not None:
@@ -111,17 +116,19 @@ def weight_grad(
     target: Tensor,
     gradients: RowGradients,
     negatives: Negatives = PLAIN,
+    classes: Tensor | None = None,
 ) -> Tensor:
-    """Implement :func:`fused_arcface.backends.torch.weight_grad`."""
-    d_weight = torch.empty_like(weight)
+    """Implement :func:`fused_arcface.backends.torch.weight_grad`, (K, D) of the rows ``classes`` (K,) if given."""
+    centers = Centers(weight, classes)
+    d_weight = torch.empty_like(weight) if classes is None else weight.new_empty(centers.count, weight.shape[1])
     if embeddings.shape[0] == 0:
         return d_weight.zero_()
-    algorithm, x, terms, rule = _backward(embeddings, weight, gradients, negatives)
+    algorithm, x, terms, rule = _backward(embeddings, centers, gradients, negatives)
     if algorithm == "flash":
-        flash.weight_grad(x, Centers(weight), target.contiguous(), terms, rule, d_weight)
+        flash.weight_grad(x, centers, target.contiguous(), terms, rule, d_weight)
     else:
         chunks.unit_gradients(
-            x, Centers(weight), target.contiguous(), terms, rule, lambda d_unit: projections(d_unit, weight, d_weight)
+            x, centers, target.contiguous(), terms, rule, lambda d_unit: projections(d_unit, weight, d_weight, classes)
         )
     return d_weight
 
@@ -143,17 +150,17 @@ def update_centers(
             with on_device(weight.device):
                 updates(d_unit.expand(centers.count, -1), weight, step)(0, centers.count)
         return
-    algorithm, x, terms, rule = _backward(embeddings, weight, gradients, negatives)
+    algorithm, x, terms, rule = _backward(embeddings, centers, gradients, negatives)
     module = flash if algorithm == "flash" else chunks
     module.unit_gradients(x, centers, target.contiguous(), terms, rule, lambda d_unit: updates(d_unit, weight, step))
 
 
 def _backward(
-    embeddings: Tensor, weight: Tensor, gradients: RowGradients, negatives: Negatives
+    embeddings: Tensor, centers: Centers, gradients: RowGradients, negatives: Negatives
 ) -> tuple[str, UnitRows, RowTerms, RowRule]:
     """Return the algorithm of a backward pass, the embeddings ready for it, the rows' terms, and their rule."""
-    algorithm = _algorithm(embeddings, weight, negatives)
-    x = _unit_rows(embeddings, weight, algorithm)
+    algorithm = _algorithm(embeddings, centers, negatives, True)
+    x = _unit_rows(embeddings, centers.weight, algorithm)
     scale, lse, coefficients = gradients.scale, gradients.lse, gradients[2:]
     rule = RowRule.create(negatives, x.inverse.dtype)
     terms = row_terms(x.inverse[: embeddings.shape[0]], scale, lse, coefficients, rule.changes_cosines)

@@ -198,6 +198,7 @@ def project_kernel(
     row_ptr,  # (>= first + R, D), any strides
     stride_n,
     stride_d,
+    index_ptr,  # (>= first + R,) int64: which of the rows; or None: in order
     out_ptr,  # (>= first + R, D), any strides
     out_stride_n,
     out_stride_d,
@@ -213,7 +214,10 @@ def project_kernel(
     offs_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = offs_n < num_rows
     rows = first + offs_n
-    row_ptr += rows[:, None] * stride_n
+    place = rows
+    if index_ptr is not None:
+        place = tl.load(index_ptr + rows, mask_n, 0)
+    row_ptr += place[:, None] * stride_n
     d_unit_ptr += offs_n[:, None] * d_unit_stride
     power, factor, along, is_short = projection(
         row_ptr, stride_d, d_unit_ptr, mask_n, D, COMPUTE, WIDTH, BLOCK_N, BLOCK_D
@@ -228,10 +232,11 @@ def project_kernel(
         tl.store(out_ptr + out_offs, to_gradient(result, is_short[:, None], out_ptr.dtype.element_ty), mask)
 
 
-def projections(d_unit: Tensor, rows: Tensor, out: Tensor) -> Repeated:
+def projections(d_unit: Tensor, rows: Tensor, out: Tensor, index: Tensor | None = None) -> Repeated:
     """Return launches that write the gradient by rows (C, D) into ``out``, from d_unit (R, >= D), by unit vectors.
 
-    They take the first row that d_unit is of, and their number. The result is
+    They take the first row that d_unit is of, and their number. With ``index`` (K,) int64 these are the rows of that
+    index, and ``out`` is (K, D). The result is
     :func:`fused_arcface.base.normalize.unit_gradient`'s.
     """
     width = rows.shape[1]
@@ -243,6 +248,7 @@ def projections(d_unit: Tensor, rows: Tensor, out: Tensor) -> Repeated:
         d_unit.stride(0),
         rows,
         *rows.stride(),
+        index,
         out,
         *out.stride(),
         width,
