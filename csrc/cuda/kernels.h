@@ -50,7 +50,7 @@ struct Passes {
 };
 
 // The same on compute capability 9.0 alone (hopper/): embeddings of bf16 and 512 columns; centers of any dtype, which
-// are rounded to bf16. negative_sum and center_sum are wanted.
+// are rounded to bf16.
 struct HopperPasses {
   static int64_t class_stats(const ClassStatsArgs& args, const int64_t* class_count, const PassOptions& options,
                              void* workspace, const Stream& stream);

@@ -70,6 +70,18 @@ void check(const Setting& s, const Problem& p, const Answer& answer, const std::
   compare("negative_max", largest, answer.largest, 1e-6);
   compare("center_sum", center_sum, answer.center_sum, kTolerance, D);
 
+  // Without the centers' sum, and without any sum.
+  for (const bool with_sum : {true, false}) {
+    fa::ClassStatsArgs totals = stats;
+    largest.assign(N, NAN), sum.assign(N, NAN);
+    totals.center_sum = nullptr;
+    if (!with_sum) totals.negative_sum = nullptr;
+    Workspace alone(HopperPasses::class_stats(totals, &class_count, options, nullptr, kStream));
+    HopperPasses::class_stats(totals, &class_count, options, alone.start(), kStream);
+    if (with_sum) compare("negative_sum alone", sum, answer.sum, 2e-6);
+    compare("negative_max alone", largest, answer.largest, 1e-6);
+  }
+
   Stored* const gradient_rows = reinterpret_cast<Stored*>(gradient_memory.start());
   fa::WeightGradArgs args{embeddings,
                           matrix(w_rows, dtype, C, stride),

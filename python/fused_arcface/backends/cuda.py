@@ -85,7 +85,7 @@ def leads(device: torch.device) -> ClassPass | None:
 
 
 def _hopper_config(embeddings: Tensor, weight: Tensor) -> hopper.HopperConfig | None:
-    """Return the configuration of Hopper's kernels for a pass with a second product, or None if they do not take it."""
+    """Return the configuration of Hopper's kernels for a pass over plain negatives, or None if they do not take it."""
     if hopper.asked() is None:  # before the device is asked
         return None
     return hopper.choose(_kernels.HOPPER, _capability(weight), embeddings, weight)
@@ -113,7 +113,7 @@ def _run_pass(run: _Run, embeddings: Tensor, weight: Tensor, negatives: Negative
     threshold = None if threshold is None else threshold.float().contiguous()
     coefficients = None if coefficients is None else coefficients.contiguous()
     rule = (negatives.sub_centers, native.address(threshold), native.address(coefficients))
-    config = _hopper_config(embeddings, weight) if stored_bytes is not None and negatives.plain else None
+    config = _hopper_config(embeddings, weight) if negatives.plain else None
     if config is None:
         precision = _precision(embeddings, weight)
         options = (stored_bytes or 0, CHUNKS.center_bytes, multiprocessors, 1, True, rule)
