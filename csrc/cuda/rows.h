@@ -68,7 +68,8 @@ __device__ __forceinline__ void fill_zero(T* at) {
   *reinterpret_cast<Four<T>*>(at) = Four<T>{};
 }
 
-// A warp a row of the panel.
+// A warp a row of the panel. Rows of another dtype than First's are rounded once, and their norms are those of the
+// rounded rows.
 template <typename Source, Precision precision>
 __global__ void __launch_bounds__(kRowThreads)
     pack_rows_kernel(const Source* data, int64_t row_stride, int64_t column_stride, RowSelection selection, int columns,
@@ -111,6 +112,7 @@ __global__ void __launch_bounds__(kRowThreads)
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       x[i] *= factor;
+      if constexpr (sizeof(First) == 2) x[i] = rounded<First>(x[i]);  // exact for a row that is stored so
       squares += x[i] * x[i];
       if (precision == Precision::kTf32) x[i] = round_to_tf32(x[i]);
     }

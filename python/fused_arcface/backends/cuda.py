@@ -1,8 +1,7 @@
 """The stages on NVIDIA GPUs: the compiled kernels of csrc/cuda, given raw addresses. Shapes: backends/torch.py.
 
-For compute capability 8.0 and later; Triton is not needed. Products are bf16 or fp16 where both inputs are stored so,
-else fp32: three tf32 products in place of one, or one where ``torch.set_float32_matmul_precision`` is ``"high"`` or
-``"medium"``. fp64 is refused (backends.select). Compute capability 9.0 has kernels of its own, which
+For compute capability 8.0 and later; Triton is not needed. Products have the embeddings' dtype. Those of fp32 are three
+tf32 products in place of one, or one where ``torch.set_float32_matmul_precision`` is ``"high"`` or ``"medium"``. fp64 is refused (backends.select). Compute capability 9.0 has kernels of its own, which
 ``FUSED_ARCFACE_HOPPER=0`` turns off (hopper.py). Every step is launches on the current stream, without a wait and
 without an allocation but torch's, and its result is the same to the bit in every run.
 """
@@ -34,16 +33,21 @@ class ChunkConfig:
     exponential_bytes: int
     """Size of the (N, classes) exponentials between the two products of a forward pass."""
     center_bytes: int
-    """Size of the packed centers."""
+    """Size of the packed centers in 16 bits. Those of fp32 products take twice as much."""
     gradient_bytes: int = 0
     """Size of the (N, classes) gradient between the two products of a backward pass."""
 
+    def centers(self, precision: str) -> int:
+        """Return the size of the packed centers for products of that precision."""
+        return self.center_bytes * (2 if precision in ("float32", "tf32") else 1)
+
 
 # 24 MiB of exponentials, written once and read once, and 9 MiB of centers stay in the smallest L2 that matters, A100's
-# 40 MB. At D = 512 in bf16 9 MiB are 72 tiles of 128 classes. The kernels take as many as fill their waves (waves.h):
-# 54 on 108 multiprocessors of two blocks each, 66 on 132. The second product of a backward pass has only four blocks
-# for each of them, so its chunk needs 72 MiB at N = 4096: a gradient of 4 bytes a logit through memory takes 1.3 ps on
-# an H100, under products of some 8 ps, and 96 blocks for 264 places would take twice as long.
+# 40 MB. At D = 512 9 MiB are 72 tiles of 128 classes in 16 bits. The kernels take as many as fill the multiprocessors
+# (waves.h): 54 on 108 of them, 66 on 132. The second product of a backward pass has only four blocks for each tile, so
+# its chunk needs 72 MiB at N = 4096: a gradient of 4 bytes a logit through memory takes 1.3 ps on an H100, under
+# products of some 8 ps, and 96 blocks for 264 places would take twice as long. fp32 centers take 18 MiB for as many
+# tiles: products three times as long leave the time to read them from memory.
 CHUNKS = ChunkConfig(exponential_bytes=24 << 20, center_bytes=9 << 20, gradient_bytes=72 << 20)
 
 
@@ -91,10 +95,13 @@ def _hopper_config(embeddings: Tensor, weight: Tensor) -> hopper.HopperConfig | 
     return hopper.choose(_kernels.HOPPER, _capability(weight), embeddings, weight)
 
 
-def _precision(embeddings: Tensor, weight: Tensor) -> str:
-    """Return the precision of the portable kernels' products. Only tf32 keeps less of the operands than their dtype."""
-    if embeddings.dtype == weight.dtype != torch.float32:
-        return "bfloat16" if weight.dtype == torch.bfloat16 else "float16"
+def _precision(embeddings: Tensor) -> str:
+    """Return the precision of the portable kernels' products: the embeddings' dtype.
+
+    Centers of another dtype are rounded to it once where it has 16 bits. tf32 rounds fp32 operands too.
+    """
+    if embeddings.dtype != torch.float32:
+        return "bfloat16" if embeddings.dtype == torch.bfloat16 else "float16"
     return "tf32" if allows_tf32() else "float32"
 
 
@@ -115,8 +122,8 @@ def _run_pass(run: _Run, embeddings: Tensor, weight: Tensor, negatives: Negative
     rule = (negatives.sub_centers, native.address(threshold), native.address(coefficients))
     config = _hopper_config(embeddings, weight) if negatives.plain else None
     if config is None:
-        precision = _precision(embeddings, weight)
-        options = (stored_bytes or 0, CHUNKS.center_bytes, multiprocessors, 1, True, rule)
+        precision = _precision(embeddings)
+        options = (stored_bytes or 0, CHUNKS.centers(precision), multiprocessors, 1, True, rule)
     else:
         precision = "hopper"
         options = (0, config.center_bytes, multiprocessors, config.cluster, config.ordered, rule)
