@@ -38,6 +38,7 @@ struct Pass {
   const Matrix& weight;
   RowSelection classes;  // rows of weight that take part
   const Negatives& negatives;
+  const double* device_scale;
   const Stream& stream;
   Arena arena;
   Panel x, w;
@@ -52,6 +53,7 @@ struct Pass {
         weight(weight),
         classes(classes),
         negatives(options.negatives),
+        device_scale(options.scale),
         stream(stream),
         arena(workspace) {
     this->classes.per_tile = kTile / negatives.sub_centers * negatives.sub_centers;
@@ -100,7 +102,7 @@ struct Pass {
              const float* target_coefficient) const {
     pack(embeddings, {0, embeddings.rows, nullptr, nullptr, embeddings.rows}, x);
     launch("row_terms", row_terms_kernel, {ceil_div(x.rows, kRowThreads)}, kRowThreads, 0, stream, x, embeddings.rows,
-           scale, shift, target, negative_coefficient, target_coefficient, terms);
+           scale, device_scale, shift, target, negative_coefficient, target_coefficient, terms);
   }
 
   // fn(chunk, grid of its tiles) for each chunk, packed.

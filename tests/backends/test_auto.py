@@ -39,6 +39,7 @@ def _auto(of_classes: backends.ClassPass | None = BF16_512, **options: object) -
 def test_hopper_s_kernels_come_first_where_they_take_the_case(h100: SimpleNamespace) -> None:
     assert _auto() == "cuda"
     assert _auto(label_smoothing=0.1) == "cuda"
+    assert _auto(scale=fa.AdaCos()) == "cuda"
     for other in (
         backends.ClassPass(torch.float16, 512),
         backends.ClassPass(torch.float32, 512),
@@ -51,7 +52,6 @@ def test_hopper_s_kernels_come_first_where_they_take_the_case(h100: SimpleNamesp
     assert _auto(sub_centers=3) == "triton"
     assert _auto(margin=fa.CurricularFace()) == "triton"
     assert _auto(margin=fa.InterTopK()) == "cuda"  # Triton has none
-    assert _auto(scale=fa.AdaCos()) == "triton"
     assert backends.select("auto", GPU, torch.float64, of_classes=BF16_512) == "triton"
     assert backends.select("triton", GPU, of_classes=BF16_512) == "triton"
     assert backends.select("auto", torch.device("cpu"), of_classes=BF16_512) == "cpu"

@@ -222,7 +222,7 @@ def test_workspace_is_small_whatever_the_classes(precision: str, code: int) -> N
     """What a pass asks for, without running it: N = 4096, D = 512 on 132 multiprocessors."""
     unread, D = 16, 512
     forward, backward = (
-        (stored, cuda.CHUNKS.centers(precision), 132, 1, True, (1, 0, 0))
+        (stored, cuda.CHUNKS.centers(precision), 132, 1, True, (1, 0, 0), 0)
         for stored in (cuda.CHUNKS.exponential_bytes, cuda.CHUNKS.gradient_bytes)
     )
     kernels, needed = cuda_emulated.module(), set()

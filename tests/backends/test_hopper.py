@@ -207,7 +207,7 @@ def _gradient(x: torch.Tensor, w: torch.Tensor, target: torch.Tensor, gradients:
     """The gradient by the rows of w in fp32, as the kernel hands it to a step."""
     d_weight = torch.empty(w.shape, device=w.device)
     stream, multiprocessors = cuda._device(w)
-    options = (0, 0, multiprocessors, 2, True, (1, 0, 0))
+    options = (0, 0, multiprocessors, 2, True, (1, 0, 0), 0)
 
     def run(workspace: int) -> int:
         return cuda._kernels.weight_grad(
@@ -307,7 +307,7 @@ def test_deterministic_to_the_bit(device: str) -> None:
 def test_workspace_is_small_whatever_the_classes(code: int, most: float) -> None:
     """What a pass asks for, without running it: N = 4096 on 132 multiprocessors, bf16 and fp32 centers."""
     unread, D = 16, 512
-    rest = (0, (0, hopper.HopperConfig().center_bytes, 132, 2, True, (1, 0, 0)), 0, (0, 0))
+    rest = (0, (0, hopper.HopperConfig().center_bytes, 132, 2, True, (1, 0, 0), 0), 0, (0, 0))
     kernels, needed = cuda_emulated.module(), set()
     for C in (3_000_000, 100_000_000):
         x, w = (unread, 2, 4096, D, D, 1), (unread, code, C, D, D, 1)

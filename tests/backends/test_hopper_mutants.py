@@ -61,6 +61,7 @@ REFILL_STATIONARY = "      barrier_wait(&s.empty[slot.place], slot.parity);\n   
 SUMS_DONE = "      product_wait(u);\n      release<cluster>(&s.empty[slot.place], lane, 1);"
 WRITTEN = "numbers, mine, kColumns);\n    named_sync<2, 2 * kWarpGroup>();\n"
 STEPPED = "    named_sync<2, 2 * kWarpGroup>();  // before"
+TERMS_READ = "    __syncwarp();  // all lanes have read the terms"
 MUTANTS = (
     # Barriers, phases and fences.
     Mutant("no fence after the weights", "block.h", WEIGHTS_DONE, WEIGHTS_DONE.split("\n")[1], full=False),
@@ -151,9 +152,8 @@ MUTANTS = (
     Mutant("the stationary rows' slot released for the other warpgroup", "totals.h",
            "    __syncwarp();\n    release<cluster>(&s.empty[slot.place], at.lane, 1);\n",
            "    if (i == group) release<cluster>(&s.empty[slot.place], at.lane, 2);\n"),
-    Mutant("totals' slot released before its terms are read", "totals.h",
-           "    __syncwarp();  // all lanes have read the terms\n    release<cluster>(&s.empty[slot.place], at.lane, 1);\n",
-           ""),
+    Mutant("a tile of totals that is never released", "totals.h",
+           TERMS_READ + "\n    release<cluster>(&s.empty[slot.place], at.lane, 1);\n", ""),
     Mutant("no wait for the totals' scores", "totals.h", "    product_wait(d);\n", ""),
     Mutant("no wait for an empty slot", "totals.h", "    barrier_wait(&s.empty[slot.place], slot.parity ^ 1);\n", ""),
     Mutant("turns that never come", "totals.h", "(j + group + 1) & 1", "(j + group) & 1"),

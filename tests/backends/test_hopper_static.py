@@ -36,12 +36,10 @@ pytestmark = [pytest.mark.slow, pytest.mark.skipif(_missing() is not None, reaso
 ENTRY, SCORES, SUMS, THREADS = 168, 184, 160, 128
 """Registers of a thread at a kernel's entry and in the two roles, threads of a warpgroup: csrc/cuda/hopper/block.h."""
 TOTALS, FILLING = 216, 72
-"""The same of class_totals_kernel, which has two warpgroups with scores and one that copies: csrc/cuda/hopper/totals.h."""
+"""The same of class_totals_kernel, two warpgroups of which have scores: csrc/cuda/hopper/totals.h."""
 KERNELS = {"class_sums_kernel": 2, "class_totals_kernel": 2, "weight_grad_kernel": 6}
 """The kernels with products, and how many there are of each: by cluster; by a gradient's dtype, and with the step of
 CenterSGD in the tile."""
-MOST_A_TILE = {"class_totals_kernel": 11}
-"""Instructions for each logit of a thread between two tiles' products, beside the products: 10.2 with nvcc 13.0."""
 
 
 class Assembled(NamedTuple):

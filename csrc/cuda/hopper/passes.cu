@@ -44,14 +44,16 @@ void prepare(const Matrix& m, const RowSelection& selection, PreparedRows rows, 
 // Both passes start with a copy of the batch and the terms of its rows.
 struct Batch {
   const Matrix& embeddings;
+  const double* device_scale;
   int* odd;  // of the classes
   PreparedRows rows;
   RowTerms terms;
 
-  Batch(Arena& arena, const Matrix& embeddings, int cluster)
+  Batch(Arena& arena, const Matrix& embeddings, int multiple, const PassOptions& options)
       : embeddings(embeddings),
+        device_scale(options.scale),
         odd(arena.take<int>(1)),
-        rows(take_rows(arena, round_up(std::max<int64_t>(embeddings.rows, 1), kRows * cluster), true, odd)) {
+        rows(take_rows(arena, round_up(std::max<int64_t>(embeddings.rows, 1), kRows * multiple), true, odd)) {
     terms = {arena.take<float>(rows.rows), arena.take<float>(rows.rows), arena.take<float>(rows.rows),
              arena.take<float>(rows.rows), arena.take<int64_t>(rows.rows)};
   }
@@ -63,7 +65,7 @@ struct Batch {
              const float* target_coefficient, const Stream& stream) const {
     prepare(embeddings, {0, embeddings.rows, nullptr, nullptr, embeddings.rows}, rows, stream);
     launch("row_terms", row_terms_kernel, {ceil_div(rows.rows, kRowThreads)}, kRowThreads, 0, stream, as_panel(rows),
-           embeddings.rows, scale, shift, target, negative_coefficient, target_coefficient, terms);
+           embeddings.rows, scale, device_scale, shift, target, negative_coefficient, target_coefficient, terms);
   }
 };
 
@@ -137,7 +139,7 @@ int64_t HopperPasses::class_stats(const ClassStatsArgs& args, const int64_t* cla
   const bool copied = !is_plain(args.weight), stored = args.center_sum != nullptr;
   const int per_block = stored ? 1 : kTotalGroups;  // blocks of 64 batch rows
   Arena arena(workspace);
-  const Batch batch(arena, args.embeddings, options.cluster * per_block);
+  const Batch batch(arena, args.embeddings, options.cluster * per_block, options);
   const int64_t chunk = copied ? chunk_of(C, true, false, options) : std::min(C, kClassesAtOnce);
   const PreparedRows classes = take_rows(arena, chunk, copied, batch.odd);
   // One round of blocks; each slice of the classes at least a tile.
@@ -183,7 +185,7 @@ int64_t HopperPasses::weight_grad(const WeightGradArgs& args, const CenterStep* 
   const bool as_bf16 = fits<BFloat16>(d_weight, Dtype::kBFloat16), as_fp32 = fits<float>(d_weight, Dtype::kFloat32);
   const bool elsewhere = step == nullptr && !as_bf16 && !as_fp32;  // a kernel by rows writes the gradient
   Arena arena(workspace);
-  const Batch batch(arena, args.embeddings, 1);
+  const Batch batch(arena, args.embeddings, 1, options);
   const int64_t chunk = copied || elsewhere ? chunk_of(selection.count, copied, elsewhere, options) : selection.count;
   PreparedRows classes{};
   if (copied)

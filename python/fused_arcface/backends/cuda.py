@@ -1,9 +1,10 @@
 """The stages on NVIDIA GPUs: the compiled kernels of csrc/cuda, given raw addresses. Shapes: backends/torch.py.
 
 For compute capability 8.0 and later; Triton is not needed. Products have the embeddings' dtype. Those of fp32 are three
-tf32 products in place of one, or one where ``torch.set_float32_matmul_precision`` is ``"high"`` or ``"medium"``. fp64 is refused (backends.select). Compute capability 9.0 has kernels of its own, which
-``FUSED_ARCFACE_HOPPER=0`` turns off (hopper.py). Every step is launches on the current stream, without a wait and
-without an allocation but torch's, and its result is the same to the bit in every run.
+tf32 products in place of one, or one where ``torch.set_float32_matmul_precision`` is ``"high"`` or ``"medium"``. fp64
+is refused (backends.select). Compute capability 9.0 has kernels of its own, which ``FUSED_ARCFACE_HOPPER=0`` turns off
+(hopper.py). Every step is launches on the current stream, without a wait and without an allocation but torch's, and
+its result is the same to the bit in every run.
 """
 
 from __future__ import annotations
@@ -105,28 +106,37 @@ def _precision(embeddings: Tensor) -> str:
     return "tf32" if allows_tf32() else "float32"
 
 
-_Options = tuple[int, int, int, int, bool, tuple[int, int, int]]
+_Options = tuple[int, int, int, int, bool, tuple[int, int, int], int]
 _Run = Callable[[str, _Options, int, tuple[int, int]], int]
 
 
-def _run_pass(run: _Run, embeddings: Tensor, weight: Tensor, negatives: Negatives, stored_bytes: int | None) -> None:
+def _number(scale: float | Tensor) -> float:
+    """Return the scale for a kernel, which takes no notice of it if the options have one of the device's."""
+    return 1.0 if isinstance(scale, Tensor) else scale
+
+
+def _run_pass(
+    run: _Run, embeddings: Tensor, weight: Tensor, scale: float | Tensor, negatives: Negatives, stored_bytes: int
+) -> None:
     """Run a pass over the classes in a workspace of torch's: the first call asks how many bytes it needs.
 
-    ``stored_bytes``: between its two products; None without a second one.
+    ``stored_bytes``: between its two products; 0 without a second one.
     """
     stream, multiprocessors = _device(torch.empty(0, device=weight.device))
     # Bound to names: a temporary's memory would be another's before the kernel reads it.
     threshold, coefficients = negatives.threshold, negatives.coefficients
     threshold = None if threshold is None else threshold.float().contiguous()
     coefficients = None if coefficients is None else coefficients.contiguous()
+    device_scale = scale.double() if isinstance(scale, Tensor) else None
     rule = (negatives.sub_centers, native.address(threshold), native.address(coefficients))
+    shared = rule, native.address(device_scale)
     config = _hopper_config(embeddings, weight) if negatives.plain else None
     if config is None:
         precision = _precision(embeddings)
-        options = (stored_bytes or 0, CHUNKS.centers(precision), multiprocessors, 1, True, rule)
+        options = (stored_bytes, CHUNKS.centers(precision), multiprocessors, 1, True, *shared)
     else:
         precision = "hopper"
-        options = (0, config.center_bytes, multiprocessors, config.cluster, config.ordered, rule)
+        options = (0, config.center_bytes, multiprocessors, config.cluster, config.ordered, *shared)
     workspace = torch.empty(run(precision, options, 0, stream), dtype=torch.uint8, device=weight.device)
     run(precision, options, workspace.data_ptr(), stream)
 
@@ -135,7 +145,7 @@ def _class_stats(
     embeddings: Tensor,
     weight: Tensor,
     target: Tensor,
-    scale: float,
+    scale: float | Tensor,
     shift: Tensor | None,
     maximum: Tensor,
     total: Tensor | None,
@@ -153,7 +163,7 @@ def _class_stats(
             native.matrix(embeddings),
             native.matrix(weight),
             target.data_ptr(),
-            scale,
+            _number(scale),
             native.address(shift),
             maximum.data_ptr(),
             native.address(total),
@@ -164,7 +174,8 @@ def _class_stats(
             stream,
         )
 
-    _run_pass(run, embeddings, weight, negatives, None if center_sum is None else CHUNKS.exponential_bytes)
+    stored_bytes = 0 if center_sum is None else CHUNKS.exponential_bytes
+    _run_pass(run, embeddings, weight, scale, negatives, stored_bytes)
 
 
 def _empty_rows(embeddings: Tensor) -> Tensor:
@@ -189,7 +200,7 @@ def class_stats(
     embeddings: Tensor,
     weight: Tensor,
     target: Tensor,
-    scale: float,
+    scale: float | Tensor,
     shift: Tensor | None,
     with_center_sum: bool,
     class_count: Tensor | None = None,
@@ -224,14 +235,14 @@ def weight_grad(
             native.matrix(embeddings),
             native.matrix(weight),
             target.data_ptr(),
-            *native.row_gradients(gradients),
+            *native.row_gradients(gradients._replace(scale=_number(gradients.scale))),
             native.matrix(d_weight),
             options,
             workspace,
             stream,
         )
 
-    _run_pass(run, embeddings, weight, negatives, CHUNKS.gradient_bytes)
+    _run_pass(run, embeddings, weight, gradients.scale, negatives, CHUNKS.gradient_bytes)
     return d_weight
 
 
@@ -253,7 +264,7 @@ def update_centers(
             native.matrix(embeddings),
             native.matrix(weight),
             target.data_ptr(),
-            *native.row_gradients(gradients),
+            *native.row_gradients(gradients._replace(scale=_number(gradients.scale))),
             native_step,
             step.active.data_ptr(),
             options,
@@ -261,7 +272,7 @@ def update_centers(
             stream,
         )
 
-    _run_pass(run, embeddings, weight, negatives, CHUNKS.gradient_bytes)
+    _run_pass(run, embeddings, weight, gradients.scale, negatives, CHUNKS.gradient_bytes)
 
 
 def target_cosine(embeddings: Tensor, weight: Tensor, target: Tensor) -> Tensor:

@@ -57,7 +57,6 @@ FEATURES = {
     "binary_losses": "a logistic loss for each class in place of the softmax",
     "padding": "a sample of the classes whose number only the device knows",
     "permutation": "the keyed permutation of a sampled step in one launch",
-    "device_scale": "a scale that is learned or adapts, which only the device knows",
     "late_scale": "the sums for a scale that is known after the pass over the classes",
     "fused_margin": "a margin_loss in one launch; elsewhere plain PyTorch is as good and takes any margin",
     "fused_margin_fp64": "the same in fp64",
@@ -71,9 +70,7 @@ BACKENDS = (
         "torch",
         None,
         0,
-        frozenset(
-            {"sub_centers", "modulated_negatives", "turned_negatives", "binary_losses", "padding", "device_scale"}
-        ),
+        frozenset({"sub_centers", "modulated_negatives", "turned_negatives", "binary_losses", "padding"}),
     ),
     Backend(
         "cpu",
@@ -81,7 +78,7 @@ BACKENDS = (
         1,
         frozenset(
             {
-                *("sub_centers", "modulated_negatives", "turned_negatives", "binary_losses", "device_scale"),
+                *("sub_centers", "modulated_negatives", "turned_negatives", "binary_losses"),
                 *("late_scale", "fused_margin", "fused_margin_fp64"),
             }
         ),
@@ -90,7 +87,7 @@ BACKENDS = (
         "triton",
         "cuda",
         2,
-        frozenset({"sub_centers", "modulated_negatives", "padding", "permutation", "device_scale", "fused_margin"}),
+        frozenset({"sub_centers", "modulated_negatives", "padding", "permutation", "fused_margin"}),
     ),
     # Tensor cores for fp64 are few, and a graphics card has none.
     Backend(
@@ -195,7 +192,7 @@ def _leads(name: str, device: torch.device) -> ClassPass | None:
 
 def _order(device: torch.device, needs: Mapping[str, str], of_classes: ClassPass | None) -> tuple[Backend, ...]:
     """Return the backends, the fastest first. One that leads does so for plain negatives alone."""
-    if of_classes is None or not needs.keys() <= {"device_scale"}:
+    if of_classes is None or needs:
         return _BY_PRIORITY
     for row in _BY_PRIORITY:
         if row.leads and row.device_type == device.type and _leads(row.name, device) == of_classes:

@@ -39,7 +39,7 @@ class HeadOptions:
         check_scale(self.scale)
         check_sub_centers(self.sub_centers)
         check_number("label_smoothing", self.label_smoothing, FROM_0_TO_1)
-        others = {name: text for name, text in self.needs().items() if name != "device_scale"}
+        others = self.needs()
         if self.label_smoothing > 0 and others:
             beside = next(iter(others.values())).rpartition(" of ")[2]
             raise ValueError(
@@ -77,8 +77,6 @@ class HeadOptions:
             needs["binary_losses"] = f"the binary losses of {type(self.margin).__name__}"
         if self.sub_centers > 1:
             needs["sub_centers"] = f"sub_centers={self.sub_centers}"
-        if self.scale_changes:
-            needs["device_scale"] = self._scale_text()
         return needs
 
     def check_step(self, target: object, num_classes: int, device: torch.device) -> None:
