@@ -84,8 +84,8 @@ def test_products_have_the_embeddings_dtype(
     shift = torch.linspace(-3, 3, 6, dtype=torch.float64, device=device)
     expected = plain_torch.class_stats(x.double(), w.to(product).double(), target, 20.0, shift, False)
     total, maximum, _ = cuda.class_stats(x, w, target, 20.0, shift, False)
-    torch.testing.assert_close(total.double(), expected[0], rtol=2e-6, atol=0)
-    torch.testing.assert_close(maximum.double(), expected[1], rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(total.double(), expected[0], rtol=1e-5, atol=0)
+    torch.testing.assert_close(maximum.double(), expected[1], rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtypes", [FP32, BF16, FP16])

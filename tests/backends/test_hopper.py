@@ -116,8 +116,8 @@ def test_without_gradients(N: int, pair: tuple[str, str], device: str) -> None:
     shift = torch.linspace(-3, 3, N, dtype=torch.float64, device=device)
     expected = plain_torch.class_stats(x.double(), w.to(torch.bfloat16).double(), target, 20.0, shift, False)
     total, maximum, nothing = cuda.class_stats(x, w, target, 20.0, shift, False)
-    torch.testing.assert_close(total.double(), expected[0], rtol=2e-6, atol=0)
-    torch.testing.assert_close(maximum.double(), expected[1], rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(total.double(), expected[0], rtol=1e-5, atol=0)
+    torch.testing.assert_close(maximum.double(), expected[1], rtol=1e-5, atol=1e-6)
     assert nothing.numel() == 0
     assert torch.equal(cuda.class_max(x, w, target), maximum)
     assert _precisions() == {"hopper"}

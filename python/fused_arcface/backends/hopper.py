@@ -28,7 +28,8 @@ class HopperConfig:
     cluster: int = 2
     """Blocks that fetch for each other, 1 or 2. Two read half as much out of L2 and wait for each other."""
     ordered: bool = True
-    """If true, a tile's second product waits for the next tile's first, and runs under that one's exponentials."""
+    """If true, a tile's second product waits for the next tile's first, and runs under that one's exponentials. In a
+    pass without second products, the products of two warpgroups take turns."""
     center_bytes: int = 33 << 20
     """Size of one launch's packed centers, if centers are not plain bf16 rows, and of its fp32 gradient, if the kernel
     cannot write the gradient's dtype or strides. 33,792 packed centers are four blocks of 64 for each of 132
