@@ -158,7 +158,8 @@ MUTANTS = (
     Mutant("no wait for an empty slot", "totals.h", "    barrier_wait(&s.empty[slot.place], slot.parity ^ 1);\n", ""),
     Mutant("turns that never come", "totals.h", "(j + group + 1) & 1", "(j + group) & 1"),
     Mutant("a tile mended by both warpgroups", "totals.h", "if (threadIdx.x < kWarpGroup) Forward", "Forward"),
-    Mutant("no wait for the other one's mending", "totals.h", "named_sync<2, kTotalGroups * kWarpGroup>();", ""),
+    Mutant("no wait for the other one's mending", "totals.h", "named_sync<2, kTotalGroups * kWarpGroup>();", "",
+           which="all"),  # in order, the turns make the second one wait
     Mutant("stationary rows in place of a tile", "totals.h", "item - kTotalGroups + 1 : 0", "item - kTotalGroups : 0"),
     Mutant("pairs of blocks that overlap", "totals.h", "kTotalGroups * static_cast<int>(blockIdx.x)",
            "static_cast<int>(blockIdx.x)"),

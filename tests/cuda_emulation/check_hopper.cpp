@@ -162,7 +162,7 @@ int main(int argc, char** argv) {
     check_all({70, 330, 2, 2, true, false}, quick ? 2 : 0, quick ? 3 : 1);
     check_all({130, 265, 6, 1, true, true}, quick ? 1 : 0, quick ? 3 : 1);
     if (!quick) check_all({5, 263, 2, 1, false, false}, 0, 1);
-    if (!quick) check_all({5, 400, 6, 2, false, true}, 0, 1);
+    if (!quick) check_all({66, 400, 6, 2, false, true}, 0, 1);
   }
   std::printf("bank conflicts: %lld\n", static_cast<long long>(emulation::bank_conflicts()));
   return failures > 0 || emulation::bank_conflicts() > 0;
