@@ -259,5 +259,3 @@ def test_wrong_scales() -> None:
         fa.MarginHead(D, C, margin=fa.MVSoftmax(), scale=learned())
     with pytest.raises(TypeError, match="AdaCos: delayed must be a bool; got int"):
         fa.AdaCos(delayed=1)
-    with pytest.raises(ValueError, match=r"backend 'cuda' does not have scale=AdaCos\(\)"):
-        fa.backends.select("cuda", x.device, needs=fa.MarginHead(D, C, scale=fa.AdaCos()).options.needs())

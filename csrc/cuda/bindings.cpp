@@ -15,17 +15,16 @@ namespace {
 
 // (sub-centers, thresholds or 0, coefficients or 0)
 using NegativesTuple = std::tuple<int, uintptr_t, uintptr_t>;
-// (bytes of a chunk's exponentials, bytes of its centers, multiprocessors, cluster, ordered, negatives), (device index,
-// cudaStream_t)
-using OptionsTuple = std::tuple<int64_t, int64_t, int, int, bool, NegativesTuple>;
+// (bytes of a chunk's exponentials, bytes of its centers, multiprocessors, cluster, ordered, negatives, scale on the
+// device or 0), (device index, cudaStream_t)
+using OptionsTuple = std::tuple<int64_t, int64_t, int, int, bool, NegativesTuple, uintptr_t>;
 using StreamTuple = std::tuple<int, uintptr_t>;
 
 PassOptions to_options(const OptionsTuple& options) {
-  const auto& [exponential_bytes, center_bytes, multiprocessors, cluster, ordered, negatives] = options;
+  const auto& [exponential_bytes, center_bytes, multiprocessors, cluster, ordered, negatives, scale] = options;
   const auto& [sub_centers, threshold, coefficients] = negatives;
-  return {exponential_bytes, center_bytes,
-          multiprocessors,   cluster,
-          ordered,           {sub_centers, pointer<const float>(threshold), pointer<const double>(coefficients)}};
+  const Negatives rule{sub_centers, pointer<const float>(threshold), pointer<const double>(coefficients)};
+  return {exponential_bytes, center_bytes, multiprocessors, cluster, ordered, rule, pointer<const double>(scale)};
 }
 Stream to_stream(const StreamTuple& stream) {
   const auto& [device, handle] = stream;

@@ -33,9 +33,10 @@ struct PassOptions {
   int64_t exponential_bytes;  // of one chunk's exponentials or of their gradient, (N, classes)
   int64_t center_bytes;       // of one chunk's packed centers; of Hopper's passes also of an fp32 gradient to be cast
   int multiprocessors;
-  int cluster = 1;           // of Hopper's passes: blocks that fetch for each other, 1 or 2
-  bool ordered = true;       // and whether a tile's second product waits for the next one's first
-  Negatives negatives = {};  // Hopper's passes take plain ones alone
+  int cluster = 1;                // of Hopper's passes: blocks that fetch for each other, 1 or 2
+  bool ordered = true;            // and whether a tile's second product waits for the next one's first
+  Negatives negatives = {};       // Hopper's passes take plain ones alone
+  const double* scale = nullptr;  // or null; in place of the arguments' scale, known to the device alone
 };
 
 // The passes in one precision. `workspace` has the bytes that a call without one returns, aligned to 256.
@@ -50,7 +51,7 @@ struct Passes {
 };
 
 // The same on compute capability 9.0 alone (hopper/): embeddings of bf16 and 512 columns; centers of any dtype, which
-// are rounded to bf16. negative_sum and center_sum are wanted.
+// are rounded to bf16.
 struct HopperPasses {
   static int64_t class_stats(const ClassStatsArgs& args, const int64_t* class_count, const PassOptions& options,
                              void* workspace, const Stream& stream);

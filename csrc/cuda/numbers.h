@@ -46,6 +46,13 @@ __device__ __forceinline__ void convert(float x, double* to) { *to = x; }
 __device__ __forceinline__ void convert(float x, BFloat16* to) { *to = to_bf16(x); }
 __device__ __forceinline__ void convert(float x, Float16* to) { *to = to_fp16(x); }
 
+template <typename T>
+__device__ __forceinline__ float rounded(float x) {
+  T as_stored;
+  convert(x, &as_stored);
+  return to_float(as_stored);
+}
+
 // As a gradient. In fp16 an overflow is infinite, but for rows shorter than epsilon, which `is_short` says: their
 // finite numbers saturate.
 template <typename T>

@@ -4,7 +4,6 @@
 #pragma once
 
 #include <algorithm>
-#include <type_traits>
 
 #include "negatives.h"
 #include "products.h"
@@ -39,6 +38,7 @@ struct Pass {
   const Matrix& weight;
   RowSelection classes;  // rows of weight that take part
   const Negatives& negatives;
+  const double* device_scale;
   const Stream& stream;
   Arena arena;
   Panel x, w;
@@ -53,21 +53,22 @@ struct Pass {
         weight(weight),
         classes(classes),
         negatives(options.negatives),
+        device_scale(options.scale),
         stream(stream),
         arena(workspace) {
     this->classes.per_tile = kTile / negatives.sub_centers * negatives.sub_centers;
     const int64_t width = round_up(embeddings.columns, kTile);
     // One tile where there are no rows: a step of the centers has momentum and weight decay even so.
     x = take_panel(round_up(std::max<int64_t>(embeddings.rows, 1), kTile), width);
-    // As many classes as the budgets allow and waves are full, at least one tile of them, at most all.
+    // As many classes as the budgets allow and fill the multiprocessors, at least one tile of them, at most all.
     int64_t chunk = options.center_bytes / (width * static_cast<int64_t>(sizeof(First)));
     if (kind != Kind::kSummed)
       chunk = std::min(chunk, options.exponential_bytes / (x.rows * static_cast<int64_t>(sizeof(Second))));
-    // Of the forward pass the first product has the most blocks a tile of classes, and the second is split; of the
-    // backward pass the second has the fewest.
-    const int64_t blocks = kind == Kind::kGradient ? width / kTile : x.rows / kTile;
-    const int64_t tiles =
-        fullest_tiles(blocks, tiles_of(classes.count), std::max<int64_t>(chunk / kTile, 1), options.multiprocessors);
+    const int64_t most = std::max<int64_t>(chunk / kTile, 1), needed = tiles_of(classes.count);
+    const ChunkProduct first{x.rows / kTile, width}, second{width / kTile, x.rows};
+    // The second product of a forward pass is split, whatever the chunk.
+    const int64_t tiles = kind == Kind::kGradient ? best_tiles({first, second}, needed, most, options.multiprocessors)
+                                                  : best_tiles({first}, needed, most, options.multiprocessors);
     w = take_panel(tiles * kTile, width);
     terms = {arena.take<float>(x.rows), arena.take<float>(x.rows),   arena.take<float>(x.rows),
              arena.take<float>(x.rows), arena.take<int64_t>(x.rows), !negatives.plain()};
@@ -92,19 +93,16 @@ struct Pass {
   }
   template <typename Source>
   void pack_from(const Matrix& m, const RowSelection& rows, const Panel& panel) const {
-    // 16-bit products are for operands that are stored so: no number is rounded for one.
-    if constexpr (std::is_same_v<First, float> || std::is_same_v<First, Source>) {
-      launch("pack_rows", pack_rows_kernel<Source, precision>, {ceil_div(panel.rows, kRowThreads / kWarp)}, kRowThreads,
-             0, stream, static_cast<const Source*>(m.data), m.row_stride, m.column_stride, rows,
-             static_cast<int>(m.columns), panel);
-    }
+    launch("pack_rows", pack_rows_kernel<Source, precision>, {ceil_div(panel.rows, kRowThreads / kWarp)}, kRowThreads,
+           0, stream, static_cast<const Source*>(m.data), m.row_stride, m.column_stride, rows,
+           static_cast<int>(m.columns), panel);
   }
 
   void start(double scale, const double* shift, const int64_t* target, const float* negative_coefficient,
              const float* target_coefficient) const {
     pack(embeddings, {0, embeddings.rows, nullptr, nullptr, embeddings.rows}, x);
     launch("row_terms", row_terms_kernel, {ceil_div(x.rows, kRowThreads)}, kRowThreads, 0, stream, x, embeddings.rows,
-           scale, shift, target, negative_coefficient, target_coefficient, terms);
+           scale, device_scale, shift, target, negative_coefficient, target_coefficient, terms);
   }
 
   // fn(chunk, grid of its tiles) for each chunk, packed.
@@ -138,7 +136,7 @@ int64_t Passes<precision>::class_stats(const ClassStatsArgs& args, const int64_t
   // Splits of the classes: each at least a tile of them deep, and their partial sums within 64 MiB.
   const int64_t within = (int64_t{64} << 20) / (x.rows * x.width * static_cast<int64_t>(sizeof(float)));
   const int64_t most = std::clamp<int64_t>(within, 1, pass.w.rows / kTile);
-  const int64_t splits = fullest_splits(x.rows / kTile * (x.width / kTile), most, options.multiprocessors);
+  const int64_t splits = best_splits(x.rows / kTile * (x.width / kTile), most, options.multiprocessors);
   float* const partial = stored ? pass.arena.template take<float>(splits * x.rows * x.width) : nullptr;
   if (pass.arena.counting()) return pass.arena.used();
 

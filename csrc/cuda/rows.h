@@ -68,7 +68,8 @@ __device__ __forceinline__ void fill_zero(T* at) {
   *reinterpret_cast<Four<T>*>(at) = Four<T>{};
 }
 
-// A warp a row of the panel.
+// A warp a row of the panel. Rows of another dtype than First's are rounded once, and their norms are those of the
+// rounded rows.
 template <typename Source, Precision precision>
 __global__ void __launch_bounds__(kRowThreads)
     pack_rows_kernel(const Source* data, int64_t row_stride, int64_t column_stride, RowSelection selection, int columns,
@@ -111,6 +112,7 @@ __global__ void __launch_bounds__(kRowThreads)
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       x[i] *= factor;
+      if constexpr (sizeof(First) == 2) x[i] = rounded<First>(x[i]);  // exact for a row that is stored so
       squares += x[i] * x[i];
       if (precision == Precision::kTf32) x[i] = round_to_tf32(x[i]);
     }
@@ -126,10 +128,11 @@ __global__ void __launch_bounds__(kRowThreads)
   panel.reciprocal[row] = static_cast<float>(norm < kNormEpsilon ? -1 / floored : 1 / floored);
 }
 
-// Coefficients are null in the forward pass, shift may be.
+// Coefficients are null in the forward pass, shift may be. device_scale, where it is not null, is the scale.
 static __global__ void __launch_bounds__(kRowThreads)
-    row_terms_kernel(Panel x, int64_t count, double scale, const double* shift, const int64_t* target,
-                     const float* negative_coefficient, const float* target_coefficient, RowTerms terms) {
+    row_terms_kernel(Panel x, int64_t count, double scale, const double* device_scale, const double* shift,
+                     const int64_t* target, const float* negative_coefficient, const float* target_coefficient,
+                     RowTerms terms) {
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kRowThreads + threadIdx.x;
   if (i >= x.rows) return;
   const bool present = i < count;
@@ -138,6 +141,7 @@ static __global__ void __launch_bounds__(kRowThreads)
   const double lost = fabs(exact) <= 1e300 ? static_cast<double>(rounded) - exact : 0;
   const float correction = static_cast<float>(exp2(lost));
   const double inverse = terms.of_cosine ? 1.0 : x.inverse[i];
+  if (device_scale != nullptr) scale = *device_scale;
   terms.scale[i] = present ? static_cast<float>(inverse * scale * kLog2e) : 0.0f;
   terms.shift[i] = rounded;
   terms.target[i] = present ? target[i] : -1;

@@ -143,14 +143,14 @@ __global__ void __launch_bounds__(kThreads, 2)
       const int64_t row = first_row + place.column + n * 8 + i;
       const float scale = terms.scale[row], shift = terms.shift[row], factor = terms.factor[row];
       const float of_target = terms.target_coefficient[row];
-      const int64_t target = terms.target[row] - chunk.classes.first - first_class;
+      const int target = target_in_tile(terms, row, chunk, first_class) - place.row;
 #pragma unroll
       for (int m = 0; m < kTilesM; ++m)
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           float& value = acc[m][n][2 * half + i];
           const float exponential = exp2_approximate(fmaf(value * inverse[m][half], scale, -shift));
-          const bool is_target = place.row + m * 16 + half * 8 == target;
+          const bool is_target = m * 16 + half * 8 == target;
           const float rounded = rounded_operand<precision>(is_target ? of_target : factor * exponential);
           sums[m][half] += rounded * value;
           value = rounded;

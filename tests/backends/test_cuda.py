@@ -69,6 +69,25 @@ def test_stages_with_targets_elsewhere(device: str) -> None:
     torch.testing.assert_close(cuda.target_cosine(x, w, target), plain_torch.target_cosine(x, w, target))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("w_dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_products_have_the_embeddings_dtype(
+    dtype: torch.dtype, w_dtype: torch.dtype, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Centers of another dtype are rounded to 16 bits once: the results are those of centers that are stored so."""
+    names = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+    monkeypatch.setattr(cuda, "CHUNKS", cuda.ChunkConfig(0, 0))
+    x, w, target, _ = inputs_on(Case(6, 140, 16), device)
+    x, w = x.to(dtype), w.to(w_dtype)
+    assert cuda._precision(x) == names[dtype]
+    product = torch.float32 if dtype == torch.float32 else dtype
+    shift = torch.linspace(-3, 3, 6, dtype=torch.float64, device=device)
+    expected = plain_torch.class_stats(x.double(), w.to(product).double(), target, 20.0, shift, False)
+    total, maximum, _ = cuda.class_stats(x, w, target, 20.0, shift, False)
+    torch.testing.assert_close(total.double(), expected[0], rtol=1e-5, atol=0)
+    torch.testing.assert_close(maximum.double(), expected[1], rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("dtypes", [FP32, BF16, FP16])
 @pytest.mark.parametrize("count", [0, 1, 128, 130])
 def test_classes_past_the_count_are_padding(
@@ -203,7 +222,7 @@ def test_workspace_is_small_whatever_the_classes(precision: str, code: int) -> N
     """What a pass asks for, without running it: N = 4096, D = 512 on 132 multiprocessors."""
     unread, D = 16, 512
     forward, backward = (
-        (stored, cuda.CHUNKS.center_bytes, 132, 1, True, (1, 0, 0))
+        (stored, cuda.CHUNKS.centers(precision), 132, 1, True, (1, 0, 0), 0)
         for stored in (cuda.CHUNKS.exponential_bytes, cuda.CHUNKS.gradient_bytes)
     )
     kernels, needed = cuda_emulated.module(), set()
@@ -279,11 +298,11 @@ def test_real_sizes_on_a_gpu(dtypes: tuple[str, str], D: int, monkeypatch: pytes
 @pytest.mark.parametrize(
     "lines",
     [
-        "torch.set_float32_matmul_precision('high'); assert cuda._precision(x, x) == 'tf32'",
-        "torch.set_float32_matmul_precision('highest'); assert cuda._precision(x, x) == 'float32'",
-        "torch.backends.cuda.matmul.fp32_precision = 'tf32'; assert cuda._precision(x, x) == 'tf32'",
-        "torch.backends.cuda.matmul.fp32_precision = 'ieee'; assert cuda._precision(x, x) == 'float32'",
-        "torch.backends.fp32_precision = 'tf32'; assert cuda._precision(x, x) == 'tf32'",
+        "torch.set_float32_matmul_precision('high'); assert cuda._precision(x) == 'tf32'",
+        "torch.set_float32_matmul_precision('highest'); assert cuda._precision(x) == 'float32'",
+        "torch.backends.cuda.matmul.fp32_precision = 'tf32'; assert cuda._precision(x) == 'tf32'",
+        "torch.backends.cuda.matmul.fp32_precision = 'ieee'; assert cuda._precision(x) == 'float32'",
+        "torch.backends.fp32_precision = 'tf32'; assert cuda._precision(x) == 'tf32'",
     ],
 )
 def test_precision_by_the_older_and_the_newer_setting(lines: str) -> None:

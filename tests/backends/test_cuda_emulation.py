@@ -52,16 +52,20 @@ def test_kernels_agree_with_plain_loops() -> None:
         ("splits 128 8 132", 2),  # 256 of 264; no count up to 8 does better
         ("splits 4 72 132", 65),  # 260 of 264
         ("splits 300 1 132", 1),
-        # Four blocks a tile of classes are D = 512.
-        ("tiles 4 7813 72 108", 54),  # 216 of 216
-        ("tiles 4 7813 72 132", 66),  # 264 of 264
-        ("tiles 4 40 72 132", 40),  # all there are
-        ("tiles 32 7813 24 108", 20),  # 640 of 648, where 24 fill 768 of 864
-        ("tiles 4 7813 1 132", 1),
+        # A forward pass at N = 1024: eight blocks a tile of classes. 528 of 528 places, 572 would take a third round.
+        ("first 7813 72 132 8 512", 66),
+        # A backward pass at N = 1024, D = 512: the second product has four blocks a tile, of twice the depth.
+        ("both 7813 72 132 8 512 4 1024", 66),  # 528 and 264 of 264: two rounds and one
+        # 264 and 132, which are alone; 36 tiles have 24 and 12 blocks too many: 45 % more time for a class.
+        ("both 7813 36 132 8 512 4 1024", 33),
+        ("both 7813 72 132 32 512 4 4096", 66),
+        ("both 7813 72 108 32 512 4 4096", 54),  # 1728 and 216 of 216
+        ("both 40 72 132 8 512 4 1024", 40),  # all there are
+        ("both 7813 1 132 8 512 4 1024", 1),
     ],
 )
 def test_blocks_fill_their_waves(choice: str, expected: int) -> None:
-    """Two blocks on each of 108 or 132 multiprocessors, worked out by hand."""
+    """Two blocks on each of 108 or 132 multiprocessors, worked out by hand; one alone takes 0.65 of their time."""
     result = _run(cuda_emulated.waves(), *choice.split())
     assert result.returncode == 0 and int(result.stdout) == expected
 

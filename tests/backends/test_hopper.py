@@ -22,7 +22,7 @@ from fused_arcface.app.cli import doctor
 from fused_arcface.backends import cuda, hopper, native
 from fused_arcface.backends import torch as plain_torch
 from fused_arcface.base import keyed_random
-from fused_arcface.engine.terms import CenterStep, RowGradients
+from fused_arcface.engine.terms import CenterStep, Negatives, RowGradients
 
 
 def _no_gpu() -> str | None:
@@ -72,8 +72,7 @@ def _precisions() -> set[str]:
 @pytest.mark.parametrize("case", CORE, ids=str)
 def test_agrees_with_the_reference(case: Case, device: str) -> None:
     check(case, device)
-    # Only the pass for the greatest cosine, which large scales need, has no second product.
-    assert _precisions() == {"hopper"} | ({"bfloat16"} if case.scale > 80 else set())
+    assert _precisions() == {"hopper"}
 
 
 @pytest.mark.full
@@ -107,6 +106,21 @@ def test_classes_past_the_count_are_padding(count: int, pair: tuple[str, str], d
     ):
         size = right.abs().nan_to_num(0, 0, 0).max().item()
         torch.testing.assert_close(result, right, rtol=rtol, atol=rtol * size)
+
+
+@pytest.mark.parametrize("pair", [("bfloat16", "bfloat16"), ("bfloat16", "float32")])
+@pytest.mark.parametrize("N", [1, 64, 65, 200])
+def test_without_gradients(N: int, pair: tuple[str, str], device: str) -> None:
+    """A kernel without a second product gives the same sums and maxima, also where only the maxima are wanted."""
+    x, w, target, _ = inputs_on(Case(N, 330, 512, *pair), device)
+    shift = torch.linspace(-3, 3, N, dtype=torch.float64, device=device)
+    expected = plain_torch.class_stats(x.double(), w.to(torch.bfloat16).double(), target, 20.0, shift, False)
+    total, maximum, nothing = cuda.class_stats(x, w, target, 20.0, shift, False)
+    torch.testing.assert_close(total.double(), expected[0], rtol=1e-5, atol=0)
+    torch.testing.assert_close(maximum.double(), expected[1], rtol=1e-5, atol=1e-6)
+    assert nothing.numel() == 0
+    assert torch.equal(cuda.class_max(x, w, target), maximum)
+    assert _precisions() == {"hopper"}
 
 
 def test_targets_elsewhere(device: str) -> None:
@@ -149,12 +163,12 @@ def test_rows_of_any_norm(weight_dtype: torch.dtype, device: str) -> None:
 
 
 def test_nothing_is_chosen_that_does_not_fit(device: str) -> None:
-    """Other widths, dtypes and passes are the portable kernels'."""
+    """Other widths and dtypes, and negatives that are not plain, are the portable kernels'."""
     for case in (Case(3, 5, 512, "float16", "float16"), Case(3, 5, 256, "bfloat16", "bfloat16"), Case(3, 5, 512)):
         x, w, target, _ = inputs_on(case, device)
         cuda.class_stats(x, w, target, 20.0, None, True)
     x, w, target, _ = inputs_on(Case(3, 5, 512, "bfloat16", "bfloat16"), device)
-    cuda.class_stats(x, w, target, 20.0, None, False)
+    cuda.class_stats(x, w[:4], target % 4, 20.0, None, True, negatives=Negatives(sub_centers=2))
     assert "hopper" not in _precisions()
 
 
@@ -193,7 +207,7 @@ def _gradient(x: torch.Tensor, w: torch.Tensor, target: torch.Tensor, gradients:
     """The gradient by the rows of w in fp32, as the kernel hands it to a step."""
     d_weight = torch.empty(w.shape, device=w.device)
     stream, multiprocessors = cuda._device(w)
-    options = (0, 0, multiprocessors, 2, True, (1, 0, 0))
+    options = (0, 0, multiprocessors, 2, True, (1, 0, 0), 0)
 
     def run(workspace: int) -> int:
         return cuda._kernels.weight_grad(
@@ -293,7 +307,7 @@ def test_deterministic_to_the_bit(device: str) -> None:
 def test_workspace_is_small_whatever_the_classes(code: int, most: float) -> None:
     """What a pass asks for, without running it: N = 4096 on 132 multiprocessors, bf16 and fp32 centers."""
     unread, D = 16, 512
-    rest = (0, (0, hopper.HopperConfig().center_bytes, 132, 2, True, (1, 0, 0)), 0, (0, 0))
+    rest = (0, (0, hopper.HopperConfig().center_bytes, 132, 2, True, (1, 0, 0), 0), 0, (0, 0))
     kernels, needed = cuda_emulated.module(), set()
     for C in (3_000_000, 100_000_000):
         x, w = (unread, 2, 4096, D, D, 1), (unread, code, C, D, D, 1)

@@ -53,22 +53,23 @@ class Mutant:
 
 
 WEIGHTS_DONE = "      fence_async();\n      barrier_arrive(&s.weights_full"
-FIRST_HALF = "      barrier_wait(&s.full[slot.place][0], slot.parity);\n      if (rows.mends(j))"
-SECOND_HALF = "      barrier_wait(&s.full[slot.place][1], slot.parity);\n      product_fence();  //"
+FIRST_HALF = "  barrier_wait(&s.full[slot.place][0], slot.parity);\n  if (rows.mends(j))"
+SECOND_HALF = "  barrier_wait(&s.full[slot.place][1], slot.parity);\n  product_fence();  //"
 ROOM = "barrier_wait(&s.weights_empty[turn.place()], turn.parity() ^ 1);"
 REFILL = "        barrier_wait(&s.empty[slot.place], slot.parity);\n        refill(slot.place, block, j + 1);"
 REFILL_STATIONARY = "      barrier_wait(&s.empty[slot.place], slot.parity);\n      refill(slot.place, block, 0);"
 SUMS_DONE = "      product_wait(u);\n      release<cluster>(&s.empty[slot.place], lane, 1);"
 WRITTEN = "numbers, mine, kColumns);\n    named_sync<2, 2 * kWarpGroup>();\n"
 STEPPED = "    named_sync<2, 2 * kWarpGroup>();  // before"
+TERMS_READ = "    __syncwarp();  // all lanes have read the terms"
 MUTANTS = (
     # Barriers, phases and fences.
     Mutant("no fence after the weights", "block.h", WEIGHTS_DONE, WEIGHTS_DONE.split("\n")[1], full=False),
     Mutant("no fence before the scores", "block.h",
-           "      product_fence();\n#pragma unroll\n      for (int k = 0; k < kSt",
-           "#pragma unroll\n      for (int k = 0; k < kSt"),
-    Mutant("no wait for the first half", "block.h", FIRST_HALF, "      if (rows.mends(j))"),
-    Mutant("no wait for the second half", "block.h", SECOND_HALF, "      product_fence();  //"),
+           "  product_fence();\n#pragma unroll\n  for (int k = 0; k < kSt",
+           "#pragma unroll\n  for (int k = 0; k < kSt"),
+    Mutant("no wait for the first half", "block.h", FIRST_HALF, "  if (rows.mends(j))"),
+    Mutant("no wait for the second half", "block.h", SECOND_HALF, "  product_fence();  //"),
     Mutant("no wait for the weights' place", "block.h", ROOM, ""),
     Mutant("the weights' place a phase late", "block.h", ROOM, ROOM.replace(" ^ 1", "")),
     Mutant("no wait for the weights", "block.h", "barrier_wait(&s.weights_full[turn.place()], turn.parity());", "",
@@ -78,8 +79,8 @@ MUTANTS = (
     Mutant("a slot released before its products", "block.h", SUMS_DONE, "\n".join(reversed(SUMS_DONE.split("\n")))),
     Mutant("a slot released in its own block alone", "block.h", "barrier_arrive_at(empty, lane % cluster);",
            "barrier_arrive_at(empty, cluster_rank());"),
-    Mutant("a slot released by one block", "block.h", "barrier_init(&s.empty[i], kSumWarps * cluster);",
-           "barrier_init(&s.empty[i], kSumWarps);"),
+    Mutant("a slot released by one block", "block.h", "barrier_init(&s.empty[i], kReadingWarps * cluster);",
+           "barrier_init(&s.empty[i], kReadingWarps);"),
     Mutant("a slot released half", "block.h", "at.lane, 2);  // four warps", "at.lane, 1);  // four warps"),
     Mutant("no wait for the scores", "block.h", "      product_wait(d);\n", ""),
     Mutant("no wait for the sums", "block.h", "      product_wait(u);\n", ""),
@@ -143,6 +144,27 @@ MUTANTS = (
            "weight[i] = exponential * inverse;", "weight[i] = exponential;"),
     Mutant("a tile less", "forward.h", "(present + kRows - 1) / kRows - first", "present / kRows - first"),
     Mutant("sums that begin as they are", "forward.h", "center_sum[i] = 0", "center_sum[i] *= 1"),
+    # The forward pass without the centers' sum.
+    Mutant("both warpgroups' rows the same", "totals.h", "walk.first_block + group", "walk.first_block", full=False),
+    Mutant("the stationary rows' slot released by half of the warps", "totals.h",
+           "    __syncwarp();\n    release<cluster>(&s.empty[slot.place], at.lane, 1);\n",
+           "    if (i == group) release<cluster>(&s.empty[slot.place], at.lane, 1);\n"),
+    Mutant("the stationary rows' slot released for the other warpgroup", "totals.h",
+           "    __syncwarp();\n    release<cluster>(&s.empty[slot.place], at.lane, 1);\n",
+           "    if (i == group) release<cluster>(&s.empty[slot.place], at.lane, 2);\n"),
+    Mutant("a tile of totals that is never released", "totals.h",
+           TERMS_READ + "\n    release<cluster>(&s.empty[slot.place], at.lane, 1);\n", ""),
+    Mutant("no wait for the totals' scores", "totals.h", "    product_wait(d);\n", ""),
+    Mutant("no wait for an empty slot", "totals.h", "    barrier_wait(&s.empty[slot.place], slot.parity ^ 1);\n", ""),
+    Mutant("turns that never come", "totals.h", "(j + group + 1) & 1", "(j + group) & 1"),
+    Mutant("a tile mended by both warpgroups", "totals.h", "if (threadIdx.x < kWarpGroup) Forward", "Forward"),
+    Mutant("no wait for the other one's mending", "totals.h", "named_sync<2, kTotalGroups * kWarpGroup>();", "",
+           which="all"),  # in order, the turns make the second one wait
+    Mutant("stationary rows in place of a tile", "totals.h", "item - kTotalGroups + 1 : 0", "item - kTotalGroups : 0"),
+    Mutant("pairs of blocks that overlap", "totals.h", "kTotalGroups * static_cast<int>(blockIdx.x)",
+           "static_cast<int>(blockIdx.x)"),
+    Mutant("more registers than there are, totals", "totals.h", "kTotalRegisters = 216", "kTotalRegisters = 224"),
+    Mutant("totals of half of the blocks", "passes.cu", "stored ? 1 : kTotalGroups;", "1;"),
     # The backward pass.
     Mutant("no coefficient of the target", "backward.h",
            "gradient[i] = batch[i].target_coefficient;", "gradient[i] += 0;"),
@@ -158,7 +180,7 @@ MUTANTS = (
     Mutant("a gradient of the next block too early", "block_end.h", STEPPED, "    // before", which="all"),
     Mutant("one gradient for all blocks", "block_end.h", "static_cast<int64_t>(blockIdx.x) * kRows", "int64_t{0}"),
     Mutant("steps of the first block's rows", "block_end.h", "selection.row(first + row)", "selection.row(row)"),
-    Mutant("steps of half of the rows", "block_end.h", "row += kSumWarps)", "row += 2 * kSumWarps)"),
+    Mutant("steps of half of the rows", "block_end.h", "row += kReadingWarps)", "row += 2 * kReadingWarps)"),
     Mutant("a projection of odd rows as they are", "backward.h", "(inverse[h] * s.block.factor[row])", "inverse[h]"),
     Mutant("odd rows as they are, backward", "prepare.h", "    mine.multiply(factor);\n    measure", "    measure"),
     # Rows before the passes, chunks.

@@ -35,7 +35,9 @@ pytestmark = [pytest.mark.slow, pytest.mark.skipif(_missing() is not None, reaso
 
 ENTRY, SCORES, SUMS, THREADS = 168, 184, 160, 128
 """Registers of a thread at a kernel's entry and in the two roles, threads of a warpgroup: csrc/cuda/hopper/block.h."""
-KERNELS = {"class_sums_kernel": 2, "weight_grad_kernel": 6}
+TOTALS, FILLING = 216, 72
+"""The same of class_totals_kernel, two warpgroups of which have scores: csrc/cuda/hopper/totals.h."""
+KERNELS = {"class_sums_kernel": 2, "class_totals_kernel": 2, "weight_grad_kernel": 6}
 """The kernels with products, and how many there are of each: by cluster; by a gradient's dtype, and with the step of
 CenterSGD in the tile."""
 
@@ -99,20 +101,24 @@ def test_no_spill_and_no_warning() -> None:
         print(f"{kernel_name(mangled):<28}{registers:>4} registers, {stack} bytes of stack, {stores + loads} spilled")
         assert (stack, stores, loads) == (0, 0, 0), mangled
         assert mangled not in products or registers == ENTRY, mangled
-    assert SCORES + 2 * SUMS == 3 * ENTRY and 3 * ENTRY * THREADS <= 65_536
+    assert SCORES + 2 * SUMS == 2 * TOTALS + FILLING == 3 * ENTRY and 3 * ENTRY * THREADS <= 65_536
 
 
 def test_products_and_copies_are_hopper_s() -> None:
     """Both shapes of product, one with the stationary rows in registers; the registers of the two roles; copies by
     tensor maps, to a cluster where there is one."""
     for mangled, code in _products().items():
+        totals = kernel_name(mangled) == "class_totals_kernel"
         scores = re.findall(r"HGMMA\.64x64x16\.F32\.BF16 R\d+, (\S+),", code)
-        assert sum(operand.startswith("R") for operand in scores) == 28, mangled
-        assert sum(operand.startswith("gdesc") for operand in scores) == 4, mangled
-        assert len(re.findall(r"HGMMA\.64x256x16\.F32\.BF16 R\d+, gdesc\[\w+\]\.tnspB", code)) == 4, mangled
-        assert re.search(rf"USETMAXREG\.TRY_ALLOC\.CTAPOOL \w+, 0x{SCORES:x}", code), mangled
-        assert re.search(rf"USETMAXREG\.DEALLOC\.CTAPOOL 0x{SUMS:x}", code), mangled
-        assert "UTMALDG.2D " in code and "UBLKCP" in code and "LDSM.16.M88.4" in code and "STSM.16.M88.4" in code
+        assert sum(operand.startswith("R") for operand in scores) == (32 if totals else 28), mangled
+        assert sum(operand.startswith("gdesc") for operand in scores) == (0 if totals else 4), mangled
+        sums = re.findall(r"HGMMA\.64x256x16\.F32\.BF16 R\d+, gdesc\[\w+\]\.tnspB", code)
+        assert len(sums) == (0 if totals else 4), mangled
+        more, less = (TOTALS, FILLING) if totals else (SCORES, SUMS)
+        assert re.search(rf"USETMAXREG\.TRY_ALLOC\.CTAPOOL \w+, 0x{more:x}", code), mangled
+        assert re.search(rf"USETMAXREG\.DEALLOC\.CTAPOOL 0x{less:x}", code), mangled
+        assert "UTMALDG.2D " in code and "UBLKCP" in code and "LDSM.16.M88.4" in code, mangled
+        assert ("STSM.16.M88.4" in code) == (not totals), mangled
         assert ("UTMALDG.2D.MULTICAST" in code) == ("kernelILi2E" in mangled), mangled
         assert ("UBLKPF.L2" in code) == ("CenterStep" in mangled), mangled
 

@@ -116,20 +116,21 @@ def test_a_row_of_the_registry(row: backends.registry.Backend, monkeypatch: pyte
 
 
 def test_falling_back_names_each_feature(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two backends that can run and lack the features; Triton's, which has them, cannot run."""
+    """A backend that can run and lacks both features, one that lacks one; then one that has what is needed."""
     reasons = {"triton": "no compiler", "cuda": None}
     monkeypatch.setattr(backends.registry, "_unavailable", reasons.get)
-    needs = {"permutation": "the permutation of a sample", "device_scale": "scale=AdaCos()"}
+    needs = {"permutation": "the permutation of a sample", "binary_losses": "the binary losses of SphereFace2"}
     with pytest.warns(UserWarning, match="blocks of classes") as warned:
         assert backends.select("auto", torch.device("cuda"), needs=needs) == "torch"
     assert [
         str(each.message).removeprefix("backend 'torch' is used, plain PyTorch by blocks of classes, as ")
         for each in warned
     ] == [
-        "'triton' is not available: no compiler",
-        "'cuda' does not have the permutation of a sample and scale=AdaCos()",
+        "'triton' does not have the binary losses of SphereFace2",
+        "'cuda' does not have the permutation of a sample and the binary losses of SphereFace2",
     ]
     monkeypatch.setitem(reasons, "triton", None)
+    del needs["binary_losses"]
     assert backends.select("auto", torch.device("cuda"), needs=needs) == "triton"
 
 

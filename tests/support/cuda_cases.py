@@ -86,11 +86,14 @@ def rounding(case: Case, precision: str) -> tuple[float, float, float]:
     """What products may cost a loss and the two gradients, beside what plain PyTorch in the same dtypes does.
 
     16-bit rows are scaled by powers of two, so their cosines are fp32's; exponentials, and fp16 rows beside them, are
-    rounded to bf16 for the second products: 2⁻⁹ a term and a factor. tf32 rounds both fp32 operands to 2⁻¹², a logit
-    has that times the scale, and so has each probability; its second products round as little.
+    rounded to bf16 for the second products: 2⁻⁹ a term and a factor. Centers of another dtype beside 16-bit rows are
+    rounded to theirs, 2⁻⁹ in bf16 and 2⁻¹² in fp16. tf32 rounds both fp32 operands to 2⁻¹². A logit has such an error
+    times the scale, and so has each probability; tf32's second products round as little.
     """
-    if case.x_dtype == case.w_dtype != "float32":
-        return 0.0, 2.0**-7, 2.0**-7
+    if case.x_dtype != "float32":
+        mixed = case.x_dtype != case.w_dtype
+        logit = case.scale * (2.0**-9 if case.x_dtype == "bfloat16" else 2.0**-12) if mixed else 0.0
+        return logit, 2.0**-7 + 2 * logit, 2.0**-7 + 2 * logit
     logit = 0.0 if precision == "highest" else case.scale * 2.0**-11
     return logit, 2 * logit, 2 * logit
 

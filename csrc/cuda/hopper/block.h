@@ -34,16 +34,17 @@ constexpr int kSteps = kColumns / 16;  // of the scores' depth
 constexpr int kRegisterSteps = 28;     // those whose stationary rows are in registers
 constexpr int kWarpGroup = 128, kBlockThreads = 3 * kWarpGroup;
 constexpr int kScoreRegisters = 184, kSumRegisters = 160;
-constexpr int kSumWarps = 8;
+constexpr int kReadingWarps = 8;  // those that read a tile last: of the two warpgroups of the sums
 static_assert(kSteps - kRegisterSteps == 4, "the steps of one box");
 
 // The accumulators of a thread: of the scores' 64 columns, of the sums' 256.
 using Scores = float[32];
 using Sums = float[128];
 using Weights = uint32_t[16];
-// Numbers of a task. The forward pass keeps two for each thread of the first warpgroup. The backward pass hands two for
-// each stationary row to the warpgroups that write the sums; they lie in the place of the block's last weights.
-using Numbers = float[kWarpGroup];
+// Numbers of a task. The forward pass keeps two for each thread that has scores, of one warpgroup or of two. The
+// backward pass hands two for each stationary row to the warpgroups that write the sums; they lie in the place of the
+// block's last weights.
+using Numbers = float[2 * kWarpGroup];
 // Terms of a block's stationary rows, as in PreparedRows.
 struct BlockTerms {
   float inverse[kRows], reciprocal[kRows], factor[kRows];
@@ -153,16 +154,23 @@ __device__ __forceinline__ void release(uint64_t* empty, int lane, int times) {
   }
 }
 
-// Load the stationary rows from a slot into registers, except for the last box, which is copied. The addresses are
+// Loads the first steps of the stationary rows' depth from a slot into registers.
+template <int steps>
+__device__ __forceinline__ void load_steps(uint32_t (&rows)[steps][4], const char* slot, int t) {
+  const int lane = t % kWarp, row = t / kWarp * 16 + (lane & 15);
+#pragma unroll
+  for (int k = 0; k < steps; ++k)
+    load_matrices(rows[k], slot + k / 4 * kBoxBytes + chunk_offset(row, k % 4 * 2 + (lane >> 4)));
+}
+
+// Loads the stationary rows from a slot into registers, except for the last box, which is copied. The addresses are
 // computed anew for each block, since the loop over the tiles needs the registers.
 template <typename Terms>
 __device__ __forceinline__ void load_stationary(uint32_t (&rows)[kRegisterSteps][4], const char* slot,
                                                 Shared<Terms>& s) {
-  const int t = fresh(threadIdx.x % kWarpGroup), lane = t % kWarp, row = t / kWarp * 16 + (lane & 15);
+  const int t = fresh(threadIdx.x % kWarpGroup);
   named_sync<1, kWarpGroup>();  // no warp's products of the block before read the last box any more
-#pragma unroll
-  for (int k = 0; k < kRegisterSteps; ++k)
-    load_matrices(rows[k], slot + k / 4 * kBoxBytes + chunk_offset(row, k % 4 * 2 + (lane >> 4)));
+  load_steps(rows, slot, t);
   struct alignas(16) Chunk {
     uint32_t word[4];
   };
@@ -172,6 +180,35 @@ __device__ __forceinline__ void load_stationary(uint32_t (&rows)[kRegisterSteps]
                  reinterpret_cast<const Chunk*>(slot + (kBoxes - 1) * kBoxBytes)[i * kWarpGroup + t]);
   fence_async();
   named_sync<1, kWarpGroup>();
+}
+
+// Waits for the first half of a tile, and mends the tile if it has to.
+template <typename Rows, typename Terms>
+__device__ __forceinline__ void receive_tile(const Rows& rows, int j, const Slot& slot, Shared<Terms>& s) {
+  barrier_wait(&s.full[slot.place][0], slot.parity);
+  if (rows.mends(j)) {
+    barrier_wait(&s.full[slot.place][1], slot.parity);
+    rows.mend(j, s.ring[slot.place]);
+  }
+}
+
+// Starts the products of the stationary rows with a tile. Steps that are not in registers are in the last box.
+template <int steps, typename Terms>
+__device__ __forceinline__ void start_scores(Scores& d, const uint32_t (&stationary)[steps][4], const Slot& slot,
+                                             Shared<Terms>& s) {
+  const uint64_t rows_of_tile = rows_of_depth(shared_address(s.ring[slot.place]));
+  const uint64_t last_box = rows_of_depth(shared_address(s.last_box));
+  const auto step = [](uint64_t rows, int k) { return further(rows, k / 4 * kBoxBytes + k % 4 * 32); };
+  product_fence();
+#pragma unroll
+  for (int k = 0; k < kSteps / 2; ++k) multiply_scores(d, stationary[k], step(rows_of_tile, k), k > 0);
+  barrier_wait(&s.full[slot.place][1], slot.parity);
+  product_fence();  // the wait's branch has ended the batch
+#pragma unroll
+  for (int k = kSteps / 2; k < steps; ++k) multiply_scores(d, stationary[k], step(rows_of_tile, k), true);
+#pragma unroll
+  for (int k = steps; k < kSteps; ++k) multiply_scores(d, step(last_box, k - steps), step(rows_of_tile, k));
+  product_commit();
 }
 
 // The first warpgroup.
@@ -191,27 +228,9 @@ __device__ __forceinline__ void make_weights(const Task& task, const Walk& walk,
     slot.advance();
 #pragma unroll 1
     for (int j = 0; j < walk.tiles; ++j) {
-      char* const tile = s.ring[slot.place];
-      const uint64_t rows_of_tile = rows_of_depth(shared_address(tile));
-      const uint64_t last_box = rows_of_depth(shared_address(s.last_box));
-      const auto step = [](uint64_t rows, int k) { return further(rows, k / 4 * kBoxBytes + k % 4 * 32); };
       Scores d;
-      barrier_wait(&s.full[slot.place][0], slot.parity);
-      if (rows.mends(j)) {
-        barrier_wait(&s.full[slot.place][1], slot.parity);
-        rows.mend(j, tile);
-      }
-      product_fence();
-#pragma unroll
-      for (int k = 0; k < kSteps / 2; ++k) multiply_scores(d, stationary[k], step(rows_of_tile, k), k > 0);
-      barrier_wait(&s.full[slot.place][1], slot.parity);
-      product_fence();  // the wait's branch has ended the batch
-#pragma unroll
-      for (int k = kSteps / 2; k < kRegisterSteps; ++k) multiply_scores(d, stationary[k], step(rows_of_tile, k), true);
-#pragma unroll
-      for (int k = kRegisterSteps; k < kSteps; ++k)
-        multiply_scores(d, step(last_box, k - kRegisterSteps), step(rows_of_tile, k));
-      product_commit();
+      receive_tile(rows, j, slot, s);
+      start_scores(d, stationary, slot, s);
       product_wait(d);
       if (at.lane == 0) barrier_arrive(&s.scores_done[turn.place()]);
 
@@ -292,19 +311,19 @@ __device__ __forceinline__ void add_up(const Task& task, const Walk& walk, Share
   }
 }
 
-template <int cluster, typename Task>
-__device__ __forceinline__ void run(const Task& task, const Walk& walk) {
-  auto& s = shared_memory<typename Task::Terms>();
+// Makes the block's barriers. Every thread comes here.
+template <int cluster, typename Terms>
+__device__ __forceinline__ void make_barriers(Shared<Terms>& s) {
   if (threadIdx.x == 0) {
     check_alignment();
     for (int i = 0; i < kSlots; ++i) {
       barrier_init(&s.full[i][0], 1);
       barrier_init(&s.full[i][1], 1);
-      barrier_init(&s.empty[i], kSumWarps * cluster);
+      barrier_init(&s.empty[i], kReadingWarps * cluster);
     }
     for (int i = 0; i < 2; ++i) {
       barrier_init(&s.weights_full[i], kWarpGroup);
-      barrier_init(&s.weights_empty[i], kSumWarps);
+      barrier_init(&s.weights_empty[i], kReadingWarps);
       barrier_init(&s.scores_done[i], kWarpGroup / kWarp);
     }
     barrier_init_fence();
@@ -313,6 +332,12 @@ __device__ __forceinline__ void run(const Task& task, const Walk& walk) {
     cluster_sync();
   else
     __syncthreads();
+}
+
+template <int cluster, typename Task>
+__device__ __forceinline__ void run(const Task& task, const Walk& walk) {
+  auto& s = shared_memory<typename Task::Terms>();
+  make_barriers<cluster>(s);
   if (uniform(threadIdx.x / kWarpGroup) == 0) {
     take_registers<kScoreRegisters>();
     make_weights<cluster>(task, walk, s);

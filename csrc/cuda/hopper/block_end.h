@@ -129,7 +129,7 @@ struct CenterStepOut {
     named_sync<2, 2 * kWarpGroup>();
     const int column = threadIdx.x % kWarp * 4;
 #pragma unroll 1
-    for (int row = threadIdx.x / kWarp - kWarpGroup / kWarp; row < kRows; row += kSumWarps) {
+    for (int row = threadIdx.x / kWarp - kWarpGroup / kWarp; row < kRows; row += kReadingWarps) {
       const int64_t in_weight = selection.row(first + row);
       if (in_weight < 0) continue;  // the whole warp
       Columns<kGroups> by_row;

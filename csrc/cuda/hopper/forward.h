@@ -64,17 +64,18 @@ struct Forward {
     return static_cast<int>(args.selection.present_count()) - first_class();
   }
 
-  // The numbers that a thread of the first warpgroup keeps for its two batch rows.
+  // The numbers that a thread with scores keeps for its two batch rows.
   struct Rows {
     const Forward& task;
     Position at;
+    int block;
     float scale[2], shift[2], largest[2] = {-INFINITY, -INFINITY};
     int target[2];  // in the slice; negative: not there
     float sum[2] = {0, 0};
     int plain;  // tiles before this one have neither padding nor an odd row
 
-    __device__ __forceinline__ Rows(const Forward& task, const Walk& walk, int, char*, Shared<Terms>& s)
-        : task(task), plain(*task.args.classes.odd != 0 ? 0 : task.present() / kRows) {
+    __device__ __forceinline__ Rows(const Forward& task, const Walk& walk, int block, char*, Shared<Terms>& s)
+        : task(task), block(block), plain(*task.args.classes.odd != 0 ? 0 : task.present() / kRows) {
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         s.numbers[h][threadIdx.x] = 0;
@@ -85,9 +86,7 @@ struct Forward {
             in_slice >= 0 && in_slice < static_cast<int64_t>(walk.tiles) * kRows ? static_cast<int>(in_slice) : -1;
       }
     }
-    __device__ __forceinline__ int64_t row(int h) const {
-      return static_cast<int64_t>(blockIdx.x) * kRows + at.row + 8 * h;
-    }
+    __device__ __forceinline__ int64_t row(int h) const { return static_cast<int64_t>(block) * kRows + at.row + 8 * h; }
 
     // Padding may be NaN, and 0 times NaN is NaN.
     __device__ __forceinline__ bool mends(int j) const { return j >= plain; }
@@ -155,14 +154,19 @@ struct Forward {
   };
 };
 
+// Returns how many tiles of classes there are from `first` on, at most those of a slice.
+__device__ __forceinline__ int tiles_of_slice(const ForwardArgs& args, int first) {
+  const int present = static_cast<int>(args.selection.present_count());
+  return min(args.slice, (present + kRows - 1) / kRows - first);
+}
+
 // Grid: (blocks of batch rows, slices). It adds to sums that start_kernel has set to zero.
 template <int cluster>
 __global__ void __cluster_dims__(cluster, 1, 1) __launch_bounds__(kBlockThreads, 1)
     class_sums_kernel(const __grid_constant__ TensorMap batch, const __grid_constant__ TensorMap classes,
                       const __grid_constant__ ForwardArgs args) {
   const int first = static_cast<int>(blockIdx.y) * args.slice;
-  const int present = static_cast<int>(args.selection.present_count());
-  const int tiles = min(args.slice, (present + kRows - 1) / kRows - first);
+  const int tiles = tiles_of_slice(args, first);
   if (tiles <= 0) return;  // all blocks of the cluster
   const Forward task{args, reinterpret_cast<const ClassTerms*>(args.classes.inverse)};
   run<cluster>(task, {&batch, &classes, static_cast<int>(blockIdx.x), 1, static_cast<int>(blockIdx.x) + 1, first, tiles,

@@ -4,6 +4,7 @@
 #include "backward.h"
 #include "forward.h"
 #include "tensor_map.h"
+#include "totals.h"
 
 namespace fa::cuda {
 
@@ -43,14 +44,16 @@ void prepare(const Matrix& m, const RowSelection& selection, PreparedRows rows, 
 // Both passes start with a copy of the batch and the terms of its rows.
 struct Batch {
   const Matrix& embeddings;
+  const double* device_scale;
   int* odd;  // of the classes
   PreparedRows rows;
   RowTerms terms;
 
-  Batch(Arena& arena, const Matrix& embeddings, int cluster)
+  Batch(Arena& arena, const Matrix& embeddings, int multiple, const PassOptions& options)
       : embeddings(embeddings),
+        device_scale(options.scale),
         odd(arena.take<int>(1)),
-        rows(take_rows(arena, round_up(std::max<int64_t>(embeddings.rows, 1), kRows * cluster), true, odd)) {
+        rows(take_rows(arena, round_up(std::max<int64_t>(embeddings.rows, 1), kRows * multiple), true, odd)) {
     terms = {arena.take<float>(rows.rows), arena.take<float>(rows.rows), arena.take<float>(rows.rows),
              arena.take<float>(rows.rows), arena.take<int64_t>(rows.rows)};
   }
@@ -62,7 +65,7 @@ struct Batch {
              const float* target_coefficient, const Stream& stream) const {
     prepare(embeddings, {0, embeddings.rows, nullptr, nullptr, embeddings.rows}, rows, stream);
     launch("row_terms", row_terms_kernel, {ceil_div(rows.rows, kRowThreads)}, kRowThreads, 0, stream, as_panel(rows),
-           embeddings.rows, scale, shift, target, negative_coefficient, target_coefficient, terms);
+           embeddings.rows, scale, device_scale, shift, target, negative_coefficient, target_coefficient, terms);
   }
 };
 
@@ -133,21 +136,26 @@ void launch_weight_grad(const TensorMap& classes, const TensorMap& batch, const 
 int64_t HopperPasses::class_stats(const ClassStatsArgs& args, const int64_t* class_count, const PassOptions& options,
                                   void* workspace, const Stream& stream) {
   const int64_t N = args.embeddings.rows, C = args.weight.rows;
-  const bool copied = !is_plain(args.weight);
+  const bool copied = !is_plain(args.weight), stored = args.center_sum != nullptr;
+  const int per_block = stored ? 1 : kTotalGroups;  // blocks of 64 batch rows
   Arena arena(workspace);
-  const Batch batch(arena, args.embeddings, options.cluster);
+  const Batch batch(arena, args.embeddings, options.cluster * per_block, options);
   const int64_t chunk = copied ? chunk_of(C, true, false, options) : std::min(C, kClassesAtOnce);
   const PreparedRows classes = take_rows(arena, chunk, copied, batch.odd);
   // One round of blocks; each slice of the classes at least a tile.
-  const int64_t slices = std::clamp<int64_t>(options.multiprocessors / batch.blocks(), 1, classes.rows / kRows);
-  const int64_t sums = slices * batch.rows.rows;
+  const int64_t blocks = batch.blocks() / per_block;
+  const int64_t slices = std::clamp<int64_t>(options.multiprocessors / blocks, 1, classes.rows / kRows);
+  const int64_t sums = slices * batch.rows.rows, numbers = stored ? sums * kColumns : 0;
   const RowStats stats{arena.take<float>(sums), arena.take<float>(sums), true};
-  float* const partial = arena.take<float>(sums * kColumns);
+  float* const partial = arena.take<float>(numbers);
   if (arena.counting()) return arena.used();
 
+  const bool pairs = options.cluster == 2;
+  const auto kernel = stored ? (pairs ? class_sums_kernel<2> : class_sums_kernel<1>)
+                             : (pairs ? class_totals_kernel<2> : class_totals_kernel<1>);
   const OnDevice device(stream);
-  launch("start", start_kernel, {4 * int64_t{options.multiprocessors}}, kRowThreads, 0, stream, sums, stats,
-         sums * kColumns, partial, batch.odd);
+  launch("start", start_kernel, {4 * int64_t{options.multiprocessors}}, kRowThreads, 0, stream, sums, stats, numbers,
+         partial, batch.odd);
   batch.start(args.scale, args.shift, args.target, nullptr, nullptr, stream);
   const TensorMap map = batch.map();
   for_each_chunk(args.weight, {0, C, nullptr, class_count, C}, classes, stream,
@@ -155,16 +163,16 @@ int64_t HopperPasses::class_stats(const ClassStatsArgs& args, const int64_t* cla
                    const int slice = static_cast<int>(ceil_div(ceil_div(selection.count, kRows), slices));
                    const ForwardArgs forward{classes, selection, batch.terms, batch.rows.rows,
                                              slice,   stats,     partial,     options.ordered};
-                   launch("class_sums", options.cluster == 2 ? class_sums_kernel<2> : class_sums_kernel<1>,
-                          {batch.blocks(), slices, 1, options.cluster}, kBlockThreads, sizeof(Shared<ClassTerms>),
-                          stream, map, of_classes, forward);
+                   launch(stored ? "class_sums" : "class_totals", kernel, {blocks, slices, 1, options.cluster},
+                          kBlockThreads, sizeof(Shared<ClassTerms>), stream, map, of_classes, forward);
                  });
   launch("finish_row_stats", finish_row_stats_kernel, {ceil_div(N, kWarp)}, kRowThreads, kFinishSharedBytes, stream,
          stats.sums, stats.maxima, static_cast<int>(slices), batch.rows.rows, N, batch.terms, batch.rows.inverse,
          static_cast<float*>(args.negative_sum), static_cast<float*>(args.negative_max));
-  launch("finish_center_sum", finish_center_sum_kernel, {ceil_div(N, kRowThreads / kWarp)}, kRowThreads, 0, stream,
-         partial, static_cast<int>(slices), batch.rows.rows, int64_t{kColumns}, N, kColumns, batch.terms,
-         static_cast<float*>(args.center_sum));
+  if (stored)
+    launch("finish_center_sum", finish_center_sum_kernel, {ceil_div(N, kRowThreads / kWarp)}, kRowThreads, 0, stream,
+           partial, static_cast<int>(slices), batch.rows.rows, int64_t{kColumns}, N, kColumns, batch.terms,
+           static_cast<float*>(args.center_sum));
   return arena.used();
 }
 
@@ -177,7 +185,7 @@ int64_t HopperPasses::weight_grad(const WeightGradArgs& args, const CenterStep* 
   const bool as_bf16 = fits<BFloat16>(d_weight, Dtype::kBFloat16), as_fp32 = fits<float>(d_weight, Dtype::kFloat32);
   const bool elsewhere = step == nullptr && !as_bf16 && !as_fp32;  // a kernel by rows writes the gradient
   Arena arena(workspace);
-  const Batch batch(arena, args.embeddings, 1);
+  const Batch batch(arena, args.embeddings, 1, options);
   const int64_t chunk = copied || elsewhere ? chunk_of(selection.count, copied, elsewhere, options) : selection.count;
   PreparedRows classes{};
   if (copied)

@@ -1,10 +1,10 @@
 """The stages on NVIDIA GPUs: the compiled kernels of csrc/cuda, given raw addresses. Shapes: backends/torch.py.
 
-For compute capability 8.0 and later; Triton is not needed. Products are bf16 or fp16 where both inputs are stored so,
-else fp32: three tf32 products in place of one, or one where ``torch.set_float32_matmul_precision`` is ``"high"`` or
-``"medium"``. fp64 is refused (backends.select). Compute capability 9.0 has kernels of its own, which
-``FUSED_ARCFACE_HOPPER=0`` turns off (hopper.py). Every step is launches on the current stream, without a wait and
-without an allocation but torch's, and its result is the same to the bit in every run.
+For compute capability 8.0 and later; Triton is not needed. Products have the embeddings' dtype. Those of fp32 are three
+tf32 products in place of one, or one where ``torch.set_float32_matmul_precision`` is ``"high"`` or ``"medium"``. fp64
+is refused (backends.select). Compute capability 9.0 has kernels of its own, which ``FUSED_ARCFACE_HOPPER=0`` turns off
+(hopper.py). Every step is launches on the current stream, without a wait and without an allocation but torch's, and
+its result is the same to the bit in every run.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch import Tensor
 from ..base.precision import allows_tf32
 from ..engine.terms import PLAIN, CenterStep, Negatives, RowGradients
 from . import hopper, native, nvidia
+from .registry import ClassPass
 
 # O(N·D): plain PyTorch's launches do.
 from .torch import finish_negatives  # noqa: F401
@@ -33,16 +34,21 @@ class ChunkConfig:
     exponential_bytes: int
     """Size of the (N, classes) exponentials between the two products of a forward pass."""
     center_bytes: int
-    """Size of the packed centers."""
+    """Size of the packed centers in 16 bits. Those of fp32 products take twice as much."""
     gradient_bytes: int = 0
     """Size of the (N, classes) gradient between the two products of a backward pass."""
 
+    def centers(self, precision: str) -> int:
+        """Return the size of the packed centers for products of that precision."""
+        return self.center_bytes * (2 if precision in ("float32", "tf32") else 1)
+
 
 # 24 MiB of exponentials, written once and read once, and 9 MiB of centers stay in the smallest L2 that matters, A100's
-# 40 MB. At D = 512 in bf16 9 MiB are 72 tiles of 128 classes. The kernels take as many as fill their waves (waves.h):
-# 54 on 108 multiprocessors of two blocks each, 66 on 132. The second product of a backward pass has only four blocks
-# for each of them, so its chunk needs 72 MiB at N = 4096: a gradient of 4 bytes a logit through memory takes 1.3 ps on
-# an H100, under products of some 8 ps, and 96 blocks for 264 places would take twice as long.
+# 40 MB. At D = 512 9 MiB are 72 tiles of 128 classes in 16 bits. The kernels take as many as fill the multiprocessors
+# (waves.h): 54 on 108 of them, 66 on 132. The second product of a backward pass has only four blocks for each tile, so
+# its chunk needs 72 MiB at N = 4096: a gradient of 4 bytes a logit through memory takes 1.3 ps on an H100, under
+# products of some 8 ps, and 96 blocks for 264 places would take twice as long. fp32 centers take 18 MiB for as many
+# tiles: products three times as long leave the time to read them from memory.
 CHUNKS = ChunkConfig(exponential_bytes=24 << 20, center_bytes=9 << 20, gradient_bytes=72 << 20)
 
 
@@ -74,42 +80,63 @@ def describe() -> str:
     return "" if unavailable() else hopper.describe(_kernels.HOPPER, torch.cuda.get_device_capability())
 
 
+def leads(device: torch.device) -> ClassPass | None:
+    """Return the passes for which no backend is faster: those of Hopper's kernels, where they are in use.
+
+    ``bench/results`` has the measurements. A sample of the classes is not among them: with a tenth of 1 000 000
+    classes an H200 took 6.8 ms for a step, and 6.2 with ``triton``, which draws the sample in one launch.
+    """
+    return hopper.takes(_kernels.HOPPER, torch.cuda.get_device_capability(device))
+
+
 def _hopper_config(embeddings: Tensor, weight: Tensor) -> hopper.HopperConfig | None:
-    """Return the configuration of Hopper's kernels for a pass with a second product, or None if they do not take it."""
+    """Return the configuration of Hopper's kernels for a pass over plain negatives, or None if they do not take it."""
     if hopper.asked() is None:  # before the device is asked
         return None
     return hopper.choose(_kernels.HOPPER, _capability(weight), embeddings, weight)
 
 
-def _precision(embeddings: Tensor, weight: Tensor) -> str:
-    """Return the precision of the portable kernels' products. Only tf32 keeps less of the operands than their dtype."""
-    if embeddings.dtype == weight.dtype != torch.float32:
-        return "bfloat16" if weight.dtype == torch.bfloat16 else "float16"
+def _precision(embeddings: Tensor) -> str:
+    """Return the precision of the portable kernels' products: the embeddings' dtype.
+
+    Centers of another dtype are rounded to it once where it has 16 bits. tf32 rounds fp32 operands too.
+    """
+    if embeddings.dtype != torch.float32:
+        return "bfloat16" if embeddings.dtype == torch.bfloat16 else "float16"
     return "tf32" if allows_tf32() else "float32"
 
 
-_Options = tuple[int, int, int, int, bool, tuple[int, int, int]]
+_Options = tuple[int, int, int, int, bool, tuple[int, int, int], int]
 _Run = Callable[[str, _Options, int, tuple[int, int]], int]
 
 
-def _run_pass(run: _Run, embeddings: Tensor, weight: Tensor, negatives: Negatives, stored_bytes: int | None) -> None:
+def _number(scale: float | Tensor) -> float:
+    """Return the scale for a kernel, which takes no notice of it if the options have one of the device's."""
+    return 1.0 if isinstance(scale, Tensor) else scale
+
+
+def _run_pass(
+    run: _Run, embeddings: Tensor, weight: Tensor, scale: float | Tensor, negatives: Negatives, stored_bytes: int
+) -> None:
     """Run a pass over the classes in a workspace of torch's: the first call asks how many bytes it needs.
 
-    ``stored_bytes``: between its two products; None without a second one.
+    ``stored_bytes``: between its two products; 0 without a second one.
     """
     stream, multiprocessors = _device(torch.empty(0, device=weight.device))
     # Bound to names: a temporary's memory would be another's before the kernel reads it.
     threshold, coefficients = negatives.threshold, negatives.coefficients
     threshold = None if threshold is None else threshold.float().contiguous()
     coefficients = None if coefficients is None else coefficients.contiguous()
+    device_scale = scale.double() if isinstance(scale, Tensor) else None
     rule = (negatives.sub_centers, native.address(threshold), native.address(coefficients))
-    config = _hopper_config(embeddings, weight) if stored_bytes is not None and negatives.plain else None
+    shared = rule, native.address(device_scale)
+    config = _hopper_config(embeddings, weight) if negatives.plain else None
     if config is None:
-        precision = _precision(embeddings, weight)
-        options = (stored_bytes or 0, CHUNKS.center_bytes, multiprocessors, 1, True, rule)
+        precision = _precision(embeddings)
+        options = (stored_bytes, CHUNKS.centers(precision), multiprocessors, 1, True, *shared)
     else:
         precision = "hopper"
-        options = (0, config.center_bytes, multiprocessors, config.cluster, config.ordered, rule)
+        options = (0, config.center_bytes, multiprocessors, config.cluster, config.ordered, *shared)
     workspace = torch.empty(run(precision, options, 0, stream), dtype=torch.uint8, device=weight.device)
     run(precision, options, workspace.data_ptr(), stream)
 
@@ -118,7 +145,7 @@ def _class_stats(
     embeddings: Tensor,
     weight: Tensor,
     target: Tensor,
-    scale: float,
+    scale: float | Tensor,
     shift: Tensor | None,
     maximum: Tensor,
     total: Tensor | None,
@@ -136,7 +163,7 @@ def _class_stats(
             native.matrix(embeddings),
             native.matrix(weight),
             target.data_ptr(),
-            scale,
+            _number(scale),
             native.address(shift),
             maximum.data_ptr(),
             native.address(total),
@@ -147,7 +174,8 @@ def _class_stats(
             stream,
         )
 
-    _run_pass(run, embeddings, weight, negatives, None if center_sum is None else CHUNKS.exponential_bytes)
+    stored_bytes = 0 if center_sum is None else CHUNKS.exponential_bytes
+    _run_pass(run, embeddings, weight, scale, negatives, stored_bytes)
 
 
 def _empty_rows(embeddings: Tensor) -> Tensor:
@@ -172,7 +200,7 @@ def class_stats(
     embeddings: Tensor,
     weight: Tensor,
     target: Tensor,
-    scale: float,
+    scale: float | Tensor,
     shift: Tensor | None,
     with_center_sum: bool,
     class_count: Tensor | None = None,
@@ -207,14 +235,14 @@ def weight_grad(
             native.matrix(embeddings),
             native.matrix(weight),
             target.data_ptr(),
-            *native.row_gradients(gradients),
+            *native.row_gradients(gradients._replace(scale=_number(gradients.scale))),
             native.matrix(d_weight),
             options,
             workspace,
             stream,
         )
 
-    _run_pass(run, embeddings, weight, negatives, CHUNKS.gradient_bytes)
+    _run_pass(run, embeddings, weight, gradients.scale, negatives, CHUNKS.gradient_bytes)
     return d_weight
 
 
@@ -236,7 +264,7 @@ def update_centers(
             native.matrix(embeddings),
             native.matrix(weight),
             target.data_ptr(),
-            *native.row_gradients(gradients),
+            *native.row_gradients(gradients._replace(scale=_number(gradients.scale))),
             native_step,
             step.active.data_ptr(),
             options,
@@ -244,7 +272,7 @@ def update_centers(
             stream,
         )
 
-    _run_pass(run, embeddings, weight, negatives, CHUNKS.gradient_bytes)
+    _run_pass(run, embeddings, weight, gradients.scale, negatives, CHUNKS.gradient_bytes)
 
 
 def target_cosine(embeddings: Tensor, weight: Tensor, target: Tensor) -> Tensor:

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .registry import ClassPass
+
 CAPABILITY = (9, 0)
 """The only compute capability that has their instructions: no other GPU runs machine code for sm_90a."""
 _COLUMNS = 512
@@ -26,7 +28,8 @@ class HopperConfig:
     cluster: int = 2
     """Blocks that fetch for each other, 1 or 2. Two read half as much out of L2 and wait for each other."""
     ordered: bool = True
-    """If true, a tile's second product waits for the next tile's first, and runs under that one's exponentials."""
+    """If true, a tile's second product waits for the next tile's first, and runs under that one's exponentials. In a
+    pass without second products, the products of two warpgroups take turns."""
     center_bytes: int = 33 << 20
     """Size of one launch's packed centers, if centers are not plain bf16 rows, and of its fp32 gradient, if the kernel
     cannot write the gradient's dtype or strides. 33,792 packed centers are four blocks of 64 for each of 132
@@ -52,13 +55,16 @@ def asked() -> HopperConfig | None:
     return CONFIGS[name]
 
 
+def takes(built: bool, capability: tuple[int, int]) -> ClassPass | None:
+    """Return the passes that the kernels take on such a GPU, or None if they are not in use."""
+    is_used = built and capability == CAPABILITY and asked() is not None
+    return ClassPass(torch.bfloat16, _COLUMNS) if is_used else None
+
+
 def choose(built: bool, capability: tuple[int, int], embeddings: Tensor, weight: Tensor) -> HopperConfig | None:
     """Return the configuration for a pass over these inputs, or None if the portable kernels take it."""
-    config = asked()
-    if config is None or not built or capability != CAPABILITY:
-        return None
-    fits = embeddings.dtype == torch.bfloat16 and weight.shape[1] == _COLUMNS and weight.shape[0] <= _MOST_CLASSES
-    return config if fits else None
+    fits = takes(built, capability) == (embeddings.dtype, weight.shape[1], False) and weight.shape[0] <= _MOST_CLASSES
+    return asked() if fits else None
 
 
 def describe(built: bool, capability: tuple[int, int]) -> str:

@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType, ModuleType
+from typing import NamedTuple
 
 import torch
 
@@ -34,6 +35,19 @@ class Backend:
     """Subset of ``FEATURES``."""
     dtypes: tuple[torch.dtype, ...] = FLOAT_DTYPES
     """The dtypes of embeddings and class centers that it has kernels for."""
+    leads: bool = False
+    """If true, the backend comes before all others for the passes that its module's ``leads(device)`` returns."""
+
+
+class ClassPass(NamedTuple):
+    """The facts about a call's passes over the classes that decide which backend is the fastest."""
+
+    dtype: torch.dtype
+    """That of the embeddings, as autocast wants them: the products have it."""
+    columns: int
+    """D."""
+    sampled: bool = False
+    """If true, a step takes a sample of the classes."""
 
 
 FEATURES = {
@@ -44,23 +58,20 @@ FEATURES = {
     "padding": "a sample of the classes whose number only the device knows",
     "gathering": "a sample of the class centers read where they are, without a copy of them all",
     "permutation": "the keyed permutation of a sampled step in one launch",
-    "device_scale": "a scale that is learned or adapts, which only the device knows",
     "late_scale": "the sums for a scale that is known after the pass over the classes",
     "fused_margin": "a margin_loss in one launch; elsewhere plain PyTorch is as good and takes any margin",
     "fused_margin_fp64": "the same in fp64",
 }
 """The features that not every backend has."""
 
-# The priorities are measured: on the CPU in bench/NOTES.md, on GPUs by an H100 (bench/results/h100). There Triton is
-# faster than csrc/cuda in bf16 at C = 1 000 000, and 6 % slower in fp32.
+# The priorities are measured: on the CPU in bench/NOTES.md, on GPUs by an H100 and an H200 (bench/results). Triton is
+# faster there than csrc/cuda, except for csrc/cuda's kernels for compute capability 9.0: cuda.leads() says where.
 BACKENDS = (
     Backend(
         "torch",
         None,
         0,
-        frozenset(
-            {"sub_centers", "modulated_negatives", "turned_negatives", "binary_losses", "padding", "device_scale"}
-        ),
+        frozenset({"sub_centers", "modulated_negatives", "turned_negatives", "binary_losses", "padding"}),
     ),
     Backend(
         "cpu",
@@ -68,7 +79,7 @@ BACKENDS = (
         1,
         frozenset(
             {
-                *("sub_centers", "modulated_negatives", "turned_negatives", "binary_losses", "device_scale"),
+                *("sub_centers", "modulated_negatives", "turned_negatives", "binary_losses"),
                 *("late_scale", "fused_margin", "fused_margin_fp64"),
             }
         ),
@@ -77,12 +88,7 @@ BACKENDS = (
         "triton",
         "cuda",
         2,
-        frozenset(
-            {
-                *("sub_centers", "modulated_negatives", "padding", "gathering", "permutation", "device_scale"),
-                "fused_margin",
-            }
-        ),
+        frozenset({"sub_centers", "modulated_negatives", "padding", "gathering", "permutation", "fused_margin"}),
     ),
     # Tensor cores for fp64 are few, and a graphics card has none.
     Backend(
@@ -91,6 +97,7 @@ BACKENDS = (
         1,
         frozenset({"sub_centers", "modulated_negatives", "turned_negatives", "padding", "fused_margin"}),
         _NO_FP64,
+        leads=True,
     ),
 )
 ALIASES = {"reference": "torch"}
@@ -176,10 +183,28 @@ def _lacks(row: Backend, needs: Mapping[str, str]) -> list[str]:
     return [text for feature, text in needs.items() if feature not in row.features]
 
 
-def _fastest(device: torch.device, dtype: torch.dtype, needs: Mapping[str, str]) -> str:
-    """Return the usable backend with the greatest priority that has what the call needs."""
-    reasons: list[str] = []
+@constant_result
+def _leads(name: str, device: torch.device) -> ClassPass | None:
+    if _unavailable(name) is not None:
+        return None
+    passes: ClassPass | None = load(name).leads(device)
+    return passes
+
+
+def _order(device: torch.device, needs: Mapping[str, str], of_classes: ClassPass | None) -> tuple[Backend, ...]:
+    """Return the backends, the fastest first. One that leads does so for plain negatives alone."""
+    if of_classes is None or needs:
+        return _BY_PRIORITY
     for row in _BY_PRIORITY:
+        if row.leads and row.device_type == device.type and _leads(row.name, device) == of_classes:
+            return (row, *(each for each in _BY_PRIORITY if each is not row))
+    return _BY_PRIORITY
+
+
+def _fastest(device: torch.device, dtype: torch.dtype, needs: Mapping[str, str], of_classes: ClassPass | None) -> str:
+    """Return the fastest usable backend that has what the call needs."""
+    reasons: list[str] = []
+    for row in _order(device, needs, of_classes):
         if row.device_type != device.type or dtype not in row.dtypes:
             continue
         lacks = _lacks(row, needs)
@@ -198,6 +223,7 @@ def select(
     device: torch.device,
     dtype: torch.dtype = torch.float32,
     needs: Mapping[str, str] = _NOTHING,
+    of_classes: ClassPass | None = None,
 ) -> str:
     """Return the name of the backend to run on ``device``: the one named, or for ``"auto"`` the fastest usable one.
 
@@ -206,6 +232,7 @@ def select(
         device: The device of the tensors.
         dtype: The dtype that sums are kept in, as :func:`fused_arcface.base.dtypes.compute_dtype` returns it.
         needs: The features that the call needs, of ``FEATURES``, with the text that messages have for them.
+        of_classes: The call's passes over the classes, by which ``"auto"`` chooses; None: the order of the priorities.
 
     Raises:
         TypeError: if a named backend has no kernels for ``dtype``.
@@ -214,7 +241,7 @@ def select(
     """
     name = check_name(name)
     if name == "auto":
-        return _fastest(device, dtype, needs)
+        return _fastest(device, dtype, needs, of_classes)
     row = _ROWS[name]
     lacks = _lacks(row, needs)
     if lacks:

@@ -47,7 +47,7 @@ class HeadOptions:
 
     def _check_beside_others(self) -> None:
         """Check that label smoothing and a scale that changes fit the other options."""
-        others = {name: text for name, text in self.needs().items() if name != "device_scale"}
+        others = self.needs()
         if self.label_smoothing > 0 and others:
             beside = next(iter(others.values())).rpartition(" of ")[2]
             raise ValueError(
@@ -82,8 +82,6 @@ class HeadOptions:
             needs["binary_losses"] = f"the binary losses of {type(self.margin).__name__}"
         if self.sub_centers > 1:
             needs["sub_centers"] = f"sub_centers={self.sub_centers}"
-        if self.scale_changes:
-            needs["device_scale"] = self._scale_text()
         return needs
 
     def check_step(self, target: object, num_classes: int, device: torch.device) -> None:

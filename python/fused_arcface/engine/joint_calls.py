@@ -41,6 +41,7 @@ class JointCalls(nn.Module):
     sub_centers: int
     label_smoothing: float
     embedding_dim: int
+    sample_rate: float
     backend: str
     step: int
     center_optimizer: Any
@@ -190,9 +191,12 @@ class JointCalls(nn.Module):
                 check_row_tensor("sample_weight", sample_weight, embeddings)
             sample_weight = checked_weights(sample_weight)
             labels, second, share = labels_and_share(target)
-            dtype = compute_dtype(embeddings, self.weight)
-            backend = backends.select(self.backend, embeddings.device, dtype, self.options.needs())
             embeddings = as_autocast(embeddings)
+            of_classes = backends.ClassPass(
+                embeddings.dtype, embeddings.shape[1], sampled=self.training and self.sample_rate < 1
+            )
+            dtype = compute_dtype(embeddings, self.weight)
+            backend = backends.select(self.backend, embeddings.device, dtype, self.options.needs(), of_classes)
             shard = self._digest_of_shard()
         batch = self.ranks.gather_batch(
             embeddings.detach(),

@@ -103,7 +103,7 @@ def for_numbers(operator: Any, *numbers: float | Tensor) -> tuple[Callable[..., 
 def _run_with_numbers(name: str, *arguments: Any, **options: Any) -> Any:
     """Run an operator of that name with its tensors of one number read, where the host waits for nothing.
 
-    Others are scales that only the device knows. The backend then has the feature ``device_scale``.
+    Others are scales that only the device knows, which every backend takes.
     """
     operator = getattr(torch.ops.fused_arcface, name).default
     names = [argument.name for argument in operator._schema.arguments]

@@ -48,8 +48,10 @@ def loss_on_one_device(
     """Check the tensors, choose the backend and return the loss: :func:`fused_arcface.margin_softmax_loss`."""
     check_not_transformed("margin_softmax_loss")
     check_inputs(embeddings, weight, target, options.sub_centers, reduction, ignore_index, sample_weight)
-    backend = backends.select(backend, embeddings.device, compute_dtype(embeddings, weight), options.needs())
     embeddings = as_autocast(embeddings)
+    of_classes = backends.ClassPass(embeddings.dtype, embeddings.shape[1])
+    dtype = compute_dtype(embeddings, weight)
+    backend = backends.select(backend, embeddings.device, dtype, options.needs(), of_classes)
     num_classes = weight.shape[0] // options.sub_centers
     options.check_step(target, num_classes, embeddings.device)
 
