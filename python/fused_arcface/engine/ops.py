@@ -1,15 +1,14 @@
-"""The leaf stages as ``torch.library`` operators: schemas and fakes once, implementations by backend name.
+"""The leaf stages as ``torch.library`` operators, implemented by backend name.
 
 :mod:`fused_arcface.engine.autograd` calls them through :mod:`fused_arcface.engine.direct`. The operators have no
 derivative of their own.
-:mod:`fused_arcface.backends.torch` gives their shapes and meanings.
+:mod:`fused_arcface.engine.schemas` lists them, :mod:`fused_arcface.backends.torch` gives their shapes and meanings.
 """
 
 from __future__ import annotations
 
 import functools
 import os
-import re
 from collections.abc import Callable
 from typing import Any
 
@@ -20,49 +19,9 @@ from .. import backends
 from ..base.checks import check_row_factors, check_target_range
 from ..base.dtypes import compute_dtype
 from ..base.ranges import POSITIVE, check_number
-from .terms import IGNORED, INVALID, MOMENTS, PLAIN, CenterStep, Negatives, RowGradients, check_update
-
-_ROWS = "Tensor embeddings, Tensor weight, Tensor target"
-_COEFFICIENTS = "Tensor lse, Tensor negative_coefficient, Tensor target_coefficient"
-_NEGATIVES = "*, int sub_centers=1, Tensor? threshold=None, Tensor? coefficients=None, Tensor? logistic=None"
-_SCHEMAS = {
-    "local_target": "(Tensor target, int num_classes, int ignore_index) -> Tensor",
-    "row_factors": "(Tensor values, str name, float greatest) -> Tensor",
-    # O(N·C·D), over the classes
-    # class_count: 0-dim int64, the centers from there on are padding; a tensor, so that nobody waits for a GPU
-    # classes: (K,) int64 rows of weight, C for padding: the centers, to which target refers; else all rows are
-    "class_max": f"({_ROWS}, str backend, Tensor? class_count=None, Tensor? classes=None, {_NEGATIVES}) -> Tensor",
-    "class_stats": f"({_ROWS}, Scalar scale, Tensor? shift, bool with_center_sum, str backend, "
-    f"Tensor? class_count=None, Tensor? classes=None, {_NEGATIVES}) -> (Tensor, Tensor, Tensor)",
-    "weight_grad": f"({_ROWS}, Scalar scale, {_COEFFICIENTS}, str backend, Tensor? classes=None, {_NEGATIVES})"
-    " -> Tensor",
-    # for a scale that is known after the pass over the classes, see adapting.py
-    "class_moments": f"({_ROWS}, float scale, str backend) -> (Tensor, Tensor)",
-    "both_gradients": f"({_ROWS}, float scale, {_COEFFICIENTS}, str backend) -> (Tensor, Tensor)",
-    "update_centers": "(Tensor embeddings, Tensor(a!) weight, Tensor target, Scalar scale, "
-    f"{_COEFFICIENTS}, Tensor? classes, Tensor(b!)? momentum_buffer, Tensor(c!)? momentum_scale, float lr, "
-    "float momentum, float weight_decay, int rounding_key, int class_start, Tensor active, "
-    f"Tensor? row_ids, str backend, {_NEGATIVES}) -> ()",
-    "bias_grad": f"({_ROWS}, Tensor lse, Tensor d_lse, str backend, Tensor? class_count=None, {_NEGATIVES}) -> Tensor",
-    # O(N·D) and O(N), over the rows
-    "target_cosine": f"({_ROWS}, str backend) -> Tensor",
-    "finish_negatives": "(Tensor negative_sum, Tensor? shift, Tensor center_sum, str backend) -> (Tensor, Tensor)",
-    "margin_loss": "(Tensor negative_lse, Tensor target_cosine, Scalar scale, float m1, float m2, float m3,"
-    " str boundary, str gradient, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
-    "unit_embedding_grad": "(Tensor weight, Tensor target, Tensor mean_center, Tensor negative_coefficient,"
-    " Tensor target_coefficient, str backend) -> Tensor",
-    "embedding_grad": "(Tensor d_unit, Tensor embeddings, str backend) -> Tensor",
-}
-for _name, _schema in _SCHEMAS.items():
-    torch.library.define(f"fused_arcface::{_name}", _schema)
-
-# The numbers of an operator that may change from step to step. Its overload takes them as tensors; see for_numbers.
-_NUMBERS = {
-    "class_stats": ("scale",),
-    "weight_grad": ("scale",),
-    "update_centers": ("scale",),
-    "margin_loss": ("scale", "m1", "m2", "m3"),
-}
+from . import fakes
+from .schemas import NUMBERS
+from .terms import IGNORED, INVALID, PLAIN, CenterStep, Negatives, RowGradients, check_update
 
 
 def reads_for_free(number: Tensor) -> bool:
@@ -108,7 +67,7 @@ def _run_with_numbers(name: str, *arguments: Any, **options: Any) -> Any:
     operator = getattr(torch.ops.fused_arcface, name).default
     names = [argument.name for argument in operator._schema.arguments]
     read = [
-        given.item() if argument in _NUMBERS[name] and reads_for_free(given) else given
+        given.item() if argument in NUMBERS[name] and reads_for_free(given) else given
         for argument, given in zip(names, arguments, strict=False)
     ]
     if isinstance(read[names.index("scale")], Tensor):
@@ -131,11 +90,7 @@ def _implementation(name: str) -> Callable[[Callable[..., Any]], Callable[..., A
     return register
 
 
-for _name, _numbers in _NUMBERS.items():
-    _schema = _SCHEMAS[_name]
-    for _number in _numbers:
-        _schema = re.sub(rf"\w+ {_number}\b", f"Tensor {_number}", _schema)
-    torch.library.define(f"fused_arcface::{_name}.tensor_numbers", _schema)
+for _name in NUMBERS:
     _implementation(f"{_name}.tensor_numbers")(functools.partial(_run_with_numbers, _name))
 
 
@@ -164,11 +119,6 @@ def _local_target(target: Tensor, num_classes: int, ignore_index: int) -> Tensor
     return torch.where(target == ignore_index, IGNORED, valid)
 
 
-@torch.library.register_fake("fused_arcface::local_target")
-def _local_target_fake(target: Tensor, num_classes: int, ignore_index: int) -> Tensor:
-    return torch.empty_like(target, dtype=torch.int64)
-
-
 @_implementation("row_factors")
 def _row_factors(values: Tensor, name: str, greatest: float) -> Tensor:
     """Factors (N,) as they are; an error if one is not finite, below 0 or above ``greatest``.
@@ -179,11 +129,6 @@ def _row_factors(values: Tensor, name: str, greatest: float) -> Tensor:
     if values.device.type == "cpu" or os.environ.get("FUSED_ARCFACE_DEBUG") == "1":
         check_row_factors(name, values, greatest)
     return values.clone()
-
-
-@torch.library.register_fake("fused_arcface::row_factors")
-def _row_factors_fake(values: Tensor, name: str, greatest: float) -> Tensor:
-    return torch.empty_like(values)
 
 
 def _run(
@@ -212,37 +157,6 @@ for _name in ("target_cosine", "finish_negatives", "margin_loss", "unit_embeddin
     _implementation(_name)(functools.partial(_run, _name))
 
 
-@torch.library.register_fake("fused_arcface::target_cosine")
-def _target_cosine_fake(embeddings: Tensor, weight: Tensor, target: Tensor, backend: str) -> Tensor:
-    return embeddings.new_empty(embeddings.shape[0], dtype=compute_dtype(embeddings, weight))
-
-
-@torch.library.register_fake("fused_arcface::finish_negatives")
-def _finish_negatives_fake(
-    negative_sum: Tensor, shift: Tensor | None, center_sum: Tensor, backend: str
-) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(negative_sum, dtype=torch.float64), torch.empty_like(center_sum)
-
-
-@torch.library.register_fake("fused_arcface::margin_loss.tensor_numbers")
-@torch.library.register_fake("fused_arcface::margin_loss")
-def _margin_loss_fake(
-    negative_lse: Tensor, target_cosine: Tensor, *numbers: object
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    loss, lse, d_lse, d_cosine = (torch.empty_like(negative_lse) for _ in range(4))
-    return loss, lse, d_lse, d_cosine
-
-
-@torch.library.register_fake("fused_arcface::unit_embedding_grad")
-def _unit_embedding_grad_fake(weight: Tensor, target: Tensor, mean_center: Tensor, *rest: object) -> Tensor:
-    return torch.empty_like(mean_center)
-
-
-@torch.library.register_fake("fused_arcface::embedding_grad")
-def _embedding_grad_fake(d_unit: Tensor, embeddings: Tensor, backend: str) -> Tensor:
-    return torch.empty_like(embeddings)
-
-
 def _centers(weight: Tensor, classes: Tensor | None) -> Tensor:
     """Return a tensor with as many rows as a stage has centers."""
     return weight if classes is None else classes
@@ -264,18 +178,6 @@ def _class_max(
     options: dict[str, Any] = {"class_count": class_count, "classes": classes, "negatives": Negatives(**negatives)}
     result: Tensor = _run("class_max", *arguments, **options)
     return result
-
-
-@torch.library.register_fake("fused_arcface::class_max")
-def _class_max_fake(
-    embeddings: Tensor,
-    weight: Tensor,
-    target: Tensor,
-    backend: str,
-    *_: object,
-    **__: object,
-) -> Tensor:
-    return _target_cosine_fake(embeddings, weight, target, backend)
 
 
 @_implementation("class_stats")
@@ -302,25 +204,6 @@ def _class_stats(
     return result
 
 
-@torch.library.register_fake("fused_arcface::class_stats.tensor_numbers")
-@torch.library.register_fake("fused_arcface::class_stats")
-def _class_stats_fake(
-    embeddings: Tensor,
-    weight: Tensor,
-    target: Tensor,
-    scale: float,
-    shift: Tensor | None,
-    with_center_sum: bool,
-    backend: str,
-    *_: object,
-    **__: object,
-) -> tuple[Tensor, Tensor, Tensor]:
-    dtype = compute_dtype(embeddings, weight)
-    rows = embeddings.new_empty(embeddings.shape[0], dtype=dtype)
-    center_sum = embeddings.new_empty(embeddings.shape if with_center_sum else (0,), dtype=dtype)
-    return rows, torch.empty_like(rows), center_sum
-
-
 @_implementation("weight_grad")
 def _weight_grad(
     embeddings: Tensor,
@@ -342,40 +225,15 @@ def _weight_grad(
     return result
 
 
-@torch.library.register_fake("fused_arcface::weight_grad.tensor_numbers")
-@torch.library.register_fake("fused_arcface::weight_grad")
-def _weight_grad_fake(
-    embeddings: Tensor,
-    weight: Tensor,
-    target: Tensor,
-    scale: float,
-    lse: Tensor,
-    negative_coefficient: Tensor,
-    target_coefficient: Tensor,
-    backend: str,
-    classes: Tensor | None = None,
-    **_: object,
-) -> Tensor:
-    return torch.empty_like(weight) if classes is None else weight.new_empty(len(classes), weight.shape[1])
-
-
 @_implementation("class_moments")
 def _class_moments(
     embeddings: Tensor, weight: Tensor, target: Tensor, scale: float, backend: str
 ) -> tuple[Tensor, Tensor]:
     if weight.shape[0] == 0:
-        moments, maximum = _class_moments_fake(embeddings, weight, target, scale, backend)
+        moments, maximum = fakes.class_moments(embeddings, weight, target, scale, backend)
         return moments.zero_(), maximum.fill_(-torch.inf)
     result: tuple[Tensor, Tensor] = _run("class_moments", embeddings, weight, target, scale, backend)
     return result
-
-
-@torch.library.register_fake("fused_arcface::class_moments")
-def _class_moments_fake(
-    embeddings: Tensor, weight: Tensor, target: Tensor, scale: float, backend: str
-) -> tuple[Tensor, Tensor]:
-    maximum = _target_cosine_fake(embeddings, weight, target, backend)
-    return maximum.new_empty(len(maximum), MOMENTS, dtype=torch.float64), maximum
 
 
 @_implementation("both_gradients")
@@ -384,16 +242,11 @@ def _both_gradients(
 ) -> tuple[Tensor, Tensor]:
     *gradients, backend = gradients_and_backend
     if weight.shape[0] == 0:
-        d_centers, d_unit = _both_gradients_fake(embeddings, weight)
+        d_centers, d_unit = fakes.both_gradients(embeddings, weight)
         return d_centers, d_unit.zero_()
     arguments = embeddings, weight, target, RowGradients(*gradients), backend
     result: tuple[Tensor, Tensor] = _run("both_gradients", *arguments)
     return result
-
-
-@torch.library.register_fake("fused_arcface::both_gradients")
-def _both_gradients_fake(embeddings: Tensor, weight: Tensor, *_: object) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(weight), embeddings.new_empty(embeddings.shape, dtype=compute_dtype(embeddings, weight))
 
 
 @_implementation("bias_grad")
@@ -414,13 +267,6 @@ def _bias_grad(
     return result
 
 
-@torch.library.register_fake("fused_arcface::bias_grad")
-def _bias_grad_fake(
-    embeddings: Tensor, weight: Tensor, target: Tensor, lse: Tensor, *_: object, **__: object
-) -> Tensor:
-    return lse.new_empty(())
-
-
 @_implementation("update_centers")
 def _update_centers(
     embeddings: Tensor,
@@ -437,9 +283,3 @@ def _update_centers(
         step = step._replace(classes=step.classes.contiguous())
     if _centers(weight, step.classes).shape[0] > 0:
         _run("update_centers", embeddings, weight, target, gradients, step, backend, negatives=Negatives(**negatives))
-
-
-@torch.library.register_fake("fused_arcface::update_centers.tensor_numbers")
-@torch.library.register_fake("fused_arcface::update_centers")
-def _update_centers_fake(*_: object, **__: object) -> None:
-    return None
