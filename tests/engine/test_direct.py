@@ -103,7 +103,9 @@ def test_a_mode_sees_the_operators() -> None:
 
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-@pytest.mark.parametrize("margin", [fa.ArcFace(), fa.MagFace(), lambda cosine: cosine - 0.1], ids=repr)
+@pytest.mark.parametrize(
+    "margin", [fa.ArcFace(), fa.MagFace(), pytest.param(lambda cosine: cosine - 0.1, id="a function")], ids=repr
+)
 @pytest.mark.parametrize("ignore_index", [-100, 1])
 def test_numbers_are_those_of_the_operators(margin: Any, reduction: str, weighted: bool, ignore_index: int) -> None:
     found = []
