@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -173,6 +176,34 @@ def test_an_interrupted_embedding_goes_on(trained: Path, people: Path, tmp_path:
     assert torch.equal(loaded.embeddings, whole.embeddings) and loaded.paths == images.paths
     assert loaded.labels is not None and loaded.labels.tolist() == [0] * 4 + [1] * 4 + [2] * 4
     assert sorted(each.name for each in tmp_path.iterdir()) == ["parts.npz", "whole.npz"]
+
+
+def test_two_processes_do_not_write_one_output(trained: Path, people: Path, tmp_path: Path) -> None:
+    """The parts of one would become parts of the other, with its options."""
+    output = tmp_path / "out.npz"
+    command = [sys.executable, "-m", "fused_arcface", "embed", str(people), "--checkpoint", str(trained), "--flip"]
+    tried: list[subprocess.CompletedProcess[str]] = []
+
+    def try_it(count: int) -> None:
+        if not tried:
+            options = {"capture_output": True, "text": True, "check": False}
+            tried.append(subprocess.run([*command, "--output", str(output)], **options))
+
+    embedder, images = fa.load_embedder(trained), read_images([str(people)])
+    found = embed_to_file(embedder, images, output, part=6, done=try_it)
+    assert tried[0].returncode == 1 and f"{output} is in use: process {os.getpid()} on" in tried[0].stderr
+    assert torch.equal(EmbeddingSet.load(output).embeddings, found.embeddings)
+    assert os.listdir(tmp_path) == ["out.npz"]
+
+
+def test_files_of_others_in_the_folder_of_the_parts_stay(trained: Path, people: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "out.npz.parts"
+    folder.mkdir()
+    (folder / "notes.txt").write_text("mine")
+    (folder / "000000000006.npz").write_text("of another work")
+    embedder, images = fa.load_embedder(trained), read_images([str(people)])
+    found = embed_to_file(embedder, images, tmp_path / "out.npz", part=6)
+    assert len(found.paths) == 12 and os.listdir(folder) == ["notes.txt"]
 
 
 def test_parts_of_another_net_are_not_used(trained: Path, people: Path, tmp_path: Path) -> None:
