@@ -6,6 +6,7 @@ import csv
 import json
 import os
 import re
+import resource
 import shlex
 import subprocess
 import sys
@@ -337,3 +338,19 @@ def test_an_unreadable_part_is_left_out(trained: Path, tmp_path: Path) -> None:
     images = read_images([str(tmp_path)])
     found = embed_to_file(fa.load_embedder(trained), images, tmp_path / "out.npz", part=2, unreadable=problems.append)
     assert len(problems) == 2 and [Path(path).name for path in found.paths] == ["2.png", "3.png"]
+
+
+@pytest.mark.parametrize("suffix", [pytest.param(".onnx", marks=pytest.mark.full), ".pt2"])
+def test_export_to_a_full_disk_is_one_line(
+    trained: Path, tmp_path: Path, suffix: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if suffix == ".onnx":
+        pytest.importorskip("onnxruntime")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, before[1]))
+    try:
+        status = run(["export", "--checkpoint", str(trained), "--output", str(tmp_path / f"net{suffix}")])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    (said,) = capsys.readouterr().err.splitlines()
+    assert status == 1 and said.endswith(f"net{suffix}: File too large") and not os.listdir(tmp_path)

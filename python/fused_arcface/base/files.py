@@ -77,12 +77,13 @@ def _partial_of(target: Path) -> tuple[Path, BinaryIO]:
     a file of another name.
     """
     partial = target.with_name(f"{_PARTIAL}{zlib.crc32(os.fsencode(target.name)):08x}")
-    with contextlib.suppress(OSError), _opened(partial, os.O_RDONLY | os.O_NONBLOCK) as left:
+    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    with contextlib.suppress(OSError), os.fdopen(os.open(partial, flags), "rb") as left:
         fcntl.flock(left, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if _is_at(left, partial):
             partial.unlink()
     try:
-        file = _opened(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
+        file = partial.open("xb")
         with contextlib.suppress(OSError):  # a file system without locks: nobody removes it
             fcntl.flock(file, fcntl.LOCK_EX)
         if _is_at(file, partial):  # it may have been removed before it was locked
@@ -94,11 +95,6 @@ def _partial_of(target: Path) -> tuple[Path, BinaryIO]:
     return partial, partial.open("xb")
 
 
-def _opened(path: Path, flags: int) -> BinaryIO:
-    descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
-    return os.fdopen(descriptor, "rb" if flags & os.O_NONBLOCK else "wb")
-
-
 def _is_at(file: BinaryIO, path: Path) -> bool:
     """Return whether a file is still the one at ``path``."""
     try:
@@ -107,7 +103,7 @@ def _is_at(file: BinaryIO, path: Path) -> bool:
         return False
 
 
-def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
+def write_bytes(path: str | os.PathLike[str], data: bytes | memoryview) -> None:
     """Replace the content of ``path``, as :func:`replacing` does."""
     with replacing(path) as file:
         file.write(data)
