@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import re
+import resource
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -175,6 +179,34 @@ def test_an_interrupted_embedding_goes_on(trained: Path, people: Path, tmp_path:
     assert sorted(each.name for each in tmp_path.iterdir()) == ["parts.npz", "whole.npz"]
 
 
+def test_two_processes_do_not_write_one_output(trained: Path, people: Path, tmp_path: Path) -> None:
+    """The parts of one would become parts of the other, with its options."""
+    output = tmp_path / "out.npz"
+    command = [sys.executable, "-m", "fused_arcface", "embed", str(people), "--checkpoint", str(trained), "--flip"]
+    tried: list[subprocess.CompletedProcess[str]] = []
+
+    def try_it(count: int) -> None:
+        if not tried:
+            options = {"capture_output": True, "text": True, "check": False}
+            tried.append(subprocess.run([*command, "--output", str(output)], **options))
+
+    embedder, images = fa.load_embedder(trained), read_images([str(people)])
+    found = embed_to_file(embedder, images, output, part=6, done=try_it)
+    assert tried[0].returncode == 1 and f"{output} is in use: process {os.getpid()} on" in tried[0].stderr
+    assert torch.equal(EmbeddingSet.load(output).embeddings, found.embeddings)
+    assert os.listdir(tmp_path) == ["out.npz"]
+
+
+def test_files_of_others_in_the_folder_of_the_parts_stay(trained: Path, people: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "out.npz.parts"
+    folder.mkdir()
+    (folder / "notes.txt").write_text("mine")
+    (folder / "000000000006.npz").write_text("of another work")
+    embedder, images = fa.load_embedder(trained), read_images([str(people)])
+    found = embed_to_file(embedder, images, tmp_path / "out.npz", part=6)
+    assert len(found.paths) == 12 and os.listdir(folder) == ["notes.txt"]
+
+
 def test_parts_of_another_net_are_not_used(trained: Path, people: Path, tmp_path: Path) -> None:
     embedder, images = fa.load_embedder(trained), read_images([str(people)])
 
@@ -306,3 +338,19 @@ def test_an_unreadable_part_is_left_out(trained: Path, tmp_path: Path) -> None:
     images = read_images([str(tmp_path)])
     found = embed_to_file(fa.load_embedder(trained), images, tmp_path / "out.npz", part=2, unreadable=problems.append)
     assert len(problems) == 2 and [Path(path).name for path in found.paths] == ["2.png", "3.png"]
+
+
+@pytest.mark.parametrize("suffix", [pytest.param(".onnx", marks=pytest.mark.full), ".pt2"])
+def test_export_to_a_full_disk_is_one_line(
+    trained: Path, tmp_path: Path, suffix: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if suffix == ".onnx":
+        pytest.importorskip("onnxruntime")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, before[1]))
+    try:
+        status = run(["export", "--checkpoint", str(trained), "--output", str(tmp_path / f"net{suffix}")])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    (said,) = capsys.readouterr().err.splitlines()
+    assert status == 1 and said.endswith(f"net{suffix}: File too large") and not os.listdir(tmp_path)

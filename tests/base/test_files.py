@@ -99,7 +99,8 @@ def test_a_full_disk_leaves_the_old_content(tmp_path):
     assert path.read_text() == "old" and os.listdir(tmp_path) == ["x"]
 
 
-# Kills itself before the call to the operating system that the last argument counts: open, write, sync, replace, sync.
+# Kills itself before the call to the operating system that the last argument counts: open
+# what another writer left, sync, replace, open the folder, sync.
 _KILLED = """
 left = [int(sys.argv[2])]
 def counted(call):
@@ -117,12 +118,48 @@ files.write_bytes(sys.argv[1], b"n" * 100_000)
 
 def test_a_kill_leaves_the_old_content_or_the_new(tmp_path):
     found = []
-    for call in range(1, 6):
+    for call in range(1, 7):
         path = tmp_path / str(call) / "x"
         path.parent.mkdir()
         path.write_text("old")
         done = run_alone(_KILLED, path, call, check=False)
         assert done.returncode in (0, -signal.SIGKILL)
         found.append((path.read_bytes()[:3].decode(), done.returncode == 0))
-    # Before the sync, before the replacement; then before the folder is opened and synced; then never.
-    assert found == [("old", False), ("old", False), ("nnn", False), ("nnn", False), ("nnn", True)]
+    # Before the open, the sync and the replacement; then before the folder is opened and synced; then never.
+    assert found == [*[("old", False)] * 3, *[("nnn", False)] * 2, ("nnn", True)]
+
+
+def test_the_file_of_a_killed_writer_goes_with_the_next(tmp_path):
+    path = tmp_path / "x"
+    for _ in range(3):
+        run_alone(_KILLED, path, 2, check=False)
+        assert len(os.listdir(tmp_path)) == 1  # the same one, not one more
+    outside = tmp_path / "outside"
+    files.write_text(path, "new")
+    assert os.listdir(tmp_path) == ["x"]
+    run_alone(_KILLED, path, 2, check=False)
+    (left,) = tmp_path.glob(".partial-*")
+    left.unlink()
+    left.symlink_to(outside)  # made by a stranger
+    files.write_text(path, "newer")
+    assert path.read_text() == "newer" and not outside.exists() and left.is_symlink()
+
+
+def test_two_writers_of_a_file_do_not_disturb_each_other(tmp_path):
+    path = tmp_path / "x"
+    with files.replacing(path) as first:
+        with files.replacing(path) as second, files.replacing(tmp_path / "y"):
+            first.write(b"first")
+            second.write(b"second")
+        assert path.read_text() == "second"
+    assert path.read_text() == "first" and sorted(os.listdir(tmp_path)) == ["x", "y"]
+
+
+def test_many_processes_write_a_file_at_the_same_time(tmp_path):
+    path = tmp_path / "x"
+    code = "for i in range(300): files.write_bytes(sys.argv[1], sys.argv[2].encode() * 1000)"
+    command = [sys.executable, "-c", _ALONE + code, str(path)]
+    writers = [subprocess.Popen([*command, letter]) for letter in "abcd"]
+    assert [each.wait() for each in writers] == [0, 0, 0, 0]
+    content = path.read_text()
+    assert len(content) == 1000 and len(set(content)) == 1 and os.listdir(tmp_path) == ["x"]

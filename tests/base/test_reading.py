@@ -331,3 +331,12 @@ def test_pairs_whose_names_are_no_files(tmp_path: Path) -> None:
     (tmp_path / "pairs.txt").write_text(f"{'x' * 5000} a 1\na\0b c 0\n{'../' * 2000}x 1 2\n")
     with pytest.raises(DataError, match=r"has no pairs whose images are there: .*line 1: "):
         read_pair_set(str(tmp_path / "pairs.txt"))
+
+
+def test_a_safetensors_file_with_a_long_text_is_a_short_error(tmp_path):
+    header = b'{"weight": "' + b"A" * 100_000 + b'"}'
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header)
+    with pytest.raises(DataError, match="is not a safetensors file") as raised:
+        safetensors.read(path)
+    assert len(str(raised.value)) < 1000

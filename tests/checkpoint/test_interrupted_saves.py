@@ -93,6 +93,8 @@ def test_a_full_disk_at_calls_that_write(tmp_path, monkeypatch, distance):
             message = refusal(checkpoint.save, root, head, keep=2, net=net)
         outcomes.append("refused" if message else "saved")
         assert not message or ("cannot be written" in message and "No space left on device" in message)
+        # The rest of a refused one takes no room.
+        assert not message or not list(root.glob(".partial-step*"))
         checkpoint.load(root, other[0], net=other[1])
         # A refused save has left the one before it; or it was complete, and the sync of its folder failed.
         assert same(state(*other), after) or (outcomes[-1] == "refused" and same(state(*other), before)), number

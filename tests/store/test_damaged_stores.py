@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import struct
@@ -16,6 +17,7 @@ from fused_arcface import checkpoint
 from fused_arcface.checkpoint import CheckpointError, convert
 from fused_arcface.store import StoreError, file, journal
 from fused_arcface.store.columns import Columns
+from fused_arcface.store.folder import layout_of
 from fused_arcface.store.records import Records
 
 D, CLASSES = 2, 6
@@ -177,3 +179,19 @@ def test_a_missing_file_and_a_folder_in_its_place_are_errors_of_the_store(name, 
         make(tmp_path / "store")
     with pytest.raises(CheckpointError, match=f"{name} cannot be opened"):
         checkpoint.load(tmp_path / "saved", fa.PartialFC(D, CLASSES, center_optimizer=fa.CenterSGD(0.1)))
+
+
+@pytest.mark.parametrize(
+    "value", [None, True, "3", 1.5, float("inf"), float("nan"), [], {}, "A" * 100_000], ids=lambda x: repr(x)[:9]
+)
+def test_a_layout_with_values_of_other_types_is_a_short_error(value, tmp_path):
+    make(tmp_path / "store").center_store.close()
+    path = tmp_path / "store" / "store.json"
+    right = json.loads(path.read_text())
+    wrong = [{**right, name: value} for name in ("num_rows", "seed", "version", "columns")]
+    wrong.append({**right, "columns": [["weight", "float32", value]]})
+    for content in wrong:
+        path.write_text(json.dumps(content))
+        with pytest.raises(StoreError, match=r"store\.json is not the layout of a store of class centers: ") as raised:
+            layout_of(tmp_path / "store")
+        assert len(str(raised.value)) < 1000

@@ -9,8 +9,8 @@ import contextlib
 import hashlib
 import json
 import os
-import shutil
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -29,11 +29,14 @@ from .data.images import ImageSpec
 from .data.sources import ImageSet, Read
 from .embedder import Embedder
 from .predictions import csv_line
+from .training.lock import LOCK, FolderInUse, FolderLock
 
 _PART = 256
 """Images of a part: what an interruption may cost."""
 _MOST_BYTES = 1 << 20
 _CSV = ".csv"
+_OURS = re.compile(r"about\.json|\d{12}\.(npz|empty)|\.partial-[0-9a-f]{8}(-[0-9a-f]{12})?")
+"""Names of the files in the folder of the parts."""
 
 
 def check_output(path: Path) -> None:
@@ -62,7 +65,8 @@ def embed_to_file(
     """Embed images and write the embeddings with the images' names and labels.
 
     Parts lie in a folder beside the file, ``OUTPUT.parts``, until all are there. If the same images are embedded by the
-    same net again, finished parts are taken from it; parts of anything else are replaced.
+    same net again, finished parts are taken from it; parts of anything else are replaced. The folder is locked: another
+    process that writes the same output is refused.
 
     Args:
         embedder: the net with its preprocessing.
@@ -81,7 +85,7 @@ def embed_to_file(
         The embeddings that were written.
 
     Raises:
-        DataError: if no image can be read.
+        DataError: if no image can be read, or another process writes this output.
         ValueError: if the output has another suffix.
         OSError: if a file cannot be written.
     """
@@ -89,55 +93,55 @@ def embed_to_file(
     if not len(images):
         raise DataError("there are no images to embed")
     folder = output.with_name(f"{output.name}.parts")
-    _begin(folder, _key(embedder, images, {"flip": flip, "normalize": normalize, "part": part}))
-    device = next((each.device for each in embedder.net.parameters()), torch.device("cpu"))
-    found: list[EmbeddingSet] = []
-    for start in range(0, len(images), part):
-        numbers = range(start, min(start + part, len(images)))
-        file, empty = folder / f"{start:012d}.npz", folder / f"{start:012d}.empty"
-        if file.is_file():
-            found.append(EmbeddingSet.load(file))
-            done(len(numbers))
-        elif empty.is_file():
-            done(len(numbers))
-        else:
-            problems: list[str] = []
-            try:
-                embedded = embed_set(
-                    embedder.net,
-                    _part_of(images, numbers),
-                    embedder.spec,
-                    flip=flip,
-                    batch_size=batch_size,
-                    device=device,
-                    workers=workers,
-                    done=done,
-                    unreadable=problems.append,
-                )
-            except DataError:
-                if len(problems) < len(numbers):
-                    raise
-                write_text(empty, "")
+    key = _key(embedder, images, {"flip": flip, "normalize": normalize, "part": part})
+    with _parts(folder, key, output):
+        device = next((each.device for each in embedder.net.parameters()), torch.device("cpu"))
+        found: list[EmbeddingSet] = []
+        for start in range(0, len(images), part):
+            numbers = range(start, min(start + part, len(images)))
+            file, empty = folder / f"{start:012d}.npz", folder / f"{start:012d}.empty"
+            if file.is_file():
+                found.append(EmbeddingSet.load(file))
+                done(len(numbers))
+            elif empty.is_file():
+                done(len(numbers))
             else:
-                if normalize:
-                    embedded = replace(embedded, embeddings=torch.nn.functional.normalize(embedded.embeddings))
-                found.append(embedded)
-                found[-1].save(file)
-            for problem in problems:
-                unreadable(problem)
-    if not found:
-        raise DataError("no image can be read")
-    labels = [each.labels for each in found if each.labels is not None]
-    whole = EmbeddingSet(
-        torch.cat([each.embeddings for each in found]),
-        [path for each in found for path in each.paths],
-        torch.cat(labels) if labels else None,
-    )
-    if output.suffix == _CSV:
-        _write_csv(output, whole, images.names)
-    else:
-        whole.save(output)
-    shutil.rmtree(folder)
+                problems: list[str] = []
+                try:
+                    embedded = embed_set(
+                        embedder.net,
+                        _part_of(images, numbers),
+                        embedder.spec,
+                        flip=flip,
+                        batch_size=batch_size,
+                        device=device,
+                        workers=workers,
+                        done=done,
+                        unreadable=problems.append,
+                    )
+                except DataError:
+                    if len(problems) < len(numbers):
+                        raise
+                    write_text(empty, "")
+                else:
+                    if normalize:
+                        embedded = replace(embedded, embeddings=torch.nn.functional.normalize(embedded.embeddings))
+                    found.append(embedded)
+                    found[-1].save(file)
+                for problem in problems:
+                    unreadable(problem)
+        if not found:
+            raise DataError("no image can be read")
+        labels = [each.labels for each in found if each.labels is not None]
+        whole = EmbeddingSet(
+            torch.cat([each.embeddings for each in found]),
+            [path for each in found for path in each.paths],
+            torch.cat(labels) if labels else None,
+        )
+        if output.suffix == _CSV:
+            _write_csv(output, whole, images.names)
+        else:
+            whole.save(output)
     return whole
 
 
@@ -176,17 +180,40 @@ def _state(path: str) -> str:
     return ""
 
 
-def _begin(folder: Path, key: str) -> None:
-    """Make the folder of the parts, or keep the one that is there if its parts belong to the same work."""
-    about = folder / "about.json"
-    if about.is_file():
-        with file_errors(about):
-            if read_bytes(about, _MOST_BYTES).decode() == key:
-                return
-    if folder.exists():
-        shutil.rmtree(folder)
-    folder.mkdir(parents=True)
-    write_text(about, key)
+@contextlib.contextmanager
+def _parts(folder: Path, key: str, output: Path) -> Iterator[None]:
+    """Make and lock the folder of the parts, and remove it at the end. Finished parts of the same work stay in it.
+
+    Only files with names of this module are removed.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        lock = FolderLock(folder)
+    except FolderInUse as owner:
+        raise DataError(f"{output} is in use: {owner} writes it; wait for its end, or name another output") from None
+    with lock:
+        if not lock.is_in_place():
+            raise DataError(f"{output} was in use by another process until now: run the command again")
+        about = folder / "about.json"
+        if not (about.is_file() and _read_key(about) == key):
+            _clear(folder)
+            write_text(about, key)
+        yield
+        _clear(folder)
+        (folder / LOCK).unlink()
+        with contextlib.suppress(OSError):  # something else lies in it
+            folder.rmdir()
+
+
+def _read_key(about: Path) -> str:
+    with file_errors(about):
+        return read_bytes(about, _MOST_BYTES).decode()
+
+
+def _clear(folder: Path) -> None:
+    for path in folder.iterdir():
+        if _OURS.fullmatch(path.name):
+            path.unlink()
 
 
 def _write_csv(path: Path, found: EmbeddingSet, names: list[str]) -> None:

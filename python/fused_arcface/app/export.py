@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
 import tempfile
 import warnings
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fused_arcface.base.extras import require
-from fused_arcface.base.files import replacing
+from fused_arcface.base.files import write_bytes
 
 from .embedder import Embedder
 
@@ -80,7 +81,7 @@ def export(embedder: Embedder, path: Path) -> float:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / f"net{path.suffix}"
         if path.suffix == _ONNX:
-            with _quiet():
+            with _quiet(), _naming(file):
                 torch.onnx.export(
                     program,
                     f=str(file),
@@ -91,7 +92,9 @@ def export(embedder: Embedder, path: Path) -> float:
                     verbose=False,
                 )
         else:
-            torch.export.save(program, file)
+            content = io.BytesIO()  # torch gives no error of a full disk
+            torch.export.save(program, content)
+            write_bytes(file, content.getbuffer())
         difference = max(
             _difference(file, net, torch.rand(count, *embedder.spec.shape, generator=generator) * 2 - 1)
             for count in _BATCHES
@@ -101,9 +104,17 @@ def export(embedder: Embedder, path: Path) -> float:
                 f"{path} differs from PyTorch by {difference:g}, more than {TOLERANCE:g}; it was not written"
             )
         path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as written:
-            written.write(file.read_bytes())
+        write_bytes(path, file.read_bytes())
     return difference
+
+
+@contextlib.contextmanager
+def _naming(file: Path) -> Iterator[None]:
+    """Name the file in an error of the operating system that names none: a full disk."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, error.filename or str(file)) from error
 
 
 @contextlib.contextmanager

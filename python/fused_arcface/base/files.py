@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import os
 import secrets
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
 _NO_DIRECTORY_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EACCES}
+_PARTIAL = ".partial-"
 
 
 @contextlib.contextmanager
@@ -22,9 +25,10 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     """Open a file for writing that takes the place of ``path`` when the block ends without an error.
 
     The bytes go to a file beside it named ``.partial-…``, are synced to disk, and replace ``path`` in one step. After
-    an error ``path`` is as it was, and the partial file is removed; only a killed process leaves it behind, and it may
-    be deleted. The replaced file's permissions are kept, a symbolic link keeps pointing to the file, and what is no
-    regular file (``/dev/stdout``) is written directly.
+    an error ``path`` is as it was, and the partial file is removed. Only a killed process leaves it behind; the next
+    writer of ``path`` removes it. Of several writers at a time the last one to end wins. The replaced file's
+    permissions are kept, a symbolic link keeps pointing to the file, and what is no regular file (``/dev/stdout``) is
+    written directly.
 
     Raises:
         OSError: if the file cannot be written; ``filename`` is ``path`` where the system names none (a full disk).
@@ -37,38 +41,69 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     ['x']
     """
     if is_device(path):
-        with Path(path).open("wb") as file:
-            yield file
+        with Path(path).open("wb") as device:
+            yield device
         return
     target = Path(os.path.realpath(path))
-    partial = target.with_name(f".partial-{secrets.token_hex(6)}")
-    done = False
+    partial = None
     try:
-        with partial.open("xb") as file:
-            try:
-                yield file
-                file.flush()
-                os.fsync(file.fileno())
-            except BaseException:
-                with contextlib.suppress(OSError):  # it flushes once more, and would hide the error
-                    file.close()
-                raise
-        if target.exists():
-            partial.chmod(target.stat().st_mode & 0o7777)
-        os.replace(partial, target)
-        done = True
+        partial, file = _partial_of(target)
+        try:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+            if target.exists():
+                partial.chmod(target.stat().st_mode & 0o7777)
+            os.replace(partial, target)
+            partial = None
+        finally:
+            with contextlib.suppress(OSError):  # it flushes once more, and would hide an error
+                file.close()
         sync_directory(target.parent)
     except OSError as error:
-        if error.errno is not None and (error.filename is None or Path(error.filename) == partial):
+        if error.errno is not None and (error.filename is None or Path(error.filename).name.startswith(_PARTIAL)):
             raise OSError(error.errno, os.strerror(error.errno), os.fspath(path)) from error
         raise
     finally:
-        if not done:
+        if partial is not None:
             with contextlib.suppress(OSError):
                 partial.unlink()
 
 
-def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
+def _partial_of(target: Path) -> tuple[Path, BinaryIO]:
+    """Open a new file to write ``target`` in, and remove one that a killed writer of ``target`` has left.
+
+    A writer locks its file until it ends, so a file without a lock has been left. A second writer at the same time gets
+    a file of another name.
+    """
+    partial = target.with_name(f"{_PARTIAL}{zlib.crc32(os.fsencode(target.name)):08x}")
+    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    with contextlib.suppress(OSError), os.fdopen(os.open(partial, flags), "rb") as left:
+        fcntl.flock(left, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if _is_at(left, partial):
+            partial.unlink()
+    try:
+        file = partial.open("xb")
+        with contextlib.suppress(OSError):  # a file system without locks: nobody removes it
+            fcntl.flock(file, fcntl.LOCK_EX)
+        if _is_at(file, partial):  # it may have been removed before it was locked
+            return partial, file
+        file.close()
+    except FileExistsError:
+        pass
+    partial = partial.with_name(f"{partial.name}-{secrets.token_hex(6)}")
+    return partial, partial.open("xb")
+
+
+def _is_at(file: BinaryIO, path: Path) -> bool:
+    """Return whether a file is still the one at ``path``."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), os.lstat(path))
+    except OSError:
+        return False
+
+
+def write_bytes(path: str | os.PathLike[str], data: bytes | memoryview) -> None:
     """Replace the content of ``path``, as :func:`replacing` does."""
     with replacing(path) as file:
         file.write(data)

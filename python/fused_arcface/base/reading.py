@@ -53,11 +53,14 @@ def file_errors(path: str | os.PathLike[str]) -> Iterator[None]:
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror or error}") from None
     except Exception as error:
-        raise DataError(f"{path} cannot be read: {_said(error)}") from None
+        raise DataError(f"{path} cannot be read: {said(error)}") from None
 
 
-def _said(error: Exception) -> str:
-    """Return the first line of an error's text, or its type if it has none (MemoryError)."""
+def said(error: Exception) -> str:
+    """Return the start of the first line of an error's text, or its type if it has none (MemoryError).
+
+    A decoder's text may quote the file, which may have a line of any length.
+    """
     lines = str(error).splitlines()
     return lines[0][:300] if lines and lines[0] else type(error).__name__
 

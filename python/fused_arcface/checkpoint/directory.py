@@ -109,9 +109,10 @@ def write(
         Its directory, when that is complete and on disk.
 
     Raises:
-        CheckpointError: if it cannot be written. Those before it are as they were.
+        CheckpointError: if it cannot be written. Those before it are as they were, and nothing of it is left.
         TypeError: if ``values`` refuses a value.
     """
+    done = False
     try:
         partial, final, texts = on_first(ranks, lambda: _begin(root, step, values))
         writer = storage.Writer(partial, ranks.rank, texts)
@@ -128,11 +129,16 @@ def write(
             )
         written = {name: record for each in ranks.gather_objects(writer.files) for name, record in each.items()}
         on_first(ranks, lambda: _publish(partial, final, written, options, step, keep))
+        done = True
     except CheckpointException as error:
         _raise_interrupt(error)
         raise CheckpointError(_describe(error, f"{root}: the checkpoint of step {step} cannot be written")) from error
     except OSError as error:
         raise CheckpointError(f"{root}: the checkpoint of step {step} cannot be written: {error}") from error
+    finally:
+        if not done and ranks.rank == 0:
+            with contextlib.suppress(OSError):
+                remove_unfinished(root)
     return final
 
 
@@ -216,10 +222,14 @@ def keep_alone(directory: Path, root: Path) -> Path:
         target = root / f"step_{step:010d}{number}"
         partial = root / (_PARTIAL + target.name)
         partial.mkdir()
-        for file in directory.iterdir():
-            _link(file, partial / file.name)
-        files.sync_directory(partial)
-        partial.rename(target)
+        try:
+            for file in directory.iterdir():
+                _link(file, partial / file.name)
+            files.sync_directory(partial)
+            partial.rename(target)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
         files.sync_directory(root)
     _name_latest(target)
     _remove([path for path in _complete(root) if path != target and _is_ours(path)])

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..base.dtypes import DTYPES
 from ..base.files import replacing
-from ..base.reading import DataError, check_regular, file_errors
+from ..base.reading import DataError, check_regular, file_errors, said
 
 _MOST_TENSORS = 10_000
 
@@ -44,7 +44,7 @@ def _foreign(path: str | os.PathLike[str]) -> Iterator[None]:
     try:
         yield
     except SafetensorError as error:
-        raise DataError(f"{path} is not a safetensors file, or it is truncated: {error}") from None
+        raise DataError(f"{path} is not a safetensors file, or it is truncated: {said(error)}") from None
 
 
 @contextlib.contextmanager

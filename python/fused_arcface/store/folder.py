@@ -19,13 +19,13 @@ import secrets
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from ..base import files
 from ..base.dtypes import DTYPES
-from ..base.reading import DataError, file_errors, read_bytes
+from ..base.reading import DataError, file_errors, read_bytes, said
 from .columns import Column, Columns, Tensors
 from .journal import damaged, journals, overlay
 from .lock import RowLock
@@ -37,6 +37,7 @@ _LAYOUT, _STATES, _ANNOUNCED, ROWS = "store.json", "states.json", "announced", "
 _MOST_BYTES = 1 << 20
 """Largest size of a file in JSON."""
 _PIECE_BYTES = 64 << 20  # of rows that are read at once
+_Value = TypeVar("_Value", int, str)
 _NAMES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
 
 
@@ -93,15 +94,24 @@ def layout_of(folder: Path) -> Layout:
     """
     content = _read_json(folder / _LAYOUT)
     try:
-        if content["format"] != _FORMAT or content["version"] != _VERSION:
+        if content["format"] != _FORMAT or _of(int, content["version"]) != _VERSION:
             raise ValueError(f"format {content['format']} {content['version']}")
-        columns = tuple(Column(str(name), _NAMES[dtype], int(width)) for name, dtype, width in content["columns"])
-        found = Layout(Columns(columns), int(content["num_rows"]), int(content["seed"]), str(content["identity"]))
-        if columns[0].name != "weight" or min(column.width for column in columns) < 1 or found.num_rows < 1:
+        columns = tuple(
+            Column(_of(str, name), _NAMES[dtype], _of(int, width)) for name, dtype, width in content["columns"]
+        )
+        rows, seed, identity = _of(int, content["num_rows"]), _of(int, content["seed"]), _of(str, content["identity"])
+        if columns[0].name != "weight" or min(column.width for column in columns) < 1 or rows < 1:
             raise ValueError("columns")
     except (KeyError, ValueError, TypeError, IndexError) as error:
-        raise StoreError(f"{folder / _LAYOUT} is not the layout of a store of class centers: {error}") from None
-    return found
+        raise StoreError(f"{folder / _LAYOUT} is not the layout of a store of class centers: {said(error)}") from None
+    return Layout(Columns(columns), rows, seed, identity)
+
+
+def _of(kind: type[_Value], value: Any) -> _Value:
+    """Return a value of JSON of this type."""
+    if type(value) is not kind:
+        raise TypeError(f"a {kind.__name__} is wanted; got {value!r}")
+    return value
 
 
 def _read_json(path: Path) -> Any:

@@ -1,4 +1,4 @@
-"""The lock of a run's folder: only one training at a time writes into it."""
+"""The lock of a folder: only one process at a time writes into it."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import socket
 import time
 from pathlib import Path
 
+LOCK = "run.lock"
+"""Name of the file that is locked."""
 _HELD = (errno.EACCES, errno.EAGAIN)
 
 
@@ -31,7 +33,7 @@ class FolderLock:
     """
 
     def __init__(self, folder: Path) -> None:
-        self._path = folder / "run.lock"
+        self._path = folder / LOCK
         self._file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
             self._take()

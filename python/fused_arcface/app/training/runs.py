@@ -220,7 +220,7 @@ def write_run(folder: RunFolder, config: TrainConfig, classes: list[str], data: 
     """
     try:
         # Files that a killed process had not finished. The lock says that no other process is at work.
-        for place in (folder.root, folder.checkpoints):
+        for place in (folder.root, folder.checkpoints, folder.best_run.root):
             for unfinished in place.glob(".partial-*"):
                 if unfinished.is_file():
                     unfinished.unlink()
