@@ -24,9 +24,9 @@ from .protocol import BinaryLosses
 Kind = Literal["cos", "arc"]
 
 
-def _sharpened(cosine: Tensor | float, exponent: float) -> Tensor:
+def _sharpened(cosine: Tensor, exponent: float) -> Tensor:
     """Return ``g(z) = 2·((z + 1)/2)^exponent - 1``: it keeps -1 and 1, and lowers what lies between."""
-    return 2 * ((torch.as_tensor(cosine) + 1) / 2).clamp(min=0) ** exponent - 1
+    return 2 * ((cosine + 1) / 2).clamp(min=0) ** exponent - 1
 
 
 class SphereFace2(nn.Module):
@@ -82,10 +82,11 @@ class SphereFace2(nn.Module):
         """
         negatives = check_size("num_classes", num_classes, least=2) - 1
         with torch.no_grad():
-            own = scale * float(self(torch.zeros((), dtype=torch.float64)))
-            other = scale * float(_sharpened(math.sin(self.margin), self.exponent))
+            zero = torch.zeros((), dtype=torch.float64, device="cpu")
+            own = scale * float(self(zero))
+            other = scale * float(_sharpened(zero + math.sin(self.margin), self.exponent))
             if self.kind == "cos":
-                other = scale * (float(_sharpened(0.0, self.exponent)) + self.margin)
+                other = scale * (float(_sharpened(zero, self.exponent)) + self.margin)
         # share/(1 + e^(own + b)) = (1 - share)·(C - 1)/(1 + e^-(other + b)), a quadratic equation in e^b.
         z = self.share / ((1 - self.share) * negatives)
         root = math.sqrt((1 - z) ** 2 + 4 * z * math.exp(min(own - other, 700.0)))

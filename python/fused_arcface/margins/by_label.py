@@ -159,7 +159,7 @@ def _numbers(name: str, values: Any) -> Tensor:
     """Return numbers (C,) as fp64 on the CPU, without a gradient."""
     label = f"ClassMargin: {name}"
     try:
-        numbers = torch.as_tensor(values, dtype=torch.float64).detach().to("cpu", copy=True)
+        numbers = torch.as_tensor(values, dtype=torch.float64, device="cpu").detach().clone()
     except (TypeError, ValueError, RuntimeError):
         raise TypeError(f"{label} must be a tensor or a sequence of numbers; got {type(values).__name__}") from None
     if numbers.dim() != 1 or numbers.shape[0] == 0:
