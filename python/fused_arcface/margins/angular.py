@@ -50,7 +50,8 @@ SIN_FLOOR = 1e-2
 """Smallest ``sin θ`` in a derivative's denominator: the exact gradient is bounded by ``m1 / SIN_FLOOR``."""
 
 
-@constant_result  # torch.compile(dynamic=True) takes a global number for a symbol, and follows none into a backward pass
+# A constant: torch.compile(dynamic=True) takes a global number for a symbol, and has none in a backward pass.
+@constant_result
 def _least_squared_sine() -> float:
     return SIN_FLOOR**2
 

@@ -94,8 +94,9 @@ class ClassMargin(StatefulMargin):
             index = int(wrong.nonzero()[0])
             raise ValueError(f"ClassMargin: margins must be in {rule}; got {values[index].item():g} for class {index}")
         self.kind, self.boundary = kind, boundary
+        self._least, self._greatest = values.min().item(), values.max().item()
         self._digest = hashlib.sha256(values.numpy().tobytes()).hexdigest()[:8]
-        self.register_buffer("margins", values, persistent=False)
+        self.register_buffer("margins", self._initial("margins", values), persistent=False)
 
     @classmethod
     def from_counts(
@@ -150,7 +151,7 @@ class ClassMargin(StatefulMargin):
 
     def extra_repr(self) -> str:
         """Return the arguments, for the repr; the margins by their range and a digest."""
-        least, most = self.margins.aminmax()
+        least, most = self._least, self._greatest
         margins = f"{self.num_classes} margins from {least:g} to {most:g}, digest {self._digest}"
         return f"{margins}, kind={self.kind!r}, boundary={self.boundary!r}"
 
