@@ -334,7 +334,7 @@ def _class_moments_fake(
     embeddings: Tensor, weight: Tensor, target: Tensor, scale: float, backend: str
 ) -> tuple[Tensor, Tensor]:
     maximum = _target_cosine_fake(embeddings, weight, target, backend)
-    return maximum.new_empty(len(maximum), MOMENTS, dtype=torch.float64), maximum
+    return maximum.new_empty(maximum.shape[0], MOMENTS, dtype=torch.float64), maximum
 
 
 @torch.library.impl("fused_arcface::both_gradients", "default")
