@@ -237,6 +237,66 @@ def test_sizes_of_numpy() -> None:
     assert head.topk(torch.randn(2, 8), np.int64(3))[1].shape == (2, 3)
 
 
+@pytest.mark.parametrize("where", ["head", "all", "cast"])
+@pytest.mark.parametrize("make", [fa.MarginHead, fa.PartialFC])
+def test_margin_and_scale_of_a_head_built_without_memory(make: Any, where: str) -> None:
+    """They have their values again, of which ``to_empty()`` knows none; also those that they were given before."""
+
+    def parts() -> list[dict[str, Any]]:
+        margins = [fa.AdaFace(), fa.ElasticFace(), fa.CurricularFace(), fa.SphereFace2(bias=-3.0), fa.UniFace(bias=2.0)]
+        margins.append(fa.ClassMargin([0.1 * k for k in range(10)]))
+        return [{"scale": fa.AdaCos()}, *({"margin": each} for each in margins)]
+
+    for at, right in enumerate(parts()):
+        with torch.device("meta" if where == "all" else "cpu"):
+            given = parts()[at]
+            (own,), (other,) = given.values(), right.values()
+            if where == "head":
+                for each in (own, other):
+                    for tensor in (*each.buffers(), *each.parameters()):
+                        tensor.data += 1
+            head = make(8, 10, device="meta", **given)
+        if where == "cast":
+            head.to(torch.bfloat16)
+        head.to_empty(device="cpu").reset_parameters()
+        assert own is head.margin or own is head.scale
+        values = [*own.buffers(), *own.parameters()]
+        for mine, theirs in zip(values, [*other.buffers(), *other.parameters()], strict=True):
+            torch.testing.assert_close(mine.to(theirs.dtype), theirs, rtol=0, atol=0)
+
+
+def test_another_default_device() -> None:
+    """A step and the margins are on the tensors' device, whatever device is the default."""
+    x, y, w = torch.randn(4, 8), torch.tensor([0, 3, 3, 9]), torch.randn(10, 8)
+    for kind in ("cos", "arc"):
+        margin = fa.SphereFace2(kind=kind)
+        bias, loss = margin.bias_for(10, 32.0), fa.margin_softmax_loss(x, w, y, margin=margin)
+        margins = fa.ClassMargin([0.1, 0.2]).margins
+        with torch.device("meta"):
+            assert fa.SphereFace2(kind=kind).bias_for(10, 32.0) == bias
+            assert torch.equal(fa.margin_softmax_loss(x, w, y, margin=margin), loss)
+            moved = fa.ClassMargin([0.1, 0.2])
+        assert torch.equal(moved.to_empty(device="cpu").margins, margins)
+
+
+@pytest.mark.parametrize("make", [fa.MarginHead, fa.PartialFC])
+def test_exported_logits_take_any_number_of_rows(make: Any) -> None:
+    class Logits(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = make(8, 10)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            logits: torch.Tensor = self.head.logits(x)
+            return logits
+
+    model = Logits()
+    program = torch.export.export(model, (torch.randn(6, 8),), dynamic_shapes=({0: torch.export.Dim("n")},))
+    for rows in (1, 3, 7):
+        x = torch.randn(rows, 8)
+        torch.testing.assert_close(program.module()(x), model(x))
+
+
 @pytest.mark.parametrize("options", [{}, {"sub_centers": 2}, {"label_smoothing": 0.1}], ids=str)
 def test_shapes_without_data(options: dict[str, Any]) -> None:
     """On the meta device: for those who count memory or plan a model before they have room for it."""

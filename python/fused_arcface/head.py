@@ -129,7 +129,7 @@ class MarginHead(NotScriptable, ReplaceableOptions, nn.Module):
         """
         check_embeddings(embeddings, self.weight)
         num_classes = self.weight.shape[0] // self.sub_centers
-        check_size_of_logits(len(embeddings), num_classes)
+        check_size_of_logits(embeddings.shape[0], num_classes)
         rows, options = as_autocast(embeddings), self.options
         cosines = cosines_of(rows, self.weight, self.sub_centers)
         scale = options.current_scale(num_classes)

@@ -111,7 +111,7 @@ class ShardedEvaluation(JointCalls):
                 check_embeddings(embeddings, self.weight, self.device)
                 check_labels(target, embeddings, ignore_index)
         embeddings, batch, _ = self._gather(embeddings, None, agreement)
-        check_size_of_logits(len(batch.embeddings), self.num_classes)
+        check_size_of_logits(batch.embeddings.shape[0], self.num_classes)
         view = self._view()
         pieces: Iterable[Tensor]
         if isinstance(view, Tensor):

@@ -77,6 +77,21 @@ def test_a_scale_that_changes_does_not_make_a_graph_each(backend: str) -> None:
     assert count.frame_count == 3
 
 
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_a_share_of_mixed_labels_that_changes_does_not_make_a_graph_each(dynamic: bool | None) -> None:
+    """A number as mixup draws it in each step. With ``dynamic=True`` also global numbers are symbols."""
+    head, x, target = head_and_rows("cpu")
+    count = CompileCounter()
+    compiled = torch.compile(head, fullgraph=True, backend=count, dynamic=dynamic)
+    for share in SHARES[:12]:
+        labels = (target, target.flip(0), share)
+        loss, right = compiled(x, labels), fa.reference.margin_softmax_loss(x, head.weight, labels)
+        torch.testing.assert_close(loss, right, rtol=1e-12, atol=0)
+        mine, theirs = (torch.autograd.grad(each, x)[0] for each in (loss, right))
+        torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-12)
+    assert count.frame_count <= 2
+
+
 @pytest.mark.skipif(" " in tempfile.gettempdir(), reason="torch's inductor hands g++ paths without quoting them")
 def test_inductor_makes_one_graph_for_numbers_that_change() -> None:
     """As with another compiler: inductor has no unknown numbers, so they reach the operators as tensors."""

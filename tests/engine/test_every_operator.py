@@ -71,6 +71,7 @@ OPERATORS: dict[str, list[tuple[Any, ...]]] = {
 OF_NO_BACKEND: dict[str, list[tuple[Any, ...]]] = {
     "local_target": [(TARGET.clamp(min=0), C, 2), (TARGET.clamp(min=0).to(torch.uint8), C, -100)],
     "row_factors": [(ROWS, "share", 1.0)],
+    "check_first_run": [(ROWS.clone(),)],
     "hardest_negatives": [(X, W, TARGET, 3, 1), (X, W, TARGET, 3, 2, torch.tensor(8))],
 }
 SCALES = torch.tensor([8.0, 5.0], dtype=torch.float64)

@@ -96,7 +96,7 @@ def _weight_grad(
     classes: Tensor | None = None,
     **_: object,
 ) -> Tensor:
-    return torch.empty_like(weight) if classes is None else weight.new_empty(len(classes), weight.shape[1])
+    return torch.empty_like(weight) if classes is None else weight.new_empty(classes.shape[0], weight.shape[1])
 
 
 @torch.library.register_fake("fused_arcface::class_moments")
@@ -105,7 +105,7 @@ def class_moments(
 ) -> tuple[Tensor, Tensor]:
     """Return the moments (N, MOMENTS) in fp64 and the maximum (N,), unwritten."""
     maximum = _target_cosine(embeddings, weight, target, backend)
-    return maximum.new_empty(len(maximum), MOMENTS, dtype=torch.float64), maximum
+    return maximum.new_empty(maximum.shape[0], MOMENTS, dtype=torch.float64), maximum
 
 
 @torch.library.register_fake("fused_arcface::both_gradients")

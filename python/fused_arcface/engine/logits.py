@@ -23,12 +23,14 @@ GREATEST = 1 << 30
 
 
 def check_size_of_logits(num_rows: int, num_classes: int) -> None:
-    """Check that logits (N, C) are small enough to be stored.
+    """Check that logits (N, C) are small enough to be stored; not under torch.export, where N may have no limit.
+
+    ``num_rows`` comes from a shape: the ``len`` of a tensor would fix the size that torch.export leaves open.
 
     Raises:
         ValueError: if they are not.
     """
-    if num_rows * num_classes > GREATEST:
+    if not torch.compiler.is_exporting() and num_rows * num_classes > GREATEST:
         raise ValueError(
             f"logits must have at most 2^30 = {GREATEST} numbers (4 GiB in fp32); got (N={num_rows}, C={num_classes}), "
             f"{num_rows * num_classes} numbers: take fewer rows, topk(), or the loss, which stores none"

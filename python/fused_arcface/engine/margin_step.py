@@ -19,6 +19,25 @@ from ..margins.protocol import Modulation, RowMargin
 from ..margins.state import Place, has_state, state_of
 from ..parallel.ranks import JointBatch, Ranks
 
+# An operator, since only a compiled graph that runs can tell whether a backward pass runs it. It claims to change the
+# state, so that no compiler drops it.
+torch.library.define("fused_arcface::check_first_run", "(Tensor(a!) state) -> ()")
+
+
+@torch.library.impl("fused_arcface::check_first_run", "default")
+def _check_first_run(state: Tensor) -> None:
+    if torch._C._current_graph_task_id() != -1:
+        raise RuntimeError(
+            "a margin or scale with a state cannot be recomputed under torch.compile, which would change its state "
+            "again: keep the head outside of torch.utils.checkpoint; it stores no logits that would be worth it"
+        )
+
+
+@torch.library.register_fake("fused_arcface::check_first_run")
+def _check_first_run_without_data(state: Tensor) -> None:
+    pass
+
+
 # Number of forward passes of one margin that can await their recomputation.
 _MOST_STEPS = 8
 
@@ -92,7 +111,7 @@ def in_step(margin: Any, embeddings: Tensor, alone: bool) -> Any:
 
     Raises:
         RuntimeError: if a backward pass recomputes a step that is too long ago, or under ``torch.compile`` with several
-            ranks.
+            ranks. A compiled graph raises it if a backward pass recomputes it.
     """
     if not has_state(margin):
         return margin
@@ -101,6 +120,8 @@ def in_step(margin: Any, embeddings: Tensor, alone: bool) -> Any:
     if torch.compiler.is_compiling():
         if has_ranks:
             raise RuntimeError("a margin with a state cannot be compiled where several ranks share it")
+        for buffer in state_of(margin).values():
+            torch.ops.fused_arcface.check_first_run.default(buffer)
         return margin
     state = state_of(margin)
     if not state:

@@ -22,7 +22,8 @@ def labels_and_share(target: Labels) -> tuple[Tensor, Tensor | None, Tensor | No
         return target, None, None
     first, second, share = target
     if not isinstance(share, Tensor):
-        share = torch.full(first.shape, share, dtype=torch.float64, device=first.device)
+        # A product: torch.compile would make a graph for each share that fills a tensor.
+        share = share * torch.ones(first.shape, dtype=torch.float64, device=first.device)
     share = torch.ops.fused_arcface.row_factors.default(share.expand(first.shape), "target[2]", 1.0)
     return first, second, share
 

@@ -29,6 +29,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from ..base.compiler import constant_result
 from .checks import ANGLE, DIFFERENCE, FACTOR, check_choice, check_number
 from .entry import Entry
 
@@ -49,6 +50,12 @@ SIN_FLOOR = 1e-2
 """Smallest ``sin θ`` in a derivative's denominator: the exact gradient is bounded by ``m1 / SIN_FLOOR``."""
 
 
+# A constant: torch.compile(dynamic=True) takes a global number for a symbol, and has none in a backward pass.
+@constant_result
+def _least_squared_sine() -> float:
+    return SIN_FLOOR**2
+
+
 class _Angle(torch.autograd.Function):
     """``θ = arccos(cosine)``: accurate near ±1, clamped outside [-1, 1], with the bounded derivative."""
 
@@ -62,7 +69,7 @@ class _Angle(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         (cosine,) = ctx.saved_tensors
         # Differentiable operations only: the reference is twice differentiable through here.
-        return -grad / ((1 - cosine) * (1 + cosine)).clamp(min=SIN_FLOOR**2).sqrt()
+        return -grad / ((1 - cosine) * (1 + cosine)).clamp(min=_least_squared_sine()).sqrt()
 
 
 def angle(cosine: Tensor) -> Tensor:

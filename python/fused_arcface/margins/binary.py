@@ -20,16 +20,17 @@ from .angular import CombinedMargin
 from .checks import ABOVE_0, ANGLE, DIFFERENCE, FINITE, check_choice, check_number
 from .entry import Entry
 from .protocol import BinaryLosses
+from .state import KeepsValues
 
 Kind = Literal["cos", "arc"]
 
 
-def _sharpened(cosine: Tensor | float, exponent: float) -> Tensor:
+def _sharpened(cosine: Tensor, exponent: float) -> Tensor:
     """Return ``g(z) = 2·((z + 1)/2)^exponent - 1``: it keeps -1 and 1, and lowers what lies between."""
-    return 2 * ((torch.as_tensor(cosine) + 1) / 2).clamp(min=0) ** exponent - 1
+    return 2 * ((cosine + 1) / 2).clamp(min=0) ** exponent - 1
 
 
-class SphereFace2(nn.Module):
+class SphereFace2(KeepsValues):
     """Binary classification of each class, with a margin on both sides (SphereFace2, arXiv:2108.01513, eq. 5 to 7).
 
     With r the head's scale, b the bias and ``g(z) = 2·((z + 1)/2)^t - 1``, a row's loss is
@@ -73,7 +74,7 @@ class SphereFace2(nn.Module):
         check_number(self, "bias", bias, FINITE)
         self.margin, self.exponent, self.share, self.kind = margin, exponent, share, kind
         self.initial_bias = bias
-        self.bias = nn.Parameter(torch.tensor(float(bias), dtype=torch.float32))
+        self.bias = nn.Parameter(self._initial("bias", torch.tensor(float(bias), dtype=torch.float32, device="cpu")))
 
     def bias_for(self, num_classes: int, scale: float) -> float:
         """Return the authors' initial bias: a row whose cosines are all 0 does not change it.
@@ -82,10 +83,11 @@ class SphereFace2(nn.Module):
         """
         negatives = check_size("num_classes", num_classes, least=2) - 1
         with torch.no_grad():
-            own = scale * float(self(torch.zeros((), dtype=torch.float64)))
-            other = scale * float(_sharpened(math.sin(self.margin), self.exponent))
+            zero = torch.zeros((), dtype=torch.float64, device="cpu")
+            own = scale * float(self(zero))
+            other = scale * float(_sharpened(zero + math.sin(self.margin), self.exponent))
             if self.kind == "cos":
-                other = scale * (float(_sharpened(0.0, self.exponent)) + self.margin)
+                other = scale * (float(_sharpened(zero, self.exponent)) + self.margin)
         # share/(1 + e^(own + b)) = (1 - share)·(C - 1)/(1 + e^-(other + b)), a quadratic equation in e^b.
         z = self.share / ((1 - self.share) * negatives)
         root = math.sqrt((1 - z) ** 2 + 4 * z * math.exp(min(own - other, 700.0)))
@@ -114,7 +116,7 @@ class SphereFace2(nn.Module):
         return ", ".join([*(f"{name}={getattr(self, name)!r}" for name in names), f"bias={self.initial_bias}"])
 
 
-class UniFace(nn.Module):
+class UniFace(KeepsValues):
     """The unified cross-entropy with a margin: one threshold b for the cosines of all pairs (UniFace, ICCV 2023).
 
     A row's loss is ``softplus(-(s·(cos θ_y - m) - b)) + weight·Σ_j softplus(s·cos θ_j - b)``, with s the head's scale.
@@ -146,7 +148,7 @@ class UniFace(nn.Module):
         check_number(self, "weight", weight, ABOVE_0)
         check_number(self, "bias", bias, FINITE)
         self.margin, self.weight, self.initial_bias = margin, weight, bias
-        self.bias = nn.Parameter(torch.tensor(float(bias), dtype=torch.float32))
+        self.bias = nn.Parameter(self._initial("bias", torch.tensor(float(bias), dtype=torch.float32, device="cpu")))
 
     @staticmethod
     def bias_for(num_classes: int, r: float = 1.0) -> float:

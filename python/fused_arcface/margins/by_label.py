@@ -94,8 +94,9 @@ class ClassMargin(StatefulMargin):
             index = int(wrong.nonzero()[0])
             raise ValueError(f"ClassMargin: margins must be in {rule}; got {values[index].item():g} for class {index}")
         self.kind, self.boundary = kind, boundary
+        self._least, self._greatest = values.min().item(), values.max().item()
         self._digest = hashlib.sha256(values.numpy().tobytes()).hexdigest()[:8]
-        self.register_buffer("margins", values, persistent=False)
+        self.register_buffer("margins", self._initial("margins", values), persistent=False)
 
     @classmethod
     def from_counts(
@@ -150,7 +151,7 @@ class ClassMargin(StatefulMargin):
 
     def extra_repr(self) -> str:
         """Return the arguments, for the repr; the margins by their range and a digest."""
-        least, most = self.margins.aminmax()
+        least, most = self._least, self._greatest
         margins = f"{self.num_classes} margins from {least:g} to {most:g}, digest {self._digest}"
         return f"{margins}, kind={self.kind!r}, boundary={self.boundary!r}"
 
@@ -159,7 +160,7 @@ def _numbers(name: str, values: Any) -> Tensor:
     """Return numbers (C,) as fp64 on the CPU, without a gradient."""
     label = f"ClassMargin: {name}"
     try:
-        numbers = torch.as_tensor(values, dtype=torch.float64).detach().to("cpu", copy=True)
+        numbers = torch.as_tensor(values, dtype=torch.float64, device="cpu").detach().clone()
     except (TypeError, ValueError, RuntimeError):
         raise TypeError(f"{label} must be a tensor or a sequence of numbers; got {type(values).__name__}") from None
     if numbers.dim() != 1 or numbers.shape[0] == 0:

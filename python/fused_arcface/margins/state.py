@@ -8,10 +8,43 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 
-class StatefulMargin(nn.Module):
+class KeepsValues(nn.Module):
+    """A module that keeps its values while it is on the meta device, where tensors have none.
+
+    A head is built there without memory, and ``to_empty()`` then draws nothing for its margin and scale.
+    """
+
+    def _initial(self, name: str, value: Tensor) -> Tensor:
+        """Return the initial value of a buffer or parameter, given on the CPU, on the default device."""
+        device = torch.get_default_device()
+        if device.type == "meta":
+            self._kept()[name] = value
+        return value.to(device)
+
+    def _kept(self) -> dict[str, Tensor]:
+        kept: dict[str, Tensor] = self.__dict__.setdefault("_values_on_meta", {})
+        return kept
+
+    def _values(self) -> dict[str, Tensor]:
+        each = {**self._parameters, **self._buffers}
+        return {name: tensor.detach() for name, tensor in each.items() if tensor is not None}
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> KeepsValues:
+        before = self._values()
+        super()._apply(fn, recurse)
+        for name, tensor in self._values().items():
+            if tensor.is_meta and not before[name].is_meta:
+                self._kept()[name] = before[name].clone()
+            elif before[name].is_meta and not tensor.is_meta and name in self._kept():
+                tensor.copy_(self._kept()[name])
+        return self
+
+
+class StatefulMargin(KeepsValues):
     """Base of the margins with running statistics.
 
     Floating-point buffers keep their dtype, fp32 or fp64, when the head is cast, and when a file with another dtype is
