@@ -25,6 +25,7 @@ from fused_arcface.base import keyed_random
 from fused_arcface.engine.terms import CenterStep, RowGradients
 
 pytestmark = [
+    pytest.mark.full,
     pytest.mark.emulation,
     pytest.mark.skipif(host.missing() is not None, reason=str(host.missing())),
 ]

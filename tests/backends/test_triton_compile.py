@@ -107,9 +107,7 @@ DEFAULT_STEPS = {
     90: [
         {"algorithm": "chunks", "D": 512},
         {"algorithm": "chunks", "D": 512, "momentum": torch.int8},
-        {"algorithm": "chunks-copied", "D": 512},
         {"algorithm": "flash", "D": 256},
-        {"algorithm": "flash", "D": 256, "weight_dtype": FP32, "momentum": FP32},
         {"algorithm": "chunks", "D": 512, "dtype": FP32, "weight_dtype": FP32},
         {"algorithm": "flash", "D": 512, "changed": True},
         {"algorithm": "chunks", "D": 512, "changed": True},
@@ -211,6 +209,10 @@ def test_all_configurations(arch: int) -> None:
         functools.partial(_step, algorithm, dtype, dtype, D, shifted, sub_centers=count, changed=True, C=999_999)
         for algorithm, dtype in (("chunks", BF16), ("chunks", FP16), ("chunks", FP32), ("flash", BF16))
         for D, shifted, count in ((512, False, 1), (128, True, 1), (512, True, 3))
+    ]
+    steps += [
+        functools.partial(_step, "chunks-copied", D=512),
+        functools.partial(_step, "flash", D=256, weight_dtype=FP32, momentum=FP32),
     ]
     _check_all(steps, arch)
 
