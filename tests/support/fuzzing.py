@@ -20,7 +20,7 @@ from typing import NamedTuple
 import pytest
 
 SECONDS = 2.0  # of the processor
-CRAFTED_SECONDS = 20.0  # for a file made to be slow; a reader without limits takes minutes
+CRAFTED_SECONDS = 5.0  # for a file made to be slow; a reader without limits takes minutes
 STUCK = 240  # seconds of the clock, on a machine with other work
 MEMORY = 64 << 20  # bytes beyond the file's size and the process's base
 TRIES = 3  # of a file that breaks a limit

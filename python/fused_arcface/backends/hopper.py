@@ -63,7 +63,7 @@ def takes(built: bool, capability: tuple[int, int]) -> ClassPass | None:
 
 def choose(built: bool, capability: tuple[int, int], embeddings: Tensor, weight: Tensor) -> HopperConfig | None:
     """Return the configuration for a pass over these inputs, or None if the portable kernels take it."""
-    fits = takes(built, capability) == (embeddings.dtype, weight.shape[1], False) and weight.shape[0] <= _MOST_CLASSES
+    fits = takes(built, capability) == ClassPass(embeddings.dtype, weight.shape[1]) and weight.shape[0] <= _MOST_CLASSES
     return asked() if fits else None
 
 

@@ -45,7 +45,7 @@ class ClassPass(NamedTuple):
     dtype: torch.dtype
     """That of the embeddings, as autocast wants them: the products have it."""
     columns: int
-    """D."""
+    """The dimension D of embeddings and class centers."""
     sampled: bool = False
     """If true, a step takes a sample of the classes."""
 

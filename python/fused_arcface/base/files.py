@@ -96,7 +96,7 @@ def _partial_of(target: Path) -> tuple[Path, BinaryIO]:
 
 
 def _is_at(file: BinaryIO, path: Path) -> bool:
-    """Return whether a file is still the one at ``path``."""
+    """Return true if an open file is still the one at ``path``."""
     try:
         return os.path.samestat(os.fstat(file.fileno()), os.lstat(path))
     except OSError:

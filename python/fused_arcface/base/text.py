@@ -91,7 +91,7 @@ def _decode_name(line: bytes) -> str:
 
 
 def is_whole(text: str, digits: int = 18) -> bool:
-    """Return whether a text is a whole number of at most so many digits; int64 holds each number of 18.
+    """Return true if a text is a whole number of at most so many digits; int64 holds each number of 18.
 
     >>> is_whole("0042"), is_whole("-1"), is_whole("²")
     (True, False, False)

@@ -193,7 +193,7 @@ def _class_stats(
     classes: Tensor | None = None,
     **negatives: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    # A shard whose step samples none of its classes; no backend need know of it.
+    # This step samples no class of the shard. Backends never see that case.
     if _centers(weight, classes).shape[0] == 0:
         rows = embeddings.new_zeros(embeddings.shape[0], dtype=compute_dtype(embeddings, weight))
         center_sum = rows.new_zeros(embeddings.shape if with_center_sum else (0,))

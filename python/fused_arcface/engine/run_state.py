@@ -47,7 +47,7 @@ class RunState(nn.Module):
         destination |= {prefix + name: tensor for name, tensor in self._run_state().items()}
 
     def _out_of_range(self, given: dict[str, Tensor], prefix: str) -> list[str]:
-        """Return an error message for each number of a loaded state, of the right shape and dtype, that none can be."""
+        """Return an error message for each number of a loaded state that is out of its range."""
         wrong = []
         if "step" in given and int(given["step"]) < 0:
             wrong.append(f"{prefix}step must be >= 0; got {int(given['step'])}")

@@ -84,7 +84,7 @@ def chosen_criteria(names: Sequence[str]) -> list[Criterion]:
 
 
 def run_comparison(plan: Plan, folder: Folder, reporter: Reporter, names: Sequence[str] = ()) -> Comparison:
-    """Run a plan of one task, or what an earlier run of it left undone, with the criteria of some names or with all.
+    """Run a plan of one task with some criteria or with all. Continue an earlier run of the same plan.
 
     Raises:
         ValueError: if a name is unknown.

@@ -45,7 +45,7 @@ class HeadCost:
 def head_costs(cases: Sequence[Case], seconds: float) -> list[HeadCost]:
     """Measure both heads at some shapes, in ``seconds`` for each.
 
-    Pass the smallest shape first: what a smaller one leaves with its process's allocator cannot hold a larger.
+    Pass the smallest shape first: memory that the allocator keeps from a smaller shape cannot hold a larger one.
     """
     heads = {
         "fused": _provider("fused_arcface", backends.select("auto", _CPU)),

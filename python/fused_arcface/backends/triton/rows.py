@@ -146,7 +146,7 @@ _BATCH_LENGTH = 2.0**-16
 
 
 def fill_batch_rows(x: Tensor, out: UnitRows) -> None:
-    """``out`` from the embeddings x (N, D); what lies past N is padding: zeros."""
+    """Write embeddings x (N, D) into ``out``, ready for a product. Rows past N are padding and become zeros."""
     if out.values.shape[0] > 0:
         with on_device(x.device):
             unit_rows(x, out, length=_BATCH_LENGTH if out.values.dtype == torch.bfloat16 else 1.0)(0, x.shape[0])
