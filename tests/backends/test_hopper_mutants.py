@@ -156,7 +156,7 @@ MUTANTS = (
            TERMS_READ + "\n    release<cluster>(&s.empty[slot.place], at.lane, 1);\n", ""),
     Mutant("no wait for the totals' scores", "totals.h", "    product_wait(d);\n", ""),
     Mutant("no wait for an empty slot", "totals.h", "    barrier_wait(&s.empty[slot.place], slot.parity ^ 1);\n", ""),
-    Mutant("turns that never come", "totals.h", "(j + group + 1) & 1", "(j + group) & 1"),
+    Mutant("turns that never come", "totals.h", "(j + group + 1) & 1", "j & 1"),
     Mutant("a tile mended by both warpgroups", "totals.h", "if (threadIdx.x < kWarpGroup) Forward", "Forward"),
     Mutant("no wait for the other one's mending", "totals.h", "named_sync<2, kTotalGroups * kWarpGroup>();", "",
            which="all"),  # in order, the turns make the second one wait
