@@ -120,7 +120,7 @@ def check_suffix(path: Path | None, name: str = "embeddings") -> None:
         ValueError: if it has another suffix.
     """
     if path is not None and path.suffix not in embedding_files.SUFFIXES:
-        raise ValueError(f"{name} must be in a {' or '.join(embedding_files.SUFFIXES)} file; got {path}")
+        raise ValueError(f"{name} must be in a {embedding_files.EMBEDDING_FILES} file; got {path}")
 
 
 def _shapes(tensors: dict[str, Tensor]) -> str:

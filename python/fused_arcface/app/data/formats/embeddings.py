@@ -128,3 +128,5 @@ class _Format(NamedTuple):
 
 _FORMATS = {".npz": _Format(_read_npz, _write_npz), ".safetensors": _Format(_read_safetensors, _write_safetensors)}
 SUFFIXES = tuple(_FORMATS)
+EMBEDDING_FILES = " or ".join(SUFFIXES)
+"""The suffixes for messages and help texts."""
