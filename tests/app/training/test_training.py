@@ -31,6 +31,7 @@ from fused_arcface.app.training.joint_step import JointStep
 from fused_arcface.app.training.outcomes import TrainingOutcome
 from fused_arcface.app.training.runs import RunError, load_backbone
 from fused_arcface.app.training.trainer import train
+from fused_arcface.app.training.verifier import Verifier
 from fused_arcface.base.extras import MissingExtra
 from fused_arcface.evaluation import pair_scores, verify_scores
 
@@ -214,6 +215,21 @@ def test_verification_on_an_insightface_set_without_its_unreadable_images(tmp_pa
     for each in found.values():
         assert each.num_pairs == (18, 5) and each.fold_accuracy.tolist() == right.fold_accuracy.tolist()
         assert each.tar[0.1] == right.tar[0.1] and len(each.tar) == 3
+
+
+def test_an_unreadable_image_of_the_verification_is_named_once(tmp_path: Path) -> None:
+    images = [encoded(picture(100 + i // 2, i)) for i in range(92)]
+    same = [i % 2 == 0 for i in range(46)]
+    for bad, said in (((6, 7, 8), 3), (range(6, 30), 21)):
+        for i in bad:
+            images[i] = b"no image"
+        (tmp_path / "lfw.bin").write_bytes(pickle.dumps((images, same)))
+        verifier = Verifier(read_pair_set(str(tmp_path / "lfw.bin")), batch_size=8, workers=0)
+        checked, problems = verifier(torch.nn.Flatten(), ImageSpec(8, 1), torch.device("cpu"), "lfw", 0)
+        named = [f"lfw.bin[{i}]: an image of 8 bytes cannot be read" for i in bad][:20]
+        assert [problem.partition(" as an image")[0] for problem in problems[:20]] == named and len(problems) == said
+        assert checked and checked.digest and sum(checked.found.num_pairs) == 46 - len({i // 2 for i in bad})
+    assert problems[-1] == "4 more images cannot be read"
 
 
 def test_a_verification_that_fails_does_not_end_the_training(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from fused_arcface.evaluation.pairs import Pairs
 
 from .formats import embeddings as embedding_files
 from .images import ImageSpec
-from .sources import ImageSet
+from .sources import ImageSet, ignore_interrupts
 
 _ROWS = 1 << 20
 """Embeddings of a file of any size; more may be in one that has 8 bytes for each."""
@@ -162,7 +162,13 @@ def embed_set(
     torch.Size([6, 64])
     """
     net.eval()
-    loader = torch.utils.data.DataLoader(_Reader(images, spec), batch_size, num_workers=workers, collate_fn=_collate)
+    loader = torch.utils.data.DataLoader(
+        _Reader(images, spec),
+        batch_size,
+        num_workers=workers,
+        collate_fn=_collate,
+        worker_init_fn=ignore_interrupts,
+    )
     parts, kept, first = [], [], ""
     for batch in loader:
         for problem in batch.problems:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -25,11 +26,17 @@ _MOST_BYTES = 1 << 28
 """Largest size of an image's file. It keeps a sparse file of terabytes from being read."""
 
 
-class LabeledReader(Protocol):
-    """Images that are read one by one, by index, with a label for each; usable in data-loader workers."""
+class ImageSource(Protocol):
+    """Labeled images to train on, each read by its index, in data-loader workers too."""
 
     labels: Tensor
-    """(M,) int64."""
+    """(M,) int64, from 0 to the number of identities - 1, each at least once."""
+    names: list[str]
+    """Names of the identities."""
+    problems: list[str]
+    """Faults found when the source was opened, with their places. Such images are not part of the source."""
+    notes: list[str]
+    """Other facts that the user should know."""
 
     def __len__(self) -> int: ...
 
@@ -39,17 +46,6 @@ class LabeledReader(Protocol):
         Raises:
             DataError, ImageError: if it cannot be read; the message names the place.
         """
-
-
-class ImageSource(LabeledReader, Protocol):
-    """Images to train on: labels go from 0 to the number of identities - 1, each at least once."""
-
-    names: list[str]
-    """Names of the identities."""
-    problems: list[str]
-    """Faults found when the source was opened, with their places. Such images are not part of the source."""
-    notes: list[str]
-    """Other facts that the user should know."""
 
     def stored(self, index: int) -> bytes:
         """Return the bytes of an image as it is stored, or the shape of one that the package makes.
@@ -169,6 +165,12 @@ def set_of(source: ImageSource, name: str) -> ImageSet:
     own = source.paths if isinstance(source, FileImages) else None
     paths = [f"{name}[{index}]" for index in range(len(source))] if own is None else [str(path) for path in own]
     return ImageSet(paths, source.read, source.labels, names=source.names, problems=source.problems, notes=source.notes)
+
+
+def ignore_interrupts(_: int) -> None:
+    """Ignore Ctrl-C in a data-loader worker: the main process decides, and may still need the worker's images."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def common_spec(source: ImageSource, least: int = 32, most: int = 112) -> ImageSpec:

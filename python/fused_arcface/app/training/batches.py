@@ -17,9 +17,8 @@ from fused_arcface.base.keyed_random import BATCH, fold
 from fused_arcface.base.reading import DataError
 
 from ..data.images import ImageError, ImageSpec
-from ..data.sources import LabeledReader
+from ..data.sources import ImageSource, ignore_interrupts
 from .augment import augment
-from .interrupt import ignore_interrupts
 
 _MOST_UNREADABLE = 100  # unreadable images in a row; more mean that the source is wrong, not an image
 
@@ -117,7 +116,7 @@ def share_bounds(rows: int, parts: int) -> list[int]:
 class _ReadImages(Dataset[Batch]):
     """Reads single items, in the loader's workers."""
 
-    def __init__(self, source: LabeledReader, spec: ImageSpec, level: str) -> None:
+    def __init__(self, source: ImageSource, spec: ImageSpec, level: str) -> None:
         self._source, self._spec, self._level = source, spec, level
 
     def __getitem__(self, item: Item) -> Batch:
@@ -143,7 +142,7 @@ def _collate(samples: list[Batch]) -> Batch:
 
 
 def load_batches(
-    source: LabeledReader,
+    source: ImageSource,
     spec: ImageSpec,
     items: Iterator[list[Item]],
     workers: int,
