@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -13,7 +12,7 @@ from fused_arcface.base.reading import DataError, NoSuchData, file_errors, read_
 from fused_arcface.base.suggest import missing_path
 from fused_arcface.base.text import lines
 
-from .formats.folders import natural, read_folder
+from .formats.folders import is_folder, natural
 from .image_formats import SUFFIXES
 from .images import MAX_PIXELS
 from .pair_sets import read_labeled
@@ -62,17 +61,15 @@ def read_images(sources: Sequence[str], *, max_pixels: int = MAX_PIXELS) -> Imag
 def _labeled(source: str, max_pixels: int) -> ImageSet | None:
     """Return labeled images, None if the source is images alone."""
     path = Path(source)
-    if path.is_dir() and not (path / "train.rec").is_file():
+    if is_folder(source):
+        # Images beside the identities' folders are embedded as well, and then nobody is labeled.
+        if any(file.suffix.lower() in SUFFIXES for file in path.iterdir() if file.is_file()):
+            return None
         try:
-            folder = read_folder(path)
+            return read_labeled(source, max_pixels=max_pixels)
         except DataError:  # a flat one
             return None
-        # Images beside the identities' folders are embedded as well, and then nobody is labeled.
-        loose = any(file.suffix.lower() in SUFFIXES for file in path.iterdir() if file.is_file())
-        return None if loose else replace(read_labeled(source, max_pixels=max_pixels), problems=folder.problems)
-    if path.suffix.lower() in (*SUFFIXES, *_LISTS):
-        return None
-    return read_labeled(source, max_pixels=max_pixels)
+    return None if path.suffix.lower() in (*SUFFIXES, *_LISTS) else read_labeled(source, max_pixels=max_pixels)
 
 
 def _files_of(source: str, problems: list[str]) -> list[tuple[Path, str | None]]:
