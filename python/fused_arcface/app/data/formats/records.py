@@ -28,7 +28,7 @@ from .recordio import (
 )
 
 _SAID = 20  # problems of one kind that are told one by one
-_SAID_OF_THE_REST = 3  # the same for records behind a file's end
+_SAID_OF_THE_REST = 3  # those of records behind a file's end
 
 
 def is_records(data: str) -> bool:
@@ -119,11 +119,14 @@ class RecordImages:
             self._report([str(each) for each in found if isinstance(each, RecordError)])
             offsets = np.array([-1 if isinstance(each, RecordError) else each for each in found], np.int64)
             numbers = np.flatnonzero(offsets >= 0)
-            return numbers, self._heads(offsets[numbers])
+            return numbers, read_heads(self._file, offsets[numbers])
         keys, offsets = read_index(index, self._file.size // HEAD_BYTES)
-        self._report_unwritten(index, keys[offsets < 0])
+        if len(unwritten := keys[offsets < 0]):
+            self.problems.append(
+                f"{index}: {len(unwritten)} records are not used: it has no offset for them, as key {unwritten[0]}"
+            )
         keys, offsets = keys[offsets >= 0], offsets[offsets >= 0]
-        heads = self._heads(offsets)
+        heads = read_heads(self._file, offsets)
         self._report_unnamed(index, heads)
         # The last line of a key counts, as for MXNet.
         numbers, last = np.unique(keys[::-1], return_index=True)
@@ -139,21 +142,12 @@ class RecordImages:
         places = np.sort(places)
         return numbers[places], heads[last[places]]
 
-    def _heads(self, offsets: Ints) -> Heads:
-        return read_heads(self.path, self._file.size, offsets)
-
     def _report(self, problems: list[str], more: int = 0) -> None:
         """Note records that cannot be read: the first ones in words, the number of the others and of ``more``."""
         said = problems[: _SAID + _SAID_OF_THE_REST]
         self.problems += said
         if unsaid := len(problems) - len(said) + more:
             self.problems.append(f"{self.path}: {unsaid} more records cannot be read")
-
-    def _report_unwritten(self, index: Path, keys: Ints) -> None:
-        if len(keys):
-            self.problems.append(
-                f"{index}: {len(keys)} records are not used: it has no offset for them, as key {keys[0]}"
-            )
 
     def _report_unnamed(self, index: Path, heads: Heads) -> None:
         """Note records that the index does not name."""
