@@ -41,7 +41,7 @@ class Item(NamedTuple):
 
     place: int
     mirrored: bool
-    key: int = 0
+    key: int
     """Key of the random numbers of :func:`~fused_arcface.app.training.augment.augment`."""
 
 
@@ -146,13 +146,12 @@ def load_batches(
     spec: ImageSpec,
     items: Iterator[list[Item]],
     workers: int,
-    *,
-    pin_memory: bool = False,
-    level: str = "none",
+    pin_memory: bool,
+    level: str,
 ) -> Iterator[Batch]:
     """Yield batches, read ahead in ``workers`` processes if there are any.
 
-    Images are changed at random as :func:`~fused_arcface.app.training.augment.augment` does at this level.
+    Images are changed at random as :func:`~fused_arcface.app.training.augment.augment` does at ``level``.
 
     Raises:
         DataError: if no image can be read.
@@ -166,7 +165,7 @@ def load_batches(
         worker_init_fn=ignore_interrupts,
     )
     for batch in loader:
-        # Not raised where it was found: from a worker an error comes with that process's traceback.
+        # Raised here, not in a worker: an error from a worker comes with that process's traceback.
         if (batch.labels == _GIVEN_UP).any():
             raise DataError(batch.problems[-1])
         yield batch
