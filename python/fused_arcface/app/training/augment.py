@@ -20,8 +20,8 @@ def augment(image: Tensor, level: str, key: int) -> Tensor:
 
     Args:
         image: (channels, size, size) fp32 in [-1, 1].
-        level: ``"none"``; ``"light"``: small shifts, turns and zooms, brightness and contrast; ``"strong"``: more of
-            these, and in a fifth of the images each a low resolution, no color, and an erased rectangle.
+        level: ``"none"``; ``"light"``: small shifts, turns, zooms and changes of brightness and contrast;
+            ``"strong"``: larger ones, and for a fifth of the images each: low resolution, no color, an erased part.
         key: key of the random numbers, in [0, 2^63).
 
     Returns:

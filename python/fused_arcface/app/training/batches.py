@@ -49,8 +49,7 @@ class Item(NamedTuple):
 class BatchPlan:
     """The joint batches of all ranks.
 
-    Each epoch has a new order of all images, cut into whole batches. The images left over at its end are not used in
-    that epoch.
+    Each epoch has a new order of all images, cut into whole batches. An epoch does not use the images left at its end.
     """
 
     num_images: int
@@ -82,7 +81,7 @@ class BatchPlan:
         return [items[start : start + self.rows] for start in range(0, len(items), self.rows)]
 
     def _balanced(self, shuffled: Tensor, generator: torch.Generator) -> Tensor:
-        """Return as many images, (num_images,), of which every C one after another are of C classes."""
+        """Return the images of an epoch, (num_images,): C images of C different classes, again and again."""
         assert self.labels is not None
         by_class = shuffled[self.labels[shuffled].argsort(stable=True)]  # within a class in random order
         counts = self.labels.bincount()

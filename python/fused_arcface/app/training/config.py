@@ -260,8 +260,8 @@ class TrainConfig:
     keep: int = _run(2, "Number of newest checkpoints to keep.", least=1)
     keep_best: bool = _run(
         True,
-        "Keep the checkpoint with the highest verification accuracy too, with its class centers, in RUN/best. Not if "
-        "the centers are in a file: it has the states of the newest checkpoints alone.",
+        "Keep the checkpoint with the highest verification accuracy too, with its class centers, in RUN/best. Not for "
+        "centers in a file, which keeps only their states at the newest checkpoints.",
     )
     seed: int = _run(0, "Seed of the weights, class centers, batches and samples.", least=0, most=2**63 - 1, fixed=True)
     device: str = _run("auto", "Device to train on: cpu, cuda, cuda:N, or auto for a GPU if there is one.")

@@ -245,7 +245,7 @@ class TrainingLoop:
     def _verify(self, step: int, missed: bool = False) -> None:
         """Verify the net at the end of an epoch, on the first rank; the others wait.
 
-        A training that is interrupted there saves at once. Resumed, it makes the verification that it ``missed``.
+        An interrupted training saves at once. When it is resumed, it makes the verification that it ``missed``.
         """
         epoch = step // self._plan.steps_per_epoch
         due = epoch % self._config.verify_every == 0 or epoch == self._config.epochs

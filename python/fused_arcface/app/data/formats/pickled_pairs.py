@@ -73,7 +73,7 @@ def read_pickled_pairs(path: str | Path) -> PickledPairs:
 
 
 def open_pickle(data: str, _: Path | None, max_pixels: int) -> ImageSet:
-    """Open a ``.bin`` set of at most ``max_pixels`` an image."""
+    """Open a ``.bin`` set of images with at most ``max_pixels`` each."""
     path = Path(data)
     found = read_pickled_pairs(path)
     numbers = torch.arange(len(found.images))
