@@ -22,6 +22,7 @@ import fused_arcface as fa
 from fused_arcface.app.cli import run
 from fused_arcface.app.data import ImageSpec, read_image
 from fused_arcface.app.data.embedding_sets import EmbeddingSet
+from fused_arcface.app.data.formats.embeddings import SUFFIXES
 from fused_arcface.app.data.unlabeled import read_images
 from fused_arcface.app.embedder import Embedder, load_embedder
 from fused_arcface.app.embedding import embed_to_file
@@ -249,7 +250,7 @@ def test_embed_takes_folders_lists_and_files(
     assert run([*command, str(tmp_path / "two.npz"), str(names[2]), str(names[0])]) == 0
     assert EmbeddingSet.load(tmp_path / "two.npz").paths == [str(names[2]), str(names[0])]
     assert run([*command, str(tmp_path / "two.json"), str(flat)]) == 2
-    assert "must go to a .npz, .safetensors or .csv file" in capsys.readouterr().err
+    assert f"must go to a {', '.join(SUFFIXES)} or .csv file" in capsys.readouterr().err
     assert run([*command, str(tmp_path / "x.npz"), str(tmp_path / "nothing")]) == 2
     assert f"{tmp_path / 'nothing'} does not exist" in capsys.readouterr().err
 

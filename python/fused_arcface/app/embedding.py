@@ -43,10 +43,10 @@ def check_output(path: Path) -> None:
     """Raise unless embeddings can be written to a file of this name.
 
     Raises:
-        ValueError: if the suffix is not ``.npz``, ``.safetensors`` or ``.csv``.
+        ValueError: if the suffix is not one of an :class:`EmbeddingSet`, or ``.csv``.
     """
     if path.suffix not in (*SUFFIXES, _CSV):
-        raise ValueError(f"embeddings must go to a .npz, .safetensors or .csv file; got {path}")
+        raise ValueError(f"embeddings must go to a {', '.join(SUFFIXES)} or {_CSV} file; got {path}")
 
 
 def embed_to_file(

@@ -9,6 +9,8 @@ import pytest
 from support.image_files import picture
 
 from fused_arcface.app.cli import run
+from fused_arcface.app.data import formats
+from fused_arcface.app.data.formats.embeddings import EMBEDDING_FILES, SUFFIXES
 from fused_arcface.app.training.config import TrainConfig
 from fused_arcface.app.training.trainer import train
 
@@ -16,10 +18,11 @@ TRAIN = "train --data identities:4x4 --output new"
 NET = "--checkpoint run"
 BARE = "--checkpoint bare.pt --backbone small"
 IDENTITIES = "--data identities:6x4"
+DATA = f"data must be {formats.listed()}"
 CASES = {
     "train": "Missing option '--output'.",
-    "train --output new": "--data must be a folder with one folder for each identity, ",
-    "train --output new --data nowhere": "nowhere does not exist; data must be a folder with one folder ",
+    "train --output new": f"--{DATA}; got nothing",
+    "train --output new --data nowhere": f"nowhere does not exist; {DATA}",
     "train --output new --data identites:4x4": "identites:4x4 does not exist; did you mean identities?",
     "train --output new --data identities:4": "generated images are identities:IDSxIMAGES, identities:200x10",
     "train --output new --data bob.pgn": "bob.pgn does not exist; did you mean bob.png?",
@@ -32,8 +35,8 @@ CASES = {
     f"{TRAIN} --freeze backbone:0": "EPOCHS from 1 on; got 'backbone:0'",
     f"{TRAIN} --report run": "--report must be a file; run is a folder",
     "train --data identities:4x4 --output=": "--output must be the name of a file or folder; got ''",
-    "train --data bob.png --output new": "--data must be a folder with one folder for each identity, ",
-    "train --data data --output new": "data does not exist; data must be a folder with one folder for each identity, ",
+    "train --data bob.png --output new": f"--{DATA}; got bob.png",
+    "train --data data --output new": f"data does not exist; {DATA}",
     f"{TRAIN} --schedule cosin": "--schedule must be one of cosine, polynomial, constant; got 'cosin'",
     f"{TRAIN} --margin ArcFase(0.5)": "did you mean ArcFace?",
     f"{TRAIN} --backbone iresnet5": "did you mean iresnet50?",
@@ -59,7 +62,7 @@ CASES = {
     f"similarity bob.png bob.png {NET} --device abacus": "--device must be cpu, cuda, cuda:N or another",
     f"similarity bob.png bob.png {NET} --tresh 0": "No such option: --tresh",
     f"embed bob.pgn {NET} --output x.npz": "bob.pgn does not exist; did you mean bob.png?",
-    f"embed bob.png {NET} --output x.json": "must go to a .npz, .safetensors or .csv file; got x.json",
+    f"embed bob.png {NET} --output x.json": f"must go to a {', '.join(SUFFIXES)} or .csv file; got x.json",
     f"export {NET} --output x.tflite": "must be exported to a .onnx or a .pt2 file; got x.tflite",
     f"embed bob.png {NET} --output bob.png/x.npz": "--output bob.png/x.npz cannot be written to: Not a directory",
     f"embed bob.png {NET} --output=": "--output must be the name of a file or folder; got ''",
@@ -77,10 +80,10 @@ CASES = {
     f"verify {IDENTITIES} {NET} --folds 1": "--folds must be a whole number >= 2; got 1",
     f"verify {IDENTITIES} {NET} --seed -1": "--seed must be a whole number >= 0; got -1",
     f"verify {IDENTITIES} {NET} --shrinkage nan": "--shrinkage must be a number >= 0 and <= 1; got nan",
-    f"verify {IDENTITIES} {NET} --save-embeddings x.txt": "--save-embeddings must be in a .npz or .safetensors file",
-    f"verify --data= {NET}": "--data must be a folder with one folder for each identity, ",
+    f"verify {IDENTITIES} {NET} --save-embeddings x.txt": f"--save-embeddings must be in a {EMBEDDING_FILES} file",
+    f"verify --data= {NET}": f"--{DATA}; got an empty text",
     f"identify {IDENTITIES} {NET} --gallery-images 9": "labels must hold an identity with more than gallery_images=9",
-    "identify --data pairs.bin --checkpoint run": "--data must be a folder with one folder for each identity, ",
+    "identify --data pairs.bin --checkpoint run": f"--{DATA}; got pairs.bin",
     "compare --criteria nothing --output new": "--criteria must be among",
     "compare --output bob.png": "--output bob.png cannot be written to: File exists",
     "demo --output bob.png": "--output bob.png cannot be written to: File exists",

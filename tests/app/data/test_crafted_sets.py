@@ -50,4 +50,4 @@ def test_a_text_that_many_images_share_is_read_for_each(tmp_path: Path) -> None:
     images = [encoded(picture(i, 0), "jpeg") for i in range(2)] * 3
     (tmp_path / "x.bin").write_bytes(pickle.dumps((images, [True] * 3), 2))
     found = read_pickled_pairs(tmp_path / "x.bin")
-    assert list(found.images) == images and found.images[1:3] == [images[1], images[0]]
+    assert [bytes(image) for image in found.images] == images

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import random
+import re
 import struct
 import time
 from collections.abc import Callable
@@ -15,7 +16,16 @@ import pytest
 import torch
 from support.image_files import encoded, picture, write_records
 
-from fused_arcface.app.data import DataError, ImageSpec, RecordFile, RecordWriter, open_source, pack_image, unpack_image
+from fused_arcface.app.data import (
+    DataError,
+    ImageSpec,
+    RecordFile,
+    RecordWriter,
+    formats,
+    open_source,
+    pack_image,
+    unpack_image,
+)
 from fused_arcface.app.data.formats.record_index import read_index as read_keys_and_offsets
 from fused_arcface.app.data.formats.recordio import RecordError
 from fused_arcface.app.data.formats.records import RecordImages
@@ -194,7 +204,7 @@ def test_files_that_are_no_data_set(tmp_path: Path) -> None:
         RecordImages(tmp_path / "a.rec")
     with pytest.raises(DataError, match=r"missing\.rec does not exist$"):
         RecordImages(tmp_path / "missing.rec")
-    with pytest.raises(DataError, match="data must be a folder"):
+    with pytest.raises(DataError, match=re.escape(f"nothing does not exist; data must be {formats.listed()}")):
         open_source(str(tmp_path / "nothing"))
 
 

@@ -19,7 +19,7 @@ from torch import nn
 
 import fused_arcface as fa
 from fused_arcface.app.cli import run as run_command
-from fused_arcface.app.data import DataError, ImageSpec
+from fused_arcface.app.data import DataError, ImageSpec, formats
 from fused_arcface.app.data.pair_sets import read_pair_set
 from fused_arcface.app.nets.backbones import build_backbone
 from fused_arcface.app.nets.small import embed
@@ -31,6 +31,7 @@ from fused_arcface.app.training.joint_step import JointStep
 from fused_arcface.app.training.outcomes import TrainingOutcome
 from fused_arcface.app.training.runs import RunError, load_backbone
 from fused_arcface.app.training.trainer import train
+from fused_arcface.app.training.verifier import Verifier
 from fused_arcface.base.extras import MissingExtra
 from fused_arcface.evaluation import pair_scores, verify_scores
 
@@ -216,6 +217,21 @@ def test_verification_on_an_insightface_set_without_its_unreadable_images(tmp_pa
         assert each.tar[0.1] == right.tar[0.1] and len(each.tar) == 3
 
 
+def test_an_unreadable_image_of_the_verification_is_named_once(tmp_path: Path) -> None:
+    images = [encoded(picture(100 + i // 2, i)) for i in range(92)]
+    same = [i % 2 == 0 for i in range(46)]
+    for bad, said in (((6, 7, 8), 3), (range(6, 30), 21)):
+        for i in bad:
+            images[i] = b"no image"
+        (tmp_path / "lfw.bin").write_bytes(pickle.dumps((images, same)))
+        verifier = Verifier(read_pair_set(str(tmp_path / "lfw.bin")), batch_size=8, workers=0)
+        checked, problems = verifier(torch.nn.Flatten(), ImageSpec(8, 1), torch.device("cpu"), "lfw", 0)
+        named = [f"lfw.bin[{i}]: an image of 8 bytes cannot be read" for i in bad][:20]
+        assert [problem.partition(" as an image")[0] for problem in problems[:20]] == named and len(problems) == said
+        assert checked and checked.digest and sum(checked.found.num_pairs) == 46 - len({i // 2 for i in bad})
+    assert problems[-1] == "4 more images cannot be read"
+
+
 def test_a_verification_that_fails_does_not_end_the_training(tmp_path: Path) -> None:
     images = [encoded(picture(0, i)) for i in range(40)]
     for i in range(20):
@@ -325,7 +341,7 @@ def test_options_that_do_not_go_together(tmp_path: Path) -> None:
             run(TINY.replace(options), tmp_path)
     with pytest.raises(DataError, match="must hold two identities or more; got 1"):
         run(TINY.replace({"data": "identities:1x9"}), tmp_path)
-    with pytest.raises(OptionError, match="data must be a folder"):
+    with pytest.raises(OptionError, match=re.escape(f"data must be {formats.listed()}; got nothing")):
         run(TINY.replace({"data": ""}), tmp_path)
 
 
@@ -373,7 +389,7 @@ def test_the_command_takes_a_file_and_the_command_line_wins(tmp_path: Path, caps
     assert run_command(arguments) == 2 and "holds a run already" in capsys.readouterr().err
     assert run_command(["train", "--output", str(tmp_path / "run"), "--resume"]) == 0  # nothing left to do
     assert run_command(["train", "--data", "nowhere", "--output", str(tmp_path / "x")]) == 2
-    assert "data must be a folder" in capsys.readouterr().err
+    assert f"data must be {formats.listed()}" in capsys.readouterr().err
     assert run_command(["train", "--data", "identities", "--output", str(tmp_path / "x"), "--lr", "-1"]) == 2
     assert "lr must be >= 0; got -1.0" in capsys.readouterr().err
     file.write_text("epoch = 7\n")

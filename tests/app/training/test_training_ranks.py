@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,6 +17,7 @@ from support.distributed_helpers import run_ranks
 from support.image_files import write_folder
 from support.training_runs import TINY, losses
 
+from fused_arcface.app.data import formats
 from fused_arcface.app.training import events, trainer
 from fused_arcface.app.training.config import TrainConfig
 from fused_arcface.app.training.world import World
@@ -114,7 +114,8 @@ def test_ranks_that_differ_or_fail_say_so_together(tmp_path: Path) -> None:
         assert first[name].startswith(f"DataError: data: {name} must be the same on every rank; got rank 0: ")
         assert not (tmp_path / "runs" / name).exists()
     assert first["images"].endswith("rank 0: 16, rank 1: 15")
-    assert re.match(r"NoSuchData: .*missing does not exist; data must be a folder", first["missing"])
+    assert first["missing"].startswith("NoSuchData: ")
+    assert first["missing"].endswith(f"missing does not exist; data must be {formats.listed()}")
     assert first["options"] == "OptionError: options: lr must be the same on every rank; got rank 0: 0.1, rank 1: 1.1"
     assert first["again"].startswith("RunError: ") and "holds a run already" in first["again"]
     assert first["bad"].startswith("DataError: ") and first["bad"].endswith("bad_data is stop, so this is an error")

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 from rich.progress import Progress
 
+from ..data.formats.embeddings import SUFFIXES
 from ..data.images import MAX_PIXELS
 from . import evaluation as shared
 from .errors import check_file, explained
@@ -23,7 +24,9 @@ def embed(
         ),
     ],
     checkpoint: shared.OneCheckpoint,
-    output: Annotated[Path, typer.Option(help="File for the embeddings and the names: .npz, .safetensors or .csv.")],
+    output: Annotated[
+        Path, typer.Option(help=f"File for the embeddings and the names: {', '.join(SUFFIXES)} or .csv.")
+    ],
     backbone: shared.Backbone = None,
     image_size: shared.ImageSize = None,
     flip: shared.Flip = False,

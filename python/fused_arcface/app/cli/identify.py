@@ -11,6 +11,7 @@ from rich.table import Table
 from fused_arcface.evaluation.search import Engine
 
 from ..data import formats
+from ..data.formats.embeddings import EMBEDDING_FILES
 from ..data.images import MAX_PIXELS
 from . import evaluation as shared
 from . import reporting
@@ -42,11 +43,11 @@ def identify(
     ] = None,
     embeddings: Annotated[
         Path | None,
-        typer.Option(help="Saved embeddings with labels, .npz or .safetensors, to split and score instead of images."),
+        typer.Option(help=f"Saved embeddings with labels, {EMBEDDING_FILES}, to split and score instead of images."),
     ] = None,
     save_embeddings: Annotated[
         Path | None,
-        typer.Option(help="File, .npz or .safetensors, to save the embeddings of --data to. Default: none."),
+        typer.Option(help=f"File, {EMBEDDING_FILES}, to save the embeddings of --data to. Default: none."),
     ] = None,
     gallery_images: Annotated[
         int, typer.Option(min=1, help="Number of images of each identity in the gallery, when the command splits.")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
+from ..data.formats.embeddings import EMBEDDING_FILES
 from ..data.images import MAX_PIXELS
 from . import evaluation as shared
 from .errors import WrongOption, check_file, explained
@@ -30,13 +31,13 @@ def templates(
     image_size: shared.ImageSize = None,
     embeddings: Annotated[
         Path | None,
-        typer.Option(help="Saved embeddings of the set's faces, .npz or .safetensors, to score without the net."),
+        typer.Option(help=f"Saved embeddings of the set's faces, {EMBEDDING_FILES}, to score without the net."),
     ] = None,
     save_embeddings: Annotated[
         Path | None,
         typer.Option(
-            help="File, .npz or .safetensors, to save the embeddings to. An interrupted command then resumes when it "
-            "is called again. Default: none."
+            help=f"File, {EMBEDDING_FILES}, to save the embeddings to. An interrupted command then resumes "
+            "when it is called again. Default: none."
         ),
     ] = None,
     flip: Annotated[

@@ -9,6 +9,7 @@ import typer
 from rich.table import Table
 
 from ..data import formats
+from ..data.formats.embeddings import EMBEDDING_FILES
 from ..data.images import MAX_PIXELS
 from . import evaluation as shared
 from . import reporting
@@ -46,10 +47,10 @@ def verify(
     ] = None,
     embeddings: Annotated[
         Path | None,
-        typer.Option(help="Saved embeddings, .npz or .safetensors, to score instead of --data and --checkpoint."),
+        typer.Option(help=f"Saved embeddings, {EMBEDDING_FILES}, to score instead of --data and --checkpoint."),
     ] = None,
     save_embeddings: Annotated[
-        Path | None, typer.Option(help="File, .npz or .safetensors, to save the embeddings to. Default: none.")
+        Path | None, typer.Option(help=f"File, {EMBEDDING_FILES}, to save the embeddings to. Default: none.")
     ] = None,
     distance: shared.DistanceName = "cosine",
     p: shared.Order = 3.0,

@@ -38,12 +38,12 @@ def align(image: Any, landmarks: npt.NDArray[np.float64], size: int) -> npt.NDAr
     """
     if landmarks.shape != (5, 2) or not np.isfinite(landmarks).all():
         raise ValueError(f"landmarks must be (5, 2) and finite; got {landmarks.tolist()}")
-    # Pillow counts from the corner of the first pixel, and asks where a point of the result lies in the image.
+    # Pillow counts from the corner of the first pixel, and wants the map from the result to the image.
     factor, shift = _similarity(landmarks + 0.5, POINTS + 0.5)
     inverse, start = _SIDE / size / factor, -shift / factor
     pil = require("PIL.Image", "train")
     coefficients = (inverse.real, -inverse.imag, start.real, inverse.imag, inverse.real, start.imag)
-    # In floating point: of 8 bits Pillow cuts the fraction off, which makes a face darker.
+    # In floating point: with 8 bits Pillow cuts off the fraction, and the face gets darker.
     bands = [
         band.convert("F").transform((size, size), pil.Transform.AFFINE, coefficients, pil.Resampling.BILINEAR)
         for band in image.split()

@@ -17,15 +17,15 @@ from fused_arcface.evaluation.pairs import Pairs
 
 from .formats import embeddings as embedding_files
 from .images import ImageSpec
-from .sources import ImageSet
+from .sources import ImageSet, ignore_interrupts
 
 _ROWS = 1 << 20
-"""Embeddings of a file of any size; more may be in one that has 8 bytes for each."""
+"""Embeddings that a small file may hold. A larger file may hold one more for each 8 bytes."""
 
 
 @dataclass(frozen=True)
 class EmbeddingSet:
-    """Embeddings as the net gives them, not normalized, and what is known of them.
+    """Embeddings of images as the net gives them, not normalized, with names, and labels or pairs if they are known.
 
     >>> import tempfile
     >>> file = Path(tempfile.mkdtemp()) / "embeddings.safetensors"
@@ -80,7 +80,7 @@ class EmbeddingSet:
         if embeddings is None or embeddings.dim() != 2 or not embeddings.is_floating_point():
             raise DataError(f"{path} must hold floating-point embeddings (M, D); it holds {_shapes(tensors)}")
         count, most = len(embeddings), _ROWS + os.path.getsize(path) // 8
-        if count > most or embeddings.shape[1] == 0:  # a row has a name in memory, whatever it takes in the file
+        if count > most or embeddings.shape[1] == 0:  # each row takes a name in memory, even if none in the file
             raise DataError(f"{path} must hold embeddings (M <= {most}, D >= 1); it holds {_shapes(tensors)}")
         if not embeddings.isfinite().all():
             raise DataError(f"{path}: embeddings must be finite")
@@ -102,7 +102,7 @@ class EmbeddingSet:
     def only(self, numbers: Tensor, images: int) -> EmbeddingSet:
         """Renumber the pairs for a set that lost some of its ``images``, and leave out the pairs of lost ones.
 
-        ``numbers`` (M,) are those that the rows here had in the whole set.
+        ``numbers`` (M,) are the numbers of these rows in the whole set.
         """
         if self.pairs is None or len(numbers) == images:
             return self
@@ -114,13 +114,13 @@ class EmbeddingSet:
 
 
 def check_suffix(path: Path | None, name: str = "embeddings") -> None:
-    """Check that a file of this name can hold embeddings; None is none. ``name`` is the argument's, for the message.
+    """Check that a file of this name can hold embeddings; None passes. ``name`` is the argument, for the message.
 
     Raises:
         ValueError: if it has another suffix.
     """
     if path is not None and path.suffix not in embedding_files.SUFFIXES:
-        raise ValueError(f"{name} must be in a {' or '.join(embedding_files.SUFFIXES)} file; got {path}")
+        raise ValueError(f"{name} must be in a {embedding_files.EMBEDDING_FILES} file; got {path}")
 
 
 def _shapes(tensors: dict[str, Tensor]) -> str:
@@ -151,7 +151,7 @@ def embed_set(
         device: the net's device.
         workers: processes that read images; 0 reads in this one.
         done: called after each batch with its size.
-        unreadable: called with what is wrong with an image that cannot be read; it is left out, and so are its pairs.
+        unreadable: called with the message for an image that cannot be read. The image and its pairs are left out.
 
     Raises:
         DataError: if an image cannot be read and ``unreadable`` is None, or no image can be read.
@@ -162,7 +162,13 @@ def embed_set(
     torch.Size([6, 64])
     """
     net.eval()
-    loader = torch.utils.data.DataLoader(_Reader(images, spec), batch_size, num_workers=workers, collate_fn=_collate)
+    loader = torch.utils.data.DataLoader(
+        _Reader(images, spec),
+        batch_size,
+        num_workers=workers,
+        collate_fn=_collate,
+        worker_init_fn=ignore_interrupts,
+    )
     parts, kept, first = [], [], ""
     for batch in loader:
         for problem in batch.problems:
@@ -202,7 +208,7 @@ class _Reader(torch.utils.data.Dataset[_Read]):
         return len(self._images)
 
     def __getitem__(self, index: int) -> _Read:
-        # Not raised here: from a worker an error comes with that process's traceback.
+        # Returned, not raised: an error from a worker comes with that process's traceback.
         try:
             return _Read([index], self._images.read(index, self._spec)[None], [])
         except (ValueError, OSError) as error:

@@ -82,8 +82,8 @@ def read_image(
     """Read an image of any size and mode as a net takes it: ``(channels, size, size)`` fp32 in [-1, 1].
 
     The picture is turned as its EXIF says, scaled so that its shorter side fits, and cut to the square in its middle.
-    Transparent parts lie on white. Gray of 8, 16 or 32 bits keeps its depth; floating-point pixels count from 0 to 1,
-    or to 255 where one of them is above 1.
+    Transparent parts become white. Gray of 8, 16 or 32 bits keeps its depth. Floating-point pixels range from 0 to 1,
+    or from 0 to 255 if one of them is above 1.
 
     The content decides on the format, not the name. Only the formats of
     :data:`fused_arcface.app.data.image_formats.FORMATS` are tried. Decoding takes up to 17 bytes a pixel.

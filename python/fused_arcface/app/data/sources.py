@@ -5,9 +5,9 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -20,16 +20,22 @@ from fused_arcface.evaluation.pairs import Pairs
 
 from .images import MAX_PIXELS, ImageSpec, LabeledImages, image_spec, read_image
 
-_PROBED = 16  # images looked at to tell what the others are like
+_PROBED = 16  # images that stand for all
 _MOST_BYTES = 1 << 28
 """Largest size of an image's file. It keeps a sparse file of terabytes from being read."""
 
 
-class LabeledReader(Protocol):
-    """Images that are read one by one, by index, with a label for each; usable in data-loader workers."""
+class ImageSource(Protocol):
+    """Labeled images to train on, each read by its index, in data-loader workers too."""
 
     labels: Tensor
-    """(M,) int64."""
+    """(M,) int64, from 0 to the number of identities - 1, each at least once."""
+    names: list[str]
+    """Names of the identities."""
+    problems: list[str]
+    """Faults found when the source was opened, with their places. Such images are not part of the source."""
+    notes: list[str]
+    """Other facts that the user should know."""
 
     def __len__(self) -> int: ...
 
@@ -40,21 +46,8 @@ class LabeledReader(Protocol):
             DataError, ImageError: if it cannot be read; the message names the place.
         """
 
-
-class ImageSource(LabeledReader, Protocol):
-    """Images to train on: labels go from 0 to the number of identities - 1, each at least once."""
-
-    names: list[str]
-    """Names of the identities."""
-    problems: list[str]
-    """Faults found when the source was opened, with their places. Such images are not part of the source."""
-    notes: list[str]
-    """Other facts that the user should know."""
-
     def stored(self, index: int) -> bytes:
-        """Return the bytes of an image as it is stored, or the shape of one that the package makes.
-
-        They tell one image from another.
+        """Return bytes that tell an image from others: those stored, or the shape of one that the package makes.
 
         Raises:
             DataError, ImageError, OSError: if they cannot be read.
@@ -133,12 +126,8 @@ class MemoryImages:
 Read = Callable[[int, ImageSpec], Tensor]
 
 
-def files_reader(files: list[Path], max_pixels: int) -> Read:
-    """Return the function that reads image files by their place, in data-loader workers too."""
-    return partial(_read_file, files, max_pixels)
-
-
-def _read_file(files: list[Path], max_pixels: int, index: int, spec: ImageSpec) -> Tensor:
+def read_file(files: list[Path], max_pixels: int, index: int, spec: ImageSpec) -> Tensor:
+    """Read an image file by its place; a ``partial`` of it is a :attr:`ImageSet.read` for data-loader workers too."""
     return read_image(files[index], spec, max_pixels)
 
 
@@ -165,17 +154,22 @@ class ImageSet:
 
 
 def set_of(source: ImageSource, name: str) -> ImageSet:
-    """Return a source's images as a set; ``name`` is what messages call those that are not files of their own."""
-    own = source.paths if isinstance(source, FileImages) else None
-    paths = [f"{name}[{index}]" for index in range(len(source))] if own is None else [str(path) for path in own]
+    """Return a source's images as a set. Images that are no files of their own are called ``name[0]`` and so on."""
+    if isinstance(source, FileImages):
+        paths = [str(path) for path in source.paths]
+    else:
+        paths = [f"{name}[{index}]" for index in range(len(source))]
     return ImageSet(paths, source.read, source.labels, names=source.names, problems=source.problems, notes=source.notes)
 
 
-def common_spec(source: ImageSource, least: int = 32, most: int = 112) -> ImageSpec:
-    """Return a spec that suits a source, from up to 16 of its images.
+def ignore_interrupts(_: int) -> None:
+    """Ignore Ctrl-C in a data-loader worker: the main process decides, and may still need the worker's images."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
-    It is gray unless one of them has color, and its size is their median side within bounds.
-    """
+
+def common_spec(source: ImageSource, least: int = 32, most: int = 112) -> ImageSpec:
+    """Return a spec for a source: color if one of up to 16 images has it, and their median side within bounds."""
     specs = []
     for index in torch.linspace(0, len(source) - 1, min(_PROBED, len(source))).long().tolist():
         try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -13,11 +13,11 @@ from fused_arcface.base.reading import DataError, NoSuchData, file_errors, read_
 from fused_arcface.base.suggest import missing_path
 from fused_arcface.base.text import lines
 
-from .formats.folders import natural, read_folder
+from .formats.folders import is_folder, numbered
 from .image_formats import SUFFIXES
 from .images import MAX_PIXELS
 from .pair_sets import read_labeled
-from .sources import ImageSet, files_reader
+from .sources import ImageSet, read_file
 
 _LISTS = (".txt", ".lst", ".list")
 _MOST_BYTES = 1 << 30
@@ -50,29 +50,27 @@ def read_images(sources: Sequence[str], *, max_pixels: int = MAX_PIXELS) -> Imag
     problems: list[str] = []
     found = [each for source in sources for each in _files_of(source, problems)]
     files, texts = [file for file, _ in found], [label for _, label in found]
-    labels, names = None, []
-    if len(sources) == 1 and all(text is not None for text in texts):
-        names = sorted({text for text in texts if text is not None}, key=lambda name: (natural(name), name))
-        number = {name: place for place, name in enumerate(names)}
-        labels = torch.tensor([number[text] for text in texts if text is not None])
-    read = files_reader(files, max_pixels)
-    return ImageSet([str(file) for file in files], read, labels, names=names, problems=problems)
+    labels = None
+    names: list[str] = []
+    if len(sources) == 1 and None not in texts:
+        names, numbers = numbered([text for text in texts if text is not None])
+        labels = torch.tensor(numbers)
+    paths = [str(file) for file in files]
+    return ImageSet(paths, partial(read_file, files, max_pixels), labels, names=names, problems=problems)
 
 
 def _labeled(source: str, max_pixels: int) -> ImageSet | None:
     """Return labeled images, None if the source is images alone."""
     path = Path(source)
-    if path.is_dir() and not (path / "train.rec").is_file():
+    if is_folder(source):
+        # Images beside the identities' folders are embedded as well, and then nobody is labeled.
+        if any(file.suffix.lower() in SUFFIXES for file in path.iterdir() if file.is_file()):
+            return None
         try:
-            folder = read_folder(path)
+            return read_labeled(source, max_pixels=max_pixels)
         except DataError:  # a flat one
             return None
-        # Images beside the identities' folders are embedded as well, and then nobody is labeled.
-        loose = any(file.suffix.lower() in SUFFIXES for file in path.iterdir() if file.is_file())
-        return None if loose else replace(read_labeled(source, max_pixels=max_pixels), problems=folder.problems)
-    if path.suffix.lower() in (*SUFFIXES, *_LISTS):
-        return None
-    return read_labeled(source, max_pixels=max_pixels)
+    return None if path.suffix.lower() in (*SUFFIXES, *_LISTS) else read_labeled(source, max_pixels=max_pixels)
 
 
 def _files_of(source: str, problems: list[str]) -> list[tuple[Path, str | None]]:

@@ -26,7 +26,7 @@ class _Wrapped(nn.Module):
 
 
 class _Residual(_Wrapped):
-    """A chain beside which the input passes."""
+    """A chain whose input is added to its output."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x + super().forward(x)
@@ -66,8 +66,7 @@ class MobileFaceNet(nn.Module):
         )
         self.conv_sep = _convolution(wide, _FEATURES, 1)
         self.features = _Wrapped(
-            # One weight for each place of the last map instead of its mean: the middle of a face says more than its
-            # border.
+            # A weight for each place of the last map, not their mean: the middle of a face says more than its border.
             _convolution(_FEATURES, _FEATURES, -(-size // 16), groups=_FEATURES, padding=0, activation=False),
             nn.Flatten(),
             nn.Linear(_FEATURES, embedding_dim, bias=False),

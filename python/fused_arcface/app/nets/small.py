@@ -18,8 +18,8 @@ class SmallNet(nn.Module):
     Images ``(N, channels, height, width)`` of any size from 1×1 give embeddings ``(N, D)``, not normalized: heads do
     that.
 
-    The activation is smooth (SiLU). With ReLU two runs that differ by rounding part as soon as one activation near
-    zero is cut in one of them and not in the other: within 50 steps their losses differed by 1e-2, with SiLU by 2e-6.
+    The activation is smooth (SiLU). With ReLU, two runs that differ by rounding diverge as soon as an activation near
+    zero is cut in only one of them: within 50 steps their losses differed by 1e-2, with SiLU by 2e-6.
 
     >>> SmallNet(embedding_dim=64)(torch.zeros(2, 1, 32, 32)).shape
     torch.Size([2, 64])
@@ -52,7 +52,7 @@ def _block(channels_in: int, channels_out: int) -> nn.Sequential:
 def embed(net: nn.Module, images: Tensor, batch_size: int = 512, normalize: bool = True) -> Tensor:
     """Return embeddings ``(M, D)`` of images ``(M, channels, height, width)``.
 
-    They have norm 1 unless ``normalize`` is false. The net is in evaluation mode meanwhile.
+    They have norm 1 unless ``normalize`` is false. The net is put into evaluation mode for the call.
 
     >>> embed(nn.Flatten(), torch.ones(1, 1, 2, 2))
     tensor([[0.5000, 0.5000, 0.5000, 0.5000]])

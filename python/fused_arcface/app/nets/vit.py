@@ -7,6 +7,7 @@ one learned token at the end (as He et al. mask, arXiv:2111.06377).
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from typing import NamedTuple
 
 import torch
@@ -42,16 +43,6 @@ SIZES = {
 """Figures by insightface's names."""
 
 
-class _Patches(nn.Module):
-    def __init__(self, channels: int, width: int) -> None:
-        super().__init__()
-        self.proj = nn.Conv2d(channels, width, _PATCH, _PATCH)
-
-    def forward(self, images: Tensor) -> Tensor:
-        patches: Tensor = self.proj(images).flatten(2).transpose(1, 2)
-        return patches
-
-
 class _Attention(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -64,24 +55,15 @@ class _Attention(nn.Module):
         return out
 
 
-class _Mlp(nn.Module):
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(width, 4 * width)
-        self.fc2 = nn.Linear(4 * width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.fc2(F.relu6(self.fc1(x)))
-        return out
-
-
 class _Block(nn.Module):
     def __init__(self, width: int, drop_path: float) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(width)
         self.attn = _Attention(width)
         self.norm2 = nn.LayerNorm(width)
-        self.mlp = _Mlp(width)
+        self.mlp = nn.Sequential(
+            OrderedDict(fc1=nn.Linear(width, 4 * width), act=nn.ReLU6(), fc2=nn.Linear(4 * width, width))
+        )
         self._drop_path = drop_path
 
     def forward(self, x: Tensor) -> Tensor:
@@ -118,7 +100,7 @@ class VisionTransformer(nn.Module):
             raise ValueError(f"size must be >= {_PATCH}, a patch of {name}; got {size}")
         width, depth, drop_path, self._masked = SIZES[name]
         patches = (size // _PATCH) ** 2
-        self.patch_embed = _Patches(channels, width)
+        self.patch_embed = nn.Sequential(OrderedDict(proj=nn.Conv2d(channels, width, _PATCH, _PATCH)))
         self.pos_embed = nn.Parameter(torch.zeros(1, patches, width))
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
         self.blocks = nn.ModuleList(_Block(width, drop_path * place / (depth - 1)) for place in range(depth))
@@ -138,7 +120,7 @@ class VisionTransformer(nn.Module):
                     nn.init.zeros_(module.bias)
 
     def forward(self, images: Tensor) -> Tensor:
-        x = self.patch_embed(images) + self.pos_embed
+        x = self.patch_embed(images).flatten(2).transpose(1, 2) + self.pos_embed
         order: Tensor | None = None
         if self.training and self._masked > 0:
             order = torch.rand(x.shape[:2], device=x.device).argsort(1)
@@ -150,6 +132,6 @@ class VisionTransformer(nn.Module):
         if order is not None:
             masked = self.mask_token.expand(len(x), order.shape[1] - x.shape[1], -1)
             x = torch.cat([x, masked.to(x.dtype)], 1)
-            x = x.gather(1, order.argsort(1)[..., None].expand_as(x))  # every patch in its place again
+            x = x.gather(1, order.argsort(1)[..., None].expand_as(x))  # each patch back in its place
         embeddings: Tensor = self.feature(x.flatten(1))
         return embeddings

@@ -19,11 +19,11 @@ _PREFIXES = ("module.", "_orig_mod.", "state_dict.", "backbone.")
 _HEADS = ("head.", "fc.")
 """Names of other modules beside a net under ``model.`` (AdaFace) or ``features.`` (MagFace)."""
 _COUNTERS = ".num_batches_tracked"
-"""Counters of batch normalization, which files from before torch 0.4.1 do not have and evaluation does not use."""
+"""Counters of batch normalization: files from before torch 0.4.1 lack them, and evaluation does not use them."""
 
 
 class Misfit(DataError):
-    """Raised for a file of which some tensors fit a net, and others do not or are missing."""
+    """Raised for a file with some tensors that fit a net, and others that do not or are missing."""
 
 
 def read_state(path: Path) -> dict[str, Tensor]:
@@ -31,8 +31,8 @@ def read_state(path: Path) -> dict[str, Tensor]:
 
     The state may lie under ``state_dict``, ``state_dict_backbone``, ``backbone`` or ``model``. The prefixes
     ``module.``, ``_orig_mod.``, ``state_dict.`` and ``backbone.`` are removed, in any order. If some names begin
-    with ``backbone.``, the others are another module's and are left out. So is AdaFace's ``head.`` beside ``model.``,
-    and MagFace's ``fc.`` beside ``features.conv1.``.
+    with ``backbone.``, the others are another module's and are left out, and so are AdaFace's ``head.`` beside
+    ``model.`` and MagFace's ``fc.`` beside ``features.conv1.``.
 
     Raises:
         DataError: if the file cannot be read, is damaged, or holds no named tensors.
@@ -85,14 +85,14 @@ def load_weights(net: nn.Module, path: Path, *, partial: bool = False) -> list[s
 def fit_state(net: nn.Module, state: dict[str, Tensor], path: Path, *, partial: bool = False) -> list[str]:
     """Set a net to the tensors of :func:`read_state`; see :func:`load_weights` for arguments, result and errors."""
     own = net.state_dict()
-    fitting = {name for name in own if name in state and own[name].shape == state[name].shape}
-    wrong = [
-        f"{name} must be {tuple(own[name].shape)}; it is {tuple(state[name].shape)}"
-        if name in state
-        else f"{name} is missing"
-        for name in own
-        if name not in fitting and (name in state or not name.endswith(_COUNTERS))
-    ]
+    fitting, wrong = set(), []
+    for name, tensor in own.items():
+        if name in state and state[name].shape == tensor.shape:
+            fitting.add(name)
+        elif name in state:
+            wrong.append(f"{name} must be {tuple(tensor.shape)}; it is {tuple(state[name].shape)}")
+        elif not name.endswith(_COUNTERS):
+            wrong.append(f"{name} is missing")
     some = any(not name.endswith(_COUNTERS) for name in fitting)
     if wrong and not (partial and some):
         few = _some(wrong, 3, "; ", " more tensors do not fit")

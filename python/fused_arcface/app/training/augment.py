@@ -20,8 +20,8 @@ def augment(image: Tensor, level: str, key: int) -> Tensor:
 
     Args:
         image: (channels, size, size) fp32 in [-1, 1].
-        level: ``"none"``; ``"light"``: small shifts, turns and zooms, brightness and contrast; ``"strong"``: more of
-            these, and in a fifth of the images each a low resolution, no color, and an erased rectangle.
+        level: ``"none"``; ``"light"``: small shifts, turns, zooms and changes of brightness and contrast;
+            ``"strong"``: larger ones, and for a fifth of the images each: low resolution, no color, an erased part.
         key: key of the random numbers, in [0, 2^63).
 
     Returns:
@@ -54,14 +54,11 @@ def augment(image: Tensor, level: str, key: int) -> Tensor:
 
 
 def _move(image: Tensor, level: str, draw: list[float]) -> Tensor:
-    """Shift, zoom and turn; what comes in from outside repeats the border."""
+    """Shift, zoom and turn; pixels from outside repeat the border."""
     across, down, zoom, turn = (2 * each - 1 for each in draw)
     angle = torch.tensor(_TURN[level] * turn)
-    scale = 1 + _ZOOM[level] * zoom
-    cos, sin = scale * angle.cos(), scale * angle.sin()
-    shift = 2 * _SHIFT[level]
-    theta = torch.stack(
-        [torch.stack([cos, -sin, cos * 0 + shift * across]), torch.stack([sin, cos, cos * 0 + shift * down])]
-    )
+    scale, shift = 1 + _ZOOM[level] * zoom, 2 * _SHIFT[level]
+    cos, sin = (scale * angle.cos()).item(), (scale * angle.sin()).item()
+    theta = torch.tensor([[cos, -sin, shift * across], [sin, cos, shift * down]])
     grid = F.affine_grid(theta[None], [1, *image.shape], align_corners=False)
     return F.grid_sample(image[None], grid, padding_mode="border", align_corners=False)[0]

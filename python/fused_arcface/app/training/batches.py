@@ -17,9 +17,8 @@ from fused_arcface.base.keyed_random import BATCH, fold
 from fused_arcface.base.reading import DataError
 
 from ..data.images import ImageError, ImageSpec
-from ..data.sources import LabeledReader
+from ..data.sources import ImageSource, ignore_interrupts
 from .augment import augment
-from .interrupt import ignore_interrupts
 
 _MOST_UNREADABLE = 100  # unreadable images in a row; more mean that the source is wrong, not an image
 
@@ -42,7 +41,7 @@ class Item(NamedTuple):
 
     place: int
     mirrored: bool
-    key: int = 0
+    key: int
     """Key of the random numbers of :func:`~fused_arcface.app.training.augment.augment`."""
 
 
@@ -50,8 +49,7 @@ class Item(NamedTuple):
 class BatchPlan:
     """The joint batches of all ranks.
 
-    Each epoch has a new order of all images, cut into whole batches. The images left over at its end are not used in
-    that epoch.
+    Each epoch has a new order of all images, cut into whole batches. An epoch does not use the images left at its end.
     """
 
     num_images: int
@@ -83,7 +81,7 @@ class BatchPlan:
         return [items[start : start + self.rows] for start in range(0, len(items), self.rows)]
 
     def _balanced(self, shuffled: Tensor, generator: torch.Generator) -> Tensor:
-        """Return as many images, (num_images,), of which every C one after another are of C classes."""
+        """Return the images of an epoch, (num_images,): C images of C different classes, again and again."""
         assert self.labels is not None
         by_class = shuffled[self.labels[shuffled].argsort(stable=True)]  # within a class in random order
         counts = self.labels.bincount()
@@ -117,7 +115,7 @@ def share_bounds(rows: int, parts: int) -> list[int]:
 class _ReadImages(Dataset[Batch]):
     """Reads single items, in the loader's workers."""
 
-    def __init__(self, source: LabeledReader, spec: ImageSpec, level: str) -> None:
+    def __init__(self, source: ImageSource, spec: ImageSpec, level: str) -> None:
         self._source, self._spec, self._level = source, spec, level
 
     def __getitem__(self, item: Item) -> Batch:
@@ -143,17 +141,16 @@ def _collate(samples: list[Batch]) -> Batch:
 
 
 def load_batches(
-    source: LabeledReader,
+    source: ImageSource,
     spec: ImageSpec,
     items: Iterator[list[Item]],
     workers: int,
-    *,
-    pin_memory: bool = False,
-    level: str = "none",
+    pin_memory: bool,
+    level: str,
 ) -> Iterator[Batch]:
     """Yield batches, read ahead in ``workers`` processes if there are any.
 
-    Images are changed at random as :func:`~fused_arcface.app.training.augment.augment` does at this level.
+    Images are changed at random as :func:`~fused_arcface.app.training.augment.augment` does at ``level``.
 
     Raises:
         DataError: if no image can be read.
@@ -167,7 +164,7 @@ def load_batches(
         worker_init_fn=ignore_interrupts,
     )
     for batch in loader:
-        # Not raised where it was found: from a worker an error comes with that process's traceback.
+        # Raised here, not in a worker: an error from a worker comes with that process's traceback.
         if (batch.labels == _GIVEN_UP).any():
             raise DataError(batch.problems[-1])
         yield batch

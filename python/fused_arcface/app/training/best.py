@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 from pathlib import Path
 
@@ -22,18 +23,17 @@ class BestNet:
     If the checkpoint of the best verification is to be kept (``whole``), it goes to ``best/``, which is a run of its
     own: it can be evaluated, converted, resumed and fine-tuned as any other.
 
-    The run goes on from ``step``; a best net of a later step belongs to a training that was given up.
+    The run continues from ``step``. A best net of a later step is not used: those steps are made again.
     """
 
     def __init__(self, folder: RunFolder, step: int, whole: bool) -> None:
         self._folder, self._whole = folder, whole
-        try:
+        self._accuracy = -1.0
+        self._step: int | None = None
+        with contextlib.suppress(DataError):  # a damaged file will be written anew
             before = read_thresholds(folder.best_thresholds)
-        except DataError:  # it will be written anew
-            before = None
-        known = before is not None and before.step is not None and before.step <= step and folder.best.is_file()
-        self._accuracy = before.accuracy if before is not None and known else -1.0
-        self._step = before.step if before is not None and known else None
+            if before is not None and before.step is not None and before.step <= step and folder.best.is_file():
+                self._accuracy, self._step = before.accuracy, before.step
 
     def keep(self, net: nn.Module, found: KeptThresholds) -> bool:
         """Keep a verification of a net; return whether it is the best until now. If two are equal, the first stays.
@@ -50,7 +50,7 @@ class BestNet:
         return True
 
     def keep_checkpoint(self, directory: Path, step: int) -> str:
-        """Keep a complete checkpoint, written at ``step``, whole if it is that of the best verification.
+        """Keep a complete checkpoint, written at ``step``, if the best verification was at that step.
 
         Returns:
             A note for the user if it cannot be kept because ``best/`` was trained in; otherwise nothing.

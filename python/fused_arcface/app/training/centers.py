@@ -1,4 +1,4 @@
-"""Class centers of another training as a start: old identities keep theirs to the bit, new ones have a new head's."""
+"""Class centers of another training as a start: old identities keep theirs exactly, new ones begin at random."""
 
 from __future__ import annotations
 
@@ -24,8 +24,7 @@ def load_centers(head: PartialFC, names: list[str], source: Path) -> list[str]:
         source: a run, a checkpoint, or a file of centers, see :func:`fused_arcface.checkpoint.sources.read`.
 
     Returns:
-        One line that says how many identities keep their centers, how many are new, and how many the source has
-        besides.
+        One line with the numbers of identities that keep their centers, of new ones, and of unused ones.
 
     Raises:
         DataError, CheckpointError: if the source cannot be read, or does not fit the head.
@@ -53,11 +52,13 @@ def load_centers(head: PartialFC, names: list[str], source: Path) -> list[str]:
         target = torch.tensor([place_of.get(name, -1) for name in old_names])
     _fill(head, found, target)
     kept = int((target >= 0).sum())
-    unused = found.num_classes - kept
     how = "by name" if old_names is not None else "by order"
     text = f"centers: {kept} of {len(names)} identities keep their centers from {source}, matched {how}"
-    text += f"; random centers for {len(names) - kept} new" if kept < len(names) else ""
-    return [text + (f"; {unused} of the source are not in the data" if unused else "")]
+    if new := len(names) - kept:
+        text += f"; random centers for {new} new"
+    if unused := found.num_classes - kept:
+        text += f"; {unused} of the source are not in the data"
+    return [text]
 
 
 def _names_beside(source: Path, count: int) -> list[str] | None:

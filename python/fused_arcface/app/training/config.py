@@ -12,6 +12,7 @@ import sys
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -29,14 +30,10 @@ from ..nets.backbones import NAMES, check_backbone
 from .augment import LEVELS
 from .schedule import parse_rise
 
-DATA, NET, TUNING, HEAD = "Data", "Net", "Fine-tuning", "Head"
-OPTIMIZATION, RUN = "Optimization", "Verification and run"
-"""Groups of options, in the order of the help."""
-
 _MOST_BYTES = 1 << 16
 """Largest size of a TOML file of options."""
 _MOST_DOTS = 100
-"""Most dots in a line. The time of Python's reader grows with the square of a key's parts: 20,000 take 20 seconds."""
+"""Most dots in a line. The reader's time grows with the square of the parts of a key: 20,000 parts take 20 seconds."""
 
 
 class OptionError(ValueError):
@@ -48,9 +45,9 @@ class Rule:
     """Type, range and purpose of an option."""
 
     group: str
-    """Heading of the help under which it stands."""
+    """Heading in the help."""
     help: str
-    """Whole sentences with the unit and the meaning; the default is added by the command line."""
+    """Whole sentences with the meaning and the unit. The command line adds the default."""
     least: float = -math.inf
     most: float = math.inf
     above: bool = False
@@ -59,7 +56,7 @@ class Rule:
     """``most`` itself is not allowed."""
     choices: tuple[str, ...] = ()
     fixed: bool = False
-    """A resumed run keeps it: another value would make another net, or other batches."""
+    """A resumed run must keep the value: another one would make another net or other batches."""
 
     def check(self, name: str, value: Any, types: tuple[type, ...]) -> None:
         """Raise unless ``value`` is of one of ``types`` and in range.
@@ -70,8 +67,8 @@ class Rule:
         if value is None and type(None) in types:
             return
         if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
-            rule = " or ".join(each.__name__ for each in types if each is not type(None))
-            raise TypeError(f"{name} must be of type {rule}; got {type(value).__name__}")
+            allowed = " or ".join(each.__name__ for each in types if each is not type(None))
+            raise TypeError(f"{name} must be of type {allowed}; got {type(value).__name__}")
         if self.choices and value not in self.choices:
             raise ValueError(f"{name} must be one of {', '.join(self.choices)}; got {value!r}")
         if isinstance(value, (int, float)):
@@ -85,8 +82,13 @@ class Rule:
         return low if self.most == math.inf else f"{low} and {'<' if self.below else '<='} {self.most:g}"
 
 
-def _option(default: Any, group: str, help: str, **rule: Any) -> Any:
+def _option(group: str, default: Any, help: str, **rule: Any) -> Any:
     return dataclasses.field(default=default, metadata={"rule": Rule(group, help, **rule)})
+
+
+# One function for each group of options, in the order of the help.
+_data, _net, _tuning = (partial(_option, group) for group in ("Data", "Net", "Fine-tuning"))
+_head, _optimization, _run = (partial(_option, group) for group in ("Head", "Optimization", "Verification and run"))
 
 
 @dataclass(frozen=True)
@@ -103,205 +105,166 @@ class TrainConfig:
     ValueError: batch_size must be >= 2; got 0
     """
 
-    data: str = _option(
-        "",
-        DATA,
-        f"Images to train on: {formats.listed()}. Required.",
-    )
-    bad_data: str = _option(
+    data: str = _data("", f"Images to train on: {formats.listed()}. Required.")
+    bad_data: str = _data(
         "skip",
-        DATA,
         "With skip, an unreadable image, a bad record, an empty class or a gap is reported and left out. With stop, it "
         "ends the run.",
         choices=("skip", "stop"),
     )
-    image_size: int | None = _option(
+    image_size: int | None = _data(
         None,
-        DATA,
         "Side of the images in pixels. Default: the net's own size, otherwise the median of the data, from 32 to 112.",
         least=1,
         most=4096,
         fixed=True,
     )
-    channels: int | None = _option(
+    channels: int | None = _data(
         None,
-        DATA,
         "1 for gray images, 3 for color. Default: the net's own number, otherwise 3 if a sampled image has color.",
         least=1,
         most=3,
         fixed=True,
     )
-    flip: bool = _option(True, DATA, "Mirror half of the images, chosen at random in each epoch.", fixed=True)
-    augment: str = _option(
+    flip: bool = _data(True, "Mirror half of the images, chosen at random in each epoch.", fixed=True)
+    augment: str = _data(
         "none",
-        DATA,
         "Random changes of the images. With light: small shifts, rotations, zooms and changes of brightness and "
         "contrast. With strong: larger ones; some images also get a low resolution, no color or an erased part.",
         choices=LEVELS,
         fixed=True,
     )
-    balanced: bool = _option(
+    balanced: bool = _data(
         False,
-        DATA,
         "Draw all identities equally often, however many images each one has. The number of steps stays the same.",
         fixed=True,
     )
-    max_pixels: int = _option(
-        MAX_PIXELS, DATA, "Largest image that is decoded, in pixels; larger ones count as unreadable.", least=1
+    max_pixels: int = _data(
+        MAX_PIXELS, "Largest image that is decoded, in pixels; larger ones count as unreadable.", least=1
     )
-    workers: int = _option(
-        2, DATA, "Processes that read images on each rank; 0 reads in the training process.", least=0
-    )
+    workers: int = _data(2, "Processes that read images on each rank; 0 reads in the training process.", least=0)
 
-    backbone: str = _option("small", NET, f"The embedding net: one of {', '.join(NAMES)}.", fixed=True)
-    embedding_dim: int | None = _option(
+    backbone: str = _net("small", f"The embedding net: one of {', '.join(NAMES)}.", fixed=True)
+    embedding_dim: int | None = _net(
         None,
-        NET,
         "Dimension of the embeddings. Default: 128 for the small net, otherwise 512.",
         least=1,
         most=16384,
         fixed=True,
     )
-    precision: str = _option(
+    precision: str = _net(
         "fp32",
-        NET,
         "Number format of the net under autocast; fp16 comes with a gradient scaler.",
         choices=("fp32", "bf16", "fp16"),
         fixed=True,
     )
 
-    init: str = _option(
+    init: str = _tuning(
         "",
-        TUNING,
         "Weights that the net starts from: a run, its model.pt or best.pt, or a file such as insightface's "
         "backbone.pth. Prefixes such as module. and backbone. are removed.",
     )
-    init_partial: bool = _option(
+    init_partial: bool = _tuning(
         False,
-        TUNING,
         "Take what fits of the file of --init, and say what does not: tensors that it lacks, or that have another "
         "shape, begin with new weights. Otherwise these are an error.",
     )
-    centers: str = _option(
+    centers: str = _tuning(
         "",
-        TUNING,
         "Class centers to start from: a run, a checkpoint or a file of centers. Identities are matched by name, or by "
         "order where the source has no classes.txt. New identities get random centers.",
     )
-    freeze: str = _option(
+    freeze: str = _tuning(
         "",
-        TUNING,
         "Part that is not trained: backbone, so that only the class centers are, or backbone:E for the first E epochs.",
     )
 
-    margin: str = _option(
-        "ArcFace(0.5)", HEAD, "The margin: a class of fused_arcface with its arguments, or MODULE:NAME for your own."
+    margin: str = _head(
+        "ArcFace(0.5)", "The margin: a class of fused_arcface with its arguments, or MODULE:NAME for your own."
     )
-    scale: float | None = _option(
+    scale: float | None = _head(
         None,
-        HEAD,
         "Scale of the logits. Default: 16 for fewer than 1,000 identities, 32 for fewer than 10,000, otherwise 64.",
         least=0,
         above=True,
     )
-    margin_schedule: str = _option(
+    margin_schedule: str = _head(
         "",
-        HEAD,
         "Rise of the margin: exponential:20-40 or linear:20-40 begins without a margin, lets it rise from the start of "
         "epoch 20 and has all of it from the start of epoch 40; exponential:20-40:0.5 begins with half of it.",
     )
-    scale_schedule: str = _option(
-        "", HEAD, "Rise of the scale, in the same form: linear:1-10:0.25 begins with a quarter of it."
+    scale_schedule: str = _head(
+        "", "Rise of the scale, in the same form: linear:1-10:0.25 begins with a quarter of it."
     )
-    sub_centers: int = _option(
-        1, HEAD, "Centers of each class; an image is compared with the nearest.", least=1, fixed=True
-    )
-    label_smoothing: float = _option(
+    sub_centers: int = _head(1, "Centers of each class; an image is compared with the nearest.", least=1, fixed=True)
+    label_smoothing: float = _head(
         0.0,
-        HEAD,
         "Share of the target, from 0 to 1, that is spread over all classes. Needs --center-optimizer joint.",
         least=0,
         most=1,
     )
-    sample_rate: float = _option(
-        1.0, HEAD, "Fraction of the classes that a step uses, above 0 and at most 1.", least=0, above=True, most=1
+    sample_rate: float = _head(
+        1.0, "Fraction of the classes that a step uses, above 0 and at most 1.", least=0, above=True, most=1
     )
-    center_storage: str = _option(
+    center_storage: str = _head(
         "device",
-        HEAD,
         "Place of the class centers and their momentum: device, host (host memory, of which the device gets each "
         "step's sample), or the folder of a file. The last two need --sample-rate below 1 and the fused optimizer.",
     )
-    backend: str = _option(
-        "auto", HEAD, "Backend of the head: auto, torch, cpu, triton or cuda; fused-arcface doctor lists them."
+    backend: str = _head(
+        "auto", "Backend of the head: auto, torch, cpu, triton or cuda; fused-arcface doctor lists them."
     )
 
-    epochs: int = _option(20, OPTIMIZATION, "Passes over the images.", least=1)
-    batch_size: int = _option(
-        128, OPTIMIZATION, "Images of a step, over all ranks and micro-batches.", least=2, fixed=True
-    )
-    accumulation: int = _option(
+    epochs: int = _optimization(20, "Passes over the images.", least=1)
+    batch_size: int = _optimization(128, "Images of a step, over all ranks and micro-batches.", least=2, fixed=True)
+    accumulation: int = _optimization(
         1,
-        OPTIMIZATION,
         "Number of micro-batches that each rank splits its part of a batch into. More of them need less memory.",
         least=1,
     )
-    optimizer: str = _option("sgd", OPTIMIZATION, "Optimizer of the backbone.", choices=("sgd", "adamw"), fixed=True)
-    center_optimizer: str = _option(
+    optimizer: str = _optimization("sgd", "Optimizer of the backbone.", choices=("sgd", "adamw"), fixed=True)
+    center_optimizer: str = _optimization(
         "fused",
-        OPTIMIZATION,
         "Optimizer of the class centers: fused is CenterSGD inside the backward pass, joint is the backbone's.",
         choices=("fused", "joint"),
         fixed=True,
     )
-    lr: float | None = _option(
-        None, OPTIMIZATION, "Highest learning rate of the backbone. Default: 0.1 with sgd, 0.001 with adamw.", least=0
+    lr: float | None = _optimization(
+        None, "Highest learning rate of the backbone. Default: 0.1 with sgd, 0.001 with adamw.", least=0
     )
-    center_lr: float = _option(0.1, OPTIMIZATION, "Highest learning rate of CenterSGD.", least=0)
-    momentum: float = _option(
-        0.9, OPTIMIZATION, "Momentum of SGD and of CenterSGD, at least 0 and below 1.", least=0, most=1, below=True
+    center_lr: float = _optimization(0.1, "Highest learning rate of CenterSGD.", least=0)
+    momentum: float = _optimization(
+        0.9, "Momentum of SGD and of CenterSGD, at least 0 and below 1.", least=0, most=1, below=True
     )
-    weight_decay: float = _option(5e-4, OPTIMIZATION, "Weight decay of all optimizers.", least=0)
-    clip_norm: float = _option(
-        5.0,
-        OPTIMIZATION,
-        "Largest norm of the backbone's gradient; larger ones are scaled down. 0 for no limit.",
-        least=0,
+    weight_decay: float = _optimization(5e-4, "Weight decay of all optimizers.", least=0)
+    clip_norm: float = _optimization(
+        5.0, "Largest norm of the backbone's gradient; larger ones are scaled down. 0 for no limit.", least=0
     )
-    schedule: str = _option(
-        "cosine",
-        OPTIMIZATION,
-        "Decay of the learning rates after the warm-up.",
-        choices=("cosine", "polynomial", "constant"),
+    schedule: str = _optimization(
+        "cosine", "Decay of the learning rates after the warm-up.", choices=("cosine", "polynomial", "constant")
     )
-    power: float = _option(2.0, OPTIMIZATION, "Exponent of the polynomial schedule.", least=0, above=True)
-    warm_up: float = _option(
-        0.1, OPTIMIZATION, "Share of all steps, from 0 to 1, in which the learning rates rise.", least=0, most=1
+    power: float = _optimization(2.0, "Exponent of the polynomial schedule.", least=0, above=True)
+    warm_up: float = _optimization(
+        0.1, "Share of all steps, from 0 to 1, in which the learning rates rise.", least=0, most=1
     )
 
-    verify_data: str = _option(
+    verify_data: str = _run(
         "",
-        RUN,
-        "Data for verification: a .bin set, a file of pairs, or labeled images. Its people must not be in --data. "
+        f"Data for verification: {formats.listed(pairs=True)}; or labeled images. Its people must not be in --data. "
         "Default: none; for generated data, identities that are not trained on.",
     )
-    verify_every: int = _option(
-        1, RUN, "Number of epochs between verifications. The last epoch always has one.", least=1
+    verify_every: int = _run(1, "Number of epochs between verifications. The last epoch always has one.", least=1)
+    save_every: int = _run(
+        0, "Number of steps between checkpoints. Each epoch ends with one; 0 saves only those.", least=0
     )
-    save_every: int = _option(
-        0, RUN, "Number of steps between checkpoints. Each epoch ends with one; 0 saves only those.", least=0
-    )
-    keep: int = _option(2, RUN, "Number of newest checkpoints to keep.", least=1)
-    keep_best: bool = _option(
+    keep: int = _run(2, "Number of newest checkpoints to keep.", least=1)
+    keep_best: bool = _run(
         True,
-        RUN,
-        "Keep the checkpoint with the highest verification accuracy too, with its class centers, in RUN/best. Not if "
-        "the centers are in a file: it has the states of the newest checkpoints alone.",
+        "Keep the checkpoint with the highest verification accuracy too, with its class centers, in RUN/best. Not for "
+        "centers in a file, which keeps only their states at the newest checkpoints.",
     )
-    seed: int = _option(
-        0, RUN, "Seed of the weights, class centers, batches and samples.", least=0, most=2**63 - 1, fixed=True
-    )
-    device: str = _option("auto", RUN, "Device to train on: cpu, cuda, cuda:N, or auto for a GPU if there is one.")
+    seed: int = _run(0, "Seed of the weights, class centers, batches and samples.", least=0, most=2**63 - 1, fixed=True)
+    device: str = _run("auto", "Device to train on: cpu, cuda, cuda:N, or auto for a GPU if there is one.")
 
     def __post_init__(self) -> None:
         for name, (rule, types) in rules().items():
@@ -309,7 +272,7 @@ class TrainConfig:
             if isinstance(value, int) and abs(value) >= 2**64:
                 raise ValueError(f"{name} must be a number of 64 bits; got one of {value.bit_length()}")
             if float in types and isinstance(value, int) and not isinstance(value, bool):
-                value = float(value)  # TOML's 64
+                value = float(value)  # TOML may have 64 for 64.0
                 object.__setattr__(self, name, value)
             rule.check(name, value, types)
         if self.channels == 2:
@@ -325,7 +288,7 @@ class TrainConfig:
                 raise ValueError(f"{name} {error}") from None
             if name == "scale_schedule" and start == 0:
                 raise ValueError(f"scale_schedule must begin above 0, as linear:1-10:0.25 does; got {text!r}")
-        _ = self.frozen_epochs  # its form is checked there
+        _ = self.frozen_epochs  # raises if freeze has another form
 
     @property
     def frozen_epochs(self) -> int:
@@ -334,12 +297,12 @@ class TrainConfig:
         Raises:
             ValueError: if ``freeze`` is not of the form ``backbone[:EPOCHS]``.
         """
-        found = re.fullmatch("backbone(?::([1-9][0-9]{0,8}))?", self.freeze)
-        if self.freeze and found is None:
-            raise ValueError(f"freeze must be backbone or backbone:EPOCHS, EPOCHS from 1 on; got {self.freeze!r}")
-        if found is None:
+        if not self.freeze:
             return 0
-        return int(found[1]) if found[1] else self.epochs
+        found = re.fullmatch("backbone(?::([1-9][0-9]{0,8}))?", self.freeze)
+        if found is None:
+            raise ValueError(f"freeze must be backbone or backbone:EPOCHS, EPOCHS from 1 on; got {self.freeze!r}")
+        return int(found[1] or self.epochs)
 
     @property
     def keeps_best_run(self) -> bool:
@@ -383,7 +346,7 @@ def read_options(path: Path) -> dict[str, Any]:
     Raises:
         OptionError: if the file cannot be read, is not TOML, or does not match a checksum in its first line.
     """
-    # Before Python 3.11 the standard library has no reader, and the package that it came from takes its place.
+    # Python 3.10 has no tomllib; tomli is the same code as a package.
     toml = require("tomllib" if sys.version_info >= (3, 11) else "tomli", "train")
     try:
         text = read_bytes(path, _MOST_BYTES)
@@ -396,7 +359,7 @@ def read_options(path: Path) -> dict[str, Any]:
         if any(line.count(b".") > _MOST_DOTS for line in text.splitlines()):
             raise DataError(f"{path} must have <= {_MOST_DOTS} dots on a line")
         with file_errors(path):
-            found: dict[str, Any] = toml.loads(decode(text))
+            options: dict[str, Any] = toml.loads(decode(text))
+            return options
     except DataError as error:
         raise OptionError(str(error)) from None
-    return found

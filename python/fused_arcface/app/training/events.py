@@ -1,7 +1,6 @@
-"""Events of a training, and the listeners that write them into the run's folder.
+"""Events of a training, and the listeners that write them into the run's folder: a log, and TensorBoard.
 
-These are a log of JSON lines, and TensorBoard where it is installed. The terminal's listener is
-``cli.training_progress``.
+The terminal's listener is ``cli.training_progress``.
 """
 
 from __future__ import annotations
@@ -51,11 +50,11 @@ class Stepped:
     target_angle: float
     """Mean angle in degrees between an embedding and its class center."""
     accuracy: float
-    """Share of the joint batch for which the own class center is the nearest one in use."""
+    """Share of the joint batch for which the nearest class center in use is that of the own class."""
     lr: float
     """Learning rate of the backbone."""
     images_per_second: float
-    """Over all ranks, everything counted: reading, net, head, optimizer."""
+    """Over all ranks, with the time for reading, net, head and optimizer."""
     head_share: float
     """Share of the head in the step's time, on this rank."""
 
@@ -93,7 +92,7 @@ class Ended:
 
 Event = Began | Stepped | Verified | Checkpointed | Noted | Ended
 Listener = Callable[[Event], None]
-"""Called with each event on the first rank, and with notes alone on the others."""
+"""Called with each event on the first rank, and only with notes on the others."""
 
 
 class LogFile:
@@ -136,7 +135,7 @@ def _step_of(line: bytes) -> float:
     """Return the step of a line; infinity if it is no line of a log, or was cut short."""
     try:
         return int(json.loads(line)["step"])
-    except Exception:  # a line that is another program's may raise any error
+    except Exception:  # another program's line may raise any error
         return float("inf")
 
 

@@ -37,9 +37,3 @@ class Interrupt:
         for each, handler in self._before.items():
             signal.signal(each, handler)
         self._before = {}
-
-
-def ignore_interrupts(_: int) -> None:
-    """Ignore Ctrl-C in a data-loader worker: it reaches workers too, and the training still needs their batches."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)

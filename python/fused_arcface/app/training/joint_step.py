@@ -1,10 +1,11 @@
 """One training step: the net in micro-batches, and the head once on the joint batch.
 
 The fused optimizer updates the class centers in the head's backward pass, so gradients cannot be accumulated over
-several passes of the head. Instead the embeddings are: all but the last micro-batch are embedded without a graph, the
-head sees the whole batch once, and each micro-batch is embedded again for its backward pass, with the gradient that the
-head gave its embeddings (Gao et al., GradCache, arXiv:2101.06983). The result is that of the whole batch but for batch
-normalization, whose statistics are each micro-batch's own. It costs 1 - 1/parts more forward passes of the net.
+several passes of the head. Instead the embeddings are collected: all but the last micro-batch are embedded without a
+graph, the head sees the whole batch once, and each micro-batch is embedded again for its backward pass, with the
+gradient that the head gave its embeddings (Gao et al., GradCache, arXiv:2101.06983). The result is that of the whole
+batch, except that batch normalization takes its statistics from each micro-batch. It costs 1 - 1/parts more forward
+passes of the net.
 """
 
 from __future__ import annotations
@@ -35,9 +36,9 @@ class StepResult(NamedTuple):
     stats: MarginSoftmaxStats
     """Figures of this rank's rows."""
     head_seconds: float
-    """Time of the head, forward and backward, to the gradients by embeddings and class centers."""
+    """Time of the head's forward and backward pass."""
     updated: bool = True
-    """Loss and gradients were finite: weights and class centers were changed."""
+    """Loss and gradients were finite, so weights and class centers were changed."""
 
 
 class JointStep:
@@ -48,7 +49,7 @@ class JointStep:
         head: the head, called on this rank's embeddings.
         precision: key of :data:`AUTOCAST`.
         scaler: gradient scaler; disabled unless the precision is fp16.
-        seed: key of dropout and the like, together with step and micro-batch: a resumed run draws the same.
+        seed: key of the net's random numbers, together with step and micro-batch: a resumed run draws the same.
     """
 
     def __init__(
@@ -65,7 +66,7 @@ class JointStep:
             parts: this rank's images (n, channels, size, size), cut into micro-batches.
             target: (n,) their labels.
             number: number of the step, from 0.
-            frozen: train the class centers alone: the net, which is in evaluation mode then, gets no gradient.
+            frozen: train only the class centers; the net is in evaluation mode and gets no gradient.
         """
         if frozen:
             with torch.no_grad():

@@ -80,8 +80,7 @@ class Learner:
     @property
     def lr(self) -> float:
         """Learning rate of the backbone in the last step."""
-        rate: float = self.optimizer.param_groups[0]["lr"]
-        return rate
+        return float(self.optimizer.param_groups[0]["lr"])
 
     @property
     def memory(self) -> int:
@@ -89,13 +88,11 @@ class Learner:
 
         CenterSGD keeps a momentum beside the centers, and no gradient.
         """
-        states = 2 if self.config.optimizer == "adamw" else int(self.config.momentum > 0)
-        net = sum(each.numel() * each.element_size() for each in self.backbone.parameters())
+        copies = 2 + (2 if self.config.optimizer == "adamw" else int(self.config.momentum > 0))
+        net = copies * sum(each.nbytes for each in self.backbone.parameters())
         if self.head.center_store is not None:
-            return net * (2 + states) + self._storage.device_bytes
-        centers = self.head.weight.numel() * self.head.weight.element_size()
-        fused = self.head.center_optimizer is not None
-        return net * (2 + states) + centers * (2 if fused else 2 + states)
+            return net + self._storage.device_bytes
+        return net + self.head.weight.nbytes * (copies if self.head.center_optimizer is None else 2)
 
     def learn(self, images: Tensor, labels: Tensor, sizes: list[int], number: int) -> StepResult:
         """Make one step.
@@ -107,7 +104,7 @@ class Learner:
             number: number of the step, from 0.
 
         A step whose loss or gradient is not finite on any rank is skipped on all: weights, buffers, optimizers and the
-        margin's state stay as they were. So they do if an error is raised.
+        margin's state stay as they were, also if an error is raised.
         """
         frozen = number < self._frozen_steps
         # A frozen net keeps its running statistics too, and drops nothing out.
@@ -178,8 +175,8 @@ class Learner:
         values = {"step": step, "updates": self.updates}
         return checkpoint.save(root, self.head, keep=self.config.keep, **values, **self._objects())
 
-    def start(self, names: list[str]) -> int:
-        """Begin, from the weights and class centers that the options name; return 0 steps.
+    def start(self, names: list[str]) -> None:
+        """Set net and head to the weights and class centers that the options name.
 
         Args:
             names: (C_total,) names of the identities.
@@ -187,23 +184,19 @@ class Learner:
         Raises:
             OptionError: if they cannot be read or do not fit.
         """
-        for option, path in (("init", self.config.init), ("centers", self.config.centers)):
-            if not path:
-                continue
-            try:
-                if option == "init":
-                    self.notes += [f"init: {note}" for note in self._load_net(Path(path))]
-                else:
-                    self.notes += load_centers(self.head, names, Path(path))
-            except (ValueError, checkpoint.CheckpointError) as error:
-                hint = ". --init-partial takes what fits" if isinstance(error, Misfit) else ""
-                raise OptionError(f"{option}: {error}{hint}") from None
-        return 0
-
-    def _load_net(self, path: Path) -> list[str]:
-        """Set the net to that of a run's newest checkpoint, or of a file; return notes for the user."""
-        state = read_backbone(RunFolder(path)) if path.is_dir() else read_state(path)
-        return fit_state(self.backbone, state, path, partial=self.config.init_partial)
+        option = "init"
+        try:
+            if self.config.init:
+                path = Path(self.config.init)
+                state = read_backbone(RunFolder(path)) if path.is_dir() else read_state(path)
+                notes = fit_state(self.backbone, state, path, partial=self.config.init_partial)
+                self.notes += [f"init: {note}" for note in notes]
+            option = "centers"
+            if self.config.centers:
+                self.notes += load_centers(self.head, names, Path(self.config.centers))
+        except (ValueError, checkpoint.CheckpointError) as error:
+            hint = ". --init-partial takes what fits" if isinstance(error, Misfit) else ""
+            raise OptionError(f"{option}: {error}{hint}") from None
 
     def load(self, root: Path, *, trust: bool = False) -> int:
         """Go back to the newest checkpoint and return the number of steps made by then. A collective."""

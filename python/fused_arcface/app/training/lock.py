@@ -21,8 +21,8 @@ class FolderInUse(Exception):
 class FolderLock:
     """The lock ``run.lock`` in a folder, until :meth:`close` or the end of this process, however it ends.
 
-    It is a POSIX record lock: the kernel releases it, and the processes of a data loader do not inherit it. On a file
-    system without locks there is none.
+    It is a POSIX record lock: the kernel releases it, and the processes of a data loader do not inherit it. A file
+    system without locks locks nothing.
 
     Args:
         folder: an existing folder.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import signal
 import time
@@ -18,17 +19,7 @@ from ..thresholds import KeptThresholds
 from .batches import Batch, BatchPlan, load_batches, share_bounds
 from .best import BestNet, write_net
 from .config import TrainConfig
-from .events import (
-    Began,
-    Checkpointed,
-    Event,
-    Listener,
-    Noted,
-    Stepped,
-    Verified,
-    folder_listeners,
-    was_verified,
-)
+from .events import Began, Checkpointed, Event, Listener, Noted, Stepped, Verified, folder_listeners, was_verified
 from .failures import TrainingError, disk_error
 from .interrupt import Interrupt
 from .joint_step import StepResult
@@ -83,14 +74,12 @@ class TrainingLoop:
         if self._world.rank == 0 or isinstance(event, Noted):
             for listener in self._listeners:
                 listener(event)
-            try:
+            with self._noting_disk_errors():
                 for listener in self._files:
                     listener(event)
-            except OSError as error:
-                self._fail(disk_error(self._folder.root, error, self._way_back()))
 
     def close(self) -> None:
-        """Let go of what the class centers are kept in."""
+        """Close the store of the class centers, if they have one."""
         if self._learner.head.center_store is not None:
             self._learner.head.center_store.close()
 
@@ -98,11 +87,18 @@ class TrainingLoop:
         """Note this rank's first failure; all ranks raise it at the end of the step."""
         self._failure = self._failure or failure
 
+    @contextlib.contextmanager
+    def _noting_disk_errors(self) -> Iterator[None]:
+        """Run a block that writes files of the run; note a failure if one cannot be written."""
+        try:
+            yield
+        except OSError as error:
+            self._fail(disk_error(self._folder.root, error, self._way_back()))
+
     def run(self) -> TrainingOutcome:
         """Train until the last step or an interruption."""
-        learner = self._learner
         first = step = self._saved = self._begin()
-        updates = learner.updates
+        updates = self._learner.updates
         self._best = BestNet(self._folder, step, self._config.keeps_best_run)
         if step and step % self._plan.steps_per_epoch == 0:
             self._verify(step, missed=True)
@@ -115,7 +111,7 @@ class TrainingLoop:
             self._note_problems(batch)
             result = self._learner.learn(batch.images, batch.labels, sizes, step)
             step += 1
-            # Read before the ranks tell each other of the step: one that cannot go on says so at the same time.
+            # Read before the ranks exchange the step's figures: a rank that cannot go on tells the others with them.
             batch = self._next_batch(batches) if step < self._steps else None
             self._conclude(step, result, time.perf_counter() - start)
             if step % self._plan.steps_per_epoch == 0:
@@ -127,7 +123,7 @@ class TrainingLoop:
         self._save(step)
         self._world.share(self._failure)
         if step == self._steps:
-            if learner.updates in (0, updates if step > first else -1):
+            if self._learner.updates in (0, updates if step > first else -1):
                 raise TrainingError(
                     f"all {step - first or step} steps were skipped: no loss or gradient was finite. Look at the "
                     "images, at the weights of --init, and try a smaller learning rate or precision fp32"
@@ -148,13 +144,14 @@ class TrainingLoop:
         return DryRun(self._config, loss, time.perf_counter() - start)
 
     def _begin(self) -> int:
-        """Bring weights and class centers to where the training begins or goes on; tell of it and return the step."""
+        """Load the newest checkpoint, or begin; tell the listeners and return the number of steps made by then."""
         config, learner, source = self._config, self._learner, self._source
+        step = 0
         if self._folder.has_checkpoint:
             step = learner.load(self._folder.checkpoints, trust=self._trust)
         else:
             with self._world.together():
-                step = learner.start(source.names)
+                learner.start(source.names)
         assert config.scale is not None
         self.tell(
             Began(
@@ -179,7 +176,10 @@ class TrainingLoop:
 
     def _batches(self, step: int) -> tuple[list[int], Iterator[Batch]]:
         """Return the sizes of this rank's micro-batches, and its share of the batches from a step on."""
-        bounds = self._share()
+        # Only ranks times micro-batches matter: a run with half the ranks and twice the micro-batches is the same.
+        parts = self._config.accumulation
+        bounds = share_bounds(self._plan.rows, self._world.world_size * parts)
+        bounds = bounds[self._world.rank * parts : (self._world.rank + 1) * parts + 1]
         items = self._plan.from_step(step, self._steps, slice(bounds[0], bounds[-1]))
         batches = load_batches(
             self._source,
@@ -197,26 +197,17 @@ class TrainingLoop:
             batch = next(batches)
             if batch.problems and self._config.bad_data == "stop":
                 raise DataError(stopped_by(batch.problems[0]))
+            return batch
         except DataError as error:
             self._fail(error)
             return None
-        return batch
 
     def _note_problems(self, batch: Batch) -> None:
         for problem in batch.problems:
             self.tell(Noted(f"{problem}; the next image is taken instead"))
 
-    def _share(self) -> list[int]:
-        """Return the rows of the joint batch at which this rank's micro-batches begin and end.
-
-        Only ranks times micro-batches matter: a run with half the ranks and twice the micro-batches is the same.
-        """
-        parts = self._config.accumulation
-        bounds = share_bounds(self._plan.rows, self._world.world_size * parts)
-        return bounds[self._world.rank * parts : (self._world.rank + 1) * parts + 1]
-
     def _conclude(self, step: int, result: StepResult, seconds: float) -> None:
-        """Sum up figures over all ranks; if one of them was asked to stop, all stop at this step."""
+        """Sum figures over all ranks; if one rank was asked to stop, all stop at this step."""
         received = self._interrupt.received
         self._check_folder()
         angles = result.stats.target_cosine.double().clamp(-1, 1).acos()
@@ -254,7 +245,7 @@ class TrainingLoop:
     def _verify(self, step: int, missed: bool = False) -> None:
         """Verify the net at the end of an epoch, on the first rank; the others wait.
 
-        A training that is interrupted there saves at once. Resumed, it makes the verification that it ``missed``.
+        An interrupted training saves at once. When it is resumed, it makes the verification that it ``missed``.
         """
         epoch = step // self._plan.steps_per_epoch
         due = epoch % self._config.verify_every == 0 or epoch == self._config.epochs
@@ -269,13 +260,11 @@ class TrainingLoop:
                 found = checked.found
                 kept = KeptThresholds(name, found.accuracy, checked.thresholds, step, found.num_pairs[1])
                 best = False
-                try:
+                with self._noting_disk_errors():
                     best = self._best.keep(learner.backbone, kept)
                     if checked.digest is not None:
                         checked.digest.save(self._folder.verification)
-                except OSError as error:
-                    self._fail(disk_error(self._folder.root, error, self._way_back()))
-                self.tell(Verified(step, epoch, checked.found, best))
+                self.tell(Verified(step, epoch, found, best))
         self._world.wait()
 
     def _save(self, step: int) -> None:
@@ -296,11 +285,9 @@ class TrainingLoop:
     def _keep_best(self, step: int, path: Path | None) -> None:
         """Keep the checkpoint of a step if its verification is the best, on the first rank."""
         if self._world.rank == 0 and path is not None:
-            try:
+            with self._noting_disk_errors():
                 if note := self._best.keep_checkpoint(path, step):
                     self.tell(Noted(note))
-            except OSError as error:
-                self._fail(disk_error(self._folder.root, error, self._way_back()))
 
     def _write_model(self) -> None:
         """Write the finished net into a file, on the first rank."""

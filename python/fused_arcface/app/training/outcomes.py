@@ -18,7 +18,7 @@ class TrainingOutcome:
     """Signal that interrupted it."""
     metrics: dict[str, float] = field(default_factory=dict, compare=False)
     """Loss, accuracy and target_angle (degrees) of the last step; verification_accuracy and verification_eer, the
-    accuracy and equal error rate of the last verification. On other ranks than the first, those of the step alone."""
+    accuracy and equal error rate of the last verification. Ranks other than the first have only those of the step."""
 
 
 @dataclass(frozen=True)

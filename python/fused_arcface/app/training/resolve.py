@@ -1,7 +1,4 @@
-"""Options that a run chooses for itself, and checks of options that do not go together.
-
-A run chooses by its data, its net and its machine.
-"""
+"""Options that a run chooses by its data, net and machine, and checks of options that do not go together."""
 
 from __future__ import annotations
 
@@ -55,7 +52,7 @@ def stopped_by(problem: str) -> str:
 def open_verification(config: TrainConfig) -> ImageSet | None:
     """Open the pairs to verify on.
 
-    These are the ones that the options name, or unseen ones if the package makes the data itself, otherwise None.
+    The options name them. Otherwise they are unseen images if the package makes the data itself, or None.
 
     Raises:
         OptionError: if they cannot be read, or no pairs can be made of them.
@@ -82,16 +79,16 @@ def resolve(config: TrainConfig, source: ImageSource, world: World) -> TrainConf
         text = getattr(config, name)
         if text and not Path(text).exists() and text.partition(":")[0] not in generated.NAMES:
             raise OptionError(f"{name}: {missing_path(text)}")
+    # A run may be resumed from another folder: paths become absolute. The folder of the centers need not exist yet.
+    paths = {name: getattr(config, name) for name in ("data", "verify_data", "init", "centers")}
     changes: dict[str, Any] = {
-        "data": _absolute(config.data),
-        "verify_data": _absolute(config.verify_data),
-        "init": _absolute(config.init),
-        "centers": _absolute(config.centers),
-        "center_storage": _absolute_folder(config.center_storage),
+        **{name: str(Path(path).resolve()) for name, path in paths.items() if path and Path(path).exists()},
         "embedding_dim": config.embedding_dim or own_embedding_dim(config.backbone),
         "lr": _LR[config.optimizer] if config.lr is None else config.lr,
         "scale": config.scale or _scale(len(source.names)),
     }
+    if config.center_storage not in ("device", "host", ""):
+        changes["center_storage"] = str(Path(config.center_storage).resolve())
     if config.image_size is None or config.channels is None:
         spec: ImageSpec = own_spec(config.backbone) or common_spec(source)
         changes |= {"image_size": config.image_size or spec.size, "channels": config.channels or spec.channels}
@@ -121,22 +118,12 @@ def resolve(config: TrainConfig, source: ImageSource, world: World) -> TrainConf
     return config.replace(changes)
 
 
-def _absolute(data: str) -> str:
-    """Return an absolute path if ``data`` is one: a run may be resumed from another folder."""
-    return str(Path(data).resolve()) if data and Path(data).exists() else data
-
-
-def _absolute_folder(storage: str) -> str:
-    """Return the place of the class centers, a folder by its absolute path; it need not be there yet."""
-    return storage if storage in ("device", "host", "") else str(Path(storage).resolve())
-
-
 @contextlib.contextmanager
 def temporary_centers(config: TrainConfig, world: World, goes_on: bool) -> Iterator[TrainConfig]:
-    """Yield options for a dry run, which writes nothing: class centers of a file are in a temporary one.
+    """Yield options for a dry run. It writes nothing, so class centers in a file go to a temporary one.
 
     Raises:
-        OptionError: if the dry run would go on with those of a file, or share them between ranks.
+        OptionError: if the dry run would continue with the file of a run, or share one between ranks.
     """
     if config.center_storage in ("device", "host"):
         yield config

@@ -109,7 +109,7 @@ class RunFolder:
     def check_files(self) -> None:
         """Check that what has the name of one of the run's files is a regular file.
 
-        A training reads and writes them: a named pipe would make it wait without an end.
+        A training reads and writes them, and would wait forever for a named pipe.
 
         Raises:
             RunError: if one is something else.
@@ -153,7 +153,7 @@ class RunFolder:
             raise RunError(f"{self.root} {why}; make a run with: {command}")
         try:
             config = TrainConfig().replace(read_options(self.config))
-            if not config.data:  # a run has some
+            if not config.data:
                 raise ValueError("it names no data, so it is damaged or not of a run; restore it from a copy")
             return config
         except (TypeError, ValueError) as error:
@@ -180,29 +180,31 @@ def check_run(folder: RunFolder, config: TrainConfig, classes: list[str], data: 
     """
     folder.check_files()
     if not resume:
-        if folder.has_checkpoint and not folder.config.exists():
-            raise RunError(
-                f"{folder.root} has checkpoints but no {folder.config.name}: put it back and --resume, or name another "
-                "--output"
-            )
-        if folder.has_checkpoint:
+        if not folder.has_checkpoint:
+            return
+        if folder.config.exists():
             raise RunError(f"{folder.root} holds a run already: add --resume to continue it, or name another --output")
-        return
+        raise RunError(
+            f"{folder.root} has checkpoints but no {folder.config.name}: put it back and --resume, or name another "
+            "--output"
+        )
     before = folder.read_config()
-    for name, (rule, _) in rules().items():
-        own, saved = getattr(config, name), getattr(before, name)
-        if rule.fixed and folder.has_checkpoint and own != saved:
-            raise RunError(f"{folder.root}: a resumed run keeps its {name}, {saved!r}; got {own!r}")
     try:
         saved_classes = read_names(folder.classes) if folder.classes.exists() else classes
     except DataError as error:
         raise RunError(str(error)) from None
-    if folder.has_checkpoint and saved_classes != classes:
+    if not folder.has_checkpoint:
+        return
+    for name, (rule, _) in rules().items():
+        own, saved = getattr(config, name), getattr(before, name)
+        if rule.fixed and own != saved:
+            raise RunError(f"{folder.root}: a resumed run keeps its {name}, {saved!r}; got {own!r}")
+    if saved_classes != classes:
         raise RunError(
             f"{folder.root}: a resumed run keeps its {len(saved_classes)} identities; "
             f"{config.data} has {len(classes)}, or others"
         )
-    saved_data = folder.read_fingerprint() if folder.has_checkpoint else None
+    saved_data = folder.read_fingerprint()
     what = saved_data.difference(data) if saved_data is not None else None
     if what is not None:
         raise RunError(

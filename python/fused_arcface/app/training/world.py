@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from fused_arcface.base.extras import MissingExtra
 from fused_arcface.margins.text import imported_module
@@ -34,11 +33,15 @@ class World:
     control: Any = None
     """A gloo group beside the default one: for numbers on the CPU, and for waiting."""
 
+    @property
+    def _ranks(self) -> Ranks:
+        return ALONE if self.world_size == 1 else Ranks(self.control)
+
     def sum(self, numbers: list[float]) -> list[float]:
         """Return the sums of numbers over the ranks. A collective."""
         if self.world_size == 1:
             return numbers
-        tensor: Tensor = torch.tensor(numbers, dtype=torch.float64)
+        tensor = torch.tensor(numbers, dtype=torch.float64)
         dist.all_reduce(tensor, group=self.control)
         return tensor.tolist()
 
@@ -49,9 +52,7 @@ class World:
 
     def share(self, failure: Exception | None) -> None:
         """Raise the error of the first rank that failed, if one has, on every rank. A collective."""
-        everyone = ALONE if self.world_size == 1 else Ranks(self.control)
-        failures = everyone.gather_objects(_portable(failure))
-        for rank, other in enumerate(failures):
+        for rank, other in enumerate(self._ranks.gather_objects(_portable(failure))):
             if other is not None:
                 raise failure if rank == self.rank and failure is not None else other
 
@@ -66,13 +67,12 @@ class World:
         self.share(failure)
 
     def check_agreement(self, what: str, values: dict[str, Any]) -> None:
-        """Raise on every rank alike where a value differs between ranks.
+        """Raise the same error on every rank if a value differs between ranks.
 
         Raises:
-            ValueError: if one does; the message names the value and what each rank has.
+            ValueError: if one differs; the message has its name and each rank's value.
         """
-        if self.world_size > 1:
-            Ranks(self.control).check_agreement(what, {name: repr(value) for name, value in values.items()})
+        self._ranks.check_agreement(what, {name: repr(value) for name, value in values.items()})
 
 
 @contextlib.contextmanager
@@ -91,12 +91,12 @@ def join_world(device: str) -> Iterator[World]:
     if world_size == 1:
         yield World(chosen)
         return
-    # Here, because a torch without torch.distributed has neither.
+    # Imported here: a torch without torch.distributed has neither.
     from torch._C._distributed_c10d import PrefixStore
     from torch.distributed.rendezvous import rendezvous
 
     store, rank, world_size = next(rendezvous("env://"))
-    # torchrun keeps one store through its restarts, with the addresses of the processes that went down.
+    # torchrun keeps one store through its restarts. It still holds the addresses of processes that have ended.
     store = PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
     backend = "nccl" if chosen.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
@@ -116,8 +116,7 @@ def _device(name: str, local_rank: int | None) -> torch.device:
     if device.type == "cuda":
         if not torch.cuda.is_available():
             raise OptionError(f"device {name} is not available: this PyTorch sees no GPU")
-        index = local_rank if local_rank is not None else device.index or 0
-        device = torch.device("cuda", index)
+        device = torch.device("cuda", local_rank if local_rank is not None else device.index or 0)
         torch.cuda.set_device(device)
     return device
 
@@ -125,8 +124,8 @@ def _device(name: str, local_rank: int | None) -> torch.device:
 def _portable(failure: Exception | None) -> Exception | None:
     """Return an error that can be sent to other ranks: the same one, or one with its text."""
     try:
-        copy: Exception | None = pickle.loads(pickle.dumps(failure))
-        return copy
+        pickle.loads(pickle.dumps(failure))
+        return failure
     except Exception:
         return TrainingError(f"{type(failure).__name__}: {failure}")
 

@@ -1,6 +1,6 @@
 """Arrays in ``.npz`` and ``.safetensors`` files, for :mod:`fused_arcface.app.data.embedding_sets`.
 
-A ``.npz`` says how large its arrays are, compressed ones too: what it says is checked before memory is taken.
+A ``.npz`` states the sizes of its arrays. They are checked before memory is taken, also for compressed arrays.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _PATHS = "paths"
 
 _SLACK = 1 << 26
 _EXPANSION = 8
-"""A ``.npz`` may unpack to 64 MiB and eight times its size: embeddings hardly shrink, names and labels do."""
+"""A ``.npz`` may unpack to 64 MiB plus eight times its size. Only names and labels compress well, not embeddings."""
 
 
 def write(path: Path, tensors: dict[str, Tensor], paths: list[str]) -> None:
@@ -128,3 +128,5 @@ class _Format(NamedTuple):
 
 _FORMATS = {".npz": _Format(_read_npz, _write_npz), ".safetensors": _Format(_read_safetensors, _write_safetensors)}
 SUFFIXES = tuple(_FORMATS)
+EMBEDDING_FILES = " or ".join(SUFFIXES)
+"""The suffixes for messages and help texts."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -41,7 +42,7 @@ class LabeledFolder:
 
 
 def is_folder(data: str) -> bool:
-    """Return whether a name is that of a folder, one without ``train.rec``."""
+    """Return whether a name is that of a folder without ``train.rec``."""
     path = Path(data)
     return path.is_dir() and not (path / "train.rec").is_file()
 
@@ -56,13 +57,13 @@ def read_folder(root: str | Path) -> LabeledFolder:
     """Find the images of a folder whose sub-folders are identities; none is opened.
 
     Sub-folders are identities in the order of their names, numbered ones (``0``, ``1``, ``10``) by number; images lie
-    in them at any depth. Hidden files and folders, and links to folders inside an identity's, are not used. A folder
-    without images is no identity; it is a problem, as are missing numbers among numbered folders: identities count on
-    without a gap.
+    in them at any depth. Hidden files and folders are not used, nor links to folders inside an identity's. A folder
+    without images is a problem and no identity. Missing numbers among numbered folders are problems as well; the
+    identities have no gap there.
 
     Raises:
-        DataError: if it is not a folder, no sub-folder has an image, or the sub-folders are parts of a data set
-            (``train`` and ``val``) which hold the identities.
+        DataError: if it is not a folder, no sub-folder has an image, or the sub-folders are parts of a data set, such
+            as ``train`` and ``val``, and the identities are in those.
 
     >>> import tempfile; root = Path(tempfile.mkdtemp())
     >>> for name in ("ann/1.png", "ann/2.png", "bob/1.png"):
@@ -145,15 +146,27 @@ def _by_bytes(path: Path) -> list[bytes]:
 
 
 def natural(name: str) -> tuple[int, int, bytes]:
-    """Return a key that sorts numbers by value and before names, names by their bytes: the same in every locale."""
+    """Return a key that sorts numbers by value, then names by their bytes: the same in every locale."""
     return (0, int(name), b"") if is_whole(name) else (1, 0, os.fsencode(name))
+
+
+def numbered(labels: Iterable[str]) -> tuple[list[str], list[int]]:
+    """Return the names of the identities in order, and the place among them of each label.
+
+    >>> numbered(["bob", "10", "9", "bob"])
+    (['9', '10', 'bob'], [2, 1, 0, 2])
+    """
+    listed = list(labels)
+    names = sorted(set(listed), key=lambda name: (natural(name), name))
+    place_of = {name: place for place, name in enumerate(names)}
+    return names, [place_of[label] for label in listed]
 
 
 def _gaps(root: Path, folders: list[Path]) -> list[str]:
     numbers = [int(folder.name) for folder in folders if is_whole(folder.name)]
     if len(numbers) < len(folders):
         return []
-    # Numbered from anything on: the first number is no gap.
+    # The first number may be any: it is no gap.
     return [
         f"{root}: no folder {missing_numbers(before, after)} between {before} and {after}"
         for before, after in pairwise(numbers)

@@ -12,7 +12,7 @@ from ..identities import identity_images
 from ..sources import MemoryImages
 
 NAMES = ("identities", "digits")
-"""Names of the data, to suggest them for similar ones."""
+"""Names of the data, for suggestions."""
 _IDENTITIES = (200, 10)
 
 
@@ -25,7 +25,7 @@ def open_identities(data: str, _: int) -> MemoryImages:
     """Open generated identities, 200 with 10 images each unless the text says how many.
 
     Raises:
-        NoSuchData: if the text does not say it as ``identities:IDSxIMAGES``.
+        NoSuchData: if the text is not of the form ``identities:IDSxIMAGES``.
     """
     identities, images = _counts(data)
     return MemoryImages(identity_images(identities, images))

@@ -1,4 +1,4 @@
-"""List files: a line ``path label`` for each image. The label is a name or a number, whatever tells people apart."""
+"""List files: a line ``path label`` for each image. The label is a name or a number."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from fused_arcface.base.text import lines
 
 from ..images import MAX_PIXELS
 from ..sources import FileImages
-from .folders import natural
+from .folders import numbered
 from .pairs_text import TEXTS, fields_of
 
 SUFFIXES = (*TEXTS, ".lst", ".list")
@@ -51,7 +51,6 @@ def open_list(data: str, max_pixels: int = MAX_PIXELS) -> FileImages:
         raise DataError(f"{path} names no image that is there{f': {problems[0]}' if problems else ''}")
     if (unsaid := len(problems) - _SAID) > 0:
         problems[_SAID:] = [f"{path}: {unsaid} more lines are not used"]
-    names = sorted(set(label_of.values()), key=lambda name: (natural(name), name))
-    identity_of = {name: identity for identity, name in enumerate(names)}
-    files = sorted(((image, identity_of[label]) for image, label in label_of.items()), key=lambda each: each[1])
+    names, identities = numbered(label_of.values())
+    files = sorted(zip(label_of, identities, strict=True), key=lambda each: each[1])
     return FileImages(files, names, problems, [], max_pixels)

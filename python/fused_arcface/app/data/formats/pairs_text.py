@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import os
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -14,7 +15,7 @@ from fused_arcface.base.text import is_whole, lines
 from fused_arcface.evaluation.pairs import Pairs
 
 from ..image_formats import SUFFIXES
-from ..sources import ImageSet, files_reader
+from ..sources import ImageSet, read_file
 
 TEXTS = (".txt", ".csv", ".tsv")
 
@@ -22,13 +23,14 @@ TEXTS = (".txt", ".csv", ".tsv")
 def open_pairs(data: str, images: Path | None, max_pixels: int) -> ImageSet:
     """Open a text file of pairs, one a line, with spaces, tabs or commas between the fields.
 
-    ``images`` is the folder of the files that it names, its own if None.
+    A line has one of these forms. Paths are relative to the folder ``images``, or to the file's own if it is None.
 
-    ``name 1 4`` is images 1 and 4 of one person, ``name 1 other 2`` of two, at ``name/name_0001.jpg`` below it (any
-    image's suffix); ``path1 path2 label`` names files, label 1 for one person and 0 for two. LFW's heading,
-    ``10 300``, is passed over, as are empty lines. Folds are consecutive parts of the file.
+    - ``name 1 4``: images 1 and 4 of one person, at ``name/name_0001.jpg`` and so on, with any image's suffix;
+    - ``name 1 other 2``: images of two people;
+    - ``path1 path2 label``: files, label 1 for one person and 0 for two.
 
-    A pair with an image that is missing is left out, and is one of the set's problems.
+    LFW's heading, ``10 300``, and empty lines are skipped. Folds are consecutive parts of the file. A pair with a
+    missing image is left out, and is one of the set's problems.
 
     Raises:
         DataError: if a line is none of these, with its number; or if no pair has its images.
@@ -58,7 +60,9 @@ def open_pairs(data: str, images: Path | None, max_pixels: int) -> ImageSet:
         raise DataError(f"{path} has no pairs whose images are there{f': {problems[0]}' if problems else ''}")
     files = list(number_of)
     pairs = Pairs(torch.tensor(first), torch.tensor(second), torch.tensor(same))
-    return ImageSet([str(file) for file in files], files_reader(files, max_pixels), pairs=pairs, problems=problems)
+    return ImageSet(
+        [str(file) for file in files], partial(read_file, files, max_pixels), pairs=pairs, problems=problems
+    )
 
 
 def fields_of(line: str) -> list[str]:
@@ -71,10 +75,10 @@ def fields_of(line: str) -> list[str]:
     """
     separator = next((each for each in ("\t", ",") if each in line), " ")
     if separator != " " and any(field.lstrip(" ").startswith('"') for field in line.split(separator)):
-        with contextlib.suppress(csv.Error):  # a field that is too long; then the marks belong to it
+        with contextlib.suppress(csv.Error):  # raised for a field that is too long; its marks then stay
             quoted = next(csv.reader([line], delimiter=separator, skipinitialspace=True))
             return [field.strip(" ") for field in quoted if field.strip(" ")]
-    # Spaces alone: str.strip() would take other characters away, which stand in names.
+    # Only spaces: str.strip() would also remove characters that occur in names.
     return [field.strip(" ") for field in line.split(separator) if field.strip(" ")]
 
 

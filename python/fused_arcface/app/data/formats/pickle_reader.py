@@ -48,6 +48,10 @@ class ElementType:
     order: str
     """``<`` or ``>``; pickles set it after they have made the dtype."""
 
+    @property
+    def code(self) -> str:
+        return f"{self.kind}{self.size}"
+
 
 @dataclass
 class Array:
@@ -85,28 +89,27 @@ def read_set(file: BinaryIO, size: int) -> Any:
         _check_latin1.cache_clear()
 
 
-# Functions that take the place of those that such pickles call.
-
+# The functions below take the place of those that such pickles call.
 
 _PIECE = 1 << 20  # characters that are checked at once
 
 
 def _encode(text: Any, encoding: Any) -> Latin1:
-    """Stand for ``_codecs.encode``, which bytes are written with in old protocols."""
+    """Stand for ``_codecs.encode``: old protocols write bytes as this call."""
     if encoding not in ("latin1", b"latin1") or not isinstance(text, str):
         raise Refused("it encodes text otherwise than as latin1")
     _check_latin1(text)
     return Latin1(text)
 
 
-@functools.cache  # a pickle may use one text 100,000 times; its hash is taken once
+@functools.cache  # a pickle may use one text 100,000 times
 def _check_latin1(text: str) -> None:
     for start in range(0, len(text), _PIECE):
         text[start : start + _PIECE].encode("latin1")
 
 
 def _bytes(*arguments: Any) -> bytes:
-    """Stand for ``bytes()``, which empty bytes are written with in old protocols."""
+    """Stand for ``bytes()``: old protocols write empty bytes as this call."""
     if arguments:
         raise Refused("it makes bytes in another way than pickle does")
     return b""
@@ -132,7 +135,7 @@ def _set_order(element: ElementType, state: Any) -> None:
 
 
 def _reconstruct(kind: Any, shape: Any, code: Any) -> Array:
-    """Stand for NumPy's ``_reconstruct``, whose array the pickle fills by its next step."""
+    """Stand for NumPy's ``_reconstruct``; the pickle then fills the array."""
     if kind != _NDARRAY or shape != (0,):
         raise Refused("it makes an array in another way than NumPy does")
     return Array()
@@ -158,7 +161,7 @@ def _set(array: Array, content: Any, element: Any, shape: Any, fortran: bool) ->
         raise Refused("it has an array of more than two dimensions or of an unknown type")
     if not all(type(side) is int and side >= 0 for side in shape):
         raise Damaged("an array has an invalid shape")
-    # A matrix in Fortran's order has its elements in another order; of a single row or column it is the same.
+    # Fortran's order is another one, except for a single row or column.
     if fortran and len(shape) == 2 and 1 not in shape:
         raise Refused("it has a matrix in Fortran's order")
     size = math.prod(shape)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,32 +18,13 @@ from ..sources import ImageSet
 from .pickle_reader import Array, Latin1, read_set
 
 
-class _Images(Sequence[bytes]):
-    """Images in memory as the file has them; each is copied when it is taken."""
-
-    def __init__(self, stored: list[bytes | Latin1]) -> None:
-        self._stored = stored
-
-    def __len__(self) -> int:
-        return len(self._stored)
-
-    def __getitem__(self, index: Any) -> Any:
-        found = self._stored[index]
-        return [bytes(each) for each in found] if isinstance(found, list) else bytes(found)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Sequence) and list(self) == list(other)
-
-    __hash__ = None  # type: ignore[assignment]
-
-
 class PickledPairs(NamedTuple):
     """P pairs."""
 
-    images: Sequence[bytes]
-    """2·P encoded images: pair i is of images 2·i and 2·i + 1."""
+    images: list[bytes | Latin1]
+    """2·P encoded images, as the file has them; ``bytes(image)`` is the image. Pair i is of images 2·i and 2·i + 1."""
     same: list[bool]
-    """P: whether both show one person."""
+    """P: true if both show one person."""
 
 
 def read_pickled_pairs(path: str | Path) -> PickledPairs:
@@ -77,20 +57,23 @@ def read_pickled_pairs(path: str | Path) -> PickledPairs:
     images, same = found
     if isinstance(images, Array) and isinstance(images.content, list):
         images = images.content
-    if not isinstance(images, (list, tuple)) or not (isinstance(same, (list, tuple)) or _is_vector(same)):
+    labels = isinstance(same, (list, tuple)) or (
+        isinstance(same, Array) and len(same.shape) == 1 and same.element.kind != "O"
+    )
+    if not isinstance(images, (list, tuple)) or not labels:
         raise DataError(f"{path} must hold two lists, images and is same; it holds {' and '.join(map(_kind, found))}")
     pairs = same.shape[0] if isinstance(same, Array) else len(same)
     if len(images) != 2 * pairs or pairs == 0:
         raise DataError(f"{path} must hold two images a pair; it holds {len(images)} and {pairs} pairs")
     flags = same.numbers().tolist() if isinstance(same, Array) else same
     return PickledPairs(
-        _Images([_image(path, index, image) for index, image in enumerate(images)]),
+        [_image(path, index, image) for index, image in enumerate(images)],
         [_flag(path, index, flag) for index, flag in enumerate(flags)],
     )
 
 
 def open_pickle(data: str, _: Path | None, max_pixels: int) -> ImageSet:
-    """Open a ``.bin`` set of at most ``max_pixels`` an image."""
+    """Open a ``.bin`` set of images with at most ``max_pixels`` each."""
     path = Path(data)
     found = read_pickled_pairs(path)
     numbers = torch.arange(len(found.images))
@@ -99,27 +82,19 @@ def open_pickle(data: str, _: Path | None, max_pixels: int) -> ImageSet:
     return ImageSet(names, partial(_read_pickled, path.name, found.images, max_pixels), pairs=pairs)
 
 
-def _read_pickled(name: str, images: Sequence[bytes], max_pixels: int, index: int, spec: ImageSpec) -> Tensor:
+def _read_pickled(name: str, images: list[bytes | Latin1], max_pixels: int, index: int, spec: ImageSpec) -> Tensor:
     try:
-        return read_image(images[index], spec, max_pixels)
+        return read_image(bytes(images[index]), spec, max_pixels)
     except ImageError as error:
         raise ImageError(f"{name}[{index}]: {error}") from None
 
 
-def _is_vector(value: Any) -> bool:
-    return isinstance(value, Array) and len(value.shape) == 1 and not isinstance(value.content, list)
-
-
 def _image(path: Path, index: int, image: Any) -> bytes | Latin1:
-    if isinstance(image, Array) and _is_uint8(image) and (len(image.shape) == 1 or 1 in image.shape):
+    if isinstance(image, Array) and image.element.code == "u1" and (len(image.shape) == 1 or 1 in image.shape):
         image = image.content
     if not isinstance(image, bytes | Latin1):
         raise DataError(f"{path}: image {index} must be bytes or a uint8 array (n,), (n, 1) or (1, n); {_is(image)}")
     return image
-
-
-def _is_uint8(array: Array) -> bool:
-    return array.element.kind == "u" and array.element.size == 1
 
 
 def _flag(path: Path, index: int, flag: Any) -> bool:
@@ -129,11 +104,10 @@ def _flag(path: Path, index: int, flag: Any) -> bool:
 
 
 def _is(value: Any) -> str:
-    return f"it is {value}" if isinstance(value, int) else f"it is {_kind(value)}"
+    return f"it is {value if isinstance(value, int) else _kind(value)}"
 
 
 def _kind(value: Any) -> str:
     if isinstance(value, Array):
-        kind = value.element.kind
-        return f"an array {value.shape} of {'objects' if kind == 'O' else f'{kind}{value.element.size}'}"
+        return f"an array {value.shape} of {'objects' if value.element.kind == 'O' else value.element.code}"
     return "bytes" if isinstance(value, Latin1) else type(value).__name__

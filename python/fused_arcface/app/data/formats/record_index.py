@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from fused_arcface.base.reading import DataError, file_errors, open_regular
 
-from .recordio import HEAD_BYTES, IMAGE_HEADER_BYTES, MAGIC, MOST, WHOLE, padded
+from .recordio import HEAD_BYTES, IMAGE_HEADER_BYTES, MAGIC, MOST, WHOLE, RecordFile, padded
 
 Ints = npt.NDArray[np.int64]
 Bools = npt.NDArray[np.bool_]
@@ -46,11 +46,12 @@ def read_index(path: Path, most: int) -> tuple[Ints, Ints]:
             count += len(keys[-1])
             if count > most:
                 raise DataError(f"{path} names more records than its .rec file has room for, {most}")
-    return np.concatenate([np.empty(0, np.int64), *keys]), np.concatenate([np.empty(0, np.int64), *offsets])
+    none = np.empty(0, np.int64)
+    return np.concatenate([none, *keys]), np.concatenate([none, *offsets])
 
 
 def _whole_lines(file: BinaryIO) -> bytes:
-    """Read some whole lines; the last one of the file may lack its end, a line that is too long does too."""
+    """Read some whole lines. The last line of the file gets an end if it lacks one; a line that is too long is cut."""
     block = file.read(_BLOCK)
     if block and not block.endswith(b"\n"):
         block += file.readline(_LONGEST_LINE)
@@ -82,14 +83,14 @@ class Heads:
         return Heads(*(each[rows] for each in vars(self).values()))
 
 
-def read_heads(path: Path, size: int, offsets: Ints) -> Heads:
-    """Read the heads at ``offsets`` in a file of ``size`` bytes."""
-    count = len(offsets)
+def read_heads(file: RecordFile, offsets: Ints) -> Heads:
+    """Read the heads at ``offsets`` in a file."""
+    count, size = len(offsets), file.size
     part, end = np.full(count, -1, np.int8), np.zeros(count, np.int64)
     label, complete, has_image = np.zeros(count), np.zeros(count, np.bool_), np.zeros(count, np.bool_)
     rows = np.flatnonzero((offsets >= 0) & (offsets % 4 == 0) & (offsets <= size - HEAD_BYTES))
     if len(rows):
-        words = np.memmap(path, dtype="<u4", mode="r", shape=(size // 4,))
+        words = np.memmap(file.path, dtype="<u4", mode="r", shape=(size // 4,))
         at = offsets[rows] // 4
         length = (words[at + 1] & MOST).astype(np.int64)
         good = (words[at] == MAGIC) & (offsets[rows] + HEAD_BYTES + length <= size)
@@ -109,9 +110,9 @@ def read_heads(path: Path, size: int, offsets: Ints) -> Heads:
 
 
 def unnamed_ranges(heads: Heads, size: int) -> list[tuple[int, int]]:
-    """Return the byte ranges between the records at ``heads``, and behind the last: first byte and the one after.
+    """Return the byte ranges, first byte and the one after the last, that the records at ``heads`` leave out.
 
-    Behind a record whose end is unknown (one in parts, or a broken one) nothing is known up to the next.
+    The range behind a record whose end is unknown (one in parts, or a broken one) is not among them.
     """
     order = np.argsort(heads.offsets, kind="stable")
     starts, ends = heads.offsets[order], heads.end[order]

@@ -125,24 +125,13 @@ class RecordFile:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self._open()
-
-    def _open(self) -> None:
-        # pread keeps no position, which processes after a fork would share.
         self._file = open_regular(self.path)
         self.size = os.fstat(self._file.fileno()).st_size
         self.bytes_read = 0
         """Bytes of records that :meth:`read` has read."""
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {"path": self.path}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.path = state["path"]
-        self._open()
-
-    def close(self) -> None:
-        self._file.close()
+    def __reduce__(self) -> tuple[type[RecordFile], tuple[Path]]:
+        return RecordFile, (self.path,)  # another process opens the file anew
 
     def read(self, offset: int, number: int) -> bytes:
         """Return the payload of the record at ``offset``; messages call it by its ``number``.
@@ -162,7 +151,7 @@ class RecordFile:
         """Yield the offset and the length of the payload of each part of the record at ``offset``."""
         place = offset
         for count in range(_MOST_PARTS):
-            part, length = self.head(place, number, read)
+            part, length = self._head(place, number, read)
             if count == 0 and part not in (WHOLE, FIRST):
                 raise self._error(offset, number, f"it begins with a part of kind {part}, not with a first one")
             if count > 0 and part not in (BETWEEN, LAST):
@@ -175,17 +164,18 @@ class RecordFile:
 
     def _read(self, offset: int, length: int) -> bytes:
         try:
+            # pread has no position, which processes would share after a fork.
             return os.pread(self._file.fileno(), length, offset)
         except OSError as error:
             raise DataError(f"{self.path} cannot be read at byte {offset}: {error.strerror}") from None
 
-    def head(self, offset: int, number: int, read: _Read | None = None) -> tuple[int, int]:
-        """Return kind and length of the part at ``offset``, which ends within the file. ``read`` takes its bytes."""
+    def _head(self, offset: int, number: int, read: _Read) -> tuple[int, int]:
+        """Return kind and length of the part at ``offset``, which ends within the file."""
         if not 0 <= offset <= self.size - HEAD_BYTES:
             raise self._error(offset, number, f"the file ends at byte {self.size}")
         if offset % 4:
             raise self._error(offset, number, "a record begins at a multiple of 4")
-        head = (read or self._read)(offset, HEAD_BYTES)
+        head = read(offset, HEAD_BYTES)
         if len(head) < HEAD_BYTES:
             raise self._error(offset, number, "the file became shorter")
         magic, word = _HEAD.unpack(head)
@@ -203,8 +193,8 @@ class RecordFile:
     def scan(self, start: int = 0, stop: int | None = None) -> Iterator[int | RecordError]:
         """Yield the offset of each record from ``start`` to ``stop``, found without an index, in order.
 
-        A :class:`RecordError` comes in place of one that cannot be read, after which the scan goes on at the next
-        magic number.
+        A :class:`RecordError` comes in place of one that cannot be read. The scan then continues at the next magic
+        number.
 
         Raises:
             DataError: if more than 10,000 records cannot be read: the file is of another kind.
@@ -244,7 +234,7 @@ class RecordFile:
 
 
 def too_broken(path: Path) -> DataError:
-    """Return the error for a file that has more broken records than it is worth to list."""
+    """Return the error for a file with too many broken records."""
     return DataError(f"{path} has more than {MOST_BROKEN} records that cannot be read: it is damaged, or another file")
 
 

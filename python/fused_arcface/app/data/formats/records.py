@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -26,8 +28,7 @@ from .recordio import (
 )
 
 _SAID = 20  # problems of one kind that are told one by one
-_SAID_OF_THE_REST = 3  # the same for records behind a file's end
-_NONE = np.empty(0, np.int64), np.empty(0, np.int64)
+_SAID_OF_THE_REST = 3  # those of records behind a file's end
 
 
 def is_records(data: str) -> bool:
@@ -83,32 +84,31 @@ class RecordImages:
         return len(self._offsets)
 
     def read(self, index: int, spec: ImageSpec) -> Tensor:
-        """See :meth:`fused_arcface.app.data.sources.ImageSource.read`."""
-        try:
-            return read_image(self._record(index).image, spec, self._max_pixels)
-        except ImageError as error:
-            raise ImageError(f"{self._place(index)}: {error}") from None
+        with self._naming(index):
+            return read_image(self.stored(index), spec, self._max_pixels)
 
     def stored(self, index: int) -> bytes:
-        """See :meth:`fused_arcface.app.data.sources.ImageSource.stored`."""
-        return self._record(index).image
+        return self._record(self._numbers[index], self._offsets[index]).image
 
     def spec_of(self, index: int) -> ImageSpec:
-        """See :meth:`fused_arcface.app.data.sources.ImageSource.spec_of`."""
-        try:
-            return image_spec(self._record(index).image, self._max_pixels)
-        except ImageError as error:
-            raise ImageError(f"{self._place(index)}: {error}") from None
+        with self._naming(index):
+            return image_spec(self.stored(index), self._max_pixels)
 
-    def _record(self, index: int) -> ImageRecord:
-        payload = self._file.read(int(self._offsets[index]), int(self._numbers[index]))
+    @contextlib.contextmanager
+    def _naming(self, index: int) -> Iterator[None]:
+        """Name the record of an image in the errors of a block."""
+        try:
+            yield
+        except ImageError as error:
+            place = _place(self.path, self._numbers[index], self._offsets[index])
+            raise ImageError(f"{place}: {error}") from None
+
+    def _record(self, number: np.int64, offset: np.int64) -> ImageRecord:
+        payload = self._file.read(int(offset), int(number))
         try:
             return unpack_image(payload)
         except ValueError as error:
-            raise RecordError(f"{self._place(index)}: {error}") from None
-
-    def _place(self, index: int) -> str:
-        return _place(self.path, self._numbers[index], self._offsets[index])
+            raise RecordError(f"{_place(self.path, number, offset)}: {error}") from None
 
     def _find_records(self) -> tuple[Ints, Heads]:
         """Return number and head of each record, in the order of the numbers."""
@@ -117,13 +117,16 @@ class RecordImages:
             found = list(self._file.scan())
             self.notes.append(f"{index} is missing: {self.path.name} was scanned, its records are numbered from 0")
             self._report([str(each) for each in found if isinstance(each, RecordError)])
-            records = [(number, each) for number, each in enumerate(found) if not isinstance(each, RecordError)]
-            numbers, offsets = (np.array(each, np.int64) for each in zip(*records, strict=True)) if records else _NONE
-            return numbers, self._heads(offsets)
+            offsets = np.array([-1 if isinstance(each, RecordError) else each for each in found], np.int64)
+            numbers = np.flatnonzero(offsets >= 0)
+            return numbers, read_heads(self._file, offsets[numbers])
         keys, offsets = read_index(index, self._file.size // HEAD_BYTES)
-        self._report_unwritten(index, keys[offsets < 0])
+        if len(unwritten := keys[offsets < 0]):
+            self.problems.append(
+                f"{index}: {len(unwritten)} records are not used: it has no offset for them, as key {unwritten[0]}"
+            )
         keys, offsets = keys[offsets >= 0], offsets[offsets >= 0]
-        heads = self._heads(offsets)
+        heads = read_heads(self._file, offsets)
         self._report_unnamed(index, heads)
         # The last line of a key counts, as for MXNet.
         numbers, last = np.unique(keys[::-1], return_index=True)
@@ -139,21 +142,12 @@ class RecordImages:
         places = np.sort(places)
         return numbers[places], heads[last[places]]
 
-    def _heads(self, offsets: Ints) -> Heads:
-        return read_heads(self.path, self._file.size, offsets)
-
     def _report(self, problems: list[str], more: int = 0) -> None:
         """Note records that cannot be read: the first ones in words, the number of the others and of ``more``."""
         said = problems[: _SAID + _SAID_OF_THE_REST]
         self.problems += said
         if unsaid := len(problems) - len(said) + more:
             self.problems.append(f"{self.path}: {unsaid} more records cannot be read")
-
-    def _report_unwritten(self, index: Path, keys: Ints) -> None:
-        if len(keys):
-            self.problems.append(
-                f"{index}: {len(keys)} records are not used: it has no offset for them, as key {keys[0]}"
-            )
 
     def _report_unnamed(self, index: Path, heads: Heads) -> None:
         """Note records that the index does not name."""
@@ -199,7 +193,7 @@ class RecordImages:
         broken = []
         for row in np.flatnonzero(heads.part == FIRST):
             try:
-                labels[row] = self._label(numbers[row], heads.offsets[row])
+                labels[row] = self._record(numbers[row], heads.offsets[row]).labels[0]
                 good[row] = True
             except DataError as error:
                 broken.append((row, str(error)))
@@ -210,7 +204,7 @@ class RecordImages:
         behind = heads.offsets[rest] > self._file.size - HEAD_BYTES
         for row in (*rest[behind][:_SAID_OF_THE_REST], *rest[~behind][:_SAID]):
             try:
-                self._label(numbers[row], heads.offsets[row])
+                self._record(numbers[row], heads.offsets[row])
             except DataError as error:
                 broken.append((row, str(error)))
         self._report([text for _, text in sorted(broken)], max(0, int((~behind).sum()) - _SAID))
@@ -225,22 +219,14 @@ class RecordImages:
             self.problems.append(f"{self.path}: {len(wrong) - _SAID} more records have an invalid label")
         return numbers[whole], heads.offsets[whole], labels[whole].astype(np.int64)
 
-    def _label(self, number: np.int64, offset: np.int64) -> float:
-        payload = self._file.read(int(offset), int(number))
-        try:
-            return unpack_image(payload).labels[0]
-        except ValueError as error:
-            raise RecordError(f"{_place(self.path, number, offset)}: {error}") from None
-
     def _report_gaps(self, classes: Ints, first_rows: Ints) -> None:
         """Note labels that no record has, for labels (L,) in order and the first row (L,) of each."""
         before = np.r_[-1, classes[:-1]]
         gaps = np.flatnonzero(classes > before + 1)
         for gap in gaps[:_SAID]:
-            self.problems.append(
-                f"{self._place(int(first_rows[gap]))} is the first with label {classes[gap]}: none has label "
-                f"{missing_numbers(int(before[gap]), int(classes[gap]))}"
-            )
+            row, missing = first_rows[gap], missing_numbers(int(before[gap]), int(classes[gap]))
+            place = _place(self.path, self._numbers[row], self._offsets[row])
+            self.problems.append(f"{place} is the first with label {classes[gap]}: none has label {missing}")
         if len(gaps) > _SAID:
             self.problems.append(f"{self.path}: labels are missing at {len(gaps) - _SAID} more places")
 
