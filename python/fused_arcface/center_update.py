@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from .base.compiler import not_compiled
 from .base.keyed_random import rounding_key
 from .engine.loss_factor import is_refused
 from .engine.mixed import update_both
@@ -90,6 +91,7 @@ class PendingUpdate(CenterUpdate):
             raise CenterUpdateError(refusal(refused))
         self._loss_gradient = loss_gradient
 
+    @not_compiled
     def apply(
         self,
         embeddings: Tensor,
@@ -167,7 +169,9 @@ class _Watch(torch.autograd.Function):
         ctx.update = update
         return loss.view_as(loss)
 
+    # In a step that is compiled as a whole, torch.compile would trace this and lose the changes that it makes.
     @staticmethod
+    @not_compiled
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         ctx.update.start(gradient)
         return gradient, None
