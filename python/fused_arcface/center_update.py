@@ -15,8 +15,7 @@ from .base.compiler import not_compiled
 from .base.keyed_random import rounding_key
 from .engine.loss_factor import is_refused
 from .engine.mixed import update_both
-from .engine.shard import CenterUpdate
-from .engine.terms import PLAIN, CenterStep, Negatives, RowGradients, SecondTarget
+from .engine.terms import CenterStep, Negatives, RowGradients, SecondTarget
 from .store import SampledRows
 
 if TYPE_CHECKING:
@@ -39,7 +38,7 @@ def refusal(factor: float) -> str:
     )
 
 
-class PendingUpdate(CenterUpdate):
+class PendingUpdate:
     """The update of one forward pass, until its backward pass makes it.
 
     If it changes nothing, margin and scale get back the state that they had before the step (buffers and copies).
@@ -92,17 +91,9 @@ class PendingUpdate(CenterUpdate):
         self._loss_gradient = loss_gradient
 
     @not_compiled
-    def apply(
-        self,
-        embeddings: Tensor,
-        classes: Tensor | None,
-        target: Tensor,
-        gradients: RowGradients,
-        backend: str,
-        negatives: Negatives = PLAIN,
-        second: SecondTarget | None = None,
-    ) -> None:
-        update = partial(self._update, embeddings, classes, target, gradients, backend, negatives, second)
+    def apply(self, *arguments: Any) -> None:
+        """Make the update, or keep it until :meth:`CenterOptimizer.release`: a :data:`engine.shard.CenterUpdate`."""
+        update = partial(self._update, *arguments)
         if self._optimizer._held is None:
             update()
         else:

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from . import backends
-from .base.assigned import ReplaceableOptions
 from .base.checks import check_center_dtype, check_reduction, check_seed, check_size
 from .base.compiler import NotScriptable, check_not_transformed, not_compiled
 from .base.options import HeadOptions
@@ -23,7 +22,8 @@ from .engine.step import loss_over_classes
 from .engine.targets import Labels, Rows, Target
 from .engine.terms import INVALID
 from .head import place_margin
-from .margins.angular import ArcFace, Margin
+from .margins.angular import ArcFace
+from .margins.protocol import Margin
 from .margins.scale import Scale
 from .parallel.sampling import Sampler
 from .parallel.sharding import Sharding
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from .calls import Backend, PartialFCCall
 
 
-class PartialFC(NotScriptable, ReplaceableOptions, StoredCenters):
+class PartialFC(NotScriptable, StoredCenters):
     """Margin-softmax head whose class centers are split over the ranks of a group: ``loss = head(embeddings, target)``.
 
     Every rank passes its own batch, of any size, and gets the mean loss over all ranks' rows. Without torch.distributed
@@ -163,9 +163,8 @@ class PartialFC(NotScriptable, ReplaceableOptions, StoredCenters):
             check_center_dtype(dtype)
             storage = check_storage(center_storage, sample_rate, center_optimizer is not None)
             self.backend = backends.check_name(backend)
-        self.margin, self.scale = options.margin, options.scale
+        self.options = options
         self.sample_rate, self.seed, self.dense_grad, self.step = float(sample_rate), seed, dense_grad, 0
-        self.sub_centers, self.label_smoothing = options.sub_centers, options.label_smoothing
         self.embedding_dim = embedding_dim
         self.sharding = Sharding(num_classes, self.ranks.world_size, self.ranks.rank)
         own = {
@@ -289,7 +288,7 @@ class PartialFC(NotScriptable, ReplaceableOptions, StoredCenters):
             class_count=count,
             dense_grad=self.dense_grad,
             with_max=batch.return_stats,
-            update=update,
+            update=None if update is None else update.apply,
         )
         first, *of_second = map(Target, target_class.split(len(batch.labels)), chosen_class.split(len(batch.labels)))
         of_rows = Rows(first, factors, of_second[0] if of_second else None, share)

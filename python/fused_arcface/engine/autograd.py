@@ -20,7 +20,7 @@ from torch import Tensor
 from ..base.dtypes import compute_dtype
 from ..base.normalize import unit_rows
 from ..base.once_differentiable import once_differentiable
-from ..margins.angular import Modulation
+from ..margins.protocol import Modulation
 from . import ops
 from .direct import stages
 from .mixed import add_second_gradient
@@ -159,7 +159,7 @@ class NegativesAndTarget(torch.autograd.Function):
             d_bias = shard.ranks.sum(own)
         # The weight pass runs while the embeddings' gradient is on its way between the ranks.
         if shard.update is not None:
-            shard.update.apply(rows, shard.classes, target, gradients, ctx.backend, Negatives(**ctx.negatives), second)
+            shard.update(rows, shard.classes, target, gradients, ctx.backend, Negatives(**ctx.negatives), second)
         elif ctx.needs_input_grad[1]:
             if d_centers is None:
                 centers, classes = shard.operands(weight, ctx.backend)

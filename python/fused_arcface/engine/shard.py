@@ -12,31 +12,13 @@ from torch import Tensor
 from ..backends import has
 from ..base.once_differentiable import once_differentiable
 from ..parallel.ranks import ALONE, JointBatch, Ranks
-from .terms import PLAIN, Negatives, RowGradients, SecondTarget
 
+CenterUpdate = Callable[..., None]
+"""An update of the class centers that a fused optimizer makes in the backward pass.
 
-class CenterUpdate:
-    """One update of the class centers that a fused optimizer makes in the backward pass.
-
-    :class:`fused_arcface.center_update.PendingUpdate` is the only one.
-    """
-
-    def apply(
-        self,
-        embeddings: Tensor,
-        classes: Tensor | None,
-        target: Tensor,
-        gradients: RowGradients,
-        backend: str,
-        negatives: Negatives = PLAIN,
-        second: SecondTarget | None = None,
-    ) -> None:
-        """Update rows ``classes`` (K,) of the class centers, all if None, in place.
-
-        The other arguments are those of ``weight_grad``, see :mod:`fused_arcface.backends.torch`, and the rows' second
-        targets.
-        """
-        raise NotImplementedError
+It is called with all ranks' embeddings (N, D), the rows ``classes`` (K,) of weight to update (None: all), target (N,),
+the :class:`RowGradients`, the backend, the :class:`Negatives`, and the :class:`SecondTarget` or None.
+"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,7 +39,7 @@ class Shard:
     with_max: bool = False
     """If true, reduce each row's largest negative cosine over all shards."""
     update: CenterUpdate | None = None
-    """If given, it is applied in place of a gradient by weight."""
+    """If given, it is called, and there is no gradient by weight."""
 
     def all_rows(self, embeddings: Tensor) -> Tensor:
         """Return all ranks' rows (N, D) from this one's (n, D)."""
