@@ -49,7 +49,7 @@ class AdaCos(StatefulMargin):
             raise TypeError(f"AdaCos: delayed must be a bool; got {type(delayed).__name__}")
         self.delayed = delayed
         # Not 0-dim: torch.compile takes such a CPU tensor in fp64 for a Python float, and loses its changes.
-        self.register_buffer("scale", self._initial("scale", torch.zeros(1, dtype=torch.float64, device="cpu")))
+        self.register_buffer("scale", self._initial("scale", torch.zeros(1, device="cpu"), torch.float64))
 
     def current(self, num_classes: int) -> Tensor:
         """Return the scale as it is now, 0-dim fp64, a copy."""

@@ -18,9 +18,9 @@ class KeepsValues(nn.Module):
     A head is built there without memory, and ``to_empty()`` then draws nothing for its margin and scale.
     """
 
-    def _initial(self, name: str, value: Tensor) -> Tensor:
-        """Return the initial value of a buffer or parameter, given on the CPU, on the default device."""
-        device = torch.get_default_device()
+    def _initial(self, name: str, value: Tensor | float, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Return the initial value of a buffer or parameter of that name, on the default device."""
+        value, device = torch.as_tensor(value, dtype=dtype, device="cpu"), torch.get_default_device()
         if device.type == "meta":
             self._kept()[name] = value
         return value.to(device)
