@@ -17,7 +17,8 @@ from .engine.logits import check_size_of_logits, scaled, with_margin
 from .engine.nearest import cosines_of, nearest_classes
 from .engine.step import as_autocast, loss_on_one_device
 from .engine.targets import Labels
-from .margins.angular import ArcFace, Margin
+from .margins.angular import ArcFace
+from .margins.protocol import Margin
 from .margins.scale import Scale
 
 if TYPE_CHECKING:
@@ -79,17 +80,11 @@ class MarginHead(NotScriptable, ReplaceableOptions, nn.Module):
         options.check_classes(num_classes)
         check_center_dtype(dtype)
         self.backend = backends.check_name(backend)
-        self.margin, self.scale = options.margin, options.scale
-        self.sub_centers, self.label_smoothing = options.sub_centers, options.label_smoothing
+        self.options = options
         self.weight = nn.Parameter(torch.empty(num_classes * sub_centers, embedding_dim, device=device, dtype=dtype))
         place_margin(margin, self.weight.device)
         place_margin(scale, self.weight.device)
         self.reset_parameters()
-
-    @property
-    def options(self) -> HeadOptions:
-        """The options of the loss, as they are now."""
-        return HeadOptions(self.margin, self.scale, self.sub_centers, self.label_smoothing)
 
     def reset_parameters(self) -> None:
         """Draw the class centers anew from N(0, 0.01²)."""
