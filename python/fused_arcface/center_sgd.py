@@ -24,7 +24,7 @@ from .base.ranges import FROM_0, FROM_0_BELOW_1, check_number
 from .center_update import CenterUpdateError, PendingUpdate, refusal
 from .engine.loss_factor import RefusedFactors
 from .engine.terms import MOMENTUM_BLOCK, check_update
-from .margins.angular import Margin
+from .margins.protocol import Margin
 from .margins.state import copy_of_state
 from .store import SampledRows
 

@@ -10,7 +10,8 @@ from .base.options import HeadOptions
 from .base.statistics import MarginSoftmaxStats
 from .engine.step import loss_on_one_device
 from .engine.targets import Labels
-from .margins.angular import ArcFace, Margin
+from .margins.angular import ArcFace
+from .margins.protocol import Margin
 from .margins.scale import Scale
 
 if TYPE_CHECKING:

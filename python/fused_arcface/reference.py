@@ -16,8 +16,8 @@ from .base.dtypes import compute_dtype
 from .base.normalize import without_autocast
 from .base.options import HeadOptions
 from .base.statistics import MarginSoftmaxStats
-from .margins.angular import ArcFace, Margin, angle, for_rows, modulation
-from .margins.protocol import binary_numbers
+from .margins.angular import ArcFace, angle
+from .margins.protocol import Margin, binary_numbers, for_rows, modulation
 from .margins.scale import AdaCos, Scale
 
 __all__ = ["margin_softmax_loss"]

@@ -16,7 +16,7 @@ from ..base.dtypes import compute_dtype
 from ..base.normalize import norms_of
 from ..base.options import HeadOptions
 from ..base.statistics import MarginSoftmaxStats
-from ..margins.protocol import binary_numbers, for_rows, modulates, modulation
+from ..margins.protocol import binary_numbers, for_rows, modulation
 from .adapting import Ahead, Moments, look_ahead
 from .autograd import cosines_of_targets, negatives_and_target
 from .direct import is_readable
@@ -126,7 +126,7 @@ def loss_over_classes(
     if rows.second is not None:
         order = nearer_first(rows, nearest(rows.target), nearest(rows.second))
         target_row, second_row = order.rows, order.others
-    elif modulates(margin) or sub_centers > 1:
+    elif hasattr(margin, "modulate") or sub_centers > 1:
         cosine, target_row = nearest(rows.target)
         change = modulation(margin, cosine, counted(), hardest)
 

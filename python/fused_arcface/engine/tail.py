@@ -15,7 +15,8 @@ from .. import backends
 from ..base.checks import check_margin_output, check_margin_rows
 from ..base.once_differentiable import once_differentiable
 from ..base.statistics import MarginSoftmaxStats
-from ..margins.angular import Margin, parameters
+from ..margins.angular import parameters
+from ..margins.protocol import Margin
 from .direct import stages
 from .ops import for_numbers
 from .smoothing import Smoothing

@@ -133,11 +133,6 @@ def for_rows(margin: Margin, norms: Callable[[], Tensor], labels: Tensor, counte
     return of_rows
 
 
-def modulates(margin: Margin) -> bool:
-    """Return whether the margin changes the negatives."""
-    return hasattr(margin, "modulate")
-
-
 def modulation(
     margin: Margin, target_cosine: Tensor, counted: Tensor, hardest: Callable[[int], Tensor]
 ) -> Modulation | None:
