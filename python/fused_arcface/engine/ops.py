@@ -47,16 +47,15 @@ def for_numbers(operator: Any, *numbers: float | Tensor) -> tuple[Callable[..., 
     A number that changes is a symbol under torch.compile. Inductor has no number that is unknown until the graph runs:
     one that reaches an operator as a number makes a graph for each value. A product with a tensor may be unknown.
     """
-    if any(isinstance(each, Tensor) for each in numbers):
-        one = torch.ones((), dtype=torch.float64, device="cpu")
-        return operator.tensor_numbers, tuple(each if isinstance(each, Tensor) else each * one for each in numbers)
-    if torch.compiler.is_compiling():
+    as_tensors = any(isinstance(each, Tensor) for each in numbers)
+    if not as_tensors and torch.compiler.is_compiling():
         from torch.fx.experimental.symbolic_shapes import has_static_value
 
-        if not all(has_static_value(each) for each in numbers if not isinstance(each, Tensor)):
-            one = torch.ones((), dtype=torch.float64, device="cpu")
-            return operator.tensor_numbers, tuple(each * one for each in numbers)
-    return operator.default, numbers
+        as_tensors = not all(has_static_value(each) for each in numbers)
+    if not as_tensors:
+        return operator.default, numbers
+    one = torch.ones((), dtype=torch.float64, device="cpu")
+    return operator.tensor_numbers, tuple(each if isinstance(each, Tensor) else each * one for each in numbers)
 
 
 def _run_with_numbers(name: str, *arguments: Any, **options: Any) -> Any:
