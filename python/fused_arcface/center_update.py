@@ -1,6 +1,6 @@
-"""The update that one forward pass has in store for the class centers, until its backward pass makes it.
+"""The update of the class centers of one forward pass, which its backward pass makes.
 
-:class:`fused_arcface.center_sgd.CenterOptimizer` makes one for each step.
+:class:`fused_arcface.center_sgd.CenterOptimizer` prepares one for each step.
 """
 
 from __future__ import annotations
@@ -124,8 +124,8 @@ class PendingUpdate:
             weight, state = sampled.tensors["weight"], sampled.tensors
         if self._loss_gradient is not None:
             coefficients = [each / self._loss_gradient for each in coefficients]
-        # The same numbers on every rank, so all go on or none. An lse of -inf is a row without negatives; the loss of a
-        # batch whose rows are all ignored is NaN, though its coefficients are zero.
+        # These numbers are equal on all ranks: either every rank changes its centers or none does. An lse of -inf is a
+        # row without negatives; the loss of a batch whose rows are all ignored is NaN, though its coefficients are 0.
         finite = torch.stack(coefficients).isfinite().all() & (lse < torch.inf).all()
         if self._loss is not None:
             finite &= self._loss.isfinite()
@@ -148,7 +148,7 @@ class PendingUpdate:
         gradients = RowGradients(gradients.scale, lse, *coefficients[:2])
         second = None if second is None else SecondTarget(second.row, coefficients[2])
         update_both(embeddings, weight, target, gradients, step, backend, negatives, second)
-        # A graph that has saved the centers as they were now says so instead of using them as they are.
+        # A graph that saved the old centers now raises an error, and does not compute with the new ones.
         torch.autograd.graph.increment_version(weight)
         if sampled is not None:
             sampled.write_back()

@@ -28,9 +28,9 @@ if TYPE_CHECKING:
 class MarginHead(NotScriptable, ReplaceableOptions, nn.Module):
     """Classification head with a margin: ``loss = head(embeddings, target)`` for any backbone.
 
-    A margin with a state, such as :class:`~fused_arcface.AdaFace`, gets the rows of all ranks in ``train()`` where
-    torch.distributed has several: every rank of the default group then has to call the head. In a
-    ``torch.utils.checkpoint`` its step is recomputed from the state that it had.
+    If torch.distributed has several ranks, a margin with a state, such as :class:`~fused_arcface.AdaFace`, gets the
+    rows of all of them in ``train()``. Every rank of the default group must then call the head. In a
+    ``torch.utils.checkpoint`` the step of such a margin is recomputed from the state that it had.
 
     Args:
         embedding_dim: D, the length of an embedding.
@@ -102,7 +102,7 @@ class MarginHead(NotScriptable, ReplaceableOptions, nn.Module):
     ) -> Tensor | tuple[Tensor, MarginSoftmaxStats]:
         """Return the loss of embeddings (N, D) with labels (N,), and the rows' statistics if asked for.
 
-        target, sample_weight and reduction are those of :func:`fused_arcface.margin_softmax_loss`, as are the errors.
+        The other arguments and the errors are those of :func:`fused_arcface.margin_softmax_loss`.
         """
         options = self.options
         return loss_on_one_device(

@@ -1,6 +1,6 @@
 """The oracle of record: the margin-softmax head in plain PyTorch, straight from the formulas, logits materialized.
 
-Any float dtype, every margin, twice differentiable, ``O(N·C)`` memory. All else in this package is compared with it.
+Any float dtype, every margin, twice differentiable, ``O(N·C)`` memory. All other code is compared with it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ __all__ = ["margin_softmax_loss"]
 
 
 def _unit(rows: Tensor) -> Tensor:
-    """(R, 1) what each of rows (R, D) is divided by before its squares are taken: a large row's largest magnitude."""
+    """Return divisors (R, 1) of rows (R, D) before they are squared: a large row's largest magnitude, else 1."""
     largest = rows.detach().abs().amax(1, keepdim=True)
     return torch.where(largest > 1e15, largest, 1)
 

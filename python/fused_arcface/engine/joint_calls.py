@@ -63,12 +63,12 @@ class JointCalls(ReplaceableOptions, nn.Module):
 
     @property
     def row_start(self) -> int:
-        """Global number of this shard's first row of weight; class_start but for sub-centers."""
+        """Global number of this shard's first row of weight, ``class_start·sub_centers``."""
         return self.class_start * self.sub_centers
 
     @property
     def num_rows(self) -> int:
-        """Rows of weight over all ranks; num_classes but for sub-centers."""
+        """Rows of weight over all ranks, ``num_classes·sub_centers``."""
         return self.num_classes * self.sub_centers
 
     def row_counts(self) -> list[int]:
@@ -109,7 +109,7 @@ class JointCalls(ReplaceableOptions, nn.Module):
             return {}
         own = {"weight.dtype": self.weight.dtype, **more}
         for name, held in (("margin", self.margin), ("scale", self.scale)):
-            if self._calls:  # later it is the same steps that change them
+            if self._calls:  # from then on the same steps change them on every rank
                 break
             if isinstance(held, nn.Module):
                 own[f"{name}.state"] = {key: tensor.tolist() for key, tensor in held.state_dict().items()}

@@ -1,4 +1,4 @@
-"""Logits of all classes, with a gradient and, for given targets, with the margin. Only where an N×C tensor may be."""
+"""Logits of all classes, with a gradient and, for given targets, with the margin. These store N×C tensors."""
 
 from __future__ import annotations
 

@@ -51,7 +51,7 @@ def for_numbers(operator: Any, *numbers: float | Tensor) -> tuple[Callable[..., 
     if not as_tensors and torch.compiler.is_compiling():
         from torch.fx.experimental.symbolic_shapes import has_static_value
 
-        as_tensors = not all(has_static_value(each) for each in numbers)
+        as_tensors = not all(has_static_value(each) for each in numbers if not isinstance(each, Tensor))
     if not as_tensors:
         return operator.default, numbers
     one = torch.ones((), dtype=torch.float64, device="cpu")

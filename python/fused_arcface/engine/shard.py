@@ -27,7 +27,7 @@ class Shard:
 
     ranks: Ranks = ALONE
     batch: JointBatch | None = None
-    """All ranks' rows; None where this process is alone and its embeddings are all there are."""
+    """All ranks' rows; None if this process is alone, and its embeddings are all rows."""
     num_classes: int | None = None
     """Classes over all shards, C_total; None: those of the weight."""
     classes: Tensor | None = None
@@ -117,8 +117,8 @@ class _OwnRows(torch.autograd.Function):
 def own_losses(losses: Tensor, batch: JointBatch, ranks: Ranks) -> Tensor:
     """Return this rank's (n,) of all ranks' row losses (N,).
 
-    Each rank computes the losses of all rows, and makes what it wants of its own. The backward pass gathers what the
-    others made of theirs: the gradients are those of the sum over the ranks.
+    Each rank computes the losses of all rows, and the caller may compute anything from those of its own rows. The
+    backward pass gathers the gradients by all rows' losses: they are those of the sum over the ranks.
     """
     own: Tensor = _OwnRows.apply(losses, batch, ranks)
     return own

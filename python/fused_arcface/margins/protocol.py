@@ -1,4 +1,4 @@
-"""The protocol of margins: a function of the target's cosine, and methods that it may have besides.
+"""The protocol of margins: a function of the target's cosine, and optional methods.
 
 The heads call :func:`for_rows` and :func:`modulation`; margins return :class:`RowMargin` and :class:`Modulation`.
 """

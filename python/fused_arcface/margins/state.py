@@ -15,7 +15,7 @@ from torch import Tensor, nn
 class KeepsValues(nn.Module):
     """A module that keeps its values while it is on the meta device, where tensors have none.
 
-    A head is built there without memory, and ``to_empty()`` then draws nothing for its margin and scale.
+    A head that was built there gets memory by ``to_empty()``, which sets no values for its margin and scale.
     """
 
     def _initial(self, name: str, value: Tensor | float, dtype: torch.dtype = torch.float32) -> Tensor:
