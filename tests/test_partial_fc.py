@@ -244,21 +244,28 @@ def test_pickled_heads_go_on_alike():
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("whole", [False, True])
 @pytest.mark.parametrize("sample_rate", [1.0, 0.5])
 @pytest.mark.parametrize("optimizer", [None, fa.CenterSGD(1)])
-def test_a_compiled_step_trains_alike(optimizer, sample_rate):
+def test_a_compiled_step_trains_alike(optimizer, sample_rate, whole):
+    """The forward pass alone is compiled, or the whole step with its backward pass."""
+    torch.compiler.reset()
     heads = [fa.PartialFC(D, 50, sample_rate=sample_rate, center_optimizer=optimizer) for _ in range(2)]
     layer = nn.Linear(D, D)
 
     def step(head: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        return head(layer(x).tanh(), y) + 1
+        loss = head(layer(x).tanh(), y) + 1
+        if whole:
+            loss.backward()
+        return loss
 
     steps = [step, torch.compile(step, backend="aot_eager")]
     for x, y in batches(50, 6, torch.float32):
         results = []
         for head, run in zip(heads, steps, strict=True):
             loss = run(head, x, y)
-            loss.backward()
+            if not whole:
+                loss.backward()
             if head.center_optimizer is None:
                 with torch.no_grad():
                     head.weight -= head.weight.grad.to_dense()

@@ -19,12 +19,12 @@ if TYPE_CHECKING:
 
 LossAndStats = tuple[Tensor, MarginSoftmaxStats]
 Reduction = Literal["mean", "sum", "none"]
-# Editors offer these; a name out of ``backends.available()`` is a str.
+# Editors offer these names. To a type checker a name of ``backends.available()`` is any str.
 Backend = Literal["auto", "torch", "reference", "cpu", "triton", "cuda"] | str
 
 
 class LossOptions(TypedDict, total=False):
-    """The options of :func:`fused_arcface.margin_softmax_loss` but ``return_stats``."""
+    """The options of :func:`fused_arcface.margin_softmax_loss`, except ``return_stats``."""
 
     margin: Margin
     scale: Scale
@@ -37,7 +37,7 @@ class LossOptions(TypedDict, total=False):
 
 
 class HeadOptionsOfCall(TypedDict, total=False):
-    """The options of a :class:`fused_arcface.MarginHead`'s call but ``return_stats``."""
+    """The options of a :class:`fused_arcface.MarginHead`'s call, except ``return_stats``."""
 
     ignore_index: int
     sample_weight: Tensor | None
@@ -45,7 +45,7 @@ class HeadOptionsOfCall(TypedDict, total=False):
 
 
 class PartialFCOptionsOfCall(HeadOptionsOfCall, total=False):
-    """The options of a :class:`fused_arcface.PartialFC`'s call but ``return_stats``."""
+    """The options of a :class:`fused_arcface.PartialFC`'s call, except ``return_stats``."""
 
     loss_weight: float
 

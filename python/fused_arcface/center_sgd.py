@@ -2,9 +2,9 @@
 
 The gradient is never stored.
 
-:class:`CenterSGD` is the recipe that users write, :class:`CenterOptimizer` what a head makes of it, a
-``torch.optim.Optimizer`` that schedulers drive. Each forward pass takes a
-:class:`~fused_arcface.center_update.PendingUpdate` from it, which the backward pass applies.
+Users write the recipe, a :class:`CenterSGD`. A head makes a :class:`CenterOptimizer` of it, a ``torch.optim.Optimizer``
+that schedulers drive. Each forward pass takes a :class:`~fused_arcface.center_update.PendingUpdate` from it, which the
+backward pass applies.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from .base.ranges import FROM_0, FROM_0_BELOW_1, check_number
 from .center_update import CenterUpdateError, PendingUpdate, refusal
 from .engine.loss_factor import RefusedFactors
 from .engine.terms import MOMENTUM_BLOCK, check_update
-from .margins.angular import Margin
+from .margins.protocol import Margin
 from .margins.state import copy_of_state
 from .store import SampledRows
 
@@ -39,17 +39,17 @@ _GRAD: Any = torch.Tensor.grad
 class CenterSGD:
     """Recipe of the fused optimizer: ``PartialFC(..., center_optimizer=CenterSGD(lr=0.1))``.
 
-    Step for step ``torch.optim.SGD``: ``m = momentum·m + (gradient + weight_decay·w)``, ``w -= lr·m``; with
-    ``sample_rate < 1`` for the rows of the step's sample alone, the others keep center and momentum to the bit. It
-    happens in ``loss.backward()``: no gradient of the centers exists, ``weight.grad`` stays None.
+    A step is that of ``torch.optim.SGD``: ``m = momentum·m + (gradient + weight_decay·w)``, ``w -= lr·m``. With
+    ``sample_rate < 1`` it changes the rows of the step's sample alone; all others keep center and momentum to the bit.
+    It happens in ``loss.backward()``: no gradient of the centers exists, ``weight.grad`` stays None.
 
-    The step follows the loss that the head returned, ``loss_weight`` among its arguments included: weight this loss
-    among others there. A factor of 1 or more that the loss is multiplied by before ``backward()`` is taken for a
-    ``GradScaler``'s and divided out. One below 1 is a :class:`CenterUpdateError`: on a CPU in that backward pass, on a
-    GPU, where to read it would be to wait, that step changes no center and the head's next forward pass or the
-    optimizer's ``step()`` that finds it read raises. Inside of a CUDA graph the steps are left out without an error.
-    If the loss or its gradient is not finite, no rank changes anything. A margin with a state gets that of before
-    the step back as well.
+    The step follows the loss that the head returned, with its argument ``loss_weight``: weight this loss among others
+    there. A factor of 1 or more that multiplies the loss before ``backward()`` counts as a ``GradScaler``'s and is
+    divided out. A factor below 1 is a :class:`CenterUpdateError`. On a CPU that backward pass raises it. On a GPU
+    nobody waits for the factor: that step changes no center, and once the factor has arrived, the head's next forward
+    pass or the optimizer's next ``step()`` raises. In a CUDA graph such steps are left out without an error. If the
+    loss or its gradient is not finite, no rank changes anything, and a margin with a state gets back its state from
+    before the step.
 
     Args:
         lr: learning rate, >= 0; ``head.center_optimizer.param_groups[0]["lr"]`` from then on.
@@ -92,9 +92,9 @@ def check_settings(settings: dict[str, Any]) -> None:
 
 
 class CentersUpdatedInBackward(nn.Parameter):
-    """Class centers whose gradient never exists: ``grad`` is None, and an error for those who want to clip its norm.
+    """Class centers whose gradient never exists: ``grad`` is None, and to clip it is an error.
 
-    Clipping skips parameters without a gradient, so that it would silently leave the centers out.
+    Clipping skips parameters without a gradient. It would silently leave the centers out.
     """
 
     def __reduce_ex__(self, _: object) -> tuple[Any, ...]:
@@ -119,7 +119,7 @@ class CenterOptimizer(torch.optim.Optimizer):
     """A :class:`CenterSGD` bound to a head's class centers; ``head.center_optimizer``. The backward pass does its work.
 
     ``param_groups`` (lr, momentum, weight_decay) are read at each backward pass. ``state`` has ``momentum_buffer`` and,
-    for int8, its ``momentum_scale``. ``step()`` does nothing but notice gradient accumulation.
+    for int8, its ``momentum_scale``. ``step()`` only checks that no gradients are accumulated.
     """
 
     def __init__(self, recipe: CenterSGD, weight: nn.Parameter, seed: int, class_start: int) -> None:
@@ -158,7 +158,7 @@ class CenterOptimizer(torch.optim.Optimizer):
         'CenterSGD(lr=0.1, momentum=0.9, weight_decay=0.0)'
         """
         group = self.param_groups[0]
-        return f"CenterSGD({', '.join(f'{name}={group[name]}' for name in ('lr', 'momentum', 'weight_decay'))})"
+        return f"CenterSGD({', '.join(f'{name}={group[name]}' for name in _SETTINGS)})"
 
     @property
     def _weight(self) -> nn.Parameter:
@@ -282,7 +282,7 @@ class CenterOptimizer(torch.optim.Optimizer):
         It may be another parameter than the one that this optimizer was made for: ``to_empty()`` and
         ``load_state_dict(assign=True)`` make a new one.
         """
-        if type(weight) is nn.Parameter:  # torch makes such a one of the centers in these and other calls
+        if type(weight) is nn.Parameter:  # torch made an ordinary parameter of the centers
             weight.__class__ = CentersUpdatedInBackward
         old = self._weight
         if weight is not old:

@@ -1,6 +1,6 @@
-"""The update that one forward pass has in store for the class centers, until its backward pass makes it.
+"""The update of the class centers of one forward pass, which its backward pass makes.
 
-:class:`fused_arcface.center_sgd.CenterOptimizer` makes one for each step.
+:class:`fused_arcface.center_sgd.CenterOptimizer` prepares one for each step.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from .base.compiler import not_compiled
 from .base.keyed_random import rounding_key
 from .engine.loss_factor import is_refused
 from .engine.mixed import update_both
-from .engine.shard import CenterUpdate
-from .engine.terms import PLAIN, CenterStep, Negatives, RowGradients, SecondTarget
+from .engine.terms import CenterStep, Negatives, RowGradients, SecondTarget
 from .store import SampledRows
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ def refusal(factor: float) -> str:
     )
 
 
-class PendingUpdate(CenterUpdate):
+class PendingUpdate:
     """The update of one forward pass, until its backward pass makes it.
 
     If it changes nothing, margin and scale get back the state that they had before the step (buffers and copies).
@@ -90,17 +90,10 @@ class PendingUpdate(CenterUpdate):
             raise CenterUpdateError(refusal(refused))
         self._loss_gradient = loss_gradient
 
-    def apply(
-        self,
-        embeddings: Tensor,
-        classes: Tensor | None,
-        target: Tensor,
-        gradients: RowGradients,
-        backend: str,
-        negatives: Negatives = PLAIN,
-        second: SecondTarget | None = None,
-    ) -> None:
-        update = partial(self._update, embeddings, classes, target, gradients, backend, negatives, second)
+    @not_compiled
+    def apply(self, *arguments: Any) -> None:
+        """Make the update, or keep it until :meth:`CenterOptimizer.release`: a :data:`engine.shard.CenterUpdate`."""
+        update = partial(self._update, *arguments)
         if self._optimizer._held is None:
             update()
         else:
@@ -131,8 +124,8 @@ class PendingUpdate(CenterUpdate):
             weight, state = sampled.tensors["weight"], sampled.tensors
         if self._loss_gradient is not None:
             coefficients = [each / self._loss_gradient for each in coefficients]
-        # The same numbers on every rank, so all go on or none. An lse of -inf is a row without negatives; the loss of a
-        # batch whose rows are all ignored is NaN, though its coefficients are zero.
+        # These numbers are equal on all ranks: either every rank changes its centers or none does. An lse of -inf is a
+        # row without negatives; the loss of a batch whose rows are all ignored is NaN, though its coefficients are 0.
         finite = torch.stack(coefficients).isfinite().all() & (lse < torch.inf).all()
         if self._loss is not None:
             finite &= self._loss.isfinite()
@@ -155,7 +148,7 @@ class PendingUpdate(CenterUpdate):
         gradients = RowGradients(gradients.scale, lse, *coefficients[:2])
         second = None if second is None else SecondTarget(second.row, coefficients[2])
         update_both(embeddings, weight, target, gradients, step, backend, negatives, second)
-        # A graph that has saved the centers as they were now says so instead of using them as they are.
+        # A graph that saved the old centers now raises an error, and does not compute with the new ones.
         torch.autograd.graph.increment_version(weight)
         if sampled is not None:
             sampled.write_back()
@@ -167,7 +160,9 @@ class _Watch(torch.autograd.Function):
         ctx.update = update
         return loss.view_as(loss)
 
+    # In a step that is compiled as a whole, torch.compile would trace this and lose the changes that it makes.
     @staticmethod
+    @not_compiled
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         ctx.update.start(gradient)
         return gradient, None

@@ -17,7 +17,8 @@ from .engine.logits import check_size_of_logits, scaled, with_margin
 from .engine.nearest import cosines_of, nearest_classes
 from .engine.step import as_autocast, loss_on_one_device
 from .engine.targets import Labels
-from .margins.angular import ArcFace, Margin
+from .margins.angular import ArcFace
+from .margins.protocol import Margin
 from .margins.scale import Scale
 
 if TYPE_CHECKING:
@@ -27,9 +28,9 @@ if TYPE_CHECKING:
 class MarginHead(NotScriptable, ReplaceableOptions, nn.Module):
     """Classification head with a margin: ``loss = head(embeddings, target)`` for any backbone.
 
-    A margin with a state, such as :class:`~fused_arcface.AdaFace`, gets the rows of all ranks in ``train()`` where
-    torch.distributed has several: every rank of the default group then has to call the head. In a
-    ``torch.utils.checkpoint`` its step is recomputed from the state that it had.
+    If torch.distributed has several ranks, a margin with a state, such as :class:`~fused_arcface.AdaFace`, gets the
+    rows of all of them in ``train()``. Every rank of the default group must then call the head. In a
+    ``torch.utils.checkpoint`` the step of such a margin is recomputed from the state that it had.
 
     Args:
         embedding_dim: D, the length of an embedding.
@@ -79,17 +80,11 @@ class MarginHead(NotScriptable, ReplaceableOptions, nn.Module):
         options.check_classes(num_classes)
         check_center_dtype(dtype)
         self.backend = backends.check_name(backend)
-        self.margin, self.scale = options.margin, options.scale
-        self.sub_centers, self.label_smoothing = options.sub_centers, options.label_smoothing
+        self.options = options
         self.weight = nn.Parameter(torch.empty(num_classes * sub_centers, embedding_dim, device=device, dtype=dtype))
         place_margin(margin, self.weight.device)
         place_margin(scale, self.weight.device)
         self.reset_parameters()
-
-    @property
-    def options(self) -> HeadOptions:
-        """The options of the loss, as they are now."""
-        return HeadOptions(self.margin, self.scale, self.sub_centers, self.label_smoothing)
 
     def reset_parameters(self) -> None:
         """Draw the class centers anew from N(0, 0.01²)."""
@@ -107,7 +102,7 @@ class MarginHead(NotScriptable, ReplaceableOptions, nn.Module):
     ) -> Tensor | tuple[Tensor, MarginSoftmaxStats]:
         """Return the loss of embeddings (N, D) with labels (N,), and the rows' statistics if asked for.
 
-        target, sample_weight and reduction are those of :func:`fused_arcface.margin_softmax_loss`, as are the errors.
+        The other arguments and the errors are those of :func:`fused_arcface.margin_softmax_loss`.
         """
         options = self.options
         return loss_on_one_device(

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from . import backends
-from .base.assigned import ReplaceableOptions
 from .base.checks import check_center_dtype, check_reduction, check_seed, check_size
 from .base.compiler import NotScriptable, check_not_transformed, not_compiled
 from .base.options import HeadOptions
@@ -23,7 +22,8 @@ from .engine.step import loss_over_classes
 from .engine.targets import Labels, Rows, Target
 from .engine.terms import INVALID
 from .head import place_margin
-from .margins.angular import ArcFace, Margin
+from .margins.angular import ArcFace
+from .margins.protocol import Margin
 from .margins.scale import Scale
 from .parallel.sampling import Sampler
 from .parallel.sharding import Sharding
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from .calls import Backend, PartialFCCall
 
 
-class PartialFC(NotScriptable, ReplaceableOptions, StoredCenters):
+class PartialFC(NotScriptable, StoredCenters):
     """Margin-softmax head whose class centers are split over the ranks of a group: ``loss = head(embeddings, target)``.
 
     Every rank passes its own batch, of any size, and gets the mean loss over all ranks' rows. Without torch.distributed
@@ -53,18 +53,18 @@ class PartialFC(NotScriptable, ReplaceableOptions, StoredCenters):
 
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, ["head.weight"])
 
-    With FSDP2 it is ``fully_shard(model, ignored_params={model.head.weight})``, which does not move the head to the
-    device either.
+    With FSDP2 it is ``fully_shard(model, ignored_params={model.head.weight})``. FSDP2 then does not move the head to
+    the device either.
 
     **Agreement.** Options and modes are compared between the ranks in each step (scale, margin, learning rate,
     ``train()``, gradient mode, ``ignore_index`` and so on). A difference raises the same ValueError on every rank. An
-    error on one rank raises on the others as well. Statistics, or a gradient by the embeddings, may be wanted on some
-    ranks alone.
+    error on one rank raises on the others as well. Statistics, and the gradient by the embeddings, may differ: some
+    ranks alone may ask for them.
 
     **State.** ``state_dict()`` continues a run: it has ``weight``, ``step`` and, with a center_optimizer,
     its ``momentum_buffer``, ``momentum_scale`` and ``settings`` (lr, momentum, weight_decay), as
-    ``center_optimizer.momentum_buffer`` and so on. A dict with ``weight`` alone is loaded strictly too and begins a
-    run, at step 0 with zero momentum. Each rank has its own shard's rows.
+    ``center_optimizer.momentum_buffer`` and so on. A dict with ``weight`` alone passes ``strict=True`` too. It
+    begins a run, at step 0 with zero momentum. Each rank has its own shard's rows.
 
     **Sampling.** With ``sample_rate`` below 1 a step uses all classes of the joint batch and others drawn anew each
     step, ``round(sample_rate·C_total)`` over all shards (An et al., Partial FC, arXiv:2203.15565). The draw is a
@@ -91,9 +91,9 @@ class PartialFC(NotScriptable, ReplaceableOptions, StoredCenters):
             are on one rank. A shape of C_total or num_local rows then has K times as many.
         label_smoothing: in [0, 1]; only with all classes in each step and an ordinary optimizer: its gradient reaches
             every class center.
-        center_storage: ``"device"``; ``"host"``, host memory, of which ``device`` gets each step's sample; or the path
-            of a folder for a file, where rows take space once they are used. The last two need ``sample_rate < 1`` and
-            a CenterSGD, and train the same centers.
+        center_storage: ``"device"``; ``"host"`` for host memory, from which each step's sample is copied to
+            ``device``; or the path of a folder for a file, in which a row takes space once it is used. The last two
+            need ``sample_rate < 1`` and a CenterSGD. The trained centers are the same.
 
     Attributes:
         weight: (num_local, D) parameter, this rank's class centers, initially N(0, 0.01²) keyed by seed and global
@@ -163,9 +163,8 @@ class PartialFC(NotScriptable, ReplaceableOptions, StoredCenters):
             check_center_dtype(dtype)
             storage = check_storage(center_storage, sample_rate, center_optimizer is not None)
             self.backend = backends.check_name(backend)
-        self.margin, self.scale = options.margin, options.scale
+        self.options = options
         self.sample_rate, self.seed, self.dense_grad, self.step = float(sample_rate), seed, dense_grad, 0
-        self.sub_centers, self.label_smoothing = options.sub_centers, options.label_smoothing
         self.embedding_dim = embedding_dim
         self.sharding = Sharding(num_classes, self.ranks.world_size, self.ranks.rank)
         own = {
@@ -218,8 +217,8 @@ class PartialFC(NotScriptable, ReplaceableOptions, StoredCenters):
             ignore_index: The label of rows that are ignored.
             return_stats: If true, also return the :class:`~fused_arcface.MarginSoftmaxStats` of this rank's rows.
             loss_weight: factor of the returned loss, finite and >= 0, the same on every rank: the weight of this head
-                among several losses. :class:`~fused_arcface.CenterSGD` follows the weighted loss. A factor that the
-                loss is multiplied by afterwards does not reach its centers.
+                among several losses. :class:`~fused_arcface.CenterSGD` follows the weighted loss. A factor that
+                multiplies the loss afterwards does not reach the centers.
             sample_weight: (n,) factors of this rank's row losses, finite and >= 0, without a gradient; on every rank or
                 on none. The mean divides by their sum over all ranks' rows that count.
             reduction: ``"mean"`` or ``"sum"`` over all ranks' rows, or ``"none"``: the losses (n,) of this rank's rows.
@@ -256,7 +255,7 @@ class PartialFC(NotScriptable, ReplaceableOptions, StoredCenters):
         target_class = torch.cat(
             [torch.ops.fused_arcface.local_target(each, self.num_classes, ignore_index) for each in labels]
         )
-        # A gradient has a size, for which the host waits; CenterSGD needs none.
+        # A gradient needs the sample's size, for which the host waits. CenterSGD needs no gradient.
         chosen_on = target_class if store is None else store.place(target_class)
         waits = self.center_optimizer is not None and _is_waited_for(chosen_on.device)
         padded = waits and backends.has(backend, "padding")
@@ -289,7 +288,7 @@ class PartialFC(NotScriptable, ReplaceableOptions, StoredCenters):
             class_count=count,
             dense_grad=self.dense_grad,
             with_max=batch.return_stats,
-            update=update,
+            update=None if update is None else update.apply,
         )
         first, *of_second = map(Target, target_class.split(len(batch.labels)), chosen_class.split(len(batch.labels)))
         of_rows = Rows(first, factors, of_second[0] if of_second else None, share)

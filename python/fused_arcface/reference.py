@@ -1,6 +1,6 @@
 """The oracle of record: the margin-softmax head in plain PyTorch, straight from the formulas, logits materialized.
 
-Any float dtype, every margin, twice differentiable, ``O(N·C)`` memory. All else in this package is compared with it.
+Any float dtype, every margin, twice differentiable, ``O(N·C)`` memory. All other code is compared with it.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from .base.dtypes import compute_dtype
 from .base.normalize import without_autocast
 from .base.options import HeadOptions
 from .base.statistics import MarginSoftmaxStats
-from .margins.angular import ArcFace, Margin, angle, for_rows, modulation
-from .margins.protocol import binary_numbers
+from .margins.angular import ArcFace, angle
+from .margins.protocol import Margin, binary_numbers, for_rows, modulation
 from .margins.scale import AdaCos, Scale
 
 __all__ = ["margin_softmax_loss"]
 
 
 def _unit(rows: Tensor) -> Tensor:
-    """(R, 1) what each of rows (R, D) is divided by before its squares are taken: a large row's largest magnitude."""
+    """Return divisors (R, 1) of rows (R, D) before they are squared: a large row's largest magnitude, else 1."""
     largest = rows.detach().abs().amax(1, keepdim=True)
     return torch.where(largest > 1e15, largest, 1)
 

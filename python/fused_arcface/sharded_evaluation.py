@@ -11,7 +11,7 @@ from torch import Tensor
 from .base.checks import check_embeddings, check_labels, check_size
 from .base.memory import available_bytes
 from .engine.joint_calls import JointCalls
-from .engine.logits import all_rows, check_size_of_logits, own_rows, scaled, with_margin
+from .engine.logits import all_rows, check_size_of_logits, own_logits, scaled, with_margin
 from .engine.nearest import cosines_of, nearest_classes
 
 _CLASSES_AT_ONCE = 16384  # whose class centers are read from a store
@@ -121,7 +121,7 @@ class ShardedEvaluation(JointCalls):
         rows = all_rows(embeddings, batch, self.ranks)
         parts = [cosines_of(rows, piece, self.sub_centers) for piece in pieces]
         local = parts[0] if len(parts) == 1 else torch.cat(parts, 1)  # (N, C)
-        cosines = own_rows(local, batch, self.ranks, self.sharding.counts())
+        cosines = own_logits(local, batch, self.ranks, self.sharding.counts())
         scale = self.options.current_scale(self.num_classes)
         scale = scale.detach() if isinstance(scale, Tensor) else scale  # its gradient would differ between the ranks
         if target is None:

@@ -139,6 +139,50 @@ def test_a_recomputed_step_saves_the_same_tensors() -> None:
             torch.testing.assert_close(torch.autograd.grad(loss, x)[0], right)
 
 
+class Without:
+    """torch, or a part of it, without a private name that a later version may drop."""
+
+    def __init__(self, part: Any, path: list[str]) -> None:
+        self._part, self._path = part, path
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self._part, name)
+        if name != self._path[0]:
+            return found
+        if len(self._path) == 1:
+            raise AttributeError(f"torch has no {name}")
+        return Without(found, self._path[1:])
+
+
+# Private names of torch, and which of the two questions needs them.
+PRIVATE = {
+    "DispatchKeySet": (goes_straight, is_readable),
+    "DispatchKey": (goes_straight, is_readable),
+    "DispatchKey.AutocastCPU": (goes_straight, is_readable),
+    "_dispatch_keys": (goes_straight, is_readable),
+    "_dispatch_tls_local_include_set": (goes_straight, is_readable),
+    "_autograd._profiler_enabled": (goes_straight,),
+    "_TorchDispatchModeKey.PROXY": (is_readable,),
+    "_get_dispatch_mode": (is_readable,),
+}
+
+
+@pytest.mark.parametrize("name", PRIVATE)
+def test_a_torch_without_a_private_name_gets_the_operators(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = loss_of(*inputs())
+    monkeypatch.setattr(direct, "torch", Without(torch, ["_C", *name.split(".")]))
+    for known, keys in zip(("_PLAIN_TENSOR", "_PLAIN_THREAD"), direct._plain_keys(), strict=True):
+        monkeypatch.setattr(direct, known, keys)
+    x, w, target = inputs()
+    assert goes_straight(x, w, target) == (goes_straight not in PRIVATE[name])
+    with Dispatched() as recorder:
+        loss = loss_of(x, w, target)
+        assert is_readable(target) == (is_readable not in PRIVATE[name])
+    assert recorder.seen == FORWARD | ({"local_target"} if is_readable in PRIVATE[name] else set())
+    loss.backward()
+    torch.testing.assert_close(loss, right)
+
+
 def test_labels_are_read_where_they_have_values() -> None:
     labels = torch.tensor([0, 1])
     fake = FakeTensorMode()

@@ -3,8 +3,8 @@
 For compute capability 8.0 and later; Triton is not needed. Products have the embeddings' dtype. Those of fp32 are three
 tf32 products in place of one, or one where ``torch.set_float32_matmul_precision`` is ``"high"`` or ``"medium"``. fp64
 is refused (backends.select). Compute capability 9.0 has kernels of its own, which ``FUSED_ARCFACE_HOPPER=0`` turns off
-(hopper.py). Every step is launches on the current stream, without a wait and without an allocation but torch's, and
-its result is the same to the bit in every run.
+(hopper.py). Every stage only launches kernels on the current stream: it does not wait, and torch allocates all memory.
+Its result is the same to the bit in every run.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ..engine.terms import PLAIN, CenterStep, Negatives, RowGradients
 from . import hopper, native, nvidia
 from .registry import ClassPass
 
-# O(N·D): plain PyTorch's launches do.
+# O(N·D): the launches of plain PyTorch are fast enough.
 from .torch import finish_negatives  # noqa: F401
 
 _kernels: Any = None if native.unavailable() else getattr(native.module, "cuda", None)
@@ -111,7 +111,7 @@ _Run = Callable[[str, _Options, int, tuple[int, int]], int]
 
 
 def _number(scale: float | Tensor) -> float:
-    """Return the scale for a kernel, which takes no notice of it if the options have one of the device's."""
+    """Return the scale for a kernel, which reads another one if the options have the address of one on the device."""
     return 1.0 if isinstance(scale, Tensor) else scale
 
 

@@ -1,7 +1,7 @@
-"""The compiled module, as the backends ``cpu`` and ``cuda`` share it.
+"""The compiled module, which the backends ``cpu`` and ``cuda`` share.
 
 Tensors and a step of the optimizer are passed to it as numbers, raw addresses among them (csrc/tuples.h).
-An address is no reference: whoever passes one keeps its tensor bound to a name until the kernel has read it.
+An address is no reference: keep its tensor bound to a name until the kernel has read it.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ try:
     from .. import _native
 
     module = _native
-except ImportError as error:  # unavailable() reports it: the package is of use without its compiled part
+except ImportError as error:  # unavailable() reports it: the package works without its compiled part
     _import_error = str(error)
 
 
-# As csrc/arguments.h numbers them; a dictionary at hand, since a small problem asks for a dozen codes a step.
+# The numbers of csrc/arguments.h; in a dictionary, since a small problem needs a dozen of them in a step.
 _DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 
 

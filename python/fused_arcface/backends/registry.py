@@ -43,7 +43,7 @@ class ClassPass(NamedTuple):
     """The facts about a call's passes over the classes that decide which backend is the fastest."""
 
     dtype: torch.dtype
-    """That of the embeddings, as autocast wants them: the products have it."""
+    """The dtype of the embeddings, as autocast wants them, and of the products."""
     columns: int
     """The dimension D of embeddings and class centers."""
     sampled: bool = False

@@ -57,17 +57,20 @@ def _cosines(embeddings: Tensor, weight: Tensor, target: Tensor) -> tuple[Tensor
 _CPU_BLOCK, _GPU_BLOCK = 1 << 22, 1 << 26
 
 
-def _blocks(embeddings: Tensor, num_rows: int, sub_centers: int) -> Iterator[tuple[int, int]]:
-    """Yield first and last row (exclusive) of blocks of ``num_rows`` centers; those of a class are in one block."""
-    limit = _CPU_BLOCK if embeddings.device.type == "cpu" else _GPU_BLOCK
-    size = max(limit // max(len(embeddings), 1) // sub_centers, 1) * sub_centers
+def _blocks(
+    target: Tensor, num_rows: int, negatives: Negatives, class_count: Tensor | None = None
+) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
+    """Yield blocks of ``num_rows`` centers. Those of a class are in one block.
+
+    With each block come the targets (N,) as indices into it, ``ABSENT`` for those outside, and the number of its
+    centers that are no padding, None without padding.
+    """
+    limit, sub_centers = _CPU_BLOCK if target.device.type == "cpu" else _GPU_BLOCK, negatives.sub_centers
+    size = max(limit // max(len(target), 1) // sub_centers, 1) * sub_centers
     for start in range(0, num_rows, size):
-        yield start, min(start + size, num_rows)
-
-
-def _within(target: Tensor, start: int, stop: int) -> Tensor:
-    """Return targets (N,) as indices into a block, ``ABSENT`` for those outside of it."""
-    return torch.where((target >= start) & (target < stop), target - start, ABSENT)
+        stop = min(start + size, num_rows)
+        within = torch.where((target >= start) & (target < stop), target - start, ABSENT)
+        yield slice(start, stop), within, None if class_count is None else class_count - start
 
 
 def _logistic(cosine: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -133,9 +136,8 @@ def class_max(
     are padding: no classes.
     """
     maxima = []
-    for start, stop in _blocks(embeddings, len(weight), negatives.sub_centers):
-        within, count = _within(target, start, stop), None if class_count is None else class_count - start
-        _, _, cosine, _ = _cosines(embeddings, weight[start:stop], within)
+    for block, within, count in _blocks(target, len(weight), negatives, class_count):
+        _, _, cosine, _ = _cosines(embeddings, weight[block], within)
         maxima.append(_values(cosine, within, negatives, count)[0].amax(1))
     return functools.reduce(torch.maximum, maxima)
 
@@ -159,9 +161,8 @@ def class_stats(
     last sum has the factor f'(c).
     """
     parts = []
-    for start, stop in _blocks(embeddings, len(weight), negatives.sub_centers):
-        within, count = _within(target, start, stop), None if class_count is None else class_count - start
-        _, unit_w, cosine, _ = _cosines(embeddings, weight[start:stop], within)
+    for block, within, count in _blocks(target, len(weight), negatives, class_count):
+        _, unit_w, cosine, _ = _cosines(embeddings, weight[block], within)
         value, slope = _values(cosine, within, negatives, count)
         logits = scale * value.double() - (0 if shift is None else shift[:, None])
         exponentials = logits.exp().to(cosine.dtype)
@@ -188,10 +189,9 @@ def weight_grad(
     With ``negatives`` a derivative has the factor f' as well, see :func:`class_stats`.
     """
     result = torch.empty_like(weight)
-    for start, stop in _blocks(embeddings, len(weight), negatives.sub_centers):
-        part, within = weight[start:stop], _within(target, start, stop)
-        gradient = _exact_weight_grad(embeddings, part, within, gradients, negatives)
-        result[start:stop] = stored_gradient(gradient, part)
+    for block, within, _ in _blocks(target, len(weight), negatives):
+        gradient = _exact_weight_grad(embeddings, weight[block], within, gradients, negatives)
+        result[block] = stored_gradient(gradient, weight[block])
     return result
 
 
@@ -211,9 +211,8 @@ def bias_grad(
     """
     assert negatives.logistic is not None
     total = lse.new_zeros(())
-    for start, stop in _blocks(embeddings, len(weight), negatives.sub_centers):
-        within, count = _within(target, start, stop), None if class_count is None else class_count - start
-        _, _, cosine, _ = _cosines(embeddings, weight[start:stop], within)
+    for block, within, count in _blocks(target, len(weight), negatives, class_count):
+        _, _, cosine, _ = _cosines(embeddings, weight[block], within)
         value, by_u, _ = _logistic(cosine, negatives.logistic)
         left_out = _values(cosine, within, negatives, count)[0] == -torch.inf
         share = (value.double() - lse[:, None]).exp().masked_fill(left_out, 0)
@@ -248,9 +247,8 @@ def update_centers(
 ) -> None:
     """Make one step on the class centers in place of :func:`weight_grad`, which has the same other arguments."""
     classes = torch.arange(len(weight), device=weight.device) if step.classes is None else step.classes
-    for start, stop in _blocks(embeddings, len(classes), negatives.sub_centers):
-        within = _within(target, start, stop)
-        _update_block(embeddings, weight, within, gradients, step, classes[start:stop], negatives)
+    for block, within, _ in _blocks(target, len(classes), negatives):
+        _update_block(embeddings, weight, within, gradients, step, classes[block], negatives)
 
 
 def _update_block(
@@ -310,7 +308,7 @@ def _quantize(values: Tensor, bits: Tensor) -> tuple[Tensor, Tensor]:
     The unit of 64 columns is their largest magnitude over 127.
     """
     dim = values.shape[1]
-    blocks = torch.nn.functional.pad(values, (0, -dim % MOMENTUM_BLOCK)).unflatten(1, (-1, MOMENTUM_BLOCK))
+    blocks = F.pad(values, (0, -dim % MOMENTUM_BLOCK)).unflatten(1, (-1, MOMENTUM_BLOCK))
     largest = blocks.abs().amax(2)
     units = torch.where(largest > 1e-35, largest.float() / 127, 0)
     inverse = torch.where(units > 0, 1 / units.to(values.dtype), 0).repeat_interleave(MOMENTUM_BLOCK, 1)[:, :dim]

@@ -1,16 +1,33 @@
-"""Heads whose margin and scale may be assigned anew, whatever kind of value they had before."""
+"""The options of a head as attributes, which may be assigned anew."""
 
 from __future__ import annotations
 
 from typing import Any
 
+from .options import HeadOptions
+
 
 class ReplaceableOptions:
-    """A mixin for modules with a ``margin`` and a ``scale``.
+    """A mixin for heads: the options of the loss, each an attribute.
 
     torch's modules refuse a plain value in the place of a parameter or a module: ``head.margin = ArcFace(0.5)`` after a
     margin with parameters, ``head.scale = 64.0`` after a learned scale.
     """
+
+    margin: Any
+    scale: Any
+    sub_centers: int
+    label_smoothing: float
+
+    @property
+    def options(self) -> HeadOptions:
+        """The options of the loss, as they are now."""
+        return HeadOptions(self.margin, self.scale, self.sub_centers, self.label_smoothing)
+
+    @options.setter
+    def options(self, options: HeadOptions) -> None:
+        self.margin, self.scale = options.margin, options.scale
+        self.sub_centers, self.label_smoothing = options.sub_centers, options.label_smoothing
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Set an attribute; a parameter or module of that name is no longer one."""

@@ -20,7 +20,7 @@ from torch import Tensor
 from ..base.dtypes import compute_dtype
 from ..base.normalize import unit_rows
 from ..base.once_differentiable import once_differentiable
-from ..margins.angular import Modulation
+from ..margins.protocol import Modulation
 from . import ops
 from .direct import stages
 from .mixed import add_second_gradient
@@ -64,6 +64,7 @@ class NegativesAndTarget(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         negatives = dict(zip(Negatives._fields, numbers, strict=True))
         rows, (centers, classes) = shard.all_rows(embeddings), shard.operands(weight, backend)
+        used = {"class_count": shard.class_count, "classes": classes}
         stage = stages(rows, centers, target, second, *numbers[1:])
         shift, given = None, scale
         scale = ops.readable(scale)
@@ -72,15 +73,14 @@ class NegativesAndTarget(torch.autograd.Function):
             not is_logistic
             and needs_shift(scale, shard.num_classes or weight.shape[0], compute_dtype(rows, centers), *bounds)
         ):
-            maximum = stage.class_max.default(rows, centers, target, backend, shard.class_count, classes, **negatives)
+            maximum = stage.class_max.default(rows, centers, target, backend, **used, **negatives)
             maximum = shard.ranks.max(maximum)
             shift = (scale * maximum.double()).masked_fill(maximum == -torch.inf, 0)
         known = None if moments is None or shift is not None else moments.total(scale)
         if known is None or moments is None:
             class_stats, (factor,) = ops.for_numbers(stage.class_stats, scale)
             total, maximum, center_sum = class_stats(
-                *(rows, centers, target, factor, shift, with_center_sum, backend, shard.class_count, classes),
-                **negatives,
+                rows, centers, target, factor, shift, with_center_sum, backend, **used, **negatives
             )
         else:
             total, maximum = known.to(moments.maximum.dtype), moments.maximum
@@ -153,17 +153,19 @@ class NegativesAndTarget(torch.autograd.Function):
         d_bias = None
         if ctx.needs_input_grad[-1]:  # before the centers change
             centers, count = shard.centers(weight), shard.class_count
-            own = stage.bias_grad.default(rows, centers, target, lse, d_lse, ctx.backend, count, **ctx.negatives)
+            own = stage.bias_grad.default(
+                rows, centers, target, lse, d_lse, ctx.backend, class_count=count, **ctx.negatives
+            )
             d_bias = shard.ranks.sum(own)
         # The weight pass runs while the embeddings' gradient is on its way between the ranks.
         if shard.update is not None:
-            shard.update.apply(rows, shard.classes, target, gradients, ctx.backend, Negatives(**ctx.negatives), second)
+            shard.update(rows, shard.classes, target, gradients, ctx.backend, Negatives(**ctx.negatives), second)
         elif ctx.needs_input_grad[1]:
             if d_centers is None:
                 centers, classes = shard.operands(weight, ctx.backend)
                 weight_grad, (factor,) = ops.for_numbers(stage.weight_grad, scale)
                 numbers = (factor, lse, negative_coefficient, d_target_cosine)
-                d_centers = weight_grad(rows, centers, target, *numbers, ctx.backend, classes, **ctx.negatives)
+                d_centers = weight_grad(rows, centers, target, *numbers, ctx.backend, classes=classes, **ctx.negatives)
             if second is not None:
                 add_second_gradient(d_centers, rows, shard.centers(weight), second)
             d_weight = shard.weight_gradient(d_centers, weight)

@@ -11,10 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from .. import backends
+from ..base.assigned import ReplaceableOptions
 from ..base.checks import check_embeddings, check_row_tensor, check_target
 from ..base.dtypes import compute_dtype
-from ..base.options import HeadOptions
-from ..margins.angular import Margin
 from ..parallel.agreement import Agreement, digest_of_shard
 from ..parallel.ranks import JointBatch, Ranks
 from ..parallel.sharding import Sharding
@@ -27,7 +26,7 @@ _COMPARED_CALLS = 2
 (ZeroRedundancyOptimizer) broadcast in its step."""
 
 
-class JointCalls(nn.Module):
+class JointCalls(ReplaceableOptions, nn.Module):
     """A head whose ranks make each call together, with the same options.
 
     :class:`fused_arcface.PartialFC` sets the attributes.
@@ -36,10 +35,6 @@ class JointCalls(nn.Module):
     weight: nn.Parameter
     ranks: Ranks
     sharding: Sharding
-    margin: Margin
-    scale: Any
-    sub_centers: int
-    label_smoothing: float
     embedding_dim: int
     sample_rate: float
     backend: str
@@ -68,12 +63,12 @@ class JointCalls(nn.Module):
 
     @property
     def row_start(self) -> int:
-        """Global number of this shard's first row of weight; class_start but for sub-centers."""
+        """Global number of this shard's first row of weight, ``class_start·sub_centers``."""
         return self.class_start * self.sub_centers
 
     @property
     def num_rows(self) -> int:
-        """Rows of weight over all ranks; num_classes but for sub-centers."""
+        """Rows of weight over all ranks, ``num_classes·sub_centers``."""
         return self.num_classes * self.sub_centers
 
     def row_counts(self) -> list[int]:
@@ -90,11 +85,6 @@ class JointCalls(nn.Module):
         """Return the number of rows of weight, 0-dim, of padded classes (K,)."""
         count = (classes < self.num_local).sum()
         return count if self.sub_centers == 1 else count * self.sub_centers
-
-    @property
-    def options(self) -> HeadOptions:
-        """The options of the loss, as they are now."""
-        return HeadOptions(self.margin, self.scale, self.sub_centers, self.label_smoothing)
 
     @property
     def device(self) -> torch.device:
@@ -119,7 +109,7 @@ class JointCalls(nn.Module):
             return {}
         own = {"weight.dtype": self.weight.dtype, **more}
         for name, held in (("margin", self.margin), ("scale", self.scale)):
-            if self._calls:  # later it is the same steps that change them
+            if self._calls:  # from then on the same steps change them on every rank
                 break
             if isinstance(held, nn.Module):
                 own[f"{name}.state"] = {key: tensor.tolist() for key, tensor in held.state_dict().items()}

@@ -1,4 +1,4 @@
-"""Logits of all classes, with a gradient and, for given targets, with the margin. Only where an N×C tensor may be."""
+"""Logits of all classes, with a gradient and, for given targets, with the margin. These store N×C tensors."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ class _AllRows(torch.autograd.Function):
         return ctx.ranks.start_scatter(d_rows.contiguous(), ctx.batch)(), None, None
 
 
-class _OwnRows(torch.autograd.Function):
+class _OwnLogits(torch.autograd.Function):
     """This rank's rows with all classes (n, C_total) from all rows with this rank's classes (N, C)."""
 
     @staticmethod
@@ -132,12 +132,12 @@ def all_rows(embeddings: Tensor, batch: JointBatch, ranks: Ranks) -> Tensor:
     return rows
 
 
-def own_rows(local: Tensor, batch: JointBatch, ranks: Ranks, counts: list[int]) -> Tensor:
+def own_logits(local: Tensor, batch: JointBatch, ranks: Ranks, counts: list[int]) -> Tensor:
     """Return this rank's rows with all classes (n, C_total) from (N, C) of this shard; ``counts`` are the shards' C.
 
     The gradients are those of the sum over the ranks of what each makes of its rows.
     """
     if ranks.world_size == 1:
         return local
-    own: Tensor = _OwnRows.apply(local, batch, ranks, counts)
+    own: Tensor = _OwnLogits.apply(local, batch, ranks, counts)
     return own

@@ -1,6 +1,6 @@
 """The factor that a loss is multiplied by before ``backward()``. :mod:`fused_arcface.center_sgd` divides it out.
 
-A factor below 1 is refused. On a GPU it is read when the GPU has got there, so that nobody waits for it.
+A factor below 1 is refused. On a GPU it is read once it has been computed, so that nobody waits for it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ def is_refused(factor: Tensor) -> Tensor:
 
 
 def read_later(factor: Tensor) -> Callable[[], float | None]:
-    """Start a copy of a GPU's number to the host. The function returned gives it, or None as long as it is on its way.
+    """Start a copy of a GPU's number to the host. The function returned gives it, or None while it is on its way.
 
     Inside of a CUDA graph nothing can be read: always None.
     """

@@ -139,25 +139,13 @@ def in_step(margin: Any, embeddings: Tensor, alone: bool) -> Any:
 class _InStep:
     """A margin that is used in another's place for one step."""
 
-    for_rows: Callable[[Tensor, Tensor], RowMargin]
-    for_labels: Callable[[Tensor, Tensor], RowMargin]
-    modulate: Callable[[Tensor, Tensor], Modulation]
-    rescale: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-    current: Callable[[int], Tensor]
-
     def __init__(self, margin: nn.Module, step: _Step) -> None:
         self._margin: Any = margin
         self._step = step
         # The heads ask which of these methods a margin has.
-        if hasattr(margin, "for_rows"):
-            self.for_rows = self._for_rows
-        if hasattr(margin, "for_labels"):
-            self.for_labels = self._for_labels
-        if hasattr(margin, "modulate"):
-            self.modulate = self._modulate
-        if hasattr(margin, "rescale"):
-            self.rescale = self._rescale
-            self.current = self._current
+        for name in ("for_rows", "for_labels", "modulate", "rescale", "current"):
+            if hasattr(margin, name):
+                setattr(self, name, getattr(self, f"_{name}"))
 
     def _call(self, function: Callable[..., Any], *args: Any) -> Any:
         return function(*args)

@@ -77,7 +77,7 @@ def of_both(
 
 
 def add_second_gradient(d_centers: Tensor, rows: Tensor, centers: Tensor, second: SecondTarget) -> None:
-    """Add to the gradient by centers (K, D), in place, what it owes to the rows' (N, D) second targets."""
+    """Add to the gradient by centers (K, D), in place, the part of the rows' (N, D) second targets."""
     if centers.shape[0] == 0:
         return
     index = second.row.clamp(min=0)
@@ -100,8 +100,8 @@ def update_both(
 ) -> None:
     """Make one step of SGD on the class centers, with the gradient of the rows' second targets.
 
-    The kernels know one target for each row. So the centers of second targets are put back after the step and take it
-    once more, alone, from rows that are there twice: once for each target. Those are at most N centers.
+    The kernels know one target for each row. So the centers of second targets, at most N, are put back after the step,
+    and a second step changes them alone. Its batch has each row twice, once for each target.
     """
 
     def update(embeddings: Tensor, target: Tensor, gradients: RowGradients, step: CenterStep) -> None:

@@ -8,6 +8,7 @@ derivative of their own.
 from __future__ import annotations
 
 import functools
+import math
 import os
 from collections.abc import Callable
 from typing import Any
@@ -17,11 +18,10 @@ from torch import Tensor
 
 from .. import backends
 from ..base.checks import check_row_factors, check_target_range
-from ..base.dtypes import compute_dtype
 from ..base.ranges import POSITIVE, check_number
-from . import fakes
+from .fakes import FAKES
 from .schemas import NUMBERS
-from .terms import IGNORED, INVALID, PLAIN, CenterStep, Negatives, RowGradients, check_update
+from .terms import IGNORED, INVALID, CenterStep, Negatives, RowGradients, check_update
 
 
 def reads_for_free(number: Tensor) -> bool:
@@ -47,16 +47,15 @@ def for_numbers(operator: Any, *numbers: float | Tensor) -> tuple[Callable[..., 
     A number that changes is a symbol under torch.compile. Inductor has no number that is unknown until the graph runs:
     one that reaches an operator as a number makes a graph for each value. A product with a tensor may be unknown.
     """
-    if any(isinstance(each, Tensor) for each in numbers):
-        one = torch.ones((), dtype=torch.float64, device="cpu")
-        return operator.tensor_numbers, tuple(each if isinstance(each, Tensor) else each * one for each in numbers)
-    if torch.compiler.is_compiling():
+    as_tensors = any(isinstance(each, Tensor) for each in numbers)
+    if not as_tensors and torch.compiler.is_compiling():
         from torch.fx.experimental.symbolic_shapes import has_static_value
 
-        if not all(has_static_value(each) for each in numbers if not isinstance(each, Tensor)):
-            one = torch.ones((), dtype=torch.float64, device="cpu")
-            return operator.tensor_numbers, tuple(each * one for each in numbers)
-    return operator.default, numbers
+        as_tensors = not all(has_static_value(each) for each in numbers if not isinstance(each, Tensor))
+    if not as_tensors:
+        return operator.default, numbers
+    one = torch.ones((), dtype=torch.float64, device="cpu")
+    return operator.tensor_numbers, tuple(each if isinstance(each, Tensor) else each * one for each in numbers)
 
 
 def _run_with_numbers(name: str, *arguments: Any, **options: Any) -> Any:
@@ -131,140 +130,68 @@ def _row_factors(values: Tensor, name: str, greatest: float) -> Tensor:
     return values.clone()
 
 
-def _run(
-    name: str,
-    *arguments: Any,
-    class_count: Tensor | None = None,
-    classes: Tensor | None = None,
-    negatives: Negatives = PLAIN,
-) -> Any:
-    """Run the stage of that name by the backend that the last argument names.
-
-    A backend without the features padding, gathering, sub-centers and modulated negatives need not have those
-    parameters.
-    """
+def _run(name: str, *arguments: Any, **options: Any) -> Any:
+    """Run the stage of that name by the backend that the last argument names."""
     *inputs, backend = arguments
-    rarer: dict[str, Any] = {} if class_count is None else {"class_count": class_count}
-    if classes is not None:
-        rarer["classes"] = classes.contiguous()
-    if not negatives.plain:
-        rarer["negatives"] = negatives
-    return getattr(backends.load(backend), name)(*inputs, **rarer)
+    return getattr(backends.load(backend), name)(*inputs, **options)
 
 
-# The stages over the rows are the backend's own functions; those over the classes below know of a shard without any.
 for _name in ("target_cosine", "finish_negatives", "margin_loss", "unit_embedding_grad", "embedding_grad"):
     _implementation(_name)(functools.partial(_run, _name))
 
 
-def _centers(weight: Tensor, classes: Tensor | None) -> Tensor:
-    """Return a tensor with as many rows as a stage has centers."""
-    return weight if classes is None else classes
+_OVER_NO_CLASS = {
+    "class_max": (-math.inf,),
+    "class_stats": (0, -math.inf, 0),
+    "weight_grad": (0,),
+    "class_moments": (0, -math.inf),
+    "both_gradients": (0, 0),
+    "bias_grad": (0,),
+}
+"""The values in a stage's results where a step uses no class of the shard. Backends never see that case."""
 
 
-@_implementation("class_max")
-def _class_max(
+def _run_over_classes(
+    name: str,
     embeddings: Tensor,
     weight: Tensor,
-    target: Tensor,
-    backend: str,
+    *arguments: Any,
     class_count: Tensor | None = None,
     classes: Tensor | None = None,
     **negatives: Any,
-) -> Tensor:
-    if _centers(weight, classes).shape[0] == 0:
-        return embeddings.new_full(embeddings.shape[:1], -torch.inf, dtype=compute_dtype(embeddings, weight))
-    arguments = embeddings, weight, target, backend
-    options: dict[str, Any] = {"class_count": class_count, "classes": classes, "negatives": Negatives(**negatives)}
-    result: Tensor = _run("class_max", *arguments, **options)
-    return result
+) -> Any:
+    """Run a stage over the classes.
+
+    A backend without the features padding, gathering, sub-centers and modulated negatives need not have the parameters
+    for them.
+    """
+    if (weight if classes is None else classes).shape[0] == 0:
+        results = FAKES[name](embeddings, weight, *arguments, classes=classes)
+        each_result = [results] if isinstance(results, Tensor) else results
+        for result, value in zip(each_result, _OVER_NO_CLASS[name], strict=True):
+            result.fill_(value)
+        return results
+    options: dict[str, Any] = {} if class_count is None else {"class_count": class_count}
+    if classes is not None:
+        options["classes"] = classes.contiguous()
+    rule = Negatives(**negatives)
+    if not rule.plain:
+        options["negatives"] = rule
+    return _run(name, embeddings, weight, *arguments, **options)
 
 
-@_implementation("class_stats")
-def _class_stats(
-    embeddings: Tensor,
-    weight: Tensor,
-    target: Tensor,
-    scale: float,
-    shift: Tensor | None,
-    with_center_sum: bool,
-    backend: str,
-    class_count: Tensor | None = None,
-    classes: Tensor | None = None,
-    **negatives: Any,
-) -> tuple[Tensor, Tensor, Tensor]:
-    # This step samples no class of the shard. Backends never see that case.
-    if _centers(weight, classes).shape[0] == 0:
-        rows = embeddings.new_zeros(embeddings.shape[0], dtype=compute_dtype(embeddings, weight))
-        center_sum = rows.new_zeros(embeddings.shape if with_center_sum else (0,))
-        return rows, torch.full_like(rows, -torch.inf), center_sum
-    arguments = embeddings, weight, target, scale, shift, with_center_sum, backend
-    options: dict[str, Any] = {"class_count": class_count, "classes": classes, "negatives": Negatives(**negatives)}
-    result: tuple[Tensor, Tensor, Tensor] = _run("class_stats", *arguments, **options)
-    return result
+def _run_with_gradients(
+    name: str, embeddings: Tensor, weight: Tensor, target: Tensor, *arguments: Any, **options: Any
+) -> Any:
+    """Run a stage over the classes that takes the rows' gradients."""
+    *gradients, backend = arguments
+    return _run_over_classes(name, embeddings, weight, target, RowGradients(*gradients), backend, **options)
 
 
-@_implementation("weight_grad")
-def _weight_grad(
-    embeddings: Tensor,
-    weight: Tensor,
-    target: Tensor,
-    scale: float,
-    lse: Tensor,
-    negative_coefficient: Tensor,
-    target_coefficient: Tensor,
-    backend: str,
-    classes: Tensor | None = None,
-    **negatives: Any,
-) -> Tensor:
-    if _centers(weight, classes).shape[0] == 0:
-        return weight.new_empty(0, weight.shape[1])
-    gradients = RowGradients(scale, lse, negative_coefficient, target_coefficient)
-    options: dict[str, Any] = {"classes": classes, "negatives": Negatives(**negatives)}
-    result: Tensor = _run("weight_grad", embeddings, weight, target, gradients, backend, **options)
-    return result
-
-
-@_implementation("class_moments")
-def _class_moments(
-    embeddings: Tensor, weight: Tensor, target: Tensor, scale: float, backend: str
-) -> tuple[Tensor, Tensor]:
-    if weight.shape[0] == 0:
-        moments, maximum = fakes.class_moments(embeddings, weight, target, scale, backend)
-        return moments.zero_(), maximum.fill_(-torch.inf)
-    result: tuple[Tensor, Tensor] = _run("class_moments", embeddings, weight, target, scale, backend)
-    return result
-
-
-@_implementation("both_gradients")
-def _both_gradients(
-    embeddings: Tensor, weight: Tensor, target: Tensor, *gradients_and_backend: Any
-) -> tuple[Tensor, Tensor]:
-    *gradients, backend = gradients_and_backend
-    if weight.shape[0] == 0:
-        d_centers, d_unit = fakes.both_gradients(embeddings, weight)
-        return d_centers, d_unit.zero_()
-    arguments = embeddings, weight, target, RowGradients(*gradients), backend
-    result: tuple[Tensor, Tensor] = _run("both_gradients", *arguments)
-    return result
-
-
-@_implementation("bias_grad")
-def _bias_grad(
-    embeddings: Tensor,
-    weight: Tensor,
-    target: Tensor,
-    lse: Tensor,
-    d_lse: Tensor,
-    backend: str,
-    class_count: Tensor | None = None,
-    **negatives: Any,
-) -> Tensor:
-    if weight.shape[0] == 0:
-        return lse.new_zeros(())
-    arguments = embeddings, weight, target, lse, d_lse, backend
-    result: Tensor = _run("bias_grad", *arguments, class_count=class_count, negatives=Negatives(**negatives))
-    return result
+for _name in ("class_max", "class_stats", "class_moments", "bias_grad"):
+    _implementation(_name)(functools.partial(_run_over_classes, _name))
+for _name in ("weight_grad", "both_gradients"):
+    _implementation(_name)(functools.partial(_run_with_gradients, _name))
 
 
 @_implementation("update_centers")
@@ -281,5 +208,5 @@ def _update_centers(
     check_update(weight, step.momentum_buffer, step.momentum_scale)
     if step.classes is not None:
         step = step._replace(classes=step.classes.contiguous())
-    if _centers(weight, step.classes).shape[0] > 0:
-        _run("update_centers", embeddings, weight, target, gradients, step, backend, negatives=Negatives(**negatives))
+    if (weight if step.classes is None else step.classes).shape[0] > 0:
+        _run_over_classes("update_centers", embeddings, weight, target, gradients, step, backend, **negatives)

@@ -29,7 +29,7 @@ class RunState(nn.Module):
         return state
 
     def _is_in_memory(self) -> bool:
-        """Return whether ``weight`` has the class centers, which may be in a file."""
+        """Return true if ``weight`` has the class centers, which may be in a file."""
         store = self.__dict__.get("center_store")  # none yet while the head is built
         return store is None or store.in_memory
 

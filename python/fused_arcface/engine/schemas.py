@@ -8,26 +8,27 @@ import torch
 
 _ROWS = "Tensor embeddings, Tensor weight, Tensor target"
 _COEFFICIENTS = "Tensor lse, Tensor negative_coefficient, Tensor target_coefficient"
-_NEGATIVES = "*, int sub_centers=1, Tensor? threshold=None, Tensor? coefficients=None, Tensor? logistic=None"
+_NEGATIVES = "int sub_centers=1, Tensor? threshold=None, Tensor? coefficients=None, Tensor? logistic=None"
+# class_count: 0-dim int64, the centers from there on are padding; a tensor, so that nobody waits for a GPU
+_COUNT = "Tensor? class_count=None"
+# classes: (K,) int64 rows of weight, C for padding: the centers, to which target refers; without it all rows are
+_CLASSES = "Tensor? classes=None"
 _SCHEMAS = {
     "local_target": "(Tensor target, int num_classes, int ignore_index) -> Tensor",
     "row_factors": "(Tensor values, str name, float greatest) -> Tensor",
     # O(N·C·D), over the classes
-    # class_count: 0-dim int64, the centers from there on are padding; a tensor, so that nobody waits for a GPU
-    # classes: (K,) int64 rows of weight, C for padding: the centers, to which target refers; else all rows are
-    "class_max": f"({_ROWS}, str backend, Tensor? class_count=None, Tensor? classes=None, {_NEGATIVES}) -> Tensor",
+    "class_max": f"({_ROWS}, str backend, *, {_COUNT}, {_CLASSES}, {_NEGATIVES}) -> Tensor",
     "class_stats": f"({_ROWS}, Scalar scale, Tensor? shift, bool with_center_sum, str backend, "
-    f"Tensor? class_count=None, Tensor? classes=None, {_NEGATIVES}) -> (Tensor, Tensor, Tensor)",
-    "weight_grad": f"({_ROWS}, Scalar scale, {_COEFFICIENTS}, str backend, Tensor? classes=None, {_NEGATIVES})"
-    " -> Tensor",
+    f"*, {_COUNT}, {_CLASSES}, {_NEGATIVES}) -> (Tensor, Tensor, Tensor)",
+    "weight_grad": f"({_ROWS}, Scalar scale, {_COEFFICIENTS}, str backend, *, {_CLASSES}, {_NEGATIVES}) -> Tensor",
     # for a scale that is known after the pass over the classes, see adapting.py
     "class_moments": f"({_ROWS}, float scale, str backend) -> (Tensor, Tensor)",
     "both_gradients": f"({_ROWS}, float scale, {_COEFFICIENTS}, str backend) -> (Tensor, Tensor)",
     "update_centers": "(Tensor embeddings, Tensor(a!) weight, Tensor target, Scalar scale, "
     f"{_COEFFICIENTS}, Tensor? classes, Tensor(b!)? momentum_buffer, Tensor(c!)? momentum_scale, float lr, "
     "float momentum, float weight_decay, int rounding_key, int class_start, Tensor active, "
-    f"Tensor? row_ids, str backend, {_NEGATIVES}) -> ()",
-    "bias_grad": f"({_ROWS}, Tensor lse, Tensor d_lse, str backend, Tensor? class_count=None, {_NEGATIVES}) -> Tensor",
+    f"Tensor? row_ids, str backend, *, {_NEGATIVES}) -> ()",
+    "bias_grad": f"({_ROWS}, Tensor lse, Tensor d_lse, str backend, *, {_COUNT}, {_NEGATIVES}) -> Tensor",
     # O(N·D) and O(N), over the rows
     "target_cosine": f"({_ROWS}, str backend) -> Tensor",
     "finish_negatives": "(Tensor negative_sum, Tensor? shift, Tensor center_sum, str backend) -> (Tensor, Tensor)",

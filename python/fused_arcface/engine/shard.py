@@ -12,31 +12,13 @@ from torch import Tensor
 from ..backends import has
 from ..base.once_differentiable import once_differentiable
 from ..parallel.ranks import ALONE, JointBatch, Ranks
-from .terms import PLAIN, Negatives, RowGradients, SecondTarget
 
+CenterUpdate = Callable[..., None]
+"""An update of the class centers that a fused optimizer makes in the backward pass.
 
-class CenterUpdate:
-    """One update of the class centers that a fused optimizer makes in the backward pass.
-
-    :class:`fused_arcface.center_update.PendingUpdate` is the only one.
-    """
-
-    def apply(
-        self,
-        embeddings: Tensor,
-        classes: Tensor | None,
-        target: Tensor,
-        gradients: RowGradients,
-        backend: str,
-        negatives: Negatives = PLAIN,
-        second: SecondTarget | None = None,
-    ) -> None:
-        """Update rows ``classes`` (K,) of the class centers, all if None, in place.
-
-        The other arguments are those of ``weight_grad``, see :mod:`fused_arcface.backends.torch`, and the rows' second
-        targets.
-        """
-        raise NotImplementedError
+It is called with all ranks' embeddings (N, D), the rows ``classes`` (K,) of weight to update (None: all), target (N,),
+the :class:`RowGradients`, the backend, the :class:`Negatives`, and the :class:`SecondTarget` or None.
+"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,7 +27,7 @@ class Shard:
 
     ranks: Ranks = ALONE
     batch: JointBatch | None = None
-    """All ranks' rows; None where this process is alone and its embeddings are all there are."""
+    """All ranks' rows; None if this process is alone, and its embeddings are all rows."""
     num_classes: int | None = None
     """Classes over all shards, C_total; None: those of the weight."""
     classes: Tensor | None = None
@@ -57,7 +39,7 @@ class Shard:
     with_max: bool = False
     """If true, reduce each row's largest negative cosine over all shards."""
     update: CenterUpdate | None = None
-    """If given, it is applied in place of a gradient by weight."""
+    """If given, it is called, and there is no gradient by weight."""
 
     def all_rows(self, embeddings: Tensor) -> Tensor:
         """Return all ranks' rows (N, D) from this one's (n, D)."""
@@ -135,8 +117,8 @@ class _OwnRows(torch.autograd.Function):
 def own_losses(losses: Tensor, batch: JointBatch, ranks: Ranks) -> Tensor:
     """Return this rank's (n,) of all ranks' row losses (N,).
 
-    Each rank computes the losses of all rows, and makes what it wants of its own. The backward pass gathers what the
-    others made of theirs: the gradients are those of the sum over the ranks.
+    Each rank computes the losses of all rows, and the caller may compute anything from those of its own rows. The
+    backward pass gathers the gradients by all rows' losses: they are those of the sum over the ranks.
     """
     own: Tensor = _OwnRows.apply(losses, batch, ranks)
     return own

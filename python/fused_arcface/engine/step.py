@@ -16,7 +16,7 @@ from ..base.dtypes import compute_dtype
 from ..base.normalize import norms_of
 from ..base.options import HeadOptions
 from ..base.statistics import MarginSoftmaxStats
-from ..margins.protocol import binary_numbers, for_rows, modulates, modulation
+from ..margins.protocol import binary_numbers, for_rows, modulation
 from .adapting import Ahead, Moments, look_ahead
 from .autograd import cosines_of_targets, negatives_and_target
 from .direct import is_readable
@@ -126,7 +126,7 @@ def loss_over_classes(
     if rows.second is not None:
         order = nearer_first(rows, nearest(rows.target), nearest(rows.second))
         target_row, second_row = order.rows, order.others
-    elif modulates(margin) or sub_centers > 1:
+    elif hasattr(margin, "modulate") or sub_centers > 1:
         cosine, target_row = nearest(rows.target)
         change = modulation(margin, cosine, counted(), hardest)
 
@@ -168,15 +168,10 @@ def _with_adapting_scale(
     counted: Tensor,
     num_classes: int,
 ) -> tuple[float | Tensor, _Compared]:
-    """Return the scale of a step, and what the pass over the classes gives with it.
+    """Return the scale of a step, and the result of the pass over the classes with it.
 
-    Args:
-        scale: the head's scale, such as AdaCos.
-        step: the same in this step, see :func:`in_step`.
-        compare: the pass over the classes, for a scale and the moments if there are some.
-        ahead: :func:`look_ahead` for a scale.
-        counted: (N,) bool, false for ignored rows.
-        num_classes: over all shards.
+    ``step`` is the head's scale in this step, see :func:`in_step`. ``compare`` makes the pass for a scale, and for
+    moments if :func:`look_ahead`, which is ``ahead``, has found some.
     """
     value, moments = step.current(num_classes), None
     if scale.training and not scale.delayed:

@@ -15,7 +15,8 @@ from .. import backends
 from ..base.checks import check_margin_output, check_margin_rows
 from ..base.once_differentiable import once_differentiable
 from ..base.statistics import MarginSoftmaxStats
-from ..margins.angular import Margin, parameters
+from ..margins.angular import parameters
+from ..margins.protocol import Margin
 from .direct import stages
 from .ops import for_numbers
 from .smoothing import Smoothing
@@ -153,7 +154,8 @@ def loss_of_rows(
         margin: The map of target cosines to modified cosines.
         scale: The factor of the logits.
         reduction: ``"mean"``, ``"sum"`` or ``"none"``.
-        backend: that of the other stages; one that fuses this tail does so for the margins of this package.
+        backend: The backend of the other stages. With the feature ``fused_margin`` it computes the losses of angular
+            margins as well.
         penalty: (N,) added to the rows' losses.
         smoothed: label smoothing.
         sample_weight: (N,) factors of the rows' losses, or None. The statistics' losses are without them.
@@ -198,7 +200,7 @@ def loss_of_mixed_rows(
     """Return the reduced loss of rows with two labels, differentiable, and the statistics of the rows' first labels.
 
     A row is two rows with weights: its share for the first label, the rest for the second one. A part whose label is
-    ignored neither has a loss nor counts in a mean.
+    ignored has no loss, and does not count in a mean.
 
     Args:
         of_labels: negative_lse (N,) and target_cosine (N,) of the first label, and of the second.

@@ -33,14 +33,6 @@ from ..base.compiler import constant_result
 from .checks import ANGLE, DIFFERENCE, FACTOR, check_choice, check_number
 from .entry import Entry
 
-# Names that lived here before they moved to protocol.py.
-from .protocol import Margin as Margin
-from .protocol import Modulation as Modulation
-from .protocol import RowMargin as RowMargin
-from .protocol import for_rows as for_rows
-from .protocol import modulates as modulates
-from .protocol import modulation as modulation
-
 Boundary = Literal["none", "hard", "fold", "clip", "easy", "continuous"]
 GradientMode = Literal["exact", "straight_through"]
 Form = Literal["paper", "code"]

@@ -74,7 +74,7 @@ class SphereFace2(KeepsValues):
         check_number(self, "bias", bias, FINITE)
         self.margin, self.exponent, self.share, self.kind = margin, exponent, share, kind
         self.initial_bias = bias
-        self.bias = nn.Parameter(self._initial("bias", torch.tensor(float(bias), dtype=torch.float32, device="cpu")))
+        self.bias = nn.Parameter(self._initial("bias", bias))
 
     def bias_for(self, num_classes: int, scale: float) -> float:
         """Return the authors' initial bias: a row whose cosines are all 0 does not change it.
@@ -148,7 +148,7 @@ class UniFace(KeepsValues):
         check_number(self, "weight", weight, ABOVE_0)
         check_number(self, "bias", bias, FINITE)
         self.margin, self.weight, self.initial_bias = margin, weight, bias
-        self.bias = nn.Parameter(self._initial("bias", torch.tensor(float(bias), dtype=torch.float32, device="cpu")))
+        self.bias = nn.Parameter(self._initial("bias", bias))
 
     @staticmethod
     def bias_for(num_classes: int, r: float = 1.0) -> float:

@@ -96,7 +96,7 @@ class ClassMargin(StatefulMargin):
         self.kind, self.boundary = kind, boundary
         self._least, self._greatest = values.min().item(), values.max().item()
         self._digest = hashlib.sha256(values.numpy().tobytes()).hexdigest()[:8]
-        self.register_buffer("margins", self._initial("margins", values), persistent=False)
+        self.register_buffer("margins", self._initial("margins", values, torch.float64), persistent=False)
 
     @classmethod
     def from_counts(

@@ -17,27 +17,12 @@ ABOVE_0 = Range("in (0, inf)", 0, math.inf, has_low=False)
 
 
 def check_number(owner: object, name: str, value: object, allowed: Range) -> None:
-    """Check that an argument of a margin is a number in a range.
-
-    Args:
-        owner: the margin, named in errors by its class.
-        name: the argument's name.
-        value: the argument.
-        allowed: the range.
-
-    Raises:
-        TypeError: if the value is not a number.
-        ValueError: if it is out of range.
-    """
+    """Check that an argument of a margin, the owner, is a number in a range. Raises TypeError, ValueError."""
     ranges.check_number(f"{type(owner).__name__}: {name}", value, allowed)
 
 
 def check_choice(owner: object, name: str, value: object, choices: Any) -> None:
-    """Check that a value is one of a ``Literal``'s.
-
-    Raises:
-        ValueError: if it is not.
-    """
+    """Check that a value is one of a ``Literal``'s. Raises ValueError."""
     if value not in get_args(choices):
         listed = ", ".join(repr(choice) for choice in get_args(choices))
         raise ValueError(f"{type(owner).__name__}: {name} must be one of {listed}; got {value!r}")

@@ -27,7 +27,7 @@ class Entry:
     They are made anew in each call, since a margin may have a state. Embeddings have norms from 0.5 to 7.
     """
     default: str = ""
-    """The difference between the default and that of a paper or of another code."""
+    """The difference between our default and a paper's, or another code's."""
 
     @property
     def name(self) -> str:

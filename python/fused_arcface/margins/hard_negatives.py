@@ -253,7 +253,7 @@ class CurricularFace(StatefulMargin):
         check_number(self, "margin", margin, ANGLE)
         check_number(self, "rate", rate, ABOVE_0_TO_1)
         self.of_target, self.rate = ArcFace(margin, boundary, gradient), rate
-        self.register_buffer("t", self._initial("t", torch.tensor(0.0, dtype=torch.float32, device="cpu")))
+        self.register_buffer("t", self._initial("t", 0.0))
 
     def forward(self, target_cosine: Tensor) -> Tensor:
         """Return modified cosines (N,) of target cosines (N,)."""

@@ -65,12 +65,8 @@ class AdaFace(StatefulMargin):
         check_number(self, "h", h, FROM_0)
         check_number(self, "rate", rate, ABOVE_0_TO_1)
         self.margin, self.h, self.rate = margin, h, rate
-        self.register_buffer(
-            "norm_mean", self._initial("norm_mean", torch.tensor(20.0, dtype=torch.float32, device="cpu"))
-        )
-        self.register_buffer(
-            "norm_std", self._initial("norm_std", torch.tensor(100.0, dtype=torch.float32, device="cpu"))
-        )
+        self.register_buffer("norm_mean", self._initial("norm_mean", 20.0))
+        self.register_buffer("norm_std", self._initial("norm_std", 100.0))
 
     def forward(self, target_cosine: Tensor) -> Tensor:
         """Return modified cosines (N,) of target cosines (N,), for embeddings of the mean norm."""
@@ -220,7 +216,7 @@ class ElasticFace(StatefulMargin):
         check_size("ElasticFace: seed", seed, least=0)
         self.margin, self.std, self.kind, self.plus = margin, std, kind, bool(plus)
         self.boundary, self.seed, self.form = boundary, seed, form
-        self.register_buffer("step", self._initial("step", torch.zeros((), dtype=torch.int64, device="cpu")))
+        self.register_buffer("step", self._initial("step", 0, torch.int64))
 
     def forward(self, target_cosine: Tensor) -> Tensor:
         """Return modified cosines (N,) of target cosines (N,) with the mean margin."""

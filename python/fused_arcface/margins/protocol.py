@@ -1,4 +1,4 @@
-"""The protocol of margins: a function of the target's cosine, and methods that it may have besides.
+"""The protocol of margins: a function of the target's cosine, and optional methods.
 
 The heads call :func:`for_rows` and :func:`modulation`; margins return :class:`RowMargin` and :class:`Modulation`.
 """
@@ -131,11 +131,6 @@ def for_rows(margin: Margin, norms: Callable[[], Tensor], labels: Tensor, counte
     if of_rows.penalty is not None:
         check_margin_rows("penalty", of_rows.penalty, labels)
     return of_rows
-
-
-def modulates(margin: Margin) -> bool:
-    """Return whether the margin changes the negatives."""
-    return hasattr(margin, "modulate")
 
 
 def modulation(

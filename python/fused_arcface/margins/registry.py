@@ -1,8 +1,8 @@
 """The list of the margins. Everything that lists margins follows from it.
 
 The command line's margin text, gradcheck, the tests, the table in ``docs/margins.md`` and the API reference are made of
-it. A new margin is a row in ``ENTRIES`` of its own module. Only margins of a number for each class (:mod:`.by_label`)
-are left out: they fit one number of classes, and no text.
+it. A new margin is a row in ``ENTRIES`` of its own module. Only margins with a number for each class
+(:mod:`.by_label`) are left out: each fits one number of classes, and none can be written as text.
 """
 
 from __future__ import annotations

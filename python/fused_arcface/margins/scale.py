@@ -21,12 +21,12 @@ class AdaCos(StatefulMargin):
     ``Σ_{j≠y} e^(s·cos θ_j)`` with the scale of the step before, θ_med the median of the targets' angles, the lower one
     of two. The first step begins with ``√2·ln(C - 1)``. Rows are those of all ranks; ignored ones and those that are
     not finite are left out. With ``sample_rate < 1`` the sum is over the step's classes. In ``eval()`` the scale stays
-    as it is. A result that is not above 0 is dropped: the formula has one where all negatives are far.
+    as it is. If all negatives are far, the formula gives a number that is not above 0; it is dropped.
 
     B is of the same batch, so the scale is known after a pass over the classes. On a CPU that pass is enough if the
-    step changes the scale by at most 1. Otherwise there is a second pass, of half a forward pass; also on a GPU,
-    compiled, with sub-centers, and with ``CenterSGD``. ``delayed=True`` always saves it: a step then uses the scale
-    that the step before has computed.
+    step changes the scale by at most 1. Otherwise a second pass follows, at the cost of half a forward pass. On a GPU,
+    compiled, with sub-centers, and with ``CenterSGD`` it always follows. ``delayed=True`` saves that pass: a step then
+    uses the scale that the step before has computed.
 
     Args:
         delayed: use each scale one step later, at no cost over the classes.
@@ -49,7 +49,7 @@ class AdaCos(StatefulMargin):
             raise TypeError(f"AdaCos: delayed must be a bool; got {type(delayed).__name__}")
         self.delayed = delayed
         # Not 0-dim: torch.compile takes such a CPU tensor in fp64 for a Python float, and loses its changes.
-        self.register_buffer("scale", self._initial("scale", torch.zeros(1, dtype=torch.float64, device="cpu")))
+        self.register_buffer("scale", self._initial("scale", torch.zeros(1, device="cpu"), torch.float64))
 
     def current(self, num_classes: int) -> Tensor:
         """Return the scale as it is now, 0-dim fp64, a copy."""

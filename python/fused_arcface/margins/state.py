@@ -15,12 +15,12 @@ from torch import Tensor, nn
 class KeepsValues(nn.Module):
     """A module that keeps its values while it is on the meta device, where tensors have none.
 
-    A head is built there without memory, and ``to_empty()`` then draws nothing for its margin and scale.
+    A head that was built there gets memory by ``to_empty()``, which sets no values for its margin and scale.
     """
 
-    def _initial(self, name: str, value: Tensor) -> Tensor:
-        """Return the initial value of a buffer or parameter, given on the CPU, on the default device."""
-        device = torch.get_default_device()
+    def _initial(self, name: str, value: Tensor | float, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Return the initial value of a buffer or parameter of that name, on the default device."""
+        value, device = torch.as_tensor(value, dtype=dtype, device="cpu"), torch.get_default_device()
         if device.type == "meta":
             self._kept()[name] = value
         return value.to(device)

@@ -139,8 +139,8 @@ class Ranks:
             numbers: (n,) each, more numbers for each row, as many on every rank. Floats are gathered in fp64.
 
         Raises:
-            RuntimeError: if a rank has refused its arguments, or two ranks hold the same class centers. As the others,
-                raised on every rank.
+            RuntimeError: if a rank has refused its arguments, or two ranks hold the same class centers. This and the
+                other errors are raised on every rank.
             TypeError: if the embeddings' dtypes differ between ranks.
             ValueError: if a value of the agreement differs between ranks.
         """
@@ -208,12 +208,12 @@ class Ranks:
             raise RuntimeError(copied_shards(owner, same))
 
     def _make_room(self, headers: list[Header], embeddings: Tensor) -> bool:
-        """Return whether the batch did not fit into the buffer that is there."""
+        """Return true if the batch did not fit into the buffer that is there."""
         old, self._room = self._room, self._room.grown(headers, embeddings)
         return self._room != old
 
     def _headers_travel_apart(self, device: torch.device) -> bool:
-        """Return whether to send headers over the group's backend for the CPU, so as not to wait for a GPU."""
+        """Return true if headers are sent over the group's backend for the CPU, so that nobody waits for a GPU."""
         return device.type != "cpu" and self._has_cpu_backend
 
     @property

@@ -1,4 +1,4 @@
-"""The buffer in which the ranks gather a step's rows: of each rank a header, columns of numbers, and embeddings."""
+"""The buffer in which the ranks gather a step's rows: for each rank a header, columns of numbers, and embeddings."""
 
 from __future__ import annotations
 

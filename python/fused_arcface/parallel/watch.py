@@ -1,8 +1,8 @@
 """The state that the heads of one process group share, and the watch over their collectives on the CPU.
 
-Ranks that make different calls wait for each other without an end: one of them has left out a backward pass, say. After
-some seconds of waiting each rank writes into the group's store where it waits, and reads where the others do. If two
-wait in different calls, every rank that waits raises an error. A collective that ends in time costs nothing more.
+Ranks that make different calls wait for each other forever, for example if one of them leaves out a backward pass.
+After some seconds of waiting each rank writes into the group's store where it waits, and reads where the others do. If
+two wait in different calls, every rank that waits raises an error. A collective that ends in time costs nothing more.
 :mod:`fused_arcface.parallel.ranks` makes the collectives.
 """
 
@@ -32,7 +32,7 @@ class GroupState:
         self._is_watched: bool | None = None
 
     def watches(self, group: Any, device: torch.device) -> bool:
-        """Return whether collectives of this device are watched: those of gloo on the CPU.
+        """Return true if collectives of this device are watched: those of gloo on the CPU.
 
         On a GPU the host does not wait for them.
         """
@@ -47,14 +47,9 @@ class GroupState:
     def start(
         self, group: Any, place: str, collective: Callable[..., Any], *args: Any, **options: Any
     ) -> Callable[[], None]:
-        """Start a collective that is watched, and return the function that waits for it.
+        """Start a collective of torch.distributed that is watched, and return the function that waits for it.
 
-        Args:
-            group: the process group.
-            place: name of the call that needs the collective, the same on every rank.
-            collective: function of torch.distributed with the arguments ``group`` and ``async_op``.
-            args: its arguments.
-            options: its named arguments.
+        ``place`` names the call that needs the collective, the same on every rank.
         """
         self._collectives += 1
         number = self._collectives

@@ -77,7 +77,7 @@ def check_unwrapped(owner: str, head: nn.Module, shape: tuple[int, int], group: 
 
 
 def _share_ranks(one: Any, other: Any) -> bool:
-    """Return whether two groups have two ranks in common. A wrapper over replicas of one shard may have it."""
+    """Return true if two groups have two ranks in common. A wrapper over replicas of one shard may have it."""
     return len(set(dist.get_process_group_ranks(one)) & set(dist.get_process_group_ranks(other))) > 1
 
 

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fused_arcface.base.normalize import unit_gradient
-from fused_arcface.margins.angular import ArcFace, Margin, NormSoftmax
+from fused_arcface.margins.angular import ArcFace, NormSoftmax
+from fused_arcface.margins.protocol import Margin
 
 from .cases import Inputs
 

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from torch import nn
 
 from fused_arcface.head import MarginHead
-from fused_arcface.margins.angular import ArcFace, CosFace, Margin, NormSoftmax, SphereFace
+from fused_arcface.margins.angular import ArcFace, CosFace, NormSoftmax, SphereFace
 from fused_arcface.margins.per_row import AdaFace
+from fused_arcface.margins.protocol import Margin
 
 from ..data import LabeledImages
 from .batches import identity_batches, shuffled_batches, two_view_batches
