@@ -29,7 +29,7 @@ from .data.images import ImageSpec
 from .data.sources import ImageSet, Read
 from .embedder import Embedder
 from .predictions import csv_line
-from .training.lock import LOCK, FolderInUse, FolderLock
+from .training.lock import FolderInUse, FolderLock
 
 _PART = 256
 """Images of a part: what an interruption may cost."""
@@ -192,15 +192,13 @@ def _parts(folder: Path, key: str, output: Path) -> Iterator[None]:
     except FolderInUse as owner:
         raise DataError(f"{output} is in use: {owner} writes it; wait for its end, or name another output") from None
     with lock:
-        if not lock.is_in_place():
-            raise DataError(f"{output} was in use by another process until now: run the command again")
         about = folder / "about.json"
         if not (about.is_file() and _read_key(about) == key):
             _clear(folder)
             write_text(about, key)
         yield
         _clear(folder)
-        (folder / LOCK).unlink()
+        lock.remove()
         with contextlib.suppress(OSError):  # something else lies in it
             folder.rmdir()
 

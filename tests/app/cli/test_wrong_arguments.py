@@ -13,6 +13,8 @@ from fused_arcface.app.training.config import TrainConfig
 from fused_arcface.app.training.trainer import train
 
 TRAIN = "train --data identities:4x4 --output new"
+SMALL = "train --data identities:4x4 --output deep/new --batch-size 8 --image-size 16"
+STORED = "train --data identities:4x4 --output new --batch-size 8 --image-size 16 --sample-rate 0.5"
 NET = "--checkpoint run"
 BARE = "--checkpoint bare.pt --backbone small"
 IDENTITIES = "--data identities:6x4"
@@ -46,6 +48,17 @@ CASES = {
     f"{TRAIN} --centers no.pt": "--centers: no.pt does not exist",
     f"{TRAIN} --verify-data no.bin": "--verify-data: no.bin does not exist",
     f"{TRAIN} --verify-data bob.pgn": "--verify-data: bob.pgn does not exist; did you mean bob.png?",
+    f"{TRAIN} --batch-size 8 --verify-data pairs.bin": "pairs.bin must hold two images a pair",
+    f"{SMALL} --init bob.png": "cannot be read as a file of tensors",
+    f"{SMALL} --init run --embedding-dim 32": "must be (32,",
+    f"{SMALL} --resume auto --init bob.png": "cannot be read as a file of tensors",
+    f"{SMALL} --centers pairs.bin": "cannot be read as a file of tensors",
+    f"{SMALL} --centers run --embedding-dim 32": "must have centers of embedding_dim=32",
+    f"{SMALL} --center-storage host": "--center-storage must be 'device' with sample_rate=1",
+    f"{SMALL} --center-storage bob.png --sample-rate 0.5": "bob.png: the store of class centers cannot be made",
+    f"{STORED} --init bob.png --center-storage store": "cannot be read as a file of tensors",
+    f"{STORED} --centers bob.png --center-storage new/store": "cannot be read as a file of tensors",
+    f"{STORED} --centers bob.png --center-storage new": "cannot be read as a file of tensors",
     f"{TRAIN} --resume": "new does not exist; make a run with: fused-arcface train --data DATA --output new",
     "train --data identities:6x4 --output run": "run holds a run already",
     f"similarity bob.png bbo.png {NET}": "bbo.png does not exist; did you mean bob.png?",

@@ -60,17 +60,15 @@ class TrainingLoop:
         self._interrupt, self._trust = interrupt, trust
         balanced = source.labels if config.balanced else None
         self._plan = BatchPlan(len(source), config.batch_size, config.seed, config.flip, balanced)
+        with world.together():  # before the head makes a file of class centers
+            pairs = open_verification(config) if world.rank == 0 else None
+        self._verifier = Verifier(pairs, config.batch_size, config.workers) if pairs is not None else None
         self._steps = config.epochs * self._plan.steps_per_epoch
         self._learner = Learner(config, len(source.names), self._steps, world)
         self._listeners = [] if listener is None else [listener]
         self._metrics: dict[str, float] = {}
-        self._files: list[Listener] = []
+        self._files = folder_listeners(folder.log, folder.tensorboard) if write and world.rank == 0 else []
         self._failure: Exception | None = None
-        self._verifier: Verifier | None = None
-        if world.rank == 0:
-            self._files = folder_listeners(folder.log, folder.tensorboard) if write else []
-            pairs = open_verification(config)
-            self._verifier = Verifier(pairs, config.batch_size, config.workers) if pairs is not None else None
         self._stopped_by: signal.Signals | None = None
         self._saved = -1
 
@@ -98,10 +96,10 @@ class TrainingLoop:
         """Note this rank's first failure; all ranks raise it at the end of the step."""
         self._failure = self._failure or failure
 
-    def run(self) -> TrainingOutcome:
-        """Train until the last step or an interruption."""
+    def run(self, first: int) -> TrainingOutcome:
+        """Train from the step that :meth:`begin` returned until the last one or an interruption."""
         learner = self._learner
-        first = step = self._saved = self._begin()
+        step = self._saved = first
         updates = learner.updates
         self._best = BestNet(self._folder, step, self._config.keeps_best_run)
         if step and step % self._plan.steps_per_epoch == 0:
@@ -137,7 +135,7 @@ class TrainingLoop:
 
     def try_out(self) -> DryRun:
         """Make the first step, and keep nothing of it."""
-        step = self._begin()
+        step = self.begin()
         sizes, batches = self._batches(min(step, self._steps - 1))
         start = time.perf_counter()
         batch = self._next_batch(batches)
@@ -147,7 +145,7 @@ class TrainingLoop:
         loss = self._learner.learn(batch.images, batch.labels, sizes, step).loss
         return DryRun(self._config, loss, time.perf_counter() - start)
 
-    def _begin(self) -> int:
+    def begin(self) -> int:
         """Bring weights and class centers to where the training begins or goes on; tell of it and return the step."""
         config, learner, source = self._config, self._learner, self._source
         if self._folder.has_checkpoint:
