@@ -31,6 +31,11 @@ LEFT_OUT = ["accuracy", "equal error rate", "TAR at FAR"]
 """Figures that need pairs of both kinds."""
 
 
+def both_kinds(same: Tensor) -> bool:
+    """Return true if some pairs (P,) bool show one person and others two: the rates compare the two kinds."""
+    return bool(same.any() and not same.all())
+
+
 def prepared(embeddings: Tensor, normalize: bool) -> Tensor:
     """Return embeddings as they are compared."""
     return F.normalize(embeddings) if normalize else embeddings

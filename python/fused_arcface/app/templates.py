@@ -21,7 +21,7 @@ from fused_arcface.evaluation import (
 
 from .data.embedding_sets import EmbeddingSet
 from .data.formats.templates import Subjects, TemplateSet
-from .evaluating import identification_figures
+from .evaluating import both_kinds, identification_figures
 
 RANKS = (1, 5, 10)
 
@@ -102,7 +102,7 @@ def _verify(found: TemplateSet, templates: Templates, left_out: list[str]) -> Ra
     if not both.all():
         left_out.append(f"{int((~both).sum())} of {len(both)} pairs: a template has no image that could be read")
         first, second, same = first[both], second[both], same[both]
-    if same.all() or not same.any():
+    if not both_kinds(same):
         raise DataError(f"{found.name}: there are no pairs of both kinds whose images could be read")
     return verify_templates(templates, first, second, same)
 

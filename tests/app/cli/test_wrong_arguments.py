@@ -18,6 +18,7 @@ STORED = "train --data identities:4x4 --output new --batch-size 8 --image-size 1
 NET = "--checkpoint run"
 BARE = "--checkpoint bare.pt --backbone small"
 IDENTITIES = "--data identities:6x4"
+SAVED = f"{IDENTITIES} {NET} --save-embeddings new/x.npz"
 CASES = {
     "train": "Missing option '--output'.",
     "train --output new": "--data must be a folder with one folder for each identity, ",
@@ -91,14 +92,25 @@ CASES = {
     f"verify {IDENTITIES} {NET} --seed -1": "--seed must be a whole number >= 0; got -1",
     f"verify {IDENTITIES} {NET} --shrinkage nan": "--shrinkage must be a number >= 0 and <= 1; got nan",
     f"verify {IDENTITIES} {NET} --save-embeddings x.txt": "--save-embeddings must be in a .npz or .safetensors file",
+    f"verify {SAVED} --folds 1000": "--folds must be >= 2 and <= the number of pairs 72; got 1000",
+    f"verify {SAVED} --gallery no.npz": "no.npz does not exist",
+    f"identify {SAVED} --gallery-images 9": "labels must hold an identity with more than gallery_images=9",
+    f"identify {SAVED} --unknown 1": "--unknown must be in [0, 1); got 1.0",
+    f"identify {SAVED} --engine faiss --distance p-norm": "--engine faiss must be used with Euclidean distances",
     f"verify --data= {NET}": "--data must be a folder with one folder for each identity, ",
     f"identify {IDENTITIES} {NET} --gallery-images 9": "labels must hold an identity with more than gallery_images=9",
     "identify --data pairs.bin --checkpoint run": "--data must be a folder with one folder for each identity, ",
     "compare --criteria nothing --output new": "--criteria must be among",
-    "compare --output bob.png": "--output bob.png cannot be written to: File exists",
-    "demo --output bob.png": "--output bob.png cannot be written to: File exists",
+    "compare --quick --output new --data nowhere": "nowhere does not exist",
+    "compare --quick --output new --report run": "--report must be a file; run is a folder",
+    "compare --output bob.png": "--output bob.png cannot be written to: Not a directory",
+    "demo --output bob.png": "--output bob.png cannot be written to: Not a directory",
     "bench --cases none": "--cases must be one of quick, full, small, scaling, start; got 'none'",
     "bench --device tpu": "--device must be cpu or cuda; got tpu",
+    "bench --resume": "--resume: runs/bench holds no run to resume",
+    "bench --output new --resume --budget 1": "--resume: new holds no capacities to resume",
+    "bench --output new --providers nobody --budget 1": "--providers must be among",
+    "bench --output new --report run": "--report must be a file; run is a folder",
     "bench --budget 0": "--budget must be > 0 and finite; got 0.0",
     "bench --ranks two": "--ranks must be numbers >= 1, comma-separated; got 'two'",
     "bench --output bob.png": "--output bob.png cannot be written to",

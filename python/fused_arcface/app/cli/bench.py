@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from .errors import WrongOption, make_folder
+from .errors import WrongOption, check_folder
 from .evaluation import write_json
 from .progress import spinner
 from .reporting import NAME, NoReport, ReportFile, ReportInOutput
@@ -86,7 +86,7 @@ def bench(
     """
     settings = dict(locals())
     if cases == START:
-        make_folder("--output", output)
+        check_folder("--output", output)
         _run_start(terminal(), output)
         return
     import torch
@@ -110,13 +110,13 @@ def bench(
         shapes = cases_named(cases, on.type)
         chosen = select(names if budget is None else None, backend)
     except ValueError as error:
-        raise WrongOption(f"--{error}") from None
+        raise WrongOption(str(error)) from None
     if budget is not None and not 0 < budget < math.inf:
         raise WrongOption(f"--budget must be > 0 and finite; got {budget}")
     world_sizes = [] if ranks is None else [each.strip() for each in ranks.split(",")]
     if not all(each.isdecimal() and int(each) >= 1 for each in world_sizes):
         raise WrongOption(f"--ranks must be numbers >= 1, comma-separated; got {ranks!r}")
-    make_folder("--output", output)
+    check_folder("--output", output)
     page = ReportFile(report, no_report, output / NAME)
     right = True
     if world_sizes:

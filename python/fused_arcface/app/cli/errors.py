@@ -26,6 +26,9 @@ FAILED, WRONG_ARGUMENT, INTERRUPTED = 1, 2, 130
 class WrongOption(typer.BadParameter):
     """An option whose value is wrong; the message has the option's name, its rule and what was received."""
 
+    def __init__(self, message: str, **place: Any) -> None:
+        super().__init__(with_option(message), **place)
+
     def format_message(self) -> str:
         """Return the message without typer's words before it."""
         return self.message
@@ -60,6 +63,8 @@ def check_file(option: str, path: Path | None) -> None:
 def check_folder(option: str, path: Path | None, folder: Path | None = None) -> None:
     """Check that a folder for results can be made and written to: ``folder``, by default ``path`` itself.
 
+    It is not made: an error in another option leaves nothing behind.
+
     Raises:
         WrongOption: if it cannot.
     """
@@ -69,15 +74,6 @@ def check_folder(option: str, path: Path | None, folder: Path | None = None) -> 
     existing = next(each for each in (wanted, *wanted.parents) if each.exists())
     try:
         tempfile.TemporaryFile(dir=existing).close()
-    except OSError as error:
-        raise WrongOption(f"{option} {path} cannot be written to: {error.strerror}") from None
-
-
-def make_folder(option: str, path: Path) -> None:
-    """Make a folder for results; one that cannot be written to is an error before the minutes are spent, not after."""
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=path).close()
     except OSError as error:
         raise WrongOption(f"{option} {path} cannot be written to: {error.strerror}") from None
 
