@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from fused_arcface.base.files import replacing, write_text
-from fused_arcface.base.reading import DataError, file_errors, read_bytes
+from fused_arcface.base.reading import DataError, read_bytes
 from fused_arcface.base.text import encode_names
 
 from .data.embedding_sets import EmbeddingSet, embed_set
@@ -193,7 +193,7 @@ def _parts(folder: Path, key: str, output: Path) -> Iterator[None]:
         raise DataError(f"{output} is in use: {owner} writes it; wait for its end, or name another output") from None
     with lock:
         about = folder / "about.json"
-        if not (about.is_file() and _read_key(about) == key):
+        if not about.is_file() or read_bytes(about, _MOST_BYTES) != key.encode():
             _clear(folder)
             write_text(about, key)
         yield
@@ -203,11 +203,6 @@ def _parts(folder: Path, key: str, output: Path) -> Iterator[None]:
             folder.rmdir()
 
 
-def _read_key(about: Path) -> str:
-    with file_errors(about):
-        return read_bytes(about, _MOST_BYTES).decode()
-
-
 def _clear(folder: Path) -> None:
     for path in folder.iterdir():
         if _OURS.fullmatch(path.name):
@@ -215,16 +210,11 @@ def _clear(folder: Path) -> None:
 
 
 def _write_csv(path: Path, found: EmbeddingSet, names: list[str]) -> None:
-    labels: list[str] | None = None
+    columns = {"image": found.paths}
     if found.labels is not None:
-        labels = [names[label] if label < len(names) else str(label) for label in found.labels.tolist()]
-    head = ["image", *(["label"] if labels is not None else [])]
+        columns["label"] = [names[label] if label < len(names) else str(label) for label in found.labels.tolist()]
     with replacing(path) as file:
-        file.write(csv_line([*head, *(f"e{i}" for i in range(found.embeddings.shape[1]))]))
-        for place, row in enumerate(found.embeddings):
-            about = [found.paths[place], *([labels[place]] if labels is not None else [])]
-            file.write(csv_line([*about, *_numbers(row)]))
-
-
-def _numbers(row: Tensor) -> list[str]:
-    return [f"{value:.9g}" for value in row.tolist()]  # 9 digits give back every fp32 number
+        file.write(csv_line([*columns, *(f"e{i}" for i in range(found.embeddings.shape[1]))]))
+        for row, *about in zip(found.embeddings, *columns.values(), strict=True):
+            # 9 digits give back every fp32 number.
+            file.write(csv_line([*about, *(f"{value:.9g}" for value in row.tolist())]))

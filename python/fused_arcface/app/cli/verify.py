@@ -90,13 +90,14 @@ def verify(
     settings = dict(locals())
     from fused_arcface.base.extras import require
     from fused_arcface.evaluation import make_distance, mean_scores, pair_scores, verify_scores
+    from fused_arcface.evaluation.thresholds import operating_points
     from fused_arcface.evaluation.verification import check_folds
 
     from ..data.embedding_sets import EmbeddingSet, check_suffix
     from ..data.pair_sets import read_pair_set
     from ..evaluating import LEFT_OUT, both_kinds, described, prepared, verification_figures, with_pairs
-    from ..thresholds import KeptThresholds
-    from .thresholds import keep_thresholds, threshold_figures, threshold_points, threshold_tables
+    from ..thresholds import KeptThresholds, of_cosine_distance
+    from .thresholds import keep_thresholds, threshold_figures, threshold_tables
 
     if (embeddings is None) == (data is None or checkpoint is None):
         raise WrongOption("--data and --checkpoint must be given, or --embeddings alone")
@@ -126,7 +127,8 @@ def verify(
         same = scored.pairs.same.numpy()
         found = verify_scores(same, scores, folds=folds) if both_kinds(scored.pairs.same) else None
         cosine = distance == "cosine" and normalize
-        points = threshold_points(same, scores, cosine) if found is not None else []
+        points = operating_points(same, scores) if found is not None else []
+        points = of_cosine_distance(points) if cosine else points
         name = Path(data or str(embeddings)).name
         console = terminal()
         means = mean_scores(same, scores)
