@@ -131,7 +131,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _difference(file: Path, net: nn.Module, images: Tensor) -> float:
-    """Return the largest difference between what a file's net and PyTorch give for images."""
+    """Return the largest difference between the embeddings of a file's net and of PyTorch."""
     if file.suffix == _ONNX:
         session: Any = require("onnxruntime", "export").InferenceSession(str(file), providers=["CPUExecutionProvider"])
         (found,) = session.run(["embeddings"], {"images": images.numpy()})

@@ -43,7 +43,7 @@ class TemplateFigures:
 def evaluate_templates(
     found: TemplateSet, embedded: EmbeddingSet, *, scores: bool = True, norms: bool = True
 ) -> TemplateFigures:
-    """Evaluate embeddings of a set's faces, 1:1 and 1:N, whatever of both the set has.
+    """Evaluate embeddings of a set's faces, 1:1 if the set has pairs, and 1:N if it has probes.
 
     Args:
         found: the set.
@@ -81,7 +81,7 @@ def _rows_of(paths: list[str], embedded: list[str]) -> Tensor:
     """Return which of a set's faces were embedded, (len(embedded),).
 
     Raises:
-        DataError: if the embedded ones are no part of the set's, in its order.
+        DataError: if the embedded faces are not faces of the set, in its order.
     """
     rows: list[int] = []
     for row, path in enumerate(paths):

@@ -1,4 +1,4 @@
-"""Heads whose margin and scale may be assigned anew, whatever kind of value they had before."""
+"""Heads whose margin and scale can be replaced by a value of another kind."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any
 class ReplaceableOptions:
     """A mixin for modules with a ``margin`` and a ``scale``.
 
-    torch's modules refuse a plain value in the place of a parameter or a module: ``head.margin = ArcFace(0.5)`` after a
-    margin with parameters, ``head.scale = 64.0`` after a learned scale.
+    torch's modules refuse to replace a parameter or a module by a plain value: a margin with parameters by
+    ``ArcFace(0.5)``, a learned scale by ``64.0``.
     """
 
     def __setattr__(self, name: str, value: Any) -> None:

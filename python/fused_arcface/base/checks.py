@@ -187,7 +187,7 @@ def check_row_tensor(name: str, values: object, embeddings: Tensor) -> None:
 
 
 def check_row_factors(name: str, values: Tensor, greatest: float) -> None:
-    """Check that each of the factors ``(N,)`` is finite, >= 0 and at most ``greatest``. On a GPU this is a wait."""
+    """Check that each of the factors ``(N,)`` is finite, >= 0 and <= ``greatest``. On a GPU this waits for them."""
     wrong = ~((values >= 0) & (values <= greatest) & values.isfinite())
     if not values.is_meta and wrong.any():
         row = int(wrong.nonzero()[0])

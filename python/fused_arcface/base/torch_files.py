@@ -17,7 +17,7 @@ from .reading import DataError, check_regular, open_regular
 
 
 class TensorFileError(DataError):
-    """A file that is no file of tensors, or whose tensors are not those that are sought."""
+    """Raised if a file is not a file of tensors, or does not hold the tensors that are wanted."""
 
 
 def load(path: str | os.PathLike[str]) -> Any:

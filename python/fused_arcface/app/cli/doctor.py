@@ -1,4 +1,4 @@
-"""``doctor``: what is installed, what the machine has, and which backends can be used."""
+"""``doctor``: versions, devices, and the backends that can be used."""
 
 from __future__ import annotations
 
@@ -83,6 +83,6 @@ def _trial(name: str) -> str | None:
     try:
         problem = sample_problem(rows=9, classes=33, dim=24, device=device_of(name))
         worst = max(errors_against_fp64(name, torch.float32, problem).values())
-    except Exception as error:  # whatever a broken installation raises is what the user came to see
+    except Exception as error:  # a broken installation may raise any error, and the user wants to see it
         return f"{type(error).__name__}: {error}"
     return None if worst <= 1e-4 else f"wrong result: relative error {worst:.1e} in fp32"

@@ -84,7 +84,7 @@ _options: frozenset[str] = frozenset()
 
 @contextlib.contextmanager
 def options_named(names: Iterable[str]) -> Iterator[None]:
-    """Let errors of the library, which name an argument, name the option of the command instead."""
+    """Turn the names of arguments in the library's errors into the names of the command's options."""
     global _options
     before, _options = _options, frozenset(names)
     try:
@@ -108,7 +108,7 @@ def with_option(text: str) -> str:
 
 @contextlib.contextmanager
 def explained() -> Iterator[None]:
-    """End the command with the message and the status of an error in what the user gave."""
+    """End the command with the message and the status of an error in the user's arguments or files."""
     from fused_arcface.checkpoint import CheckpointError
 
     from ..export import ExportError
@@ -129,7 +129,7 @@ def ended(error: BaseException) -> typer.Exit:
 def explain(error: BaseException) -> int:
     """Print an error that ended a command and return the exit status. Raise an error that no user can mend."""
     hint = ""
-    # typer brings a click of its own, or imports the one that is installed; this is the error of whichever it uses.
+    # This is click's error. typer has its own copy of click, or imports the installed one.
     usage: Any = typer.BadParameter.__base__
     if isinstance(error, usage):
         command = error.ctx.command_path if error.ctx is not None else "fused-arcface"

@@ -15,7 +15,7 @@ from .terminal import say
 
 
 def plain_table(title: str, *columns: str) -> Table:
-    """Make a table without lines, its first column for names, the others for numbers."""
+    """Make a table without lines. Its first column is for names, the others are for numbers."""
     # A title may have a file's name in it, so its brackets are not markup.
     look: dict[str, Any] = {"title_justify": "left", "title_style": "bold", "box": None, "padding": (0, 2, 0, 0)}
     return Table(Column(no_wrap=True), *numbers(*columns), title=Text(title), **look)
@@ -34,7 +34,7 @@ def add_rates(table: Table, eer: float, tar: Mapping[float, float], others: int)
 
 
 def spread(values: Sequence[float]) -> str:
-    """Return mean and population standard deviation as text; of a single value the value."""
+    """Return mean and population standard deviation as text; a single value without a deviation."""
     mean = f"{statistics.fmean(values):.3f}"
     return f"{mean} ± {statistics.pstdev(values):.3f}" if len(values) > 1 else mean
 

@@ -33,7 +33,7 @@ def threshold_figures(points: list[OperatingPoint], cosine: bool) -> dict[str, A
 
 
 def keep_thresholds(console: Console, checkpoint: Path, kept: KeptThresholds) -> None:
-    """Leave thresholds with a run, and say so; a folder that cannot be written is no error."""
+    """Write thresholds into a run's folder, and say so. A folder that cannot be written is not an error."""
     from ..training.runs import RunError, RunFolder
 
     folder = RunFolder(checkpoint)
