@@ -140,6 +140,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "bare.pt").write_bytes((folder / "run" / "model.pt").read_bytes())
     (folder / "pairs.bin").write_bytes(pickle.dumps(([], [])))
     picture(0, 0).save(folder / "bob.png")
+    (folder / "device").mkdir()  # the value of an option, and not its folder
     return folder
 
 

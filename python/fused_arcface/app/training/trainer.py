@@ -73,7 +73,8 @@ def train(
         undo = held.enter_context(contextlib.ExitStack())  # nothing is left of a run that cannot begin
         if world.rank == 0 and not folder.config.exists():
             undo.callback(remove_run, folder)
-        new_storage = world.rank == 0 and not is_store(storage)
+        in_file = config.center_storage not in ("device", "host")
+        new_storage = in_file and world.rank == 0 and not is_store(storage)
         with world.together():
             if world.rank == 0:
                 write_run(folder, config, source.names, data)
