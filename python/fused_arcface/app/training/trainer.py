@@ -69,17 +69,16 @@ def train(
                 lock = held.enter_context(folder.locked())
         with world.together():  # nobody writes before all have looked
             check_run(folder, config, source.names, data, folder.config.exists() if resume == "auto" else resume)
-        storage = Path(config.center_storage)
         undo = held.enter_context(contextlib.ExitStack())  # nothing is left of a run that cannot begin
         if world.rank == 0 and not folder.config.exists():
             undo.callback(remove_run, folder)
-        in_file = config.center_storage not in ("device", "host")
-        new_storage = in_file and world.rank == 0 and not is_store(storage)
+        storage = Path(config.center_storage)
+        makes_store = config.center_storage not in ("device", "host") and not is_store(storage)
         with world.together():
             if world.rank == 0:
                 write_run(folder, config, source.names, data)
         loop = TrainingLoop(config, folder, lock, world, source, interrupt, listener, trust)
-        if new_storage:
+        if world.rank == 0 and makes_store:
             undo.callback(remove_store, storage)
         held.callback(loop.close)
         try:
