@@ -154,7 +154,7 @@ def errors_against_fp64(backend: str | None, dtype: torch.dtype, problem: Proble
 def finite_differences(backend: str, margin: Margin, options: dict[str, Any] | None = None) -> bool | None:
     """Return whether finite differences agree with the gradients of a small problem in fp64.
 
-    The result is None for a straight-through gradient, which is no derivative. Numbers that a margin uses without a
+    The result is None for a straight-through gradient, which is not a derivative. Numbers that a margin uses without a
     gradient are held fixed: AdaFace's norms, and any state.
     """
     if getattr(margin, "gradient", "exact") != "exact":

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import io
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 from fused_arcface.base.extras import pyplot, require, save_figure
 from fused_arcface.base.text import printable
@@ -41,11 +41,6 @@ _DOTS = 180
 """Dots an inch of a picture in a file."""
 
 
-class _Draw(Protocol):
-    def __call__(self, plt: Any) -> Any:
-        """Return a figure, given pyplot."""
-
-
 class Drawing(NamedTuple):
     """A picture that is not drawn yet."""
 
@@ -53,7 +48,8 @@ class Drawing(NamedTuple):
     """File name, without its suffix."""
     caption: str
     """Sentences that describe the picture: its caption in a report, and its text for a reader who cannot see it."""
-    draw: _Draw
+    draw: Callable[[Any], Any]
+    """Return a figure, given pyplot."""
 
 
 def write_pictures(drawings: Iterable[Drawing], folder: Path) -> list[Path]:

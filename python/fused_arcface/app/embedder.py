@@ -177,9 +177,8 @@ def _load(
         return Embedder(net, spec, read_thresholds(RunFolder(path).thresholds))
     if backbone is None:
         return _of_run_file(path, device)
-    state = read_state(path)
-    spec = _spec_of(state, backbone, image_size, path)
-    return Embedder(_fitted(state, backbone, spec, path).to(device), spec)
+    net, spec = _of_weights(path, backbone, image_size)
+    return Embedder(net.to(device), spec)
 
 
 def check_device(device: torch.device | str) -> None:
@@ -211,22 +210,19 @@ def _of_run_file(path: Path, device: torch.device | str) -> Embedder:
     return Embedder(net.to(device), spec, read_thresholds(kept))
 
 
-def _spec_of(state: dict[str, Tensor], backbone: str, image_size: int | None, path: Path) -> ImageSpec:
-    """Return the images of a net: channels from its first convolution, the size from the option or the net's own."""
-    own = own_spec(backbone)
+def _of_weights(path: Path, backbone: str, image_size: int | None) -> tuple[nn.Module, ImageSpec]:
+    """Return a net with a file's weights, and its images: channels of the first convolution, the given or own size."""
+    state, own = read_state(path), own_spec(backbone)
     if image_size is None and own is None:
         raise ValueError(f"backbone {backbone} takes images of any size: image_size must be given for {path}")
     channels = next((value.shape[1] for value in state.values() if value.dim() == 4), 3)
     if channels not in (1, 3):
         raise DataError(f"{path} has no weights of an image net: its first convolution takes {channels} channels")
-    return ImageSpec(image_size or (own.size if own is not None else 0), channels)
-
-
-def _fitted(state: dict[str, Tensor], backbone: str, spec: ImageSpec, path: Path) -> nn.Module:
+    spec = ImageSpec(image_size or (own.size if own is not None else 0), channels)
     # All nets here end in batch normalization or a linear map, whose vectors have D elements.
     vectors = [value.numel() for value in state.values() if value.dim() == 1]
     if not vectors:
         raise DataError(f"{path} has no weights of this net: it has no vectors")
     net = build_backbone(backbone, vectors[-1], spec)
     fit_state(net, state, path)
-    return net.eval()
+    return net, spec

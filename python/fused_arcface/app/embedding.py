@@ -1,4 +1,4 @@
-"""Embeddings of many images in one file, made in parts, so that an interrupted command goes on where it was.
+"""Embeddings of many images in one file, made in parts, so that an interrupted command resumes.
 
 The command ``embed`` calls it.
 """
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from fused_arcface.base.files import replacing, write_text
-from fused_arcface.base.reading import DataError, file_errors, read_bytes
+from fused_arcface.base.reading import DataError, read_bytes
 from fused_arcface.base.text import encode_names
 
 from .data.embedding_sets import EmbeddingSet, embed_set
@@ -29,10 +29,10 @@ from .data.images import ImageSpec
 from .data.sources import ImageSet, Read
 from .embedder import Embedder
 from .predictions import csv_line
-from .training.lock import LOCK, FolderInUse, FolderLock
+from .training.lock import FolderInUse, FolderLock
 
 _PART = 256
-"""Images of a part: what an interruption may cost."""
+"""Number of images in a part. An interrupted command embeds at most so many again."""
 _MOST_BYTES = 1 << 20
 _CSV = ".csv"
 _OURS = re.compile(r"about\.json|\d{12}\.(npz|empty)|\.partial-[0-9a-f]{8}(-[0-9a-f]{12})?")
@@ -94,42 +94,18 @@ def embed_to_file(
         raise DataError("there are no images to embed")
     folder = output.with_name(f"{output.name}.parts")
     key = _key(embedder, images, {"flip": flip, "normalize": normalize, "part": part})
+    how: dict[str, Any] = {"flip": flip, "batch_size": batch_size, "workers": workers, "done": done}
     with _parts(folder, key, output):
-        device = next((each.device for each in embedder.net.parameters()), torch.device("cpu"))
         found: list[EmbeddingSet] = []
         for start in range(0, len(images), part):
             numbers = range(start, min(start + part, len(images)))
             file, empty = folder / f"{start:012d}.npz", folder / f"{start:012d}.empty"
-            if file.is_file():
-                found.append(EmbeddingSet.load(file))
-                done(len(numbers))
-            elif empty.is_file():
+            if file.is_file() or empty.is_file():
                 done(len(numbers))
             else:
-                problems: list[str] = []
-                try:
-                    embedded = embed_set(
-                        embedder.net,
-                        _part_of(images, numbers),
-                        embedder.spec,
-                        flip=flip,
-                        batch_size=batch_size,
-                        device=device,
-                        workers=workers,
-                        done=done,
-                        unreadable=problems.append,
-                    )
-                except DataError:
-                    if len(problems) < len(numbers):
-                        raise
-                    write_text(empty, "")
-                else:
-                    if normalize:
-                        embedded = replace(embedded, embeddings=torch.nn.functional.normalize(embedded.embeddings))
-                    found.append(embedded)
-                    found[-1].save(file)
-                for problem in problems:
-                    unreadable(problem)
+                _embed_part(embedder, images, numbers, file, empty, normalize, unreadable, **how)
+            if file.is_file():
+                found.append(EmbeddingSet.load(file))
         if not found:
             raise DataError("no image can be read")
         labels = [each.labels for each in found if each.labels is not None]
@@ -145,13 +121,33 @@ def embed_to_file(
     return whole
 
 
-def _part_of(images: ImageSet, numbers: range) -> ImageSet:
-    first = numbers.start
-    return ImageSet(
-        images.paths[first : numbers.stop],
-        partial(_read_from, images.read, first),
-        None if images.labels is None else images.labels[first : numbers.stop],
-    )
+def _embed_part(
+    embedder: Embedder,
+    images: ImageSet,
+    numbers: range,
+    file: Path,
+    empty: Path,
+    normalize: bool,
+    unreadable: Callable[[str], None],
+    **how: Any,
+) -> None:
+    """Write the embeddings of a part into ``file``; write ``empty`` if none of its images can be read."""
+    rows = slice(numbers.start, numbers.stop)
+    labels = None if images.labels is None else images.labels[rows]
+    part = ImageSet(images.paths[rows], partial(_read_from, images.read, numbers.start), labels)
+    device = next((each.device for each in embedder.net.parameters()), torch.device("cpu"))
+    problems: list[str] = []
+    try:
+        found = embed_set(embedder.net, part, embedder.spec, device=device, unreadable=problems.append, **how)
+    except DataError:
+        if len(problems) < len(numbers):
+            raise
+        write_text(empty, "")
+    else:
+        vectors = torch.nn.functional.normalize(found.embeddings) if normalize else found.embeddings
+        replace(found, embeddings=vectors).save(file)
+    for problem in problems:
+        unreadable(problem)
 
 
 def _read_from(read: Read, first: int, index: int, spec: ImageSpec) -> Tensor:
@@ -192,22 +188,15 @@ def _parts(folder: Path, key: str, output: Path) -> Iterator[None]:
     except FolderInUse as owner:
         raise DataError(f"{output} is in use: {owner} writes it; wait for its end, or name another output") from None
     with lock:
-        if not lock.is_in_place():
-            raise DataError(f"{output} was in use by another process until now: run the command again")
         about = folder / "about.json"
-        if not (about.is_file() and _read_key(about) == key):
+        if not about.is_file() or read_bytes(about, _MOST_BYTES) != key.encode():
             _clear(folder)
             write_text(about, key)
         yield
         _clear(folder)
-        (folder / LOCK).unlink()
+        lock.remove()
         with contextlib.suppress(OSError):  # something else lies in it
             folder.rmdir()
-
-
-def _read_key(about: Path) -> str:
-    with file_errors(about):
-        return read_bytes(about, _MOST_BYTES).decode()
 
 
 def _clear(folder: Path) -> None:
@@ -217,16 +206,11 @@ def _clear(folder: Path) -> None:
 
 
 def _write_csv(path: Path, found: EmbeddingSet, names: list[str]) -> None:
-    labels: list[str] | None = None
+    columns = {"image": found.paths}
     if found.labels is not None:
-        labels = [names[label] if label < len(names) else str(label) for label in found.labels.tolist()]
-    head = ["image", *(["label"] if labels is not None else [])]
+        columns["label"] = [names[label] if label < len(names) else str(label) for label in found.labels.tolist()]
     with replacing(path) as file:
-        file.write(csv_line([*head, *(f"e{i}" for i in range(found.embeddings.shape[1]))]))
-        for place, row in enumerate(found.embeddings):
-            about = [found.paths[place], *([labels[place]] if labels is not None else [])]
-            file.write(csv_line([*about, *_numbers(row)]))
-
-
-def _numbers(row: Tensor) -> list[str]:
-    return [f"{value:.9g}" for value in row.tolist()]  # 9 digits give back every fp32 number
+        file.write(csv_line([*columns, *(f"e{i}" for i in range(found.embeddings.shape[1]))]))
+        for row, *about in zip(found.embeddings, *columns.values(), strict=True):
+            # 9 digits give back every fp32 number.
+            file.write(csv_line([*about, *(f"{value:.9g}" for value in row.tolist())]))

@@ -31,6 +31,11 @@ LEFT_OUT = ["accuracy", "equal error rate", "TAR at FAR"]
 """Figures that need pairs of both kinds."""
 
 
+def both_kinds(same: Tensor) -> bool:
+    """Return true if some pairs (P,) bool show one person and others two: the rates compare the two kinds."""
+    return bool(same.any() and not same.all())
+
+
 def prepared(embeddings: Tensor, normalize: bool) -> Tensor:
     """Return embeddings as they are compared."""
     return F.normalize(embeddings) if normalize else embeddings
@@ -97,8 +102,8 @@ def lost(images: ImageSet, embedded: EmbeddingSet) -> str:
     unread = len(images) - len(embedded.paths)
     text = f"{unread} of {len(images)} images cannot be read" if unread else ""
     if unread and images.pairs is not None and embedded.pairs is not None:
-        text += f", so that {len(images.pairs.same) - len(embedded.pairs.same)} of {len(images.pairs.same)} pairs are"
-        text += " not scored"
+        pairs = len(images.pairs.same)
+        text += f", so that {pairs - len(embedded.pairs.same)} of {pairs} pairs are not scored"
     return text
 
 
@@ -120,15 +125,10 @@ def verification_figures(found: Verification | None, same: Bools, means: Means) 
     }
     if found is None:
         return {**figures, "left_out": LEFT_OUT}
-    return {
-        **figures,
-        "accuracy": found.accuracy,
-        "accuracy_deviation": found.accuracy_deviation,
-        "accuracy_standard_error": found.accuracy_standard_error,
-        "fold_accuracy": found.fold_accuracy.tolist(),
-        "eer": found.eer,
-        "tar_at_far": {f"{far:g}": tar for far, tar in found.tar.items()},
-    }
+    for name in ("accuracy", "accuracy_deviation", "accuracy_standard_error", "eer"):
+        figures[name] = getattr(found, name)
+    figures["fold_accuracy"] = found.fold_accuracy.tolist()
+    return {**figures, "tar_at_far": {f"{far:g}": tar for far, tar in found.tar.items()}}
 
 
 def identification_figures(found: Identification) -> dict[str, Any]:

@@ -5,9 +5,8 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
-import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ TOLERANCE = 1e-5
 _ONNX, _PROGRAM = ".onnx", ".pt2"
 _BATCHES = (1, 3)
 _TRACED = 2  # torch.export takes batches of 0 and 1 for fixed numbers
+_Net = Callable[[Tensor], Tensor]
 
 
 class ExportError(RuntimeError):
@@ -78,43 +78,34 @@ def export(embedder: Embedder, path: Path) -> float:
     generator = torch.Generator().manual_seed(0)
     example = torch.rand(_TRACED, *embedder.spec.shape, generator=generator) * 2 - 1
     program = torch.export.export(net, (example,), dynamic_shapes={"images": {0: torch.export.Dim("batch")}})
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / f"net{path.suffix}"
-        if path.suffix == _ONNX:
-            with _quiet(), _naming(file):
-                torch.onnx.export(
-                    program,
-                    f=str(file),
-                    input_names=["images"],
-                    output_names=["embeddings"],
-                    external_data=False,
-                    dynamo=True,
-                    verbose=False,
-                )
-        else:
-            content = io.BytesIO()  # torch gives no error of a full disk
-            torch.export.save(program, content)
-            write_bytes(file, content.getbuffer())
-        difference = max(
-            _difference(file, net, torch.rand(count, *embedder.spec.shape, generator=generator) * 2 - 1)
-            for count in _BATCHES
-        )
-        if not difference <= TOLERANCE:
-            raise ExportError(
-                f"{path} differs from PyTorch by {difference:g}, more than {TOLERANCE:g}; it was not written"
-            )
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_bytes(path, file.read_bytes())
+    content, exported = (_as_onnx if path.suffix == _ONNX else _as_program)(program)
+    batches = [torch.rand(count, *embedder.spec.shape, generator=generator) * 2 - 1 for count in _BATCHES]
+    difference = max(float((exported(images) - net(images)).abs().max()) for images in batches)
+    if not difference <= TOLERANCE:
+        raise ExportError(f"{path} differs from PyTorch by {difference:g}, more than {TOLERANCE:g}; it was not written")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_bytes(path, content)
     return difference
 
 
-@contextlib.contextmanager
-def _naming(file: Path) -> Iterator[None]:
-    """Name the file in an error of the operating system that names none: a full disk."""
-    try:
-        yield
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, error.filename or str(file)) from error
+def _as_onnx(program: torch.export.ExportedProgram) -> tuple[bytes, _Net]:
+    """Return the content of an ONNX file, and the net that onnxruntime makes of it."""
+    names: dict[str, Any] = {"input_names": ["images"], "output_names": ["embeddings"]}
+    with _quiet():
+        exported = torch.onnx.export(program, **names, dynamo=True, verbose=False)
+    assert exported is not None
+    content = exported.model_proto.SerializeToString()
+    session = require("onnxruntime", "export").InferenceSession(content, providers=["CPUExecutionProvider"])
+    return content, lambda images: torch.from_numpy(session.run(["embeddings"], {"images": images.numpy()})[0])
+
+
+def _as_program(program: torch.export.ExportedProgram) -> tuple[bytes, _Net]:
+    """Return the content of a file for ``torch.export.load``, and the net that it makes of it."""
+    file = io.BytesIO()
+    torch.export.save(program, file)
+    content = file.getvalue()
+    file.seek(0)
+    return content, torch.export.load(file).module()
 
 
 @contextlib.contextmanager
@@ -128,14 +119,3 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         logging.disable(before)
-
-
-def _difference(file: Path, net: nn.Module, images: Tensor) -> float:
-    """Return the largest difference between what a file's net and PyTorch give for images."""
-    if file.suffix == _ONNX:
-        session: Any = require("onnxruntime", "export").InferenceSession(str(file), providers=["CPUExecutionProvider"])
-        (found,) = session.run(["embeddings"], {"images": images.numpy()})
-        embeddings = torch.from_numpy(found)
-    else:
-        embeddings = torch.export.load(file).module()(images)
-    return float((embeddings - net(images)).abs().max())

@@ -52,17 +52,15 @@ def write_predictions(
     scores = 1 - distances if isinstance(distance, Cosine) else -distances
     right = search.gallery_labels[rows] == search.probe_labels[:, None]
     known = torch.isin(search.probe_labels, search.gallery_labels)
-    head = ["image", "known"]
-    for place in range(1, rows.shape[1] + 1):
-        head += [f"match_{place}", f"right_{place}", f"score_{place}"]
+    places = range(1, rows.shape[1] + 1)
+    head = ["image", "known", *(f"{column}_{place}" for place in places for column in ("match", "right", "score"))]
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as file:
         file.write(csv_line(head))
-        for probe, name in enumerate(search.probe_paths):
-            line = [name, _yes(bool(known[probe]))]
-            for row, same, score in zip(
-                rows[probe].tolist(), right[probe].tolist(), scores[probe].tolist(), strict=True
-            ):
+        columns = (known.tolist(), rows.tolist(), right.tolist(), scores.tolist())
+        for name, mated, *found in zip(search.probe_paths, *columns, strict=True):
+            line = [name, _yes(mated)]
+            for row, same, score in zip(*found, strict=True):
                 line += [search.gallery_paths[row], _yes(same), f"{score:.6f}"]
             file.write(csv_line(line))
 

@@ -21,7 +21,7 @@ from fused_arcface.evaluation import (
 
 from .data.embedding_sets import EmbeddingSet
 from .data.formats.templates import Subjects, TemplateSet
-from .evaluating import identification_figures
+from .evaluating import both_kinds, identification_figures
 
 RANKS = (1, 5, 10)
 
@@ -43,7 +43,7 @@ class TemplateFigures:
 def evaluate_templates(
     found: TemplateSet, embedded: EmbeddingSet, *, scores: bool = True, norms: bool = True
 ) -> TemplateFigures:
-    """Evaluate embeddings of a set's faces, 1:1 and 1:N, whatever of both the set has.
+    """Evaluate embeddings of a set's faces, 1:1 if the set has pairs, and 1:N if it has probes.
 
     Args:
         found: the set.
@@ -81,7 +81,7 @@ def _rows_of(paths: list[str], embedded: list[str]) -> Tensor:
     """Return which of a set's faces were embedded, (len(embedded),).
 
     Raises:
-        DataError: if the embedded ones are no part of the set's, in its order.
+        DataError: if the embedded faces are not faces of the set, in its order.
     """
     rows: list[int] = []
     for row, path in enumerate(paths):
@@ -102,7 +102,7 @@ def _verify(found: TemplateSet, templates: Templates, left_out: list[str]) -> Ra
     if not both.all():
         left_out.append(f"{int((~both).sum())} of {len(both)} pairs: a template has no image that could be read")
         first, second, same = first[both], second[both], same[both]
-    if same.all() or not same.any():
+    if not both_kinds(same):
         raise DataError(f"{found.name}: there are no pairs of both kinds whose images could be read")
     return verify_templates(templates, first, second, same)
 

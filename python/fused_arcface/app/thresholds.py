@@ -35,7 +35,7 @@ class KeptThresholds:
     """Pairs of two people in that set: n of them measure no false accept rate below 1/n. None if it is not known."""
 
     def at(self, far: float | None = None) -> OperatingPoint:
-        """Return the point of the best accuracy, or that of a false accept rate.
+        """Return the point of the best accuracy, or the point of a false accept rate.
 
         Raises:
             ValueError: if there is none for this rate.

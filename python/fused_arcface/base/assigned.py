@@ -10,8 +10,8 @@ from .options import HeadOptions
 class ReplaceableOptions:
     """A mixin for heads: the options of the loss, each an attribute.
 
-    torch's modules refuse a plain value in the place of a parameter or a module: ``head.margin = ArcFace(0.5)`` after a
-    margin with parameters, ``head.scale = 64.0`` after a learned scale.
+    torch's modules refuse to replace a parameter or a module by a plain value: a margin with parameters by
+    ``ArcFace(0.5)``, a learned scale by ``64.0``.
     """
 
     margin: Any

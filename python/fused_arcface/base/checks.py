@@ -14,19 +14,28 @@ from .ranges import FROM_0_TO_1, POSITIVE, check_number
 REDUCTIONS = ("mean", "sum", "none")
 
 
-def _check_tensor(name: str, tensor: object, dtypes: tuple[torch.dtype, ...]) -> None:
+def _check_tensor(name: str, tensor: object, dtypes: tuple[torch.dtype, ...]) -> Tensor:
+    """Return a tensor that is dense and has one of these dtypes."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor; got {type(tensor).__name__}")
     if tensor.dtype not in dtypes:
         raise TypeError(f"{name} must have one of the dtypes {names(dtypes)}; got {names((tensor.dtype,))}")
     if tensor.layout is not torch.strided:
         raise ValueError(f"{name} must be a dense tensor; got layout {tensor.layout}")
+    return tensor
+
+
+def _check_rows(name: str, values: Tensor, embeddings: Tensor, instead: str = "") -> None:
+    """Check that values are (N,), on the device of embeddings (N, D). ``instead`` is advice for another shape."""
+    if values.shape != embeddings.shape[:1]:
+        raise ValueError(f"{name} must be (N={embeddings.shape[0]},); got {tuple(values.shape)}{instead}")
+    if values.device != embeddings.device:
+        raise ValueError(f"{name} must be on embeddings' device {embeddings.device}; got {values.device}")
 
 
 def check_embeddings(embeddings: object, weight: Tensor, device: torch.device | None = None) -> None:
     """Check embeddings ``(N, D)`` against class centers ``(C, D)``, whose device is weight's if ``device`` is None."""
-    _check_tensor("embeddings", embeddings, FLOAT_DTYPES)
-    assert isinstance(embeddings, Tensor)
+    embeddings = _check_tensor("embeddings", embeddings, FLOAT_DTYPES)
     if embeddings.dim() != 2 or embeddings.shape[1] != weight.shape[1]:
         raise ValueError(f"embeddings must be (N, D={weight.shape[1]}); got {tuple(embeddings.shape)}")
     device = device or weight.device
@@ -51,14 +60,12 @@ def check_target(target: object, embeddings: Tensor, ignore_index: object) -> No
         )
     check_labels(target[0], embeddings, ignore_index, "target[0]")
     check_labels(target[1], embeddings, ignore_index, "target[1]")
-    _check_share("target[2]", target[2], embeddings)
-
-
-def _check_ignore_index(ignore_index: object) -> None:
-    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
-        raise TypeError(f"ignore_index must be an int; got {type(ignore_index).__name__}")
-    if not -(1 << 63) <= ignore_index < 1 << 63:
-        raise ValueError(f"ignore_index must be in [-2^63, 2^63); got {ignore_index}")
+    share = target[2]
+    if isinstance(share, Tensor):
+        share = share.expand(embeddings.shape[0]) if share.dim() == 0 else share
+        check_row_tensor("target[2]", share, embeddings)
+    else:
+        check_number("target[2]", share, FROM_0_TO_1)
 
 
 def check_labels(labels: object, embeddings: Tensor, ignore_index: object, name: str = "target") -> None:
@@ -66,27 +73,17 @@ def check_labels(labels: object, embeddings: Tensor, ignore_index: object, name:
     if isinstance(labels, Tensor) and labels.is_floating_point():
         rule = f"{name} must have one of the dtypes {names(INTEGER_DTYPES)}"
         raise TypeError(f"{rule}; got {names((labels.dtype,))}: {_INSTEAD}")
-    _check_tensor(name, labels, INTEGER_DTYPES)
-    assert isinstance(labels, Tensor)
-    if labels.shape != embeddings.shape[:1]:
-        instead = f": {_INSTEAD}" if labels.dim() == 2 else ""
-        raise ValueError(f"{name} must be (N={embeddings.shape[0]},); got {tuple(labels.shape)}{instead}")
-    if labels.device != embeddings.device:
-        raise ValueError(f"{name} must be on embeddings' device {embeddings.device}; got {labels.device}")
-    _check_ignore_index(ignore_index)
-
-
-def _check_share(name: str, share: object, embeddings: Tensor) -> None:
-    if not isinstance(share, Tensor):
-        check_number(name, share, FROM_0_TO_1)
-    else:
-        check_row_tensor(name, share.expand(embeddings.shape[0]) if share.dim() == 0 else share, embeddings)
+    labels = _check_tensor(name, labels, INTEGER_DTYPES)
+    _check_rows(name, labels, embeddings, f": {_INSTEAD}" if labels.dim() == 2 else "")
+    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
+        raise TypeError(f"ignore_index must be an int; got {type(ignore_index).__name__}")
+    if not -(1 << 63) <= ignore_index < 1 << 63:
+        raise ValueError(f"ignore_index must be in [-2^63, 2^63); got {ignore_index}")
 
 
 def check_weight(name: str, weight: object) -> None:
     """Check class centers ``(C, D)``."""
-    _check_tensor(name, weight, FLOAT_DTYPES)
-    assert isinstance(weight, Tensor)
+    weight = _check_tensor(name, weight, FLOAT_DTYPES)
     if weight.dim() != 2 or 0 in weight.shape:
         raise ValueError(f"{name} must be (C, D) with C >= 1 and D >= 1; got {tuple(weight.shape)}")
 
@@ -160,9 +157,8 @@ def check_inputs(
     sample_weight: object = None,
 ) -> None:
     """Check the tensors of ``margin_softmax_loss`` and the arguments beside its options, without reading values."""
-    _check_tensor("embeddings", embeddings, FLOAT_DTYPES)
-    _check_tensor("weight", weight, FLOAT_DTYPES)
-    assert isinstance(embeddings, Tensor) and isinstance(weight, Tensor)
+    embeddings = _check_tensor("embeddings", embeddings, FLOAT_DTYPES)
+    weight = _check_tensor("weight", weight, FLOAT_DTYPES)
     if embeddings.dim() != 2 or embeddings.shape[1] == 0:
         raise ValueError(f"embeddings must be (N, D) with D >= 1; got {tuple(embeddings.shape)}")
     if weight.dim() != 2 or weight.shape[1] != embeddings.shape[1]:
@@ -181,12 +177,8 @@ def check_inputs(
 
 def check_row_tensor(name: str, values: object, embeddings: Tensor) -> None:
     """Check numbers for each row of embeddings ``(N, D)``: floats ``(N,)`` without a gradient. They are not read."""
-    _check_tensor(name, values, FLOAT_DTYPES)
-    assert isinstance(values, Tensor)
-    if values.shape != embeddings.shape[:1]:
-        raise ValueError(f"{name} must be (N={embeddings.shape[0]},); got {tuple(values.shape)}")
-    if values.device != embeddings.device:
-        raise ValueError(f"{name} must be on embeddings' device {embeddings.device}; got {values.device}")
+    values = _check_tensor(name, values, FLOAT_DTYPES)
+    _check_rows(name, values, embeddings)
     if values.requires_grad:
         raise ValueError(
             f"{name} must not require a gradient, as the loss has none by it: pass {name}.detach(), or multiply the "
@@ -195,7 +187,7 @@ def check_row_tensor(name: str, values: object, embeddings: Tensor) -> None:
 
 
 def check_row_factors(name: str, values: Tensor, greatest: float) -> None:
-    """Check that each of the factors ``(N,)`` is finite, >= 0 and at most ``greatest``. On a GPU this is a wait."""
+    """Check that each of the factors ``(N,)`` is finite, >= 0 and <= ``greatest``. On a GPU this waits for them."""
     wrong = ~((values >= 0) & (values <= greatest) & values.isfinite())
     if not values.is_meta and wrong.any():
         row = int(wrong.nonzero()[0])
@@ -232,22 +224,22 @@ def check_target_range(target: Tensor, num_classes: int, ignore_index: int) -> N
 
 def check_margin_rows(name: str, values: object, target: Tensor) -> None:
     """Check the numbers that a margin returns for each row: ``(N,)``, on the rows' device."""
-    if not isinstance(values, Tensor):
-        raise TypeError(f"margin's {name} must be a torch.Tensor; got {type(values).__name__}")
-    if values.shape != target.shape:
-        raise ValueError(f"margin's {name} must be (N={target.shape[0]},); got {tuple(values.shape)}")
-    if values.device != target.device:
-        raise ValueError(f"margin's {name} must be on {target.device}; got {values.device}")
+    _check_of_margin(f"margin's {name} must be", values, target)
 
 
 def check_margin_output(modified: object, target_cosine: Tensor) -> None:
     """Check a margin's result: ``(N,)``, of the cosines' dtype and device."""
-    if not isinstance(modified, Tensor):
-        raise TypeError(f"margin must return a torch.Tensor; got {type(modified).__name__}")
-    if modified.shape != target_cosine.shape:
-        raise ValueError(f"margin must return (N={target_cosine.shape[0]},); got {tuple(modified.shape)}")
+    modified = _check_of_margin("margin must return", modified, target_cosine)
     if modified.dtype != target_cosine.dtype:
         rule = f"margin must return the target cosines' dtype {names((target_cosine.dtype,))}"
         raise TypeError(f"{rule}; got {names((modified.dtype,))}")
-    if modified.device != target_cosine.device:
-        raise ValueError(f"margin must return a tensor on {target_cosine.device}; got {modified.device}")
+
+
+def _check_of_margin(must: str, values: object, rows: Tensor) -> Tensor:
+    if not isinstance(values, Tensor):
+        raise TypeError(f"{must} a torch.Tensor; got {type(values).__name__}")
+    if values.shape != rows.shape:
+        raise ValueError(f"{must} (N={rows.shape[0]},); got {tuple(values.shape)}")
+    if values.device != rows.device:
+        raise ValueError(f"{must} a tensor on {rows.device}; got {values.device}")
+    return values

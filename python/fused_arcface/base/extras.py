@@ -38,7 +38,7 @@ def require(module: str, extra: str = "demo") -> Any:
         imported: ModuleType = importlib.import_module(module)
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] != library:
-            raise  # installed, but broken: that error says more
+            raise  # the library is installed but broken: its own error says more
         name = _DISTRIBUTIONS.get(library, library)
         raise MissingExtra(f'{name} is not installed; it comes with: pip install "fused_arcface[{extra}]"') from None
     return imported

@@ -27,8 +27,8 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     The bytes go to a file beside it named ``.partial-…``, are synced to disk, and replace ``path`` in one step. After
     an error ``path`` is as it was, and the partial file is removed. Only a killed process leaves it behind; the next
     writer of ``path`` removes it. Of several writers at a time the last one to end wins. The replaced file's
-    permissions are kept, a symbolic link keeps pointing to the file, and what is no regular file (``/dev/stdout``) is
-    written directly.
+    permissions are kept, and a symbolic link keeps pointing to the file. A path that is not a regular file
+    (``/dev/stdout``) is written directly.
 
     Raises:
         OSError: if the file cannot be written; ``filename`` is ``path`` where the system names none (a full disk).
@@ -110,16 +110,16 @@ def write_bytes(path: str | os.PathLike[str], data: bytes | memoryview) -> None:
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
-    """Replace the content of ``path`` by ``text`` as :func:`replacing` does, in UTF-8 whatever the locale.
+    """Replace the content of ``path`` by ``text`` as :func:`replacing` does, in UTF-8 in every locale.
 
-    Line separators are written as they are. Names of files that are no UTF-8 (surrogates in a ``str``) get their own
-    bytes back.
+    Line separators are written as they are. The name of a file that is not UTF-8 (surrogates in a ``str``) is written
+    with its own bytes.
     """
     write_bytes(path, text.encode("utf-8", "surrogateescape"))
 
 
 def is_device(path: str | os.PathLike[str]) -> bool:
-    """Return whether ``path`` can only be written directly; standard output is, also where it goes to a file."""
+    """Return true if ``path`` can only be written directly, as standard output, even if that goes to a file."""
     path = Path(path)
     standard = os.path.abspath(path).startswith(("/dev/std", "/dev/fd/"))
     return standard or (path.exists() and not path.is_file())

@@ -22,14 +22,14 @@ _MASK = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15
 _MIX1, _MIX2 = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 
-# Numbers drawn at once. On the CPU 2^14: the temporaries stay in L2, and each small operation on the caller's thread,
-# for which torch's threads are no gain (measured: a tenth of the time of 2^20 on a busy machine, half on an idle one).
+# Numbers drawn at once. On the CPU 2^14: the temporaries stay in L2, and torch runs such small operations on the
+# caller's thread alone (measured: a tenth of the time of 2^20 on a busy machine, half on an idle one).
 _CPU_CHUNK, _GPU_CHUNK = 1 << 14, 1 << 24
 
 CENTER_STD = 0.01
 """Standard deviation of initial class centers."""
 
-# First number folded into a seed: what the numbers are for.
+# The first number that is folded into a seed: the purpose of the random numbers.
 CENTERS, SAMPLE, ROUNDING, BATCH, NET, MARGINS = 1, 2, 3, 4, 5, 6
 
 

@@ -50,7 +50,7 @@ def unit_rows(rows: Tensor) -> Tensor:
 
 
 def unit_gradient(d_unit: Tensor, row: Tensor) -> Tensor:
-    """Return the gradient by ``row`` (R, D) from that by ``row / max(|row|, 1e-12)``, (R, D) or (D,) for all."""
+    """Return the gradient by ``row`` (R, D), given the gradient by ``row / max(|row|, 1e-12)``, (R, D) or (D,)."""
     row, power = _shortened(row)
     norm = _norms(row).to(row.dtype)
     unit = row / norm.clamp(min=EPSILON)

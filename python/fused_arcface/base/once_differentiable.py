@@ -13,7 +13,7 @@ Gradients = tuple[Tensor | None, ...]
 
 
 class _FirstDerivative(torch.autograd.Function):
-    """Gradients that know what they depend on, so that differentiating them by it is an error."""
+    """Gradients that autograd connects to their inputs, so that it is an error to differentiate them."""
 
     @staticmethod
     def forward(ctx: Any, gradients: Callable[[], Gradients], *depends_on: Tensor | None) -> Gradients:

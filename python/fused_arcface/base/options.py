@@ -111,7 +111,7 @@ class HeadOptions:
         """Check that the scale, and a margin with a number for each class, fit the number of classes.
 
         Raises:
-            ValueError: if it is not.
+            ValueError: if one of them does not.
         """
         if isinstance(self.scale, nn.Module) and num_classes < 3:
             raise ValueError(f"{self._scale_text()} needs at least 3 classes; got C={num_classes}")

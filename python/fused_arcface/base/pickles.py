@@ -54,7 +54,7 @@ class Admitted:
     name: Callable[[Name], Any]
     """Return the value of a name on the stack."""
     call: Callable[[Any, tuple[Any, ...]], Any]
-    """Return the value of a call, from that of its function and its arguments."""
+    """Return the value of a call, given the value of its function and the arguments."""
     build: Callable[[Any, Any], None]
     """Set the state, the second argument, of a value."""
     persistent: Callable[[Any], Any]

@@ -1,7 +1,7 @@
 """Read and set whether fp32 matrix products may round their operands to tf32.
 
-torch has two interfaces for it. The older, ``torch.get_float32_matmul_precision``, raises once the newer,
-``fp32_precision``, was written; so the newer is used wherever torch has it.
+torch has two interfaces for it. The older one, ``torch.get_float32_matmul_precision``, raises an error after the newer
+one, ``fp32_precision``, was set. So the newer one is used if torch has it.
 """
 
 from __future__ import annotations

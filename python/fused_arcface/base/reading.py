@@ -28,12 +28,12 @@ class DataError(ValueError):
 
 
 class NoSuchData(DataError):
-    """A path that does not exist, or a text that names no data: the argument is wrong, not what a file holds."""
+    """A path that does not exist, or a text that names no data: the argument is wrong, not a file's content."""
 
 
 @contextlib.contextmanager
 def file_errors(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Turn whatever a decoder raises for the content of ``path`` into a DataError.
+    """Turn every error that a decoder raises for the content of ``path`` into a DataError.
 
     Decoders raise errors of any type for bytes that nobody wrote, so no list of types would be complete. Errors that
     are DataErrors already pass as they are, and so does a missing library.
@@ -86,7 +86,7 @@ def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
     """Open a regular file for reading bytes.
 
     Opening a named pipe would wait for a writer without an end, and a device has no size. A Git LFS pointer is the
-    small text file that a Git repository has in the place of a large one.
+    small text file that a Git repository holds instead of a large one.
 
     Raises:
         DataError: if it cannot be opened, is not a regular file, or is a Git LFS pointer.

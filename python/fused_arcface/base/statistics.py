@@ -16,8 +16,8 @@ class MarginSoftmaxStats(NamedTuple):
     loss: Tensor
     """(N,) loss, unreduced."""
     lse: Tensor
-    """(N,) log-sum-exp of all the row's logits: its negatives' and its target's, the latter with the margin. In place
-    of it, of SphereFace2 and UniFace: the logarithm of the sum of the negatives' losses, before its weight."""
+    """(N,) log-sum-exp of all the row's logits: of its negatives, and of its target with the margin. SphereFace2 and
+    UniFace have another number here: the logarithm of the sum of the negatives' losses, before its weight."""
     target_cosine: Tensor
     """(N,) cosine between the embedding and its class center, without the margin."""
     correct: Tensor

@@ -1,8 +1,8 @@
 """Text files whose words are names of files: options, lists of classes, pairs.
 
 A name is bytes to the system and a ``str`` to Python, which depends on the locale and holds surrogates for bytes that
-the locale does not know. In files names stand with their own bytes, so that a file is the same in every locale and a
-name that is read opens the file that was meant. Only a line feed ends a line: ``str.splitlines`` would also cut at
+the locale does not know. Files have names with their own bytes. So a file is the same in every locale, and a name that
+is read from it opens the right file. Only a line feed ends a line: ``str.splitlines`` would also cut at
 characters that occur in names.
 """
 
@@ -14,8 +14,8 @@ import os
 import re
 from collections.abc import Iterable
 
-# Control characters but the line feed, and those that change the direction of text; surrogates stand for bytes of a
-# file's name that are no UTF-8.
+# Control characters except the line feed, and those that change the direction of text. Surrogates replace bytes of a
+# file's name that are not UTF-8.
 _UNSAFE = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2028\u2029\u2066-\u2069\ud800-\udfff]")
 
 

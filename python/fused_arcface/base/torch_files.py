@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import re
 import zipfile
 from typing import Any
 
@@ -16,7 +17,7 @@ from .reading import DataError, check_regular, open_regular
 
 
 class TensorFileError(DataError):
-    """A file that is no file of tensors, or whose tensors are not those that are sought."""
+    """Raised if a file is not a file of tensors, or does not hold the tensors that are wanted."""
 
 
 def load(path: str | os.PathLike[str]) -> Any:
@@ -28,10 +29,12 @@ def load(path: str | os.PathLike[str]) -> Any:
     """
     check_regular(path)
     try:
-        _check_uncompressed(path)
-        _check_pickles(path)
-        # The format from before torch 1.6 is no archive and cannot be mapped, nor can a file whose name is no UTF-8.
-        mapped = zipfile.is_zipfile(path) and _is_utf8(path)
+        archived = zipfile.is_zipfile(path)  # the format from before torch 1.6 is no archive, and cannot be mapped
+        if archived:
+            _check_archive(path)
+        else:
+            _check_old_file(path)
+        mapped = archived and not re.search("[\ud800-\udfff]", os.fspath(path))  # torch maps only names in UTF-8
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except TensorFileError:
         raise
@@ -46,31 +49,28 @@ def load(path: str | os.PathLike[str]) -> Any:
         raise TensorFileError(f"{path} cannot be read as a file of tensors: {lines[0]}") from None
 
 
-def _check_uncompressed(path: str | os.PathLike[str]) -> None:
-    """Check that an archive unpacks to no more than its size: torch stores its files without compression."""
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            if sum(entry.file_size for entry in archive.infolist()) > os.path.getsize(path):
-                raise TensorFileError(f"{path} must have its tensors uncompressed, as torch.save writes them")
+def _check_archive(path: str | os.PathLike[str]) -> None:
+    """Check that an archive unpacks to no more than its size, as torch writes it, and check its pickles."""
+    with zipfile.ZipFile(path) as archive:
+        if sum(entry.file_size for entry in archive.infolist()) > os.path.getsize(path):
+            raise TensorFileError(f"{path} must have its tensors uncompressed, as torch.save writes them")
+        for entry in archive.infolist():
+            if entry.filename.endswith("data.pkl"):
+                unchecked: Any = entry
+                unchecked.CRC = entry.CRC or None  # torch.serialization.set_crc32_options(False)
+                with archive.open(entry) as stream:
+                    _check_pickle(path, stream, entry.file_size)
 
 
-def _check_pickles(path: str | os.PathLike[str]) -> None:
-    """Go through the pickles of a file as torch's reader will. A key with 100,000 levels would end it by a signal."""
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            for entry in archive.infolist():
-                if entry.filename.endswith("data.pkl"):
-                    unchecked: Any = entry
-                    unchecked.CRC = entry.CRC or None  # torch.serialization.set_crc32_options(False)
-                    with archive.open(entry) as stream:
-                        _check_pickle(path, stream, entry.file_size)
-        return
-    with open_regular(path) as file:  # before torch 1.6: number, version, machine, content and keys, one by one
+def _check_old_file(path: str | os.PathLike[str]) -> None:
+    """Check the five pickles of a file from before torch 1.6: number, version, machine, content and keys."""
+    with open_regular(path) as file:
         for _ in range(5):
             _check_pickle(path, file, os.path.getsize(path) - file.tell())
 
 
 def _check_pickle(path: str | os.PathLike[str], stream: Any, size: int) -> None:
+    """Go through a pickle as torch's reader will. A key with 100,000 levels would end the reader by a signal."""
     try:
         pickles.read_pickle(stream, size, _ADMITTED)
     except Refused as refused:
@@ -140,11 +140,3 @@ def check_stored(path: str | os.PathLike[str], name: str, tensor: Tensor) -> Non
     stored = tensor.untyped_storage().nbytes()
     if tensor.numel() * tensor.element_size() > stored:
         raise TensorFileError(f"{path}: {name} is {tuple(tensor.shape)}, of which the file has {stored} bytes")
-
-
-def _is_utf8(path: str | os.PathLike[str]) -> bool:
-    try:
-        os.fspath(path).encode()
-    except UnicodeEncodeError:
-        return False
-    return True

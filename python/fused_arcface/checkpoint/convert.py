@@ -50,9 +50,9 @@ def write(centers: Centers, path: str | os.PathLike[str], center_storage: str | 
     path = Path(path)
     one_file = _is_one_file(path)
     if one_file and center_storage is not None:
-        raise ConvertError(f"center_storage goes with a folder of checkpoints; the destination is {path}")
+        raise ConvertOptionError(f"center_storage is for a folder of checkpoints; the destination is {path}")
     if center_storage is not None and "optimizer" not in centers.values:
-        raise ConvertError(
+        raise ConvertOptionError(
             "center_storage needs a source with the state of a CenterSGD, whose momentum has its place in the file: "
             "write a checkpoint without center_storage, and load it into a head that has one"
         )

@@ -130,6 +130,16 @@ def equal_error_rate(false_accepts: Floats, true_accepts: Floats) -> float:
     return float(false_accepts[closest] + false_rejects[closest]) / 2
 
 
+def check_folds(folds: int, pairs: int) -> None:
+    """Check that a number of pairs can be cut into so many folds.
+
+    Raises:
+        ValueError: if it cannot, or there are fewer than two folds.
+    """
+    if not 2 <= folds <= pairs:
+        raise ValueError(f"folds must be >= 2 and <= the number of pairs {pairs}; got {folds}")
+
+
 def k_fold_accuracy(same: Values, scores: Values, folds: int = 10, thresholds: Values | None = None) -> Floats:
     """Return the accuracy on each fold ``(folds,)`` with the threshold that is best on all others, as LFW is scored.
 
@@ -150,8 +160,7 @@ def k_fold_accuracy(same: Values, scores: Values, folds: int = 10, thresholds: V
     array([1. , 1. , 0.5, 0.5])
     """
     same, scores = _scored_pairs(same, scores)
-    if not 2 <= folds <= len(same):
-        raise ValueError(f"folds must be >= 2 and <= the number of pairs {len(same)}; got {folds}")
+    check_folds(folds, len(same))
     accuracies = []
     for test in np.array_split(np.arange(len(same)), folds):
         train = np.ones(len(same), dtype=bool)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from .centers import CenterStore, CenterView, FileCenters, HostCenters, waits
 from .choose import CenterStorage, check_storage, make_store, weight_device
+from .folder import is_store, remove_store
 from .pipeline import SampledRows, StepRows
 from .records import StoreError
 
@@ -20,7 +21,9 @@ __all__ = [
     "StepRows",
     "StoreError",
     "check_storage",
+    "is_store",
     "make_store",
+    "remove_store",
     "waits",
     "weight_device",
 ]

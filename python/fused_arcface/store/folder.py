@@ -13,6 +13,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import secrets
@@ -28,7 +29,7 @@ from ..base.dtypes import DTYPES
 from ..base.reading import DataError, file_errors, read_bytes, said
 from .columns import Column, Columns, Tensors
 from .journal import damaged, journals, overlay
-from .lock import RowLock
+from .lock import LOCK, RowLock
 from .records import Records, StoreError
 
 _FORMAT, _VERSION = "fused_arcface.store", 1
@@ -69,7 +70,7 @@ def make(folder: Path, layout: Layout) -> None:
         StoreError: if it cannot be written.
     """
     try:
-        if os.path.lexists(folder / _LAYOUT):
+        if is_store(folder):
             return
         folder.mkdir(parents=True, exist_ok=True)
         Records(folder / ROWS, layout.columns, layout.num_rows, layout.seed, create=True).close()
@@ -84,6 +85,20 @@ def make(folder: Path, layout: Layout) -> None:
         files.write_text(folder / _LAYOUT, json.dumps(content, indent=2) + "\n")
     except (OSError, ValueError) as error:  # no system has a name with a zero byte
         raise StoreError(f"{folder}: the store of class centers cannot be made: {error}") from error
+
+
+def is_store(folder: Path) -> bool:
+    """Return true if a folder holds a store."""
+    return os.path.lexists(folder / _LAYOUT)
+
+
+def remove_store(folder: Path) -> None:
+    """Remove a closed store, and its folder if nothing else lies in it. What cannot be removed stays."""
+    with contextlib.suppress(OSError):
+        names = (_LAYOUT, _STATES, _ANNOUNCED, ROWS, LOCK)
+        for path in (*(folder / name for name in names), *itertools.chain(*journals(folder).values())):
+            path.unlink(missing_ok=True)
+        folder.rmdir()
 
 
 def layout_of(folder: Path) -> Layout:

@@ -31,7 +31,7 @@ def test_an_image_that_cannot_be_read_is_named(files: Path, tmp_path: Path, caps
         (tmp_path / person).mkdir()
         for number in (1, 2):
             (tmp_path / person / f"{number}.png").write_bytes(b"no image")
-    assert run(["verify", "--data", str(tmp_path), "--checkpoint", str(files / "run")]) == 1
+    assert run(["verify", "--data", str(tmp_path), "--checkpoint", str(files / "run"), "--folds", "2"]) == 1
     assert f"{tmp_path / 'a' / '1.png'} cannot be read as an image" in capsys.readouterr().err
 
 

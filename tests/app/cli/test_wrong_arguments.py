@@ -15,10 +15,13 @@ from fused_arcface.app.training.config import TrainConfig
 from fused_arcface.app.training.trainer import train
 
 TRAIN = "train --data identities:4x4 --output new"
+SMALL = "train --data identities:4x4 --output deep/new --batch-size 8 --image-size 16"
+STORED = "train --data identities:4x4 --output new --batch-size 8 --image-size 16 --sample-rate 0.5"
 NET = "--checkpoint run"
 BARE = "--checkpoint bare.pt --backbone small"
 IDENTITIES = "--data identities:6x4"
 DATA = f"data must be {formats.listed()}"
+SAVED = f"{IDENTITIES} {NET} --save-embeddings new/x.npz"
 CASES = {
     "train": "Missing option '--output'.",
     "train --output new": f"--{DATA}; got nothing",
@@ -49,6 +52,17 @@ CASES = {
     f"{TRAIN} --centers no.pt": "--centers: no.pt does not exist",
     f"{TRAIN} --verify-data no.bin": "--verify-data: no.bin does not exist",
     f"{TRAIN} --verify-data bob.pgn": "--verify-data: bob.pgn does not exist; did you mean bob.png?",
+    f"{TRAIN} --batch-size 8 --verify-data pairs.bin": "pairs.bin must hold two images a pair",
+    f"{SMALL} --init bob.png": "cannot be read as a file of tensors",
+    f"{SMALL} --init run --embedding-dim 32": "must be (32,",
+    f"{SMALL} --resume auto --init bob.png": "cannot be read as a file of tensors",
+    f"{SMALL} --centers pairs.bin": "cannot be read as a file of tensors",
+    f"{SMALL} --centers run --embedding-dim 32": "must have centers of embedding_dim=32",
+    f"{SMALL} --center-storage host": "--center-storage must be 'device' with sample_rate=1",
+    f"{SMALL} --center-storage bob.png --sample-rate 0.5": "bob.png: the store of class centers cannot be made",
+    f"{STORED} --init bob.png --center-storage store": "cannot be read as a file of tensors",
+    f"{STORED} --centers bob.png --center-storage new/store": "cannot be read as a file of tensors",
+    f"{STORED} --centers bob.png --center-storage new": "cannot be read as a file of tensors",
     f"{TRAIN} --resume": "new does not exist; make a run with: fused-arcface train --data DATA --output new",
     "train --data identities:6x4 --output run": "run holds a run already",
     f"similarity bob.png bbo.png {NET}": "bbo.png does not exist; did you mean bob.png?",
@@ -69,6 +83,8 @@ CASES = {
     f"export {NET} --output bob.png/x.onnx": "--output bob.png/x.onnx cannot be written to: Not a directory",
     "convert run run": "the destination must be a folder of checkpoints; run is a training run",
     "convert rum x.safetensors": "rum does not exist; did you mean run?",
+    "convert run x.safetensors --center-storage new": "--center-storage is for a folder of checkpoints; the dest",
+    "templates --data nowhere --checkpoint run": "nowhere does not exist",
     "convert run x.txt": "the destination must be a .safetensors file or a folder of checkpoints; got x.txt",
     "convert run x.safetensors --classes 2": "--classes must be >= 6, those of the source; got 2",
     "convert run x.safetensors --seed -1": "--seed must be >= 0; got -1",
@@ -81,15 +97,27 @@ CASES = {
     f"verify {IDENTITIES} {NET} --seed -1": "--seed must be a whole number >= 0; got -1",
     f"verify {IDENTITIES} {NET} --shrinkage nan": "--shrinkage must be a number >= 0 and <= 1; got nan",
     f"verify {IDENTITIES} {NET} --save-embeddings x.txt": f"--save-embeddings must be in a {EMBEDDING_FILES} file",
+    f"verify {SAVED} --folds 1000": "--folds must be >= 2 and <= the number of pairs 72; got 1000",
+    f"verify {SAVED} --gallery no.npz": "no.npz does not exist",
+    f"identify {SAVED} --gallery-images 9": "labels must hold an identity with more than gallery_images=9",
+    f"identify {SAVED} --unknown 1": "--unknown must be in [0, 1); got 1.0",
+    f"identify {SAVED} --engine faiss --distance p-norm": "--engine faiss must be used with Euclidean distances",
     f"verify --data= {NET}": f"--{DATA}; got an empty text",
     f"identify {IDENTITIES} {NET} --gallery-images 9": "labels must hold an identity with more than gallery_images=9",
     "identify --data pairs.bin --checkpoint run": f"--{DATA}; got pairs.bin",
     "compare --criteria nothing --output new": "--criteria must be among",
-    "compare --output bob.png": "--output bob.png cannot be written to: File exists",
-    "demo --output bob.png": "--output bob.png cannot be written to: File exists",
+    "compare --quick --output new --data nowhere": "nowhere does not exist",
+    "compare --quick --output new --report run": "--report must be a file; run is a folder",
+    "compare --output bob.png": "--output bob.png cannot be written to: Not a directory",
+    "demo --output bob.png": "--output bob.png cannot be written to: Not a directory",
     "bench --cases none": "--cases must be one of quick, full, small, scaling, start; got 'none'",
     "bench --device tpu": "--device must be cpu or cuda; got tpu",
+    "bench --resume": "--resume: runs/bench holds no run to resume",
+    "bench --output new --resume --budget 1": "--resume: new holds no capacities to resume",
+    "bench --output new --providers nobody --budget 1": "--providers must be among",
+    "bench --output new --report run": "--report must be a file; run is a folder",
     "bench --budget 0": "--budget must be > 0 and finite; got 0.0",
+    "bench --output new --ranks 1 --budget 1": "--budget and --ranks can't be given together",
     "bench --ranks two": "--ranks must be numbers >= 1, comma-separated; got 'two'",
     "bench --output bob.png": "--output bob.png cannot be written to",
     "gradcheck --dtype fp32": "--dtype must be float64, float32, bfloat16, float16 or all; got fp32",
@@ -115,6 +143,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "bare.pt").write_bytes((folder / "run" / "model.pt").read_bytes())
     (folder / "pairs.bin").write_bytes(pickle.dumps(([], [])))
     picture(0, 0).save(folder / "bob.png")
+    (folder / "device").mkdir()  # the value of an option, and not its folder
     return folder
 
 

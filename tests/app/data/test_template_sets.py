@@ -17,6 +17,7 @@ from support.template_files import landmarks_of, write_template_set
 from fused_arcface.app.data import DataError, ImageError, ImageSpec, read_image
 from fused_arcface.app.data.alignment import POINTS, align
 from fused_arcface.app.data.formats.templates import read_templates
+from fused_arcface.base.reading import NoSuchData
 
 
 def naive_alignment(pixels: np.ndarray, landmarks: np.ndarray, size: int) -> np.ndarray:
@@ -144,5 +145,8 @@ def test_a_set_without_anything_to_compare(tmp_path: Path) -> None:
     (meta / "ijbc_template_pair_label.txt").unlink()
     with pytest.raises(DataError, match=r"must have ijbc_template_pair_label\.txt for 1:1, or galleries and probes"):
         read_templates(str(tmp_path / "IJBC"))
-    with pytest.raises(DataError, match="must have one list of faces"):
+    with pytest.raises(NoSuchData, match="nothing does not exist"):
         read_templates(str(tmp_path / "nothing"))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="must have one list of faces"):
+        read_templates(str(tmp_path / "empty"))

@@ -120,7 +120,7 @@ def test_an_output_that_is_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[
     (tmp_path / "taken").write_text("")
     assert run(["demo", "--output", str(tmp_path / "taken")]) == 2
     shown = capsys.readouterr().err.replace("│", " ")  # rich breaks the line anywhere, by the path's length
-    assert "cannotbewrittento:Fileexists" in "".join(shown.split())
+    assert "cannotbewrittento:Notadirectory" in "".join(shown.split())
 
 
 class WrongHead(fa.MarginHead):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import re
@@ -15,6 +16,7 @@ from support.training_runs import TINY, losses, run
 
 from fused_arcface.app.cli import run as run_command
 from fused_arcface.app.thresholds import KeptThresholds, read_thresholds
+from fused_arcface.app.training.lock import FolderLock
 from fused_arcface.base.reading import DataError
 from fused_arcface.evaluation.thresholds import OperatingPoint
 
@@ -159,3 +161,17 @@ def test_a_sparse_image_of_terabytes_is_a_bad_image(tmp_path: Path) -> None:
     assert first.difference(Fingerprint.of(open_source(str(root)))) == "bytes"
     image.write_bytes(content)
     assert Fingerprint.of(open_source(str(root))) == first
+
+
+def test_a_lock_whose_file_was_just_removed_is_made_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another process opened the file before its owner removed it: such a lock would hold nobody off."""
+    lock, taken = fcntl.lockf, []
+
+    def remove_before_the_first(file: int, how: int) -> None:
+        if not taken:
+            (tmp_path / "run.lock").unlink()
+        taken.append(lock(file, how))
+
+    monkeypatch.setattr(fcntl, "lockf", remove_before_the_first)
+    with FolderLock(tmp_path) as folder:
+        assert folder.is_in_place() and len(taken) == 2

@@ -177,7 +177,6 @@ class Report:
 
     def write(self, folder: Path) -> list[Path]:
         """Write rows.csv, rows.json and run.json (samples, skips, ceilings) into ``folder``; return their paths."""
-        folder.mkdir(parents=True, exist_ok=True)
         rows = self.rows()
         run = {
             **self.context,
@@ -193,7 +192,8 @@ class Report:
 
 
 def write_csv(path: Path, rows: Iterable[dict[str, Any]], fields: Sequence[str]) -> Path:
-    """Write rows with these columns; return the path."""
+    """Write rows with these columns; return the path. Its folder is made if it is missing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     text = io.StringIO()
     writer = csv.DictWriter(text, fields, lineterminator="\n")
     writer.writeheader()

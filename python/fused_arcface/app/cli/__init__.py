@@ -109,7 +109,7 @@ def _main(
 
 
 def run(arguments: Sequence[str] | None = None) -> int:
-    """Run a command line, by default that of the process. Errors that a user can mend are one line, not a traceback.
+    """Run a command line, by default the one of the process. An error that a user can mend is one line.
 
     Returns:
         The exit status: 0; 1 for a failed check, a missing library or a file that cannot be used; 2 for a wrong

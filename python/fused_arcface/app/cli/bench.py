@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from .errors import WrongOption, make_folder
+from .errors import WrongOption, check_folder
 from .evaluation import write_json
 from .progress import spinner
 from .reporting import NAME, NoReport, ReportFile, ReportInOutput
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 START = "start"
-"""The name of the cases that are no shapes: how long the package takes to start."""
+"""The value of ``--cases`` that measures no shapes, but the time that the package takes to start."""
 
 
 def bench(
@@ -86,7 +86,7 @@ def bench(
     """
     settings = dict(locals())
     if cases == START:
-        make_folder("--output", output)
+        check_folder("--output", output)
         _run_start(terminal(), output)
         return
     import torch
@@ -110,23 +110,29 @@ def bench(
         shapes = cases_named(cases, on.type)
         chosen = select(names if budget is None else None, backend)
     except ValueError as error:
-        raise WrongOption(f"--{error}") from None
+        raise WrongOption(str(error)) from None
     if budget is not None and not 0 < budget < math.inf:
         raise WrongOption(f"--budget must be > 0 and finite; got {budget}")
+    if budget is not None and ranks is not None:
+        raise WrongOption("--budget and --ranks can't be given together")
     world_sizes = [] if ranks is None else [each.strip() for each in ranks.split(",")]
     if not all(each.isdecimal() and int(each) >= 1 for each in world_sizes):
         raise WrongOption(f"--ranks must be numbers >= 1, comma-separated; got {ranks!r}")
-    make_folder("--output", output)
+    check_folder("--output", output)
     page = ReportFile(report, no_report, output / NAME)
     right = True
     if world_sizes:
         written = _run_ranks(console, [*map(int, world_sizes)], output)
     elif budget is not None:
-        written = _run_capacity(console, on, int(budget * 2**30), names, backend, output, resume)
+        how: dict[str, Any] = {"names": names, "backend": backend}
+        written = _run_capacity(console, output, on, int(budget * 2**30), resume, **how)
     else:
-        earlier = _interrupted_run(output, on) if resume else None
-        options = {"seconds": seconds, "with_memory": with_memory, "earlier": earlier}
-        written, right = _run_cases(console, output, (shapes, chosen, on), options)
+        how = {
+            "seconds": seconds,
+            "with_memory": with_memory,
+            "earlier": _interrupted_run(output, on) if resume else None,
+        }
+        written, right = _run_cases(console, output, shapes, chosen, on, **how)
     written += page.write(lambda: bench_report(output, settings))
     say_written(console, output, written)
     if not right:
@@ -152,10 +158,12 @@ def _run_start(console: Console, output: Path) -> None:
         raise typer.Exit(1)
 
 
-def _run_cases(
-    console: Console, output: Path, what: tuple[Any, ...], options: dict[str, Any]
-) -> tuple[list[Path], bool]:
-    """Return the files, and whether something was measured and no result of this package is wrong."""
+def _run_cases(console: Console, output: Path, *what: Any, **how: Any) -> tuple[list[Path], bool]:
+    """Call ``run_benchmark`` with ``what`` and ``how``, print its results and write them.
+
+    Returns:
+        The files, and true if something was measured and every result of this package is right.
+    """
     from ..benchmark.plots import run_drawings
     from ..benchmark.runner import run_benchmark
     from .bench_tables import case_tables, ceilings, skip_tables
@@ -169,9 +177,7 @@ def _run_cases(
 
     try:
         with spinner(console) as tell:
-            report = run_benchmark(
-                *what, **options, progress=lambda case, step: tell(f"{case}  {step}"), on_case=on_case
-            )
+            report = run_benchmark(*what, **how, progress=lambda case, step: tell(f"{case}  {step}"), on_case=on_case)
     except KeyboardInterrupt:
         where = f"The cases above are in {output}; --resume continues after them." if kept else "No case was complete."
         console.print(f"Interrupted. {where}", markup=False)
@@ -197,14 +203,9 @@ def _interrupted_run(folder: Path, device: torch.device) -> Report:
 
 
 def _run_capacity(
-    console: Console,
-    device: torch.device,
-    budget_bytes: int,
-    names: list[str] | None,
-    backend: str | None,
-    output: Path,
-    resume: bool,
+    console: Console, output: Path, device: torch.device, budget_bytes: int, resume: bool, **how: Any
 ) -> list[Path]:
+    """Call ``run_capacity`` with ``how``, print its results, write them and return the files."""
     from ..benchmark import capacity, memory
     from ..benchmark.plots import capacity_drawing
     from ..benchmark.stored_model import computed_rows
@@ -213,17 +214,10 @@ def _run_capacity(
     memory.release(device)
     try:
         earlier = capacity.read(output, budget_bytes, device) if resume else []
-        earlier = [row for row in earlier if row["how"] != "computed"]
+        how["earlier"] = [row for row in earlier if row["how"] != "computed"]
+        how["on_row"] = lambda rows: capacity.write(output, rows)
         with spinner(console) as tell:
-            rows, skips = capacity.run_capacity(
-                device,
-                budget_bytes,
-                names=names,
-                backend=backend,
-                earlier=earlier,
-                progress=tell,
-                on_row=lambda rows: capacity.write(output, rows),
-            )
+            rows, skips = capacity.run_capacity(device, budget_bytes, **how, progress=tell)
     except FileNotFoundError:
         raise WrongOption(f"--resume: {output} holds no capacities to resume") from None
     except (ValueError, RuntimeError) as error:

@@ -1,4 +1,4 @@
-"""The report of ``bench``: all that its folder holds, of this call and of earlier ones."""
+"""The report of ``bench``: the results in its folder, from this call and from earlier ones."""
 
 from __future__ import annotations
 

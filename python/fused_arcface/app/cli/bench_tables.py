@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from rich import box
-from rich.table import Table
+from rich.table import Column, Table
 
 from ..benchmark.cases import PASSES, Case
 from ..benchmark.report import Measurement, Report, Skip
-from .tables import digits
+from .tables import digits, numbers
 
 
 def case_tables(report: Report, case: Case) -> list[Table]:
@@ -20,10 +20,8 @@ def case_tables(report: Report, case: Case) -> list[Table]:
         if not found:
             continue
         products = report.products_ms(case, pass_name)
-        table = _table(f"{case}, {pass_name}")
-        table.add_column("provider", no_wrap=True)
-        for column in ("ms", "p20–p80", "ps/logit", "÷ products", "of ceiling", "peak MiB", "error"):
-            table.add_column(column, justify="right")
+        figures = numbers("ms", "p20–p80", "ps/logit", "÷ products", "of ceiling", "peak MiB", "error")
+        table = _table(f"{case}, {pass_name}", Column("provider", no_wrap=True), *figures)
         for each in sorted(found, key=lambda each: each.ms):
             table.add_row(*_cells(each, products, report.share_of_ceiling(each)), style="bold" if each.is_ours else "")
         tables.append(table)
@@ -51,8 +49,9 @@ def ceilings(report: Report) -> str:
     return f"GFLOP/s: {', '.join(found)}"
 
 
-def _table(title: str) -> Table:
-    return Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE, pad_edge=False)
+def _table(title: str, *columns: Column | str) -> Table:
+    look: dict[str, Any] = {"title_justify": "left", "title_style": "bold", "box": box.SIMPLE, "pad_edge": False}
+    return Table(*columns, title=title, **look)
 
 
 def skip_tables(skips: list[Skip]) -> list[Table]:
@@ -62,9 +61,7 @@ def skip_tables(skips: list[Skip]) -> list[Table]:
         cases.setdefault((f"{skip.provider} ({skip.backend})", skip.reason), []).append(skip.case)
     if not cases:
         return []
-    table = _table("Not measured")
-    for column in ("provider", "cases", "reason"):
-        table.add_column(column)
+    table = _table("Not measured", "provider", "cases", "reason")
     for (provider, reason), where in cases.items():
         several = f"{len(where)} cases" if len(where) > 1 else str(where[0])
         table.add_row(provider, "all" if where[0] is None else several, reason)
@@ -74,26 +71,22 @@ def skip_tables(skips: list[Skip]) -> list[Table]:
 def capacity_table(rows: list[dict[str, Any]], budget_bytes: int) -> Table:
     """Make a table of the most identities that fit, most first."""
     title = f"Most identities with a training step that fits into {budget_bytes / 2**30:.3g} GiB"
-    table = _table(title)
-    for column in ("recipe", "centers", "momentum"):
-        table.add_column(column)
-    for column in ("identities", "bytes each", "step ms", ""):
-        table.add_column(column, justify="right", no_wrap=True)
+    figures = numbers("identities", "bytes each", "step ms", "", no_wrap=True)
+    table = _table(title, "recipe", "centers", "momentum", *figures)
     for row in sorted(rows, key=lambda row: -row["max_C"]):
         step = "" if row["step_ms"] is None else f"{row['step_ms']:.0f}"
-        figures = (f"{row['max_C']:,}", f"{row['bytes_per_class']:,.0f}", step, row["how"])
-        table.add_row(f"{row['recipe']} ({row['backend']})", row["weight_dtype"], row["momentum_dtype"], *figures)
+        names = (f"{row['recipe']} ({row['backend']})", row["weight_dtype"], row["momentum_dtype"])
+        table.add_row(*names, f"{row['max_C']:,}", f"{row['bytes_per_class']:,.0f}", step, row["how"])
     return table
 
 
 def ranks_table(rows: list[dict[str, Any]]) -> Table:
     """Make a table of predicted and measured steps on several processes."""
-    table = _table("A training step on several processes: the cost model beside what was measured")
-    for column in ("ranks", "N", "identities", "predicted ms", "measured ms", "measured ÷ predicted"):
-        table.add_column(column, justify="right")
-    table.add_column("limited by")
+    title = "A training step on several processes: the cost model beside what was measured"
+    figures = numbers("ranks", "N", "identities", "predicted ms", "measured ms", "measured ÷ predicted")
+    table = _table(title, *figures, "limited by")
     for row in rows:
         predicted, measured = row["predicted_ms"], row["measured_ms"]
-        figures = (digits(predicted), digits(measured), f"{measured / predicted:.2f}", row["limit"])
-        table.add_row(str(row["ranks"]), str(row["N"]), f"{row['C']:,}", *figures)
+        times = (digits(predicted), digits(measured), f"{measured / predicted:.2f}")
+        table.add_row(str(row["ranks"]), str(row["N"]), f"{row['C']:,}", *times, row["limit"])
     return table

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .errors import WrongOption, explained, make_folder
+from .errors import WrongOption, check_folder, explained
 from .progress import TrainingBar
 from .reporting import NAME, NoReport, ReportFile, ReportInOutput
 from .terminal import terminal
@@ -72,8 +72,8 @@ def compare(
     try:
         chosen_criteria(names)
     except ValueError as error:
-        raise WrongOption(f"--{error}") from None
-    make_folder("--output", output)
+        raise WrongOption(str(error)) from None
+    check_folder("--output", output)
     page = ReportFile(report, no_report, output / NAME)
     plan = comparison_plan(quick, None if data is None else str(data), seeds, steps, batch_size)
     console = terminal()

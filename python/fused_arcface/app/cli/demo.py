@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .errors import make_folder
+from .errors import check_folder
 from .progress import TrainingBar
 from .terminal import terminal
 
@@ -31,7 +31,7 @@ def demo(
     # A missing library is named before the minutes are spent, not after.
     require("sklearn.metrics")
     pyplot()
-    make_folder("--output", output)
+    check_folder("--output", output)
 
     from ..drawing import write_pictures
     from ..lab import plans

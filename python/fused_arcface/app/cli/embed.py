@@ -6,13 +6,12 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.progress import Progress
 
 from ..data.formats.embeddings import SUFFIXES
 from ..data.images import MAX_PIXELS
 from . import evaluation as shared
 from .errors import check_file, explained
-from .terminal import Problems, say, terminal
+from .terminal import say, terminal
 
 
 def embed(
@@ -41,32 +40,15 @@ def embed(
     An interrupted command resumes when you call it again. Images that cannot
     be read are reported and left out.
     """
+    settings = dict(locals())
     from ..data.unlabeled import read_images
-    from ..embedder import load_embedder
-    from ..embedding import check_output, embed_to_file
+    from ..embedding import check_output
 
-    error = terminal(stderr=True, soft_wrap=True)
-    tell = Problems(error, "; left out")
     with explained():
         check_output(output)
         check_file("--output", output)
-        embedder = load_embedder(checkpoint, backbone, device=device, image_size=image_size, trust=trust)
         found = read_images(images, max_pixels=max_pixels)
-        for problem in found.problems:
-            tell(problem)
-        with Progress(console=error, transient=True, disable=not error.is_terminal) as bar:
-            task = bar.add_task("images", total=len(found))
-            embedded = embed_to_file(
-                embedder,
-                found,
-                output,
-                flip=flip,
-                batch_size=batch_size,
-                workers=workers,
-                done=lambda count: bar.advance(task, count),
-                unreadable=tell,
-            )
-    tell.end()
+        (embedded,) = shared.embed_images([found], settings, save=output, normalize=True)
     count, dim = embedded.embeddings.shape
     lost = f", {len(found) - count} left out" if count < len(found) else ""
     say(terminal(), f"{count} embeddings of dimension {dim} in {output}{lost}")

@@ -26,6 +26,9 @@ FAILED, WRONG_ARGUMENT, INTERRUPTED = 1, 2, 130
 class WrongOption(typer.BadParameter):
     """An option whose value is wrong; the message has the option's name, its rule and what was received."""
 
+    def __init__(self, message: str, **place: Any) -> None:
+        super().__init__(with_option(message), **place)
+
     def format_message(self) -> str:
         """Return the message without typer's words before it."""
         return self.message
@@ -60,6 +63,8 @@ def check_file(option: str, path: Path | None) -> None:
 def check_folder(option: str, path: Path | None, folder: Path | None = None) -> None:
     """Check that a folder for results can be made and written to: ``folder``, by default ``path`` itself.
 
+    It is not made: an error in another option leaves nothing behind.
+
     Raises:
         WrongOption: if it cannot.
     """
@@ -73,22 +78,13 @@ def check_folder(option: str, path: Path | None, folder: Path | None = None) -> 
         raise WrongOption(f"{option} {path} cannot be written to: {error.strerror}") from None
 
 
-def make_folder(option: str, path: Path) -> None:
-    """Make a folder for results; one that cannot be written to is an error before the minutes are spent, not after."""
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=path).close()
-    except OSError as error:
-        raise WrongOption(f"{option} {path} cannot be written to: {error.strerror}") from None
-
-
 _options: frozenset[str] = frozenset()
 """Names of the options of the command that runs, with underscores."""
 
 
 @contextlib.contextmanager
 def options_named(names: Iterable[str]) -> Iterator[None]:
-    """Let errors of the library, which name an argument, name the option of the command instead."""
+    """Turn the names of arguments in the library's errors into the names of the command's options."""
     global _options
     before, _options = _options, frozenset(names)
     try:
@@ -112,7 +108,7 @@ def with_option(text: str) -> str:
 
 @contextlib.contextmanager
 def explained() -> Iterator[None]:
-    """End the command with the message and the status of an error in what the user gave."""
+    """End the command with the message and the status of an error in the user's arguments or files."""
     from fused_arcface.checkpoint import CheckpointError
 
     from ..export import ExportError
@@ -133,7 +129,7 @@ def ended(error: BaseException) -> typer.Exit:
 def explain(error: BaseException) -> int:
     """Print an error that ended a command and return the exit status. Raise an error that no user can mend."""
     hint = ""
-    # typer brings a click of its own, or imports the one that is installed; this is the error of whichever it uses.
+    # This is click's error. typer has its own copy of click, or imports the installed one.
     usage: Any = typer.BadParameter.__base__
     if isinstance(error, usage):
         command = error.ctx.command_path if error.ctx is not None else "fused-arcface"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,12 +13,13 @@ from rich.progress import Progress
 
 from fused_arcface.evaluation.distances import NAMES as DISTANCES
 
-from .errors import one_of
+from .errors import check_file, check_folder, one_of
 from .terminal import Problems, say, terminal
 
 if TYPE_CHECKING:
     from ..data.embedding_sets import EmbeddingSet
     from ..data.sources import ImageSet
+    from ..drawing import Drawing
 
 _NET = (
     "The net: the folder of a training run, its model.pt or best.pt, or any file of weights together with --backbone."
@@ -93,24 +94,28 @@ BadData = Annotated[
 ]
 
 
+def check_results(options: Mapping[str, Any]) -> None:
+    """Check that the files and the folder for results that a command's options name can be written.
+
+    Raises:
+        WrongOption: if one cannot.
+        ValueError: if embeddings are to be saved in a file with an unknown suffix.
+    """
+    from ..data.embedding_sets import check_suffix
+
+    for name in ("json", "save_embeddings", "predictions"):
+        check_file(f"--{name.replace('_', '-')}", options.get(name))
+    check_folder("--pictures", options.get("pictures"))
+    check_suffix(options.get("save_embeddings"), "save_embeddings")
+
+
 def embed_images(
-    checkpoint: Path,
-    sets: list[ImageSet],
-    *,
-    bad_data: str,
-    flip: bool,
-    device: str,
-    batch_size: int,
-    workers: int,
-    trust: bool,
-    backbone: str | None = None,
-    save: Path | None = None,
-    image_size: int | None = None,
+    sets: list[ImageSet], options: Mapping[str, Any], *, save: Path | None = None, normalize: bool = False
 ) -> list[EmbeddingSet]:
-    """Embed sets of images by a run's net, with a progress bar.
+    """Embed sets of images by the net that a command's options name, with a progress bar.
 
     With ``save`` the embeddings of the one set go to a file, in parts, so that an interrupted command resumes; see
-    :func:`fused_arcface.app.embedding.embed_to_file`.
+    :func:`fused_arcface.app.embedding.embed_to_file`. There alone they may be normalized.
 
     Raises:
         DataError: if there is a problem in the data and ``bad_data`` is ``"stop"``, or no image can be read.
@@ -122,12 +127,13 @@ def embed_images(
     from ..evaluating import lost
     from ..training.resolve import stopped_by
 
-    embedder = load_embedder(checkpoint, backbone, device=device, image_size=image_size, trust=trust)
+    how = {name: options[name] for name in ("device", "image_size", "trust")}
+    embedder = load_embedder(options["checkpoint"], options["backbone"], **how)
     console = terminal(stderr=True, soft_wrap=True)
     problems = Problems(console, "; skipped")
 
     def tell(problem: str) -> None:
-        if bad_data == "stop":
+        if options.get("bad_data") == "stop":
             raise DataError(stopped_by(problem))
         problems(problem)
 
@@ -137,13 +143,13 @@ def embed_images(
         tell(problem)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("images", total=sum(len(images) for images in sets))
-        how: dict[str, Any] = {"flip": flip, "batch_size": batch_size, "workers": workers, "unreadable": tell}
-        how["done"] = lambda count: bar.advance(task, count)
+        how = {name: options[name] for name in ("flip", "batch_size", "workers")}
+        how |= {"unreadable": tell, "done": lambda count: bar.advance(task, count)}
         if save is not None:
             (images,) = sets
-            found = [embed_to_file(embedder, images, save, normalize=False, **how)]
+            found = [embed_to_file(embedder, images, save, normalize=normalize, **how)]
         else:
-            found = [embed_set(embedder.net, images, embedder.spec, device=device, **how) for images in sets]
+            found = [embed_set(embedder.net, each, embedder.spec, device=options["device"], **how) for each in sets]
     problems.end()
     for images, embedded in zip(sets, found, strict=True):
         if gone := lost(images, embedded):
@@ -151,15 +157,17 @@ def embed_images(
     return found
 
 
-def print_files(console: Console, files: Iterable[Path]) -> None:
-    """Print the names of files that were written, one a line."""
-    for path in files:
+def draw(console: Console, drawings: list[Drawing], folder: Path) -> None:
+    """Write pictures into a folder, and print their names."""
+    from ..drawing import write_pictures
+
+    for path in write_pictures(drawings, folder):
         say(console, str(path))
 
 
-def about(**sources: str | Path | None) -> dict[str, str | None]:
-    """Return the names of what was evaluated, for the JSON file."""
-    return {name: None if value is None else str(value) for name, value in sources.items()}
+def about(options: Mapping[str, Any], *names: str) -> dict[str, str | None]:
+    """Return the values of the options that name what was evaluated, for the JSON file."""
+    return {name: None if options[name] is None else str(options[name]) for name in names}
 
 
 def write_json(path: Path, figures: dict[str, Any]) -> None:

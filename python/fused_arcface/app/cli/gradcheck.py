@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.progress import track
-from rich.table import Table
+from rich.table import Column, Table
 
 from .errors import WrongOption, one_of
+from .tables import numbers
 from .terminal import terminal
 
 if TYPE_CHECKING:
@@ -70,8 +71,7 @@ def gradcheck(
             tables[name].add_row(_describe(margin, options), DTYPES[each], *_cells(found))
     for table in tables.values():
         if table.row_count:
-            console.print(table)
-            console.print()
+            console.print(table, "")
     console.print("ST: straight-through gradient. fd: finite differences agree as well.", highlight=False)
     console.print("K: centers of each class. ε: label smoothing.", highlight=False)
     color = "red" if failed else "green"
@@ -83,10 +83,9 @@ def gradcheck(
 def _table(backend: str, quantities: tuple[str, ...]) -> Table:
     """Return an empty table for the results of one backend."""
     title = f"backend {backend}: largest relative errors against the reference in fp64"
-    table = Table(title=title, title_justify="left", title_style="bold", box=None, padding=(0, 1, 0, 0))
-    for heading in ("margin", "dtype", *quantities, "allowed", "result"):
-        table.add_column(heading, justify="right" if heading in (*quantities, "allowed") else "left", no_wrap=True)
-    return table
+    names = [Column(heading, no_wrap=True) for heading in ("margin", "dtype", "result")]
+    columns = (*names[:2], *numbers(*quantities, "allowed", no_wrap=True), names[2])
+    return Table(*columns, title=title, title_justify="left", title_style="bold", box=None, padding=(0, 1, 0, 0))
 
 
 def _cells(found: Agreement) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, get_args
+from typing import TYPE_CHECKING, Annotated, get_args
 
 import typer
 from rich.table import Table
@@ -15,7 +15,7 @@ from ..data.formats.embeddings import EMBEDDING_FILES
 from ..data.images import MAX_PIXELS
 from . import evaluation as shared
 from . import reporting
-from .errors import WrongOption, check_file, check_folder, explained, one_of
+from .errors import WrongOption, explained, one_of
 from .tables import plain_table
 from .terminal import terminal
 
@@ -98,9 +98,10 @@ def identify(
     """
     settings = dict(locals())
     from fused_arcface.evaluation import identify as search
-    from fused_arcface.evaluation import make_distance
+    from fused_arcface.evaluation import make_distance, split_gallery
+    from fused_arcface.evaluation.search import choose_engine
 
-    from ..data.embedding_sets import EmbeddingSet, check_suffix
+    from ..data.embedding_sets import EmbeddingSet
     from ..data.pair_sets import read_labeled
     from ..evaluating import described, identification_figures, prepared, split_set, two_sets, with_labels_by_name
     from ..predictions import write_predictions
@@ -112,26 +113,24 @@ def identify(
         )
     if save_embeddings is not None and data is None:
         raise WrongOption("--save-embeddings goes with --data")
-    check_file("--json", json)
-    check_file("--save-embeddings", save_embeddings)
-    check_file("--predictions", predictions)
-    check_folder("--pictures", pictures)
     page = reporting.ReportFile(report, no_report, reporting.beside("identify", json, pictures))
     sources: list[ImageSet] = []
     with explained():
-        check_suffix(save_embeddings, "save_embeddings")
-        options: dict[str, Any] = {"flip": flip, "device": device, "batch_size": batch_size, "workers": workers}
-        options |= {"bad_data": bad_data, "trust": trust, "backbone": backbone, "image_size": image_size}
-        if gallery is not None and probes is not None and checkpoint is not None:
+        shared.check_results(settings)
+        if distance != "mahalanobis":  # any engine can search by that one
+            choose_engine(engine, make_distance(distance, order=p))
+        if gallery is not None and probes is not None:
             sources = two_sets(gallery, probes, max_pixels)
-            split = with_labels_by_name(sources, shared.embed_images(checkpoint, sources, **options))
+            split = with_labels_by_name(sources, shared.embed_images(sources, settings))
         else:
             if embeddings is not None:
                 labeled = EmbeddingSet.load(embeddings)
             else:
-                assert data is not None and checkpoint is not None
+                assert data is not None
                 sources = [read_labeled(data, max_pixels=max_pixels)]
-                (labeled,) = shared.embed_images(checkpoint, sources, **options)
+                assert sources[0].labels is not None
+                split_gallery(sources[0].labels, gallery_images=gallery_images, unknown=unknown)  # checks both options
+                (labeled,) = shared.embed_images(sources, settings)
             if save_embeddings is not None:
                 labeled.save(save_embeddings)
             split = split_set(labeled, gallery_images, unknown, seed)
@@ -151,19 +150,16 @@ def identify(
         table = _table(found, f"{name}, {distance}")
         console.print(table)
         if json is not None:
-            about = shared.about(
-                data=data, gallery=gallery, probes=probes, checkpoint=checkpoint, embeddings=embeddings
-            )
+            about = shared.about(settings, "data", "gallery", "probes", "checkpoint", "embeddings")
             how = described(chosen, distance, normalize)
             shared.write_json(json, {**about, "flip": flip, **how, **identification_figures(found)})
         compared = split._replace(gallery=known, probes=sought)
         if predictions is not None:
             write_predictions(predictions, compared, chosen, engine)  # type: ignore[arg-type]
         if pictures is not None:
-            from ..drawing import write_pictures
             from ..report.evaluation import identification_drawings
 
-            shared.print_files(console, write_pictures(identification_drawings(found, name), pictures))
+            shared.draw(console, identification_drawings(found, name), pictures)
 
         def make_report() -> Report:
             from ..report.answers import nearest_answers

@@ -98,8 +98,7 @@ def print_comparison(console: Console, found: Comparison) -> None:
     for line in comparison_gains(found):
         console.print(line, highlight=False)
     for table in distances:
-        console.print()
-        console.print(table)
+        console.print("", table)
 
 
 COLUMNS = (
@@ -138,13 +137,8 @@ def _criteria(found: Comparison) -> Table:
     table.padding = (0, 1, 0, 0)
     for name in dict.fromkeys(row.criterion for row in found.rows):
         rows = found.of(name)
-        table.add_row(
-            name,
-            spread([row.accuracy for row in rows]),
-            spread([row.tar["0.01"] for row in rows]),
-            spread([row.rank1 for row in rows]),
-            f"{fmean(row.seconds for row in rows):.1f}",
-            f"{fmean(row.head_milliseconds for row in rows):.1f}",
-            "-" if rows[0].peak_bytes is None else f"{rows[0].peak_bytes / 1e6:.0f}",
-        )
+        shares = zip(*((row.accuracy, row.tar["0.01"], row.rank1) for row in rows), strict=True)
+        times = (fmean(row.seconds for row in rows), fmean(row.head_milliseconds for row in rows))
+        memory = "-" if rows[0].peak_bytes is None else f"{rows[0].peak_bytes / 1e6:.0f}"
+        table.add_row(name, *map(spread, shares), *(f"{each:.1f}" for each in times), memory)
     return table

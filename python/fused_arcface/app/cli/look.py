@@ -44,7 +44,7 @@ class PlainCommand(TyperCommand):
 
 
 def give_look(option: Any) -> Any:
-    """Give an option of typer the look, and return it. Bounds of a number that is no integer are floats."""
+    """Give an option of typer the look, and return it. Its bounds are floats if it takes any number."""
     flag = getattr(option, "is_flag", False)
     least = getattr(option, "min", None)
     if flag:
@@ -62,7 +62,7 @@ def give_look(option: Any) -> Any:
 
 
 def _name_rules(option: Any) -> None:
-    """Make a wrong value of a path or a number an error with the option's name, its rule and what was received."""
+    """Let a wrong path or number raise an error with the option's name, its rule and the value."""
     kind = _kind(option)
     rule = {Path: "the name of a file or folder", int: "a whole number", float: "a number"}.get(kind)
     if rule is None or getattr(option, "count", False):

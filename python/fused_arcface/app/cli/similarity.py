@@ -12,6 +12,7 @@ import typer
 from fused_arcface.base.reading import NoSuchData
 from fused_arcface.base.suggest import missing_path
 
+from ..thresholds import KeptThresholds
 from . import evaluation as shared
 from .errors import explained
 from .terminal import say, terminal
@@ -62,29 +63,31 @@ def similarity(
         embedder = load_embedder(checkpoint, backbone, device=device, image_size=image_size, trust=trust)
         one, other = embedder([first, second]).double().cpu()
         cosine = float(one @ other)
-        lines = [f"cosine {cosine:.4f}"]
-        kept = embedder.thresholds
+        source, kept = "as given", embedder.thresholds
         if threshold is None and kept is not None:
-            point = kept.at(far)
-            threshold = point.threshold
-            source = (
-                f"{point.name} on {kept.data}: {point.accuracy:.1%} of its pairs right, "
-                f"{point.false_accept_rate:.2%} of two people accepted"
-            )
-            if far is not None and kept.pairs_of_two is not None and far * kept.pairs_of_two < 1:
-                source += f"; its {kept.pairs_of_two} pairs of two people are too few to measure this rate"
-        else:
-            source = "as given"
-        if threshold is None and far is not None:
+            threshold, source = kept.at(far).threshold, _source(kept, far)
+        elif far is not None:
             raise ValueError(f"--far needs the thresholds of a run, and {checkpoint} has none; {_how(checkpoint)}")
-        if threshold is None:
-            lines.append(f"No verdict, because {checkpoint} has no thresholds; {_how(checkpoint)}")
-        else:
-            verdict = "one person" if cosine >= threshold else "two people"
-            shown = "accepts nobody" if math.isinf(threshold) else f"{threshold:.4f}"
-            lines.append(f"{verdict}: threshold {shown} ({source})")
-    for line in lines:
-        say(terminal(), line)
+    say(terminal(), f"cosine {cosine:.4f}")
+    if threshold is None:
+        say(terminal(), f"No verdict, because {checkpoint} has no thresholds; {_how(checkpoint)}")
+    else:
+        verdict = "one person" if cosine >= threshold else "two people"
+        shown = "accepts nobody" if math.isinf(threshold) else f"{threshold:.4f}"
+        say(terminal(), f"{verdict}: threshold {shown} ({source})")
+
+
+def _source(kept: KeptThresholds, far: float | None) -> str:
+    """Say where a run's threshold comes from, and how good it was there."""
+    point = kept.at(far)
+    right, accepted = (
+        f"{point.accuracy:.1%} of its pairs right",
+        f"{point.false_accept_rate:.2%} of two people accepted",
+    )
+    text = f"{point.name} on {kept.data}: {right}, {accepted}"
+    if far is not None and kept.pairs_of_two is not None and far * kept.pairs_of_two < 1:
+        text += f"; its {kept.pairs_of_two} pairs of two people are too few to measure this rate"
+    return text
 
 
 def _how(checkpoint: Path) -> str:

@@ -5,22 +5,25 @@ from __future__ import annotations
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from .terminal import say
 
 
 def plain_table(title: str, *columns: str) -> Table:
-    """Make a table without lines, its first column for names, the others for numbers."""
+    """Make a table without lines. Its first column is for names, the others are for numbers."""
     # A title may have a file's name in it, so its brackets are not markup.
-    table = Table(title=Text(title), title_justify="left", title_style="bold", box=None, padding=(0, 2, 0, 0))
-    table.add_column("", no_wrap=True)
-    for column in columns:
-        table.add_column(column, justify="right")
-    return table
+    look: dict[str, Any] = {"title_justify": "left", "title_style": "bold", "box": None, "padding": (0, 2, 0, 0)}
+    return Table(Column(no_wrap=True), *numbers(*columns), title=Text(title), **look)
+
+
+def numbers(*headings: str, no_wrap: bool = False) -> list[Column]:
+    """Return columns for numbers."""
+    return [Column(heading, justify="right", no_wrap=no_wrap) for heading in headings]
 
 
 def add_rates(table: Table, eer: float, tar: Mapping[float, float], others: int) -> None:
@@ -31,7 +34,7 @@ def add_rates(table: Table, eer: float, tar: Mapping[float, float], others: int)
 
 
 def spread(values: Sequence[float]) -> str:
-    """Return mean and population standard deviation as text; of a single value the value."""
+    """Return mean and population standard deviation as text; a single value without a deviation."""
     mean = f"{statistics.fmean(values):.3f}"
     return f"{mean} ± {statistics.pstdev(values):.3f}" if len(values) > 1 else mean
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -11,7 +11,7 @@ from rich.console import Console
 from ..data.formats.embeddings import EMBEDDING_FILES
 from ..data.images import MAX_PIXELS
 from . import evaluation as shared
-from .errors import WrongOption, check_file, explained
+from .errors import WrongOption, explained
 from .tables import add_rates, plain_table
 from .terminal import say, terminal
 
@@ -63,9 +63,10 @@ def templates(
     Images are averaged within a photo or video, and these are added up
     over the template. The defaults are those of insightface's evaluation.
     """
+    settings = dict(locals())
     from fused_arcface.base.extras import require
 
-    from ..data.embedding_sets import EmbeddingSet, check_suffix
+    from ..data.embedding_sets import EmbeddingSet
     from ..data.formats.templates import read_templates
     from ..templates import evaluate_templates, template_figures
 
@@ -74,19 +75,13 @@ def templates(
     if save_embeddings is not None and checkpoint is None:
         raise WrongOption("--save-embeddings goes with --checkpoint")
     require("sklearn.metrics", "eval")
-    check_file("--json", json)
-    check_file("--save-embeddings", save_embeddings)
     with explained():
-        check_suffix(save_embeddings, "save_embeddings")
+        shared.check_results(settings)
         read = read_templates(data, max_pixels)
         if embeddings is not None:
             embedded = EmbeddingSet.load(embeddings)
         else:
-            assert checkpoint is not None
-            options: dict[str, Any] = {"flip": flip, "device": device, "batch_size": batch_size, "workers": workers}
-            options |= {"bad_data": bad_data, "trust": trust, "backbone": backbone, "save": save_embeddings}
-            options["image_size"] = image_size
-            (embedded,) = shared.embed_images(checkpoint, [read.images], **options)
+            (embedded,) = shared.embed_images([read.images], settings, save=save_embeddings)
         found = evaluate_templates(read, embedded, scores=scores, norms=norms)
         console = terminal()
         _print(console, found, f"{Path(data).name}, {len(embedded.paths)} images in {found.num_templates} templates")
@@ -96,7 +91,7 @@ def templates(
             console.print("The set has no detector's scores: each image counts alike.", highlight=False)
         if json is not None:
             about = {
-                **shared.about(data=data, checkpoint=checkpoint, embeddings=embeddings),
+                **shared.about(settings, "data", "checkpoint", "embeddings"),
                 "flip": flip if embeddings is None else None,
                 "scores": scores and read.scores is not None,
                 "norms": norms,

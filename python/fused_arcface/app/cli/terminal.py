@@ -11,33 +11,33 @@ from rich.segment import Segment
 from fused_arcface.base.text import printable
 
 _MOST = 20
-"""Number of problems in the data that a command tells one by one."""
+"""Number of problems in the data that a command prints one by one."""
 
 
 class _Terminal(Console):
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
-        """Render as rich does; what rich itself sends to the terminal is kept."""
+        """Render as rich does. Rich's own control codes are kept."""
         for segment in super().render(renderable, options):
             yield segment if segment.control else Segment(printable(segment.text), segment.style)
 
 
 def terminal(**options: Any) -> Console:
-    """Make a console that prints whatever text it is given without obeying it; ``options`` are those of rich."""
+    """Make a console that prints control characters in a text as escapes; ``options`` are rich's."""
     return _Terminal(**options)
 
 
 def say(console: Console, text: str, style: str | None = None) -> None:
-    """Print a text as it is: without markup, without colored numbers, and without breaks that it does not have."""
+    """Print a text as it is: without markup, colored numbers or added line breaks."""
     console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
 
 
 class Problems:
-    """Tells the first problems one by one, and in the end the number of the others.
+    """Prints the first problems one by one, and in the end the number of the others.
 
     Args:
         console: the console to write to.
         ending: words that follow each problem.
-        kind: what the others are called.
+        kind: the noun for the others.
     """
 
     def __init__(self, console: Console, ending: str, kind: str = "problems") -> None:
@@ -45,12 +45,12 @@ class Problems:
         self._told = 0
 
     def __call__(self, problem: str) -> None:
-        """Tell a problem."""
+        """Print a problem, if it is one of the first."""
         self._told += 1
         if self._told <= _MOST:
             say(self._console, f"{problem}{self._ending}", "yellow")
 
     def end(self) -> None:
-        """Tell the number of problems that were not told."""
+        """Print the number of the other problems."""
         if self._told > _MOST:
             say(self._console, f"and {self._told - _MOST} more such {self._kind}{self._ending}", "yellow")

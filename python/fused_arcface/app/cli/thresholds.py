@@ -3,29 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import numpy.typing as npt
 from rich.console import Console
 from rich.table import Table
 
-from fused_arcface.evaluation.thresholds import OperatingPoint, operating_points
+from fused_arcface.evaluation.thresholds import OperatingPoint
 
-from ..thresholds import KeptThresholds, as_json, as_text, of_cosine_distance
+from ..thresholds import KeptThresholds, as_json, as_text
 from .tables import plain_table
 from .terminal import say
-
-if TYPE_CHECKING:
-    import numpy as np
-
-
-def threshold_points(same: npt.ArrayLike, scores: npt.NDArray[np.float64], cosine: bool) -> list[OperatingPoint]:
-    """Return the operating points of pairs with ``same`` (P,) bool and ``scores`` (P,), negated distances.
-
-    If the distance is 1 - cos (``cosine``), thresholds are cosines.
-    """
-    points = operating_points(same, scores)
-    return of_cosine_distance(points) if cosine else points
 
 
 def threshold_tables(points: list[OperatingPoint], cosine: bool) -> list[Table]:
@@ -46,7 +33,7 @@ def threshold_figures(points: list[OperatingPoint], cosine: bool) -> dict[str, A
 
 
 def keep_thresholds(console: Console, checkpoint: Path, kept: KeptThresholds) -> None:
-    """Leave thresholds with a run, and say so; a folder that cannot be written is no error."""
+    """Write thresholds into a run's folder, and say so. A folder that cannot be written is not an error."""
     from ..training.runs import RunError, RunFolder
 
     folder = RunFolder(checkpoint)

@@ -35,7 +35,7 @@ RESUME = "last"  # as the value of --resume without one
 
 
 class Command(PlainCommand):
-    """``train`` with a --resume that may stand alone: typer knows no option with a value that can be left out."""
+    """``train`` with an optional value of --resume, which typer does not know."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         filled = [

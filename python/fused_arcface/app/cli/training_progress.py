@@ -1,4 +1,4 @@
-"""Show a training on the terminal: what is trained, a bar while it runs, a line for each epoch, and what to do next."""
+"""Show a training on the terminal: its data and net, a bar, a line for each epoch, and the commands for its result."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ class TrainingProgress:
 
 
 def explain_end(console: Console, folder: RunFolder, steps: int) -> None:
-    """Print what a finished run has in its folder, and the commands that use it."""
+    """Print the files of a finished run, and the commands that use them."""
     run = shlex.quote(str(folder.root))
     lines = ["", f"{steps} step{'s are' if steps != 1 else ' is'} done. The net is in {folder.model}.", ""]
     files = [(folder.model, "the weights of the finished net, a state_dict for torch.load")]

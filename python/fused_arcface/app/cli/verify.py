@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
@@ -13,7 +13,7 @@ from ..data.formats.embeddings import EMBEDDING_FILES
 from ..data.images import MAX_PIXELS
 from . import evaluation as shared
 from . import reporting
-from .errors import WrongOption, check_file, check_folder, explained
+from .errors import WrongOption, explained
 from .tables import add_rates, plain_table
 from .terminal import say, terminal
 
@@ -91,44 +91,45 @@ def verify(
     settings = dict(locals())
     from fused_arcface.base.extras import require
     from fused_arcface.evaluation import make_distance, mean_scores, pair_scores, verify_scores
+    from fused_arcface.evaluation.thresholds import operating_points
+    from fused_arcface.evaluation.verification import check_folds
 
     from ..data.embedding_sets import EmbeddingSet, check_suffix
     from ..data.pair_sets import read_pair_set
-    from ..evaluating import LEFT_OUT, described, prepared, verification_figures, with_pairs
-    from ..thresholds import KeptThresholds
-    from .thresholds import keep_thresholds, threshold_figures, threshold_points, threshold_tables
+    from ..evaluating import LEFT_OUT, both_kinds, described, prepared, verification_figures, with_pairs
+    from ..thresholds import KeptThresholds, of_cosine_distance
+    from .thresholds import keep_thresholds, threshold_figures, threshold_tables
 
     if (embeddings is None) == (data is None or checkpoint is None):
         raise WrongOption("--data and --checkpoint must be given, or --embeddings alone")
     require("sklearn.metrics", "eval")
-    check_file("--json", json)
-    check_file("--save-embeddings", save_embeddings)
-    check_folder("--pictures", pictures)
     page = reporting.ReportFile(report, no_report, reporting.beside("verify", json, pictures))
     read: ImageSet | None = None
     with explained():
-        check_suffix(save_embeddings, "save_embeddings")
+        shared.check_results(settings)
         check_suffix(gallery, "gallery")
+        fitted = None if gallery is None else EmbeddingSet.load(gallery).embeddings
         if embeddings is not None:
             scored = with_pairs(EmbeddingSet.load(embeddings), embeddings, pairs, seed)
         else:
-            assert data is not None and checkpoint is not None
-            options: dict[str, Any] = {"flip": flip, "device": device, "batch_size": batch_size, "workers": workers}
-            options |= {"bad_data": bad_data, "trust": trust, "backbone": backbone, "image_size": image_size}
+            assert data is not None
             read = read_pair_set(data, images, most=pairs, seed=seed, max_pixels=max_pixels)
-            (scored,) = shared.embed_images(checkpoint, [read], **options)
+            assert read.pairs is not None
+            if both_kinds(read.pairs.same):
+                check_folds(folds, len(read.pairs.same))
+            (scored,) = shared.embed_images([read], settings)
         if save_embeddings is not None:
             scored.save(save_embeddings)
         assert scored.pairs is not None
         rows = prepared(scored.embeddings, normalize)
-        fitted = rows if gallery is None else prepared(EmbeddingSet.load(gallery).embeddings, normalize)
+        fitted = rows if fitted is None else prepared(fitted, normalize)
         chosen = make_distance(distance, order=p, gallery=fitted, shrinkage=shrinkage)
         scores = pair_scores(rows, scored.pairs, chosen)
         same = scored.pairs.same.numpy()
-        # Rates compare the two kinds; of one kind there are scores alone.
-        found = verify_scores(same, scores, folds=folds) if same.any() and not same.all() else None
+        found = verify_scores(same, scores, folds=folds) if both_kinds(scored.pairs.same) else None
         cosine = distance == "cosine" and normalize
-        points = threshold_points(same, scores, cosine) if found is not None else []
+        points = operating_points(same, scores) if found is not None else []
+        points = of_cosine_distance(points) if cosine else points
         name = Path(data or str(embeddings)).name
         console = terminal()
         means = mean_scores(same, scores)
@@ -141,14 +142,13 @@ def verify(
             keep_thresholds(console, checkpoint, kept)
         if json is not None:
             how = described(chosen, distance, normalize)
-            about = shared.about(data=data, checkpoint=checkpoint, embeddings=embeddings)
+            about = shared.about(settings, "data", "checkpoint", "embeddings")
             figures = {**verification_figures(found, same, means), **threshold_figures(points, cosine)}
             shared.write_json(json, {**about, "flip": flip, **how, **figures})
         if pictures is not None and found is not None:
-            from ..drawing import write_pictures
             from ..report.evaluation import verification_drawings
 
-            shared.print_files(console, write_pictures(verification_drawings(found, name), pictures))
+            shared.draw(console, verification_drawings(found, name), pictures)
 
         def make_report() -> Report:
             from ..report.digest import digest_pairs

@@ -165,7 +165,7 @@ def _toy(identities: int, samples: int, recipe: Recipe) -> Task:
 
 # The set where margins win comes first.
 DEMO = Plan((_IDENTITIES, _digits(steps=60)), seeds=(0, 1, 2), shapes=(Case(N=128, C=100_000, D=512),), seconds=3.0)
-QUICK_DEMO = Plan((_FEW_IDENTITIES, _digits(steps=8)), seeds=(0,), shapes=(Case(N=16, C=500, D=32),), seconds=0.05)
+QUICK_DEMO = Plan((_FEW_IDENTITIES, _digits(steps=8)), seeds=(0,), shapes=(Case(N=64, C=20_000, D=32),), seconds=0.05)
 
 COMPARISON = Plan((_IDENTITIES,), seeds=(0, 1, 2), toy=_toy(8, 40, Recipe(120, batch_size=64, learning_rate=0.01)))
 QUICK_COMPARISON = Plan((_FEW_IDENTITIES,), seeds=(0,), toy=_toy(4, 6, Recipe(5, batch_size=16, learning_rate=0.01)))

@@ -89,25 +89,26 @@ LOSSES = 100
 
 
 class Folder:
-    """A comparison's folder.
+    """A comparison's folder, which is made for the first result.
 
     Raises:
         ComparisonError: if it holds another comparison's results.
-        OSError: if it cannot be made.
     """
 
     def __init__(self, root: Path, plan: Plan) -> None:
         self.root, self._rows, self._toys = root, root / "rows", root / "toy"
-        for folder in (root, self._rows, self._toys):
-            folder.mkdir(parents=True, exist_ok=True)
-        described = {"fused_arcface": __version__, "torch": torch.__version__, "plan": _described(plan)}
-        file = root / "plan.json"
-        if not file.exists():
-            _write(file, described, indent=1)
-        elif not _holds(json.loads(file.read_text(encoding="utf-8")), json.loads(json.dumps(described))):
+        self._described = {"fused_arcface": __version__, "torch": torch.__version__, "plan": _described(plan)}
+        file = self._plan = root / "plan.json"
+        if file.exists() and not _holds(json.loads(file.read_text("utf-8")), json.loads(json.dumps(self._described))):
             raise ComparisonError(
                 f"{root} holds another comparison (see {file}): name another folder, or remove it first"
             )
+
+    def _make(self) -> None:
+        for folder in (self.root, self._rows, self._toys):
+            folder.mkdir(parents=True, exist_ok=True)
+        if not self._plan.exists():
+            _write(self._plan, self._described, indent=1)
 
     def row(self, criterion: str, seed: int) -> Row | None:
         """Return a finished training's row, or None."""
@@ -119,6 +120,7 @@ class Folder:
 
     def add(self, row: Row) -> None:
         """Keep a row."""
+        self._make()
         _write(self._row_file(row.criterion, row.seed), asdict(row))
 
     def toy(self, criterion: str) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]] | None:
@@ -131,8 +133,8 @@ class Folder:
 
     def add_toy(self, criterion: str, embeddings: npt.NDArray[np.float32], labels: npt.NDArray[np.int64]) -> None:
         """Keep embeddings (M, 2) and labels (M,)."""
-        file = self._toy_file(criterion)
-        with replacing(file) as opened:
+        self._make()
+        with replacing(self._toy_file(criterion)) as opened:
             np.savez(opened, embeddings=embeddings, labels=labels)
 
     def write_summary(self, rows: Sequence[Row], seconds: float) -> list[Path]:

@@ -10,13 +10,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-# Blocks from 64 KiB on are mapped, and go back to the system when freed: the peak of one measurement is not hidden in
-# what an earlier one left to the allocator.
+# Blocks from 64 KiB on are mapped, and go back to the system when freed. So memory of an earlier measurement does not
+# hide the peak of the next one.
 _ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
 
 
 class ChildFailed(RuntimeError):
-    """Raised when the child raised or ended; the message says which."""
+    """Raised if the child raised an error or ended; the message says which."""
 
 
 class Child:
@@ -91,10 +91,7 @@ class Child:
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Return whether an allocation failed.
-
-    On a CPU torch raises a RuntimeError that differs from others in its text alone.
-    """
+    """Return true if an allocation failed. On a CPU, only the text tells torch's error from other RuntimeErrors."""
     text = str(error).lower()
     return isinstance(error, MemoryError) or "out of memory" in text or "allocate memory" in text or "bad_alloc" in text
 

@@ -38,7 +38,7 @@ class Ceiling:
 
     @property
     def flops_per_second(self) -> float:
-        """The rate of the fastest sample: a busy moment does not lower what was reached."""
+        """The rate of the fastest sample, which a busy moment of the machine does not lower."""
         return 2 * self.size**3 / (self.timing.least * 1e-3)
 
 
@@ -59,7 +59,7 @@ def measure_ceiling(device: torch.device, dtype: str = "float32", seconds: float
             torch.mm(a, a, out=result)
 
     runs: dict[str, Callable[[], None]] = {"torch": with_torch}
-    # numpy takes every processor it may run on, whatever torch was told: comparable only when torch takes them all.
+    # numpy takes every processor that it may run on: it is comparable only if torch takes all of them as well.
     if device.type == "cpu" and dtype == "float32" and torch.get_num_threads() >= processors():
         import numpy as np
 
@@ -119,11 +119,11 @@ def device_name(device: torch.device, threads: int | None = None) -> str:
 def commit() -> str:
     """Return the commit of the checkout that this package runs from; outside one, the version.
 
-    The commit ends in "-dirty" if the sources have changed since. ``FUSED_ARCFACE_COMMIT`` in the environment tells the
-    commit of a build that lies outside of its checkout.
+    The commit ends in "-dirty" if the sources have changed since. A build outside of its checkout reads the commit from
+    the environment variable ``FUSED_ARCFACE_COMMIT``.
     """
-    if told := os.environ.get("FUSED_ARCFACE_COMMIT"):
-        return told
+    if given := os.environ.get("FUSED_ARCFACE_COMMIT"):
+        return given
     package = Path(__file__).resolve().parents[2]
 
     def git(*arguments: str) -> str:
@@ -141,7 +141,7 @@ def commit() -> str:
 
 
 def context(device: torch.device) -> dict[str, str]:
-    """Return what every row carries: device, torch, commit and date."""
+    """Return the columns that every row has: device, torch, commit and date."""
     return {"device": device_name(device), "torch": torch.__version__, "commit": commit(), "date": now()}
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-# Short passes are repeated until a sample takes this long: a clock and a scheduler are no finer.
+# Short passes are repeated until a sample takes this long, because clock and scheduler are coarse.
 _SAMPLE_SECONDS = 5e-3
 _LEAST_SAMPLES, _MOST_SAMPLES = 3, 50
 # A run is warmed up by two passes, a short one by more, until one of these is reached.
@@ -82,7 +82,7 @@ def time_interleaved(
             return None
 
     for name in runs:
-        # The first pass loads and compiles, and tells nothing of the time of the next.
+        # The first pass loads and compiles, so its time is not the time of the next one.
         end = time.perf_counter() + _WARM_SECONDS
         for passes in range(1, _MOST_WARM_PASSES + 1):
             once = take(name)

@@ -34,23 +34,26 @@ class FolderLock:
 
     def __init__(self, folder: Path) -> None:
         self._path = folder / LOCK
-        self._file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        try:
+        self._take()
+        while not self.is_in_place():  # its owner removed it between the opening and the lock
+            self.close()
             self._take()
-        except BaseException:
-            os.close(self._file)
-            raise
 
     def _take(self) -> None:
+        self._file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
-            fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in _HELD:
-                owner = os.pread(self._file, 1000, 0).decode(errors="replace").strip()
-                raise FolderInUse(owner or "another process") from None
-        os.ftruncate(self._file, 0)
-        since = time.strftime("%Y-%m-%d %H:%M:%S")
-        os.pwrite(self._file, f"process {os.getpid()} on {socket.gethostname()}, since {since}\n".encode(), 0)
+            try:
+                fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                if error.errno in _HELD:
+                    owner = os.pread(self._file, 1000, 0).decode(errors="replace").strip()
+                    raise FolderInUse(owner or "another process") from None
+            os.ftruncate(self._file, 0)
+            since = time.strftime("%Y-%m-%d %H:%M:%S")
+            os.pwrite(self._file, f"process {os.getpid()} on {socket.gethostname()}, since {since}\n".encode(), 0)
+        except BaseException:
+            self.close()
+            raise
 
     def is_in_place(self) -> bool:
         """Return whether the folder is still the one that was locked: not removed, renamed or made anew."""
@@ -59,8 +62,12 @@ class FolderLock:
         except OSError:
             return False
 
+    def remove(self) -> None:
+        """Remove the file. A process that has just opened it notices this once it has the lock."""
+        self._path.unlink()
+
     def close(self) -> None:
-        """Release the lock. The file stays: another process may be about to lock it."""
+        """Release the lock. The file stays."""
         os.close(self._file)
 
     def __enter__(self) -> FolderLock:

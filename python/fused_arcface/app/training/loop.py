@@ -51,17 +51,15 @@ class TrainingLoop:
         self._interrupt, self._trust = interrupt, trust
         balanced = source.labels if config.balanced else None
         self._plan = BatchPlan(len(source), config.batch_size, config.seed, config.flip, balanced)
+        with world.together():  # before the head makes a file of class centers
+            pairs = open_verification(config) if world.rank == 0 else None
+        self._verifier = Verifier(pairs, config.batch_size, config.workers) if pairs is not None else None
         self._steps = config.epochs * self._plan.steps_per_epoch
         self._learner = Learner(config, len(source.names), self._steps, world)
         self._listeners = [] if listener is None else [listener]
         self._metrics: dict[str, float] = {}
-        self._files: list[Listener] = []
+        self._files = folder_listeners(folder.log, folder.tensorboard) if write and world.rank == 0 else []
         self._failure: Exception | None = None
-        self._verifier: Verifier | None = None
-        if world.rank == 0:
-            self._files = folder_listeners(folder.log, folder.tensorboard) if write else []
-            pairs = open_verification(config)
-            self._verifier = Verifier(pairs, config.batch_size, config.workers) if pairs is not None else None
         self._stopped_by: signal.Signals | None = None
         self._saved = -1
 
@@ -95,9 +93,9 @@ class TrainingLoop:
         except OSError as error:
             self._fail(disk_error(self._folder.root, error, self._way_back()))
 
-    def run(self) -> TrainingOutcome:
-        """Train until the last step or an interruption."""
-        first = step = self._saved = self._begin()
+    def run(self, first: int) -> TrainingOutcome:
+        """Train from the step that :meth:`begin` returned until the last one or an interruption."""
+        step = self._saved = first
         updates = self._learner.updates
         self._best = BestNet(self._folder, step, self._config.keeps_best_run)
         if step and step % self._plan.steps_per_epoch == 0:
@@ -133,7 +131,7 @@ class TrainingLoop:
 
     def try_out(self) -> DryRun:
         """Make the first step, and keep nothing of it."""
-        step = self._begin()
+        step = self.begin()
         sizes, batches = self._batches(min(step, self._steps - 1))
         start = time.perf_counter()
         batch = self._next_batch(batches)
@@ -143,13 +141,13 @@ class TrainingLoop:
         loss = self._learner.learn(batch.images, batch.labels, sizes, step).loss
         return DryRun(self._config, loss, time.perf_counter() - start)
 
-    def _begin(self) -> int:
+    def begin(self) -> int:
         """Load the newest checkpoint, or begin; tell the listeners and return the number of steps made by then."""
         config, learner, source = self._config, self._learner, self._source
-        step = 0
         if self._folder.has_checkpoint:
             step = learner.load(self._folder.checkpoints, trust=self._trust)
         else:
+            step = 0
             with self._world.together():
                 learner.start(source.names)
         assert config.scale is not None

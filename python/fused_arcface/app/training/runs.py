@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import contextlib
 import shlex
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -90,21 +91,34 @@ class RunFolder:
     def has_checkpoint(self) -> bool:
         return checkpoint.latest(self.checkpoints) is not None
 
-    def lock(self) -> FolderLock:
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[FolderLock]:
         """Make the folder, if it is missing, and lock it for this process.
+
+        If it is not a training run in the end, the lock's file is removed, and the folders that were made for it.
 
         Raises:
             RunError: if another process trains in it, or it cannot be written.
         """
+        missing = [folder for folder in (self.root, *self.root.parents) if not folder.exists()]
         try:
             self.root.mkdir(parents=True, exist_ok=True)
-            return FolderLock(self.root)
+            lock = FolderLock(self.root)
         except FolderInUse as owner:
             raise RunError(
                 f"{self.root} is in use: {owner} trains in it; wait for its end or stop it, or name another --output"
             ) from None
         except OSError as error:
             raise RunError(f"{self.root} cannot be written: {error.strerror}") from None
+        with lock:
+            try:
+                yield lock
+            finally:
+                with contextlib.suppress(OSError):  # something else lies in a folder
+                    if lock.is_in_place() and not self.config.exists():
+                        lock.remove()
+                        for folder in missing:
+                            folder.rmdir()
 
     def check_files(self) -> None:
         """Check that what has the name of one of the run's files is a regular file.

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
+from fused_arcface.store import is_store, remove_store
+
 from ..data.sources import ImageSource
 from .agreement import agreed_fingerprint
 from .config import TrainConfig
@@ -64,22 +66,25 @@ def train(
         data = agreed_fingerprint(world, config, source, output=folder.place, resume=resume, dry_run=False)
         with world.together():
             if world.rank == 0:
-                lock = held.enter_context(folder.lock())
+                lock = held.enter_context(folder.locked())
         with world.together():  # nobody writes before all have looked
             check_run(folder, config, source.names, data, folder.config.exists() if resume == "auto" else resume)
-        new = not folder.config.exists()
+        undo = held.enter_context(contextlib.ExitStack())  # nothing is left of a run that cannot begin
+        if world.rank == 0 and not folder.config.exists():
+            undo.callback(remove_run, folder)
+        storage = Path(config.center_storage)
+        makes_store = config.center_storage not in ("device", "host") and not is_store(storage)
         with world.together():
             if world.rank == 0:
                 write_run(folder, config, source.names, data)
-        try:
-            loop = TrainingLoop(config, folder, lock, world, source, interrupt, listener, trust)
-        except Exception:
-            if new and world.rank == 0:  # options that do not fit each other: the folder can be used again
-                remove_run(folder)
-            raise
+        loop = TrainingLoop(config, folder, lock, world, source, interrupt, listener, trust)
+        if world.rank == 0 and makes_store:
+            undo.callback(remove_store, storage)
         held.callback(loop.close)
         try:
-            return loop.run()
+            first = loop.begin()
+            undo.pop_all()
+            return loop.run(first)
         finally:
             loop.tell(Ended())
 

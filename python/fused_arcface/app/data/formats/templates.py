@@ -24,7 +24,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from fused_arcface.base.reading import DataError, file_errors, open_regular
+from fused_arcface.base.reading import DataError, NoSuchData, file_errors, open_regular
+from fused_arcface.base.suggest import missing_path
 from fused_arcface.base.text import is_whole, lines
 from fused_arcface.evaluation.pairs import Pairs
 
@@ -83,6 +84,8 @@ def read_templates(data: str, max_pixels: int = MAX_PIXELS) -> TemplateSet:
         DataError: if the folder has no such lists, or a list is not what it should be; the message names the place.
     """
     root = Path(data)
+    if not root.exists():
+        raise NoSuchData(missing_path(data))
     meta = root / "meta" if (root / "meta").is_dir() else root
     name, faces = _list_of_faces(root, meta)
     files, templates, media = _read_faces(faces)
