@@ -90,6 +90,14 @@ def test_error_of_sees_a_nan_and_a_wrong_shape() -> None:
         error_of(PassResult(torch.tensor(1.0), torch.ones(3, 2)), right)
 
 
+def test_error_of_sees_a_nan_behind_the_first_piece(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fused_arcface.app.benchmark.truth._CHUNK_ELEMENTS", 2)
+    right = PassResult(torch.tensor(1.0), torch.ones(2, 3))
+    found = PassResult(torch.tensor(1.0), torch.tensor([[1.5, 1.0, math.nan], [1.0, 1.0, 1.0]]))
+    assert math.isnan(error_of(found, right))
+    assert error_of(PassResult(torch.tensor(1.25), right.d_embeddings), right) == 0.25
+
+
 def test_cases_are_distinct_and_ascend_in_classes() -> None:
     for device_type in ("cpu", "cuda"):
         for name in NAMES:
