@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -95,10 +96,11 @@ def export(embedder: Embedder, path: Path) -> float:
             content = io.BytesIO()  # torch gives no error of a full disk
             torch.export.save(program, content)
             write_bytes(file, content.getbuffer())
-        difference = max(
+        differences = [
             _difference(file, net, torch.rand(count, *embedder.spec.shape, generator=generator) * 2 - 1)
             for count in _BATCHES
-        )
+        ]
+        difference = float(np.max(differences))  # NaN if one of them is
         if not difference <= TOLERANCE:
             raise ExportError(
                 f"{path} differs from PyTorch by {difference:g}, more than {TOLERANCE:g}; it was not written"
