@@ -145,7 +145,7 @@ class Folder:
             "seconds": round(seconds, 1),
             "criteria": {name: {"source": criteria()[name].source, **found} for name, found in summaries(rows).items()},
         }
-        table = write_csv(self.root / "rows.csv", flat, list(flat[0]))
+        table = write_csv(self.root / "rows.csv", flat)
         return [table, _write(self.root / "summary.json", figures, indent=1)]
 
     def _row_file(self, criterion: str, seed: int) -> Path:
