@@ -13,6 +13,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, nn
 
+from fused_arcface.base.text import listed
 from fused_arcface.margins import angular
 from fused_arcface.margins.entry import Entry, trained
 from fused_arcface.margins.per_row import AdaFace, ElasticFace
@@ -40,7 +41,7 @@ def margin_drawings(scale: float) -> list[Drawing]:
         ),
         Drawing(
             "margins_of_the_row",
-            f"The same of margins that differ from row to row, for embeddings of norm {_listed(NORMS)}. AdaFace has "
+            f"The same of margins that differ from row to row, for embeddings of norm {listed(NORMS)}. AdaFace has "
             "seen norms of 20 ± 5; ElasticFace draws its margin anew for each row, and the band is two deviations.",
             lambda plt: _row_figure(plt, scale),
         ),
@@ -174,7 +175,3 @@ def _of_norm(margin: Any, norm: float) -> Callable[[Tensor], Tensor]:
         return margin.for_rows(norms, torch.ones_like(norms, dtype=torch.bool)).modify(cosines)
 
     return modify
-
-
-def _listed(values: tuple[float, ...]) -> str:
-    return f"{', '.join(f'{value:g}' for value in values[:-1])} and {values[-1]:g}"

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
+
+from fused_arcface.base.text import listed
 
 from ..benchmark.cases import Case
 from ..data import DataError, ImageSpec, LabeledImages, digit_images, identity_images, open_source
@@ -59,7 +60,7 @@ class Digits:
         return digit_images(TRAINED), digit_images(UNSEEN)
 
     def describe(self) -> str:
-        return f"handwritten digits (scikit-learn's): trained on {_listed(TRAINED)}, verified on {_listed(UNSEEN)}"
+        return f"handwritten digits (scikit-learn's): trained on {listed(TRAINED)}, verified on {listed(UNSEEN)}"
 
 
 @dataclass(frozen=True)
@@ -124,10 +125,6 @@ class Plan:
     """Shapes at which the head's time and memory are measured, beside those of the tasks."""
     seconds: float = 0.0
     """Time to spend on the samples of one shape."""
-
-
-def _listed(digits: Sequence[int]) -> str:
-    return f"{', '.join(map(str, digits[:-1]))} and {digits[-1]}"
 
 
 def _digits(steps: int) -> Task:
