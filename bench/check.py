@@ -3,9 +3,9 @@
     python bench/check.py             compare
     python bench/check.py --update    record
 
-Ratios only: our time to that of torch's bare matrix products of the same shape, timed in turn in the same minute, and
-our peak memory to the N×C logits that are not stored. A library's products differ between kinds of processors, so there
-is a baseline for each instruction set and number of threads.
+A ratio is our time over the time of torch's bare matrix products of the same shape, timed in turn in the same minute,
+or our peak memory over the N×C logits that are not stored. A library's products differ between kinds of processors, so
+there is a baseline for each instruction set and number of threads.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from pathlib import Path
 import torch
 
 from fused_arcface import backends
-from fused_arcface.app.benchmark.cases import PASSES, Case
+from fused_arcface.app.benchmark.cases import BF16, PASSES, Case
 from fused_arcface.app.benchmark.providers import select
 from fused_arcface.app.benchmark.report import Report
 from fused_arcface.app.benchmark.runner import run_benchmark
 
 BASELINE = Path(__file__).with_name("baseline.json")
 CPU_CASES = (Case(128, 20_000), Case(32, 50_000))
-CUDA_CASES = (Case(1024, 300_000, 512, "bfloat16", "bfloat16"), Case(1024, 300_000))
-# A quarter is about twice what two idle runs on one machine were seen to differ by.
+CUDA_CASES = (Case(1024, 300_000, 512, *BF16), Case(1024, 300_000))
+# Two idle runs on one machine differed by about half of this quarter.
 TOLERANCE = {"time": 0.25, "memory": 0.10}
-# A busy moment of the machine looks like a regression: one counts when so many runs agree on it.
+# A busy moment of the machine looks like a regression, so this many runs must agree on one.
 RUNS = 3
-# Of the logits: pages of libraries that a process may or may not have touched before.
+# A share of the logits, for pages of libraries that a process may or may not have touched before.
 SLACK = {"time": 0.0, "memory": 0.05}
 
 
@@ -49,11 +49,10 @@ def ratios_of(report: Report) -> dict[str, float]:
         if not each.is_ours:
             continue
         name = f"{each.provider} ({each.backend}), {each.case}, {each.pass_name}"
-        # The least of the samples: what a busy moment adds is no regression.
+        # The least of the samples is not changed by a busy moment.
         ratios[f"time of {name}"] = each.timing.least / products[each.case, each.pass_name].timing.least
         if each.peak_bytes is not None:
-            logits = each.case.N * each.case.C * 4
-            ratios[f"memory of {name}"] = each.peak_bytes / logits
+            ratios[f"memory of {name}"] = each.peak_bytes / (each.case.N * each.case.C * 4)
     return {name: round(ratio, 4) for name, ratio in ratios.items()}
 
 

@@ -11,11 +11,12 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from fused_arcface.app.benchmark.cases import Case, Inputs, make_inputs
+from fused_arcface.app.benchmark.cases import BF16, Case, Inputs, make_inputs
+from fused_arcface.app.benchmark.memory import release
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SHAPES = (
-    (Case(1024, 100_000, 512, "bfloat16", "bfloat16"), Case(1024, 100_000))
+    (Case(1024, 100_000, 512, *BF16), Case(1024, 100_000))
     if DEVICE.type == "cuda"
     else (Case(128, 10_000), Case(128, 10_000, 512, "float32", "bfloat16"), Case(16, 50_000))
 )
@@ -31,8 +32,7 @@ def device() -> torch.device:
 def case(request: pytest.FixtureRequest) -> Iterator[Case]:
     """Yield each shape."""
     yield request.param
-    if DEVICE.type == "cuda":
-        torch.cuda.empty_cache()
+    release(DEVICE)
 
 
 @pytest.fixture

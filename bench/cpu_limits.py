@@ -1,31 +1,30 @@
-"""How near the CPU kernels are to what the processor can do, and to what their users would write instead.
+"""Compare the CPU kernels with the limits of the processor and with the code that users would write instead.
 
     python bench/cpu_limits.py                        # everything, some two minutes on two quiet cores
     python bench/cpu_limits.py small                  # only that part: fp32, bf16 or small
     python bench/cpu_limits.py --before FOLDER        # beside the fp32 step of an earlier build (pip install --target)
 
-Everything runs in turn in one process (an earlier build in a process of its own, which waits while the others run), and
-of each the least of many runs counts, so that a busy minute falls on all alike. Ratios carry over to other machines,
-milliseconds do not. Each line ends with the limit that it is held against; the exit status is 1 if one is missed.
+Everything runs in turn in one process, and the least time of many runs is taken, so that a busy minute affects all
+alike. An earlier build has its own process, which waits while the others run. Ratios are similar on other machines,
+milliseconds are not. Each line ends with its limit; the exit status is 1 if one is missed.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 
 import fused_arcface as fa
 from fused_arcface import backends
 from fused_arcface.app.benchmark import peers
-from fused_arcface.app.benchmark.cases import HEADLINE, SMALL, Case, Inputs, make_inputs
-from fused_arcface.app.benchmark.providers import HeadRun
+from fused_arcface.app.benchmark.cases import BF16, HEADLINE, SMALL, Case, Inputs, make_inputs
+from fused_arcface.app.benchmark.providers import HeadRun, select
 from fused_arcface.app.measure import machine
 
 Run = Callable[[], object]
@@ -48,40 +47,19 @@ def least(runs: dict[str, Run], rounds: int, repeats: int = 1) -> dict[str, floa
 
 def step(loss: peers.Loss, inputs: Inputs) -> Run:
     """Return a run of a forward and a backward pass."""
-    head = HeadRun(loss, *inputs)
+    head = HeadRun(loss, inputs)
     return lambda: head(True)
 
 
-def ours(inputs: Inputs, isa: str = "") -> Run:
-    """Return a run of this package's step, with one instruction set if it is named."""
-    run = step(lambda x, w, y: fa.margin_softmax_loss(x, w, y, backend="cpu"), inputs)  # type: ignore[arg-type, return-value]
-
-    def with_isa() -> object:
-        with _environment(isa):
-            return run()
-
-    return with_isa if isa else run
+def ours(inputs: Inputs) -> Run:
+    """Return a run of this package's step."""
+    return step(lambda x, w, y: fa.margin_softmax_loss(x, w, y, backend="cpu"), inputs)
 
 
-@contextlib.contextmanager
-def _environment(isa: str) -> Iterator[None]:
-    os.environ["FUSED_ARCFACE_ISA"] = isa
-    try:
-        yield
-    finally:
-        del os.environ["FUSED_ARCFACE_ISA"]
-
-
-def products(inputs: Inputs) -> Run:
-    """Return a run of torch's three bare products."""
-    x, w, _ = inputs
-
-    def run() -> None:
-        scores = x @ w.T
-        scores @ w
-        scores.T @ x
-
-    return run
+def named(provider: str, inputs: Inputs) -> Run:
+    """Return a run of a provider of the benchmark."""
+    (found,) = select([provider], "cpu")
+    return found.timed(inputs, backward=True)
 
 
 def judge(name: str, value: float, limit: float, at_least: bool = False) -> None:
@@ -94,7 +72,7 @@ def judge(name: str, value: float, limit: float, at_least: bool = False) -> None
         MISSED.append(name)
 
 
-# A program by itself: the earlier package may lack what this script imports.
+# A separate program: the earlier package may lack names that this script imports.
 WORKER = """
 import sys
 sys.meta_path[:] = [each for each in sys.meta_path if "ScikitBuild" not in type(each).__name__]  # an editable install
@@ -147,9 +125,9 @@ def flops(case: Case) -> float:
 def fp32(rounds: int, before: str | None) -> None:
     """Measure the fp32 step."""
     inputs = make_inputs(HEADLINE, "cpu")
-    runs = {"ours": ours(inputs), "eager": step(peers.plain, inputs), "products": products(inputs)}
-    if "avx2" in _slower():
-        runs["avx2"] = ours(inputs, "avx2")
+    runs = {"ours": ours(inputs), "eager": step(peers.plain, inputs), "products": named("products", inputs)}
+    if any(each.name == "fused_arcface-avx2" for each in select(["ours"], "cpu")):
+        runs["avx2"] = named("fused_arcface-avx2", inputs)
     earlier = [Earlier(before), Earlier(before, "avx2")] if before and "avx2" in runs else []
     runs.update(zip(("earlier", "earlier avx2"), earlier, strict=False))
     ceiling = max(machine.fma_flops_per_second() or 0 for _ in range(3))
@@ -168,17 +146,17 @@ def fp32(rounds: int, before: str | None) -> None:
 
 def bf16(rounds: int, before: str | None) -> None:
     """Measure the bf16 step, and the fp32 step under autocast."""
-    case = Case(HEADLINE.N, HEADLINE.C, HEADLINE.D, "bfloat16", "bfloat16")
+    case = Case(HEADLINE.N, HEADLINE.C, HEADLINE.D, *BF16)
     inputs, mixed = make_inputs(case, "cpu"), make_inputs(HEADLINE, "cpu")
 
     def under_autocast(x: torch.Tensor, w: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         with torch.autocast("cpu", torch.bfloat16):
-            return fa.margin_softmax_loss(x, w, y, backend="cpu")  # type: ignore[return-value]
+            return fa.margin_softmax_loss(x, w, y, backend="cpu")
 
     runs = {
         "ours": ours(inputs),
         "ours, autocast": step(under_autocast, mixed),
-        "products": products(inputs),
+        "products": named("products", inputs),
         "eager": step(peers.plain, inputs),
         "eager, autocast": step(peers.plain_under_autocast, mixed),
     }
@@ -196,7 +174,7 @@ def bf16(rounds: int, before: str | None) -> None:
         earlier.close()
 
 
-def small(rounds: int) -> None:
+def small(rounds: int, _: str | None = None) -> None:
     """Measure small problems beside a plain head."""
     for case in SMALL:
         inputs = make_inputs(case, "cpu")
@@ -204,12 +182,6 @@ def small(rounds: int) -> None:
         ms = least(runs, max(rounds, 5) * 8, repeats=5)
         limit = 0.6 if (case.N, case.C, case.D) == (128, 1000, 512) and torch.get_num_threads() > 1 else 1.05
         judge(f"{case}: {ms['ours']:.3f} ms of eager's {ms['eager']:.3f}", ms["ours"] / ms["eager"], limit)
-
-
-def _slower() -> list[str]:
-    from fused_arcface import _native
-
-    return [isa for isa in _native.isas() if isa != backends.load("cpu").isa()]
 
 
 def _rounded(ms: dict[str, float]) -> str:
@@ -230,12 +202,9 @@ def main() -> None:
         torch.set_num_threads(options.threads)
     parts = options.parts or ["small", "fp32", "bf16"]
     print(f"{machine.device_name(torch.device('cpu'))}; {backends.load('cpu').isa()}; load {os.getloadavg()[0]:.1f}")
-    if "small" in parts:
-        small(options.rounds)
-    if "fp32" in parts:
-        fp32(options.rounds, options.before)
-    if "bf16" in parts:
-        bf16(options.rounds, options.before)
+    for name, measure in (("small", small), ("fp32", fp32), ("bf16", bf16)):
+        if name in parts:
+            measure(options.rounds, options.before)
     sys.exit(1 if MISSED else 0)
 
 

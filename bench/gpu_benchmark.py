@@ -2,11 +2,11 @@
 
     python bench/gpu_benchmark.py FOLDER [SECONDS]
 
-writes rows.csv, rows.json and run.json into FOLDER, after each case: what was measured stays when time runs out.
-The rows have the benchmark's columns, ``graph_ms`` and the versions that compiled the kernels. ``graph_ms`` is the
-median time of the same pass replayed from a CUDA graph: the GPU's share of ``ms``. It is empty where the pass was not
-captured, and the skips in run.json give the reason. Needs nothing but torch, Triton and this package; other peers are
-measured if they can be imported, and named among the skips if not.
+writes rows.csv, rows.json and run.json into FOLDER after each case, so they are kept when the time runs out. The rows
+have the benchmark's columns, ``graph_ms`` and the versions that compiled the kernels. ``graph_ms`` is the median time
+of the same pass replayed from a CUDA graph: the GPU's share of ``ms``. It is empty if the pass was not captured, and
+the skips in run.json give the reason. The script needs torch, Triton and this package. Peers that cannot be imported
+are named among the skips.
 """
 
 from __future__ import annotations
@@ -21,18 +21,15 @@ from pathlib import Path
 import torch
 
 from fused_arcface import backends
-from fused_arcface.app.benchmark.cases import Case
+from fused_arcface.app.benchmark.cases import BF16, BF16_BESIDE_FP32, FP32, Case
 from fused_arcface.app.benchmark.graph_replay import time_replays
 from fused_arcface.app.benchmark.providers import Provider, select
-from fused_arcface.app.benchmark.report import FIELDS, Report, write_csv, write_json
+from fused_arcface.app.benchmark.report import Report, write_rows
 from fused_arcface.app.benchmark.runner import run_benchmark
 from fused_arcface.app.measure.timing import Timing
 from fused_arcface.backends.hopper import CONFIGS
 from fused_arcface.backends.triton.configs import ALGORITHMS
 
-BF16 = ("bfloat16", "bfloat16")
-BF16_BESIDE_FP32 = ("bfloat16", "float32")
-FP32 = ("float32", "float32")
 MILLION = 1_000_000
 
 
@@ -55,17 +52,17 @@ INSIGHTFACE = ("insightface", "insightface-tf32", "insightface-fp16")
 # Without normalization and margin: yardsticks.
 LINEAR = ("cut_cross_entropy", "liger", "linear_cross_entropy", "linear_cross_entropy-chunked")
 PLAIN = ("eager", "plain", "compiled", "compiled-plain", "pytorch-metric-learning", "products")
-# At N=4096 the logits of plain PyTorch nearly fill a GPU of 80 GB, and what torch.compile gives is not measured. A pass
-# of Liger takes seconds at a million classes, as its chunks are one to four rows; so it runs at N=1024 alone.
+# At N=4096 the logits of plain PyTorch nearly fill a GPU of 80 GB, so compiled ones are not measured. A pass of Liger
+# takes seconds at a million classes, because its chunks are one to four rows; so it runs at N=1024 alone.
 TURNS = (
     Turn(Case(4096, MILLION, 512, *BF16), ("products", "eager", "plain"), variants=True),
     Turn(Case(4096, MILLION, 512, *FP32), INSIGHTFACE, ours=False),
-    # So few logits that launching the kernels takes most of the time. The reference reads a value to check the labels,
-    # which a CUDA graph cannot hold, so that neither eager nor compiled is replayed.
+    # With so few logits launching the kernels takes most of the time. Neither eager nor compiled is replayed: the
+    # reference reads a value to check the labels, which a CUDA graph cannot hold.
     Turn(Case(256, 10_000, 512, *BF16), PLAIN, replayed=("plain", "compiled-plain")),
     Turn(Case(1024, MILLION, 512, *BF16), PLAIN, variants=True),
     Turn(Case(1024, MILLION, 512, *FP32), (*INSIGHTFACE, "eager", "pytorch-metric-learning", "products")),
-    # Apart from the rest: kernels of others that stop or hang take none of ours with them.
+    # In a turn of their own: if they stop or hang, ours have been measured.
     Turn(Case(4096, MILLION, 512, *BF16), tuple(each for each in LINEAR if each != "liger"), ours=False),
     Turn(Case(1024, MILLION, 512, *BF16), LINEAR, ours=False),
     *(Turn(Case(N, MILLION, 512, *BF16_BESIDE_FP32), ("eager",)) for N in (4096, 1024)),
@@ -73,11 +70,11 @@ TURNS = (
     Turn(Case(1024, 100_000, 512, *BF16), ("eager", "products"), variants=True),
     *(Turn(Case(4096, MILLION, D, *BF16), ("products",), variants=True) for D in (256, 128)),
 )
-"""In order of their value, as time may run out. A case may have several turns."""
+"""The most valuable first, because the time may run out. A case may have several turns."""
 
 
 def _algorithms() -> list[Provider]:
-    """Return the Triton backend with each algorithm forced; ``fused_arcface`` is the one that it picks itself."""
+    """Return the Triton backend with each algorithm forced; ``fused_arcface`` chooses its algorithm itself."""
     (ours,) = select(["fused_arcface"], "triton")
     return [
         dataclasses.replace(ours, name=f"fused_arcface-{name}", environment={"FUSED_ARCFACE_TRITON_ALGORITHM": name})
@@ -132,12 +129,11 @@ def write(report: Report, replays: Replays, folder: Path) -> None:
     for each, row in zip(report.measurements, report.rows(), strict=True):
         replay = replays.get((each.case, each.provider, each.backend, each.pass_name))
         rows.append({**row, "graph_ms": None if replay is None else round(replay.median, 4), **versions})
-    write_csv(folder / "rows.csv", rows, [*FIELDS, "graph_ms", *versions])
-    write_json(folder / "rows.json", rows)
+    write_rows(folder, "rows", rows)
 
 
 def measure(turns: Iterable[Turn], folder: Path, seconds: float, device: torch.device) -> Report | None:
-    """Measure turns until the time is over, write what was found after each, and return it; None if there is none."""
+    """Measure turns until the time is over, and write the report after each; return it, or None if there is none."""
     end = time.monotonic() + seconds
     whole: Report | None = None
     replays: Replays = {}
@@ -146,10 +142,14 @@ def measure(turns: Iterable[Turn], folder: Path, seconds: float, device: torch.d
         if time.monotonic() > end:
             print(f"{case}: not measured, the time of {seconds:.0f} s is over")
             continue
-        # A report of its own, as a report is asked for no case a second time; what is known of the machine is kept.
+        # Each turn has its own report: a report measures no case twice. The machine's ceilings are handed on.
         earlier = None if whole is None else Report(whole.context, [], [], whole.machine)
         part = run_benchmark([case], providers, device, seconds=1.0, earlier=earlier)
-        whole = part if whole is None else _joined(whole, part)
+        if whole is None:
+            whole = part
+        else:
+            whole.measurements += part.measurements
+            whole.skips += [skip for skip in part.skips if skip not in whole.skips]
         write(whole, replays, folder)
         replayed = [each for each in providers if each.is_fused or each.name in turn.replayed]
         found = time_replays(case, replayed, device, 0.1, whole)
@@ -162,7 +162,7 @@ def measure(turns: Iterable[Turn], folder: Path, seconds: float, device: torch.d
 def main() -> None:
     """Measure every turn on the GPU; the exit status is 1 if a result of this package is wrong."""
     folder, seconds = Path(sys.argv[1]), float(sys.argv[2]) if len(sys.argv) > 2 else 190.0
-    # Each shape is compiled for itself, which is the fastest that torch.compile gives.
+    # Each shape has its own graph: the fastest use of torch.compile.
     torch._dynamo.config.automatic_dynamic_shapes = False
     print(f"Hopper's kernels: {backends.describe('cuda') or 'the backend cuda cannot run'}")
     found = measure(TURNS, folder, seconds, torch.device("cuda"))
@@ -170,16 +170,8 @@ def main() -> None:
         sys.exit("a result of this package is wrong: see above")
 
 
-def _joined(report: Report, part: Report) -> Report:
-    """Add another turn's measurements and skips to a report, and return it."""
-    report.measurements += part.measurements
-    for skip in part.skips:
-        report.skip(skip.provider, skip.backend, skip.case, skip.reason)
-    return report
-
-
 def _say(report: Report, replays: Replays, case: Case) -> None:
-    """Print what was found of one case, the fastest first."""
+    """Print the measurements of one case, the fastest first, and its skips."""
     print(f"\n{case}")
     found = [each for each in report.measurements if each.case == case]
     for each in sorted(found, key=lambda each: (each.pass_name, each.ms)):

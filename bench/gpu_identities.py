@@ -4,9 +4,9 @@
     python bench/gpu_identities.py FOLDER --device cpu --budget 0.25 --rows 8 --dim 64      tries it out
 
 A step has N=1024 rows of D=512: forward, backward, and SGD with momentum. Ours has bf16 centers and int8 momentum, with
-the update in its backward; the others have fp32 centers and torch.optim.SGD, as they are trained. It is the search of
-``fused-arcface bench --budget``, with the GPU's free memory for the budget, less what the child process needs for
-itself. capacity.csv and capacity.json are written after each row, so those that fit into --seconds stay.
+the update in its backward pass; the others have fp32 centers and torch.optim.SGD, as they are trained. It is the search
+of ``fused-arcface bench --budget``. The budget is the GPU's free memory without the part that the child process itself
+needs. capacity.csv and capacity.json are written after each row, so the rows found within --seconds are kept.
 
 Estimate for an H100, not measured: 2 + 1 trials for each of six heads. A trial of ours at 50 million identities takes
 two steps of 0.9 s and 2 s to allocate; the others' are shorter. With the child's start, about 50 s.
@@ -23,9 +23,9 @@ import torch
 
 from fused_arcface.app.benchmark import capacity, memory
 
-# Of the child process, beside what its allocator counts: CUDA's context and the kernels.
+# Memory of the child process that its allocator does not count: CUDA's context and the kernels.
 _CONTEXT_BYTES = 3 * 2**29
-# Of peers these alone: torch.compile would take as long as all others together.
+# The peers without compiled: torch.compile would take as long as all others together.
 _PEERS = ("insightface", "insightface-fp16", "pytorch-metric-learning", "eager")
 
 
@@ -53,7 +53,6 @@ def main() -> int:
     device = torch.device(options.device)
     free = memory.available_bytes(device) - (_CONTEXT_BYTES if device.type == "cuda" else 0)
     budget = free if options.budget is None else min(free, int(options.budget * 2**30))
-    options.folder.mkdir(parents=True, exist_ok=True)
     end = time.monotonic() + options.seconds
     found = {}
 

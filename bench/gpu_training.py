@@ -4,15 +4,15 @@
     python bench/gpu_training.py FOLDER --device cpu --classes 300 --rows 32 --dim 32 --steps 60
 
 A small net is trained with ``PartialFC``: bf16 embeddings, bf16 centers, updated in the backward pass by ``CenterSGD``.
-The reference is the backend ``torch``. A seed decides the net's and the centers' first values and the batches. Every
-other backend is trained with the first seed, so it sees the batches of the reference.
+The reference is the backend ``torch``. A seed decides the initial values of net and centers, and the batches. Every
+other backend is trained with the first seed, so it has the same batches as the reference.
 
 A curve is the mean loss of each of 20 windows of steps. The spread of a window is the largest difference between the
-reference's seeds, there or in the windows beside it. A backend agrees if its distance to the reference of the same
-seed is nowhere larger than the spread. Exit status 1 if one does not agree or fails, or if three seeds did not fit into
---seconds.
+reference's seeds, in this window or in one beside it. A backend agrees if its distance to the reference of the same
+seed is at most the spread in every window. The exit status is 1 if a backend does not agree or fails, or if three seeds
+did not fit into --seconds.
 
-Into FOLDER go, after each run, training.csv (a row for each step), training.json, and at the end training.png.
+FOLDER gets training.csv (a row for each step) and training.json after each run, and training.png at the end.
 
 Estimate for an H100, not measured. The reference takes four products in fp32, 4 x 2NDC / 50 TFLOP/s = 4 ms, and about
 40 passes over N x C or C x D elements of 4 to 8 bytes, some 35 GB at 3 TB/s = 12 ms: 16 ms a step, 32 s a run, 96 s for
@@ -35,6 +35,7 @@ from torch import Tensor, nn
 
 import fused_arcface as fa
 from fused_arcface import backends
+from fused_arcface.app.benchmark.capacity import SGD
 from fused_arcface.app.benchmark.report import write_csv, write_json
 from fused_arcface.app.drawing import COLORS, Drawing, write_pictures
 from fused_arcface.app.measure import machine
@@ -44,8 +45,6 @@ REFERENCE = "torch"
 SEEDS = (0, 1, 2)
 WINDOWS = 20
 _LATENT, _HIDDEN, _NOISE = 128, 512, 0.5
-# As arcface_torch trains.
-_LR, _MOMENTUM, _WEIGHT_DECAY = 0.1, 0.9, 5e-4
 
 
 @dataclass(frozen=True)
@@ -66,16 +65,16 @@ class Run:
 
 
 def train(backend: str, seed: int, options: argparse.Namespace, device: torch.device) -> Run:
-    """Train one backend: the same seed gives the same first values and batches to each."""
+    """Train one backend. With the same seed every backend has the same initial values and batches."""
     N, C, D = options.rows, options.classes, options.dim
     people = torch.randn(C, _LATENT, device=device, generator=torch.Generator(device).manual_seed(12345))
     batches = torch.Generator(device).manual_seed(seed)
     torch.manual_seed(seed)
     net = nn.Sequential(nn.Linear(_LATENT, _HIDDEN), nn.GELU(), nn.Linear(_HIDDEN, D)).to(device)
-    centers = fa.CenterSGD(_LR, _MOMENTUM, _WEIGHT_DECAY)
+    centers = fa.CenterSGD(**SGD)
     head = fa.PartialFC(D, C, center_optimizer=centers, backend=backend, seed=seed, device=device, dtype=torch.bfloat16)
-    optimizer = torch.optim.SGD(net.parameters(), _LR, _MOMENTUM, weight_decay=_WEIGHT_DECAY)
-    losses = torch.empty(options.steps, device=device)  # read at the end: nothing waits for the GPU before
+    optimizer = torch.optim.SGD(net.parameters(), **SGD)
+    losses = torch.empty(options.steps, device=device)  # read at the end, so that no step waits for the GPU
     start = time.perf_counter()
     for step in range(options.steps):
         target = torch.randint(C, (N,), device=device, generator=batches)
@@ -101,7 +100,7 @@ def distance(run: Run, references: list[Run]) -> float:
 
     It is infinite if a loss is not finite.
     """
-    if not all(map(math.isfinite, run.curve)):
+    if not all(math.isfinite(loss) for each in (run, *references) for loss in each.curve):
         return math.inf
     (same,) = (other for other in references if other.seed == run.seed)
     apart = [abs(mine - theirs) for mine, theirs in zip(run.curve, same.curve, strict=True)]
@@ -135,7 +134,7 @@ def summary(runs: list[Run], options: argparse.Namespace, device: torch.device) 
 
 
 def _number(value: float) -> float | None:
-    """Return a number for JSON, which has none that is not finite."""
+    """Return a rounded number, or None if it is not finite: JSON has no such numbers."""
     return round(value, 4) if math.isfinite(value) else None
 
 
@@ -166,7 +165,7 @@ def write(runs: list[Run], options: argparse.Namespace, device: torch.device) ->
         for step, loss in enumerate(run.losses)
     ]
     options.folder.mkdir(parents=True, exist_ok=True)
-    write_csv(options.folder / "training.csv", rows, ["backend", "seed", "step", "loss"])
+    write_csv(options.folder / "training.csv", rows)
     write_json(options.folder / "training.json", summary(runs, options, device))
 
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Everything that only a GPU can show, in one command and ten minutes; fetches nothing:
+# Check and measure everything that needs a GPU, in one command and ten minutes. It downloads nothing:
 #
 #   bench/gpu_verify.sh [folder, bench/results/<name of the GPU> by default]
 #
@@ -23,8 +23,8 @@
 #                                 for the tests, pytest
 #
 # Results are written as they come, and summary.json (GPU, versions, commit, date; each phase with its outcome and
-# seconds) after each phase: a run that is cut short loses only what it was doing. logs/ has the output of each phase.
-# A phase that fails does not stop the next. Exit status 1 if one failed.
+# seconds) after each phase, so a run that is cut short loses only its current phase. logs/ has the output of each
+# phase. A phase that fails does not stop the next. The exit status is 1 if one failed.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 
@@ -121,8 +121,8 @@ with open(path, "w") as file:
 END
 }
 
-# phase NAME SECONDS COMMAND...: runs it for at most so long and what earlier phases left of theirs, keeps its output,
-# notes how it went.
+# phase NAME SECONDS COMMAND...: run a command, keep its output and note its outcome. Its limit is SECONDS and the time
+# that earlier phases did not use.
 phase() {
   local name=$1 limit start=$SECONDS outcome=ok status=0
   planned=$((planned + $2))
@@ -213,7 +213,7 @@ run_sanitizer() {
   done
 }
 
-# The whole suite belongs on a machine without a GPU: it takes minutes of all cores, and most of it never touches one.
+# The whole suite is for machines without a GPU: it takes minutes of all cores, and most tests use no GPU.
 run_smoke() { run_pytest smoke 30 -k "not on_a_gpu" tests/test_functional.py tests/backends/test_registry.py; }
 
 phase build 60 "$python" -m pip install --quiet --no-build-isolation --no-deps --no-index --target "$work/site" .

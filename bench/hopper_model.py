@@ -1,9 +1,9 @@
-"""An event model of one multiprocessor under the kernels of csrc/cuda/hopper: how much of the time tensor cores work.
+"""An event model of one multiprocessor that runs the kernels of csrc/cuda/hopper: the busy share of its tensor cores.
 
     python bench/hopper_model.py
 
 Warpgroups issue products to one tensor pipe, copies fill the ring, barriers order them, as in block.h. Times are in
-clocks. Nothing of it was measured: NOTES.md has the predictions that follow, to be held against a GPU.
+clocks. The model is not a measurement: NOTES.md has its predictions, to compare with a GPU.
 """
 
 from __future__ import annotations
@@ -20,28 +20,28 @@ SLOTS, STEPS = 3, 32
 
 @dataclass(frozen=True)
 class Machine:
-    """One multiprocessor; the defaults are estimates, but for the tensor cores' rate."""
+    """One multiprocessor, with times in clocks. The defaults are estimates, except the tensor cores' rate."""
 
     arbitration: str = "in turn"
-    """Of warpgroups with products to issue: "in turn", "first come", or "the same" as long as it has some."""
+    """Order of warpgroups with products to issue: "in turn", "first come", or "the same" as long as it has some."""
     score_step: int = 32
-    """Of m64n64k16 at the full rate."""
+    """Time of an m64n64k16 product at the full rate."""
     sum_step: int = 128
-    """Of m64n256k16."""
+    """Time of an m64n256k16 product."""
     latency: int = 900
-    """Of a copy."""
+    """Time until a copy begins to arrive."""
     bytes_per_clock: float = 48.0
     exponentials: int = 420
-    """Of a tile: some 300 instructions a warp."""
+    """Time of a tile's exponentials: some 300 instructions a warp."""
     store: int = 100
-    """Of the weights, with the fence."""
+    """Time to store the weights, with the fence."""
     barrier: int = 50
     load_stationary: int = 1900
-    """Of a block's rows into registers, 700, after their norms have been taken in shared memory."""
+    """Time to compute the norms of a block's rows in shared memory and to load the rows into registers (700)."""
     epilogue: int = 2500
-    """Of a block's sums: four rounds of loads out of L2 and stores."""
+    """Time to add a block's sums: four rounds of loads from L2 and stores."""
     skew: int = 50
-    """Of the blocks of a cluster."""
+    """Time between the blocks of a cluster."""
 
 
 class Multiprocessor:
@@ -190,12 +190,12 @@ def utilization(machine: Machine, tiles: int, blocks: int = 1, ordered: bool = T
     return blocks * tiles * work / multiprocessor.run()
 
 
-# An H100 under this load: 865 TFLOP/s at some 1600 MHz, and a tenth for what the model leaves out. 1 GB of centers is
-# read for its norms in 0.33 ms, before the forward pass.
+# An H100 under this load: 865 TFLOP/s at some 1600 MHz, less a tenth for effects that are not in the model. Before the
+# forward pass 1 GB of centers is read for its norms in 0.33 ms.
 TFLOPS, LEFT_OUT, NORMS_MS = 865.0, 0.9, 0.33
 WITH_STEP = 12_000
-"""The end of a block with CenterSGD's step: 2500 clocks, and eight rows a warp of some 600 instructions, two warps on
-each scheduler."""
+"""Clocks at the end of a block with CenterSGD's step: 2500, and eight rows a warp of some 600 instructions each, with
+two warps on each scheduler."""
 
 
 def ps_per_logit(share: float, blocks_in_use: float) -> float:
@@ -204,7 +204,7 @@ def ps_per_logit(share: float, blocks_in_use: float) -> float:
 
 
 def main() -> None:
-    """Print what varies, and the predictions."""
+    """Print the shares with other settings, then the predictions."""
     base = Machine()
     forward = utilization(base, 150)
     print(f"forward: {forward:.2f}, unordered {utilization(base, 150, ordered=False):.2f}")

@@ -4,16 +4,14 @@
     python bench/many_identities.py --classes 8000000 --kinds bfloat16/int8 --steps 1
     python bench/many_identities.py --output bench/results/cpu        also adds its rows to identities.csv and .json
 
-A line for each kind of centers and momentum, each in a separate process: seconds of construction and of the last
-step, and the process's peak over what it had before the head was built. Linux only.
+Each kind of centers and momentum is measured in its own process. Its line has the seconds of construction and of the
+last step, and the bytes of the process's peak beyond those before construction. Linux only.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -23,21 +21,14 @@ import torch.nn.functional as F
 
 import fused_arcface as fa
 from fused_arcface.app.benchmark import peers
-from fused_arcface.app.benchmark.report import write_csv, write_json
+from fused_arcface.app.benchmark.apart import measure_apart
+from fused_arcface.app.benchmark.capacity import SGD
+from fused_arcface.app.benchmark.memory import status_bytes
 from fused_arcface.app.measure import machine
-
-# As arcface_torch trains.
-_LR, _WEIGHT_DECAY = 0.1, 5e-4
-
-
-def resident(name: str) -> int:
-    """Return ``VmRSS`` or its peak ``VmHWM`` of this process in bytes; ru_maxrss would count the parent, too."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
 
 
 def exact_loss(x: torch.Tensor, weight: torch.Tensor, y: torch.Tensor, margin: fa.ArcFace) -> float:
-    """Return the loss in fp64, over chunks of so few classes that they do not count in the peak."""
+    """Return the loss in fp64, over chunks of so few classes that the peak does not show them."""
     unit, negatives = F.normalize(x.double()), torch.full((len(y),), -torch.inf, dtype=torch.float64)
     for start in range(0, len(weight), 1024):
         logits = 64 * unit @ F.normalize(weight[start : start + 1024].double()).T
@@ -52,17 +43,16 @@ def run(kind: str, C: int, D: int, N: int, steps: int) -> dict[str, Any]:
     """Measure one kind: dtypes of centers and momentum such as ``"float32/int8"``, or ``"insightface"``."""
     torch.manual_seed(0)
     x, y = torch.randn(N, D, requires_grad=True), torch.randint(0, C, (N,))
-    before, start = resident("VmRSS"), time.perf_counter()
+    before, start = status_bytes("VmRSS"), time.perf_counter()
     if kind == "insightface":
         margin = fa.ArcFace(boundary="none", gradient="straight_through")
         weight = torch.nn.Parameter(torch.normal(0, 0.01, (C, D)))
-        optimizer = torch.optim.SGD([weight], _LR, 0.9, weight_decay=_WEIGHT_DECAY)
+        optimizer = torch.optim.SGD([weight], **SGD)
         loss_of = lambda: peers.insightface(x, weight, y)  # noqa: E731
     else:
         margin = fa.ArcFace()
         dtype, momentum_dtype = (getattr(torch, name) for name in kind.split("/"))
-        recipe = fa.CenterSGD(_LR, weight_decay=_WEIGHT_DECAY, momentum_dtype=momentum_dtype)
-        head = fa.PartialFC(D, C, dtype=dtype, center_optimizer=recipe)
+        head = fa.PartialFC(D, C, dtype=dtype, center_optimizer=fa.CenterSGD(**SGD, momentum_dtype=momentum_dtype))
         weight, optimizer = head.weight, head.center_optimizer
         loss_of = lambda: head(x, y)  # noqa: E731
     construction = time.perf_counter() - start
@@ -77,11 +67,12 @@ def run(kind: str, C: int, D: int, N: int, steps: int) -> dict[str, Any]:
         seconds = time.perf_counter() - start
         losses.append(float(loss))
         del loss
-    peak = resident("VmHWM") - before
+    peak = status_bytes("VmHWM") - before
+    weight_dtype, momentum_dtype = ("float32/float32" if kind == "insightface" else kind).split("/")
     return {
         "recipe": "insightface + SGD" if kind == "insightface" else "fused_arcface + CenterSGD",
-        "weight_dtype": "float32" if kind == "insightface" else kind.split("/")[0],
-        "momentum_dtype": "float32" if kind == "insightface" else kind.split("/")[1],
+        "weight_dtype": weight_dtype,
+        "momentum_dtype": momentum_dtype,
         "N": N,
         "C": C,
         "D": D,
@@ -90,10 +81,7 @@ def run(kind: str, C: int, D: int, N: int, steps: int) -> dict[str, Any]:
         "peak_bytes": peak,
         "bytes_per_element": round(peak / C / D, 3),
         "error": float(f"{abs(losses[0] - exact) / exact:.1e}"),
-        "device": machine.device_name(torch.device("cpu")),
-        "torch": torch.__version__,
-        "commit": machine.commit(),
-        "date": machine.now(),
+        **machine.context(torch.device("cpu")),
     }
 
 
@@ -111,23 +99,11 @@ def main() -> None:
     if options.one:
         print(json.dumps(run(options.one, options.classes, options.dim, options.rows, options.steps)))
         return
-    rows = []
-    for kind in options.kinds.split(","):  # a process each: a peak is a process's
-        done = subprocess.run([sys.executable, *sys.argv, "--one", kind], stdout=subprocess.PIPE, check=False)
-        if done.returncode != 0:
-            print(f"{kind:18} {'out of memory' if done.returncode == -9 else f'failed: {done.returncode}'}")
-            continue
-        rows.append(json.loads(done.stdout))
-        print(
-            "{recipe:25} {weight_dtype:>8} / {momentum_dtype:8} {C:>9} classes {bytes_per_element:6.2f} bytes an "
-            "element, {construction_s} s construction, {step_s} s a step, error {error}".format(**rows[-1])
-        )
-    if options.output and rows:
-        options.output.mkdir(parents=True, exist_ok=True)
-        kept = options.output / "identities.json"
-        rows = [*(json.loads(kept.read_text()) if kept.exists() else []), *rows]
-        write_json(kept, rows)
-        write_csv(options.output / "identities.csv", rows, list(rows[0]))
+    line = (
+        "{recipe:25} {weight_dtype:>8} / {momentum_dtype:8} {C:>9} classes {bytes_per_element:6.2f} bytes an element, "
+        "{construction_s} s construction, {step_s} s a step, error {error}"
+    )
+    measure_apart(options.kinds.split(","), line, options.output, "identities")
 
 
 if __name__ == "__main__":

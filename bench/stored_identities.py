@@ -1,4 +1,4 @@
-"""Train class centers that are in memory, in host memory beside the step's buffers, or in a file; each in a process.
+"""Train class centers that are on the device, in host memory or in a file, each storage in its own process.
 
 Construction, the median step and the memory of ``PartialFC`` + ``CenterSGD`` on this machine's CPU, or on a GPU::
 
@@ -13,10 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -25,9 +22,9 @@ from typing import Any
 import torch
 
 import fused_arcface as fa
-from fused_arcface.app.benchmark.capacity import RepeatedCenters
+from fused_arcface.app.benchmark.apart import measure_apart
+from fused_arcface.app.benchmark.capacity import SGD, RepeatedCenters
 from fused_arcface.app.benchmark.memory import peak_since_reset, reset_peak, status_bytes, synchronize
-from fused_arcface.app.benchmark.report import write_csv, write_json
 from fused_arcface.app.measure import machine
 
 CPU = torch.device("cpu")
@@ -36,7 +33,7 @@ CPU = torch.device("cpu")
 def run(options: argparse.Namespace, storage: str, folder: Path) -> dict[str, Any]:
     """Construct a head, train it, and return what it took."""
     weight_dtype, momentum_dtype = (getattr(torch, name) for name in options.dtypes.split("/"))
-    recipe = fa.CenterSGD(0.1, weight_decay=5e-4, momentum_dtype=momentum_dtype)
+    recipe = fa.CenterSGD(**SGD, momentum_dtype=momentum_dtype)
     device = torch.device(options.device)
     before = reset_peak(CPU)
     if device.type == "cuda":
@@ -80,7 +77,7 @@ def run(options: argparse.Namespace, storage: str, folder: Path) -> dict[str, An
         "construction_s": round(construction, 2),
         "step_ms": round(statistics.median(times[1:]) * 1e3, 1),
         "step_p80_ms": round(sorted(times[1:])[len(times[1:]) * 4 // 5] * 1e3, 1),
-        # All threads'; on a busy machine the better measure.
+        # Of all threads. It depends less on other work of the machine.
         "processor_ms_a_step": round(statistics.mean(processor[1:]) * 1e3, 1),
         "drain_ms": round(drained * 1e3, 1),
         "read_bytes_a_step": 0 if store is None else store.traffic.read // options.steps,
@@ -92,12 +89,7 @@ def run(options: argparse.Namespace, storage: str, folder: Path) -> dict[str, An
     }
     if store is not None:
         store.close()
-    return row | {
-        "device": machine.device_name(device),
-        "torch": torch.__version__,
-        "commit": machine.commit(),
-        "date": machine.now(),
-    }
+    return row | machine.context(device)
 
 
 def main() -> None:
@@ -118,34 +110,15 @@ def main() -> None:
     parser.add_argument("--one", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
-        folder = Path(tempfile.mkdtemp(dir=options.folder))
-        try:
-            print(json.dumps(run(options, options.one, folder)))
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
+        with tempfile.TemporaryDirectory(dir=options.folder, ignore_cleanup_errors=True) as folder:
+            print(json.dumps(run(options, options.one, Path(folder))))
         return
-    rows = []
-    for storage in options.storage.split(",") * options.rounds:
-        done = subprocess.run([sys.executable, *sys.argv, "--one", storage], stdout=subprocess.PIPE, check=False)
-        if done.returncode != 0:
-            print(f"{storage:8} failed: {done.returncode}")
-            continue
-        rows.append(json.loads(done.stdout))
-        line = (
-            "{storage:8} {C:>13,} classes, {sample:,} a step: {construction_s} s construction, {step_ms} ms a step "
-            "(p80 {step_p80_ms}, processor {processor_ms_a_step}), peak resident memory {peak_rss_bytes:,}, "
-            "disk {disk_bytes:,}"
-        )
-        print(line.format(**rows[-1]), flush=True)
-    if options.output and rows:
-        options.output.mkdir(parents=True, exist_ok=True)
-        kept = options.output / "stored_identities.json"
-        rows = [*(json.loads(kept.read_text()) if kept.exists() else []), *rows]
-        write_json(kept, rows)
-        # Earlier rows may lack a column.
-        write_csv(
-            options.output / "stored_identities.csv", rows, list(dict.fromkeys(name for row in rows for name in row))
-        )
+    line = (
+        "{storage:8} {C:>13,} classes, {sample:,} a step: {construction_s} s construction, {step_ms} ms a step "
+        "(p80 {step_p80_ms}, processor {processor_ms_a_step}), peak resident memory {peak_rss_bytes:,}, "
+        "disk {disk_bytes:,}"
+    )
+    measure_apart(options.storage.split(",") * options.rounds, line, options.output, "stored_identities")
 
 
 if __name__ == "__main__":

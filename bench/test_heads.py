@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from fused_arcface.app.benchmark.cases import PASSES, Case, Inputs
+from fused_arcface.app.benchmark.memory import synchronize
 from fused_arcface.app.benchmark.providers import Provider, all_providers
 from fused_arcface.app.benchmark.runner import tolerance
 from fused_arcface.app.benchmark.truth import error_of, truth
@@ -30,7 +31,6 @@ def test_head(benchmark, provider: Provider, case: Case, inputs: Inputs, pass_na
 
         def timed() -> None:
             run(backward)
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
+            synchronize(device)
 
         benchmark(timed)

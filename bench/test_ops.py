@@ -7,6 +7,7 @@ import torch
 
 from fused_arcface import backends
 from fused_arcface.app.benchmark.cases import Inputs
+from fused_arcface.app.benchmark.memory import synchronize
 
 SCALE = 64.0
 ORACLE = next(iter(backends.available()))  # plain PyTorch comes first
@@ -26,10 +27,8 @@ def run(function, device):
     """Make a function to time: the call, and on a GPU the wait for its end."""
 
     def timed():
-        result = function()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return result
+        function()
+        synchronize(device)
 
     return timed
 

@@ -22,7 +22,6 @@ A block reads ``<!-- bench: NAME FOLDER -->`` … ``<!-- /bench -->``, FOLDER on
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import os
 import re
@@ -32,9 +31,9 @@ from pathlib import Path
 from typing import Any
 
 from fused_arcface.app.benchmark import cost_model, plots
-from fused_arcface.app.benchmark.cases import PASSES, Case
+from fused_arcface.app.benchmark.cases import BF16, FP32, PASSES, Case
 from fused_arcface.app.benchmark.names import is_ours, label
-from fused_arcface.app.benchmark.report import Measurement, Report, read_report
+from fused_arcface.app.benchmark.report import Measurement, Report, read_json, read_report
 from fused_arcface.app.drawing import write_pictures
 
 BENCH = Path(__file__).resolve().parent
@@ -53,7 +52,7 @@ def _number(value: float) -> str:
 
 
 def _table(heads: list[str], rows: list[list[str]], left: tuple[int, ...] = (0,)) -> list[str]:
-    """Lines of Markdown; the columns ``left`` are text, the others numbers."""
+    """Return lines of Markdown; the columns ``left`` are text, the others numbers."""
     rule = ["---" if index in left else "---:" for index in range(len(heads))]
     return [_row(heads), _row(rule), *map(_row, rows)]
 
@@ -82,7 +81,7 @@ def figures(folder: Path, file: Path) -> str:
         if each.case == case:
             fastest.setdefault(each.provider, each)
     capacities: dict[str, int] = {}
-    rows = json.loads((folder / "capacity.json").read_text())
+    rows = read_json(folder / "capacity.json")
     for row in rows:
         name = row["recipe"].partition(" ")[0]
         capacities[name] = max(row["max_C"], capacities.get(name, 0))
@@ -91,10 +90,7 @@ def figures(folder: Path, file: Path) -> str:
     budget = f"{rows[0]['budget_bytes'] / 2**30:g} GiB"
     table = [
         [f"time of a step, N={case.N}, C={case.C:,}", *(f"{_number(fastest[name].ms)} ms" for name in columns)],
-        [
-            "memory beside inputs and gradients",
-            *(f"{_number(peaks[name] / 2**20)} MiB" for name in columns),
-        ],
+        ["memory beside inputs and gradients", *(f"{_number(peaks[name] / 2**20)} MiB" for name in columns)],
         [f"identities that train within {budget}", *(f"{capacities[name] / 1e6:.1f} million" for name in columns)],
     ]
     heads = ["", "**fused_arcface**", "insightface", "pytorch-metric-learning", "plain PyTorch"]
@@ -127,16 +123,12 @@ def providers(report: Report) -> str:
     reached = f"a square {case.dtype} product {report.machine['flops_per_second'][case.dtype] / 1e9:,.0f} GFLOP/s"
     fma = report.machine.get("fma_flops_per_second")
     reached += "" if fma is None else f", multiply-adds in registers {fma / 1e9:,.0f}"
-    lines = [
-        f"{case}. {_provenance(report.context)}",
-        "",
-        *_table(heads, rows),
-        "",
+    note = (
         "Medians, all in turn. Peak: of forward + backward, beyond inputs, class centers and their gradients. "
         f"Error: largest relative one of loss and gradients, to fp64. The machine's ceilings: {reached}. "
-        "linear_cross_entropy and the products have no margin: yardsticks.",
-    ]
-    return "\n".join(lines)
+        "linear_cross_entropy and the products have no margin: yardsticks."
+    )
+    return "\n".join([f"{case}. {_provenance(report.context)}", "", *_table(heads, rows), "", note])
 
 
 def shapes(report: Report) -> str:
@@ -154,7 +146,7 @@ def shapes(report: Report) -> str:
 
 def capacity(folder: Path) -> str:
     """Return the most identities within a memory budget."""
-    found = sorted(json.loads((folder / "capacity.json").read_text()), key=lambda row: -row["max_C"])
+    found = sorted(read_json(folder / "capacity.json"), key=lambda row: -row["max_C"])
     first = found[0]
     budget = f"{first['budget_bytes'] / 2**30:g} GiB"
     what = f"A training step (N={first['N']}, D={first['D']}, SGD with momentum) within {budget}"
@@ -172,19 +164,18 @@ def capacity(folder: Path) -> str:
 
 Rows = list[dict[str, Any]]
 
-# A column of the GPU's tables: its head, the providers of which the fastest counts, backend, dtypes of rows and of
-# centers. Before the kernels for Hopper were on by default their rows had a name of their own.
-_BF16, _FP32 = ("bfloat16", "bfloat16"), ("float32", "float32")
+# A column of the GPU's tables: its head, providers (the fastest is shown), backend, dtypes of rows and of centers.
+# Before the kernels for Hopper were on by default, their rows had a separate name.
 _CUDA = ("`cuda`", ("fused_arcface", "fused_arcface-hopper"), "cuda")
 _TRITON = ("`triton`", ("fused_arcface",), "triton")
 _EAGER = ("plain PyTorch", ("eager",), "torch")
 _GPU_COLUMNS = (
-    (*_CUDA, _BF16),
-    (*_TRITON, _BF16),
-    (*_EAGER, _BF16),
-    ("insightface, fp32", ("insightface",), "torch", _FP32),
-    ("TF32", ("insightface-tf32",), "torch", _FP32),
-    ("fp16", ("insightface-fp16",), "torch", _FP32),
+    (*_CUDA, BF16),
+    (*_TRITON, BF16),
+    (*_EAGER, BF16),
+    ("insightface, fp32", ("insightface",), "torch", FP32),
+    ("TF32", ("insightface-tf32",), "torch", FP32),
+    ("fp16", ("insightface-fp16",), "torch", FP32),
 )
 
 _GPU_NOTE = "In brackets: time for each logit. insightface takes fp32 embeddings and centers. —: not measured."
@@ -205,8 +196,8 @@ def _fastest(rows: Rows, case: Case, names: tuple[str, ...], backend: str) -> di
 
 def gpu(folder: Path) -> str:
     """Return a table of the README's two sizes: time, memory and identities, a column for each provider."""
-    rows: Rows = json.loads((folder / "rows.json").read_text())
-    skips = json.loads((folder / "run.json").read_text())["skips"]
+    rows: Rows = read_json(folder / "rows.json")
+    skips = read_json(folder / "run.json")["skips"]
 
     def cells(N: int, figure: Callable[[dict[str, Any]], str]) -> list[str]:
         found = []
@@ -229,7 +220,7 @@ def gpu(folder: Path) -> str:
     table.append(["memory beside inputs and gradients, N=4,096 / 1,024", *map(" / ".join, both)])
     origin = _provenance(rows[0])
     if (folder / "capacity.json").exists():
-        found = json.loads((folder / "capacity.json").read_text())
+        found = read_json(folder / "capacity.json")
         table.append(_identities(found))
         if _provenance(found[0]) != origin:
             origin += f" Identities: {_provenance(found[0])}"
@@ -248,7 +239,7 @@ def _identities(found: Rows) -> list[str]:
 
 def gpu_cases(folder: Path) -> str:
     """Return the milliseconds of every case: our backends, plain PyTorch and the bare products."""
-    rows: Rows = json.loads((folder / "rows.json").read_text())
+    rows: Rows = read_json(folder / "rows.json")
     cases = [Case(row["N"], row["C"], row["D"], row["dtype"], row["weight_dtype"]) for row in rows]
     columns = (_CUDA, _TRITON, _EAGER, ("products", ("products",), "torch"))
     table = []
@@ -266,15 +257,15 @@ def _with_replay(row: dict[str, Any]) -> str:
 
 
 ALL_OF = {
-    "launches": Case(256, 10_000, 512, "bfloat16", "bfloat16"),
-    "peers": Case(1024, 1_000_000, 512, "bfloat16", "bfloat16"),
+    "launches": Case(256, 10_000, 512, *BF16),
+    "peers": Case(1024, 1_000_000, 512, *BF16),
 }
 """The blocks that show every provider of one case."""
 
 
 def all_of(folder: Path, case: Case) -> str:
     """Return a row for each provider of a case, fastest first, without variants of ours."""
-    rows: Rows = json.loads((folder / "rows.json").read_text())
+    rows: Rows = read_json(folder / "rows.json")
     providers = dict.fromkeys((row["provider"], row["backend"]) for row in rows)
     ours = (*_CUDA[1], *_TRITON[1])
     found = [_fastest(rows, case, (name,), backend) for name, backend in providers if name in ours or not is_ours(name)]
@@ -293,7 +284,7 @@ def all_of(folder: Path, case: Case) -> str:
 
 def training(folder: Path, file: Path) -> str:
     """Return the comparison of loss curves, and its picture."""
-    found = json.loads((folder / "training.json").read_text())
+    found = read_json(folder / "training.json")
     what = f"{found['steps']:,} steps, N={found['N']}, C={found['C']:,}, D={found['D']}, {found['dtype']}"
     heads = ["backend", "last loss", "largest distance ÷ spread", "within", "seconds"]
     rows = [
@@ -313,7 +304,7 @@ def training(folder: Path, file: Path) -> str:
 
 def ranks(folder: Path) -> str:
     """Return the cost model beside runs on several processes."""
-    found = json.loads((folder / "ranks.json").read_text())
+    found = read_json(folder / "ranks.json")
     heads = ["ranks", "N", "identities", "predicted, ms", "measured, ms", "measured ÷ predicted", "limited by"]
     rows = []
     for row in found:
@@ -332,9 +323,10 @@ def pictures(folder: Path, file: Path) -> str:
 def model(name: str, file: Path, write: bool) -> str:
     """Return the cost model of many devices, and draw it if ``write``."""
     device = cost_model.H200 if name == "H200" else cost_model.Device.from_report(RESULTS / name)
-    parts = []
-    for storage in (cost_model.FUSED_BF16_INT8, cost_model.SGD_FP32):
-        parts.append(cost_model.table(cost_model.grid(device, storage=storage), device, storage))
+    parts = [
+        cost_model.table(cost_model.grid(device, storage=storage), device, storage)
+        for storage in (cost_model.FUSED_BF16_INT8, cost_model.SGD_FP32)
+    ]
     drawing = plots.cost_drawing(cost_model.grid(device), device, f"model_{name}")
     if write:
         write_pictures([drawing], RESULTS)
@@ -342,35 +334,31 @@ def model(name: str, file: Path, write: bool) -> str:
     return "\n\n".join(parts)
 
 
+BLOCKS: dict[str, tuple[str, Callable[[Path, Path], str]]] = {
+    "figures": ("rows.json", figures),
+    "providers": ("rows.json", lambda folder, file: providers(read_report(folder))),
+    "shapes": ("rows.json", lambda folder, file: shapes(read_report(folder))),
+    "capacity": ("capacity.json", lambda folder, file: capacity(folder)),
+    "gpu": ("rows.json", lambda folder, file: gpu(folder)),
+    "gpu_cases": ("rows.json", lambda folder, file: gpu_cases(folder)),
+    "launches": ("rows.json", lambda folder, file: all_of(folder, ALL_OF["launches"])),
+    "peers": ("rows.json", lambda folder, file: all_of(folder, ALL_OF["peers"])),
+    "training": ("training.json", training),
+    "pictures": ("rows.json", pictures),
+    "ranks": ("ranks.json", lambda folder, file: ranks(folder)),
+}
+"""The blocks but ``model``: the file of the results that each needs, and its text for a page."""
+
+
 def block(kind: str, name: str, file: Path, write: bool) -> str:
     """Return the Markdown of one block; a line that says so if nothing has been measured yet."""
     folder = RESULTS / name
-    if kind == "model" and name == "H200":
-        return model(name, file, write)
-    files = {kind: f"{kind}.json" for kind in ("capacity", "ranks", "training")}
-    needed = folder / files.get(kind, "rows.json")
-    if not needed.exists():
+    if kind not in ("model", *BLOCKS):
+        raise ValueError(f"{file}: no such block: {kind}")
+    needed, text = BLOCKS.get(kind, ("rows.json", None))
+    if not (folder / needed).exists() and (kind, name) != ("model", "H200"):
         return "Not yet measured."
-    if kind == "figures":
-        return figures(folder, file)
-    if kind in ("providers", "shapes"):
-        report = read_report(folder)
-        return shapes(report) if kind == "shapes" else providers(report)
-    if kind == "ranks":
-        return ranks(folder)
-    if kind == "capacity":
-        return capacity(folder)
-    if kind in ALL_OF:
-        return all_of(folder, ALL_OF[kind])
-    if kind in ("gpu", "gpu_cases"):
-        return gpu(folder) if kind == "gpu" else gpu_cases(folder)
-    if kind == "training":
-        return training(folder, file)
-    if kind == "pictures":
-        return pictures(folder, file)
-    if kind == "model":
-        return model(name, file, write)
-    raise ValueError(f"{file}: no such block: {kind}")
+    return model(name, file, write) if text is None else text(folder, file)
 
 
 def main() -> int:

@@ -3,8 +3,9 @@
     python bench/wider_margins.py                             N = 256, D = 512, a hundred thousand class centers, fp32
     python bench/wider_margins.py --centers 20000 --seconds 20 --only "AdaCos()" "a learned scale"
 
-A row for each: least and median milliseconds of forward and backward, and the least over ArcFace's; of a PartialFC with
-CenterSGD over that without the option. With sub-centers there are as many rows of weight and a third of the classes.
+Each row has the least and the median milliseconds of forward and backward, and the least over ArcFace's. For PartialFC
+with CenterSGD it is the least over the row without the option. With three sub-centers there are a third of the classes
+and as many rows of weight.
 """
 
 from __future__ import annotations

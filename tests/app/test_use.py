@@ -19,6 +19,7 @@ from PIL import Image
 from support.image_files import encoded, picture, write_folder
 
 import fused_arcface as fa
+from fused_arcface.app import export
 from fused_arcface.app.cli import run
 from fused_arcface.app.data import ImageSpec, read_image
 from fused_arcface.app.data.embedding_sets import EmbeddingSet
@@ -316,6 +317,17 @@ def test_export_gives_what_pytorch_gives(trained: Path, tmp_path: Path, capsys: 
     assert torch.allclose(found, expected, atol=1e-5)
     assert run(["export", "--checkpoint", str(trained), "--output", str(tmp_path / "net.tflite")]) == 2
     assert "must be exported to a .onnx or a .pt2 file" in capsys.readouterr().err
+
+
+def test_an_exported_net_that_gives_nan_is_not_written(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first batch agrees, the second one does not."""
+    differences = iter([0.0, float("nan")])
+    monkeypatch.setattr(export, "_difference", lambda *_: next(differences))
+    with pytest.raises(export.ExportError, match="differs from PyTorch by nan"):
+        export.export(fa.load_embedder(trained), tmp_path / "net.pt2")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_run_keeps_thresholds_and_its_best_net(trained: Path) -> None:

@@ -10,6 +10,11 @@ from fused_arcface.app.measure.timing import Timing
 
 CPU = torch.device("cpu")
 TINY = Case(6, 300, 16)
+CAPACITY_FIELDS = (
+    "recipe,backend,dtype,weight_dtype,momentum_dtype,N,D,budget_bytes,max_C,bytes_per_class,step_ms,how,"
+    "device,torch,commit,date"
+)
+"""The columns of capacity.csv."""
 
 
 def synthetic_report() -> Report:

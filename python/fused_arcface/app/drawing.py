@@ -100,6 +100,18 @@ def _families() -> list[str]:
     return ["DejaVu Sans", *(name for name in _WIDE_FONTS if name in installed)]
 
 
+def panel(plt: Any, height: float, title: str = "", **settings: Any) -> tuple[Any, Any]:
+    """Return a figure of one panel with a light grid, and its axes.
+
+    ``height`` is in inches; ``settings`` are those of matplotlib's ``Axes.set``.
+    """
+    figure, axis = plt.subplots(figsize=(WIDTH, height), layout="constrained")
+    axis.set(**settings)
+    axis.grid(alpha=0.3)
+    set_title(axis, title)
+    return figure, axis
+
+
 def set_title(axis: Any, name: str) -> None:
     """Set a title that may have a file's name in it: its dollars are not formulas."""
     axis.set_title(printable(name), parse_math=False)

@@ -108,6 +108,16 @@ def counted(count: int, noun: str) -> str:
     return f"{count} {noun}{'' if count == 1 else 's'}"
 
 
+def listed(values: Iterable[object], word: str = "and") -> str:
+    """Return two or more values as a list in words.
+
+    >>> listed([5.0, 20.0, 110.0]), listed(["a", "b"], "or")
+    ('5, 20 and 110', 'a or b')
+    """
+    *others, last = (f"{value:g}" if isinstance(value, float) else str(value) for value in values)
+    return f"{', '.join(others)} {word} {last}"
+
+
 def printable(text: str) -> str:
     r"""Return ``text`` with the characters that a reader would obey, or could not encode, as Python writes them.
 

@@ -24,7 +24,7 @@ from fused_arcface.app.benchmark import cost_model, memory, plots, runner
 from fused_arcface.app.benchmark import providers as providers_module
 from fused_arcface.app.benchmark.cases import NAMES, PASSES, Case, cases_named, make_inputs
 from fused_arcface.app.benchmark.providers import Provider, all_providers, select
-from fused_arcface.app.benchmark.report import FIELDS, read_report
+from fused_arcface.app.benchmark.report import add_rows, read_report
 from fused_arcface.app.benchmark.truth import PassResult, error_of, truth
 from fused_arcface.app.cli.bench import bench
 from fused_arcface.app.drawing import write_pictures
@@ -90,6 +90,14 @@ def test_error_of_sees_a_nan_and_a_wrong_shape() -> None:
         error_of(PassResult(torch.tensor(1.0), torch.ones(3, 2)), right)
 
 
+def test_error_of_sees_a_nan_behind_the_first_piece(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fused_arcface.app.benchmark.truth._CHUNK_ELEMENTS", 2)
+    right = PassResult(torch.tensor(1.0), torch.ones(2, 3))
+    found = PassResult(torch.tensor(1.0), torch.tensor([[1.5, 1.0, math.nan], [1.0, 1.0, 1.0]]))
+    assert math.isnan(error_of(found, right))
+    assert error_of(PassResult(torch.tensor(1.25), right.d_embeddings), right) == 0.25
+
+
 def test_cases_are_distinct_and_ascend_in_classes() -> None:
     for device_type in ("cpu", "cuda"):
         for name in NAMES:
@@ -133,12 +141,23 @@ def test_wrong_failing_and_missing_providers_do_not_stop_the_rest() -> None:
     def failing(inputs):
         raise RuntimeError("no such luck")
 
+    def with_nan(inputs):
+        run = ours.open(inputs)
+
+        def with_a_nan_in_a_gradient(backward):
+            found = run(backward)
+            return found._replace(d_weight=found.d_weight * torch.nan) if backward else found
+
+        return with_a_nan_in_a_gradient
+
     missing = replace(ours, name="missing", reason_against=lambda case, device: "not installed")
-    chosen = [replace(ours, name="wrong", open=wrong), replace(ours, name="failing", open=failing), missing, ours]
+    broken = {"wrong": wrong, "failing": failing, "nan": with_nan}
+    chosen = [*(replace(ours, name=name, open=open_) for name, open_ in broken.items()), missing, ours]
     report = runner.run_benchmark([TINY], chosen, CPU, seconds=0.01, with_memory=False)
     assert {each.provider for each in report.measurements} == {"ceiling", "fused_arcface"}
     reasons = {skip.provider: skip.reason for skip in report.skips}
     assert reasons["wrong"].startswith("wrong: relative error 1.0e+00")
+    assert reasons["nan"].startswith("wrong: relative error nan, ")
     assert reasons["failing"] == "RuntimeError: no such luck"
     assert reasons["missing"] == "not installed"
 
@@ -249,8 +268,7 @@ def test_rows_have_the_fields_and_survive_a_round_trip(tmp_path: Path) -> None:
     report.write(tmp_path)
     rows = json.loads((tmp_path / "rows.json").read_text())
     fields = "provider,backend,pass,dtype,weight_dtype,N,C,D,ms,ps_per_logit,peak_bytes,error,device,torch,commit,date"
-    assert [tuple(row) for row in rows] == [FIELDS] * len(rows)
-    assert ",".join(FIELDS) == fields
+    assert [",".join(row) for row in rows] == [fields] * len(rows)
     with (tmp_path / "rows.csv").open() as file:
         assert [row["ms"] for row in csv.DictReader(file)] == [str(row["ms"]) for row in rows]
     assert {row["pass"] for row in rows} == {"fwd", "fwd+bwd"}
@@ -259,6 +277,17 @@ def test_rows_have_the_fields_and_survive_a_round_trip(tmp_path: Path) -> None:
     again = read_report(tmp_path)
     assert again.rows() == rows and [vars(skip) for skip in again.skips] == [vars(skip) for skip in report.skips]
     assert [each.products for each in again.measurements] == [each.products for each in report.measurements]
+
+
+def test_rows_are_added_to_those_of_earlier_runs(tmp_path: Path) -> None:
+    """A later row may have more columns: the table has them all, and an earlier row leaves them empty."""
+    add_rows(tmp_path / "new", "found", [{"a": 1, "b": None}])
+    table, _ = add_rows(tmp_path / "new", "found", [{"a": 2, "b": 3, "c": "x"}])
+    assert table.read_text() == "a,b,c\n1,,\n2,3,x\n"
+    assert json.loads((tmp_path / "new" / "found.json").read_text()) == [
+        {"a": 1, "b": None},
+        {"a": 2, "b": 3, "c": "x"},
+    ]
 
 
 @pytest.mark.slow

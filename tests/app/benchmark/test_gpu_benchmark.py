@@ -66,7 +66,7 @@ def named(name: str) -> Provider:
 def test_peers_are_called_by_their_published_signature(name: str) -> None:
     assert named(name).reason_against(BF16, GPU) is None
     inputs = make_inputs(BF16, CPU)
-    run = HeadRun(getattr(peers, name), *inputs)
+    run = HeadRun(getattr(peers, name), inputs)
     right = truth(inputs, "linear")
     for backward in (False, True):
         outcome = run(backward)

@@ -64,6 +64,8 @@ def test_one_bad_window_is_enough(training: dict[str, Any]) -> None:
     losses = [1.0] * 40
     losses[6] = 5.0  # a mean of 3 in window 3
     assert training["distance"](Run("cuda", 0, losses, 1.0), references) == pytest.approx(2.0)
+    broken = [Run("torch", 0, [1.0] * 39 + [math.nan], 1.0), flat[1]]
+    assert training["distance"](Run("cuda", 0, [1.0] * 40, 1.0), broken) == math.inf
 
 
 @pytest.mark.slow

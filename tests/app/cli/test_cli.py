@@ -78,6 +78,15 @@ def test_doctor_fails_when_even_the_reference_does(
     assert "RuntimeError: no such luck" in capsys.readouterr().out
 
 
+def test_doctor_sees_a_nan_in_the_last_gradient(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    errors = {"loss": 1e-7, "d_embeddings": 1e-7, "d_weight": float("nan")}
+    monkeypatch.setattr(agreement, "errors_against_fp64", lambda *_: errors)
+    assert run(["doctor"]) == 1
+    assert "relative error nan in" in capsys.readouterr().out
+
+
 def test_gradcheck_lists_every_margin(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["gradcheck", "--backend", "cpu", "--dtype", "float32"]) == 0
     shown = capsys.readouterr().out

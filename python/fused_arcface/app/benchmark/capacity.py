@@ -2,20 +2,21 @@
 
 A step is forward, backward and SGD with momentum. C is first predicted from the bytes per class of small trials, then
 verified by a step close to the budget. Each trial runs in another process, which cannot allocate far beyond the
-budget: a CPU process has a limit on its data, a GPU process torch's limit on its allocator. The measured peak counts,
-class centers, gradient and momentum included.
+budget: the system limits the data of a CPU process, torch the allocator of a GPU process. A trial fits if its measured
+peak, class centers, gradient and momentum included, is within the budget.
 """
 
 from __future__ import annotations
 
 import itertools
-import json
 import math
+import operator
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -26,77 +27,51 @@ from ..measure import machine
 from ..measure.child import Child, ChildFailed
 from . import memory
 from .cases import REPEATED, Case, draw_centers, make_inputs
-from .names import chosen, is_ours
-from .providers import HeadRun, Provider, all_providers
-from .report import Skip, write_csv, write_json
+from .names import Named, chosen
+from .providers import HeadRun, Provider, Reason, all_providers
+from .report import Skip, read_json, write_rows
 
 TakeStep = Callable[[], None]
 """Takes one training step over the inputs that it was made for."""
 
-# The share of the answer by which the search may be short of the largest C.
+# The share by which the search may miss the largest C.
 _PRECISION = 0.02
 _MOST_TRIALS = 12
-# A trial may take this much more than the budget: its measured peak, which is what counts, then tells how many classes
-# to leave out. The bytes are for threads' stacks.
+# A trial may take this much more than the budget, so that its measured peak tells how many classes to leave out. The
+# bytes are for threads' stacks.
 _OVERSHOOT, _SLACK_BYTES = 1.2, 2**28
-
-FIELDS = (
-    "recipe",
-    "backend",
-    "dtype",
-    "weight_dtype",
-    "momentum_dtype",
-    "N",
-    "D",
-    "budget_bytes",
-    "max_C",
-    "bytes_per_class",
-    "step_ms",
-    "how",
-    "device",
-    "torch",
-    "commit",
-    "date",
-)
-"""The fields of a row. ``how`` is "measured" close to the budget, or "extrapolated" from the bytes per class of small
-problems."""
 
 
 @dataclass(frozen=True)
-class TrainingSetup:
+class TrainingSetup(Named):
     """A way to take training steps: a head, the dtype of its class centers, and its optimizer."""
 
-    name: str
-    backend: str
     weight_dtype: str
     momentum_dtype: str
     make: Callable[[Case, torch.device], TakeStep]
     """Allocates inputs, class centers and all else that stays between steps; the first step allocates the rest."""
-    reason_against: Callable[[Case, torch.device], str | None]
-
-    @property
-    def is_ours(self) -> bool:
-        return is_ours(self.name)
+    reason_against: Reason
 
     @property
     def key(self) -> tuple[str, str, str, str]:
         return self.name, self.backend, self.weight_dtype, self.momentum_dtype
 
     def __str__(self) -> str:
-        return f"{self.name} ({self.backend}), {self.weight_dtype} + {self.momentum_dtype}"
+        return f"{super().__str__()}, {self.weight_dtype} + {self.momentum_dtype}"
 
     def case(self, N: int, C: int, D: int) -> Case:
         return Case(N, C, D, self.weight_dtype, self.weight_dtype)
 
 
-# Dtypes of the class centers and their momentum, where the update happens in the backward.
+# Dtypes of the class centers and their momentum, if the update happens in the backward pass.
 _FUSED_DTYPES = tuple(itertools.product(("float32", "bfloat16"), ("float32", "bfloat16", "int8")))
-# As arcface_torch trains.
-_LR, _MOMENTUM, _WEIGHT_DECAY = 0.1, 0.9, 5e-4
+
+SGD: dict[str, Any] = {"lr": 0.1, "momentum": 0.9, "weight_decay": 5e-4}
+"""Options of the optimizer, as arcface_torch trains."""
 
 
 def setups() -> tuple[TrainingSetup, ...]:
-    """Return every setup: each head followed by torch.optim.SGD, and ours with the update in its backward."""
+    """Return every setup: each head followed by torch.optim.SGD, and ours with the update in its backward pass."""
     plain = ("fused_arcface", "eager", "compiled", "insightface", "insightface-fp16", "pytorch-metric-learning")
     found = []
     for provider in all_providers():
@@ -104,30 +79,26 @@ def setups() -> tuple[TrainingSetup, ...]:
             continue
         name, backend, reason = provider.name, provider.backend, provider.reason_against
         for dtype in ("float32", "bfloat16") if provider.is_ours else ("float32",):
-            found.append(TrainingSetup(name, backend, dtype, dtype, _with_sgd(provider), reason))
+            found.append(TrainingSetup(name, backend, dtype, dtype, partial(_with_sgd, provider), reason))
         for dtype, momentum in _FUSED_DTYPES if provider.is_ours else ():
-            fused = _with_center_sgd(provider.backend, momentum)
+            fused = partial(_with_center_sgd, backend, momentum)
             found.append(TrainingSetup(f"{name} + CenterSGD", backend, dtype, momentum, fused, reason))
     return tuple(found)
 
 
-def _with_sgd(provider: Provider) -> Callable[[Case, torch.device], TakeStep]:
+def _with_sgd(provider: Provider, case: Case, device: torch.device) -> TakeStep:
     """Make steps of a provider's pass followed by torch.optim.SGD over its class centers."""
+    run = provider.open(make_inputs(case, device, distinct=False))
+    assert isinstance(run, HeadRun)
+    optimizer = torch.optim.SGD([run.weight], **SGD)
 
-    def make(case: Case, device: torch.device) -> TakeStep:
-        run = provider.open(make_inputs(case, device, distinct=False))
-        assert isinstance(run, HeadRun)
-        optimizer = torch.optim.SGD([run.weight], _LR, _MOMENTUM, weight_decay=_WEIGHT_DECAY)
+    def step() -> None:
+        with provider.settings():
+            run.backward()
+        optimizer.step()
+        optimizer.zero_grad()
 
-        def step() -> None:
-            with provider.settings():
-                run.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-
-        return step
-
-    return make
+    return step
 
 
 class RepeatedCenters(PartialFC):
@@ -137,60 +108,45 @@ class RepeatedCenters(PartialFC):
         draw_centers(self.weight, REPEATED)
 
 
-def _with_center_sgd(backend: str, momentum_dtype: str) -> Callable[[Case, torch.device], TakeStep]:
-    """Make steps of PartialFC with one shard, which updates the class centers in its backward."""
+def _with_center_sgd(backend: str, momentum_dtype: str, case: Case, device: torch.device) -> TakeStep:
+    """Make steps of PartialFC with one shard, which updates the class centers in its backward pass."""
+    optimizer = CenterSGD(**SGD, momentum_dtype=getattr(torch, momentum_dtype))
+    dtype = case.torch_weight_dtype
+    head = RepeatedCenters(case.D, case.C, center_optimizer=optimizer, backend=backend, device=device, dtype=dtype)
+    embeddings = torch.randn(case.N, case.D, device=device).to(dtype).requires_grad_()
+    target = torch.randint(case.C, (case.N,), device=device)
 
-    def make(case: Case, device: torch.device) -> TakeStep:
-        optimizer = CenterSGD(_LR, _MOMENTUM, _WEIGHT_DECAY, momentum_dtype=getattr(torch, momentum_dtype))
-        dtype = case.torch_weight_dtype
-        head = RepeatedCenters(case.D, case.C, center_optimizer=optimizer, backend=backend, device=device, dtype=dtype)
-        embeddings = torch.randn(case.N, case.D, device=device).to(dtype).requires_grad_()
-        target = torch.randint(case.C, (case.N,), device=device)
+    def step() -> None:
+        head(embeddings, target).backward()
+        embeddings.grad = None
 
-        def step() -> None:
-            loss = head(embeddings, target)
-            assert isinstance(loss, torch.Tensor) and head.center_optimizer is not None
-            loss.backward()
-            embeddings.grad = None
-            head.center_optimizer.step()
-
-        return step
-
-    return make
+    return step
 
 
-@dataclass(frozen=True)
-class Trial:
+class Trial(NamedTuple):
     """Two training steps: their peak memory, class centers included, and the time of the second."""
 
     peak_bytes: int
     step_ms: float
 
 
-def try_in_this_process(
-    key: list[str],
-    shape: tuple[int, int, int],
-    device: str,
-    budget_bytes: int,
-    threads: int,
-) -> tuple[int, float]:
-    """Return peak bytes and milliseconds of the second step, for :func:`try_step` in its child process."""
+def try_in_this_process(setup: str, shape: tuple[int, int, int], device: str, budget_bytes: int, threads: int) -> Trial:
+    """Take the steps of :func:`try_step`, in its child process."""
     torch.set_num_threads(threads)
-    (setup,) = (each for each in setups() if each.key == tuple(key))
+    (chosen,) = (each for each in setups() if str(each) == setup)
     N, C, D = shape
     on = torch.device(device)
-    setup.make(setup.case(8, 128, D), on)()  # libraries' code and threads are no part of the step
+    chosen.make(chosen.case(8, 128, D), on)()  # loads libraries' code and starts threads, which are not counted
     with memory.limited(on, min(int(_OVERSHOOT * budget_bytes) + _SLACK_BYTES, memory.available_bytes(on))):
         before = memory.reset_peak(on)
-        step = setup.make(setup.case(N, C, D), on)
+        step = chosen.make(chosen.case(N, C, D), on)
         step()  # allocates the momentum
         memory.synchronize(on)
         start = time.perf_counter()
         step()
         memory.synchronize(on)
         milliseconds = (time.perf_counter() - start) * 1e3
-        peak = memory.peak_since_reset(on) - before
-    return peak, milliseconds
+        return Trial(memory.peak_since_reset(on) - before, milliseconds)
 
 
 def try_step(
@@ -204,7 +160,7 @@ def try_step(
     try:
         result = child.call(
             "benchmark.capacity:try_in_this_process",
-            key=setup.key,
+            setup=str(setup),
             shape=shape,
             device=str(device),
             budget_bytes=budget_bytes,
@@ -217,11 +173,12 @@ def try_step(
 
 @dataclass(frozen=True)
 class Capacity:
-    """The largest C that fits, its bytes per class, and the step there, None where it was extrapolated."""
+    """The largest C that fits."""
 
     max_C: int
     bytes_per_class: float
     trial: Trial | None
+    """The steps with this C; None if it was extrapolated."""
 
 
 def extrapolate(attempt: Callable[[int], Trial | None], budget_bytes: int, start: int) -> Capacity:
@@ -238,7 +195,7 @@ def extrapolate(attempt: Callable[[int], Trial | None], budget_bytes: int, start
 
 
 def verify(attempt: Callable[[int], Trial | None], budget_bytes: int, guess: int) -> Capacity:
-    """Search the largest C that a trial fits with, to 2 %.
+    """Search the largest C that fits, to 2 %.
 
     Args:
         attempt: takes a trial of C classes; returns None if it took far too much.
@@ -259,7 +216,7 @@ def verify(attempt: Callable[[int], Trial | None], budget_bytes: int, guess: int
         near = best is not None and best.peak_bytes * (1 + _PRECISION) >= budget_bytes
         if near or fails <= fits * (1 + _PRECISION):
             break
-        # By the bytes per class of the trial itself; a trial without a result took too much by more than can be told.
+        # From the bytes per class of the trial. A trial without a result took an unknown amount too much.
         guess = int(guess * (0.85 if tried is None else 0.995 * budget_bytes / tried.peak_bytes))
         if not fits < guess < fails:
             guess = int((fits + fails) / 2) if fails < math.inf else int(fits * (1 + _PRECISION))
@@ -281,13 +238,14 @@ def run_capacity(
     progress: Callable[[str], None] = lambda text: None,
     on_row: Callable[[list[dict[str, Any]]], object] = lambda rows: None,
 ) -> tuple[list[dict[str, Any]], list[Skip]]:
-    """Return a row (see :data:`FIELDS`) for each setup that can run here, and the reasons why others cannot.
+    """Return a row for each setup that can run here, and the reasons why others cannot.
 
-    All setups are extrapolated first. Then each is verified, if the machine has the memory that the budget asks for.
+    All setups are extrapolated first. Then each is verified, if the machine has the memory of the budget. A row's
+    ``how`` is "extrapolated" (from the bytes per class of small problems) or "measured" (close to the budget).
 
     Args:
         device: the device to train on.
-        budget_bytes: memory for class centers, gradient, momentum and all else of a step.
+        budget_bytes: memory for a step, class centers, gradient and momentum included.
         N: rows of a batch.
         D: dimensions.
         names: names of setups, ``"ours"`` for all of ours; all if None.
@@ -295,7 +253,7 @@ def run_capacity(
         wanted: returns false for a setup to leave out.
         earlier: rows of an interrupted run, which are kept; those that were extrapolated are verified.
         progress: called with a line before each trial.
-        on_row: called with all rows whenever one has been found.
+        on_row: called with all rows each time that one has been found.
 
     Raises:
         ValueError: if a name is unknown.
@@ -304,17 +262,15 @@ def run_capacity(
     if not memory.can_measure(device):
         raise RuntimeError("this system does not tell a process's peak of resident memory; Linux does")
     context = machine.context(device)
-    rows = {_key_of(row): row for row in earlier}
+    every = [setup for setup in chosen(setups(), names, backend) if wanted(setup)]
+    key = operator.itemgetter("recipe", "backend", "weight_dtype", "momentum_dtype")
+    rows = {key(row): row for row in earlier}
     skips: list[Skip] = []
     with Child() as child:
-        every = [setup for setup in chosen(setups(), names, backend) if wanted(setup)]
 
-        def attempting(setup: TrainingSetup) -> Callable[[int], Trial | None]:
-            def attempt(C: int) -> Trial | None:
-                progress(f"{setup}: {C:,} classes")
-                return try_step(setup, (N, C, D), device, budget_bytes, child)
-
-            return attempt
+        def attempt(setup: TrainingSetup, C: int) -> Trial | None:
+            progress(f"{setup}: {C:,} classes")
+            return try_step(setup, (N, C, D), device, budget_bytes, child)
 
         def found(setup: TrainingSetup, capacity: Capacity) -> None:
             rows[setup.key] = _row(setup, N, D, budget_bytes, capacity, context)
@@ -326,7 +282,7 @@ def run_capacity(
             if reason is None and setup.key not in rows:
                 start = max(1024, budget_bytes // (128 * D * case.torch_weight_dtype.itemsize))
                 try:
-                    found(setup, extrapolate(attempting(setup), budget_bytes, start))
+                    found(setup, extrapolate(partial(attempt, setup), budget_bytes, start))
                 except (MemoryError, ChildFailed) as error:
                     reason = str(error)
             if reason is not None:
@@ -336,14 +292,10 @@ def run_capacity(
             if row is None or row["how"] == "measured" or budget_bytes > memory.available_bytes(device):
                 continue
             try:
-                found(setup, verify(attempting(setup), budget_bytes, row["max_C"]))
+                found(setup, verify(partial(attempt, setup), budget_bytes, row["max_C"]))
             except (MemoryError, ChildFailed) as error:
                 skips.append(Skip(setup.name, setup.backend, setup.case(N, row["max_C"], D), str(error)))
     return [*rows.values()], skips
-
-
-def _key_of(row: dict[str, Any]) -> tuple[str, str, str, str]:
-    return row["recipe"], row["backend"], row["weight_dtype"], row["momentum_dtype"]
 
 
 def _row(
@@ -368,7 +320,7 @@ def _row(
 
 def write(folder: Path, rows: list[dict[str, Any]]) -> list[Path]:
     """Write capacity.csv and capacity.json into ``folder``; return their paths."""
-    return [write_csv(folder / "capacity.csv", rows, FIELDS), write_json(folder / "capacity.json", rows)]
+    return write_rows(folder, "capacity", rows)
 
 
 def read(folder: Path, budget_bytes: int, device: torch.device) -> list[dict[str, Any]]:
@@ -376,9 +328,9 @@ def read(folder: Path, budget_bytes: int, device: torch.device) -> list[dict[str
 
     Raises:
         FileNotFoundError: if there are none.
-        ValueError: if they are of another budget or machine.
+        ValueError: if they are of another budget, machine or torch.
     """
-    rows: list[dict[str, Any]] = json.loads((folder / "capacity.json").read_text(encoding="utf-8"))
+    rows: list[dict[str, Any]] = read_json(folder / "capacity.json")
     here = {"budget_bytes": budget_bytes, "device": machine.device_name(device), "torch": torch.__version__}
     for row in rows:
         for name, value in here.items():

@@ -22,11 +22,11 @@ class Case:
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        return _dtype(self.dtype)
+        return getattr(torch, self.dtype)
 
     @property
     def torch_weight_dtype(self) -> torch.dtype:
-        return _dtype(self.weight_dtype)
+        return getattr(torch, self.weight_dtype)
 
     @property
     def weight_bytes(self) -> int:
@@ -38,18 +38,16 @@ class Case:
         return f"N={self.N} C={self.C:_} D={self.D} {dtypes}".replace("_", " ")
 
 
-def _dtype(name: str) -> torch.dtype:
-    dtype: torch.dtype = getattr(torch, name)
-    return dtype
-
-
 PASSES = {"fwd": False, "fwd+bwd": True}
 """The passes that are measured, by a row's ``pass``, and whether they take gradients."""
 
 HEADLINE = Case(256, 100_000)
 
-_BF16 = ("bfloat16", "bfloat16")
-_BF16_BESIDE_FP32 = ("bfloat16", "float32")  # as autocast hands them over
+BF16 = ("bfloat16", "bfloat16")
+"""Dtypes of embeddings and class centers, as the last two arguments of :class:`Case`."""
+BF16_BESIDE_FP32 = ("bfloat16", "float32")
+"""The dtypes under autocast."""
+FP32 = ("float32", "float32")
 
 SMALL = tuple(
     Case(*shape)
@@ -65,9 +63,9 @@ SMALL = tuple(
         (256, 5000, 512),
     )
 )
-"""Small cases: the work that is done once in a call takes the time, not the work for each logit."""
+"""Small cases: the time of a call is spent on work that does not grow with the number of logits."""
 
-# Two processors' minutes are short: shapes at which the slowest provider takes about a second.
+# Shapes at which the slowest provider takes about a second on two cores.
 _CPU_QUICK = (Case(64, 10_000), Case(64, 30_000))
 _CPU: dict[str, tuple[Case, ...]] = {
     "quick": _CPU_QUICK,
@@ -77,7 +75,7 @@ _CPU: dict[str, tuple[Case, ...]] = {
         Case(64, 30_000, 512, "float32", "bfloat16"),
         *(Case(N, 30_000) for N in (16, 256)),
         HEADLINE,
-        *(Case(HEADLINE.N, HEADLINE.C, HEADLINE.D, *dtypes) for dtypes in (_BF16, _BF16_BESIDE_FP32)),
+        *(Case(HEADLINE.N, HEADLINE.C, HEADLINE.D, *dtypes) for dtypes in (BF16, BF16_BESIDE_FP32)),
     ),
     "small": SMALL,
     "scaling": (
@@ -86,8 +84,8 @@ _CPU: dict[str, tuple[Case, ...]] = {
     ),
 }
 
-# A GPU's sizes: training batches gathered over ranks, and the dtypes that training uses there.
-_GPU_DTYPES = (("bfloat16", "bfloat16"), ("bfloat16", "float32"), ("float32", "float32"))
+# On a GPU: batches of a training on several ranks, and the dtypes that training uses.
+_GPU_DTYPES = (BF16, BF16_BESIDE_FP32, FP32)
 _CUDA_QUICK = tuple(Case(1024, 100_000, 512, *dtypes) for dtypes in _GPU_DTYPES)
 _CUDA: dict[str, tuple[Case, ...]] = {
     "quick": _CUDA_QUICK,
@@ -102,7 +100,7 @@ _CUDA: dict[str, tuple[Case, ...]] = {
             for dtypes in _GPU_DTYPES
             for C in (10_000, 30_000, 100_000, 300_000, 1_000_000, 3_000_000, 10_000_000)
         ),
-        *(Case(N, 300_000, 512, "bfloat16", "bfloat16") for N in (128, 512, 4096)),
+        *(Case(N, 300_000, 512, *BF16) for N in (128, 512, 4096)),
     ),
 }
 
@@ -112,7 +110,7 @@ NAMES = ("quick", "full", "small", "scaling")
 def cases_named(name: str, device_type: str) -> tuple[Case, ...]:
     """Return the cases of a name in :data:`NAMES` for a type of device, fewest classes first.
 
-    A provider that runs out of memory in a series need not be tried at more classes.
+    A provider that runs out of memory is then not tried with more classes.
 
     Raises:
         ValueError: if the name is unknown.
@@ -127,7 +125,7 @@ def cases_named(name: str, device_type: str) -> tuple[Case, ...]:
 
 
 class Inputs(NamedTuple):
-    """The tensors that every provider is given; it makes of them the leaves that it differentiates by."""
+    """The tensors that every provider is given. Leaves for autograd are made from them."""
 
     embeddings: Tensor
     """(N, D)"""
@@ -137,15 +135,15 @@ class Inputs(NamedTuple):
     """(N,) int64"""
 
 
-# Beyond this many elements on a CPU, centers are drawn once and repeated: drawing 10⁷ × 512 takes a minute.
+# On a CPU at most this many elements are drawn, and then repeated: drawing 10⁷ × 512 takes a minute.
 _DRAWN_ELEMENTS = 2**28
 REPEATED = 65536
-"""Number of class centers that are drawn and then repeated, where only memory is measured."""
+"""Number of class centers that are drawn and then repeated if only memory is measured."""
 
 
 @torch.no_grad()
 def draw_centers(weight: Tensor, rows: int, generator: torch.Generator | None = None) -> None:
-    """Fill class centers (C, D) with N(0, 0.01²), the first ``rows`` drawn and then repeated."""
+    """Fill class centers (C, D) with N(0, 0.01²). The first ``rows`` are drawn, the others repeat them."""
     weight[:rows].normal_(std=0.01, generator=generator)
     for start in range(rows, weight.shape[0], rows):
         stop = min(start + rows, weight.shape[0])
@@ -155,19 +153,15 @@ def draw_centers(weight: Tensor, rows: int, generator: torch.Generator | None = 
 def make_inputs(case: Case, device: torch.device | str, distinct: bool = True) -> Inputs:
     """Make inputs as in mid-training: embeddings at about 53° from their class center, norms between 5 and 25.
 
-    Random embeddings alone would all be at 90°, where no margin reaches past π and every provider agrees. On one type
-    of device a case always has the same inputs. If ``distinct`` is false, :data:`REPEATED` of the class centers are
-    drawn, and the others repeat them.
+    Random embeddings would all be at 90°. There no margin reaches past π, and every provider agrees. On one type of
+    device a case always has the same inputs. If ``distinct`` is false, :data:`REPEATED` of the class centers are drawn,
+    and the others repeat them.
     """
     device = torch.device(device)
     generator = torch.Generator(device).manual_seed(0)
     weight = torch.empty(case.C, case.D, dtype=case.torch_weight_dtype, device=device)
-    drawn = case.C
-    if not distinct:
-        drawn = REPEATED
-    elif device.type == "cpu":
-        drawn = max(1, _DRAWN_ELEMENTS // case.D)
-    draw_centers(weight, drawn, generator)
+    most = max(1, _DRAWN_ELEMENTS // case.D) if device.type == "cpu" else case.C
+    draw_centers(weight, most if distinct else REPEATED, generator)
     target = torch.randint(case.C, (case.N,), device=device, generator=generator)
     noise = torch.randn(case.N, case.D, device=device, generator=generator)
     direction = 0.6 * F.normalize(weight[target].float()) + 0.8 * F.normalize(noise)

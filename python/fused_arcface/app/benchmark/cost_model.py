@@ -5,13 +5,12 @@ each device computes all N rows against its own classes, and the embeddings' gra
 batch per device is fixed, so N grows with W, and a device's arithmetic (N·C/W logits) does not change with W; its
 memory shrinks, and the collectives grow.
 
-The rate of one device comes from rows of this benchmark; the network's figures are nominal. A device that has not been
-measured is a model as well, and says so.
+The rate of one device comes from rows of this benchmark, the network's figures are nominal. The table of a device that
+has not been measured says so.
 """
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -19,8 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from .names import is_ours
-
-_GIB = 2**30
+from .report import read_json
 
 
 @dataclass(frozen=True)
@@ -48,8 +46,7 @@ class Device:
             FileNotFoundError: if no run is there.
             ValueError: if the run has no such row.
         """
-        rows = json.loads((folder / "rows.json").read_text(encoding="utf-8"))
-        run = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+        rows, run = read_json(folder / "rows.json"), read_json(folder / "run.json")
         ours = [row for row in rows if is_ours(row["provider"]) and row["pass"] == "fwd+bwd"]
         if not ours:
             raise ValueError(f"{folder} must hold a fwd+bwd row of fused_arcface; it has none")
@@ -61,14 +58,14 @@ class Device:
         )
 
 
-# 8·N·C·D flops at four fifths of the device's own bf16 product, 790 TFLOP/s; a copy runs at 4.3 TB/s there. A step is
-# some twenty launches of 5 µs.
+# 8·N·C·D flops at four fifths of the rate of the device's bf16 product, 790 TFLOP/s; a copy at 4.3 TB/s; some twenty
+# launches of 5 µs.
 H200 = Device("NVIDIA H200", 8 / (0.8 * 790e12), 4.3e12, 141e9, measured=False, step_seconds=1e-4)
 
 
 @dataclass(frozen=True)
 class Network:
-    """Collectives' figures, one direction of one device. Nominal for eight GPUs a node with a 400 Gb/s port each."""
+    """Rates of one direction of one device; nominal ones of eight GPUs in a node, each with a 400 Gb/s port."""
 
     devices_per_node: int = 8
     node_bytes_per_second: float = 450e9
@@ -142,9 +139,9 @@ def predict(
 ) -> ModeledStep:
     """Predict the step of ``identities`` classes over ``devices``, each with ``batch`` embeddings of ``D`` dimensions.
 
-    The forward is half of the arithmetic (4NDC of 8NDC) and streams the centers once, as the backward does, where the
-    optimizer's traffic adds. Arithmetic and traffic of a pass overlap; so does the scatter of the embeddings' gradient
-    with the backward. The gather, and the sum of two numbers a row, do not.
+    Each pass has half of the arithmetic (4NDC of 8NDC) and reads the centers once; the backward pass also has the
+    optimizer's traffic. Arithmetic and traffic of a pass overlap, and so do the scatter of the embeddings' gradient and
+    the backward pass. The gather, and the sum of two numbers a row, overlap with nothing.
 
     >>> step = predict(H200, 10**6, 1)
     >>> f"{step.seconds * 1e3:.1f} ms, {step.limit}"
@@ -178,9 +175,9 @@ def predict(
 
 
 def _overlapped(overlap: float, parts: dict[str, float]) -> dict[str, float]:
-    """Return what each of some concurrent parts adds to their time.
+    """Return the seconds that each of some concurrent parts adds to their time.
 
-    The longest adds all of its time, each other what is not hidden behind it.
+    The longest part adds all of its time, each other part the share that does not overlap.
     """
     longest = max(parts, key=lambda name: parts[name])
     return {name: seconds if name == longest else (1 - overlap) * seconds for name, seconds in parts.items()}
@@ -206,13 +203,9 @@ def table(steps: Iterable[ModeledStep], device: Device, storage: Storage = FUSED
     ]
     for step in steps:
         name = f"10{str(round(math.log10(step.identities))).translate(str.maketrans('0123456789', '⁰¹²³⁴⁵⁶⁷⁸⁹'))}"
-        held = (
-            f"{step.memory_bytes / _GIB:.2f} GiB"
-            if step.memory_bytes < 100 * _GIB
-            else f"{step.memory_bytes / _GIB:.0f} GiB"
-        )
-        figures = (
-            ("—", "—") if step.limit == "does not fit" else (f"{step.seconds * 1e3:.2f} ms", f"{step.efficiency:.0%}")
-        )
-        lines.append(f"| {name} | {step.devices} | {figures[0]} | {held} | {figures[1]} | {step.limit} |")
+        held = f"{step.memory_bytes / 2**30:.{2 if step.memory_bytes < 100 * 2**30 else 0}f} GiB"
+        time, efficiency = f"{step.seconds * 1e3:.2f} ms", f"{step.efficiency:.0%}"
+        if step.limit == "does not fit":
+            time = efficiency = "—"
+        lines.append(f"| {name} | {step.devices} | {time} | {held} | {efficiency} | {step.limit} |")
     return "\n".join(lines)

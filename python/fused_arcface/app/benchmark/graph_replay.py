@@ -1,4 +1,4 @@
-"""The passes of a provider replayed from a CUDA graph: the GPU's time without the launches of the host."""
+"""Time the passes of a provider replayed from a CUDA graph: the GPU's time without the host's launches."""
 
 from __future__ import annotations
 
@@ -62,20 +62,18 @@ def time_replays(
             key = (provider.name, provider.backend, pass_name)
             if key not in measured:
                 continue
-
             try:
                 replay, result = _capture(provider, inputs, backward)
                 (timings[key],) = time_interleaved({pass_name: replay}, device, seconds).values()
                 del replay, result
-            except Exception as error:  # whatever the pass does that a graph cannot hold: the report says it
-                reason = f"{pass_name} not replayed from a CUDA graph: {_first_cause(error)}"
-                report.skip(provider.name, provider.backend, case, reason)
+            except Exception as error:  # a graph cannot hold every pass; the report gives the reason
+                report.skip(provider, case, f"{pass_name} not replayed from a CUDA graph: {_first_cause(error)}")
             memory.release(device)
     return timings
 
 
 def _first_cause(error: BaseException) -> str:
-    """Return the error that came first: the end of a capture that has failed raises another one."""
+    """Return the error that came first: a capture that has failed raises another one at its end."""
     while error.__context__ is not None:
         error = error.__context__
-    return f"{type(error).__name__}: {str(error).strip().split(chr(10))[0]}"
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"

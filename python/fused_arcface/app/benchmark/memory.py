@@ -7,6 +7,7 @@ import gc
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -30,25 +31,24 @@ def peaks_of(provider: Provider, case: Case, device: torch.device, child: Child)
     """
     if device.type == "cuda":
         return _measure(provider, case, device)
-    name, threads = (provider.name, provider.backend), torch.get_num_threads()
-    peaks: dict[str, int] = child.call(
-        "benchmark.memory:peaks_in_this_process", name=name, case=asdict(case), threads=threads
+    threads = torch.get_num_threads()
+    return child.call(
+        "benchmark.memory:peaks_in_this_process", provider=str(provider), case=asdict(case), threads=threads
     )
-    return peaks
 
 
-def peaks_in_this_process(name: list[str], case: dict[str, int | str], threads: int) -> dict[str, int]:
+def peaks_in_this_process(provider: str, case: dict[str, Any], threads: int) -> dict[str, int]:
     """Measure for :func:`peaks_of`, in its child process."""
     torch.set_num_threads(threads)
-    (chosen,) = (each for each in all_providers() if [each.name, each.backend] == name)
-    return _measure(chosen, Case(**case), torch.device("cpu"))  # type: ignore[arg-type]
+    (chosen,) = (each for each in all_providers() if str(each) == provider)
+    return _measure(chosen, Case(**case), torch.device("cpu"))
 
 
 def _measure(provider: Provider, case: Case, device: torch.device) -> dict[str, int]:
     peaks = {}
     with provider.settings():
-        # A tiny pass comes first, so that libraries' code and threads do not count. Full-size buffers that a library
-        # keeps after its first call do count, and the tiny pass makes none. Memory for compiling does not count.
+        # A tiny pass comes first, so that libraries' code and threads are not counted. Buffers of full size that a
+        # library keeps after its first call are counted, as the tiny pass makes none. Memory for compiling is not.
         tiny = Case(min(case.N, 8), min(case.C, 128), case.D, case.dtype, case.weight_dtype)
         warm_up = provider.open(make_inputs(case if provider.name.startswith("compiled") else tiny, device))
         for backward in PASSES.values():
@@ -64,7 +64,7 @@ def _measure(provider: Provider, case: Case, device: torch.device) -> dict[str, 
 
 
 def _held_by_all(provider: Provider, case: Case, backward: bool) -> int:
-    """Return the bytes of a pass that do not count: the gradients, and another layout of the class centers."""
+    """Return the bytes of a pass that are not counted: the gradients, and another layout of the class centers."""
     gradients = case.weight_bytes + case.N * case.D * case.torch_dtype.itemsize if backward else 0
     return gradients + (case.weight_bytes if provider.own_weight else 0)
 
@@ -91,7 +91,7 @@ def reset_peak(device: torch.device) -> int:
 def peak_since_reset(device: torch.device) -> int:
     """Return the greatest bytes of this process since :func:`reset_peak`: of CUDA's allocator, or resident on a CPU.
 
-    ``getrusage`` would be no substitute: its peak cannot be reset, and a child's starts from its parent's.
+    ``getrusage`` cannot be used: its peak cannot be reset, and a child's begins at its parent's.
     """
     if device.type == "cuda":
         synchronize(device)
@@ -107,7 +107,7 @@ def synchronize(device: torch.device) -> None:
 
 @contextlib.contextmanager
 def limited(device: torch.device, more_bytes: int) -> Iterator[None]:
-    """Let this process allocate at most ``more_bytes`` more: a larger request fails, and the machine stays up."""
+    """Let this process allocate at most ``more_bytes`` more. A larger request fails."""
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         held = torch.cuda.memory_reserved(device)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol, TypeVar
+from dataclasses import dataclass
+from typing import TypeVar
 
 OURS = "fused_arcface"
 """The name of this package's providers, to which a variant adds a suffix."""
@@ -13,7 +14,7 @@ PLAIN = ("torch", "reference")
 
 
 def is_ours(provider: str) -> bool:
-    """Return whether a provider, or a recipe, is this package's."""
+    """Return whether a provider or a setup is this package's."""
     return provider.startswith(OURS)
 
 
@@ -22,23 +23,33 @@ def is_fused(provider: str, backend: str) -> bool:
     return is_ours(provider) and backend not in PLAIN
 
 
-class _Named(Protocol):
-    """A provider or a recipe."""
+@dataclass(frozen=True)
+class Named:
+    """A provider or a training setup: an implementation that is measured, by name and backend."""
+
+    name: str
+    backend: str
+    """Of ours the backend; of others the library that computes."""
 
     @property
-    def name(self) -> str: ...
+    def is_ours(self) -> bool:
+        return is_ours(self.name)
 
     @property
-    def backend(self) -> str: ...
+    def is_fused(self) -> bool:
+        return is_fused(self.name, self.backend)
+
+    def __str__(self) -> str:
+        return f"{self.name} ({self.backend})"
 
 
-_Chosen = TypeVar("_Chosen", bound=_Named)
+_Chosen = TypeVar("_Chosen", bound=Named)
 
 
 def chosen(every: Sequence[_Chosen], names: Sequence[str] | None, backend: str | None) -> tuple[_Chosen, ...]:
-    """Return the providers or recipes of some names; those of one backend alone, if it is named.
+    """Return the providers or setups with these names. The name ``"ours"`` chooses all of ours, None chooses every one.
 
-    ``"ours"`` is the name of all of ours. Without names all are chosen.
+    If a backend is named, ours are chosen with this backend only.
 
     Raises:
         ValueError: if a name is unknown; the message lists the names that exist.
@@ -50,13 +61,13 @@ def chosen(every: Sequence[_Chosen], names: Sequence[str] | None, backend: str |
     return tuple(
         each
         for each in every
-        if (names is None or each.name in names or ("ours" in names and is_ours(each.name)))
-        and (backend is None or not is_ours(each.name) or each.backend == backend)
+        if (names is None or each.name in names or ("ours" in names and each.is_ours))
+        and (backend is None or not each.is_ours or each.backend == backend)
     )
 
 
 def label(provider: str, backend: str) -> str:
-    """Return a name for tables and legends: a peer's name tells its backend.
+    """Return a name for tables and legends. The backend is added to ours alone.
 
     >>> label("fused_arcface", "cpu"), label("eager", "torch")
     ('fused_arcface (cpu)', 'eager')

@@ -1,4 +1,4 @@
-"""The heads of other libraries, each as the operations that its users run: from leaves to the mean loss."""
+"""The heads of other libraries, each as the operations that its users run, from leaves to the mean loss."""
 
 from __future__ import annotations
 
@@ -41,36 +41,34 @@ def plain_under_autocast(embeddings: Tensor, weight: Tensor, target: Tensor) -> 
         return plain(embeddings, weight, target)
 
 
-@functools.cache
-def compiled() -> Loss:
-    """Return the reference through torch.compile.
+def compiled(embeddings: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+    """Compute the reference through torch.compile.
 
     Its check of the labels' range reads a value, which breaks the graph once, before anything of size N×C.
     """
-    return _compiled(eager)
+    return _compiled(eager)(embeddings, weight, target)
+
+
+def compiled_plain(embeddings: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+    """Compute :func:`plain` through torch.compile: one graph that reads no value, so it can be a CUDA graph."""
+    return _compiled(plain)(embeddings, weight, target)
 
 
 @functools.cache
-def compiled_plain() -> Loss:
-    """Return :func:`plain` through torch.compile: one graph, without reading a value, so it can be a CUDA graph."""
-    return _compiled(plain)
-
-
 def _compiled(loss: Loss) -> Loss:
-    # One graph for each of: gradients or none, dtypes, static or dynamic shapes. Past the limit it would fall back to
-    # eager in silence.
+    # There is a graph for each combination of gradients or none, dtypes, static or dynamic shapes. Past the limit torch
+    # would run eager code without a word.
     torch._dynamo.config.recompile_limit = 64
     torch._dynamo.config.fail_on_recompile_limit_hit = True
-    result: Loss = torch.compile(loss)
-    return result
+    return torch.compile(loss)
 
 
 class _ShardSoftmax(torch.autograd.Function):
-    """Cross-entropy of one shard's logits (N, C), overwritten with the probabilities and then with their gradient."""
+    """Cross-entropy of one shard's logits (N, C), which are overwritten with probabilities, then with the gradient."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, target: Tensor) -> Tensor:
-        # Between these lines stand the all-reduces of the maximum, the sum and the loss, which do nothing on one rank.
+        # The all-reduces of maximum, sum and loss between these lines are left out: they do nothing on one rank.
         maximum, _ = logits.max(dim=1, keepdim=True)
         logits.sub_(maximum).exp_()
         logits.div_(logits.sum(1, keepdim=True))
@@ -94,8 +92,8 @@ class _ShardSoftmax(torch.autograd.Function):
 def insightface(embeddings: Tensor, weight: Tensor, target: Tensor, fp16: bool = False) -> Tensor:
     """Run the operations of arcface_torch's PartialFC_V2 with ArcFace on one rank.
 
-    They are in its order, so memory traffic and peak are its own. The margin is put on the angles of the whole matrix,
-    and no gradient passes through it.
+    They are in its order, so memory traffic and peak are its own. The angles of the whole matrix are computed, and no
+    gradient passes through the margin.
     """
     target = torch.where((target >= 0) & (target < weight.shape[0]), target, -1)  # the classes of this shard
     with torch.autocast(embeddings.device.type, dtype=torch.float16, enabled=fp16):
@@ -109,22 +107,20 @@ def insightface(embeddings: Tensor, weight: Tensor, target: Tensor, fp16: bool =
         logits[rows, target[rows]] = target_angle + 0.5
         logits.cos_()
     logits = logits * SCALE
-    loss: Tensor = _ShardSoftmax.apply(logits, target)
-    return loss
+    return _ShardSoftmax.apply(logits, target)
 
 
 def metric_learning(weight: Tensor) -> tuple[Tensor, Loss]:
     """Return the parameter (D, C) and the loss of pytorch-metric-learning's ArcFaceLoss, with a copy of the centers."""
     from pytorch_metric_learning.losses import ArcFaceLoss
 
-    # Built for one class and then given its centers: drawing initial ones, C × D of them, would be thrown away.
+    # It is built for one class and then given its centers, so that no C × D initial ones are drawn.
     module = ArcFaceLoss(num_classes=1, embedding_size=weight.shape[1], margin=math.degrees(0.5), scale=SCALE)
     module.num_classes = weight.shape[0]
     module.W = torch.nn.Parameter(weight.detach().t().contiguous())
 
     def loss(embeddings: Tensor, _: Tensor, target: Tensor) -> Tensor:
-        value: Tensor = module(embeddings, target)
-        return value
+        return module(embeddings, target)
 
     return module.W, loss
 
@@ -135,8 +131,7 @@ def linear_cross_entropy(embeddings: Tensor, weight: Tensor, target: Tensor, chu
     If ``chunked``, it holds the logits of a few rows at a time.
     """
     options = torch.nn.LinearCrossEntropyOptions() if chunked else None
-    loss: Tensor = F.linear_cross_entropy(embeddings, weight, target, options=options)
-    return loss
+    return F.linear_cross_entropy(embeddings, weight, target, options=options)
 
 
 def cut_cross_entropy(embeddings: Tensor, weight: Tensor, target: Tensor) -> Tensor:
@@ -146,14 +141,13 @@ def cut_cross_entropy(embeddings: Tensor, weight: Tensor, target: Tensor) -> Ten
     """
     from cut_cross_entropy import linear_cross_entropy as loss  # type: ignore[import-not-found, unused-ignore]
 
-    value: Tensor = loss(embeddings, weight, target, filter_eps=None)
-    return value
+    return loss(embeddings, weight, target, filter_eps=None)
 
 
 def liger(embeddings: Tensor, weight: Tensor, target: Tensor) -> Tensor:
-    """Run Liger's linear cross-entropy: logits of one chunk of rows at a time.
+    """Run Liger's linear cross-entropy: the logits of a few rows at a time.
 
-    It computes the gradients in the forward pass for each input that asks for one, also where autograd is off.
+    Its forward pass computes the gradient of each input that requires one, even if autograd is off.
     """
     if not torch.is_grad_enabled():
         embeddings, weight = embeddings.detach(), weight.detach()
@@ -161,5 +155,4 @@ def liger(embeddings: Tensor, weight: Tensor, target: Tensor) -> Tensor:
         LigerFusedLinearCrossEntropyLoss,
     )
 
-    value: Tensor = LigerFusedLinearCrossEntropyLoss()(weight, embeddings, target)
-    return value
+    return LigerFusedLinearCrossEntropyLoss()(weight, embeddings, target)

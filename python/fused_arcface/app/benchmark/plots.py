@@ -11,8 +11,7 @@ from .cost_model import Device, ModeledStep
 from .names import is_ours
 from .report import Measurement, Report
 
-# Ours in one strong color; peers apart from each other and from ours for color-blind eyes as well (Okabe and Ito's
-# palette).
+# One strong color for ours. Color-blind readers can tell all these colors apart (Okabe and Ito's palette).
 _OURS = "#d55e00"
 _COLORS = ("#0072b2", "#009e73", "#cc79a7", "#56b4e9", "#8c6d00", "#000000", "#777777", "#e69f00")
 _MARKERS = "osv^D<>PX*"
@@ -49,7 +48,7 @@ def _longest_series(report: Report, axis: str) -> list[Measurement]:
 
 
 def _styles(measurements: Iterable[Measurement]) -> dict[str, dict[str, Any]]:
-    """Return a style for each label; ours share a color, and only the default instruction set is drawn thick."""
+    """Return a style for each label. Ours have one color, and the first of them, the default, is thick."""
     styles: dict[str, dict[str, Any]] = {}
     peers = 0
     for each in measurements:
@@ -89,7 +88,7 @@ def _lines(plt: Any, report: Report, series: Sequence[Measurement], axis: str, v
     what = "Peak memory beyond inputs and gradients" if memory else "Time"
     figure.suptitle(f"{what}, {fixed}, {case.dtype}\n{_source(report.context)}", fontsize=9)
     axes.grid(True, which="both", alpha=0.2)
-    # In the order in which the lines end, from above, to be read across.
+    # The legend has the order of the lines' right ends, from top to bottom.
     lines = sorted(zip(*axes.get_legend_handles_labels(), strict=True), key=lambda pair: -pair[0].get_ydata()[-1])
     figure.legend(*zip(*lines, strict=True), fontsize=8, loc="outside lower center", ncols=2)
     return figure
@@ -100,12 +99,12 @@ def _source(context: Mapping[str, Any]) -> str:
 
 
 def _mebibytes(peak_bytes: float) -> float:
-    """Return MiB, at least one: less than that is the pages of libraries."""
+    """Return MiB, at least one: a smaller number shows pages of libraries."""
     return max(peak_bytes / 2**20, 1.0)
 
 
 def _traffic(each: Measurement) -> float:
-    """Return the bytes that a pass must move: centers once a pass, gradient once; for bare products S as well."""
+    """Return the bytes that a pass must move: centers once in each direction, gradient once; S for bare products."""
     backward = each.pass_name == "fwd+bwd"
     logits = each.case.N * each.case.C * each.case.torch_dtype.itemsize if not each.is_ours else 0
     return (3 if backward else 1) * (each.case.weight_bytes + logits)
@@ -136,13 +135,9 @@ def _roofline(plt: Any, report: Report) -> Any:
         label, filled = each.label, each.pass_name == "fwd+bwd"
         named = f"{label}, {each.pass_name}" if (label, each.pass_name) not in seen else None
         seen.add((label, each.pass_name))
-        style = {
-            "marker": styles[label]["marker"],
-            "ms": 6,
-            "ls": "",
-            "mfc": styles[label]["color"] if filled else "none",
-        }
-        axes.plot([x], [each.flops_per_second / 1e9], mec=styles[label]["color"], label=named, **style)
+        marker, color = styles[label]["marker"], styles[label]["color"]
+        style = {"marker": marker, "ms": 6, "ls": "", "mec": color, "mfc": color if filled else "none"}
+        axes.plot([x], [each.flops_per_second / 1e9], label=named, **style)
     axes.set(xscale="log", yscale="log", xlabel="flops for each byte that must be moved", ylabel="GFLOP/s")
     for ticked in (axes.xaxis, axes.yaxis):
         plain_ticks(ticked)

@@ -1,4 +1,4 @@
-"""The implementations that are measured, each with its requirements, its formula and its number of products."""
+"""The implementations that are measured, each with its requirements and the formula that it computes."""
 
 from __future__ import annotations
 
@@ -19,45 +19,41 @@ from fused_arcface.functional import margin_softmax_loss
 
 from . import peers
 from .cases import Case, Inputs
-from .names import OURS, PLAIN, chosen, is_fused, is_ours
+from .names import OURS, PLAIN, Named, chosen
 from .truth import MARGIN, SCALE, Formula, PassResult
 
 Run = Callable[[bool], PassResult]
 """Runs one pass over its inputs: with gradients (True) or the loss alone."""
+Reason = Callable[[Case, torch.device], str | None]
+"""Returns the reason why an implementation cannot run a case on a device, or None."""
 
 
 @dataclass(frozen=True)
-class Provider:
+class Provider(Named):
     """An implementation of the head, or a yardstick beside it."""
 
-    name: str
-    backend: str
-    """The backend's name of ours; of others the library that computes."""
     formula: Formula
     open: Callable[[Inputs], Run]
     """Prepares a run over inputs, for example another layout of the class centers; this is not timed."""
-    reason_against: Callable[[Case, torch.device], str | None]
-    """Returns the reason why it cannot run a case on a device, or None."""
+    reason_against: Reason
     products: tuple[int, int] = (2, 6)
     """Flops of its matrix products in units of N·C·D, without and with gradients."""
     environment: dict[str, str] = field(default_factory=dict)
     tf32: bool = False
     own_weight: bool = False
-    """If true, a run holds the class centers in another layout in place of the inputs'."""
+    """If true, a run holds the class centers in another layout, and the inputs' are not needed."""
     tolerance: float | None = None
-    """Relative error at which its result counts as right; None: by the dtypes. bf16 cosines cost 0.1 of a logit."""
+    """Largest relative error of a right result if an input is bf16. None: the same as for other providers."""
 
-    @property
-    def is_ours(self) -> bool:
-        return is_ours(self.name)
+    def timed(self, inputs: Inputs, backward: bool) -> Callable[[], PassResult]:
+        """Return a function that makes the settings and runs one pass."""
+        run = self.open(inputs)
 
-    @property
-    def is_fused(self) -> bool:
-        """True if it is ours and does not store the logits."""
-        return is_fused(self.name, self.backend)
+        def timed() -> PassResult:
+            with self.settings():
+                return run(backward)
 
-    def __str__(self) -> str:
-        return f"{self.name} ({self.backend})"
+        return timed
 
     @contextlib.contextmanager
     def settings(self) -> Iterator[None]:
@@ -72,18 +68,13 @@ class Provider:
                 os.environ.pop(name) if value is None else os.environ.update({name: value})
 
 
-def _differentiated(loss: peers.Loss) -> Callable[[Inputs], Run]:
-    """Open runs of a loss over leaves that share the inputs' memory."""
-    return lambda inputs: HeadRun(loss, *inputs)
-
-
 class HeadRun:
     """Passes of a loss over new leaves that share the inputs' memory."""
 
-    def __init__(self, loss: peers.Loss, embeddings: Tensor, weight: Tensor, target: Tensor, transposed: bool = False):
-        self._loss, self._target, self._transposed = loss, target, transposed
-        self._embeddings = embeddings.detach().requires_grad_()
-        self.weight = weight if weight.requires_grad else weight.detach().requires_grad_()
+    def __init__(self, loss: peers.Loss, inputs: Inputs, transposed: bool = False) -> None:
+        self._loss, self._target, self._transposed = loss, inputs.target, transposed
+        self._embeddings = inputs.embeddings.detach().requires_grad_()
+        self.weight = inputs.weight if inputs.weight.requires_grad else inputs.weight.detach().requires_grad_()
         """The class centers, (C, D) or, transposed, (D, C): the leaf that an optimizer updates."""
 
     def __call__(self, backward: bool) -> PassResult:
@@ -107,38 +98,27 @@ class HeadRun:
 
 def _open_metric_learning(inputs: Inputs) -> Run:
     weight, loss = peers.metric_learning(inputs.weight)
-    return HeadRun(loss, inputs.embeddings, weight, inputs.target, transposed=True)
+    return HeadRun(loss, inputs._replace(weight=weight), transposed=True)
 
 
-def _open_products(inputs: Inputs) -> Run:
-    x, w = inputs.embeddings, inputs.weight
-
-    def run(backward: bool) -> PassResult:
-        scores = x @ w.T
-        return PassResult(scores[:, :64], scores @ w, scores.T @ x) if backward else PassResult(scores[:, :64])
-
-    return run
-
-
-def _open_products_preallocated(inputs: Inputs) -> Run:
-    x, w = inputs.embeddings, inputs.weight
-    kept: list[Tensor] = []
+def _open_products(inputs: Inputs, preallocated: bool = False) -> Run:
+    x, w, _ = inputs
+    results: list[Tensor | None] = [None, None, None]  # None: new memory in each pass
 
     def run(backward: bool) -> PassResult:
-        if not kept:  # in the first pass, which warms up
-            kept.extend((x.new_empty(x.shape[0], w.shape[0]), torch.empty_like(x), torch.empty_like(w)))
-        scores, d_x, d_w = kept
-        torch.mm(x, w.T, out=scores)
+        if preallocated and results[0] is None:  # in the first pass, which warms up
+            results[:] = x.new_empty(x.shape[0], w.shape[0]), torch.empty_like(x), torch.empty_like(w)
+        scores = torch.mm(x, w.T, out=results[0])
         if not backward:
             return PassResult(scores[:, :64])
-        return PassResult(scores[:, :64], torch.mm(scores, w, out=d_x), torch.mm(scores.T, x, out=d_w))
+        return PassResult(scores[:, :64], torch.mm(scores, w, out=results[1]), torch.mm(scores.T, x, out=results[2]))
 
     return run
 
 
 def _needs(
     *, module: str = "", device: str = "", same_dtype: bool = False, weight_dtype: str = "", torch_has: str = ""
-) -> Callable[[Case, torch.device], str | None]:
+) -> Reason:
     def reason(case: Case, on: torch.device) -> str | None:
         if module and importlib.util.find_spec(module) is None:
             return f"the package {module} is not installed"
@@ -155,18 +135,18 @@ def _needs(
     return reason
 
 
-_OF_BF16_COSINES = 0.5  # times a logit's error at s = 64; a wrong formula is off by more in fp32, where it is tested
-_OF_BF16_SUMS = 0.5  # of gradients that are added up in bf16, a part of the rows or classes after the other
+# Tolerances. A cosine in bf16 changes a logit by 0.1 at s = 64. A wrong formula is found in fp32.
+_OF_BF16_COSINES = 0.5
+# These providers add the gradients of parts of the rows or classes in bf16.
+_OF_BF16_SUMS = 0.5
 
-# With more logits the plain backend would take a tenth of the whole run, and eager computes the same.
+# With more logits our backend in plain PyTorch would take a tenth of the whole run, and eager computes the same.
 _PLAIN_LOGITS = 4_000_000
 
 
-def _ours(name: str, backend: str, environment: dict[str, str] | None = None, tf32: bool = False) -> Provider:
+def _ours(name: str, backend: str, isa: str = "", tf32: bool = False) -> Provider:
     def loss(embeddings: Tensor, weight: Tensor, target: Tensor) -> Tensor:
-        options: Any = {"margin": MARGIN, "scale": SCALE, "backend": backend}
-        value: Tensor = margin_softmax_loss(embeddings, weight, target, **options)
-        return value
+        return margin_softmax_loss(embeddings, weight, target, margin=MARGIN, scale=SCALE, backend=backend)
 
     def reason(case: Case, device: torch.device) -> str | None:
         unusable = backends.available()[backend]
@@ -178,27 +158,28 @@ def _ours(name: str, backend: str, environment: dict[str, str] | None = None, tf
             return str(error)
         if backend == "torch" and case.N * case.C > _PLAIN_LOGITS:
             return "does what eager does, slower; measured at small shapes"
-        if (environment or {}).get("FUSED_ARCFACE_ISA") == "avx512" and case.dtype != "bfloat16":
+        if isa == "avx512" and case.dtype != "bfloat16":
             return "has the same kernels as avx512_bf16" if backends.load("cpu").isa() == "avx512_bf16" else None
         return "tf32 is a way to compute fp32" if tf32 and case.dtype != "float32" else None
 
-    return Provider(name, backend, "margin", _differentiated(loss), reason, (2, 8), environment or {}, tf32)
+    environment = {"FUSED_ARCFACE_ISA": isa} if isa else {}
+    return Provider(name, backend, "margin", partial(HeadRun, loss), reason, (2, 8), environment, tf32)
 
 
 def _all_ours() -> Iterator[Provider]:
     for backend in backends.available():
         yield _ours(OURS, backend)
     for isa in _slower_isas():
-        yield _ours(f"{OURS}-{isa}", "cpu", {"FUSED_ARCFACE_ISA": isa})
+        yield _ours(f"{OURS}-{isa}", "cpu", isa)
     for backend in backends.available():
-        if backend not in ("cpu", *PLAIN):  # a way to compute that only GPUs have
+        if backend not in ("cpu", *PLAIN):  # only GPUs compute in tf32
             yield _ours(f"{OURS}-tf32", backend, tf32=True)
 
 
-def _slower_isas() -> Sequence[str]:
+def _slower_isas() -> list[str]:
     """Return the instruction sets of the CPU backend on this machine, without the one that it chooses itself."""
     if backends.available()["cpu"] is not None:
-        return ()
+        return []
     from fused_arcface import _native
 
     return [isa for isa in _native.isas() if isa != backends.load("cpu").isa()]
@@ -206,51 +187,32 @@ def _slower_isas() -> Sequence[str]:
 
 def all_providers() -> tuple[Provider, ...]:
     """Return every provider that this package knows, usable here or not, ours first."""
-    fp32 = _needs(same_dtype=True, weight_dtype="float32")
+    same, fp32 = _needs(same_dtype=True), _needs(same_dtype=True, weight_dtype="float32")
     fp32_cuda = _needs(same_dtype=True, weight_dtype="float32", device="cuda")
-    same = _needs(same_dtype=True)
-
-    def lazily_compiled(embeddings: Tensor, weight: Tensor, target: Tensor) -> Tensor:
-        return peers.compiled()(embeddings, weight, target)
-
-    def lazily_compiled_plain(embeddings: Tensor, weight: Tensor, target: Tensor) -> Tensor:
-        return peers.compiled_plain()(embeddings, weight, target)
-
-    insightface_fp16 = partial(peers.insightface, fp16=True)
-    chunked = partial(peers.linear_cross_entropy, chunked=True)
     torch_linear = _needs(torch_has="linear_cross_entropy", same_dtype=True)
 
     def torch_linear_chunked(case: Case, device: torch.device) -> str | None:
-        # torch's documentation of LinearCrossEntropyOptions; at fewer rows it is some twenty times slower than without
-        # chunks.
+        # See torch's documentation of LinearCrossEntropyOptions. With fewer rows it is some twenty times slower than
+        # without chunks.
         return torch_linear(case, device) or (None if case.N >= case.D else "torch advises its chunks for N >= D")
 
-    straight: Formula = "straight_through"
-    linear: Formula = "linear"
     return (
         *_all_ours(),
-        Provider("eager", "torch", "margin", _differentiated(peers.eager), _needs()),
-        Provider("plain", "torch", "margin", _differentiated(peers.plain), same, tolerance=_OF_BF16_COSINES),
-        Provider(
-            "plain-autocast",
-            "torch",
-            "margin",
-            _differentiated(peers.plain_under_autocast),
-            _needs(weight_dtype="bfloat16"),
-            tolerance=_OF_BF16_COSINES,
+        _peer("eager", peers.eager),
+        _peer("plain", peers.plain, same, tolerance=_OF_BF16_COSINES),
+        _peer(
+            "plain-autocast", peers.plain_under_autocast, _needs(weight_dtype="bfloat16"), tolerance=_OF_BF16_COSINES
         ),
-        Provider("compiled", "torch", "margin", _differentiated(lazily_compiled), _needs()),
-        Provider(
+        _peer("compiled", peers.compiled),
+        _peer(
             "compiled-plain",
-            "torch",
-            "margin",
-            _differentiated(lazily_compiled_plain),
+            peers.compiled_plain,
             _needs(device="cuda", same_dtype=True),
             tolerance=_OF_BF16_COSINES,
         ),
-        Provider("insightface", "torch", straight, _differentiated(peers.insightface), fp32),
-        Provider("insightface-tf32", "torch", straight, _differentiated(peers.insightface), fp32_cuda, tf32=True),
-        Provider("insightface-fp16", "torch", straight, _differentiated(insightface_fp16), fp32_cuda),
+        _peer("insightface", peers.insightface, fp32, "straight_through"),
+        _peer("insightface-tf32", peers.insightface, fp32_cuda, "straight_through", tf32=True),
+        _peer("insightface-fp16", partial(peers.insightface, fp16=True), fp32_cuda, "straight_through"),
         Provider(
             "pytorch-metric-learning",
             "torch",
@@ -259,32 +221,48 @@ def all_providers() -> tuple[Provider, ...]:
             _needs(module="pytorch_metric_learning", same_dtype=True),
             own_weight=True,
         ),
-        Provider("linear_cross_entropy", "torch", linear, _differentiated(peers.linear_cross_entropy), torch_linear),
-        Provider("linear_cross_entropy-chunked", "torch", linear, _differentiated(chunked), torch_linear_chunked),
-        Provider(
+        _peer("linear_cross_entropy", peers.linear_cross_entropy, torch_linear, "linear"),
+        _peer(
+            "linear_cross_entropy-chunked",
+            partial(peers.linear_cross_entropy, chunked=True),
+            torch_linear_chunked,
+            "linear",
+        ),
+        _peer(
             "cut_cross_entropy",
-            "triton",
-            linear,
-            _differentiated(peers.cut_cross_entropy),
+            peers.cut_cross_entropy,
             _needs(module="cut_cross_entropy", device="cuda", same_dtype=True, weight_dtype="bfloat16"),
-            (2, 8),
+            "linear",
+            backend="triton",
+            products=(2, 8),
             tolerance=_OF_BF16_SUMS,
         ),
-        Provider(
+        _peer(
             "liger",
-            "triton",
-            linear,
-            _differentiated(peers.liger),
+            peers.liger,
             _needs(module="liger_kernel", device="cuda", same_dtype=True),
+            "linear",
+            backend="triton",
             tolerance=_OF_BF16_SUMS,
         ),
         Provider("products", "torch", "products", _open_products, same),
-        Provider("products-preallocated", "torch", "products", _open_products_preallocated, same),
+        Provider("products-preallocated", "torch", "products", partial(_open_products, preallocated=True), same),
     )
 
 
+def _peer(
+    name: str,
+    loss: peers.Loss,
+    reason_against: Reason = lambda case, device: None,
+    formula: Formula = "margin",
+    backend: str = "torch",
+    **more: Any,
+) -> Provider:
+    return Provider(name, backend, formula, partial(HeadRun, loss), reason_against, **more)
+
+
 def select(names: Sequence[str] | None = None, backend: str | None = None) -> tuple[Provider, ...]:
-    """Return the providers of some names, see :func:`~fused_arcface.app.benchmark.names.chosen`.
+    """Return the providers with these names, see :func:`~fused_arcface.app.benchmark.names.chosen`.
 
     >>> [str(provider) for provider in select(["fused_arcface", "eager"], backend="cpu")]
     ['fused_arcface (cpu)', 'eager (torch)']

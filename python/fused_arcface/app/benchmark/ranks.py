@@ -1,9 +1,9 @@
 """Predict and measure a training step on several gloo ranks of this machine.
 
-The inputs of a prediction are measured apart from what it predicts: the time that one more row costs one process, with
-another number of classes; its copies; a step over hardly any classes; and the collectives alone. Each rank is a
-process of one thread, which does one thing after the other. If there are more ranks than processors, they share them,
-and the model takes that into account.
+The inputs of a prediction are other measurements than the step that it predicts: the time that one more row costs one
+process, with another number of classes; its copies; a step over hardly any classes; and the collectives alone. Each
+rank is a process of one thread, which does one thing after the other. If there are more ranks than processors, they
+share them, and the model takes that into account.
 """
 
 from __future__ import annotations
@@ -30,34 +30,16 @@ from fused_arcface.partial_fc import PartialFC
 
 from ..measure import machine
 from ..measure.child import Child
+from .capacity import SGD
 from .cost_model import FUSED_FP32, Device, Network, predict
-from .report import write_csv, write_json
-
-FIELDS = (
-    "ranks",
-    "N",
-    "C",
-    "D",
-    "predicted_ms",
-    "measured_ms",
-    "arithmetic_ms",
-    "limit",
-    "network_bytes_per_second",
-    "network_latency_us",
-    "device",
-    "torch",
-    "commit",
-    "date",
-)
-"""The fields of a row. ``N`` counts the rows of all ranks. ``arithmetic_ms`` and ``limit``, the largest part, are the
-prediction's."""
+from .report import write_rows
 
 WORLD_SIZES = (1, 2, 4)
 IDENTITIES = (2_000, 20_000, 200_000)
 _BATCH, _D = 64, 512
-# Steps of few and of many rows give the cost of one more row; hardly any classes give the fixed cost of a step.
+# Steps of few and of many rows give the cost of one more row. A step over hardly any classes gives the fixed cost.
 _FEW_ROWS, _MANY_ROWS, _RATE_C, _FEW_CLASSES = 32, 192, 12_000, 64
-# The collectives alone: one message that is all latency, and one that is all transfer.
+# The collectives alone: a small message measures the latency, a large one the transfer.
 _SMALL_BYTES, _LARGE_BYTES = 2**10, 2**22
 _SAMPLES, _TIMEOUT = 7, timedelta(seconds=120)
 
@@ -65,14 +47,16 @@ _SAMPLES, _TIMEOUT = 7, timedelta(seconds=120)
 def run_ranks(
     world_sizes: Sequence[int] = WORLD_SIZES, progress: Callable[[str], None] = lambda text: None
 ) -> list[dict[str, Any]]:
-    """Return a row (see :data:`FIELDS`) for each number of ranks and each of :data:`IDENTITIES`.
+    """Return a row for each number of ranks and each of :data:`IDENTITIES`.
+
+    ``N`` counts the rows of all ranks. ``arithmetic_ms`` and ``limit``, the name of the largest part, belong to the
+    prediction.
 
     Raises:
         ChildFailed, MemoryError: if a rank failed.
     """
-    context = machine.context(torch.device("cpu")) | {
-        "device": machine.device_name(torch.device("cpu"), threads=1) + " a rank"
-    }
+    cpu = torch.device("cpu")
+    context = machine.context(cpu) | {"device": f"{machine.device_name(cpu, threads=1)} a rank"}
     rows = []
     progress("the rate of one process")
     with Child() as child:
@@ -88,26 +72,27 @@ def run_ranks(
         for identities, measured in zip(IDENTITIES, steps, strict=True):
             sizes = {"batch": _BATCH, "D": _D, "embedding_bytes": 4}
             step = predict(device, identities, ranks, storage=FUSED_FP32, network=network, **sizes)
-            row = {
-                "ranks": ranks,
-                "N": _BATCH * ranks,
-                "C": identities,
-                "D": _D,
-                "predicted_ms": round(step.seconds * 1e3, 3),
-                "measured_ms": round(measured * 1e3, 3),
-                "arithmetic_ms": round(step.arithmetic_seconds * 1e3, 3),
-                "limit": step.limit,
-                "network_bytes_per_second": round(rate) if ranks > 1 else None,
-                "network_latency_us": round(latency * 1e6, 1) if ranks > 1 else None,
-                **context,
-            }
-            rows.append(row)
+            rows.append(
+                {
+                    "ranks": ranks,
+                    "N": _BATCH * ranks,
+                    "C": identities,
+                    "D": _D,
+                    "predicted_ms": round(step.seconds * 1e3, 3),
+                    "measured_ms": round(measured * 1e3, 3),
+                    "arithmetic_ms": round(step.arithmetic_seconds * 1e3, 3),
+                    "limit": step.limit,
+                    "network_bytes_per_second": round(rate) if ranks > 1 else None,
+                    "network_latency_us": round(latency * 1e6, 1) if ranks > 1 else None,
+                    **context,
+                }
+            )
     return rows
 
 
 def write(folder: Path, rows: list[dict[str, Any]]) -> list[Path]:
     """Write ranks.csv and ranks.json into ``folder``; return their paths."""
-    return [write_csv(folder / "ranks.csv", rows, FIELDS), write_json(folder / "ranks.json", rows)]
+    return write_rows(folder, "ranks", rows)
 
 
 def _run_world(ranks: int) -> tuple[float, float, list[float]]:
@@ -123,8 +108,8 @@ def _run_world(ranks: int) -> tuple[float, float, list[float]]:
             for rank, child in enumerate(children)
         ]
         found = [call.result() for call in calls]
-    steps = [max(one[2][index] for one in found) for index in range(len(IDENTITIES))]
-    return max(one[0] for one in found), min(one[1] for one in found), steps
+    latencies, rates, steps = zip(*found, strict=True)
+    return max(latencies), min(rates), [max(each) for each in zip(*steps, strict=True)]
 
 
 def rates_of_this_process() -> tuple[float, float, float]:
@@ -139,7 +124,7 @@ def rates_of_this_process() -> tuple[float, float, float]:
 def rank_in_this_process(rank: int, ranks: int, store: str) -> tuple[float, float, list[float]]:
     """Return what one rank measures: latency, bytes per second, and the seconds of a step for :data:`IDENTITIES`."""
     torch.set_num_threads(1)
-    # The loopback interface: gloo would otherwise look the machine's name up, which need not lead anywhere.
+    # The loopback interface. Otherwise gloo looks up the machine's name, which need not have an address.
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks, timeout=_TIMEOUT)
     try:
@@ -170,15 +155,13 @@ def _network(ranks: int) -> tuple[float, float]:
 
 
 def _training_step(rows: int, classes: int) -> Callable[[], None]:
-    """Make a step of ``rows`` embeddings on this rank, with the class centers updated in the backward."""
-    head = PartialFC(_D, classes, center_optimizer=CenterSGD(0.1, weight_decay=5e-4))
+    """Make a step of ``rows`` embeddings on this rank, with the class centers updated in the backward pass."""
+    head = PartialFC(_D, classes, center_optimizer=CenterSGD(**SGD))
     embeddings = torch.randn(rows, _D, requires_grad=True)
     target = torch.randint(classes, (rows,))
 
     def step() -> None:
-        loss = head(embeddings, target)
-        assert isinstance(loss, torch.Tensor)
-        loss.backward()
+        head(embeddings, target).backward()
         embeddings.grad = None
 
     return step

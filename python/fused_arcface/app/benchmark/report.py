@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,28 +15,7 @@ from fused_arcface.base.files import write_text
 
 from ..measure.timing import Timing
 from .cases import Case
-from .names import is_fused, is_ours, label
-
-FIELDS = (
-    "provider",
-    "backend",
-    "pass",
-    "dtype",
-    "weight_dtype",
-    "N",
-    "C",
-    "D",
-    "ms",
-    "ps_per_logit",
-    "peak_bytes",
-    "error",
-    "device",
-    "torch",
-    "commit",
-    "date",
-)
-"""A row's fields, in order. ``ms`` is the median; ``peak_bytes`` is beyond inputs, class centers and gradients, None
-where it was not measured; ``error`` is the largest relative one of the loss and the gradients to fp64."""
+from .names import Named, is_fused, is_ours, label
 
 
 @dataclass(frozen=True)
@@ -85,7 +64,11 @@ class Measurement:
         return label(self.provider, self.backend)
 
     def row(self, context: dict[str, str]) -> dict[str, Any]:
-        """Return the flat record; ``context`` holds device, torch, commit and date."""
+        """Return the flat record; ``context`` holds device, torch, commit and date.
+
+        ``ms`` is the median. ``peak_bytes`` is the memory beyond inputs, class centers and gradients, None where it was
+        not measured. ``error`` is the largest relative error of the loss and the gradients, compared with fp64.
+        """
         case = self.case
         return {
             "provider": self.provider,
@@ -104,7 +87,7 @@ class Measurement:
         }
 
     def detail(self) -> dict[str, Any]:
-        """Return the samples behind the row and what is derived from them: least, p20 and p80 in milliseconds."""
+        """Return the samples behind the row and the numbers derived from them, in milliseconds."""
         return {
             "provider": self.provider,
             "backend": self.backend,
@@ -120,7 +103,7 @@ class Measurement:
 
 @dataclass(frozen=True)
 class Skip:
-    """A provider that did not run a case, or all cases if that is None, and the reason."""
+    """A provider that did not run a case, and the reason. If the case is None, it ran none."""
 
     provider: str
     backend: str
@@ -130,7 +113,7 @@ class Skip:
 
 @dataclass
 class Report:
-    """All that a run found."""
+    """Everything that a run found."""
 
     context: dict[str, str]
     """device, torch, commit, date"""
@@ -140,9 +123,9 @@ class Report:
     """Measured ceilings: ``flops_per_second`` of a product by dtype, ``copy_bytes_per_second``, on a CPU
     ``fma_flops_per_second`` (fp32, in registers alone), and the ``memory_bytes`` that were free."""
 
-    def skip(self, provider: str, backend: str, case: Case | None, reason: str) -> None:
-        """Note a skip once: a resumed run meets the same again."""
-        found = Skip(provider, backend, case, reason)
+    def skip(self, provider: Named, case: Case | None, reason: str) -> None:
+        """Note a skip once: a resumed run finds the same skips again."""
+        found = Skip(provider.name, provider.backend, case, reason)
         if found not in self.skips:
             self.skips.append(found)
 
@@ -154,14 +137,14 @@ class Report:
         return any(skip.reason.startswith("wrong") and is_ours(skip.provider) for skip in self.skips)
 
     def has_measured(self) -> bool:
-        """Return whether anything but the machine's ceilings was measured."""
+        """Return whether anything else than the machine's ceilings was measured."""
         return not all(each.provider.startswith("ceiling") for each in self.measurements)
 
     def share_of_ceiling(self, each: Measurement) -> float | None:
-        """Return a measurement's flops per second as a share of the most that the machine reached in that dtype.
+        """Return a measurement's flops per second as a share of the machine's highest rate in that dtype.
 
-        The most is that of a large square product. On a CPU it may be that of arithmetic in registers, as a library's
-        product need not use the widest instructions.
+        The highest rate is that of a large square product. On a CPU arithmetic in registers may be faster, because a
+        library's product need not use the widest instructions.
         """
         product = self.machine["flops_per_second"].get(each.ceiling)
         registers = self.machine.get("fma_flops_per_second") if each.ceiling == "float32" else None
@@ -170,32 +153,36 @@ class Report:
 
     def products_ms(self, case: Case, pass_name: str) -> float | None:
         """Return the milliseconds of the bare matrix products of a case, or None."""
-        for each in self.measurements:
-            if (each.provider, each.case, each.pass_name) == ("products", case, pass_name):
-                return each.ms
-        return None
+        key = ("products", case, pass_name)
+        return next((each.ms for each in self.measurements if (each.provider, each.case, each.pass_name) == key), None)
 
     def write(self, folder: Path) -> list[Path]:
         """Write rows.csv, rows.json and run.json (samples, skips, ceilings) into ``folder``; return their paths."""
-        rows = self.rows()
         run = {
             **self.context,
             "machine": self.machine,
             "measurements": [measurement.detail() for measurement in self.measurements],
             "skips": [{**vars(skip), "case": skip.case and vars(skip.case)} for skip in self.skips],
         }
-        return [
-            write_csv(folder / "rows.csv", rows, FIELDS),
-            write_json(folder / "rows.json", rows),
-            write_json(folder / "run.json", run),
-        ]
+        return [*write_rows(folder, "rows", self.rows()), write_json(folder / "run.json", run)]
 
 
-def write_csv(path: Path, rows: Iterable[dict[str, Any]], fields: Sequence[str]) -> Path:
-    """Write rows with these columns; return the path. Its folder is made if it is missing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+def write_rows(folder: Path, name: str, rows: Sequence[dict[str, Any]]) -> list[Path]:
+    """Write NAME.csv and NAME.json into a folder, which is made if it is missing; return their paths."""
+    folder.mkdir(parents=True, exist_ok=True)
+    return [write_csv(folder / f"{name}.csv", rows), write_json(folder / f"{name}.json", rows)]
+
+
+def add_rows(folder: Path, name: str, rows: Sequence[dict[str, Any]]) -> list[Path]:
+    """Write the rows that are already in NAME.json, followed by new ones; see :func:`write_rows`."""
+    file = folder / f"{name}.json"
+    return write_rows(folder, name, [*(read_json(file) if file.exists() else []), *rows])
+
+
+def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> Path:
+    """Write rows; return the path. The columns are all fields in their order; a row may lack some of them."""
     text = io.StringIO()
-    writer = csv.DictWriter(text, fields, lineterminator="\n")
+    writer = csv.DictWriter(text, list(dict.fromkeys(field for row in rows for field in row)), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     write_text(path, text.getvalue())
@@ -208,14 +195,18 @@ def write_json(path: Path, value: Any) -> Path:
     return path
 
 
+def read_json(path: Path) -> Any:
+    """Read a JSON file."""
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
 def read_report(folder: Path) -> Report:
     """Read a report from the files that :meth:`Report.write` wrote.
 
     Raises:
         FileNotFoundError: if one of them is missing.
     """
-    rows = json.loads((folder / "rows.json").read_text(encoding="utf-8"))
-    run = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    rows, run = read_json(folder / "rows.json"), read_json(folder / "run.json")
     measurements = []
     for row, detail in zip(rows, run["measurements"], strict=True):
         case = Case(row["N"], row["C"], row["D"], row["dtype"], row["weight_dtype"])

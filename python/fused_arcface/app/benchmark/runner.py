@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
+import numpy as np
 import torch
 
 from ..measure import machine
@@ -50,7 +51,7 @@ def run_benchmark(
         providers: the implementations to measure.
         device: the device to measure on.
         seconds: time that the samples of one case and pass should take together.
-        with_memory: if true, measure peak memory as well, where the system tells it.
+        with_memory: if true, measure peak memory as well, if the system tells it.
         earlier: an interrupted run to resume, see :func:`check_same_machine`; its cases are not measured again.
         progress: called with the case and the step that begins.
         on_case: called after each case with all that has been found so far.
@@ -61,7 +62,7 @@ def run_benchmark(
     cases = [case for case in cases if case not in measured]
     usable = _usable(cases, providers, device, report)
     ceilings = list(dict.fromkeys(case.dtype for case in cases))
-    if device.type == "cuda" and "float32" in ceilings:  # in which some providers compute fp32
+    if device.type == "cuda" and "float32" in ceilings:  # some providers compute fp32 in tf32 or fp16
         ceilings += ["tf32", *({"float16"} - {*ceilings})]
     for name in ceilings:
         if name not in report.machine["flops_per_second"]:
@@ -104,7 +105,7 @@ def _usable(
             reasons = {None: reasons[cases[0]]}
         for where, reason in reasons.items():
             if reason is not None:
-                report.skip(provider.name, provider.backend, where, reason)
+                report.skip(provider, where, reason)
     return usable
 
 
@@ -127,73 +128,64 @@ def _measure_case(
     report: Report,
     progress: Progress,
 ) -> None:
-    def skip(provider: Provider, reason: str) -> None:
-        report.skip(provider.name, provider.backend, case, reason)
-
-    fitting = []
+    named = {}
     for provider in providers:
         lacking = _lacks_memory(provider, case, report)
         if lacking:
-            skip(provider, lacking)
+            report.skip(provider, case, lacking)
         else:
-            fitting.append(provider)
-    if not fitting:
+            named[str(provider)] = provider
+    if not named:
         return
-    fitting.sort(key=lambda provider: provider.formula)  # one truth after the other: each holds a (C, D) gradient
+
+    def skip(name: str, reason: str) -> None:
+        report.skip(named[name], case, reason)
+
     inputs = make_inputs(case, device)
-    errors: dict[int, dict[str, float]] = {}
+    errors: dict[str, dict[str, float]] = {}
     rights: dict[Formula, PassResult] = {}
-    for index, provider in enumerate(fitting):
-        progress(str(case), f"checking {provider}")
+    # One formula after the other: the right result of each holds a (C, D) gradient.
+    for name, provider in sorted(named.items(), key=lambda item: item[1].formula):
+        progress(str(case), f"checking {name}")
         try:
             if provider.formula not in rights:
                 rights = {provider.formula: truth(inputs, provider.formula)}
-            errors[index] = _errors(provider, inputs, rights[provider.formula])
-        except Exception as error:  # a provider that fails must not end the run; why is in the report
-            skip(provider, _reason(error))
+            found = _errors(provider, inputs, rights[provider.formula])
+        except Exception as error:  # a provider that fails must not end the run; the report gives the reason
+            skip(name, _reason(error))
             memory.release(device)
             continue
-        worst, allowed = max(errors[index].values()), tolerance(provider, case)
-        if not worst <= allowed:
-            skip(provider, f"wrong: relative error {worst:.1e}, {allowed:.0e} allowed")
-            del errors[index]
+        worst, allowed = np.max([*found.values()]), tolerance(provider, case)  # NaN if one of them is
+        if worst <= allowed:
+            errors[name] = found
+        else:
+            skip(name, f"wrong: relative error {worst:.1e}, {allowed:.0e} allowed")
     rights.clear()
     memory.release(device)
 
-    peaks: dict[int, dict[str, int]] = {}
-    for index in errors:
+    peaks: dict[str, dict[str, int]] = {}
+    for name in errors:
         if child is None:
             break
-        progress(str(case), f"memory of {fitting[index]}")
+        progress(str(case), f"memory of {name}")
         try:
-            peaks[index] = memory.peaks_of(fitting[index], case, device, child)
+            peaks[name] = memory.peaks_of(named[name], case, device, child)
         except (MemoryError, ChildFailed, torch.OutOfMemoryError) as error:
-            skip(fitting[index], f"memory not measured: {_reason(error)}")
+            skip(name, f"memory not measured: {_reason(error)}")
         memory.release(device)
 
     for pass_name, backward in PASSES.items():
         timings = time_interleaved(
-            {str(index): _timed(fitting[index], inputs, backward) for index in errors},
+            {name: named[name].timed(inputs, backward) for name in errors},
             device,
             seconds,
-            lambda index, name=pass_name: progress(str(case), f"{name} {fitting[int(index)]}"),  # type: ignore[misc]
-            lambda index, error: skip(fitting[int(index)], _reason(error)),
+            lambda name, pass_name=pass_name: progress(str(case), f"{pass_name} {name}"),  # type: ignore[misc]
+            lambda name, error: skip(name, _reason(error)),
         )
-        for index in errors:
-            if str(index) not in timings:
-                continue
-            provider = fitting[index]
-            measured = Measurement(
-                provider.name,
-                provider.backend,
-                pass_name,
-                case,
-                timings[str(index)],
-                errors[index][pass_name],
-                provider.products[backward],
-                peaks.get(index, {}).get(pass_name),
-            )
-            report.measurements.append(measured)
+        for name, timing in timings.items():
+            provider, peak = named[name], peaks.get(name, {}).get(pass_name)
+            measured = (pass_name, case, timing, errors[name][pass_name], provider.products[backward], peak)
+            report.measurements.append(Measurement(provider.name, provider.backend, *measured))
 
 
 def _errors(provider: Provider, inputs: Inputs, right: PassResult) -> dict[str, float]:
@@ -202,20 +194,10 @@ def _errors(provider: Provider, inputs: Inputs, right: PassResult) -> dict[str, 
         return {name: error_of(run(backward), right) for name, backward in PASSES.items()}
 
 
-def _timed(provider: Provider, inputs: Inputs, backward: bool) -> Callable[[], object]:
-    run = provider.open(inputs)
-
-    def timed() -> object:
-        with provider.settings():
-            return run(backward)
-
-    return timed
-
-
 def _lacks_memory(provider: Provider, case: Case, report: Report) -> str | None:
     """Return the reason why a case will not fit, or None.
 
-    It is told from the same provider's measured peak at fewer classes, which is linear in their number.
+    It is computed from the same provider's measured peak at fewer classes, which is linear in their number.
     """
     smaller = [
         each
@@ -226,7 +208,7 @@ def _lacks_memory(provider: Provider, case: Case, report: Report) -> str | None:
         and each.case.C < case.C
     ]
     peak = max((each.peak_bytes or 0) * case.C / each.case.C for each in smaller) if smaller else 0
-    # Beside its own run: the inputs, the gradient, and either the truth's gradient or another layout of the centers.
+    # Besides there are the inputs, the gradient, and either the truth's gradient or another layout of the centers.
     needed, limit = peak + 3 * case.weight_bytes, report.machine["memory_bytes"]
     if needed > limit:
         return f"out of memory: {needed / 2**30:.1f} GiB needed, {limit / 2**30:.1f} GiB there"
@@ -234,6 +216,5 @@ def _lacks_memory(provider: Provider, case: Case, report: Report) -> str | None:
 
 
 def _reason(error: BaseException) -> str:
-    text = str(error).strip().splitlines()
-    first = text[0] if text else ""
+    first = str(error).strip().partition("\n")[0]
     return f"out of memory: {first}" if out_of_memory(error) else f"{type(error).__name__}: {first}"

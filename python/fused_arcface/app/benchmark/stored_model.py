@@ -1,9 +1,9 @@
 """The cost model of class centers beyond the device: the bytes that a step moves, and how many identities fit.
 
-A step computes on its sample as :func:`fused_arcface.app.benchmark.cost_model.predict` has it. Beside that it reads the
-sample's rows and writes them back: over the bus to host memory, or from and to a disk, where the journal takes the rows
-once more. Reading and writing are ahead of and behind the computation, so the longest of them is the step. The rates
-are nominal, and nothing here is measured.
+The computation on a sample takes the time of :func:`fused_arcface.app.benchmark.cost_model.predict`. A step also reads
+the sample's rows and writes them back, over the bus to host memory or to a disk. On a disk the journal writes the rows
+once more. Reading, computing and writing overlap, so the longest of them is the time of a step. The rates are nominal,
+and nothing here is measured.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Link:
     together: bool
     """If true, both directions share one rate."""
     times_written: int = 1
-    """Number of times that a changed row is written. The journal is a second time."""
+    """Number of times that a changed row is written; 2 with a journal."""
 
 
 # PCIe 5.0 x16 at four fifths of its 63 GB/s, each direction; an NVMe drive's random reads and writes of 4 KiB.

@@ -1,4 +1,4 @@
-"""The right results: each formula in fp64, over chunks of classes, so that a case of any size can be checked.
+"""The right results: each formula in fp64, over chunks of classes, so that a problem of any size can be checked.
 
 The margin formulas are those of :mod:`fused_arcface.reference`, which holds the logits; a test compares the two.
 """
@@ -29,7 +29,7 @@ _STRAIGHT_THROUGH = ArcFace(0.5, boundary="none", gradient="straight_through")
 # Largest relative error that passes, by the worse of the two dtypes. A wrong formula is off by 0.1 and more.
 TOLERANCE = {"float64": 1e-9, "float32": 1e-3, "tf32": 5e-2, "bfloat16": 6e-2, "float16": 6e-2}
 
-# Elements of a chunk of logits: 64 MB in fp64.
+# Elements of a chunk: 64 MB in fp64.
 _CHUNK_ELEMENTS = 2**23
 
 
@@ -51,7 +51,7 @@ def truth(inputs: Inputs, formula: Formula) -> PassResult:
 
 
 def _chunks(inputs: Inputs) -> range:
-    """Return the starts of the chunks, with logits (N, chunk) and centers (chunk, D) of about the same size."""
+    """Return the starts of the chunks; logits (N, chunk) and centers (chunk, D) have a bounded size."""
     longest = max(inputs.target.numel(), inputs.weight.shape[1])
     return range(0, inputs.weight.shape[0], max(1, _CHUNK_ELEMENTS // longest))
 
@@ -114,17 +114,14 @@ def _cross_entropy(inputs: Inputs, formula: Formula) -> PassResult:
 
 def error_of(outcome: PassResult, right: PassResult) -> float:
     """Return the largest of max |a - b| / max |b| over the loss and the gradients; NaN if there is a NaN."""
-    worst = 0.0
+    errors = []
     for name, mine, theirs in zip(PassResult._fields, outcome, right, strict=True):
         if mine is None or theirs is None:
             continue
         if mine.shape != theirs.shape:
             raise ValueError(f"{name} must be {tuple(theirs.shape)}; got {tuple(mine.shape)}")
-        scale = float(theirs.abs().max())
-        pieces = zip(mine.detach().reshape(-1).split(2**24), theirs.reshape(-1).split(2**24), strict=True)
-        difference = max(float((a.double() - b.double()).abs().max()) for a, b in pieces)
-        error = difference / scale if scale > 0 else difference
-        worst = error if error != error else max(worst, error)
-        if worst != worst:
-            return worst
-    return worst
+        pieces = zip(*(each.detach().reshape(-1).split(_CHUNK_ELEMENTS) for each in (mine, theirs)), strict=True)
+        difference = torch.stack([(a.double() - b.double()).abs().max() for a, b in pieces]).max()
+        scale = theirs.abs().max()
+        errors.append(difference / scale if scale > 0 else difference)
+    return float(torch.stack(errors).max())  # torch's maximum is NaN if one of them is; Python's need not be

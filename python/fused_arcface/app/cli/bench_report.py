@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ..benchmark.plots import capacity_drawing, run_drawings
 from ..benchmark.report import Report as Run
-from ..benchmark.report import read_report
+from ..benchmark.report import read_json, read_report
 from ..report.document import Report, Section, as_table, figures, no_figures, settings, versions
 from .bench_tables import capacity_table, case_tables, ceilings, ranks_table, skip_tables
 
@@ -53,8 +52,7 @@ def _run(run: Run) -> list[Section]:
 
 def _rows(file: Path) -> list[dict[str, Any]]:
     """Return the rows of an earlier call, none if there was none."""
-    rows: list[dict[str, Any]] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []
-    return rows
+    return read_json(file) if file.is_file() else []
 
 
 def _source(measured: Mapping[str, Any]) -> str:

@@ -76,13 +76,14 @@ def _version(library: str) -> str:
 
 def _trial(name: str) -> str | None:
     """Return the fault in the loss and gradients of one small batch by an available backend, None if they are right."""
+    import numpy as np
     import torch
 
     from ..agreement import device_of, errors_against_fp64, sample_problem
 
     try:
         problem = sample_problem(rows=9, classes=33, dim=24, device=device_of(name))
-        worst = max(errors_against_fp64(name, torch.float32, problem).values())
+        worst = np.max([*errors_against_fp64(name, torch.float32, problem).values()])  # NaN if one of them is
     except Exception as error:  # a broken installation may raise any error, and the user wants to see it
         return f"{type(error).__name__}: {error}"
     return None if worst <= 1e-4 else f"wrong result: relative error {worst:.1e} in fp32"

@@ -62,8 +62,5 @@ def curve_difference(fused: Sequence[float], expected: Sequence[float]) -> float
 
 def curve_broken(difference: float) -> list[str]:
     """Describe the bound on the curves if it is not kept."""
-    if difference <= CURVE_BOUND:
-        return []
-    return [
-        f"the losses of the two trainings differ by {difference:.1e} in {CURVE_STEPS} steps, {CURVE_BOUND:.0e} allowed"
-    ]
+    text = f"the losses of the two trainings differ by {difference:.1e} in {CURVE_STEPS} steps"
+    return [] if difference <= CURVE_BOUND else [f"{text}, {CURVE_BOUND:.0e} allowed"]

@@ -1,6 +1,6 @@
 """The comparison's experiment: train every criterion from every seed, verify and identify with each net.
 
-It prints nothing; a reporter is told what goes on.
+It prints nothing; a reporter shows its progress.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ Toy = tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]
 
 @dataclass(frozen=True)
 class Comparison:
-    """All that a comparison found."""
+    """Everything that a comparison found."""
 
     plan: Plan
     rows: list[Row]
@@ -122,12 +122,10 @@ def _rows_of_seed(
             reporter.begin(f"{criterion.name}, seed {seed}", task.recipe.steps)
             trained = train(criterion, task.recipe, task.embedding_dim, images[0], seed, reporter)
             # The peak is the same for each seed, so it is measured for one.
-            earlier = folder.row(criterion.name, plan.seeds[0])
-            peak = (
-                peak_of_steps(criterion.name, task.recipe.batch_size, task.embedding_dim, images[0], child)
-                if earlier is None
-                else earlier.peak_bytes
-            )
+            if earlier := folder.row(criterion.name, plan.seeds[0]):
+                peak = earlier.peak_bytes
+            else:
+                peak = peak_of_steps(criterion.name, task.recipe.batch_size, task.embedding_dim, images[0], child)
             row = _evaluate(criterion.name, seed, trained, peak, images)
             folder.add(row)
         yield row

@@ -9,7 +9,7 @@ import numpy as np
 
 from fused_arcface.base.text import counted
 
-from ..drawing import COLORS, WIDTH, Drawing, plain_ticks
+from ..drawing import COLORS, WIDTH, Drawing, panel, plain_ticks
 from ..report.evaluation import draw_histograms
 from .comparison import Comparison
 from .criteria import SCALE, Criterion, criteria
@@ -70,7 +70,7 @@ def _tar(plt: Any, found: Comparison) -> Any:
     axis.grid(axis="x", alpha=0.3)
     axis.plot([], [], "o", color=_GRAY, alpha=0.5, ms=5, label="one seed")
     if len(found.plan.seeds) > 1:
-        # A point outside of all numbers: the legend draws its bar, the axis does not.
+        # A point that is not a number is drawn in the legend only.
         axis.errorbar(
             [math.nan], [math.nan], xerr=[1], color=_GRAY, fmt="|", ms=12, capsize=4, label="mean ± deviation"
         )
@@ -82,17 +82,15 @@ def _tar(plt: Any, found: Comparison) -> Any:
 
 def _roc(plt: Any, found: Comparison) -> Any:
     """Draw the true against the false accept rate, the mean over the seeds."""
-    figure, axis = plt.subplots(figsize=(WIDTH, 5), layout="constrained")
+    # Below one false accept there is nothing to see.
+    least = max(ROC_FARS[0], *(1 / sum(row.different_angles) for row in found.rows))
+    labels = {"xlabel": "false accept rate", "ylabel": "true accept rate"}
+    figure, axis = panel(plt, 5, xscale="log", xlim=(least, 1), ylim=(0, 1.01), **labels)
+    plain_ticks(axis.xaxis)
     for criterion in _shown(found):
         mean = np.mean([row.roc for row in found.of(criterion.name)], axis=0)
         style = {"color": criterion.color, "linestyle": criterion.line, "label": criterion.name}
         axis.step(ROC_FARS, mean, where="post", **style)
-    # Below one false accept there is nothing to see.
-    least = max(ROC_FARS[0], *(1 / sum(row.different_angles) for row in found.rows))
-    axis.set(xscale="log", xlim=(least, 1), ylim=(0, 1.01))
-    plain_ticks(axis.xaxis)
-    axis.set(xlabel="false accept rate", ylabel="true accept rate")
-    axis.grid(alpha=0.3)
     figure.suptitle(_title(found, "mean over "), fontsize=10)
     figure.legend(loc="outside lower center", ncols=2)
     return figure
@@ -100,7 +98,7 @@ def _roc(plt: Any, found: Comparison) -> Any:
 
 def _loss(plt: Any, found: Comparison) -> Any:
     """Draw each training's loss as a share of its first: the losses have no common unit."""
-    figure, axis = plt.subplots(figsize=(WIDTH, 4.6), layout="constrained")
+    figure, axis = panel(plt, 4.6, "loss of the training", xlabel="step", ylabel="loss ÷ first loss")
     (task,) = found.plan.tasks
     for criterion in _shown(found):
         curves = [row.losses for row in found.of(criterion.name) if row.losses]
@@ -108,15 +106,14 @@ def _loss(plt: Any, found: Comparison) -> Any:
             mean = np.mean([np.divide(curve, curve[0]) for curve in curves], axis=0)
             steps = (np.arange(len(mean)) + 0.5) * task.recipe.steps / len(mean)
             axis.plot(steps, mean, color=criterion.color, linestyle=criterion.line, label=criterion.name, lw=1.3)
-    axis.set(xlabel="step", ylabel="loss ÷ first loss", ylim=(0, None), title="loss of the training")
-    axis.grid(alpha=0.3)
+    axis.set_ylim(bottom=0)
     if axis.lines:
         figure.legend(loc="outside lower center", ncols=2)
     return figure
 
 
 def _grid(plt: Any, count: int, most: int, height: float) -> tuple[Any, list[Any]]:
-    """Return a figure with a place for each of some panels, at most so many beside each other, and the places."""
+    """Return a figure of ``count`` panels, at most ``most`` beside each other, and their axes."""
     columns = min(most, count)
     rows = math.ceil(count / columns)
     figure, axes = plt.subplots(rows, columns, figsize=(WIDTH, height * rows + 1), squeeze=False, layout="constrained")
@@ -150,14 +147,13 @@ def _embeddings(plt: Any, found: Comparison) -> Any:
     """
     shown = [criterion for name, criterion in criteria().items() if name in found.toys]
     figure, axes = _grid(plt, len(shown), 3, 1.6)
-    people = 0
     for axis, criterion in zip(axes, shown, strict=True):
         embeddings, labels = found.toys[criterion.name]
-        people = len(np.unique(labels))
+        people = np.unique(labels)
         unit = embeddings / np.maximum(np.linalg.norm(embeddings, axis=1, keepdims=True), 1e-12)
         radius = 1.25 * float(np.quantile(np.linalg.norm(embeddings, axis=1), 0.98))
         axis.add_patch(plt.Circle((0, 0), radius, fill=False, color="#DDDDDD", linewidth=0.8))
-        for person in np.unique(labels):
+        for person in people:
             own, color = labels == person, COLORS[person % len(COLORS)]
             axis.plot(*embeddings[own].T, ".", color=color, ms=3, alpha=0.6, mew=0)
             axis.plot(*(radius * unit[own]).T, "o", color=color, ms=3, alpha=0.3, mew=0)
@@ -173,5 +169,5 @@ def _embeddings(plt: Any, found: Comparison) -> Any:
         "ray: a person's mean direction": plt.Line2D([], [], color=_GRAY, lw=1),
     }
     figure.legend(list(keys.values()), list(keys), loc="outside lower center", ncols=2)
-    figure.suptitle(f"two dimensions, {people} people of the training, a color for each", fontsize=10)
+    figure.suptitle(f"two dimensions, {len(people)} people of the training, a color for each", fontsize=10)
     return figure

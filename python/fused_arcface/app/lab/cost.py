@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 import torch
@@ -12,7 +12,7 @@ from fused_arcface import backends
 
 from ..benchmark.cases import Case, make_inputs
 from ..benchmark.memory import can_measure, peak_since_reset, peaks_of, reset_peak
-from ..benchmark.providers import Provider, all_providers
+from ..benchmark.providers import Provider, select
 from ..data import LabeledImages
 from ..measure.child import Child, ChildFailed
 from ..measure.timing import time_interleaved
@@ -47,10 +47,8 @@ def head_costs(cases: Sequence[Case], seconds: float) -> list[HeadCost]:
 
     Pass the smallest shape first: memory that the allocator keeps from a smaller shape cannot hold a larger one.
     """
-    heads = {
-        "fused": _provider("fused_arcface", backends.select("auto", _CPU)),
-        "reference": _provider("eager", "torch"),
-    }
+    (fused,), (reference,) = select(["fused_arcface"], backends.select("auto", _CPU)), select(["eager"])
+    heads = {"fused": fused, "reference": reference}
     milliseconds = [_milliseconds(heads, case, seconds) for case in cases]
     peaks: list[dict[str, int | None]] = [dict.fromkeys(heads) for _ in cases]
     problems = [""] * len(cases)
@@ -66,18 +64,8 @@ def head_costs(cases: Sequence[Case], seconds: float) -> list[HeadCost]:
 
 def _milliseconds(heads: Mapping[str, Provider], case: Case, seconds: float) -> dict[str, float]:
     inputs = make_inputs(case, _CPU)
-
-    def timed(provider: Provider) -> Callable[[], object]:
-        run = provider.open(inputs)
-        return lambda: run(True)
-
-    timings = time_interleaved({name: timed(provider) for name, provider in heads.items()}, _CPU, seconds)
-    return {name: timing.median for name, timing in timings.items()}
-
-
-def _provider(name: str, backend: str) -> Provider:
-    (found,) = (each for each in all_providers() if (each.name, each.backend) == (name, backend))
-    return found
+    runs = {name: provider.timed(inputs, backward=True) for name, provider in heads.items()}
+    return {name: timing.median for name, timing in time_interleaved(runs, _CPU, seconds).items()}
 
 
 def peak_of_steps(criterion: str, batch_size: int, embedding_dim: int, data: LabeledImages, child: Child) -> int | None:
@@ -87,7 +75,7 @@ def peak_of_steps(criterion: str, batch_size: int, embedding_dim: int, data: Lab
     """
     if not can_measure(_CPU):
         return None
-    peak: int = child.call(
+    return child.call(
         "lab.cost:peak_in_this_process",
         criterion=criterion,
         batch_size=batch_size,
@@ -95,7 +83,6 @@ def peak_of_steps(criterion: str, batch_size: int, embedding_dim: int, data: Lab
         image_shape=list(data.images.shape[1:]),
         num_classes=data.num_identities,
     )
-    return peak
 
 
 def peak_in_this_process(
@@ -111,7 +98,7 @@ def peak_in_this_process(
     steps = _WARM_STEPS + _MEASURED_STEPS
     optimizer, scheduler = one_cycle([*net.parameters(), *head.parameters()], Recipe(steps, batch_size, 0.01))
     run = training_steps(net, head, optimizer, scheduler, chosen.batches(data, batch_size, steps, 0))
-    # The first steps make what is made once: the optimizer's state, the libraries' code.
+    # The first steps allocate memory once: the optimizer's state, the libraries' code.
     for _ in itertools.islice(run, _WARM_STEPS):
         pass
     optimizer.zero_grad()

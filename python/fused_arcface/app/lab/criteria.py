@@ -1,4 +1,4 @@
-"""Every loss that is compared, by the name that tables and pictures call it."""
+"""Every loss that is compared, by its name in tables and pictures."""
 
 from __future__ import annotations
 
@@ -53,40 +53,24 @@ def criteria() -> dict[str, Criterion]:
     >>> criteria()["ArcFace"].make_head(8, 100)
     MarginHead(8, 100, margin=ArcFace(margin=0.5, boundary='hard', gradient='exact'), scale=16.0, backend='auto')
     """
+    pairs, semi_hard, batch_hard = (
+        lambda dim, classes: contrastive(1.0),
+        lambda dim, classes: triplet_semi_hard(0.2),
+        lambda dim, classes: triplet_batch_hard(0.2),
+    )
+    two_views = "self-supervised: two views of an image are the similar pair"
     found = [
         Criterion(SOFTMAX, "the baseline", SoftmaxHead, color="#D55E00"),
-        Criterion(
-            "contrastive", "2005", lambda dim, classes: contrastive(1.0), identity_batches, color="#999999", line="--"
-        ),
-        Criterion(
-            "contrastive, two views",
-            "self-supervised: two views of an image are the similar pair",
-            lambda dim, classes: contrastive(1.0),
-            two_view_batches,
-            color="#999999",
-            line=":",
-        ),
-        Criterion(
-            "triplet, semi-hard",
-            "FaceNet, 2015",
-            lambda dim, classes: triplet_semi_hard(0.2),
-            identity_batches,
-            color="#CC79A7",
-        ),
-        Criterion(
-            "triplet, batch-hard",
-            "2017",
-            lambda dim, classes: triplet_batch_hard(0.2),
-            identity_batches,
-            color="#CC79A7",
-            line="--",
-        ),
+        Criterion("contrastive", "2005", pairs, identity_batches, "#999999", "--"),
+        Criterion("contrastive, two views", two_views, pairs, two_view_batches, "#999999", ":"),
+        Criterion("triplet, semi-hard", "FaceNet, 2015", semi_hard, identity_batches, "#CC79A7"),
+        Criterion("triplet, batch-hard", "2017", batch_hard, identity_batches, "#CC79A7", "--"),
         Criterion("center loss", "2016", lambda dim, classes: CenterLossHead(dim, classes, pull=0.01), color="#E69F00"),
         _margin("NormSoftmax", "2017", NormSoftmax, "#000000"),
         _margin("SphereFace", "2017", lambda: SphereFace(1.7), "#56B4E9"),
         _margin("CosFace", "2018", lambda: CosFace(0.35), "#009E73"),
         _margin(ARCFACE, "2019", lambda: MARGIN, "#0072B2"),
-        # The paper's rate of 0.01 is for long trainings: here the norms' mean would be found only at their end.
+        # The paper's rate of 0.01 is for long trainings. In a short one the norms' mean would be known only at its end.
         _margin("AdaFace", "2022", lambda: AdaFace(0.4, rate=0.1), "#8C6D00"),
     ]
     return {criterion.name: criterion for criterion in found}

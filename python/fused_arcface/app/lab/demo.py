@@ -1,6 +1,6 @@
 """The demo's experiment: train with the fused and the reference head, compare them, verify, and measure costs.
 
-It prints nothing; a reporter is told what goes on.
+It prints nothing; a reporter shows its progress.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class VerifiedNet:
 
 @dataclass(frozen=True)
 class TaskResult:
-    """All that was found on one task."""
+    """Everything that was found on one task."""
 
     task: Task
     num_identities: int
@@ -81,7 +81,7 @@ class TaskResult:
 
 @dataclass(frozen=True)
 class Demo:
-    """All that one run found."""
+    """Everything that one run found."""
 
     plan: Plan
     results: list[TaskResult]

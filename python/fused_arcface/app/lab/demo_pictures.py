@@ -7,13 +7,12 @@ from typing import Any
 import numpy as np
 
 from fused_arcface.base.text import counted
-from fused_arcface.evaluation import Verification
 
 from ..data import identity_images
 from ..drawing import WIDTH, Drawing, plain_ticks
 from .agreement import CURVE_BOUND, CURVE_STEPS
 from .criteria import ARCFACE, criteria
-from .demo import PIXELS, REFERENCE, Demo, TaskResult
+from .demo import PIXELS, REFERENCE, Demo
 
 
 def demo_drawings(demo: Demo) -> list[Drawing]:
@@ -45,7 +44,7 @@ def _loss_curves(plt: Any, demo: Demo) -> Any:
         bound = f"bound, {CURVE_BOUND:g} in the first {CURVE_STEPS} steps"
         end = min(CURVE_STEPS, len(steps))
         differences.hlines(CURVE_BOUND, 1, end, color="black", linewidth=1, linestyle="--", label=bound)
-        # The axis ends at the bound: no decade is drawn that nothing lies in.
+        # The axis ends at the bound or the largest difference, so that no decade is empty.
         differences.set(xlabel="step", ylabel="difference", ylim=(5e-8, 2 * max(CURVE_BOUND, gap.max())))
         differences.set_title(f"{result.task.name}: difference of the two losses")
         differences.legend(loc="center right", fontsize=8)
@@ -61,13 +60,20 @@ def _roc(plt: Any, demo: Demo) -> Any:
         curves = result.verifications()
         del curves[REFERENCE.name]  # it would hide the fused head's
         for name, found in curves.items():
-            _plot_curves(axis, name, found, colors[name])
+            tar = np.mean([each.tar[1e-2] for each in found])
+            style = {"color": colors[name], "linewidth": 1.3, "alpha": 0.8, "where": "post"}
+            for index, each in enumerate(found):
+                # Nothing is interpolated: a rate holds until the next point.
+                label = f"{name}: {tar:.3f}" if index == 0 else None
+                axis.step(each.false_accepts, each.true_accepts, label=label, **style)
+        # Below ten false accepts the curve tells little.
+        least = min(1e-2, 10 / result.nets[0].verification.num_pairs[1])
         axis.axvline(1e-2, color="black", linewidth=0.8, linestyle=":", label="FAR 0.01")
-        axis.set(xscale="log", xlim=(_least_rate(result), 1), ylim=(0, 1.01))
+        axis.set(xscale="log", xlim=(least, 1), ylim=(0, 1.01))
         plain_ticks(axis.xaxis)
         seeds = len(demo.plan.seeds)
-        each = ", a line for each" if seeds > 1 else ""
-        title = f"{result.task.name}: unseen identities, {counted(seeds, 'seed')}{each}"
+        several = ", a line for each" if seeds > 1 else ""
+        title = f"{result.task.name}: unseen identities, {counted(seeds, 'seed')}{several}"
         axis.set(xlabel="false accept rate (FAR)", ylabel="true accept rate (TAR)", title=title)
         axis.grid(alpha=0.3)
         # The legend is below good curves and above poor ones. matplotlib's own search for a place takes a second.
@@ -75,21 +81,6 @@ def _roc(plt: Any, demo: Demo) -> Any:
         legend = {"title": "mean TAR at FAR 0.01", "title_fontsize": 8, "fontsize": 8, "framealpha": 0.8}
         axis.legend(frameon=True, edgecolor="none", loc="lower right" if good else "upper left", **legend)
     return figure
-
-
-def _plot_curves(axis: Any, name: str, found: list[Verification], color: str) -> None:
-    tar = np.mean([each.tar[1e-2] for each in found])
-    for index, each in enumerate(found):
-        label = f"{name}: {tar:.3f}" if index == 0 else None
-        # Nothing is interpolated: a rate holds until the next point.
-        axis.step(
-            each.false_accepts, each.true_accepts, where="post", color=color, linewidth=1.3, alpha=0.8, label=label
-        )
-
-
-def _least_rate(result: TaskResult) -> float:
-    """Return where the curve begins: below ten false accepts it tells little."""
-    return min(1e-2, 10 / result.nets[0].verification.num_pairs[1])
 
 
 def _identities(plt: Any) -> Any:

@@ -16,8 +16,7 @@ from .heads import SoftmaxHead
 class CenterLossHead(SoftmaxHead):
     """Softmax cross-entropy and ``λ/2·‖f - c_y‖²``, both the mean over the batch (Wen et al., 2016, eq. 5).
 
-    The optimizer learns the centers c, one for each class, as it learns all else; the paper moves them at a separate
-    rate.
+    The optimizer learns the centers c, one for each class, as other parameters; in the paper they have their own rate.
 
     Args:
         embedding_dim: D, the length of an embedding.
@@ -52,10 +51,8 @@ def contrastive(margin: float) -> nn.Module:
     Raises:
         MissingExtra: if pytorch-metric-learning is not installed.
     """
-    loss: nn.Module = require("pytorch_metric_learning.losses", "compare").ContrastiveLoss(
-        pos_margin=0, neg_margin=margin, distance=_squared_distance()
-    )
-    return loss
+    losses = require("pytorch_metric_learning.losses", "compare")
+    return losses.ContrastiveLoss(pos_margin=0, neg_margin=margin, distance=_squared_distance())
 
 
 class _MinedTriplets(nn.Module):
@@ -63,14 +60,11 @@ class _MinedTriplets(nn.Module):
 
     def __init__(self, margin: float, miner: nn.Module) -> None:
         super().__init__()
-        self.loss = require("pytorch_metric_learning.losses", "compare").TripletMarginLoss(
-            margin, distance=_squared_distance()
-        )
-        self.miner = miner
+        losses = require("pytorch_metric_learning.losses", "compare")
+        self.loss, self.miner = losses.TripletMarginLoss(margin, distance=_squared_distance()), miner
 
     def forward(self, embeddings: Tensor, target: Tensor) -> Tensor:
-        loss: Tensor = self.loss(embeddings, target, self.miner(embeddings.detach(), target))
-        return loss
+        return self.loss(embeddings, target, self.miner(embeddings.detach(), target))
 
 
 def triplet_semi_hard(margin: float) -> nn.Module:

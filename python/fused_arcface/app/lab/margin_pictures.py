@@ -1,4 +1,4 @@
-"""Pictures of the margins themselves: each margin of the registry as it is without arguments.
+"""Pictures of the margins: each margin of the registry with its default arguments.
 
 ``compare`` and ``docs/update.py`` draw them.
 """
@@ -6,19 +6,21 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
 
+from fused_arcface.base.text import listed
 from fused_arcface.margins import angular
 from fused_arcface.margins.entry import Entry, trained
 from fused_arcface.margins.per_row import AdaFace, ElasticFace
 from fused_arcface.margins.protocol import modulation
 from fused_arcface.margins.registry import REGISTRY
 
-from ..drawing import COLORS, WIDTH, Drawing
+from ..drawing import COLORS, Drawing, panel
 
 _LINES: tuple[Any, ...] = ("-", "-", "--", "-", "--", "-.", ":")
 NORMS = (5.0, 20.0, 110.0)
@@ -39,7 +41,7 @@ def margin_drawings(scale: float) -> list[Drawing]:
         ),
         Drawing(
             "margins_of_the_row",
-            f"The same of margins that differ from row to row, for embeddings of norm {_listed(NORMS)}. AdaFace has "
+            f"The same of margins that differ from row to row, for embeddings of norm {listed(NORMS)}. AdaFace has "
             "seen norms of 20 ± 5; ElasticFace draws its margin anew for each row, and the band is two deviations.",
             lambda plt: _row_figure(plt, scale),
         ),
@@ -80,12 +82,10 @@ def label(entry: Entry) -> str:
 
 
 def styles() -> Iterator[dict[str, Any]]:
-    """Yield styles of lines that differ in color and dashes. The first are wide: one margin may lie upon another."""
-    place = 0
-    while True:
+    """Yield styles of lines that differ in color and dashes. The first are wide, as another may cover them."""
+    for place in itertools.count():
         width = max(1.2, 3.4 - 0.5 * place)
         yield {"color": COLORS[place % len(COLORS)], "linestyle": _LINES[place % len(_LINES)], "linewidth": width}
-        place += 1
 
 
 def _cosines() -> tuple[Tensor, Tensor]:
@@ -96,7 +96,7 @@ def _cosines() -> tuple[Tensor, Tensor]:
 
 def _angle_figure(plt: Any, scale: float) -> Any:
     degrees, cosines = _cosines()
-    figure, axis = _axes(plt, "margins of the angle", f"target logit at scale {scale:g}")
+    figure, axis = _panel(plt, "margins of the angle", f"target logit at scale {scale:g}")
     for entry, style in zip([*entries("angular"), *entries("binary")], styles(), strict=False):
         with torch.no_grad():
             axis.plot(degrees, scale * default(entry)(cosines), label=label(entry), **style)
@@ -105,7 +105,7 @@ def _angle_figure(plt: Any, scale: float) -> Any:
 
 def _row_figure(plt: Any, scale: float) -> Any:
     degrees, cosines = _cosines()
-    figure, axis = _axes(plt, "margins of the row", f"target logit at scale {scale:g}")
+    figure, axis = _panel(plt, "margins of the row", f"target logit at scale {scale:g}")
     axis.plot(degrees, scale * cosines, color="black", linewidth=1, label="no margin")
     for entry, style in zip(entries("row"), styles(), strict=False):
         margin = default(entry)
@@ -127,7 +127,7 @@ def _row_figure(plt: Any, scale: float) -> Any:
 
 def _negative_figure(plt: Any, scale: float) -> Any:
     degrees, cosines = _cosines()
-    figure, axis = _axes(plt, f"negatives beside a target at {TARGET_ANGLE:g}°", f"negative logit at scale {scale:g}")
+    figure, axis = _panel(plt, f"negatives beside a target at {TARGET_ANGLE:g}°", f"negative logit at scale {scale:g}")
     axis.plot(degrees, scale * cosines, color="black", linewidth=1, label="unchanged")
     target = torch.tensor([TARGET_ANGLE]).deg2rad().cos()
     for entry, style in zip(entries("negatives"), styles(), strict=False):
@@ -143,25 +143,23 @@ def _negative_figure(plt: Any, scale: float) -> Any:
 
 
 def _hardest(count: int) -> torch.Tensor:
-    """Return the greatest cosines (1, count) of the pictured row's negatives: they are evenly spaced down to 75°."""
+    """Return the largest cosines (1, count) of the drawn row's negatives, with angles evenly spaced up to 75°."""
     return torch.linspace(TARGET_ANGLE, 75, count).deg2rad().cos()[None]
 
 
 def _boundary_figure(plt: Any, scale: float) -> Any:
     degrees, cosines = _cosines()
     default = angular.ArcFace()
-    figure, axis = _axes(plt, f"ArcFace past θ + {default.margin:g} = π", f"target logit at scale {scale:g}")
+    figure, axis = _panel(plt, f"ArcFace past θ + {default.margin:g} = π", f"target logit at scale {scale:g}")
     for boundary, style in zip(get_args(angular.Boundary), styles(), strict=False):
         name = f"{boundary} (default)" if boundary == default.boundary else boundary
         axis.plot(degrees, scale * angular.ArcFace(boundary=boundary)(cosines), label=name, **style)
     return _finish(figure, columns=2)
 
 
-def _axes(plt: Any, title: str, unit: str) -> tuple[Any, Any]:
-    figure, axis = plt.subplots(figsize=(WIDTH, 4.4), layout="constrained")
-    axis.set(xlabel="angle θ, degrees", ylabel=unit, title=title, xlim=(0, 180), xticks=range(0, 181, 30))
-    axis.grid(alpha=0.3)
-    return figure, axis
+def _panel(plt: Any, title: str, unit: str) -> tuple[Any, Any]:
+    angles = {"xlabel": "angle θ, degrees", "xlim": (0, 180), "xticks": range(0, 181, 30)}
+    return panel(plt, 4.4, title, ylabel=unit, **angles)
 
 
 def _finish(figure: Any, columns: int = 1) -> Any:
@@ -174,11 +172,6 @@ def _of_norm(margin: Any, norm: float) -> Callable[[Tensor], Tensor]:
 
     def modify(cosines: Tensor) -> Tensor:
         norms = torch.full_like(cosines, norm)
-        modified: Tensor = margin.for_rows(norms, torch.ones_like(norms, dtype=torch.bool)).modify(cosines)
-        return modified
+        return margin.for_rows(norms, torch.ones_like(norms, dtype=torch.bool)).modify(cosines)
 
     return modify
-
-
-def _listed(values: tuple[float, ...]) -> str:
-    return f"{', '.join(f'{value:g}' for value in values[:-1])} and {values[-1]:g}"

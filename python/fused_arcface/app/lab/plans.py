@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
+
+from fused_arcface.base.text import listed
 
 from ..benchmark.cases import Case
 from ..data import DataError, ImageSpec, LabeledImages, digit_images, identity_images, open_source
@@ -21,7 +22,7 @@ class Images(Protocol):
     """A set of images, some identities to train on and others to evaluate on."""
 
     def load(self, seed: int) -> Halves:
-        """Return both halves; the seed chooses among what the set leaves open."""
+        """Return both halves; the seed decides everything that is random in the set."""
 
     def describe(self) -> str:
         """Describe the set in a few words."""
@@ -59,7 +60,7 @@ class Digits:
         return digit_images(TRAINED), digit_images(UNSEEN)
 
     def describe(self) -> str:
-        return f"handwritten digits (scikit-learn's): trained on {_listed(TRAINED)}, verified on {_listed(UNSEEN)}"
+        return f"handwritten digits (scikit-learn's): trained on {listed(TRAINED)}, verified on {listed(UNSEEN)}"
 
 
 @dataclass(frozen=True)
@@ -126,13 +127,9 @@ class Plan:
     """Time to spend on the samples of one shape."""
 
 
-def _listed(digits: Sequence[int]) -> str:
-    return f"{', '.join(map(str, digits[:-1]))} and {digits[-1]}"
-
-
 def _digits(steps: int) -> Task:
-    # Three passes over 1246 images, gently: seven classes are soon told apart, and from there unseen ones only get
-    # worse.
+    # Three passes over 1246 images at a low rate: the net soon tells seven classes apart, and more training only makes
+    # unseen ones worse.
     return Task(
         "digits",
         Digits(),
@@ -144,9 +141,9 @@ def _digits(steps: int) -> Task:
     )
 
 
-# Eight passes over the images: the softmax classifier then fits them (its loss ends near 0.01), so that what is
-# compared is how the criteria generalize, not how fast they learn. The learning rate is one at which softmax does as
-# well as at half and at twice that.
+# After eight passes over the images the softmax classifier fits them (its loss ends near 0.01). The comparison then
+# shows how the criteria generalize, not how fast they learn. Softmax does as well at half and at twice this learning
+# rate.
 _IDENTITIES = Task(
     "identities",
     Generated(identities=500, samples=10, unseen=200),

@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import re
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,7 +27,7 @@ from fused_arcface import __version__, backends
 from fused_arcface.base.files import replacing, write_text
 from fused_arcface.evaluation import Verification
 
-from ..benchmark.report import write_csv
+from ..benchmark.report import read_json, write_csv
 from ..measure import machine
 from ..report.digest import HardPair, read_hardest
 from .agreement import CURVE_BOUND, CURVE_STEPS, STEP_BOUND
@@ -99,7 +99,7 @@ class Folder:
         self.root, self._rows, self._toys = root, root / "rows", root / "toy"
         self._described = {"fused_arcface": __version__, "torch": torch.__version__, "plan": _described(plan)}
         file = self._plan = root / "plan.json"
-        if file.exists() and not _holds(json.loads(file.read_text("utf-8")), json.loads(json.dumps(self._described))):
+        if file.exists() and not _holds(read_json(file), json.loads(json.dumps(self._described))):
             raise ComparisonError(
                 f"{root} holds another comparison (see {file}): name another folder, or remove it first"
             )
@@ -115,7 +115,7 @@ class Folder:
         file = self._row_file(criterion, seed)
         if not file.exists():
             return None
-        values = json.loads(file.read_text(encoding="utf-8"))
+        values = read_json(file)
         return Row(**{**values, "hardest": read_hardest(values.get("hardest", []))})
 
     def add(self, row: Row) -> None:
@@ -141,13 +141,11 @@ class Folder:
         """Write rows.csv and summary.json; return their paths."""
         flat = [_flat(row) for row in rows]
         figures = {
-            "device": machine.device_name(_CPU),
-            "date": machine.now(),
-            "backend": backends.select("auto", _CPU),
+            **_here(),
             "seconds": round(seconds, 1),
             "criteria": {name: {"source": criteria()[name].source, **found} for name, found in summaries(rows).items()},
         }
-        table = write_csv(self.root / "rows.csv", flat, list(flat[0]))
+        table = write_csv(self.root / "rows.csv", flat)
         return [table, _write(self.root / "summary.json", figures, indent=1)]
 
     def _row_file(self, criterion: str, seed: int) -> Path:
@@ -188,10 +186,9 @@ def _holds(stored: Any, facts: Any) -> bool:
     return bool(stored == facts)
 
 
-def mean_and_deviation(values: Iterable[float]) -> dict[str, float]:
+def mean_and_deviation(values: Sequence[float]) -> dict[str, float]:
     """Return mean and population standard deviation."""
-    listed = list(values)
-    return {"mean": statistics.fmean(listed), "deviation": statistics.pstdev(listed)}
+    return {"mean": statistics.fmean(values), "deviation": statistics.pstdev(values)}
 
 
 def summaries(rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
@@ -200,7 +197,7 @@ def summaries(rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
     for criterion in dict.fromkeys(row.criterion for row in rows):
         flat = [_flat(row) for row in rows if row.criterion == criterion]
         numbers = [name for name, value in flat[0].items() if name not in ("criterion", "seed") and value != ""]
-        found[criterion] = {name: mean_and_deviation(float(each[name]) for each in flat) for name in numbers}
+        found[criterion] = {name: mean_and_deviation([float(each[name]) for each in flat]) for name in numbers}
     return found
 
 
@@ -221,13 +218,11 @@ def _slug(name: str) -> str:
 
 
 def write_numbers(demo: Demo, path: Path) -> None:
-    """Write all that a demo found, but for the points of the ROC."""
+    """Write everything that a demo found except the points of the ROC."""
     numbers = {
         "fused_arcface": __version__,
         "torch": torch.__version__,
-        "device": machine.device_name(_CPU),
-        "date": machine.now(),
-        "backend": backends.select("auto", _CPU),
+        **_here(),
         "margin": repr(MARGIN),
         "scale": SCALE,
         "seeds": demo.plan.seeds,
@@ -238,6 +233,11 @@ def write_numbers(demo: Demo, path: Path) -> None:
         "seconds": round(demo.seconds, 2),
     }
     _write(path, numbers, indent=1)
+
+
+def _here() -> dict[str, str]:
+    """Return device, date and the backend of the fused head."""
+    return {"device": machine.device_name(_CPU), "date": machine.now(), "backend": backends.select("auto", _CPU)}
 
 
 def _task_result(result: TaskResult, seeds: tuple[int, ...]) -> dict[str, object]:

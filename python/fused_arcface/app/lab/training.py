@@ -1,4 +1,4 @@
-"""Train one net: its recipe, its steps, and the reporter that is told of them. Demo and comparison both train here."""
+"""Train one net: its recipe, its steps, and the reporter of its progress. Demo and comparison both train here."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class StepRecord(NamedTuple):
 
 
 class Reporter(Protocol):
-    """Is told what an experiment does."""
+    """Shows the progress of an experiment."""
 
     def begin(self, what: str, steps: int = 0) -> None:
         """Begin a piece of work: a training of ``steps``, or something without steps if it is 0."""
@@ -50,7 +50,7 @@ class Reporter(Protocol):
         """Count one training step."""
 
     def ended(self, name: str, first_loss: float, last_loss: float, steps: int, seconds: float) -> None:
-        """Note a training that has ended, in this run or, where an earlier run is resumed, in that one."""
+        """Note a training that has ended, in this run or in the earlier one that it resumes."""
 
 
 BeforeUpdate = Callable[[nn.Module, Tensor, Tensor], None]
@@ -84,7 +84,7 @@ def train(
     reporter: Reporter,
     before_update: BeforeUpdate | None = None,
 ) -> TrainedNet:
-    """Train a fresh net with one criterion; ``seed`` is that of the initial weights and of the batches.
+    """Train a new net with one criterion; ``seed`` decides the initial weights and the batches.
 
     The net is made before the head, so all criteria start from the same net. The caller's random state is left as it
     was.
@@ -120,9 +120,9 @@ def one_cycle(parameters: Iterable[nn.Parameter], recipe: Recipe) -> tuple[Optim
 def one_thread() -> Iterator[None]:
     """Let torch compute on one thread within the block.
 
-    A step of a small net has too little in each operation to share: one thread takes 1.3 times as long as two on a
-    quiet machine, and a third of the time where another process wants a processor. It also makes results independent
-    of the number of processors.
+    The operations of a small net are too short to share. On a quiet machine one thread takes 1.3 times as long as two;
+    if another process uses a processor, it takes a third of the time. Results then do not depend on the number of
+    processors either.
 
     >>> with one_thread():
     ...     torch.get_num_threads()
@@ -161,7 +161,7 @@ def training_steps(
     for images, target in batches:
         embeddings = net(images)
         optimizer.zero_grad()
-        # The head's backward pass stops at the embeddings, so that its time can be told from the net's.
+        # The head's backward pass stops at the embeddings, so that its time is measured without the net's.
         cut = embeddings.detach().requires_grad_()
         start = time.perf_counter()
         loss = head(cut, target)

@@ -40,9 +40,9 @@ class Answers:
     def histograms(self) -> tuple[npt.NDArray[np.float64], dict[str, list[int]]]:
         """Return edges (bins + 1,), and the number of probes in each bin by how they were answered."""
         spread = angles(self.scores - 1) if self.cosine else -self.scores
-        edges = np.linspace(0, 180, _BINS + 1) if self.cosine else np.linspace(0, max(spread.max(), 1e-9), _BINS + 1)
-        if spread.min() < edges[0]:  # an inner product is no distance
-            edges = np.linspace(spread.min(), edges[-1], _BINS + 1)
+        # A negated inner product may be below 0.
+        low, high = (0.0, 180.0) if self.cosine else (min(0.0, float(spread.min())), max(float(spread.max()), 1e-9))
+        edges = np.linspace(low, high, _BINS + 1)
         kinds = {
             "right person": self.right,
             "another person": self.known & ~self.right,

@@ -42,27 +42,21 @@ def comparison_report(
 
 
 def _hardest(found: Comparison) -> list[Section]:
-    sections = []
-    for name in WITH_DISTANCES:
-        rows = found.of(name)
-        if rows and rows[0].hardest:
-            text = (
-                f"Seed {rows[0].seed}, people never seen in training: pairs of one person that look least alike to the "
-                "net, then pairs of two people that look most alike."
-            )
-            sections.append(Section(f"Hardest pairs, {name}", text, comparisons=as_comparisons(rows[0].hardest)))
-    return sections
+    text = (
+        "Seed {}, people never seen in training: pairs of one person that look least alike to the net, then pairs of "
+        "two people that look most alike."
+    )
+    first = {name: rows[0] for name in WITH_DISTANCES if (rows := found.of(name))}
+    return [
+        Section(f"Hardest pairs, {name}", text.format(row.seed), comparisons=as_comparisons(row.hardest))
+        for name, row in first.items()
+        if row.hardest
+    ]
 
 
 def _losses(found: Comparison) -> Table:
     rows = [
-        (
-            row.criterion,
-            str(row.seed),
-            f"{row.first_loss:.3f}",
-            f"{row.last_loss:.4f}",
-            f"{row.seconds:.1f}",
-        )
+        (row.criterion, str(row.seed), f"{row.first_loss:.3f}", f"{row.last_loss:.4f}", f"{row.seconds:.1f}")
         for row in found.rows
     ]
     return Table(("", "seed", "first loss", "last loss", "seconds"), rows)

@@ -62,7 +62,7 @@ class Digest:
     hardest: list[HardPair] = field(default_factory=list)
     """Pairs of one person with the lowest scores, then pairs of two people with the highest."""
     step: int | None = None
-    """Steps of training behind the net."""
+    """Number of steps that the net was trained for."""
 
     def save(self, path: Path) -> None:
         """Write the digest as JSON, which :func:`read_digest` reads."""
@@ -115,10 +115,10 @@ def read_hardest(values: Any) -> list[HardPair]:
 
 
 def _checked(name: str, source: str) -> Thumbnail:
-    """Return a thumbnail of a file that anybody may have written: it holds its picture, and points to no other place.
+    """Return a thumbnail from a file that anybody may have written. It must hold its picture itself.
 
     Raises:
-        ValueError: if it does.
+        ValueError: if it points to another place.
     """
     if source and re.fullmatch("data:image/jpeg;base64,[A-Za-z0-9+/]+=*", source) is None:
         raise ValueError(f"a thumbnail must be a JPEG in a data: address; got {source[:40]!r}")
@@ -136,13 +136,15 @@ def digest_pairs(
     cosine: bool,
     step: int | None = None,
 ) -> Digest:
-    """Return the digest of a verification of pairs of the images ``names`` (M,); ``scores`` (P,) are negated distances.
+    """Return the digest of a verification of pairs of the images ``names`` (M,).
 
-    Those of the cosine distance are cos - 1. ``step`` is the number of steps of training behind the net.
+    ``scores`` (P,) are negated distances, cos - 1 for the cosine distance. ``step`` is the number of steps that the net
+    was trained for.
     """
     same = pairs.same.numpy()
     spread = angles(scores) if cosine else -scores
-    edges = np.linspace(0, 180, _BINS + 1) if cosine else np.linspace(spread.min(), max(spread.max(), 1e-9), _BINS + 1)
+    low, high = (0.0, 180.0) if cosine else (float(spread.min()), max(float(spread.max()), 1e-9))
+    edges = np.linspace(low, high, _BINS + 1)
     false_accepts, true_accepts = thinned_curve(found.false_accepts, found.true_accepts, found.num_pairs[1])
     counts = [np.histogram(spread[same == kind], edges)[0].tolist() for kind in (True, False)]
     return Digest(
@@ -202,11 +204,11 @@ def hardest_pairs(
 
 def as_comparisons(hardest: Sequence[HardPair], cosine: bool = True) -> list[Comparison]:
     """Return pairs as a report shows them, each with its kind and its score."""
-    return [Comparison(pair.first, pair.second, f"{_kind(pair)}, {measure(pair.score, cosine)}") for pair in hardest]
-
-
-def _kind(pair: HardPair) -> str:
-    return "one person" if pair.same else "two people"
+    found = []
+    for same, score, first, second in hardest:
+        kind = "one person" if same else "two people"
+        found.append(Comparison(first, second, f"{kind}, {measure(score, cosine)}"))
+    return found
 
 
 def measure(score: float, cosine: bool) -> str:

@@ -1,7 +1,7 @@
 """A report: sections of text, figures, tables, thumbnails and settings, as one HTML file that needs no other.
 
-Commands fill sections; ``document.html`` beside this file is the only place where they become HTML. Jinja escapes every
-text there, and names of files are made printable first.
+Commands fill sections, and only ``document.html`` beside this file makes HTML of them. Jinja escapes every text there,
+and names of files are made printable first.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Table(NamedTuple):
     rows: Sequence[Sequence[str]]
     caption: str = ""
     words: Sequence[int] = (0,)
-    """Places of the columns of text; the others are numbers, which stand to the right and never break."""
+    """Places of the columns of text. The others are numbers: they are aligned to the right and never break."""
 
 
 class Figure(NamedTuple):
@@ -121,7 +121,7 @@ def _environment() -> Environment:
 
 
 def figures(drawings: Iterable[Drawing]) -> list[Figure]:
-    """Draw figures; without matplotlib there are none, and :func:`no_figures` says why."""
+    """Draw figures. Without matplotlib there are none, and :func:`no_figures` gives the reason."""
     try:
         return [Figure(data_address(as_svg(each), "image/svg+xml"), each.caption) for each in drawings]
     except MissingExtra:
@@ -161,15 +161,15 @@ def as_table(shown: TerminalTable) -> Table:
 
 
 def settings(options: Mapping[str, Any], title: str = "Settings") -> Section:
-    """Return a section with the options of a command; those that are None were left to it."""
+    """Return a section with the options of a command. None is an option that was not given."""
     rows = [(name, _value(value)) for name, value in options.items()]
     return Section(title, tables=[Table(("option", "value"), rows, words=(0, 1))])
 
 
 def _value(value: Any) -> str:
-    if value is None or value == "":
-        return "–"
-    return {True: "yes", False: "no"}[value] if isinstance(value, bool) else str(value)
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return "–" if value in (None, "") else str(value)
 
 
 def versions(device: str | torch.device = "cpu") -> Section:

@@ -13,7 +13,7 @@ from fused_arcface.base.extras import require
 from fused_arcface.evaluation.identification import Identification
 from fused_arcface.evaluation.verification import Verification
 
-from ..drawing import ONE, TWO, WIDTH, Drawing, plain_ticks, set_title
+from ..drawing import ONE, TWO, WIDTH, Drawing, panel, plain_ticks, set_title
 from .answers import Answers
 from .digest import Digest, as_comparisons
 from .document import Comparison, Report, Section, as_table, figures, no_figures, settings, versions
@@ -26,23 +26,21 @@ def roc_drawing(
 ) -> Drawing:
     """Return the drawing of a ROC curve of rates ``(points,)``, false accepts ascending.
 
-    No rate below one of the ``others``, the pairs of two people, is drawn, since none was measured. ``marked`` are true
+    There are ``others`` pairs of two people, and the curve begins at one false accept among them. ``marked`` are true
     accept rates by false accept rate.
     """
     least = 1 / others
 
     def draw(plt: Any) -> Any:
-        figure, axis = plt.subplots(figsize=(WIDTH, 3.7), layout="constrained")
+        labels = {"xlabel": "false accept rate", "ylabel": "true accept rate"}
+        figure, axis = panel(plt, 3.7, title, xscale="log", xlim=(least, 1), ylim=(0, 1.02), **labels)
+        plain_ticks(axis.xaxis)
         # Nothing is interpolated: a rate holds until the next point.
         axis.step(false_accepts, true_accepts, where="post", color=ONE)
         for far, tar in (marked or {}).items():
             if far >= least:
                 axis.plot(far, tar, "o", color=ONE, ms=5)
                 axis.annotate(f"{tar:.3f}", (far, tar), (4, -13), textcoords="offset points", fontsize=9)
-        axis.set(xscale="log", xlim=(least, 1), ylim=(0, 1.02), xlabel="false accept rate", ylabel="true accept rate")
-        plain_ticks(axis.xaxis)
-        set_title(axis, title)
-        axis.grid(alpha=0.3)
         return figure
 
     caption = (
@@ -56,7 +54,7 @@ def det_drawing(found: Verification, title: str) -> Drawing:
     """Return the drawing of a DET curve: the false reject over the false accept rate, on normal-deviate axes."""
 
     def draw(plt: Any) -> Any:
-        figure, axis = plt.subplots(figsize=(WIDTH, 4.2), layout="constrained")
+        figure, axis = panel(plt, 4.2, title)
         rejects = 1 - found.true_accepts
         inner = (found.false_accepts > 0) & (rejects > 0)  # the ends lie infinitely far
         curve = require("sklearn.metrics", "eval").DetCurveDisplay(fpr=found.false_accepts[inner], fnr=rejects[inner])
@@ -66,15 +64,11 @@ def det_drawing(found: Verification, title: str) -> Drawing:
             axis.plot(deviate, deviate, "o", color=ONE, ms=5)
             axis.annotate(f"equal, {found.eer:.3f}", (deviate, deviate), (6, 6), textcoords="offset points", fontsize=9)
         axis.set(xlabel="false accept rate", ylabel="false reject rate")
-        set_title(axis, title)
-        axis.grid(alpha=0.3)
         if axis.get_legend() is not None:
             axis.get_legend().remove()
         return figure
 
-    caption = (
-        "DET: the share of the pairs of one person that are rejected, by the share of two people that are accepted."
-    )
+    caption = "DET: the share of pairs of one person that are rejected, by the share of pairs of two that are accepted."
     return Drawing("det", caption, draw)
 
 
@@ -97,7 +91,7 @@ def histogram_drawing(edges: Values, counts: Mapping[str, Values], unit: str, ti
 
 
 def draw_histograms(axis: Any, edges: Values, counts: Mapping[str, Values]) -> None:
-    """Draw overlaid histograms, each as the share of its own kind, on an axis that ends where they do."""
+    """Draw overlaid histograms, each as the share of its own kind; the axis has the range of the filled bins."""
     bounds = np.asarray(edges)
     filled = np.flatnonzero(np.sum([np.asarray(each) for each in counts.values()], axis=0))
     for (name, each), color in zip(counts.items(), (ONE, TWO, "#999999"), strict=False):
@@ -119,12 +113,9 @@ def identification_drawings(found: Identification, title: str = "") -> list[Draw
     """Return the picture of an identification: ``cmc``, the identification rate by rank."""
 
     def draw(plt: Any) -> Any:
-        figure, axis = plt.subplots(figsize=(WIDTH, 3.7), layout="constrained")
-        ranks = np.arange(1, len(found.cmc) + 1)
+        ranks, labels = np.arange(1, len(found.cmc) + 1), {"xlabel": "rank", "ylabel": "identification rate"}
+        figure, axis = panel(plt, 3.7, title, xlim=(0.5, len(ranks) + 0.5), ylim=(0, 1.02), **labels)
         axis.plot(ranks, found.cmc, "o-", color=ONE, ms=4)
-        axis.set(xlabel="rank", ylabel="identification rate", xlim=(0.5, len(ranks) + 0.5), ylim=(0, 1.02))
-        set_title(axis, title)
-        axis.grid(alpha=0.3)
         axis.xaxis.get_major_locator().set_params(integer=True)
         return figure
 
@@ -133,9 +124,9 @@ def identification_drawings(found: Identification, title: str = "") -> list[Draw
 
 
 def digest_sections(digest: Digest, more: Sequence[Drawing] = ()) -> list[Section]:
-    """Return the sections of a verification that do not come from the terminal: curves, and the hardest pairs.
+    """Return the sections of a verification that the terminal does not show: curves, and the hardest pairs.
 
-    ``more`` are drawings to show beside its curve and histograms.
+    ``more`` are drawings to show after the curve and the histograms.
     """
     unit = "angle between two embeddings, degrees" if digest.cosine else "distance between two embeddings"
     kinds = {"one person": digest.same_counts, "two people": digest.different_counts}

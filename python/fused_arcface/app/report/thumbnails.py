@@ -1,4 +1,4 @@
-"""Thumbnails of images that a result speaks of, by the names that the result has for them."""
+"""Thumbnails of the images in a result, by their names in the result."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Thumbnails:
     """Makes thumbnails of the images in some sets.
 
     Args:
-        sets: sets to find the images in. Without any, the images are not at hand, and thumbnails have names alone.
+        sets: sets that have the images. The thumbnail of an image in none of them has only the name.
 
     >>> from ..data.pair_sets import read_labeled
     >>> people = read_labeled("identities:2x2")
@@ -32,9 +32,9 @@ class Thumbnails:
     """
 
     def __init__(self, sets: Iterable[ImageSet]) -> None:
-        self._places: dict[str, tuple[Read, int]] = {}
-        for images in sets:
-            self._places.update({name: (images.read, number) for number, name in enumerate(images.paths)})
+        self._places: dict[str, tuple[Read, int]] = {
+            name: (images.read, number) for images in sets for number, name in enumerate(images.paths)
+        }
 
     def __call__(self, name: str) -> Thumbnail:
         """Return the thumbnail of an image; an image that cannot be read has its name alone."""

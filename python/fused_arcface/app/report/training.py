@@ -1,10 +1,10 @@
-"""The report of a training run. It is made of the run's folder alone, so a resumed run makes it anew as a whole."""
+"""The report of a training run. It is made from the run's folder alone, so a resumed run writes the whole report."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from fused_arcface.base.reading import DataError, open_regular
 
-from ..drawing import COLORS, ONE, WIDTH, Drawing
+from ..drawing import COLORS, ONE, Drawing, panel
 from ..thresholds import KeptThresholds, as_text, read_thresholds
 from ..training.config import TrainConfig
 from ..training.runs import RunFolder
@@ -32,7 +32,7 @@ FIGURES = {
 }
 """Figures of each step in the log: the label of its axis and its caption."""
 _POINTS = 400
-"""Points of a curve; each is a mean over as many steps as needed."""
+"""Most points of a curve; with more steps each is a mean over several."""
 
 
 class Log(NamedTuple):
@@ -110,16 +110,8 @@ def _epochs(log: Log) -> Table:
         own = Log(log.steps[log.steps[:, 1] == epoch], [])
         means = {name: float(own.of(name).mean()) for name in FIGURES}
         speed = len(own.steps) / float((1 / own.of("images_per_second")).sum())
-        rows.append(
-            (
-                f"{epoch:.0f}",
-                f"{len(own.steps):,}",
-                f"{means['loss']:.3f}",
-                f"{means['target_angle']:.1f}°",
-                f"{means['accuracy']:.3f}",
-                f"{speed:,.0f}",
-            )
-        )
+        cells = f"{means['loss']:.3f}", f"{means['target_angle']:.1f}°", f"{means['accuracy']:.3f}", f"{speed:,.0f}"
+        rows.append((f"{epoch:.0f}", f"{len(own.steps):,}", *cells))
     return Table(columns, rows, "Means over the steps of an epoch", words=())
 
 
@@ -133,7 +125,7 @@ def _training_drawings(log: Log) -> list[Drawing]:
 
 
 def curve_drawing(name: str, caption: str, steps: Floats, values: Floats, label: str) -> Drawing:
-    """Return the drawing of one figure over the steps; of many steps, means and ranges of as many as a pixel shows.
+    """Return the drawing of one figure over the steps; with many steps, means and ranges over some of them.
 
     A step whose figure is not finite, such as a skipped one, is left out.
     """
@@ -141,15 +133,13 @@ def curve_drawing(name: str, caption: str, steps: Floats, values: Floats, label:
     steps, values = steps[finite], values[finite]
 
     def draw(plt: Any) -> Any:
-        figure, axis = plt.subplots(figsize=(WIDTH, 2.9), layout="constrained")
+        figure, axis = panel(plt, 2.9, label, xlabel="step", ylabel=label)
         parts = np.array_split(np.arange(len(steps)), min(_POINTS, len(steps))) if len(steps) else []
         x, mean = (np.array([each[part].mean() for part in parts]) for each in (steps, values))
         if len(steps) > len(parts):
             low, high = (np.array([bound(values[part]) for part in parts]) for bound in (np.min, np.max))
             axis.fill_between(x, low, high, color=ONE, alpha=0.2, lw=0)
         axis.plot(x, mean, color=ONE, lw=1.3, marker="." if len(steps) == 1 else None)
-        axis.set(xlabel="step", ylabel=label, title=label)
-        axis.grid(alpha=0.3)
         return figure
 
     return Drawing(name, caption, draw)
@@ -158,7 +148,7 @@ def curve_drawing(name: str, caption: str, steps: Floats, values: Floats, label:
 def _verification_sections(folder: RunFolder, log: Log, step: int) -> list[Section]:
     """Return the sections about the verifications, none if there was none.
 
-    Files of a later step belong to a training that was given up, and are left out.
+    Files of a later step are left out: the run was continued from an earlier one.
     """
     sections = []
     if log.verifications:
@@ -171,34 +161,35 @@ def _verification_sections(folder: RunFolder, log: Log, step: int) -> list[Secti
     if digest is not None and (digest.step or 0) <= step:
         for section in digest_sections(digest):
             text = f"Of the verification after step {digest.step:,} on {digest.data}. {section.text}"
-            sections.append(Section(section.title, text, section.figures, section.tables, section.comparisons))
+            sections.append(replace(section, text=text))
     return sections
 
 
 def _verifications(found: Sequence[dict[str, Any]]) -> Table:
     fars = list(found[-1]["tar_at_far"])
     rows = [
-        (
-            f"{each['step']:,}",
-            f"{each['verification_accuracy']:.4f}",
-            *(f"{each['tar_at_far'].get(far, float('nan')):.4f}" for far in fars),
-        )
+        (f"{each['step']:,}", *(f"{rate:.4f}" for rate in (each["verification_accuracy"], *_rates(each, fars))))
         for each in found[-30:]
     ]
     caption = "The last 30 verifications" if len(found) > 30 else ""
     return Table(("step", "accuracy", *(f"TAR at FAR {far}" for far in fars)), rows, caption, words=())
 
 
+def _rates(verification: dict[str, Any], fars: Sequence[str]) -> list[float]:
+    """Return the true accept rates at some false accept rates, NaN where there is none."""
+    return [verification["tar_at_far"].get(far, float("nan")) for far in fars]
+
+
 def _verifications_drawing(found: Sequence[dict[str, Any]]) -> Drawing:
     def draw(plt: Any) -> Any:
-        figure, axis = plt.subplots(figsize=(WIDTH, 3.4), layout="constrained")
+        title = "verification of people not trained on"
+        figure, axis = panel(plt, 3.4, title, xlabel="step", ylabel="rate", ylim=(0, 1.02))
         steps = [each["step"] for each in found]
         axis.plot(steps, [each["verification_accuracy"] for each in found], "o-", ms=4, color="black", label="accuracy")
-        for far, color in zip(found[-1]["tar_at_far"], COLORS, strict=False):
-            rates = [each["tar_at_far"].get(far, float("nan")) for each in found]
+        fars = list(found[-1]["tar_at_far"])
+        curves = zip(*(_rates(each, fars) for each in found), strict=True)
+        for far, color, rates in zip(fars, COLORS, curves, strict=False):
             axis.plot(steps, rates, "o-", ms=4, color=color, label=f"TAR at FAR {far}")
-        axis.set(xlabel="step", ylabel="rate", title="verification of people not trained on", ylim=(0, 1.02))
-        axis.grid(alpha=0.3)
         figure.legend(loc="outside lower center", ncols=2)
         return figure
 
