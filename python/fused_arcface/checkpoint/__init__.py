@@ -29,7 +29,8 @@ from torch.distributed.tensor import DTensor
 from ..center_sgd import CenterSGD
 from ..parallel.ranks import ALONE
 from ..partial_fc import PartialFC
-from .directory import Saved, find, latest, write
+from .directory import Saved, find, write
+from .roots import latest
 from .row_shard import RowShard
 from .storage import CheckpointError
 from .stored import STORE, file_of, held_by, load_rows, reference_of, save_rows
