@@ -72,15 +72,19 @@ def write(centers: Centers, path: str | os.PathLike[str], center_storage: str | 
         **({"sub_centers": centers.sub_centers} if centers.sub_centers > 1 else {}),
     }
     tensors = centers.tensors
-    shards: dict[str, checkpoint.RowShard] = {}
+    values = {
+        "step": 0,
+        **{name: value for name, value in centers.values.items() if name not in ("seed", "sub_centers")},
+    }
     if center_storage is None:
-        shards = {name: StreamedRows(rows.pieces(), rows.dtype, rows.shape) for name, rows in tensors.items()}
-    values = {name: value for name, value in centers.values.items() if name not in ("seed", "sub_centers")}
-    if center_storage is not None:
-        columns = {name: (rows.dtype, rows.shape[1], rows.pieces()) for name, rows in tensors.items()}
-        num_rows = tensors["weight"].shape[0]
-        values[stored.STORE] = stored.make_store(Path(center_storage), columns, num_rows, seed, path)
-    return checkpoint.save_centers(path, shards, {"step": 0, **values}, options)
+        shards: dict[str, checkpoint.RowShard] = {
+            name: StreamedRows(rows.pieces(), rows.dtype, rows.shape) for name, rows in tensors.items()
+        }
+        return checkpoint.save_centers(path, shards, values, options)
+    columns = {name: (rows.dtype, rows.shape[1], rows.pieces()) for name, rows in tensors.items()}
+    num_rows = tensors["weight"].shape[0]
+    with stored.new_store(Path(center_storage), columns, num_rows, seed, path) as reference:
+        return checkpoint.save_centers(path, {}, {**values, stored.STORE: reference}, options)
 
 
 def _is_one_file(path: Path) -> bool:

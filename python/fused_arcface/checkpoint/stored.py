@@ -175,13 +175,14 @@ def pieces_of(reference: Reference, name: str) -> Callable[[], Iterator[Tensor]]
     return pieces
 
 
-def make_store(
+@contextlib.contextmanager
+def new_store(
     folder: Path, columns: dict[str, tuple[torch.dtype, int, Iterator[Tensor]]], num_rows: int, seed: int, root: Path
-) -> dict[str, Any]:
-    """Make a store of all rows in a new or empty folder, and return its reference; see ``convert``.
+) -> Iterator[dict[str, Any]]:
+    """Make a store of all rows in a new or empty folder, and yield its reference; see ``convert``.
 
-    Each column has its dtype, its width, and pieces of any numbers of rows. The head has ``seed``, and the checkpoint
-    lies in ``root``.
+    Each column has its dtype, its width, and pieces of any numbers of rows. The head has ``seed``. The block writes the
+    checkpoint, which lies in ``root``. If something fails before that is written, the folder is as it was.
 
     Raises:
         CheckpointError: if it cannot be written, or something is in the folder.
@@ -198,7 +199,11 @@ def make_store(
             for start, *tensors in zip(range(0, num_rows, step), *streams, strict=True):
                 rows.load(start, dict(zip(columns, tensors, strict=True)))
             reference = reference_to(rows, root)
+            yield reference
+        except BaseException:
+            rows.discard()
+            raise
+        else:
             rows.saved(reference["state"], keep=1)
         finally:
             rows.close()
-    return reference

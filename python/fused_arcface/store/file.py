@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -45,23 +46,35 @@ class FileRows:
         self, folder: Path, columns: Columns, num_rows: int, first: int, count: int, seed: int, ranks: Ranks
     ) -> None:
         self.folder, self.columns, self.first, self.count, self._ranks = folder, columns, first, count, ranks
-        wanted = folders.Layout(columns, num_rows, seed)
+        self._guard = threading.Lock()  # of the journal: two threads read rows that will change
+        self._journal: Journal | None = None
+        self._begun = self._has_made_folder = self._has_made_store = False
+        self._opened = contextlib.ExitStack()
+        try:
+            self._open(folders.Layout(columns, num_rows, seed))
+        except BaseException:
+            self.discard()
+            raise
+
+    def _open(self, wanted: folders.Layout) -> None:
+        """Open the store, and make it if it is missing. A collective."""
+        folder, ranks, first, last = self.folder, self._ranks, self.first, self.first + self.count
         with ranks.together("center_storage"):
             if ranks.rank == 0:
+                self._has_made_folder = folders.make_folder(folder)
+        with ranks.together("center_storage"):
+            lock = RowLock(folder, first, last)
+            self._opened.callback(lock.close)
+        with ranks.together("center_storage"):
+            if ranks.rank == 0 and not folders.has_store(folder):
+                self._has_made_store = True
                 folders.make(folder, wanted)
         with ranks.together("center_storage"):
             self.layout = folders.layout_of(folder)
             if not self.layout.same_rows(wanted):
                 raise StoreError(f"{folder} holds {self.layout.describe()}; this head has {wanted.describe()}")
-            self._lock = RowLock(folder, first, first + count)
-            try:
-                self._records = Records(folder / folders.ROWS, columns, num_rows, seed)
-            except BaseException:
-                self._lock.close()
-                raise
-        self._guard = threading.Lock()  # of the journal: two threads read rows that will change
-        self._journal: Journal | None = None
-        self._begun = False
+            self._records = Records(folder / folders.ROWS, wanted.columns, wanted.num_rows, wanted.seed)
+            self._opened.callback(self._records.close)
         self._begin_journal(self._newest() + 1)
         found = ranks.gather_objects((folders.states(folder), folders.is_announced(folder)))[0]
         if found == ([], False):
@@ -239,9 +252,17 @@ class FileRows:
         """Close the files and release the lock. Opening the store again undoes the changes after the last save."""
         if self._journal is not None:
             self._journal.close()
-            self._records.close()
-            self._lock.close()
             self._journal = None
+        self._opened.close()
+
+    def discard(self) -> None:
+        """Close the store, and remove it if this object has made it: its files, and a folder of its own."""
+        with contextlib.suppress(OSError):
+            if self._has_made_store:
+                folders.remove(self.folder)
+            if self._has_made_folder:
+                self.folder.rmdir()
+        self.close()
 
     def __del__(self) -> None:
         if getattr(self, "_journal", None) is not None:

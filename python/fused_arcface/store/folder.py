@@ -28,7 +28,7 @@ from ..base.dtypes import DTYPES
 from ..base.reading import DataError, file_errors, read_bytes, said
 from .columns import Column, Columns, Tensors
 from .journal import damaged, journals, overlay
-from .lock import RowLock
+from .lock import LOCK, RowLock
 from .records import Records, StoreError
 
 _FORMAT, _VERSION = "fused_arcface.store", 1
@@ -62,16 +62,33 @@ class Layout:
         return f"{self.num_rows} rows of {columns}, seed {self.seed}"
 
 
+def make_folder(folder: Path) -> bool:
+    """Make the folder of a store; return False if it is there already.
+
+    Raises:
+        StoreError: if it cannot be made.
+    """
+    try:
+        if folder.is_dir():
+            return False
+        folder.mkdir(parents=True)
+    except (OSError, ValueError) as error:  # no system has a name with a zero byte
+        raise StoreError(f"{folder}: the store of class centers cannot be made: {error}") from error
+    return True
+
+
+def has_store(folder: Path) -> bool:
+    """Return whether a folder holds a store, which may be damaged."""
+    return os.path.lexists(folder / _LAYOUT)
+
+
 def make(folder: Path, layout: Layout) -> None:
-    """Make an empty store, if there is none. It is there when its layout is, which is written last.
+    """Make an empty store in a locked folder. It is there when its layout is, which is written last.
 
     Raises:
         StoreError: if it cannot be written.
     """
     try:
-        if os.path.lexists(folder / _LAYOUT):
-            return
-        folder.mkdir(parents=True, exist_ok=True)
         Records(folder / ROWS, layout.columns, layout.num_rows, layout.seed, create=True).close()
         content = {
             "format": _FORMAT,
@@ -82,8 +99,15 @@ def make(folder: Path, layout: Layout) -> None:
             "columns": [[name, str(dtype).removeprefix("torch."), width] for name, dtype, width in layout.columns.each],
         }
         files.write_text(folder / _LAYOUT, json.dumps(content, indent=2) + "\n")
-    except (OSError, ValueError) as error:  # no system has a name with a zero byte
+    except OSError as error:
         raise StoreError(f"{folder}: the store of class centers cannot be made: {error}") from error
+
+
+def remove(folder: Path) -> None:
+    """Remove the files of a store from its folder, which is locked. Other files stay."""
+    journal_files = [path for paths in journals(folder).values() for path in paths]
+    for path in (*(folder / name for name in (_LAYOUT, _STATES, _ANNOUNCED, ROWS)), *journal_files, folder / LOCK):
+        path.unlink(missing_ok=True)
 
 
 def layout_of(folder: Path) -> Layout:

@@ -9,6 +9,8 @@ from pathlib import Path
 
 from .records import StoreError
 
+LOCK = "lock"
+"""Name of the file that is locked."""
 _HELD = (errno.EACCES, errno.EAGAIN)
 _open_here: set[tuple[int, int]] = set()
 """Device and inode of each lock file that this process holds."""
@@ -29,7 +31,7 @@ class RowLock:
     """
 
     def __init__(self, folder: Path, first: int, last: int) -> None:
-        path = folder / "lock"
+        path = folder / LOCK
         # Before it is opened: to close the file again would release the locks that this process has of it.
         if path.exists() and _key(os.stat(path)) in _open_here:
             raise StoreError(f"{folder} is open in this process: call close() on the head's center_store first")
@@ -45,6 +47,9 @@ class RowLock:
             if error.errno in _HELD:
                 raise StoreError(f"{folder} is in use by another process") from None
             raise StoreError(f"{folder} cannot be locked: {error}") from error
+        if not path.exists() or _key(os.stat(path)) != self._key:  # removed meanwhile, by who held the lock
+            os.close(file)
+            raise StoreError(f"{folder} is in use by another process")
         self._file = file
         _open_here.add(self._key)
 
