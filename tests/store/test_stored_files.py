@@ -293,6 +293,21 @@ def test_a_full_disk_leaves_no_new_store(where, exists, tmp_path, monkeypatch):
     assert_equal(state(other), state(head))
 
 
+def test_a_store_that_a_checkpoint_names_stays(tmp_path, monkeypatch):
+    """The checkpoint has its name already when the sync of its folder fails."""
+    head = make("device", "bf16+int8")
+    train(head, 2)
+    checkpoint.save(tmp_path / "run", head)
+    with monkeypatch.context() as patch:
+        error = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        patch.setattr("fused_arcface.checkpoint.directory.settle", lambda *_: (_ for _ in ()).throw(error))
+        with pytest.raises(checkpoint.CheckpointError, match="No space left on device"):
+            convert.convert([tmp_path / "run"], tmp_path / "stored", center_storage=tmp_path / "new")
+    other = make(tmp_path / "new", "bf16+int8")
+    checkpoint.load(tmp_path / "stored", other)
+    assert_equal(state(other), state(head))
+
+
 def test_a_head_without_room_leaves_the_files_of_others(tmp_path, monkeypatch):
     (tmp_path / "store").mkdir()
     (tmp_path / "store" / "notes").write_text("not of a store")

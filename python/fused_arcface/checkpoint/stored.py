@@ -18,6 +18,7 @@ from ..store.columns import Column, Columns
 from ..store.file import FileRows
 from ..store.folder import Snapshot, layout_of
 from .directory import Saved
+from .roots import complete
 from .row_shard import RowShard, cut_rows
 from .storage import CheckpointError
 
@@ -192,6 +193,7 @@ def new_store(
     layout = Columns(tuple(Column(name, dtype, width) for name, (dtype, width, _) in columns.items()))
     step = max(1, (64 << 20) // layout.row_bytes)
     sizes = [min(step, num_rows - start) for start in range(0, num_rows, step)]
+    before = complete(root)
     with _as_checkpoint_error():
         rows = FileRows(folder, layout, num_rows, 0, num_rows, seed, ALONE)
         try:
@@ -201,7 +203,8 @@ def new_store(
             reference = reference_to(rows, root)
             yield reference
         except BaseException:
-            rows.discard()
+            if complete(root) == before:  # else a checkpoint may name the store: its last sync has failed
+                rows.discard()
             raise
         else:
             rows.saved(reference["state"], keep=1)
