@@ -1,7 +1,4 @@
-"""Checkpoints on disk: each is a directory that is complete, or is not there, and names its step.
-
-:mod:`fused_arcface.checkpoint` decides on the content.
-"""
+"""Write and open checkpoints on disk: the content comes from ``fused_arcface.checkpoint``, the names from ``roots``."""
 
 from __future__ import annotations
 
@@ -31,7 +28,7 @@ _Result = TypeVar("_Result")
 
 @dataclass(frozen=True)
 class Saved:
-    """A checkpoint that lies in a directory: its manifest and table of tensors are whole."""
+    """A checkpoint in a directory, with a manifest and a table of tensors that are whole."""
 
     directory: Path
     head: dict[str, Any]
@@ -49,7 +46,7 @@ class Saved:
         return self.reader.names
 
     def value(self, name: str) -> Any:
-        """Return the structure of one object, with the keys of its tensors in their places.
+        """Return the structure of one object, with keys in the places of its tensors.
 
         Raises:
             CheckpointError: if there is none, or it needs trust.
@@ -94,8 +91,8 @@ def write(
 
     Args:
         root: directory of the checkpoints; made if missing.
-        tensors: by key; sharded ones in their parts, all others as the first rank has them.
-        values: makes the JSON to store beside them; called on the first rank.
+        tensors: by key; sharded ones are stored in their parts, all others as the first rank has them.
+        values: returns the JSON to store beside the tensors; called on the first rank.
         options: the head's options, for the manifest.
         step: names the directory.
         ranks: the ranks that write together.
@@ -105,7 +102,7 @@ def write(
         Its directory, when that is complete and on disk.
 
     Raises:
-        CheckpointError: if it cannot be written. Those before it are as they were, and nothing of it is left.
+        CheckpointError: if it cannot be written. The checkpoints before it are unchanged, and nothing of it is left.
         TypeError: if ``values`` refuses a value.
     """
 
@@ -208,7 +205,7 @@ def _open(directory: Path, trust: bool) -> Saved:
 
 
 def way_back(directory: Path) -> str:
-    """Say which checkpoint before a damaged one is whole, and how to take it."""
+    """Return a sentence that says which checkpoint before a damaged one is whole, and how to use it."""
     for path in reversed(before(directory)):
         try:
             with boundary(path, "it"):
