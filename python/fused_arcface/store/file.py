@@ -1,4 +1,4 @@
-"""One rank's rows of a store in a file: read, kept in the journal before they change, written, saved, brought back."""
+"""One rank's rows of a store in a file: read, write, save and restore them. Rows are kept before they change."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from .records import Records, StoreError
 
 _ROWS_AT_ONCE = 1 << 14
 _SMALL = 1 << 30
-"""Bytes on disk of a file whose markers are read within a second or two."""
+"""Size on disk up to which all markers of a file are read within one or two seconds."""
 
 
 class FileRows:
     """The rows of one shard in the file of a store.
 
     Opening is a collective. A missing store is made, with no row touched. An existing store has the rows of some run:
-    until :meth:`go_back` nothing else is possible. If no checkpoint of that run was saved, it begins anew.
+    call :meth:`go_back` first. If no checkpoint of that run was saved, the store begins anew.
 
     Args:
         folder: the store's folder, on a file system that all ranks see.
@@ -85,8 +85,8 @@ class FileRows:
     def _begin_anew(self) -> None:
         """Make all rows untouched, as a change that the journal undoes. A collective.
 
-        A process that was killed while it wrote the first checkpoint may have written it or not. If it is loaded, its
-        state is there; else this is a new run.
+        A process that was killed while it wrote the first checkpoint may have finished it or not. If that checkpoint is
+        loaded, its state is still there; otherwise this is a new run.
         """
         self._begun = True
         since = {number: paths for number, paths in journals(self.folder).items() if number < self._current.number}
@@ -132,7 +132,7 @@ class FileRows:
             rows: indices into this shard.
             out: K rows.
             keep: If true, the rows are about to change: put those that have not been kept since the last checkpoint
-                into the journal, and make room in the file for those that were never touched.
+                into the journal, and make room in the file for rows that were never touched.
 
         Raises:
             StoreError: if the file cannot be read, or the disk is full. No row has changed.
@@ -146,7 +146,7 @@ class FileRows:
         with self._guard:
             kept = ((markers != journal.number) & (markers != 0)).nonzero().squeeze(1)
             journal.add(numbers[kept], markers[kept], some_rows(out, kept), numbers[untouched])
-            if len(untouched) > 0:  # as they are: to write them again will need no room
+            if len(untouched) > 0:  # unchanged, to take the room: writing them again needs no more
                 self._records.write(numbers[untouched], some_rows(out, untouched), journal.number)
 
     def write(self, rows: Tensor, tensors: Tensors) -> None:
@@ -157,7 +157,7 @@ class FileRows:
         """
         journal = self._current
         with self._guard:
-            journal.sync()  # on disk before the rows that it has: the machine may go down as well
+            journal.sync()  # on disk before its rows change: the machine may go down
         self._records.write(rows + self.first, tensors, journal.number)
 
     def load(self, first: int, tensors: Tensors) -> None:
@@ -191,7 +191,7 @@ class FileRows:
                     path.unlink()
 
     def go_back(self, state: int) -> None:
-        """Bring all rows back to a state. A collective. If the process dies in it, call it again.
+        """Bring all rows back to a state. A collective. If the process dies meanwhile, call it again.
 
         Raises:
             StoreError: if the store has not kept the state. Nothing has changed.
@@ -209,12 +209,9 @@ class FileRows:
         self._begun = True
 
     def _check_undone(self, state: int, since: dict[int, list[Path]]) -> None:
-        """Check that no row of this shard is newer than a state whose journals have been undone.
+        """Raise StoreError if a row of this shard is newer than a state whose journals have been undone.
 
-        The markers of all rows are read if a journal is damaged, and if the file is small.
-
-        Raises:
-            StoreError: if one is.
+        The markers of all rows are read if a journal is damaged or the file is small.
         """
         if self._records.bytes_on_disk > _SMALL and all_whole(since, self.columns):
             return
@@ -236,7 +233,7 @@ class FileRows:
             folders.withdraw(self.folder)
 
     def _on_first(self, function: Callable[[], None]) -> None:
-        """Call a function on the first rank, when all have come here, and go on when it is done. A collective."""
+        """Call a function on the first rank after all ranks have come here; all wait for its end. A collective."""
         self._ranks.gather_objects(None)
         with self._ranks.together("center_storage"):
             if self._ranks.rank == 0:

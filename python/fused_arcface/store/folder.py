@@ -1,11 +1,11 @@
-"""The folder of a store: what it holds, which states it can go back to, and reading one of them.
+"""The folder of a store: its files, the states that it can go back to, and reading one of them.
 
 ::
 
     store.json             columns of a row, number of rows, seed: written when the store is made
     states.json            the states that checkpoints name, from the oldest to the newest
     rows.bin               :mod:`fused_arcface.store.records`
-    announced              there while the first checkpoint is written, which names a state that states.json lacks
+    announced              exists while the first checkpoint is written: it names a state that states.json lacks
     journal_NUMBER.A-B     :mod:`fused_arcface.store.journal`, of rows [A, B)
     lock                   :mod:`fused_arcface.store.lock`
 """
@@ -51,7 +51,7 @@ class Layout:
     seed: int
     """Seed of the initial centers."""
     identity: str = ""
-    """A random text, by which a checkpoint knows its store when the folder has been moved."""
+    """A random text, by which a checkpoint finds its store after the folder has been moved."""
 
     def same_rows(self, other: Layout) -> bool:
         return (self.columns, self.num_rows, self.seed) == (other.columns, other.num_rows, other.seed)
@@ -185,9 +185,9 @@ def check_state(folder: Path, state: int) -> None:
 
 
 class Snapshot:
-    """Rows of a store in a state that a checkpoint names, for reading. The store stays as it is, and they are locked.
+    """Rows ``[first, last)`` of a store in a state that a checkpoint names, for reading; all rows by default.
 
-    The rows are ``[first, last)``; all from ``first`` on if ``last`` is None.
+    The store stays as it is. The rows are locked until :meth:`close`.
 
     Raises:
         StoreError: if the rows are in use, or the store has not kept the state.
@@ -204,7 +204,7 @@ class Snapshot:
 
     @property
     def piece_rows(self) -> int:
-        """Rows of a piece, but for the last."""
+        """Number of rows of a piece; the last piece may have fewer."""
         return max(1, _PIECE_BYTES // self.layout.columns.row_bytes)
 
     def read(self, first: int, last: int) -> Tensors:

@@ -32,7 +32,7 @@ class RowLock:
 
     def __init__(self, folder: Path, first: int, last: int) -> None:
         path = folder / LOCK
-        # Before it is opened: to close the file again would release the locks that this process has of it.
+        # Checked before the file is opened: closing it again would release this process's locks on it.
         if path.exists() and _key(os.stat(path)) in _open_here:
             raise StoreError(f"{folder} is open in this process: call close() on the head's center_store first")
         try:
