@@ -15,7 +15,7 @@ from .base.normalize import stored_gradient, unit_gradient, unit_rows, without_a
 from .base.once_differentiable import once_differentiable
 from .base.ranges import POSITIVE, check_number
 
-# Logits of one block of classes: 32 MiB in fp64 on a CPU; on a GPU, where a block is some launches, 16 times as many.
+# Logits of one block of classes: 32 MiB in fp64 on a CPU, 16 times as many on a GPU, where each block costs launches.
 _CPU_BLOCK, _GPU_BLOCK = 1 << 22, 1 << 26
 
 
@@ -50,8 +50,8 @@ def distillation_loss(
         The loss, a scalar or (N,), fp32 (fp64 if an input is).
 
     Raises:
-        TypeError: an argument of a wrong type or dtype.
-        ValueError: a wrong shape, device, range or option.
+        TypeError: if an argument has a wrong type or dtype.
+        ValueError: if a shape, a device, a number or an option is wrong.
 
     >>> import torch
     >>> x, w = torch.eye(2), torch.eye(2)
@@ -83,7 +83,7 @@ def distillation_loss(
 
 
 class _Block(NamedTuple):
-    """The logits of a block of classes, and what they are made of; of student and teacher."""
+    """The unit centers and the logits of a block of classes, of student and teacher."""
 
     rows: slice
     unit: tuple[Tensor, Tensor]
@@ -107,8 +107,8 @@ def _blocks(unit: _Two, weights: _Two, scales: Tensor) -> Iterator[_Block]:
         yield _Block(rows, (student, teacher), logits)
 
 
-# Operators, since a compiled loss would unroll the blocks. The scales of student and teacher are (2,) fp64 on the CPU:
-# one that changes makes no new graph.
+# Operators, because torch.compile would unroll the loop over blocks. The scales of student and teacher are a tensor,
+# (2,) fp64 on the CPU, so that a scale that changes makes no new graph.
 torch.library.define(
     "fused_arcface::divergence",
     "(Tensor x, Tensor w, Tensor teacher_x, Tensor teacher_w, Tensor scales) -> (Tensor, Tensor, Tensor, Tensor)",
@@ -137,7 +137,7 @@ def _divergence(
     total, teacher_total, difference = (torch.zeros_like(lowest) for _ in range(3))
     for block in _blocks(unit, (w, teacher_w), scales):
         logits, teacher_logits = (each.double() for each in block.logits)
-        # The sums so far are rescaled where a block has a greater logit.
+        # If a block has a greater logit, the sums so far are rescaled.
         new, teacher_new = (
             torch.maximum(old, each.amax(1)) for old, each in ((greatest, logits), (teacher_greatest, teacher_logits))
         )
@@ -174,7 +174,7 @@ def _divergence_grad(
     d_loss: Tensor,
     wanted: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the gradients by the first four, (0,) for those that are not wanted."""
+    """Return the gradients by the first four arguments, (0,) for those that are not wanted."""
     dtype, inputs, weights = d_loss.dtype, (x, teacher_x), (w, teacher_w)
     unit = unit_rows(x.to(dtype)), unit_rows(teacher_x.to(dtype))
     d_unit = [torch.zeros_like(each) for each in unit]

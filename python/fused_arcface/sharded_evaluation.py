@@ -1,4 +1,4 @@
-"""The calls of a head of many ranks that look at all class centers: in pieces where those are not at hand."""
+"""The calls of a head over many ranks that use all class centers; they read pieces if the centers are in a store."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .engine.joint_calls import JointCalls
 from .engine.logits import all_rows, check_size_of_logits, own_logits, scaled, with_margin
 from .engine.nearest import cosines_of, nearest_classes
 
-_CLASSES_AT_ONCE = 16384  # whose class centers are read from a store
+_CLASSES_AT_ONCE = 16384  # read from a store
 
 
 class ShardedEvaluation(JointCalls):
@@ -27,7 +27,8 @@ class ShardedEvaluation(JointCalls):
         Class centers in host memory or in a file come as a tensor on the CPU.
 
         Raises:
-            MemoryError: if those of a file are more than this machine has room for. ``convert`` writes them in pieces.
+            MemoryError: if the class centers of a file don't fit into this machine's memory. ``convert`` writes them in
+                pieces.
         """
         self._meet("full_weight()")
         with self.ranks.together("full_weight()"):
@@ -38,7 +39,7 @@ class ShardedEvaluation(JointCalls):
         """Return this shard's class centers as one tensor."""
         if self.center_store is None or self.center_store.in_memory:
             return self.weight
-        # A tensor of all and, on its way there, this shard's.
+        # One tensor for all rows, and one for this shard's.
         needed = (self.num_rows + self.weight.shape[0]) * self.embedding_dim * self.weight.element_size()
         room = available_bytes(torch.device("cpu"))
         if needed > room:
@@ -52,7 +53,7 @@ class ShardedEvaluation(JointCalls):
         return rows
 
     def _pieces(self) -> Iterator[tuple[int, int]]:
-        """Yield the first row and the row behind the last one of each piece of this shard: whole classes."""
+        """Yield the first row of each piece of this shard and the row after its last one. Pieces have whole classes."""
         num_rows, step = self.weight.shape[0], _CLASSES_AT_ONCE * self.sub_centers
         for start in range(0, num_rows, step):
             yield start, min(start + step, num_rows)
@@ -63,7 +64,7 @@ class ShardedEvaluation(JointCalls):
 
     @torch.no_grad()
     def load_full_weight(self, tensor: Tensor) -> None:
-        """Set each shard from all class centers (C_total, D), which every rank passes alike. A collective.
+        """Set each shard from all class centers (C_total, D), the same on every rank. A collective.
 
         Raises:
             ValueError: if the shape is wrong, on any rank.
@@ -86,10 +87,10 @@ class ShardedEvaluation(JointCalls):
     def logits(self, embeddings: Tensor, target: Tensor | None = None, *, ignore_index: int = -100) -> Tensor:
         """Return ``s·cos θ`` (n, C_total) of this rank's embeddings (n, D) with every class; differentiable.
 
-        A collective, and so is its backward pass: every rank makes both or neither. The gradients, also that of this
-        rank's class centers, are those of the sum over the ranks of what each makes of its logits. They are not
-        multiplied by the number of ranks. CenterSGD does not follow them: with it the class centers get no gradient.
-        Nor does a learned scale get one.
+        A collective, and so is its backward pass: every rank makes both or neither. The gradients are the derivatives
+        of the sum of all ranks' losses, each computed from its rank's logits; this holds for the class centers too.
+        They are not multiplied by the number of ranks. With CenterSGD the class centers get no gradient. A learned
+        scale never gets one.
 
         Args:
             embeddings: (n, D).

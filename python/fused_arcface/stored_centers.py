@@ -1,4 +1,4 @@
-"""Heads whose class centers may be elsewhere than on the computing device: in host memory or in a file."""
+"""Heads with class centers on the computing device, in host memory, or in a file."""
 
 from __future__ import annotations
 
@@ -39,17 +39,17 @@ class StoredCenters(ShardedEvaluation, RunState):
         """Draw the class centers anew: the same ones, for the same seed."""
         if self._is_in_memory():
             fill_normal(self.weight, self.seed, self.row_start, CENTER_STD)
-        elif self._calls or self.step:  # those of a new head are in no need of it
+        elif self._calls or self.step:  # a new head has its initial centers already
             raise RuntimeError(
                 "the class centers of center_storage in a file cannot be drawn anew: name a new folder, which has the "
                 "initial ones"
             )
 
     def _check_reachable(self) -> None:
-        """Check that the rows of a step can be had.
+        """Check that a step can read its class centers.
 
         Raises:
-            RuntimeError: if they cannot, see :class:`fused_arcface.store.StoreError`, or the step needs all of them.
+            RuntimeError: if it needs all of them and they are elsewhere; a StoreError if they cannot be read.
         """
         if self.center_store is None:
             return

@@ -20,7 +20,7 @@ from torch.distributed.fsdp import fully_shard
 import fused_arcface as fa
 from fused_arcface import checkpoint
 from fused_arcface.checkpoint import storage
-from fused_arcface.checkpoint.directory import keep_alone
+from fused_arcface.checkpoint.roots import keep_alone, remove_unfinished
 
 
 def test_a_flipped_bit_in_any_file_is_a_named_error_with_the_way_back(tmp_path, monkeypatch):
@@ -250,7 +250,7 @@ def refused_on_two_ranks(root: str) -> list[str]:
             patch.setattr(storage.Writer, "write_data", lambda *_: full_disk())
         messages.append(refusal(checkpoint.save, root, head, net=net))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(checkpoint.directory.files, "write_text", lambda *_: full_disk())
+        patch.setattr(checkpoint.roots.files, "write_text", lambda *_: full_disk())
         messages.append(refusal(checkpoint.save, root, head, net=net))
     checkpoint.load(root, head, net=net)
     return [*messages, str(head.step)]
@@ -335,3 +335,51 @@ def test_a_full_disk_while_a_checkpoint_is_kept_alone(tmp_path, monkeypatch):
     checkpoint.load(tmp_path / "b", head, net=net)
     assert same(state(head, net), before)
     assert keep_alone(second, tmp_path / "b") == checkpoint.latest(tmp_path / "b")
+
+
+def test_writers_of_one_root_at_a_time(tmp_path, monkeypatch):
+    """A second one begins and ends while the first writes its tensors: both checkpoints are whole and have names."""
+    head, net = make()
+    other_head, other_net = make(seed=5)
+    inner = []
+    own = storage.Writer.write_data
+
+    def write_data(self, *arguments):
+        if not inner:
+            inner.append(None)
+            inner[0] = checkpoint.save(tmp_path, other_head, net=other_net)
+            remove_unfinished(tmp_path)  # as a run that resumes does
+        return own(self, *arguments)
+
+    monkeypatch.setattr(storage.Writer, "write_data", write_data)
+    outer = checkpoint.save(tmp_path, head, net=net)
+    assert (outer.name, inner[0].name) == ("step_0000000000", "step_0000000000.1")
+    assert checkpoint.latest(tmp_path) == inner[0]
+    assert {path.name for path in tmp_path.iterdir()} == {outer.name, inner[0].name, "latest"}
+    for path, right in ((outer, state(head, net)), (inner[0], state(other_head, other_net))):
+        found = make(seed=9)
+        checkpoint.load(path, found[0], net=found[1])
+        assert same(state(*found), right)
+
+
+def test_two_processes_save_into_one_root(tmp_path):
+    """Each saves twenty times as fast as it can. None fails, and the two that stay are whole."""
+    children = []
+    for seed in range(2):
+        child = os.fork()
+        if child == 0:
+            status = 1
+            try:
+                head, net = make(seed=seed)
+                for _ in range(20):
+                    checkpoint.save(tmp_path, head, net=net)
+                status = 0
+            finally:
+                os._exit(status)
+        children.append(child)
+    assert [os.waitpid(child, 0)[1] for child in children] == [0, 0]
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert len(names) == 3 and names[0] == "latest"
+    for name in names[1:]:
+        head, net = make(seed=9)
+        checkpoint.load(tmp_path / name, head, net=net)

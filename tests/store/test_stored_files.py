@@ -15,7 +15,7 @@ from support.stored_training import CLASSES, D, assert_equal, batch, make, state
 
 import fused_arcface as fa
 from fused_arcface import checkpoint
-from fused_arcface.checkpoint import convert
+from fused_arcface.checkpoint import convert, stored
 from fused_arcface.store import StoreError, journal, lock, records
 from fused_arcface.store.columns import Columns
 from fused_arcface.store.folder import layout_of, states
@@ -254,6 +254,105 @@ def test_checkpoints_are_loaded_and_converted_between_storages(source, tmp_path)
         convert.convert([tmp_path / "loss.pt"], tmp_path / "again", center_storage=tmp_path / "newer")
     with pytest.raises(checkpoint.CheckpointError, match="must be a new or an empty folder"):
         convert.convert([tmp_path / "run"], tmp_path / "again", center_storage=tmp_path / "new")
+
+
+@pytest.mark.parametrize("exists", [False, True])
+@pytest.mark.parametrize("where", ["layout", "journal", "rows", "checkpoint"])
+def test_a_full_disk_leaves_no_new_store(where, exists, tmp_path, monkeypatch):
+    """In whichever file there is no room, the folder is as it was, and with room the same command works."""
+    head = make("device", "bf16+int8")
+    train(head, 2)
+    checkpoint.save(tmp_path / "run", head)
+    folder = tmp_path / "new"
+    if exists:
+        folder.mkdir()
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    class Full:
+        @staticmethod
+        def transfer_records(write: bool, *arguments: object) -> int:
+            return errno.ENOSPC if write else own.transfer_records(write, *arguments)
+
+    own = records._native
+    name, value = {
+        "layout": ("fused_arcface.store.folder.files.write_text", full),
+        "journal": ("fused_arcface.store.journal.os.pwrite", full),
+        "rows": ("fused_arcface.store.records._native", Full),
+        "checkpoint": ("fused_arcface.checkpoint.storage.Writer.write_data", full),
+    }[where]
+    with monkeypatch.context() as patch:
+        patch.setattr(name, value)
+        with pytest.raises(checkpoint.CheckpointError, match="No space left on device"):
+            convert.convert([tmp_path / "run"], tmp_path / "stored", center_storage=folder)
+    assert list(folder.iterdir()) == [] if exists else not folder.exists()
+    convert.convert([tmp_path / "run"], tmp_path / "stored", center_storage=folder)
+    other = make(folder, "bf16+int8")
+    checkpoint.load(tmp_path / "stored", other)
+    assert_equal(state(other), state(head))
+
+
+def test_a_store_that_a_checkpoint_names_stays(tmp_path, monkeypatch):
+    """The checkpoint has its name already when the sync of its folder fails."""
+    head = make("device", "bf16+int8")
+    train(head, 2)
+    checkpoint.save(tmp_path / "run", head)
+    with monkeypatch.context() as patch:
+        error = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        patch.setattr("fused_arcface.checkpoint.directory.settle", lambda *_: (_ for _ in ()).throw(error))
+        with pytest.raises(checkpoint.CheckpointError, match="No space left on device"):
+            convert.convert([tmp_path / "run"], tmp_path / "stored", center_storage=tmp_path / "new")
+    other = make(tmp_path / "new", "bf16+int8")
+    checkpoint.load(tmp_path / "stored", other)
+    assert_equal(state(other), state(head))
+
+
+def test_a_head_without_room_leaves_the_files_of_others(tmp_path, monkeypatch):
+    (tmp_path / "store").mkdir()
+    (tmp_path / "store" / "notes").write_text("not of a store")
+    with monkeypatch.context() as patch:
+        patch.setattr("fused_arcface.store.folder.files.write_text", lambda *_: (_ for _ in ()).throw(OSError("full")))
+        for name in ("store", "new"):
+            with pytest.raises(StoreError, match="the store of class centers cannot be made: full"):
+                make(tmp_path / name)
+    assert [path.name for path in tmp_path.iterdir()] == ["store"]
+    assert [path.name for path in (tmp_path / "store").iterdir()] == ["notes"]
+    make(tmp_path / "store").center_store.close()
+
+
+def test_a_store_that_another_process_makes_stays(tmp_path):
+    """A convert that comes into the same folder is refused, and leaves it alone."""
+    head = make("device", "bf16+int8")
+    train(head, 2)
+    checkpoint.save(tmp_path / "run", head)
+    folder = tmp_path / "new"
+    source = convert.read(tmp_path / "run")
+    messages = []
+
+    def pieces():
+        child = os.fork()
+        if child == 0:
+            lock._open_here.clear()  # as in a process of its own
+            try:
+                with stored.new_store(folder, {}, 1, 0, tmp_path / "other"):
+                    pass
+            except checkpoint.CheckpointError as error:
+                os._exit(7 if "must be a new or an empty folder" in str(error) else 1)
+            finally:
+                os._exit(2)
+        messages.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+        with pytest.raises(StoreError, match="is open in this process"):
+            make(folder, "bf16+int8")
+        yield from own()
+
+    own = source.tensors["weight"].pieces
+    source.tensors["weight"].pieces = pieces
+    convert.write(source, tmp_path / "stored", folder)
+    assert messages == [7]
+    other = make(folder, "bf16+int8")
+    checkpoint.load(tmp_path / "stored", other)
+    assert_equal(state(other), state(head))
 
 
 def test_a_store_is_found_where_it_was_moved_with_its_run(tmp_path):

@@ -1,14 +1,14 @@
-"""Checkpoints of a head and what trains with it, saved on any number of ranks and resumed on any other.
+"""Checkpoints of a head and the objects that train with it, saved on any number of ranks and resumed on any other.
 
 torch.distributed.checkpoint plans them.
 
-A root directory holds complete checkpoints only, each a directory of its own::
+Under a root directory each checkpoint is a directory, which has its name when it is complete::
 
     root/step_0000000100/            .metadata and *.distcp, see :mod:`fused_arcface.checkpoint.storage`; manifest.json
-    root/.partial-step_0000000200/   one that is being written, or was when the machine went down
-    root/latest                      name of the newest checkpoint, for people: the newest is that of the highest step
+    root/.partial-step_0000000200/   a checkpoint that is being written, or was when the machine went down
+    root/latest                      name of the newest checkpoint, for people; programs take the highest step
 
-Rows of the class centers are stored by their global position, so the number of ranks that reads them may be any.
+Rows of the class centers are stored by their global position, so any number of ranks can read them.
 
 A checkpoint is JSON and the bytes of tensors: loading one that a stranger made runs no code. Format 1, of earlier
 versions of this package, is pickled; :mod:`fused_arcface.checkpoint.version1` reads it without running the pickle.
@@ -29,10 +29,11 @@ from torch.distributed.tensor import DTensor
 from ..center_sgd import CenterSGD
 from ..parallel.ranks import ALONE
 from ..partial_fc import PartialFC
-from .directory import Saved, find, latest, write
+from .directory import Saved, find, write
+from .roots import latest
 from .row_shard import RowShard
 from .storage import CheckpointError
-from .stored import STORE, file_of, held_by, load_rows, reference_of, save_rows
+from .stored import STORE, file_of, load_rows, reference_of, reference_to
 from .structure import join, split, to_json
 
 __all__ = [
@@ -53,13 +54,12 @@ _HEAD = "head"
 
 
 def head_state(head: PartialFC) -> dict[str, Any]:
-    """Return the part of a checkpoint that is a head's, for torch.distributed.checkpoint's own ``save`` and ``load``.
+    """Return a head's part of a checkpoint, for torch.distributed.checkpoint's own ``save`` and ``load``.
 
-    Tensors share the head's memory: loading into them loads the head, but for ``step`` and ``optimizer``. There are
-    none of class centers in a file.
+    The tensors share the head's memory, so loading into them loads the head, except for ``step`` and ``optimizer``. If
+    the class centers are in a file, they have no tensors here.
     """
-    tensors = held_by(head) if file_of(head) is None else {}
-    state: dict[str, Any] = {name: RowShard(tensor, head.row_start, head.num_rows) for name, tensor in tensors.items()}
+    state: dict[str, Any] = {} if file_of(head) is not None else dict(_shards(head))
     state["step"] = head.step
     for name, tensors in _numbers(head).items():  # a few, the same on every rank
         state[name] = {key: tensor.tolist() for key, tensor in tensors.items()}
@@ -69,21 +69,32 @@ def head_state(head: PartialFC) -> dict[str, Any]:
     return state
 
 
+def _shards(head: PartialFC) -> dict[str, RowShard]:
+    """Return weight and momentum by name. If the class centers are in a file, the tensors have no memory."""
+    return {name: RowShard(tensor, head.row_start, head.num_rows) for name, tensor in head._held().items()}
+
+
 def _numbers(head: PartialFC) -> dict[str, dict[str, Tensor]]:
-    """Return the state of the margin and of the scale, by name; none for those without a state."""
+    """Return the states of ``margin`` and ``scale``, if they have one."""
     held: dict[str, Any] = {"margin": head.margin, "scale": head.scale}
     states = {name: each.state_dict() for name, each in held.items() if isinstance(each, torch.nn.Module)}
     return states | ({"scale": {"value": head.scale.detach()}} if isinstance(head.scale, Tensor) else {})
 
 
-def _options(head: PartialFC) -> dict[str, Any]:
-    """Return the options that must be the same for a resumed run to continue the saved one."""
-    options = {"num_classes": head.num_classes, "embedding_dim": head.weight.shape[1], "seed": head.seed}
-    return options | ({"sub_centers": head.sub_centers} if head.sub_centers > 1 else {})
+def _options(num_classes: int, embedding_dim: int, seed: int, sub_centers: int) -> dict[str, Any]:
+    """Return the options of a head that a checkpoint names: they must be the same to resume from it."""
+    options = {"num_classes": num_classes, "embedding_dim": embedding_dim, "seed": seed}
+    return options | ({"sub_centers": sub_centers} if sub_centers > 1 else {})
+
+
+def _options_of(head: PartialFC) -> dict[str, Any]:
+    return _options(head.num_classes, head.embedding_dim, head.seed, head.sub_centers)
 
 
 def save(root: str | os.PathLike[str], head: PartialFC, *, keep: int = 2, **others: Any) -> Path:
-    """Save a head and what trains with it; a collective over the head's group, on a file system that all ranks see.
+    """Save a head and the objects that train with it. A collective over the head's group.
+
+    The file system must be one that all ranks see.
 
     Args:
         root: directory of the checkpoints; made if missing.
@@ -92,16 +103,15 @@ def save(root: str | os.PathLike[str], head: PartialFC, *, keep: int = 2, **othe
             Nothing else in ``root`` is touched.
         others: by name, objects with ``state_dict()`` (backbone, optimizer, scheduler) or values made of tensors,
             numbers, text, bytes, None, lists, tuples, sets and dicts. An ordinary optimizer's state of ``head.weight``
-            is stored by rows as the centers are, and DTensors in shards. All else is stored as rank 0 has it: buffers
-            that differ between ranks, such as BatchNorm's statistics, are rank 0's.
+            is stored by rows as the centers are, and DTensors in shards. Everything else is stored as rank 0 has it,
+            also buffers that differ between ranks, such as BatchNorm's statistics.
 
     Returns:
-        The checkpoint's directory. When this returns it is complete and on disk; until then the previous one stays
-        the newest.
+        The checkpoint's directory, complete and on disk. Until then the previous one stays the newest.
 
     Raises:
-        TypeError: if a value is of another kind: to load it, one would have to run code.
-        CheckpointError: if it cannot be written. Those before it are as they were.
+        TypeError: if a value is of another kind, which could only be loaded by running code.
+        CheckpointError: if it cannot be written. The checkpoints before it are unchanged.
 
     >>> import tempfile, torch, fused_arcface as fa
     >>> head, backbone, root = fa.PartialFC(8, 100), torch.nn.Linear(4, 8), tempfile.mkdtemp()
@@ -122,8 +132,9 @@ def save(root: str | os.PathLike[str], head: PartialFC, *, keep: int = 2, **othe
         }
     store = file_of(head)
     if store is not None:
-        values[_HEAD][STORE] = save_rows(store, root)
-    path = write(Path(root), tensors, lambda: _to_json(values), _options(head), head.step, head.ranks, keep)
+        store.drain()
+        values[_HEAD][STORE] = reference_to(store.rows, root)
+    path = write(Path(root), tensors, lambda: _to_json(values), _options_of(head), head.step, head.ranks, keep)
     if store is not None:
         store.rows.saved(values[_HEAD][STORE]["state"], keep)
     return path
@@ -135,12 +146,15 @@ def _meet(head: PartialFC, call: str) -> None:
 
 
 def save_centers(
-    root: str | os.PathLike[str], tensors: dict[str, RowShard], values: dict[str, Any], options: dict[str, Any]
+    root: str | os.PathLike[str], tensors: dict[str, RowShard], values: dict[str, Any], **options: int
 ) -> Path:
-    """Save a head that is not there, by this process alone; see :mod:`fused_arcface.checkpoint.convert`."""
+    """Save the class centers of a head that this process does not have; see ``convert``.
+
+    The options are num_classes, embedding_dim, seed and sub_centers.
+    """
     stored: dict[str, Any] = {}
     head = {_HEAD: split({**tensors, **values}, _HEAD, stored)}
-    return write(Path(root), stored, lambda: _to_json(head), options, values["step"], ALONE, keep=2)
+    return write(Path(root), stored, lambda: _to_json(head), _options(**options), values["step"], ALONE, keep=2)
 
 
 def _to_json(values: dict[str, Any]) -> dict[str, Any]:
@@ -152,18 +166,18 @@ def load(path: str | os.PathLike[str], head: PartialFC, *, trust: bool = False, 
 
     Args:
         path: a root (its newest checkpoint is taken) or one checkpoint's directory.
-        head: of the saved embedding dimension, number of classes and seed; its options may differ otherwise.
+        head: has the saved embedding dimension, number of classes, sub-centers and seed. Other options may differ.
         trust: run the code that a checkpoint of format 1 may hold.
         others: the objects to restore, by the names they were saved under.
 
     Returns:
-        The values that were saved, by name; those with tensors in them are left to :func:`load_state`.
+        The values that were saved, by name, except values with tensors: :func:`load_state` returns those.
 
     Raises:
         FileNotFoundError: if there is no checkpoint.
         CheckpointError: if it is damaged, foreign or of another head; the message names a whole one before it, if there
-            is one. Nothing has been loaded then, unless one of ``others`` itself refuses its state: the message names
-            it, and those before it have theirs. The head is loaded last.
+            is one. Nothing has been loaded then. If one of ``others`` refuses its state, the message names it: the
+            objects before it are loaded, the head is not.
 
     >>> import tempfile, fused_arcface as fa
     >>> root = tempfile.mkdtemp()
@@ -174,7 +188,7 @@ def load(path: str | os.PathLike[str], head: PartialFC, *, trust: bool = False, 
     _meet(head, "checkpoint.load()")
     saved = find(path, ranks=head.ranks, trust=trust)
     with head.ranks.together("checkpoint.load"):
-        for name, own in {"sub_centers": None, **_options(head)}.items():
+        for name, own in {"sub_centers": None, **_options_of(head)}.items():
             before = saved.head.get(name)
             if before != own:
                 raise CheckpointError(f"{saved.directory}: {name} was {before} when saved; this head's is {own}")
@@ -185,12 +199,9 @@ def load(path: str | os.PathLike[str], head: PartialFC, *, trust: bool = False, 
         plain = saved.names - {_HEAD} - {key.partition(".")[0] for key in saved.tensors}
         structures = {name: saved.value(name) for name in plain | others.keys()}
         numbers_of, options = _saved_numbers(saved, values, head), _of_optimizer(saved, values, head)
-        targets = {f"{_HEAD}.{name}": shard for name, shard in head_state(head).items() if isinstance(shard, RowShard)}
         reference, store = reference_of(saved, values), file_of(head)
-        if store is not None and reference is None:
-            columns = {f"{_HEAD}.{name}": tensor for name, tensor in held_by(head).items()}
-            targets = {key: RowShard(tensor, head.row_start, head.num_rows) for key, tensor in columns.items()}
-        elif reference is not None:  # the tensors are not in the checkpoint
+        targets = {f"{_HEAD}.{name}": shard for name, shard in _shards(head).items()}
+        if reference is not None:  # the tensors are not in the checkpoint
             targets = {}
         imported = "optimizer" not in values and values["step"] == 0
         if imported:  # centers alone: a fused optimizer starts as a new one
@@ -219,7 +230,7 @@ def load(path: str | os.PathLike[str], head: PartialFC, *, trust: bool = False, 
     for own, kept in numbers_of:
         own.copy_(kept)
     if imported:
-        for name, tensor in held_by(head).items():
+        for name, tensor in head._held().items():
             if name != "weight":
                 tensor.zero_()
     elif head.center_optimizer is not None:
@@ -266,7 +277,7 @@ def _of_optimizer(saved: Saved, values: dict[str, Any], head: PartialFC) -> dict
 
 @contextlib.contextmanager
 def _fitting(saved: Saved, name: str) -> Iterator[None]:
-    """Turn whatever an object raises for a state that is not its own into one error that names it."""
+    """Turn any error that an object raises for the state of another one into an error that names it."""
     try:
         yield
     except Exception as error:
@@ -278,7 +289,7 @@ def head_values(saved: Saved) -> dict[str, Any]:
     """Return a head's saved values: ``step``, and the options of its margin, its scale and its fused optimizer.
 
     Raises:
-        CheckpointError: if it is not that of a head.
+        CheckpointError: if the checkpoint is not one of a head.
     """
     values = saved.value(_HEAD)
     if not isinstance(values, dict) or type(values.get("step")) is not int or not 0 <= values["step"] < 2**63:
@@ -289,11 +300,11 @@ def head_values(saved: Saved) -> dict[str, Any]:
 
 
 def load_state(path: str | os.PathLike[str], name: str, *, trust: bool = False) -> Any:
-    """Return the state in which one object was saved, with tensors on the CPU; no head is needed.
+    """Return the saved state of one object, with tensors on the CPU; no head is needed.
 
     Args:
         path: a root (its newest checkpoint is taken) or one checkpoint's directory.
-        name: the name it was saved under, for example ``"backbone"``.
+        name: name that it was saved under, for example ``"backbone"``.
         trust: run the code that a checkpoint of format 1 may hold.
 
     Raises:
@@ -356,7 +367,7 @@ def _indices_of(head: PartialFC, optimizer: torch.optim.Optimizer) -> set[int]:
 
 
 def _receivers(name: str, owner: Any, saved: Saved, head: PartialFC) -> dict[str, Tensor]:
-    """Return a tensor to read each of the saved ones of ``owner`` into."""
+    """Return an empty tensor for each saved tensor of ``owner``, by key."""
     sharded = [f"{name}.state.{index}." for index in _indices_of(head, owner)] if hasattr(owner, "param_groups") else []
     own: dict[str, Any] = {}
     if isinstance(owner, torch.nn.Module):

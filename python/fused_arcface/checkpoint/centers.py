@@ -1,4 +1,4 @@
-"""Class centers as tensors that pass in pieces. Sets of them are joined, grown, or left with one center a class."""
+"""Class centers as tensors that pass in pieces: join sets of them, add classes, keep one center of each class."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ _NEW_ROWS = 1 << 16  # drawn at once
 
 
 class ConvertError(DataError):
-    """A source that is not what its place or name says, or sources that do not go together."""
+    """A source is of another kind than its name says, or the sources do not fit each other."""
 
 
 class ConvertOptionError(ConvertError):
-    """An option that is out of its range, or that the sources do not allow."""
+    """An option is out of its range, or the sources do not allow it."""
 
 
 @dataclass
@@ -36,14 +36,13 @@ class Rows:
 
 @dataclass
 class Centers:
-    """Class centers and, from a checkpoint, what else belongs to them."""
+    """Class centers and, from a checkpoint, the values that belong to them."""
 
     tensors: dict[str, Rows]
-    """``weight`` (C_total·sub_centers, D), the centers of a class one after another, and, of a fused optimizer,
+    """``weight`` (C_total·sub_centers, D), the centers of a class one after another, and a fused optimizer's
     ``momentum_buffer`` and ``momentum_scale``."""
     values: dict[str, Any] = field(default_factory=dict)
-    """``step``, ``seed``, ``sub_centers`` and the fused optimizer's ``optimizer`` options, where the source has
-    them."""
+    """``step``, ``seed``, ``sub_centers`` and the fused optimizer's options ``optimizer``, if the source has them."""
     notes: list[str] = field(default_factory=list)
     """Parts of the source that the result lacks, in words."""
 
@@ -93,7 +92,7 @@ def grow(source: Centers, num_classes: int, seed: int) -> Centers:
     New centers are those of a new head, keyed by seed and class id, without momentum. The kept rows are unchanged.
 
     Raises:
-        ConvertError: if ``num_classes`` is less than the source has.
+        ConvertError: if the source has more than ``num_classes``.
     """
     kept = source.num_classes
     if num_classes < kept:

@@ -1,8 +1,6 @@
 """Class centers between this package's checkpoints, safetensors files and other projects' files.
 
-Sets of identities can be joined and grown on the way.
-
-Tensors pass in pieces: no more than some of them are in memory at a time.
+Sets of identities can be joined and grown on the way. Tensors pass in pieces, of which a few are in memory at a time.
 """
 
 from __future__ import annotations
@@ -37,15 +35,16 @@ def read_dominant(path: str | os.PathLike[str]) -> Tensor:
 
 
 def write(centers: Centers, path: str | os.PathLike[str], center_storage: str | os.PathLike[str] | None = None) -> Path:
-    """Write a safetensors file, if the path ends so, otherwise a checkpoint in the root ``path``.
+    """Write a file, if the path ends with ``.safetensors``, otherwise a checkpoint in the root ``path``.
 
-    Either appears when it is whole. A new folder ``center_storage`` gets the rows that belong to a checkpoint.
+    Either appears when it is whole. With ``center_storage``, a new or empty folder gets the rows of the checkpoint.
 
     Returns:
         The file or the checkpoint's directory.
 
     Raises:
-        ConvertError: if ``path`` has another suffix and is not a folder, or no head takes the seed.
+        ConvertError: if ``path`` has another suffix and is not a folder, or the seed is out of its range.
+        CheckpointError: if the checkpoint or ``center_storage`` cannot be written. Nothing of them is left.
     """
     path = Path(path)
     one_file = _is_one_file(path)
@@ -65,22 +64,26 @@ def write(centers: Centers, path: str | os.PathLike[str], center_storage: str | 
             for name, rows in centers.tensors.items():
                 writer.write(name, rows.pieces())
         return path
+    tensors = centers.tensors
+    num_rows, dim = tensors["weight"].shape
     options = {
         "num_classes": centers.num_classes,
-        "embedding_dim": centers.tensors["weight"].shape[1],
+        "embedding_dim": dim,
         "seed": seed,
-        **({"sub_centers": centers.sub_centers} if centers.sub_centers > 1 else {}),
+        "sub_centers": centers.sub_centers,
     }
-    tensors = centers.tensors
-    shards: dict[str, checkpoint.RowShard] = {}
+    values = {
+        "step": 0,
+        **{name: value for name, value in centers.values.items() if name not in ("seed", "sub_centers")},
+    }
     if center_storage is None:
-        shards = {name: StreamedRows(rows.pieces(), rows.dtype, rows.shape) for name, rows in tensors.items()}
-    values = {name: value for name, value in centers.values.items() if name not in ("seed", "sub_centers")}
-    if center_storage is not None:
-        columns = {name: (rows.dtype, rows.shape[1], rows.pieces()) for name, rows in tensors.items()}
-        num_rows = tensors["weight"].shape[0]
-        values[stored.STORE] = stored.make_store(Path(center_storage), columns, num_rows, seed, path)
-    return checkpoint.save_centers(path, shards, {"step": 0, **values}, options)
+        shards: dict[str, checkpoint.RowShard] = {
+            name: StreamedRows(rows.pieces(), rows.dtype, rows.shape) for name, rows in tensors.items()
+        }
+        return checkpoint.save_centers(path, shards, values, **options)
+    columns = {name: (rows.dtype, rows.shape[1], rows.pieces()) for name, rows in tensors.items()}
+    with stored.new_store(Path(center_storage), columns, num_rows, seed, path) as reference:
+        return checkpoint.save_centers(path, {}, {**values, stored.STORE: reference}, **options)
 
 
 def _is_one_file(path: Path) -> bool:
@@ -122,18 +125,18 @@ def convert(
     Args:
         sources: paths.
         destination: a safetensors file or a checkpoint root.
-        num_classes: to grow to; None: as many as the sources have.
+        num_classes: number of classes to grow to; None: as many as the sources have.
         seed: seed of the new classes' centers and of the head that will resume, in [0, 2^63); None: the source's, or 0.
         sub_centers: see :func:`read`.
         dominant: a file that :func:`read_dominant` reads: the one center of each class to keep, see
             :func:`keep_dominant`.
         trust: see :func:`read`.
         center_storage: see :func:`write`.
-        noted: called with each part of the sources that the result lacks, in words, such as momentum.
+        noted: called with a sentence about each part of the sources that the result lacks, such as momentum.
 
     Raises:
         FileNotFoundError: if a source is not there.
-        ConvertError, CheckpointError: if a source is of no known kind, or the destination or seed cannot be.
+        ConvertError, CheckpointError: if a source is of no known kind, or the destination or seed is wrong.
 
     >>> import tempfile, torch
     >>> folder = Path(tempfile.mkdtemp())

@@ -1,14 +1,9 @@
-"""Checkpoints on disk: each is a directory that is complete, or is not there, and names its step.
-
-:mod:`fused_arcface.checkpoint` decides on the content.
-"""
+"""Write and open checkpoints on disk: the content comes from ``fused_arcface.checkpoint``, the names from ``roots``."""
 
 from __future__ import annotations
 
 import contextlib
 import os
-import re
-import shutil
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -21,21 +16,19 @@ from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, Def
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
-from ..base import files
 from ..base.reading import check_regular
 from ..parallel.ranks import ALONE, Ranks
 from . import manifest, storage, version1
-from .manifest import STEP_NAME, boundary
-from .storage import BLOCK, METADATA, CheckpointError, FileRecord
+from .manifest import boundary
+from .roots import before, has_checkpoint, latest, publish, settle, unfinished
+from .storage import METADATA, CheckpointError
 
-_LATEST, _PARTIAL = "latest", ".partial-"
-_UNFINISHED = re.compile(r"\.partial-step_\d+(\.\d+)?")
 _Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True)
 class Saved:
-    """A checkpoint that lies in a directory: its manifest and table of tensors are whole."""
+    """A checkpoint in a directory, with a manifest and a table of tensors that are whole."""
 
     directory: Path
     head: dict[str, Any]
@@ -53,7 +46,7 @@ class Saved:
         return self.reader.names
 
     def value(self, name: str) -> Any:
-        """Return the structure of one object, with the keys of its tensors in their places.
+        """Return the structure of one object, with keys in the places of its tensors.
 
         Raises:
             CheckpointError: if there is none, or it needs trust.
@@ -98,8 +91,8 @@ def write(
 
     Args:
         root: directory of the checkpoints; made if missing.
-        tensors: by key; sharded ones in their parts, all others as the first rank has them.
-        values: makes the JSON to store beside them; called on the first rank.
+        tensors: by key; sharded ones are stored in their parts, all others as the first rank has them.
+        values: returns the JSON to store beside the tensors; called on the first rank.
         options: the head's options, for the manifest.
         step: names the directory.
         ranks: the ranks that write together.
@@ -109,37 +102,41 @@ def write(
         Its directory, when that is complete and on disk.
 
     Raises:
-        CheckpointError: if it cannot be written. Those before it are as they were, and nothing of it is left.
+        CheckpointError: if it cannot be written. The checkpoints before it are unchanged, and nothing of it is left.
         TypeError: if ``values`` refuses a value.
     """
-    done = False
+
+    def begin() -> tuple[dict[str, Any], Path]:
+        return values(), first_rank.enter_context(unfinished(root, step))
+
+    def end() -> Path:
+        manifest.write(partial, step, options, written)
+        final = publish(partial)
+        settle(final, keep)
+        return final
+
     try:
-        partial, final, texts = on_first(ranks, lambda: _begin(root, step, values))
-        writer = storage.Writer(partial, ranks.rank, texts)
-        with _quiet():
-            dcp_save(
-                tensors,
-                storage_writer=writer,
-                # Without this a tensor that all ranks have is stored as some rank has it, each another's.
-                planner=DefaultSavePlanner(
-                    flatten_state_dict=False, flatten_sharded_tensors=False, dedup_save_to_lowest_rank=True
-                ),
-                process_group=ranks.group,
-                no_dist=ranks.world_size == 1,
-            )
-        written = {name: record for each in ranks.gather_objects(writer.files) for name, record in each.items()}
-        on_first(ranks, lambda: _publish(partial, final, written, options, step, keep))
-        done = True
+        with contextlib.ExitStack() as first_rank:
+            texts, partial = on_first(ranks, begin)
+            writer = storage.Writer(partial, ranks.rank, texts)
+            with _quiet():
+                dcp_save(
+                    tensors,
+                    storage_writer=writer,
+                    # Without this a tensor that all ranks have is stored as some rank has it, each another's.
+                    planner=DefaultSavePlanner(
+                        flatten_state_dict=False, flatten_sharded_tensors=False, dedup_save_to_lowest_rank=True
+                    ),
+                    process_group=ranks.group,
+                    no_dist=ranks.world_size == 1,
+                )
+            written = {name: record for each in ranks.gather_objects(writer.files) for name, record in each.items()}
+            return on_first(ranks, end)
     except CheckpointException as error:
         _raise_interrupt(error)
         raise CheckpointError(_describe(error, f"{root}: the checkpoint of step {step} cannot be written")) from error
     except OSError as error:
         raise CheckpointError(f"{root}: the checkpoint of step {step} cannot be written: {error}") from error
-    finally:
-        if not done and ranks.rank == 0:
-            with contextlib.suppress(OSError):
-                remove_unfinished(root)
-    return final
 
 
 def on_first(ranks: Ranks, function: Callable[[], _Result]) -> _Result:
@@ -158,134 +155,6 @@ def on_first(ranks: Ranks, function: Callable[[], _Result]) -> _Result:
     return result
 
 
-def _begin(root: Path, step: int, values: Callable[[], dict[str, Any]]) -> tuple[Path, Path, dict[str, Any]]:
-    """Make the directory to write into; returns it, its later name and the values."""
-    texts = values()
-    root.mkdir(parents=True, exist_ok=True)
-    remove_unfinished(root)  # there may be room for this checkpoint only without it
-    name = f"step_{step:010d}"
-    taken = [_order(path) for path in root.iterdir() if _order(path)[0] == step]
-    if taken:
-        name += f".{max(taken)[1] + 1}"
-    partial = root / (_PARTIAL + name)
-    partial.mkdir()
-    return partial, root / name, texts
-
-
-def _publish(
-    partial: Path, final: Path, written: dict[str, FileRecord], options: dict[str, Any], step: int, keep: int
-) -> None:
-    """Make a completely written directory the newest checkpoint: on disk first, then by one rename."""
-    manifest.write(partial, step, options, written)
-    partial.rename(final)
-    files.sync_directory(final.parent)
-    _name_latest(final)
-    ours = [path for path in _complete(final.parent) if path != final and _is_ours(path)]
-    _remove(ours[: max(0, len(ours) + 1 - keep)])
-
-
-def _name_latest(directory: Path) -> None:
-    """Write the newest checkpoint's name beside it, for people and other programs: nothing here reads it."""
-    name = directory.parent / _LATEST
-    if name.is_file() or not name.exists():
-        with contextlib.suppress(OSError):
-            files.write_text(name, directory.name)
-
-
-def _remove(checkpoints: list[Path]) -> None:
-    """Remove checkpoints of this package; one that cannot be removed is a warning."""
-    for old in checkpoints:
-        try:
-            # Half a checkpoint must not look like a whole one, if this process dies here.
-            gone = old.rename(old.with_name(_PARTIAL + old.name))
-            shutil.rmtree(gone)
-        except OSError as error:
-            warnings.warn(f"{old} is no longer needed, and cannot be removed: {error}", stacklevel=2)
-
-
-def keep_alone(directory: Path, root: Path) -> Path:
-    """Keep a complete checkpoint under another root as well, in place of the checkpoints there; return its new place.
-
-    Its files are linked, which takes no room, or copied where the file system has no links. Called by one process.
-
-    Raises:
-        OSError: if it cannot be written. Those in ``root`` are as they were.
-    """
-    root.mkdir(parents=True, exist_ok=True)
-    remove_unfinished(root)
-    step = _order(directory)[0]
-    of_step = [path for path in _complete(root) if _order(path)[0] == step]
-    content = (directory / manifest.NAME).read_bytes()  # it has checksums of all else
-    target = next((path for path in of_step if (path / manifest.NAME).read_bytes() == content), None)
-    if target is None:
-        number = f".{_order(of_step[-1])[1] + 1}" if of_step else ""
-        target = root / f"step_{step:010d}{number}"
-        partial = root / (_PARTIAL + target.name)
-        partial.mkdir()
-        try:
-            for file in directory.iterdir():
-                _link(file, partial / file.name)
-            files.sync_directory(partial)
-            partial.rename(target)
-        except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
-        files.sync_directory(root)
-    _name_latest(target)
-    _remove([path for path in _complete(root) if path != target and _is_ours(path)])
-    return target
-
-
-def _link(file: Path, target: Path) -> None:
-    try:
-        os.link(file, target)
-    except OSError:
-        with files.replacing(target) as copy, file.open("rb") as content:
-            shutil.copyfileobj(content, copy, BLOCK)
-
-
-def remove_unfinished(root: Path) -> None:
-    """Remove checkpoints that were being written or removed when a process died.
-
-    Nobody else may be writing under ``root``.
-    """
-    for path in root.iterdir():
-        if _UNFINISHED.fullmatch(path.name):
-            shutil.rmtree(path, ignore_errors=True)
-
-
-def _order(path: Path) -> tuple[int, int]:
-    """Return step and number of a checkpoint's name, (-1, -1) for any other name."""
-    match = STEP_NAME.fullmatch(path.name)
-    return (int(match[1]), int(match[2] or 0)) if match else (-1, -1)
-
-
-def _complete(root: Path) -> list[Path]:
-    """Return the checkpoints under ``root`` from the oldest to the newest: exact names, with what only they hold."""
-    if not root.is_dir():
-        return []
-    found = [path for path in root.iterdir() if STEP_NAME.fullmatch(path.name) and path.is_dir()]
-    return sorted((path for path in found if _has_checkpoint(path)), key=_order)
-
-
-def _has_checkpoint(path: Path) -> bool:
-    return (path / manifest.NAME).exists() or (path / METADATA).exists()
-
-
-def _is_ours(path: Path) -> bool:
-    """Return whether a directory may be removed: it has this package's manifest, and is no link to another place."""
-    try:
-        return not path.is_symlink() and bool(manifest.read_content(path))
-    except CheckpointError:
-        return False
-
-
-def latest(root: str | os.PathLike[str]) -> Path | None:
-    """Return the checkpoint of the highest step under ``root``, None if there is none yet."""
-    found = _complete(Path(root))
-    return found[-1] if found else None
-
-
 def find(path: str | os.PathLike[str], *, ranks: Ranks = ALONE, trust: bool = False) -> Saved:
     """Open the checkpoint at ``path``, or the newest under it if it is a root; a collective.
 
@@ -300,7 +169,7 @@ def find(path: str | os.PathLike[str], *, ranks: Ranks = ALONE, trust: bool = Fa
     """
 
     def choose() -> Path:
-        directory = Path(path) if _has_checkpoint(Path(path)) else latest(path)
+        directory = Path(path) if has_checkpoint(Path(path)) else latest(path)
         if directory is None:
             raise FileNotFoundError(f"no checkpoint in {path}")
         try:
@@ -336,9 +205,8 @@ def _open(directory: Path, trust: bool) -> Saved:
 
 
 def way_back(directory: Path) -> str:
-    """Say which checkpoint before a damaged one is whole, and how to take it."""
-    older = [path for path in _complete(directory.parent) if _order(path) < _order(directory)]
-    for path in reversed(older):
+    """Return a sentence that says which checkpoint before a damaged one is whole, and how to use it."""
+    for path in reversed(before(directory)):
         try:
             with boundary(path, "it"):
                 _open(path, trust=False).reader.check()

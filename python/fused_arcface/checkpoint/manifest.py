@@ -53,7 +53,7 @@ def write(directory: Path, step: int, options: dict[str, Any], written: dict[str
 
 
 def read(directory: Path) -> Manifest:
-    """Read and check the manifest of a directory. Its files are not looked at.
+    """Read and check the manifest of a directory, but not the files that it lists.
 
     Raises:
         CheckpointError: if it is not one of this package, of a later version of it, or damaged.
@@ -65,13 +65,15 @@ def read(directory: Path) -> Manifest:
             raise ValueError("its list of files is not that of a checkpoint")
         if content["version"] == 1:
             return Manifest(content["head"], {name: numbers([size])[0] for name, size in listed.items()}, None, BLOCK)
-        block = _block(content)
+        (block,) = numbers([content["block"]])
+        if block == 0 or block % ALIGNMENT:
+            raise ValueError(f"block must be a multiple of {ALIGNMENT}; got {block}")
         records = {name: _record(entry, block) for name, entry in listed.items()}
         return Manifest(content["head"], {name: each.size for name, each in records.items()}, records, block)
 
 
 def read_content(directory: Path) -> dict[str, Any]:
-    """Return a manifest as it is written. The parts that both formats have are checked."""
+    """Return the content of a manifest, after checking the parts that both formats have."""
     file = directory / NAME
     if not file.exists() and not STEP_NAME.fullmatch(directory.name):
         raise CheckpointError(f"{directory} is a checkpoint of another program: it has no {NAME}")
@@ -92,13 +94,6 @@ def read_content(directory: Path) -> dict[str, Any]:
     return content
 
 
-def _block(content: dict[str, Any]) -> int:
-    (block,) = numbers([content["block"]])
-    if block == 0 or block % ALIGNMENT:
-        raise ValueError(f"block must be a multiple of {ALIGNMENT}; got {block}")
-    return block
-
-
 def _record(entry: dict[str, Any], block: int) -> FileRecord:
     (size,), sums = numbers([entry["size"]]), list(numbers(entry["crc32"]))
     if len(sums) != -(-size // block):
@@ -113,7 +108,7 @@ def crc32(content: dict[str, Any]) -> int:
 
 @contextlib.contextmanager
 def boundary(directory: Path, name: str) -> Iterator[None]:
-    """Turn any error that arises while bytes become data into one that names the place."""
+    """Turn any error that a parser raises into one that names the file."""
     try:
         yield
     except version1.NeedsTrust as error:

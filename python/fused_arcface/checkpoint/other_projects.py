@@ -15,28 +15,28 @@ INSIGHTFACE = {
     "softmax_fc_gpu_{rank}.pt": re.compile(r"softmax_fc_gpu_(\d+)\.pt"),
     "rank_{rank}_softmax_weight.pt": re.compile(r"rank[_:](\d+)_softmax_weight\.pt"),
 }
-"""Names of insightface's shards: all that a rank has, its head alone, and before 2022 the bare tensor."""
+"""Names of insightface's shards: everything of a rank, its head alone, and before 2022 the tensor alone."""
 
 _CONTAINERS = ("state_dict_softmax_fc", "HEAD", "state_dict")
-"""Keys that hold the head's state beside other things: of insightface, CurricularFace, and Lightning and MagFace."""
+"""Keys of the head's state in files of insightface, CurricularFace, and Lightning and MagFace."""
 _OPTIMIZERS = ("state_optimizer", "OPTIMIZER", "optimizer", "optimizer_states")
 """Keys of the optimizer's state, or a list of them, in the same files."""
 _BY_CLASS = ("weight", "weight_activated", "head.weight")
 """Names of centers (rows, D)."""
 _BY_COLUMN = ("W", "kernel")
-"""Last parts of the names of centers (D, rows): pytorch-metric-learning's, and those of AdaFace, ElasticFace,
-CurricularFace and InsightFace_Pytorch."""
+"""Last parts of the names of centers (D, rows): the first is pytorch-metric-learning's, the second is used by AdaFace,
+ElasticFace, CurricularFace and InsightFace_Pytorch."""
 
 
 def centers(path: Path) -> tuple[Tensor, bool]:
-    """Return the class centers ``(rows, D)`` of a ``.pt`` file, and whether it has momentum of them as well.
+    """Return the class centers ``(rows, D)`` of a ``.pt`` file, and whether it has their momentum as well.
 
-    Known are:
+    These files are known:
 
     - pytorch-metric-learning's ``state_dict()`` with ``W`` (D, rows);
     - a dict with ``weight`` (rows, D), or ``weight_activated`` as insightface calls it without sampling, alone or as
       ``state_dict_softmax_fc``;
-    - the bare tensor of insightface's ``rank_{rank}_softmax_weight.pt``, whose momentum lies in a file beside it;
+    - insightface's ``rank_{rank}_softmax_weight.pt``, a tensor alone, with its momentum in a file beside it;
     - ``kernel`` (D, rows) of ElasticFace and InsightFace_Pytorch, of CurricularFace under ``HEAD``, and of AdaFace as
       ``head.kernel`` in a checkpoint of Lightning;
     - ``fc.weight`` (D, rows) of MagFace, beside the net's ``features``;
@@ -70,7 +70,7 @@ def centers(path: Path) -> tuple[Tensor, bool]:
 
 
 def _of_state(state: dict[Any, Any]) -> dict[str, Tensor]:
-    """Return the class centers (rows, D) among a head's or a model's tensors, by name; empty ones are not in use."""
+    """Return the class centers (rows, D) among a head's or a model's tensors, by name. Empty ones are left out."""
     tensors = {
         str(name).removeprefix("module."): each
         for name, each in state.items()
@@ -88,7 +88,7 @@ def _of_state(state: dict[Any, Any]) -> dict[str, Tensor]:
 
 
 def _has_momentum(state: dict[Any, Any], found: dict[Any, Any], weight: object) -> bool:
-    """Return whether momentum of the centers is saved, in their own state or in an optimizer's beside it."""
+    """Return whether momentum of the centers is saved, in the head's state or in an optimizer's."""
     if any(str(name).endswith("_mom") for name in state):
         return True
     if not isinstance(weight, Tensor):

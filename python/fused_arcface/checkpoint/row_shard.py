@@ -1,4 +1,4 @@
-"""Rows of a tensor that no process holds whole, stored by their global position."""
+"""Rows of a tensor that is split over processes, stored by their global position."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class RowShard(Tensor):
     __torch_function__: Any = torch._C._disabled_torch_function_impl
 
     pieces: list[tuple[int, Tensor]]
-    """(first row, rows): one, unless the shard has been put together."""
+    """(first row, rows): one piece, except in :class:`StreamedRows`."""
     total: int
 
     def __new__(cls, rows: Tensor, start: int, total: int) -> RowShard:
@@ -64,7 +64,7 @@ class RowShard(Tensor):
 
 
 class StreamedRows(RowShard):
-    """A whole tensor that comes in pieces while it is saved, each when it is written: one is in memory at a time."""
+    """A whole tensor that comes in pieces while it is saved. One piece is in memory at a time."""
 
     _stream: Iterator[tuple[int, Tensor]]
 

@@ -1,7 +1,7 @@
-"""Reading and writing safetensors files row by row, so that class centers larger than memory pass through.
+"""Read and write safetensors files in pieces, so that class centers may be larger than memory.
 
-The library of that name reads and checks (https://github.com/huggingface/safetensors). It writes whole files from
-memory only, so the writer is here: a little-endian length, that many bytes of JSON naming each tensor's dtype, shape
+The library of that name reads and checks (https://github.com/huggingface/safetensors). It writes only whole files from
+memory, so the writer is here. A file is a little-endian length, that many bytes of JSON with each tensor's dtype, shape
 and place, then the tensors. Nothing in such a file is executed.
 """
 

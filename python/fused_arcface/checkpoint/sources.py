@@ -27,13 +27,13 @@ _RUN_CHECKPOINTS = "checkpoints"  # in the folder of a training run
 def read(path: str | os.PathLike[str], sub_centers: int | None = None, *, trust: bool = False) -> Centers:
     """Return the class centers of a run, a checkpoint, or a file of another kind.
 
-    A source is a training run; a checkpoint or a root of some; a directory of insightface's shards; a safetensors file
+    A source is a training run; a checkpoint or a root of them; a directory of insightface's shards; a safetensors file
     with ``weight`` (C, D); or a ``.pt`` file, see :func:`fused_arcface.checkpoint.other_projects.centers`.
 
     Args:
         path: path of the source.
-        sub_centers: centers of each class, one after another, in a source that does not say so itself:
-            pytorch-metric-learning's SubCenterArcFaceLoss does not. None: the source's, or 1.
+        sub_centers: number of centers of each class, which lie one after another, for a source that does not store it,
+            such as pytorch-metric-learning's SubCenterArcFaceLoss. None: the source's, or 1.
         trust: run the code that a checkpoint of format 1 may hold.
 
     Raises:
@@ -138,7 +138,7 @@ def _read_safetensors(path: Path) -> Centers:
 
 
 def _checked(path: Path, tensors: dict[str, Rows], values: Any) -> Centers:
-    """Check that a source has rows of one count and plain numbers: it may come from anywhere."""
+    """Check that all tensors of a source have as many rows, and the types of its values: it may be a stranger's."""
     if "weight" not in tensors:
         raise ConvertError(f"{path} has no weight; it has {', '.join(tensors) or 'nothing'}")
     weight = tensors["weight"]

@@ -1,8 +1,8 @@
 """Tensors of a checkpoint on disk, written and read as bytes, as torch.distributed.checkpoint plans it.
 
-Each rank writes one file, ``__RANK_0.distcp``, with its parts of the tensors one behind the other. The first rank
-writes ``.metadata``: JSON of every tensor's dtype, size and parts, and of the values beside the tensors. Reading it
-runs no code. Every 16 MiB of a file have a CRC-32, which is compared with the bytes as they are read.
+Each rank writes one file, ``__RANK_0.distcp``, with its parts of the tensors one after another. The first rank writes
+``.metadata``: JSON of every tensor's dtype, size and parts, and of the values beside the tensors. Reading it runs no
+code. Each 16 MiB of a file have a CRC-32, which is compared with the bytes when they are read.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ from torch.futures import Future
 from .structure import DTYPES, from_json
 
 BLOCK = 16 << 20
-"""Bytes with one checksum: enough to read at full speed, little to read beyond what a shard needs."""
+"""Bytes with one checksum: large enough to read at full speed, small enough to read little more than a shard needs."""
 METADATA = ".metadata"
-ALIGNMENT = 64  # of each part of a tensor in its file: no element lies in two blocks
+ALIGNMENT = 64  # of each part of a tensor in its file, so that no element lies in two blocks
 
 
 class CheckpointError(RuntimeError):
     """A checkpoint that cannot be used: damaged, foreign, or of another head. Nothing has been loaded from it.
 
-    Also raised when a checkpoint cannot be written; those before it are as they were.
+    Also raised if a checkpoint cannot be written; the checkpoints before it are unchanged.
     """
 
 
@@ -68,7 +68,7 @@ class Part:
 
 
 class _SummedFile:
-    """A new file whose blocks are summed up as they are written, on disk when it is closed."""
+    """A new file with a checksum of each block. When it is closed, it is on disk."""
 
     def __init__(self, path: Path) -> None:
         self._file: BinaryIO = path.open("xb")
@@ -93,7 +93,7 @@ class _SummedFile:
 
 
 class _AsPlanned:
-    """The methods of torch's storage that have nothing to do here: the plans stay as they are."""
+    """Methods of torch's storage that do nothing here: the plans stay as they are."""
 
     def reset(self, checkpoint_id: Any = None) -> None:
         pass
@@ -168,7 +168,7 @@ def bytes_of(tensor: Any) -> memoryview:
 
 
 class TensorReader(_AsPlanned, StorageReader):
-    """Fill tensors with the bytes of stored parts, whatever format they are stored in."""
+    """Base class of the formats' readers: fill tensors with the bytes of stored parts."""
 
     metadata: Metadata
     """``storage_data`` has a :class:`Part` for each part of a tensor."""
@@ -195,7 +195,7 @@ class TensorReader(_AsPlanned, StorageReader):
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
         found = [(self.metadata.storage_data[item.storage_index], item) for item in plan.items]
-        # In the order of the file, so that a block which two parts share is read once.
+        # In the order of the files, so that a block that two parts share is read once.
         for part, item in sorted(found, key=lambda each: (each[0].file, each[0].start, each[1].storage_offsets)):
             target = planner.resolve_tensor(item).detach()
             self._fill(target, part, tuple(item.storage_offsets), tuple(item.lengths))
@@ -205,7 +205,7 @@ class TensorReader(_AsPlanned, StorageReader):
         return done
 
     def _fill(self, target: Tensor, part: Part, offsets: tuple[int, ...], lengths: tuple[int, ...]) -> None:
-        """Read the rows that a box of a part covers: straight into ``target`` where they are all that it takes."""
+        """Fill ``target`` with a box of a part. The rows that the box covers are read; if possible, into ``target``."""
         first, count = (offsets[0], lengths[0]) if part.sizes else (0, 1)
         row = math.prod(part.sizes[1:]) * part.dtype.itemsize
         whole = lengths[1:] == part.sizes[1:] and target.dtype == part.dtype
@@ -262,7 +262,7 @@ class Reader(TensorReader):
             position = upto
 
     def _block(self, name: str, number: int) -> bytearray:
-        """Return a block of a file, checked; the last one is held."""
+        """Return a block of a file, checked. The last block is kept for the next call."""
         if self._held[:2] != (name, number):
             record, first = self._files[name], number * self._size
             block = bytearray(min(self._size, record.size - first))
@@ -279,7 +279,7 @@ class Reader(TensorReader):
 
 
 def _to_metadata(tensors: dict[str, Any], files: dict[str, FileRecord]) -> Metadata:
-    """Check the table of tensors and give it torch.distributed.checkpoint's form."""
+    """Check the table of tensors, and return it in torch.distributed.checkpoint's form."""
     found: dict[str, Any] = {}
     places: dict[MetadataIndex, Part] = {}
     for key, tensor in tensors.items():
@@ -308,7 +308,7 @@ def numbers(values: Any) -> tuple[int, ...]:
 
 
 def check_places(parts: list[Part], sizes: dict[str, int]) -> None:
-    """Check that parts lie in their files, each in bytes of its own: together they have no more than the files.
+    """Check that parts lie in their files and do not overlap, so that they have no more bytes than the files.
 
     Raises:
         ValueError: if they do not.
@@ -342,7 +342,7 @@ def check_tensors(tensors: dict[str, TensorStorageMetadata], parts: int) -> None
 
 
 def _make_up(tensor: TensorStorageMetadata) -> bool:
-    """Return whether the parts, which lie inside of the tensor, have each of its elements once.
+    """Return whether the parts, which lie inside the tensor, have each of its elements exactly once.
 
     Shards are a grid: each dimension is cut into ranges, and each combination of ranges is a part. A tensor without
     elements has any parts.

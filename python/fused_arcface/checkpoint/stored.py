@@ -1,4 +1,4 @@
-"""Checkpoints of class centers in a file: a checkpoint names a state of the store, whose rows stay where they are."""
+"""Checkpoints of class centers in a file: the checkpoint names a state of the store, and the rows stay in the store."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from ..store.columns import Column, Columns
 from ..store.file import FileRows
 from ..store.folder import Snapshot, layout_of
 from .directory import Saved
+from .roots import complete
 from .row_shard import RowShard, cut_rows
 from .storage import CheckpointError
 
@@ -30,14 +31,11 @@ def file_of(head: PartialFC) -> FileCenters | None:
     return head.center_store if isinstance(head.center_store, FileCenters) else None
 
 
-def save_rows(store: FileCenters, root: str | os.PathLike[str]) -> dict[str, Any]:
-    """Put all rows on disk, and return the reference to their state that the checkpoint holds. A collective."""
-    store.drain()
-    return reference_to(store.rows, root)
-
-
 def reference_to(rows: FileRows, root: str | os.PathLike[str]) -> dict[str, Any]:
-    """Save the rows of a store, and return what names this state in a checkpoint under ``root``."""
+    """Put the rows of a store on disk, and return the reference to this state for a checkpoint under ``root``.
+
+    A collective.
+    """
     state, folder = rows.save(), os.path.abspath(rows.folder)
     return {
         "folder": folder,
@@ -97,10 +95,10 @@ def _as_checkpoint_error() -> Iterator[None]:
 
 
 def load_rows(head: PartialFC, reference: Reference | None, saved: Saved, keys: list[str], zeros: bool) -> None:
-    """Load the class centers where a store has a part in it: that of the head, of the checkpoint, or both.
+    """Load class centers from a store, into a store, or both. A collective.
 
-    A collective. A head's own store is brought back to the state; any other rows are copied in pieces. ``keys`` are the
-    names of the tensors that the checkpoint holds for the head. If ``zeros`` is true, momentum that it does not hold
+    If the checkpoint names the head's own store, this goes back to the state. Otherwise the rows are copied in pieces.
+    ``keys`` are the names of the tensors that the checkpoint holds for the head. If ``zeros`` is true, the momentum
     becomes zero.
     """
     own = file_of(head)
@@ -118,7 +116,7 @@ def load_rows(head: PartialFC, reference: Reference | None, saved: Saved, keys: 
         with _as_checkpoint_error(), head.ranks.together("checkpoint.load"):
             first = head.row_start
             with Snapshot(reference.folder(), reference.state, first, first + count) as snapshot:
-                columns = Columns.of(held_by(head))
+                columns = Columns.of(head._held())
                 if snapshot.layout.columns != columns:
                     rule = f"{columns}; this checkpoint's store has {snapshot.layout.columns}"
                     raise CheckpointError(f"{saved.directory}: the head must have {rule}")
@@ -126,7 +124,7 @@ def load_rows(head: PartialFC, reference: Reference | None, saved: Saved, keys: 
                     _put(head, start - first, tensors)
         return
     assert own is not None
-    # Every rank makes as many steps as the largest shard needs: reading is a collective.
+    # Reading is a collective: each rank takes as many steps as the largest shard needs.
     step = max(1, (64 << 20) // own.rows.columns.row_bytes)
     for start in range(0, max(head.row_counts()), step):
         size = min(step, max(0, count - start))
@@ -141,12 +139,6 @@ def load_rows(head: PartialFC, reference: Reference | None, saved: Saved, keys: 
             _put(head, begin, tensors)
 
 
-def held_by(head: PartialFC) -> dict[str, Tensor]:
-    """Return a head's weight and momentum, by name."""
-    momentum = {} if head.center_optimizer is None else dict(head.center_optimizer.bind(head.weight))
-    return {"weight": head.weight, **momentum}
-
-
 @torch.no_grad()
 def _put(head: PartialFC, start: int, tensors: dict[str, Tensor]) -> None:
     """Set rows ``start, start + 1, ...`` of a shard."""
@@ -156,7 +148,7 @@ def _put(head: PartialFC, start: int, tensors: dict[str, Tensor]) -> None:
     if own is not None:
         own.rows.load(start, tensors)
         return
-    for name, tensor in held_by(head).items():
+    for name, tensor in head._held().items():
         tensor[start : start + len(tensors[name])] = tensors[name].to(tensor.device)
 
 
@@ -175,13 +167,14 @@ def pieces_of(reference: Reference, name: str) -> Callable[[], Iterator[Tensor]]
     return pieces
 
 
-def make_store(
+@contextlib.contextmanager
+def new_store(
     folder: Path, columns: dict[str, tuple[torch.dtype, int, Iterator[Tensor]]], num_rows: int, seed: int, root: Path
-) -> dict[str, Any]:
-    """Make a store of all rows in a new or empty folder, and return its reference; see ``convert``.
+) -> Iterator[dict[str, Any]]:
+    """Make a store of all rows in a new or empty folder, and yield its reference; see ``convert``.
 
-    Each column has its dtype, its width, and pieces of any numbers of rows. The head has ``seed``, and the checkpoint
-    lies in ``root``.
+    Each column has its dtype, its width, and pieces of any numbers of rows. The head has ``seed``. The block writes the
+    checkpoint, which lies in ``root``. If something fails before that is written, the folder is as it was.
 
     Raises:
         CheckpointError: if it cannot be written, or something is in the folder.
@@ -191,6 +184,7 @@ def make_store(
     layout = Columns(tuple(Column(name, dtype, width) for name, (dtype, width, _) in columns.items()))
     step = max(1, (64 << 20) // layout.row_bytes)
     sizes = [min(step, num_rows - start) for start in range(0, num_rows, step)]
+    before = complete(root)
     with _as_checkpoint_error():
         rows = FileRows(folder, layout, num_rows, 0, num_rows, seed, ALONE)
         try:
@@ -198,7 +192,12 @@ def make_store(
             for start, *tensors in zip(range(0, num_rows, step), *streams, strict=True):
                 rows.load(start, dict(zip(columns, tensors, strict=True)))
             reference = reference_to(rows, root)
+            yield reference
+        except BaseException:
+            if complete(root) == before:  # else a checkpoint may name the store: its last sync has failed
+                rows.discard()
+            raise
+        else:
             rows.saved(reference["state"], keep=1)
         finally:
             rows.close()
-    return reference

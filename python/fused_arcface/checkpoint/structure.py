@@ -25,7 +25,7 @@ DTYPES = {
 
 @dataclass(frozen=True)
 class _Stored:
-    """In a saved structure, the place of the tensor that is stored under ``key``."""
+    """Takes the place of a tensor in a saved structure; ``key`` is the name that the tensor is stored under."""
 
     key: str
 
@@ -60,8 +60,8 @@ def to_json(value: Any, name: str) -> Any:
     """Return a structure of :func:`split` as JSON; a value that JSON lacks becomes ``{"$kind": ...}``.
 
     Raises:
-        TypeError: if it holds an object of another kind: to bring it back, a reader would have to run code. The message
-            has the value's ``name``.
+        TypeError: if it holds an object of another kind, which a reader could only restore by running code. The
+            message has the value's ``name``.
     """
     if value is None or type(value) in (bool, int, str) or (type(value) is float and math.isfinite(value)):
         return value
@@ -82,7 +82,7 @@ def from_json(value: Any) -> Any:
     """Return the structure that :func:`to_json` wrote.
 
     Raises:
-        ValueError, TypeError: if it has not written this.
+        ValueError, TypeError: if the value is not of this form.
     """
     if isinstance(value, list):
         return [from_json(item) for item in value]
@@ -104,6 +104,11 @@ def _pairs(value: dict[Any, Any]) -> list[Any]:
     return [[key, item] for key, item in value.items()]
 
 
+def _of_array(value: Any) -> list[Any]:
+    """Return an array or a scalar of NumPy as dtype, shape and bytes."""
+    return [value.dtype.str, list(value.shape), base64.b64encode(value.tobytes()).decode()]
+
+
 def _array(content: list[Any]) -> Any:
     dtype, shape, data = np.dtype(str(content[0])), content[1], base64.b64decode(content[2])
     if dtype.hasobject or dtype.names:
@@ -111,7 +116,7 @@ def _array(content: list[Any]) -> Any:
     return np.frombuffer(data, dtype).reshape(shape).copy()
 
 
-# For each kind: which values are of it, what JSON holds of them, and how that becomes such a value again.
+# For each kind three functions: is a value of this kind, value to JSON, JSON to value.
 _KINDS: dict[str, tuple[Callable[[Any], bool], Callable[[Any], Any], Callable[[Any], Any]]] = {
     "tensor": (_is(_Stored), lambda value: value.key, lambda key: _Stored(str(key))),
     "dict": (_is(dict), _pairs, dict),
@@ -127,12 +132,12 @@ _KINDS: dict[str, tuple[Callable[[Any], bool], Callable[[Any], Any], Callable[[A
     "device": (_is(torch.device), str, lambda name: torch.device(str(name))),
     "array": (
         lambda value: type(value) is np.ndarray and not value.dtype.hasobject and not value.dtype.names,
-        lambda value: [value.dtype.str, list(value.shape), base64.b64encode(value.tobytes()).decode()],
+        _of_array,
         _array,
     ),
     "scalar": (
         lambda value: isinstance(value, np.number | np.bool_),
-        lambda value: [value.dtype.str, [], base64.b64encode(value.tobytes()).decode()],
+        _of_array,
         lambda content: _array(content)[()],
     ),
 }

@@ -1,9 +1,9 @@
-"""A reader of checkpoints of format 1, which torch.distributed.checkpoint has pickled, that does not run the pickles.
+"""Reader of checkpoints of format 1, which torch.distributed.checkpoint has pickled. It does not run the pickles.
 
-``.metadata`` is a pickle; each value and each part of a tensor is a zip archive as ``torch.save`` writes it. A pickle
+``.metadata`` is a pickle. Each value and each part of a tensor is a zip archive as ``torch.save`` writes it. A pickle
 is a program: it names functions, and its reader calls them. :mod:`fused_arcface.base.pickles` calls nothing: a name
-stays a name, and a call stays a record of name and arguments. Values are made of these records afterwards, from the
-few names that such checkpoints need. Other objects need :class:`TrustedReader`.
+stays a name, and a call becomes a record of its name and arguments. Values are made of these records afterwards, for
+the few names that such checkpoints need. Other objects need :class:`TrustedReader`.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ from .storage import (
 )
 from .structure import DTYPES, _Stored
 
-_MOST_VALUES = 1_000_000  # in one pickle, beside one for each byte: references can repeat a value without end
+_MOST_VALUES = 1_000_000  # in one pickle, and one more for each byte: references can repeat a value without end
 _STORAGES = {
     "BFloat16Storage": torch.bfloat16,
     "BoolStorage": torch.bool,
@@ -110,7 +110,7 @@ def _unpickle(data: bytes, what: str) -> Any:
 
 
 class _Values:
-    """Make values of the records that a pickle holds, of at most ``most`` parts; errors call it ``what``."""
+    """Make values of a pickle's records, of at most ``most`` parts. Errors call the pickle ``what``."""
 
     def __init__(self, what: str, most: int) -> None:
         self._what, self._left = what, most
@@ -145,18 +145,21 @@ def _encoded(arguments: Any, _: Any) -> bytes:
     return bytes(str(text), "latin1")
 
 
+def _calling(make: Callable[..., Any]) -> Callable[[Any, Any], Any]:
+    return lambda arguments, _: make(*arguments)
+
+
 _CALLS: dict[tuple[str, str], Callable[[Any, Any], Any]] = {
     ("_codecs", "encode"): _encoded,
-    ("collections", "OrderedDict"): lambda arguments, _: dict(*arguments),
-    ("collections", "Counter"): lambda arguments, _: Counter(*arguments),
-    ("builtins", "set"): lambda arguments, _: set(*arguments),
-    ("builtins", "frozenset"): lambda arguments, _: frozenset(*arguments),
-    ("builtins", "complex"): lambda arguments, _: complex(*arguments),
-    ("__builtin__", "set"): lambda arguments, _: set(*arguments),
-    ("__builtin__", "frozenset"): lambda arguments, _: frozenset(*arguments),
-    ("__builtin__", "complex"): lambda arguments, _: complex(*arguments),
+    ("collections", "OrderedDict"): _calling(dict),
+    ("collections", "Counter"): _calling(Counter),
+    **{
+        (module, kind.__name__): _calling(kind)
+        for module in ("builtins", "__builtin__")
+        for kind in (set, frozenset, complex)
+    },
     ("torch", "Size"): lambda arguments, _: torch.Size(numbers(arguments[0])),
-    ("torch", "device"): lambda arguments, _: torch.device(*arguments),
+    ("torch", "device"): _calling(torch.device),
     (_Stored.__module__, _Stored.__name__): lambda _, state: _Stored(str(state["key"])),
 }
 
@@ -263,7 +266,7 @@ class Reader(TensorReader):
             length = math.prod(part.sizes) * part.dtype.itemsize
             if data.file_size < length:
                 raise ValueError(f"a tensor in {part.file} has {data.file_size} bytes; it must have {length}")
-            if not _contiguous(part.sizes, tuple(stride)):
+            if not torch.empty_strided(part.sizes, numbers(stride), device="meta").is_contiguous():
                 yield from _reordered(archive.read(data), part, tuple(stride), begin, end)
                 return
             with archive.open(data) as stream:
@@ -339,14 +342,8 @@ def _member(archive: zipfile.ZipFile, name: str) -> zipfile.ZipInfo:
     raise ValueError(f"{name} is missing")
 
 
-def _contiguous(sizes: tuple[int, ...], strides: tuple[int, ...]) -> bool:
-    expected = [math.prod(sizes[place + 1 :]) for place in range(len(sizes))]
-    pairs = zip(sizes, strides, expected, strict=True)
-    return 0 in sizes or all(size == 1 or stride == wanted for size, stride, wanted in pairs)
-
-
 def _reordered(data: bytes, part: Part, strides: tuple[int, ...], begin: int, end: int) -> Iterator[memoryview]:
-    """Yield a part whose elements were saved in another order, as those of a channels-last convolution."""
+    """Yield a part with elements that were saved in another order, as a channels-last convolution has them."""
     stored = torch.frombuffer(bytearray(data), dtype=part.dtype)
     rows = stored.as_strided(part.sizes, numbers(strides)).contiguous()
     yield bytes_of(rows)[begin:end]

@@ -1,6 +1,6 @@
-"""The margin modules of insightface that the fused kernels replace, and the numbers that these take from them.
+"""Find the margin modules of insightface that the fused kernels can replace, and read their margin and scale.
 
-:mod:`fused_arcface.compat.insightface` asks for them in each step. Its own margins compute logits with these functions.
+:mod:`fused_arcface.compat.insightface` does this in each step. Its own margins compute logits with the functions here.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ _NAMES = {
     "ArcFace": ("s", "margin"),
     "CosFace": ("s", "m"),
 }
-"""The attributes of each class that hold its scale and margin."""
+"""The attributes of each class with its scale and margin."""
 
 
 class Fused(NamedTuple):
-    """The margin and scale with which the fused kernels compute the same as a margin module."""
+    """The margin and scale for the fused kernels, which then compute the same as a margin module."""
 
     margin: Callable[[Tensor], Tensor]
     scale: float
 
 
 def combined(m2: float, m3: float) -> Callable[[Tensor], Tensor]:
-    """Return insightface's margin of these numbers: CosFace if ``m3 > 0``, else ArcFace with its gradient."""
+    """Return insightface's margin for these numbers: CosFace if ``m3 > 0``, else ArcFace, straight-through."""
     return CosFace(m3) if m3 > 0 else CombinedMargin(1.0, m2, 0.0, boundary="none", gradient="straight_through")
 
 
@@ -54,8 +54,8 @@ def with_margin(logits: Tensor, labels: Tensor, margin: Callable[[Tensor], Tenso
 def find_fused(margin_loss: Callable[..., Tensor], known: Mapping[type[nn.Module], Any]) -> Fused | None:
     """Return the current margin and scale of a margin module, or None if the fused kernels can't replace it.
 
-    They replace the ``known`` classes, which come with their ``forward``. A class of another file with one of their
-    names is insightface's own or a version of it: they replace it if it computes the same values and derivatives.
+    ``known`` has the classes that they replace, each with its ``forward``. A class of another file with one of their
+    names is a version of insightface's class. It is replaced if it computes the same values and derivatives.
     """
     if not isinstance(margin_loss, nn.Module) or not _is_plain(margin_loss):
         return None
@@ -75,7 +75,7 @@ def _is_empty(value: object) -> bool:
 
 
 def _numbers(margin_loss: nn.Module) -> Fused | None:
-    """Return margin and scale, read from the attributes that a class of this name has.
+    """Return margin and scale, read from the attributes of a class with this name.
 
     The result is None if an attribute is missing or the fused kernels don't take its value.
     """
@@ -84,12 +84,12 @@ def _numbers(margin_loss: nn.Module) -> Fused | None:
     if not all(isinstance(value, (int, float)) for value in values):
         return None
     scale, *rest = map(float, values)
-    if name != "CombinedMarginLoss":
-        m2, m3, threshold = (rest[0], 0.0, 0.0) if name == "ArcFace" else (0.0, rest[0], 0.0)
-    else:
+    if name == "CombinedMarginLoss":
         m1, m2, m3, threshold = rest
-        if m3 <= 0 and m1 != 1.0:
-            return None
+    else:
+        m1, m2, m3, threshold = (1.0, rest[0], 0.0, 0.0) if name == "ArcFace" else (1.0, 0.0, rest[0], 0.0)
+    if m3 <= 0 and m1 != 1.0:
+        return None
     try:
         check_number("scale", scale, POSITIVE)
         margin = combined(m2, m3)
@@ -119,17 +119,17 @@ def _computes(margin_loss: nn.Module, numbers: Fused) -> bool:
     def ours(given: Tensor, labels: Tensor) -> Tensor:
         return with_margin(filtered(given, labels, threshold), labels, margin) * numbers.scale
 
-    try:  # on a copy, and restoring the generator: a margin that draws or counts keeps its state
+    try:  # on a copy, and with the generator restored: the module may draw numbers or count calls
         with torch.random.fork_rng(devices=[]):
             found = run(copy.deepcopy(margin_loss))
-    except Exception:  # it does not take this input, so it is another function
+    except Exception:  # a module that refuses this input is another function
         return False
     tolerance = 1e-5 * numbers.scale
     return all(torch.allclose(a, b, rtol=1e-5, atol=tolerance) for a, b in zip(found, run(ours), strict=True))
 
 
 def state_key(margin_loss: Callable[..., Tensor]) -> Any:
-    """Return a value that changes if the result of :func:`find_fused` may have changed; None if that is unknown."""
+    """Return a value that changes whenever the result of :func:`find_fused` may change; None if that is unknown."""
     if not isinstance(margin_loss, nn.Module) or not _is_plain(margin_loss):
         return None
     forward = type(margin_loss).forward

@@ -1,4 +1,4 @@
-"""Steps of an optimizer that leave the class centers outside of a sample as they are, with their momentum."""
+"""Optimizer steps that change only the class centers of a sample; the others keep their values and momentum."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Others = Callable[[], Tensor | None]
 class KeptRows:
     """Hooks on an optimizer: around each step they put back rows of a parameter and of its state.
 
-    An optimizer moves every row of a dense gradient, by weight decay and momentum, a row of zeros too.
+    With a dense gradient, weight decay and momentum move every row, also a row without a gradient.
     """
 
     def __init__(self, weight: nn.Parameter, others: Others) -> None:
@@ -50,6 +50,6 @@ class KeptRows:
             return
         before = {id(tensor): rows for tensor, rows in self._kept}
         for tensor in self._tensors(optimizer):
-            # A state that this step made was zero before it.
+            # A state that this step has made was zero before.
             tensor[self._rows] = before.get(id(tensor), torch.zeros((), dtype=tensor.dtype, device=tensor.device))
         self._kept, self._rows = [], None

@@ -1,6 +1,6 @@
-"""Replacements for insightface's ``partial_fc_v2.py``, ``partial_fc.py`` and ``losses.py`` in its ``arcface_torch``.
+"""Replacements for ``partial_fc_v2.py``, ``partial_fc.py`` and ``losses.py`` of insightface's ``arcface_torch``.
 
-A training script changes its import only::
+A training script changes only its import::
 
     from fused_arcface.compat.insightface import PartialFC_V2, CombinedMarginLoss
 
@@ -11,8 +11,8 @@ insightface's conventions are kept:
 - The centers' gradient is dense and unscaled.
 - ``state_dict`` is ``{"weight": (num_local, D)}``, as in its ``checkpoint_gpu_{rank}.pt``.
 
-Its limits are not: batches may differ between ranks, a process group and CUDA are not needed, a row's loss is not cut
-at 69.08, and samples and initial centers do not depend on the number of ranks.
+insightface's limits are gone: batches may differ between ranks, a process group and CUDA are not needed, a row's loss
+is not cut at 69.08, and samples and initial centers do not depend on the number of ranks.
 """
 
 from __future__ import annotations
@@ -52,9 +52,9 @@ class CombinedMarginLoss(nn.Module):
     Args:
         s: scale of the logits.
         m1: 1, unless ``m3 > 0``.
-        m2: angle in radians that is added.
-        m3: number that is subtracted from the cosine.
-        interclass_filtering_threshold: cosine above which a negative counts as cosine 0; 0 for no filter. See
+        m2: angle to add, in radians.
+        m3: number to subtract from the cosine.
+        interclass_filtering_threshold: negatives with a greater cosine count as cosine 0; 0 for no filter. See
             :class:`fused_arcface.InterclassFilter` for the backends that have it.
 
     Raises:
@@ -130,10 +130,10 @@ class PartialFC_V2(_PartialFC):
     Two kinds of margins are accepted:
 
     - A margin of this file or of insightface is fused. Its attributes, such as m2 and s, are read in each forward, so
-      they may change between steps. A class that is called ``CombinedMarginLoss``, ``ArcFace`` or ``CosFace`` is fused
-      if its values and derivatives are those of the class here. The exact-gradient version of early 2022 is not.
+      they may change between steps. A class with the name ``CombinedMarginLoss``, ``ArcFace`` or ``CosFace`` is fused
+      if it has the values and derivatives of the class here. The exact-gradient version of early 2022 has not.
     - Any other callable from cosines (N, C) and labels (N, 1), -1 if the class is in another shard, to logits (N, C).
-      The logits are stored then, and a warning says so.
+      Then the logits are stored, and a warning says so.
 
     Args:
         margin_loss: the margin.
@@ -143,10 +143,10 @@ class PartialFC_V2(_PartialFC):
         fp16: accepted without effect; products follow the embeddings' dtype and autocast, and are summed in fp32.
 
     Attributes:
-        weight: as for :class:`fused_arcface.PartialFC`, as num_local and class_start.
+        weight, num_local, class_start: as in :class:`fused_arcface.PartialFC`.
         weight_index: (K,) rows of weight that the last step used; only with ``sample_rate < 1``, as in insightface.
-        margin_softmax: the margin. As in insightface, as num_sample, rank, world_size, embedding_size, sample_rate and
-            fp16.
+        margin_softmax: the margin.
+        num_sample, rank, world_size, embedding_size, sample_rate, fp16: as in insightface.
 
     >>> head = PartialFC_V2(CombinedMarginLoss(64, 1.0, 0.5, 0.0), embedding_size=8, num_classes=100)
     >>> loss = head(torch.randn(4, 8), torch.tensor([0, 1, 2, 99]))
@@ -187,10 +187,7 @@ class PartialFC_V2(_PartialFC):
         return {}  # the state_dict is insightface's
 
     def _resolve(self) -> bool:
-        """Return whether ``margin_softmax`` is fused in this step, and take over its current margin and scale.
-
-        Schedules change them between steps.
-        """
+        """Read the current margin and scale of ``margin_softmax``, and return whether it is fused in this step."""
         key = _state_key(self.margin_softmax)
         if key is None or key != self._resolved[0]:
             self._resolved = key, _fused(self.margin_softmax)
@@ -240,10 +237,11 @@ class PartialFC_V2(_PartialFC):
 class PartialFC(PartialFC_V2):
     """insightface's ``PartialFC`` of 2022, which takes the optimizer in each call: ``loss = head(x, y, optimizer)``.
 
-    As there, a step with ``sample_rate < 1`` changes the sampled class centers alone: the others keep their values and
-    momentum, without weight decay. ``parameters()`` has all centers as ``weight``, not a new ``weight_activated`` in
-    each step, so the parameters of the head may be anywhere in the optimizer. A step copies the rows that it keeps;
-    :class:`fused_arcface.PartialFC` with :class:`fused_arcface.CenterSGD` does the same update without that.
+    As in insightface, a step with ``sample_rate < 1`` changes only the sampled class centers: the others keep their
+    values and momentum, without weight decay. ``parameters()`` has all centers as ``weight``, not a new
+    ``weight_activated`` in each step, so the head's parameters may be in any group of the optimizer. A step copies the
+    rows that it keeps; :class:`fused_arcface.PartialFC` with :class:`fused_arcface.CenterSGD` does the same update
+    without a copy.
 
     Args, attributes and errors are those of :class:`PartialFC_V2`.
 
@@ -259,7 +257,7 @@ class PartialFC(PartialFC_V2):
         return _KeptRows(self.weight, self._others)
 
     def _others(self) -> Tensor | None:
-        """Rows of weight that the last step did not sample; None if it used all."""
+        """Return the rows of weight that the last step did not sample; None if it used all."""
         if self._sampled is None:
             return None
         kept = torch.ones(len(self.weight), dtype=torch.bool, device=self.weight.device)

@@ -1,17 +1,17 @@
 """pytorch-metric-learning's losses over class centers, computed by the fused head.
 
-Another import is all that changes::
+Only the import changes::
 
     from fused_arcface.compat.pytorch_metric_learning import ArcFaceLoss
 
-Each class derives from the one it replaces. Constructor, miners, reducers, regularizers, records and ``state_dict`` are
-theirs, with margins in degrees and ``W`` (D, C). The losses of the rows come from this package, which stores no N×C
-logits. These differences are intended:
+Each class derives from the class that it replaces. Constructor, miners, reducers, regularizers, records and
+``state_dict`` are inherited, with margins in degrees and ``W`` (D, C). The losses of the rows come from this package,
+which stores no N×C logits. These differences are intended:
 
-- The gradient is exact and bounded where theirs divides by zero: at a target's cosine of ±1 it is NaN before torch
+- The gradient is exact and bounded. Theirs divides by zero at a target's cosine of ±1, which gives NaN before torch
   2.14.
-- A small loss keeps its digits: theirs is ``log Σ e^z - z``, which is 0 or several percent off in fp32.
-- ``W`` keeps its dtype. Theirs takes that of the embeddings: after one batch in bf16 it stays in bf16.
+- A small loss keeps its digits. Theirs is ``log Σ e^z - z``, which is 0 or several percent off in fp32.
+- ``W`` keeps its dtype. Theirs takes the dtype of the embeddings: after one batch in bf16 it stays in bf16.
 - A label outside [0, C) raises a ValueError that names it.
 - ``get_outliers(return_dominant_centers=False)`` returns the outliers alone, and the dominant center of a class without
   rows is its first one; theirs is memory that was not set.
@@ -53,9 +53,9 @@ _CLASSES = 16384
 
 
 class _Fused(nn.Module):
-    """The part that all five losses share. It stands before the class that it replaces the computation of."""
+    """The part that all five losses share. As the first base class it replaces the computation of the second."""
 
-    # Attributes of the classes that are derived from; checkers do not see them.
+    # Attributes of the second base class, which type checkers do not see.
     W: nn.Parameter
     distance: Any
     collect_stats: bool
@@ -68,14 +68,14 @@ class _Fused(nn.Module):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        # (D, C) as theirs, stored by class: the head reads it as (C, D) without a copy.
+        # (D, C) as in theirs, but stored by class: the head reads it as (C, D) without a copy.
         self.W = nn.Parameter(self.W.detach().T.contiguous().T)
         if not self._is_fused():
             name, distance = type(self).__name__, type(self.distance).__name__
             warnings.warn(f"{name}: pytorch-metric-learning computes the loss, as distance={distance}()", stacklevel=2)
 
     def _is_fused(self) -> bool:
-        """Return whether the distance is one of the two that are computed here."""
+        """Return whether the loss with this distance is computed here."""
         plain = type(self.distance) in (_distances.CosineSimilarity, _distances.DotProductSimilarity)
         return plain and self.distance.p == 2
 
@@ -102,8 +102,8 @@ class _Fused(nn.Module):
     def _of_any_norm(self, embeddings: Tensor, labels: Tensor, margin: Any, scale: float) -> Tensor:
         """Return the rows' losses (N,) with the logits ``scale·|x|·cos θ`` of embeddings x that are not normalized.
 
-        The fused kernels have one scale for all rows. Here the classes are taken by blocks in plain PyTorch, computed
-        once more in the backward pass.
+        The fused kernels have one scale for all rows. Here plain PyTorch takes the classes by blocks, and computes them
+        again in the backward pass.
         """
         dtype = _compute_dtype(embeddings, self.W)
         rows, unit, labels = embeddings.to(dtype), _unit_rows(self.W.T.to(dtype)), labels.long()
@@ -121,7 +121,7 @@ class _Fused(nn.Module):
         return F.softplus(torch.stack(parts).logsumexp(0) - target_logit, threshold=40)
 
     def _record(self, target_cosine: Tensor) -> None:
-        """Record the mean angle, where statistics are collected and the loss has them."""
+        """Record the mean angle, if statistics are collected and the loss has this one."""
         if self.collect_stats and hasattr(self, "get_angles"):
             self.get_angles(target_cosine)
 
@@ -196,7 +196,7 @@ class NormalizedSoftmaxLoss(_Fused, _losses.NormalizedSoftmaxLoss):  # type: ign
 
 
 class SubCenterArcFaceLoss(_Fused, _losses.SubCenterArcFaceLoss):  # type: ignore[misc]
-    """pytorch-metric-learning's ``SubCenterArcFaceLoss``: several centers of each class, the nearest one counts.
+    """pytorch-metric-learning's ``SubCenterArcFaceLoss``: each class has several centers, and the nearest one counts.
 
     ``W`` is (D, C·sub_centers), a class's centers one after another.
     """
@@ -231,8 +231,8 @@ class SubCenterArcFaceLoss(_Fused, _losses.SubCenterArcFaceLoss):  # type: ignor
 class SphereFaceLoss(_Fused, _losses.SphereFaceLoss):  # type: ignore[misc]
     """pytorch-metric-learning's ``SphereFaceLoss``: ``scale·|x|·cos θ``, with ``cos(margin·θ)`` for the target.
 
-    The logits grow with the embedding's norm, so the fused kernels do not apply. The classes are taken by blocks of
-    16,384 in plain PyTorch, computed once more in the backward pass: no N×C logits are stored.
+    The logits grow with the embedding's norm, so the fused kernels do not apply. Plain PyTorch takes the classes by
+    blocks of 16,384, and computes them again in the backward pass: no N×C logits are stored.
     """
 
     def _row_losses(self, embeddings: Tensor, labels: Tensor) -> Tensor:

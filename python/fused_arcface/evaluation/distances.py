@@ -36,7 +36,7 @@ class Distance:
         return 2.0
 
     def transform(self, x: Tensor) -> Tensor:
-        """Return what is compared, ``(M, D)``, of embeddings ``(M, D)``."""
+        """Return the rows ``(M, D)`` to compare in place of embeddings ``(M, D)``."""
         return x
 
     def __call__(self, x: Tensor, y: Tensor) -> Tensor:
@@ -124,16 +124,12 @@ class InnerProduct(Distance):
 
 
 @dataclass(frozen=True)
-class Cosine(Distance):
+class Cosine(InnerProduct):
     """``1 − cos(x, y)``, from 0 to 2; a row of zeros has distance 1 to everything.
 
     >>> Cosine()(torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 5.0]]))
     tensor([1.])
     """
-
-    @property
-    def p(self) -> float | None:
-        return None
 
     def transform(self, x: Tensor) -> Tensor:
         return F.normalize(x)
@@ -159,7 +155,7 @@ class Mahalanobis(Distance):
         """Fit the covariance to a gallery's embeddings ``(M, D)``; labels are not used.
 
         ``Σ = (1 − a)·S + a·(tr S / D)·I``, S the empirical covariance (divided by M). Without shrinkage S is singular
-        for M <= D, and badly conditioned long after.
+        for M <= D, and badly conditioned for a much greater M too.
 
         Args:
             gallery: embeddings (M, D), M >= 2.
@@ -187,7 +183,7 @@ class Mahalanobis(Distance):
         else:
             sigma = covariance.shrunk_covariance(covariance.empirical_covariance(rows), shrinkage)
         factor, failed = torch.linalg.cholesky_ex(torch.as_tensor(sigma))
-        # A pivot that rounding left above zero is singular as well.
+        # A matrix is singular as well if only rounding left a pivot above zero.
         pivots = factor.diagonal()
         if failed or not pivots.min() > math.sqrt(torch.finfo(torch.float64).eps) * pivots.max():
             raise ValueError(

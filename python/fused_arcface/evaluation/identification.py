@@ -1,7 +1,7 @@
 """1:N identification (who is it?): ranks, the cumulative match characteristic, and the open set.
 
 A gallery holds known people. A probe is mated if its identity is in the gallery. If the gallery has several images of
-an identity, the nearest counts.
+an identity, the nearest one counts.
 """
 
 from __future__ import annotations
@@ -10,14 +10,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from .distances import Cosine, Distance
 from .search import Engine, choose_engine, nearest
-
-Floats = npt.NDArray[np.float64]
+from .verification import Floats, check_rates
 
 FPIRS = (1e-1, 1e-2, 1e-3)
 """False positive identification rates that are reported."""
@@ -28,7 +26,7 @@ class Identification:
     """The figures of one identification."""
 
     cmc: Floats
-    """Closed set, (ranks,): share of the mated probes with their identity among the first 1, 2, … of the gallery."""
+    """Closed set, (ranks,): share of the mated probes whose identity is among the nearest 1, 2, … of the gallery."""
     tpir: dict[float, float]
     """Open set, true positive identification rate (rank 1, above the threshold) by false positive identification rate;
     empty without non-mated probes."""
@@ -44,7 +42,7 @@ class Identification:
     """The library that searched: ``"torch"`` or ``"faiss"``."""
 
     def rank(self, r: int) -> float:
-        """Return the rank-r identification rate; with fewer identities than r, that of the last rank."""
+        """Return the rank-r identification rate, or the rate of the last rank if there are fewer than r."""
         return float(self.cmc[min(r, len(self.cmc)) - 1])
 
 
@@ -85,8 +83,7 @@ def identify(
             raise ValueError(f"{name}_labels must be ({len(rows)},); got {tuple(labels.shape)}")
     if max_rank < 1:
         raise ValueError(f"max_rank must be >= 1; got {max_rank}")
-    if not all(0 <= fpir <= 1 for fpir in fpirs):
-        raise ValueError(f"fpirs must be in [0, 1]; got {list(fpirs)}")
+    check_rates("fpirs", fpirs)
     mated = torch.isin(probe_labels, gallery_labels)
     if not mated.any():
         raise ValueError(
@@ -133,7 +130,7 @@ def _tpir(mated: Tensor, right: Tensor, unmated: Tensor, fpirs: Sequence[float])
     falsely = unmated.sort(descending=True).values
     rates = {}
     for fpir in fpirs:
-        # As many non-mated probes may pass; the next one's score is the threshold, and must be exceeded.
+        # The largest number of non-mated probes that may pass. Scores above that of the next one pass.
         passing = int((torch.arange(len(falsely) + 1, dtype=torch.float64) / len(falsely) <= fpir).sum()) - 1
         threshold = falsely[passing] if passing < len(falsely) else -torch.inf
         rates[fpir] = float((right & (mated > threshold)).double().mean())

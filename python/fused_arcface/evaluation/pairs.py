@@ -40,8 +40,9 @@ def balanced_pairs(labels: Tensor, most: int = 20_000, seed: int = 0) -> Pairs:
     >>> balanced_pairs(torch.tensor([0, 0, 1])).same.sort().values
     tensor([False,  True])
     """
-    # Sorted by label, image i pairs with those after it: first those of the same identity, which end at group_end[i],
-    # then all of others. So both kinds of pairs can be numbered, and a choice of numbers is a choice of pairs.
+    # The images are sorted by label, and image i is paired with all after it: first the images of the same identity,
+    # which end at group_end[i], then those of others. This numbers the pairs of both kinds, so that choosing numbers
+    # chooses pairs.
     order = np.argsort(labels.cpu().numpy(), kind="stable")
     ordered = labels.cpu().numpy()[order]
     position = np.arange(len(ordered))

@@ -55,8 +55,8 @@ def nearest(
             :func:`choose_engine`.
 
     Returns:
-        Distances ``(N, k)``, ascending, and rows of the gallery ``(N, k)`` int64. The distances of the
-        chosen rows are computed anew from differences, so both engines agree to rounding.
+        Distances ``(N, k)``, ascending, and rows of the gallery ``(N, k)`` int64. The distances of the chosen rows are
+        computed again from differences, so that the engines agree up to rounding.
 
     Raises:
         ValueError: if shapes, k or engine are wrong, or embeddings are not finite.

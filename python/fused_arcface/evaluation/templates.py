@@ -18,7 +18,7 @@ from .pairs import Pairs
 from .search import Engine
 from .verification import FARS, Rates, accept_rates, pair_scores
 
-# Images that are added up at once in fp64: all of them would be twice the embeddings.
+# Images that are added up at once: all of them in fp64 would be twice as large as the embeddings.
 _IMAGES_AT_ONCE = 1 << 14
 
 
@@ -47,10 +47,7 @@ class Templates(NamedTuple):
 
     def has(self, ids: Tensor) -> Tensor:
         """Return which of templates ``(K,)`` are among the T templates, ``(K,)`` bool."""
-        if not len(self.ids):
-            return torch.zeros_like(ids, dtype=torch.bool)
-        ids = ids.to(self.ids)
-        return self.ids[torch.searchsorted(self.ids, ids).clamp(max=len(self.ids) - 1)] == ids
+        return torch.isin(ids.to(self.ids), self.ids)
 
 
 @torch.no_grad()
@@ -162,7 +159,7 @@ def identify_templates(
         gallery: templates (G,) of known people.
         gallery_subjects: person (G,) of each.
         probes: templates (N,) to look for.
-        probe_subjects: person (N,) of each; whoever is not in the gallery counts for the open set.
+        probe_subjects: person (N,) of each; people who are not in the gallery count for the open set.
         max_rank: last rank of the curve.
         fpirs: false positive identification rates to report.
         engine: search engine, see :func:`fused_arcface.evaluation.nearest`.

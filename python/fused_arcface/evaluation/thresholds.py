@@ -1,4 +1,4 @@
-"""Thresholds of 1:1 verification: from which score on a pair counts as one person, and what that costs."""
+"""Thresholds of 1:1 verification: the score from which a pair counts as one person, and the errors that follow."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from .verification import FARS, roc
+from .verification import FARS, check_rates, roc
 
 BEST_ACCURACY = "best accuracy"
 EQUAL_ERROR_RATE = "equal error rate"
@@ -27,7 +27,7 @@ class OperatingPoint:
     true_accept_rate: float
     """Share of the pairs of one person that are accepted."""
     accuracy: float
-    """Share of all pairs that are judged rightly."""
+    """Share of all pairs that are judged correctly."""
 
 
 def far_name(far: float) -> str:
@@ -44,8 +44,8 @@ def operating_points(
 ) -> list[OperatingPoint]:
     """Return the thresholds that people act on: best accuracy, equal error rate, and one for each false accept rate.
 
-    A threshold is a score of one of the pairs. If several are equally good, the greatest is taken. The threshold of a
-    false accept rate is that of :func:`fused_arcface.evaluation.tar_at_far`: its rate is not above, and nothing is
+    A threshold is a score of one of the pairs. If several are equally good, the greatest is taken. At the threshold of
+    a false accept rate the pairs have at most this rate, as in :func:`fused_arcface.evaluation.tar_at_far`. Nothing is
     interpolated.
 
     Args:
@@ -61,11 +61,10 @@ def operating_points(
     >>> [(point.name, point.threshold) for point in points]
     [('best accuracy', 0.9), ('equal error rate', 0.5), ('FAR 0.01', 0.9)]
     """
-    if not all(0 <= far <= 1 for far in fars):
-        raise ValueError(f"fars must be in [0, 1]; got {list(fars)}")
+    check_rates("fars", fars)
     same = np.asarray(same, dtype=bool)
     false_accepts, true_accepts, thresholds = roc(same, scores)
-    # Counted in whole pairs: of equally good thresholds rounding must not choose.
+    # In whole pairs: rounding must not choose between thresholds that are equally good.
     ones, others = int(same.sum()), int((~same).sum())
     accuracy = np.rint(ones * true_accepts + others * (1 - false_accepts)) / len(same)
 

@@ -1,7 +1,7 @@
-"""1:1 verification (is it the same person?): the figures that the field reports of scored pairs.
+"""1:1 verification (is it the same person?): the usual figures of scored pairs.
 
-A score is greater for a more similar pair (it is a negated distance), and a pair is accepted when its score is at least
-the threshold. scikit-learn makes the curves.
+A score is greater for a more similar pair: it is a negated distance. A pair is accepted if its score is at least the
+threshold. scikit-learn makes the curves.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Values = npt.ArrayLike | Tensor
 FARS = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
 """False accept rates that are reported."""
 
-# Pairs that are held at once: all of them would be many times the embeddings.
+# Pairs that are compared at once: the embeddings of all pairs would be many times larger than those of the images.
 _PAIRS_AT_ONCE = 4096
 
 
@@ -39,7 +39,7 @@ def pair_scores(embeddings: Tensor, pairs: Pairs, distance: Distance = Cosine())
     array([-1.])
     """
     transformed = distance.transform(embeddings.float())
-    # Filled in place: a list of small results between large temporary ones would tear the heap into holes.
+    # Filled in place: small results in a list, between large temporary tensors, would fragment the heap.
     distances = torch.empty(len(pairs.first), device=transformed.device)
     for start in range(0, len(distances), _PAIRS_AT_ONCE):
         first, second = (each[start : start + _PAIRS_AT_ONCE] for each in (pairs.first, pairs.second))
@@ -88,12 +88,18 @@ def _scored_pairs(same: Values, scores: Values) -> tuple[npt.NDArray[np.bool_], 
 
 
 def _array(values: Values) -> npt.NDArray[Any]:
-    """Return an array, also of a tensor on a GPU, of bf16, or with a gradient."""
+    """Return numbers as an array; a tensor may be on a GPU, in bf16, or have a gradient."""
     return values.detach().double().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
 
 
+def check_rates(name: str, rates: Sequence[float]) -> None:
+    """Raise ValueError unless all rates are in [0, 1]."""
+    if not all(0 <= rate <= 1 for rate in rates):
+        raise ValueError(f"{name} must be in [0, 1]; got {list(rates)}")
+
+
 def mean_scores(same: Values, scores: Values) -> tuple[float | None, float | None]:
-    """Return the mean score of the pairs of one identity and of those of two; None where there are none.
+    """Return the mean scores of the pairs of one identity and of the pairs of two; None if there are no such pairs.
 
     >>> mean_scores([True, True], [0.5, 0.25])
     (0.375, None)
@@ -174,7 +180,7 @@ def k_fold_accuracy(same: Values, scores: Values, folds: int = 10, thresholds: V
 
 
 def _right(same: npt.NDArray[np.bool_], scores: Floats, thresholds: Floats) -> npt.NDArray[np.int64]:
-    """Return the number of pairs that each threshold judges rightly."""
+    """Return the number of pairs that each threshold judges correctly."""
     below = {kind: np.searchsorted(np.sort(scores[same == kind]), thresholds) for kind in (True, False)}
     return below[False] + int(same.sum()) - below[True]
 
@@ -188,11 +194,11 @@ class Rates:
     eer: float
     """Equal error rate, see :func:`equal_error_rate`."""
     false_accepts: Floats
-    """False accept rates of the curve, (points,), ascending. Points in the middle of a level part are left out."""
+    """False accept rates of the curve, (points,), ascending, without points inside a level part."""
     true_accepts: Floats
     """True accept rates of the curve, (points,)."""
     num_pairs: tuple[int, int]
-    """Numbers of pairs of one identity and of two. A FAR below one over the second is a FAR of 0."""
+    """Numbers of pairs of one identity and of two. A FAR below 1 / the second number is the same as 0."""
 
 
 @dataclass(frozen=True)
@@ -233,8 +239,7 @@ def accept_rates(same: Values, scores: Values, *, fars: Sequence[float] = FARS) 
     >>> accept_rates([True, True, False, False], [0.9, 0.4, 0.5, 0.1], fars=[0.01]).tar
     {0.01: 0.5}
     """
-    if not all(0 <= far <= 1 for far in fars):
-        raise ValueError(f"fars must be in [0, 1]; got {list(fars)}")
+    check_rates("fars", fars)
     same, scores = _scored_pairs(same, scores)
     false_accepts, true_accepts, _ = roc(same, scores)
     # Millions of pairs of two identities are as many points, nearly all of them on level parts.
@@ -267,7 +272,6 @@ def verify_scores(same: Values, scores: Values, *, fars: Sequence[float] = FARS,
     >>> found.accuracy, found.eer, found.tar[1e-6]
     (1.0, 0.0, 1.0)
     """
-    same, scores = _scored_pairs(same, scores)
     rates = accept_rates(same, scores, fars=fars)
     return Verification(**vars(rates), fold_accuracy=k_fold_accuracy(same, scores, folds))
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from .centers import CenterStore, CenterView, FileCenters, HostCenters, waits
 from .choose import CenterStorage, check_storage, make_store, weight_device
-from .folder import is_store, remove_store
 from .pipeline import SampledRows, StepRows
 from .records import StoreError
 
@@ -21,9 +20,7 @@ __all__ = [
     "StepRows",
     "StoreError",
     "check_storage",
-    "is_store",
     "make_store",
-    "remove_store",
     "waits",
     "weight_device",
 ]

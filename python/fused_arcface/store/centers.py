@@ -19,7 +19,7 @@ from .records import StoreError, unavailable
 
 
 class CenterStore:
-    """The class centers of one shard and their momentum, of which each step gets copies of some rows.
+    """The class centers of one shard and their momentum. Each step gets copies of some rows.
 
     Attributes:
         device: computing device.
@@ -35,7 +35,7 @@ class CenterStore:
         self.traffic = Traffic()
 
     def place(self, target_class: Tensor) -> Tensor:
-        """Return the batch's classes (N,) on the device where the rows of a step are chosen."""
+        """Return the batch's classes (N,) on the device that chooses the rows of a step."""
         raise NotImplementedError
 
     def take(self, held: Tensors, drawn: StepRows) -> SampledRows:
@@ -43,11 +43,11 @@ class CenterStore:
         raise NotImplementedError
 
     def view(self, weight: Tensor) -> Tensor | CenterView:
-        """Return the shard's class centers for evaluation: a tensor, or what reads pieces of them."""
+        """Return the shard's class centers for evaluation: a tensor, or a view that reads pieces of them."""
         raise NotImplementedError
 
     def check(self) -> None:
-        """Raise what has gone wrong beside the computation, before a step begins."""
+        """Raise any error of the work beside the computation, before a step begins."""
         if self._pipeline is not None:
             self._pipeline.check()
 
@@ -65,10 +65,14 @@ class CenterStore:
     def close(self) -> None:
         """Wait for all work, and release what is held."""
         if self._pipeline is not None:
-            with contextlib.suppress(StoreError):  # what a checkpoint does not name is undone anyway
+            with contextlib.suppress(StoreError):  # changes after the last checkpoint are undone anyway
                 self._pipeline.drain()
             self._pipeline.close()
             self._pipeline = None
+
+    def discard(self) -> None:
+        """Close the store, and remove the files that it has made."""
+        self.close()
 
     def _started(self, pipeline: Pipeline) -> Pipeline:
         pipeline.traffic = self.traffic
@@ -77,7 +81,7 @@ class CenterStore:
 
 
 class CenterView:
-    """Class centers (C, D) that are read piece by piece: a shape, a dtype, and slices of rows."""
+    """Class centers (C, D) that are read in pieces: a shape, a dtype, and slices of rows."""
 
     def __init__(
         self, shape: torch.Size, dtype: torch.dtype, device: torch.device, read: Callable[[int, int], Tensor]
@@ -135,7 +139,7 @@ class HostCenters(CenterStore):
 
     def take(self, held: Tensors, drawn: StepRows) -> SampledRows:
         on_device = waits(self.device)
-        # On a GPU a row more, which padding is read from and written to.
+        # A GPU reads and writes padding in one more row.
         held = {name: _with_a_row_more(tensor) if on_device else tensor.detach() for name, tensor in held.items()}
         if self._pipeline is None:
             self._rows = _HostRows(self.device, Columns.of(held))
@@ -157,7 +161,7 @@ def waits(device: torch.device) -> bool:
 
 
 def _with_a_row_more(tensor: Tensor) -> Tensor:
-    """Return (R + 1, D) rows, the first R of which are the tensor's. Its memory is moved if it has no room for them."""
+    """Return (R + 1, D) rows; the first R are the tensor's. If its memory has no room for the last, it is moved."""
     rows, width = tensor.shape
     room = tensor.untyped_storage().nbytes() // tensor.element_size()
     if not tensor.is_contiguous() or tensor.storage_offset() > 0 or room < (rows + 1) * width:
@@ -169,9 +173,9 @@ def _with_a_row_more(tensor: Tensor) -> Tensor:
 
 
 class FileCenters(CenterStore):
-    """Class centers in a file. ``weight`` and the momentum have a shape and a dtype only, on the device ``meta``.
+    """Class centers in a file. ``weight`` and the momentum have only a shape and a dtype, on the device ``meta``.
 
-    The host waits for the labels of a batch, as their rows are on a disk.
+    The host waits for the labels of a batch, because it reads their rows from a disk.
     """
 
     in_memory = False
@@ -221,7 +225,7 @@ class FileCenters(CenterStore):
         return sampled if self._staging is None else self._uploaded(sampled, self._staging)
 
     def _uploaded(self, sampled: SampledRows, lane: StreamLane) -> SampledRows:
-        """Return the rows as copies on the GPU, which go back through the pinned buffer that they came from."""
+        """Return copies of the rows on the GPU. They go back through the pinned buffer that they came from."""
         count, turn = len(sampled.rows), sampled.turn
         tensors = self._on_device.rows(turn, count) if turn > 0 else self.rows.columns.empty(count, self.device)
         for name, tensor in tensors.items():
@@ -255,3 +259,7 @@ class FileCenters(CenterStore):
     def close(self) -> None:
         super().close()
         self.rows.close()
+
+    def discard(self) -> None:
+        super().close()
+        self.rows.discard()

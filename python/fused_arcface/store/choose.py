@@ -1,4 +1,4 @@
-"""The argument ``center_storage`` of a head: its check, and the store that it asks for."""
+"""The argument ``center_storage`` of a head: check it, and make the store."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ class Columns:
 
     @classmethod
     def of(cls, tensors: Tensors) -> Columns:
-        """Return the columns of tensors of equally many rows; they may be on any device, ``meta`` included."""
+        """Return the columns of tensors with the same number of rows, on any device, also ``meta``."""
         return cls(tuple(Column(name, tensor.dtype, tensor.shape[1]) for name, tensor in tensors.items()))
 
     @property
@@ -50,9 +50,9 @@ class Columns:
 
 
 class Buffers:
-    """Two sets of rows that are used in turn: one step's while the copies of the other are still on their way.
+    """Two sets of rows that are used in turn: one step uses a set while the copies of the other are still on their way.
 
-    They grow to the largest sample so far. Fresh memory in each step would cost more than the copies do.
+    They grow to the largest sample so far. Allocating memory in each step would cost more than the copies.
     """
 
     def __init__(self, columns: Columns, device: torch.device, pinned: bool = False) -> None:
@@ -60,7 +60,7 @@ class Buffers:
         self._sets: list[Tensors] = [{}, {}]
 
     def rows(self, turn: int, count: int) -> Tensors:
-        """Return ``count`` rows of the set whose turn it is. Its last content is lost."""
+        """Return ``count`` rows of the set whose turn it is. The former content is lost."""
         held = self._sets[turn % 2]
         if not held or len(next(iter(held.values()))) < count:
             room = math.ceil(count * 1.1)  # samples differ a little in size
@@ -88,7 +88,7 @@ def scatter(to: Tensor, rows: Tensor, source: Tensor) -> None:
 
 
 def _in_words(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Return rows as 64-bit words if all have whole ones: torch moves an element at a time, also one of int8."""
+    """Return rows as 64-bit words if all consist of whole words: torch moves element by element, int8 too."""
     for tensor in tensors:
         size = tensor.element_size()
         if not tensor.is_contiguous() or tensor.shape[1] * size % 8 or tensor.storage_offset() * size % 8:

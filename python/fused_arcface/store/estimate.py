@@ -1,4 +1,4 @@
-"""The memory and the disk that class centers take, by where they are."""
+"""The memory and the disk space that class centers take in each kind of storage."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Estimate:
     device_bytes: int
     """Size of the buffers on the computing device: two samples, and the rows that are fetched ahead."""
     file_bytes: int
-    """Size of a file once each row has been used. It begins with none."""
+    """Size of a file after each row has been used. At first it is 0."""
     journal_bytes: int
     """Most bytes that a step adds to the journal of a file, before the next checkpoint."""
 

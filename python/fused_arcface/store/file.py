@@ -1,7 +1,8 @@
-"""One rank's rows of a store in a file: read, kept in the journal before they change, written, saved, brought back."""
+"""One rank's rows of a store in a file: read, write, save and restore them. Rows are kept before they change."""
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -19,14 +20,14 @@ from .records import Records, StoreError
 
 _ROWS_AT_ONCE = 1 << 14
 _SMALL = 1 << 30
-"""Bytes on disk of a file whose markers are read within a second or two."""
+"""Size on disk up to which all markers of a file are read within one or two seconds."""
 
 
 class FileRows:
     """The rows of one shard in the file of a store.
 
     Opening is a collective. A missing store is made, with no row touched. An existing store has the rows of some run:
-    until :meth:`go_back` nothing else is possible. If no checkpoint of that run was saved, it begins anew.
+    call :meth:`go_back` first. If no checkpoint of that run was saved, the store begins anew.
 
     Args:
         folder: the store's folder, on a file system that all ranks see.
@@ -45,23 +46,35 @@ class FileRows:
         self, folder: Path, columns: Columns, num_rows: int, first: int, count: int, seed: int, ranks: Ranks
     ) -> None:
         self.folder, self.columns, self.first, self.count, self._ranks = folder, columns, first, count, ranks
-        wanted = folders.Layout(columns, num_rows, seed)
+        self._guard = threading.Lock()  # of the journal: two threads read rows that will change
+        self._journal: Journal | None = None
+        self._begun = self._has_made_folder = self._has_made_store = False
+        self._opened = contextlib.ExitStack()
+        try:
+            self._open(folders.Layout(columns, num_rows, seed))
+        except BaseException:
+            self.discard()
+            raise
+
+    def _open(self, wanted: folders.Layout) -> None:
+        """Open the store, and make it if it is missing. A collective."""
+        folder, ranks, first, last = self.folder, self._ranks, self.first, self.first + self.count
         with ranks.together("center_storage"):
             if ranks.rank == 0:
+                self._has_made_folder = folders.make_folder(folder)
+        with ranks.together("center_storage"):
+            lock = RowLock(folder, first, last)
+            self._opened.callback(lock.close)
+        with ranks.together("center_storage"):
+            if ranks.rank == 0 and not folders.has_store(folder):
+                self._has_made_store = True
                 folders.make(folder, wanted)
         with ranks.together("center_storage"):
             self.layout = folders.layout_of(folder)
             if not self.layout.same_rows(wanted):
                 raise StoreError(f"{folder} holds {self.layout.describe()}; this head has {wanted.describe()}")
-            self._lock = RowLock(folder, first, first + count)
-            try:
-                self._records = Records(folder / folders.ROWS, columns, num_rows, seed)
-            except BaseException:
-                self._lock.close()
-                raise
-        self._guard = threading.Lock()  # of the journal: two threads read rows that will change
-        self._journal: Journal | None = None
-        self._begun = False
+            self._records = Records(folder / folders.ROWS, wanted.columns, wanted.num_rows, wanted.seed)
+            self._opened.callback(self._records.close)
         self._begin_journal(self._newest() + 1)
         found = ranks.gather_objects((folders.states(folder), folders.is_announced(folder)))[0]
         if found == ([], False):
@@ -72,8 +85,8 @@ class FileRows:
     def _begin_anew(self) -> None:
         """Make all rows untouched, as a change that the journal undoes. A collective.
 
-        A process that was killed while it wrote the first checkpoint may have written it or not. If it is loaded, its
-        state is there; else this is a new run.
+        A process that was killed while it wrote the first checkpoint may have finished it or not. If that checkpoint is
+        loaded, its state is still there; otherwise this is a new run.
         """
         self._begun = True
         since = {number: paths for number, paths in journals(self.folder).items() if number < self._current.number}
@@ -119,7 +132,7 @@ class FileRows:
             rows: indices into this shard.
             out: K rows.
             keep: If true, the rows are about to change: put those that have not been kept since the last checkpoint
-                into the journal, and make room in the file for those that were never touched.
+                into the journal, and make room in the file for rows that were never touched.
 
         Raises:
             StoreError: if the file cannot be read, or the disk is full. No row has changed.
@@ -133,7 +146,7 @@ class FileRows:
         with self._guard:
             kept = ((markers != journal.number) & (markers != 0)).nonzero().squeeze(1)
             journal.add(numbers[kept], markers[kept], some_rows(out, kept), numbers[untouched])
-            if len(untouched) > 0:  # as they are: to write them again will need no room
+            if len(untouched) > 0:  # unchanged, to take the room: writing them again needs no more
                 self._records.write(numbers[untouched], some_rows(out, untouched), journal.number)
 
     def write(self, rows: Tensor, tensors: Tensors) -> None:
@@ -144,7 +157,7 @@ class FileRows:
         """
         journal = self._current
         with self._guard:
-            journal.sync()  # on disk before the rows that it has: the machine may go down as well
+            journal.sync()  # on disk before its rows change: the machine may go down
         self._records.write(rows + self.first, tensors, journal.number)
 
     def load(self, first: int, tensors: Tensors) -> None:
@@ -178,7 +191,7 @@ class FileRows:
                     path.unlink()
 
     def go_back(self, state: int) -> None:
-        """Bring all rows back to a state. A collective. If the process dies in it, call it again.
+        """Bring all rows back to a state. A collective. If the process dies meanwhile, call it again.
 
         Raises:
             StoreError: if the store has not kept the state. Nothing has changed.
@@ -196,12 +209,9 @@ class FileRows:
         self._begun = True
 
     def _check_undone(self, state: int, since: dict[int, list[Path]]) -> None:
-        """Check that no row of this shard is newer than a state whose journals have been undone.
+        """Raise StoreError if a row of this shard is newer than a state whose journals have been undone.
 
-        The markers of all rows are read if a journal is damaged, and if the file is small.
-
-        Raises:
-            StoreError: if one is.
+        The markers of all rows are read if a journal is damaged or the file is small.
         """
         if self._records.bytes_on_disk > _SMALL and all_whole(since, self.columns):
             return
@@ -223,7 +233,7 @@ class FileRows:
             folders.withdraw(self.folder)
 
     def _on_first(self, function: Callable[[], None]) -> None:
-        """Call a function on the first rank, when all have come here, and go on when it is done. A collective."""
+        """Call a function on the first rank after all ranks have come here; all wait for its end. A collective."""
         self._ranks.gather_objects(None)
         with self._ranks.together("center_storage"):
             if self._ranks.rank == 0:
@@ -239,9 +249,17 @@ class FileRows:
         """Close the files and release the lock. Opening the store again undoes the changes after the last save."""
         if self._journal is not None:
             self._journal.close()
-            self._records.close()
-            self._lock.close()
             self._journal = None
+        self._opened.close()
+
+    def discard(self) -> None:
+        """Close the store, and remove it if this object has made it: its files, and a folder of its own."""
+        with contextlib.suppress(OSError):
+            if self._has_made_store:
+                folders.remove(self.folder)
+            if self._has_made_folder:
+                self.folder.rmdir()
+        self.close()
 
     def __del__(self) -> None:
         if getattr(self, "_journal", None) is not None:

@@ -1,11 +1,11 @@
-"""The folder of a store: what it holds, which states it can go back to, and reading one of them.
+"""The folder of a store: its files, the states that it can go back to, and reading one of them.
 
 ::
 
     store.json             columns of a row, number of rows, seed: written when the store is made
     states.json            the states that checkpoints name, from the oldest to the newest
     rows.bin               :mod:`fused_arcface.store.records`
-    announced              there while the first checkpoint is written, which names a state that states.json lacks
+    announced              exists while the first checkpoint is written: it names a state that states.json lacks
     journal_NUMBER.A-B     :mod:`fused_arcface.store.journal`, of rows [A, B)
     lock                   :mod:`fused_arcface.store.lock`
 """
@@ -13,7 +13,6 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import json
 import os
 import secrets
@@ -52,7 +51,7 @@ class Layout:
     seed: int
     """Seed of the initial centers."""
     identity: str = ""
-    """A random text, by which a checkpoint knows its store when the folder has been moved."""
+    """A random text, by which a checkpoint finds its store after the folder has been moved."""
 
     def same_rows(self, other: Layout) -> bool:
         return (self.columns, self.num_rows, self.seed) == (other.columns, other.num_rows, other.seed)
@@ -63,16 +62,33 @@ class Layout:
         return f"{self.num_rows} rows of {columns}, seed {self.seed}"
 
 
+def make_folder(folder: Path) -> bool:
+    """Make the folder of a store; return False if it is there already.
+
+    Raises:
+        StoreError: if it cannot be made.
+    """
+    try:
+        if folder.is_dir():
+            return False
+        folder.mkdir(parents=True)
+    except (OSError, ValueError) as error:  # no system has a name with a zero byte
+        raise StoreError(f"{folder}: the store of class centers cannot be made: {error}") from error
+    return True
+
+
+def has_store(folder: Path) -> bool:
+    """Return whether a folder holds a store, which may be damaged."""
+    return os.path.lexists(folder / _LAYOUT)
+
+
 def make(folder: Path, layout: Layout) -> None:
-    """Make an empty store, if there is none. It is there when its layout is, which is written last.
+    """Make an empty store in a locked folder. It is there when its layout is, which is written last.
 
     Raises:
         StoreError: if it cannot be written.
     """
     try:
-        if is_store(folder):
-            return
-        folder.mkdir(parents=True, exist_ok=True)
         Records(folder / ROWS, layout.columns, layout.num_rows, layout.seed, create=True).close()
         content = {
             "format": _FORMAT,
@@ -83,22 +99,15 @@ def make(folder: Path, layout: Layout) -> None:
             "columns": [[name, str(dtype).removeprefix("torch."), width] for name, dtype, width in layout.columns.each],
         }
         files.write_text(folder / _LAYOUT, json.dumps(content, indent=2) + "\n")
-    except (OSError, ValueError) as error:  # no system has a name with a zero byte
+    except OSError as error:
         raise StoreError(f"{folder}: the store of class centers cannot be made: {error}") from error
 
 
-def is_store(folder: Path) -> bool:
-    """Return true if a folder holds a store."""
-    return os.path.lexists(folder / _LAYOUT)
-
-
-def remove_store(folder: Path) -> None:
-    """Remove a closed store, and its folder if nothing else lies in it. What cannot be removed stays."""
-    with contextlib.suppress(OSError):
-        names = (_LAYOUT, _STATES, _ANNOUNCED, ROWS, LOCK)
-        for path in (*(folder / name for name in names), *itertools.chain(*journals(folder).values())):
-            path.unlink(missing_ok=True)
-        folder.rmdir()
+def remove(folder: Path) -> None:
+    """Remove the files of a store from its folder, which is locked. Other files stay."""
+    journal_files = [path for paths in journals(folder).values() for path in paths]
+    for path in (*(folder / name for name in (_LAYOUT, _STATES, _ANNOUNCED, ROWS)), *journal_files, folder / LOCK):
+        path.unlink(missing_ok=True)
 
 
 def layout_of(folder: Path) -> Layout:
@@ -176,9 +185,9 @@ def check_state(folder: Path, state: int) -> None:
 
 
 class Snapshot:
-    """Rows of a store in a state that a checkpoint names, for reading. The store stays as it is, and they are locked.
+    """Rows ``[first, last)`` of a store in a state that a checkpoint names, for reading; all rows by default.
 
-    The rows are ``[first, last)``; all from ``first`` on if ``last`` is None.
+    The store stays as it is. The rows are locked until :meth:`close`.
 
     Raises:
         StoreError: if the rows are in use, or the store has not kept the state.
@@ -195,7 +204,7 @@ class Snapshot:
 
     @property
     def piece_rows(self) -> int:
-        """Rows of a piece, but for the last."""
+        """Number of rows of a piece; the last piece may have fewer."""
         return max(1, _PIECE_BYTES // self.layout.columns.row_bytes)
 
     def read(self, first: int, last: int) -> Tensors:

@@ -1,13 +1,12 @@
 """The journal of a store: each row as it was at a checkpoint, kept once before its first change after it.
 
-A journal has a number. Its rows undo all changes made since it was begun; the journals from some number on, undone from
-the newest to the oldest, bring back the rows at the moment when that one was begun. That moment is a *state*; a
-checkpoint names it.
+A journal has a number. Its rows undo all changes made since it was begun. To bring back the rows of the moment when a
+journal was begun, undo all journals from the newest to this one. That moment is a *state*; a checkpoint names it.
 
 A file is a list of batches, each with a checksum. A process that is killed leaves half a batch at most, at the end. No
-row is changed before the batch that has it is whole, so half a batch is of no consequence. An empty batch seals a
-journal that gets no more rows. A damaged batch and all behind it are not undone; :meth:`FileRows.go_back` then finds
-rows whose markers are too new.
+row is changed before the batch that has it is whole, so half a batch does no harm. An empty batch seals a journal that
+gets no more rows. A damaged batch and all batches after it are not undone; :meth:`FileRows.go_back` then finds rows
+whose markers are too new.
 """
 
 from __future__ import annotations
@@ -57,7 +56,7 @@ class Batch:
     rows: Tensor
     """(K,) int64 global numbers, ascending, of rows with a former content."""
     untouched: Tensor
-    """(U,) those of rows that were never touched."""
+    """(U,) int64 global numbers, ascending, of rows that were never touched."""
     columns: Columns
 
     def former(self, begin: int, end: int) -> tuple[Tensor, Tensors]:
@@ -66,8 +65,7 @@ class Batch:
 
             def part(offset: int, width: int, dtype: torch.dtype) -> Tensor:
                 file.seek(self.start + offset * len(self.rows) + begin * width * dtype.itemsize)
-                data = bytearray(file.read((end - begin) * width * dtype.itemsize))
-                return torch.frombuffer(data, dtype=dtype).view(end - begin, width) if data else torch.empty(0, width)
+                return _tensor_of(file.read((end - begin) * width * dtype.itemsize), dtype).view(end - begin, width)
 
             markers, offset, tensors = part(0, 1, torch.int64).squeeze(1), 8, {}
             for column in self.columns.each:
@@ -86,6 +84,10 @@ def _opened(path: Path) -> BinaryIO:
 def _bytes_of(tensor: Tensor) -> memoryview:
     array: Any = tensor.contiguous().view(-1).view(torch.uint8).numpy()
     return memoryview(array)
+
+
+def _tensor_of(data: bytes, dtype: torch.dtype) -> Tensor:
+    return torch.frombuffer(bytearray(data), dtype=dtype) if data else torch.empty(0, dtype=dtype)
 
 
 class Journal:
@@ -125,7 +127,7 @@ class Journal:
         self._size = position
 
     def seal(self) -> None:
-        """Note that no more rows come. Without room for the note the journal stays as it is."""
+        """Add the seal: no more rows come. If the disk is full, the journal stays without it."""
         with contextlib.suppress(OSError):
             self._size += os.pwrite(self._file, SEAL, self._size) // len(SEAL) * len(SEAL)
 
@@ -160,18 +162,14 @@ def batches(path: Path, columns: Columns) -> Iterator[Batch]:
                 found, remaining = zlib.crc32(part, found), remaining - len(part)
             if found != checksum:
                 return
-            ids = (
-                torch.frombuffer(bytearray(numbers), dtype=torch.int64)
-                if numbers
-                else torch.empty(0, dtype=torch.int64)
-            )
+            ids = _tensor_of(numbers, torch.int64)
             if not all(_ascend(each, first, last) for each in (ids[:kept], ids[kept:])):
                 return
             yield Batch(path, start + len(numbers), ids[:kept], ids[kept:], columns)
 
 
 def _range_of(path: Path) -> tuple[int, int]:
-    """Return the first row of a journal's file and the row behind the last one, as its name has them."""
+    """Return the first row of a journal's file and the row after the last one, read from its name."""
     match = _NAME.fullmatch(path.name)
     assert match is not None
     return int(match[2]), int(match[3])
@@ -193,9 +191,9 @@ def damaged(folder: Path, number: int) -> str:
 
 
 def all_whole(files: dict[int, list[Path]], columns: Columns) -> bool:
-    """Return whether no batch of journals is missing or damaged, as far as they say themselves.
+    """Return whether the files of journals are whole: no batch is damaged, and each ends with a seal.
 
-    A journal ends with a seal. The newest one may lack it, at the end of its last batch.
+    The newest journal may have no seal.
     """
     for number, paths in files.items():
         for path in paths:
@@ -208,7 +206,7 @@ def all_whole(files: dict[int, list[Path]], columns: Columns) -> bool:
 
 
 def undoing(files: dict[int, list[Path]], columns: Columns, first: int, last: int) -> Iterator[Batch]:
-    """Yield the batches of journals with rows in ``[first, last)``, in the order in which they are to be undone."""
+    """Yield the batches of journals with rows in ``[first, last)``, in the order of undoing."""
     for number in sorted(files, reverse=True):
         for path in files[number]:
             for batch in reversed(list(batches(path, columns))):
@@ -235,7 +233,7 @@ def undo(records: Records, files: dict[int, list[Path]], first: int, last: int) 
 
 
 def overlay(files: dict[int, list[Path]], columns: Columns, first: int, markers: Tensor, out: Tensors) -> None:
-    """Change rows ``first, first + 1, ...`` that have been read into what :func:`undo` would have made of them."""
+    """Undo journals in rows ``first, first + 1, ...`` that have been read: the file stays as it is."""
     last = first + len(markers)
     for batch in undoing(files, columns, first, last):
         begin, end = _between(batch.rows, first, last)

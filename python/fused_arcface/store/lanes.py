@@ -1,6 +1,6 @@
-"""Work beside the computation: on a thread for files, on a stream of its own for a GPU.
+"""Work beside the computation: on a thread for files, on a separate stream for a GPU.
 
-The tests run the same lines with the CPU in the GPU's place.
+The tests run the same lines with a CPU in place of the GPU.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 Wait = Callable[[], object]
-"""Waits for some work, or makes the device wait for it."""
+"""A function that waits for some work, or makes the device wait for it."""
 
 
 def _at_once() -> None:
@@ -28,7 +28,7 @@ class ThreadLane:
         self._pool = ThreadPoolExecutor(1, "center_storage")
 
     def start(self, work: Callable[[], None]) -> Wait:
-        """Begin work; the function that is returned waits for its end, and raises what it raised."""
+        """Begin work, and return a function that waits for its end and raises its error."""
         future: Future[None] = self._pool.submit(work)
         return future.result
 
@@ -75,7 +75,7 @@ class StreamLane:
 
 
 class _Mapped:
-    """Host memory in the form in which torch takes memory that a GPU can address."""
+    """Host memory in the form in which torch accepts memory that a GPU can address."""
 
     def __init__(self, memory: Tensor) -> None:
         self.memory = memory  # alive as long as the tensor that is made of it
@@ -90,10 +90,10 @@ class _Mapped:
 def visible(tensor: Tensor, device: torch.device) -> Tensor:
     """Return a contiguous tensor of host memory as the device sees it: a GPU reads and writes it over the bus.
 
-    Its pages are locked in memory for that, as long as the tensor exists.
+    For that its pages are locked in memory as long as the tensor exists.
 
     Raises:
-        RuntimeError: if the system does not lock them.
+        RuntimeError: if the system refuses to lock them.
     """
     if device.type != "cuda":
         return tensor

@@ -32,7 +32,7 @@ class RowLock:
 
     def __init__(self, folder: Path, first: int, last: int) -> None:
         path = folder / LOCK
-        # Before it is opened: to close the file again would release the locks that this process has of it.
+        # Checked before the file is opened: closing it again would release this process's locks on it.
         if path.exists() and _key(os.stat(path)) in _open_here:
             raise StoreError(f"{folder} is open in this process: call close() on the head's center_store first")
         try:
@@ -47,6 +47,9 @@ class RowLock:
             if error.errno in _HELD:
                 raise StoreError(f"{folder} is in use by another process") from None
             raise StoreError(f"{folder} cannot be locked: {error}") from error
+        if not path.exists() or _key(os.stat(path)) != self._key:  # removed meanwhile, by who held the lock
+            os.close(file)
+            raise StoreError(f"{folder} is in use by another process")
         self._file = file
         _open_here.add(self._key)
 

@@ -1,8 +1,8 @@
-"""The way of a step's rows: from a store into one contiguous buffer on the computing device, and back.
+"""Move the rows of a step from a store into one contiguous buffer on the computing device, and back.
 
-The classes that step t+1 draws are known while step t computes, so their rows are fetched meanwhile. When its labels
-come, the rows of their classes are read as well. A row that step t has changed is taken from the buffer of step t: the
-store may not have it yet.
+The classes that step t+1 draws are known while step t computes, so their rows are fetched at the same time. When the
+labels of step t+1 are known, the rows of their classes are read as well. A row that step t has changed is taken from
+the buffer of step t: the store may not have it yet.
 """
 
 from __future__ import annotations
@@ -46,15 +46,15 @@ class StepRows(NamedTuple):
     step: int
     """Number of the step."""
     draw: tuple[float, int]
-    """Rate and seed of the sample, which with the step's number decide the rows that are drawn."""
+    """Rate and seed of the sample. With the step's number they decide which rows are drawn."""
     rows: Tensor
     """(K,) as :class:`SampledRows` has them."""
     targets: Tensor
-    """Rows of the batch's classes, in any order; others than this shard's are negative."""
+    """Rows of the batch's classes, in any order; negative for classes of other shards."""
     update: bool
     """If true, the step changes the rows."""
     upcoming: Callable[[], Tensor]
-    """Returns the rows (J,) that the next step draws, ascending; it may be called on another thread."""
+    """Return the rows (J,) that the next step draws, ascending. It may be called on another thread."""
 
 
 @dataclass(eq=False)
@@ -62,17 +62,17 @@ class SampledRows:
     """Copies of the rows of one step, in memory of their own."""
 
     rows: Tensor
-    """(K,) int64 indices into the shard, ascending. Padding at the end has the number of its rows."""
+    """(K,) int64 indices into the shard, ascending. Padding at the end has the shard's number of rows as index."""
     ids: Tensor
     """(K,) int64 global numbers of the rows."""
     tensors: Tensors
     """K rows of each column, contiguous."""
     write_back: Callable[[], None]
-    """Gives the rows back to the store, after they have been changed. Call it once at most."""
+    """Give the changed rows back to the store. Call it once at most."""
     turn: int = 0
     """Number of the step among those that change rows; 0 for a step that changes none."""
     ready: Wait = lambda: None
-    """Waits until the tensors can be read."""
+    """Wait until the tensors can be read."""
 
 
 _Key = tuple[int, tuple[float, int], bool]
@@ -92,8 +92,8 @@ class Pipeline:
     """Takes the rows of steps from a source, and gives them back.
 
     The shard has ``num_rows`` rows, from the global row ``row_start`` on. The buffers lie on ``device``, and are pinned
-    memory if ``pinned`` is true. The lane is for the work beside the computation; without one all is done at once, and
-    nothing is fetched ahead.
+    memory if ``pinned`` is true. The lane does the work beside the computation. Without one, all work is done at once,
+    and nothing is fetched ahead.
     """
 
     def __init__(
@@ -117,7 +117,7 @@ class Pipeline:
         self.traffic = Traffic()
 
     def check(self) -> None:
-        """Wait for what was fetched ahead, and raise what has gone wrong so far, before a step begins.
+        """Wait for the rows that are fetched ahead, and raise any error so far, before a step begins.
 
         Raises:
             StoreError: if the rows of the next step cannot be read or kept, or those of an earlier one written.
@@ -127,8 +127,7 @@ class Pipeline:
                 f"the rows of an earlier step could not be written: {self._failed}. Load the last checkpoint"
             ) from self._failed
         if self._fetched is not None and self._on_thread:
-            fetched = self._fetched
-            self._fetched = None
+            fetched, self._fetched = self._fetched, None
             fetched.wait()
             self._fetched = fetched
 
@@ -136,7 +135,7 @@ class Pipeline:
         """Return copies of the rows of a step."""
         step, draw, rows, targets, update, upcoming = drawn
         self.check()
-        room = self._room(len(rows) + 1, update)  # one more, for what belongs nowhere
+        room = self._room(len(rows) + 1, update)  # one row more, for targets of other shards
         tensors = {name: tensor[: len(rows)] for name, tensor in room.items()}
         ahead = self._arrived((step, draw, update))
         if ahead is None:
@@ -148,7 +147,7 @@ class Pipeline:
                 gather(ahead[1][name], at, tensor)
             self._read_targets(rows, targets, ahead[0], room, update)
             self._take_from_last(rows, tensors)
-        if self._lane is not None and upcoming is not None:
+        if self._lane is not None:
             self._fetch((step + 1, draw, update), upcoming)
         sampled = SampledRows(rows, rows + self._row_start, tensors, lambda: None, self._turn if update else 0)
         sampled.write_back = lambda: self.give_back(sampled)
@@ -192,7 +191,7 @@ class Pipeline:
         return fetched.found[0] if fetched.key == key and len(fetched.found[0][0]) > 0 else None
 
     def _read_targets(self, rows: Tensor, targets: Tensor, fetched: Tensor, room: Tensors, keep: bool) -> None:
-        """Read the rows of the batch's classes into their places in the buffer, which has one place too many."""
+        """Read the rows of the batch's classes into their places in the buffer, which has one row more."""
         targets = torch.where(targets < 0, self._num_rows, targets).sort().values
         if targets.device.type == "cpu" and not self._is_stream:  # only those that are not there yet
             targets = targets.unique()

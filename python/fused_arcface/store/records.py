@@ -1,4 +1,4 @@
-"""The file of the rows: one record for each row of weight, in the order of their global numbers.
+"""The file of rows: one record for each row of weight, in the order of their global numbers.
 
 A record begins with a marker: the number of the journal that last kept the row, 0 for a row that was never touched. The
 file is sparse. A row that was never touched takes no space, and its center is a function of the seed and its number.
@@ -18,7 +18,7 @@ from .columns import Columns, Tensors, scatter
 
 try:
     from .. import _native
-except ImportError:  # without its compiled part the package has no stores in files; the head says so
+except ImportError:  # then there are no stores in files, and the head's error says so
     _native = None  # type: ignore[assignment]
 
 MARKER_BYTES = 8
@@ -29,7 +29,7 @@ _THREADS = 4  # a disk answers several reads at once
 class StoreError(RuntimeError):
     """Raised if a store of class centers cannot be used, or cannot be written.
 
-    The message says what was changed, which is nothing unless it says so, and how to go on.
+    Nothing was changed unless the message says so. It says how to go on.
     """
 
 
@@ -55,7 +55,7 @@ class Records:
             if size != num_rows * self.record_bytes:
                 rule = f"{num_rows} records of {self.record_bytes} bytes"
                 raise StoreError(f"{path} must have {rule}; it is {size} bytes long")
-            if hasattr(os, "posix_fadvise"):  # rows are far apart: to read ahead of each would be in vain
+            if hasattr(os, "posix_fadvise"):  # rows are far apart: reading ahead would be wasted
                 os.posix_fadvise(self._file, 0, 0, os.POSIX_FADV_RANDOM)
         except BaseException:
             os.close(self._file)
@@ -74,7 +74,7 @@ class Records:
         return markers
 
     def fill_untouched(self, rows: Tensor, markers: Tensor, out: Tensors) -> Tensor:
-        """Draw the centers of rows that were never touched; return their places (U,). Their momentum is zero."""
+        """Draw the centers of rows that were never touched, and return their places (U,). Their momentum is zero."""
         untouched = (markers == 0).nonzero().squeeze(1)
         weight = out["weight"]
         if len(untouched) == len(rows):

@@ -11,7 +11,7 @@ from torch import nn
 
 from fused_arcface.base.files import write_bytes
 from fused_arcface.base.reading import DataError
-from fused_arcface.checkpoint.directory import keep_alone
+from fused_arcface.checkpoint.roots import keep_alone
 
 from ..thresholds import KeptThresholds, read_thresholds
 from .runs import RunFolder

@@ -81,6 +81,11 @@ class TrainingLoop:
         if self._learner.head.center_store is not None:
             self._learner.head.center_store.close()
 
+    def discard(self) -> None:
+        """Remove the store that was made for the class centers, if one was."""
+        if self._learner.head.center_store is not None:
+            self._learner.head.center_store.discard()
+
     def _fail(self, failure: Exception) -> None:
         """Note this rank's first failure; all ranks raise it at the end of the step."""
         self._failure = self._failure or failure

@@ -33,7 +33,7 @@ from fused_arcface import checkpoint
 from fused_arcface.base.files import write_bytes, write_text
 from fused_arcface.base.reading import DataError, check_regular, file_errors, read_bytes, read_names
 from fused_arcface.base.text import encode_names
-from fused_arcface.checkpoint.directory import remove_unfinished
+from fused_arcface.checkpoint.roots import remove_unfinished
 
 from ..data.images import ImageSpec
 from ..nets.backbones import build_backbone

@@ -8,8 +8,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
-from fused_arcface.store import is_store, remove_store
-
 from ..data.sources import ImageSource
 from .agreement import agreed_fingerprint
 from .config import TrainConfig
@@ -72,17 +70,16 @@ def train(
         undo = held.enter_context(contextlib.ExitStack())  # nothing is left of a run that cannot begin
         if world.rank == 0 and not folder.config.exists():
             undo.callback(remove_run, folder)
-        storage = Path(config.center_storage)
-        makes_store = config.center_storage not in ("device", "host") and not is_store(storage)
         with world.together():
             if world.rank == 0:
                 write_run(folder, config, source.names, data)
         loop = TrainingLoop(config, folder, lock, world, source, interrupt, listener, trust)
-        if world.rank == 0 and makes_store:
-            undo.callback(remove_store, storage)
         held.callback(loop.close)
         try:
-            first = loop.begin()
+            with contextlib.ExitStack() as undo_store:
+                undo_store.callback(loop.discard)
+                first = loop.begin()
+                undo_store.pop_all()
             undo.pop_all()
             return loop.run(first)
         finally:
