@@ -98,8 +98,8 @@ def _wait(work: Any, group: Any, number: int, place: str) -> None:
             absent = [each for each in range(dist.get_world_size(group)) if each not in found or not found[each]]
             warnings.warn(
                 f"rank {rank} has waited for {_LONG.total_seconds():g} s in {place} for ranks {absent}, which are in "
-                "no call of a head. If they are slow, nothing is wrong. If they have run out of batches, they must call "
-                "the head with 0 rows until all ranks have",
+                "no call of a head. If they are slow, nothing is wrong. If they have run out of batches, they must "
+                "call the head with 0 rows until all ranks have",
                 RuntimeWarning,
                 stacklevel=2,
             )
