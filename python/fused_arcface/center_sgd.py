@@ -51,6 +51,9 @@ class CenterSGD:
     loss or its gradient is not finite, no rank changes anything, and a margin with a state gets back its state from
     before the step.
 
+    Each backward pass in training mode is a step, ``torch.autograd.grad`` included. For a gradient that is no step,
+    such as that of an adversarial image, call ``head.eval()`` first.
+
     Args:
         lr: learning rate, >= 0; ``head.center_optimizer.param_groups[0]["lr"]`` from then on.
         momentum: in [0, 1).
@@ -121,6 +124,9 @@ class CenterOptimizer(torch.optim.Optimizer):
     ``param_groups`` (lr, momentum, weight_decay) are read at each backward pass. ``state`` has ``momentum_buffer`` and,
     for int8, its ``momentum_scale``. ``step()`` only checks that no gradients are accumulated.
     """
+
+    _step_supports_amp_scaling = True
+    """Tell ``GradScaler.step()`` that this optimizer has no gradients to look through for infinite ones."""
 
     def __init__(self, recipe: CenterSGD, weight: nn.Parameter, seed: int, class_start: int) -> None:
         _check_weight(weight)
@@ -196,7 +202,10 @@ class CenterOptimizer(torch.optim.Optimizer):
         return result
 
     def hold(self) -> None:
-        """Keep the updates of the following backward passes until :meth:`release`, at the cost of their embeddings."""
+        """Keep the updates of the following backward passes until :meth:`release`, at the cost of their embeddings.
+
+        The centers are then those of before in every forward pass until the release.
+        """
         self._held = []
 
     def release(self, apply: bool) -> None:

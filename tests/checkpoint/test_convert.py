@@ -185,6 +185,16 @@ def test_a_name_that_is_no_utf8(tmp_path):
     assert torch.equal(rows_of(tmp_path / "caf\udce9.pt"), weight)
 
 
+def test_a_file_whose_name_is_no_utf8(tmp_path, capsys):
+    source, target = tmp_path / "a.safetensors", tmp_path / "caf\udce9.safetensors"
+    weight = torch.arange(12.0).reshape(3, 4)
+    with safetensors.writing(source, {"weight": (weight.dtype, weight.shape)}) as writer:
+        writer.write("weight", [weight])
+    assert cli.run(["convert", str(source), str(target)]) == 0
+    assert "weight (3, 4) float32" in capsys.readouterr().out
+    assert torch.equal(safetensors.read(target)[0]["weight"], weight)
+
+
 def test_objects_other_than_tensors_are_not_loaded(tmp_path):
     torch.save(torch.nn.Linear(2, 3), tmp_path / "whole.pt")
     with pytest.raises(convert.ConvertError, match=r"holds other objects than tensors.*save the state_dict\(\)"):

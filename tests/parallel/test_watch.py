@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+import warnings
 from collections.abc import Callable
 from datetime import timedelta
 
@@ -79,6 +80,27 @@ def slow_rank() -> list[str]:
 
 def test_a_slow_rank_is_waited_for():
     assert distributed_helpers.run_ranks(2, slow_rank) == [["no error", "no error", True]] * 2
+
+
+def warned_rank() -> list[str]:
+    """Rank 1 comes to a forward pass after rank 0 has waited for longer than ranks usually do."""
+    watch._PATIENCE, watch._PAUSE, watch._LONG = (timedelta(seconds=each) for each in (0.1, 0.05, 0.2))
+    head = fa.PartialFC(4, 11)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        time.sleep(0.8 * dist.get_rank())
+        forward(head).backward()
+    return [str(each.message) for each in caught if each.category is RuntimeWarning]
+
+
+def test_a_rank_without_a_call_is_named_once():
+    (message,), others = distributed_helpers.run_ranks(2, warned_rank)
+    assert message == (
+        "rank 0 has waited for 0.2 s in forward() of head 1 for ranks [1], which are in no call of a head. If they are "
+        "slow, nothing is wrong. If they have run out of batches, they must call the head with 0 rows until all ranks "
+        "have"
+    )
+    assert others == []
 
 
 def numbers() -> list[int]:

@@ -32,11 +32,22 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str
         DataError: if the file is of another kind or truncated, or its tensors overlap or leave gaps.
     """
     check_regular(path)
-    with file_errors(path), _foreign(path), safe_open(path, framework="pt") as file:
+    with file_errors(path), _foreign(path), _utf8_name(path) as name, safe_open(name, framework="pt") as file:
         names = file.keys()
         if len(names) > _MOST_TENSORS:
             raise DataError(f"{path} must have <= {_MOST_TENSORS} tensors; it has {len(names)}")
         return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
+
+
+@contextlib.contextmanager
+def _utf8_name(path: str | os.PathLike[str]) -> Iterator[str]:
+    """Yield a name of the file in UTF-8: the library takes no other, while names on a disk are any bytes."""
+    name = os.fspath(path)
+    if not any("\ud800" <= letter <= "\udfff" for letter in name):  # Python's letters for other bytes
+        yield name
+    else:
+        with open(path, "rb") as file:
+            yield f"/dev/fd/{file.fileno()}"
 
 
 @contextlib.contextmanager

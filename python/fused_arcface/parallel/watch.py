@@ -2,12 +2,17 @@
 
 Ranks that make different calls wait for each other forever, for example if one of them leaves out a backward pass.
 After some seconds of waiting each rank writes into the group's store where it waits, and reads where the others do. If
-two wait in different calls, every rank that waits raises an error. A collective that ends in time costs nothing more.
+two wait in different calls, every rank that waits raises an error. If another rank is in no call for a minute, those
+that wait for it warn once: it may be slow, or have run out of batches. A collective that ends in time costs nothing
+more.
 :mod:`fused_arcface.parallel.ranks` makes the collectives.
 """
 
 from __future__ import annotations
 
+import math
+import time
+import warnings
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
@@ -18,6 +23,7 @@ import torch.distributed as dist
 
 _PATIENCE = timedelta(seconds=3)
 _PAUSE = timedelta(seconds=0.5)
+_LONG = timedelta(seconds=60)
 
 
 class GroupState:
@@ -68,6 +74,7 @@ def _wait(work: Any, group: Any, number: int, place: str) -> None:
     store, rank = dist.distributed_c10d._get_process_group_store(group), dist.get_rank(group)
     own = f"{number} {place}"
     store.set(_key(rank), own)
+    warning_at = time.monotonic() + _LONG.total_seconds()
     while not _is_done(work, _PAUSE):
         found = {rank: own}
         for other in range(dist.get_world_size(group)):
@@ -81,6 +88,16 @@ def _wait(work: Any, group: Any, number: int, place: str) -> None:
                 f"the ranks wait for each other in different calls; got {listed}. Every rank must make the same calls "
                 "of the same heads in the same order, and a backward pass after a forward pass if another rank makes "
                 "one. Their collectives no longer fit each other: end the processes"
+            )
+        if time.monotonic() > warning_at:
+            warning_at = math.inf
+            absent = [each for each in range(dist.get_world_size(group)) if each not in found or not found[each]]
+            warnings.warn(
+                f"rank {rank} has waited for {_LONG.total_seconds():g} s in {place} for ranks {absent}, which are in "
+                "no call of a head. If they are slow, nothing is wrong. If they have run out of batches, they must "
+                "call the head with 0 rows until all ranks have",
+                RuntimeWarning,
+                stacklevel=2,
             )
     store.set(_key(rank), "")
 

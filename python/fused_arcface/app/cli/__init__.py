@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib
 import io
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -37,6 +38,7 @@ COMMANDS = (
 ``Command`` of that module, if there is one, parses its arguments."""
 
 _INTERRUPTED = 130
+_LEAST_WIDTH = 20  # columns
 
 
 def load_command(name: str) -> TyperCommand:
@@ -119,6 +121,10 @@ def run(arguments: Sequence[str] | None = None) -> int:
         # A character that the terminal's encoding does not have is shown as an escape.
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+    # Some systems set 0 where there is no terminal; rich would print nothing.
+    width = os.environ.get("COLUMNS", "")
+    if width.isdigit() and int(width) < _LEAST_WIDTH:
+        del os.environ["COLUMNS"]
     given = sys.argv[1:] if arguments is None else list(arguments)
     try:
         status = app(args=given or ["--help"], prog_name="fused-arcface", standalone_mode=False)

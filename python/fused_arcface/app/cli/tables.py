@@ -23,7 +23,8 @@ def plain_table(title: str, *columns: str) -> Table:
 
 def numbers(*headings: str, no_wrap: bool = False) -> list[Column]:
     """Return columns for numbers."""
-    return [Column(heading, justify="right", no_wrap=no_wrap) for heading in headings]
+    # Rich would leave out digits that a narrow terminal has no room for; folded, they go to the next line.
+    return [Column(heading, justify="right", no_wrap=no_wrap, overflow="fold") for heading in headings]
 
 
 def add_rates(table: Table, eer: float, tar: Mapping[float, float], others: int) -> None:

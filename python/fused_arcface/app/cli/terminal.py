@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 from collections.abc import Iterable
 from typing import Any
 
@@ -15,6 +17,32 @@ _MOST = 20
 
 
 class _Terminal(Console):
+    def __init__(self, optional: bool = False, **options: Any) -> None:
+        super().__init__(**options)
+        self._is_optional = optional
+
+    def on_broken_pipe(self) -> None:
+        """Print nothing from now on, as after ``| head``. The command goes on: it may write files as well."""
+        self._silence()
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        """Print as rich does. An optional console is silent after an error, such as that of a full disk."""
+        try:
+            super().print(*objects, **options)
+        except OSError as error:
+            if not self._is_optional:
+                raise
+            self._silence()
+            if not self.stderr:
+                reason = f"The output cannot be written any more: {error.strerror}. The command goes on."
+                terminal(stderr=True, soft_wrap=True, optional=True).print(reason, style="yellow", markup=False)
+
+    def _silence(self) -> None:
+        self.quiet = True
+        # What the stream still holds would fail again at the end of the process.
+        with contextlib.suppress(OSError, ValueError), open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), self.file.fileno())
+
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
         """Render as rich does. Rich's own control codes are kept."""
         for segment in super().render(renderable, options):
@@ -22,7 +50,11 @@ class _Terminal(Console):
 
 
 def terminal(**options: Any) -> Console:
-    """Make a console that prints control characters in a text as escapes; ``options`` are rich's."""
+    """Make a console that prints control characters in a text as escapes.
+
+    Args:
+        options: those of rich, and ``optional=True`` for output without which the command goes on.
+    """
     return _Terminal(**options)
 
 

@@ -116,7 +116,7 @@ def train(
     -m fused_arcface train ... On Ctrl-C or SIGTERM the run saves a checkpoint and
     prints the command to resume.
     """
-    console, error = terminal(soft_wrap=True), terminal(stderr=True, soft_wrap=True)
+    console, error = (terminal(stderr=each, soft_wrap=True, optional=True) for each in (False, True))
     page = ReportFile(None if dry_run else report, no_report or dry_run, RunFolder(output).report)
 
     def make_report() -> Report:

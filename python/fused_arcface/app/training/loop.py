@@ -116,7 +116,8 @@ class TrainingLoop:
             step += 1
             # Read before the ranks exchange the step's figures: a rank that cannot go on tells the others with them.
             batch = self._next_batch(batches) if step < self._steps else None
-            self._conclude(step, result, time.perf_counter() - start)
+            # A coarse clock may stand still, or go back.
+            self._conclude(step, result, max(time.perf_counter() - start, 1e-9))
             if step % self._plan.steps_per_epoch == 0:
                 self._verify(step)
                 self._save(step)
