@@ -48,15 +48,16 @@ test-triton: .venv/triton-$(TRITON)/.installed  ## Run the tests of the Triton b
 	$(call triton_tests,$(<D),.venv/bin/python)
 
 # What needs no GPU: Triton's compiler, its launcher over a driver that runs nothing, and its interpreter. $(1) is a folder
-# with a Triton, which hides the installed one, and $(2) the Python.
+# with a Triton, which stands before the installed one, and $(2) the Python.
 define triton_tests
 @echo "==> Triton $$(PYTHONPATH=$(CURDIR)/$(1) $(2) -c 'import triton; print(triton.__version__)') of $(1)"
 PYTHONPATH=$(CURDIR)/$(1) $(2) tests/run.py -m "not full" $(ARGS) $(wildcard tests/backends/test_triton*.py)
 endef
 
+# The interpreter of Triton before 3.7 needs a NumPy before 2.4.
 .venv/triton-%/.installed: | .venv/.installed
 	@echo "==> Installing Triton $* into $(@D)"
-	@$(run) pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(@D) triton==$*
+	@$(run) pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(@D) triton==$* "numpy<2.4"
 	@touch $@
 
 # A build of its own, which the tests of the compiled module take in place of the installed one. Python is not linked with
