@@ -171,7 +171,7 @@ def partial_fc_step(sample_rate: float) -> dict[str, float]:
 def main() -> None:
     """Print the report."""
     triton.runtime.driver.set_active(Driver())
-    backends.load("triton").unavailable = lambda: None  # type: ignore[attr-defined]
+    backends.load("triton").unavailable = lambda *_: None  # type: ignore[attr-defined]
     row = dataclasses.replace(backends.registry._ROWS["triton"], device_type="cpu")
     backends.registry._ROWS["triton"] = row
     partial_fc._is_waited_for = lambda _: True
