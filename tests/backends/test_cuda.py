@@ -268,7 +268,10 @@ NEWER_RUNTIME = "the driver is for CUDA 12.4, and this build of the kernels for 
     [
         ((12040, 13000, ""), None),  # a driver may know later versions of the same major one
         ((12040, 13000, "driver too old"), f"{NEWER_RUNTIME}: update the driver, or with nvcc 12.4 on the PATH run "),
-        ((13000, 12080, "no image"), "the kernels cannot start on Old GPU: no image. This build may have none for this "),
+        (
+            (13000, 12080, "no image"),
+            "the kernels cannot start on Old GPU: no image. This build may have none for this ",
+        ),
         ((13000, 13000, "PTX JIT compilation was disabled"), "the kernels cannot start on Old GPU: PTX JIT compilat"),
     ],
 )

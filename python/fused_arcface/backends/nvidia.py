@@ -9,7 +9,7 @@ _LEAST_CAPABILITY = (8, 0)
 
 
 def unavailable(device: torch.device | None = None) -> str | None:
-    """Return why no such backend can run on a device and what would help, or None if they can. None: the current one."""
+    """Return why no such backend can run on a GPU, by default the current one, and what would help; or None."""
     if torch.version.hip is not None:
         return "the kernels are for NVIDIA GPUs; this torch is built for AMD's"
     needed = ".".join(map(str, _LEAST_CAPABILITY))

@@ -1,7 +1,8 @@
 """The backends: a row for each that says what it is and can do, and the choice between them.
 
 A backend is a module with the functions of :mod:`fused_arcface.backends.torch` (same names, arguments and results) and
-``unavailable(device)``, which returns the reason why it cannot run there, or None. Nothing else in the package imports one.
+``unavailable(device)``, which returns the reason why it cannot run there, or None. Nothing else in the package imports
+one.
 """
 
 from __future__ import annotations
