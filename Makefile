@@ -5,7 +5,7 @@
 #   make TORCH="torch==2.9.1" test   another torch, for a new .venv
 #   make LIMIT=1800 test             more seconds than make test may take, on a slow or busy machine
 .DEFAULT_GOAL := help
-.PHONY: docs help demo test test-fast test-all test-sanitized test-oldest test-newest lint format bench bench-check bench-record clean distclean
+.PHONY: docs help demo test test-fast test-all test-triton test-sanitized test-oldest test-newest lint format bench bench-check bench-record clean distclean
 
 PYTHON ?= python3
 ARGS ?=
@@ -34,8 +34,31 @@ test-fast: .venv/.installed  ## Run the quick tests, for the daily loop
 	$(run) pytest -q -n 2 --dist worksteal --durations=5 $(ARGS) tests \
 	  -m "not (full or slow or distributed or emulation or interpreter or serial)"
 
-test-all: .venv/.installed  ## Run all the tests
+# Without an index, or where Triton has no build, the suite has run all the same.
+test-all: .venv/.installed  ## Run all the tests, and those of the Triton backend with another Triton
 	.venv/bin/python tests/run.py $(ARGS)
+	@$(MAKE) --no-print-directory .venv/triton-$(TRITON)/.installed || \
+	  { echo "==> SKIPPED: the tests with Triton $(TRITON). pip could not install it; the lines above say why."; exit 0; }; \
+	  $(MAKE) --no-print-directory test-triton
+
+# One between the oldest and the newest. `make test-oldest` and `make test-newest` run those.
+TRITON ?= 3.6.0
+
+test-triton: .venv/triton-$(TRITON)/.installed  ## Run the tests of the Triton backend with another Triton: TRITON=3.6.0
+	$(call triton_tests,$(<D),.venv/bin/python)
+
+# What needs no GPU: Triton's compiler, its launcher over a driver that runs nothing, and its interpreter. $(1) is a folder
+# with a Triton, which stands before the installed one, and $(2) the Python.
+define triton_tests
+@echo "==> Triton $$(PYTHONPATH=$(CURDIR)/$(1) $(2) -c 'import triton; print(triton.__version__)') of $(1)"
+PYTHONPATH=$(CURDIR)/$(1) $(2) tests/run.py -m "not full" $(ARGS) $(wildcard tests/backends/test_triton*.py)
+endef
+
+# The interpreter of Triton before 3.7 needs a NumPy before 2.4.
+.venv/triton-%/.installed: | .venv/.installed
+	@echo "==> Installing Triton $* into $(@D)"
+	@$(run) pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(@D) triton==$* "numpy<2.4"
+	@touch $@
 
 # A build of its own, which the tests of the compiled module take in place of the installed one. Python is not linked with
 # the C++ library, whose exceptions ASan watches, so both are loaded first. torch keeps memory until the end, so leaks are
@@ -60,11 +83,10 @@ test-oldest: .venv-oldest/.installed  ## Run the tests with the oldest supported
 	.venv-oldest/bin/python tests/run.py -m "not full" $(ARGS)
 
 # A CUDA build of torch takes the Triton that belongs to it, a CPU build lets pip take the newest one: that one too runs the
-# interpreter's tests.
+# tests of the Triton backend.
 test-newest: .venv-newest/.installed  ## Run the tests with the newest torch, Triton and numpy (6 GB of disk)
 	.venv-newest/bin/python tests/run.py -m "not full" $(ARGS)
-	TRITON_INTERPRET=1 PYTHONPATH=.venv-newest/triton .venv-newest/bin/python -m pytest -q -n 2 \
-	  -m "interpreter and not full" $(ARGS) tests/backends
+	$(call triton_tests,.venv-newest/triton,.venv-newest/bin/python)
 
 .venv-oldest/.installed: versions = $(OLDEST)
 .venv-newest/.installed: versions = $(NEWEST)

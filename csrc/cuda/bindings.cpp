@@ -108,6 +108,10 @@ void bind(py::module_ m) {
 #else
   m.attr("HOPPER") = false;
 #endif
+  m.def("readiness", [](int device) {
+    const Readiness found = readiness(device);
+    return std::make_tuple(found.driver, found.runtime, found.error);
+  });
   m.def("class_stats", &class_stats);
   m.def("weight_grad", &weight_grad);
   m.def("update_centers", &update_centers);

@@ -1,6 +1,8 @@
 // What the bindings call: the stages on a GPU, launched on the caller's stream. Nothing here allocates or waits.
 #pragma once
 
+#include <string>
+
 #include "arguments.h"
 #include "margin.h"
 
@@ -15,6 +17,13 @@ struct Stream {
   int device;
   void* handle;
 };
+
+// Whether kernels can start on a device. Versions are those of CUDA, 1000 * major + 10 * minor.
+struct Readiness {
+  int driver, runtime;  // what the driver knows, and what this build was made with
+  std::string error;    // why they cannot, or empty
+};
+Readiness readiness(int device);
 
 // How the negatives enter the sums, where it is not by the cosines of weight's rows as they are. Class c has the rows
 // [c * sub_centers, (c + 1) * sub_centers), and its cosine is the greatest of theirs: that row alone enters the sums

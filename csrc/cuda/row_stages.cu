@@ -4,6 +4,28 @@
 
 namespace fa::cuda {
 
+Readiness readiness(int device) {
+  Readiness found{0, 0, ""};
+#if defined(__CUDACC__)
+  const auto note = [&](cudaError_t status) {
+    if (status != cudaSuccess && found.error.empty()) found.error = cudaGetErrorString(status);
+  };
+  note(cudaDriverGetVersion(&found.driver));
+  note(cudaRuntimeGetVersion(&found.runtime));
+  try {
+    const OnDevice on_device({device, nullptr});
+    cudaFuncAttributes attributes;  // to ask for them loads the kernel, which a driver may have to compile first
+    note(cudaFuncGetAttributes(&attributes, target_cosine_kernel));
+  } catch (const std::runtime_error& error) {
+    found.error = error.what();
+  }
+  cudaGetLastError();  // the next launch does not report it
+#else
+  (void)device;
+#endif
+  return found;
+}
+
 void target_cosine(const Matrix& embeddings, const Matrix& weight, const int64_t* target, float* cosine,
                    const Stream& stream) {
   const OnDevice device(stream);

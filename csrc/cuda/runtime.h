@@ -19,8 +19,8 @@ namespace fa::cuda {
 constexpr int kWarp = 32;
 
 #if defined(__CUDACC__)
-inline void check(cudaError_t status, const char* what) {
-  if (status != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(status));
+inline void check(cudaError_t status, const char* what, const char* more = "") {
+  if (status != cudaSuccess) throw std::runtime_error(std::string(what) + more + ": " + cudaGetErrorString(status));
 }
 #endif
 
@@ -61,7 +61,8 @@ void launch(const char* name, void (*kernel)(Parameters...), const Grid& grid, i
   if (shared_bytes > 48 << 10)  // more than every kernel may have unasked
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes), name);
   kernel<<<blocks, threads, shared_bytes, static_cast<cudaStream_t>(stream.handle)>>>(arguments...);
-  check(cudaGetLastError(), name);
+  // An error of an earlier kernel comes up here as well, as launches are not waited for.
+  check(cudaGetLastError(), name, " (or an earlier kernel)");
 #else
   (void)stream;
   emulation::run(blocks, threads, shared_bytes, [&] { kernel(arguments...); }, grid.cluster);

@@ -25,7 +25,7 @@ def h100(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """An H100 by what the choice asks of it: all backends can run, and Hopper's kernels are built."""
     found = SimpleNamespace(capability=(9, 0), missing={})
     monkeypatch.delenv("FUSED_ARCFACE_HOPPER", raising=False)
-    monkeypatch.setattr(backends.registry, "_unavailable", lambda name: found.missing.get(name))
+    monkeypatch.setattr(backends.registry, "_unavailable", lambda name, _=None: found.missing.get(name))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: found.capability)
     monkeypatch.setattr(cuda, "_kernels", SimpleNamespace(HOPPER=True))
     return found

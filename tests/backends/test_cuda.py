@@ -4,12 +4,15 @@ is one. Emulated, everything runs as users call it but for the device: backends/
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import math
 import os
 import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -142,7 +145,7 @@ def test_no_rows(device: str) -> None:
 
 
 def test_fp64_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backends.registry, "_unavailable", lambda name: None)
+    monkeypatch.setattr(backends.registry, "_unavailable", lambda *_: None)
     with pytest.raises(TypeError) as raised:
         backends.select("cuda", torch.device("cuda", 0), torch.float64)
     assert str(raised.value) == (
@@ -257,10 +260,55 @@ def test_a_build_without_kernels_says_how_to_get_them(monkeypatch: pytest.Monkey
     assert reason is not None and "nvcc" in reason and "FUSED_ARCFACE_CUDA=ON" in reason
 
 
+NEWER_RUNTIME = "the driver is for CUDA 12.4, and this build of the kernels for CUDA 13.0 (driver too old)"
+
+
+@pytest.mark.parametrize(
+    ("found", "reason"),
+    [
+        ((12040, 13000, ""), None),  # a driver may know later versions of the same major one
+        ((12040, 13000, "driver too old"), f"{NEWER_RUNTIME}: update the driver, or with nvcc 12.4 on the PATH run "),
+        (
+            (13000, 12080, "no image"),
+            "the kernels cannot start on Old GPU: no image. This build may have none for this ",
+        ),
+        ((13000, 13000, "PTX JIT compilation was disabled"), "the kernels cannot start on Old GPU: PTX JIT compilat"),
+    ],
+)
+def test_kernels_that_cannot_start_are_a_reason(
+    found: tuple[int, int, str], reason: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An old driver, no machine code for the GPU, a driver that refuses to compile: "auto" takes the next backend."""
+    asked = []
+    kernels = SimpleNamespace(readiness=lambda index: asked.append(index) or found)
+    monkeypatch.setattr(cuda.nvidia, "unavailable", lambda *_: None)
+    monkeypatch.setattr(cuda, "_kernels", kernels)
+    monkeypatch.setattr(cuda, "_cannot_start", functools.cache(cuda._cannot_start.__wrapped__))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "Old GPU")
+    for device in (torch.device("cuda", 3), torch.device("cuda"), None):
+        said = cuda.unavailable(device)
+        assert said == reason or (reason is not None and said.startswith(reason))
+        assert reason is None or said.endswith("FUSED_ARCFACE_CUDA=ON pip install . in a checkout of the sources")
+    assert asked == [3, 1]  # a kernel is loaded once for each GPU
+    monkeypatch.setattr(backends.registry, "_BY_PRIORITY", (backends.registry._ROWS["cuda"],))
+    with contextlib.nullcontext() if reason is None else pytest.warns(UserWarning, match="cannot start|driver is for"):
+        assert backends.select("auto", torch.device("cuda", 3)) == ("cuda" if reason is None else "torch")
+
+
+@pytest.mark.skipif(not hasattr(_native, "cuda"), reason="this build has no CUDA kernels: no nvcc where it was built")
+def test_readiness_without_a_driver() -> None:
+    """The runtime of the build itself says that no kernel can start."""
+    if torch.cuda.is_available():
+        pytest.skip("kernels can start here")
+    driver, runtime, error = _native.cuda.readiness(0)
+    assert driver == 0 and runtime >= 11000 and "driver" in error
+
+
 def test_auto_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """The order of the table, and the next one where the first cannot run or has no kernels for the dtype."""
     missing = {"triton": None, "cuda": None}
-    monkeypatch.setattr(backends.registry, "_unavailable", lambda name: missing.get(name))
+    monkeypatch.setattr(backends.registry, "_unavailable", lambda name, _=None: missing.get(name))
     gpu = torch.device("cuda", 0)
     assert backends.select("auto", gpu) == "triton"
     assert backends.select("auto", gpu, torch.float64) == "triton"

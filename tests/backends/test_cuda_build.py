@@ -80,3 +80,15 @@ def test_without_a_compiler(mode: str, said: str, tmp_path: Path) -> None:
         pytest.skip("nvcc lies where cmake looks in any case")
     found, code = _code(tmp_path, mode, None)
     assert found.endswith(said) and not code
+
+
+@pytest.mark.full
+def test_a_compiler_that_compiles_nothing_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As one that refuses the host's compiler: an install without CUDA would pass, so this one does."""
+    nvcc = tmp_path / "bin" / "nvcc"
+    nvcc.parent.mkdir()
+    nvcc.write_text("#!/bin/sh\nexit 1\n")
+    nvcc.chmod(0o755)
+    monkeypatch.setenv("PATH", os.pathsep.join([str(nvcc.parent), os.environ["PATH"]]))
+    said, code = _code(tmp_path, "AUTO", "13.0.0")
+    assert said.endswith("CUDA off (no compiler found)") and not code

@@ -39,7 +39,7 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
     """Where the backend runs under its public name. Hopper's kernels have plain negatives alone, and are off."""
     monkeypatch.setenv("FUSED_ARCFACE_HOPPER", "0")
     if request.param == "cpu":
-        monkeypatch.setattr(cuda, "unavailable", lambda: None)
+        monkeypatch.setattr(cuda, "unavailable", lambda *_: None)
         row = dataclasses.replace(backends.registry._ROWS["cuda"], device_type="cpu")
         monkeypatch.setitem(backends.registry._ROWS, "cuda", row)
     with in_place(request.param, monkeypatch) as device:

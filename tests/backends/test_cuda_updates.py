@@ -141,7 +141,7 @@ def test_sampled_step_waits_for_nothing(
     momentum_dtype: torch.dtype, scale: float, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """PartialFC with its sample padded, as on a GPU: the reference's steps, and no value is read on the way."""
-    monkeypatch.setattr(cuda, "unavailable", lambda: None)
+    monkeypatch.setattr(cuda, "unavailable", lambda *_: None)
     row = dataclasses.replace(backends.registry._ROWS["cuda"], device_type=device)
     monkeypatch.setitem(backends.registry._ROWS, "cuda", row)
     monkeypatch.setattr(partial_fc, "_is_waited_for", lambda _: True)

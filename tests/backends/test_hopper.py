@@ -367,9 +367,9 @@ def test_doctor_gives_the_reason(
     """On a machine with a GPU: the other checks of ``doctor`` are left out."""
     monkeypatch.setenv("COLUMNS", "400")
     monkeypatch.delenv("FUSED_ARCFACE_HOPPER", raising=False)
-    monkeypatch.setattr(fa.backends.registry, "_unavailable", lambda name: None)
+    monkeypatch.setattr(fa.backends.registry, "_unavailable", lambda *_: None)
     monkeypatch.setattr(doctor, "_trial", lambda name: None)
-    monkeypatch.setattr(cuda, "unavailable", lambda: None)
+    monkeypatch.setattr(cuda, "unavailable", lambda *_: None)
     monkeypatch.setattr(cuda, "_kernels", SimpleNamespace(HOPPER=True))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
     assert cli.run(["doctor"]) == 0

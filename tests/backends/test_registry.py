@@ -95,7 +95,7 @@ def test_a_row_of_the_registry(row: backends.registry.Backend, monkeypatch: pyte
     """What a row says is what the backend's functions take, and what ``select`` goes by."""
     module = backends.load(row.name)
     assert row.features <= backends.FEATURES.keys()
-    monkeypatch.setattr(backends.registry, "_unavailable", lambda name: None)
+    monkeypatch.setattr(backends.registry, "_unavailable", lambda *_: None)
     device = torch.device(row.device_type or "cpu")
     for feature in backends.FEATURES:
         if feature in row.features:
@@ -135,7 +135,7 @@ def test_falling_back_names_each_feature(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_triton_is_not_taken_for_margins_that_turn_the_negatives(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backends.registry, "_unavailable", lambda name: None)
+    monkeypatch.setattr(backends.registry, "_unavailable", lambda *_: None)
     needs = HeadOptions(fa.InterTopK()).needs()
     assert backends.select("auto", torch.device("cuda"), needs=needs) == "cuda"
     expected = r"^backend 'triton' does not have the turned negatives of InterTopK: 'torch' and 'cpu' and 'cuda' do$"

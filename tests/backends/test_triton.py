@@ -67,8 +67,9 @@ def test_a_missing_c_compiler_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> No
     class Driver:
         utils = property(lambda self: no_compiler())
 
-    monkeypatch.setattr("fused_arcface.backends.nvidia.unavailable", lambda: None)
+    monkeypatch.setattr("fused_arcface.backends.nvidia.unavailable", lambda *_: None)
     monkeypatch.setattr("triton.runtime.driver", SimpleNamespace(active=Driver()))
+    monkeypatch.setattr(backend, "_driver_reason", backend._driver_reason.__wrapped__)  # without what it has kept
     reason = backend.unavailable()
     assert reason is not None
     assert reason.startswith("Triton cannot start here: RuntimeError: Failed to find C compiler.")

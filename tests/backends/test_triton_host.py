@@ -87,6 +87,14 @@ def test_launches_of_a_training_step(report: dict[str, Any]) -> None:
     assert report["sampled"]["torch"] + report["sampled"]["triton"] <= 130
 
 
+@pytest.mark.parametrize("algorithm", ["flash", "chunks"])
+def test_a_new_batch_size_compiles_nothing(algorithm: str, report: dict[str, Any]) -> None:
+    """All ranks would wait seconds for it. Odd sizes, one tile of rows, and fewer rows than a tile."""
+    first, *others = report["compilations"][algorithm].items()
+    assert first[0] == "1024" and first[1] > 0
+    assert len(others) == 8 and set(dict(others).values()) == {0}, others
+
+
 PRODUCT = 8.0
 """Microseconds of the host for a product of the library, which is counted and not called here."""
 BARE = 4.0

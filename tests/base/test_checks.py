@@ -93,7 +93,7 @@ def test_bad_input(function: object, name: str, monkeypatch: pytest.MonkeyPatch)
     changes, error, message = BAD[name]
     monkeypatch.setattr(ops.backends, "load", lambda name: pytest.fail("the classes were reached"))
     # Nothing is asked for that is not known yet: an availability that is would load the backend.
-    monkeypatch.setattr(ops.backends.registry, "_unavailable", lambda name: None)
+    monkeypatch.setattr(ops.backends.registry, "_unavailable", lambda *_: None)
     arguments = {"embeddings": X.clone().requires_grad_(), "weight": W.clone(), "target": Y.clone(), **changes}
     before = {key: value.clone() if isinstance(value, torch.Tensor) else value for key, value in arguments.items()}
     with pytest.raises(error) as raised:

@@ -144,7 +144,7 @@ def force(setting: Setting, patch: pytest.MonkeyPatch) -> None:
 @contextlib.contextmanager
 def on_the_cpu(patch: pytest.MonkeyPatch) -> Iterator[None]:
     """The public names take ``backend="triton"`` for tensors on the CPU, and torch.empty gives NaN."""
-    patch.setattr(backends.load("triton"), "unavailable", lambda: None)
+    patch.setattr(backends.load("triton"), "unavailable", lambda *_: None)
     row = dataclasses.replace(backends.registry._ROWS["triton"], device_type="cpu")
     patch.setitem(backends.registry._ROWS, "triton", row)
     torch.use_deterministic_algorithms(True)

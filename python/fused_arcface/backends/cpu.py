@@ -13,7 +13,7 @@ from ..engine.terms import MOMENTS, PLAIN, CenterStep, Negatives, RowGradients
 from . import native
 
 
-def unavailable() -> str | None:
+def unavailable(device: torch.device | None = None) -> str | None:
     """Return why this backend cannot run here, or None."""
     if native.unavailable() is not None:
         return native.unavailable()

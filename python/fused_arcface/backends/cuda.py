@@ -9,6 +9,7 @@ Its result is the same to the bit in every run.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -52,8 +53,8 @@ class ChunkConfig:
 CHUNKS = ChunkConfig(exponential_bytes=24 << 20, center_bytes=9 << 20, gradient_bytes=72 << 20)
 
 
-def unavailable() -> str | None:
-    """Return why this backend cannot run here, or None."""
+def unavailable(device: torch.device | None = None) -> str | None:
+    """Return why this backend cannot run on a GPU, by default the current one; or None."""
     if native.unavailable() is not None:
         return native.unavailable()
     if _kernels is None:
@@ -61,7 +62,30 @@ def unavailable() -> str | None:
             "this build has no CUDA kernels: with the CUDA toolkit's nvcc on the PATH, run "
             "FUSED_ARCFACE_CUDA=ON pip install . in a checkout of the sources"
         )
-    return nvidia.unavailable()
+    reason = nvidia.unavailable(device)
+    if reason is not None:
+        return reason
+    index = None if device is None else device.index
+    return _cannot_start(torch.cuda.current_device() if index is None else index)
+
+
+@functools.cache
+def _cannot_start(index: int) -> str | None:
+    """Return why no kernel can start on a GPU, or None. The first call for a GPU loads one."""
+    driver, runtime, error = _kernels.readiness(index)
+    if not error:
+        return None
+    build = "FUSED_ARCFACE_CUDA=ON pip install . in a checkout of the sources"
+    if driver < runtime:
+        known, needed = (f"{version // 1000}.{version % 1000 // 10}" for version in (driver, runtime))
+        return (
+            f"the driver is for CUDA {known}, and this build of the kernels for CUDA {needed} ({error}): update the "
+            f"driver, or with nvcc {known} on the PATH run {build}"
+        )
+    return (
+        f"the kernels cannot start on {torch.cuda.get_device_name(index)}: {error}. This build may have none for this "
+        f"GPU: with an nvcc that knows it on the PATH, run {build}"
+    )
 
 
 def _device(tensor: Tensor) -> tuple[tuple[int, int], int]:

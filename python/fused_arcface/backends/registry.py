@@ -1,7 +1,8 @@
 """The backends: a row for each that says what it is and can do, and the choice between them.
 
 A backend is a module with the functions of :mod:`fused_arcface.backends.torch` (same names, arguments and results) and
-``unavailable()``, which returns the reason why it cannot run here, or None. Nothing else in the package imports one.
+``unavailable(device)``, which returns the reason why it cannot run there, or None. Nothing else in the package imports
+one.
 """
 
 from __future__ import annotations
@@ -123,8 +124,9 @@ def load(name: str) -> ModuleType:
 
 
 @constant_result  # torch.compile need not trace an import
-def _unavailable(name: str) -> str | None:
-    reason: str | None = load(name).unavailable()
+def _unavailable(name: str, device: torch.device | None = None) -> str | None:
+    """Return why a backend cannot run on a device of its type, by default on the current one; or None."""
+    reason: str | None = load(name).unavailable(device)
     return reason
 
 
@@ -185,7 +187,7 @@ def _lacks(row: Backend, needs: Mapping[str, str]) -> list[str]:
 
 @constant_result
 def _leads(name: str, device: torch.device) -> ClassPass | None:
-    if _unavailable(name) is not None:
+    if _unavailable(name, device) is not None:
         return None
     passes: ClassPass | None = load(name).leads(device)
     return passes
@@ -208,7 +210,7 @@ def _fastest(device: torch.device, dtype: torch.dtype, needs: Mapping[str, str],
         if row.device_type != device.type or dtype not in row.dtypes:
             continue
         lacks = _lacks(row, needs)
-        reason = None if lacks else _unavailable(row.name)
+        reason = None if lacks else _unavailable(row.name, device)
         if lacks:
             reasons.append(f"{row.name!r} does not have {' and '.join(lacks)}")
         elif reason is not None:
@@ -247,7 +249,7 @@ def select(
     if lacks:
         able = " and ".join([repr(each.name) for each in BACKENDS if not _lacks(each, needs)])
         raise ValueError(f"backend {name!r} does not have {' and '.join(lacks)}: {able} do")
-    reason = _unavailable(name)
+    reason = _unavailable(name, device if device.type == row.device_type else None)
     if reason is not None:
         raise RuntimeError(f"backend {name!r} is not available: {reason}")
     if row.device_type not in (None, device.type):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -42,8 +42,11 @@ def _without_boundary(margin: Margin) -> Margin:
 
 def _coefficients(like: Tensor, *numbers: Tensor | float) -> Tensor:
     """Return the coefficients of a :class:`Modulation`, on the device of ``like``."""
-    values = [torch.as_tensor(value, dtype=torch.float64, device=like.device) for value in numbers]
-    return torch.stack(values)
+    place: dict[str, Any] = {"dtype": torch.float64, "device": like.device}
+    # A GPU fills a tensor with a number by itself; for torch.as_tensor the host copies it there, and waits.
+    return torch.stack(
+        [each.to(**place) if isinstance(each, Tensor) else torch.full((), each, **place) for each in numbers]
+    )
 
 
 @dataclass(frozen=True)

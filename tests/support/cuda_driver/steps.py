@@ -18,7 +18,7 @@ from collections.abc import Callable
 from typing import Any
 
 library = ctypes.CDLL(sys.argv[1], mode=ctypes.RTLD_GLOBAL)
-library.stub_launches.restype = ctypes.c_long
+library.stub_launches.restype = library.stub_modules.restype = ctypes.c_long
 
 import torch  # noqa: E402
 import triton  # noqa: E402
@@ -144,6 +144,20 @@ def passes(
     return report
 
 
+def compilations(algorithm: str) -> dict[str, int]:
+    """Return the kernels that each batch size adds to those of the sizes before it, in a step of CenterSGD."""
+    os.environ["FUSED_ARCFACE_TRITON_ALGORITHM"] = algorithm
+    chunks.multiply = lambda *_, **__: None
+    recipe = fa.CenterSGD(lr=0.1, momentum_dtype=torch.int8)
+    head = fa.PartialFC(512, 20_000, center_optimizer=recipe, dtype=torch.bfloat16, backend="triton")
+    added = {}
+    for N in (1024, 512, 1000, 999, 1001, 96, 97, 3, 2048):
+        before = library.stub_modules()
+        head(torch.zeros(N, 512, dtype=torch.bfloat16, requires_grad=True), torch.zeros(N).long()).backward()
+        added[str(N)] = library.stub_modules() - before
+    return added
+
+
 def partial_fc_step(sample_rate: float) -> dict[str, float]:
     """Return the launches of a training step of PartialFC with CenterSGD: torch's kernels, Triton's, and products."""
     products = 0
@@ -171,13 +185,15 @@ def partial_fc_step(sample_rate: float) -> dict[str, float]:
 def main() -> None:
     """Print the report."""
     triton.runtime.driver.set_active(Driver())
-    backends.load("triton").unavailable = lambda: None  # type: ignore[attr-defined]
+    backends.load("triton").unavailable = lambda *_: None  # type: ignore[attr-defined]
     row = dataclasses.replace(backends.registry._ROWS["triton"], device_type="cpu")
     backends.registry._ROWS["triton"] = row
     partial_fc._is_waited_for = lambda _: True
     print(
         json.dumps(
             {
+                # First, so that nothing else has compiled the kernels.
+                "compilations": {name: compilations(name) for name in ("flash", "chunks")},
                 "flash": passes(torch.bfloat16, torch.bfloat16, 1024, 1_000_000, 512, "flash"),
                 "flash, fp32 centers": passes(torch.bfloat16, torch.float32, 1024, 1_000_000, 512, "flash"),
                 "chunks": passes(torch.float32, torch.float32, 1024, 1_000_000, 512, "chunks"),

@@ -19,9 +19,10 @@ enum {
 };
 enum { MOST_SHARED_MEMORY = 232448 };
 
-static long launches;
+static long launches, modules;
 
 long stub_launches(void) { return launches; }
+long stub_modules(void) { return modules; }
 
 Result cuInit(unsigned flags) { return SUCCESS; }
 Result cuDriverGetVersion(int* version) { return *version = 13000, SUCCESS; }
@@ -71,7 +72,7 @@ Result cuStreamIsCapturing(void* stream, int* status) { return *status = 0, SUCC
 Result cuCtxSetCurrent(void* context) { return SUCCESS; }
 Result cuCtxGetLimit(size_t* size, int limit) { return *size = 0, SUCCESS; }
 Result cuCtxSetLimit(int limit, size_t size) { return SUCCESS; }
-Result cuModuleLoadData(void** module, const void* image) { return *module = (void*)image, SUCCESS; }
+Result cuModuleLoadData(void** module, const void* image) { return ++modules, *module = (void*)image, SUCCESS; }
 Result cuModuleUnload(void* module) { return SUCCESS; }
 Result cuModuleGetFunction(void** function, void* module, const char* name) {
   return *function = strdup(name), SUCCESS;

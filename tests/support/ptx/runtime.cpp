@@ -80,6 +80,13 @@ int cudaFuncSetAttribute(const void* function, int attribute, int value) {
   if (attribute == kMaxDynamicSharedMemorySize) functions().at(function).most_shared = value;
   return attribute == kMaxDynamicSharedMemorySize ? 0 : 1;
 }
+// As without a driver.
+int cudaDriverGetVersion(int* version) { return *version = 0, 0; }
+int cudaRuntimeGetVersion(int* version) { return *version = 13000, 0; }
+int cudaFuncGetAttributes(void*, const void*) {
+  std::snprintf(why, sizeof why, "CUDA driver version is insufficient for CUDA runtime version");
+  return status = 35;
+}
 int cudaGetLastError() {
   const int last = status;
   status = 0;

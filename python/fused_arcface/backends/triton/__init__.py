@@ -6,8 +6,11 @@ compiler the package still imports, so that :func:`unavailable` can say what is 
 
 from __future__ import annotations
 
+import functools
 import importlib
 from importlib.metadata import PackageNotFoundError, version
+
+import torch
 
 from .. import nvidia
 from ..torch import finish_negatives
@@ -47,6 +50,7 @@ if _compiler_reason is None:
     )
 
 
+@functools.cache
 def _driver_reason() -> str | None:
     """Return why Triton cannot start on this machine, or None: it builds a small C library for its first launch."""
     try:
@@ -59,9 +63,9 @@ def _driver_reason() -> str | None:
     return None
 
 
-def unavailable() -> str | None:
-    """Return why this backend cannot run here, or None."""
-    return nvidia.unavailable() or _compiler_reason or _driver_reason()
+def unavailable(device: torch.device | None = None) -> str | None:
+    """Return why this backend cannot run on a GPU, by default the current one; or None."""
+    return nvidia.unavailable(device) or _compiler_reason or _driver_reason()
 
 
 __all__ = [

@@ -92,7 +92,7 @@ def _is_other(offs_c, target, SUB_CENTERS: tl.constexpr):
     return (offs_c // SUB_CENTERS)[None, :] != own[:, None]
 
 
-@triton.jit(do_not_specialize=["first_class", "num_classes"])
+@triton.jit(do_not_specialize=["num_rows", "num_tiles_n", "partial_stride", "first_class", "num_classes"])
 def class_stats_kernel(
     x_ptr,  # (N, WIDTH)
     w_ptr,  # (P, WIDTH) of the panel; AS_STORED: (C, WIDTH), all centers
@@ -189,7 +189,7 @@ def class_stats_kernel(
             tl.store(tile_ptr + tile_offs, exponentials, mask_n[:, None])
 
 
-@triton.jit(do_not_specialize=["first_class", "num_classes"])
+@triton.jit(do_not_specialize=["num_rows", "num_tiles_n", "first_class", "num_classes"])
 def class_gradient_kernel(
     x_ptr,  # (N, WIDTH)
     w_ptr,  # (P, WIDTH) of the panel; AS_STORED: (C, WIDTH), all centers

@@ -47,7 +47,9 @@ def _operand(x, num_rows, SPLIT_SCORES: tl.constexpr):
     return to(x, tl.bfloat16)
 
 
-@triton.jit(do_not_specialize=["first_class", "num_classes"])
+@triton.jit(
+    do_not_specialize=["num_rows", "num_padded", "tiles_per_split", "num_tiles_c", "first_class", "num_classes"]
+)
 def flash_stats_kernel(
     x_ptr,  # (N padded, WIDTH)
     w_ptr,  # (P, WIDTH)
@@ -131,7 +133,7 @@ def flash_stats_kernel(
         tl.store(center_sum_ptrs, center_sum + tl.load(center_sum_ptrs))
 
 
-@triton.jit(do_not_specialize=["first_class", "num_classes"])
+@triton.jit(do_not_specialize=["num_rows", "num_tiles_n", "first_class", "num_classes"])
 def flash_gradient_kernel(
     x_ptr,  # (N padded, WIDTH)
     w_ptr,  # (P, WIDTH) of the panel; AS_STORED: (C, WIDTH), all centers

@@ -80,7 +80,7 @@ def _log1p(u):
     return tl.where(w == 1, u, tl.log(w) * (u / tl.where(w == 1, 1.0, w - 1)))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def margin_loss_kernel(
     lse_ptr,  # (N,) of the negatives
     cosine_ptr,  # (N,) of the target

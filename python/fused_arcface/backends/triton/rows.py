@@ -48,12 +48,20 @@ class UnitRows:
     @staticmethod
     def empty(rows: int, width: int, dtype: torch.dtype, compute: torch.dtype, device: torch.device) -> UnitRows:
         values = torch.empty(rows, width, dtype=dtype, device=device)
-        inverse, reciprocal = torch.empty(2, rows, dtype=compute, device=device).unbind()
+        inverse, reciprocal = _vectors(2, rows, compute, device)
         second = torch.empty_like(values, dtype=torch.bfloat16) if dtype == torch.float16 else values
         return UnitRows(values, inverse, reciprocal, second)
 
 
-@triton.jit(do_not_specialize=["first", "num_rows"])
+def _vectors(count: int, size: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
+    """Return vectors (size,) of one allocation, each of which begins at a multiple of 16 bytes.
+
+    Otherwise a batch of another size would be another alignment, for which Triton compiles the kernels anew.
+    """
+    return torch.empty(count, triton.cdiv(size, 16) * 16, dtype=dtype, device=device)[:, :size].unbind()
+
+
+@triton.jit(do_not_specialize=["num_source", "num_padded", "first", "num_rows"])
 def unit_rows_kernel(
     x_ptr,  # (num_source, D), any strides
     stride_n,
@@ -152,7 +160,7 @@ def fill_batch_rows(x: Tensor, out: UnitRows) -> None:
             unit_rows(x, out, length=_BATCH_LENGTH if out.values.dtype == torch.bfloat16 else 1.0)(0, x.shape[0])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def row_terms_kernel(
     inverse_ptr,  # (N,)
     shift_ptr,  # (N,) fp64: what is taken from scale·cos before the exponential
@@ -232,7 +240,7 @@ def row_terms(
     num_rows = inverse.shape[0]
     exact = (1.0 if isinstance(scale, Tensor) else scale) * 1.4426950408889634
     high = ctypes.c_float(exact).value
-    out = torch.empty(4, num_rows, dtype=inverse.dtype, device=inverse.device).unbind()
+    out = _vectors(4, num_rows, inverse.dtype, inverse.device)
     negative, target = coefficients if coefficients is not None else (inverse, inverse)
     launch(
         row_terms_kernel,

@@ -25,7 +25,7 @@ from .common import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def target_cosine_kernel(
     x_ptr,  # (N, D), any strides
     x_stride_n,
@@ -89,7 +89,7 @@ def target_cosines(embeddings: Tensor, weight: Tensor, target: Tensor, compute: 
     return cosine
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def unit_embedding_grad_kernel(
     w_ptr,  # (C, D), any strides
     stride_c,
