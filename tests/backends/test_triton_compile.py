@@ -37,8 +37,8 @@ chunks with changed negatives too: 344 with Triton 3.7.1, 848 with 3.9.0."""
 MOST_LOCAL_IN_LOOP = 2
 """Reloads of spilled registers in a turn: none with Triton 3.4 and 3.7, two in one kernel with 3.6."""
 
-MOST_IN_EPILOGUE = {"class_stats_kernel": 3000, "class_gradient_kernel": 1800}
-"""Instructions of a thread after the products of a 128x256 tile: 2253 and 1541 with Triton 3.7.1, 2885 with 3.9.0."""
+MOST_IN_EPILOGUE = {"class_stats_kernel": 1400, "class_gradient_kernel": 1100}
+"""Instructions of a thread after the products of a 128x256 tile that needs no masks: 1136 and 857 with Triton 3.7.1."""
 
 SPILLS_ARE_KNOWN = Version(version("triton")) < Version("3.8")
 """The bounds above are for Triton 3.4 to 3.7. Newer ones spill more in the flash passes of D > 128:
@@ -138,6 +138,9 @@ def _check(launch: Launch, arch: int) -> str:
         assert resources.stack <= (MOST_STACK if launch.has_dot else LEAST_STACK), row
         assert resources.local_in_loop <= MOST_LOCAL_IN_LOOP, row
     assert resources.repeated_tiles == [], row
+    is_usual = dict(launch.constants).get("threshold_ptr", "given") is None
+    if SPILLS_ARE_KNOWN and launch.kernel.__name__ in MOST_IN_EPILOGUE and launch.has_dot and is_usual:
+        assert resources.stack == 0, f"the chunks spill: {row}"
     if launch.has_dot and arch == 90:
         _check_products(launch, resources, row)
     if launch.has_loop:
