@@ -32,7 +32,7 @@ TENSOR_CORES = {80: r"mma\.sync", 86: r"mma\.sync", 90: r"wgmma\.mma_async", 100
 
 MOST_STACK = 896
 """Bytes. Accumulators of 128 registers a thread make the flash passes of D > 128 spill around their loops, and the
-chunks with changed negatives too: 344 with Triton 3.7.1, 848 with 3.9.0."""
+chunks with changed negatives too: 608 with Triton 3.7.1, 544 with 3.9.0."""
 
 MOST_LOCAL_IN_LOOP = 2
 """Reloads of spilled registers in a turn: none with Triton 3.4 and 3.7, two in one kernel with 3.6."""
@@ -138,7 +138,8 @@ def _check(launch: Launch, arch: int) -> str:
         assert resources.stack <= (MOST_STACK if launch.has_dot else LEAST_STACK), row
         assert resources.local_in_loop <= MOST_LOCAL_IN_LOOP, row
     assert resources.repeated_tiles == [], row
-    is_usual = dict(launch.constants).get("threshold_ptr", "given") is None
+    constants = dict(launch.constants)
+    is_usual = constants.get("threshold_ptr", "given") is None and not constants.get("HAS_SHIFT")
     if SPILLS_ARE_KNOWN and launch.kernel.__name__ in MOST_IN_EPILOGUE and launch.has_dot and is_usual:
         assert resources.stack == 0, f"the chunks spill: {row}"
     if launch.has_dot and arch == 90:
