@@ -197,7 +197,6 @@ def class_stats_kernel(
         negative = _is_negative(offs_c, target, num_classes, SUB_CENTERS)
         if SUB_CENTERS > 1:
             negative = negative & ~is_beaten(scores, scores_ptr + row_offs, inverse_ptr, offs_c, mask_n, SUB_CENTERS)
-        scores = tl.where(negative, scores, float("-inf"))
     elif is_masked:
         scores = tl.where(_is_negative(offs_c, target, num_classes, SUB_CENTERS), scores, float("-inf"))
     value = scores
@@ -209,15 +208,19 @@ def class_stats_kernel(
 
     partial = tile_c.to(tl.int64) * partial_stride + offs_n
     # The statistics want the greatest cosine, the shift the greatest value.
-    maximum = tl.max(value if MAX_ONLY else scores, 1)
+    greatest = value if MAX_ONLY else scores
+    if SUB_CENTERS > 1 or HAS_SHIFT:
+        greatest = tl.where(negative, greatest, float("-inf"))
+    maximum = tl.max(greatest, 1)
     maximum = tl.maximum(maximum, tl.load(maximum_ptr + partial, mask_n, 0.0))
     tl.store(maximum_ptr + partial, maximum, mask_n)
     if not MAX_ONLY:
         exponents = value * tl.load(scale_ptr + offs_n, mask_n, 0.0)[:, None]
         if HAS_SHIFT:
             exponents -= tl.load(shift_ptr + offs_n, mask_n, 0.0)[:, None]
-            exponents = tl.where(negative, exponents, float("-inf"))
         exponentials = tl.exp2(exponents)
+        if SUB_CENTERS > 1 or HAS_SHIFT:
+            exponentials = tl.where(negative, exponentials, 0.0)
         total = tl.load(total_ptr + partial, mask_n, 0.0) + tl.sum(exponentials, 1)
         tl.store(total_ptr + partial, total, mask_n)
         if STORE:
