@@ -157,3 +157,41 @@ def test_the_check_finds_blocks_of_the_same_tile(monkeypatch: pytest.MonkeyPatch
     forbid_races(monkeypatch)
     with pytest.raises(AssertionError, match=r"^class_stats_kernel: two programs write the same memory$"):
         check(SETTINGS[0])
+
+
+@compiler.jit
+def _always(target, first_c, num_classes, BLOCK_C: tl.constexpr):
+    return num_classes > 0
+
+
+@compiler.jit
+def _never(target, first_c, num_classes, BLOCK_C: tl.constexpr):
+    return num_classes < 0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_tile_without_targets_needs_no_masks(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of three tiles of classes the first has the targets, and the last one has padding: those alone are masked."""
+    name = str(dtype).removeprefix("torch.")
+    x, w, target, _ = make_inputs(Case(9, 700, 40, name, name, geometry="late"))
+    target %= 200
+    rows = torch.rand(2, 9, generator=torch.Generator().manual_seed(0)) - 0.5
+    gradients = RowGradients(20.0, torch.full((9,), 8.0, dtype=torch.float64), *rows)
+    monkeypatch.setenv("FUSED_ARCFACE_TRITON_ALGORITHM", "chunks")
+    results = []
+    for needs_masks in (exponentials._needs_masks, _always, _never):
+        monkeypatch.setattr(exponentials, "_needs_masks", needs_masks)
+        greatest = stages.class_max(x, w, target)
+        sums = stages.class_stats(x, w, target, 20.0, None, True)
+        results.append((greatest, *sums, *stages.weight_grad(x, w, target, gradients).split(256)))
+    usual, always, never = results
+    assert all(torch.equal(one, other) for one, other in zip(usual, always, strict=True))
+    *masked, first, second, _ = [torch.equal(one, other) for one, other in zip(usual, never, strict=True)]
+    assert masked == [False] * 4 and not first and second
+
+
+def test_the_grid_finds_targets_that_are_not_masked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(exponentials, "_needs_masks", _never)
+    force(SETTINGS[0], monkeypatch)
+    with pytest.raises(AssertionError, match=r"^loss: error"):
+        check(SETTINGS[0])

@@ -117,7 +117,7 @@ class Resources:
     local_in_loop: int
     """Accesses to local memory, so spilled registers, in one turn of the loops that have tensor-core products."""
     epilogue: int
-    """Instructions after the last product."""
+    """Instructions from the last product to the exit, on the shortest way: that of a tile that takes no rare branch."""
 
     @property
     def repeated_tiles(self) -> list[str]:
@@ -178,7 +178,7 @@ def compiled(launch: Launch, arch: int) -> Resources:
         kernel.asm["ptx"],
         kernel.asm["ttgir"],
         _local_in_loops(listing) if launch.has_dot else 0,
-        len(re.findall(r"/\*[0-9a-f]{4,}\*/ ", listing[listing.rfind("MMA") :])),
+        _epilogue(listing) if launch.has_dot else 0,
     )
 
 
@@ -191,8 +191,8 @@ def _tool(cubin: bytes, name: str, option: str) -> str:
         return subprocess.run([tool, option, file.name], capture_output=True, text=True, check=True).stdout
 
 
-def _local_in_loops(listing: str) -> int:
-    """Count loads and stores of local memory between a backward branch and its target, if a product is there."""
+def _parsed(listing: str) -> tuple[dict[str, int], list[str]]:
+    """Return the labels of a disassembly, each with the index of the instruction that follows, and the instructions."""
     labels: dict[str, int] = {}
     instructions: list[str] = []
     for line in listing.splitlines():
@@ -201,6 +201,35 @@ def _local_in_loops(listing: str) -> int:
         elif instruction := re.match(r"\s*/\*[0-9a-f]+\*/\s+(.*)", line):
             instructions.append(instruction[1])
     assert instructions, "the listing has another form than expected"
+    return labels, instructions
+
+
+def _epilogue(listing: str) -> int:
+    """Count the instructions of the shortest way from the last product to the exit."""
+    labels, instructions = _parsed(listing)
+    start = max(index for index, each in enumerate(instructions) if re.search(r"[HQG]MMA", each))
+    reached, front, steps = {start}, [start], 0
+    while front:
+        steps += 1
+        following = []
+        for index in front:
+            words = re.match(r"(@!?\w+ )?(\w+)(.*)", instructions[index])
+            assert words is not None
+            condition, name, rest = words.groups()
+            if name == "EXIT" and condition is None:
+                return steps
+            target = re.search(r"`\((\.L_x_\d+)\)", rest) if name == "BRA" else None
+            following += [labels[target[1]]] if target else []
+            is_taken_always = condition is None and not re.search(r"\bU?P\d|\.DIV", rest)
+            following += [] if name in ("BRA", "RET") and is_taken_always else [index + 1]
+        front = [index for index in dict.fromkeys(following) if index not in reached]
+        reached.update(front)
+    raise AssertionError("no way to the exit was found")
+
+
+def _local_in_loops(listing: str) -> int:
+    """Count loads and stores of local memory between a backward branch and its target, if a product is there."""
+    labels, instructions = _parsed(listing)
     local = set()
     for last, instruction in enumerate(instructions):
         branch = re.search(r"BRA.*`\((\.L_x_\d+)\)", instruction)

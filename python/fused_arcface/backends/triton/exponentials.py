@@ -81,15 +81,48 @@ def _tile(num_tiles_n, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr):
 
 
 @triton.jit
+def _column(target_ptr, offs_n, mask_n, first_class):
+    """Return each row's target (BLOCK_N,) as a column of the panel; it may lie outside."""
+    return (tl.load(target_ptr + offs_n, mask_n, -1) - first_class).to(tl.int32)
+
+
+@triton.jit
 def _is_other(offs_c, target, SUB_CENTERS: tl.constexpr):
     """Return true (BLOCK_N, BLOCK_C) for a center that does not belong to the row's own class.
 
-    ``target`` (BLOCK_N,) is the row's column in the panel, of which one may lie outside.
+    ``target`` (BLOCK_N,) is the row's column in the panel, see :func:`_column`.
     """
     if SUB_CENTERS == 1:
         return offs_c[None, :] != target[:, None]
     own = tl.where(target >= 0, target // SUB_CENTERS, -1)
     return (offs_c // SUB_CENTERS)[None, :] != own[:, None]
+
+
+@triton.jit
+def _is_negative(offs_c, target, num_classes, SUB_CENTERS: tl.constexpr):
+    """Return true (BLOCK_N, BLOCK_C) for a center of another class, false for the panel's padding."""
+    return (offs_c < num_classes)[None, :] & _is_other(offs_c, target, SUB_CENTERS)
+
+
+@triton.jit
+def _with_target(gradient, offs_c, target, coefficient, num_classes):
+    """Return the gradient with the rows' coefficients at their targets, and zeros in the padding.
+
+    A row without negatives has a shift of -inf: what is not there must not be multiplied, but masked.
+    """
+    gradient = tl.where(offs_c[None, :] == target[:, None], coefficient[:, None], gradient)
+    return tl.where((offs_c < num_classes)[None, :], gradient, 0.0)
+
+
+@triton.jit
+def _needs_masks(target, first_c, num_classes, BLOCK_C: tl.constexpr):
+    """Return true if the tile holds the target of one of its rows, or padding.
+
+    Few tiles do. The masks would be half of a thread's instructions after the product, so the other tiles branch around
+    them. A kernel asks before its product, when no scores take registers yet.
+    """
+    has_target = (target >= first_c) & (target < first_c + BLOCK_C)
+    return (tl.max(has_target.to(tl.int32), 0) > 0) | (first_c + BLOCK_C > num_classes)
 
 
 @triton.jit(do_not_specialize=["num_rows", "num_tiles_n", "partial_stride", "first_class", "num_classes"])
@@ -137,6 +170,8 @@ def class_stats_kernel(
         inverse_ptr += first_class % num_inverses
     if class_count_ptr is not None:
         num_classes = tl.minimum(num_classes, (tl.load(class_count_ptr) - first_class).to(tl.int32))
+    target = _column(target_ptr, offs_n, mask_n, first_class)
+    is_masked = _needs_masks(target, first_c, num_classes, BLOCK_C)
     # One 64-bit address for the tile, 32-bit offsets within it: half the registers.
     row_offs = tl.arange(0, BLOCK_N)[:, None] * scores_stride
     tile_offs = row_offs + tl.arange(0, BLOCK_C)[None, :]
@@ -156,10 +191,14 @@ def class_stats_kernel(
     )
     inverse = tl.load(inverse_ptr + offs_c)
     scores = scores * inverse[None, :]  # now the cosines, but for the embedding's factor
-    target = (tl.load(target_ptr + offs_n, mask_n, -1) - first_class).to(tl.int32)
-    negative = (offs_c < num_classes)[None, :] & _is_other(offs_c, target, SUB_CENTERS)
-    if SUB_CENTERS > 1:
-        negative = negative & ~is_beaten(scores, scores_ptr + row_offs, inverse_ptr, offs_c, mask_n, SUB_CENTERS)
+    # A hidden score of -inf gives an exponential of 0 if the scale is positive. A learned scale may have any sign, and
+    # comes with a shift.
+    if SUB_CENTERS > 1 or HAS_SHIFT:
+        negative = _is_negative(offs_c, target, num_classes, SUB_CENTERS)
+        if SUB_CENTERS > 1:
+            negative = negative & ~is_beaten(scores, scores_ptr + row_offs, inverse_ptr, offs_c, mask_n, SUB_CENTERS)
+    elif is_masked:
+        scores = tl.where(_is_negative(offs_c, target, num_classes, SUB_CENTERS), scores, float("-inf"))
     value = scores
     if threshold_ptr is not None:
         cosine = scores * tl.load(row_inverse_ptr + offs_n, mask_n, 0.0)[:, None]
@@ -169,14 +208,19 @@ def class_stats_kernel(
 
     partial = tile_c.to(tl.int64) * partial_stride + offs_n
     # The statistics want the greatest cosine, the shift the greatest value.
-    maximum = tl.max(tl.where(negative, value if MAX_ONLY else scores, float("-inf")), 1)
+    greatest = value if MAX_ONLY else scores
+    if SUB_CENTERS > 1 or HAS_SHIFT:
+        greatest = tl.where(negative, greatest, float("-inf"))
+    maximum = tl.max(greatest, 1)
     maximum = tl.maximum(maximum, tl.load(maximum_ptr + partial, mask_n, 0.0))
     tl.store(maximum_ptr + partial, maximum, mask_n)
     if not MAX_ONLY:
         exponents = value * tl.load(scale_ptr + offs_n, mask_n, 0.0)[:, None]
         if HAS_SHIFT:
             exponents -= tl.load(shift_ptr + offs_n, mask_n, 0.0)[:, None]
-        exponentials = tl.where(negative, tl.exp2(exponents), 0.0)
+        exponentials = tl.exp2(exponents)
+        if SUB_CENTERS > 1 or HAS_SHIFT:
+            exponentials = tl.where(negative, exponentials, 0.0)
         total = tl.load(total_ptr + partial, mask_n, 0.0) + tl.sum(exponentials, 1)
         tl.store(total_ptr + partial, total, mask_n)
         if STORE:
@@ -223,6 +267,9 @@ def class_gradient_kernel(
     offs_n = first_n + tl.arange(0, BLOCK_N)
     offs_c = first_c + tl.arange(0, BLOCK_C)
     mask_n = offs_n < num_rows
+    # With changed cosines the branch would spill more registers.
+    MASKED_EVERYWHERE: tl.constexpr = threshold_ptr is not None or SUB_CENTERS > 1
+    is_masked = _needs_masks(_column(target_ptr, offs_n, mask_n, first_class), first_c, num_classes, BLOCK_C)
     last_w = num_classes - 1 - first_c
     if AS_STORED:
         w_ptr += first_class.to(tl.int64) * WIDTH
@@ -247,8 +294,9 @@ def class_gradient_kernel(
     scale = tl.load(scale_ptr + offs_n, mask_n, 0.0)
     shift = tl.load(shift_ptr + offs_n, mask_n, 0.0)
     factor = tl.load(factor_ptr + offs_n, mask_n, 0.0)
-    coefficient = tl.load(coefficient_ptr + offs_n, mask_n, 0.0)
-    target = (tl.load(target_ptr + offs_n, mask_n, -1) - first_class).to(tl.int32)
+    if MASKED_EVERYWHERE:
+        coefficient = tl.load(coefficient_ptr + offs_n, mask_n, 0.0)
+        target = _column(target_ptr, offs_n, mask_n, first_class)
     value = scores
     if threshold_ptr is not None:
         cosine = scores * tl.load(row_inverse_ptr + offs_n, mask_n, 0.0)[:, None]
@@ -261,9 +309,12 @@ def class_gradient_kernel(
     if SUB_CENTERS > 1:
         beaten = is_beaten(scores, scores_ptr + row_offs, inverse_ptr, offs_c, mask_n, SUB_CENTERS)
         gradient = tl.where(_is_other(offs_c, target, SUB_CENTERS) & ~beaten, gradient, 0.0)
-    gradient = tl.where(offs_c[None, :] == target[:, None], coefficient[:, None], gradient)
-    # A row without negatives has a shift of -inf: what is not there must not be multiplied, but masked.
-    gradient = tl.where((offs_c < num_classes)[None, :], gradient, 0.0)
+    if MASKED_EVERYWHERE:
+        gradient = _with_target(gradient, offs_c, target, coefficient, num_classes)
+    elif is_masked:
+        coefficient = tl.load(coefficient_ptr + offs_n, mask_n, 0.0)
+        target = _column(target_ptr, offs_n, mask_n, first_class)
+        gradient = _with_target(gradient, offs_c, target, coefficient, num_classes)
     tile_ptr = gradient_ptr + first_n * scores_stride + first_c
     tl.store(tile_ptr + tile_offs, to(gradient, gradient_ptr.dtype.element_ty), mask_n[:, None])
 

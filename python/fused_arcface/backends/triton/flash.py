@@ -200,8 +200,8 @@ def flash_gradient_kernel(
         gradient = factor[None, :] * tl.exp2(value * scale[None, :] - shift[None, :])
         if threshold_ptr is not None:
             gradient = gradient * slope
+        # Padded rows need no mask: their factor is 0, and their target is in no panel.
         gradient = tl.where(offs_c[:, None] == target[None, :], coefficient[None, :], gradient)
-        gradient = tl.where(mask_n[None, :], gradient, 0.0)
         d_unit = dot(_operand(gradient, num_rows, SPLIT_SCORES), x, d_unit)
 
     if PROJECT:
