@@ -101,13 +101,15 @@ def loss_over_classes(
         shard: The classes held here, and the way to reach the rest.
         with_stats: If false, return None for the statistics.
     """
-    sub_centers, label_smoothing = options.sub_centers, options.label_smoothing
+    sub_centers = options.sub_centers
+    num_classes = shard.num_classes or weight.shape[0] // sub_centers
     x, w = embeddings, weight
-    if label_smoothing > 0:
+    if options.label_smoothing > 0:
         (embeddings, x), (weight, w) = two_uses(embeddings), two_uses(weight)
-    dtype = compute_dtype(embeddings, weight)
-    # A margin with a state changes it once in a step, before the loss is computed.
+
+    # 1. The margin of each row. A margin with a state changes it here, once in a step.
     margin = in_step(options.margin, embeddings, alone=shard.batch is not None)
+    dtype = compute_dtype(embeddings, weight)
 
     def norms() -> Tensor:
         return shard.joint(norms_of(embeddings.to(dtype)), lambda rows: norms_of(rows.to(dtype))).squeeze(1)
@@ -115,14 +117,18 @@ def loss_over_classes(
     def counted() -> Tensor:
         return counted_rows(rows)
 
+    own = for_rows(margin, norms, rows.target.label, counted)
+
+    # 2. The center that is each row's target, and how the negatives change. Two labels and sub-centers have several
+    #    centers to choose from: the nearest one is the target.
+    target_row, second_row, order, change = rows.target.local, None, None, None
+
     def nearest(target: Target) -> tuple[Tensor, Tensor]:
         return cosines_of_targets(embeddings, weight, target.local, backend, shard, sub_centers)
 
     def hardest(count: int) -> Tensor:
         return hardest_negatives(embeddings, weight, target_row, count, sub_centers, shard)
 
-    own = for_rows(margin, norms, rows.target.label, counted)
-    target_row, second_row, order, change = rows.target.local, None, None, None
     if rows.second is not None:
         order = nearer_first(rows, nearest(rows.target), nearest(rows.second))
         target_row, second_row = order.rows, order.others
@@ -130,6 +136,7 @@ def loss_over_classes(
         cosine, target_row = nearest(rows.target)
         change = modulation(margin, cosine, counted(), hardest)
 
+    # 3. The pass over the classes. A scale that adapts may need the figures of one first.
     def compare(scale: float | Tensor, moments: Moments | None = None) -> _Compared:
         logistic = binary_numbers(margin, scale)
         return negatives_and_target(
@@ -139,14 +146,15 @@ def loss_over_classes(
     def ahead(scale: Tensor) -> Ahead | None:
         return look_ahead(embeddings, weight, target_row, scale, sub_centers, backend, shard)
 
-    num_classes = shard.num_classes or weight.shape[0] // sub_centers
     if isinstance(options.scale, nn.Module):
         step = in_step(options.scale, embeddings, alone=shard.batch is not None)
         scale, found = _with_adapting_scale(options.scale, step, compare, ahead, counted(), num_classes)
     else:
         scale, found = options.scale, compare(options.scale)
     lse, cosine, greatest, other_cosine = found
-    smoothed = smoothing(x, w, label_smoothing, num_classes, shard)
+
+    # 4. The end, O(N): the margin, the loss of each row, the reduction.
+    smoothed = smoothing(x, w, options.label_smoothing, num_classes, shard)
     factors = None if rows.sample_weight is None else rows.sample_weight.to(lse.dtype)
     if rows.second is None or order is None or other_cosine is None:
         row = lse, cosine, greatest
