@@ -28,7 +28,7 @@ class Session:
     marks: str
     options: list[str]
     mark: str = ""
-    """Stands in the files of its tests. Only those are read, if the caller names no files; empty for all of the suite."""
+    """Stands in the files of its tests. Only those are read, if the caller names none; empty for all of the suite."""
     environment: dict[str, str] = field(default_factory=dict)
 
 
