@@ -26,7 +26,7 @@ help:  ## Show this list
 demo: .venv/.installed  ## Train on images with the fused and the reference head, compare and verify
 	$(run) fused_arcface demo $(ARGS)
 
-# Two processes, then the tests of time and memory alone.
+# Two processes; what takes gigabytes, alone, is in test-all.
 test: .venv/.installed  ## Run the tests, without the full grids: at most 9 minutes
 	.venv/bin/python tests/run.py --limit $(LIMIT) -m "not full" $(ARGS)
 

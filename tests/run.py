@@ -27,18 +27,24 @@ class Session:
     name: str
     marks: str
     options: list[str]
-    paths: list[str]
-    """Where its tests are, if the caller names no files; empty for all of the suite."""
+    mark: str = ""
+    """Stands in the files of its tests. Only those are read, if the caller names none; empty for all of the suite."""
     environment: dict[str, str] = field(default_factory=dict)
 
 
 SESSIONS = (
-    Session("tests in two processes", "not interpreter and not serial", WORKERS, []),
+    Session("tests in two processes", "not interpreter and not serial", WORKERS),
     Session(
-        "Triton's interpreter, in two processes", "interpreter", WORKERS, ["tests/backends"], {"TRITON_INTERPRET": "1"}
+        "Triton's interpreter, in two processes", "interpreter", WORKERS, "= INTERPRETED", {"TRITON_INTERPRET": "1"}
     ),
-    Session("tests of time and memory, one at a time", "serial", [], ["tests"]),
+    Session("large tests, one at a time", "serial", [], "mark.serial"),
 )
+
+
+def files_with(mark: str) -> list[str]:
+    """Return the files of tests in which ``mark`` stands; without one nothing, which is all of the suite to pytest."""
+    files = sorted(Path(__file__).parent.rglob("test_*.py")) if mark else []
+    return [os.path.relpath(each) for each in files if mark in each.read_text(encoding="utf-8")]
 
 
 def main(arguments: list[str]) -> int:
@@ -56,7 +62,7 @@ def main(arguments: list[str]) -> int:
         command = [sys.executable, "-m", "pytest", "-q", "--durations=40", "-m", marks, *session.options, *others]
         start = time.monotonic()
         code = subprocess.run(
-            [*command, *([] if named else session.paths)], env=os.environ | session.environment, check=False
+            [*command, *([] if named else files_with(session.mark))], env=os.environ | session.environment, check=False
         ).returncode
         seconds[session.name] = time.monotonic() - start
         if code not in (0, NO_TESTS):

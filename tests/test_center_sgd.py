@@ -3,7 +3,6 @@ import gc
 
 import pytest
 import torch
-from scipy import stats
 from support import distributed_helpers
 from torch.utils.checkpoint import checkpoint
 
@@ -126,6 +125,8 @@ def test_any_number_of_ranks_trains_alike(backend, sample_rate):
 def test_stochastic_rounding_of_the_centers_is_unbiased(backend):
     """300 × 70 elements in each of 40 steps, from the same bf16 centers to the same fp32 result: the mean error of all
     has to lie within 5 standard errors (a false alarm in 2e6), each step's own in the worst of 40 (1e-5)."""
+    from scipy import stats  # not above: ranks import this file, and scipy takes longer than they do
+
     exact = head_of(dtype=torch.float32, backend=backend, recipe={"lr": 0.01})
     start = exact.full_weight().bfloat16()
     exact.load_full_weight(start.float())
@@ -149,6 +150,8 @@ def test_stochastic_rounding_of_the_centers_is_unbiased(backend):
 
 
 def test_rounding_bits_are_uniform():
+    from scipy import stats
+
     bits = keyed_random.rounding_bits(keyed_random.rounding_key(1, 2), torch.arange(500), 64)
     for part in (bits & 0xFFFF, bits >> 16):
         assert stats.kstest(part.flatten().double().numpy() / 65536, "uniform").pvalue > 1e-6

@@ -65,8 +65,6 @@ def peak(n, c, d, dtype, backward, options="plain"):
 print(json.dumps([peak(*case) for case in json.loads(sys.argv[1])]))
 """
 
-pytestmark = pytest.mark.serial
-
 linux = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="only Linux can reset a process's peak")
 
 
@@ -90,6 +88,7 @@ def test_peak_with_other_negatives(options: str) -> None:
 
 @linux
 @pytest.mark.full
+@pytest.mark.serial
 @pytest.mark.parametrize("shape", [(256, 100_000, 512), (256, 1_000_000, 512), (4096, 20_000, 128)], ids=str)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_peak_at_full_size(shape: tuple[int, int, int], dtype: str) -> None:
@@ -126,7 +125,9 @@ print(json.dumps((peak - before) / (num_classes * 512)))
     ],
 )
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the memory in use from /proc")
-@pytest.mark.parametrize("num_classes", [100_000, pytest.param(1_000_000, marks=pytest.mark.full)])
+@pytest.mark.parametrize(
+    "num_classes", [100_000, pytest.param(1_000_000, marks=[pytest.mark.full, pytest.mark.serial])]
+)
 def test_center_sgd_peak_of_each_element(num_classes: int, dtype: str, momentum_dtype: str, most: float) -> None:
     """Bytes of each weight element at the process's peak, construction and two steps at N = 64 included."""
     found = run_child(CENTER_SGD, num_classes, dtype, momentum_dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import runpy
 import subprocess
 from pathlib import Path
@@ -16,6 +17,18 @@ def test_each_marker_belongs_to_one_session() -> None:
     for marks in (set(), {"serial"}, {"interpreter"}, {"slow"}, {"distributed"}):
         meant = {name: name in marks for name in ("serial", "interpreter", "slow", "distributed")}
         assert sum(eval(session.marks, {}, meant) for session in script.SESSIONS) == 1, marks
+
+
+def test_a_session_reads_all_files_with_its_mark() -> None:
+    """A mark in a helper would not be seen in the files that use it, except ``INTERPRETED``."""
+    texts = {path.name: path.read_text(encoding="utf-8") for path in Path(__file__).parent.rglob("*.py")}
+    interpreter, serial = (f"mark.{name}" for name in ("interpreter", "serial"))
+    assert [name for name, text in texts.items() if interpreter in text] == ["triton_cases.py"]
+    assert all(name.startswith("test_") for name, text in texts.items() if serial in text and name != "run.py")
+    of_interpreter, of_serial = (script.files_with(session.mark) for session in script.SESSIONS[1:])
+    use = {name for name, text in texts.items() if re.search(r"^from .* import .*\bINTERPRETED\b", text, re.MULTILINE)}
+    assert {Path(each).name for each in of_interpreter} == use and len(use) == 5
+    assert {Path(each).name for each in of_serial} == {"test_large.py", "test_memory.py"}
 
 
 @pytest.mark.parametrize(

@@ -47,8 +47,9 @@ def basedpyright(*paths: Path) -> dict[str, int]:
     return {path.name: sum(Path(each["file"]).name == path.name for each in errors) for path in paths}
 
 
-@pytest.mark.parametrize("checker", [mypy, basedpyright])
+@pytest.mark.parametrize("checker", [pytest.param(mypy, marks=pytest.mark.full), basedpyright])
 def test_a_users_script_type_checks(checker: Callable[..., dict[str, int]], tmp_path: Path) -> None:
+    """``make lint`` runs mypy on the right script as well."""
     if importlib.util.find_spec(checker.__name__) is None:
         pytest.skip(f"{checker.__name__} is not installed: it comes with the extra dev")
     wrong = tmp_path / "wrong.py"

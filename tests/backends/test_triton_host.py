@@ -24,7 +24,6 @@ FOLDER = Path(__file__).parent.parent / "support" / "cuda_driver"
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.serial,
     pytest.mark.skipif(shutil.which("cc") is None, reason="there is no C compiler to build the driver with"),
 ]
 

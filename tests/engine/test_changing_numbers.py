@@ -93,8 +93,10 @@ def test_a_share_of_mixed_labels_that_changes_does_not_make_a_graph_each(dynamic
 
 
 @pytest.mark.skipif(" " in tempfile.gettempdir(), reason="torch's inductor hands g++ paths without quoting them")
-def test_inductor_makes_one_graph_for_numbers_that_change() -> None:
+def test_inductor_makes_one_graph_for_numbers_that_change(monkeypatch: pytest.MonkeyPatch) -> None:
     """As with another compiler: inductor has no unknown numbers, so they reach the operators as tensors."""
+    # Without a pool of processes, each of which imports torch.
+    monkeypatch.setattr("torch._inductor.config.compile_threads", 1)
     head, x, target = head_and_rows("cpu")
     count = CompileCounterWithBackend("inductor")
     compiled = torch.compile(head, fullgraph=True, backend=count)

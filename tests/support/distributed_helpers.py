@@ -8,8 +8,10 @@ import tempfile
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -25,8 +27,20 @@ PRELOADED = [
     "fused_arcface.partial_fc",
     "fused_arcface.checkpoint",
     "fused_arcface.app.cli.train",
+    "pytest",
+    "support.frozen",
 ]
-"""Modules that the server of forked processes imports once: the package and torch import them when they are used."""
+"""Modules that the server of forked processes imports once: the package and torch import them when they are used. The
+last one keeps a rank's garbage collector off all that the server has imported."""
+
+
+def start_server() -> None:
+    """Start the server of forked processes, if it does not run yet: each process then starts with torch imported."""
+    forkserver.set_forkserver_preload(PRELOADED)
+    # The server of Python 3.11 and earlier gets no other path of imports.
+    path = os.pathsep.join(filter(None, [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]))
+    with mock.patch.dict(os.environ, PYTHONPATH=path):
+        forkserver.ensure_running()
 
 
 def _run_rank(rank: int, world_size: int, directory: str, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
@@ -52,8 +66,7 @@ def run_ranks(world_size: int, function: Callable[..., Any], *args: Any) -> list
     ``function`` must be importable (a test module's top level). An exception on one rank is raised here.
     """
     with tempfile.TemporaryDirectory() as directory:
-        # A server forked once per test session: each rank then starts with torch imported.
-        mp.set_forkserver_preload(PRELOADED)
+        start_server()
         mp.start_processes(
             _run_rank, (world_size, directory, function, args), nprocs=world_size, start_method="forkserver"
         )

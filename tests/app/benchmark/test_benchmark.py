@@ -302,7 +302,7 @@ def test_pictures_are_drawn(tmp_path: Path) -> None:
     assert all(path.stat().st_size > 10_000 for path in paths)
 
 
-@pytest.mark.serial
+@pytest.mark.slow
 def test_memory_of_a_pass_is_seen_from_outside(child: Child) -> None:
     if not memory.can_measure(CPU):
         pytest.skip("this system does not let a process reset its peak of resident memory")

@@ -13,7 +13,7 @@ from fused_arcface.app.benchmark.names import is_fused
 from fused_arcface.app.measure.child import Child
 
 
-@pytest.mark.serial
+@pytest.mark.slow
 def test_a_trial_cannot_take_more_than_its_budget(child: Child) -> None:
     if not memory.can_measure(CPU):
         pytest.skip("this system does not limit a process's data")
@@ -25,7 +25,7 @@ def test_a_trial_cannot_take_more_than_its_budget(child: Child) -> None:
     assert capacity.try_step(recipe, (8, 1_000_000, 64), CPU, 2**28, child) is None
 
 
-@pytest.mark.serial
+@pytest.mark.slow
 def test_an_update_in_the_backward_needs_no_gradient(child: Child) -> None:
     if not memory.can_measure(CPU):
         pytest.skip("this system does not let a process reset its peak of resident memory")

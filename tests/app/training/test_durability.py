@@ -24,7 +24,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.distributed_helpers import PRELOADED
+from support.distributed_helpers import start_server
 from support.image_files import write_folder
 from support.training_runs import TINY, losses, weights
 
@@ -81,7 +81,7 @@ def _command(arguments: list[str], output: Path, at: int, kind: str, limit: int)
 
 def start(arguments: list[str], output: Path, at: int = 0, kind: str = "kill", limit: int = 0) -> BaseProcess:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
+    start_server()
     process = context.Process(target=_command, args=(arguments, output, at, kind, limit))
     process.start()
     return process
