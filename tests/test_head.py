@@ -203,7 +203,7 @@ HEAD = fa.MarginHead(8, 5)
         (
             lambda: fa.MarginHead(8, 5, backend="gpu"),
             ValueError,
-            "backend must be one of 'auto', 'torch', 'cpu', 'triton', 'cuda'; got 'gpu'",
+            f"backend must be one of 'auto', {', '.join(map(repr, fa.backends.available()))}; got 'gpu'",
         ),
         (
             lambda: fa.MarginHead(8, 5, dtype=torch.int64),

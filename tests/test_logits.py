@@ -17,7 +17,15 @@ from fused_arcface.engine import logits as logits_module
 from fused_arcface.margins import registry
 from fused_arcface.store.centers import CenterView
 
-MARGINS = [m for m in registry.examples() if not hasattr(m, "binary") and not isinstance(m, fa.MagFace)]
+
+def _is_in_the_logits(margin: Any) -> bool:
+    """Return false for a margin whose loss has more than the logits' cross-entropy: a penalty, or binary losses."""
+    rows = torch.ones(1), torch.tensor([True])
+    penalty = copy.deepcopy(margin).for_rows(*rows).penalty if hasattr(margin, "for_rows") else None
+    return penalty is None and not hasattr(margin, "binary")
+
+
+MARGINS = [margin for margin in registry.examples() if _is_in_the_logits(margin)]
 
 
 def problem(sub_centers: int = 1) -> tuple[Tensor, Tensor, Tensor]:

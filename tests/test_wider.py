@@ -21,6 +21,7 @@ from support.distributed_helpers import run_ranks
 from torch import Tensor
 
 import fused_arcface as fa
+from fused_arcface.app.agreement import norms_are_held
 from fused_arcface.backends import cpu
 from fused_arcface.margins import Margin, registry
 
@@ -77,16 +78,16 @@ def to_differentiate(
 ) -> tuple[Callable[[Tensor, Tensor], Tensor], tuple[Tensor, Tensor]]:
     """Return ``function`` of embeddings and weight, and the two.
 
-    A margin's state is held fixed. So are the norms if they have no gradient (AdaFace).
+    A margin's state is held fixed. So are the norms if no gradient goes through them (AdaFace).
     """
     inputs = with_sub_centers(case, variant)
     margin = variant.make()
     if isinstance(margin, torch.nn.Module):
         margin.eval()
-    norms = inputs.embeddings.norm(dim=1, keepdim=True)
+    norms, held_norms = inputs.embeddings.norm(dim=1, keepdim=True), norms_are_held(margin)
 
     def loss(x: Tensor, w: Tensor) -> Tensor:
-        if isinstance(margin, fa.AdaFace):
+        if held_norms:
             x = norms * F.normalize(x)
         return function(x, w, inputs.target, margin=margin, scale=scale, **variant.options, **options)
 

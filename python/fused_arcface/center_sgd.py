@@ -20,10 +20,11 @@ from torch import Tensor, nn
 
 from .base.checks import describe_tensor
 from .base.dtypes import CENTER_DTYPES, MOMENTUM_DTYPES, compute_dtype
+from .base.keyed_random import rounding_key
 from .base.ranges import FROM_0, FROM_0_BELOW_1, check_number
 from .center_update import CenterUpdateError, PendingUpdate, refusal
 from .engine.loss_factor import RefusedFactors
-from .engine.terms import MOMENTUM_BLOCK, check_update
+from .engine.terms import MOMENTUM_BLOCK, CenterStep, check_update
 from .margins.protocol import Margin
 from .margins.state import copy_of_state
 from .store import SampledRows
@@ -163,8 +164,12 @@ class CenterOptimizer(torch.optim.Optimizer):
         >>> fa.PartialFC(8, 100, center_optimizer=CenterSGD(lr=0.1)).center_optimizer.describe()
         'CenterSGD(lr=0.1, momentum=0.9, weight_decay=0.0)'
         """
-        group = self.param_groups[0]
-        return f"CenterSGD({', '.join(f'{name}={group[name]}' for name in _SETTINGS)})"
+        return f"CenterSGD({', '.join(f'{name}={value}' for name, value in self.options.items())})"
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The entries of ``param_groups`` that are this optimizer's: lr, momentum and weight_decay."""
+        return {name: self.param_groups[0][name] for name in _SETTINGS}
 
     @property
     def _weight(self) -> nn.Parameter:
@@ -260,12 +265,16 @@ class CenterOptimizer(torch.optim.Optimizer):
     @property
     def settings(self) -> Tensor:
         """(3,) fp64: lr, momentum and weight_decay."""
-        values = [float(self.param_groups[0][name]) for name in _SETTINGS]
+        values = [float(value) for value in self.options.values()]
         return torch.tensor(values, dtype=torch.float64, device="cpu")
 
     def check_loaded(self, settings: Tensor) -> None:
         """Check the :attr:`settings` (3,) of a loaded state. Raises ValueError if one is out of its range."""
         check_settings(dict(zip(_SETTINGS, settings.tolist(), strict=True)))
+
+    def check_options(self, options: dict[str, Any]) -> None:
+        """Check options of a loaded state, by name. Raises TypeError or ValueError."""
+        check_settings(options)
 
     @torch.no_grad()
     def load_run_state(self, weight: Tensor, given: dict[str, Tensor], assign: bool) -> None:
@@ -351,6 +360,32 @@ class CenterOptimizer(torch.optim.Optimizer):
         if torch.is_grad_enabled():
             self._pending.add(update)
         return update
+
+    def center_step(
+        self,
+        step: int,
+        state: dict[str, Tensor],
+        classes: Tensor | None,
+        active: Tensor,
+        row_ids: Tensor | None = None,
+    ) -> CenterStep:
+        """Return the numbers of forward pass number ``step``.
+
+        ``state`` is :meth:`bind`'s, or copies of its rows. :class:`CenterStep` describes the others.
+        """
+        group = self.param_groups[0]
+        return CenterStep(
+            classes,
+            state.get("momentum_buffer"),
+            state.get("momentum_scale"),
+            float(group["lr"]),
+            float(group["momentum"]),
+            float(group["weight_decay"]),
+            rounding_key(self._seed, step),
+            self._class_start,
+            active,
+            row_ids,
+        )
 
 
 def _check_weight(weight: Tensor) -> None:

@@ -12,10 +12,9 @@ import torch
 from torch import Tensor
 
 from .base.compiler import not_compiled
-from .base.keyed_random import rounding_key
 from .engine.loss_factor import is_refused
 from .engine.mixed import update_both
-from .engine.terms import CenterStep, Negatives, RowGradients, SecondTarget
+from .engine.terms import Negatives, RowGradients, SecondTarget
 from .store import SampledRows
 
 if TYPE_CHECKING:
@@ -117,7 +116,6 @@ class PendingUpdate:
         lse, *coefficients = gradients[1:]
         if second is not None:
             coefficients.append(second.coefficient)
-        group = optimizer.param_groups[0]
         if sampled is None:
             weight, state = self._weight, optimizer.bind_on_device(self._weight)
         else:
@@ -131,18 +129,7 @@ class PendingUpdate:
             finite &= self._loss.isfinite()
         if self._loss_gradient is not None:
             finite &= ~is_refused(self._loss_gradient)
-        step = CenterStep(
-            classes,
-            state.get("momentum_buffer"),
-            state.get("momentum_scale"),
-            float(group["lr"]),
-            float(group["momentum"]),
-            float(group["weight_decay"]),
-            rounding_key(optimizer._seed, self._step),
-            optimizer._class_start,
-            finite,
-            None if sampled is None else sampled.ids,
-        )
+        step = optimizer.center_step(self._step, state, classes, finite, None if sampled is None else sampled.ids)
         for buffer, before in self._margin_state:
             buffer.copy_(torch.where(step.active, buffer, before))
         gradients = RowGradients(gradients.scale, lse, *coefficients[:2])

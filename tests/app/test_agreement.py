@@ -26,6 +26,27 @@ def test_finite_differences_find_a_wrong_derivative() -> None:
     assert agreement.finite_differences("cpu", fa.ArcFace(gradient="straight_through")) is None
 
 
+@pytest.mark.parametrize(
+    ("has_gradient", "of_penalty"), [(False, False), (True, False), (True, True)], ids=["held", "margin", "penalty"]
+)
+def test_finite_differences_of_a_margin_by_the_norm(has_gradient: bool, of_penalty: bool) -> None:
+    """They leave norms as they are where the margin takes them without a gradient, as AdaFace does, and only there."""
+
+    class ByNorm:
+        def __call__(self, target_cosine: torch.Tensor) -> torch.Tensor:
+            return target_cosine
+
+        def for_rows(self, norms: torch.Tensor, counted: torch.Tensor) -> fa.margins.RowMargin:
+            if not has_gradient:
+                norms = norms.detach()
+            if of_penalty:
+                return fa.margins.RowMargin(self, norms**2)
+            return fa.margins.RowMargin(lambda cosine: cosine - 0.1 * norms)
+
+    assert agreement.norms_are_held(ByNorm()) == (not has_gradient)
+    assert agreement.finite_differences("cpu", ByNorm()) is True
+
+
 def test_nan_does_not_pass() -> None:
     errors = dict.fromkeys(agreement.QUANTITIES, 0.0)
     assert agreement.Agreement(errors, errors, None).passed

@@ -15,7 +15,6 @@ from torch import Tensor
 from fused_arcface import backends, margin_softmax_loss, reference
 from fused_arcface.margins import Margin
 from fused_arcface.margins.angular import ArcFace
-from fused_arcface.margins.per_row import AdaFace
 from fused_arcface.margins.registry import examples
 
 QUANTITIES = ("loss", "d_embeddings", "d_weight")
@@ -151,11 +150,28 @@ def errors_against_fp64(backend: str | None, dtype: torch.dtype, problem: Proble
     }
 
 
+def norms_are_held(margin: Margin) -> bool:
+    """Return true if no gradient of the loss with this margin goes through the embeddings' norms.
+
+    Finite differences must then leave the norms as they are: the margin may depend on them all the same.
+
+    >>> from fused_arcface.margins.per_row import AdaFace, MagFace
+    >>> norms_are_held(AdaFace()), norms_are_held(MagFace())
+    (True, False)
+    """
+    if not hasattr(margin, "for_rows"):
+        return True
+    norms = torch.ones(1, dtype=torch.float64, requires_grad=True)
+    modify, penalty = copy.deepcopy(margin).for_rows(norms, torch.tensor([True]))
+    total = modify(torch.zeros_like(norms)) if penalty is None else modify(torch.zeros_like(norms)) + penalty
+    return not total.requires_grad or torch.autograd.grad(total, norms, allow_unused=True)[0] is None
+
+
 def finite_differences(backend: str, margin: Margin, options: dict[str, Any] | None = None) -> bool | None:
     """Return whether finite differences agree with the gradients of a small problem in fp64.
 
     The result is None for a straight-through gradient, which is not a derivative. Numbers that a margin uses without a
-    gradient are held fixed: AdaFace's norms, and any state.
+    gradient are held fixed: any state, and norms by :func:`norms_are_held`.
     """
     if getattr(margin, "gradient", "exact") != "exact":
         return None
@@ -164,9 +180,10 @@ def finite_differences(backend: str, margin: Margin, options: dict[str, Any] | N
     sizes = {"rows": 6, "classes": 7, "dim": 5}
     problem = sample_problem(margin, options, **sizes, scale=8.0, device=device_of(backend), angles=angles)
     norms = problem.embeddings.norm(dim=1, keepdim=True)
+    held_norms = norms_are_held(margin)
 
     def loss(embeddings: Tensor, weight: Tensor) -> Any:
-        if isinstance(margin, AdaFace):
+        if held_norms:
             embeddings = norms * F.normalize(embeddings)
         held = copy.deepcopy(margin)
         if isinstance(held, torch.nn.Module):

@@ -26,7 +26,6 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from ..center_sgd import CenterSGD
 from ..parallel.ranks import ALONE
 from ..partial_fc import PartialFC
 from .directory import Saved, find, write
@@ -261,7 +260,7 @@ def _of_optimizer(saved: Saved, values: dict[str, Any], head: PartialFC) -> dict
     """Return the saved options of the head's fused optimizer.
 
     Raises:
-        CheckpointError: if they are missing after a first step, or are not those of a :class:`fused_arcface.CenterSGD`.
+        CheckpointError: if they are missing after a first step, or are not those of the head's optimizer.
     """
     if head.center_optimizer is None:
         return {}
@@ -271,7 +270,7 @@ def _of_optimizer(saved: Saved, values: dict[str, Any], head: PartialFC) -> dict
         raise CheckpointError(f"{saved.directory} is damaged: {_HEAD} has no options of its optimizer")
     options: dict[str, Any] = {name: value for name, value in values["optimizer"].items() if name != "params"}
     with _fitting(saved, "the head's optimizer"):
-        CenterSGD(**{name: options[name] for name in ("lr", "momentum", "weight_decay")})
+        head.center_optimizer.check_options(options)
     return options
 
 

@@ -147,8 +147,7 @@ class JointCalls(ReplaceableOptions, nn.Module):
             elif isinstance(held, Tensor):
                 more[f"{name}.requires_grad"] = held.requires_grad
         if self.center_optimizer is not None:
-            group = self.center_optimizer.param_groups[0]
-            more |= {f"center_optimizer.{name}": group[name] for name in ("lr", "momentum", "weight_decay")}
+            more |= {f"center_optimizer.{name}": value for name, value in self.center_optimizer.options.items()}
         return self._agreement(call, **more)
 
     def _gather(

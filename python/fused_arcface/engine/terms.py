@@ -90,7 +90,7 @@ class CenterStep(NamedTuple):
     """(K,) int64 ascending rows of weight that the step uses; None: all. The target indexes into them. Other rows are
     not touched. The number ``C``, for backends that know padding, is no row."""
     momentum_buffer: Tensor | None
-    """Like weight, fp64, fp32, bf16 or int8; None without momentum."""
+    """Like weight, in one of ``MOMENTUM_DTYPES``; None without momentum."""
     momentum_scale: Tensor | None
     """(C, ceil(D / 64)) fp32: the units of an int8 momentum, one for 64 columns of a row."""
     lr: float
@@ -106,6 +106,11 @@ class CenterStep(NamedTuple):
     row_ids: Tensor | None = None
     """(C,) int64 contiguous global ids of weight's rows, where they are copies of some of them; None: those from
     class_start on."""
+
+    @property
+    def state(self) -> list[Tensor]:
+        """The tensors beside weight that the step changes, with one row for each of weight's."""
+        return [each for each in (self.momentum_buffer, self.momentum_scale) if each is not None]
 
     def ids(self, rows: Tensor) -> Tensor:
         """Return the global ids of rows of weight (R,), by which their rounding is keyed."""

@@ -253,7 +253,7 @@ class NormSoftmax:
 
 
 def parameters(margin: object) -> tuple[float, float, float, str, str] | None:
-    """Return ``(m1, m2, m3, boundary, gradient)`` of a margin of this module, None for any other callable.
+    """Return ``(m1, m2, m3, boundary, gradient)`` of a margin ``cos(m1·θ + m2) - m3``, None for any other callable.
 
     CosFace and NormSoftmax don't use the angle. Their boundary is called ``"linear"``: ``cos θ - m3``, derivative 1.
 

@@ -59,8 +59,8 @@ def test_negatives_by_hand() -> None:
 def test_rows_and_boundaries() -> None:
     lines, axis = lines_of(1)
     assert {f"embedding of norm {norm:g}" for norm in NORMS} <= set(lines)
-    # A line for no margin, three for each of AdaFace and MagFace, three in the legend; ElasticFace is a band.
-    assert len(axis.lines) == 1 + 3 * 2 + 3 and len(axis.collections) == 1
+    # A line for no margin, three for each margin, three in the legend; ElasticFace alone is a band.
+    assert len(axis.lines) == 1 + 3 * (len(entries("row")) - 1) + 3 and len(axis.collections) == 1
     lines, _ = lines_of(3)
     default = angular.ArcFace().boundary
     names = {f"{name} (default)" if name == default else name for name in get_args(angular.Boundary)}
