@@ -150,7 +150,7 @@ def _first_tile(num_tiles_n, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr):
 
 
 def test_the_check_finds_blocks_of_the_same_tile(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(exponentials, "_tile", _first_tile)
+    monkeypatch.setattr(exponentials, "tile_place", _first_tile)
     force(SETTINGS[0], monkeypatch)
     with pytest.raises(AssertionError, match=r"^loss: error"):
         check(SETTINGS[0])
@@ -179,8 +179,8 @@ def test_a_tile_without_targets_needs_no_masks(dtype: torch.dtype, monkeypatch: 
     gradients = RowGradients(20.0, torch.full((9,), 8.0, dtype=torch.float64), *rows)
     monkeypatch.setenv("FUSED_ARCFACE_TRITON_ALGORITHM", "chunks")
     results = []
-    for needs_masks in (exponentials._needs_masks, _always, _never):
-        monkeypatch.setattr(exponentials, "_needs_masks", needs_masks)
+    for needs_masks in (exponentials.needs_masks, _always, _never):
+        monkeypatch.setattr(exponentials, "needs_masks", needs_masks)
         greatest = stages.class_max(x, w, target)
         sums = stages.class_stats(x, w, target, 20.0, None, True)
         results.append((greatest, *sums, *stages.weight_grad(x, w, target, gradients).split(256)))
@@ -191,7 +191,7 @@ def test_a_tile_without_targets_needs_no_masks(dtype: torch.dtype, monkeypatch: 
 
 
 def test_the_grid_finds_targets_that_are_not_masked(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(exponentials, "_needs_masks", _never)
+    monkeypatch.setattr(exponentials, "needs_masks", _never)
     force(SETTINGS[0], monkeypatch)
     with pytest.raises(AssertionError, match=r"^loss: error"):
         check(SETTINGS[0])
