@@ -56,6 +56,15 @@ def _reproducible() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+@pytest.fixture(autouse=True)
+def _independent_programs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In Triton's interpreter, no program of a launch touches the memory that another one writes."""
+    if os.environ.get("TRITON_INTERPRET") == "1" and request.node.get_closest_marker("interpreter") is not None:
+        from support.triton_programs import forbid_races
+
+        forbid_races(monkeypatch)
+
+
 @pytest.fixture(scope="module")
 def child() -> Iterator[Child]:
     """A process in which the benchmark measures memory."""

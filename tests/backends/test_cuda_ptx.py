@@ -4,6 +4,7 @@ backends/cuda.py, over the CPU's tensors.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from support.cases import Case, make_inputs
 from support.cuda_cases import CORE, Setting, check
 from support.negatives_cases import check_stages
 from support.ptx import host
+from support.ptx.machine import Machine
 from support.ptx.program import parse
 from torch import Tensor
 
@@ -342,6 +344,29 @@ def test_mutants_of_the_text_fail(mutant: Mutant, monkeypatch: pytest.MonkeyPatc
     checked = check_gradient if "gradient" in mutant.kernel else check_stats
     with host.in_place(monkeypatch, mutant.programs()), pytest.raises((RuntimeError, AssertionError), match=mutant.how):
         checked(given, BF16)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_current_device_comes_back(fails: bool, gpu: host.Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels are launched on the tensors' device. Afterwards the one before is current, also if a launch throws."""
+    given, current, during = problem(3, 5, 8, FP32), host.current_device(), []
+    monkeypatch.setattr(cuda, "_device", lambda tensor: ((2, 0), 4))
+    monkeypatch.setattr(current, "value", 1)
+
+    def launch(*arguments: object) -> None:
+        during.append(current.value)
+        assert not fails, "no launch"
+
+    monkeypatch.setattr(Machine, "launch", launch)
+    for stage in (
+        lambda: cuda.class_stats(given.x, given.w, given.target, SCALE, None, True),
+        lambda: cuda.target_cosine(given.x, given.w, given.target),
+        lambda: cuda.weight_grad(given.x, given.w, given.target, given.gradients()),
+    ):
+        during.clear()
+        with pytest.raises(RuntimeError, match="no launch") if fails else contextlib.nullcontext():
+            stage()
+        assert set(during) == {2} and current.value == 1
 
 
 def test_access_outside_of_an_allocation_names_instruction_and_thread(gpu: host.Gpu) -> None:

@@ -3,7 +3,8 @@
 TRITON_INTERPRET=1 must be set before Triton is imported, and it turns the compiler off for every other test. So these
 tests run in a session of their own, as ``make test`` does: ``TRITON_INTERPRET=1 pytest -m interpreter tests/backends``.
 Products of bf16 are taken in fp32 here, because the interpreter multiplies their bit patterns
-(backends/triton/common.py). The interpreter does not model barriers and races.
+(backends/triton/common.py). The interpreter does not model barriers. A fixture of conftest.py fails a test if two
+programs of a launch touch the same memory and one of them writes it.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 pytest.importorskip("triton", reason="Triton is not installed here")
 
@@ -171,6 +173,30 @@ def test_rows_of_any_norm(
 ) -> None:
     monkeypatch.setenv("FUSED_ARCFACE_TRITON_ALGORITHM", algorithm)
     extreme_rows.check_norms(_plain_loss, dtype, tolerance)
+
+
+@pytest.mark.parametrize("cosine", [-0.99, 0.0, 0.99])
+@pytest.mark.parametrize("algorithm", ["chunks", "flash"])
+def test_sums_of_centers_of_any_norm(algorithm: str, cosine: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each term is exp(64·cos) times a unit center, for norms whose inverse bf16 could not hold beside it."""
+    monkeypatch.setenv("FUSED_ARCFACE_TRITON_ALGORITHM", algorithm)
+    D = 64
+    row = F.normalize(torch.randn(D, dtype=torch.float64), dim=0)
+    across = torch.randn(61, D, dtype=torch.float64)
+    across = F.normalize(across - (across @ row)[:, None] * row)
+    w = cosine * row + math.sqrt(1 - cosine**2) * across
+    w = (w * torch.logspace(-30, 30, 61, dtype=torch.float64)[:, None]).bfloat16()
+    x, target = (row * torch.tensor([[1e-9], [1.0], [1e9]])).bfloat16(), torch.tensor([-1, 30, 60])
+    unit = w.double() / w.double().norm(dim=1, keepdim=True).clamp(min=1e-12)
+    cosines = F.normalize(x.double()) @ unit.T
+    is_target = F.one_hot(target.clamp(min=0), 61).bool() & (target >= 0)[:, None]
+    exponentials = (64 * cosines).exp().masked_fill(is_target, 0)
+    total, largest, center_sum = triton.class_stats(x, w, target, 64.0, None, True)
+    torch.testing.assert_close(total.double(), exponentials.sum(1), rtol=1e-5, atol=0)
+    torch.testing.assert_close(largest.double(), cosines.masked_fill(is_target, -1).amax(1), rtol=0, atol=1e-6)
+    assert center_sum is not None
+    right = exponentials @ unit
+    assert ((center_sum.double() - right).abs() <= 2.0**-7 * right.abs().amax(1, keepdim=True)).all()
 
 
 def test_gradients_that_overflow_in_fp16() -> None:

@@ -1,5 +1,7 @@
 """The programs of a Triton launch are independent: no shared memory, any order; see test_triton_interpreted.py.
 
+conftest.py looks for shared memory in every test of the interpreter.
+
 Panels of several tiles of classes and several tiles of rows, as real sizes have them.
 """
 
@@ -44,7 +46,6 @@ def _poisoned_memory() -> Iterator[None]:
 def test_panels_of_several_tiles(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
     """One panel holds all classes: three tiles of them, beside two of rows."""
     force(setting, monkeypatch)
-    forbid_races(monkeypatch)
     check(setting)
 
 
@@ -53,7 +54,6 @@ def test_several_panels_of_several_tiles(algorithm: str, monkeypatch: pytest.Mon
     """Two panels of two tiles, the last of them short, with blocks of 64 rows."""
     setting = Setting(Case(140, 900, 40, *BF16, geometry="late", scale=1000.0), algorithm)
     force(setting, monkeypatch)
-    forbid_races(monkeypatch)
     two_tiles = configs.PanelConfig(exponential_bytes=1 << 40, center_bytes=512 * 2 * 48, max_rows=64)
     monkeypatch.setattr(chunks, "CHUNKS", two_tiles)
     monkeypatch.setattr(flash, "FLASH_PANEL", two_tiles)
@@ -79,7 +79,6 @@ def test_centers_where_they_are_stored(algorithm: str, monkeypatch: pytest.Monke
     made = []
     create = panels.Panel.create
     monkeypatch.setattr(panels.Panel, "create", lambda *arguments: made.append(create(*arguments)) or made[-1])
-    forbid_races(monkeypatch)
     forbid_reads(monkeypatch, memory[900:].data_ptr(), memory[900:].data_ptr() + memory[900:].nbytes)
     gradient = stages.weight_grad(x, stored, target, gradients)
     right = plain_torch.weight_grad(x.double(), w.double(), target, gradients)
@@ -150,7 +149,8 @@ def _first_tile(num_tiles_n, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr):
 
 
 def test_the_check_finds_blocks_of_the_same_tile(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(exponentials, "_tile", _first_tile)
+    monkeypatch.undo()  # the check itself, which conftest.py has put in place
+    monkeypatch.setattr(exponentials, "tile_place", _first_tile)
     force(SETTINGS[0], monkeypatch)
     with pytest.raises(AssertionError, match=r"^loss: error"):
         check(SETTINGS[0])
@@ -179,8 +179,8 @@ def test_a_tile_without_targets_needs_no_masks(dtype: torch.dtype, monkeypatch: 
     gradients = RowGradients(20.0, torch.full((9,), 8.0, dtype=torch.float64), *rows)
     monkeypatch.setenv("FUSED_ARCFACE_TRITON_ALGORITHM", "chunks")
     results = []
-    for needs_masks in (exponentials._needs_masks, _always, _never):
-        monkeypatch.setattr(exponentials, "_needs_masks", needs_masks)
+    for needs_masks in (exponentials.needs_masks, _always, _never):
+        monkeypatch.setattr(exponentials, "needs_masks", needs_masks)
         greatest = stages.class_max(x, w, target)
         sums = stages.class_stats(x, w, target, 20.0, None, True)
         results.append((greatest, *sums, *stages.weight_grad(x, w, target, gradients).split(256)))
@@ -191,7 +191,7 @@ def test_a_tile_without_targets_needs_no_masks(dtype: torch.dtype, monkeypatch: 
 
 
 def test_the_grid_finds_targets_that_are_not_masked(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(exponentials, "_needs_masks", _never)
+    monkeypatch.setattr(exponentials, "needs_masks", _never)
     force(SETTINGS[0], monkeypatch)
     with pytest.raises(AssertionError, match=r"^loss: error"):
         check(SETTINGS[0])

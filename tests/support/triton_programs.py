@@ -24,24 +24,26 @@ class _Touched:
         self.addresses.append(used)
         self.programs.append(np.full(len(used), program))
 
-    def by_address(self) -> tuple[np.ndarray, np.ndarray]:
-        """Return the addresses in ascending order, and the program of each."""
+    def all(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return the addresses, and the program of each."""
         if not self.addresses:
             return np.empty(0, np.uint64), np.empty(0, np.int64)
-        addresses, programs = np.concatenate(self.addresses), np.concatenate(self.programs)
-        order = np.argsort(addresses, kind="stable")
-        return addresses[order], programs[order]
+        return np.concatenate(self.addresses), np.concatenate(self.programs)
 
 
 def _conflict(reads: _Touched, writes: _Touched) -> str | None:
     """Name the kind of conflict between programs, or return None."""
-    written, writers = writes.by_address()
+    written, writers = writes.all()
     if len(written) == 0:
         return None
+    order = np.argsort(written, kind="stable")
+    written, writers = written[order], writers[order]
     if ((written[1:] == written[:-1]) & (writers[1:] != writers[:-1])).any():
         return "two programs write the same memory"
-    read, readers = reads.by_address()
-    place = np.minimum(np.searchsorted(written, read), len(written) - 1)
+    read, readers = reads.all()
+    near = (read >= written[0]) & (read <= written[-1])
+    read, readers = read[near], readers[near]
+    place = np.searchsorted(written, read)
     if ((written[place] == read) & (writers[place] != readers)).any():
         return "a program reads what another one writes"
     return None

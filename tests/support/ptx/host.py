@@ -140,6 +140,13 @@ def module() -> ModuleType:
     return loaded
 
 
+def current_device() -> ctypes.c_int:
+    """Return the number of the runtime's current device, to read or to change."""
+    library = ctypes.CDLL(str(_built()[0]))
+    library.current_device.restype = ctypes.POINTER(ctypes.c_int)
+    return library.current_device().contents  # type: ignore[no-any-return]
+
+
 _LAUNCHER = ctypes.CFUNCTYPE(
     ctypes.c_int, ctypes.c_char_p, ctypes.POINTER(ctypes.c_uint), ctypes.POINTER(ctypes.c_void_p), ctypes.c_void_p,
     ctypes.c_size_t,

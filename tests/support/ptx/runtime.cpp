@@ -51,6 +51,7 @@ int run(const void* function, Size3 grid, Size3 block, void** arguments, size_t 
 extern "C" {
 
 __attribute__((visibility("default"))) void set_launcher(Launcher to) { launcher = to; }
+__attribute__((visibility("default"))) int* current_device() { return &device; }
 
 void** __cudaRegisterFatBinary(void*) { return nullptr; }
 void __cudaRegisterFatBinaryEnd(void**) {}

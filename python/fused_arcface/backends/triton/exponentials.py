@@ -19,110 +19,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import Repeated, dot, to
+from .common import Repeated, to
 from .configs import ELEMENTS, ElementConfig, ProductConfig
 from .negatives import RowRule, change_numbers, changed_cosine, is_beaten
 from .panels import Panel
 from .rows import RowTerms, UnitRows
-
-
-@triton.jit
-def _scores(
-    x_ptr,
-    w_ptr,
-    last_w,
-    scores_ptrs,
-    mask_n,
-    WIDTH: tl.constexpr,
-    PRODUCT: tl.constexpr,
-    AS_STORED: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    """Return the scores (BLOCK_N, BLOCK_C) of one tile; x_ptr and w_ptr are at its first rows.
-
-    Copies are padded: only batch rows need a mask. Of stored centers the last one, ``last_w`` rows from the tile's
-    first, stands in for those that would follow.
-    """
-    if PRODUCT:
-        offs_d = tl.arange(0, BLOCK_D)
-        offs_w = tl.arange(0, BLOCK_C)
-        if AS_STORED:
-            offs_w = tl.minimum(offs_w, last_w)
-        x_ptrs = x_ptr + (tl.arange(0, BLOCK_N)[:, None] * WIDTH + offs_d[None, :])
-        w_ptrs = w_ptr + (offs_w[None, :] * WIDTH + offs_d[:, None])
-        scores = tl.zeros([BLOCK_N, BLOCK_C], tl.float32)
-        for start in range(0, WIDTH, BLOCK_D):
-            if WIDTH % BLOCK_D == 0:
-                x = tl.load(x_ptrs, mask_n[:, None], 0.0)
-                w = tl.load(w_ptrs)
-            else:
-                mask_d = start + offs_d < WIDTH
-                x = tl.load(x_ptrs, mask_n[:, None] & mask_d[None, :], 0.0)
-                w = tl.load(w_ptrs, mask_d[:, None], 0.0)
-            scores = dot(x, w, scores)
-            x_ptrs += BLOCK_D
-            w_ptrs += BLOCK_D
-    else:
-        scores = tl.load(scores_ptrs, mask_n[:, None], 0.0)
-    return scores
-
-
-@triton.jit
-def _tile(num_tiles_n, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Return the index of the tile of classes, and the tile's first row (64-bit) and class.
-
-    Blocks that run together share their classes' tile.
-    """
-    pid = tl.program_id(0)
-    tile_c = pid // num_tiles_n
-    return tile_c, (pid % num_tiles_n).to(tl.int64) * BLOCK_N, tile_c * BLOCK_C
-
-
-@triton.jit
-def _column(target_ptr, offs_n, mask_n, first_class):
-    """Return each row's target (BLOCK_N,) as a column of the panel; it may lie outside."""
-    return (tl.load(target_ptr + offs_n, mask_n, -1) - first_class).to(tl.int32)
-
-
-@triton.jit
-def _is_other(offs_c, target, SUB_CENTERS: tl.constexpr):
-    """Return true (BLOCK_N, BLOCK_C) for a center that does not belong to the row's own class.
-
-    ``target`` (BLOCK_N,) is the row's column in the panel, see :func:`_column`.
-    """
-    if SUB_CENTERS == 1:
-        return offs_c[None, :] != target[:, None]
-    own = tl.where(target >= 0, target // SUB_CENTERS, -1)
-    return (offs_c // SUB_CENTERS)[None, :] != own[:, None]
-
-
-@triton.jit
-def _is_negative(offs_c, target, num_classes, SUB_CENTERS: tl.constexpr):
-    """Return true (BLOCK_N, BLOCK_C) for a center of another class, false for the panel's padding."""
-    return (offs_c < num_classes)[None, :] & _is_other(offs_c, target, SUB_CENTERS)
-
-
-@triton.jit
-def _with_target(gradient, offs_c, target, coefficient, num_classes):
-    """Return the gradient with the rows' coefficients at their targets, and zeros in the padding.
-
-    A row without negatives has a shift of -inf: what is not there must not be multiplied, but masked.
-    """
-    gradient = tl.where(offs_c[None, :] == target[:, None], coefficient[:, None], gradient)
-    return tl.where((offs_c < num_classes)[None, :], gradient, 0.0)
-
-
-@triton.jit
-def _needs_masks(target, first_c, num_classes, BLOCK_C: tl.constexpr):
-    """Return true if the tile holds the target of one of its rows, or padding.
-
-    Few tiles do. The masks would be half of a thread's instructions after the product, so the other tiles branch around
-    them. A kernel asks before its product, when no scores take registers yet.
-    """
-    has_target = (target >= first_c) & (target < first_c + BLOCK_C)
-    return (tl.max(has_target.to(tl.int32), 0) > 0) | (first_c + BLOCK_C > num_classes)
+from .tiles import is_negative, is_other, needs_masks, target_column, tile_place, tile_scores, with_target
 
 
 @triton.jit(do_not_specialize=["num_rows", "num_tiles_n", "partial_stride", "first_class", "num_classes"])
@@ -160,23 +62,26 @@ def class_stats_kernel(
     BLOCK_D: tl.constexpr,
 ):
     """Sum a tile's exponentials and take its maxima, and store the exponentials if asked."""
-    tile_c, first_n, first_c = _tile(num_tiles_n, BLOCK_N, BLOCK_C)
+    tile_c, first_n, first_c = tile_place(num_tiles_n, BLOCK_N, BLOCK_C)
     offs_n = first_n + tl.arange(0, BLOCK_N)
     offs_c = first_c + tl.arange(0, BLOCK_C)
-    mask_n = offs_n < num_rows
+    mask_n = tl.arange(0, BLOCK_N) < (num_rows - first_n).to(tl.int32)
+    # A score hidden as -inf gives an exponential of 0 if only a positive scale multiplies it. A learned scale may have
+    # any sign, and comes with a shift. A changed cosine is a product with an inverse norm, which may be 0.
+    MASKED_EVERYWHERE: tl.constexpr = HAS_SHIFT or threshold_ptr is not None or SUB_CENTERS > 1
     last_w = num_classes - 1 - first_c
     if AS_STORED:
         w_ptr += first_class.to(tl.int64) * WIDTH
         inverse_ptr += first_class % num_inverses
     if class_count_ptr is not None:
         num_classes = tl.minimum(num_classes, (tl.load(class_count_ptr) - first_class).to(tl.int32))
-    target = _column(target_ptr, offs_n, mask_n, first_class)
-    is_masked = _needs_masks(target, first_c, num_classes, BLOCK_C)
+    target = target_column(target_ptr, offs_n, mask_n, first_class)
+    is_masked = needs_masks(target, first_c, num_classes, BLOCK_C)
     # One 64-bit address for the tile, 32-bit offsets within it: half the registers.
     row_offs = tl.arange(0, BLOCK_N)[:, None] * scores_stride
     tile_offs = row_offs + tl.arange(0, BLOCK_C)[None, :]
     scores_ptr += first_n * scores_stride
-    scores = _scores(
+    scores = tile_scores(
         x_ptr + first_n * WIDTH,
         w_ptr + first_c.to(tl.int64) * WIDTH,
         last_w,
@@ -191,14 +96,13 @@ def class_stats_kernel(
     )
     inverse = tl.load(inverse_ptr + offs_c)
     scores = scores * inverse[None, :]  # now the cosines, but for the embedding's factor
-    # A hidden score of -inf gives an exponential of 0 if the scale is positive. A learned scale may have any sign, and
-    # comes with a shift.
-    if SUB_CENTERS > 1 or HAS_SHIFT:
-        negative = _is_negative(offs_c, target, num_classes, SUB_CENTERS)
+    if MASKED_EVERYWHERE:
+        target = target_column(target_ptr, offs_n, mask_n, first_class)
+        negative = is_negative(offs_c, target, num_classes, SUB_CENTERS)
         if SUB_CENTERS > 1:
             negative = negative & ~is_beaten(scores, scores_ptr + row_offs, inverse_ptr, offs_c, mask_n, SUB_CENTERS)
     elif is_masked:
-        scores = tl.where(_is_negative(offs_c, target, num_classes, SUB_CENTERS), scores, float("-inf"))
+        scores = tl.where(is_negative(offs_c, target, num_classes, SUB_CENTERS), scores, float("-inf"))
     value = scores
     if threshold_ptr is not None:
         cosine = scores * tl.load(row_inverse_ptr + offs_n, mask_n, 0.0)[:, None]
@@ -209,7 +113,7 @@ def class_stats_kernel(
     partial = tile_c.to(tl.int64) * partial_stride + offs_n
     # The statistics want the greatest cosine, the shift the greatest value.
     greatest = value if MAX_ONLY else scores
-    if SUB_CENTERS > 1 or HAS_SHIFT:
+    if MASKED_EVERYWHERE:
         greatest = tl.where(negative, greatest, float("-inf"))
     maximum = tl.max(greatest, 1)
     maximum = tl.maximum(maximum, tl.load(maximum_ptr + partial, mask_n, 0.0))
@@ -219,7 +123,7 @@ def class_stats_kernel(
         if HAS_SHIFT:
             exponents -= tl.load(shift_ptr + offs_n, mask_n, 0.0)[:, None]
         exponentials = tl.exp2(exponents)
-        if SUB_CENTERS > 1 or HAS_SHIFT:
+        if MASKED_EVERYWHERE:
             exponentials = tl.where(negative, exponentials, 0.0)
         total = tl.load(total_ptr + partial, mask_n, 0.0) + tl.sum(exponentials, 1)
         tl.store(total_ptr + partial, total, mask_n)
@@ -263,13 +167,13 @@ def class_gradient_kernel(
     BLOCK_D: tl.constexpr,
 ):
     """Store a tile's derivatives by the cosines."""
-    _, first_n, first_c = _tile(num_tiles_n, BLOCK_N, BLOCK_C)
+    _, first_n, first_c = tile_place(num_tiles_n, BLOCK_N, BLOCK_C)
     offs_n = first_n + tl.arange(0, BLOCK_N)
     offs_c = first_c + tl.arange(0, BLOCK_C)
-    mask_n = offs_n < num_rows
-    # With changed cosines the branch would spill more registers.
+    mask_n = tl.arange(0, BLOCK_N) < (num_rows - first_n).to(tl.int32)
+    # The rule of the kernel above, but for the shift: this kernel hides no scores.
     MASKED_EVERYWHERE: tl.constexpr = threshold_ptr is not None or SUB_CENTERS > 1
-    is_masked = _needs_masks(_column(target_ptr, offs_n, mask_n, first_class), first_c, num_classes, BLOCK_C)
+    is_masked = needs_masks(target_column(target_ptr, offs_n, mask_n, first_class), first_c, num_classes, BLOCK_C)
     last_w = num_classes - 1 - first_c
     if AS_STORED:
         w_ptr += first_class.to(tl.int64) * WIDTH
@@ -277,7 +181,7 @@ def class_gradient_kernel(
     row_offs = tl.arange(0, BLOCK_N)[:, None] * scores_stride
     tile_offs = row_offs + tl.arange(0, BLOCK_C)[None, :]
     scores_ptr += first_n * scores_stride
-    scores = _scores(
+    scores = tile_scores(
         x_ptr + first_n * WIDTH,
         w_ptr + first_c.to(tl.int64) * WIDTH,
         last_w,
@@ -296,7 +200,7 @@ def class_gradient_kernel(
     factor = tl.load(factor_ptr + offs_n, mask_n, 0.0)
     if MASKED_EVERYWHERE:
         coefficient = tl.load(coefficient_ptr + offs_n, mask_n, 0.0)
-        target = _column(target_ptr, offs_n, mask_n, first_class)
+        target = target_column(target_ptr, offs_n, mask_n, first_class)
     value = scores
     if threshold_ptr is not None:
         cosine = scores * tl.load(row_inverse_ptr + offs_n, mask_n, 0.0)[:, None]
@@ -308,13 +212,13 @@ def class_gradient_kernel(
         gradient = gradient * slope
     if SUB_CENTERS > 1:
         beaten = is_beaten(scores, scores_ptr + row_offs, inverse_ptr, offs_c, mask_n, SUB_CENTERS)
-        gradient = tl.where(_is_other(offs_c, target, SUB_CENTERS) & ~beaten, gradient, 0.0)
+        gradient = tl.where(is_other(offs_c, target, SUB_CENTERS) & ~beaten, gradient, 0.0)
     if MASKED_EVERYWHERE:
-        gradient = _with_target(gradient, offs_c, target, coefficient, num_classes)
+        gradient = with_target(gradient, offs_c, target, coefficient, num_classes)
     elif is_masked:
         coefficient = tl.load(coefficient_ptr + offs_n, mask_n, 0.0)
-        target = _column(target_ptr, offs_n, mask_n, first_class)
-        gradient = _with_target(gradient, offs_c, target, coefficient, num_classes)
+        target = target_column(target_ptr, offs_n, mask_n, first_class)
+        gradient = with_target(gradient, offs_c, target, coefficient, num_classes)
     tile_ptr = gradient_ptr + first_n * scores_stride + first_c
     tl.store(tile_ptr + tile_offs, to(gradient, gradient_ptr.dtype.element_ty), mask_n[:, None])
 
