@@ -34,8 +34,8 @@ MOST_STACK = 896
 """Bytes. Accumulators of 128 registers a thread make the flash passes of D > 128 spill around their loops, and the
 chunks with changed negatives too: 664 with Triton 3.7.1, 880 with 3.9.0."""
 
-MOST_LOCAL_IN_LOOP = 3
-"""Reloads of spilled registers in a turn: none with Triton 3.4 and 3.7, three with 3.6 (gradient of flash, D = 512)."""
+MOST_LOCAL_IN_LOOP = 2
+"""Reloads of spilled registers in a turn: none with Triton 3.4 and 3.7, two in one kernel with 3.6."""
 
 MOST_IN_EPILOGUE = {"class_stats_kernel": 1400, "class_gradient_kernel": 1100}
 """Instructions of a thread after the products of a 128x256 tile that needs no masks: 1136 and 857 with Triton 3.7.1."""

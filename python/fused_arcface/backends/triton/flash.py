@@ -183,7 +183,7 @@ def flash_gradient_kernel(
         a, b, d = change_numbers(change_ptr, tl.float32)
     for tile in range(0, num_tiles_n):
         offs_n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
-        mask_n = offs_n < num_rows
+        mask_n = offs_n <= num_rows - 1  # with "< num_rows" Triton 3.6 reloads one more register in this loop
         x = tl.load(x_ptr + x_offs)
         x_ptr += BLOCK_N * WIDTH
         scores = dot(w, tl.trans(x), tl.zeros([BLOCK_C, BLOCK_N], tl.float32)) * inverse[:, None]
