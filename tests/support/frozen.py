@@ -1,7 +1,7 @@
-"""Keeps the garbage collector off all objects that exist when this is imported: for a server of forked processes.
+"""Hide all objects that exist now from the garbage collector. A server of forked processes imports this last.
 
-A collection in a fork would look at 300 000 objects of torch, and so copy the memory that the fork shares with its
-server: a third of a second for each rank.
+A collection in a fork would visit 300 000 objects of torch. Each visit copies memory that the fork shares with its
+server. That takes a third of a second for each rank.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ _UNFINISHED = re.compile(r"\.partial-step_\d+(\.\d+)?")
 
 @contextlib.contextmanager
 def _locked(folder: Path, *, wait: bool = True) -> Iterator[None]:
-    """Hold the lock of a folder during the block, or nothing on a file system without locks.
+    """Hold the lock of a folder during the block. On a file system without locks, do nothing.
 
     Raises:
         BlockingIOError: if another writer holds it and ``wait`` is false.
@@ -55,7 +55,7 @@ def unfinished(root: Path, step: int) -> Iterator[Path]:
     root.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as lock:
         with _locked(root):
-            _remove_left(root)  # there may be room for this checkpoint only without it
+            _remove_left(root)  # the disk may have no room for both
             names = [path.name.removeprefix(_PARTIAL) for path in root.iterdir()]
             number = 1 + max((order[1] for order in map(_order, names) if order[0] == step), default=-1)
             partial = root / (f"{_PARTIAL}step_{step:010d}" + (f".{number}" if number else ""))
@@ -68,7 +68,7 @@ def unfinished(root: Path, step: int) -> Iterator[Path]:
 
 
 def publish(partial: Path) -> Path:
-    """Give a folder that is written the name of a checkpoint, by one rename, and return it when that is on disk."""
+    """Rename a finished folder to the name of its checkpoint. Return the new path when the rename is on disk."""
     root = partial.parent
     final = root / partial.name.removeprefix(_PARTIAL)
     with _locked(root):
@@ -87,7 +87,7 @@ def settle(newest: Path, keep: int) -> None:
         others = [path for path in complete(newest.parent) if path != newest and _is_ours(path)]
         for old in others[: max(0, len(others) + 1 - keep)]:
             try:
-                # Half a checkpoint must not look like a whole one, if this process dies here.
+                # If this process dies here, half a checkpoint must not look like a whole one.
                 shutil.rmtree(old.rename(old.with_name(_PARTIAL + old.name)))
             except OSError as error:
                 warnings.warn(f"{old} is no longer needed, and cannot be removed: {error}", stacklevel=2)
@@ -109,7 +109,7 @@ def keep_alone(directory: Path, root: Path) -> Path:
     Raises:
         OSError: if it cannot be written. Those in ``root`` are as they were.
     """
-    content = (directory / manifest.NAME).read_bytes()  # it has checksums of all else
+    content = (directory / manifest.NAME).read_bytes()  # it has the checksums of all other files
     step = _order(directory.name)[0]
     of_step = (path for path in complete(root) if _order(path.name)[0] == step)
     target = next((path for path in of_step if (path / manifest.NAME).read_bytes() == content), None)
@@ -151,7 +151,7 @@ def _order(name: str) -> tuple[int, int]:
 
 
 def complete(root: Path) -> list[Path]:
-    """Return the checkpoints under ``root`` from the oldest to the newest: exact names, with what only they hold."""
+    """Return the checkpoints under ``root``, the oldest first: folders with the exact name and the files of one."""
     if not root.is_dir():
         return []
     found = [path for path in root.iterdir() if STEP_NAME.fullmatch(path.name) and has_checkpoint(path)]

@@ -1,4 +1,4 @@
-"""Measure several settings of a script, each in its own process: a peak of memory is a process's."""
+"""Measure several settings of a script, each in its own process, so that each has its own peak of memory."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .report import add_rows
 
 
 def measure_apart(settings: Iterable[str], line: str, folder: Path | None, name: str) -> None:
-    """Run the script once more for each setting, with ``--one SETTING``; it then prints its row as JSON.
+    """Run this script again for each setting, with ``--one SETTING``. It then prints its row as JSON.
 
     Args:
         settings: values of ``--one``.

@@ -1,6 +1,6 @@
 """A tile of the class-chunk algorithm: its place, its scores, and the masks of targets and padding.
 
-exponentials.py makes its kernels of these functions.
+The kernels in exponentials.py call these functions.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ def tile_scores(
 ):
     """Return the scores (BLOCK_N, BLOCK_C) of one tile; x_ptr and w_ptr are at its first rows.
 
-    Copies are padded: only batch rows need a mask. Of stored centers the last one, ``last_w`` rows from the tile's
-    first, stands in for those that would follow.
+    Copied centers are padded, so only batch rows need a mask. Stored centers are not: the last one, ``last_w`` rows
+    after the tile's first, takes the place of those that would follow.
     """
     if PRODUCT:
         offs_d = tl.arange(0, BLOCK_D)
@@ -67,7 +67,7 @@ def tile_place(num_tiles_n, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr):
 
 @triton.jit
 def target_column(target_ptr, offs_n, mask_n, first_class):
-    """Return each row's target (BLOCK_N,) as a column of the panel; it may lie outside."""
+    """Return each row's target (BLOCK_N,) as a column of the panel. It may be outside of the panel."""
     return (tl.load(target_ptr + offs_n, mask_n, -1) - first_class).to(tl.int32)
 
 
@@ -93,7 +93,8 @@ def is_negative(offs_c, target, num_classes, SUB_CENTERS: tl.constexpr):
 def with_target(gradient, offs_c, target, coefficient, num_classes):
     """Return the gradient with the rows' coefficients at their targets, and zeros in the padding.
 
-    A row without negatives has a shift of -inf: what is not there must not be multiplied, but masked.
+    A row without negatives has a shift of -inf, so its exponentials are infinite. A mask removes them; a factor of 0
+    would not.
     """
     gradient = tl.where(offs_c[None, :] == target[:, None], coefficient[:, None], gradient)
     return tl.where((offs_c < num_classes)[None, :], gradient, 0.0)
