@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fused_arcface.base import torch_files
 from fused_arcface.base.reading import DataError
 
-_CONTAINERS = ("state_dict", "state_dict_backbone", "backbone", "model")
+_CONTAINERS = ("state_dict", "net_state_dict", "state_dict_backbone", "backbone", "model")
 """Keys under which training loops keep the net's state beside other things."""
 _PREFIXES = ("module.", "_orig_mod.", "state_dict.", "backbone.")
 _HEADS = ("head.", "fc.")
@@ -29,9 +29,9 @@ class Misfit(DataError):
 def read_state(path: Path) -> dict[str, Tensor]:
     """Return the tensors of a net's file by their plain names. Nothing but tensors is read from the file.
 
-    The state may lie under ``state_dict``, ``state_dict_backbone``, ``backbone`` or ``model``. The prefixes
-    ``module.``, ``_orig_mod.``, ``state_dict.`` and ``backbone.`` are removed, in any order. If some names begin
-    with ``backbone.``, the others are another module's and are left out, and so are AdaFace's ``head.`` beside
+    The state may lie under ``state_dict``, ``net_state_dict``, ``state_dict_backbone``, ``backbone`` or ``model``. The
+    prefixes ``module.``, ``_orig_mod.``, ``state_dict.`` and ``backbone.`` are removed, in any order. If some names
+    begin with ``backbone.``, the others are another module's and are left out, and so are AdaFace's ``head.`` beside
     ``model.`` and MagFace's ``fc.`` beside ``features.conv1.``.
 
     Raises:
