@@ -17,7 +17,7 @@ from torch import Tensor
 from ..base.checks import check_size
 from ..base.keyed_random import MARGINS, fold, fold_each, normal_rows
 from ..base.ranges import ABOVE_0_TO_1, FROM_0, Range
-from .angular import Boundary, Form, angle, with_angle
+from .angular import Boundary, Form, GradientMode, angle, straight_through, with_angle
 from .checks import ABOVE_0, ANGLE, DIFFERENCE, check_choice, check_number
 from .entry import Entry, trained
 from .protocol import RowMargin
@@ -40,6 +40,8 @@ class AdaFace(StatefulMargin):
         margin: ``m``, in radians for the angle and in units of the cosine, in [0, π).
         h: factor of the quality, finite and >= 0: a norm of ``1/h`` deviations above the mean has quality 1.
         rate: rate of the running mean and deviation, ``μ ← (1 - rate)·μ + rate·mean``, in (0, 1].
+        gradient: as for :class:`fused_arcface.ArcFace`. The authors' AdaFace has ``"exact"``, their CVLface
+            ``"straight_through"``.
 
     Attributes:
         norm_mean: 0-dim fp32 buffer, μ, initially 20.
@@ -59,12 +61,15 @@ class AdaFace(StatefulMargin):
     norm_mean: Tensor
     norm_std: Tensor
 
-    def __init__(self, margin: float = 0.4, h: float = 0.333, rate: float = 0.01) -> None:
+    def __init__(
+        self, margin: float = 0.4, h: float = 0.333, rate: float = 0.01, gradient: GradientMode = "exact"
+    ) -> None:
         super().__init__()
         check_number(self, "margin", margin, ANGLE)
         check_number(self, "h", h, FROM_0)
         check_number(self, "rate", rate, ABOVE_0_TO_1)
-        self.margin, self.h, self.rate = margin, h, rate
+        check_choice(self, "gradient", gradient, GradientMode)
+        self.margin, self.h, self.rate, self.gradient = margin, h, rate, gradient
         self.register_buffer("norm_mean", self._initial("norm_mean", 20.0))
         self.register_buffer("norm_std", self._initial("norm_std", 100.0))
 
@@ -83,7 +88,8 @@ class AdaFace(StatefulMargin):
 
     def _modify(self, target_cosine: Tensor, quality: Tensor | float) -> Tensor:
         theta = angle(target_cosine) - self.margin * quality
-        return theta.clamp(_EPSILON, math.pi - _EPSILON).cos() - (self.margin + self.margin * quality)
+        value = theta.clamp(_EPSILON, math.pi - _EPSILON).cos() - (self.margin + self.margin * quality)
+        return straight_through(value, target_cosine) if self.gradient == "straight_through" else value
 
     @torch.no_grad()
     def _update(self, norms: Tensor, counted: Tensor) -> None:
@@ -96,7 +102,7 @@ class AdaFace(StatefulMargin):
 
     def extra_repr(self) -> str:
         """Return the arguments, for the repr."""
-        return f"margin={self.margin}, h={self.h}, rate={self.rate}"
+        return f"margin={self.margin}, h={self.h}, rate={self.rate}, gradient={self.gradient!r}"
 
 
 @dataclass(frozen=True)
@@ -266,6 +272,7 @@ ENTRIES = (
         "cos(θ − m·ẑ) − (m + m·ẑ), ẑ from the norm",
         "AdaFace, 2204.00964",
         lambda: [trained(AdaFace(), norm_mean=3.0, norm_std=2.0)],
+        'the authors\' CVLface has gradient="straight_through"',
     ),
     Entry(
         MagFace,
