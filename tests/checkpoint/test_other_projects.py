@@ -57,6 +57,11 @@ FILES: dict[str, tuple[Any, bool, bool]] = {
         True,
     ),
     "Lightning and its metric loss": ({"state_dict": under("backbone.") | {"loss_func.W": CENTERS.T}}, False, True),
+    "Lightning with a second classifier": (
+        {"state_dict": under("backbone.") | {"head.weight": CENTERS, "aux.weight": CENTERS, "aux.bias": torch.ones(7)}},
+        False,
+        True,
+    ),
     # FaceX-Zoo has its tensors in both layouts under the same names: its net's last tensor says which side is D.
     "FaceX-Zoo, ArcFace": ({"state_dict": under("backbone.") | {"head.weight": CENTERS.T}, "epoch": 1}, False, True),
     "FaceX-Zoo, ArcNegFace": ({"state_dict": under("backbone.") | {"head.weight": CENTERS}}, False, True),
@@ -142,9 +147,10 @@ def joined(files: list[Path], target: Path, **options: int) -> Tensor:
     return torch.cat(list(convert.read(convert.convert(files, target, **options)).tensors["weight"].pieces()))
 
 
-def test_the_state_of_their_margin_is_said(tmp_path: Path) -> None:
-    state = kernel("head.") | {"head.t": torch.zeros(1), "head.batch_mean": torch.tensor([21.5])}
-    torch.save({"state_dict": under("model.") | state}, tmp_path / "adaface.ckpt")
-    assert convert.read(tmp_path / "adaface.ckpt").notes == [
-        f"{tmp_path / 'adaface.ckpt'}: the state of its margin is left out: batch_mean=21.5"
-    ]
+def test_the_state_of_a_margin_is_said(tmp_path: Path) -> None:
+    theirs = kernel("head.") | {"head.t": torch.zeros(1), "head.batch_mean": torch.tensor([21.5])}
+    ours = {f"head.{name}": each for name, each in fa.MarginHead(4, 7, margin=fa.AdaFace()).state_dict().items()}
+    for state, values in ((theirs, "batch_mean=21.5"), (ours, "norm_mean=20, norm_std=100")):
+        torch.save({"state_dict": under("model.") | state}, tmp_path / "adaface.ckpt")
+        said = f"{tmp_path / 'adaface.ckpt'}: the state of its margin is left out: {values}"
+        assert convert.read(tmp_path / "adaface.ckpt").notes == [said]

@@ -163,6 +163,20 @@ def test_the_table_of_margins(name: str) -> None:
         torch.testing.assert_close(margin(cosine), right, rtol=0, atol=1e-5)
 
 
+def test_a_learned_margin_of_each_class() -> None:
+    """AdaM-Softmax's row: the loss of its logits, and the gradient of its parameter."""
+    names = given()
+    adam = nn.Parameter(torch.linspace(0.3, 0.4, C))
+    (code,) = re.findall(r"\| `AdaM-Softmax`.* \| `(.*?)` \|", TEXT)
+    margin = eval(code, {"fa": fa, "adam": adam})
+    ours = fa.margin_softmax_loss(names["embeddings"], names["centers"], names["labels"], margin=margin, scale=30.0)
+    one_hot = F.one_hot(names["labels"], C)
+    logits = 30.0 * (F.normalize(names["embeddings"]) @ names["centers"].T - one_hot * adam)
+    theirs = F.cross_entropy(logits, names["labels"])
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(*(torch.autograd.grad(loss, adam)[0] for loss in (ours, theirs)), rtol=1e-4, atol=1e-5)
+
+
 def test_their_training_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Four steps of AdaFace's loop, a checkpoint of Lightning, and four more steps in either project."""
     monkeypatch.chdir(tmp_path)

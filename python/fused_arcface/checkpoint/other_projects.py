@@ -28,8 +28,8 @@ _BY_CLASS = ("weight", "weight_activated", "head.weight", "partial_fc.weight", "
 _BY_COLUMN = ("W", "kernel")
 """Last parts of the names of centers (D, rows): the first is pytorch-metric-learning's, the second is used by AdaFace,
 ElasticFace, CurricularFace, InsightFace_Pytorch and TFace."""
-_OF_MARGINS = ("t", "batch_mean", "batch_std")
-"""Last parts of the names of a margin's state: CurricularFace's, and two of AdaFace's."""
+_OF_MARGINS = ("t", "batch_mean", "batch_std", "norm_mean", "norm_std")
+"""Last parts of the names of a margin's state: CurricularFace's, AdaFace's, and what AdaFace's are called here."""
 
 
 class Found(NamedTuple):
@@ -63,7 +63,8 @@ def centers(path: Path, embedding_dim: int | None = None) -> Found:
 
     Names may begin with ``module.``, as ``DataParallel`` calls them. Other projects, such as FaceX-Zoo and face.evoLVe,
     use these names in the other layout. So the names count only where nothing else says which side is D: neither
-    ``embedding_dim``, nor a net in the file, whose last tensor has the length D.
+    ``embedding_dim``, nor a net in the file, whose last tensor has the length D, and no other one the length of the
+    other side.
 
     Args:
         path: path of the file.
@@ -93,7 +94,7 @@ def centers(path: Path, embedding_dim: int | None = None) -> Found:
     if not isinstance(state, dict):
         state = {}
     rows, columns = weight.shape
-    sides = [dim for dim in (embedding_dim, _last_length(state, name)) if (dim == rows) != (dim == columns)]
+    sides = [dim for dim in (embedding_dim, _width_of_net(state, name, weight)) if (dim == rows) != (dim == columns)]
     if sides:
         by_column = sides[0] == rows
     momentum = momentum or (isinstance(content, dict) and _has_momentum(state, content, weight))
@@ -136,18 +137,14 @@ def _of_state(state: dict[Any, Any]) -> dict[str, tuple[Tensor, bool]]:
     return by_column or by_class
 
 
-def _last_length(state: dict[Any, Any], name: str) -> int | None:
-    """Return the length of the last tensor of the net beside a head's tensor; None if there is no net."""
+def _width_of_net(state: dict[Any, Any], name: str, weight: Tensor) -> int | None:
+    """Return D, as the net beside a head's tensor has it; None if there is no net, or it has both sides' lengths."""
     owner = name.rpartition(".")[0]
-    if not owner:
-        return None
     of_head = re.compile(rf"(module\.)?{re.escape(owner)}\.")
-    lengths = [
-        each.shape[0]
-        for key, each in state.items()
-        if isinstance(each, Tensor) and each.dim() and not of_head.match(str(key))
-    ]
-    return lengths[-1] if lengths else None
+    others = ((str(key), each) for key, each in state.items() if isinstance(each, Tensor) and each.dim())
+    lengths = [each.shape[0] for key, each in others if not of_head.match(key)]
+    sides = set(weight.shape) & set(lengths)
+    return lengths[-1] if owner and len(sides) == 1 and lengths[-1] in sides else None
 
 
 def _margin_state(state: dict[Any, Any]) -> dict[str, float]:
