@@ -92,9 +92,15 @@ def test_nets(name: str, tmp_path: Path) -> None:
     assert state.keys() == NET.keys() and all(torch.equal(state[key], NET[key]) for key in NET)
 
 
+def test_the_net_of_cvlface(tmp_path: Path) -> None:
+    """Its net and its class centers are in two files."""
+    torch.save(under("net."), tmp_path / "model.pt")
+    assert read_state(tmp_path / "model.pt").keys() == NET.keys()
+
+
 def test_nets_whose_own_names_look_alike(tmp_path: Path) -> None:
     """insightface's own backbone has fc and features; another net may have a part called model."""
-    for state in (NET, {"model.weight": torch.ones(2), "neck.weight": torch.ones(3)}):
+    for state in (NET, *({f"{name}.weight": torch.ones(2), "neck.weight": torch.ones(3)} for name in ("model", "net"))):
         torch.save(state, tmp_path / "net.pt")
         assert read_state(tmp_path / "net.pt").keys() == state.keys()
     torch.save(NET, tmp_path / "backbone.pth")
