@@ -75,44 +75,43 @@ def centers(path: Path, embedding_dim: int | None = None) -> Found:
         TensorFileError: if the file is of another kind, or has several sets of class centers.
     """
     content = torch_files.load(path)
-    momentum = path.with_name(f"{path.stem}_mom{path.suffix}").is_file()
-    state, named = _head_state(content), {"weight": (content, False)}
-    if isinstance(state, dict):
-        named = _of_state(state)
-        if embedding_dim is not None and not named and len(state) == 1:
-            named = {str(key): (each, False) for key, each in state.items()}
-        if len(named) > 1:
-            raise torch_files.TensorFileError(f"{path} must hold one set of class centers; it has {', '.join(named)}")
+    whole = content if isinstance(content, dict) else {"weight": content}
+    state = _head_state(whole)
+    named = _of_state(state)
+    if embedding_dim is not None and not named and len(state) == 1:
+        named = {str(key): (each, False) for key, each in state.items()}
+    if len(named) > 1:
+        raise torch_files.TensorFileError(f"{path} must hold one set of class centers; it has {', '.join(named)}")
     name, (weight, by_column) = next(iter(named.items()), ("", (None, False)))
     if not isinstance(weight, Tensor) or weight.dim() != 2 or not weight.is_floating_point() or not weight.numel():
-        keys = f"; it has {', '.join(map(str, list(state)[:10]))}" if isinstance(state, dict) else ""
+        keys = f"; it has {', '.join(map(str, list(state)[:10]))}" if isinstance(content, dict) else ""
         raise torch_files.TensorFileError(
             f"{path} must hold floating-point class centers: weight (C, D), W or kernel (D, C), or a tensor "
             f"(C, D){keys}"
         )
     torch_files.check_stored(path, "weight", weight)
-    if not isinstance(state, dict):
-        state = {}
     rows, columns = weight.shape
     sides = [dim for dim in (embedding_dim, _width_of_net(state, name, weight)) if (dim == rows) != (dim == columns)]
     if sides:
         by_column = sides[0] == rows
-    momentum = momentum or (isinstance(content, dict) and _has_momentum(state, content, weight))
-    oriented = weight.T if by_column else weight
-    return Found(oriented, momentum, _margin_state(state), None if sides else (rows, columns))
+    beside = path.with_name(f"{path.stem}_mom{path.suffix}").is_file()
+    return Found(
+        weight.T if by_column else weight,
+        beside or _has_momentum(state, whole, weight),
+        _margin_state(state),
+        None if sides else (rows, columns),
+    )
 
 
-def _head_state(content: Any) -> Any:
-    """Return the dict with the head's tensors, which may lie in others; or the content, if it is something else."""
+def _head_state(content: dict[Any, Any]) -> dict[Any, Any]:
+    """Return the dict with the head's tensors: the content itself, or one that lies in it."""
     for _ in range(_DEEPEST):
-        if not isinstance(content, dict):
+        inner = [content[key] for key in _CONTAINERS if isinstance(content.get(key), dict)]
+        if not inner and len(content) == 1:  # TFace's: a head for each set of data
+            inner = [each for each in content.values() if isinstance(each, dict)]
+        if not inner:
             break
-        inner = next((content[key] for key in _CONTAINERS if isinstance(content.get(key), dict)), None)
-        if inner is None and len(content) == 1:  # TFace's: a head for each set of data
-            inner = next((each for each in content.values() if isinstance(each, dict)), None)
-        if inner is None:
-            break
-        content = inner
+        content = inner[0]
     return content
 
 
@@ -148,7 +147,7 @@ def _width_of_net(state: dict[Any, Any], name: str, weight: Tensor) -> int | Non
 
 
 def _margin_state(state: dict[Any, Any]) -> dict[str, float]:
-    """Return the numbers of a margin's state that are no longer 0, by the last part of their names."""
+    """Return the numbers of a margin's state that are not 0, by the last part of their names."""
     found = {}
     for name, each in state.items():
         last = str(name).rpartition(".")[2]
@@ -158,12 +157,10 @@ def _margin_state(state: dict[Any, Any]) -> dict[str, float]:
     return found
 
 
-def _has_momentum(state: dict[Any, Any], found: dict[Any, Any], weight: object) -> bool:
+def _has_momentum(state: dict[Any, Any], found: dict[Any, Any], weight: Tensor) -> bool:
     """Return whether momentum of the centers is saved, in the head's state or in an optimizer's."""
     if any(str(name).endswith("_mom") for name in state):
         return True
-    if not isinstance(weight, Tensor):
-        return False
     optimizers = [found.get(key) for key in _OPTIMIZERS]
     optimizers += [each for listed in optimizers if isinstance(listed, list) for each in listed]
     states = [each["state"] for each in optimizers if isinstance(each, dict) and isinstance(each.get("state"), dict)]
