@@ -77,7 +77,7 @@ def centers(path: Path, embedding_dim: int | None = None) -> Found:
     content = torch_files.load(path)
     whole = content if isinstance(content, dict) else {"weight": content}
     state = _head_state(whole)
-    named = _of_state(state)
+    named = of_state(state)
     if embedding_dim is not None and not named and len(state) == 1:
         named = {str(key): (each, False) for key, each in state.items()}
     if len(named) > 1:
@@ -115,7 +115,7 @@ def _head_state(content: dict[Any, Any]) -> dict[Any, Any]:
     return content
 
 
-def _of_state(state: dict[Any, Any]) -> dict[str, tuple[Tensor, bool]]:
+def of_state(state: dict[Any, Any]) -> dict[str, tuple[Tensor, bool]]:
     """Return the class centers among a head's or a model's tensors, and whether their name says (D, rows), by name.
 
     Empty ones are left out.

@@ -32,6 +32,8 @@ _EPSILON = 1e-3
 class AdaFace(StatefulMargin):
     """``s·(cos(clip(θ - m·ẑ, ε, π - ε)) - (m + m·ẑ))``: a margin by image quality (AdaFace, arXiv:2204.00964).
 
+    Embeddings must not be normalized before the head, as AdaFace's own nets do: pass ``embeddings * norms`` of these.
+
     The norm of the embedding measures the quality: ``ẑ = clip(h·(|x| - μ)/(σ + ε), -1, 1)`` with ``ε = 1e-3``. Norms
     are clipped to [1e-3, 100] and have no gradient. μ and σ are the running mean and deviation of the norms. In
     training each batch updates them before they are used. Rows that are ignored or not finite are left out.
@@ -111,7 +113,8 @@ class MagFace:
 
     ``a`` is the norm clipped to [lower_norm, upper_norm]. ``m(a)`` rises linearly from lower_margin to upper_margin.
     ``λ·(a / upper_norm² + 1/a)`` is added to each row's loss. Both have a gradient through the norm, so the norm learns
-    to measure the image's quality. Outside of the limits the norm has no gradient.
+    to measure the image's quality. Outside of the limits the norm has no gradient. Embeddings must not be normalized
+    before the head.
 
     Args:
         lower_margin: angle in radians at lower_norm, in [0, π).
