@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 import fused_arcface as fa
+from fused_arcface.app import cli
 from fused_arcface.app.nets.weights import read_state
+from fused_arcface.app.training.centers import load_centers
 from fused_arcface.base.torch_files import TensorFileError
 from fused_arcface.checkpoint import convert, other_projects
 
@@ -55,6 +57,20 @@ FILES: dict[str, tuple[Any, bool, bool]] = {
         True,
     ),
     "Lightning and its metric loss": ({"state_dict": under("backbone.") | {"loss_func.W": CENTERS.T}}, False, True),
+    "Lightning with a second classifier": (
+        {"state_dict": under("backbone.") | {"head.weight": CENTERS, "aux.weight": CENTERS, "aux.bias": torch.ones(7)}},
+        False,
+        True,
+    ),
+    # FaceX-Zoo has its tensors in both layouts under the same names: its net's last tensor says which side is D.
+    "FaceX-Zoo, ArcFace": ({"state_dict": under("backbone.") | {"head.weight": CENTERS.T}, "epoch": 1}, False, True),
+    "FaceX-Zoo, ArcNegFace": ({"state_dict": under("backbone.") | {"head.weight": CENTERS}}, False, True),
+    "FaceX-Zoo, AdaCos": ({"state_dict": {"head.W": CENTERS} | under("backbone.")}, False, True),
+    "Face_Pytorch": ({"iters": 3, "net_state_dict": {"weight": CENTERS}}, False, False),
+    "TFace": ({"TFR-ms1m": kernel()}, False, False),
+    "CVLface": ({"partial_fc.weight": CENTERS}, False, False),
+    "UniFace": ({"state_dict": NET | {"loss.weight": CENTERS, "loss.weight_mom": CENTERS}}, True, False),
+    "opensphere": ({"model": {"backbone": NET, "head": {"w": CENTERS, "b": torch.zeros(1)}}}, False, True),
 }
 
 
@@ -62,8 +78,8 @@ FILES: dict[str, tuple[Any, bool, bool]] = {
 def test_centers(name: str, tmp_path: Path) -> None:
     content, momentum, _ = FILES[name]
     torch.save(content, tmp_path / "file.ckpt")
-    found, has_momentum = other_projects.centers(tmp_path / "file.ckpt")
-    assert torch.equal(found, CENTERS) and has_momentum == momentum
+    found = other_projects.centers(tmp_path / "file.ckpt")
+    assert torch.equal(found.weight, CENTERS) and found.momentum == momentum
     notes: list[str] = []
     written = convert.convert([tmp_path / "file.ckpt"], tmp_path / "centers.safetensors", noted=notes.append)
     assert convert.read(written).num_classes == 7 and len(notes) == momentum
@@ -76,9 +92,15 @@ def test_nets(name: str, tmp_path: Path) -> None:
     assert state.keys() == NET.keys() and all(torch.equal(state[key], NET[key]) for key in NET)
 
 
+def test_the_net_of_cvlface(tmp_path: Path) -> None:
+    """Its net and its class centers are in two files."""
+    torch.save(under("net."), tmp_path / "model.pt")
+    assert read_state(tmp_path / "model.pt").keys() == NET.keys()
+
+
 def test_nets_whose_own_names_look_alike(tmp_path: Path) -> None:
     """insightface's own backbone has fc and features; another net may have a part called model."""
-    for state in (NET, {"model.weight": torch.ones(2), "neck.weight": torch.ones(3)}):
+    for state in (NET, *({f"{name}.weight": torch.ones(2), "neck.weight": torch.ones(3)} for name in ("model", "net"))):
         torch.save(state, tmp_path / "net.pt")
         assert read_state(tmp_path / "net.pt").keys() == state.keys()
     torch.save(NET, tmp_path / "backbone.pth")
@@ -91,7 +113,50 @@ def test_nets_whose_own_names_look_alike(tmp_path: Path) -> None:
 
 def test_their_centers_continue_in_a_head(tmp_path: Path) -> None:
     torch.save(FILES["AdaFace"][0], tmp_path / "adaface.ckpt")
-    weight, _ = other_projects.centers(tmp_path / "adaface.ckpt")
     head = fa.PartialFC(4, 7, margin=fa.AdaFace())
-    head.load_full_weight(weight)
+    head.load_full_weight(other_projects.centers(tmp_path / "adaface.ckpt").weight)
     assert torch.equal(head.weight, CENTERS)
+
+
+def test_the_side_of_the_embedding(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """face.evoLVe's MagFace is saved as ``weight`` (D, C), its ArcFace as ``weight`` (C, D), and nothing tells them."""
+    source, target = tmp_path / "Head_MagFace.pth", tmp_path / "centers.safetensors"
+    torch.save({"weight": CENTERS.T.contiguous()}, source)
+    assert cli.run(["convert", str(source), str(target)]) == 0
+    read = "weight (4, 7) is read as 4 centers of 7 numbers. If that is wrong, give --embedding-dim"
+    assert read in capsys.readouterr().err.replace("\n", " ")
+    assert cli.run(["convert", str(source), str(target), "--embedding-dim", "4"]) == 0
+    shown = capsys.readouterr()
+    assert not shown.err and "7 classes of 1 center" in shown.out
+    assert torch.equal(next(convert.read(target).tensors["weight"].pieces()), CENTERS)
+    with pytest.raises(convert.ConvertError, match="must have centers of embedding_dim=5; they have 7"):
+        convert.convert([source], target, embedding_dim=5)
+    head = fa.PartialFC(4, 7)
+    load_centers(head, list("abcdefg"), source)  # train --centers knows D
+    assert torch.equal(head.weight, CENTERS)
+
+
+def test_shards_of_tface_are_joined(tmp_path: Path) -> None:
+    """Its PartialFC saves the tensor (D, rows) alone, under the name of the data."""
+    shards = CENTERS[:4], CENTERS[4:]
+    files = [tmp_path / f"HEAD_Epoch_3_Split_{rank}_checkpoint.pth" for rank in range(2)]
+    for file, rows in zip(files, shards, strict=True):
+        torch.save({"TFR-ms1m": {"kernel": rows.T.contiguous()}}, file)
+    assert torch.equal(joined(files, tmp_path / "a.safetensors"), CENTERS)
+    torch.save({"TFR-ms1m": CENTERS[4:].T.contiguous()}, files[1])
+    with pytest.raises(convert.ConvertError, match="it has TFR-ms1m"):
+        joined(files, tmp_path / "b.safetensors")
+    assert torch.equal(joined(files, tmp_path / "b.safetensors", embedding_dim=4), CENTERS)
+
+
+def joined(files: list[Path], target: Path, **options: int) -> Tensor:
+    return torch.cat(list(convert.read(convert.convert(files, target, **options)).tensors["weight"].pieces()))
+
+
+def test_the_state_of_a_margin_is_said(tmp_path: Path) -> None:
+    theirs = kernel("head.") | {"head.t": torch.zeros(1), "head.batch_mean": torch.tensor([21.5])}
+    ours = {f"head.{name}": each for name, each in fa.MarginHead(4, 7, margin=fa.AdaFace()).state_dict().items()}
+    for state, values in ((theirs, "batch_mean=21.5"), (ours, "norm_mean=20, norm_std=100")):
+        torch.save({"state_dict": under("model.") | state}, tmp_path / "adaface.ckpt")
+        said = f"{tmp_path / 'adaface.ckpt'}: the state of its margin is left out: {values}"
+        assert convert.read(tmp_path / "adaface.ckpt").notes == [said]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import math
 import re
 import shlex
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 import fused_arcface as fa
 from fused_arcface.app.cli import load_command, run
+from fused_arcface.app.training.schedule import Schedule
 
 TEXT = (Path(__file__).parents[2] / "docs" / "migration.md").read_text(encoding="utf-8")
 SECTIONS = {
@@ -54,10 +56,18 @@ def execute(code: str, names: dict[str, Any]) -> dict[str, Any]:
 def test_the_page_has_what_is_tested() -> None:
     blocks = [code for section in SECTIONS.values() for language, code in section if language == "python"]
     assert all(code.startswith(("# before\n", "# after\n")) for code in blocks)
-    assert sum(code.startswith("# after") for code in blocks) == 12
+    assert sum(code.startswith("# after") for code in blocks) == 16
 
 
-@pytest.mark.parametrize("section", [name for name in SECTIONS if name != "Checkpoints"])
+WITH_FILES = {"Checkpoints", "Resume their training"}
+RUNNING = [
+    name
+    for name, found in SECTIONS.items()
+    if name not in WITH_FILES and any(code.startswith("# after") for _, code in found)
+]
+
+
+@pytest.mark.parametrize("section", RUNNING)
 def test_after_blocks_run(section: str) -> None:
     names = execute(block(section, "after"), namespace())
     if "loss" in names:
@@ -106,11 +116,54 @@ def test_checkpoints_are_converted_and_loaded(tmp_path: Path, monkeypatch: pytes
     assert names["head"].weight.equal(centers)
 
 
+def polynomial_with_warm_up(steps: int, rising: int, power: float) -> list[float]:
+    """Return the rates of insightface's PolynomialLRWarmup, by its own recursion, for a highest rate of 1."""
+    rates = [1.0]
+    for step in range(1, steps):
+        if step <= rising:
+            rates.append(step / rising)
+        else:
+            progress, before = ((each - rising) / (steps - rising) for each in (step, step - 1))
+            rates.append(rates[-1] * ((1 - progress) / (1 - before)) ** power)
+    return rates
+
+
+@pytest.mark.parametrize("rising", [0, 3])
+def test_a_configuration_file_becomes_a_command(
+    rising: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The command starts, with a small net and few images; its schedule is that of insightface, after the warm-up."""
+    (line,) = [code for language, code in SECTIONS["A configuration file"] if language == "sh"]
+    program, *arguments = shlex.split(line)
+    small = "--data identities:8x4 --backbone small --image-size 32 --batch-size 8 --epochs 5 --workers 0 --dry-run"
+    monkeypatch.chdir(tmp_path)
+    assert program == "fused-arcface" and run([*arguments, *small.split()]) == 0
+    assert "straight_through" in capsys.readouterr().out.replace("\n", "")
+    given = dict(itertools.pairwise(arguments))
+    schedule = Schedule(20, given["--schedule"], float(given["--power"]), rising / 20)
+    rates = [schedule.factor(step) for step in range(20)]
+    right = polynomial_with_warm_up(20, rising, 1.0)  # train_v2.py does not name the power, whose default is 1
+    assert rates[rising:] == pytest.approx(right[rising:])
+    assert rates[:rising] == right[1 : rising + 1]  # insightface rises from the second step on
+
+
 def test_verify_on_the_page_is_a_command() -> None:
     (command,) = re.findall(r"`fused-arcface (verify .*?)`", TEXT.replace("\n", " "))
     arguments = shlex.split(command)
     options = {option for parameter in load_command("verify").params for option in parameter.opts}
     assert {argument for argument in arguments if argument.startswith("--")} <= options
+
+
+def test_options_in_the_table_of_configurations() -> None:
+    body = TEXT.partition("### A configuration file")[2].partition("###")[0]
+    named = set(re.findall(r"--[a-z][a-z-]*", body))
+    options = {
+        option
+        for command in ("train", "verify")
+        for parameter in load_command(command).params
+        for option in parameter.opts
+    }
+    assert len(named) > 15 and named <= options
 
 
 @pytest.mark.skipif(

@@ -42,6 +42,19 @@ def test_adaface_by_hand() -> None:
     torch.testing.assert_close(got, torch.tensor(right).double(), rtol=0, atol=1e-6)
 
 
+def test_adaface_straight_through() -> None:
+    """The value is that of the exact margin, the derivative 1, as in CVLface, the authors' later code."""
+    cosine = torch.tensor([0.9, 0.1], dtype=torch.float64, requires_grad=True)
+    norms = torch.tensor([27.0, 14.0], dtype=torch.float64)
+    values = [
+        fa.AdaFace(rate=1.0, gradient=gradient).for_rows(norms, BOTH).modify(cosine)
+        for gradient in ("exact", "straight_through")
+    ]
+    assert torch.equal(*values)
+    assert torch.autograd.grad(values[1].sum(), cosine)[0].tolist() == [1.0, 1.0]
+    assert not torch.autograd.grad(values[0].sum(), cosine)[0].eq(1).any()
+
+
 def test_adaface_running_statistics_by_hand() -> None:
     margin = fa.AdaFace(rate=0.25)
     counted = torch.tensor([True, True, False, True, True])
@@ -249,6 +262,11 @@ def test_ranks_must_agree_on_the_options() -> None:
         (lambda: fa.AdaFace(4), ValueError, "AdaFace: margin must be in [0, π) radians; got 4"),
         (lambda: fa.AdaFace(h=-1), ValueError, "AdaFace: h must be in [0, inf); got -1"),
         (lambda: fa.AdaFace(rate=0), ValueError, "AdaFace: rate must be in (0, 1]; got 0"),
+        (
+            lambda: fa.AdaFace(gradient="one"),
+            ValueError,
+            "AdaFace: gradient must be one of 'exact', 'straight_through'; got 'one'",
+        ),
         (lambda: fa.MagFace(0.5, 0.4), ValueError, "MagFace: upper_margin must be in [lower_margin, π); got 0.4"),
         (lambda: fa.MagFace(lower_norm=0), ValueError, "MagFace: lower_norm must be in (0, inf); got 0"),
         (lambda: fa.MagFace(upper_norm=10.0), ValueError, "MagFace: upper_norm must be in (lower_norm, inf); got 10.0"),

@@ -115,6 +115,7 @@ def convert(
     num_classes: int | None = None,
     seed: int | None = None,
     sub_centers: int | None = None,
+    embedding_dim: int | None = None,
     dominant: str | os.PathLike[str] | None = None,
     trust: bool = False,
     center_storage: str | os.PathLike[str] | None = None,
@@ -128,6 +129,7 @@ def convert(
         num_classes: number of classes to grow to; None: as many as the sources have.
         seed: seed of the new classes' centers and of the head that will resume, in [0, 2^63); None: the source's, or 0.
         sub_centers: see :func:`read`.
+        embedding_dim: see :func:`read`.
         dominant: a file that :func:`read_dominant` reads: the one center of each class to keep, see
             :func:`keep_dominant`.
         trust: see :func:`read`.
@@ -147,7 +149,10 @@ def convert(
     _is_one_file(Path(destination))
     if seed is not None:
         _checked_seed(seed)
-    centers = merge([read(source, sub_centers, trust=trust) for source in sources])
+    centers = merge([read(source, sub_centers, embedding_dim=embedding_dim, trust=trust) for source in sources])
+    dim = centers.tensors["weight"].shape[1]
+    if embedding_dim not in (None, dim):
+        raise ConvertOptionError(f"the sources must have centers of embedding_dim={embedding_dim}; they have {dim}")
     if seed is not None or "seed" not in centers.values:
         centers.values["seed"] = seed or 0
     centers.values["seed"] = _checked_seed(centers.values["seed"])

@@ -24,7 +24,13 @@ from .other_projects import INSIGHTFACE
 _RUN_CHECKPOINTS = "checkpoints"  # in the folder of a training run
 
 
-def read(path: str | os.PathLike[str], sub_centers: int | None = None, *, trust: bool = False) -> Centers:
+def read(
+    path: str | os.PathLike[str],
+    sub_centers: int | None = None,
+    *,
+    embedding_dim: int | None = None,
+    trust: bool = False,
+) -> Centers:
     """Return the class centers of a run, a checkpoint, or a file of another kind.
 
     A source is a training run; a checkpoint or a root of them; a directory of insightface's shards; a safetensors file
@@ -34,6 +40,7 @@ def read(path: str | os.PathLike[str], sub_centers: int | None = None, *, trust:
         path: path of the source.
         sub_centers: number of centers of each class, which lie one after another, for a source that does not store it,
             such as pytorch-metric-learning's SubCenterArcFaceLoss. None: the source's, or 1.
+        embedding_dim: D, for a ``.pt`` file that does not say which side of its tensor is D.
         trust: run the code that a checkpoint of format 1 may hold.
 
     Raises:
@@ -44,7 +51,7 @@ def read(path: str | os.PathLike[str], sub_centers: int | None = None, *, trust:
     if not path.exists():
         raise FileNotFoundError(missing_path(path))
     try:
-        found = _read_directory(path, trust) if path.is_dir() else _read_file(path)
+        found = _read_directory(path, trust) if path.is_dir() else _read_file(path, embedding_dim)
     except ConvertError:
         raise
     except DataError as error:
@@ -74,11 +81,19 @@ def _read_directory(path: Path, trust: bool) -> Centers:
     return _read_checkpoint(run if run.is_dir() else path, trust)
 
 
-def _read_file(path: Path) -> Centers:
+def _read_file(path: Path, embedding_dim: int | None) -> Centers:
     if path.suffix.lower() == ".safetensors":
         return _read_safetensors(path)
-    weight, momentum = other_projects.centers(path)
-    return Centers({"weight": _whole(weight)}, notes=_left_out(path) if momentum else [])
+    found = other_projects.centers(path, embedding_dim)
+    notes = _left_out(path) if found.momentum else []
+    if found.margin_state:
+        values = ", ".join(f"{name}={value:.6g}" for name, value in found.margin_state.items())
+        notes.append(f"{path}: the state of its margin is left out: {values}")
+    rows, dim = found.weight.shape
+    if found.stored is not None and dim > rows:
+        read_as = f"weight {found.stored} is read as {rows} centers of {dim} numbers"
+        notes.append(f"{path}: {read_as}. If that is wrong, give --embedding-dim")
+    return Centers({"weight": _whole(found.weight)}, notes=notes)
 
 
 def _read_checkpoint(path: Path, trust: bool) -> Centers:
@@ -116,14 +131,14 @@ def _read_insightface(path: Path, shards: dict[int, Path]) -> Centers:
     if sorted(shards) != list(range(len(shards))):
         raise ConvertError(f"{path} must have the shards of ranks 0 to {max(shards)}; got those of {sorted(shards)}")
     found = [other_projects.centers(shards[rank]) for rank in range(len(shards))]
-    weights = [weight for weight, _ in found]
+    weights = [each.weight for each in found]
     num_classes, dim = sum(len(weight) for weight in weights), weights[0].shape[1]
     counts = [len(weight) for weight in weights]
     if counts != Sharding(num_classes, len(shards)).counts() or any(weight.shape[1] != dim for weight in weights):
         shapes = [tuple(weight.shape) for weight in weights]
         raise ConvertError(f"{path}: the shards must split the classes evenly, the first ones one more; got {shapes}")
     rows = Rows(weights[0].dtype, (num_classes, dim), lambda: iter(weights))
-    return Centers({"weight": rows}, notes=_left_out(path) if any(momentum for _, momentum in found) else [])
+    return Centers({"weight": rows}, notes=_left_out(path) if any(each.momentum for each in found) else [])
 
 
 def _left_out(path: Path) -> list[str]:

@@ -69,7 +69,7 @@ def angle(cosine: Tensor) -> Tensor:
     return _Angle.apply(cosine)
 
 
-def _straight_through(value: Tensor, cosine: Tensor) -> Tensor:
+def straight_through(value: Tensor, cosine: Tensor) -> Tensor:
     """Return ``value`` with the derivative of ``cosine``."""
     return value.detach() + (cosine - cosine.detach())
 
@@ -147,7 +147,7 @@ class CombinedMargin:
         phi = self.m1 * angle(target_cosine) + self.m2
         drop = drop_past_boundary(self.m1, self.m2, self.boundary)
         value = past_boundary(phi, target_cosine, drop, self.boundary) - self.m3
-        return _straight_through(value, target_cosine) if self.gradient == "straight_through" else value
+        return straight_through(value, target_cosine) if self.gradient == "straight_through" else value
 
 
 @dataclass(frozen=True)

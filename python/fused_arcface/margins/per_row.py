@@ -17,7 +17,7 @@ from torch import Tensor
 from ..base.checks import check_size
 from ..base.keyed_random import MARGINS, fold, fold_each, normal_rows
 from ..base.ranges import ABOVE_0_TO_1, FROM_0, Range
-from .angular import Boundary, Form, angle, with_angle
+from .angular import Boundary, Form, GradientMode, angle, straight_through, with_angle
 from .checks import ABOVE_0, ANGLE, DIFFERENCE, check_choice, check_number
 from .entry import Entry, trained
 from .protocol import RowMargin
@@ -32,6 +32,8 @@ _EPSILON = 1e-3
 class AdaFace(StatefulMargin):
     """``s·(cos(clip(θ - m·ẑ, ε, π - ε)) - (m + m·ẑ))``: a margin by image quality (AdaFace, arXiv:2204.00964).
 
+    Embeddings must not be normalized before the head, as AdaFace's own nets do: pass ``embeddings * norms`` of these.
+
     The norm of the embedding measures the quality: ``ẑ = clip(h·(|x| - μ)/(σ + ε), -1, 1)`` with ``ε = 1e-3``. Norms
     are clipped to [1e-3, 100] and have no gradient. μ and σ are the running mean and deviation of the norms. In
     training each batch updates them before they are used. Rows that are ignored or not finite are left out.
@@ -40,6 +42,8 @@ class AdaFace(StatefulMargin):
         margin: ``m``, in radians for the angle and in units of the cosine, in [0, π).
         h: factor of the quality, finite and >= 0: a norm of ``1/h`` deviations above the mean has quality 1.
         rate: rate of the running mean and deviation, ``μ ← (1 - rate)·μ + rate·mean``, in (0, 1].
+        gradient: as for :class:`fused_arcface.ArcFace`. The authors' AdaFace has ``"exact"``, their CVLface
+            ``"straight_through"``.
 
     Attributes:
         norm_mean: 0-dim fp32 buffer, μ, initially 20.
@@ -59,12 +63,15 @@ class AdaFace(StatefulMargin):
     norm_mean: Tensor
     norm_std: Tensor
 
-    def __init__(self, margin: float = 0.4, h: float = 0.333, rate: float = 0.01) -> None:
+    def __init__(
+        self, margin: float = 0.4, h: float = 0.333, rate: float = 0.01, gradient: GradientMode = "exact"
+    ) -> None:
         super().__init__()
         check_number(self, "margin", margin, ANGLE)
         check_number(self, "h", h, FROM_0)
         check_number(self, "rate", rate, ABOVE_0_TO_1)
-        self.margin, self.h, self.rate = margin, h, rate
+        check_choice(self, "gradient", gradient, GradientMode)
+        self.margin, self.h, self.rate, self.gradient = margin, h, rate, gradient
         self.register_buffer("norm_mean", self._initial("norm_mean", 20.0))
         self.register_buffer("norm_std", self._initial("norm_std", 100.0))
 
@@ -83,7 +90,8 @@ class AdaFace(StatefulMargin):
 
     def _modify(self, target_cosine: Tensor, quality: Tensor | float) -> Tensor:
         theta = angle(target_cosine) - self.margin * quality
-        return theta.clamp(_EPSILON, math.pi - _EPSILON).cos() - (self.margin + self.margin * quality)
+        value = theta.clamp(_EPSILON, math.pi - _EPSILON).cos() - (self.margin + self.margin * quality)
+        return straight_through(value, target_cosine) if self.gradient == "straight_through" else value
 
     @torch.no_grad()
     def _update(self, norms: Tensor, counted: Tensor) -> None:
@@ -96,7 +104,7 @@ class AdaFace(StatefulMargin):
 
     def extra_repr(self) -> str:
         """Return the arguments, for the repr."""
-        return f"margin={self.margin}, h={self.h}, rate={self.rate}"
+        return f"margin={self.margin}, h={self.h}, rate={self.rate}, gradient={self.gradient!r}"
 
 
 @dataclass(frozen=True)
@@ -105,7 +113,8 @@ class MagFace:
 
     ``a`` is the norm clipped to [lower_norm, upper_norm]. ``m(a)`` rises linearly from lower_margin to upper_margin.
     ``λ·(a / upper_norm² + 1/a)`` is added to each row's loss. Both have a gradient through the norm, so the norm learns
-    to measure the image's quality. Outside of the limits the norm has no gradient.
+    to measure the image's quality. Outside of the limits the norm has no gradient. Embeddings must not be normalized
+    before the head.
 
     Args:
         lower_margin: angle in radians at lower_norm, in [0, π).
@@ -266,6 +275,7 @@ ENTRIES = (
         "cos(θ − m·ẑ) − (m + m·ẑ), ẑ from the norm",
         "AdaFace, 2204.00964",
         lambda: [trained(AdaFace(), norm_mean=3.0, norm_std=2.0)],
+        'the authors\' CVLface has gradient="straight_through"',
     ),
     Entry(
         MagFace,

@@ -36,6 +36,12 @@ def convert(
             "Default: the source's, otherwise 1.",
         ),
     ] = None,
+    embedding_dim: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="D, for a .pt file of another project that does not say which side of its tensor is D."
+        ),
+    ] = None,
     dominant: Annotated[
         Path | None,
         typer.Option(
@@ -65,9 +71,10 @@ def convert(
     directory of insightface's checkpoint_gpu_{rank}.pt,
     softmax_fc_gpu_{rank}.pt or rank_{rank}_softmax_weight.pt of any number of
     ranks; a safetensors file with weight (C, D); or a .pt file with weight
-    (C, D), pytorch-metric-learning's W (D, C), the head of AdaFace,
-    ElasticFace, MagFace, CurricularFace or InsightFace_Pytorch, a checkpoint
-    of Lightning, or one such tensor.
+    (C, D), pytorch-metric-learning's W (D, C), the head of AdaFace, CVLface,
+    ElasticFace, MagFace, CurricularFace, FaceX-Zoo, face.evoLVe, TFace,
+    InsightFace_Pytorch, Face_Pytorch, UniFace or opensphere, a checkpoint of
+    Lightning, or one such tensor.
     """
     from fused_arcface.checkpoint.convert import convert as convert_centers
     from fused_arcface.checkpoint.sources import read
@@ -80,6 +87,7 @@ def convert(
             num_classes=classes,
             seed=seed,
             sub_centers=sub_centers,
+            embedding_dim=embedding_dim,
             dominant=dominant,
             trust=trust,
             center_storage=center_storage,

@@ -13,11 +13,18 @@ from torch import Tensor, nn
 from fused_arcface.base import torch_files
 from fused_arcface.base.reading import DataError
 
-_CONTAINERS = ("state_dict", "state_dict_backbone", "backbone", "model")
+_CONTAINERS = ("state_dict", "net_state_dict", "state_dict_backbone", "backbone", "model")
 """Keys under which training loops keep the net's state beside other things."""
 _PREFIXES = ("module.", "_orig_mod.", "state_dict.", "backbone.")
 _HEADS = ("head.", "fc.")
-"""Names of other modules beside a net under ``model.`` (AdaFace) or ``features.`` (MagFace)."""
+"""Names of other modules that may stand beside a net of :data:`_BESIDE_HEADS`."""
+_BESIDE_HEADS = (
+    ("model.", "model."),
+    ("net.", "net."),
+    ("features.", "features.conv1."),
+    ("features.", "features.module."),
+)
+"""Prefixes of the net's names in files of AdaFace, CVLface and MagFace, and how such a file is known."""
 _COUNTERS = ".num_batches_tracked"
 """Counters of batch normalization: files from before torch 0.4.1 lack them, and evaluation does not use them."""
 
@@ -29,10 +36,10 @@ class Misfit(DataError):
 def read_state(path: Path) -> dict[str, Tensor]:
     """Return the tensors of a net's file by their plain names. Nothing but tensors is read from the file.
 
-    The state may lie under ``state_dict``, ``state_dict_backbone``, ``backbone`` or ``model``. The prefixes
-    ``module.``, ``_orig_mod.``, ``state_dict.`` and ``backbone.`` are removed, in any order. If some names begin
-    with ``backbone.``, the others are another module's and are left out, and so are AdaFace's ``head.`` beside
-    ``model.`` and MagFace's ``fc.`` beside ``features.conv1.``.
+    The state may lie under ``state_dict``, ``net_state_dict``, ``state_dict_backbone``, ``backbone`` or ``model``. The
+    prefixes ``module.``, ``_orig_mod.``, ``state_dict.`` and ``backbone.`` are removed, in any order. If some names
+    begin with ``backbone.``, the others are another module's and are left out, and so are AdaFace's ``head.`` beside
+    ``model.`` and MagFace's ``fc.`` beside ``features.conv1.``. CVLface's names all begin with ``net.``.
 
     Raises:
         DataError: if the file cannot be read, is damaged, or holds no named tensors.
@@ -47,7 +54,7 @@ def read_state(path: Path) -> dict[str, Tensor]:
     while prefix := next((p for p in _PREFIXES if any(name.startswith(p) for name in state)), None):
         of_net = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
         state = of_net if prefix == "backbone." else {name.removeprefix(prefix): state[name] for name in state}
-    for prefix, first in (("model.", "model."), ("features.", "features.conv1."), ("features.", "features.module.")):
+    for prefix, first in _BESIDE_HEADS:
         beside = [name for name in state if not name.startswith(prefix)]
         if any(name.startswith(first) for name in state) and all(name.startswith(_HEADS) for name in beside):
             state = {name.removeprefix(prefix): each for name, each in state.items() if name.startswith(prefix)}

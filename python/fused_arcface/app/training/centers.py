@@ -30,7 +30,7 @@ def load_centers(head: PartialFC, names: list[str], source: Path) -> list[str]:
         DataError, CheckpointError: if the source cannot be read, or does not fit the head.
     """
     try:
-        found = read(source)
+        found = read(source, embedding_dim=head.embedding_dim)
     except FileNotFoundError as error:
         raise NoSuchData(str(error)) from None
     dim = found.tensors["weight"].shape[1]
