@@ -1,4 +1,4 @@
-"""The stages on NVIDIA GPUs, in Triton. Shapes as in backends/torch.py; what runs where is in stages.py.
+"""The stages on NVIDIA GPUs, in Triton. Shapes as in backends/torch.py; the passes over the classes are in stages.py.
 
 ``import triton`` in this package is absolute and means the compiler of that name, never this package. Without that
 compiler the package still imports, so that :func:`unavailable` can say what is missing.
@@ -37,17 +37,10 @@ def _missing_compiler() -> str | None:
 _compiler_reason = _missing_compiler()
 
 if _compiler_reason is None:
+    from .margin import margin_loss
     from .permutation import Permutation
-    from .stages import (
-        class_max,
-        class_stats,
-        embedding_grad,
-        margin_loss,
-        target_cosine,
-        unit_embedding_grad,
-        update_centers,
-        weight_grad,
-    )
+    from .stages import class_max, class_stats, update_centers, weight_grad
+    from .targets import embedding_grad, target_cosine, unit_embedding_grad
 
 
 @functools.cache

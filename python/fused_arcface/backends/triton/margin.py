@@ -125,16 +125,17 @@ def margin_loss_kernel(
     tl.store(d_cosine_ptr + offs_n, -scale * sigmoid * slope, mask_n)
 
 
-def margin_losses(
+def margin_loss(
     negative_lse: Tensor,
     target_cosine: Tensor,
     scale: float,
-    factors: tuple[float, float, float],
+    m1: float,
+    m2: float,
+    m3: float,
     boundary: str,
     gradient: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Loss, full log-sum-exp, and the loss's derivatives by both arguments, each (N,) fp32 as those are."""
-    m1, m2, m3 = factors
+    """Implement :func:`fused_arcface.backends.torch.margin_loss`, for fp32."""
     loss, full_lse, d_lse, d_cosine = (torch.empty_like(negative_lse) for _ in range(4))
     num_rows = negative_lse.shape[0]
     launch(
