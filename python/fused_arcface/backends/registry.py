@@ -65,41 +65,17 @@ FEATURES = {
 }
 """The features that not every backend has."""
 
+_NEGATIVES = frozenset({"sub_centers", "modulated_negatives"})
+_TURNED = _NEGATIVES | {"turned_negatives"}
+
 # The priorities are measured: on the CPU in bench/NOTES.md, on GPUs by an H100 and an H200 (bench/results). Triton is
 # faster there than csrc/cuda, except for csrc/cuda's kernels for compute capability 9.0: cuda.leads() says where.
+# Tensor cores for fp64 are few, and a graphics card has none: csrc/cuda has no fp64.
 BACKENDS = (
-    Backend(
-        "torch",
-        None,
-        0,
-        frozenset({"sub_centers", "modulated_negatives", "turned_negatives", "binary_losses", "padding"}),
-    ),
-    Backend(
-        "cpu",
-        "cpu",
-        1,
-        frozenset(
-            {
-                *("sub_centers", "modulated_negatives", "turned_negatives", "binary_losses"),
-                *("late_scale", "fused_margin", "fused_margin_fp64"),
-            }
-        ),
-    ),
-    Backend(
-        "triton",
-        "cuda",
-        2,
-        frozenset({"sub_centers", "modulated_negatives", "padding", "gathering", "permutation", "fused_margin"}),
-    ),
-    # Tensor cores for fp64 are few, and a graphics card has none.
-    Backend(
-        "cuda",
-        "cuda",
-        1,
-        frozenset({"sub_centers", "modulated_negatives", "turned_negatives", "padding", "fused_margin"}),
-        _NO_FP64,
-        leads=True,
-    ),
+    Backend("torch", None, 0, _TURNED | {"binary_losses", "padding"}),
+    Backend("cpu", "cpu", 1, _TURNED | {"binary_losses", "late_scale", "fused_margin", "fused_margin_fp64"}),
+    Backend("triton", "cuda", 2, _NEGATIVES | {"padding", "gathering", "permutation", "fused_margin"}),
+    Backend("cuda", "cuda", 1, _TURNED | {"padding", "fused_margin"}, _NO_FP64, leads=True),
 )
 ALIASES = {"reference": "torch"}
 """Earlier names of backends, which are accepted everywhere."""
