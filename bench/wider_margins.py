@@ -11,6 +11,7 @@ and as many rows of weight.
 from __future__ import annotations
 
 import argparse
+import functools
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ BASE, UPDATED = "ArcFace", "CenterSGD"
 
 
 def variants(rows: int, centers: int) -> dict[str, dict[str, Any]]:
-    """Return options of the loss, by name."""
+    """Return options of the loss, and the share of mixed labels, by name."""
     return {
         BASE: {"margin": fa.ArcFace()},
         "AdaFace": {"margin": fa.AdaFace(0.4)},
@@ -58,21 +59,18 @@ def step(options: dict[str, Any], rows: int, centers: int, dim: int, updated: bo
     w = torch.randn(centers // classes * classes, dim, generator=generator, requires_grad=True)
     y = torch.randint(0, centers // classes, (rows,), generator=generator)
 
-    share, options = options.get("share"), {name: each for name, each in options.items() if name != "share"}
+    options = dict(options)
+    share = options.pop("share", None)
     target = y if share is None else (y, y.roll(1), share)
+    loss = functools.partial(fa.margin_softmax_loss, weight=w, backend="cpu", **options)
+    if updated:
+        loss = fa.PartialFC(dim, centers, center_optimizer=fa.CenterSGD(0.1), backend="cpu")
 
     def run() -> None:
         x.grad = w.grad = None
-        fa.margin_softmax_loss(x, w, target, backend="cpu", **options).backward()
+        loss(x, target=target).backward()
 
-    def update() -> None:
-        x.grad = None
-        head(x, target).backward()
-
-    if not updated:
-        return run
-    head = fa.PartialFC(dim, centers, center_optimizer=fa.CenterSGD(0.1), backend="cpu")
-    return update
+    return run
 
 
 def main() -> None:

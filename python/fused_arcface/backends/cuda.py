@@ -191,11 +191,7 @@ def _empty_rows(embeddings: Tensor) -> Tensor:
 
 
 def class_max(
-    embeddings: Tensor,
-    weight: Tensor,
-    target: Tensor,
-    class_count: Tensor | None = None,
-    negatives: Negatives = PLAIN,
+    embeddings: Tensor, weight: Tensor, target: Tensor, class_count: Tensor | None = None, negatives: Negatives = PLAIN
 ) -> Tensor:
     """Implement :func:`fused_arcface.backends.torch.class_max`."""
     maximum = _empty_rows(embeddings)
@@ -223,11 +219,7 @@ def class_stats(
 
 
 def weight_grad(
-    embeddings: Tensor,
-    weight: Tensor,
-    target: Tensor,
-    gradients: RowGradients,
-    negatives: Negatives = PLAIN,
+    embeddings: Tensor, weight: Tensor, target: Tensor, gradients: RowGradients, negatives: Negatives = PLAIN
 ) -> Tensor:
     """Implement :func:`fused_arcface.backends.torch.weight_grad`."""
     if embeddings.shape[0] == 0:

@@ -124,11 +124,7 @@ def _values(
 
 @_in_full_precision
 def class_max(
-    embeddings: Tensor,
-    weight: Tensor,
-    target: Tensor,
-    class_count: Tensor | None = None,
-    negatives: Negatives = PLAIN,
+    embeddings: Tensor, weight: Tensor, target: Tensor, class_count: Tensor | None = None, negatives: Negatives = PLAIN
 ) -> Tensor:
     """Return the greatest cosine (N,) of each row with a class that is not its target, -inf if there is none.
 
@@ -178,11 +174,7 @@ def class_stats(
 
 @_in_full_precision
 def weight_grad(
-    embeddings: Tensor,
-    weight: Tensor,
-    target: Tensor,
-    gradients: RowGradients,
-    negatives: Negatives = PLAIN,
+    embeddings: Tensor, weight: Tensor, target: Tensor, gradients: RowGradients, negatives: Negatives = PLAIN
 ) -> Tensor:
     """Return the gradient (C, D) by the class centers, in weight's dtype.
 
@@ -221,11 +213,7 @@ def bias_grad(
 
 
 def _exact_weight_grad(
-    embeddings: Tensor,
-    weight: Tensor,
-    target: Tensor,
-    gradients: RowGradients,
-    negatives: Negatives = PLAIN,
+    embeddings: Tensor, weight: Tensor, target: Tensor, gradients: RowGradients, negatives: Negatives = PLAIN
 ) -> Tensor:
     """:func:`weight_grad` in the compute dtype."""
     scale, lse, negative_coefficient, target_coefficient = gradients

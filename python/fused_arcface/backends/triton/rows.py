@@ -16,16 +16,7 @@ from torch import Tensor
 
 from fused_arcface.engine.terms import Negatives
 
-from .common import (
-    Repeated,
-    floored,
-    launch,
-    reciprocal,
-    reciprocal_power_of_two,
-    row_blocks,
-    row_norms,
-    to,
-)
+from .common import Repeated, floored, launch, reciprocal, reciprocal_power_of_two, row_blocks, row_norms, to
 
 
 class UnitRows(NamedTuple):

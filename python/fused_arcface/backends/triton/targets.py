@@ -13,16 +13,7 @@ from torch import Tensor
 
 from fused_arcface.base.dtypes import compute_dtype
 
-from .common import (
-    Repeated,
-    divide,
-    floored,
-    launch,
-    reciprocal,
-    row_blocks,
-    row_norms,
-    to_gradient,
-)
+from .common import Repeated, divide, floored, launch, reciprocal, row_blocks, row_norms, to_gradient
 
 
 @triton.jit(do_not_specialize=["num_rows"])
