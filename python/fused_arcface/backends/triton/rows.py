@@ -135,15 +135,9 @@ def unit_rows(x: Tensor, out: UnitRows, index: Tensor | None = None, length: flo
     )
 
 
-_BATCH_LENGTH = 2.0**-16
+BATCH_LENGTH = 2.0**-16
 """Batch rows in bf16 are so short that their products with stored centers stay within fp32: those of 512 columns can be
 7.7e39 long. Centers shorter than 1e-12 have cosines near 0, so nothing is lost at the other end."""
-
-
-def fill_batch_rows(x: Tensor, out: UnitRows) -> None:
-    """Write embeddings x (N, D) into ``out``, ready for a product. Rows past N are padding and become zeros."""
-    length = _BATCH_LENGTH if out.values.dtype == torch.bfloat16 else 1.0
-    unit_rows(x, out, length=length).once(0, x.shape[0])
 
 
 @triton.jit(do_not_specialize=["num_rows"])

@@ -18,7 +18,7 @@ from . import chunks, flash
 from .center_sgd import updates
 from .configs import device_limits, pick
 from .panels import Centers
-from .rows import RowTerms, UnitRows, fill_batch_rows, row_terms
+from .rows import BATCH_LENGTH, RowTerms, UnitRows, row_terms, unit_rows
 
 
 def _operand_dtype(embeddings: Tensor, weight: Tensor) -> torch.dtype:
@@ -40,10 +40,12 @@ def _algorithm(embeddings: Tensor, centers: Centers, negatives: Negatives, with_
 
 
 def _unit_rows(embeddings: Tensor, weight: Tensor, algorithm: ModuleType) -> UnitRows:
+    """Return the embeddings ready for the passes. Rows of zeros follow where the algorithm wants whole tiles."""
     padded, width = algorithm.padded_shape(*embeddings.shape, embeddings.device)
-    compute = compute_dtype(embeddings, weight)
-    x = UnitRows.empty(padded, width, _operand_dtype(embeddings, weight), compute, embeddings.device)
-    fill_batch_rows(embeddings, x)
+    dtype = _operand_dtype(embeddings, weight)
+    x = UnitRows.empty(padded, width, dtype, compute_dtype(embeddings, weight), embeddings.device)
+    length = BATCH_LENGTH if dtype == torch.bfloat16 else 1.0
+    unit_rows(embeddings, x, length=length).once(0, embeddings.shape[0])
     return x
 
 
