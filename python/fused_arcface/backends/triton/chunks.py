@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fused_arcface.engine.terms import Negatives
 
-from .common import Repeated, multiply, on_device
+from .common import Repeated, multiply
 from .configs import CHUNKS, ELEMENTS, device_limits, panel_classes, product_config
 from .exponentials import class_gradient_kernel, class_stats_kernel
 from .panels import Centers, Panel
@@ -82,10 +82,10 @@ class _Loop:
         panel = Panel.create(centers, classes, x, product and not multiplied_again and centers.are_operands(x))
         results = x.second.new_empty(min(num_rows, CHUNKS.max_rows) if stored else 0, classes)
         scores = torch.empty_like(results, dtype=x.inverse.dtype) if several else results
-        starts = range(0, num_rows, CHUNKS.max_rows)
         blocks = []
-        for rows in (slice(start, min(start + CHUNKS.max_rows, num_rows)) for start in starts):
-            count = rows.stop - rows.start
+        for start in range(0, num_rows, CHUNKS.max_rows):
+            rows = slice(start, min(start + CHUNKS.max_rows, num_rows))
+            count = rows.stop - start
             tiles = triton.cdiv(count, config.BLOCK_N)
             blocks.append(_Block(rows, x.some(rows), terms.some(rows), scores[:count], results[:count], tiles))
         constants = dataclasses.asdict(config) | {
@@ -97,22 +97,20 @@ class _Loop:
         }
         return _Loop(panel, blocks, classes // config.BLOCK_C, product, constants)
 
-    def run(
-        self, launches: list[Repeated], then: Callable[[_Block, int], None], finish: Repeated | None = None
-    ) -> None:
+    def run(self, launches: list[Repeated], then: Callable[[_Block, int], None], *finish: Repeated) -> None:
         """Make a launch for each block of rows in each turn, and call ``then`` with the block and the first class.
 
         The launches take the panel's first class and its number of classes, and so does ``finish`` at a turn's end.
         """
-        with on_device(self.panel.rows.values.device):
-            for start, num_classes in self.panel.turns():
-                for block, launch in zip(self.blocks, launches, strict=True):
-                    if not self.product:
-                        multiply(block.scores, block.x.values, self.panel.rows.values.T, accumulate=False)
-                    launch(start, num_classes)
-                    then(block, start)
-                if finish is not None:
-                    finish(start, num_classes)
+
+        def turn(start: int, num_classes: int) -> None:
+            for block, launch in zip(self.blocks, launches, strict=True):
+                if not self.product:
+                    multiply(block.scores, block.x.values, self.panel.rows.values.T, accumulate=False)
+                launch(start, num_classes)
+                then(block, start)
+
+        self.panel.run(turn, *finish)
 
 
 def class_stats(
