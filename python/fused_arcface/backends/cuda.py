@@ -89,7 +89,7 @@ def _cannot_start(index: int) -> str | None:
 
 
 def _device(tensor: Tensor) -> tuple[tuple[int, int], int]:
-    """(device index, current stream there), and the device's multiprocessors."""
+    """Return (device index, current stream there), and the number of the device's multiprocessors."""
     index = tensor.device.index
     stream = torch.cuda.current_stream(index).cuda_stream
     return (index, stream), torch.cuda.get_device_properties(index).multi_processor_count

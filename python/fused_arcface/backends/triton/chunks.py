@@ -31,7 +31,7 @@ to."""
 
 
 def padded_shape(N: int, D: int, device: torch.device) -> tuple[int, int]:
-    """Rows and columns of the embeddings' copy."""
+    """Return the rows and columns of the embeddings' copy."""
     return N, -(-D // _DEPTH_MULTIPLE) * _DEPTH_MULTIPLE
 
 
@@ -121,9 +121,9 @@ def class_stats(
     with_center_sum: bool,
     class_count: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Partial sums (tiles, N), partial maxima (tiles, N) without the embeddings' inverse, and Σ e·ŵ (N, width) or None.
+    """Return partial sums (tiles, N), partial maxima (tiles, N), and Σ e·ŵ (N, width), or None if it is not wanted.
 
-    Terms without a scale give the maxima alone.
+    The maxima are without the embeddings' inverse norms. Terms without a scale give the maxima alone.
     """
     num_rows, width = x.values.shape
     loop = _Loop.create(x, centers, terms, negatives.sub_centers, with_center_sum, with_center_sum)

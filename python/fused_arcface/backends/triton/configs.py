@@ -105,9 +105,9 @@ ELEMENTS = ChunkTiles(BLOCK_N=16, BLOCK_C=256, num_warps=8)
 
 
 def is_wide(arch: int) -> bool:
-    """Return true if ``arch`` (compute capability × 10) has 227 KiB of shared memory a block.
+    """Return true for data-center Hopper and Blackwell, which have 227 KiB of shared memory a block.
 
-    Data-center Hopper and Blackwell have.
+    ``arch`` is the compute capability × 10.
     """
     return arch in (90, 100, 103)
 
@@ -118,7 +118,7 @@ def product_config(arch: int) -> ChunkTiles:
 
 
 def flash_config(width: int, arch: int) -> FlashConfig | None:
-    """Tiles for rows of padded width ``width`` (a power of two), or None where none fit ``arch``."""
+    """Return the tiles for rows of a padded width (a power of two), or None if none fit ``arch``."""
     if is_wide(arch):
         if width <= 256:
             return _FLASH_128 if width <= 128 else _FLASH_256
@@ -202,9 +202,9 @@ def pick(N: int, C: int, D: int, arch: int, dtype: torch.dtype, with_sums: bool)
 
 
 def panel_classes(config: PanelConfig, N: int, C: int, row_bytes: int, exponential_size: int, multiple: int) -> int:
-    """Class centers of one turn: as many as the budgets allow in turns of one size, a multiple of the tile.
+    """Return the class centers of one turn, a multiple of the tile: as many as the budgets allow in turns of one size.
 
-    ``row_bytes`` of one center's copy, ``exponential_size`` of one stored exponential, 0 if none are stored.
+    ``row_bytes`` is the size of one center's copy, ``exponential_size`` that of one exponential, 0 if none are stored.
     """
     needed = -(-C // multiple) * multiple
     budgets = [config.center_bytes // row_bytes, needed]
@@ -217,11 +217,9 @@ def panel_classes(config: PanelConfig, N: int, C: int, row_bytes: int, exponenti
 
 
 def row_splits(row_tiles: int, class_tiles: int, split_bytes: int, multiprocessors: int) -> int:
-    """Return the number of ranges that the flash forward cuts a panel's classes into.
+    """Return the number of ranges of a panel's classes, so that the flash forward's blocks fill the multiprocessors.
 
-    Its blocks then fill the multiprocessors evenly.
-
-    Each split has its own (N, D) fp32 sums of ``split_bytes``: 64 MiB of them at most.
+    Each range has its own (N, D) fp32 sums of ``split_bytes``: 64 MiB of them at most.
     """
     most = max(1, min(class_tiles, multiprocessors, 64 * MIB // max(1, split_bytes)))
 
@@ -236,7 +234,7 @@ def row_splits(row_tiles: int, class_tiles: int, split_bytes: int, multiprocesso
 
 @functools.lru_cache
 def device_limits(device: torch.device) -> tuple[int, int]:
-    """Compute capability × 10 and number of multiprocessors."""
+    """Return the compute capability × 10 and the number of multiprocessors."""
     if device.type != "cuda":  # the interpreter's tests, on CPU tensors: Hopper's choices
         return 90, 132
     properties = torch.cuda.get_device_properties(device)

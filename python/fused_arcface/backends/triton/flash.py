@@ -230,7 +230,7 @@ def _config(width: int, device: torch.device) -> FlashConfig:
 
 
 def padded_shape(N: int, D: int, device: torch.device) -> tuple[int, int]:
-    """Rows and columns of the embeddings' copy: whole tiles."""
+    """Return the rows and columns of the embeddings' copy: whole tiles."""
     outer = _config(flash_width(D), device).OUTER
     return -(-N // outer) * outer, flash_width(D)
 
@@ -251,7 +251,7 @@ def class_stats(
     with_center_sum: bool,
     class_count: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """As chunks.class_stats, its tensors of ``N`` padded rows; x of padded rows, terms of N."""
+    """Return the results of chunks.class_stats. x and the results have padded rows, the terms N."""
     num_padded, width = x.values.shape
     device = x.values.device
     config = _config(width, device)
@@ -297,7 +297,7 @@ def class_stats(
 
 
 def weight_grad(x: UnitRows, centers: Centers, terms: RowTerms, negatives: Negatives, out: Tensor) -> None:
-    """As chunks.weight_grad; x of padded rows, terms of N."""
+    """Do what chunks.weight_grad does. x has padded rows, the terms N."""
     as_stored = centers.are_operands(x)
     panel = _panel(x, centers, _config(x.values.shape[1], x.values.device).OUTER, as_stored, has_buffer=not as_stored)
     panel.run(_gradient(x, panel, terms, negatives, out, project=True))
@@ -306,7 +306,7 @@ def weight_grad(x: UnitRows, centers: Centers, terms: RowTerms, negatives: Negat
 def unit_gradients(
     x: UnitRows, centers: Centers, terms: RowTerms, negatives: Negatives, finish: Callable[[Tensor], Repeated]
 ) -> None:
-    """As chunks.unit_gradients; x of padded rows, terms of N."""
+    """Do what chunks.unit_gradients does. x has padded rows, the terms N."""
     width = x.values.shape[1]
     panel = _panel(x, centers, _config(width, x.values.device).OUTER, centers.are_operands(x))
     d_unit = x.inverse.new_empty(panel.classes, width)

@@ -215,9 +215,9 @@ def row_terms(
     shift: Tensor | None,
     coefficients: tuple[Tensor, Tensor] | None = None,
 ) -> RowTerms:
-    """See :class:`RowTerms`; shift (N,) fp64, coefficients (N,) of the negatives and of the target.
+    """Return the rows' terms, from shift (N,) fp64 and the coefficients (N,) of the negatives and of the target.
 
-    The factor of a changed cosine is without the embedding's inverse norm, which that cosine has already. A scale that
+    The scale of a changed cosine is without the embedding's inverse norm, which that cosine has already. A scale that
     only the device knows, 0-dim, is multiplied in afterwards.
     """
     num_rows = inverse.shape[0]
