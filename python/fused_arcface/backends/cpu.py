@@ -90,6 +90,7 @@ def _run_class_stats(
     embeddings: Tensor,
     weight: Tensor,
     target: Tensor,
+    dtype: torch.dtype,
     scale: float,
     shift: Tensor | None = None,
     negatives: Negatives = PLAIN,
@@ -98,15 +99,18 @@ def _run_class_stats(
     moments: Tensor | None = None,
     by_bias: bool = False,
 ) -> Tensor:
-    """Return the maxima (N,), and fill the sums (N,), the sums of the centers and the moments that are given."""
-    maximum = torch.empty(embeddings.shape[0], dtype=compute_dtype(embeddings, weight))
+    """Return the maxima (N,), and fill the sums (N,), the sums of the centers and the moments that are given.
+
+    ``dtype`` is the compute dtype of the inputs.
+    """
+    maximum = torch.empty(embeddings.shape[0], dtype=dtype)
     if embeddings.shape[0] == 0:
         return maximum
     # Bound to names: a temporary's memory would be gone before the kernel reads it.
-    target, negatives = target.contiguous(), negatives.contiguous(maximum.dtype)
+    target, negatives = target.contiguous(), negatives.contiguous(dtype)
     shift = None if shift is None else shift.contiguous()
     native.module.class_stats(
-        _product_code(embeddings, maximum.dtype),
+        _product_code(embeddings, dtype),
         native.matrix(embeddings),
         native.matrix(weight),
         target.data_ptr(),
@@ -218,7 +222,7 @@ def margin_loss(
 
 def class_max(embeddings: Tensor, weight: Tensor, target: Tensor, negatives: Negatives = PLAIN) -> Tensor:
     """Implement :func:`fused_arcface.backends.torch.class_max`."""
-    return _run_class_stats(embeddings, weight, target, 1.0, None, negatives)
+    return _run_class_stats(embeddings, weight, target, compute_dtype(embeddings, weight), 1.0, None, negatives)
 
 
 def class_stats(
@@ -235,15 +239,16 @@ def class_stats(
     total = torch.empty(embeddings.shape[0], dtype=dtype)
     center_sum = torch.empty(embeddings.shape if with_center_sum else 0, dtype=dtype)
     wanted = center_sum if with_center_sum else None
-    maximum = _run_class_stats(embeddings, weight, target, scale, shift, negatives, total, wanted)
+    maximum = _run_class_stats(embeddings, weight, target, dtype, scale, shift, negatives, total, wanted)
     return total, maximum, center_sum
 
 
 def class_moments(embeddings: Tensor, weight: Tensor, target: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """Return the sums of ``e^(scale·c)·c^k`` over the negatives' cosines c, (N, MOMENTS) fp64, and the maxima (N,)."""
-    total = torch.empty(embeddings.shape[0], dtype=compute_dtype(embeddings, weight))
+    dtype = compute_dtype(embeddings, weight)
+    total = torch.empty(embeddings.shape[0], dtype=dtype)
     moments = torch.empty(embeddings.shape[0], MOMENTS, dtype=torch.float64)
-    return moments, _run_class_stats(embeddings, weight, target, scale, total=total, moments=moments)
+    return moments, _run_class_stats(embeddings, weight, target, dtype, scale, total=total, moments=moments)
 
 
 def bias_grad(
@@ -251,9 +256,9 @@ def bias_grad(
 ) -> Tensor:
     """Implement :func:`fused_arcface.backends.torch.bias_grad`."""
     assert negatives.logistic is not None
-    total = torch.empty(embeddings.shape[0], dtype=compute_dtype(embeddings, weight))
-    scale = float(negatives.logistic[0])
-    _run_class_stats(embeddings, weight, target, scale, None, negatives, total, by_bias=True)
+    dtype, scale = compute_dtype(embeddings, weight), float(negatives.logistic[0])
+    total = torch.empty(embeddings.shape[0], dtype=dtype)
+    _run_class_stats(embeddings, weight, target, dtype, scale, None, negatives, total, by_bias=True)
     by_row = d_lse.double() * (-lse).exp() * total.double()
     return by_row.masked_fill(total == 0, 0).sum()  # a row without negatives has an lse of -inf
 
