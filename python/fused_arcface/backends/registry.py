@@ -83,7 +83,6 @@ ALIASES = {"reference": "torch"}
 NAMES = tuple(each.name for each in BACKENDS)
 _ROWS = {each.name: each for each in BACKENDS}
 _BY_PRIORITY = tuple(sorted(BACKENDS, key=lambda each: -each.priority))
-_NOTHING: Mapping[str, str] = MappingProxyType({})
 
 
 class _ByName(dict[str, str | None]):
@@ -200,7 +199,7 @@ def select(
     name: str,
     device: torch.device,
     dtype: torch.dtype = torch.float32,
-    needs: Mapping[str, str] = _NOTHING,
+    needs: Mapping[str, str] = MappingProxyType({}),
     of_classes: ClassPass | None = None,
 ) -> str:
     """Return the name of the backend to run on ``device``: the one named, or for ``"auto"`` the fastest usable one.

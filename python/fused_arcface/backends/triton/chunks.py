@@ -185,7 +185,7 @@ def unit_gradients(
     ``finish`` returns launches for the buffer (P, width) of the gradient, by the terms' coefficients. They take the
     panel's first class and its number of classes.
     """
-    loop = _Loop.create(x, centers, terms, negatives.sub_centers, True, False)
+    loop = _Loop.create(x, centers, terms, negatives.sub_centers, stored=True, multiplied_again=False)
     panel = loop.panel.rows
     d_unit = x.inverse.new_empty(loop.panel.classes, x.values.shape[1])
     launches = [

@@ -99,7 +99,7 @@ class Panel:
             yield start, min(self.classes, self.centers.count - start)
 
     def run(self, *calls: Callable[[int, int], None]) -> None:
-        """Make these calls in each turn, with its first center and their number."""
+        """Make these calls in each turn, with the turn's first center and its number of centers."""
         with on_device(self.rows.values.device):
             for start, num_classes in self.turns():
                 for call in calls:

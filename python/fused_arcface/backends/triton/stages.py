@@ -30,6 +30,7 @@ def _operand_dtype(embeddings: Tensor, weight: Tensor) -> torch.dtype:
 
 
 def _algorithm(embeddings: Tensor, centers: Centers, negatives: Negatives, with_sums: bool) -> ModuleType:
+    """Return the module of the passes over the classes, ``flash`` or ``chunks``."""
     # The nearest of several centers is found among scores in memory, and the flash passes store none.
     if negatives.sub_centers > 1:
         return chunks
