@@ -6,13 +6,13 @@ pytest bench --benchmark-compare
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 
 from fused_arcface.app.benchmark.cases import BF16, Case, Inputs, make_inputs
-from fused_arcface.app.benchmark.memory import release
+from fused_arcface.app.benchmark.memory import release, synchronize
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SHAPES = (
@@ -39,6 +39,16 @@ def case(request: pytest.FixtureRequest) -> Iterator[Case]:
 def inputs(case: Case, device: torch.device) -> Inputs:
     """Make the inputs of a shape."""
     return make_inputs(case, device)
+
+
+@pytest.fixture
+def time(benchmark: Callable[[Callable[[], object]], object], device: torch.device) -> Callable[..., None]:
+    """Return a function that times another one, on a GPU until its work there has ended."""
+
+    def timed(function: Callable[[], object]) -> None:
+        benchmark(lambda: (function(), synchronize(device)))
+
+    return timed
 
 
 @pytest.fixture(autouse=True)

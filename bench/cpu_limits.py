@@ -12,11 +12,12 @@ milliseconds are not. Each line ends with its limit; the exit status is 1 if one
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -92,29 +93,21 @@ for _ in sys.stdin:
 """
 
 
-class Earlier:
-    """The fp32 step of another build of this package, in a process that runs it when it is told."""
+@contextlib.contextmanager
+def earlier(path: str, isa: str = "") -> Iterator[Run]:
+    """Yield a run of the fp32 step of another build of this package, in a process of its own."""
+    sizes = torch.get_num_threads(), HEADLINE.N, HEADLINE.C, HEADLINE.D
+    command = [sys.executable, "-c", WORKER, path, *map(str, sizes)]
+    environment = os.environ | ({"FUSED_ARCFACE_ISA": isa} if isa else {})
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, env=environment, **pipes) as process:
+        print(f"earlier build: {process.stdout.readline().strip()} {isa}")
 
-    def __init__(self, path: str, isa: str = "") -> None:
-        sizes = torch.get_num_threads(), HEADLINE.N, HEADLINE.C, HEADLINE.D
-        command = [sys.executable, "-c", WORKER, path, *map(str, sizes)]
-        environment = {**os.environ, **({"FUSED_ARCFACE_ISA": isa} if isa else {})}
-        self._process = subprocess.Popen(
-            command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-        print(f"earlier build: {self._ask()} {isa}")
+        def run() -> None:
+            print("step", file=process.stdin, flush=True)
+            process.stdout.readline()
 
-    def _ask(self) -> str:
-        assert self._process.stdout is not None
-        return self._process.stdout.readline().strip()
-
-    def __call__(self) -> None:
-        assert self._process.stdin is not None
-        print("step", file=self._process.stdin, flush=True)
-        self._ask()
-
-    def close(self) -> None:
-        self._process.communicate("")
+        yield run
 
 
 def flops(case: Case) -> float:
@@ -128,20 +121,20 @@ def fp32(rounds: int, before: str | None) -> None:
     runs = {"ours": ours(inputs), "eager": step(peers.plain, inputs), "products": named("products", inputs)}
     if any(each.name == "fused_arcface-avx2" for each in select(["ours"], "cpu")):
         runs["avx2"] = named("fused_arcface-avx2", inputs)
-    earlier = [Earlier(before), Earlier(before, "avx2")] if before and "avx2" in runs else []
-    runs.update(zip(("earlier", "earlier avx2"), earlier, strict=False))
     ceiling = max(machine.fma_flops_per_second() or 0 for _ in range(3))
-    ms = least(runs, rounds)
+    with contextlib.ExitStack() as builds:
+        if before and "avx2" in runs:
+            runs["earlier"] = builds.enter_context(earlier(before))
+            runs["earlier avx2"] = builds.enter_context(earlier(before, "avx2"))
+        ms = least(runs, rounds)
     ceiling = max(ceiling, *(machine.fma_flops_per_second() or 0 for _ in range(3)))
     print(f"{HEADLINE}: multiply-adds in registers {ceiling / 1e9:.0f} GFLOP/s; ms", _rounded(ms))
     judge("fp32: share of the multiply-adds in registers", flops(HEADLINE) / ms["ours"] * 1e3 / ceiling, 0.75, True)
     judge("fp32: of torch's three bare products", ms["ours"] / ms["products"], 0.60)
     judge("fp32: times as fast as the plain eager head", ms["eager"] / ms["ours"], 4.5, True)
-    if earlier:
+    if "earlier" in runs:
         judge("fp32, FUSED_ARCFACE_ISA=avx2: of the earlier build's time", ms["avx2"] / ms["earlier avx2"], 1.03)
         judge("fp32: of the earlier build's time", ms["ours"] / ms["earlier"], 1.0)
-    for each in earlier:
-        each.close()
 
 
 def bf16(rounds: int, before: str | None) -> None:
@@ -160,18 +153,16 @@ def bf16(rounds: int, before: str | None) -> None:
         "eager": step(peers.plain, inputs),
         "eager, autocast": step(peers.plain_under_autocast, mixed),
     }
-    earlier = Earlier(before) if before else None
-    if earlier is not None:
-        runs["earlier"] = earlier
-    ms = least(runs, rounds)
+    with contextlib.ExitStack() as builds:
+        if before:
+            runs["earlier"] = builds.enter_context(earlier(before))
+        ms = least(runs, rounds)
     print(f"{case}: ms", _rounded(ms))
     for name in ("ours", "ours, autocast"):
         judge(f"{name} in bf16: of torch's three bare bf16 products", ms[name] / ms["products"], 1.5)
         judge(f"{name} in bf16: times as fast as eager in bf16", ms["eager"] / ms[name], 4.5, True)
-        if earlier is not None:
+        if before:
             judge(f"{name} in bf16: times as fast as the earlier fp32 step", ms["earlier"] / ms[name], 1.7, True)
-    if earlier is not None:
-        earlier.close()
 
 
 def small(rounds: int, _: str | None = None) -> None:
@@ -202,8 +193,8 @@ def main() -> None:
         torch.set_num_threads(options.threads)
     parts = options.parts or ["small", "fp32", "bf16"]
     print(f"{machine.device_name(torch.device('cpu'))}; {backends.load('cpu').isa()}; load {os.getloadavg()[0]:.1f}")
-    for name, measure in (("small", small), ("fp32", fp32), ("bf16", bf16)):
-        if name in parts:
+    for measure in (small, fp32, bf16):
+        if measure.__name__ in parts:
             measure(options.rounds, options.before)
     sys.exit(1 if MISSED else 0)
 

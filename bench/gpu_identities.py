@@ -29,10 +29,6 @@ _CONTEXT_BYTES = 3 * 2**29
 _PEERS = ("insightface", "insightface-fp16", "pytorch-metric-learning", "eager")
 
 
-class TimeIsOver(Exception):
-    """Raised before a trial that would begin too late."""
-
-
 def wanted(setup: capacity.TrainingSetup) -> bool:
     """Return whether a setup is one of those that are compared."""
     if setup.is_ours:
@@ -58,7 +54,7 @@ def main() -> int:
 
     def progress(text: str) -> None:
         if time.monotonic() > end:
-            raise TimeIsOver(text)
+            raise TimeoutError(text)  # the trial would begin too late
         print(text, flush=True)
 
     def on_row(rows: list[dict[str, object]]) -> None:
@@ -71,7 +67,7 @@ def main() -> int:
         )
         for skip in skips:
             print(f"{skip.provider} ({skip.backend}): {skip.reason}")
-    except TimeIsOver as late:
+    except TimeoutError as late:
         print(f"the time of {options.seconds:.0f} s is over; not tried: {late}")
     for (name, backend), row in found.items():
         step = "" if row["step_ms"] is None else f", a step of {row['step_ms']:,} ms"

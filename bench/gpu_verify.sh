@@ -71,13 +71,6 @@ def said(*command):
         return f"unknown: {error}"
 
 
-def version(package):
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
 properties = torch.cuda.get_device_properties(0)
 facts = {
     "device": properties.name,
@@ -87,7 +80,7 @@ facts = {
     "driver": said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").split("\n")[0],
     "nvcc": said("nvcc", "--version").split("\n")[-1],
     "torch": torch.__version__,
-    "triton": version("triton"),
+    "triton": next((found.version for found in importlib.metadata.distributions(name="triton")), None),
     "python": platform.python_version(),
     "commit": os.environ["FUSED_ARCFACE_COMMIT"],
 }
@@ -155,8 +148,8 @@ skip() {
 
 has() { "$python" -c "import importlib.util, sys; sys.exit(importlib.util.find_spec('$1') is None)"; }
 
-# run_pytest NAME SECONDS ARGUMENTS...: runs tests in several processes, and keeps the logs of all.
-run_pytest() {
+# tests_phase NAME SECONDS ARGUMENTS...: runs tests in several processes, and keeps the logs of all.
+tests_phase() {
   local name=$1 seconds=$2
   shift 2
   if ! has pytest; then
@@ -168,6 +161,7 @@ run_pytest() {
   cat "$work/$name"/*.log >>"$out/logs/$name.log" 2>/dev/null || true
 }
 
+# run_NAME runs the phase of that name.
 run_benchmark() { phase benchmark 220 "$python" bench/gpu_benchmark.py "$out" 190; }
 
 run_training() { phase training 180 "$python" bench/gpu_training.py "$out" --seconds 170; }
@@ -175,7 +169,7 @@ run_training() { phase training 180 "$python" bench/gpu_training.py "$out" --sec
 run_identities() { phase identities 90 "$python" bench/gpu_identities.py "$out" --seconds 80; }
 
 run_tests() {
-  run_pytest tests_gpu 120 -k "(test_triton or test_cuda or on_a_gpu) and not interpreter and not emulated" \
+  tests_phase tests_gpu 120 -k "(test_triton or test_cuda or on_a_gpu) and not interpreter and not emulated" \
     tests/backends/test_gpu.py tests/backends/test_triton.py tests/backends/test_cuda.py tests/backends/test_cuda_updates.py \
     tests/backends/test_cuda_negatives.py tests/backends/test_hopper.py \
     tests/test_partial_fc.py tests/engine/test_ops.py
@@ -214,7 +208,7 @@ run_sanitizer() {
 }
 
 # The whole suite is for machines without a GPU: it takes minutes of all cores, and most tests use no GPU.
-run_smoke() { run_pytest smoke 30 -k "not on_a_gpu" tests/test_functional.py tests/backends/test_registry.py; }
+run_smoke() { tests_phase smoke 30 -k "not on_a_gpu" tests/test_functional.py tests/backends/test_registry.py; }
 
 phase build 60 "$python" -m pip install --quiet --no-build-isolation --no-deps --no-index --target "$work/site" .
 # Child processes must find the build as well.
@@ -234,17 +228,7 @@ export TRITON_CACHE_DIR=$work/triton TORCHINDUCTOR_CACHE_DIR=$work/inductor
 cores=$(nproc)
 processes=$((cores < 16 ? (cores + 1) / 2 : 8))
 
-for name in "${chosen[@]}"; do
-  case $name in
-    benchmark) run_benchmark ;;
-    tests) run_tests ;;
-    training) run_training ;;
-    identities) run_identities ;;
-    stored) run_stored ;;
-    sanitizer) run_sanitizer ;;
-    smoke) run_smoke ;;
-  esac
-done
+for name in "${chosen[@]}"; do "run_$name"; done
 cat "$out/summary.json"
 echo "results are in $out"
 exit "$failed"

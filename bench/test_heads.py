@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from fused_arcface.app.benchmark.cases import PASSES, Case, Inputs
-from fused_arcface.app.benchmark.memory import synchronize
 from fused_arcface.app.benchmark.providers import Provider, all_providers
 from fused_arcface.app.benchmark.runner import tolerance
 from fused_arcface.app.benchmark.truth import error_of, truth
@@ -22,15 +21,10 @@ def provider(request: pytest.FixtureRequest, case: Case, device: torch.device) -
 
 
 @pytest.mark.parametrize("pass_name", list(PASSES))
-def test_head(benchmark, provider: Provider, case: Case, inputs: Inputs, pass_name: str, device: torch.device) -> None:
+def test_head(time, provider: Provider, case: Case, inputs: Inputs, pass_name: str) -> None:
     """Time one pass."""
     backward = PASSES[pass_name]
     with provider.settings():
         run = provider.open(inputs)
         assert error_of(run(backward), truth(inputs, provider.formula)) <= tolerance(provider, case)
-
-        def timed() -> None:
-            run(backward)
-            synchronize(device)
-
-        benchmark(timed)
+        time(lambda: run(backward))

@@ -7,7 +7,6 @@ import torch
 
 from fused_arcface import backends
 from fused_arcface.app.benchmark.cases import Inputs
-from fused_arcface.app.benchmark.memory import synchronize
 
 SCALE = 64.0
 ORACLE = next(iter(backends.available()))  # plain PyTorch comes first
@@ -23,43 +22,33 @@ def backend(request: pytest.FixtureRequest, device: torch.device) -> str:
         pytest.skip(str(error))
 
 
-def run(function, device):
-    """Make a function to time: the call, and on a GPU the wait for its end."""
-
-    def timed():
-        function()
-        synchronize(device)
-
-    return timed
-
-
 def assert_close(mine: torch.Tensor, right: torch.Tensor) -> None:
     """Check a result against that of plain PyTorch."""
     worst = float((mine.double() - right.double()).abs().max() / right.double().abs().max())
     assert worst < (1e-4 if mine.dtype == torch.float32 else 3e-2), worst
 
 
-def test_class_max(benchmark, inputs: Inputs, backend: str, device: torch.device) -> None:
+def test_class_max(time, inputs: Inputs, backend: str) -> None:
     """Time the greatest cosine of each row."""
     arguments = (*inputs, backend)
     assert_close(ops.class_max(*arguments), ops.class_max(*inputs, ORACLE))
-    benchmark(run(lambda: ops.class_max(*arguments), device))
+    time(lambda: ops.class_max(*arguments))
 
 
 @pytest.mark.parametrize("with_center_sum", [False, True], ids=["sums", "center_sum"])
-def test_class_stats(benchmark, inputs: Inputs, backend: str, with_center_sum: bool, device: torch.device) -> None:
+def test_class_stats(time, inputs: Inputs, backend: str, with_center_sum: bool) -> None:
     """Time the sums of each row."""
     arguments = (*inputs, SCALE, None, with_center_sum)
     mine, right = ops.class_stats(*arguments, backend), ops.class_stats(*arguments, ORACLE)
     for one, other in zip(mine[: 2 + with_center_sum], right, strict=False):
         assert_close(one, other)
-    benchmark(run(lambda: ops.class_stats(*arguments, backend), device))
+    time(lambda: ops.class_stats(*arguments, backend))
 
 
-def test_weight_grad(benchmark, inputs: Inputs, backend: str, device: torch.device) -> None:
+def test_weight_grad(time, inputs: Inputs, backend: str) -> None:
     """Time the gradient by the class centers."""
     total, _, _ = ops.class_stats(*inputs, SCALE, None, False, ORACLE)
     coefficient = torch.full_like(total, SCALE / total.numel())
     arguments = (*inputs, SCALE, total.double().log(), coefficient, -coefficient)
     assert_close(ops.weight_grad(*arguments, backend), ops.weight_grad(*arguments, ORACLE))
-    benchmark(run(lambda: ops.weight_grad(*arguments, backend), device))
+    time(lambda: ops.weight_grad(*arguments, backend))

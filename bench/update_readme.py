@@ -22,18 +22,18 @@ A block reads ``<!-- bench: NAME FOLDER -->`` … ``<!-- /bench -->``, FOLDER on
 from __future__ import annotations
 
 import argparse
-import math
 import os
 import re
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from fused_arcface.app.benchmark import cost_model, plots
 from fused_arcface.app.benchmark.cases import BF16, FP32, PASSES, Case
-from fused_arcface.app.benchmark.names import is_ours, label
-from fused_arcface.app.benchmark.report import Measurement, Report, read_json, read_report
+from fused_arcface.app.benchmark.names import is_fused, is_ours, label
+from fused_arcface.app.benchmark.report import Measurement, read_json, read_report
 from fused_arcface.app.drawing import write_pictures
 
 BENCH = Path(__file__).resolve().parent
@@ -42,19 +42,21 @@ FILES = (BENCH.parent / "README.md", BENCH / "README.md", BENCH.parent / "docs" 
 _BLOCK = re.compile(r"(<!-- bench: (\w+) (\S+) -->\n).*?(<!-- /bench -->)", re.DOTALL)
 _PICTURES = ("time_by_classes.png", "memory_by_classes.png", "time_by_rows.png", "roofline.png", "capacity.png")
 
+Row = dict[str, Any]
+"""A row of rows.json, or of another file of results."""
 
-def _row(cells: list[str]) -> str:
-    return f"| {' | '.join(cells)} |"
 
-
-def _number(value: float) -> str:
+def _number(value: float | None) -> str:
+    if value is None:
+        return "—"
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
-def _table(heads: list[str], rows: list[list[str]], left: tuple[int, ...] = (0,)) -> list[str]:
-    """Return lines of Markdown; the columns ``left`` are text, the others numbers."""
+def _table(heads: list[str], rows: list[list[Any]], left: tuple[int, ...] = (0,)) -> str:
+    """Return a table of Markdown. A cell is a text, a number or None; the columns ``left`` are text."""
     rule = ["---" if index in left else "---:" for index in range(len(heads))]
-    return [_row(heads), _row(rule), *map(_row, rows)]
+    cells = [[each if isinstance(each, str) else _number(each) for each in row] for row in rows]
+    return "\n".join(f"| {' | '.join(row)} |" for row in (heads, rule, *cells))
 
 
 def _provenance(measured: dict[str, Any]) -> str:
@@ -62,45 +64,72 @@ def _provenance(measured: dict[str, Any]) -> str:
     return f"{measured['device']}; torch {measured['torch']}; commit {measured['commit']}, {measured['date'][:10]}."
 
 
-def _fwd_bwd(report: Report) -> list[Measurement]:
-    return [each for each in report.measurements if each.pass_name == "fwd+bwd"]
+def _mebibytes(peak_bytes: int | None) -> float | None:
+    return None if peak_bytes is None else peak_bytes / 2**20
 
 
-def _largest_case(report: Report) -> Case:
+def _budget(row: Row) -> str:
+    return f"{row['budget_bytes'] / 2**30:g} GiB"
+
+
+def _case(row: Row) -> Case:
+    return Case(row["N"], row["C"], row["D"], row["dtype"], row["weight_dtype"])
+
+
+def _fastest(rows: list[Row], case: Case, names: tuple[str, ...], backend: str | None = None) -> Row | None:
+    """Return the row of a case and one of some providers with the least time of a forward and a backward pass."""
+    found = [
+        row
+        for row in rows
+        if row["pass"] == "fwd+bwd"
+        and row["provider"] in names
+        and backend in (None, row["backend"])
+        and _case(row) == case
+    ]
+    return min(found, key=lambda row: float(row["ms"]), default=None)
+
+
+def _largest_case(rows: list[Row]) -> Case:
     """Return the largest problem that the plain PyTorch head was measured at."""
-    cases = [each.case for each in report.measurements if each.provider == "eager"]
+    cases = [_case(row) for row in rows if row["provider"] == "eager"]
     return max(cases, key=lambda case: case.N * case.C * case.D)
 
 
-def figures(folder: Path, file: Path) -> str:
+Column = tuple[str, tuple[str, ...], "str | None"]
+"""A column's head, the providers of which the fastest is shown, and their backend, None for any."""
+
+
+def _by_case(rows: list[Row], columns: list[Column], cell: Callable[[Row], Any]) -> str:
+    """Return a table with a row for each case that one of the columns has."""
+    table = []
+    for case in dict.fromkeys(map(_case, rows)):
+        found = [_fastest(rows, case, names, backend) for _, names, backend in columns]
+        if any(found):
+            table.append([str(case), *(row and cell(row) for row in found)])
+    return _table(["", *(column[0] for column in columns)], table)
+
+
+def figures(folder: Path) -> str:
     """Return a table of time, memory and identities: this package's head beside three others, and a picture."""
-    report = read_report(folder)
-    case = _largest_case(report)
-    fastest: dict[str, Measurement] = {}
-    for each in sorted(_fwd_bwd(report), key=lambda each: each.ms):
-        if each.case == case:
-            fastest.setdefault(each.provider, each)
-    capacities: dict[str, int] = {}
-    rows = read_json(folder / "capacity.json")
-    for row in rows:
-        name = row["recipe"].partition(" ")[0]
-        capacities[name] = max(row["max_C"], capacities.get(name, 0))
+    rows, identities = read_json(folder / "rows.json"), read_json(folder / "capacity.json")
+    case = _largest_case(rows)
     columns = ("fused_arcface", "insightface", "pytorch-metric-learning", "eager")
-    peaks = {name: fastest[name].peak_bytes or math.nan for name in columns}
-    budget = f"{rows[0]['budget_bytes'] / 2**30:g} GiB"
+    fastest = [_fastest(rows, case, (name,)) for name in columns]
+    most = [max(row["max_C"] for row in identities if row["recipe"].partition(" ")[0] == name) for name in columns]
     table = [
-        [f"time of a step, N={case.N}, C={case.C:,}", *(f"{_number(fastest[name].ms)} ms" for name in columns)],
-        ["memory beside inputs and gradients", *(f"{_number(peaks[name] / 2**20)} MiB" for name in columns)],
-        [f"identities that train within {budget}", *(f"{capacities[name] / 1e6:.1f} million" for name in columns)],
+        [f"time of a step, N={case.N}, C={case.C:,}", *(f"{_number(row['ms'])} ms" for row in fastest)],
+        ["memory beside inputs and gradients", *(f"{_number(_mebibytes(row['peak_bytes']))} MiB" for row in fastest)],
+        [f"identities that train within {_budget(identities[0])}", *(f"{each / 1e6:.1f} million" for each in most)],
     ]
     heads = ["", "**fused_arcface**", "insightface", "pytorch-metric-learning", "plain PyTorch"]
-    picture = os.path.relpath(folder / "memory_by_classes.png", file.parent)
-    return "\n".join([*_table(heads, table), "", _provenance(report.context), "", f"![Memory by classes]({picture})"])
+    picture = f"![Memory by classes]({folder / 'memory_by_classes.png'})"
+    return "\n\n".join([_table(heads, table), _provenance(rows[0]), picture])
 
 
-def providers(report: Report) -> str:
+def providers(folder: Path) -> str:
     """Return a row for each provider at the largest problem, fastest first."""
-    case = _largest_case(report)
+    report = read_report(folder)
+    case = _largest_case(report.rows())
     found: dict[str, dict[tuple[str, str], Measurement]] = {name: {} for name in PASSES}
     for each in report.measurements:
         if each.case == case:
@@ -112,14 +141,11 @@ def providers(report: Report) -> str:
     heads += ["of ceiling", "peak extra memory, MiB", "error"]
     rows = []
     for each in both:
-        forward = found["fwd"][each.provider, each.backend]
-        name = each.label
-        figures = [_number(forward.ms), f"{forward.ms / ours_forward.ms:.2f}", _number(each.ms)]
-        share = report.share_of_ceiling(each)
-        figures += [f"{each.ms / ours.ms:.2f}", "—" if share is None else f"{share:.0%}"]
-        peak = "" if each.peak_bytes is None else _number(each.peak_bytes / 2**20)
+        forward, share = found["fwd"][each.provider, each.backend], report.share_of_ceiling(each)
+        times = [forward.ms, f"{forward.ms / ours_forward.ms:.2f}", each.ms, f"{each.ms / ours.ms:.2f}"]
         error = max(forward.error, each.error)
-        rows.append([f"**{name}**" if each is ours else name, *figures, peak, f"{error:.0e}"])
+        rest = [share and f"{share:.0%}", _mebibytes(each.peak_bytes), f"{error:.0e}"]
+        rows.append([f"**{each.label}**" if each is ours else each.label, *times, *rest])
     reached = f"a square {case.dtype} product {report.machine['flops_per_second'][case.dtype] / 1e9:,.0f} GFLOP/s"
     fma = report.machine.get("fma_flops_per_second")
     reached += "" if fma is None else f", multiply-adds in registers {fma / 1e9:,.0f}"
@@ -128,44 +154,35 @@ def providers(report: Report) -> str:
         f"Error: largest relative one of loss and gradients, to fp64. The machine's ceilings: {reached}. "
         "linear_cross_entropy and the products have no margin: yardsticks."
     )
-    return "\n".join([f"{case}. {_provenance(report.context)}", "", *_table(heads, rows), "", note])
+    return "\n\n".join([f"{case}. {_provenance(report.context)}", _table(heads, rows), note])
 
 
-def shapes(report: Report) -> str:
+def shapes(folder: Path) -> str:
     """Return the milliseconds of every shape, a column for each of a few providers."""
-    columns = ("fused_arcface", "eager", "compiled", "insightface", "pytorch-metric-learning", "products")
-    rows = []
-    for case in dict.fromkeys(each.case for each in _fwd_bwd(report)):
-        fastest: dict[str, float] = {}
-        for each in _fwd_bwd(report):
-            if each.case == case and (each.is_fused or not each.is_ours):
-                fastest[each.provider] = min(each.ms, fastest.get(each.provider, each.ms))
-        rows.append([str(case), *(_number(fastest[name]) if name in fastest else "—" for name in columns)])
-    return "\n".join(["Milliseconds, forward + backward.", "", *_table(["", *columns], rows)])
+    names = ("fused_arcface", "eager", "compiled", "insightface", "pytorch-metric-learning", "products")
+    rows = read_json(folder / "rows.json")
+    rows = [row for row in rows if is_fused(row["provider"], row["backend"]) or not is_ours(row["provider"])]
+    table = _by_case(rows, [(name, (name,), None) for name in names], lambda row: row["ms"])
+    return f"Milliseconds, forward + backward.\n\n{table}"
 
 
 def capacity(folder: Path) -> str:
     """Return the most identities within a memory budget."""
     found = sorted(read_json(folder / "capacity.json"), key=lambda row: -row["max_C"])
     first = found[0]
-    budget = f"{first['budget_bytes'] / 2**30:g} GiB"
-    what = f"A training step (N={first['N']}, D={first['D']}, SGD with momentum) within {budget}"
+    what = f"A training step (N={first['N']}, D={first['D']}, SGD with momentum) within {_budget(first)}"
     heads = ["head", "centers", "momentum", "most identities", "÷ best peer", "bytes for each", "step, ms", ""]
     peer = max((row["max_C"] for row in found if not is_ours(row["recipe"])), default=None)
     rows = []
     for row in found:
-        step = "—" if row["step_ms"] is None else _number(row["step_ms"])
-        ratio = "—" if peer is None else f"{row['max_C'] / peer:.2f}"
-        name = label(row["recipe"], row["backend"])
-        figures = [f"{row['max_C']:,}", ratio, _number(row["bytes_per_class"]), step, row["how"]]
-        rows.append([name, row["weight_dtype"], row["momentum_dtype"], *figures])
-    return "\n".join([f"{what}. {_provenance(first)}", "", *_table(heads, rows, left=(0, 1, 2, 7))])
+        names = [label(row["recipe"], row["backend"]), row["weight_dtype"], row["momentum_dtype"]]
+        ratio = peer and f"{row['max_C'] / peer:.2f}"
+        rows.append([*names, f"{row['max_C']:,}", ratio, row["bytes_per_class"], row["step_ms"], row["how"]])
+    return "\n\n".join([f"{what}. {_provenance(first)}", _table(heads, rows, left=(0, 1, 2, 7))])
 
 
-Rows = list[dict[str, Any]]
-
-# A column of the GPU's tables: its head, providers (the fastest is shown), backend, dtypes of rows and of centers.
-# Before the kernels for Hopper were on by default, their rows had a separate name.
+# Columns of the GPU tables, and in _GPU_COLUMNS the dtypes of embeddings and centers as well. Before the kernels for
+# Hopper were on by default, their rows had a separate name.
 _CUDA = ("`cuda`", ("fused_arcface", "fused_arcface-hopper"), "cuda")
 _TRITON = ("`triton`", ("fused_arcface",), "triton")
 _EAGER = ("plain PyTorch", ("eager",), "torch")
@@ -181,25 +198,12 @@ _GPU_COLUMNS = (
 _GPU_NOTE = "In brackets: time for each logit. insightface takes fp32 embeddings and centers. —: not measured."
 
 
-def _fastest(rows: Rows, case: Case, names: tuple[str, ...], backend: str) -> dict[str, Any] | None:
-    """Return the row of a case and one of some providers with the least time of a forward and a backward pass."""
-    found = [
-        row
-        for row in rows
-        if row["pass"] == "fwd+bwd"
-        and row["provider"] in names
-        and row["backend"] == backend
-        and all(row[name] == value for name, value in vars(case).items())
-    ]
-    return min(found, key=lambda row: float(row["ms"]), default=None)
-
-
 def gpu(folder: Path) -> str:
     """Return a table of the README's two sizes: time, memory and identities, a column for each provider."""
-    rows: Rows = read_json(folder / "rows.json")
+    rows = read_json(folder / "rows.json")
     skips = read_json(folder / "run.json")["skips"]
 
-    def cells(N: int, figure: Callable[[dict[str, Any]], str]) -> list[str]:
+    def cells(N: int, figure: Callable[[Row], str]) -> list[str]:
         found = []
         for _, names, backend, dtypes in _GPU_COLUMNS:
             case = Case(N, 1_000_000, 512, *dtypes)
@@ -209,14 +213,14 @@ def gpu(folder: Path) -> str:
             found.append(figure(row) if row is not None else "out of memory" if failed else "—")
         return found
 
-    def times(row: dict[str, Any]) -> str:
+    def times(row: Row) -> str:
         return f"{_number(row['ms'])} ms ({_number(row['ps_per_logit'])} ps)"
 
-    def mebibytes(row: dict[str, Any]) -> str:
-        return "—" if row["peak_bytes"] is None else f"{_number(row['peak_bytes'] / 2**20)} MiB"
+    def memory(row: Row) -> str:
+        return "—" if row["peak_bytes"] is None else f"{_number(_mebibytes(row['peak_bytes']))} MiB"
 
     table = [[f"time of a step, N={N:,}", *cells(N, times)] for N in (4096, 1024)]
-    both = zip(cells(4096, mebibytes), cells(1024, mebibytes), strict=True)
+    both = zip(cells(4096, memory), cells(1024, memory), strict=True)
     table.append(["memory beside inputs and gradients, N=4,096 / 1,024", *map(" / ".join, both)])
     origin = _provenance(rows[0])
     if (folder / "capacity.json").exists():
@@ -225,10 +229,10 @@ def gpu(folder: Path) -> str:
         if _provenance(found[0]) != origin:
             origin += f" Identities: {_provenance(found[0])}"
     heads = ["C=1,000,000, D=512, bf16", *(column[0] for column in _GPU_COLUMNS)]
-    return "\n".join([*_table(heads, table), "", f"{_GPU_NOTE} {origin}"])
+    return "\n\n".join([_table(heads, table), f"{_GPU_NOTE} {origin}"])
 
 
-def _identities(found: Rows) -> list[str]:
+def _identities(found: list[Row]) -> list[str]:
     """Return the row of the most identities whose training step fits."""
     most = {}
     for row in sorted(found, key=lambda row: int(row["max_C"])):
@@ -239,21 +243,15 @@ def _identities(found: Rows) -> list[str]:
 
 def gpu_cases(folder: Path) -> str:
     """Return the milliseconds of every case: our backends, plain PyTorch and the bare products."""
-    rows: Rows = read_json(folder / "rows.json")
-    cases = [Case(row["N"], row["C"], row["D"], row["dtype"], row["weight_dtype"]) for row in rows]
-    columns = (_CUDA, _TRITON, _EAGER, ("products", ("products",), "torch"))
-    table = []
-    for case in dict.fromkeys(cases):
-        found = [_fastest(rows, case, names, backend) for _, names, backend in columns]
-        if any(found):
-            table.append([str(case), *("—" if row is None else _with_replay(row) for row in found)])
-    lines = ["Milliseconds, forward + backward; in brackets replayed from a CUDA graph.", ""]
-    return "\n".join([*lines, *_table(["", *(column[0] for column in columns)], table), "", _provenance(rows[0])])
+    rows = read_json(folder / "rows.json")
 
+    def with_replay(row: Row) -> str:
+        replay = row["graph_ms"]
+        return _number(row["ms"]) + ("" if replay is None else f" ({_number(replay)})")
 
-def _with_replay(row: dict[str, Any]) -> str:
-    replay = row["graph_ms"]
-    return _number(row["ms"]) + ("" if replay is None else f" ({_number(replay)})")
+    table = _by_case(rows, [_CUDA, _TRITON, _EAGER, ("products", ("products",), "torch")], with_replay)
+    note = "Milliseconds, forward + backward; in brackets replayed from a CUDA graph."
+    return "\n\n".join([note, table, _provenance(rows[0])])
 
 
 ALL_OF = {
@@ -265,7 +263,7 @@ ALL_OF = {
 
 def all_of(folder: Path, case: Case) -> str:
     """Return a row for each provider of a case, fastest first, without variants of ours."""
-    rows: Rows = read_json(folder / "rows.json")
+    rows = read_json(folder / "rows.json")
     providers = dict.fromkeys((row["provider"], row["backend"]) for row in rows)
     ours = (*_CUDA[1], *_TRITON[1])
     found = [_fastest(rows, case, (name,), backend) for name, backend in providers if name in ours or not is_ours(name)]
@@ -274,32 +272,24 @@ def all_of(folder: Path, case: Case) -> str:
         return "Not yet measured."
     table = []
     for row in measured:
-        replay = "—" if row["graph_ms"] is None else _number(row["graph_ms"])
-        peak = "—" if row["peak_bytes"] is None else _number(row["peak_bytes"] / 2**20)
-        figures = [_number(row["ms"]), replay, peak, f"{row['error']:.0e}"]
+        figures = [row["ms"], row["graph_ms"], _mebibytes(row["peak_bytes"]), f"{row['error']:.0e}"]
         table.append([label(row["provider"], row["backend"]), *figures])
     heads = ["forward + backward", "ms", "from a CUDA graph, ms", "peak extra memory, MiB", "error"]
-    return "\n".join([f"{case}. {_provenance(measured[0])}", "", *_table(heads, table)])
+    return "\n\n".join([f"{case}. {_provenance(measured[0])}", _table(heads, table)])
 
 
-def training(folder: Path, file: Path) -> str:
+def training(folder: Path) -> str:
     """Return the comparison of loss curves, and its picture."""
     found = read_json(folder / "training.json")
     what = f"{found['steps']:,} steps, N={found['N']}, C={found['C']:,}, D={found['D']}, {found['dtype']}"
     heads = ["backend", "last loss", "largest distance ÷ spread", "within", "seconds"]
     rows = [
-        [
-            f"`{run['backend']}`",
-            *("—" if run[name] is None else _number(run[name]) for name in ("last_loss", "distance")),
-            "yes" if run["within"] else "no",
-            _number(run["seconds"]),
-        ]
+        [f"`{run['backend']}`", run["last_loss"], run["distance"], "yes" if run["within"] else "no", run["seconds"]]
         for run in found["runs"]
         if run["within"] is not None
     ]
-    picture = os.path.relpath(folder / "training.png", file.parent)
-    lines = [f"{what}. {_provenance(found)}", "", *_table(heads, rows, left=(0, 3)), "", f"![Loss curves]({picture})"]
-    return "\n".join(lines)
+    picture = f"![Loss curves]({folder / 'training.png'})"
+    return "\n\n".join([f"{what}. {_provenance(found)}", _table(heads, rows, left=(0, 3)), picture])
 
 
 def ranks(folder: Path) -> str:
@@ -309,18 +299,18 @@ def ranks(folder: Path) -> str:
     rows = []
     for row in found:
         predicted, measured = row["predicted_ms"], row["measured_ms"]
-        figures = [str(row["ranks"]), str(row["N"]), f"{row['C']:,}", _number(predicted), _number(measured)]
-        rows.append([*figures, f"{measured / predicted:.2f}", row["limit"]])
-    return "\n".join([_provenance(found[0]), "", *_table(heads, rows, left=(6,))])
+        sizes = [str(row["ranks"]), str(row["N"]), f"{row['C']:,}"]
+        rows.append([*sizes, predicted, measured, f"{measured / predicted:.2f}", row["limit"]])
+    return "\n\n".join([_provenance(found[0]), _table(heads, rows, left=(6,))])
 
 
-def pictures(folder: Path, file: Path) -> str:
+def pictures(folder: Path) -> str:
     """Return links to the run's pictures."""
     found = [folder / name for name in _PICTURES if (folder / name).exists()]
-    return "\n\n".join(f"![{path.stem.replace('_', ' ')}]({os.path.relpath(path, file.parent)})" for path in found)
+    return "\n\n".join(f"![{path.stem.replace('_', ' ')}]({path})" for path in found)
 
 
-def model(name: str, file: Path, write: bool) -> str:
+def model(name: str, write: bool) -> str:
     """Return the cost model of many devices, and draw it if ``write``."""
     device = cost_model.H200 if name == "H200" else cost_model.Device.from_report(RESULTS / name)
     parts = [
@@ -330,24 +320,22 @@ def model(name: str, file: Path, write: bool) -> str:
     drawing = plots.cost_drawing(cost_model.grid(device), device, f"model_{name}")
     if write:
         write_pictures([drawing], RESULTS)
-    parts.append(f"![cost model]({os.path.relpath(RESULTS / f'{drawing.name}.png', file.parent)})")
-    return "\n\n".join(parts)
+    return "\n\n".join([*parts, f"![cost model]({RESULTS / f'{drawing.name}.png'})"])
 
 
-BLOCKS: dict[str, tuple[str, Callable[[Path, Path], str]]] = {
+BLOCKS: dict[str, tuple[str, Callable[[Path], str]]] = {
     "figures": ("rows.json", figures),
-    "providers": ("rows.json", lambda folder, file: providers(read_report(folder))),
-    "shapes": ("rows.json", lambda folder, file: shapes(read_report(folder))),
-    "capacity": ("capacity.json", lambda folder, file: capacity(folder)),
-    "gpu": ("rows.json", lambda folder, file: gpu(folder)),
-    "gpu_cases": ("rows.json", lambda folder, file: gpu_cases(folder)),
-    "launches": ("rows.json", lambda folder, file: all_of(folder, ALL_OF["launches"])),
-    "peers": ("rows.json", lambda folder, file: all_of(folder, ALL_OF["peers"])),
+    "providers": ("rows.json", providers),
+    "shapes": ("rows.json", shapes),
+    "capacity": ("capacity.json", capacity),
+    "gpu": ("rows.json", gpu),
+    "gpu_cases": ("rows.json", gpu_cases),
+    **{name: ("rows.json", partial(all_of, case=case)) for name, case in ALL_OF.items()},
     "training": ("training.json", training),
     "pictures": ("rows.json", pictures),
-    "ranks": ("ranks.json", lambda folder, file: ranks(folder)),
+    "ranks": ("ranks.json", ranks),
 }
-"""The blocks but ``model``: the file of the results that each needs, and its text for a page."""
+"""The blocks but ``model``: the file of the results that each needs, and its text, with absolute paths of pictures."""
 
 
 def block(kind: str, name: str, file: Path, write: bool) -> str:
@@ -358,7 +346,8 @@ def block(kind: str, name: str, file: Path, write: bool) -> str:
     needed, text = BLOCKS.get(kind, ("rows.json", None))
     if not (folder / needed).exists() and (kind, name) != ("model", "H200"):
         return "Not yet measured."
-    return model(name, file, write) if text is None else text(folder, file)
+    found = model(name, write) if text is None else text(folder)
+    return found.replace(str(RESULTS), os.path.relpath(RESULTS, file.parent))
 
 
 def main() -> int:

@@ -11,6 +11,7 @@ and as many rows of weight.
 from __future__ import annotations
 
 import argparse
+import functools
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ BASE, UPDATED = "ArcFace", "CenterSGD"
 
 
 def variants(rows: int, centers: int) -> dict[str, dict[str, Any]]:
-    """Return options of the loss, by name."""
+    """Return options of the loss, and the share of mixed labels, by name. Those with CenterSGD are of a PartialFC."""
     return {
         BASE: {"margin": fa.ArcFace()},
         "AdaFace": {"margin": fa.AdaFace(0.4)},
@@ -42,15 +43,12 @@ def variants(rows: int, centers: int) -> dict[str, dict[str, Any]]:
         "a learned scale": {"scale": torch.nn.Parameter(torch.tensor(64.0))},
         "AdaCos()": {"scale": fa.AdaCos()},
         "AdaCos(delayed=True)": {"scale": fa.AdaCos(delayed=True)},
+        UPDATED: {},
+        f"mixed, {UPDATED}": {"share": 0.3},
     }
 
 
-def updates() -> dict[str, dict[str, Any]]:
-    """Return options of a PartialFC with CenterSGD, by name."""
-    return {UPDATED: {}, "mixed, CenterSGD": {"share": 0.3}}
-
-
-def step(options: dict[str, Any], rows: int, centers: int, dim: int, updated: bool = False) -> Timed:
+def step(options: dict[str, Any], rows: int, centers: int, dim: int, updated: bool) -> Timed:
     """Make a step, forward and backward, of one variant on the CPU kernel."""
     generator = torch.Generator().manual_seed(0)
     classes = options.get("sub_centers", 1)
@@ -58,21 +56,18 @@ def step(options: dict[str, Any], rows: int, centers: int, dim: int, updated: bo
     w = torch.randn(centers // classes * classes, dim, generator=generator, requires_grad=True)
     y = torch.randint(0, centers // classes, (rows,), generator=generator)
 
-    share, options = options.get("share"), {name: each for name, each in options.items() if name != "share"}
+    options = dict(options)
+    share = options.pop("share", None)
     target = y if share is None else (y, y.roll(1), share)
+    loss = functools.partial(fa.margin_softmax_loss, weight=w, backend="cpu", **options)
+    if updated:
+        loss = fa.PartialFC(dim, centers, center_optimizer=fa.CenterSGD(0.1), backend="cpu")
 
     def run() -> None:
         x.grad = w.grad = None
-        fa.margin_softmax_loss(x, w, target, backend="cpu", **options).backward()
+        loss(x, target=target).backward()
 
-    def update() -> None:
-        x.grad = None
-        head(x, target).backward()
-
-    if not updated:
-        return run
-    head = fa.PartialFC(dim, centers, center_optimizer=fa.CenterSGD(0.1), backend="cpu")
-    return update
+    return run
 
 
 def main() -> None:
@@ -85,14 +80,14 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", metavar="NAME", help="the rows beside ArcFace and CenterSGD")
     given = parser.parse_args()
     sizes = given.rows, given.centers, given.dim
-    runs = {name: step(options, *sizes) for name, options in variants(given.rows, given.centers).items()}
-    runs |= {name: step(options, *sizes, updated=True) for name, options in updates().items()}
+    chosen = variants(given.rows, given.centers)
     if given.only is not None:
-        runs = {name: run for name, run in runs.items() if name in (BASE, UPDATED, *given.only)}
+        chosen = {name: options for name, options in chosen.items() if name in (BASE, UPDATED, *given.only)}
+    runs = {name: step(options, *sizes, UPDATED in name) for name, options in chosen.items()}
     times = time_interleaved(runs, torch.device("cpu"), given.seconds)
     print(f"{'':20} {'least, ms':>10} {'median, ms':>11} {'÷ ' + BASE:>10}")
     for name, timing in times.items():
-        base = times[UPDATED if name in updates() else BASE]
+        base = times[UPDATED if UPDATED in name else BASE]
         print(f"{name:20} {timing.least:10.1f} {timing.median:11.1f} {timing.least / base.least:10.3f}")
 
 

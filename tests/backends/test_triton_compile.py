@@ -22,6 +22,7 @@ pytest.importorskip("triton", reason="Triton is not installed here")
 
 from support.triton_aot import SHARED_LIMIT, Launch, Resources, compiled, recorded
 
+from fused_arcface.backends import triton as backend
 from fused_arcface.backends.triton import chunks, stages
 from fused_arcface.engine.terms import CenterStep, Negatives, RowGradients
 from fused_arcface.margins import Boundary, CombinedMargin, CosFace, parameters
@@ -79,18 +80,18 @@ def _step(
         count = None if step is None else torch.empty((), dtype=torch.int64, device="meta")
         classes = None if step is None else step.classes
         total, _, center_sum = stages.class_stats(x, w, target, 64.0, shift, True, count, negatives, classes)
-        cosine = stages.target_cosine(x, w, target)
+        cosine = backend.target_cosine(x, w, target)
         if total.dtype == FP32:
             numbers = parameters(margin)
             assert numbers is not None
-            stages.margin_loss(total, cosine, 64.0, *numbers)
+            backend.margin_loss(total, cosine, 64.0, *numbers)
         backward = x, w, target, RowGradients(64.0, total.double(), total, cosine)
         if step is None:
             stages.weight_grad(*backward, negatives)
         else:
             stages.class_max(x, w, target, count, negatives, classes)
             stages.update_centers(*backward, step, negatives)
-        stages.embedding_grad(stages.unit_embedding_grad(w, target, center_sum, total, cosine), x)
+        backend.embedding_grad(backend.unit_embedding_grad(w, target, center_sum, total, cosine), x)
 
 
 def _center_step(weight: torch.Tensor, momentum: torch.dtype) -> CenterStep:

@@ -42,6 +42,11 @@ def _close(got: Tensor, right: Tensor, tolerance: float, name: str) -> None:
     torch.testing.assert_close(got.double(), right, rtol=0, atol=tolerance * size, msg=text)
 
 
+def _two_apart(numbers: Tensor) -> Tensor:
+    """Return the numbers with others between them in memory."""
+    return torch.stack([numbers, torch.full_like(numbers, torch.nan)], 1)[:, 0]
+
+
 def check_stages(
     backend: ModuleType,
     dtype: torch.dtype,
@@ -68,7 +73,8 @@ def check_stages(
     if changed:
         count = torch.tensor(len(weight) - sub_centers, device=device)
         threshold = torch.linspace(-0.2, 0.25, rows, dtype=compute, device=device)
-        negatives = Negatives(sub_centers, threshold, torch.tensor([1.0, 0.3, 0.01, sine], dtype=FP64, device=device))
+        coefficients = torch.tensor([1.0, 0.3, 0.01, sine], dtype=FP64, device=device)
+        negatives = Negatives(sub_centers, _two_apart(threshold), _two_apart(coefficients))
     exact = x.double(), weight.double(), target
 
     greatest = backend.class_max(x, weight, target, count, negatives)

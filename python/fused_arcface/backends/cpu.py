@@ -68,18 +68,13 @@ def _product_code(embeddings: Tensor, compute: torch.dtype) -> int:
 _NativeNegatives = tuple[
     int, int, tuple[float, float, float, float], tuple[float, float, float, float, float, bool] | None
 ]
-
-
 _PLAIN: _NativeNegatives = (1, 0, (0.0, 1.0, 0.0, 0.0), None)
 
 
-def _native_negatives(negatives: Negatives, threshold: Tensor | None, by_bias: bool = False) -> _NativeNegatives:
-    """Return what the kernels take.
+def _native_negatives(negatives: Negatives, by_bias: bool = False) -> _NativeNegatives:
+    """Return negatives, with thresholds that the kernel can read, as the kernels take them.
 
-    Args:
-        negatives: as in the engine.
-        threshold: the row's thresholds in the compute dtype, which the caller keeps alive.
-        by_bias: sum the derivatives of the logistic losses by their bias in place of the losses.
+    With ``by_bias`` they sum the derivatives of the logistic losses by their bias in place of the losses.
     """
     if negatives.plain:
         return _PLAIN
@@ -88,32 +83,34 @@ def _native_negatives(negatives: Negatives, threshold: Tensor | None, by_bias: b
     if negatives.logistic is not None:
         scale, exponent, angle, offset, bias = negatives.logistic.tolist()
         logistic = scale, exponent, angle, offset, bias, by_bias
-    return negatives.sub_centers, native.address(threshold), (a, b, d, e), logistic
-
-
-def _thresholds(negatives: Negatives, dtype: torch.dtype) -> Tensor | None:
-    return None if negatives.threshold is None else negatives.threshold.to(dtype).contiguous()
+    return negatives.sub_centers, native.address(negatives.threshold), (a, b, d, e), logistic
 
 
 def _run_class_stats(
     embeddings: Tensor,
     weight: Tensor,
     target: Tensor,
+    dtype: torch.dtype,
     scale: float,
-    shift: Tensor | None,
-    maximum: Tensor,
-    total: Tensor | None,
-    center_sum: Tensor | None,
-    negatives: Negatives,
-    by_bias: bool = False,
+    shift: Tensor | None = None,
+    negatives: Negatives = PLAIN,
+    total: Tensor | None = None,
+    center_sum: Tensor | None = None,
     moments: Tensor | None = None,
-) -> None:
+    by_bias: bool = False,
+) -> Tensor:
+    """Return the maxima (N,), and fill the sums (N,), the sums of the centers and the moments that are given.
+
+    ``dtype`` is the compute dtype of the inputs.
+    """
+    maximum = torch.empty(embeddings.shape[0], dtype=dtype)
+    if embeddings.shape[0] == 0:
+        return maximum
     # Bound to names: a temporary's memory would be gone before the kernel reads it.
-    target = target.contiguous()
+    target, negatives = target.contiguous(), negatives.contiguous(dtype)
     shift = None if shift is None else shift.contiguous()
-    threshold = _thresholds(negatives, maximum.dtype)
     native.module.class_stats(
-        _product_code(embeddings, maximum.dtype),
+        _product_code(embeddings, dtype),
         native.matrix(embeddings),
         native.matrix(weight),
         target.data_ptr(),
@@ -123,9 +120,10 @@ def _run_class_stats(
         native.address(total),
         native.address(center_sum),
         torch.get_num_threads(),
-        _native_negatives(negatives, threshold, by_bias),
+        _native_negatives(negatives, by_bias),
         native.address(moments),
     )
+    return maximum
 
 
 def target_cosine(embeddings: Tensor, weight: Tensor, target: Tensor) -> Tensor:
@@ -224,10 +222,7 @@ def margin_loss(
 
 def class_max(embeddings: Tensor, weight: Tensor, target: Tensor, negatives: Negatives = PLAIN) -> Tensor:
     """Implement :func:`fused_arcface.backends.torch.class_max`."""
-    maximum = torch.empty(embeddings.shape[0], dtype=compute_dtype(embeddings, weight))
-    if embeddings.shape[0] > 0:
-        _run_class_stats(embeddings, weight, target, 1.0, None, maximum, None, None, negatives)
-    return maximum
+    return _run_class_stats(embeddings, weight, target, compute_dtype(embeddings, weight), 1.0, None, negatives)
 
 
 def class_stats(
@@ -241,22 +236,19 @@ def class_stats(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Implement :func:`fused_arcface.backends.torch.class_stats`."""
     dtype = compute_dtype(embeddings, weight)
-    total, maximum = torch.empty(embeddings.shape[0], dtype=dtype), torch.empty(embeddings.shape[0], dtype=dtype)
+    total = torch.empty(embeddings.shape[0], dtype=dtype)
     center_sum = torch.empty(embeddings.shape if with_center_sum else 0, dtype=dtype)
-    if embeddings.shape[0] > 0:
-        wanted = center_sum if with_center_sum else None
-        _run_class_stats(embeddings, weight, target, scale, shift, maximum, total, wanted, negatives)
+    wanted = center_sum if with_center_sum else None
+    maximum = _run_class_stats(embeddings, weight, target, dtype, scale, shift, negatives, total, wanted)
     return total, maximum, center_sum
 
 
 def class_moments(embeddings: Tensor, weight: Tensor, target: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """Return the sums of ``e^(scale·c)·c^k`` over the negatives' cosines c, (N, MOMENTS) fp64, and the maxima (N,)."""
-    maximum = torch.empty(embeddings.shape[0], dtype=compute_dtype(embeddings, weight))
-    total = torch.empty_like(maximum)
+    dtype = compute_dtype(embeddings, weight)
+    total = torch.empty(embeddings.shape[0], dtype=dtype)
     moments = torch.empty(embeddings.shape[0], MOMENTS, dtype=torch.float64)
-    if embeddings.shape[0] > 0:
-        _run_class_stats(embeddings, weight, target, scale, None, maximum, total, None, PLAIN, moments=moments)
-    return moments, maximum
+    return moments, _run_class_stats(embeddings, weight, target, dtype, scale, total=total, moments=moments)
 
 
 def bias_grad(
@@ -264,12 +256,9 @@ def bias_grad(
 ) -> Tensor:
     """Implement :func:`fused_arcface.backends.torch.bias_grad`."""
     assert negatives.logistic is not None
-    total = torch.empty(embeddings.shape[0], dtype=compute_dtype(embeddings, weight))
-    if embeddings.shape[0] > 0:
-        scale = float(negatives.logistic[0])
-        _run_class_stats(
-            embeddings, weight, target, scale, None, torch.empty_like(total), total, None, negatives, by_bias=True
-        )
+    dtype, scale = compute_dtype(embeddings, weight), float(negatives.logistic[0])
+    total = torch.empty(embeddings.shape[0], dtype=dtype)
+    _run_class_stats(embeddings, weight, target, dtype, scale, None, negatives, total, by_bias=True)
     by_row = d_lse.double() * (-lse).exp() * total.double()
     return by_row.masked_fill(total == 0, 0).sum()  # a row without negatives has an lse of -inf
 
@@ -290,7 +279,7 @@ def weight_grad(
     if embeddings.shape[0] == 0:
         return torch.zeros_like(weight)
     target, gradients = target.contiguous(), gradients.contiguous()
-    threshold = _thresholds(negatives, gradients.negative_coefficient.dtype)
+    negatives = negatives.contiguous(gradients.negative_coefficient.dtype)
     d_weight = torch.empty_like(weight)
     native.module.weight_grad(
         _product_code(embeddings, gradients.negative_coefficient.dtype),
@@ -300,7 +289,7 @@ def weight_grad(
         *native.row_gradients(gradients),
         native.matrix(d_weight),
         torch.get_num_threads(),
-        _native_negatives(negatives, threshold),
+        _native_negatives(negatives),
         native.address(negative_grad),
     )
     return d_weight
@@ -326,7 +315,7 @@ def update_centers(
     if not step.active:
         return
     target, gradients = target.contiguous(), gradients.contiguous()
-    threshold = _thresholds(negatives, gradients.negative_coefficient.dtype)
+    negatives = negatives.contiguous(gradients.negative_coefficient.dtype)
     native.module.update_centers(
         _product_code(embeddings, gradients.negative_coefficient.dtype),
         native.matrix(embeddings),
@@ -335,5 +324,5 @@ def update_centers(
         *native.row_gradients(gradients),
         native.center_step(step, weight),
         torch.get_num_threads(),
-        _native_negatives(negatives, threshold),
+        _native_negatives(negatives),
     )

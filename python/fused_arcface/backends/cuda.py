@@ -89,7 +89,7 @@ def _cannot_start(index: int) -> str | None:
 
 
 def _device(tensor: Tensor) -> tuple[tuple[int, int], int]:
-    """(device index, current stream there), and the device's multiprocessors."""
+    """Return (device index, current stream there), and the number of the device's multiprocessors."""
     index = tensor.device.index
     stream = torch.cuda.current_stream(index).cuda_stream
     return (index, stream), torch.cuda.get_device_properties(index).multi_processor_count
@@ -130,76 +130,60 @@ def _precision(embeddings: Tensor) -> str:
     return "tf32" if allows_tf32() else "float32"
 
 
-_Options = tuple[int, int, int, int, bool, tuple[int, int, int], int]
-_Run = Callable[[str, _Options, int, tuple[int, int]], int]
-
-
-def _number(scale: float | Tensor) -> float:
-    """Return the scale for a kernel, which reads another one if the options have the address of one on the device."""
-    return 1.0 if isinstance(scale, Tensor) else scale
-
-
 def _run_pass(
-    run: _Run, embeddings: Tensor, weight: Tensor, scale: float | Tensor, negatives: Negatives, stored_bytes: int
+    kernel: Callable[..., int],
+    embeddings: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    scale: float | Tensor,
+    arguments: tuple[Any, ...],
+    negatives: Negatives,
+    stored_bytes: int,
 ) -> None:
     """Run a pass over the classes in a workspace of torch's: the first call asks how many bytes it needs.
 
-    ``stored_bytes``: between its two products; 0 without a second one.
+    ``arguments`` are those of the kernel after the scale, ``stored_bytes`` the memory between its two products, 0
+    without a second one.
     """
-    stream, multiprocessors = _device(torch.empty(0, device=weight.device))
+    stream, multiprocessors = _device(weight)
     # Bound to names: a temporary's memory would be another's before the kernel reads it.
-    threshold, coefficients = negatives.threshold, negatives.coefficients
-    threshold = None if threshold is None else threshold.float().contiguous()
-    coefficients = None if coefficients is None else coefficients.contiguous()
-    device_scale = scale.double() if isinstance(scale, Tensor) else None
-    rule = (negatives.sub_centers, native.address(threshold), native.address(coefficients))
-    shared = rule, native.address(device_scale)
+    target, negatives = target.contiguous(), negatives.contiguous(torch.float32)
+    # A kernel reads another scale than its number if the options have the address of one on the device.
+    number, device_scale = (1.0, scale.double()) if isinstance(scale, Tensor) else (scale, None)
+    rule = negatives.sub_centers, native.address(negatives.threshold), native.address(negatives.coefficients)
     config = _hopper_config(embeddings, weight) if negatives.plain else None
     if config is None:
         precision = _precision(embeddings)
-        options = (stored_bytes, CHUNKS.centers(precision), multiprocessors, 1, True, *shared)
+        settings = stored_bytes, CHUNKS.centers(precision), multiprocessors, 1, True
     else:
         precision = "hopper"
-        options = (0, config.center_bytes, multiprocessors, config.cluster, config.ordered, *shared)
-    workspace = torch.empty(run(precision, options, 0, stream), dtype=torch.uint8, device=weight.device)
-    run(precision, options, workspace.data_ptr(), stream)
+        settings = 0, config.center_bytes, multiprocessors, config.cluster, config.ordered
+    options = (*settings, rule, native.address(device_scale))
+    shared = native.matrix(embeddings), native.matrix(weight), target.data_ptr(), number
+
+    def run(workspace: int) -> int:
+        return kernel(precision, *shared, *arguments, options, workspace, stream)
+
+    workspace = torch.empty(run(0), dtype=torch.uint8, device=weight.device)
+    run(workspace.data_ptr())
 
 
-def _class_stats(
+def _run_class_stats(
     embeddings: Tensor,
     weight: Tensor,
     target: Tensor,
     scale: float | Tensor,
     shift: Tensor | None,
-    maximum: Tensor,
-    total: Tensor | None,
-    center_sum: Tensor | None,
+    results: tuple[Tensor, Tensor | None, Tensor | None],
     class_count: Tensor | None,
     negatives: Negatives,
 ) -> None:
-    # Bound to names: a temporary's memory would be another's before the kernel reads it.
-    target = target.contiguous()
-    shift = None if shift is None else shift.contiguous()
-
-    def run(precision: str, options: _Options, workspace: int, stream: tuple[int, int]) -> int:
-        return _kernels.class_stats(
-            precision,
-            native.matrix(embeddings),
-            native.matrix(weight),
-            target.data_ptr(),
-            _number(scale),
-            native.address(shift),
-            maximum.data_ptr(),
-            native.address(total),
-            native.address(center_sum),
-            native.address(class_count),
-            options,
-            workspace,
-            stream,
-        )
-
-    stored_bytes = 0 if center_sum is None else CHUNKS.exponential_bytes
-    _run_pass(run, embeddings, weight, scale, negatives, stored_bytes)
+    """Fill the maxima (N,), and the sums (N,) and the sums of the centers (N, D) where they are wanted."""
+    if embeddings.shape[0] > 0:
+        shift = None if shift is None else shift.contiguous()
+        arguments = tuple(map(native.address, (shift, *results, class_count)))
+        stored_bytes = 0 if results[2] is None else CHUNKS.exponential_bytes
+        _run_pass(_kernels.class_stats, embeddings, weight, target, scale, arguments, negatives, stored_bytes)
 
 
 def _empty_rows(embeddings: Tensor) -> Tensor:
@@ -207,16 +191,11 @@ def _empty_rows(embeddings: Tensor) -> Tensor:
 
 
 def class_max(
-    embeddings: Tensor,
-    weight: Tensor,
-    target: Tensor,
-    class_count: Tensor | None = None,
-    negatives: Negatives = PLAIN,
+    embeddings: Tensor, weight: Tensor, target: Tensor, class_count: Tensor | None = None, negatives: Negatives = PLAIN
 ) -> Tensor:
     """Implement :func:`fused_arcface.backends.torch.class_max`."""
     maximum = _empty_rows(embeddings)
-    if embeddings.shape[0] > 0:
-        _class_stats(embeddings, weight, target, 1.0, None, maximum, None, None, class_count, negatives)
+    _run_class_stats(embeddings, weight, target, 1.0, None, (maximum, None, None), class_count, negatives)
     return maximum
 
 
@@ -234,39 +213,21 @@ def class_stats(
     total, maximum = _empty_rows(embeddings), _empty_rows(embeddings)
     shape = embeddings.shape if with_center_sum else (0,)
     center_sum = torch.empty(shape, dtype=torch.float32, device=embeddings.device)
-    if embeddings.shape[0] > 0:
-        wanted_sum = center_sum if with_center_sum else None
-        _class_stats(embeddings, weight, target, scale, shift, maximum, total, wanted_sum, class_count, negatives)
+    results = maximum, total, center_sum if with_center_sum else None
+    _run_class_stats(embeddings, weight, target, scale, shift, results, class_count, negatives)
     return total, maximum, center_sum
 
 
 def weight_grad(
-    embeddings: Tensor,
-    weight: Tensor,
-    target: Tensor,
-    gradients: RowGradients,
-    negatives: Negatives = PLAIN,
+    embeddings: Tensor, weight: Tensor, target: Tensor, gradients: RowGradients, negatives: Negatives = PLAIN
 ) -> Tensor:
     """Implement :func:`fused_arcface.backends.torch.weight_grad`."""
     if embeddings.shape[0] == 0:
         return torch.zeros_like(weight)
-    target, gradients = target.contiguous(), gradients.contiguous()
+    scale, *rows = gradients.contiguous()
     d_weight = torch.empty_like(weight)
-
-    def run(precision: str, options: _Options, workspace: int, stream: tuple[int, int]) -> int:
-        return _kernels.weight_grad(
-            precision,
-            native.matrix(embeddings),
-            native.matrix(weight),
-            target.data_ptr(),
-            *native.row_gradients(gradients._replace(scale=_number(gradients.scale))),
-            native.matrix(d_weight),
-            options,
-            workspace,
-            stream,
-        )
-
-    _run_pass(run, embeddings, weight, gradients.scale, negatives, CHUNKS.gradient_bytes)
+    arguments = *map(native.address, rows), native.matrix(d_weight)
+    _run_pass(_kernels.weight_grad, embeddings, weight, target, scale, arguments, negatives, CHUNKS.gradient_bytes)
     return d_weight
 
 
@@ -279,24 +240,9 @@ def update_centers(
     negatives: Negatives = PLAIN,
 ) -> None:
     """Implement :func:`fused_arcface.backends.torch.update_centers`."""
-    target, gradients = target.contiguous(), gradients.contiguous()
-    native_step = native.center_step(step, weight)
-
-    def run(precision: str, options: _Options, workspace: int, stream: tuple[int, int]) -> int:
-        return _kernels.update_centers(
-            precision,
-            native.matrix(embeddings),
-            native.matrix(weight),
-            target.data_ptr(),
-            *native.row_gradients(gradients._replace(scale=_number(gradients.scale))),
-            native_step,
-            step.active.data_ptr(),
-            options,
-            workspace,
-            stream,
-        )
-
-    _run_pass(run, embeddings, weight, gradients.scale, negatives, CHUNKS.gradient_bytes)
+    scale, *rows = gradients.contiguous()
+    arguments = *map(native.address, rows), native.center_step(step, weight), step.active.data_ptr()
+    _run_pass(_kernels.update_centers, embeddings, weight, target, scale, arguments, negatives, CHUNKS.gradient_bytes)
 
 
 def target_cosine(embeddings: Tensor, weight: Tensor, target: Tensor) -> Tensor:

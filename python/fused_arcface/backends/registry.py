@@ -65,41 +65,17 @@ FEATURES = {
 }
 """The features that not every backend has."""
 
+_NEGATIVES = frozenset({"sub_centers", "modulated_negatives"})
+_TURNED = _NEGATIVES | {"turned_negatives"}
+
 # The priorities are measured: on the CPU in bench/NOTES.md, on GPUs by an H100 and an H200 (bench/results). Triton is
 # faster there than csrc/cuda, except for csrc/cuda's kernels for compute capability 9.0: cuda.leads() says where.
+# Tensor cores for fp64 are few, and a graphics card has none: csrc/cuda has no fp64.
 BACKENDS = (
-    Backend(
-        "torch",
-        None,
-        0,
-        frozenset({"sub_centers", "modulated_negatives", "turned_negatives", "binary_losses", "padding"}),
-    ),
-    Backend(
-        "cpu",
-        "cpu",
-        1,
-        frozenset(
-            {
-                *("sub_centers", "modulated_negatives", "turned_negatives", "binary_losses"),
-                *("late_scale", "fused_margin", "fused_margin_fp64"),
-            }
-        ),
-    ),
-    Backend(
-        "triton",
-        "cuda",
-        2,
-        frozenset({"sub_centers", "modulated_negatives", "padding", "gathering", "permutation", "fused_margin"}),
-    ),
-    # Tensor cores for fp64 are few, and a graphics card has none.
-    Backend(
-        "cuda",
-        "cuda",
-        1,
-        frozenset({"sub_centers", "modulated_negatives", "turned_negatives", "padding", "fused_margin"}),
-        _NO_FP64,
-        leads=True,
-    ),
+    Backend("torch", None, 0, _TURNED | {"binary_losses", "padding"}),
+    Backend("cpu", "cpu", 1, _TURNED | {"binary_losses", "late_scale", "fused_margin", "fused_margin_fp64"}),
+    Backend("triton", "cuda", 2, _NEGATIVES | {"padding", "gathering", "permutation", "fused_margin"}),
+    Backend("cuda", "cuda", 1, _TURNED | {"padding", "fused_margin"}, _NO_FP64, leads=True),
 )
 ALIASES = {"reference": "torch"}
 """Earlier names of backends, which are accepted everywhere."""
@@ -107,7 +83,6 @@ ALIASES = {"reference": "torch"}
 NAMES = tuple(each.name for each in BACKENDS)
 _ROWS = {each.name: each for each in BACKENDS}
 _BY_PRIORITY = tuple(sorted(BACKENDS, key=lambda each: -each.priority))
-_NOTHING: Mapping[str, str] = MappingProxyType({})
 
 
 class _ByName(dict[str, str | None]):
@@ -224,7 +199,7 @@ def select(
     name: str,
     device: torch.device,
     dtype: torch.dtype = torch.float32,
-    needs: Mapping[str, str] = _NOTHING,
+    needs: Mapping[str, str] = MappingProxyType({}),
     of_classes: ClassPass | None = None,
 ) -> str:
     """Return the name of the backend to run on ``device``: the one named, or for ``"auto"`` the fastest usable one.

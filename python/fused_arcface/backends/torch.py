@@ -10,8 +10,7 @@ of both, at least fp32.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
-from typing import ParamSpec, TypeVar
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -23,34 +22,23 @@ from ..base.normalize import stored_gradient, unit_gradient, unit_rows, without_
 from ..engine.terms import ABSENT, INVALID, MOMENTUM_BLOCK, PLAIN, CenterStep, Negatives, RowGradients
 from ..margins.angular import SIN_FLOOR, CombinedMargin
 
-_P = ParamSpec("_P")
-_R = TypeVar("_R")
-
 
 def unavailable(device: torch.device | None = None) -> str | None:
     """Return why this backend cannot run here, or None."""
     return None
 
 
-def _in_full_precision(stage: Callable[_P, _R]) -> Callable[_P, _R]:
-    """Wrap a stage so that it runs with autocast off."""
-
-    @functools.wraps(stage)
-    def run(*args: _P.args, **kwargs: _P.kwargs) -> _R:
-        embeddings = args[0]
-        assert isinstance(embeddings, Tensor)
-        with without_autocast(embeddings.device):
-            return stage(*args, **kwargs)
-
-    return run
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """Return ``a @ b`` in their dtype, under autocast too, which rounds nothing else in these stages."""
+    with without_autocast(a.device):
+        return a @ b
 
 
-def _cosines(embeddings: Tensor, weight: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return unit embeddings (N, D) and centers (C, D), their cosines (N, C), and a mask of the targets (N, C)."""
+def _cosines(embeddings: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return unit embeddings (N, D), unit centers (C, D), and their cosines (N, C)."""
     dtype = compute_dtype(embeddings, weight)
     unit_x, unit_w = unit_rows(embeddings.to(dtype)), unit_rows(weight.to(dtype))
-    is_target = target[:, None] == torch.arange(weight.shape[0], device=target.device)
-    return unit_x, unit_w, unit_x @ unit_w.T, is_target
+    return unit_x, unit_w, _product(unit_x, unit_w.T)
 
 
 # Cosines of one block: 32 MiB in fp64 on a CPU; on a GPU, where each block is some launches, 16 times as many.
@@ -122,13 +110,8 @@ def _values(
     return value.masked_fill(left_out, -torch.inf), torch.where(hard, slope, 1)
 
 
-@_in_full_precision
 def class_max(
-    embeddings: Tensor,
-    weight: Tensor,
-    target: Tensor,
-    class_count: Tensor | None = None,
-    negatives: Negatives = PLAIN,
+    embeddings: Tensor, weight: Tensor, target: Tensor, class_count: Tensor | None = None, negatives: Negatives = PLAIN
 ) -> Tensor:
     """Return the greatest cosine (N,) of each row with a class that is not its target, -inf if there is none.
 
@@ -137,12 +120,11 @@ def class_max(
     """
     maxima = []
     for block, within, count in _blocks(target, len(weight), negatives, class_count):
-        _, _, cosine, _ = _cosines(embeddings, weight[block], within)
+        _, _, cosine = _cosines(embeddings, weight[block])
         maxima.append(_values(cosine, within, negatives, count)[0].amax(1))
     return functools.reduce(torch.maximum, maxima)
 
 
-@_in_full_precision
 def class_stats(
     embeddings: Tensor,
     weight: Tensor,
@@ -162,11 +144,11 @@ def class_stats(
     """
     parts = []
     for block, within, count in _blocks(target, len(weight), negatives, class_count):
-        _, unit_w, cosine, _ = _cosines(embeddings, weight[block], within)
+        _, unit_w, cosine = _cosines(embeddings, weight[block])
         value, slope = _values(cosine, within, negatives, count)
         logits = scale * value.double() - (0 if shift is None else shift[:, None])
         exponentials = logits.exp().to(cosine.dtype)
-        center_sum = (exponentials * slope) @ unit_w if with_center_sum else exponentials.new_empty(0)
+        center_sum = _product(exponentials * slope, unit_w) if with_center_sum else exponentials.new_empty(0)
         maximum = cosine.masked_fill(value == -torch.inf, -torch.inf).amax(1)
         parts.append((exponentials.sum(1), maximum, center_sum))
     total, maximum, center_sum = parts[0]
@@ -176,13 +158,8 @@ def class_stats(
     return total, maximum, center_sum
 
 
-@_in_full_precision
 def weight_grad(
-    embeddings: Tensor,
-    weight: Tensor,
-    target: Tensor,
-    gradients: RowGradients,
-    negatives: Negatives = PLAIN,
+    embeddings: Tensor, weight: Tensor, target: Tensor, gradients: RowGradients, negatives: Negatives = PLAIN
 ) -> Tensor:
     """Return the gradient (C, D) by the class centers, in weight's dtype.
 
@@ -195,7 +172,6 @@ def weight_grad(
     return result
 
 
-@_in_full_precision
 def bias_grad(
     embeddings: Tensor,
     weight: Tensor,
@@ -212,7 +188,7 @@ def bias_grad(
     assert negatives.logistic is not None
     total = lse.new_zeros(())
     for block, within, count in _blocks(target, len(weight), negatives, class_count):
-        _, _, cosine, _ = _cosines(embeddings, weight[block], within)
+        _, _, cosine = _cosines(embeddings, weight[block])
         value, by_u, _ = _logistic(cosine, negatives.logistic)
         left_out = _values(cosine, within, negatives, count)[0] == -torch.inf
         share = (value.double() - lse[:, None]).exp().masked_fill(left_out, 0)
@@ -221,22 +197,18 @@ def bias_grad(
 
 
 def _exact_weight_grad(
-    embeddings: Tensor,
-    weight: Tensor,
-    target: Tensor,
-    gradients: RowGradients,
-    negatives: Negatives = PLAIN,
+    embeddings: Tensor, weight: Tensor, target: Tensor, gradients: RowGradients, negatives: Negatives = PLAIN
 ) -> Tensor:
     """:func:`weight_grad` in the compute dtype."""
     scale, lse, negative_coefficient, target_coefficient = gradients
-    unit_x, _, cosine, is_target = _cosines(embeddings, weight, target)
+    unit_x, _, cosine = _cosines(embeddings, weight)
     value, slope = _values(cosine, target, negatives)
     probability = (scale * value.double() - lse[:, None]).exp().to(cosine.dtype).masked_fill(value == -torch.inf, 0)
+    is_target = target[:, None] == torch.arange(len(weight), device=target.device)
     d_cosine = torch.where(is_target, target_coefficient[:, None], negative_coefficient[:, None] * probability * slope)
-    return unit_gradient(d_cosine.T @ unit_x, weight.to(unit_x.dtype))
+    return unit_gradient(_product(d_cosine.T, unit_x), weight.to(unit_x.dtype))
 
 
-@_in_full_precision
 def update_centers(
     embeddings: Tensor,
     weight: Tensor,

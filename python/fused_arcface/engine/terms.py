@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from ..base.checks import check_written_in_place
@@ -44,6 +45,13 @@ class Negatives(NamedTuple):
     @property
     def plain(self) -> bool:
         return self.sub_centers == 1 and self.threshold is None and self.logistic is None
+
+    def contiguous(self, dtype: torch.dtype) -> Negatives:
+        """Return the same rule with thresholds of ``dtype``, in contiguous memory, for kernels that read addresses."""
+        if self.threshold is None or self.coefficients is None:
+            return self
+        threshold, coefficients = self.threshold.to(dtype).contiguous(), self.coefficients.contiguous()
+        return self._replace(threshold=threshold, coefficients=coefficients)
 
 
 PLAIN = Negatives()

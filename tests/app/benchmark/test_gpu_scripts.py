@@ -245,10 +245,19 @@ def test_the_table_of_loss_curves(folder: Path) -> None:
         "runs": [reference, run, bad],
     }
     (folder / "training.json").write_text(json.dumps(found))
-    lines = script("update_readme.py")["training"](folder, folder / "README.md").splitlines()
+    lines = script("update_readme.py")["training"](folder).splitlines()
     assert lines[0].startswith("2,000 steps, N=512, C=100,000, D=512, bfloat16. NVIDIA H100")
     assert lines[4:6] == ["| `cuda` | 12.3 | 0.25 | yes | 7 |", "| `triton` | — | — | no | 8 |"]
-    assert lines[-1] == "![Loss curves](training.png)"
+    assert lines[-1] == f"![Loss curves]({folder / 'training.png'})"
+
+
+def test_pictures_are_linked_from_the_page(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    tables = script("update_readme.py")
+    (tmp_path / "h1").mkdir()
+    for name in ("rows.json", "roofline.png"):
+        (tmp_path / "h1" / name).touch()
+    monkeypatch.setitem(tables["block"].__globals__, "RESULTS", tmp_path)
+    assert tables["block"]("pictures", "h1", tmp_path / "docs" / "page.md", False) == "![roofline](../h1/roofline.png)"
 
 
 def test_what_a_gpu_has_not_measured_is_said(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The stages on NVIDIA GPUs, in Triton. Shapes as in backends/torch.py; what runs where is in stages.py.
+"""The stages on NVIDIA GPUs, in Triton. Shapes as in backends/torch.py; the passes over the classes are in stages.py.
 
 ``import triton`` in this package is absolute and means the compiler of that name, never this package. Without that
 compiler the package still imports, so that :func:`unavailable` can say what is missing.
@@ -13,7 +13,7 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 
 from .. import nvidia
-from ..torch import finish_negatives
+from ..torch import finish_negatives  # noqa: F401
 
 _LEAST_TRITON = (3, 4)
 """Oldest Triton that the kernels are compiled with in the tests' reach."""
@@ -37,17 +37,10 @@ def _missing_compiler() -> str | None:
 _compiler_reason = _missing_compiler()
 
 if _compiler_reason is None:
-    from .permutation import Permutation
-    from .stages import (
-        class_max,
-        class_stats,
-        embedding_grad,
-        margin_loss,
-        target_cosine,
-        unit_embedding_grad,
-        update_centers,
-        weight_grad,
-    )
+    from .margin import margin_loss  # noqa: F401
+    from .permutation import Permutation  # noqa: F401
+    from .stages import class_max, class_stats, update_centers, weight_grad  # noqa: F401
+    from .targets import embedding_grad, target_cosine, unit_embedding_grad  # noqa: F401
 
 
 @functools.cache
@@ -66,18 +59,3 @@ def _driver_reason() -> str | None:
 def unavailable(device: torch.device | None = None) -> str | None:
     """Return why this backend cannot run on a GPU, by default the current one; or None."""
     return nvidia.unavailable(device) or _compiler_reason or _driver_reason()
-
-
-__all__ = [
-    "Permutation",
-    "class_max",
-    "class_stats",
-    "embedding_grad",
-    "finish_negatives",
-    "margin_loss",
-    "target_cosine",
-    "unavailable",
-    "unit_embedding_grad",
-    "update_centers",
-    "weight_grad",
-]

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fused_arcface.engine.terms import MOMENTUM_BLOCK, CenterStep
 
-from .common import Repeated, block_width, divide, reciprocal, rows_per_block, to
+from .common import Repeated, divide, reciprocal, row_blocks, to
 from .keyed_random import fold, rounding_bits
 from .targets import by_row, projection
 
@@ -136,12 +136,10 @@ def updates(d_unit: Tensor, weight: Tensor, step: CenterStep) -> Repeated:
     """
     num_classes, width = weight.shape
     buffer, units = step.momentum_buffer, step.momentum_scale
-    # Whole units of an int8 momentum.
-    block_d = max(MOMENTUM_BLOCK, block_width(width))
-    block_n = min(rows_per_block(width), rows_per_block(block_d))
+    grid, blocks = row_blocks(d_unit.shape[0], width, MOMENTUM_BLOCK)  # whole units of an int8 momentum
     return Repeated(
         update_centers_kernel,
-        (triton.cdiv(d_unit.shape[0], block_n),),
+        grid,
         d_unit,
         d_unit.stride(0),
         step.classes,
@@ -159,9 +157,7 @@ def updates(d_unit: Tensor, weight: Tensor, step: CenterStep) -> Repeated:
         num_classes,
         width,
         0 if units is None else units.shape[1],
-        WIDTH=width,
-        BLOCK_N=block_n,
-        BLOCK_D=block_d,
+        **blocks,
         MOMENTUM_BLOCK=MOMENTUM_BLOCK,
         # A product and a sum are rounded as everywhere else, not as one: the kernel waits for memory, and the same
         # gradient makes the same bits.

@@ -7,41 +7,71 @@ one panel. Any D; fp16, bf16, fp32 and fp64.
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+import triton
 from torch import Tensor
 
-from . import exponentials
-from .common import Repeated, multiply, on_device
-from .configs import CHUNKS, ELEMENTS, ElementConfig, ProductConfig, device_limits, panel_classes, product_config
-from .negatives import RowRule
+from fused_arcface.engine.terms import Negatives
+
+from .common import Repeated, multiply
+from .configs import CHUNKS, ELEMENTS, device_limits, panel_classes, product_config
+from .exponentials import class_gradient_kernel, class_stats_kernel
 from .panels import Centers, Panel
 from .rows import RowTerms, UnitRows
+from .targets import projections
+
+_DEPTH_MULTIPLE = 16
+"""Columns of operands for library products: 32 bytes of 16-bit numbers, which its fastest kernels need rows aligned
+to."""
+
+
+def padded_shape(N: int, D: int, device: torch.device) -> tuple[int, int]:
+    """Return the rows and columns of the embeddings' copy."""
+    return N, -(-D // _DEPTH_MULTIPLE) * _DEPTH_MULTIPLE
+
+
+@dataclass(frozen=True)
+class _Block:
+    """A block of rows, which a kernel takes at once."""
+
+    rows: slice
+    x: UnitRows
+    terms: RowTerms
+    scores: Tensor
+    """(rows, P): what a library product writes; nobody reads it where the kernel multiplies."""
+    results: Tensor
+    """(rows, P): exponentials, or their gradient. The same memory as ``scores`` where a kernel needs no score but its
+    own."""
+    tiles: int
 
 
 @dataclass(frozen=True)
 class _Loop:
-    """Sizes and buffers of the loop over panels and, within one, over blocks of rows."""
+    """The loop over panels and, within one, over blocks of rows."""
 
-    config: ProductConfig | ElementConfig
     panel: Panel
-    scores: Tensor
-    """(rows of a block, P): what a library product writes; nobody reads it where the kernel multiplies."""
-    results: Tensor
-    """(rows of a block, P): exponentials, or their gradient. The same memory as ``scores`` where a kernel needs no
-    score but its own."""
+    blocks: list[_Block]
+    tiles: int
+    """Tiles of classes in a panel."""
+    product: bool
+    """If true, the kernel multiplies; else the library does."""
+    constants: dict[str, int]
+    """Constants and options of the kernel."""
 
     @staticmethod
-    def create(x: UnitRows, centers: Centers, stored: bool, sub_centers: int, multiplied_again: bool) -> _Loop:
+    def create(
+        x: UnitRows, centers: Centers, terms: RowTerms, sub_centers: int, stored: bool, multiplied_again: bool
+    ) -> _Loop:
         """Return what a loop needs: with results to store, and with centers that a second product takes."""
         num_rows, width = x.values.shape
-        device = x.values.device
         several = sub_centers > 1
         product = x.values.dtype in (torch.float16, torch.bfloat16) and not several
-        config = product_config(device_limits(device)[0]) if product else ELEMENTS
+        config = product_config(device_limits(x.values.device)[0]) if product else ELEMENTS
         # Without a library product and with nothing to store for one, the scores never exist.
         stored = stored or not product
         row_bytes, size = width * x.values.element_size(), x.second.element_size()
@@ -50,119 +80,141 @@ class _Loop:
         multiple = math.lcm(config.BLOCK_C, sub_centers)
         classes = panel_classes(CHUNKS, num_rows, centers.count, row_bytes, logit_bytes, multiple)
         panel = Panel.create(centers, classes, x, product and not multiplied_again and centers.are_operands(x))
-        rows = min(num_rows, CHUNKS.max_rows) if stored else 0
-        results = torch.empty(rows, classes, dtype=x.second.dtype, device=device)
+        results = x.second.new_empty(min(num_rows, CHUNKS.max_rows) if stored else 0, classes)
         scores = torch.empty_like(results, dtype=x.inverse.dtype) if several else results
-        return _Loop(config, panel, scores, results)
+        blocks = []
+        for start in range(0, num_rows, CHUNKS.max_rows):
+            rows = slice(start, min(start + CHUNKS.max_rows, num_rows))
+            count = rows.stop - start
+            tiles = triton.cdiv(count, config.BLOCK_N)
+            blocks.append(_Block(rows, x.some(rows), terms.some(rows), scores[:count], results[:count], tiles))
+        constants = dataclasses.asdict(config) | {
+            "WIDTH": width,
+            "PRODUCT": product,
+            "AS_STORED": panel.as_stored,
+            "SUB_CENTERS": sub_centers,
+            "BLOCK_D": min(config.BLOCK_D, triton.next_power_of_2(width)),
+        }
+        return _Loop(panel, blocks, classes // config.BLOCK_C, product, constants)
 
-    @property
-    def tiles(self) -> int:
-        return self.panel.classes // self.config.BLOCK_C
+    def run(self, launches: list[Repeated], then: Callable[[_Block, int], None], *finish: Repeated) -> None:
+        """Make a launch for each block of rows in each turn, and call ``then`` with the block and the first class.
 
-    def multiply(self, block: _RowBlock) -> None:
-        """Put a block's scores into the memory for them, unless the kernel multiplies itself."""
-        if not isinstance(self.config, ProductConfig):
-            scores = self.scores[: block.results.shape[0]]
-            multiply(scores, block.x.values, self.panel.rows.values.T, accumulate=False)
+        The launches take the panel's first class and its number of classes, and so does ``finish`` at a turn's end.
+        """
 
+        def turn(start: int, num_classes: int) -> None:
+            for block, launch in zip(self.blocks, launches, strict=True):
+                if not self.product:
+                    multiply(block.scores, block.x.values, self.panel.rows.values.T, accumulate=False)
+                launch(start, num_classes)
+                then(block, start)
 
-@dataclass(frozen=True)
-class _RowBlock:
-    """A block of rows, and what the loop over panels does with it."""
-
-    rows: slice
-    x: UnitRows
-    results: Tensor
-    """(rows, P)."""
-    launch: Repeated
-
-
-def _row_blocks(x: UnitRows) -> Iterator[tuple[slice, UnitRows]]:
-    for start in range(0, x.values.shape[0], CHUNKS.max_rows):
-        yield slice(start, start + CHUNKS.max_rows), x.row_slice(start, start + CHUNKS.max_rows)
+        self.panel.run(turn, *finish)
 
 
 def class_stats(
     x: UnitRows,
     centers: Centers,
-    target: Tensor,
-    terms: RowTerms | None,
-    rule: RowRule,
+    terms: RowTerms,
+    negatives: Negatives,
     with_center_sum: bool,
     class_count: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Partial sums (tiles, N), partial maxima (tiles, N) without the embeddings' inverse, and Σ e·ŵ (N, width) or None.
+    """Return partial sums (tiles, N), partial maxima (tiles, N), and Σ e·ŵ (N, width), or None if it is not wanted.
 
-    Without ``terms`` the maxima alone.
+    The maxima are without the embeddings' inverse norms. Terms without a scale give the maxima alone.
     """
     num_rows, width = x.values.shape
-    loop = _Loop.create(x, centers, with_center_sum, rule.sub_centers, with_center_sum)
-    total = torch.zeros(loop.tiles, num_rows, dtype=x.inverse.dtype, device=target.device)
+    loop = _Loop.create(x, centers, terms, negatives.sub_centers, with_center_sum, with_center_sum)
+    panel = loop.panel.rows
+    total = x.inverse.new_zeros(loop.tiles, num_rows)
     maximum = torch.full_like(total, -torch.inf)
     center_sum = total.new_empty(num_rows, width) if with_center_sum else None
-    blocks = []
-    for rows, block in _row_blocks(x):
-        results = loop.results[: block.values.shape[0]]
-        launch = exponentials.class_stats(
-            block,
-            loop.panel,
-            target[rows],
-            None if terms is None else terms.row_slice(rows.start, rows.stop),
-            rule.row_slice(rows.start, rows.stop),
-            loop.scores[: block.values.shape[0]],
-            results,
-            total[:, rows],
-            maximum[:, rows],
+    launches = [
+        Repeated(
+            class_stats_kernel,
+            (block.tiles * loop.tiles,),
+            block.x.values,
+            panel.values,
+            panel.inverse,
+            block.x.inverse,
+            block.terms.target,
+            block.x.inverse if block.terms.scale is None else block.terms.scale,
+            block.x.inverse if block.terms.shift is None else block.terms.shift,
+            block.terms.threshold,
+            negatives.coefficients,
+            block.scores,
+            block.results,
+            total[:, block.rows],
+            maximum[:, block.rows],
             class_count,
-            with_center_sum,
-            loop.config,
+            block.x.values.shape[0],
+            block.scores.stride(0),
+            block.tiles,
+            total.stride(0),
+            panel.inverse.shape[0],
+            HAS_SHIFT=terms.shift is not None,
+            MAX_ONLY=terms.scale is None,
+            STORE=with_center_sum,
+            **loop.constants,
         )
-        blocks.append(_RowBlock(rows, block, results, launch))
-    with on_device(target.device):
-        for start, num_classes in loop.panel.turns():
-            for each in blocks:
-                loop.multiply(each)
-                each.launch(start, num_classes)
-                if center_sum is not None:
-                    multiply(center_sum[each.rows], each.results, loop.panel.rows.second, accumulate=start > 0)
+        for block in loop.blocks
+    ]
+
+    def add_centers(block: _Block, start: int) -> None:
+        if center_sum is not None:
+            multiply(center_sum[block.rows], block.results, panel.second, accumulate=start > 0)
+
+    loop.run(launches, add_centers)
     return total, maximum, center_sum
 
 
+def weight_grad(x: UnitRows, centers: Centers, terms: RowTerms, negatives: Negatives, out: Tensor) -> None:
+    """Write the gradient by the centers (K, D) into ``out``."""
+    unit_gradients(
+        x, centers, terms, negatives, lambda d_unit: projections(d_unit, centers.weight, out, centers.classes)
+    )
+
+
 def unit_gradients(
-    x: UnitRows,
-    centers: Centers,
-    target: Tensor,
-    terms: RowTerms,
-    rule: RowRule,
-    finish: Callable[[Tensor], Repeated],
+    x: UnitRows, centers: Centers, terms: RowTerms, negatives: Negatives, finish: Callable[[Tensor], Repeated]
 ) -> None:
     """Sum the gradient by the unit centers, a panel at a time, and finish it.
 
     ``finish`` returns launches for the buffer (P, width) of the gradient, by the terms' coefficients. They take the
     panel's first class and its number of classes.
     """
-    width = x.values.shape[1]
-    loop = _Loop.create(x, centers, True, rule.sub_centers, False)
-    d_unit = x.inverse.new_empty(loop.panel.classes, width)
-    finishing = finish(d_unit)
-    blocks = []
-    for rows, block in _row_blocks(x):
-        results = loop.results[: block.values.shape[0]]
-        launch = exponentials.class_gradient(
-            block,
-            loop.panel,
-            target[rows],
-            terms.row_slice(rows.start, rows.stop),
-            rule.row_slice(rows.start, rows.stop),
-            loop.scores[: block.values.shape[0]],
-            results,
-            loop.config,
+    loop = _Loop.create(x, centers, terms, negatives.sub_centers, stored=True, multiplied_again=False)
+    panel = loop.panel.rows
+    d_unit = x.inverse.new_empty(loop.panel.classes, x.values.shape[1])
+    launches = [
+        Repeated(
+            class_gradient_kernel,
+            (block.tiles * loop.tiles,),
+            block.x.values,
+            panel.values,
+            panel.inverse,
+            block.x.inverse,
+            block.terms.target,
+            block.terms.scale,
+            block.terms.shift,
+            block.terms.factor,
+            block.terms.coefficient,
+            block.terms.threshold,
+            negatives.coefficients,
+            block.scores,
+            block.results,
+            block.x.values.shape[0],
+            block.scores.stride(0),
+            block.tiles,
+            panel.inverse.shape[0],
+            **loop.constants,
         )
-        blocks.append(_RowBlock(rows, block, results, launch))
-    with on_device(target.device):
-        for start, num_classes in loop.panel.turns():
-            for each in blocks:
-                loop.multiply(each)
-                each.launch(start, num_classes)
-                multiply(d_unit, each.results.T, each.x.second, accumulate=each.rows.start > 0)
-            finishing(start, num_classes)
+        for block in loop.blocks
+    ]
+
+    def add_rows(block: _Block, start: int) -> None:
+        multiply(d_unit, block.results.T, block.x.second, accumulate=block.rows.start > 0)
+
+    loop.run(launches, add_rows, finish(d_unit))

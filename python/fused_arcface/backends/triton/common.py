@@ -57,15 +57,20 @@ class Repeated:
         if compiled is not None:  # neither interpreted nor recorded
             self._again = compiled[(*self._grid, 1, 1)[:3]]
 
+    def once(self, *varying: int) -> None:
+        """Launch a single time, as :func:`launch` does."""
+        launch(self._kernel, self._grid, *self._args, *varying, **self._meta)
 
-def block_width(width: int) -> int:
-    """Columns that a kernel over rows takes at once: all, up to 512 (16 bytes of fp32 in each of 128 threads)."""
-    return min(512, triton.next_power_of_2(width))
 
+def row_blocks(num_rows: int, width: int, least_columns: int = 1) -> tuple[tuple[int], dict[str, int]]:
+    """Return the grid and the constants of a kernel over rows of ``width`` columns.
 
-def rows_per_block(width: int) -> int:
-    """Rows of a kernel over rows, so that a block of 4 warps holds 2048 elements, 16 a thread."""
-    return max(1, 2048 // block_width(width))
+    A block takes all columns at once, up to 512 (16 bytes of fp32 in each of 128 threads), and as many rows as make
+    2048 elements, 16 a thread of its 4 warps.
+    """
+    columns = max(least_columns, min(512, triton.next_power_of_2(width)))
+    rows = 2048 // columns
+    return (triton.cdiv(num_rows, rows),), {"WIDTH": width, "BLOCK_N": rows, "BLOCK_D": columns}
 
 
 def multiply(out: Tensor, a: Tensor, b: Tensor, accumulate: bool) -> None:

@@ -21,14 +21,15 @@ ALGORITHMS = ("flash", "flash-chained", "flash-copied", "chunks", "chunks-copied
 
 
 @dataclass(frozen=True)
-class ProductConfig:
-    """Tiles of the class-chunk algorithm's kernel: S = X·Wᵀ, and the exponentials while S is still in registers."""
+class ChunkTiles:
+    """Tiles of the class-chunk algorithm's kernels."""
 
     BLOCK_N: int
     BLOCK_C: int
-    BLOCK_D: int
     num_warps: int
-    num_stages: int
+    BLOCK_D: int = 16
+    """Columns of a step of the product S = X·Wᵀ, if the kernel multiplies."""
+    num_stages: int = 3
 
 
 @dataclass(frozen=True)
@@ -42,15 +43,6 @@ class FlashConfig:
     split_scores: bool = False
     """If true, two warpgroups share the columns of a tile's scores, and exchange them through shared memory; else they
     share the rows, and beside 64 rows both compute all scores."""
-
-
-@dataclass(frozen=True)
-class ElementConfig:
-    """Tiles of the kernels that a library product feeds."""
-
-    BLOCK_N: int
-    BLOCK_C: int
-    num_warps: int
 
 
 @dataclass(frozen=True)
@@ -85,11 +77,11 @@ FLASH_STORED_PANEL = PanelConfig(exponential_bytes=0, center_bytes=4 * NORMS, ma
 # Hopper and data-center Blackwell: 128×256 fp32 accumulators are 128 registers in each of 256 threads, and the
 # largest tile whose operands (85 flop a byte) L2 can feed near the tensor cores' rate; three stages of 48 KiB leave
 # the epilogue its scratch.
-_PRODUCT_SM90 = ProductConfig(BLOCK_N=128, BLOCK_C=256, BLOCK_D=64, num_warps=8, num_stages=3)
+_PRODUCT_SM90 = ChunkTiles(BLOCK_N=128, BLOCK_C=256, BLOCK_D=64, num_warps=8, num_stages=3)
 # Elsewhere half the tile and half the warps: 48 KiB of shared memory and 220 registers in 128 threads let a
 # multiprocessor hold two blocks, so that one's exponentials overlap the other's products (there is no asynchronous
 # tensor-core instruction to do it), and fit the 99 KiB a block that sm_86, sm_89 and sm_120 give.
-_PRODUCT_PORTABLE = ProductConfig(BLOCK_N=128, BLOCK_C=128, BLOCK_D=32, num_warps=4, num_stages=4)
+_PRODUCT_PORTABLE = ChunkTiles(BLOCK_N=128, BLOCK_C=128, BLOCK_D=32, num_warps=4, num_stages=4)
 
 # 64 rows of a 512-wide fp32 accumulator are 128 registers in each of 256 threads: 128 rows do not fit the register
 # file. The stationary 64×512 tile takes 64 KiB of shared memory and so does each streamed one: two stages of them are
@@ -107,25 +99,26 @@ _FLASH_128 = FlashConfig(OUTER=128, INNER=64, num_warps=8, num_stages=3)
 _FLASH_PORTABLE_256 = FlashConfig(OUTER=64, INNER=32, num_warps=4, num_stages=2)
 _FLASH_PORTABLE_128 = FlashConfig(OUTER=64, INNER=64, num_warps=4, num_stages=2)
 
-# Bound by memory: 16 elements a thread in 16-byte accesses; a row's 256 columns are summed within two warps.
-ELEMENTS = ElementConfig(BLOCK_N=16, BLOCK_C=256, num_warps=8)
+# A library product feeds the kernels, which are bound by memory: 16 elements a thread in 16-byte accesses; a row's 256
+# columns are summed within two warps.
+ELEMENTS = ChunkTiles(BLOCK_N=16, BLOCK_C=256, num_warps=8)
 
 
 def is_wide(arch: int) -> bool:
-    """Return true if ``arch`` (compute capability × 10) has 227 KiB of shared memory a block.
+    """Return true for data-center Hopper and Blackwell, which have 227 KiB of shared memory a block.
 
-    Data-center Hopper and Blackwell have.
+    ``arch`` is the compute capability × 10.
     """
     return arch in (90, 100, 103)
 
 
-def product_config(arch: int) -> ProductConfig:
-    """Return the tiles of the product kernel for ``arch`` (compute capability × 10)."""
+def product_config(arch: int) -> ChunkTiles:
+    """Return the tiles of the kernels that multiply, for ``arch`` (compute capability × 10)."""
     return _PRODUCT_SM90 if is_wide(arch) else _PRODUCT_PORTABLE
 
 
 def flash_config(width: int, arch: int) -> FlashConfig | None:
-    """Tiles for rows of padded width ``width`` (a power of two), or None where none fit ``arch``."""
+    """Return the tiles for rows of a padded width (a power of two), or None if none fit ``arch``."""
     if is_wide(arch):
         if width <= 256:
             return _FLASH_128 if width <= 128 else _FLASH_256
@@ -209,9 +202,9 @@ def pick(N: int, C: int, D: int, arch: int, dtype: torch.dtype, with_sums: bool)
 
 
 def panel_classes(config: PanelConfig, N: int, C: int, row_bytes: int, exponential_size: int, multiple: int) -> int:
-    """Class centers of one turn: as many as the budgets allow in turns of one size, a multiple of the tile.
+    """Return the class centers of one turn, a multiple of the tile: as many as the budgets allow in turns of one size.
 
-    ``row_bytes`` of one center's copy, ``exponential_size`` of one stored exponential, 0 if none are stored.
+    ``row_bytes`` is the size of one center's copy, ``exponential_size`` that of one exponential, 0 if none are stored.
     """
     needed = -(-C // multiple) * multiple
     budgets = [config.center_bytes // row_bytes, needed]
@@ -224,11 +217,9 @@ def panel_classes(config: PanelConfig, N: int, C: int, row_bytes: int, exponenti
 
 
 def row_splits(row_tiles: int, class_tiles: int, split_bytes: int, multiprocessors: int) -> int:
-    """Return the number of ranges that the flash forward cuts a panel's classes into.
+    """Return the number of ranges of a panel's classes, so that the flash forward's blocks fill the multiprocessors.
 
-    Its blocks then fill the multiprocessors evenly.
-
-    Each split has its own (N, D) fp32 sums of ``split_bytes``: 64 MiB of them at most.
+    Each range has its own (N, D) fp32 sums of ``split_bytes``: 64 MiB of them at most.
     """
     most = max(1, min(class_tiles, multiprocessors, 64 * MIB // max(1, split_bytes)))
 
@@ -243,7 +234,7 @@ def row_splits(row_tiles: int, class_tiles: int, split_bytes: int, multiprocesso
 
 @functools.lru_cache
 def device_limits(device: torch.device) -> tuple[int, int]:
-    """Compute capability × 10 and number of multiprocessors."""
+    """Return the compute capability × 10 and the number of multiprocessors."""
     if device.type != "cuda":  # the interpreter's tests, on CPU tensors: Hopper's choices
         return 90, 132
     properties = torch.cuda.get_device_properties(device)

@@ -17,13 +17,9 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from .common import Repeated, to
-from .configs import ELEMENTS, ElementConfig, ProductConfig
-from .negatives import RowRule, change_numbers, changed_cosine, is_beaten
-from .panels import Panel
-from .rows import RowTerms, UnitRows
+from .common import to
+from .negatives import change_numbers, changed_cosine, is_beaten
 from .tiles import is_negative, is_other, needs_masks, target_column, tile_place, tile_scores, with_target
 
 
@@ -221,110 +217,3 @@ def class_gradient_kernel(
         gradient = with_target(gradient, offs_c, target, coefficient, num_classes)
     tile_ptr = gradient_ptr + first_n * scores_stride + first_c
     tl.store(tile_ptr + tile_offs, to(gradient, gradient_ptr.dtype.element_ty), mask_n[:, None])
-
-
-def _meta(config: ProductConfig | ElementConfig, width: int, panel: Panel) -> dict[str, int | bool]:
-    meta: dict[str, int | bool] = {
-        "WIDTH": width,
-        "PRODUCT": isinstance(config, ProductConfig),
-        "AS_STORED": panel.as_stored,
-        "BLOCK_N": config.BLOCK_N,
-        "BLOCK_C": config.BLOCK_C,
-        "BLOCK_D": 16,
-        "num_warps": config.num_warps,
-    }
-    if isinstance(config, ProductConfig):
-        meta |= {"BLOCK_D": min(config.BLOCK_D, triton.next_power_of_2(width)), "num_stages": config.num_stages}
-    return meta
-
-
-def class_stats(
-    x: UnitRows,
-    panel: Panel,
-    target: Tensor,
-    terms: RowTerms | None,
-    rule: RowRule,
-    scores: Tensor,
-    exponentials: Tensor,
-    total: Tensor,
-    maximum: Tensor,
-    class_count: Tensor | None,
-    store: bool,
-    config: ProductConfig | ElementConfig,
-) -> Repeated:
-    """Return launches that add a panel to partial ``total`` and ``maximum`` (tiles, N), and store its exponentials.
-
-    They take the panel's first class and its number of classes. x (N, width), scores and exponentials
-    (N, P), stored if ``store`` is true; without ``terms`` only the maximum is taken.
-    """
-    num_rows, width = x.values.shape
-    tiles_n, tiles_c = triton.cdiv(num_rows, config.BLOCK_N), panel.classes // config.BLOCK_C
-    return Repeated(
-        class_stats_kernel,
-        (tiles_n * tiles_c,),
-        x.values,
-        panel.rows.values,
-        panel.rows.inverse,
-        x.inverse,
-        target,
-        x.inverse if terms is None else terms.scale,
-        x.inverse if terms is None or terms.shift is None else terms.shift,
-        rule.threshold,
-        rule.coefficients,
-        scores,
-        exponentials,
-        total,
-        maximum,
-        class_count,
-        num_rows,
-        scores.stride(0),
-        tiles_n,
-        total.stride(0),
-        panel.rows.inverse.shape[0],
-        SUB_CENTERS=rule.sub_centers,
-        HAS_SHIFT=terms is not None and terms.shift is not None,
-        MAX_ONLY=terms is None,
-        STORE=store,
-        **_meta(config, width, panel),
-    )
-
-
-def class_gradient(
-    x: UnitRows,
-    panel: Panel,
-    target: Tensor,
-    terms: RowTerms,
-    rule: RowRule,
-    scores: Tensor,
-    gradient: Tensor,
-    config: ProductConfig | ElementConfig = ELEMENTS,
-) -> Repeated:
-    """Return launches that write a panel's gradient by the cosines (N, P), times the embedding's inverse.
-
-    They take the panel's first class and its number of classes.
-    """
-    num_rows, width = x.values.shape
-    tiles_n, tiles_c = triton.cdiv(num_rows, config.BLOCK_N), panel.classes // config.BLOCK_C
-    return Repeated(
-        class_gradient_kernel,
-        (tiles_n * tiles_c,),
-        x.values,
-        panel.rows.values,
-        panel.rows.inverse,
-        x.inverse,
-        target,
-        terms.scale,
-        terms.shift,
-        terms.factor,
-        terms.target,
-        rule.threshold,
-        rule.coefficients,
-        scores,
-        gradient,
-        num_rows,
-        scores.stride(0),
-        tiles_n,
-        panel.rows.inverse.shape[0],
-        SUB_CENTERS=rule.sub_centers,
-        **_meta(config, width, panel),
-    )

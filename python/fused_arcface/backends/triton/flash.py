@@ -18,7 +18,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import Repeated, dot, on_device, to, to_gradient
+from fused_arcface.engine.terms import Negatives
+
+from .common import Repeated, dot, to, to_gradient
 from .configs import (
     FLASH_PANEL,
     FLASH_STORED_PANEL,
@@ -29,7 +31,7 @@ from .configs import (
     panel_classes,
     row_splits,
 )
-from .negatives import RowRule, change_numbers, changed_cosine
+from .negatives import change_numbers, changed_cosine
 from .panels import Centers, Panel
 from .rows import RowTerms, UnitRows
 
@@ -228,7 +230,7 @@ def _config(width: int, device: torch.device) -> FlashConfig:
 
 
 def padded_shape(N: int, D: int, device: torch.device) -> tuple[int, int]:
-    """Rows and columns of the embeddings' copy: whole tiles."""
+    """Return the rows and columns of the embeddings' copy: whole tiles."""
     outer = _config(flash_width(D), device).OUTER
     return -(-N // outer) * outer, flash_width(D)
 
@@ -244,13 +246,12 @@ def _panel(x: UnitRows, centers: Centers, tile: int, as_stored: bool = False, ha
 def class_stats(
     x: UnitRows,
     centers: Centers,
-    target: Tensor,
     terms: RowTerms,
-    rule: RowRule,
+    negatives: Negatives,
     with_center_sum: bool,
     class_count: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """As chunks.class_stats, its tensors of ``N`` padded rows; x of padded rows, target and terms (N,)."""
+    """Return the results of chunks.class_stats. x and the results have padded rows, the terms N."""
     num_padded, width = x.values.shape
     device = x.values.device
     config = _config(width, device)
@@ -269,16 +270,16 @@ def class_stats(
         panel.rows.values,
         panel.rows.inverse,
         x.inverse,
-        target,
+        terms.target,
         terms.scale,
         terms.scale if terms.shift is None else terms.shift,
-        rule.threshold,
-        rule.coefficients,
+        terms.threshold,
+        negatives.coefficients,
         center_sum,
         total,
         maximum,
         class_count,
-        target.shape[0],
+        terms.target.shape[0],
         num_padded,
         triton.cdiv(num_tiles_c, splits),
         num_tiles_c,
@@ -291,44 +292,28 @@ def class_stats(
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
-    with on_device(device):
-        for start, num_classes in panel.turns():
-            stats(start, num_classes)
+    panel.run(stats)
     return total, maximum, center_sum.sum(0) if with_center_sum else None
 
 
-def weight_grad(x: UnitRows, centers: Centers, target: Tensor, terms: RowTerms, rule: RowRule, out: Tensor) -> None:
-    """Write the gradient by the centers (K, D) into ``out``; x has padded rows, target and terms are (N,)."""
+def weight_grad(x: UnitRows, centers: Centers, terms: RowTerms, negatives: Negatives, out: Tensor) -> None:
+    """Do what chunks.weight_grad does. x has padded rows, the terms N."""
     as_stored = centers.are_operands(x)
     panel = _panel(x, centers, _config(x.values.shape[1], x.values.device).OUTER, as_stored, has_buffer=not as_stored)
-    gradient = _gradient(x, panel, target, terms, rule, out, project=True)
-    with on_device(out.device):
-        for start, num_classes in panel.turns():
-            gradient(start, num_classes)
+    panel.run(_gradient(x, panel, terms, negatives, out, project=True))
 
 
 def unit_gradients(
-    x: UnitRows,
-    centers: Centers,
-    target: Tensor,
-    terms: RowTerms,
-    rule: RowRule,
-    finish: Callable[[Tensor], Repeated],
+    x: UnitRows, centers: Centers, terms: RowTerms, negatives: Negatives, finish: Callable[[Tensor], Repeated]
 ) -> None:
-    """As chunks.unit_gradients; x of padded rows, target and terms (N,)."""
+    """Do what chunks.unit_gradients does. x has padded rows, the terms N."""
     width = x.values.shape[1]
     panel = _panel(x, centers, _config(width, x.values.device).OUTER, centers.are_operands(x))
     d_unit = x.inverse.new_empty(panel.classes, width)
-    gradient, finishing = _gradient(x, panel, target, terms, rule, d_unit, project=False), finish(d_unit)
-    with on_device(d_unit.device):
-        for start, num_classes in panel.turns():
-            gradient(start, num_classes)
-            finishing(start, num_classes)
+    panel.run(_gradient(x, panel, terms, negatives, d_unit, project=False), finish(d_unit))
 
 
-def _gradient(
-    x: UnitRows, panel: Panel, target: Tensor, terms: RowTerms, rule: RowRule, out: Tensor, project: bool
-) -> Repeated:
+def _gradient(x: UnitRows, panel: Panel, terms: RowTerms, negatives: Negatives, out: Tensor, project: bool) -> Repeated:
     """Return launches that take the first class of a panel and their number."""
     num_padded, width = x.values.shape
     config = _config(width, x.values.device)
@@ -340,16 +325,16 @@ def _gradient(
         panel.rows.inverse,
         panel.rows.reciprocal,
         x.inverse,
-        target,
+        terms.target,
         terms.scale,
         terms.shift,
         terms.factor,
-        terms.target,
-        rule.threshold,
-        rule.coefficients,
+        terms.coefficient,
+        terms.threshold,
+        negatives.coefficients,
         out,
         *out.stride(),
-        target.shape[0],
+        terms.target.shape[0],
         num_padded // config.INNER,
         out.shape[1],
         panel.rows.inverse.shape[0],

@@ -1,8 +1,8 @@
 """The finalizing kernel: one launch from each row's log-sum-exp and target cosine to loss and both derivatives.
 
-fused_arcface.margins in Triton, its functions' names in its order; tests/test_triton.py compares the two point by
-point. The same O(N) tail in PyTorch is some forty launches of a few microseconds each, as much as the passes over 100
-000 classes by a batch of 128 take.
+It is fused_arcface.margins in Triton, with the same names in the same order; a test compares the two point by point.
+The same O(N) tail in PyTorch is some forty launches of a few microseconds each. That is as long as the passes of a
+batch of 128 over 100 000 classes.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def _arctan2(y, x):
 
 @triton.jit
 def angle(cosine):
-    """θ and the sine that its derivative -1/sin θ is taken with."""
+    """Return θ, and the sine for its derivative -1/sin θ."""
     cosine = tl.where(cosine > 1, 1.0, tl.where(cosine < -1, -1.0, cosine))
     sine = square_root((1 - cosine) * (1 + cosine))
     return _arctan2(sine, cosine), tl.maximum(sine, SIN_FLOOR)
@@ -47,7 +47,7 @@ def angle(cosine):
 
 @triton.jit
 def past_boundary(phi, cosine, drop, BOUNDARY: tl.constexpr):
-    """ψ of φ, its derivative by φ, and its derivative by the cosine beside that."""
+    """Return ψ of φ, its derivative by φ, and its derivative by the cosine with φ held fixed."""
     value = tl.cos(phi)
     by_phi = -tl.sin(phi)
     by_cosine = tl.zeros_like(phi)
@@ -125,16 +125,17 @@ def margin_loss_kernel(
     tl.store(d_cosine_ptr + offs_n, -scale * sigmoid * slope, mask_n)
 
 
-def margin_losses(
+def margin_loss(
     negative_lse: Tensor,
     target_cosine: Tensor,
     scale: float,
-    factors: tuple[float, float, float],
+    m1: float,
+    m2: float,
+    m3: float,
     boundary: str,
     gradient: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Loss, full log-sum-exp, and the loss's derivatives by both arguments, each (N,) fp32 as those are."""
-    m1, m2, m3 = factors
+    """Implement :func:`fused_arcface.backends.torch.margin_loss`, for fp32."""
     loss, full_lse, d_lse, d_cosine = (torch.empty_like(negative_lse) for _ in range(4))
     num_rows = negative_lse.shape[0]
     launch(

@@ -5,43 +5,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
-from fused_arcface.engine.terms import Negatives
-
-
-@dataclass(frozen=True)
-class RowRule:
-    """The part of :class:`fused_arcface.engine.terms.Negatives` that the exponentials' kernels take."""
-
-    sub_centers: int
-    threshold: Tensor | None
-    """(N,) in the compute dtype; None: the cosines stay as they are."""
-    coefficients: Tensor | None
-    """(4,) fp64, the last one 0: the kernels have no term with the sine."""
-
-    @staticmethod
-    def create(negatives: Negatives, compute: torch.dtype) -> RowRule:
-        """Return the rule with its numbers in contiguous memory and in the compute dtype."""
-        threshold, coefficients = negatives.threshold, negatives.coefficients
-        if threshold is None or coefficients is None:
-            return RowRule(negatives.sub_centers, None, None)
-        return RowRule(negatives.sub_centers, threshold.to(compute).contiguous(), coefficients.contiguous())
-
-    @property
-    def changes_cosines(self) -> bool:
-        """Return true if the cosines above a row's threshold are changed."""
-        return self.threshold is not None
-
-    def row_slice(self, start: int, stop: int) -> RowRule:
-        """Return the rule for some of the rows."""
-        threshold = None if self.threshold is None else self.threshold[start:stop]
-        return RowRule(self.sub_centers, threshold, self.coefficients)
 
 
 @triton.jit

@@ -7,7 +7,7 @@ exp(scale·cos)·1e12 has no room there. A sample of the centers is gathered by 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import Repeated, block_width, floored, reciprocal, row_norms, rows_per_block
+from .common import Repeated, floored, on_device, reciprocal, row_blocks, row_norms
 from .configs import NORMS, copies_centers
 from .rows import UnitRows, unit_rows
 
@@ -98,18 +98,16 @@ class Panel:
                 fill(start, min(ready, self.centers.count - start))
             yield start, min(self.classes, self.centers.count - start)
 
+    def run(self, *calls: Callable[[int, int], None]) -> None:
+        """Make these calls in each turn, with the turn's first center and its number of centers."""
+        with on_device(self.rows.values.device):
+            for start, num_classes in self.turns():
+                for call in calls:
+                    call(start, num_classes)
+
     def _fill(self) -> Repeated:
         """Return launches that make rows ready. They take the first one and their number."""
         if not self.as_stored:
             return unit_rows(self.centers.weight, self.rows, self.centers.classes)
-        width = self.rows.values.shape[1]
-        block_n = rows_per_block(width)
-        return Repeated(
-            inverse_norms_kernel,
-            (triton.cdiv(self.rows.inverse.shape[0], block_n),),
-            self.rows.values,
-            self.rows.inverse,
-            WIDTH=width,
-            BLOCK_N=block_n,
-            BLOCK_D=block_width(width),
-        )
+        grid, blocks = row_blocks(self.rows.inverse.shape[0], self.rows.values.shape[1])
+        return Repeated(inverse_norms_kernel, grid, self.rows.values, self.rows.inverse, **blocks)

@@ -67,15 +67,12 @@ class Permutation:
     def __init__(self, size: int, key: int, device: torch.device) -> None:
         self.size, self.key = size, key
 
-    def __call__(self, ids: Tensor) -> Tensor:
-        """Return the images of ids (K,) int64 in [0, size)."""
-        return self._permuted(ids, False)
-
     def inverse(self, images: Tensor) -> Tensor:
         """Return the ids with these images (K,) int64 in [0, size)."""
-        return self._permuted(images, True)
+        return self(images, inverse=True)
 
-    def _permuted(self, ids: Tensor, inverse: bool) -> Tensor:
+    def __call__(self, ids: Tensor, inverse: bool = False) -> Tensor:
+        """Return the images of ids (K,) int64 in [0, size)."""
         ids = ids.contiguous()
         images = torch.empty_like(ids)
         a, b = grid_of(self.size)

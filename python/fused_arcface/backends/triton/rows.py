@@ -7,29 +7,19 @@ first are from L1. Offsets of rows are 64-bit: C·D passes 2³¹ at 4.2 million 
 from __future__ import annotations
 
 import ctypes
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import (
-    Repeated,
-    block_width,
-    floored,
-    launch,
-    on_device,
-    reciprocal,
-    reciprocal_power_of_two,
-    row_norms,
-    rows_per_block,
-    to,
-)
+from fused_arcface.engine.terms import Negatives
+
+from .common import Repeated, floored, launch, reciprocal, reciprocal_power_of_two, row_blocks, row_norms, to
 
 
-@dataclass(frozen=True)
-class UnitRows:
+class UnitRows(NamedTuple):
     """Rows ready for a product: ``unit row = values·inverse``."""
 
     values: Tensor
@@ -41,9 +31,8 @@ class UnitRows:
     second: Tensor
     """(R, width) the same rows for the second product: bf16 where values are fp16, else values themselves."""
 
-    def row_slice(self, start: int, stop: int) -> UnitRows:
-        parts = (t[start:stop] for t in (self.values, self.inverse, self.reciprocal, self.second))
-        return UnitRows(*parts)
+    def some(self, rows: slice) -> UnitRows:
+        return UnitRows._make(each[rows] for each in self)
 
     @staticmethod
     def empty(rows: int, width: int, dtype: torch.dtype, compute: torch.dtype, device: torch.device) -> UnitRows:
@@ -126,10 +115,10 @@ def unit_rows(x: Tensor, out: UnitRows, index: Tensor | None = None, length: flo
     twice as long, a power of two.
     """
     num_padded, width = out.values.shape
-    block_n = rows_per_block(width)
+    grid, blocks = row_blocks(num_padded, width)
     return Repeated(
         unit_rows_kernel,
-        (triton.cdiv(num_padded, block_n),),
+        grid,
         x,
         *x.stride(),
         index,
@@ -140,24 +129,15 @@ def unit_rows(x: Tensor, out: UnitRows, index: Tensor | None = None, length: flo
         x.shape[0],
         num_padded,
         x.shape[1],
-        WIDTH=width,
         LENGTH=length,
-        HAS_SECOND=out.second is not out.values and out.second.dtype != out.values.dtype,
-        BLOCK_N=block_n,
-        BLOCK_D=block_width(width),
+        HAS_SECOND=out.second.dtype != out.values.dtype,
+        **blocks,
     )
 
 
-_BATCH_LENGTH = 2.0**-16
+BATCH_LENGTH = 2.0**-16
 """Batch rows in bf16 are so short that their products with stored centers stay within fp32: those of 512 columns can be
 7.7e39 long. Centers shorter than 1e-12 have cosines near 0, so nothing is lost at the other end."""
-
-
-def fill_batch_rows(x: Tensor, out: UnitRows) -> None:
-    """Write embeddings x (N, D) into ``out``, ready for a product. Rows past N are padding and become zeros."""
-    if out.values.shape[0] > 0:
-        with on_device(x.device):
-            unit_rows(x, out, length=_BATCH_LENGTH if out.values.dtype == torch.bfloat16 else 1.0)(0, x.shape[0])
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -205,64 +185,68 @@ def row_terms_kernel(
         tl.store(negative_ptr_out + offs_n, factor, mask_n)
 
 
-@dataclass(frozen=True)
-class RowTerms:
-    """The numbers of each batch row that the exponentials' kernels take: ``e = factor·2^(scale·(x·ŵ) - shift)``.
+class RowTerms(NamedTuple):
+    """The numbers of each batch row that the kernels over the classes take, (N,) each.
 
-    All are (N,). If the margin changes the negatives' cosines, the scale is that of the changed cosine.
+    A negative's exponential is ``factor·2^(scale·(x·ŵ) - shift)``. If the margin changes the negatives' cosines, the
+    scale is that of the changed cosine.
     """
 
-    scale: Tensor
-    shift: Tensor | None
-    factor: Tensor | None
-    target: Tensor | None
-    """The target's own coefficient, in place of its exponential."""
+    target: Tensor
+    """int64."""
+    threshold: Tensor | None
+    """The cosines above it are changed; None: all stay as they are."""
+    scale: Tensor | None = None
+    """None: only the maxima are wanted."""
+    shift: Tensor | None = None
+    factor: Tensor | None = None
+    coefficient: Tensor | None = None
+    """The target's own, in place of its exponential."""
 
-    def row_slice(self, start: int, stop: int) -> RowTerms:
-        def part(rows: Tensor | None) -> Tensor | None:
-            return None if rows is None else rows[start:stop]
-
-        return RowTerms(self.scale[start:stop], part(self.shift), part(self.factor), part(self.target))
+    def some(self, rows: slice) -> RowTerms:
+        return RowTerms._make(None if each is None else each[rows] for each in self)
 
 
 def row_terms(
     inverse: Tensor,
+    target: Tensor,
+    negatives: Negatives,
     scale: float | Tensor,
-    shift: Tensor | None = None,
+    shift: Tensor | None,
     coefficients: tuple[Tensor, Tensor] | None = None,
-    of_cosine: bool = False,
 ) -> RowTerms:
-    """See :class:`RowTerms`; shift (N,) fp64, coefficients (N,) of the negatives and of the target.
+    """Return the rows' terms, from shift (N,) fp64 and the coefficients (N,) of the negatives and of the target.
 
-    With ``of_cosine`` the scale is the factor of a cosine, which has the embedding's inverse norm already.
-    A scale that only the device knows, 0-dim, is multiplied in afterwards.
+    The scale of a changed cosine is without the embedding's inverse norm, which that cosine has already. A scale that
+    only the device knows, 0-dim, is multiplied in afterwards.
     """
     num_rows = inverse.shape[0]
     exact = (1.0 if isinstance(scale, Tensor) else scale) * 1.4426950408889634
     high = ctypes.c_float(exact).value
-    out = _vectors(4, num_rows, inverse.dtype, inverse.device)
-    negative, target = coefficients if coefficients is not None else (inverse, inverse)
+    scales, shifts, factors, of_target = _vectors(4, num_rows, inverse.dtype, inverse.device)
+    negative, target_coefficient = coefficients if coefficients is not None else (inverse, inverse)
     launch(
         row_terms_kernel,
         (triton.cdiv(num_rows, 1024),),
         inverse,
         inverse if shift is None else shift.contiguous(),
         negative.contiguous(),
-        target.contiguous(),
-        *out,
+        target_coefficient.contiguous(),
+        scales,
+        shifts,
+        factors,
+        of_target,
         high,
         exact - high,
         num_rows,
-        OF_COSINE=of_cosine,
+        OF_COSINE=negatives.threshold is not None,
         HAS_SHIFT=shift is not None,
         HAS_COEFFICIENTS=coefficients is not None,
         BLOCK_N=1024,
     )
     if isinstance(scale, Tensor):
-        out[0].mul_(scale)
-    return RowTerms(
-        out[0],
-        None if shift is None else out[1],
-        None if shift is None else out[2],
-        None if coefficients is None else out[3],
-    )
+        scales.mul_(scale)
+    terms = RowTerms(target, negatives.threshold, scales)
+    if shift is not None:
+        terms = terms._replace(shift=shifts, factor=factors)
+    return terms if coefficients is None else terms._replace(coefficient=of_target)

@@ -11,18 +11,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import (
-    Repeated,
-    block_width,
-    divide,
-    floored,
-    launch,
-    on_device,
-    reciprocal,
-    row_norms,
-    rows_per_block,
-    to_gradient,
-)
+from fused_arcface.base.dtypes import compute_dtype
+
+from .common import Repeated, divide, floored, launch, reciprocal, row_blocks, row_norms, to_gradient
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -66,14 +57,14 @@ def target_cosine_kernel(
     tl.store(cosine_ptr + offs_n, cosine.to(COMPUTE), mask_n)
 
 
-def target_cosines(embeddings: Tensor, weight: Tensor, target: Tensor, compute: torch.dtype) -> Tensor:
-    """Return the cosine (N,) of each row with its target's center."""
+def target_cosine(embeddings: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+    """Implement :func:`fused_arcface.backends.torch.target_cosine`."""
     num_rows, width = embeddings.shape
-    cosine = torch.empty(num_rows, dtype=compute, device=embeddings.device)
-    block_n = rows_per_block(width)
+    cosine = torch.empty(num_rows, dtype=compute_dtype(embeddings, weight), device=embeddings.device)
+    grid, blocks = row_blocks(num_rows, width)
     launch(
         target_cosine_kernel,
-        (triton.cdiv(num_rows, block_n),),
+        grid,
         embeddings,
         *embeddings.stride(),
         weight,
@@ -82,9 +73,7 @@ def target_cosines(embeddings: Tensor, weight: Tensor, target: Tensor, compute: 
         cosine,
         num_rows,
         width,
-        WIDTH=width,
-        BLOCK_N=block_n,
-        BLOCK_D=block_width(width),
+        **blocks,
     )
     return cosine
 
@@ -126,17 +115,17 @@ def unit_embedding_grad_kernel(
         tl.store(out_ptr + offs, negative[:, None] * mean + of_target[:, None] * w, mask_n[:, None] & mask_d)
 
 
-def unit_embedding_grads(
+def unit_embedding_grad(
     weight: Tensor, target: Tensor, mean_center: Tensor, negative_coefficient: Tensor, target_coefficient: Tensor
 ) -> Tensor:
-    """Return the gradient (N, D) by the unit embeddings."""
+    """Implement :func:`fused_arcface.backends.torch.unit_embedding_grad`."""
     num_rows, width = mean_center.shape
     mean_center = mean_center.contiguous()
     out = torch.empty_like(mean_center)
-    block_n = rows_per_block(width)
+    grid, blocks = row_blocks(num_rows, width)
     launch(
         unit_embedding_grad_kernel,
-        (triton.cdiv(num_rows, block_n),),
+        grid,
         weight,
         *weight.stride(),
         target.contiguous(),
@@ -146,9 +135,7 @@ def unit_embedding_grads(
         out,
         num_rows,
         width,
-        WIDTH=width,
-        BLOCK_N=block_n,
-        BLOCK_D=block_width(width),
+        **blocks,
     )
     return out
 
@@ -240,10 +227,10 @@ def projections(d_unit: Tensor, rows: Tensor, out: Tensor, index: Tensor | None 
     :func:`fused_arcface.base.normalize.unit_gradient`'s.
     """
     width = rows.shape[1]
-    block_n = rows_per_block(width)
+    grid, blocks = row_blocks(d_unit.shape[0], width)
     return Repeated(
         project_kernel,
-        (triton.cdiv(d_unit.shape[0], block_n),),
+        grid,
         d_unit,
         d_unit.stride(0),
         rows,
@@ -252,14 +239,12 @@ def projections(d_unit: Tensor, rows: Tensor, out: Tensor, index: Tensor | None 
         out,
         *out.stride(),
         width,
-        WIDTH=width,
-        BLOCK_N=block_n,
-        BLOCK_D=block_width(width),
+        **blocks,
     )
 
 
-def project(d_unit: Tensor, rows: Tensor, out: Tensor) -> None:
-    """Write the gradient by rows (R, D) into ``out``, from d_unit (R, >= D); see :func:`projections`."""
-    if rows.shape[0] > 0:
-        with on_device(rows.device):
-            projections(d_unit, rows, out)(0, rows.shape[0])
+def embedding_grad(d_unit: Tensor, embeddings: Tensor) -> Tensor:
+    """Implement :func:`fused_arcface.backends.torch.embedding_grad`."""
+    d_embeddings = torch.empty_like(embeddings)
+    projections(d_unit.contiguous(), embeddings, d_embeddings).once(0, embeddings.shape[0])
+    return d_embeddings
