@@ -16,8 +16,8 @@ X, W, Y = torch.ones(4, 8), torch.ones(5, 8), torch.tensor([0, 1, 2, 4])
 FLOATS = "one of the dtypes float32, float64, bfloat16, float16"
 INTEGERS = "one of the dtypes int64, int32, int16, int8, uint64, uint32, uint16, uint8"
 INSTEAD = (
-    "for one-hot labels pass target.argmax(1); for two labels a row pass target=(first, second, share); for soft or multi-hot labels take "
-    "torch.nn.functional.cross_entropy over head.logits(embeddings)"
+    "for one-hot labels pass target.argmax(1); for two labels a row pass target=(first, second, share); for soft or "
+    "multi-hot labels take torch.nn.functional.cross_entropy over head.logits(embeddings)"
 )
 
 BAD = {
