@@ -15,12 +15,26 @@ from torch import Tensor, nn
 class KeepsValues(nn.Module):
     """A module that keeps its values while it is on the meta device, where tensors have none.
 
-    A head that was built there gets memory by ``to_empty()``, which sets no values for its margin and scale.
+    A head that was built there gets memory by ``to_empty()``, which sets no values for its margin and scale. A program
+    that replaces the tensors themselves, as ``from_pretrained`` of transformers does, calls ``reset_parameters()``.
     """
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Set the parameters and buffers to their initial values."""
+        initial: dict[str, Tensor] = self.__dict__.get("_initial_values", {})
+        for name, value in initial.items():
+            tensor: Tensor = getattr(self, name)
+            if value.numel() == 1:
+                # transformers replaces this function, by one that leaves alone what a file has.
+                nn.init.constant_(tensor, value.item())
+            else:
+                tensor.copy_(value)
 
     def _initial(self, name: str, value: Tensor | float, dtype: torch.dtype = torch.float32) -> Tensor:
         """Return the initial value of a buffer or parameter of that name, on the default device."""
         value, device = torch.as_tensor(value, dtype=dtype, device="cpu"), torch.get_default_device()
+        self.__dict__.setdefault("_initial_values", {})[name] = value.clone()
         if device.type == "meta":
             self._kept()[name] = value
         return value.to(device)
