@@ -239,7 +239,6 @@ def test_sizes_of_numpy() -> None:
 
 def margins_and_scales() -> list[dict[str, Any]]:
     margins = [fa.AdaFace(), fa.ElasticFace(), fa.CurricularFace(), fa.SphereFace2(bias=-3.0), fa.UniFace(bias=2.0)]
-    margins.append(fa.ClassMargin([0.1 * k for k in range(10)]))
     return [{"scale": fa.AdaCos()}, *({"margin": each} for each in margins)]
 
 

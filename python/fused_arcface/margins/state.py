@@ -24,12 +24,8 @@ class KeepsValues(nn.Module):
         """Set the parameters and buffers to their initial values."""
         initial: dict[str, Tensor] = self.__dict__.get("_initial_values", {})
         for name, value in initial.items():
-            tensor: Tensor = getattr(self, name)
-            if value.numel() == 1:
-                # transformers replaces this function, by one that leaves alone what a file has.
-                nn.init.constant_(tensor, value.item())
-            else:
-                tensor.copy_(value)
+            # transformers replaces this function, by one that leaves alone what a file has.
+            nn.init.constant_(getattr(self, name), value.item())
 
     def _initial(self, name: str, value: Tensor | float, dtype: torch.dtype = torch.float32) -> Tensor:
         """Return the initial value of a buffer or parameter of that name, on the default device."""
