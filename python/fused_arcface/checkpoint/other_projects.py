@@ -17,11 +17,22 @@ INSIGHTFACE = {
 }
 """Names of insightface's shards: everything of a rank, its head alone, and before 2022 the tensor alone."""
 
-_CONTAINERS = ("state_dict_softmax_fc", "HEAD", "state_dict")
-"""Keys of the head's state in files of insightface, CurricularFace, and Lightning and MagFace."""
+_CONTAINERS = ("state_dict_softmax_fc", "HEAD", "state_dict", "model_state_dict", "model")
+"""Keys of the head's state in files of insightface, CurricularFace, Lightning and MagFace, landmark solutions, and
+fast-reid."""
 _OPTIMIZERS = ("state_optimizer", "OPTIMIZER", "optimizer", "optimizer_states")
 """Keys of the optimizer's state, or a list of them, in the same files."""
-_BY_CLASS = ("weight", "weight_activated", "head.weight")
+_BY_CLASS = (
+    "weight",
+    "weight_activated",
+    "head.weight",
+    "projection.weight",  # WeSpeaker
+    "__L__.weight",  # voxceleb_trainer
+    "speaker_loss.weight",  # ECAPA-TDNN
+    "criterion.weight",  # open-metric-learning
+    "heads.weight",  # fast-reid
+    "metric_classify.weight",  # Kaggle's landmark solutions
+)
 """Names of centers (rows, D)."""
 _BY_COLUMN = ("W", "kernel")
 """Last parts of the names of centers (D, rows): the first is pytorch-metric-learning's, the second is used by AdaFace,
@@ -40,7 +51,8 @@ def centers(path: Path) -> tuple[Tensor, bool]:
     - ``kernel`` (D, rows) of ElasticFace and InsightFace_Pytorch, of CurricularFace under ``HEAD``, and of AdaFace as
       ``head.kernel`` in a checkpoint of Lightning;
     - ``fc.weight`` (D, rows) of MagFace, beside the net's ``features``;
-    - ``head.weight`` (rows, D) in a checkpoint of Lightning.
+    - ``head.weight`` (rows, D) in a checkpoint of Lightning, and the other names of ``_BY_CLASS``, alone or in one of
+      ``_CONTAINERS``.
 
     Names may begin with ``module.``, as ``DataParallel`` calls them.
 
@@ -53,7 +65,7 @@ def centers(path: Path) -> tuple[Tensor, bool]:
     weight: object = found
     if isinstance(found, dict):
         state = next((found[key] for key in _CONTAINERS if isinstance(found.get(key), dict)), found)
-        named = _of_state(state)
+        named = of_state(state)
         if len(named) > 1:
             raise torch_files.TensorFileError(f"{path} must hold one set of class centers; it has {', '.join(named)}")
         weight = next(iter(named.values()), None)
@@ -69,7 +81,7 @@ def centers(path: Path) -> tuple[Tensor, bool]:
     return weight, momentum
 
 
-def _of_state(state: dict[Any, Any]) -> dict[str, Tensor]:
+def of_state(state: dict[Any, Any]) -> dict[str, Tensor]:
     """Return the class centers (rows, D) among a head's or a model's tensors, by name. Empty ones are left out."""
     tensors = {
         str(name).removeprefix("module."): each
