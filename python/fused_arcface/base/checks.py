@@ -56,8 +56,7 @@ def _as_rows(embeddings: Tensor, weight: Tensor) -> str:
 
 def _as_labels(name: str, labels: Tensor, embeddings: Tensor) -> str:
     """Return advice for labels of another shape or of floats."""
-    of_rows = labels.numel() == embeddings.shape[0]
-    if labels.dim() == 2 and not of_rows:
+    if labels.dim() == 2 and labels.numel() != embeddings.shape[0]:
         return (
             f": for one-hot labels pass {name}.argmax(1); for two labels a row pass target=(first, second, share); for "
             "soft or multi-hot labels take torch.nn.functional.cross_entropy over head.logits(embeddings)"

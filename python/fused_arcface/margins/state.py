@@ -24,7 +24,7 @@ class KeepsValues(nn.Module):
         """Set the parameters and buffers to their initial values."""
         initial: dict[str, Tensor] = self.__dict__.get("_initial_values", {})
         for name, value in initial.items():
-            # transformers replaces this function, by one that leaves alone what a file has.
+            # In this function's place transformers puts one that leaves alone what a file has.
             nn.init.constant_(getattr(self, name), value.item())
 
     def _initial(self, name: str, value: Tensor | float, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -61,9 +61,6 @@ class StatefulMargin(KeepsValues):
     loaded.
     """
 
-    changes = True
-    """False for a margin whose buffers are options: a training step leaves them as they are."""
-
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> StatefulMargin:
         before = dict(self._buffers)
         super()._apply(fn, recurse)
@@ -86,7 +83,10 @@ Place = tuple[nn.Module, str]
 
 
 def has_state(margin: object) -> bool:
-    """Return true if a forward pass may change the margin now: for a module in ``train()``, not in ``eval()``."""
+    """Return true if a forward pass may change the margin now: for a module in ``train()``, not in ``eval()``.
+
+    A module whose attribute ``changes`` is false has options alone, such as :class:`fused_arcface.ClassMargin`.
+    """
     return isinstance(margin, nn.Module) and margin.training and getattr(margin, "changes", True)
 
 
