@@ -237,19 +237,18 @@ def test_sizes_of_numpy() -> None:
     assert head.topk(torch.randn(2, 8), np.int64(3))[1].shape == (2, 3)
 
 
+def margins_and_scales() -> list[dict[str, Any]]:
+    margins = [fa.AdaFace(), fa.ElasticFace(), fa.CurricularFace(), fa.SphereFace2(bias=-3.0), fa.UniFace(bias=2.0)]
+    return [{"scale": fa.AdaCos()}, *({"margin": each} for each in margins)]
+
+
 @pytest.mark.parametrize("where", ["head", "all", "cast"])
 @pytest.mark.parametrize("make", [fa.MarginHead, fa.PartialFC])
 def test_margin_and_scale_of_a_head_built_without_memory(make: Any, where: str) -> None:
     """They have their values again, of which ``to_empty()`` knows none; also those that they were given before."""
-
-    def parts() -> list[dict[str, Any]]:
-        margins = [fa.AdaFace(), fa.ElasticFace(), fa.CurricularFace(), fa.SphereFace2(bias=-3.0), fa.UniFace(bias=2.0)]
-        margins.append(fa.ClassMargin([0.1 * k for k in range(10)]))
-        return [{"scale": fa.AdaCos()}, *({"margin": each} for each in margins)]
-
-    for at, right in enumerate(parts()):
+    for at, right in enumerate(margins_and_scales()):
         with torch.device("meta" if where == "all" else "cpu"):
-            given = parts()[at]
+            given = margins_and_scales()[at]
             (own,), (other,) = given.values(), right.values()
             if where == "head":
                 for each in (own, other):
@@ -263,6 +262,38 @@ def test_margin_and_scale_of_a_head_built_without_memory(make: Any, where: str) 
         values = [*own.buffers(), *own.parameters()]
         for mine, theirs in zip(values, [*other.buffers(), *other.parameters()], strict=True):
             torch.testing.assert_close(mine.to(theirs.dtype), theirs, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("make", [fa.MarginHead, fa.PartialFC])
+def test_reset_parameters_after_the_tensors_were_replaced(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As transformers' from_pretrained does with a head on the meta device: other tensors, without values.
+
+    Then it lets ``_init_weights`` set what the file did not have, with functions of ``nn.init`` that know the rest.
+    """
+    of_the_file: list[torch.Tensor] = []
+    fill = torch.nn.init.constant_
+
+    def guarded(tensor: torch.Tensor, value: float) -> torch.Tensor:
+        return tensor if any(tensor is each for each in of_the_file) else fill(tensor, value)
+
+    monkeypatch.setattr("torch.nn.init.constant_", guarded)
+    for at, right in enumerate(margins_and_scales()):
+        with torch.device("meta"):
+            head = make(8, 10, **margins_and_scales()[at])
+        own, other = getattr(head, *right), *right.values()
+        for tensors in (own._parameters, own._buffers):
+            for name, tensor in tensors.items():
+                memory = torch.full_like(tensor, 77, device="cpu")
+                tensors[name] = torch.nn.Parameter(memory) if tensors is own._parameters else memory
+        head.weight = torch.nn.Parameter(torch.full_like(head.weight, torch.nan, device="cpu"))
+        of_the_file[:] = own.state_dict(keep_vars=True).values() if at % 2 else []
+        for part in head.modules():
+            part.reset_parameters()
+        assert head.weight.isfinite().all() and 0.005 < head.weight.std() < 0.02
+        for name, value in [*other.named_buffers(), *other.named_parameters()]:
+            loaded = any(getattr(own, name) is each for each in of_the_file)
+            expected = torch.full_like(value, 77) if loaded else value
+            torch.testing.assert_close(getattr(own, name), expected, rtol=0, atol=0)
 
 
 def test_another_default_device() -> None:

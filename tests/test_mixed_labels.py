@@ -222,7 +222,7 @@ def test_compiled() -> None:
 def test_errors_name_what_to_use() -> None:
     x, w, first, second, share = inputs()
     instead = "for two labels a row pass target=(first, second, share); for soft or multi-hot labels take"
-    for given in (torch.rand(N, C), F.one_hot(second.clamp(min=0), C), torch.rand(N)):
+    for given in (torch.rand(N, C), F.one_hot(second.clamp(min=0), C)):
         with pytest.raises((TypeError, ValueError), match=r"^target must .*" + re.escape(instead)):
             fa.margin_softmax_loss(x, w, given)
     out_of_range = second.index_fill(0, torch.tensor(3), C)

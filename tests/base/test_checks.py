@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -15,24 +16,55 @@ X, W, Y = torch.ones(4, 8), torch.ones(5, 8), torch.tensor([0, 1, 2, 4])
 FLOATS = "one of the dtypes float32, float64, bfloat16, float16"
 INTEGERS = "one of the dtypes int64, int32, int16, int8, uint64, uint32, uint16, uint8"
 INSTEAD = (
-    "for two labels a row pass target=(first, second, share); for soft or multi-hot labels take "
-    "torch.nn.functional.cross_entropy over head.logits(embeddings)"
+    "for one-hot labels pass target.argmax(1); for two labels a row pass target=(first, second, share); for soft or "
+    "multi-hot labels take torch.nn.functional.cross_entropy over head.logits(embeddings)"
 )
 
 BAD = {
     "list": ({"embeddings": [[1.0]]}, TypeError, "embeddings must be a torch.Tensor; got list"),
     "integer": ({"embeddings": X.long()}, TypeError, f"embeddings must have {FLOATS}; got int64"),
     "fp8": ({"weight": W.to(torch.float8_e4m3fn)}, TypeError, f"weight must have {FLOATS}; got float8_e4m3fn"),
-    "float labels": ({"target": Y.float()}, TypeError, f"target must have {INTEGERS}; got float32: {INSTEAD}"),
+    "float labels": ({"target": Y.float()}, TypeError, f"target must have {INTEGERS}; got float32: pass target.long()"),
     "bool labels": ({"target": Y > 0}, TypeError, f"target must have {INTEGERS}; got bool"),
     "labels None": ({"target": None}, TypeError, "target must be a torch.Tensor; got NoneType"),
     "sparse": ({"weight": W.to_sparse()}, ValueError, "weight must be a dense tensor; got layout torch.sparse_coo"),
     "one row": ({"embeddings": X[0]}, ValueError, "embeddings must be (N, D) with D >= 1; got (8,)"),
+    "rows of one": (
+        {"embeddings": X[:, None]},
+        ValueError,
+        "embeddings must be (N, D) with D >= 1; got (4, 1, 8): pass embeddings.flatten(0, -2), and a label for each of "
+        "its rows",
+    ),
+    "convolution": (
+        {"embeddings": X[..., None, None]},
+        ValueError,
+        "embeddings must be (N, D) with D >= 1; got (4, 8, 1, 1): pass embeddings.flatten(1)",
+    ),
+    "feature map": (
+        {"embeddings": X[..., None].expand(4, 8, 3)},
+        ValueError,
+        "embeddings must be (N, D) with D >= 1; got (4, 8, 3)",
+    ),
     "D = 0": ({"embeddings": X[:, :0]}, ValueError, "embeddings must be (N, D) with D >= 1; got (4, 0)"),
     "other D": ({"weight": W[:, :7]}, ValueError, "weight must be (C, D=8); got (5, 7)"),
     "weight (D,)": ({"weight": W[0]}, ValueError, "weight must be (C, D=8); got (8,)"),
     "C = 0": ({"weight": W[:0]}, ValueError, "weight must hold at least one class; got (0, 8)"),
     "other N": ({"target": Y[:3]}, ValueError, "target must be (N=4,); got (3,)"),
+    "column of labels": (
+        {"target": Y[:, None]},
+        ValueError,
+        "target must be (N=4,); got (4, 1): pass target.flatten()",
+    ),
+    "column of floats": (
+        {"target": Y[:, None].float()},
+        TypeError,
+        f"target must have {INTEGERS}; got float32: pass target.flatten().long()",
+    ),
+    "one-hot floats": (
+        {"target": torch.zeros(4, 5)},
+        TypeError,
+        f"target must have {INTEGERS}; got float32: {INSTEAD}",
+    ),
     "one-hot": ({"target": torch.zeros(4, 5).long()}, ValueError, f"target must be (N=4,); got (4, 5): {INSTEAD}"),
     "scalar label": ({"target": torch.tensor(1)}, ValueError, "target must be (N=4,); got ()"),
     "weight elsewhere": (
@@ -42,6 +74,11 @@ BAD = {
     ),
     "labels elsewhere": ({"target": Y.to("meta")}, ValueError, "target must be on embeddings' device cpu; got meta"),
     "scale text": ({"scale": "64"}, TypeError, "scale must be a number, a 0-dim parameter or AdaCos(); got str"),
+    "scale of NumPy": (
+        {"scale": np.float32(64)},
+        TypeError,
+        "scale must be a number, a 0-dim parameter or AdaCos(); got float32: pass it as float(...)",
+    ),
     "scale bool": ({"scale": True}, TypeError, "scale must be a number; got bool"),
     "scale 0": ({"scale": 0}, ValueError, "scale must be finite and > 0; got 0"),
     "scale < 0": ({"scale": -1.5}, ValueError, "scale must be finite and > 0; got -1.5"),

@@ -56,6 +56,16 @@ FILES: dict[str, tuple[Any, bool, bool]] = {
         True,
         True,
     ),
+    "WeSpeaker": (under("pool.") | {"projection.weight": CENTERS}, False, False),
+    "voxceleb_trainer": (under("__S__.") | {"__L__.weight": CENTERS}, False, False),
+    "ECAPA-TDNN": (under("speaker_encoder.") | {"speaker_loss.weight": CENTERS}, False, False),
+    "open-metric-learning": ({"state_dict": under("model.") | {"criterion.weight": CENTERS}}, False, False),
+    "fast-reid": ({"model": under("backbone.") | {"heads.weight": CENTERS}, "iteration": 3}, False, False),
+    "landmarks": (
+        {"model_state_dict": under("module.enet.") | {"module.metric_classify.weight": CENTERS}, "epoch": 1},
+        False,
+        False,
+    ),
     "Lightning and its metric loss": ({"state_dict": under("backbone.") | {"loss_func.W": CENTERS.T}}, False, True),
     "Lightning with a second classifier": (
         {"state_dict": under("backbone.") | {"head.weight": CENTERS, "aux.weight": CENTERS, "aux.bias": torch.ones(7)}},
@@ -83,6 +93,17 @@ def test_centers(name: str, tmp_path: Path) -> None:
     notes: list[str] = []
     written = convert.convert([tmp_path / "file.ckpt"], tmp_path / "centers.safetensors", noted=notes.append)
     assert convert.read(written).num_classes == 7 and len(notes) == momentum
+
+
+def test_centers_of_a_whole_model_in_safetensors(tmp_path: Path) -> None:
+    """As save_pretrained of transformers writes it."""
+    theirs = pytest.importorskip("safetensors.torch")
+    theirs.save_file(under("backbone.") | {"head.weight": CENTERS}, tmp_path / "model.safetensors")
+    convert.convert([tmp_path / "model.safetensors"], tmp_path / "centers.safetensors")
+    assert torch.equal(theirs.load_file(tmp_path / "centers.safetensors")["weight"], CENTERS)
+    theirs.save_file(NET, tmp_path / "model.safetensors")
+    with pytest.raises(convert.ConvertError, match=r"has no weight; it has conv1\.weight"):
+        convert.read(tmp_path / "model.safetensors")
 
 
 @pytest.mark.parametrize("name", [name for name, (*_, net) in FILES.items() if net])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import math
+import pydoc
 import re
 import shlex
 import sys
@@ -56,7 +57,7 @@ def execute(code: str, names: dict[str, Any]) -> dict[str, Any]:
 def test_the_page_has_what_is_tested() -> None:
     blocks = [code for section in SECTIONS.values() for language, code in section if language == "python"]
     assert all(code.startswith(("# before\n", "# after\n")) for code in blocks)
-    assert sum(code.startswith("# after") for code in blocks) == 16
+    assert sum(code.startswith("# after") for code in blocks) == 17
 
 
 WITH_FILES = {"Checkpoints", "Resume their training"}
@@ -191,15 +192,44 @@ def test_before_and_after_agree(section: str) -> None:
     torch.testing.assert_close(gradients[1][1], gradients[0][1].T, rtol=1e-4, atol=1e-5)
 
 
-def test_the_head_of_speaker_toolkits_agrees() -> None:
+@pytest.mark.parametrize("section", ["AAM-softmax", "Sub-centers with a margin for each class"])
+def test_a_head_and_the_formula_before_it_agree(section: str) -> None:
     names = namespace()
-    before = execute(block("AAM-softmax", "before"), dict(names))
-    made, _, used = block("AAM-softmax", "after").partition("loss = head")
+    before = execute(block(section, "before"), dict(names))
+    made, _, used = block(section, "after").partition("loss = head")
     after = execute(made, dict(names))
     with torch.no_grad():
         after["head"].weight.copy_(before["weight"])
     execute(f"loss = head{used}", after)
     torch.testing.assert_close(after["loss"], before["loss"], rtol=1e-5, atol=1e-5)
+    gradients = [
+        torch.autograd.grad(loss, (names["embeddings"], weight), retain_graph=True)
+        for loss, weight in ((before["loss"], before["weight"]), (after["loss"], after["head"].weight))
+    ]
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-4, atol=1e-5)
+
+
+def test_the_file_of_a_recipe_makes_the_head() -> None:
+    """As HyperPyYAML reads it: ``!new:`` calls, ``!ref`` is a value."""
+    yaml = pytest.importorskip("yaml")
+
+    class Loader(yaml.SafeLoader):  # type: ignore[misc, name-defined]
+        pass
+
+    def called(loader: Any, path: str, node: Any) -> Any:
+        return pydoc.locate(path)(**loader.construct_mapping(node, deep=True))  # type: ignore[operator]
+
+    Loader.add_multi_constructor("!new:", called)
+    Loader.add_constructor("!ref", lambda loader, node: C)
+    ((_, text),) = [found for found in SECTIONS["SpeechBrain"] if found[0] == "yaml"]
+    head = yaml.load(text, Loader=Loader)["classifier"]
+    assert head.margin == fa.ArcFace(0.2) and head.scale == 30 and head.weight.shape == (C, 192)
+
+
+def test_a_scheduler_changes_the_margin_of_the_projection() -> None:
+    after = execute(block("WeSpeaker", "after"), namespace())
+    after["head"].update(margin=0.1)
+    assert after["head"].margin == fa.ArcFace(0.1, "continuous") and after["head"].margin.margin == 0.1
 
 
 class Cosines(nn.Module):

@@ -140,6 +140,11 @@ def test_documented_relations() -> None:
     ("make", "error", "message"),
     [
         (lambda: fa.ArcFace(margin="0.5"), TypeError, "ArcFace: margin must be a number; got str"),
+        (
+            lambda: fa.ArcFace(margin=torch.tensor(0.5)),
+            TypeError,
+            "ArcFace: margin must be a number; got Tensor: pass it as float(...)",
+        ),
         (lambda: fa.ArcFace(margin=True), TypeError, "ArcFace: margin must be a number; got bool"),
         (lambda: fa.ArcFace(margin=-0.1), ValueError, "ArcFace: margin must be in [0, π) radians; got -0.1"),
         (lambda: fa.ArcFace(margin=math.pi), ValueError, f"ArcFace: margin must be in [0, π) radians; got {math.pi}"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from typing import Any
 
 import pytest
 import torch
@@ -100,7 +101,23 @@ def test_margins_are_options_and_no_state() -> None:
     head.bfloat16()
     assert head.weight.dtype == torch.bfloat16 and torch.equal(head.margin.margins, MARGINS)
     assert list(head.state_dict()) == ["weight"]
+    assert list(head.margin.buffers()) == []
     assert head.to("meta").margin.margins.is_meta
+
+
+@pytest.mark.parametrize("make", [fa.MarginHead, fa.PartialFC])
+def test_margins_of_a_head_whose_tensors_were_replaced(make: Any) -> None:
+    """As from_pretrained of transformers does with a head that it built on the meta device: it moves no module."""
+    x, w, y = inputs()
+    with torch.device("meta"):
+        head = make(D, C, margin=fa.ClassMargin(MARGINS))
+    for tensors in (head._parameters, head.margin._buffers):
+        for name in tensors:
+            tensors[name] = torch.nn.Parameter(torch.zeros_like(tensors[name], device="cpu"))
+    head.weight.data.copy_(w)
+    expected = fa.margin_softmax_loss(x, w, y, margin=fa.ClassMargin(MARGINS))
+    torch.testing.assert_close(head(x, y).item(), expected.item(), rtol=1e-6, atol=0)
+    assert head.margin.margins.device == x.device
 
 
 def test_wrong_arguments() -> None:

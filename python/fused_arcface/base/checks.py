@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .dtypes import FLOAT_DTYPES, INTEGER_DTYPES, names
-from .ranges import FROM_0_TO_1, POSITIVE, check_number
+from .ranges import FROM_0_TO_1, POSITIVE, check_number, type_of_number
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -37,16 +37,32 @@ def check_embeddings(embeddings: object, weight: Tensor, device: torch.device | 
     """Check embeddings ``(N, D)`` against class centers ``(C, D)``, whose device is weight's if ``device`` is None."""
     embeddings = _check_tensor("embeddings", embeddings, FLOAT_DTYPES)
     if embeddings.dim() != 2 or embeddings.shape[1] != weight.shape[1]:
-        raise ValueError(f"embeddings must be (N, D={weight.shape[1]}); got {tuple(embeddings.shape)}")
+        got = f"{tuple(embeddings.shape)}{_as_rows(embeddings, weight)}"
+        raise ValueError(f"embeddings must be (N, D={weight.shape[1]}); got {got}")
     device = device or weight.device
     if embeddings.device != device:
         raise ValueError(f"embeddings must be on weight's device {device}; got {embeddings.device}")
 
 
-_INSTEAD = (
-    "for two labels a row pass target=(first, second, share); for soft or multi-hot labels take "
-    "torch.nn.functional.cross_entropy over head.logits(embeddings)"
-)
+def _as_rows(embeddings: Tensor, weight: Tensor) -> str:
+    """Return advice for embeddings (N, 1, D), (N, T, D) or (N, D, 1), as some nets return them; "" for others."""
+    shape, embedding_dim = embeddings.shape, weight.shape[-1:].numel()
+    if len(shape) > 2 and shape[-1] == embedding_dim:
+        return ": pass embeddings.flatten(0, -2), and a label for each of its rows"
+    if len(shape) > 2 and shape[1:].numel() == embedding_dim:
+        return ": pass embeddings.flatten(1)"
+    return ""
+
+
+def _as_labels(name: str, labels: Tensor, embeddings: Tensor) -> str:
+    """Return advice for labels of another shape or of floats."""
+    if labels.dim() == 2 and labels.numel() != embeddings.shape[0]:
+        return (
+            f": for one-hot labels pass {name}.argmax(1); for two labels a row pass target=(first, second, share); for "
+            "soft or multi-hot labels take torch.nn.functional.cross_entropy over head.logits(embeddings)"
+        )
+    changes = (".flatten()" if labels.dim() == 2 else "") + (".long()" if labels.is_floating_point() else "")
+    return f": pass {name}{changes}" if changes else ""
 
 
 def check_target(target: object, embeddings: Tensor, ignore_index: object) -> None:
@@ -72,9 +88,9 @@ def check_labels(labels: object, embeddings: Tensor, ignore_index: object, name:
     """Check labels ``(N,)`` of embeddings ``(N, D)``, which are not read, and the label of ignored rows."""
     if isinstance(labels, Tensor) and labels.is_floating_point():
         rule = f"{name} must have one of the dtypes {names(INTEGER_DTYPES)}"
-        raise TypeError(f"{rule}; got {names((labels.dtype,))}: {_INSTEAD}")
+        raise TypeError(f"{rule}; got {names((labels.dtype,))}{_as_labels(name, labels, embeddings)}")
     labels = _check_tensor(name, labels, INTEGER_DTYPES)
-    _check_rows(name, labels, embeddings, f": {_INSTEAD}" if labels.dim() == 2 else "")
+    _check_rows(name, labels, embeddings, _as_labels(name, labels, embeddings))
     if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
         raise TypeError(f"ignore_index must be an int; got {type(ignore_index).__name__}")
     if not -(1 << 63) <= ignore_index < 1 << 63:
@@ -105,7 +121,7 @@ def check_scale(scale: object) -> None:
     elif isinstance(scale, (int, float)):
         check_number("scale", scale, POSITIVE)
     elif isinstance(scale, type) or not hasattr(scale, "rescale"):
-        got = f"the class {scale.__name__}" if isinstance(scale, type) else type(scale).__name__
+        got = f"the class {scale.__name__}" if isinstance(scale, type) else type_of_number(scale)
         raise TypeError(f"scale must be a number, a 0-dim parameter or AdaCos(); got {got}")
 
 
@@ -160,7 +176,8 @@ def check_inputs(
     embeddings = _check_tensor("embeddings", embeddings, FLOAT_DTYPES)
     weight = _check_tensor("weight", weight, FLOAT_DTYPES)
     if embeddings.dim() != 2 or embeddings.shape[1] == 0:
-        raise ValueError(f"embeddings must be (N, D) with D >= 1; got {tuple(embeddings.shape)}")
+        got = f"{tuple(embeddings.shape)}{_as_rows(embeddings, weight)}"
+        raise ValueError(f"embeddings must be (N, D) with D >= 1; got {got}")
     if weight.dim() != 2 or weight.shape[1] != embeddings.shape[1]:
         raise ValueError(f"weight must be (C, D={embeddings.shape[1]}); got {tuple(weight.shape)}")
     if weight.shape[0] == 0:

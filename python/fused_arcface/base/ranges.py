@@ -32,8 +32,14 @@ def check_number(name: str, value: object, allowed: Range) -> None:
         ValueError: if it is outside the range.
     """
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a number; got {type(value).__name__}")
+        raise TypeError(f"{name} must be a number; got {type_of_number(value)}")
     # Comparisons, not math.isfinite: under torch.compile a number may be symbolic.
     above = allowed.low < value or (allowed.has_low and value == allowed.low)
     if not (above and (value < allowed.high or (allowed.has_high and value == allowed.high))):
         raise ValueError(f"{name} must be {allowed.rule}; got {value}")
+
+
+def type_of_number(value: object) -> str:
+    """Return the type of a value that is no Python number, and what to do if it is one of NumPy's or a tensor."""
+    converts = hasattr(value, "__float__") and not isinstance(value, bool)
+    return type(value).__name__ + (": pass it as float(...)" if converts else "")

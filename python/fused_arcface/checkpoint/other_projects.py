@@ -18,12 +18,26 @@ INSIGHTFACE = {
 }
 """Names of insightface's shards: everything of a rank, its head alone, and before 2022 the tensor alone."""
 
-_CONTAINERS = ("state_dict_softmax_fc", "HEAD", "state_dict", "net_state_dict", "model", "head")
-"""Keys of the head's state in files of insightface, CurricularFace, Lightning and MagFace, Face_Pytorch, opensphere."""
+_CONTAINERS = ("state_dict_softmax_fc", "HEAD", "state_dict", "net_state_dict", "model_state_dict", "model", "head")
+"""Keys of the head's state in files of insightface, CurricularFace, Lightning and MagFace, Face_Pytorch, landmark
+solutions, fast-reid, and opensphere."""
 _DEEPEST = 3  # containers in each other
 _OPTIMIZERS = ("state_optimizer", "OPTIMIZER", "optimizer", "optimizer_states")
 """Keys of the optimizer's state, or a list of them, in the same files."""
-_BY_CLASS = ("weight", "weight_activated", "head.weight", "partial_fc.weight", "loss.weight", "w")
+_BY_CLASS = (
+    "weight",
+    "weight_activated",
+    "head.weight",
+    "partial_fc.weight",  # CVLface
+    "loss.weight",  # UniFace
+    "w",  # opensphere
+    "projection.weight",  # WeSpeaker
+    "__L__.weight",  # voxceleb_trainer
+    "speaker_loss.weight",  # ECAPA-TDNN
+    "criterion.weight",  # open-metric-learning
+    "heads.weight",  # fast-reid
+    "metric_classify.weight",  # Kaggle's landmark solutions
+)
 """Names of centers (rows, D)."""
 _BY_COLUMN = ("W", "kernel")
 """Last parts of the names of centers (D, rows): the first is pytorch-metric-learning's, the second is used by AdaFace,
@@ -57,8 +71,8 @@ def centers(path: Path, embedding_dim: int | None = None) -> Found:
     - ``kernel`` (D, rows) of ElasticFace and InsightFace_Pytorch, of CurricularFace under ``HEAD``, of TFace under the
       name of the data, and of AdaFace as ``head.kernel`` in a checkpoint of Lightning;
     - ``fc.weight`` (D, rows) of MagFace, beside the net's ``features``;
-    - ``head.weight`` (rows, D) in a checkpoint of Lightning;
-    - ``partial_fc.weight`` of CVLface, ``loss.weight`` of UniFace, ``w`` of opensphere, all (rows, D);
+    - ``head.weight`` (rows, D) in a checkpoint of Lightning, and the other names of ``_BY_CLASS``, alone or in one of
+      ``_CONTAINERS``;
     - with ``embedding_dim`` one tensor of any name, as TFace's PartialFC is saved under the name of the data.
 
     Names may begin with ``module.``, as ``DataParallel`` calls them. Other projects, such as FaceX-Zoo and face.evoLVe,

@@ -149,6 +149,9 @@ def _read_safetensors(path: Path) -> Centers:
     tensors, metadata = safetensors.read(path)
     with file_errors(path):
         values = json.loads(metadata.get("fused_arcface", "{}"))
+    if "weight" not in tensors:  # of a whole model, as save_pretrained of transformers writes it
+        named = [each.T if turned else each for each, turned in other_projects.of_state(tensors).values()]
+        tensors = {"weight": named[0]} if len(named) == 1 else tensors
     return _checked(path, {name: _whole(tensor) for name, tensor in tensors.items()}, values)
 
 

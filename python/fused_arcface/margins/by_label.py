@@ -12,13 +12,12 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..base.ranges import FROM_0_TO_1, NOT_NEGATIVE, check_number
 from .angular import Boundary, angle, past_boundary
 from .checks import check_choice
 from .protocol import RowMargin
-from .state import StatefulMargin
 
 Kind = Literal["cos", "arc"]
 
@@ -59,7 +58,7 @@ class LabelMargin:
         return self.__qualname__
 
 
-class ClassMargin(StatefulMargin):
+class ClassMargin(nn.Module):
     """``s·(cos θ - m_y)`` or ``s·cos(θ + m_y)`` with a margin ``m_y`` for each class (LDAM, eq. 13, arXiv:1906.07413).
 
     Args:
@@ -69,7 +68,8 @@ class ClassMargin(StatefulMargin):
         boundary: continuation past ``θ + m_y = π`` with ``kind="arc"``, see :mod:`fused_arcface.margins.angular`.
 
     Attributes:
-        margins: (C_total,) fp64 buffer. It is an option and no state: ``state_dict()`` does not have it.
+        margins: (C_total,) fp64, on the head's device. They are an option and no state: no buffer, not in
+            ``state_dict()``.
 
     Raises:
         TypeError, ValueError: if an argument has a wrong type, shape or range. The head raises ValueError if it has
@@ -96,7 +96,9 @@ class ClassMargin(StatefulMargin):
         self.kind, self.boundary = kind, boundary
         self._least, self._greatest = values.min().item(), values.max().item()
         self._digest = hashlib.sha256(values.numpy().tobytes()).hexdigest()[:8]
-        self.register_buffer("margins", self._initial("margins", values, torch.float64), persistent=False)
+        # Not a buffer: from_pretrained of transformers replaces those that its file lacks by memory without values.
+        self._values = values
+        self.margins = values.to(torch.get_default_device())
 
     @classmethod
     def from_counts(
@@ -137,12 +139,24 @@ class ClassMargin(StatefulMargin):
 
     def forward(self, target_cosine: Tensor) -> Tensor:
         """Return modified cosines (N,) of target cosines (N,) with the mean margin."""
-        return self._modify(target_cosine, self.margins.mean().to(target_cosine.dtype).expand_as(target_cosine))
+        mean = self._on(target_cosine.device).mean().to(target_cosine.dtype)
+        return self._modify(target_cosine, mean.expand_as(target_cosine))
 
     def for_labels(self, labels: Tensor, counted: Tensor) -> RowMargin:
         """Return the batch's :class:`fused_arcface.margins.RowMargin`."""
-        margins = self.margins.index_select(0, labels)
+        margins = self._on(labels.device).index_select(0, labels)
         return RowMargin(lambda cosine: self._modify(cosine, margins.to(cosine.dtype)))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ClassMargin:
+        super()._apply(fn, recurse)
+        self._on(fn(torch.empty(0, device=self.margins.device)).device)
+        return self
+
+    def _on(self, device: torch.device) -> Tensor:
+        """Return the margins (C_total,), which move to this device. They also stay on the host."""
+        if self.margins.device != device:
+            self.margins = self._values.to(device)
+        return self.margins
 
     def _modify(self, target_cosine: Tensor, margins: Tensor) -> Tensor:
         if self.kind == "cos":

@@ -15,12 +15,22 @@ from torch import Tensor, nn
 class KeepsValues(nn.Module):
     """A module that keeps its values while it is on the meta device, where tensors have none.
 
-    A head that was built there gets memory by ``to_empty()``, which sets no values for its margin and scale.
+    A head that was built there gets memory by ``to_empty()``, which sets no values for its margin and scale. A program
+    that replaces the tensors themselves, as ``from_pretrained`` of transformers does, calls ``reset_parameters()``.
     """
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Set the parameters and buffers to their initial values."""
+        initial: dict[str, Tensor] = self.__dict__.get("_initial_values", {})
+        for name, value in initial.items():
+            # In this function's place transformers puts one that leaves alone what a file has.
+            nn.init.constant_(getattr(self, name), value.item())
 
     def _initial(self, name: str, value: Tensor | float, dtype: torch.dtype = torch.float32) -> Tensor:
         """Return the initial value of a buffer or parameter of that name, on the default device."""
         value, device = torch.as_tensor(value, dtype=dtype, device="cpu"), torch.get_default_device()
+        self.__dict__.setdefault("_initial_values", {})[name] = value.clone()
         if device.type == "meta":
             self._kept()[name] = value
         return value.to(device)
@@ -51,9 +61,6 @@ class StatefulMargin(KeepsValues):
     loaded.
     """
 
-    changes = True
-    """False for a margin whose buffers are options: a training step leaves them as they are."""
-
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> StatefulMargin:
         before = dict(self._buffers)
         super()._apply(fn, recurse)
@@ -76,7 +83,10 @@ Place = tuple[nn.Module, str]
 
 
 def has_state(margin: object) -> bool:
-    """Return true if a forward pass may change the margin now: for a module in ``train()``, not in ``eval()``."""
+    """Return true if a forward pass may change the margin now: for a module in ``train()``, not in ``eval()``.
+
+    A module whose attribute ``changes`` is false has options alone, such as :class:`fused_arcface.ClassMargin`.
+    """
     return isinstance(margin, nn.Module) and margin.training and getattr(margin, "changes", True)
 
 
