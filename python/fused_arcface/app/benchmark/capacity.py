@@ -130,23 +130,21 @@ class Trial(NamedTuple):
     step_ms: float
 
 
-def try_in_this_process(setup: str, shape: tuple[int, int, int], device: str, budget_bytes: int, threads: int) -> Trial:
-    """Take the steps of :func:`try_step`, in its child process."""
-    torch.set_num_threads(threads)
-    (chosen,) = (each for each in setups() if str(each) == setup)
+def _two_steps(setup: TrainingSetup, shape: tuple[int, int, int], device: torch.device, budget_bytes: int) -> Trial:
+    """Take the steps of :func:`try_step` in this process."""
     N, C, D = shape
-    on = torch.device(device)
-    chosen.make(chosen.case(8, 128, D), on)()  # loads libraries' code and starts threads, which are not counted
-    with memory.limited(on, min(int(_OVERSHOOT * budget_bytes) + _SLACK_BYTES, memory.available_bytes(on))):
-        before = memory.reset_peak(on)
-        step = chosen.make(chosen.case(N, C, D), on)
+    setup.make(setup.case(8, 128, D), device)()  # loads libraries' code and starts threads, which are not counted
+    limit = min(int(_OVERSHOOT * budget_bytes) + _SLACK_BYTES, memory.available_bytes(device))
+    with memory.limited(device, limit):
+        before = memory.reset_peak(device)
+        step = setup.make(setup.case(N, C, D), device)
         step()  # allocates the momentum
-        memory.synchronize(on)
+        memory.synchronize(device)
         start = time.perf_counter()
         step()
-        memory.synchronize(on)
+        memory.synchronize(device)
         milliseconds = (time.perf_counter() - start) * 1e3
-        return Trial(memory.peak_since_reset(on) - before, milliseconds)
+        return Trial(memory.peak_since_reset(device) - before, milliseconds)
 
 
 def try_step(
@@ -158,17 +156,9 @@ def try_step(
         ChildFailed: if it failed for another reason than its memory.
     """
     try:
-        result = child.call(
-            "benchmark.capacity:try_in_this_process",
-            setup=str(setup),
-            shape=shape,
-            device=str(device),
-            budget_bytes=budget_bytes,
-            threads=torch.get_num_threads(),
-        )
+        return child.call(_two_steps, setup, shape, device, budget_bytes)
     except MemoryError:
         return None
-    return Trial(*result)
 
 
 @dataclass(frozen=True)

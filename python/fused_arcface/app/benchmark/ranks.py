@@ -17,8 +17,8 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -60,18 +60,16 @@ def run_ranks(
     rows = []
     progress("the rate of one process")
     with Child() as child:
-        seconds_per_mac, copy, fixed = child.call("benchmark.ranks:rates_of_this_process")
-    one = Device(context["device"], seconds_per_mac, copy, math.inf, True, fixed, overlap=0.0)
+        seconds_per_mac, copy, fixed = child.call(_rates)
     for ranks in world_sizes:
         progress(f"{ranks} ranks")
         latency, rate, steps = _run_world(ranks)
-        network = Network(ranks, rate, rate, latency)
         share = max(1.0, ranks / machine.processors())
-        shared = {"seconds_per_mac": share * seconds_per_mac, "bytes_per_second": copy / share}
-        device = replace(one, **shared, step_seconds=share * fixed)
+        rates = share * seconds_per_mac, copy / share, math.inf
+        device = Device(context["device"], *rates, measured=True, step_seconds=share * fixed, overlap=0.0)
+        model = partial(predict, device, batch=_BATCH, D=_D, storage=FUSED_FP32, embedding_bytes=4)
         for identities, measured in zip(IDENTITIES, steps, strict=True):
-            sizes = {"batch": _BATCH, "D": _D, "embedding_bytes": 4}
-            step = predict(device, identities, ranks, storage=FUSED_FP32, network=network, **sizes)
+            step = model(identities, ranks, network=Network(ranks, rate, rate, latency))
             rows.append(
                 {
                     "ranks": ranks,
@@ -101,18 +99,13 @@ def _run_world(ranks: int) -> tuple[float, float, list[float]]:
         folder = stack.enter_context(tempfile.TemporaryDirectory())
         children = [stack.enter_context(Child()) for _ in range(ranks)]
         pool = stack.enter_context(ThreadPoolExecutor(ranks))
-        calls = [
-            pool.submit(
-                child.call, "benchmark.ranks:rank_in_this_process", rank=rank, ranks=ranks, store=f"{folder}/store"
-            )
-            for rank, child in enumerate(children)
-        ]
+        calls = [pool.submit(child.call, _rank, rank, ranks, f"{folder}/store") for rank, child in enumerate(children)]
         found = [call.result() for call in calls]
     latencies, rates, steps = zip(*found, strict=True)
     return max(latencies), min(rates), [max(each) for each in zip(*steps, strict=True)]
 
 
-def rates_of_this_process() -> tuple[float, float, float]:
+def _rates() -> tuple[float, float, float]:
     """Measure one thread: seconds per row, class and dimension, bytes copied per second, fixed seconds of a step."""
     torch.set_num_threads(1)
     few, many = (_median_seconds(_training_step(rows, _RATE_C)) for rows in (_FEW_ROWS, _MANY_ROWS))
@@ -121,7 +114,7 @@ def rates_of_this_process() -> tuple[float, float, float]:
     return (many - few) / ((_MANY_ROWS - _FEW_ROWS) * _RATE_C * _D), copy, fixed
 
 
-def rank_in_this_process(rank: int, ranks: int, store: str) -> tuple[float, float, list[float]]:
+def _rank(rank: int, ranks: int, store: str) -> tuple[float, float, list[float]]:
     """Return what one rank measures: latency, bytes per second, and the seconds of a step for :data:`IDENTITIES`."""
     torch.set_num_threads(1)
     # The loopback interface. Otherwise gloo looks up the machine's name, which need not have an address.

@@ -75,21 +75,10 @@ def peak_of_steps(criterion: str, batch_size: int, embedding_dim: int, data: Lab
     """
     if not can_measure(_CPU):
         return None
-    return child.call(
-        "lab.cost:peak_in_this_process",
-        criterion=criterion,
-        batch_size=batch_size,
-        embedding_dim=embedding_dim,
-        image_shape=list(data.images.shape[1:]),
-        num_classes=data.num_identities,
-    )
+    return child.call(_peak, criterion, batch_size, embedding_dim, data.images.shape[1:], data.num_identities)
 
 
-def peak_in_this_process(
-    criterion: str, batch_size: int, embedding_dim: int, image_shape: list[int], num_classes: int
-) -> int:
-    """Measure for :func:`peak_of_steps`, in its child process."""
-    torch.set_num_threads(1)
+def _peak(criterion: str, batch_size: int, embedding_dim: int, image_shape: torch.Size, num_classes: int) -> int:
     chosen = criteria()[criterion]
     images = torch.rand(4 * max(num_classes, batch_size), *image_shape)
     data = LabeledImages(images, torch.arange(len(images)) % num_classes)
