@@ -314,7 +314,7 @@ def test_memory_of_a_pass_is_seen_from_outside(child: Child) -> None:
     assert fused < logits / 4
 
 
-@pytest.mark.parametrize("each", [*all_providers(), *capacity.setups()], ids=str)
+@pytest.mark.parametrize("each", [*all_providers(), *capacity.all_setups()], ids=str)
 def test_every_provider_and_setup_can_be_sent_to_a_child(each: Named) -> None:
     assert str(pickle.loads(pickle.dumps(each))) == str(each)
 

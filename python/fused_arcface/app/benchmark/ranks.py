@@ -19,7 +19,6 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,7 +31,6 @@ from ..measure import machine
 from ..measure.child import Child
 from .capacity import SGD
 from .cost_model import FUSED_FP32, Device, Network, predict
-from .report import write_rows
 
 WORLD_SIZES = (1, 2, 4)
 IDENTITIES = (2_000, 20_000, 200_000)
@@ -86,11 +84,6 @@ def run_ranks(
                 }
             )
     return rows
-
-
-def write(folder: Path, rows: list[dict[str, Any]]) -> list[Path]:
-    """Write ranks.csv and ranks.json into ``folder``; return their paths."""
-    return write_rows(folder, "ranks", rows)
 
 
 def _run_world(ranks: int) -> tuple[float, float, list[float]]:

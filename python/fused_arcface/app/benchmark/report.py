@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -198,6 +198,17 @@ def write_json(path: Path, value: Any) -> Path:
 def read_json(path: Path) -> Any:
     """Read a JSON file."""
     return json.loads(path.read_text(encoding="utf-8"))
+
+
+def check_same(earlier: Mapping[str, Any], here: Mapping[str, Any], *names: str) -> None:
+    """Check that new results can be compared with an earlier run's: that some columns of a row or context are equal.
+
+    Raises:
+        ValueError: if one of them differs.
+    """
+    for name in names:
+        if earlier[name] != here[name]:
+            raise ValueError(f"the earlier run's {name} must be {here[name]}; got {earlier[name]}")
 
 
 def read_report(folder: Path) -> Report:

@@ -19,9 +19,6 @@ from .truth import TOLERANCE, Formula, PassResult, error_of, truth
 
 _COARSEST_FIRST = ("float16", "bfloat16", "float32", "float64")
 
-Progress = Callable[[str, str], None]
-"""Called with a case and what is done with it; an empty text begins a case."""
-
 
 def tolerance(provider: Provider, case: Case) -> float:
     """Return the largest relative error at which a provider's result counts as right."""
@@ -41,7 +38,7 @@ def run_benchmark(
     seconds: float = 3.0,
     with_memory: bool = True,
     earlier: Report | None = None,
-    progress: Progress = lambda case, step: None,
+    progress: Callable[[str], None] = lambda text: None,
     on_case: Callable[[Report, Case], None] = lambda report, case: None,
 ) -> Report:
     """Measure each provider on each case, both passes.
@@ -52,8 +49,8 @@ def run_benchmark(
         device: the device to measure on.
         seconds: time that the samples of one case and pass should take together.
         with_memory: if true, measure peak memory as well, if the system tells it.
-        earlier: an interrupted run to resume, see :func:`check_same_machine`; its cases are not measured again.
-        progress: called with the case and the step that begins.
+        earlier: an interrupted run to resume; its cases are not measured again.
+        progress: called with a line before each step.
         on_case: called after each case with all that has been found so far.
     """
     report = earlier or Report(machine.context(device), [], [], {"flops_per_second": {}})
@@ -66,30 +63,18 @@ def run_benchmark(
         ceilings += ["tf32", *({"float16"} - {*ceilings})]
     for name in ceilings:
         if name not in report.machine["flops_per_second"]:
-            progress("ceiling", f"square product in {name}")
+            progress(f"ceiling: square product in {name}")
             _add_ceiling(report, machine.measure_ceiling(device, name), name)
     if device.type == "cpu" and "fma_flops_per_second" not in report.machine:
         report.machine["fma_flops_per_second"] = machine.fma_flops_per_second()
     with_memory = with_memory and memory.can_measure(device)
     with Child() as child:
         for case in cases:
-            progress(str(case), "")
+            progress(str(case))
             _measure_case(case, usable[case], device, seconds, child if with_memory else None, report, progress)
             memory.release(device)
             on_case(report, case)
     return report
-
-
-def check_same_machine(report: Report, device: torch.device) -> None:
-    """Check that new rows can be compared with those of an earlier report.
-
-    Raises:
-        ValueError: if it is of another device, torch or commit.
-    """
-    here = machine.context(device)
-    for name in ("device", "torch", "commit"):
-        if report.context[name] != here[name]:
-            raise ValueError(f"the earlier run's {name} must be {here[name]}; got {report.context[name]}")
 
 
 def _usable(
@@ -126,7 +111,7 @@ def _measure_case(
     seconds: float,
     child: Child | None,
     report: Report,
-    progress: Progress,
+    progress: Callable[[str], None],
 ) -> None:
     named = {}
     for provider in providers:
@@ -146,7 +131,7 @@ def _measure_case(
     rights: dict[Formula, PassResult] = {}
     # One formula after the other: the right result of each holds a (C, D) gradient.
     for name, provider in sorted(named.items(), key=lambda item: item[1].formula):
-        progress(str(case), f"checking {name}")
+        progress(f"{case}: checking {name}")
         try:
             if provider.formula not in rights:
                 rights = {provider.formula: truth(inputs, provider.formula)}
@@ -167,7 +152,7 @@ def _measure_case(
     for name in errors:
         if child is None:
             break
-        progress(str(case), f"memory of {name}")
+        progress(f"{case}: memory of {name}")
         try:
             peaks[name] = memory.peaks_of(named[name], case, device, child)
         except (MemoryError, ChildFailed, torch.OutOfMemoryError) as error:
@@ -179,7 +164,7 @@ def _measure_case(
             {name: named[name].timed(inputs, backward) for name in errors},
             device,
             seconds,
-            lambda name, pass_name=pass_name: progress(str(case), f"{pass_name} {name}"),  # type: ignore[misc]
+            lambda name, pass_name=pass_name: progress(f"{case}: {pass_name} {name}"),  # type: ignore[misc]
             lambda name, error: skip(name, _reason(error)),
         )
         for name, timing in timings.items():
