@@ -184,17 +184,8 @@ def test_steps_are_plain_training() -> None:
 
     net, head, parameters = make()
     seen: list[torch.Size] = []
-    optimizer, scheduler = one_cycle(parameters, recipe)
-    steps = list(
-        training_steps(
-            net,
-            head,
-            optimizer,
-            scheduler,
-            shuffled_batches(data, 8, 3, seed=0),
-            lambda head, x, y: seen.append(x.shape),
-        )
-    )
+    batches = shuffled_batches(data, 8, 3, seed=0)
+    steps = list(training_steps(net, head, recipe, batches, lambda head, x, y: seen.append(x.shape)))
     plain_net, plain_head, plain_parameters = make()
     optimizer, scheduler = one_cycle(plain_parameters, recipe)
     for step, (images, target) in zip(steps, shuffled_batches(data, 8, 3, seed=0), strict=True):

@@ -82,7 +82,7 @@ def all_setups() -> tuple[TrainingSetup, ...]:
         for dtype in ("float32", "bfloat16") if provider.is_ours else ("float32",):
             found.append(TrainingSetup(name, backend, dtype, dtype, partial(_with_sgd, provider), reason))
         for dtype, momentum in _FUSED_DTYPES if provider.is_ours else ():
-            fused = partial(_with_center_sgd, backend, momentum)
+            fused = partial(with_center_sgd, backend, momentum)
             found.append(TrainingSetup(f"{name} + CenterSGD", backend, dtype, momentum, fused, reason))
     return tuple(found)
 
@@ -109,8 +109,8 @@ class RepeatedCenters(PartialFC):
         draw_centers(self.weight, REPEATED)
 
 
-def _with_center_sgd(backend: str, momentum_dtype: str, case: Case, device: torch.device) -> TakeStep:
-    """Make steps of PartialFC with one shard, which updates the class centers in its backward pass."""
+def with_center_sgd(backend: str, momentum_dtype: str, case: Case, device: torch.device) -> TakeStep:
+    """Make steps of PartialFC, which updates its class centers in the backward pass; a process group shares them."""
     optimizer = CenterSGD(**SGD, momentum_dtype=getattr(torch, momentum_dtype))
     dtype = case.torch_weight_dtype
     head = RepeatedCenters(case.D, case.C, center_optimizer=optimizer, backend=backend, device=device, dtype=dtype)

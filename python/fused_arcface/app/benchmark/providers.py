@@ -210,7 +210,7 @@ def all_providers() -> tuple[Provider, ...]:
         _peer("plain", peers.plain, same, tolerance=_ROUGH),
         _peer("plain-autocast", peers.plain_under_autocast, Needs(weight_dtype="bfloat16"), tolerance=_ROUGH),
         _peer("compiled", peers.compiled),
-        _peer("compiled-plain", peers.compiled_plain, same_cuda, tolerance=_ROUGH),
+        _peer("compiled-plain", partial(peers.compiled, loss=peers.plain), same_cuda, tolerance=_ROUGH),
         _peer("insightface", peers.insightface, fp32, "straight_through"),
         _peer("insightface-tf32", peers.insightface, fp32_cuda, "straight_through", tf32=True),
         _peer("insightface-fp16", fp16, fp32_cuda, "straight_through"),

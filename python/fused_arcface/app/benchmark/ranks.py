@@ -24,12 +24,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from fused_arcface.center_sgd import CenterSGD
-from fused_arcface.partial_fc import PartialFC
-
 from ..measure import machine
 from ..measure.child import Child
-from .capacity import SGD
+from .capacity import TakeStep, with_center_sgd
+from .cases import Case
 from .cost_model import FUSED_FP32, Device, Network, predict
 
 WORLD_SIZES = (1, 2, 4)
@@ -140,17 +138,8 @@ def _network(ranks: int) -> tuple[float, float]:
     return seconds[0] / doublings, received / max(seconds[1] - seconds[0], 1e-9)
 
 
-def _training_step(rows: int, classes: int) -> Callable[[], None]:
-    """Make a step of ``rows`` embeddings on this rank, with the class centers updated in the backward pass."""
-    head = PartialFC(_D, classes, center_optimizer=CenterSGD(**SGD))
-    embeddings = torch.randn(rows, _D, requires_grad=True)
-    target = torch.randint(classes, (rows,))
-
-    def step() -> None:
-        head(embeddings, target).backward()
-        embeddings.grad = None
-
-    return step
+def _training_step(rows: int, classes: int) -> TakeStep:
+    return with_center_sgd("auto", "float32", Case(rows, classes, _D), torch.device("cpu"))
 
 
 def _median_seconds(run: Callable[[], None], barrier: Callable[[], object] = lambda: None) -> float:

@@ -57,7 +57,7 @@ def run_benchmark(
     report.machine["memory_bytes"] = memory.available_bytes(device)
     measured = {each.case for each in report.measurements}
     cases = [case for case in cases if case not in measured]
-    usable = _usable(cases, providers, device, report)
+    providers = _usable(cases, providers, device, report)
     ceilings = list(dict.fromkeys(case.dtype for case in cases))
     if device.type == "cuda" and "float32" in ceilings:  # some providers compute fp32 in tf32 or fp16
         ceilings += ["tf32", *({"float16"} - {*ceilings})]
@@ -71,7 +71,7 @@ def run_benchmark(
     with Child() as child:
         for case in cases:
             progress(str(case))
-            _measure_case(case, usable[case], device, seconds, child if with_memory else None, report, progress)
+            _measure_case(case, providers, device, seconds, child if with_memory else None, report, progress)
             memory.release(device)
             on_case(report, case)
     return report
@@ -79,18 +79,16 @@ def run_benchmark(
 
 def _usable(
     cases: Sequence[Case], providers: Sequence[Provider], device: torch.device, report: Report
-) -> dict[Case, list[Provider]]:
-    usable: dict[Case, list[Provider]] = {case: [] for case in cases}
+) -> list[Provider]:
+    """Return the providers without those that one reason excludes from every case."""
+    usable = []
     for provider in providers:
-        reasons: dict[Case | None, str | None] = {case: provider.reason_against(case, device) for case in cases}
-        for case in cases:
-            if reasons[case] is None:
-                usable[case].append(provider)
-        if len(set(reasons.values())) == 1 and None not in reasons.values():
-            reasons = {None: reasons[cases[0]]}
-        for where, reason in reasons.items():
-            if reason is not None:
-                report.skip(provider, where, reason)
+        reasons = {provider.reason_against(case, device) for case in cases}
+        reason = reasons.pop() if len(reasons) == 1 else None
+        if reason is None:
+            usable.append(provider)
+        else:
+            report.skip(provider, None, reason)
     return usable
 
 
@@ -115,9 +113,9 @@ def _measure_case(
 ) -> None:
     named = {}
     for provider in providers:
-        lacking = _lacks_memory(provider, case, report)
-        if lacking:
-            report.skip(provider, case, lacking)
+        reason = provider.reason_against(case, device) or _lacks_memory(provider, case, report)
+        if reason is not None:
+            report.skip(provider, case, reason)
         else:
             named[str(provider)] = provider
     if not named:

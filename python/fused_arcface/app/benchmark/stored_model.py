@@ -26,7 +26,6 @@ from .cost_model import FUSED_BF16_INT8, H200, predict
 class Link:
     """The way between the computing device and the rows at rest."""
 
-    name: str
     read_bytes_per_second: float
     write_bytes_per_second: float
     together: bool
@@ -36,8 +35,8 @@ class Link:
 
 
 # PCIe 5.0 x16 at four fifths of its 63 GB/s, each direction; an NVMe drive's random reads and writes of 4 KiB.
-PCIE = Link("host", 50e9, 50e9, together=False)
-NVME = Link("file", 4e9, 2e9, together=True, times_written=2)
+PCIE = Link(50e9, 50e9, together=False)
+NVME = Link(4e9, 2e9, together=True, times_written=2)
 
 
 @dataclass(frozen=True)

@@ -229,7 +229,7 @@ def write_numbers(demo: Demo, path: Path) -> None:
         "bounds": {"step_relative": STEP_BOUND, "curve_absolute": CURVE_BOUND, "curve_steps": CURVE_STEPS},
         "broken": demo.broken(),
         "problems": {result.task.name: _task_result(result, demo.plan.seeds) for result in demo.results},
-        "head": [cost.as_json() for cost in demo.costs],
+        "head": [asdict(cost) for cost in demo.costs],
         "seconds": round(demo.seconds, 2),
     }
     _write(path, numbers, indent=1)

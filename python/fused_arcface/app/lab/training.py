@@ -93,10 +93,9 @@ def train(
         torch.manual_seed(seed)
         net = SmallNet(embedding_dim, data.images.shape[1])
         head = criterion.make_head(embedding_dim, data.num_identities)
-        optimizer, scheduler = one_cycle([*net.parameters(), *head.parameters()], recipe)
         batches = criterion.batches(data, recipe.batch_size, recipe.steps, seed)
         start, steps = time.perf_counter(), []
-        for step in training_steps(net, head, optimizer, scheduler, batches, before_update):
+        for step in training_steps(net, head, recipe, batches, before_update):
             steps.append(step)
             reporter.step(step.loss)
     return TrainedNet(net, steps, time.perf_counter() - start)
@@ -139,24 +138,23 @@ def one_thread() -> Iterator[None]:
 def training_steps(
     net: nn.Module,
     head: nn.Module,
-    optimizer: Optimizer,
-    scheduler: LRScheduler,
+    recipe: Recipe,
     batches: Iterable[LabeledImages],
     before_update: BeforeUpdate | None = None,
 ) -> Iterator[StepRecord]:
     """Yield the record of one step for each batch; a step is made when it is asked for.
 
-    ``head(embeddings, target)`` gives the loss, and the optimizer has the parameters of net and head. ``before_update``
-    is called while the parameters are still those that the loss was computed with.
+    ``head(embeddings, target)`` gives the loss. ``before_update`` is called while the parameters are still those that
+    the loss was computed with.
 
     >>> from fused_arcface.app.lab.batches import shuffled_batches
     >>> from fused_arcface.app.lab.heads import SoftmaxHead
     >>> data = LabeledImages(torch.rand(8, 1, 8, 8), torch.arange(8) % 2)
     >>> net, head = SmallNet(4), SoftmaxHead(4, 2)
-    >>> optimizer, scheduler = one_cycle([*net.parameters(), *head.parameters()], Recipe(3, 4, 0.01))
-    >>> len(list(training_steps(net, head, optimizer, scheduler, shuffled_batches(data, 4, steps=3, seed=0))))
+    >>> len(list(training_steps(net, head, Recipe(3, 4, 0.01), shuffled_batches(data, 4, steps=3, seed=0))))
     3
     """
+    optimizer, scheduler = one_cycle([*net.parameters(), *head.parameters()], recipe)
     net.train()
     for images, target in batches:
         embeddings = net(images)
