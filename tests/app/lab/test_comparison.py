@@ -29,7 +29,7 @@ from fused_arcface.app.lab.batches import identity_batches, random_view, two_vie
 from fused_arcface.app.lab.comparison import run_comparison
 from fused_arcface.app.lab.comparison_pictures import comparison_drawings
 from fused_arcface.app.lab.criteria import criteria
-from fused_arcface.app.lab.losses import CenterLossHead, contrastive, triplet_batch_hard, triplet_semi_hard
+from fused_arcface.app.lab.heads import CenterLossHead, contrastive, triplet_batch_hard, triplet_semi_hard
 from fused_arcface.app.lab.plans import QUICK_COMPARISON as QUICK
 from fused_arcface.app.lab.plans import comparison_plan
 from fused_arcface.app.lab.record import ROC_FARS, ComparisonError, Folder, Row

@@ -32,6 +32,10 @@ from .report import Skip
 
 Key = tuple[str, str, str, str]
 """Names a setup: recipe, backend, dtypes of class centers and of momentum."""
+Attempt = Callable[[int], "Trial | None"]
+"""Takes a trial of C classes; returns None if it took far too much."""
+Search = Callable[[Attempt, int, int], "Capacity"]
+"""Finds the largest C by attempts, given the bytes of the budget and a first C."""
 TakeStep = Callable[[], None]
 """Takes one training step over the inputs that it was made for."""
 
@@ -194,7 +198,7 @@ class Capacity:
         }
 
 
-def extrapolate(attempt: Callable[[int], Trial | None], budget_bytes: int, start: int) -> Capacity:
+def extrapolate(attempt: Attempt, budget_bytes: int, start: int) -> Capacity:
     """Extrapolate the largest C from the bytes per class between ``start`` classes and twice as many.
 
     Raises:
@@ -207,13 +211,8 @@ def extrapolate(attempt: Callable[[int], Trial | None], budget_bytes: int, start
     return Capacity(int(2 * start + (budget_bytes - large.peak_bytes) / slope), slope, "extrapolated")
 
 
-def verify(attempt: Callable[[int], Trial | None], budget_bytes: int, guess: int) -> Capacity:
+def verify(attempt: Attempt, budget_bytes: int, guess: int) -> Capacity:
     """Search the largest C that fits, to 2 %.
-
-    Args:
-        attempt: takes a trial of C classes; returns None if it took far too much.
-        budget_bytes: memory that a trial may take.
-        guess: C of the first trial.
 
     Raises:
         MemoryError: if no trial fits.
@@ -274,31 +273,29 @@ def run_capacity(
     skips: list[Skip] = []
     with Child() as child:
 
-        def attempt(setup: TrainingSetup, C: int) -> Trial | None:
-            progress(f"{setup}: {C:,} classes")
-            return try_step(setup, (N, C, D), device, budget_bytes, child)
+        def search(setup: TrainingSetup, how: Search, guess: int, where: Case | None = None) -> None:
+            """Find a setup's row, or the reason why there is none."""
 
-        def found(setup: TrainingSetup, capacity: Capacity) -> None:
-            rows[setup.key] = capacity.row(setup.key, N, D, budget_bytes, context)
-            on_row([*rows.values()])
+            def attempt(C: int) -> Trial | None:
+                progress(f"{setup}: {C:,} classes")
+                return try_step(setup, (N, C, D), device, budget_bytes, child)
+
+            try:
+                rows[setup.key] = how(attempt, budget_bytes, guess).row(setup.key, N, D, budget_bytes, context)
+            except (MemoryError, ChildFailed) as error:
+                skips.append(Skip(setup.name, setup.backend, where, str(error)))
+            else:
+                on_row([*rows.values()])
 
         for setup in setups:
             case = setup.case(N, 1, D)
             reason = setup.reason_against(case, device)
-            if reason is None and setup.key not in rows:
-                start = max(1024, budget_bytes // (128 * D * case.torch_weight_dtype.itemsize))
-                try:
-                    found(setup, extrapolate(partial(attempt, setup), budget_bytes, start))
-                except (MemoryError, ChildFailed) as error:
-                    reason = str(error)
             if reason is not None:
                 skips.append(Skip(setup.name, setup.backend, None, reason))
+            elif setup.key not in rows:
+                search(setup, extrapolate, max(1024, budget_bytes // (128 * case.weight_bytes)))
         for setup in setups:
             row = rows.get(setup.key)
-            if row is None or row["how"] == "measured" or budget_bytes > memory.available_bytes(device):
-                continue
-            try:
-                found(setup, verify(partial(attempt, setup), budget_bytes, row["max_C"]))
-            except (MemoryError, ChildFailed) as error:
-                skips.append(Skip(setup.name, setup.backend, setup.case(N, row["max_C"], D), str(error)))
+            if row is not None and row["how"] != "measured" and budget_bytes <= memory.available_bytes(device):
+                search(setup, verify, row["max_C"], setup.case(N, row["max_C"], D))
     return [*rows.values()], skips

@@ -135,7 +135,7 @@ def _measure_case(
                 rights = {provider.formula: truth(inputs, provider.formula)}
             found = _errors(provider, inputs, rights[provider.formula])
         except Exception as error:  # a provider that fails must not end the run; the report gives the reason
-            skip(name, _reason(error))
+            skip(name, reason_of(error))
             memory.release(device)
             continue
         worst, allowed = np.max([*found.values()]), tolerance(provider, case)  # NaN if one of them is
@@ -154,7 +154,7 @@ def _measure_case(
         try:
             peaks[name] = memory.peaks_of(named[name], case, device, child)
         except (MemoryError, ChildFailed, torch.OutOfMemoryError) as error:
-            skip(name, f"memory not measured: {_reason(error)}")
+            skip(name, f"memory not measured: {reason_of(error)}")
         memory.release(device)
 
     for pass_name, backward in PASSES.items():
@@ -163,7 +163,7 @@ def _measure_case(
             device,
             seconds,
             lambda name, pass_name=pass_name: progress(f"{case}: {pass_name} {name}"),  # type: ignore[misc]
-            lambda name, error: skip(name, _reason(error)),
+            lambda name, error: skip(name, reason_of(error)),
         )
         for name, timing in timings.items():
             provider, peak = named[name], peaks.get(name, {}).get(pass_name)
@@ -198,6 +198,7 @@ def _lacks_memory(provider: Provider, case: Case, report: Report) -> str | None:
     return None
 
 
-def _reason(error: BaseException) -> str:
+def reason_of(error: BaseException) -> str:
+    """Return the first line of an error as the reason for a skip."""
     first = str(error).strip().partition("\n")[0]
     return f"out of memory: {first}" if out_of_memory(error) else f"{type(error).__name__}: {first}"

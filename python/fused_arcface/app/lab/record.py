@@ -15,7 +15,7 @@ import json
 import re
 import statistics
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -204,12 +204,11 @@ def summaries(rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
 def _flat(row: Row) -> dict[str, Any]:
     """Return a row without its curves, one level deep."""
     flat: dict[str, Any] = {}
-    for each in fields(row):
-        value = getattr(row, each.name)
-        if each.name == "tar":
+    for name, value in vars(row).items():
+        if name == "tar":
             flat |= {f"tar_at_far_{far}": rate for far, rate in value.items()}
-        elif each.name not in ("roc", "same_angles", "different_angles", "distances", "losses", "hardest"):
-            flat[each.name] = "" if value is None else value
+        elif not isinstance(value, (list, dict)):
+            flat[name] = "" if value is None else value
     return flat
 
 
