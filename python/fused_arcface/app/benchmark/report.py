@@ -189,9 +189,9 @@ def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> Path:
     return path
 
 
-def write_json(path: Path, value: Any) -> Path:
-    """Write a value without NaN or infinity; return the path."""
-    write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
+def write_json(path: Path, value: Any, indent: int | None = 1, allow_nan: bool = False) -> Path:
+    """Write a value, by default without NaN or infinity; return the path."""
+    write_text(path, json.dumps(value, indent=indent, allow_nan=allow_nan) + "\n")
     return path
 
 

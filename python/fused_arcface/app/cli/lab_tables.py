@@ -46,7 +46,7 @@ def _print_agreement(console: Console, result: TaskResult) -> None:
     for quantity, worst in result.agreement.worst().items():
         table.add_row(f"{quantity}, relative, same embeddings, {steps} steps", f"{worst:.1e}", f"{STEP_BOUND:.0e}")
     shown = f"loss of two trainings, first {min(CURVE_STEPS, steps)} steps"
-    table.add_row(shown, f"{result.curve_difference:.1e}", f"{CURVE_BOUND:.0e}")
+    table.add_row(shown, f"{result.agreement.curve_difference:.1e}", f"{CURVE_BOUND:.0e}")
     console.print(table)
 
 

@@ -21,15 +21,7 @@ from fused_arcface.head import MarginHead
 
 
 class SoftmaxHead(nn.Module):
-    """The plain softmax classifier: a linear layer with a bias and cross-entropy, nothing normalized.
-
-    Args:
-        embedding_dim: D, the length of an embedding.
-        num_classes: C, the number of classes.
-
-    >>> SoftmaxHead(8, 5)(torch.randn(4, 8), torch.tensor([0, 1, 2, 4])).shape
-    torch.Size([])
-    """
+    """The plain softmax classifier: a linear layer (C, D) with a bias and cross-entropy, nothing normalized."""
 
     def __init__(self, embedding_dim: int, num_classes: int) -> None:
         super().__init__()
@@ -43,12 +35,8 @@ class SoftmaxHead(nn.Module):
 class CenterLossHead(SoftmaxHead):
     """Softmax cross-entropy and ``λ/2·‖f - c_y‖²``, both the mean over the batch (Wen et al., 2016, eq. 5).
 
-    The optimizer learns the centers c, one for each class, as other parameters; in the paper they have their own rate.
-
-    Args:
-        embedding_dim: D, the length of an embedding.
-        num_classes: C, the number of classes.
-        pull: λ.
+    ``pull`` is λ. The optimizer learns the centers c, one for each class, as other parameters; in the paper they have
+    their own rate.
 
     >>> head = CenterLossHead(2, 3, pull=0.5)
     >>> head.pull_to_centers(torch.tensor([[3.0, 4.0]]), torch.tensor([0])).item()  # the centers begin at 0
@@ -70,11 +58,7 @@ class CenterLossHead(SoftmaxHead):
 
 
 class ReferenceHead(MarginHead):
-    """:class:`fused_arcface.MarginHead` computed by :mod:`fused_arcface.reference`, logits materialized.
-
-    >>> ReferenceHead(8, 5)(torch.randn(4, 8), torch.tensor([0, 1, 2, 4])).shape
-    torch.Size([])
-    """
+    """:class:`fused_arcface.MarginHead` computed by :mod:`fused_arcface.reference`, logits materialized."""
 
     def forward(
         self,

@@ -24,10 +24,10 @@ import numpy.typing as npt
 import torch
 
 from fused_arcface import __version__, backends
-from fused_arcface.base.files import replacing, write_text
+from fused_arcface.base.files import replacing
 from fused_arcface.evaluation import Verification
 
-from ..benchmark.report import read_json, write_csv
+from ..benchmark.report import read_json, write_csv, write_json
 from ..measure import machine
 from ..report.digest import HardPair, read_hardest
 from .agreement import CURVE_BOUND, CURVE_STEPS, STEP_BOUND
@@ -108,7 +108,7 @@ class Folder:
         for folder in (self.root, self._rows, self._toys):
             folder.mkdir(parents=True, exist_ok=True)
         if not self._plan.exists():
-            _write(self._plan, self._described, indent=1)
+            write_json(self._plan, self._described)
 
     def row(self, criterion: str, seed: int) -> Row | None:
         """Return a finished training's row, or None."""
@@ -119,9 +119,9 @@ class Folder:
         return Row(**{**values, "hardest": read_hardest(values.get("hardest", []))})
 
     def add(self, row: Row) -> None:
-        """Keep a row."""
+        """Keep a row. A training that failed has losses that are not numbers."""
         self._make()
-        _write(self._row_file(row.criterion, row.seed), asdict(row))
+        write_json(self._row_file(row.criterion, row.seed), asdict(row), indent=None, allow_nan=True)
 
     def toy(self, criterion: str) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]] | None:
         """Return embeddings (M, 2) and labels (M,), or None."""
@@ -146,19 +146,13 @@ class Folder:
             "criteria": {name: {"source": criteria()[name].source, **found} for name, found in summaries(rows).items()},
         }
         table = write_csv(self.root / "rows.csv", flat)
-        return [table, _write(self.root / "summary.json", figures, indent=1)]
+        return [table, write_json(self.root / "summary.json", figures, allow_nan=True)]
 
     def _row_file(self, criterion: str, seed: int) -> Path:
         return self._rows / f"{_slug(criterion)}-seed{seed}.json"
 
     def _toy_file(self, criterion: str) -> Path:
         return self._toys / f"{_slug(criterion)}.npz"
-
-
-def _write(path: Path, value: Any, indent: int | None = None) -> Path:
-    """Write a value as JSON, a NaN of a training that failed as ``NaN``."""
-    write_text(path, json.dumps(value, indent=indent) + "\n")
-    return path
 
 
 def _described(plan: Plan) -> dict[str, Any]:
@@ -231,7 +225,7 @@ def write_numbers(demo: Demo, path: Path) -> None:
         "head": [asdict(cost) for cost in demo.costs],
         "seconds": round(demo.seconds, 2),
     }
-    _write(path, numbers, indent=1)
+    write_json(path, numbers, allow_nan=True)
 
 
 def _here() -> dict[str, str]:
@@ -247,7 +241,7 @@ def _task_result(result: TaskResult, seeds: tuple[int, ...]) -> dict[str, object
         "identities": result.num_identities,
         "agreement": {
             "same_embeddings_worst_relative": result.agreement.worst(),
-            "curves_greatest_difference": result.curve_difference,
+            "curves_greatest_difference": result.agreement.curve_difference,
         },
         "pixels_without_a_net": [
             {"seed": seed, "accuracy": found.accuracy, "tar_at_far": _rates(found)}

@@ -146,13 +146,6 @@ def training_steps(
 
     ``head(embeddings, target)`` gives the loss. ``before_update`` is called while the parameters are still those that
     the loss was computed with.
-
-    >>> from fused_arcface.app.lab.batches import shuffled_batches
-    >>> from fused_arcface.app.lab.heads import SoftmaxHead
-    >>> data = LabeledImages(torch.rand(8, 1, 8, 8), torch.arange(8) % 2)
-    >>> net, head = SmallNet(4), SoftmaxHead(4, 2)
-    >>> len(list(training_steps(net, head, Recipe(3, 4, 0.01), shuffled_batches(data, 4, steps=3, seed=0))))
-    3
     """
     optimizer, scheduler = one_cycle([*net.parameters(), *head.parameters()], recipe)
     net.train()
