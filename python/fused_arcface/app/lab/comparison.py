@@ -5,8 +5,10 @@ It prints nothing; a reporter shows its progress.
 
 from __future__ import annotations
 
+import functools
+import itertools
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -83,52 +85,43 @@ def chosen_criteria(names: Sequence[str]) -> list[Criterion]:
     return [spelled[name.casefold()] for name in names] or [*every.values()]
 
 
-def run_comparison(plan: Plan, folder: Folder, reporter: Reporter, names: Sequence[str] = ()) -> Comparison:
-    """Run a plan of one task with some criteria or with all. Continue an earlier run of the same plan.
+def run_comparison(plan: Plan, folder: Folder, reporter: Reporter, chosen: Sequence[Criterion]) -> Comparison:
+    """Run a plan of one task with some criteria. Continue an earlier run of the same plan.
 
     Raises:
-        ValueError: if a name is unknown.
         DataError: if the plan's data cannot be used.
         MissingExtra: if scikit-learn or pytorch-metric-learning is not installed.
     """
     start = time.perf_counter()
-    chosen = chosen_criteria(names)
     (task,) = plan.tasks
+
+    @functools.lru_cache(maxsize=1)
+    def images_of(seed: int) -> Halves:
+        reporter.begin(f"images, seed {seed}")
+        return task.images.load(seed)
+
     rows = []
     with one_thread(), Child() as child:
-        for seed in plan.seeds:
-            for row in _rows_of_seed(plan, seed, chosen, folder, child, reporter):
-                reporter.ended(
-                    f"{row.criterion}, seed {seed}", row.first_loss, row.last_loss, task.recipe.steps, row.seconds
-                )
-                rows.append(row)
+        for seed, criterion in itertools.product(plan.seeds, chosen):
+            name = f"{criterion.name}, seed {seed}"
+            row = folder.row(criterion.name, seed)
+            if row is None:
+                images = images_of(seed)
+                reporter.begin(name, task.recipe.steps)
+                trained = train(criterion, task.recipe, task.embedding_dim, images[0], seed, reporter)
+                # The peak is the same for each seed, so it is measured for one.
+                if earlier := folder.row(criterion.name, plan.seeds[0]):
+                    peak = earlier.peak_bytes
+                else:
+                    peak = peak_of_steps(criterion.name, task.recipe.batch_size, task.embedding_dim, images[0], child)
+                row = _evaluate(criterion.name, seed, trained, peak, images)
+                folder.add(row)
+            reporter.ended(name, row.first_loss, row.last_loss, task.recipe.steps, row.seconds)
+            rows.append(row)
         toys = {criterion.name: _toy(plan, criterion, folder, reporter) for criterion in chosen}
     order = [criterion.name for criterion in chosen]
     rows.sort(key=lambda row: order.index(row.criterion))  # stable: by seed within a criterion
     return Comparison(plan, rows, toys, time.perf_counter() - start)
-
-
-def _rows_of_seed(
-    plan: Plan, seed: int, chosen: list[Criterion], folder: Folder, child: Child, reporter: Reporter
-) -> Iterator[Row]:
-    (task,) = plan.tasks
-    images: Halves | None = None
-    for criterion in chosen:
-        row = folder.row(criterion.name, seed)
-        if row is None:
-            if images is None:
-                reporter.begin(f"images, seed {seed}")
-                images = task.images.load(seed)
-            reporter.begin(f"{criterion.name}, seed {seed}", task.recipe.steps)
-            trained = train(criterion, task.recipe, task.embedding_dim, images[0], seed, reporter)
-            # The peak is the same for each seed, so it is measured for one.
-            if earlier := folder.row(criterion.name, plan.seeds[0]):
-                peak = earlier.peak_bytes
-            else:
-                peak = peak_of_steps(criterion.name, task.recipe.batch_size, task.embedding_dim, images[0], child)
-            row = _evaluate(criterion.name, seed, trained, peak, images)
-            folder.add(row)
-        yield row
 
 
 def _evaluate(criterion: str, seed: int, trained: TrainedNet, peak: int | None, images: Halves) -> Row:
@@ -137,8 +130,9 @@ def _evaluate(criterion: str, seed: int, trained: TrainedNet, peak: int | None, 
     pairs = balanced_pairs(labels, seed=seed)
     same, scores = pairs.same.numpy(), pair_scores(embeddings, pairs)
     found = verify_scores(same, scores, fars=TAR_FARS)
-    split = split_gallery(labels, seed=seed)
-    who = identify(*_split(embeddings, labels, split), fpirs=(_FPIR,))
+    gallery, probes = split_gallery(labels, seed=seed)
+    halves = embeddings[gallery], labels[gallery], embeddings[probes], labels[probes]
+    who = identify(*halves, fpirs=(_FPIR,))
     spread = angles(scores)
     histograms = [np.histogram(spread[same == kind], ANGLE_BINS, (0, 180))[0].tolist() for kind in (True, False)]
     shown = criterion in WITH_DISTANCES
@@ -161,7 +155,7 @@ def _evaluate(criterion: str, seed: int, trained: TrainedNet, peak: int | None, 
         roc=[float(found.true_accepts[found.false_accepts <= far].max()) for far in ROC_FARS],
         same_angles=histograms[0],
         different_angles=histograms[1],
-        distances=_by_distance(net, embeddings, labels, pairs, split, images[0]) if shown else {},
+        distances=_by_distance(net, embeddings, pairs, halves, images[0]) if shown else {},
         losses=[float(np.mean(part)) for part in parts],
         hardest=hardest_pairs(1 + scores, pairs, people.paths, Thumbnails([people]), count=3) if shown else [],
     )
@@ -170,14 +164,14 @@ def _evaluate(criterion: str, seed: int, trained: TrainedNet, peak: int | None, 
 def _by_distance(
     net: nn.Module,
     embeddings: Tensor,
-    labels: Tensor,
     pairs: Pairs,
-    split: tuple[Tensor, Tensor],
+    halves: tuple[Tensor, Tensor, Tensor, Tensor],
     trained: LabeledImages,
 ) -> dict[str, dict[str, float]]:
     """Compare embeddings by every distance, not normalized beforehand.
 
-    The Mahalanobis distance is fitted on the people that the net was trained on.
+    ``halves`` are embeddings and labels of the gallery and of the probes. The Mahalanobis distance is fitted on the
+    people that the net was trained on.
     """
     distances: dict[str, Distance] = {
         "Euclidean": Euclidean(),
@@ -194,14 +188,9 @@ def _by_distance(
         found[name] = {
             "accuracy": verify_scores(same, scores, fars=()).accuracy,
             "tar": tar_at_far(same, scores, 1e-2),
-            "rank1": identify(*_split(embeddings, labels, split), distance=distance, max_rank=1).rank(1),
+            "rank1": identify(*halves, distance=distance, max_rank=1).rank(1),
         }
     return found
-
-
-def _split(embeddings: Tensor, labels: Tensor, split: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    gallery, probes = split
-    return embeddings[gallery], labels[gallery], embeddings[probes], labels[probes]
 
 
 def _toy(plan: Plan, criterion: Criterion, folder: Folder, reporter: Reporter) -> Toy:
