@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 from torch import Tensor, nn
 
 from fused_arcface.evaluation import (
@@ -39,17 +38,13 @@ from ..report.thumbnails import Thumbnails
 from .cost import peak_of_steps
 from .criteria import ARCFACE, SOFTMAX, Criterion, criteria
 from .plans import Halves, Plan
-from .record import ANGLE_BINS, LOSSES, ROC_FARS, TAR_FARS, Folder, Row
+from .record import ANGLE_BINS, LOSSES, ROC_FARS, TAR_FARS, Folder, Row, Toy
 from .training import Reporter, TrainedNet, one_thread, train
 
 _FPIR = 0.1
 
 WITH_DISTANCES = (SOFTMAX, ARCFACE)
 """Criteria that are evaluated by every distance, and with hardest pairs."""
-
-
-Toy = tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]
-"""Embeddings (M, 2) of a net with two dimensions, and labels (M,)."""
 
 
 @dataclass(frozen=True)
@@ -202,5 +197,5 @@ def _toy(plan: Plan, criterion: Criterion, folder: Folder, reporter: Reporter) -
         data, _ = task.images.load(seed)
         net = train(criterion, task.recipe, task.embedding_dim, data, seed, reporter).net
         stored = embed(net, data.images, normalize=False).numpy(), data.labels.numpy()
-        folder.add_toy(criterion.name, *stored)
+        folder.add_toy(criterion.name, stored)
     return stored

@@ -82,6 +82,9 @@ class Row:
     """The hardest pairs of unseen people; empty for most criteria."""
 
 
+Toy = tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]
+"""Embeddings (M, 2) of a net with two dimensions, and labels (M,)."""
+
 TAR_FARS = (1e-1, 1e-2, 1e-3)
 ROC_FARS = tuple(np.logspace(-3, 0, 61).tolist())
 ANGLE_BINS = 90
@@ -96,19 +99,12 @@ class Folder:
     """
 
     def __init__(self, root: Path, plan: Plan) -> None:
-        self.root, self._rows, self._toys = root, root / "rows", root / "toy"
+        self.root, self._plan = root, root / "plan.json"
         self._described = {"fused_arcface": __version__, "torch": torch.__version__, "plan": _described(plan)}
-        file = self._plan = root / "plan.json"
-        if file.exists() and not _holds(read_json(file), json.loads(json.dumps(self._described))):
+        if self._plan.exists() and not _holds(read_json(self._plan), json.loads(json.dumps(self._described))):
             raise ComparisonError(
-                f"{root} holds another comparison (see {file}): name another folder, or remove it first"
+                f"{root} holds another comparison (see {self._plan}): name another folder, or remove it first"
             )
-
-    def _make(self) -> None:
-        for folder in (self.root, self._rows, self._toys):
-            folder.mkdir(parents=True, exist_ok=True)
-        if not self._plan.exists():
-            write_json(self._plan, self._described)
 
     def row(self, criterion: str, seed: int) -> Row | None:
         """Return a finished training's row, or None."""
@@ -120,39 +116,41 @@ class Folder:
 
     def add(self, row: Row) -> None:
         """Keep a row. A training that failed has losses that are not numbers."""
-        self._make()
-        write_json(self._row_file(row.criterion, row.seed), asdict(row), indent=None, allow_nan=True)
+        file = self._made(self._row_file(row.criterion, row.seed))
+        write_json(file, asdict(row), indent=None, allow_nan=True)
 
-    def toy(self, criterion: str) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]] | None:
-        """Return embeddings (M, 2) and labels (M,), or None."""
+    def toy(self, criterion: str) -> Toy | None:
+        """Return the training in two dimensions, or None."""
         file = self._toy_file(criterion)
         if not file.exists():
             return None
         with np.load(file) as stored:
             return stored["embeddings"], stored["labels"]
 
-    def add_toy(self, criterion: str, embeddings: npt.NDArray[np.float32], labels: npt.NDArray[np.int64]) -> None:
-        """Keep embeddings (M, 2) and labels (M,)."""
-        self._make()
-        with replacing(self._toy_file(criterion)) as opened:
-            np.savez(opened, embeddings=embeddings, labels=labels)
+    def add_toy(self, criterion: str, toy: Toy) -> None:
+        """Keep a training in two dimensions."""
+        with replacing(self._made(self._toy_file(criterion))) as opened:
+            np.savez(opened, embeddings=toy[0], labels=toy[1])
 
     def write_summary(self, rows: Sequence[Row], seconds: float) -> list[Path]:
         """Write rows.csv and summary.json; return their paths."""
-        flat = [_flat(row) for row in rows]
-        figures = {
-            **_here(),
-            "seconds": round(seconds, 1),
-            "criteria": {name: {"source": criteria()[name].source, **found} for name, found in summaries(rows).items()},
-        }
-        table = write_csv(self.root / "rows.csv", flat)
+        found = {name: {"source": criteria()[name].source, **each} for name, each in summaries(rows).items()}
+        figures = {**_here(), "seconds": round(seconds, 1), "criteria": found}
+        table = write_csv(self.root / "rows.csv", [_flat(row) for row in rows])
         return [table, write_json(self.root / "summary.json", figures, allow_nan=True)]
 
     def _row_file(self, criterion: str, seed: int) -> Path:
-        return self._rows / f"{_slug(criterion)}-seed{seed}.json"
+        return self.root / "rows" / f"{_slug(criterion)}-seed{seed}.json"
 
     def _toy_file(self, criterion: str) -> Path:
-        return self._toys / f"{_slug(criterion)}.npz"
+        return self.root / "toy" / f"{_slug(criterion)}.npz"
+
+    def _made(self, file: Path) -> Path:
+        """Return a file after its folder is made, and plan.json."""
+        file.parent.mkdir(parents=True, exist_ok=True)
+        if not self._plan.exists():
+            write_json(self._plan, self._described)
+        return file
 
 
 def _described(plan: Plan) -> dict[str, Any]:
