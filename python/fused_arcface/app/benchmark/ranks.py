@@ -30,7 +30,6 @@ from .capacity import TakeStep, with_center_sgd
 from .cases import Case
 from .cost_model import FUSED_FP32, Device, Network, predict
 
-WORLD_SIZES = (1, 2, 4)
 IDENTITIES = (2_000, 20_000, 200_000)
 _BATCH, _D = 64, 512
 # Steps of few and of many rows give the cost of one more row. A step over hardly any classes gives the fixed cost.
@@ -40,9 +39,7 @@ _SMALL_BYTES, _LARGE_BYTES = 2**10, 2**22
 _SAMPLES, _TIMEOUT = 7, timedelta(seconds=120)
 
 
-def run_ranks(
-    world_sizes: Sequence[int] = WORLD_SIZES, progress: Callable[[str], None] = lambda text: None
-) -> list[dict[str, Any]]:
+def run_ranks(world_sizes: Sequence[int], progress: Callable[[str], None]) -> list[dict[str, Any]]:
     """Return a row for each number of ranks and each of :data:`IDENTITIES`.
 
     ``N`` counts the rows of all ranks. ``arithmetic_ms`` and ``limit``, the name of the largest part, belong to the

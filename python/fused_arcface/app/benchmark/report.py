@@ -6,7 +6,7 @@ import csv
 import io
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -162,7 +162,7 @@ class Report:
             **self.context,
             "machine": self.machine,
             "measurements": [measurement.detail() for measurement in self.measurements],
-            "skips": [{**vars(skip), "case": skip.case and vars(skip.case)} for skip in self.skips],
+            "skips": [asdict(skip) for skip in self.skips],
         }
         return [*write_rows(folder, "rows", self.rows()), write_json(folder / "run.json", run)]
 

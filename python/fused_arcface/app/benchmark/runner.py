@@ -17,8 +17,6 @@ from .providers import Provider
 from .report import Measurement, Report
 from .truth import TOLERANCE, Formula, PassResult, error_of, truth
 
-_COARSEST_FIRST = ("float16", "bfloat16", "float32", "float64")
-
 
 def tolerance(provider: Provider, case: Case) -> float:
     """Return the largest relative error at which a provider's result counts as right."""
@@ -26,8 +24,8 @@ def tolerance(provider: Provider, case: Case) -> float:
         return provider.tolerance
     if provider.tf32:
         return TOLERANCE["tf32"]
-    dtypes = {case.dtype, case.weight_dtype} | ({"float16"} if provider.name.endswith("fp16") else set())
-    return TOLERANCE[next(dtype for dtype in _COARSEST_FIRST if dtype in dtypes)]
+    computed_in = "float16" if provider.name.endswith("fp16") else case.dtype
+    return max(TOLERANCE[dtype] for dtype in (computed_in, case.weight_dtype))
 
 
 def run_benchmark(
@@ -158,13 +156,9 @@ def _measure_case(
         memory.release(device)
 
     for pass_name, backward in PASSES.items():
-        timings = time_interleaved(
-            {name: named[name].timed(inputs, backward) for name in errors},
-            device,
-            seconds,
-            lambda name, pass_name=pass_name: progress(f"{case}: {pass_name} {name}"),  # type: ignore[misc]
-            lambda name, error: skip(name, reason_of(error)),
-        )
+        progress(f"{case}: {pass_name}, all in turn")
+        runs = {name: named[name].timed(inputs, backward) for name in errors}
+        timings = time_interleaved(runs, device, seconds, lambda name, error: skip(name, reason_of(error)))
         for name, timing in timings.items():
             provider, peak = named[name], peaks.get(name, {}).get(pass_name)
             measured = (pass_name, case, timing, errors[name][pass_name], provider.products[backward], peak)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Protocol
 
 import torch
 
@@ -16,16 +15,6 @@ from .training import Recipe
 
 Halves = tuple[LabeledImages, LabeledImages]
 """Images to train on, and images of identities that are not among them."""
-
-
-class Images(Protocol):
-    """A set of images, some identities to train on and others to evaluate on."""
-
-    def load(self, seed: int) -> Halves:
-        """Return both halves; the seed decides everything that is random in the set."""
-
-    def describe(self) -> str:
-        """Describe the set in a few words."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +94,8 @@ class Task:
     """Images, and how a net is trained on them."""
 
     name: str
-    images: Images
+    images: Generated | Digits | Files
+    """Sets of images: ``load`` returns both halves of one, ``describe`` its description in a few words."""
     recipe: Recipe
     embedding_dim: int = 64
     remark: str = ""

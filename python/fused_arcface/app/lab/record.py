@@ -157,7 +157,7 @@ def _described(plan: Plan) -> dict[str, Any]:
     """Return the facts that decide a comparison's results, as plan.json has them."""
     (task,), toy = plan.tasks, plan.toy
     assert toy is not None and isinstance(toy.images, Generated)
-    facts: dict[str, Any] = {"data": None, **asdict(task.images)}  # type: ignore[call-overload]
+    facts: dict[str, Any] = {"data": None, **asdict(task.images)}
     if "path" in facts:
         facts["data"] = facts.pop("path")
     return {
