@@ -172,10 +172,11 @@ def test_an_interrupted_run_goes_on(tmp_path: Path) -> None:
     resumed = run_comparison(plan, Folder(tmp_path / "a", plan), rest, chosen)
     assert rest.trainings == 2 + 3  # two rows were missing, and the two-dimensional nets
     whole = run_comparison(plan, Folder(tmp_path / "b", plan), Quiet(), chosen)
-    for a, b in zip(resumed.rows, whole.rows, strict=True):
+    rows = [row for of_criterion in whole.rows.values() for row in of_criterion]
+    for a, b in zip([row for of_criterion in resumed.rows.values() for row in of_criterion], rows, strict=True):
         timeless = {"seconds": 0.0, "head_milliseconds": 0.0, "peak_bytes": 0}
         assert replace(a, **timeless) == replace(b, **timeless)
-    assert [row.criterion for row in whole.rows] == [name for name in NAMES for _ in plan.seeds]
+    assert [row.criterion for row in rows] == [name for name in NAMES for _ in plan.seeds]
     again = Quiet()
     run_comparison(plan, Folder(tmp_path / "a", plan), again, chosen)
     assert again.trainings == 0
@@ -184,7 +185,7 @@ def test_an_interrupted_run_goes_on(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"criteria must be among softmax; .*; got hinge"):
         chosen_criteria(("hinge",))
 
-    _check_figures(whole.rows)
+    _check_figures(rows)
     pictures = write_pictures(comparison_drawings(whole), tmp_path)
     assert {path.name for path in pictures} == {
         "tar.png", "roc.png", "loss.png", "angles.png", "embeddings_2d.png", "margins_of_the_angle.png",
@@ -194,9 +195,9 @@ def test_an_interrupted_run_goes_on(tmp_path: Path) -> None:
     table, summary = Folder(tmp_path / "b", plan).write_summary(whole.rows, 1.0)
     with table.open() as file:
         listed = list(csv.DictReader(file))
-    assert len(listed) == 6 and float(listed[0]["tar_at_far_0.01"]) == whole.rows[0].tar["0.01"]
+    assert len(listed) == 6 and float(listed[0]["tar_at_far_0.01"]) == rows[0].tar["0.01"]
     figures = json.loads(summary.read_text())["criteria"]["ArcFace"]["rank1"]
-    ranks = [row.rank1 for row in whole.of("ArcFace")]
+    ranks = [row.rank1 for row in whole.rows["ArcFace"]]
     assert figures == {"mean": pytest.approx(np.mean(ranks)), "deviation": pytest.approx(np.std(ranks))}
 
 

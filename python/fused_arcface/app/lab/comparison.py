@@ -52,24 +52,21 @@ class Comparison:
     """Everything that a comparison found."""
 
     plan: Plan
-    rows: list[Row]
+    rows: dict[str, list[Row]]
+    """By criterion, then by seed."""
     toys: dict[str, Toy]
-    """The toys by criterion."""
+    """By criterion."""
     seconds: float
     """Time of this run; earlier, interrupted ones are not counted."""
 
-    def of(self, criterion: str) -> list[Row]:
-        """Return a criterion's rows, by seed."""
-        return [row for row in self.rows if row.criterion == criterion]
-
 
 def chosen_criteria(names: Sequence[str]) -> list[Criterion]:
-    """Return the criteria of these names, spelled in any case; all if there are none.
+    """Return the criteria of these names, each once, spelled in any case; all if there are none.
 
     Raises:
         ValueError: if a name is unknown.
 
-    >>> [criterion.name for criterion in chosen_criteria(["arcface", "Softmax"])]
+    >>> [criterion.name for criterion in chosen_criteria(["arcface", "Softmax", "ArcFace"])]
     ['ArcFace', 'softmax']
     """
     every = criteria()
@@ -77,7 +74,7 @@ def chosen_criteria(names: Sequence[str]) -> list[Criterion]:
     unknown = [name for name in names if name.casefold() not in spelled]
     if unknown:
         raise ValueError(f"criteria must be among {'; '.join(every)}; got {'; '.join(unknown)}")
-    return [spelled[name.casefold()] for name in names] or [*every.values()]
+    return [spelled[name] for name in dict.fromkeys(map(str.casefold, names))] or [*every.values()]
 
 
 def run_comparison(plan: Plan, folder: Folder, reporter: Reporter, chosen: Sequence[Criterion]) -> Comparison:
@@ -95,7 +92,7 @@ def run_comparison(plan: Plan, folder: Folder, reporter: Reporter, chosen: Seque
         reporter.begin(f"images, seed {seed}")
         return task.images.load(seed)
 
-    rows = []
+    rows: dict[str, list[Row]] = {criterion.name: [] for criterion in chosen}
     with one_thread(), Child() as child:
         for seed, criterion in itertools.product(plan.seeds, chosen):
             name = f"{criterion.name}, seed {seed}"
@@ -112,10 +109,8 @@ def run_comparison(plan: Plan, folder: Folder, reporter: Reporter, chosen: Seque
                 row = _evaluate(criterion.name, seed, trained, peak, images)
                 folder.add(row)
             reporter.ended(name, row.first_loss, row.last_loss, task.recipe.steps, row.seconds)
-            rows.append(row)
+            rows[criterion.name].append(row)
         toys = {criterion.name: _toy(plan, criterion, folder, reporter) for criterion in chosen}
-    order = [criterion.name for criterion in chosen]
-    rows.sort(key=lambda row: order.index(row.criterion))  # stable: by seed within a criterion
     return Comparison(plan, rows, toys, time.perf_counter() - start)
 
 

@@ -37,7 +37,6 @@ PIXELS = "pixels, no net"
 class VerifiedNet:
     """One training, and how well its net verifies unseen identities."""
 
-    criterion: str
     seed: int
     trained: TrainedNet
     verification: Verification
@@ -49,7 +48,8 @@ class TaskResult:
 
     task: Task
     num_identities: int
-    nets: list[VerifiedNet]
+    nets: dict[str, list[VerifiedNet]]
+    """By criterion, then by seed."""
     pixels: list[Verification]
     """Verification of each seed by the cosine of the images themselves, without a net."""
     agreement: Agreement
@@ -60,13 +60,9 @@ class TaskResult:
         """The shape at which the head was trained."""
         return Case(self.task.recipe.batch_size, self.num_identities, self.task.embedding_dim)
 
-    def of(self, criterion: str) -> list[VerifiedNet]:
-        """Return the nets of one criterion, by seed."""
-        return [net for net in self.nets if net.criterion == criterion]
-
     def verifications(self) -> dict[str, list[Verification]]:
         """Return the verifications by name, by seed: the bare pixels, then each criterion."""
-        found = {name: [net.verification for net in self.of(name)] for name in (*SHOWN, REFERENCE.name)}
+        found = {name: [net.verification for net in nets] for name, nets in self.nets.items()}
         return {PIXELS: self.pixels, **found}
 
 
@@ -101,7 +97,8 @@ def run_demo(plan: Plan, reporter: Reporter) -> Demo:
 
 
 def _solve(task: Task, seeds: tuple[int, ...], reporter: Reporter) -> TaskResult:
-    agreement, nets, pixels = Agreement(), [], []
+    agreement, pixels = Agreement(), []
+    nets: dict[str, list[VerifiedNet]] = {name: [] for name in (*SHOWN, REFERENCE.name)}
     for seed in seeds:
         reporter.begin(f"{task.name}: images, seed {seed}")
         trained, unseen = task.images.load(seed)
@@ -112,9 +109,8 @@ def _solve(task: Task, seeds: tuple[int, ...], reporter: Reporter) -> TaskResult
             check = agreement if first and criterion.name == ARCFACE else None
             net = train(criterion, task.recipe, task.embedding_dim, trained, seed, reporter, check)
             found = verify(embed(net.net, unseen.images), unseen.labels)
-            nets.append(VerifiedNet(criterion.name, seed, net, found))
+            nets[criterion.name].append(VerifiedNet(seed, net, found))
             name = f"{task.name}, {criterion.name}, seed {seed}"
             reporter.ended(name, net.losses[0], net.losses[-1], len(net.losses), net.seconds)
-    result = TaskResult(task, trained.num_identities, nets, pixels, agreement)
-    agreement.compare_curves(*(result.of(name)[0].trained.losses for name in (ARCFACE, REFERENCE.name)))
-    return result
+    agreement.compare_curves(*(nets[name][0].trained.losses for name in (ARCFACE, REFERENCE.name)))
+    return TaskResult(task, trained.num_identities, nets, pixels, agreement)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import re
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -132,11 +132,12 @@ class Folder:
         with replacing(self._made(self._toy_file(criterion))) as opened:
             np.savez(opened, embeddings=toy[0], labels=toy[1])
 
-    def write_summary(self, rows: Sequence[Row], seconds: float) -> list[Path]:
-        """Write rows.csv and summary.json; return their paths."""
-        found = {name: {"source": criteria()[name].source, **each} for name, each in summaries(rows).items()}
+    def write_summary(self, rows: Mapping[str, Sequence[Row]], seconds: float) -> list[Path]:
+        """Write rows.csv and summary.json of rows by criterion; return their paths."""
+        flat = {criterion: [_flat(row) for row in own] for criterion, own in rows.items()}
+        found = {criterion: {"source": criteria()[criterion].source, **_over(own)} for criterion, own in flat.items()}
         figures = {**_here(), "seconds": round(seconds, 1), "criteria": found}
-        table = write_csv(self.root / "rows.csv", [_flat(row) for row in rows])
+        table = write_csv(self.root / "rows.csv", [row for own in flat.values() for row in own])
         return [table, write_json(self.root / "summary.json", figures, allow_nan=True)]
 
     def _row_file(self, criterion: str, seed: int) -> Path:
@@ -183,14 +184,10 @@ def mean_and_deviation(values: Sequence[float]) -> dict[str, float]:
     return {"mean": statistics.fmean(values), "deviation": statistics.pstdev(values)}
 
 
-def summaries(rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
-    """Return mean and deviation over the seeds of every number in the rows, by criterion."""
-    found: dict[str, dict[str, Any]] = {}
-    for criterion in dict.fromkeys(row.criterion for row in rows):
-        flat = [_flat(row) for row in rows if row.criterion == criterion]
-        numbers = [name for name, value in flat[0].items() if name not in ("criterion", "seed") and value != ""]
-        found[criterion] = {name: mean_and_deviation([float(each[name]) for each in flat]) for name in numbers}
-    return found
+def _over(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """Return mean and deviation of every number in the flat rows of some seeds."""
+    numbers = [name for name, value in rows[0].items() if name not in ("criterion", "seed") and value != ""]
+    return {name: mean_and_deviation([float(row[name]) for row in rows]) for name in numbers}
 
 
 def _flat(row: Row) -> dict[str, Any]:
@@ -247,7 +244,7 @@ def _task_result(result: TaskResult, seeds: tuple[int, ...]) -> dict[str, object
         ],
         "trainings": [
             {
-                "criterion": net.criterion,
+                "criterion": criterion,
                 "seed": net.seed,
                 "accuracy": net.verification.accuracy,
                 "accuracy_deviation_over_folds": net.verification.accuracy_deviation,
@@ -256,7 +253,8 @@ def _task_result(result: TaskResult, seeds: tuple[int, ...]) -> dict[str, object
                 "seconds": round(net.trained.seconds, 3),
                 "losses": net.trained.losses,
             }
-            for net in result.nets
+            for criterion, nets in result.nets.items()
+            for net in nets
         ],
     }
 
