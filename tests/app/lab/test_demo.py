@@ -20,8 +20,8 @@ from fused_arcface.app.lab import agreement, demo
 from fused_arcface.app.lab.agreement import Agreement
 from fused_arcface.app.lab.batches import shuffled_batches
 from fused_arcface.app.lab.heads import ReferenceHead, SoftmaxHead
-from fused_arcface.app.lab.plans import QUICK_DEMO, Plan
-from fused_arcface.app.lab.training import Recipe, one_cycle, training_steps
+from fused_arcface.app.lab.plans import QUICK_DEMO, Plan, Recipe
+from fused_arcface.app.lab.training import one_cycle, training_steps
 from fused_arcface.app.nets.small import SmallNet, embed
 
 

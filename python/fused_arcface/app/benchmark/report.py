@@ -151,11 +151,6 @@ class Report:
         reached = max((rate for rate in (product, registers) if rate is not None), default=None)
         return None if reached is None else each.flops_per_second / reached
 
-    def products_ms(self, case: Case, pass_name: str) -> float | None:
-        """Return the milliseconds of the bare matrix products of a case, or None."""
-        key = ("products", case, pass_name)
-        return next((each.ms for each in self.measurements if (each.provider, each.case, each.pass_name) == key), None)
-
     def write(self, folder: Path) -> list[Path]:
         """Write rows.csv, rows.json and run.json (samples, skips, ceilings) into ``folder``; return their paths."""
         run = {

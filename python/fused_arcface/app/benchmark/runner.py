@@ -188,7 +188,7 @@ def _lacks_memory(provider: Provider, case: Case, report: Report) -> str | None:
     # Besides there are the inputs, the gradient, and either the truth's gradient or another layout of the centers.
     needed, limit = peak + 3 * case.weight_bytes, report.machine["memory_bytes"]
     if needed > limit:
-        return f"out of memory: {needed / 2**30:.1f} GiB needed, {limit / 2**30:.1f} GiB there"
+        return f"out of memory: {needed / 2**30:.1f} GiB needed, {limit / 2**30:.1f} GiB available"
     return None
 
 

@@ -100,12 +100,10 @@ def run_comparison(plan: Plan, folder: Folder, reporter: Reporter, chosen: Seque
             if row is None:
                 images = images_of(seed)
                 reporter.begin(name, task.recipe.steps)
-                trained = train(criterion, task.recipe, task.embedding_dim, images[0], seed, reporter)
+                trained = train(criterion, task, images[0], seed, reporter)
                 # The peak is the same for each seed, so it is measured for one.
-                if earlier := folder.row(criterion.name, plan.seeds[0]):
-                    peak = earlier.peak_bytes
-                else:
-                    peak = peak_of_steps(criterion.name, task.recipe.batch_size, task.embedding_dim, images[0], child)
+                earlier = folder.row(criterion.name, plan.seeds[0])
+                peak = earlier.peak_bytes if earlier else peak_of_steps(criterion.name, task, images[0], child)
                 row = _evaluate(criterion.name, seed, trained, peak, images)
                 folder.add(row)
             reporter.ended(name, row.first_loss, row.last_loss, task.recipe.steps, row.seconds)
@@ -190,7 +188,7 @@ def _toy(plan: Plan, criterion: Criterion, folder: Folder, reporter: Reporter) -
     if stored is None:
         reporter.begin(f"{criterion.name}, two dimensions", task.recipe.steps)
         data, _ = task.images.load(seed)
-        net = train(criterion, task.recipe, task.embedding_dim, data, seed, reporter).net
+        net = train(criterion, task, data, seed, reporter).net
         stored = embed(net, data.images, normalize=False).numpy(), data.labels.numpy()
         folder.add_toy(criterion.name, stored)
     return stored

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -18,7 +18,8 @@ from ..measure.child import Child, ChildFailed
 from ..measure.timing import time_interleaved
 from ..nets.small import SmallNet
 from .criteria import criteria
-from .training import Recipe, training_steps
+from .plans import Task
+from .training import training_steps
 
 _CPU = torch.device("cpu")
 _WARM_STEPS, _MEASURED_STEPS = 2, 4
@@ -62,24 +63,23 @@ def head_costs(cases: Sequence[Case], seconds: float) -> list[HeadCost]:
     return costs
 
 
-def peak_of_steps(criterion: str, batch_size: int, embedding_dim: int, data: LabeledImages, child: Child) -> int | None:
+def peak_of_steps(criterion: str, task: Task, data: LabeledImages, child: Child) -> int | None:
     """Return the peak bytes of training steps beyond images, parameters and optimizer; None where it is not told.
 
     The data give the shape of the images and the number of identities.
     """
     if not can_measure(_CPU):
         return None
-    return child.call(_peak, criterion, batch_size, embedding_dim, data.images.shape[1:], data.num_identities)
+    return child.call(_peak, criterion, task, data.images.shape[1:], data.num_identities)
 
 
-def _peak(criterion: str, batch_size: int, embedding_dim: int, image_shape: torch.Size, num_classes: int) -> int:
-    chosen = criteria()[criterion]
-    images = torch.rand(4 * max(num_classes, batch_size), *image_shape)
+def _peak(criterion: str, task: Task, image_shape: torch.Size, num_classes: int) -> int:
+    chosen, recipe = criteria()[criterion], replace(task.recipe, steps=_WARM_STEPS + _MEASURED_STEPS)
+    images = torch.rand(4 * max(num_classes, recipe.batch_size), *image_shape)
     data = LabeledImages(images, torch.arange(len(images)) % num_classes)
-    net = SmallNet(embedding_dim, image_shape[0])
-    head = chosen.make_head(embedding_dim, num_classes)
-    recipe = Recipe(_WARM_STEPS + _MEASURED_STEPS, batch_size, learning_rate=0.01)
-    run = training_steps(net, head, recipe, chosen.batches(data, batch_size, recipe.steps, 0))
+    net = SmallNet(task.embedding_dim, image_shape[0])
+    head = chosen.make_head(task.embedding_dim, num_classes)
+    run = training_steps(net, head, recipe, chosen.batches(data, recipe.batch_size, recipe.steps, 0))
     # The first steps allocate memory once: the optimizer's state, the libraries' code.
     for _ in itertools.islice(run, _WARM_STEPS):
         pass

@@ -107,7 +107,7 @@ def _solve(task: Task, seeds: tuple[int, ...], reporter: Reporter) -> TaskResult
         for criterion in (*(criteria()[name] for name in SHOWN), *((REFERENCE,) if first else ())):
             reporter.begin(f"{task.name}: {criterion.name}, seed {seed}", task.recipe.steps)
             check = agreement if first and criterion.name == ARCFACE else None
-            net = train(criterion, task.recipe, task.embedding_dim, trained, seed, reporter, check)
+            net = train(criterion, task, trained, seed, reporter, check)
             found = verify(embed(net.net, unseen.images), unseen.labels)
             nets[criterion.name].append(VerifiedNet(seed, net, found))
             name = f"{task.name}, {criterion.name}, seed {seed}"

@@ -11,10 +11,22 @@ from fused_arcface.base.text import listed
 from ..benchmark.cases import Case
 from ..data import DataError, ImageSpec, LabeledImages, digit_images, identity_images, open_source
 from ..data.digits import TRAINED, UNSEEN
-from .training import Recipe
 
 Halves = tuple[LabeledImages, LabeledImages]
 """Images to train on, and images of identities that are not among them."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The settings of a training: AdamW with a learning rate that rises and falls once."""
+
+    steps: int
+    batch_size: int
+    learning_rate: float
+    """The greatest."""
+    warm_up: float = 0.25
+    """Share of the steps in which the learning rate rises."""
+    weight_decay: float = 5e-4
 
 
 @dataclass(frozen=True)

@@ -17,19 +17,7 @@ from torch.optim.lr_scheduler import LRScheduler, OneCycleLR
 from ..data.images import LabeledImages
 from ..nets.small import SmallNet
 from .criteria import Criterion
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """The settings of a training: AdamW with a learning rate that rises and falls once."""
-
-    steps: int
-    batch_size: int
-    learning_rate: float
-    """The greatest."""
-    warm_up: float = 0.25
-    """Share of the steps in which the learning rate rises."""
-    weight_decay: float = 5e-4
+from .plans import Recipe, Task
 
 
 class StepRecord(NamedTuple):
@@ -77,25 +65,24 @@ class TrainedNet:
 
 def train(
     criterion: Criterion,
-    recipe: Recipe,
-    embedding_dim: int,
+    task: Task,
     data: LabeledImages,
     seed: int,
     reporter: Reporter,
     before_update: BeforeUpdate | None = None,
 ) -> TrainedNet:
-    """Train a new net with one criterion; ``seed`` decides the initial weights and the batches.
+    """Train a new net of a task with one criterion; ``seed`` decides the initial weights and the batches.
 
     The net is made before the head, so all criteria start from the same net. The caller's random state is left as it
     was.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        net = SmallNet(embedding_dim, data.images.shape[1])
-        head = criterion.make_head(embedding_dim, data.num_identities)
-        batches = criterion.batches(data, recipe.batch_size, recipe.steps, seed)
+        net = SmallNet(task.embedding_dim, data.images.shape[1])
+        head = criterion.make_head(task.embedding_dim, data.num_identities)
+        batches = criterion.batches(data, task.recipe.batch_size, task.recipe.steps, seed)
         start, steps = time.perf_counter(), []
-        for step in training_steps(net, head, recipe, batches, before_update):
+        for step in training_steps(net, head, task.recipe, batches, before_update):
             steps.append(step)
             reporter.step(step.loss)
     return TrainedNet(net, steps, time.perf_counter() - start)
