@@ -125,11 +125,7 @@ def _network(ranks: int) -> tuple[float, float]:
     for size in (_SMALL_BYTES, _LARGE_BYTES):
         own = torch.zeros(size, dtype=torch.uint8)
         every = [torch.empty_like(own) for _ in range(ranks)]
-
-        def gather(own: torch.Tensor = own, every: list[torch.Tensor] = every) -> None:
-            dist.all_gather(every, own)
-
-        seconds.append(_median_seconds(gather, dist.barrier))
+        seconds.append(_median_seconds(partial(dist.all_gather, every, own), dist.barrier))
     doublings = (ranks - 1).bit_length()
     received = (_LARGE_BYTES - _SMALL_BYTES) * (ranks - 1)
     return seconds[0] / doublings, received / max(seconds[1] - seconds[0], 1e-9)
@@ -139,7 +135,7 @@ def _training_step(rows: int, classes: int) -> TakeStep:
     return with_center_sgd("auto", "float32", Case(rows, classes, _D), torch.device("cpu"))
 
 
-def _median_seconds(run: Callable[[], None], barrier: Callable[[], object] = lambda: None) -> float:
+def _median_seconds(run: Callable[[], object], barrier: Callable[[], object] = lambda: None) -> float:
     run()
     samples = []
     for _ in range(_SAMPLES):

@@ -60,21 +60,10 @@ class CenterLossHead(SoftmaxHead):
 class ReferenceHead(MarginHead):
     """:class:`fused_arcface.MarginHead` computed by :mod:`fused_arcface.reference`, logits materialized."""
 
-    def forward(
-        self,
-        embeddings: Tensor,
-        target: Labels,
-        *,
-        ignore_index: int = -100,
-        return_stats: bool = False,
-        sample_weight: Tensor | None = None,
-        reduction: str = "mean",
-    ) -> Tensor | tuple[Tensor, MarginSoftmaxStats]:
-        """Compute what the fused head computes; ``backend`` is ignored."""
+    def forward(self, embeddings: Tensor, target: Labels, **how: Any) -> Tensor | tuple[Tensor, MarginSoftmaxStats]:
+        """Compute what the fused head computes, with the same arguments; ``backend`` is ignored."""
         options = dataclasses.replace(self.options, margin=in_step(self.margin, embeddings, alone=False))
-        return reference.loss_with(
-            options, embeddings, self.weight, target, reduction, ignore_index, return_stats, sample_weight
-        )
+        return reference.loss_with(options, embeddings, self.weight, target, **how)
 
 
 def contrastive(margin: float) -> nn.Module:
