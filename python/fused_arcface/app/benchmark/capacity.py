@@ -263,10 +263,10 @@ def run_capacity(
         on_row: called with all rows each time that one has been found.
 
     Raises:
-        RuntimeError: if this system does not tell a process's peak memory.
+        RuntimeError: if this system does not report a process's peak memory.
     """
     if not memory.can_measure(device):
-        raise RuntimeError("this system does not tell a process's peak of resident memory; Linux does")
+        raise RuntimeError("this system does not report a process's peak of resident memory; Linux does")
     context = machine.context(device)
     key = operator.itemgetter("recipe", "backend", "weight_dtype", "momentum_dtype")
     rows = {key(row): row for row in earlier}

@@ -46,7 +46,7 @@ def run_benchmark(
         providers: the implementations to measure.
         device: the device to measure on.
         seconds: time that the samples of one case and pass should take together.
-        with_memory: if true, measure peak memory as well, if the system tells it.
+        with_memory: if true, measure peak memory as well, if the system reports it.
         earlier: an interrupted run to resume; its cases are not measured again.
         progress: called with a line before each step.
         on_case: called after each case with all that has been found so far.
@@ -185,7 +185,7 @@ def _lacks_memory(provider: Provider, case: Case, report: Report) -> str | None:
         and each.case.C < case.C
     ]
     peak = max((each.peak_bytes or 0) * case.C / each.case.C for each in smaller) if smaller else 0
-    # Besides there are the inputs, the gradient, and either the truth's gradient or another layout of the centers.
+    # The inputs, the gradient, and either the truth's gradient or another layout of the centers come on top.
     needed, limit = peak + 3 * case.weight_bytes, report.machine["memory_bytes"]
     if needed > limit:
         return f"out of memory: {needed / 2**30:.1f} GiB needed, {limit / 2**30:.1f} GiB available"

@@ -64,7 +64,7 @@ def head_costs(cases: Sequence[Case], seconds: float) -> list[HeadCost]:
 
 
 def peak_of_steps(criterion: str, task: Task, data: LabeledImages, child: Child) -> int | None:
-    """Return the peak bytes of training steps beyond images, parameters and optimizer; None where it is not told.
+    """Return the peak bytes of training steps beyond images, parameters and optimizer; None if it cannot be measured.
 
     The data give the shape of the images and the number of identities.
     """

@@ -66,7 +66,7 @@ def _roc(plt: Any, demo: Demo) -> Any:
                 # Nothing is interpolated: a rate holds until the next point.
                 label = f"{name}: {tar:.3f}" if index == 0 else None
                 axis.step(each.false_accepts, each.true_accepts, label=label, **style)
-        # Below ten false accepts the curve tells little.
+        # Below ten false accepts the curve is mostly noise.
         least = min(1e-2, 10 / result.pixels[0].num_pairs[1])
         axis.axvline(1e-2, color="black", linewidth=0.8, linestyle=":", label="FAR 0.01")
         axis.set(xscale="log", xlim=(least, 1), ylim=(0, 1.01))

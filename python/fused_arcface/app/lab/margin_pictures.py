@@ -84,7 +84,7 @@ def label(entry: Entry) -> str:
 
 
 def styles() -> Iterator[dict[str, Any]]:
-    """Yield styles of lines that differ in color and dashes. The first are wide, as another may cover them."""
+    """Yield styles of lines that differ in color and dashes. The first are wide, because later ones may cover them."""
     for place in itertools.count():
         width = max(1.2, 3.4 - 0.5 * place)
         yield {"color": COLORS[place % len(COLORS)], "linestyle": _LINES[place % len(_LINES)], "linewidth": width}
@@ -104,7 +104,7 @@ def _angle_figure(plt: Any, scale: float) -> Any:
         modified = default(entry)(cosines)
         (slope,) = torch.autograd.grad(modified.sum(), cosines)
         logits.plot(degrees, scale * modified.detach(), label=label(entry), **style)
-        slopes.plot(degrees[5:-5], slope[5:-5], **style)  # up to the ends it is bounded
+        slopes.plot(degrees[5:-5], slope[5:-5], **style)  # nearer to the ends the margins bound it
     logits.set(**_ANGLES, title="margins of the angle", ylabel=f"target logit at scale {scale:g}")
     slopes.set(**_ANGLES, title="derivative", ylabel="d logit / d (scale · cos θ)", ylim=(-0.2, 6))
     for axis in (logits, slopes):

@@ -205,8 +205,8 @@ def _slug(name: str) -> str:
     return re.sub("[^A-Za-z0-9]+", "-", name).strip("-").lower()
 
 
-def write_numbers(demo: Demo, path: Path) -> None:
-    """Write everything that a demo found except the points of the ROC."""
+def write_numbers(demo: Demo, folder: Path) -> Path:
+    """Write everything that a demo found except the points of the ROC into numbers.json; return its path."""
     numbers = {
         "fused_arcface": __version__,
         "torch": torch.__version__,
@@ -220,7 +220,7 @@ def write_numbers(demo: Demo, path: Path) -> None:
         "head": [asdict(cost) for cost in demo.costs],
         "seconds": round(demo.seconds, 2),
     }
-    write_json(path, numbers, allow_nan=True)
+    return write_json(folder / "numbers.json", numbers, allow_nan=True)
 
 
 def _here() -> dict[str, str]:

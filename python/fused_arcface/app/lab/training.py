@@ -50,17 +50,11 @@ class TrainedNet:
     """A net and the record of its training."""
 
     net: nn.Module
-    steps: list[StepRecord]
+    losses: list[float]
+    """The loss of each step."""
+    head_milliseconds: float
+    """Median time of the head's forward and backward pass, on one thread."""
     seconds: float
-
-    @property
-    def losses(self) -> list[float]:
-        return [step.loss for step in self.steps]
-
-    @property
-    def head_milliseconds(self) -> float:
-        """Median time of the head's forward and backward pass, on one thread."""
-        return statistics.median(step.head_seconds for step in self.steps) * 1e3
 
 
 def train(
@@ -81,11 +75,12 @@ def train(
         net = SmallNet(task.embedding_dim, data.images.shape[1])
         head = criterion.make_head(task.embedding_dim, data.num_identities)
         batches = criterion.batches(data, task.recipe.batch_size, task.recipe.steps, seed)
-        start, steps = time.perf_counter(), []
+        start, losses, head_seconds = time.perf_counter(), [], []
         for step in training_steps(net, head, task.recipe, batches, before_update):
-            steps.append(step)
+            losses.append(step.loss)
+            head_seconds.append(step.head_seconds)
             reporter.step(step.loss)
-    return TrainedNet(net, steps, time.perf_counter() - start)
+    return TrainedNet(net, losses, 1e3 * statistics.median(head_seconds), time.perf_counter() - start)
 
 
 def one_cycle(parameters: Iterable[nn.Parameter], recipe: Recipe) -> tuple[Optimizer, LRScheduler]:

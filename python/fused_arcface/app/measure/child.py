@@ -81,7 +81,7 @@ def _start() -> subprocess.Popen[bytes]:
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Return true if an allocation failed. On a CPU, only the text tells torch's error from other RuntimeErrors."""
+    """Return true if an allocation failed. On a CPU torch raises a RuntimeError, and only its text says so."""
     text = str(error).lower()
     return isinstance(error, MemoryError) or "out of memory" in text or "allocate memory" in text or "bad_alloc" in text
 
