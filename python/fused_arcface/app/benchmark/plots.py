@@ -62,11 +62,8 @@ def _styles(measurements: Iterable[Measurement]) -> dict[str, dict[str, Any]]:
             width, line = (2.6, "-") if variants == 0 else (1.4, (":", "--", "-.")[variants % 3])
             styles[label] = {"color": _OURS, "lw": width, "ls": line, "zorder": 5}
         else:
-            styles[label] = {
-                "color": _PEERS[peers % len(_PEERS)],
-                "lw": 1.4,
-                "ls": "-" if peers < len(_PEERS) else "--",
-            }
+            line = "-" if peers < len(_PEERS) else "--"
+            styles[label] = {"color": _PEERS[peers % len(_PEERS)], "lw": 1.4, "ls": line}
             peers += 1
         styles[label] |= {"marker": _MARKERS[len(styles) % len(_MARKERS)], "ms": 5}
     return styles
