@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 
 from fused_arcface.app.benchmark import capacity, memory
+from fused_arcface.app.benchmark.report import write_rows
 
 # Memory of the child process that its allocator does not count: CUDA's context and the kernels.
 _CONTEXT_BYTES = 3 * 2**29
@@ -59,11 +60,12 @@ def main() -> int:
 
     def on_row(rows: list[dict[str, object]]) -> None:
         found.update({(row["recipe"], row["backend"]): row for row in rows})
-        capacity.write(options.folder, rows)
+        write_rows(options.folder, "capacity", rows)
 
     try:
+        setups = [setup for setup in capacity.all_setups() if wanted(setup)]
         _, skips = capacity.run_capacity(
-            device, budget, N=options.rows, D=options.dim, wanted=wanted, progress=progress, on_row=on_row
+            setups, device, budget, N=options.rows, D=options.dim, progress=progress, on_row=on_row
         )
         for skip in skips:
             print(f"{skip.provider} ({skip.backend}): {skip.reason}")

@@ -1,6 +1,5 @@
 """Sphinx: the pages of this folder as a site, `make docs`."""
 
-import posixpath
 import re
 
 import fused_arcface
@@ -22,13 +21,12 @@ autodoc_member_order = "bysource"
 autodoc_typehints = "none"  # the docstrings say shapes and dtypes, which types cannot
 
 _MARGINS = "<!-- a class for each margin of the registry; conf.py -->"
-_PAGE = re.compile(r"\]\((\.\./[^)#\s]+)(#[^)]*)?\)")
+_FILE = re.compile(r"\[([^\]]*)\]\(\.\./([^)#\s]+)(#[^)]*)?\)")
 
 
 def _repository_links(app, docname, source):
     """Leave links to files of the repository, which are no pages of the site, as their paths."""
-    source[0] = _PAGE.sub(lambda link: f"](path:{posixpath.normpath(posixpath.join('docs', link[1]))})", source[0])
-    source[0] = re.sub(r"\[([^\]]*)\]\(path:([^)]*)\)", r"\1 (`\2`)", source[0])
+    source[0] = _FILE.sub(r"\1 (`\2`)", source[0])
 
 
 def _margins(app, docname, source):

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import csv
-import importlib
 import itertools
 import json
 import math
-import re
+import pickle
 import runpy
 from dataclasses import replace
 from pathlib import Path
@@ -20,9 +19,10 @@ from support.benchmark_reports import CPU, TINY, synthetic_report
 from support.clock import Clock
 
 from fused_arcface import ArcFace, NormSoftmax, reference
-from fused_arcface.app.benchmark import cost_model, memory, plots, runner
+from fused_arcface.app.benchmark import capacity, cost_model, memory, plots, runner
 from fused_arcface.app.benchmark import providers as providers_module
 from fused_arcface.app.benchmark.cases import NAMES, PASSES, Case, cases_named, make_inputs
+from fused_arcface.app.benchmark.names import Named
 from fused_arcface.app.benchmark.providers import Provider, all_providers, select
 from fused_arcface.app.benchmark.report import add_rows, read_report
 from fused_arcface.app.benchmark.truth import PassResult, error_of, truth
@@ -314,28 +314,22 @@ def test_memory_of_a_pass_is_seen_from_outside(child: Child) -> None:
     assert fused < logits / 4
 
 
-def test_what_children_are_asked_to_call_exists() -> None:
-    app = Path(runner.machine.__file__).parents[1]
-    named = {
-        found
-        for path in app.rglob("*.py")
-        if path.name != "child.py"
-        for found in re.findall(r'"([a-z_.]+):([a-z_]+_in_this_process|[a-z_]+_of_this_process)"', path.read_text())
-    }
-    assert len(named) == 5
-    for module, function in named:
-        assert callable(getattr(importlib.import_module(f"fused_arcface.app.{module}"), function))
+@pytest.mark.parametrize("each", [*all_providers(), *capacity.all_setups()], ids=str)
+def test_every_provider_and_setup_can_be_sent_to_a_child(each: Named) -> None:
+    assert str(pickle.loads(pickle.dumps(each))) == str(each)
 
 
 @pytest.mark.slow
 def test_child_reports_errors_and_comes_back(child: Child) -> None:
     with pytest.raises(ChildFailed, match="ValueError"):
-        child.call("benchmark.cases:cases_named", name="huge", device_type="cpu")
+        child.call(cases_named, "huge", device_type="cpu")
     assert child._process is not None
     child._process.kill()
     with pytest.raises(MemoryError):
-        child.call("measure.machine:commit")
-    assert isinstance(child.call("measure.machine:commit"), str)
+        child.call(runner.machine.commit)
+    assert isinstance(child.call(runner.machine.commit), str)
+    torch.set_num_threads(2)
+    assert child.call(torch.get_num_threads) == 2
 
 
 @pytest.mark.slow

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
+import typer
 from support.benchmark_reports import CAPACITY_FIELDS, CPU, synthetic_report
 
 from fused_arcface.app.benchmark import capacity, cost_model, memory, ranks
-from fused_arcface.app.benchmark.names import is_fused
+from fused_arcface.app.benchmark.names import chosen, is_fused
+from fused_arcface.app.benchmark.report import write_rows
+from fused_arcface.app.cli.bench import bench
+from fused_arcface.app.measure import machine
 from fused_arcface.app.measure.child import Child
 
 
@@ -17,7 +23,7 @@ from fused_arcface.app.measure.child import Child
 def test_a_trial_cannot_take_more_than_its_budget(child: Child) -> None:
     if not memory.can_measure(CPU):
         pytest.skip("this system does not limit a process's data")
-    (recipe,) = (r for r in capacity.setups() if r.key == ("fused_arcface", "cpu", "float32", "float32"))
+    (recipe,) = (r for r in capacity.all_setups() if r.key == ("fused_arcface", "cpu", "float32", "float32"))
     shape = (8, 200_000, 64)  # 51 MB of class centers; with gradient, momentum and decay 205 MB
     trial = capacity.try_step(recipe, shape, CPU, 2**28, child)
     assert trial is not None and 3 * 51.2e6 < trial.peak_bytes < 2**28
@@ -29,7 +35,7 @@ def test_a_trial_cannot_take_more_than_its_budget(child: Child) -> None:
 def test_an_update_in_the_backward_needs_no_gradient(child: Child) -> None:
     if not memory.can_measure(CPU):
         pytest.skip("this system does not let a process reset its peak of resident memory")
-    (recipe,) = (r for r in capacity.setups() if r.key == ("fused_arcface + CenterSGD", "cpu", "bfloat16", "int8"))
+    (recipe,) = (r for r in capacity.all_setups() if r.key == ("fused_arcface + CenterSGD", "cpu", "bfloat16", "int8"))
     trial = capacity.try_step(recipe, (8, 200_000, 64), CPU, 2**28, child)
     assert trial is not None
     # Two bytes of a class center, one and a sixteenth of its momentum.
@@ -50,12 +56,15 @@ def test_capacity_is_predicted_then_verified(kink: float, hard: bool) -> None:
         return None if hard and peak(C) > budget else capacity.Trial(peak(C), 1.0)
 
     predicted = capacity.extrapolate(attempt, budget, 4000)
-    assert predicted.trial is None and max(tried) == 8000
+    assert predicted.how == "extrapolated" and max(tried) == 8000
     if kink == 0:
         assert abs(peak(predicted.max_C) - budget) < 10_000
     tried.clear()
     found = capacity.verify(attempt, budget, predicted.max_C)
-    assert found.trial is not None and found.trial.peak_bytes == peak(found.max_C) <= budget
+    assert found.how == "measured" and found.bytes_per_class * found.max_C == pytest.approx(
+        peak(found.max_C), rel=1e-12
+    )
+    assert peak(found.max_C) <= budget
     assert peak(int(found.max_C * 1.025)) > budget
     assert len(tried) <= (1 if kink == 0 else 10)
 
@@ -67,7 +76,7 @@ def test_capacity_that_never_fits_is_an_error() -> None:
         capacity.verify(lambda C: None, 10**9, 1000)
 
 
-def test_capacity_goes_on_with_an_interrupted_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_capacity_goes_on_with_an_interrupted_run(monkeypatch: pytest.MonkeyPatch) -> None:
     """The first run ends after one recipe was verified; the second verifies the other and repeats nothing."""
     tried: list[tuple[str, int]] = []
 
@@ -78,21 +87,37 @@ def test_capacity_goes_on_with_an_interrupted_run(monkeypatch: pytest.MonkeyPatc
         return capacity.Trial(6000 * shape[1], 1.0)
 
     budget = 10**8
-    options = {"names": ["eager", "insightface"], "on_row": lambda rows: capacity.write(tmp_path, rows)}
+    setups = chosen(capacity.all_setups(), ["eager", "insightface"], None)
+    left: list[dict[str, Any]] = []
     monkeypatch.setattr(capacity, "try_step", step)
     with pytest.raises(KeyboardInterrupt):
-        capacity.run_capacity(CPU, budget, **options)
-    left = capacity.read(tmp_path, budget, CPU)
+        capacity.run_capacity(setups, CPU, budget, on_row=lambda rows: left.__setitem__(slice(None), rows))
     assert [row["how"] for row in left] == ["measured", "extrapolated"]
     assert all(",".join(row) == CAPACITY_FIELDS for row in left)
     before, tried = tried, []
-    rows, skips = capacity.run_capacity(CPU, budget, earlier=left, **options)
+    rows, skips = capacity.run_capacity(setups, CPU, budget, earlier=left)
     assert [row["how"] for row in rows] == ["measured"] * 2 and not skips
     assert len(before) == 5 and [key for key, _ in tried] == [("insightface", "torch", "float32", "float32")]
-    with pytest.raises(ValueError, match="budget"):
-        capacity.read(tmp_path, budget + 1, CPU)
     with pytest.raises(ValueError, match="no_such"):
-        capacity.run_capacity(CPU, budget, names=["no_such"])
+        chosen(capacity.all_setups(), ["no_such"], None)
+    with pytest.raises(ValueError, match=r"backend must be one of .*; got 'no_such'"):
+        chosen(capacity.all_setups(), None, "no_such")
+
+
+def test_the_command_resumes_a_search_of_the_same_budget(tmp_path: Path) -> None:
+    """Its setup has been verified, so nothing is tried: the rows of an earlier call are kept, the computed are anew."""
+    key = ("eager", "torch", "float32", "float32")
+    row = capacity.Capacity(1000, 8192.0, "measured", 2.0).row(key, 64, 512, 2**30, machine.context(CPU))
+    write_rows(tmp_path, "capacity", [row])
+    options = {"providers": "eager", "device": "cpu", "resume": True, "no_report": True}
+    for _ in range(2):
+        bench(**options, budget=1.0, output=tmp_path)
+        found = json.loads((tmp_path / "capacity.json").read_text())
+        assert found[0] == row and [each["how"] for each in found] == ["measured", "computed", "computed"]
+    with pytest.raises(typer.BadParameter, match=rf"budget_bytes must be {2**29}; got {2**30}"):
+        bench(**options, budget=0.5, output=tmp_path)
+    with pytest.raises(typer.BadParameter, match="holds no capacities to resume"):
+        bench(**options, budget=1.0, output=tmp_path / "empty")
 
 
 def test_cost_model_keeps_its_own_laws() -> None:
@@ -130,7 +155,7 @@ def test_cost_model_gives_back_the_rate_that_it_was_given(tmp_path: Path) -> Non
 
 @pytest.mark.distributed
 @pytest.mark.full
-def test_cost_model_beside_two_processes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_cost_model_beside_two_processes() -> None:
     """Whether they agree is for a quiet machine to say; here, that a group runs and that the inputs make sense."""
     progress: list[str] = []
     rows = ranks.run_ranks([2], progress.append)
@@ -144,4 +169,3 @@ def test_cost_model_beside_two_processes(monkeypatch: pytest.MonkeyPatch, tmp_pa
         assert 0 < row["arithmetic_ms"] < row["predicted_ms"] and row["measured_ms"] > 0
         assert 1e6 < row["network_bytes_per_second"] < 1e12 and 0 < row["network_latency_us"] < 1e6
     assert rows[-1]["arithmetic_ms"] == pytest.approx(100 * rows[0]["arithmetic_ms"], rel=0.01)
-    assert [path.name for path in ranks.write(tmp_path, rows)] == ["ranks.csv", "ranks.json"]

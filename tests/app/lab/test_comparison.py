@@ -26,10 +26,10 @@ from fused_arcface.app.data import LabeledImages, identity_images
 from fused_arcface.app.drawing import write_pictures
 from fused_arcface.app.lab import comparison
 from fused_arcface.app.lab.batches import identity_batches, random_view, two_view_batches
-from fused_arcface.app.lab.comparison import run_comparison
+from fused_arcface.app.lab.comparison import chosen_criteria, run_comparison
 from fused_arcface.app.lab.comparison_pictures import comparison_drawings
 from fused_arcface.app.lab.criteria import criteria
-from fused_arcface.app.lab.losses import CenterLossHead, contrastive, triplet_batch_hard, triplet_semi_hard
+from fused_arcface.app.lab.heads import CenterLossHead, contrastive, triplet_batch_hard, triplet_semi_hard
 from fused_arcface.app.lab.plans import QUICK_COMPARISON as QUICK
 from fused_arcface.app.lab.plans import comparison_plan
 from fused_arcface.app.lab.record import ROC_FARS, ComparisonError, Folder, Row
@@ -164,27 +164,28 @@ def no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.slow
 @pytest.mark.usefixtures("no_memory")
 def test_an_interrupted_run_goes_on(tmp_path: Path) -> None:
-    plan = replace(QUICK, seeds=(0, 1))
+    plan, chosen = replace(QUICK, seeds=(0, 1)), chosen_criteria(NAMES)
     with pytest.raises(KeyboardInterrupt):
-        run_comparison(plan, Folder(tmp_path / "a", plan), Quiet(rows=4), NAMES)
+        run_comparison(plan, Folder(tmp_path / "a", plan), Quiet(rows=4), chosen)
     assert len(list((tmp_path / "a" / "rows").glob("*.json"))) == 4
     rest = Quiet()
-    resumed = run_comparison(plan, Folder(tmp_path / "a", plan), rest, NAMES)
+    resumed = run_comparison(plan, Folder(tmp_path / "a", plan), rest, chosen)
     assert rest.trainings == 2 + 3  # two rows were missing, and the two-dimensional nets
-    whole = run_comparison(plan, Folder(tmp_path / "b", plan), Quiet(), NAMES)
-    for a, b in zip(resumed.rows, whole.rows, strict=True):
+    whole = run_comparison(plan, Folder(tmp_path / "b", plan), Quiet(), chosen)
+    rows = [row for of_criterion in whole.rows.values() for row in of_criterion]
+    for a, b in zip([row for of_criterion in resumed.rows.values() for row in of_criterion], rows, strict=True):
         timeless = {"seconds": 0.0, "head_milliseconds": 0.0, "peak_bytes": 0}
         assert replace(a, **timeless) == replace(b, **timeless)
-    assert [row.criterion for row in whole.rows] == [name for name in NAMES for _ in plan.seeds]
+    assert [row.criterion for row in rows] == [name for name in NAMES for _ in plan.seeds]
     again = Quiet()
-    run_comparison(plan, Folder(tmp_path / "a", plan), again, NAMES)
+    run_comparison(plan, Folder(tmp_path / "a", plan), again, chosen)
     assert again.trainings == 0
     with pytest.raises(ComparisonError, match="holds another comparison"):
         Folder(tmp_path / "a", replace(plan, seeds=(0,)))
     with pytest.raises(ValueError, match=r"criteria must be among softmax; .*; got hinge"):
-        run_comparison(plan, Folder(tmp_path / "c", plan), Quiet(), ("hinge",))
+        chosen_criteria(("hinge",))
 
-    _check_figures(whole.rows)
+    _check_figures(rows)
     pictures = write_pictures(comparison_drawings(whole), tmp_path)
     assert {path.name for path in pictures} == {
         "tar.png", "roc.png", "loss.png", "angles.png", "embeddings_2d.png", "margins_of_the_angle.png",
@@ -194,9 +195,9 @@ def test_an_interrupted_run_goes_on(tmp_path: Path) -> None:
     table, summary = Folder(tmp_path / "b", plan).write_summary(whole.rows, 1.0)
     with table.open() as file:
         listed = list(csv.DictReader(file))
-    assert len(listed) == 6 and float(listed[0]["tar_at_far_0.01"]) == whole.rows[0].tar["0.01"]
+    assert len(listed) == 6 and float(listed[0]["tar_at_far_0.01"]) == rows[0].tar["0.01"]
     figures = json.loads(summary.read_text())["criteria"]["ArcFace"]["rank1"]
-    ranks = [row.rank1 for row in whole.of("ArcFace")]
+    ranks = [row.rank1 for row in whole.rows["ArcFace"]]
     assert figures == {"mean": pytest.approx(np.mean(ranks)), "deviation": pytest.approx(np.std(ranks))}
 
 

@@ -17,11 +17,11 @@ import fused_arcface as fa
 from fused_arcface.app.cli import run
 from fused_arcface.app.data import LabeledImages, identity_images
 from fused_arcface.app.lab import agreement, demo
-from fused_arcface.app.lab.agreement import StepAgreement, curve_broken, curve_difference
+from fused_arcface.app.lab.agreement import Agreement
 from fused_arcface.app.lab.batches import shuffled_batches
 from fused_arcface.app.lab.heads import ReferenceHead, SoftmaxHead
-from fused_arcface.app.lab.plans import QUICK_DEMO, Plan
-from fused_arcface.app.lab.training import Recipe, one_cycle, training_steps
+from fused_arcface.app.lab.plans import QUICK_DEMO, Plan, Recipe
+from fused_arcface.app.lab.training import one_cycle, training_steps
 from fused_arcface.app.nets.small import SmallNet, embed
 
 
@@ -132,7 +132,7 @@ class WrongHead(fa.MarginHead):
 
 @pytest.mark.parametrize(("kind", "right"), [(fa.MarginHead, True), (WrongHead, False)])
 def test_step_agreement_tells_right_from_wrong(kind: type[fa.MarginHead], right: bool) -> None:
-    check, head = StepAgreement(), kind(16, 40, scale=16.0)
+    check, head = Agreement(), kind(16, 40, scale=16.0)
     check(head, torch.randn(8, 16), torch.randint(40, (8,)))
     assert (check.broken() == []) is right
     assert check.worst()["loss"] == pytest.approx(0 if right else 1e-3, abs=1e-6)
@@ -140,12 +140,17 @@ def test_step_agreement_tells_right_from_wrong(kind: type[fa.MarginHead], right:
 
 
 def test_a_nan_breaks_the_bounds() -> None:
-    check, head = StepAgreement(), fa.MarginHead(16, 40)
+    check, head = Agreement(), fa.MarginHead(16, 40)
     check(head, torch.full((2, 16), torch.nan), torch.tensor([0, 1]))
     check(head, torch.randn(8, 16), torch.randint(40, (8,)))
     assert len(check.broken()) == 3
-    assert curve_broken(curve_difference([1.0, math.nan], [1.0, 2.0])) and not curve_broken(0.01)
-    assert curve_difference([1.0] * 50 + [9.0], [1.25] * 50 + [1.0]) == 0.25  # the first steps alone
+    check.compare_curves([1.0, math.nan], [1.0, 2.0])
+    assert len(check.broken()) == 4
+    check.compare_curves([1.0] * 50 + [9.0], [1.25] * 50 + [1.0])
+    assert check.curve_difference == 0.25  # the first steps alone
+    assert check.broken()[3:] == ["the losses of the two trainings differ by 2.5e-01 in 50 steps, 1e-02 allowed"]
+    check.compare_curves([1.0], [1.0078125])
+    assert len(check.broken()) == 3
 
 
 def test_reference_head_is_the_fused_one() -> None:
@@ -184,17 +189,8 @@ def test_steps_are_plain_training() -> None:
 
     net, head, parameters = make()
     seen: list[torch.Size] = []
-    optimizer, scheduler = one_cycle(parameters, recipe)
-    steps = list(
-        training_steps(
-            net,
-            head,
-            optimizer,
-            scheduler,
-            shuffled_batches(data, 8, 3, seed=0),
-            lambda head, x, y: seen.append(x.shape),
-        )
-    )
+    batches = shuffled_batches(data, 8, 3, seed=0)
+    steps = list(training_steps(net, head, recipe, batches, lambda head, x, y: seen.append(x.shape)))
     plain_net, plain_head, plain_parameters = make()
     optimizer, scheduler = one_cycle(plain_parameters, recipe)
     for step, (images, target) in zip(steps, shuffled_batches(data, 8, 3, seed=0), strict=True):

@@ -19,13 +19,12 @@ from fused_arcface.margins.registry import REGISTRY
 SCALE = 10.0
 
 
-def lines_of(place: int) -> tuple[dict[str, Any], Any]:
+def lines_of(place: int) -> tuple[dict[str, Any], list[Any]]:
     figure = margin_drawings(SCALE)[place].draw(plt)
-    (axis,) = figure.axes
-    handles, names = axis.get_legend_handles_labels()
+    handles, names = figure.axes[0].get_legend_handles_labels()
     plt.close(figure)
-    assert axis.get_xlabel() and axis.get_ylabel() and axis.get_title()
-    return dict(zip(names, handles, strict=True)), axis
+    assert all(axis.get_xlabel() and axis.get_ylabel() and axis.get_title() for axis in figure.axes)
+    return dict(zip(names, handles, strict=True)), figure.axes
 
 
 def test_every_margin_is_drawn() -> None:
@@ -34,13 +33,18 @@ def test_every_margin_is_drawn() -> None:
 
 
 def test_lines_are_those_of_the_defaults() -> None:
-    lines, _ = lines_of(0)
-    for entry in entries("angular"):
+    lines, (_, slopes) = lines_of(0)
+    for entry, slope in zip(entries("angular"), slopes.lines, strict=False):
         degrees, logits = lines[label(entry)].get_data()
         expected = SCALE * entry.margin()(torch.as_tensor(degrees, dtype=torch.float64).deg2rad().cos())
         jumps = np.abs(np.diff(expected)) > 0.5  # at a jump half a step decides
         near = ~(np.r_[jumps, False] | np.r_[False, jumps])
         assert near.sum() > 700 and logits[near] == pytest.approx(np.asarray(expected)[near], abs=1e-4)
+        # Apart from jumps and kinks, the derivative is the quotient of differences on both sides.
+        cosines = np.cos(np.deg2rad(degrees))
+        quotients = (expected[2:] - expected[:-2]).numpy() / (SCALE * (cosines[2:] - cosines[:-2]))
+        smooth = (near[1:-1] & (np.abs(np.diff(quotients, prepend=quotients[0])) < 0.02))[4:-4]
+        assert smooth.sum() > 500 and slope.get_ydata()[smooth] == pytest.approx(quotients[4:-4][smooth], abs=0.02)
 
 
 def test_negatives_by_hand() -> None:
@@ -57,7 +61,7 @@ def test_negatives_by_hand() -> None:
 
 
 def test_rows_and_boundaries() -> None:
-    lines, axis = lines_of(1)
+    lines, (axis,) = lines_of(1)
     assert {f"embedding of norm {norm:g}" for norm in NORMS} <= set(lines)
     # A line for no margin, three for each margin, three in the legend; ElasticFace alone is a band.
     assert len(axis.lines) == 1 + 3 * (len(entries("row")) - 1) + 3 and len(axis.collections) == 1

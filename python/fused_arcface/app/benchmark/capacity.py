@@ -15,7 +15,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -27,10 +26,16 @@ from ..measure import machine
 from ..measure.child import Child, ChildFailed
 from . import memory
 from .cases import REPEATED, Case, draw_centers, make_inputs
-from .names import Named, chosen
+from .names import Named
 from .providers import HeadRun, Provider, Reason, all_providers
-from .report import Skip, read_json, write_rows
+from .report import Skip
 
+Key = tuple[str, str, str, str]
+"""Names a setup: recipe, backend, dtypes of class centers and of momentum."""
+Attempt = Callable[[int], "Trial | None"]
+"""Takes a trial of C classes; returns None if it took far too much."""
+Search = Callable[[Attempt, int, int], "Capacity"]
+"""Finds the largest C by attempts, given the bytes of the budget and a first C."""
 TakeStep = Callable[[], None]
 """Takes one training step over the inputs that it was made for."""
 
@@ -53,7 +58,7 @@ class TrainingSetup(Named):
     reason_against: Reason
 
     @property
-    def key(self) -> tuple[str, str, str, str]:
+    def key(self) -> Key:
         return self.name, self.backend, self.weight_dtype, self.momentum_dtype
 
     def __str__(self) -> str:
@@ -70,7 +75,7 @@ SGD: dict[str, Any] = {"lr": 0.1, "momentum": 0.9, "weight_decay": 5e-4}
 """Options of the optimizer, as arcface_torch trains."""
 
 
-def setups() -> tuple[TrainingSetup, ...]:
+def all_setups() -> tuple[TrainingSetup, ...]:
     """Return every setup: each head followed by torch.optim.SGD, and ours with the update in its backward pass."""
     plain = ("fused_arcface", "eager", "compiled", "insightface", "insightface-fp16", "pytorch-metric-learning")
     found = []
@@ -81,7 +86,7 @@ def setups() -> tuple[TrainingSetup, ...]:
         for dtype in ("float32", "bfloat16") if provider.is_ours else ("float32",):
             found.append(TrainingSetup(name, backend, dtype, dtype, partial(_with_sgd, provider), reason))
         for dtype, momentum in _FUSED_DTYPES if provider.is_ours else ():
-            fused = partial(_with_center_sgd, backend, momentum)
+            fused = partial(with_center_sgd, backend, momentum)
             found.append(TrainingSetup(f"{name} + CenterSGD", backend, dtype, momentum, fused, reason))
     return tuple(found)
 
@@ -108,8 +113,8 @@ class RepeatedCenters(PartialFC):
         draw_centers(self.weight, REPEATED)
 
 
-def _with_center_sgd(backend: str, momentum_dtype: str, case: Case, device: torch.device) -> TakeStep:
-    """Make steps of PartialFC with one shard, which updates the class centers in its backward pass."""
+def with_center_sgd(backend: str, momentum_dtype: str, case: Case, device: torch.device) -> TakeStep:
+    """Make steps of PartialFC, which updates its class centers in the backward pass; a process group shares them."""
     optimizer = CenterSGD(**SGD, momentum_dtype=getattr(torch, momentum_dtype))
     dtype = case.torch_weight_dtype
     head = RepeatedCenters(case.D, case.C, center_optimizer=optimizer, backend=backend, device=device, dtype=dtype)
@@ -130,23 +135,21 @@ class Trial(NamedTuple):
     step_ms: float
 
 
-def try_in_this_process(setup: str, shape: tuple[int, int, int], device: str, budget_bytes: int, threads: int) -> Trial:
-    """Take the steps of :func:`try_step`, in its child process."""
-    torch.set_num_threads(threads)
-    (chosen,) = (each for each in setups() if str(each) == setup)
+def _two_steps(setup: TrainingSetup, shape: tuple[int, int, int], device: torch.device, budget_bytes: int) -> Trial:
+    """Take the steps of :func:`try_step` in this process."""
     N, C, D = shape
-    on = torch.device(device)
-    chosen.make(chosen.case(8, 128, D), on)()  # loads libraries' code and starts threads, which are not counted
-    with memory.limited(on, min(int(_OVERSHOOT * budget_bytes) + _SLACK_BYTES, memory.available_bytes(on))):
-        before = memory.reset_peak(on)
-        step = chosen.make(chosen.case(N, C, D), on)
+    setup.make(setup.case(8, 128, D), device)()  # loads libraries' code and starts threads, which are not counted
+    limit = min(int(_OVERSHOOT * budget_bytes) + _SLACK_BYTES, memory.available_bytes(device))
+    with memory.limited(device, limit):
+        before = memory.reset_peak(device)
+        step = setup.make(setup.case(N, C, D), device)
         step()  # allocates the momentum
-        memory.synchronize(on)
+        memory.synchronize(device)
         start = time.perf_counter()
         step()
-        memory.synchronize(on)
+        memory.synchronize(device)
         milliseconds = (time.perf_counter() - start) * 1e3
-        return Trial(memory.peak_since_reset(on) - before, milliseconds)
+        return Trial(memory.peak_since_reset(device) - before, milliseconds)
 
 
 def try_step(
@@ -158,17 +161,9 @@ def try_step(
         ChildFailed: if it failed for another reason than its memory.
     """
     try:
-        result = child.call(
-            "benchmark.capacity:try_in_this_process",
-            setup=str(setup),
-            shape=shape,
-            device=str(device),
-            budget_bytes=budget_bytes,
-            threads=torch.get_num_threads(),
-        )
+        return child.call(_two_steps, setup, shape, device, budget_bytes)
     except MemoryError:
         return None
-    return Trial(*result)
 
 
 @dataclass(frozen=True)
@@ -177,11 +172,33 @@ class Capacity:
 
     max_C: int
     bytes_per_class: float
-    trial: Trial | None
-    """The steps with this C; None if it was extrapolated."""
+    how: str
+    """``extrapolated`` from the bytes per class of small problems, ``measured`` close to the budget, or ``computed``
+    without a trial."""
+    step_ms: float | None = None
+    """Time of a step with this C; None if it was not measured."""
+
+    def row(self, key: Key, N: int, D: int, budget_bytes: int, context: dict[str, str]) -> dict[str, Any]:
+        """Return the flat record of a setup; ``context`` holds device, torch, commit and date."""
+        recipe, backend, weight_dtype, momentum_dtype = key
+        return {
+            "recipe": recipe,
+            "backend": backend,
+            "dtype": weight_dtype,
+            "weight_dtype": weight_dtype,
+            "momentum_dtype": momentum_dtype,
+            "N": N,
+            "D": D,
+            "budget_bytes": budget_bytes,
+            "max_C": self.max_C,
+            "bytes_per_class": round(self.bytes_per_class, 1),
+            "step_ms": None if self.step_ms is None else round(self.step_ms, 1),
+            "how": self.how,
+            **context,
+        }
 
 
-def extrapolate(attempt: Callable[[int], Trial | None], budget_bytes: int, start: int) -> Capacity:
+def extrapolate(attempt: Attempt, budget_bytes: int, start: int) -> Capacity:
     """Extrapolate the largest C from the bytes per class between ``start`` classes and twice as many.
 
     Raises:
@@ -191,16 +208,11 @@ def extrapolate(attempt: Callable[[int], Trial | None], budget_bytes: int, start
     if small is None or large is None or large.peak_bytes > budget_bytes:
         raise MemoryError(f"{2 * start} classes do not fit into {budget_bytes} bytes")
     slope = max(1.0, (large.peak_bytes - small.peak_bytes) / start)
-    return Capacity(int(2 * start + (budget_bytes - large.peak_bytes) / slope), slope, None)
+    return Capacity(int(2 * start + (budget_bytes - large.peak_bytes) / slope), slope, "extrapolated")
 
 
-def verify(attempt: Callable[[int], Trial | None], budget_bytes: int, guess: int) -> Capacity:
+def verify(attempt: Attempt, budget_bytes: int, guess: int) -> Capacity:
     """Search the largest C that fits, to 2 %.
-
-    Args:
-        attempt: takes a trial of C classes; returns None if it took far too much.
-        budget_bytes: memory that a trial may take.
-        guess: C of the first trial.
 
     Raises:
         MemoryError: if no trial fits.
@@ -222,118 +234,68 @@ def verify(attempt: Callable[[int], Trial | None], budget_bytes: int, guess: int
             guess = int((fits + fails) / 2) if fails < math.inf else int(fits * (1 + _PRECISION))
     if best is None:
         raise MemoryError(f"{guess} classes do not fit into {budget_bytes} bytes")
-    return Capacity(fits, best.peak_bytes / fits, best)
+    return Capacity(fits, best.peak_bytes / fits, "measured", best.step_ms)
 
 
 def run_capacity(
+    setups: Sequence[TrainingSetup],
     device: torch.device,
     budget_bytes: int,
     *,
     N: int = 64,
     D: int = 512,
-    names: Sequence[str] | None = None,
-    backend: str | None = None,
-    wanted: Callable[[TrainingSetup], bool] = lambda setup: True,
     earlier: Sequence[dict[str, Any]] = (),
     progress: Callable[[str], None] = lambda text: None,
     on_row: Callable[[list[dict[str, Any]]], object] = lambda rows: None,
 ) -> tuple[list[dict[str, Any]], list[Skip]]:
     """Return a row for each setup that can run here, and the reasons why others cannot.
 
-    All setups are extrapolated first. Then each is verified, if the machine has the memory of the budget. A row's
-    ``how`` is "extrapolated" (from the bytes per class of small problems) or "measured" (close to the budget).
+    All setups are extrapolated first. Then each is verified, if the machine has the memory of the budget.
 
     Args:
+        setups: the ways to train that are tried.
         device: the device to train on.
         budget_bytes: memory for a step, class centers, gradient and momentum included.
         N: rows of a batch.
         D: dimensions.
-        names: names of setups, ``"ours"`` for all of ours; all if None.
-        backend: name of the backend to measure of ours; all if None.
-        wanted: returns false for a setup to leave out.
         earlier: rows of an interrupted run, which are kept; those that were extrapolated are verified.
         progress: called with a line before each trial.
         on_row: called with all rows each time that one has been found.
 
     Raises:
-        ValueError: if a name is unknown.
-        RuntimeError: if this system does not tell a process's peak memory.
+        RuntimeError: if this system does not report a process's peak memory.
     """
     if not memory.can_measure(device):
-        raise RuntimeError("this system does not tell a process's peak of resident memory; Linux does")
+        raise RuntimeError("this system does not report a process's peak of resident memory; Linux does")
     context = machine.context(device)
-    every = [setup for setup in chosen(setups(), names, backend) if wanted(setup)]
     key = operator.itemgetter("recipe", "backend", "weight_dtype", "momentum_dtype")
     rows = {key(row): row for row in earlier}
     skips: list[Skip] = []
     with Child() as child:
 
-        def attempt(setup: TrainingSetup, C: int) -> Trial | None:
-            progress(f"{setup}: {C:,} classes")
-            return try_step(setup, (N, C, D), device, budget_bytes, child)
+        def search(setup: TrainingSetup, how: Search, guess: int, where: Case | None = None) -> None:
+            """Find a setup's row, or the reason why there is none."""
 
-        def found(setup: TrainingSetup, capacity: Capacity) -> None:
-            rows[setup.key] = _row(setup, N, D, budget_bytes, capacity, context)
-            on_row([*rows.values()])
+            def attempt(C: int) -> Trial | None:
+                progress(f"{setup}: {C:,} classes")
+                return try_step(setup, (N, C, D), device, budget_bytes, child)
 
-        for setup in every:
+            try:
+                rows[setup.key] = how(attempt, budget_bytes, guess).row(setup.key, N, D, budget_bytes, context)
+            except (MemoryError, ChildFailed) as error:
+                skips.append(Skip(setup.name, setup.backend, where, str(error)))
+            else:
+                on_row([*rows.values()])
+
+        for setup in setups:
             case = setup.case(N, 1, D)
             reason = setup.reason_against(case, device)
-            if reason is None and setup.key not in rows:
-                start = max(1024, budget_bytes // (128 * D * case.torch_weight_dtype.itemsize))
-                try:
-                    found(setup, extrapolate(partial(attempt, setup), budget_bytes, start))
-                except (MemoryError, ChildFailed) as error:
-                    reason = str(error)
             if reason is not None:
                 skips.append(Skip(setup.name, setup.backend, None, reason))
-        for setup in every:
+            elif setup.key not in rows:
+                search(setup, extrapolate, max(1024, budget_bytes // (128 * case.weight_bytes)))
+        for setup in setups:
             row = rows.get(setup.key)
-            if row is None or row["how"] == "measured" or budget_bytes > memory.available_bytes(device):
-                continue
-            try:
-                found(setup, verify(partial(attempt, setup), budget_bytes, row["max_C"]))
-            except (MemoryError, ChildFailed) as error:
-                skips.append(Skip(setup.name, setup.backend, setup.case(N, row["max_C"], D), str(error)))
+            if row is not None and row["how"] != "measured" and budget_bytes <= memory.available_bytes(device):
+                search(setup, verify, row["max_C"], setup.case(N, row["max_C"], D))
     return [*rows.values()], skips
-
-
-def _row(
-    setup: TrainingSetup, N: int, D: int, budget_bytes: int, capacity: Capacity, context: dict[str, str]
-) -> dict[str, Any]:
-    return {
-        "recipe": setup.name,
-        "backend": setup.backend,
-        "dtype": setup.weight_dtype,
-        "weight_dtype": setup.weight_dtype,
-        "momentum_dtype": setup.momentum_dtype,
-        "N": N,
-        "D": D,
-        "budget_bytes": budget_bytes,
-        "max_C": capacity.max_C,
-        "bytes_per_class": round(capacity.bytes_per_class, 1),
-        "step_ms": None if capacity.trial is None else round(capacity.trial.step_ms, 1),
-        "how": "extrapolated" if capacity.trial is None else "measured",
-        **context,
-    }
-
-
-def write(folder: Path, rows: list[dict[str, Any]]) -> list[Path]:
-    """Write capacity.csv and capacity.json into ``folder``; return their paths."""
-    return write_rows(folder, "capacity", rows)
-
-
-def read(folder: Path, budget_bytes: int, device: torch.device) -> list[dict[str, Any]]:
-    """Return the rows that :func:`write` wrote.
-
-    Raises:
-        FileNotFoundError: if there are none.
-        ValueError: if they are of another budget, machine or torch.
-    """
-    rows: list[dict[str, Any]] = read_json(folder / "capacity.json")
-    here = {"budget_bytes": budget_bytes, "device": machine.device_name(device), "torch": torch.__version__}
-    for row in rows:
-        for name, value in here.items():
-            if row[name] != value:
-                raise ValueError(f"the earlier run's {name} must be {value}; got {row[name]}")
-    return rows

@@ -12,7 +12,7 @@ has not been measured says so.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -187,9 +187,9 @@ IDENTITIES = (10**6, 10**7, 10**8, 10**9)
 DEVICES = (1, 8, 64, 256, 1024)
 
 
-def grid(device: Device, devices: Sequence[int] = DEVICES, **options: Any) -> list[ModeledStep]:
-    """Return the steps of each number of identities on each number of devices."""
-    return [predict(device, identities, count, **options) for identities in IDENTITIES for count in devices]
+def grid(device: Device, **options: Any) -> list[ModeledStep]:
+    """Return the steps of each of :data:`IDENTITIES` on each of :data:`DEVICES`; ``options`` are :func:`predict`'s."""
+    return [predict(device, identities, count, **options) for identities in IDENTITIES for count in DEVICES]
 
 
 def table(steps: Iterable[ModeledStep], device: Device, storage: Storage = FUSED_BF16_INT8) -> str:

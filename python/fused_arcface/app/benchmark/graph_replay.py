@@ -11,6 +11,7 @@ from . import memory
 from .cases import PASSES, Case, Inputs, make_inputs
 from .providers import Provider
 from .report import Report
+from .runner import reason_of
 from .truth import PassResult, error_of
 
 _WARM_PASSES = 3
@@ -76,4 +77,4 @@ def _first_cause(error: BaseException) -> str:
     """Return the error that came first: a capture that has failed raises another one at its end."""
     while error.__context__ is not None:
         error = error.__context__
-    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+    return reason_of(error)

@@ -5,9 +5,8 @@ from __future__ import annotations
 import contextlib
 import gc
 from collections.abc import Iterator
-from dataclasses import asdict
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -15,7 +14,7 @@ from fused_arcface.base.memory import available_bytes as available_bytes
 
 from ..measure.child import Child
 from .cases import PASSES, Case, make_inputs
-from .providers import Provider, all_providers
+from .providers import Provider
 
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
@@ -29,22 +28,11 @@ def peaks_of(provider: Provider, case: Case, device: torch.device, child: Child)
         MemoryError, torch.OutOfMemoryError: if it did not fit.
         ChildFailed: if anything else went wrong there.
     """
-    if device.type == "cuda":
-        return _measure(provider, case, device)
-    threads = torch.get_num_threads()
-    return child.call(
-        "benchmark.memory:peaks_in_this_process", provider=str(provider), case=asdict(case), threads=threads
-    )
+    measured = provider, case, device
+    return _peaks(*measured) if device.type == "cuda" else child.call(_peaks, *measured)
 
 
-def peaks_in_this_process(provider: str, case: dict[str, Any], threads: int) -> dict[str, int]:
-    """Measure for :func:`peaks_of`, in its child process."""
-    torch.set_num_threads(threads)
-    (chosen,) = (each for each in all_providers() if str(each) == provider)
-    return _measure(chosen, Case(**case), torch.device("cpu"))
-
-
-def _measure(provider: Provider, case: Case, device: torch.device) -> dict[str, int]:
+def _peaks(provider: Provider, case: Case, device: torch.device) -> dict[str, int]:
     peaks = {}
     with provider.settings():
         # A tiny pass comes first, so that libraries' code and threads are not counted. Buffers of full size that a
@@ -112,19 +100,17 @@ def limited(device: torch.device, more_bytes: int) -> Iterator[None]:
         free, total = torch.cuda.mem_get_info(device)
         held = torch.cuda.memory_reserved(device)
         torch.cuda.set_per_process_memory_fraction(min(1.0, (held + min(more_bytes, free)) / total), device)
-        try:
-            yield
-        finally:
-            torch.cuda.set_per_process_memory_fraction(1.0, device)
-        return
-    import resource
+        undo = partial(torch.cuda.set_per_process_memory_fraction, 1.0, device)
+    else:
+        import resource
 
-    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
-    resource.setrlimit(resource.RLIMIT_DATA, (status_bytes("VmData") + more_bytes, hard))
+        soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
+        resource.setrlimit(resource.RLIMIT_DATA, (status_bytes("VmData") + more_bytes, hard))
+        undo = partial(resource.setrlimit, resource.RLIMIT_DATA, (soft, hard))
     try:
         yield
     finally:
-        resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
+        undo()
 
 
 def status_bytes(name: str) -> int:

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
+from fused_arcface import backends
+
 OURS = "fused_arcface"
 """The name of this package's providers, to which a variant adds a suffix."""
 
@@ -54,6 +56,8 @@ def chosen(every: Sequence[_Chosen], names: Sequence[str] | None, backend: str |
     Raises:
         ValueError: if a name is unknown; the message lists the names that exist.
     """
+    if backend is not None and backends.canonical(backend) not in backends.available():
+        raise ValueError(f"backend must be one of {', '.join(backends.available())}; got {backend!r}")
     known = {"ours", *(each.name for each in every)}
     unknown = sorted(set(names or ()) - known)
     if unknown:
@@ -62,7 +66,7 @@ def chosen(every: Sequence[_Chosen], names: Sequence[str] | None, backend: str |
         each
         for each in every
         if (names is None or each.name in names or ("ours" in names and each.is_ours))
-        and (backend is None or not each.is_ours or each.backend == backend)
+        and (backend is None or not each.is_ours or each.backend == backends.canonical(backend))
     )
 
 

@@ -41,17 +41,13 @@ def plain_under_autocast(embeddings: Tensor, weight: Tensor, target: Tensor) -> 
         return plain(embeddings, weight, target)
 
 
-def compiled(embeddings: Tensor, weight: Tensor, target: Tensor) -> Tensor:
-    """Compute the reference through torch.compile.
+def compiled(embeddings: Tensor, weight: Tensor, target: Tensor, loss: Loss = eager) -> Tensor:
+    """Compute another loss through torch.compile.
 
-    Its check of the labels' range reads a value, which breaks the graph once, before anything of size N×C.
+    The reference's check of the labels' range reads a value, which breaks the graph once, before anything of size N×C.
+    :func:`plain` is one graph that reads no value, so it can be a CUDA graph.
     """
-    return _compiled(eager)(embeddings, weight, target)
-
-
-def compiled_plain(embeddings: Tensor, weight: Tensor, target: Tensor) -> Tensor:
-    """Compute :func:`plain` through torch.compile: one graph that reads no value, so it can be a CUDA graph."""
-    return _compiled(plain)(embeddings, weight, target)
+    return _compiled(loss)(embeddings, weight, target)
 
 
 @functools.cache

@@ -6,7 +6,7 @@ import contextlib
 import importlib.util
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -116,54 +116,63 @@ def _open_products(inputs: Inputs, preallocated: bool = False) -> Run:
     return run
 
 
-def _needs(
-    *, module: str = "", device: str = "", same_dtype: bool = False, weight_dtype: str = "", torch_has: str = ""
-) -> Reason:
-    def reason(case: Case, on: torch.device) -> str | None:
-        if module and importlib.util.find_spec(module) is None:
-            return f"the package {module} is not installed"
-        if torch_has and not hasattr(torch.nn.functional, torch_has):
-            return f"torch {torch.__version__} has no F.{torch_has}"
-        if device and on.type != device:
-            return f"runs on {device} only"
-        if same_dtype and case.dtype != case.weight_dtype:
+@dataclass(frozen=True)
+class Needs:
+    """The requirements of an implementation, and the reason why a case on a device does not meet them, or None."""
+
+    module: str = ""
+    device: str = ""
+    same_dtype: bool = False
+    weight_dtype: str = ""
+    torch_has: str = ""
+    """A function of ``torch.nn.functional``."""
+    chunked: bool = False
+    """If true, torch divides the rows into chunks."""
+
+    def __call__(self, case: Case, device: torch.device) -> str | None:
+        if self.module and importlib.util.find_spec(self.module) is None:
+            return f"the package {self.module} is not installed"
+        if self.torch_has and not hasattr(torch.nn.functional, self.torch_has):
+            return f"torch {torch.__version__} has no F.{self.torch_has}"
+        if self.device and device.type != self.device:
+            return f"runs on {self.device} only"
+        if self.same_dtype and case.dtype != case.weight_dtype:
             return "takes embeddings and class centers of one dtype"
-        if weight_dtype and weight_dtype not in (case.dtype, case.weight_dtype):
-            return f"computes in {weight_dtype}"
-        return None
+        if self.weight_dtype and self.weight_dtype not in (case.dtype, case.weight_dtype):
+            return f"computes in {self.weight_dtype}"
+        # See torch's documentation of LinearCrossEntropyOptions. With fewer rows it is some twenty times slower than
+        # without chunks.
+        return "torch advises its chunks for N >= D" if self.chunked and case.N < case.D else None
 
-    return reason
 
-
-# Tolerances. A cosine in bf16 changes a logit by 0.1 at s = 64. A wrong formula is found in fp32.
-_OF_BF16_COSINES = 0.5
-# These providers add the gradients of parts of the rows or classes in bf16.
-_OF_BF16_SUMS = 0.5
+# The tolerance of providers whose cosines are bf16, which changes a logit by 0.1 at s = 64, or which add the gradients
+# of parts of the rows or classes in bf16. A wrong formula is found in fp32.
+_ROUGH = 0.5
 
 # With more logits our backend in plain PyTorch would take a tenth of the whole run, and eager computes the same.
 _PLAIN_LOGITS = 4_000_000
 
 
 def _ours(name: str, backend: str, isa: str = "", tf32: bool = False) -> Provider:
-    def loss(embeddings: Tensor, weight: Tensor, target: Tensor) -> Tensor:
-        return margin_softmax_loss(embeddings, weight, target, margin=MARGIN, scale=SCALE, backend=backend)
-
-    def reason(case: Case, device: torch.device) -> str | None:
-        unusable = backends.available()[backend]
-        if unusable is not None:
-            return unusable
-        try:
-            backends.select(backend, device)
-        except (RuntimeError, ValueError) as error:
-            return str(error)
-        if backend == "torch" and case.N * case.C > _PLAIN_LOGITS:
-            return "does what eager does, slower; measured at small shapes"
-        if isa == "avx512" and case.dtype != "bfloat16":
-            return "has the same kernels as avx512_bf16" if backends.load("cpu").isa() == "avx512_bf16" else None
-        return "tf32 is a way to compute fp32" if tf32 and case.dtype != "float32" else None
-
+    loss: Any = partial(margin_softmax_loss, margin=MARGIN, scale=SCALE, backend=backend)
     environment = {"FUSED_ARCFACE_ISA": isa} if isa else {}
+    reason = partial(_reason_against_ours, backend, isa, tf32)
     return Provider(name, backend, "margin", partial(HeadRun, loss), reason, (2, 8), environment, tf32)
+
+
+def _reason_against_ours(backend: str, isa: str, tf32: bool, case: Case, device: torch.device) -> str | None:
+    unusable = backends.available()[backend]
+    if unusable is not None:
+        return unusable
+    try:
+        backends.select(backend, device)
+    except (RuntimeError, ValueError) as error:
+        return str(error)
+    if backend == "torch" and case.N * case.C > _PLAIN_LOGITS:
+        return "does what eager does, slower; measured at small shapes"
+    if isa == "avx512" and case.dtype != "bfloat16":
+        return "has the same kernels as avx512_bf16" if backends.load("cpu").isa() == "avx512_bf16" else None
+    return "tf32 is a way to compute fp32" if tf32 and case.dtype != "float32" else None
 
 
 def _all_ours() -> Iterator[Provider]:
@@ -187,64 +196,29 @@ def _slower_isas() -> list[str]:
 
 def all_providers() -> tuple[Provider, ...]:
     """Return every provider that this package knows, usable here or not, ours first."""
-    same, fp32 = _needs(same_dtype=True), _needs(same_dtype=True, weight_dtype="float32")
-    fp32_cuda = _needs(same_dtype=True, weight_dtype="float32", device="cuda")
-    torch_linear = _needs(torch_has="linear_cross_entropy", same_dtype=True)
-
-    def torch_linear_chunked(case: Case, device: torch.device) -> str | None:
-        # See torch's documentation of LinearCrossEntropyOptions. With fewer rows it is some twenty times slower than
-        # without chunks.
-        return torch_linear(case, device) or (None if case.N >= case.D else "torch advises its chunks for N >= D")
-
+    same, same_cuda = Needs(same_dtype=True), Needs(same_dtype=True, device="cuda")
+    fp32, fp32_cuda = (replace(each, weight_dtype="float32") for each in (same, same_cuda))
+    torch_linear = Needs(same_dtype=True, torch_has="linear_cross_entropy")
+    cut = Needs("cut_cross_entropy", "cuda", same_dtype=True, weight_dtype="bfloat16")
+    liger = replace(same_cuda, module="liger_kernel")
+    metric_learning = replace(same, module="pytorch_metric_learning")
+    chunked = partial(peers.linear_cross_entropy, chunked=True)
+    fp16 = partial(peers.insightface, fp16=True)
     return (
         *_all_ours(),
         _peer("eager", peers.eager),
-        _peer("plain", peers.plain, same, tolerance=_OF_BF16_COSINES),
-        _peer(
-            "plain-autocast", peers.plain_under_autocast, _needs(weight_dtype="bfloat16"), tolerance=_OF_BF16_COSINES
-        ),
+        _peer("plain", peers.plain, same, tolerance=_ROUGH),
+        _peer("plain-autocast", peers.plain_under_autocast, Needs(weight_dtype="bfloat16"), tolerance=_ROUGH),
         _peer("compiled", peers.compiled),
-        _peer(
-            "compiled-plain",
-            peers.compiled_plain,
-            _needs(device="cuda", same_dtype=True),
-            tolerance=_OF_BF16_COSINES,
-        ),
+        _peer("compiled-plain", partial(peers.compiled, loss=peers.plain), same_cuda, tolerance=_ROUGH),
         _peer("insightface", peers.insightface, fp32, "straight_through"),
         _peer("insightface-tf32", peers.insightface, fp32_cuda, "straight_through", tf32=True),
-        _peer("insightface-fp16", partial(peers.insightface, fp16=True), fp32_cuda, "straight_through"),
-        Provider(
-            "pytorch-metric-learning",
-            "torch",
-            "margin",
-            _open_metric_learning,
-            _needs(module="pytorch_metric_learning", same_dtype=True),
-            own_weight=True,
-        ),
+        _peer("insightface-fp16", fp16, fp32_cuda, "straight_through"),
+        Provider("pytorch-metric-learning", "torch", "margin", _open_metric_learning, metric_learning, own_weight=True),
         _peer("linear_cross_entropy", peers.linear_cross_entropy, torch_linear, "linear"),
-        _peer(
-            "linear_cross_entropy-chunked",
-            partial(peers.linear_cross_entropy, chunked=True),
-            torch_linear_chunked,
-            "linear",
-        ),
-        _peer(
-            "cut_cross_entropy",
-            peers.cut_cross_entropy,
-            _needs(module="cut_cross_entropy", device="cuda", same_dtype=True, weight_dtype="bfloat16"),
-            "linear",
-            backend="triton",
-            products=(2, 8),
-            tolerance=_OF_BF16_SUMS,
-        ),
-        _peer(
-            "liger",
-            peers.liger,
-            _needs(module="liger_kernel", device="cuda", same_dtype=True),
-            "linear",
-            backend="triton",
-            tolerance=_OF_BF16_SUMS,
-        ),
+        _peer("linear_cross_entropy-chunked", chunked, replace(torch_linear, chunked=True), "linear"),
+        _peer("cut_cross_entropy", peers.cut_cross_entropy, cut, "linear", "triton", products=(2, 8), tolerance=_ROUGH),
+        _peer("liger", peers.liger, liger, "linear", "triton", tolerance=_ROUGH),
         Provider("products", "torch", "products", _open_products, same),
         Provider("products-preallocated", "torch", "products", partial(_open_products, preallocated=True), same),
     )
@@ -253,12 +227,12 @@ def all_providers() -> tuple[Provider, ...]:
 def _peer(
     name: str,
     loss: peers.Loss,
-    reason_against: Reason = lambda case, device: None,
+    needs: Needs = Needs(),
     formula: Formula = "margin",
     backend: str = "torch",
     **more: Any,
 ) -> Provider:
-    return Provider(name, backend, formula, partial(HeadRun, loss), reason_against, **more)
+    return Provider(name, backend, formula, partial(HeadRun, loss), needs, **more)
 
 
 def select(names: Sequence[str] | None = None, backend: str | None = None) -> tuple[Provider, ...]:
@@ -267,8 +241,4 @@ def select(names: Sequence[str] | None = None, backend: str | None = None) -> tu
     >>> [str(provider) for provider in select(["fused_arcface", "eager"], backend="cpu")]
     ['fused_arcface (cpu)', 'eager (torch)']
     """
-    known = backends.available()
-    backend = None if backend is None else backends.canonical(backend)
-    if backend is not None and backend not in known:
-        raise ValueError(f"backend must be one of {', '.join(known)}; got {backend!r}")
     return chosen(all_providers(), names, backend)

@@ -17,24 +17,19 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from datetime import timedelta
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from fused_arcface.center_sgd import CenterSGD
-from fused_arcface.partial_fc import PartialFC
-
 from ..measure import machine
 from ..measure.child import Child
-from .capacity import SGD
+from .capacity import TakeStep, with_center_sgd
+from .cases import Case
 from .cost_model import FUSED_FP32, Device, Network, predict
-from .report import write_rows
 
-WORLD_SIZES = (1, 2, 4)
 IDENTITIES = (2_000, 20_000, 200_000)
 _BATCH, _D = 64, 512
 # Steps of few and of many rows give the cost of one more row. A step over hardly any classes gives the fixed cost.
@@ -44,9 +39,7 @@ _SMALL_BYTES, _LARGE_BYTES = 2**10, 2**22
 _SAMPLES, _TIMEOUT = 7, timedelta(seconds=120)
 
 
-def run_ranks(
-    world_sizes: Sequence[int] = WORLD_SIZES, progress: Callable[[str], None] = lambda text: None
-) -> list[dict[str, Any]]:
+def run_ranks(world_sizes: Sequence[int], progress: Callable[[str], None]) -> list[dict[str, Any]]:
     """Return a row for each number of ranks and each of :data:`IDENTITIES`.
 
     ``N`` counts the rows of all ranks. ``arithmetic_ms`` and ``limit``, the name of the largest part, belong to the
@@ -60,18 +53,16 @@ def run_ranks(
     rows = []
     progress("the rate of one process")
     with Child() as child:
-        seconds_per_mac, copy, fixed = child.call("benchmark.ranks:rates_of_this_process")
-    one = Device(context["device"], seconds_per_mac, copy, math.inf, True, fixed, overlap=0.0)
+        seconds_per_mac, copy, fixed = child.call(_rates)
     for ranks in world_sizes:
         progress(f"{ranks} ranks")
         latency, rate, steps = _run_world(ranks)
-        network = Network(ranks, rate, rate, latency)
         share = max(1.0, ranks / machine.processors())
-        shared = {"seconds_per_mac": share * seconds_per_mac, "bytes_per_second": copy / share}
-        device = replace(one, **shared, step_seconds=share * fixed)
+        rates = share * seconds_per_mac, copy / share, math.inf
+        device = Device(context["device"], *rates, measured=True, step_seconds=share * fixed, overlap=0.0)
+        model = partial(predict, device, batch=_BATCH, D=_D, storage=FUSED_FP32, embedding_bytes=4)
         for identities, measured in zip(IDENTITIES, steps, strict=True):
-            sizes = {"batch": _BATCH, "D": _D, "embedding_bytes": 4}
-            step = predict(device, identities, ranks, storage=FUSED_FP32, network=network, **sizes)
+            step = model(identities, ranks, network=Network(ranks, rate, rate, latency))
             rows.append(
                 {
                     "ranks": ranks,
@@ -90,29 +81,19 @@ def run_ranks(
     return rows
 
 
-def write(folder: Path, rows: list[dict[str, Any]]) -> list[Path]:
-    """Write ranks.csv and ranks.json into ``folder``; return their paths."""
-    return write_rows(folder, "ranks", rows)
-
-
 def _run_world(ranks: int) -> tuple[float, float, list[float]]:
     """Return latency in seconds, bytes per second, and the slowest rank's seconds of a step for :data:`IDENTITIES`."""
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory())
         children = [stack.enter_context(Child()) for _ in range(ranks)]
         pool = stack.enter_context(ThreadPoolExecutor(ranks))
-        calls = [
-            pool.submit(
-                child.call, "benchmark.ranks:rank_in_this_process", rank=rank, ranks=ranks, store=f"{folder}/store"
-            )
-            for rank, child in enumerate(children)
-        ]
+        calls = [pool.submit(child.call, _rank, rank, ranks, f"{folder}/store") for rank, child in enumerate(children)]
         found = [call.result() for call in calls]
     latencies, rates, steps = zip(*found, strict=True)
     return max(latencies), min(rates), [max(each) for each in zip(*steps, strict=True)]
 
 
-def rates_of_this_process() -> tuple[float, float, float]:
+def _rates() -> tuple[float, float, float]:
     """Measure one thread: seconds per row, class and dimension, bytes copied per second, fixed seconds of a step."""
     torch.set_num_threads(1)
     few, many = (_median_seconds(_training_step(rows, _RATE_C)) for rows in (_FEW_ROWS, _MANY_ROWS))
@@ -121,7 +102,7 @@ def rates_of_this_process() -> tuple[float, float, float]:
     return (many - few) / ((_MANY_ROWS - _FEW_ROWS) * _RATE_C * _D), copy, fixed
 
 
-def rank_in_this_process(rank: int, ranks: int, store: str) -> tuple[float, float, list[float]]:
+def _rank(rank: int, ranks: int, store: str) -> tuple[float, float, list[float]]:
     """Return what one rank measures: latency, bytes per second, and the seconds of a step for :data:`IDENTITIES`."""
     torch.set_num_threads(1)
     # The loopback interface. Otherwise gloo looks up the machine's name, which need not have an address.
@@ -144,30 +125,17 @@ def _network(ranks: int) -> tuple[float, float]:
     for size in (_SMALL_BYTES, _LARGE_BYTES):
         own = torch.zeros(size, dtype=torch.uint8)
         every = [torch.empty_like(own) for _ in range(ranks)]
-
-        def gather(own: torch.Tensor = own, every: list[torch.Tensor] = every) -> None:
-            dist.all_gather(every, own)
-
-        seconds.append(_median_seconds(gather, dist.barrier))
+        seconds.append(_median_seconds(partial(dist.all_gather, every, own), dist.barrier))
     doublings = (ranks - 1).bit_length()
     received = (_LARGE_BYTES - _SMALL_BYTES) * (ranks - 1)
     return seconds[0] / doublings, received / max(seconds[1] - seconds[0], 1e-9)
 
 
-def _training_step(rows: int, classes: int) -> Callable[[], None]:
-    """Make a step of ``rows`` embeddings on this rank, with the class centers updated in the backward pass."""
-    head = PartialFC(_D, classes, center_optimizer=CenterSGD(**SGD))
-    embeddings = torch.randn(rows, _D, requires_grad=True)
-    target = torch.randint(classes, (rows,))
-
-    def step() -> None:
-        head(embeddings, target).backward()
-        embeddings.grad = None
-
-    return step
+def _training_step(rows: int, classes: int) -> TakeStep:
+    return with_center_sgd("auto", "float32", Case(rows, classes, _D), torch.device("cpu"))
 
 
-def _median_seconds(run: Callable[[], None], barrier: Callable[[], object] = lambda: None) -> float:
+def _median_seconds(run: Callable[[], object], barrier: Callable[[], object] = lambda: None) -> float:
     run()
     samples = []
     for _ in range(_SAMPLES):

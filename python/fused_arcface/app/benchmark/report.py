@@ -5,8 +5,8 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -151,18 +151,13 @@ class Report:
         reached = max((rate for rate in (product, registers) if rate is not None), default=None)
         return None if reached is None else each.flops_per_second / reached
 
-    def products_ms(self, case: Case, pass_name: str) -> float | None:
-        """Return the milliseconds of the bare matrix products of a case, or None."""
-        key = ("products", case, pass_name)
-        return next((each.ms for each in self.measurements if (each.provider, each.case, each.pass_name) == key), None)
-
     def write(self, folder: Path) -> list[Path]:
         """Write rows.csv, rows.json and run.json (samples, skips, ceilings) into ``folder``; return their paths."""
         run = {
             **self.context,
             "machine": self.machine,
             "measurements": [measurement.detail() for measurement in self.measurements],
-            "skips": [{**vars(skip), "case": skip.case and vars(skip.case)} for skip in self.skips],
+            "skips": [asdict(skip) for skip in self.skips],
         }
         return [*write_rows(folder, "rows", self.rows()), write_json(folder / "run.json", run)]
 
@@ -189,15 +184,26 @@ def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> Path:
     return path
 
 
-def write_json(path: Path, value: Any) -> Path:
-    """Write a value without NaN or infinity; return the path."""
-    write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
+def write_json(path: Path, value: Any, indent: int | None = 1, allow_nan: bool = False) -> Path:
+    """Write a value, by default without NaN or infinity; return the path."""
+    write_text(path, json.dumps(value, indent=indent, allow_nan=allow_nan) + "\n")
     return path
 
 
 def read_json(path: Path) -> Any:
     """Read a JSON file."""
     return json.loads(path.read_text(encoding="utf-8"))
+
+
+def check_same(earlier: Mapping[str, Any], here: Mapping[str, Any], *names: str) -> None:
+    """Check that new results can be compared with an earlier run's: that some columns of a row or context are equal.
+
+    Raises:
+        ValueError: if one of them differs.
+    """
+    for name in names:
+        if earlier[name] != here[name]:
+            raise ValueError(f"the earlier run's {name} must be {here[name]}; got {earlier[name]}")
 
 
 def read_report(folder: Path) -> Report:

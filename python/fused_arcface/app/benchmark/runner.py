@@ -17,11 +17,6 @@ from .providers import Provider
 from .report import Measurement, Report
 from .truth import TOLERANCE, Formula, PassResult, error_of, truth
 
-_COARSEST_FIRST = ("float16", "bfloat16", "float32", "float64")
-
-Progress = Callable[[str, str], None]
-"""Called with a case and what is done with it; an empty text begins a case."""
-
 
 def tolerance(provider: Provider, case: Case) -> float:
     """Return the largest relative error at which a provider's result counts as right."""
@@ -29,8 +24,8 @@ def tolerance(provider: Provider, case: Case) -> float:
         return provider.tolerance
     if provider.tf32:
         return TOLERANCE["tf32"]
-    dtypes = {case.dtype, case.weight_dtype} | ({"float16"} if provider.name.endswith("fp16") else set())
-    return TOLERANCE[next(dtype for dtype in _COARSEST_FIRST if dtype in dtypes)]
+    computed_in = "float16" if provider.name.endswith("fp16") else case.dtype
+    return max(TOLERANCE[dtype] for dtype in (computed_in, case.weight_dtype))
 
 
 def run_benchmark(
@@ -41,7 +36,7 @@ def run_benchmark(
     seconds: float = 3.0,
     with_memory: bool = True,
     earlier: Report | None = None,
-    progress: Progress = lambda case, step: None,
+    progress: Callable[[str], None] = lambda text: None,
     on_case: Callable[[Report, Case], None] = lambda report, case: None,
 ) -> Report:
     """Measure each provider on each case, both passes.
@@ -51,61 +46,47 @@ def run_benchmark(
         providers: the implementations to measure.
         device: the device to measure on.
         seconds: time that the samples of one case and pass should take together.
-        with_memory: if true, measure peak memory as well, if the system tells it.
-        earlier: an interrupted run to resume, see :func:`check_same_machine`; its cases are not measured again.
-        progress: called with the case and the step that begins.
+        with_memory: if true, measure peak memory as well, if the system reports it.
+        earlier: an interrupted run to resume; its cases are not measured again.
+        progress: called with a line before each step.
         on_case: called after each case with all that has been found so far.
     """
     report = earlier or Report(machine.context(device), [], [], {"flops_per_second": {}})
     report.machine["memory_bytes"] = memory.available_bytes(device)
     measured = {each.case for each in report.measurements}
     cases = [case for case in cases if case not in measured]
-    usable = _usable(cases, providers, device, report)
+    providers = _usable(cases, providers, device, report)
     ceilings = list(dict.fromkeys(case.dtype for case in cases))
     if device.type == "cuda" and "float32" in ceilings:  # some providers compute fp32 in tf32 or fp16
         ceilings += ["tf32", *({"float16"} - {*ceilings})]
     for name in ceilings:
         if name not in report.machine["flops_per_second"]:
-            progress("ceiling", f"square product in {name}")
+            progress(f"ceiling: square product in {name}")
             _add_ceiling(report, machine.measure_ceiling(device, name), name)
     if device.type == "cpu" and "fma_flops_per_second" not in report.machine:
         report.machine["fma_flops_per_second"] = machine.fma_flops_per_second()
     with_memory = with_memory and memory.can_measure(device)
     with Child() as child:
         for case in cases:
-            progress(str(case), "")
-            _measure_case(case, usable[case], device, seconds, child if with_memory else None, report, progress)
+            progress(str(case))
+            _measure_case(case, providers, device, seconds, child if with_memory else None, report, progress)
             memory.release(device)
             on_case(report, case)
     return report
 
 
-def check_same_machine(report: Report, device: torch.device) -> None:
-    """Check that new rows can be compared with those of an earlier report.
-
-    Raises:
-        ValueError: if it is of another device, torch or commit.
-    """
-    here = machine.context(device)
-    for name in ("device", "torch", "commit"):
-        if report.context[name] != here[name]:
-            raise ValueError(f"the earlier run's {name} must be {here[name]}; got {report.context[name]}")
-
-
 def _usable(
     cases: Sequence[Case], providers: Sequence[Provider], device: torch.device, report: Report
-) -> dict[Case, list[Provider]]:
-    usable: dict[Case, list[Provider]] = {case: [] for case in cases}
+) -> list[Provider]:
+    """Return the providers without those that one reason excludes from every case."""
+    usable = []
     for provider in providers:
-        reasons: dict[Case | None, str | None] = {case: provider.reason_against(case, device) for case in cases}
-        for case in cases:
-            if reasons[case] is None:
-                usable[case].append(provider)
-        if len(set(reasons.values())) == 1 and None not in reasons.values():
-            reasons = {None: reasons[cases[0]]}
-        for where, reason in reasons.items():
-            if reason is not None:
-                report.skip(provider, where, reason)
+        reasons = {provider.reason_against(case, device) for case in cases}
+        reason = reasons.pop() if len(reasons) == 1 else None
+        if reason is None:
+            usable.append(provider)
+        else:
+            report.skip(provider, None, reason)
     return usable
 
 
@@ -126,13 +107,13 @@ def _measure_case(
     seconds: float,
     child: Child | None,
     report: Report,
-    progress: Progress,
+    progress: Callable[[str], None],
 ) -> None:
     named = {}
     for provider in providers:
-        lacking = _lacks_memory(provider, case, report)
-        if lacking:
-            report.skip(provider, case, lacking)
+        reason = provider.reason_against(case, device) or _lacks_memory(provider, case, report)
+        if reason is not None:
+            report.skip(provider, case, reason)
         else:
             named[str(provider)] = provider
     if not named:
@@ -146,13 +127,13 @@ def _measure_case(
     rights: dict[Formula, PassResult] = {}
     # One formula after the other: the right result of each holds a (C, D) gradient.
     for name, provider in sorted(named.items(), key=lambda item: item[1].formula):
-        progress(str(case), f"checking {name}")
+        progress(f"{case}: checking {name}")
         try:
             if provider.formula not in rights:
                 rights = {provider.formula: truth(inputs, provider.formula)}
             found = _errors(provider, inputs, rights[provider.formula])
         except Exception as error:  # a provider that fails must not end the run; the report gives the reason
-            skip(name, _reason(error))
+            skip(name, reason_of(error))
             memory.release(device)
             continue
         worst, allowed = np.max([*found.values()]), tolerance(provider, case)  # NaN if one of them is
@@ -167,21 +148,17 @@ def _measure_case(
     for name in errors:
         if child is None:
             break
-        progress(str(case), f"memory of {name}")
+        progress(f"{case}: memory of {name}")
         try:
             peaks[name] = memory.peaks_of(named[name], case, device, child)
         except (MemoryError, ChildFailed, torch.OutOfMemoryError) as error:
-            skip(name, f"memory not measured: {_reason(error)}")
+            skip(name, f"memory not measured: {reason_of(error)}")
         memory.release(device)
 
     for pass_name, backward in PASSES.items():
-        timings = time_interleaved(
-            {name: named[name].timed(inputs, backward) for name in errors},
-            device,
-            seconds,
-            lambda name, pass_name=pass_name: progress(str(case), f"{pass_name} {name}"),  # type: ignore[misc]
-            lambda name, error: skip(name, _reason(error)),
-        )
+        progress(f"{case}: {pass_name}, all in turn")
+        runs = {name: named[name].timed(inputs, backward) for name in errors}
+        timings = time_interleaved(runs, device, seconds, lambda name, error: skip(name, reason_of(error)))
         for name, timing in timings.items():
             provider, peak = named[name], peaks.get(name, {}).get(pass_name)
             measured = (pass_name, case, timing, errors[name][pass_name], provider.products[backward], peak)
@@ -208,13 +185,14 @@ def _lacks_memory(provider: Provider, case: Case, report: Report) -> str | None:
         and each.case.C < case.C
     ]
     peak = max((each.peak_bytes or 0) * case.C / each.case.C for each in smaller) if smaller else 0
-    # Besides there are the inputs, the gradient, and either the truth's gradient or another layout of the centers.
+    # The inputs, the gradient, and either the truth's gradient or another layout of the centers come on top.
     needed, limit = peak + 3 * case.weight_bytes, report.machine["memory_bytes"]
     if needed > limit:
-        return f"out of memory: {needed / 2**30:.1f} GiB needed, {limit / 2**30:.1f} GiB there"
+        return f"out of memory: {needed / 2**30:.1f} GiB needed, {limit / 2**30:.1f} GiB available"
     return None
 
 
-def _reason(error: BaseException) -> str:
+def reason_of(error: BaseException) -> str:
+    """Return the first line of an error as the reason for a skip."""
     first = str(error).strip().partition("\n")[0]
     return f"out of memory: {first}" if out_of_memory(error) else f"{type(error).__name__}: {first}"

@@ -18,6 +18,7 @@ import torch
 from fused_arcface.store.estimate import estimate
 
 from ..measure import machine
+from .capacity import Capacity
 from .cost_model import FUSED_BF16_INT8, H200, predict
 
 
@@ -25,7 +26,6 @@ from .cost_model import FUSED_BF16_INT8, H200, predict
 class Link:
     """The way between the computing device and the rows at rest."""
 
-    name: str
     read_bytes_per_second: float
     write_bytes_per_second: float
     together: bool
@@ -35,8 +35,8 @@ class Link:
 
 
 # PCIe 5.0 x16 at four fifths of its 63 GB/s, each direction; an NVMe drive's random reads and writes of 4 KiB.
-PCIE = Link("host", 50e9, 50e9, together=False)
-NVME = Link("file", 4e9, 2e9, together=True, times_written=2)
+PCIE = Link(50e9, 50e9, together=False)
+NVME = Link(4e9, 2e9, together=True, times_written=2)
 
 
 @dataclass(frozen=True)
@@ -90,22 +90,11 @@ def computed_rows(device: torch.device, budget_bytes: int, N: int, D: int, folde
     """
     row = row_bytes(D)
     record = estimate(1, 0, row).file_bytes
+    context = machine.context(device)
     found = {"host": (budget_bytes // row, row), "file": (shutil.disk_usage(folder).free // record, record)}
     return [
-        {
-            "recipe": f"fused_arcface + CenterSGD, {where}",
-            "backend": "auto",
-            "dtype": "bfloat16",
-            "weight_dtype": "bfloat16",
-            "momentum_dtype": "int8",
-            "N": N,
-            "D": D,
-            "budget_bytes": budget_bytes,
-            "max_C": count,
-            "bytes_per_class": each,
-            "step_ms": None,
-            "how": "computed",
-            **machine.context(device),
-        }
-        for where, (count, each) in found.items()
+        Capacity(most, each, "computed").row(
+            (f"fused_arcface + CenterSGD, {where}", "auto", "bfloat16", "int8"), N, D, budget_bytes, context
+        )
+        for where, (most, each) in found.items()
     ]

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -15,14 +16,6 @@ from .progress import spinner
 from .reporting import NAME, NoReport, ReportFile, ReportInOutput
 from .tables import digits, plain_table, say_written
 from .terminal import terminal
-
-if TYPE_CHECKING:
-    import torch
-
-    from ..benchmark.cases import Case
-    from ..benchmark.report import Report
-    from ..drawing import Drawing
-
 
 START = "start"
 """The value of ``--cases`` that measures no shapes, but the time that the package takes to start."""
@@ -91,9 +84,13 @@ def bench(
         return
     import torch
 
+    from ..benchmark.capacity import all_setups
     from ..benchmark.cases import cases_named
-    from ..benchmark.providers import select
+    from ..benchmark.names import chosen
+    from ..benchmark.providers import all_providers
+    from ..benchmark.runner import run_benchmark
     from .bench_report import bench_report
+    from .bench_runs import run_capacities, run_cases, run_processes
 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device.partition(":")[0] not in ("cpu", "cuda"):
@@ -108,7 +105,8 @@ def bench(
     console = terminal() if terminal().is_terminal else terminal(width=140)
     try:
         shapes = cases_named(cases, on.type)
-        chosen = select(names if budget is None else None, backend)
+        implementations = chosen(all_providers(), names, backend) if budget is None else ()
+        setups = () if budget is None else chosen(all_setups(), names, backend)
     except ValueError as error:
         raise WrongOption(str(error)) from None
     if budget is not None and not 0 < budget < math.inf:
@@ -122,17 +120,12 @@ def bench(
     page = ReportFile(report, no_report, output / NAME)
     right = True
     if world_sizes:
-        written = _run_ranks(console, [*map(int, world_sizes)], output)
+        written = run_processes(console, output, [*map(int, world_sizes)])
     elif budget is not None:
-        how: dict[str, Any] = {"names": names, "backend": backend}
-        written = _run_capacity(console, output, on, int(budget * 2**30), resume, **how)
+        written = run_capacities(console, output, resume, on, setups, int(budget * 2**30))
     else:
-        how = {
-            "seconds": seconds,
-            "with_memory": with_memory,
-            "earlier": _interrupted_run(output, on) if resume else None,
-        }
-        written, right = _run_cases(console, output, shapes, chosen, on, **how)
+        run = partial(run_benchmark, shapes, implementations, on, seconds=seconds, with_memory=with_memory)
+        written, right = run_cases(console, output, resume, on, run)
     written += page.write(lambda: bench_report(output, settings))
     say_written(console, output, written)
     if not right:
@@ -156,101 +149,3 @@ def _run_start(console: Console, output: Path) -> None:
     say_written(console, output, [output / "start.json"])
     if max(found.values()) > 1e3 * BOUND:
         raise typer.Exit(1)
-
-
-def _run_cases(console: Console, output: Path, *what: Any, **how: Any) -> tuple[list[Path], bool]:
-    """Call ``run_benchmark`` with ``what`` and ``how``, print its results and write them.
-
-    Returns:
-        The files, and true if something was measured and every result of this package is right.
-    """
-    from ..benchmark.plots import run_drawings
-    from ..benchmark.runner import run_benchmark
-    from .bench_tables import case_tables, ceilings, skip_tables
-
-    kept: list[Case] = []
-
-    def on_case(found: Report, case: Case) -> None:
-        found.write(output)
-        kept.append(case)
-        console.print(*case_tables(found, case))
-
-    try:
-        with spinner(console) as tell:
-            report = run_benchmark(*what, **how, progress=lambda case, step: tell(f"{case}  {step}"), on_case=on_case)
-    except KeyboardInterrupt:
-        where = f"The cases above are in {output}; --resume continues after them." if kept else "No case was complete."
-        console.print(f"Interrupted. {where}", markup=False)
-        raise typer.Exit(130) from None
-    console.print(*skip_tables(report.skips))
-    written = report.write(output) + _draw(console, run_drawings(report), output)
-    console.print(f"{report.context['device']}, torch {report.context['torch']}; {ceilings(report)}", highlight=False)
-    return written, report.has_measured() and not report.has_wrong_result_of_ours()
-
-
-def _interrupted_run(folder: Path, device: torch.device) -> Report:
-    from ..benchmark.report import read_report
-    from ..benchmark.runner import check_same_machine
-
-    try:
-        report = read_report(folder)
-        check_same_machine(report, device)
-    except FileNotFoundError:
-        raise WrongOption(f"--resume: {folder} holds no run to resume") from None
-    except ValueError as error:
-        raise WrongOption(f"--resume: {error}") from None
-    return report
-
-
-def _run_capacity(
-    console: Console, output: Path, device: torch.device, budget_bytes: int, resume: bool, **how: Any
-) -> list[Path]:
-    """Call ``run_capacity`` with ``how``, print its results, write them and return the files."""
-    from ..benchmark import capacity, memory
-    from ..benchmark.plots import capacity_drawing
-    from ..benchmark.stored_model import computed_rows
-    from .bench_tables import capacity_table, skip_tables
-
-    memory.release(device)
-    try:
-        earlier = capacity.read(output, budget_bytes, device) if resume else []
-        how["earlier"] = [row for row in earlier if row["how"] != "computed"]
-        how["on_row"] = lambda rows: capacity.write(output, rows)
-        with spinner(console) as tell:
-            rows, skips = capacity.run_capacity(device, budget_bytes, **how, progress=tell)
-    except FileNotFoundError:
-        raise WrongOption(f"--resume: {output} holds no capacities to resume") from None
-    except (ValueError, RuntimeError) as error:
-        raise WrongOption(str(error)) from None
-    except KeyboardInterrupt:
-        console.print(f"Interrupted. What was found is in {output}; --resume continues after it.", markup=False)
-        raise typer.Exit(130) from None
-    if not rows:
-        console.print(*skip_tables(skips))
-        raise typer.Exit(1)
-    every = [*rows, *computed_rows(device, budget_bytes, rows[0]["N"], rows[0]["D"], output)]
-    console.print(capacity_table(every, budget_bytes), *skip_tables(skips))
-    return capacity.write(output, every) + _draw(console, [capacity_drawing(rows)], output)
-
-
-def _draw(console: Console, drawings: list[Drawing], output: Path) -> list[Path]:
-    """Write pictures; without matplotlib there are none, and a line says so."""
-    from fused_arcface.base.extras import MissingExtra
-
-    from ..drawing import write_pictures
-
-    try:
-        return write_pictures(drawings, output)
-    except MissingExtra as missing:
-        console.print(f"No pictures: {missing}", markup=False)
-        return []
-
-
-def _run_ranks(console: Console, world_sizes: list[int], output: Path) -> list[Path]:
-    from ..benchmark import ranks
-    from .bench_tables import ranks_table
-
-    with spinner(console) as tell:
-        rows = ranks.run_ranks(world_sizes, tell)
-    console.print(ranks_table(rows))
-    return ranks.write(output, rows)

@@ -19,7 +19,7 @@ def case_tables(report: Report, case: Case) -> list[Table]:
         found = [each for each in report.measurements if (each.case, each.pass_name) == (case, pass_name)]
         if not found:
             continue
-        products = report.products_ms(case, pass_name)
+        products = next((each.ms for each in found if each.provider == "products"), None)
         figures = numbers("ms", "p20–p80", "ps/logit", "÷ products", "of ceiling", "peak MiB", "error")
         table = _table(f"{case}, {pass_name}", Column("provider", no_wrap=True), *figures)
         for each in sorted(found, key=lambda each: each.ms):

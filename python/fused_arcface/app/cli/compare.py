@@ -70,7 +70,7 @@ def compare(
     pyplot()
     names = [name.strip() for name in criteria.split(";") if name.strip()]
     try:
-        chosen_criteria(names)
+        chosen = chosen_criteria(names)
     except ValueError as error:
         raise WrongOption(str(error)) from None
     check_folder("--output", output)
@@ -81,7 +81,7 @@ def compare(
         folder = Folder(output, plan)
         print_plan(console, plan)
         with TrainingBar(console) as progress:
-            found = run_comparison(plan, folder, progress, names)
+            found = run_comparison(plan, folder, progress, chosen)
         written = write_pictures(comparison_drawings(found), output)
         written += folder.write_summary(found.rows, found.seconds)
         words = [COLUMNS, *comparison_gains(found)]

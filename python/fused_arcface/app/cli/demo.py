@@ -47,9 +47,8 @@ def demo(
     with TrainingBar(console) as progress:
         found = run_demo(plan, progress)
     print_demo(console, found)
-    paths = write_pictures(demo_drawings(found), output)
-    write_numbers(found, output / "numbers.json")
-    say_written(console, output, [*paths, output / "numbers.json"], found.seconds)
+    paths = [*write_pictures(demo_drawings(found), output), write_numbers(found, output)]
+    say_written(console, output, paths, found.seconds)
     for broken in found.broken():
         terminal(stderr=True, soft_wrap=True).print(f"FAILED: {broken}", style="bold red", markup=False)
     if found.broken():

@@ -46,7 +46,7 @@ def _print_agreement(console: Console, result: TaskResult) -> None:
     for quantity, worst in result.agreement.worst().items():
         table.add_row(f"{quantity}, relative, same embeddings, {steps} steps", f"{worst:.1e}", f"{STEP_BOUND:.0e}")
     shown = f"loss of two trainings, first {min(CURVE_STEPS, steps)} steps"
-    table.add_row(shown, f"{result.curve_difference:.1e}", f"{CURVE_BOUND:.0e}")
+    table.add_row(shown, f"{result.agreement.curve_difference:.1e}", f"{CURVE_BOUND:.0e}")
     console.print(table)
 
 
@@ -113,8 +113,7 @@ def comparison_tables(found: Comparison) -> list[Table]:
     """Return the table of the criteria, then those by distance."""
     tables = [_criteria(found)]
     for name in WITH_DISTANCES:
-        rows = found.of(name)
-        if rows:
+        if rows := found.rows.get(name):
             table = plain_table(f"{name}: embeddings compared by distance", "accuracy", "TAR", "rank 1")
             for distance in rows[0].distances:
                 figures = [row.distances[distance] for row in rows]
@@ -126,7 +125,7 @@ def comparison_tables(found: Comparison) -> list[Table]:
 
 def comparison_gains(found: Comparison) -> list[str]:
     """Return a line for each margin: how often and by how much it is above softmax."""
-    tars = {name: [row.tar["0.01"] for row in found.of(name)] for name in {row.criterion for row in found.rows}}
+    tars = {name: [row.tar["0.01"] for row in rows] for name, rows in found.rows.items()}
     return [_gain(name, SOFTMAX, tars) for name in MARGINS if name in tars and SOFTMAX in tars]
 
 
@@ -135,8 +134,7 @@ def _criteria(found: Comparison) -> Table:
     over = f", mean ± deviation over {seeds} seeds" if seeds > 1 else ""
     table = plain_table(f"people never seen in training{over}", "accuracy", "TAR", "rank 1", "s", "ms", "MB")
     table.padding = (0, 1, 0, 0)
-    for name in dict.fromkeys(row.criterion for row in found.rows):
-        rows = found.of(name)
+    for name, rows in found.rows.items():
         shares = zip(*((row.accuracy, row.tar["0.01"], row.rank1) for row in rows), strict=True)
         times = (fmean(row.seconds for row in rows), fmean(row.head_milliseconds for row in rows))
         memory = "-" if rows[0].peak_bytes is None else f"{rows[0].peak_bytes / 1e6:.0f}"

@@ -5,12 +5,13 @@ It prints nothing; a reporter shows its progress.
 
 from __future__ import annotations
 
+import functools
+import itertools
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 from torch import Tensor, nn
 
 from fused_arcface.evaluation import (
@@ -37,7 +38,7 @@ from ..report.thumbnails import Thumbnails
 from .cost import peak_of_steps
 from .criteria import ARCFACE, SOFTMAX, Criterion, criteria
 from .plans import Halves, Plan
-from .record import ANGLE_BINS, LOSSES, ROC_FARS, TAR_FARS, Folder, Row
+from .record import ANGLE_BINS, LOSSES, ROC_FARS, TAR_FARS, Folder, Row, Toy
 from .training import Reporter, TrainedNet, one_thread, train
 
 _FPIR = 0.1
@@ -46,33 +47,26 @@ WITH_DISTANCES = (SOFTMAX, ARCFACE)
 """Criteria that are evaluated by every distance, and with hardest pairs."""
 
 
-Toy = tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]
-"""Embeddings (M, 2) of a net with two dimensions, and labels (M,)."""
-
-
 @dataclass(frozen=True)
 class Comparison:
     """Everything that a comparison found."""
 
     plan: Plan
-    rows: list[Row]
+    rows: dict[str, list[Row]]
+    """By criterion, then by seed."""
     toys: dict[str, Toy]
-    """The toys by criterion."""
+    """By criterion."""
     seconds: float
     """Time of this run; earlier, interrupted ones are not counted."""
 
-    def of(self, criterion: str) -> list[Row]:
-        """Return a criterion's rows, by seed."""
-        return [row for row in self.rows if row.criterion == criterion]
-
 
 def chosen_criteria(names: Sequence[str]) -> list[Criterion]:
-    """Return the criteria of these names, spelled in any case; all if there are none.
+    """Return the criteria of these names, each once, spelled in any case; all if there are none.
 
     Raises:
         ValueError: if a name is unknown.
 
-    >>> [criterion.name for criterion in chosen_criteria(["arcface", "Softmax"])]
+    >>> [criterion.name for criterion in chosen_criteria(["arcface", "Softmax", "ArcFace"])]
     ['ArcFace', 'softmax']
     """
     every = criteria()
@@ -80,55 +74,42 @@ def chosen_criteria(names: Sequence[str]) -> list[Criterion]:
     unknown = [name for name in names if name.casefold() not in spelled]
     if unknown:
         raise ValueError(f"criteria must be among {'; '.join(every)}; got {'; '.join(unknown)}")
-    return [spelled[name.casefold()] for name in names] or [*every.values()]
+    return [spelled[name] for name in dict.fromkeys(map(str.casefold, names))] or [*every.values()]
 
 
-def run_comparison(plan: Plan, folder: Folder, reporter: Reporter, names: Sequence[str] = ()) -> Comparison:
-    """Run a plan of one task with some criteria or with all. Continue an earlier run of the same plan.
+def run_comparison(plan: Plan, folder: Folder, reporter: Reporter, chosen: Sequence[Criterion]) -> Comparison:
+    """Run a plan of one task with some criteria. Continue an earlier run of the same plan.
 
     Raises:
-        ValueError: if a name is unknown.
         DataError: if the plan's data cannot be used.
         MissingExtra: if scikit-learn or pytorch-metric-learning is not installed.
     """
     start = time.perf_counter()
-    chosen = chosen_criteria(names)
     (task,) = plan.tasks
-    rows = []
+
+    @functools.lru_cache(maxsize=1)
+    def images_of(seed: int) -> Halves:
+        reporter.begin(f"images, seed {seed}")
+        return task.images.load(seed)
+
+    rows: dict[str, list[Row]] = {criterion.name: [] for criterion in chosen}
     with one_thread(), Child() as child:
-        for seed in plan.seeds:
-            for row in _rows_of_seed(plan, seed, chosen, folder, child, reporter):
-                reporter.ended(
-                    f"{row.criterion}, seed {seed}", row.first_loss, row.last_loss, task.recipe.steps, row.seconds
-                )
-                rows.append(row)
+        for seed, criterion in itertools.product(plan.seeds, chosen):
+            name = f"{criterion.name}, seed {seed}"
+            row = folder.row(criterion.name, seed)
+            if row is None:
+                images = images_of(seed)
+                reporter.begin(name, task.recipe.steps)
+                trained = train(criterion, task, images[0], seed, reporter)
+                # The peak is the same for each seed, so it is measured for one.
+                earlier = folder.row(criterion.name, plan.seeds[0])
+                peak = earlier.peak_bytes if earlier else peak_of_steps(criterion.name, task, images[0], child)
+                row = _evaluate(criterion.name, seed, trained, peak, images)
+                folder.add(row)
+            reporter.ended(name, row.first_loss, row.last_loss, task.recipe.steps, row.seconds)
+            rows[criterion.name].append(row)
         toys = {criterion.name: _toy(plan, criterion, folder, reporter) for criterion in chosen}
-    order = [criterion.name for criterion in chosen]
-    rows.sort(key=lambda row: order.index(row.criterion))  # stable: by seed within a criterion
     return Comparison(plan, rows, toys, time.perf_counter() - start)
-
-
-def _rows_of_seed(
-    plan: Plan, seed: int, chosen: list[Criterion], folder: Folder, child: Child, reporter: Reporter
-) -> Iterator[Row]:
-    (task,) = plan.tasks
-    images: Halves | None = None
-    for criterion in chosen:
-        row = folder.row(criterion.name, seed)
-        if row is None:
-            if images is None:
-                reporter.begin(f"images, seed {seed}")
-                images = task.images.load(seed)
-            reporter.begin(f"{criterion.name}, seed {seed}", task.recipe.steps)
-            trained = train(criterion, task.recipe, task.embedding_dim, images[0], seed, reporter)
-            # The peak is the same for each seed, so it is measured for one.
-            if earlier := folder.row(criterion.name, plan.seeds[0]):
-                peak = earlier.peak_bytes
-            else:
-                peak = peak_of_steps(criterion.name, task.recipe.batch_size, task.embedding_dim, images[0], child)
-            row = _evaluate(criterion.name, seed, trained, peak, images)
-            folder.add(row)
-        yield row
 
 
 def _evaluate(criterion: str, seed: int, trained: TrainedNet, peak: int | None, images: Halves) -> Row:
@@ -137,8 +118,9 @@ def _evaluate(criterion: str, seed: int, trained: TrainedNet, peak: int | None, 
     pairs = balanced_pairs(labels, seed=seed)
     same, scores = pairs.same.numpy(), pair_scores(embeddings, pairs)
     found = verify_scores(same, scores, fars=TAR_FARS)
-    split = split_gallery(labels, seed=seed)
-    who = identify(*_split(embeddings, labels, split), fpirs=(_FPIR,))
+    gallery, probes = split_gallery(labels, seed=seed)
+    halves = embeddings[gallery], labels[gallery], embeddings[probes], labels[probes]
+    who = identify(*halves, fpirs=(_FPIR,))
     spread = angles(scores)
     histograms = [np.histogram(spread[same == kind], ANGLE_BINS, (0, 180))[0].tolist() for kind in (True, False)]
     shown = criterion in WITH_DISTANCES
@@ -161,7 +143,7 @@ def _evaluate(criterion: str, seed: int, trained: TrainedNet, peak: int | None, 
         roc=[float(found.true_accepts[found.false_accepts <= far].max()) for far in ROC_FARS],
         same_angles=histograms[0],
         different_angles=histograms[1],
-        distances=_by_distance(net, embeddings, labels, pairs, split, images[0]) if shown else {},
+        distances=_by_distance(net, embeddings, pairs, halves, images[0]) if shown else {},
         losses=[float(np.mean(part)) for part in parts],
         hardest=hardest_pairs(1 + scores, pairs, people.paths, Thumbnails([people]), count=3) if shown else [],
     )
@@ -170,14 +152,14 @@ def _evaluate(criterion: str, seed: int, trained: TrainedNet, peak: int | None, 
 def _by_distance(
     net: nn.Module,
     embeddings: Tensor,
-    labels: Tensor,
     pairs: Pairs,
-    split: tuple[Tensor, Tensor],
+    halves: tuple[Tensor, Tensor, Tensor, Tensor],
     trained: LabeledImages,
 ) -> dict[str, dict[str, float]]:
     """Compare embeddings by every distance, not normalized beforehand.
 
-    The Mahalanobis distance is fitted on the people that the net was trained on.
+    ``halves`` are embeddings and labels of the gallery and of the probes. The Mahalanobis distance is fitted on the
+    people that the net was trained on.
     """
     distances: dict[str, Distance] = {
         "Euclidean": Euclidean(),
@@ -194,14 +176,9 @@ def _by_distance(
         found[name] = {
             "accuracy": verify_scores(same, scores, fars=()).accuracy,
             "tar": tar_at_far(same, scores, 1e-2),
-            "rank1": identify(*_split(embeddings, labels, split), distance=distance, max_rank=1).rank(1),
+            "rank1": identify(*halves, distance=distance, max_rank=1).rank(1),
         }
     return found
-
-
-def _split(embeddings: Tensor, labels: Tensor, split: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    gallery, probes = split
-    return embeddings[gallery], labels[gallery], embeddings[probes], labels[probes]
 
 
 def _toy(plan: Plan, criterion: Criterion, folder: Folder, reporter: Reporter) -> Toy:
@@ -211,7 +188,7 @@ def _toy(plan: Plan, criterion: Criterion, folder: Folder, reporter: Reporter) -
     if stored is None:
         reporter.begin(f"{criterion.name}, two dimensions", task.recipe.steps)
         data, _ = task.images.load(seed)
-        net = train(criterion, task.recipe, task.embedding_dim, data, seed, reporter).net
+        net = train(criterion, task, data, seed, reporter).net
         stored = embed(net, data.images, normalize=False).numpy(), data.labels.numpy()
-        folder.add_toy(criterion.name, *stored)
+        folder.add_toy(criterion.name, stored)
     return stored

@@ -45,8 +45,7 @@ def comparison_drawings(found: Comparison) -> list[Drawing]:
 
 
 def _shown(found: Comparison) -> list[Criterion]:
-    names = {row.criterion for row in found.rows}
-    return [criterion for name, criterion in criteria().items() if name in names]
+    return [criterion for name, criterion in criteria().items() if name in found.rows]
 
 
 def _title(found: Comparison, several: str = "") -> str:
@@ -59,7 +58,7 @@ def _tar(plt: Any, found: Comparison) -> Any:
     shown = _shown(found)
     figure, axis = plt.subplots(figsize=(WIDTH, 0.36 * len(shown) + 1.6), layout="constrained")
     for place, criterion in enumerate(shown):
-        rates = [row.tar["0.01"] for row in found.of(criterion.name)]
+        rates = [row.tar["0.01"] for row in found.rows[criterion.name]]
         over = mean_and_deviation(rates)
         # One seed has no deviation.
         bar = {"xerr": over["deviation"], "capsize": 4} if len(rates) > 1 else {}
@@ -83,12 +82,12 @@ def _tar(plt: Any, found: Comparison) -> Any:
 def _roc(plt: Any, found: Comparison) -> Any:
     """Draw the true against the false accept rate, the mean over the seeds."""
     # Below one false accept there is nothing to see.
-    least = max(ROC_FARS[0], *(1 / sum(row.different_angles) for row in found.rows))
+    least = max(ROC_FARS[0], *(1 / sum(row.different_angles) for rows in found.rows.values() for row in rows))
     labels = {"xlabel": "false accept rate", "ylabel": "true accept rate"}
     figure, axis = panel(plt, 5, xscale="log", xlim=(least, 1), ylim=(0, 1.01), **labels)
     plain_ticks(axis.xaxis)
     for criterion in _shown(found):
-        mean = np.mean([row.roc for row in found.of(criterion.name)], axis=0)
+        mean = np.mean([row.roc for row in found.rows[criterion.name]], axis=0)
         style = {"color": criterion.color, "linestyle": criterion.line, "label": criterion.name}
         axis.step(ROC_FARS, mean, where="post", **style)
     figure.suptitle(_title(found, "mean over "), fontsize=10)
@@ -101,7 +100,7 @@ def _loss(plt: Any, found: Comparison) -> Any:
     figure, axis = panel(plt, 4.6, "loss of the training", xlabel="step", ylabel="loss ÷ first loss")
     (task,) = found.plan.tasks
     for criterion in _shown(found):
-        curves = [row.losses for row in found.of(criterion.name) if row.losses]
+        curves = [row.losses for row in found.rows[criterion.name] if row.losses]
         if curves:
             mean = np.mean([np.divide(curve, curve[0]) for curve in curves], axis=0)
             steps = (np.arange(len(mean)) + 0.5) * task.recipe.steps / len(mean)
@@ -129,7 +128,7 @@ def _angles(plt: Any, found: Comparison) -> Any:
     figure, axes = _grid(plt, len(shown), 2, 1.6)
     edges = np.linspace(0, 180, ANGLE_BINS + 1)
     for axis, criterion in zip(axes, shown, strict=True):
-        rows = found.of(criterion.name)
+        rows = found.rows[criterion.name]
         counts = {"one person": [row.same_angles for row in rows], "two people": [row.different_angles for row in rows]}
         draw_histograms(axis, edges, {name: np.sum(each, axis=0) for name, each in counts.items()})
         axis.set(title=criterion.name, xlim=(0, 150), yticks=[], xticks=range(0, 151, 30))
@@ -145,7 +144,7 @@ def _embeddings(plt: Any, found: Comparison) -> Any:
 
     Embeddings are points, their directions lie on a ring, and a ray points to each person's mean direction.
     """
-    shown = [criterion for name, criterion in criteria().items() if name in found.toys]
+    shown = _shown(found)
     figure, axes = _grid(plt, len(shown), 3, 1.6)
     for axis, criterion in zip(axes, shown, strict=True):
         embeddings, labels = found.toys[criterion.name]

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -12,19 +12,20 @@ from fused_arcface import backends
 
 from ..benchmark.cases import Case, make_inputs
 from ..benchmark.memory import can_measure, peak_since_reset, peaks_of, reset_peak
-from ..benchmark.providers import Provider, select
+from ..benchmark.providers import select
 from ..data import LabeledImages
 from ..measure.child import Child, ChildFailed
 from ..measure.timing import time_interleaved
 from ..nets.small import SmallNet
 from .criteria import criteria
-from .training import Recipe, one_cycle, training_steps
+from .plans import Task
+from .training import training_steps
 
 _CPU = torch.device("cpu")
 _WARM_STEPS, _MEASURED_STEPS = 2, 4
 
 
-@dataclass(frozen=True)
+@dataclass
 class HeadCost:
     """Cost of the head's forward and backward pass, by ``"fused"`` and ``"reference"``."""
 
@@ -34,12 +35,8 @@ class HeadCost:
     peak_bytes: dict[str, int | None]
     """Resident memory of a separate process beyond inputs, class centers and the two gradients; None where it was not
     measured."""
-    problem: str = ""
+    problem: str | None = None
     """Reason why something was not measured."""
-
-    def as_json(self) -> dict[str, object]:
-        """Return the record for the demo's file of numbers."""
-        return {**asdict(self), "problem": self.problem or None}
 
 
 def head_costs(cases: Sequence[Case], seconds: float) -> list[HeadCost]:
@@ -49,59 +46,45 @@ def head_costs(cases: Sequence[Case], seconds: float) -> list[HeadCost]:
     """
     (fused,), (reference,) = select(["fused_arcface"], backends.select("auto", _CPU)), select(["eager"])
     heads = {"fused": fused, "reference": reference}
-    milliseconds = [_milliseconds(heads, case, seconds) for case in cases]
-    peaks: list[dict[str, int | None]] = [dict.fromkeys(heads) for _ in cases]
-    problems = [""] * len(cases)
-    for name, provider in heads.items():
-        with Child() as child:
-            for index, case in enumerate(cases):
+    costs = []
+    with Child() as of_fused, Child() as of_reference:
+        children = {"fused": of_fused, "reference": of_reference}
+        for case in cases:
+            inputs = make_inputs(case, _CPU)
+            runs = {name: head.timed(inputs, backward=True) for name, head in heads.items()}
+            medians = {name: timing.median for name, timing in time_interleaved(runs, _CPU, seconds).items()}
+            cost = HeadCost(case, medians, dict.fromkeys(heads))
+            for name, head in heads.items():
                 try:
-                    peaks[index][name] = peaks_of(provider, case, _CPU, child)["fwd+bwd"]
+                    cost.peak_bytes[name] = peaks_of(head, case, _CPU, children[name])["fwd+bwd"]
                 except (MemoryError, ChildFailed, OSError) as error:
-                    problems[index] = f"memory of the {name} head at {case} not measured: {error}"
-    return [HeadCost(*measured) for measured in zip(cases, milliseconds, peaks, problems, strict=True)]
+                    cost.problem = f"memory of the {name} head at {case} not measured: {error}"
+            costs.append(cost)
+    return costs
 
 
-def _milliseconds(heads: Mapping[str, Provider], case: Case, seconds: float) -> dict[str, float]:
-    inputs = make_inputs(case, _CPU)
-    runs = {name: provider.timed(inputs, backward=True) for name, provider in heads.items()}
-    return {name: timing.median for name, timing in time_interleaved(runs, _CPU, seconds).items()}
-
-
-def peak_of_steps(criterion: str, batch_size: int, embedding_dim: int, data: LabeledImages, child: Child) -> int | None:
-    """Return the peak bytes of training steps beyond images, parameters and optimizer; None where it is not told.
+def peak_of_steps(criterion: str, task: Task, data: LabeledImages, child: Child) -> int | None:
+    """Return the peak bytes of training steps beyond images, parameters and optimizer; None if it cannot be measured.
 
     The data give the shape of the images and the number of identities.
     """
     if not can_measure(_CPU):
         return None
-    return child.call(
-        "lab.cost:peak_in_this_process",
-        criterion=criterion,
-        batch_size=batch_size,
-        embedding_dim=embedding_dim,
-        image_shape=list(data.images.shape[1:]),
-        num_classes=data.num_identities,
-    )
+    return child.call(_peak, criterion, task, data.images.shape[1:], data.num_identities)
 
 
-def peak_in_this_process(
-    criterion: str, batch_size: int, embedding_dim: int, image_shape: list[int], num_classes: int
-) -> int:
-    """Measure for :func:`peak_of_steps`, in its child process."""
-    torch.set_num_threads(1)
-    chosen = criteria()[criterion]
-    images = torch.rand(4 * max(num_classes, batch_size), *image_shape)
+def _peak(criterion: str, task: Task, image_shape: torch.Size, num_classes: int) -> int:
+    chosen, recipe = criteria()[criterion], replace(task.recipe, steps=_WARM_STEPS + _MEASURED_STEPS)
+    images = torch.rand(4 * max(num_classes, recipe.batch_size), *image_shape)
     data = LabeledImages(images, torch.arange(len(images)) % num_classes)
-    net = SmallNet(embedding_dim, image_shape[0])
-    head = chosen.make_head(embedding_dim, num_classes)
-    steps = _WARM_STEPS + _MEASURED_STEPS
-    optimizer, scheduler = one_cycle([*net.parameters(), *head.parameters()], Recipe(steps, batch_size, 0.01))
-    run = training_steps(net, head, optimizer, scheduler, chosen.batches(data, batch_size, steps, 0))
+    net = SmallNet(task.embedding_dim, image_shape[0])
+    head = chosen.make_head(task.embedding_dim, num_classes)
+    run = training_steps(net, head, recipe, chosen.batches(data, recipe.batch_size, recipe.steps, 0))
     # The first steps allocate memory once: the optimizer's state, the libraries' code.
     for _ in itertools.islice(run, _WARM_STEPS):
         pass
-    optimizer.zero_grad()
+    for module in (net, head):
+        module.zero_grad()
     before = reset_peak(_CPU)
     for _ in run:
         pass

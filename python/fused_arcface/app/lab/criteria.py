@@ -14,8 +14,7 @@ from fused_arcface.margins.protocol import Margin
 
 from ..data import LabeledImages
 from .batches import identity_batches, shuffled_batches, two_view_batches
-from .heads import SoftmaxHead
-from .losses import CenterLossHead, contrastive, triplet_batch_hard, triplet_semi_hard
+from .heads import CenterLossHead, SoftmaxHead, contrastive, triplet_batch_hard, triplet_semi_hard
 
 SOFTMAX, ARCFACE = "softmax", "ArcFace"
 

@@ -6,13 +6,13 @@ It prints nothing; a reporter shows its progress.
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from fused_arcface.evaluation import Verification, verify
 
 from ..benchmark.cases import Case
 from ..nets.small import embed
-from .agreement import StepAgreement, curve_broken, curve_difference
+from .agreement import Agreement
 from .cost import HeadCost, head_costs
 from .criteria import ARCFACE, MARGIN, SCALE, SOFTMAX, Criterion, criteria
 from .heads import ReferenceHead
@@ -37,7 +37,6 @@ PIXELS = "pixels, no net"
 class VerifiedNet:
     """One training, and how well its net verifies unseen identities."""
 
-    criterion: str
     seed: int
     trained: TrainedNet
     verification: Verification
@@ -49,34 +48,22 @@ class TaskResult:
 
     task: Task
     num_identities: int
-    nets: list[VerifiedNet]
+    nets: dict[str, list[VerifiedNet]]
+    """By criterion, then by seed."""
     pixels: list[Verification]
     """Verification of each seed by the cosine of the images themselves, without a net."""
-    agreement: StepAgreement
+    agreement: Agreement
+    """Of the first seed's ArcFace and reference."""
 
     @property
     def head_case(self) -> Case:
         """The shape at which the head was trained."""
         return Case(self.task.recipe.batch_size, self.num_identities, self.task.embedding_dim)
 
-    @property
-    def curve_difference(self) -> float:
-        """Greatest difference of the losses of the two ArcFace trainings over the first steps."""
-        return curve_difference(*(self.of(name)[0].trained.losses for name in (ARCFACE, REFERENCE.name)))
-
-    def of(self, criterion: str) -> list[VerifiedNet]:
-        """Return the nets of one criterion, by seed."""
-        return [net for net in self.nets if net.criterion == criterion]
-
     def verifications(self) -> dict[str, list[Verification]]:
         """Return the verifications by name, by seed: the bare pixels, then each criterion."""
-        found = {name: [net.verification for net in self.of(name)] for name in (*SHOWN, REFERENCE.name)}
+        found = {name: [net.verification for net in nets] for name, nets in self.nets.items()}
         return {PIXELS: self.pixels, **found}
-
-    def broken(self) -> list[str]:
-        """Describe each bound on the agreement that is not kept."""
-        found = (*self.agreement.broken(), *curve_broken(self.curve_difference))
-        return [f"{self.task.name}: {what}" for what in found]
 
 
 @dataclass(frozen=True)
@@ -91,7 +78,7 @@ class Demo:
 
     def broken(self) -> list[str]:
         """Describe each bound on the agreement that is not kept; none when all is well."""
-        return [what for result in self.results for what in result.broken()]
+        return [f"{result.task.name}: {what}" for result in self.results for what in result.agreement.broken()]
 
 
 def run_demo(plan: Plan, reporter: Reporter) -> Demo:
@@ -110,18 +97,20 @@ def run_demo(plan: Plan, reporter: Reporter) -> Demo:
 
 
 def _solve(task: Task, seeds: tuple[int, ...], reporter: Reporter) -> TaskResult:
-    result = TaskResult(task, 0, [], [], StepAgreement())
+    agreement, pixels = Agreement(), []
+    nets: dict[str, list[VerifiedNet]] = {name: [] for name in (*SHOWN, REFERENCE.name)}
     for seed in seeds:
         reporter.begin(f"{task.name}: images, seed {seed}")
         trained, unseen = task.images.load(seed)
-        result.pixels.append(verify(unseen.images.flatten(1), unseen.labels))
+        pixels.append(verify(unseen.images.flatten(1), unseen.labels))
         first = seed == seeds[0]
         for criterion in (*(criteria()[name] for name in SHOWN), *((REFERENCE,) if first else ())):
             reporter.begin(f"{task.name}: {criterion.name}, seed {seed}", task.recipe.steps)
-            check = result.agreement if first and criterion.name == ARCFACE else None
-            net = train(criterion, task.recipe, task.embedding_dim, trained, seed, reporter, check)
+            check = agreement if first and criterion.name == ARCFACE else None
+            net = train(criterion, task, trained, seed, reporter, check)
             found = verify(embed(net.net, unseen.images), unseen.labels)
-            result.nets.append(VerifiedNet(criterion.name, seed, net, found))
+            nets[criterion.name].append(VerifiedNet(seed, net, found))
             name = f"{task.name}, {criterion.name}, seed {seed}"
             reporter.ended(name, net.losses[0], net.losses[-1], len(net.losses), net.seconds)
-    return replace(result, num_identities=trained.num_identities)
+    agreement.compare_curves(*(nets[name][0].trained.losses for name in (ARCFACE, REFERENCE.name)))
+    return TaskResult(task, trained.num_identities, nets, pixels, agreement)

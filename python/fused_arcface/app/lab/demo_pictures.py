@@ -32,7 +32,7 @@ def _loss_curves(plt: Any, demo: Demo) -> Any:
     )
     color = criteria()[ARCFACE].color
     for (curves, differences), result in zip(axes.reshape(-1, 2), demo.results, strict=True):
-        fused, expected = (result.of(name)[0].trained.losses for name in (ARCFACE, REFERENCE.name))
+        fused, expected = (result.nets[name][0].trained.losses for name in (ARCFACE, REFERENCE.name))
         steps = np.arange(1, len(fused) + 1)
         curves.plot(steps, fused, color=color, linewidth=3.5, alpha=0.5, label="fused head")
         curves.plot(steps, expected, color=REFERENCE.color, linewidth=1, label="reference head")
@@ -66,8 +66,8 @@ def _roc(plt: Any, demo: Demo) -> Any:
                 # Nothing is interpolated: a rate holds until the next point.
                 label = f"{name}: {tar:.3f}" if index == 0 else None
                 axis.step(each.false_accepts, each.true_accepts, label=label, **style)
-        # Below ten false accepts the curve tells little.
-        least = min(1e-2, 10 / result.nets[0].verification.num_pairs[1])
+        # Below ten false accepts the curve is mostly noise.
+        least = min(1e-2, 10 / result.pixels[0].num_pairs[1])
         axis.axvline(1e-2, color="black", linewidth=0.8, linestyle=":", label="FAR 0.01")
         axis.set(xscale="log", xlim=(least, 1), ylim=(0, 1.01))
         plain_ticks(axis.xaxis)

@@ -20,8 +20,9 @@ from fused_arcface.margins.per_row import AdaFace, ElasticFace
 from fused_arcface.margins.protocol import modulation
 from fused_arcface.margins.registry import REGISTRY
 
-from ..drawing import COLORS, Drawing, panel
+from ..drawing import COLORS, WIDTH, Drawing, panel
 
+_ANGLES: dict[str, Any] = {"xlabel": "angle θ, degrees", "xlim": (0, 180), "xticks": range(0, 181, 30)}
 _LINES: tuple[Any, ...] = ("-", "-", "--", "-", "--", "-.", ":")
 NORMS = (5.0, 20.0, 110.0)
 """Norms of a poor, a mean and a good image, where AdaFace has seen a mean of 20 and a deviation of 5. MagFace's own
@@ -35,8 +36,9 @@ def margin_drawings(scale: float) -> list[Drawing]:
     return [
         Drawing(
             "margins_of_the_angle",
-            f"Logit of the target at scale {scale:g}, by the angle to its class center: margins of the angle alone, "
-            "each with its defaults. SphereFace2 and UniFace also add a bias, which is 0 here.",
+            f"Logit of the target at scale {scale:g}, by the angle to its class center, and its derivative by the "
+            "scaled cosine: margins of the angle alone, each with its defaults. SphereFace2 and UniFace also add a "
+            "bias, which is 0 here.",
             lambda plt: _angle_figure(plt, scale),
         ),
         Drawing(
@@ -82,7 +84,7 @@ def label(entry: Entry) -> str:
 
 
 def styles() -> Iterator[dict[str, Any]]:
-    """Yield styles of lines that differ in color and dashes. The first are wide, as another may cover them."""
+    """Yield styles of lines that differ in color and dashes. The first are wide, because later ones may cover them."""
     for place in itertools.count():
         width = max(1.2, 3.4 - 0.5 * place)
         yield {"color": COLORS[place % len(COLORS)], "linestyle": _LINES[place % len(_LINES)], "linewidth": width}
@@ -96,10 +98,17 @@ def _cosines() -> tuple[Tensor, Tensor]:
 
 def _angle_figure(plt: Any, scale: float) -> Any:
     degrees, cosines = _cosines()
-    figure, axis = _panel(plt, "margins of the angle", f"target logit at scale {scale:g}")
+    cosines.requires_grad_()
+    figure, (logits, slopes) = plt.subplots(2, 1, figsize=(WIDTH, 7.6), sharex=True, layout="constrained")
     for entry, style in zip([*entries("angular"), *entries("binary")], styles(), strict=False):
-        with torch.no_grad():
-            axis.plot(degrees, scale * default(entry)(cosines), label=label(entry), **style)
+        modified = default(entry)(cosines)
+        (slope,) = torch.autograd.grad(modified.sum(), cosines)
+        logits.plot(degrees, scale * modified.detach(), label=label(entry), **style)
+        slopes.plot(degrees[5:-5], slope[5:-5], **style)  # nearer to the ends the margins bound it
+    logits.set(**_ANGLES, title="margins of the angle", ylabel=f"target logit at scale {scale:g}")
+    slopes.set(**_ANGLES, title="derivative", ylabel="d logit / d (scale · cos θ)", ylim=(-0.2, 6))
+    for axis in (logits, slopes):
+        axis.grid(alpha=0.3)
     return _finish(figure)
 
 
@@ -158,8 +167,7 @@ def _boundary_figure(plt: Any, scale: float) -> Any:
 
 
 def _panel(plt: Any, title: str, unit: str) -> tuple[Any, Any]:
-    angles = {"xlabel": "angle θ, degrees", "xlim": (0, 180), "xticks": range(0, 181, 30)}
-    return panel(plt, 4.4, title, ylabel=unit, **angles)
+    return panel(plt, 4.4, title, ylabel=unit, **_ANGLES)
 
 
 def _finish(figure: Any, columns: int = 1) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Protocol
 
 import torch
 
@@ -12,20 +11,22 @@ from fused_arcface.base.text import listed
 from ..benchmark.cases import Case
 from ..data import DataError, ImageSpec, LabeledImages, digit_images, identity_images, open_source
 from ..data.digits import TRAINED, UNSEEN
-from .training import Recipe
 
 Halves = tuple[LabeledImages, LabeledImages]
 """Images to train on, and images of identities that are not among them."""
 
 
-class Images(Protocol):
-    """A set of images, some identities to train on and others to evaluate on."""
+@dataclass(frozen=True)
+class Recipe:
+    """The settings of a training: AdamW with a learning rate that rises and falls once."""
 
-    def load(self, seed: int) -> Halves:
-        """Return both halves; the seed decides everything that is random in the set."""
-
-    def describe(self) -> str:
-        """Describe the set in a few words."""
+    steps: int
+    batch_size: int
+    learning_rate: float
+    """The greatest."""
+    warm_up: float = 0.25
+    """Share of the steps in which the learning rate rises."""
+    weight_decay: float = 5e-4
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,8 @@ class Task:
     """Images, and how a net is trained on them."""
 
     name: str
-    images: Images
+    images: Generated | Digits | Files
+    """Sets of images: ``load`` returns both halves of one, ``describe`` its description in a few words."""
     recipe: Recipe
     embedding_dim: int = 64
     remark: str = ""

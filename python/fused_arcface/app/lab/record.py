@@ -14,8 +14,8 @@ from __future__ import annotations
 import json
 import re
 import statistics
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,10 +24,10 @@ import numpy.typing as npt
 import torch
 
 from fused_arcface import __version__, backends
-from fused_arcface.base.files import replacing, write_text
+from fused_arcface.base.files import replacing
 from fused_arcface.evaluation import Verification
 
-from ..benchmark.report import read_json, write_csv
+from ..benchmark.report import read_json, write_csv, write_json
 from ..measure import machine
 from ..report.digest import HardPair, read_hardest
 from .agreement import CURVE_BOUND, CURVE_STEPS, STEP_BOUND
@@ -82,6 +82,9 @@ class Row:
     """The hardest pairs of unseen people; empty for most criteria."""
 
 
+Toy = tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]
+"""Embeddings (M, 2) of a net with two dimensions, and labels (M,)."""
+
 TAR_FARS = (1e-1, 1e-2, 1e-3)
 ROC_FARS = tuple(np.logspace(-3, 0, 61).tolist())
 ANGLE_BINS = 90
@@ -96,19 +99,12 @@ class Folder:
     """
 
     def __init__(self, root: Path, plan: Plan) -> None:
-        self.root, self._rows, self._toys = root, root / "rows", root / "toy"
+        self.root, self._plan = root, root / "plan.json"
         self._described = {"fused_arcface": __version__, "torch": torch.__version__, "plan": _described(plan)}
-        file = self._plan = root / "plan.json"
-        if file.exists() and not _holds(read_json(file), json.loads(json.dumps(self._described))):
+        if self._plan.exists() and not _holds(read_json(self._plan), json.loads(json.dumps(self._described))):
             raise ComparisonError(
-                f"{root} holds another comparison (see {file}): name another folder, or remove it first"
+                f"{root} holds another comparison (see {self._plan}): name another folder, or remove it first"
             )
-
-    def _make(self) -> None:
-        for folder in (self.root, self._rows, self._toys):
-            folder.mkdir(parents=True, exist_ok=True)
-        if not self._plan.exists():
-            _write(self._plan, self._described, indent=1)
 
     def row(self, criterion: str, seed: int) -> Row | None:
         """Return a finished training's row, or None."""
@@ -119,53 +115,50 @@ class Folder:
         return Row(**{**values, "hardest": read_hardest(values.get("hardest", []))})
 
     def add(self, row: Row) -> None:
-        """Keep a row."""
-        self._make()
-        _write(self._row_file(row.criterion, row.seed), asdict(row))
+        """Keep a row. A training that failed has losses that are not numbers."""
+        file = self._made(self._row_file(row.criterion, row.seed))
+        write_json(file, asdict(row), indent=None, allow_nan=True)
 
-    def toy(self, criterion: str) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]] | None:
-        """Return embeddings (M, 2) and labels (M,), or None."""
+    def toy(self, criterion: str) -> Toy | None:
+        """Return the training in two dimensions, or None."""
         file = self._toy_file(criterion)
         if not file.exists():
             return None
         with np.load(file) as stored:
             return stored["embeddings"], stored["labels"]
 
-    def add_toy(self, criterion: str, embeddings: npt.NDArray[np.float32], labels: npt.NDArray[np.int64]) -> None:
-        """Keep embeddings (M, 2) and labels (M,)."""
-        self._make()
-        with replacing(self._toy_file(criterion)) as opened:
-            np.savez(opened, embeddings=embeddings, labels=labels)
+    def add_toy(self, criterion: str, toy: Toy) -> None:
+        """Keep a training in two dimensions."""
+        with replacing(self._made(self._toy_file(criterion))) as opened:
+            np.savez(opened, embeddings=toy[0], labels=toy[1])
 
-    def write_summary(self, rows: Sequence[Row], seconds: float) -> list[Path]:
-        """Write rows.csv and summary.json; return their paths."""
-        flat = [_flat(row) for row in rows]
-        figures = {
-            **_here(),
-            "seconds": round(seconds, 1),
-            "criteria": {name: {"source": criteria()[name].source, **found} for name, found in summaries(rows).items()},
-        }
-        table = write_csv(self.root / "rows.csv", flat)
-        return [table, _write(self.root / "summary.json", figures, indent=1)]
+    def write_summary(self, rows: Mapping[str, Sequence[Row]], seconds: float) -> list[Path]:
+        """Write rows.csv and summary.json of rows by criterion; return their paths."""
+        flat = {criterion: [_flat(row) for row in own] for criterion, own in rows.items()}
+        found = {criterion: {"source": criteria()[criterion].source, **_over(own)} for criterion, own in flat.items()}
+        figures = {**_here(), "seconds": round(seconds, 1), "criteria": found}
+        table = write_csv(self.root / "rows.csv", [row for own in flat.values() for row in own])
+        return [table, write_json(self.root / "summary.json", figures, allow_nan=True)]
 
     def _row_file(self, criterion: str, seed: int) -> Path:
-        return self._rows / f"{_slug(criterion)}-seed{seed}.json"
+        return self.root / "rows" / f"{_slug(criterion)}-seed{seed}.json"
 
     def _toy_file(self, criterion: str) -> Path:
-        return self._toys / f"{_slug(criterion)}.npz"
+        return self.root / "toy" / f"{_slug(criterion)}.npz"
 
-
-def _write(path: Path, value: Any, indent: int | None = None) -> Path:
-    """Write a value as JSON, a NaN of a training that failed as ``NaN``."""
-    write_text(path, json.dumps(value, indent=indent) + "\n")
-    return path
+    def _made(self, file: Path) -> Path:
+        """Return a file after its folder is made, and plan.json."""
+        file.parent.mkdir(parents=True, exist_ok=True)
+        if not self._plan.exists():
+            write_json(self._plan, self._described)
+        return file
 
 
 def _described(plan: Plan) -> dict[str, Any]:
     """Return the facts that decide a comparison's results, as plan.json has them."""
     (task,), toy = plan.tasks, plan.toy
     assert toy is not None and isinstance(toy.images, Generated)
-    facts: dict[str, Any] = {"data": None, **asdict(task.images)}  # type: ignore[call-overload]
+    facts: dict[str, Any] = {"data": None, **asdict(task.images)}
     if "path" in facts:
         facts["data"] = facts.pop("path")
     return {
@@ -191,25 +184,20 @@ def mean_and_deviation(values: Sequence[float]) -> dict[str, float]:
     return {"mean": statistics.fmean(values), "deviation": statistics.pstdev(values)}
 
 
-def summaries(rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
-    """Return mean and deviation over the seeds of every number in the rows, by criterion."""
-    found: dict[str, dict[str, Any]] = {}
-    for criterion in dict.fromkeys(row.criterion for row in rows):
-        flat = [_flat(row) for row in rows if row.criterion == criterion]
-        numbers = [name for name, value in flat[0].items() if name not in ("criterion", "seed") and value != ""]
-        found[criterion] = {name: mean_and_deviation([float(each[name]) for each in flat]) for name in numbers}
-    return found
+def _over(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """Return mean and deviation of every number in the flat rows of some seeds."""
+    numbers = [name for name, value in rows[0].items() if name not in ("criterion", "seed") and value != ""]
+    return {name: mean_and_deviation([float(row[name]) for row in rows]) for name in numbers}
 
 
 def _flat(row: Row) -> dict[str, Any]:
     """Return a row without its curves, one level deep."""
     flat: dict[str, Any] = {}
-    for each in fields(row):
-        value = getattr(row, each.name)
-        if each.name == "tar":
+    for name, value in vars(row).items():
+        if name == "tar":
             flat |= {f"tar_at_far_{far}": rate for far, rate in value.items()}
-        elif each.name not in ("roc", "same_angles", "different_angles", "distances", "losses", "hardest"):
-            flat[each.name] = "" if value is None else value
+        elif not isinstance(value, (list, dict)):
+            flat[name] = "" if value is None else value
     return flat
 
 
@@ -217,8 +205,8 @@ def _slug(name: str) -> str:
     return re.sub("[^A-Za-z0-9]+", "-", name).strip("-").lower()
 
 
-def write_numbers(demo: Demo, path: Path) -> None:
-    """Write everything that a demo found except the points of the ROC."""
+def write_numbers(demo: Demo, folder: Path) -> Path:
+    """Write everything that a demo found except the points of the ROC into numbers.json; return its path."""
     numbers = {
         "fused_arcface": __version__,
         "torch": torch.__version__,
@@ -229,10 +217,10 @@ def write_numbers(demo: Demo, path: Path) -> None:
         "bounds": {"step_relative": STEP_BOUND, "curve_absolute": CURVE_BOUND, "curve_steps": CURVE_STEPS},
         "broken": demo.broken(),
         "problems": {result.task.name: _task_result(result, demo.plan.seeds) for result in demo.results},
-        "head": [cost.as_json() for cost in demo.costs],
+        "head": [asdict(cost) for cost in demo.costs],
         "seconds": round(demo.seconds, 2),
     }
-    _write(path, numbers, indent=1)
+    return write_json(folder / "numbers.json", numbers, allow_nan=True)
 
 
 def _here() -> dict[str, str]:
@@ -248,7 +236,7 @@ def _task_result(result: TaskResult, seeds: tuple[int, ...]) -> dict[str, object
         "identities": result.num_identities,
         "agreement": {
             "same_embeddings_worst_relative": result.agreement.worst(),
-            "curves_greatest_difference": result.curve_difference,
+            "curves_greatest_difference": result.agreement.curve_difference,
         },
         "pixels_without_a_net": [
             {"seed": seed, "accuracy": found.accuracy, "tar_at_far": _rates(found)}
@@ -256,7 +244,7 @@ def _task_result(result: TaskResult, seeds: tuple[int, ...]) -> dict[str, object
         ],
         "trainings": [
             {
-                "criterion": net.criterion,
+                "criterion": criterion,
                 "seed": net.seed,
                 "accuracy": net.verification.accuracy,
                 "accuracy_deviation_over_folds": net.verification.accuracy_deviation,
@@ -265,7 +253,8 @@ def _task_result(result: TaskResult, seeds: tuple[int, ...]) -> dict[str, object
                 "seconds": round(net.trained.seconds, 3),
                 "losses": net.trained.losses,
             }
-            for net in result.nets
+            for criterion, nets in result.nets.items()
+            for net in nets
         ],
     }
 

@@ -17,19 +17,7 @@ from torch.optim.lr_scheduler import LRScheduler, OneCycleLR
 from ..data.images import LabeledImages
 from ..nets.small import SmallNet
 from .criteria import Criterion
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """The settings of a training: AdamW with a learning rate that rises and falls once."""
-
-    steps: int
-    batch_size: int
-    learning_rate: float
-    """The greatest."""
-    warm_up: float = 0.25
-    """Share of the steps in which the learning rate rises."""
-    weight_decay: float = 5e-4
+from .plans import Recipe, Task
 
 
 class StepRecord(NamedTuple):
@@ -62,44 +50,37 @@ class TrainedNet:
     """A net and the record of its training."""
 
     net: nn.Module
-    steps: list[StepRecord]
+    losses: list[float]
+    """The loss of each step."""
+    head_milliseconds: float
+    """Median time of the head's forward and backward pass, on one thread."""
     seconds: float
-
-    @property
-    def losses(self) -> list[float]:
-        return [step.loss for step in self.steps]
-
-    @property
-    def head_milliseconds(self) -> float:
-        """Median time of the head's forward and backward pass, on one thread."""
-        return statistics.median(step.head_seconds for step in self.steps) * 1e3
 
 
 def train(
     criterion: Criterion,
-    recipe: Recipe,
-    embedding_dim: int,
+    task: Task,
     data: LabeledImages,
     seed: int,
     reporter: Reporter,
     before_update: BeforeUpdate | None = None,
 ) -> TrainedNet:
-    """Train a new net with one criterion; ``seed`` decides the initial weights and the batches.
+    """Train a new net of a task with one criterion; ``seed`` decides the initial weights and the batches.
 
     The net is made before the head, so all criteria start from the same net. The caller's random state is left as it
     was.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        net = SmallNet(embedding_dim, data.images.shape[1])
-        head = criterion.make_head(embedding_dim, data.num_identities)
-        optimizer, scheduler = one_cycle([*net.parameters(), *head.parameters()], recipe)
-        batches = criterion.batches(data, recipe.batch_size, recipe.steps, seed)
-        start, steps = time.perf_counter(), []
-        for step in training_steps(net, head, optimizer, scheduler, batches, before_update):
-            steps.append(step)
+        net = SmallNet(task.embedding_dim, data.images.shape[1])
+        head = criterion.make_head(task.embedding_dim, data.num_identities)
+        batches = criterion.batches(data, task.recipe.batch_size, task.recipe.steps, seed)
+        start, losses, head_seconds = time.perf_counter(), [], []
+        for step in training_steps(net, head, task.recipe, batches, before_update):
+            losses.append(step.loss)
+            head_seconds.append(step.head_seconds)
             reporter.step(step.loss)
-    return TrainedNet(net, steps, time.perf_counter() - start)
+    return TrainedNet(net, losses, 1e3 * statistics.median(head_seconds), time.perf_counter() - start)
 
 
 def one_cycle(parameters: Iterable[nn.Parameter], recipe: Recipe) -> tuple[Optimizer, LRScheduler]:
@@ -139,24 +120,16 @@ def one_thread() -> Iterator[None]:
 def training_steps(
     net: nn.Module,
     head: nn.Module,
-    optimizer: Optimizer,
-    scheduler: LRScheduler,
+    recipe: Recipe,
     batches: Iterable[LabeledImages],
     before_update: BeforeUpdate | None = None,
 ) -> Iterator[StepRecord]:
     """Yield the record of one step for each batch; a step is made when it is asked for.
 
-    ``head(embeddings, target)`` gives the loss, and the optimizer has the parameters of net and head. ``before_update``
-    is called while the parameters are still those that the loss was computed with.
-
-    >>> from fused_arcface.app.lab.batches import shuffled_batches
-    >>> from fused_arcface.app.lab.heads import SoftmaxHead
-    >>> data = LabeledImages(torch.rand(8, 1, 8, 8), torch.arange(8) % 2)
-    >>> net, head = SmallNet(4), SoftmaxHead(4, 2)
-    >>> optimizer, scheduler = one_cycle([*net.parameters(), *head.parameters()], Recipe(3, 4, 0.01))
-    >>> len(list(training_steps(net, head, optimizer, scheduler, shuffled_batches(data, 4, steps=3, seed=0))))
-    3
+    ``head(embeddings, target)`` gives the loss. ``before_update`` is called while the parameters are still those that
+    the loss was computed with.
     """
+    optimizer, scheduler = one_cycle([*net.parameters(), *head.parameters()], recipe)
     net.train()
     for images, target in batches:
         embeddings = net(images)

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-import importlib
-import json
 import os
+import pickle
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import ParamSpec, TypeVar
+
+import torch
 
 # Blocks from 64 KiB on are mapped, and go back to the system when freed. So memory of an earlier measurement does not
 # hide the peak of the next one.
 _ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
+
+_Given = ParamSpec("_Given")
+_Found = TypeVar("_Found")
 
 
 class ChildFailed(RuntimeError):
@@ -20,78 +25,63 @@ class ChildFailed(RuntimeError):
 
 
 class Child:
-    """Calls ``"module:function"`` in another process; ``close`` or ``with`` ends it.
+    """Calls functions in another process, which is kept between calls; ``with`` ends it.
 
-    The module's name is relative to ``fused_arcface.app``. Arguments and result are JSON.
-
-    The process is kept between calls. When it dies (killed for its memory, say) the call raises and the next one starts
-    another.
+    Function, arguments and result are pickled. torch has as many threads there as in the caller. When the process dies
+    (killed for its memory, say) the call raises and the next one starts another.
     """
 
     def __init__(self) -> None:
-        self._process: subprocess.Popen[str] | None = None
+        self._process: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> Child:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.close()
+        if self._process is not None:
+            self._process.communicate()
+            self._process = None
 
-    def call(self, function: str, **arguments: Any) -> Any:
-        """Call a function and return its result.
+    def call(self, function: Callable[_Given, _Found], *arguments: _Given.args, **options: _Given.kwargs) -> _Found:
+        """Call a function of a module and return its result.
 
         Raises:
             MemoryError: if it ran out of memory.
             ChildFailed: if it raised anything else, or the process ended.
         """
-        process = self._process or self._start()
+        self._process = process = self._process or _start()
         assert process.stdin and process.stdout
         try:
-            process.stdin.write(json.dumps([function, arguments]) + "\n")
+            pickle.dump((torch.get_num_threads(), function, arguments, options), process.stdin)
             process.stdin.flush()
-            answer = process.stdout.readline()
-        except BrokenPipeError:
-            answer = ""
-        if not answer:
+            error, result = pickle.load(process.stdout)
+        except (BrokenPipeError, EOFError, pickle.UnpicklingError):
             status = process.wait()
             self._process = None
             if status == -9:
-                raise MemoryError("the child process was killed, most likely for its memory")
-            raise ChildFailed(f"the child process ended with status {status}")
-        kind, value = json.loads(answer)
-        if kind == "memory":
-            raise MemoryError(value)
-        if kind == "error":
-            raise ChildFailed(value)
-        return value
+                raise MemoryError("the child process was killed, most likely for its memory") from None
+            raise ChildFailed(f"the child process ended with status {status}") from None
+        if error is not None:
+            raise error
+        return result
 
-    def close(self) -> None:
-        """End the process."""
-        if self._process is not None:
-            assert self._process.stdin and self._process.stdout
-            self._process.stdin.close()
-            self._process.stdout.close()
-            self._process.wait()
-            self._process = None
 
-    def _start(self) -> subprocess.Popen[str]:
-        # The folder that holds this package: it need not be installed, and the caller's folder may hold anything.
-        root = str(Path(__file__).resolve().parents[3])
-        path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH", "")]))
-        self._process = subprocess.Popen(
-            [sys.executable, "-c", f"from {__name__} import serve; serve()"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-            cwd=root,
-            env={**os.environ, **_ALLOCATOR, "PYTHONPATH": path},
-        )
-        return self._process
+def _start() -> subprocess.Popen[bytes]:
+    # The folder that holds this package: it need not be installed, and the caller's folder may hold anything.
+    root = str(Path(__file__).resolve().parents[3])
+    path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH", "")]))
+    return subprocess.Popen(
+        [sys.executable, "-c", f"from {__name__} import serve; serve()"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        cwd=root,
+        env={**os.environ, **_ALLOCATOR, "PYTHONPATH": path},
+    )
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Return true if an allocation failed. On a CPU, only the text tells torch's error from other RuntimeErrors."""
+    """Return true if an allocation failed. On a CPU torch raises a RuntimeError, and only its text says so."""
     text = str(error).lower()
     return isinstance(error, MemoryError) or "out of memory" in text or "allocate memory" in text or "bad_alloc" in text
 
@@ -99,15 +89,19 @@ def out_of_memory(error: BaseException) -> bool:
 def serve() -> None:
     """Answer calls from standard input on standard output until it closes."""
     # The output of libraries must not reach the pipe of the answers.
-    answers = os.fdopen(os.dup(1), "w", encoding="ascii")
+    answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
-    for line in sys.stdin:
-        function, arguments = json.loads(line)
-        module, _, name = function.partition(":")
+    while True:
         try:
-            called = getattr(importlib.import_module(f"fused_arcface.app.{module}"), name)
-            answer = ["result", called(**arguments)]
+            threads, function, arguments, options = pickle.load(sys.stdin.buffer)
+        except EOFError:
+            return
+        torch.set_num_threads(threads)
+        answer: tuple[Exception | None, object]
+        try:
+            answer = None, function(*arguments, **options)
         except Exception as error:
-            answer = ["memory" if out_of_memory(error) else "error", f"{type(error).__name__}: {error}"]
-        answers.write(json.dumps(answer) + "\n")
+            kind = MemoryError if out_of_memory(error) else ChildFailed
+            answer = kind(f"{type(error).__name__}: {error}"), None
+        pickle.dump(answer, answers)
         answers.flush()

@@ -6,17 +6,18 @@ import datetime
 import os
 import platform
 import subprocess
-from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from fused_arcface import __version__, backends
 from fused_arcface.base.precision import fp32_products
 from fused_arcface.base.text import counted
 
-from .timing import Timing, time_interleaved
+from .timing import Timed, Timing, time_interleaved
 
 # Square products large enough to be bound by arithmetic alone, small enough for a quick run.
 _CPU_SIZE, _CUDA_SIZE = 3072, 8192
@@ -58,17 +59,10 @@ def measure_ceiling(device: torch.device, dtype: str = "float32", seconds: float
         with fp32_products(tf32=dtype == "tf32"):
             torch.mm(a, a, out=result)
 
-    runs: dict[str, Callable[[], None]] = {"torch": with_torch}
+    runs: dict[str, Timed] = {"torch": with_torch}
     # numpy takes every processor that it may run on: it is comparable only if torch takes all of them as well.
     if device.type == "cpu" and dtype == "float32" and torch.get_num_threads() >= processors():
-        import numpy as np
-
-        a_numpy, result_numpy = a.numpy(), result.numpy()
-
-        def with_numpy() -> None:
-            np.matmul(a_numpy, a_numpy, out=result_numpy)
-
-        runs["numpy"] = with_numpy
+        runs["numpy"] = partial(np.matmul, a.numpy(), a.numpy(), out=result.numpy())
     timings = time_interleaved(runs, device, seconds)
     library = min(timings, key=lambda name: timings[name].least)
     runs[library]()

@@ -52,7 +52,6 @@ def time_interleaved(
     runs: Mapping[str, Timed],
     device: torch.device,
     seconds: float,
-    on_sample: Callable[[str], None] = lambda name: None,
     on_failure: Callable[[str, Exception], None] | None = None,
 ) -> dict[str, Timing]:
     """Time each run, one sample of each in turn, after passes that warm it up and are not counted.
@@ -62,7 +61,6 @@ def time_interleaved(
         device: the device that they run on; a GPU is timed by its own events.
         seconds: time that all samples together should take. A run that has used its share stops, but not before its
             third sample, unless it alone has taken twice the whole.
-        on_sample: called with the run's name after each sample.
         on_failure: called with the name and the error of a run that raises, which is then left out of the result.
             Without it the error is raised.
     """
@@ -103,7 +101,6 @@ def time_interleaved(
             spent[name] += time.perf_counter() - start
             if taken is not None:
                 samples[name].append(taken)
-                on_sample(name)
     return {name: Timing(tuple(each)) for name, each in samples.items()}
 
 

@@ -33,9 +33,8 @@ def comparison_report(
         settings(options),
         versions(),
     ]
-    losses = len({row.criterion for row in found.rows})
     summary = (
-        f"One net trained with {losses} losses from {counted(len(found.plan.seeds), 'seed')}: "
+        f"One net trained with {len(found.rows)} losses from {counted(len(found.plan.seeds), 'seed')}: "
         f"{task.images.describe()}; {task.recipe.steps} steps of {task.recipe.batch_size} images."
     )
     return Report("Comparison of losses", summary, sections, no_figures())
@@ -46,7 +45,7 @@ def _hardest(found: Comparison) -> list[Section]:
         "Seed {}, people never seen in training: pairs of one person that look least alike to the net, then pairs of "
         "two people that look most alike."
     )
-    first = {name: rows[0] for name in WITH_DISTANCES if (rows := found.of(name))}
+    first = {name: rows[0] for name in WITH_DISTANCES if (rows := found.rows.get(name))}
     return [
         Section(f"Hardest pairs, {name}", text.format(row.seed), comparisons=as_comparisons(row.hardest))
         for name, row in first.items()
@@ -57,6 +56,7 @@ def _hardest(found: Comparison) -> list[Section]:
 def _losses(found: Comparison) -> Table:
     rows = [
         (row.criterion, str(row.seed), f"{row.first_loss:.3f}", f"{row.last_loss:.4f}", f"{row.seconds:.1f}")
-        for row in found.rows
+        for of_criterion in found.rows.values()
+        for row in of_criterion
     ]
     return Table(("", "seed", "first loss", "last loss", "seconds"), rows)
