@@ -320,7 +320,7 @@ def test_bad_recipes(options, error, message):
 
 
 def test_bad_heads():
-    with pytest.raises(TypeError, match="center_optimizer must be a CenterSGD or None; got SGD"):
+    with pytest.raises(TypeError, match="center_optimizer must be a recipe such as CenterSGD, or None; got SGD"):
         fa.PartialFC(4, 10, center_optimizer=torch.optim.SGD([torch.nn.Parameter(torch.ones(1))]))
     with pytest.raises(TypeError, match=r"CenterSGD needs class centers of dtype .*; got torch.float16"):
         fa.PartialFC(4, 10, center_optimizer=fa.CenterSGD(0.1), dtype=torch.float16)

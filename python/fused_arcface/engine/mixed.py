@@ -117,7 +117,7 @@ def update_both(
     row = (groups.masked_fill(groups == _NONE, 0)[:, None] * negatives.sub_centers + sub_centers).flatten()
     chosen = row.masked_fill(~is_row, _NONE)  # among the centers of the step
     row = torch.where(is_row, row if step.classes is None else step.classes.index_select(0, row), weight.shape[0])
-    restore = [_keep(each, row) for each in (weight, *step.state)]
+    restore = [_keep(each, row) for each in (weight, *step.state.values())]
     update(embeddings, target, gradients, step)
     for put_back in restore:
         put_back()

@@ -205,7 +205,7 @@ def _update_centers(
     *terms, backend = terms_and_backend
     width = len(RowGradients._fields)
     gradients, step = RowGradients(*terms[:width]), CenterStep(*terms[width:])
-    check_update(weight, step.momentum_buffer, step.momentum_scale)
+    check_update(weight, step.state)
     if step.classes is not None:
         step = step._replace(classes=step.classes.contiguous())
     if (weight if step.classes is None else step.classes).shape[0] > 0:

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import re
+from typing import get_type_hints
 
 import torch
+from torch import Tensor
+
+from .terms import CENTER_STATE, CenterStep
 
 _ROWS = "Tensor embeddings, Tensor weight, Tensor target"
 _COEFFICIENTS = "Tensor lse, Tensor negative_coefficient, Tensor target_coefficient"
@@ -13,6 +17,16 @@ _NEGATIVES = "int sub_centers=1, Tensor? threshold=None, Tensor? coefficients=No
 _COUNT = "Tensor? class_count=None"
 # classes: (K,) int64 rows of weight, C for padding: the centers, to which target refers; without it all rows are
 _CLASSES = "Tensor? classes=None"
+_TYPES = {Tensor: "Tensor", Tensor | None: "Tensor?", float: "float", int: "int"}
+
+
+def _step_arguments() -> str:
+    """Return the fields of a step as arguments. Each tensor that the step changes has a letter of its own: b, c, ..."""
+    types = {name: _TYPES[kind] for name, kind in get_type_hints(CenterStep).items()}
+    types |= {name: f"Tensor({letter}!)?" for name, letter in zip(CENTER_STATE, "bcdefgh", strict=False)}
+    return ", ".join(f"{kind} {name}" for name, kind in types.items())
+
+
 _SCHEMAS = {
     "local_target": "(Tensor target, int num_classes, int ignore_index) -> Tensor",
     "row_factors": "(Tensor values, str name, float greatest) -> Tensor",
@@ -25,9 +39,7 @@ _SCHEMAS = {
     "class_moments": f"({_ROWS}, float scale, str backend) -> (Tensor, Tensor)",
     "both_gradients": f"({_ROWS}, float scale, {_COEFFICIENTS}, str backend) -> (Tensor, Tensor)",
     "update_centers": "(Tensor embeddings, Tensor(a!) weight, Tensor target, Scalar scale, "
-    f"{_COEFFICIENTS}, Tensor? classes, Tensor(b!)? momentum_buffer, Tensor(c!)? momentum_scale, float lr, "
-    "float momentum, float weight_decay, int rounding_key, int class_start, Tensor active, "
-    f"Tensor? row_ids, str backend, *, {_NEGATIVES}) -> ()",
+    f"{_COEFFICIENTS}, {_step_arguments()}, str backend, *, {_NEGATIVES}) -> ()",
     "bias_grad": f"({_ROWS}, Tensor lse, Tensor d_lse, str backend, *, {_COUNT}, {_NEGATIVES}) -> Tensor",
     # O(N·D) and O(N), over the rows
     "target_cosine": f"({_ROWS}, str backend) -> Tensor",
