@@ -21,7 +21,7 @@ from .base.keyed_random import rounding_key
 from .base.ranges import Range, check_number
 from .center_update import CenterUpdateError, PendingUpdate, refusal
 from .engine.loss_factor import RefusedFactors
-from .engine.terms import CENTER_STATE, CenterStep, check_update
+from .engine.terms import CENTER_SETTINGS, CENTER_STATE, CenterStep, check_update
 from .margins.protocol import Margin
 from .margins.state import copy_of_state
 from .store import SampledRows
@@ -39,8 +39,8 @@ class CenterRecipe:
     """
 
     ranges: ClassVar[Mapping[str, Range]]
-    """The settings: numbers in ``param_groups`` that may change from step to step, each with its range. They are fields
-    of :class:`fused_arcface.engine.terms.CenterStep` as well."""
+    """The settings: numbers in ``param_groups`` that may change from step to step, each with its range. The names
+    are in ``CENTER_SETTINGS``."""
 
     def __post_init__(self) -> None:
         self.check_settings({name: getattr(self, name) for name in self.ranges})
@@ -113,7 +113,7 @@ class CenterOptimizer(torch.optim.Optimizer):
     def new_state(self, recipe: Any, weight: Tensor) -> dict[str, Tensor]:
         """Return the state of the first step, on weight's device: contiguous, with a row for each of weight's.
 
-        The names are those of fields of :class:`fused_arcface.engine.terms.CenterStep`.
+        The names are in ``CENTER_STATE``.
         """
         raise NotImplementedError
 
@@ -342,7 +342,7 @@ class CenterOptimizer(torch.optim.Optimizer):
         ``state`` is :meth:`bind`'s, or copies of its rows. :class:`CenterStep` describes the others.
         """
         own: dict[str, Any] = {name: state.get(name) for name in CENTER_STATE}
-        own |= {name: float(value) for name, value in self.options.items()}
+        own |= {name: float(self.options.get(name, 0)) for name in CENTER_SETTINGS}
         return CenterStep(
             classes=classes,
             **own,

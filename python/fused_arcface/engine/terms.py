@@ -79,6 +79,8 @@ class SecondTarget(NamedTuple):
     """(N,) the derivative of the loss by the cosine with that row, beside its derivative as a negative."""
 
 
+CENTER_SETTINGS = ("lr", "momentum", "weight_decay")
+"""The fields of :class:`CenterStep` with an optimizer's settings; 0 in a step of an optimizer without them."""
 CENTER_STATE = ("momentum_buffer", "momentum_scale")
 """The fields of :class:`CenterStep` that the step changes: tensors with a row for each of weight's, or None."""
 
