@@ -8,7 +8,7 @@ import numbers
 import torch
 from torch import Tensor
 
-from .dtypes import FLOAT_DTYPES, INTEGER_DTYPES, names
+from .dtypes import FLOAT_DTYPES, INTEGER_DTYPES, WEIGHT_DTYPES, names
 from .ranges import FROM_0_TO_1, POSITIVE, check_number
 
 REDUCTIONS = ("mean", "sum", "none")
@@ -83,7 +83,7 @@ def check_labels(labels: object, embeddings: Tensor, ignore_index: object, name:
 
 def check_weight(name: str, weight: object) -> None:
     """Check class centers ``(C, D)``."""
-    weight = _check_tensor(name, weight, FLOAT_DTYPES)
+    weight = _check_tensor(name, weight, WEIGHT_DTYPES)
     if weight.dim() != 2 or 0 in weight.shape:
         raise ValueError(f"{name} must be (C, D) with C >= 1 and D >= 1; got {tuple(weight.shape)}")
 
@@ -128,7 +128,7 @@ def check_seed(seed: object) -> int:
 
 def check_center_dtype(dtype: torch.dtype | None) -> None:
     """Check the dtype of class centers; None is torch's default dtype."""
-    if (dtype or torch.get_default_dtype()) not in FLOAT_DTYPES:
+    if (dtype or torch.get_default_dtype()) not in WEIGHT_DTYPES:
         raise TypeError(f"dtype must be a floating-point one; got {dtype}")
 
 
@@ -158,7 +158,7 @@ def check_inputs(
 ) -> None:
     """Check the tensors of ``margin_softmax_loss`` and the arguments beside its options, without reading values."""
     embeddings = _check_tensor("embeddings", embeddings, FLOAT_DTYPES)
-    weight = _check_tensor("weight", weight, FLOAT_DTYPES)
+    weight = _check_tensor("weight", weight, WEIGHT_DTYPES)
     if embeddings.dim() != 2 or embeddings.shape[1] == 0:
         raise ValueError(f"embeddings must be (N, D) with D >= 1; got {tuple(embeddings.shape)}")
     if weight.dim() != 2 or weight.shape[1] != embeddings.shape[1]:

@@ -187,7 +187,7 @@ class JointCalls(ReplaceableOptions, nn.Module):
                 embeddings.dtype, embeddings.shape[1], sampled=self.training and self.sample_rate < 1
             )
             dtype = compute_dtype(embeddings, self.weight)
-            backend = backends.select(self.backend, embeddings.device, dtype, needs, of_classes)
+            backend = backends.select(self.backend, embeddings.device, dtype, needs, of_classes, self.weight.dtype)
             shard = self._digest_of_shard()
         batch = self.ranks.gather_batch(
             embeddings.detach(),

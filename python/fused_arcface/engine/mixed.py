@@ -162,4 +162,4 @@ def _keep(tensor: Tensor, row: Tensor) -> Callable[[], Any]:
     padded = row >= tensor.shape[0]
     row = torch.where(padded, row[:1], row).clamp(max=tensor.shape[0] - 1)
     kept, nothing = tensor[row], padded[:1]
-    return lambda: tensor.index_copy_(0, row, torch.where(nothing[:, None], tensor[row], kept))
+    return lambda: tensor.index_put_((row,), torch.where(nothing[:, None], tensor[row], kept))
