@@ -341,8 +341,9 @@ class CenterOptimizer(torch.optim.Optimizer):
 
         ``state`` is :meth:`bind`'s, or copies of its rows. :class:`CenterStep` describes the others.
         """
+        group = self.param_groups[0]
         own: dict[str, Any] = {name: state.get(name) for name in CENTER_STATE}
-        own |= {name: float(self.options.get(name, 0)) for name in CENTER_SETTINGS}
+        own |= {name: float(group.get(name, 0)) for name in CENTER_SETTINGS}
         return CenterStep(
             classes=classes,
             **own,

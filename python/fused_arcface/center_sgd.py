@@ -99,8 +99,8 @@ class SGDOfCenters(CenterOptimizer):
 
     def check(self, weight: Tensor) -> None:
         super().check(weight)
-        momentum = self.options["momentum"]
-        if momentum > 0 and "momentum_buffer" not in self.bind(weight):
+        momentum = self.param_groups[0]["momentum"]
+        if momentum > 0 and "momentum_buffer" not in self.state[weight]:
             raise ValueError(
                 "CenterSGD: momentum must stay 0 in a head that was built without it, which has no memory for it; got "
                 f"{momentum}"
