@@ -212,7 +212,7 @@ class CenterOptimizer(torch.optim.Optimizer):
             TypeError, ValueError: if a tensor has another shape or dtype than this state's, or a setting is out of its
                 range. Nothing is changed then.
         """
-        self.check_options(state_dict["param_groups"][0])
+        self.recipe.check_settings(state_dict["param_groups"][0])
         own = dict(self.state[self._weight])
         loaded = state_dict["state"].get(0, {})
         for name in sorted(own.keys() | loaded.keys()) if loaded else ():
@@ -235,11 +235,7 @@ class CenterOptimizer(torch.optim.Optimizer):
 
     def check_loaded(self, settings: Tensor) -> None:
         """Check the :attr:`settings` (S,) of a loaded state. Raises ValueError if one is out of its range."""
-        self.check_options(self._named(settings))
-
-    def check_options(self, options: dict[str, Any]) -> None:
-        """Check the settings among the options of a loaded state, by name. Raises TypeError or ValueError."""
-        self.recipe.check_settings(options)
+        self.recipe.check_settings(self._named(settings))
 
     def _named(self, settings: Tensor) -> dict[str, float]:
         return dict(zip(self.recipe.ranges, settings.tolist(), strict=True))
@@ -304,7 +300,7 @@ class CenterOptimizer(torch.optim.Optimizer):
                 "(center_optimizer=None)"
             )
         check_update(weight, self.bind(weight))
-        self.check_options(self.param_groups[0])
+        self.recipe.check_settings(self.param_groups[0])
         self._check_factors()
 
     def _check_dtype(self, weight: Tensor) -> None:

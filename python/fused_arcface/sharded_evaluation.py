@@ -11,7 +11,7 @@ from torch import Tensor
 from .base.checks import check_embeddings, check_labels, check_size
 from .base.memory import available_bytes
 from .engine.joint_calls import JointCalls
-from .engine.logits import all_rows, check_size_of_logits, own_logits, scaled, with_margin
+from .engine.logits import all_rows, check_size_of_logits, logits_of, own_logits
 from .engine.nearest import cosines_of, nearest_classes
 
 _CLASSES_AT_ONCE = 16384  # read from a store
@@ -125,10 +125,7 @@ class ShardedEvaluation(JointCalls):
         cosines = own_logits(local, batch, self.ranks, self.sharding.counts())
         scale = self.options.current_scale(self.num_classes)
         scale = scale.detach() if isinstance(scale, Tensor) else scale  # its gradient would differ between the ranks
-        if target is None:
-            return scaled(cosines, scale)
-        target_class = torch.ops.fused_arcface.local_target(target, self.num_classes, ignore_index)
-        return scaled(with_margin(cosines, embeddings, target_class, self.options), scale)
+        return logits_of(cosines, embeddings, target, ignore_index, self.options, scale)
 
     @torch.no_grad()
     def topk(self, embeddings: Tensor, k: int) -> tuple[Tensor, Tensor]:

@@ -24,12 +24,11 @@ from functools import partial as _partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..base.compiler import not_compiled as _not_compiled
-from ..base.normalize import unit_rows as _unit_rows
 from ..engine.logits import all_rows as _all_rows
+from ..engine.nearest import cosines_of as _cosines_of
 from ..parallel.ranks import Ranks as _Ranks
 from ..partial_fc import PartialFC as _PartialFC
 from ._fused_margins import Fused as _Fused
@@ -226,9 +225,7 @@ class PartialFC_V2(_PartialFC):
         target = torch.ops.fused_arcface.local_target(batch.labels, self.num_classes, -100)
         classes, local = self._choose_classes(target)
         weight = self.weight if classes is None else self.weight.index_select(0, classes)
-        dtype = torch.promote_types(torch.promote_types(rows.dtype, weight.dtype), torch.float32)
-        cosines = F.linear(_unit_rows(rows.to(dtype)), _unit_rows(weight.to(dtype))).clamp(-1, 1)
-        logits = self.margin_softmax(cosines, local[:, None])
+        logits = self.margin_softmax(_cosines_of(rows, weight).clamp(-1, 1), local[:, None])
         loss = _SplitCrossEntropy.apply(logits, local, self.ranks)
         counted = target >= 0
         return loss.masked_fill(~counted, 0).sum() / counted.sum()
