@@ -226,5 +226,6 @@ class _Divergence(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, saved: tuple[Tensor, ...], d_loss: Tensor) -> tuple[Tensor | None, ...]:
         wanted = list(ctx.needs_input_grad[:4])
-        gradients = torch.ops.fused_arcface.divergence_grad(*saved, d_loss, wanted)
+        with without_autocast(d_loss.device):
+            gradients = torch.ops.fused_arcface.divergence_grad(*saved, d_loss, wanted)
         return *(each if want else None for each, want in zip(gradients, wanted, strict=True)), None
