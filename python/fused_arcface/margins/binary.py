@@ -111,7 +111,6 @@ class SphereFace2(KeepsValues):
         return self.share * F.softplus(-logit, threshold=40) + (1 - self.share) * negative_sum
 
     def extra_repr(self) -> str:
-        """Return the arguments, for the repr."""
         names = ("margin", "exponent", "share", "kind")
         return ", ".join([*(f"{name}={getattr(self, name)!r}" for name in names), f"bias={self.initial_bias}"])
 
@@ -169,7 +168,6 @@ class UniFace(KeepsValues):
         return F.softplus(-logit, threshold=40) + self.weight * negative_sum
 
     def extra_repr(self) -> str:
-        """Return the arguments, for the repr."""
         return f"margin={self.margin}, weight={self.weight}, bias={self.initial_bias}"
 
 

@@ -150,7 +150,6 @@ class ClassMargin(StatefulMargin):
         return with_angle(target_cosine, margins, self.boundary)
 
     def extra_repr(self) -> str:
-        """Return the arguments, for the repr; the margins by their range and a digest."""
         least, most = self._least, self._greatest
         margins = f"{self.num_classes} margins from {least:g} to {most:g}, digest {self._digest}"
         return f"{margins}, kind={self.kind!r}, boundary={self.boundary!r}"

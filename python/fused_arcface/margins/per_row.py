@@ -95,7 +95,6 @@ class AdaFace(StatefulMargin):
             running.copy_(torch.where(count >= least, (1 - self.rate) * running + self.rate * batch, running))
 
     def extra_repr(self) -> str:
-        """Return the arguments, for the repr."""
         return f"margin={self.margin}, h={self.h}, rate={self.rate}"
 
 
@@ -244,7 +243,6 @@ class ElasticFace(StatefulMargin):
         return with_angle(target_cosine, margins, self.boundary)
 
     def extra_repr(self) -> str:
-        """Return the arguments, for the repr."""
         names = ("margin", "std", "kind", "plus", "boundary", "seed", "form")
         return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
 
