@@ -213,13 +213,15 @@ def check_written_in_place(name: str, tensor: Tensor) -> None:
         span += (size - 1) * stride
 
 
-def check_target_range(target: Tensor, num_classes: int, ignore_index: int) -> None:
-    """Check that each label (N,) int64 is a class or ``ignore_index``. On a GPU this waits for the values."""
-    wrong = ((target < 0) | (target >= num_classes)) & (target != ignore_index)
+def check_target_range(target: Tensor, num_classes: int, ignore_index: int | None, name: str = "target") -> None:
+    """Check that each label (N,) int64 is a class or ``ignore_index``, if not None. On a GPU this is a wait."""
+    wrong = (target < 0) | (target >= num_classes)
+    if ignore_index is not None:
+        wrong &= target != ignore_index
     if not target.is_meta and wrong.any():
         row = int(wrong.nonzero()[0])
-        rule = f"target must be in [0, C={num_classes}) or ignore_index={ignore_index}"
-        raise ValueError(f"{rule}; got {int(target[row])} at row {row}")
+        ignored = "" if ignore_index is None else f" or ignore_index={ignore_index}"
+        raise ValueError(f"{name} must be in [0, C={num_classes}){ignored}; got {int(target[row])} at row {row}")
 
 
 def check_margin_rows(name: str, values: object, target: Tensor) -> None:
