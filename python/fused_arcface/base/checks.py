@@ -118,11 +118,11 @@ def check_size(name: str, value: object, least: int = 1) -> int:
     return int(value)
 
 
-def check_seed(seed: object) -> int:
+def check_seed(seed: object, name: str = "seed") -> int:
     """Return a seed as an int in [0, 2^63)."""
-    checked = check_size("seed", seed, least=0)
+    checked = check_size(name, seed, least=0)
     if checked >= 1 << 63:
-        raise ValueError(f"seed must be in [0, 2^63); got {checked}")
+        raise ValueError(f"{name} must be in [0, 2^63); got {checked}")
     return checked
 
 

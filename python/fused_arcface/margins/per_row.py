@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..base.checks import check_size
+from ..base.checks import check_seed
 from ..base.keyed_random import MARGINS, fold, fold_each, normal_rows
 from ..base.ranges import ABOVE_0_TO_1, FROM_0, Range
 from .angular import Boundary, Form, angle, with_angle
@@ -212,7 +212,7 @@ class ElasticFace(StatefulMargin):
         check_number(self, "margin", margin, ANGLE if kind == "arc" else DIFFERENCE)
         check_number(self, "std", std, FROM_0)
         check_choice(self, "boundary", boundary, Boundary)
-        check_size("ElasticFace: seed", seed, least=0)
+        check_seed(seed, "ElasticFace: seed")
         self.margin, self.std, self.kind, self.plus = margin, std, kind, bool(plus)
         self.boundary, self.seed, self.form = boundary, seed, form
         self.register_buffer("step", self._initial("step", 0, torch.int64))
