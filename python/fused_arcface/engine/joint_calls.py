@@ -37,6 +37,7 @@ class JointCalls(ReplaceableOptions, nn.Module):
     sharding: Sharding
     embedding_dim: int
     sample_rate: float
+    seed: int
     backend: str
     step: int
     center_optimizer: Any
