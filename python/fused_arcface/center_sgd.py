@@ -64,7 +64,6 @@ class CenterSGD(CenterRecipe):
             raise TypeError(f"CenterSGD: momentum_dtype must be one of {listed}; got {self.momentum_dtype}")
 
     def make(self, weight: nn.Parameter, seed: int, class_start: int) -> CenterOptimizer:
-        """Return the optimizer of a head's class centers, whose first row has the global id ``class_start``."""
         return SGDOfCenters(self, weight, seed, class_start)
 
 

@@ -89,10 +89,7 @@ _Two = tuple[Tensor, Tensor]
 def _blocks(unit: _Two, weights: _Two, scales: Tensor) -> Iterator[tuple[slice, _Two, _Two]]:
     """Yield the classes by blocks: their rows, unit centers (B, D) and (B, E), and logits (N, B).
 
-    Args:
-        unit: unit rows (N, D) and (N, E).
-        weights: class centers (C, D) and (C, E).
-        scales: (2,) on the CPU.
+    ``unit`` has the unit rows (N, D) and (N, E).
     """
     dtype, (scale, teacher_scale) = unit[0].dtype, scales.tolist()
     limit = _CPU_BLOCK if unit[0].device.type == "cpu" else _GPU_BLOCK

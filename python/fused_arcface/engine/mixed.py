@@ -58,12 +58,7 @@ def of_both(
 ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
     """Return the negative log-sum-exp (N,) and target cosine (N,) of the first label, and those of the second.
 
-    Args:
-        order: the targets, the nearer one first.
-        lse: (N,) log-sum-exp of the logits of all classes but the nearer target.
-        cosine: (N,) of the nearer target.
-        other_cosine: (N,) of the other one.
-        scale: scale of the logits.
+    ``lse`` (N,) is over all classes but the nearer target, which has the ``cosine`` (N,).
     """
     other_cosine = torch.where(order.two, other_cosine, cosine)
     nearer_logit, other_logit = scale * cosine, scale * other_cosine
