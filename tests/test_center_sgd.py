@@ -320,7 +320,7 @@ def test_bad_recipes(options, error, message):
 
 
 def test_bad_heads():
-    with pytest.raises(TypeError, match="center_optimizer must be a CenterSGD or None; got SGD"):
+    with pytest.raises(TypeError, match="center_optimizer must be a recipe such as CenterSGD, or None; got SGD"):
         fa.PartialFC(4, 10, center_optimizer=torch.optim.SGD([torch.nn.Parameter(torch.ones(1))]))
     with pytest.raises(TypeError, match=r"CenterSGD needs class centers of dtype .*; got torch.float16"):
         fa.PartialFC(4, 10, center_optimizer=fa.CenterSGD(0.1), dtype=torch.float16)
@@ -374,3 +374,13 @@ def test_a_recomputed_step_is_refused(optimizer, use_reentrant):
     with pytest.raises(RuntimeError, match=r"outside of torch\.utils\.checkpoint"):
         loss.backward()
     assert torch.equal(head.weight, before) and head.weight.grad is None
+
+
+def test_an_optimizer_says_what_it_needs_of_a_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fused_arcface.center_sgd.SGDOfCenters.needs", lambda _: {"padding": "that step"})
+    head = head_of(backend="cpu")
+    with pytest.raises(ValueError, match=r"^backend 'cpu' does not have that step: "):
+        head(*batch(0, 300))
+    head.eval()(*batch(0, 300))  # no step, so nothing is needed
+    with pytest.raises(TypeError, match=r"^center_optimizer must be a recipe such as CenterSGD, or None; got dict$"):
+        fa.PartialFC(D, 300, center_optimizer={"lr": 0.1})

@@ -128,3 +128,14 @@ def test_refused(change: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError) as raised:  # noqa: PT011
         fa.distillation_loss(**{**dict(zip(names, problem(), strict=True)), **change})  # type: ignore[arg-type]
     assert str(raised.value) == message
+
+
+def test_autocast_changes_nothing_in_either_pass() -> None:
+    results = []
+    for enabled in (False, True):
+        leaves = [each.float().requires_grad_() for each in problem()]
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            loss = fa.distillation_loss(*leaves)
+            loss.backward()
+        results.append([loss.detach(), *(leaf.grad for leaf in leaves)])
+    assert all(torch.equal(*each) for each in zip(*results, strict=True))

@@ -30,10 +30,7 @@ BELOW = {
 }
 """Each layer and the layers that it may import. The applications, ``app``, may import all of them."""
 
-HEADS = (
-    *("functional", "head", "partial_fc", "center_sgd", "center_update", "sharded_evaluation"),
-    *("stored_centers", "sub_centers", "distillation", "calls"),
-)
+HEADS = {path.stem for path in PACKAGE.glob("*.py")} - {"__init__", "__main__", "reference"}
 """The modules at the top of the package that form one layer."""
 
 

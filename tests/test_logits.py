@@ -12,7 +12,7 @@ from support.distributed_helpers import run_ranks
 from torch import Tensor
 
 import fused_arcface as fa
-from fused_arcface import sharded_evaluation
+from fused_arcface import stored_centers
 from fused_arcface.engine import logits as logits_module
 from fused_arcface.margins import registry
 from fused_arcface.store.centers import CenterView
@@ -106,7 +106,7 @@ def test_a_learned_scale(make: Any) -> None:
 
 def test_class_centers_in_host_memory_give_the_embeddings_a_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
     """The centers are read in pieces, here of two classes."""
-    monkeypatch.setattr(sharded_evaluation, "_CLASSES_AT_ONCE", 2)
+    monkeypatch.setattr(stored_centers, "_CLASSES_AT_ONCE", 2)
     x, w, y = problem(sub_centers=2)
     results = []
     for storage in ("device", "host"):

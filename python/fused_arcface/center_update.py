@@ -1,6 +1,6 @@
 """The update of the class centers of one forward pass, which its backward pass makes.
 
-:class:`fused_arcface.center_sgd.CenterOptimizer` prepares one for each step.
+:class:`fused_arcface.center_optimizer.CenterOptimizer` prepares one for each step.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from .engine.terms import Negatives, RowGradients, SecondTarget
 from .store import SampledRows
 
 if TYPE_CHECKING:
-    from .center_sgd import CenterOptimizer
+    from .center_optimizer import CenterOptimizer
 
 
 class CenterUpdateError(RuntimeError):
@@ -31,9 +31,9 @@ class CenterUpdateError(RuntimeError):
 def refusal(factor: float) -> str:
     """Return the error message for a loss with this factor."""
     return (
-        f"the loss was multiplied by {factor:g} before backward(): CenterSGD takes such a factor for a GradScaler's, "
-        "which is 1 or more, and divides it out. Weight this loss among others by the head's argument loss_weight; do "
-        "not accumulate gradients, pass the whole batch at once"
+        f"the loss was multiplied by {factor:g} before backward(): center_optimizer takes such a factor for a "
+        "GradScaler's, which is 1 or more, and divides it out. Weight this loss among others by the head's argument "
+        "loss_weight; do not accumulate gradients, pass the whole batch at once"
     )
 
 
@@ -72,15 +72,15 @@ class PendingUpdate:
         """
         if self._done:
             raise CenterUpdateError(
-                "a second backward pass through the same loss (retain_graph=True): CenterSGD has already updated the "
-                "class centers. Call backward once, on the sum of the losses"
+                "a second backward pass through the same loss (retain_graph=True): center_optimizer has already "
+                "updated the class centers. Call backward once, on the sum of the losses"
             )
         others = len(self._optimizer._pending) - (self in self._optimizer._pending)
         if others > 0:
             raise CenterUpdateError(
-                f"{others} other forward pass(es) of this head await their backward pass: CenterSGD would change the "
-                "class centers under them. Call backward after each forward, concatenate the batches, or evaluate "
-                "under torch.no_grad()"
+                f"{others} other forward pass(es) of this head await their backward pass: center_optimizer would "
+                "change the class centers under them. Call backward after each forward, concatenate the batches, or "
+                "evaluate under torch.no_grad()"
             )
         refused = self._optimizer.factors.see(loss_gradient)
         if refused is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -82,21 +82,15 @@ def distillation_loss(
     return loss.sum() if reduction == "sum" else loss.mean()
 
 
-class _Block(NamedTuple):
-    """The unit centers and the logits of a block of classes, of student and teacher."""
-
-    rows: slice
-    unit: tuple[Tensor, Tensor]
-    """(B, D) and (B, E) unit centers."""
-    logits: tuple[Tensor, Tensor]
-    """(N, B) each."""
-
-
 _Two = tuple[Tensor, Tensor]
+"""A tensor of the student, and one of the teacher."""
 
 
-def _blocks(unit: _Two, weights: _Two, scales: Tensor) -> Iterator[_Block]:
-    """Yield the classes by blocks, from the unit rows and the centers of student and teacher."""
+def _blocks(unit: _Two, weights: _Two, scales: Tensor) -> Iterator[tuple[slice, _Two, _Two]]:
+    """Yield the classes by blocks: their rows, unit centers (B, D) and (B, E), and logits (N, B).
+
+    ``unit`` has the unit rows (N, D) and (N, E).
+    """
     dtype, (scale, teacher_scale) = unit[0].dtype, scales.tolist()
     limit = _CPU_BLOCK if unit[0].device.type == "cpu" else _GPU_BLOCK
     size = max(limit // max(len(unit[0]), 1), 1)
@@ -104,7 +98,7 @@ def _blocks(unit: _Two, weights: _Two, scales: Tensor) -> Iterator[_Block]:
         rows = slice(start, start + size)
         student, teacher = (unit_rows(each[rows].to(dtype)) for each in weights)
         logits = scale * (unit[0] @ student.T), teacher_scale * (unit[1] @ teacher.T)
-        yield _Block(rows, (student, teacher), logits)
+        yield rows, (student, teacher), logits
 
 
 # Operators, because torch.compile would unroll the loop over blocks. The scales of student and teacher are a tensor,
@@ -135,8 +129,8 @@ def _divergence(
     lowest = x.new_full((len(x),), -torch.inf, dtype=torch.float64)
     greatest, teacher_greatest = lowest, lowest
     total, teacher_total, difference = (torch.zeros_like(lowest) for _ in range(3))
-    for block in _blocks(unit, (w, teacher_w), scales):
-        logits, teacher_logits = (each.double() for each in block.logits)
+    for _, _, both in _blocks(unit, (w, teacher_w), scales):
+        logits, teacher_logits = (each.double() for each in both)
         # If a block has a greater logit, the sums so far are rescaled.
         new, teacher_new = (
             torch.maximum(old, each.amax(1)) for old, each in ((greatest, logits), (teacher_greatest, teacher_logits))
@@ -181,17 +175,17 @@ def _divergence_grad(
     d_weights = [
         torch.empty_like(each) if want else each.new_empty(0) for each, want in zip(weights, wanted[1::2], strict=True)
     ]
-    for block in _blocks(unit, weights, scales):
-        logits, teacher_logits = (each.double() for each in block.logits)
+    for rows, centers, both in _blocks(unit, weights, scales):
+        logits, teacher_logits = (each.double() for each in both)
         share, teacher_share = (logits - lse[:, None]).exp(), (teacher_logits - teacher_lse[:, None]).exp()
         d_logits = share - teacher_share, teacher_share * (teacher_logits - logits - mean[:, None])
         for k in range(2):
             d_cosine = (scales[k].item() * d_loss[:, None] * d_logits[k]).to(dtype)
-            d_unit[k] += d_cosine @ block.unit[k]
+            d_unit[k] += d_cosine @ centers[k]
             if wanted[2 * k + 1]:
-                part = weights[k][block.rows]
+                part = weights[k][rows]
                 d_part = unit_gradient(d_cosine.T @ unit[k], part.to(dtype))
-                d_weights[k][block.rows] = stored_gradient(d_part, part)
+                d_weights[k][rows] = stored_gradient(d_part, part)
     d_x, d_teacher = (
         stored_gradient(unit_gradient(d_unit[k], inputs[k].to(dtype)), inputs[k])
         if wanted[2 * k]
@@ -226,5 +220,6 @@ class _Divergence(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, saved: tuple[Tensor, ...], d_loss: Tensor) -> tuple[Tensor | None, ...]:
         wanted = list(ctx.needs_input_grad[:4])
-        gradients = torch.ops.fused_arcface.divergence_grad(*saved, d_loss, wanted)
+        with without_autocast(d_loss.device):
+            gradients = torch.ops.fused_arcface.divergence_grad(*saved, d_loss, wanted)
         return *(each if want else None for each, want in zip(gradients, wanted, strict=True)), None

@@ -13,7 +13,7 @@ from .base.checks import check_center_dtype, check_embeddings, check_labels, che
 from .base.compiler import NotScriptable
 from .base.options import HeadOptions
 from .base.statistics import MarginSoftmaxStats
-from .engine.logits import check_size_of_logits, scaled, with_margin
+from .engine.logits import check_size_of_logits, logits_of
 from .engine.nearest import cosines_of, nearest_classes
 from .engine.step import as_autocast, loss_on_one_device
 from .engine.targets import Labels
@@ -125,14 +125,11 @@ class MarginHead(NotScriptable, ReplaceableOptions, nn.Module):
         check_embeddings(embeddings, self.weight)
         num_classes = self.weight.shape[0] // self.sub_centers
         check_size_of_logits(embeddings.shape[0], num_classes)
+        if target is not None:
+            check_labels(target, embeddings, ignore_index)
         rows, options = as_autocast(embeddings), self.options
         cosines = cosines_of(rows, self.weight, self.sub_centers)
-        scale = options.current_scale(num_classes)
-        if target is None:
-            return scaled(cosines, scale)
-        check_labels(target, embeddings, ignore_index)
-        target_class = torch.ops.fused_arcface.local_target.default(target, num_classes, ignore_index)
-        return scaled(with_margin(cosines, rows, target_class, options), scale)
+        return logits_of(cosines, rows, target, ignore_index, options, options.current_scale(num_classes))
 
     @torch.no_grad()
     def topk(self, embeddings: Tensor, k: int) -> tuple[Tensor, Tensor]:

@@ -16,7 +16,7 @@ from .base.options import HeadOptions
 from .base.permutation import KeyedPermutation, Permutation
 from .base.ranges import ABOVE_0_TO_1, NOT_NEGATIVE, check_number
 from .base.statistics import MarginSoftmaxStats
-from .center_sgd import CenterOptimizer, CenterSGD, CentersUpdatedInBackward
+from .center_optimizer import CenterOptimizer, CenterRecipe, CentersUpdatedInBackward
 from .engine.shard import Shard, own_losses
 from .engine.step import loss_over_classes
 from .engine.targets import Labels, Rows, Target
@@ -100,8 +100,8 @@ class PartialFC(NotScriptable, StoredCenters):
             class id.
         class_start: global id of the first of them.
         num_local: their number: ``C_total // W``, one more on the first ``C_total % W`` ranks.
-        center_optimizer: the :class:`~fused_arcface.center_sgd.CenterOptimizer` made of the recipe, for schedulers; or
-            None.
+        center_optimizer: the :class:`~fused_arcface.center_optimizer.CenterOptimizer` made of the recipe, for
+            schedulers; or None.
         center_store: the :class:`~fused_arcface.store.CenterStore` of another ``center_storage`` than ``"device"``.
         sampled: (K,) int64, ascending global ids of the classes that this shard used in the last step.
         step: training steps so far, as the samples and the rounding count them.
@@ -133,7 +133,7 @@ class PartialFC(NotScriptable, StoredCenters):
         sample_rate: float = 1.0,
         group: Any = None,
         seed: int = 0,
-        center_optimizer: CenterSGD | None = None,
+        center_optimizer: CenterRecipe | None = None,
         backend: Backend = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -152,8 +152,11 @@ class PartialFC(NotScriptable, StoredCenters):
             seed = check_seed(seed)
             if not isinstance(dense_grad, bool):
                 raise TypeError(f"dense_grad must be a bool; got {type(dense_grad).__name__}")
-            if center_optimizer is not None and not isinstance(center_optimizer, CenterSGD):
-                raise TypeError(f"center_optimizer must be a CenterSGD or None; got {type(center_optimizer).__name__}")
+            if center_optimizer is not None and not isinstance(center_optimizer, CenterRecipe):
+                raise TypeError(
+                    "center_optimizer must be a recipe such as CenterSGD, or None; got "
+                    f"{type(center_optimizer).__name__}"
+                )
             if label_smoothing > 0 and (sample_rate < 1 or center_optimizer is not None):
                 option = f"sample_rate={sample_rate}" if sample_rate < 1 else "a center_optimizer"
                 raise ValueError(
@@ -179,9 +182,7 @@ class PartialFC(NotScriptable, StoredCenters):
             parameter = nn.Parameter if center_optimizer is None else CentersUpdatedInBackward
             place, shape = weight_device(storage, device), (self.num_local * sub_centers, embedding_dim)
             self.weight = parameter(torch.empty(shape, device=place, dtype=dtype))
-            self.center_optimizer = (
-                CenterOptimizer(center_optimizer, self.weight, seed, self.row_start) if center_optimizer else None
-            )
+            self.center_optimizer = center_optimizer and center_optimizer.make(self.weight, seed, self.row_start)
         self.center_store = make_store(storage, self._held(), device, self.num_rows, self.row_start, seed, self.ranks)
         with self.ranks.together(type(self).__name__):
             place_margin(margin, self.device)
@@ -306,7 +307,8 @@ class PartialFC(NotScriptable, StoredCenters):
         """Check that no CUDA graph records a step that must differ in each replay."""
         if not (self.training and _is_captured(self.device)):
             return
-        for name, is_used in (("sample_rate < 1", self.sample_rate < 1), ("CenterSGD", self.center_optimizer)):
+        own = self.center_optimizer and self.center_optimizer.recipe.__name__
+        for name, is_used in (("sample_rate < 1", self.sample_rate < 1), (own, own)):
             if is_used:
                 raise RuntimeError(
                     f"PartialFC with {name} cannot be captured in a CUDA graph: its step has a number, and every "

@@ -43,12 +43,12 @@ def own_cosines(embeddings: Tensor, weight: Tensor, labels: Tensor, sub_centers:
     """
     check_sub_centers(sub_centers)
     check_embeddings(embeddings, weight)
-    check_labels(labels, embeddings, -100)
+    check_labels(labels, embeddings, -100, "labels")
     if len(weight) % sub_centers:
         raise ValueError(f"weight must have a multiple of sub_centers={sub_centers} rows; got {tuple(weight.shape)}")
     labels = labels.long()
     num_classes = len(weight) // sub_centers
-    check_target_range(labels, num_classes, labels.numel() + num_classes)  # no label is ignored
+    check_target_range(labels, num_classes, None, "labels")
     dtype = compute_dtype(embeddings, weight)
     with without_autocast(embeddings.device):
         centers = unit_rows(weight.unflatten(0, (num_classes, sub_centers))[labels].flatten(0, 1).to(dtype))

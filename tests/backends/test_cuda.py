@@ -149,7 +149,7 @@ def test_fp64_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(TypeError) as raised:
         backends.select("cuda", torch.device("cuda", 0), torch.float64)
     assert str(raised.value) == (
-        "backend 'cuda' needs embeddings and weight of float32, bfloat16 or float16; got float64"
+        "backend 'cuda' needs embeddings and weight of float32, bfloat16, float16; got float64"
     )
 
 

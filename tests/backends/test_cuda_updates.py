@@ -16,7 +16,7 @@ from fused_arcface import backends, partial_fc
 from fused_arcface.backends import cuda
 from fused_arcface.backends import torch as plain_torch
 from fused_arcface.base import keyed_random
-from fused_arcface.center_sgd import PendingUpdate
+from fused_arcface.center_update import PendingUpdate
 from fused_arcface.engine import ops
 from fused_arcface.engine.terms import CenterStep, RowGradients
 

@@ -185,3 +185,12 @@ def test_native_refuses_products_that_there_are_not() -> None:
 def test_codes_of_dtypes_are_those_of_the_kernels() -> None:
     for name in ("float32", "float64", "bfloat16", "float16"):
         assert native.dtype_code(getattr(torch, name)) == getattr(_native, name.upper())
+
+
+def test_the_dtype_of_the_centers_counts() -> None:
+    device, other = torch.device("cpu"), torch.float8_e4m3fn  # a dtype that no kernel reads
+    assert backends.select("auto", device, weight_dtype=other) == "torch"
+    with pytest.raises(TypeError) as raised:
+        backends.select("cpu", device, weight_dtype=other)
+    listed = "float32, float64, bfloat16, float16"
+    assert str(raised.value) == f"backend 'cpu' needs embeddings and weight of {listed}; got float8_e4m3fn"

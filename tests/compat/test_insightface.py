@@ -336,3 +336,16 @@ def test_exports_what_is_insightfaces_alone() -> None:
     }
     older = {"PartialFC", "PartialFCAdamW"}
     assert own == set(insightface.__all__) == {"ArcFace", "CombinedMarginLoss", "CosFace", "PartialFC_V2"} | older
+
+
+def test_logits_of_an_unknown_margin_are_exact_under_autocast() -> None:
+    """At s = 64 a cosine in bf16 would be off by a quarter of a logit; the embeddings alone are rounded."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        head = insightface.PartialFC_V2(lambda cosines, labels: 64 * cosines, D, CLASSES)
+        x, y = torch.randn(6, D, generator=torch.Generator().manual_seed(1)), torch.arange(6)
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = head(x, y)
+    rows, centers = x.bfloat16().double(), head.weight.detach().double()
+    right = F.cross_entropy(64 * F.normalize(rows) @ F.normalize(centers).T, y)
+    torch.testing.assert_close(loss.double(), right, rtol=1e-5, atol=0)

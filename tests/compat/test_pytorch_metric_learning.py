@@ -271,3 +271,14 @@ def test_a_margin_that_changes_counts() -> None:
     loss_func.margin = math.radians(10)
     right = fa.margin_softmax_loss(x, loss_func.W.T, y, margin=fa.ArcFace(math.radians(10)))
     torch.testing.assert_close(loss_func(x, y), right)
+
+
+def test_sphereface_is_exact_under_autocast() -> None:
+    """The products keep fp32: in bf16 a logit of 64 would be off by a quarter."""
+    torch.manual_seed(0)
+    loss_func = ours.SphereFaceLoss(num_classes=7, embedding_size=6, margin=1, scale=64)
+    x, y = F.normalize(torch.randn(12, 6)), torch.arange(12) % 7
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = loss_func(x, y)
+    right = F.cross_entropy(64 * x.double() @ F.normalize(loss_func.W.detach().double(), dim=0), y)
+    torch.testing.assert_close(loss.double(), right, rtol=1e-5, atol=0)

@@ -199,6 +199,13 @@ def test_auto_takes_the_kernels_on_a_cpu_and_plain_torch_on_a_gpu() -> None:
             ValueError,
             "label_smoothing must be 0 with UniFace, because the logits must be linear in the class centers; got 0.1",
         ),
+        (lambda: fa.UniFace.bias_for(9, r=0), ValueError, "UniFace: r must be finite and > 0; got 0"),
+        (lambda: fa.SphereFace2().bias_for(9, -1.0), ValueError, "SphereFace2: scale must be in (0, inf); got -1.0"),
+        (
+            lambda: fa.SphereFace2(share=1.0).bias_for(9, 32.0),
+            ValueError,
+            "SphereFace2: share must be in (0, 1) for bias_for; got 1.0",
+        ),
     ],
 )
 def test_refused(make: Callable[[], object], error: type[Exception], message: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fused_arcface as fa
-from fused_arcface.margins import LabelMargin
+from fused_arcface.margins import Boundary, LabelMargin
 
 N, C, D, S = 12, 17, 6, 20.0
 MARGINS = torch.linspace(0.05, 0.6, C, dtype=torch.float64)
@@ -154,3 +154,17 @@ def test_wrong_arguments() -> None:
 def test_cosines_alone_have_the_mean_margin() -> None:
     cosine = torch.tensor([0.9, -0.2], dtype=torch.float64)
     torch.testing.assert_close(fa.ClassMargin([0.1, 0.3])(cosine), cosine - 0.2)
+
+
+@pytest.mark.parametrize("boundary", get_args(Boundary))
+def test_every_boundary_is_that_of_the_angular_margins(boundary: Boundary) -> None:
+    """Angles up to 170°, where θ + 2.5 is past π; "continuous" there is cos θ - (1 - cos m)."""
+    margins, labels = [0.5, 2.5], torch.tensor([0, 1]).repeat(18)
+    cosines = torch.linspace(0.01, 2.967, 36, dtype=torch.float64).cos()
+    modify, _ = fa.ClassMargin(margins, "arc", boundary).for_labels(labels, labels >= 0)
+    each = torch.stack([fa.ArcFace(margin, boundary)(cosines) for margin in margins])
+    torch.testing.assert_close(modify(cosines), each.gather(0, labels[None]).squeeze(0), rtol=1e-12, atol=1e-12)
+    if boundary == "continuous":
+        past = cosines.arccos() + 2.5 > math.pi
+        right = (cosines - (1 - math.cos(2.5)))[past & (labels == 1)]
+        torch.testing.assert_close(modify(cosines)[past & (labels == 1)], right, rtol=1e-12, atol=1e-12)

@@ -276,6 +276,7 @@ def test_ranks_must_agree_on_the_options() -> None:
         (lambda: fa.ElasticFace(2.5, kind="cos"), ValueError, "ElasticFace: margin must be in [0, 2); got 2.5"),
         (lambda: fa.ElasticFace(form="a"), ValueError, "ElasticFace: form must be one of 'paper', 'code'; got 'a'"),
         (lambda: fa.ElasticFace(seed=-1), ValueError, "ElasticFace: seed must be >= 0; got -1"),
+        (lambda: fa.ElasticFace(seed=2**63), ValueError, f"ElasticFace: seed must be in [0, 2^63); got {2**63}"),
     ],
 )
 def test_refused(make: object, error: type[Exception], message: str) -> None:

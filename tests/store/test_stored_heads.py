@@ -202,7 +202,7 @@ def test_calls_that_need_all_rows_say_so(tmp_path, monkeypatch):
             copied(head)
     with pytest.raises(TypeError, match=r"keep their dtype torch\.float32; got torch\.bfloat16"):
         head.to(torch.bfloat16)
-    monkeypatch.setattr("fused_arcface.sharded_evaluation.available_bytes", lambda _: 100)
+    monkeypatch.setattr("fused_arcface.stored_centers.available_bytes", lambda _: 100)
     with pytest.raises(MemoryError, match=r"full_weight\(\) needs 0\.0 GiB of host memory.*topk\(\) or logits\(\)"):
         head.full_weight()
     head.eval()

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 
 from ..base.compiler import constant_result
-from ..base.dtypes import FLOAT_DTYPES
+from ..base.dtypes import FLOAT_DTYPES, WEIGHT_DTYPES, names
 
 _NO_FP64 = tuple(each for each in FLOAT_DTYPES if each != torch.float64)
 
@@ -72,7 +72,7 @@ _TURNED = _NEGATIVES | {"turned_negatives"}
 # faster there than csrc/cuda, except for csrc/cuda's kernels for compute capability 9.0: cuda.leads() says where.
 # Tensor cores for fp64 are few, and a graphics card has none: csrc/cuda has no fp64.
 BACKENDS = (
-    Backend("torch", None, 0, _TURNED | {"binary_losses", "padding"}),
+    Backend("torch", None, 0, _TURNED | {"binary_losses", "padding"}, WEIGHT_DTYPES),
     Backend("cpu", "cpu", 1, _TURNED | {"binary_losses", "late_scale", "fused_margin", "fused_margin_fp64"}),
     Backend("triton", "cuda", 2, _NEGATIVES | {"padding", "gathering", "permutation", "fused_margin"}),
     Backend("cuda", "cuda", 1, _TURNED | {"padding", "fused_margin"}, _NO_FP64, leads=True),
@@ -178,11 +178,17 @@ def _order(device: torch.device, needs: Mapping[str, str], of_classes: ClassPass
     return _BY_PRIORITY
 
 
-def _fastest(device: torch.device, dtype: torch.dtype, needs: Mapping[str, str], of_classes: ClassPass | None) -> str:
+def _fastest(
+    device: torch.device,
+    dtype: torch.dtype,
+    needs: Mapping[str, str],
+    of_classes: ClassPass | None,
+    weight_dtype: torch.dtype,
+) -> str:
     """Return the fastest usable backend that has what the call needs."""
     reasons: list[str] = []
     for row in _order(device, needs, of_classes):
-        if row.device_type != device.type or dtype not in row.dtypes:
+        if row.device_type != device.type or dtype not in row.dtypes or weight_dtype not in row.dtypes:
             continue
         lacks = _lacks(row, needs)
         reason = None if lacks else _unavailable(row.name, device)
@@ -201,6 +207,7 @@ def select(
     dtype: torch.dtype = torch.float32,
     needs: Mapping[str, str] = MappingProxyType({}),
     of_classes: ClassPass | None = None,
+    weight_dtype: torch.dtype = torch.float32,
 ) -> str:
     """Return the name of the backend to run on ``device``: the one named, or for ``"auto"`` the fastest usable one.
 
@@ -210,15 +217,16 @@ def select(
         dtype: The dtype that sums are kept in, as :func:`fused_arcface.base.dtypes.compute_dtype` returns it.
         needs: The features that the call needs, of ``FEATURES``, with the text that messages have for them.
         of_classes: The call's passes over the classes, by which ``"auto"`` chooses; None: the order of the priorities.
+        weight_dtype: The dtype of the class centers.
 
     Raises:
-        TypeError: if a named backend has no kernels for ``dtype``.
+        TypeError: if a named backend has no kernels for ``dtype`` or ``weight_dtype``.
         ValueError: if the name is unknown, or the backend cannot run on this device or lacks a feature.
         RuntimeError: if a named backend cannot run on this machine, with the reason.
     """
     name = check_name(name)
     if name == "auto":
-        return _fastest(device, dtype, needs, of_classes)
+        return _fastest(device, dtype, needs, of_classes, weight_dtype)
     row = _ROWS[name]
     lacks = _lacks(row, needs)
     if lacks:
@@ -229,8 +237,8 @@ def select(
         raise RuntimeError(f"backend {name!r} is not available: {reason}")
     if row.device_type not in (None, device.type):
         raise ValueError(f"backend {name!r} needs tensors on {row.device_type}; got {device}")
-    if dtype not in row.dtypes:
-        # Sums are kept in fp64 or fp32, and every backend has fp32.
-        listed = "float32, bfloat16 or float16"
-        raise TypeError(f"backend {name!r} needs embeddings and weight of {listed}; got float64")
+    for each in (dtype, weight_dtype):
+        if each not in row.dtypes:
+            got = names((each,))
+            raise TypeError(f"backend {name!r} needs embeddings and weight of {names(row.dtypes)}; got {got}")
     return name

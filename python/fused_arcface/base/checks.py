@@ -8,7 +8,7 @@ import numbers
 import torch
 from torch import Tensor
 
-from .dtypes import FLOAT_DTYPES, INTEGER_DTYPES, names
+from .dtypes import FLOAT_DTYPES, INTEGER_DTYPES, WEIGHT_DTYPES, names
 from .ranges import FROM_0_TO_1, POSITIVE, check_number, type_of_number
 
 REDUCTIONS = ("mean", "sum", "none")
@@ -99,7 +99,7 @@ def check_labels(labels: object, embeddings: Tensor, ignore_index: object, name:
 
 def check_weight(name: str, weight: object) -> None:
     """Check class centers ``(C, D)``."""
-    weight = _check_tensor(name, weight, FLOAT_DTYPES)
+    weight = _check_tensor(name, weight, WEIGHT_DTYPES)
     if weight.dim() != 2 or 0 in weight.shape:
         raise ValueError(f"{name} must be (C, D) with C >= 1 and D >= 1; got {tuple(weight.shape)}")
 
@@ -134,17 +134,17 @@ def check_size(name: str, value: object, least: int = 1) -> int:
     return int(value)
 
 
-def check_seed(seed: object) -> int:
+def check_seed(seed: object, name: str = "seed") -> int:
     """Return a seed as an int in [0, 2^63)."""
-    checked = check_size("seed", seed, least=0)
+    checked = check_size(name, seed, least=0)
     if checked >= 1 << 63:
-        raise ValueError(f"seed must be in [0, 2^63); got {checked}")
+        raise ValueError(f"{name} must be in [0, 2^63); got {checked}")
     return checked
 
 
 def check_center_dtype(dtype: torch.dtype | None) -> None:
     """Check the dtype of class centers; None is torch's default dtype."""
-    if (dtype or torch.get_default_dtype()) not in FLOAT_DTYPES:
+    if (dtype or torch.get_default_dtype()) not in WEIGHT_DTYPES:
         raise TypeError(f"dtype must be a floating-point one; got {dtype}")
 
 
@@ -174,7 +174,7 @@ def check_inputs(
 ) -> None:
     """Check the tensors of ``margin_softmax_loss`` and the arguments beside its options, without reading values."""
     embeddings = _check_tensor("embeddings", embeddings, FLOAT_DTYPES)
-    weight = _check_tensor("weight", weight, FLOAT_DTYPES)
+    weight = _check_tensor("weight", weight, WEIGHT_DTYPES)
     if embeddings.dim() != 2 or embeddings.shape[1] == 0:
         got = f"{tuple(embeddings.shape)}{_as_rows(embeddings, weight)}"
         raise ValueError(f"embeddings must be (N, D) with D >= 1; got {got}")
@@ -230,13 +230,15 @@ def check_written_in_place(name: str, tensor: Tensor) -> None:
         span += (size - 1) * stride
 
 
-def check_target_range(target: Tensor, num_classes: int, ignore_index: int) -> None:
-    """Check that each label (N,) int64 is a class or ``ignore_index``. On a GPU this waits for the values."""
-    wrong = ((target < 0) | (target >= num_classes)) & (target != ignore_index)
+def check_target_range(target: Tensor, num_classes: int, ignore_index: int | None, name: str = "target") -> None:
+    """Check that each label (N,) int64 is a class or ``ignore_index``, if not None. On a GPU this is a wait."""
+    wrong = (target < 0) | (target >= num_classes)
+    if ignore_index is not None:
+        wrong &= target != ignore_index
     if not target.is_meta and wrong.any():
         row = int(wrong.nonzero()[0])
-        rule = f"target must be in [0, C={num_classes}) or ignore_index={ignore_index}"
-        raise ValueError(f"{rule}; got {int(target[row])} at row {row}")
+        ignored = "" if ignore_index is None else f" or ignore_index={ignore_index}"
+        raise ValueError(f"{name} must be in [0, C={num_classes}){ignored}; got {int(target[row])} at row {row}")
 
 
 def check_margin_rows(name: str, values: object, target: Tensor) -> None:

@@ -13,26 +13,29 @@ class DType(NamedTuple):
 
     safetensors: str
     """Name in the header of a safetensors file."""
-    rows: bool = False
-    """If true, embeddings and class centers may have it."""
-    centers: bool = False
-    """If true, CenterSGD updates class centers of it."""
+    embeddings: bool = False
+    """If true, embeddings may have it."""
+    weight: bool = False
+    """If true, class centers may have it."""
+    updated: bool = False
+    """If true, an optimizer of the class centers, such as CenterSGD, updates those of it."""
     momentum: bool = False
     """If true, CenterSGD keeps momentum in it."""
 
 
 DTYPES = {
-    torch.float32: DType("F32", rows=True, centers=True, momentum=True),
-    torch.float64: DType("F64", rows=True, centers=True, momentum=True),
-    torch.bfloat16: DType("BF16", rows=True, centers=True, momentum=True),
-    torch.float16: DType("F16", rows=True),
+    torch.float32: DType("F32", embeddings=True, weight=True, updated=True, momentum=True),
+    torch.float64: DType("F64", embeddings=True, weight=True, updated=True, momentum=True),
+    torch.bfloat16: DType("BF16", embeddings=True, weight=True, updated=True, momentum=True),
+    torch.float16: DType("F16", embeddings=True, weight=True),
     torch.int8: DType("I8", momentum=True),
     torch.int64: DType("I64"),
 }
 
-FLOAT_DTYPES = tuple(dtype for dtype, of in DTYPES.items() if of.rows)
-"""The dtypes of embeddings and class centers. A position in it is the code that ranks send each other."""
-CENTER_DTYPES = tuple(dtype for dtype, of in DTYPES.items() if of.centers)
+FLOAT_DTYPES = tuple(dtype for dtype, of in DTYPES.items() if of.embeddings)
+"""The dtypes of embeddings. A position in it is the code that ranks send each other."""
+WEIGHT_DTYPES = tuple(dtype for dtype, of in DTYPES.items() if of.weight)
+CENTER_DTYPES = tuple(dtype for dtype, of in DTYPES.items() if of.updated)
 MOMENTUM_DTYPES = tuple(dtype for dtype, of in DTYPES.items() if of.momentum)
 INTEGER_DTYPES = (
     torch.int64,
@@ -58,6 +61,4 @@ def names(dtypes: tuple[torch.dtype, ...]) -> str:
 
 def compute_dtype(embeddings: Tensor, weight: Tensor) -> torch.dtype:
     """Return the dtype that sums are kept in: fp64 if either input is, else fp32."""
-    if embeddings.dtype == weight.dtype == torch.float32:
-        return torch.float32
-    return torch.promote_types(torch.promote_types(embeddings.dtype, weight.dtype), torch.float32)
+    return torch.float64 if torch.float64 in (embeddings.dtype, weight.dtype) else torch.float32

@@ -270,7 +270,7 @@ def _of_optimizer(saved: Saved, values: dict[str, Any], head: PartialFC) -> dict
         raise CheckpointError(f"{saved.directory} is damaged: {_HEAD} has no options of its optimizer")
     options: dict[str, Any] = {name: value for name, value in values["optimizer"].items() if name != "params"}
     with _fitting(saved, "the head's optimizer"):
-        head.center_optimizer.check_options(options)
+        head.center_optimizer.recipe.check_settings(options)
     return options
 
 

@@ -66,12 +66,8 @@ def find_fused(margin_loss: Callable[..., Tensor], known: Mapping[type[nn.Module
 
 def _is_plain(margin_loss: nn.Module) -> bool:
     """Return whether the instance has only numbers and texts: no tensor, submodule, hook or own forward."""
-    values = vars(margin_loss).values()
-    return all(isinstance(each, (int, float, str, type(None))) or _is_empty(each) for each in values)
-
-
-def _is_empty(value: object) -> bool:
-    return isinstance(value, (dict, set)) and len(value) == 0
+    filled = [each for each in vars(margin_loss).values() if not (isinstance(each, (dict, set)) and len(each) == 0)]
+    return all(isinstance(each, (int, float, str, type(None))) for each in filled)
 
 
 def _numbers(margin_loss: nn.Module) -> Fused | None:

@@ -24,12 +24,11 @@ from functools import partial as _partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..base.compiler import not_compiled as _not_compiled
-from ..base.normalize import unit_rows as _unit_rows
 from ..engine.logits import all_rows as _all_rows
+from ..engine.nearest import cosines_of as _cosines_of
 from ..parallel.ranks import Ranks as _Ranks
 from ..partial_fc import PartialFC as _PartialFC
 from ._fused_margins import Fused as _Fused
@@ -39,7 +38,6 @@ from ._fused_margins import find_fused as _find_fused
 from ._fused_margins import state_key as _state_key
 from ._fused_margins import with_margin as _with_margin
 from ._sampled_optimizer import KeptRows as _KeptRows
-from ._split_cross_entropy import SplitCrossEntropy as _SplitCrossEntropy
 
 __all__ = ["ArcFace", "CombinedMarginLoss", "CosFace", "PartialFC", "PartialFCAdamW", "PartialFC_V2"]
 
@@ -122,6 +120,31 @@ _fused = _partial(_find_fused, known=_OWN_FORWARDS)
 def _check_m1(m1: float, m3: float) -> None:
     if m3 <= 0 and m1 != 1.0:
         raise ValueError(f"m1 must be 1.0 unless m3 > 0, as in insightface; got m1={m1}, m3={m3}")
+
+
+class _SumOverRanks(torch.autograd.Function):
+    """The sum of all ranks' tensors. Each rank's has the gradient of the sum, which is equal on all of them."""
+
+    @staticmethod
+    def forward(ctx: Any, own: Tensor, ranks: _Ranks) -> Tensor:
+        return ranks.sum(own.clone())
+
+    @staticmethod
+    def backward(ctx: Any, d_sum: Tensor) -> tuple[Tensor, None]:
+        return d_sum, None
+
+
+def _split_cross_entropy(logits: Tensor, target: Tensor, ranks: _Ranks) -> Tensor:
+    """Return the rows' cross-entropies (N,) over the logits of all shards.
+
+    This rank has the logits (N, C) of its shard and the target's column (N,), -1 if it is in another shard.
+    """
+    rows = (target >= 0).nonzero().squeeze(1)
+    lse = logits.logsumexp(1)
+    greatest = ranks.max(lse.detach().clone())
+    target_logit = torch.zeros_like(lse).index_put((rows,), logits[rows, target[rows]])
+    total, target_logit = _SumOverRanks.apply(torch.stack([(lse - greatest).exp(), target_logit]), ranks)
+    return total.log() + greatest - target_logit
 
 
 class PartialFC_V2(_PartialFC):
@@ -226,10 +249,8 @@ class PartialFC_V2(_PartialFC):
         target = torch.ops.fused_arcface.local_target(batch.labels, self.num_classes, -100)
         classes, local = self._choose_classes(target)
         weight = self.weight if classes is None else self.weight.index_select(0, classes)
-        dtype = torch.promote_types(torch.promote_types(rows.dtype, weight.dtype), torch.float32)
-        cosines = F.linear(_unit_rows(rows.to(dtype)), _unit_rows(weight.to(dtype))).clamp(-1, 1)
-        logits = self.margin_softmax(cosines, local[:, None])
-        loss = _SplitCrossEntropy.apply(logits, local, self.ranks)
+        logits = self.margin_softmax(_cosines_of(rows, weight).clamp(-1, 1), local[:, None])
+        loss = _split_cross_entropy(logits, local, self.ranks)
         counted = target >= 0
         return loss.masked_fill(~counted, 0).sum() / counted.sum()
 

@@ -38,6 +38,7 @@ from torch.utils.checkpoint import checkpoint as _checkpoint
 from .. import sub_centers as _sub_centers
 from ..base.dtypes import compute_dtype as _compute_dtype
 from ..base.normalize import unit_rows as _unit_rows
+from ..base.normalize import without_autocast as _without_autocast
 from ..functional import margin_softmax_loss as _margin_softmax_loss
 from ..margins.angular import ArcFace as _ArcFace
 from ..margins.angular import CosFace as _CosFace
@@ -244,6 +245,7 @@ class SphereFaceLoss(_Fused, _losses.SphereFaceLoss):  # type: ignore[misc]
 
 def _negative_lse(rows: Tensor, unit: Tensor, target: Tensor, scale: float) -> Tensor:
     """Return the log-sum-exp (N,) of ``scale·⟨x, ŵ⟩`` over a block of classes, without the targets among them."""
-    logits = scale * rows @ unit.T
+    with _without_autocast(rows.device):
+        logits = scale * rows @ unit.T
     is_target = target[:, None] == torch.arange(len(unit), device=unit.device)
     return logits.masked_fill(is_target, -torch.inf).logsumexp(1)

@@ -37,6 +37,7 @@ class JointCalls(ReplaceableOptions, nn.Module):
     sharding: Sharding
     embedding_dim: int
     sample_rate: float
+    seed: int
     backend: str
     step: int
     center_optimizer: Any
@@ -169,10 +170,12 @@ class JointCalls(ReplaceableOptions, nn.Module):
         """
         with self._refusing():
             check_embeddings(embeddings, self.weight, self.device)
+            needs = self.options.needs()
             if target is None:
                 target = embeddings.new_zeros(embeddings.shape[0], dtype=torch.int64)
             elif self.center_optimizer is not None and self.training:
                 self.center_optimizer.check(self.weight)
+                needs |= self.center_optimizer.needs()
             check_target(target, embeddings, ignore_index)
             if not isinstance(return_stats, bool):
                 raise TypeError(f"return_stats must be a bool; got {type(return_stats).__name__}")
@@ -185,7 +188,7 @@ class JointCalls(ReplaceableOptions, nn.Module):
                 embeddings.dtype, embeddings.shape[1], sampled=self.training and self.sample_rate < 1
             )
             dtype = compute_dtype(embeddings, self.weight)
-            backend = backends.select(self.backend, embeddings.device, dtype, self.options.needs(), of_classes)
+            backend = backends.select(self.backend, embeddings.device, dtype, needs, of_classes, self.weight.dtype)
             shard = self._digest_of_shard()
         batch = self.ranks.gather_batch(
             embeddings.detach(),

@@ -91,8 +91,18 @@ def with_margin(cosines: Tensor, embeddings: Tensor, target_class: Tensor, optio
     return torch.where(is_target, modified[:, None], cosines)
 
 
-def scaled(cosines: Tensor, scale: float | Tensor) -> Tensor:
-    """Return logits (N, C) in the dtype of the cosines, for a scale that is a number or a 0-dim tensor."""
+def logits_of(
+    cosines: Tensor,
+    embeddings: Tensor,
+    target: Tensor | None,
+    ignore_index: int,
+    options: HeadOptions,
+    scale: float | Tensor,
+) -> Tensor:
+    """Return logits (N, C) in the dtype of the cosines (N, C), with the margin if labels (N,) are given."""
+    if target is not None:
+        target_class = torch.ops.fused_arcface.local_target.default(target, cosines.shape[1], ignore_index)
+        cosines = with_margin(cosines, embeddings, target_class, options)
     return (scale.to(cosines.dtype) if isinstance(scale, Tensor) else scale) * cosines
 
 

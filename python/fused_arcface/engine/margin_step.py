@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ..base.dtypes import compute_dtype
 from ..margins.protocol import Modulation, RowMargin
 from ..margins.state import Place, has_state, state_of
 from ..parallel.ranks import JointBatch, Ranks
@@ -127,7 +128,7 @@ def in_step(margin: Any, embeddings: Tensor, alone: bool) -> Any:
     if not state:
         return margin
     history = _histories.setdefault(margin, _History())
-    digest = embeddings.detach().sum(1, dtype=torch.promote_types(embeddings.dtype, torch.float32)).nan_to_num(0, 0, 0)
+    digest = embeddings.detach().sum(1, dtype=compute_dtype(embeddings, embeddings)).nan_to_num(0, 0, 0)
     if torch._C._current_graph_task_id() != -1:
         return _Recomputed(margin, history.find(digest))
     step = _Step(digest, state)

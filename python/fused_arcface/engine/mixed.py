@@ -58,12 +58,7 @@ def of_both(
 ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
     """Return the negative log-sum-exp (N,) and target cosine (N,) of the first label, and those of the second.
 
-    Args:
-        order: the targets, the nearer one first.
-        lse: (N,) log-sum-exp of the logits of all classes but the nearer target.
-        cosine: (N,) of the nearer target.
-        other_cosine: (N,) of the other one.
-        scale: scale of the logits.
+    ``lse`` (N,) is over all classes but the nearer target, which has the ``cosine`` (N,).
     """
     other_cosine = torch.where(order.two, other_cosine, cosine)
     nearer_logit, other_logit = scale * cosine, scale * other_cosine
@@ -117,7 +112,7 @@ def update_both(
     row = (groups.masked_fill(groups == _NONE, 0)[:, None] * negatives.sub_centers + sub_centers).flatten()
     chosen = row.masked_fill(~is_row, _NONE)  # among the centers of the step
     row = torch.where(is_row, row if step.classes is None else step.classes.index_select(0, row), weight.shape[0])
-    restore = [_keep(each, row) for each in (weight, *step.state)]
+    restore = [_keep(each, row) for each in (weight, *step.state.values())]
     update(embeddings, target, gradients, step)
     for put_back in restore:
         put_back()
@@ -162,4 +157,4 @@ def _keep(tensor: Tensor, row: Tensor) -> Callable[[], Any]:
     padded = row >= tensor.shape[0]
     row = torch.where(padded, row[:1], row).clamp(max=tensor.shape[0] - 1)
     kept, nothing = tensor[row], padded[:1]
-    return lambda: tensor.index_copy_(0, row, torch.where(nothing[:, None], tensor[row], kept))
+    return lambda: tensor.index_put_((row,), torch.where(nothing[:, None], tensor[row], kept))

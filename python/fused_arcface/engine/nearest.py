@@ -93,13 +93,8 @@ def hardest_negatives(
 ) -> Tensor:
     """Return the greatest cosines (N, count) of all ranks' rows with negatives of all shards, descending.
 
-    Args:
-        embeddings: (n, D), this rank's rows.
-        weight: (C, D), this rank's class centers.
-        target: (N,) int64, an index into the centers that the step uses, or negative.
-        count: number of cosines; -inf where a row has fewer negatives.
-        sub_centers: rows of weight for each class.
-        shard: what is held here of the classes, and how to reach the rest.
+    ``embeddings`` (n, D) and ``weight`` (C, D) are this rank's. ``target`` (N,) int64 is an index into the centers that
+    the step uses, or negative. A row with fewer negatives has -inf.
     """
     with torch.no_grad():
         rows, centers = shard.all_rows(embeddings), shard.centers(weight)

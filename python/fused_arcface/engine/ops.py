@@ -2,15 +2,14 @@
 
 :mod:`fused_arcface.engine.autograd` calls them through :mod:`fused_arcface.engine.direct`. The operators have no
 derivative of their own.
-:mod:`fused_arcface.engine.schemas` lists them, :mod:`fused_arcface.backends.torch` gives their shapes and meanings.
+:mod:`fused_arcface.engine.operators` lists them, :mod:`fused_arcface.backends.torch` gives their shapes and meanings.
 """
 
 from __future__ import annotations
 
 import functools
-import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -19,8 +18,7 @@ from torch import Tensor
 from .. import backends
 from ..base.checks import check_row_factors, check_target_range
 from ..base.ranges import POSITIVE, check_number
-from .fakes import FAKES
-from .schemas import NUMBERS
+from .operators import OPERATORS
 from .terms import IGNORED, INVALID, CenterStep, Negatives, RowGradients, check_update
 
 
@@ -66,31 +64,12 @@ def _run_with_numbers(name: str, *arguments: Any, **options: Any) -> Any:
     operator = getattr(torch.ops.fused_arcface, name).default
     names = [argument.name for argument in operator._schema.arguments]
     read = [
-        given.item() if argument in NUMBERS[name] and reads_for_free(given) else given
+        given.item() if argument in OPERATORS[name].numbers and reads_for_free(given) else given
         for argument, given in zip(names, arguments, strict=False)
     ]
     if isinstance(read[names.index("scale")], Tensor):
         return FUNCTIONS[name](*read, **options)
     return operator(*read, **options)
-
-
-FUNCTIONS: dict[str, Callable[..., Any]] = {}
-"""The functions behind the operators, by their names and those of their overloads."""
-
-
-def _implementation(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Register a function as an operator."""
-
-    def register(function: Callable[..., Any]) -> Callable[..., Any]:
-        torch.library.impl(f"fused_arcface::{name}", "default", function)
-        FUNCTIONS[name] = function
-        return function
-
-    return register
-
-
-for _name in NUMBERS:
-    _implementation(f"{_name}.tensor_numbers")(functools.partial(_run_with_numbers, _name))
 
 
 def are_all_classes(target: Tensor, num_classes: int, ignore_index: int) -> bool:
@@ -101,7 +80,6 @@ def are_all_classes(target: Tensor, num_classes: int, ignore_index: int) -> bool
     return int(low) >= 0 and int(high) < num_classes
 
 
-@_implementation("local_target")
 def _local_target(target: Tensor, num_classes: int, ignore_index: int) -> Tensor:
     """Labels (N,) of any integer dtype as int64, -1 for ignored rows, -2 for those out of range.
 
@@ -118,7 +96,6 @@ def _local_target(target: Tensor, num_classes: int, ignore_index: int) -> Tensor
     return torch.where(target == ignore_index, IGNORED, valid)
 
 
-@_implementation("row_factors")
 def _row_factors(values: Tensor, name: str, greatest: float) -> Tensor:
     """Factors (N,) as they are; an error if one is not finite, below 0 or above ``greatest``.
 
@@ -136,21 +113,6 @@ def _run(name: str, *arguments: Any, **options: Any) -> Any:
     return getattr(backends.load(backend), name)(*inputs, **options)
 
 
-for _name in ("target_cosine", "finish_negatives", "margin_loss", "unit_embedding_grad", "embedding_grad"):
-    _implementation(_name)(functools.partial(_run, _name))
-
-
-_OVER_NO_CLASS = {
-    "class_max": (-math.inf,),
-    "class_stats": (0, -math.inf, 0),
-    "weight_grad": (0,),
-    "class_moments": (0, -math.inf),
-    "both_gradients": (0, 0),
-    "bias_grad": (0,),
-}
-"""The values in a stage's results where a step uses no class of the shard. Backends never see that case."""
-
-
 def _run_over_classes(
     name: str,
     embeddings: Tensor,
@@ -166,9 +128,9 @@ def _run_over_classes(
     for them.
     """
     if (weight if classes is None else classes).shape[0] == 0:
-        results = FAKES[name](embeddings, weight, *arguments, classes=classes)
+        results = OPERATORS[name].results(embeddings, weight, *arguments, classes=classes)
         each_result = [results] if isinstance(results, Tensor) else results
-        for result, value in zip(each_result, _OVER_NO_CLASS[name], strict=True):
+        for result, value in zip(each_result, OPERATORS[name].over_no_class, strict=True):
             result.fill_(value)
         return results
     options: dict[str, Any] = {} if class_count is None else {"class_count": class_count}
@@ -188,13 +150,6 @@ def _run_with_gradients(
     return _run_over_classes(name, embeddings, weight, target, RowGradients(*gradients), backend, **options)
 
 
-for _name in ("class_max", "class_stats", "class_moments", "bias_grad"):
-    _implementation(_name)(functools.partial(_run_over_classes, _name))
-for _name in ("weight_grad", "both_gradients"):
-    _implementation(_name)(functools.partial(_run_with_gradients, _name))
-
-
-@_implementation("update_centers")
 def _update_centers(
     embeddings: Tensor,
     weight: Tensor,
@@ -205,8 +160,29 @@ def _update_centers(
     *terms, backend = terms_and_backend
     width = len(RowGradients._fields)
     gradients, step = RowGradients(*terms[:width]), CenterStep(*terms[width:])
-    check_update(weight, step.momentum_buffer, step.momentum_scale)
+    check_update(weight, step.state)
     if step.classes is not None:
         step = step._replace(classes=step.classes.contiguous())
     if (weight if step.classes is None else step.classes).shape[0] > 0:
         _run_over_classes("update_centers", embeddings, weight, target, gradients, step, backend, **negatives)
+
+
+def _functions() -> Iterator[tuple[str, Callable[..., Any]]]:
+    """Yield the name of each operator, and of each overload, with the function behind it."""
+    own: dict[str, Callable[..., Any]] = {
+        "local_target": _local_target,
+        "row_factors": _row_factors,
+        "update_centers": _update_centers,
+    }
+    for name, operator in OPERATORS.items():
+        run = _run_over_classes if operator.over_no_class else _run
+        run = _run_with_gradients if name in ("weight_grad", "both_gradients") else run
+        yield name, own.get(name, functools.partial(run, name))
+        if operator.numbers:
+            yield f"{name}.tensor_numbers", functools.partial(_run_with_numbers, name)
+
+
+FUNCTIONS = dict(_functions())
+"""The functions behind the operators, by their names and those of their overloads."""
+for _name, _function in FUNCTIONS.items():
+    torch.library.impl(f"fused_arcface::{_name}", "default", _function)

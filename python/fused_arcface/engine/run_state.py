@@ -5,20 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..base.checks import describe_tensor
+from .joint_calls import JointCalls
 
 _OPTIMIZER = "center_optimizer."  # before the names of its state in the head's state_dict
 
 
-class RunState(nn.Module):
-    """A head that its ``state_dict()`` continues a run with. :class:`fused_arcface.PartialFC` sets the attributes."""
-
-    weight: nn.Parameter
-    step: int
-    center_optimizer: Any
-    center_store: Any
+class RunState(JointCalls):
+    """A head that its ``state_dict()`` continues a run with."""
 
     def _run_state(self) -> dict[str, Tensor]:
         """Return what ``state_dict()`` holds beside weight: tensors alone, as safetensors stores nothing else."""

@@ -51,7 +51,7 @@ def loss_on_one_device(
     embeddings = as_autocast(embeddings)
     of_classes = backends.ClassPass(embeddings.dtype, embeddings.shape[1])
     dtype = compute_dtype(embeddings, weight)
-    backend = backends.select(backend, embeddings.device, dtype, options.needs(), of_classes)
+    backend = backends.select(backend, embeddings.device, dtype, options.needs(), of_classes, weight.dtype)
     num_classes = weight.shape[0] // options.sub_centers
     options.check_step(target, num_classes, embeddings.device)
 

@@ -202,16 +202,8 @@ def loss_of_mixed_rows(
     A row is two rows with weights: its share for the first label, the rest for the second one. A part whose label is
     ignored has no loss, and does not count in a mean.
 
-    Args:
-        of_labels: negative_lse (N,) and target_cosine (N,) of the first label, and of the second.
-        margins: the margin for each of them.
-        rows: the labels and the shares.
-        correct: (N,) bool, the statistic of the first label.
-        scale: The factor of the logits.
-        reduction: as in :func:`loss_of_rows`.
-        penalty: likewise.
-        smoothed: likewise.
-        sample_weight: likewise.
+    ``of_labels`` has negative_lse (N,) and target_cosine (N,) of the first label, and of the second; ``margins`` has a
+    margin for each. ``correct`` (N,) is the statistic of the first label. :func:`loss_of_rows` describes the others.
     """
     assert rows.second is not None and rows.share is not None
     share = rows.share.to(of_labels[0][0].dtype)

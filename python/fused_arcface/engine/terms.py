@@ -87,6 +87,12 @@ class SecondTarget(NamedTuple):
     """(N,) the derivative of the loss by the cosine with that row, beside its derivative as a negative."""
 
 
+CENTER_SETTINGS = ("lr", "momentum", "weight_decay")
+"""The fields of :class:`CenterStep` with an optimizer's settings; 0 in a step of an optimizer without them."""
+CENTER_STATE = ("momentum_buffer", "momentum_scale")
+"""The fields of :class:`CenterStep` that the step changes: tensors with a row for each of weight's, or None."""
+
+
 class CenterStep(NamedTuple):
     """The numbers of one step of SGD on the class centers, beside those that their gradient is made of.
 
@@ -116,27 +122,30 @@ class CenterStep(NamedTuple):
     class_start on."""
 
     @property
-    def state(self) -> list[Tensor]:
-        """The tensors beside weight that the step changes, with one row for each of weight's."""
-        return [each for each in (self.momentum_buffer, self.momentum_scale) if each is not None]
+    def state(self) -> dict[str, Tensor]:
+        """The tensors beside weight that the step changes, by name."""
+        fields = {name: getattr(self, name) for name in CENTER_STATE}
+        return {name: tensor for name, tensor in fields.items() if tensor is not None}
 
     def ids(self, rows: Tensor) -> Tensor:
         """Return the global ids of rows of weight (R,), by which their rounding is keyed."""
         return rows + self.class_start if self.row_ids is None else self.row_ids[rows]
 
 
-def check_update(weight: Tensor, momentum_buffer: Tensor | None, momentum_scale: Tensor | None) -> None:
-    """Check the memory that a step of SGD writes to: kernels get its raw addresses.
+def check_update(weight: Tensor, state: dict[str, Tensor]) -> None:
+    """Check the memory that an update of the centers writes to: kernels get its raw addresses.
+
+    ``state`` has the tensors of :attr:`CenterStep.state`.
 
     Raises:
-        ValueError: if elements of weight share memory, or a momentum has another shape than weight or is not
+        ValueError: if elements of weight share memory, or a tensor of the state has another shape than weight or is not
             contiguous.
     """
     check_written_in_place("weight", weight)
     num_rows, dim = weight.shape
-    shapes = {"momentum_buffer": (num_rows, dim), "momentum_scale": (num_rows, -(-dim // MOMENTUM_BLOCK))}
-    for (name, shape), tensor in zip(shapes.items(), (momentum_buffer, momentum_scale), strict=True):
-        if tensor is not None and (tensor.shape != shape or not tensor.is_contiguous()):
+    for name, tensor in state.items():
+        shape = (num_rows, -(-dim // MOMENTUM_BLOCK) if name == "momentum_scale" else dim)
+        if tensor.shape != shape or not tensor.is_contiguous():
             raise ValueError(
                 f"{name} must be contiguous and {shape} beside weight {(num_rows, dim)}; got {tuple(tensor.shape)} "
                 f"with strides {tensor.stride()}"

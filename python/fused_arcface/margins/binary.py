@@ -14,8 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..base import ranges
 from ..base.checks import check_size
-from ..base.ranges import FROM_0_TO_1, Range
+from ..base.ranges import FROM_0_TO_1, POSITIVE, Range
 from .angular import CombinedMargin
 from .checks import ABOVE_0, ANGLE, DIFFERENCE, FINITE, check_choice, check_number
 from .entry import Entry
@@ -80,8 +81,13 @@ class SphereFace2(KeepsValues):
         """Return the authors' initial bias: a row whose cosines are all 0 does not change it.
 
         The gradient by the target's logit, ``share·sigmoid(-u_y)``, then equals that of its ``C - 1`` negatives.
+
+        Raises:
+            TypeError, ValueError: if an argument has a wrong type or is out of its range, or ``share`` is 0 or 1.
         """
         negatives = check_size("num_classes", num_classes, least=2) - 1
+        check_number(self, "scale", scale, ABOVE_0)
+        check_number(self, "share", self.share, Range("in (0, 1) for bias_for", 0, 1, has_low=False))
         with torch.no_grad():
             zero = torch.zeros((), dtype=torch.float64, device="cpu")
             own = scale * float(self(zero))
@@ -111,7 +117,6 @@ class SphereFace2(KeepsValues):
         return self.share * F.softplus(-logit, threshold=40) + (1 - self.share) * negative_sum
 
     def extra_repr(self) -> str:
-        """Return the arguments, for the repr."""
         names = ("margin", "exponent", "share", "kind")
         return ", ".join([*(f"{name}={getattr(self, name)!r}" for name in names), f"bias={self.initial_bias}"])
 
@@ -152,7 +157,8 @@ class UniFace(KeepsValues):
 
     @staticmethod
     def bias_for(num_classes: int, r: float = 1.0) -> float:
-        """Return the authors' initial bias, ``ln(10·r·C)``."""
+        """Return the authors' initial bias, ``ln(10·r·C)``, with r finite and > 0."""
+        ranges.check_number("UniFace: r", r, POSITIVE)
         return math.log(10 * r * check_size("num_classes", num_classes))
 
     def forward(self, target_cosine: Tensor) -> Tensor:
@@ -169,7 +175,6 @@ class UniFace(KeepsValues):
         return F.softplus(-logit, threshold=40) + self.weight * negative_sum
 
     def extra_repr(self) -> str:
-        """Return the arguments, for the repr."""
         return f"margin={self.margin}, weight={self.weight}, bias={self.initial_bias}"
 
 

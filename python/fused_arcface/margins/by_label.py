@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..base.ranges import FROM_0_TO_1, NOT_NEGATIVE, check_number
-from .angular import Boundary, angle, past_boundary
+from .angular import Boundary, with_angle
 from .checks import check_choice
 from .protocol import RowMargin
 
@@ -161,10 +161,9 @@ class ClassMargin(nn.Module):
     def _modify(self, target_cosine: Tensor, margins: Tensor) -> Tensor:
         if self.kind == "cos":
             return target_cosine - margins
-        return past_boundary(angle(target_cosine) + margins, target_cosine, margins * margins.sin(), self.boundary)
+        return with_angle(target_cosine, margins, self.boundary)
 
     def extra_repr(self) -> str:
-        """Return the arguments, for the repr; the margins by their range and a digest."""
         least, most = self._least, self._greatest
         margins = f"{self.num_classes} margins from {least:g} to {most:g}, digest {self._digest}"
         return f"{margins}, kind={self.kind!r}, boundary={self.boundary!r}"

@@ -275,7 +275,6 @@ class CurricularFace(StatefulMargin):
         return Modulation(threshold, _coefficients(target_cosine, 1, self.t, 0), 1 + t, 2 + t)
 
     def extra_repr(self) -> str:
-        """Return the arguments, for the repr."""
         margin, boundary, gradient = self.of_target.margin, self.of_target.boundary, self.of_target.gradient
         return f"margin={margin}, rate={self.rate}, boundary={boundary!r}, gradient={gradient!r}"
 

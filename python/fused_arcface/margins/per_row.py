@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..base.checks import check_size
+from ..base.checks import check_seed
 from ..base.keyed_random import MARGINS, fold, fold_each, normal_rows
 from ..base.ranges import ABOVE_0_TO_1, FROM_0, Range
 from .angular import Boundary, Form, GradientMode, angle, straight_through, with_angle
@@ -103,7 +103,6 @@ class AdaFace(StatefulMargin):
             running.copy_(torch.where(count >= least, (1 - self.rate) * running + self.rate * batch, running))
 
     def extra_repr(self) -> str:
-        """Return the arguments, for the repr."""
         return f"margin={self.margin}, h={self.h}, rate={self.rate}, gradient={self.gradient!r}"
 
 
@@ -222,7 +221,7 @@ class ElasticFace(StatefulMargin):
         check_number(self, "margin", margin, ANGLE if kind == "arc" else DIFFERENCE)
         check_number(self, "std", std, FROM_0)
         check_choice(self, "boundary", boundary, Boundary)
-        check_size("ElasticFace: seed", seed, least=0)
+        check_seed(seed, "ElasticFace: seed")
         self.margin, self.std, self.kind, self.plus = margin, std, kind, bool(plus)
         self.boundary, self.seed, self.form = boundary, seed, form
         self.register_buffer("step", self._initial("step", 0, torch.int64))
@@ -253,7 +252,6 @@ class ElasticFace(StatefulMargin):
         return with_angle(target_cosine, margins, self.boundary)
 
     def extra_repr(self) -> str:
-        """Return the arguments, for the repr."""
         names = ("margin", "std", "kind", "plus", "boundary", "seed", "form")
         return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
 

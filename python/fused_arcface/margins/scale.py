@@ -79,5 +79,4 @@ class AdaCos(StatefulMargin):
         return new
 
     def extra_repr(self) -> str:
-        """Return the arguments, for the repr."""
         return f"delayed={self.delayed}" if self.delayed else ""

@@ -64,7 +64,7 @@ def _named(text: str) -> object:
     """Return the margin of this package that a text names."""
     try:
         return _value(ast.parse(text.strip(), mode="eval").body)
-    except _UnknownMargin as unknown:
+    except LookupError as unknown:
         names = [entry.name for entry in REGISTRY]
         near = did_you_mean(str(unknown), names)
         raise ValueError(f"margin must be one of {', '.join(names)}, or MODULE:NAME; got {text!r}{near}") from None
@@ -74,19 +74,19 @@ def _named(text: str) -> object:
         raise ValueError(f"margin {text!r}: {error}") from None
 
 
-class _UnknownMargin(Exception):
-    """Raised for a name that no margin has."""
-
-
 def _value(node: ast.expr) -> object:
-    """Return the margin of a name or a call, also inside another call; or a literal's value."""
+    """Return the margin of a name or a call, also inside another call; or a literal's value.
+
+    Raises:
+        LookupError: for a name that no margin has.
+    """
     if not isinstance(node, (ast.Call, ast.Name)):
         value: object = ast.literal_eval(node)
         return value
     name = node.func if isinstance(node, ast.Call) else node
     known = {entry.name.lower(): entry.margin for entry in REGISTRY}
     if not isinstance(name, ast.Name) or name.id.lower() not in known:
-        raise _UnknownMargin(ast.unparse(name))
+        raise LookupError(ast.unparse(name))
     make = known[name.id.lower()]
     if isinstance(node, ast.Name):
         return make()
