@@ -335,7 +335,7 @@ def test_a_store_that_another_process_makes_stays(tmp_path):
         if child == 0:
             lock._open_here.clear()  # as in a process of its own
             try:
-                with stored.new_store(folder, {}, 1, 0, tmp_path / "other"):
+                with stored.new_store(folder, {}, 0, tmp_path / "other"):
                     pass
             except checkpoint.CheckpointError as error:
                 os._exit(7 if "must be a new or an empty folder" in str(error) else 1)

@@ -28,9 +28,10 @@ from torch.distributed.tensor import DTensor
 
 from ..parallel.ranks import ALONE
 from ..partial_fc import PartialFC
+from .centers import Rows
 from .directory import Saved, find, write
 from .roots import latest
-from .row_shard import RowShard
+from .row_shard import RowShard, StreamedRows
 from .storage import CheckpointError
 from .stored import STORE, file_of, load_rows, reference_of, reference_to
 from .structure import join, split, to_json
@@ -145,14 +146,15 @@ def _meet(head: PartialFC, call: str) -> None:
 
 
 def save_centers(
-    root: str | os.PathLike[str], tensors: dict[str, RowShard], values: dict[str, Any], **options: int
+    root: str | os.PathLike[str], tensors: dict[str, Rows], values: dict[str, Any], **options: int
 ) -> Path:
     """Save the class centers of a head that this process does not have; see ``convert``.
 
     The options are num_classes, embedding_dim, seed and sub_centers.
     """
     stored: dict[str, Any] = {}
-    head = {_HEAD: split({**tensors, **values}, _HEAD, stored)}
+    shards = {name: StreamedRows(rows) for name, rows in tensors.items()}
+    head = {_HEAD: split({**shards, **values}, _HEAD, stored)}
     return write(Path(root), stored, lambda: _to_json(head), _options(**options), values["step"], ALONE, keep=2)
 
 

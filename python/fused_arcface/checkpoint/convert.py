@@ -17,7 +17,6 @@ from ..base.checks import check_seed
 from ..base.reading import file_errors
 from . import safetensors, stored
 from .centers import Centers, ConvertError, ConvertOptionError, grow, keep_dominant, merge
-from .row_shard import StreamedRows
 from .sources import read
 
 
@@ -46,7 +45,7 @@ def write(centers: Centers, path: str | os.PathLike[str], center_storage: str | 
         ConvertError: if ``path`` has another suffix and is not a folder, or the seed is out of its range.
         CheckpointError: if the checkpoint or ``center_storage`` cannot be written. Nothing of them is left.
     """
-    path = Path(path)
+    path, tensors = Path(path), centers.tensors
     one_file = _is_one_file(path)
     if one_file and center_storage is not None:
         raise ConvertOptionError(f"center_storage is for a folder of checkpoints; the destination is {path}")
@@ -58,17 +57,11 @@ def write(centers: Centers, path: str | os.PathLike[str], center_storage: str | 
     seed = _checked_seed(centers.values.get("seed", 0))
     path.parent.mkdir(parents=True, exist_ok=True)
     if one_file:
-        layout = {name: (rows.dtype, rows.shape) for name, rows in centers.tensors.items()}
-        metadata = {"format": "pt", "fused_arcface": json.dumps(centers.values)}
-        with safetensors.writing(path, layout, metadata) as writer:
-            for name, rows in centers.tensors.items():
-                writer.write(name, rows.pieces())
+        safetensors.write(path, tensors, {"format": "pt", "fused_arcface": json.dumps(centers.values)})
         return path
-    tensors = centers.tensors
-    num_rows, dim = tensors["weight"].shape
     options = {
         "num_classes": centers.num_classes,
-        "embedding_dim": dim,
+        "embedding_dim": tensors["weight"].shape[1],
         "seed": seed,
         "sub_centers": centers.sub_centers,
     }
@@ -77,12 +70,8 @@ def write(centers: Centers, path: str | os.PathLike[str], center_storage: str | 
         **{name: value for name, value in centers.values.items() if name not in ("seed", "sub_centers")},
     }
     if center_storage is None:
-        shards: dict[str, checkpoint.RowShard] = {
-            name: StreamedRows(rows.pieces(), rows.dtype, rows.shape) for name, rows in tensors.items()
-        }
-        return checkpoint.save_centers(path, shards, values, **options)
-    columns = {name: (rows.dtype, rows.shape[1], rows.pieces()) for name, rows in tensors.items()}
-    with stored.new_store(Path(center_storage), columns, num_rows, seed, path) as reference:
+        return checkpoint.save_centers(path, tensors, values, **options)
+    with stored.new_store(Path(center_storage), tensors, seed, path) as reference:
         return checkpoint.save_centers(path, {}, {**values, stored.STORE: reference}, **options)
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,6 @@ from ..base.checks import check_sub_centers
 from ..base.reading import DataError, file_errors
 from ..base.suggest import missing_path
 from ..parallel.sharding import Sharding
-from ..store.folder import layout_of
 from . import other_projects, safetensors, stored
 from .centers import Centers, ConvertError, ConvertOptionError, Rows
 from .other_projects import INSIGHTFACE
@@ -78,38 +78,31 @@ def _read_file(path: Path) -> Centers:
     if path.suffix.lower() == ".safetensors":
         return _read_safetensors(path)
     weight, momentum = other_projects.centers(path)
-    return Centers({"weight": _whole(weight)}, notes=_left_out(path) if momentum else [])
+    return Centers({"weight": Rows.of(weight)}, notes=_left_out(path) if momentum else [])
 
 
 def _read_checkpoint(path: Path, trust: bool) -> Centers:
     saved = checkpoint.find(path, trust=trust)
     head = checkpoint.head_values(saved)
-    tensors = {}
-    for key, each in saved.tensors.items():
-        if key.startswith("head."):
-            tensors[key.removeprefix("head.")] = Rows(
-                each.properties.dtype, tuple(each.size), _checkpoint_pieces(saved, key, each)
-            )
+    tensors = {
+        key.removeprefix("head."): Rows(each.properties.dtype, tuple(each.size), partial(_pieces, saved, key, each))
+        for key, each in saved.tensors.items()
+        if key.startswith("head.")
+    }
     reference = stored.reference_of(saved, head)
     if reference is not None:
-        layout = layout_of(reference.folder())
-        for column in layout.columns.each:
-            pieces = stored.pieces_of(reference, column.name)
-            tensors[column.name] = Rows(column.dtype, (layout.num_rows, column.width), pieces)
+        tensors |= stored.rows_of(reference)
     values = {"seed": saved.head.get("seed", 0), "step": head["step"], "sub_centers": saved.head.get("sub_centers", 1)}
     if "optimizer" in head:
         values["optimizer"] = head["optimizer"]
     return _checked(saved.directory, tensors, values)
 
 
-def _checkpoint_pieces(saved: checkpoint.Saved, key: str, stored: Any) -> Callable[[], Iterator[Tensor]]:
-    def pieces() -> Iterator[Tensor]:
-        for chunk in sorted(stored.chunks, key=lambda chunk: chunk.offsets[0]):
-            rows = torch.empty(chunk.sizes, dtype=stored.properties.dtype)
-            saved.read({key: checkpoint.RowShard(rows, chunk.offsets[0], stored.size[0])})
-            yield rows
-
-    return pieces
+def _pieces(saved: checkpoint.Saved, key: str, stored: Any) -> Iterator[Tensor]:
+    for chunk in sorted(stored.chunks, key=lambda chunk: chunk.offsets[0]):
+        rows = torch.empty(chunk.sizes, dtype=stored.properties.dtype)
+        saved.read({key: checkpoint.RowShard(rows, chunk.offsets[0], stored.size[0])})
+        yield rows
 
 
 def _read_insightface(path: Path, shards: dict[int, Path]) -> Centers:
@@ -134,7 +127,7 @@ def _read_safetensors(path: Path) -> Centers:
     tensors, metadata = safetensors.read(path)
     with file_errors(path):
         values = json.loads(metadata.get("fused_arcface", "{}"))
-    return _checked(path, {name: _whole(tensor) for name, tensor in tensors.items()}, values)
+    return _checked(path, {name: Rows.of(tensor) for name, tensor in tensors.items()}, values)
 
 
 def _checked(path: Path, tensors: dict[str, Rows], values: Any) -> Centers:
@@ -161,7 +154,3 @@ def _checked(path: Path, tensors: dict[str, Rows], values: Any) -> Centers:
     if not isinstance(optimizer, dict) or not all(isinstance(each, plain) for each in optimizer.values()):
         raise ConvertError(f"{path}: optimizer must be an object of numbers and texts")
     return Centers(tensors, values)
-
-
-def _whole(tensor: Tensor) -> Rows:
-    return Rows(tensor.dtype, tuple(tensor.shape), lambda: iter([tensor]))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from ..store import FileCenters, StoreError
 from ..store.columns import Column, Columns
 from ..store.file import FileRows
 from ..store.folder import Snapshot, layout_of
+from .centers import Rows
 from .directory import Saved
 from .roots import complete
 from .row_shard import RowShard, cut_rows
@@ -125,14 +127,12 @@ def load_rows(head: PartialFC, reference: Reference | None, saved: Saved, keys: 
         return
     assert own is not None
     # Reading is a collective: each rank takes as many steps as the largest shard needs.
-    step = max(1, (64 << 20) // own.rows.columns.row_bytes)
-    for start in range(0, max(head.row_counts()), step):
-        size = min(step, max(0, count - start))
-        tensors = own.rows.columns.empty(size)
+    for start, stop in own.rows.columns.pieces(0, max(head.row_counts())):
+        begin = min(start, count)
+        tensors = own.rows.columns.empty(min(stop, count) - begin)
         if zeros:
             for name in tensors.keys() - {"weight"}:
                 tensors[name].zero_()
-        begin = min(start, count)
         shards = {key: RowShard(tensors[key.partition(".")[2]], head.row_start + begin, head.num_rows) for key in keys}
         saved.read(shards, head.ranks)
         with _as_checkpoint_error(), head.ranks.together("checkpoint.load"):
@@ -152,45 +152,43 @@ def _put(head: PartialFC, start: int, tensors: dict[str, Tensor]) -> None:
         tensor[start : start + len(tensors[name])] = tensors[name].to(tensor.device)
 
 
-def pieces_of(reference: Reference, name: str) -> Callable[[], Iterator[Tensor]]:
-    """Return a function that yields one column of a store's state in pieces. The store is open only while it reads."""
+def rows_of(reference: Reference) -> dict[str, Rows]:
+    """Return the columns of a store's state. The store is open only while a piece is read."""
+    layout = layout_of(reference.folder())
 
-    def pieces() -> Iterator[Tensor]:
-        start, last = 0, 1
-        while start < last:
+    def pieces(name: str) -> Iterator[Tensor]:
+        for start, stop in layout.columns.pieces(0, layout.num_rows):
             with _as_checkpoint_error(), Snapshot(reference.folder(), reference.state) as snapshot:
-                last = snapshot.last
-                piece = snapshot.read(start, min(start + snapshot.piece_rows, last))[name]
+                piece = snapshot.read(start, stop)[name]
             yield piece
-            start += len(piece)
 
-    return pieces
+    return {
+        column.name: Rows(column.dtype, (layout.num_rows, column.width), partial(pieces, column.name))
+        for column in layout.columns.each
+    }
 
 
 @contextlib.contextmanager
-def new_store(
-    folder: Path, columns: dict[str, tuple[torch.dtype, int, Iterator[Tensor]]], num_rows: int, seed: int, root: Path
-) -> Iterator[dict[str, Any]]:
+def new_store(folder: Path, tensors: dict[str, Rows], seed: int, root: Path) -> Iterator[dict[str, Any]]:
     """Make a store of all rows in a new or empty folder, and yield its reference; see ``convert``.
 
-    Each column has its dtype, its width, and pieces of any numbers of rows. The head has ``seed``. The block writes the
-    checkpoint, which lies in ``root``. If something fails before that is written, the folder is as it was.
+    The head has ``seed``. The block writes the checkpoint, which lies in ``root``. If something fails before that is
+    written, the folder is as it was.
 
     Raises:
         CheckpointError: if it cannot be written, or something is in the folder.
     """
     if folder.exists() and any(folder.iterdir()):
         raise CheckpointError(f"center_storage must be a new or an empty folder; got {folder}")
-    layout = Columns(tuple(Column(name, dtype, width) for name, (dtype, width, _) in columns.items()))
-    step = max(1, (64 << 20) // layout.row_bytes)
-    sizes = [min(step, num_rows - start) for start in range(0, num_rows, step)]
-    before = complete(root)
+    columns = Columns(tuple(Column(name, each.dtype, each.shape[1]) for name, each in tensors.items()))
+    num_rows, before = tensors["weight"].shape[0], complete(root)
     with _as_checkpoint_error():
-        rows = FileRows(folder, layout, num_rows, 0, num_rows, seed, ALONE)
+        rows = FileRows(folder, columns, num_rows, 0, num_rows, seed, ALONE)
         try:
-            streams = [cut_rows(pieces, sizes, dtype) for dtype, _, pieces in columns.values()]
-            for start, *tensors in zip(range(0, num_rows, step), *streams, strict=True):
-                rows.load(start, dict(zip(columns, tensors, strict=True)))
+            pieces = columns.pieces(0, num_rows)
+            streams = [cut_rows(each, [stop - start for start, stop in pieces]) for each in tensors.values()]
+            for (start, _), *parts in zip(pieces, *streams, strict=True):
+                rows.load(start, dict(zip(tensors, parts, strict=True)))
             reference = reference_to(rows, root)
             yield reference
         except BaseException:

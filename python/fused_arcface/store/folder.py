@@ -36,7 +36,6 @@ _LAYOUT, _STATES, _ANNOUNCED, ROWS = "store.json", "states.json", "announced", "
 
 _MOST_BYTES = 1 << 20
 """Largest size of a file in JSON."""
-_PIECE_BYTES = 64 << 20  # of rows that are read at once
 _Value = TypeVar("_Value", int, str)
 _NAMES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
 
@@ -202,11 +201,6 @@ class Snapshot:
         self._records = Records(folder / ROWS, self.layout.columns, self.layout.num_rows, self.layout.seed)
         self._since = {number: paths for number, paths in journals(folder).items() if number >= state}
 
-    @property
-    def piece_rows(self) -> int:
-        """Number of rows of a piece; the last piece may have fewer."""
-        return max(1, _PIECE_BYTES // self.layout.columns.row_bytes)
-
     def read(self, first: int, last: int) -> Tensors:
         """Return rows ``[first, last)``."""
         rows, out = torch.arange(first, last), self.layout.columns.empty(last - first)
@@ -219,8 +213,8 @@ class Snapshot:
 
     def pieces(self) -> Iterator[tuple[int, Tensors]]:
         """Yield (first row, rows) of all rows in order."""
-        for start in range(self.first, self.last, self.piece_rows):
-            yield start, self.read(start, min(start + self.piece_rows, self.last))
+        for start, stop in self.layout.columns.pieces(self.first, self.last):
+            yield start, self.read(start, stop)
 
     def close(self) -> None:
         self._records.close()
