@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch.distributed.checkpoint.api import CheckpointException
@@ -22,8 +22,6 @@ from . import manifest, storage, version1
 from .manifest import boundary
 from .roots import before, has_checkpoint, latest, publish, settle, unfinished
 from .storage import METADATA, CheckpointError
-
-_Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True)
@@ -75,7 +73,7 @@ class Saved:
         except CheckpointException as error:  # a BaseException of torch's, on all ranks alike
             _raise_interrupt(error)
             problem = _describe(error, f"{self.directory} cannot be read")
-            raise CheckpointError(problem + on_first(ranks, lambda: way_back(self.directory))) from error
+            raise CheckpointError(problem + ranks.on_first(lambda: way_back(self.directory))) from error
 
 
 def write(
@@ -117,7 +115,7 @@ def write(
 
     try:
         with contextlib.ExitStack() as first_rank:
-            texts, partial = on_first(ranks, begin)
+            texts, partial = ranks.on_first(begin)
             writer = storage.Writer(partial, ranks.rank, texts)
             with _quiet():
                 dcp_save(
@@ -131,28 +129,12 @@ def write(
                     no_dist=ranks.world_size == 1,
                 )
             written = {name: record for each in ranks.gather_objects(writer.files) for name, record in each.items()}
-            return on_first(ranks, end)
+            return ranks.on_first(end)
     except CheckpointException as error:
         _raise_interrupt(error)
         raise CheckpointError(_describe(error, f"{root}: the checkpoint of step {step} cannot be written")) from error
     except OSError as error:
         raise CheckpointError(f"{root}: the checkpoint of step {step} cannot be written: {error}") from error
-
-
-def on_first(ranks: Ranks, function: Callable[[], _Result]) -> _Result:
-    """Return on every rank what ``function`` returns on the first, or raise what it raises there; a collective."""
-    outcome: Any = None
-    if ranks.rank == 0:
-        try:
-            outcome = (function(), None)
-        except Exception as error:
-            if ranks.world_size == 1:
-                raise
-            outcome = (None, error)
-    result, failure = ranks.gather_objects(outcome)[0]
-    if failure is not None:
-        raise failure
-    return result
 
 
 def find(path: str | os.PathLike[str], *, ranks: Ranks = ALONE, trust: bool = False) -> Saved:
@@ -180,7 +162,7 @@ def find(path: str | os.PathLike[str], *, ranks: Ranks = ALONE, trust: bool = Fa
             raise CheckpointError(f"{error}{way_back(directory)}") from error
         return directory
 
-    directory = on_first(ranks, choose)
+    directory = ranks.on_first(choose)
     with ranks.together("checkpoint.load"):
         return _open(directory, trust)
 

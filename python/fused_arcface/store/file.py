@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -76,7 +75,7 @@ class FileRows:
             self._records = Records(folder / folders.ROWS, wanted.columns, wanted.num_rows, wanted.seed)
             self._opened.callback(self._records.close)
         self._begin_journal(self._newest() + 1)
-        found = ranks.gather_objects((folders.states(folder), folders.is_announced(folder)))[0]
+        found = ranks.on_first(lambda: (folders.states(folder), folders.is_announced(folder)))
         if found == ([], False):
             self.go_back(min(journals(folder)))
         elif found == ([], True):
@@ -174,12 +173,12 @@ class FileRows:
             self._current.sync()
             self._records.sync()
         self._begin_journal(self._newest() + 1)
-        self._on_first(lambda: folders.announce(self.folder))
+        self._ranks.on_first(lambda: folders.announce(self.folder))
         return self._current.number
 
     def saved(self, state: int, keep: int) -> None:
         """Remember a state that a checkpoint on disk names, and forget all but ``keep`` of them. A collective."""
-        self._on_first(lambda: self._forget(state, keep))
+        self._ranks.on_first(lambda: self._forget(state, keep))
 
     def _forget(self, state: int, keep: int) -> None:
         kept = [*(each for each in folders.states(self.folder) if each != state), state][-max(1, keep) :]
@@ -205,7 +204,7 @@ class FileRows:
             undo(self._records, since, self.first, self.first + self.count)
             self._check_undone(state, since)
             self._records.sync()
-        self._on_first(lambda: self._drop(state, since))
+        self._ranks.on_first(lambda: self._drop(state, since))
         self._begun = True
 
     def _check_undone(self, state: int, since: dict[int, list[Path]]) -> None:
@@ -231,13 +230,6 @@ class FileRows:
         if kept or folders.is_announced(self.folder):
             folders.remember(self.folder, kept if kept[-1:] == [state] else [*kept, state])
             folders.withdraw(self.folder)
-
-    def _on_first(self, function: Callable[[], None]) -> None:
-        """Call a function on the first rank after all ranks have come here; all wait for its end. A collective."""
-        self._ranks.gather_objects(None)
-        with self._ranks.together("center_storage"):
-            if self._ranks.rank == 0:
-                function()
 
     def snapshot_piece(self, first: int, last: int) -> Tensors:
         """Return rows ``[first, last)`` of this shard as they are now."""
