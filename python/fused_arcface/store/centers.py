@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
-from ..parallel.ranks import Ranks
 from .columns import Buffers, Columns, Tensors, gather, scatter
 from .file import FileRows
 from .lanes import StreamLane, ThreadLane, visible
 from .pipeline import Pipeline, SampledRows, StepRows, Traffic
-from .records import StoreError, unavailable
+from .records import StoreError
 
 
 class CenterStore:
@@ -180,23 +178,9 @@ class FileCenters(CenterStore):
 
     in_memory = False
 
-    def __init__(
-        self,
-        folder: Path,
-        held: Tensors,
-        *,
-        device: torch.device,
-        num_rows: int,
-        row_start: int,
-        seed: int,
-        ranks: Ranks,
-    ) -> None:
-        count = held["weight"].shape[0]
-        super().__init__(device, count, row_start)
-        reason = unavailable()
-        if reason is not None:
-            raise RuntimeError(f"center_storage must be 'device' or 'host' here: {reason}")
-        self.rows = FileRows(folder, Columns.of(held), num_rows, row_start, count, seed, ranks)
+    def __init__(self, device: torch.device, rows: FileRows) -> None:
+        super().__init__(device, rows.count, rows.first)
+        self.rows = rows
         self._staging: StreamLane | None = None
 
     def __deepcopy__(self, _: object) -> NoReturn:
