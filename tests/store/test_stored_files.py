@@ -102,7 +102,7 @@ def test_a_damaged_batch_ends_its_journal(tmp_path):
     (path,) = tmp_path.iterdir()
     whole = list(journal.batches(path, columns))
     assert [each.rows.tolist() for each in whole] == [[1], [2]] and whole[1].untouched.tolist() == [5]
-    assert whole[1].former(0, 1)[1]["weight"].tolist() == [[2, 2, 2]]
+    assert whole[1].former()[1]["weight"].tolist() == [[2, 2, 2]]
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)

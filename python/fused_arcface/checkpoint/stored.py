@@ -17,7 +17,7 @@ from ..partial_fc import PartialFC
 from ..store import FileCenters, StoreError
 from ..store.columns import Column, Columns
 from ..store.file import FileRows
-from ..store.folder import Snapshot, layout_of
+from ..store.folder import layout_of, snapshot
 from .centers import Rows
 from .directory import Saved
 from .roots import complete
@@ -63,10 +63,6 @@ class Reference:
         self.identity: str = content["identity"]
         self._folders = [Path(content["folder"]), saved.directory.parent / content["from_root"]]
 
-    def is_of(self, store: FileCenters | None) -> bool:
-        """Return whether it is a state of this store."""
-        return store is not None and store.rows.layout.identity == self.identity
-
     def folder(self) -> Path:
         """Return the folder of the store.
 
@@ -96,6 +92,7 @@ def _as_checkpoint_error() -> Iterator[None]:
         raise CheckpointError(str(error)) from error
 
 
+@_as_checkpoint_error()
 def load_rows(head: PartialFC, reference: Reference | None, saved: Saved, keys: list[str], zeros: bool) -> None:
     """Load class centers from a store, into a store, or both. A collective.
 
@@ -103,39 +100,35 @@ def load_rows(head: PartialFC, reference: Reference | None, saved: Saved, keys: 
     ``keys`` are the names of the tensors that the checkpoint holds for the head. If ``zeros`` is true, the momentum
     becomes zero.
     """
-    own = file_of(head)
-    if reference is not None and reference.is_of(own):
-        assert own is not None
+    own, count, columns = file_of(head), head.weight.shape[0], Columns.of(head._held())
+    if own is not None and reference is not None and own.rows.layout.identity == reference.identity:
         own.drain()
-        with _as_checkpoint_error():
-            own.rows.go_back(reference.state)
+        own.rows.go_back(reference.state)
         return
-    if own is not None:
-        with _as_checkpoint_error(), head.ranks.together("checkpoint.load"):
+    with head.ranks.together("checkpoint.load"):
+        if own is not None:
             own.rows.check_begun()
-    count = head.weight.shape[0]
+        if reference is not None:
+            folder, first = reference.folder(), head.row_start
+            stored = layout_of(folder).columns
+            if stored != columns:
+                rule = f"{columns}; this checkpoint's store has {stored}"
+                raise CheckpointError(f"{saved.directory}: the head must have {rule}")
+            with snapshot(folder, reference.state, first, first + count) as read:
+                for start, stop in columns.pieces(0, count):
+                    _put(head, start, read(first + start, first + stop))
     if reference is not None:
-        with _as_checkpoint_error(), head.ranks.together("checkpoint.load"):
-            first = head.row_start
-            with Snapshot(reference.folder(), reference.state, first, first + count) as snapshot:
-                columns = Columns.of(head._held())
-                if snapshot.layout.columns != columns:
-                    rule = f"{columns}; this checkpoint's store has {snapshot.layout.columns}"
-                    raise CheckpointError(f"{saved.directory}: the head must have {rule}")
-                for start, tensors in snapshot.pieces():
-                    _put(head, start - first, tensors)
         return
-    assert own is not None
     # Reading is a collective: each rank takes as many steps as the largest shard needs.
-    for start, stop in own.rows.columns.pieces(0, max(head.row_counts())):
+    for start, stop in columns.pieces(0, max(head.row_counts())):
         begin = min(start, count)
-        tensors = own.rows.columns.empty(min(stop, count) - begin)
+        tensors = columns.empty(min(stop, count) - begin)
         if zeros:
             for name in tensors.keys() - {"weight"}:
                 tensors[name].zero_()
         shards = {key: RowShard(tensors[key.partition(".")[2]], head.row_start + begin, head.num_rows) for key in keys}
         saved.read(shards, head.ranks)
-        with _as_checkpoint_error(), head.ranks.together("checkpoint.load"):
+        with head.ranks.together("checkpoint.load"):
             _put(head, begin, tensors)
 
 
@@ -158,8 +151,8 @@ def rows_of(reference: Reference) -> dict[str, Rows]:
 
     def pieces(name: str) -> Iterator[Tensor]:
         for start, stop in layout.columns.pieces(0, layout.num_rows):
-            with _as_checkpoint_error(), Snapshot(reference.folder(), reference.state) as snapshot:
-                piece = snapshot.read(start, stop)[name]
+            with _as_checkpoint_error(), snapshot(reference.folder(), reference.state, 0, layout.num_rows) as read:
+                piece = read(start, stop)[name]
             yield piece
 
     return {

@@ -70,7 +70,7 @@ class FileRows:
                 folders.make(folder, wanted)
         with ranks.together("center_storage"):
             self.layout = folders.layout_of(folder)
-            if not self.layout.same_rows(wanted):
+            if self.layout != wanted:
                 raise StoreError(f"{folder} holds {self.layout.describe()}; this head has {wanted.describe()}")
             self._records = Records(folder / folders.ROWS, wanted.columns, wanted.num_rows, wanted.seed)
             self._opened.callback(self._records.close)
@@ -91,8 +91,7 @@ class FileRows:
         since = {number: paths for number, paths in journals(self.folder).items() if number < self._current.number}
         with self._ranks.together("center_storage"):
             for batch in undoing(since, self.columns, self.first, self.first + self.count):
-                rows = batch.untouched[(batch.untouched >= self.first) & (batch.untouched < self.first + self.count)]
-                for some in rows.split(_ROWS_AT_ONCE):
+                for some in batch.untouched.split(_ROWS_AT_ONCE):
                     self.read(some - self.first, self.columns.empty(len(some)), keep=True)
                     self._current.sync()
                     self._records.clear(some)

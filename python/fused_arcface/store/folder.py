@@ -16,8 +16,8 @@ import contextlib
 import json
 import os
 import secrets
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -49,11 +49,8 @@ class Layout:
     """Rows over all shards."""
     seed: int
     """Seed of the initial centers."""
-    identity: str = ""
+    identity: str = field(default="", compare=False)
     """A random text, by which a checkpoint finds its store after the folder has been moved."""
-
-    def same_rows(self, other: Layout) -> bool:
-        return (self.columns, self.num_rows, self.seed) == (other.columns, other.num_rows, other.seed)
 
     def describe(self) -> str:
         """Return the layout for error messages."""
@@ -183,45 +180,31 @@ def check_state(folder: Path, state: int) -> None:
         raise StoreError(f"{folder} has no state {state} to go back to; it has kept {kept}")
 
 
-class Snapshot:
-    """Rows ``[first, last)`` of a store in a state that a checkpoint names, for reading; all rows by default.
+@contextlib.contextmanager
+def snapshot(folder: Path, state: int, first: int, last: int) -> Iterator[Callable[[int, int], Tensors]]:
+    """Open rows ``[first, last)`` of a store in a state that a checkpoint names, for reading.
 
-    The store stays as it is. The rows are locked until :meth:`close`.
+    Yield a function that returns rows ``[start, stop)`` of them. The store stays as it is. The rows are locked during
+    the block.
 
     Raises:
         StoreError: if the rows are in use, or the store has not kept the state.
     """
+    layout = layout_of(folder)
+    check_state(folder, state)
 
-    def __init__(self, folder: Path, state: int, first: int = 0, last: int | None = None) -> None:
-        self.layout = layout_of(folder)
-        check_state(folder, state)
-        self.first, self.last = first, self.layout.num_rows if last is None else last
-        self._folder, self._state = folder, state
-        self._lock = RowLock(folder, self.first, self.last)
-        self._records = Records(folder / ROWS, self.layout.columns, self.layout.num_rows, self.layout.seed)
-        self._since = {number: paths for number, paths in journals(folder).items() if number >= state}
-
-    def read(self, first: int, last: int) -> Tensors:
-        """Return rows ``[first, last)``."""
-        rows, out = torch.arange(first, last), self.layout.columns.empty(last - first)
-        markers = self._records.read(rows, out)
-        overlay(self._since, self.layout.columns, first, markers, out)
-        if len(markers) > 0 and int(markers.max()) >= self._state:
-            raise StoreError(damaged(self._folder, int(markers.max())))
-        self._records.fill_untouched(rows, markers, out)
+    def read(start: int, stop: int) -> Tensors:
+        rows, out = torch.arange(start, stop), layout.columns.empty(stop - start)
+        markers = records.read(rows, out)
+        overlay(since, layout.columns, start, markers, out)
+        if len(markers) > 0 and int(markers.max()) >= state:
+            raise StoreError(damaged(folder, int(markers.max())))
+        records.fill_untouched(rows, markers, out)
         return out
 
-    def pieces(self) -> Iterator[tuple[int, Tensors]]:
-        """Yield (first row, rows) of all rows in order."""
-        for start, stop in self.layout.columns.pieces(self.first, self.last):
-            yield start, self.read(start, stop)
-
-    def close(self) -> None:
-        self._records.close()
-        self._lock.close()
-
-    def __enter__(self) -> Snapshot:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    with (
+        contextlib.closing(RowLock(folder, first, last)),
+        contextlib.closing(Records(folder / ROWS, layout.columns, layout.num_rows, layout.seed)) as records,
+    ):
+        since = {number: paths for number, paths in journals(folder).items() if number >= state}
+        yield read
