@@ -34,7 +34,7 @@ from .roots import latest
 from .row_shard import RowShard, StreamedRows
 from .storage import CheckpointError
 from .stored import STORE, file_of, load_rows, reference_of, reference_to
-from .structure import join, split, to_json
+from .structure import join, split
 
 __all__ = [
     "CheckpointError",
@@ -134,7 +134,7 @@ def save(root: str | os.PathLike[str], head: PartialFC, *, keep: int = 2, **othe
     if store is not None:
         store.drain()
         values[_HEAD][STORE] = reference_to(store.rows, root)
-    path = write(Path(root), tensors, lambda: _to_json(values), _options_of(head), head.step, head.ranks, keep)
+    path = write(Path(root), tensors, values, _options_of(head), head.step, head.ranks, keep)
     if store is not None:
         store.rows.saved(values[_HEAD][STORE]["state"], keep)
     return path
@@ -155,11 +155,7 @@ def save_centers(
     stored: dict[str, Any] = {}
     shards = {name: StreamedRows(rows) for name, rows in tensors.items()}
     head = {_HEAD: split({**shards, **values}, _HEAD, stored)}
-    return write(Path(root), stored, lambda: _to_json(head), _options(**options), values["step"], ALONE, keep=2)
-
-
-def _to_json(values: dict[str, Any]) -> dict[str, Any]:
-    return {name: to_json(value, name) for name, value in values.items()}
+    return write(Path(root), stored, head, _options(**options), values["step"], ALONE, keep=2)
 
 
 def load(path: str | os.PathLike[str], head: PartialFC, *, trust: bool = False, **others: Any) -> dict[str, Any]:

@@ -7,13 +7,14 @@ code. Each 16 MiB of a file have a CRC-32, which is compared with the bytes when
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import zlib
 from abc import abstractmethod
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -45,12 +46,12 @@ class CheckpointError(RuntimeError):
     """
 
 
-@dataclass(frozen=True)
+@dataclass
 class FileRecord:
     """Size and checksums of one file of a checkpoint."""
 
-    size: int
-    crc32: list[int]
+    size: int = 0
+    crc32: list[int] = field(default_factory=list)
     """One for each block, of :data:`BLOCK` bytes when it is written."""
 
 
@@ -67,29 +68,15 @@ class Part:
     sizes: tuple[int, ...]
 
 
-class _SummedFile:
-    """A new file with a checksum of each block. When it is closed, it is on disk."""
-
-    def __init__(self, path: Path) -> None:
-        self._file: BinaryIO = path.open("xb")
-        self.size, self.crc32 = 0, list[int]()
-
-    def write(self, data: memoryview) -> None:
-        while data:
-            if self.size % BLOCK == 0:
-                self.crc32.append(0)
-            part, data = data[: BLOCK - self.size % BLOCK], data[BLOCK - self.size % BLOCK :]
-            self._file.write(part)
-            self.crc32[-1] = zlib.crc32(part, self.crc32[-1])
-            self.size += len(part)
-
-    def close(self) -> FileRecord:
-        try:
-            self._file.flush()
-            os.fsync(self._file.fileno())
-        finally:
-            self._file.close()
-        return FileRecord(self.size, self.crc32)
+def _append(file: BinaryIO, data: memoryview, record: FileRecord) -> None:
+    """Write data at the end of a file, and bring the file's record up to date."""
+    while data:
+        if record.size % BLOCK == 0:
+            record.crc32.append(0)
+        part, data = data[: BLOCK - record.size % BLOCK], data[BLOCK - record.size % BLOCK :]
+        file.write(part)
+        record.crc32[-1] = zlib.crc32(part, record.crc32[-1])
+        record.size += len(part)
 
 
 class _AsPlanned:
@@ -123,19 +110,25 @@ class Writer(_AsPlanned, StorageWriter):
     def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
         pass
 
+    @contextlib.contextmanager
+    def _new_file(self, name: str) -> Iterator[tuple[BinaryIO, FileRecord]]:
+        """Open a new file, empty as its record. At the end of the block it is on disk."""
+        record = self.files[name] = FileRecord()
+        with (self._directory / name).open("xb") as file:
+            yield file, record
+            file.flush()
+            os.fsync(file.fileno())
+
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         results: list[WriteResult] = []
         if plan.items:
             name = f"__{self._rank}_0.distcp"
-            file = _SummedFile(self._directory / name)
-            try:
+            with self._new_file(name) as (file, record):
                 for item in plan.items:
                     data = bytes_of(planner.resolve_data(item))
-                    file.write(memoryview(bytes(-file.size % ALIGNMENT)))
-                    results.append(WriteResult(item.index, len(data), (name, file.size)))
-                    file.write(data)
-            finally:
-                self.files[name] = file.close()
+                    _append(file, memoryview(bytes(-record.size % ALIGNMENT)), record)
+                    results.append(WriteResult(item.index, len(data), (name, record.size)))
+                    _append(file, data, record)
         done: Future[list[WriteResult]] = Future()
         done.set_result(results)
         return done
@@ -152,11 +145,8 @@ class Writer(_AsPlanned, StorageWriter):
             dtype = str(tensor.properties.dtype).removeprefix("torch.")
             tensors[key] = {"dtype": dtype, "size": list(tensor.size), "parts": parts}
         text = json.dumps({"tensors": tensors, "values": self._values}, allow_nan=False)
-        file = _SummedFile(self._directory / METADATA)
-        try:
-            file.write(memoryview(text.encode("ascii")))
-        finally:
-            self.files[METADATA] = file.close()
+        with self._new_file(METADATA) as (opened, record):
+            _append(opened, memoryview(text.encode("ascii")), record)
 
 
 def bytes_of(tensor: Any) -> memoryview:
@@ -291,7 +281,7 @@ def _to_metadata(tensors: dict[str, Any], files: dict[str, FileRecord]) -> Metad
             (start,) = numbers([part["start"]])
             places[MetadataIndex(key, torch.Size(offsets))] = Part(part["file"], start, length, dtype, sizes)
         found[key] = TensorStorageMetadata(TensorProperties(dtype=dtype), torch.Size(numbers(tensor["size"])), chunks)
-    check_places(list(places.values()), {name: record.size for name, record in files.items()})
+    check_places(list(places.values()), files)
     check_tensors(found, len(places))
     return Metadata(found, storage_data=places)
 
@@ -307,7 +297,7 @@ def numbers(values: Any) -> tuple[int, ...]:
     return tuple(values)
 
 
-def check_places(parts: list[Part], sizes: dict[str, int]) -> None:
+def check_places(parts: list[Part], files: dict[str, FileRecord]) -> None:
     """Check that parts lie in their files and do not overlap, so that they have no more bytes than the files.
 
     Raises:
@@ -315,9 +305,10 @@ def check_places(parts: list[Part], sizes: dict[str, int]) -> None:
     """
     ends: dict[str, int] = {}
     for part in sorted(parts, key=lambda each: (each.file, each.start, each.length)):
-        if part.file not in sizes or part.start < ends.get(part.file, 0) or part.start + part.length > sizes[part.file]:
-            raise ValueError(f"nothing can lie in bytes {part.start} to {part.start + part.length} of {part.file}")
-        ends[part.file] = part.start + part.length
+        end = part.start + part.length
+        if part.file not in files or part.start < ends.get(part.file, 0) or end > files[part.file].size:
+            raise ValueError(f"nothing can lie in bytes {part.start} to {end} of {part.file}")
+        ends[part.file] = end
 
 
 def check_tensors(tensors: dict[str, TensorStorageMetadata], parts: int) -> None:

@@ -37,6 +37,7 @@ from .storage import (
     BLOCK,
     METADATA,
     CheckpointError,
+    FileRecord,
     Part,
     TensorReader,
     bytes_of,
@@ -196,14 +197,14 @@ class Reader(TensorReader):
 
     Args:
         directory: directory of the checkpoint.
-        files: the sizes of its files, as they are on disk.
+        files: its files, with their sizes on disk.
 
     Raises:
         NeedsTrust: if ``.metadata`` names something that no checkpoint needs.
         CheckpointError, ValueError, TypeError, KeyError and others: if it is damaged or does not fit the files.
     """
 
-    def __init__(self, directory: Path, files: dict[str, int]) -> None:
+    def __init__(self, directory: Path, files: dict[str, FileRecord]) -> None:
         self._directory = directory
         saved = _state(_unpickle((directory / METADATA).read_bytes(), METADATA), "Metadata")
         places = {}
