@@ -13,7 +13,7 @@ import math
 import os
 import zlib
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -231,7 +231,7 @@ class Reader(TensorReader):
         count = len(files[METADATA].crc32)
         text = b"".join(self._block(METADATA, number) for number in range(count))
         stored = json.loads(text)
-        self.metadata = _to_metadata(stored["tensors"], files)
+        self.metadata = to_metadata(stored["tensors"], files)
         self._values: dict[str, Any] = stored["values"]
         self.names = set(self._values)
 
@@ -268,8 +268,11 @@ class Reader(TensorReader):
         return self._held[2]
 
 
-def _to_metadata(tensors: dict[str, Any], files: dict[str, FileRecord]) -> Metadata:
-    """Check the table of tensors, and return it in torch.distributed.checkpoint's form."""
+def to_metadata(tensors: dict[str, Any], files: dict[str, FileRecord], values: Iterable[Part] = ()) -> Metadata:
+    """Check the table of tensors, and return it in torch.distributed.checkpoint's form.
+
+    A part has a ``length`` if it is longer than the numbers in it. ``values`` are the places of other things.
+    """
     found: dict[str, Any] = {}
     places: dict[MetadataIndex, Part] = {}
     for key, tensor in tensors.items():
@@ -277,12 +280,14 @@ def _to_metadata(tensors: dict[str, Any], files: dict[str, FileRecord]) -> Metad
         for part in tensor["parts"]:
             offsets, sizes = numbers(part["offsets"]), numbers(part["sizes"])
             chunks.append(ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes)))
-            length = math.prod(sizes) * dtype.itemsize
-            (start,) = numbers([part["start"]])
+            size = math.prod(sizes) * dtype.itemsize
+            start, length = numbers([part["start"], part.get("length", size)])
+            if size > length:
+                raise ValueError(f"{key} does not fit into {length} bytes")
             places[MetadataIndex(key, torch.Size(offsets))] = Part(part["file"], start, length, dtype, sizes)
         found[key] = TensorStorageMetadata(TensorProperties(dtype=dtype), torch.Size(numbers(tensor["size"])), chunks)
-    check_places(list(places.values()), files)
-    check_tensors(found, len(places))
+    _check_places([*places.values(), *values], files)
+    _check_tensors(found, len(places))
     return Metadata(found, storage_data=places)
 
 
@@ -297,7 +302,7 @@ def numbers(values: Any) -> tuple[int, ...]:
     return tuple(values)
 
 
-def check_places(parts: list[Part], files: dict[str, FileRecord]) -> None:
+def _check_places(parts: list[Part], files: dict[str, FileRecord]) -> None:
     """Check that parts lie in their files and do not overlap, so that they have no more bytes than the files.
 
     Raises:
@@ -311,7 +316,7 @@ def check_places(parts: list[Part], files: dict[str, FileRecord]) -> None:
         ends[part.file] = end
 
 
-def check_tensors(tensors: dict[str, TensorStorageMetadata], parts: int) -> None:
+def _check_tensors(tensors: dict[str, TensorStorageMetadata], parts: int) -> None:
     """Check that the ``parts`` stored parts make up the tensors.
 
     Raises:

@@ -10,7 +10,6 @@ objects need :class:`TrustedReader`.
 from __future__ import annotations
 
 import io
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,30 +19,14 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.metadata import (
-    ChunkStorageMetadata,
-    Metadata,
-    MetadataIndex,
-    TensorProperties,
-    TensorStorageMetadata,
-)
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
 from ..base import pickles, torch_files
 from ..base.pickles import Admitted, Damaged, Name, Refused
-from .storage import (
-    METADATA,
-    CheckpointError,
-    FileRecord,
-    Part,
-    TensorReader,
-    bytes_of,
-    check_places,
-    check_tensors,
-    numbers,
-)
-from .structure import DTYPES, _Stored
+from .storage import METADATA, CheckpointError, FileRecord, Part, TensorReader, bytes_of, numbers, to_metadata
+from .structure import _Stored
 
 _MOST_VALUES = 1_000_000  # in one value, and one more for each byte: references can repeat a value without end
 
@@ -143,29 +126,20 @@ class Reader(TensorReader):
             offset = None if key.get("offset") is None else _size(key["offset"])
             places[(_text(key["fqn"]), offset)] = (str(info["relative_path"]), start, length)
         tensors: dict[str, Any] = {}
-        parts: dict[MetadataIndex, Part] = {}
         self._values: dict[str, Part] = {}
         for key, stored in saved["state_dict_metadata"].items():
             if stored.name.name == "BytesStorageMetadata":
                 self._values[key] = Part(*places[(key, None)], torch.uint8, ())
                 continue
-            table = _state(stored, "TensorStorageMetadata")
-            dtype = DTYPES[_state(table["properties"], "TensorProperties")[0].name]
-            chunks = []
+            table, parts = _state(stored, "TensorStorageMetadata"), []
             for chunk in table["chunks"]:
                 state = _state(chunk, "ChunkStorageMetadata")
                 offsets, sizes = _size(state["offsets"]), _size(state["sizes"])
                 file, start, length = places[(key, offsets)]
-                if math.prod(sizes) * dtype.itemsize > length:
-                    raise ValueError(f"{key} does not fit into {length} bytes")
-                chunks.append(ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes)))
-                parts[MetadataIndex(key, torch.Size(offsets))] = Part(file, start, length, dtype, sizes)
-            tensors[key] = TensorStorageMetadata(
-                TensorProperties(dtype=dtype), torch.Size(_size(table["size"])), chunks
-            )
-        check_places([*parts.values(), *self._values.values()], files)
-        check_tensors(tensors, len(parts))
-        self.metadata, self.names = Metadata(tensors, storage_data=parts), set(self._values)
+                parts.append({"offsets": offsets, "sizes": sizes, "file": file, "start": start, "length": length})
+            dtype = _state(table["properties"], "TensorProperties")[0].name
+            tensors[key] = {"dtype": dtype, "size": _size(table["size"]), "parts": parts}
+        self.metadata, self.names = to_metadata(tensors, files, self._values.values()), set(self._values)
 
     def value(self, name: str) -> Any:
         place = self._values[name]
