@@ -126,9 +126,6 @@ class HostCenters(CenterStore):
 
     in_memory = True
 
-    def __deepcopy__(self, _: object) -> HostCenters:
-        return HostCenters(self.device, self._num_rows, self._row_start)
-
     def __reduce__(self) -> tuple[Any, ...]:
         return HostCenters, (self.device, self._num_rows, self._row_start)
 
@@ -183,11 +180,8 @@ class FileCenters(CenterStore):
         self.rows = rows
         self._staging: StreamLane | None = None
 
-    def __deepcopy__(self, _: object) -> NoReturn:
-        raise StoreError(f"a head whose class centers are in a file cannot be copied: {self.rows.folder} has one owner")
-
     def __reduce__(self) -> NoReturn:
-        self.__deepcopy__(None)
+        raise StoreError(f"a head whose class centers are in a file cannot be copied: {self.rows.folder} has one owner")
 
     def place(self, target_class: Tensor) -> Tensor:
         return target_class.cpu()
@@ -225,7 +219,9 @@ class FileCenters(CenterStore):
     def piece(self, start: int, stop: int) -> Tensors:
         """Return rows ``[start, stop)`` of the shard as they are now, on the CPU."""
         self.drain()
-        return self.rows.snapshot_piece(start, stop)
+        tensors = self.rows.columns.empty(stop - start)
+        self.rows.read(torch.arange(start, stop), tensors, keep=False)
+        return tensors
 
     def replace(self, rows: Tensor, weight: Tensor) -> None:
         """Replace class centers (K,) int64 of the shard, ascending, by (K, D); their momentum stays."""

@@ -230,12 +230,6 @@ class FileRows:
             folders.remember(self.folder, kept if kept[-1:] == [state] else [*kept, state])
             folders.withdraw(self.folder)
 
-    def snapshot_piece(self, first: int, last: int) -> Tensors:
-        """Return rows ``[first, last)`` of this shard as they are now."""
-        out = self.columns.empty(last - first)
-        self.read(torch.arange(first, last), out, keep=False)
-        return out
-
     def close(self) -> None:
         """Close the files and release the lock. Opening the store again undoes the changes after the last save."""
         if self._journal is not None:
