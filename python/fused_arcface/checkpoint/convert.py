@@ -42,7 +42,7 @@ def write(centers: Centers, path: str | os.PathLike[str], center_storage: str | 
         The file or the checkpoint's directory.
 
     Raises:
-        ConvertError: if ``path`` has another suffix and is not a folder, or the seed is out of its range.
+        ConvertError: if ``path`` has another suffix and is not a folder.
         CheckpointError: if the checkpoint or ``center_storage`` cannot be written. Nothing of them is left.
     """
     path, tensors = Path(path), centers.tensors
@@ -54,7 +54,6 @@ def write(centers: Centers, path: str | os.PathLike[str], center_storage: str | 
             "center_storage needs a source with the state of a CenterSGD, whose momentum has its place in the file: "
             "write a checkpoint without center_storage, and load it into a head that has one"
         )
-    seed = _checked_seed(centers.values.get("seed", 0))
     path.parent.mkdir(parents=True, exist_ok=True)
     if one_file:
         safetensors.write(path, tensors, {"format": "pt", "fused_arcface": json.dumps(centers.values)})
@@ -62,7 +61,7 @@ def write(centers: Centers, path: str | os.PathLike[str], center_storage: str | 
     options = {
         "num_classes": centers.num_classes,
         "embedding_dim": tensors["weight"].shape[1],
-        "seed": seed,
+        "seed": centers.values.get("seed", 0),
         "sub_centers": centers.sub_centers,
     }
     values = {
@@ -71,7 +70,7 @@ def write(centers: Centers, path: str | os.PathLike[str], center_storage: str | 
     }
     if center_storage is None:
         return checkpoint.save_centers(path, tensors, values, **options)
-    with stored.new_store(Path(center_storage), tensors, seed, path) as reference:
+    with stored.new_store(Path(center_storage), tensors, options["seed"], path) as reference:
         return checkpoint.save_centers(path, {}, {**values, stored.STORE: reference}, **options)
 
 
@@ -88,13 +87,6 @@ def _is_one_file(path: Path) -> bool:
     if (path / "config.toml").exists():
         raise ConvertOptionError(f"the destination must be a folder of checkpoints; {path} is a training run")
     return False
-
-
-def _checked_seed(seed: object) -> int:
-    try:
-        return check_seed(seed)
-    except (TypeError, ValueError) as error:
-        raise ConvertOptionError(str(error)) from None
 
 
 def convert(
@@ -134,12 +126,12 @@ def convert(
     100
     """
     _is_one_file(Path(destination))
-    if seed is not None:
-        _checked_seed(seed)
+    try:
+        own_seed = {} if seed is None else {"seed": check_seed(seed)}
+    except (TypeError, ValueError) as error:
+        raise ConvertOptionError(str(error)) from None
     centers = merge([read(source, sub_centers, trust=trust) for source in sources])
-    if seed is not None or "seed" not in centers.values:
-        centers.values["seed"] = seed or 0
-    centers.values["seed"] = _checked_seed(centers.values["seed"])
+    centers.values = {"seed": 0, **centers.values, **own_seed}
     if noted is not None:
         for note in centers.notes:
             noted(note)

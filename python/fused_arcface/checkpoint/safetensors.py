@@ -33,11 +33,15 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str
         DataError: if the file is of another kind or truncated, or its tensors overlap or leave gaps.
     """
     check_regular(path)
-    with file_errors(path), _foreign(path), _utf8_name(path) as name, safe_open(name, framework="pt") as file:
-        names = file.keys()
-        if len(names) > _MOST_TENSORS:
-            raise DataError(f"{path} must have <= {_MOST_TENSORS} tensors; it has {len(names)}")
-        return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
+    with file_errors(path), _utf8_name(path) as name:
+        try:
+            with safe_open(name, framework="pt") as file:
+                names = file.keys()
+                if len(names) > _MOST_TENSORS:
+                    raise DataError(f"{path} must have <= {_MOST_TENSORS} tensors; it has {len(names)}")
+                return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
+        except SafetensorError as error:
+            raise DataError(f"{path} is not a safetensors file, or it is truncated: {said(error)}") from None
 
 
 @contextlib.contextmanager
@@ -49,14 +53,6 @@ def _utf8_name(path: str | os.PathLike[str]) -> Iterator[str]:
     else:
         with open(path, "rb") as file:
             yield f"/dev/fd/{file.fileno()}"
-
-
-@contextlib.contextmanager
-def _foreign(path: str | os.PathLike[str]) -> Iterator[None]:
-    try:
-        yield
-    except SafetensorError as error:
-        raise DataError(f"{path} is not a safetensors file, or it is truncated: {said(error)}") from None
 
 
 def write(path: str | os.PathLike[str], tensors: Mapping[str, Rows], metadata: dict[str, str] | None = None) -> None:
