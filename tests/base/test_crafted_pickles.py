@@ -18,7 +18,7 @@ from support import fuzzing
 
 from fused_arcface.app.data import DataError
 from fused_arcface.app.data.formats.pickled_pairs import read_pickled_pairs
-from fused_arcface.base import torch_files
+from fused_arcface.base import pickles, torch_files
 from fused_arcface.checkpoint import version1
 
 DEEP = b")" + b"\x85" * 200_000  # a tuple within a tuple, and so on
@@ -43,9 +43,10 @@ def archive(content: bytes) -> bytes:
 
 def test_deep_keys_end_no_process(tmp_path):
     def unpickle(path: Path) -> None:
-        version1._unpickle(path.read_bytes(), path.name)
+        with path.open("rb") as file:
+            pickles.read_pickle(file, path.stat().st_size, version1.ADMITTED)
 
-    errors, seconds = (version1.NeedsTrust, torch_files.DataError), fuzzing.CRAFTED_SECONDS
+    errors, seconds = (pickles.Refused, pickles.Damaged), fuzzing.CRAFTED_SECONDS
     of_format_1 = fuzzing.Format("format 1", lambda root: root, unpickle, errors, seconds=seconds)
     named = [CASES[name] for name in ("key", "set", "frozenset")]
     assert fuzzing.failures(of_format_1, tmp_path / "a", named) == []

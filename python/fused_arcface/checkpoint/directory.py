@@ -32,7 +32,7 @@ class Saved:
     directory: Path
     head: dict[str, Any]
     """Options of the head."""
-    reader: storage.TensorReader | version1.TrustedReader
+    reader: storage.TensorReader
 
     @property
     def tensors(self) -> dict[str, Any]:
@@ -52,7 +52,7 @@ class Saved:
         """
         if name not in self.names:
             raise CheckpointError(f"{self.directory} has no {name}")
-        with boundary(self.directory, name), _quiet():
+        with boundary(self.directory, name):
             return self.reader.value(name)
 
     def read(self, tensors: dict[str, Any], ranks: Ranks = ALONE) -> None:
@@ -154,8 +154,6 @@ def find(path: str | os.PathLike[str], *, ranks: Ranks = ALONE, trust: bool = Fa
             raise FileNotFoundError(f"no checkpoint in {path}")
         try:
             _open(directory, trust)
-        except version1.NeedsTrust:
-            raise
         except CheckpointError as error:
             raise CheckpointError(f"{error}{way_back(directory)}") from error
         return directory
@@ -178,12 +176,9 @@ def _open(directory: Path, trust: bool) -> Saved:
             got = "missing" if actual is None else f"{actual} bytes long"
             raise CheckpointError(f"{directory} is truncated: {name} must have {size} bytes; it is {got}")
     with boundary(directory, METADATA):
-        reader: storage.TensorReader | version1.TrustedReader
-        if listed.version > 1:
-            reader = storage.Reader(directory, listed.files, listed.block)
-        else:
-            reader = version1.TrustedReader(directory) if trust else version1.Reader(directory, listed.files)
-        return Saved(directory, listed.head, reader)
+        if listed.version == 1:
+            return Saved(directory, listed.head, version1.Reader(directory, listed.files, trust))
+        return Saved(directory, listed.head, storage.Reader(directory, listed.files, listed.block))
 
 
 def way_back(directory: Path) -> str:
@@ -207,7 +202,9 @@ def _planned(problem: str) -> Iterator[None]:
         CheckpointError: for any other error, which has ``problem`` in front if it is not one itself.
     """
     try:
-        with _quiet():
+        with warnings.catch_warnings():  # that it works in one process, and under an old name
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+            warnings.filterwarnings("ignore", category=FutureWarning)
             yield
     except CheckpointException as error:
         if any(isinstance(cause, KeyboardInterrupt) for cause, _ in error.failures.values()):
@@ -216,12 +213,3 @@ def _planned(problem: str) -> Iterator[None]:
         if isinstance(cause, CheckpointError):
             raise CheckpointError(str(cause)) from error
         raise CheckpointError(f"{problem}: {cause}" + (f" (on rank {rank})" if rank else "")) from error
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Suppress torch's notes that it works in one process, and under an old name."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
-        warnings.filterwarnings("ignore", category=FutureWarning)
-        yield

@@ -3,8 +3,8 @@
 ``.metadata`` is a pickle. A pickle is a program: it names functions, and its reader calls them.
 :mod:`fused_arcface.base.pickles` calls nothing: a name stays a name, and a call becomes a record of its name and
 arguments. Each value and each part of a tensor is a zip archive as ``torch.save`` writes it. After the checks of
-:mod:`fused_arcface.base.torch_files` torch's own reader of weights takes tensors and plain values from it. Other
-objects need :class:`TrustedReader`.
+:mod:`fused_arcface.base.torch_files` torch's own reader of weights takes tensors and plain values from it. Values with
+other objects need trust.
 """
 
 from __future__ import annotations
@@ -17,14 +17,10 @@ from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
-from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
 from ..base import pickles, torch_files
-from ..base.pickles import Admitted, Damaged, Name, Refused
+from ..base.pickles import Admitted, Damaged, Name
 from .storage import METADATA, CheckpointError, FileRecord, Part, TensorReader, bytes_of, numbers, to_metadata
 from .structure import _Stored
 
@@ -32,7 +28,7 @@ _MOST_VALUES = 1_000_000  # in one value, and one more for each byte: references
 
 
 class NeedsTrust(CheckpointError):
-    """A checkpoint holds an object that only running its code can bring back."""
+    """A checkpoint holds a value that only running its code can bring back."""
 
 
 @dataclass(eq=False)
@@ -56,7 +52,7 @@ def _build(made: Any, state: Any) -> None:
     made.state = state
 
 
-_ADMITTED = Admitted(
+ADMITTED = Admitted(
     kind="checkpoint",
     instructions=pickles.VALUES | pickles.OBJECTS,
     name=lambda name: name,
@@ -68,13 +64,6 @@ _ADMITTED = Admitted(
     most_int_bytes=255,
     room=4 << 30,
 )
-
-
-def _unpickle(data: bytes, what: str) -> Any:
-    try:
-        return pickles.read_pickle(io.BytesIO(data), len(data), _ADMITTED)
-    except Refused as refused:
-        raise NeedsTrust(f"{what} needs code to be read: {refused}") from None
 
 
 class _Window(io.RawIOBase):
@@ -105,20 +94,21 @@ class _Window(io.RawIOBase):
 
 
 class Reader(TensorReader):
-    """Read a checkpoint of format 1 without running code.
+    """Read a checkpoint of format 1.
 
     Args:
         directory: directory of the checkpoint.
         files: its files, with their sizes on disk.
+        trust: run the code that its values may hold.
 
     Raises:
-        NeedsTrust: if ``.metadata`` names something that no checkpoint needs.
-        CheckpointError, ValueError, TypeError, KeyError and others: if it is damaged or does not fit the files.
+        ValueError, TypeError, KeyError and others: if ``.metadata`` is damaged or does not fit the files.
     """
 
-    def __init__(self, directory: Path, files: dict[str, FileRecord]) -> None:
-        self._directory = directory
-        saved = _state(_unpickle((directory / METADATA).read_bytes(), METADATA), "Metadata")
+    def __init__(self, directory: Path, files: dict[str, FileRecord], trust: bool) -> None:
+        self._directory, self._trust = directory, trust
+        table = (directory / METADATA).read_bytes()
+        saved = _state(pickles.read_pickle(io.BytesIO(table), len(table), ADMITTED), "Metadata")
         places = {}
         for index, info in saved["storage_data"].items():
             key, info = _state(index, "MetadataIndex"), _state(info, "_StorageInfo")
@@ -143,7 +133,7 @@ class Reader(TensorReader):
 
     def value(self, name: str) -> Any:
         place = self._values[name]
-        value = self._load(name, place)
+        value = self._load(name, place, self._trust)
         most = _MOST_VALUES + place.length
         count, waiting = 1, [value]
         while waiting:
@@ -170,47 +160,24 @@ class Reader(TensorReader):
         torch_files.check_stored(part.file, "a tensor", tensor)
         yield bytes_of(tensor)[begin:end]
 
-    def _load(self, name: str, place: Part) -> Any:
+    def _load(self, name: str, place: Part, trust: bool = False) -> Any:
         """Return what ``torch.save`` has written into a part of a file; errors call it ``name``."""
         with (self._directory / place.file).open("rb") as file, safe_globals([_Stored, frozenset]):
             window: Any = io.BufferedReader(_Window(file, place.start, place.length))
-            torch_files.check_archive(name, window, place.length)
             torch_files.check_sums(name, window)
+            if not trust:
+                torch_files.check_archive(name, window, place.length)
+                window.seek(0)
+                objects = sorted(get_unsafe_globals_in_checkpoint(window))
+                if objects:
+                    raise NeedsTrust(f"{name} holds {', '.join(objects)}, which only running its code can bring back")
             window.seek(0)
-            objects = sorted(get_unsafe_globals_in_checkpoint(window))
-            if objects:
-                raise NeedsTrust(f"{name} holds {', '.join(objects)}, which only running its code can bring back")
-            window.seek(0)
-            return torch.load(window, map_location="cpu", weights_only=True)
-
-
-class TrustedReader(FileSystemReader):
-    """Read a checkpoint of format 1 as torch.distributed.checkpoint does: this runs the pickles."""
-
-    def __init__(self, directory: Path) -> None:
-        super().__init__(directory)
-        self.metadata = self.read_metadata()
-        tables = self.metadata.state_dict_metadata
-        self.names = {key for key, value in tables.items() if not isinstance(value, TensorStorageMetadata)}
-
-    def value(self, name: str) -> Any:
-        state: dict[str, Any] = {name: None}
-        dcp_load(
-            state,
-            storage_reader=self,
-            planner=DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
-            no_dist=True,
-        )
-        return state[name]
-
-    def check(self) -> None:
-        for name in self.names:
-            self.value(name)
+            return torch.load(window, map_location="cpu", weights_only=not trust)
 
 
 def _state(made: Any, name: str) -> Any:
     if not isinstance(made, _Made) or made.name.name != name:
-        raise NeedsTrust(f"{METADATA} has something else in the place of {name}")
+        raise ValueError(f"it has something else in the place of {name}")
     return made.state
 
 
@@ -222,5 +189,5 @@ def _text(value: Any) -> str:
 
 def _size(made: Any) -> tuple[int, ...]:
     if not isinstance(made, _Made) or made.name != Name("torch", "Size"):
-        raise NeedsTrust(f"{METADATA} has something else in the place of a size")
+        raise ValueError("it has something else in the place of a size")
     return numbers(made.arguments[0])
