@@ -286,8 +286,8 @@ def to_metadata(tensors: dict[str, Any], files: dict[str, FileRecord], values: I
                 raise ValueError(f"{key} does not fit into {length} bytes")
             places[MetadataIndex(key, torch.Size(offsets))] = Part(part["file"], start, length, dtype, sizes)
         found[key] = TensorStorageMetadata(TensorProperties(dtype=dtype), torch.Size(numbers(tensor["size"])), chunks)
+        _check_chunks(key, found[key])
     _check_places([*places.values(), *values], files)
-    _check_tensors(found, len(places))
     return Metadata(found, storage_data=places)
 
 
@@ -316,25 +316,20 @@ def _check_places(parts: list[Part], files: dict[str, FileRecord]) -> None:
         ends[part.file] = end
 
 
-def _check_tensors(tensors: dict[str, TensorStorageMetadata], parts: int) -> None:
-    """Check that the ``parts`` stored parts make up the tensors.
+def _check_chunks(key: str, tensor: TensorStorageMetadata) -> None:
+    """Check that the parts of a tensor make it up.
 
     Raises:
         ValueError: if they do not.
     """
-    count = sum(len(tensor.chunks) for tensor in tensors.values())
-    if count != parts:
-        raise ValueError(f"{count} parts of tensors are declared; {parts} are stored")
-    for key, tensor in tensors.items():
-        for chunk in tensor.chunks:
-            inside = len(chunk.offsets) == len(chunk.sizes) == len(tensor.size)
-            if not inside or any(
-                offset + size > whole
-                for offset, size, whole in zip(chunk.offsets, chunk.sizes, tensor.size, strict=True)
-            ):
-                raise ValueError(f"a part of {key} lies outside of its size {tuple(tensor.size)}")
-        if not _make_up(tensor):
-            raise ValueError(f"the parts of {key} do not make up its size {tuple(tensor.size)}")
+    for chunk in tensor.chunks:
+        inside = len(chunk.offsets) == len(chunk.sizes) == len(tensor.size)
+        if not inside or any(
+            offset + size > whole for offset, size, whole in zip(chunk.offsets, chunk.sizes, tensor.size, strict=True)
+        ):
+            raise ValueError(f"a part of {key} lies outside of its size {tuple(tensor.size)}")
+    if not _make_up(tensor):
+        raise ValueError(f"the parts of {key} do not make up its size {tuple(tensor.size)}")
 
 
 def _make_up(tensor: TensorStorageMetadata) -> bool:
