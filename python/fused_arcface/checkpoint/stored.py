@@ -175,8 +175,10 @@ def new_store(folder: Path, tensors: dict[str, Rows], seed: int, root: Path) -> 
         raise CheckpointError(f"center_storage must be a new or an empty folder; got {folder}")
     columns = Columns(tuple(Column(name, each.dtype, each.shape[1]) for name, each in tensors.items()))
     num_rows, before = tensors["weight"].shape[0], complete(root)
-    with _as_checkpoint_error():
-        rows = FileRows(folder, columns, num_rows, 0, num_rows, seed, ALONE)
+    with (
+        _as_checkpoint_error(),
+        contextlib.closing(FileRows(folder, columns, num_rows, 0, num_rows, seed, ALONE)) as rows,
+    ):
         try:
             pieces = columns.pieces(0, num_rows)
             streams = [cut_rows(each, [stop - start for start, stop in pieces]) for each in tensors.values()]
@@ -188,7 +190,4 @@ def new_store(folder: Path, tensors: dict[str, Rows], seed: int, root: Path) -> 
             if complete(root) == before:  # else a checkpoint may name the store: its last sync has failed
                 rows.discard()
             raise
-        else:
-            rows.saved(reference["state"], keep=1)
-        finally:
-            rows.close()
+        rows.saved(reference["state"], keep=1)

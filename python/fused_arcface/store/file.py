@@ -182,7 +182,6 @@ class FileRows:
     def _forget(self, state: int, keep: int) -> None:
         kept = [*(each for each in folders.states(self.folder) if each != state), state][-max(1, keep) :]
         folders.remember(self.folder, kept)
-        folders.withdraw(self.folder)
         for number, paths in journals(self.folder).items():
             if number < kept[0]:
                 for path in paths:
@@ -228,7 +227,6 @@ class FileRows:
         kept = [each for each in folders.states(self.folder) if each <= state]
         if kept or folders.is_announced(self.folder):
             folders.remember(self.folder, kept if kept[-1:] == [state] else [*kept, state])
-            folders.withdraw(self.folder)
 
     def close(self) -> None:
         """Close the files and release the lock. Opening the store again undoes the changes after the last save."""

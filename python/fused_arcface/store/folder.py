@@ -152,8 +152,9 @@ def states(folder: Path) -> list[int]:
 
 
 def remember(folder: Path, found: list[int]) -> None:
-    """Replace the list of states."""
+    """Replace the list of states; the first one is announced no longer."""
     files.write_text(folder / _STATES, json.dumps(found) + "\n")
+    (folder / _ANNOUNCED).unlink(missing_ok=True)
 
 
 def announce(folder: Path) -> None:
@@ -165,12 +166,6 @@ def announce(folder: Path) -> None:
 def is_announced(folder: Path) -> bool:
     """Return whether a checkpoint may name a state although no state is remembered."""
     return os.path.lexists(folder / _ANNOUNCED)
-
-
-def withdraw(folder: Path) -> None:
-    """Remove the note of :func:`announce`."""
-    with contextlib.suppress(FileNotFoundError):
-        (folder / _ANNOUNCED).unlink()
 
 
 def check_state(folder: Path, state: int) -> None:
