@@ -13,9 +13,7 @@ from .files import replacing
 _DISTRIBUTIONS = {
     "PIL": "pillow",
     "faiss": "faiss-cpu",
-    "pytorch_metric_learning": "pytorch-metric-learning",
     "sklearn": "scikit-learn",
-    "tomli_w": "tomli-w",
 }
 
 
@@ -39,7 +37,7 @@ def require(module: str, extra: str = "demo") -> Any:
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] != library:
             raise  # the library is installed but broken: its own error says more
-        name = _DISTRIBUTIONS.get(library, library)
+        name = _DISTRIBUTIONS.get(library, library.replace("_", "-"))
         raise MissingExtra(f'{name} is not installed; it comes with: pip install "fused_arcface[{extra}]"') from None
     return imported
 

@@ -105,10 +105,8 @@ def load_rows(head: PartialFC, reference: Reference | None, saved: Saved, keys: 
         own.drain()
         own.rows.go_back(reference.state)
         return
-    with head.ranks.together("checkpoint.load"):
-        if own is not None:
-            own.rows.check_begun()
-        if reference is not None:
+    if reference is not None:
+        with head.ranks.together("checkpoint.load"):
             folder, first = reference.folder(), head.row_start
             stored = layout_of(folder).columns
             if stored != columns:
@@ -117,7 +115,6 @@ def load_rows(head: PartialFC, reference: Reference | None, saved: Saved, keys: 
             with snapshot(folder, reference.state, first, first + count) as read:
                 for start, stop in columns.pieces(0, count):
                     _put(head, start, read(first + start, first + stop))
-    if reference is not None:
         return
     # Reading is a collective: each rank takes as many steps as the largest shard needs.
     for start, stop in columns.pieces(0, max(head.row_counts())):

@@ -100,14 +100,10 @@ class _HostRows:
         self.held: Tensors = {}
 
     def _tensors(self) -> Tensors:
-        seen = {}
         for name, tensor in self.held.items():
-            address, known = self._seen.get(name, (0, tensor))
-            if address != tensor.data_ptr():
-                known = visible(tensor, self._device)
-                self._seen[name] = tensor.data_ptr(), known
-            seen[name] = known
-        return seen
+            if name not in self._seen or self._seen[name][0] != tensor.data_ptr():
+                self._seen[name] = tensor.data_ptr(), visible(tensor, self._device)
+        return {name: self._seen[name][1] for name in self.held}
 
     def read(self, rows: Tensor, out: Tensors, keep: bool) -> None:
         for name, tensor in self._tensors().items():

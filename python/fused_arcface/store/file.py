@@ -74,7 +74,7 @@ class FileRows:
                 raise StoreError(f"{folder} holds {self.layout.describe()}; this head has {wanted.describe()}")
             self._records = Records(folder / folders.ROWS, wanted.columns, wanted.num_rows, wanted.seed)
             self._opened.callback(self._records.close)
-        self._begin_journal(self._newest() + 1)
+        self._begin_journal()
         found = ranks.on_first(lambda: (folders.states(folder), folders.is_announced(folder)))
         if found == ([], False):
             self.go_back(min(journals(folder)))
@@ -96,12 +96,9 @@ class FileRows:
                     self._current.sync()
                     self._records.clear(some)
 
-    def _newest(self) -> int:
-        """Return the number of the newest journal, the same on every rank. A collective."""
-        return max(self._ranks.gather_objects(max(journals(self.folder), default=0)))
-
-    def _begin_journal(self, number: int) -> None:
-        """Keep rows in a new journal from now on. A collective."""
+    def _begin_journal(self) -> None:
+        """Keep rows in a new journal from now on, of the same number on every rank. A collective."""
+        number = 1 + max(self._ranks.gather_objects(max(journals(self.folder), default=0)))
         with self._ranks.together("center_storage"):
             new = Journal(self.folder, number, self.first, self.first + self.count, self.columns)
             files.sync_directory(self.folder)
@@ -171,7 +168,7 @@ class FileRows:
             self._current.seal()
             self._current.sync()
             self._records.sync()
-        self._begin_journal(self._newest() + 1)
+        self._begin_journal()
         self._ranks.on_first(lambda: folders.announce(self.folder))
         return self._current.number
 
@@ -195,7 +192,7 @@ class FileRows:
         """
         with self._ranks.together("center_storage"):
             folders.check_state(self.folder, state)
-        self._begin_journal(self._newest() + 1)
+        self._begin_journal()
         number = self._current.number
         since = {each: paths for each, paths in journals(self.folder).items() if state <= each < number}
         with self._ranks.together("center_storage"):
