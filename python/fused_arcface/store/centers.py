@@ -34,7 +34,7 @@ class CenterStore:
 
     def place(self, target_class: Tensor) -> Tensor:
         """Return the batch's classes (N,) on the device that chooses the rows of a step."""
-        raise NotImplementedError
+        return target_class if self.in_memory else target_class.cpu()
 
     def take(self, held: Tensors, drawn: StepRows) -> SampledRows:
         """Return copies of the rows of a step on the computing device; ``held``: the head's weight and momentum."""
@@ -71,11 +71,6 @@ class CenterStore:
     def discard(self) -> None:
         """Close the store, and remove the files that it has made."""
         self.close()
-
-    def _started(self, pipeline: Pipeline) -> Pipeline:
-        pipeline.traffic = self.traffic
-        self._pipeline = pipeline
-        return pipeline
 
 
 class CenterView:
@@ -125,9 +120,6 @@ class HostCenters(CenterStore):
     def __reduce__(self) -> tuple[Any, ...]:
         return HostCenters, (self.device, self._num_rows, self._row_start)
 
-    def place(self, target_class: Tensor) -> Tensor:
-        return target_class
-
     def take(self, held: Tensors, drawn: StepRows) -> SampledRows:
         on_device = waits(self.device)
         # A GPU reads and writes padding in one more row.
@@ -135,8 +127,7 @@ class HostCenters(CenterStore):
         if self._pipeline is None:
             self._rows = _HostRows(self.device, Columns.of(held))
             lane = StreamLane(self.device) if on_device else None
-            self._started(Pipeline(self._rows, self._num_rows, self._row_start, self.device, lane))
-        assert self._pipeline is not None
+            self._pipeline = Pipeline(self._rows, self._num_rows, self._row_start, self.device, lane, self.traffic)
         self._rows.held = held
         return self._pipeline.take(drawn)
 
@@ -179,9 +170,6 @@ class FileCenters(CenterStore):
     def __reduce__(self) -> NoReturn:
         raise StoreError(f"a head whose class centers are in a file cannot be copied: {self.rows.folder} has one owner")
 
-    def place(self, target_class: Tensor) -> Tensor:
-        return target_class.cpu()
-
     def check(self) -> None:
         self.rows.check_begun()
         super().check()
@@ -189,12 +177,11 @@ class FileCenters(CenterStore):
     def take(self, held: Tensors, drawn: StepRows) -> SampledRows:
         on_device = waits(self.device)
         if self._pipeline is None:
-            cpu = torch.device("cpu")
-            pinned = self.device.type == "cuda"
-            self._started(Pipeline(self.rows, self._num_rows, self._row_start, cpu, ThreadLane(), pinned))
+            cpu, pinned = torch.device("cpu"), self.device.type == "cuda"
+            lane = ThreadLane()
+            self._pipeline = Pipeline(self.rows, self._num_rows, self._row_start, cpu, lane, self.traffic, pinned)
             self._staging = StreamLane(self.device) if on_device else None
             self._on_device = Buffers(self.rows.columns, self.device)
-        assert self._pipeline is not None
         sampled = self._pipeline.take(drawn)
         return sampled if self._staging is None else self._uploaded(sampled, self._staging)
 

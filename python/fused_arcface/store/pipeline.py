@@ -91,7 +91,7 @@ class Pipeline:
 
     The shard has ``num_rows`` rows, from the global row ``row_start`` on. The buffers lie on ``device``, and are pinned
     memory if ``pinned`` is true. The lane does the work beside the computation. Without one, all work is done at once,
-    and nothing is fetched ahead.
+    and nothing is fetched ahead. ``traffic`` counts the bytes.
     """
 
     def __init__(
@@ -101,6 +101,7 @@ class Pipeline:
         row_start: int,
         device: torch.device,
         lane: ThreadLane | StreamLane | None,
+        traffic: Traffic,
         pinned: bool = False,
     ) -> None:
         self._source, self._num_rows, self._row_start, self._lane = source, num_rows, row_start, lane
@@ -112,7 +113,7 @@ class Pipeline:
         self._writes: list[Wait | None] = [None, None]
         self._failed: Exception | None = None
         self._turn = 0
-        self.traffic = Traffic()
+        self._traffic = traffic
 
     def check(self) -> None:
         """Wait for the rows that are fetched ahead, and raise any error so far, before a step begins.
@@ -166,7 +167,7 @@ class Pipeline:
 
     def _read(self, rows: Tensor, out: Tensors, keep: bool) -> None:
         self._source.read(rows, out, keep)
-        self.traffic.read += len(rows) * self._source.columns.row_bytes
+        self._traffic.read += len(rows) * self._source.columns.row_bytes
 
     def _fetch(self, key: _Key, upcoming: Callable[[], Tensor]) -> None:
         assert self._lane is not None
@@ -229,7 +230,7 @@ class Pipeline:
             except Exception as error:
                 self._failed = error
                 raise
-            self.traffic.written += len(sampled.rows) * self._source.columns.row_bytes
+            self._traffic.written += len(sampled.rows) * self._source.columns.row_bytes
 
         self._last = sampled
         if self._on_thread:
