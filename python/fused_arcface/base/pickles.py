@@ -148,7 +148,7 @@ class _Machine:
 
     def _pay(self, value: Any) -> None:
         """Take the memory of a value from the room that is left."""
-        self._room -= sys.getsizeof(value) + 16
+        self._room -= sys.getsizeof(value) + 24  # and its place in a list, which is copied while it grows
         if self._room < 0:
             raise Refused(f"its values take {self._admitted.room >> 20} MiB more than the pickle itself")
 
