@@ -28,8 +28,9 @@ from torch.distributed.tensor import DTensor
 
 from ..parallel.ranks import ALONE
 from ..partial_fc import PartialFC
-from .centers import Rows
+from .centers import Centers
 from .directory import Saved, find, write
+from .manifest import boundary
 from .roots import latest
 from .row_shard import RowShard, StreamedRows
 from .storage import CheckpointError
@@ -145,17 +146,20 @@ def _meet(head: PartialFC, call: str) -> None:
     head.ranks.meet(type(head).__name__, {"call": call}, head.device)
 
 
-def save_centers(
-    root: str | os.PathLike[str], tensors: dict[str, Rows], values: dict[str, Any], **options: int
-) -> Path:
+def save_centers(root: Path, centers: Centers, reference: dict[str, Any] | None = None) -> Path:
     """Save the class centers of a head that this process does not have; see ``convert``.
 
-    The options are num_classes, embedding_dim, seed and sub_centers.
+    With a ``reference`` the rows are in a store.
     """
-    stored: dict[str, Any] = {}
-    shards = {name: StreamedRows(rows) for name, rows in tensors.items()}
-    head = {_HEAD: split({**shards, **values}, _HEAD, stored)}
-    return write(Path(root), stored, head, _options(**options), values["step"], ALONE, keep=2)
+    own = {"step": 0, "seed": 0, **centers.values}
+    options = _options(centers.num_classes, centers.tensors["weight"].shape[1], own.pop("seed"), centers.sub_centers)
+    own.pop("sub_centers", None)
+    if reference is None:
+        own |= {name: StreamedRows(rows) for name, rows in centers.tensors.items()}
+    else:
+        own[STORE] = reference
+    tensors: dict[str, Any] = {}
+    return write(root, tensors, {_HEAD: split(own, _HEAD, tensors)}, options, own["step"], ALONE, keep=2)
 
 
 def load(path: str | os.PathLike[str], head: PartialFC, *, trust: bool = False, **others: Any) -> dict[str, Any]:
@@ -197,12 +201,9 @@ def load(path: str | os.PathLike[str], head: PartialFC, *, trust: bool = False, 
         structures = {name: saved.value(name) for name in plain | others.keys()}
         numbers_of, options = _saved_numbers(saved, values, head), _of_optimizer(saved, values, head)
         reference, store = reference_of(saved, values), file_of(head)
-        targets = {f"{_HEAD}.{name}": shard for name, shard in _shards(head).items()}
-        if reference is not None:  # the tensors are not in the checkpoint
-            targets = {}
-        imported = "optimizer" not in values and values["step"] == 0
-        if imported:  # centers alone: a fused optimizer starts as a new one
-            targets = {key: shard for key, shard in targets.items() if key == f"{_HEAD}.weight"}
+        imported = "optimizer" not in values and values["step"] == 0  # centers alone: an optimizer starts as a new one
+        shards = _shards(head) if reference is None else {}  # if they are in a store, the checkpoint has none
+        targets = {f"{_HEAD}.{name}": each for name, each in shards.items() if name == "weight" or not imported}
         _check_tensors(saved, targets)
         # Read aside: a damaged block is found when it is read, and nothing has been loaded until all is there.
         tensors: dict[str, Any] = {
@@ -326,10 +327,8 @@ def load_state(path: str | os.PathLike[str], name: str, *, trust: bool = False) 
 
 
 def _joined(saved: Saved, name: str, structure: Any, tensors: dict[str, Any]) -> Any:
-    try:
+    with boundary(saved.directory, name):  # a hand-made structure may not fit its tensors
         return join(structure, tensors)
-    except (KeyError, RecursionError, TypeError) as error:  # a hand-made structure: the tensors have been read
-        raise CheckpointError(f"{saved.directory} is damaged: {name} does not fit its tensors: {error}") from None
 
 
 def _check_tensors(saved: Saved, own: dict[str, RowShard]) -> None:

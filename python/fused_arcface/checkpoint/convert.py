@@ -58,20 +58,10 @@ def write(centers: Centers, path: str | os.PathLike[str], center_storage: str | 
     if one_file:
         safetensors.write(path, tensors, {"format": "pt", "fused_arcface": json.dumps(centers.values)})
         return path
-    options = {
-        "num_classes": centers.num_classes,
-        "embedding_dim": tensors["weight"].shape[1],
-        "seed": centers.values.get("seed", 0),
-        "sub_centers": centers.sub_centers,
-    }
-    values = {
-        "step": 0,
-        **{name: value for name, value in centers.values.items() if name not in ("seed", "sub_centers")},
-    }
     if center_storage is None:
-        return checkpoint.save_centers(path, tensors, values, **options)
-    with stored.new_store(Path(center_storage), tensors, options["seed"], path) as reference:
-        return checkpoint.save_centers(path, {}, {**values, stored.STORE: reference}, **options)
+        return checkpoint.save_centers(path, centers)
+    with stored.new_store(Path(center_storage), tensors, centers.values.get("seed", 0), path) as reference:
+        return checkpoint.save_centers(path, centers, reference)
 
 
 def _is_one_file(path: Path) -> bool:
