@@ -63,7 +63,7 @@ class Saved:
                 tensors may have been filled.
         """
         try:
-            with _planned(f"{self.directory} cannot be read"), torch.no_grad():
+            with _one_error(f"{self.directory} cannot be read"), torch.no_grad():
                 dcp_load(
                     tensors,
                     storage_reader=self.reader,
@@ -118,7 +118,7 @@ def write(
         with contextlib.ExitStack() as first_rank:
             texts, partial = ranks.on_first(begin)
             writer = storage.Writer(partial, ranks.rank, texts)
-            with _planned(problem):
+            with _one_error(problem):
                 dcp_save(
                     tensors,
                     storage_writer=writer,
@@ -194,7 +194,7 @@ def way_back(directory: Path) -> str:
 
 
 @contextlib.contextmanager
-def _planned(problem: str) -> Iterator[None]:
+def _one_error(problem: str) -> Iterator[None]:
     """Let torch.distributed.checkpoint work. Its error of all ranks becomes that of the first rank that failed.
 
     Raises:

@@ -134,15 +134,14 @@ class Reader(TensorReader):
     def value(self, name: str) -> Any:
         place = self._values[name]
         value = self._load(name, place, self._trust)
-        most = _MOST_VALUES + place.length
-        count, waiting = 1, [value]
-        while waiting:
+        count, most, waiting = 1, _MOST_VALUES + place.length, [value]
+        while waiting:  # as whoever uses the value goes through it
             each = waiting.pop()
             inner = [*each.keys(), *each.values()] if isinstance(each, dict) else each
             if isinstance(inner, list | tuple | set | frozenset):
                 count += len(inner)
                 if count > most:
-                    raise NeedsTrust(f"{name} repeats a value without end")
+                    raise ValueError(f"{name} repeats a value without end")
                 waiting.extend(inner)
         return value
 
@@ -164,9 +163,10 @@ class Reader(TensorReader):
         """Return what ``torch.save`` has written into a part of a file; errors call it ``name``."""
         with (self._directory / place.file).open("rb") as file, safe_globals([_Stored, frozenset]):
             window: Any = io.BufferedReader(_Window(file, place.start, place.length))
-            torch_files.check_sums(name, window)
             if not trust:
                 torch_files.check_archive(name, window, place.length)
+            torch_files.check_sums(name, window)
+            if not trust:
                 window.seek(0)
                 objects = sorted(get_unsafe_globals_in_checkpoint(window))
                 if objects:
