@@ -271,7 +271,7 @@ class Reader(TensorReader):
 def to_metadata(tensors: dict[str, Any], files: dict[str, FileRecord], values: Iterable[Part] = ()) -> Metadata:
     """Check the table of tensors, and return it in torch.distributed.checkpoint's form.
 
-    A part has a ``length`` if it is longer than its numbers. ``values`` are the places of the values beside the tensors.
+    A part has a ``length`` if it is longer than its numbers. ``values`` are the places of values beside the tensors.
     """
     found: dict[str, Any] = {}
     places: dict[MetadataIndex, Part] = {}
