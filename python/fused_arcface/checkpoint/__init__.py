@@ -121,7 +121,7 @@ def save(root: str | os.PathLike[str], head: PartialFC, *, keep: int = 2, **othe
     >>> load(root, head, backbone=backbone)
     {'epoch': 3}
     """
-    _meet(head, "checkpoint.save()")
+    head.ranks.meet(type(head).__name__, {"call": "checkpoint.save()"}, head.device)
     with head.ranks.together("checkpoint.save"):
         agreement = {"root": os.path.abspath(root), "others": ", ".join(sorted(others))}
     head.ranks.check_agreement("checkpoint.save", agreement)
@@ -139,11 +139,6 @@ def save(root: str | os.PathLike[str], head: PartialFC, *, keep: int = 2, **othe
     if store is not None:
         store.rows.saved(values[_HEAD][STORE]["state"], keep)
     return path
-
-
-def _meet(head: PartialFC, call: str) -> None:
-    """Raise on every rank if one of them makes another call of the head or of this module."""
-    head.ranks.meet(type(head).__name__, {"call": call}, head.device)
 
 
 def save_centers(root: Path, centers: Centers, reference: dict[str, Any] | None = None) -> Path:
@@ -186,7 +181,7 @@ def load(path: str | os.PathLike[str], head: PartialFC, *, trust: bool = False, 
     >>> load(root, fa.PartialFC(8, 100))  # options may differ
     {'epoch': 3}
     """
-    _meet(head, "checkpoint.load()")
+    head.ranks.meet(type(head).__name__, {"call": "checkpoint.load()"}, head.device)
     saved = find(path, ranks=head.ranks, trust=trust)
     with head.ranks.together("checkpoint.load"):
         for name, own in {"sub_centers": None, **_options_of(head)}.items():

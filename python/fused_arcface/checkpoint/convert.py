@@ -14,7 +14,6 @@ from torch import Tensor
 
 from .. import checkpoint
 from ..base.checks import check_seed
-from ..base.reading import file_errors
 from . import safetensors, stored
 from .centers import Centers, ConvertError, ConvertOptionError, grow, keep_dominant, merge
 from .sources import read
@@ -26,8 +25,7 @@ def read_dominant(path: str | os.PathLike[str]) -> Tensor:
     Raises:
         ConvertError: if the file has none, or is of another kind.
     """
-    with file_errors(Path(path)):
-        tensors, _ = safetensors.read(Path(path))
+    tensors, _ = safetensors.read(path)
     if "dominant" not in tensors:
         raise ConvertError(f"{path} has no tensor 'dominant' (C,); it has {', '.join(tensors) or 'nothing'}")
     return tensors["dominant"]

@@ -78,13 +78,12 @@ def read_content(directory: Path) -> dict[str, Any]:
     with boundary(directory, NAME):
         if not file.is_file():
             raise ValueError("it is no file")
-        content = json.loads(file.read_bytes())
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise CheckpointError(f"{directory} is a checkpoint of another program: its {NAME} does not say {FORMAT}")
-    version = content.get("version")
-    if type(version) is int and version > VERSION:
-        raise CheckpointError(f"{directory} was saved by a later version of this package: format {version}")
-    with boundary(directory, NAME):
+        content: Any = json.loads(file.read_bytes())
+        if not isinstance(content, dict) or content.get("format") != FORMAT:
+            raise CheckpointError(f"{directory} is a checkpoint of another program: its {NAME} does not say {FORMAT}")
+        version = content.get("version")
+        if type(version) is int and version > VERSION:
+            raise CheckpointError(f"{directory} was saved by a later version of this package: format {version}")
         if version == VERSION and content.pop("crc32") != crc32(content):
             raise ValueError("its own checksum differs")
         if version not in (1, VERSION) or not all(isinstance(content[key], dict) for key in ("head", "files")):

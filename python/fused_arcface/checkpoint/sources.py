@@ -110,12 +110,11 @@ def _read_insightface(path: Path, shards: dict[int, Path]) -> Centers:
         raise ConvertError(f"{path} must have the shards of ranks 0 to {max(shards)}; got those of {sorted(shards)}")
     found = [other_projects.centers(shards[rank]) for rank in range(len(shards))]
     weights = [weight for weight, _ in found]
-    num_classes, dim = sum(len(weight) for weight in weights), weights[0].shape[1]
-    counts = [len(weight) for weight in weights]
-    if counts != Sharding(num_classes, len(shards)).counts() or any(weight.shape[1] != dim for weight in weights):
+    counts, dim = [len(weight) for weight in weights], weights[0].shape[1]
+    if counts != Sharding(sum(counts), len(shards)).counts() or any(weight.shape[1] != dim for weight in weights):
         shapes = [tuple(weight.shape) for weight in weights]
         raise ConvertError(f"{path}: the shards must split the classes evenly, the first ones one more; got {shapes}")
-    rows = Rows(weights[0].dtype, (num_classes, dim), lambda: iter(weights))
+    rows = Rows(weights[0].dtype, (sum(counts), dim), lambda: iter(weights))
     return Centers({"weight": rows}, notes=_left_out(path) if any(momentum for _, momentum in found) else [])
 
 

@@ -14,7 +14,7 @@ from ..parallel.ranks import Ranks
 from . import folder as folders
 from .columns import Columns, Tensors, some_rows
 from .journal import SEAL, Journal, all_whole, damaged, journals, undo, undoing
-from .lock import RowLock
+from .lock import locked_rows
 from .records import Records, StoreError
 
 _ROWS_AT_ONCE = 1 << 14
@@ -62,8 +62,7 @@ class FileRows:
             if ranks.rank == 0:
                 self._has_made_folder = folders.make_folder(folder)
         with ranks.together("center_storage"):
-            lock = RowLock(folder, first, last)
-            self._opened.callback(lock.close)
+            self._opened.enter_context(locked_rows(folder, first, last))
         with ranks.together("center_storage"):
             if ranks.rank == 0 and not folders.has_store(folder):
                 self._has_made_store = True

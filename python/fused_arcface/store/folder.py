@@ -28,7 +28,7 @@ from ..base.dtypes import DTYPES
 from ..base.reading import DataError, file_errors, read_bytes, said
 from .columns import Column, Columns, Tensors
 from .journal import damaged, journals, overlay
-from .lock import LOCK, RowLock
+from .lock import LOCK, locked_rows
 from .records import Records, StoreError
 
 _FORMAT, _VERSION = "fused_arcface.store", 1
@@ -198,7 +198,7 @@ def snapshot(folder: Path, state: int, first: int, last: int) -> Iterator[Callab
         return out
 
     with (
-        contextlib.closing(RowLock(folder, first, last)),
+        locked_rows(folder, first, last),
         contextlib.closing(Records(folder / ROWS, layout.columns, layout.num_rows, layout.seed)) as records,
     ):
         since = {number: paths for number, paths in journals(folder).items() if number >= state}
