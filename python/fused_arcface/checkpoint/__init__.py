@@ -232,13 +232,7 @@ def load(path: str | os.PathLike[str], head: PartialFC, *, trust: bool = False, 
 
 
 def _saved_numbers(saved: Saved, values: dict[str, Any], head: PartialFC) -> list[tuple[Tensor, Tensor]]:
-    """Return the tensors of the head's margin and scale, each with its saved value.
-
-    Another margin or scale than the saved one keeps its own state.
-
-    Raises:
-        CheckpointError: if a value has another shape, or is made of something else than numbers.
-    """
+    """Return the tensors of the head's margin and scale, each with its saved value; another one keeps its own state."""
     found = []
     for of, own in _numbers(head).items():
         for name in own.keys() & values.get(of, {}).keys():
@@ -251,11 +245,7 @@ def _saved_numbers(saved: Saved, values: dict[str, Any], head: PartialFC) -> lis
 
 
 def _of_optimizer(saved: Saved, values: dict[str, Any], head: PartialFC) -> dict[str, Any]:
-    """Return the saved options of the head's fused optimizer.
-
-    Raises:
-        CheckpointError: if they are missing after a first step, or are not those of the head's optimizer.
-    """
+    """Return the saved options of the head's fused optimizer, none for centers alone, and check them."""
     if head.center_optimizer is None:
         return {}
     if "optimizer" not in values:

@@ -63,11 +63,7 @@ def write(centers: Centers, path: str | os.PathLike[str], center_storage: str | 
 
 
 def _is_one_file(path: Path) -> bool:
-    """Return whether a destination is one file; a folder of checkpoints has no suffix, or is there already.
-
-    Raises:
-        ConvertError: if it is neither.
-    """
+    """Return whether a destination is one file. A folder of checkpoints has no suffix, or is there already."""
     if path.suffix.lower() == ".safetensors":
         return True
     if not path.is_dir() and (path.suffix or path.exists()):

@@ -303,11 +303,7 @@ def numbers(values: Any) -> tuple[int, ...]:
 
 
 def _check_places(parts: list[Part], files: dict[str, FileRecord]) -> None:
-    """Check that parts lie in their files and do not overlap, so that they have no more bytes than the files.
-
-    Raises:
-        ValueError: if they do not.
-    """
+    """Check that parts lie in their files and do not overlap, so that they have no more bytes than the files."""
     ends: dict[str, int] = {}
     for part in sorted(parts, key=lambda each: (each.file, each.start, each.length)):
         end = part.start + part.length
@@ -317,11 +313,7 @@ def _check_places(parts: list[Part], files: dict[str, FileRecord]) -> None:
 
 
 def _check_chunks(key: str, tensor: TensorStorageMetadata) -> None:
-    """Check that the parts of a tensor make it up.
-
-    Raises:
-        ValueError: if they do not.
-    """
+    """Check that the parts of a tensor make it up."""
     for chunk in tensor.chunks:
         inside = len(chunk.offsets) == len(chunk.sizes) == len(tensor.size)
         if not inside or any(

@@ -94,11 +94,8 @@ class Sampler:
     def _cut(self, images: Tensor, others: Tensor) -> Tensor:
         """Return the cut, 0-dim: the classes below it and the batch's own are ``count`` together.
 
-        If m others are wanted, the cut is m plus the number of the batch's classes below it.
-
-        Args:
-            images: (N,) of the batch's classes, ascending.
-            others: 0-dim, m.
+        If m ``others`` (0-dim) are wanted, the cut is m plus the number of the batch's classes below it. The ``images``
+        (N,) of these ascend.
         """
         below = images - torch.arange(len(images), device=images.device) < others
         below &= images < self.sharding.num_classes
