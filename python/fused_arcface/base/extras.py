@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from .files import replacing
@@ -33,13 +32,12 @@ def require(module: str, extra: str = "demo") -> Any:
     """
     library = module.partition(".")[0]
     try:
-        imported: ModuleType = importlib.import_module(module)
+        return importlib.import_module(module)
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] != library:
             raise  # the library is installed but broken: its own error says more
         name = _DISTRIBUTIONS.get(library, library.replace("_", "-"))
         raise MissingExtra(f'{name} is not installed; it comes with: pip install "fused_arcface[{extra}]"') from None
-    return imported
 
 
 def pyplot() -> Any:

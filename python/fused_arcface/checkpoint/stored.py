@@ -17,7 +17,7 @@ from ..partial_fc import PartialFC
 from ..store import FileCenters, StoreError
 from ..store.columns import Column, Columns
 from ..store.file import FileRows
-from ..store.folder import layout_of, snapshot
+from ..store.folder import Layout, layout_of, snapshot
 from .centers import Rows
 from .directory import Saved
 from .roots import complete
@@ -172,10 +172,8 @@ def new_store(folder: Path, tensors: dict[str, Rows], seed: int, root: Path) -> 
         raise CheckpointError(f"center_storage must be a new or an empty folder; got {folder}")
     columns = Columns(tuple(Column(name, each.dtype, each.shape[1]) for name, each in tensors.items()))
     num_rows, before = tensors["weight"].shape[0], complete(root)
-    with (
-        _as_checkpoint_error(),
-        contextlib.closing(FileRows(folder, columns, num_rows, 0, num_rows, seed, ALONE)) as rows,
-    ):
+    layout = Layout(columns, num_rows, seed)
+    with _as_checkpoint_error(), contextlib.closing(FileRows(folder, layout, 0, num_rows, ALONE)) as rows:
         try:
             pieces = columns.pieces(0, num_rows)
             streams = [cut_rows(each, [stop - start for start, stop in pieces]) for each in tensors.values()]

@@ -12,6 +12,7 @@ from ..parallel.ranks import Ranks
 from .centers import CenterStore, FileCenters, HostCenters
 from .columns import Columns, Tensors
 from .file import FileRows
+from .folder import Layout
 from .records import unavailable
 
 CenterStorage = str | os.PathLike[str]
@@ -76,5 +77,5 @@ def make_store(
     reason = unavailable()
     if reason is not None:
         raise RuntimeError(f"center_storage must be 'device' or 'host' here: {reason}")
-    rows = FileRows(Path(storage), Columns.of(held), num_rows, row_start, count, seed, ranks)
-    return FileCenters(computing, rows)
+    layout = Layout(Columns.of(held), num_rows, seed)
+    return FileCenters(computing, FileRows(Path(storage), layout, row_start, count, ranks))

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..base import files
 from ..parallel.ranks import Ranks
 from . import folder as folders
-from .columns import Columns, Tensors, some_rows
+from .columns import Tensors, some_rows
 from .journal import SEAL, Journal, all_whole, damaged, journals, undo, undoing
 from .lock import locked_rows
 from .records import Records, StoreError
@@ -30,27 +30,23 @@ class FileRows:
 
     Args:
         folder: the store's folder, on a file system that all ranks see.
-        columns: the columns of a row.
-        num_rows: rows over all shards.
+        wanted: the layout that the store must have, or gets.
         first: first row of this shard.
         count: rows of this shard.
-        seed: seed of the initial centers.
         ranks: the ranks that share the store.
 
     Raises:
         StoreError: if the store is in use, damaged, or of other rows.
     """
 
-    def __init__(
-        self, folder: Path, columns: Columns, num_rows: int, first: int, count: int, seed: int, ranks: Ranks
-    ) -> None:
-        self.folder, self.columns, self.first, self.count, self._ranks = folder, columns, first, count, ranks
+    def __init__(self, folder: Path, wanted: folders.Layout, first: int, count: int, ranks: Ranks) -> None:
+        self.folder, self.columns, self.first, self.count, self._ranks = folder, wanted.columns, first, count, ranks
         self._guard = threading.Lock()  # of the journal: two threads read rows that will change
         self._journal: Journal | None = None
         self._begun = self._has_made_folder = self._has_made_store = False
         self._opened = contextlib.ExitStack()
         try:
-            self._open(folders.Layout(columns, num_rows, seed))
+            self._open(wanted)
         except BaseException:
             self.discard()
             raise
