@@ -52,10 +52,7 @@ def load(path: str | os.PathLike[str]) -> Any:
 def check_archive(path: str | os.PathLike[str], file: str | os.PathLike[str] | BinaryIO, size: int) -> None:
     """Check that an archive unpacks to no more than its size, as torch writes it, and check its pickles.
 
-    Args:
-        path: name of the archive, for errors.
-        file: the archive.
-        size: its bytes.
+    Errors name it ``path``. The archive itself is ``file``, of ``size`` bytes.
 
     Raises:
         TensorFileError: if torch's reader might take more memory than the archive has bytes, or crash.

@@ -37,7 +37,7 @@ class Saved:
     @property
     def tensors(self) -> dict[str, Any]:
         """Size, dtype and parts of each stored tensor, by key."""
-        return {key: each for key, each in self.reader.metadata.state_dict_metadata.items() if hasattr(each, "chunks")}
+        return self.reader.metadata.state_dict_metadata
 
     @property
     def names(self) -> set[str]:
