@@ -1,4 +1,4 @@
-"""Pickles made to end a reader: keys too deep for Python's hash, and one text used again and again."""
+"""Pickles made to end a reader: keys too deep for Python's hash, bytes of any number, one text used again and again."""
 
 from __future__ import annotations
 
@@ -28,6 +28,7 @@ CASES = {
     "reference": b"\x80\x02(X\x07\0\0\0storagectorch\nFloatStorage\n" + DEEP + b"X\x03\0\0\0cpuK\x02tQ.",
     "set": b"\x80\x04\x8f(" + DEEP + b"\x90.",
     "frozenset": b"\x80\x04(" + DEEP + b"\x91.",
+    "many bytes": b"\x80\x02cbuiltins\nbytearray\nJ\0\0\0\x10\x85R.",  # a quarter of a GiB from 30 bytes
 }
 
 
@@ -56,11 +57,12 @@ def test_deep_keys_end_no_process(tmp_path):
 
 
 def test_plain_keys_are_read(tmp_path):
-    content = {("a", (1, 2)): torch.ones(2), 3: {"x": (1, (2, (3,)))}, None: [1.5, True]}
+    content = {("a", (1, 2)): torch.ones(2), 3: {"x": (1, (2, (3,)))}, None: [1.5, True, bytearray(b"ab\xff")]}
     for new in (True, False):
         torch.save(content, tmp_path / "a.pt", _use_new_zipfile_serialization=new)
         found = torch_files.load(tmp_path / "a.pt")
-        assert found.keys() == content.keys() and found[3] == content[3] and found["a", (1, 2)].sum() == 2
+        assert found.keys() == content.keys() and found["a", (1, 2)].sum() == 2
+        assert found[3] == content[3] and found[None] == content[None]
 
 
 def test_a_text_is_checked_once_however_often_it_is_used(tmp_path):

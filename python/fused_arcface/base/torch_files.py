@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import pickles
-from .pickles import Admitted, Damaged, Refused
+from .pickles import Admitted, Damaged, Name, Refused
 from .reading import DataError, check_regular, open_regular
 
 
@@ -90,12 +90,20 @@ def _seen(reference: Any) -> dict[Any, Any]:
     return {}
 
 
+def _call(function: Any, arguments: tuple[Any, ...]) -> dict[Any, Any]:
+    """Refuse bytes that a number makes: torch's reader knows them, and some bytes of a file would take any memory."""
+    is_number = bool(arguments) and isinstance(arguments[0], int)
+    if is_number and isinstance(function, Name) and function.name == "bytearray":
+        raise Refused("it makes bytes in another way than pickle does")
+    return {}
+
+
 # Nothing is made of a call or a reference: the instructions alone are checked, all that torch's own reader knows.
 _ADMITTED = Admitted(
     kind="file of tensors",
     instructions=pickles.VALUES | pickles.OLD_VALUES | pickles.OBJECTS,
     name=lambda name: name,
-    call=lambda _, arguments: {},
+    call=_call,
     build=lambda value, state: None,
     persistent=_seen,
     most_instructions=20_000_000,
