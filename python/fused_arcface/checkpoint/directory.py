@@ -195,14 +195,14 @@ def way_back(directory: Path) -> str:
 
 @contextlib.contextmanager
 def _one_error(problem: str) -> Iterator[None]:
-    """Let torch.distributed.checkpoint work. Its error of all ranks becomes that of the first rank that failed.
+    """Run a block of torch.distributed.checkpoint. If it fails, raise the error of the first rank that failed.
 
     Raises:
         KeyboardInterrupt: if Ctrl-C ended the work on some rank: torch wraps it as it does any error.
         CheckpointError: for any other error, which has ``problem`` in front if it is not one itself.
     """
     try:
-        with warnings.catch_warnings():  # that it works in one process, and under an old name
+        with warnings.catch_warnings():  # of torch: it works in one process, and under an old name
             warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
             warnings.filterwarnings("ignore", category=FutureWarning)
             yield

@@ -112,7 +112,7 @@ class Writer(_AsPlanned, StorageWriter):
 
     @contextlib.contextmanager
     def _new_file(self, name: str) -> Iterator[tuple[BinaryIO, FileRecord]]:
-        """Open a new file, empty as its record. At the end of the block it is on disk."""
+        """Open a new file with an empty record. It is on disk at the end of the block."""
         record = self.files[name] = FileRecord()
         with (self._directory / name).open("xb") as file:
             yield file, record

@@ -135,7 +135,7 @@ class Reader(TensorReader):
         place = self._values[name]
         value = self._load(name, place, self._trust)
         count, most, waiting = 1, _MOST_VALUES + place.length, [value]
-        while waiting:  # as whoever uses the value goes through it
+        while waiting:  # go through all parts, as a user of the value will
             each = waiting.pop()
             inner = [*each.keys(), *each.values()] if isinstance(each, dict) else each
             if isinstance(inner, list | tuple | set | frozenset):

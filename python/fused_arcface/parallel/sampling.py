@@ -49,7 +49,7 @@ class Sampler:
         return self._ascending(self._used(step, labels), self._most(len(labels)) if padded else None)
 
     def candidates(self, step: int, device: torch.device, padded: bool = False) -> Tensor:
-        """Return the classes that a step draws whatever its labels. It uses no others but those of the labels."""
+        """Return the classes that a step draws before it knows its labels. It adds only the classes of the labels."""
         _, drawn = self._draw(step, device)
         return self._ascending(self._local(drawn), self._most(0) if padded else None)
 
@@ -107,7 +107,7 @@ class Sampler:
         return torch.where(local < 0, self.sharding.num_local, local)
 
     def _ascending(self, local: Tensor, size: int | None) -> Tensor:
-        """Return local indices (K,) in ascending order, without ``num_local``; with it, the first ``size`` if given."""
+        """Return local indices (K,), ascending, without ``num_local``. With a ``size``, keep it and return the first."""
         num_local = self.sharding.num_local
         if size is not None:
             return local.sort().values[:size]

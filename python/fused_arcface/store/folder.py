@@ -152,7 +152,7 @@ def states(folder: Path) -> list[int]:
 
 
 def remember(folder: Path, found: list[int]) -> None:
-    """Replace the list of states; the first one is announced no longer."""
+    """Replace the list of states, and remove the note of :func:`announce`."""
     files.write_text(folder / _STATES, json.dumps(found) + "\n")
     (folder / _ANNOUNCED).unlink(missing_ok=True)
 
