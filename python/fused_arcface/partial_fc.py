@@ -332,7 +332,7 @@ class PartialFC(NotScriptable, StoredCenters):
 
         Args:
             target_class: (N,) int64 global classes, or negative.
-            padded: If true, draw the classes as :meth:`Sampler.padded` does.
+            padded: If true, pad the classes, see :class:`Sampler`.
             permutation: The implementation of the draw.
 
         Returns:
@@ -347,7 +347,7 @@ class PartialFC(NotScriptable, StoredCenters):
         if self.sample_rate == 1:
             return None, local_class
         sampler = Sampler(self.sharding, self.sample_rate, self.seed, permutation)
-        self._sampled = sampler.padded(self.step, target_class) if padded else sampler(self.step, target_class)
+        self._sampled = sampler(self.step, target_class, padded)
         chosen_class = torch.where(local_class < 0, local_class, torch.searchsorted(self._sampled, local_class))
         if padded:
             chosen_class.masked_fill_(chosen_class >= len(self._sampled), INVALID)
@@ -356,7 +356,7 @@ class PartialFC(NotScriptable, StoredCenters):
     def _upcoming(self, device: torch.device, padded: bool) -> Callable[[], Tensor]:
         """Return a function that gives the rows of weight which the next step draws, whatever its labels."""
         sampler, step = Sampler(self.sharding, self.sample_rate, self.seed), self.step + 1
-        return lambda: self._rows_of(sampler.candidates(sampler.draw(step, device), padded))
+        return lambda: self._rows_of(sampler.candidates(step, device, padded))
 
     def extra_repr(self) -> str:
         own = f"center_optimizer={self.center_optimizer.describe()}, " if self.center_optimizer is not None else ""

@@ -51,11 +51,7 @@ class StoredCenters(RunState):
             )
 
     def _check_reachable(self) -> None:
-        """Check that a step can read its class centers.
-
-        Raises:
-            RuntimeError: if it needs all of them and they are elsewhere; a StoreError if they cannot be read.
-        """
+        """Check that a step can read its class centers, and does not need all of them if they are elsewhere."""
         if self.center_store is None:
             return
         self.center_store.check()

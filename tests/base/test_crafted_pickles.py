@@ -1,4 +1,4 @@
-"""Pickles made to end a reader: keys too deep for Python's hash, and one text used again and again."""
+"""Pickles made to end a reader: keys too deep for Python's hash, bytes of any number, one text used again and again."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from support import fuzzing
 
 from fused_arcface.app.data import DataError
 from fused_arcface.app.data.formats.pickled_pairs import read_pickled_pairs
-from fused_arcface.base import torch_files
+from fused_arcface.base import pickles, torch_files
 from fused_arcface.checkpoint import version1
 
 DEEP = b")" + b"\x85" * 200_000  # a tuple within a tuple, and so on
@@ -28,6 +28,7 @@ CASES = {
     "reference": b"\x80\x02(X\x07\0\0\0storagectorch\nFloatStorage\n" + DEEP + b"X\x03\0\0\0cpuK\x02tQ.",
     "set": b"\x80\x04\x8f(" + DEEP + b"\x90.",
     "frozenset": b"\x80\x04(" + DEEP + b"\x91.",
+    "many bytes": b"\x80\x02cbuiltins\nbytearray\nJ\0\0\0\x10\x85R.",  # a quarter of a GiB from 30 bytes
 }
 
 
@@ -43,9 +44,10 @@ def archive(content: bytes) -> bytes:
 
 def test_deep_keys_end_no_process(tmp_path):
     def unpickle(path: Path) -> None:
-        version1._unpickle(path.read_bytes(), path.name)
+        with path.open("rb") as file:
+            pickles.read_pickle(file, path.stat().st_size, version1.ADMITTED)
 
-    errors, seconds = (version1.NeedsTrust, torch_files.DataError), fuzzing.CRAFTED_SECONDS
+    errors, seconds = (pickles.Refused, pickles.Damaged), fuzzing.CRAFTED_SECONDS
     of_format_1 = fuzzing.Format("format 1", lambda root: root, unpickle, errors, seconds=seconds)
     named = [CASES[name] for name in ("key", "set", "frozenset")]
     assert fuzzing.failures(of_format_1, tmp_path / "a", named) == []
@@ -55,11 +57,12 @@ def test_deep_keys_end_no_process(tmp_path):
 
 
 def test_plain_keys_are_read(tmp_path):
-    content = {("a", (1, 2)): torch.ones(2), 3: {"x": (1, (2, (3,)))}, None: [1.5, True]}
+    content = {("a", (1, 2)): torch.ones(2), 3: {"x": (1, (2, (3,)))}, None: [1.5, True, bytearray(b"ab\xff")]}
     for new in (True, False):
         torch.save(content, tmp_path / "a.pt", _use_new_zipfile_serialization=new)
         found = torch_files.load(tmp_path / "a.pt")
-        assert found.keys() == content.keys() and found[3] == content[3] and found["a", (1, 2)].sum() == 2
+        assert found.keys() == content.keys() and found["a", (1, 2)].sum() == 2
+        assert found[3] == content[3] and found[None] == content[None]
 
 
 def test_a_text_is_checked_once_however_often_it_is_used(tmp_path):

@@ -134,17 +134,13 @@ def test_files_of_another_kind_are_refused(tmp_path, name, content, message):
 
 def test_truncated_safetensors(tmp_path):
     path = tmp_path / "x.safetensors"
-    with safetensors.writing(path, {"weight": (torch.float32, (4, 3))}) as writer:
-        writer.write("weight", [torch.ones(4, 3)])
+    safetensors.write(path, {"weight": Rows.of(torch.ones(4, 3))})
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(convert.ConvertError, match="is truncated"):
         convert.read(path)
-    short = safetensors.writing(tmp_path / "y.safetensors", {"weight": (torch.float32, (4, 3))})
-    with pytest.raises(ValueError, match="3 elements are missing"), short as writer:
-        writer.write("weight", [torch.ones(3, 3)])
-    unwritten = safetensors.writing(tmp_path / "y.safetensors", {"weight": (torch.float32, (4, 3))})
-    with pytest.raises(ValueError, match="weight must be written before the file is closed"), unwritten:
-        pass
+    short = Rows(torch.float32, (4, 3), lambda: iter([torch.ones(3, 3)]))
+    with pytest.raises(ValueError, match="3 elements are missing"):
+        safetensors.write(tmp_path / "y.safetensors", {"weight": short})
     assert list(tmp_path.iterdir()) == [path]
 
 
@@ -188,8 +184,7 @@ def test_a_name_that_is_no_utf8(tmp_path):
 def test_a_file_whose_name_is_no_utf8(tmp_path, capsys):
     source, target = tmp_path / "a.safetensors", tmp_path / "caf\udce9.safetensors"
     weight = torch.arange(12.0).reshape(3, 4)
-    with safetensors.writing(source, {"weight": (weight.dtype, weight.shape)}) as writer:
-        writer.write("weight", [weight])
+    safetensors.write(source, {"weight": Rows.of(weight)})
     assert cli.run(["convert", str(source), str(target)]) == 0
     assert "weight (3, 4) float32" in capsys.readouterr().out
     assert torch.equal(safetensors.read(target)[0]["weight"], weight)
@@ -304,9 +299,8 @@ def test_a_seed_or_sub_centers_in_a_file_that_no_head_takes(tmp_path):
         ('{"sub_centers": "3"}', "sub_centers"),
         ("[]", "object"),
     ):
-        layout = {"weight": (torch.float32, (2, D))}
-        with safetensors.writing(tmp_path / "x.safetensors", layout, {"fused_arcface": values}) as writer:
-            writer.write("weight", [torch.zeros(2, D)])
+        weight = {"weight": Rows.of(torch.zeros(2, D))}
+        safetensors.write(tmp_path / "x.safetensors", weight, {"fused_arcface": values})
         with pytest.raises(convert.ConvertError, match=message):
             convert.convert([tmp_path / "x.safetensors"], tmp_path / "out")
         assert not (tmp_path / "out").exists()

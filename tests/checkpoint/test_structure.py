@@ -100,6 +100,7 @@ def test_format_1_holds_what_torch_saves(tmp_path):
     tensors |= {"conv": torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last), "empty": torch.zeros(0, 2)}
     tensors |= {"scalar": torch.tensor(2.5), "part": torch.arange(12.0).reshape(3, 4)[:, 1]}
     plain = {"set": {1, 2}, "size": torch.Size([2, 3]), "dtype": torch.bfloat16, "complex": 1 + 2j, "big": 2**80}
+    plain |= {"frozen": frozenset({3}), "counter": Counter(a=2), "device": torch.device("cuda:1"), "bytes": b"\x00\xff"}
     save_format_1(tmp_path, fa.PartialFC(4, 7), tensors=tensors, plain=plain, ordered=OrderedDict(a=1))
     found = checkpoint.load_state(tmp_path, "tensors")
     for name, tensor in tensors.items():
@@ -120,6 +121,29 @@ def test_objects_in_format_1_need_trust(tmp_path):
     values = checkpoint.load(tmp_path, head, trust=True)
     assert values["note"] == Fraction(1, 3) and (tmp_path / "ran").exists()
     assert checkpoint.load_state(tmp_path, "note", trust=True) == Fraction(1, 3)
+
+
+def test_a_value_of_format_1_that_repeats_itself_is_refused(tmp_path, monkeypatch):
+    """Of some hundred bytes, and without end to whoever goes through it."""
+    note: list = []
+    for _ in range(60):
+        note = [note, note]
+    own = split
+    monkeypatch.setitem(globals(), "split", lambda value, *others: value if value is note else own(value, *others))
+    save_format_1(tmp_path, fa.PartialFC(4, 7), note=note)
+    with pytest.raises(checkpoint.CheckpointError, match="note repeats a value without end"):
+        checkpoint.load_state(tmp_path, "note")
+
+
+def test_a_damaged_byte_in_format_1_is_found(tmp_path):
+    """torch's own reader does not compare checksums."""
+    directory = save_format_1(tmp_path, fa.PartialFC(4, 7), net=nn.Linear(2, 2))
+    data = bytearray((directory / "__0_0.distcp").read_bytes())
+    bias = checkpoint.load_state(tmp_path, "net")["bias"].numpy().tobytes()
+    data[data.index(bias)] ^= 1
+    (directory / "__0_0.distcp").write_bytes(data)
+    with pytest.raises(checkpoint.CheckpointError, match="Bad CRC-32"):
+        checkpoint.load_state(tmp_path, "net")
 
 
 def test_centers_in_format_1_are_converted_with_trust(tmp_path, capsys):

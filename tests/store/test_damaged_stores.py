@@ -98,6 +98,17 @@ def test_a_damaged_journal_is_not_converted(tmp_path):
     assert not (tmp_path / "centers.safetensors").exists()
 
 
+def test_rows_of_another_length_are_named_each_time(tmp_path):
+    """An error while a store is opened leaves no lock behind."""
+    head = make(tmp_path / "store")
+    checkpoint.save(tmp_path / "saved", head)
+    head.center_store.close()
+    os.truncate(tmp_path / "store" / "rows.bin", 5)
+    for _ in range(2):
+        with pytest.raises(CheckpointError, match=r"rows\.bin must have 6 records of 24 bytes; it is 5 bytes long"):
+            convert.convert([tmp_path / "saved"], tmp_path / "centers.safetensors")
+
+
 @pytest.mark.parametrize("ids", [[7], [-1], [3, 2], [2, 2]])
 def test_a_journal_names_rows_of_its_own(tmp_path, ids):
     """With a valid checksum: else a stranger's journal would write beyond the file."""

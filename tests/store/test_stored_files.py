@@ -102,7 +102,7 @@ def test_a_damaged_batch_ends_its_journal(tmp_path):
     (path,) = tmp_path.iterdir()
     whole = list(journal.batches(path, columns))
     assert [each.rows.tolist() for each in whole] == [[1], [2]] and whole[1].untouched.tolist() == [5]
-    assert whole[1].former(0, 1)[1]["weight"].tolist() == [[2, 2, 2]]
+    assert whole[1].former()[1]["weight"].tolist() == [[2, 2, 2]]
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)
@@ -335,7 +335,7 @@ def test_a_store_that_another_process_makes_stays(tmp_path):
         if child == 0:
             lock._open_here.clear()  # as in a process of its own
             try:
-                with stored.new_store(folder, {}, 1, 0, tmp_path / "other"):
+                with stored.new_store(folder, {}, 0, tmp_path / "other"):
                     pass
             except checkpoint.CheckpointError as error:
                 os._exit(7 if "must be a new or an empty folder" in str(error) else 1)

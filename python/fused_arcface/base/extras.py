@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from .files import replacing
@@ -13,9 +12,7 @@ from .files import replacing
 _DISTRIBUTIONS = {
     "PIL": "pillow",
     "faiss": "faiss-cpu",
-    "pytorch_metric_learning": "pytorch-metric-learning",
     "sklearn": "scikit-learn",
-    "tomli_w": "tomli-w",
 }
 
 
@@ -35,13 +32,12 @@ def require(module: str, extra: str = "demo") -> Any:
     """
     library = module.partition(".")[0]
     try:
-        imported: ModuleType = importlib.import_module(module)
+        return importlib.import_module(module)
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] != library:
             raise  # the library is installed but broken: its own error says more
-        name = _DISTRIBUTIONS.get(library, library)
+        name = _DISTRIBUTIONS.get(library, library.replace("_", "-"))
         raise MissingExtra(f'{name} is not installed; it comes with: pip install "fused_arcface[{extra}]"') from None
-    return imported
 
 
 def pyplot() -> Any:

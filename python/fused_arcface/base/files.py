@@ -128,10 +128,8 @@ def is_device(path: str | os.PathLike[str]) -> bool:
 def sync_directory(path: str | os.PathLike[str]) -> None:
     """Put the names in a directory on disk: new and renamed files are safe only then.
 
-    Does nothing where the platform or the file system has no such call.
+    Do nothing where the file system has no such call.
     """
-    if os.name == "nt":
-        return
     try:
         descriptor = os.open(path, os.O_RDONLY)
         try:

@@ -83,15 +83,12 @@ def normal_rows(key: int | Tensor, ids: Tensor, dim: int) -> Tensor:
     return _quantiles(ids.device).index_select(0, levels.flatten()).view(levels.shape)
 
 
-@torch.no_grad()
 def fill_normal(rows: Tensor, seed: int, first_id: int, std: float) -> None:
     """Fill rows (R, D) of any float dtype with N(0, std²).
 
     Row r is a function of ``(seed, first_id + r)`` and D alone.
     """
-    for start, part in chunks(rows):
-        ids = torch.arange(first_id + start, first_id + start + len(part), device=rows.device)
-        fill_normal_rows(part, seed, ids, std)
+    fill_normal_rows(rows, seed, torch.arange(first_id, first_id + len(rows), device=rows.device), std)
 
 
 @torch.no_grad()

@@ -69,13 +69,6 @@ class Admitted:
     """Bytes of memory that all values together may take beyond the pickle's own size."""
 
 
-class _Mark:
-    """Lies on the stack where a list or tuple begins."""
-
-
-_MARK = _Mark()
-
-
 def read_pickle(file: BinaryIO, size: int, admitted: Admitted) -> Any:
     """Return the content of a pickle of ``size`` bytes, as ``admitted`` makes it.
 
@@ -87,7 +80,9 @@ def read_pickle(file: BinaryIO, size: int, admitted: Admitted) -> Any:
     machine = _Machine(file, size, admitted)
     try:
         return machine.run()
-    except (IndexError, KeyError, TypeError, ValueError) as error:  # a stack too short, a key that is a list
+    except IndexError:
+        raise Damaged("a value or a mark is missing") from None
+    except (KeyError, TypeError, ValueError) as error:  # nothing was remembered there, a key that is a list
         raise Damaged(f"{str(error).splitlines()[0] if str(error) else type(error).__name__}") from None
 
 
@@ -95,6 +90,7 @@ class _Machine:
     def __init__(self, file: BinaryIO, size: int, admitted: Admitted) -> None:
         self._file, self._left, self._admitted = file, size, admitted
         self._stack: list[Any] = []
+        self._below: list[list[Any]] = []  # for each open mark the values before it
         self._memo: dict[int, Any] = {}
         self._objects = 0
         self._room = size + admitted.room
@@ -105,8 +101,9 @@ class _Machine:
         for _ in range(admitted.most_instructions):
             code = self._take(1)
             if code == b".":
-                if len(self._stack) != 1:
-                    raise Damaged(f"it ends with {len(self._stack)} values, not with one")
+                count = len(self._stack) + sum(len(each) + 1 for each in self._below)
+                if count != 1:
+                    raise Damaged(f"it ends with {count} values, not with one")
                 return self._stack[0]
             if code not in admitted.instructions:
                 if self._started:
@@ -127,9 +124,8 @@ class _Machine:
             raise Damaged("it became shorter while it was read")
         return found
 
-    def _number(self, format: str) -> int:
-        found: int = struct.unpack(format, self._take(struct.calcsize(format)))[0]
-        return found
+    def _number(self, format: str) -> Any:
+        return struct.unpack(format, self._take(struct.calcsize(format)))[0]
 
     def _line(self) -> bytes:
         found = self._file.readline(self._left)
@@ -147,19 +143,22 @@ class _Machine:
 
     def _push(self, value: Any) -> None:
         """Push a value that was made just now."""
-        self._room -= sys.getsizeof(value) + 16
+        self._pay(value)
+        self._stack.append(value)
+
+    def _pay(self, value: Any) -> None:
+        """Take the memory of a value from the room that is left."""
+        self._room -= sys.getsizeof(value) + 24  # and its place in a list, which is copied while it grows
         if self._room < 0:
             raise Refused(f"its values take {self._admitted.room >> 20} MiB more than the pickle itself")
-        self._stack.append(value)
+
+    def _mark(self) -> None:
+        self._below.append(self._stack)
+        self._stack = []
+        self._pay(self._stack)
 
     def _recall(self, key: int) -> None:
         self._stack.append(self._memo[key])
-
-    def _pop(self) -> Any:
-        value = self._stack.pop()
-        if value is _MARK:
-            raise Damaged("a value is missing")
-        return value
 
     def _push_object(self, value: Any) -> None:
         self._count_object()
@@ -171,13 +170,7 @@ class _Machine:
             raise Refused(f"it has more than {most} lists, tuples, arrays and remembered values")
 
     def _to_mark(self) -> list[Any]:
-        at = len(self._stack) - 1
-        while self._stack[at] is not _MARK:
-            at -= 1
-            if at < 0:
-                raise Damaged("a mark is missing")
-        found = self._stack[at + 1 :]
-        del self._stack[at:]
+        found, self._stack = self._stack, self._below.pop()
         return found
 
     def _extend(self, values: list[Any]) -> None:
@@ -186,7 +179,7 @@ class _Machine:
         self._stack[-1].extend(values)
 
     def _tuple(self, count: int) -> None:
-        values = [self._pop() for _ in range(count)]
+        values = [self._stack.pop() for _ in range(count)]
         self._push_object(tuple(reversed(values)))
 
     def _text_number(self) -> None:
@@ -200,10 +193,6 @@ class _Machine:
         if length > self._admitted.most_int_bytes:
             raise Refused(f"it has a number of {length} bytes")
         self._push(int.from_bytes(self._take(length), "little", signed=True))
-
-    def _real(self) -> float:
-        found: float = struct.unpack(">d", self._take(8))[0]
-        return found
 
     def _quoted(self) -> None:
         line = self._line()
@@ -241,7 +230,7 @@ class _Machine:
         self._stack[-1].update(values)
 
     def _stack_name(self) -> None:
-        name, module = self._pop(), self._pop()
+        name, module = self._stack.pop(), self._stack.pop()
         if not isinstance(module, str) or not isinstance(name, str):
             raise Damaged("a name is not text")
         self._name(module, name)
@@ -250,18 +239,16 @@ class _Machine:
         self._push_object(self._admitted.name(Name(module, name)))
 
     def _call(self) -> None:
-        arguments, function = self._pop(), self._pop()
+        arguments, function = self._stack.pop(), self._stack.pop()
         if not isinstance(arguments, tuple):
             raise Refused("it calls a function with something else than a tuple")
         self._push_object(self._admitted.call(function, arguments))
 
     def _build(self) -> None:
-        state = self._pop()
+        state = self._stack.pop()
         self._admitted.build(self._stack[-1], state)
 
     def _remember(self, key: int) -> None:
-        if self._stack[-1] is _MARK:
-            raise Damaged("a value is missing")
         self._count_object()
         self._memo[key] = self._stack[-1]
 
@@ -269,11 +256,11 @@ class _Machine:
 _VALUES: dict[bytes, Callable[[_Machine], None]] = {
     b"\x80": lambda m: _check_protocol(m._number("<B")),
     b"\x95": lambda m: _check_frame(m._number("<Q"), m._left),
-    b"(": lambda m: m._push(_MARK),
+    b"(": _Machine._mark,
     b"]": lambda m: m._push_object([]),
     b")": lambda m: m._push(()),
     b"t": lambda m: m._push_object(tuple(m._to_mark())),
-    b"a": lambda m: m._extend([m._pop()]),
+    b"a": lambda m: m._extend([m._stack.pop()]),
     b"e": lambda m: m._extend(m._to_mark()),
     b"\x85": lambda m: m._tuple(1),
     b"\x86": lambda m: m._tuple(2),
@@ -315,15 +302,15 @@ _OLD_VALUES: dict[bytes, Callable[[_Machine], None]] = {
     b"g": lambda m: m._recall(m._decimal(m._line())),
 }
 _OBJECTS: dict[bytes, Callable[[_Machine], None]] = {
-    b"G": lambda m: m._push(m._real()),
+    b"G": lambda m: m._push(m._number(">d")),
     b"}": lambda m: m._push_object({}),
-    b"s": lambda m: m._set_items([m._pop(), m._pop()][::-1]),
+    b"s": lambda m: m._set_items([m._stack.pop(), m._stack.pop()][::-1]),
     b"u": lambda m: m._set_items(m._to_mark()),
     b"\x8f": lambda m: m._push_object(set()),
     b"\x90": lambda m: m._add_items(m._to_mark()),
     b"\x91": _Machine._frozen,
     b"\x81": _Machine._call,
-    b"Q": lambda m: m._push_object(m._admitted.persistent(m._pop())),
+    b"Q": lambda m: m._push_object(m._admitted.persistent(m._stack.pop())),
 }
 _INSTRUCTIONS = _VALUES | _OLD_VALUES | _OBJECTS
 

@@ -6,13 +6,13 @@ import os
 import pickle
 import re
 import zipfile
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
 
 from . import pickles
-from .pickles import Admitted, Damaged, Refused
+from .pickles import Admitted, Damaged, Name, Refused
 from .reading import DataError, check_regular, open_regular
 
 
@@ -31,7 +31,7 @@ def load(path: str | os.PathLike[str]) -> Any:
     try:
         archived = zipfile.is_zipfile(path)  # the format from before torch 1.6 is no archive, and cannot be mapped
         if archived:
-            _check_archive(path)
+            check_archive(path, path, os.path.getsize(path))
         else:
             _check_old_file(path)
         mapped = archived and not re.search("[\ud800-\udfff]", os.fspath(path))  # torch maps only names in UTF-8
@@ -49,10 +49,16 @@ def load(path: str | os.PathLike[str]) -> Any:
         raise TensorFileError(f"{path} cannot be read as a file of tensors: {lines[0]}") from None
 
 
-def _check_archive(path: str | os.PathLike[str]) -> None:
-    """Check that an archive unpacks to no more than its size, as torch writes it, and check its pickles."""
-    with zipfile.ZipFile(path) as archive:
-        if sum(entry.file_size for entry in archive.infolist()) > os.path.getsize(path):
+def check_archive(path: str | os.PathLike[str], file: str | os.PathLike[str] | BinaryIO, size: int) -> None:
+    """Check that an archive unpacks to no more than its size, as torch writes it, and check its pickles.
+
+    Errors name it ``path``. The archive itself is ``file``, of ``size`` bytes.
+
+    Raises:
+        TensorFileError: if torch's reader might take more memory than the archive has bytes, or crash.
+    """
+    with zipfile.ZipFile(file) as archive:
+        if sum(entry.file_size for entry in archive.infolist()) > size:
             raise TensorFileError(f"{path} must have its tensors uncompressed, as torch.save writes them")
         for entry in archive.infolist():
             if entry.filename.endswith("data.pkl"):
@@ -84,12 +90,20 @@ def _seen(reference: Any) -> dict[Any, Any]:
     return {}
 
 
+def _call(function: Any, arguments: tuple[Any, ...]) -> dict[Any, Any]:
+    """Refuse bytes that a number makes: torch's reader knows them, and some bytes of a file would take any memory."""
+    is_number = bool(arguments) and isinstance(arguments[0], int)
+    if is_number and isinstance(function, Name) and function.name == "bytearray":
+        raise Refused("it makes bytes in another way than pickle does")
+    return {}
+
+
 # Nothing is made of a call or a reference: the instructions alone are checked, all that torch's own reader knows.
 _ADMITTED = Admitted(
     kind="file of tensors",
     instructions=pickles.VALUES | pickles.OLD_VALUES | pickles.OBJECTS,
     name=lambda name: name,
-    call=lambda _, arguments: {},
+    call=_call,
     build=lambda value, state: None,
     persistent=_seen,
     most_instructions=20_000_000,
@@ -99,18 +113,18 @@ _ADMITTED = Admitted(
 )
 
 
-def check_sums(path: str | os.PathLike[str]) -> None:
+def check_sums(path: str | os.PathLike[str], file: BinaryIO | None = None) -> None:
     """Check the checksums that ``torch.save`` writes into an archive; a file from before torch 1.6 has none.
 
-    torch itself does not compare them. This reads the whole file.
+    torch itself does not compare them. This reads the whole archive, which is ``file`` if it is a part of another one.
 
     Raises:
         TensorFileError: if a part of the file has changed since it was written.
     """
-    if not zipfile.is_zipfile(path):
+    if not zipfile.is_zipfile(file or path):
         return
     try:
-        with zipfile.ZipFile(path) as archive:
+        with zipfile.ZipFile(file or path) as archive:
             for entry in archive.infolist():
                 if entry.CRC == 0:  # torch.serialization.set_crc32_options(False)
                     continue

@@ -28,12 +28,14 @@ from torch.distributed.tensor import DTensor
 
 from ..parallel.ranks import ALONE
 from ..partial_fc import PartialFC
+from .centers import Centers
 from .directory import Saved, find, write
+from .manifest import boundary
 from .roots import latest
-from .row_shard import RowShard
+from .row_shard import RowShard, StreamedRows
 from .storage import CheckpointError
 from .stored import STORE, file_of, load_rows, reference_of, reference_to
-from .structure import join, split, to_json
+from .structure import join, split
 
 __all__ = [
     "CheckpointError",
@@ -119,7 +121,7 @@ def save(root: str | os.PathLike[str], head: PartialFC, *, keep: int = 2, **othe
     >>> load(root, head, backbone=backbone)
     {'epoch': 3}
     """
-    _meet(head, "checkpoint.save()")
+    head.ranks.meet(type(head).__name__, {"call": "checkpoint.save()"}, head.device)
     with head.ranks.together("checkpoint.save"):
         agreement = {"root": os.path.abspath(root), "others": ", ".join(sorted(others))}
     head.ranks.check_agreement("checkpoint.save", agreement)
@@ -133,31 +135,26 @@ def save(root: str | os.PathLike[str], head: PartialFC, *, keep: int = 2, **othe
     if store is not None:
         store.drain()
         values[_HEAD][STORE] = reference_to(store.rows, root)
-    path = write(Path(root), tensors, lambda: _to_json(values), _options_of(head), head.step, head.ranks, keep)
+    path = write(Path(root), tensors, values, _options_of(head), head.step, head.ranks, keep)
     if store is not None:
         store.rows.saved(values[_HEAD][STORE]["state"], keep)
     return path
 
 
-def _meet(head: PartialFC, call: str) -> None:
-    """Raise on every rank if one of them makes another call of the head or of this module."""
-    head.ranks.meet(type(head).__name__, {"call": call}, head.device)
-
-
-def save_centers(
-    root: str | os.PathLike[str], tensors: dict[str, RowShard], values: dict[str, Any], **options: int
-) -> Path:
+def save_centers(root: Path, centers: Centers, reference: dict[str, Any] | None = None) -> Path:
     """Save the class centers of a head that this process does not have; see ``convert``.
 
-    The options are num_classes, embedding_dim, seed and sub_centers.
+    With a ``reference`` the rows are in a store.
     """
-    stored: dict[str, Any] = {}
-    head = {_HEAD: split({**tensors, **values}, _HEAD, stored)}
-    return write(Path(root), stored, lambda: _to_json(head), _options(**options), values["step"], ALONE, keep=2)
-
-
-def _to_json(values: dict[str, Any]) -> dict[str, Any]:
-    return {name: to_json(value, name) for name, value in values.items()}
+    own = {"step": 0, "seed": 0, **centers.values}
+    options = _options(centers.num_classes, centers.tensors["weight"].shape[1], own.pop("seed"), centers.sub_centers)
+    own.pop("sub_centers", None)
+    if reference is None:
+        own |= {name: StreamedRows(rows) for name, rows in centers.tensors.items()}
+    else:
+        own[STORE] = reference
+    tensors: dict[str, Any] = {}
+    return write(root, tensors, {_HEAD: split(own, _HEAD, tensors)}, options, own["step"], ALONE, keep=2)
 
 
 def load(path: str | os.PathLike[str], head: PartialFC, *, trust: bool = False, **others: Any) -> dict[str, Any]:
@@ -184,7 +181,7 @@ def load(path: str | os.PathLike[str], head: PartialFC, *, trust: bool = False, 
     >>> load(root, fa.PartialFC(8, 100))  # options may differ
     {'epoch': 3}
     """
-    _meet(head, "checkpoint.load()")
+    head.ranks.meet(type(head).__name__, {"call": "checkpoint.load()"}, head.device)
     saved = find(path, ranks=head.ranks, trust=trust)
     with head.ranks.together("checkpoint.load"):
         for name, own in {"sub_centers": None, **_options_of(head)}.items():
@@ -199,12 +196,9 @@ def load(path: str | os.PathLike[str], head: PartialFC, *, trust: bool = False, 
         structures = {name: saved.value(name) for name in plain | others.keys()}
         numbers_of, options = _saved_numbers(saved, values, head), _of_optimizer(saved, values, head)
         reference, store = reference_of(saved, values), file_of(head)
-        targets = {f"{_HEAD}.{name}": shard for name, shard in _shards(head).items()}
-        if reference is not None:  # the tensors are not in the checkpoint
-            targets = {}
-        imported = "optimizer" not in values and values["step"] == 0
-        if imported:  # centers alone: a fused optimizer starts as a new one
-            targets = {key: shard for key, shard in targets.items() if key == f"{_HEAD}.weight"}
+        imported = "optimizer" not in values and values["step"] == 0  # centers alone: an optimizer starts as a new one
+        shards = _shards(head) if reference is None else {}  # if they are in a store, the checkpoint has none
+        targets = {f"{_HEAD}.{name}": each for name, each in shards.items() if name == "weight" or not imported}
         _check_tensors(saved, targets)
         # Read aside: a damaged block is found when it is read, and nothing has been loaded until all is there.
         tensors: dict[str, Any] = {
@@ -238,13 +232,7 @@ def load(path: str | os.PathLike[str], head: PartialFC, *, trust: bool = False, 
 
 
 def _saved_numbers(saved: Saved, values: dict[str, Any], head: PartialFC) -> list[tuple[Tensor, Tensor]]:
-    """Return the tensors of the head's margin and scale, each with its saved value.
-
-    Another margin or scale than the saved one keeps its own state.
-
-    Raises:
-        CheckpointError: if a value has another shape, or is made of something else than numbers.
-    """
+    """Return the tensors of the head's margin and scale, each with its saved value; another one keeps its own state."""
     found = []
     for of, own in _numbers(head).items():
         for name in own.keys() & values.get(of, {}).keys():
@@ -257,11 +245,7 @@ def _saved_numbers(saved: Saved, values: dict[str, Any], head: PartialFC) -> lis
 
 
 def _of_optimizer(saved: Saved, values: dict[str, Any], head: PartialFC) -> dict[str, Any]:
-    """Return the saved options of the head's fused optimizer.
-
-    Raises:
-        CheckpointError: if they are missing after a first step, or are not those of the head's optimizer.
-    """
+    """Return the saved options of the head's fused optimizer, none for centers alone, and check them."""
     if head.center_optimizer is None:
         return {}
     if "optimizer" not in values:
@@ -328,10 +312,8 @@ def load_state(path: str | os.PathLike[str], name: str, *, trust: bool = False) 
 
 
 def _joined(saved: Saved, name: str, structure: Any, tensors: dict[str, Any]) -> Any:
-    try:
+    with boundary(saved.directory, name):  # a hand-made structure may not fit its tensors
         return join(structure, tensors)
-    except (KeyError, RecursionError, TypeError) as error:  # a hand-made structure: the tensors have been read
-        raise CheckpointError(f"{saved.directory} is damaged: {name} does not fit its tensors: {error}") from None
 
 
 def _check_tensors(saved: Saved, own: dict[str, RowShard]) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -25,13 +27,23 @@ class ConvertOptionError(ConvertError):
 
 @dataclass
 class Rows:
-    """A tensor with as many rows for each class as it has centers."""
+    """A tensor whose rows come in pieces, so that it may be larger than memory."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
-    """(C_total·sub_centers, ...)"""
     pieces: Callable[[], Iterator[Tensor]]
     """Its rows in order."""
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> Rows:
+        """Return a tensor in memory as one piece."""
+        return cls(tensor.dtype, tuple(tensor.shape), lambda: iter([tensor]))
+
+
+def _joined(parts: Sequence[Rows]) -> Rows:
+    """Return the rows of all parts, in the dtype of the first."""
+    shape = (sum(part.shape[0] for part in parts), *parts[0].shape[1:])
+    return Rows(parts[0].dtype, shape, lambda: chain.from_iterable(part.pieces() for part in parts))
 
 
 @dataclass
@@ -74,16 +86,11 @@ def merge(sources: Sequence[Centers]) -> Centers:
     for name in set.intersection(*(set(source.tensors) for source in sources)):
         parts = [source.tensors[name] for source in sources]
         if all(part.dtype == parts[0].dtype for part in parts) or name == "weight":
-            shape = (sum(part.shape[0] for part in parts), *parts[0].shape[1:])
-            tensors[name] = Rows(parts[0].dtype, shape, _chain(parts))
+            tensors[name] = _joined(parts)
     notes = [note for source in sources for note in source.notes]
     if any(name not in tensors for source in sources for name in source.tensors):
         notes.append("the momentum of the class centers is left out: not all sources have it in the same dtype")
     return Centers(tensors, dict(sources[0].values), notes)
-
-
-def _chain(parts: Sequence[Rows]) -> Callable[[], Iterator[Tensor]]:
-    return lambda: (piece for part in parts for piece in part.pieces())
 
 
 def grow(source: Centers, num_classes: int, seed: int) -> Centers:
@@ -100,20 +107,17 @@ def grow(source: Centers, num_classes: int, seed: int) -> Centers:
 
     first, last = kept * source.sub_centers, num_classes * source.sub_centers
 
-    def new_rows(name: str, rows: Rows) -> Callable[[], Iterator[Tensor]]:
-        def pieces() -> Iterator[Tensor]:
-            for start in range(first, last, _NEW_ROWS):
-                piece = torch.zeros(min(_NEW_ROWS, last - start), *rows.shape[1:], dtype=rows.dtype)
-                if name == "weight":
-                    fill_normal(piece, seed, start, CENTER_STD)
-                yield piece
-
-        return pieces
+    def new_rows(name: str, rows: Rows) -> Iterator[Tensor]:
+        for start in range(first, last, _NEW_ROWS):
+            piece = torch.zeros(min(_NEW_ROWS, last - start), *rows.shape[1:], dtype=rows.dtype)
+            if name == "weight":
+                fill_normal(piece, seed, start, CENTER_STD)
+            yield piece
 
     tensors = {}
     for name, rows in source.tensors.items():
-        added = Rows(rows.dtype, (last - first, *rows.shape[1:]), new_rows(name, rows))
-        tensors[name] = Rows(rows.dtype, (last, *rows.shape[1:]), _chain([rows, added]))
+        added = Rows(rows.dtype, (last - first, *rows.shape[1:]), partial(new_rows, name, rows))
+        tensors[name] = _joined([rows, added])
     return Centers(tensors, dict(source.values), source.notes)
 
 
@@ -136,17 +140,15 @@ def keep_dominant(source: Centers, dominant: Tensor) -> Centers:
         raise ConvertError(f"dominant must be in [0, sub_centers={count}); got {low if low < 0 else high}")
     kept = torch.arange(len(dominant)) * count + dominant.long()  # ascending rows of weight
 
-    def chosen(rows: Rows) -> Callable[[], Iterator[Tensor]]:
-        def pieces() -> Iterator[Tensor]:
-            start = 0
-            for piece in rows.pieces():
-                first, last = torch.searchsorted(kept, torch.tensor([start, start + len(piece)])).tolist()
-                yield piece[kept[first:last] - start]
-                start += len(piece)
-
-        return pieces
+    def chosen(rows: Rows) -> Iterator[Tensor]:
+        start = 0
+        for piece in rows.pieces():
+            first, last = torch.searchsorted(kept, torch.tensor([start, start + len(piece)])).tolist()
+            yield piece[kept[first:last] - start]
+            start += len(piece)
 
     tensors = {
-        name: Rows(rows.dtype, (len(dominant), *rows.shape[1:]), chosen(rows)) for name, rows in source.tensors.items()
+        name: Rows(rows.dtype, (len(dominant), *rows.shape[1:]), partial(chosen, rows))
+        for name, rows in source.tensors.items()
     }
     return Centers(tensors, {**source.values, "sub_centers": 1}, source.notes)

@@ -14,10 +14,8 @@ from torch import Tensor
 
 from .. import checkpoint
 from ..base.checks import check_seed
-from ..base.reading import file_errors
 from . import safetensors, stored
 from .centers import Centers, ConvertError, ConvertOptionError, grow, keep_dominant, merge
-from .row_shard import StreamedRows
 from .sources import read
 
 
@@ -27,8 +25,7 @@ def read_dominant(path: str | os.PathLike[str]) -> Tensor:
     Raises:
         ConvertError: if the file has none, or is of another kind.
     """
-    with file_errors(Path(path)):
-        tensors, _ = safetensors.read(Path(path))
+    tensors, _ = safetensors.read(path)
     if "dominant" not in tensors:
         raise ConvertError(f"{path} has no tensor 'dominant' (C,); it has {', '.join(tensors) or 'nothing'}")
     return tensors["dominant"]
@@ -43,10 +40,10 @@ def write(centers: Centers, path: str | os.PathLike[str], center_storage: str | 
         The file or the checkpoint's directory.
 
     Raises:
-        ConvertError: if ``path`` has another suffix and is not a folder, or the seed is out of its range.
+        ConvertError: if ``path`` has another suffix and is not a folder.
         CheckpointError: if the checkpoint or ``center_storage`` cannot be written. Nothing of them is left.
     """
-    path = Path(path)
+    path, tensors = Path(path), centers.tensors
     one_file = _is_one_file(path)
     if one_file and center_storage is not None:
         raise ConvertOptionError(f"center_storage is for a folder of checkpoints; the destination is {path}")
@@ -55,43 +52,18 @@ def write(centers: Centers, path: str | os.PathLike[str], center_storage: str | 
             "center_storage needs a source with the state of a CenterSGD, whose momentum has its place in the file: "
             "write a checkpoint without center_storage, and load it into a head that has one"
         )
-    seed = _checked_seed(centers.values.get("seed", 0))
     path.parent.mkdir(parents=True, exist_ok=True)
     if one_file:
-        layout = {name: (rows.dtype, rows.shape) for name, rows in centers.tensors.items()}
-        metadata = {"format": "pt", "fused_arcface": json.dumps(centers.values)}
-        with safetensors.writing(path, layout, metadata) as writer:
-            for name, rows in centers.tensors.items():
-                writer.write(name, rows.pieces())
+        safetensors.write(path, tensors, {"format": "pt", "fused_arcface": json.dumps(centers.values)})
         return path
-    tensors = centers.tensors
-    num_rows, dim = tensors["weight"].shape
-    options = {
-        "num_classes": centers.num_classes,
-        "embedding_dim": dim,
-        "seed": seed,
-        "sub_centers": centers.sub_centers,
-    }
-    values = {
-        "step": 0,
-        **{name: value for name, value in centers.values.items() if name not in ("seed", "sub_centers")},
-    }
     if center_storage is None:
-        shards: dict[str, checkpoint.RowShard] = {
-            name: StreamedRows(rows.pieces(), rows.dtype, rows.shape) for name, rows in tensors.items()
-        }
-        return checkpoint.save_centers(path, shards, values, **options)
-    columns = {name: (rows.dtype, rows.shape[1], rows.pieces()) for name, rows in tensors.items()}
-    with stored.new_store(Path(center_storage), columns, num_rows, seed, path) as reference:
-        return checkpoint.save_centers(path, {}, {**values, stored.STORE: reference}, **options)
+        return checkpoint.save_centers(path, centers)
+    with stored.new_store(Path(center_storage), tensors, centers.values.get("seed", 0), path) as reference:
+        return checkpoint.save_centers(path, centers, reference)
 
 
 def _is_one_file(path: Path) -> bool:
-    """Return whether a destination is one file; a folder of checkpoints has no suffix, or is there already.
-
-    Raises:
-        ConvertError: if it is neither.
-    """
+    """Return whether a destination is one file. A folder of checkpoints has no suffix, or is there already."""
     if path.suffix.lower() == ".safetensors":
         return True
     if not path.is_dir() and (path.suffix or path.exists()):
@@ -99,13 +71,6 @@ def _is_one_file(path: Path) -> bool:
     if (path / "config.toml").exists():
         raise ConvertOptionError(f"the destination must be a folder of checkpoints; {path} is a training run")
     return False
-
-
-def _checked_seed(seed: object) -> int:
-    try:
-        return check_seed(seed)
-    except (TypeError, ValueError) as error:
-        raise ConvertOptionError(str(error)) from None
 
 
 def convert(
@@ -147,15 +112,15 @@ def convert(
     100
     """
     _is_one_file(Path(destination))
-    if seed is not None:
-        _checked_seed(seed)
+    try:
+        own_seed = {} if seed is None else {"seed": check_seed(seed)}
+    except (TypeError, ValueError) as error:
+        raise ConvertOptionError(str(error)) from None
     centers = merge([read(source, sub_centers, embedding_dim=embedding_dim, trust=trust) for source in sources])
     dim = centers.tensors["weight"].shape[1]
     if embedding_dim not in (None, dim):
         raise ConvertOptionError(f"the sources must have centers of embedding_dim={embedding_dim}; they have {dim}")
-    if seed is not None or "seed" not in centers.values:
-        centers.values["seed"] = seed or 0
-    centers.values["seed"] = _checked_seed(centers.values["seed"])
+    centers.values = {"seed": 0, **centers.values, **own_seed}
     if noted is not None:
         for note in centers.notes:
             noted(note)

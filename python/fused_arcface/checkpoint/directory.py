@@ -5,10 +5,10 @@ from __future__ import annotations
 import contextlib
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch.distributed.checkpoint.api import CheckpointException
@@ -22,8 +22,7 @@ from . import manifest, storage, version1
 from .manifest import boundary
 from .roots import before, has_checkpoint, latest, publish, settle, unfinished
 from .storage import METADATA, CheckpointError
-
-_Result = TypeVar("_Result")
+from .structure import to_json
 
 
 @dataclass(frozen=True)
@@ -33,12 +32,12 @@ class Saved:
     directory: Path
     head: dict[str, Any]
     """Options of the head."""
-    reader: storage.TensorReader | version1.TrustedReader
+    reader: storage.TensorReader
 
     @property
     def tensors(self) -> dict[str, Any]:
         """Size, dtype and parts of each stored tensor, by key."""
-        return {key: each for key, each in self.reader.metadata.state_dict_metadata.items() if hasattr(each, "chunks")}
+        return self.reader.metadata.state_dict_metadata
 
     @property
     def names(self) -> set[str]:
@@ -53,7 +52,7 @@ class Saved:
         """
         if name not in self.names:
             raise CheckpointError(f"{self.directory} has no {name}")
-        with boundary(self.directory, name), _quiet():
+        with boundary(self.directory, name):
             return self.reader.value(name)
 
     def read(self, tensors: dict[str, Any], ranks: Ranks = ALONE) -> None:
@@ -64,7 +63,7 @@ class Saved:
                 tensors may have been filled.
         """
         try:
-            with _quiet(), torch.no_grad():
+            with _one_error(f"{self.directory} cannot be read"), torch.no_grad():
                 dcp_load(
                     tensors,
                     storage_reader=self.reader,
@@ -72,16 +71,14 @@ class Saved:
                     process_group=ranks.group,
                     no_dist=ranks.world_size == 1,
                 )
-        except CheckpointException as error:  # a BaseException of torch's, on all ranks alike
-            _raise_interrupt(error)
-            problem = _describe(error, f"{self.directory} cannot be read")
-            raise CheckpointError(problem + on_first(ranks, lambda: way_back(self.directory))) from error
+        except CheckpointError as error:  # on all ranks alike
+            raise CheckpointError(f"{error}{ranks.on_first(lambda: way_back(self.directory))}") from error
 
 
 def write(
     root: Path,
     tensors: dict[str, Any],
-    values: Callable[[], dict[str, Any]],
+    values: dict[str, Any],
     options: dict[str, Any],
     step: int,
     ranks: Ranks,
@@ -92,7 +89,7 @@ def write(
     Args:
         root: directory of the checkpoints; made if missing.
         tensors: by key; sharded ones are stored in their parts, all others as the first rank has them.
-        values: returns the JSON to store beside the tensors; called on the first rank.
+        values: by name, the structures to store beside the tensors, as the first rank has them.
         options: the head's options, for the manifest.
         step: names the directory.
         ranks: the ranks that write together.
@@ -103,11 +100,12 @@ def write(
 
     Raises:
         CheckpointError: if it cannot be written. The checkpoints before it are unchanged, and nothing of it is left.
-        TypeError: if ``values`` refuses a value.
+        TypeError: if a structure holds a value of another kind than JSON can take.
     """
 
     def begin() -> tuple[dict[str, Any], Path]:
-        return values(), first_rank.enter_context(unfinished(root, step))
+        texts = {name: to_json(value, name) for name, value in values.items()}
+        return texts, first_rank.enter_context(unfinished(root, step))
 
     def end() -> Path:
         manifest.write(partial, step, options, written)
@@ -115,11 +113,12 @@ def write(
         settle(final, keep)
         return final
 
+    problem = f"{root}: the checkpoint of step {step} cannot be written"
     try:
         with contextlib.ExitStack() as first_rank:
-            texts, partial = on_first(ranks, begin)
+            texts, partial = ranks.on_first(begin)
             writer = storage.Writer(partial, ranks.rank, texts)
-            with _quiet():
+            with _one_error(problem):
                 dcp_save(
                     tensors,
                     storage_writer=writer,
@@ -131,28 +130,9 @@ def write(
                     no_dist=ranks.world_size == 1,
                 )
             written = {name: record for each in ranks.gather_objects(writer.files) for name, record in each.items()}
-            return on_first(ranks, end)
-    except CheckpointException as error:
-        _raise_interrupt(error)
-        raise CheckpointError(_describe(error, f"{root}: the checkpoint of step {step} cannot be written")) from error
+            return ranks.on_first(end)
     except OSError as error:
-        raise CheckpointError(f"{root}: the checkpoint of step {step} cannot be written: {error}") from error
-
-
-def on_first(ranks: Ranks, function: Callable[[], _Result]) -> _Result:
-    """Return on every rank what ``function`` returns on the first, or raise what it raises there; a collective."""
-    outcome: Any = None
-    if ranks.rank == 0:
-        try:
-            outcome = (function(), None)
-        except Exception as error:
-            if ranks.world_size == 1:
-                raise
-            outcome = (None, error)
-    result, failure = ranks.gather_objects(outcome)[0]
-    if failure is not None:
-        raise failure
-    return result
+        raise CheckpointError(f"{problem}: {error}") from error
 
 
 def find(path: str | os.PathLike[str], *, ranks: Ranks = ALONE, trust: bool = False) -> Saved:
@@ -174,21 +154,19 @@ def find(path: str | os.PathLike[str], *, ranks: Ranks = ALONE, trust: bool = Fa
             raise FileNotFoundError(f"no checkpoint in {path}")
         try:
             _open(directory, trust)
-        except version1.NeedsTrust:
-            raise
         except CheckpointError as error:
             raise CheckpointError(f"{error}{way_back(directory)}") from error
         return directory
 
-    directory = on_first(ranks, choose)
+    directory = ranks.on_first(choose)
     with ranks.together("checkpoint.load"):
         return _open(directory, trust)
 
 
 def _open(directory: Path, trust: bool) -> Saved:
     listed = manifest.read(directory)
-    for name, size in listed.sizes.items():
-        file = directory / name
+    for name, record in listed.files.items():
+        file, size = directory / name, record.size
         with boundary(directory, manifest.NAME):  # it may have a name that no file has
             actual = file.stat().st_size if file.is_file() else None
         if actual != size:
@@ -198,10 +176,9 @@ def _open(directory: Path, trust: bool) -> Saved:
             got = "missing" if actual is None else f"{actual} bytes long"
             raise CheckpointError(f"{directory} is truncated: {name} must have {size} bytes; it is {got}")
     with boundary(directory, METADATA):
-        if listed.records is not None:
-            return Saved(directory, listed.head, storage.Reader(directory, listed.records, listed.block))
-        reader = version1.TrustedReader(directory) if trust else version1.Reader(directory, listed.sizes)
-        return Saved(directory, listed.head, reader)
+        if listed.version == 1:
+            return Saved(directory, listed.head, version1.Reader(directory, listed.files, trust))
+        return Saved(directory, listed.head, storage.Reader(directory, listed.files, listed.block))
 
 
 def way_back(directory: Path) -> str:
@@ -216,24 +193,23 @@ def way_back(directory: Path) -> str:
     return f". No whole checkpoint before it is left in {directory.parent}"
 
 
-def _raise_interrupt(error: CheckpointException) -> None:
-    """Raise KeyboardInterrupt if Ctrl-C ended the work on some rank: torch wraps it as it does any error."""
-    if any(isinstance(cause, KeyboardInterrupt) for cause, _ in error.failures.values()):
-        raise KeyboardInterrupt from None
-
-
-def _describe(error: CheckpointException, problem: str) -> str:
-    """Return what went wrong on the first rank that failed."""
-    rank, (cause, _) = min(error.failures.items())
-    if isinstance(cause, CheckpointError):
-        return str(cause)
-    return f"{problem}: {cause}" + (f" (on rank {rank})" if rank else "")
-
-
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Suppress torch's notes that it works in one process, and under an old name."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
-        warnings.filterwarnings("ignore", category=FutureWarning)
-        yield
+def _one_error(problem: str) -> Iterator[None]:
+    """Run a block of torch.distributed.checkpoint. If it fails, raise the error of the first rank that failed.
+
+    Raises:
+        KeyboardInterrupt: if Ctrl-C ended the work on some rank: torch wraps it as it does any error.
+        CheckpointError: for any other error, which has ``problem`` in front if it is not one itself.
+    """
+    try:
+        with warnings.catch_warnings():  # of torch: it works in one process, and under an old name
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+            warnings.filterwarnings("ignore", category=FutureWarning)
+            yield
+    except CheckpointException as error:
+        if any(isinstance(cause, KeyboardInterrupt) for cause, _ in error.failures.values()):
+            raise KeyboardInterrupt from None
+        rank, (cause, _) = min(error.failures.items())
+        if isinstance(cause, CheckpointError):
+            raise CheckpointError(str(cause)) from error
+        raise CheckpointError(f"{problem}: {cause}" + (f" (on rank {rank})" if rank else "")) from error

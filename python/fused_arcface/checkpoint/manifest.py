@@ -29,13 +29,12 @@ STEP_NAME = re.compile(r"step_(\d{10,19})(?:\.(\d{1,9}))?")
 class Manifest:
     """A manifest that has been checked."""
 
+    version: int
     head: dict[str, Any]
     """Options of the head."""
-    sizes: dict[str, int]
-    """Bytes of each file, by name."""
-    records: dict[str, FileRecord] | None
-    """Sizes and checksums of the files; None in format 1."""
-    block: int
+    files: dict[str, FileRecord]
+    """Sizes and checksums of the files; format 1 has no checksums."""
+    block: int = BLOCK
     """Bytes that have a checksum together."""
 
 
@@ -64,12 +63,11 @@ def read(directory: Path) -> Manifest:
         if METADATA not in listed or any(name != os.path.basename(name) for name in listed):
             raise ValueError("its list of files is not that of a checkpoint")
         if content["version"] == 1:
-            return Manifest(content["head"], {name: numbers([size])[0] for name, size in listed.items()}, None, BLOCK)
+            return Manifest(1, content["head"], {name: FileRecord(numbers([listed[name]])[0]) for name in listed})
         (block,) = numbers([content["block"]])
         if block == 0 or block % ALIGNMENT:
             raise ValueError(f"block must be a multiple of {ALIGNMENT}; got {block}")
-        records = {name: _record(entry, block) for name, entry in listed.items()}
-        return Manifest(content["head"], {name: each.size for name, each in records.items()}, records, block)
+        return Manifest(VERSION, content["head"], {name: _record(listed[name], block) for name in listed}, block)
 
 
 def read_content(directory: Path) -> dict[str, Any]:
@@ -80,13 +78,12 @@ def read_content(directory: Path) -> dict[str, Any]:
     with boundary(directory, NAME):
         if not file.is_file():
             raise ValueError("it is no file")
-        content = json.loads(file.read_bytes())
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise CheckpointError(f"{directory} is a checkpoint of another program: its {NAME} does not say {FORMAT}")
-    version = content.get("version")
-    if type(version) is int and version > VERSION:
-        raise CheckpointError(f"{directory} was saved by a later version of this package: format {version}")
-    with boundary(directory, NAME):
+        content: Any = json.loads(file.read_bytes())
+        if not isinstance(content, dict) or content.get("format") != FORMAT:
+            raise CheckpointError(f"{directory} is a checkpoint of another program: its {NAME} does not say {FORMAT}")
+        version = content.get("version")
+        if type(version) is int and version > VERSION:
+            raise CheckpointError(f"{directory} was saved by a later version of this package: format {version}")
         if version == VERSION and content.pop("crc32") != crc32(content):
             raise ValueError("its own checksum differs")
         if version not in (1, VERSION) or not all(isinstance(content[key], dict) for key in ("head", "files")):

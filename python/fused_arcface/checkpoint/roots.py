@@ -83,7 +83,10 @@ def settle(newest: Path, keep: int) -> None:
     The newest one stays. If one cannot be removed, this is a warning.
     """
     with _locked(newest.parent):
-        _name_latest(newest)
+        name = newest.parent / _LATEST  # for people and other programs: nothing here reads it
+        if name.is_file() or not name.exists():
+            with contextlib.suppress(OSError):
+                files.write_text(name, newest.name)
         others = [path for path in complete(newest.parent) if path != newest and _is_ours(path)]
         for old in others[: max(0, len(others) + 1 - keep)]:
             try:
@@ -91,14 +94,6 @@ def settle(newest: Path, keep: int) -> None:
                 shutil.rmtree(old.rename(old.with_name(_PARTIAL + old.name)))
             except OSError as error:
                 warnings.warn(f"{old} is no longer needed, and cannot be removed: {error}", stacklevel=2)
-
-
-def _name_latest(directory: Path) -> None:
-    """Write the newest checkpoint's name beside it, for people and other programs: nothing here reads it."""
-    name = directory.parent / _LATEST
-    if name.is_file() or not name.exists():
-        with contextlib.suppress(OSError):
-            files.write_text(name, directory.name)
 
 
 def keep_alone(directory: Path, root: Path) -> Path:

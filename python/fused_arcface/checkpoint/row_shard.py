@@ -11,6 +11,8 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
+from .centers import Rows
+
 _PIECE_BYTES, _MOST_PIECES = 64 << 20, 1000  # torch's planner compares each piece with others
 
 
@@ -68,8 +70,8 @@ class StreamedRows(RowShard):
 
     _stream: Iterator[tuple[int, Tensor]]
 
-    def __new__(cls, pieces: Iterable[Tensor], dtype: torch.dtype, shape: tuple[int, ...]) -> StreamedRows:
-        """Make the tensor of pieces of any numbers of rows, in order, together ``shape``."""
+    def __new__(cls, source: Rows) -> StreamedRows:
+        dtype, shape = source.dtype, source.shape
         total, row_bytes = shape[0], dtype.itemsize * math.prod(shape[1:])
         step = max(1, _PIECE_BYTES // max(row_bytes, 1), -(-total // _MOST_PIECES))
         starts = range(0, total, step)
@@ -77,7 +79,7 @@ class StreamedRows(RowShard):
         shapes = [torch.empty(size, *shape[1:], dtype=dtype, device="meta") for size in sizes]
         shard: StreamedRows = Tensor._make_subclass(cls, shapes[0])
         shard.pieces, shard.total = list(zip(starts, shapes, strict=True)), total
-        shard._stream = zip(starts, cut_rows(pieces, sizes, dtype), strict=True)
+        shard._stream = zip(starts, cut_rows(source, sizes), strict=True)
         return shard
 
     def __get_tensor_shard__(self, index: MetadataIndex) -> Tensor:
@@ -86,12 +88,12 @@ class StreamedRows(RowShard):
         return rows
 
 
-def cut_rows(pieces: Iterable[Tensor], sizes: list[int], dtype: torch.dtype) -> Iterator[Tensor]:
-    """Yield the rows of the pieces as pieces of other sizes."""
-    stream, held = iter(pieces), list[Tensor]()
+def cut_rows(source: Rows, sizes: Iterable[int]) -> Iterator[Tensor]:
+    """Yield rows in pieces of other sizes."""
+    stream, held = source.pieces(), list[Tensor]()
     for size in sizes:
         while sum(map(len, held)) < size:
             held.append(next(stream))
         rows = held[0] if len(held) == 1 else torch.cat(held)
-        yield rows[:size].to(dtype).contiguous()
+        yield rows[:size].to(source.dtype).contiguous()
         held = [rows[size:]]

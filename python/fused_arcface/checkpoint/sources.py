@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,6 @@ from ..base.checks import check_sub_centers
 from ..base.reading import DataError, file_errors
 from ..base.suggest import missing_path
 from ..parallel.sharding import Sharding
-from ..store.folder import layout_of
 from . import other_projects, safetensors, stored
 from .centers import Centers, ConvertError, ConvertOptionError, Rows
 from .other_projects import INSIGHTFACE
@@ -93,38 +93,31 @@ def _read_file(path: Path, embedding_dim: int | None) -> Centers:
     if found.stored is not None and dim > rows:
         read_as = f"weight {found.stored} is read as {rows} centers of {dim} numbers"
         notes.append(f"{path}: {read_as}. If that is wrong, give --embedding-dim")
-    return Centers({"weight": _whole(found.weight)}, notes=notes)
+    return Centers({"weight": Rows.of(found.weight)}, notes=notes)
 
 
 def _read_checkpoint(path: Path, trust: bool) -> Centers:
     saved = checkpoint.find(path, trust=trust)
     head = checkpoint.head_values(saved)
-    tensors = {}
-    for key, each in saved.tensors.items():
-        if key.startswith("head."):
-            tensors[key.removeprefix("head.")] = Rows(
-                each.properties.dtype, tuple(each.size), _checkpoint_pieces(saved, key, each)
-            )
+    tensors = {
+        key.removeprefix("head."): Rows(each.properties.dtype, tuple(each.size), partial(_pieces, saved, key, each))
+        for key, each in saved.tensors.items()
+        if key.startswith("head.")
+    }
     reference = stored.reference_of(saved, head)
     if reference is not None:
-        layout = layout_of(reference.folder())
-        for column in layout.columns.each:
-            pieces = stored.pieces_of(reference, column.name)
-            tensors[column.name] = Rows(column.dtype, (layout.num_rows, column.width), pieces)
+        tensors |= stored.rows_of(reference)
     values = {"seed": saved.head.get("seed", 0), "step": head["step"], "sub_centers": saved.head.get("sub_centers", 1)}
     if "optimizer" in head:
         values["optimizer"] = head["optimizer"]
     return _checked(saved.directory, tensors, values)
 
 
-def _checkpoint_pieces(saved: checkpoint.Saved, key: str, stored: Any) -> Callable[[], Iterator[Tensor]]:
-    def pieces() -> Iterator[Tensor]:
-        for chunk in sorted(stored.chunks, key=lambda chunk: chunk.offsets[0]):
-            rows = torch.empty(chunk.sizes, dtype=stored.properties.dtype)
-            saved.read({key: checkpoint.RowShard(rows, chunk.offsets[0], stored.size[0])})
-            yield rows
-
-    return pieces
+def _pieces(saved: checkpoint.Saved, key: str, stored: Any) -> Iterator[Tensor]:
+    for chunk in sorted(stored.chunks, key=lambda chunk: chunk.offsets[0]):
+        rows = torch.empty(chunk.sizes, dtype=stored.properties.dtype)
+        saved.read({key: checkpoint.RowShard(rows, chunk.offsets[0], stored.size[0])})
+        yield rows
 
 
 def _read_insightface(path: Path, shards: dict[int, Path]) -> Centers:
@@ -132,12 +125,11 @@ def _read_insightface(path: Path, shards: dict[int, Path]) -> Centers:
         raise ConvertError(f"{path} must have the shards of ranks 0 to {max(shards)}; got those of {sorted(shards)}")
     found = [other_projects.centers(shards[rank]) for rank in range(len(shards))]
     weights = [each.weight for each in found]
-    num_classes, dim = sum(len(weight) for weight in weights), weights[0].shape[1]
-    counts = [len(weight) for weight in weights]
-    if counts != Sharding(num_classes, len(shards)).counts() or any(weight.shape[1] != dim for weight in weights):
+    counts, dim = [len(weight) for weight in weights], weights[0].shape[1]
+    if counts != Sharding(sum(counts), len(shards)).counts() or any(weight.shape[1] != dim for weight in weights):
         shapes = [tuple(weight.shape) for weight in weights]
         raise ConvertError(f"{path}: the shards must split the classes evenly, the first ones one more; got {shapes}")
-    rows = Rows(weights[0].dtype, (num_classes, dim), lambda: iter(weights))
+    rows = Rows(weights[0].dtype, (sum(counts), dim), lambda: iter(weights))
     return Centers({"weight": rows}, notes=_left_out(path) if any(each.momentum for each in found) else [])
 
 
@@ -152,7 +144,7 @@ def _read_safetensors(path: Path) -> Centers:
     if "weight" not in tensors:  # of a whole model, as save_pretrained of transformers writes it
         named = [each.T if turned else each for each, turned in other_projects.of_state(tensors).values()]
         tensors = {"weight": named[0]} if len(named) == 1 else tensors
-    return _checked(path, {name: _whole(tensor) for name, tensor in tensors.items()}, values)
+    return _checked(path, {name: Rows.of(tensor) for name, tensor in tensors.items()}, values)
 
 
 def _checked(path: Path, tensors: dict[str, Rows], values: Any) -> Centers:
@@ -179,7 +171,3 @@ def _checked(path: Path, tensors: dict[str, Rows], values: Any) -> Centers:
     if not isinstance(optimizer, dict) or not all(isinstance(each, plain) for each in optimizer.values()):
         raise ConvertError(f"{path}: optimizer must be an object of numbers and texts")
     return Centers(tensors, values)
-
-
-def _whole(tensor: Tensor) -> Rows:
-    return Rows(tensor.dtype, tuple(tensor.shape), lambda: iter([tensor]))

@@ -7,13 +7,14 @@ code. Each 16 MiB of a file have a CRC-32, which is compared with the bytes when
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import zlib
 from abc import abstractmethod
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -45,12 +46,12 @@ class CheckpointError(RuntimeError):
     """
 
 
-@dataclass(frozen=True)
+@dataclass
 class FileRecord:
     """Size and checksums of one file of a checkpoint."""
 
-    size: int
-    crc32: list[int]
+    size: int = 0
+    crc32: list[int] = field(default_factory=list)
     """One for each block, of :data:`BLOCK` bytes when it is written."""
 
 
@@ -67,29 +68,15 @@ class Part:
     sizes: tuple[int, ...]
 
 
-class _SummedFile:
-    """A new file with a checksum of each block. When it is closed, it is on disk."""
-
-    def __init__(self, path: Path) -> None:
-        self._file: BinaryIO = path.open("xb")
-        self.size, self.crc32 = 0, list[int]()
-
-    def write(self, data: memoryview) -> None:
-        while data:
-            if self.size % BLOCK == 0:
-                self.crc32.append(0)
-            part, data = data[: BLOCK - self.size % BLOCK], data[BLOCK - self.size % BLOCK :]
-            self._file.write(part)
-            self.crc32[-1] = zlib.crc32(part, self.crc32[-1])
-            self.size += len(part)
-
-    def close(self) -> FileRecord:
-        try:
-            self._file.flush()
-            os.fsync(self._file.fileno())
-        finally:
-            self._file.close()
-        return FileRecord(self.size, self.crc32)
+def _append(file: BinaryIO, data: memoryview, record: FileRecord) -> None:
+    """Write data at the end of a file, and bring the file's record up to date."""
+    while data:
+        if record.size % BLOCK == 0:
+            record.crc32.append(0)
+        part, data = data[: BLOCK - record.size % BLOCK], data[BLOCK - record.size % BLOCK :]
+        file.write(part)
+        record.crc32[-1] = zlib.crc32(part, record.crc32[-1])
+        record.size += len(part)
 
 
 class _AsPlanned:
@@ -123,19 +110,25 @@ class Writer(_AsPlanned, StorageWriter):
     def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
         pass
 
+    @contextlib.contextmanager
+    def _new_file(self, name: str) -> Iterator[tuple[BinaryIO, FileRecord]]:
+        """Open a new file with an empty record. It is on disk at the end of the block."""
+        record = self.files[name] = FileRecord()
+        with (self._directory / name).open("xb") as file:
+            yield file, record
+            file.flush()
+            os.fsync(file.fileno())
+
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         results: list[WriteResult] = []
         if plan.items:
             name = f"__{self._rank}_0.distcp"
-            file = _SummedFile(self._directory / name)
-            try:
+            with self._new_file(name) as (file, record):
                 for item in plan.items:
                     data = bytes_of(planner.resolve_data(item))
-                    file.write(memoryview(bytes(-file.size % ALIGNMENT)))
-                    results.append(WriteResult(item.index, len(data), (name, file.size)))
-                    file.write(data)
-            finally:
-                self.files[name] = file.close()
+                    _append(file, memoryview(bytes(-record.size % ALIGNMENT)), record)
+                    results.append(WriteResult(item.index, len(data), (name, record.size)))
+                    _append(file, data, record)
         done: Future[list[WriteResult]] = Future()
         done.set_result(results)
         return done
@@ -152,11 +145,8 @@ class Writer(_AsPlanned, StorageWriter):
             dtype = str(tensor.properties.dtype).removeprefix("torch.")
             tensors[key] = {"dtype": dtype, "size": list(tensor.size), "parts": parts}
         text = json.dumps({"tensors": tensors, "values": self._values}, allow_nan=False)
-        file = _SummedFile(self._directory / METADATA)
-        try:
-            file.write(memoryview(text.encode("ascii")))
-        finally:
-            self.files[METADATA] = file.close()
+        with self._new_file(METADATA) as (opened, record):
+            _append(opened, memoryview(text.encode("ascii")), record)
 
 
 def bytes_of(tensor: Any) -> memoryview:
@@ -241,7 +231,7 @@ class Reader(TensorReader):
         count = len(files[METADATA].crc32)
         text = b"".join(self._block(METADATA, number) for number in range(count))
         stored = json.loads(text)
-        self.metadata = _to_metadata(stored["tensors"], files)
+        self.metadata = to_metadata(stored["tensors"], files)
         self._values: dict[str, Any] = stored["values"]
         self.names = set(self._values)
 
@@ -278,8 +268,11 @@ class Reader(TensorReader):
         return self._held[2]
 
 
-def _to_metadata(tensors: dict[str, Any], files: dict[str, FileRecord]) -> Metadata:
-    """Check the table of tensors, and return it in torch.distributed.checkpoint's form."""
+def to_metadata(tensors: dict[str, Any], files: dict[str, FileRecord], values: Iterable[Part] = ()) -> Metadata:
+    """Check the table of tensors, and return it in torch.distributed.checkpoint's form.
+
+    A part has a ``length`` if it is longer than its numbers. ``values`` are the places of values beside the tensors.
+    """
     found: dict[str, Any] = {}
     places: dict[MetadataIndex, Part] = {}
     for key, tensor in tensors.items():
@@ -287,12 +280,14 @@ def _to_metadata(tensors: dict[str, Any], files: dict[str, FileRecord]) -> Metad
         for part in tensor["parts"]:
             offsets, sizes = numbers(part["offsets"]), numbers(part["sizes"])
             chunks.append(ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes)))
-            length = math.prod(sizes) * dtype.itemsize
-            (start,) = numbers([part["start"]])
+            size = math.prod(sizes) * dtype.itemsize
+            start, length = numbers([part["start"], part.get("length", size)])
+            if size > length:
+                raise ValueError(f"{key} does not fit into {length} bytes")
             places[MetadataIndex(key, torch.Size(offsets))] = Part(part["file"], start, length, dtype, sizes)
         found[key] = TensorStorageMetadata(TensorProperties(dtype=dtype), torch.Size(numbers(tensor["size"])), chunks)
-    check_places(list(places.values()), {name: record.size for name, record in files.items()})
-    check_tensors(found, len(places))
+        _check_chunks(key, found[key])
+    _check_places([*places.values(), *values], files)
     return Metadata(found, storage_data=places)
 
 
@@ -307,38 +302,26 @@ def numbers(values: Any) -> tuple[int, ...]:
     return tuple(values)
 
 
-def check_places(parts: list[Part], sizes: dict[str, int]) -> None:
-    """Check that parts lie in their files and do not overlap, so that they have no more bytes than the files.
-
-    Raises:
-        ValueError: if they do not.
-    """
+def _check_places(parts: list[Part], files: dict[str, FileRecord]) -> None:
+    """Check that parts lie in their files and do not overlap, so that they have no more bytes than the files."""
     ends: dict[str, int] = {}
     for part in sorted(parts, key=lambda each: (each.file, each.start, each.length)):
-        if part.file not in sizes or part.start < ends.get(part.file, 0) or part.start + part.length > sizes[part.file]:
-            raise ValueError(f"nothing can lie in bytes {part.start} to {part.start + part.length} of {part.file}")
-        ends[part.file] = part.start + part.length
+        end = part.start + part.length
+        if part.file not in files or part.start < ends.get(part.file, 0) or end > files[part.file].size:
+            raise ValueError(f"nothing can lie in bytes {part.start} to {end} of {part.file}")
+        ends[part.file] = end
 
 
-def check_tensors(tensors: dict[str, TensorStorageMetadata], parts: int) -> None:
-    """Check that the ``parts`` stored parts make up the tensors.
-
-    Raises:
-        ValueError: if they do not.
-    """
-    count = sum(len(tensor.chunks) for tensor in tensors.values())
-    if count != parts:
-        raise ValueError(f"{count} parts of tensors are declared; {parts} are stored")
-    for key, tensor in tensors.items():
-        for chunk in tensor.chunks:
-            inside = len(chunk.offsets) == len(chunk.sizes) == len(tensor.size)
-            if not inside or any(
-                offset + size > whole
-                for offset, size, whole in zip(chunk.offsets, chunk.sizes, tensor.size, strict=True)
-            ):
-                raise ValueError(f"a part of {key} lies outside of its size {tuple(tensor.size)}")
-        if not _make_up(tensor):
-            raise ValueError(f"the parts of {key} do not make up its size {tuple(tensor.size)}")
+def _check_chunks(key: str, tensor: TensorStorageMetadata) -> None:
+    """Check that the parts of a tensor make it up."""
+    for chunk in tensor.chunks:
+        inside = len(chunk.offsets) == len(chunk.sizes) == len(tensor.size)
+        if not inside or any(
+            offset + size > whole for offset, size, whole in zip(chunk.offsets, chunk.sizes, tensor.size, strict=True)
+        ):
+            raise ValueError(f"a part of {key} lies outside of its size {tuple(tensor.size)}")
+    if not _make_up(tensor):
+        raise ValueError(f"the parts of {key} do not make up its size {tuple(tensor.size)}")
 
 
 def _make_up(tensor: TensorStorageMetadata) -> bool:

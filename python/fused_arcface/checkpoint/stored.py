@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ from ..partial_fc import PartialFC
 from ..store import FileCenters, StoreError
 from ..store.columns import Column, Columns
 from ..store.file import FileRows
-from ..store.folder import Snapshot, layout_of
+from ..store.folder import Layout, layout_of, snapshot
+from .centers import Rows
 from .directory import Saved
 from .roots import complete
 from .row_shard import RowShard, cut_rows
@@ -61,10 +63,6 @@ class Reference:
         self.identity: str = content["identity"]
         self._folders = [Path(content["folder"]), saved.directory.parent / content["from_root"]]
 
-    def is_of(self, store: FileCenters | None) -> bool:
-        """Return whether it is a state of this store."""
-        return store is not None and store.rows.layout.identity == self.identity
-
     def folder(self) -> Path:
         """Return the folder of the store.
 
@@ -94,6 +92,7 @@ def _as_checkpoint_error() -> Iterator[None]:
         raise CheckpointError(str(error)) from error
 
 
+@_as_checkpoint_error()
 def load_rows(head: PartialFC, reference: Reference | None, saved: Saved, keys: list[str], zeros: bool) -> None:
     """Load class centers from a store, into a store, or both. A collective.
 
@@ -101,41 +100,32 @@ def load_rows(head: PartialFC, reference: Reference | None, saved: Saved, keys: 
     ``keys`` are the names of the tensors that the checkpoint holds for the head. If ``zeros`` is true, the momentum
     becomes zero.
     """
-    own = file_of(head)
-    if reference is not None and reference.is_of(own):
-        assert own is not None
+    own, count, columns = file_of(head), head.weight.shape[0], Columns.of(head._held())
+    if own is not None and reference is not None and own.rows.layout.identity == reference.identity:
         own.drain()
-        with _as_checkpoint_error():
-            own.rows.go_back(reference.state)
+        own.rows.go_back(reference.state)
         return
-    if own is not None:
-        with _as_checkpoint_error(), head.ranks.together("checkpoint.load"):
-            own.rows.check_begun()
-    count = head.weight.shape[0]
     if reference is not None:
-        with _as_checkpoint_error(), head.ranks.together("checkpoint.load"):
-            first = head.row_start
-            with Snapshot(reference.folder(), reference.state, first, first + count) as snapshot:
-                columns = Columns.of(head._held())
-                if snapshot.layout.columns != columns:
-                    rule = f"{columns}; this checkpoint's store has {snapshot.layout.columns}"
-                    raise CheckpointError(f"{saved.directory}: the head must have {rule}")
-                for start, tensors in snapshot.pieces():
-                    _put(head, start - first, tensors)
+        with head.ranks.together("checkpoint.load"):
+            folder, first = reference.folder(), head.row_start
+            stored = layout_of(folder).columns
+            if stored != columns:
+                rule = f"{columns}; this checkpoint's store has {stored}"
+                raise CheckpointError(f"{saved.directory}: the head must have {rule}")
+            with snapshot(folder, reference.state, first, first + count) as read:
+                for start, stop in columns.pieces(0, count):
+                    _put(head, start, read(first + start, first + stop))
         return
-    assert own is not None
     # Reading is a collective: each rank takes as many steps as the largest shard needs.
-    step = max(1, (64 << 20) // own.rows.columns.row_bytes)
-    for start in range(0, max(head.row_counts()), step):
-        size = min(step, max(0, count - start))
-        tensors = own.rows.columns.empty(size)
+    for start, stop in columns.pieces(0, max(head.row_counts())):
+        begin = min(start, count)
+        tensors = columns.empty(min(stop, count) - begin)
         if zeros:
             for name in tensors.keys() - {"weight"}:
                 tensors[name].zero_()
-        begin = min(start, count)
         shards = {key: RowShard(tensors[key.partition(".")[2]], head.row_start + begin, head.num_rows) for key in keys}
         saved.read(shards, head.ranks)
-        with _as_checkpoint_error(), head.ranks.together("checkpoint.load"):
+        with head.ranks.together("checkpoint.load"):
             _put(head, begin, tensors)
 
 
@@ -152,52 +142,47 @@ def _put(head: PartialFC, start: int, tensors: dict[str, Tensor]) -> None:
         tensor[start : start + len(tensors[name])] = tensors[name].to(tensor.device)
 
 
-def pieces_of(reference: Reference, name: str) -> Callable[[], Iterator[Tensor]]:
-    """Return a function that yields one column of a store's state in pieces. The store is open only while it reads."""
+def rows_of(reference: Reference) -> dict[str, Rows]:
+    """Return the columns of a store's state. The store is open only while a piece is read."""
+    layout = layout_of(reference.folder())
 
-    def pieces() -> Iterator[Tensor]:
-        start, last = 0, 1
-        while start < last:
-            with _as_checkpoint_error(), Snapshot(reference.folder(), reference.state) as snapshot:
-                last = snapshot.last
-                piece = snapshot.read(start, min(start + snapshot.piece_rows, last))[name]
+    def pieces(name: str) -> Iterator[Tensor]:
+        for start, stop in layout.columns.pieces(0, layout.num_rows):
+            with _as_checkpoint_error(), snapshot(reference.folder(), reference.state, 0, layout.num_rows) as read:
+                piece = read(start, stop)[name]
             yield piece
-            start += len(piece)
 
-    return pieces
+    return {
+        column.name: Rows(column.dtype, (layout.num_rows, column.width), partial(pieces, column.name))
+        for column in layout.columns.each
+    }
 
 
 @contextlib.contextmanager
-def new_store(
-    folder: Path, columns: dict[str, tuple[torch.dtype, int, Iterator[Tensor]]], num_rows: int, seed: int, root: Path
-) -> Iterator[dict[str, Any]]:
+def new_store(folder: Path, tensors: dict[str, Rows], seed: int, root: Path) -> Iterator[dict[str, Any]]:
     """Make a store of all rows in a new or empty folder, and yield its reference; see ``convert``.
 
-    Each column has its dtype, its width, and pieces of any numbers of rows. The head has ``seed``. The block writes the
-    checkpoint, which lies in ``root``. If something fails before that is written, the folder is as it was.
+    The head has ``seed``. The block writes the checkpoint, which lies in ``root``. If something fails before that is
+    written, the folder is as it was.
 
     Raises:
         CheckpointError: if it cannot be written, or something is in the folder.
     """
     if folder.exists() and any(folder.iterdir()):
         raise CheckpointError(f"center_storage must be a new or an empty folder; got {folder}")
-    layout = Columns(tuple(Column(name, dtype, width) for name, (dtype, width, _) in columns.items()))
-    step = max(1, (64 << 20) // layout.row_bytes)
-    sizes = [min(step, num_rows - start) for start in range(0, num_rows, step)]
-    before = complete(root)
-    with _as_checkpoint_error():
-        rows = FileRows(folder, layout, num_rows, 0, num_rows, seed, ALONE)
+    columns = Columns(tuple(Column(name, each.dtype, each.shape[1]) for name, each in tensors.items()))
+    num_rows, before = tensors["weight"].shape[0], complete(root)
+    layout = Layout(columns, num_rows, seed)
+    with _as_checkpoint_error(), contextlib.closing(FileRows(folder, layout, 0, num_rows, ALONE)) as rows:
         try:
-            streams = [cut_rows(pieces, sizes, dtype) for dtype, _, pieces in columns.values()]
-            for start, *tensors in zip(range(0, num_rows, step), *streams, strict=True):
-                rows.load(start, dict(zip(columns, tensors, strict=True)))
+            pieces = columns.pieces(0, num_rows)
+            streams = [cut_rows(each, [stop - start for start, stop in pieces]) for each in tensors.values()]
+            for (start, _), *parts in zip(pieces, *streams, strict=True):
+                rows.load(start, dict(zip(tensors, parts, strict=True)))
             reference = reference_to(rows, root)
             yield reference
         except BaseException:
             if complete(root) == before:  # else a checkpoint may name the store: its last sync has failed
                 rows.discard()
             raise
-        else:
-            rows.saved(reference["state"], keep=1)
-        finally:
-            rows.close()
+        rows.saved(reference["state"], keep=1)

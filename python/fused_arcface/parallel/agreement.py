@@ -73,15 +73,11 @@ def check_headers(headers: Sequence[Header]) -> None:
     """
     refused = [rank for rank, header in enumerate(headers) if header.rows == REFUSED]
     if refused:
-        raise RuntimeError(refusal(refused))
+        listed = ", ".join(map(str, refused))
+        raise RuntimeError(f"rank(s) {listed} refused the arguments of this step: see the error there")
     dtypes = [FLOAT_DTYPES[header.dtype] for header in headers if header.dtype >= 0]
     if len(set(dtypes)) > 1:
         raise TypeError(f"embeddings must have the same dtype on every rank; got {', '.join(map(str, dtypes))}")
-
-
-def refusal(refused: list[int]) -> str:
-    """Return the error message for the ranks with valid arguments."""
-    return f"rank(s) {', '.join(map(str, refused))} refused the arguments of this step: see the error there"
 
 
 def check_agreements(owner: str, agreements: Sequence[Agreement]) -> None:

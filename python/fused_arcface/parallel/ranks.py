@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -29,6 +29,8 @@ if dist.is_available():
 # torch 2.13 gave these two new names and warns about the old ones.
 _all_gather: Any = getattr(dist, "all_gather_single", None) or getattr(dist, "all_gather_into_tensor", None)
 _reduce_scatter: Any = getattr(dist, "reduce_scatter_single", None) or getattr(dist, "reduce_scatter_tensor", None)
+
+_Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True)
@@ -345,6 +347,19 @@ class Ranks:
     def check_agreement(self, owner: str, agreement: Agreement) -> None:
         """Raise the same ValueError on every rank if a value differs between ranks."""
         check_agreements(owner, self.gather_objects(agreement, owner))
+
+    def on_first(self, function: Callable[[], _Result]) -> _Result:
+        """Return on every rank what a function returns on the first, or raise what it raises there. A collective."""
+        outcome: Any = (None, None)
+        if self.rank == 0:
+            try:
+                outcome = (function(), None)
+            except Exception as error:
+                outcome = (None, error)
+        result, failure = self.gather_objects(outcome)[0]
+        if failure is not None:
+            raise failure
+        return result
 
     @contextlib.contextmanager
     def together(self, what: str) -> Iterator[None]:

@@ -24,15 +24,6 @@ _MARKED_CLASSES = 64
 
 
 @dataclass(frozen=True)
-class Draw:
-    """The part of a step's sample that is known before its labels."""
-
-    order: KeyedPermutation
-    drawn: Tensor
-    """(count,) int64 global classes in the order of the draw. The step uses the first of them, as many as the cut."""
-
-
-@dataclass(frozen=True)
 class Sampler:
     """Draws the classes of each step, as a function of seed and step."""
 
@@ -46,37 +37,32 @@ class Sampler:
         """Number of classes used over all shards, unless the batch has more."""
         return max(1, round(self.sample_rate * self.sharding.num_classes))
 
-    def draw(self, step: int, device: torch.device) -> Draw:
-        """Return the draw of a training step."""
-        order = self.permutation(self.sharding.num_classes, fold(self.seed, SAMPLE, step), device)
-        drawn = torch.arange(self.count, device=device)
-        for _, part in chunks(drawn):
-            part.copy_(order.inverse(part))
-        return Draw(order, drawn)
-
-    def candidates(self, draw: Draw, padded: bool = False) -> Tensor:
-        """Return this shard's drawn classes (K,), int64 local indices, ascending.
-
-        The step uses no others but those of the labels. ``padded`` is that of :meth:`padded`, of a size that is known.
-        """
-        local = self._local(draw.drawn)
-        return local.sort().values[: self._most(0)] if padded else self._ascending(local)
-
-    def __call__(self, step: int, labels: Tensor) -> Tensor:
+    def __call__(self, step: int, labels: Tensor, padded: bool = False) -> Tensor:
         """Return the classes of this shard to use, (K,) int64 local indices, ascending.
 
         Args:
             step: number of the training step.
             labels: (N,) global labels of all ranks; negative ones are ignored.
+            padded: If true, pad the classes at the end with ``num_local``. K then depends on N alone, so nobody waits
+                for a GPU to count the classes.
         """
-        return self._ascending(self._used(step, labels))
+        return self._ascending(self._used(step, labels), self._most(len(labels)) if padded else None)
 
-    def padded(self, step: int, labels: Tensor) -> Tensor:
-        """Return the same classes, padded at the end with ``num_local``, without waiting for a GPU to count them.
+    def candidates(self, step: int, device: torch.device, padded: bool = False) -> Tensor:
+        """Return the classes that a step draws before it knows its labels. It adds only the classes of the labels."""
+        _, drawn = self._draw(step, device)
+        return self._ascending(self._local(drawn), self._most(0) if padded else None)
 
-        The size K depends on the number of labels alone.
+    def _draw(self, step: int, device: torch.device) -> tuple[KeyedPermutation, Tensor]:
+        """Return the permutation of a step and the (count,) int64 global classes that it draws, in order.
+
+        The step uses the first of them, as many as the cut.
         """
-        return self._used(step, labels).sort().values[: self._most(labels.shape[0])]
+        order = self.permutation(self.sharding.num_classes, fold(self.seed, SAMPLE, step), device)
+        drawn = torch.arange(self.count, device=device)
+        for _, part in chunks(drawn):
+            part.copy_(order.inverse(part))
+        return order, drawn
 
     def _most(self, num_rows: int) -> int:
         """Return the largest number of classes that this shard uses for a batch of ``num_rows``.
@@ -93,26 +79,23 @@ class Sampler:
 
     def _used(self, step: int, labels: Tensor) -> Tensor:
         """Return the classes of this shard that are used, each once, and ``num_local`` for all others, (count + N,)."""
-        draw = self.draw(step, labels.device)
+        order, drawn = self._draw(step, labels.device)
         labels = labels.sort().values
         first = (labels >= 0) & (labels != labels.roll(1))
         first[:1] = labels[:1] >= 0
         others = self.count - first.sum()
         # Repeated and ignored labels come after all classes.
-        images = torch.where(first, draw.order(labels.clamp(min=0)), 2 * self.sharding.num_classes)
+        images = torch.where(first, order(labels.clamp(min=0)), 2 * self.sharding.num_classes)
         cut = self._cut(images.sort().values, others)
-        drawn = torch.where(torch.arange(self.count, device=labels.device) < cut, draw.drawn, -1)
+        drawn = torch.where(torch.arange(self.count, device=labels.device) < cut, drawn, -1)
         # Classes of the batch that are not drawn anyway.
         return self._local(torch.cat([drawn, torch.where(first & (images >= cut), labels, -1)]))
 
     def _cut(self, images: Tensor, others: Tensor) -> Tensor:
         """Return the cut, 0-dim: the classes below it and the batch's own are ``count`` together.
 
-        If m others are wanted, the cut is m plus the number of the batch's classes below it.
-
-        Args:
-            images: (N,) of the batch's classes, ascending.
-            others: 0-dim, m.
+        If m ``others`` (0-dim) are wanted, the cut is m plus the number of the batch's classes below it. The ``images``
+        (N,) of these ascend.
         """
         below = images - torch.arange(len(images), device=images.device) < others
         below &= images < self.sharding.num_classes
@@ -123,9 +106,11 @@ class Sampler:
         local = self.sharding.localize(ids)
         return torch.where(local < 0, self.sharding.num_local, local)
 
-    def _ascending(self, local: Tensor) -> Tensor:
-        """Return local indices (K,) in ascending order, without ``num_local``."""
+    def _ascending(self, local: Tensor, size: int | None) -> Tensor:
+        """Return local indices (K,), ascending, without ``num_local``. With a ``size`` keep it; return the first."""
         num_local = self.sharding.num_local
+        if size is not None:
+            return local.sort().values[:size]
         if num_local > _MARKED_CLASSES * len(local):
             ids = local.sort().values
             return ids[: int((ids < num_local).sum())]

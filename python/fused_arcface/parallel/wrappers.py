@@ -69,16 +69,12 @@ def check_unwrapped(owner: str, head: nn.Module, shape: tuple[int, int], group: 
     wrapper: Any = getattr(nn.parallel.DistributedDataParallel, "_active_ddp_module", None)
     if wrapper is None or group is None or not any(weight is held for held in wrapper._module_parameters):
         return
-    if _share_ranks(wrapper.process_group, group):
+    theirs, ours = (set(dist.get_process_group_ranks(each)) for each in (wrapper.process_group, group))
+    if len(theirs & ours) > 1:  # a wrapper over replicas of one shard has only this rank in common
         name = next(name for name, parameter in wrapper.module.named_parameters() if parameter is weight)
         if name.isdigit():  # replicate() wraps a list of the model's parameters
             name = "head.weight"
         raise RuntimeError(_message(owner, f"DistributedDataParallel holds {name}", name))
-
-
-def _share_ranks(one: Any, other: Any) -> bool:
-    """Return true if two groups have two ranks in common. A wrapper over replicas of one shard may have it."""
-    return len(set(dist.get_process_group_ranks(one)) & set(dist.get_process_group_ranks(other))) > 1
 
 
 def check_built_in_time(owner: str, group: Any) -> None:

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
-from ..parallel.ranks import Ranks
 from .columns import Buffers, Columns, Tensors, gather, scatter
 from .file import FileRows
 from .lanes import StreamLane, ThreadLane, visible
 from .pipeline import Pipeline, SampledRows, StepRows, Traffic
-from .records import StoreError, unavailable
+from .records import StoreError
 
 
 class CenterStore:
@@ -36,7 +34,7 @@ class CenterStore:
 
     def place(self, target_class: Tensor) -> Tensor:
         """Return the batch's classes (N,) on the device that chooses the rows of a step."""
-        raise NotImplementedError
+        return target_class if self.in_memory else target_class.cpu()
 
     def take(self, held: Tensors, drawn: StepRows) -> SampledRows:
         """Return copies of the rows of a step on the computing device; ``held``: the head's weight and momentum."""
@@ -74,11 +72,6 @@ class CenterStore:
         """Close the store, and remove the files that it has made."""
         self.close()
 
-    def _started(self, pipeline: Pipeline) -> Pipeline:
-        pipeline.traffic = self.traffic
-        self._pipeline = pipeline
-        return pipeline
-
 
 class CenterView:
     """Class centers (C, D) that are read in pieces: a shape, a dtype, and slices of rows."""
@@ -102,14 +95,10 @@ class _HostRows:
         self.held: Tensors = {}
 
     def _tensors(self) -> Tensors:
-        seen = {}
         for name, tensor in self.held.items():
-            address, known = self._seen.get(name, (0, tensor))
-            if address != tensor.data_ptr():
-                known = visible(tensor, self._device)
-                self._seen[name] = tensor.data_ptr(), known
-            seen[name] = known
-        return seen
+            if name not in self._seen or self._seen[name][0] != tensor.data_ptr():
+                self._seen[name] = tensor.data_ptr(), visible(tensor, self._device)
+        return {name: self._seen[name][1] for name in self.held}
 
     def read(self, rows: Tensor, out: Tensors, keep: bool) -> None:
         for name, tensor in self._tensors().items():
@@ -128,14 +117,8 @@ class HostCenters(CenterStore):
 
     in_memory = True
 
-    def __deepcopy__(self, _: object) -> HostCenters:
-        return HostCenters(self.device, self._num_rows, self._row_start)
-
     def __reduce__(self) -> tuple[Any, ...]:
         return HostCenters, (self.device, self._num_rows, self._row_start)
-
-    def place(self, target_class: Tensor) -> Tensor:
-        return target_class
 
     def take(self, held: Tensors, drawn: StepRows) -> SampledRows:
         on_device = waits(self.device)
@@ -144,8 +127,7 @@ class HostCenters(CenterStore):
         if self._pipeline is None:
             self._rows = _HostRows(self.device, Columns.of(held))
             lane = StreamLane(self.device) if on_device else None
-            self._started(Pipeline(self._rows, self._num_rows, self._row_start, self.device, lane))
-        assert self._pipeline is not None
+            self._pipeline = Pipeline(self._rows, self._num_rows, self._row_start, self.device, lane, self.traffic)
         self._rows.held = held
         return self._pipeline.take(drawn)
 
@@ -180,33 +162,13 @@ class FileCenters(CenterStore):
 
     in_memory = False
 
-    def __init__(
-        self,
-        folder: Path,
-        held: Tensors,
-        *,
-        device: torch.device,
-        num_rows: int,
-        row_start: int,
-        seed: int,
-        ranks: Ranks,
-    ) -> None:
-        count = held["weight"].shape[0]
-        super().__init__(device, count, row_start)
-        reason = unavailable()
-        if reason is not None:
-            raise RuntimeError(f"center_storage must be 'device' or 'host' here: {reason}")
-        self.rows = FileRows(folder, Columns.of(held), num_rows, row_start, count, seed, ranks)
+    def __init__(self, device: torch.device, rows: FileRows) -> None:
+        super().__init__(device, rows.count, rows.first)
+        self.rows = rows
         self._staging: StreamLane | None = None
 
-    def __deepcopy__(self, _: object) -> NoReturn:
-        raise StoreError(f"a head whose class centers are in a file cannot be copied: {self.rows.folder} has one owner")
-
     def __reduce__(self) -> NoReturn:
-        self.__deepcopy__(None)
-
-    def place(self, target_class: Tensor) -> Tensor:
-        return target_class.cpu()
+        raise StoreError(f"a head whose class centers are in a file cannot be copied: {self.rows.folder} has one owner")
 
     def check(self) -> None:
         self.rows.check_begun()
@@ -215,12 +177,11 @@ class FileCenters(CenterStore):
     def take(self, held: Tensors, drawn: StepRows) -> SampledRows:
         on_device = waits(self.device)
         if self._pipeline is None:
-            cpu = torch.device("cpu")
-            pinned = self.device.type == "cuda"
-            self._started(Pipeline(self.rows, self._num_rows, self._row_start, cpu, ThreadLane(), pinned))
+            cpu, pinned = torch.device("cpu"), self.device.type == "cuda"
+            lane = ThreadLane()
+            self._pipeline = Pipeline(self.rows, self._num_rows, self._row_start, cpu, lane, self.traffic, pinned)
             self._staging = StreamLane(self.device) if on_device else None
             self._on_device = Buffers(self.rows.columns, self.device)
-        assert self._pipeline is not None
         sampled = self._pipeline.take(drawn)
         return sampled if self._staging is None else self._uploaded(sampled, self._staging)
 
@@ -241,7 +202,9 @@ class FileCenters(CenterStore):
     def piece(self, start: int, stop: int) -> Tensors:
         """Return rows ``[start, stop)`` of the shard as they are now, on the CPU."""
         self.drain()
-        return self.rows.snapshot_piece(start, stop)
+        tensors = self.rows.columns.empty(stop - start)
+        self.rows.read(torch.arange(start, stop), tensors, keep=False)
+        return tensors
 
     def replace(self, rows: Tensor, weight: Tensor) -> None:
         """Replace class centers (K,) int64 of the shard, ascending, by (K, D); their momentum stays."""

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
+from ..parallel.ranks import Ranks
 from .centers import CenterStore, FileCenters, HostCenters
-
-if TYPE_CHECKING:
-    from ..parallel.ranks import Ranks
-    from .columns import Tensors
+from .columns import Columns, Tensors
+from .file import FileRows
+from .folder import Layout
+from .records import unavailable
 
 CenterStorage = str | os.PathLike[str]
 """``"device"``, ``"host"``, or the path of a folder."""
@@ -73,6 +74,8 @@ def make_store(
     count = held["weight"].shape[0]
     if storage == "host":
         return HostCenters(computing, count, row_start)
-    return FileCenters(
-        Path(storage), held, device=computing, num_rows=num_rows, row_start=row_start, seed=seed, ranks=ranks
-    )
+    reason = unavailable()
+    if reason is not None:
+        raise RuntimeError(f"center_storage must be 'device' or 'host' here: {reason}")
+    layout = Layout(Columns.of(held), num_rows, seed)
+    return FileCenters(computing, FileRows(Path(storage), layout, row_start, count, ranks))

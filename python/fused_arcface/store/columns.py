@@ -9,6 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+_PIECE_BYTES = 64 << 20
+
 Tensors = dict[str, Tensor]
 """``weight`` (R, D) and, of a fused optimizer, ``momentum_buffer`` and ``momentum_scale``: R rows of each column."""
 
@@ -40,6 +42,11 @@ class Columns:
     def row_bytes(self) -> int:
         """Bytes of one row."""
         return sum(column.bytes for column in self.each)
+
+    def pieces(self, first: int, last: int) -> list[tuple[int, int]]:
+        """Return the ranges (first row, row after the last one) of few enough rows to be read at once."""
+        step = max(1, _PIECE_BYTES // self.row_bytes)
+        return [(start, min(start + step, last)) for start in range(first, last, step)]
 
     def empty(self, count: int, device: torch.device | None = None, pinned: bool = False) -> Tensors:
         """Return uninitialized rows."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -13,9 +12,9 @@ from torch import Tensor
 from ..base import files
 from ..parallel.ranks import Ranks
 from . import folder as folders
-from .columns import Columns, Tensors, some_rows
+from .columns import Tensors, some_rows
 from .journal import SEAL, Journal, all_whole, damaged, journals, undo, undoing
-from .lock import RowLock
+from .lock import locked_rows
 from .records import Records, StoreError
 
 _ROWS_AT_ONCE = 1 << 14
@@ -31,27 +30,23 @@ class FileRows:
 
     Args:
         folder: the store's folder, on a file system that all ranks see.
-        columns: the columns of a row.
-        num_rows: rows over all shards.
+        wanted: the layout that the store must have, or gets.
         first: first row of this shard.
         count: rows of this shard.
-        seed: seed of the initial centers.
         ranks: the ranks that share the store.
 
     Raises:
         StoreError: if the store is in use, damaged, or of other rows.
     """
 
-    def __init__(
-        self, folder: Path, columns: Columns, num_rows: int, first: int, count: int, seed: int, ranks: Ranks
-    ) -> None:
-        self.folder, self.columns, self.first, self.count, self._ranks = folder, columns, first, count, ranks
+    def __init__(self, folder: Path, wanted: folders.Layout, first: int, count: int, ranks: Ranks) -> None:
+        self.folder, self.columns, self.first, self.count, self._ranks = folder, wanted.columns, first, count, ranks
         self._guard = threading.Lock()  # of the journal: two threads read rows that will change
         self._journal: Journal | None = None
         self._begun = self._has_made_folder = self._has_made_store = False
         self._opened = contextlib.ExitStack()
         try:
-            self._open(folders.Layout(columns, num_rows, seed))
+            self._open(wanted)
         except BaseException:
             self.discard()
             raise
@@ -63,20 +58,19 @@ class FileRows:
             if ranks.rank == 0:
                 self._has_made_folder = folders.make_folder(folder)
         with ranks.together("center_storage"):
-            lock = RowLock(folder, first, last)
-            self._opened.callback(lock.close)
+            self._opened.enter_context(locked_rows(folder, first, last))
         with ranks.together("center_storage"):
             if ranks.rank == 0 and not folders.has_store(folder):
                 self._has_made_store = True
                 folders.make(folder, wanted)
         with ranks.together("center_storage"):
             self.layout = folders.layout_of(folder)
-            if not self.layout.same_rows(wanted):
+            if self.layout != wanted:
                 raise StoreError(f"{folder} holds {self.layout.describe()}; this head has {wanted.describe()}")
             self._records = Records(folder / folders.ROWS, wanted.columns, wanted.num_rows, wanted.seed)
             self._opened.callback(self._records.close)
-        self._begin_journal(self._newest() + 1)
-        found = ranks.gather_objects((folders.states(folder), folders.is_announced(folder)))[0]
+        self._begin_journal()
+        found = ranks.on_first(lambda: (folders.states(folder), folders.is_announced(folder)))
         if found == ([], False):
             self.go_back(min(journals(folder)))
         elif found == ([], True):
@@ -92,18 +86,14 @@ class FileRows:
         since = {number: paths for number, paths in journals(self.folder).items() if number < self._current.number}
         with self._ranks.together("center_storage"):
             for batch in undoing(since, self.columns, self.first, self.first + self.count):
-                rows = batch.untouched[(batch.untouched >= self.first) & (batch.untouched < self.first + self.count)]
-                for some in rows.split(_ROWS_AT_ONCE):
+                for some in batch.untouched.split(_ROWS_AT_ONCE):
                     self.read(some - self.first, self.columns.empty(len(some)), keep=True)
                     self._current.sync()
                     self._records.clear(some)
 
-    def _newest(self) -> int:
-        """Return the number of the newest journal, the same on every rank. A collective."""
-        return max(self._ranks.gather_objects(max(journals(self.folder), default=0)))
-
-    def _begin_journal(self, number: int) -> None:
-        """Keep rows in a new journal from now on. A collective."""
+    def _begin_journal(self) -> None:
+        """Keep rows in a new journal from now on, of the same number on every rank. A collective."""
+        number = 1 + max(self._ranks.gather_objects(max(journals(self.folder), default=0)))
         with self._ranks.together("center_storage"):
             new = Journal(self.folder, number, self.first, self.first + self.count, self.columns)
             files.sync_directory(self.folder)
@@ -173,18 +163,17 @@ class FileRows:
             self._current.seal()
             self._current.sync()
             self._records.sync()
-        self._begin_journal(self._newest() + 1)
-        self._on_first(lambda: folders.announce(self.folder))
+        self._begin_journal()
+        self._ranks.on_first(lambda: folders.announce(self.folder))
         return self._current.number
 
     def saved(self, state: int, keep: int) -> None:
         """Remember a state that a checkpoint on disk names, and forget all but ``keep`` of them. A collective."""
-        self._on_first(lambda: self._forget(state, keep))
+        self._ranks.on_first(lambda: self._forget(state, keep))
 
     def _forget(self, state: int, keep: int) -> None:
         kept = [*(each for each in folders.states(self.folder) if each != state), state][-max(1, keep) :]
         folders.remember(self.folder, kept)
-        folders.withdraw(self.folder)
         for number, paths in journals(self.folder).items():
             if number < kept[0]:
                 for path in paths:
@@ -198,14 +187,14 @@ class FileRows:
         """
         with self._ranks.together("center_storage"):
             folders.check_state(self.folder, state)
-        self._begin_journal(self._newest() + 1)
+        self._begin_journal()
         number = self._current.number
         since = {each: paths for each, paths in journals(self.folder).items() if state <= each < number}
         with self._ranks.together("center_storage"):
             undo(self._records, since, self.first, self.first + self.count)
             self._check_undone(state, since)
             self._records.sync()
-        self._on_first(lambda: self._drop(state, since))
+        self._ranks.on_first(lambda: self._drop(state, since))
         self._begun = True
 
     def _check_undone(self, state: int, since: dict[int, list[Path]]) -> None:
@@ -230,20 +219,6 @@ class FileRows:
         kept = [each for each in folders.states(self.folder) if each <= state]
         if kept or folders.is_announced(self.folder):
             folders.remember(self.folder, kept if kept[-1:] == [state] else [*kept, state])
-            folders.withdraw(self.folder)
-
-    def _on_first(self, function: Callable[[], None]) -> None:
-        """Call a function on the first rank after all ranks have come here; all wait for its end. A collective."""
-        self._ranks.gather_objects(None)
-        with self._ranks.together("center_storage"):
-            if self._ranks.rank == 0:
-                function()
-
-    def snapshot_piece(self, first: int, last: int) -> Tensors:
-        """Return rows ``[first, last)`` of this shard as they are now."""
-        out = self.columns.empty(last - first)
-        self.read(torch.arange(first, last), out, keep=False)
-        return out
 
     def close(self) -> None:
         """Close the files and release the lock. Opening the store again undoes the changes after the last save."""

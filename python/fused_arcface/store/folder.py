@@ -16,8 +16,8 @@ import contextlib
 import json
 import os
 import secrets
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -28,7 +28,7 @@ from ..base.dtypes import DTYPES
 from ..base.reading import DataError, file_errors, read_bytes, said
 from .columns import Column, Columns, Tensors
 from .journal import damaged, journals, overlay
-from .lock import LOCK, RowLock
+from .lock import LOCK, locked_rows
 from .records import Records, StoreError
 
 _FORMAT, _VERSION = "fused_arcface.store", 1
@@ -36,7 +36,6 @@ _LAYOUT, _STATES, _ANNOUNCED, ROWS = "store.json", "states.json", "announced", "
 
 _MOST_BYTES = 1 << 20
 """Largest size of a file in JSON."""
-_PIECE_BYTES = 64 << 20  # of rows that are read at once
 _Value = TypeVar("_Value", int, str)
 _NAMES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
 
@@ -50,11 +49,8 @@ class Layout:
     """Rows over all shards."""
     seed: int
     """Seed of the initial centers."""
-    identity: str = ""
+    identity: str = field(default="", compare=False)
     """A random text, by which a checkpoint finds its store after the folder has been moved."""
-
-    def same_rows(self, other: Layout) -> bool:
-        return (self.columns, self.num_rows, self.seed) == (other.columns, other.num_rows, other.seed)
 
     def describe(self) -> str:
         """Return the layout for error messages."""
@@ -156,8 +152,9 @@ def states(folder: Path) -> list[int]:
 
 
 def remember(folder: Path, found: list[int]) -> None:
-    """Replace the list of states."""
+    """Replace the list of states, and remove the note of :func:`announce`."""
     files.write_text(folder / _STATES, json.dumps(found) + "\n")
+    (folder / _ANNOUNCED).unlink(missing_ok=True)
 
 
 def announce(folder: Path) -> None:
@@ -171,12 +168,6 @@ def is_announced(folder: Path) -> bool:
     return os.path.lexists(folder / _ANNOUNCED)
 
 
-def withdraw(folder: Path) -> None:
-    """Remove the note of :func:`announce`."""
-    with contextlib.suppress(FileNotFoundError):
-        (folder / _ANNOUNCED).unlink()
-
-
 def check_state(folder: Path, state: int) -> None:
     """Raise StoreError unless the store can go back to a state."""
     if state not in journals(folder):
@@ -184,50 +175,31 @@ def check_state(folder: Path, state: int) -> None:
         raise StoreError(f"{folder} has no state {state} to go back to; it has kept {kept}")
 
 
-class Snapshot:
-    """Rows ``[first, last)`` of a store in a state that a checkpoint names, for reading; all rows by default.
+@contextlib.contextmanager
+def snapshot(folder: Path, state: int, first: int, last: int) -> Iterator[Callable[[int, int], Tensors]]:
+    """Open rows ``[first, last)`` of a store in a state that a checkpoint names, for reading.
 
-    The store stays as it is. The rows are locked until :meth:`close`.
+    Yield a function that returns rows ``[start, stop)`` of them. The store stays as it is. The rows are locked during
+    the block.
 
     Raises:
         StoreError: if the rows are in use, or the store has not kept the state.
     """
+    layout = layout_of(folder)
+    check_state(folder, state)
 
-    def __init__(self, folder: Path, state: int, first: int = 0, last: int | None = None) -> None:
-        self.layout = layout_of(folder)
-        check_state(folder, state)
-        self.first, self.last = first, self.layout.num_rows if last is None else last
-        self._folder, self._state = folder, state
-        self._lock = RowLock(folder, self.first, self.last)
-        self._records = Records(folder / ROWS, self.layout.columns, self.layout.num_rows, self.layout.seed)
-        self._since = {number: paths for number, paths in journals(folder).items() if number >= state}
-
-    @property
-    def piece_rows(self) -> int:
-        """Number of rows of a piece; the last piece may have fewer."""
-        return max(1, _PIECE_BYTES // self.layout.columns.row_bytes)
-
-    def read(self, first: int, last: int) -> Tensors:
-        """Return rows ``[first, last)``."""
-        rows, out = torch.arange(first, last), self.layout.columns.empty(last - first)
-        markers = self._records.read(rows, out)
-        overlay(self._since, self.layout.columns, first, markers, out)
-        if len(markers) > 0 and int(markers.max()) >= self._state:
-            raise StoreError(damaged(self._folder, int(markers.max())))
-        self._records.fill_untouched(rows, markers, out)
+    def read(start: int, stop: int) -> Tensors:
+        rows, out = torch.arange(start, stop), layout.columns.empty(stop - start)
+        markers = records.read(rows, out)
+        overlay(since, layout.columns, start, markers, out)
+        if len(markers) > 0 and int(markers.max()) >= state:
+            raise StoreError(damaged(folder, int(markers.max())))
+        records.fill_untouched(rows, markers, out)
         return out
 
-    def pieces(self) -> Iterator[tuple[int, Tensors]]:
-        """Yield (first row, rows) of all rows in order."""
-        for start in range(self.first, self.last, self.piece_rows):
-            yield start, self.read(start, min(start + self.piece_rows, self.last))
-
-    def close(self) -> None:
-        self._records.close()
-        self._lock.close()
-
-    def __enter__(self) -> Snapshot:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    with (
+        locked_rows(folder, first, last),
+        contextlib.closing(Records(folder / ROWS, layout.columns, layout.num_rows, layout.seed)) as records,
+    ):
+        since = {number: paths for number, paths in journals(folder).items() if number >= state}
+        yield read

@@ -18,7 +18,7 @@ import struct
 import zlib
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -51,21 +51,33 @@ class Batch:
     """Some rows of a journal."""
 
     path: Path
+    columns: Columns
     start: int
-    """First byte of the former rows."""
+    """First byte of the former content of all rows."""
+    count: int
+    """Number of rows with a former content."""
     rows: Tensor
-    """(K,) int64 global numbers, ascending, of rows with a former content."""
+    """(K,) int64 global numbers, ascending, of rows with a former content: all, or those of a range."""
     untouched: Tensor
     """(U,) int64 global numbers, ascending, of rows that were never touched."""
-    columns: Columns
+    skipped: int = 0
+    """Number of rows with a former content before the range."""
 
-    def former(self, begin: int, end: int) -> tuple[Tensor, Tensors]:
-        """Return markers and columns of the rows ``[begin, end)`` of the batch."""
+    def within(self, first: int, last: int) -> Batch:
+        """Return the part of a whole batch that is in ``[first, last)``."""
+        ends = torch.tensor([first, last])
+        begin, end = torch.searchsorted(self.rows, ends).tolist()
+        left, right = torch.searchsorted(self.untouched, ends).tolist()
+        return replace(self, rows=self.rows[begin:end], untouched=self.untouched[left:right], skipped=begin)
+
+    def former(self) -> tuple[Tensor, Tensors]:
+        """Return the former markers and columns of the rows."""
         with _opened(self.path) as file:
 
             def part(offset: int, width: int, dtype: torch.dtype) -> Tensor:
-                file.seek(self.start + offset * len(self.rows) + begin * width * dtype.itemsize)
-                return _tensor_of(file.read((end - begin) * width * dtype.itemsize), dtype).view(end - begin, width)
+                size = width * dtype.itemsize
+                file.seek(self.start + offset * self.count + self.skipped * size)
+                return _tensor_of(file.read(len(self.rows) * size), dtype).view(-1, width)
 
             markers, offset, tensors = part(0, 1, torch.int64).squeeze(1), 8, {}
             for column in self.columns.each:
@@ -144,7 +156,9 @@ class Journal:
 
 def batches(path: Path, columns: Columns) -> Iterator[Batch]:
     """Yield the batches of a journal's file in order, up to the first that is damaged or not whole."""
-    first, last = _range_of(path)
+    match = _NAME.fullmatch(path.name)
+    assert match is not None
+    first, last = int(match[2]), int(match[3])
     with _opened(path) as file:
         size, position = os.fstat(file.fileno()).st_size, 0
         while position + _HEADER.size <= size:
@@ -165,14 +179,7 @@ def batches(path: Path, columns: Columns) -> Iterator[Batch]:
             ids = _tensor_of(numbers, torch.int64)
             if not all(_ascend(each, first, last) for each in (ids[:kept], ids[kept:])):
                 return
-            yield Batch(path, start + len(numbers), ids[:kept], ids[kept:], columns)
-
-
-def _range_of(path: Path) -> tuple[int, int]:
-    """Return the first row of a journal's file and the row after the last one, read from its name."""
-    match = _NAME.fullmatch(path.name)
-    assert match is not None
-    return int(match[2]), int(match[3])
+            yield Batch(path, columns, start + len(numbers), kept, ids[:kept], ids[kept:])
 
 
 def _ascend(rows: Tensor, first: int, last: int) -> bool:
@@ -198,7 +205,7 @@ def all_whole(files: dict[int, list[Path]], columns: Columns) -> bool:
     for number, paths in files.items():
         for path in paths:
             last = next(iter(deque(batches(path, columns), maxlen=1)), None)
-            end = 0 if last is None else last.start + len(last.rows) * (8 + columns.row_bytes)
+            end = 0 if last is None else last.start + last.count * (8 + columns.row_bytes)
             is_sealed = last is not None and len(last.rows) + len(last.untouched) == 0
             if end != path.stat().st_size or not (is_sealed or number == max(files)):
                 return False
@@ -206,45 +213,29 @@ def all_whole(files: dict[int, list[Path]], columns: Columns) -> bool:
 
 
 def undoing(files: dict[int, list[Path]], columns: Columns, first: int, last: int) -> Iterator[Batch]:
-    """Yield the batches of journals with rows in ``[first, last)``, in the order of undoing."""
+    """Yield the parts of the journals' batches in ``[first, last)``, in the order of undoing."""
     for number in sorted(files, reverse=True):
         for path in files[number]:
             for batch in reversed(list(batches(path, columns))):
-                kept, untouched = (_between(each, first, last) for each in (batch.rows, batch.untouched))
-                if kept[0] < kept[1] or untouched[0] < untouched[1]:
-                    yield batch
-
-
-def _between(rows: Tensor, first: int, last: int) -> tuple[int, int]:
-    begin, end = torch.searchsorted(rows, torch.tensor([first, last])).tolist()
-    return begin, end
+                part = batch.within(first, last)
+                if len(part.rows) + len(part.untouched) > 0:
+                    yield part
 
 
 def undo(records: Records, files: dict[int, list[Path]], first: int, last: int) -> None:
     """Bring rows ``[first, last)`` back to what they were when the oldest of the journals was begun."""
     for batch in undoing(files, records.columns, first, last):
-        begin, end = _between(batch.rows, first, last)
-        if begin < end:
-            markers, tensors = batch.former(begin, end)
-            records.write(batch.rows[begin:end], tensors, markers)
-        begin, end = _between(batch.untouched, first, last)
-        if begin < end:
-            records.clear(batch.untouched[begin:end])
+        markers, tensors = batch.former()
+        records.write(batch.rows, tensors, markers)
+        records.clear(batch.untouched)
 
 
 def overlay(files: dict[int, list[Path]], columns: Columns, first: int, markers: Tensor, out: Tensors) -> None:
     """Undo journals in rows ``first, first + 1, ...`` that have been read: the file stays as it is."""
-    last = first + len(markers)
-    for batch in undoing(files, columns, first, last):
-        begin, end = _between(batch.rows, first, last)
-        if begin < end:
-            places = batch.rows[begin:end] - first
-            former, tensors = batch.former(begin, end)
-            markers[places] = former
-            for name, tensor in tensors.items():
-                out[name][places] = tensor
-        begin, end = _between(batch.untouched, first, last)
-        places = batch.untouched[begin:end] - first
-        markers[places] = 0
-        for name in out:
-            out[name][places] = 0
+    for batch in undoing(files, columns, first, first + len(markers)):
+        kept, untouched = batch.rows - first, batch.untouched - first
+        markers[kept], tensors = batch.former()
+        markers[untouched] = 0
+        for name, tensor in out.items():
+            tensor[kept] = tensors[name]
+            tensor[untouched] = 0

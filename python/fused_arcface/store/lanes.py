@@ -7,18 +7,15 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+_Result = TypeVar("_Result")
 Wait = Callable[[], object]
 """A function that waits for some work, or makes the device wait for it."""
-
-
-def _at_once() -> None:
-    """Wait for nothing."""
 
 
 class ThreadLane:
@@ -27,10 +24,9 @@ class ThreadLane:
     def __init__(self) -> None:
         self._pool = ThreadPoolExecutor(1, "center_storage")
 
-    def start(self, work: Callable[[], None]) -> Wait:
-        """Begin work, and return a function that waits for its end and raises its error."""
-        future: Future[None] = self._pool.submit(work)
-        return future.result
+    def start(self, work: Callable[[], _Result]) -> Callable[[], _Result]:
+        """Begin work. The function that is returned waits for the result, and raises the work's error."""
+        return self._pool.submit(work).result
 
     def close(self) -> None:
         self._pool.shutdown()
@@ -42,23 +38,27 @@ class StreamLane:
     def __init__(self, device: torch.device) -> None:
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
-    def start(self, work: Callable[[], None]) -> Wait:
+    def start(self, work: Callable[[], _Result]) -> Callable[[], _Result]:
         """Queue work behind all that is queued now. The host does not wait.
 
-        The function that is returned makes the current stream wait for the work.
+        The function that is returned makes the current stream wait for the work, and returns its result.
         """
-        done = self._queue(work)
-        return _at_once if done is None else lambda: torch.cuda.current_stream().wait_event(done)
+        result, done = self._queue(work)
 
-    def _queue(self, work: Callable[[], None]) -> torch.cuda.Event | None:
-        """Queue work and return the event of its end; on a CPU do the work, and return None."""
+        def wait() -> _Result:
+            if done is not None:
+                torch.cuda.current_stream().wait_event(done)
+            return result
+
+        return wait
+
+    def _queue(self, work: Callable[[], _Result]) -> tuple[_Result, torch.cuda.Event | None]:
+        """Queue work; return its result, and the event of its end on a GPU."""
         if self._stream is None:
-            work()
-            return None
+            return work(), None
         self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
         with torch.cuda.stream(self._stream):
-            work()
-            return self._stream.record_event()
+            return work(), self._stream.record_event()
 
     def download(self, source: dict[str, Tensor], to: dict[str, Tensor]) -> Wait:
         """Copy tensors of the GPU into pinned memory; the function that is returned waits for the bytes."""
@@ -67,8 +67,8 @@ class StreamLane:
             for name, tensor in source.items():
                 to[name].copy_(tensor, non_blocking=True)
 
-        done = self._queue(copy)
-        return _at_once if done is None else done.synchronize
+        _, done = self._queue(copy)
+        return (lambda: None) if done is None else done.synchronize
 
     def close(self) -> None:
         pass

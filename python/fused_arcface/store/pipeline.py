@@ -79,13 +79,11 @@ _Key = tuple[int, tuple[float, int], bool]
 """Step, draw and update of :class:`StepRows`."""
 
 
-@dataclass(eq=False)
-class _Fetched:
+class _Fetched(NamedTuple):
     """The rows that a step will draw, on their way."""
 
     key: _Key
-    wait: Wait
-    found: list[tuple[Tensor, Tensors]]
+    wait: Callable[[], tuple[Tensor, Tensors]]
 
 
 class Pipeline:
@@ -93,7 +91,7 @@ class Pipeline:
 
     The shard has ``num_rows`` rows, from the global row ``row_start`` on. The buffers lie on ``device``, and are pinned
     memory if ``pinned`` is true. The lane does the work beside the computation. Without one, all work is done at once,
-    and nothing is fetched ahead.
+    and nothing is fetched ahead. ``traffic`` counts the bytes.
     """
 
     def __init__(
@@ -103,18 +101,19 @@ class Pipeline:
         row_start: int,
         device: torch.device,
         lane: ThreadLane | StreamLane | None,
+        traffic: Traffic,
         pinned: bool = False,
     ) -> None:
         self._source, self._num_rows, self._row_start, self._lane = source, num_rows, row_start, lane
         self._device = device
-        self._on_thread = isinstance(lane, ThreadLane)
+        self._on_thread, self._on_stream = isinstance(lane, ThreadLane), isinstance(lane, StreamLane)
         self._buffers, self._ahead, self._labeled = (Buffers(source.columns, device, pinned) for _ in range(3))
         self._fetched: _Fetched | None = None
         self._last: SampledRows | None = None
         self._writes: list[Wait | None] = [None, None]
         self._failed: Exception | None = None
         self._turn = 0
-        self.traffic = Traffic()
+        self._traffic = traffic
 
     def check(self) -> None:
         """Wait for the rows that are fetched ahead, and raise any error so far, before a step begins.
@@ -168,32 +167,31 @@ class Pipeline:
 
     def _read(self, rows: Tensor, out: Tensors, keep: bool) -> None:
         self._source.read(rows, out, keep)
-        self.traffic.read += len(rows) * self._source.columns.row_bytes
+        self._traffic.read += len(rows) * self._source.columns.row_bytes
 
     def _fetch(self, key: _Key, upcoming: Callable[[], Tensor]) -> None:
         assert self._lane is not None
-        found: list[tuple[Tensor, Tensors]] = []
 
-        def work() -> None:
+        def work() -> tuple[Tensor, Tensors]:
             rows = upcoming()
             tensors = self._ahead.rows(0, len(rows))
             self._read(rows, tensors, keep=key[-1])
-            found.append((rows, tensors))
+            return rows, tensors
 
-        self._fetched = _Fetched(key, self._lane.start(work), found)
+        self._fetched = _Fetched(key, self._lane.start(work))
 
     def _arrived(self, key: _Key) -> tuple[Tensor, Tensors] | None:
         """Return the rows that were fetched for a step, None if they were fetched for another one."""
         fetched, self._fetched = self._fetched, None
         if fetched is None:
             return None
-        fetched.wait()
-        return fetched.found[0] if fetched.key == key and len(fetched.found[0][0]) > 0 else None
+        rows, tensors = fetched.wait()
+        return (rows, tensors) if fetched.key == key and len(rows) > 0 else None
 
     def _read_targets(self, rows: Tensor, targets: Tensor, fetched: Tensor, room: Tensors, keep: bool) -> None:
         """Read the rows of the batch's classes into their places in the buffer, which has one row more."""
         targets = torch.where(targets < 0, self._num_rows, targets).sort().values
-        if targets.device.type == "cpu" and not self._is_stream:  # only those that are not there yet
+        if targets.device.type == "cpu" and not self._on_stream:  # only those that are not there yet
             targets = targets.unique()
             at = torch.searchsorted(fetched, targets).clamp_(max=len(fetched) - 1)
             targets = targets[(fetched[at] != targets) & (targets < self._num_rows)]
@@ -205,10 +203,6 @@ class Pipeline:
         for name, tensor in read.items():
             scatter(room[name], places, tensor)
 
-    @property
-    def _is_stream(self) -> bool:
-        return isinstance(self._lane, StreamLane)
-
     def _take_from_last(self, rows: Tensor, tensors: Tensors) -> None:
         """Replace the rows that the last step has changed."""
         last = self._last
@@ -217,7 +211,7 @@ class Pipeline:
         last.ready()
         at = torch.searchsorted(last.rows, rows).clamp_(max=len(last.rows) - 1)
         changed = last.rows[at] == rows
-        if self._is_stream:  # their number is not known to the host
+        if self._on_stream:  # their number is not known to the host
             for name, tensor in tensors.items():
                 newest = last.tensors[name].index_select(0, at)
                 tensor.copy_(torch.where(changed[:, None], newest, tensor))
@@ -236,7 +230,7 @@ class Pipeline:
             except Exception as error:
                 self._failed = error
                 raise
-            self.traffic.written += len(sampled.rows) * self._source.columns.row_bytes
+            self._traffic.written += len(sampled.rows) * self._source.columns.row_bytes
 
         self._last = sampled
         if self._on_thread:

@@ -62,7 +62,7 @@ class Records:
             raise
 
     def read(self, rows: Tensor, out: Tensors) -> Tensor:
-        """Fill ``out`` with rows (K,) int64 global numbers, and return their markers (K,) int64.
+        """Fill ``out``, if it has columns, with rows (K,) int64 global numbers; return their markers (K,) int64.
 
         A row that was never touched is zero; see :meth:`fill_untouched`.
 
@@ -118,19 +118,14 @@ class Records:
             start = max(start, begin // self.record_bytes)
             stop = min(last, start + _ROWS_AT_ONCE, -(-end // self.record_bytes))
             if start < stop:
-                markers = torch.empty(stop - start, dtype=torch.int64)
-                self._read_or_write(False, torch.arange(start, stop), [(markers, MARKER_BYTES)])
-                newest = max(newest, int(markers.max()))
+                newest = max(newest, int(self.read(torch.arange(start, stop), {}).max()))
             start = max(stop, start)
         return newest
 
     def _transfer(self, write: bool, rows: Tensor, markers: Tensor, tensors: Tensors) -> None:
-        columns = [(tensors[column.name], column.bytes) for column in self.columns.each]
-        self._read_or_write(write, rows, [(markers, MARKER_BYTES), *columns])
-
-    def _read_or_write(self, write: bool, rows: Tensor, parts: list[tuple[Tensor, int]]) -> None:
-        """Transfer the first parts of rows (K,), each with its bytes for a row."""
         assert _native is not None
+        columns = self.columns.each if tensors else ()
+        parts = [(markers, MARKER_BYTES), *((tensors[column.name], column.bytes) for column in columns)]
         rows = rows.contiguous()
         assert all(each.is_contiguous() and len(each) == len(rows) for each, _ in parts)
         fields = [(each.data_ptr(), size) for each, size in parts]

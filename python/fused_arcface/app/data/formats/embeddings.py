@@ -20,6 +20,7 @@ from torch import Tensor
 from fused_arcface.base.files import replacing
 from fused_arcface.base.reading import DataError, check_regular, file_errors, open_regular
 from fused_arcface.checkpoint import safetensors
+from fused_arcface.checkpoint.centers import Rows
 
 Contents = tuple[dict[str, Tensor], list[str] | None]
 """Tensors by name, and the names of images if the file has them."""
@@ -48,10 +49,8 @@ def read(path: Path) -> Contents:
 
 
 def _write_safetensors(path: Path, tensors: dict[str, Tensor], paths: list[str]) -> None:
-    layout = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
-    with safetensors.writing(path, layout, {_PATHS: json.dumps(paths)}) as writer:
-        for name, tensor in tensors.items():
-            writer.write(name, [tensor])
+    rows = {name: Rows.of(tensor) for name, tensor in tensors.items()}
+    safetensors.write(path, rows, {_PATHS: json.dumps(paths)})
 
 
 def _read_safetensors(path: Path) -> Contents:
