@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .errors import WrongOption, check_folder, explained
+from .errors import WrongOption, check_folder
 from .progress import TrainingBar
 from .reporting import NAME, NoReport, ReportFile, ReportInOutput
 from .terminal import terminal
@@ -77,14 +77,13 @@ def compare(
     page = ReportFile(report, no_report, output / NAME)
     plan = comparison_plan(quick, None if data is None else str(data), seeds, steps, batch_size)
     console = terminal()
-    with explained():
-        folder = Folder(output, plan)
-        print_plan(console, plan)
-        with TrainingBar(console) as progress:
-            found = run_comparison(plan, folder, progress, names)
-        written = write_pictures(comparison_drawings(found), output)
-        written += folder.write_summary(found.rows, found.seconds)
-        words = [COLUMNS, *comparison_gains(found)]
-        written += page.write(lambda: comparison_report(found, comparison_tables(found), words, settings))
+    folder = Folder(output, plan)
+    print_plan(console, plan)
+    with TrainingBar(console) as progress:
+        found = run_comparison(plan, folder, progress, names)
+    written = write_pictures(comparison_drawings(found), output)
+    written += folder.write_summary(found.rows, found.seconds)
+    words = [COLUMNS, *comparison_gains(found)]
+    written += page.write(lambda: comparison_report(found, comparison_tables(found), words, settings))
     print_comparison(console, found)
     say_written(console, output, written, found.seconds)

@@ -9,7 +9,6 @@ import typer
 
 from fused_arcface.base.text import counted
 
-from .errors import explained
 from .evaluation import Trust
 from .terminal import say, terminal
 
@@ -73,19 +72,18 @@ def convert(
     from fused_arcface.checkpoint.sources import read
 
     console = terminal(soft_wrap=True)
-    with explained():
-        written = convert_centers(
-            sources,
-            destination,
-            num_classes=classes,
-            seed=seed,
-            sub_centers=sub_centers,
-            dominant=dominant,
-            trust=trust,
-            center_storage=center_storage,
-            noted=lambda note: say(terminal(stderr=True), note, "yellow"),
-        )
-        found = read(written)
+    written = convert_centers(
+        sources,
+        destination,
+        num_classes=classes,
+        seed=seed,
+        sub_centers=sub_centers,
+        dominant=dominant,
+        trust=trust,
+        center_storage=center_storage,
+        noted=lambda note: say(terminal(stderr=True), note, "yellow"),
+    )
+    found = read(written)
     for name, rows in found.tensors.items():
         console.print(f"{written}: {name} {rows.shape} {str(rows.dtype).removeprefix('torch.')}", markup=False)
     console.print(f"{found.num_classes} classes of {counted(found.sub_centers, 'center')}", markup=False)

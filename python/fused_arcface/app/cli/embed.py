@@ -10,7 +10,7 @@ import typer
 from ..data.formats.embeddings import SUFFIXES
 from ..data.images import MAX_PIXELS
 from . import evaluation as shared
-from .errors import check_file, explained
+from .errors import check_file
 from .terminal import say, terminal
 
 
@@ -44,11 +44,10 @@ def embed(
     from ..data.unlabeled import read_images
     from ..embedding import check_output
 
-    with explained():
-        check_output(output)
-        check_file("--output", output)
-        found = read_images(images, max_pixels=max_pixels)
-        (embedded,) = shared.embed_images([found], settings, save=output, normalize=True)
+    check_output(output)
+    check_file("--output", output)
+    found = read_images(images, max_pixels=max_pixels)
+    (embedded,) = shared.embed_images([found], settings, save=output, normalize=True)
     count, dim = embedded.embeddings.shape
     lost = f", {len(found) - count} left out" if count < len(found) else ""
     say(terminal(), f"{count} embeddings of dimension {dim} in {output}{lost}")

@@ -15,7 +15,7 @@ from ..data.formats.embeddings import EMBEDDING_FILES
 from ..data.images import MAX_PIXELS
 from . import evaluation as shared
 from . import reporting
-from .errors import WrongOption, explained, one_of
+from .errors import WrongOption, one_of
 from .tables import plain_table
 from .terminal import terminal
 
@@ -115,62 +115,61 @@ def identify(
         raise WrongOption("--save-embeddings goes with --data")
     page = reporting.ReportFile(report, no_report, reporting.beside("identify", json, pictures))
     sources: list[ImageSet] = []
-    with explained():
-        shared.check_results(settings)
-        if distance != "mahalanobis":  # any engine can search by that one
-            choose_engine(engine, make_distance(distance, order=p))
-        if gallery is not None and probes is not None:
-            sources = two_sets(gallery, probes, max_pixels)
-            split = with_labels_by_name(sources, shared.embed_images(sources, settings))
+    shared.check_results(settings)
+    if distance != "mahalanobis":  # any engine can search by that one
+        choose_engine(engine, make_distance(distance, order=p))
+    if gallery is not None and probes is not None:
+        sources = two_sets(gallery, probes, max_pixels)
+        split = with_labels_by_name(sources, shared.embed_images(sources, settings))
+    else:
+        if embeddings is not None:
+            labeled = EmbeddingSet.load(embeddings)
         else:
-            if embeddings is not None:
-                labeled = EmbeddingSet.load(embeddings)
-            else:
-                assert data is not None
-                sources = [read_labeled(data, max_pixels=max_pixels)]
-                assert sources[0].labels is not None
-                split_gallery(sources[0].labels, gallery_images=gallery_images, unknown=unknown)  # checks both options
-                (labeled,) = shared.embed_images(sources, settings)
-            if save_embeddings is not None:
-                labeled.save(save_embeddings)
-            split = split_set(labeled, gallery_images, unknown, seed)
-        known, sought = prepared(split.gallery, normalize), prepared(split.probes, normalize)
-        chosen = make_distance(distance, order=p, gallery=known, shrinkage=shrinkage)
-        found = search(
-            known,
-            split.gallery_labels,
-            sought,
-            split.probe_labels,
-            distance=chosen,
-            max_rank=ranks,
-            engine=engine,  # type: ignore[arg-type]
-        )
-        name = Path(data or probes or str(embeddings)).name
-        console = terminal()
-        table = _table(found, f"{name}, {distance}")
-        console.print(table)
-        if json is not None:
-            about = shared.about(settings, "data", "gallery", "probes", "checkpoint", "embeddings")
-            how = described(chosen, distance, normalize)
-            shared.write_json(json, {**about, "flip": flip, **how, **identification_figures(found)})
-        compared = split._replace(gallery=known, probes=sought)
-        if predictions is not None:
-            write_predictions(predictions, compared, chosen, engine)  # type: ignore[arg-type]
-        if pictures is not None:
-            from ..report.evaluation import identification_drawings
+            assert data is not None
+            sources = [read_labeled(data, max_pixels=max_pixels)]
+            assert sources[0].labels is not None
+            split_gallery(sources[0].labels, gallery_images=gallery_images, unknown=unknown)  # checks both options
+            (labeled,) = shared.embed_images(sources, settings)
+        if save_embeddings is not None:
+            labeled.save(save_embeddings)
+        split = split_set(labeled, gallery_images, unknown, seed)
+    known, sought = prepared(split.gallery, normalize), prepared(split.probes, normalize)
+    chosen = make_distance(distance, order=p, gallery=known, shrinkage=shrinkage)
+    found = search(
+        known,
+        split.gallery_labels,
+        sought,
+        split.probe_labels,
+        distance=chosen,
+        max_rank=ranks,
+        engine=engine,  # type: ignore[arg-type]
+    )
+    name = Path(data or probes or str(embeddings)).name
+    console = terminal()
+    table = _table(found, f"{name}, {distance}")
+    console.print(table)
+    if json is not None:
+        about = shared.about(settings, "data", "gallery", "probes", "checkpoint", "embeddings")
+        how = described(chosen, distance, normalize)
+        shared.write_json(json, {**about, "flip": flip, **how, **identification_figures(found)})
+    compared = split._replace(gallery=known, probes=sought)
+    if predictions is not None:
+        write_predictions(predictions, compared, chosen, engine)  # type: ignore[arg-type]
+    if pictures is not None:
+        from ..report.evaluation import identification_drawings
 
-            shared.draw(console, identification_drawings(found, name), pictures)
+        shared.draw(console, identification_drawings(found, name), pictures)
 
-        def make_report() -> Report:
-            from ..report.answers import nearest_answers
-            from ..report.evaluation import identification_report
-            from ..report.thumbnails import Thumbnails
+    def make_report() -> Report:
+        from ..report.answers import nearest_answers
+        from ..report.evaluation import identification_report
+        from ..report.thumbnails import Thumbnails
 
-            answers = nearest_answers(compared, chosen, engine)  # type: ignore[arg-type]
-            hardest = answers.hardest(Thumbnails(sources))
-            return identification_report(name, [table], found, answers, hardest, settings)
+        answers = nearest_answers(compared, chosen, engine)  # type: ignore[arg-type]
+        hardest = answers.hardest(Thumbnails(sources))
+        return identification_report(name, [table], found, answers, hardest, settings)
 
-        reporting.say_report(console, page.write(make_report))
+    reporting.say_report(console, page.write(make_report))
 
 
 def _table(found: Identification, title: str) -> Table:

@@ -21,6 +21,9 @@ _REST = "Data"
 class PlainCommand(TyperCommand):
     """A command whose options have this look."""
 
+    mendable: tuple[type[Exception], ...] = (ValueError,)
+    """Types of the errors in arguments that the library finds."""
+
     def __init__(self, *args: Any, **attributes: Any) -> None:
         super().__init__(*args, **attributes)
         options: list[Any] = list(self.params)
@@ -36,11 +39,14 @@ class PlainCommand(TyperCommand):
         return give_look(super().get_help_option(ctx))
 
     def invoke(self, ctx: Any) -> Any:
-        """Run the command. An error about an argument names the option."""
-        from .errors import options_named
-
-        with options_named(option.name for option in self.params if option.param_type_name == "option"):
+        """Run the command. An error that the user can mend is one line, and its status is returned."""
+        try:
             return super().invoke(ctx)
+        except Exception as error:
+            from .errors import explain
+
+            options = [str(option.name) for option in self.params if option.param_type_name == "option"]
+            return explain(error, options, self.mendable)
 
 
 def give_look(option: Any) -> Any:

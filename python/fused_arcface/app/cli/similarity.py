@@ -14,7 +14,6 @@ from fused_arcface.base.suggest import missing_path
 
 from ..thresholds import KeptThresholds
 from . import evaluation as shared
-from .errors import explained
 from .terminal import say, terminal
 
 
@@ -52,22 +51,21 @@ def similarity(
     """
     from ..embedder import load_embedder
 
-    with explained():
-        if threshold is not None and far is not None:
-            raise ValueError("--threshold and --far can't be given together")
-        for image in (first, second):
-            if not image.exists():
-                raise NoSuchData(missing_path(image))
-            if image.is_dir():
-                raise ValueError(f"{image} must be an image file; it is a folder")
-        embedder = load_embedder(checkpoint, backbone, device=device, image_size=image_size, trust=trust)
-        one, other = embedder([first, second]).double().cpu()
-        cosine = float(one @ other)
-        source, kept = "as given", embedder.thresholds
-        if threshold is None and kept is not None:
-            threshold, source = kept.at(far).threshold, _source(kept, far)
-        elif far is not None:
-            raise ValueError(f"--far needs the thresholds of a run, and {checkpoint} has none; {_how(checkpoint)}")
+    if threshold is not None and far is not None:
+        raise ValueError("--threshold and --far can't be given together")
+    for image in (first, second):
+        if not image.exists():
+            raise NoSuchData(missing_path(image))
+        if image.is_dir():
+            raise ValueError(f"{image} must be an image file; it is a folder")
+    embedder = load_embedder(checkpoint, backbone, device=device, image_size=image_size, trust=trust)
+    one, other = embedder([first, second]).double().cpu()
+    cosine = float(one @ other)
+    source, kept = "as given", embedder.thresholds
+    if threshold is None and kept is not None:
+        threshold, source = kept.at(far).threshold, _source(kept, far)
+    elif far is not None:
+        raise ValueError(f"--far needs the thresholds of a run, and {checkpoint} has none; {_how(checkpoint)}")
     say(terminal(), f"cosine {cosine:.4f}")
     if threshold is None:
         say(terminal(), f"No verdict, because {checkpoint} has no thresholds; {_how(checkpoint)}")

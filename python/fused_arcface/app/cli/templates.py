@@ -11,7 +11,7 @@ from rich.console import Console
 from ..data.formats.embeddings import EMBEDDING_FILES
 from ..data.images import MAX_PIXELS
 from . import evaluation as shared
-from .errors import WrongOption, explained
+from .errors import WrongOption
 from .tables import add_rates, plain_table
 from .terminal import say, terminal
 
@@ -75,28 +75,27 @@ def templates(
     if save_embeddings is not None and checkpoint is None:
         raise WrongOption("--save-embeddings goes with --checkpoint")
     require("sklearn.metrics", "eval")
-    with explained():
-        shared.check_results(settings)
-        read = read_templates(data, max_pixels)
-        if embeddings is not None:
-            embedded = EmbeddingSet.load(embeddings)
-        else:
-            (embedded,) = shared.embed_images([read.images], settings, save=save_embeddings)
-        found = evaluate_templates(read, embedded, scores=scores, norms=norms)
-        console = terminal()
-        _print(console, found, f"{Path(data).name}, {len(embedded.paths)} images in {found.num_templates} templates")
-        for text in found.left_out:
-            say(console, f"left out: {text}")
-        if read.scores is None and scores:
-            console.print("The set has no detector's scores: each image counts alike.", highlight=False)
-        if json is not None:
-            about = {
-                **shared.about(settings, "data", "checkpoint", "embeddings"),
-                "flip": flip if embeddings is None else None,
-                "scores": scores and read.scores is not None,
-                "norms": norms,
-            }
-            shared.write_json(json, {**about, **template_figures(found)})
+    shared.check_results(settings)
+    read = read_templates(data, max_pixels)
+    if embeddings is not None:
+        embedded = EmbeddingSet.load(embeddings)
+    else:
+        (embedded,) = shared.embed_images([read.images], settings, save=save_embeddings)
+    found = evaluate_templates(read, embedded, scores=scores, norms=norms)
+    console = terminal()
+    _print(console, found, f"{Path(data).name}, {len(embedded.paths)} images in {found.num_templates} templates")
+    for text in found.left_out:
+        say(console, f"left out: {text}")
+    if read.scores is None and scores:
+        console.print("The set has no detector's scores: each image counts alike.", highlight=False)
+    if json is not None:
+        about = {
+            **shared.about(settings, "data", "checkpoint", "embeddings"),
+            "flip": flip if embeddings is None else None,
+            "scores": scores and read.scores is not None,
+            "norms": norms,
+        }
+        shared.write_json(json, {**about, **template_figures(found)})
 
 
 def _print(console: Console, found: TemplateFigures, title: str) -> None:

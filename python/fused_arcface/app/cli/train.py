@@ -10,19 +10,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fused_arcface.checkpoint import CheckpointError
 from fused_arcface.margins.text import imported_module
-from fused_arcface.store import StoreError
 
-from ..data import DataError
 from ..training.config import OptionError, Rule, TrainConfig, read_options, rules
 from ..training.events import Event
-from ..training.failures import TrainingError
 from ..training.runs import RunError, RunFolder
 from ..training.trainer import train as train_run
 from ..training.trainer import try_out
 from ..training.world import is_first_rank, resume_command
-from .errors import ended
 from .look import PlainCommand
 from .reporting import NoReport, Refresh, ReportFile, ReportInOutput, say_report
 from .terminal import say, terminal
@@ -36,6 +31,8 @@ RESUME = "last"  # as the value of --resume without one
 
 class Command(PlainCommand):
     """``train`` with an optional value of --resume, which typer does not know."""
+
+    mendable = (OptionError, RunError)
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         filled = [
@@ -150,8 +147,6 @@ def train(
             error.print("Interrupted before everything was saved. Resume from the last checkpoint with:", markup=False)
             say(error, f"  {resume_command(output)}", "bold")
         raise
-    except (CheckpointError, DataError, OptionError, RunError, StoreError, TrainingError) as wrong:
-        raise ended(wrong) from None
     written = page.write_or_note(make_report) if is_first_rank() else []
     if outcome.signal is not None:
         if is_first_rank():

@@ -13,7 +13,7 @@ from ..data.formats.embeddings import EMBEDDING_FILES
 from ..data.images import MAX_PIXELS
 from . import evaluation as shared
 from . import reporting
-from .errors import WrongOption, explained
+from .errors import WrongOption
 from .tables import add_rates, plain_table
 from .terminal import say, terminal
 
@@ -105,66 +105,65 @@ def verify(
     require("sklearn.metrics", "eval")
     page = reporting.ReportFile(report, no_report, reporting.beside("verify", json, pictures))
     read: ImageSet | None = None
-    with explained():
-        shared.check_results(settings)
-        check_suffix(gallery, "gallery")
-        fitted = None if gallery is None else EmbeddingSet.load(gallery).embeddings
-        if embeddings is not None:
-            scored = with_pairs(EmbeddingSet.load(embeddings), embeddings, pairs, seed)
-        else:
-            assert data is not None
-            read = read_pair_set(data, images, most=pairs, seed=seed, max_pixels=max_pixels)
-            assert read.pairs is not None
-            if both_kinds(read.pairs.same):
-                check_folds(folds, len(read.pairs.same))
-            (scored,) = shared.embed_images([read], settings)
-        if save_embeddings is not None:
-            scored.save(save_embeddings)
+    shared.check_results(settings)
+    check_suffix(gallery, "gallery")
+    fitted = None if gallery is None else EmbeddingSet.load(gallery).embeddings
+    if embeddings is not None:
+        scored = with_pairs(EmbeddingSet.load(embeddings), embeddings, pairs, seed)
+    else:
+        assert data is not None
+        read = read_pair_set(data, images, most=pairs, seed=seed, max_pixels=max_pixels)
+        assert read.pairs is not None
+        if both_kinds(read.pairs.same):
+            check_folds(folds, len(read.pairs.same))
+        (scored,) = shared.embed_images([read], settings)
+    if save_embeddings is not None:
+        scored.save(save_embeddings)
+    assert scored.pairs is not None
+    rows = prepared(scored.embeddings, normalize)
+    fitted = rows if fitted is None else prepared(fitted, normalize)
+    chosen = make_distance(distance, order=p, gallery=fitted, shrinkage=shrinkage)
+    scores = pair_scores(rows, scored.pairs, chosen)
+    same = scored.pairs.same.numpy()
+    found = verify_scores(same, scores, folds=folds) if both_kinds(scored.pairs.same) else None
+    cosine = distance == "cosine" and normalize
+    points = operating_points(same, scores) if found is not None else []
+    points = of_cosine_distance(points) if cosine else points
+    name = Path(data or str(embeddings)).name
+    console = terminal()
+    means = mean_scores(same, scores)
+    tables = [_table(found, same, means, f"{name}, {distance}", cosine), *threshold_tables(points, cosine)]
+    console.print(*tables)
+    if found is None:
+        say(console, f"Left out, because all pairs are of one kind: {', '.join(LEFT_OUT)}.")
+    if found is not None and checkpoint is not None and cosine and not flip:
+        kept = KeptThresholds(name, found.accuracy, points, pairs_of_two=found.num_pairs[1])
+        keep_thresholds(console, checkpoint, kept)
+    if json is not None:
+        how = described(chosen, distance, normalize)
+        about = shared.about(settings, "data", "checkpoint", "embeddings")
+        figures = {**verification_figures(found, same, means), **threshold_figures(points, cosine)}
+        shared.write_json(json, {**about, "flip": flip, **how, **figures})
+    if pictures is not None and found is not None:
+        from ..report.evaluation import verification_drawings
+
+        shared.draw(console, verification_drawings(found, name), pictures)
+
+    def make_report() -> Report:
+        from ..report.digest import digest_pairs
+        from ..report.evaluation import verification_report
+        from ..report.thumbnails import Thumbnails
+
         assert scored.pairs is not None
-        rows = prepared(scored.embeddings, normalize)
-        fitted = rows if fitted is None else prepared(fitted, normalize)
-        chosen = make_distance(distance, order=p, gallery=fitted, shrinkage=shrinkage)
-        scores = pair_scores(rows, scored.pairs, chosen)
-        same = scored.pairs.same.numpy()
-        found = verify_scores(same, scores, folds=folds) if both_kinds(scored.pairs.same) else None
-        cosine = distance == "cosine" and normalize
-        points = operating_points(same, scores) if found is not None else []
-        points = of_cosine_distance(points) if cosine else points
-        name = Path(data or str(embeddings)).name
-        console = terminal()
-        means = mean_scores(same, scores)
-        tables = [_table(found, same, means, f"{name}, {distance}", cosine), *threshold_tables(points, cosine)]
-        console.print(*tables)
-        if found is None:
-            say(console, f"Left out, because all pairs are of one kind: {', '.join(LEFT_OUT)}.")
-        if found is not None and checkpoint is not None and cosine and not flip:
-            kept = KeptThresholds(name, found.accuracy, points, pairs_of_two=found.num_pairs[1])
-            keep_thresholds(console, checkpoint, kept)
-        if json is not None:
-            how = described(chosen, distance, normalize)
-            about = shared.about(settings, "data", "checkpoint", "embeddings")
-            figures = {**verification_figures(found, same, means), **threshold_figures(points, cosine)}
-            shared.write_json(json, {**about, "flip": flip, **how, **figures})
-        if pictures is not None and found is not None:
-            from ..report.evaluation import verification_drawings
+        thumbnails = Thumbnails([] if read is None else [read])
+        digest = None
+        if found is not None:
+            digest = digest_pairs(
+                name, found, scores, scored.pairs, scored.paths, thumbnails, cosine=distance == "cosine"
+            )
+        return verification_report(name, tables, digest, found, settings)
 
-            shared.draw(console, verification_drawings(found, name), pictures)
-
-        def make_report() -> Report:
-            from ..report.digest import digest_pairs
-            from ..report.evaluation import verification_report
-            from ..report.thumbnails import Thumbnails
-
-            assert scored.pairs is not None
-            thumbnails = Thumbnails([] if read is None else [read])
-            digest = None
-            if found is not None:
-                digest = digest_pairs(
-                    name, found, scores, scored.pairs, scored.paths, thumbnails, cosine=distance == "cosine"
-                )
-            return verification_report(name, tables, digest, found, settings)
-
-        reporting.say_report(console, page.write(make_report))
+    reporting.say_report(console, page.write(make_report))
 
 
 def _table(found: Verification | None, same: Bools, means: Means, title: str, cosine: bool) -> Table:
