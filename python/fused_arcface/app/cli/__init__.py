@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import ast
 import importlib
+import inspect
 import io
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import typer
 from typer.core import TyperCommand, TyperGroup
@@ -42,13 +43,28 @@ _LEAST_WIDTH = 20  # columns
 
 
 def load_command(name: str) -> TyperCommand:
-    """Import a command and return what typer makes of it."""
+    """Import a command and return what typer makes of it.
+
+    A text beside a parameter's type is an option's help: ``Annotated[int, "Number of trainings."]``.
+    """
     module = importlib.import_module(f".{name}", __name__)
+    function = getattr(module, name)
+    signature = inspect.signature(function, eval_str=True)
+    parameters = [each.replace(annotation=_with_help(each.annotation)) for each in signature.parameters.values()]
+    function.__signature__ = signature.replace(parameters=parameters)
     single = typer.Typer(add_completion=False)
-    single.command(name, cls=getattr(module, "Command", PlainCommand))(getattr(module, name))
+    single.command(name, cls=getattr(module, "Command", PlainCommand))(function)
     command = get_command(single)
     assert isinstance(command, TyperCommand)
     return command
+
+
+def _with_help(annotation: Any) -> Any:
+    """Return a parameter's annotation with a typer option in place of a text."""
+    match get_args(annotation):
+        case (kind, str(text)):
+            return Annotated[kind, typer.Option(help=text)]
+    return annotation
 
 
 class _Unloaded(TyperCommand):

@@ -31,26 +31,20 @@ START = "start"
 def bench(
     cases: Annotated[
         str,
-        typer.Option(
-            help="Set of shapes: quick, full, small or scaling. On two cores quick takes about one minute, full six "
-            "minutes, scaling an hour. Or start, to measure what an import and --help cost."
-        ),
+        "Set of shapes: quick, full, small or scaling. On two cores quick takes about one minute, full six "
+        "minutes, scaling an hour. Or start, to measure what an import and --help cost.",
     ] = "quick",
     providers: Annotated[
-        str | None,
-        typer.Option(
-            help='Implementations to measure, separated by commas; "ours" means all of this package. Default: all.'
-        ),
+        str | None, 'Implementations to measure, separated by commas; "ours" means all of this package. Default: all.'
     ] = None,
     backend: Annotated[
-        str | None,
-        typer.Option(help="Measure this package with one backend only, for example cpu. Default: every backend."),
+        str | None, "Measure this package with one backend only, for example cpu. Default: every backend."
     ] = None,
-    output: Annotated[
-        Path, typer.Option(help="Folder for rows (CSV and JSON, written after each case) and pictures.")
-    ] = Path("runs/bench"),
+    output: Annotated[Path, "Folder for rows (CSV and JSON, written after each case) and pictures."] = Path(
+        "runs/bench"
+    ),
     device: Annotated[
-        str | None, typer.Option(help="Device to measure on: cpu or cuda. Default: cuda if there is a GPU, else cpu.")
+        str | None, "Device to measure on: cpu or cuda. Default: cuda if there is a GPU, else cpu."
     ] = None,
     threads: Annotated[
         int | None, typer.Option(min=1, help="Number of CPU threads. Default: PyTorch's own number.")
@@ -64,17 +58,13 @@ def bench(
     ] = False,
     budget: Annotated[
         float | None,
-        typer.Option(
-            help="Memory in GiB. Find the largest number of identities whose training step fits into it, instead of "
-            "timing shapes."
-        ),
+        "Memory in GiB. Find the largest number of identities whose training step fits into it, instead of "
+        "timing shapes.",
     ] = None,
     ranks: Annotated[
         str | None,
-        typer.Option(
-            help='Numbers of processes, for example "1,2,4". Run a training step on each and compare it with the cost '
-            "model, instead of timing shapes."
-        ),
+        'Numbers of processes, for example "1,2,4". Run a training step on each and compare it with the cost '
+        "model, instead of timing shapes.",
     ] = None,
     report: ReportInOutput = None,
     no_report: NoReport = False,

@@ -15,25 +15,18 @@ from .terminal import terminal
 
 def compare(
     output: Annotated[
-        Path,
-        typer.Option(
-            help="Folder for results. It is created if it does not exist; an interrupted run resumes from it."
-        ),
+        Path, "Folder for results. It is created if it does not exist; an interrupted run resumes from it."
     ] = Path("runs/compare"),
     data: Annotated[
         Path | None,
-        typer.Option(
-            help="A folder with one subfolder of images for each identity, or a .rec file. Every image is made "
-            "32 × 32 pixels and gray. Default: generated identities."
-        ),
+        "A folder with one subfolder of images for each identity, or a .rec file. Every image is made "
+        "32 × 32 pixels and gray. Default: generated identities.",
     ] = None,
     criteria: Annotated[
         str,
-        typer.Option(
-            help="Losses to compare, separated by semicolons, in any case: softmax; contrastive; contrastive, two "
-            "views; triplet, semi-hard; triplet, batch-hard; center loss; NormSoftmax; SphereFace; CosFace; ArcFace; "
-            "AdaFace. Default: all of them."
-        ),
+        "Losses to compare, separated by semicolons, in any case: softmax; contrastive; contrastive, two "
+        "views; triplet, semi-hard; triplet, batch-hard; center loss; NormSoftmax; SphereFace; CosFace; ArcFace; "
+        "AdaFace. Default: all of them.",
     ] = "",
     seeds: Annotated[int, typer.Option(min=1, help="Number of trainings of each loss.")] = 3,
     steps: Annotated[int | None, typer.Option(min=2, help="Steps of each training. Default: 300.")] = None,

@@ -23,9 +23,7 @@ def convert(
     ],
     classes: Annotated[
         int | None,
-        typer.Option(
-            help="Number of classes to grow to; the new ones get initial centers. Default: as many as the sources have."
-        ),
+        "Number of classes to grow to; the new ones get initial centers. Default: as many as the sources have.",
     ] = None,
     sub_centers: Annotated[
         int | None,
@@ -37,24 +35,17 @@ def convert(
     ] = None,
     dominant: Annotated[
         Path | None,
-        typer.Option(
-            help="A .safetensors file with dominant (C,): keep this one of the centers of each class. "
-            "fused_arcface.sub_centers finds it."
-        ),
+        "A .safetensors file with dominant (C,): keep this one of the centers of each class. "
+        "fused_arcface.sub_centers finds it.",
     ] = None,
     seed: Annotated[
         int | None,
-        typer.Option(
-            help="Seed of new class centers and of the head that resumes, 0 or more. Default: the source's, otherwise "
-            "0."
-        ),
+        "Seed of new class centers and of the head that resumes, 0 or more. Default: the source's, otherwise 0.",
     ] = None,
     center_storage: Annotated[
         Path | None,
-        typer.Option(
-            help="With a folder of checkpoints: a new folder for a file of the class centers, as train "
-            "--center-storage uses it. Default: they are in the checkpoint."
-        ),
+        "With a folder of checkpoints: a new folder for a file of the class centers, as train "
+        "--center-storage uses it. Default: they are in the checkpoint.",
     ] = None,
     trust: Trust = False,
 ) -> None:

@@ -23,9 +23,7 @@ def embed(
         ),
     ],
     checkpoint: shared.OneCheckpoint,
-    output: Annotated[
-        Path, typer.Option(help=f"File for the embeddings and the names: {', '.join(SUFFIXES)} or .csv.")
-    ],
+    output: Annotated[Path, f"File for the embeddings and the names: {', '.join(SUFFIXES)} or .csv."],
     backbone: shared.Backbone = None,
     image_size: shared.ImageSize = None,
     flip: shared.Flip = False,

@@ -24,11 +24,10 @@ if TYPE_CHECKING:
 _NET = (
     "The net: the folder of a training run, its model.pt or best.pt, or any file of weights together with --backbone."
 )
-Checkpoint = Annotated[Path | None, typer.Option(help=f"{_NET} For a folder, the newest checkpoint is evaluated.")]
-OneCheckpoint = Annotated[Path, typer.Option(help=_NET)]
+Checkpoint = Annotated[Path | None, f"{_NET} For a folder, the newest checkpoint is evaluated."]
+OneCheckpoint = Annotated[Path, _NET]
 Backbone = Annotated[
-    str | None,
-    typer.Option(help="Name of the net in a file of weights, iresnet50 for example. Default: the run's own net."),
+    str | None, "Name of the net in a file of weights, iresnet50 for example. Default: the run's own net."
 ]
 ImageSize = Annotated[
     int | None,
@@ -65,9 +64,7 @@ Normalize = Annotated[
 ]
 Flip = Annotated[bool, typer.Option("--flip", help="Add the embedding of the mirrored image to that of the image.")]
 Json = Annotated[Path | None, typer.Option("--json", help="JSON file to write the figures to. Default: none.")]
-Pictures = Annotated[
-    Path | None, typer.Option(help="Folder for pictures of the curves; it is created if missing. Default: none.")
-]
+Pictures = Annotated[Path | None, "Folder for pictures of the curves; it is created if missing. Default: none."]
 Trust = Annotated[
     bool,
     typer.Option(
@@ -75,7 +72,7 @@ Trust = Annotated[
         help="Allow a checkpoint of an old format to run code when it is loaded. Use it only if you trust the author.",
     ),
 ]
-Device = Annotated[str, typer.Option(help="Device that the net runs on: cpu, cuda, or cuda:N for one of several GPUs.")]
+Device = Annotated[str, "Device that the net runs on: cpu, cuda, or cuda:N for one of several GPUs."]
 BatchSize = Annotated[int, typer.Option(min=1, help="Number of images that the net sees at once.")]
 MaxPixels = Annotated[
     int,

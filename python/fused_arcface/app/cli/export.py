@@ -5,8 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
 from . import evaluation as shared
 from .errors import check_file
 from .terminal import say, terminal
@@ -14,10 +12,7 @@ from .terminal import say, terminal
 
 def export(
     checkpoint: shared.OneCheckpoint,
-    output: Annotated[
-        Path,
-        typer.Option(help="File for the net: .onnx for ONNX, or .pt2 for torch.export.load."),
-    ],
+    output: Annotated[Path, "File for the net: .onnx for ONNX, or .pt2 for torch.export.load."],
     backbone: shared.Backbone = None,
     image_size: shared.ImageSize = None,
     trust: shared.Trust = False,

@@ -21,7 +21,7 @@ DTYPES = {"float64": "fp64", "float32": "fp32", "bfloat16": "bf16", "float16": "
 
 
 def gradcheck(
-    backend: Annotated[str, typer.Option(help="Name of a backend, or all for every usable one.")] = "all",
+    backend: Annotated[str, "Name of a backend, or all for every usable one."] = "all",
     dtype: Annotated[
         str,
         typer.Option(

@@ -27,27 +27,19 @@ if TYPE_CHECKING:
 
 
 def identify(
-    data: Annotated[
-        str | None,
-        typer.Option(help=f"Labeled images to split into gallery and probes: {formats.listed()}."),
-    ] = None,
+    data: Annotated[str | None, f"Labeled images to split into gallery and probes: {formats.listed()}."] = None,
     checkpoint: shared.Checkpoint = None,
     backbone: shared.Backbone = None,
     image_size: shared.ImageSize = None,
-    gallery: Annotated[
-        str | None, typer.Option(help="Labeled images of the known people; needs --probes and replaces --data.")
-    ] = None,
+    gallery: Annotated[str | None, "Labeled images of the known people; needs --probes and replaces --data."] = None,
     probes: Annotated[
-        str | None,
-        typer.Option(help="Labeled images to look for in --gallery. Images with the same label show the same person."),
+        str | None, "Labeled images to look for in --gallery. Images with the same label show the same person."
     ] = None,
     embeddings: Annotated[
-        Path | None,
-        typer.Option(help=f"Saved embeddings with labels, {EMBEDDING_FILES}, to split and score instead of images."),
+        Path | None, f"Saved embeddings with labels, {EMBEDDING_FILES}, to split and score instead of images."
     ] = None,
     save_embeddings: Annotated[
-        Path | None,
-        typer.Option(help=f"File, {EMBEDDING_FILES}, to save the embeddings of --data to. Default: none."),
+        Path | None, f"File, {EMBEDDING_FILES}, to save the embeddings of --data to. Default: none."
     ] = None,
     gallery_images: Annotated[
         int, typer.Option(min=1, help="Number of images of each identity in the gallery, when the command splits.")
@@ -77,8 +69,7 @@ def identify(
     normalize: shared.Normalize = True,
     flip: shared.Flip = False,
     predictions: Annotated[
-        Path | None,
-        typer.Option(help=".csv file to write each probe's nearest gallery images and their scores to. Default: none."),
+        Path | None, ".csv file to write each probe's nearest gallery images and their scores to. Default: none."
     ] = None,
     json: shared.Json = None,
     pictures: shared.Pictures = None,

@@ -21,24 +21,18 @@ if TYPE_CHECKING:
 
 def templates(
     data: Annotated[
-        str,
-        typer.Option(
-            help="Folder of the set, as insightface packs IJB-B and IJB-C: faces in loose_crop, lists in meta."
-        ),
+        str, "Folder of the set, as insightface packs IJB-B and IJB-C: faces in loose_crop, lists in meta."
     ],
     checkpoint: shared.Checkpoint = None,
     backbone: shared.Backbone = None,
     image_size: shared.ImageSize = None,
     embeddings: Annotated[
-        Path | None,
-        typer.Option(help=f"Saved embeddings of the set's faces, {EMBEDDING_FILES}, to score without the net."),
+        Path | None, f"Saved embeddings of the set's faces, {EMBEDDING_FILES}, to score without the net."
     ] = None,
     save_embeddings: Annotated[
         Path | None,
-        typer.Option(
-            help=f"File, {EMBEDDING_FILES}, to save the embeddings to. An interrupted command then resumes "
-            "when it is called again. Default: none."
-        ),
+        f"File, {EMBEDDING_FILES}, to save the embeddings to. An interrupted command then resumes "
+        "when it is called again. Default: none.",
     ] = None,
     flip: Annotated[
         bool, typer.Option("--flip/--no-flip", help="Add the embedding of the mirrored image to that of the image.")

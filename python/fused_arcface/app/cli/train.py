@@ -75,10 +75,8 @@ def _help(rule: Rule, default: Any) -> str:
 
 @_with_options
 def train(
-    output: Annotated[Path, typer.Option(help="Folder of the run: options, log, checkpoints and the finished net.")],
-    config: Annotated[
-        Path | None, typer.Option(help="TOML file of options. Options on the command line override it.")
-    ] = None,
+    output: Annotated[Path, "Folder of the run: options, log, checkpoints and the finished net."],
+    config: Annotated[Path | None, "TOML file of options. Options on the command line override it."] = None,
     resume: Annotated[
         str,
         typer.Option(

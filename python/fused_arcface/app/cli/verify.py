@@ -33,33 +33,26 @@ if TYPE_CHECKING:
 def verify(
     data: Annotated[
         str | None,
-        typer.Option(
-            help=f"Pairs to verify: {formats.listed(pairs=True)}; or labeled images to make pairs from: "
-            f"{formats.listed()}. A .txt, .csv or .tsv file counts as one of pairs."
-        ),
+        f"Pairs to verify: {formats.listed(pairs=True)}; or labeled images to make pairs from: "
+        f"{formats.listed()}. A .txt, .csv or .tsv file counts as one of pairs.",
     ] = None,
     checkpoint: shared.Checkpoint = None,
     backbone: shared.Backbone = None,
     image_size: shared.ImageSize = None,
     images: Annotated[
-        Path | None,
-        typer.Option(help="Folder of the images that a file of pairs names. Default: the folder of that file."),
+        Path | None, "Folder of the images that a file of pairs names. Default: the folder of that file."
     ] = None,
     embeddings: Annotated[
-        Path | None,
-        typer.Option(help=f"Saved embeddings, {EMBEDDING_FILES}, to score instead of --data and --checkpoint."),
+        Path | None, f"Saved embeddings, {EMBEDDING_FILES}, to score instead of --data and --checkpoint."
     ] = None,
     save_embeddings: Annotated[
-        Path | None, typer.Option(help=f"File, {EMBEDDING_FILES}, to save the embeddings to. Default: none.")
+        Path | None, f"File, {EMBEDDING_FILES}, to save the embeddings to. Default: none."
     ] = None,
     distance: shared.DistanceName = "cosine",
     p: shared.Order = 3.0,
     shrinkage: shared.Shrinkage = None,
     gallery: Annotated[
-        Path | None,
-        typer.Option(
-            help="Saved embeddings to fit Mahalanobis' covariance on. Default: the embeddings that are scored."
-        ),
+        Path | None, "Saved embeddings to fit Mahalanobis' covariance on. Default: the embeddings that are scored."
     ] = None,
     normalize: shared.Normalize = True,
     flip: shared.Flip = False,
