@@ -128,7 +128,7 @@ def _status(error: BaseException, mendable: Errors) -> int:
     from fused_arcface.store import StoreError
 
     from ..export import ExportError
-    from ..training.failures import TrainingError
+    from ..training.outcomes import TrainingError
 
     if isinstance(error, (ConvertOptionError, FileNotFoundError, NoSuchData)):
         return WRONG_ARGUMENT

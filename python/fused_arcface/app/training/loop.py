@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import signal
 import time
 from collections.abc import Iterator
@@ -20,12 +21,11 @@ from .batches import Batch, BatchPlan, load_batches, share_bounds
 from .best import BestNet, write_net
 from .config import TrainConfig
 from .events import Began, Checkpointed, Event, Listener, Noted, Stepped, Verified, folder_listeners, was_verified
-from .failures import TrainingError, disk_error
 from .interrupt import Interrupt
 from .joint_step import StepResult
 from .learner import Learner
 from .lock import FolderLock
-from .outcomes import DryRun, TrainingOutcome
+from .outcomes import DryRun, TrainingError, TrainingOutcome
 from .resolve import open_verification, stopped_by
 from .runs import RunFolder
 from .verifier import Verifier
@@ -96,7 +96,14 @@ class TrainingLoop:
         try:
             yield
         except OSError as error:
-            self._fail(disk_error(self._folder.root, error, self._way_back()))
+            self._fail(self._unwritten(self._folder.root, error))
+
+    def _unwritten(self, path: Path, error: Exception) -> TrainingError:
+        """Return the error for a file of the run that cannot be written."""
+        text = str(error)
+        if isinstance(error, OSError):
+            text = f"{error.filename or path} cannot be written: {os.strerror(error.errno) if error.errno else error}"
+        return TrainingError(f"{text}; make room there and resume with: {resume_command(self._folder.root)}")
 
     def run(self, first: int) -> TrainingOutcome:
         """Train from the step that :meth:`begin` returned until the last one or an interruption."""
@@ -278,10 +285,8 @@ class TrainingLoop:
         self._world.share(self._failure)
         try:
             path = self._learner.save(self._folder.checkpoints, step)
-        except OSError as error:
-            raise disk_error(self._folder.checkpoints, error, self._way_back()) from None
-        except CheckpointError as error:
-            raise TrainingError(f"{error}; {self._way_back()}") from None
+        except (CheckpointError, OSError) as error:
+            raise self._unwritten(self._folder.checkpoints, error) from None
         self._saved = step
         self.tell(Checkpointed(step, path))
         self._keep_best(step, path)
@@ -295,12 +300,10 @@ class TrainingLoop:
 
     def _write_model(self) -> None:
         """Write the finished net into a file, on the first rank."""
-        with self._world.together():
-            if self._world.rank == 0:
-                try:
-                    write_net(self._learner.backbone, self._folder.model)
-                except OSError as error:
-                    raise disk_error(self._folder.model, error, self._way_back()) from None
+        if self._world.rank == 0:
+            with self._noting_disk_errors():
+                write_net(self._learner.backbone, self._folder.model)
+        self._world.share(self._failure)
 
     def _check_folder(self) -> None:
         """Note a failure if the run's folder is no longer the one that this process has locked."""
@@ -312,6 +315,3 @@ class TrainingLoop:
                     f"resume with: {resume_command(root)}; or start again with another --output"
                 )
             )
-
-    def _way_back(self) -> str:
-        return f"make room there and resume with: {resume_command(self._folder.root)}"

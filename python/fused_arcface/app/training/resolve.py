@@ -1,10 +1,11 @@
-"""Options that a run chooses by its data, net and machine, and checks of options that do not go together."""
+"""Options that a run chooses by its data, net and machine, and checks that options and ranks fit together."""
 
 from __future__ import annotations
 
 import contextlib
 import tempfile
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,13 @@ from ..data.images import ImageSpec
 from ..data.pair_sets import paired, read_pair_set
 from ..data.sources import ImageSet, ImageSource, common_spec
 from ..nets.backbones import own_embedding_dim, own_spec
-from .config import OptionError, TrainConfig
+from .config import OptionError, TrainConfig, rules
+from .fingerprint import Fingerprint
 from .world import World
 
 _LR = {"sgd": 0.1, "adamw": 0.001}
+_OF_ONE_RANK = ("data", "verify_data", "init", "centers", "workers", "device")
+"""Options that may differ between ranks: paths, and what a machine has."""
 
 
 def open_data(config: TrainConfig) -> ImageSource:
@@ -116,6 +120,23 @@ def resolve(config: TrainConfig, source: ImageSource, world: World) -> TrainConf
     except (RuntimeError, TypeError, ValueError) as error:
         raise OptionError(str(error)) from None
     return config.replace(changes)
+
+
+def agreed_fingerprint(world: World, config: TrainConfig, source: ImageSource, **call: object) -> Fingerprint:
+    """Return the fingerprint of the data, if all ranks have the same data, options and other arguments (``call``).
+
+    Raises:
+        OptionError: if options or arguments differ between ranks.
+        DataError: if data do.
+    """
+    with world.together():
+        data = Fingerprint.of(source)
+    options = {name: getattr(config, name) for name in rules() if name not in _OF_ONE_RANK}
+    # Paths may differ between machines, but not their use.
+    used = {f"use of {name}": bool(getattr(config, name)) for name in ("init", "centers")}
+    world.check_agreement("options", {**call, **options, **used}, OptionError)
+    world.check_agreement("data", asdict(data), DataError)
+    return data
 
 
 @contextlib.contextmanager
