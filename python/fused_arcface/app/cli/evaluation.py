@@ -154,11 +154,11 @@ def embed_images(
     return found
 
 
-def draw(console: Console, drawings: list[Drawing], folder: Path) -> None:
-    """Write pictures into a folder, and print their names."""
+def draw(console: Console, drawings: list[Drawing], folder: Path | None) -> None:
+    """Write pictures into a folder, if one is wanted, and print their names."""
     from ..drawing import write_pictures
 
-    for path in write_pictures(drawings, folder):
+    for path in write_pictures(drawings, folder) if folder is not None else ():
         say(console, str(path))
 
 
@@ -167,12 +167,14 @@ def about(options: Mapping[str, Any], *names: str) -> dict[str, str | None]:
     return {name: None if options[name] is None else str(options[name]) for name in names}
 
 
-def write_json(path: Path, figures: dict[str, Any]) -> None:
-    """Write figures to a JSON file, with the version of this package and the date."""
+def write_json(path: Path | None, figures: dict[str, Any]) -> None:
+    """Write figures to a JSON file, if one is wanted, with the version of this package and the date."""
     from fused_arcface import __version__
     from fused_arcface.base.files import write_text
 
     from ..measure import machine
 
+    if path is None:
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, json.dumps({"fused_arcface": __version__, "date": machine.now(), **figures}, indent=1) + "\n")

@@ -96,6 +96,9 @@ def identify(
     from ..data.pair_sets import read_labeled
     from ..evaluating import described, identification_figures, prepared, split_set, two_sets, with_labels_by_name
     from ..predictions import write_predictions
+    from ..report.answers import nearest_answers
+    from ..report.evaluation import identification_drawings, identification_report
+    from ..report.thumbnails import Thumbnails
 
     given = [data is not None, gallery is not None and probes is not None, embeddings is not None]
     if sum(given) != 1 or (embeddings is None) == (checkpoint is None) or (gallery is None) != (probes is None):
@@ -139,23 +142,14 @@ def identify(
     console = terminal()
     table = _table(found, f"{name}, {distance}")
     console.print(table)
-    if json is not None:
-        about = shared.about(settings, "data", "gallery", "probes", "checkpoint", "embeddings")
-        how = described(chosen, distance, normalize)
-        shared.write_json(json, {**about, "flip": flip, **how, **identification_figures(found)})
+    about = {**shared.about(settings, "data", "gallery", "probes", "checkpoint", "embeddings"), "flip": flip}
+    shared.write_json(json, {**about, **described(chosen, distance, normalize), **identification_figures(found)})
     compared = split._replace(gallery=known, probes=sought)
     if predictions is not None:
         write_predictions(predictions, compared, chosen, engine)  # type: ignore[arg-type]
-    if pictures is not None:
-        from ..report.evaluation import identification_drawings
-
-        shared.draw(console, identification_drawings(found, name), pictures)
+    shared.draw(console, identification_drawings(found, name), pictures)
 
     def make_report() -> Report:
-        from ..report.answers import nearest_answers
-        from ..report.evaluation import identification_report
-        from ..report.thumbnails import Thumbnails
-
         answers = nearest_answers(compared, chosen, engine)  # type: ignore[arg-type]
         hardest = answers.hardest(Thumbnails(sources))
         return identification_report(name, [table], found, answers, hardest, settings)

@@ -82,14 +82,13 @@ def templates(
         say(console, f"left out: {text}")
     if read.scores is None and scores:
         console.print("The set has no detector's scores: each image counts alike.", highlight=False)
-    if json is not None:
-        about = {
-            **shared.about(settings, "data", "checkpoint", "embeddings"),
-            "flip": flip if embeddings is None else None,
-            "scores": scores and read.scores is not None,
-            "norms": norms,
-        }
-        shared.write_json(json, {**about, **template_figures(found)})
+    about = {
+        **shared.about(settings, "data", "checkpoint", "embeddings"),
+        "flip": flip if embeddings is None else None,
+        "scores": scores and read.scores is not None,
+        "norms": norms,
+    }
+    shared.write_json(json, {**about, **template_figures(found)})
 
 
 def _print(console: Console, found: TemplateFigures, title: str) -> None:

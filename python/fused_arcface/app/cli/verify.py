@@ -22,9 +22,12 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from fused_arcface.evaluation import Verification
+    from fused_arcface.evaluation.thresholds import OperatingPoint
 
     from ..data.sources import ImageSet
     from ..report.document import Report
+    from ..thresholds import KeptThresholds
+    from ..training.runs import RunFolder
 
     Bools = npt.NDArray[np.bool_]
     Means = tuple[float | None, float | None]
@@ -90,8 +93,11 @@ def verify(
     from ..data.embedding_sets import EmbeddingSet, check_suffix
     from ..data.pair_sets import read_pair_set
     from ..evaluating import LEFT_OUT, both_kinds, described, prepared, verification_figures, with_pairs
-    from ..thresholds import KeptThresholds, of_cosine_distance
-    from .thresholds import keep_thresholds, threshold_figures, threshold_tables
+    from ..report.digest import digest_pairs
+    from ..report.evaluation import verification_drawings, verification_report
+    from ..report.thumbnails import Thumbnails
+    from ..thresholds import KeptThresholds, as_json, of_cosine_distance
+    from ..training.runs import RunFolder
 
     if (embeddings is None) == (data is None or checkpoint is None):
         raise WrongOption("--data and --checkpoint must be given, or --embeddings alone")
@@ -125,35 +131,28 @@ def verify(
     name = Path(data or str(embeddings)).name
     console = terminal()
     means = mean_scores(same, scores)
-    tables = [_table(found, same, means, f"{name}, {distance}", cosine), *threshold_tables(points, cosine)]
+    tables = [_table(found, same, means, f"{name}, {distance}", cosine)]
+    figures = verification_figures(found, same, means)
+    if found is not None:
+        of = "cosine" if cosine else "score"
+        tables.append(_threshold_table(points, of))
+        figures["thresholds"] = {"of": of, "points": as_json(points)}
     console.print(*tables)
     if found is None:
         say(console, f"Left out, because all pairs are of one kind: {', '.join(LEFT_OUT)}.")
-    if found is not None and checkpoint is not None and cosine and not flip:
-        kept = KeptThresholds(name, found.accuracy, points, pairs_of_two=found.num_pairs[1])
-        keep_thresholds(console, checkpoint, kept)
-    if json is not None:
-        how = described(chosen, distance, normalize)
-        about = shared.about(settings, "data", "checkpoint", "embeddings")
-        figures = {**verification_figures(found, same, means), **threshold_figures(points, cosine)}
-        shared.write_json(json, {**about, "flip": flip, **how, **figures})
-    if pictures is not None and found is not None:
-        from ..report.evaluation import verification_drawings
-
+    run = RunFolder(checkpoint) if checkpoint is not None else None
+    if found is not None and cosine and not flip and run is not None and run.config.is_file():
+        say(console, _keep(KeptThresholds(name, found.accuracy, points, pairs_of_two=found.num_pairs[1]), run))
+    about = {**shared.about(settings, "data", "checkpoint", "embeddings"), "flip": flip}
+    shared.write_json(json, {**about, **described(chosen, distance, normalize), **figures})
+    if found is not None:
         shared.draw(console, verification_drawings(found, name), pictures)
 
     def make_report() -> Report:
-        from ..report.digest import digest_pairs
-        from ..report.evaluation import verification_report
-        from ..report.thumbnails import Thumbnails
-
-        assert scored.pairs is not None
-        thumbnails = Thumbnails([] if read is None else [read])
         digest = None
-        if found is not None:
-            digest = digest_pairs(
-                name, found, scores, scored.pairs, scored.paths, thumbnails, cosine=distance == "cosine"
-            )
+        if found is not None and scored.pairs is not None:
+            thumbnails, of_cosine = Thumbnails([] if read is None else [read]), distance == "cosine"
+            digest = digest_pairs(name, found, scores, scored.pairs, scored.paths, thumbnails, cosine=of_cosine)
         return verification_report(name, tables, digest, found, settings)
 
     reporting.say_report(console, page.write(make_report))
@@ -175,3 +174,26 @@ def _table(found: Verification | None, same: Bools, means: Means, title: str, co
         )
         add_rates(table, found.eer, found.tar, different)
     return table
+
+
+def _threshold_table(points: list[OperatingPoint], of: str) -> Table:
+    from ..thresholds import as_text
+
+    table = plain_table("Thresholds", f"{of} >=", "accuracy", "FAR", "TAR")
+    for row in as_text(points):
+        table.add_row(*row)
+    return table
+
+
+def _keep(kept: KeptThresholds, folder: RunFolder) -> str:
+    """Write thresholds into a run's folder, and say so. A folder that cannot be written is not an error."""
+    from ..training.runs import RunError
+
+    try:
+        folder.check_files()
+        kept.save(folder.thresholds)
+    except RunError as error:
+        return f"{error}; the thresholds of this verification are not kept"
+    except OSError as error:
+        return f"{folder.thresholds} cannot be written: {error.strerror}; the run keeps its thresholds"
+    return f"similarity uses these thresholds from now on: {folder.thresholds}"
