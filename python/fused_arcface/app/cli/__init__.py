@@ -45,7 +45,7 @@ _LEAST_WIDTH = 20  # columns
 def load_command(name: str) -> TyperCommand:
     """Import a command and return what typer makes of it.
 
-    A text beside a parameter's type is an option's help: ``Annotated[int, "Number of trainings."]``.
+    The text in a parameter's annotation is its help: ``Annotated[int, typer.Option(min=1), "Number of trainings."]``.
     """
     module = importlib.import_module(f".{name}", __name__)
     function = getattr(module, name)
@@ -60,11 +60,14 @@ def load_command(name: str) -> TyperCommand:
 
 
 def _with_help(annotation: Any) -> Any:
-    """Return a parameter's annotation with a typer option in place of a text."""
-    match get_args(annotation):
-        case (kind, str(text)):
-            return Annotated[kind, typer.Option(help=text)]
-    return annotation
+    """Return a parameter's annotation with its text as the help of its typer option."""
+    kind, *about = get_args(annotation) or [annotation]
+    texts = [each for each in about if isinstance(each, str)]
+    if not texts:
+        return annotation
+    option = next((each for each in about if each not in texts), typer.Option())
+    option.help = texts[0]
+    return Annotated[kind, option]
 
 
 class _Unloaded(TyperCommand):

@@ -46,15 +46,13 @@ def bench(
     device: Annotated[
         str | None, "Device to measure on: cpu or cuda. Default: cuda if there is a GPU, else cpu."
     ] = None,
-    threads: Annotated[
-        int | None, typer.Option(min=1, help="Number of CPU threads. Default: PyTorch's own number.")
-    ] = None,
-    seconds: Annotated[float, typer.Option(min=0.0, help="Time in seconds for measuring one shape and pass.")] = 3.0,
+    threads: Annotated[int | None, typer.Option(min=1), "Number of CPU threads. Default: PyTorch's own number."] = None,
+    seconds: Annotated[float, typer.Option(min=0.0), "Time in seconds for measuring one shape and pass."] = 3.0,
     with_memory: Annotated[
-        bool, typer.Option("--memory/--no-memory", help="Measure peak memory as well (Linux or a GPU).")
+        bool, typer.Option("--memory/--no-memory"), "Measure peak memory as well (Linux or a GPU)."
     ] = True,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Resume the interrupted run in --output after its last complete case.")
+        bool, typer.Option("--resume"), "Resume the interrupted run in --output after its last complete case."
     ] = False,
     budget: Annotated[
         float | None,

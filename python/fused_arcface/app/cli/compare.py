@@ -28,11 +28,11 @@ def compare(
         "views; triplet, semi-hard; triplet, batch-hard; center loss; NormSoftmax; SphereFace; CosFace; ArcFace; "
         "AdaFace. Default: all of them.",
     ] = "",
-    seeds: Annotated[int, typer.Option(min=1, help="Number of trainings of each loss.")] = 3,
-    steps: Annotated[int | None, typer.Option(min=2, help="Steps of each training. Default: 300.")] = None,
-    batch_size: Annotated[int | None, typer.Option(min=8, help="Images in each step. Default: 128.")] = None,
+    seeds: Annotated[int, typer.Option(min=1), "Number of trainings of each loss."] = 3,
+    steps: Annotated[int | None, typer.Option(min=2), "Steps of each training. Default: 300."] = None,
+    batch_size: Annotated[int | None, typer.Option(min=8), "Images in each step. Default: 128."] = None,
     quick: Annotated[
-        bool, typer.Option("--quick", help="Run a few steps on tiny sets, only to see that the command works.")
+        bool, typer.Option("--quick"), "Run a few steps on tiny sets, only to see that the command works."
     ] = False,
     report: ReportInOutput = None,
     no_report: NoReport = False,

@@ -15,11 +15,10 @@ from .terminal import say, terminal
 
 def convert(
     sources: Annotated[
-        list[Path],
-        typer.Argument(help="Files or folders of class centers. Their classes are joined in this order."),
+        list[Path], typer.Argument(), "Files or folders of class centers. Their classes are joined in this order."
     ],
     destination: Annotated[
-        Path, typer.Argument(help="A .safetensors file, or a folder of checkpoints, which is made if it is missing.")
+        Path, typer.Argument(), "A .safetensors file, or a folder of checkpoints, which is made if it is missing."
     ],
     classes: Annotated[
         int | None,
@@ -27,11 +26,9 @@ def convert(
     ] = None,
     sub_centers: Annotated[
         int | None,
-        typer.Option(
-            min=1,
-            help="Number of centers of each class, for a file that does not store it (SubCenterArcFaceLoss). "
-            "Default: the source's, otherwise 1.",
-        ),
+        typer.Option(min=1),
+        "Number of centers of each class, for a file that does not store it (SubCenterArcFaceLoss). "
+        "Default: the source's, otherwise 1.",
     ] = None,
     dominant: Annotated[
         Path | None,

@@ -17,10 +17,9 @@ from .terminal import say, terminal
 def embed(
     images: Annotated[
         list[str],
-        typer.Argument(
-            help="Any number of image files, folders (searched at any depth), .txt lists with a path on each line, and "
-            ".rec files."
-        ),
+        typer.Argument(),
+        "Any number of image files, folders (searched at any depth), .txt lists with a path on each line, and "
+        ".rec files.",
     ],
     checkpoint: shared.OneCheckpoint,
     output: Annotated[Path, f"File for the embeddings and the names: {', '.join(SUFFIXES)} or .csv."],

@@ -31,63 +31,47 @@ Backbone = Annotated[
 ]
 ImageSize = Annotated[
     int | None,
-    typer.Option(
-        min=1,
-        help="Side of the net's input images in pixels, for a file of weights. Default: the net's own, 112 for "
-        "insightface's.",
-    ),
+    typer.Option(min=1),
+    "Side of the net's input images in pixels, for a file of weights. Default: the net's own, 112 for insightface's.",
 ]
 DistanceName = Annotated[
     str,
-    typer.Option(
-        "--distance",
-        help=f"Distance between two embeddings: {', '.join(DISTANCES[:-1])} or {DISTANCES[-1]}.",
-        callback=one_of("--distance", DISTANCES),
-    ),
+    typer.Option("--distance", callback=one_of("--distance", DISTANCES)),
+    f"Distance between two embeddings: {', '.join(DISTANCES[:-1])} or {DISTANCES[-1]}.",
 ]
 Order = Annotated[
-    float, typer.Option("--p", min=1.0, help="Order of the p-norm, 1 or more; only --distance p-norm uses it.")
+    float, typer.Option("--p", min=1.0), "Order of the p-norm, 1 or more; only --distance p-norm uses it."
 ]
 Shrinkage = Annotated[
     float | None,
-    typer.Option(
-        min=0.0,
-        max=1.0,
-        help="Shrinkage of Mahalanobis' covariance, from 0 (none) to 1. Default: Ledoit and Wolf's estimate.",
-    ),
+    typer.Option(min=0.0, max=1.0),
+    "Shrinkage of Mahalanobis' covariance, from 0 (none) to 1. Default: Ledoit and Wolf's estimate.",
 ]
 Normalize = Annotated[
     bool,
-    typer.Option(
-        "--normalize/--raw", help="Normalize the embeddings to length 1 before comparing them, or use them as they are."
-    ),
+    typer.Option("--normalize/--raw"),
+    "Normalize the embeddings to length 1 before comparing them, or use them as they are.",
 ]
-Flip = Annotated[bool, typer.Option("--flip", help="Add the embedding of the mirrored image to that of the image.")]
-Json = Annotated[Path | None, typer.Option("--json", help="JSON file to write the figures to. Default: none.")]
+Flip = Annotated[bool, typer.Option("--flip"), "Add the embedding of the mirrored image to that of the image."]
+Json = Annotated[Path | None, typer.Option("--json"), "JSON file to write the figures to. Default: none."]
 Pictures = Annotated[Path | None, "Folder for pictures of the curves; it is created if missing. Default: none."]
 Trust = Annotated[
     bool,
-    typer.Option(
-        "--trust",
-        help="Allow a checkpoint of an old format to run code when it is loaded. Use it only if you trust the author.",
-    ),
+    typer.Option("--trust"),
+    "Allow a checkpoint of an old format to run code when it is loaded. Use it only if you trust the author.",
 ]
 Device = Annotated[str, "Device that the net runs on: cpu, cuda, or cuda:N for one of several GPUs."]
-BatchSize = Annotated[int, typer.Option(min=1, help="Number of images that the net sees at once.")]
+BatchSize = Annotated[int, typer.Option(min=1), "Number of images that the net sees at once."]
 MaxPixels = Annotated[
     int,
-    typer.Option(
-        min=1, help="Largest image that is decoded, as width times height in pixels. A larger one counts as unreadable."
-    ),
+    typer.Option(min=1),
+    "Largest image that is decoded, as width times height in pixels. A larger one counts as unreadable.",
 ]
-Workers = Annotated[int, typer.Option(min=0, help="Number of processes that read images; 0 reads in this one.")]
+Workers = Annotated[int, typer.Option(min=0), "Number of processes that read images; 0 reads in this one."]
 BadData = Annotated[
     str,
-    typer.Option(
-        help="With skip, an image that is missing or cannot be read is reported and left out. With stop, it ends the "
-        "command.",
-        callback=one_of("--bad-data", ("skip", "stop")),
-    ),
+    typer.Option(callback=one_of("--bad-data", ("skip", "stop"))),
+    "With skip, an image that is missing or cannot be read is reported and left out. With stop, it ends the command.",
 ]
 
 

@@ -24,11 +24,10 @@ def gradcheck(
     backend: Annotated[str, "Name of a backend, or all for every usable one."] = "all",
     dtype: Annotated[
         str,
-        typer.Option(
-            help=f"Dtype to check: one of {', '.join(DTYPES)}, or all.", callback=one_of("--dtype", (*DTYPES, "all"))
-        ),
+        typer.Option(callback=one_of("--dtype", (*DTYPES, "all"))),
+        f"Dtype to check: one of {', '.join(DTYPES)}, or all.",
     ] = "all",
-    failures: Annotated[bool, typer.Option("--failures", help="List only what fails.")] = False,
+    failures: Annotated[bool, typer.Option("--failures"), "List only what fails."] = False,
 ) -> None:
     """Check loss and gradients of every margin, boundary, backend and dtype; exit status 1 if one fails.
 

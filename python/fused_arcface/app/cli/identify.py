@@ -42,26 +42,20 @@ def identify(
         Path | None, f"File, {EMBEDDING_FILES}, to save the embeddings of --data to. Default: none."
     ] = None,
     gallery_images: Annotated[
-        int, typer.Option(min=1, help="Number of images of each identity in the gallery, when the command splits.")
+        int, typer.Option(min=1), "Number of images of each identity in the gallery, when the command splits."
     ] = 1,
     unknown: Annotated[
         float,
-        typer.Option(
-            min=0.0,
-            max=1.0,
-            help="Share of the identities, 0 to 1, kept out of the gallery, when the command splits.",
-        ),
+        typer.Option(min=0.0, max=1.0),
+        "Share of the identities, 0 to 1, kept out of the gallery, when the command splits.",
     ] = 0.2,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the split.")] = 0,
+    seed: Annotated[int, typer.Option(min=0), "Seed of the split."] = 0,
     bad_data: shared.BadData = "skip",
-    ranks: Annotated[int, typer.Option(min=1, help="Highest rank of the identification curve (CMC).")] = 20,
+    ranks: Annotated[int, typer.Option(min=1), "Highest rank of the identification curve (CMC)."] = 20,
     engine: Annotated[
         str,
-        typer.Option(
-            help="Search engine: torch, faiss, or auto (faiss if it is installed and supports the "
-            "distance). All are exact.",
-            callback=one_of("--engine", get_args(Engine)),
-        ),
+        typer.Option(callback=one_of("--engine", get_args(Engine))),
+        "Search engine: torch, faiss, or auto (faiss if it is installed and supports the distance). All are exact.",
     ] = "auto",
     distance: shared.DistanceName = "cosine",
     p: shared.Order = 3.0,

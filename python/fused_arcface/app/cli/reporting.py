@@ -20,30 +20,19 @@ if TYPE_CHECKING:
 _WHAT = "HTML file for the report: tables, curves, the hardest images, settings and versions on one page."
 ReportInOutput = Annotated[
     Path | None,
-    typer.Option(
-        "--report",
-        help=f"{_WHAT} Default: report.html in --output.",
-        show_default=False,
-        rich_help_panel="Results",
-    ),
+    typer.Option("--report", show_default=False, rich_help_panel="Results"),
+    f"{_WHAT} Default: report.html in --output.",
 ]
 ReportBeside = Annotated[
     Path | None,
-    typer.Option(
-        "--report",
-        help=f"{_WHAT} Default: beside --json under its name, otherwise report.html in the folder of --pictures, "
-        "otherwise in the folder of this command in runs.",
-        show_default=False,
-    ),
+    typer.Option("--report", show_default=False),
+    f"{_WHAT} Default: beside --json under its name, otherwise report.html in the folder of --pictures, "
+    "otherwise in the folder of this command in runs.",
 ]
 NoReport = Annotated[
     bool,
-    typer.Option(
-        "--no-report",
-        envvar="FUSED_ARCFACE_NO_REPORT",
-        help="Write no report, unless --report names a file.",
-        rich_help_panel="Results",
-    ),
+    typer.Option("--no-report", envvar="FUSED_ARCFACE_NO_REPORT", rich_help_panel="Results"),
+    "Write no report, unless --report names a file.",
 ]
 
 NAME = "report.html"

@@ -18,28 +18,22 @@ from .terminal import say, terminal
 
 
 def similarity(
-    first: Annotated[Path, typer.Argument(metavar="A", help="An image.")],
-    second: Annotated[Path, typer.Argument(metavar="B", help="Another image.")],
+    first: Annotated[Path, typer.Argument(metavar="A"), "An image."],
+    second: Annotated[Path, typer.Argument(metavar="B"), "Another image."],
     checkpoint: shared.OneCheckpoint,
     backbone: shared.Backbone = None,
     image_size: shared.ImageSize = None,
     threshold: Annotated[
         float | None,
-        typer.Option(
-            min=-1.0,
-            max=1.0,
-            help="Smallest cosine, from -1 to 1, at which two images count as one person. Default: the "
-            "threshold of the run's last verification.",
-            show_default=False,
-        ),
+        typer.Option(min=-1.0, max=1.0, show_default=False),
+        "Smallest cosine, from -1 to 1, at which two images count as one person. Default: the "
+        "threshold of the run's last verification.",
     ] = None,
     far: Annotated[
         float | None,
-        typer.Option(
-            help="False accept rate, 0.001 for example, for which the run's threshold is taken. Default: the threshold "
-            "of the best accuracy.",
-            show_default=False,
-        ),
+        typer.Option(show_default=False),
+        "False accept rate, 0.001 for example, for which the run's threshold is taken. Default: the threshold "
+        "of the best accuracy.",
     ] = None,
     device: shared.Device = "cpu",
     trust: shared.Trust = False,

@@ -35,14 +35,13 @@ def templates(
         "when it is called again. Default: none.",
     ] = None,
     flip: Annotated[
-        bool, typer.Option("--flip/--no-flip", help="Add the embedding of the mirrored image to that of the image.")
+        bool, typer.Option("--flip/--no-flip"), "Add the embedding of the mirrored image to that of the image."
     ] = True,
     scores: Annotated[
-        bool, typer.Option("--scores/--no-scores", help="Weigh each image by the face detector's score.")
+        bool, typer.Option("--scores/--no-scores"), "Weigh each image by the face detector's score."
     ] = True,
     norms: Annotated[
-        bool,
-        typer.Option("--norms/--no-norms", help="Keep the norms of the embeddings: sharp images count more then."),
+        bool, typer.Option("--norms/--no-norms"), "Keep the norms of the embeddings: sharp images count more then."
     ] = True,
     bad_data: shared.BadData = "skip",
     json: shared.Json = None,

@@ -79,27 +79,19 @@ def train(
     config: Annotated[Path | None, "TOML file of options. Options on the command line override it."] = None,
     resume: Annotated[
         str,
-        typer.Option(
-            "--resume",
-            metavar="[auto]",
-            help="Resume the run in --output, on any number of ranks. --resume auto starts one if there is none.",
-            show_default=False,
-        ),
+        typer.Option("--resume", metavar="[auto]", show_default=False),
+        "Resume the run in --output, on any number of ranks. --resume auto starts one if there is none.",
     ] = "",
     trust: Annotated[
         bool,
-        typer.Option(
-            "--trust",
-            help="Allow the margin MODULE:NAME of a resumed run or of --config, and a checkpoint of an old format, to "
-            "run code. Use it only if you trust the author.",
-        ),
+        typer.Option("--trust"),
+        "Allow the margin MODULE:NAME of a resumed run or of --config, and a checkpoint of an old format, to "
+        "run code. Use it only if you trust the author.",
     ] = False,
     dry_run: Annotated[
         bool,
-        typer.Option(
-            "--dry-run",
-            help="Check everything, make the first step, print options, time and memory. Nothing is written.",
-        ),
+        typer.Option("--dry-run"),
+        "Check everything, make the first step, print options, time and memory. Nothing is written.",
     ] = False,
     report: ReportInOutput = None,
     no_report: NoReport = False,

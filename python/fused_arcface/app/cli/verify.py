@@ -59,14 +59,13 @@ def verify(
     ] = None,
     normalize: shared.Normalize = True,
     flip: shared.Flip = False,
-    folds: Annotated[int, typer.Option(min=2, help="Number of folds of the cross-validated accuracy.")] = 10,
+    folds: Annotated[int, typer.Option(min=2), "Number of folds of the cross-validated accuracy."] = 10,
     pairs: Annotated[
         int,
-        typer.Option(
-            min=1, help="Maximum number of pairs of one person, and of two people, to make from labeled images."
-        ),
+        typer.Option(min=1),
+        "Maximum number of pairs of one person, and of two people, to make from labeled images.",
     ] = 20_000,
-    seed: Annotated[int, typer.Option(min=0, help="Seed for choosing these pairs.")] = 0,
+    seed: Annotated[int, typer.Option(min=0), "Seed for choosing these pairs."] = 0,
     bad_data: shared.BadData = "skip",
     json: shared.Json = None,
     pictures: shared.Pictures = None,
