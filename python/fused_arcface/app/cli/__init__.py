@@ -147,16 +147,12 @@ def run(arguments: Sequence[str] | None = None) -> int:
     given = sys.argv[1:] if arguments is None else list(arguments)
     try:
         status = app(args=given or ["--help"], prog_name="fused-arcface", standalone_mode=False)
+        if status == _INTERRUPTED:  # typer ends a command after Ctrl-C with this status and without a word
+            raise KeyboardInterrupt
     except SystemExit as ended:
         return ended.code if isinstance(ended.code, int) else int(ended.code is not None)
     except (Exception, KeyboardInterrupt) as error:
-        return _explain(error)
-    if status == _INTERRUPTED:  # typer ends a command after Ctrl-C with this status and without a word
-        return _explain(KeyboardInterrupt())
+        from .errors import explain  # not needed for the help
+
+        return explain(error)
     return status if isinstance(status, int) else 0
-
-
-def _explain(error: BaseException) -> int:
-    from .errors import explain  # not needed for the help
-
-    return explain(error)

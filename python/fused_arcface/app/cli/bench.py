@@ -112,14 +112,10 @@ def bench(
     if world_sizes:
         written = _run_ranks(console, [*map(int, world_sizes)], output)
     elif budget is not None:
-        how: dict[str, Any] = {"names": names, "backend": backend}
-        written = _run_capacity(console, output, on, int(budget * 2**30), resume, **how)
+        written = _run_capacity(console, output, on, int(budget * 2**30), resume, names=names, backend=backend)
     else:
-        how = {
-            "seconds": seconds,
-            "with_memory": with_memory,
-            "earlier": _interrupted_run(output, on) if resume else None,
-        }
+        earlier = _interrupted_run(output, on) if resume else None
+        how = {"seconds": seconds, "with_memory": with_memory, "earlier": earlier}
         written, right = _run_cases(console, output, shapes, chosen, on, **how)
     written += page.write(lambda: bench_report(output, settings))
     say_written(console, output, written)

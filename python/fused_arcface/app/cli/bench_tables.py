@@ -9,7 +9,9 @@ from rich.table import Column, Table
 
 from ..benchmark.cases import PASSES, Case
 from ..benchmark.report import Measurement, Report, Skip
-from .tables import digits, numbers
+from .tables import digits, numbers, titled
+
+_LOOK: dict[str, Any] = {"box": box.SIMPLE, "pad_edge": False}
 
 
 def case_tables(report: Report, case: Case) -> list[Table]:
@@ -21,7 +23,7 @@ def case_tables(report: Report, case: Case) -> list[Table]:
             continue
         products = report.products_ms(case, pass_name)
         figures = numbers("ms", "p20–p80", "ps/logit", "÷ products", "of ceiling", "peak MiB", "error")
-        table = _table(f"{case}, {pass_name}", Column("provider", no_wrap=True), *figures)
+        table = titled(f"{case}, {pass_name}", Column("provider", no_wrap=True), *figures, **_LOOK)
         for each in sorted(found, key=lambda each: each.ms):
             table.add_row(*_cells(each, products, report.share_of_ceiling(each)), style="bold" if each.is_ours else "")
         tables.append(table)
@@ -49,11 +51,6 @@ def ceilings(report: Report) -> str:
     return f"GFLOP/s: {', '.join(found)}"
 
 
-def _table(title: str, *columns: Column | str) -> Table:
-    look: dict[str, Any] = {"title_justify": "left", "title_style": "bold", "box": box.SIMPLE, "pad_edge": False}
-    return Table(*columns, title=title, **look)
-
-
 def skip_tables(skips: list[Skip]) -> list[Table]:
     """Make a table of the providers that were not measured: one line for each reason."""
     cases: dict[tuple[str, str], list[Case | None]] = {}
@@ -61,7 +58,7 @@ def skip_tables(skips: list[Skip]) -> list[Table]:
         cases.setdefault((f"{skip.provider} ({skip.backend})", skip.reason), []).append(skip.case)
     if not cases:
         return []
-    table = _table("Not measured", "provider", "cases", "reason")
+    table = titled("Not measured", "provider", "cases", "reason", **_LOOK)
     for (provider, reason), where in cases.items():
         several = f"{len(where)} cases" if len(where) > 1 else str(where[0])
         table.add_row(provider, "all" if where[0] is None else several, reason)
@@ -72,7 +69,7 @@ def capacity_table(rows: list[dict[str, Any]], budget_bytes: int) -> Table:
     """Make a table of the most identities that fit, most first."""
     title = f"Most identities with a training step that fits into {budget_bytes / 2**30:.3g} GiB"
     figures = numbers("identities", "bytes each", "step ms", "", no_wrap=True)
-    table = _table(title, "recipe", "centers", "momentum", *figures)
+    table = titled(title, "recipe", "centers", "momentum", *figures, **_LOOK)
     for row in sorted(rows, key=lambda row: -row["max_C"]):
         step = "" if row["step_ms"] is None else f"{row['step_ms']:.0f}"
         names = (f"{row['recipe']} ({row['backend']})", row["weight_dtype"], row["momentum_dtype"])
@@ -84,7 +81,7 @@ def ranks_table(rows: list[dict[str, Any]]) -> Table:
     """Make a table of predicted and measured steps on several processes."""
     title = "A training step on several processes: the cost model beside what was measured"
     figures = numbers("ranks", "N", "identities", "predicted ms", "measured ms", "measured ÷ predicted")
-    table = _table(title, *figures, "limited by")
+    table = titled(title, *figures, "limited by", **_LOOK)
     for row in rows:
         predicted, measured = row["predicted_ms"], row["measured_ms"]
         times = (digits(predicted), digits(measured), f"{measured / predicted:.2f}")

@@ -15,8 +15,9 @@ from fused_arcface.base.extras import MissingExtra
 from fused_arcface.base.files import is_device
 from fused_arcface.base.reading import DataError, NoSuchData
 from fused_arcface.base.suggest import did_you_mean, missing_path
+from fused_arcface.base.text import listed
 
-from .terminal import terminal
+from .terminal import say, terminal
 
 Errors = tuple[type[Exception], ...]
 
@@ -37,8 +38,7 @@ def one_of(option: str, names: Sequence[str]) -> Callable[[str], str]:
 
     def check(value: str) -> str:
         if value not in names:
-            listed = f"{', '.join(names[:-1])} or {names[-1]}"
-            raise WrongOption(f"{option} must be {listed}; got {value}{did_you_mean(value, names)}")
+            raise WrongOption(f"{option} must be {listed(names, 'or')}; got {value}{did_you_mean(value, names)}")
         return value
 
     return check
@@ -97,7 +97,7 @@ def explain(error: BaseException, options: Collection[str] = (), mendable: Error
     console = terminal(stderr=True, soft_wrap=True)
     console.print(with_option(text, options), style="bold red", markup=False)
     if hint:
-        console.print(hint, markup=False, highlight=False)
+        say(console, hint)
     return status
 
 

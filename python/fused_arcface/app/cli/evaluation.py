@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 from rich.progress import Progress
 
+from fused_arcface.base.text import listed
 from fused_arcface.evaluation.distances import NAMES as DISTANCES
 
 from .errors import check_file, check_folder, one_of
@@ -37,7 +38,7 @@ ImageSize = Annotated[
 DistanceName = Annotated[
     str,
     typer.Option("--distance", callback=one_of("--distance", DISTANCES)),
-    f"Distance between two embeddings: {', '.join(DISTANCES[:-1])} or {DISTANCES[-1]}.",
+    f"Distance between two embeddings: {listed(DISTANCES, 'or')}.",
 ]
 Order = Annotated[
     float, typer.Option("--p", min=1.0), "Order of the p-norm, 1 or more; only --distance p-norm uses it."

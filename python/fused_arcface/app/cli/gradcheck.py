@@ -9,7 +9,7 @@ from rich.progress import track
 from rich.table import Column, Table
 
 from .errors import WrongOption, one_of
-from .tables import numbers
+from .tables import numbers, titled
 from .terminal import terminal
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ def _table(backend: str, quantities: tuple[str, ...]) -> Table:
     title = f"backend {backend}: largest relative errors against the reference in fp64"
     names = [Column(heading, no_wrap=True) for heading in ("margin", "dtype", "result")]
     columns = (*names[:2], *numbers(*quantities, "allowed", no_wrap=True), names[2])
-    return Table(*columns, title=title, title_justify="left", title_style="bold", box=None, padding=(0, 1, 0, 0))
+    return titled(title, *columns, box=None, padding=(0, 1, 0, 0))
 
 
 def _cells(found: Agreement) -> list[str]:
