@@ -45,11 +45,7 @@ def one_of(option: str, names: Sequence[str]) -> Callable[[str], str]:
 
 
 def check_file(option: str, path: Path | None) -> None:
-    """Check that a file for results can be written; nothing is written yet, and no folder is made.
-
-    Raises:
-        WrongOption: if the path is a folder, or its folder, or the nearest one that exists, cannot be written to.
-    """
+    """Raise WrongOption unless a file for results can be written. Nothing is written yet, and no folder is made."""
     if path is None:
         return
     if path.is_dir():
@@ -59,12 +55,9 @@ def check_file(option: str, path: Path | None) -> None:
 
 
 def check_folder(option: str, path: Path | None, folder: Path | None = None) -> None:
-    """Check that a folder for results can be made and written to: ``folder``, by default ``path`` itself.
+    """Raise WrongOption unless a folder for results can be made and written to: ``folder``, or ``path`` itself.
 
     It is not made: an error in another option leaves nothing behind.
-
-    Raises:
-        WrongOption: if it cannot.
     """
     if path is None:
         return
@@ -79,10 +72,7 @@ def check_folder(option: str, path: Path | None, folder: Path | None = None) -> 
 def explain(error: BaseException, options: Collection[str] = (), mendable: Errors = ()) -> int:
     """Print an error that ended a command and return the exit status. Raise an error that no user can mend.
 
-    Args:
-        error: the error.
-        options: names of the command's options, with underscores.
-        mendable: further types of errors in the user's arguments.
+    ``options`` are the names of the command's options, with underscores; ``mendable`` are further errors of the user.
     """
     hint = ""
     # This is click's error. typer has its own copy of click, or imports the installed one.

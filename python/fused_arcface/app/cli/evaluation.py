@@ -77,12 +77,7 @@ BadData = Annotated[
 
 
 def check_results(options: Mapping[str, Any]) -> None:
-    """Check that the files and the folder for results that a command's options name can be written.
-
-    Raises:
-        WrongOption: if one cannot.
-        ValueError: if embeddings are to be saved in a file with an unknown suffix.
-    """
+    """Raise an error unless the files and the folder for results that a command's options name can be written."""
     from ..data.embedding_sets import check_suffix
 
     for name in ("json", "save_embeddings", "predictions"):

@@ -42,15 +42,10 @@ _SECONDS = 600.0
 
 
 class ReportFile:
-    """The place of a command's report.
-
-    Args:
-        asked: the file that the user names, None for the default one.
-        unwanted: write none, unless a file is named.
-        default: the file otherwise.
+    """The place of a command's report: the file that the user asked for, or the default one unless none is wanted.
 
     Raises:
-        WrongOption: a named file cannot be written. This is said before anything is computed.
+        WrongOption: if a named file cannot be written. This is said before anything is computed.
     """
 
     def __init__(self, asked: Path | None, unwanted: bool, default: Path) -> None:

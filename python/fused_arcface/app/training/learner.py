@@ -176,13 +176,9 @@ class Learner:
         return checkpoint.save(root, self.head, keep=self.config.keep, **values, **self._objects())
 
     def start(self, names: list[str]) -> None:
-        """Set net and head to the weights and class centers that the options name.
+        """Set net and head to the weights and class centers that the options name; OptionError if they do not fit.
 
-        Args:
-            names: (C_total,) names of the identities.
-
-        Raises:
-            OptionError: if they cannot be read or do not fit.
+        ``names`` are those of the identities, (C_total,).
         """
         option = "init"
         try:
@@ -210,11 +206,7 @@ class Learner:
         return step
 
     def _check_state(self, root: Path) -> None:
-        """Raise unless a step can use what was loaded into the optimizer and the gradient scaler.
-
-        Raises:
-            CheckpointError: if it cannot: both take a state of any kind.
-        """
+        """Raise CheckpointError unless a step can use the state of the optimizer and of the scaler: both load any."""
         known = {parameter for group in self.optimizer.param_groups for parameter in group["params"]}
         for parameter, state in self.optimizer.state.items():
             if parameter not in known or not isinstance(state, dict):

@@ -74,11 +74,7 @@ def open_verification(config: TrainConfig) -> ImageSet | None:
 
 
 def resolve(config: TrainConfig, source: ImageSource, world: World) -> TrainConfig:
-    """Return the options with a value for each.
-
-    Raises:
-        OptionError: if options do not fit each other, the data or the number of ranks.
-    """
+    """Return the options with a value for each; OptionError if they do not fit each other, the data or the ranks."""
     for name in ("init", "centers", "verify_data"):
         text = getattr(config, name)
         if text and not Path(text).exists() and text.partition(":")[0] not in generated.NAMES:
@@ -141,11 +137,7 @@ def agreed_fingerprint(world: World, config: TrainConfig, source: ImageSource, *
 
 @contextlib.contextmanager
 def temporary_centers(config: TrainConfig, world: World, goes_on: bool) -> Iterator[TrainConfig]:
-    """Yield options for a dry run. It writes nothing, so class centers in a file go to a temporary one.
-
-    Raises:
-        OptionError: if the dry run would continue with the file of a run, or share one between ranks.
-    """
+    """Yield options for a dry run. It writes nothing, so class centers in a file go to a temporary one."""
     if config.center_storage in ("device", "host"):
         yield config
         return

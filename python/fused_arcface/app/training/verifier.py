@@ -34,12 +34,7 @@ class Checked(NamedTuple):
 
 
 class Verifier:
-    """Verifies a net at the end of an epoch.
-
-    Args:
-        images: set of images with pairs.
-        batch_size: number of images that are embedded at once.
-        workers: number of processes that read images.
+    """Verifies a net at the end of an epoch, on a set of images with pairs.
 
     Raises:
         OptionError: if there are too few pairs to verify with.
