@@ -163,7 +163,7 @@ class RunFolder:
             raise RunError(f"{self.config}: {error}") from None
 
     def build_net(self) -> tuple[nn.Module, ImageSpec]:
-        """Return the run's net with new weights, in evaluation mode, and the images it takes; RunError without options."""
+        """Return the run's net with new weights, for evaluation, and the images it takes; RunError without options."""
         config = self.read_config()
         if config.image_size is None or config.channels is None or config.embedding_dim is None:
             raise RunError(f"{self.config} must have image_size, channels and embedding_dim, as a run writes it")
