@@ -20,7 +20,7 @@ from ..thresholds import KeptThresholds
 from .batches import Batch, BatchPlan, load_batches, share_bounds
 from .best import BestNet, write_net
 from .config import TrainConfig
-from .events import Began, Checkpointed, Event, Listener, Noted, Stepped, Verified, folder_listeners, was_verified
+from .events import Began, Checkpointed, Event, Listener, LogFiles, Noted, Stepped, Verified, open_log, was_verified
 from .interrupt import Interrupt
 from .joint_step import StepResult
 from .learner import Learner
@@ -45,7 +45,6 @@ class TrainingLoop:
         interrupt: Interrupt,
         listener: Listener | None,
         trust: bool = False,
-        write: bool = True,
     ) -> None:
         self._config, self._folder, self._lock, self._world, self._source = config, folder, lock, world, source
         self._interrupt, self._trust = interrupt, trust
@@ -56,9 +55,9 @@ class TrainingLoop:
         self._verifier = Verifier(pairs, config.batch_size, config.workers) if pairs is not None else None
         self._steps = config.epochs * self._plan.steps_per_epoch
         self._learner = Learner(config, len(source.names), self._steps, world)
-        self._listeners = [] if listener is None else [listener]
+        self._listener = listener
         self._metrics: dict[str, float] = {}
-        self._files = folder_listeners(folder.log, folder.tensorboard) if write and world.rank == 0 else []
+        self._files: LogFiles = []
         self._failure: Exception | None = None
         self._stopped_by: signal.Signals | None = None
         self._saved = -1
@@ -70,14 +69,17 @@ class TrainingLoop:
         elif isinstance(event, Verified):
             self._metrics.update(verification_accuracy=event.found.accuracy, verification_eer=event.found.eer)
         if self._world.rank == 0 or isinstance(event, Noted):
-            for listener in self._listeners:
-                listener(event)
+            if self._listener is not None:
+                self._listener(event)
             with self._noting_disk_errors():
-                for listener in self._files:
-                    listener(event)
+                for file in self._files:
+                    file(event)
 
     def close(self) -> None:
-        """Close the store of the class centers, if they have one."""
+        """Close the log, and the store of the class centers if they have one."""
+        with self._noting_disk_errors():
+            for file in self._files:
+                file.close()
         if self._learner.head.center_store is not None:
             self._learner.head.center_store.close()
 
@@ -164,6 +166,9 @@ class TrainingLoop:
             with self._world.together():
                 learner.start(source.names)
         assert config.scale is not None
+        if self._lock is not None:
+            with self._noting_disk_errors():
+                self._files = open_log(self._folder.log, self._folder.tensorboard, step)
         self.tell(
             Began(
                 step=step,
@@ -179,10 +184,11 @@ class TrainingLoop:
             )
         )
         if self._world.rank == 0:
-            for note in [*learner.notes, *source.notes, *(f"{problem}; skipped" for problem in source.problems)]:
+            problems = [*source.problems]
+            if self._verifier is not None:
+                problems += [f"verification: {problem}" for problem in self._verifier.problems]
+            for note in [*learner.notes, *source.notes, *(f"{problem}; skipped" for problem in problems)]:
                 self.tell(Noted(note))
-            for problem in self._verifier.problems if self._verifier is not None else ():
-                self.tell(Noted(f"verification: {problem}; skipped"))
         return step
 
     def _batches(self, step: int) -> tuple[list[int], Iterator[Batch]]:

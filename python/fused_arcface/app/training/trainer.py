@@ -106,7 +106,7 @@ def try_out(
         with world.together():
             check_run(folder, config, source.names, data, folder.config.exists() if resume == "auto" else resume)
         with temporary_centers(config, world, folder.has_checkpoint) as config:
-            loop = TrainingLoop(config, folder, None, world, source, interrupt, listener, write=False)
+            loop = TrainingLoop(config, folder, None, world, source, interrupt, listener)
             with contextlib.closing(loop):
                 return loop.try_out()
 
