@@ -81,7 +81,7 @@ def bench(
 
     from ..benchmark.cases import cases_named
     from ..benchmark.providers import select
-    from .bench_report import bench_report
+    from .bench_results import bench_report
 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device.partition(":")[0] not in ("cpu", "cuda"):
@@ -150,7 +150,7 @@ def _run_cases(console: Console, output: Path, *what: Any, **how: Any) -> tuple[
     """
     from ..benchmark.plots import run_drawings
     from ..benchmark.runner import run_benchmark
-    from .bench_tables import case_tables, ceilings, skip_tables
+    from .bench_results import case_tables, ceilings, skip_tables
 
     kept: list[Case] = []
 
@@ -193,7 +193,7 @@ def _run_capacity(
     from ..benchmark import capacity, memory
     from ..benchmark.plots import capacity_drawing
     from ..benchmark.stored_model import computed_rows
-    from .bench_tables import capacity_table, skip_tables
+    from .bench_results import capacity_table, skip_tables
 
     memory.release(device)
     try:
@@ -232,7 +232,7 @@ def _draw(console: Console, drawings: list[Drawing], output: Path) -> list[Path]
 
 def _run_ranks(console: Console, world_sizes: list[int], output: Path) -> list[Path]:
     from ..benchmark import ranks
-    from .bench_tables import ranks_table
+    from .bench_results import ranks_table
 
     with spinner(console) as tell:
         rows = ranks.run_ranks(world_sizes, tell)

@@ -98,7 +98,6 @@ def _cells(found: Agreement) -> list[str]:
     return [*errors, f"{max(found.allowed.values()):.1e}", result + numerical]
 
 
-_GRADIENT = {"straight_through": "ST"}
 _OPTIONS = {"sub_centers": "K", "label_smoothing": "ε"}
 
 
@@ -106,6 +105,6 @@ def _describe(margin: Margin, options: dict[str, Any]) -> str:
     """Return a margin's name, kind, boundary and gradient mode, and the loss's further options."""
     name = "a function" if hasattr(margin, "__name__") else type(margin).__name__
     parts = [getattr(margin, name, "") for name in ("kind", "boundary")]
-    parts.append(_GRADIENT.get(getattr(margin, "gradient", ""), ""))
+    parts.append("ST" if getattr(margin, "gradient", "") == "straight_through" else "")
     parts += [f"{_OPTIONS[name]}={value}" for name, value in options.items()]
     return " ".join(filter(None, (name, *parts)))

@@ -72,11 +72,8 @@ def similarity(
 def _source(kept: KeptThresholds, far: float | None) -> str:
     """Say where a run's threshold comes from, and how good it was there."""
     point = kept.at(far)
-    right, accepted = (
-        f"{point.accuracy:.1%} of its pairs right",
-        f"{point.false_accept_rate:.2%} of two people accepted",
-    )
-    text = f"{point.name} on {kept.data}: {right}, {accepted}"
+    rates = f"{point.accuracy:.1%} of its pairs right, {point.false_accept_rate:.2%} of two people accepted"
+    text = f"{point.name} on {kept.data}: {rates}"
     if far is not None and kept.pairs_of_two is not None and far * kept.pairs_of_two < 1:
         text += f"; its {kept.pairs_of_two} pairs of two people are too few to measure this rate"
     return text
