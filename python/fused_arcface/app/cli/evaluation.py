@@ -97,12 +97,11 @@ def embed_images(
     Raises:
         DataError: if there is a problem in the data and ``bad_data`` is ``"stop"``, or no image can be read.
     """
-    from ..data import DataError
     from ..data.embedding_sets import embed_set
     from ..embedder import load_embedder
     from ..embedding import embed_to_file
     from ..evaluating import lost
-    from ..training.resolve import stopped_by
+    from ..training.resolve import check_problems
 
     how = {name: options[name] for name in ("device", "image_size", "trust")}
     embedder = load_embedder(options["checkpoint"], options["backbone"], **how)
@@ -110,8 +109,7 @@ def embed_images(
     problems = Problems(console, "; skipped")
 
     def tell(problem: str) -> None:
-        if options.get("bad_data") == "stop":
-            raise DataError(stopped_by(problem))
+        check_problems([problem], options.get("bad_data"))
         problems(problem)
 
     for note in dict.fromkeys(note for images in sets for note in images.notes):

@@ -5,6 +5,7 @@ The options of the commands that use a net have groups. All wrong values of path
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from typing import Any, get_args
 
@@ -28,8 +29,10 @@ class PlainCommand(TyperCommand):
         super().__init__(*args, **attributes)
         options: list[Any] = list(self.params)
         names = [option.name for option in options]
+        parameters = inspect.signature(self.callback).parameters if self.callback is not None else {}
         for option in options:
             give_look(option)
+            _name_rules(option, _kind(parameters[option.name].annotation))
             if "checkpoint" in names and option.param_type_name == "option" and not option.rich_help_panel:
                 found = (group for group, members in _GROUPS.items() if option.name in members)
                 option.rich_help_panel = next(found, _REST)
@@ -63,13 +66,11 @@ def give_look(option: Any) -> Any:
             shown = (option.opts if option.default else off)[0] if flag else option.default
             option.help += f" Default: {shown}."
         option.show_default = False
-    _name_rules(option)
     return option
 
 
-def _name_rules(option: Any) -> None:
+def _name_rules(option: Any, kind: Any) -> None:
     """Let a wrong path or number raise an error with the option's name, its rule and the value."""
-    kind = _kind(option)
     rule = {Path: "the name of a file or folder", int: "a whole number", float: "a number"}.get(kind)
     if rule is None or getattr(option, "count", False):
         return
@@ -99,10 +100,8 @@ def _name_rules(option: Any) -> None:
     option.process_value = checked
 
 
-def _kind(option: Any) -> Any:
+def _kind(annotation: Any) -> Any:
     """Return the type of an option's value, or of each of its values: ``Path``, ``int``, ``float`` or another."""
-    descriptor = getattr(option, "type_descriptor", None)
-    if descriptor is None:
-        name = getattr(option.type, "name", "").removesuffix(" range")
-        return {"path": Path, "integer": int, "float": float}.get(name)
-    return next(iter(get_args(descriptor.annotation)), descriptor.annotation)
+    while arguments := get_args(annotation):
+        annotation = arguments[0]
+    return annotation

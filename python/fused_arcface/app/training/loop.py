@@ -26,7 +26,7 @@ from .joint_step import StepResult
 from .learner import Learner
 from .lock import FolderLock
 from .outcomes import DryRun, TrainingError, TrainingOutcome
-from .resolve import open_verification, stopped_by
+from .resolve import check_problems, open_verification
 from .runs import RunFolder
 from .verifier import Verifier
 from .world import World, resume_command
@@ -212,8 +212,7 @@ class TrainingLoop:
         """Return the next batch; note a failure and return None if there is a problem with it."""
         try:
             batch = next(batches)
-            if batch.problems and self._config.bad_data == "stop":
-                raise DataError(stopped_by(batch.problems[0]))
+            check_problems(batch.problems, self._config.bad_data)
             return batch
         except DataError as error:
             self._fail(error)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -41,16 +41,16 @@ def open_data(config: TrainConfig) -> ImageSource:
     if not config.data:
         raise OptionError(f"data must be {formats.listed()}; got nothing")
     source = open_source(config.data, config.max_pixels)
-    if config.bad_data == "stop" and source.problems:
-        raise DataError(stopped_by(source.problems[0]))
+    check_problems(source.problems, config.bad_data)
     if len(source.names) < 2:
         raise DataError(f"{config.data} must hold two identities or more; got {len(source.names)}")
     return source
 
 
-def stopped_by(problem: str) -> str:
-    """Return the message for a problem that ends a run."""
-    return f"{problem}; bad_data is stop, so this is an error"
+def check_problems(problems: Sequence[str], bad_data: str | None) -> None:
+    """Raise DataError for the first problem in the data, if there is one and ``bad_data`` is ``"stop"``."""
+    if problems and bad_data == "stop":
+        raise DataError(f"{problems[0]}; bad_data is stop, so this is an error")
 
 
 def open_verification(config: TrainConfig) -> ImageSet | None:
@@ -64,8 +64,7 @@ def open_verification(config: TrainConfig) -> ImageSet | None:
     try:
         if config.verify_data:
             found = read_pair_set(config.verify_data, max_pixels=config.max_pixels)
-            if config.bad_data == "stop" and found.problems:
-                raise DataError(stopped_by(found.problems[0]))
+            check_problems(found.problems, config.bad_data)
             return found
         unseen = unseen_source(config.data)
         return paired(unseen, f"unseen {config.data}") if unseen is not None else None
