@@ -37,12 +37,10 @@ ImageSize = Annotated[
 ]
 DistanceName = Annotated[
     str,
-    typer.Option("--distance", callback=one_of("--distance", DISTANCES)),
+    typer.Option(callback=one_of("--distance", DISTANCES)),
     f"Distance between two embeddings: {listed(DISTANCES, 'or')}.",
 ]
-Order = Annotated[
-    float, typer.Option("--p", min=1.0), "Order of the p-norm, 1 or more; only --distance p-norm uses it."
-]
+Order = Annotated[float, typer.Option(min=1.0), "Order of the p-norm, 1 or more; only --distance p-norm uses it."]
 Shrinkage = Annotated[
     float | None,
     typer.Option(min=0.0, max=1.0),
@@ -54,7 +52,7 @@ Normalize = Annotated[
     "Normalize the embeddings to length 1 before comparing them, or use them as they are.",
 ]
 Flip = Annotated[bool, typer.Option("--flip"), "Add the embedding of the mirrored image to that of the image."]
-Json = Annotated[Path | None, typer.Option("--json"), "JSON file to write the figures to. Default: none."]
+Json = Annotated[Path | None, "JSON file to write the figures to. Default: none."]
 Pictures = Annotated[Path | None, "Folder for pictures of the curves; it is created if missing. Default: none."]
 Trust = Annotated[
     bool,

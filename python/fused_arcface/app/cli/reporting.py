@@ -19,13 +19,10 @@ if TYPE_CHECKING:
 
 _WHAT = "HTML file for the report: tables, curves, the hardest images, settings and versions on one page."
 ReportInOutput = Annotated[
-    Path | None,
-    typer.Option("--report", show_default=False, rich_help_panel="Results"),
-    f"{_WHAT} Default: report.html in --output.",
+    Path | None, typer.Option(rich_help_panel="Results"), f"{_WHAT} Default: report.html in --output."
 ]
 ReportBeside = Annotated[
     Path | None,
-    typer.Option("--report", show_default=False),
     f"{_WHAT} Default: beside --json under its name, otherwise report.html in the folder of --pictures, "
     "otherwise in the folder of this command in runs.",
 ]

@@ -25,13 +25,12 @@ def similarity(
     image_size: shared.ImageSize = None,
     threshold: Annotated[
         float | None,
-        typer.Option(min=-1.0, max=1.0, show_default=False),
+        typer.Option(min=-1.0, max=1.0),
         "Smallest cosine, from -1 to 1, at which two images count as one person. Default: the "
         "threshold of the run's last verification.",
     ] = None,
     far: Annotated[
         float | None,
-        typer.Option(show_default=False),
         "False accept rate, 0.001 for example, for which the run's threshold is taken. Default: the threshold "
         "of the best accuracy.",
     ] = None,

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import typer
 from rich.console import Console
 
 from ..data.formats.embeddings import EMBEDDING_FILES
@@ -34,15 +33,9 @@ def templates(
         f"File, {EMBEDDING_FILES}, to save the embeddings to. An interrupted command then resumes "
         "when it is called again. Default: none.",
     ] = None,
-    flip: Annotated[
-        bool, typer.Option("--flip/--no-flip"), "Add the embedding of the mirrored image to that of the image."
-    ] = True,
-    scores: Annotated[
-        bool, typer.Option("--scores/--no-scores"), "Weigh each image by the face detector's score."
-    ] = True,
-    norms: Annotated[
-        bool, typer.Option("--norms/--no-norms"), "Keep the norms of the embeddings: sharp images count more then."
-    ] = True,
+    flip: Annotated[bool, "Add the embedding of the mirrored image to that of the image."] = True,
+    scores: Annotated[bool, "Weigh each image by the face detector's score."] = True,
+    norms: Annotated[bool, "Keep the norms of the embeddings: sharp images count more then."] = True,
     bad_data: shared.BadData = "skip",
     json: shared.Json = None,
     device: shared.Device = "cpu",

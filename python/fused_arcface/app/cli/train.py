@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import shlex
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -36,29 +37,22 @@ class Command(PlainCommand):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         filled = [
-            f"--resume={RESUME}" if each == "--resume" and after != ["auto"] else each
-            for each, after in ((each, args[place + 1 : place + 2]) for place, each in enumerate(args))
+            f"--resume={RESUME}" if each == "--resume" and after != "auto" else each
+            for each, after in pairwise([*args, ""])
         ]
         return super().parse_args(ctx, filled)
 
 
 def _with_options(command: Callable[..., None]) -> Callable[..., None]:
     """Give ``command`` an option for each field of ``TrainConfig`` in place of its keywords, None if not given."""
-    parameters = [
-        each
-        for each in inspect.signature(command, eval_str=True).parameters.values()
-        if each.kind is not inspect.Parameter.VAR_KEYWORD
-    ]
+    *parameters, _ = inspect.signature(command, eval_str=True).parameters.values()
     defaults = TrainConfig()
     for name, (rule, types) in rules().items():
-        default = getattr(defaults, name)
-        kind = next(each for each in types if each is not type(None))
-        optional: Any = kind | None
-        option = typer.Option(help=_help(rule, default), show_default=False, rich_help_panel=rule.group)
-        annotation = Annotated[optional, option]
+        kind: Any = types[0] | None
+        option = typer.Option(rich_help_panel=rule.group)
+        annotation = Annotated[kind, option, _help(rule, getattr(defaults, name))]
         parameters.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation))
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    command.__annotations__ = {each.name: each.annotation for each in parameters}
     return command
 
 
