@@ -72,7 +72,7 @@ def check_folder(option: str, path: Path | None, folder: Path | None = None) -> 
 def explain(error: BaseException, options: Collection[str] = (), mendable: Errors = ()) -> int:
     """Print an error that ended a command and return the exit status. Raise an error that no user can mend.
 
-    ``options`` are the names of the command's options, with underscores; ``mendable`` are further errors of the user.
+    ``options`` are the names of the command's options, with underscores. ``mendable`` are further errors in arguments.
     """
     hint = ""
     # This is click's error. typer has its own copy of click, or imports the installed one.

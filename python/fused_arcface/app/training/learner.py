@@ -206,7 +206,7 @@ class Learner:
         return step
 
     def _check_state(self, root: Path) -> None:
-        """Raise CheckpointError unless a step can use the state of the optimizer and of the scaler: both load any."""
+        """Raise CheckpointError unless a step can use the states of optimizer and scaler, which load anything."""
         known = {parameter for group in self.optimizer.param_groups for parameter in group["params"]}
         for parameter, state in self.optimizer.state.items():
             if parameter not in known or not isinstance(state, dict):

@@ -9,7 +9,7 @@ from .config import TrainConfig
 
 
 class TrainingError(RuntimeError):
-    """Raised on all ranks if a training cannot continue; the message says why, and how to resume if it can be."""
+    """Raised on all ranks if a training cannot continue. The message says why and, if possible, how to resume."""
 
 
 @dataclass(frozen=True)
