@@ -38,11 +38,14 @@ COMMANDS = (
 """Names of the commands, in the order of ``--help``. Each is a function in the module of the same name; the class
 ``Command`` of that module, if there is one, parses its arguments."""
 
+_CHECKED = ("doctor", "gradcheck", "demo", "bench")
+"""Commands that check all their arguments themselves. Another ValueError there is a fault, and has a traceback."""
+
 _INTERRUPTED = 130
 _LEAST_WIDTH = 20  # columns
 
 
-def load_command(name: str) -> TyperCommand:
+def load_command(name: str) -> PlainCommand:
     """Import a command and return what typer makes of it.
 
     The text in a parameter's annotation is its help: ``Annotated[int, typer.Option(min=1), "Number of trainings."]``.
@@ -55,19 +58,20 @@ def load_command(name: str) -> TyperCommand:
     single = typer.Typer(add_completion=False)
     single.command(name, cls=getattr(module, "Command", PlainCommand))(function)
     command = get_command(single)
-    assert isinstance(command, TyperCommand)
+    assert isinstance(command, PlainCommand)
+    if name in _CHECKED:
+        command.mendable = ()
     return command
 
 
 def _with_help(annotation: Any) -> Any:
     """Return a parameter's annotation with its text as the help of its typer option."""
-    kind, *about = get_args(annotation) or [annotation]
-    texts = [each for each in about if isinstance(each, str)]
-    if not texts:
-        return annotation
-    option = next((each for each in about if each not in texts), typer.Option())
-    option.help = texts[0]
-    return Annotated[kind, option]
+    match get_args(annotation):
+        case (kind, *options, str(text)):
+            option = options[0] if options else typer.Option()
+            option.help = text
+            return Annotated[kind, option]
+    return annotation
 
 
 class _Unloaded(TyperCommand):
