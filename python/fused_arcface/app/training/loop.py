@@ -227,16 +227,9 @@ class TrainingLoop:
         received = self._interrupt.received
         self._check_folder()
         angles = result.stats.target_cosine.double().clamp(-1, 1).acos()
-        failed, *asked, angle, correct, rows = self._world.sum(
-            [
-                float(self._failure is not None),
-                float(received == signal.SIGINT),
-                float(received == signal.SIGTERM),
-                float(angles.sum()),
-                float(result.stats.correct.sum()),
-                float(len(angles)),
-            ]
-        )
+        flags = (self._failure is not None, received == signal.SIGINT, received == signal.SIGTERM)
+        figures = (angles.sum(), result.stats.correct.sum(), len(angles))
+        failed, *asked, angle, correct, rows = self._world.sum([float(each) for each in (*flags, *figures)])
         if failed:
             self._world.share(self._failure)
         if any(asked):
@@ -305,8 +298,8 @@ class TrainingLoop:
 
     def _write_model(self) -> None:
         """Write the finished net into a file, on the first rank."""
-        if self._world.rank == 0:
-            with self._noting_disk_errors():
+        with self._world.together(), self._noting_disk_errors():
+            if self._world.rank == 0:
                 write_net(self._learner.backbone, self._folder.model)
         self._world.share(self._failure)
 
