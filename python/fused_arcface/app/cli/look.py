@@ -23,7 +23,7 @@ class PlainCommand(TyperCommand):
     """A command whose options have this look."""
 
     mendable: tuple[type[Exception], ...] = (ValueError,)
-    """Types of the errors in arguments that the library finds."""
+    """Types of errors that mean a wrong argument, beside those in files and data."""
 
     def __init__(self, *args: Any, **attributes: Any) -> None:
         super().__init__(*args, **attributes)

@@ -72,7 +72,7 @@ class ReportFile:
         return [self.path]
 
     def write_or_note(self, make: Callable[[], Report]) -> list[Path]:
-        """Do as :meth:`write`, but never raise: nothing that goes wrong with a report may cost a training."""
+        """Write as :meth:`write` does, but never raise: a fault in a report must not end a training."""
         try:
             return self.write(make)
         except Exception as error:
