@@ -72,7 +72,7 @@ def give_look(option: Any) -> Any:
 def _name_rules(option: Any, kind: Any) -> None:
     """Let a wrong path or number raise an error with the option's name, its rule and the value."""
     rule = {Path: "the name of a file or folder", int: "a whole number", float: "a number"}.get(kind)
-    if rule is None or getattr(option, "count", False):
+    if rule is None:
         return
     process = option.process_value
     bounded = option if hasattr(option, "min") else option.type  # typer before 0.28 has the types of click

@@ -177,7 +177,7 @@ class Learner:
         return checkpoint.save(root, self.head, keep=self.config.keep, **values, **self._objects())
 
     def start(self, names: list[str]) -> None:
-        """Set net and head to the weights and class centers that the options name; OptionError if they do not fit.
+        """Set net and head to the weights and class centers that the options name; OptionError if that fails.
 
         ``names`` are those of the identities, (C_total,).
         """

@@ -34,7 +34,7 @@ class Checked(NamedTuple):
 
 
 class Verifier:
-    """Verifies a net at the end of an epoch, on a set of images with pairs.
+    """Verifies a net at the end of an epoch, on a set of images with pairs, ``batch_size`` of them at once.
 
     Raises:
         OptionError: if there are too few pairs to verify with.
