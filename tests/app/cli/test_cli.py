@@ -140,6 +140,17 @@ def test_ctrl_c_ends_with_the_usual_status(capsys: pytest.CaptureFixture[str], m
     assert "Interrupted." in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", ["gradcheck", "demo", "bench"])
+def test_a_fault_in_a_command_that_checks_its_arguments_has_a_traceback(name: str) -> None:
+    def fault(**_: object) -> None:
+        raise ValueError("operands could not be broadcast together")
+
+    command = load_command(name)
+    command.callback = fault
+    with pytest.raises(ValueError, match="operands could not be"):
+        command.main([], prog_name=name, standalone_mode=False)
+
+
 def test_a_missing_library_names_its_extra(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     for module in ("sklearn", "sklearn.metrics", "sklearn.datasets"):
         monkeypatch.setitem(sys.modules, module, None)

@@ -20,7 +20,7 @@ from support.training_runs import write_random_run
 
 import fused_arcface as fa
 from fused_arcface.app import drawing
-from fused_arcface.app.cli import bench_report, reporting, run
+from fused_arcface.app.cli import bench_results, reporting, run
 from fused_arcface.app.data import identity_images
 from fused_arcface.app.data.embedding_sets import EmbeddingSet
 from fused_arcface.app.lab import comparison
@@ -229,7 +229,7 @@ def test_bench(tmp_path: Path) -> None:
         "device": "a device", "torch": "2.0", "commit": "abc", "date": "2026-01-01",
     }  # fmt: skip
     (tmp_path / "capacity.json").write_text(json.dumps([capacity]))
-    page = read_page(render(bench_report.bench_report(tmp_path, {"cases": "quick", "device": "cpu"})))
+    page = read_page(render(bench_results.bench_report(tmp_path, {"cases": "quick", "device": "cpu"})))
     assert page.titles == ["Pictures", "Times", "Not measured", "Most identities", "Settings", "Versions"]
     assert len(page.pictures) == 5 and "N=64 C=100 000 D=512 float32, fwd+bwd" in " ".join(page.texts)
     assert "<fused> (cpu)" in page.texts and "not installed" in page.texts

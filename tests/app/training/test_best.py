@@ -18,7 +18,7 @@ from fused_arcface.app.training import best
 from fused_arcface.app.training.best import BestNet
 from fused_arcface.app.training.config import TrainConfig
 from fused_arcface.app.training.events import Noted, Verified
-from fused_arcface.app.training.failures import TrainingError
+from fused_arcface.app.training.outcomes import TrainingError
 from fused_arcface.app.training.runs import RunFolder
 from fused_arcface.checkpoint import convert
 

@@ -16,9 +16,8 @@ from fused_arcface.app.cli import run as run_command
 from fused_arcface.app.data import open_source
 from fused_arcface.app.training import best
 from fused_arcface.app.training.events import Event, Stepped
-from fused_arcface.app.training.failures import TrainingError
 from fused_arcface.app.training.fingerprint import Fingerprint
-from fused_arcface.app.training.outcomes import TrainingOutcome
+from fused_arcface.app.training.outcomes import TrainingError, TrainingOutcome
 from fused_arcface.app.training.runs import RunError
 from fused_arcface.app.training.trainer import train
 from fused_arcface.base.files import write_bytes

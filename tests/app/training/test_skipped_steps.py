@@ -17,8 +17,8 @@ from fused_arcface.app.data.sources import MemoryImages
 from fused_arcface.app.training import trainer
 from fused_arcface.app.training.config import TrainConfig
 from fused_arcface.app.training.events import Noted
-from fused_arcface.app.training.failures import TrainingError
 from fused_arcface.app.training.learner import Learner
+from fused_arcface.app.training.outcomes import TrainingError
 from fused_arcface.app.training.world import World
 
 IDENTITIES, ROWS = 6, 8

@@ -26,9 +26,8 @@ from fused_arcface.app.nets.small import embed
 from fused_arcface.app.training import events
 from fused_arcface.app.training.config import OptionError, TrainConfig, read_options
 from fused_arcface.app.training.events import Noted, Stepped, Verified
-from fused_arcface.app.training.failures import TrainingError
 from fused_arcface.app.training.joint_step import JointStep
-from fused_arcface.app.training.outcomes import TrainingOutcome
+from fused_arcface.app.training.outcomes import TrainingError, TrainingOutcome
 from fused_arcface.app.training.runs import RunError, load_backbone
 from fused_arcface.app.training.trainer import train
 from fused_arcface.app.training.verifier import Verifier

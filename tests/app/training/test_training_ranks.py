@@ -58,7 +58,7 @@ def full_log() -> Iterator[None]:
 
     def fail(log: events.LogFile, values: dict[str, Any]) -> None:
         if values["step"] >= 2:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(log._path))
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), log._file.name)
         write(log, values)
 
     events.LogFile._write = fail

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import ast
 import importlib
+import inspect
 import io
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import typer
 from typer.core import TyperCommand, TyperGroup
@@ -37,18 +38,40 @@ COMMANDS = (
 """Names of the commands, in the order of ``--help``. Each is a function in the module of the same name; the class
 ``Command`` of that module, if there is one, parses its arguments."""
 
+_CHECKED = ("doctor", "gradcheck", "demo", "bench")
+"""Commands that check all their arguments themselves. Another ValueError there is a fault, and has a traceback."""
+
 _INTERRUPTED = 130
 _LEAST_WIDTH = 20  # columns
 
 
-def load_command(name: str) -> TyperCommand:
-    """Import a command and return what typer makes of it."""
+def load_command(name: str) -> PlainCommand:
+    """Import a command and return what typer makes of it.
+
+    The text in a parameter's annotation is its help: ``Annotated[int, typer.Option(min=1), "Number of trainings."]``.
+    """
     module = importlib.import_module(f".{name}", __name__)
+    function = getattr(module, name)
+    signature = inspect.signature(function, eval_str=True)
+    parameters = [each.replace(annotation=_with_help(each.annotation)) for each in signature.parameters.values()]
+    function.__signature__ = signature.replace(parameters=parameters)
     single = typer.Typer(add_completion=False)
-    single.command(name, cls=getattr(module, "Command", PlainCommand))(getattr(module, name))
+    single.command(name, cls=getattr(module, "Command", PlainCommand))(function)
     command = get_command(single)
-    assert isinstance(command, TyperCommand)
+    assert isinstance(command, PlainCommand)
+    if name in _CHECKED:
+        command.mendable = ()
     return command
+
+
+def _with_help(annotation: Any) -> Any:
+    """Return a parameter's annotation with its text as the help of its typer option."""
+    match get_args(annotation):
+        case (kind, *options, str(text)):
+            option = options[0] if options else typer.Option()
+            option.help = text
+            return Annotated[kind, option]
+    return annotation
 
 
 class _Unloaded(TyperCommand):
@@ -128,16 +151,12 @@ def run(arguments: Sequence[str] | None = None) -> int:
     given = sys.argv[1:] if arguments is None else list(arguments)
     try:
         status = app(args=given or ["--help"], prog_name="fused-arcface", standalone_mode=False)
+        if status == _INTERRUPTED:  # typer ends a command after Ctrl-C with this status and without a word
+            raise KeyboardInterrupt
     except SystemExit as ended:
         return ended.code if isinstance(ended.code, int) else int(ended.code is not None)
     except (Exception, KeyboardInterrupt) as error:
-        return _explain(error)
-    if status == _INTERRUPTED:  # typer ends a command after Ctrl-C with this status and without a word
-        return _explain(KeyboardInterrupt())
+        from .errors import explain  # not needed for the help
+
+        return explain(error)
     return status if isinstance(status, int) else 0
-
-
-def _explain(error: BaseException) -> int:
-    from .errors import explain  # not needed for the help
-
-    return explain(error)

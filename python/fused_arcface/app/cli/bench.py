@@ -24,50 +24,38 @@ START = "start"
 def bench(
     cases: Annotated[
         str,
-        typer.Option(
-            help="Set of shapes: quick, full, small or scaling. On two cores quick takes about one minute, full six "
-            "minutes, scaling an hour. Or start, to measure what an import and --help cost."
-        ),
+        "Set of shapes: quick, full, small or scaling. On two cores quick takes about one minute, full six "
+        "minutes, scaling an hour. Or start, to measure what an import and --help cost.",
     ] = "quick",
     providers: Annotated[
-        str | None,
-        typer.Option(
-            help='Implementations to measure, separated by commas; "ours" means all of this package. Default: all.'
-        ),
+        str | None, 'Implementations to measure, separated by commas; "ours" means all of this package. Default: all.'
     ] = None,
     backend: Annotated[
-        str | None,
-        typer.Option(help="Measure this package with one backend only, for example cpu. Default: every backend."),
+        str | None, "Measure this package with one backend only, for example cpu. Default: every backend."
     ] = None,
-    output: Annotated[
-        Path, typer.Option(help="Folder for rows (CSV and JSON, written after each case) and pictures.")
-    ] = Path("runs/bench"),
+    output: Annotated[Path, "Folder for rows (CSV and JSON, written after each case) and pictures."] = Path(
+        "runs/bench"
+    ),
     device: Annotated[
-        str | None, typer.Option(help="Device to measure on: cpu or cuda. Default: cuda if there is a GPU, else cpu.")
+        str | None, "Device to measure on: cpu or cuda. Default: cuda if there is a GPU, else cpu."
     ] = None,
-    threads: Annotated[
-        int | None, typer.Option(min=1, help="Number of CPU threads. Default: PyTorch's own number.")
-    ] = None,
-    seconds: Annotated[float, typer.Option(min=0.0, help="Time in seconds for measuring one shape and pass.")] = 3.0,
+    threads: Annotated[int | None, typer.Option(min=1), "Number of CPU threads. Default: PyTorch's own number."] = None,
+    seconds: Annotated[float, typer.Option(min=0.0), "Time in seconds for measuring one shape and pass."] = 3.0,
     with_memory: Annotated[
-        bool, typer.Option("--memory/--no-memory", help="Measure peak memory as well (Linux or a GPU).")
+        bool, typer.Option("--memory/--no-memory"), "Measure peak memory as well (Linux or a GPU)."
     ] = True,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Resume the interrupted run in --output after its last complete case.")
+        bool, typer.Option("--resume"), "Resume the interrupted run in --output after its last complete case."
     ] = False,
     budget: Annotated[
         float | None,
-        typer.Option(
-            help="Memory in GiB. Find the largest number of identities whose training step fits into it, instead of "
-            "timing shapes."
-        ),
+        "Memory in GiB. Find the largest number of identities whose training step fits into it, instead of "
+        "timing shapes.",
     ] = None,
     ranks: Annotated[
         str | None,
-        typer.Option(
-            help='Numbers of processes, for example "1,2,4". Run a training step on each and compare it with the cost '
-            "model, instead of timing shapes."
-        ),
+        'Numbers of processes, for example "1,2,4". Run a training step on each and compare it with the cost '
+        "model, instead of timing shapes.",
     ] = None,
     report: ReportInOutput = None,
     no_report: NoReport = False,
@@ -89,7 +77,7 @@ def bench(
     from ..benchmark.names import chosen
     from ..benchmark.providers import all_providers
     from ..benchmark.runner import run_benchmark
-    from .bench_report import bench_report
+    from .bench_results import bench_report
     from .bench_runs import run_capacities, run_cases, run_processes
 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")

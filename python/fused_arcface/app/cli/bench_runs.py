@@ -22,7 +22,7 @@ from ..benchmark.report import Report, check_same, read_json, read_report, write
 from ..benchmark.stored_model import computed_rows
 from ..drawing import Drawing, write_pictures
 from ..measure import machine
-from .bench_tables import capacity_table, case_tables, ceilings, ranks_table, skip_tables
+from .bench_results import capacity_table, case_tables, ceilings, ranks_table, skip_tables
 from .errors import WrongOption
 from .progress import spinner
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .errors import WrongOption, check_folder, explained
+from .errors import WrongOption, check_folder
 from .progress import TrainingBar
 from .reporting import NAME, NoReport, ReportFile, ReportInOutput
 from .terminal import terminal
@@ -15,31 +15,24 @@ from .terminal import terminal
 
 def compare(
     output: Annotated[
-        Path,
-        typer.Option(
-            help="Folder for results. It is created if it does not exist; an interrupted run resumes from it."
-        ),
+        Path, "Folder for results. It is created if it does not exist; an interrupted run resumes from it."
     ] = Path("runs/compare"),
     data: Annotated[
         Path | None,
-        typer.Option(
-            help="A folder with one subfolder of images for each identity, or a .rec file. Every image is made "
-            "32 × 32 pixels and gray. Default: generated identities."
-        ),
+        "A folder with one subfolder of images for each identity, or a .rec file. Every image is made "
+        "32 × 32 pixels and gray. Default: generated identities.",
     ] = None,
     criteria: Annotated[
         str,
-        typer.Option(
-            help="Losses to compare, separated by semicolons, in any case: softmax; contrastive; contrastive, two "
-            "views; triplet, semi-hard; triplet, batch-hard; center loss; NormSoftmax; SphereFace; CosFace; ArcFace; "
-            "AdaFace. Default: all of them."
-        ),
+        "Losses to compare, separated by semicolons, in any case: softmax; contrastive; contrastive, two "
+        "views; triplet, semi-hard; triplet, batch-hard; center loss; NormSoftmax; SphereFace; CosFace; ArcFace; "
+        "AdaFace. Default: all of them.",
     ] = "",
-    seeds: Annotated[int, typer.Option(min=1, help="Number of trainings of each loss.")] = 3,
-    steps: Annotated[int | None, typer.Option(min=2, help="Steps of each training. Default: 300.")] = None,
-    batch_size: Annotated[int | None, typer.Option(min=8, help="Images in each step. Default: 128.")] = None,
+    seeds: Annotated[int, typer.Option(min=1), "Number of trainings of each loss."] = 3,
+    steps: Annotated[int | None, typer.Option(min=2), "Steps of each training. Default: 300."] = None,
+    batch_size: Annotated[int | None, typer.Option(min=8), "Images in each step. Default: 128."] = None,
     quick: Annotated[
-        bool, typer.Option("--quick", help="Run a few steps on tiny sets, only to see that the command works.")
+        bool, typer.Option("--quick"), "Run a few steps on tiny sets, only to see that the command works."
     ] = False,
     report: ReportInOutput = None,
     no_report: NoReport = False,
@@ -77,14 +70,13 @@ def compare(
     page = ReportFile(report, no_report, output / NAME)
     plan = comparison_plan(quick, None if data is None else str(data), seeds, steps, batch_size)
     console = terminal()
-    with explained():
-        folder = Folder(output, plan)
-        print_plan(console, plan)
-        with TrainingBar(console) as progress:
-            found = run_comparison(plan, folder, progress, chosen)
-        written = write_pictures(comparison_drawings(found), output)
-        written += folder.write_summary(found.rows, found.seconds)
-        words = [COLUMNS, *comparison_gains(found)]
-        written += page.write(lambda: comparison_report(found, comparison_tables(found), words, settings))
+    folder = Folder(output, plan)
+    print_plan(console, plan)
+    with TrainingBar(console) as progress:
+        found = run_comparison(plan, folder, progress, chosen)
+    written = write_pictures(comparison_drawings(found), output)
+    written += folder.write_summary(found.rows, found.seconds)
+    words = [COLUMNS, *comparison_gains(found)]
+    written += page.write(lambda: comparison_report(found, comparison_tables(found), words, settings))
     print_comparison(console, found)
     say_written(console, output, written, found.seconds)

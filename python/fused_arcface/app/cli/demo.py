@@ -13,11 +13,9 @@ from .terminal import terminal
 
 
 def demo(
-    output: Annotated[
-        Path, typer.Option(help="Folder for pictures and numbers. It is created if it does not exist.")
-    ] = Path("runs/demo"),
+    output: Annotated[Path, "Folder for pictures and numbers. It is created if it does not exist."] = Path("runs/demo"),
     quick: Annotated[
-        bool, typer.Option("--quick", help="Run a few steps on tiny sets, only to see that the command works.")
+        bool, typer.Option("--quick"), "Run a few steps on tiny sets, only to see that the command works."
     ] = False,
 ) -> None:
     """Train with the fused head and with plain PyTorch, compare them, and verify unseen identities.

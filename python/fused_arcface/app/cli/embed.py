@@ -10,22 +10,19 @@ import typer
 from ..data.formats.embeddings import SUFFIXES
 from ..data.images import MAX_PIXELS
 from . import evaluation as shared
-from .errors import check_file, explained
+from .errors import check_file
 from .terminal import say, terminal
 
 
 def embed(
     images: Annotated[
         list[str],
-        typer.Argument(
-            help="Any number of image files, folders (searched at any depth), .txt lists with a path on each line, and "
-            ".rec files."
-        ),
+        typer.Argument(),
+        "Any number of image files, folders (searched at any depth), .txt lists with a path on each line, and "
+        ".rec files.",
     ],
     checkpoint: shared.OneCheckpoint,
-    output: Annotated[
-        Path, typer.Option(help=f"File for the embeddings and the names: {', '.join(SUFFIXES)} or .csv.")
-    ],
+    output: Annotated[Path, f"File for the embeddings and the names: {', '.join(SUFFIXES)} or .csv."],
     backbone: shared.Backbone = None,
     image_size: shared.ImageSize = None,
     flip: shared.Flip = False,
@@ -44,11 +41,10 @@ def embed(
     from ..data.unlabeled import read_images
     from ..embedding import check_output
 
-    with explained():
-        check_output(output)
-        check_file("--output", output)
-        found = read_images(images, max_pixels=max_pixels)
-        (embedded,) = shared.embed_images([found], settings, save=output, normalize=True)
+    check_output(output)
+    check_file("--output", output)
+    found = read_images(images, max_pixels=max_pixels)
+    (embedded,) = shared.embed_images([found], settings, save=output, normalize=True)
     count, dim = embedded.embeddings.shape
     lost = f", {len(found) - count} left out" if count < len(found) else ""
     say(terminal(), f"{count} embeddings of dimension {dim} in {output}{lost}")

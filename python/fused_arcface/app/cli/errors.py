@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +15,11 @@ from fused_arcface.base.extras import MissingExtra
 from fused_arcface.base.files import is_device
 from fused_arcface.base.reading import DataError, NoSuchData
 from fused_arcface.base.suggest import did_you_mean, missing_path
+from fused_arcface.base.text import listed
 
-from .terminal import terminal
+from .terminal import say, terminal
+
+Errors = tuple[type[Exception], ...]
 
 FAILED, WRONG_ARGUMENT, INTERRUPTED = 1, 2, 130
 """Exit statuses: a check that failed or a file that cannot be used; a wrong argument; Ctrl-C."""
@@ -25,9 +27,6 @@ FAILED, WRONG_ARGUMENT, INTERRUPTED = 1, 2, 130
 
 class WrongOption(typer.BadParameter):
     """An option whose value is wrong; the message has the option's name, its rule and what was received."""
-
-    def __init__(self, message: str, **place: Any) -> None:
-        super().__init__(with_option(message), **place)
 
     def format_message(self) -> str:
         """Return the message without typer's words before it."""
@@ -39,19 +38,14 @@ def one_of(option: str, names: Sequence[str]) -> Callable[[str], str]:
 
     def check(value: str) -> str:
         if value not in names:
-            listed = f"{', '.join(names[:-1])} or {names[-1]}"
-            raise WrongOption(f"{option} must be {listed}; got {value}{did_you_mean(value, names)}")
+            raise WrongOption(f"{option} must be {listed(names, 'or')}; got {value}{did_you_mean(value, names)}")
         return value
 
     return check
 
 
 def check_file(option: str, path: Path | None) -> None:
-    """Check that a file for results can be written; nothing is written yet, and no folder is made.
-
-    Raises:
-        WrongOption: if the path is a folder, or its folder, or the nearest one that exists, cannot be written to.
-    """
+    """Raise WrongOption unless a file for results can be written. Nothing is written yet, and no folder is made."""
     if path is None:
         return
     if path.is_dir():
@@ -61,12 +55,9 @@ def check_file(option: str, path: Path | None) -> None:
 
 
 def check_folder(option: str, path: Path | None, folder: Path | None = None) -> None:
-    """Check that a folder for results can be made and written to: ``folder``, by default ``path`` itself.
+    """Raise WrongOption unless a folder for results can be made and written to: ``folder``, or ``path`` itself.
 
     It is not made: an error in another option leaves nothing behind.
-
-    Raises:
-        WrongOption: if it cannot.
     """
     if path is None:
         return
@@ -78,56 +69,11 @@ def check_folder(option: str, path: Path | None, folder: Path | None = None) -> 
         raise WrongOption(f"{option} {path} cannot be written to: {error.strerror}") from None
 
 
-_options: frozenset[str] = frozenset()
-"""Names of the options of the command that runs, with underscores."""
+def explain(error: BaseException, options: Collection[str] = (), mendable: Errors = ()) -> int:
+    """Print an error that ended a command and return the exit status. Raise an error that no user can mend.
 
-
-@contextlib.contextmanager
-def options_named(names: Iterable[str]) -> Iterator[None]:
-    """Turn the names of arguments in the library's errors into the names of the command's options."""
-    global _options
-    before, _options = _options, frozenset(names)
-    try:
-        yield
-    finally:
-        _options = before
-
-
-def with_option(text: str) -> str:
-    """Return the message of an error about an argument with the name of the option, as on the command line.
-
-    >>> with options_named(["batch_size", "data"]):
-    ...     with_option("batch_size must be >= 2; got 1"), with_option("data does not exist")
-    ('--batch-size must be >= 2; got 1', 'data does not exist')
+    ``options`` are the names of the command's options, with underscores. ``mendable`` are further errors in arguments.
     """
-    found = re.match(r"([a-z_]+)(:| '| .*\b(?:must|needs|is for|used|available)\b)", text)
-    if found is None or found[1] not in _options or " does not exist" in text.partition(":")[0]:
-        return text
-    return f"--{found[1].replace('_', '-')}{text[found.end(1) :]}"
-
-
-@contextlib.contextmanager
-def explained() -> Iterator[None]:
-    """End the command with the message and the status of an error in the user's arguments or files."""
-    from fused_arcface.checkpoint import CheckpointError
-
-    from ..export import ExportError
-    from ..training.failures import TrainingError
-
-    try:
-        yield
-    except (CheckpointError, ExportError, TrainingError, OSError, ValueError) as wrong:
-        raise ended(wrong) from None
-
-
-def ended(error: BaseException) -> typer.Exit:
-    """Print an error and return the exit with its status."""
-    _show(_text(error))
-    return typer.Exit(_status(error))
-
-
-def explain(error: BaseException) -> int:
-    """Print an error that ended a command and return the exit status. Raise an error that no user can mend."""
     hint = ""
     # This is click's error. typer has its own copy of click, or imports the installed one.
     usage: Any = typer.BadParameter.__base__
@@ -136,20 +82,25 @@ def explain(error: BaseException) -> int:
         text, hint, status = error.format_message(), f"See {command} --help", WRONG_ARGUMENT
     elif isinstance(error, KeyboardInterrupt):
         text, status = "Interrupted.", INTERRUPTED
-    elif isinstance(error, (MissingExtra, DataError, OSError)):
-        text, status = _text(error), _status(error)
     else:
-        raise error
-    _show(text, hint)
+        text, status = _text(error), _status(error, mendable)
+    console = terminal(stderr=True, soft_wrap=True)
+    console.print(with_option(text, options), style="bold red", markup=False)
+    if hint:
+        say(console, hint)
     return status
 
 
-def _show(text: str, hint: str = "") -> None:
-    """Print an error, and a line of advice below it."""
-    console = terminal(stderr=True, soft_wrap=True)
-    console.print(with_option(text), style="bold red", markup=False)
-    if hint:
-        console.print(hint, markup=False, highlight=False)
+def with_option(text: str, options: Collection[str]) -> str:
+    """Return the message of an error about an argument with the name of the option, as on the command line.
+
+    >>> with_option("batch_size must be >= 2; got 1", ["batch_size"]), with_option("data does not exist", ["data"])
+    ('--batch-size must be >= 2; got 1', 'data does not exist')
+    """
+    found = re.match(r"([a-z_]+)(:| '| .*\b(?:must|needs|is for|used|available)\b)", text)
+    if found is None or found[1] not in options or " does not exist" in text.partition(":")[0]:
+        return text
+    return f"--{found[1].replace('_', '-')}{text[found.end(1) :]}"
 
 
 def _text(error: BaseException) -> str:
@@ -160,11 +111,19 @@ def _text(error: BaseException) -> str:
     return str(error)
 
 
-def _status(error: BaseException) -> int:
+def _status(error: BaseException, mendable: Errors) -> int:
     """Return the status of an error: a path that does not exist is a wrong argument; a damaged file is not."""
+    from fused_arcface.checkpoint import CheckpointError
     from fused_arcface.checkpoint.centers import ConvertOptionError
+    from fused_arcface.store import StoreError
+
+    from ..export import ExportError
+    from ..training.outcomes import TrainingError
 
     if isinstance(error, (ConvertOptionError, FileNotFoundError, NoSuchData)):
         return WRONG_ARGUMENT
-    plain = isinstance(error, ValueError) and not isinstance(error, DataError)
-    return WRONG_ARGUMENT if plain else FAILED
+    if isinstance(error, (CheckpointError, DataError, ExportError, MissingExtra, OSError, StoreError, TrainingError)):
+        return FAILED
+    if isinstance(error, mendable):
+        return WRONG_ARGUMENT
+    raise error

@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 from rich.progress import Progress
 
+from fused_arcface.base.text import listed
 from fused_arcface.evaluation.distances import NAMES as DISTANCES
 
 from .errors import check_file, check_folder, one_of
@@ -24,83 +25,57 @@ if TYPE_CHECKING:
 _NET = (
     "The net: the folder of a training run, its model.pt or best.pt, or any file of weights together with --backbone."
 )
-Checkpoint = Annotated[Path | None, typer.Option(help=f"{_NET} For a folder, the newest checkpoint is evaluated.")]
-OneCheckpoint = Annotated[Path, typer.Option(help=_NET)]
+Checkpoint = Annotated[Path | None, f"{_NET} For a folder, the newest checkpoint is evaluated."]
+OneCheckpoint = Annotated[Path, _NET]
 Backbone = Annotated[
-    str | None,
-    typer.Option(help="Name of the net in a file of weights, iresnet50 for example. Default: the run's own net."),
+    str | None, "Name of the net in a file of weights, iresnet50 for example. Default: the run's own net."
 ]
 ImageSize = Annotated[
     int | None,
-    typer.Option(
-        min=1,
-        help="Side of the net's input images in pixels, for a file of weights. Default: the net's own, 112 for "
-        "insightface's.",
-    ),
+    typer.Option(min=1),
+    "Side of the net's input images in pixels, for a file of weights. Default: the net's own, 112 for insightface's.",
 ]
 DistanceName = Annotated[
     str,
-    typer.Option(
-        "--distance",
-        help=f"Distance between two embeddings: {', '.join(DISTANCES[:-1])} or {DISTANCES[-1]}.",
-        callback=one_of("--distance", DISTANCES),
-    ),
+    typer.Option(callback=one_of("--distance", DISTANCES)),
+    f"Distance between two embeddings: {listed(DISTANCES, 'or')}.",
 ]
-Order = Annotated[
-    float, typer.Option("--p", min=1.0, help="Order of the p-norm, 1 or more; only --distance p-norm uses it.")
-]
+Order = Annotated[float, typer.Option(min=1.0), "Order of the p-norm, 1 or more; only --distance p-norm uses it."]
 Shrinkage = Annotated[
     float | None,
-    typer.Option(
-        min=0.0,
-        max=1.0,
-        help="Shrinkage of Mahalanobis' covariance, from 0 (none) to 1. Default: Ledoit and Wolf's estimate.",
-    ),
+    typer.Option(min=0.0, max=1.0),
+    "Shrinkage of Mahalanobis' covariance, from 0 (none) to 1. Default: Ledoit and Wolf's estimate.",
 ]
 Normalize = Annotated[
     bool,
-    typer.Option(
-        "--normalize/--raw", help="Normalize the embeddings to length 1 before comparing them, or use them as they are."
-    ),
+    typer.Option("--normalize/--raw"),
+    "Normalize the embeddings to length 1 before comparing them, or use them as they are.",
 ]
-Flip = Annotated[bool, typer.Option("--flip", help="Add the embedding of the mirrored image to that of the image.")]
-Json = Annotated[Path | None, typer.Option("--json", help="JSON file to write the figures to. Default: none.")]
-Pictures = Annotated[
-    Path | None, typer.Option(help="Folder for pictures of the curves; it is created if missing. Default: none.")
-]
+Flip = Annotated[bool, typer.Option("--flip"), "Add the embedding of the mirrored image to that of the image."]
+Json = Annotated[Path | None, "JSON file to write the figures to. Default: none."]
+Pictures = Annotated[Path | None, "Folder for pictures of the curves; it is created if missing. Default: none."]
 Trust = Annotated[
     bool,
-    typer.Option(
-        "--trust",
-        help="Allow a checkpoint of an old format to run code when it is loaded. Use it only if you trust the author.",
-    ),
+    typer.Option("--trust"),
+    "Allow a checkpoint of an old format to run code when it is loaded. Use it only if you trust the author.",
 ]
-Device = Annotated[str, typer.Option(help="Device that the net runs on: cpu, cuda, or cuda:N for one of several GPUs.")]
-BatchSize = Annotated[int, typer.Option(min=1, help="Number of images that the net sees at once.")]
+Device = Annotated[str, "Device that the net runs on: cpu, cuda, or cuda:N for one of several GPUs."]
+BatchSize = Annotated[int, typer.Option(min=1), "Number of images that the net sees at once."]
 MaxPixels = Annotated[
     int,
-    typer.Option(
-        min=1, help="Largest image that is decoded, as width times height in pixels. A larger one counts as unreadable."
-    ),
+    typer.Option(min=1),
+    "Largest image that is decoded, as width times height in pixels. A larger one counts as unreadable.",
 ]
-Workers = Annotated[int, typer.Option(min=0, help="Number of processes that read images; 0 reads in this one.")]
+Workers = Annotated[int, typer.Option(min=0), "Number of processes that read images; 0 reads in this one."]
 BadData = Annotated[
     str,
-    typer.Option(
-        help="With skip, an image that is missing or cannot be read is reported and left out. With stop, it ends the "
-        "command.",
-        callback=one_of("--bad-data", ("skip", "stop")),
-    ),
+    typer.Option(callback=one_of("--bad-data", ("skip", "stop"))),
+    "With skip, an image that is missing or cannot be read is reported and left out. With stop, it ends the command.",
 ]
 
 
 def check_results(options: Mapping[str, Any]) -> None:
-    """Check that the files and the folder for results that a command's options name can be written.
-
-    Raises:
-        WrongOption: if one cannot.
-        ValueError: if embeddings are to be saved in a file with an unknown suffix.
-    """
+    """Raise an error unless the files and the folder for results that a command's options name can be written."""
     from ..data.embedding_sets import check_suffix
 
     for name in ("json", "save_embeddings", "predictions"):
@@ -120,12 +95,11 @@ def embed_images(
     Raises:
         DataError: if there is a problem in the data and ``bad_data`` is ``"stop"``, or no image can be read.
     """
-    from ..data import DataError
     from ..data.embedding_sets import embed_set
     from ..embedder import load_embedder
     from ..embedding import embed_to_file
     from ..evaluating import lost
-    from ..training.resolve import stopped_by
+    from ..training.resolve import check_problems
 
     how = {name: options[name] for name in ("device", "image_size", "trust")}
     embedder = load_embedder(options["checkpoint"], options["backbone"], **how)
@@ -133,8 +107,7 @@ def embed_images(
     problems = Problems(console, "; skipped")
 
     def tell(problem: str) -> None:
-        if options.get("bad_data") == "stop":
-            raise DataError(stopped_by(problem))
+        check_problems([problem], options.get("bad_data"))
         problems(problem)
 
     for note in dict.fromkeys(note for images in sets for note in images.notes):
@@ -157,11 +130,11 @@ def embed_images(
     return found
 
 
-def draw(console: Console, drawings: list[Drawing], folder: Path) -> None:
-    """Write pictures into a folder, and print their names."""
+def draw(console: Console, drawings: list[Drawing], folder: Path | None) -> None:
+    """Write pictures into a folder, if one is wanted, and print their names."""
     from ..drawing import write_pictures
 
-    for path in write_pictures(drawings, folder):
+    for path in write_pictures(drawings, folder) if folder is not None else ():
         say(console, str(path))
 
 
@@ -170,12 +143,14 @@ def about(options: Mapping[str, Any], *names: str) -> dict[str, str | None]:
     return {name: None if options[name] is None else str(options[name]) for name in names}
 
 
-def write_json(path: Path, figures: dict[str, Any]) -> None:
-    """Write figures to a JSON file, with the version of this package and the date."""
+def write_json(path: Path | None, figures: dict[str, Any]) -> None:
+    """Write figures to a JSON file, if one is wanted, with the version of this package and the date."""
     from fused_arcface import __version__
     from fused_arcface.base.files import write_text
 
     from ..measure import machine
 
+    if path is None:
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, json.dumps({"fused_arcface": __version__, "date": machine.now(), **figures}, indent=1) + "\n")

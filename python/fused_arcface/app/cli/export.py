@@ -5,19 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
 from . import evaluation as shared
-from .errors import check_file, explained
+from .errors import check_file
 from .terminal import say, terminal
 
 
 def export(
     checkpoint: shared.OneCheckpoint,
-    output: Annotated[
-        Path,
-        typer.Option(help="File for the net: .onnx for ONNX, or .pt2 for torch.export.load."),
-    ],
+    output: Annotated[Path, "File for the net: .onnx for ONNX, or .pt2 for torch.export.load."],
     backbone: shared.Backbone = None,
     image_size: shared.ImageSize = None,
     trust: shared.Trust = False,
@@ -32,11 +27,10 @@ def export(
     from ..export import check_suffix
     from ..export import export as export_net
 
-    with explained():
-        check_suffix(output)
-        check_file("--output", output)
-        embedder = load_embedder(checkpoint, backbone, image_size=image_size, trust=trust)
-        difference = export_net(embedder, output)
+    check_suffix(output)
+    check_file("--output", output)
+    embedder = load_embedder(checkpoint, backbone, image_size=image_size, trust=trust)
+    difference = export_net(embedder, output)
     channels, size, _ = embedder.spec.shape
     inputs = f"images (N, {channels}, {size}, {size}) in [-1, 1]"
     say(terminal(), f"{output}: {inputs} to unit embeddings; at most {difference:.1e} from PyTorch")

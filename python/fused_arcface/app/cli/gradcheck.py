@@ -9,7 +9,7 @@ from rich.progress import track
 from rich.table import Column, Table
 
 from .errors import WrongOption, one_of
-from .tables import numbers
+from .tables import numbers, titled
 from .terminal import terminal
 
 if TYPE_CHECKING:
@@ -21,14 +21,13 @@ DTYPES = {"float64": "fp64", "float32": "fp32", "bfloat16": "bf16", "float16": "
 
 
 def gradcheck(
-    backend: Annotated[str, typer.Option(help="Name of a backend, or all for every usable one.")] = "all",
+    backend: Annotated[str, "Name of a backend, or all for every usable one."] = "all",
     dtype: Annotated[
         str,
-        typer.Option(
-            help=f"Dtype to check: one of {', '.join(DTYPES)}, or all.", callback=one_of("--dtype", (*DTYPES, "all"))
-        ),
+        typer.Option(callback=one_of("--dtype", (*DTYPES, "all"))),
+        f"Dtype to check: one of {', '.join(DTYPES)}, or all.",
     ] = "all",
-    failures: Annotated[bool, typer.Option("--failures", help="List only what fails.")] = False,
+    failures: Annotated[bool, typer.Option("--failures"), "List only what fails."] = False,
 ) -> None:
     """Check loss and gradients of every margin, boundary, backend and dtype; exit status 1 if one fails.
 
@@ -85,7 +84,7 @@ def _table(backend: str, quantities: tuple[str, ...]) -> Table:
     title = f"backend {backend}: largest relative errors against the reference in fp64"
     names = [Column(heading, no_wrap=True) for heading in ("margin", "dtype", "result")]
     columns = (*names[:2], *numbers(*quantities, "allowed", no_wrap=True), names[2])
-    return Table(*columns, title=title, title_justify="left", title_style="bold", box=None, padding=(0, 1, 0, 0))
+    return titled(title, *columns, box=None, padding=(0, 1, 0, 0))
 
 
 def _cells(found: Agreement) -> list[str]:
@@ -99,7 +98,6 @@ def _cells(found: Agreement) -> list[str]:
     return [*errors, f"{max(found.allowed.values()):.1e}", result + numerical]
 
 
-_GRADIENT = {"straight_through": "ST"}
 _OPTIONS = {"sub_centers": "K", "label_smoothing": "ε"}
 
 
@@ -107,6 +105,6 @@ def _describe(margin: Margin, options: dict[str, Any]) -> str:
     """Return a margin's name, kind, boundary and gradient mode, and the loss's further options."""
     name = "a function" if hasattr(margin, "__name__") else type(margin).__name__
     parts = [getattr(margin, name, "") for name in ("kind", "boundary")]
-    parts.append(_GRADIENT.get(getattr(margin, "gradient", ""), ""))
+    parts.append("ST" if getattr(margin, "gradient", "") == "straight_through" else "")
     parts += [f"{_OPTIONS[name]}={value}" for name, value in options.items()]
     return " ".join(filter(None, (name, *parts)))

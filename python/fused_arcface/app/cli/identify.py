@@ -15,7 +15,7 @@ from ..data.formats.embeddings import EMBEDDING_FILES
 from ..data.images import MAX_PIXELS
 from . import evaluation as shared
 from . import reporting
-from .errors import WrongOption, explained, one_of
+from .errors import WrongOption, one_of
 from .tables import plain_table
 from .terminal import terminal
 
@@ -27,49 +27,35 @@ if TYPE_CHECKING:
 
 
 def identify(
-    data: Annotated[
-        str | None,
-        typer.Option(help=f"Labeled images to split into gallery and probes: {formats.listed()}."),
-    ] = None,
+    data: Annotated[str | None, f"Labeled images to split into gallery and probes: {formats.listed()}."] = None,
     checkpoint: shared.Checkpoint = None,
     backbone: shared.Backbone = None,
     image_size: shared.ImageSize = None,
-    gallery: Annotated[
-        str | None, typer.Option(help="Labeled images of the known people; needs --probes and replaces --data.")
-    ] = None,
+    gallery: Annotated[str | None, "Labeled images of the known people; needs --probes and replaces --data."] = None,
     probes: Annotated[
-        str | None,
-        typer.Option(help="Labeled images to look for in --gallery. Images with the same label show the same person."),
+        str | None, "Labeled images to look for in --gallery. Images with the same label show the same person."
     ] = None,
     embeddings: Annotated[
-        Path | None,
-        typer.Option(help=f"Saved embeddings with labels, {EMBEDDING_FILES}, to split and score instead of images."),
+        Path | None, f"Saved embeddings with labels, {EMBEDDING_FILES}, to split and score instead of images."
     ] = None,
     save_embeddings: Annotated[
-        Path | None,
-        typer.Option(help=f"File, {EMBEDDING_FILES}, to save the embeddings of --data to. Default: none."),
+        Path | None, f"File, {EMBEDDING_FILES}, to save the embeddings of --data to. Default: none."
     ] = None,
     gallery_images: Annotated[
-        int, typer.Option(min=1, help="Number of images of each identity in the gallery, when the command splits.")
+        int, typer.Option(min=1), "Number of images of each identity in the gallery, when the command splits."
     ] = 1,
     unknown: Annotated[
         float,
-        typer.Option(
-            min=0.0,
-            max=1.0,
-            help="Share of the identities, 0 to 1, kept out of the gallery, when the command splits.",
-        ),
+        typer.Option(min=0.0, max=1.0),
+        "Share of the identities, 0 to 1, kept out of the gallery, when the command splits.",
     ] = 0.2,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the split.")] = 0,
+    seed: Annotated[int, typer.Option(min=0), "Seed of the split."] = 0,
     bad_data: shared.BadData = "skip",
-    ranks: Annotated[int, typer.Option(min=1, help="Highest rank of the identification curve (CMC).")] = 20,
+    ranks: Annotated[int, typer.Option(min=1), "Highest rank of the identification curve (CMC)."] = 20,
     engine: Annotated[
         str,
-        typer.Option(
-            help="Search engine: torch, faiss, or auto (faiss if it is installed and supports the "
-            "distance). All are exact.",
-            callback=one_of("--engine", get_args(Engine)),
-        ),
+        typer.Option(callback=one_of("--engine", get_args(Engine))),
+        "Search engine: torch, faiss, or auto (faiss if it is installed and supports the distance). All are exact.",
     ] = "auto",
     distance: shared.DistanceName = "cosine",
     p: shared.Order = 3.0,
@@ -77,8 +63,7 @@ def identify(
     normalize: shared.Normalize = True,
     flip: shared.Flip = False,
     predictions: Annotated[
-        Path | None,
-        typer.Option(help=".csv file to write each probe's nearest gallery images and their scores to. Default: none."),
+        Path | None, ".csv file to write each probe's nearest gallery images and their scores to. Default: none."
     ] = None,
     json: shared.Json = None,
     pictures: shared.Pictures = None,
@@ -105,6 +90,9 @@ def identify(
     from ..data.pair_sets import read_labeled
     from ..evaluating import described, identification_figures, prepared, split_set, two_sets, with_labels_by_name
     from ..predictions import write_predictions
+    from ..report.answers import nearest_answers
+    from ..report.evaluation import identification_drawings, identification_report
+    from ..report.thumbnails import Thumbnails
 
     given = [data is not None, gallery is not None and probes is not None, embeddings is not None]
     if sum(given) != 1 or (embeddings is None) == (checkpoint is None) or (gallery is None) != (probes is None):
@@ -115,62 +103,52 @@ def identify(
         raise WrongOption("--save-embeddings goes with --data")
     page = reporting.ReportFile(report, no_report, reporting.beside("identify", json, pictures))
     sources: list[ImageSet] = []
-    with explained():
-        shared.check_results(settings)
-        if distance != "mahalanobis":  # any engine can search by that one
-            choose_engine(engine, make_distance(distance, order=p))
-        if gallery is not None and probes is not None:
-            sources = two_sets(gallery, probes, max_pixels)
-            split = with_labels_by_name(sources, shared.embed_images(sources, settings))
+    shared.check_results(settings)
+    if distance != "mahalanobis":  # any engine can search by that one
+        choose_engine(engine, make_distance(distance, order=p))
+    if gallery is not None and probes is not None:
+        sources = two_sets(gallery, probes, max_pixels)
+        split = with_labels_by_name(sources, shared.embed_images(sources, settings))
+    else:
+        if embeddings is not None:
+            labeled = EmbeddingSet.load(embeddings)
         else:
-            if embeddings is not None:
-                labeled = EmbeddingSet.load(embeddings)
-            else:
-                assert data is not None
-                sources = [read_labeled(data, max_pixels=max_pixels)]
-                assert sources[0].labels is not None
-                split_gallery(sources[0].labels, gallery_images=gallery_images, unknown=unknown)  # checks both options
-                (labeled,) = shared.embed_images(sources, settings)
-            if save_embeddings is not None:
-                labeled.save(save_embeddings)
-            split = split_set(labeled, gallery_images, unknown, seed)
-        known, sought = prepared(split.gallery, normalize), prepared(split.probes, normalize)
-        chosen = make_distance(distance, order=p, gallery=known, shrinkage=shrinkage)
-        found = search(
-            known,
-            split.gallery_labels,
-            sought,
-            split.probe_labels,
-            distance=chosen,
-            max_rank=ranks,
-            engine=engine,  # type: ignore[arg-type]
-        )
-        name = Path(data or probes or str(embeddings)).name
-        console = terminal()
-        table = _table(found, f"{name}, {distance}")
-        console.print(table)
-        if json is not None:
-            about = shared.about(settings, "data", "gallery", "probes", "checkpoint", "embeddings")
-            how = described(chosen, distance, normalize)
-            shared.write_json(json, {**about, "flip": flip, **how, **identification_figures(found)})
-        compared = split._replace(gallery=known, probes=sought)
-        if predictions is not None:
-            write_predictions(predictions, compared, chosen, engine)  # type: ignore[arg-type]
-        if pictures is not None:
-            from ..report.evaluation import identification_drawings
+            assert data is not None
+            sources = [read_labeled(data, max_pixels=max_pixels)]
+            assert sources[0].labels is not None
+            split_gallery(sources[0].labels, gallery_images=gallery_images, unknown=unknown)  # checks both options
+            (labeled,) = shared.embed_images(sources, settings)
+        if save_embeddings is not None:
+            labeled.save(save_embeddings)
+        split = split_set(labeled, gallery_images, unknown, seed)
+    known, sought = prepared(split.gallery, normalize), prepared(split.probes, normalize)
+    chosen = make_distance(distance, order=p, gallery=known, shrinkage=shrinkage)
+    found = search(
+        known,
+        split.gallery_labels,
+        sought,
+        split.probe_labels,
+        distance=chosen,
+        max_rank=ranks,
+        engine=engine,  # type: ignore[arg-type]
+    )
+    name = Path(data or probes or str(embeddings)).name
+    console = terminal()
+    table = _table(found, f"{name}, {distance}")
+    console.print(table)
+    about = {**shared.about(settings, "data", "gallery", "probes", "checkpoint", "embeddings"), "flip": flip}
+    shared.write_json(json, {**about, **described(chosen, distance, normalize), **identification_figures(found)})
+    compared = split._replace(gallery=known, probes=sought)
+    if predictions is not None:
+        write_predictions(predictions, compared, chosen, engine)  # type: ignore[arg-type]
+    shared.draw(console, identification_drawings(found, name), pictures)
 
-            shared.draw(console, identification_drawings(found, name), pictures)
+    def make_report() -> Report:
+        answers = nearest_answers(compared, chosen, engine)  # type: ignore[arg-type]
+        hardest = answers.hardest(Thumbnails(sources))
+        return identification_report(name, [table], found, answers, hardest, settings)
 
-        def make_report() -> Report:
-            from ..report.answers import nearest_answers
-            from ..report.evaluation import identification_report
-            from ..report.thumbnails import Thumbnails
-
-            answers = nearest_answers(compared, chosen, engine)  # type: ignore[arg-type]
-            hardest = answers.hardest(Thumbnails(sources))
-            return identification_report(name, [table], found, answers, hardest, settings)
-
-        reporting.say_report(console, page.write(make_report))
+    reporting.say_report(console, page.write(make_report))
 
 
 def _table(found: Identification, title: str) -> Table:

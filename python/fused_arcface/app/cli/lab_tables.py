@@ -132,8 +132,8 @@ def comparison_gains(found: Comparison) -> list[str]:
 def _criteria(found: Comparison) -> Table:
     seeds = len(found.plan.seeds)
     over = f", mean ± deviation over {seeds} seeds" if seeds > 1 else ""
-    table = plain_table(f"people never seen in training{over}", "accuracy", "TAR", "rank 1", "s", "ms", "MB")
-    table.padding = (0, 1, 0, 0)
+    columns = ("accuracy", "TAR", "rank 1", "s", "ms", "MB")
+    table = plain_table(f"people never seen in training{over}", *columns, room=1)
     for name, rows in found.rows.items():
         shares = zip(*((row.accuracy, row.tar["0.01"], row.rank1) for row in rows), strict=True)
         times = (fmean(row.seconds for row in rows), fmean(row.head_milliseconds for row in rows))

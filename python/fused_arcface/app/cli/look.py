@@ -5,6 +5,7 @@ The options of the commands that use a net have groups. All wrong values of path
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from typing import Any, get_args
 
@@ -21,12 +22,17 @@ _REST = "Data"
 class PlainCommand(TyperCommand):
     """A command whose options have this look."""
 
+    mendable: tuple[type[Exception], ...] = (ValueError,)
+    """Types of errors that mean a wrong argument, beside those in files and data."""
+
     def __init__(self, *args: Any, **attributes: Any) -> None:
         super().__init__(*args, **attributes)
         options: list[Any] = list(self.params)
         names = [option.name for option in options]
+        parameters = inspect.signature(self.callback).parameters if self.callback is not None else {}
         for option in options:
             give_look(option)
+            _name_rules(option, _kind(parameters[option.name].annotation))
             if "checkpoint" in names and option.param_type_name == "option" and not option.rich_help_panel:
                 found = (group for group, members in _GROUPS.items() if option.name in members)
                 option.rich_help_panel = next(found, _REST)
@@ -36,11 +42,14 @@ class PlainCommand(TyperCommand):
         return give_look(super().get_help_option(ctx))
 
     def invoke(self, ctx: Any) -> Any:
-        """Run the command. An error about an argument names the option."""
-        from .errors import options_named
-
-        with options_named(option.name for option in self.params if option.param_type_name == "option"):
+        """Run the command. An error that the user can mend is one line, and its status is returned."""
+        try:
             return super().invoke(ctx)
+        except Exception as error:
+            from .errors import explain
+
+            options = [str(option.name) for option in self.params if option.param_type_name == "option"]
+            return explain(error, options, self.mendable)
 
 
 def give_look(option: Any) -> Any:
@@ -57,15 +66,13 @@ def give_look(option: Any) -> Any:
             shown = (option.opts if option.default else off)[0] if flag else option.default
             option.help += f" Default: {shown}."
         option.show_default = False
-    _name_rules(option)
     return option
 
 
-def _name_rules(option: Any) -> None:
+def _name_rules(option: Any, kind: Any) -> None:
     """Let a wrong path or number raise an error with the option's name, its rule and the value."""
-    kind = _kind(option)
     rule = {Path: "the name of a file or folder", int: "a whole number", float: "a number"}.get(kind)
-    if rule is None or getattr(option, "count", False):
+    if rule is None:
         return
     process = option.process_value
     bounded = option if hasattr(option, "min") else option.type  # typer before 0.28 has the types of click
@@ -93,10 +100,8 @@ def _name_rules(option: Any) -> None:
     option.process_value = checked
 
 
-def _kind(option: Any) -> Any:
+def _kind(annotation: Any) -> Any:
     """Return the type of an option's value, or of each of its values: ``Path``, ``int``, ``float`` or another."""
-    descriptor = getattr(option, "type_descriptor", None)
-    if descriptor is None:
-        name = getattr(option.type, "name", "").removesuffix(" range")
-        return {"path": Path, "integer": int, "float": float}.get(name)
-    return next(iter(get_args(descriptor.annotation)), descriptor.annotation)
+    while arguments := get_args(annotation):
+        annotation = arguments[0]
+    return annotation

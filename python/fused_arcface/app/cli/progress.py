@@ -10,11 +10,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 
-class TrainingBar:
+class TrainingBar(Progress):
     """Shows a bar for the current training and a line for each that has ended; see ``lab.training.Reporter``."""
 
     def __init__(self, console: Console) -> None:
-        self._bars = Progress(
+        super().__init__(
             SpinnerColumn(),
             TextColumn("{task.description}"),
             BarColumn(bar_width=24),
@@ -25,30 +25,23 @@ class TrainingBar:
             transient=True,
             disable=not console.is_terminal,
         )
-        self._task = self._bars.add_task("", total=None, loss="-")
+        self._task = self.add_task("", total=None, loss="-")
         self._shown = 0.0
 
-    def __enter__(self) -> TrainingBar:
-        self._bars.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bars.stop()
-
     def begin(self, what: str, steps: int = 0) -> None:
-        self._bars.reset(self._task, description=what, total=steps or None, loss="-")
+        self.reset(self._task, description=what, total=steps or None, loss="-")
 
     def step(self, loss: float) -> None:
         # Formatting at every step would cost as much as a small head.
         now = time.monotonic()
         if now - self._shown > 0.1:
             self._shown = now
-            self._bars.update(self._task, loss=f"{loss:.3f}")
-        self._bars.advance(self._task)
+            self.update(self._task, loss=f"{loss:.3f}")
+        self.advance(self._task)
 
     def ended(self, name: str, first_loss: float, last_loss: float, steps: int, seconds: float) -> None:
         line = f"  {name:<40}loss {first_loss:6.2f} → {last_loss:6.3f}  in {steps} steps, {seconds:.1f} s"
-        self._bars.console.print(line, highlight=False, soft_wrap=True)
+        self.console.print(line, highlight=False, soft_wrap=True)
 
 
 @contextmanager

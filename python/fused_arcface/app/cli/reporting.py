@@ -19,31 +19,17 @@ if TYPE_CHECKING:
 
 _WHAT = "HTML file for the report: tables, curves, the hardest images, settings and versions on one page."
 ReportInOutput = Annotated[
-    Path | None,
-    typer.Option(
-        "--report",
-        help=f"{_WHAT} Default: report.html in --output.",
-        show_default=False,
-        rich_help_panel="Results",
-    ),
+    Path | None, typer.Option(rich_help_panel="Results"), f"{_WHAT} Default: report.html in --output."
 ]
 ReportBeside = Annotated[
     Path | None,
-    typer.Option(
-        "--report",
-        help=f"{_WHAT} Default: beside --json under its name, otherwise report.html in the folder of --pictures, "
-        "otherwise in the folder of this command in runs.",
-        show_default=False,
-    ),
+    f"{_WHAT} Default: beside --json under its name, otherwise report.html in the folder of --pictures, "
+    "otherwise in the folder of this command in runs.",
 ]
 NoReport = Annotated[
     bool,
-    typer.Option(
-        "--no-report",
-        envvar="FUSED_ARCFACE_NO_REPORT",
-        help="Write no report, unless --report names a file.",
-        rich_help_panel="Results",
-    ),
+    typer.Option("--no-report", envvar="FUSED_ARCFACE_NO_REPORT", rich_help_panel="Results"),
+    "Write no report, unless --report names a file.",
 ]
 
 NAME = "report.html"
@@ -53,15 +39,10 @@ _SECONDS = 600.0
 
 
 class ReportFile:
-    """The place of a command's report.
-
-    Args:
-        asked: the file that the user names, None for the default one.
-        unwanted: write none, unless a file is named.
-        default: the file otherwise.
+    """The place of a command's report: the file that the user asked for, or the default one unless none is wanted.
 
     Raises:
-        WrongOption: a named file cannot be written. This is said before anything is computed.
+        WrongOption: if a named file cannot be written. This is said before anything is computed.
     """
 
     def __init__(self, asked: Path | None, unwanted: bool, default: Path) -> None:
@@ -91,7 +72,7 @@ class ReportFile:
         return [self.path]
 
     def write_or_note(self, make: Callable[[], Report]) -> list[Path]:
-        """Do as :meth:`write`, but never raise: nothing that goes wrong with a report may cost a training."""
+        """Write as :meth:`write` does, but never raise: a fault in a report must not end a training."""
         try:
             return self.write(make)
         except Exception as error:

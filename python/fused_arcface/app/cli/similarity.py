@@ -14,33 +14,25 @@ from fused_arcface.base.suggest import missing_path
 
 from ..thresholds import KeptThresholds
 from . import evaluation as shared
-from .errors import explained
 from .terminal import say, terminal
 
 
 def similarity(
-    first: Annotated[Path, typer.Argument(metavar="A", help="An image.")],
-    second: Annotated[Path, typer.Argument(metavar="B", help="Another image.")],
+    first: Annotated[Path, typer.Argument(metavar="A"), "An image."],
+    second: Annotated[Path, typer.Argument(metavar="B"), "Another image."],
     checkpoint: shared.OneCheckpoint,
     backbone: shared.Backbone = None,
     image_size: shared.ImageSize = None,
     threshold: Annotated[
         float | None,
-        typer.Option(
-            min=-1.0,
-            max=1.0,
-            help="Smallest cosine, from -1 to 1, at which two images count as one person. Default: the "
-            "threshold of the run's last verification.",
-            show_default=False,
-        ),
+        typer.Option(min=-1.0, max=1.0),
+        "Smallest cosine, from -1 to 1, at which two images count as one person. Default: the "
+        "threshold of the run's last verification.",
     ] = None,
     far: Annotated[
         float | None,
-        typer.Option(
-            help="False accept rate, 0.001 for example, for which the run's threshold is taken. Default: the threshold "
-            "of the best accuracy.",
-            show_default=False,
-        ),
+        "False accept rate, 0.001 for example, for which the run's threshold is taken. Default: the threshold "
+        "of the best accuracy.",
     ] = None,
     device: shared.Device = "cpu",
     trust: shared.Trust = False,
@@ -52,22 +44,21 @@ def similarity(
     """
     from ..embedder import load_embedder
 
-    with explained():
-        if threshold is not None and far is not None:
-            raise ValueError("--threshold and --far can't be given together")
-        for image in (first, second):
-            if not image.exists():
-                raise NoSuchData(missing_path(image))
-            if image.is_dir():
-                raise ValueError(f"{image} must be an image file; it is a folder")
-        embedder = load_embedder(checkpoint, backbone, device=device, image_size=image_size, trust=trust)
-        one, other = embedder([first, second]).double().cpu()
-        cosine = float(one @ other)
-        source, kept = "as given", embedder.thresholds
-        if threshold is None and kept is not None:
-            threshold, source = kept.at(far).threshold, _source(kept, far)
-        elif far is not None:
-            raise ValueError(f"--far needs the thresholds of a run, and {checkpoint} has none; {_how(checkpoint)}")
+    if threshold is not None and far is not None:
+        raise ValueError("--threshold and --far can't be given together")
+    for image in (first, second):
+        if not image.exists():
+            raise NoSuchData(missing_path(image))
+        if image.is_dir():
+            raise ValueError(f"{image} must be an image file; it is a folder")
+    embedder = load_embedder(checkpoint, backbone, device=device, image_size=image_size, trust=trust)
+    one, other = embedder([first, second]).double().cpu()
+    cosine = float(one @ other)
+    source, kept = "as given", embedder.thresholds
+    if threshold is None and kept is not None:
+        threshold, source = kept.at(far).threshold, _source(kept, far)
+    elif far is not None:
+        raise ValueError(f"--far needs the thresholds of a run, and {checkpoint} has none; {_how(checkpoint)}")
     say(terminal(), f"cosine {cosine:.4f}")
     if threshold is None:
         say(terminal(), f"No verdict, because {checkpoint} has no thresholds; {_how(checkpoint)}")
@@ -80,11 +71,8 @@ def similarity(
 def _source(kept: KeptThresholds, far: float | None) -> str:
     """Say where a run's threshold comes from, and how good it was there."""
     point = kept.at(far)
-    right, accepted = (
-        f"{point.accuracy:.1%} of its pairs right",
-        f"{point.false_accept_rate:.2%} of two people accepted",
-    )
-    text = f"{point.name} on {kept.data}: {right}, {accepted}"
+    rates = f"{point.accuracy:.1%} of its pairs right, {point.false_accept_rate:.2%} of two people accepted"
+    text = f"{point.name} on {kept.data}: {rates}"
     if far is not None and kept.pairs_of_two is not None and far * kept.pairs_of_two < 1:
         text += f"; its {kept.pairs_of_two} pairs of two people are too few to measure this rate"
     return text

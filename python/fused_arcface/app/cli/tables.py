@@ -14,11 +14,15 @@ from rich.text import Text
 from .terminal import say
 
 
-def plain_table(title: str, *columns: str) -> Table:
-    """Make a table without lines. Its first column is for names, the others are for numbers."""
+def plain_table(title: str, *columns: str, room: int = 2) -> Table:
+    """Make a table without lines, with some room between columns. The first is for names, the others for numbers."""
+    return titled(title, Column(no_wrap=True), *numbers(*columns), box=None, padding=(0, room, 0, 0))
+
+
+def titled(title: str, *columns: Column | str, **look: Any) -> Table:
+    """Make a table with a bold title on the left, and rich's options of its look."""
     # A title may have a file's name in it, so its brackets are not markup.
-    look: dict[str, Any] = {"title_justify": "left", "title_style": "bold", "box": None, "padding": (0, 2, 0, 0)}
-    return Table(Column(no_wrap=True), *numbers(*columns), title=Text(title), **look)
+    return Table(*columns, title=Text(title), title_justify="left", title_style="bold", **look)
 
 
 def numbers(*headings: str, no_wrap: bool = False) -> list[Column]:

@@ -5,13 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import typer
 from rich.console import Console
 
 from ..data.formats.embeddings import EMBEDDING_FILES
 from ..data.images import MAX_PIXELS
 from . import evaluation as shared
-from .errors import WrongOption, explained
+from .errors import WrongOption
 from .tables import add_rates, plain_table
 from .terminal import say, terminal
 
@@ -21,35 +20,22 @@ if TYPE_CHECKING:
 
 def templates(
     data: Annotated[
-        str,
-        typer.Option(
-            help="Folder of the set, as insightface packs IJB-B and IJB-C: faces in loose_crop, lists in meta."
-        ),
+        str, "Folder of the set, as insightface packs IJB-B and IJB-C: faces in loose_crop, lists in meta."
     ],
     checkpoint: shared.Checkpoint = None,
     backbone: shared.Backbone = None,
     image_size: shared.ImageSize = None,
     embeddings: Annotated[
-        Path | None,
-        typer.Option(help=f"Saved embeddings of the set's faces, {EMBEDDING_FILES}, to score without the net."),
+        Path | None, f"Saved embeddings of the set's faces, {EMBEDDING_FILES}, to score without the net."
     ] = None,
     save_embeddings: Annotated[
         Path | None,
-        typer.Option(
-            help=f"File, {EMBEDDING_FILES}, to save the embeddings to. An interrupted command then resumes "
-            "when it is called again. Default: none."
-        ),
+        f"File, {EMBEDDING_FILES}, to save the embeddings to. An interrupted command then resumes "
+        "when it is called again. Default: none.",
     ] = None,
-    flip: Annotated[
-        bool, typer.Option("--flip/--no-flip", help="Add the embedding of the mirrored image to that of the image.")
-    ] = True,
-    scores: Annotated[
-        bool, typer.Option("--scores/--no-scores", help="Weigh each image by the face detector's score.")
-    ] = True,
-    norms: Annotated[
-        bool,
-        typer.Option("--norms/--no-norms", help="Keep the norms of the embeddings: sharp images count more then."),
-    ] = True,
+    flip: Annotated[bool, "Add the embedding of the mirrored image to that of the image."] = True,
+    scores: Annotated[bool, "Weigh each image by the face detector's score."] = True,
+    norms: Annotated[bool, "Keep the norms of the embeddings: sharp images count more then."] = True,
     bad_data: shared.BadData = "skip",
     json: shared.Json = None,
     device: shared.Device = "cpu",
@@ -75,28 +61,26 @@ def templates(
     if save_embeddings is not None and checkpoint is None:
         raise WrongOption("--save-embeddings goes with --checkpoint")
     require("sklearn.metrics", "eval")
-    with explained():
-        shared.check_results(settings)
-        read = read_templates(data, max_pixels)
-        if embeddings is not None:
-            embedded = EmbeddingSet.load(embeddings)
-        else:
-            (embedded,) = shared.embed_images([read.images], settings, save=save_embeddings)
-        found = evaluate_templates(read, embedded, scores=scores, norms=norms)
-        console = terminal()
-        _print(console, found, f"{Path(data).name}, {len(embedded.paths)} images in {found.num_templates} templates")
-        for text in found.left_out:
-            say(console, f"left out: {text}")
-        if read.scores is None and scores:
-            console.print("The set has no detector's scores: each image counts alike.", highlight=False)
-        if json is not None:
-            about = {
-                **shared.about(settings, "data", "checkpoint", "embeddings"),
-                "flip": flip if embeddings is None else None,
-                "scores": scores and read.scores is not None,
-                "norms": norms,
-            }
-            shared.write_json(json, {**about, **template_figures(found)})
+    shared.check_results(settings)
+    read = read_templates(data, max_pixels)
+    if embeddings is not None:
+        embedded = EmbeddingSet.load(embeddings)
+    else:
+        (embedded,) = shared.embed_images([read.images], settings, save=save_embeddings)
+    found = evaluate_templates(read, embedded, scores=scores, norms=norms)
+    console = terminal()
+    _print(console, found, f"{Path(data).name}, {len(embedded.paths)} images in {found.num_templates} templates")
+    for text in found.left_out:
+        say(console, f"left out: {text}")
+    if read.scores is None and scores:
+        console.print("The set has no detector's scores: each image counts alike.", highlight=False)
+    about = {
+        **shared.about(settings, "data", "checkpoint", "embeddings"),
+        "flip": flip if embeddings is None else None,
+        "scores": scores and read.scores is not None,
+        "norms": norms,
+    }
+    shared.write_json(json, {**about, **template_figures(found)})
 
 
 def _print(console: Console, found: TemplateFigures, title: str) -> None:

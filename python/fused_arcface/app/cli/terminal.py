@@ -1,4 +1,4 @@
-"""The terminal that every command prints to. Names from files are shown, never obeyed."""
+"""The terminal that every command prints to. It shows control characters in a file's name and does not act on them."""
 
 from __future__ import annotations
 

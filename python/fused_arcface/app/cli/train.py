@@ -5,24 +5,20 @@ from __future__ import annotations
 import inspect
 import shlex
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fused_arcface.checkpoint import CheckpointError
 from fused_arcface.margins.text import imported_module
-from fused_arcface.store import StoreError
 
-from ..data import DataError
 from ..training.config import OptionError, Rule, TrainConfig, read_options, rules
 from ..training.events import Event
-from ..training.failures import TrainingError
 from ..training.runs import RunError, RunFolder
 from ..training.trainer import train as train_run
 from ..training.trainer import try_out
 from ..training.world import is_first_rank, resume_command
-from .errors import ended
 from .look import PlainCommand
 from .reporting import NoReport, Refresh, ReportFile, ReportInOutput, say_report
 from .terminal import say, terminal
@@ -37,31 +33,26 @@ RESUME = "last"  # as the value of --resume without one
 class Command(PlainCommand):
     """``train`` with an optional value of --resume, which typer does not know."""
 
+    mendable = (OptionError, RunError)
+
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         filled = [
-            f"--resume={RESUME}" if each == "--resume" and after != ["auto"] else each
-            for each, after in ((each, args[place + 1 : place + 2]) for place, each in enumerate(args))
+            f"--resume={RESUME}" if each == "--resume" and after != "auto" else each
+            for each, after in pairwise([*args, ""])
         ]
         return super().parse_args(ctx, filled)
 
 
 def _with_options(command: Callable[..., None]) -> Callable[..., None]:
     """Give ``command`` an option for each field of ``TrainConfig`` in place of its keywords, None if not given."""
-    parameters = [
-        each
-        for each in inspect.signature(command, eval_str=True).parameters.values()
-        if each.kind is not inspect.Parameter.VAR_KEYWORD
-    ]
+    *parameters, _ = inspect.signature(command, eval_str=True).parameters.values()
     defaults = TrainConfig()
     for name, (rule, types) in rules().items():
-        default = getattr(defaults, name)
-        kind = next(each for each in types if each is not type(None))
-        optional: Any = kind | None
-        option = typer.Option(help=_help(rule, default), show_default=False, rich_help_panel=rule.group)
-        annotation = Annotated[optional, option]
+        kind: Any = types[0] | None
+        option = typer.Option(rich_help_panel=rule.group)
+        annotation = Annotated[kind, option, _help(rule, getattr(defaults, name))]
         parameters.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation))
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    command.__annotations__ = {each.name: each.annotation for each in parameters}
     return command
 
 
@@ -78,33 +69,23 @@ def _help(rule: Rule, default: Any) -> str:
 
 @_with_options
 def train(
-    output: Annotated[Path, typer.Option(help="Folder of the run: options, log, checkpoints and the finished net.")],
-    config: Annotated[
-        Path | None, typer.Option(help="TOML file of options. Options on the command line override it.")
-    ] = None,
+    output: Annotated[Path, "Folder of the run: options, log, checkpoints and the finished net."],
+    config: Annotated[Path | None, "TOML file of options. Options on the command line override it."] = None,
     resume: Annotated[
         str,
-        typer.Option(
-            "--resume",
-            metavar="[auto]",
-            help="Resume the run in --output, on any number of ranks. --resume auto starts one if there is none.",
-            show_default=False,
-        ),
+        typer.Option("--resume", metavar="[auto]", show_default=False),
+        "Resume the run in --output, on any number of ranks. --resume auto starts one if there is none.",
     ] = "",
     trust: Annotated[
         bool,
-        typer.Option(
-            "--trust",
-            help="Allow the margin MODULE:NAME of a resumed run or of --config, and a checkpoint of an old format, to "
-            "run code. Use it only if you trust the author.",
-        ),
+        typer.Option("--trust"),
+        "Allow the margin MODULE:NAME of a resumed run or of --config, and a checkpoint of an old format, to "
+        "run code. Use it only if you trust the author.",
     ] = False,
     dry_run: Annotated[
         bool,
-        typer.Option(
-            "--dry-run",
-            help="Check everything, make the first step, print options, time and memory. Nothing is written.",
-        ),
+        typer.Option("--dry-run"),
+        "Check everything, make the first step, print options, time and memory. Nothing is written.",
     ] = False,
     report: ReportInOutput = None,
     no_report: NoReport = False,
@@ -150,8 +131,6 @@ def train(
             error.print("Interrupted before everything was saved. Resume from the last checkpoint with:", markup=False)
             say(error, f"  {resume_command(output)}", "bold")
         raise
-    except (CheckpointError, DataError, OptionError, RunError, StoreError, TrainingError) as wrong:
-        raise ended(wrong) from None
     written = page.write_or_note(make_report) if is_first_rank() else []
     if outcome.signal is not None:
         if is_first_rank():

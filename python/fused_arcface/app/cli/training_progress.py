@@ -111,28 +111,26 @@ def explain_end(console: Console, folder: RunFolder, steps: int) -> None:
     """Print the files of a finished run, and the commands that use them."""
     run = shlex.quote(str(folder.root))
     lines = ["", f"{steps} step{'s are' if steps != 1 else ' is'} done. The net is in {folder.model}.", ""]
-    files = [(folder.model, "the weights of the finished net, a state_dict for torch.load")]
-    if folder.best.is_file():
-        files.append((folder.best, "the same of the net with the best verification"))
-    if folder.best_run.config.is_file():
-        files.append((folder.best_run.root, "its checkpoint, with class centers; a run of its own"))
-    if folder.thresholds.is_file():
-        files.append((folder.thresholds, "cosine thresholds for one person, by false accept rate"))
-    files.append((folder.log, "a JSON object for each step and verification"))
-    if folder.tensorboard.is_dir():
-        files.append((folder.tensorboard, "the same as curves"))
-    lines += [f"  {path.name:<16} {text}" for path, text in files]
-    lines += ["", "Next:"]
-    lines += [f"  fused-arcface similarity A.jpg B.jpg --checkpoint {run}"]
-    lines += [f"  fused-arcface embed IMAGES --checkpoint {run} --output embeddings.npz"]
-    lines += [f"  fused-arcface verify --data PEOPLE --checkpoint {run}"]
-    lines += [f"  fused-arcface export --checkpoint {run} --output net.onnx"]
-    if folder.tensorboard.is_dir():
-        lines += [f"  tensorboard --logdir {shlex.quote(str(folder.tensorboard))}"]
-    else:
-        lines += ['  pip install "fused_arcface[tensorboard]"   # then the next run has curves']
-    for line in lines:
-        say(console, line)
+    files = {
+        folder.model: "the weights of the finished net, a state_dict for torch.load",
+        folder.best: "the same of the net with the best verification",
+        folder.best_run.root: "its checkpoint, with class centers; a run of its own",
+        folder.thresholds: "cosine thresholds for one person, by false accept rate",
+        folder.log: "a JSON object for each step and verification",
+        folder.tensorboard: "the same as curves",
+    }
+    lines += [f"  {path.name:<16} {text}" for path, text in files.items() if path.exists()]
+    curves = f"tensorboard --logdir {shlex.quote(str(folder.tensorboard))}"
+    if not folder.tensorboard.is_dir():
+        curves = 'pip install "fused_arcface[tensorboard]"   # then the next run has curves'
+    commands = (
+        f"fused-arcface similarity A.jpg B.jpg --checkpoint {run}",
+        f"fused-arcface embed IMAGES --checkpoint {run} --output embeddings.npz",
+        f"fused-arcface verify --data PEOPLE --checkpoint {run}",
+        f"fused-arcface export --checkpoint {run} --output net.onnx",
+        curves,
+    )
+    say(console, "\n".join([*lines, "", "Next:", *(f"  {command}" for command in commands)]))
 
 
 def explain_trial(console: Console, trial: DryRun) -> None:

@@ -16,16 +16,13 @@ _RARE = 0.2  # probability of each coarse change of "strong"
 
 
 def augment(image: Tensor, level: str, key: int) -> Tensor:
-    """Return an image changed at random.
+    """Return an image changed at random, of the same shape and in [-1, 1].
 
     Args:
         image: (channels, size, size) fp32 in [-1, 1].
         level: ``"none"``; ``"light"``: small shifts, turns, zooms and changes of brightness and contrast;
             ``"strong"``: larger ones, and for a fifth of the images each: low resolution, no color, an erased part.
         key: key of the random numbers, in [0, 2^63).
-
-    Returns:
-        An image of the same shape in [-1, 1].
 
     >>> image = torch.zeros(1, 4, 4)
     >>> augment(image, "none", 7) is image, torch.equal(augment(image, "light", 7), augment(image, "light", 7))

@@ -141,12 +141,7 @@ def _collate(samples: list[Batch]) -> Batch:
 
 
 def load_batches(
-    source: ImageSource,
-    spec: ImageSpec,
-    items: Iterator[list[Item]],
-    workers: int,
-    pin_memory: bool,
-    level: str,
+    source: ImageSource, spec: ImageSpec, items: Iterator[list[Item]], workers: int, pin_memory: bool, level: str
 ) -> Iterator[Batch]:
     """Yield batches, read ahead in ``workers`` processes if there are any.
 

@@ -36,11 +36,7 @@ class BestNet:
                 self._accuracy, self._step = before.accuracy, before.step
 
     def keep(self, net: nn.Module, found: KeptThresholds) -> bool:
-        """Keep a verification of a net; return whether it is the best until now. If two are equal, the first stays.
-
-        Raises:
-            OSError: if a file cannot be written.
-        """
+        """Keep a verification of a net; return true if it is the best until now. If two are equal, the first stays."""
         found.save(self._folder.thresholds)
         if found.accuracy <= self._accuracy:
             return False
@@ -54,9 +50,6 @@ class BestNet:
 
         Returns:
             A note for the user if it cannot be kept because ``best/`` was trained in; otherwise nothing.
-
-        Raises:
-            OSError: if a file cannot be written.
         """
         own, best = self._folder, self._folder.best_run
         if not self._whole or step != self._step:
@@ -79,11 +72,7 @@ class BestNet:
 
 
 def write_net(net: nn.Module, path: Path) -> None:
-    """Write a net's ``state_dict`` as torch saves it, whole or not at all.
-
-    Raises:
-        OSError: if the file cannot be written.
-    """
+    """Write a net's ``state_dict`` as torch saves it, whole or not at all."""
     content = io.BytesIO()
     torch.save(net.state_dict(), content)
     write_bytes(path, content.getvalue())

@@ -62,11 +62,7 @@ def load_centers(head: PartialFC, names: list[str], source: Path) -> list[str]:
 
 
 def _names_beside(source: Path, count: int) -> list[str] | None:
-    """Return the names of a source's classes, None if it has none.
-
-    Raises:
-        DataError: if the names cannot be read, or are not as many as the classes, or one occurs twice.
-    """
+    """Return the names of a source's classes, None if it has none. Raise DataError unless each class has its own."""
     folders = (source, *source.parents[:2]) if source.is_dir() else (source.parent,)
     file = next((folder / "classes.txt" for folder in folders if (folder / "classes.txt").is_file()), None)
     if file is None:

@@ -59,11 +59,7 @@ class Rule:
     """A resumed run must keep the value: another one would make another net or other batches."""
 
     def check(self, name: str, value: Any, types: tuple[type, ...]) -> None:
-        """Raise unless ``value`` is of one of ``types`` and in range.
-
-        Raises:
-            TypeError, ValueError: if it is not; the message has the name, the rule and what was received.
-        """
+        """Raise TypeError or ValueError unless ``value`` is of one of ``types`` and in range."""
         if value is None and type(None) in types:
             return
         if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
@@ -292,11 +288,7 @@ class TrainConfig:
 
     @property
     def frozen_epochs(self) -> int:
-        """Epochs at the start in which the backbone is frozen.
-
-        Raises:
-            ValueError: if ``freeze`` is not of the form ``backbone[:EPOCHS]``.
-        """
+        """Epochs at the start in which the backbone is frozen; ValueError if ``freeze`` has a wrong form."""
         if not self.freeze:
             return 0
         found = re.fullmatch("backbone(?::([1-9][0-9]{0,8}))?", self.freeze)
@@ -310,11 +302,7 @@ class TrainConfig:
         return self.keep_best and self.center_storage in ("device", "host")
 
     def replace(self, changes: Mapping[str, Any]) -> TrainConfig:
-        """Return this configuration with other values.
-
-        Raises:
-            TypeError, ValueError: if an option is unknown or its value wrong.
-        """
+        """Return this configuration with other values; TypeError or ValueError if a name or a value is wrong."""
         for name in changes:
             if name not in rules():
                 hint = did_you_mean(name, rules()) or f"; there are {', '.join(rules())}"

@@ -9,7 +9,7 @@ import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from fused_arcface.base.extras import MissingExtra, require
 from fused_arcface.base.files import write_bytes
@@ -96,33 +96,29 @@ Listener = Callable[[Event], None]
 
 
 class LogFile:
-    """Writes a line of JSON for each step and verification.
+    """Writes a line of JSON for each step after ``step``, and for each verification.
 
     A crashed run repeats the steps after its last checkpoint; their lines are replaced.
     """
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._file: TextIO | None = None
+    def __init__(self, path: Path, step: int) -> None:
+        lines = path.read_bytes().split(b"\n") if path.exists() else []
+        write_bytes(path, b"".join(line + b"\n" for line in lines if _step_of(line) <= step))
+        # A line at a time, so that it can be followed.
+        self._file = path.open("a", buffering=1, encoding="ascii", newline="\n")
 
     def __call__(self, event: Event) -> None:
-        if isinstance(event, Began):
-            lines = self._path.read_bytes().split(b"\n") if self._path.exists() else []
-            kept = [line for line in lines if _step_of(line) <= event.step]
-            write_bytes(self._path, b"".join(line + b"\n" for line in kept))
-            # A line at a time, so that it can be followed.
-            self._file = self._path.open("a", buffering=1, encoding="ascii", newline="\n")
-        elif isinstance(event, Stepped):
+        if isinstance(event, Stepped):
             self._write(asdict(event))
         elif isinstance(event, Verified):
             tar = {f"{far:g}": rate for far, rate in event.found.tar.items()}
             self._write({"step": event.step, "verification_accuracy": event.found.accuracy, "tar_at_far": tar})
-        elif isinstance(event, Ended) and self._file is not None:
-            self._file.close()
 
     def _write(self, values: dict[str, Any]) -> None:
-        assert self._file is not None
         self._file.write(json.dumps(values) + "\n")
+
+    def close(self) -> None:
+        self._file.close()
 
 
 def was_verified(log: Path, step: int) -> bool:
@@ -140,31 +136,32 @@ def _step_of(line: bytes) -> float:
 
 
 class TensorBoard:
-    """Writes scalars for TensorBoard."""
+    """Writes scalars of each step after ``step``, and of each verification, for TensorBoard."""
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._make = require("torch.utils.tensorboard", "tensorboard").SummaryWriter
-        self._writer: Any = None
+    def __init__(self, folder: Path, step: int) -> None:
+        library = require("torch.utils.tensorboard", "tensorboard")
+        self._writer: Any = library.SummaryWriter(str(folder), purge_step=step + 1)
 
     def __call__(self, event: Event) -> None:
-        if isinstance(event, Began):
-            self._writer = self._make(str(self._folder), purge_step=event.step + 1)
-        elif isinstance(event, Stepped):
+        if isinstance(event, Stepped):
             for name in ("loss", "target_angle", "accuracy", "lr", "images_per_second", "head_share"):
                 self._writer.add_scalar(f"train/{name}", getattr(event, name), event.step)
         elif isinstance(event, Verified):
             self._writer.add_scalar("verification/accuracy", event.found.accuracy, event.step)
             for far, rate in event.found.tar.items():
                 self._writer.add_scalar(f"verification/tar_at_far_{far:g}", rate, event.step)
-        elif isinstance(event, Ended) and self._writer is not None:
-            self._writer.close()
+
+    def close(self) -> None:
+        self._writer.close()
 
 
-def folder_listeners(log: Path, tensorboard: Path) -> list[Listener]:
-    """Return the log, and TensorBoard if it is installed."""
+LogFiles = list[LogFile | TensorBoard]
+
+
+def open_log(log: Path, tensorboard: Path, step: int) -> LogFiles:
+    """Open the log of a run that continues after ``step``, and TensorBoard's if that is installed."""
     try:
         require("tensorboard", "tensorboard")
-        return [LogFile(log), TensorBoard(tensorboard)]
     except MissingExtra:
-        return [LogFile(log)]
+        return [LogFile(log, step)]
+    return [LogFile(log, step), TensorBoard(tensorboard, step)]

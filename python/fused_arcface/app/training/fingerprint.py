@@ -50,11 +50,7 @@ class Fingerprint:
 
     @staticmethod
     def from_json(text: str) -> Fingerprint:
-        """Return what :meth:`to_json` wrote.
-
-        Raises:
-            ValueError: if the text is something else.
-        """
+        """Return what :meth:`to_json` wrote; ValueError if the text is something else."""
         values = json.loads(text)
         try:
             return Fingerprint(**values)

@@ -2,38 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 from types import FrameType
-from typing import Any
-
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
-class Interrupt:
+class Interrupt(contextlib.ExitStack):
     """A context that notes the first SIGINT or SIGTERM in ``received``; the second one acts as usual.
 
     Outside the main thread it notes nothing: Python handles signals in the main thread alone.
     """
 
-    def __init__(self) -> None:
-        self.received: signal.Signals | None = None
-        self._before: dict[signal.Signals, Any] = {}
+    received: signal.Signals | None = None
 
     def __enter__(self) -> Interrupt:
-        try:
-            self._before = {each: signal.signal(each, self._note) for each in _SIGNALS}
-        except ValueError:  # not the main thread
-            self._before = {}
+        with contextlib.suppress(ValueError):  # not the main thread
+            for each in (signal.SIGINT, signal.SIGTERM):
+                self.callback(signal.signal, each, signal.signal(each, self._note))
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._restore()
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
+    def _note(self, number: int, _: FrameType | None) -> None:
         self.received = signal.Signals(number)
-        self._restore()
-
-    def _restore(self) -> None:
-        for each, handler in self._before.items():
-            signal.signal(each, handler)
-        self._before = {}
+        self.close()  # the handlers that were there before act from now on

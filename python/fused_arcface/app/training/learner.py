@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from fused_arcface import checkpoint
 from fused_arcface.base.keyed_random import NET, fold
 from fused_arcface.center_sgd import CenterSGD
+from fused_arcface.checkpoint import CheckpointError
 from fused_arcface.margins.schedule import at_strength
 from fused_arcface.margins.text import parse_margin
 from fused_arcface.partial_fc import PartialFC
@@ -176,13 +177,9 @@ class Learner:
         return checkpoint.save(root, self.head, keep=self.config.keep, **values, **self._objects())
 
     def start(self, names: list[str]) -> None:
-        """Set net and head to the weights and class centers that the options name.
+        """Set net and head to the weights and class centers that the options name; OptionError if that fails.
 
-        Args:
-            names: (C_total,) names of the identities.
-
-        Raises:
-            OptionError: if they cannot be read or do not fit.
+        ``names`` are those of the identities, (C_total,).
         """
         option = "init"
         try:
@@ -194,7 +191,7 @@ class Learner:
             option = "centers"
             if self.config.centers:
                 self.notes += load_centers(self.head, names, Path(self.config.centers))
-        except (ValueError, checkpoint.CheckpointError) as error:
+        except (ValueError, CheckpointError) as error:
             hint = ". --init-partial takes what fits" if isinstance(error, Misfit) else ""
             raise OptionError(f"{option}: {error}{hint}") from None
 
@@ -210,26 +207,20 @@ class Learner:
         return step
 
     def _check_state(self, root: Path) -> None:
-        """Raise unless a step can use what was loaded into the optimizer and the gradient scaler.
-
-        Raises:
-            CheckpointError: if it cannot: both take a state of any kind.
-        """
+        """Raise CheckpointError unless a step can use the states of optimizer and scaler, which load anything."""
         known = {parameter for group in self.optimizer.param_groups for parameter in group["params"]}
         for parameter, state in self.optimizer.state.items():
             if parameter not in known or not isinstance(state, dict):
-                raise checkpoint.CheckpointError(f"{root}: the optimizer's state has parts of no parameter of the net")
+                raise CheckpointError(f"{root}: the optimizer's state has parts of no parameter of the net")
             for name, value in state.items():
                 fits = isinstance(value, Tensor) and value.shape in (parameter.shape, torch.Size())
                 if not fits and value is not None:
-                    raise checkpoint.CheckpointError(
+                    raise CheckpointError(
                         f"{root}: the optimizer's {name} must be a tensor {tuple(parameter.shape)} or ()"
                     )
         for name, value in self._scaler.state_dict().items():
             if type(value) not in (int, float) or not 0 <= value < math.inf:
-                raise checkpoint.CheckpointError(
-                    f"{root}: the scaler's {name} must be a number >= 0; got {value!r:.40}"
-                )
+                raise CheckpointError(f"{root}: the scaler's {name} must be a number >= 0; got {value!r:.40}")
 
     def _objects(self) -> dict[str, Any]:
         scaler = {"scaler": self._scaler} if self._scaler.is_enabled() else {}
@@ -248,7 +239,7 @@ def estimate_for(config: TrainConfig, num_classes: int, ranks: int) -> Estimate:
 def _count(root: Path, saved: dict[str, Any], name: str) -> int:
     value = saved.get(name)
     if type(value) is not int or not 0 <= value < 2**63:
-        raise checkpoint.CheckpointError(f"{root}: {name} must be a whole number >= 0; got {value!r:.40}")
+        raise CheckpointError(f"{root}: {name} must be a whole number >= 0; got {value!r:.40}")
     return value
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import os
@@ -19,13 +20,10 @@ class FolderInUse(Exception):
 
 
 class FolderLock:
-    """The lock ``run.lock`` in a folder, until :meth:`close` or the end of this process, however it ends.
+    """The lock ``run.lock`` in an existing folder, until :meth:`close` or the end of this process, however it ends.
 
     It is a POSIX record lock: the kernel releases it, and the processes of a data loader do not inherit it. A file
     system without locks locks nothing.
-
-    Args:
-        folder: an existing folder.
 
     Raises:
         FolderInUse: if another process holds the lock.
@@ -41,7 +39,8 @@ class FolderLock:
 
     def _take(self) -> None:
         self._file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        try:
+        with contextlib.ExitStack() as undo:
+            undo.callback(self.close)
             try:
                 fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
@@ -51,9 +50,7 @@ class FolderLock:
             os.ftruncate(self._file, 0)
             since = time.strftime("%Y-%m-%d %H:%M:%S")
             os.pwrite(self._file, f"process {os.getpid()} on {socket.gethostname()}, since {since}\n".encode(), 0)
-        except BaseException:
-            self.close()
-            raise
+            undo.pop_all()
 
     def is_in_place(self) -> bool:
         """Return whether the folder is still the one that was locked: not removed, renamed or made anew."""

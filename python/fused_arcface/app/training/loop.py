@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import signal
 import time
 from collections.abc import Iterator
@@ -19,14 +20,13 @@ from ..thresholds import KeptThresholds
 from .batches import Batch, BatchPlan, load_batches, share_bounds
 from .best import BestNet, write_net
 from .config import TrainConfig
-from .events import Began, Checkpointed, Event, Listener, Noted, Stepped, Verified, folder_listeners, was_verified
-from .failures import TrainingError, disk_error
+from .events import Began, Checkpointed, Event, Listener, LogFiles, Noted, Stepped, Verified, open_log, was_verified
 from .interrupt import Interrupt
 from .joint_step import StepResult
 from .learner import Learner
 from .lock import FolderLock
-from .outcomes import DryRun, TrainingOutcome
-from .resolve import open_verification, stopped_by
+from .outcomes import DryRun, TrainingError, TrainingOutcome
+from .resolve import check_problems, open_verification
 from .runs import RunFolder
 from .verifier import Verifier
 from .world import World, resume_command
@@ -45,7 +45,6 @@ class TrainingLoop:
         interrupt: Interrupt,
         listener: Listener | None,
         trust: bool = False,
-        write: bool = True,
     ) -> None:
         self._config, self._folder, self._lock, self._world, self._source = config, folder, lock, world, source
         self._interrupt, self._trust = interrupt, trust
@@ -56,9 +55,9 @@ class TrainingLoop:
         self._verifier = Verifier(pairs, config.batch_size, config.workers) if pairs is not None else None
         self._steps = config.epochs * self._plan.steps_per_epoch
         self._learner = Learner(config, len(source.names), self._steps, world)
-        self._listeners = [] if listener is None else [listener]
+        self._listener = listener
         self._metrics: dict[str, float] = {}
-        self._files = folder_listeners(folder.log, folder.tensorboard) if write and world.rank == 0 else []
+        self._files: LogFiles = []
         self._failure: Exception | None = None
         self._stopped_by: signal.Signals | None = None
         self._saved = -1
@@ -70,14 +69,17 @@ class TrainingLoop:
         elif isinstance(event, Verified):
             self._metrics.update(verification_accuracy=event.found.accuracy, verification_eer=event.found.eer)
         if self._world.rank == 0 or isinstance(event, Noted):
-            for listener in self._listeners:
-                listener(event)
+            if self._listener is not None:
+                self._listener(event)
             with self._noting_disk_errors():
-                for listener in self._files:
-                    listener(event)
+                for file in self._files:
+                    file(event)
 
     def close(self) -> None:
-        """Close the store of the class centers, if they have one."""
+        """Close the log, and the store of the class centers if they have one."""
+        with self._noting_disk_errors():
+            for file in self._files:
+                file.close()
         if self._learner.head.center_store is not None:
             self._learner.head.center_store.close()
 
@@ -96,7 +98,14 @@ class TrainingLoop:
         try:
             yield
         except OSError as error:
-            self._fail(disk_error(self._folder.root, error, self._way_back()))
+            self._fail(self._unwritten(self._folder.root, error))
+
+    def _unwritten(self, path: Path, error: Exception) -> TrainingError:
+        """Return the error for a file of the run that cannot be written."""
+        text = str(error)
+        if isinstance(error, OSError):
+            text = f"{error.filename or path} cannot be written: {os.strerror(error.errno) if error.errno else error}"
+        return TrainingError(f"{text}; make room there and resume with: {resume_command(self._folder.root)}")
 
     def run(self, first: int) -> TrainingOutcome:
         """Train from the step that :meth:`begin` returned until the last one or an interruption."""
@@ -157,6 +166,9 @@ class TrainingLoop:
             with self._world.together():
                 learner.start(source.names)
         assert config.scale is not None
+        if self._lock is not None:
+            with self._noting_disk_errors():
+                self._files = open_log(self._folder.log, self._folder.tensorboard, step)
         self.tell(
             Began(
                 step=step,
@@ -172,10 +184,11 @@ class TrainingLoop:
             )
         )
         if self._world.rank == 0:
-            for note in [*learner.notes, *source.notes, *(f"{problem}; skipped" for problem in source.problems)]:
+            problems = [*source.problems]
+            if self._verifier is not None:
+                problems += [f"verification: {problem}" for problem in self._verifier.problems]
+            for note in [*learner.notes, *source.notes, *(f"{problem}; skipped" for problem in problems)]:
                 self.tell(Noted(note))
-            for problem in self._verifier.problems if self._verifier is not None else ():
-                self.tell(Noted(f"verification: {problem}; skipped"))
         return step
 
     def _batches(self, step: int) -> tuple[list[int], Iterator[Batch]]:
@@ -199,8 +212,7 @@ class TrainingLoop:
         """Return the next batch; note a failure and return None if there is a problem with it."""
         try:
             batch = next(batches)
-            if batch.problems and self._config.bad_data == "stop":
-                raise DataError(stopped_by(batch.problems[0]))
+            check_problems(batch.problems, self._config.bad_data)
             return batch
         except DataError as error:
             self._fail(error)
@@ -215,16 +227,9 @@ class TrainingLoop:
         received = self._interrupt.received
         self._check_folder()
         angles = result.stats.target_cosine.double().clamp(-1, 1).acos()
-        failed, *asked, angle, correct, rows = self._world.sum(
-            [
-                float(self._failure is not None),
-                float(received == signal.SIGINT),
-                float(received == signal.SIGTERM),
-                float(angles.sum()),
-                float(result.stats.correct.sum()),
-                float(len(angles)),
-            ]
-        )
+        flags = (self._failure is not None, received == signal.SIGINT, received == signal.SIGTERM)
+        figures = (angles.sum(), result.stats.correct.sum(), len(angles))
+        failed, *asked, angle, correct, rows = self._world.sum([float(each) for each in (*flags, *figures)])
         if failed:
             self._world.share(self._failure)
         if any(asked):
@@ -278,10 +283,8 @@ class TrainingLoop:
         self._world.share(self._failure)
         try:
             path = self._learner.save(self._folder.checkpoints, step)
-        except OSError as error:
-            raise disk_error(self._folder.checkpoints, error, self._way_back()) from None
-        except CheckpointError as error:
-            raise TrainingError(f"{error}; {self._way_back()}") from None
+        except (CheckpointError, OSError) as error:
+            raise self._unwritten(self._folder.checkpoints, error) from None
         self._saved = step
         self.tell(Checkpointed(step, path))
         self._keep_best(step, path)
@@ -295,12 +298,10 @@ class TrainingLoop:
 
     def _write_model(self) -> None:
         """Write the finished net into a file, on the first rank."""
-        with self._world.together():
+        with self._world.together(), self._noting_disk_errors():
             if self._world.rank == 0:
-                try:
-                    write_net(self._learner.backbone, self._folder.model)
-                except OSError as error:
-                    raise disk_error(self._folder.model, error, self._way_back()) from None
+                write_net(self._learner.backbone, self._folder.model)
+        self._world.share(self._failure)
 
     def _check_folder(self) -> None:
         """Note a failure if the run's folder is no longer the one that this process has locked."""
@@ -312,6 +313,3 @@ class TrainingLoop:
                     f"resume with: {resume_command(root)}; or start again with another --output"
                 )
             )
-
-    def _way_back(self) -> str:
-        return f"make room there and resume with: {resume_command(self._folder.root)}"

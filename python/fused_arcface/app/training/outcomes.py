@@ -1,4 +1,4 @@
-"""The results of a training run and of a dry run."""
+"""The ends of a training run: its result, that of a dry run, and the error of a training that cannot continue."""
 
 from __future__ import annotations
 
@@ -6,6 +6,10 @@ import signal
 from dataclasses import dataclass, field
 
 from .config import TrainConfig
+
+
+class TrainingError(RuntimeError):
+    """Raised on all ranks if a training cannot continue. The message says why and, if possible, how to resume."""
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,11 @@
-"""Options that a run chooses by its data, net and machine, and checks of options that do not go together."""
+"""Options that a run chooses by its data, net and machine, and checks that options and ranks fit together."""
 
 from __future__ import annotations
 
 import contextlib
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,13 @@ from ..data.images import ImageSpec
 from ..data.pair_sets import paired, read_pair_set
 from ..data.sources import ImageSet, ImageSource, common_spec
 from ..nets.backbones import own_embedding_dim, own_spec
-from .config import OptionError, TrainConfig
+from .config import OptionError, TrainConfig, rules
+from .fingerprint import Fingerprint
 from .world import World
 
 _LR = {"sgd": 0.1, "adamw": 0.001}
+_OF_ONE_RANK = ("data", "verify_data", "init", "centers", "workers", "device")
+"""Options that may differ between ranks: paths, and what a machine has."""
 
 
 def open_data(config: TrainConfig) -> ImageSource:
@@ -37,16 +41,16 @@ def open_data(config: TrainConfig) -> ImageSource:
     if not config.data:
         raise OptionError(f"data must be {formats.listed()}; got nothing")
     source = open_source(config.data, config.max_pixels)
-    if config.bad_data == "stop" and source.problems:
-        raise DataError(stopped_by(source.problems[0]))
+    check_problems(source.problems, config.bad_data)
     if len(source.names) < 2:
         raise DataError(f"{config.data} must hold two identities or more; got {len(source.names)}")
     return source
 
 
-def stopped_by(problem: str) -> str:
-    """Return the message for a problem that ends a run."""
-    return f"{problem}; bad_data is stop, so this is an error"
+def check_problems(problems: Sequence[str], bad_data: str | None) -> None:
+    """Raise DataError for the first problem in the data, if there is one and ``bad_data`` is ``"stop"``."""
+    if problems and bad_data == "stop":
+        raise DataError(f"{problems[0]}; bad_data is stop, so this is an error")
 
 
 def open_verification(config: TrainConfig) -> ImageSet | None:
@@ -60,8 +64,7 @@ def open_verification(config: TrainConfig) -> ImageSet | None:
     try:
         if config.verify_data:
             found = read_pair_set(config.verify_data, max_pixels=config.max_pixels)
-            if config.bad_data == "stop" and found.problems:
-                raise DataError(stopped_by(found.problems[0]))
+            check_problems(found.problems, config.bad_data)
             return found
         unseen = unseen_source(config.data)
         return paired(unseen, f"unseen {config.data}") if unseen is not None else None
@@ -70,11 +73,7 @@ def open_verification(config: TrainConfig) -> ImageSet | None:
 
 
 def resolve(config: TrainConfig, source: ImageSource, world: World) -> TrainConfig:
-    """Return the options with a value for each.
-
-    Raises:
-        OptionError: if options do not fit each other, the data or the number of ranks.
-    """
+    """Return the options with a value for each; OptionError if they do not fit each other, the data or the ranks."""
     for name in ("init", "centers", "verify_data"):
         text = getattr(config, name)
         if text and not Path(text).exists() and text.partition(":")[0] not in generated.NAMES:
@@ -118,13 +117,26 @@ def resolve(config: TrainConfig, source: ImageSource, world: World) -> TrainConf
     return config.replace(changes)
 
 
-@contextlib.contextmanager
-def temporary_centers(config: TrainConfig, world: World, goes_on: bool) -> Iterator[TrainConfig]:
-    """Yield options for a dry run. It writes nothing, so class centers in a file go to a temporary one.
+def agreed_fingerprint(world: World, config: TrainConfig, source: ImageSource, **call: object) -> Fingerprint:
+    """Return the fingerprint of the data, if all ranks have the same data, options and other arguments (``call``).
 
     Raises:
-        OptionError: if the dry run would continue with the file of a run, or share one between ranks.
+        OptionError: if options or arguments differ between ranks.
+        DataError: if data do.
     """
+    with world.together():
+        data = Fingerprint.of(source)
+    options = {name: getattr(config, name) for name in rules() if name not in _OF_ONE_RANK}
+    # Paths may differ between machines, but not their use.
+    used = {f"use of {name}": bool(getattr(config, name)) for name in ("init", "centers")}
+    world.check_agreement("options", {**call, **options, **used}, OptionError)
+    world.check_agreement("data", asdict(data), DataError)
+    return data
+
+
+@contextlib.contextmanager
+def temporary_centers(config: TrainConfig, world: World, goes_on: bool) -> Iterator[TrainConfig]:
+    """Yield options for a dry run. It writes nothing, so class centers in a file go to a temporary one."""
     if config.center_storage in ("device", "host"):
         yield config
         return

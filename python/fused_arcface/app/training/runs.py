@@ -121,12 +121,9 @@ class RunFolder:
                             folder.rmdir()
 
     def check_files(self) -> None:
-        """Check that what has the name of one of the run's files is a regular file.
+        """Raise RunError unless each of the run's files is a regular one, if it is there.
 
         A training reads and writes them, and would wait forever for a named pipe.
-
-        Raises:
-            RunError: if one is something else.
         """
         evaluated = (self.thresholds, self.best_thresholds, self.verification, self.report)
         for file in (self.config, self.classes, self.data, self.log, self.model, self.best, *evaluated):
@@ -137,11 +134,7 @@ class RunFolder:
                     raise RunError(f"{error}; remove it or put the run's own back") from None
 
     def read_fingerprint(self) -> Fingerprint | None:
-        """Return the fingerprint of the run's data; None for a run of a version that did not write it.
-
-        Raises:
-            RunError: if the file is damaged.
-        """
+        """Return the fingerprint of the run's data, None for a run of an old version; RunError if it is damaged."""
         if not self.data.is_file():
             return None
         try:
@@ -151,11 +144,7 @@ class RunFolder:
             raise RunError(f"{error}; remove it to continue without it") from None
 
     def read_config(self) -> TrainConfig:
-        """Read the run's options.
-
-        Raises:
-            RunError: if there are none or they cannot be read.
-        """
+        """Return the run's options; RunError if there are none or they cannot be read."""
         if not self.config.exists():
             if not self.root.exists():
                 why = "does not exist"
@@ -174,11 +163,7 @@ class RunFolder:
             raise RunError(f"{self.config}: {error}") from None
 
     def build_net(self) -> tuple[nn.Module, ImageSpec]:
-        """Build the run's net with new weights, in evaluation mode, and return it with the images it takes.
-
-        Raises:
-            RunError: if the run has no options, or options that name no net.
-        """
+        """Return the run's net with new weights, for evaluation, and the images it takes; RunError without options."""
         config = self.read_config()
         if config.image_size is None or config.channels is None or config.embedding_dim is None:
             raise RunError(f"{self.config} must have image_size, channels and embedding_dim, as a run writes it")
@@ -187,11 +172,7 @@ class RunFolder:
 
 
 def check_run(folder: RunFolder, config: TrainConfig, classes: list[str], data: Fingerprint, resume: bool) -> None:
-    """Check that a training with these options, classes and data may begin in the folder, or continue there.
-
-    Raises:
-        RunError: if it may not.
-    """
+    """Raise RunError unless a training with these options, classes and data may begin or continue in the folder."""
     folder.check_files()
     if not resume:
         if not folder.has_checkpoint:
@@ -229,11 +210,7 @@ def check_run(folder: RunFolder, config: TrainConfig, classes: list[str], data: 
 
 
 def write_run(folder: RunFolder, config: TrainConfig, classes: list[str], data: Fingerprint) -> None:
-    """Write options, classes and fingerprint of a run; the options come last, because they make the folder a run.
-
-    Raises:
-        RunError: if the folder cannot be written.
-    """
+    """Write options, classes and fingerprint of a run, or raise RunError. The options come last: they make it a run."""
     try:
         # Files that a killed process had not finished. The lock says that no other process is at work.
         for place in (folder.root, folder.checkpoints, folder.best_run.root):

@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import Literal
 
 from ..data.sources import ImageSource
-from .agreement import agreed_fingerprint
 from .config import TrainConfig
 from .events import Ended, Listener
 from .interrupt import Interrupt
 from .loop import TrainingLoop
 from .outcomes import DryRun, TrainingOutcome
-from .resolve import open_data, resolve, temporary_centers
+from .resolve import agreed_fingerprint, open_data, resolve, temporary_centers
 from .runs import RunFolder, check_run, remove_run, write_run
 from .world import World, join_world
 
@@ -107,7 +106,7 @@ def try_out(
         with world.together():
             check_run(folder, config, source.names, data, folder.config.exists() if resume == "auto" else resume)
         with temporary_centers(config, world, folder.has_checkpoint) as config:
-            loop = TrainingLoop(config, folder, None, world, source, interrupt, listener, write=False)
+            loop = TrainingLoop(config, folder, None, world, source, interrupt, listener)
             with contextlib.closing(loop):
                 return loop.try_out()
 

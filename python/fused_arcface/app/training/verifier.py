@@ -34,12 +34,7 @@ class Checked(NamedTuple):
 
 
 class Verifier:
-    """Verifies a net at the end of an epoch.
-
-    Args:
-        images: set of images with pairs.
-        batch_size: number of images that are embedded at once.
-        workers: number of processes that read images.
+    """Verifies a net at the end of an epoch, on a set of images with pairs, ``batch_size`` of them at once.
 
     Raises:
         OptionError: if there are too few pairs to verify with.
@@ -83,7 +78,7 @@ class Verifier:
         try:
             digest = self._digest(checked.found, found, name, step)
             return checked._replace(digest=digest), _first(problems)
-        except Exception as error:  # nothing that goes wrong with a report may cost a training
+        except Exception as error:  # a fault in a report must not end a training
             return checked, [*_first(problems), f"the report will not show it, {str(error) or type(error).__name__}"]
 
     def _digest(self, figures: Verification, found: EmbeddingSet, name: str, step: int) -> Digest:

@@ -19,7 +19,7 @@ from fused_arcface.margins.text import imported_module
 from fused_arcface.parallel.ranks import ALONE, Ranks
 
 from .config import OptionError
-from .failures import TrainingError
+from .outcomes import TrainingError
 from .runs import RunError, RunFolder
 
 
@@ -66,13 +66,12 @@ class World:
             failure = error
         self.share(failure)
 
-    def check_agreement(self, what: str, values: dict[str, Any]) -> None:
-        """Raise the same error on every rank if a value differs between ranks.
-
-        Raises:
-            ValueError: if one differs; the message has its name and each rank's value.
-        """
-        self._ranks.check_agreement(what, {name: repr(value) for name, value in values.items()})
+    def check_agreement(self, what: str, values: dict[str, Any], failure: type[ValueError]) -> None:
+        """Raise ``failure`` on every rank if a value differs between ranks, with its name and each rank's value."""
+        try:
+            self._ranks.check_agreement(what, {name: repr(value) for name, value in values.items()})
+        except ValueError as error:
+            raise failure(str(error)) from None
 
 
 @contextlib.contextmanager
