@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+from rich.table import Table
 
 from fused_arcface.base.reading import DataError, open_regular
 
@@ -18,7 +19,7 @@ from ..thresholds import KeptThresholds, as_text, read_thresholds
 from ..training.config import TrainConfig
 from ..training.runs import RunFolder
 from .digest import read_digest
-from .document import Report, Section, Table, figures, no_figures, settings, versions
+from .document import Report, Section, about, table
 from .evaluation import digest_sections
 
 Floats = npt.NDArray[np.float64]
@@ -88,17 +89,16 @@ def training_report(folder: RunFolder) -> Report:
         raise DataError(f"{folder.log} has no step yet")
     step, epoch = int(log.steps[-1, 0]), int(log.steps[-1, 1])
     sections = [
-        Section("Training", figures=figures(_training_drawings(log)), tables=[_epochs(log)]),
+        Section("Training", drawings=_training_drawings(log), tables=[_epochs(log)]),
         *_verification_sections(folder, log, step),
         _data(folder, config),
-        settings(asdict(config)),
-        versions("cpu" if config.device == "auto" else config.device),
+        *about(asdict(config)),
     ]
     summary = (
         f"{config.margin} with scale {config.scale:g}, backbone {config.backbone}, on {config.data}: "
         f"step {step:,}, epoch {epoch} of {config.epochs}."
     )
-    return Report(f"Training run {folder.root.resolve().name}", summary, sections, no_figures())
+    return Report(f"Training run {folder.root.resolve().name}", summary, sections)
 
 
 def _epochs(log: Log) -> Table:
@@ -112,7 +112,7 @@ def _epochs(log: Log) -> Table:
         speed = len(own.steps) / float((1 / own.of("images_per_second")).sum())
         cells = f"{means['loss']:.3f}", f"{means['target_angle']:.1f}°", f"{means['accuracy']:.3f}", f"{speed:,.0f}"
         rows.append((f"{epoch:.0f}", f"{len(own.steps):,}", *cells))
-    return Table(columns, rows, "Means over the steps of an epoch", words=())
+    return table(columns, rows, "Means over the steps of an epoch", words=())
 
 
 def _training_drawings(log: Log) -> list[Drawing]:
@@ -153,7 +153,7 @@ def _verification_sections(folder: RunFolder, log: Log, step: int) -> list[Secti
     sections = []
     if log.verifications:
         drawings = [_verifications_drawing(log.verifications)] if len(log.verifications) > 1 else []
-        sections.append(Section("Verification", figures=figures(drawings), tables=[_verifications(log.verifications)]))
+        sections.append(Section("Verification", drawings=drawings, tables=[_verifications(log.verifications)]))
     thresholds = read_thresholds(folder.thresholds)
     if thresholds is not None and (thresholds.step or 0) <= step:
         sections.append(_thresholds(thresholds))
@@ -172,7 +172,7 @@ def _verifications(found: Sequence[dict[str, Any]]) -> Table:
         for each in found[-30:]
     ]
     caption = "The last 30 verifications" if len(found) > 30 else ""
-    return Table(("step", "accuracy", *(f"TAR at FAR {far}" for far in fars)), rows, caption, words=())
+    return table(("step", "accuracy", *(f"TAR at FAR {far}" for far in fars)), rows, caption, words=())
 
 
 def _rates(verification: dict[str, Any], fars: Sequence[str]) -> list[float]:
@@ -198,8 +198,8 @@ def _verifications_drawing(found: Sequence[dict[str, Any]]) -> Drawing:
 
 def _thresholds(kept: KeptThresholds) -> Section:
     text = f"Cosines from which on two images count as one person, chosen on {kept.data}."
-    table = Table(("", "cosine >=", "accuracy", "FAR", "TAR"), as_text(kept.points))
-    return Section("Thresholds", text, tables=[table])
+    columns = ("", "cosine >=", "accuracy", "FAR", "TAR")
+    return Section("Thresholds", text, tables=[table(columns, as_text(kept.points))])
 
 
 def _data(folder: RunFolder, config: TrainConfig) -> Section:
@@ -208,4 +208,4 @@ def _data(folder: RunFolder, config: TrainConfig) -> Section:
     if known is not None:
         rows += [("images", f"{known.images:,}"), ("identities", f"{known.identities:,}")]
     rows.append(("size", f"{config.image_size} × {config.image_size}, {'gray' if config.channels == 1 else 'color'}"))
-    return Section("Data", tables=[Table(("", ""), rows, words=(0, 1))])
+    return Section("Data", tables=[table(("", ""), rows, words=(0, 1))])
