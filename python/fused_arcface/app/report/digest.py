@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from fused_arcface.base.files import write_text
 from fused_arcface.base.reading import file_errors, read_bytes
+from fused_arcface.base.typed_json import typed
 from fused_arcface.evaluation import Pairs, Verification
 
 from .document import Comparison, Thumbnail
@@ -79,28 +80,8 @@ def read_digest(path: Path) -> Digest | None:
         return None
     content = read_bytes(path, _MOST_BYTES)
     with file_errors(path):
-        values: dict[str, Any] = json.loads(content)
-        same, different = values["num_pairs"]
-        step = values["step"]
-        return Digest(
-            data=str(values["data"]),
-            cosine=bool(values["cosine"]),
-            num_pairs=(int(same), int(different)),
-            false_accepts=_numbers(values["false_accepts"]),
-            true_accepts=_numbers(values["true_accepts"]),
-            edges=_numbers(values["edges"]),
-            same_counts=[int(count) for count in _numbers(values["same_counts"])],
-            different_counts=[int(count) for count in _numbers(values["different_counts"])],
-            hardest=read_hardest(values["hardest"]),
-            step=None if step is None else int(step),
-        )
-
-
-def _numbers(values: Any) -> list[float]:
-    numbers: list[float] = np.asarray(values, dtype=np.float64).tolist()
-    if not np.isfinite(numbers).all() or np.ndim(numbers) != 1:
-        raise ValueError(f"a curve must be a list of finite numbers; got {str(values)[:40]}")
-    return numbers
+        found: Digest = typed(Digest, json.loads(content))
+        return replace(found, hardest=_checked(found.hardest))
 
 
 def read_hardest(values: Any) -> list[HardPair]:
@@ -109,20 +90,15 @@ def read_hardest(values: Any) -> list[HardPair]:
     Raises:
         TypeError, ValueError: if they are something else.
     """
-    return [
-        HardPair(bool(same), float(score), _checked(*first), _checked(*second)) for same, score, first, second in values
-    ]
+    return _checked(typed(list[HardPair], values))
 
 
-def _checked(name: str, source: str) -> Thumbnail:
-    """Return a thumbnail from a file that anybody may have written. It must hold its picture itself.
-
-    Raises:
-        ValueError: if it points to another place.
-    """
-    if source and re.fullmatch("data:image/jpeg;base64,[A-Za-z0-9+/]+=*", source) is None:
-        raise ValueError(f"a thumbnail must be a JPEG in a data: address; got {source[:40]!r}")
-    return Thumbnail(str(name), source)
+def _checked(pairs: list[HardPair]) -> list[HardPair]:
+    """Check that the thumbnails of pairs, which anybody may have written, hold their pictures themselves."""
+    for source in (image.source for pair in pairs for image in (pair.first, pair.second)):
+        if source and re.fullmatch("data:image/jpeg;base64,[A-Za-z0-9+/]+=*", source) is None:
+            raise ValueError(f"a thumbnail must be a JPEG in a data: address; got {source[:40]!r}")
+    return pairs
 
 
 def digest_pairs(

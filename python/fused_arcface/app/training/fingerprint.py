@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 import torch
 
 from fused_arcface.base.text import encode_names
+from fused_arcface.base.typed_json import typed
 
 from ..data.sources import ImageSource
 
@@ -53,13 +54,10 @@ class Fingerprint:
         """Return what :meth:`to_json` wrote.
 
         Raises:
-            ValueError: if the text is something else.
+            TypeError, ValueError: if the text is something else.
         """
-        values = json.loads(text)
-        try:
-            return Fingerprint(**values)
-        except TypeError:
-            raise ValueError("it is not a fingerprint of data") from None
+        found: Fingerprint = typed(Fingerprint, json.loads(text))
+        return found
 
     def difference(self, other: Fingerprint) -> str | None:
         """Return what differs, in words: ``names``, for example; None if nothing does."""
