@@ -13,12 +13,11 @@ from fused_arcface.evaluation import Cosine, Distance, nearest
 from fused_arcface.evaluation.search import Engine
 
 from ..predictions import Search
-from .digest import HARDEST, angles, measure
+from .digest import HARDEST, histograms, measure
 from .document import Comparison, Thumbnail
 
 MOST = 20_000
 """Number of probes that are searched once more for the report. If there are more, evenly spaced ones are taken."""
-_BINS = 60
 
 
 @dataclass(frozen=True)
@@ -39,16 +38,9 @@ class Answers:
 
     def histograms(self) -> tuple[npt.NDArray[np.float64], dict[str, list[int]]]:
         """Return edges (bins + 1,), and the number of probes in each bin by how they were answered."""
-        spread = angles(self.scores - 1) if self.cosine else -self.scores
-        # A negated inner product may be below 0.
-        low, high = (0.0, 180.0) if self.cosine else (min(0.0, float(spread.min())), max(float(spread.max()), 1e-9))
-        edges = np.linspace(low, high, _BINS + 1)
-        kinds = {
-            "right person": self.right,
-            "another person": self.known & ~self.right,
-            "not in the gallery": ~self.known,
-        }
-        return edges, {name: np.histogram(spread[kind], edges)[0].tolist() for name, kind in kinds.items()}
+        wrong = self.known & ~self.right
+        kinds = {"right person": self.right, "another person": wrong, "not in the gallery": ~self.known}
+        return histograms(self.scores, self.cosine, kinds)
 
     def hardest(self, thumbnail: Callable[[str], Thumbnail], count: int = HARDEST) -> list[Comparison]:
         """Return probes that were taken for another person, most alike first, then those of unknown people."""

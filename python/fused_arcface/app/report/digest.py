@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,7 +26,8 @@ HARDEST = 6
 """Pairs of each kind that are shown."""
 _POINTS = 300
 """Points of a thinned curve: more than a phone has pixels for."""
-_BINS = 90
+BINS = 90
+"""Bins of a histogram."""
 _MOST_BYTES = 1 << 24
 
 
@@ -117,12 +118,9 @@ def digest_pairs(
     ``scores`` (P,) are negated distances, cos - 1 for the cosine distance. ``step`` is the number of steps that the net
     was trained for.
     """
-    same = pairs.same.numpy()
-    spread = angles(scores) if cosine else -scores
-    low, high = (0.0, 180.0) if cosine else (float(spread.min()), max(float(spread.max()), 1e-9))
-    edges = np.linspace(low, high, _BINS + 1)
+    same, shown = pairs.same.numpy(), scores + cosine
+    edges, counts = histograms(shown, cosine, {"same": same, "different": ~same})
     false_accepts, true_accepts = thinned_curve(found.false_accepts, found.true_accepts, found.num_pairs[1])
-    counts = [np.histogram(spread[same == kind], edges)[0].tolist() for kind in (True, False)]
     return Digest(
         data=data,
         cosine=cosine,
@@ -130,20 +128,35 @@ def digest_pairs(
         false_accepts=false_accepts.tolist(),
         true_accepts=true_accepts.tolist(),
         edges=edges.tolist(),
-        same_counts=counts[0],
-        different_counts=counts[1],
-        hardest=hardest_pairs(scores + cosine, pairs, names, thumbnail),
+        same_counts=counts["same"],
+        different_counts=counts["different"],
+        hardest=hardest_pairs(shown, pairs, names, thumbnail),
         step=step,
     )
 
 
-def angles(scores: Floats) -> Floats:
-    """Return the angles in degrees of scores ``(P,)`` of the cosine distance, cos - 1.
+def angles(cosines: Floats) -> Floats:
+    """Return the angles in degrees of cosines ``(P,)``.
 
-    >>> angles(np.array([0.0, -1.0])).tolist()
+    >>> angles(np.array([1.0, 0.0])).tolist()
     [0.0, 90.0]
     """
-    return np.degrees(np.arccos(np.clip(1 + scores, -1, 1)))
+    return np.degrees(np.arccos(np.clip(cosines, -1, 1)))
+
+
+def histograms(scores: Floats, cosine: bool, kinds: Mapping[str, Bools]) -> tuple[Floats, dict[str, list[int]]]:
+    """Return the edges (bins + 1,) of bins of angles or distances, and the scores in each bin by kind.
+
+    ``scores`` (P,) are cosines or negated distances. Each kind is (P,) bool.
+
+    >>> edges, counts = histograms(np.array([1.0, 0.0]), True, {"all": np.array([True, True])})
+    >>> edges[[0, -1]].tolist(), sum(counts["all"])
+    ([0.0, 180.0], 2)
+    """
+    spread = angles(scores) if cosine else -scores
+    low, high = (0.0, 180.0) if cosine else (float(spread.min()), max(float(spread.max()), 1e-9))
+    edges = np.linspace(low, high, BINS + 1)
+    return edges, {name: np.histogram(spread[kind], edges)[0].tolist() for name, kind in kinds.items()}
 
 
 def thinned_curve(false_accepts: Floats, true_accepts: Floats, others: int) -> tuple[Floats, Floats]:
@@ -195,4 +208,4 @@ def measure(score: float, cosine: bool) -> str:
     """
     if not cosine:
         return f"distance {-score:.4g}"
-    return f"cosine {score:.3f}, {float(angles(np.array(score - 1))):.1f}°"
+    return f"cosine {score:.3f}, {float(angles(np.array(score))):.1f}°"
