@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -133,6 +133,7 @@ def embed_set(
     images: ImageSet,
     spec: ImageSpec,
     *,
+    rows: Sequence[int] | None = None,
     flip: bool = False,
     batch_size: int = 64,
     device: torch.device | str = "cpu",
@@ -146,6 +147,7 @@ def embed_set(
         net: images ``(N, channels, size, size)`` to embeddings ``(N, D)``; put into evaluation mode.
         images: the set.
         spec: what the net takes.
+        rows: numbers of the images to embed, ascending; None for all.
         flip: add the embedding of the mirrored image, as the field does at test time.
         batch_size: images that the net sees at once.
         device: the net's device.
@@ -163,7 +165,7 @@ def embed_set(
     """
     net.eval()
     loader = torch.utils.data.DataLoader(
-        _Reader(images, spec),
+        torch.utils.data.Subset(_Reader(images, spec), range(len(images)) if rows is None else rows),
         batch_size,
         num_workers=workers,
         collate_fn=_collate,
