@@ -103,9 +103,7 @@ class Embedder(nn.Module):
 
 def _as_list(images: Any) -> Sequence[Any]:
     """Return one image, a batch or a sequence of images as a sequence of images."""
-    if isinstance(images, Tensor):
-        return list(images) if images.dim() == 4 else [images]
-    if isinstance(images, np.ndarray):
+    if isinstance(images, (Tensor, np.ndarray)):
         return list(images) if images.ndim == 4 else [images]
     whole = isinstance(images, (str, bytes, os.PathLike, Mapping)) or not isinstance(images, Iterable)
     return [images] if whole else list(images)

@@ -60,7 +60,7 @@ class EmbeddingSet:
             tensors["pairs"] = torch.stack([self.pairs.first, self.pairs.second], 1).cpu()
             tensors["same"] = self.pairs.same.long().cpu()
         path.parent.mkdir(parents=True, exist_ok=True)
-        embedding_files.write(path, tensors, self.paths)
+        embedding_files.FORMATS[path.suffix].write(path, tensors, self.paths)
 
     @classmethod
     def load(cls, path: str | Path) -> EmbeddingSet:
@@ -72,7 +72,7 @@ class EmbeddingSet:
         """
         path = Path(path)
         check_suffix(path)
-        return cls._checked(path, *embedding_files.read(path))
+        return cls._checked(path, *embedding_files.FORMATS[path.suffix].read(path))
 
     @classmethod
     def _checked(cls, path: Path, tensors: dict[str, Tensor], paths: list[str] | None) -> EmbeddingSet:
