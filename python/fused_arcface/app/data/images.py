@@ -140,6 +140,15 @@ def image_spec(source: Path | bytes, max_pixels: int = MAX_PIXELS) -> ImageSpec:
 
 
 @contextlib.contextmanager
+def naming(place: str) -> Iterator[None]:
+    """Name the place of an image's bytes in the errors of a block."""
+    try:
+        yield
+    except ImageError as error:
+        raise ImageError(f"{place}: {error}") from None
+
+
+@contextlib.contextmanager
 def _opened(source: Path | bytes, max_pixels: int) -> Iterator[Any]:
     """Open an image, not yet decoded. Whatever goes wrong with it, here or in the block, is an :class:`ImageError`.
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import struct
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -37,6 +38,8 @@ _HEAD = struct.Struct("<II")
 _IMAGE = struct.Struct("<IfQQ")
 IMAGE_HEADER_BYTES = _IMAGE.size
 _MAGIC_BYTES = struct.pack("<I", MAGIC)
+# The magic number before a length whose three highest bits say that the part is a whole record or a first part.
+_BEGIN = re.compile(re.escape(_MAGIC_BYTES) + rb"(?=...[\x00-\x3f])", re.DOTALL)
 _MOST_LABELS = 1 << 16
 _MOST_PARTS = 1000  # an image has the magic number by chance; one of 16 GB would have it once
 _WINDOW = 1 << 12  # bytes read at once for the heads of a scan
@@ -187,8 +190,12 @@ class RecordFile:
             raise self._error(offset, number, f"it must end at byte {end}, the file ends at byte {self.size}")
         return part, length
 
+    def place(self, offset: int, number: int) -> str:
+        """Return the place of a record in words."""
+        return f"{self.path}: record {number} at byte {offset}"
+
     def _error(self, offset: int, number: int, why: str) -> RecordError:
-        return RecordError(f"{self.path}: record {number} at byte {offset} cannot be read: {why}")
+        return RecordError(f"{self.place(offset, number)} cannot be read: {why}")
 
     def scan(self, start: int = 0, stop: int | None = None) -> Iterator[int | RecordError]:
         """Yield the offset of each record from ``start`` to ``stop``, found without an index, in order.
@@ -221,13 +228,9 @@ class RecordFile:
         """Return the offset of the first record that may begin at ``offset`` or after it; ``stop`` if none does."""
         offset, block = padded(offset), _WINDOW
         while offset < stop:
-            data = self._read(offset, block + 4)
-            at = data.find(_MAGIC_BYTES)
-            while 0 <= at < block:
-                word = data[at + 4 : at + HEAD_BYTES]
-                if at % 4 == 0 and len(word) == 4 and word[3] >> 5 in (WHOLE, FIRST):
-                    return offset + at
-                at = data.find(_MAGIC_BYTES, at + 1)
+            for found in _BEGIN.finditer(self._read(offset, block + 4)):
+                if found.start() % 4 == 0:
+                    return offset + found.start()
             offset += block
             block = min(4 * block, 1 << 20)
         return stop
@@ -274,12 +277,10 @@ class RecordWriter:
 def _split_at_magic(payload: bytes) -> list[bytes]:
     """Return the parts before, between and after the magic numbers in the payload's aligned words."""
     parts, start = [], 0
-    at = payload.find(_MAGIC_BYTES)
-    while at >= 0:
-        if at % 4 == 0:
-            parts.append(payload[start:at])
-            start = at + 4
-        at = payload.find(_MAGIC_BYTES, at + 4 if at % 4 == 0 else at + 1)
+    for found in re.finditer(re.escape(_MAGIC_BYTES), payload):
+        if found.start() % 4 == 0:
+            parts.append(payload[start : found.start()])
+            start = found.end()
     return [*parts, payload[start:]]
 
 
