@@ -155,12 +155,7 @@ def load_embedder(
     >>> bool(-1.001 < first @ second < 1.001)  # the cosine
     True
     """
-    return _load(Path(source), backbone, device, image_size, trust).requires_grad_(False)
-
-
-def _load(
-    path: Path, backbone: str | None, device: torch.device | str, image_size: int | None, trust: bool
-) -> Embedder:
+    path, thresholds = Path(source), None
     check_device(device)
     if not path.exists():
         raise RunError(missing_path(path))
@@ -172,11 +167,13 @@ def _load(
                 )
     if path.is_dir():
         net, spec = load_backbone(path, device, trust=trust)
-        return Embedder(net, spec, read_thresholds(RunFolder(path).thresholds))
-    if backbone is None:
-        return _of_run_file(path, device)
-    net, spec = _of_weights(path, backbone, image_size)
-    return Embedder(net.to(device), spec)
+        thresholds = RunFolder(path).thresholds
+    elif backbone is None:
+        net, spec, thresholds = _of_run_file(path)
+    else:
+        net, spec = _of_weights(path, backbone, image_size)
+    kept = None if thresholds is None else read_thresholds(thresholds)
+    return Embedder(net.to(device), spec, kept).requires_grad_(False)
 
 
 def check_device(device: torch.device | str) -> None:
@@ -195,7 +192,8 @@ def check_device(device: torch.device | str) -> None:
         raise ValueError(f"device {device} cannot be used: {str(error).splitlines()[0]}") from None
 
 
-def _of_run_file(path: Path, device: torch.device | str) -> Embedder:
+def _of_run_file(path: Path) -> tuple[nn.Module, ImageSpec, Path]:
+    """Return a net with the weights in a run's file, its images, and the file of its thresholds."""
     folder = RunFolder(path.parent)
     if not folder.config.is_file():
         raise ValueError(
@@ -204,8 +202,7 @@ def _of_run_file(path: Path, device: torch.device | str) -> Embedder:
         )
     net, spec = folder.build_net()
     fit_state(net, read_state(path), path)
-    kept = folder.best_thresholds if path.name == folder.best.name else folder.thresholds
-    return Embedder(net.to(device), spec, read_thresholds(kept))
+    return net, spec, folder.best_thresholds if path.name == folder.best.name else folder.thresholds
 
 
 def _of_weights(path: Path, backbone: str, image_size: int | None) -> tuple[nn.Module, ImageSpec]:

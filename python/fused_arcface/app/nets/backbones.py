@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -15,8 +17,14 @@ from .iresnet import LAYERS, IResNet
 from .small import SmallNet
 
 _TIMM = "timm:"
-_IRESNETS = {f"iresnet{depth}": depth for depth in LAYERS}
-NAMES = ("small", *_IRESNETS, *mobilefacenet.SIZES, *vit.SIZES, f"{_TIMM}NAME")
+_NETS: dict[str, Callable[[int, int, int], nn.Module]] = {
+    "small": lambda embedding_dim, size, channels: SmallNet(embedding_dim, channels),
+    **{f"iresnet{depth}": partial(IResNet, depth) for depth in LAYERS},
+    **{name: partial(mobilefacenet.MobileFaceNet, name) for name in mobilefacenet.SIZES},
+    **{name: partial(vit.VisionTransformer, name) for name in vit.SIZES},
+}
+"""How a net is made of D, the side of the images and their number of channels."""
+NAMES = (*_NETS, f"{_TIMM}NAME")
 
 
 def check_backbone(name: str) -> None:
@@ -30,7 +38,7 @@ def check_backbone(name: str) -> None:
         known = require("timm", "timm")
         if not known.is_model(name.removeprefix(_TIMM)):
             raise ValueError(f"backbone must be a model of timm {known.__version__}; got {name!r}")
-    elif name not in NAMES[:-1]:
+    elif name not in _NETS:
         raise ValueError(f"backbone must be one of {', '.join(NAMES)}; got {name!r}{did_you_mean(name, NAMES)}")
 
 
@@ -53,12 +61,7 @@ def build_backbone(name: str, embedding_dim: int, spec: ImageSpec) -> nn.Module:
             timm_name, pretrained=False, num_classes=embedding_dim, in_chans=spec.channels, **size
         )
         return net
-    if name == "small":
-        return SmallNet(embedding_dim, spec.channels)
-    if name in _IRESNETS:
-        return IResNet(_IRESNETS[name], embedding_dim, spec.size, spec.channels)
-    kind = mobilefacenet.MobileFaceNet if name in mobilefacenet.SIZES else vit.VisionTransformer
-    return kind(name, embedding_dim, spec.size, spec.channels)
+    return _NETS[name](embedding_dim, spec.size, spec.channels)
 
 
 def own_spec(name: str) -> ImageSpec | None:

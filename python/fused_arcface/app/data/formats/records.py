@@ -11,6 +11,7 @@ from torch import Tensor
 from fused_arcface.base.reading import DataError
 
 from ..images import MAX_PIXELS, ImageSpec, image_spec, naming, read_image
+from ..sources import ImageSource
 from .folders import missing_numbers
 from .record_index import Heads, Ints, read_heads, read_index, unnamed_ranges
 from .recordio import (
@@ -45,8 +46,8 @@ def open_records(data: str, max_pixels: int) -> RecordImages:
     return RecordImages(path if path.is_file() else path / "train.rec", max_pixels)
 
 
-class RecordImages:
-    """The images of a ``.rec`` file. See :class:`fused_arcface.app.data.sources.ImageSource`.
+class RecordImages(ImageSource):
+    """The images of a ``.rec`` file.
 
     With a ``train.idx`` beside it, a record's number is its key there. Without one the file is scanned, and records are
     numbered from 0. A first record without an image but with labels is a header, as in insightface's files: its first
@@ -64,20 +65,16 @@ class RecordImages:
     def __init__(self, path: str | Path, max_pixels: int = MAX_PIXELS) -> None:
         self.path, self._max_pixels = Path(path), max_pixels
         self._file = RecordFile(self.path)
-        self.problems: list[str] = []
-        self.notes: list[str] = []
+        self.problems, self.notes = [], []
         heads, found = self._read_labels(self._without_header(self._find_records()))
         if len(found) == 0:
             first = f"; {self.problems[0]}" if self.problems else ""
             raise DataError(f"{self.path} has no record of an image{first}")
         classes, first_rows, labels = np.unique(found, return_index=True, return_inverse=True)
         self._numbers, self._offsets = heads.numbers, heads.offsets
-        self.labels: Tensor = torch.from_numpy(labels.reshape(-1).astype(np.int64))
+        self.labels = torch.from_numpy(labels.reshape(-1).astype(np.int64))
         self.names = [str(each) for each in classes]
         self._report_gaps(classes, first_rows)
-
-    def __len__(self) -> int:
-        return len(self._offsets)
 
     def read(self, index: int, spec: ImageSpec) -> Tensor:
         with naming(self._file.place(self._offsets[index], self._numbers[index])):
