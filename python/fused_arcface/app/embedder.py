@@ -177,11 +177,7 @@ def load_embedder(
 
 
 def check_device(device: torch.device | str) -> None:
-    """Raise unless tensors can be made on a device.
-
-    Raises:
-        ValueError: if there is no such device.
-    """
+    """Raise ValueError unless tensors can be made on a device."""
     try:
         torch.device(device)
     except RuntimeError:  # its text lists twenty devices

@@ -37,11 +37,7 @@ _OURS = re.compile(r"about\.json|\d{12}\.(npz|empty)|\.partial-[0-9a-f]{8}(-[0-9
 
 
 def check_output(path: Path) -> None:
-    """Raise unless embeddings can be written to a file of this name.
-
-    Raises:
-        ValueError: if the suffix is not one of an :class:`EmbeddingSet`, or ``.csv``.
-    """
+    """Raise ValueError unless embeddings can be written to a file of this name; see :func:`embed_to_file`."""
     if path.suffix not in (*SUFFIXES, _CSV):
         raise ValueError(f"embeddings must go to a {', '.join(SUFFIXES)} or {_CSV} file; got {path}")
 

@@ -43,11 +43,7 @@ class _UnitEmbeddings(nn.Module):
 
 
 def check_suffix(path: Path) -> None:
-    """Raise unless a net can be exported to a file of this name.
-
-    Raises:
-        ValueError: if the suffix is not ``.onnx`` or ``.pt2``.
-    """
+    """Raise ValueError unless a net can be exported to a file of this name, ``.onnx`` or ``.pt2``."""
     if path.suffix not in (_ONNX, _PROGRAM):
         raise ValueError(f"a net must be exported to a .onnx or a .pt2 file; got {path}")
 

@@ -78,11 +78,7 @@ def evaluate_templates(
 
 
 def _rows_of(paths: list[str], embedded: list[str]) -> Tensor:
-    """Return which of a set's faces were embedded, (len(embedded),).
-
-    Raises:
-        DataError: if the embedded faces are not faces of the set, in its order.
-    """
+    """Return which of a set's faces were embedded; raise DataError if they are other faces, or in another order."""
     rows: list[int] = []
     for row, path in enumerate(paths):
         if len(rows) < len(embedded) and embedded[len(rows)] == path:

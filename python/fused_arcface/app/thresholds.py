@@ -80,11 +80,7 @@ def of_cosine_distance(points: Sequence[OperatingPoint]) -> list[OperatingPoint]
 
 
 def read_thresholds(path: Path) -> KeptThresholds | None:
-    """Return the thresholds in a file, None if there is no such file.
-
-    Raises:
-        DataError: if the file is damaged.
-    """
+    """Return the thresholds in a file, None if there is no such file; raise DataError if it is damaged."""
     if not path.is_file():
         return None
     content = read_bytes(path, _MOST_BYTES)

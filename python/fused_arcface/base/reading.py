@@ -129,11 +129,7 @@ def read_bytes(path: str | os.PathLike[str], most: int) -> bytes:
 
 
 def read_lines(path: str | os.PathLike[str]) -> list[tuple[int, str]]:
-    """Return the lines of a text file that are not empty, each with its number, from 1.
-
-    Raises:
-        DataError: if it cannot be read, or is not a regular file.
-    """
+    """Return the lines of a text file that are not empty, each with its number, from 1; see :func:`open_regular`."""
     with open_regular(path) as file, file_errors(path):
         return [(number, line) for number, line in enumerate(lines(file.read()), start=1) if line.strip()]
 

@@ -74,11 +74,7 @@ def roc(same: Values, scores: Values) -> tuple[Floats, Floats, Floats]:
 
 
 def _scored_pairs(same: Values, scores: Values) -> tuple[npt.NDArray[np.bool_], Floats]:
-    """Return both as arrays (P,): bool, and fp64.
-
-    Raises:
-        ValueError: if the shapes differ or are not (P,), or a score is not finite.
-    """
+    """Return both as arrays (P,), bool and fp64; raise ValueError for other shapes, or a score that is not finite."""
     kinds, values = _array(same).astype(bool), _array(scores).astype(np.float64)
     if kinds.ndim != 1 or kinds.shape != values.shape:
         raise ValueError(f"same and scores must be (P,); got {kinds.shape} and {values.shape}")
@@ -137,11 +133,7 @@ def equal_error_rate(false_accepts: Floats, true_accepts: Floats) -> float:
 
 
 def check_folds(folds: int, pairs: int) -> None:
-    """Check that a number of pairs can be cut into so many folds.
-
-    Raises:
-        ValueError: if it cannot, or there are fewer than two folds.
-    """
+    """Raise ValueError unless a number of pairs can be cut into so many folds, at least two."""
     if not 2 <= folds <= pairs:
         raise ValueError(f"folds must be >= 2 and <= the number of pairs {pairs}; got {folds}")
 

@@ -114,11 +114,7 @@ class EmbeddingSet:
 
 
 def check_suffix(path: Path | None, name: str = "embeddings") -> None:
-    """Check that a file of this name can hold embeddings; None passes. ``name`` is the argument, for the message.
-
-    Raises:
-        ValueError: if it has another suffix.
-    """
+    """Raise ValueError unless a file of this name can hold embeddings. None passes; messages call it ``name``."""
     if path is not None and path.suffix not in embedding_files.SUFFIXES:
         raise ValueError(f"{name} must be in a {embedding_files.EMBEDDING_FILES} file; got {path}")
 

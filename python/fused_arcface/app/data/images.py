@@ -200,11 +200,7 @@ def _name(source: Path | bytes) -> str:
 
 
 def _as_plain(image: Any, mode: str) -> Any:
-    """Return ``image`` in 8-bit ``mode``, or in floating point from 0 to 255 if it is deep gray.
-
-    Raises:
-        ValueError: if a pixel is not finite.
-    """
+    """Return ``image`` in 8-bit ``mode``, or in floating point from 0 to 255 if it is deep gray."""
     pil = require("PIL.Image", "train")
     if image.mode == "F" or image.mode.startswith("I"):
         pixels = np.array(image, dtype=np.float32)

@@ -28,12 +28,7 @@ NAMES = (*_NETS, f"{_TIMM}NAME")
 
 
 def check_backbone(name: str) -> None:
-    """Raise unless ``name`` is one of :data:`NAMES`.
-
-    Raises:
-        ValueError: if there is no net of this name.
-        MissingExtra: if the net is timm's and timm is not installed.
-    """
+    """Raise ValueError unless ``name`` is one of :data:`NAMES`, or MissingExtra if timm is needed and not installed."""
     if name.startswith(_TIMM):
         known = require("timm", "timm")
         if not known.is_model(name.removeprefix(_TIMM)):

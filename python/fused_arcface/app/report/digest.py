@@ -72,11 +72,7 @@ class Digest:
 
 
 def read_digest(path: Path) -> Digest | None:
-    """Return the digest in a file, None if there is no such file.
-
-    Raises:
-        DataError: if the file is damaged.
-    """
+    """Return the digest in a file, None if there is no such file; raise DataError if it is damaged."""
     if not path.is_file():
         return None
     content = read_bytes(path, _MOST_BYTES)
@@ -86,11 +82,7 @@ def read_digest(path: Path) -> Digest | None:
 
 
 def read_hardest(values: Any) -> list[HardPair]:
-    """Return pairs that were written as JSON.
-
-    Raises:
-        TypeError, ValueError: if they are something else.
-    """
+    """Return pairs that were written as JSON; raise TypeError or ValueError if they are something else."""
     return _checked(typed(list[HardPair], values))
 
 

@@ -68,11 +68,7 @@ class Report:
 
 
 def write_report(report: Report, path: Path) -> None:
-    """Write a report, whole or not at all; its folder is made if it is missing.
-
-    Raises:
-        OSError: if the file cannot be written.
-    """
+    """Write a report, whole or not at all; its folder is made if it is missing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, render(report))
 

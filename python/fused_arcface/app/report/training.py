@@ -50,11 +50,7 @@ class Log(NamedTuple):
 
 
 def read_log(path: Path) -> Log:
-    """Read a run's log; a line that was cut short is left out.
-
-    Raises:
-        DataError: if the file cannot be read.
-    """
+    """Read a run's log; a line that was cut short is left out."""
     rows: list[list[float]] = []
     verifications = []
     for values in _lines(path):

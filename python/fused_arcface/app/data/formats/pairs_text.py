@@ -83,9 +83,7 @@ def fields_of(line: str) -> list[str]:
 def _pair(fields: list[str], root: Path, folders: dict[Path, dict[str, Path]]) -> tuple[Path, Path, bool]:
     """Return the two files of a line and whether they show one person.
 
-    Raises:
-        ValueError: if the line is not a pair.
-        FileNotFoundError: if a file is missing; the text is the file's name.
+    A FileNotFoundError has the name of the missing file as its text.
     """
     if len(fields) == 3 and is_whole(fields[1], 9) and is_whole(fields[2], 9):
         one, two = (_lfw_image(root, fields[0], number, folders) for number in fields[1:])
