@@ -96,5 +96,4 @@ def read_thresholds(path: Path) -> KeptThresholds | None:
 def _point(values: dict[str, Any]) -> OperatingPoint:
     if values["threshold"] is None:
         return replace(typed(OperatingPoint, {**values, "threshold": 0}), threshold=math.inf)
-    found: OperatingPoint = typed(OperatingPoint, values)
-    return found
+    return typed(OperatingPoint, values)

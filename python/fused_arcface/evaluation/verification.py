@@ -44,8 +44,7 @@ def pair_scores(embeddings: Tensor, pairs: Pairs, distance: Distance = Cosine())
     for start in range(0, len(distances), _PAIRS_AT_ONCE):
         first, second = (each[start : start + _PAIRS_AT_ONCE] for each in (pairs.first, pairs.second))
         distances[start : start + len(first)] = distance.of_transformed(transformed[first], transformed[second])
-    scores: Floats = -distances.double().cpu().numpy()
-    return scores
+    return -distances.double().cpu().numpy()
 
 
 def roc(same: Values, scores: Values) -> tuple[Floats, Floats, Floats]:

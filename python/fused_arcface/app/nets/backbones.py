@@ -52,10 +52,9 @@ def build_backbone(name: str, embedding_dim: int, spec: ImageSpec) -> nn.Module:
         timm_name = name.removeprefix(_TIMM)
         # Nets of patches are made for one size of image, convolutional ones take any and do not know the argument.
         size = {"img_size": spec.size} if _timm_config(timm_name).get("fixed_input_size") else {}
-        net: nn.Module = require("timm", "timm").create_model(
+        return require("timm", "timm").create_model(
             timm_name, pretrained=False, num_classes=embedding_dim, in_chans=spec.channels, **size
         )
-        return net
     return _NETS[name](embedding_dim, spec.size, spec.channels)
 
 
@@ -73,5 +72,4 @@ def own_embedding_dim(name: str) -> int:
 
 
 def _timm_config(name: str) -> dict[str, Any]:
-    config: dict[str, Any] = require("timm.models", "timm").get_pretrained_cfg(name).to_dict()
-    return config
+    return require("timm.models", "timm").get_pretrained_cfg(name).to_dict()

@@ -89,8 +89,7 @@ class IResNet(nn.Module):
         x = self.dropout(self.bn2(x).flatten(1))
         # A sum over 25 088 inputs: in half precision it would be the net's least accurate one.
         with torch.autocast(x.device.type, enabled=False):
-            embeddings: Tensor = self.features(self.fc(x.float()))
-        return embeddings
+            return self.features(self.fc(x.float()))
 
 
 def _stage(inplanes: int, planes: int, blocks: int) -> nn.Sequential:

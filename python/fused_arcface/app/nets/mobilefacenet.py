@@ -21,8 +21,7 @@ class _Wrapped(nn.Module):
         self.layers = nn.Sequential(*layers)
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.layers(x)
-        return out
+        return self.layers(x)
 
 
 class _Residual(_Wrapped):
@@ -75,8 +74,7 @@ class MobileFaceNet(nn.Module):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, images: Tensor) -> Tensor:
-        embeddings: Tensor = self.features(self.conv_sep(self.layers(images)))
-        return embeddings
+        return self.features(self.conv_sep(self.layers(images)))
 
 
 def _convolution(

@@ -77,7 +77,7 @@ def read_digest(path: Path) -> Digest | None:
         return None
     content = read_bytes(path, _MOST_BYTES)
     with file_errors(path):
-        found: Digest = typed(Digest, json.loads(content))
+        found = typed(Digest, json.loads(content))
         return replace(found, hardest=_checked(found.hardest))
 
 

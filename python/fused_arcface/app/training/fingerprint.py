@@ -56,8 +56,7 @@ class Fingerprint:
         Raises:
             TypeError, ValueError: if the text is something else.
         """
-        found: Fingerprint = typed(Fingerprint, json.loads(text))
-        return found
+        return typed(Fingerprint, json.loads(text))
 
     def difference(self, other: Fingerprint) -> str | None:
         """Return what differs, in words: ``names``, for example; None if nothing does."""

@@ -99,8 +99,7 @@ def _read_npy(path: Path, archive: zipfile.ZipFile, entry: zipfile.ZipInfo, kind
         if math.prod(shape) * dtype.itemsize != left:
             raise DataError(f"{path}: {entry.filename} must have the bytes of {shape} {dtype}; it has {left}")
     with archive.open(entry) as packed:
-        array: npt.NDArray[Any] = np.lib.format.read_array(packed, allow_pickle=False)
-    return array
+        return np.lib.format.read_array(packed, allow_pickle=False)
 
 
 class FileFormat(NamedTuple):
