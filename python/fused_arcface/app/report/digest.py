@@ -185,11 +185,10 @@ def hardest_pairs(
 
 def as_comparisons(hardest: Sequence[HardPair], cosine: bool = True) -> list[Comparison]:
     """Return pairs as a report shows them, each with its kind and its score."""
-    found = []
-    for same, score, first, second in hardest:
-        kind = "one person" if same else "two people"
-        found.append(Comparison(first, second, f"{kind}, {measure(score, cosine)}"))
-    return found
+    return [
+        Comparison(first, second, f"{'one person' if same else 'two people'}, {measure(score, cosine)}")
+        for same, score, first, second in hardest
+    ]
 
 
 def measure(score: float, cosine: bool) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -161,31 +162,29 @@ def _verification_sections(folder: RunFolder, log: Log, step: int) -> list[Secti
     return sections
 
 
+def _rates(verifications: Sequence[dict[str, Any]]) -> dict[str, list[float]]:
+    """Return the accuracy and the true accept rates of each verification by name, NaN where there is none."""
+    rates = {"accuracy": [each["verification_accuracy"] for each in verifications]}
+    for far in verifications[-1]["tar_at_far"]:
+        rates[f"TAR at FAR {far}"] = [each["tar_at_far"].get(far, math.nan) for each in verifications]
+    return rates
+
+
 def _verifications(found: Sequence[dict[str, Any]]) -> Table:
-    fars = list(found[-1]["tar_at_far"])
+    last, rates = found[-30:], _rates(found[-30:])
     rows = [
-        (f"{each['step']:,}", *(f"{rate:.4f}" for rate in (each["verification_accuracy"], *_rates(each, fars))))
-        for each in found[-30:]
+        (f"{each['step']:,}", *(f"{rate:.4f}" for rate in row))
+        for each, *row in zip(last, *rates.values(), strict=True)
     ]
-    caption = "The last 30 verifications" if len(found) > 30 else ""
-    return table(("step", "accuracy", *(f"TAR at FAR {far}" for far in fars)), rows, caption, words=())
-
-
-def _rates(verification: dict[str, Any], fars: Sequence[str]) -> list[float]:
-    """Return the true accept rates at some false accept rates, NaN where there is none."""
-    return [verification["tar_at_far"].get(far, float("nan")) for far in fars]
+    return table(("step", *rates), rows, "The last 30 verifications" if len(found) > 30 else "", words=())
 
 
 def _verifications_drawing(found: Sequence[dict[str, Any]]) -> Drawing:
     def draw(plt: Any) -> Any:
         title = "verification of people not trained on"
         figure, axis = panel(plt, 3.4, title, xlabel="step", ylabel="rate", ylim=(0, 1.02))
-        steps = [each["step"] for each in found]
-        axis.plot(steps, [each["verification_accuracy"] for each in found], "o-", ms=4, color="black", label="accuracy")
-        fars = list(found[-1]["tar_at_far"])
-        curves = zip(*(_rates(each, fars) for each in found), strict=True)
-        for far, color, rates in zip(fars, COLORS, curves, strict=False):
-            axis.plot(steps, rates, "o-", ms=4, color=color, label=f"TAR at FAR {far}")
+        for (name, rates), color in zip(_rates(found).items(), ("black", *COLORS), strict=False):
+            axis.plot([each["step"] for each in found], rates, "o-", ms=4, color=color, label=name)
         figure.legend(loc="outside lower center", ncols=2)
         return figure
 
