@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import types
+from dataclasses import is_dataclass
 from typing import Any, get_args, get_origin, get_type_hints
 
 
@@ -16,7 +17,7 @@ def typed(kind: Any, value: Any) -> Any:
         value: what ``json.loads`` returned.
 
     Raises:
-        TypeError, ValueError: if a value is of another type, is missing, or is a number that is not finite.
+        ValueError, OverflowError: if a value is of another type, is missing, or is a number that is not finite.
 
     >>> typed(tuple[int, list[float]], [1, [2, 0.5]])
     (1, [2.0, 0.5])
@@ -32,8 +33,14 @@ def typed(kind: Any, value: Any) -> Any:
         return float(value)
     if kind in (str, bool, int) and type(value) is kind:
         return value
-    if isinstance(value, list if hasattr(kind, "_fields") else dict) and (hints := get_type_hints(kind)):
+    shape: Any = dict if is_dataclass(kind) else list if hasattr(kind, "_fields") else ()
+    if isinstance(value, shape):
+        hints = get_type_hints(kind)
         named = dict(zip(hints, value, strict=True)) if isinstance(value, list) else value
-        return kind(**{name: typed(hint, named[name]) for name, hint in hints.items() if name in named})
+        values = {name: typed(hint, named[name]) for name, hint in hints.items() if name in named}
+        try:
+            return kind(**values)
+        except TypeError as error:  # a field without a default is missing
+            raise ValueError(str(error)) from None
     expected = "a finite number" if kind is float else getattr(kind, "__name__", kind)
     raise ValueError(f"{str(value)[:40]} must be {expected}")

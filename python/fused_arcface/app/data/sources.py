@@ -39,6 +39,8 @@ class ImageSource(ABC):
     """Faults found when the source was opened, with their places. Such images are not part of the source."""
     notes: list[str]
     """Other facts that the user should know."""
+    max_pixels: int = MAX_PIXELS
+    """Limit for an image, see :func:`fused_arcface.app.data.read_image`."""
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -51,9 +53,9 @@ class ImageSource(ABC):
     def stored(self, index: int) -> bytes:
         """Return bytes that tell an image from others: those stored, or the shape of one that the package makes."""
 
-    @abstractmethod
     def spec_of(self, index: int) -> ImageSpec:
         """Return shorter side and channels of an image as it is stored."""
+        return image_spec(self.stored(index), self.max_pixels)
 
 
 class FileImages(ImageSource):
@@ -72,17 +74,13 @@ class FileImages(ImageSource):
     ) -> None:
         self.paths = [path for path, _ in files]
         self.labels = torch.tensor([identity for _, identity in files])
-        self.names, self.problems, self.notes = names, problems, notes
-        self._max_pixels = max_pixels
+        self.names, self.problems, self.notes, self.max_pixels = names, problems, notes, max_pixels
 
     def read(self, index: int, spec: ImageSpec) -> Tensor:
-        return read_image(self.paths[index], spec, self._max_pixels)
+        return read_image(self.paths[index], spec, self.max_pixels)
 
     def stored(self, index: int) -> bytes:
         return read_bytes(self.paths[index], _MOST_BYTES)
-
-    def spec_of(self, index: int) -> ImageSpec:
-        return image_spec(self.paths[index], self._max_pixels)
 
 
 class MemoryImages(ImageSource):

@@ -82,7 +82,7 @@ def read_digest(path: Path) -> Digest | None:
 
 
 def read_hardest(values: Any) -> list[HardPair]:
-    """Return pairs that were written as JSON; raise TypeError or ValueError if they are something else."""
+    """Return pairs that were written as JSON; raise ValueError if they are something else."""
     return _checked(typed(list[HardPair], values))
 
 

@@ -54,7 +54,7 @@ class Fingerprint:
         """Return what :meth:`to_json` wrote.
 
         Raises:
-            TypeError, ValueError: if the text is something else.
+            ValueError: if the text is something else.
         """
         return typed(Fingerprint, json.loads(text))
 

@@ -61,7 +61,7 @@ FORMATS = (
         "a folder with one folder for each identity",
         "images of any size and mode",
         folders.is_folder,
-        folders.open_folder,
+        folders.read_folder,
     ),
     Format(
         "a list file (.lst, .list, .txt, .csv, .tsv)",

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fused_arcface.base.reading import DataError
 
-from ..images import MAX_PIXELS, ImageSpec, image_spec, naming, read_image
+from ..images import MAX_PIXELS, ImageSpec, naming, read_image
 from ..sources import ImageSource
 from .folders import missing_numbers
 from .record_index import Heads, Ints, read_heads, read_index, unnamed_ranges
@@ -54,16 +54,12 @@ class RecordImages(ImageSource):
     label ends the images, and ranges of identities follow. A record's first label is its identity. The labels are
     numbered from 0 on without gaps; ``names`` has those of the file.
 
-    Args:
-        path: the ``.rec`` file.
-        max_pixels: limit for an image, see :func:`fused_arcface.app.data.read_image`.
-
     Raises:
         DataError: if it cannot be opened, has no image that can be used, or its index is of another kind.
     """
 
     def __init__(self, path: str | Path, max_pixels: int = MAX_PIXELS) -> None:
-        self.path, self._max_pixels = Path(path), max_pixels
+        self.path, self.max_pixels = Path(path), max_pixels
         self._file = RecordFile(self.path)
         self.problems, self.notes = [], []
         heads, found = self._read_labels(self._without_header(self._find_records()))
@@ -78,14 +74,10 @@ class RecordImages(ImageSource):
 
     def read(self, index: int, spec: ImageSpec) -> Tensor:
         with naming(self._file.place(self._offsets[index], self._numbers[index])):
-            return read_image(self.stored(index), spec, self._max_pixels)
+            return read_image(self.stored(index), spec, self.max_pixels)
 
     def stored(self, index: int) -> bytes:
         return self._record(self._offsets[index], self._numbers[index]).image
-
-    def spec_of(self, index: int) -> ImageSpec:
-        with naming(self._file.place(self._offsets[index], self._numbers[index])):
-            return image_spec(self.stored(index), self._max_pixels)
 
     def _record(self, offset: int, number: int) -> ImageRecord:
         payload = self._file.read(int(offset), int(number))
