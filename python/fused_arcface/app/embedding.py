@@ -55,7 +55,7 @@ def embed_to_file(
     done: Callable[[int], None] = lambda count: None,
     unreadable: Callable[[str], None] = lambda problem: None,
 ) -> EmbeddingSet:
-    """Embed images and write the embeddings with the images' names and labels.
+    """Embed images, write the embeddings with the images' names and labels, and return them.
 
     Parts lie in a folder beside the file, ``OUTPUT.parts``, until all are there. If the same images are embedded by the
     same net again, finished parts are taken from it; parts of anything else are replaced. The folder is locked: another
@@ -73,9 +73,6 @@ def embed_to_file(
         part: images of a part.
         done: called with a number of images, also for those of finished parts.
         unreadable: called with what is wrong with an image that cannot be read; it is left out.
-
-    Returns:
-        The embeddings that were written.
 
     Raises:
         DataError: if no image can be read, or another process writes this output.

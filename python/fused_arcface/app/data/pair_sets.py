@@ -14,14 +14,7 @@ from .sources import ImageSet, set_of
 
 
 def read_labeled(data: str, *, max_pixels: int = MAX_PIXELS) -> ImageSet:
-    """Open labeled images.
-
-    Args:
-        data: see :func:`fused_arcface.app.data.formats.open_source`.
-        max_pixels: limit for an image, see :func:`fused_arcface.app.data.read_image`.
-
-    Raises:
-        DataError: if there are no such images.
+    """Open labeled images as :func:`fused_arcface.app.data.formats.open_source` does, for an evaluation.
 
     >>> from fused_arcface.app.data import ImageSpec
     >>> people = read_labeled("identities:3x2")

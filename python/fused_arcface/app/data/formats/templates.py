@@ -76,10 +76,6 @@ def read_templates(data: str, max_pixels: int = MAX_PIXELS) -> TemplateSet:
 
     If the set has landmarks, faces are aligned by them; see :func:`fused_arcface.app.data.alignment.align`.
 
-    Args:
-        data: the folder.
-        max_pixels: limit for an image, see :func:`fused_arcface.app.data.read_image`.
-
     Raises:
         DataError: if the folder has no such lists, or a list is not what it should be; the message names the place.
     """
