@@ -167,8 +167,7 @@ def identify(
             from ..report.thumbnails import Thumbnails
 
             answers = nearest_answers(compared, chosen, engine)  # type: ignore[arg-type]
-            hardest = answers.hardest(Thumbnails(sources))
-            return identification_report(name, [table], found, answers, hardest, settings)
+            return identification_report(name, [table], found, answers, Thumbnails(sources), settings)
 
         reporting.say_report(console, page.write(make_report))
 

@@ -16,7 +16,8 @@ from fused_arcface.evaluation.verification import Verification
 from ..drawing import ONE, TWO, WIDTH, Drawing, panel, plain_ticks, set_title
 from .answers import Answers
 from .digest import Digest, as_comparisons
-from .document import Comparison, Report, Section, about
+from .document import Report, Section, about
+from .thumbnails import Thumbnails
 
 Values = npt.ArrayLike
 
@@ -167,12 +168,12 @@ def identification_report(
     tables: Sequence[Table],
     found: Identification,
     answers: Answers,
-    hardest: Sequence[Comparison],
+    thumbnails: Thumbnails,
     options: Mapping[str, Any],
 ) -> Report:
     """Return the report of ``identify`` on the set ``name``, with the terminal's tables.
 
-    ``answers`` are the nearest gallery images of the probes, ``hardest`` the probes that were answered wrongly.
+    ``answers`` are the nearest gallery images of the probes.
     """
     unit = "angle to the nearest gallery image, degrees" if answers.cosine else "distance to the nearest gallery image"
     edges, counts = answers.histograms()
@@ -184,7 +185,7 @@ def identification_report(
     sections = [
         Section("Figures", tables=tables),
         Section("Curves", drawings=drawings),
-        Section("Hardest probes", rule, comparisons=hardest),
+        Section("Hardest probes", rule, comparisons=answers.hardest(thumbnails)),
         *about(options),
     ]
     summary = (

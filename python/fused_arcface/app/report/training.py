@@ -40,26 +40,22 @@ _POINTS = 400
 class Log(NamedTuple):
     """The log of a run."""
 
-    steps: Floats
-    """(S, 2 + figures): step, epoch, then :data:`FIGURES`."""
+    steps: npt.NDArray[Any]
+    """(S,) records of ``step``, ``epoch`` and :data:`FIGURES`, fp64 each."""
     verifications: list[dict[str, Any]]
     """``step``, ``verification_accuracy`` and ``tar_at_far``."""
-
-    def of(self, name: str) -> Floats:
-        """Return a figure of each step ``(S,)``."""
-        return self.steps[:, 2 + list(FIGURES).index(name)]
 
 
 def read_log(path: Path) -> Log:
     """Read a run's log; a line that was cut short is left out."""
-    rows: list[list[float]] = []
-    verifications = []
+    names = ("step", "epoch", *FIGURES)
+    rows, verifications = [], []
     for values in _lines(path):
         if "verification_accuracy" in values:
             verifications.append(values)
         elif "loss" in values:
-            rows.append([float(values[name]) for name in ("step", "epoch", *FIGURES)])
-    return Log(np.array(rows, dtype=np.float64).reshape(-1, 2 + len(FIGURES)), verifications)
+            rows.append(tuple(float(values[name]) for name in names))
+    return Log(np.array(rows, dtype=[(name, np.float64) for name in names]), verifications)
 
 
 def _lines(path: Path) -> Iterator[dict[str, Any]]:
@@ -84,7 +80,7 @@ def training_report(folder: RunFolder) -> Report:
     log = read_log(folder.log)
     if not len(log.steps):
         raise DataError(f"{folder.log} has no step yet")
-    step, epoch = int(log.steps[-1, 0]), int(log.steps[-1, 1])
+    step, epoch = int(log.steps["step"][-1]), int(log.steps["epoch"][-1])
     sections = [
         Section("Training", drawings=_training_drawings(log), tables=[_epochs(log)]),
         *_verification_sections(folder, log, step),
@@ -101,22 +97,22 @@ def training_report(folder: RunFolder) -> Report:
 def _epochs(log: Log) -> Table:
     """Return a table with a row for each epoch; of many epochs, for some at even steps and the last."""
     columns = ("epoch", "steps", "loss", "angle", "accuracy", "images/s")
-    epochs = np.unique(log.steps[:, 1])
+    epochs = np.unique(log.steps["epoch"])
     rows = []
     for epoch in epochs[np.unique(np.linspace(0, len(epochs) - 1, 30).round().astype(int))]:
-        own = Log(log.steps[log.steps[:, 1] == epoch], [])
-        means = {name: float(own.of(name).mean()) for name in FIGURES}
-        speed = len(own.steps) / float((1 / own.of("images_per_second")).sum())
+        own = log.steps[log.steps["epoch"] == epoch]
+        means = {name: float(own[name].mean()) for name in FIGURES}
+        speed = len(own) / float((1 / own["images_per_second"]).sum())
         cells = f"{means['loss']:.3f}", f"{means['target_angle']:.1f}°", f"{means['accuracy']:.3f}", f"{speed:,.0f}"
-        rows.append((f"{epoch:.0f}", f"{len(own.steps):,}", *cells))
+        rows.append((f"{epoch:.0f}", f"{len(own):,}", *cells))
     return table(columns, rows, "Means over the steps of an epoch", words=())
 
 
 def _training_drawings(log: Log) -> list[Drawing]:
-    steps = log.steps[:, 0]
+    steps = log.steps["step"]
     several = "" if len(steps) <= _POINTS else " The line is a mean over several steps, the band their range."
     return [
-        curve_drawing(name, caption if name == "lr" else caption + several, steps, log.of(name), label)
+        curve_drawing(name, caption if name == "lr" else caption + several, steps, log.steps[name], label)
         for name, (label, caption) in FIGURES.items()
     ]
 
