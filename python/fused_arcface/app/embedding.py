@@ -137,7 +137,7 @@ def _embed_part(
 
 
 def _key(embedder: Embedder, images: ImageSet, options: dict[str, Any]) -> str:
-    """Return a text that is another one for other images, another net or other options."""
+    """Return a text that changes with the images, the net and the options."""
     names = hashlib.sha256(encode_names(images.paths))
     for path in images.paths:
         names.update(_state(path).encode())

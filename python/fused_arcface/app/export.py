@@ -50,7 +50,7 @@ def check_suffix(path: Path) -> None:
 
 @torch.no_grad()
 def export(embedder: Embedder, path: Path) -> float:
-    """Write a net with any number of images as input; the file appears when it was checked.
+    """Write a net that takes any number of images; the file appears after the result was checked.
 
     The input ``images`` is ``(N, channels, size, size)`` fp32 in [-1, 1], the output ``embeddings`` ``(N, D)`` of norm
     1.

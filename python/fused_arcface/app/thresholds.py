@@ -75,7 +75,7 @@ def as_text(points: Sequence[OperatingPoint]) -> list[tuple[str, ...]]:
 
 
 def of_cosine_distance(points: Sequence[OperatingPoint]) -> list[OperatingPoint]:
-    """Return points whose thresholds are scores of the cosine distance, cos - 1, with cosines as thresholds."""
+    """Return points with cosines as thresholds, from points whose thresholds are scores of the cosine distance."""
     return [replace(point, threshold=1 + point.threshold) for point in points]
 
 

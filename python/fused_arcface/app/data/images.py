@@ -97,7 +97,7 @@ def read_image(
 
     Raises:
         ImageError: if it cannot be opened or decoded, has too many pixels, or has one that is not finite; or if the
-            landmarks are none of a face.
+            landmarks are not those of a face.
         MissingExtra: if Pillow is not installed.
 
     >>> import io; from PIL import Image
@@ -115,7 +115,7 @@ def fit_image(image: Any, spec: ImageSpec, landmarks: npt.NDArray[np.float64] | 
     """Return an upright image of Pillow, of any size and mode, as :func:`read_image` does.
 
     Raises:
-        ValueError: if a pixel is not finite, or the landmarks are none of a face.
+        ValueError: if a pixel is not finite, or the landmarks are not those of a face.
     """
     pil, ops = require("PIL.Image", "train"), require("PIL.ImageOps", "train")
     plain = _as_plain(image, "L" if spec.channels == 1 else "RGB")

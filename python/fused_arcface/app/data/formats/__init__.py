@@ -91,7 +91,7 @@ FORMATS = (
         unseen=generated.unseen_digits,
     ),
 )
-"""The first one counts that matches and gives what is wanted."""
+"""The first format that matches, and can open what is asked for, is taken."""
 
 
 def open_source(data: str, max_pixels: int = MAX_PIXELS) -> ImageSource:

@@ -30,9 +30,9 @@ MAGIC = 0xCED7230A
 HEAD_BYTES = 8  # magic and length
 WHOLE, FIRST, BETWEEN, LAST = range(4)
 MOST = (1 << 29) - 1
-"""Bytes of a part."""
+"""Largest number of bytes in a part."""
 MOST_BROKEN = 10_000
-"""Records of a file that may be broken."""
+"""Largest number of broken records in a file."""
 
 _HEAD = struct.Struct("<II")
 _IMAGE = struct.Struct("<IfQQ")
