@@ -22,6 +22,7 @@ from PIL import Image
 from support import fuzzing
 from support.checkpoint_loaders import load_checkpoint, refit_manifest
 from support.image_files import encoded, picture, write_records
+from support.net_files import load_weights
 from support.template_files import write_template_set
 
 import fused_arcface as fa
@@ -35,7 +36,6 @@ from fused_arcface.app.data.formats.records import RecordImages
 from fused_arcface.app.data.formats.templates import read_templates
 from fused_arcface.app.data.unlabeled import read_images
 from fused_arcface.app.nets.small import SmallNet
-from fused_arcface.app.nets.weights import load_weights
 from fused_arcface.app.thresholds import KeptThresholds, read_thresholds
 from fused_arcface.app.training.config import OptionError, TrainConfig, read_options
 from fused_arcface.app.training.events import Began, Ended, LogFile
