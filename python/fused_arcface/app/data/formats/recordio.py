@@ -19,7 +19,7 @@ import contextlib
 import os
 import re
 import struct
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -42,7 +42,7 @@ _MAGIC_BYTES = struct.pack("<I", MAGIC)
 _BEGIN = re.compile(re.escape(_MAGIC_BYTES) + rb"(?=...[\x00-\x3f])", re.DOTALL)
 _MOST_LABELS = 1 << 16
 _MOST_PARTS = 1000  # an image has the magic number by chance; one of 16 GB would have it once
-_WINDOW = 1 << 12  # bytes read at once for the heads of a scan
+_WINDOW = 1 << 12  # bytes read at first in the search for the next record
 
 
 def begins_as_record(path: Path) -> bool:
@@ -101,21 +101,6 @@ def unpack_image(payload: bytes) -> ImageRecord:
     return ImageRecord(struct.unpack_from(f"<{flag}f", payload, _IMAGE.size), id, payload[start:])
 
 
-_Read = Callable[[int, int], bytes]
-
-
-class _Window:
-    """Reads a few bytes at an offset, many of one block one after another."""
-
-    def __init__(self, read: _Read) -> None:
-        self._read, self._start, self._data = read, 0, b""
-
-    def __call__(self, offset: int, length: int) -> bytes:
-        if not self._start <= offset <= self._start + len(self._data) - length:
-            self._start, self._data = offset, self._read(offset, _WINDOW)
-        return self._data[offset - self._start : offset - self._start + length]
-
-
 class RecordFile:
     """A RecordIO file, read at any offset; usable after a fork, in another process, and from several threads.
 
@@ -143,18 +128,18 @@ class RecordFile:
             RecordError: if there is no record, or it does not end within the file.
         """
         payloads = []
-        for start, length in self._parts(offset, number, self._read):
+        for start, length in self._parts(offset, number):
             self.bytes_read += HEAD_BYTES + length
             payloads.append(self._read(start, length))
             if len(payloads[-1]) < length:
                 raise self._error(start - HEAD_BYTES, number, "the file became shorter")
         return _MAGIC_BYTES.join(payloads)
 
-    def _parts(self, offset: int, number: int, read: _Read) -> Iterator[tuple[int, int]]:
+    def _parts(self, offset: int, number: int) -> Iterator[tuple[int, int]]:
         """Yield the offset and the length of the payload of each part of the record at ``offset``."""
         place = offset
         for count in range(_MOST_PARTS):
-            part, length = self._head(place, number, read)
+            part, length = self._head(place, number)
             if count == 0 and part not in (WHOLE, FIRST):
                 raise self._error(offset, number, f"it begins with a part of kind {part}, not with a first one")
             if count > 0 and part not in (BETWEEN, LAST):
@@ -172,13 +157,13 @@ class RecordFile:
         except OSError as error:
             raise DataError(f"{self.path} cannot be read at byte {offset}: {error.strerror}") from None
 
-    def _head(self, offset: int, number: int, read: _Read) -> tuple[int, int]:
+    def _head(self, offset: int, number: int) -> tuple[int, int]:
         """Return kind and length of the part at ``offset``, which ends within the file."""
         if not 0 <= offset <= self.size - HEAD_BYTES:
             raise self._error(offset, number, f"the file ends at byte {self.size}")
         if offset % 4:
             raise self._error(offset, number, "a record begins at a multiple of 4")
-        head = read(offset, HEAD_BYTES)
+        head = self._read(offset, HEAD_BYTES)
         if len(head) < HEAD_BYTES:
             raise self._error(offset, number, "the file became shorter")
         magic, word = _HEAD.unpack(head)
@@ -208,12 +193,11 @@ class RecordFile:
         """
         offset, number, broken = start, 0, 0
         stop = self.size if stop is None else stop
-        window = _Window(self._read)
         while offset < stop:
             start = offset
             found: RecordError | None = None
             try:
-                for payload, length in self._parts(offset, number, window):
+                for payload, length in self._parts(offset, number):
                     offset = payload + padded(length)
             except RecordError as error:
                 found = error
