@@ -33,7 +33,7 @@ _PART = 256
 _MOST_BYTES = 1 << 20
 _CSV = ".csv"
 _OURS = re.compile(r"about\.json|\d{12}\.(npz|empty)|\.partial-[0-9a-f]{8}(-[0-9a-f]{12})?")
-"""Names of the files in the folder of the parts; earlier versions wrote `.empty`."""
+"""Names of the files in the folder of the parts; earlier versions wrote ``.empty``."""
 
 
 def check_output(path: Path) -> None:

@@ -28,7 +28,7 @@ _MOST_BYTES = 1 << 28
 class ImageSource(ABC):
     """Labeled images to train on, each read by its index, in data-loader workers too.
 
-    The methods raise DataError or ImageError for an image that cannot be read; the message names the place.
+    ``read`` and ``stored`` raise DataError or ImageError for an image that cannot be read; the message names the place.
     """
 
     labels: Tensor
@@ -54,7 +54,7 @@ class ImageSource(ABC):
         """Return bytes that tell an image from others: those stored, or the shape of one that the package makes."""
 
     def spec_of(self, index: int) -> ImageSpec:
-        """Return shorter side and channels of an image as it is stored."""
+        """Return shorter side and channels of an image as it is stored; raise DataError if it cannot be read."""
         return image_spec(self.stored(index), self.max_pixels)
 
 
