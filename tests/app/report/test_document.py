@@ -17,13 +17,13 @@ from fused_arcface.app.cli.tables import plain_table
 from fused_arcface.app.data.pair_sets import read_labeled
 from fused_arcface.app.predictions import Search
 from fused_arcface.app.report import document
-from fused_arcface.app.report.answers import nearest_answers
+from fused_arcface.app.report.answers import answers_of
 from fused_arcface.app.report.digest import Digest, digest_pairs, hardest_pairs, read_digest, thinned_curve
 from fused_arcface.app.report.document import Comparison, Report, Section, Thumbnail, table
 from fused_arcface.app.report.thumbnails import Thumbnails
 from fused_arcface.base.extras import MissingExtra
 from fused_arcface.base.reading import DataError
-from fused_arcface.evaluation import Cosine, Pairs, verify_scores
+from fused_arcface.evaluation import Pairs, identify, verify_scores
 
 HOSTILE = (
     "<script>alert(1)</script>",
@@ -173,7 +173,8 @@ def test_answers_by_hand() -> None:
     gallery = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
     probes = torch.tensor([[1.0, 0.0], [0.8, 0.6], [0.6, 0.8], [-1.0, 0.0]])
     search = Search(gallery, torch.tensor([4, 5]), probes, torch.tensor([4, 5, 9, 9]), ["a", "b"], list("pqrs"))
-    answers = nearest_answers(search, Cosine(), "torch")
+    found = identify(gallery, search.gallery_labels, probes, search.probe_labels, engine="torch")
+    answers = answers_of(search, found, cosine=True)
     assert answers.matches == ["a", "a", "b", "b"]
     assert answers.right.tolist() == [True, False, False, False]
     assert answers.known.tolist() == [True, True, False, False]

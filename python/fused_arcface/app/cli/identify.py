@@ -162,11 +162,11 @@ def identify(
             shared.draw(console, identification_drawings(found, name), pictures)
 
         def make_report() -> Report:
-            from ..report.answers import nearest_answers
+            from ..report.answers import answers_of
             from ..report.evaluation import identification_report
             from ..report.thumbnails import Thumbnails
 
-            answers = nearest_answers(compared, chosen, engine)  # type: ignore[arg-type]
+            answers = answers_of(compared, found, cosine=distance == "cosine")
             return identification_report(name, [table], found, answers, Thumbnails(sources), settings)
 
         reporting.say_report(console, page.write(make_report))

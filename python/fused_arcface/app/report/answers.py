@@ -9,15 +9,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from fused_arcface.evaluation import Cosine, Distance, nearest
-from fused_arcface.evaluation.search import Engine
+from fused_arcface.evaluation import Identification
 
 from ..predictions import Search
 from .digest import HARDEST, histograms, measure
 from .document import Comparison, Thumbnail
-
-MOST = 20_000
-"""Number of probes that are searched once more for the report. If there are more, evenly spaced ones are taken."""
 
 
 @dataclass(frozen=True)
@@ -54,18 +50,14 @@ class Answers:
         return found
 
 
-def nearest_answers(search: Search, distance: Distance, engine: Engine = "auto") -> Answers:
-    """Search the nearest gallery image of each probe, of at most :data:`MOST` probes."""
-    chosen = torch.linspace(0, len(search.probes) - 1, min(MOST, len(search.probes))).long()
-    distances, rows = nearest(search.probes[chosen], search.gallery, 1, distance, engine)
-    cosine = isinstance(distance, Cosine)
-    scores = 1 - distances[:, 0] if cosine else -distances[:, 0]
-    labels, found = search.probe_labels[chosen], search.gallery_labels[rows[:, 0]]
+def answers_of(search: Search, found: Identification, cosine: bool) -> Answers:
+    """Return the nearest gallery images that an identification has found; ``cosine`` if by the cosine distance."""
+    scores = 1 - found.distances if cosine else -found.distances
     return Answers(
-        [search.probe_paths[row] for row in chosen.tolist()],
-        [search.gallery_paths[row] for row in rows[:, 0].tolist()],
+        search.probe_paths,
+        [search.gallery_paths[row] for row in found.nearest.tolist()],
         scores.double().numpy(),
-        (found == labels).numpy(),
-        torch.isin(labels, search.gallery_labels).numpy(),
+        (search.gallery_labels[found.nearest] == search.probe_labels).numpy(),
+        torch.isin(search.probe_labels, search.gallery_labels).numpy(),
         cosine,
     )
