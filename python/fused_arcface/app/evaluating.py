@@ -19,12 +19,8 @@ from .data.sources import ImageSet
 from .predictions import Search
 
 if TYPE_CHECKING:
-    import numpy as np
-    import numpy.typing as npt
-
     from fused_arcface.evaluation import Distance, Identification, Verification
 
-    Bools = npt.NDArray[np.bool_]
     Means = tuple[float | None, float | None]
 
 LEFT_OUT = ["accuracy", "equal error rate", "TAR at FAR"]
@@ -104,7 +100,7 @@ def described(distance: Distance, name: str, normalize: bool) -> dict[str, Any]:
     return found
 
 
-def verification_figures(found: Verification | None, same: Bools, means: Means) -> dict[str, Any]:
+def verification_figures(found: Verification | None, same: Tensor, means: Means) -> dict[str, Any]:
     """Return the figures of a verification for the JSON file; without rates if ``found`` is None."""
     figures: dict[str, Any] = {
         "pairs": {"same": int(same.sum()), "different": int((~same).sum())},

@@ -62,7 +62,7 @@ def roc(same: Values, scores: Values) -> tuple[Floats, Floats, Floats]:
     >>> true_accepts
     array([0. , 0.5, 0.5, 1. ])
     """
-    same, scores = _scored_pairs(same, scores)
+    same, scores = scored_pairs(same, scores)
     if same.all() or not same.any():
         raise ValueError("same must hold pairs of both kinds")
     # By default points on straight lines are dropped; the greatest rate below a given FAR may be one of them.
@@ -72,7 +72,7 @@ def roc(same: Values, scores: Values) -> tuple[Floats, Floats, Floats]:
     return false_accepts, true_accepts, thresholds
 
 
-def _scored_pairs(same: Values, scores: Values) -> tuple[npt.NDArray[np.bool_], Floats]:
+def scored_pairs(same: Values, scores: Values) -> tuple[npt.NDArray[np.bool_], Floats]:
     """Return both as arrays (P,), bool and fp64; raise ValueError for other shapes, or a score that is not finite."""
     kinds, values = _array(same).astype(bool), _array(scores).astype(np.float64)
     if kinds.ndim != 1 or kinds.shape != values.shape:
@@ -99,7 +99,7 @@ def mean_scores(same: Values, scores: Values) -> tuple[float | None, float | Non
     >>> mean_scores([True, True], [0.5, 0.25])
     (0.375, None)
     """
-    same, scores = _scored_pairs(same, scores)
+    same, scores = scored_pairs(same, scores)
     one, two = (float(scores[kind].mean()) if kind.any() else None for kind in (same, ~same))
     return one, two
 
@@ -156,7 +156,7 @@ def k_fold_accuracy(same: Values, scores: Values, folds: int = 10, thresholds: V
     >>> k_fold_accuracy([True, False] * 4, [0.9, 0.2, 0.8, 0.1, 0.7, 0.3, 0.2, 0.4], folds=4)
     array([1. , 1. , 0.5, 0.5])
     """
-    same, scores = _scored_pairs(same, scores)
+    same, scores = scored_pairs(same, scores)
     check_folds(folds, len(same))
     accuracies = []
     for test in np.array_split(np.arange(len(same)), folds):
@@ -231,7 +231,7 @@ def accept_rates(same: Values, scores: Values, *, fars: Sequence[float] = FARS) 
     {0.01: 0.5}
     """
     check_rates("fars", fars)
-    same, scores = _scored_pairs(same, scores)
+    same, scores = scored_pairs(same, scores)
     false_accepts, true_accepts, _ = roc(same, scores)
     # Millions of pairs of two identities are as many points, nearly all of them on level parts.
     rises = np.diff(true_accepts) != 0

@@ -21,7 +21,7 @@ import re
 import struct
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from fused_arcface.base.files import replacing
 from fused_arcface.base.reading import DataError, open_regular
@@ -225,7 +225,7 @@ def too_broken(path: Path) -> DataError:
     return DataError(f"{path} has more than {MOST_BROKEN} records that cannot be read: it is damaged, or another file")
 
 
-class RecordWriter:
+class RecordWriter(contextlib.ExitStack):
     r"""Write a RecordIO file and its index; a context manager. Each appears when it is whole, in place of an old one.
 
     >>> import tempfile; path = Path(tempfile.mkdtemp()) / "train.rec"
@@ -236,10 +236,9 @@ class RecordWriter:
     """
 
     def __init__(self, path: str | Path) -> None:
-        self._files = contextlib.ExitStack()
-        path = Path(path)
-        self._index = self._files.enter_context(replacing(path.with_suffix(".idx")))
-        self._records = self._files.enter_context(replacing(path))
+        super().__init__()
+        self._index = self.enter_context(replacing(Path(path).with_suffix(".idx")))
+        self._records = self.enter_context(replacing(path))
 
     def write(self, key: int, payload: bytes) -> None:
         """Append a record."""
@@ -250,12 +249,6 @@ class RecordWriter:
                 raise ValueError(f"a part of a record must have < 2^29 bytes; got {len(part)}")
             kind = WHOLE if len(parts) == 1 else FIRST if place == 0 else LAST if place == len(parts) - 1 else BETWEEN
             self._records.write(_HEAD.pack(MAGIC, kind << 29 | len(part)) + part + bytes(padded(len(part)) - len(part)))
-
-    def __enter__(self) -> RecordWriter:
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self._files.__exit__(*error)
 
 
 def _split_at_magic(payload: bytes) -> list[bytes]:
