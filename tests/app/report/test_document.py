@@ -17,7 +17,7 @@ from fused_arcface.app.cli.tables import plain_table
 from fused_arcface.app.data.pair_sets import read_labeled
 from fused_arcface.app.predictions import Search
 from fused_arcface.app.report import document
-from fused_arcface.app.report.answers import answers_of
+from fused_arcface.app.report.answers import Answers
 from fused_arcface.app.report.digest import Digest, digest_pairs, hardest_pairs, read_digest, thinned_curve
 from fused_arcface.app.report.document import Comparison, Report, Section, Thumbnail, table
 from fused_arcface.app.report.thumbnails import Thumbnails
@@ -174,7 +174,7 @@ def test_answers_by_hand() -> None:
     probes = torch.tensor([[1.0, 0.0], [0.8, 0.6], [0.6, 0.8], [-1.0, 0.0]])
     search = Search(gallery, torch.tensor([4, 5]), probes, torch.tensor([4, 5, 9, 9]), ["a", "b"], list("pqrs"))
     found = identify(gallery, search.gallery_labels, probes, search.probe_labels, engine="torch")
-    answers = answers_of(search, found, cosine=True)
+    answers = Answers(search, found, cosine=True)
     assert answers.matches == ["a", "a", "b", "b"]
     assert answers.right.tolist() == [True, False, False, False]
     assert answers.known.tolist() == [True, True, False, False]

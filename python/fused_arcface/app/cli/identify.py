@@ -162,11 +162,11 @@ def identify(
             shared.draw(console, identification_drawings(found, name), pictures)
 
         def make_report() -> Report:
-            from ..report.answers import answers_of
+            from ..report.answers import Answers
             from ..report.evaluation import identification_report
             from ..report.thumbnails import Thumbnails
 
-            answers = answers_of(compared, found, cosine=distance == "cosine")
+            answers = Answers(compared, found, cosine=distance == "cosine")
             return identification_report(name, [table], found, answers, Thumbnails(sources), settings)
 
         reporting.say_report(console, page.write(make_report))

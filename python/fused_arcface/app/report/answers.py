@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -16,21 +15,21 @@ from .digest import HARDEST, histograms, measure
 from .document import Comparison, Thumbnail
 
 
-@dataclass(frozen=True)
 class Answers:
-    """The nearest gallery images of N probes."""
+    """The nearest gallery images of N probes, as an identification has found them.
 
-    probes: list[str]
-    """(N,) names."""
-    matches: list[str]
-    """(N,) names of the nearest gallery images."""
-    scores: npt.NDArray[np.float64]
-    """(N,) cosines, or negated distances."""
-    right: npt.NDArray[np.bool_]
-    """(N,) the match shows the probe's person."""
-    known: npt.NDArray[np.bool_]
-    """(N,) the gallery has the probe's person."""
-    cosine: bool
+    ``cosine`` says that it compared by the cosine distance.
+    """
+
+    def __init__(self, search: Search, found: Identification, cosine: bool) -> None:
+        self.probes, self.cosine = search.probe_paths, cosine
+        self.matches = [search.gallery_paths[row] for row in found.nearest.tolist()]
+        self.scores = (1 - found.distances if cosine else -found.distances).double().numpy()
+        """(N,) cosines, or negated distances."""
+        self.right = (search.gallery_labels[found.nearest] == search.probe_labels).numpy()
+        """(N,) the match shows the probe's person."""
+        self.known = torch.isin(search.probe_labels, search.gallery_labels).numpy()
+        """(N,) the gallery has the probe's person."""
 
     def histograms(self) -> tuple[npt.NDArray[np.float64], dict[str, list[int]]]:
         """Return edges (bins + 1,), and the number of probes in each bin by how they were answered."""
@@ -48,16 +47,3 @@ class Answers:
                 caption = f"{name}, {measure(float(self.scores[place]), self.cosine)}"
                 found.append(Comparison(thumbnail(self.probes[place]), thumbnail(self.matches[place]), caption))
         return found
-
-
-def answers_of(search: Search, found: Identification, cosine: bool) -> Answers:
-    """Return the nearest gallery images that an identification has found; ``cosine`` if by the cosine distance."""
-    scores = 1 - found.distances if cosine else -found.distances
-    return Answers(
-        search.probe_paths,
-        [search.gallery_paths[row] for row in found.nearest.tolist()],
-        scores.double().numpy(),
-        (search.gallery_labels[found.nearest] == search.probe_labels).numpy(),
-        torch.isin(search.probe_labels, search.gallery_labels).numpy(),
-        cosine,
-    )
