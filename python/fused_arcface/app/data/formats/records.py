@@ -13,7 +13,7 @@ from fused_arcface.base.reading import DataError
 from ..images import MAX_PIXELS, ImageSpec, naming, read_image
 from ..sources import ImageSource
 from .folders import missing_numbers
-from .record_index import Heads, Ints, read_heads, read_index, unnamed_ranges
+from .record_index import Bools, Heads, Ints, read_heads, read_index, unnamed_ranges
 from .recordio import (
     FIRST,
     HEAD_BYTES,
@@ -62,12 +62,13 @@ class RecordImages(ImageSource):
         self.path, self.max_pixels = Path(path), max_pixels
         self._file = RecordFile(self.path)
         self.problems, self.notes = [], []
-        heads, found = self._read_labels(self._without_header(self._find_records()))
+        heads = self._without_header(self._find_records())
+        used, found = self._read_labels(heads)
         if len(found) == 0:
             first = f"; {self.problems[0]}" if self.problems else ""
             raise DataError(f"{self.path} has no record of an image{first}")
         classes, first_rows, labels = np.unique(found, return_index=True, return_inverse=True)
-        self._numbers, self._offsets = heads.numbers, heads.offsets
+        self._numbers, self._offsets = heads.numbers[used], heads.offsets[used]
         self.labels = torch.from_numpy(labels.reshape(-1).astype(np.int64))
         self.names = [str(each) for each in classes]
         self._report_gaps(classes, first_rows)
@@ -106,17 +107,17 @@ class RecordImages(ImageSource):
         self._report_unnamed(index, heads)
         # The last line of a key counts, as for MXNet.
         _, last = np.unique(heads.numbers[::-1], return_index=True)
-        named = heads[len(heads.numbers) - 1 - last]
-        used, places = np.unique(named.offsets, return_index=True)
+        last = len(heads.numbers) - 1 - last
+        used, places = np.unique(heads.offsets[last], return_index=True)
         if unused := len(np.setdiff1d(heads.offsets, used)):
             ordered = np.sort(heads.numbers)
             repeated = ordered[:-1][np.diff(ordered) == 0][0]
             self.problems.append(
                 f"{index}: {unused} records are not used: another line has the same key, as key {repeated}"
             )
-        if twice := len(named.numbers) - len(used):
+        if twice := len(last) - len(used):
             self.problems.append(f"{index}: {twice} keys are not used: their record has another key as well")
-        return named[np.sort(places)]
+        return heads[last[np.sort(places)]]
 
     def _report(self, problems: list[str], others: int, unsaid: str) -> None:
         """Note problems of some records in words, and the number of the others in ``unsaid``."""
@@ -161,8 +162,8 @@ class RecordImages(ImageSource):
             self.problems.append(f"{place}: {behind} images are not used: the header says that images end before {end}")
         return heads[images]
 
-    def _read_labels(self, heads: Heads) -> tuple[Heads, Ints]:
-        """Return the records that can be read, and the first label of each."""
+    def _read_labels(self, heads: Heads) -> tuple[Bools, Ints]:
+        """Return which of the records (M,) can be used, and the first label of each of those."""
         labels, good = heads.label.copy(), heads.complete.copy()
         # Each of these may have parts all over the file, or share them with others.
         limit, broken = self._file.bytes_read + self._file.size, 0
@@ -187,7 +188,7 @@ class RecordImages(ImageSource):
             for row in wrong[:_SAID]
         ]
         self._report(problems, len(wrong) - _SAID, "{} more records have an invalid label")
-        return heads[whole], labels[whole].astype(np.int64)
+        return whole, labels[whole].astype(np.int64)
 
     def _errors(self, heads: Heads) -> list[str]:
         """Return the errors of reading some records."""
