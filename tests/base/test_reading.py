@@ -17,6 +17,8 @@ import torch
 
 pytest.importorskip("PIL")
 
+from support.net_files import load_weights
+
 from fused_arcface.app import cli
 from fused_arcface.app.data import DataError, ImageSpec, read_image
 from fused_arcface.app.data.embedding_sets import EmbeddingSet
@@ -24,7 +26,6 @@ from fused_arcface.app.data.formats.pickled_pairs import read_pickled_pairs
 from fused_arcface.app.data.formats.records import RecordImages
 from fused_arcface.app.data.pair_sets import read_pair_set
 from fused_arcface.app.nets.small import SmallNet
-from fused_arcface.app.nets.weights import load_weights
 from fused_arcface.base.reading import check_regular, file_errors, open_regular, read_bytes
 from fused_arcface.checkpoint import convert, safetensors
 

@@ -1,11 +1,11 @@
 import pytest
 import torch
+from support.net_files import load_weights
 
 import fused_arcface as fa
 from fused_arcface import checkpoint
 from fused_arcface.app import cli
 from fused_arcface.app.nets.small import SmallNet
-from fused_arcface.app.nets.weights import load_weights
 from fused_arcface.checkpoint import convert, safetensors
 from fused_arcface.checkpoint.centers import Rows
 from fused_arcface.parallel.sharding import Sharding

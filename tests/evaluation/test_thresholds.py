@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 import pytest
+import torch
 
 from fused_arcface.evaluation import tar_at_far
 from fused_arcface.evaluation.thresholds import operating_points
@@ -21,6 +22,8 @@ def test_thresholds_by_hand() -> None:
     assert equal.false_accept_rate == pytest.approx(1 / 3) and equal.true_accept_rate == pytest.approx(2 / 3)
     assert (none.name, none.threshold) == ("FAR 0", 0.7)
     assert (some.name, some.threshold, some.true_accept_rate) == ("FAR 0.4", 0.6, 1.0)
+    as_tensors = operating_points(torch.tensor(same), torch.tensor(scores, dtype=torch.float64), fars=[0.0, 0.4])
+    assert as_tensors == [best, equal, none, some]
 
 
 def test_no_pair_may_be_accepted() -> None:

@@ -6,6 +6,8 @@ The commands ``gradcheck`` and ``doctor`` use it.
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -37,10 +39,8 @@ class Problem(NamedTuple):
     """(C·sub_centers, D)"""
     target: Tensor
     """(N,) class ids."""
-    margin: Margin
-    scale: float
     options: dict[str, Any]
-    """Further options of the loss."""
+    """Options of the loss, its margin and scale among them."""
 
 
 class Agreement(NamedTuple):
@@ -121,7 +121,7 @@ def sample_problem(
     norm = 0.5 + 1.5 * torch.rand(rows, 1, generator=generator, dtype=torch.float64)
     embeddings = norm * (theta.cos() * center + theta.sin() * aside)
     tensors = embeddings.to(device), weight.to(device), target.to(device)
-    return Problem(*tensors, margin or ArcFace(), scale, options or {})
+    return Problem(*tensors, {"margin": margin or ArcFace(), "scale": scale, **(options or {})})
 
 
 def errors_against_fp64(backend: str | None, dtype: torch.dtype, problem: Problem) -> dict[str, float]:
@@ -132,18 +132,15 @@ def errors_against_fp64(backend: str | None, dtype: torch.dtype, problem: Proble
     """
     embeddings, weight = problem.embeddings.to(dtype), problem.weight.to(dtype)
 
-    def results(dtype: torch.dtype, backend: str | None) -> list[Tensor]:
+    def results(dtype: torch.dtype, loss: Callable[..., Any]) -> list[Tensor]:
         leaves = [tensor.to(dtype).requires_grad_() for tensor in (embeddings, weight)]
-        # A margin with a state starts from the same one.
-        options: dict[str, Any] = {"margin": copy.deepcopy(problem.margin), **problem.options}
-        function: Any = reference.margin_softmax_loss
-        if backend is not None:
-            function, options["backend"] = margin_softmax_loss, backend
-        rows = function(*leaves, problem.target, scale=problem.scale, reduction="none", **options)
+        options = copy.deepcopy(problem.options)  # a margin with a state starts from the same one
+        rows = loss(*leaves, problem.target, reduction="none", **options)
         return [rows.detach(), *torch.autograd.grad(rows.mean(), leaves)]
 
-    expected = results(torch.float64, None)
-    found = results(dtype, backend)
+    oracle = reference.margin_softmax_loss
+    expected = results(torch.float64, oracle)
+    found = results(dtype, oracle if backend is None else partial(margin_softmax_loss, backend=backend))
     return {
         quantity: float((a.double() - b).abs().max() / b.abs().max())
         for quantity, a, b in zip(QUANTITIES, found, expected, strict=True)
@@ -185,11 +182,10 @@ def finite_differences(backend: str, margin: Margin, options: dict[str, Any] | N
     def loss(embeddings: Tensor, weight: Tensor) -> Any:
         if held_norms:
             embeddings = norms * F.normalize(embeddings)
-        held = copy.deepcopy(margin)
-        if isinstance(held, torch.nn.Module):
-            held.eval()
-        arguments = {"margin": held, "scale": problem.scale, "reduction": "none", "backend": backend}
-        return margin_softmax_loss(embeddings, weight, problem.target, **arguments, **problem.options)  # type: ignore
+        held = copy.deepcopy(problem.options)
+        if isinstance(held["margin"], torch.nn.Module):
+            held["margin"].eval()
+        return margin_softmax_loss(embeddings, weight, problem.target, reduction="none", backend=backend, **held)
 
     leaves = (problem.embeddings.requires_grad_(), problem.weight.requires_grad_())
     return bool(torch.autograd.gradcheck(loss, leaves, raise_exception=False, fast_mode=False))

@@ -13,7 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fused_arcface.base.extras import pyplot, require, save_figure
+from fused_arcface.base.extras import pyplot, require
+from fused_arcface.base.files import replacing
 from fused_arcface.base.text import printable
 
 WIDTH = 4.8
@@ -62,9 +63,9 @@ def write_pictures(drawings: Iterable[Drawing], folder: Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
     for drawing in drawings:
-        with _drawn(drawing) as figure:
-            paths.append(folder / f"{drawing.name}.png")
-            save_figure(figure, paths[-1], dpi=_DOTS)
+        paths.append(folder / f"{drawing.name}.png")
+        with _drawn(drawing) as figure, replacing(paths[-1]) as file:
+            figure.savefig(file, format="png", dpi=_DOTS)
     return paths
 
 

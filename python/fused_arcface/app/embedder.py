@@ -103,9 +103,7 @@ class Embedder(nn.Module):
 
 def _as_list(images: Any) -> Sequence[Any]:
     """Return one image, a batch or a sequence of images as a sequence of images."""
-    if isinstance(images, Tensor):
-        return list(images) if images.dim() == 4 else [images]
-    if isinstance(images, np.ndarray):
+    if isinstance(images, (Tensor, np.ndarray)):
         return list(images) if images.ndim == 4 else [images]
     whole = isinstance(images, (str, bytes, os.PathLike, Mapping)) or not isinstance(images, Iterable)
     return [images] if whole else list(images)
@@ -157,12 +155,7 @@ def load_embedder(
     >>> bool(-1.001 < first @ second < 1.001)  # the cosine
     True
     """
-    return _load(Path(source), backbone, device, image_size, trust).requires_grad_(False)
-
-
-def _load(
-    path: Path, backbone: str | None, device: torch.device | str, image_size: int | None, trust: bool
-) -> Embedder:
+    path, thresholds = Path(source), None
     check_device(device)
     if not path.exists():
         raise RunError(missing_path(path))
@@ -174,19 +167,17 @@ def _load(
                 )
     if path.is_dir():
         net, spec = load_backbone(path, device, trust=trust)
-        return Embedder(net, spec, read_thresholds(RunFolder(path).thresholds))
-    if backbone is None:
-        return _of_run_file(path, device)
-    net, spec = _of_weights(path, backbone, image_size)
-    return Embedder(net.to(device), spec)
+        thresholds = RunFolder(path).thresholds
+    elif backbone is None:
+        net, spec, thresholds = _of_run_file(path)
+    else:
+        net, spec = _of_weights(path, backbone, image_size)
+    kept = None if thresholds is None else read_thresholds(thresholds)
+    return Embedder(net.to(device), spec, kept).requires_grad_(False)
 
 
 def check_device(device: torch.device | str) -> None:
-    """Raise unless tensors can be made on a device.
-
-    Raises:
-        ValueError: if there is no such device.
-    """
+    """Raise ValueError unless tensors can be made on a device."""
     try:
         torch.device(device)
     except RuntimeError:  # its text lists twenty devices
@@ -197,7 +188,8 @@ def check_device(device: torch.device | str) -> None:
         raise ValueError(f"device {device} cannot be used: {str(error).splitlines()[0]}") from None
 
 
-def _of_run_file(path: Path, device: torch.device | str) -> Embedder:
+def _of_run_file(path: Path) -> tuple[nn.Module, ImageSpec, Path]:
+    """Return a net with the weights in a run's file, its images, and the file of its thresholds."""
     folder = RunFolder(path.parent)
     if not folder.config.is_file():
         raise ValueError(
@@ -206,8 +198,7 @@ def _of_run_file(path: Path, device: torch.device | str) -> Embedder:
         )
     net, spec = folder.build_net()
     fit_state(net, read_state(path), path)
-    kept = folder.best_thresholds if path.name == folder.best.name else folder.thresholds
-    return Embedder(net.to(device), spec, read_thresholds(kept))
+    return net, spec, folder.best_thresholds if path.name == folder.best.name else folder.thresholds
 
 
 def _of_weights(path: Path, backbone: str, image_size: int | None) -> tuple[nn.Module, ImageSpec]:

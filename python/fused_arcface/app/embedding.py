@@ -12,12 +12,10 @@ import os
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from fused_arcface.base.files import replacing, write_text
 from fused_arcface.base.reading import DataError, read_bytes
@@ -25,8 +23,7 @@ from fused_arcface.base.text import encode_names
 
 from .data.embedding_sets import EmbeddingSet, embed_set
 from .data.formats.embeddings import SUFFIXES
-from .data.images import ImageSpec
-from .data.sources import ImageSet, Read
+from .data.sources import ImageSet
 from .embedder import Embedder
 from .predictions import csv_line
 from .training.lock import FolderInUse, FolderLock
@@ -36,15 +33,11 @@ _PART = 256
 _MOST_BYTES = 1 << 20
 _CSV = ".csv"
 _OURS = re.compile(r"about\.json|\d{12}\.(npz|empty)|\.partial-[0-9a-f]{8}(-[0-9a-f]{12})?")
-"""Names of the files in the folder of the parts."""
+"""Names of the files in the folder of the parts; earlier versions wrote ``.empty``."""
 
 
 def check_output(path: Path) -> None:
-    """Raise unless embeddings can be written to a file of this name.
-
-    Raises:
-        ValueError: if the suffix is not one of an :class:`EmbeddingSet`, or ``.csv``.
-    """
+    """Raise ValueError unless embeddings can be written to a file of this name; see :func:`embed_to_file`."""
     if path.suffix not in (*SUFFIXES, _CSV):
         raise ValueError(f"embeddings must go to a {', '.join(SUFFIXES)} or {_CSV} file; got {path}")
 
@@ -62,7 +55,7 @@ def embed_to_file(
     done: Callable[[int], None] = lambda count: None,
     unreadable: Callable[[str], None] = lambda problem: None,
 ) -> EmbeddingSet:
-    """Embed images and write the embeddings with the images' names and labels.
+    """Embed images, write the embeddings with the images' names and labels, and return them.
 
     Parts lie in a folder beside the file, ``OUTPUT.parts``, until all are there. If the same images are embedded by the
     same net again, finished parts are taken from it; parts of anything else are replaced. The folder is locked: another
@@ -81,9 +74,6 @@ def embed_to_file(
         done: called with a number of images, also for those of finished parts.
         unreadable: called with what is wrong with an image that cannot be read; it is left out.
 
-    Returns:
-        The embeddings that were written.
-
     Raises:
         DataError: if no image can be read, or another process writes this output.
         ValueError: if the output has another suffix.
@@ -98,13 +88,13 @@ def embed_to_file(
     with _parts(folder, key, output):
         found: list[EmbeddingSet] = []
         for start in range(0, len(images), part):
-            numbers = range(start, min(start + part, len(images)))
-            file, empty = folder / f"{start:012d}.npz", folder / f"{start:012d}.empty"
-            if file.is_file() or empty.is_file():
-                done(len(numbers))
-            else:
-                _embed_part(embedder, images, numbers, file, empty, normalize, unreadable, **how)
+            rows = range(start, min(start + part, len(images)))
+            file = folder / f"{start:012d}.npz"
             if file.is_file():
+                done(len(rows))
+            else:
+                _embed_part(embedder, images, rows, file, normalize, unreadable, **how)
+            if os.path.getsize(file):
                 found.append(EmbeddingSet.load(file))
         if not found:
             raise DataError("no image can be read")
@@ -124,38 +114,30 @@ def embed_to_file(
 def _embed_part(
     embedder: Embedder,
     images: ImageSet,
-    numbers: range,
+    rows: range,
     file: Path,
-    empty: Path,
     normalize: bool,
     unreadable: Callable[[str], None],
     **how: Any,
 ) -> None:
-    """Write the embeddings of a part into ``file``; write ``empty`` if none of its images can be read."""
-    rows = slice(numbers.start, numbers.stop)
-    labels = None if images.labels is None else images.labels[rows]
-    part = ImageSet(images.paths[rows], partial(_read_from, images.read, numbers.start), labels)
+    """Write the embeddings of some images into ``file``; it is empty if none of them can be read."""
     device = next((each.device for each in embedder.net.parameters()), torch.device("cpu"))
     problems: list[str] = []
+    how |= {"rows": rows, "device": device, "unreadable": problems.append}
     try:
-        found = embed_set(embedder.net, part, embedder.spec, device=device, unreadable=problems.append, **how)
-    except DataError:
-        if len(problems) < len(numbers):
-            raise
-        write_text(empty, "")
-    else:
+        found = embed_set(embedder.net, images, embedder.spec, **how)
         vectors = torch.nn.functional.normalize(found.embeddings) if normalize else found.embeddings
         replace(found, embeddings=vectors).save(file)
+    except DataError:
+        if len(problems) < len(rows):
+            raise
+        write_text(file, "")
     for problem in problems:
         unreadable(problem)
 
 
-def _read_from(read: Read, first: int, index: int, spec: ImageSpec) -> Tensor:
-    return read(first + index, spec)
-
-
 def _key(embedder: Embedder, images: ImageSet, options: dict[str, Any]) -> str:
-    """Return a text that is another one for other images, another net or other options."""
+    """Return a text that changes with the images, the net and the options."""
     names = hashlib.sha256(encode_names(images.paths))
     for path in images.paths:
         names.update(_state(path).encode())

@@ -19,12 +19,8 @@ from .data.sources import ImageSet
 from .predictions import Search
 
 if TYPE_CHECKING:
-    import numpy as np
-    import numpy.typing as npt
-
     from fused_arcface.evaluation import Distance, Identification, Verification
 
-    Bools = npt.NDArray[np.bool_]
     Means = tuple[float | None, float | None]
 
 LEFT_OUT = ["accuracy", "equal error rate", "TAR at FAR"]
@@ -42,11 +38,7 @@ def prepared(embeddings: Tensor, normalize: bool) -> Tensor:
 
 
 def with_pairs(saved: EmbeddingSet, path: Path, most: int, seed: int) -> EmbeddingSet:
-    """Return saved embeddings with their pairs, or with pairs made of their labels.
-
-    Raises:
-        DataError: if they have neither.
-    """
+    """Return saved embeddings with their pairs, or with pairs of their labels; raise DataError if they have neither."""
     if saved.pairs is not None:
         return saved
     if saved.labels is None:
@@ -55,11 +47,7 @@ def with_pairs(saved: EmbeddingSet, path: Path, most: int, seed: int) -> Embeddi
 
 
 def split_set(labeled: EmbeddingSet, gallery_images: int, unknown: float, seed: int) -> Search:
-    """Split a set into gallery and probes.
-
-    Raises:
-        DataError: if the set has no labels.
-    """
+    """Split a set into gallery and probes; raise DataError if it has no labels."""
     if labeled.labels is None:
         raise DataError("embeddings must have labels (M,) to be split into gallery and probes")
     known, sought = split_gallery(labeled.labels, gallery_images=gallery_images, unknown=unknown, seed=seed)
@@ -69,12 +57,7 @@ def split_set(labeled: EmbeddingSet, gallery_images: int, unknown: float, seed: 
 
 
 def two_sets(gallery: str, probes: str, max_pixels: int) -> list[ImageSet]:
-    """Open gallery and probes.
-
-    Raises:
-        DataError: if one cannot be opened.
-        ValueError: if they share an image.
-    """
+    """Open gallery and probes; raise ValueError if they share an image."""
     sources = [read_labeled(each, max_pixels=max_pixels) for each in (gallery, probes)]
     files = [{str(Path(path).resolve()) for path in source.paths} for source in sources]
     if shared := files[0] & files[1]:
@@ -117,7 +100,7 @@ def described(distance: Distance, name: str, normalize: bool) -> dict[str, Any]:
     return found
 
 
-def verification_figures(found: Verification | None, same: Bools, means: Means) -> dict[str, Any]:
+def verification_figures(found: Verification | None, same: Tensor, means: Means) -> dict[str, Any]:
     """Return the figures of a verification for the JSON file; without rates if ``found`` is None."""
     figures: dict[str, Any] = {
         "pairs": {"same": int(same.sum()), "different": int((~same).sum())},

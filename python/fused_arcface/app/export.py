@@ -43,18 +43,14 @@ class _UnitEmbeddings(nn.Module):
 
 
 def check_suffix(path: Path) -> None:
-    """Raise unless a net can be exported to a file of this name.
-
-    Raises:
-        ValueError: if the suffix is not ``.onnx`` or ``.pt2``.
-    """
+    """Raise ValueError unless a net can be exported to a file of this name, ``.onnx`` or ``.pt2``."""
     if path.suffix not in (_ONNX, _PROGRAM):
         raise ValueError(f"a net must be exported to a .onnx or a .pt2 file; got {path}")
 
 
 @torch.no_grad()
 def export(embedder: Embedder, path: Path) -> float:
-    """Write a net with any number of images as input; the file appears when it was checked.
+    """Write a net that takes any number of images; the file appears after the result was checked.
 
     The input ``images`` is ``(N, channels, size, size)`` fp32 in [-1, 1], the output ``embeddings`` ``(N, D)`` of norm
     1.

@@ -12,6 +12,7 @@ from torch import Tensor
 from fused_arcface.base.reading import DataError
 from fused_arcface.evaluation import (
     Identification,
+    Pairs,
     Rates,
     Templates,
     identify_templates,
@@ -63,7 +64,7 @@ def evaluate_templates(
         normalize=not norms,
     )
     left_out: list[str] = []
-    rates = _verify(found, templates, left_out) if found.pairs is not None else None
+    rates = _verify(found, found.pairs, templates, left_out) if found.pairs is not None else None
     searches = {}
     if found.probes is not None:
         probes = _present(found.probes, templates, "probes", left_out)
@@ -78,11 +79,7 @@ def evaluate_templates(
 
 
 def _rows_of(paths: list[str], embedded: list[str]) -> Tensor:
-    """Return which of a set's faces were embedded, (len(embedded),).
-
-    Raises:
-        DataError: if the embedded faces are not faces of the set, in its order.
-    """
+    """Return which of a set's faces were embedded; raise DataError if they are other faces, or in another order."""
     rows: list[int] = []
     for row, path in enumerate(paths):
         if len(rows) < len(embedded) and embedded[len(rows)] == path:
@@ -95,13 +92,10 @@ def _rows_of(paths: list[str], embedded: list[str]) -> Tensor:
     return torch.tensor(rows)
 
 
-def _verify(found: TemplateSet, templates: Templates, left_out: list[str]) -> Rates:
-    assert found.pairs is not None
-    first, second, same = found.pairs.first, found.pairs.second, found.pairs.same
-    both = templates.has(first) & templates.has(second)
-    if not both.all():
-        left_out.append(f"{int((~both).sum())} of {len(both)} pairs: a template has no image that could be read")
-        first, second, same = first[both], second[both], same[both]
+def _verify(found: TemplateSet, pairs: Pairs, templates: Templates, left_out: list[str]) -> Rates:
+    both = templates.has(pairs.first) & templates.has(pairs.second)
+    _note(both, "pairs: a template has", left_out)
+    first, second, same = (each[both] for each in pairs)
     if not both_kinds(same):
         raise DataError(f"{found.name}: there are no pairs of both kinds whose images could be read")
     return verify_templates(templates, first, second, same)
@@ -109,10 +103,13 @@ def _verify(found: TemplateSet, templates: Templates, left_out: list[str]) -> Ra
 
 def _present(of: Subjects, templates: Templates, what: str, left_out: list[str]) -> Subjects:
     there = templates.has(of.templates)
-    if there.all():
-        return of
-    left_out.append(f"{int((~there).sum())} of {len(there)} {what}: they have no image that could be read")
+    _note(there, f"{what}: they have", left_out)
     return Subjects(of.templates[there], of.subjects[there])
+
+
+def _note(there: Tensor, what: str, left_out: list[str]) -> None:
+    if not there.all():
+        left_out.append(f"{int((~there).sum())} of {len(there)} {what} no image that could be read")
 
 
 def mean_figures(searches: dict[str, Identification]) -> dict[str, dict[str, float]]:

@@ -8,12 +8,13 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from fused_arcface.base.files import write_text
 from fused_arcface.base.reading import DataError, file_errors, read_bytes
+from fused_arcface.base.typed_json import typed
 from fused_arcface.evaluation.thresholds import BEST_ACCURACY, OperatingPoint, far_name
 
 _MOST_BYTES = 1 << 16
@@ -74,52 +75,25 @@ def as_text(points: Sequence[OperatingPoint]) -> list[tuple[str, ...]]:
 
 
 def of_cosine_distance(points: Sequence[OperatingPoint]) -> list[OperatingPoint]:
-    """Return points whose thresholds are scores of the cosine distance, cos - 1, with cosines as thresholds."""
-    return [OperatingPoint(**{**asdict(point), "threshold": 1 + point.threshold}) for point in points]
+    """Return points with cosines as thresholds, from points whose thresholds are scores of the cosine distance."""
+    return [replace(point, threshold=1 + point.threshold) for point in points]
 
 
 def read_thresholds(path: Path) -> KeptThresholds | None:
-    """Return the thresholds in a file, None if there is no such file.
-
-    Raises:
-        DataError: if the file is damaged.
-    """
+    """Return the thresholds in a file, None if there is no such file; raise DataError if it is damaged."""
     if not path.is_file():
         return None
     content = read_bytes(path, _MOST_BYTES)
     try:
         with file_errors(path):
             values: dict[str, Any] = json.loads(content)
-            step, pairs_of_two = (values.get(name) for name in ("step", "pairs_of_two"))
-            return KeptThresholds(
-                data=_text(values["data"]),
-                accuracy=_number(values["accuracy"]),
-                points=[_point(point) for point in values["points"]],
-                step=None if step is None else int(_number(step)),
-                pairs_of_two=None if pairs_of_two is None else int(_number(pairs_of_two)),
-            )
+            points = [_point(point) for point in values["points"]]
+            return replace(typed(KeptThresholds, {**values, "points": []}), points=points)
     except DataError as error:
         raise DataError(f"{error}; remove the file to continue without thresholds") from None
 
 
 def _point(values: dict[str, Any]) -> OperatingPoint:
-    threshold = values["threshold"]
-    return OperatingPoint(
-        name=_text(values["name"]),
-        threshold=math.inf if threshold is None else _number(threshold),
-        false_accept_rate=_number(values["false_accept_rate"]),
-        true_accept_rate=_number(values["true_accept_rate"]),
-        accuracy=_number(values["accuracy"]),
-    )
-
-
-def _text(value: Any) -> str:
-    if not isinstance(value, str):
-        raise ValueError(f"{str(value)[:40]} must be a text")
-    return value
-
-
-def _number(value: Any) -> float:
-    if type(value) not in (int, float) or not math.isfinite(value):
-        raise ValueError(f"{str(value)[:40]} must be a finite number")
-    return float(value)
+    if values["threshold"] is None:
+        return replace(typed(OperatingPoint, {**values, "threshold": 0}), threshold=math.inf)
+    return typed(OperatingPoint, values)

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from pathlib import Path
 from typing import Any
-
-from .files import replacing
 
 # Modules whose distribution has another name.
 _DISTRIBUTIONS = {
@@ -44,9 +41,3 @@ def pyplot() -> Any:
     """Return matplotlib's pyplot, set to draw to files: no display is needed."""
     require("matplotlib").use("Agg")
     return require("matplotlib.pyplot")
-
-
-def save_figure(figure: Any, path: Path, **options: Any) -> None:
-    """Write a figure of matplotlib, whole or not at all, in the format that the file's suffix names."""
-    with replacing(path) as file:
-        figure.savefig(file, format=path.suffix.removeprefix("."), **options)

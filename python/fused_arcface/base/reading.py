@@ -11,7 +11,7 @@ from typing import BinaryIO
 
 from .extras import MissingExtra
 from .suggest import missing_path
-from .text import decode_names
+from .text import decode_names, lines
 
 _KINDS = {
     stat.S_IFDIR: "a folder",
@@ -126,6 +126,12 @@ def read_bytes(path: str | os.PathLike[str], most: int) -> bytes:
     if len(content) > most:
         raise DataError(f"{path} must have <= {most} bytes; it has more")
     return content
+
+
+def read_lines(path: str | os.PathLike[str]) -> list[tuple[int, str]]:
+    """Return the lines of a text file that are not empty, each with its number, from 1; see :func:`open_regular`."""
+    with open_regular(path) as file, file_errors(path):
+        return [(number, line) for number, line in enumerate(lines(file.read()), start=1) if line.strip()]
 
 
 def read_names(path: str | os.PathLike[str]) -> list[str]:

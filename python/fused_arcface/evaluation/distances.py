@@ -216,16 +216,15 @@ def make_distance(
     >>> make_distance("p-norm", order=1)
     PNorm(order=1)
     """
-    if name == "mahalanobis":
-        if gallery is None:
-            raise ValueError("mahalanobis needs a gallery to fit its covariance on")
-        return Mahalanobis.fit(gallery, shrinkage)
-    simple = {"cosine": Cosine, "euclidean": Euclidean, "inner-product": InnerProduct}
+    if name not in NAMES:
+        raise ValueError(f"distance must be one of {', '.join(NAMES)}; got {name!r}")
     if name == "p-norm":
         return PNorm(order)
-    if name not in simple:
-        raise ValueError(f"distance must be one of {', '.join(NAMES)}; got {name!r}")
-    return simple[name]()
+    if name != "mahalanobis":
+        return {"cosine": Cosine, "euclidean": Euclidean, "inner-product": InnerProduct}[name]()
+    if gallery is None:
+        raise ValueError("mahalanobis needs a gallery to fit its covariance on")
+    return Mahalanobis.fit(gallery, shrinkage)
 
 
 def _check_rows(x: Tensor, y: Tensor) -> None:

@@ -40,6 +40,10 @@ class Identification:
     """Number of probes with another identity."""
     engine: str
     """The library that searched: ``"torch"`` or ``"faiss"``."""
+    nearest: Tensor
+    """(N,) int64, the row of the gallery that is nearest to each probe."""
+    distances: Tensor
+    """(N,), the distance of each probe to that row."""
 
     def rank(self, r: int) -> float:
         """Return the rank-r identification rate, or the rate of the last rank if there are fewer than r."""
@@ -107,6 +111,8 @@ def identify(
         num_mated=int(mated.sum()),
         num_unmated=int((~mated).sum()),
         engine=choose_engine(engine, distance),
+        nearest=rows[:, 0].clone(),
+        distances=distances[:, 0].clone(),
     )
 
 

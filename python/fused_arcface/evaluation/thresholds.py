@@ -6,9 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
-from .verification import FARS, check_rates, roc
+from .verification import FARS, Values, check_rates, roc, scored_pairs
 
 BEST_ACCURACY = "best accuracy"
 EQUAL_ERROR_RATE = "equal error rate"
@@ -39,9 +38,7 @@ def far_name(far: float) -> str:
     return f"FAR {far:g}"
 
 
-def operating_points(
-    same: npt.ArrayLike, scores: npt.ArrayLike, *, fars: Sequence[float] = FARS
-) -> list[OperatingPoint]:
+def operating_points(same: Values, scores: Values, *, fars: Sequence[float] = FARS) -> list[OperatingPoint]:
     """Return the thresholds that people act on: best accuracy, equal error rate, and one for each false accept rate.
 
     A threshold is a score of one of the pairs. If several are equally good, the greatest is taken. At the threshold of
@@ -62,7 +59,7 @@ def operating_points(
     [('best accuracy', 0.9), ('equal error rate', 0.5), ('FAR 0.01', 0.9)]
     """
     check_rates("fars", fars)
-    same = np.asarray(same, dtype=bool)
+    same, scores = scored_pairs(same, scores)
     false_accepts, true_accepts, thresholds = roc(same, scores)
     # In whole pairs: rounding must not choose between thresholds that are equally good.
     ones, others = int(same.sum()), int((~same).sum())

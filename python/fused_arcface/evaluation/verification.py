@@ -44,8 +44,7 @@ def pair_scores(embeddings: Tensor, pairs: Pairs, distance: Distance = Cosine())
     for start in range(0, len(distances), _PAIRS_AT_ONCE):
         first, second = (each[start : start + _PAIRS_AT_ONCE] for each in (pairs.first, pairs.second))
         distances[start : start + len(first)] = distance.of_transformed(transformed[first], transformed[second])
-    scores: Floats = -distances.double().cpu().numpy()
-    return scores
+    return -distances.double().cpu().numpy()
 
 
 def roc(same: Values, scores: Values) -> tuple[Floats, Floats, Floats]:
@@ -63,7 +62,7 @@ def roc(same: Values, scores: Values) -> tuple[Floats, Floats, Floats]:
     >>> true_accepts
     array([0. , 0.5, 0.5, 1. ])
     """
-    same, scores = _scored_pairs(same, scores)
+    same, scores = scored_pairs(same, scores)
     if same.all() or not same.any():
         raise ValueError("same must hold pairs of both kinds")
     # By default points on straight lines are dropped; the greatest rate below a given FAR may be one of them.
@@ -73,12 +72,8 @@ def roc(same: Values, scores: Values) -> tuple[Floats, Floats, Floats]:
     return false_accepts, true_accepts, thresholds
 
 
-def _scored_pairs(same: Values, scores: Values) -> tuple[npt.NDArray[np.bool_], Floats]:
-    """Return both as arrays (P,): bool, and fp64.
-
-    Raises:
-        ValueError: if the shapes differ or are not (P,), or a score is not finite.
-    """
+def scored_pairs(same: Values, scores: Values) -> tuple[npt.NDArray[np.bool_], Floats]:
+    """Return both as arrays (P,), bool and fp64; raise ValueError for other shapes, or a score that is not finite."""
     kinds, values = _array(same).astype(bool), _array(scores).astype(np.float64)
     if kinds.ndim != 1 or kinds.shape != values.shape:
         raise ValueError(f"same and scores must be (P,); got {kinds.shape} and {values.shape}")
@@ -104,7 +99,7 @@ def mean_scores(same: Values, scores: Values) -> tuple[float | None, float | Non
     >>> mean_scores([True, True], [0.5, 0.25])
     (0.375, None)
     """
-    same, scores = _scored_pairs(same, scores)
+    same, scores = scored_pairs(same, scores)
     one, two = (float(scores[kind].mean()) if kind.any() else None for kind in (same, ~same))
     return one, two
 
@@ -137,11 +132,7 @@ def equal_error_rate(false_accepts: Floats, true_accepts: Floats) -> float:
 
 
 def check_folds(folds: int, pairs: int) -> None:
-    """Check that a number of pairs can be cut into so many folds.
-
-    Raises:
-        ValueError: if it cannot, or there are fewer than two folds.
-    """
+    """Raise ValueError unless a number of pairs can be cut into so many folds, at least two."""
     if not 2 <= folds <= pairs:
         raise ValueError(f"folds must be >= 2 and <= the number of pairs {pairs}; got {folds}")
 
@@ -165,7 +156,7 @@ def k_fold_accuracy(same: Values, scores: Values, folds: int = 10, thresholds: V
     >>> k_fold_accuracy([True, False] * 4, [0.9, 0.2, 0.8, 0.1, 0.7, 0.3, 0.2, 0.4], folds=4)
     array([1. , 1. , 0.5, 0.5])
     """
-    same, scores = _scored_pairs(same, scores)
+    same, scores = scored_pairs(same, scores)
     check_folds(folds, len(same))
     accuracies = []
     for test in np.array_split(np.arange(len(same)), folds):
@@ -240,7 +231,7 @@ def accept_rates(same: Values, scores: Values, *, fars: Sequence[float] = FARS) 
     {0.01: 0.5}
     """
     check_rates("fars", fars)
-    same, scores = _scored_pairs(same, scores)
+    same, scores = scored_pairs(same, scores)
     false_accepts, true_accepts, _ = roc(same, scores)
     # Millions of pairs of two identities are as many points, nearly all of them on level parts.
     rises = np.diff(true_accepts) != 0

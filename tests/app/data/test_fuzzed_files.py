@@ -22,6 +22,7 @@ from PIL import Image
 from support import fuzzing
 from support.checkpoint_loaders import load_checkpoint, refit_manifest
 from support.image_files import encoded, picture, write_records
+from support.net_files import load_weights
 from support.template_files import write_template_set
 
 import fused_arcface as fa
@@ -35,7 +36,8 @@ from fused_arcface.app.data.formats.records import RecordImages
 from fused_arcface.app.data.formats.templates import read_templates
 from fused_arcface.app.data.unlabeled import read_images
 from fused_arcface.app.nets.small import SmallNet
-from fused_arcface.app.nets.weights import load_weights
+from fused_arcface.app.report.digest import Digest, HardPair, read_digest
+from fused_arcface.app.report.document import Thumbnail
 from fused_arcface.app.thresholds import KeptThresholds, read_thresholds
 from fused_arcface.app.training.config import OptionError, TrainConfig, read_options
 from fused_arcface.app.training.events import LogFile
@@ -173,6 +175,9 @@ def of_run(name: str) -> fuzzing.Callable[[Path], Path]:
         run.data.write_text(Fingerprint(3, 2, "aa", "bb", "cc").to_json())
         point = OperatingPoint("FAR 0.1", 0.25, 0.1, 0.9, 0.875)
         KeptThresholds("lfw.bin", 0.875, [point, point], 3).save(run.thresholds)
+        pair = HardPair(True, 0.25, Thumbnail("a.png", ""), Thumbnail("b.png", "data:image/jpeg;base64,AAAA"))
+        rates = [0.1, 1.0], [0.5, 1.0]
+        Digest("lfw.bin", True, (1, 1), *rates, [0.0, 180.0], [1], [1], [pair], 3).save(run.verification)
         run.log.write_text('{"step": 1, "loss": 2.5}\n{"step": 2, "loss": 0.25}\n')
         return root / name
 
@@ -257,6 +262,7 @@ FORMATS = [
         "data.json", of_run("data.json"), lambda path: RunFolder(path.parent).read_fingerprint(), (RunError,)
     ),
     fuzzing.Format("thresholds.json", of_run("thresholds.json"), read_thresholds, (DataError,)),
+    fuzzing.Format("verification.json", of_run("verification.json"), read_digest, (DataError,)),
     fuzzing.Format("log.jsonl", of_run("log.jsonl"), load_log, ()),
     *(fuzzing.Format(kind, image(kind), load_image, (DataError,), memory=memory_of(PIXELS)) for kind in IMAGE_FORMATS),
     *(

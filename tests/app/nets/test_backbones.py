@@ -9,12 +9,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from support.net_files import load_weights
 from torch import nn
 
 from fused_arcface.app.data import ImageSpec
 from fused_arcface.app.nets.backbones import build_backbone, own_embedding_dim, own_spec
 from fused_arcface.app.nets.iresnet import IResNet
-from fused_arcface.app.nets.weights import Misfit, load_weights
+from fused_arcface.app.nets.weights import Misfit
 from fused_arcface.base.extras import MissingExtra
 from fused_arcface.base.reading import DataError
 

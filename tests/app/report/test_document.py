@@ -13,16 +13,17 @@ import torch
 from support.report_pages import read_page
 
 from fused_arcface.app import drawing
+from fused_arcface.app.cli.tables import plain_table
 from fused_arcface.app.data.pair_sets import read_labeled
 from fused_arcface.app.predictions import Search
 from fused_arcface.app.report import document
-from fused_arcface.app.report.answers import nearest_answers
+from fused_arcface.app.report.answers import Answers
 from fused_arcface.app.report.digest import Digest, digest_pairs, hardest_pairs, read_digest, thinned_curve
-from fused_arcface.app.report.document import Comparison, Figure, Report, Section, Table, Thumbnail
+from fused_arcface.app.report.document import Comparison, Report, Section, Thumbnail, table
 from fused_arcface.app.report.thumbnails import Thumbnails
 from fused_arcface.base.extras import MissingExtra
 from fused_arcface.base.reading import DataError
-from fused_arcface.evaluation import Cosine, Pairs, verify_scores
+from fused_arcface.evaluation import Pairs, identify, verify_scores
 
 HOSTILE = (
     "<script>alert(1)</script>",
@@ -37,19 +38,21 @@ HOSTILE = (
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_a_name_is_shown_as_it_is_wherever_it_stands(name: str) -> None:
+def test_a_name_is_shown_as_it_is_wherever_it_stands(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(document, "pyplot", lambda: None)
+    monkeypatch.setattr(document, "as_svg", lambda _: b"<svg/>")
     pair = Comparison(Thumbnail(name, ""), Thumbnail(name, document.data_address(_jpeg(), "image/jpeg")), name)
     section = Section(
         name,
         name,
-        [Figure(document.data_address(b"<svg/>", "image/svg+xml"), name)],
-        [Table((name, name), [(name, name)], name)],
+        [drawing.Drawing("x", name, lambda plt: plt.figure())],
+        [table((name, name), [(name, name)], name)],
         [pair],
     )
-    page = read_page(document.render(Report(name, name, [section], [name])))
-    # title, h1, summary, note, link, h2, text, caption of the figure, caption, 2 heads and 2 cells of the table, and of
+    page = read_page(document.render(Report(name, name, [section])))
+    # title, h1, summary, link, h2, text, caption of the figure, caption, 2 heads and 2 cells of the table, and of
     # the pair a name below each image and a caption; beside them the words for the missing image
-    assert page.texts.count(name) == 16 and set(page.texts) == {name, "image not at hand"}
+    assert page.texts.count(name) == 15 and set(page.texts) == {name, "image not at hand"}
     assert page.captions == [name, name] and page.titles == [name]
 
 
@@ -82,8 +85,19 @@ def test_without_matplotlib_a_report_says_why_it_has_no_figures(monkeypatch: pyt
 
     for module in (document, drawing):
         monkeypatch.setattr(module, "pyplot", missing)
-    drawn = document.figures([drawing.Drawing("x", "caption", lambda plt: plt.figure())])
-    assert drawn == [] and document.no_figures() == ["This report has no figures: matplotlib is not installed"]
+    section = Section("Curves", drawings=[drawing.Drawing("x", "caption", lambda plt: plt.figure())])
+    page = read_page(document.render(Report("one", "", [section])))
+    assert page.pictures == [] and "caption" not in page.texts
+    assert "This report has no figures: matplotlib is not installed" in page.texts
+
+
+def test_the_terminals_table_in_a_report() -> None:
+    """Its title may be a text of rich with a file's name in it; columns of numbers are those aligned to the right."""
+    shown = plain_table("\x1b[2J<b>[red]", "rate")
+    shown.add_row("TAR [1]", "0.5")
+    page = document.render(Report("one", "", [Section("Figures", tables=[shown])]))
+    assert read_page(page).texts[-4:] == [r"\x1b[2J<b>[red]", "rate", "TAR [1]", "0.5"]
+    assert '<th scope="col">rate</th>' in page and '<td class="word">TAR [1]</td>\n<td>0.5</td>' in page
 
 
 def test_the_hardest_pairs_by_hand() -> None:
@@ -159,7 +173,8 @@ def test_answers_by_hand() -> None:
     gallery = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
     probes = torch.tensor([[1.0, 0.0], [0.8, 0.6], [0.6, 0.8], [-1.0, 0.0]])
     search = Search(gallery, torch.tensor([4, 5]), probes, torch.tensor([4, 5, 9, 9]), ["a", "b"], list("pqrs"))
-    answers = nearest_answers(search, Cosine(), "torch")
+    found = identify(gallery, search.gallery_labels, probes, search.probe_labels, engine="torch")
+    answers = Answers(search, found, cosine=True)
     assert answers.matches == ["a", "a", "b", "b"]
     assert answers.right.tolist() == [True, False, False, False]
     assert answers.known.tolist() == [True, True, False, False]

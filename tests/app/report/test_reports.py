@@ -25,7 +25,7 @@ from fused_arcface.app.data import identity_images
 from fused_arcface.app.data.embedding_sets import EmbeddingSet
 from fused_arcface.app.lab import comparison
 from fused_arcface.app.report import training as training_page
-from fused_arcface.app.report.document import render
+from fused_arcface.app.report.document import render, rows
 from fused_arcface.app.training import verifier
 from fused_arcface.app.training.events import Checkpointed
 
@@ -197,13 +197,13 @@ def test_long_logs_are_thinned(tmp_path: Path) -> None:
     ]
     (tmp_path / "log.jsonl").write_text("\n".join([*lines, '{"step": 5001, "lo']))
     log = training_page.read_log(tmp_path / "log.jsonl")
-    assert log.steps.shape == (5000, 7) and log.of("loss")[-1] == 1 / 5000
-    table = training_page._epochs(log)
-    assert 25 <= len(table.rows) <= 30 and table.rows[-1][:2] == ("51", "1")
+    assert log.steps.shape == (5000,) and log.steps["loss"][-1] == 1 / 5000
+    epochs = rows(training_page._epochs(log))
+    assert 25 <= len(epochs) <= 30 and epochs[-1][:2] == ("51", "1")
     loss, *_ = training_page._training_drawings(log)
     assert len(drawing.as_svg(loss)) < 60_000 and "mean over several steps" in loss.caption
     for skipped in (slice(None, None, 2), slice(None)):  # steps without a finite loss
-        log.steps[skipped, 2] = float("nan")
+        log.steps["loss"][skipped] = float("nan")
         drawing.as_svg(training_page._training_drawings(log)[0])
 
 

@@ -81,7 +81,8 @@ def test_only_regular_files_are_read_and_written(
 
 def test_a_fingerprint_that_is_none(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output, command = resumed(trained, tmp_path)
-    for text in (b"", DEEP, b"[" * 60_000, b'{"a":' * 10_000, b"9" * 5000, b"\xff\xfe", b"null", b"[1, 2]"):
+    words = b'{"images": "6", "identities": 2, "names": "a", "labels": "b", "bytes": "c"}'
+    for text in (b"", DEEP, b"[" * 60_000, b'{"a":' * 10_000, b"9" * 5000, b"\xff\xfe", b"null", b"[1, 2]", words):
         (output / "data.json").write_bytes(text)
         assert run_command(command) == 2
         said = capsys.readouterr().err

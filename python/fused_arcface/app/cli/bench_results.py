@@ -13,7 +13,7 @@ from ..benchmark.cases import PASSES, Case
 from ..benchmark.plots import capacity_drawing, run_drawings
 from ..benchmark.report import Measurement, Skip, read_json, read_report
 from ..benchmark.report import Report as Run
-from ..report.document import Report, Section, as_table, figures, no_figures, settings, versions
+from ..report.document import Report, Section, about
 from .tables import digits, numbers, titled
 
 _LOOK: dict[str, Any] = {"box": box.SIMPLE, "pad_edge": False}
@@ -103,29 +103,27 @@ def bench_report(folder: Path, options: Mapping[str, Any]) -> Report:
     if (folder / "run.json").is_file():
         sections += _run(read_report(folder))
     if capacities := _rows(folder / "capacity.json"):
-        table = as_table(capacity_table(capacities, capacities[0]["budget_bytes"]))
-        drawn = figures([capacity_drawing(capacities)])
-        sections.append(Section("Most identities", _source(capacities[0]), drawn, [table]))
+        table = capacity_table(capacities, capacities[0]["budget_bytes"])
+        sections.append(Section("Most identities", _source(capacities[0]), [capacity_drawing(capacities)], [table]))
     if ranks := _rows(folder / "ranks.json"):
-        sections.append(Section("Several processes", _source(ranks[0]), tables=[as_table(ranks_table(ranks))]))
+        sections.append(Section("Several processes", _source(ranks[0]), tables=[ranks_table(ranks)]))
     summary = (
         "The head beside other libraries. Every result was compared with fp64 before it was timed; times are medians."
     )
-    device = options.get("device") or "cpu"
-    return Report("Benchmark", summary, [*sections, settings(options), versions(device)], no_figures())
+    return Report("Benchmark", summary, [*sections, *about(options)])
 
 
 def _run(run: Run) -> list[Section]:
     cases = dict.fromkeys(each.case for each in run.measurements if not each.provider.startswith("ceiling"))
-    tables = [as_table(table) for case in cases for table in case_tables(run, case)]
+    tables = [table for case in cases for table in case_tables(run, case)]
     words = (
         f"{_source(run.context)} {ceilings(run)}. p20–p80: range of the samples; ÷ products: beside the bare matrix "
         "products; of ceiling: share of the highest rate that the machine reached; peak: memory beyond inputs, class "
         "centers and gradients; error: largest relative one to fp64."
     )
-    skipped = [as_table(table) for table in skip_tables(run.skips)]
+    skipped = skip_tables(run.skips)
     return [
-        Section("Pictures", figures=figures(run_drawings(run))),
+        Section("Pictures", drawings=run_drawings(run)),
         Section("Times", words, tables=tables),
         *([Section("Not measured", tables=skipped)] if skipped else []),
     ]

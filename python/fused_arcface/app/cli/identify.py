@@ -90,7 +90,7 @@ def identify(
     from ..data.pair_sets import read_labeled
     from ..evaluating import described, identification_figures, prepared, split_set, two_sets, with_labels_by_name
     from ..predictions import write_predictions
-    from ..report.answers import nearest_answers
+    from ..report.answers import Answers
     from ..report.evaluation import identification_drawings, identification_report
     from ..report.thumbnails import Thumbnails
 
@@ -144,9 +144,8 @@ def identify(
     shared.draw(console, identification_drawings(found, name), pictures)
 
     def make_report() -> Report:
-        answers = nearest_answers(compared, chosen, engine)  # type: ignore[arg-type]
-        hardest = answers.hardest(Thumbnails(sources))
-        return identification_report(name, [table], found, answers, hardest, settings)
+        answers = Answers(compared, found, cosine=distance == "cosine")
+        return identification_report(name, [table], found, answers, Thumbnails(sources), settings)
 
     reporting.say_report(console, page.write(make_report))
 

@@ -18,8 +18,7 @@ from .tables import add_rates, plain_table
 from .terminal import say, terminal
 
 if TYPE_CHECKING:
-    import numpy as np
-    import numpy.typing as npt
+    from torch import Tensor
 
     from fused_arcface.evaluation import Verification
     from fused_arcface.evaluation.thresholds import OperatingPoint
@@ -29,7 +28,6 @@ if TYPE_CHECKING:
     from ..thresholds import KeptThresholds
     from ..training.runs import RunFolder
 
-    Bools = npt.NDArray[np.bool_]
     Means = tuple[float | None, float | None]
 
 
@@ -122,8 +120,8 @@ def verify(
     fitted = rows if fitted is None else prepared(fitted, normalize)
     chosen = make_distance(distance, order=p, gallery=fitted, shrinkage=shrinkage)
     scores = pair_scores(rows, scored.pairs, chosen)
-    same = scored.pairs.same.numpy()
-    found = verify_scores(same, scores, folds=folds) if both_kinds(scored.pairs.same) else None
+    same = scored.pairs.same
+    found = verify_scores(same, scores, folds=folds) if both_kinds(same) else None
     cosine = distance == "cosine" and normalize
     points = operating_points(same, scores) if found is not None else []
     points = of_cosine_distance(points) if cosine else points
@@ -157,7 +155,7 @@ def verify(
     reporting.say_report(console, page.write(make_report))
 
 
-def _table(found: Verification | None, same: Bools, means: Means, title: str, cosine: bool) -> Table:
+def _table(found: Verification | None, same: Tensor, means: Means, title: str, cosine: bool) -> Table:
     """Return a table of the figures; with ``cosine`` means are of cosines, as the thresholds are."""
     different = int((~same).sum())
     table = plain_table(title, "")

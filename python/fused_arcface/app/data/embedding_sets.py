@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -60,7 +60,7 @@ class EmbeddingSet:
             tensors["pairs"] = torch.stack([self.pairs.first, self.pairs.second], 1).cpu()
             tensors["same"] = self.pairs.same.long().cpu()
         path.parent.mkdir(parents=True, exist_ok=True)
-        embedding_files.write(path, tensors, self.paths)
+        embedding_files.FORMATS[path.suffix].write(path, tensors, self.paths)
 
     @classmethod
     def load(cls, path: str | Path) -> EmbeddingSet:
@@ -72,7 +72,7 @@ class EmbeddingSet:
         """
         path = Path(path)
         check_suffix(path)
-        return cls._checked(path, *embedding_files.read(path))
+        return cls._checked(path, *embedding_files.FORMATS[path.suffix].read(path))
 
     @classmethod
     def _checked(cls, path: Path, tensors: dict[str, Tensor], paths: list[str] | None) -> EmbeddingSet:
@@ -114,11 +114,7 @@ class EmbeddingSet:
 
 
 def check_suffix(path: Path | None, name: str = "embeddings") -> None:
-    """Check that a file of this name can hold embeddings; None passes. ``name`` is the argument, for the message.
-
-    Raises:
-        ValueError: if it has another suffix.
-    """
+    """Raise ValueError unless a file of this name can hold embeddings. None passes; messages call it ``name``."""
     if path is not None and path.suffix not in embedding_files.SUFFIXES:
         raise ValueError(f"{name} must be in a {embedding_files.EMBEDDING_FILES} file; got {path}")
 
@@ -133,6 +129,7 @@ def embed_set(
     images: ImageSet,
     spec: ImageSpec,
     *,
+    rows: Sequence[int] | None = None,
     flip: bool = False,
     batch_size: int = 64,
     device: torch.device | str = "cpu",
@@ -146,6 +143,7 @@ def embed_set(
         net: images ``(N, channels, size, size)`` to embeddings ``(N, D)``; put into evaluation mode.
         images: the set.
         spec: what the net takes.
+        rows: numbers of the images to embed, ascending; None for all.
         flip: add the embedding of the mirrored image, as the field does at test time.
         batch_size: images that the net sees at once.
         device: the net's device.
@@ -163,7 +161,7 @@ def embed_set(
     """
     net.eval()
     loader = torch.utils.data.DataLoader(
-        _Reader(images, spec),
+        torch.utils.data.Subset(_Reader(images, spec), range(len(images)) if rows is None else rows),
         batch_size,
         num_workers=workers,
         collate_fn=_collate,

@@ -97,7 +97,7 @@ def read_image(
 
     Raises:
         ImageError: if it cannot be opened or decoded, has too many pixels, or has one that is not finite; or if the
-            landmarks are none of a face.
+            landmarks are not those of a face.
         MissingExtra: if Pillow is not installed.
 
     >>> import io; from PIL import Image
@@ -115,7 +115,7 @@ def fit_image(image: Any, spec: ImageSpec, landmarks: npt.NDArray[np.float64] | 
     """Return an upright image of Pillow, of any size and mode, as :func:`read_image` does.
 
     Raises:
-        ValueError: if a pixel is not finite, or the landmarks are none of a face.
+        ValueError: if a pixel is not finite, or the landmarks are not those of a face.
     """
     pil, ops = require("PIL.Image", "train"), require("PIL.ImageOps", "train")
     plain = _as_plain(image, "L" if spec.channels == 1 else "RGB")
@@ -137,6 +137,15 @@ def image_spec(source: Path | bytes, max_pixels: int = MAX_PIXELS) -> ImageSpec:
     with _opened(source, max_pixels) as image:
         gray = image.mode in ("1", "L", "LA", "F") or image.mode.startswith("I")
         return ImageSpec(min(image.size), 1 if gray else 3)
+
+
+@contextlib.contextmanager
+def naming(place: str) -> Iterator[None]:
+    """Name the place of an image's bytes in the errors of a block."""
+    try:
+        yield
+    except ImageError as error:
+        raise ImageError(f"{place}: {error}") from None
 
 
 @contextlib.contextmanager
@@ -191,11 +200,7 @@ def _name(source: Path | bytes) -> str:
 
 
 def _as_plain(image: Any, mode: str) -> Any:
-    """Return ``image`` in 8-bit ``mode``, or in floating point from 0 to 255 if it is deep gray.
-
-    Raises:
-        ValueError: if a pixel is not finite.
-    """
+    """Return ``image`` in 8-bit ``mode``, or in floating point from 0 to 255 if it is deep gray."""
     pil = require("PIL.Image", "train")
     if image.mode == "F" or image.mode.startswith("I"):
         pixels = np.array(image, dtype=np.float32)

@@ -10,18 +10,11 @@ from fused_arcface.evaluation.pairs import balanced_pairs
 
 from . import formats
 from .images import MAX_PIXELS
-from .sources import ImageSet, ImageSource, set_of
+from .sources import ImageSet, set_of
 
 
 def read_labeled(data: str, *, max_pixels: int = MAX_PIXELS) -> ImageSet:
-    """Open labeled images.
-
-    Args:
-        data: see :func:`fused_arcface.app.data.formats.open_source`.
-        max_pixels: limit for an image, see :func:`fused_arcface.app.data.read_image`.
-
-    Raises:
-        DataError: if there are no such images.
+    """Open labeled images as :func:`fused_arcface.app.data.formats.open_source` does, for an evaluation.
 
     >>> from fused_arcface.app.data import ImageSpec
     >>> people = read_labeled("identities:3x2")
@@ -56,19 +49,11 @@ def read_pair_set(
     """
     if (opened := formats.pairs_opener(data)) is not None:
         return opened(data, Path(images) if images is not None else None, max_pixels)
-    return _with_pairs(read_labeled(data, max_pixels=max_pixels), data, most, seed)
+    return paired(read_labeled(data, max_pixels=max_pixels), data, most, seed)
 
 
-def paired(source: ImageSource, name: str, *, most: int = 20_000, seed: int = 0) -> ImageSet:
-    """Make a set of pairs from a source of images; see :func:`read_pair_set`. ``name`` is what messages call it.
-
-    >>> len(paired(formats.open_source("identities:4x2"), "people").pairs.same)
-    8
-    """
-    return _with_pairs(set_of(source, name), name, most, seed)
-
-
-def _with_pairs(labeled: ImageSet, name: str, most: int, seed: int) -> ImageSet:
+def paired(labeled: ImageSet, name: str, most: int = 20_000, seed: int = 0) -> ImageSet:
+    """Make pairs of labeled images; see :func:`read_pair_set`. ``name`` is the name of the set in messages."""
     assert labeled.labels is not None
     try:
         return replace(labeled, pairs=balanced_pairs(labeled.labels, most, seed))

@@ -6,10 +6,10 @@
 from __future__ import annotations
 
 import signal
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -25,8 +25,11 @@ _MOST_BYTES = 1 << 28
 """Largest size of an image's file. It keeps a sparse file of terabytes from being read."""
 
 
-class ImageSource(Protocol):
-    """Labeled images to train on, each read by its index, in data-loader workers too."""
+class ImageSource(ABC):
+    """Labeled images to train on, each read by its index, in data-loader workers too.
+
+    ``read`` and ``stored`` raise DataError or ImageError for an image that cannot be read; the message names the place.
+    """
 
     labels: Tensor
     """(M,) int64, from 0 to the number of identities - 1, each at least once."""
@@ -36,40 +39,29 @@ class ImageSource(Protocol):
     """Faults found when the source was opened, with their places. Such images are not part of the source."""
     notes: list[str]
     """Other facts that the user should know."""
+    max_pixels: int = MAX_PIXELS
+    """Limit for an image, see :func:`fused_arcface.app.data.read_image`."""
 
-    def __len__(self) -> int: ...
+    def __len__(self) -> int:
+        return len(self.labels)
 
+    @abstractmethod
     def read(self, index: int, spec: ImageSpec) -> Tensor:
-        """Return an image ``(channels, size, size)`` fp32, about -1 to 1.
+        """Return an image ``(channels, size, size)`` fp32, about -1 to 1."""
 
-        Raises:
-            DataError, ImageError: if it cannot be read; the message names the place.
-        """
-
+    @abstractmethod
     def stored(self, index: int) -> bytes:
-        """Return bytes that tell an image from others: those stored, or the shape of one that the package makes.
-
-        Raises:
-            DataError, ImageError, OSError: if they cannot be read.
-        """
+        """Return bytes that tell an image from others: those stored, or the shape of one that the package makes."""
 
     def spec_of(self, index: int) -> ImageSpec:
-        """Return shorter side and channels of an image as it is stored.
-
-        Raises:
-            DataError, ImageError: if it cannot be read.
-        """
+        """Return shorter side and channels of an image as it is stored; raise DataError if it cannot be read."""
+        return image_spec(self.stored(index), self.max_pixels)
 
 
-class FileImages:
-    """Images that are files of their own, as an :class:`ImageSource`.
+class FileImages(ImageSource):
+    """Images that are files of their own.
 
-    Args:
-        files: (path, identity) of each image, identities from 0 on without gaps.
-        names: names of the identities.
-        problems: see :class:`ImageSource`.
-        notes: see :class:`ImageSource`.
-        max_pixels: limit for an image, see :func:`fused_arcface.app.data.read_image`.
+    ``files`` are (path, identity) of each image, with identities from 0 on without gaps.
     """
 
     def __init__(
@@ -82,33 +74,22 @@ class FileImages:
     ) -> None:
         self.paths = [path for path, _ in files]
         self.labels = torch.tensor([identity for _, identity in files])
-        self.names, self.problems, self.notes = names, problems, notes
-        self._max_pixels = max_pixels
-
-    def __len__(self) -> int:
-        return len(self.paths)
+        self.names, self.problems, self.notes, self.max_pixels = names, problems, notes, max_pixels
 
     def read(self, index: int, spec: ImageSpec) -> Tensor:
-        return read_image(self.paths[index], spec, self._max_pixels)
+        return read_image(self.paths[index], spec, self.max_pixels)
 
     def stored(self, index: int) -> bytes:
         return read_bytes(self.paths[index], _MOST_BYTES)
 
-    def spec_of(self, index: int) -> ImageSpec:
-        return image_spec(self.paths[index], self._max_pixels)
 
-
-class MemoryImages:
-    """Images in memory, square and gray, as an :class:`ImageSource`."""
+class MemoryImages(ImageSource):
+    """Images in memory, square and gray."""
 
     def __init__(self, data: LabeledImages) -> None:
         self._images, self.labels = data
         self.names = [str(identity) for identity in range(data.num_identities)]
-        self.problems: list[str] = []
-        self.notes: list[str] = []
-
-    def __len__(self) -> int:
-        return len(self.labels)
+        self.problems, self.notes = [], []
 
     def read(self, index: int, spec: ImageSpec) -> Tensor:
         image = 2 * self._images[index] - 1

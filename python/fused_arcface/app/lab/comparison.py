@@ -33,12 +33,12 @@ from ..data import LabeledImages
 from ..data.sources import MemoryImages, set_of
 from ..measure.child import Child
 from ..nets.small import embed
-from ..report.digest import angles, hardest_pairs
+from ..report.digest import hardest_pairs, histograms
 from ..report.thumbnails import Thumbnails
 from .cost import peak_of_steps
 from .criteria import ARCFACE, SOFTMAX, Criterion, criteria
 from .plans import Halves, Plan
-from .record import ANGLE_BINS, LOSSES, ROC_FARS, TAR_FARS, Folder, Row, Toy
+from .record import LOSSES, ROC_FARS, TAR_FARS, Folder, Row, Toy
 from .training import Reporter, TrainedNet, one_thread, train
 
 _FPIR = 0.1
@@ -121,8 +121,7 @@ def _evaluate(criterion: str, seed: int, trained: TrainedNet, peak: int | None, 
     gallery, probes = split_gallery(labels, seed=seed)
     halves = embeddings[gallery], labels[gallery], embeddings[probes], labels[probes]
     who = identify(*halves, fpirs=(_FPIR,))
-    spread = angles(scores)
-    histograms = [np.histogram(spread[same == kind], ANGLE_BINS, (0, 180))[0].tolist() for kind in (True, False)]
+    _, counts = histograms(1 + scores, True, {"same": same, "different": ~same})
     shown = criterion in WITH_DISTANCES
     people = set_of(MemoryImages(unseen), "unseen")
     parts = np.array_split(trained.losses, min(LOSSES, len(trained.losses)))
@@ -141,8 +140,8 @@ def _evaluate(criterion: str, seed: int, trained: TrainedNet, peak: int | None, 
         first_loss=trained.losses[0],
         last_loss=trained.losses[-1],
         roc=[float(found.true_accepts[found.false_accepts <= far].max()) for far in ROC_FARS],
-        same_angles=histograms[0],
-        different_angles=histograms[1],
+        same_angles=counts["same"],
+        different_angles=counts["different"],
         distances=_by_distance(net, embeddings, pairs, halves, images[0]) if shown else {},
         losses=[float(np.mean(part)) for part in parts],
         hardest=hardest_pairs(1 + scores, pairs, people.paths, Thumbnails([people]), count=3) if shown else [],

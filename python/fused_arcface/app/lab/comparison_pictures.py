@@ -10,11 +10,12 @@ import numpy as np
 from fused_arcface.base.text import counted
 
 from ..drawing import COLORS, WIDTH, Drawing, panel, plain_ticks
+from ..report.digest import BINS
 from ..report.evaluation import draw_histograms
 from .comparison import Comparison
 from .criteria import SCALE, Criterion, criteria
 from .margin_pictures import margin_drawings
-from .record import ANGLE_BINS, ROC_FARS, mean_and_deviation
+from .record import ROC_FARS, mean_and_deviation
 
 _GRAY = "#666666"
 
@@ -126,7 +127,7 @@ def _angles(plt: Any, found: Comparison) -> Any:
     """Draw the angles of pairs of one person and of two, on people never seen in training."""
     shown = _shown(found)
     figure, axes = _grid(plt, len(shown), 2, 1.6)
-    edges = np.linspace(0, 180, ANGLE_BINS + 1)
+    edges = np.linspace(0, 180, BINS + 1)
     for axis, criterion in zip(axes, shown, strict=True):
         rows = found.rows[criterion.name]
         counts = {"one person": [row.same_angles for row in rows], "two people": [row.different_angles for row in rows]}

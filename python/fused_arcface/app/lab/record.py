@@ -87,7 +87,6 @@ Toy = tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]
 
 TAR_FARS = (1e-1, 1e-2, 1e-3)
 ROC_FARS = tuple(np.logspace(-3, 0, 61).tolist())
-ANGLE_BINS = 90
 LOSSES = 100
 
 

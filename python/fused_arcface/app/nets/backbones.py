@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -15,22 +17,23 @@ from .iresnet import LAYERS, IResNet
 from .small import SmallNet
 
 _TIMM = "timm:"
-_IRESNETS = {f"iresnet{depth}": depth for depth in LAYERS}
-NAMES = ("small", *_IRESNETS, *mobilefacenet.SIZES, *vit.SIZES, f"{_TIMM}NAME")
+_NETS: dict[str, Callable[[int, int, int], nn.Module]] = {
+    "small": lambda embedding_dim, size, channels: SmallNet(embedding_dim, channels),
+    **{f"iresnet{depth}": partial(IResNet, depth) for depth in LAYERS},
+    **{name: partial(mobilefacenet.MobileFaceNet, name) for name in mobilefacenet.SIZES},
+    **{name: partial(vit.VisionTransformer, name) for name in vit.SIZES},
+}
+"""How a net is made of D, the side of the images and their number of channels."""
+NAMES = (*_NETS, f"{_TIMM}NAME")
 
 
 def check_backbone(name: str) -> None:
-    """Raise unless ``name`` is one of :data:`NAMES`.
-
-    Raises:
-        ValueError: if there is no net of this name.
-        MissingExtra: if the net is timm's and timm is not installed.
-    """
+    """Raise ValueError unless ``name`` is one of :data:`NAMES`, or MissingExtra if timm is needed and not installed."""
     if name.startswith(_TIMM):
         known = require("timm", "timm")
         if not known.is_model(name.removeprefix(_TIMM)):
             raise ValueError(f"backbone must be a model of timm {known.__version__}; got {name!r}")
-    elif name not in NAMES[:-1]:
+    elif name not in _NETS:
         raise ValueError(f"backbone must be one of {', '.join(NAMES)}; got {name!r}{did_you_mean(name, NAMES)}")
 
 
@@ -49,16 +52,10 @@ def build_backbone(name: str, embedding_dim: int, spec: ImageSpec) -> nn.Module:
         timm_name = name.removeprefix(_TIMM)
         # Nets of patches are made for one size of image, convolutional ones take any and do not know the argument.
         size = {"img_size": spec.size} if _timm_config(timm_name).get("fixed_input_size") else {}
-        net: nn.Module = require("timm", "timm").create_model(
+        return require("timm", "timm").create_model(
             timm_name, pretrained=False, num_classes=embedding_dim, in_chans=spec.channels, **size
         )
-        return net
-    if name == "small":
-        return SmallNet(embedding_dim, spec.channels)
-    if name in _IRESNETS:
-        return IResNet(_IRESNETS[name], embedding_dim, spec.size, spec.channels)
-    kind = mobilefacenet.MobileFaceNet if name in mobilefacenet.SIZES else vit.VisionTransformer
-    return kind(name, embedding_dim, spec.size, spec.channels)
+    return _NETS[name](embedding_dim, spec.size, spec.channels)
 
 
 def own_spec(name: str) -> ImageSpec | None:
@@ -75,5 +72,4 @@ def own_embedding_dim(name: str) -> int:
 
 
 def _timm_config(name: str) -> dict[str, Any]:
-    config: dict[str, Any] = require("timm.models", "timm").get_pretrained_cfg(name).to_dict()
-    return config
+    return require("timm.models", "timm").get_pretrained_cfg(name).to_dict()

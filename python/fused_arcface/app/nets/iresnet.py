@@ -48,7 +48,6 @@ class IResNet(nn.Module):
         embedding_dim: D, the length of an embedding.
         size: side of the images in pixels; insightface's nets have 112.
         channels: number of channels of the images.
-        dropout: probability of dropout before the last linear map.
 
     Raises:
         ValueError: if the depth is not one of these.
@@ -57,9 +56,7 @@ class IResNet(nn.Module):
     torch.Size([2, 512])
     """
 
-    def __init__(
-        self, depth: int, embedding_dim: int = 512, size: int = 112, channels: int = 3, dropout: float = 0.0
-    ) -> None:
+    def __init__(self, depth: int, embedding_dim: int = 512, size: int = 112, channels: int = 3) -> None:
         super().__init__()
         if depth not in LAYERS:
             raise ValueError(f"depth must be one of {', '.join(map(str, LAYERS))}; got {depth}")
@@ -73,7 +70,6 @@ class IResNet(nn.Module):
         self.layer4 = _stage(_WIDTHS[2], _WIDTHS[3], blocks[3])
         side = -(-size // 16)
         self.bn2 = nn.BatchNorm2d(_WIDTHS[3], eps=_EPS)
-        self.dropout = nn.Dropout(dropout)
         self.fc = nn.Linear(_WIDTHS[3] * side * side, embedding_dim)
         self.features = nn.BatchNorm1d(embedding_dim, eps=_EPS)
         # Every dimension of the embedding keeps its share of the angle.
@@ -86,11 +82,10 @@ class IResNet(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         x = self.prelu(self.bn1(self.conv1(images)))
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
-        x = self.dropout(self.bn2(x).flatten(1))
+        x = self.bn2(x).flatten(1)
         # A sum over 25 088 inputs: in half precision it would be the net's least accurate one.
         with torch.autocast(x.device.type, enabled=False):
-            embeddings: Tensor = self.features(self.fc(x.float()))
-        return embeddings
+            return self.features(self.fc(x.float()))
 
 
 def _stage(inplanes: int, planes: int, blocks: int) -> nn.Sequential:

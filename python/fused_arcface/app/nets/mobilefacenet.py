@@ -21,8 +21,7 @@ class _Wrapped(nn.Module):
         self.layers = nn.Sequential(*layers)
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.layers(x)
-        return out
+        return self.layers(x)
 
 
 class _Residual(_Wrapped):
@@ -52,17 +51,15 @@ class MobileFaceNet(nn.Module):
         narrow, wide = 64 * scale, 128 * scale
         # With one block the first stage is a plain depthwise convolution, in 64 groups at every width.
         first = _stage(narrow, blocks[0], 128) if blocks[0] > 1 else _convolution(narrow, narrow, 3, groups=64)
-        self.layers = nn.ModuleList(
-            [
-                _convolution(channels, narrow, 3, stride=2),
-                first,
-                _separable(narrow, narrow, 128, stride=2),
-                _stage(narrow, blocks[1], 128),
-                _separable(narrow, wide, 256, stride=2),
-                _stage(wide, blocks[2], 256),
-                _separable(wide, wide, 512, stride=2),
-                _stage(wide, blocks[3], 256),
-            ]
+        self.layers = nn.Sequential(
+            _convolution(channels, narrow, 3, stride=2),
+            first,
+            _separable(narrow, narrow, 128, stride=2),
+            _stage(narrow, blocks[1], 128),
+            _separable(narrow, wide, 256, stride=2),
+            _stage(wide, blocks[2], 256),
+            _separable(wide, wide, 512, stride=2),
+            _stage(wide, blocks[3], 256),
         )
         self.conv_sep = _convolution(wide, _FEATURES, 1)
         self.features = _Wrapped(
@@ -77,11 +74,7 @@ class MobileFaceNet(nn.Module):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, images: Tensor) -> Tensor:
-        x = images
-        for layer in self.layers:
-            x = layer(x)
-        embeddings: Tensor = self.features(self.conv_sep(x))
-        return embeddings
+        return self.features(self.conv_sep(self.layers(images)))
 
 
 def _convolution(

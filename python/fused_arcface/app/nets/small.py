@@ -36,8 +36,7 @@ class SmallNet(nn.Module):
         )
 
     def forward(self, images: Tensor) -> Tensor:
-        embeddings: Tensor = self.projection(self.convolutions(images))
-        return embeddings
+        return self.projection(self.convolutions(images))
 
 
 def _block(channels_in: int, channels_out: int) -> nn.Sequential:

@@ -51,8 +51,7 @@ class _Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         query, key, value = self.qkv(x).unflatten(-1, (3, _HEADS, -1)).permute(2, 0, 3, 1, 4)
-        out: Tensor = self.proj(F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2))
-        return out
+        return self.proj(F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2))
 
 
 class _Block(nn.Module):
@@ -133,5 +132,4 @@ class VisionTransformer(nn.Module):
             masked = self.mask_token.expand(len(x), order.shape[1] - x.shape[1], -1)
             x = torch.cat([x, masked.to(x.dtype)], 1)
             x = x.gather(1, order.argsort(1)[..., None].expand_as(x))  # each patch back in its place
-        embeddings: Tensor = self.feature(x.flatten(1))
-        return embeddings
+        return self.feature(x.flatten(1))

@@ -64,33 +64,27 @@ def read_state(path: Path) -> dict[str, Tensor]:
     return state
 
 
-def load_weights(net: nn.Module, path: Path, *, partial: bool = False) -> list[str]:
-    """Set a net to the weights in a file; see :func:`read_state`.
+def fit_state(net: nn.Module, state: dict[str, Tensor], path: Path, *, partial: bool = False) -> list[str]:
+    """Set a net to the tensors of a file.
 
     Args:
         net: the net.
-        path: the file.
+        state: what :func:`read_state` returned.
+        path: the file, for messages.
         partial: take what fits. A tensor of the net that the file lacks, or has in another shape, stays as it is.
 
     Returns:
         Notes for the user: one line that says what did not fit, if anything did not.
 
     Raises:
-        DataError: if the file cannot be read, or no tensor fits.
-        Misfit: if it lacks a tensor of the net or has one of another shape, and ``partial`` is not set.
+        DataError: if no tensor fits.
+        Misfit: if the file lacks a tensor of the net or has one of another shape, and ``partial`` is not set.
 
-    >>> import tempfile, torch
-    >>> file = Path(tempfile.mkdtemp()) / "net.pt"
-    >>> torch.save({"state_dict": {"module.weight": torch.ones(1, 2), "module.extra": torch.ones(3)}}, file)
-    >>> net = nn.Linear(2, 1, bias=False)
-    >>> [note.partition(": ")[2] for note in load_weights(net, file)]
-    ['1 of its 2 tensors are not used, because the net has none of that name: extra']
+    >>> import torch
+    >>> state = {"weight": torch.ones(1, 2), "extra": torch.ones(3)}
+    >>> fit_state(nn.Linear(2, 1, bias=False), state, Path("net.pt"))
+    ['net.pt: 1 of its 2 tensors are not used, because the net has none of that name: extra']
     """
-    return fit_state(net, read_state(path), path, partial=partial)
-
-
-def fit_state(net: nn.Module, state: dict[str, Tensor], path: Path, *, partial: bool = False) -> list[str]:
-    """Set a net to the tensors of :func:`read_state`; see :func:`load_weights` for arguments, result and errors."""
     own = net.state_dict()
     fitting, wrong = set(), []
     for name, tensor in own.items():

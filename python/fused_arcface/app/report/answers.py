@@ -3,52 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from fused_arcface.evaluation import Cosine, Distance, nearest
-from fused_arcface.evaluation.search import Engine
+from fused_arcface.evaluation import Identification
 
 from ..predictions import Search
-from .digest import HARDEST, angles, measure
+from .digest import HARDEST, histograms, measure
 from .document import Comparison, Thumbnail
 
-MOST = 20_000
-"""Number of probes that are searched once more for the report. If there are more, evenly spaced ones are taken."""
-_BINS = 60
 
-
-@dataclass(frozen=True)
 class Answers:
-    """The nearest gallery images of N probes."""
+    """The nearest gallery images of N probes, as an identification has found them.
 
-    probes: list[str]
-    """(N,) names."""
-    matches: list[str]
-    """(N,) names of the nearest gallery images."""
-    scores: npt.NDArray[np.float64]
-    """(N,) cosines, or negated distances."""
-    right: npt.NDArray[np.bool_]
-    """(N,) the match shows the probe's person."""
-    known: npt.NDArray[np.bool_]
-    """(N,) the gallery has the probe's person."""
-    cosine: bool
+    ``cosine`` says that it compared by the cosine distance.
+    """
+
+    def __init__(self, search: Search, found: Identification, cosine: bool) -> None:
+        self.probes, self.cosine = search.probe_paths, cosine
+        self.matches = [search.gallery_paths[row] for row in found.nearest.tolist()]
+        self.scores = (1 - found.distances if cosine else -found.distances).double().numpy()
+        """(N,) cosines, or negated distances."""
+        self.right = (search.gallery_labels[found.nearest] == search.probe_labels).numpy()
+        """(N,) the match shows the probe's person."""
+        self.known = torch.isin(search.probe_labels, search.gallery_labels).numpy()
+        """(N,) the gallery has the probe's person."""
 
     def histograms(self) -> tuple[npt.NDArray[np.float64], dict[str, list[int]]]:
         """Return edges (bins + 1,), and the number of probes in each bin by how they were answered."""
-        spread = angles(self.scores - 1) if self.cosine else -self.scores
-        # A negated inner product may be below 0.
-        low, high = (0.0, 180.0) if self.cosine else (min(0.0, float(spread.min())), max(float(spread.max()), 1e-9))
-        edges = np.linspace(low, high, _BINS + 1)
-        kinds = {
-            "right person": self.right,
-            "another person": self.known & ~self.right,
-            "not in the gallery": ~self.known,
-        }
-        return edges, {name: np.histogram(spread[kind], edges)[0].tolist() for name, kind in kinds.items()}
+        wrong = self.known & ~self.right
+        kinds = {"right person": self.right, "another person": wrong, "not in the gallery": ~self.known}
+        return histograms(self.scores, self.cosine, kinds)
 
     def hardest(self, thumbnail: Callable[[str], Thumbnail], count: int = HARDEST) -> list[Comparison]:
         """Return probes that were taken for another person, most alike first, then those of unknown people."""
@@ -60,20 +47,3 @@ class Answers:
                 caption = f"{name}, {measure(float(self.scores[place]), self.cosine)}"
                 found.append(Comparison(thumbnail(self.probes[place]), thumbnail(self.matches[place]), caption))
         return found
-
-
-def nearest_answers(search: Search, distance: Distance, engine: Engine = "auto") -> Answers:
-    """Search the nearest gallery image of each probe, of at most :data:`MOST` probes."""
-    chosen = torch.linspace(0, len(search.probes) - 1, min(MOST, len(search.probes))).long()
-    distances, rows = nearest(search.probes[chosen], search.gallery, 1, distance, engine)
-    cosine = isinstance(distance, Cosine)
-    scores = 1 - distances[:, 0] if cosine else -distances[:, 0]
-    labels, found = search.probe_labels[chosen], search.gallery_labels[rows[:, 0]]
-    return Answers(
-        [search.probe_paths[row] for row in chosen.tolist()],
-        [search.gallery_paths[row] for row in rows[:, 0].tolist()],
-        scores.double().numpy(),
-        (found == labels).numpy(),
-        torch.isin(labels, search.gallery_labels).numpy(),
-        cosine,
-    )

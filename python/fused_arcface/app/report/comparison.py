@@ -5,39 +5,38 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rich.table import Table as TerminalTable
+from rich.table import Table
 
 from fused_arcface.base.text import counted
 
 from ..lab.comparison import WITH_DISTANCES, Comparison
 from ..lab.comparison_pictures import comparison_drawings
 from .digest import as_comparisons
-from .document import Report, Section, Table, as_table, figures, no_figures, settings, versions
+from .document import Report, Section, about, table
 
 
 def comparison_report(
-    found: Comparison, tables: Sequence[TerminalTable], words: Sequence[str], options: Mapping[str, Any]
+    found: Comparison, tables: Sequence[Table], words: Sequence[str], options: Mapping[str, Any]
 ) -> Report:
     """Return the report of a comparison.
 
     ``tables`` are those of the terminal, first that of the criteria; ``words`` are the sentences below it.
     """
-    first, *others = map(as_table, tables)
+    first, *others = tables
     (task,) = found.plan.tasks
     sections = [
         Section("Results", " ".join(words), tables=[first]),
-        Section("Pictures", figures=figures(comparison_drawings(found))),
+        Section("Pictures", drawings=comparison_drawings(found)),
         *_hardest(found),
         Section("Losses", tables=[_losses(found)]),
         Section("Distances", tables=others),
-        settings(options),
-        versions(),
+        *about(options),
     ]
     summary = (
         f"One net trained with {len(found.rows)} losses from {counted(len(found.plan.seeds), 'seed')}: "
         f"{task.images.describe()}; {task.recipe.steps} steps of {task.recipe.batch_size} images."
     )
-    return Report("Comparison of losses", summary, sections, no_figures())
+    return Report("Comparison of losses", summary, sections)
 
 
 def _hardest(found: Comparison) -> list[Section]:
@@ -59,4 +58,4 @@ def _losses(found: Comparison) -> Table:
         for of_criterion in found.rows.values()
         for row in of_criterion
     ]
-    return Table(("", "seed", "first loss", "last loss", "seconds"), rows)
+    return table(("", "seed", "first loss", "last loss", "seconds"), rows)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from fused_arcface.base.files import write_text
 from fused_arcface.base.reading import file_errors, read_bytes
+from fused_arcface.base.typed_json import typed
 from fused_arcface.evaluation import Pairs, Verification
 
 from .document import Comparison, Thumbnail
@@ -25,7 +26,8 @@ HARDEST = 6
 """Pairs of each kind that are shown."""
 _POINTS = 300
 """Points of a thinned curve: more than a phone has pixels for."""
-_BINS = 90
+BINS = 90
+"""Bins of a histogram."""
 _MOST_BYTES = 1 << 24
 
 
@@ -70,59 +72,26 @@ class Digest:
 
 
 def read_digest(path: Path) -> Digest | None:
-    """Return the digest in a file, None if there is no such file.
-
-    Raises:
-        DataError: if the file is damaged.
-    """
+    """Return the digest in a file, None if there is no such file; raise DataError if it is damaged."""
     if not path.is_file():
         return None
     content = read_bytes(path, _MOST_BYTES)
     with file_errors(path):
-        values: dict[str, Any] = json.loads(content)
-        same, different = values["num_pairs"]
-        step = values["step"]
-        return Digest(
-            data=str(values["data"]),
-            cosine=bool(values["cosine"]),
-            num_pairs=(int(same), int(different)),
-            false_accepts=_numbers(values["false_accepts"]),
-            true_accepts=_numbers(values["true_accepts"]),
-            edges=_numbers(values["edges"]),
-            same_counts=[int(count) for count in _numbers(values["same_counts"])],
-            different_counts=[int(count) for count in _numbers(values["different_counts"])],
-            hardest=read_hardest(values["hardest"]),
-            step=None if step is None else int(step),
-        )
-
-
-def _numbers(values: Any) -> list[float]:
-    numbers: list[float] = np.asarray(values, dtype=np.float64).tolist()
-    if not np.isfinite(numbers).all() or np.ndim(numbers) != 1:
-        raise ValueError(f"a curve must be a list of finite numbers; got {str(values)[:40]}")
-    return numbers
+        found = typed(Digest, json.loads(content))
+        return replace(found, hardest=_checked(found.hardest))
 
 
 def read_hardest(values: Any) -> list[HardPair]:
-    """Return pairs that were written as JSON.
-
-    Raises:
-        TypeError, ValueError: if they are something else.
-    """
-    return [
-        HardPair(bool(same), float(score), _checked(*first), _checked(*second)) for same, score, first, second in values
-    ]
+    """Return pairs that were written as JSON; raise ValueError if they are something else."""
+    return _checked(typed(list[HardPair], values))
 
 
-def _checked(name: str, source: str) -> Thumbnail:
-    """Return a thumbnail from a file that anybody may have written. It must hold its picture itself.
-
-    Raises:
-        ValueError: if it points to another place.
-    """
-    if source and re.fullmatch("data:image/jpeg;base64,[A-Za-z0-9+/]+=*", source) is None:
-        raise ValueError(f"a thumbnail must be a JPEG in a data: address; got {source[:40]!r}")
-    return Thumbnail(str(name), source)
+def _checked(pairs: list[HardPair]) -> list[HardPair]:
+    """Check that the thumbnails of pairs, which anybody may have written, hold their pictures themselves."""
+    for source in (image.source for pair in pairs for image in (pair.first, pair.second)):
+        if source and re.fullmatch("data:image/jpeg;base64,[A-Za-z0-9+/]+=*", source) is None:
+            raise ValueError(f"a thumbnail must be a JPEG in a data: address; got {source[:40]!r}")
+    return pairs
 
 
 def digest_pairs(
@@ -141,12 +110,9 @@ def digest_pairs(
     ``scores`` (P,) are negated distances, cos - 1 for the cosine distance. ``step`` is the number of steps that the net
     was trained for.
     """
-    same = pairs.same.numpy()
-    spread = angles(scores) if cosine else -scores
-    low, high = (0.0, 180.0) if cosine else (float(spread.min()), max(float(spread.max()), 1e-9))
-    edges = np.linspace(low, high, _BINS + 1)
+    same, shown = pairs.same.numpy(), scores + cosine
+    edges, counts = histograms(shown, cosine, {"same": same, "different": ~same})
     false_accepts, true_accepts = thinned_curve(found.false_accepts, found.true_accepts, found.num_pairs[1])
-    counts = [np.histogram(spread[same == kind], edges)[0].tolist() for kind in (True, False)]
     return Digest(
         data=data,
         cosine=cosine,
@@ -154,20 +120,35 @@ def digest_pairs(
         false_accepts=false_accepts.tolist(),
         true_accepts=true_accepts.tolist(),
         edges=edges.tolist(),
-        same_counts=counts[0],
-        different_counts=counts[1],
-        hardest=hardest_pairs(scores + cosine, pairs, names, thumbnail),
+        same_counts=counts["same"],
+        different_counts=counts["different"],
+        hardest=hardest_pairs(shown, pairs, names, thumbnail),
         step=step,
     )
 
 
-def angles(scores: Floats) -> Floats:
-    """Return the angles in degrees of scores ``(P,)`` of the cosine distance, cos - 1.
+def angles(cosines: Floats) -> Floats:
+    """Return the angles in degrees of cosines ``(P,)``.
 
-    >>> angles(np.array([0.0, -1.0])).tolist()
+    >>> angles(np.array([1.0, 0.0])).tolist()
     [0.0, 90.0]
     """
-    return np.degrees(np.arccos(np.clip(1 + scores, -1, 1)))
+    return np.degrees(np.arccos(np.clip(cosines, -1, 1)))
+
+
+def histograms(scores: Floats, cosine: bool, kinds: Mapping[str, Bools]) -> tuple[Floats, dict[str, list[int]]]:
+    """Return the edges (bins + 1,) of bins of angles or distances, and the scores in each bin by kind.
+
+    ``scores`` (P,) are cosines or negated distances. Each kind is (P,) bool.
+
+    >>> edges, counts = histograms(np.array([1.0, 0.0]), True, {"all": np.array([True, True])})
+    >>> edges[[0, -1]].tolist(), sum(counts["all"])
+    ([0.0, 180.0], 2)
+    """
+    spread = angles(scores) if cosine else -scores
+    low, high = (0.0, 180.0) if cosine else (float(spread.min()), max(float(spread.max()), 1e-9))
+    edges = np.linspace(low, high, BINS + 1)
+    return edges, {name: np.histogram(spread[kind], edges)[0].tolist() for name, kind in kinds.items()}
 
 
 def thinned_curve(false_accepts: Floats, true_accepts: Floats, others: int) -> tuple[Floats, Floats]:
@@ -204,11 +185,10 @@ def hardest_pairs(
 
 def as_comparisons(hardest: Sequence[HardPair], cosine: bool = True) -> list[Comparison]:
     """Return pairs as a report shows them, each with its kind and its score."""
-    found = []
-    for same, score, first, second in hardest:
-        kind = "one person" if same else "two people"
-        found.append(Comparison(first, second, f"{kind}, {measure(score, cosine)}"))
-    return found
+    return [
+        Comparison(first, second, f"{'one person' if same else 'two people'}, {measure(score, cosine)}")
+        for same, score, first, second in hardest
+    ]
 
 
 def measure(score: float, cosine: bool) -> str:
@@ -219,4 +199,4 @@ def measure(score: float, cosine: bool) -> str:
     """
     if not cosine:
         return f"distance {-score:.4g}"
-    return f"cosine {score:.3f}, {float(angles(np.array(score - 1))):.1f}°"
+    return f"cosine {score:.3f}, {float(angles(np.array(score))):.1f}°"

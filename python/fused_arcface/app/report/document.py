@@ -10,13 +10,13 @@ import base64
 import platform
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
-from rich.table import Table as TerminalTable
+from rich.table import Column, Table
 
 from fused_arcface import __version__
 from fused_arcface.base.extras import MissingExtra, pyplot
@@ -28,24 +28,6 @@ from ..measure import machine
 
 if TYPE_CHECKING:
     from jinja2 import Environment
-
-
-class Table(NamedTuple):
-    """A table."""
-
-    columns: Sequence[str]
-    rows: Sequence[Sequence[str]]
-    caption: str = ""
-    words: Sequence[int] = (0,)
-    """Places of the columns of text. The others are numbers: they are aligned to the right and never break."""
-
-
-class Figure(NamedTuple):
-    """A picture."""
-
-    source: str
-    """A ``data:`` address, which holds the picture itself."""
-    caption: str
 
 
 class Thumbnail(NamedTuple):
@@ -70,7 +52,7 @@ class Section:
 
     title: str
     text: str = ""
-    figures: Sequence[Figure] = ()
+    drawings: Sequence[Drawing] = ()
     tables: Sequence[Table] = ()
     comparisons: Sequence[Comparison] = ()
 
@@ -83,28 +65,31 @@ class Report:
     summary: str
     """A sentence or two below the title."""
     sections: Sequence[Section]
-    notes: Sequence[str] = field(default_factory=tuple)
-    """Notes for the reader, shown before all sections."""
 
 
 def write_report(report: Report, path: Path) -> None:
-    """Write a report, whole or not at all; its folder is made if it is missing.
-
-    Raises:
-        OSError: if the file cannot be written.
-    """
+    """Write a report, whole or not at all; its folder is made if it is missing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, render(report))
 
 
 def render(report: Report) -> str:
-    """Return a report as HTML.
+    """Return a report as HTML. Without matplotlib it has no figures, and a note that gives the reason.
 
     >>> page = render(Report("<i>", "Nothing was found.", [Section("Figures")]))
     >>> "<h1>&lt;i&gt;</h1>" in page
     True
     """
-    return _environment().get_template("document.html").render(report=report)
+    try:
+        pyplot()
+        note = ""
+    except MissingExtra as missing:
+        note = f"This report has no figures: {missing}"
+    return _environment().get_template("document.html").render(report=report, note=note, picture=_picture, rows=rows)
+
+
+def _picture(drawing: Drawing) -> str:
+    return data_address(as_svg(drawing), "image/svg+xml")
 
 
 def _environment() -> Environment:
@@ -120,23 +105,6 @@ def _environment() -> Environment:
     )
 
 
-def figures(drawings: Iterable[Drawing]) -> list[Figure]:
-    """Draw figures. Without matplotlib there are none, and :func:`no_figures` gives the reason."""
-    try:
-        return [Figure(data_address(as_svg(each), "image/svg+xml"), each.caption) for each in drawings]
-    except MissingExtra:
-        return []
-
-
-def no_figures() -> list[str]:
-    """Return a note for the report if figures cannot be drawn here."""
-    try:
-        pyplot()
-    except MissingExtra as missing:
-        return [f"This report has no figures: {missing}"]
-    return []
-
-
 def data_address(content: bytes, kind: str) -> str:
     """Return a ``data:`` address with this content.
 
@@ -146,36 +114,36 @@ def data_address(content: bytes, kind: str) -> str:
     return f"data:{kind};base64,{base64.b64encode(content).decode('ascii')}"
 
 
-def as_table(shown: TerminalTable) -> Table:
-    """Return a table that was printed on the terminal.
+def table(columns: Sequence[str], rows: Iterable[Sequence[str]], title: str = "", words: Sequence[int] = (0,)) -> Table:
+    """Return a table.
 
-    >>> shown = TerminalTable("", "rate", title="Rates")
-    >>> shown.add_row("TAR", "0.5")
-    >>> as_table(shown)
-    Table(columns=['', 'rate'], rows=[['TAR', '0.5']], caption='Rates', words=[0, 1])
+    ``words`` are the places of its columns of text. The others are numbers: they are aligned to the right and never
+    break in the report.
     """
-    columns = [[str(cell) for cell in column.cells] for column in shown.columns]
-    rows = [list(row) for row in zip(*columns, strict=True)]
-    words = [place for place, column in enumerate(shown.columns) if column.justify != "right"]
-    return Table([str(column.header) for column in shown.columns], rows, str(shown.title or "").strip(), words)
+    justify: dict[bool, Any] = {True: "left", False: "right"}
+    made = Table(*(Column(name, justify=justify[place in words]) for place, name in enumerate(columns)), title=title)
+    for row in rows:
+        made.add_row(*row)
+    return made
 
 
-def settings(options: Mapping[str, Any], title: str = "Settings") -> Section:
-    """Return a section with the options of a command. None is an option that was not given."""
-    rows = [(name, _value(value)) for name, value in options.items()]
-    return Section(title, tables=[Table(("option", "value"), rows, words=(0, 1))])
+def rows(shown: Table) -> list[tuple[str, ...]]:
+    """Return the rows of a table.
+
+    >>> rows(table(("", "rate"), [("TAR", "0.5")]))
+    [('TAR', '0.5')]
+    """
+    return list(zip(*(map(str, column.cells) for column in shown.columns), strict=True))
 
 
-def _value(value: Any) -> str:
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    return "–" if value in (None, "") else str(value)
+def about(options: Mapping[str, Any]) -> list[Section]:
+    """Return the last sections of each report: the options of the command, and the versions and the machine.
 
-
-def versions(device: str | torch.device = "cpu") -> Section:
-    """Return a section with the versions and the machine that a report was made with."""
-    context = machine.context(torch.device(device))
-    rows = [
+    None is an option that was not given.
+    """
+    device = options.get("device") or "cpu"
+    context = machine.context(torch.device("cpu" if device == "auto" else device))
+    versions = [
         ("fused_arcface", f"{__version__}, {context['commit']}"),
         ("torch", context["torch"]),
         ("NumPy", np.__version__),
@@ -184,4 +152,14 @@ def versions(device: str | torch.device = "cpu") -> Section:
         ("device", context["device"]),
         ("written", context["date"]),
     ]
-    return Section("Versions", tables=[Table(("", ""), rows, words=(0, 1))])
+    settings = [(name, _value(value)) for name, value in options.items()]
+    return [
+        Section("Settings", tables=[table(("option", "value"), settings, words=(0, 1))]),
+        Section("Versions", tables=[table(("", ""), versions, words=(0, 1))]),
+    ]
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return "–" if value in (None, "") else str(value)

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from rich.table import Table as TerminalTable
+from rich.table import Table
 
 from fused_arcface.base.extras import require
 from fused_arcface.evaluation.identification import Identification
@@ -16,7 +16,8 @@ from fused_arcface.evaluation.verification import Verification
 from ..drawing import ONE, TWO, WIDTH, Drawing, panel, plain_ticks, set_title
 from .answers import Answers
 from .digest import Digest, as_comparisons
-from .document import Comparison, Report, Section, as_table, figures, no_figures, settings, versions
+from .document import Report, Section, about
+from .thumbnails import Thumbnails
 
 Values = npt.ArrayLike
 
@@ -134,14 +135,14 @@ def digest_sections(digest: Digest, more: Sequence[Drawing] = ()) -> list[Sectio
     drawings = [roc, histogram_drawing(digest.edges, kinds, unit, "pairs of one person and of two"), *more]
     rule = "Pairs of one person that look least alike to the net, then pairs of two people that look most alike."
     return [
-        Section("Curves", figures=figures(drawings)),
+        Section("Curves", drawings=drawings),
         Section("Hardest pairs", rule, comparisons=as_comparisons(digest.hardest, digest.cosine)),
     ]
 
 
 def verification_report(
     name: str,
-    tables: Sequence[TerminalTable],
+    tables: Sequence[Table],
     digest: Digest | None,
     found: Verification | None,
     options: Mapping[str, Any],
@@ -150,7 +151,7 @@ def verification_report(
 
     Digest and figures are None if all pairs are of one kind.
     """
-    sections = [Section("Figures", tables=[as_table(table) for table in tables])]
+    sections = [Section("Figures", tables=tables)]
     summary = "1:1 verification. All pairs are of one kind, so there are no rates and no curves."
     if digest is not None and found is not None:
         sections += digest_sections(digest, [det_drawing(found, "DET")])
@@ -159,21 +160,20 @@ def verification_report(
             f"1:1 verification: accuracy {found.accuracy:.4f}, equal error rate {found.eer:.4f}, on {same:,} pairs of "
             f"one person and {different:,} of two."
         )
-    device = options.get("device") or "cpu"
-    return Report(f"Verification on {name}", summary, [*sections, settings(options), versions(device)], no_figures())
+    return Report(f"Verification on {name}", summary, [*sections, *about(options)])
 
 
 def identification_report(
     name: str,
-    tables: Sequence[TerminalTable],
+    tables: Sequence[Table],
     found: Identification,
     answers: Answers,
-    hardest: Sequence[Comparison],
+    thumbnails: Thumbnails,
     options: Mapping[str, Any],
 ) -> Report:
     """Return the report of ``identify`` on the set ``name``, with the terminal's tables.
 
-    ``answers`` are the nearest gallery images of the probes, ``hardest`` the probes that were answered wrongly.
+    ``answers`` are the nearest gallery images of the probes.
     """
     unit = "angle to the nearest gallery image, degrees" if answers.cosine else "distance to the nearest gallery image"
     edges, counts = answers.histograms()
@@ -183,14 +183,13 @@ def identification_report(
         "another person, then probes of people who are not in the gallery. The most alike come first."
     )
     sections = [
-        Section("Figures", tables=[as_table(table) for table in tables]),
-        Section("Curves", figures=figures(drawings)),
-        Section("Hardest probes", rule, comparisons=hardest),
-        settings(options),
-        versions(options.get("device") or "cpu"),
+        Section("Figures", tables=tables),
+        Section("Curves", drawings=drawings),
+        Section("Hardest probes", rule, comparisons=answers.hardest(thumbnails)),
+        *about(options),
     ]
     summary = (
         f"1:N identification: rank 1 {found.rank(1):.4f} of {found.num_mated:,} probes, in a gallery of "
         f"{found.num_identities:,} people."
     )
-    return Report(f"Identification on {name}", summary, sections, no_figures())
+    return Report(f"Identification on {name}", summary, sections)

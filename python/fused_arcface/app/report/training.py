@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+from rich.table import Table
 
 from fused_arcface.base.reading import DataError, open_regular
 
@@ -18,7 +20,7 @@ from ..thresholds import KeptThresholds, as_text, read_thresholds
 from ..training.config import TrainConfig
 from ..training.runs import RunFolder
 from .digest import read_digest
-from .document import Report, Section, Table, figures, no_figures, settings, versions
+from .document import Report, Section, about, table
 from .evaluation import digest_sections
 
 Floats = npt.NDArray[np.float64]
@@ -38,30 +40,22 @@ _POINTS = 400
 class Log(NamedTuple):
     """The log of a run."""
 
-    steps: Floats
-    """(S, 2 + figures): step, epoch, then :data:`FIGURES`."""
+    steps: npt.NDArray[Any]
+    """(S,) records of ``step``, ``epoch`` and :data:`FIGURES`, fp64 each."""
     verifications: list[dict[str, Any]]
     """``step``, ``verification_accuracy`` and ``tar_at_far``."""
 
-    def of(self, name: str) -> Floats:
-        """Return a figure of each step ``(S,)``."""
-        return self.steps[:, 2 + list(FIGURES).index(name)]
-
 
 def read_log(path: Path) -> Log:
-    """Read a run's log; a line that was cut short is left out.
-
-    Raises:
-        DataError: if the file cannot be read.
-    """
-    rows: list[list[float]] = []
-    verifications = []
+    """Read a run's log; a line that was cut short is left out."""
+    names = ("step", "epoch", *FIGURES)
+    rows, verifications = [], []
     for values in _lines(path):
         if "verification_accuracy" in values:
             verifications.append(values)
         elif "loss" in values:
-            rows.append([float(values[name]) for name in ("step", "epoch", *FIGURES)])
-    return Log(np.array(rows, dtype=np.float64).reshape(-1, 2 + len(FIGURES)), verifications)
+            rows.append(tuple(float(values[name]) for name in names))
+    return Log(np.array(rows, dtype=[(name, np.float64) for name in names]), verifications)
 
 
 def _lines(path: Path) -> Iterator[dict[str, Any]]:
@@ -86,40 +80,39 @@ def training_report(folder: RunFolder) -> Report:
     log = read_log(folder.log)
     if not len(log.steps):
         raise DataError(f"{folder.log} has no step yet")
-    step, epoch = int(log.steps[-1, 0]), int(log.steps[-1, 1])
+    step, epoch = int(log.steps["step"][-1]), int(log.steps["epoch"][-1])
     sections = [
-        Section("Training", figures=figures(_training_drawings(log)), tables=[_epochs(log)]),
+        Section("Training", drawings=_training_drawings(log), tables=[_epochs(log)]),
         *_verification_sections(folder, log, step),
         _data(folder, config),
-        settings(asdict(config)),
-        versions("cpu" if config.device == "auto" else config.device),
+        *about(asdict(config)),
     ]
     summary = (
         f"{config.margin} with scale {config.scale:g}, backbone {config.backbone}, on {config.data}: "
         f"step {step:,}, epoch {epoch} of {config.epochs}."
     )
-    return Report(f"Training run {folder.root.resolve().name}", summary, sections, no_figures())
+    return Report(f"Training run {folder.root.resolve().name}", summary, sections)
 
 
 def _epochs(log: Log) -> Table:
     """Return a table with a row for each epoch; of many epochs, for some at even steps and the last."""
     columns = ("epoch", "steps", "loss", "angle", "accuracy", "images/s")
-    epochs = np.unique(log.steps[:, 1])
+    epochs = np.unique(log.steps["epoch"])
     rows = []
     for epoch in epochs[np.unique(np.linspace(0, len(epochs) - 1, 30).round().astype(int))]:
-        own = Log(log.steps[log.steps[:, 1] == epoch], [])
-        means = {name: float(own.of(name).mean()) for name in FIGURES}
-        speed = len(own.steps) / float((1 / own.of("images_per_second")).sum())
+        own = log.steps[log.steps["epoch"] == epoch]
+        means = {name: float(own[name].mean()) for name in FIGURES}
+        speed = len(own) / float((1 / own["images_per_second"]).sum())
         cells = f"{means['loss']:.3f}", f"{means['target_angle']:.1f}°", f"{means['accuracy']:.3f}", f"{speed:,.0f}"
-        rows.append((f"{epoch:.0f}", f"{len(own.steps):,}", *cells))
-    return Table(columns, rows, "Means over the steps of an epoch", words=())
+        rows.append((f"{epoch:.0f}", f"{len(own):,}", *cells))
+    return table(columns, rows, "Means over the steps of an epoch", words=())
 
 
 def _training_drawings(log: Log) -> list[Drawing]:
-    steps = log.steps[:, 0]
+    steps = log.steps["step"]
     several = "" if len(steps) <= _POINTS else " The line is a mean over several steps, the band their range."
     return [
-        curve_drawing(name, caption if name == "lr" else caption + several, steps, log.of(name), label)
+        curve_drawing(name, caption if name == "lr" else caption + several, steps, log.steps[name], label)
         for name, (label, caption) in FIGURES.items()
     ]
 
@@ -153,7 +146,7 @@ def _verification_sections(folder: RunFolder, log: Log, step: int) -> list[Secti
     sections = []
     if log.verifications:
         drawings = [_verifications_drawing(log.verifications)] if len(log.verifications) > 1 else []
-        sections.append(Section("Verification", figures=figures(drawings), tables=[_verifications(log.verifications)]))
+        sections.append(Section("Verification", drawings=drawings, tables=[_verifications(log.verifications)]))
     thresholds = read_thresholds(folder.thresholds)
     if thresholds is not None and (thresholds.step or 0) <= step:
         sections.append(_thresholds(thresholds))
@@ -165,31 +158,29 @@ def _verification_sections(folder: RunFolder, log: Log, step: int) -> list[Secti
     return sections
 
 
+def _rates(verifications: Sequence[dict[str, Any]]) -> dict[str, list[float]]:
+    """Return the accuracy and the true accept rates of each verification by name, NaN where there is none."""
+    rates = {"accuracy": [each["verification_accuracy"] for each in verifications]}
+    for far in verifications[-1]["tar_at_far"]:
+        rates[f"TAR at FAR {far}"] = [each["tar_at_far"].get(far, math.nan) for each in verifications]
+    return rates
+
+
 def _verifications(found: Sequence[dict[str, Any]]) -> Table:
-    fars = list(found[-1]["tar_at_far"])
+    last, rates = found[-30:], _rates(found[-30:])
     rows = [
-        (f"{each['step']:,}", *(f"{rate:.4f}" for rate in (each["verification_accuracy"], *_rates(each, fars))))
-        for each in found[-30:]
+        (f"{each['step']:,}", *(f"{rate:.4f}" for rate in row))
+        for each, *row in zip(last, *rates.values(), strict=True)
     ]
-    caption = "The last 30 verifications" if len(found) > 30 else ""
-    return Table(("step", "accuracy", *(f"TAR at FAR {far}" for far in fars)), rows, caption, words=())
-
-
-def _rates(verification: dict[str, Any], fars: Sequence[str]) -> list[float]:
-    """Return the true accept rates at some false accept rates, NaN where there is none."""
-    return [verification["tar_at_far"].get(far, float("nan")) for far in fars]
+    return table(("step", *rates), rows, "The last 30 verifications" if len(found) > 30 else "", words=())
 
 
 def _verifications_drawing(found: Sequence[dict[str, Any]]) -> Drawing:
     def draw(plt: Any) -> Any:
         title = "verification of people not trained on"
         figure, axis = panel(plt, 3.4, title, xlabel="step", ylabel="rate", ylim=(0, 1.02))
-        steps = [each["step"] for each in found]
-        axis.plot(steps, [each["verification_accuracy"] for each in found], "o-", ms=4, color="black", label="accuracy")
-        fars = list(found[-1]["tar_at_far"])
-        curves = zip(*(_rates(each, fars) for each in found), strict=True)
-        for far, color, rates in zip(fars, COLORS, curves, strict=False):
-            axis.plot(steps, rates, "o-", ms=4, color=color, label=f"TAR at FAR {far}")
+        for (name, rates), color in zip(_rates(found).items(), ("black", *COLORS), strict=False):
+            axis.plot([each["step"] for each in found], rates, "o-", ms=4, color=color, label=name)
         figure.legend(loc="outside lower center", ncols=2)
         return figure
 
@@ -198,8 +189,8 @@ def _verifications_drawing(found: Sequence[dict[str, Any]]) -> Drawing:
 
 def _thresholds(kept: KeptThresholds) -> Section:
     text = f"Cosines from which on two images count as one person, chosen on {kept.data}."
-    table = Table(("", "cosine >=", "accuracy", "FAR", "TAR"), as_text(kept.points))
-    return Section("Thresholds", text, tables=[table])
+    columns = ("", "cosine >=", "accuracy", "FAR", "TAR")
+    return Section("Thresholds", text, tables=[table(columns, as_text(kept.points))])
 
 
 def _data(folder: RunFolder, config: TrainConfig) -> Section:
@@ -208,4 +199,4 @@ def _data(folder: RunFolder, config: TrainConfig) -> Section:
     if known is not None:
         rows += [("images", f"{known.images:,}"), ("identities", f"{known.identities:,}")]
     rows.append(("size", f"{config.image_size} × {config.image_size}, {'gray' if config.channels == 1 else 'color'}"))
-    return Section("Data", tables=[Table(("", ""), rows, words=(0, 1))])
+    return Section("Data", tables=[table(("", ""), rows, words=(0, 1))])

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 import torch
 
 from fused_arcface.base.text import encode_names
+from fused_arcface.base.typed_json import typed
 
 from ..data.sources import ImageSource
 
@@ -51,11 +52,7 @@ class Fingerprint:
     @staticmethod
     def from_json(text: str) -> Fingerprint:
         """Return what :meth:`to_json` wrote; ValueError if the text is something else."""
-        values = json.loads(text)
-        try:
-            return Fingerprint(**values)
-        except TypeError:
-            raise ValueError("it is not a fingerprint of data") from None
+        return typed(Fingerprint, json.loads(text))
 
     def difference(self, other: Fingerprint) -> str | None:
         """Return what differs, in words: ``names``, for example; None if nothing does."""

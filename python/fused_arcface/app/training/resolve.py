@@ -20,7 +20,7 @@ from ..data import formats
 from ..data.formats import generated, open_source, unseen_source
 from ..data.images import ImageSpec
 from ..data.pair_sets import paired, read_pair_set
-from ..data.sources import ImageSet, ImageSource, common_spec
+from ..data.sources import ImageSet, ImageSource, common_spec, set_of
 from ..nets.backbones import own_embedding_dim, own_spec
 from .config import OptionError, TrainConfig, rules
 from .fingerprint import Fingerprint
@@ -66,8 +66,8 @@ def open_verification(config: TrainConfig) -> ImageSet | None:
             found = read_pair_set(config.verify_data, max_pixels=config.max_pixels)
             check_problems(found.problems, config.bad_data)
             return found
-        unseen = unseen_source(config.data)
-        return paired(unseen, f"unseen {config.data}") if unseen is not None else None
+        unseen, name = unseen_source(config.data), f"unseen {config.data}"
+        return paired(set_of(unseen, name), name) if unseen is not None else None
     except DataError as error:
         raise OptionError(f"verify_data: {error}") from None
 

@@ -61,7 +61,7 @@ FORMATS = (
         "a folder with one folder for each identity",
         "images of any size and mode",
         folders.is_folder,
-        folders.open_folder,
+        folders.read_folder,
     ),
     Format(
         "a list file (.lst, .list, .txt, .csv, .tsv)",
@@ -91,7 +91,7 @@ FORMATS = (
         unseen=generated.unseen_digits,
     ),
 )
-"""The first one counts that matches and gives what is wanted."""
+"""The first format that matches, and can open what is asked for, is taken."""
 
 
 def open_source(data: str, max_pixels: int = MAX_PIXELS) -> ImageSource:

@@ -32,22 +32,6 @@ _EXPANSION = 8
 """A ``.npz`` may unpack to 64 MiB plus eight times its size. Only names and labels compress well, not embeddings."""
 
 
-def write(path: Path, tensors: dict[str, Tensor], paths: list[str]) -> None:
-    """Write tensors and the names of images into a file of the kind that its suffix names."""
-    _FORMATS[path.suffix].write(path, tensors, paths)
-
-
-def read(path: Path) -> Contents:
-    """Read the tensors called as in :data:`NAMES` and the names of images.
-
-    Floating-point tensors become fp32 and whole ones int64.
-
-    Raises:
-        DataError: if the file cannot be read, or has arrays of other kinds under these names.
-    """
-    return _FORMATS[path.suffix].read(path)
-
-
 def _write_safetensors(path: Path, tensors: dict[str, Tensor], paths: list[str]) -> None:
     rows = {name: Rows.of(tensor) for name, tensor in tensors.items()}
     safetensors.write(path, rows, {_PATHS: json.dumps(paths)})
@@ -114,18 +98,22 @@ def _read_npy(path: Path, archive: zipfile.ZipFile, entry: zipfile.ZipInfo, kind
         if math.prod(shape) * dtype.itemsize != left:
             raise DataError(f"{path}: {entry.filename} must have the bytes of {shape} {dtype}; it has {left}")
     with archive.open(entry) as packed:
-        array: npt.NDArray[Any] = np.lib.format.read_array(packed, allow_pickle=False)
-    return array
+        return np.lib.format.read_array(packed, allow_pickle=False)
 
 
-class _Format(NamedTuple):
+class FileFormat(NamedTuple):
     """The functions that read and write one kind of file."""
 
     read: Callable[[Path], Contents]
+    """Return the tensors called as in :data:`NAMES`, fp32 or int64, and the names of images. Raise DataError if the
+    file cannot be read, or has arrays of other kinds under these names."""
     write: Callable[[Path, dict[str, Tensor], list[str]], None]
 
 
-_FORMATS = {".npz": _Format(_read_npz, _write_npz), ".safetensors": _Format(_read_safetensors, _write_safetensors)}
-SUFFIXES = tuple(_FORMATS)
+FORMATS = {
+    ".npz": FileFormat(_read_npz, _write_npz),
+    ".safetensors": FileFormat(_read_safetensors, _write_safetensors),
+}
+SUFFIXES = tuple(FORMATS)
 EMBEDDING_FILES = " or ".join(SUFFIXES)
 """The suffixes for messages and help texts."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from fused_arcface.base.reading import DataError, file_errors
 from fused_arcface.base.text import is_whole
 
 from ..image_formats import SUFFIXES
+from ..images import MAX_PIXELS
 from ..sources import FileImages
 
 SPLITS = frozenset(
@@ -20,21 +20,19 @@ SPLITS = frozenset(
 """Names of folders that hold parts of a data set, not one person."""
 
 
-@dataclass(frozen=True)
-class LabeledFolder:
-    """Images of a folder and whom they show."""
+class LabeledFolder(FileImages):
+    """Images of a folder and whom they show, an identity's images together, by name.
+
+    Its problems are images that are not used, and other faults: empty folders, gaps in numbered ones, images outside of
+    any, links to nothing, identities with several folders of images. Its notes have the number of the other files.
+    """
 
     root: Path
-    files: list[tuple[Path, int]]
-    """(path, identity): identities from 0 on without gaps, in the order of ``names``; an identity's images together,
-    by name."""
-    names: list[str]
-    """Folder of each identity."""
-    problems: list[str] = field(default_factory=list)
-    """Images that are not used, and other faults: empty folders, gaps in numbered ones, images outside of any, links to
-    nothing, identities with several folders of images."""
-    notes: list[str] = field(default_factory=list)
-    """Number of the other files that are not used."""
+
+    @property
+    def files(self) -> list[tuple[Path, int]]:
+        """(path, identity) of each image."""
+        return list(zip(self.paths, self.labels.tolist(), strict=True))
 
     @property
     def num_identities(self) -> int:
@@ -47,13 +45,7 @@ def is_folder(data: str) -> bool:
     return path.is_dir() and not (path / "train.rec").is_file()
 
 
-def open_folder(data: str, max_pixels: int) -> FileImages:
-    """Open the images of a labeled folder, each with at most ``max_pixels``."""
-    found = read_folder(data)
-    return FileImages(found.files, found.names, found.problems, found.notes, max_pixels)
-
-
-def read_folder(root: str | Path) -> LabeledFolder:
+def read_folder(root: str | Path, max_pixels: int = MAX_PIXELS) -> LabeledFolder:
     """Find the images of a folder whose sub-folders are identities; none is opened.
 
     Sub-folders are identities in the order of their names, numbered ones (``0``, ``1``, ``10``) by number; images lie
@@ -101,7 +93,9 @@ def read_folder(root: str | Path) -> LabeledFolder:
     others = [path for each in contents for path in each.others]
     notes = [f"{others[0]}: {len(others)} file(s) that are no images by their name; not used"] if others else []
     files = [(path, identity) for identity, each in enumerate(identities) for path in each.images]
-    return LabeledFolder(root, files, names, problems + _gaps(root, folders), notes)
+    found = LabeledFolder(files, names, problems + _gaps(root, folders), notes, max_pixels)
+    found.root = root
+    return found
 
 
 class _Content:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from fused_arcface.base.reading import DataError, file_errors, open_regular
-from fused_arcface.base.text import lines
+from fused_arcface.base.reading import DataError, read_lines
 
 from ..images import MAX_PIXELS
 from ..sources import FileImages
@@ -28,11 +27,9 @@ def open_list(data: str, max_pixels: int = MAX_PIXELS) -> FileImages:
         DataError: if a line is no ``path label``, with its number; or if no image is there.
     """
     path = Path(data)
-    with open_regular(path) as file, file_errors(path):
-        text = lines(file.read())
     label_of: dict[Path, str] = {}
     problems: list[str] = []
-    for number, line in enumerate(text, start=1):
+    for number, line in read_lines(path):
         fields = fields_of(line)
         if not fields:
             continue

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import torch
 
-from fused_arcface.base.reading import DataError, file_errors, open_regular
-from fused_arcface.base.text import is_whole, lines
+from fused_arcface.base.reading import DataError, read_lines
+from fused_arcface.base.text import is_whole
 from fused_arcface.evaluation.pairs import Pairs
 
 from ..image_formats import SUFFIXES
@@ -37,12 +37,10 @@ def open_pairs(data: str, images: Path | None, max_pixels: int) -> ImageSet:
     """
     path = Path(data)
     root = path.parent if images is None else images
-    with open_regular(path) as file, file_errors(path):
-        text = lines(file.read())
     number_of: dict[Path, int] = {}
     folders: dict[Path, dict[str, Path]] = {}
     first, second, same, problems = [], [], [], []
-    for number, line in enumerate(text, start=1):
+    for number, line in read_lines(path):
         fields = fields_of(line)
         if not fields or (number == 1 and len(fields) <= 2 and all(field.isdigit() for field in fields)):
             continue
@@ -85,9 +83,7 @@ def fields_of(line: str) -> list[str]:
 def _pair(fields: list[str], root: Path, folders: dict[Path, dict[str, Path]]) -> tuple[Path, Path, bool]:
     """Return the two files of a line and whether they show one person.
 
-    Raises:
-        ValueError: if the line is not a pair.
-        FileNotFoundError: if a file is missing; the text is the file's name.
+    A FileNotFoundError has the name of the missing file as its text.
     """
     if len(fields) == 3 and is_whole(fields[1], 9) and is_whole(fields[2], 9):
         one, two = (_lfw_image(root, fields[0], number, folders) for number in fields[1:])

@@ -13,7 +13,7 @@ from fused_arcface.base.pickles import Damaged, Refused
 from fused_arcface.base.reading import DataError, check_regular, file_errors, open_regular
 from fused_arcface.evaluation.pairs import Pairs
 
-from ..images import ImageError, ImageSpec, read_image
+from ..images import ImageSpec, naming, read_image
 from ..sources import ImageSet
 from .pickle_reader import Array, Latin1, read_set
 
@@ -83,10 +83,8 @@ def open_pickle(data: str, _: Path | None, max_pixels: int) -> ImageSet:
 
 
 def _read_pickled(name: str, images: list[bytes | Latin1], max_pixels: int, index: int, spec: ImageSpec) -> Tensor:
-    try:
+    with naming(f"{name}[{index}]"):
         return read_image(bytes(images[index]), spec, max_pixels)
-    except ImageError as error:
-        raise ImageError(f"{name}[{index}]: {error}") from None
 
 
 def _image(path: Path, index: int, image: Any) -> bytes | Latin1:

@@ -67,6 +67,8 @@ def _clipped(numbers: list[int]) -> Ints:
 class Heads:
     """The content of the heads of M records, each ``(M,)``."""
 
+    numbers: Ints
+    """Keys of the records."""
     offsets: Ints
     part: npt.NDArray[np.int8]
     """Kind of the record's first part; -1 where no record begins, or one that does not end within the file."""
@@ -83,8 +85,8 @@ class Heads:
         return Heads(*(each[rows] for each in vars(self).values()))
 
 
-def read_heads(file: RecordFile, offsets: Ints) -> Heads:
-    """Read the heads at ``offsets`` in a file."""
+def read_heads(file: RecordFile, numbers: Ints, offsets: Ints) -> Heads:
+    """Read the heads of the records ``numbers`` (M,) at ``offsets`` (M,) in a file."""
     count, size = len(offsets), file.size
     part, end = np.full(count, -1, np.int8), np.zeros(count, np.int64)
     label, complete, has_image = np.zeros(count), np.zeros(count, np.bool_), np.zeros(count, np.bool_)
@@ -106,7 +108,7 @@ def read_heads(file: RecordFile, offsets: Ints) -> Heads:
         complete[rows] = True
         has_image[rows] = (length > needed)[long]
         label[rows] = words[np.where(flag > 0, at + (HEAD_BYTES + IMAGE_HEADER_BYTES) // 4, at + 3)].view("<f4")
-    return Heads(offsets, part, end, label, complete, has_image)
+    return Heads(numbers, offsets, part, end, label, complete, has_image)
 
 
 def unnamed_ranges(heads: Heads, size: int) -> list[tuple[int, int]]:

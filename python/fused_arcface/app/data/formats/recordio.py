@@ -17,10 +17,11 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import struct
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from fused_arcface.base.files import replacing
 from fused_arcface.base.reading import DataError, open_regular
@@ -29,17 +30,19 @@ MAGIC = 0xCED7230A
 HEAD_BYTES = 8  # magic and length
 WHOLE, FIRST, BETWEEN, LAST = range(4)
 MOST = (1 << 29) - 1
-"""Bytes of a part."""
+"""Largest number of bytes in a part."""
 MOST_BROKEN = 10_000
-"""Records of a file that may be broken."""
+"""Largest number of broken records in a file."""
 
 _HEAD = struct.Struct("<II")
 _IMAGE = struct.Struct("<IfQQ")
 IMAGE_HEADER_BYTES = _IMAGE.size
 _MAGIC_BYTES = struct.pack("<I", MAGIC)
+# The magic number before a length whose three highest bits say that the part is a whole record or a first part.
+_BEGIN = re.compile(re.escape(_MAGIC_BYTES) + rb"(?=...[\x00-\x3f])", re.DOTALL)
 _MOST_LABELS = 1 << 16
 _MOST_PARTS = 1000  # an image has the magic number by chance; one of 16 GB would have it once
-_WINDOW = 1 << 12  # bytes read at once for the heads of a scan
+_WINDOW = 1 << 12  # bytes read at first in the search for the next record
 
 
 def begins_as_record(path: Path) -> bool:
@@ -98,21 +101,6 @@ def unpack_image(payload: bytes) -> ImageRecord:
     return ImageRecord(struct.unpack_from(f"<{flag}f", payload, _IMAGE.size), id, payload[start:])
 
 
-_Read = Callable[[int, int], bytes]
-
-
-class _Window:
-    """Reads a few bytes at an offset, many of one block one after another."""
-
-    def __init__(self, read: _Read) -> None:
-        self._read, self._start, self._data = read, 0, b""
-
-    def __call__(self, offset: int, length: int) -> bytes:
-        if not self._start <= offset <= self._start + len(self._data) - length:
-            self._start, self._data = offset, self._read(offset, _WINDOW)
-        return self._data[offset - self._start : offset - self._start + length]
-
-
 class RecordFile:
     """A RecordIO file, read at any offset; usable after a fork, in another process, and from several threads.
 
@@ -140,18 +128,18 @@ class RecordFile:
             RecordError: if there is no record, or it does not end within the file.
         """
         payloads = []
-        for start, length in self._parts(offset, number, self._read):
+        for start, length in self._parts(offset, number):
             self.bytes_read += HEAD_BYTES + length
             payloads.append(self._read(start, length))
             if len(payloads[-1]) < length:
                 raise self._error(start - HEAD_BYTES, number, "the file became shorter")
         return _MAGIC_BYTES.join(payloads)
 
-    def _parts(self, offset: int, number: int, read: _Read) -> Iterator[tuple[int, int]]:
+    def _parts(self, offset: int, number: int) -> Iterator[tuple[int, int]]:
         """Yield the offset and the length of the payload of each part of the record at ``offset``."""
         place = offset
         for count in range(_MOST_PARTS):
-            part, length = self._head(place, number, read)
+            part, length = self._head(place, number)
             if count == 0 and part not in (WHOLE, FIRST):
                 raise self._error(offset, number, f"it begins with a part of kind {part}, not with a first one")
             if count > 0 and part not in (BETWEEN, LAST):
@@ -169,13 +157,13 @@ class RecordFile:
         except OSError as error:
             raise DataError(f"{self.path} cannot be read at byte {offset}: {error.strerror}") from None
 
-    def _head(self, offset: int, number: int, read: _Read) -> tuple[int, int]:
+    def _head(self, offset: int, number: int) -> tuple[int, int]:
         """Return kind and length of the part at ``offset``, which ends within the file."""
         if not 0 <= offset <= self.size - HEAD_BYTES:
             raise self._error(offset, number, f"the file ends at byte {self.size}")
         if offset % 4:
             raise self._error(offset, number, "a record begins at a multiple of 4")
-        head = read(offset, HEAD_BYTES)
+        head = self._read(offset, HEAD_BYTES)
         if len(head) < HEAD_BYTES:
             raise self._error(offset, number, "the file became shorter")
         magic, word = _HEAD.unpack(head)
@@ -187,8 +175,12 @@ class RecordFile:
             raise self._error(offset, number, f"it must end at byte {end}, the file ends at byte {self.size}")
         return part, length
 
+    def place(self, offset: int, number: int) -> str:
+        """Return the place of a record in words."""
+        return f"{self.path}: record {number} at byte {offset}"
+
     def _error(self, offset: int, number: int, why: str) -> RecordError:
-        return RecordError(f"{self.path}: record {number} at byte {offset} cannot be read: {why}")
+        return RecordError(f"{self.place(offset, number)} cannot be read: {why}")
 
     def scan(self, start: int = 0, stop: int | None = None) -> Iterator[int | RecordError]:
         """Yield the offset of each record from ``start`` to ``stop``, found without an index, in order.
@@ -201,12 +193,11 @@ class RecordFile:
         """
         offset, number, broken = start, 0, 0
         stop = self.size if stop is None else stop
-        window = _Window(self._read)
         while offset < stop:
             start = offset
             found: RecordError | None = None
             try:
-                for payload, length in self._parts(offset, number, window):
+                for payload, length in self._parts(offset, number):
                     offset = payload + padded(length)
             except RecordError as error:
                 found = error
@@ -221,13 +212,9 @@ class RecordFile:
         """Return the offset of the first record that may begin at ``offset`` or after it; ``stop`` if none does."""
         offset, block = padded(offset), _WINDOW
         while offset < stop:
-            data = self._read(offset, block + 4)
-            at = data.find(_MAGIC_BYTES)
-            while 0 <= at < block:
-                word = data[at + 4 : at + HEAD_BYTES]
-                if at % 4 == 0 and len(word) == 4 and word[3] >> 5 in (WHOLE, FIRST):
-                    return offset + at
-                at = data.find(_MAGIC_BYTES, at + 1)
+            for found in _BEGIN.finditer(self._read(offset, block + 4)):
+                if found.start() % 4 == 0:
+                    return offset + found.start()
             offset += block
             block = min(4 * block, 1 << 20)
         return stop
@@ -238,7 +225,7 @@ def too_broken(path: Path) -> DataError:
     return DataError(f"{path} has more than {MOST_BROKEN} records that cannot be read: it is damaged, or another file")
 
 
-class RecordWriter:
+class RecordWriter(contextlib.ExitStack):
     r"""Write a RecordIO file and its index; a context manager. Each appears when it is whole, in place of an old one.
 
     >>> import tempfile; path = Path(tempfile.mkdtemp()) / "train.rec"
@@ -249,10 +236,9 @@ class RecordWriter:
     """
 
     def __init__(self, path: str | Path) -> None:
-        self._files = contextlib.ExitStack()
-        path = Path(path)
-        self._index = self._files.enter_context(replacing(path.with_suffix(".idx")))
-        self._records = self._files.enter_context(replacing(path))
+        super().__init__()
+        self._index = self.enter_context(replacing(Path(path).with_suffix(".idx")))
+        self._records = self.enter_context(replacing(path))
 
     def write(self, key: int, payload: bytes) -> None:
         """Append a record."""
@@ -264,22 +250,14 @@ class RecordWriter:
             kind = WHOLE if len(parts) == 1 else FIRST if place == 0 else LAST if place == len(parts) - 1 else BETWEEN
             self._records.write(_HEAD.pack(MAGIC, kind << 29 | len(part)) + part + bytes(padded(len(part)) - len(part)))
 
-    def __enter__(self) -> RecordWriter:
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self._files.__exit__(*error)
-
 
 def _split_at_magic(payload: bytes) -> list[bytes]:
     """Return the parts before, between and after the magic numbers in the payload's aligned words."""
     parts, start = [], 0
-    at = payload.find(_MAGIC_BYTES)
-    while at >= 0:
-        if at % 4 == 0:
-            parts.append(payload[start:at])
-            start = at + 4
-        at = payload.find(_MAGIC_BYTES, at + 4 if at % 4 == 0 else at + 1)
+    for found in re.finditer(re.escape(_MAGIC_BYTES), payload):
+        if found.start() % 4 == 0:
+            parts.append(payload[start : found.start()])
+            start = found.end()
     return [*parts, payload[start:]]
 
 

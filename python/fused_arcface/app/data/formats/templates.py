@@ -24,9 +24,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from fused_arcface.base.reading import DataError, NoSuchData, file_errors, open_regular
+from fused_arcface.base.reading import DataError, NoSuchData, file_errors, open_regular, read_lines
 from fused_arcface.base.suggest import missing_path
-from fused_arcface.base.text import is_whole, lines
+from fused_arcface.base.text import is_whole
 from fused_arcface.evaluation.pairs import Pairs
 
 from ..images import MAX_PIXELS, ImageSpec, read_image
@@ -75,10 +75,6 @@ def read_templates(data: str, max_pixels: int = MAX_PIXELS) -> TemplateSet:
     """Open a set of templates. Images are looked for in ``loose_crop``, lists in ``meta`` or in the folder itself.
 
     If the set has landmarks, faces are aligned by them; see :func:`fused_arcface.app.data.alignment.align`.
-
-    Args:
-        data: the folder.
-        max_pixels: limit for an image, see :func:`fused_arcface.app.data.read_image`.
 
     Raises:
         DataError: if the folder has no such lists, or a list is not what it should be; the message names the place.
@@ -135,16 +131,10 @@ def _list_of_faces(root: Path, meta: Path) -> tuple[str, Path]:
     return found[0].name.removesuffix(_FACES), found[0]
 
 
-def _lines(path: Path) -> list[tuple[int, str]]:
-    """Return the lines that are not empty, each with its number."""
-    with open_regular(path) as file, file_errors(path):
-        return [(number, line) for number, line in enumerate(lines(file.read()), start=1) if line.strip()]
-
-
 def _read_faces(path: Path) -> tuple[list[str], Tensor, Tensor]:
     """Return names, templates and media of the faces."""
     names, numbers = [], []
-    for number, line in _lines(path):
+    for number, line in read_lines(path):
         fields = line.rsplit(maxsplit=2)
         if len(fields) != 3 or not (is_whole(fields[1]) and is_whole(fields[2])):
             raise DataError(f"{path}, line {number}: must be `image template medium`; got {line[:100]!r}")
@@ -158,7 +148,7 @@ def _read_faces(path: Path) -> tuple[list[str], Tensor, Tensor]:
 
 def _read_detected(path: Path, names: list[str], faces: Path) -> tuple[npt.NDArray[np.float32], Tensor]:
     """Return landmarks (M, 5, 2) and the detector's scores (M,), which must be of the same faces in the same order."""
-    found = _lines(path)
+    found = read_lines(path)
     if len(found) != len(names):
         raise DataError(f"{path} must have a line for each of the {len(names)} faces of {faces}; it has {len(found)}")
     numbers = np.empty((len(names), _NUMBERS), dtype=np.float32)

@@ -1,0 +1,14 @@
+"""Weights of nets in files, as the commands read them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch import nn
+
+from fused_arcface.app.nets.weights import fit_state, read_state
+
+
+def load_weights(net: nn.Module, path: Path, *, partial: bool = False) -> list[str]:
+    """Set a net to the weights in a file; return the notes for the user."""
+    return fit_state(net, read_state(path), path, partial=partial)
