@@ -48,6 +48,15 @@ def test_near_embeddings_do_not_cancel(found: Distance) -> None:
     assert near.abs().max() < (1e-6 if isinstance(found, Cosine) else 1e-12)
 
 
+@pytest.mark.parametrize("found", [Cosine(), InnerProduct()], ids=str)
+def test_autocast_does_not_shorten_the_products(found: Distance) -> None:
+    x, y = torch.randn(7, 64, generator=torch.Generator().manual_seed(0)), torch.randn(5, 64)
+    with torch.autocast("cpu", torch.bfloat16):
+        matrix = found.matrix(x, y)
+    assert matrix.dtype == torch.float32
+    torch.testing.assert_close(matrix, found.matrix(x.double(), y.double()).float(), rtol=1e-5, atol=1e-5)
+
+
 def test_mahalanobis_shrinks_as_stated() -> None:
     x, y, a = torch.randn(4, 7).double(), torch.randn(4, 7).double(), 0.3
     empirical = np.cov(GALLERY.numpy().T, bias=True)

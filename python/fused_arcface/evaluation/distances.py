@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..base.extras import require
+from ..base.normalize import without_autocast
 from ..base.ranges import Range, check_number
 
 NAMES = ("cosine", "euclidean", "p-norm", "inner-product", "mahalanobis")
@@ -68,7 +69,8 @@ class Distance:
     def matrix_of_transformed(self, x: Tensor, y: Tensor) -> Tensor:
         """Return the distances ``(M, K)`` of transformed rows."""
         if self.p is None:
-            return self._from_inner(x @ y.T)
+            with without_autocast(x.device):
+                return self._from_inner(x @ y.T)
         # Differences, not ‖x‖² + ‖y‖² − 2⟨x, y⟩, which cancels where x and y are close.
         return torch.cdist(x, y, p=self.p, compute_mode="donot_use_mm_for_euclid_dist")
 
