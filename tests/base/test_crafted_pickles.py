@@ -28,6 +28,12 @@ CASES = {
     "reference": b"\x80\x02(X\x07\0\0\0storagectorch\nFloatStorage\n" + DEEP + b"X\x03\0\0\0cpuK\x02tQ.",
     "set": b"\x80\x04\x8f(" + DEEP + b"\x90.",
     "frozenset": b"\x80\x04(" + DEEP + b"\x91.",
+    "set by a call": b"\x80\x02cbuiltins\nset\n](" + DEEP + b"e\x85R.",
+    "Counter": b"\x80\x02ccollections\nCounter\n](" + DEEP + b"e\x85R.",
+    "pairs": b"\x80\x02ccollections\nOrderedDict\n](" + DEEP + b"K\x01\x86e\x85R.",
+    "lists of two": b"\x80\x02ccollections\nOrderedDict\n](](" + DEEP + b"K\x01ee\x85R.",
+    "attributes": b"\x80\x02ccollections\nOrderedDict\n)R](](" + DEEP + b"K\x01eeb.",
+    "layout": b"\x80\x02ctorch.serialization\n_get_layout\n" + DEEP + b"\x85R.",
     "many bytes": b"\x80\x02cbuiltins\nbytearray\nJ\0\0\0\x10\x85R.",  # a quarter of a GiB from 30 bytes
 }
 

@@ -95,7 +95,14 @@ def _call(function: Any, arguments: tuple[Any, ...]) -> dict[Any, Any]:
     is_number = bool(arguments) and isinstance(arguments[0], int)
     if is_number and isinstance(function, Name) and function.name == "bytearray":
         raise Refused("it makes bytes in another way than pickle does")
+    _check_hashed(*arguments)
     return {}
+
+
+def _check_hashed(*values: Any) -> None:
+    """Check what a function may take as keys: a value, the items of a list, or the first ones of its pairs."""
+    items = [item for each in values if isinstance(each, list) for item in each]
+    pickles.check_keys([*values, *items, *(key for item in items if isinstance(item, list) for key in item[:1])])
 
 
 # Nothing is made of a call or a reference: the instructions alone are checked, all that torch's own reader knows.
@@ -104,7 +111,7 @@ _ADMITTED = Admitted(
     instructions=pickles.VALUES | pickles.OLD_VALUES | pickles.OBJECTS,
     name=lambda name: name,
     call=_call,
-    build=lambda value, state: None,
+    build=lambda value, state: _check_hashed(state),
     persistent=_seen,
     most_instructions=20_000_000,
     most_objects=10_000_000,
