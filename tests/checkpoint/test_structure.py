@@ -283,7 +283,7 @@ def parts_of(table: dict, *rows: tuple[int, int]) -> None:
         (lambda table: table["tensors"]["head.weight"].update(size=[1 << 40, 4]), "do not make up its size"),
         (lambda table: parts_of(table, (0, 5), (2, 2)), "do not make up its size"),  # rows 5 and 6 would be any memory
         (lambda table: parts_of(table, (0, 3), (4, 4)), "lies outside"),
-        (lambda table: parts_of(table, (0, 7), (0, 0)), "two parts of head.weight begin at"),  # only one place is checked
+        (lambda table: parts_of(table, (0, 7), (0, 0)), "two parts of head.weight begin at"),
         (lambda table: table["tensors"]["head.weight"].update(dtype="Tensor"), "Tensor"),
         (lambda table: table["tensors"].update(more=table["tensors"]["head.weight"]), "nothing can lie in bytes"),
         (lambda table: table["values"].update(head={"$os": "x"}), "[$]os is not a known kind of value"),
