@@ -80,3 +80,20 @@ def test_a_text_is_checked_once_however_often_it_is_used(tmp_path):
     seconds = fuzzing.CRAFTED_SECONDS
     kind = fuzzing.Format("bin", lambda root: root, read_pickled_pairs, (DataError,), seconds=seconds)
     assert fuzzing.failures(kind, tmp_path / "a.bin", [content + uses + b"l]\x86."]) == []
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.float64, torch.bfloat16, torch.uint8, torch.complex128])
+def test_a_tensor_has_no_more_bytes_than_the_file(tmp_path, kind):
+    """Else an older torch reads on behind the bytes of the file."""
+    torch.save(torch.ones(200, dtype=kind), tmp_path / "a.pt")
+    assert torch_files.load(tmp_path / "a.pt").sum() == 200
+    with zipfile.ZipFile(tmp_path / "a.pt") as source, zipfile.ZipFile(tmp_path / "b.pt", "w") as target:
+        for entry in source.infolist():
+            content = source.read(entry)
+            if entry.filename.endswith("data.pkl"):
+                content = content.replace(b"K\xc8", b"K\xc9")
+            target.writestr(entry.filename, content)
+    size = kind.itemsize
+    rule = f"a tensor must have {201 * size} bytes; the file has {200 * size}"
+    with pytest.raises(torch_files.TensorFileError, match=rule):
+        torch_files.load(tmp_path / "b.pt")
