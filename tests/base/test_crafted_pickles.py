@@ -28,6 +28,12 @@ CASES = {
     "reference": b"\x80\x02(X\x07\0\0\0storagectorch\nFloatStorage\n" + DEEP + b"X\x03\0\0\0cpuK\x02tQ.",
     "set": b"\x80\x04\x8f(" + DEEP + b"\x90.",
     "frozenset": b"\x80\x04(" + DEEP + b"\x91.",
+    "set by a call": b"\x80\x02cbuiltins\nset\n](" + DEEP + b"e\x85R.",
+    "Counter": b"\x80\x02ccollections\nCounter\n](" + DEEP + b"e\x85R.",
+    "pairs": b"\x80\x02ccollections\nOrderedDict\n](" + DEEP + b"K\x01\x86e\x85R.",
+    "lists of two": b"\x80\x02ccollections\nOrderedDict\n](](" + DEEP + b"K\x01ee\x85R.",
+    "attributes": b"\x80\x02ccollections\nOrderedDict\n)R](](" + DEEP + b"K\x01eeb.",
+    "layout": b"\x80\x02ctorch.serialization\n_get_layout\n" + DEEP + b"\x85R.",
     "many bytes": b"\x80\x02cbuiltins\nbytearray\nJ\0\0\0\x10\x85R.",  # a quarter of a GiB from 30 bytes
 }
 
@@ -74,3 +80,20 @@ def test_a_text_is_checked_once_however_often_it_is_used(tmp_path):
     seconds = fuzzing.CRAFTED_SECONDS
     kind = fuzzing.Format("bin", lambda root: root, read_pickled_pairs, (DataError,), seconds=seconds)
     assert fuzzing.failures(kind, tmp_path / "a.bin", [content + uses + b"l]\x86."]) == []
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.float64, torch.bfloat16, torch.uint8, torch.complex128])
+def test_a_tensor_has_no_more_bytes_than_the_file(tmp_path, kind):
+    """Else an older torch reads on behind the bytes of the file."""
+    torch.save(torch.ones(200, dtype=kind), tmp_path / "a.pt")
+    assert torch_files.load(tmp_path / "a.pt").sum() == 200
+    with zipfile.ZipFile(tmp_path / "a.pt") as source, zipfile.ZipFile(tmp_path / "b.pt", "w") as target:
+        for entry in source.infolist():
+            content = source.read(entry)
+            if entry.filename.endswith("data.pkl"):
+                content = content.replace(b"K\xc8", b"K\xc9")
+            target.writestr(entry.filename, content)
+    size = kind.itemsize
+    rule = f"a tensor must have {201 * size} bytes; the file has {200 * size}"
+    with pytest.raises(torch_files.TensorFileError, match=rule):
+        torch_files.load(tmp_path / "b.pt")

@@ -92,7 +92,8 @@ def test_centers(name: str, tmp_path: Path) -> None:
     assert torch.equal(found.weight, CENTERS) and found.momentum == momentum
     notes: list[str] = []
     written = convert.convert([tmp_path / "file.ckpt"], tmp_path / "centers.safetensors", noted=notes.append)
-    assert convert.read(written).num_classes == 7 and len(notes) == momentum
+    against_the_name = name in ("FaceX-Zoo, ArcFace", "FaceX-Zoo, AdaCos")
+    assert convert.read(written).num_classes == 7 and len(notes) == momentum + against_the_name
 
 
 def test_centers_of_a_whole_model_in_safetensors(tmp_path: Path) -> None:
@@ -101,6 +102,11 @@ def test_centers_of_a_whole_model_in_safetensors(tmp_path: Path) -> None:
     theirs.save_file(under("backbone.") | {"head.weight": CENTERS}, tmp_path / "model.safetensors")
     convert.convert([tmp_path / "model.safetensors"], tmp_path / "centers.safetensors")
     assert torch.equal(theirs.load_file(tmp_path / "centers.safetensors")["weight"], CENTERS)
+    turned = under("backbone.") | {"head.weight": CENTERS.T.contiguous(), "head.t": torch.ones(1)}
+    theirs.save_file(turned, tmp_path / "model.safetensors")  # FaceX-Zoo's layout
+    found = convert.read(tmp_path / "model.safetensors", embedding_dim=4)
+    assert torch.equal(next(found.tensors["weight"].pieces()), CENTERS)
+    assert found.notes == [f"{tmp_path / 'model.safetensors'}: the state of its margin is left out: t=1"]
     theirs.save_file(NET, tmp_path / "model.safetensors")
     with pytest.raises(convert.ConvertError, match=r"has no weight; it has conv1\.weight"):
         convert.read(tmp_path / "model.safetensors")
@@ -155,6 +161,65 @@ def test_the_side_of_the_embedding(tmp_path: Path, capsys: pytest.CaptureFixture
     head = fa.PartialFC(4, 7)
     load_centers(head, list("abcdefg"), source)  # train --centers knows D
     assert torch.equal(head.weight, CENTERS)
+
+
+WIDE = torch.randn(7, 12, generator=DRAW)
+DOUBTFUL: dict[str, tuple[Any, Tensor, str]] = {
+    # What the file holds, its class centers by our best guess, and what is said of the guess.
+    "square": ({"weight": CENTERS[:4]}, CENTERS[:4], "weight (4, 4) has two equal sides. Its rows are read as"),
+    "square kernel": ({"kernel": CENTERS[:4]}, CENTERS[:4].T, "kernel (4, 4) has two equal sides. Its columns are"),
+    "square beside a net": (
+        under("backbone.") | {"head.weight": CENTERS[:4]},
+        CENTERS[:4],
+        "head.weight (4, 4) has two equal sides. Its rows are read as",
+    ),
+    "a net that does not end in D": (
+        {"backbone.conv.weight": torch.ones(7, 3, 3, 3), "head.weight": WIDE},
+        WIDE.T,
+        "head.weight (7, 12) is read as 12 centers of 7 numbers. If that is wrong, give --embedding-dim",
+    ),
+    "fewer classes than D": ({"weight": WIDE}, WIDE, "weight (7, 12) is read as 7 centers of 12 numbers. If"),
+    "a layer of the net": (
+        under("backbone.") | {"backbone.attention.W": torch.ones(8, 9), "head.weight": CENTERS},
+        torch.ones(9, 8),
+        "backbone.attention.W is read as the class centers. head.weight is left out",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DOUBTFUL)
+def test_a_guess_is_said(name: str, tmp_path: Path) -> None:
+    content, weight, said = DOUBTFUL[name]
+    torch.save(content, tmp_path / "file.pt")
+    found = other_projects.centers(tmp_path / "file.pt")
+    assert torch.equal(found.weight, weight) and len(found.notes) == 1
+    assert found.notes[0].startswith(f"{tmp_path / 'file.pt'}: {said}")
+    if "embedding-dim" in said:
+        known = other_projects.centers(tmp_path / "file.pt", embedding_dim=12)
+        assert torch.equal(known.weight, WIDE) and known.notes == []
+
+
+def test_a_net_beside_the_head(tmp_path: Path) -> None:
+    """The state of the head is the one that has class centers, wherever the net's lies."""
+    head = {"weight": CENTERS}
+    for content in ({"model": NET, "head": head}, {"state_dict": NET, "head": head}, head | {"model": NET}):
+        torch.save(content, tmp_path / "file.pt")
+        assert torch.equal(other_projects.centers(tmp_path / "file.pt").weight, CENTERS)
+    for net in ({"head.weight": WIDE}, {"weight": WIDE}):
+        torch.save({"model": net, "head": head}, tmp_path / "file.pt")
+        with pytest.raises(TensorFileError, match=r"must hold one set of class centers; it has .*weight, weight"):
+            other_projects.centers(tmp_path / "file.pt")
+
+
+def test_dtypes_that_no_head_has(tmp_path: Path) -> None:
+    rule = "must have one of the dtypes float32, float64, bfloat16, float16.*; it is "
+    torch.save({"weight": CENTERS.to(torch.float8_e4m3fn)}, tmp_path / "a.pt")
+    safetensors = pytest.importorskip("safetensors.torch")
+    safetensors.save_file({"weight": CENTERS.to(torch.float8_e4m3fn)}, tmp_path / "b.safetensors")
+    safetensors.save_file({"weight": CENTERS, "names": torch.ones(7).int()}, tmp_path / "c.safetensors")
+    for file, got in (("a.pt", "float8_e4m3fn"), ("b.safetensors", "float8_e4m3fn"), ("c.safetensors", "int32")):
+        with pytest.raises(convert.ConvertError, match=rule + got):
+            convert.convert([tmp_path / file], tmp_path / "centers.safetensors")
 
 
 def test_shards_of_tface_are_joined(tmp_path: Path) -> None:

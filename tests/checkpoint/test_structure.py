@@ -1,10 +1,13 @@
 """Checkpoints that strangers made: reading one runs no code, in format 2 and in the pickled format 1."""
 
+import io
 import json
 import math
 import os
 import pickle
 import shutil
+import subprocess
+import sys
 import warnings
 import zipfile
 from collections import Counter, OrderedDict
@@ -133,6 +136,28 @@ def test_a_value_of_format_1_that_repeats_itself_is_refused(tmp_path, monkeypatc
     save_format_1(tmp_path, fa.PartialFC(4, 7), note=note)
     with pytest.raises(checkpoint.CheckpointError, match="note repeats a value without end"):
         checkpoint.load_state(tmp_path, "note")
+
+
+def test_a_name_of_a_tensor_in_format_1_is_a_text(tmp_path, monkeypatch):
+    """Python would take the hash of all its levels, and end by a signal."""
+    own, save = split, torch.save
+    note = b"\x80\x02cfused_arcface.checkpoint.structure\n_Stored\n)\x81}X\x03\0\0\0key)" + b"\x85" * 200_000 + b"sb."
+    monkeypatch.setitem(globals(), "split", lambda value, *others: value if value == "note" else own(value, *others))
+
+    def saved(value, file, **options):
+        plain = io.BytesIO()
+        save(value, plain, **options)
+        with zipfile.ZipFile(plain) as source, zipfile.ZipFile(file, "w") as target:
+            for entry in source.infolist():
+                is_note = value == "note" and entry.filename.endswith("data.pkl")
+                target.writestr(entry.filename, note if is_note else source.read(entry))
+
+    monkeypatch.setattr(torch, "save", saved)
+    save_format_1(tmp_path, fa.PartialFC(4, 7), note="note")
+    monkeypatch.undo()
+    command = "import sys; from fused_arcface import checkpoint; checkpoint.load_state(sys.argv[1], 'note')"
+    ended = subprocess.run([sys.executable, "-c", command, str(tmp_path)], capture_output=True, text=True, timeout=120)
+    assert "note has something else in the place of a tensor's name" in ended.stderr and ended.returncode == 1
 
 
 def test_a_damaged_byte_in_format_1_is_found(tmp_path):
@@ -283,6 +308,7 @@ def parts_of(table: dict, *rows: tuple[int, int]) -> None:
         (lambda table: table["tensors"]["head.weight"].update(size=[1 << 40, 4]), "do not make up its size"),
         (lambda table: parts_of(table, (0, 5), (2, 2)), "do not make up its size"),  # rows 5 and 6 would be any memory
         (lambda table: parts_of(table, (0, 3), (4, 4)), "lies outside"),
+        (lambda table: parts_of(table, (0, 7), (0, 0)), "two parts of head.weight begin at"),
         (lambda table: table["tensors"]["head.weight"].update(dtype="Tensor"), "Tensor"),
         (lambda table: table["tensors"].update(more=table["tensors"]["head.weight"]), "nothing can lie in bytes"),
         (lambda table: table["values"].update(head={"$os": "x"}), "[$]os is not a known kind of value"),

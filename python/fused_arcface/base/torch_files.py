@@ -6,6 +6,8 @@ import os
 import pickle
 import re
 import zipfile
+from dataclasses import replace
+from functools import partial
 from typing import Any, BinaryIO
 
 import torch
@@ -14,6 +16,20 @@ from torch import Tensor
 from . import pickles
 from .pickles import Admitted, Damaged, Name, Refused
 from .reading import DataError, check_regular, open_regular
+
+_ITEM_BYTES = {
+    "Short": 2,
+    "Half": 2,
+    "BFloat16": 2,
+    "Int": 4,
+    "QInt32": 4,
+    "Float": 4,
+    "Long": 8,
+    "Double": 8,
+    "ComplexFloat": 8,
+    "ComplexDouble": 16,
+}
+"""Bytes of an element of torch's kinds of storage; 1 for all others."""
 
 
 class TensorFileError(DataError):
@@ -60,33 +76,50 @@ def check_archive(path: str | os.PathLike[str], file: str | os.PathLike[str] | B
     with zipfile.ZipFile(file) as archive:
         if sum(entry.file_size for entry in archive.infolist()) > size:
             raise TensorFileError(f"{path} must have its tensors uncompressed, as torch.save writes them")
+        sizes: dict[str, int] = {}
+        for entry in archive.infolist():
+            name = entry.filename.partition("/")[2].lower()  # torch's reader finds a name in either case
+            sizes[name] = min(entry.file_size, sizes.get(name, size))
+        admitted = replace(_ADMITTED, persistent=partial(_seen, sizes))
         for entry in archive.infolist():
             if entry.filename.endswith("data.pkl"):
                 unchecked: Any = entry
                 unchecked.CRC = entry.CRC or None  # torch.serialization.set_crc32_options(False)
                 with archive.open(entry) as stream:
-                    _check_pickle(path, stream, entry.file_size)
+                    _check_pickle(path, stream, entry.file_size, admitted)
 
 
 def _check_old_file(path: str | os.PathLike[str]) -> None:
     """Check the five pickles of a file from before torch 1.6: number, version, machine, content and keys."""
     with open_regular(path) as file:
         for _ in range(5):
-            _check_pickle(path, file, os.path.getsize(path) - file.tell())
+            _check_pickle(path, file, os.path.getsize(path) - file.tell(), _ADMITTED)
 
 
-def _check_pickle(path: str | os.PathLike[str], stream: Any, size: int) -> None:
+def _check_pickle(path: str | os.PathLike[str], stream: Any, size: int, admitted: Admitted) -> None:
     """Go through a pickle as torch's reader will. A key with 100,000 levels would end the reader by a signal."""
     try:
-        pickles.read_pickle(stream, size, _ADMITTED)
+        pickles.read_pickle(stream, size, admitted)
     except Refused as refused:
         raise TensorFileError(f"{path} cannot be read as a file of tensors: {refused}") from None
     except Damaged:
         raise TensorFileError(f"{path} cannot be read as a file of tensors: another kind, or damaged") from None
 
 
-def _seen(reference: Any) -> dict[Any, Any]:
+def _seen(sizes: dict[str, int], reference: Any) -> dict[Any, Any]:
+    """Check a reference to numbers of a tensor. ``sizes`` are those of an archive's entries; other files have none.
+
+    An older torch takes the number from the reference alone, and reads on behind the entry's end.
+    """
     pickles.check_keys([reference])
+    if sizes and isinstance(reference, tuple) and len(reference) == 5:
+        _, kind, key, _, count = reference
+        if not isinstance(kind, Name) or not isinstance(key, str) or not isinstance(count, int):
+            raise Refused("it refers to numbers in another way than torch does")
+        length = count * _ITEM_BYTES.get(kind.name.removesuffix("Storage"), 1)
+        stored = sizes.get(f"data/{key}".lower(), length)
+        if length > stored:
+            raise Refused(f"a tensor must have {length} bytes; the file has {stored}")
     return {}
 
 
@@ -95,7 +128,14 @@ def _call(function: Any, arguments: tuple[Any, ...]) -> dict[Any, Any]:
     is_number = bool(arguments) and isinstance(arguments[0], int)
     if is_number and isinstance(function, Name) and function.name == "bytearray":
         raise Refused("it makes bytes in another way than pickle does")
+    _check_hashed(*arguments)
     return {}
+
+
+def _check_hashed(*values: Any) -> None:
+    """Check what a function may take as keys: a value, the items of a list, or the first ones of its pairs."""
+    items = [item for each in values if isinstance(each, list) for item in each]
+    pickles.check_keys([*values, *items, *(key for item in items if isinstance(item, list) for key in item[:1])])
 
 
 # Nothing is made of a call or a reference: the instructions alone are checked, all that torch's own reader knows.
@@ -104,8 +144,8 @@ _ADMITTED = Admitted(
     instructions=pickles.VALUES | pickles.OLD_VALUES | pickles.OBJECTS,
     name=lambda name: name,
     call=_call,
-    build=lambda value, state: None,
-    persistent=_seen,
+    build=lambda value, state: _check_hashed(state),
+    persistent=partial(_seen, {}),
     most_instructions=20_000_000,
     most_objects=10_000_000,
     most_int_bytes=255,

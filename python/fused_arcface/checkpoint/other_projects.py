@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..base import torch_files
+from ..base.dtypes import WEIGHT_DTYPES, names
 
 INSIGHTFACE = {
     "checkpoint_gpu_{rank}.pt": re.compile(r"checkpoint_gpu_(\d+)\.pt"),
@@ -53,10 +54,8 @@ class Found(NamedTuple):
     """(rows, D)"""
     momentum: bool
     """If true, the file, or one beside it, has their momentum as well."""
-    margin_state: dict[str, float]
-    """Numbers that belong to the margin, by name, such as AdaFace's running mean."""
-    stored: tuple[int, int] | None
-    """The shape in the file, if only the tensor's name says which side is D."""
+    notes: list[str]
+    """What is left out beside momentum, and how the tensor is read if that may be wrong."""
 
 
 def centers(path: Path, embedding_dim: int | None = None) -> Found:
@@ -76,9 +75,9 @@ def centers(path: Path, embedding_dim: int | None = None) -> Found:
     - with ``embedding_dim`` one tensor of any name, as TFace's PartialFC is saved under the name of the data.
 
     Names may begin with ``module.``, as ``DataParallel`` calls them. Other projects, such as FaceX-Zoo and face.evoLVe,
-    use these names in the other layout. So the names count only where nothing else says which side is D: neither
-    ``embedding_dim``, nor a net in the file, whose last tensor has the length D, and no other one the length of the
-    other side.
+    use these names in the other layout. So a name counts only where nothing else says which side is D. First comes
+    ``embedding_dim``, then a net in the file: its last tensor must have the length of one side, and none of its tensors
+    the length of the other one. A layout that may be wrong is in the notes.
 
     Args:
         path: path of the file.
@@ -90,43 +89,76 @@ def centers(path: Path, embedding_dim: int | None = None) -> Found:
     """
     content = torch_files.load(path)
     whole = content if isinstance(content, dict) else {"weight": content}
-    state = _head_state(whole)
-    named = of_state(state)
-    if embedding_dim is not None and not named and len(state) == 1:
-        named = {str(key): (each, False) for key, each in state.items()}
-    if len(named) > 1:
-        raise torch_files.TensorFileError(f"{path} must hold one set of class centers; it has {', '.join(named)}")
-    name, (weight, by_column) = next(iter(named.items()), ("", (None, False)))
+    found = centers_of(path, whole, embedding_dim)
+    beside = path.with_name(f"{path.stem}_mom{path.suffix}").is_file()
+    return found._replace(momentum=beside or found.momentum)
+
+
+def centers_of(path: Path, content: dict[Any, Any], embedding_dim: int | None = None) -> Found:
+    """Return the class centers among the content of a file; see :func:`centers`."""
+    states = _states(content, _DEEPEST)
+    named = [(state, name, *each) for state in states for name, each in of_state(state).items()]
+    if embedding_dim is not None and not named and len(states[-1]) == 1:
+        named = [(states[-1], str(name), each, False) for name, each in states[-1].items()]
+    chosen = [each for each in named if each[-1]] or named  # a net's own layer may have one of the other names
+    if len(chosen) > 1:
+        listed = ", ".join(name for _, name, *_ in chosen)
+        raise torch_files.TensorFileError(f"{path} must hold one set of class centers; it has {listed}")
+    state, name, weight, by_column = chosen[0] if chosen else (states[-1], "", None, False)
     if not isinstance(weight, Tensor) or weight.dim() != 2 or not weight.is_floating_point() or not weight.numel():
-        keys = f"; it has {', '.join(map(str, list(state)[:10]))}" if isinstance(content, dict) else ""
         raise torch_files.TensorFileError(
             f"{path} must hold floating-point class centers: weight (C, D), W or kernel (D, C), or a tensor "
-            f"(C, D){keys}"
+            f"(C, D); it has {', '.join(map(str, list(state)[:10]))}"
         )
-    torch_files.check_stored(path, "weight", weight)
+    torch_files.check_stored(path, name, weight)
+    if weight.dtype not in WEIGHT_DTYPES:
+        rule = f"{name} must have one of the dtypes {names(WEIGHT_DTYPES)}"
+        raise torch_files.TensorFileError(f"{path}: {rule}; it is {names((weight.dtype,))}")
+    turned, notes = _layout(weight, state, name, by_column, embedding_dim)
+    if len(named) > 1:
+        listed = ", ".join(each for _, each, *_ in named if each != name)
+        notes.append(f"{name} is read as the class centers. {listed} is left out")
+    if margin := _margin_state(state):
+        listed = ", ".join(f"{each}={value:.6g}" for each, value in margin.items())
+        notes.append(f"the state of its margin is left out: {listed}")
+    notes = [f"{path}: {note}" for note in notes]
+    return Found(weight.T if turned else weight, _has_momentum(state, content, weight), notes)
+
+
+def _layout(
+    weight: Tensor, state: dict[Any, Any], name: str, by_column: bool, embedding_dim: int | None
+) -> tuple[bool, list[str]]:
+    """Return whether the centers are columns, and a note if that may be wrong.
+
+    The name says ``by_column``. A net in the state may say more, and ``embedding_dim`` says it for certain.
+    """
+    turned = _is_turned(weight, embedding_dim)
+    if turned is not None:
+        return turned, []
+    by_net = _is_turned(weight, _width_of_net(state, name, weight))
+    turned = by_column if by_net is None else by_net
+    count, dim = weight.shape[::-1] if turned else weight.shape
+    if count == dim:
+        side = "columns" if turned else "rows"
+        return turned, [f"{name} {tuple(weight.shape)} has two equal sides. Its {side} are read as the centers"]
+    if turned != by_column or (by_net is None and dim > count):
+        read_as = f"{name} {tuple(weight.shape)} is read as {count} centers of {dim} numbers"
+        return turned, [f"{read_as}. If that is wrong, give --embedding-dim"]
+    return turned, []
+
+
+def _states(content: dict[Any, Any], depth: int) -> list[dict[Any, Any]]:
+    """Return the dicts that may have a head's tensors: the content itself, and those that lie in it."""
+    inner = [content[key] for key in _CONTAINERS if isinstance(content.get(key), dict)]
+    if not inner and len(content) == 1:  # TFace's: a head for each set of data
+        inner = [each for each in content.values() if isinstance(each, dict)]
+    return [content, *(state for each in inner if depth > 0 for state in _states(each, depth - 1))]
+
+
+def _is_turned(weight: Tensor, dim: int | None) -> bool | None:
+    """Return whether a tensor is (D, rows) if D is ``dim``; None if that does not tell its sides apart."""
     rows, columns = weight.shape
-    sides = [dim for dim in (embedding_dim, _width_of_net(state, name, weight)) if (dim == rows) != (dim == columns)]
-    if sides:
-        by_column = sides[0] == rows
-    beside = path.with_name(f"{path.stem}_mom{path.suffix}").is_file()
-    return Found(
-        weight.T if by_column else weight,
-        beside or _has_momentum(state, whole, weight),
-        _margin_state(state),
-        None if sides else (rows, columns),
-    )
-
-
-def _head_state(content: dict[Any, Any]) -> dict[Any, Any]:
-    """Return the dict with the head's tensors: the content itself, or one that lies in it."""
-    for _ in range(_DEEPEST):
-        inner = [content[key] for key in _CONTAINERS if isinstance(content.get(key), dict)]
-        if not inner and len(content) == 1:  # TFace's: a head for each set of data
-            inner = [each for each in content.values() if isinstance(each, dict)]
-        if not inner:
-            break
-        content = inner[0]
-    return content
+    return None if (dim == rows) == (dim == columns) else dim == rows
 
 
 def of_state(state: dict[Any, Any]) -> dict[str, tuple[Tensor, bool]]:
@@ -147,7 +179,7 @@ def of_state(state: dict[Any, Any]) -> dict[str, tuple[Tensor, bool]]:
         and "fc.weight" in tensors
     ):
         by_column["fc.weight"] = tensors["fc.weight"], True
-    return by_column or by_class
+    return by_column | by_class
 
 
 def _width_of_net(state: dict[Any, Any], name: str, weight: Tensor) -> int | None:

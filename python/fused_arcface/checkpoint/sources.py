@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .. import checkpoint
 from ..base.checks import check_sub_centers
+from ..base.dtypes import DTYPES, names
 from ..base.reading import DataError, file_errors
 from ..base.suggest import missing_path
 from ..parallel.sharding import Sharding
@@ -40,7 +41,7 @@ def read(
         path: path of the source.
         sub_centers: number of centers of each class, which lie one after another, for a source that does not store it,
             such as pytorch-metric-learning's SubCenterArcFaceLoss. None: the source's, or 1.
-        embedding_dim: D, for a ``.pt`` file that does not say which side of its tensor is D.
+        embedding_dim: D, for a file of another project that does not say which side of its tensor is D.
         trust: run the code that a checkpoint of format 1 may hold.
 
     Raises:
@@ -83,17 +84,13 @@ def _read_directory(path: Path, trust: bool) -> Centers:
 
 def _read_file(path: Path, embedding_dim: int | None) -> Centers:
     if path.suffix.lower() == ".safetensors":
-        return _read_safetensors(path)
-    found = other_projects.centers(path, embedding_dim)
+        return _read_safetensors(path, embedding_dim)
+    return _of_project(path, other_projects.centers(path, embedding_dim))
+
+
+def _of_project(path: Path, found: other_projects.Found) -> Centers:
     notes = _left_out(path) if found.momentum else []
-    if found.margin_state:
-        values = ", ".join(f"{name}={value:.6g}" for name, value in found.margin_state.items())
-        notes.append(f"{path}: the state of its margin is left out: {values}")
-    rows, dim = found.weight.shape
-    if found.stored is not None and dim > rows:
-        read_as = f"weight {found.stored} is read as {rows} centers of {dim} numbers"
-        notes.append(f"{path}: {read_as}. If that is wrong, give --embedding-dim")
-    return Centers({"weight": Rows.of(found.weight)}, notes=notes)
+    return Centers({"weight": Rows.of(found.weight)}, notes=notes + found.notes)
 
 
 def _read_checkpoint(path: Path, trust: bool) -> Centers:
@@ -137,13 +134,12 @@ def _left_out(path: Path) -> list[str]:
     return [f"{path}: the momentum of its class centers is left out; training begins with none"]
 
 
-def _read_safetensors(path: Path) -> Centers:
+def _read_safetensors(path: Path, embedding_dim: int | None) -> Centers:
     tensors, metadata = safetensors.read(path)
+    if "weight" not in tensors and other_projects.of_state(tensors):  # a model, as transformers' save_pretrained has it
+        return _of_project(path, other_projects.centers_of(path, tensors, embedding_dim))
     with file_errors(path):
         values = json.loads(metadata.get("fused_arcface", "{}"))
-    if "weight" not in tensors:  # of a whole model, as save_pretrained of transformers writes it
-        named = [each.T if turned else each for each, turned in other_projects.of_state(tensors).values()]
-        tensors = {"weight": named[0]} if len(named) == 1 else tensors
     return _checked(path, {name: Rows.of(tensor) for name, tensor in tensors.items()}, values)
 
 
@@ -155,6 +151,9 @@ def _checked(path: Path, tensors: dict[str, Rows], values: Any) -> Centers:
     if len(weight.shape) != 2 or not weight.dtype.is_floating_point or 0 in weight.shape:
         raise ConvertError(f"{path}: weight must be numbers (C, D); it is {weight.shape} {weight.dtype}")
     for name, rows in tensors.items():
+        if rows.dtype not in DTYPES:
+            kinds, got = names(tuple(DTYPES)), names((rows.dtype,))
+            raise ConvertError(f"{path}: {name} must have one of the dtypes {kinds}; it is {got}")
         if rows.shape[:1] != weight.shape[:1]:
             raise ConvertError(f"{path}: {name} must have {weight.shape[0]} rows, as weight; it is {rows.shape}")
     if not isinstance(values, dict):

@@ -284,7 +284,10 @@ def to_metadata(tensors: dict[str, Any], files: dict[str, FileRecord], values: I
             start, length = numbers([part["start"], part.get("length", size)])
             if size > length:
                 raise ValueError(f"{key} does not fit into {length} bytes")
-            places[MetadataIndex(key, torch.Size(offsets))] = Part(part["file"], start, length, dtype, sizes)
+            index = MetadataIndex(key, torch.Size(offsets))
+            if index in places:  # the other one would be read without a check of its place
+                raise ValueError(f"two parts of {key} begin at {offsets}")
+            places[index] = Part(part["file"], start, length, dtype, sizes)
         found[key] = TensorStorageMetadata(TensorProperties(dtype=dtype), torch.Size(numbers(tensor["size"])), chunks)
         _check_chunks(key, found[key])
     _check_places([*places.values(), *values], files)

@@ -137,6 +137,8 @@ class Reader(TensorReader):
         count, most, waiting = 1, _MOST_VALUES + place.length, [value]
         while waiting:  # go through all parts, as a user of the value will
             each = waiting.pop()
+            if isinstance(each, _Stored) and not isinstance(vars(each).get("key"), str):
+                raise ValueError(f"{name} has something else in the place of a tensor's name")  # a key of any depth
             inner = [*each.keys(), *each.values()] if isinstance(each, dict) else each
             if isinstance(inner, list | tuple | set | frozenset):
                 count += len(inner)
