@@ -100,6 +100,13 @@ class ClassMargin(nn.Module):
         self._values = values
         self.margins = values.to(torch.get_default_device())
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if "margins" in self._buffers:  # pickled by an earlier version
+            margins = self.margins
+            del self.margins
+            self.margins, self._values = margins, margins.cpu()
+
     @classmethod
     def from_counts(
         cls,

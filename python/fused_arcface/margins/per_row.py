@@ -62,6 +62,8 @@ class AdaFace(StatefulMargin):
 
     norm_mean: Tensor
     norm_std: Tensor
+    gradient: GradientMode = "exact"
+    """A margin that an earlier version pickled has no gradient of its own."""
 
     def __init__(
         self, margin: float = 0.4, h: float = 0.333, rate: float = 0.01, gradient: GradientMode = "exact"
