@@ -7,6 +7,7 @@ makes a :class:`CenterOptimizer` of it, a ``torch.optim.Optimizer`` that schedul
 
 from __future__ import annotations
 
+import math
 import sys
 import weakref
 from collections.abc import Callable, Mapping
@@ -54,7 +55,9 @@ class CenterRecipe:
         """
         for name, allowed in cls.ranges.items():
             value: Any = settings.get(name)
-            check_number(f"{cls.__name__}: {name}", value.item() if hasattr(value, "item") else value, allowed)
+            if hasattr(value, "item") and math.prod(value.shape) == 1:
+                value = value.item()
+            check_number(f"{cls.__name__}: {name}", value, allowed)
 
     def make(self, weight: nn.Parameter, seed: int, class_start: int) -> CenterOptimizer:
         """Return the optimizer of a head's class centers, whose first row has the global id ``class_start``."""

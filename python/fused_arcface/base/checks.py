@@ -33,24 +33,26 @@ def _check_rows(name: str, values: Tensor, embeddings: Tensor, instead: str = ""
         raise ValueError(f"{name} must be on embeddings' device {embeddings.device}; got {values.device}")
 
 
-def check_embeddings(embeddings: object, weight: Tensor, device: torch.device | None = None) -> None:
+def check_embeddings(
+    embeddings: object, weight: Tensor, device: torch.device | None = None, name: str = "embeddings"
+) -> None:
     """Check embeddings ``(N, D)`` against class centers ``(C, D)``, whose device is weight's if ``device`` is None."""
-    embeddings = _check_tensor("embeddings", embeddings, FLOAT_DTYPES)
+    embeddings = _check_tensor(name, embeddings, FLOAT_DTYPES)
     if embeddings.dim() != 2 or embeddings.shape[1] != weight.shape[1]:
-        got = f"{tuple(embeddings.shape)}{_as_rows(embeddings, weight)}"
-        raise ValueError(f"embeddings must be (N, D={weight.shape[1]}); got {got}")
+        got = f"{tuple(embeddings.shape)}{_as_rows(name, embeddings, weight)}"
+        raise ValueError(f"{name} must be (N, D={weight.shape[1]}); got {got}")
     device = device or weight.device
     if embeddings.device != device:
-        raise ValueError(f"embeddings must be on weight's device {device}; got {embeddings.device}")
+        raise ValueError(f"{name} must be on weight's device {device}; got {embeddings.device}")
 
 
-def _as_rows(embeddings: Tensor, weight: Tensor) -> str:
+def _as_rows(name: str, embeddings: Tensor, weight: Tensor) -> str:
     """Return advice for embeddings (N, 1, D), (N, T, D) or (N, D, 1), as some nets return them; "" for others."""
     shape, embedding_dim = embeddings.shape, weight.shape[-1:].numel()
     if len(shape) > 2 and shape[-1] == embedding_dim:
-        return ": pass embeddings.flatten(0, -2), and a label for each of its rows"
+        return f": pass {name}.flatten(0, -2), and a label for each of its rows"
     if len(shape) > 2 and shape[1:].numel() == embedding_dim:
-        return ": pass embeddings.flatten(1)"
+        return f": pass {name}.flatten(1)"
     return ""
 
 
@@ -176,7 +178,7 @@ def check_inputs(
     embeddings = _check_tensor("embeddings", embeddings, FLOAT_DTYPES)
     weight = _check_tensor("weight", weight, WEIGHT_DTYPES)
     if embeddings.dim() != 2 or embeddings.shape[1] == 0:
-        got = f"{tuple(embeddings.shape)}{_as_rows(embeddings, weight)}"
+        got = f"{tuple(embeddings.shape)}{_as_rows('embeddings', embeddings, weight)}"
         raise ValueError(f"embeddings must be (N, D) with D >= 1; got {got}")
     if weight.dim() != 2 or weight.shape[1] != embeddings.shape[1]:
         raise ValueError(f"weight must be (C, D={embeddings.shape[1]}); got {tuple(weight.shape)}")
