@@ -114,9 +114,9 @@ class CenterOptimizer(torch.optim.Optimizer):
         self.state[weight] |= self.new_state(recipe, weight)
 
     def new_state(self, recipe: Any, weight: Tensor) -> dict[str, Tensor]:
-        """Return the state of the first step, on weight's device: contiguous, with a row for each of weight's.
+        """Return the tensors of the state before the first step, by their names, which are in ``CENTER_STATE``.
 
-        The names are in ``CENTER_STATE``.
+        They are contiguous and on weight's device. Each has a row for each row of weight.
         """
         raise NotImplementedError
 

@@ -90,7 +90,7 @@ class SecondTarget(NamedTuple):
 CENTER_SETTINGS = ("lr", "momentum", "weight_decay")
 """The fields of :class:`CenterStep` with an optimizer's settings; 0 in a step of an optimizer without them."""
 CENTER_STATE = ("momentum_buffer", "momentum_scale")
-"""The fields of :class:`CenterStep` that the step changes: tensors with a row for each of weight's, or None."""
+"""The fields of :class:`CenterStep` that the step changes: tensors with a row for each row of weight, or None."""
 
 
 class CenterStep(NamedTuple):

@@ -160,7 +160,7 @@ class ClassMargin(nn.Module):
         return self
 
     def _on(self, device: torch.device) -> Tensor:
-        """Return the margins (C_total,), which move to this device. They also stay on the host."""
+        """Return the margins (C_total,) on this device, and keep them there. The host has a copy."""
         if self.margins.device != device:
             self.margins = self._values.to(device)
         return self.margins
