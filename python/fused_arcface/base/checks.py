@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -25,10 +26,11 @@ def _check_tensor(name: str, tensor: object, dtypes: tuple[torch.dtype, ...]) ->
     return tensor
 
 
-def _check_rows(name: str, values: Tensor, embeddings: Tensor, instead: str = "") -> None:
-    """Check that values are (N,), on the device of embeddings (N, D). ``instead`` is advice for another shape."""
+def _check_rows(name: str, values: Tensor, embeddings: Tensor, advice: Callable[..., str] = lambda *_: "") -> None:
+    """Check that values are (N,), on the device of embeddings (N, D). ``advice`` takes the same arguments."""
     if values.shape != embeddings.shape[:1]:
-        raise ValueError(f"{name} must be (N={embeddings.shape[0]},); got {tuple(values.shape)}{instead}")
+        got = f"{tuple(values.shape)}{advice(name, values, embeddings)}"
+        raise ValueError(f"{name} must be (N={embeddings.shape[0]},); got {got}")
     if values.device != embeddings.device:
         raise ValueError(f"{name} must be on embeddings' device {embeddings.device}; got {values.device}")
 
@@ -92,7 +94,7 @@ def check_labels(labels: object, embeddings: Tensor, ignore_index: object, name:
         rule = f"{name} must have one of the dtypes {names(INTEGER_DTYPES)}"
         raise TypeError(f"{rule}; got {names((labels.dtype,))}{_as_labels(name, labels, embeddings)}")
     labels = _check_tensor(name, labels, INTEGER_DTYPES)
-    _check_rows(name, labels, embeddings, _as_labels(name, labels, embeddings))
+    _check_rows(name, labels, embeddings, _as_labels)
     if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
         raise TypeError(f"ignore_index must be an int; got {type(ignore_index).__name__}")
     if not -(1 << 63) <= ignore_index < 1 << 63:

@@ -124,8 +124,7 @@ class CenterStep(NamedTuple):
     @property
     def state(self) -> dict[str, Tensor]:
         """The tensors beside weight that the step changes, by name."""
-        fields = {name: getattr(self, name) for name in CENTER_STATE}
-        return {name: tensor for name, tensor in fields.items() if tensor is not None}
+        return {name: tensor for name in CENTER_STATE if (tensor := getattr(self, name)) is not None}
 
     def ids(self, rows: Tensor) -> Tensor:
         """Return the global ids of rows of weight (R,), by which their rounding is keyed."""
