@@ -311,6 +311,7 @@ def test_frozen_backbone_and_plain_loop():
         ({"lr": -1}, ValueError, r"lr must be in \[0, inf\); got -1"),
         ({"lr": 0.1, "momentum": 1.0}, ValueError, r"momentum must be in \[0, 1.0\)"),
         ({"lr": "fast"}, TypeError, "lr must be a number; got str"),
+        ({"lr": torch.ones(2)}, TypeError, "lr must be a number; got Tensor$"),
         ({"lr": 0.1, "momentum_dtype": torch.int32}, TypeError, "momentum_dtype must be one of"),
     ],
 )

@@ -116,6 +116,11 @@ def test_transforms_are_refused() -> None:
     [
         ({"teacher_weight": torch.randn(10, 4)}, "teacher_weight must have the classes of weight, C=11; got 10"),
         ({"teacher_embeddings": torch.randn(4, 4)}, "teacher_embeddings must have N=5 rows; got 4"),
+        ({"teacher_embeddings": torch.randn(5, 7)}, "teacher_embeddings must be (N, D=4); got (5, 7)"),
+        (
+            {"teacher_embeddings": torch.randn(5, 4, 1)},
+            "teacher_embeddings must be (N, D=4); got (5, 4, 1): pass teacher_embeddings.flatten(1)",
+        ),
         ({"embeddings": torch.randn(5, 7)}, "embeddings must be (N, D=6); got (5, 7)"),
         ({"weight": torch.randn(6)}, "weight must be (C, D) with C >= 1 and D >= 1; got (6,)"),
         ({"scale": 0.0}, "scale must be finite and > 0; got 0.0"),

@@ -166,6 +166,21 @@ def test_copies_and_pickles(name: str) -> None:
         expect_the_same_run(copy.deepcopy(head), other)
 
 
+@pytest.mark.parametrize("name", ["fp32", "int8"])
+def test_a_head_that_an_earlier_version_pickled_whole(name: str) -> None:
+    """It names the optimizer and the class centers as they were before ``center_optimizer`` was a module."""
+    head = make(name)
+    train(head, 0, 3)
+    content = pickle.dumps(head, protocol=2)  # with names as text, as torch.save writes them
+    for new, old in {
+        b"center_optimizer\nCentersUpdatedInBackward\n": b"center_sgd\nCentersUpdatedInBackward\n",
+        b"center_sgd\nSGDOfCenters\n": b"center_sgd\nCenterOptimizer\n",
+    }.items():
+        assert new in content
+        content = content.replace(new, old)
+    expect_the_same_run(head, pickle.loads(content))
+
+
 def test_other_dtypes_keep_the_momentum() -> None:
     head = make("int8").to(torch.bfloat16)
     train(head.float(), 0, 2)

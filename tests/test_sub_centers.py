@@ -96,6 +96,7 @@ def test_convert_keeps_the_dominant_centers(tmp_path: Path) -> None:
     [
         (lambda: sub_centers.count_rows(head(), [(ROWS, LABELS + 2)]), "labels must be in [0, C=3); got 3 at row 4"),
         (lambda: sub_centers.own_cosines(ROWS, WEIGHT, LABELS + 9, 2), "labels must be in [0, C=3); got 9 at row 0"),
+        (lambda: sub_centers.own_cosines(ROWS, WEIGHT[0], LABELS, 2), "weight must be (C, D) with C >= 1"),
         (lambda: sub_centers.own_cosines(ROWS[0], WEIGHT, LABELS[:1], 2), "embeddings must be (N, D=2)"),
         (lambda: sub_centers.own_cosines(ROWS, WEIGHT, LABELS[:1], 2), "labels must be (N=6,); got (1,)"),
         (

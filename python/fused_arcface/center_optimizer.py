@@ -7,6 +7,7 @@ makes a :class:`CenterOptimizer` of it, a ``torch.optim.Optimizer`` that schedul
 
 from __future__ import annotations
 
+import math
 import sys
 import weakref
 from collections.abc import Callable, Mapping
@@ -54,7 +55,9 @@ class CenterRecipe:
         """
         for name, allowed in cls.ranges.items():
             value: Any = settings.get(name)
-            check_number(f"{cls.__name__}: {name}", value.item() if hasattr(value, "item") else value, allowed)
+            if hasattr(value, "item") and math.prod(value.shape) == 1:
+                value = value.item()
+            check_number(f"{cls.__name__}: {name}", value, allowed)
 
     def make(self, weight: nn.Parameter, seed: int, class_start: int) -> CenterOptimizer:
         """Return the optimizer of a head's class centers, whose first row has the global id ``class_start``."""
@@ -111,9 +114,9 @@ class CenterOptimizer(torch.optim.Optimizer):
         self.state[weight] |= self.new_state(recipe, weight)
 
     def new_state(self, recipe: Any, weight: Tensor) -> dict[str, Tensor]:
-        """Return the state of the first step, on weight's device: contiguous, with a row for each of weight's.
+        """Return the tensors of the state before the first step, by their names, which are in ``CENTER_STATE``.
 
-        The names are in ``CENTER_STATE``.
+        They are contiguous and on weight's device. Each has a row for each row of weight.
         """
         raise NotImplementedError
 

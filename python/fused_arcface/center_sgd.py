@@ -10,7 +10,9 @@ from torch import Tensor, nn
 
 from .base.dtypes import MOMENTUM_DTYPES, compute_dtype
 from .base.ranges import FROM_0, FROM_0_BELOW_1
-from .center_optimizer import CenterOptimizer, CenterRecipe
+from .center_optimizer import CenterOptimizer as _CenterOptimizer
+from .center_optimizer import CenterRecipe
+from .center_optimizer import CentersUpdatedInBackward as CentersUpdatedInBackward
 from .engine.terms import MOMENTUM_BLOCK
 
 
@@ -63,11 +65,11 @@ class CenterSGD(CenterRecipe):
             listed = ", ".join(map(str, MOMENTUM_DTYPES))
             raise TypeError(f"CenterSGD: momentum_dtype must be one of {listed}; got {self.momentum_dtype}")
 
-    def make(self, weight: nn.Parameter, seed: int, class_start: int) -> CenterOptimizer:
+    def make(self, weight: nn.Parameter, seed: int, class_start: int) -> SGDOfCenters:
         return SGDOfCenters(self, weight, seed, class_start)
 
 
-class SGDOfCenters(CenterOptimizer):
+class SGDOfCenters(_CenterOptimizer):
     """The optimizer that a :class:`CenterSGD` makes.
 
     ``param_groups`` has lr, momentum and weight_decay. ``state`` has ``momentum_buffer`` and, for int8, its
@@ -104,3 +106,7 @@ class SGDOfCenters(CenterOptimizer):
                 "CenterSGD: momentum must stay 0 in a head that was built without it, which has no memory for it; got "
                 f"{momentum}"
             )
+
+
+# A head that an earlier version pickled whole finds its optimizer and its class centers by their names in this module.
+CenterOptimizer = SGDOfCenters

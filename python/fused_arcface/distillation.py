@@ -62,7 +62,7 @@ def distillation_loss(
     check_weight("weight", weight)
     check_weight("teacher_weight", teacher_weight)
     check_embeddings(embeddings, weight)
-    check_embeddings(teacher_embeddings, teacher_weight)
+    check_embeddings(teacher_embeddings, teacher_weight, name="teacher_embeddings")
     if len(teacher_weight) != len(weight):
         raise ValueError(f"teacher_weight must have the classes of weight, C={len(weight)}; got {len(teacher_weight)}")
     if len(teacher_embeddings) != len(embeddings):

@@ -14,7 +14,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from .base.checks import check_embeddings, check_labels, check_sub_centers, check_target_range
+from .base.checks import check_embeddings, check_labels, check_sub_centers, check_target_range, check_weight
 from .base.dtypes import compute_dtype
 from .base.normalize import unit_rows, without_autocast
 from .base.ranges import Range, check_number
@@ -42,6 +42,7 @@ def own_cosines(embeddings: Tensor, weight: Tensor, labels: Tensor, sub_centers:
         TypeError, ValueError: if a type, shape, device or label is wrong.
     """
     check_sub_centers(sub_centers)
+    check_weight("weight", weight)
     check_embeddings(embeddings, weight)
     check_labels(labels, embeddings, -100, "labels")
     if len(weight) % sub_centers:

@@ -79,6 +79,12 @@ BAD = {
         TypeError,
         "scale must be a number, a 0-dim parameter or AdaCos(); got float32: pass it as float(...)",
     ),
+    "smoothing class": ({"label_smoothing": float}, TypeError, "label_smoothing must be a number; got type"),
+    "smoothing of each row": (
+        {"label_smoothing": torch.zeros(4)},
+        TypeError,
+        "label_smoothing must be a number; got Tensor",
+    ),
     "scale bool": ({"scale": True}, TypeError, "scale must be a number; got bool"),
     "scale 0": ({"scale": 0}, ValueError, "scale must be finite and > 0; got 0"),
     "scale < 0": ({"scale": -1.5}, ValueError, "scale must be finite and > 0; got -1.5"),

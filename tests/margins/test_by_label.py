@@ -120,6 +120,18 @@ def test_margins_of_a_head_whose_tensors_were_replaced(make: Any) -> None:
     assert head.margin.margins.device == x.device
 
 
+def test_a_margin_that_an_earlier_version_pickled() -> None:
+    """Its margins are a buffer."""
+    margin = fa.ClassMargin(MARGINS)
+    state = margin.__dict__.copy()
+    del state["margins"], state["_values"]
+    state["_buffers"], state["_non_persistent_buffers_set"] = {"margins": MARGINS.clone()}, {"margins"}
+    loaded = fa.ClassMargin.__new__(fa.ClassMargin)
+    loaded.__setstate__(state)
+    assert torch.equal(loaded.bfloat16().margins, MARGINS) and list(loaded.buffers()) == []
+    assert torch.equal(loaded.to("meta").to_empty(device="cpu").margins, MARGINS)
+
+
 def test_wrong_arguments() -> None:
     for given, message in {
         (-0.1, 0.2): "ClassMargin: margins must be in [0, 2); got -0.1 for class 0",

@@ -55,6 +55,14 @@ def test_adaface_straight_through() -> None:
     assert not torch.autograd.grad(values[0].sum(), cosine)[0].eq(1).any()
 
 
+def test_adaface_that_an_earlier_version_pickled_has_the_exact_gradient() -> None:
+    margin = fa.AdaFace()
+    del margin.gradient
+    cosine = torch.tensor([0.9, 0.1], dtype=torch.float64, requires_grad=True)
+    right, got = (torch.autograd.grad(each(cosine).sum(), cosine)[0] for each in (fa.AdaFace(), margin))
+    assert torch.equal(got, right) and repr(margin) == repr(fa.AdaFace())
+
+
 def test_adaface_running_statistics_by_hand() -> None:
     margin = fa.AdaFace(rate=0.25)
     counted = torch.tensor([True, True, False, True, True])

@@ -72,9 +72,9 @@ _PLAIN: _NativeNegatives = (1, 0, (0.0, 1.0, 0.0, 0.0), None)
 
 
 def _native_negatives(negatives: Negatives, by_bias: bool = False) -> _NativeNegatives:
-    """Return negatives, with thresholds that the kernel can read, as the kernels take them.
+    """Return negatives in the form that the kernels take. The kernels read the memory of their thresholds.
 
-    With ``by_bias`` they sum the derivatives of the logistic losses by their bias in place of the losses.
+    With ``by_bias`` the kernels sum the derivatives of the logistic losses by their bias in place of the losses.
     """
     if negatives.plain:
         return _PLAIN

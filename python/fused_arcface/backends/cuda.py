@@ -148,7 +148,7 @@ def _run_pass(
     stream, multiprocessors = _device(weight)
     # Bound to names: a temporary's memory would be another's before the kernel reads it.
     target, negatives = target.contiguous(), negatives.contiguous(torch.float32)
-    # A kernel reads another scale than its number if the options have the address of one on the device.
+    # If the options have the address of a scale on the device, the kernel takes that scale and not the number.
     number, device_scale = (1.0, scale.double()) if isinstance(scale, Tensor) else (scale, None)
     rule = negatives.sub_centers, native.address(negatives.threshold), native.address(negatives.coefficients)
     config = _hopper_config(embeddings, weight) if negatives.plain else None

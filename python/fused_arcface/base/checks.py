@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -25,32 +26,35 @@ def _check_tensor(name: str, tensor: object, dtypes: tuple[torch.dtype, ...]) ->
     return tensor
 
 
-def _check_rows(name: str, values: Tensor, embeddings: Tensor, instead: str = "") -> None:
-    """Check that values are (N,), on the device of embeddings (N, D). ``instead`` is advice for another shape."""
+def _check_rows(name: str, values: Tensor, embeddings: Tensor, advice: Callable[..., str] = lambda *_: "") -> None:
+    """Check that values are (N,), on the device of embeddings (N, D). ``advice`` takes the same arguments."""
     if values.shape != embeddings.shape[:1]:
-        raise ValueError(f"{name} must be (N={embeddings.shape[0]},); got {tuple(values.shape)}{instead}")
+        got = f"{tuple(values.shape)}{advice(name, values, embeddings)}"
+        raise ValueError(f"{name} must be (N={embeddings.shape[0]},); got {got}")
     if values.device != embeddings.device:
         raise ValueError(f"{name} must be on embeddings' device {embeddings.device}; got {values.device}")
 
 
-def check_embeddings(embeddings: object, weight: Tensor, device: torch.device | None = None) -> None:
+def check_embeddings(
+    embeddings: object, weight: Tensor, device: torch.device | None = None, name: str = "embeddings"
+) -> None:
     """Check embeddings ``(N, D)`` against class centers ``(C, D)``, whose device is weight's if ``device`` is None."""
-    embeddings = _check_tensor("embeddings", embeddings, FLOAT_DTYPES)
+    embeddings = _check_tensor(name, embeddings, FLOAT_DTYPES)
     if embeddings.dim() != 2 or embeddings.shape[1] != weight.shape[1]:
-        got = f"{tuple(embeddings.shape)}{_as_rows(embeddings, weight)}"
-        raise ValueError(f"embeddings must be (N, D={weight.shape[1]}); got {got}")
+        got = f"{tuple(embeddings.shape)}{_as_rows(name, embeddings, weight)}"
+        raise ValueError(f"{name} must be (N, D={weight.shape[1]}); got {got}")
     device = device or weight.device
     if embeddings.device != device:
-        raise ValueError(f"embeddings must be on weight's device {device}; got {embeddings.device}")
+        raise ValueError(f"{name} must be on weight's device {device}; got {embeddings.device}")
 
 
-def _as_rows(embeddings: Tensor, weight: Tensor) -> str:
+def _as_rows(name: str, embeddings: Tensor, weight: Tensor) -> str:
     """Return advice for embeddings (N, 1, D), (N, T, D) or (N, D, 1), as some nets return them; "" for others."""
     shape, embedding_dim = embeddings.shape, weight.shape[-1:].numel()
     if len(shape) > 2 and shape[-1] == embedding_dim:
-        return ": pass embeddings.flatten(0, -2), and a label for each of its rows"
+        return f": pass {name}.flatten(0, -2), and a label for each of its rows"
     if len(shape) > 2 and shape[1:].numel() == embedding_dim:
-        return ": pass embeddings.flatten(1)"
+        return f": pass {name}.flatten(1)"
     return ""
 
 
@@ -90,7 +94,7 @@ def check_labels(labels: object, embeddings: Tensor, ignore_index: object, name:
         rule = f"{name} must have one of the dtypes {names(INTEGER_DTYPES)}"
         raise TypeError(f"{rule}; got {names((labels.dtype,))}{_as_labels(name, labels, embeddings)}")
     labels = _check_tensor(name, labels, INTEGER_DTYPES)
-    _check_rows(name, labels, embeddings, _as_labels(name, labels, embeddings))
+    _check_rows(name, labels, embeddings, _as_labels)
     if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
         raise TypeError(f"ignore_index must be an int; got {type(ignore_index).__name__}")
     if not -(1 << 63) <= ignore_index < 1 << 63:
@@ -176,7 +180,7 @@ def check_inputs(
     embeddings = _check_tensor("embeddings", embeddings, FLOAT_DTYPES)
     weight = _check_tensor("weight", weight, WEIGHT_DTYPES)
     if embeddings.dim() != 2 or embeddings.shape[1] == 0:
-        got = f"{tuple(embeddings.shape)}{_as_rows(embeddings, weight)}"
+        got = f"{tuple(embeddings.shape)}{_as_rows('embeddings', embeddings, weight)}"
         raise ValueError(f"embeddings must be (N, D) with D >= 1; got {got}")
     if weight.dim() != 2 or weight.shape[1] != embeddings.shape[1]:
         raise ValueError(f"weight must be (C, D={embeddings.shape[1]}); got {tuple(weight.shape)}")

@@ -18,7 +18,7 @@ class DType(NamedTuple):
     weight: bool = False
     """If true, class centers may have it."""
     updated: bool = False
-    """If true, an optimizer of the class centers, such as CenterSGD, updates those of it."""
+    """If true, an optimizer of the class centers, such as CenterSGD, updates class centers of it."""
     momentum: bool = False
     """If true, CenterSGD keeps momentum in it."""
 

@@ -40,6 +40,6 @@ def check_number(name: str, value: object, allowed: Range) -> None:
 
 
 def type_of_number(value: object) -> str:
-    """Return the type of a value that is no Python number, and what to do if it is one of NumPy's or a tensor."""
-    converts = hasattr(value, "__float__") and not isinstance(value, bool)
+    """Return the type of a value that is no Python number, and advice for a number of NumPy or a 0-dim tensor."""
+    converts = hasattr(type(value), "__float__") and getattr(value, "ndim", 0) == 0 and not isinstance(value, bool)
     return type(value).__name__ + (": pass it as float(...)" if converts else "")

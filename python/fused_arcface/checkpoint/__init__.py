@@ -48,7 +48,6 @@ __all__ = [
     "load",
     "load_state",
     "save",
-    "save_centers",
 ]
 
 _HEAD = "head"

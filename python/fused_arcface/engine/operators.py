@@ -24,8 +24,8 @@ class Operator(NamedTuple):
     results: Callable[..., Any]
     """A function of the same arguments. It returns tensors like the operator's, without values: for torch.compile."""
     over_no_class: tuple[float, ...] = ()
-    """The values in the results of a stage over the classes where a step uses no class of the shard. Backends never see
-    that case."""
+    """The values that fill the results if a step uses no class of the shard: of the stages over the classes alone.
+    Backends never see that case."""
     numbers: tuple[str, ...] = ()
     """The numbers that may change from step to step. The operator's overload takes them as tensors; see
     :func:`fused_arcface.engine.ops.for_numbers`."""

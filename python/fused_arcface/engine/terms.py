@@ -90,7 +90,7 @@ class SecondTarget(NamedTuple):
 CENTER_SETTINGS = ("lr", "momentum", "weight_decay")
 """The fields of :class:`CenterStep` with an optimizer's settings; 0 in a step of an optimizer without them."""
 CENTER_STATE = ("momentum_buffer", "momentum_scale")
-"""The fields of :class:`CenterStep` that the step changes: tensors with a row for each of weight's, or None."""
+"""The fields of :class:`CenterStep` that the step changes: tensors with a row for each row of weight, or None."""
 
 
 class CenterStep(NamedTuple):
@@ -124,8 +124,7 @@ class CenterStep(NamedTuple):
     @property
     def state(self) -> dict[str, Tensor]:
         """The tensors beside weight that the step changes, by name."""
-        fields = {name: getattr(self, name) for name in CENTER_STATE}
-        return {name: tensor for name, tensor in fields.items() if tensor is not None}
+        return {name: tensor for name in CENTER_STATE if (tensor := getattr(self, name)) is not None}
 
     def ids(self, rows: Tensor) -> Tensor:
         """Return the global ids of rows of weight (R,), by which their rounding is keyed."""

@@ -100,6 +100,13 @@ class ClassMargin(nn.Module):
         self._values = values
         self.margins = values.to(torch.get_default_device())
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if "margins" in self._buffers:  # pickled by an earlier version
+            margins = self.margins
+            del self.margins
+            self.margins, self._values = margins, margins.cpu()
+
     @classmethod
     def from_counts(
         cls,
@@ -153,7 +160,7 @@ class ClassMargin(nn.Module):
         return self
 
     def _on(self, device: torch.device) -> Tensor:
-        """Return the margins (C_total,), which move to this device. They also stay on the host."""
+        """Return the margins (C_total,) on this device, and keep them there. The host has a copy."""
         if self.margins.device != device:
             self.margins = self._values.to(device)
         return self.margins

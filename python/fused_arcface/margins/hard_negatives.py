@@ -208,7 +208,7 @@ class InterTopK:
         """Return the batch's :class:`fused_arcface.margins.Modulation`; ``hardest`` is (N, k + 1)."""
         threshold = hardest[:, -2:].mean(1)  # in the middle, so that rounding does not move a negative over it
         cosine, sine = math.cos(self.penalty), math.sin(self.penalty)
-        # Of any penalty: under torch.compile a bound that follows the penalty would make a graph for each value.
+        # A bound for all penalties: with one for each penalty, torch.compile would make a graph for each value.
         steepest = math.hypot(1, 1 / SIN_FLOOR)
         return Modulation(threshold, _coefficients(target_cosine, 0, cosine, 0, sine), 1.0, steepest)
 

@@ -32,7 +32,8 @@ _EPSILON = 1e-3
 class AdaFace(StatefulMargin):
     """``s·(cos(clip(θ - m·ẑ, ε, π - ε)) - (m + m·ẑ))``: a margin by image quality (AdaFace, arXiv:2204.00964).
 
-    Embeddings must not be normalized before the head, as AdaFace's own nets do: pass ``embeddings * norms`` of these.
+    Do not normalize embeddings before the head. AdaFace's own nets return unit embeddings and their norms: pass
+    ``embeddings * norms``.
 
     The norm of the embedding measures the quality: ``ẑ = clip(h·(|x| - μ)/(σ + ε), -1, 1)`` with ``ε = 1e-3``. Norms
     are clipped to [1e-3, 100] and have no gradient. μ and σ are the running mean and deviation of the norms. In
@@ -62,6 +63,8 @@ class AdaFace(StatefulMargin):
 
     norm_mean: Tensor
     norm_std: Tensor
+    gradient: GradientMode = "exact"
+    """A margin that an earlier version pickled has no gradient of its own."""
 
     def __init__(
         self, margin: float = 0.4, h: float = 0.333, rate: float = 0.01, gradient: GradientMode = "exact"

@@ -24,7 +24,7 @@ class KeepsValues(nn.Module):
         """Set the parameters and buffers to their initial values."""
         initial: dict[str, Tensor] = self.__dict__.get("_initial_values", {})
         for name, value in initial.items():
-            # In this function's place transformers puts one that leaves alone what a file has.
+            # transformers replaces this function by one that leaves alone what a file has.
             nn.init.constant_(getattr(self, name), value.item())
 
     def _initial(self, name: str, value: Tensor | float, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -85,7 +85,7 @@ Place = tuple[nn.Module, str]
 def has_state(margin: object) -> bool:
     """Return true if a forward pass may change the margin now: for a module in ``train()``, not in ``eval()``.
 
-    A module whose attribute ``changes`` is false has options alone, such as :class:`fused_arcface.ClassMargin`.
+    A module whose attribute ``changes`` is false has options and no state, as :class:`fused_arcface.ClassMargin` does.
     """
     return isinstance(margin, nn.Module) and margin.training and getattr(margin, "changes", True)
 

@@ -107,7 +107,10 @@ class Sampler:
         return torch.where(local < 0, self.sharding.num_local, local)
 
     def _ascending(self, local: Tensor, size: int | None) -> Tensor:
-        """Return local indices (K,), ascending, without ``num_local``. With a ``size`` keep it; return the first."""
+        """Return local indices (K,), ascending, without ``num_local``.
+
+        With a ``size`` return that many, and keep ``num_local``.
+        """
         num_local = self.sharding.num_local
         if size is not None:
             return local.sort().values[:size]

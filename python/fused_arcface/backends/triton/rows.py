@@ -201,7 +201,7 @@ class RowTerms(NamedTuple):
     shift: Tensor | None = None
     factor: Tensor | None = None
     coefficient: Tensor | None = None
-    """The target's own, in place of its exponential."""
+    """The target's coefficient, which takes the place of its exponential."""
 
     def some(self, rows: slice) -> RowTerms:
         return RowTerms._make(None if each is None else each[rows] for each in self)
