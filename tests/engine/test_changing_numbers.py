@@ -23,11 +23,13 @@ def _fresh_compiler() -> Iterator[None]:
     torch._dynamo.reset()
 
 
-def assert_right(compiled: object, head: fa.MarginHead, x: torch.Tensor, target: torch.Tensor) -> None:
+def assert_right(
+    compiled: object, head: fa.MarginHead, x: torch.Tensor, target: torch.Tensor, rtol: float = 1e-12
+) -> None:
     """The oracle's loss and gradients, in fp64, where a number that was rounded to fp32 on its way would be seen."""
     loss = compiled(x, target)
     right = fa.reference.margin_softmax_loss(x, head.weight, target, margin=head.margin, scale=head.scale)
-    torch.testing.assert_close(loss, right, rtol=1e-11, atol=0)
+    torch.testing.assert_close(loss, right, rtol=rtol, atol=0)
     inputs = (x, head.weight)
     for mine, theirs in zip(torch.autograd.grad(loss, inputs), torch.autograd.grad(right, inputs), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-12)
@@ -59,7 +61,8 @@ def test_a_margin_that_changes_does_not_make_a_graph_each(backend: str, name: st
     compiled = torch.compile(head, fullgraph=True, backend=count)
     for share in SHARES:
         head.margin = MARGINS[name](share)
-        assert_right(compiled, head, x, target)
+        # The kernels' fp64 exponentials of InterTopK's raised negatives differ by 1.1e-12 in the loss.
+        assert_right(compiled, head, x, target, rtol=1e-11 if name == "InterTopK" else 1e-12)
     assert count.frame_count == 2
 
 
