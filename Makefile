@@ -76,10 +76,10 @@ test-sanitized: .venv/.installed  ## Run the tests of the compiled CPU kernels u
 # Versions that the range in pyproject.toml allows, each in an environment of its own. A package index has these versions of
 # torch with CUDA libraries only: the environments take 7 and 6 GB of disk. `make clean` leaves them, `make distclean`
 # removes them.
-OLDEST := torch==2.8.0 triton==3.4.0 numpy==1.23.5
+OLDEST := torch==2.8.0 triton==3.4.0 numpy==1.23.5 typer==0.29.0
 NEWEST := --upgrade torch triton numpy
 
-test-oldest: .venv-oldest/.installed  ## Run the tests with the oldest supported torch, Triton and numpy (7 GB of disk)
+test-oldest: .venv-oldest/.installed  ## Run the tests with the oldest supported torch, Triton, numpy and typer (7 GB of disk)
 	.venv-oldest/bin/python tests/run.py -m "not full" $(ARGS)
 
 # A CUDA build of torch takes the Triton that belongs to it, a CPU build lets pip take the newest one: that one too runs the

@@ -21,7 +21,7 @@ from support.clock import Clock
 from fused_arcface import ArcFace, NormSoftmax, reference
 from fused_arcface.app.benchmark import capacity, cost_model, memory, plots, runner
 from fused_arcface.app.benchmark import providers as providers_module
-from fused_arcface.app.benchmark.cases import NAMES, PASSES, Case, cases_named, make_inputs
+from fused_arcface.app.benchmark.cases import NAMES, PASSES, Case, Inputs, cases_named, make_inputs
 from fused_arcface.app.benchmark.names import Named
 from fused_arcface.app.benchmark.providers import Provider, all_providers, select
 from fused_arcface.app.benchmark.report import add_rows, read_report
@@ -233,6 +233,9 @@ def test_an_interrupted_run_keeps_its_cases_and_goes_on(
     monkeypatch.setattr("fused_arcface.app.benchmark.cases._CPU", {"quick": cases})
     whole, measured = runner._measure_case, []
 
+    def interrupted_at_once(*_: object) -> Inputs:
+        raise KeyboardInterrupt
+
     def interrupted(case: Case, *arguments: object) -> None:
         measured.append(case)
         if case == cases[1] and measured.count(case) == 1:
@@ -248,9 +251,15 @@ def test_an_interrupted_run_keeps_its_cases_and_goes_on(
     assert tmp_path.name in said and "--resume" in said
     assert {each.case for each in read_report(tmp_path).measurements if each.provider == "eager"} == {TINY}
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+    # A second run that ends before its first case has found nothing: the files are those of the first one.
+    with monkeypatch.context() as patched:
+        patched.setattr(runner, "make_inputs", interrupted_at_once)
+        with pytest.raises(typer.Exit):
+            bench(**options)
+    assert capsys.readouterr().out.splitlines() == ["Interrupted. Nothing new was found."]
 
     bench(**options, resume=True)
-    assert measured == [*cases, cases[1]]
+    assert measured == [*cases, cases[0], cases[1]]
     report = read_report(tmp_path)
     assert [each.case for each in report.measurements if each.provider == "eager"] == [cases[0]] * 2 + [cases[1]] * 2
     assert [skip.provider for skip in report.skips] == ["liger"]

@@ -105,7 +105,10 @@ def test_capacity_goes_on_with_an_interrupted_run(monkeypatch: pytest.MonkeyPatc
 
 
 def test_the_command_resumes_a_search_of_the_same_budget(tmp_path: Path) -> None:
-    """Its setup has been verified, so nothing is tried: the rows of an earlier call are kept, the computed are anew."""
+    """Its setup has been verified, so nothing is tried: the rows of an earlier call are kept.
+
+    Those that are computed without a trial are computed again.
+    """
     key = ("eager", "torch", "float32", "float32")
     row = capacity.Capacity(1000, 8192.0, "measured", 2.0).row(key, 64, 512, 2**30, machine.context(CPU))
     write_rows(tmp_path, "capacity", [row])

@@ -18,7 +18,14 @@ from fused_arcface.app.data.pair_sets import read_labeled
 from fused_arcface.app.predictions import Search
 from fused_arcface.app.report import document
 from fused_arcface.app.report.answers import Answers
-from fused_arcface.app.report.digest import Digest, digest_pairs, hardest_pairs, read_digest, thinned_curve
+from fused_arcface.app.report.digest import (
+    Digest,
+    digest_pairs,
+    hardest_pairs,
+    histograms,
+    read_digest,
+    thinned_curve,
+)
 from fused_arcface.app.report.document import Comparison, Report, Section, Thumbnail, table
 from fused_arcface.app.report.thumbnails import Thumbnails
 from fused_arcface.base.extras import MissingExtra
@@ -167,6 +174,14 @@ def test_a_digest_of_a_stranger_points_nowhere(tmp_path: Path, name: str, value:
     file.write_text(json.dumps({**json.loads(file.read_text()), name: value}))
     with pytest.raises(DataError, match=r"v\.json cannot be read"):
         read_digest(file)
+
+
+@pytest.mark.parametrize(("distances", "low", "high"), [([5.0, 5.0], 0.0, 5.0), ([-3.0, 1.0], -3.0, 1.0)])
+def test_bins_of_distances_begin_at_zero_or_below(distances: list[float], low: float, high: float) -> None:
+    """Distances that are all alike have bins of a width; inner products as distances may be below 0."""
+    edges, counts = histograms(-np.array(distances), False, {"all": np.array([True, True])})
+    assert (edges[0], edges[-1]) == (low, high) and sum(counts["all"]) == 2
+    assert (np.diff(edges) > 0).all()
 
 
 def test_answers_by_hand() -> None:

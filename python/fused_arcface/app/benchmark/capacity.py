@@ -33,7 +33,7 @@ from .report import Skip
 Key = tuple[str, str, str, str]
 """Names a setup: recipe, backend, dtypes of class centers and of momentum."""
 Attempt = Callable[[int], "Trial | None"]
-"""Takes a trial of C classes; returns None if it took far too much."""
+"""Takes a trial of C classes; returns None if it needed far too much memory."""
 Search = Callable[[Attempt, int, int], "Capacity"]
 """Finds the largest C by attempts, given the bytes of the budget and a first C."""
 TakeStep = Callable[[], None]

@@ -118,7 +118,7 @@ def _open_products(inputs: Inputs, preallocated: bool = False) -> Run:
 
 @dataclass(frozen=True)
 class Needs:
-    """The requirements of an implementation, and the reason why a case on a device does not meet them, or None."""
+    """The requirements of an implementation. A call returns the reason why a case on a device does not meet them."""
 
     module: str = ""
     device: str = ""

@@ -78,7 +78,7 @@ def run_benchmark(
 def _usable(
     cases: Sequence[Case], providers: Sequence[Provider], device: torch.device, report: Report
 ) -> list[Provider]:
-    """Return the providers without those that one reason excludes from every case."""
+    """Return the providers, except those that the same reason excludes from every case."""
     usable = []
     for provider in providers:
         reasons = {provider.reason_against(case, device) for case in cases}

@@ -101,15 +101,16 @@ def _resuming(folder: Path, what: str) -> Iterator[None]:
 
 @contextmanager
 def _interruptible(console: Console, file: Path) -> Iterator[Callable[[str], None]]:
-    """Show a spinner; yield a function that sets its text. After Ctrl-C say if a file of results can be resumed."""
+    """Show a spinner; yield a function that sets its text. After Ctrl-C say if the block wrote results to resume."""
+    before = file.stat().st_mtime_ns if file.exists() else None
     try:
         with spinner(console) as tell:
             yield tell
     except KeyboardInterrupt:
         where = (
             f"What was found is in {file.parent}; --resume continues after it."
-            if file.exists()
-            else "Nothing was found."
+            if file.exists() and file.stat().st_mtime_ns != before
+            else "Nothing new was found."
         )
         console.print(f"Interrupted. {where}", markup=False)
         raise typer.Exit(130) from None

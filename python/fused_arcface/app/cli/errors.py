@@ -75,7 +75,7 @@ def explain(error: BaseException, options: Collection[str] = (), mendable: Error
     ``options`` are the names of the command's options, with underscores. ``mendable`` are further errors in arguments.
     """
     hint = ""
-    # This is click's error. typer has its own copy of click, or imports the installed one.
+    # UsageError, which typer does not export.
     usage: Any = typer.BadParameter.__base__
     if isinstance(error, usage):
         command = error.ctx.command_path if error.ctx is not None else "fused-arcface"

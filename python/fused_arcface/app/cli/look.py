@@ -54,16 +54,14 @@ class PlainCommand(TyperCommand):
 
 def give_look(option: Any) -> Any:
     """Give an option of typer the look, and return it. Its bounds are floats if it takes any number."""
-    flag = getattr(option, "is_flag", False)
-    least = getattr(option, "min", None)
+    flag = getattr(option, "is_flag", False)  # an argument has none
     if flag:
         option.metavar = ""
-    elif least is not None:
-        option.metavar = "<float>" if isinstance(least, float) else "<int>"
-    if getattr(option, "show_default", False) and option.default is not None and option.default != "":
-        off = getattr(option, "secondary_opts", [])
-        if option.help and (off or not flag):
-            shown = (option.opts if option.default else off)[0] if flag else option.default
+    elif option.min is not None:
+        option.metavar = "<float>" if isinstance(option.min, float) else "<int>"
+    if option.show_default and option.default is not None and option.default != "":
+        if option.help and (option.secondary_opts or not flag):
+            shown = (option.opts if option.default else option.secondary_opts)[0] if flag else option.default
             option.help += f" Default: {shown}."
         option.show_default = False
     return option
@@ -75,8 +73,7 @@ def _name_rules(option: Any, kind: Any) -> None:
     if rule is None:
         return
     process = option.process_value
-    bounded = option if hasattr(option, "min") else option.type  # typer before 0.28 has the types of click
-    bounds = [(sign, getattr(bounded, name, None)) for name, sign in (("min", ">="), ("max", "<="))]
+    bounds = [(">=", option.min), ("<=", option.max)]
 
     def checked(ctx: Any, value: Any) -> Any:
         import typer

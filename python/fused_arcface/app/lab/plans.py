@@ -107,7 +107,7 @@ class Task:
 
     name: str
     images: Generated | Digits | Files
-    """Sets of images: ``load`` returns both halves of one, ``describe`` its description in a few words."""
+    """A set of images: ``load`` returns its two halves, ``describe`` a few words about it."""
     recipe: Recipe
     embedding_dim: int = 64
     remark: str = ""

@@ -137,7 +137,7 @@ def angles(cosines: Floats) -> Floats:
 
 
 def histograms(scores: Floats, cosine: bool, kinds: Mapping[str, Bools]) -> tuple[Floats, dict[str, list[int]]]:
-    """Return the edges (bins + 1,) of bins of angles or distances, and the scores in each bin by kind.
+    """Return the edges (bins + 1,) of bins of angles or distances, and the number of scores in each bin by kind.
 
     ``scores`` (P,) are cosines or negated distances. Each kind is (P,) bool.
 
@@ -146,7 +146,8 @@ def histograms(scores: Floats, cosine: bool, kinds: Mapping[str, Bools]) -> tupl
     ([0.0, 180.0], 2)
     """
     spread = angles(scores) if cosine else -scores
-    low, high = (0.0, 180.0) if cosine else (float(spread.min()), max(float(spread.max()), 1e-9))
+    # A negated inner product may be below 0.
+    low, high = (0.0, 180.0) if cosine else (min(0.0, float(spread.min())), max(float(spread.max()), 1e-9))
     edges = np.linspace(low, high, BINS + 1)
     return edges, {name: np.histogram(spread[kind], edges)[0].tolist() for name, kind in kinds.items()}
 

@@ -207,7 +207,7 @@ class Learner:
         return step
 
     def _check_state(self, root: Path) -> None:
-        """Raise CheckpointError unless a step can use the states of optimizer and scaler, which load anything."""
+        """Raise CheckpointError unless a step can use the states of optimizer and scaler. Both load any state."""
         known = {parameter for group in self.optimizer.param_groups for parameter in group["params"]}
         for parameter, state in self.optimizer.state.items():
             if parameter not in known or not isinstance(state, dict):

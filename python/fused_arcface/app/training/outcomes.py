@@ -1,4 +1,4 @@
-"""The ends of a training run: its result, that of a dry run, and the error of a training that cannot continue."""
+"""The results of a training run and of a dry run, and the error of a training that cannot continue."""
 
 from __future__ import annotations
 

@@ -121,7 +121,7 @@ class RunFolder:
                             folder.rmdir()
 
     def check_files(self) -> None:
-        """Raise RunError unless each of the run's files is a regular one, if it is there.
+        """Raise RunError if one of the run's files exists and is not a regular file.
 
         A training reads and writes them, and would wait forever for a named pipe.
         """
@@ -163,7 +163,11 @@ class RunFolder:
             raise RunError(f"{self.config}: {error}") from None
 
     def build_net(self) -> tuple[nn.Module, ImageSpec]:
-        """Return the run's net with new weights, for evaluation, and the images it takes; RunError without options."""
+        """Return the run's net with new weights, in evaluation mode, and the images that it takes.
+
+        Raises:
+            RunError: if the run has no options.
+        """
         config = self.read_config()
         if config.image_size is None or config.channels is None or config.embedding_dim is None:
             raise RunError(f"{self.config} must have image_size, channels and embedding_dim, as a run writes it")
