@@ -21,8 +21,6 @@ from support import distributed_helpers
 
 import fused_arcface as fa
 from fused_arcface.compat import insightface
-from fused_arcface.parallel.ranks import Ranks
-from fused_arcface.store import StoreError
 
 pytestmark = pytest.mark.distributed
 
@@ -408,22 +406,3 @@ def test_checkpoints(outcomes):
         assert first == second == f"ValueError: PartialFC: call must be the same on every rank; {made}"
     first, second = both(outcomes, "save to nothing")
     assert second.startswith("TypeError: ") and first == f"RuntimeError: checkpoint.save failed on rank 1: {second}"
-
-
-def work_of_the_first() -> tuple[int, list[int], str]:
-    ranks, calls = Ranks(), []
-
-    def work(number: int) -> int:
-        calls.append(number)
-        if number == 1:
-            raise StoreError("no room")
-        return 10 * ranks.rank + number
-
-    result = ranks.on_first(lambda: work(0))
-    with pytest.raises(StoreError) as error:
-        ranks.on_first(lambda: work(1))
-    return result, calls, str(error.value)
-
-
-def test_what_the_first_rank_returns_or_raises_is_everyones() -> None:
-    assert distributed_helpers.run_ranks(2, work_of_the_first) == [(0, [0, 1], "no room"), (0, [], "no room")]
