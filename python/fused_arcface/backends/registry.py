@@ -68,6 +68,7 @@ FEATURES = {
 _NEGATIVES = frozenset({"sub_centers", "modulated_negatives"})
 _TURNED = _NEGATIVES | {"turned_negatives"}
 
+# The order is that of lists and messages.
 # The priorities are measured: on the CPU in bench/NOTES.md, on GPUs by an H100 and an H200 (bench/results). Triton is
 # faster there than csrc/cuda, except for csrc/cuda's kernels for compute capability 9.0: cuda.leads() says where.
 # Tensor cores for fp64 are few, and a graphics card has none: csrc/cuda has no fp64.

@@ -20,7 +20,7 @@ class Entry:
     formula: str
     """The logit without the scale."""
     source: str
-    """The paper, with its number at arXiv."""
+    """The paper, with its number at arXiv; ``"none"`` for a margin without a paper."""
     examples: Callable[[], list[Any]]
     """Instances that cover the options, for gradcheck and the tests.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from fused_arcface.base.reading import DataError, read_lines
@@ -20,15 +21,49 @@ def open_list(data: str, max_pixels: int = MAX_PIXELS) -> FileImages:
     """Open a list file.
 
     Tabs, commas or spaces separate the two fields; in a line of spaces the last one does, so that paths may hold
-    spaces. Paths are relative to the list's folder. Identities are in the order of their labels, numbers by value.
-    Missing images are problems, and so are images that are named again.
+    spaces. :func:`listed_images` says what becomes of them.
 
     Raises:
         DataError: if a line is no ``path label``, with its number; or if no image is there.
     """
-    path = Path(data)
+    return listed_images(Path(data), _entries(Path(data)), max_pixels)
+
+
+def listed_images(path: Path, entries: Iterable[tuple[int, str, str]], max_pixels: int = MAX_PIXELS) -> FileImages:
+    """Return the images that a file names.
+
+    Paths are relative to the file's folder. Identities are in the order of their labels, numbers by value. Missing
+    images are problems, and so are images that are named again.
+
+    Args:
+        path: file that names the images.
+        entries: number of the line, path and label of each image.
+        max_pixels: limit for an image, see :func:`fused_arcface.app.data.read_image`.
+
+    Raises:
+        DataError: if no image is there.
+    """
     label_of: dict[Path, str] = {}
     problems: list[str] = []
+    for number, name, label in entries:
+        image = path.parent / name
+        if image in label_of:
+            problems.append(f"{path}, line {number}: {image} is named again")
+        elif not os.path.isfile(image):
+            problems.append(f"{path}, line {number}: {image} is missing")
+        else:
+            label_of[image] = label
+    if not label_of:
+        raise DataError(f"{path} names no image that is there{f': {problems[0]}' if problems else ''}")
+    if (unsaid := len(problems) - _SAID) > 0:
+        problems[_SAID:] = [f"{path}: {unsaid} more lines are not used"]
+    names, identities = numbered(label_of.values())
+    files = sorted(zip(label_of, identities, strict=True), key=lambda each: each[1])
+    return FileImages(files, names, problems, [], max_pixels)
+
+
+def _entries(path: Path) -> Iterator[tuple[int, str, str]]:
+    """Yield the number, the path and the label of each line that is not empty."""
     for number, line in read_lines(path):
         fields = fields_of(line)
         if not fields:
@@ -37,17 +72,4 @@ def open_list(data: str, max_pixels: int = MAX_PIXELS) -> FileImages:
             fields = [each for each in line.strip(" ").rsplit(" ", 1) if each]
         if len(fields) != 2:
             raise DataError(f"{path}, line {number}: must be `path label`; got {line[:100]!r}")
-        image = path.parent / fields[0].strip(" ")
-        if image in label_of:
-            problems.append(f"{path}, line {number}: {image} is named again")
-        elif not os.path.isfile(image):
-            problems.append(f"{path}, line {number}: {image} is missing")
-        else:
-            label_of[image] = fields[1]
-    if not label_of:
-        raise DataError(f"{path} names no image that is there{f': {problems[0]}' if problems else ''}")
-    if (unsaid := len(problems) - _SAID) > 0:
-        problems[_SAID:] = [f"{path}: {unsaid} more lines are not used"]
-    names, identities = numbered(label_of.values())
-    files = sorted(zip(label_of, identities, strict=True), key=lambda each: each[1])
-    return FileImages(files, names, problems, [], max_pixels)
+        yield number, fields[0].strip(" "), fields[1]
