@@ -73,6 +73,7 @@ def test_other_dtypes_and_a_frozen_teacher(dtype: torch.dtype) -> None:
     assert empty.shape == (0,)
 
 
+@pytest.mark.slow
 def test_opcheck() -> None:
     scales = torch.tensor([8.0, 5.0], dtype=torch.float64)
     operators = torch.ops.fused_arcface

@@ -73,6 +73,7 @@ def test_timm_in_place_of_which_a_small_net_stands(
 
 
 @pytest.mark.parametrize("name", RANKS)
+@pytest.mark.slow
 def test_an_example_under_torchrun(name: str) -> None:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     torchrun += ["--local-addr", "127.0.0.1"]

@@ -74,6 +74,7 @@ def test_a_layer_imports_only_the_layers_below_it(path: Path) -> None:
     assert layers <= set(BELOW[own]), f"{own} may import {', '.join(BELOW[own]) or 'nothing'}; got {sorted(layers)}"
 
 
+@pytest.mark.slow
 def test_only_the_registry_imports_a_backend() -> None:
     backends = {path.stem for path in (PACKAGE / "backends").iterdir()} - {"__init__", "registry", "__pycache__"}
     found = [

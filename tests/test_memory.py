@@ -69,6 +69,7 @@ linux = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="o
 
 
 @linux
+@pytest.mark.slow
 def test_peak_does_not_grow_with_the_classes() -> None:
     """Logits alone would be 100 and 400 MB here. 8 MB of slack: what the C library keeps or gives back."""
     cases = [(256, classes, 64, "float32", backward) for backward in (False, True) for classes in (100_000, 400_000)]
@@ -80,6 +81,7 @@ def test_peak_does_not_grow_with_the_classes() -> None:
 
 @linux
 @pytest.mark.parametrize("options", ["sub_centers", "CurricularFace", "SphereFace2", "AdaCos"])
+@pytest.mark.slow
 def test_peak_with_other_negatives(options: str) -> None:
     """With a pass for the maximum as well: none stores logits, which would be 100 MB."""
     (peak,) = run_child(PEAK, json.dumps([(256, 100_000, 64, "float32", True, options)]))
@@ -128,6 +130,7 @@ print(json.dumps((peak - before) / (num_classes * 512)))
 @pytest.mark.parametrize(
     "num_classes", [100_000, pytest.param(1_000_000, marks=[pytest.mark.full, pytest.mark.serial])]
 )
+@pytest.mark.slow
 def test_center_sgd_peak_of_each_element(num_classes: int, dtype: str, momentum_dtype: str, most: float) -> None:
     """Bytes of each weight element at the process's peak, construction and two steps at N = 64 included."""
     found = run_child(CENTER_SGD, num_classes, dtype, momentum_dtype)
@@ -151,6 +154,7 @@ print(json.dumps(out))
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc alone can fill fresh memory")
+@pytest.mark.slow
 def test_scratch_is_written_before_it_is_read() -> None:
     """The same bits when the C library fills all memory that it hands out, in two ways."""
     one, other = (run_child(SUM, MALLOC_PERTURB_=fill) for fill in ("1", "128"))  # filled with 0xfe and with 0x7f

@@ -78,6 +78,7 @@ def process_group() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("page", PYTHON_PAGES)
+@pytest.mark.slow
 def test_python_blocks_run(
     page: str, trained: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:

@@ -53,6 +53,7 @@ any_case = st.builds(
 
 
 @given(case=any_case, seed=seeds)
+@pytest.mark.slow
 def test_anything_against_fp64(case: Case, seed: int) -> None:
     check(case, "cpu", seed)
 

@@ -33,6 +33,7 @@ def slowness() -> float:
 
 
 @pytest.mark.parametrize("part", PARTS)
+@pytest.mark.slow
 def test_a_start_is_quick(part: str) -> None:
     start = measure(part)
     heavy = {"matplotlib", "sklearn", "sympy", "torch._dynamo", "torch.distributed.checkpoint", "typer"}

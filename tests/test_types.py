@@ -48,6 +48,7 @@ def basedpyright(*paths: Path) -> dict[str, int]:
 
 
 @pytest.mark.parametrize("checker", [pytest.param(mypy, marks=pytest.mark.full), basedpyright])
+@pytest.mark.slow
 def test_a_users_script_type_checks(checker: Callable[..., dict[str, int]], tmp_path: Path) -> None:
     """``make lint`` runs mypy on the right script as well."""
     if importlib.util.find_spec(checker.__name__) is None:

@@ -96,6 +96,7 @@ def to_differentiate(
 
 @every_variant
 @pytest.mark.parametrize("backend", ["torch", "cpu", "oracle"])
+@pytest.mark.slow
 def test_gradcheck(variant: Variant, backend: str) -> None:
     """In fp64."""
     if backend == "cpu":

@@ -70,6 +70,7 @@ def test_train_then_verify_then_identify_then_compare(
     assert verdict == ("one person" if float(cosine) >= best["threshold"] else "two people")
 
 
+@pytest.mark.slow
 def test_a_backbone_file_of_insightface_is_verified_with_one_command(tmp_path: Path) -> None:
     """A net of random weights: what counts is that its figures are those of its embeddings."""
     torch.manual_seed(0)

@@ -182,6 +182,7 @@ def test_an_interrupted_embedding_goes_on(trained: Path, people: Path, tmp_path:
     assert sorted(each.name for each in tmp_path.iterdir()) == ["parts.npz", "whole.npz"]
 
 
+@pytest.mark.slow
 def test_two_processes_do_not_write_one_output(trained: Path, people: Path, tmp_path: Path) -> None:
     """The parts of one would become parts of the other, with its options."""
     output = tmp_path / "out.npz"
@@ -257,6 +258,7 @@ def test_embed_takes_folders_lists_and_files(
     assert f"{tmp_path / 'nothing'} does not exist" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_similarity_gives_the_cosine_and_a_verdict(
     trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -302,6 +304,7 @@ def test_similarity_gives_the_cosine_and_a_verdict(
     assert run(command) == 1 and "remove the file to continue without thresholds" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_export_gives_what_pytorch_gives(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")

@@ -61,6 +61,7 @@ def problem(sub_centers: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tenso
 @pytest.mark.parametrize("sub_centers", [1, 3])
 @pytest.mark.parametrize("name", MARGINS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.slow
 def test_against_fp64(name: str, sub_centers: int, dtype: torch.dtype) -> None:
     """Values and all gradients: 1e-10 in fp64; below, twice the error of plain PyTorch and a little more."""
     scale = 24.0
@@ -89,6 +90,7 @@ def test_against_fp64(name: str, sub_centers: int, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("name", MARGINS)
+@pytest.mark.slow
 def test_gradcheck(name: str) -> None:
     x, w, y = problem(1, torch.float64)
     x, w, y = x[35:40].requires_grad_(), w[:7].requires_grad_(), y[35:40] % 7

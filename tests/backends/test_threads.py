@@ -32,6 +32,7 @@ def assert_identical(got: Outcome, right: Outcome) -> None:
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3, 16])
+@pytest.mark.slow
 def test_right_with_any_number_of_threads(threads: int) -> None:
     torch.set_num_threads(threads)
     check(LARGE, "cpu")
@@ -40,6 +41,7 @@ def test_right_with_any_number_of_threads(threads: int) -> None:
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
+@pytest.mark.slow
 def test_bitwise_reproducible(dtype: str, threads: int, isa: str) -> None:
     torch.set_num_threads(threads)
     inputs = make_inputs(Case(N=70, C=11_000, D=64, x_dtype=dtype, w_dtype=dtype))
@@ -171,6 +173,7 @@ threading.Thread(target=train, args=(40,)).start()
 
 
 @pytest.mark.skipif(platform.system() != "Linux", reason="threads are counted in /proc")
+@pytest.mark.slow
 def test_no_thread_outlives_a_call_and_the_interpreter_may_end() -> None:
     """The main thread ends while another is inside the kernels: Python waits for that one, and no more."""
     result = subprocess.run([sys.executable, "-c", AT_EXIT], capture_output=True, text=True, timeout=240)

@@ -163,6 +163,7 @@ def _check_products(launch: Launch, resources: Resources, row: str) -> None:
         assert resources.epilogue <= most, f"{resources.epilogue} instructions after the products: {row}"
 
 
+@pytest.mark.slow
 def test_the_check_finds_products_that_are_computed_twice() -> None:
     """64 rows by eight warps, which Triton puts below each other unless the scores are split."""
     for launch in recorded(functools.partial(_step, "flash-chained"), 90):
@@ -186,6 +187,7 @@ def test_default_configurations(arch: int) -> None:
 
 
 @pytest.mark.parametrize("algorithm", ["chunks", "flash"])
+@pytest.mark.slow
 def test_sizes_of_one(algorithm: str) -> None:
     """Triton makes a constant of an argument that is 1: the kernels must be right to it for each of them."""
     steps = [functools.partial(_step, algorithm, D=1, N=1, C=1, momentum=momentum) for momentum in (None, torch.int8)]

@@ -48,6 +48,7 @@ def archive(content: bytes) -> bytes:
     return changed.getvalue()
 
 
+@pytest.mark.slow
 def test_deep_keys_end_no_process(tmp_path):
     def unpickle(path: Path) -> None:
         with path.open("rb") as file:
@@ -71,6 +72,7 @@ def test_plain_keys_are_read(tmp_path):
         assert found[3] == content[3] and found[None] == content[None]
 
 
+@pytest.mark.slow
 def test_a_text_is_checked_once_however_often_it_is_used(tmp_path):
     """90,000 images are one text of a megabyte: to look at it for each took minutes."""
     text, uses = b"a" * (1 << 20), b"h\x00h\x01h\x02\x86R" * 90_000

@@ -155,6 +155,7 @@ def test_two_writers_of_a_file_do_not_disturb_each_other(tmp_path):
     assert path.read_text() == "first" and sorted(os.listdir(tmp_path)) == ["x", "y"]
 
 
+@pytest.mark.slow
 def test_many_processes_write_a_file_at_the_same_time(tmp_path):
     path = tmp_path / "x"
     code = "for i in range(300): files.write_bytes(sys.argv[1], sys.argv[2].encode() * 1000)"

@@ -29,6 +29,7 @@ USES = {
 
 
 @pytest.mark.parametrize("use", USES)
+@pytest.mark.slow
 def test_nothing_raises_once_the_newer_interface_was_written(use: str) -> None:
     """In a process of its own: torch refuses to read the older setting once the newer was written."""
     if not hasattr(torch.backends, "fp32_precision"):

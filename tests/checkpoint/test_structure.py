@@ -138,6 +138,7 @@ def test_a_value_of_format_1_that_repeats_itself_is_refused(tmp_path, monkeypatc
         checkpoint.load_state(tmp_path, "note")
 
 
+@pytest.mark.slow
 def test_a_name_of_a_tensor_in_format_1_is_a_text(tmp_path, monkeypatch):
     """Python would take the hash of all its levels, and end by a signal."""
     own, save = split, torch.save
@@ -185,6 +186,7 @@ def test_centers_in_format_1_are_converted_with_trust(tmp_path, capsys):
     assert found.values["optimizer"]["lr"] == 0.25
 
 
+@pytest.mark.slow
 def test_a_run_in_format_1_is_resumed_with_trust(tmp_path, capsys):
     pytest.importorskip("PIL")
     run, root = str(tmp_path / "run"), tmp_path / "run" / "checkpoints"

@@ -255,6 +255,7 @@ def test_a_profiler_sees_the_operators() -> None:
     assert {name for event in profile.events() for name in ours(event.name)} >= FORWARD | BACKWARD
 
 
+@pytest.mark.slow
 def test_a_compiler_sees_the_operators() -> None:
     seen: set[str] = set()
 

@@ -105,6 +105,7 @@ CASES = [
 
 
 @pytest.mark.parametrize(("name", "backend"), CASES)
+@pytest.mark.slow
 def test_opcheck(name: str, backend: str) -> None:
     more = {"logistic": LOGISTIC} if name == "bias_grad" else {}
     for given in OPERATORS[name]:

@@ -191,6 +191,7 @@ def test_compile_function(name: str) -> None:
 
 
 @compiles
+@pytest.mark.slow
 def test_compile_head_after_a_backbone() -> None:
     backbone, head = torch.nn.Linear(33, 16), fa.MarginHead(16, 97)
     x, _, target, _ = make_inputs(Case())

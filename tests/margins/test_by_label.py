@@ -71,6 +71,7 @@ def test_gradcheck(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", FORMULAS)
+@pytest.mark.slow
 def test_compiled(name: str) -> None:
     torch._dynamo.reset()
     x, w, y = inputs()

@@ -64,6 +64,7 @@ def run(tmp_path):
 
 
 @pytest.mark.parametrize("small", [True, False])
+@pytest.mark.slow
 def test_damage_of_a_journal_is_an_error_or_does_not_matter(run, small, monkeypatch):
     if not small:
         monkeypatch.setattr(file, "_SMALL", 0)

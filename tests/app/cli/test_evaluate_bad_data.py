@@ -58,6 +58,7 @@ def broken_people(files: Path, root: Path) -> Path:
 
 
 @pytest.mark.parametrize("name", ["verify", "identify"])
+@pytest.mark.slow
 def test_bad_data_is_skipped_or_stops(
     name: str, files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

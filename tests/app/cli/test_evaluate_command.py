@@ -41,6 +41,7 @@ def command(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
     return shown.out
 
 
+@pytest.mark.slow
 def test_verify_a_folder(
     files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

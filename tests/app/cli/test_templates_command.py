@@ -109,6 +109,7 @@ def figures(files: Path, capsys: pytest.CaptureFixture[str], *options: object) -
         (("--no-flip", "--no-norms"), {"flip": False, "norms": False}),
     ],
 )
+@pytest.mark.slow
 def test_figures_are_those_of_loops_over_the_lists(
     options: tuple[str, ...], settings: dict, files: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -164,6 +165,7 @@ def test_an_interrupted_evaluation_resumes(
     assert list(tmp_path.iterdir()) == [saved]
 
 
+@pytest.mark.slow
 def test_faces_that_cannot_be_read_are_left_out_and_counted(
     files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -283,6 +283,7 @@ FORMATS = [
 
 @fuzzing.counts
 @pytest.mark.parametrize("kind", FORMATS, ids=lambda kind: kind.name)
+@pytest.mark.slow
 def test_mutated_files(kind: fuzzing.Format, count: int, tmp_path: Path) -> None:
     fuzzing.check(kind, tmp_path, count)
 
@@ -321,6 +322,7 @@ def written_kinds() -> list[tuple[str, str, dict[str, Any]]]:
 
 
 @pytest.mark.parametrize("format", IMAGE_FORMATS)
+@pytest.mark.slow
 def test_a_large_image_takes_17_bytes_a_pixel(format: str, tmp_path: Path) -> None:
     side = 1400
     limit = memory_of(side**2)
@@ -336,6 +338,7 @@ def test_a_large_image_takes_17_bytes_a_pixel(format: str, tmp_path: Path) -> No
         assert fuzzing.failures(kind, path, [path.read_bytes()]) == [], (mode, options)
 
 
+@pytest.mark.slow
 def test_the_harness_finds_what_it_looks_for(tmp_path: Path) -> None:
     """A loader that crashes, hangs, takes memory or raises something else is told by name."""
 
@@ -365,6 +368,7 @@ def test_the_harness_finds_what_it_looks_for(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("limit", ["memory", "seconds"])
+@pytest.mark.slow
 def test_the_harness_forgives_a_limit_that_is_broken_once(limit: str, tmp_path: Path) -> None:
     def load(path: Path) -> None:
         if not (tmp_path / "once").exists():

@@ -70,6 +70,7 @@ def test_writes_pictures_and_numbers(quick: tuple[Path, dict]) -> None:
             assert 0 <= training["tar_at_far"]["0.01"] <= 1 and 0.3 < training["accuracy"] <= 1
 
 
+@pytest.mark.slow
 def test_time_and_memory_of_the_head_are_measured(quick: tuple[Path, dict]) -> None:
     _, numbers = quick
     assert len(numbers["head"]) == 3

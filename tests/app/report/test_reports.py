@@ -60,6 +60,7 @@ def beside(page: Page) -> dict[str, str]:
     return dict(zip(page.texts[-2::-1], page.texts[:0:-1], strict=True))
 
 
+@pytest.mark.slow
 def test_verify(files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = ["verify", "--data", str(files / "people"), "--checkpoint", str(files / "run")]
     assert run([*command, "--json", "out/people.json"]) == 0
@@ -80,6 +81,7 @@ def test_verify(files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert any("<script>" in name for name in named) and any("人物" in name for name in named)
 
 
+@pytest.mark.slow
 def test_saved_embeddings_have_names_alone(tmp_path: Path) -> None:
     labels = torch.arange(6).repeat_interleave(3)
     rows = torch.eye(6)[labels] + 0.4 * torch.randn(18, 6, generator=torch.Generator().manual_seed(0))
@@ -221,6 +223,7 @@ def test_compare(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "Mahalanobis" in page.texts and "loss ÷ first loss" in page.drawn()
 
 
+@pytest.mark.slow
 def test_bench(tmp_path: Path) -> None:
     synthetic_report().write(tmp_path)
     capacity = {

@@ -58,6 +58,7 @@ def centers_of(source: Path) -> torch.Tensor:
     return torch.cat(list(convert.read(source).tensors["weight"].pieces()))
 
 
+@pytest.mark.slow
 def test_the_best_checkpoint_is_a_run_of_its_own(whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     run(CONFIG.replace({"keep": 9}), tmp_path / "all")
     (of_best,) = (tmp_path / "all" / "checkpoints").glob(f"step_*{BEST}")
@@ -91,6 +92,7 @@ def test_class_centers_of_the_best_are_a_start(whole: Path, tmp_path: Path) -> N
     assert any(note.startswith("centers: 6 of 6 identities keep their centers from") for note in notes)
 
 
+@pytest.mark.slow
 def test_a_run_interrupted_at_its_best_verifies_and_keeps_it_when_it_resumes(
     whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -111,6 +113,7 @@ def verified(output: Path) -> list[int]:
     return [line["step"] for line in lines if "verification_accuracy" in line]
 
 
+@pytest.mark.slow
 def test_a_best_of_a_training_that_was_given_up_is_replaced(whole: Path) -> None:
     """The newest checkpoints are removed, and the run goes on from an earlier one with another verification."""
     first = centers_of(whole / "best")
@@ -125,6 +128,7 @@ def test_a_best_of_a_training_that_was_given_up_is_replaced(whole: Path) -> None
     assert kept.name.endswith("9") and not torch.equal(centers_of(whole / "best"), first)
 
 
+@pytest.mark.slow
 def test_a_best_that_was_trained_in_is_not_touched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Judge(monkeypatch)
     run(CONFIG, tmp_path / "run", stop_at=4)

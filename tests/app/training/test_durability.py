@@ -163,6 +163,7 @@ def interrupt_twice(setting: Setting, output: Path, call: int) -> None:
         assert f"fused-arcface train --output {shlex.quote(str(output))} --resume" in text, text
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_after_kills_full_disks_and_impatient_interrupts(setting: Setting, tmp_path: Path) -> None:
     """One after the other in the same run; the grid below has each moment alone."""
     output = tmp_path / "run"
@@ -203,6 +204,7 @@ def test_files_that_may_not_grow(setting: Setting, tmp_path: Path, limit: int) -
     setting.check_end(tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_two_runs_in_one_folder(setting: Setting, tmp_path: Path) -> None:
     output = tmp_path / "run"
     arguments = [*setting.arguments, "--epochs", "1000000", "--save-every", "0"]

@@ -27,6 +27,7 @@ from fused_arcface.base.text import encode_names
 from fused_arcface.checkpoint import convert
 
 
+@pytest.mark.slow
 def test_a_net_of_another_dimension_begins_with_what_fits(tmp_path: Path) -> None:
     """From a run's folder, whose newest checkpoint counts, and from its file of weights."""
     still = {"lr": 0.0, "weight_decay": 0.0, "epochs": 1}
@@ -112,6 +113,7 @@ def _first_loss(output: Path, config: TrainConfig) -> float:
     ("options", "tolerance"),
     [({}, 1e-5), ({"center_optimizer": "joint", "accumulation": 2}, 1e-5), ({"precision": "fp16"}, 1e-2)],
 )
+@pytest.mark.slow
 def test_a_frozen_backbone_does_not_move(tmp_path: Path, options: dict, tolerance: float) -> None:
     """Not its running statistics either; after the frozen epochs it learns."""
     config = TINY.replace({**options, "epochs": 2})
@@ -157,6 +159,7 @@ def test_augmentation_is_a_function_of_its_key() -> None:
     assert (augment(flat, "light", 3).std() < 1e-6) and abs(augment(flat, "light", 3).mean() - 0.25) <= 0.15
 
 
+@pytest.mark.slow
 def test_augmented_and_balanced_training_is_resumed_as_if_never_interrupted(tmp_path: Path) -> None:
     config = TINY.replace({"augment": "strong", "balanced": True, "freeze": "backbone:1"})
     run(config, tmp_path / "whole")

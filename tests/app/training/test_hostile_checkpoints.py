@@ -74,6 +74,7 @@ RESUMED = [
 
 @pytest.mark.parametrize("distance", [3, pytest.param(1, marks=pytest.mark.full)])
 @pytest.mark.parametrize("name", ["fused", pytest.param("joint", marks=pytest.mark.full)])
+@pytest.mark.slow
 def test_a_resumed_run(
     trained: Path, tmp_path: Path, name: str, distance: int, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -79,6 +79,7 @@ def test_only_regular_files_are_read_and_written(
     assert f"{output / name} {what}" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_fingerprint_that_is_none(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output, command = resumed(trained, tmp_path)
     words = b'{"images": "6", "identities": 2, "names": "a", "labels": "b", "bytes": "c"}'
@@ -147,6 +148,7 @@ def test_a_best_net_of_unreadable_accuracy_is_replaced(trained: Path, tmp_path: 
     assert kept is not None and 0 <= kept.accuracy <= 1 and (output / "best.pt").is_file()
 
 
+@pytest.mark.slow
 def test_a_sparse_image_of_terabytes_is_a_bad_image(tmp_path: Path) -> None:
     from support.image_files import write_folder
 

@@ -25,6 +25,7 @@ from fused_arcface.base.files import write_bytes
 KINDS = (("L", 20, 20, "png"),)
 
 
+@pytest.mark.slow
 def test_one_command_begins_a_run_and_goes_on_with_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """As torchrun --max-restarts repeats it."""
     output = tmp_path / "a run"
@@ -49,6 +50,7 @@ def test_one_command_begins_a_run_and_goes_on_with_it(tmp_path: Path, capsys: py
     assert "config.toml: it names no data, so it is damaged or not of a run" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_auto_takes_what_a_kill_has_left_of_a_beginning(tmp_path: Path) -> None:
     config = TINY.replace({"epochs": 1})
     run(config, tmp_path / "whole")
@@ -129,6 +131,7 @@ def test_a_folder_that_is_removed_ends_the_run(tmp_path: Path, anew: bool) -> No
     assert not output.exists() or not list(output.iterdir())  # and no half of a run is left in its place
 
 
+@pytest.mark.slow
 def test_a_folder_moved_away_and_back_goes_on(tmp_path: Path) -> None:
     output, away = tmp_path / "run", tmp_path / "away"
 
@@ -145,6 +148,7 @@ def test_a_folder_moved_away_and_back_goes_on(tmp_path: Path) -> None:
     assert losses(output) == losses(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_full_at_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     def refuse(path: Path, data: bytes) -> None:
         if path.name == "model.pt":

@@ -62,6 +62,7 @@ def test_an_interrupted_run_goes_on_as_if_it_had_not_been(tmp_path: Path, option
     assert losses(tmp_path / "whole")[-1] < losses(tmp_path / "whole")[0]
 
 
+@pytest.mark.slow
 def test_a_run_that_went_down_goes_back_to_its_last_checkpoint(tmp_path: Path) -> None:
     class Power(Exception):
         pass

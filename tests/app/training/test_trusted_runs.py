@@ -31,6 +31,7 @@ def imports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     sys.modules.pop("strange_margin", None)
 
 
+@pytest.mark.slow
 def test_a_strangers_run_is_evaluated_without_its_code_and_resumed_with_it_if_trusted(tmp_path, imports, capsys):
     output, margin = str(tmp_path / "run"), ["--margin", "strange_margin:steep"]
     begin = ["train", "--data", "identities:6x4", "--output", output, "--epochs", "1", "--batch-size", "8"]
