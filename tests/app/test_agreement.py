@@ -30,7 +30,7 @@ def test_finite_differences_find_a_wrong_derivative() -> None:
     ("has_gradient", "of_penalty"), [(False, False), (True, False), (True, True)], ids=["held", "margin", "penalty"]
 )
 def test_finite_differences_of_a_margin_by_the_norm(has_gradient: bool, of_penalty: bool) -> None:
-    """They leave norms as they are where the margin takes them without a gradient, as AdaFace does, and only there."""
+    """Finite differences hold the norms if and only if the margin uses them without a gradient, as AdaFace does."""
 
     class ByNorm:
         def __call__(self, target_cosine: torch.Tensor) -> torch.Tensor:

@@ -33,7 +33,7 @@ def people(images: int, identities: int, seed: int, spread: float = 1.0) -> tupl
 
 
 def test_an_identification_keeps_the_nearest_of_each_probe() -> None:
-    """Of the mated ones and of the others: the report shows both."""
+    """Probes with and without a mate in the gallery both have a nearest row, because the report shows both."""
     gallery, probes = torch.tensor([[0.0], [10.0], [20.0]]), torch.tensor([[9.0], [19.5], [-3.0]])
     found = identify(gallery, torch.tensor([0, 1, 2]), probes, torch.tensor([1, 1, 7]), distance=Euclidean())
     assert found.nearest.tolist() == [1, 2, 0] and found.distances.tolist() == [1.0, 0.5, 3.0]

@@ -52,8 +52,8 @@ def check_suffix(path: Path) -> None:
 def export(embedder: Embedder, path: Path) -> float:
     """Write a net that takes any number of images; the file appears after the result was checked.
 
-    The input ``images`` is ``(N, channels, size, size)`` fp32 in [-1, 1], the output ``embeddings`` ``(N, D)`` of norm
-    1.
+    The input ``images`` is ``(N, channels, size, size)`` fp32 in [-1, 1]. The output ``embeddings`` is ``(N, D)``, with
+    rows of norm 1.
 
     Args:
         embedder: the net with its preprocessing, on any device; it is exported for the CPU.

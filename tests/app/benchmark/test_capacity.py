@@ -105,9 +105,9 @@ def test_capacity_goes_on_with_an_interrupted_run(monkeypatch: pytest.MonkeyPatc
 
 
 def test_the_command_resumes_a_search_of_the_same_budget(tmp_path: Path) -> None:
-    """Its setup has been verified, so nothing is tried: the rows of an earlier call are kept.
+    """An earlier call has verified the setup, so nothing is tried, and its row is kept.
 
-    Those that are computed without a trial are computed again.
+    Rows that are computed without a trial are computed again.
     """
     key = ("eager", "torch", "float32", "float32")
     row = capacity.Capacity(1000, 8192.0, "measured", 2.0).row(key, 64, 512, 2**30, machine.context(CPU))
@@ -159,7 +159,7 @@ def test_cost_model_gives_back_the_rate_that_it_was_given(tmp_path: Path) -> Non
 @pytest.mark.distributed
 @pytest.mark.full
 def test_cost_model_beside_two_processes() -> None:
-    """Whether they agree is for a quiet machine to say; here, that a group runs and that the inputs make sense."""
+    """A group runs, and its inputs make sense. Only a quiet machine can tell if the model agrees with the times."""
     progress: list[str] = []
     rows = ranks.run_ranks([2], progress.append)
     assert progress == ["the rate of one process", "2 ranks"]

@@ -99,7 +99,7 @@ def test_without_matplotlib_a_report_says_why_it_has_no_figures(monkeypatch: pyt
 
 
 def test_the_terminals_table_in_a_report() -> None:
-    """Its title may be a text of rich with a file's name in it; columns of numbers are those aligned to the right."""
+    """A heading may hold a file's name, with control characters and markup; columns of numbers align to the right."""
     shown = plain_table("\x1b[2J<b>[red]", "rate")
     shown.add_row("TAR [1]", "0.5")
     page = document.render(Report("one", "", [Section("Figures", tables=[shown])]))
@@ -178,7 +178,7 @@ def test_a_digest_of_a_stranger_points_nowhere(tmp_path: Path, name: str, value:
 
 @pytest.mark.parametrize(("distances", "low", "high"), [([5.0, 5.0], 0.0, 5.0), ([-3.0, 1.0], -3.0, 1.0)])
 def test_bins_of_distances_begin_at_zero_or_below(distances: list[float], low: float, high: float) -> None:
-    """Distances that are all alike have bins of a width; inner products as distances may be below 0."""
+    """Bins of equal distances are wider than 0; inner products as distances may be below 0."""
     edges, counts = histograms(-np.array(distances), False, {"all": np.array([True, True])})
     assert (edges[0], edges[-1]) == (low, high) and sum(counts["all"]) == 2
     assert (np.diff(edges) > 0).all()

@@ -13,7 +13,7 @@ from .report import add_rows
 
 
 def measure_apart(settings: Iterable[str], line: str, folder: Path | None, name: str) -> None:
-    """Run this script again for each setting, with ``--one SETTING``. It then prints its row as JSON.
+    """Run this script again for each setting, with ``--one SETTING``; it then prints that setting's row as JSON.
 
     Args:
         settings: values of ``--one``.

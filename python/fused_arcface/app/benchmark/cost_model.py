@@ -188,7 +188,7 @@ DEVICES = (1, 8, 64, 256, 1024)
 
 
 def grid(device: Device, **options: Any) -> list[ModeledStep]:
-    """Return the steps of each of :data:`IDENTITIES` on each of :data:`DEVICES`; ``options`` are :func:`predict`'s."""
+    """Return a step for each of :data:`IDENTITIES` on each of :data:`DEVICES`; ``options`` go to :func:`predict`."""
     return [predict(device, identities, count, **options) for identities in IDENTITIES for count in DEVICES]
 
 

@@ -140,8 +140,8 @@ class Needs:
             return "takes embeddings and class centers of one dtype"
         if self.weight_dtype and self.weight_dtype not in (case.dtype, case.weight_dtype):
             return f"computes in {self.weight_dtype}"
-        # See torch's documentation of LinearCrossEntropyOptions. With fewer rows it is some twenty times slower than
-        # without chunks.
+        # See torch's documentation of LinearCrossEntropyOptions. With fewer rows, chunks make the loss about twenty
+        # times slower.
         return "torch advises its chunks for N >= D" if self.chunked and case.N < case.D else None
 
 

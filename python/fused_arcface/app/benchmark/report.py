@@ -196,7 +196,7 @@ def read_json(path: Path) -> Any:
 
 
 def check_same(earlier: Mapping[str, Any], here: Mapping[str, Any], *names: str) -> None:
-    """Check that new results can be compared with an earlier run's: that some columns of a row or context are equal.
+    """Check that new results can be compared with an earlier run's: some columns of a row or context must be equal.
 
     Raises:
         ValueError: if one of them differs.

@@ -39,7 +39,7 @@ COMMANDS = (
 ``Command`` of that module, if there is one, parses its arguments."""
 
 _CHECKED = ("doctor", "gradcheck", "demo", "bench")
-"""Commands that check all their arguments themselves. Another ValueError there is a fault, and has a traceback."""
+"""Commands that check all their arguments themselves. Any other ValueError in them is a fault and has a traceback."""
 
 _INTERRUPTED = 130
 _LEAST_WIDTH = 20  # columns

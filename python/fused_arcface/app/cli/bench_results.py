@@ -1,4 +1,4 @@
-"""The results of ``bench``: their tables, and the report of those in its folder, of this call and of earlier ones."""
+"""The results of ``bench``: tables, and the report of a folder with the results of this call and of earlier ones."""
 
 from __future__ import annotations
 

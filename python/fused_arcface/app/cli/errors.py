@@ -57,7 +57,7 @@ def check_file(option: str, path: Path | None) -> None:
 def check_folder(option: str, path: Path | None, folder: Path | None = None) -> None:
     """Raise WrongOption unless a folder for results can be made and written to: ``folder``, or ``path`` itself.
 
-    It is not made: an error in another option leaves nothing behind.
+    The folder is not made here, so that an error in another option leaves nothing behind.
     """
     if path is None:
         return

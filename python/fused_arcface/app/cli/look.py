@@ -42,7 +42,7 @@ class PlainCommand(TyperCommand):
         return give_look(super().get_help_option(ctx))
 
     def invoke(self, ctx: Any) -> Any:
-        """Run the command. An error that the user can mend is one line, and its status is returned."""
+        """Run the command. For an error that the user can mend, print one line and return its exit status."""
         try:
             return super().invoke(ctx)
         except Exception as error:

@@ -42,7 +42,7 @@ class ReportFile:
     """The place of a command's report: the file that the user asked for, or the default one unless none is wanted.
 
     Raises:
-        WrongOption: if a named file cannot be written. This is said before anything is computed.
+        WrongOption: if a named file cannot be written. The error comes before anything is computed.
     """
 
     def __init__(self, asked: Path | None, unwanted: bool, default: Path) -> None:

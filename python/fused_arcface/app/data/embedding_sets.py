@@ -114,7 +114,7 @@ class EmbeddingSet:
 
 
 def check_suffix(path: Path | None, name: str = "embeddings") -> None:
-    """Raise ValueError unless a file of this name can hold embeddings. None passes; messages call it ``name``."""
+    """Raise ValueError unless a file of this name can hold embeddings. None is allowed. Messages call it ``name``."""
     if path is not None and path.suffix not in embedding_files.SUFFIXES:
         raise ValueError(f"{name} must be in a {embedding_files.EMBEDDING_FILES} file; got {path}")
 

@@ -85,7 +85,7 @@ def read_image(
     Transparent parts become white. Gray of 8, 16 or 32 bits keeps its depth. Floating-point pixels range from 0 to 1,
     or from 0 to 255 if one of them is above 1.
 
-    The content decides on the format, not the name. Only the formats of
+    The content of a file decides its format; its name does not. Only the formats of
     :data:`fused_arcface.app.data.image_formats.FORMATS` are tried. Decoding takes up to 17 bytes a pixel.
 
     Args:

@@ -51,7 +51,7 @@ class ImageSource(ABC):
 
     @abstractmethod
     def stored(self, index: int) -> bytes:
-        """Return bytes that tell an image from others: those stored, or the shape of one that the package makes."""
+        """Return bytes that identify an image: those stored, or the shape of one that the package makes."""
 
     def spec_of(self, index: int) -> ImageSpec:
         """Return shorter side and channels of an image as it is stored; raise DataError if it cannot be read."""

@@ -73,13 +73,13 @@ def contrastive(margin: float) -> nn.Module:
     2005). Each kind of pairs contributes the mean of its terms that are not 0.
 
     Raises:
-        MissingExtra: if pytorch-metric-learning is not installed, as the losses of triplets do.
+        MissingExtra: if pytorch-metric-learning is not installed. The losses of triplets raise it too.
     """
     return _library("losses").ContrastiveLoss(pos_margin=0, neg_margin=margin, distance=_squared_distance())
 
 
 def triplet_semi_hard(margin: float) -> nn.Module:
-    """Return FaceNet's loss (Schroff et al., 2015): negatives farther than the positive, by less than the margin."""
+    """Return FaceNet's loss (Schroff et al., 2015) of negatives farther than the positive by less than the margin."""
     miner = _library("miners").TripletMarginMiner(margin, "semihard", distance=_squared_distance())
     return _MinedTriplets(margin, miner)
 

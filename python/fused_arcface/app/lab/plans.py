@@ -23,7 +23,7 @@ class Recipe:
     steps: int
     batch_size: int
     learning_rate: float
-    """The greatest."""
+    """The greatest learning rate of the training."""
     warm_up: float = 0.25
     """Share of the steps in which the learning rate rises."""
     weight_decay: float = 5e-4

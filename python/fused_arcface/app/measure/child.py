@@ -27,8 +27,8 @@ class ChildFailed(RuntimeError):
 class Child:
     """Calls functions in another process, which is kept between calls; ``with`` ends it.
 
-    Function, arguments and result are pickled. torch has as many threads there as in the caller. When the process dies
-    (killed for its memory, say) the call raises and the next one starts another.
+    Function, arguments and result are pickled. torch has as many threads there as in the caller. When the process dies,
+    for example because it needed too much memory, the call raises an error and the next call starts another process.
     """
 
     def __init__(self) -> None:

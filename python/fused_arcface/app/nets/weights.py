@@ -24,7 +24,7 @@ _BESIDE_HEADS = (
     ("features.", "features.conv1."),
     ("features.", "features.module."),
 )
-"""Prefixes of the net's names in files of AdaFace, CVLface and MagFace, and how such a file is known."""
+"""Prefixes of the net's names in files of AdaFace, CVLface and MagFace, each with the prefix that tells such a file."""
 _COUNTERS = ".num_batches_tracked"
 """Counters of batch normalization: files from before torch 0.4.1 lack them, and evaluation does not use them."""
 

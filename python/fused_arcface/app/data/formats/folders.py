@@ -23,8 +23,9 @@ SPLITS = frozenset(
 class LabeledFolder(FileImages):
     """Images of a folder and whom they show, an identity's images together, by name.
 
-    Its problems are images that are not used, and other faults: empty folders, gaps in numbered ones, images outside of
-    any, links to nothing, identities with several folders of images. Its notes have the number of the other files.
+    Its problems are images that are not used, and other faults: empty folders, gaps in the numbers of folders, images
+    outside of any folder, broken links, and identities with several folders of images. Its notes have the number of the
+    other files.
     """
 
     root: Path

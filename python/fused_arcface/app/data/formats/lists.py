@@ -20,11 +20,11 @@ _SAID = 20  # problems that are told one by one
 def open_list(data: str, max_pixels: int = MAX_PIXELS) -> FileImages:
     """Open a list file.
 
-    Tabs, commas or spaces separate the two fields; in a line of spaces the last one does, so that paths may hold
-    spaces. :func:`listed_images` says what becomes of them.
+    Tabs, commas or spaces separate the two fields. In a line with spaces alone, the last space separates them, so that
+    paths may hold spaces. :func:`listed_images` describes how the fields are used.
 
     Raises:
-        DataError: if a line is no ``path label``, with its number; or if no image is there.
+        DataError: if a line is not ``path label`` (the message has its number), or if no image is there.
     """
     return listed_images(Path(data), _entries(Path(data)), max_pixels)
 
