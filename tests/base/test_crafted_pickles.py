@@ -86,7 +86,7 @@ def test_a_text_is_checked_once_however_often_it_is_used(tmp_path):
 
 @pytest.mark.parametrize("kind", [torch.float32, torch.float64, torch.bfloat16, torch.uint8, torch.complex128])
 def test_a_tensor_has_no_more_bytes_than_the_file(tmp_path, kind):
-    """Else an older torch reads on behind the bytes of the file."""
+    """Otherwise an older torch reads past the bytes of the file."""
     torch.save(torch.ones(200, dtype=kind), tmp_path / "a.pt")
     assert torch_files.load(tmp_path / "a.pt").sum() == 200
     with zipfile.ZipFile(tmp_path / "a.pt") as source, zipfile.ZipFile(tmp_path / "b.pt", "w") as target:

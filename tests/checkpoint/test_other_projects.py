@@ -146,7 +146,7 @@ def test_their_centers_continue_in_a_head(tmp_path: Path) -> None:
 
 
 def test_the_side_of_the_embedding(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """face.evoLVe's MagFace is saved as ``weight`` (D, C), its ArcFace as ``weight`` (C, D), and nothing tells them."""
+    """face.evoLVe saves MagFace as ``weight`` (D, C), ArcFace as ``weight`` (C, D). Nothing tells them apart."""
     source, target = tmp_path / "Head_MagFace.pth", tmp_path / "centers.safetensors"
     torch.save({"weight": CENTERS.T.contiguous()}, source)
     assert cli.run(["convert", str(source), str(target)]) == 0

@@ -127,7 +127,7 @@ def test_objects_in_format_1_need_trust(tmp_path):
 
 
 def test_a_value_of_format_1_that_repeats_itself_is_refused(tmp_path, monkeypatch):
-    """Of some hundred bytes, and without end to whoever goes through it."""
+    """The value takes some hundred bytes, and a walk through it never ends."""
     note: list = []
     for _ in range(60):
         note = [note, note]
@@ -140,7 +140,7 @@ def test_a_value_of_format_1_that_repeats_itself_is_refused(tmp_path, monkeypatc
 
 @pytest.mark.slow
 def test_a_name_of_a_tensor_in_format_1_is_a_text(tmp_path, monkeypatch):
-    """Python would take the hash of all its levels, and end by a signal."""
+    """Python would hash all levels of another key, and end by a signal."""
     own, save = split, torch.save
     note = b"\x80\x02cfused_arcface.checkpoint.structure\n_Stored\n)\x81}X\x03\0\0\0key)" + b"\x85" * 200_000 + b"sb."
     monkeypatch.setitem(globals(), "split", lambda value, *others: value if value == "note" else own(value, *others))

@@ -235,7 +235,7 @@ def check_written_in_place(name: str, tensor: Tensor) -> None:
 
 
 def check_target_range(target: Tensor, num_classes: int, ignore_index: int | None, name: str = "target") -> None:
-    """Check that each label (N,) int64 is a class or ``ignore_index``, if not None. On a GPU this is a wait."""
+    """Check that each label (N,) int64 is a class or ``ignore_index``, if not None. This waits for a GPU."""
     wrong = (target < 0) | (target >= num_classes)
     if ignore_index is not None:
         wrong &= target != ignore_index

@@ -109,7 +109,7 @@ def _check_pickle(path: str | os.PathLike[str], stream: Any, size: int, admitted
 def _seen(sizes: dict[str, int], reference: Any) -> dict[Any, Any]:
     """Check a reference to numbers of a tensor. ``sizes`` are those of an archive's entries; other files have none.
 
-    An older torch takes the number from the reference alone, and reads on behind the entry's end.
+    An older torch takes the number from the reference alone, and reads past the entry's end.
     """
     pickles.check_keys([reference])
     if sizes and isinstance(reference, tuple) and len(reference) == 5:
@@ -133,7 +133,7 @@ def _call(function: Any, arguments: tuple[Any, ...]) -> dict[Any, Any]:
 
 
 def _check_hashed(*values: Any) -> None:
-    """Check what a function may take as keys: a value, the items of a list, or the first ones of its pairs."""
+    """Check what a function may use as keys: each value, each item of a list, the first item of each pair in it."""
     items = [item for each in values if isinstance(each, list) for item in each]
     pickles.check_keys([*values, *items, *(key for item in items if isinstance(item, list) for key in item[:1])])
 

@@ -22,7 +22,7 @@ INSIGHTFACE = {
 _CONTAINERS = ("state_dict_softmax_fc", "HEAD", "state_dict", "net_state_dict", "model_state_dict", "model", "head")
 """Keys of the head's state in files of insightface, CurricularFace, Lightning and MagFace, Face_Pytorch, landmark
 solutions, fast-reid, and opensphere."""
-_DEEPEST = 3  # containers in each other
+_DEEPEST = 3  # levels of containers inside each other
 _OPTIMIZERS = ("state_optimizer", "OPTIMIZER", "optimizer", "optimizer_states")
 """Keys of the optimizer's state, or a list of them, in the same files."""
 _BY_CLASS = (
@@ -55,7 +55,7 @@ class Found(NamedTuple):
     momentum: bool
     """If true, the file, or one beside it, has their momentum as well."""
     notes: list[str]
-    """What is left out beside momentum, and how the tensor is read if that may be wrong."""
+    """Sentences for the user: what is left out beside momentum, and a layout that may be wrong."""
 
 
 def centers(path: Path, embedding_dim: int | None = None) -> Found:

@@ -162,7 +162,7 @@ class Reader(TensorReader):
         yield bytes_of(tensor)[begin:end]
 
     def _load(self, name: str, place: Part, trust: bool = False) -> Any:
-        """Return what ``torch.save`` has written into a part of a file; errors call it ``name``."""
+        """Return the object that ``torch.save`` wrote into a part of a file. Errors name it ``name``."""
         with (self._directory / place.file).open("rb") as file, safe_globals([_Stored, frozenset]):
             window: Any = io.BufferedReader(_Window(file, place.start, place.length))
             if not trust:

@@ -123,7 +123,7 @@ def _check_m1(m1: float, m3: float) -> None:
 
 
 class _SumOverRanks(torch.autograd.Function):
-    """The sum of all ranks' tensors. Each rank's has the gradient of the sum, which is equal on all of them."""
+    """The sum of all ranks' tensors. Each rank's tensor gets the gradient of the sum, which all ranks have alike."""
 
     @staticmethod
     def forward(ctx: Any, own: Tensor, ranks: _Ranks) -> Tensor:

@@ -64,7 +64,7 @@ class GroupState:
 
 
 def _wait(work: Any, group: Any, number: int, place: str) -> None:
-    """Wait for a collective, and raise its error, or one if another rank waits in another call."""
+    """Wait for a collective. Raise its error, or another one if some rank waits in another call."""
     if _is_done(work, _PATIENCE):
         return
     store, rank = dist.distributed_c10d._get_process_group_store(group), dist.get_rank(group)

@@ -84,6 +84,7 @@ class _Fetched(NamedTuple):
 
     key: _Key
     wait: Callable[[], tuple[Tensor, Tensors]]
+    """Wait for the rows. Return their (K,) int64 indices into the shard, and K rows of each column."""
 
 
 class Pipeline:
