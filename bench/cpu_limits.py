@@ -95,7 +95,7 @@ for _ in sys.stdin:
 
 @contextlib.contextmanager
 def earlier(path: str, isa: str = "") -> Iterator[Run]:
-    """Yield a run of the fp32 step of another build of this package, in a process of its own."""
+    """Yield a function that runs the fp32 step of another build of this package in a separate process."""
     sizes = torch.get_num_threads(), HEADLINE.N, HEADLINE.C, HEADLINE.D
     command = [sys.executable, "-c", WORKER, path, *map(str, sizes)]
     environment = os.environ | ({"FUSED_ARCFACE_ISA": isa} if isa else {})

@@ -77,7 +77,7 @@ def _case(row: Row) -> Case:
 
 
 def _fastest(rows: list[Row], case: Case, names: tuple[str, ...], backend: str | None = None) -> Row | None:
-    """Return the row of a case and one of some providers with the least time of a forward and a backward pass."""
+    """Return the fastest row of a case among these providers, by the time of a forward and a backward pass."""
     found = [
         row
         for row in rows
@@ -96,7 +96,7 @@ def _largest_case(rows: list[Row]) -> Case:
 
 
 Column = tuple[str, tuple[str, ...], "str | None"]
-"""A column's head, the providers of which the fastest is shown, and their backend, None for any."""
+"""A column: its heading, its providers, and their backend or None for any. It shows the fastest provider."""
 
 
 def _by_case(rows: list[Row], columns: list[Column], cell: Callable[[Row], Any]) -> str:
@@ -181,8 +181,8 @@ def capacity(folder: Path) -> str:
     return "\n\n".join([f"{what}. {_provenance(first)}", _table(heads, rows, left=(0, 1, 2, 7))])
 
 
-# Columns of the GPU tables, and in _GPU_COLUMNS the dtypes of embeddings and centers as well. Before the kernels for
-# Hopper were on by default, their rows had a separate name.
+# Columns of the GPU tables. _GPU_COLUMNS has the dtypes of embeddings and centers as well. Older results have a
+# separate name for the rows of the kernels for Hopper, which were not on by default then.
 _CUDA = ("`cuda`", ("fused_arcface", "fused_arcface-hopper"), "cuda")
 _TRITON = ("`triton`", ("fused_arcface",), "triton")
 _EAGER = ("plain PyTorch", ("eager",), "torch")
@@ -335,7 +335,7 @@ BLOCKS: dict[str, tuple[str, Callable[[Path], str]]] = {
     "pictures": ("rows.json", pictures),
     "ranks": ("ranks.json", ranks),
 }
-"""The blocks but ``model``: the file of the results that each needs, and its text, with absolute paths of pictures."""
+"""All blocks except ``model``: the file of results, and a function that returns the text."""
 
 
 def block(kind: str, name: str, file: Path, write: bool) -> str:

@@ -23,7 +23,7 @@ BASE, UPDATED = "ArcFace", "CenterSGD"
 
 
 def variants(rows: int, centers: int) -> dict[str, dict[str, Any]]:
-    """Return options of the loss, and the share of mixed labels, by name. Those with CenterSGD are of a PartialFC."""
+    """Return options of the loss, and the share of mixed labels, by name. Names with CenterSGD are for PartialFC."""
     return {
         BASE: {"margin": fa.ArcFace()},
         "AdaFace": {"margin": fa.AdaFace(0.4)},

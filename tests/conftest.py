@@ -58,7 +58,7 @@ def _reproducible() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def _independent_programs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In Triton's interpreter, no program of a launch touches the memory that another one writes."""
+    """Fail a test in Triton's interpreter if a program of a launch touches memory that another one writes."""
     if os.environ.get("TRITON_INTERPRET") == "1" and request.node.get_closest_marker("interpreter") is not None:
         from support.triton_programs import forbid_races
 

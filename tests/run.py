@@ -28,7 +28,7 @@ class Session:
     marks: str
     options: list[str]
     mark: str = ""
-    """Stands in the files of its tests. Only those are read, if the caller names none; empty for all of the suite."""
+    """A text in the files of its tests. If the caller names no file, pytest reads only these. Empty: all files."""
     environment: dict[str, str] = field(default_factory=dict)
 
 

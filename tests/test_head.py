@@ -266,9 +266,9 @@ def test_margin_and_scale_of_a_head_built_without_memory(make: Any, where: str) 
 
 @pytest.mark.parametrize("make", [fa.MarginHead, fa.PartialFC])
 def test_reset_parameters_after_the_tensors_were_replaced(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As transformers' from_pretrained does with a head on the meta device: other tensors, without values.
+    """from_pretrained of transformers gives a head on the meta device other tensors, without values.
 
-    Then it lets ``_init_weights`` set what the file did not have, with functions of ``nn.init`` that know the rest.
+    Then ``_init_weights`` sets the tensors that the file did not have. The functions of ``nn.init`` skip the others.
     """
     of_the_file: list[torch.Tensor] = []
     fill = torch.nn.init.constant_

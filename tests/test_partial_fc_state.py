@@ -168,7 +168,7 @@ def test_copies_and_pickles(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["fp32", "int8"])
 def test_a_head_that_an_earlier_version_pickled_whole(name: str) -> None:
-    """It names the optimizer and the class centers as they were before ``center_optimizer`` was a module."""
+    """Such a head has the names of the optimizer and the class centers from before there was center_optimizer.py."""
     head = make(name)
     train(head, 0, 3)
     content = pickle.dumps(head, protocol=2)  # with names as text, as torch.save writes them

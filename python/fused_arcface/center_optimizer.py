@@ -1,4 +1,4 @@
-"""The part that every fused optimizer of the class centers shares: it updates each center where its gradient is made.
+"""The base of the fused optimizers of the class centers, which update each center as soon as its gradient is there.
 
 The gradient is never stored. Users write a :class:`CenterRecipe`, such as :class:`fused_arcface.CenterSGD`. A head
 makes a :class:`CenterOptimizer` of it, a ``torch.optim.Optimizer`` that schedulers drive. Each forward pass takes a
@@ -27,7 +27,7 @@ from .margins.protocol import Margin
 from .margins.state import copy_of_state
 from .store import SampledRows
 
-# Functions of torch.nn.utils that look for gradients to clip; by name, as they offer no hook.
+# Functions of torch.nn.utils that read gradients to clip them. They offer no hook, so they are known by name.
 _CLIPPING = {"clip_grad_norm_", "clip_grad_value_", "_clip_grads_with_norm_"}
 _GRAD: Any = torch.Tensor.grad
 
@@ -65,13 +65,13 @@ class CenterRecipe:
 
 
 class CentersUpdatedInBackward(nn.Parameter):
-    """Class centers whose gradient never exists: ``grad`` is None, and to clip it is an error.
+    """Class centers whose gradient never exists: ``grad`` is None, and clipping it is an error.
 
     Clipping skips parameters without a gradient. It would silently leave the centers out.
     """
 
     def __reduce_ex__(self, _: object) -> tuple[Any, ...]:
-        return type(self), (self.data, self.requires_grad)  # nn.Parameter's would come back as one
+        return type(self), (self.data, self.requires_grad)  # the method of nn.Parameter would restore an nn.Parameter
 
     @property
     def grad(self) -> Tensor | None:
@@ -188,7 +188,7 @@ class CenterOptimizer(torch.optim.Optimizer):
     def hold(self) -> None:
         """Keep the updates of the following backward passes until :meth:`release`, at the cost of their embeddings.
 
-        The centers are then those of before in every forward pass until the release.
+        Every forward pass until the release uses the centers as they are now.
         """
         self._held = []
 

@@ -1,4 +1,4 @@
-"""The update of the class centers of one forward pass, which its backward pass makes.
+"""The update of the class centers that belongs to one forward pass. Its backward pass makes the update.
 
 :class:`fused_arcface.center_optimizer.CenterOptimizer` prepares one for each step.
 """

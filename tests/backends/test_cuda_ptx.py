@@ -348,7 +348,7 @@ def test_mutants_of_the_text_fail(mutant: Mutant, monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.parametrize("fails", [False, True])
 def test_the_current_device_comes_back(fails: bool, gpu: host.Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Kernels are launched on the tensors' device. Afterwards the one before is current, also if a launch throws."""
+    """Kernels are launched on the tensors' device. Afterwards the earlier one is current, also if a launch throws."""
     given, current, during = problem(3, 5, 8, FP32), host.current_device(), []
     monkeypatch.setattr(cuda, "_device", lambda tensor: ((2, 0), 4))
     monkeypatch.setattr(current, "value", 1)

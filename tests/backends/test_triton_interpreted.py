@@ -178,7 +178,7 @@ def test_rows_of_any_norm(
 @pytest.mark.parametrize("cosine", [-0.99, 0.0, 0.99])
 @pytest.mark.parametrize("algorithm", ["chunks", "flash"])
 def test_sums_of_centers_of_any_norm(algorithm: str, cosine: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each term is exp(64·cos) times a unit center, for norms whose inverse bf16 could not hold beside it."""
+    """Each term is exp(64·cos) times a unit center. bf16 could not hold its product with these norms' inverses."""
     monkeypatch.setenv("FUSED_ARCFACE_TRITON_ALGORITHM", algorithm)
     D = 64
     row = F.normalize(torch.randn(D, dtype=torch.float64), dim=0)

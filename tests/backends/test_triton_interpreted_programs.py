@@ -1,8 +1,7 @@
 """The programs of a Triton launch are independent: no shared memory, any order; see test_triton_interpreted.py.
 
-conftest.py looks for shared memory in every test of the interpreter.
-
-Panels of several tiles of classes and several tiles of rows, as real sizes have them.
+conftest.py looks for shared memory in every test of the interpreter. The tests here have panels of several tiles of
+classes and several tiles of rows, as real sizes have them.
 """
 
 from __future__ import annotations

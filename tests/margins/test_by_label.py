@@ -108,7 +108,7 @@ def test_margins_are_options_and_no_state() -> None:
 
 @pytest.mark.parametrize("make", [fa.MarginHead, fa.PartialFC])
 def test_margins_of_a_head_whose_tensors_were_replaced(make: Any) -> None:
-    """As from_pretrained of transformers does with a head that it built on the meta device: it moves no module."""
+    """from_pretrained of transformers does so with a head that it built on the meta device. It moves no module."""
     x, w, y = inputs()
     with torch.device("meta"):
         head = make(D, C, margin=fa.ClassMargin(MARGINS))
@@ -122,7 +122,7 @@ def test_margins_of_a_head_whose_tensors_were_replaced(make: Any) -> None:
 
 
 def test_a_margin_that_an_earlier_version_pickled() -> None:
-    """Its margins are a buffer."""
+    """The margins of such a margin are a buffer."""
     margin = fa.ClassMargin(MARGINS)
     state = margin.__dict__.copy()
     del state["margins"], state["_values"]

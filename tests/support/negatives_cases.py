@@ -43,7 +43,7 @@ def _close(got: Tensor, right: Tensor, tolerance: float, name: str) -> None:
 
 
 def _two_apart(numbers: Tensor) -> Tensor:
-    """Return the numbers with others between them in memory."""
+    """Return the numbers (N,) in memory that is not contiguous: a NaN follows each."""
     return torch.stack([numbers, torch.full_like(numbers, torch.nan)], 1)[:, 0]
 
 

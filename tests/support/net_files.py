@@ -10,5 +10,5 @@ from fused_arcface.app.nets.weights import fit_state, read_state
 
 
 def load_weights(net: nn.Module, path: Path, *, partial: bool = False) -> list[str]:
-    """Set a net to the weights in a file; return the notes for the user."""
+    """Load the weights of a file into a net. Return the notes for the user."""
     return fit_state(net, read_state(path), path, partial=partial)

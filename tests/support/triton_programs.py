@@ -25,7 +25,7 @@ class _Touched:
         self.programs.append(np.full(len(used), program))
 
     def all(self) -> tuple[np.ndarray, np.ndarray]:
-        """Return the addresses, and the program of each."""
+        """Return the addresses (K,) uint64, and the program (K,) of each."""
         if not self.addresses:
             return np.empty(0, np.uint64), np.empty(0, np.int64)
         return np.concatenate(self.addresses), np.concatenate(self.programs)

@@ -72,7 +72,9 @@ _PLAIN: _NativeNegatives = (1, 0, (0.0, 1.0, 0.0, 0.0), None)
 
 
 def _native_negatives(negatives: Negatives, by_bias: bool = False) -> _NativeNegatives:
-    """Return negatives in the form that the kernels take. The kernels read the memory of their thresholds.
+    """Return negatives in the form that the kernels take.
+
+    The kernels read the memory of the thresholds, so the caller keeps ``negatives`` until they return.
 
     With ``by_bias`` the kernels sum the derivatives of the logistic losses by their bias in place of the losses.
     """
@@ -99,7 +101,7 @@ def _run_class_stats(
     moments: Tensor | None = None,
     by_bias: bool = False,
 ) -> Tensor:
-    """Return the maxima (N,), and fill the sums (N,), the sums of the centers and the moments that are given.
+    """Return the maxima (N,). Fill ``total`` (N,), ``center_sum`` (N, D) and ``moments`` (N, MOMENTS) if given.
 
     ``dtype`` is the compute dtype of the inputs.
     """

@@ -142,8 +142,8 @@ def _run_pass(
 ) -> None:
     """Run a pass over the classes in a workspace of torch's: the first call asks how many bytes it needs.
 
-    ``arguments`` are those of the kernel after the scale, ``stored_bytes`` the memory between its two products, 0
-    without a second one.
+    ``arguments`` are the kernel's arguments after the scale. ``stored_bytes`` is the memory between its two products,
+    or 0 if it has one product.
     """
     stream, multiprocessors = _device(weight)
     # Bound to names: a temporary's memory would be another's before the kernel reads it.

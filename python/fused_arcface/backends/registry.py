@@ -216,8 +216,8 @@ def select(
         name: A backend's name or ``"auto"``.
         device: The device of the tensors.
         dtype: The dtype that sums are kept in, as :func:`fused_arcface.base.dtypes.compute_dtype` returns it.
-        needs: The features that the call needs, of ``FEATURES``, with the text that messages have for them.
-        of_classes: The call's passes over the classes, by which ``"auto"`` chooses; None: the order of the priorities.
+        needs: The features of ``FEATURES`` that the call needs, each with its text in messages.
+        of_classes: The call's passes over the classes; ``"auto"`` chooses by them. If None, it chooses by priority.
         weight_dtype: The dtype of the class centers.
 
     Raises:

@@ -29,7 +29,7 @@ def unavailable(device: torch.device | None = None) -> str | None:
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
-    """Return ``a @ b`` in their dtype, under autocast too, which rounds nothing else in these stages."""
+    """Return ``a @ b`` in their dtype. Autocast is off here: it would round this product, but no other result."""
     with without_autocast(a.device):
         return a @ b
 

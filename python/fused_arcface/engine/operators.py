@@ -24,7 +24,7 @@ class Operator(NamedTuple):
     results: Callable[..., Any]
     """A function of the same arguments. It returns tensors like the operator's, without values: for torch.compile."""
     over_no_class: tuple[float, ...] = ()
-    """The values that fill the results if a step uses no class of the shard: of the stages over the classes alone.
+    """The values that fill the results if a step uses no class of the shard. Only stages over the classes have them.
     Backends never see that case."""
     numbers: tuple[str, ...] = ()
     """The numbers that may change from step to step. The operator's overload takes them as tensors; see
@@ -34,9 +34,10 @@ class Operator(NamedTuple):
 _ROWS = "Tensor embeddings, Tensor weight, Tensor target"
 _COEFFICIENTS = "Tensor lse, Tensor negative_coefficient, Tensor target_coefficient"
 _NEGATIVES = "int sub_centers=1, Tensor? threshold=None, Tensor? coefficients=None, Tensor? logistic=None"
-# class_count: 0-dim int64, the centers from there on are padding; a tensor, so that nobody waits for a GPU
+# class_count: 0-dim int64; the centers from this index on are padding. It is a tensor, so the host waits for no GPU.
 _COUNT = "Tensor? class_count=None"
-# classes: (K,) int64 rows of weight, C for padding: the centers, to which target refers; without it all rows are
+# classes: (K,) int64, the rows of weight that are the centers, C for padding; target is an index into them. Without it
+# all rows are the centers.
 _CLASSES = "Tensor? classes=None"
 _TYPES = {Tensor: "Tensor", Tensor | None: "Tensor?", float: "float", int: "int"}
 

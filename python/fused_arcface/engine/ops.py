@@ -1,8 +1,8 @@
 """The leaf stages as ``torch.library`` operators, implemented by backend name.
 
+:mod:`fused_arcface.engine.operators` lists them. :mod:`fused_arcface.backends.torch` gives their shapes and meanings.
 :mod:`fused_arcface.engine.autograd` calls them through :mod:`fused_arcface.engine.direct`. The operators have no
 derivative of their own.
-:mod:`fused_arcface.engine.operators` lists them, :mod:`fused_arcface.backends.torch` gives their shapes and meanings.
 """
 
 from __future__ import annotations

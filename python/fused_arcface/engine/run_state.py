@@ -14,7 +14,7 @@ _OPTIMIZER = "center_optimizer."  # before the names of its state in the head's 
 
 
 class RunState(JointCalls):
-    """A head that its ``state_dict()`` continues a run with."""
+    """A head whose ``state_dict()`` continues a run."""
 
     def _run_state(self) -> dict[str, Tensor]:
         """Return what ``state_dict()`` holds beside weight: tensors alone, as safetensors stores nothing else."""

@@ -24,7 +24,7 @@ class KeepsValues(nn.Module):
         """Set the parameters and buffers to their initial values."""
         initial: dict[str, Tensor] = self.__dict__.get("_initial_values", {})
         for name, value in initial.items():
-            # transformers replaces this function by one that leaves alone what a file has.
+            # transformers replaces this function by one that keeps the values that were loaded from a file.
             nn.init.constant_(getattr(self, name), value.item())
 
     def _initial(self, name: str, value: Tensor | float, dtype: torch.dtype = torch.float32) -> Tensor:

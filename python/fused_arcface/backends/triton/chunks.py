@@ -26,8 +26,8 @@ from .rows import RowTerms, UnitRows
 from .targets import projections
 
 _DEPTH_MULTIPLE = 16
-"""Columns of operands for library products: 32 bytes of 16-bit numbers, which its fastest kernels need rows aligned
-to."""
+"""Operands of library products have a multiple of this many columns. The library's fastest kernels need rows aligned
+to 32 bytes, which are 16 numbers of 16 bits."""
 
 
 def padded_shape(N: int, D: int, device: torch.device) -> tuple[int, int]:
@@ -43,7 +43,7 @@ class _Block:
     x: UnitRows
     terms: RowTerms
     scores: Tensor
-    """(rows, P): what a library product writes; nobody reads it where the kernel multiplies."""
+    """(rows, P): the result of a library product. It is unused if the kernel multiplies."""
     results: Tensor
     """(rows, P): exponentials, or their gradient. The same memory as ``scores`` where a kernel needs no score but its
     own."""
